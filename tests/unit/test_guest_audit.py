@@ -359,9 +359,9 @@ def test_a_flood_is_bounded() -> None:
             refusals.note(PATH, f"audit(1.2:{serial}): {path(name)[1]}".encode())
     refusals.finish()
     assert len(refusals.found) == 64
-    assert sum(refusals.found.values()) + refusals.untold == 5000
+    assert sum(refusals.found.values()) + refusals.uncounted == 5000
     refusals.forget()
-    assert (refusals.found, refusals.untold) == ({}, 0)
+    assert (refusals.found, refusals.uncounted) == ({}, 0)
 
 
 def test_every_call_with_a_folder_of_its_own_is_known() -> None:

@@ -206,8 +206,8 @@ def run_under(code: bytes, token: bytes, words: list[str]) -> subprocess.Complet
     """Have a Python process put itself under the filter and execute a command."""
     program = (
         "from x07_sandbox.guest import restrict, system; system.prctl(38, 1)\n"
-        "take_away, execute = restrict.last_steps()\n"
-        f"take_away({code!r}, -1); execute({words!r}, {{'A': 'b'}}, {token!r})"
+        "restrict_self, execute = restrict.exec_functions()\n"
+        f"restrict_self({code!r}, -1); execute({words!r}, {{'A': 'b'}}, {token!r})"
     )
     env = {**os.environ, "PYTHONPATH": str(SOURCES)}
     return subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=False)
@@ -243,8 +243,8 @@ def test_a_kernel_takes_every_filter(codes: dict[str, bytes]) -> None:
     for name, code in codes.items():
         program = (
             "from x07_sandbox.guest import restrict, system; system.prctl(38, 1)\n"
-            "take_away, execute = restrict.last_steps()\n"
-            f"take_away({codes['base']!r}, -1); take_away({code!r}, -1); print('under it')"
+            "restrict_self, execute = restrict.exec_functions()\n"
+            f"restrict_self({codes['base']!r}, -1); restrict_self({code!r}, -1); print('under it')"
         )
         env = {**os.environ, "PYTHONPATH": str(SOURCES)}
         ended = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=False)

@@ -35,7 +35,7 @@ PACKAGES = ("hello", "netbase")
 def _base_folder(include: Sequence[str]) -> Path:
     return (
         store.images_dir()
-        / f"base-{bases.Kind(arch=host_arch(), suite=sources.release_codename(), include=tuple(include)).key}"
+        / f"base-{bases.BaseSpec(arch=host_arch(), suite=sources.release_codename(), include=tuple(include)).key}"
     )
 
 
@@ -239,7 +239,7 @@ def test_the_wheels_of_an_image_make_it_another(science: store.Image, capsys: py
     """Other wheels make another base; without a word on them an image keeps its own, and `image list` names them."""
     wheel = manifest.Wheel(name="six", version="1.16.0", sha256="ab" * 32)
     more = build.Extras(include=PACKAGES, pip=(wheel,))
-    assert more.kind().key != build.Extras(include=PACKAGES).kind().key
+    assert more.base_spec().key != build.Extras(include=PACKAGES).base_spec().key
     place = store.images_dir() / "with-wheels"
     shutil.copytree(science.folder, place)
     made = manifest.sealed(msgspec.structs.replace(science.manifest, pip=[wheel]))

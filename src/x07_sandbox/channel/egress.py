@@ -9,7 +9,7 @@ A frame is a 12-byte header, `HEADER`, and a payload:
     length   u32: of the payload
 
 All integers are big endian. The guest opens a flow, the gate answers with OPENED. Each direction has a window of
-`WINDOW` bytes, which the reader refills with CREDIT. Datagrams have no window: who has no room drops them. TOLD, with
+`WINDOW` bytes, which the reader refills with CREDIT. Datagrams have no window: who has no room drops them. REFUSAL, with
 stream 0, tells of a connection that the guest has refused by itself, with the payload of OPEN; its port 0 stands for a
 name that was only looked up.
 All that the guest says is hostile: each length, count and order below has a bound.
@@ -41,7 +41,7 @@ CREDIT: Final = 4
 FIN: Final = 5
 RESET: Final = 6
 DATAGRAM: Final = 7
-TOLD: Final = 8
+REFUSAL: Final = 8
 
 # Codes of OPENED and RESET.
 OK: Final = 0
@@ -65,7 +65,7 @@ _SHAPES: Final = {
     FIN: (0, 0, True, True),
     RESET: (0, 0, True, True),
     DATAGRAM: (0, DATAGRAM_MAX, True, True),
-    TOLD: (_TARGET.size + 1, _TARGET.size + HOST_MAX, True, False),
+    REFUSAL: (_TARGET.size + 1, _TARGET.size + HOST_MAX, True, False),
 }
 
 
@@ -142,7 +142,7 @@ class EgressLink:
         shape = _SHAPES.get(kind)
         if shape is None or not (shape[3] if self.guest else shape[2]):
             raise PeerError("bad frame", f"type {kind} is not for this side to send")
-        if zero or (stream == 0) != (kind == TOLD) or not shape[0] <= length <= shape[1]:
+        if zero or (stream == 0) != (kind == REFUSAL) or not shape[0] <= length <= shape[1]:
             raise PeerError("bad frame", f"type {kind} on stream {stream} with {length} bytes")
         if code > (CODE_MAX if kind in {OPENED, RESET} else 0):
             raise PeerError("bad frame", f"code {code}")
@@ -150,8 +150,8 @@ class EgressLink:
     def _event(self, kind: int, code: int, stream: int, payload: bytes) -> Event | None:
         if kind == OPEN:
             return self._open(stream, payload)
-        if kind == TOLD:
-            return _target(TOLD, 0, payload)
+        if kind == REFUSAL:
+            return _target(REFUSAL, 0, payload)
         if stream > self._last:
             raise PeerError("bad frame", f"stream {stream} was never opened")
         flow = self.flows.get(stream)
@@ -216,10 +216,10 @@ class EgressLink:
         self._queue(OPEN, self._last, _TARGET.pack(transport, port) + host)
         return self._last
 
-    def tell(self, transport: int, host: bytes, port: int) -> None:
+    def report_refusal(self, transport: int, host: bytes, port: int) -> None:
         """Tell the gate of a connection that was refused here; nothing where too much is queued already."""
         if self.pending() < WINDOW and 0 < len(host) <= HOST_MAX:
-            self._queue(TOLD, 0, _TARGET.pack(transport, port) + host)
+            self._queue(REFUSAL, 0, _TARGET.pack(transport, port) + host)
 
     def opened(self, stream: int, code: int = OK) -> None:
         """Answer OPEN: with a code other than OK there is no such flow any more."""
@@ -302,7 +302,7 @@ class EgressLink:
 
 
 def _target(kind: int, stream: int, payload: bytes) -> Event:
-    """What OPEN and TOLD are about. Raises PeerError."""
+    """What OPEN and REFUSAL are about. Raises PeerError."""
     transport, port = _TARGET.unpack_from(payload)
     if transport not in {TCP, UDP}:
         raise PeerError("bad frame", f"transport {transport}")

@@ -66,7 +66,7 @@ class Stream(enum.IntEnum):
     STDERR = 3
     OUTPUT_FILE = 4
     CHANGES = 5
-    LEFT = 6
+    LEFT_FILES = 6
     FIRST_FILE = 16
 
 
@@ -152,7 +152,7 @@ def stream_sender(stream: int) -> Role | None:
     """Who may send data on *stream*; None where nobody may."""
     if stream == Stream.STDIN or Stream.FIRST_FILE <= stream <= LAST_FILE:
         return Role.HOST
-    if Stream.STDOUT <= stream <= Stream.LEFT:
+    if Stream.STDOUT <= stream <= Stream.LEFT_FILES:
         return Role.GUEST
     return None
 

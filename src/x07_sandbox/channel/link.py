@@ -78,7 +78,7 @@ DATA_STATES: Final[dict[int, frozenset[State]]] = {
     Stream.STDERR: frozenset({State.RUNNING}),
     Stream.OUTPUT_FILE: frozenset({State.COLLECTING}),
     Stream.CHANGES: frozenset({State.COLLECTING}),
-    Stream.LEFT: frozenset({State.COLLECTING}),
+    Stream.LEFT_FILES: frozenset({State.COLLECTING}),
     Stream.FIRST_FILE: _FROM_START,  # stands for all files that go in
 }
 

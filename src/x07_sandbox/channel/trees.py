@@ -8,8 +8,8 @@ Records follow each other, numbers are big-endian:
     FILE      mode u16, mtime i64, size u64, then segments until their lengths are that size:
               u64, of which the top bit says hole and the rest is the length; unless it is a hole, the bytes
     LINK      mtime i64, u16 length, then the target
-    GONE      nothing: it was there and is no more
-    OTHER     mode u16, with its type: what no stream carries (device, socket, pipe, what has extended attributes, a
+    DELETED      nothing: it was there and is no more
+    UNSUPPORTED     mode u16, with its type: what no stream carries (device, socket, pipe, what has extended attributes, a
               folder too deep for names below it)
     ROOT      nothing: what follows is of the tree with the number that the name says, in decimal
     END       nothing: the last record
@@ -47,14 +47,14 @@ class Kind(enum.IntEnum):
     FOLDER = 1
     FILE = 2
     LINK = 3
-    GONE = 4
-    OTHER = 5
+    DELETED = 4
+    UNSUPPORTED = 5
     ROOT = 6
     END = 7
 
 
 class Entry(NamedTuple):
-    """One record. mode: permission bits, for OTHER with the type. mtime_ns: of a file, folder or link.
+    """One record. mode: permission bits, for UNSUPPORTED with the type. mtime_ns: of a file, folder or link.
 
     size: of a file. target: of a link.
     """
@@ -76,7 +76,7 @@ class Entry(NamedTuple):
             return head + _LINK.pack(mtime_ns, len(self.target)) + self.target
         if self.kind is Kind.FOLDER:
             return head + _FOLDER.pack(self.mode, mtime_ns)
-        if self.kind is Kind.OTHER:
+        if self.kind is Kind.UNSUPPORTED:
             return head + _MODE.pack(self.mode)
         return head
 
@@ -172,7 +172,7 @@ class Reader:
         if kind is Kind.FOLDER:
             mode, mtime_ns = _FOLDER.unpack_from(view, rest)
             return Entry(kind, name, mode=mode, mtime_ns=mtime_ns), rest + _FOLDER.size
-        if kind is Kind.OTHER:
+        if kind is Kind.UNSUPPORTED:
             (mode,) = _MODE.unpack_from(view, rest)
             return Entry(kind, name, mode=mode), rest + _MODE.size
         return Entry(kind, name), rest
@@ -218,7 +218,7 @@ def _link(view: memoryview, at: int, name: bytes) -> tuple[Entry, int] | None:
 
 _ROOT_DIGITS: Final = 3
 _KINDS: Final = {int(kind): kind for kind in Kind}
-_REST: Final = {Kind.FILE: _FILE.size, Kind.LINK: _LINK.size, Kind.FOLDER: _FOLDER.size, Kind.OTHER: _MODE.size}
+_REST: Final = {Kind.FILE: _FILE.size, Kind.LINK: _LINK.size, Kind.FOLDER: _FOLDER.size, Kind.UNSUPPORTED: _MODE.size}
 
 
 def check_name(name: bytes) -> bytes:

@@ -16,19 +16,19 @@ from typing import TYPE_CHECKING, Any
 from x07_sandbox.channel.connection import Connection
 from x07_sandbox.channel.frames import PROTOCOL, Kind, Role
 from x07_sandbox.channel.link import NEXT, Control, Event, State
-from x07_sandbox.guest.environment import Place
+from x07_sandbox.guest.environment import Environment
 from x07_sandbox.guest.errors import JobError
-from x07_sandbox.guest.job import TICK_S, Job, orders
+from x07_sandbox.guest.job import TICK_S, Job, job_settings
 
 if TYPE_CHECKING:
     from x07_sandbox.guest.platform import Platform
 
 
 def main() -> None:
-    """Serve the one conversation, and end. Arguments: none in a machine, else those of `named`."""
+    """Serve the one conversation, and end. Arguments: none in a machine, else those of `platform_from_args`."""
     platform: Platform
     if words := sys.argv[1:]:
-        platform = named(words)
+        platform = platform_from_args(words)
     else:
         from x07_sandbox.guest.machine import Machine
 
@@ -39,7 +39,7 @@ def main() -> None:
         platform.end()
 
 
-def named(words: list[str]) -> Platform:
+def platform_from_args(words: list[str]) -> Platform:
     """What the command line says: `os FD NET_FD`, `none FD FOLDER` or `container`, with `network` where there is any.
 
     A last word tells whose it is, and is not used. Raises JobError.
@@ -67,7 +67,7 @@ class Agent:
         self.connection = Connection(channel_fd, Role.GUEST, out_fd=platform.channel_out_fd)
         self.link = self.connection.link
         self.machine_id = b""
-        self.place: Place | None = None
+        self.environment: Environment | None = None
         self.job: Job | None = None
         self.audit = platform.audit()
 
@@ -120,10 +120,10 @@ class Agent:
                 self.link.send(Kind.SEEDED, {"nonce": event.body["nonce"]})
             elif event.kind is Kind.START:
                 network = event.body["network"]
-                self.place = self.place or Place(self.platform, network=network is not None)
-                self.place.admit(network)
+                self.environment = self.environment or Environment(self.platform, network=network is not None)
+                self.environment.admit(network)
                 body = self.platform.adapt(event.body)
-                self.job = Job(self.link, self.machine_id, body, self.place, self.audit, self._fail)
+                self.job = Job(self.link, self.machine_id, body, self.environment, self.audit, self._fail)
                 self.job.begin_if_complete()
             elif event.kind is Kind.STOP and self.job is not None:
                 self.job.stop()
@@ -136,19 +136,21 @@ class Agent:
         limits, hostname, output: as they will likely be in START. commands: programs of the image, run as root while
         there is nothing hostile, so that the kernel has read them.
         """
-        first = self.place is None
-        if self.place is not None:  # a program of the host's own has warmed the machine: the next place
+        first = self.environment is None
+        if self.environment is not None:  # a program of the host's own has warmed the machine: the next environment
             self.job = None
-            self.place.close()
+            self.environment.close()
         limits = body["limits"]
-        self.place = place = Place(
+        self.environment = environment = Environment(
             self.platform, first=first, interpreter=True, preload=body["preload"], network=body["network"]
         )
-        place.prepare(orders(limits, body["hostname"], place.spare_cpu_s, out_writable=body["output"]))
-        place.measure()
-        if place.relay is not None:
-            place.relay.wait_built()
-        place.group.limit(mem_bytes=max(limits["mem_bytes"], place.waiting_bytes), tasks=limits["tasks"])
+        environment.prepare(
+            job_settings(limits, body["hostname"], environment.spare_cpu_s, out_writable=body["output"])
+        )
+        environment.measure()
+        if environment.relay is not None:
+            environment.relay.wait_built()
+        environment.group.limit(mem_bytes=max(limits["mem_bytes"], environment.waiting_bytes), tasks=limits["tasks"])
         for argv in body["commands"]:
             _run_quietly(argv)
         os.sync()  # the scratch disk is saved as the host sees it
@@ -156,7 +158,7 @@ class Agent:
         gc.collect()
         gc.freeze()
         gc.disable()
-        place.cpu_us_so_far()
+        environment.cpu_us_so_far()
         self.audit.settle()
         self.link.send(Kind.WARMED, {})
 

@@ -147,7 +147,7 @@ class Audit:
             if late or not status[_QUEUED]:
                 break
         self._refusals.finish()
-        return self._refusals.found, max(0, status[_LOST] - self._lost_before) + self._refusals.untold
+        return self._refusals.found, max(0, status[_LOST] - self._lost_before) + self._refusals.uncounted
 
     # netlink
 
@@ -209,7 +209,7 @@ class NoAudit:
 
 
 class Refusals:
-    """What records say, put together. found: how often each. untold: those beyond `DENIED_MAX` different ones."""
+    """What records say, put together. found: how often each. uncounted: those beyond `DENIED_MAX` different ones."""
 
     def __init__(
         self,
@@ -236,7 +236,7 @@ class Refusals:
         self._follow = follow
         self._begun.clear()
         self.found.clear()
-        self.untold = 0
+        self.uncounted = 0
         self.heard = False  # of anything, also what is no refusal: where records are, some may be lost
 
     def finish(self) -> None:
@@ -349,7 +349,7 @@ class Refusals:
         if refusal in self.found or len(self.found) < DENIED_MAX:
             self.found[refusal] = self.found.get(refusal, 0) + 1
         else:
-            self.untold += 1
+            self.uncounted += 1
 
     def _name(self, number: bytes) -> str:
         return self._names.get(_number(number), f"system call {_number(number)}")

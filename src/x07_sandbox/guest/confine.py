@@ -1,8 +1,8 @@
 """Confinement of the program, as lists of steps that each name what they need. A step that fails ends the job.
 
-`Measures.world`: done by init, still root, builds what the program will see. `Measures.rights`: done by the program's
+`Confinement.world`: done by init, still root, builds what the program will see. `Confinement.rights`: done by the program's
 own process, takes its rights away. Neither depends on the job, so both are done before a machine is saved.
-`Measures.job`: done by init, still root, when the orders have come. A step may need what a later one gives up.
+`Confinement.job`: done by init, still root, when the orders have come. A step may need what a later one gives up.
 
 `MACHINE` are those of a virtual machine; `guest/process.py` has those of the weaker platforms.
 """
@@ -61,7 +61,7 @@ class World(NamedTuple):
     group_folder: str
 
 
-class Orders(NamedTuple):
+class JobSettings(NamedTuple):
     """What depends on the job. execution: an `execution.Execution`, as the plain tuple that can be sent.
 
     tmp_bytes: size of /tmp and of /dev/shm. cpu_s: the limit below that of the control group's counter.
@@ -92,12 +92,12 @@ class Step(NamedTuple, Generic[T]):
     fields: tuple[str, ...] = ()
 
 
-class Measures(NamedTuple):
+class Confinement(NamedTuple):
     """The steps of one platform, in their order."""
 
     world: tuple[Step[World], ...]
     rights: tuple[Step[World], ...]
-    job: tuple[Step[Orders], ...]
+    job: tuple[Step[JobSettings], ...]
 
 
 # Folders of the root that hold nothing of the image: something else is mounted there, or folders of the host.
@@ -255,33 +255,33 @@ def forget_interpreter() -> None:
     _remount("/run", system.MS_RDONLY)
 
 
-def _hostname(orders: Orders) -> None:
-    socket.sethostname(orders.hostname)
+def _hostname(settings: JobSettings) -> None:
+    socket.sethostname(settings.hostname)
 
 
-def _sizes(orders: Orders) -> None:
+def _sizes(settings: JobSettings) -> None:
     # Inodes are bounded too: an empty file costs about 1 KiB of kernel memory.
-    options = f"size={orders.tmp_bytes},nr_inodes={max(1024, orders.tmp_bytes // 4096)}"
+    options = f"size={settings.tmp_bytes},nr_inodes={max(1024, settings.tmp_bytes // 4096)}"
     for path in IN_MEMORY:
         system.mount("tmpfs", path, "", system.MS_REMOUNT | system.MS_NOSUID | system.MS_NODEV, options)
 
 
-def _output(orders: Orders) -> None:
-    _remount("/x07/out", 0 if orders.out_writable else system.MS_RDONLY)
+def _output(settings: JobSettings) -> None:
+    _remount("/x07/out", 0 if settings.out_writable else system.MS_RDONLY)
 
 
-def _inputs(orders: Orders) -> None:
-    if orders.inputs_on_disk:
+def _inputs(settings: JobSettings) -> None:
+    if settings.inputs_on_disk:
         system.unmount("/x07/in")
 
 
-def resource_limits(orders: Orders) -> tuple[tuple[int, int], ...]:
+def resource_limits(settings: JobSettings) -> tuple[tuple[int, int], ...]:
     """The limits of each single process, by resource."""
     # The cgroup's counter decides on cpu-limit. This one is higher: its signal could be the program's own.
     return (
-        (resource.RLIMIT_CPU, orders.cpu_s),
-        (resource.RLIMIT_NOFILE, orders.fds),
-        (resource.RLIMIT_CORE, orders.core_bytes),
+        (resource.RLIMIT_CPU, settings.cpu_s),
+        (resource.RLIMIT_NOFILE, settings.fds),
+        (resource.RLIMIT_CORE, settings.core_bytes),
         (resource.RLIMIT_MEMLOCK, 65536),
         (resource.RLIMIT_MSGQUEUE, 65536),
         (resource.RLIMIT_SIGPENDING, 1024),
@@ -290,25 +290,25 @@ def resource_limits(orders: Orders) -> tuple[tuple[int, int], ...]:
     )
 
 
-def _resource_limits(orders: Orders) -> None:
-    for which, value in resource_limits(orders):
+def _resource_limits(settings: JobSettings) -> None:
+    for which, value in resource_limits(settings):
         resource.prlimit(PROGRAM_PID, which, (value, value))
 
 
-def _programs(orders: Orders) -> None:
-    if orders.execution is not None:
-        execution.allow(execution.Execution(*orders.execution))
+def _programs(settings: JobSettings) -> None:
+    if settings.execution is not None:
+        execution.allow(execution.Execution(*settings.execution))
 
 
-def _no_execution(orders: Orders) -> None:
-    if orders.execution is not None:
-        execution.close(execution.Execution(*orders.execution), [*IN_MEMORY, "/x07/out", CWD], _INPUTS)
+def _no_execution(settings: JobSettings) -> None:
+    if settings.execution is not None:
+        execution.close(execution.Execution(*settings.execution), [*IN_MEMORY, "/x07/out", CWD], _INPUTS)
 
 
 # A remount of its size takes the flag off again.
 _OF_NO_EXECUTION: Final = ("execution", "tmp_bytes", "out_writable", "inputs_on_disk")
 RESOURCES: Final = ("fds", "cpu_s", "core_bytes")
-VIEW: Final[tuple[Step[Orders], ...]] = (
+VIEW: Final[tuple[Step[JobSettings], ...]] = (
     Step("host name", "CAP_SYS_ADMIN", _hostname, ("hostname",)),
     Step("sizes", "CAP_SYS_ADMIN", _sizes, ("tmp_bytes",)),
     Step("output folder", "CAP_SYS_ADMIN", _output, ("out_writable",)),
@@ -350,14 +350,14 @@ def scopes(_world: World) -> None:
     # Measured: where a later ruleset is about files, this one too forbids moving them unless it allows it.
     fd = system.landlock_ruleset(files=system.FS_REFER, scopes=scopes)
     system.landlock_allow(fd, "/", system.FS_REFER)
-    restrict.last_steps()[0](b"", fd)
+    restrict.exec_functions()[0](b"", fd)
     os.close(fd)
 
 
 def _system_calls(world: World) -> None:
-    take_away, _ = restrict.last_steps()
-    take_away(world.quiet_filter, -1, recorded=False)
-    take_away(world.base_filter, -1)
+    restrict_self, _ = restrict.exec_functions()
+    restrict_self(world.quiet_filter, -1, recorded=False)
+    restrict_self(world.base_filter, -1)
 
 
 def _fresh_signals(_world: World) -> None:
@@ -368,7 +368,7 @@ def _fresh_signals(_world: World) -> None:
 
 
 FRESH_SIGNALS: Final = Step[World]("fresh signals", "", _fresh_signals)
-MACHINE: Final = Measures(
+MACHINE: Final = Confinement(
     world=(
         Step("namespaces", "CAP_SYS_ADMIN", _namespaces),
         Step("read-only system", "CAP_SYS_ADMIN", _read_only_system),

@@ -21,7 +21,7 @@ from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.process import FREE_INIT, RULES, SCOPES, OnSharedKernel, limit
 from x07_sandbox.guest.relay_process import RelayProcess
 from x07_sandbox.guest.system import write_file
-from x07_sandbox.guest.trees import Tree, as_program
+from x07_sandbox.guest.trees import Tree, as_program_user
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -49,14 +49,14 @@ def _program_user() -> Iterator[None]:
         os.setresgid(0, 0, 0)
 
 
-def _resource_limits(orders: confine.Orders) -> None:
+def _resource_limits(settings: confine.JobSettings) -> None:
     with _program_user():  # for another user's process the kernel wants CAP_SYS_RESOURCE (prlimit(2))
         for pid in system.children_of(os.getpid())[:1]:
-            limit(pid, confine.resource_limits(orders))
+            limit(pid, confine.resource_limits(settings))
 
 
 _OF_MACHINE: Final = {step.name: step for step in confine.MACHINE.rights}
-CONTAINED: Final = confine.Measures(
+CONTAINED: Final = confine.Confinement(
     world=(FREE_INIT, RULES),
     rights=(
         confine.Step("first to die", "", _first_to_die),
@@ -124,16 +124,16 @@ class ContainerTree(Tree):
         if entry.name in self._places and entry.kind is Kind.FOLDER:  # it is the engine's, with a mode of its own
             self.folders[entry.name] = os.stat(entry.name or b".", dir_fd=self._top).st_mode & 0o7777
             return
-        with as_program(owner):
+        with as_program_user(owner):
             super()._make(entry)
 
     def _close_file(self) -> None:
         assert self._entry is not None  # noqa: S101 - for the type checker
-        with as_program(self._owner(self._entry.name)):
+        with as_program_user(self._owner(self._entry.name)):
             super()._close_file()
 
     def _finish_folder(self, folder: bytes, mode: int, mtime_ns: int | None) -> None:
-        with as_program(self._owner(folder)):
+        with as_program_user(self._owner(folder)):
             super()._finish_folder(folder, mode, mtime_ns)
 
 
@@ -144,7 +144,7 @@ def _below(base: str, sub: bytes) -> bytes:
 class Contained(OnSharedKernel):
     """In a container. network: whether the engine gave it the gate's socket."""
 
-    measures = CONTAINED
+    confinement = CONTAINED
     program_uid = confine.UID
     scratch = memory = _SCRATCH
     machine_id = confine.MACHINE_ID
@@ -218,7 +218,7 @@ class Contained(OnSharedKernel):
 
     def reading(self) -> AbstractContextManager[None]:
         """As the program's user, whose files root may not read here."""
-        return as_program(confine.UID)
+        return as_program_user(confine.UID)
 
     def relay(self, netns_fd: int) -> RelayProcess:
         """One in this very network namespace."""

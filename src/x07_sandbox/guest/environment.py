@@ -1,4 +1,4 @@
-"""The place made ready for a program of any job: scratch disk, control group, namespaces, and a process that waits."""
+"""The environment made ready for a program of any job: scratch disk, control group, namespaces, and a process that waits."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ class Limits(NamedTuple):
     alone: bool
 
 
-class Place:
-    """One prepared place; descriptors are the agent's ends, all close-on-exec.
+class Environment:
+    """One prepared environment; descriptors are the agent's ends, all close-on-exec.
 
     first: whether it is the first of this machine; before another is made, the last one is closed.
     interpreter: whether the process that waits is a started Python. preload: modules that it has imported.
     network: whether the program may have connections, so that there is a relay.
     init: process id of the first process of its namespaces. report_fd: what init says.
-    told_fd: what the program's process says before it is the program; its end means that it is.
-    in_memory_fds: the program's folders in memory, once the place is prepared.
+    status_fd: what the program's process says before it is the program; its end means that it is.
+    in_memory_fds: the program's folders in memory, once the environment is prepared.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Place:
         self.waiting_bytes = WAITING_BYTES
         self.spare_cpu_s = SPARE_CPU_S + (PRELOAD_CPU_S if preload else 0)
         self.in_memory_fds: list[int] = []
-        self._orders: confine.Orders | None = None
+        self._settings: confine.JobSettings | None = None
         self._cpu_us: int | None = None
         self._own_modules = False
         self._machine_id_fd = os.open(platform.machine_id, os.O_WRONLY | os.O_CLOEXEC)
@@ -85,10 +85,10 @@ class Place:
         self.stdout_fd, stdout_w = os.pipe2(os.O_CLOEXEC)
         self.stderr_fd, stderr_w = os.pipe2(os.O_CLOEXEC)
         self.report_fd, report_w = os.pipe2(os.O_CLOEXEC)
-        self.told_fd, told_w = os.pipe2(os.O_CLOEXEC)
+        self.status_fd, told_w = os.pipe2(os.O_CLOEXEC)
         start_r, self._start_fd = os.pipe2(os.O_CLOEXEC)
-        orders_r, self._orders_fd = os.pipe2(os.O_CLOEXEC)
-        ends = init.Ends((stdin_r, stdout_w, stderr_w), start_r, told_w, orders_r, report_w)
+        settings_r, self._settings_fd = os.pipe2(os.O_CLOEXEC)
+        ends = init.Ends((stdin_r, stdout_w, stderr_w), start_r, told_w, settings_r, report_w)
         world = confine.World(
             netns_fd=_network_namespace() if platform.namespaces else -1,
             procs_fds=self.group.open_procs(),
@@ -108,10 +108,10 @@ class Place:
             os.unshare(os.CLONE_NEWPID)  # for the next child only: it becomes PID 1 of the program's namespace
         self.init = os.fork()
         if self.init == 0:
-            init.run_init(world, ends, platform.measures)
+            init.run_init(world, ends, platform.confinement)
         if platform.namespaces:
             os.setns(own, os.CLONE_NEWPID)  # the child after it is again one of ours
-        for fd in (own, *ends.of_program(), orders_r, report_w, *world.procs_fds):
+        for fd in (own, *ends.of_program(), settings_r, report_w, *world.procs_fds):
             os.close(fd)
         if world.netns_fd >= 0:
             os.close(world.netns_fd)
@@ -122,26 +122,26 @@ class Place:
         `start` waits until it is done.
         """
         if (network is None) != (self.relay is None):
-            raise JobError("relay", 0, "this place was not made for such a job")
+            raise JobError("relay", 0, "this environment was not made for such a job")
         if self.relay is not None and network is not None:
             self.relay.wait_built()
             self.relay.admit(network)
 
-    def prepare(self, orders: confine.Orders) -> None:
+    def prepare(self, settings: confine.JobSettings) -> None:
         """Wait until the program's process waits, and have init make what depends on the job. Raises JobError.
 
-        May be called again with other orders: only what differs is done again.
+        May be called again with other settings: only what differs is done again.
         """
-        if self._orders == orders:
+        if self._settings == settings:
             return
-        if self._orders is None and (told := self._first_words()) != init.READY:
-            if told := told + read_all(self.told_fd):
-                raise told_failure(told)
-            os.close(self._orders_fd)
+        if self._settings is None and (told := self._first_words()) != init.READY:
+            if told := told + read_all(self.status_fd):
+                raise exec_failure(told)
+            os.close(self._settings_fd)
             raise failure(os.read(self.report_fd, 8192))
-        self._orders = orders
+        self._settings = settings
         with contextlib.suppress(BrokenPipeError):  # init has ended, and its report says why
-            write_all(self._orders_fd, marshal.dumps(tuple(orders)))
+            write_all(self._settings_fd, marshal.dumps(tuple(settings)))
         report = os.read(self.report_fd, 8192)
         if report != init.READY:
             raise failure(report)
@@ -156,14 +156,14 @@ class Place:
         It writes a line for each module: "M", its name, a space, how many seconds it took.
         """
         if not self._preload:
-            return os.read(self.told_fd, 1)
+            return os.read(self.status_fd, 1)
         until, words = time.monotonic() + PRELOAD_S, b""
         took: list[str] = []
         while True:
             left_s = until - time.monotonic()
-            if left_s <= 0 or not select.select([self.told_fd], [], [], left_s)[0]:
+            if left_s <= 0 or not select.select([self.status_fd], [], [], left_s)[0]:
                 raise JobError("preload", 0, _too_slow(self._preload, took))
-            chunk = os.read(self.told_fd, 4096)
+            chunk = os.read(self.status_fd, 4096)
             words += chunk
             while words[:1] == b"M" and b"\n" in words:
                 line, _, words = words.partition(b"\n")
@@ -198,10 +198,10 @@ class Place:
         )
 
     def start(self, argv: list[str], env: dict[str, str], cwd: str, limits: Limits) -> None:
-        """Let the process become the program; `told_fd` and `report_fd` say how that goes. Raises JobError."""
+        """Let the process become the program; `status_fd` and `report_fd` say how that goes. Raises JobError."""
         if self.relay is not None:
             self.relay.wait_admitted()
-        os.close(self._orders_fd)
+        os.close(self._settings_fd)
         become = self.becomes(argv, env, limits)
         name = filters.filter_name(threads=limits.threads, spawn=limits.spawn, execute=limits.execute)
         token = b"" if become or limits.execute else os.urandom(restrict.TOKEN_BYTES)
@@ -210,7 +210,7 @@ class Place:
         else:
             code = self._filters[name] if name else b""
         rules_fd = -1 if limits.programs is None else interpreter.RULES_FD
-        with contextlib.suppress(BrokenPipeError):  # it has ended, as `told_fd` tells
+        with contextlib.suppress(BrokenPipeError):  # it has ended, as `status_fd` tells
             write_all(self._start_fd, marshal.dumps((become, argv, env, cwd, code, rules_fd, token)))
         os.close(self._start_fd)
 
@@ -262,7 +262,7 @@ def _too_slow(preload: list[str], took: list[str]) -> str:
     return f"{slow} was not imported within {PRELOAD_S:.0f} s for all" + (f"; {done}" if done else "")
 
 
-def told_failure(told: bytes) -> JobError:
+def exec_failure(told: bytes) -> JobError:
     """Why a process could not become the program: it sends the kernel's error for its execution, else 0, and words."""
     number, _, message = told.decode("utf-8", "replace").partition(" ")
     return JobError("exec", int(number) if number.isdigit() else 0, message)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from x07_sandbox.channel.frames import Stream
 from x07_sandbox.guest.confine import CWD
-from x07_sandbox.guest.environment import IN_MEMORY_BYTES, Place
+from x07_sandbox.guest.environment import IN_MEMORY_BYTES, Environment
 from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.system import write_all
 from x07_sandbox.guest.unpack import ArchiveError, unpack
@@ -27,11 +27,11 @@ class IncomingFiles:
     on_disk: whether they lie on the scratch disk; memory costs a fresh clone far less.
     """
 
-    def __init__(self, entries: list[dict[str, Any]], place: Place) -> None:
+    def __init__(self, entries: list[dict[str, Any]], environment: Environment) -> None:
         self.on_disk = sum(entry["bytes"] for entry in entries if entry["kind"] != "tree") > IN_MEMORY_BYTES
         self.trees: dict[int, Tree] = {}
         self.work: Tree | None = None
-        self._folder = place.folder(on_disk=self.on_disk)
+        self._folder = environment.folder(on_disk=self.on_disk)
         self._entries = {Stream.FIRST_FILE + index: entry for index, entry in enumerate(entries)}
         self._open: dict[int, int] = {}
         self._archives: dict[int, io.BytesIO] = {}
@@ -40,14 +40,14 @@ class IncomingFiles:
             self._left[stream] = entry["bytes"]
             if entry["kind"] == "tree":
                 in_work = entry["path"] == CWD
-                tree = place.platform.work_tree() if in_work else place.platform.tree(stream)
+                tree = environment.platform.work_tree() if in_work else environment.platform.tree(stream)
                 self.trees[stream] = tree
                 self.work = tree if in_work else self.work
                 continue
             if entry["kind"] == "archive" and not self.on_disk:
                 self._archives[stream] = io.BytesIO()
                 continue
-            archive = place.scratch(f"{stream}.cpio") if entry["kind"] == "archive" else None
+            archive = environment.scratch(f"{stream}.cpio") if entry["kind"] == "archive" else None
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             self._open[stream] = os.open(archive or self._path(entry), flags, entry["mode"])
             if archive:
@@ -56,7 +56,7 @@ class IncomingFiles:
     def _path(self, entry: dict[str, Any]) -> str:
         name = entry["path"].removeprefix(_FOLDER)
         if not name or "/" in name or name.startswith("."):
-            raise JobError("files", 0, f"no such place: {entry['path']}")
+            raise JobError("files", 0, f"no such environment: {entry['path']}")
         return f"{self._folder}/{name}"
 
     def write(self, stream: int, data: bytes) -> None:

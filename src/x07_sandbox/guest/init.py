@@ -16,7 +16,7 @@ import struct
 from typing import NamedTuple, NoReturn
 
 from x07_sandbox.guest import confine, interpreter, restrict
-from x07_sandbox.guest.system import children_of, only_descriptors, read_all
+from x07_sandbox.guest.system import children_of, close_descriptors_except, read_all
 
 READY = b"R"  # from the program's process: it waits for its start; from init: the orders are carried out
 EXITED = b"X"  # then u32: the wait status as waitpid(2) gives it
@@ -29,37 +29,37 @@ _STATUS = struct.Struct(">I")
 class Ends(NamedTuple):
     """Descriptors of init and of the program's process; the agent has the other ends.
 
-    streams: the program's standard streams. start_fd: what it is to become. told_fd: gets READY, then a failure, or is
-    closed by success. orders_fd: where init reads what of the world depends on the job. report_fd: what init says.
+    streams: the program's standard streams. start_fd: what it is to become. status_fd: gets READY, then a failure, or is
+    closed by success. settings_fd: where init reads what of the world depends on the job. report_fd: what init says.
     """
 
     streams: tuple[int, int, int]
     start_fd: int
-    told_fd: int
-    orders_fd: int
+    status_fd: int
+    settings_fd: int
     report_fd: int
 
     def of_program(self) -> tuple[int, ...]:
         """Those that only the program's process keeps."""
-        return (*self.streams, self.start_fd, self.told_fd)
+        return (*self.streams, self.start_fd, self.status_fd)
 
 
-def run_init(world: confine.World, ends: Ends, measures: confine.Measures) -> NoReturn:
+def run_init(world: confine.World, ends: Ends, confinement: confine.Confinement) -> NoReturn:
     """Be the init of a program whose orders come later. Never returns."""
     try:
         os.setsid()
-        only_descriptors(*ends.of_program(), ends.orders_fd, ends.report_fd, world.netns_fd, *world.procs_fds)
-        confine.apply(measures.world, world)
+        close_descriptors_except(*ends.of_program(), ends.settings_fd, ends.report_fd, world.netns_fd, *world.procs_fds)
+        confine.apply(confinement.world, world)
         program = os.fork()
         if program == 0:
-            for fd in (ends.report_fd, ends.orders_fd):
+            for fd in (ends.report_fd, ends.settings_fd):
                 os.close(fd)
-            _become(world, ends, measures)
+            _become(world, ends, confinement)
         for fd in {*ends.of_program(), *world.procs_fds}:
             os.close(fd)
         if not world.group_kills:
             _end_when_asked(program)
-        _obey(world, ends, measures)
+        _obey(world, ends, confinement)
         status = _last_of(program, namespace=world.namespaces)
         os.write(ends.report_fd, EXITED + _STATUS.pack(status))
         # Its end would take the namespaces apart, which takes longer than a small program.
@@ -74,23 +74,23 @@ def run_init(world: confine.World, ends: Ends, measures: confine.Measures) -> No
         os._exit(0)
 
 
-def _obey(world: confine.World, ends: Ends, measures: confine.Measures) -> None:
-    """Carry out orders, each of which is answered before the next one comes, until their end."""
-    before: confine.Orders | None = None
+def _obey(world: confine.World, ends: Ends, confinement: confine.Confinement) -> None:
+    """Carry out settings, each of which is answered before the next one comes, until their end."""
+    before: confine.JobSettings | None = None
     told = b""
-    while chunk := os.read(ends.orders_fd, 65536):
+    while chunk := os.read(ends.settings_fd, 65536):
         told += chunk
         try:
-            orders = confine.Orders(*marshal.loads(told))  # noqa: S302 - it is our agent that speaks
+            settings = confine.JobSettings(*marshal.loads(told))  # noqa: S302 - it is our agent that speaks
         except EOFError:  # not all of it yet
             continue
         told = b""
-        confine.apply(measures.job, orders, before)
+        confine.apply(confinement.job, settings, before)
         if before is None and world.interpreter:
             confine.forget_interpreter()
-        before = orders
+        before = settings
         os.write(ends.report_fd, READY)
-    os.close(ends.orders_fd)
+    os.close(ends.settings_fd)
 
 
 def _end_when_asked(program: int) -> None:
@@ -125,30 +125,30 @@ def _last_of(program: int, *, namespace: bool) -> int:
     return status
 
 
-def _become(world: confine.World, ends: Ends, measures: confine.Measures) -> NoReturn:
+def _become(world: confine.World, ends: Ends, confinement: confine.Confinement) -> NoReturn:
     """Give up all rights, wait for the start, turn this process into the program."""
-    start_fd, told_fd = ends.start_fd, ends.told_fd
+    start_fd, status_fd = ends.start_fd, ends.status_fd
     try:
         try:
             os.setsid()
             high = [os.dup(fd) for fd in ends.streams]  # so that no dup2 below can overwrite one that is still needed
             for target, fd in enumerate(high):
                 os.dup2(fd, target)
-            confine.apply(measures.rights, world)
+            confine.apply(confinement.rights, world)
             os.umask(0o022)
             if world.interpreter:
                 # By way of high numbers, so that neither is put where the other one is.
-                start_fd, told_fd = (fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 16) for fd in (start_fd, told_fd))
+                start_fd, status_fd = (fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 16) for fd in (start_fd, status_fd))
                 os.dup2(start_fd, interpreter.START_FD)
-                os.dup2(told_fd, interpreter.TOLD_FD)
+                os.dup2(status_fd, interpreter.STATUS_FD)
                 os.execve(interpreter.PYTHON, interpreter.ARGV, interpreter.ENV)
-            take_away, execute = restrict.last_steps()
-            os.write(told_fd, READY)
+            restrict_self, execute = restrict.exec_functions()
+            os.write(status_fd, READY)
             # It is our agent that speaks.
             _, argv, env, cwd, filter_code, rules_fd, token = marshal.loads(read_all(start_fd))  # noqa: S302
             os.chdir(cwd)
             if filter_code or rules_fd >= 0:
-                take_away(filter_code, rules_fd)
+                restrict_self(filter_code, rules_fd)
             try:
                 execute(argv, env, token)
             except OSError as exc:
@@ -157,7 +157,7 @@ def _become(world: confine.World, ends: Ends, measures: confine.Measures) -> NoR
             told = f"0 {exc.args[0]}: {exc.args[2]}"
         except (OSError, ValueError) as exc:
             told = f"0 {exc}"
-        os.write(told_fd, told.encode("utf-8", "backslashreplace"))
+        os.write(status_fd, told.encode("utf-8", "backslashreplace"))
     finally:
         os._exit(127)
 

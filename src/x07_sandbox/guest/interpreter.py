@@ -1,7 +1,7 @@
 """A Python interpreter that is started before there is a job, and becomes the program when there is one.
 
 It is started with the name of a script that does not exist, and stops in its own start-up, where Python imports
-`sitecustomize`: that module is `hook`, which imports what is to be preloaded, and waits for the orders. Then it removes
+`sitecustomize`: that module is `hook`, which imports what is to be preloaded, and waits for the settings. Then it removes
 everything of itself, puts the right script's name where the interpreter will look for it, and lets the start-up go on:
 the interpreter reads, compiles and runs the script with nothing of ours on its stack. Or it executes another program.
 
@@ -14,13 +14,13 @@ import marshal
 from collections.abc import Callable
 from typing import Any, Final, NoReturn
 
-from x07_sandbox.guest.restrict import last_steps
+from x07_sandbox.guest.restrict import exec_functions
 
 PYTHON: Final = "/usr/bin/python3"
 FOLDER: Final = "/run/start"  # in the program's view until it starts
 SCRIPTS: Final = "/x07/in/"
 START_FD: Final = 3
-TOLD_FD: Final = 4
+STATUS_FD: Final = 4
 RULES_FD: Final = 63  # below 64 the kernel's table of descriptors need not grow
 _NAME_MAX: Final = 255
 PLACEHOLDER: Final = f"{SCRIPTS}program/{'x' * _NAME_MAX}"
@@ -67,7 +67,7 @@ names.clear()
 
 
 def _stop(preload: list[str]) -> None:
-    """Wait for the orders, and carry them out."""
+    """Wait for the settings, and carry them out."""
     import os
     import sys
 
@@ -79,21 +79,21 @@ def _stop(preload: list[str]) -> None:
     import marshal
 
     signals = __import__("_signal")  # which `signal` wraps, and imports much for
-    take_away, execute = last_steps()
+    restrict_self, execute = exec_functions()
     if "_hashlib" in known:
         import _ssl  # noqa: F401 - _new_secrets has it then
     places = _places_of_the_script()
     had = dict(os.environ)
-    os.write(TOLD_FD, b"R")
-    orders = []
+    os.write(STATUS_FD, b"R")
+    settings = []
     while piece := os.read(START_FD, 65536):
-        orders.append(piece)
-    become, argv, env, cwd, filter_code, rules_fd, token = marshal.loads(b"".join(orders))  # noqa: S302 - the agent's
+        settings.append(piece)
+    become, argv, env, cwd, filter_code, rules_fd, token = marshal.loads(b"".join(settings))  # noqa: S302 - the agent's
     os.close(START_FD)
     os.chdir(cwd)
     os.set_inheritable(RULES_FD, False)  # noqa: FBT003 - it takes no names
     if filter_code or rules_fd >= 0:
-        _restrict(take_away, filter_code, rules_fd)
+        _restrict(restrict_self, filter_code, rules_fd)
     os.close(RULES_FD)
     if not become:
         for number in (signals.SIGPIPE, signals.SIGXFSZ):  # Python ignores them, and what it executes would too
@@ -104,7 +104,7 @@ def _stop(preload: list[str]) -> None:
     if preload:
         _new_secrets(known)
     ctypes.set_errno(0)  # of what was refused to us
-    os.close(TOLD_FD)
+    os.close(STATUS_FD)
     if theirs is None:
         del sys.modules["sitecustomize"]
         __import__("sitecustomize")  # the system's own, where it has one
@@ -127,9 +127,9 @@ def _import_all(preload: list[str]) -> None:
         try:
             __import__(name)
         except BaseException as exc:  # noqa: BLE001 - whatever a module does
-            os.write(TOLD_FD, f"0 cannot preload {name}: {exc!r}".encode("utf-8", "backslashreplace")[:1000])
+            os.write(STATUS_FD, f"0 cannot preload {name}: {exc!r}".encode("utf-8", "backslashreplace")[:1000])
             os._exit(127)
-        os.write(TOLD_FD, f"M{name} {clock() - began:.1f}\n".encode())
+        os.write(STATUS_FD, f"M{name} {clock() - began:.1f}\n".encode())
     for stream in sys.__stdout__, sys.__stderr__, sys.stdout, sys.stderr:
         try:  # noqa: SIM105 - contextlib would be one more module
             stream.flush()  # type: ignore[union-attr]
@@ -195,14 +195,14 @@ def _places_of_the_script() -> list[memoryview]:
     return places
 
 
-def _restrict(take_away: Callable[..., None], filter_code: bytes, rules_fd: int) -> None:
-    """Put this process under a filter, and under Landlock's rules, as last_steps has it."""
+def _restrict(restrict_self: Callable[..., None], filter_code: bytes, rules_fd: int) -> None:
+    """Put this process under a filter, and under Landlock's rules, as exec_functions has it."""
     import os
 
     try:
-        take_away(filter_code, rules_fd)
+        restrict_self(filter_code, rules_fd)
     except OSError as exc:
-        os.write(TOLD_FD, b"0 " + str(exc).encode())
+        os.write(STATUS_FD, b"0 " + str(exc).encode())
         os._exit(127)
 
 
@@ -210,11 +210,11 @@ def _execute(execute: Callable[..., NoReturn], argv: list[str], env: dict[str, s
     """Execute another program."""
     import os
 
-    os.set_inheritable(TOLD_FD, False)  # noqa: FBT003 - it takes no names
+    os.set_inheritable(STATUS_FD, False)  # noqa: FBT003 - it takes no names
     try:
         execute(argv, env, token)
     except (OSError, ValueError) as exc:  # a number only here: it is the program that could not be executed
-        os.write(TOLD_FD, b"%d %s" % (getattr(exc, "errno", 0) or 0, str(exc).encode("utf-8", "backslashreplace")))
+        os.write(STATUS_FD, b"%d %s" % (getattr(exc, "errno", 0) or 0, str(exc).encode("utf-8", "backslashreplace")))
         os._exit(127)
 
 
@@ -266,10 +266,10 @@ def _new_secrets(known: set[str]) -> None:
 
 _HOOK: Final = (
     *(_stop, _import_all, _import_theirs, _places_of_the_script, _restrict, _execute, _set_environment, _become),
-    *(_new_secrets, last_steps),
+    *(_new_secrets, exec_functions),
 )
 _HOOK_HAS: Final = {
-    name: globals()[name] for name in ("START_FD", "TOLD_FD", "RULES_FD", "FOLDER", "PLACEHOLDER", "_DEBIANS")
+    name: globals()[name] for name in ("START_FD", "STATUS_FD", "RULES_FD", "FOLDER", "PLACEHOLDER", "_DEBIANS")
 }
 
 # What follows runs in the agent.

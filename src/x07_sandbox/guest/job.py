@@ -16,7 +16,7 @@ from x07_sandbox.channel.link import Data, Eof, Event, Link, State
 from x07_sandbox.channel.trees import Entry
 from x07_sandbox.channel.trees import Kind as Record
 from x07_sandbox.guest import confine, init
-from x07_sandbox.guest.environment import Limits, Place, failure, told_failure
+from x07_sandbox.guest.environment import Environment, Limits, exec_failure, failure
 from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.execution import Execution
 from x07_sandbox.guest.files import IncomingFiles
@@ -43,7 +43,7 @@ _PAUSE_S: Final = 0.005
 _STILL_S: Final = 0.5  # read so much later than that, it tells that the machine stood still
 
 
-def orders(
+def job_settings(
     limits: dict[str, int],
     hostname: str,
     spare_cpu_s: int,
@@ -51,24 +51,32 @@ def orders(
     out_writable: bool,
     inputs_on_disk: bool = False,
     execution: tuple[Any, ...] | None = None,
-) -> confine.Orders:
+) -> confine.JobSettings:
     """What init is told of a job with these limits. spare_cpu_s: what the process may have used before it."""
     cpu_s = limits["cpu_ms"] // 1000 + spare_cpu_s
     tmp_bytes, fds, core_bytes, tasks = limits["tmp_bytes"], limits["fds"], limits["core_bytes"], limits["tasks"]
-    return confine.Orders(hostname, tmp_bytes, out_writable, inputs_on_disk, fds, cpu_s, core_bytes, tasks, execution)
+    return confine.JobSettings(
+        hostname, tmp_bytes, out_writable, inputs_on_disk, fds, cpu_s, core_bytes, tasks, execution
+    )
 
 
 class Job:
     """One program: its files, its limits, its streams, its end."""
 
     def __init__(
-        self, link: Link, machine_id: bytes, body: dict[str, Any], place: Place, audit: Audit | NoAudit, fail: Fail
+        self,
+        link: Link,
+        machine_id: bytes,
+        body: dict[str, Any],
+        environment: Environment,
+        audit: Audit | NoAudit,
+        fail: Fail,
     ) -> None:
         self.link = link
         self.audit = audit
         self.machine_id = machine_id
-        self.place = place
-        self.group = place.group
+        self.environment = environment
+        self.group = environment.group
         self.fail = fail
         self.argv: list[str] = body["argv"]
         self.env: dict[str, str] = body["env"]
@@ -79,11 +87,11 @@ class Job:
         self.mounts: list[dict[str, Any]] = body["mounts"]
         self.left: dict[str, int] | None = body["left"]
         self.confined = Limits(**body["confine"])
-        self.files = IncomingFiles(body["files"], place)
+        self.files = IncomingFiles(body["files"], environment)
         self.started = False
         self.fds: dict[int, int] = {}  # our ends of the program's output -> stream
-        self.stdin_fd = place.stdin_fd
-        self.report_fd = self.told_fd = -1
+        self.stdin_fd = environment.stdin_fd
+        self.report_fd = self.status_fd = -1
         self.told = b""
         self.read_at = self.paused_until = 0.0  # of outputs
         self.short_reads = 0
@@ -119,34 +127,34 @@ class Job:
             self._start()
 
     def _start(self) -> None:
-        limits, place = self.limits, self.place
+        limits, environment = self.limits, self.environment
         # What waits may be larger than a small limit: until it has become the program it may keep what it has.
-        self.group.limit(mem_bytes=max(limits["mem_bytes"], place.waiting_bytes), tasks=limits["tasks"])
+        self.group.limit(mem_bytes=max(limits["mem_bytes"], environment.waiting_bytes), tasks=limits["tasks"])
         if self.mounts:
-            place.prepare(self._orders())
+            environment.prepare(self._settings())
             self._mount()
         self._find_command()
-        place.prepare(self._orders(self._execution()))
+        environment.prepare(self._settings(self._execution()))
         for tree in self.files.trees.values():
             tree.wait()
-        place.name(self.machine_id)
-        self.cpu_before_us = place.cpu_us_so_far()
+        environment.name(self.machine_id)
+        self.cpu_before_us = environment.cpu_us_so_far()
         self.cpu_looked_at = time.monotonic()
         self.started = True
-        names = Names(self.files.trees, self.mounts, f"/proc/{place.init}/root")
+        names = Names(self.files.trees, self.mounts, f"/proc/{environment.init}/root")
         self.audit.begin(names.path if self.mounts else None, names.roots(), names.follow)
-        place.start(self.argv, self.env, self.cwd, self.confined)
-        self.report_fd, self.told_fd = place.report_fd, place.told_fd
-        self.fds = {place.stdout_fd: Stream.STDOUT, place.stderr_fd: Stream.STDERR}
+        environment.start(self.argv, self.env, self.cwd, self.confined)
+        self.report_fd, self.status_fd = environment.report_fd, environment.status_fd
+        self.fds = {environment.stdout_fd: Stream.STDOUT, environment.stderr_fd: Stream.STDERR}
         for fd in (*self.fds, self.stdin_fd):
             os.set_blocking(fd, False)
         self._feed()
 
-    def _orders(self, execution: Execution | None = None) -> confine.Orders:
-        return orders(
+    def _settings(self, execution: Execution | None = None) -> confine.JobSettings:
+        return job_settings(
             self.limits,
             self.hostname,
-            self.place.spare_cpu_s,
+            self.environment.spare_cpu_s,
             out_writable=self.output is not None or self._collects(),
             inputs_on_disk=self.files.on_disk,
             execution=None if execution is None else tuple(execution),
@@ -160,7 +168,7 @@ class Job:
         return Execution(
             programs=confined.programs,
             prefixes=confined.prefixes,
-            program=None if self.place.becomes(self.argv, self.env, confined) else self.argv[0],
+            program=None if self.environment.becomes(self.argv, self.env, confined) else self.argv[0],
             alone=confined.alone,
             mounts=[mount["at"] for mount in self.mounts],
         )
@@ -174,7 +182,7 @@ class Job:
         name = self.argv[0]
         if "/" in name:
             return
-        view = f"/proc/{self.place.init}/root" if self.place.platform.namespaces else ""
+        view = f"/proc/{self.environment.init}/root" if self.environment.platform.namespaces else ""
         for folder in self.env.get("PATH", "").split(":"):
             path = f"{folder}/{name}"
             if path.startswith("/") and os.path.isfile(view + path) and os.access(view + path, os.X_OK):
@@ -185,15 +193,15 @@ class Job:
     def _mount(self) -> None:
         """Put the host's folders where the program looks for them."""
         if any(mount["at"].startswith(_PROJECT) for mount in self.mounts):
-            os.makedirs(f"{self.place.folder(on_disk=self.files.on_disk)}/project", exist_ok=True)
+            os.makedirs(f"{self.environment.folder(on_disk=self.files.on_disk)}/project", exist_ok=True)
         mounts = [(self._source(mount), mount["at"], mount["write"]) for mount in self.mounts]
-        self.place.platform.mount(self.place.init, mounts)
-        self.place.mounted()
+        self.environment.platform.mount(self.environment.init, mounts)
+        self.environment.mounted()
 
     def _source(self, mount: dict[str, Any]) -> str:
         """Where it lies, for us."""
         if mount["tree"] is None:
-            return self.place.platform.folder("work")
+            return self.environment.platform.folder("work")
         folder = os.fsdecode(self.files.trees[mount["tree"]].folder)
         return f"{folder}/{mount['sub']}" if mount["sub"] else folder
 
@@ -201,7 +209,7 @@ class Job:
 
     def register(self, poll: select.poll) -> None:
         """Name the descriptors to wait for."""
-        for fd in (self.report_fd, self.told_fd, self._relay_fd()):
+        for fd in (self.report_fd, self.status_fd, self._relay_fd()):
             if fd >= 0:
                 poll.register(fd, select.POLLIN)
         if self.link.state is State.RUNNING:
@@ -221,20 +229,20 @@ class Job:
 
     def _relay_fd(self) -> int:
         """What tells of the relay's end, while the program runs."""
-        relay = self.place.relay
-        return relay.told_fd if relay is not None and self.started and self.link.state is State.RUNNING else -1
+        relay = self.environment.relay
+        return relay.status_fd if relay is not None and self.started and self.link.state is State.RUNNING else -1
 
     def handle(self, fd: int, mask: int) -> None:
         """One of those descriptors is ready."""
         if fd == self.report_fd:
             self._take_report()
-        elif fd == self.told_fd:
+        elif fd == self.status_fd:
             self._take_told()
         elif fd == self.audit.fd:
             self.audit.take()
         elif fd == self._relay_fd():
-            assert self.place.relay is not None  # noqa: S101 - for the type checker
-            said = self.place.relay.take_end()
+            assert self.environment.relay is not None  # noqa: S101 - for the type checker
+            said = self.environment.relay.take_end()
             self.fail(JobError("relay", 0, said))
         elif fd in self.fds:
             # In one turn init may have ended without a report: after FAILED nothing more of the program is carried.
@@ -284,15 +292,15 @@ class Job:
 
     def _take_told(self) -> None:
         """The end of this pipe, without a word before it, is the program's execution."""
-        if data := os.read(self.told_fd, 8192):
+        if data := os.read(self.status_fd, 8192):
             self.told += data
             return
-        os.close(self.told_fd)
-        self.told_fd = -1
+        os.close(self.status_fd)
+        self.status_fd = -1
         if self.told:
-            self.fail(told_failure(self.told))
+            self.fail(exec_failure(self.told))
         elif self.link.state is State.PREPARING:
-            if self.limits["mem_bytes"] < self.place.waiting_bytes:
+            if self.limits["mem_bytes"] < self.environment.waiting_bytes:
                 self.group.limit(mem_bytes=self.limits["mem_bytes"], tasks=self.limits["tasks"])
             self.link.send(Kind.STARTED, {})
 
@@ -340,8 +348,8 @@ class Job:
     def stop(self) -> None:
         """The host asks for the end: note what the program was doing, then kill it."""
         if self.started and self.wait_status is None:
-            self.stopped = self.group.program_stopped(self.place.init)
-            self.place.kill()
+            self.stopped = self.group.program_stopped(self.environment.init)
+            self.environment.kill()
 
     def _look_at_cpu(self) -> None:
         now = time.monotonic()
@@ -359,10 +367,10 @@ class Job:
         self.cpu_seen_us = used_us
         if used_us > self.limits["cpu_ms"] * 1000:
             self.cpu_exceeded = True
-            self.place.kill()
+            self.environment.kill()
 
     def _cpu_us(self) -> int:
-        return self.group.cpu_us(self.place.init) - self.cpu_before_us
+        return self.group.cpu_us(self.environment.init) - self.cpu_before_us
 
     # after it
 
@@ -387,7 +395,7 @@ class Job:
                 "tasks_refused": group.count("tasks_refused"),
                 "cpu_exceeded": self.cpu_exceeded,
                 "stopped": self.stopped,
-                "disk_full": os.statvfs(self.place.platform.scratch).f_bavail < _FULL_BLOCKS,
+                "disk_full": os.statvfs(self.environment.platform.scratch).f_bavail < _FULL_BLOCKS,
                 "memory_full": self._memory_full(),
                 "denials_lost": lost,
                 "left_files": left_count,
@@ -404,18 +412,18 @@ class Job:
         # What lies in a folder of the host, which some platforms make in these, is among the changes.
         places = [mount["at"] for mount in self.mounts]
         with_out = self._collects() and _OUT not in places
-        folders = [self.place.platform.folder(name) for name in ("work", "out")[: 1 + with_out]]
+        folders = [self.environment.platform.folder(name) for name in ("work", "out")[: 1 + with_out]]
         start = f"{next((mount['at'] for mount in self.mounts if mount['tree'] is None), confine.CWD)}/"
         roots = [os.fsencode(at.removeprefix(start)) for at in places if at.startswith(start)]
-        with self.place.platform.reading():
+        with self.environment.platform.reading():
             left = left_files(folders, self.files.work, self.left["files"], self.left["bytes"], roots)
         if left.files and self._collects():
-            self.trees.append((Stream.LEFT, stream_of(left)))
+            self.trees.append((Stream.LEFT_FILES, stream_of(left)))
         return left.files, min(left.size, 2**62)
 
     def _memory_full(self) -> bool:
         """Whether one of the program's folders in memory has no room left, for bytes or for names."""
-        for fd in self.place.in_memory_fds:
+        for fd in self.environment.in_memory_fds:
             room = os.statvfs(fd)
             if room.f_bavail * _FULL_SHARE < room.f_blocks or not room.f_favail:
                 return True
@@ -425,10 +433,10 @@ class Job:
         """Open the one file that the host wants: its size, or what is wrong with it."""
         if self.output is None:
             return None, None
-        path = f"{self.place.platform.folder('out')}/{os.path.basename(self.output['path'])}"
+        path = f"{self.environment.platform.folder('out')}/{os.path.basename(self.output['path'])}"
         try:
-            with self.place.platform.reading():
-                # O_NONBLOCK: a fifo in its place must not hold us.
+            with self.environment.platform.reading():
+                # O_NONBLOCK: a fifo in its environment must not hold us.
                 fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as exc:
             link = exc.errno == errno.ELOOP  # so O_NOFOLLOW has it
@@ -466,7 +474,7 @@ class Job:
     def _send_trees(self) -> None:
         while self.trees and (window := self.link.window(self.trees[0][0])) and self.link.pending() < 4 * _READ:
             stream, pieces = self.trees[0]
-            with self.place.platform.reading():
+            with self.environment.platform.reading():
                 while len(self.trees_held) < _READ and (more := next(pieces, b"")):
                     self.trees_held += more
             if not self.trees_held:

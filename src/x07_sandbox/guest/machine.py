@@ -45,7 +45,7 @@ _QUIET: Final = (
 class Machine(Platform):
     """A virtual machine with a kernel of its own."""
 
-    measures = confine.MACHINE
+    confinement = confine.MACHINE
     program_uid = confine.UID
     scratch = confine.SCRATCH
     memory = confine.MEMORY

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
     from x07_sandbox.guest.audit import Audit, NoAudit
     from x07_sandbox.guest.cgroup import NoGroup
-    from x07_sandbox.guest.confine import Measures
+    from x07_sandbox.guest.confine import Confinement
     from x07_sandbox.guest.relay_process import RelayProcess
 
 
 class Platform(ABC):
     """One kind of surroundings.
 
-    measures: the steps of the confinement.
+    confinement: the steps of the confinement.
     program_uid: owner of the program's files; None where agent and program are one user to the kernel.
     scratch: folder for files of any size. memory: folder for small ones, which may be the same.
     machine_id: path of the file that the program sees as /etc/machine-id.
@@ -30,7 +30,7 @@ class Platform(ABC):
     filtered: whether programs run under seccomp filters. namespaces: whether they have namespaces of their own.
     """
 
-    measures: Measures
+    confinement: Confinement
     program_uid: int | None
     scratch: str
     memory: str
@@ -41,7 +41,7 @@ class Platform(ABC):
 
     @abstractmethod
     def open_channel(self) -> int:
-        """Take the measures that concern the agent, and open the channel. Raises OSError, JobError."""
+        """Take the confinement that concern the agent, and open the channel. Raises OSError, JobError."""
 
     @abstractmethod
     def make_folders(self) -> None:

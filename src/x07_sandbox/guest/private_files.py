@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 from x07_sandbox.channel.trees import Entry, Kind
-from x07_sandbox.guest.trees import content, is_other, walk
+from x07_sandbox.guest.trees import content, is_modified, walk
 
 if TYPE_CHECKING:
     from x07_sandbox.guest.trees import Tree
@@ -43,7 +43,7 @@ def left_files(
             looked_at += 1
             if looked_at > LOOKED_AT_MAX:
                 return Left(count, size, sent)
-            if stat.S_ISDIR(info.st_mode) or (number == 0 and given is not None and not is_other(given, name, info)):
+            if stat.S_ISDIR(info.st_mode) or (number == 0 and given is not None and not is_modified(given, name, info)):
                 continue
             regular = stat.S_ISREG(info.st_mode)
             count += 1

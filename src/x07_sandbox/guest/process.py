@@ -71,9 +71,9 @@ def limit(pid: int, limits: tuple[tuple[int, int], ...]) -> None:
         resource.prlimit(pid, which, (value, value))
 
 
-def _resource_limits(orders: confine.Orders) -> None:
+def _resource_limits(settings: confine.JobSettings) -> None:
     # Tasks are counted in the program's own user namespace (Linux 5.14), of which it is the only user.
-    limit(confine.PROGRAM_PID, (*confine.resource_limits(orders), (resource.RLIMIT_NPROC, orders.tasks)))
+    limit(confine.PROGRAM_PID, (*confine.resource_limits(settings), (resource.RLIMIT_NPROC, settings.tasks)))
 
 
 RULES: Final = confine.Step[confine.World]("rules about programs", "Landlock 2, where the kernel has it", _rules)
@@ -88,7 +88,7 @@ _INSTEAD: Final[dict[str, confine.Step[confine.World]]] = {
     )
 }
 # The steps of a machine, but for these; _own_user gives up capabilities too.
-CONFINED: Final = confine.Measures(
+CONFINED: Final = confine.Confinement(
     world=tuple(_INSTEAD.get(step.name, step) for step in confine.MACHINE.world),
     rights=tuple(_INSTEAD.get(step.name, step) for step in confine.MACHINE.rights if step.name != "no capabilities"),
     job=(*confine.VIEW, confine.Step("resource limits", "", _resource_limits, (*confine.RESOURCES, "tasks"))),
@@ -135,7 +135,7 @@ class OnSharedKernel(Platform):
 class Confined(OnSharedKernel):
     """Below bubblewrap."""
 
-    measures = CONFINED
+    confinement = CONFINED
     scratch = confine.SCRATCH
     memory = confine.MEMORY
     machine_id = confine.MACHINE_ID
@@ -166,13 +166,13 @@ def _end_with_parent(_world: confine.World) -> None:
     system.prctl(system.PR_SET_PDEATHSIG, 9)
 
 
-def _limits_of_child(orders: confine.Orders) -> None:
+def _limits_of_child(settings: confine.JobSettings) -> None:
     for pid in children_of(os.getpid())[:1]:
-        limit(pid, confine.resource_limits(orders))
+        limit(pid, confine.resource_limits(settings))
 
 
 FREE_INIT: Final = confine.Step[confine.World]("reaper", "", _own_init)
-UNCONFINED: Final = confine.Measures(
+UNCONFINED: Final = confine.Confinement(
     world=(FREE_INIT,),
     rights=(confine.Step("end with init", "", _end_with_parent), confine.FRESH_SIGNALS),
     job=(confine.Step("resource limits", "", _limits_of_child, confine.RESOURCES),),
@@ -184,7 +184,7 @@ _STANDS: Final = (("/x07/in", "in"), ("/x07/out", "out"), (confine.CWD, "work"))
 class Unconfined(OnSharedKernel):
     """The program as an ordinary process of the user: nothing keeps it from anything."""
 
-    measures = UNCONFINED
+    confinement = UNCONFINED
     filtered = False
     namespaces = False
 

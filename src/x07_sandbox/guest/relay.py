@@ -226,12 +226,12 @@ class Relay:
     def _tell_name(self, name: str) -> None:
         """Tell the gate of a name that does not exist here; without a dot it could be no host outside."""
         if "." in name:
-            self._link.tell(egress.TCP, name.encode("ascii"), 0)
+            self._link.report_refusal(egress.TCP, name.encode("ascii"), 0)
 
     def _tell(self, transport: int, address: str, port: int) -> None:
         """Tell the gate of a connection that is refused here."""
         host = self._names.host_at(address) or address
-        self._link.tell(transport, host.encode("ascii"), port)
+        self._link.report_refusal(transport, host.encode("ascii"), port)
 
     def _accept(self, listener: socket.socket, _mask: int) -> None:
         try:

@@ -21,7 +21,7 @@ _READY: Final = b"R"
 
 
 class RelayProcess:
-    """The process, as its parent has it. told_fd: ends with it, which ends the job too."""
+    """The process, as its parent has it. status_fd: ends with it, which ends the job too."""
 
     def __init__(self, netns_fd: int, open_port: Callable[[], int], keep: tuple[int, ...] = (), *, hold: bool) -> None:
         """Start it in a network namespace, -1 for this one.
@@ -30,10 +30,10 @@ class RelayProcess:
         """
         self._built = False
         orders_r, self._orders_fd = os.pipe2(os.O_CLOEXEC)
-        self.told_fd, told_w = os.pipe2(os.O_CLOEXEC)
+        self.status_fd, told_w = os.pipe2(os.O_CLOEXEC)
         self.pid = os.fork()
         if self.pid == 0:
-            system.only_descriptors(netns_fd, orders_r, told_w, *keep)
+            system.close_descriptors_except(netns_fd, orders_r, told_w, *keep)
             _run(netns_fd, open_port, orders_r, told_w, hold=hold)
         os.close(orders_r)
         os.close(told_w)
@@ -49,8 +49,8 @@ class RelayProcess:
         self._wait()
 
     def _wait(self) -> None:
-        if (told := os.read(self.told_fd, 1)) != _READY:
-            raise JobError("relay", 0, (told + os.read(self.told_fd, 4096)).decode("utf-8", "replace")[:1000])
+        if (told := os.read(self.status_fd, 1)) != _READY:
+            raise JobError("relay", 0, (told + os.read(self.status_fd, 4096)).decode("utf-8", "replace")[:1000])
 
     def admit(self, network: dict[str, Any]) -> None:
         """Tell it the policy's hosts, as START carries them."""
@@ -59,17 +59,17 @@ class RelayProcess:
         os.close(self._orders_fd)
 
     def take_end(self) -> str:
-        """Why it has ended, once `told_fd` says that it has."""
-        return os.read(self.told_fd, 4096).decode("utf-8", "replace")[:1000] or "it was killed"
+        """Why it has ended, once `status_fd` says that it has."""
+        return os.read(self.status_fd, 4096).decode("utf-8", "replace")[:1000] or "it was killed"
 
     def close(self) -> None:
         """End it."""
         os.kill(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
-        os.close(self.told_fd)
+        os.close(self.status_fd)
 
 
-def _run(netns_fd: int, open_port: Callable[[], int], orders_fd: int, told_fd: int, *, hold: bool) -> NoReturn:
+def _run(netns_fd: int, open_port: Callable[[], int], orders_fd: int, status_fd: int, *, hold: bool) -> NoReturn:
     try:
         system.prctl(system.PR_SET_PDEATHSIG, signal.SIGKILL)
         if netns_fd >= 0:
@@ -77,16 +77,16 @@ def _run(netns_fd: int, open_port: Callable[[], int], orders_fd: int, told_fd: i
         firewall.build(hold=hold)
         sockets = firewall.Sockets(hold=hold)
         port_fd = open_port()
-        os.write(told_fd, _READY)
+        os.write(status_fd, _READY)
         network = marshal.loads(read_all(orders_fd))  # noqa: S302 - it is our agent that speaks
         firewall.admit(network, sockets)
         relay = Relay(port_fd, Names(network["names"], network["wildcards"]), sockets)
-        os.write(told_fd, _READY)
+        os.write(status_fd, _READY)
         relay.serve()
-        os.write(told_fd, b"the gate has ended")
+        os.write(status_fd, b"the gate has ended")
     except JobError as exc:
-        os.write(told_fd, f"{exc.args[0]}: {exc.args[2]}".encode("utf-8", "replace"))
+        os.write(status_fd, f"{exc.args[0]}: {exc.args[2]}".encode("utf-8", "replace"))
     except Exception as exc:  # noqa: BLE001 - whatever it is ends the job, and is told
-        os.write(told_fd, f"{type(exc).__name__}: {exc}".encode("utf-8", "replace")[:1000])
+        os.write(status_fd, f"{type(exc).__name__}: {exc}".encode("utf-8", "replace")[:1000])
     finally:
         os._exit(0)

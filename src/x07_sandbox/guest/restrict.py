@@ -1,6 +1,6 @@
 """The last steps of a process before it is the program: what the policy forbids is taken away from it.
 
-The code of `last_steps` also runs in the interpreter that waits, which has none of our modules (`guest/interpreter`):
+The code of `exec_functions` also runs in the interpreter that waits, which has none of our modules (`guest/interpreter`):
 so it imports what it needs, and uses nothing of this module. It makes all it can beforehand, for fresh clones.
 """
 
@@ -12,10 +12,10 @@ from typing import NoReturn
 TOKEN_BYTES = 24  # six arguments of 32 bits, as the filter compares them
 
 
-def last_steps() -> tuple[Callable[..., None], Callable[[list[str], dict[str, str], bytes], NoReturn]]:
+def exec_functions() -> tuple[Callable[..., None], Callable[[list[str], dict[str, str], bytes], NoReturn]]:
     """Two functions, ready to be called.
 
-    take_away(filter_code, rules_fd, recorded=True) puts this process, all threads of it, under a filter, and under
+    restrict_self(filter_code, rules_fd, recorded=True) puts this process, all threads of it, under a filter, and under
         Landlock's rules. filter_code: BPF, or nothing. rules_fd: a ruleset, or -1; it binds only the thread that calls.
         recorded: whether the kernel's audit hears of what the filter refuses. Raises OSError.
     execute(argv, env, token) executes a program, where only the call that carries the token may; without one as ever.
@@ -39,7 +39,7 @@ def last_steps() -> tuple[Callable[..., None], Callable[[list[str], dict[str, st
 
     usual = memory(16384)
 
-    def take_away(filter_code: bytes, rules_fd: int, recorded: bool = True) -> None:  # noqa: FBT001, FBT002
+    def restrict_self(filter_code: bytes, rules_fd: int, recorded: bool = True) -> None:  # noqa: FBT001, FBT002
         if rules_fd >= 0 and syscall(446, rules_fd, 0, 0, 0, 0, 0):  # landlock_restrict_self
             raise OSError(ctypes.get_errno(), "landlock_restrict_self")
         if filter_code:
@@ -74,4 +74,4 @@ def last_steps() -> tuple[Callable[..., None], Callable[[list[str], dict[str, st
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), argv[0])
 
-    return take_away, execute
+    return restrict_self, execute

@@ -213,7 +213,7 @@ def children_of(pid: int) -> list[int]:
     return found
 
 
-def only_descriptors(*keep: int) -> None:
+def close_descriptors_except(*keep: int) -> None:
     """Close every descriptor but those: the agent's channel above all; the standard ones lead nowhere."""
     null = os.open("/dev/null", os.O_RDWR)
     for target in (0, 1, 2):

@@ -25,7 +25,7 @@ _MINE: Final = 0o700
 
 
 @contextlib.contextmanager
-def as_program(uid: int | None) -> Iterator[None]:
+def as_program_user(uid: int | None) -> Iterator[None]:
     """Make files as the program's user, with exactly the mode asked for. uid: None where that is this process's own."""
     mask = os.umask(0)
     if uid is not None:
@@ -41,7 +41,7 @@ def as_program(uid: int | None) -> Iterator[None]:
 
 
 class Tree:
-    """One tree below *folder*, an empty folder of the program's. uid: as `as_program` has it.
+    """One tree below *folder*, an empty folder of the program's. uid: as `as_program_user` has it.
 
     names: of all files and links, with their inodes. folders: of all folders, with their modes.
     """
@@ -63,7 +63,7 @@ class Tree:
     def write(self, data: bytes) -> None:
         """Make what these bytes of the stream tell of. Raises JobError, OSError."""
         try:
-            with as_program(self._uid):
+            with as_program_user(self._uid):
                 for event in self._reader.feed(data):
                     if isinstance(event, Piece):
                         write_all(self._fd, event.data)
@@ -147,7 +147,7 @@ def changes(tree: Tree, sub: bytes) -> Iterator[bytes]:
     top = tree.folder + b"/" + sub if sub else tree.folder
     info = os.lstat(top)
     if not stat.S_ISDIR(info.st_mode):  # a root that is one file
-        if is_other(tree, sub, info):
+        if is_modified(tree, sub, info):
             yield from content(top, b"", info)
         return
     seen: set[bytes] = set()
@@ -157,14 +157,14 @@ def changes(tree: Tree, sub: bytes) -> Iterator[bytes]:
         seen.add(name)
         if stat.S_ISDIR(info.st_mode):
             yield from _changed_folder(tree, name, path, below, info.st_mode)
-        elif is_other(tree, name, info):
+        elif is_modified(tree, name, info):
             yield from content(path, below, info)
     gone = {name for name in (*tree.names, *tree.folders) if name.startswith(prefix) and name != sub} - seen
     for name in sorted(gone, reverse=True):  # folders after what was in them
-        yield Entry(Kind.GONE, name[len(prefix) :]).encoded()
+        yield Entry(Kind.DELETED, name[len(prefix) :]).encoded()
 
 
-def is_other(tree: Tree, name: bytes, info: os.stat_result) -> bool:
+def is_modified(tree: Tree, name: bytes, info: os.stat_result) -> bool:
     """Whether a file or link is not what came in under that name."""
     return tree.names.get(name) != info.st_ino or info.st_ctime_ns > tree.made_at_ns
 
@@ -174,7 +174,7 @@ def _changed_folder(tree: Tree, name: bytes, path: bytes, below: bytes, mode: in
         yield Entry(Kind.FOLDER, below, mode=mode & _PERMISSIONS).encoded()
     # None came in with any: whatever it has is the program's.
     if not can_hold_names(below) or os.listxattr(path, follow_symlinks=False):
-        yield Entry(Kind.OTHER, below, mode=mode).encoded()
+        yield Entry(Kind.UNSUPPORTED, below, mode=mode).encoded()
 
 
 def walk(
@@ -207,7 +207,7 @@ def content(path: bytes, name: bytes, info: os.stat_result) -> Iterator[bytes]:
         yield Entry(Kind.LINK, name, target=os.readlink(path)).encoded()
         return
     if not stat.S_ISREG(info.st_mode) or os.listxattr(path, follow_symlinks=False):
-        yield Entry(Kind.OTHER, name, mode=info.st_mode).encoded()
+        yield Entry(Kind.UNSUPPORTED, name, mode=info.st_mode).encoded()
         return
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:

@@ -61,7 +61,7 @@ class Base(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         return hashlib.sha256(manifest.canonical(msgspec.to_builtins(self))).hexdigest()
 
 
-class Kind(msgspec.Struct, frozen=True, kw_only=True):
+class BaseSpec(msgspec.Struct, frozen=True, kw_only=True):
     """What a base is made of. x07: digest of X07's toolchain, "" for none. pip: digests of Python packages' wheels."""
 
     arch: Arch
@@ -99,14 +99,14 @@ def check_base(folder: Path, base: Base) -> None:
         verify.opened_parts(folder_fd, base.parts(), subject, stack)
 
 
-def make_base(work: Path, kind: Kind, progress: Callable[[str], None]) -> Path:
+def make_base(work: Path, spec: BaseSpec, progress: Callable[[str], None]) -> Path:
     """A finished base folder below *work*, without X07's toolchain, for its place. Raises SandboxError."""
     for name in ("mmdebstrap", "mkfs.erofs", "mke2fs", "dpkg-deb", "zstd", "apt-config", "bwrap"):
         commands.tool(name)
-    file = apt_index.write_sources(work, kind.suite, kind.arch.deb, progress)
-    apt_index.check_known(file, kind.include, kind.suite)
-    progress(f"fetching and unpacking {kind.suite} packages")
-    _mmdebstrap(work, kind, progress)
+    file = apt_index.write_sources(work, spec.suite, spec.arch.deb, progress)
+    apt_index.check_known(file, spec.include, spec.suite)
+    progress(f"fetching and unpacking {spec.suite} packages")
+    _mmdebstrap(work, spec, progress)
     progress("taking the kernel apart")
     with (work / "kernel.tar").open("wb") as tar:
         argv = [commands.tool("dpkg-deb"), "--fsys-tarfile", str(work / "kernel.deb")]
@@ -167,7 +167,7 @@ def _put_record(folder: Path, base: Base) -> None:
     put(folder, "base.json", msgspec.json.format(msgspec.json.encode(base), indent=2))
 
 
-def _mmdebstrap(work: Path, kind: Kind, progress: Callable[[str], None]) -> None:
+def _mmdebstrap(work: Path, spec: BaseSpec, progress: Callable[[str], None]) -> None:
     settings = sources.fetch_settings(commands.capture([commands.tool("apt-config"), "dump"]).decode(errors="replace"))
     # Names and passwords for a private mirror; apt reads them on the host and they never enter the tree.
     for option, path in (("netrc", "/etc/apt/auth.conf"), ("netrcparts", "/etc/apt/auth.conf.d")):
@@ -177,13 +177,13 @@ def _mmdebstrap(work: Path, kind: Kind, progress: Callable[[str], None]) -> None
     tree.mkdir(mode=0o700)
     check_space(work, NEEDED_BYTES)
     argv = [*own_namespaces(), commands.tool("mmdebstrap"), "--mode=root", "--format=tar"]
-    argv += recipe.mmdebstrap_options(kind.arch, kind.include, str(work / "kernel.deb"), str(work / "dpkg-status"))
+    argv += recipe.mmdebstrap_options(spec.arch, spec.include, str(work / "kernel.deb"), str(work / "dpkg-status"))
     argv += [f"--aptopt={setting}" for setting in settings]
     with (work / TAR_FILE).open("wb") as tar:
         # The lock goes with the descriptor to mmdebstrap's processes: see remove_work.
         fcntl.flock(tar, fcntl.LOCK_EX)
         commands.run(
-            [*argv, kind.suite, "-", str(work / "build.sources")],
+            [*argv, spec.suite, "-", str(work / "build.sources")],
             cwd=tree,
             timeout_s=MMDEBSTRAP_TIMEOUT_S,
             extra_env={"TMPDIR": str(tree)},

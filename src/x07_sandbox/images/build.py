@@ -39,11 +39,11 @@ class Extras(msgspec.Struct, frozen=True, kw_only=True):
     x07: str = ""
     pip: tuple[manifest.Wheel, ...] = ()
 
-    def kind(self) -> bases.Kind:
+    def base_spec(self) -> bases.BaseSpec:
         """The base that such an image is made of, on this host."""
         wheels = tuple(wheel.sha256 for wheel in self.pip)
         suite = sources.release_codename()
-        return bases.Kind(arch=host_arch(), suite=suite, include=self.include, x07=self.x07, pip=wheels)
+        return bases.BaseSpec(arch=host_arch(), suite=suite, include=self.include, x07=self.x07, pip=wheels)
 
 
 def build_image(  # noqa: PLR0913 - what an image may be made with, each by its name
@@ -73,18 +73,18 @@ def build_image(  # noqa: PLR0913 - what an image may be made with, each by its 
     with file_lock(images / ".lock", on_wait=lambda: progress("waiting for another build of an image")):
         for left in leftovers():
             bases.remove_work(left, progress)
-        more = _extras(name, asked_packages, asked_modules, progress, keeps_pip=asked_wheels is None)
+        extras = _extras(name, asked_packages, asked_modules, progress, keeps_pip=asked_wheels is None)
         work = _new_work()
         try:
             if x07 is not None:
                 progress(f"copying the X07 toolchain {x07}")
-                more = msgspec.structs.replace(more, x07=toolchain.snapshot(x07, work / X07_COPY))
+                extras = msgspec.structs.replace(extras, x07=toolchain.snapshot(x07, work / X07_COPY))
             if asked_wheels is not None:
-                if more.pip:
-                    had = ", ".join(wheel.name for wheel in more.pip)
+                if extras.pip:
+                    had = ", ".join(wheel.name for wheel in extras.pip)
                     progress(f"replacing the Python packages that it had: {had}")
-                more = msgspec.structs.replace(more, pip=_fetch(work, images, more, asked_wheels, progress))
-            digest = _build(work, images, more, progress, fresh=fresh, code=code or guestcode.read_guest_code())
+                extras = msgspec.structs.replace(extras, pip=_fetch(work, images, extras, asked_wheels, progress))
+            digest = _build(work, images, extras, progress, fresh=fresh, code=code or guestcode.read_guest_code())
         finally:
             bases.remove_work(work, progress)
         store.set_name(name, digest)
@@ -92,25 +92,25 @@ def build_image(  # noqa: PLR0913 - what an image may be made with, each by its 
 
 
 def _build(
-    work: Path, images: Path, more: Extras, progress: Callable[[str], None], *, fresh: bool, code: guestcode.GuestCode
+    work: Path, images: Path, extras: Extras, progress: Callable[[str], None], *, fresh: bool, code: guestcode.GuestCode
 ) -> str:
-    kind = more.kind()
-    folder = images / f"base-{kind.key}"
+    spec = extras.base_spec()
+    folder = images / f"base-{spec.key}"
     base = None if fresh else bases.read_base(folder)
-    if base is not None and (known := _known((base.digest, code.digest, more.preload), progress)) is not None:
+    if base is not None and (known := _known((base.digest, code.digest, extras.preload), progress)) is not None:
         return known
     if base is None or not _whole(folder, base, progress):
-        base = _new_base(work, folder, more, progress, fresh=fresh)
+        base = _new_base(work, folder, extras, progress, fresh=fresh)
     draft = manifest.Manifest(
         schema_version=manifest.SCHEMA,
         digest=manifest.NO_DIGEST,
         recipe=recipe.RECIPE,
-        arch=kind.arch.name,
-        suite=kind.suite,
-        include=list(more.include),
-        preload=list(more.preload),
-        x07=more.x07,
-        pip=list(more.pip),
+        arch=spec.arch.name,
+        suite=spec.suite,
+        include=list(extras.include),
+        preload=list(extras.preload),
+        x07=extras.x07,
+        pip=list(extras.pip),
         base=base.digest,
         guest_code=code.digest,
         kernel_release=base.kernel_release,
@@ -163,7 +163,7 @@ def _extras(
 def _fetch(
     work: Path,
     images: Path,
-    more: Extras,
+    extras: Extras,
     lines: tuple[str, ...],
     progress: Callable[[str], None],
     *,
@@ -172,21 +172,23 @@ def _fetch(
     """Fetch the wheels that satisfy *lines* and fit the image. Raises SandboxError."""
     if not lines:
         return ()
-    kind = more.kind()
+    spec = extras.base_spec()
     place = work / SOURCES
     place.mkdir(mode=0o700)
-    file = apt_index.write_sources(place, kind.suite, kind.arch.deb, lambda _note: None)
-    python = _python(images, more) or pips.guest_python(apt_index.versions(file, ("python3", "libc6")), kind.arch.name)
+    file = apt_index.write_sources(place, spec.suite, spec.arch.deb, lambda _note: None)
+    python = _python(images, extras) or pips.guest_python(
+        apt_index.versions(file, ("python3", "libc6")), spec.arch.name
+    )
     return pips.download(work / WHEELS, lines, python, progress, sources_file=file, deps=deps)
 
 
-def _python(images: Path, more: Extras) -> pips.GuestPython | None:
+def _python(images: Path, extras: Extras) -> pips.GuestPython | None:
     """The Python of the base that is here already; None where there is none."""
-    kind = msgspec.structs.replace(more.kind(), x07="", pip=())
-    base = bases.read_base(images / f"base-{kind.key}")
+    spec = msgspec.structs.replace(extras.base_spec(), x07="", pip=())
+    base = bases.read_base(images / f"base-{spec.key}")
     if base is None:
         return None
-    return pips.guest_python({package.name: package.version for package in base.packages}, kind.arch.name)
+    return pips.guest_python({package.name: package.version for package in base.packages}, spec.arch.name)
 
 
 def _known(wanted: tuple[str, str, tuple[str, ...]], progress: Callable[[str], None]) -> str | None:
@@ -210,21 +212,21 @@ def _whole(folder: Path, base: bases.Base, progress: Callable[[str], None]) -> b
     return True
 
 
-def _new_base(work: Path, folder: Path, more: Extras, progress: Callable[[str], None], *, fresh: bool) -> bases.Base:
-    """Make the base for *more* in *folder*: from packages, or by adding to the base without the last addition."""
-    if more.pip:
-        made = _with_wheels(work, folder, more, progress, fresh=fresh)
-    elif more.x07:
+def _new_base(work: Path, folder: Path, extras: Extras, progress: Callable[[str], None], *, fresh: bool) -> bases.Base:
+    """Make the base for *extras* in *folder*: from packages, or by adding to the base without the last addition."""
+    if extras.pip:
+        made = _with_wheels(work, folder, extras, progress, fresh=fresh)
+    elif extras.x07:
         if not (work / X07_COPY).exists():
             why = "its X07 toolchain is not here"
             raise ImageError("cannot make the image anew", why, "Name it again: --x07-toolchain DIR")
-        below, base = _base_below(work, folder, msgspec.structs.replace(more, x07=""), progress, fresh=fresh)
+        below, base = _base_below(work, folder, msgspec.structs.replace(extras, x07=""), progress, fresh=fresh)
         progress("adding the X07 toolchain")
         tar = work / "x07.tar"
         toolchain.pack(work / X07_COPY, tar)
-        made = bases.add_layer(work, below, base, tar, x07=more.x07)
+        made = bases.add_layer(work, below, base, tar, x07=extras.x07)
     else:
-        made = bases.make_base(work, more.kind(), progress)
+        made = bases.make_base(work, extras.base_spec(), progress)
     if folder.exists():  # images hold its files by links of their own
         folder.rename(work / f"old-{folder.name}")
     made.rename(folder)
@@ -234,25 +236,25 @@ def _new_base(work: Path, folder: Path, more: Extras, progress: Callable[[str], 
 
 
 def _base_below(
-    work: Path, folder: Path, more: Extras, progress: Callable[[str], None], *, fresh: bool
+    work: Path, folder: Path, extras: Extras, progress: Callable[[str], None], *, fresh: bool
 ) -> tuple[Path, bases.Base]:
-    """The base for *more*, beside *folder*, made where it is missing or damaged."""
-    below = folder.with_name(f"base-{more.kind().key}")
+    """The base for *extras*, beside *folder*, made where it is missing or damaged."""
+    below = folder.with_name(f"base-{extras.base_spec().key}")
     base = None if fresh else bases.read_base(below)
     if base is None or not _whole(below, base, progress):
-        base = _new_base(work, below, more, progress, fresh=fresh)
+        base = _new_base(work, below, extras, progress, fresh=fresh)
     return below, base
 
 
-def _with_wheels(work: Path, folder: Path, more: Extras, progress: Callable[[str], None], *, fresh: bool) -> Path:
-    """A base folder in *work*: the base without Python packages, and those that *more* names."""
-    without = msgspec.structs.replace(more, pip=())
+def _with_wheels(work: Path, folder: Path, extras: Extras, progress: Callable[[str], None], *, fresh: bool) -> Path:
+    """A base folder in *work*: the base without Python packages, and those that *extras* names."""
+    without = msgspec.structs.replace(extras, pip=())
     below, base = _base_below(work, folder, without, progress, fresh=fresh)
     python = _python(folder.parent, without)
     assert python is not None  # noqa: S101 - it is made by now
     if not (work / WHEELS).exists():  # they were fetched for an image that is here: the same ones again
-        fetched = _fetch(work, folder.parent, without, pips.pinned(more.pip), progress, deps=False)
-        if set(fetched) != set(more.pip):
+        fetched = _fetch(work, folder.parent, without, pips.pinned(extras.pip), progress, deps=False)
+        if set(fetched) != set(extras.pip):
             why = "the package index has other files by now"
             raise ImageError("cannot make the image anew", why, "Name its Python packages again: --pip NAME,...")
     progress("unpacking the root file system")

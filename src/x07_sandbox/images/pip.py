@@ -174,7 +174,7 @@ def download(
 
     sources_file: as apt_index.write_sources makes it, for near matches. deps: what they need too.
     """
-    pip = find_pip()
+    pip = find_pip_interpreter()
     folder.mkdir(mode=0o700)
     file = folder.with_name("requirements.txt")
     file.write_text("".join(f"{line}\n" for line in lines))
@@ -252,7 +252,7 @@ def wheel_of(path: Path) -> manifest.Wheel:
     return manifest.Wheel(name=re.sub(r"[-_.]+", "-", parts[0]).lower(), version=parts[1], sha256=digest)
 
 
-def find_pip() -> list[str]:
+def find_pip_interpreter() -> list[str]:
     """The command line of an interpreter that has pip: this one, else python3. Raises HostError."""
     for program in (sys.executable, shutil.which("python3"), "/usr/bin/python3"):
         if program and os.access(program, os.X_OK) and _has_pip(program):

@@ -53,7 +53,7 @@ def build_command(name: str) -> str:
     return "x07 image build" if name == DEFAULT else f"x07 image build --name {name}"
 
 
-def cure(image: Image) -> str:
+def repair_hint(image: Image) -> str:
     """What to do about an image whose parts are damaged."""
     name = image.name or _name_of(image.digest.removeprefix("sha256:"))
     if not name:

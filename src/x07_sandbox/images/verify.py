@@ -97,7 +97,7 @@ def open_image(image: Image) -> Iterator[OpenImage]:
 
 def _subject(image: Image) -> Subject:
     hexes = image.digest.removeprefix("sha256:")
-    return Subject(f"guest image {hexes[:12]}", hexes, sha256_of, store.cure(image))
+    return Subject(f"guest image {hexes[:12]}", hexes, sha256_of, store.repair_hint(image))
 
 
 def opened_parts(folder_fd: int, parts: Sequence[Part], subject: Subject, stack: contextlib.ExitStack) -> list[int]:

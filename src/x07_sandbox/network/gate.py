@@ -156,7 +156,7 @@ class Gate(asyncio.BufferedProtocol):
     # what the guest says
 
     def _take(self, event: Event) -> None:
-        if event.kind in {egress.OPEN, egress.TOLD}:
+        if event.kind in {egress.OPEN, egress.REFUSAL}:
             self._asked(event)
             return
         flow = self._flows.get(event.stream)
@@ -184,7 +184,7 @@ class Gate(asyncio.BufferedProtocol):
             self._refuse(event.stream, egress.POLICY, contact)  # no answer where it has no stream
             return
         decision = decide(self._allowlist, request)
-        if event.kind == egress.TOLD:
+        if event.kind == egress.REFUSAL:
             # What the list allows was refused by rules that root in the guest has changed: no matter.
             reason = decision.reason if not decision.allowed else "refused inside the guest"
             self._ledger.denied(_of(decision, reason=reason))
