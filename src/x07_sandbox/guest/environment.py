@@ -175,7 +175,7 @@ class Environment:
         """Measure the memory that the process that waits has, and will have until it is the program."""
         self.waiting_bytes = max(WAITING_BYTES, 2 * self.group.count("memory_bytes"))
 
-    def cpu_us_so_far(self) -> int:
+    def baseline_cpu_us(self) -> int:
         """CPU time of what waits, in microseconds, as it was when this was first asked for; it does nothing since."""
         if self._cpu_us is None:
             self._cpu_us = self.group.cpu_us(self.init)

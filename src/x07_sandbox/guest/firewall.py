@@ -234,9 +234,8 @@ class Sockets:
         self.udp = [transparent(socket.SOCK_DGRAM, family.relay, UDP_PORT) for family in found]
         for family, sock in zip(found, self.udp, strict=True):
             sock.setsockopt(family.level, family.original, 1)
-        self.dns_udp = transparent(socket.SOCK_DGRAM, DNS, DNS_PORT)
-        self.dns_tcp = transparent(socket.SOCK_STREAM, DNS, DNS_PORT)
-        for sock in (*self.tcp, self.dns_tcp):
+        self.dns = transparent(socket.SOCK_DGRAM, DNS, DNS_PORT)
+        for sock in self.tcp:
             sock.listen(_BACKLOG)
         self.held = HeldPackets(TO_ASK, TO_REFUSE) if hold else None
 

@@ -138,7 +138,7 @@ class Job:
         for tree in self.files.trees.values():
             tree.wait()
         environment.name(self.machine_id)
-        self.cpu_before_us = environment.cpu_us_so_far()
+        self.cpu_before_us = environment.baseline_cpu_us()
         self.cpu_looked_at = time.monotonic()
         self.started = True
         names = Names(self.files.trees, self.mounts, f"/proc/{environment.init}/root")

@@ -23,7 +23,7 @@ from x07_sandbox.guest.dns_server import DnsServer
 from x07_sandbox.guest.watcher import Watcher
 
 if TYPE_CHECKING:
-    from x07_sandbox.guest.dns import Names
+    from x07_sandbox.guest.dns import NameTable
     from x07_sandbox.guest.firewall import Sockets
     from x07_sandbox.guest.netlink import Held
 
@@ -68,7 +68,7 @@ class _Flow:
 class Relay:
     """One loop. port_fd: the stream to the gate."""
 
-    def __init__(self, port_fd: int, names: Names, sockets: Sockets) -> None:
+    def __init__(self, port_fd: int, names: NameTable, sockets: Sockets) -> None:
         self._port_fd = port_fd
         self._names = names
         self._sockets = sockets
@@ -87,7 +87,7 @@ class Relay:
         if sockets.held is not None:
             watcher.watch(sockets.held.fileno(), self._take_held)
         names.on_unlisted = self._tell_name
-        self._dns = DnsServer(watcher, names, sockets.dns_udp, sockets.dns_tcp)
+        self._dns = DnsServer(watcher, names, sockets.dns)
 
     def serve(self) -> None:
         """Carry, until the gate is gone. Raises PeerError, OSError."""

@@ -9,7 +9,7 @@ import signal
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from x07_sandbox.guest import firewall, system
-from x07_sandbox.guest.dns import Names
+from x07_sandbox.guest.dns import NameTable
 from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.relay import Relay
 from x07_sandbox.guest.system import read_all, write_all
@@ -80,7 +80,7 @@ def _run(netns_fd: int, open_port: Callable[[], int], orders_fd: int, status_fd:
         os.write(status_fd, _READY)
         network = marshal.loads(read_all(orders_fd))  # noqa: S302 - it is our agent that speaks
         firewall.admit(network, sockets)
-        relay = Relay(port_fd, Names(network["names"], network["wildcards"]), sockets)
+        relay = Relay(port_fd, NameTable(network["names"], network["wildcards"]), sockets)
         os.write(status_fd, _READY)
         relay.serve()
         os.write(status_fd, b"the gate has ended")

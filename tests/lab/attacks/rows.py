@@ -962,10 +962,10 @@ def stack(
     return Row(id=number, tried=tried, do=do, words=words, expected=expected, answer=answer or {})
 
 
-def answered(number: str, tried: str, codes: list[int], *queries: bytes, stream: bool = False) -> Row:
+def answered(number: str, tried: str, codes: list[int], *queries: bytes) -> Row:
     """Return queries to the guest's DNS server. codes: the expected response codes; -1 stands for no answer."""
     hexadecimal = [query.hex() for query in queries]
-    return stack(number, tried, "dns", answer={"codes": codes} if codes else {}, queries=hexadecimal, stream=stream)
+    return stack(number, tried, "dns", answer={"codes": codes} if codes else {}, queries=hexadecimal)
 
 
 _DATA_LABELS: Final = labels(f"{'6578666c' * 7}.{'74726174' * 7}.lab.example")
@@ -992,7 +992,7 @@ STACK_ROWS: Final = [
     answered("p23", "The name of an address is asked for.", [3], dns_query(labels("5.77.168.192.in-addr.arpa"), PTR)),
     answered("44-loop", "A name that points to itself.", [], dns_query(b"\xc0\x0c", A), dns_query(b"\x01a\xc0\x0c", A)),
     answered("44-short", "Queries that end too early.", [], b"\0", bytes(11), dns_query(_LISTED, A)[:-3]),
-    answered("44-large", "A query of 64 KiB.", [], dns_query(_LISTED, A) + bytes(65_000), stream=True),
+    answered("44-large", "A query of 64 KiB.", [], dns_query(_LISTED, A) + bytes(65_000)),
     stack(
         "p2-udp",
         "DNS to a server of our choice.",
