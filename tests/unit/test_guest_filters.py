@@ -194,12 +194,12 @@ def test_a_filter_without_its_markers_takes_no_secret(codes: dict[str, bytes]) -
     once = codes["no-exec-once"]
     for code in (codes["no-exec"], b"", once + LINE.pack(6, 0, 0, 0x5AFE7011)):
         with pytest.raises(ValueError, match="markers"):
-            guest_filters.cut_at_token(code)
+            guest_filters.split_at_token(code)
 
 
 def with_token(code: bytes) -> bytes:
     """A filter with the tests' secret in it."""
-    return guest_filters.with_token(*guest_filters.cut_at_token(code), TOKEN)
+    return guest_filters.with_token(*guest_filters.split_at_token(code), TOKEN)
 
 
 def run_under(code: bytes, token: bytes, words: list[str]) -> subprocess.CompletedProcess[str]:

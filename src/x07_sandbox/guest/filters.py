@@ -44,7 +44,7 @@ def call_numbers() -> tuple[dict[str, int], dict[str, int]]:
     return numbers["audited"], numbers["refused"]
 
 
-def cut_at_token(code: bytes) -> tuple[list[bytes], list[int]]:
+def split_at_token(code: bytes) -> tuple[list[bytes], list[int]]:
     """Split a filter at its markers. Return the pieces, and the index of the piece for each word of the token.
 
     Raises ValueError unless each marker is there once.

@@ -68,7 +68,7 @@ def _without_pid_namespace(flags: int) -> None:
 
 
 def _only_the_program(program: int, *, namespace: bool) -> int:
-    """As init._last_of, where everybody is in reach of kill(-1)."""
+    """As init._wait_for_program, where everybody is in reach of kill(-1)."""
     del namespace
     while True:
         pid, status = os.wait()
@@ -83,7 +83,7 @@ def _no_last_steps() -> tuple:
 def main() -> None:
     """Serve the one conversation with a program that is root."""
     os.unshare = _without_pid_namespace
-    init._last_of = _only_the_program  # noqa: SLF001 - there is no other way in
+    init._wait_for_program = _only_the_program  # noqa: SLF001 - there is no other way in
     restrict.exec_functions = _no_last_steps
     honest.Environment = RootEnvironment
     machine.Machine.confinement = confine.Confinement(
