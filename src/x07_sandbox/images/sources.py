@@ -157,11 +157,6 @@ def fetch_settings(dump: str) -> list[str]:
     return [line for line, match in found if match and SETTINGS.fullmatch(match[1])]
 
 
-def host_names(sources: list[Source]) -> set[str]:
-    """The machines that *sources* name: none of these words may be found in an image."""
-    return {re.sub(r"https?://(?:[^@/]*@)?([^/:]+).*", r"\1", uri) for source in sources for uri in source.uris}
-
-
 def _canonical(name: str) -> str:
     known = {field.lower(): field for field in ("Types", "URIs", "Suites", "Components", "Enabled", *OPTIONS.values())}
     return known.get(name.lower(), name)

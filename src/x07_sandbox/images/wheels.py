@@ -16,12 +16,11 @@ import re
 import shutil
 import tarfile
 import zipfile
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from x07_sandbox.errors import ImageError
-from x07_sandbox.images import boot, commands
-from x07_sandbox.images.toolchain import entry
+from x07_sandbox.images import boot, commands, tar
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -181,7 +180,7 @@ def make_layer(work: Path, wheels: Sequence[Path], root: Path, python: str) -> P
 
     root: the base's root file system, unpacked.
     """
-    tree, empty, tar = work / "wheels-tree", work / "wheels-none", work / "wheels.tar"
+    tree, empty, target = work / "wheels-tree", work / "wheels-none", work / "wheels.tar"
     unpacker = Unpacker(tree, python)
     for wheel in wheels:
         unpacker.unpack(wheel)
@@ -193,24 +192,16 @@ def make_layer(work: Path, wheels: Sequence[Path], root: Path, python: str) -> P
     )
     argv = boot.bwrap_argv(root, empty, tree / site, ("sh", "-c", f"{script} || :"))
     commands.run(argv, cwd=work, timeout_s=_COMPILE_S)
-    pack(tree, tar)
+    pack(tree, target)
     shutil.rmtree(tree)
-    return tar
+    return target
 
 
-def pack(tree: Path, tar: Path) -> None:
-    """All below *tree*, owned by root and of one date, in one order."""
-    with tarfile.open(tar, "x", format=tarfile.PAX_FORMAT) as archive:
-        archive.addfile(entry(".", tarfile.DIRTYPE, 0o755))
-        for path in sorted(tree.rglob("*"), key=lambda path: PurePosixPath(path.relative_to(tree)).parts):
-            name = str(path.relative_to(tree))
-            if path.is_dir():
-                archive.addfile(entry(name, tarfile.DIRTYPE, 0o755))
-                continue
-            info = path.lstat()
-            with path.open("rb") as file:
-                mode = 0o755 if info.st_mode & 0o100 else 0o644
-                archive.addfile(entry(name, tarfile.REGTYPE, mode, size=info.st_size), file)
+def pack(tree: Path, target: Path) -> None:
+    """Write *tree* as an archive to be unpacked at the root of an image."""
+    with tarfile.open(target, "x", format=tarfile.PAX_FORMAT) as archive:
+        archive.addfile(tar.entry(".", tarfile.DIRTYPE, 0o755))
+        tar.add_tree(archive, tree)
 
 
 def _bad(wheel: str, why: str) -> ImageError:
