@@ -1,7 +1,7 @@
-"""A guest image as an archive that podman, docker and ctr load: OCI layout (image-spec 1.1) and docker's manifest.json.
+"""A guest image as an archive for podman, docker and ctr: OCI layout (image-spec 1.1) and docker's manifest.json.
 
-Two layers: the root file system, the same for all images of one base, and what our own code adds. No times, no owners
-but root, names in order: the same image gives the same bytes, and so the same image id (the config's digest).
+It has two layers: the root file system, shared by all images of one base, and our own code. It is reproducible, so the
+image id (the config's digest) is too.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from x07_sandbox.images.store import Image
 
 AGENT: Final = "/usr/lib/x07/agent.zip"
-MANIFEST_LABEL: Final = "io.x07.guest"  # the whole manifest of the guest image, as JSON
+MANIFEST_LABEL: Final = "io.x07.guest"  # the guest image's manifest as JSON
 _CREATED: Final = "2025-01-01T00:00:00Z"  # commands.EPOCH
 _HEADER: Final = 110
 _DOCKER_ARCH: Final = {"x86_64": "amd64", "aarch64": "arm64"}
@@ -34,7 +34,7 @@ _LINKS: Final = {"etc/machine-id": "/run/x07/machine-id"}
 
 
 def write_archive(image: Image, reference: str, target: IO[bytes], work: Path, progress: Callable[[str], None]) -> str:
-    """Write the archive of *image*, called *reference* (NAME:TAG) where it is loaded; the image id, "sha256:<hex>".
+    """Write the archive of *image* under the name *reference* (NAME:TAG). Return the image id, "sha256:<hex>".
 
     work: an empty folder. Raises ImageError, HostError, OSError.
     """
@@ -65,7 +65,7 @@ def write_archive(image: Image, reference: str, target: IO[bytes], work: Path, p
 
 
 def agent_of(image: Image) -> bytes:
-    """The agent's zip, as the image's initramfs has it. Raises ImageError."""
+    """Return the agent's zip from the image's initramfs. Raises ImageError."""
     data = (image.folder / image.manifest.parts.initrd.file).read_bytes()
     at = 0
     while data[at : at + 6] == b"070701":
@@ -76,7 +76,7 @@ def agent_of(image: Image) -> bytes:
         if name == b"agent.zip":
             return data[start : start + size]
         at = start + size + -(start + size) % 4
-    raise ImageError("cannot use the guest image", "its initramfs has no agent", "Run x07 image build")
+    raise ImageError("cannot use the guest image", "its initramfs contains no agent", "Run x07 image build")
 
 
 def _layer(path: Path, root: Path) -> tuple[str, Path]:

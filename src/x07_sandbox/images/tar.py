@@ -7,6 +7,7 @@ import os
 import stat
 import tarfile
 from pathlib import Path
+from tarfile import TarInfo
 from typing import TYPE_CHECKING, NoReturn
 
 from x07_sandbox.images import commands
@@ -19,7 +20,7 @@ def entry(
     name: str, kind: bytes = tarfile.REGTYPE, mode: int = 0o444, *, size: int = 0, link: str = ""
 ) -> tarfile.TarInfo:
     """Return an entry, owned by root and with the fixed date."""
-    made = tarfile.TarInfo(name)
+    made = TarInfo(name)
     made.type, made.mode, made.size, made.linkname, made.mtime = kind, mode, size, link, commands.EPOCH
     return made
 
