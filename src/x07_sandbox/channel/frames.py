@@ -96,12 +96,9 @@ _ID = Shape("bytes", lo=16, hi=16)
 BODIES: Final[dict[Kind, dict[str, Shape]]] = {
     Kind.HELLO: {"protocol": Shape("int", 1, 2**31)},
     Kind.WARM: {
-        "preload": _ANY,
+        **dict.fromkeys(("preload", "limits", "commands"), _ANY),
         "hostname": _HOST_NAME,
-        "output": _BOOL,
-        "network": _BOOL,
-        "limits": _ANY,
-        "commands": _ANY,
+        **dict.fromkeys(("output", "network"), _BOOL),
     },
     Kind.WARMED: {},
     Kind.SEED: {"unix_ns": _COUNT, "entropy": Shape("bytes", lo=64, hi=64), "nonce": _ID, "machine_id": _ID},

@@ -121,13 +121,9 @@ def _read_file(path: Path) -> list[str]:
         raise UsageError(what, exc.strerror or str(exc), "Use a file: --pip file:requirements.txt") from exc
     if len(data) > FILE_MAX_BYTES:
         raise UsageError(what, f"it has more than {FILE_MAX_BYTES} bytes", "Use a shorter one")
-    try:
-        text = data.decode()
-    except UnicodeDecodeError:
-        raise UsageError(what, "it is not UTF-8", "Save it as UTF-8") from None
     lines: list[str] = []
     joined, begin = "", 0
-    for number, raw in enumerate(text.splitlines(), start=1):
+    for number, raw in enumerate([*data.decode(errors="replace").splitlines(), ""], start=1):
         begin = begin or number
         if raw.rstrip().endswith("\\") and not raw.lstrip().startswith("#"):
             joined += raw.rstrip()[:-1] + " "
@@ -136,8 +132,6 @@ def _read_file(path: Path) -> list[str]:
         if line:
             lines.append(_check_one(line, f"{path}, line {begin}", hashes=True))
         joined, begin = "", 0
-    if joined.strip():
-        raise UsageError(what, f"line {begin} continues after the end", "Remove the backslash at its end")
     return lines
 
 

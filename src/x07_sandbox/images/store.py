@@ -102,7 +102,7 @@ def _missing(name: str, what: str) -> ImageError:
     names = all_names()
     digest = names.get(name)
     if digest is not None:
-        return ImageError(what, "its folder is missing", _rebuild_hint(images_dir() / digest, name))
+        return ImageError(what, "its folder is missing", _rebuild_hint(digest, name))
     command = f"Run {build_command(name)}"
     if names:
         fix = f"{command}, or use one of these: {', '.join(sorted(names))}"
@@ -147,18 +147,18 @@ def load(digest: str, name: str = "") -> Image:
     what = f"guest image {digest[:PREFIX_DIGITS]}"
     try:
         read = manifest.decode(_read(folder / "manifest.json"), what)
-        if read.digest != f"sha256:{digest}":
-            raise ImageError(f"cannot use {what}", "its manifest belongs to another image", "")
     except ImageError as exc:
-        raise ImageError(exc.what, exc.why, _rebuild_hint(folder, name or _name_of(digest))) from exc
+        raise ImageError(exc.what, exc.why, _rebuild_hint(digest, name)) from exc
+    if read.digest != f"sha256:{digest}":
+        raise ImageError(f"cannot use {what}", "its manifest belongs to another image", _rebuild_hint(digest, name))
     return Image(name=name, digest=read.digest, folder=folder, manifest=read)
 
 
-def _rebuild_hint(folder: Path, name: str) -> str:
+def _rebuild_hint(digest: str, name: str) -> str:
     """Return the fix for an image with an unusable manifest, whose list of packages is lost."""
-    if not name:
-        return f"It has no name: remove {folder}"
-    return f"Run {build_command(name)} --no-include, or with --include and its packages"
+    if name := name or _name_of(digest):
+        return f"Run {build_command(name)} --no-include, or with --include and its packages"
+    return f"It has no name: remove {images_dir() / digest}"
 
 
 def _name_of(digest: str) -> str:

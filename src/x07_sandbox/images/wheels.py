@@ -6,18 +6,13 @@ two wheels contain the same file, the last one by name wins.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import configparser
-import csv
-import hashlib
-import io
 import re
 import shutil
 import tarfile
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.errors import ImageError
 from x07_sandbox.images import boot, commands, tar
@@ -27,11 +22,10 @@ if TYPE_CHECKING:
 
 MAX_BYTES: Final = 8 * 1024**3  # total, unpacked
 ENTRIES_MAX: Final = 400_000
-_TEXT_MAX: Final = 64 * 1024**2  # of RECORD and entry_points.txt
+_TEXT_MAX: Final = 1024**2  # of entry_points.txt
 _CHUNK: Final = 1024 * 1024
 _NAME_MAX: Final = 255
 _BIN: Final = "usr/local/bin"
-_HASHES: Final = ("sha256", "sha384", "sha512")
 _COMPILE_S: Final = 1800.0
 _PYTHON: Final = b"#!/usr/bin/python3"
 _ENTRY_POINT: Final = re.compile(r"([A-Za-z_][\w.]*)\s*:\s*([A-Za-z_][\w.]*)\s*(?:\[.*\])?", re.ASCII)
@@ -41,11 +35,6 @@ _PROGRAM_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 def site_packages(python: str) -> str:
     """Return the folder for packages in an image with that Python ("3.13")."""
     return f"usr/local/lib/python{python}/dist-packages"
-
-
-class _Digest(NamedTuple):
-    algorithm: str
-    value: bytes
 
 
 class Unpacker:
@@ -58,7 +47,7 @@ class Unpacker:
         (root / self._site).mkdir(parents=True)
 
     def unpack(self, wheel: Path) -> None:
-        """Unpack a wheel and verify it against its RECORD. Raises ImageError."""
+        """Unpack a wheel. Raises ImageError."""
         try:
             with zipfile.ZipFile(wheel) as archive:
                 self._unpack(archive, wheel.name)
@@ -73,14 +62,10 @@ class Unpacker:
         if len(info_folders) != 1:
             raise _bad(wheel, "it does not have exactly one .dist-info folder")
         about = info_folders.pop()
-        record_name = f"{about}/RECORD"
-        record = _record(_text(archive, files[record_name], wheel), wheel) if record_name in files else {}
-        if missing := sorted(record.keys() - files.keys()):
-            raise _bad(wheel, f"{missing[0][:100]!r} of its RECORD is missing")
         for name, info in sorted(files.items()):
             place = self._place(name, about.removesuffix(".dist-info") + ".data", wheel)
             if place is not None:
-                self._write(archive, info, self._root / place, record.get(name), wheel)
+                self._write(archive, info, self._root / place, wheel)
         points = f"{about}/entry_points.txt"
         if points in files:
             self._launchers(_text(archive, files[points], wheel), wheel)
@@ -103,31 +88,20 @@ class Unpacker:
             return None
         raise _bad(wheel, f"its file {name[:100]!r} has an unknown kind")
 
-    def _write(
-        self,
-        archive: zipfile.ZipFile,
-        info: zipfile.ZipInfo,
-        target: Path,
-        digest: _Digest | None,
-        wheel: str,
-    ) -> None:
+    def _write(self, archive: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path, wheel: str) -> None:
         self._entries += 1
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
         is_script = target.parent == self._root / _BIN
-        counted = hashlib.new(digest.algorithm if digest else "sha256", usedforsecurity=False)
         with archive.open(info) as source, target.open("xb") as file:
             first = True
             while chunk := source.read(_CHUNK):
-                counted.update(chunk)
                 self._bytes += len(chunk)
                 if self._bytes > MAX_BYTES or self._entries > ENTRIES_MAX:
                     why = f"the wheels have more than {MAX_BYTES >> 30} GiB or {ENTRIES_MAX} files in total"
                     raise _bad(wheel, why)
                 file.write(re.sub(rb"\A#!pythonw?", _PYTHON, chunk) if first and is_script else chunk)
                 first = False
-        if digest and counted.digest() != digest.value:
-            raise _bad(wheel, f"{info.filename[:100]!r} does not match its RECORD")
         executable = is_script or (info.external_attr >> 16) & 0o111
         target.chmod(0o700 if executable else 0o600)
 
@@ -160,19 +134,6 @@ def _text(archive: zipfile.ZipFile, info: zipfile.ZipInfo, wheel: str) -> str:
     if len(data) > _TEXT_MAX:
         raise _bad(wheel, f"{info.filename[:100]!r} is too long")
     return data.decode()
-
-
-def _record(text: str, wheel: str) -> dict[str, _Digest]:
-    """Return the digests in RECORD, by file."""
-    found = {}
-    try:
-        for row in csv.reader(io.StringIO(text)):
-            kind, _, value = row[1].partition("=") if len(row) > 1 else ("", "", "")
-            if kind in _HASHES:
-                found[row[0]] = _Digest(kind, base64.urlsafe_b64decode(value + "=" * (-len(value) % 4)))
-    except (csv.Error, binascii.Error) as exc:
-        raise _bad(wheel, "its RECORD is invalid") from exc
-    return found
 
 
 def make_layer(work: Path, wheels: Sequence[Path], root: Path, python: str) -> Path:
