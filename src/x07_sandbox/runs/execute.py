@@ -228,7 +228,7 @@ class Phase:
                 raise PeerError("bad data", "an output file that was not asked for, or is larger than announced")
             self.link.consumed(event.stream, len(event.payload))
             return
-        if event.stream in {Stream.CHANGES, Stream.LEFT}:
+        if event.stream in {Stream.CHANGES, Stream.LEFT_FILES}:
             if event.stream not in self.to_come:
                 raise PeerError("bad data", "changes that were not asked for")
             self.link.consumed(event.stream, len(event.payload))
@@ -262,7 +262,7 @@ class Phase:
         if self.spec.changes is not None:
             self.to_come.add(Stream.CHANGES)
         if self.spec.left_files is not None and body["left_files"]:
-            self.to_come.add(Stream.LEFT)
+            self.to_come.add(Stream.LEFT_FILES)
         if not self.to_come:
             self._end()
 
