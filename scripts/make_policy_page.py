@@ -30,40 +30,46 @@ if TYPE_CHECKING:
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference" / "policy.md"
 _COMMANDS: Final = {
-    "new": "`x07 policy new [FLAGS]` | a complete policy from flags, on standard output",
-    "init": "`x07 policy init --template T` | a template, written into the project, below `.x07/policies/base`",
-    "check": "`x07 policy check FILE...` | all that is wrong; with `--host H:P` what becomes of a connection",
-    "digest": "`x07 policy digest FILE` | the canonical digest, see below",
-    "explain": "`x07 policy explain [POLICY]` | of each field who enforces it, before anything runs",
-    "diff": "`x07 policy diff A B` | what B grants or withdraws compared to A",
-    "schema": "`x07 policy schema` | the JSON Schema",
+    "new": "`x07 policy new [FLAGS]` | print a complete policy made from flags",
+    "init": "`x07 policy init --template T` | write a template into the project, below `.x07/policies/base`",
+    "check": "`x07 policy check FILE...` | list all errors; with `--host H:P`, decide one connection",
+    "digest": "`x07 policy digest FILE` | print the [canonical digest](#digests)",
+    "explain": "`x07 policy explain [POLICY]` | show who enforces each field, before anything runs",
+    "diff": "`x07 policy diff A B` | show what B grants or withdraws compared with A",
+    "schema": "`x07 policy schema` | print the JSON Schema",
 }
+_KINDS: Final = {"true or false": "boolean", "whole number": ""}  # a range says that it is a number
 _MIB: Final = 1 << 20
 
 
 def commands() -> str:
     """The commands with their exit codes."""
-    return _table("Command | What it gives | Exit code", (f"{_COMMANDS[name]} | {codes}" for name, codes in EXIT_CODES))
+    return _table("Command | Action | Exit code", (f"{_COMMANDS[name]} | {codes}" for name, codes in EXIT_CODES))
 
 
 def sections() -> str:
-    """What optional sections count like when they are absent."""
+    """The values of each optional section while it is absent."""
     return "".join(f"- `{name}`: {_in_words(section)}\n" for name, section in OPTIONAL_SECTIONS.items())
 
 
 def all_fields() -> str:
     """Each section with its fields, and those of a host."""
     plan = make_plan(default_policy(), vm_features("vm-emulated"))
-    words = {"enforced": "", "advisory": "advice to "}
+    words = {"enforced": "", "advisory": "advisory: "}
     held = {control.field: words.get(control.state, f"{control.state}: ") + control.by for control in plan.controls}
-    head = "Field | Values | When absent | Meaning"
+    head = "Field | Values | Default | Meaning"
     parts = []
     grouped: dict[str, list[Field]] = {}
     for field in fields():
         grouped.setdefault(field.path.rpartition(".")[0] or "Top level", []).append(field)
     for section, inner in grouped.items():
         doc = policy_schema()["$defs"][inner[0].section]["description"]
-        parts.append(f"### {section}\n\n{doc}\n\n" + _table(f"{head} | Held", (_row(field, held) for field in inner)))
+        holders = {held[field.path] for field in inner}
+        if len(holders) == 1:  # said once instead of in every row
+            text, rows = f"{doc} Held by: {holders.pop()}.", _table(head, map(_row, inner))
+        else:
+            text, rows = doc, _table(f"{head} | Held by", (_row(field, held) for field in inner))
+        parts.append(f"### {section}\n\n{text}\n\n{rows}")
     hosts = _table(head, map(_row, host_fields()))
     return "\n".join([*parts, f"### Each host of net.allow_hosts\n\n{hosts}"])
 
@@ -74,7 +80,7 @@ def rules() -> str:
 
 
 def templates() -> str:
-    """The templates, with what tells them apart."""
+    """The templates and where they differ."""
     head = "Template | For | CPU s | Wall s | MiB | Tasks | Reads | Writes | Network"
     return _table(head, (_template_row(name, policy) for name, policy in TEMPLATES.items()))
 
@@ -95,7 +101,8 @@ def _in_words(section: Section) -> str:
 
 
 def _row(field: Field, held: Mapping[str, str] | None = None) -> str:
-    values = f"{field.kind}, {field.bounds}" if field.bounds else field.kind
+    kind = _KINDS.get(field.kind, field.kind)
+    values = ", ".join(part for part in (kind, field.bounds) if part)
     absent = "" if field.default is None else f"`{json.dumps(field.default)}`"
     if field.required:
         absent = "required"
@@ -110,7 +117,7 @@ def _template_row(name: str, policy: Policy) -> str:
         policy.notes_in_force,
         *(limits.cpu_ms // 1000, limits.wall_ms // 1000, limits.mem_bytes // _MIB, limits.procs),
         *(", ".join(f"`{root}`" for root in found) or "nothing" for found in roots),
-        "once hosts are added" if policy.net.enabled else "off",
+        "listed hosts" if policy.net.enabled else "off",
     ]
     return " | ".join(map(str, cells))
 
