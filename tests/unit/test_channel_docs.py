@@ -24,7 +24,7 @@ FRAME_MEANING: Final = {
     Kind.HELLO: "The agent is up, and speaks this protocol.",
     Kind.WARM: "Prepare everything that does not depend on a job; after the answer the VM is saved, or waits.",
     Kind.WARMED: "Prepared.",
-    Kind.SEED: "Clock, entropy and names: what a resumed VM needs anew.",
+    Kind.SEED: "Clock, entropy and names for a resumed VM.",
     Kind.SEEDED: "Clock and entropy are set.",
     Kind.START: "The job. Its files and input follow as data.",
     Kind.STARTED: "The program was executed; its time counts from here.",
