@@ -101,7 +101,7 @@ STREAM_MEANING: Final = {
     Stream.STDERR: "Its standard error.",
     Stream.OUTPUT_FILE: "The file that START requests, after EXITED.",
     Stream.CHANGES: "The program's changes in the mounts that START selects, after EXITED.",
-    Stream.LEFT: "Files left in the program's private folders, if START requests any, after EXITED.",
+    Stream.LEFT_FILES: "Files left in the program's private folders, if START requests any, after EXITED.",
     Stream.FIRST_FILE: "Files to copy in, in the order of START.",
 }
 STATE_MEANING: Final = {

@@ -54,7 +54,7 @@ if "--json" not in words:
     os.execv(argv[0], argv)
 done = subprocess.run(argv, capture_output=True, text=True, check=False)
 print(json.dumps({{
-    "outcome": "ok", "reason": "the program ended with status 0", "exit_code": 0, "x07_exit_code": 0,
+    "outcome": "ok", "reason": "the program exited with status 0", "exit_code": 0, "x07_exit_code": 0,
     "isolation": "vm-hardware", "backend": "qemu", "artifact_from": "build",
     "stdout": {{"text": done.stdout}}, "stderr": {{"text": done.stderr}}, "changes": {{"state": "applied"}},
     "phases": {{"build": {{"job_id": "1-1-1-build"}}, "run": {{"job_id": "1-1-1-run"}}}},
