@@ -38,7 +38,6 @@ _COMMANDS: Final = {
     "diff": "`x07 policy diff A B` | show what B grants or withdraws compared to A",
     "schema": "`x07 policy schema` | print the JSON Schema",
 }
-_KINDS: Final = {"true or false": "boolean", "whole number": ""}  # a range says that it is a number
 _MIB: Final = 1 << 20
 
 
@@ -55,8 +54,7 @@ def sections() -> str:
 def all_fields() -> str:
     """Return the table of fields of each section and of a host."""
     plan = make_plan(default_policy(), vm_features("vm-emulated"))
-    words = {"enforced": "", "advisory": "advisory: "}
-    held = {control.field: words.get(control.state, f"{control.state}: ") + control.by for control in plan.controls}
+    held = {control.field: control.by if control.state == "enforced" else control.state for control in plan.controls}
     head = "Field | Values | Default | Meaning"
     parts = []
     grouped: dict[str, list[Field]] = {}
@@ -66,7 +64,9 @@ def all_fields() -> str:
         doc = policy_schema()["$defs"][inner[0].section]["description"]
         holders = {held[field.path] for field in inner}
         if len(holders) == 1:  # said once instead of in every row
-            text, rows = f"{doc} Held by: {holders.pop()}.", _table(head, map(_row, inner))
+            holder = holders.pop()
+            by = "All fields are advisory." if holder == "advisory" else f"Held by {holder}."
+            text, rows = f"{doc} {by}", _table(head, map(_row, inner))
         else:
             text, rows = doc, _table(f"{head} | Held by", (_row(field, held) for field in inner))
         parts.append(f"### {section}\n\n{text}\n\n{rows}")
@@ -101,8 +101,7 @@ def _in_words(section: Section) -> str:
 
 
 def _row(field: Field, held: Mapping[str, str] | None = None) -> str:
-    kind = _KINDS.get(field.kind, field.kind)
-    values = ", ".join(part for part in (kind, field.bounds) if part)
+    values = f"{field.kind}, {field.bounds}" if field.bounds else field.kind
     absent = "" if field.default is None else f"`{json.dumps(field.default)}`"
     if field.required:
         absent = "required"
