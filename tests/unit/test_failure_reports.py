@@ -30,9 +30,9 @@ SCHEMA = json.loads(schemas()["failure.schema.json"])
     [
         (["init", "--entry", "main.py"], 2, "it applies only to --toolchain python or --toolchain shell"),
         (["init", "a\udcff/file"], 2, "Not a directory"),
-        (["image", "list"], 125, "it is a link or no folder"),
+        (["image", "list"], 125, "it is a link or not a folder"),
         (["image", "verify", "nothing"], 125, ""),
-        (["pool", "status"], 125, "it is a link or no folder"),
+        (["pool", "status"], 125, "it is a link or not a folder"),
         (["policy", "digest", "missing.json"], 2, "No such file"),
     ],
 )

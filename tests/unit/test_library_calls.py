@@ -17,8 +17,8 @@ import pytest
 from msgspec.structs import replace
 
 from x07_sandbox import Policy, Pool, SandboxError, load_policy, run_program, run_program_async
-from x07_sandbox.backends.lease import PoolMachines
-from x07_sandbox.backends.selection import choice_of_variables
+from x07_sandbox.backends.lease import PoolClient
+from x07_sandbox.backends.selection import choice_from_environment
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host import paths
 from x07_sandbox.host.cancel import Cancel
@@ -167,7 +167,7 @@ def test_an_option_that_is_not_known_is_named_with_the_function() -> None:
 def asked(stack: contextlib.ExitStack, folder: Path, **words: Any) -> RunRequest:  # noqa: ANN401 - any option
     """The request of a call for the project in *folder*, when its manifest has been read."""
     cancel = stack.enter_context(contextlib.closing(Cancel()))
-    fields: dict[str, Any] = {"machines": PoolMachines(), "choice": choice_of_variables(), "cancel": cancel}
+    fields: dict[str, Any] = {"machines": PoolClient(), "choice": choice_from_environment(), "cancel": cancel}
     fields |= {name: words.pop(name, value) for name, value in (("stdin_fd", 0), ("stdin_default", True))}
     args = words.pop("args", ())
     given = {**(run_program.__kwdefaults__ or {}), **words}
@@ -269,7 +269,10 @@ def test_the_variables_of_the_command_count_for_the_library_too(
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("the program was still running after 4 s (--timeout)", "the program was still running after 4 s (timeout_s)"),
+        (
+            "the program reached its time limit of 4 s (--timeout)",
+            "the program reached its time limit of 4 s (timeout_s)",
+        ),
         ("Name a file with --input", "Name a file with input"),
         ("Give it more with --timeout 4.5", "Give it more with timeout_s=4.5"),
         ("Leave it out, or use --sandbox-backend vm", "Leave it out, or use X07_SANDBOX_BACKEND=vm"),

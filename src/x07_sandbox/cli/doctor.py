@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.backends.prerequisites import Proof, advice, backend_states, gather
 from x07_sandbox.backends.registry import BY_NAME, create
-from x07_sandbox.backends.selection import ACCEPT_FLAG, Asked, choice_of_variables, select, this_platform, working
+from x07_sandbox.backends.selection import (
+    ACCEPT_FLAG,
+    BackendRequest,
+    choice_from_environment,
+    select,
+    this_platform,
+    usable_flags,
+)
 from x07_sandbox.cli.console import LiveLine, show, size
 from x07_sandbox.cli.json_output import print_document
 from x07_sandbox.cli.parser import add_document_flags
@@ -85,7 +92,7 @@ def _examine() -> DoctorReport:
     findings += [*_requested_backend(), _folders()]
     proofs = {}
     if platform.system == "linux" and os.uname().machine in ARCHES:
-        name = select(platform, Asked()).backend
+        name = select(platform, BackendRequest()).backend
         machine = _image_and_machine(name)
         findings += [*_tools(name), _image_tools(), _cgroups(), *_capacity(), *_jail(name), *machine]
         if (proof := proof_among(machine)) is not None:
@@ -110,7 +117,7 @@ def _weaker(name: str) -> Proof:
 
 def platform_finding(platform: Platform) -> Finding:
     """Return whether this version has a backend for the platform."""
-    if words := " ".join(working(platform)):
+    if words := " ".join(usable_flags(platform)):
         return Finding(subject="platform", good=True, text=f"{platform}, supported by {words}")
     text, fix = f"this version has no backend for {platform}", ". ".join(advice(platform))
     return Finding(subject="platform", good=False, text=text, fix=fix)
@@ -158,7 +165,7 @@ def _variables(environ: Mapping[str, str]) -> Finding:
 def _requested_backend() -> list[Finding]:
     """Return why the backend that variables request is not available; every run without a flag fails for it."""
     try:
-        choice_of_variables()
+        choice_from_environment()
     except SandboxError as exc:
         return [_bad("requested backend", exc)]
     return []
@@ -219,15 +226,15 @@ def _capacity() -> list[Finding]:
     """Return how many runs this host can hold at once."""
     from x07_sandbox.host.cores import cores
     from x07_sandbox.host.memory import memory_bytes
-    from x07_sandbox.jobs.admission import MEMORY_EACH, max_running
+    from x07_sandbox.jobs.admission import MEMORY_PER_MACHINE, max_running
 
-    subject, memory, each = "runs at once", memory_bytes(), MEMORY_EACH >> 30
+    subject, memory, each = "runs at once", memory_bytes(), MEMORY_PER_MACHINE >> 30
     try:
         most = max_running()
     except SandboxError as exc:
         return [_bad(subject, exc)]
     text = f"{most}; this host has {cores()} cores and {size(memory)} of memory; a run may use {each} GiB"
-    if memory * 3 // 4 < MEMORY_EACH:
+    if memory * 3 // 4 < MEMORY_PER_MACHINE:
         text += ", more than three quarters of it: large programs may not fit"
     return [Finding(subject=subject, good=None, text=text)]
 
@@ -235,7 +242,7 @@ def _capacity() -> list[Finding]:
 def _jail(name: str) -> list[Finding]:
     """Return which form of the jail around QEMU this host allows."""
     from x07_sandbox.jail.bwrap import BWRAP
-    from x07_sandbox.jail.forms import flags, jail_form
+    from x07_sandbox.jail.forms import jail_form, namespace_flags
 
     if name != "qemu" or not os.access(BWRAP, os.X_OK):
         return []
@@ -247,7 +254,7 @@ def _jail(name: str) -> list[Finding]:
         return [Finding(subject="jail", good=True, text="namespaces, seccomp and a private root")]
     text = f"without namespaces, by Landlock {form.landlock} and seccomp: {form.why}"
     text += "; X07_VM_REQUIRE_NAMESPACES=1 rejects this"
-    return [Finding(subject="jail", good=None, text=text, fix=f"To get namespaces, allow them: {flags()}")]
+    return [Finding(subject="jail", good=None, text=text, fix=f"To get namespaces, allow them: {namespace_flags()}")]
 
 
 def _image_and_machine(name: str) -> list[Finding]:
@@ -303,7 +310,7 @@ def _start(backend: Backend, image: OpenImage) -> Finding:
             with backend.start(job):
                 pass
     except NoAnswerError as exc:
-        fix = _TOO_SLOW if exc.silence.kind == "late" else _NO_UIDS if "setres" in exc.why else _NO_START
+        fix = _TOO_SLOW if exc.failure.kind == "late" else _NO_UIDS if "setres" in exc.why else _NO_START
         found = Finding(subject=START, good=False, text=f"{exc.what}: {exc.why}", fix=fix)
     except SandboxError as exc:
         found = _bad(START, exc)

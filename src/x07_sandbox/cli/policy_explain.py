@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from x07_sandbox.backends.registry import BY_NAME, features_of
-from x07_sandbox.backends.selection import asked, backend_named, select, this_platform
-from x07_sandbox.network.names import spelled
-from x07_sandbox.network.rules import make_allowlist, never_reached
+from x07_sandbox.backends.selection import backend_named, backend_request, select, this_platform
+from x07_sandbox.network.names import pattern_text
+from x07_sandbox.network.rules import make_allowlist, unreachable_entries
 from x07_sandbox.plan.confinement import confinement
 from x07_sandbox.plan.controls import make_plan
 from x07_sandbox.policy.canonical import policy_digest
@@ -66,7 +66,7 @@ def explanation(
     """
     backend = None if backend_name is None else backend_named(backend_name)
     if backend is None or not (backend.built and backend.runs_on(this_platform())):
-        backend = BY_NAME[select(this_platform(), asked(backend=backend_name, flags=("--backend",))).backend]
+        backend = BY_NAME[select(this_platform(), backend_request(backend=backend_name, flags=("--backend",))).backend]
     features = features_of(backend)
     plan = make_plan(policy, features)
     values = leaf_values(policy)
@@ -78,15 +78,15 @@ def explanation(
         isolation=backend.isolation,
         toolchain=toolchain,
         carried_out=not plan.refusals,
-        filters=confinement(policy, "").filters if "confinement" in features.can_hold else (),
+        filters=confinement(policy, "").filters if "confinement" in features.can_enforce else (),
         controls=tuple(
             ExplainedControl(**msgspec.structs.asdict(control), value=msgspec.to_builtins(values[control.field]))
             for control in plan.controls
         ),
         refusals=plan.refusals,
         never_reached=tuple(
-            NeverReached(field=entry.rule, host=spelled(entry.what), why=why)
-            for entry, why in never_reached(make_allowlist(policy))
+            NeverReached(field=entry.rule, host=pattern_text(entry.what), why=why)
+            for entry, why in unreachable_entries(make_allowlist(policy))
         ),
     )
 

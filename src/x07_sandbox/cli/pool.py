@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from x07_sandbox.backends.lease import GONE_S, PROTOCOL, connected, peer_of, pool_dir, receive, send
+from x07_sandbox.backends.lease import GONE_S, PROTOCOL, connect_to_pool, peer_of, pool_dir, receive, send
 from x07_sandbox.cli.console import Progress, show
 from x07_sandbox.cli.json_output import document_wanted, print_document
 from x07_sandbox.cli.parser import add_document_flags, whole_number
 from x07_sandbox.errors import HostError, UsageError
 from x07_sandbox.host import settings
-from x07_sandbox.host.decoding import known
+from x07_sandbox.host.decoding import prepared
 from x07_sandbox.reports.verbs import PoolReport, PoolStatus
 
 if TYPE_CHECKING:
@@ -100,12 +100,12 @@ def _read_startup(ready: IO[bytes], progress: Progress) -> dict[str, Any]:
 
 
 def _stop(options: argparse.Namespace) -> int:
-    connection = connected()
+    connection = connect_to_pool()
     if connection is not None:
         with connection:
             connection.settimeout(2 * GONE_S)
             send(connection, {"protocol": PROTOCOL, "want": "stop"})
-            if receive(connection) is not None or connected() is not None:
+            if receive(connection) is not None or connect_to_pool() is not None:
                 raise HostError("cannot stop the pool", "it does not end", "Check it with x07 pool status")
     if not print_document(PoolReport(pool=None), options):
         show("no pool is running" if connection is None else "the pool has stopped")
@@ -128,7 +128,7 @@ def _status(options: argparse.Namespace) -> int:
 
 def _query_status() -> PoolStatus | None:
     """Return the status that the pool reports; None if no pool is running. Raises HostError."""
-    connection = connected()
+    connection = connect_to_pool()
     if connection is None:
         return None
     with connection:
@@ -137,13 +137,13 @@ def _query_status() -> PoolStatus | None:
             send(connection, {"protocol": PROTOCOL, "want": "status"})
         answer = receive(connection)
     if answer is None:
-        if (still := connected()) is None:
+        if (still := connect_to_pool()) is None:
             return None
         still.close()
         fix = f"End it with kill -KILL {pid}, or, if it is suspended, resume it with kill -CONT {pid}"
         raise HostError("cannot query the pool", f"its process {pid} does not answer", fix)
     status = {key: value for key, value in answer[0].items() if key != "protocol"}
     try:
-        return msgspec.convert(status, known(PoolStatus))
+        return msgspec.convert(status, prepared(PoolStatus))
     except msgspec.ValidationError as exc:  # a pool of another version
         raise HostError("cannot read the pool's status", str(exc), "Restart it: x07 pool stop, x07 pool start") from exc

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from msgspec.structs import replace
 
-from x07_sandbox.backends.lease import PoolMachines
+from x07_sandbox.backends.lease import PoolClient
 from x07_sandbox.backends.registry import create
-from x07_sandbox.backends.selection import asked, select, this_platform
+from x07_sandbox.backends.selection import backend_request, select, this_platform
 from x07_sandbox.cli.cancel import cancelled_by_signals
 from x07_sandbox.cli.console import LiveLine, plain, say
 from x07_sandbox.cli.run_options import (
@@ -244,7 +244,7 @@ def _is_x07_artifact(options: argparse.Namespace) -> bool:
 def _choice(options: argparse.Namespace) -> Choice:
     """Return the backend. Raises UsageError, RefusedError if it is not available."""
     accepted = options.i_accept_weaker_isolation
-    found = asked(sandbox=options.sandbox_backend, backend=options.backend, accepted=accepted)
+    found = backend_request(sandbox=options.sandbox_backend, backend=options.backend, accepted=accepted)
     choice = select(this_platform(), found)
     if choice.sandbox_backend == "none":
         say("warning: no isolation: the program can do whatever you can, and few limits of the policy apply")
@@ -309,7 +309,7 @@ def _request(
         cold=options.cold,
         cache=not options.no_cache,
         queue_s=options.queue_timeout,
-        machines=None if options.no_pool else PoolMachines(),
+        machines=None if options.no_pool else PoolClient(),
         require_hardware=options.require_hardware,
         profile=options.profile,
         changes=options.changes,
@@ -397,7 +397,7 @@ def _overrides(options: argparse.Namespace) -> dict[str, Any]:
         return {}
     from x07_sandbox.policy.overrides import Overrides
 
-    overrides = Overrides(**{key: tuple(getattr(options, key)) for key in given.values()}, let_in=copied)
+    overrides = Overrides(**{key: tuple(getattr(options, key)) for key in given.values()}, include=copied)
     return {"overrides": overrides, "override_flags": (*given, *(f"--allow-{word}" for word in copied))}
 
 

@@ -94,7 +94,7 @@ def _overrides(**allowed: bool) -> Overrides | None:
         return None
     from x07_sandbox.policy.overrides import Overrides
 
-    return Overrides(let_in=tuple(word for word, value in allowed.items() if value))
+    return Overrides(include=tuple(word for word, value in allowed.items() if value))
 
 
 def _loaders(path: Path | None) -> tuple[Loader, ...]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host import settings
-from x07_sandbox.host.threads import started
+from x07_sandbox.host.threads import start_thread
 from x07_sandbox.library.arguments import bad_argument, check_names
 from x07_sandbox.library.run import OPTIONS, check_result, run_once
 
@@ -103,7 +103,7 @@ class Pool(Executor):
 
     def _check_process(self) -> None:
         """Raise UsageError in a forked child."""
-        if self._machines.in_a_child():
+        if self._machines.in_forked_child():
             raise UsageError("cannot use this pool", "it belongs to the parent process", "Create another one")
 
     def _run(
@@ -141,7 +141,7 @@ class Pool(Executor):
 
         cancel_futures: cancel running programs too, not only queued ones.
         """
-        if self._machines.in_a_child():
+        if self._machines.in_forked_child():
             return  # the runs belong to the parent
         if cancel_futures:
             with self._lock:
@@ -152,7 +152,7 @@ class Pool(Executor):
         # In a thread, which continues if a signal handler raises here (Ctrl-C).
         ending = threading.Thread(target=self._end, name="x07-pool-end")
         try:
-            started(ending)
+            start_thread(ending)
         except OSError:  # no more threads allowed
             self._end()
             return

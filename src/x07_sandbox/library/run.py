@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 
 # Modules that run programs are imported on the first run, so that importing this one is cheap.
 from x07_sandbox.errors import SandboxError
-from x07_sandbox.host.threads import started
+from x07_sandbox.host.threads import start_thread
 from x07_sandbox.library.arguments import FILES_BYTES, bad_argument, check_names, input_file, make_request
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from x07_sandbox.backends.base import Machines
+    from x07_sandbox.backends.base import MachineSource
     from x07_sandbox.host.cancel import Cancel
     from x07_sandbox.library.options import RunOptions
     from x07_sandbox.policy.model import Policy
@@ -141,7 +141,7 @@ def _run_uninterrupted(cancel: Cancel, work: Callable[[], Ended]) -> Ended:
     thread = threading.Thread(target=carry_out, name="x07-call", daemon=True)
     try:
         try:
-            started(thread)
+            start_thread(thread)
         except OSError:  # no more threads allowed
             return work()
         is_awaited = True
@@ -219,7 +219,7 @@ def run_once(
     program: str | os.PathLike[str] | None,
     args: Sequence[str],
     *,
-    machines: Machines | None = None,
+    machines: MachineSource | None = None,
     input: bytes | None = None,  # noqa: A002 - as above
     on_output: OnOutput | None = None,
     **options: Any,  # noqa: ANN401 - checked by make_request
@@ -229,12 +229,12 @@ def run_once(
     machines: VMs that are ready; None for those of `x07 pool`.
     Raises UsageError for a wrong call, and what *on_output* raises.
     """
-    from x07_sandbox.backends.lease import PoolMachines
-    from x07_sandbox.backends.selection import choice_of_variables
+    from x07_sandbox.backends.lease import PoolClient
+    from x07_sandbox.backends.selection import choice_from_environment
     from x07_sandbox.housekeeping.start import sweep_before_start
     from x07_sandbox.runs.run import attempt
 
-    choice = choice_of_variables()
+    choice = choice_from_environment()
     if on_output is not None and not callable(on_output):
         raise bad_argument("on_output", f"is {type(on_output).__name__}, not a function")
     with contextlib.ExitStack() as stack:
@@ -246,7 +246,7 @@ def run_once(
             {**(run_program.__kwdefaults__ or {}), **options},
             stdin_fd=input_file(input, stack),
             stdin_default=input is None,
-            machines=machines or PoolMachines(),
+            machines=machines or PoolClient(),
             choice=choice,
             cancel=cancel,
             live_stdout=live[0],
@@ -325,7 +325,7 @@ class _Output:
         from x07_sandbox.host import close_on_fork
 
         for fd in self.fds:
-            close_on_fork.keep(fd)  # a forked child would keep the threads reading
+            close_on_fork.add(fd)  # a forked child would keep the threads reading
         for thread in self._threads:
             thread.start()
         return self

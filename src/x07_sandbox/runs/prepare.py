@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from x07_sandbox.backends.base import Availability, Backend
 from x07_sandbox.backends.registry import create
-from x07_sandbox.backends.selection import Choice, choice_of_variables
+from x07_sandbox.backends.selection import Choice, choice_from_environment
 from x07_sandbox.errors import HostError, RefusedError, UsageError, printable
 from x07_sandbox.host import settings
 from x07_sandbox.host.paths import settings_file
@@ -104,7 +104,7 @@ def prepare(
     draft = _known(replace(draft, policy=printable(in_force.base)), policy=sha256_text(in_force.data))
     yield draft
     check_variables(request, in_force.policy)
-    choice = request.choice or choice_of_variables()
+    choice = request.choice or choice_from_environment()
     backend = create(choice.backend)
     image = None
     if backend.uses_image:
@@ -116,7 +116,7 @@ def prepare(
     availability = backend.probe(image, boot=not dry)
     _require_hardware(request, availability)
     for flag_name, folder in (("--out", request.out), ("--workdir", request.workdir)):
-        if folder is not None and "host-files" not in availability.features.can_hold:
+        if folder is not None and "host-files" not in availability.features.can_enforce:
             why = f"the backend {backend.name} cannot bring files back"
             raise RefusedError(f"cannot use {flag_name}", why, "Leave it out, or use --sandbox-backend vm")
     plan = make_plan(in_force.policy, availability.features, cpu_ms=program.cpu_ms)

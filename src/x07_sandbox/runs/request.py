@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import msgspec
 from msgspec.structs import replace
 
-from x07_sandbox.backends.base import Machines
+from x07_sandbox.backends.base import MachineSource
 from x07_sandbox.backends.selection import Choice
 from x07_sandbox.errors import RefusedError, UsageError
 from x07_sandbox.host import settings
@@ -27,7 +27,7 @@ from x07_sandbox.runs.streams import InFile, OutFile, memory_file, read_all
 if TYPE_CHECKING:
     import contextlib
 
-    from x07_sandbox.policy.limits import LimitChanges, Reach
+    from x07_sandbox.policy.limits import FlagReach, LimitChanges
     from x07_sandbox.policy.model import Limits
     from x07_sandbox.policy.overrides import Overrides
     from x07_sandbox.programs.protocol import Protocol
@@ -71,7 +71,7 @@ class InForce(NamedTuple):
     own: Limits | None = None
     may_raise: bool = False
 
-    def reach(self) -> Reach:
+    def reach(self) -> FlagReach:
         """How far flags can raise the limits."""
         from x07_sandbox.policy.limits import flag_reach  # for advice, which few runs need
 
@@ -134,7 +134,7 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
     cold: bool = False
     cache: bool = True
     queue_s: float = settings.QUEUE_S
-    machines: Machines | None = None
+    machines: MachineSource | None = None
     choice: Choice | None = None
     loaded: Program | None = None
     in_force: InForce | None = None

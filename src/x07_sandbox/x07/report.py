@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 from msgspec.structs import replace
 
-from x07_sandbox.host.decoding import known
+from x07_sandbox.host.decoding import prepared
 from x07_sandbox.x07.protocol import HEAD_BYTES
 from x07_sandbox.x07.runner_report import (
     COUNTERS,
@@ -54,7 +54,7 @@ def find_metrics(stderr: bytes) -> dict[str, Any] | None:
         if not line.lstrip().startswith(b"{"):
             continue
         try:
-            found = msgspec.json.decode(line, type=known(Metrics))
+            found = msgspec.json.decode(line, type=prepared(Metrics))
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             continue
         if found != Metrics():
@@ -98,7 +98,7 @@ def x07_report(result: Result, built: Built) -> CompileRunReport:
         return read_protocol(report)  # compiled earlier, so there is no compiler's report
     output = result.build.stdout.data if result.build is not None else b""
     try:
-        compiled = msgspec.json.decode(output, type=known(_CompilerReport)).compile
+        compiled = msgspec.json.decode(output, type=prepared(_CompilerReport)).compile
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
         compiled = replace(report.compile, ok=False, exit_status=report.compile.exit_status or FAILED_EXIT)
         compiled = replace(compiled, compile_error=UNREADABLE, trap=f"{UNREADABLE}: {exc}", compiled_exe=None)
