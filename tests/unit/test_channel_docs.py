@@ -83,7 +83,7 @@ FIELD_MEANING: Final = {
     "EXITED.cpu_exceeded": "The agent killed the program at its CPU time limit.",
     "EXITED.stopped": "The program was stopped by a signal when STOP arrived.",
     "EXITED.disk_full": "The scratch disk is full.",
-    "EXITED.memory_full": "/tmp or /dev/shm is full.",
+    "EXITED.memory_full": "A folder in memory is full: /tmp or /dev/shm.",
     "EXITED.denials_lost": "Number of denials, or audit records of them, that were lost.",
     "EXITED.left_files": "Number of files left in private folders.",
     "EXITED.left_bytes": "Their size.",

@@ -46,7 +46,7 @@ DATABASES: Final = st.none() | st.builds(
 DENIED: Final = st.dictionaries(NAME | ADDRESS | NETWORK, st.none() | st.sets(PORTS, min_size=1), max_size=2)
 
 
-def spelled(host: str) -> st.SearchStrategy[str]:
+def pattern_text(host: str) -> st.SearchStrategy[str]:
     """Spellings of one host."""
     if ":" in host:
         return st.sampled_from([host, host.upper(), f"[{host}]"])
@@ -149,7 +149,7 @@ def test_policy_check_says_what_the_gate_decides(
 ) -> None:
     """`x07 policy check --host` gives the decision, rule, reason and advice that the gate's decision has."""
     decision = decide(make_allowlist(policy), request_for(host, port, transport))
-    report = host_report(policy, "p.json", endpoint(data.draw(spelled(host)), port), transport)
+    report = host_report(policy, "p.json", endpoint(data.draw(pattern_text(host)), port), transport)
     said = (report.host, report.port, report.transport, report.allowed, report.rule, report.reason, report.how_to_allow)
     request = decision.request
     assert said == (
@@ -199,7 +199,7 @@ def test_spellings_of_one_host_are_judged_alike(
     """Two spellings of one host, in a request, the list or a denial, get the same decision everywhere."""
     allowlist = make_allowlist(policy, denied)
     decision = decide(allowlist, request_for(host, port, transport))
-    other = data.draw(spelled(host))
+    other = data.draw(pattern_text(host))
     assert decide(allowlist, request_for(other, port, transport)) == decision
     if other.isascii():
         by_guest = Request(host=parse_guest_host(other.encode()), port=port, transport=transport)

@@ -31,6 +31,8 @@ HOST_MAX: Final = 255
 STREAM_MAX: Final = 2**32 - 1
 TCP: Final = 6
 UDP: Final = 17
+DNS: Final = "127.0.0.53"  # of the relay in the guest
+RESOLV_CONF: Final = f"nameserver {DNS}\noptions timeout:5 attempts:2\n"
 
 # Frame types; the numbers are the protocol.
 OPEN: Final = 1

@@ -13,15 +13,14 @@ import socket
 import struct
 from typing import Any, Final, NamedTuple
 
+from x07_sandbox.channel.egress import DNS
 from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.netlink import HeldPackets, Routes, add_elements
 from x07_sandbox.guest.system import read_all, write_all
 
-DNS: Final = "127.0.0.53"
 DNS_PORT: Final = 53
 TCP_PORT: Final = 1  # of the relay; a privileged port, so the program cannot bind it
 UDP_PORT: Final = 2
-RESOLV_CONF: Final = f"nameserver {DNS}\noptions timeout:5 attempts:2\n"
 TO_ASK: Final = 0  # queue of first packets that wait for the gate's answer
 TO_REFUSE: Final = 1  # queue of packets that the policy does not allow: reported, then refused
 

@@ -81,10 +81,11 @@ class Platform(ABC):
 
     def make_resolv_conf(self) -> None:
         """Write the /etc/resolv.conf of programs with connections. Raises OSError."""
-        from x07_sandbox.guest import confine, firewall
+        from x07_sandbox.channel.egress import RESOLV_CONF
+        from x07_sandbox.guest import confine
 
         with open(confine.RESOLV_CONF, "x", encoding="ascii") as file:
-            file.write(firewall.RESOLV_CONF)
+            file.write(RESOLV_CONF)
 
     @abstractmethod
     def audit(self) -> Audit | NoAudit:

@@ -21,7 +21,7 @@ import msgspec
 
 from x07_sandbox.errors import HostError, ImageError
 from x07_sandbox.host.arch import Arch
-from x07_sandbox.host.decoding import known
+from x07_sandbox.host.decoding import prepared
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.mounts import mounts
 from x07_sandbox.images import apt_index, commands, kernel, manifest, recipe, scratch, sources, toolchain, verify
@@ -82,7 +82,7 @@ def read_base(folder: Path) -> Base | None:
     """Return the base in *folder*, None if it is missing, of another format, or a file is missing or truncated."""
     try:
         with (folder / "base.json").open("rb") as file:
-            base = msgspec.json.decode(file.read(manifest.MAX_BYTES), type=known(Base))
+            base = msgspec.json.decode(file.read(manifest.MAX_BYTES), type=prepared(Base))
         whole = all((folder / part.file).lstat().st_size == part.bytes for part in base.parts())
     except (OSError, msgspec.MsgspecError):
         return None

@@ -13,7 +13,7 @@ import msgspec
 import msgspec.structs
 
 from x07_sandbox.errors import ImageError
-from x07_sandbox.host.decoding import known
+from x07_sandbox.host.decoding import prepared
 
 SCHEMA = "x07.sandbox.image@0.1.0"
 NO_DIGEST = "sha256:" + "0" * 64  # placeholder until sealed()
@@ -110,7 +110,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         return {package.name for package in self.packages} | ({"x07"} if self.x07 else set())
 
 
-_decoder = msgspec.json.Decoder(known(Manifest), strict=True)
+_decoder = msgspec.json.Decoder(prepared(Manifest), strict=True)
 
 
 def canonical(value: Any) -> bytes:  # noqa: ANN401 - any JSON value
@@ -140,7 +140,7 @@ def decode(data: bytes, where: str) -> Manifest:
     if len(data) > MAX_BYTES:
         raise _bad(where, f"it has more than {MAX_BYTES} bytes")
     try:
-        version = msgspec.json.decode(data, type=known(_Version)).schema_version
+        version = msgspec.json.decode(data, type=prepared(_Version)).schema_version
     except msgspec.MsgspecError as exc:
         raise _bad(where, str(exc)) from exc
     if version != SCHEMA:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from x07_sandbox.errors import ImageError
-from x07_sandbox.host.decoding import known
+from x07_sandbox.host.decoding import prepared
 from x07_sandbox.host.mounts import mounts
 from x07_sandbox.host.os_errors import host_error
 from x07_sandbox.host.paths import cache_folder, replace_file
@@ -260,7 +260,7 @@ def _recorded(subject: Subject) -> dict[str, Identity]:
         if not stat.S_ISREG(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o077:
             return {}
         try:
-            record = msgspec.json.decode(file.read(manifest.MAX_BYTES), type=known(Record))
+            record = msgspec.json.decode(file.read(manifest.MAX_BYTES), type=prepared(Record))
         except msgspec.MsgspecError:
             return {}
     valid = record.schema_version == RECORD_SCHEMA and record.boot_id == boot_id()

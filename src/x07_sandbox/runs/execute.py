@@ -188,8 +188,8 @@ class Phase:
             self.stage = Stage.RUN
             self.deadline = Deadline.after(self.spec.wall_ms / 1000)
         elif event.kind is Kind.FAILED:
-            not_executed = body["errno"] if body["stage"] == "exec" else 0
-            self._end(setup_failure=f"{body['stage']}: {body['message']}", not_executed=not_executed)
+            exec_errno = body["errno"] if body["stage"] == "exec" else 0
+            self._end(setup_failure=f"{body['stage']}: {body['message']}", exec_errno=exec_errno)
         elif event.kind is Kind.DENIED:
             if len(self.refused) >= DENIED_MAX:
                 raise PeerError("bad DENIED frame", f"there are more than {DENIED_MAX}")
