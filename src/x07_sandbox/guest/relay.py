@@ -20,9 +20,10 @@ from x07_sandbox.channel import egress
 from x07_sandbox.channel.egress import EgressLink, Event
 from x07_sandbox.guest import firewall
 from x07_sandbox.guest.dns import answer
-from x07_sandbox.guest.watcher import Watcher
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from x07_sandbox.guest.dns import NameTable
     from x07_sandbox.guest.firewall import Sockets
     from x07_sandbox.guest.netlink import Held
@@ -66,6 +67,43 @@ class _Flow:
         self.opened_at = 0.0
 
 
+class Watcher:
+    """Call a descriptor's callback when it is ready.
+
+    A descriptor without wanted events is not registered: epoll would report a hangup on it again and again.
+    """
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._calls: dict[int, Callable[[int], object]] = {}
+        self._wanted: dict[int, int] = {}
+
+    def watch(self, fd: int, call: Callable[[int], object], wanted: int = select.EPOLLIN) -> None:
+        """Set a descriptor's callback and the events to wait for; 0 for none."""
+        before = self._wanted.get(fd, 0)
+        self._calls[fd] = call
+        self._wanted[fd] = wanted
+        if wanted == before:
+            return
+        if not before:
+            self._epoll.register(fd, wanted)
+        elif wanted:
+            self._epoll.modify(fd, wanted)
+        else:
+            self._epoll.unregister(fd)
+
+    def forget(self, fd: int) -> None:
+        """Stop watching a descriptor; call this before closing it."""
+        if self._calls.pop(fd, None) is not None and self._wanted.pop(fd):
+            self._epoll.unregister(fd)
+
+    def turn(self, most_s: float) -> None:
+        """Wait once and call the callbacks of ready descriptors."""
+        for fd, mask in self._epoll.poll(most_s):
+            if (call := self._calls.get(fd)) is not None:
+                call(mask)
+
+
 class Relay:
     """The relay's event loop. port_fd: the stream to the gate."""
 
@@ -80,7 +118,7 @@ class Relay:
         self._connected = True
         self._read_view = memoryview(bytearray(_READ))
         self._read_views = [self._read_view[at : at + _PORT_READ] for at in range(0, _READ, _PORT_READ)]
-        watcher.watch(port_fd, self._read_port)
+        watcher.watch(port_fd, self._serve_port)
         for sock in sockets.tcp:
             watcher.watch(sock.fileno(), partial(self._accept, sock))
         for sock in sockets.udp:
@@ -102,7 +140,9 @@ class Relay:
 
     # the gate's side
 
-    def _read_port(self, _mask: int) -> None:
+    def _serve_port(self, mask: int) -> None:
+        if not mask & ~select.EPOLLOUT:
+            return
         try:
             count = os.readv(self._port_fd, self._read_views)
         except BlockingIOError:
@@ -127,10 +167,6 @@ class Relay:
             for flow in list(self._flows.values()):
                 self._watch(flow)
 
-    def _serve_port(self, mask: int) -> None:
-        if mask & ~select.EPOLLOUT:
-            self._read_port(mask)
-
     def _take(self, flow: _Flow, event: Event) -> None:
         if event.kind == egress.OPENED:
             self._opened(flow, event.value)
@@ -148,7 +184,6 @@ class Relay:
                 flow.sock.send(event.data)
 
     def _take_data(self, flow: _Flow, data: bytes) -> None:
-        """Send bytes to the program; buffer the rest."""
         if not flow.out and flow.sock is not None:
             count = self._give(flow, flow.sock, data)
             if count is None or count == len(data):
@@ -278,7 +313,6 @@ class Relay:
         self._settle(flow)
 
     def _write(self, flow: _Flow) -> None:
-        """Send buffered bytes to the program."""
         if flow.sock is None:
             return
         if flow.out:
