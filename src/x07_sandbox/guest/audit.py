@@ -311,9 +311,9 @@ class Refusals:
         vague = not name or (call.by_descriptor and not name.startswith("/"))
         if not vague and call.errno != errno.EROFS:
             return name
-        given = "" if vague else posixpath.normpath(posixpath.join(call.cwd, name))
+        known_name = "" if vague else posixpath.normpath(posixpath.join(call.cwd, name))
         device = values.get(b"dev", b"").decode("ascii", "replace")
-        return self._find(device, _number(values.get(b"inode", b"")), given) or name
+        return self._find(device, _number(values.get(b"inode", b"")), known_name) or name
 
     def _root(self, call: _Call, name: str) -> str:
         """Return the root with this path, or the only one with this base name; else an empty string."""

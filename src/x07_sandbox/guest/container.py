@@ -83,10 +83,10 @@ class ContainerGroup(NoGroup):
         self._cpu = ("cpu.stat", "usage_usec") if unified else ("cpuacct/cpuacct.usage",)
         self._unit = 1 if unified else 1000
 
-    def count(self, what: str) -> int:
+    def count(self, name: str) -> int:
         """Return a counter; see `NoGroup.count`."""
-        name, *keys = self._counters[what]
-        return counter(f"{_CGROUP}/{name}", keys)
+        file, *keys = self._counters[name]
+        return counter(f"{_CGROUP}/{file}", keys)
 
     def cpu_us(self, init: int) -> int:  # noqa: ARG002
         """Return the CPU time of the container, in microseconds."""

@@ -21,8 +21,7 @@ from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.execution import ExecutionRules
 from x07_sandbox.guest.files import IncomingFiles
 from x07_sandbox.guest.mounts import ProgramPaths
-from x07_sandbox.guest.private_files import left_files, stream_of
-from x07_sandbox.guest.trees import changes
+from x07_sandbox.guest.trees import changes, left_files, stream_of
 
 if TYPE_CHECKING:
     from x07_sandbox.guest.audit import Audit, NoAudit
