@@ -81,13 +81,12 @@ static int command_line_has(const char *word)
 }
 
 /*
- * Where the processor has no deadline timer, as under emulation, the kernel confinement how fast its APIC counts, against
- * the TSC, for a tenth of a second. If the host takes the processor away meanwhile, the result is wrong by as much as
- * it was away: all timers come late, or the kernel finds none that works and stays silent when it first has to wait.
- * No machine should go on so, least of all one that is saved; the host starts another when it reads this line. A timer
- * that comes early is set again until it is time, so that only half the speed is too little.
+ * Without a deadline timer, as under emulation, the kernel calibrates the APIC timer against the TSC for a tenth of a
+ * second. If the host deschedules the machine meanwhile, the result is wrong: all timers fire late, or the kernel finds
+ * no working timer and hangs at its first wait. So verify the calibration, and reboot; the host then starts another
+ * machine. A timer that fires early is set again, so half the frequency is still good enough.
  *
- * Where the host is like that all the time, as under a quota, the last that it tries takes any timer that there is.
+ * If the host is always like that, as under a CPU quota, its last attempt accepts any timer (x07.timer=any).
  */
 static void check_timer(void)
 {
