@@ -185,7 +185,7 @@ class Gate(asyncio.BufferedProtocol):
             return
         decision = decide(self._allowlist, request)
         if event.kind == egress.REFUSAL:
-            reason = decision.reason if not decision.allowed else "denied inside the guest"
+            reason = decision.reason if not decision.allowed else "refused inside the guest"
             self._ledger.denied(_of(decision, reason=reason))
             return
         if not decision.allowed:
