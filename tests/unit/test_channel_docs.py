@@ -1,6 +1,6 @@
-"""Promises of docs/guest-channel.md: its tables and its diagram match the code.
+"""Promises of docs/guest-channel.md: its tables and its diagram are those of the code.
 
-Run `python -m tests.unit.test_channel_docs` to write them again.
+Run as a program (python -m tests.unit.test_channel_docs) it writes them anew.
 """
 
 from __future__ import annotations
@@ -21,98 +21,100 @@ if TYPE_CHECKING:
 PAGE: Final = Path(__file__).resolve().parents[2] / "docs" / "guest-channel.md"
 
 FRAME_MEANING: Final = {
-    Kind.HELLO: "The agent is ready, and names its protocol.",
-    Kind.WARM: "Prepare everything that does not depend on the job; the host takes the snapshot after the answer.",
-    Kind.WARMED: "The preparation is done.",
-    Kind.SEED: "Clock, entropy and ids that every clone needs fresh.",
+    Kind.HELLO: "The agent is up, and speaks this protocol.",
+    Kind.WARM: "Prepare everything that does not depend on a job; after the answer the VM is saved, or waits.",
+    Kind.WARMED: "Prepared.",
+    Kind.SEED: "Clock, entropy and names for a resumed VM.",
     Kind.SEEDED: "Clock and entropy are set.",
-    Kind.START: "The job. Its files and its input follow as data.",
-    Kind.STARTED: "The program was executed; its wall time starts.",
-    Kind.DATA: "Bytes of a stream, at least one.",
-    Kind.EOF: "The end of a stream.",
+    Kind.START: "The job. Its files and input follow as data.",
+    Kind.STARTED: "The program was executed; its time counts from here.",
+    Kind.DATA: "At least one byte of a stream.",
+    Kind.EOF: "The stream has ended.",
     Kind.CREDIT: "How many more bytes of the stream are accepted: u32, big endian, at least 1.",
-    Kind.STOP: "Kill the program.",
-    Kind.DENIED: "One kind of denied operation; sent before EXITED, at most 64 times.",
-    Kind.EXITED: "The program has ended; files may follow.",
-    Kind.FAILED: "The job failed in the guest.",
+    Kind.STOP: "End the program.",
+    Kind.DENIED: "Something that the program was denied; before EXITED, at most 64.",
+    Kind.EXITED: "The program has ended; its output file follows, if START requests one and it exists.",
+    Kind.FAILED: "The agent cannot continue.",
 }
 FIELD_MEANING: Final = {
-    "HELLO.protocol": "The agent's protocol version.",
+    "HELLO.protocol": "Protocol number of the agent.",
     "WARM.preload": "List of texts: Python modules to import.",
-    "WARM.hostname": "The likely host name of START; equal settings are not applied again.",
-    "WARM.network": "Whether START will have `network`.",
-    "WARM.output": "Whether START will likely have `output`.",
-    "WARM.limits": "The likely limits of START.",
-    "WARM.commands": "List of lists of texts: programs of the image to run once, so that they are in the page cache.",
-    "SEED.unix_ns": "Time to set, in nanoseconds since 1970.",
-    "SEED.entropy": "Random bytes for the kernel's pool.",
-    "SEED.nonce": "Random bytes that the answer must repeat.",
-    "SEED.machine_id": "Content of /etc/machine-id, which has it in hexadecimal.",
-    "SEEDED.nonce": "The nonce of SEED.",
-    "START.run_id": "Id of the job.",
+    "WARM.hostname": "The value START will probably have, so that it need not be set again.",
+    "WARM.network": "Whether START will list hosts.",
+    "WARM.output": "Whether START will probably request a file.",
+    "WARM.limits": "Those that START will probably have.",
+    "WARM.commands": "List of lists of texts: programs of the image to run once, so that the kernel has read them.",
+    "SEED.unix_ns": "The time to set, in nanoseconds since 1970.",
+    "SEED.entropy": "Random, for the kernel's pool.",
+    "SEED.nonce": "Random; the answer repeats it.",
+    "SEED.machine_id": "The content of /etc/machine-id, in hexadecimal there.",
+    "SEEDED.nonce": "That of SEED.",
+    "START.run_id": "Job id.",
     "START.hostname": "Host name that the program sees.",
     "START.phase": "`build` or `run`.",
     "START.argv": "List of texts: the program and its arguments.",
-    "START.env": "Object of texts: the whole environment.",
+    "START.env": "Object of texts: the complete environment.",
     "START.cwd": "Working directory.",
-    "START.files": "List of `{path, mode, kind, bytes}` with kind `file`, `archive` or `tree`; "
-    "file N arrives on stream 16 + N.",
-    "START.mounts": "List of `{tree, sub, at, write, changes}`: mount the part `sub` of a tree (its stream; null: the "
-    "private working folder) at the path `at`, writable or not, and whether to send its changes.",
-    "START.limits": "Object of integers: the limits that the agent enforces.",
-    "START.confine": "`{threads, spawn, execute, programs, prefixes, alone}`: what is allowed. programs and prefixes: "
-    "paths and path prefixes of executable programs; null and empty without a list. alone: whether the inputs contain "
-    "nothing else that could be executed.",
-    "START.network": "`{names, wildcards, tcp, udp}` for the relay, or null: addresses that stand for names, address "
-    "blocks for names below a suffix, and allowed targets as `[first, last, ports]`.",
-    "START.output": "`{path, max_bytes}` of the output file, or null.",
-    "START.left": "`{files, bytes}`: how many of the files left in private folders to send, or null to ignore them. "
-    "With 0 files, those of the working folder are only counted.",
+    "START.files": "List of `{path, mode, kind, bytes}`, of kind `file`, `archive`, `tree`; N comes on stream 16 + N.",
+    "START.mounts": "List of `{tree, sub, at, write, changes}`: a part of a tree (its stream; null: a private folder), "
+    "its path for the program, whether it is writable, whether changes are returned.",
+    "START.limits": "Object of whole numbers: the agent's share of the plan.",
+    "START.confine": "`{threads, spawn, execute, programs, prefixes, alone}`: what is allowed; programs and prefixes "
+    "list what may be executed, or are null and empty without a list; alone: only the policy is beside the program.",
+    "START.network": (
+        "Configuration of the egress relay, or null: `{names, wildcards, tcp, udp}`: addresses that stand for names, "
+        "blocks of them for names below a suffix, and allowed destinations as `[first, last, ports]`."
+    ),
+    "START.output": "`{path, max_bytes}` of the one file to return, or null.",
+    "START.left": (
+        "Bounds `{files, bytes}` on the files to return from the program's private folders, or null for none. "
+        "With 0 files those of the working folder are only counted."
+    ),
     "DENIED.by": "`kernel` or `seccomp`.",
     "DENIED.call": "Name of the system call.",
-    "DENIED.errno": "Its error number.",
-    "DENIED.path": "Its path, or empty; with a trailing slash, the folder in which an entry was to be created.",
-    "DENIED.write": "Whether it was a change.",
-    "DENIED.count": "How often it was denied.",
-    "EXITED.wait_status": "As returned by wait(2).",
+    "DENIED.errno": "The error it returned.",
+    "DENIED.path": "Its path, or empty; with a final slash for something new in that folder.",
+    "DENIED.write": "Whether the call would have changed something.",
+    "DENIED.count": "How many times.",
+    "EXITED.wait_status": "As wait(2) gives it.",
     "EXITED.cpu_us": "CPU time of the program and its children, in microseconds.",
-    "EXITED.memory_peak_bytes": "Their peak memory use.",
-    "EXITED.oom_kills": "How many of them the kernel killed for lack of memory.",
+    "EXITED.memory_peak_bytes": "Their peak memory.",
+    "EXITED.oom_kills": "How many of them the kernel killed for memory.",
     "EXITED.tasks_peak": "Peak number of processes and threads.",
-    "EXITED.tasks_refused": "How often the task limit was hit.",
+    "EXITED.tasks_refused": "How many more were refused.",
     "EXITED.cpu_exceeded": "The agent killed the program at its CPU time limit.",
-    "EXITED.stopped": "The program was stopped by a signal when STOP arrived.",
+    "EXITED.stopped": "A signal had stopped the program when STOP came.",
     "EXITED.disk_full": "The scratch disk is full.",
-    "EXITED.memory_full": "A folder in memory is full: /tmp or /dev/shm.",
-    "EXITED.denials_lost": "Number of denials, or audit records of them, that were lost.",
-    "EXITED.left_files": "Number of files left in private folders.",
-    "EXITED.left_bytes": "Their size.",
+    "EXITED.memory_full": "One of the program's folders in memory is full: /tmp or /dev/shm.",
+    "EXITED.denials_lost": "Number of further denials, or records of them, that are not listed.",
+    "EXITED.left_files": "Number of files left in the folders that START selects.",
+    "EXITED.left_bytes": "Their size in bytes.",
     "EXITED.output_bytes": "Size of the output file; null if none follows.",
     "EXITED.output_problem": "Why none follows.",
-    "FAILED.stage": "The failed stage.",
-    "FAILED.errno": "Error number, 0 for none.",
-    "FAILED.message": "Error message.",
+    "FAILED.stage": "What the agent was doing.",
+    "FAILED.errno": "The error's number, 0 for none.",
+    "FAILED.message": "The error in words.",
 }
 STREAM_MEANING: Final = {
     Stream.STDIN: "The program's standard input.",
     Stream.STDOUT: "Its standard output.",
     Stream.STDERR: "Its standard error.",
-    Stream.OUTPUT_FILE: "The output file, after EXITED.",
-    Stream.CHANGES: "The changes in mounts, after EXITED.",
-    Stream.LEFT_FILES: "Files left in private folders, after EXITED.",
-    Stream.FIRST_FILE: "Input files, in the order of START.",
+    Stream.OUTPUT_FILE: "The file that START requests, after EXITED.",
+    Stream.CHANGES: "The program's changes in the mounts that START selects, after EXITED.",
+    Stream.LEFT_FILES: "Files left in the program's private folders, if START requests any, after EXITED.",
+    Stream.FIRST_FILE: "Files to copy in, in the order of START.",
 }
 STATE_MEANING: Final = {
     State.WAITING: "The guest boots.",
-    State.GREETED: "The agent is ready.",
-    State.WARMING: "The agent prepares the environment.",
-    State.WARM: "The agent waits. Every clone starts here.",
+    State.GREETED: "The agent has sent HELLO.",
+    State.WARMING: "The agent prepares the program's environment.",
+    State.WARM: "The agent waits. A clone of a saved VM starts here.",
     State.SEEDING: "The agent sets clock and entropy.",
     State.READY: "The agent waits for a job.",
-    State.PREPARING: "Files arrive; the program is confined and executed.",
+    State.PREPARING: "Files are copied in; the program is confined and executed.",
     State.RUNNING: "The program runs.",
-    State.COLLECTING: "The program has ended; files may follow.",
-    State.FAILED: "The job failed in the guest.",
+    State.COLLECTING: "The program has ended; its output file may follow.",
+    State.FAILED: "The agent has given up.",
 }
 SENDS: Final = {Role.HOST: "host", Role.GUEST: "guest"}
 
@@ -143,13 +145,13 @@ def number(value: int) -> str:
 def bounds(shape: Shape) -> str:
     """What a field may hold, in words."""
     text = {
-        "int": f"integer, {number(shape.lo)} to {number(shape.hi)}",
+        "int": f"whole number, {number(shape.lo)} to {number(shape.hi)}",
         "text": f"text, {shape.lo} to {shape.hi} characters"
         if shape.lo != shape.hi
         else f"text, {shape.lo} characters",
         "bool": "true or false",
         "bytes": f"{shape.hi} bytes",
-        "any": "see meaning",
+        "any": "see right",
     }[shape.kind]
     return text + (", or null" if shape.optional else "")
 
@@ -179,7 +181,7 @@ def bodies_table() -> str:
     ]
     packed = ", ".join(f"`{kind.name}`" for kind in PACKED if BODIES[kind])
     empty = ", ".join(f"`{kind.name}`" for kind, fields in BODIES.items() if not fields)
-    return table(("frame", "field", "type", "meaning"), *rows) + f"\n\nPacked: {packed}. Without fields: {empty}."
+    return table(("frame", "field", "holds", "meaning"), *rows) + f"\n\nPacked: {packed}. Without fields: {empty}."
 
 
 def streams_table() -> str:
@@ -191,7 +193,7 @@ def streams_table() -> str:
         numbers = f"{int(stream)} to {frames.LAST_FILE}" if stream is Stream.FIRST_FILE else int(stream)
         states = ", ".join(state.value for state in State if state in DATA_STATES[stream])
         rows.append((numbers, SENDS[sender], states, text))
-    return table(("stream", "sent by", "data allowed while", "content"), *rows)
+    return table(("stream", "sent by", "data allowed while", "meaning"), *rows)
 
 
 def states_table() -> str:
@@ -220,15 +222,15 @@ def bounds_table() -> str:
     return table(
         ("what", "bound", "name in the code"),
         ("header", size(frames.HEADER.size), "`frames.HEADER`"),
-        ("payload of DATA", size(frames.DATA_MAX), "`frames.DATA_MAX`"),
-        ("payload of other control frames", size(frames.CONTROL_MAX), "`frames.CONTROL_MAX`"),
+        ("payload of data", size(frames.DATA_MAX), "`frames.DATA_MAX`"),
+        ("payload of control frames", size(frames.CONTROL_MAX), "`frames.CONTROL_MAX`"),
         ("payload of START", size(frames.START_MAX), "`frames.START_MAX`"),
-        ("window of a stream", size(frames.WINDOW), "`frames.WINDOW`"),
-        ("credit step", size(frames.WINDOW // 4), "a quarter of `frames.WINDOW`"),
-        ("input files", frames.LAST_FILE - Stream.FIRST_FILE + 1, "`frames.LAST_FILE`"),
-        ("largest frame from the guest", size(guest + frames.HEADER.size), "header and payload"),
-        ("one read", size(connection.READ_SIZE), "`connection.READ_SIZE`"),
-        ("one write", size(connection.WRITE_SIZE), "`connection.WRITE_SIZE`"),
+        ("bytes of one stream without credit", size(frames.WINDOW), "`frames.WINDOW`"),
+        ("credit is sent after", size(frames.WINDOW // 4), "a quarter of `frames.WINDOW`"),
+        ("files that go in", frames.LAST_FILE - Stream.FIRST_FILE + 1, "`frames.LAST_FILE`"),
+        ("bytes of a frame of the guest's that the host holds", size(guest + frames.HEADER.size), "header and data"),
+        ("bytes in one read", size(connection.READ_SIZE), "`connection.READ_SIZE`"),
+        ("bytes in one write", size(connection.WRITE_SIZE), "`connection.WRITE_SIZE`"),
     )
 
 
