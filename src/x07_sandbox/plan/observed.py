@@ -103,8 +103,8 @@ def allowing(policy: Policy, field: str, value: object, flag: str | None = None)
 
 def more_tasks(policy: Policy, max_live: int | None, count: int, reach: FlagReach = _NO_FLAGS) -> Denial:
     """Return the denial of new tasks at the limit. max_live: the policy's, if that is the limit."""
-    field, held = ("limits.procs", policy.limits.procs) if max_live is None else ("process.max_live", max_live)
-    return _seen(field, "start", "a new task", _CGROUP, count, _more(policy, field, held, reach))
+    field, current = ("limits.procs", policy.limits.procs) if max_live is None else ("process.max_live", max_live)
+    return _denial(field, "start", "a new task", _CGROUP, count, _more(policy, field, current, reach))
 
 
 def limit_hit(
@@ -117,29 +117,31 @@ def limit_hit(
     if outcome not in _LIMITS:
         return None
     field, action, what, by, observer = _LIMITS[outcome]
-    held = int(getattr(policy.limits, field.removeprefix("limits.")))
-    by_x07 = field == "limits.cpu_ms" and cpu_ms is not None and cpu_ms < held
-    how = _by_flag(f"--cpu-time-limit-seconds {(cpu_ms or 0) // 500}") if by_x07 else _more(policy, field, held, reach)
-    return msgspec.structs.replace(_seen(field, action, what, by, 1, how), observed_by=observer)
+    current = int(getattr(policy.limits, field.removeprefix("limits.")))
+    by_x07 = field == "limits.cpu_ms" and cpu_ms is not None and cpu_ms < current
+    how = (
+        _by_flag(f"--cpu-time-limit-seconds {(cpu_ms or 0) // 500}") if by_x07 else _more(policy, field, current, reach)
+    )
+    return msgspec.structs.replace(_denial(field, action, what, by, 1, how), observed_by=observer)
 
 
 def too_much_output(stream: str, most: int | None) -> Denial:
     """Return the denial of output beyond *most* bytes; None if no flag changes the limit."""
     how = None if most is None else _by_flag(f"--max-output-bytes {max(2 * most, 1)}")
-    denial = _seen(OUTPUT, "write", f"more to {stream}", "the output limit", 1, how)
+    denial = _denial(OUTPUT, "write", f"more to {stream}", "the output limit", 1, how)
     return msgspec.structs.replace(denial, observed_by="host")
 
 
 def disk_full() -> Denial:
     """Return the denial for a scratch disk that was full at the end."""
-    return _seen("scratch", "write", "the scratch disk (8 GiB) is full", "the size of the disk", 1, None)
+    return _denial("scratch", "write", "the scratch disk (8 GiB) is full", "the size of the disk", 1, None)
 
 
 def memory_full(policy: Policy, reach: FlagReach = _NO_FLAGS) -> Denial:
     """Return the denial for a /tmp or /dev/shm that was full at the end."""
     what = "an in-memory folder (/tmp or /dev/shm) is full; its size is a quarter of limits.mem_bytes"
     how = _more(policy, "limits.mem_bytes", policy.limits.mem_bytes, reach)
-    return _seen("limits.mem_bytes", "write", what, "the size of the in-memory folders", 1, how)
+    return _denial("limits.mem_bytes", "write", what, "the size of the in-memory folders", 1, how)
 
 
 def _by_flag(flag: str) -> HowToAllow:
@@ -147,20 +149,20 @@ def _by_flag(flag: str) -> HowToAllow:
     return HowToAllow(json_path=None, value=None, flag=flag)
 
 
-def _more(policy: Policy, field: str, held: int, reach: FlagReach) -> HowToAllow | None:
+def _more(policy: Policy, field: str, current: int, reach: FlagReach) -> HowToAllow | None:
     """Return the advice to raise a limit: by its flag if that is possible, else in the policy; None at the maximum."""
     named = "limits.procs" if field == "process.max_live" else field  # --procs raises both
     most, top = largest(field), reach.tops.get(named, 0)
-    if held >= most:
+    if current >= most:
         return None
-    value = min(most, max(2 * held, held + 1), *([top] if top > held else []))
-    flag = flag_text(named.removeprefix("limits."), value) if top > held else None
+    value = min(most, max(2 * current, current + 1), *([top] if top > current else []))
+    flag = flag_text(named.removeprefix("limits."), value) if top > current else None
     if flag is not None and not reach.policy_too:
         return _by_flag(flag)
     return allowing(policy, field, value, flag)
 
 
-def _seen(field: str, action: str, subject: str, by: str, count: int, how: HowToAllow | None) -> Denial:
+def _denial(field: str, action: str, subject: str, by: str, count: int, how: HowToAllow | None) -> Denial:
     return Denial(
         field=field, action=action, subject=subject, enforced_by=by, observed_by="guest", count=count, how_to_allow=how
     )
@@ -171,15 +173,15 @@ def _call(body: Mapping[str, Any], policy: Policy) -> Denial:
     process, count = policy.process, body["count"]
     # The base filter, which every program has, denies execveat of a bare descriptor.
     if body["call"] in _EXECUTES and not process.may_execute:
-        return _seen("process.allow_exec", "execute", "a program", _SECCOMP, count, _of_process(policy, "allow_exec"))
+        return _denial("process.allow_exec", "execute", "a program", _SECCOMP, count, _of_process(policy, "allow_exec"))
     if body["call"] in _TASKS:
         if not process.may_spawn:
             what = "a new process" if policy.threads_in_force.enabled else "a new process or thread"
-            return _seen("process.allow_spawn", "start", what, _SECCOMP, count, _of_process(policy, "allow_spawn"))
+            return _denial("process.allow_spawn", "start", what, _SECCOMP, count, _of_process(policy, "allow_spawn"))
         if not policy.threads_in_force.enabled:
             how = allowing(policy, "threads.enabled", value=True)
-            return _seen("threads.enabled", "start", "a new thread", _SECCOMP, count, how)
-    return _seen(SYSTEM_CALLS, "call", str(body["call"]), _SECCOMP, count, None)
+            return _denial("threads.enabled", "start", "a new thread", _SECCOMP, count, how)
+    return _denial(SYSTEM_CALLS, "call", str(body["call"]), _SECCOMP, count, None)
 
 
 def _of_process(policy: Policy, name: str) -> HowToAllow | None:
@@ -189,7 +191,7 @@ def _of_process(policy: Policy, name: str) -> HowToAllow | None:
 
 def _descriptors(body: Mapping[str, Any], policy: Policy, reach: FlagReach) -> Denial:
     how = _more(policy, "limits.fds", policy.limits.fds, reach)
-    return _seen("limits.fds", "open", "another file", _RLIMITS, body["count"], how)
+    return _denial("limits.fds", "open", "another file", _RLIMITS, body["count"], how)
 
 
 def _limit(body: Mapping[str, Any], policy: Policy, reach: FlagReach) -> Denial:
@@ -204,28 +206,28 @@ def _limit(body: Mapping[str, Any], policy: Policy, reach: FlagReach) -> Denial:
     elif body["path"] == "core":
         field, what = "limits.core_dumps", "the core file size limit"
         how = None if policy.limits.core_dumps else allowing(policy, field, value=True)
-    return _seen(field, "raise", what, _RLIMITS, body["count"], how)
+    return _denial(field, "raise", what, _RLIMITS, body["count"], how)
 
 
 def _execution(body: Mapping[str, Any], policy: Policy, areas: Sequence[GuestMount], cwd: str) -> Denial:
     path, count = body["path"], body["count"]
     lists = confinement(policy, cwd)
     if not path.startswith("/") or lists.programs is None or body["errno"] != errno.EACCES:
-        return _seen(PERMISSIONS, "execute", path, "the file's mode", count, None)
+        return _denial(PERMISSIONS, "execute", path, "the file's mode", count, None)
     listed = not _misses(path, policy, cwd)
     root = _root_of(path, areas)
     folder = root.at if root is not None else next((own for own in WRITABLE if is_below(path, own)), None)
     if folder is None or (root is not None and not root.write):
         if listed:
-            return _seen(PERMISSIONS, "execute", path, "the file's mode", count, None)
-        return _seen("process.allow_execs", "execute", path, _LANDLOCK, count, _on_list(policy, path))
+            return _denial(PERMISSIONS, "execute", path, "the file's mode", count, None)
+        return _denial("process.allow_execs", "execute", path, _LANDLOCK, count, _on_list(policy, path))
     if f"{folder}/".startswith(lists.prefixes):
-        return _seen(PERMISSIONS, "execute", path, "the file's mode", count, None)
+        return _denial(PERMISSIONS, "execute", path, "the file's mode", count, None)
     # An entry applies to files that exist at the start; a file created later needs a prefix for the whole folder.
     # Whether a file of a listed root existed at the start is not known here.
     by = "noexec, or the file's mode" if listed and root is not None else "noexec"
     how = allowing(policy, "process.allow_exec_prefixes", [*policy.process.allow_exec_prefixes, f"{folder}/"])
-    return _seen("process.allow_exec_prefixes", "execute", path, by, count, how)
+    return _denial("process.allow_exec_prefixes", "execute", path, by, count, how)
 
 
 def to_load(path: str, policy: Policy, areas: Sequence[GuestMount], cwd: str) -> HowToAllow | None:
@@ -249,22 +251,22 @@ def _file(body: Mapping[str, Any], policy: Policy, areas: Sequence[GuestMount], 
     path, count = body["path"], body["count"]
     action = "write" if body["write"] else "read"
     if not path.startswith("/"):  # relative to a descriptor, or unknown: no advice
-        return _seen(PERMISSIONS, action, path or f"({body['call']})", "the guest's kernel", count, None)
+        return _denial(PERMISSIONS, action, path or f"({body['call']})", "the guest's kernel", count, None)
     area = _root_of(path, areas)
     # The kernel may report the mode of the parent folder before it reports that a mount point is busy.
     whole = area is not None and area.at == path and body["call"].startswith(_REPLACES)
     if body["errno"] == errno.EBUSY or whole:
-        return _seen("fs.write_roots", "replace", path, _MOUNTS, count, _to_replace(path, areas, policy, cwd))
+        return _denial("fs.write_roots", "replace", path, _MOUNTS, count, _to_replace(path, areas, policy, cwd))
     if action == "read":
         if area is None and _PROGRAM_FOLDERS & set(path.split("/")) and _misses(path, policy, cwd):
-            return _seen("process.allow_execs", action, path, _LANDLOCK, count, _on_list(policy, path))
-        return _seen(PERMISSIONS, action, path, "the file's mode and owner", count, None)
+            return _denial("process.allow_execs", action, path, _LANDLOCK, count, _on_list(policy, path))
+        return _denial(PERMISSIONS, action, path, "the file's mode and owner", count, None)
     if body["errno"] == errno.EPERM or (area is not None and area.write):
         action = body["call"] if body["errno"] == errno.EPERM else action
-        return _seen(PERMISSIONS, action, path, "the file's mode and owner", count, None)
+        return _denial(PERMISSIONS, action, path, "the file's mode and owner", count, None)
     folder = body["call"] in _MAKES_FOLDERS
     field, how = _to_write(path, area, policy, cwd, folder=folder)
-    return _seen(field, action, path, _MOUNTS, count, how)
+    return _denial(field, action, path, _MOUNTS, count, how)
 
 
 def _to_write(
