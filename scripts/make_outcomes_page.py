@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the tables of docs/reference/outcomes.md from the table of outcomes.
+"""Write the tables of docs/reference/outcomes.md from plan/outcomes.
 
 python -m scripts.make_outcomes_page        in an environment that has x07-sandbox
 """
@@ -29,7 +29,7 @@ def exits_table() -> str:
 
 
 def render() -> str:
-    """The page with its tables as the source has them now."""
+    """Return the page with current tables."""
     return filled(PAGE, {"outcomes": outcomes_table, "exits": exits_table})
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the tables of docs/reference/x07.md that come from the source: flags, backends, variables.
+"""Write the generated tables of docs/reference/x07.md: flags, backends, variables.
 
 python -m scripts.make_x07_page        in an environment that has x07-sandbox
 """
@@ -49,7 +49,7 @@ TABLES = {
 
 
 def render() -> str:
-    """The page with its tables as the source has them now."""
+    """Return the page with current tables."""
     return filled(PAGE, TABLES)
 
 

@@ -153,7 +153,7 @@ def test_the_gate_fails_if_nothing_was_checked(tmp_path: Path) -> None:
     code, lines = gate(tmp_path, path=stand_in(tmp_path, "#!/bin/sh\necho 'usage: x07'\n"))
     assert code == 1
     assert set(states(lines).values()) == {"skip"}
-    assert lines[-1] == "fail: VM sandbox smoke: nothing was checked"
+    assert lines[-1] == "fail: VM sandbox smoke: no check ran"
 
 
 def test_a_backend_that_is_named_and_cannot_run_fails_the_gate(tmp_path: Path) -> None:
