@@ -1033,7 +1033,7 @@ async def test_what_the_guest_refused_by_itself_is_in_the_record() -> None:
     """A connection that the guest's own rules refused is recorded with the rule that decides, and not dialled."""
     async with lab() as it:
         for host, port in ((b"unlisted.example", 443), (b"10.0.0.1", 80), (b"127.1", 443), (b"lookup.example", 0)):
-            it.relay.link.tell(TCP, host, port)
+            it.relay.link.report_refusal(TCP, host, port)
         it.relay.flush()
         assert await it.relay.answer(it.relay.ask("a.example", 25)) == egress.POLICY
         rules = ["net.allow_hosts", "deny-floor:private", "malformed", "net.allow_hosts", "net.allow_hosts[0].ports"]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from x07_sandbox.cli.policy_host import host_report
-from x07_sandbox.guest.dns import Names
+from x07_sandbox.guest.dns import NameTable
 from x07_sandbox.network.guest_view import guest_view
 from x07_sandbox.network.ledger import Ledger
 from x07_sandbox.network.names import parse_guest_host
@@ -94,7 +94,7 @@ def asked_by_guest(view: dict[str, Any], request: Request) -> bool:
     """Whether the relay asks the gate, by the rules that the guest makes of the view."""
     host = request.host
     if isinstance(host, str):
-        names = Names(view["names"], [(suffix, first) for suffix, first in view["wildcards"]])
+        names = NameTable(view["names"], [(suffix, first) for suffix, first in view["wildcards"]])
         found = names.address_of(host)
         if found is None:
             return False

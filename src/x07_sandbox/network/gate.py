@@ -156,7 +156,7 @@ class Gate(asyncio.BufferedProtocol):
     # from the guest
 
     def _take(self, event: Event) -> None:
-        if event.kind in {egress.OPEN, egress.TOLD}:
+        if event.kind in {egress.OPEN, egress.REFUSAL}:
             self._request(event)
             return
         flow = self._flows.get(event.stream)
@@ -184,8 +184,8 @@ class Gate(asyncio.BufferedProtocol):
             self._refuse(event.stream, egress.POLICY, contact)  # not answered if it has no stream
             return
         decision = decide(self._allowlist, request)
-        if event.kind == egress.TOLD:
-            reason = decision.reason if not decision.allowed else "denied inside the guest"
+        if event.kind == egress.REFUSAL:
+            reason = decision.reason if not decision.allowed else "refused inside the guest"
             self._ledger.denied(_of(decision, reason=reason))
             return
         if not decision.allowed:
