@@ -34,7 +34,7 @@ host.version
 housekeeping.start
 images.guestcode images.manifest images.scratch images.store images.verify
 jail.bwrap jail.cgroups jail.forms jail.libraries jail.seccomp jail.uids
-jobs.admission jobs.launcher jobs.record jobs.unfinished_jobs
+jobs.active jobs.admission jobs.launcher jobs.record
 network.summary
 plan.confinement plan.control_table plan.controls plan.denials plan.features plan.outcomes plan.sizes
 policy.decode policy.default policy.environment policy.model policy.problems policy.rules
