@@ -189,10 +189,13 @@ class Parser(argparse.ArgumentParser):
         self._late_epilog = late_epilog
         self._level_of = level_of
 
+    def text_below(self, level: str = "") -> str | None:
+        """Return the text below the options, at one level of help."""
+        return self.epilog if self._late_epilog is None else self._late_epilog(level)
+
     def format_help(self, level: str = "") -> str:
         """The help of one level; "all" has every option."""
-        if self._late_epilog is not None:
-            self.epilog = self._late_epilog(level)
+        self.epilog = self.text_below(level)
         if self._level_of is None or level == "all":
             return super().format_help()
         texts = {action: action.help for action in self._actions if self._level_of(action) != level}

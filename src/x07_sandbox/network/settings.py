@@ -13,7 +13,6 @@ from x07_sandbox.network.rules import NetSettings, Request, parse_request
 if TYPE_CHECKING:
     from pathlib import Path
 
-_KEYS: Final = frozenset({"allow_local", "allow_loopback", "allow_metadata", "opaque_ports"})
 _PORT_LAST: Final = 65_535
 _OPENED: Final = frozenset({"private", "shared", "link-local"})  # kinds of floor.py that allow_local alone opens
 _OPENED_BY: Final = {"loopback": "allow_loopback", "metadata": "allow_metadata"}
@@ -29,7 +28,7 @@ def read_settings(path: Path | None = None) -> NetSettings:
 def parse_settings(data: bytes, source: str) -> NetSettings:
     """Return what the text of a settings file says. Raises UsageError, naming *source*."""
     what = f"cannot use {source}"
-    net = settings_table(data, "net", _KEYS, source)
+    net = settings_table(data, "net", source)
     for key in _OPENED_BY.values():
         if not isinstance(net.get(key, False), bool):
             raise UsageError(what, f"net.{key} is not true or false", "Correct it")

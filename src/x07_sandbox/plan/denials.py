@@ -8,9 +8,12 @@ import msgspec
 
 
 class HowToAllow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What would allow it: a value of the policy, null where something else does, and the flag where there is one.
+    """What would allow something that was refused.
 
-    setting: a line of the user's own settings (docs/explanation/network.md), where only that allows it.
+    json_path: the field of the policy; null if no field does.
+    value: the value to set it to.
+    flag: the flag that does the same, if there is one.
+    setting: a line of the user's own settings, if only that allows it (docs/explanation/network.md).
     """
 
     json_path: str | None
@@ -22,11 +25,16 @@ class HowToAllow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 class Denial(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One thing that the program tried, or the policy asked for, and did not get.
 
-    field: the policy's; or `permissions`, `system-calls`, `scratch`, `output`, `secrets`, `protected`, `kind`,
-        `reserved`, which no policy decides; of a connection, the id of the rule that refused it.
-    subject: what it was about: a path as the program sees it, with a slash at its end where something new was to be
-        made in that folder. count: how often, as far as it was seen.
-    how_to_allow: null where nothing allows it. reason: why, as a clause; empty where the field says it.
+    field: the field of the policy; or `permissions`, `system-calls`, `scratch`, `output`, `secrets`, `protected`,
+        `kind` or `reserved`, which no policy decides; for a connection, the id of the rule that refused it.
+    action: what was tried.
+    subject: the path, host or limit concerned. A path that ends in a slash is the folder in which something was to be
+        made.
+    enforced_by: who refused it.
+    observed_by: where it was seen.
+    count: how often it was seen.
+    how_to_allow: what would allow it; null if nothing does.
+    reason: why it was refused, as a clause; empty if the field says so.
     """
 
     field: str
@@ -40,11 +48,13 @@ class Denial(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Hint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Something that the program seems to have missed, and what would bring it there (plan/hints).
+    """Something that the program seems to miss, and what would provide it.
 
-    kind: whether it is not there, is a library that cannot be loaded from where it lies, a variable that is not set, or
-        a connection of a run that has no network.
-    how: what lets it be read, or loaded. to_write: what lets a file of that name be made; null where nothing does.
+    subject: the path, module, command, variable or host.
+    kind: whether it is not there, is a library in a place it cannot be loaded from, a variable that is not set, or a
+        connection of a run without network.
+    how: what lets the program read or load it.
+    to_write: what lets the program create a file of that name; null if nothing does.
     """
 
     subject: str

@@ -15,10 +15,11 @@ if TYPE_CHECKING:
 
 
 class OmittedControls(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The controls that the short form does not list: those that are as the built-in policy has them in a VM.
+    """The controls that the short form omits: those that are as the built-in policy has them in a VM.
 
-    enforced: how many of them are enforced. advisory: the fields of those that are only advisory.
-    digest: of all of them, as `x07 run --json=full` lists them, in JSON without blanks: `sha256:<hex>`.
+    enforced: how many of them are enforced.
+    advisory: the fields of those that are only advisory.
+    digest: `sha256:<hex>` of all controls as `x07 run --json=full` lists them, as JSON without blanks.
     """
 
     enforced: int
