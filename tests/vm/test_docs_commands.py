@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -37,26 +38,30 @@ pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]
 
 
 class Example(NamedTuple):
-    """A block of a page, as a command."""
+    """A block of a page as shell text, and the output that the page shows."""
 
-    argv: tuple[str, ...]
+    text: str
     output: str | None
 
 
 def examples(page: Path) -> list[Example]:
-    """Return the blocks of a page; those of the README without an output are typed by tests/vm/test_readme.py.
-
-    xpg_echo: echo takes backslashes as it does in zsh and in a plain sh, in which commands are typed too.
-    """
+    """Return the blocks of a page; those of the README without an output are typed by tests/vm/test_readme.py."""
     found = []
     for block in _BLOCK.finditer(page.read_text(encoding="utf-8")):
-        if page == README and block["output"] is None:
-            continue
-        flags = "-euc" if block["output"] is None else "-uc"  # an output may be that of a command that fails
-        shell = ("/bin/bash", "-O", "xpg_echo", "-o", "pipefail", flags)
-        program = shell if block["language"] == "sh" else ("python", "-c")
-        found.append(Example((*program, block["text"]), block["output"]))
+        if page != README or block["output"] is not None:
+            text = block["text"] if block["language"] == "sh" else f"python -c {shlex.quote(block['text'])}\n"
+            found.append(Example(text, block["output"]))
     return found
+
+
+def typed(found: list[Example]) -> str:
+    """Return one session of all blocks, with a NUL after the output of each.
+
+    A command that fails ends the session, unless the page shows an output: that may be of one that fails.
+    xpg_echo: echo takes backslashes as it does in zsh and in a plain sh, in which commands are typed too.
+    """
+    blocks = (f"set {'-e' if one.output is None else '+e'}\n{one.text}printf '\\0'\n" for one in found)
+    return "shopt -s xpg_echo\nset -u -o pipefail\n" + "".join(blocks)
 
 
 def prints(shown: str) -> re.Pattern[str]:
@@ -67,34 +72,31 @@ def prints(shown: str) -> re.Pattern[str]:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if examples(page)], ids=lambda page: page.stem)
 def test_the_commands_of_a_page_work(page: Path, image: Image, state: Path, tmp_path: Path) -> None:
-    """A page's commands and Python programs, one after the other, print what the page shows."""
+    """A page's commands and Python programs, typed one after the other, print what the page shows."""
     assert image.digest
     del state
     here = tmp_path / "here"
     here.mkdir()
     for name in (".venv", "examples", "scripts"):
         (here / name).symlink_to(ROOT / name)
-    environ = os.environ | {"PATH": f"{ROOT / '.venv' / 'bin'}:{os.environ['PATH']}", "PYTHONWARNINGS": "ignore"}
     earlier = [] if FULL else [one for other in PAGES[: PAGES.index(page)] for one in examples(other)]
-    for argv, output in examples(page):
-        if output is not None and (argv, output) in earlier:
-            continue
-        done = subprocess.run(
-            argv,
-            cwd=here,
-            env=environ,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-            timeout=280,
-        )
-        said = done.stdout.replace(f" ({SCALABLE})", "")  # only an emulated machine says it
-        if output is None:
-            assert done.returncode == 0, f"{argv[-1]}{said}"
-        else:
-            assert prints(output).fullmatch(said), f"{argv[-1]}{said}"
+    found = [one for one in examples(page) if one.output is None or one not in earlier]
+    done = subprocess.run(
+        ["/bin/bash", "-c", typed(found)],
+        cwd=here,
+        env=os.environ | {"PATH": f"{ROOT / '.venv' / 'bin'}:{os.environ['PATH']}", "PYTHONWARNINGS": "ignore"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    said = done.stdout.replace(f" ({SCALABLE})", "").split("\0")  # only an emulated machine says it
+    for one, output in zip(found, said, strict=False):
+        if one.output is not None:
+            assert prints(one.output).fullmatch(output), f"{one.text}{output}"
+    assert len(said) == len(found) + 1, f"a command failed: {said[-1]}"
 
 
 def test_every_how_to_page_is_tried() -> None:
