@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 from scripts.pages import filled
 from x07_sandbox.cli.parser import Parser, parser_for
-from x07_sandbox.host import user_settings, variables
+from x07_sandbox.host import user_settings
+from x07_sandbox.host.variables import VARIABLES, Variable
 from x07_sandbox.plan.outcomes import OUTCOMES
 from x07_sandbox.reports.schemas import schemas
 
@@ -70,6 +71,30 @@ def _row(action: argparse.Action) -> str:
     words = [", ".join(action.option_strings), str(value) if action.nargs != 0 else ""]
     again = " (repeatable)" if isinstance(action, argparse._AppendAction) else ""  # noqa: SLF001 - as above
     return f"`{_cell(' '.join(filter(None, words)))}` | {_cell(action.help or '')}{again}"
+
+
+def variables() -> str:
+    """Return the table of environment variables."""
+    rows = (
+        f"`{variable.name}` | {_values(variable)} | {variable.default} | {variable.effect} | {variable.doc}"
+        for variable in VARIABLES.values()
+    )
+    return _table("variable | value | while unset | effect | meaning", rows)
+
+
+def _values(variable: Variable) -> str:
+    """Return the valid values of a variable."""
+    if variable.kind == "choice":
+        return ", ".join(
+            f"`{word}`" if word == means else f"`{word}` (= `{means}`)"
+            for word, means in (variable.choices or {}).items()
+        )
+    return {
+        "flag": "`1 true TRUE yes YES`, `0 false FALSE no NO`",
+        "number": f"{variable.lo} to {variable.hi}",
+        "folder": "an absolute path",
+        "digest": "`sha256:` and 64 hex digits",
+    }.get(variable.kind, "text")
 
 
 def settings() -> str:
@@ -131,7 +156,7 @@ def _table(head: str, rows: Iterable[str]) -> str:
 
 PARTS = {
     "command-line.md": {"commands": commands},
-    "settings.md": {"variables": variables.describe, "settings": settings},
+    "settings.md": {"variables": variables, "settings": settings},
     "result.md": {"fields": fields},
 }
 

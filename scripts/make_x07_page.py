@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the tables of docs/reference/x07.md that come from the source: flags, backends, variables.
+"""Write the generated tables of docs/reference/x07.md: flags, backends.
 
 python -m scripts.make_x07_page        in an environment that has x07-sandbox
 """
@@ -11,18 +11,16 @@ from pathlib import Path
 from scripts.pages import filled
 from x07_sandbox.backends import selection
 from x07_sandbox.cli import os_runner_options
-from x07_sandbox.host import variables
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference" / "x07.md"
 TABLES = {
     "flags": os_runner_options.describe,
     "backends": selection.describe,
-    "variables": variables.describe,
 }
 
 
 def render() -> str:
-    """The page with its tables as the source has them now."""
+    """Return the page with current tables."""
     return filled(PAGE, TABLES)
 
 

@@ -156,7 +156,7 @@ def _variables(environ: Mapping[str, str]) -> Finding:
     text = f"set: {', '.join(known)}" if known else "none is set"
     if others:
         text += f"; not of x07-sandbox: {', '.join(others)}"
-    return Finding(subject="variables", good=None, text=text, fix="see docs/reference/x07.md" if others else "")
+    return Finding(subject="variables", good=None, text=text, fix="see docs/reference/settings.md" if others else "")
 
 
 def _wish() -> list[Finding]:

@@ -1,6 +1,4 @@
-"""What a run's connections came to, as its result has it."""
-
-from __future__ import annotations
+"""The network section of a run's result."""
 
 from typing import Literal
 

@@ -1,6 +1,4 @@
-"""What a result says of something that was refused, and what would allow it. `plan/observed` makes most of it."""
-
-from __future__ import annotations
+"""Denials and hints of a result, and what would allow them. `plan/observed` makes most of them."""
 
 from typing import Any, Literal
 
@@ -23,7 +21,7 @@ class HowToAllow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class Denial(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One thing that the program tried, or the policy asked for, and did not get.
+    """Something that the program tried, or the policy asked for, and that was denied.
 
     field: the field of the policy; or `permissions`, `system-calls`, `scratch`, `output`, `secrets`, `protected`,
         `kind` or `reserved`, which no policy decides; for a connection, the id of the rule that refused it.
@@ -63,10 +61,10 @@ class Hint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     to_write: HowToAllow | None = None
 
 
-class Area(msgspec.Struct, frozen=True, kw_only=True):
-    """A mount of the host's in the guest. given: as the policy or the flag names it. at: where the program sees it.
+class GuestMount(msgspec.Struct, frozen=True, kw_only=True):
+    """A host folder in the guest. given: its name in the policy or flag. at: its path in the guest.
 
-    joins: what would let it go in with the root around it, which left it out.
+    joins: what would include it in the root around it, which left it out.
     """
 
     given: str
