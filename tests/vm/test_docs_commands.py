@@ -97,6 +97,7 @@ def test_the_commands_of_a_page_work(page: Path, image: Image, state: Path, tmp_
         if one.output is not None:
             assert prints(one.output).fullmatch(output), f"{one.text}{output}"
     assert len(said) == len(found) + 1, f"a command failed: {said[-1]}"
+    assert "Traceback" not in done.stdout, done.stdout
 
 
 def test_every_how_to_page_is_tried() -> None:
