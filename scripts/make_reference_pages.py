@@ -47,7 +47,8 @@ def _sections(parser: Parser, command: str) -> Iterator[str]:
         yield f"{parser.description.strip()}\n\n"
     for title, rows in [] if inner else _groups(parser).items():
         yield f"{title}{_table('argument | meaning', rows)}\n"
-    if below := parser.text_below():
+    below = parser.epilog if parser.late_epilog is None else parser.late_epilog("")
+    if below:
         yield f"```text\n{below.strip()}\n```\n\n"
     for name, one in inner.items():
         yield from _sections(one, f"{command} {name}")

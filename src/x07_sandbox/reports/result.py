@@ -1,4 +1,4 @@
-"""A run's result as JSON: in short, as `--json` prints it, or in full, as `--json=full` does."""
+"""A run's result as JSON: short, as `--json` prints it, or full, as `--json=full` does."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class OmittedControls(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
 
 def render_result(result: Result, *, full: bool) -> bytes:
-    """One JSON object: in full over many lines, in short with one line for each key."""
+    """Return one JSON object: the full one over many lines, the short one with a line for each key."""
     if full:
         return render_json(result)
     document = _short(result)
@@ -53,7 +53,7 @@ def _short(result: Result) -> dict[str, object]:
 
 
 def _usual_controls() -> dict[str, tuple[str, str, str]]:
-    """State, holder and reason of each field of the built-in policy in a virtual machine."""
+    """Return state, enforcer and reason of each field of the built-in policy in a VM."""
     from x07_sandbox.plan.controls import make_plan
     from x07_sandbox.plan.features import vm_features
     from x07_sandbox.policy.default import default_policy
