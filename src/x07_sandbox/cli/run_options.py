@@ -36,7 +36,7 @@ _MORE_EXAMPLES = """  generate | x07 run --toolchain shell -           the sourc
   x07 run --dry-run project/                       show what would be done, without running anything
 """
 _EXITS = """exit code: the program's own; 2 wrong usage, 124 time limit, 125 not run or lost, 126 build failed,
-128+N signal N, 137 out of memory, 153 output limit; scripts read `outcome` of --json (docs/reference/outcomes.md)
+128+N signal N, 137 out of memory, 153 output limit. Scripts should read `outcome` of --json.
 """
 OVERRIDES = (
     ("--allow-host", "HOST:PORT[,PORT...]", "let the program connect to this host"),
