@@ -204,8 +204,8 @@ def test_what_a_call_leaves_open_is_what_the_manifest_says(tmp_path: Path) -> No
 
 # Each module costs every caller's start: the rest is loaded by the first call.
 IMPORTED = """
-errors host host.models host.settings host.threads host.version library library.call library.pool library.run
-network network.account
+errors host host.decoding host.settings host.threads host.version library library.arguments library.pool library.run
+network network.summary
 plan plan.denials plan.features
 policy policy.decode policy.default policy.environment policy.model policy.problems policy.rules
 runs runs.result
