@@ -18,8 +18,7 @@ from x07_sandbox import SandboxError, exec_command, run_program
 from x07_sandbox.channel.trees import Entry, Kind, segment
 from x07_sandbox.cli.main import main
 from x07_sandbox.errors import PeerError, RefusedError, UsageError
-from x07_sandbox.guest.private_files import LOOKED_AT_MAX, left_files, stream_of
-from x07_sandbox.guest.trees import Tree
+from x07_sandbox.guest.trees import LOOKED_AT_MAX, Tree, left_files, stream_of
 from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.plan.guest_paths import PROGRAM, WORK, guest_path
 from x07_sandbox.policy import Policy, default_policy

@@ -221,7 +221,7 @@ def test_a_signal_before_there_is_a_run_has_its_exit_code(
     said = capsys.readouterr()
     result = json.loads(said.out)
     assert (result["outcome"], result["signal"], result["x07_exit_code"]) == ("cancelled", number, code)
-    assert "a signal came" in said.err
+    assert "a signal was received" in said.err
 
 
 @pytest.mark.parametrize(

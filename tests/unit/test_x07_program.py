@@ -343,7 +343,7 @@ def test_a_derived_policy_without_a_place_says_which(project: Path, capfd: pytes
     (project / ".x07").symlink_to(project.parent)
     assert main(["run", "--allow-read-root", "data", str(project)]) == 2
     told = capfd.readouterr().err
-    assert "no link is followed" in told
+    assert "is a link or not a folder" in told
     assert f"Make {project}/.x07/policies/_generated writable, or omit" in told
 
 

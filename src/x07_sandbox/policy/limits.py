@@ -140,13 +140,13 @@ def _too_large(field: str, value: int, path: str, held: int, source: str) -> Usa
     return UsageError(f"cannot use {flag_text(field, value)}", why, fix).caused_by(path, value)
 
 
-def flag_reach(own: Limits | None, held: Limits, *, may_raise: bool) -> FlagReach:
-    """Return how far flags can raise the effective limits *held*. own: the unchanged policy's, or None."""
+def flag_reach(own: Limits | None, current: Limits, *, may_raise: bool) -> FlagReach:
+    """Return how far flags can raise the effective limits *current*. own: the unchanged policy's, or None."""
     from x07_sandbox.policy.schema import range_of
 
     if may_raise:
         return FlagReach({f"limits.{field}": range_of(f"limits.{field}")[1] for field in NAMES})
     if own is None:
         return FlagReach()
-    tops = {f"limits.{field}": getattr(own, field) for field in NAMES if getattr(own, field) > getattr(held, field)}
+    tops = {f"limits.{field}": getattr(own, field) for field in NAMES if getattr(own, field) > getattr(current, field)}
     return FlagReach(tops, policy_too=False)
