@@ -213,7 +213,7 @@ def add_files(parser: argparse.ArgumentParser) -> None:
         choices=("apply", "all-or-nothing", "keep", "discard"),
         default="apply",
         metavar="HOW",
-        help="what to do with changed files: apply (default), all-or-nothing, keep, discard",
+        help="changed files: apply (default), all-or-nothing, keep or discard",
     )
     option(group, "--net-log", "FILE", "write one line of JSON per connection", type=file_path)
     option(group, "--diff", "FILE", "also write the changes as a patch", type=file_path)
