@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 import msgspec
 import pytest
 
-from tests.conftest import FULL
+from tests.conftest import FULL, sample
 from tests.published import document
 from tests.vm.conftest import copy_cache, left_behind, marked, owners
 from tests.vm.test_clones import RANDOM
@@ -286,7 +286,7 @@ def alive(state: Path) -> set[str]:
     return {str(owner["instance"]) for owner in owners(state) if marked(str(owner["instance"]))}
 
 
-@pytest.mark.parametrize("killed", ["claimer", "pool", "both"])
+@pytest.mark.parametrize("killed", sample(["claimer", "pool", "both"], 1))
 def test_nothing_is_left_of_a_claim_that_was_killed(echo: str, state: Path, killed: str, full: bool) -> None:  # noqa: FBT001
     """SIGKILL of claimer, pool's process, or both, at any moment of a run: no machine of theirs lives on."""
     moments = range(40, 400, 15) if full else (60, 140, 260)
