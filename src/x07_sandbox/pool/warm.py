@@ -85,10 +85,10 @@ class WarmMachines:
         if most < 1:
             each, here = settings.WARM_BYTES >> 20, memory >> 20
             why = f"one machine takes {each} MiB, more than a quarter of the {here} MiB of memory"
-            raise HostError("cannot keep a pool", why, "Raise the memory limit, or run programs without a pool")
+            raise HostError("cannot start a pool", why, "Raise the memory limit, or run programs without a pool")
         if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= most:
             why = f"its size is {size!r}, but memory allows a whole number from 1 to {most}"
-            raise UsageError("cannot keep a pool", why, "Set another size")
+            raise UsageError("cannot start a pool", why, "Set another size")
         self.size = size
         self._most = most
         self.claimed = 0
@@ -300,7 +300,7 @@ class WarmMachines:
 def _cloning_of(backend: Backend) -> Cloning:
     if backend.cloning is None:
         why = f"the backend {backend.name} cannot clone machines"
-        raise UsageError("cannot keep a pool", why, "Run programs without a pool")
+        raise UsageError("cannot start a pool", why, "Run programs without a pool")
     return backend.cloning
 
 
