@@ -429,7 +429,7 @@ def test_people_are_told_what_and_how_much(full: list[Path], capsys: pytest.Capt
     assert main(["prune", "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert f"would remove image {full[0]} " in lines[0]
-    assert lines[-1].startswith(f"would remove {len(lines) - 1} things, ")
+    assert lines[-1].startswith(f"would remove {len(lines) - 1} items, ")
     assert lines[-1].endswith("KiB")
 
 
