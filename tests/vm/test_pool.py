@@ -319,7 +319,7 @@ def test_a_pool_that_does_not_answer_costs_a_clone(echo: str) -> None:
         os.kill(pid, signal.SIGSTOP)
         result = ran(echo)
         assert result["phases"]["run"]["start"] == "clone"
-        assert [text for text in result["warnings"] if "it does not answer" in text]
+        assert [text for text in result["warnings"] if "it did not answer" in text]
         asked = x07("pool", "status")
         assert (asked.returncode, asked.stdout) == (125, b"")
         assert f"its process {pid} does not answer".encode() in asked.stderr

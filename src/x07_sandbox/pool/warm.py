@@ -150,9 +150,8 @@ class WarmMachines:
                 failures += 1
                 with self._changed:
                     if failures >= _FAILURES_MAX:
-                        fix = "Raise the limit on open files: ulimit -n"
-                        hosts = HostError("cannot keep machines warm", str(exc), fix)
-                        self.problem = exc if isinstance(exc, SandboxError) else hosts
+                        what, fix = "cannot keep machines warm", "Raise the limit on open files: ulimit -n"
+                        self.problem = exc if isinstance(exc, SandboxError) else HostError(what, str(exc), fix)
                         self._changed.notify_all()
                     if not self._closing:
                         self._changed.wait(_TRY_AGAIN_S if failures < _FAILURES_MAX else _TRY_LATER_S)
