@@ -1,4 +1,4 @@
-"""What every test shares: sizes, the rule for missing tools, and the watch on leaked descriptors."""
+"""Shared by all tests: sample sizes, the rule for missing tools, and the check for leaked descriptors."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ CI = os.environ.get("CI", "") in {"1", "true"}
 FULL = os.environ.get("X07_TEST_FULL") == "1"
 
 settings.register_profile("dev", max_examples=25, deadline=None)
-# Derandomized: a submission must not fail by a luck that its author did not have.
+# Derandomized: a change must not fail because of examples that its author never saw.
 settings.register_profile("ci", max_examples=100, deadline=None, derandomize=True, print_blob=True)
 settings.register_profile("deep", max_examples=2000, deadline=None, print_blob=True)
 settings.load_profile("deep" if FULL else "ci" if CI else "dev")
 
-# nohup and a script's background ignore these two, and every program that a test starts would inherit that. A handler
-# is not inherited: a terminal that goes away ends no tests, and the programs have the default.
+# nohup and a script's background jobs ignore these two signals, and every program that a test starts would inherit
+# that. A handler is not inherited: a closed terminal ends no tests, and the programs get the default action.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
@@ -55,14 +55,14 @@ class Need(Protocol):
     """The type of the fixture ``need``."""
 
     def __call__(self, condition: object, reason: str, *, installable: bool) -> None:
-        """Go on if *condition* holds; see ``need`` below."""
+        """Continue if *condition* holds; see ``need`` below."""
 
 
 def need(condition: object, reason: str, *, installable: bool) -> None:
-    """Go on if *condition* holds, else skip the test, or fail it where it must not be skipped.
+    """Continue if *condition* holds; otherwise skip the test, or fail it in CI if the prerequisite can be installed.
 
-    installable: apt or pip can bring what is missing. scripts/test.sh installs all such things, so that in CI their
-    absence is a fault. What no package can bring (KVM, macOS, a kernel feature) is skipped everywhere, and counted.
+    installable: apt or pip can install what is missing. scripts/test.sh installs all such prerequisites, so that in CI
+    their absence is a fault. A prerequisite that no package provides (KVM, macOS, a kernel feature) always skips.
     """
     if condition:
         return
@@ -73,7 +73,7 @@ def need(condition: object, reason: str, *, installable: bool) -> None:
 
 @pytest.fixture
 def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A place of the test's own for records of jobs."""
+    """A state folder for this test's job records."""
     place = tmp_path / "home" / "jobs"
     place.parent.mkdir(mode=0o700)
     monkeypatch.setenv("X07_VM_STATE_DIR", str(place))
@@ -82,23 +82,23 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session")
 def image() -> Image:
-    """The default image, there and current, in the user's ordinary cache, with the VM templates of ordinary runs.
+    """The default image, current, in the user's ordinary cache, with the VM templates of ordinary runs.
 
-    A run that has to make one takes long, and may say so on standard error, which tests compare.
+    Building either takes long and may write to standard error, which tests compare.
     """
     from x07_sandbox import SandboxError
     from x07_sandbox.images.build import build_image
     from x07_sandbox.pool.prepare import prepare_clones
 
     made = build_image(progress=lambda _text: None)
-    with contextlib.suppress(SandboxError):  # where none can be saved, runs boot
+    with contextlib.suppress(SandboxError):  # without templates, runs boot cold
         prepare_clones(made, lambda _text: None)
     return made
 
 
 @pytest.fixture(scope="session")
 def with_packages() -> str:
-    """The name of an image with packages for all tests; of workers that want it at once one builds it."""
+    """The name of an image with packages, shared by all tests; one worker builds it."""
     from x07_sandbox import SandboxError
     from x07_sandbox.images.build import build_image
 
@@ -111,13 +111,13 @@ def with_packages() -> str:
 
 @pytest.fixture(scope="session")
 def podman(need: Need) -> Iterator[EngineUnderTest]:
-    """A real podman with a store of its own, and our image in it."""
+    """A real podman with its own store, loaded with our image."""
     yield from _engine("podman", need)
 
 
 @pytest.fixture(scope="session")
 def docker(need: Need) -> Iterator[EngineUnderTest]:
-    """A real dockerd on a socket of its own, and our image in it."""
+    """A real dockerd on its own socket, loaded with our image."""
     yield from _engine("docker", need)
 
 
@@ -131,9 +131,9 @@ def _engine(name: Name, need: Need) -> Iterator[EngineUnderTest]:
 
 
 def overwrite(path: Path, data: bytes | None = None) -> None:
-    """Put *data* at the start of a file, or one other byte in its middle; mode and times as before.
+    """Write *data* to the start of a file, or flip one byte in its middle; mode and times stay the same.
 
-    Only ctime, which no call can set, tells.
+    Only ctime, which no call can set, reveals the change.
     """
     before = path.stat()
     path.chmod(0o600)
@@ -148,7 +148,7 @@ def overwrite(path: Path, data: bytes | None = None) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take long first: what is left at the end are short ones, for whichever worker is free."""
+    """Start slow files first, so that the last ones are short and no worker idles."""
     items.sort(key=lambda item: "/unit/" in item.nodeid)
 
 
@@ -164,7 +164,7 @@ def full() -> bool:
 
 
 def _open_fds() -> dict[int, str]:
-    """Every open descriptor of this process and what it is; that of the listing itself is closed by then."""
+    """Return every open descriptor of this process and its target, without the listing's own."""
     found: dict[int, str] = {}
     for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 a name here is a number, no path
         try:
@@ -176,12 +176,12 @@ def _open_fds() -> dict[int, str]:
 
 @pytest.fixture(autouse=True)
 def no_leaks() -> Iterator[None]:
-    """Fail the test that leaves a descriptor open, or another thing under a number that was open before it."""
+    """Fail the test if it leaves a descriptor open, or replaces one that was open before it."""
     before = _open_fds()
     yield
     leaked = _leaked(before)
     if leaked:
-        gc.collect()  # what garbage alone still held is reported by Python's own ResourceWarning, which is an error
+        gc.collect()  # descriptors held by garbage only: Python's ResourceWarning, which is an error here, reports them
         leaked = _leaked(before)
     assert not leaked, f"the test left descriptors open: {leaked}"
 

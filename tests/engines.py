@@ -1,6 +1,6 @@
-"""Real container engines for tests, with our image: podman with its own store, dockerd on its own socket.
+"""Real container engines for tests, loaded with our image: podman with its own store, dockerd on its own socket.
 
-Nothing of the host's own engines is used, and its firewall and networks are not touched.
+The host's own engines, firewall and networks are not touched.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ _DOCKERD = (
 
 
 class EngineUnderTest(NamedTuple):
-    """An engine that is ready. env: variables by which a backend finds it and our image. digest: the image's id."""
+    """A running engine. env: variables by which a backend finds it and our image. digest: the image's id."""
 
     name: Name
     env: Mapping[str, str]
     digest: str
 
     def call(self, *words: str) -> str:
-        """What its client prints; it must succeed."""
+        """Return the client's output. Raises CalledProcessError if it fails."""
         argv = [self.env.get("X07_VM_PODMAN_BIN", f"/usr/bin/{self.name}"), *words]
         done = subprocess.run(argv, capture_output=True, timeout=60, check=True, env=_ENV | dict(self.env))
         return done.stdout.decode()
 
     def containers(self) -> list[str]:
-        """Names of all containers that it has."""
+        """Return the names of all its containers."""
         return self.call("ps", "--all", "--format", "{{.Names}}").split()
 
 
 def missing(name: Name) -> str:
-    """Why that engine cannot be tested here; empty where it can."""
+    """Return why this engine cannot be tested here, or ""."""
     if os.geteuid() != 0:
         return f"{name} with a store of its own needs root"
     tools = ("podman", "runc") if name == "podman" else ("docker", "dockerd", "containerd", "runc")
@@ -61,7 +61,7 @@ def missing(name: Name) -> str:
 
 @contextlib.contextmanager
 def running(name: Name) -> Iterator[EngineUnderTest]:
-    """Start it, load our image into it; on the way out nothing of it is left."""
+    """Start the engine and load our image; remove all of it on exit."""
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f"x07-{name}-", dir="/var/tmp")))
         env = stack.enter_context((_podman if name == "podman" else _dockerd)(folder))
@@ -142,7 +142,7 @@ def _quietly(*argv: str) -> int:
 
 
 def _unmounted(folder: Path) -> None:
-    """Take off what engines leave mounted below their folders, inner mounts first."""
+    """Unmount what engines leave mounted below their folders, inner mounts first."""
     lines = Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines()
     places = [line.split()[1] for line in lines if line.split()[1].startswith(f"{folder}/")]
     for place in sorted(places, key=len, reverse=True):

@@ -13,13 +13,13 @@ from x07_sandbox.reports.schemas import schemas
 
 @cache
 def published() -> dict[str, dict[str, Any]]:
-    """Every published schema by the version that its documents name."""
+    """Return every published schema by the version that its documents name."""
     made: list[dict[str, Any]] = [json.loads(text) for text in schemas().values()]
     return {schema["title"]: schema for schema in made}
 
 
 def document(data: bytes | str) -> dict[str, Any]:
-    """The one JSON object in *data*, which keeps to the schema that is published for the version that it names."""
+    """Return the one JSON object in *data*, checked against the published schema of its version."""
     found: dict[str, Any] = json.loads(data)
     jsonschema.validate(found, published()[found["schema_version"]])
     return found

@@ -1,4 +1,4 @@
-"""What an X07 policy says to its program: each variable, the field it tells, a value of that field, and its text.
+"""The variables that an X07 policy sets for its program: each with its field, a value of that field, and its text.
 
 Written by hand from X07's own runner; no two numbers and no two lists are the same.
 """
@@ -100,7 +100,7 @@ EXPECTED: Final = ALWAYS | {variable: text for variable, _, _, text in TOLD}
 
 
 def policy_document(changes: dict[str, object] | None = None) -> dict[str, Any]:
-    """A policy with all of these values, and *changes* to them by path."""
+    """Return a policy with all of these values, and *changes* to them by path."""
     made: dict[str, Any] = json.loads(render_policy(default_policy()))
     for path, value in ({field: value for _, field, value, _ in TOLD} | (changes or {})).items():
         *sections, name = path.split(".")

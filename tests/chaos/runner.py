@@ -1,8 +1,8 @@
-"""A runner that is hit at its n-th step that changes something: `python runner.py HOW N COUNT_FILE WORD...`.
+"""A runner with a fault injected at its n-th step: `python runner.py HOW N COUNT_FILE WORD...`.
 
-HOW is "kill", for SIGKILL before the step, or the name of an error that the step ends with instead, ENOSPC say. A step
-is what Python's own audit (PEP 578) tells of: files made, renamed, removed; processes and sockets. N is 0 to hit
-nothing. The words are those of `x07`. How many steps there were is written to COUNT_FILE, unless it was killed.
+HOW is "kill" (SIGKILL before the step) or the name of an errno with which the step fails, such as ENOSPC. Steps are
+audit events of Python (PEP 578): files created, renamed or removed, processes, sockets. N = 0 injects no fault.
+The words are arguments of `x07`. The number of steps is written to COUNT_FILE, unless the runner was killed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _count = 0
 
 
 def is_step(event: str, args: tuple[object, ...]) -> bool:
-    """Whether an audit event stands for a step."""
+    """Return whether an audit event counts as a step."""
     if event == "open":
         path, _, flags = args
         return isinstance(flags, int) and bool(flags & _CHANGES) and not str(path).startswith("/dev/")
@@ -34,7 +34,7 @@ def is_step(event: str, args: tuple[object, ...]) -> bool:
 
 
 def main(how: str, number: int, count_file: str, words: list[str]) -> int:
-    """Run the command; its exit code."""
+    """Run the command and return its exit code."""
     from x07_sandbox.cli.main import main as x07
 
     ended: list[bool] = []

@@ -1,4 +1,4 @@
-"""Chaos: whatever is killed, or fails, at whatever step, the next sweep leaves nothing, and a live job goes on."""
+"""Fault injection: kill processes and fail host calls at every step; one sweep must remove all remains."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ NEW = {"a": "new", "b": "new", "c": "new"}
 
 
 class Stage:
-    """One backend with records of its own, a live job in them, and a folder that runs change."""
+    """A backend with its own state folder, a live job, and a folder that runs change."""
 
     def __init__(self, backend: str, folder: Path, engine: EngineUnderTest | None) -> None:
         self.backend = backend
@@ -61,20 +61,20 @@ class Stage:
         self.words += ["--backend", backend] if CLASSES[backend] == "vm" else []
         self.words += ["--no-pool"] if backend == "qemu" else []
         self.jobs: set[str] = set()
-        long = policy_with(limits={"wall_ms": 600_000})  # for a job that outlives all that is tried beside it
+        long = policy_with(limits={"wall_ms": 600_000})  # outlives every run that is tried beside it
         self.long = folder / "long.json"
         self.long.write_bytes(msgspec.json.encode(long))
         self.marks: set[str] = set()
 
     def reset(self) -> None:
-        """Put the old files there."""
+        """Restore the folder's original files."""
         for path in self.tree.iterdir():
             path.unlink()
         for name, text in OLD.items():
             (self.tree / name).write_text(text, encoding="ascii")
 
     def run(self, how: str, number: int, *, roots: bool = True) -> tuple[int, str, int | None]:
-        """A run that is hit at a step: its exit code, what it said, and how many steps there were."""
+        """Run with a fault at one step; return the exit code, the output and the number of steps."""
         count = self.folder / "count"
         count.unlink(missing_ok=True)
         changed = ["--allow-write-root", str(self.tree)] if roots else []
@@ -92,21 +92,21 @@ class Stage:
         return done.returncode, (done.stdout + done.stderr).decode(errors="replace"), steps
 
     def note_marks(self) -> None:
-        """Remember the jobs on record, and the marks that their processes carry."""
+        """Record the jobs and the marks that their processes carry."""
         self.jobs |= {path.name for path in self.state.iterdir()}
         for owner in self.state.glob("*/owner.json"):
             with contextlib.suppress(ValueError):
                 self.marks.add(json.loads(owner.read_bytes())["instance"])
 
     def sweep(self) -> dict[str, Any]:
-        """What `x07 sweep` says."""
+        """Return the output of `x07 sweep`."""
         done = subprocess.run([X07, "sweep", "--json"], env=self.env, capture_output=True, timeout=120, check=False)
         assert done.returncode == 0, done.stderr.decode()
         found: dict[str, Any] = json.loads(done.stdout)
         return found
 
     def left(self, spared: set[str]) -> list[str]:
-        """What remains of jobs besides the *spared* ones: processes, containers, groups, mounts, files."""
+        """Return what remains of all jobs but the *spared* ones: processes, containers, groups, mounts, files."""
         marks = {mark for mark in self.marks if mark not in {self.mark_of(name) for name in spared}}
         found = [f"process {pid}" for pid in remaining(*marks)] if marks else []
         for folder in sorted(self.state.iterdir()) if self.state.exists() else []:
@@ -114,7 +114,7 @@ class Stage:
                 continue
             if not any((folder / name).exists() for name in ("done", "reaped")):
                 found.append(f"record {folder.name}: {sorted(path.name for path in folder.iterdir())}")
-            # A record that was being written goes with the folder, after its retention.
+            # A partly written record is removed with its folder, after the retention time.
             over = {path.name for path in folder.iterdir() if not path.name.startswith(_HALF_WRITTEN)}
             over -= {"job.json", "owner.json", "done", "reaped"}
             found += [f"file {folder.name}/{name}" for name in sorted(over)]
@@ -127,18 +127,18 @@ class Stage:
         return found + [line for line in mounts.splitlines() if str(self.state) in line]
 
     def mark_of(self, job: str) -> str:
-        """The mark of a job."""
+        """Return the mark of a job."""
         found: str = json.loads((self.state / job / "owner.json").read_bytes())["instance"]
         return found
 
     def tree_now(self) -> dict[str, str]:
-        """The files of the folder that runs change."""
+        """Return the files of the folder that runs change."""
         return {path.name: path.read_text(encoding="utf-8") for path in self.tree.iterdir()}
 
 
 @pytest.fixture(scope="module", params=BACKENDS)
 def stage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
-    """Each backend, ready, with a warm image and no job."""
+    """Yield each backend, with a warm image and no job."""
     engine = request.getfixturevalue(request.param) if request.param in {"podman", "docker"} else None
     if request.param == "qemu":
         request.getfixturevalue("image")
@@ -154,7 +154,7 @@ def stage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @contextlib.contextmanager
 def live_job(stage: Stage, *words: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """A run that goes on, and its job."""
+    """Yield a running job."""
     before = {path.name for path in stage.state.glob("*-run")}
     argv = [X07, "run", *stage.words, *words, str(stage.folder / "sleep.py")]
     with subprocess.Popen(argv, env=stage.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -175,7 +175,7 @@ def points(count: int, *, at_most: int = POINTS) -> list[int]:
 
 
 def test_a_runner_killed_at_any_step_leaves_nothing(stage: Stage) -> None:
-    """After a runner is killed before any step, one sweep leaves nothing of it, and the job beside it lives on."""
+    """After a runner is killed before any step, one sweep removes all its remains and spares other live jobs."""
     stage.reset()
     _, _, count = stage.run("kill", 0)
     assert count is not None
@@ -194,7 +194,7 @@ def test_a_runner_killed_at_any_step_leaves_nothing(stage: Stage) -> None:
 
 
 def victims(stage: Stage, job: str) -> dict[str, list[int]]:
-    """Processes of a live job by what they are, as far as this backend has them."""
+    """Return the processes of a live job by role, as far as this backend has them."""
     owner = json.loads((stage.state / job / "owner.json").read_bytes())
     found = {name: [identity["pid"]] for name, identity in owner["processes"].items()}
     runner = owner["runner"]["pid"]
@@ -223,7 +223,7 @@ KINDS = ("reaper", "gate", "client", "agent", "monitor", "supervisor", "inner", 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_process_of_a_job_may_be_killed(stage: Stage, kind: str) -> None:
-    """Whichever processes of a job are killed, alone or two at once, the run ends, and one sweep leaves nothing."""
+    """Whichever one or two processes of a job are killed, the run ends, and one sweep removes all remains."""
     with (
         live_job(stage) as (other, spared),
         live_job(stage, "--allow-host", "a.example:443") as (process, job),
@@ -233,7 +233,7 @@ def test_any_process_of_a_job_may_be_killed(stage: Stage, kind: str) -> None:
         if any(name not in known for name in kind.split("+")):
             pytest.skip(f"{stage.backend} has no {kind}")
         for pid in wanted:
-            with contextlib.suppress(ProcessLookupError):  # the end of the first may be that of the second
+            with contextlib.suppress(ProcessLookupError):  # the second may have ended with the first
                 os.kill(pid, signal.SIGKILL)
         if kind == "reaper":
             process.send_signal(signal.SIGINT)
@@ -241,7 +241,7 @@ def test_any_process_of_a_job_may_be_killed(stage: Stage, kind: str) -> None:
         stage.sweep()
         deadline = time.monotonic() + 30
         while (left := stage.left({spared})) and time.monotonic() < deadline:
-            time.sleep(0.2)  # a monitor that was killed is noticed by its engine a little later
+            time.sleep(0.2)  # an engine notices a killed monitor a little later
             stage.sweep()
         assert left == []
         assert other.poll() is None
@@ -254,10 +254,10 @@ ERRORS = ("ENOSPC", "EMFILE", "ENOMEM")
     "backend", ["none", pytest.param("qemu", marks=[] if FULL else pytest.mark.skip("full sizes"))]
 )
 def test_a_run_whose_host_calls_fail_ends_with_a_reason(backend: str, tmp_path: Path) -> None:
-    """Whichever host call fails, a run ends well or with one line that says why, never with a traceback or remains."""
+    """Whichever host call fails, a run succeeds or fails with a one-line reason, without traceback or remains."""
     stage = Stage(backend, tmp_path, None)
     stage.reset()
-    # The first run makes what is made once, such as the agent's code; one that waits for its turn looks many times.
+    # The first run fills caches, such as the agent's code; a queued run polls an unknown number of times.
     counts = [steps for _, _, steps in (stage.run("kill", 0, roots=False) for _ in range(3)) if steps is not None]
     for number in points(min(counts), at_most=1000 if FULL else 30):
         for error in ERRORS if FULL else (ERRORS[number % len(ERRORS)],):

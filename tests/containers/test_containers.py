@@ -1,4 +1,4 @@
-"""Runs in containers of real engines: what holds there, what is refused, and what is left when somebody is killed."""
+"""Runs in containers of real engines: isolation, refusals, and cleanup after kills."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ print(json.dumps(shown))
 
 @pytest.fixture(params=["podman", "docker"])
 def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, state: Path) -> EngineUnderTest:  # noqa: ARG001 - records of its own
-    """Each engine, with records of the test's own."""
+    """Each engine, with its own state folder."""
     found: EngineUnderTest = request.getfixturevalue(request.param)
     for name, value in found.env.items():
         monkeypatch.setenv(name, value)
@@ -68,7 +68,7 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, stat
 
 
 def x07(engine: EngineUnderTest, *words: str, code: int = 0) -> str:
-    """What `x07 run` on that engine prints; it must end with *code*."""
+    """Return the output of `x07 run` on that engine, which must exit with *code*."""
     argv = [X07, "run", "--backend", engine.name, *words]
     done = subprocess.run(argv, capture_output=True, timeout=120, check=False, stdin=subprocess.DEVNULL)
     said = done.stdout.decode() + done.stderr.decode()
@@ -77,7 +77,7 @@ def x07(engine: EngineUnderTest, *words: str, code: int = 0) -> str:
 
 
 def result_of(engine: EngineUnderTest, tmp_path: Path, source: str, *words: str) -> dict[str, Any]:
-    """The result of a Python program."""
+    """Return the result of a Python program."""
     program, report = tmp_path / "prog.py", tmp_path / "result.json"
     program.write_text(source, encoding="utf-8")
     argv = [X07, "run", "--backend", engine.name, "--report-out", str(report), *words, str(program)]
@@ -87,7 +87,7 @@ def result_of(engine: EngineUnderTest, tmp_path: Path, source: str, *words: str)
 
 
 def test_the_program_has_none_of_what_the_agent_has(engine: EngineUnderTest, tmp_path: Path) -> None:
-    """The program has no capability, not even to gain; is the first to die; and reaches neither agent nor its files."""
+    """The program can gain no capability, is the OOM killer's first victim, and cannot reach the agent or its files."""
     result = result_of(engine, tmp_path, LOOK)
     shown = json.loads(result["stdout"]["text"])
     assert [shown.pop(name) for name in ("CapBnd", "CapEff", "CapPrm", "CapInh")] == [0, 0, 0, 0]
@@ -108,7 +108,7 @@ def test_the_program_has_none_of_what_the_agent_has(engine: EngineUnderTest, tmp
 def test_a_command_works_in_a_folder_and_leaves_files(
     engine: EngineUnderTest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A command's changes to a copy of a folder come back, and so does what it leaves in its private folders."""
+    """A command's changes to its copy of a folder come back, and so do files in its private folders."""
     monkeypatch.setenv("X07_VM_BACKEND", engine.name)
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -125,7 +125,7 @@ def test_a_command_works_in_a_folder_and_leaves_files(
 
 @contextlib.contextmanager
 def waiting_run(engine: EngineUnderTest, folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], JobRecord]]:
-    """A run whose program has begun and waits, and the record of its job."""
+    """Yield a run whose program waits, and the job's record."""
     program = folder / "wait.py"
     program.write_text("print('here', flush=True)\nimport time\ntime.sleep(600)\n", encoding="utf-8")
     with subprocess.Popen([X07, "run", "--backend", engine.name, str(program)], stdout=subprocess.PIPE) as runner:
@@ -145,7 +145,7 @@ print(json.dumps([limits, os.ttyname(pty.openpty()[1]), times]))
 
 
 def test_a_program_finds_its_memory_limit_a_terminal_and_mtimes(engine: EngineUnderTest, tmp_path: Path) -> None:
-    """A container shows the limit to runtimes, has terminals, and its files have the mtimes of the host."""
+    """Runtimes see the container's memory limit, terminals can be opened, and files keep the host's mtimes."""
     paths = []
     for root in ("in", "out"):
         (tmp_path / root / "sub").mkdir(parents=True)
@@ -163,7 +163,7 @@ def test_a_program_finds_its_memory_limit_a_terminal_and_mtimes(engine: EngineUn
 
 
 def test_a_container_carries_the_labels_of_its_record(engine: EngineUnderTest, tmp_path: Path) -> None:
-    """Labels of schema, run, runner, deadline and image are on the container, and say what the record says."""
+    """A container's labels for schema, run, runner, deadline and image match the job's record."""
     with waiting_run(engine, tmp_path) as (runner, record):
         labels = json.loads(engine.call("inspect", f"x07-{record.job_id}"))[0]["Config"]["Labels"]
         runner.send_signal(signal.SIGINT)
@@ -175,12 +175,12 @@ def test_a_container_carries_the_labels_of_its_record(engine: EngineUnderTest, t
 
 
 def job_of(folder: Path) -> str:
-    """The record of a job, as it lies there."""
+    """Return a job's record as read from disk."""
     return (folder / "job.json").read_text(encoding="utf-8")
 
 
 def test_a_container_ends_with_its_runner(engine: EngineUnderTest, tmp_path: Path) -> None:
-    """The container of a killed runner is removed at once, without a sweep, and its record says so."""
+    """A killed runner's container is removed at once, without a sweep, and its record says so."""
     with waiting_run(engine, tmp_path) as (runner, record):
         runner.kill()
     wait_until(lambda: not engine.containers() and (record.folder / "reaped").exists())
@@ -188,7 +188,7 @@ def test_a_container_ends_with_its_runner(engine: EngineUnderTest, tmp_path: Pat
 
 
 def test_a_container_ends_at_its_deadline(engine: EngineUnderTest, tmp_path: Path) -> None:
-    """The reaper removes a container when its time is up, though its runner, stopped, still holds it."""
+    """The reaper removes a container at its deadline even if the runner is stopped and still holds it."""
     container = engine.call("create", "--network", "none", engine.digest, "container", "mark").strip()
     runner_r, runner_w = os.pipe()
     until = time.clock_gettime(time.CLOCK_BOOTTIME) + 1
@@ -204,12 +204,12 @@ def test_a_container_ends_at_its_deadline(engine: EngineUnderTest, tmp_path: Pat
 
 
 def client(engine: EngineUnderTest) -> Engine:
-    """The engine's client, as the backend has it."""
+    """Return the engine's client as the backend uses it."""
     return the_engine(engine.name)
 
 
 def wait_until(met: Callable[[], bool]) -> None:
-    """Wait for a condition that no event tells of."""
+    """Poll until a condition holds that no event announces."""
     deadline = time.monotonic() + 60
     while not met():
         assert time.monotonic() < deadline
@@ -217,7 +217,7 @@ def wait_until(met: Callable[[], bool]) -> None:
 
 
 def test_an_image_that_is_not_the_pinned_one_does_not_run(engine: EngineUnderTest, tmp_path: Path) -> None:
-    """X07_VM_GUEST_IMAGE_DIGEST names the image id; another one is refused although weaker isolation is accepted."""
+    """X07_VM_GUEST_IMAGE_DIGEST pins the image id; any other image is refused even if weaker isolation is accepted."""
     os.environ["X07_VM_GUEST_IMAGE_DIGEST"] = engine.digest
     try:
         assert result_of(engine, tmp_path, "print(1)")["outcome"] == "ok"
@@ -229,7 +229,7 @@ def test_an_image_that_is_not_the_pinned_one_does_not_run(engine: EngineUnderTes
 
 
 def test_an_image_without_our_agent_is_refused_by_name(engine: EngineUnderTest, tmp_path: Path) -> None:
-    """An image of another kind, and one that is absent, are named in the error with what makes a right one."""
+    """An absent or unsuitable image is named in the error, with the command that builds the right one."""
     with (tmp_path / "empty.tar").open("wb") as file:
         file.write(bytes(10240))
     engine.call("import", str(tmp_path / "empty.tar"), "localhost/other:1")
@@ -244,7 +244,7 @@ def test_an_image_without_our_agent_is_refused_by_name(engine: EngineUnderTest, 
 
 
 def test_a_container_takes_only_what_the_gate_lets_it(engine: EngineUnderTest, tmp_path: Path) -> None:
-    """With a list of hosts a container asks the egress gate, and without one it has no way out."""
+    """With a list of hosts a container asks the egress gate; without one it has no network access."""
     ask = (
         "import socket\ntry: socket.create_connection(('{}', 443), 5)\nexcept OSError as exc: print(type(exc).__name__)"
     )
@@ -256,7 +256,7 @@ def test_a_container_takes_only_what_the_gate_lets_it(engine: EngineUnderTest, t
 
 
 def test_weaker_isolation_is_never_taken_unasked(engine: EngineUnderTest, tmp_path: Path) -> None:
-    """Named without acceptance a container engine is refused, and nothing is started."""
+    """A container engine is refused unless weaker isolation is accepted, and nothing is started."""
     del os.environ["X07_I_ACCEPT_WEAKER_ISOLATION"]
     program = tmp_path / "prog.py"
     program.write_text("print(1)", encoding="utf-8")
@@ -266,7 +266,7 @@ def test_weaker_isolation_is_never_taken_unasked(engine: EngineUnderTest, tmp_pa
 
 @pytest.mark.usefixtures("podman")
 def test_rootless_podman_that_would_ignore_the_limits_is_refused() -> None:
-    """Podman as an ordinary user on cgroup v1, which would start a container without its limits, is not used."""
+    """Rootless podman on cgroup v1 is refused, because it would start a container without its limits."""
     need(
         Path("/sys/fs/cgroup/memory").is_dir(), "this host has cgroup v2, where rootless limits hold", installable=False
     )
@@ -289,10 +289,10 @@ def test_rootless_podman_that_would_ignore_the_limits_is_refused() -> None:
 
 @pytest.mark.usefixtures("state")
 def test_crun_runs_it_too(podman: EngineUnderTest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Podman's own runtime, crun, carries a program as runc does, where the host's control groups let it."""
+    """Podman's own runtime, crun, runs a program as runc does, if the host's control groups allow it."""
     client = tmp_path / "crun-podman"
     inner = podman.env["X07_VM_PODMAN_BIN"]
-    # crun refuses a host that has both versions of control groups; in a mount namespace of its own it sees one.
+    # crun refuses a host with both versions of control groups; in its own mount namespace it sees only one.
     script = f'umount /sys/fs/cgroup/unified 2>/dev/null; exec {inner} --runtime crun "$@"'
     lines = ["#!/bin/bash", 'words=(); for w; do [[ $w == --runtime || $w == runc ]] || words+=("$w"); done']
     lines.append(f'exec unshare --mount sh -c {shlex.quote(script)} podman "${{words[@]}}"')
@@ -308,7 +308,7 @@ def test_crun_runs_it_too(podman: EngineUnderTest, tmp_path: Path, monkeypatch: 
 def test_every_engine_knows_the_image_by_one_id(
     podman: EngineUnderTest, docker: EngineUnderTest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The archive is the same bytes each time, and podman, docker and ctr all load it, as the same image."""
+    """The archive has the same bytes each time, and podman, docker and ctr load it under the same image id."""
     assert podman.digest == docker.digest
     for name, value in {**podman.env, **docker.env}.items():
         monkeypatch.setenv(name, value)
@@ -322,7 +322,7 @@ def test_every_engine_knows_the_image_by_one_id(
 
 
 def containerd_images(folder: Path, archive: Path) -> str:
-    """What a containerd of the test's own lists after it has imported an archive."""
+    """Return the images that a separate containerd lists after importing an archive."""
     place = tempfile.mkdtemp(prefix="x07-ctr-", dir="/run")
     config = folder / "containerd.toml"
     config.write_text(
@@ -345,7 +345,7 @@ def containerd_images(folder: Path, archive: Path) -> str:
 
 
 def test_the_script_builds_and_loads_the_image(podman: EngineUnderTest, tmp_path: Path, state: Path) -> None:
-    """scripts/build_guest_runner_image.sh ends with `ok: built NAME:TAG`, and X07_VM_GUEST_IMAGE runs it at once."""
+    """scripts/build_guest_runner_image.sh ends with `ok: built NAME:TAG`; X07_VM_GUEST_IMAGE selects that image."""
     script = str(Path(__file__).parents[2] / "scripts" / "build_guest_runner_image.sh")
     env = {**os.environ, **podman.env, "DOCKER_HOST": f"unix://{tmp_path}/nobody"}
     del env["X07_VM_GUEST_IMAGE"]
@@ -363,7 +363,7 @@ def test_the_script_builds_and_loads_the_image(podman: EngineUnderTest, tmp_path
 
 
 def test_the_smoke_gate_is_green(engine: EngineUnderTest, tmp_path: Path) -> None:
-    """scripts/ci/check_vm_sandbox_smoke.sh passes on a container engine that was named and accepted."""
+    """scripts/ci/check_vm_sandbox_smoke.sh passes on a container engine whose weaker isolation is accepted."""
     if engine.name == "docker" and not FULL:
         pytest.skip("full sizes only: podman passes the same gate")
     gate = Path(__file__).parents[2] / "scripts" / "ci" / "check_vm_sandbox_smoke.sh"
@@ -377,7 +377,7 @@ def test_the_smoke_gate_is_green(engine: EngineUnderTest, tmp_path: Path) -> Non
 
 
 def test_a_container_is_ended_by_name_and_only_in_its_engine(engine: EngineUnderTest, tmp_path: Path) -> None:
-    """`x07 ps` shows a container as running, `x07 kill` ends it, and a client of another engine leaves it alone."""
+    """`x07 ps` lists a running container, `x07 kill` ends it, and a client of another engine leaves it alone."""
     with waiting_run(engine, tmp_path) as (runner, record):
         shown = json.loads(subprocess.run([X07, "ps", "--json"], capture_output=True, check=True).stdout)
         assert [job["state"] for job in shown["jobs"]] == ["running"]

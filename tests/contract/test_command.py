@@ -1,4 +1,4 @@
-"""`x07 conform` runs the list of behaviours for a user."""
+"""The command `x07 conform`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_it_says_a_line_for_each_behaviour(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """`x07 conform` prints one line a behaviour, writes its document, and ends with 0 where nothing failed."""
+    """`x07 conform` prints one line per behaviour, writes its document, and exits with 0 if nothing failed."""
     path = tmp_path / "report.json"
     assert main([*WORDS, "--report-out", str(path)]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -42,7 +42,7 @@ def test_it_says_a_line_for_each_behaviour(capsys: pytest.CaptureFixture[str], t
 def test_it_ends_with_1_where_something_failed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`x07 conform` names what failed, what was expected and what came, and ends with 1."""
+    """`x07 conform` names each failure with the expected and the actual value, and exits with 1."""
     wrong = Behaviour(name="sum", group="channel", promise="It adds.", check=lambda _bench: expect("sum", 4, 5))
     gaps = [behaviour for behaviour in BEHAVIOURS if behaviour.name in create("none").known_gaps]
     monkeypatch.setattr(run, "BEHAVIOURS", (*gaps, wrong))

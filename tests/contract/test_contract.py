@@ -1,4 +1,4 @@
-"""Every backend does what the one list of behaviours says, but for its known gaps."""
+"""Every backend has all behaviours of the contract, except for its declared gaps."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.vm, pytest.mark.user]
 
 @pytest.fixture(scope="module", params=built())
 def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, need: Need) -> Iterator[Bench]:
-    """Each backend that can run here, with records of its own."""
+    """Each backend that can run here, with its own state folder."""
     if request.param == "docker" and not FULL:
         pytest.skip("full sizes only: podman runs the same code; tests/containers runs both")
     with contextlib.ExitStack() as stack:
@@ -46,7 +46,7 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.parametrize("behaviour", BEHAVIOURS, ids=lambda behaviour: behaviour.name)
 def test_the_backend_does_it(bench: Bench, behaviour: Behaviour) -> None:
-    """A behaviour of the list is there on every backend that does not declare it as a known gap."""
+    """A backend has every behaviour of the contract that it does not declare as a known gap."""
     verdict = judge(behaviour, bench)
     if verdict.verdict in {"gap", "skipped"}:
         pytest.skip(f"{bench.backend.name}: {verdict.reason}")

@@ -1,6 +1,6 @@
-"""A backend written in this one file, which starts the agent as a child process, keeps the contract.
+"""A backend written in this one file, which starts the agent as a child process, passes the contract.
 
-Run as a program, this file carries out one run on that backend, as the checks want it in another process.
+Run as a program, this file carries out one run on that backend, for checks that need another process.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def registered(row: BackendRow, factory: Callable[[], Backend]) -> Iterator[None
 
 
 class Child(Jailed):
-    """An agent below a supervisor of ours, which ends with all that the program has started."""
+    """An agent below our supervisor, which kills everything that the program started."""
 
     net_fd: int | None = None
     notes: tuple[str, ...] = ()
@@ -70,17 +70,17 @@ class Child(Jailed):
     channel_fd: int
 
     def release(self) -> None:
-        """Nothing: the agent waits for the channel."""
+        """Do nothing: the agent already waits for the channel."""
 
     def side_fds(self) -> tuple[int, ...]:
-        """None."""
+        """Return no descriptors."""
         return ()
 
     def drain(self, fd: int) -> None:
-        """Nothing comes."""
+        """Return nothing."""
 
     def console_tail(self) -> str:
-        """Nothing."""
+        """Return nothing."""
         return ""
 
 
@@ -94,18 +94,18 @@ class OneFile:
 
     @property
     def known_gaps(self) -> Mapping[str, str]:
-        """As those of an unconfined process, since this is one."""
+        """Return the gaps of an unconfined process."""
         return NoneBackend.known_gaps
 
     def probe(self, image: OpenImage | None, *, boot: bool = True) -> Availability:
-        """It needs nothing, and holds nothing."""
+        """Report no prerequisites and no guarantees."""
         del image, boot
         features = Features(isolation="none", own_kernel=False, can_enforce=frozenset())
         return Availability(features=features, proof="none needed")
 
     @contextlib.contextmanager
     def start(self, job: Job) -> Iterator[Child]:
-        """Start it, record it, greet it; end it."""
+        """Start the agent, record it, do the handshake; end it on exit."""
         record = create_record(job.claim, backend=self.name, image_digest="")
         folder = record.folder / "files"
         folder.mkdir(mode=0o700)
@@ -135,27 +135,27 @@ class OneFile:
                 instance.close()
 
     def list_owned(self) -> Sequence[JobRecord]:
-        """By the records."""
+        """List jobs by their records."""
         return live_records(self.name)
 
     def stop(self, record: JobRecord) -> bool:
-        """By the record."""
+        """Stop a job by its record."""
         return stop_recorded(record)
 
 
 class Forgetful(OneFile):
-    """One that lists no job."""
+    """A backend that lists no job."""
 
     def list_owned(self) -> Sequence[JobRecord]:
-        """Nothing."""
+        """Return nothing."""
         return []
 
 
 class Boastful(OneFile):
-    """One that says that it holds what it does not."""
+    """A backend that claims guarantees it does not have."""
 
     def probe(self, image: OpenImage | None, *, boot: bool = True) -> Availability:
-        """It claims the memory limit, and that no file of the host is seen."""
+        """Claim the memory limit and hidden host files."""
         del image, boot
         features = Features(
             isolation="none", own_kernel=False, can_enforce=frozenset({"limits.mem_bytes", "no-host-files"})
@@ -164,11 +164,11 @@ class Boastful(OneFile):
 
 
 class Excused(OneFile):
-    """One with a gap where there may be none."""
+    """A backend that declares a gap that the contract does not allow."""
 
     @property
     def known_gaps(self) -> Mapping[str, str]:
-        """Of the outcomes."""
+        """Return a gap in outcomes."""
         return {"exit-status": "it is hard"}
 
 
@@ -178,7 +178,7 @@ def _state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_backend_in_one_file_keeps_the_contract() -> None:
-    """A backend that is one file and one row of the registry does everything but what it declares."""
+    """A backend of one file and one registry row passes the contract, except for its declared gaps."""
     with registered(ROW, OneFile):
         report = conform(NAME, runner=RUNNER)
     assert [(verdict.name, verdict.reason) for verdict in report.verdicts if verdict.verdict == "failed"] == []
@@ -187,7 +187,7 @@ def test_a_backend_in_one_file_keeps_the_contract() -> None:
 
 
 def test_a_backend_that_does_not_list_its_jobs_fails() -> None:
-    """A backend that does not list a job that lives fails all checks of stopping jobs by their records."""
+    """A backend that does not list a live job fails every check of stopping jobs by their records."""
     with registered(ROW, Forgetful), open_bench(NAME, RUNNER) as bench:
         verdicts = {name: judge(BY_NAME[name], bench) for name in ("listed", "stop-by-record", "killed-runner")}
     assert {(verdict.verdict, verdict.reason) for verdict in verdicts.values()} == {
@@ -196,14 +196,14 @@ def test_a_backend_that_does_not_list_its_jobs_fails() -> None:
 
 
 def test_a_backend_that_claims_a_known_gap_fails() -> None:
-    """A backend may not say that it holds a limit, and declare that it does not."""
+    """A backend cannot both guarantee a limit and declare it as a gap."""
     with registered(ROW, Boastful), open_bench(NAME, RUNNER) as bench:
         verdict = judge(BY_NAME["honest-plan"], bench)
     assert (verdict.verdict, verdict.reason) == ("failed", "claim to hold limits.mem_bytes: expected False, got True")
 
 
 def test_a_gap_in_outcomes_is_no_gap() -> None:
-    """A backend that declares a gap where there may be none is not checked at all."""
+    """A backend that declares a gap that the contract does not allow is rejected without being checked."""
     with registered(ROW, Excused), pytest.raises(ValueError, match="exit-status is in outcome, which has no gaps"):
         conform(NAME, runner=RUNNER)
 

@@ -1,8 +1,8 @@
-"""Fuzz target: what a guest says that its program has changed, from bytes to the verdict.
+"""Fuzz target: the changes that a guest reports, from bytes to the verdict.
 
-Whatever comes is PeerError, or a set: entries and bytes bounded, names inside their root, contents where they are said
-to be and with the digest that is said, all that breaks a rule refused by name, and the same when written and read. The
-root stays what it is, modes are permission bits, and what is left when the refused is skipped can be applied.
+Every input gives PeerError or a change set. In a set, entries and bytes are bounded, names stay inside their root,
+contents match their position and digest, every violation of a rule is rejected by name, and writing and reading it
+gives the same set. The root is unchanged, modes are permission bits, and without the rejected changes it applies.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ BEFORE: Final = {
 
 
 def one_input(data: bytes) -> None:
-    """The first byte says how the rest is cut."""
+    """Check one input; its first byte says how the rest is cut."""
     size = data[0] + 1 if data else 1
     fd = os.memfd_create("x07-fuzz")
     try:
@@ -65,7 +65,7 @@ def _judge(incoming: Incoming, number: int, fd: int) -> None:
         check_name(os.fsencode(change.name))
         _check_content(change, fd)
         assert change.name in refused or not _bad(change, allowed), change
-        assert change.name, change  # the root, a folder, is there before and after
+        assert change.name, change  # the root, a folder, exists before and after
     root = RootChanges(root=ROOT, guest="/x", missing=False, changes=judged.changes, refused=judged.refused)
     made = ChangeSet(run="1-1-1", roots=(root,))
     assert decode(encode(made)) == made
@@ -87,7 +87,7 @@ def _check_content(change: Change, fd: int) -> None:
 
 
 def _bad(change: Change, allowed: Allowed) -> bool:
-    """Whether some rule must refuse it."""
+    """Return whether some rule must reject the change."""
     before, after, parts = change.before, change.after, change.name.split("/")
     if after is None:
         return not allowed.remove

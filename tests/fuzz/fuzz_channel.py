@@ -1,19 +1,19 @@
-"""What the channel keeps to, whatever bytes come: the check of one input, for the fuzzer and the replay of its seeds.
+"""Fuzz target: the channel between host and guest.
 
 An input is a byte of switches, the sizes of the pieces in which the stream is read, and the stream itself:
 
-    bit 7        1: we play the guest, and the bytes come from a host; 0: we play the host
-    bit 6        1: a stalled reader, who never takes what has come
-    bits 0 to 3  how many bytes of sizes follow; a size byte N cuts N + 1 bytes off, and the sizes come round again
+    bit 7        1: we are the guest, and the bytes come from a host; 0: we are the host
+    bit 6        1: a stalled reader, who never takes what has arrived
+    bits 0 to 3  number of size bytes that follow; a size byte N cuts off N + 1 bytes, and the sizes repeat
 
-The side that we play answers as host and agent do. What must hold:
+Our side answers as a correct host or agent does. Invariants:
 
-* only events or PeerError come out, and after a PeerError the same one again;
-* the state moves only along NEXT;
-* what is held of the input is bounded by one frame that the peer may send, what is queued by what we sent ourselves
-  plus one credit frame for each quarter of a window;
-* no stream has more than WINDOW bytes on the way;
-* the events and the error do not depend on how the stream was cut.
+* only events or PeerError come out, and after a PeerError always the same one;
+* the state changes only along NEXT;
+* buffered input is at most one frame that the peer may send; queued output is at most what we sent ourselves plus
+  one credit frame for each quarter of a window;
+* no stream has more than WINDOW bytes in flight;
+* events and errors do not depend on how the stream was cut.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ ANSWERS: Final[dict[tuple[Role, Kind], tuple[Kind, dict[str, object]]]] = {
     (Role.GUEST, Kind.START): (Kind.STARTED, {}),
     (Role.GUEST, Kind.STOP): (Kind.EXITED, EXITED),
 }
-# What we send once we may: more than a window, so that all of it is on the way and credit for it is in order.
+# What we send once allowed: more than a window, so that all of it is in flight and the peer may send credit.
 OWN_STREAMS: Final = {
     (Role.HOST, Kind.START): Stream.STDIN,
     (Role.GUEST, Kind.STARTED): Stream.STDOUT,
@@ -96,7 +96,7 @@ CREDIT_FRAME: Final = HEADER.size + 4
 
 
 class Side:
-    """One end of the channel that answers as it should, and checks after each event that the promises hold."""
+    """One end of the channel: answers correctly, and checks the invariants after each event."""
 
     def __init__(self, role: Role, *, stalled: bool) -> None:
         self.link = Link(role)
@@ -112,7 +112,7 @@ class Side:
             self._send(Kind.HELLO, {"protocol": 1})
 
     def feed(self, piece: bytes) -> None:
-        """Take a piece of the stream."""
+        """Feed a piece of the stream."""
         try:
             for event in self.link.receive(piece):
                 self._take(event)
@@ -177,7 +177,7 @@ class Side:
 
 
 def pieces(stream: bytes, sizes: bytes) -> list[bytes]:
-    """The stream, cut; in one piece where there are no sizes."""
+    """Return the stream in pieces; in one piece if there are no sizes."""
     if not sizes:
         return [stream]
     cut: list[bytes] = []
@@ -190,7 +190,7 @@ def pieces(stream: bytes, sizes: bytes) -> list[bytes]:
 
 
 def play(role: Role, parts: list[bytes], *, stalled: bool) -> Side:
-    """A side that was fed these pieces, and then nothing more, twice."""
+    """Return a side that was fed these pieces and then two empty ones."""
     side = Side(role, stalled=stalled)
     for part in [*parts, b"", b""]:
         side.feed(part)
@@ -198,12 +198,12 @@ def play(role: Role, parts: list[bytes], *, stalled: bool) -> Side:
 
 
 def same_error(one: PeerError | None, other: PeerError | None) -> bool:
-    """Whether both are the same fault, or none."""
+    """Return whether both are the same fault, or both None."""
     return (one and one.args) == (other and other.args)
 
 
 def one_input(data: bytes) -> None:
-    """Check one input. Raises AssertionError, or whatever it was that should never have been raised."""
+    """Check one input. Raises AssertionError, or any exception that the code under test must not raise."""
     if not data:
         return
     role = Role.GUEST if data[0] & 0x80 else Role.HOST

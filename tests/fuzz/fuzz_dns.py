@@ -1,9 +1,9 @@
 """Fuzz target: DNS queries of programs in the guest.
 
-An input is one byte that is ignored, then one message. What must hold:
+An input is one ignored byte, then one message. Invariants:
 
-* a message is dropped only if it is no query; anything else gets one answer, the same one each time;
-* an answer fits into 512 bytes, belongs to its query, and is one that dnspython reads;
+* a message is dropped only if it is no query; any query gets one answer, the same one each time;
+* an answer fits into 512 bytes, matches its query, and dnspython can read it;
 * its records are addresses of listed names, or of the machine itself.
 """
 
@@ -24,7 +24,7 @@ ANSWER_MAX: Final = 512
 
 
 def one_input(data: bytes) -> None:
-    """Check one input. Raises AssertionError, or whatever it was that should never have been raised."""
+    """Check one input. Raises AssertionError, or any exception that the code under test must not raise."""
     check(data[1:], NameTable(EXACT, WILDCARDS))
 
 

@@ -1,9 +1,8 @@
-"""Fuzz target: documents that come with a program, or from it, and that the host reads itself.
+"""Fuzz target: documents that come with a program, or from it, and that the host reads.
 
-An input is a byte that chooses the document, and its text. Whatever stands in it is refused by an error that is told,
-or it is within its bounds: a manifest and an X07 project name nothing outside their folder, a policy says when it is
-written what it said when it was read, and the report of an X07 program, whose compiler and counters have spoken, can be
-written and holds no counter that is no count.
+An input is a byte that chooses the document, and its text. The text is rejected by a reported error, or it is valid:
+a manifest and an X07 project name nothing outside their folder; a policy is the same after writing and reading it;
+the report of an X07 program can be written whatever its compiler and counters print, and its counters are counts.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ def _policy(data: bytes) -> None:
 
 
 def _report(data: bytes) -> None:
-    """Three texts: the compiler's report, the program's output, its error output."""
+    """Check three texts: the compiler's report, the program's output, its error output."""
     said, stdout, stderr = [*data.split(BETWEEN, 2), b"", b""][:3]
     for code in (0, 1):
         report = x07_report(result(said, stdout, stderr, code), BUILT)
@@ -75,7 +74,7 @@ def _report(data: bytes) -> None:
 
 
 def result(said: bytes, stdout: bytes, stderr: bytes, code: int = 0) -> Result:
-    """That of an X07 program that was compiled, and ended by itself, with these streams."""
+    """Return the result of an X07 program that was compiled and exited by itself, with these streams."""
     return Result(
         run="1-2-3",
         outcome="failed" if code else "ok",
@@ -103,6 +102,6 @@ READERS: Final[tuple[Callable[[bytes], None], ...]] = (_manifest, _project, _pol
 
 
 def one_input(data: bytes) -> None:
-    """Check one input. Raises AssertionError, or whatever it was that should never have been raised."""
+    """Check one input. Raises AssertionError, or any exception that the code under test must not raise."""
     if data:
         READERS[data[0] % len(READERS)](data[1:])

@@ -1,19 +1,19 @@
-"""What the frames of connections keep to, whatever bytes come, for the end in the guest and for the gate's.
+"""Fuzz target: the frames of connections, for the guest's end and for the gate's.
 
 An input is a byte of switches, the sizes of the pieces in which the stream is read, and the stream itself:
 
     bit 7        1: we are the guest, and the bytes come from a gate; 0: we are the gate
-    bit 6        1: a stalled reader, who never takes what has come
-    bits 0 to 3  how many bytes of sizes follow; a size byte N cuts N + 1 bytes off, and the sizes come round again
+    bit 6        1: a stalled reader, who never takes what has arrived
+    bits 0 to 3  number of size bytes that follow; a size byte N cuts off N + 1 bytes, and the sizes repeat
 
-The gate answers every OPEN; the guest has asked for four flows already. Both send as much as the window takes on the
-first TCP flow that opens. What must hold:
+The gate answers every OPEN; the guest has already asked for four flows. Both send as much as the window takes on the
+first TCP flow that opens. Invariants:
 
-* only events or PeerError come out, and after a PeerError nothing else any more;
-* no more than one frame of the input is held;
-* no stream has more than WINDOW bytes on the way, in either direction;
-* nothing comes on a stream before it is open, nor after its end;
-* what is queued is bounded by the answers and by what we sent ourselves;
+* only events or PeerError come out, and nothing after a PeerError;
+* at most one frame of the input is held;
+* no stream has more than WINDOW bytes in flight, in either direction;
+* nothing arrives on a stream before it is open or after its end;
+* queued output is bounded by the answers and by what we sent ourselves;
 * the events do not depend on how the stream was cut.
 """
 
@@ -33,7 +33,7 @@ ANSWERS: Final = (egress.OK, egress.OK, egress.POLICY)  # in turn
 
 
 class Side:
-    """One end that answers, and checks after each event that the promises hold."""
+    """One end: answers correctly, and checks the invariants after each event."""
 
     def __init__(self, *, guest: bool, stalled: bool) -> None:
         self.link = EgressLink(guest=guest)
@@ -56,7 +56,7 @@ class Side:
             self.link.sent(len(data))
 
     def feed(self, piece: bytes) -> None:
-        """Take a piece of the stream."""
+        """Feed a piece of the stream."""
         try:
             for event in self.link.receive(piece):
                 self._take(event)
@@ -137,7 +137,7 @@ class Side:
 
 
 def play(parts: list[bytes], *, guest: bool, stalled: bool) -> Side:
-    """A side that was fed these pieces, and then nothing more, twice."""
+    """Return a side that was fed these pieces and then two empty ones."""
     side = Side(guest=guest, stalled=stalled)
     for part in [*parts, b"", b""]:
         side.feed(part)
@@ -145,7 +145,7 @@ def play(parts: list[bytes], *, guest: bool, stalled: bool) -> Side:
 
 
 def one_input(data: bytes) -> None:
-    """Check one input. Raises AssertionError, or whatever it was that should never have been raised."""
+    """Check one input. Raises AssertionError, or any exception that the code under test must not raise."""
     if not data:
         return
     guest, stalled = bool(data[0] & 0x80), bool(data[0] & 0x40)

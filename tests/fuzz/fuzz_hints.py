@@ -1,7 +1,7 @@
-"""Fuzz target: the end of a program's error output, in which it may have said what it missed.
+"""Fuzz target: hints derived from the end of a program's error output.
 
-An input is a byte that chooses the policy, and the text. Whatever stands in it gives at most three hints: all of them
-printable and about what the text names, none about what is there, and with advice that holds (fuzz_observed.follow).
+An input is a byte that chooses the policy, and the text. Any text gives at most three hints: printable, about what the
+text names, never about what is present, and with advice that works (fuzz_observed.follow).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ OURS = ("HOME", "TOKEN")
 
 
 def one_input(data: bytes) -> None:
-    """Check one input. Raises AssertionError, or whatever it was that should never have been raised."""
+    """Check one input. Raises AssertionError, or any exception that the code under test must not raise."""
     policy = POLICIES[data[0] % len(POLICIES)] if data else POLICIES[0]
     found = hints(data[1:], policy, AREAS, CWD, host_variables=OURS)
     assert len(found) <= MOST
@@ -24,7 +24,7 @@ def one_input(data: bytes) -> None:
     for hint in found:
         assert hint.subject.isprintable()
         msgspec.json.encode(hint)
-        if hint.how.json_path is None:  # a module or a program, which another image brings, a variable, a connection
+        if hint.how.json_path is None:  # a module or a program that another image has, a variable, a connection
             assert hint.how.flag is not None
             assert hint.subject.startswith(
                 ("the Python module ", "the program ", "the variable ", "the connection to ", "a connection")

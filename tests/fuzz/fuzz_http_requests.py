@@ -1,4 +1,4 @@
-"""What the inspection of HTTP requests keeps to, whatever a client sends and a far end answers.
+"""Fuzz target: the inspection of HTTP requests, whatever a client sends and a far end answers.
 
 An input is a byte of switches and the client's bytes:
 
@@ -6,14 +6,14 @@ An input is a byte of switches and the client's bytes:
     bit 6        1: the connection is for a literal address; 0: for NAME
     bits 0 to 5  N cuts the bytes into pieces of N + 1 bytes
 
-What must hold:
+Invariants:
 
-* only bytes or InspectionError come out, and after an InspectionError the same one again;
+* only bytes or InspectionError come out, and after an InspectionError always the same one;
 * the verdict and the forwarded requests do not depend on the cut;
-* what is forwarded, up to an accepted handshake, is a series of requests in the strictest form, each with one Host,
-  which is NAME, one length of its body, and a path or "*" as its target;
-* inspected again, what was forwarded is forwarded as it is;
-* no more than 64 KiB and one read are held.
+* forwarded bytes, up to an accepted handshake, are requests in the strictest form, each with one Host, which is NAME,
+  one body length, and a path or "*" as its target;
+* forwarded bytes pass a second inspection unchanged;
+* at most 64 KiB and one read are held.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CHUNK: Final = re.compile(rb"([0-9a-f]+)\r\n")
 
 
 class Outcome(NamedTuple):
-    """What became of some bytes: forwarded as requests, then as they were, and the rule that ended it, if one did."""
+    """The verdict on some bytes: forwarded requests, then forwarded raw bytes, then the rule that was broken."""
 
     requests: bytes
     raw: bytes
@@ -39,14 +39,14 @@ class Outcome(NamedTuple):
 
 
 class Parsed(NamedTuple):
-    """Requests of the strict form. heads: each with its body, chunks joined. left: what is not complete yet."""
+    """Requests in strict form. heads: each with its body, chunks joined. left: the incomplete rest."""
 
     requests: list[tuple[bytes, bytes]]
     left: bytes
 
 
 def play(parts: list[bytes], name: str | None, answer: bytes) -> Outcome:
-    """Give the parts to an inspector; the far end answers a handshake in pieces of one byte."""
+    """Feed the parts to an inspector; the far end answers a handshake in pieces of one byte."""
     inspected = Inspector("http", name, denied)
     requests, raw = b"", b""
     try:
@@ -69,7 +69,7 @@ def play(parts: list[bytes], name: str | None, answer: bytes) -> Outcome:
 
 
 def parse(data: bytes, *, named: bool) -> Parsed:
-    """Read strict requests. Raises AssertionError for all others."""
+    """Read strict requests. Raises AssertionError for any other bytes."""
     found: list[tuple[bytes, bytes]] = []
     left = data
     while left:
@@ -99,7 +99,7 @@ def parse(data: bytes, *, named: bool) -> Parsed:
 
 
 def chunks(data: bytes) -> tuple[bytes, bytes] | None:
-    """Join the chunks and the trailer at the start of some bytes; None if they are not complete."""
+    """Join the chunks and the trailer at the start of some bytes; None if they are incomplete."""
     joined = b""
     while True:
         if not data:
@@ -118,7 +118,7 @@ def chunks(data: bytes) -> tuple[bytes, bytes] | None:
 
 
 def one_input(data: bytes) -> None:
-    """Check one input. Raises AssertionError, or whatever it was that should never have been raised."""
+    """Check one input. Raises AssertionError, or any exception that the code under test must not raise."""
     if not data:
         return
     answer = b"HTTP/1.1 101 Switching\r\n" if data[0] & 0x80 else b"HTTP/1.1 400 Bad\r\n"
@@ -127,7 +127,7 @@ def one_input(data: bytes) -> None:
     cut, whole, bytewise = (play(cut, name, answer) for cut in (parts, [data[1:]], pieces(data[1:], 1)))
     assert cut.rule == whole.rule == bytewise.rule
     found = [parse(outcome.requests, named=name is not None) for outcome in (bytewise, cut, whole)]
-    if whole.rule:  # what one read brings is not forwarded where a part of it is refused
+    if whole.rule:  # nothing of one read is forwarded if a part of it is refused
         assert found[0].requests[: len(found[1].requests)] == found[1].requests
     else:
         assert [parsed.requests for parsed in found[1:]] == [found[0].requests] * 2

@@ -1,11 +1,11 @@
-"""Fuzz target: hosts that a guest asks for, in the one normal form.
+"""Fuzz target: hosts that a guest asks for, in their normal form.
 
-What must hold:
+Invariants:
 
-* a host is in normal form, or there is a UsageError, and nothing else;
-* the normal form is its own normal form, also for the guest's strict parser and for a pattern of a list;
-* no name is what the C library reads as an address, and none holds bytes that a resolver or a log could misread;
-* upper case and one final dot make no other host.
+* a host gives its normal form or a UsageError, nothing else;
+* normalizing twice changes nothing, also for the guest's strict parser and for a pattern of a list;
+* no name is one that the C library reads as an address or that holds bytes that a resolver or a log could misread;
+* upper case and one final dot do not change the host.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _NAME: Final = re.compile(r"(?=.{1,253}\Z)[a-z0-9_-]{1,63}(?:\.[a-z0-9_-]{1,63})
 
 
 def one_input(data: bytes) -> None:
-    """Check one input. Raises AssertionError, or whatever it was that should never have been raised."""
+    """Check one input. Raises AssertionError, or any exception that the code under test must not raise."""
     host = parsed(data)
     if host is None:
         return
@@ -42,7 +42,7 @@ def one_input(data: bytes) -> None:
 
 
 def parsed(data: bytes) -> Host | None:
-    """The host, or None where there is none."""
+    """Return the host, or None if it is invalid."""
     try:
         return parse_guest_host(data)
     except UsageError:
@@ -50,9 +50,9 @@ def parsed(data: bytes) -> Host | None:
 
 
 def check_name(name: str) -> None:
-    """A name is nothing but a name."""
+    """Check that a name is safe."""
     assert _NAME.fullmatch(name)
-    assert parsed(f"{name}.".encode("ascii")) in {name, None}  # 253 bytes and a dot are more than a text may have
+    assert parsed(f"{name}.".encode("ascii")) in {name, None}  # 253 bytes and a dot are longer than a text may be
     for family in (socket.AF_INET, socket.AF_INET6):
         try:
             socket.getaddrinfo(name, None, family, flags=socket.AI_NUMERICHOST)

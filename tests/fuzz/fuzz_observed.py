@@ -1,7 +1,7 @@
-"""Fuzz target: what a guest says that was refused, from the bodies of DENIED to what would allow it.
+"""Fuzz target: the denials that a guest reports, from the bodies of DENIED frames to advice.
 
-An input is a byte that chooses the policy, and bodies as JSON, one a line. Whatever comes is PeerError, or denials that
-can be written: no more of them than bodies, their counts within what JSON can say, and advice that holds (`follow`).
+An input is a byte that chooses the policy, and bodies as JSON, one per line. Every input gives PeerError, or denials
+that can be written: at most one per body, counts within what JSON can hold, and advice that works (`follow`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ COUNT_MAX: Final = 2**63 - 1
 
 
 def one_input(data: bytes) -> None:
-    """Check one input. Raises AssertionError, or whatever it was that should never have been raised."""
+    """Check one input. Raises AssertionError, or any exception that the code under test must not raise."""
     policy = POLICIES[data[0] % len(POLICIES)] if data else POLICIES[0]
     bodies = []
     for line in data[1:].split(b"\n"):
@@ -53,7 +53,7 @@ def one_input(data: bytes) -> None:
 
 
 def follow(how: HowToAllow | None, policy: Policy) -> None:
-    """Do what is advised: a value makes a valid policy, and a flag is one for a shell, with at most one value."""
+    """Follow the advice: a value makes a valid policy; a flag is valid in a shell and takes at most one value."""
     if how is None:
         return
     assert how.json_path or how.flag

@@ -1,7 +1,7 @@
 """Fuzz target: two texts, one of them a program's, and the patch between them.
 
-An input is a byte that says where the rest is cut in two, in parts of 256. Applied to the first part, line by line and
-with every line of context compared, the hunks give the second; the same text twice gives none.
+An input is a byte that says where the rest is cut in two, in parts of 256. Applied to the first part with every line of
+context compared, the hunks give the second; two equal texts give no hunks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _NO_END: Final = b"\n\\ No newline at end of file\n"
 
 
 def one_input(data: bytes) -> None:
-    """Check one input. Raises AssertionError, or whatever it was that should never have been raised."""
+    """Check one input. Raises AssertionError, or any exception that the code under test must not raise."""
     text = data[1 : BYTES_MAX + 1]
     cut = len(text) * (data[0] if data else 0) // 256
     old, new = text[:cut], text[cut:]
@@ -28,12 +28,12 @@ def one_input(data: bytes) -> None:
 
 
 def lines(data: bytes) -> list[bytes]:
-    """Lines with their ends."""
+    """Return lines with their ends."""
     return re.findall(rb"[^\n]*\n|[^\n]+", data)
 
 
 def applied(old: list[bytes], patch: list[bytes]) -> bytes:
-    """The text that the hunks make of the old one."""
+    """Return the old text with the hunks applied."""
     out: list[bytes] = []
     at = 0
     left = [0, 0]

@@ -1,11 +1,11 @@
-"""What unpacking keeps to, whatever the archive: the check of one input, for the fuzzer and the replay of its seeds.
+"""Fuzz target: unpacking an archive.
 
-An input is the archive. What must hold:
+An input is the archive. Invariants:
 
 * it is unpacked, or ArchiveError or one of a few OSErrors says why not;
-* nothing outside the target folder is made or changed, whatever the names are;
+* nothing outside the target folder is created or changed, whatever the names are;
 * inside are only plain files and folders with one name each, no set-id bits, nothing that others can write;
-* no more bytes than allowed are written, and no read asks for more than a megabyte at once.
+* at most the allowed number of bytes is written, and no read asks for more than a megabyte at once.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ READ_MAX: Final = 1024 * 1024
 # What a name can run into in an empty folder: used twice, below a file, its folder missing, too long.
 EXPECTED: Final = {errno.EEXIST, errno.ENOTDIR, errno.ENOENT, errno.ENAMETOOLONG}
 MODE_MOST: Final = 0o755
-# Memory, where there is a file system for it: the fuzzer makes thousands of folders a second.
+# In memory, where there is a file system for it: the fuzzer makes thousands of folders a second.
 PLACE: Final = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # noqa: S108 - a folder of our own is made in it
 
 
 class Watched(io.BytesIO):
-    """An archive that refuses to be read in too large pieces."""
+    """An archive that refuses large and unbounded reads."""
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """As a file does, but for sizes without a bound."""
+        """Read as a file does, but only with a bounded size."""
         assert size is not None
         assert 0 <= size <= READ_MAX, f"a read of {size} bytes"
         return super().read(size)
 
 
 def entries(target: Path) -> list[tuple[Path, os.stat_result]]:
-    """Everything below a folder, links not followed."""
+    """Yield everything below a folder, without following links."""
     return [(path, path.lstat()) for path in target.rglob("*")]
 
 
 def check_inside(target: Path, count: int | None) -> None:
-    """Check what is there; count: the number of entries where unpacking has succeeded."""
+    """Check the unpacked entries; count: the number of entries if unpacking succeeded."""
     found = entries(target)
     assert count is None or len(found) == count, f"{count} entries, and {len(found)} are there"
     assert sum(info.st_size for _, info in found if stat.S_ISREG(info.st_mode)) <= MOST_BYTES
@@ -55,7 +55,7 @@ def check_inside(target: Path, count: int | None) -> None:
 
 
 def one_input(data: bytes) -> None:
-    """Check one input. Raises AssertionError, or whatever it was that should never have been raised."""
+    """Check one input. Raises AssertionError, or any exception that the code under test must not raise."""
     with tempfile.TemporaryDirectory(prefix="x07-fuzz-", dir=PLACE) as name:
         base = Path(name)
         (base / "outside").write_bytes(b"kept")

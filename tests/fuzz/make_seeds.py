@@ -1,9 +1,9 @@
-"""Writes tests/fuzz/seeds: where the fuzzer starts from, and what each test run replays.
+"""Writes tests/fuzz/seeds: the fuzzer's starting inputs, which each test run replays.
 
 Run: python -m tests.fuzz.make_seeds
 
-The name of a channel's seed is the frame kind that it ends with; one a kind at least. See `fuzz_channel` for the
-first byte. The seeds below "found" are inputs that once broke a promise.
+A channel seed is named after the frame kind that it ends with; each kind has at least one. See `fuzz_channel` for the
+first byte. The seeds below "found" are inputs that once broke an invariant.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ WARM: Final[dict[str, object]] = {
 
 
 def control(kind: Kind, body: dict[str, object] | None = None) -> bytes:
-    """A control frame."""
+    """Return a control frame."""
     return encode(kind, 0, encode_body(kind, body or {}))
 
 
 def channel_seeds() -> dict[str, bytes]:
-    """One conversation a frame kind, up to that frame, and some more for the ways that fork off."""
+    """Return one conversation per frame kind, up to that frame, and some more for branches."""
     greeted = control(Kind.HELLO, {"protocol": PROTOCOL})
     ready = greeted + control(Kind.SEEDED, {"nonce": NONCE})
     running = ready + control(Kind.STARTED)
@@ -80,18 +80,18 @@ def channel_seeds() -> dict[str, bytes]:
         "EXITED": AS_HOST + exited,
         "FAILED": AS_HOST_CUT + ready + control(Kind.FAILED, failed),
         "FAILED-late": AS_HOST + exited + control(Kind.FAILED, failed),
-        # Read in one piece, the fault took the events before it with it; cut, it did not.
+        # In one piece, the fault hid the events before it; cut, it did not.
         "found/fault-after-events": AS_HOST_CUT + running + output + b"\0\0\0\0\xff\0\0\0",
-        # A frame that was refused for its order was gone, and the conversation went on behind it.
+        # A frame rejected for its order was dropped, and the conversation continued after it.
         "found/life-after-fault": AS_HOST_CUT + control(Kind.STARTED) + greeted,
-        # The host took in 4 MiB of a START, which is not the guest's to send, before it said so.
+        # The host buffered 4 MiB of a START, which the guest must not send, before it rejected it.
         "found/start-from-the-guest": AS_HOST + b"\x00\x40\x00\x00\x04\x00\x00\x00" + bytes(40_000),
         "found/no-credit": AS_HOST + running + encode(Kind.CREDIT, Stream.STDIN, bytes(4)),
     }
 
 
 def unpack_seeds() -> dict[str, bytes]:
-    """Archives as the build makes them, and such as only an enemy makes."""
+    """Return archives as the build makes them, and hostile ones."""
     tree = [cpio.folder("program"), cpio.file("program/main.py", b"print(1)\n"), cpio.file("program/run", b"#!", 0o755)]
     small = cpio.pack([cpio.file("f", b"12345")])
     size_at = 54
@@ -107,14 +107,14 @@ def unpack_seeds() -> dict[str, bytes]:
         "device": cpio.pack([cpio.Entry("null", stat.S_IFCHR | 0o666)]),
         "set-id": cpio.pack([cpio.file("s", b"x", 0o6777)]),
         "long-name": cpio.pack([cpio.file("x" * 256, b"")]),
-        # int() took a sign: a folder of -256 MiB made room for files over the limit, a file of -1 byte was read whole.
+        # int() accepted a sign: a folder of -256 MiB made room for files over the limit, and -1 byte read a whole file.
         "found/negative-folder": folder[:size_at] + b"-FFFFFFF" + folder[size_at + 8 :],
         "found/negative-file": small[:size_at] + b"-0000001" + small[size_at + 8 :],
     }
 
 
 def changes_seeds() -> dict[str, bytes]:
-    """Streams as the guest sends them, and such as only an enemy sends; the first byte cuts them."""
+    """Return streams as the guest sends them, and hostile ones; the first byte cuts them."""
     whole, cut = b"\xff", b"\x04"
     root, other, end = (Entry(kind, name).encoded() for kind, name in ((R.ROOT, b"0"), (R.ROOT, b"1"), (R.END, b"")))
 
@@ -142,7 +142,7 @@ def changes_seeds() -> dict[str, bytes]:
         "absolute": whole + root + file(b"/x", b"") + end,
         "typed": whole + root + file(b"s", b"", 0o100644) + end,
         "staging": whole + root + file(b".x07-apply-0", b"") + end,
-        # A link in the root's own place was a change like any other.
+        # A link in place of the root was accepted as a change.
         "found/root-link": whole + root + gone + Entry(R.LINK, b"", target=b"a").encoded() + end,
         "found/root-gone": whole + root + Entry(R.DELETED, b"").encoded() + end,
         "twice": whole + root + file(b"x", b"1") + file(b"x", b"2") + end,
@@ -153,7 +153,7 @@ def changes_seeds() -> dict[str, bytes]:
 
 
 def name_seeds() -> dict[str, bytes]:
-    """Hosts as guests write them, good and bad."""
+    """Return hosts as guests write them, valid and invalid."""
     hosts = {
         "name": "A.Example.org.",
         "international": "xn--fa-hia.example",
@@ -177,14 +177,14 @@ def name_seeds() -> dict[str, bytes]:
 
 
 def dns_query(name: str, kind: int = 1, extra: bytes = b"", opts: int = 0) -> bytes:
-    """A query of class IN; extra: what follows the question, opts: how many records that is."""
+    """Return a query of class IN; extra: what follows the question; opts: the number of such records."""
     header = struct.pack(">HHHHHH", 7, 0x0100, 1, 0, 0, opts)
     labels = b"".join(bytes([len(label)]) + label.encode() for label in name.split("."))
     return header + labels + b"\0" + struct.pack(">HH", kind, 1) + extra
 
 
 def dns_seeds() -> dict[str, bytes]:
-    """Queries, some of them damaged, behind a byte that is ignored."""
+    """Return queries, some of them damaged, behind an ignored byte."""
     opt = b"\0" + struct.pack(">HHIH", 41, 1232, 0, 0)
     listed, wildcard = dns_query("example.org"), dns_query("a.B.example.net", 28, opt, 1)
     header = struct.Struct(">HHHHHH")
@@ -206,7 +206,7 @@ def dns_seeds() -> dict[str, bytes]:
 
 
 def documents_seeds() -> dict[str, bytes]:
-    """One of each document, which the first byte names, and what a program says that is no report."""
+    """Return one of each document, which the first byte selects, and program output that is no report."""
     manifest = b'schema_version = "x07.sandbox.project@0.1.0"\ntoolchain = "python"\nfiles = ["*.py"]\nentry = "a.py"\n'
     tables = b'policy = "p.json"\n[run]\nargs = ["--top", "10"]\ninput = "in.txt"\nenv = {A = "1"}\n'
     project = b'{"schema_version":"x07.project@0.5.0","default_profile":"os","lockfile":"x07.lock.json","profiles":'
@@ -223,7 +223,7 @@ def documents_seeds() -> dict[str, bytes]:
 
 
 def hints_seeds() -> dict[str, bytes]:
-    """What programs say of what they missed, and what looks like it; the first byte chooses the policy."""
+    """Return programs' messages about missing files, and similar text; the first byte chooses the policy."""
     missing = "No such file or directory"
     return {
         "nothing": b"\x00all is well\n",
@@ -242,7 +242,7 @@ def hints_seeds() -> dict[str, bytes]:
 
 
 def observed_seeds() -> dict[str, bytes]:
-    """Bodies as a guest sends them, and such as only an enemy sends; the first byte chooses the policy."""
+    """Return bodies as a guest sends them, and hostile ones; the first byte chooses the policy."""
     refused: list[dict[str, object]] = [
         {"by": "seccomp", "call": "clone", "errno": 1, "path": ""},
         {"by": "seccomp", "call": "execve", "errno": 1, "path": ""},
@@ -267,7 +267,7 @@ def observed_seeds() -> dict[str, bytes]:
 
 
 def patch_seeds() -> dict[str, bytes]:
-    """Two texts, which the first byte cuts apart."""
+    """Return two texts, which the first byte cuts apart."""
     return {
         "nothing": b"",
         "same": b"\x80a\nb\na\nb\n",
@@ -280,7 +280,7 @@ def patch_seeds() -> dict[str, bytes]:
 
 
 def client_hello_seeds() -> dict[str, bytes]:
-    """First bytes of a connection; see `fuzz_client_hello` for the first byte."""
+    """Return first bytes of a connection; see `fuzz_client_hello` for the first byte."""
     tls, literal, anything = b"\x06", b"\x46", b"\x83"
     good = sni(b"a.example")
     versions = extension(43, b"\x02\x03\x04")
@@ -310,7 +310,7 @@ def client_hello_seeds() -> dict[str, bytes]:
 
 
 def http_requests_seeds() -> dict[str, bytes]:
-    """Requests as programs send them, and such as only an enemy sends; see `fuzz_http_requests` for the first byte."""
+    """Return requests as programs send them, and hostile ones; see `fuzz_http_requests` for the first byte."""
     refused, accepted, literal = b"\x06", b"\x86", b"\x46"
     host = b" HTTP/1.1\r\nHost: a.example\r\n"
     get = b"GET /x" + host + b"\r\n"
@@ -342,12 +342,12 @@ def http_requests_seeds() -> dict[str, bytes]:
 
 
 def frame(kind: int, stream: int, payload: bytes = b"", code: int = 0) -> bytes:
-    """A frame of connections."""
+    """Return a frame of connections."""
     return egress.HEADER.pack(kind, code, 0, stream, len(payload)) + payload
 
 
 def egress_seeds() -> dict[str, bytes]:
-    """Frames as relay and gate send them, and such as only an enemy sends; see `fuzz_egress` for the first byte."""
+    """Return frames as relay and gate send them, and hostile ones; see `fuzz_egress` for the first byte."""
     gate, gate_cut, stalled, guest = b"\x00", b"\x03\x00\x06\x12", b"\x41\x63", b"\x82\x08\x1f"
 
     def ask(stream: int, transport: int = egress.TCP, host: bytes = b"a.example") -> bytes:
@@ -377,7 +377,7 @@ def egress_seeds() -> dict[str, bytes]:
         "no-host": gate + ask(1, host=b""),
         "long": gate + egress.HEADER.pack(egress.DATA, 0, 0, 1, 2**32 - 1) + b"x",
         "wrong-side": gate + opened,
-        # What came after a fault was kept.
+        # Input after a fault was kept.
         "found/kept-after-fault": gate + b"\xff" * 2000,
     }
 
@@ -399,12 +399,12 @@ MADE: Final = {
 
 
 def seeds() -> dict[str, bytes]:
-    """All seeds: their path below tests/fuzz/seeds, and what is in them."""
+    """Return all seeds: their path below tests/fuzz/seeds, and their content."""
     return {f"{target}/{name}": data for target, made in MADE.items() for name, data in made().items()}
 
 
 def main() -> None:
-    """Write them; remove what is no seed any more."""
+    """Write the seeds; remove files that are no seeds any more."""
     wanted = seeds()
     for path in SEEDS.rglob("*"):
         if path.is_file() and path.relative_to(SEEDS).as_posix() not in wanted:

@@ -11,7 +11,7 @@ from typing import Final
 
 import atheris
 
-# What is watched for new paths; a target is imported only here, so that these modules are imported watched.
+# Instrumented for coverage; a target is imported only here, so that these modules are imported instrumented.
 WATCHED: Final = {
     "changes": ["x07_sandbox.channel", "x07_sandbox.files"],
     "channel": ["x07_sandbox.channel"],
@@ -29,7 +29,7 @@ WATCHED: Final = {
 
 
 def main(argv: list[str]) -> None:
-    """Fuzz until a fault, a limit in the arguments, or Ctrl-C."""
+    """Fuzz until a failure, a limit in the arguments, or Ctrl-C."""
     if len(argv) < 2 or argv[1] not in WATCHED:
         sys.exit(__doc__)
     with atheris.instrument_imports(include=WATCHED[argv[1]]):

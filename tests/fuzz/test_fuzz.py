@@ -1,4 +1,4 @@
-"""Promises of everything that reads hostile bytes, tried with kept inputs and by a coverage-guided fuzzer."""
+"""Fuzz targets for everything that reads hostile bytes, with kept inputs and a coverage-guided fuzzer."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ TARGETS: Final = {
     "unpack": fuzz_unpack.one_input,
 }
 RUNS: Final = 200_000 if FULL else 5_000
-# Each input of it makes several policies and reads them: so many take as long as those of the others.
+# Each input makes and reads several policies: this many take as long as the inputs of the others.
 RUNS_OBSERVED: Final = RUNS // 8
 
 
@@ -55,22 +55,22 @@ def test_seeds_are_what_their_script_writes() -> None:
 
 
 def test_every_kind_of_frame_has_a_seed() -> None:
-    """A new frame comes with an input that the fuzzer starts from."""
+    """Every kind of frame has a seed for the fuzzer."""
     assert {kind.name for kind in Kind} <= channel_seeds().keys()
 
 
 @pytest.mark.parametrize("name", seeds())
 def test_kept_inputs_keep_the_promises(name: str) -> None:
-    """Every seed, and every input that once broke a promise, is handled as its target says."""
+    """Every seed, and every input that once broke an invariant, passes its target's checks."""
     TARGETS[name.partition("/")[0]]((SEEDS / name).read_bytes())
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_fuzzer_finds_nothing(target: str, tmp_path: Path) -> None:
-    """Thousands of inputs that search for new ways through the code break no promise."""
+    """The coverage-guided fuzzer finds no violation in thousands of inputs."""
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     found = importlib.util.find_spec("atheris") is not None
-    # requirements/dev.in leaves it out where it has no wheel, so that what is missing here no package can bring.
+    # requirements/dev.in omits it where it has no wheel, so that no package can install it there.
     need(found, f"atheris has no wheel for this machine or Python {version}", installable=False)
     corpus = tmp_path / "corpus"
     corpus.mkdir()

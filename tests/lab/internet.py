@@ -1,8 +1,8 @@
 """The servers of the laboratory's internet, one process per network namespace; each contact is one line of the log.
 
-Run by tests/lab/laboratory.py with one argument, a JSON object (see `main`). Prints "ready" once all servers listen,
-answers each line on standard input with "synced" once all that had come before it is in the log, and ends at the end of
-standard input, which is also what the death of its parent looks like.
+Run by tests/lab/laboratory.py with one argument, a JSON object (see `main`). Prints "ready" once all servers listen.
+Answers each line on standard input with "synced" once everything received before it is in the log. Ends at the end of
+standard input, so also when its parent dies.
 """
 
 from __future__ import annotations
@@ -49,18 +49,18 @@ SECRET_PORT: Final = 8600
 
 
 def escaped(data: bytes) -> str:
-    """The first bytes of *data* in printable ASCII."""
+    """Return the first bytes of *data* in printable ASCII."""
     return data[:DATA_MAX_CHARS].decode("latin-1").encode("unicode_escape").decode("ascii")[:DATA_MAX_CHARS]
 
 
 def place(address: tuple[Any, ...]) -> str:
-    """Address and port as one string, an IPv6 address in brackets."""
+    """Return address and port as one string, an IPv6 address in brackets."""
     host, port = address[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 class Log:
-    """The log of contacts, which several processes append to."""
+    """The log of contacts, to which several processes append."""
 
     def __init__(self, path: str) -> None:
         self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -96,7 +96,7 @@ class Connection:
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
 
     async def receive(self) -> bytes:
-        """Return what has come, at least one byte; b"" means the peer has finished."""
+        """Return received bytes, at least one; b"" means the peer has finished."""
         if self._tls is None:
             return await self._reader.read(READ_BYTES)
         while True:
@@ -108,16 +108,16 @@ class Connection:
                 return b""
 
     async def send(self, data: bytes) -> None:
-        """Send all of *data*; waits while the peer does not read."""
+        """Send all of *data*; wait while the peer does not read."""
         if self._tls is not None:
             self._tls.write(data)
             data = self._outgoing.read()
         self._writer.write(data)
         await self._writer.drain()
-        await asyncio.sleep(0)  # a peer that reads fast enough never makes drain() wait, and others want their turn
+        await asyncio.sleep(0)  # a peer that reads fast never makes drain() wait, and other tasks need their turn
 
     async def secure(self, context: ssl.SSLContext) -> bool:
-        """Log the ClientHello's names and shake hands; False if these bytes are no hello, and are logged as bytes."""
+        """Log the ClientHello's names and do the handshake; log other bytes as bytes and return False."""
         raw = b""
         while (names := hello_names(raw)) is None:
             data = await self._reader.read(READ_BYTES)
@@ -152,7 +152,7 @@ class Connection:
             self._incoming.write_eof()
 
     def note(self, data: bytes, proto: str = "tcp") -> None:
-        """Log bytes that came: the first reads each, later ones only as a sum."""
+        """Log received bytes: the first reads one by one, later ones as a sum."""
         if not data:
             return
         self._reads += 1
@@ -162,7 +162,7 @@ class Connection:
             self._unlogged[proto] += len(data)
 
     def close(self) -> None:
-        """End the connection; what was to be sent is still sent."""
+        """Send what is queued, then close the connection."""
         for proto, size in self._unlogged.items():
             self.log.write(self.where, proto, "bytes", size=size)
         if self._tls is not None and not self.transport.is_closing():
@@ -176,7 +176,7 @@ Handler = Callable[[Connection], Awaitable[None]]
 
 
 def hello_names(raw: bytes) -> list[str] | None:
-    """The names (SNI) of a ClientHello in TLS records, [] for none or for other bytes; None while it is not whole."""
+    """Return the names (SNI) of a ClientHello in TLS records, [] for none or other bytes; None while incomplete."""
     message, at = b"", 0
     while True:
         if len(message) >= 4 and len(message) >= 4 + int.from_bytes(message[1:4]):
@@ -213,14 +213,14 @@ def _server_names(message: bytes) -> list[str]:
 
 
 class Http:
-    """HTTP/1.1 on one connection. Lenient on purpose: what a gate lets through in a doubtful form is seen as such."""
+    """HTTP/1.1 on one connection. Lenient on purpose: the log shows ambiguous requests that a gate lets through."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._buffer = bytearray()
 
     async def serve(self) -> None:
-        """Answer requests until the peer ends them; bytes that are no request are logged as bytes."""
+        """Answer requests until the peer ends; log bytes that are no request."""
         try:
             while await self._request():
                 pass
@@ -233,7 +233,7 @@ class Http:
         return bool(data)
 
     async def _until(self, pattern: bytes) -> bytes | None:
-        """Take what comes before *pattern* and drop the pattern; None, and nothing taken, if it does not come."""
+        """Return the bytes before *pattern* and drop the pattern; None, consuming nothing, if it does not arrive."""
         start = 0
         while (found := re.search(pattern, self._buffer[start:])) is None:
             start = max(0, len(self._buffer) - 4)
@@ -252,7 +252,7 @@ class Http:
         return taken
 
     async def _request(self) -> bool:
-        """Read and answer one request; whether another may follow."""
+        """Read and answer one request; return whether another may follow."""
         while self._buffer.startswith((b"\r", b"\n")):
             del self._buffer[:1]
         head = await self._until(rb"\r?\n\r?\n")
@@ -338,12 +338,12 @@ class Http:
 
 
 async def http(connection: Connection) -> None:
-    """HTTP/1.1."""
+    """Serve HTTP/1.1."""
     await Http(connection).serve()
 
 
 def https(context: ssl.SSLContext) -> Handler:
-    """HTTP/1.1 in TLS."""
+    """Serve HTTP/1.1 in TLS."""
 
     async def handle(connection: Connection) -> None:
         if await connection.secure(context):
@@ -353,27 +353,27 @@ def https(context: ssl.SSLContext) -> Handler:
 
 
 async def echo(connection: Connection) -> None:
-    """Send back what comes, to the peer's end."""
+    """Send back all input until the peer ends."""
     while data := await connection.receive():
         connection.note(data)
         await connection.send(data)
 
 
 async def discard(connection: Connection) -> None:
-    """Read all, say nothing."""
+    """Read all, answer nothing."""
     while data := await connection.receive():
         connection.note(data)
 
 
 async def chargen(connection: Connection) -> None:
-    """Send without end; the peer's bytes stay unread."""
+    """Send without end; leave the peer's bytes unread."""
     block = bytes(range(32, 127)) * 512
     while True:
         await connection.send(block)
 
 
 def banner(text: bytes) -> Handler:
-    """Speak first, then read."""
+    """Send first, then read."""
 
     async def handle(connection: Connection) -> None:
         await connection.send(text)
@@ -383,7 +383,7 @@ def banner(text: bytes) -> Handler:
 
 
 def postgres(context: ssl.SSLContext) -> Handler:
-    """What PostgreSQL does before its first query: an SSLRequest is answered with "S" and followed by TLS."""
+    """Act as PostgreSQL before its first query: answer SSLRequest with "S", then start TLS."""
 
     async def handle(connection: Connection) -> None:
         start = await connection.receive()
@@ -400,7 +400,7 @@ def postgres(context: ssl.SSLContext) -> Handler:
 
 
 async def deaf(connection: Connection) -> None:
-    """Accept, and read no more than what came in the first moment."""
+    """Accept, and read only what arrives at first."""
     connection.transport.pause_reading()  # type: ignore[attr-defined] # a socket's transport reads, too
     await asyncio.sleep(86_400)  # a timer, since the loop holds no reference to a task that waits for nothing
 
@@ -414,7 +414,7 @@ async def serve_tcp(log: Log, addresses: list[str], port: int, handler: Handler)
         try:
             await handler(connection)
         except (OSError, EOFError):
-            pass  # the peer went, or broke its protocol (ssl.SSLError is an OSError)
+            pass  # the peer left, or broke its protocol (ssl.SSLError is an OSError)
         except Exception:  # noqa: BLE001 - whatever a hostile peer sends, the others are served
             traceback.print_exc()
         finally:
@@ -433,7 +433,7 @@ class Udp(asyncio.DatagramProtocol):
         self._log, self._where, self._transport = log, where, speaker
 
     def connection_made(self, transport: asyncio.DatagramTransport) -> None:  # type: ignore[override] # it is one
-        """Take the transport that answers, unless another was given."""
+        """Keep the transport for answers, unless another was given."""
         self._transport = self._transport or transport
 
     def datagram_received(self, data: bytes, addr: tuple[str | Any, int]) -> None:
@@ -466,7 +466,7 @@ class Zone:
         self._asked: dict[tuple[int, str], int] = defaultdict(int)
 
     def answer(self, name: str, kind: str) -> dict[str, Any] | None:
-        """The next answer of the name's script to a question of this kind; the last one stays. None: no such name."""
+        """Return the script's next answer to a question of this kind; the last one repeats. None: no such name."""
         status = self._path.stat()
         if (status.st_ino, status.st_mtime_ns) != self._read:
             self._read = (status.st_ino, status.st_mtime_ns)
@@ -485,13 +485,13 @@ class Zone:
 
 
 class Dns:
-    """The one DNS server: logs every question, then answers from the zone; a name that is not there is NXDOMAIN."""
+    """The one DNS server: logs every question, then answers from the zone; an unknown name is NXDOMAIN."""
 
     def __init__(self, log: Log, zone: Zone) -> None:
         self._log, self._zone = log, zone
 
     async def reply(self, wire: bytes, max_bytes: int) -> bytes | None:
-        """The answer to a query; None for what is no query, or one whose script says to be silent."""
+        """Return the answer to a query; None for bytes that are no query, or if the script is silent."""
         try:
             query = dns.message.from_wire(wire)
             question = query.question[0]
@@ -515,7 +515,7 @@ class Dns:
             return response.to_wire()
 
     def _fill(self, response: dns.message.Message, name: dns.name.Name, kind: str) -> tuple[float, str]:
-        """Put the answers in, following CNAMEs; returns the delay in seconds and the response code."""
+        """Add the answers, following CNAMEs; return the delay in seconds and the response code."""
         delay_s = 0.0
         for _ in range(16):
             answer = self._zone.answer(name.to_text(omit_final_dot=True).lower(), kind)
@@ -534,7 +534,7 @@ class Dns:
         return delay_s, "NOERROR"
 
     async def stream(self, connection: Connection) -> None:
-        """DNS over TCP: any number of queries, each behind its length."""
+        """Serve DNS over TCP: any number of queries, each after its length."""
         buffer = b""
         while data := await connection.receive():
             buffer += data
@@ -555,11 +555,11 @@ class DnsUdp(asyncio.DatagramProtocol):
         self._transport: asyncio.DatagramTransport | None = None
 
     def connection_made(self, transport: asyncio.DatagramTransport) -> None:  # type: ignore[override] # it is one
-        """Take the transport to answer by."""
+        """Keep the transport for answers."""
         self._transport = transport
 
     def datagram_received(self, data: bytes, addr: tuple[str | Any, int]) -> None:
-        """Answer, later if the script says so."""
+        """Answer, after a delay if the script says so."""
         task = asyncio.create_task(self._answer(data, addr))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
@@ -600,7 +600,7 @@ _PROTOCOLS: Final = {1: "icmp", 6: "tcp", 17: "udp", 58: "icmp"}
 
 
 def watch_packets(log: Log, device: str) -> None:
-    """Log each packet that arrives for whatever address, also where no server listens."""
+    """Log each packet for any address, even if no server listens there."""
     sniffer = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK, 0)
     code = b"".join(struct.pack("=HBBI", *row) for row in _FILTER)
     buffer = ctypes.create_string_buffer(code, len(code))
@@ -611,7 +611,7 @@ def watch_packets(log: Log, device: str) -> None:
 
 
 def _log_packets(log: Log, sniffer: socket.socket) -> None:
-    for _ in range(64):  # then others have their turn
+    for _ in range(64):  # then other tasks have their turn
         try:
             packet = sniffer.recv(512)
         except BlockingIOError:
@@ -636,7 +636,7 @@ def _log_packets(log: Log, sniffer: socket.socket) -> None:
 
 
 async def internet(log: Log, setting: dict[str, Any]) -> None:
-    """All servers of the outside."""
+    """Start all servers of the outside."""
     addresses: list[str] = setting["addresses"]
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(setting["certificate"])
@@ -664,7 +664,7 @@ async def internet(log: Log, setting: dict[str, Any]) -> None:
 
 
 async def host_secrets(log: Log, setting: dict[str, Any]) -> None:
-    """What only the host itself may reach: its loopback and its own public address."""
+    """Start the servers that only the host may reach: on its loopback and its own public address."""
     addresses: list[str] = setting["addresses"]
     await serve_tcp(log, addresses, SECRET_PORT, banner(b"host secret\r\n"))
     for address in addresses:
@@ -672,7 +672,7 @@ async def host_secrets(log: Log, setting: dict[str, Any]) -> None:
 
 
 async def run(setting: dict[str, Any]) -> None:
-    """Serve to the end of standard input."""
+    """Serve until the end of standard input."""
     log = Log(setting["log"])
     await (internet if setting["role"] == "internet" else host_secrets)(log, setting)
     loop = asyncio.get_running_loop()
@@ -689,7 +689,7 @@ async def run(setting: dict[str, Any]) -> None:
     async def sync() -> None:
         while True:
             await wanted.get()
-            for _ in range(20):  # each is a look at all sockets: accepted, read, and read again
+            for _ in range(20):  # each is one pass over all sockets: accepted, read, and read again
                 await asyncio.sleep(0)
             os.write(1, b"synced\n")
 
@@ -701,10 +701,10 @@ async def run(setting: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Start what the argument says. role: internet or host. log, addresses; zone, certificate and device: internet."""
+    """Start the servers of a role (internet or host). Both: log, addresses; internet: zone, certificate, device."""
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 65_536) if most > 0 else 65_536, most))
-    # Connections that are still open are nobody's loss: no waiting for their tasks.
+    # Open connections do not matter any more: no waiting for their tasks.
     loop = asyncio.new_event_loop()
     loop.run_until_complete(run(json.loads(sys.argv[1])))
     os._exit(0)

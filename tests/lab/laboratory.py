@@ -1,7 +1,7 @@
-"""A network of the tests' own: a fake internet in network namespaces, whose log alone says what has reached it.
+"""A test network: a fake internet in network namespaces, whose log is the only evidence of what was reached.
 
-Two namespaces: ``gate`` stands for the host, with one public address and a loopback with a secret; ``inet`` is all the
-rest of the world, and has no way out. The host's own network is never touched.
+Two namespaces: ``gate`` stands for the host, with one public address and a loopback with a secret; ``inet`` is the rest
+of the world, and has no way out. The host's own network is never touched.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ SITE_6: Final = "2a0f:45::46"
 METADATA_6: Final = "fd00:ec2::254"
 SECRET_PORT: Final = 8600
 
-# As `ip netns exec`, which would also put a fresh /sys over the one that shows the control groups.
+# Unlike `ip netns exec`, this does not mount a fresh /sys, which would hide the control groups.
 _ENTER: Final = """
 for file in resolv.conf hosts nsswitch.conf; do
     mount --bind -- "/etc/netns/$0/$file" "/etc/$file" || exit 125
@@ -56,11 +56,11 @@ exec nsenter --net="/run/netns/$0" -- "$@"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contact:
-    """One thing that has reached a server of the laboratory.
+    """One contact with a server of the laboratory.
 
     at: seconds, time.monotonic. where: address and port. proto: tcp, udp, dns, tls, http; for packets also icmp, ip-N.
     event: connect, bytes, request, query, packet. data: escaped, at most 200 characters; of a request its first line,
-    of a query its type. name: SNI, Host or name asked for. size: bytes of the whole, also where data is cut.
+    of a query its type. name: SNI, Host or name asked for. size: total bytes, also if data is cut.
     """
 
     at: float
@@ -74,7 +74,7 @@ class Contact:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """One answer of the DNS server. rcode: as in DNS, or SILENT for no answer at all. ttl: seconds."""
+    """One answer of the DNS server. rcode: as in DNS, or SILENT for no answer. ttl: seconds."""
 
     addresses: tuple[str, ...] = ()
     cname: str | None = None
@@ -128,9 +128,9 @@ def _ip(*arguments: str) -> None:
 
 
 class Laboratory:
-    """The fake internet; a context manager, and nothing of it is left afterwards.
+    """The fake internet; a context manager that removes all of it on exit.
 
-    log: the file of contacts. ca_file: the certificate (PEM) that clients must trust. ipv6: whether it has IPv6, too.
+    log: the file of contacts. ca_file: the certificate (PEM) that clients must trust. ipv6: whether IPv6 works.
     """
 
     _count = itertools.count(1)
@@ -152,7 +152,7 @@ class Laboratory:
     @staticmethod
     @functools.cache
     def why_not() -> str | None:
-        """Why this machine cannot have a laboratory; None if it can. Tries it, once a process."""
+        """Return why this machine cannot have a laboratory, or None. Tries it once per process."""
         if os.geteuid() != 0:
             return "a laboratory of network namespaces needs root"
         if missing := [name for name in ("ip", "mount", "nsenter", "unshare") if _tool(name) is None]:
@@ -190,7 +190,7 @@ class Laboratory:
 
     @property
     def gate_prefix(self) -> list[str]:
-        """Put before a command's arguments, runs it in the namespace ``gate`` with the laboratory's resolver."""
+        """The words that run a command in the namespace ``gate`` with the laboratory's resolver."""
         return [_tool("unshare") or "unshare", "--mount", "--propagation=slave", "--", "sh", "-c", _ENTER, self.gate]
 
     def run(
@@ -202,26 +202,26 @@ class Laboratory:
         )
 
     def python(self, code: str, *args: str, timeout_s: float = 30) -> str:
-        """What *code* prints, run by this Python in ``gate``. Raises AssertionError if it fails."""
+        """Return the output of *code*, run by this Python in ``gate``. Raises AssertionError if it fails."""
         done = self.run([sys.executable, "-I", "-c", code, *args], timeout_s=timeout_s)
         assert done.returncode == 0, done.stderr.decode(errors="replace")
         return done.stdout.decode()
 
     def mark(self) -> int:
-        """The present end of the log, for `contacts` and `packets`; waits until it is quiet."""
+        """Wait until the log is quiet, and return its end for `contacts` and `packets`."""
         self.wait_quiet()
         return self.log.stat().st_size
 
     def contacts(self, since: int = 0) -> list[Contact]:
-        """What has reached a server after *since*, in order; does not wait (see `wait_quiet`)."""
+        """Return the contacts after *since*, in order, without waiting (see `wait_quiet`)."""
         return [contact for contact in self._lines(since) if contact.event != "packet"]
 
     def packets(self, since: int = 0) -> list[Contact]:
-        """What has left ``gate``, also for addresses where nobody listens: SYNs of TCP, all of other protocols."""
+        """Return the packets that left ``gate`` for any address: SYNs of TCP, all of other protocols."""
         return [contact for contact in self._lines(since) if contact.event == "packet"]
 
     def wait_quiet(self, quiet_s: float = 0.1, most_s: float = 3.0) -> None:
-        """Wait until no contact has come for *quiet_s*, and the servers have looked; at most *most_s*."""
+        """Wait until no contact has come for *quiet_s* and the servers are idle; at most *most_s*."""
         end = time.monotonic() + most_s
         size, since = -1, 0.0
         while time.monotonic() < end:
@@ -234,7 +234,7 @@ class Laboratory:
             time.sleep(0.01)  # the log is a file on purpose: there is nothing to wait on
 
     def names(self, names: Mapping[str, Script | None]) -> None:
-        """Add or replace names, their scripts from the start; None removes one. "*.x.example": all below x.example."""
+        """Add or replace names with fresh scripts; None removes one. "*.x.example": all below x.example."""
         for name, script in names.items():
             if script is None:
                 self._entries.pop(name.lower(), None)
@@ -246,14 +246,14 @@ class Laboratory:
         temporary.replace(self._zone)
 
     def reset_names(self) -> None:
-        """Only the names of DEFAULT_NAMES, their scripts from the start."""
+        """Restore exactly the names of DEFAULT_NAMES, with fresh scripts."""
         self._entries.clear()
         self.names(DEFAULT_NAMES)
 
     # ------------------------------------------------------------------------------------------------------ its parts
 
     def _connect(self) -> None:
-        """Make the namespaces and the cable between them."""
+        """Create the namespaces and the link between them."""
         for name in (self.gate, self.inet):
             _ip("netns", "add", name)
             _ip("-n", name, "link", "set", "lo", "up")
@@ -279,11 +279,11 @@ class Laboratory:
         (folder / "resolv.conf").write_text(resolver, encoding="utf-8")
         hosts = "127.0.0.1 localhost\n::1 localhost\n10.7.7.7 hosts-file.example\n"
         (folder / "hosts").write_text(hosts, encoding="utf-8")
-        # Without whatever else this machine asks for names.
+        # Without the other sources that this machine may use for names.
         (folder / "nsswitch.conf").write_text("passwd: files\ngroup: files\nhosts: files dns\n", encoding="utf-8")
 
     def _certify(self) -> None:
-        import trustme  # takes a quarter of a second, which a process that makes no laboratory need not spend
+        import trustme  # imported here because it takes a quarter of a second
 
         authority = trustme.CA(organization_name="x07 laboratory")
         authority.cert_pem.write_to_path(self.ca_file)
@@ -362,7 +362,7 @@ def _answers(script: Script) -> list[Answer]:
 
 
 def leftovers() -> set[str]:
-    """Names of all laboratories of which something is on this machine, live ones too."""
+    """Return the names of all laboratories with remains on this machine, live ones too."""
     found = set()
     for folder in (_NETNS, _ETC_NETNS, Path(tempfile.gettempdir())):
         if folder.is_dir():
@@ -372,7 +372,7 @@ def leftovers() -> set[str]:
 
 
 def remove_dead() -> None:
-    """Remove what is left of laboratories whose process is gone, by SIGKILL for example."""
+    """Remove the remains of laboratories whose process is gone, for example after SIGKILL."""
     for name in leftovers():
         match name.removeprefix(_PREFIX).split("-"):
             case [pid, ticks, _] if pid.isdigit() and ticks.isdigit():
@@ -395,13 +395,13 @@ def _remove_named(name: str) -> None:
             with contextlib.suppress(OSError):
                 _ip("netns", "del", namespace)
         shutil.rmtree(_ETC_NETNS / namespace, ignore_errors=True)
-    with contextlib.suppress(OSError):  # others' are in it
+    with contextlib.suppress(OSError):  # processes of others are in it
         _ETC_NETNS.rmdir()
     shutil.rmtree(Path(tempfile.gettempdir(), name), ignore_errors=True)
 
 
 def _end_processes(namespace: str) -> None:
-    """Kill what still runs in a namespace, such as a client that a failed test left, and wait until it is gone."""
+    """Kill what still runs in a namespace, such as a client of a failed test, and wait until it is gone."""
     end = time.monotonic() + 5
     while time.monotonic() < end:
         done = subprocess.run(

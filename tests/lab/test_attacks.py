@@ -1,4 +1,4 @@
-"""Root of a guest attacks the real egress gate; the laboratory's log alone decides what was reached."""
+"""Attacks by root of a guest on the real egress gate; the laboratory's log decides what was reached."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def by_id(row: Row) -> str:
 
 @pytest.fixture(scope="module")
 def frames_group(stage: Stage) -> Group:
-    """The guest that speaks frames to the gate itself."""
+    """Rows for a guest that sends frames to the gate directly."""
     return Group(stage, "frames", FRAME_ROWS)
 
 
@@ -136,7 +136,7 @@ def test_no_request_of_a_lost_guest_reaches_more_than_is_allowed(frames_group: G
 
 
 def test_nothing_reached_the_outside_after_the_last_request(frames_group: Group) -> None:
-    """The gate survives all these attacks, nothing is contacted afterwards, and the result counts the bytes sent."""
+    """After the attacks the gate still runs, nothing more is contacted, and the result counts the bytes sent."""
     frames_group.seen(FRAME_ROWS[-1])
     session, at_end = frames_group.session, frames_group.at_end
     assert session is not None
@@ -160,7 +160,7 @@ def test_a_guest_that_breaks_the_protocol_loses_its_gate(stage: Stage, row: Row)
 
 @pytest.fixture(scope="module")
 def stack_group(stage: Stage) -> Group:
-    """The guest whose root attacks through kernel and relay."""
+    """Rows for a guest whose root attacks through kernel and relay."""
     return Group(stage, "stack", STACK_ROWS)
 
 
@@ -186,7 +186,7 @@ def test_without_relay_and_rules_there_is_no_way_out(stage: Stage, row: Row) -> 
 
 
 def test_a_policy_that_lists_nothing_leaves_no_way_at_all(stage: Stage) -> None:
-    """An empty allowlist allows nothing (peers 8): nobody answers the guest, and the result has no connections."""
+    """An empty allowlist allows nothing (peers 8): the guest gets no answer, and the result has no connections."""
     with stage.session("frames", {}) as session:
         asked = session.do("frames", opens=[], say=[opening(1, SITE.encode(), 80).hex()], wait_s=0.3)
         assert (asked.contacts, asked.packets) == ([], [])
@@ -341,7 +341,7 @@ def check_log(session: Session) -> list[dict[str, Any]]:
 def test_a_hundred_thousand_refusals_are_counted_and_few_lines(stage: Stage, how: str) -> None:
     """The log stays at 20 lines a second beyond a burst of 100 (70), and the result counts every refusal.
 
-    claimed: the guest claims refusals of its own by TOLD frames.
+    claimed: the guest reports refusals of its own by TOLD frames.
     """
     words = {"host": "n{}\x1b.test", "port": 443, "count": 100_000}
     with stage.session("frames", {"log.lab.example": [443]}) as session:

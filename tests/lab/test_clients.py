@@ -1,4 +1,4 @@
-"""Programs that people use, inside the guest, through the gate, against real servers of the laboratory."""
+"""Common client programs inside the guest, through the gate, against real servers of the laboratory."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ server.socket = context.wrap_socket(server.socket, server_side=True)
 print("ready", flush=True)
 server.serve_forever()
 """
-# The names under which the clients know whom to trust.
+# The variables by which clients find the trusted certificate.
 TRUST: Final = ("CURL_CA_BUNDLE", "GIT_SSL_CAINFO", "PIP_CERT", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
 
 
@@ -75,7 +75,7 @@ def far_end(lab: Laboratory, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 def _make_package(folder: Path) -> None:
-    """A wheel, as pip finds it in a listing."""
+    """Make a wheel that pip finds in a listing."""
     folder.mkdir(parents=True)
     info = "tiny-1.0.dist-info"
     wheel = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
@@ -87,7 +87,7 @@ def _make_package(folder: Path) -> None:
 
 
 def _make_repository(work: Path, bare: Path) -> None:
-    """A repository that a server of plain files can serve."""
+    """Make a repository that a server of plain files can serve."""
     git = ["git", "-c", "user.name=t", "-c", "user.email=t@lab.example", "-c", "init.defaultBranch=main"]
     work.mkdir()
     (work / "README").write_text("from the laboratory\n", encoding="ascii")
@@ -102,13 +102,13 @@ def _wait_for_redis(lab: Laboratory) -> None:
     deadline = time.monotonic() + 20
     while lab.run(ask).stdout != b"PONG\n":
         assert time.monotonic() < deadline
-        time.sleep(0.05)  # it tells nobody when it listens
+        time.sleep(0.05)  # no event announces that it listens
 
 
 def run_inside(
     lab: Laboratory, image: str, folder: Path, state: Path, script: str, hosts: tuple[str, ...]
 ) -> dict[str, Any]:
-    """The result of a shell script in a guest whose connections the gate carries."""
+    """Return the result of a shell script in a guest whose connections go through the gate."""
     program = state / "client.sh"
     program.write_text("set -eu\n" + script, encoding="ascii")
     argv = [
@@ -159,7 +159,7 @@ def test_a_real_client_works(  # noqa: PLR0913, PLR0917 - fixtures, and what is 
     hosts: tuple[str, ...],
     printed: str,
 ) -> None:
-    """curl, urllib, requests, pip, git and redis-cli reach listed hosts by name, with TLS that they verify."""
+    """curl, urllib, requests, pip, git and redis-cli reach listed hosts by name, with verified TLS."""
     result = run_inside(lab, with_packages, far_end, tmp_path, script, hosts)
     assert (result["outcome"], result["stdout"]["text"]) == ("ok", printed), (
         result["reason"],
@@ -183,7 +183,7 @@ def test_a_real_client_works(  # noqa: PLR0913, PLR0917 - fixtures, and what is 
 def test_a_client_without_a_listed_host_says_so_at_once(
     lab: Laboratory, with_packages: str, far_end: Path, tmp_path: Path, script: str, said: str
 ) -> None:
-    """A host or a port that is not listed is an ordinary network error for clients, and stands in the result."""
+    """Clients get an ordinary network error for a host or port that is not listed, and the result lists it."""
     result = run_inside(lab, with_packages, far_end, tmp_path, script, (f"{WEB}:443",))
     assert result["outcome"] == "failed"
     assert said in result["stderr"]["text"]

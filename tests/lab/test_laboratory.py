@@ -1,4 +1,4 @@
-"""The laboratory itself: its servers answer, its log holds each contact and nothing else, and nothing of it is left."""
+"""The laboratory itself: its servers answer, its log holds exactly the contacts, and it leaves no remains."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ for name in sys.argv[1:]:
 
 
 def told(contacts: list[Contact]) -> list[tuple[str, ...]]:
-    """Contacts without what differs from run to run; the questions for A and AAAA come in any order."""
+    """Return contacts without what differs between runs; the order of A and AAAA questions is ignored."""
     return [(found.where, found.proto, found.event, found.data, found.name) for found in contacts]
 
 
 def test_a_web_request_is_logged_with_its_host(lab: Laboratory) -> None:
-    """A plain HTTP client in the laboratory gets its answers, and the log has the connection and each request."""
+    """A plain HTTP client in the laboratory gets its answers; the log has the connection and each request."""
     mark = lab.mark()
     assert lab.python(HTTP, "http", SITE, "80", "/", "/echo", "/bytes/3", "/chunked").splitlines() == [
         "200 b'hello'",
@@ -88,7 +88,7 @@ def test_a_web_request_is_logged_with_its_host(lab: Laboratory) -> None:
 
 
 def test_a_tls_client_that_trusts_the_laboratory_reaches_it_by_name(lab: Laboratory) -> None:
-    """A TLS client that resolves a name leaves its questions, its SNI and its request in the log."""
+    """The log of a TLS client that resolves a name has its DNS questions, its SNI and its request."""
     mark = lab.mark()
     assert lab.python(HTTP, str(lab.ca_file), "web.lab.example", "443", "/", "/bytes/100000").count("200 b'") == 2
     lab.wait_quiet()
@@ -103,7 +103,7 @@ def test_a_tls_client_that_trusts_the_laboratory_reaches_it_by_name(lab: Laborat
 
 
 def test_a_failed_handshake_is_logged_with_its_name(lab: Laboratory) -> None:
-    """A TLS client that rejects the certificate has its SNI in the log, and no request."""
+    """The log of a TLS client that rejects the certificate has its SNI and no request."""
     mark = lab.mark()
     code = HTTP.replace("cafile=scheme", "")
     failed = lab.run([sys.executable, "-c", code, "x", "a.wild.lab.example", "443", "/"])
@@ -127,7 +127,7 @@ def test_a_failed_handshake_is_logged_with_its_name(lab: Laboratory) -> None:
     ],
 )
 def test_what_arrives_at_a_server_is_in_the_log(lab: Laboratory, kind: str, host: str, port: int, answer: str) -> None:
-    """Each server answers as its port says, and logs the bytes that it got."""
+    """Each server answers according to its port, and logs the bytes that it received."""
     mark = lab.mark()
     assert lab.python(TALK, kind, host, str(port), "probe").strip() == answer
     lab.wait_quiet()
@@ -137,7 +137,7 @@ def test_what_arrives_at_a_server_is_in_the_log(lab: Laboratory, kind: str, host
 
 
 def test_hostile_bytes_are_logged_and_end_no_server(lab: Laboratory) -> None:
-    """Bytes that are neither HTTP, TLS nor DNS are logged as bytes, and the servers go on."""
+    """Bytes that are neither HTTP, TLS nor DNS are logged as bytes, and the servers keep running."""
     mark = lab.mark()
     code = """
 import socket
@@ -162,7 +162,7 @@ for port in (80, 443, 53, 5432):
 
 
 def test_names_answer_as_scripted(lab: Laboratory) -> None:
-    """The resolver of the laboratory gives scripted answers, successive ones too, and NXDOMAIN for other names."""
+    """The laboratory's DNS server gives scripted answers, also in sequence, and NXDOMAIN for other names."""
     lab.reset_names()
     names = ["rebind.lab.example", "rebind.lab.example", "cname-private.lab.example", "x.y.wild.lab.example"]
     names += ["mixed.lab.example", "mapped.lab.example", "new.lab.example", "late.example", "nobody.example"]
@@ -188,7 +188,7 @@ def test_names_answer_as_scripted(lab: Laboratory) -> None:
 
 
 def test_a_packet_to_an_address_of_nobody_is_seen(lab: Laboratory) -> None:
-    """Packets to closed ports and to addresses that nobody has are in the list of packets, and are no contacts."""
+    """Packets to closed ports and to unused addresses are listed as packets, not as contacts."""
     mark = lab.mark()
     code = """
 import socket
@@ -200,7 +200,7 @@ for host, port in (("46.46.46.46", 81), ("8.8.8.8", 443)):
 socket.socket(type=socket.SOCK_DGRAM).sendto(b"x", ("1.1.1.1", 53))
 """
     refused, nobody = lab.python(code).split()
-    # Nobody's address may be known as unreachable by then, if the machine is slow.
+    # A slow machine may know unused addresses as unreachable by then.
     assert (refused, nobody in {"TimeoutError", "OSError"}) == ("ConnectionRefusedError", True)
     lab.wait_quiet()
     assert lab.contacts(mark) == []
@@ -212,7 +212,7 @@ socket.socket(type=socket.SOCK_DGRAM).sendto(b"x", ("1.1.1.1", 53))
 
 
 def test_ipv6_reaches_the_same_servers(lab: Laboratory) -> None:
-    """Where the kernel has IPv6, a site and a metadata address are reached by it, and the log says so."""
+    """If the kernel has IPv6, a site and a metadata address are reachable by it, and the log shows it."""
     if not lab.ipv6:
         pytest.skip("this kernel has no IPv6")
     mark = lab.mark()
@@ -225,14 +225,14 @@ def test_ipv6_reaches_the_same_servers(lab: Laboratory) -> None:
 
 
 def test_the_gate_keeps_the_control_groups_of_the_host(lab: Laboratory) -> None:
-    """A command in the laboratory sees the host's control groups, so that a sandbox started there has its limits."""
+    """A command in the laboratory sees the host's control groups, so a sandbox started there has its limits."""
     listed = lab.run(["ls", "/sys/fs/cgroup"]).stdout.decode().split()
     assert listed == sorted(listed)
     assert set(listed) == set(os.listdir("/sys/fs/cgroup"))  # noqa: PTH208 names
 
 
 def test_nothing_of_a_laboratory_is_left(lab: Laboratory) -> None:
-    """A laboratory that ends takes its namespaces, files and processes with it, also those of a client."""
+    """A laboratory removes its namespaces, files and processes when it ends, including running clients."""
     with Laboratory() as other:
         assert {lab.name, other.name} <= leftovers()
         client = subprocess.Popen([*other.gate_prefix, "sleep", "600"])
@@ -245,7 +245,7 @@ def test_nothing_of_a_laboratory_is_left(lab: Laboratory) -> None:
 
 
 def test_a_killed_process_leaves_a_laboratory_that_the_next_removes(lab: Laboratory) -> None:
-    """What a laboratory leaves whose process was killed is removed by the next, and no process lives on."""
+    """The next laboratory removes the remains and processes of one whose process was killed."""
     code = (
         "import json, signal, os, sys\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"

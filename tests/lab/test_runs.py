@@ -1,4 +1,4 @@
-"""Runs whose connections the gate carries: what a program sees, and what its result says."""
+"""Runs with a gate: what a program can connect to, and what its result reports."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ print(json.dumps(said))
 
 
 class Run:
-    """Runs a text of Python in the laboratory."""
+    """Runs Python source in the laboratory."""
 
     def __init__(self, lab: Laboratory, place: Path) -> None:
         self.lab = lab
         self.place = place
 
     def __call__(self, code: str, *flags: str, args: tuple[str, ...] = (), **net: Any) -> dict[str, Any]:  # noqa: ANN401 - fields of net
-        """The result. net: fields of the policy's `net`, for what flags cannot say."""
+        """Return the result. net: fields of the policy's `net` that no flag can set."""
         (self.place / "prog.py").write_text(code, encoding="utf-8")
         if net:
             document = msgspec.to_builtins(default_policy())
@@ -66,7 +66,7 @@ class Run:
         return found
 
     def connect(self, *ends: tuple[str, int], flags: tuple[str, ...] = (), **net: Any) -> tuple[Any, dict[str, Any]]:  # noqa: ANN401 - as above
-        """What became of connections, by host and port, and the result."""
+        """Return the end of each connection by host and port, and the result."""
         result = self(CONNECT, *flags, args=(json.dumps(ends),), **net)
         assert result["outcome"] == "ok", (result["reason"], result["stderr"])
         return json.loads(result["stdout"]["text"]), result
@@ -74,23 +74,23 @@ class Run:
 
 @pytest.fixture
 def run(lab: Laboratory, tmp_path: Path) -> Run:
-    """Runs in the laboratory, whose names are the usual ones."""
+    """Runs in the laboratory with the default names."""
     lab.reset_names()
     return Run(lab, tmp_path)
 
 
 def hosts(*entries: tuple[str, int]) -> list[dict[str, Any]]:
-    """Entries of net.allow_hosts."""
+    """Return entries of net.allow_hosts."""
     return [{"host": host, "ports": [port]} for host, port in entries]
 
 
 def rows(result: dict[str, Any], kind: str) -> list[tuple[str, int, str]]:
-    """What the result says of connections of one kind: host, port, rule."""
+    """Return the result's connections of one kind: host, port, rule."""
     return [(row["host"], row["port"], row["rule"]) for row in result["net"][kind]]
 
 
 def test_a_program_gets_the_far_end_s_own_errors(run: Run) -> None:
-    """connect() of a program says what the far end said, and a refusal is an error at once; the result lists each."""
+    """A program gets the far end's own connection errors, and refusals fail at once; the result lists each."""
     ends = ("web.lab.example", 80), ("web.lab.example", 81), ("web.lab.example", 443), ("other.lab.example", 80)
     said, result = run.connect(*ends, (SITE, 80), flags=("--allow-host", "web.lab.example:80,81"))
     assert said == {
@@ -115,7 +115,7 @@ def test_a_program_gets_the_far_end_s_own_errors(run: Run) -> None:
 
 
 def test_os_reaches_listed_hosts_too(run: Run) -> None:
-    """Under `os` a listed host is reached; a refused connection is accepted first, and reset then."""
+    """Under `os` listed hosts can be reached; a refused connection is accepted first, then reset."""
     ends = ("web.lab.example", 80), ("web.lab.example", 81), ("other.lab.example", 80), (SITE, 80)
     said, result = run.connect(*ends, flags=(*OS, "--allow-host", "web.lab.example:80"))
     assert said.pop("web.lab.example:80") == "hello"
@@ -143,14 +143,14 @@ def test_an_ordinary_user_reaches_listed_hosts(run: Run, ordinary: Account, flag
 
 
 def test_none_is_never_given_a_list(run: Run) -> None:
-    """`none` cannot hold a program to a list of hosts, so it refuses one."""
+    """`none` refuses a list of hosts, because it cannot enforce it."""
     result = run("pass\n", "--sandbox-backend", "none", "--i-accept-weaker-isolation", "--allow-host", "a.example:1")
     assert (result["outcome"], result["net"]) == ("refused", None)
     assert "net.allow_hosts" in result["reason"]
 
 
 def test_a_run_without_hosts_has_no_gate(run: Run) -> None:
-    """Without a list there is no resolver for the program, no relay, no log, and nothing in the result."""
+    """A run without a list of hosts has no resolver, no relay, no log, and no connections in its result."""
     code = "print(open('/etc/resolv.conf').read(), end='')\nimport socket\nsocket.create_connection(('192.0.2.1', 1))\n"
     result = run(code)
     assert result["stdout"]["text"] == ""
@@ -160,7 +160,7 @@ def test_a_run_without_hosts_has_no_gate(run: Run) -> None:
 
 
 def test_the_log_of_connections_is_kept_and_written(run: Run) -> None:
-    """`--net-log FILE` and `x07 logs --net` have one line of JSON for each event of a connection."""
+    """`--net-log FILE` and `x07 logs --net` write one line of JSON for each event of a connection."""
     log = run.place / "log"
     run.connect(
         ("web.lab.example", 80), ("a.example", 1), flags=("--allow-host", "web.lab.example:80", "--net-log", str(log))
@@ -172,7 +172,7 @@ def test_the_log_of_connections_is_kept_and_written(run: Run) -> None:
 
 
 def test_a_loopback_entry_means_the_program_s_own(run: Run) -> None:
-    """An entry for 127.0.0.1 never reaches the host: the program finds its own server there, or nobody."""
+    """An entry for 127.0.0.1 means the program's own loopback and never reaches the host."""
     code = """
 import socket
 with socket.create_server(("127.0.0.1", 8600)) as server:
@@ -188,7 +188,7 @@ with socket.create_server(("127.0.0.1", 8600)) as server:
 
 @pytest.mark.parametrize("flags", [(), OS], ids=["qemu", "os"])
 def test_ipv6_addresses_are_listed_and_reached(run: Run, flags: tuple[str, ...]) -> None:
-    """A program reaches a listed IPv6 address with its port, and no other; a name with only an IPv6 address too."""
+    """A program reaches a listed IPv6 address or an IPv6-only name at its port, and nothing else by IPv6."""
     if not run.lab.ipv6:
         pytest.skip("this kernel has no IPv6")
     ends = (SITE_6, 8000), (ROUTER_6, 8000), (SITE_6, 8080), ("web6.lab.example", 8000)
@@ -200,7 +200,7 @@ def test_ipv6_addresses_are_listed_and_reached(run: Run, flags: tuple[str, ...])
 
 
 def test_datagrams_go_to_listed_ports(run: Run) -> None:
-    """With net.allow_udp a program exchanges datagrams with a listed name and port, and with no other port."""
+    """With net.allow_udp a program exchanges datagrams with a listed name and port, and with nothing else."""
     code = """
 import socket
 for port in (9000, 9002):
@@ -221,7 +221,7 @@ for port in (9000, 9002):
 
 
 def test_names_below_a_wildcard_are_reached(run: Run) -> None:
-    """`*.wild.lab.example` opens names below it, at any depth, and not the name itself."""
+    """`*.wild.lab.example` allows names below it, at any depth, but not the name itself."""
     ends = ("a.wild.lab.example", 80), ("b.a.wild.lab.example", 80), ("wild.lab.example", 80)
     said, _ = run.connect(*ends, allow_hosts=hosts(("*.wild.lab.example", 80)))
     assert list(said.values()) == ["hello", "hello", "Name or service not known"]
@@ -229,7 +229,7 @@ def test_names_below_a_wildcard_are_reached(run: Run) -> None:
 
 @pytest.mark.parametrize("opened", [False, True])
 def test_the_user_s_settings_open_one_local_address(run: Run, monkeypatch: pytest.MonkeyPatch, *, opened: bool) -> None:
-    """A private address is refused though a policy lists it, unless [net] allow_local names it with its port."""
+    """A listed private address is refused unless the user's settings name it in [net] allow_local with its port."""
     config = run.place / "config/x07"
     config.mkdir(parents=True)
     if opened:

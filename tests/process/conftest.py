@@ -1,4 +1,4 @@
-"""Agents on this host: a private place for records, and the watch on what is left of each job."""
+"""Fixtures for agents on this host: private state folders, and a check that each job leaves no remains."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Run = Callable[..., Ended]
 
 @pytest.fixture(scope="session")
 def agents(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The agent's code is made once for all of these tests."""
+    """Build the agent's code once for all of these tests."""
     folder = tmp_path_factory.mktemp("cache")
     folder.chmod(0o700)
     yield folder
@@ -37,14 +37,14 @@ def agents(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(autouse=True)
 def cache(agents: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Set for one test at a time: the next on this worker may need the guest image of the usual cache."""
+    """Use that cache for one test; the next on this worker may need the guest image of the usual cache."""
     monkeypatch.setenv("X07_VM_CACHE_DIR", str(agents))
     return agents
 
 
 @pytest.fixture(autouse=True)
 def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Records of this test's jobs."""
+    """A state folder for this test's jobs."""
     folder = tmp_path / "state"
     folder.mkdir(mode=0o700)
     monkeypatch.setenv("X07_VM_STATE_DIR", str(folder))
@@ -52,17 +52,17 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def claim() -> Claim:
-    """Of a new job."""
+    """Claim a new job."""
     return Claim(run_id=new_run_id(), phase="run", wall_ms=20_000)
 
 
 def new_record(backend: Backend) -> JobRecord:
-    """A record of a job that is to start."""
+    """Return the record of a job before its start."""
     return create_record(claim(), backend=backend.name, image_digest="")
 
 
 def left(mark: str) -> list[str]:
-    """The command lines of processes that carry the mark of a job."""
+    """Return the command lines of processes that carry a job's mark."""
     pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]  # noqa: PTH208 - names are numbers
     found = [pid for pid in pids if has_mark(pid, mark)]
     lines = []
@@ -74,7 +74,7 @@ def left(mark: str) -> list[str]:
 
 @contextlib.contextmanager
 def started(backend: Backend, deadline_s: int = 60) -> Iterator[ProcessInstance]:
-    """A started agent; afterwards nothing of it may be left."""
+    """A started agent; the exit checks that it left no process."""
     record = new_record(backend)
     start = start_confined if backend.name == "os" else start_unconfined
     with start(record, deadline_s) as instance:
@@ -82,19 +82,19 @@ def started(backend: Backend, deadline_s: int = 60) -> Iterator[ProcessInstance]
         yield instance
     assert (record.folder / "done").exists()
     assert not left(record.mark)
-    # reaped: where the test has stopped the job by its record
+    # reaped: if the test stopped the job by its record
     assert {path.name for path in record.folder.iterdir()} - {"reaped"} == {"done", "job.json", "owner.json"}
 
 
 def run_on(backend: Backend, program: Program, on_output: Callable[[Conversation], None] | None = None) -> Ended:
-    """A whole conversation."""
+    """Have a whole conversation."""
     with started(backend) as instance:
         return Conversation(instance).run(program, on_output=on_output)
 
 
 @pytest.fixture(scope="session")
 def confined() -> OsBackend:
-    """The backend `os`, where this host can have it."""
+    """The backend `os`, if this host supports it."""
     backend = OsBackend()
     try:
         backend.probe()
@@ -111,5 +111,5 @@ def free() -> NoneBackend:
 
 @pytest.fixture(params=["os", "none"])
 def either(request: pytest.FixtureRequest) -> Backend:
-    """Both, one after the other."""
+    """Both backends, one after the other."""
     return request.getfixturevalue("confined" if request.param == "os" else "free")  # type: ignore[no-any-return]

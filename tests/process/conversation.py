@@ -1,4 +1,4 @@
-"""A whole conversation with an agent, and nothing of a run: what is sent, and what comes back."""
+"""A whole conversation with an agent, without the rest of a run."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ MOST_S = 30.0
 
 @dataclass(kw_only=True)
 class Ended:
-    """What became of a program. body: of EXITED, or of FAILED. streams: what came, by stream."""
+    """How a program ended. body: of EXITED or FAILED. streams: received bytes by stream."""
 
     kind: Kind
     body: dict[str, Any]
@@ -48,24 +48,24 @@ class Ended:
 
     @property
     def code(self) -> int:
-        """Its exit code, negative for a signal."""
+        """The exit code, negative for a signal."""
         assert self.kind is Kind.EXITED, self.body
         return os.waitstatus_to_exitcode(self.body["wait_status"])
 
     @property
     def stdout(self) -> str:
-        """What it wrote."""
+        """Its standard output."""
         return self.streams.get(Stream.STDOUT, bytearray()).decode("utf-8", "replace")
 
     @property
     def stderr(self) -> str:
-        """What it wrote on its standard error."""
+        """Its standard error."""
         return self.streams.get(Stream.STDERR, bytearray()).decode("utf-8", "replace")
 
 
 @dataclass(kw_only=True)
 class Program:
-    """What is to run.
+    """The program to run.
 
     files: by their paths in /x07/in: mode, kind ("file", "archive" or "tree"), content.
     """
@@ -83,7 +83,7 @@ class Program:
 
 
 def python(source: str, *words: str, **how: Any) -> Program:  # noqa: ANN401 - fields of Program
-    """A Python program."""
+    """Return a Python program."""
     files = {PROGRAM: (0o444, "file", source.encode()), **how.pop("files", {})}
     return Program(argv=["/usr/bin/python3", PROGRAM, *words], files=files, **how)
 
@@ -102,7 +102,7 @@ class Conversation:
         self.until = time.monotonic() + MOST_S
 
     def run(self, program: Program, *, on_output: Callable[[Conversation], None] | None = None) -> Ended:
-        """From its start to its end. on_output: called once, when its first output has come."""
+        """Run it to its end. on_output: called once, on the first output."""
         self.start(program)
         while self.last is None or self.to_come:
             self.turn()
@@ -112,7 +112,7 @@ class Conversation:
         return Ended(kind=self.last.kind, body=self.last.body, streams=self.streams)
 
     def start(self, program: Program) -> None:
-        """Until it is started; its files and its input are on their way."""
+        """Start it; its files and its input are queued."""
         while self.link.state is State.WAITING:
             self.turn()
         seed = {"unix_ns": 1, "entropy": bytes(64), "nonce": self.nonce, "machine_id": bytes(15) + b"\1"}
@@ -150,7 +150,7 @@ class Conversation:
         self.send(Stream.STDIN, program.stdin)
 
     def send(self, stream: int, data: bytes) -> None:
-        """All of it, and its end; the program may end before."""
+        """Send all input and its end; the program may end before."""
         while data and self.last is None:
             count = self.link.send_data(stream, data)
             data = data[count:]
@@ -160,11 +160,11 @@ class Conversation:
             self.link.end_stream(stream)
 
     def stop(self) -> None:
-        """Ask for the end."""
+        """Request the program's end."""
         self.link.send(Kind.STOP, {})
 
     def turn(self) -> None:
-        """Write what waits, and take what comes."""
+        """Write queued bytes, and read what has arrived."""
         assert self.connection.flush(), self.instance.console_tail()
         poll = select.poll()
         poll.register(self.connection.fd, select.POLLIN | (select.POLLOUT if self.link.pending() else 0))

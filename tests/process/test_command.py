@@ -1,4 +1,4 @@
-"""`x07 run` with a weaker backend, as a user types it."""
+"""`x07 run` with a backend of weaker isolation, as a user types it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.user
 
 
 def run(backend: str, *words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """The command's end."""
+    """Run `x07` and return its end."""
     flags = ["--sandbox-backend", backend, "--i-accept-weaker-isolation"]
     return subprocess.run(
         [*COMMAND, *flags, *words], cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
@@ -30,7 +30,7 @@ def run(backend: str, *words: str, cwd: Path) -> subprocess.CompletedProcess[str
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A project of two modules, whose program writes a file where it starts."""
+    """A project of two modules, whose program writes a file to its working folder."""
     folder = tmp_path / "project"
     folder.mkdir()
     (folder / "main.py").write_text("import lib\nopen('new', 'w').write('1')\nprint(lib.WORD)\n")
@@ -44,7 +44,7 @@ def project(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_project_runs_and_leaves_its_folder_alone(project: Path, backend: str) -> None:
-    """A project of several files runs without a guest image, and what it writes is not in the project's folder."""
+    """A project of several files runs without a guest image, and files it writes stay out of the project's folder."""
     done = run(backend, ".", cwd=project)
     assert (done.returncode, done.stdout) == (0, "found\n"), done.stderr
     assert not (project / "new").exists()
@@ -53,7 +53,7 @@ def test_a_project_runs_and_leaves_its_folder_alone(project: Path, backend: str)
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_would_be_run_is_shown(project: Path, backend: str) -> None:
-    """`--dry-run` shows the plan as text, though there is no image to show."""
+    """`--dry-run` shows the plan as text, even for a backend without an image."""
     done = run(backend, "--dry-run", ".", cwd=project)
     assert done.returncode == 0, done.stderr
     assert "toolchain python" in done.stdout
@@ -62,7 +62,7 @@ def test_what_would_be_run_is_shown(project: Path, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_image_is_refused_where_none_is_used(project: Path, backend: str) -> None:
-    """A named image is never passed over in silence."""
+    """A named image is an error for a backend that uses none."""
     done = run(backend, "--image", "science", ".", cwd=project)
     assert done.returncode == 125
     assert f"cannot use the image science: the backend {backend} uses no guest image" in done.stderr
@@ -77,7 +77,7 @@ def test_files_that_cannot_come_back_are_refused_before_the_run(project: Path) -
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_damaged_agent_is_made_anew(project: Path, backend: str) -> None:
-    """A run does not start an agent whose file was damaged, and makes it anew."""
+    """A damaged agent file is never started: the run rebuilds it."""
     agent = agent_code(confined=backend == "os")
     agent.chmod(0o600)
     agent.write_bytes(agent.read_bytes()[:1000])
@@ -86,7 +86,7 @@ def test_a_damaged_agent_is_made_anew(project: Path, backend: str) -> None:
 
 
 def test_git_works_in_a_folder_that_may_be_changed(tmp_path: Path) -> None:
-    """Two flags let a program make a repository and commit to it, without the hooks and settings that it wrote."""
+    """Two flags let a program create a repository and commit to it; its hooks and configuration are left out."""
     need(os.access("/usr/bin/git", os.X_OK), "git", installable=True)
     flags = ["--toolchain", "shell", "--allow-hidden", "--allow-protected", ".git", "--allow-write-root", ".", "-c"]
     commit = "git add a && git -c user.name=a -c user.email=a@example.org commit -qm"

@@ -1,4 +1,4 @@
-"""Promises of the backend `os`: what a confined process of this host can, and cannot."""
+"""The backend `os`: what a confined process on this host can and cannot do."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.user
 
 VERSION_2 = (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/unified"))
-# Puts what a line says into words: "no ERRNO" where the kernel refuses it.
+# Prints the result of a statement: "no ERRNO" if the kernel refuses it.
 TRY = """
 import ctypes, errno, os, resource, signal, socket, sys
 libc = ctypes.CDLL(None, use_errno=True)
@@ -40,7 +40,7 @@ def told(backend: OsBackend, source: str, **how: Any) -> Ended:  # noqa: ANN401 
 
 
 def test_the_program_is_alone_with_its_init(confined: OsBackend) -> None:
-    """A program sees no process but itself, and can neither signal nor trace what started it."""
+    """A program sees only its own processes, and can neither signal nor trace the process that started it."""
     ended = told(
         confined,
         "print(sorted(name for name in os.listdir('/proc') if name.isdigit()), os.getpid(), os.getppid())\n"
@@ -60,7 +60,7 @@ def test_a_program_that_signals_its_init_ends_itself_at_most(confined: OsBackend
 
 
 def test_nothing_of_a_users_can_be_read(confined: OsBackend, tmp_path: Path) -> None:
-    """A program finds no home folder, no sockets, no folder of the caller's, and no variable of theirs."""
+    """A program finds no home folder, no sockets, none of the caller's folders, and none of their variables."""
     (tmp_path / "secret").write_text("x", encoding="ascii")
     folders = [os.environ.get("HOME", "/root"), "/run", "/var/run", "/var", "/home", "/tmp", "/sys", "/mnt", "/srv"]  # noqa: S108
     ended = run_on(
@@ -77,7 +77,7 @@ def test_nothing_of_a_users_can_be_read(confined: OsBackend, tmp_path: Path) -> 
 
 
 def test_a_program_has_terminals_of_its_own(confined: OsBackend) -> None:
-    """A program can open terminals, has none of the caller's, and sees no terminals but its own."""
+    """A program can open terminals, and sees no terminals but its own."""
     ended = told(
         confined,
         "import pty\n"
@@ -91,7 +91,7 @@ def test_a_program_has_terminals_of_its_own(confined: OsBackend) -> None:
 
 
 def test_the_system_cannot_be_changed(confined: OsBackend) -> None:
-    """Whatever of the host a program sees is read-only; its own folders are not."""
+    """Host files that a program sees are read-only; only its own folders are writable."""
     ended = told(
         confined,
         "for path in ('/usr/x', '/etc/x', '/x', '/run/x', '/x07/in/x', '/dev/x', '/proc/sys/kernel/hostname'):\n"
@@ -103,7 +103,7 @@ def test_the_system_cannot_be_changed(confined: OsBackend) -> None:
 
 
 def test_there_is_no_network(confined: OsBackend) -> None:
-    """A program has a loopback of its own and no other interface."""
+    """A program has its own loopback and no other network interface."""
     ended = told(
         confined,
         "print(socket.if_nameindex())\n"
@@ -115,7 +115,7 @@ def test_there_is_no_network(confined: OsBackend) -> None:
 
 
 def test_no_capability_is_left_and_no_namespace_can_be_made(confined: OsBackend) -> None:
-    """A program has no capability, cannot get one, and cannot make a user namespace in which it would."""
+    """A program has no capability, cannot gain one, and cannot create a user namespace to get one."""
     ended = told(
         confined,
         "print({line.split()[1] for line in open('/proc/self/status') if line.startswith('Cap')})\n"
@@ -132,13 +132,13 @@ def test_no_capability_is_left_and_no_namespace_can_be_made(confined: OsBackend)
 
 
 def test_a_policy_against_more_processes_holds(confined: OsBackend) -> None:
-    """What the policy forbids, to fork say, is refused."""
+    """System calls that the policy forbids, such as fork, are refused."""
     ended = told(confined, "print(tried(os.fork))", confine={"spawn": False})
     assert ended.stdout == "no EPERM\n"
 
 
 def test_only_listed_programs_can_be_executed(confined: OsBackend) -> None:
-    """With a list of programs no other one can be executed, nor read."""
+    """With a list of programs, other programs can be neither executed nor read."""
     listed = {**FREE, "programs": ["/usr/bin/python3", "/usr/bin/true"]}
     ended = told(
         confined,
@@ -154,7 +154,7 @@ def test_only_listed_programs_can_be_executed(confined: OsBackend) -> None:
 
 
 def test_limits_of_each_process_hold(confined: OsBackend) -> None:
-    """Open files are limited, and no core is dumped."""
+    """The number of open files is limited, and no core is dumped."""
     ended = told(
         confined,
         "print(resource.getrlimit(resource.RLIMIT_NOFILE), resource.getrlimit(resource.RLIMIT_CORE)[1] < 4096)\n"
@@ -181,7 +181,7 @@ def test_tasks_are_limited(confined: OsBackend) -> None:
 
 
 def test_memory_is_limited_where_the_host_can(confined: OsBackend) -> None:
-    """A program that takes more memory than its limit is killed, and the agent says what for."""
+    """A program that exceeds its memory limit is killed, and the agent reports the reason."""
     if "limits.mem_bytes" not in confined.probe().features.can_enforce:
         pytest.skip("this host gives no control group for memory")
     ended = told(confined, "held = [bytearray(1 << 20) for _ in range(256)]", limits={"mem_bytes": 48 << 20})
@@ -191,7 +191,7 @@ def test_memory_is_limited_where_the_host_can(confined: OsBackend) -> None:
 
 @pytest.mark.parametrize("children", [0, 3])
 def test_processor_time_is_limited(confined: OsBackend, children: int) -> None:
-    """A program that uses more processor time than its limit, its children's with it, is ended."""
+    """A program that exceeds its CPU time limit, together with its children, is killed."""
     ended = told(
         confined,
         f"for _ in range({children}): os.fork()\nwhile True: pass",
@@ -203,7 +203,7 @@ def test_processor_time_is_limited(confined: OsBackend, children: int) -> None:
 
 
 def tree(files: dict[str, bytes]) -> bytes:
-    """A tree of plain files in one folder, as a host sends it."""
+    """Return a tree of plain files in one folder, as a host sends it."""
     made = bytearray(Entry(Record.FOLDER, b"", mode=0o755).encoded())
     for name, content in files.items():
         made += Entry(Record.FILE, name.encode(), mode=0o644, mtime_ns=1, size=len(content)).encoded()
@@ -212,7 +212,7 @@ def tree(files: dict[str, bytes]) -> bytes:
 
 
 def changes(ended: Ended) -> dict[str, bytes | None]:
-    """What came back, by name; None for what is gone."""
+    """Return the changes that came back, by name; None for a removed file."""
     found: dict[str, bytes | None] = {}
     name = ""
     for event in Reader().feed(bytes(ended.streams[Stream.CHANGES])):
@@ -230,7 +230,7 @@ def changes(ended: Ended) -> dict[str, bytes | None]:
 
 
 def test_folders_of_the_host_go_in_and_changes_come_out(confined: OsBackend) -> None:
-    """A program works on copies of the host's folders; what it has changed comes back, and nothing else."""
+    """A program works on copies of the host's folders; only its changes come back."""
     number = Stream.FIRST_FILE + 1
     content = tree({"same": b"same\n", "other": b"before\n", "gone": b"gone\n"})
     write = {"tree": int(number), "sub": "", "at": "/data/w", "write": True, "changes": True}
@@ -249,7 +249,7 @@ def test_folders_of_the_host_go_in_and_changes_come_out(confined: OsBackend) -> 
 
 
 def test_changes_and_files_that_were_left_come_back_together(confined: OsBackend) -> None:
-    """A program that changed the host's folders and left files of its own has both handed over."""
+    """A run hands over both the changes to the host's folders and the files left in private folders."""
     number = int(Stream.FIRST_FILE + 1)
     mount = {"tree": number, "sub": "", "at": "/data/w", "write": True, "changes": True}
     ended = told(
@@ -265,7 +265,7 @@ def test_changes_and_files_that_were_left_come_back_together(confined: OsBackend
 
 
 def test_an_output_file_comes_back(confined: OsBackend) -> None:
-    """What a build leaves in /x07/out is sent to the host."""
+    """A build's files in /x07/out are sent to the host."""
     path = "/x07/out/compiled-out"
     program = python(f"open({path!r}, 'wb').write(b'made')", output={"path": path, "max_bytes": 1000})
     ended = run_on(confined, program)
@@ -274,7 +274,7 @@ def test_an_output_file_comes_back(confined: OsBackend) -> None:
 
 
 def test_the_systems_compiler_works(confined: OsBackend) -> None:
-    """A program of the host's, the C compiler, finds what it needs."""
+    """The host's C compiler works inside."""
     if not Path("/usr/bin/gcc").exists():
         pytest.skip("there is no gcc")
     source = b'#include <stdio.h>\nint main(void) { puts("compiled"); }\n'
@@ -289,7 +289,7 @@ def test_the_systems_compiler_works(confined: OsBackend) -> None:
 
 
 def test_a_program_that_is_stopped_is_ended_with_all_its_children(confined: OsBackend) -> None:
-    """The host's word ends the whole tree of a program, also what has made itself a session of its own."""
+    """Stopping a program kills its whole process tree, including processes in a new session."""
     source = "import os, signal\nos.fork() or os.setsid()\nos.fork()\nprint('here', flush=True)\nsignal.pause()\n"
     ended = run_on(confined, python(source), on_output=Conversation.stop)
     assert ended.code == -signal.SIGKILL
@@ -297,7 +297,7 @@ def test_a_program_that_is_stopped_is_ended_with_all_its_children(confined: OsBa
 
 @pytest.mark.root
 def test_a_group_of_version_2_counts_and_ends_a_program(confined: OsBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there are control groups of version 2, a program is in one, which counts and limits its CPU time."""
+    """With cgroup version 2, each program has a group that counts and limits its CPU time."""
     root = next((path for path in VERSION_2 if (path / "cgroup.controllers").exists()), None)
     if root is None or os.geteuid() != 0:
         pytest.skip("only root can make a group, where there is a hierarchy of version 2")

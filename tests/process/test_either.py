@@ -1,4 +1,4 @@
-"""Promises of both backends without a virtual machine: a whole conversation, and nothing left of it."""
+"""Both backends without a virtual machine: a whole conversation, and no remains."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ with started(create(sys.argv[1])) as instance:
 
 
 def test_input_output_and_exit_code_are_carried(either: Backend) -> None:
-    """A program reads its input, writes to both outputs, and its exit code is reported."""
+    """A program reads its input and writes to both outputs, and its exit code is reported."""
     source = "import sys; sys.stdout.write(sys.stdin.read().upper()); sys.stderr.write('wrong'); sys.exit(7)"
     ended = run_on(either, python(source, stdin=b"word " * 100_000))
     assert (ended.code, ended.stdout, ended.stderr) == (7, "WORD " * 100_000, "wrong")
 
 
 def test_an_executable_runs(either: Backend) -> None:
-    """A file with a line that names its interpreter is executed as it is."""
+    """A file with an interpreter line is executed directly."""
     files = {"/x07/in/artifact": (0o555, "file", b'#!/bin/sh\necho "$0" "$1"; pwd; exit 3\n')}
     ended = run_on(either, Program(argv=["/x07/in/artifact", "/x07/in/word"], files=files))
     assert ended.code == 3, ended.stderr
@@ -62,7 +62,7 @@ def test_an_executable_runs(either: Backend) -> None:
 
 
 def test_a_signal_is_reported(either: Backend) -> None:
-    """A program that a signal ends is reported as that."""
+    """A program killed by a signal is reported with that signal."""
     assert run_on(either, python("import os; os.abort()")).code == -signal.SIGABRT
 
 
@@ -74,7 +74,7 @@ def test_what_cannot_be_executed_is_said(either: Backend) -> None:
 
 
 def test_a_command_is_looked_up_on_the_programs_path(either: Backend) -> None:
-    """A name without a slash is a program of PATH, and one that is nowhere there is told as missing."""
+    """A name without a slash is looked up on PATH, and an unknown one is reported as missing."""
     ended = run_on(either, Program(argv=["sh", "-c", "echo $0 $1", "a", "b"]))
     assert (ended.code, ended.stdout) == (0, "a b\n"), ended.stderr
     ended = run_on(either, Program(argv=["no-such-command"]))
@@ -82,7 +82,7 @@ def test_a_command_is_looked_up_on_the_programs_path(either: Backend) -> None:
 
 
 def test_files_in_private_folders_are_counted_and_handed_over(either: Backend) -> None:
-    """Of what is left in the working folder all is counted, and what is wanted and may be read is sent."""
+    """All files left in the working folder are counted; those that are wanted and readable are sent."""
     source = "import os; open('a', 'w').write('one'); os.mkdir('d'); open('d/b', 'w').close(); open('.rc', 'w').close()"
     ended = run_on(either, python(source, left={"files": 0, "bytes": 0}))
     assert (ended.code, ended.body["left_files"], ended.body["left_bytes"]) == (0, 2, 3), ended.stderr
@@ -95,7 +95,7 @@ def test_files_in_private_folders_are_counted_and_handed_over(either: Backend) -
 
 
 def test_what_the_program_leaves_running_is_ended(either: Backend) -> None:
-    """When the program has ended, so have all processes that it started."""
+    """When a program ends, all processes that it started are killed."""
     source = (
         "import os, sys, time\n"
         "if os.fork() == 0:\n"
@@ -111,10 +111,10 @@ def test_what_the_program_leaves_running_is_ended(either: Backend) -> None:
 
 
 def test_a_stopped_program_is_ended_and_said_to_have_stood_still(either: Backend) -> None:
-    """A program that stands still by a signal is ended on request, and the agent says that it stood."""
+    """A stopped program (SIGSTOP) is killed on request, and the agent reports that it was stopped."""
 
     def stop(conversation: Conversation) -> None:
-        time.sleep(0.2)  # until it stands: only the kernel, there, knows when
+        time.sleep(0.2)  # until it is stopped: no event from there
         conversation.stop()
 
     source = "import os, signal; print('here', flush=True); os.kill(os.getpid(), signal.SIGSTOP)"
@@ -131,13 +131,13 @@ def test_a_started_agent_ends_with_its_context(either: Backend) -> None:
 
 
 def test_the_deadline_holds_without_a_runner_that_looks(either: Backend) -> None:
-    """A job whose runner does nothing any more is ended at its deadline."""
+    """A job whose runner hangs is killed at its deadline."""
     with started(either, deadline_s=1) as instance:
         assert instance.child.wait(GONE_S) == -signal.SIGALRM
 
 
 def test_a_killed_runner_leaves_no_process(either: Backend, state: Path, cache: Path) -> None:
-    """When the runner is killed, agent, program and all its children end too."""
+    """A killed runner leaves no agent, program or child process behind."""
     env = {**os.environ, "X07_VM_STATE_DIR": str(state), "X07_VM_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
     argv = [sys.executable, "-c", RUNNER, either.name]
     with subprocess.Popen(argv, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) as runner:
@@ -155,7 +155,7 @@ def test_a_killed_runner_leaves_no_process(either: Backend, state: Path, cache: 
 def test_a_job_that_never_started_leaves_no_record(
     either: Backend, state: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the agent cannot be prepared, the job's folder goes too."""
+    """If the agent cannot be prepared, the job's folder is removed."""
     monkeypatch.setenv("X07_VM_CACHE_DIR", "/proc/nowhere")
     with pytest.raises(HostError, match="nowhere"), started(either):
         pass
@@ -163,7 +163,7 @@ def test_a_job_that_never_started_leaves_no_record(
 
 
 def test_a_job_is_greeted_when_it_starts(either: Backend) -> None:
-    """A started job's agent has answered, and its processes are in its record."""
+    """When a job has started, its agent has completed the handshake, and its processes are in its record."""
     kind = MachineKind(image=None, ram_bytes=0)
     cancel = Cancel()
     job = Job(claim=claim(), kind=kind, caller=Caller(cancel=cancel))
@@ -174,7 +174,7 @@ def test_a_job_is_greeted_when_it_starts(either: Backend) -> None:
 
 
 def test_a_job_can_be_stopped_by_its_record(either: Backend) -> None:
-    """Any process of the user can stop a job by its record; nothing is left of it."""
+    """Any process of the user can stop a job by its record, and no remains are left."""
     with started(either) as instance:
         assert either.stop(instance.record)
         assert not left(instance.record.mark)
@@ -182,6 +182,6 @@ def test_a_job_can_be_stopped_by_its_record(either: Backend) -> None:
 
 
 def test_folders_that_a_program_has_closed_go_too(either: Backend) -> None:
-    """A program that takes all rights from its folders leaves nothing behind either."""
+    """Folders that a program made inaccessible are removed too."""
     ended = run_on(either, python("import os; os.makedirs('a/b/c'); os.chmod('a/b', 0); os.chmod('a', 0)"))
     assert ended.code == 0, ended.stderr

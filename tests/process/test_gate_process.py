@@ -1,4 +1,4 @@
-"""The processes of gate and resolver: what holds them, and how they end."""
+"""The gate and resolver processes: their confinement, and how they end."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ WAIT_S: Final = 20.0
 
 @pytest.fixture
 def gate(tmp_path: Path) -> Iterator[GateProcess]:
-    """A gate of the built-in policy, without a guest."""
+    """A gate with the built-in policy, without a guest."""
     log_fd = os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         with gate_running(CONFIG, log_fd) as made:
@@ -41,21 +41,21 @@ def gate(tmp_path: Path) -> Iterator[GateProcess]:
 
 
 def status_of(pid: int) -> dict[str, str]:
-    """The kernel's word on a process."""
+    """Return the kernel's status of a process."""
     lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
     return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
 def confined_status_of(pid: int) -> dict[str, str]:
-    """The same once it has confined itself, which it does before it reads anything; as it is if it never does."""
+    """Return the status after the process has confined itself, or the last one seen if it never does."""
     deadline = time.monotonic() + WAIT_S
     while status_of(pid)["Seccomp"] != "2" and time.monotonic() < deadline:
-        time.sleep(0.01)  # it tells nobody
+        time.sleep(0.01)  # no event announces it
     return status_of(pid)
 
 
 def guest_of(gate: GateProcess) -> socket.socket:
-    """The guest's end of a stream that the gate was given."""
+    """Return the guest's end of a stream that the gate was given."""
     ours, theirs = socket.socketpair()
     gate.send_stream(theirs.fileno())
     theirs.close()
@@ -64,14 +64,14 @@ def guest_of(gate: GateProcess) -> socket.socket:
 
 
 def helpers() -> list[int]:
-    """Gate and resolver, which are children of our launcher thread."""
+    """Return gate and resolver, which are children of our launcher thread."""
     children = [path.read_text(encoding="ascii").split() for path in Path("/proc/self/task").glob("*/children")]
     pids = [int(word) for words in children for word in words]
     return [pid for pid in pids if b"x07_sandbox.network" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 def ask(guest: socket.socket, host: bytes, port: int) -> int:
-    """The gate's answer to a connection that a guest asks for."""
+    """Return the gate's answer to a guest's request for a connection."""
     link = EgressLink(guest=True)
     link.open(egress.TCP, host, port)
     guest.sendall(link.data_to_send())
@@ -80,7 +80,7 @@ def ask(guest: socket.socket, host: bytes, port: int) -> int:
 
 
 def test_gate_and_resolver_have_no_rights(gate: GateProcess) -> None:
-    """Both are under seccomp, without capabilities or a way to gain any; root's have their own uid and no group."""
+    """Gate and resolver run under seccomp, without capabilities; started by root, with their own uid and no group."""
     with guest_of(gate):
         pids = helpers()
         assert len(pids) == 2
@@ -95,7 +95,7 @@ def test_gate_and_resolver_have_no_rights(gate: GateProcess) -> None:
 
 
 def test_a_gate_answers_and_gives_an_account(gate: GateProcess) -> None:
-    """A gate decides about what a guest asks for, and when it is ended it says what it saw."""
+    """A gate decides on a guest's requests, and reports them when it is stopped."""
     with guest_of(gate) as guest:
         assert ask(guest, b"example.org", 443) == egress.POLICY
     account = gate.account()
@@ -104,7 +104,7 @@ def test_a_gate_answers_and_gives_an_account(gate: GateProcess) -> None:
 
 
 def test_the_gate_is_the_only_holder_of_the_stream(gate: GateProcess) -> None:
-    """Once the gate has the stream from the guest, its end is the stream's end: nobody else keeps it open."""
+    """Only the gate holds the guest's stream: when the gate ends, the stream ends."""
     with guest_of(gate) as guest:
         assert ask(guest, b"example.org", 443) == egress.POLICY
         gate.end()
@@ -113,7 +113,7 @@ def test_the_gate_is_the_only_holder_of_the_stream(gate: GateProcess) -> None:
 
 @pytest.mark.parametrize("which", ["gate", "resolver"])
 def test_a_gate_without_its_resolver_ends_and_has_no_account(gate: GateProcess, which: str) -> None:
-    """Killing gate or resolver ends the gate, and there is no account: a run ends as gate-lost."""
+    """Killing gate or resolver ends the gate without a report, and the run ends as gate-lost."""
     with guest_of(gate) as guest:
         assert ask(guest, b"example.org", 443) == egress.POLICY
         named = "gate_process" if which == "gate" else "resolver_process"
@@ -125,7 +125,7 @@ def test_a_gate_without_its_resolver_ends_and_has_no_account(gate: GateProcess, 
 
 
 def test_a_guest_that_breaks_the_protocol_loses_its_stream_only(gate: GateProcess) -> None:
-    """A frame that nobody may send ends the stream; the gate goes on, and its account says so."""
+    """An invalid frame ends the guest's stream; the gate keeps running and reports it."""
     with guest_of(gate) as guest:
         guest.sendall(b"\xff" * 64)
         assert guest.recv(1) == b""
@@ -135,7 +135,7 @@ def test_a_guest_that_breaks_the_protocol_loses_its_stream_only(gate: GateProces
 
 
 def test_gate_and_resolver_end_with_their_runner(tmp_path: Path) -> None:
-    """After a SIGKILL of the process that started them, neither gate nor resolver lives on."""
+    """Gate and resolver end when the process that started them is killed."""
     code = (
         "import os, sys, time\n"
         "from tests.process.test_gate_process import CONFIG, gate_running, guest_of, helpers\n"

@@ -29,12 +29,12 @@ WAIT_S = 60
 
 
 def x07(*words: str) -> subprocess.CompletedProcess[bytes]:
-    """One command, to its end."""
+    """Run one command to its end."""
     return subprocess.run([*X07, *words], stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=WAIT_S)
 
 
 def found(*words: str) -> dict[str, Any]:
-    """Its JSON document, which keeps to its published schema."""
+    """Return its JSON document, checked against its published schema."""
     done = x07(*words)
     assert done.returncode == 0, done.stderr
     return document(done.stdout)
@@ -55,7 +55,7 @@ def running(code: str = LONG, *words: str) -> Iterator[tuple[subprocess.Popen[by
 
 
 def test_ps_lists_what_runs_and_all_of_it_what_ended() -> None:
-    """A live job is listed with its labels, its state and the time it has left; one that ended only with --all."""
+    """`x07 ps` lists a live job with labels, state and remaining time, and an ended job only with --all."""
     with running() as (runner, run):
         (job,) = found("ps", "--json")["jobs"]
         assert (job["run"], job["phase"], job["backend"], job["state"]) == (run, "run", "none", "running")
@@ -71,7 +71,7 @@ def test_ps_lists_what_runs_and_all_of_it_what_ended() -> None:
 
 
 def test_ps_shows_the_programs_name_and_no_arguments(tmp_path: Path) -> None:
-    """The program is listed by the name that it was given by, without its arguments, which may be secrets."""
+    """`x07 ps` shows a program's name without its arguments, which may hold secrets."""
     program = tmp_path / "fold\x1b[31mer" / "prog.py"
     program.parent.mkdir()
     program.write_text("pass\n")
@@ -85,7 +85,7 @@ def test_ps_shows_the_programs_name_and_no_arguments(tmp_path: Path) -> None:
 
 
 def test_a_killed_run_ends_as_guest_lost() -> None:
-    """`x07 kill` from any process, with the beginning of a name, ends job and command; the result says guest-lost."""
+    """`x07 kill` with a run's name prefix ends job and command from any process; the result says guest-lost."""
     with running() as (runner, run):
         done = x07("kill", run[:-1])
         assert (done.returncode, done.stdout) == (0, b"")
@@ -96,7 +96,7 @@ def test_a_killed_run_ends_as_guest_lost() -> None:
 
 
 def test_a_kill_can_be_told_as_json() -> None:
-    """`x07 kill --json` prints one object with the run's whole name and how many of its jobs it ended."""
+    """`x07 kill --json` prints one object with the run's whole name and the number of jobs it ended."""
     with running() as (runner, run):
         assert (found("kill", "--json", run[:-1])["run"], runner.wait(WAIT_S)) == (run, 125)
     assert found("kill", "--json", run) == {"schema_version": "x07.sandbox.kill@0.1.0", "run": run, "jobs_ended": 0}
@@ -117,7 +117,7 @@ def test_the_run_of_a_dead_command_is_killed_too() -> None:
 
 
 def test_a_run_that_is_not_ours_is_not_killed() -> None:
-    """`x07 kill` of a run whose record is not ours to judge is an error with the reason, and ends nothing."""
+    """`x07 kill` of another runner's run is an error with the reason, and ends nothing."""
     record = recorded(GONE)
     edit(record, "owner.json", labels={"io.x07.runner_instance": "ri-" + "0" * 32, "io.x07.image_digest": ""})
     done = x07("kill", record.run_id)
@@ -126,7 +126,7 @@ def test_a_run_that_is_not_ours_is_not_killed() -> None:
 
 
 def test_inspect_shows_record_labels_owner_and_paths() -> None:
-    """One JSON object has the run's jobs with record, labels and owner, how it ended, and where its files lie."""
+    """`x07 inspect` prints one JSON object with a run's jobs, records, labels, owners, end and file paths."""
     assert x07("run", *NONE, "-c", "raise SystemExit(3)").returncode == 3
     run = found("ps", "--all", "--json")["jobs"][0]["run"]
     report = found("inspect", run[:15])
@@ -141,7 +141,7 @@ def test_inspect_shows_record_labels_owner_and_paths() -> None:
 
 @pytest.mark.parametrize("verb", ["inspect", "kill", "logs"])
 def test_a_name_must_be_of_one_run(verb: str) -> None:
-    """A name that no run has, or that several begin with, is a usage error that says what to do."""
+    """A run name that matches no run, or several, is a usage error with advice."""
     first, second = recorded(), recorded()
     mark_done(first)
     mark_done(second)
@@ -152,7 +152,7 @@ def test_a_name_must_be_of_one_run(verb: str) -> None:
 
 
 def test_logs_prints_what_a_run_printed() -> None:
-    """Output and errors of the latest run, or of one by its name, come where the program wrote them."""
+    """`x07 logs` prints the output and errors of the latest or a named run to the matching streams."""
     assert x07("run", *NONE, "-c", "import sys; print('out'); print('err', file=sys.stderr)").returncode == 0
     run = found("ps", "--all", "--json")["jobs"][0]["run"]
     for done in (x07("logs"), x07("logs", run)):
@@ -161,7 +161,7 @@ def test_logs_prints_what_a_run_printed() -> None:
 
 
 def test_logs_follows_a_run_and_ends_with_it() -> None:
-    """With --follow what the program prints comes as it comes, and the command ends when the run does."""
+    """`x07 logs --follow` prints output as it comes, and ends when the run ends."""
     code = "import time; print('begun', flush=True); time.sleep(1); print('later', flush=True); time.sleep(600)"
     with running(code) as (runner, run):
         with subprocess.Popen([*X07, "logs", "--follow", run], stdout=subprocess.PIPE) as follower:
@@ -176,7 +176,7 @@ def test_logs_follows_a_run_and_ends_with_it() -> None:
 
 
 def test_logs_sends_a_terminal_no_control_characters() -> None:
-    """A program's escape sequences do not reach a terminal by way of its log."""
+    """`x07 logs` removes a program's escape sequences before they reach a terminal."""
     assert x07("run", *NONE, "--raw", "-c", r"print('\x1b]0;title\x07red')").returncode == 0
     ours, theirs = pty.openpty()
     try:
@@ -191,7 +191,7 @@ def test_logs_sends_a_terminal_no_control_characters() -> None:
 
 
 def test_all_shows_records_that_are_not_ours() -> None:
-    """`x07 ps --all` names foreign, damaged and newer records with the reason, and acts on none."""
+    """`x07 ps --all` lists foreign, damaged and newer records with the reason, and leaves them alone."""
     states: dict[str, tuple[str, object]] = {
         "foreign": ("labels", {"io.x07.runner_instance": "ri-" + "0" * 32, "io.x07.image_digest": ""}),
         "damaged": ("instance", "x"),
@@ -212,7 +212,7 @@ def test_all_shows_records_that_are_not_ours() -> None:
 
 
 def test_sweep_is_a_command(state: Path) -> None:
-    """`x07 sweep` says what went and what stays, as text or as one JSON object; with --dry-run nothing goes."""
+    """`x07 sweep` reports what it removes and keeps, as text or as one JSON object; --dry-run removes nothing."""
     record = recorded(GONE)
     dry = found("sweep", "--dry-run", "--json")
     assert (dry["dry_run"], [gone["id"] for gone in dry["removed"]]) == (True, [record.job_id])
@@ -223,7 +223,7 @@ def test_sweep_is_a_command(state: Path) -> None:
 
 
 def test_df_counts_what_there_is_and_what_would_go() -> None:
-    """`x07 df` says what each part takes, and what `x07 prune` would give back."""
+    """`x07 df` shows the size of each part, and how much `x07 prune` would free."""
     assert x07("run", *NONE, "-c", "print('x' * 1_000_000)").returncode == 0
     report = found("df", "--json")
     parts = {part["name"]: part for part in report["parts"]}
@@ -236,7 +236,7 @@ def test_df_counts_what_there_is_and_what_would_go() -> None:
 
 
 def test_a_run_that_waits_is_listed(state: Path) -> None:
-    """A run that has no job yet, as one that waits for its turn, is listed as waiting."""
+    """A queued run without a job is listed as waiting."""
     argv = [*X07, "run", *NONE, "-c", "pass"]
     env = {**os.environ, "X07_VM_MAX_RUNNING": "1"}
     with running() as (_, run), subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL) as second:

@@ -1,4 +1,4 @@
-"""Promises of the helpers that confine themselves: what the gate and the resolver can do, and what is refused."""
+"""The self-confinement of gate and resolver: what they can do, and what is refused."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ import pytest
 from tests.conftest import need
 from x07_sandbox.jail.uids import free_range
 
-# "root": root gives the helper a uid of its own. "plain root": root gives it none. "user": an ordinary user's helper.
+# "root": started by root, with its own uid. "plain root": started by root, as root. "user": by an ordinary user.
 FORMS = ["root", "plain root", "user"]
 NOBODY = 65534
 THREADS = 8
 MIB = 1 << 20
-ENVIRONMENT = os.environ | {"RES_OPTIONS": "timeout:1 attempts:1"}  # a host without a name server is told soon
+ENVIRONMENT = os.environ | {"RES_OPTIONS": "timeout:1 attempts:1"}  # a host without a name server fails fast
 
 # Runs in the helper: prints what it could do as JSON and waits for its input to end. "ok", or the name of the error.
 DRIVER = r"""
@@ -219,7 +219,7 @@ sys.stdin.read()
 """
 
 
-# Starts a helper, says which process it is, and waits for it.
+# Starts a helper, prints its process id, and waits for it.
 STARTER = """
 import subprocess, sys
 helper = subprocess.Popen(sys.argv[2:], pass_fds=[int(sys.argv[1])])
@@ -230,9 +230,9 @@ helper.wait()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Look:
-    """What a helper could do and how it looked from outside.
+    """What a helper could do, and its state seen from outside.
 
-    found: by the name of what it tried, "ok" or the error. status: /proc/PID/status. limits: /proc/PID/limits. given:
+    found: for each attempt by name, "ok" or the error. status: /proc/PID/status. limits: /proc/PID/limits. given:
     what came back through the descriptor that it was given.
     """
 
@@ -252,7 +252,7 @@ class Look:
         return any(wall.startswith("Landlock") for wall in self.walls)
 
     def refused(self, *names: str) -> bool:
-        """Whether the filter refused all of these."""
+        """Return whether the filter refused all of these."""
         assert {name: self.found[name] for name in names} == dict.fromkeys(names, "EPERM")
         return True
 
@@ -294,7 +294,7 @@ class EchoServer(threading.Thread):
             connection.sendall(data)
 
     def stop(self) -> None:
-        """End the thread and close all."""
+        """End the thread and close everything."""
         self.waker.send(b"x")
         self.join(30)
         for one in (self.selector, self.tcp, self.udp, self.wake, self.waker):
@@ -302,18 +302,18 @@ class EchoServer(threading.Thread):
 
 
 def fields(text: str) -> dict[str, str]:
-    """/proc/PID/status as names and values."""
+    """Return /proc/PID/status as names and values."""
     return {name: value.strip() for name, _, value in (line.partition(":") for line in text.splitlines())}
 
 
 def soft_limits(text: str) -> dict[str, int | None]:
-    """/proc/PID/limits, soft, where soft and hard limits are the same."""
+    """Return the soft limits of /proc/PID/limits that equal their hard limits."""
     rows = [(line[:26].strip(), line[26:].split()[:2]) for line in text.splitlines()[1:]]
     return {name: None if "unlimited" in words else int(words[0]) for name, words in rows if words[0] == words[1]}
 
 
 def order_for(kind: str, form: str, folder: Path, **more: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON
-    """What the driver is told."""
+    """Return the driver's argument."""
     is_root = os.geteuid() == 0
     need(is_root or form == "user", "needs root", installable=False)
     for name in ("log", "file"):
@@ -334,7 +334,7 @@ def order_for(kind: str, form: str, folder: Path, **more: Any) -> dict[str, Any]
 
 
 def look(order: dict[str, Any], form: str, *, before: tuple[str, ...] = ()) -> Look:
-    """Start a helper, let it try everything, and look at it from outside."""
+    """Start a helper, have it try everything, and look at it from outside."""
     ours, theirs = socket.socketpair()
     one, other = socket.socketpair()
     with ours, theirs, one, other:
@@ -352,7 +352,7 @@ def look(order: dict[str, Any], form: str, *, before: tuple[str, ...] = ()) -> L
             line = helper.stdout.readline()
             proc = Path(f"/proc/{helper.pid}")
             status, limits = proc.joinpath("status").read_text("utf-8"), ""
-            if line and os.geteuid() == 0:  # what cannot be traced shows its limits to root only
+            if line and os.geteuid() == 0:  # only root sees the limits of an untraceable process
                 limits = proc.joinpath("limits").read_text("utf-8")
             _, errors = helper.communicate(timeout=60)
         assert line, errors.decode()
@@ -374,7 +374,7 @@ def look(order: dict[str, Any], form: str, *, before: tuple[str, ...] = ()) -> L
 
 @pytest.fixture(scope="module")
 def looks() -> dict[tuple[str, str], Look]:
-    """Helpers that have been looked at."""
+    """Cache of the looks at helpers."""
     return {}
 
 
@@ -388,7 +388,7 @@ def echo() -> Iterator[int]:
 
 
 def looked(kind: str, form: str, looks: dict[tuple[str, str], Look], port: int, folder: Path) -> Look:
-    """The look at such a helper; one start serves all tests."""
+    """Return the look at such a helper; one start serves all tests."""
     if (kind, form) not in looks:
         looks[kind, form] = look(order_for(kind, form, folder, port=port), form)
     return looks[kind, form]
@@ -417,7 +417,7 @@ def helper(request: pytest.FixtureRequest, looks: dict[Any, Look], echo: int, tm
 
 
 def test_a_helper_names_the_walls_around_it(helper: Look) -> None:
-    """A helper says which walls stand, and what the kernel says of the process agrees."""
+    """A helper reports which confinements are active, and the kernel's status of the process agrees."""
     own = ["own uid"] if helper.form == "root" else []
     assert helper.walls[: len(own) + 2] == [*own, "no capabilities", "no new privileges"]
     assert helper.walls[-1] == "seccomp"
@@ -443,14 +443,14 @@ def test_a_helper_signals_nobody(helper: Look) -> None:
 
 
 def test_a_helper_changes_no_file(helper: Look) -> None:
-    """A helper can write, create, rename, remove or truncate no file that it was not given."""
+    """A helper can write, create, rename, remove or truncate no file except those it was given."""
     assert helper.refused("write", "write settings", "create", "create without a name", "unlink", "rmdir", "rename")
     assert helper.refused("link", "symlink", "mkdir", "mkfifo", "chmod", "chown", "truncate", "chdir", "chroot")
     assert helper.refused("mount", "statfs")
 
 
 def test_a_helper_appends_to_the_log_that_it_was_given(helper: Look) -> None:
-    """A helper writes to its log up to 16 MiB, and past that gets an error instead of being killed."""
+    """A helper writes to its log up to 16 MiB; beyond that it gets an error and is not killed."""
     assert {helper.found[name] for name in ("log", "cut the log", "lengthen the log", "close-on-exec", "random")} == {
         "ok"
     }
@@ -465,7 +465,7 @@ def test_a_helper_reaches_no_other_part_of_the_kernel(helper: Look) -> None:
 
 
 def test_a_helper_cannot_loosen_its_limits(helper: Look) -> None:
-    """A helper reads its own limits, and can neither change them nor read those of another process."""
+    """A helper can read its own limits, but cannot change them or read those of another process."""
     assert helper.found["own limits"] == "ok"
     assert helper.refused("limits of another", "change a limit", "prctl")
     assert helper.found.get("setuid", "EPERM") == "EPERM"
@@ -482,7 +482,7 @@ def test_a_helper_has_small_limits(helper: Look) -> None:
 
 
 def test_a_helper_serves_nobody_and_makes_no_odd_sockets(helper: Look) -> None:
-    """A helper makes TCP and UDP sockets, on which it cannot listen; raw, packet, vsock and such are refused."""
+    """A helper can make TCP and UDP sockets but not listen; raw, packet, vsock and similar sockets are refused."""
     assert helper.refused("listen", "socket PACKET RAW", "socket VSOCK STREAM", "socket ALG SEQPACKET")
     assert helper.refused("socket CAN RAW", "socket INET RAW", "ping socket", "socket UNIX DGRAM")
     assert helper.refused("option SO_ATTACH_FILTER", "option TCP_ULP")
@@ -491,13 +491,13 @@ def test_a_helper_serves_nobody_and_makes_no_odd_sockets(helper: Look) -> None:
 
 
 def test_a_helper_uses_a_descriptor_that_it_is_sent(helper: Look) -> None:
-    """A helper takes a descriptor over a Unix socket and writes to it."""
+    """A helper receives a descriptor over a Unix socket and writes to it."""
     assert (helper.found["given"], helper.given) == ("take this", b"through a given descriptor")
 
 
 @pytest.mark.parametrize("kind", ["gate", "resolver"])
 def test_a_helper_that_has_threads_refuses_to_confine_itself(kind: str, tmp_path: Path) -> None:
-    """A process with a second thread, which Landlock would not bind, gets an error instead of half a confinement."""
+    """A process with a second thread, which Landlock would not confine, gets an error, not partial confinement."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         order = order_for(kind, "user", tmp_path, started=True, control=theirs.fileno(), become=None)
@@ -511,7 +511,7 @@ def test_a_helper_that_has_threads_refuses_to_confine_itself(kind: str, tmp_path
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", ["gate", "resolver"])
 def test_a_helper_ends_with_the_process_that_started_it(kind: str, form: str, echo: int, tmp_path: Path) -> None:
-    """A helper is killed when the process that started it is."""
+    """A helper is killed when the process that started it ends."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         order = order_for(kind, form, tmp_path, port=echo, control=theirs.fileno())
@@ -534,7 +534,7 @@ def test_a_helper_ends_with_the_process_that_started_it(kind: str, form: str, ec
 
 
 def test_the_gate_opens_no_file(gate: Look) -> None:
-    """The gate can open no file at all, and list no folder."""
+    """The gate cannot open any file or list any folder."""
     assert gate.refused("read /etc/passwd", "read /etc/resolv.conf", "read /etc", "read /proc")
 
 
@@ -549,7 +549,7 @@ def test_the_gate_makes_no_local_sockets(gate: Look) -> None:
 
 
 def test_the_gate_passes_tcp_and_udp_on(gate: Look) -> None:
-    """An asyncio loop in the gate sends 300 kB over TCP and a datagram over UDP, and gets them back."""
+    """The gate's asyncio loop sends and receives 300 kB over TCP and a datagram over UDP."""
     assert (gate.found["tcp"], gate.found["udp"]) == (300_000, "ping")
 
 
@@ -557,7 +557,7 @@ def test_the_gate_passes_tcp_and_udp_on(gate: Look) -> None:
 
 
 def test_the_resolver_reads_only_what_names_take(resolver: Look) -> None:
-    """The resolver reads the name servers' file, and with Landlock neither the users' file nor /etc nor /proc."""
+    """The resolver reads the name servers' file; with Landlock it cannot read the users' file, /etc or /proc."""
     if Path("/etc/resolv.conf").exists():
         assert resolver.found["read /etc/resolv.conf"] == "ok"
     need(resolver.has_landlock, "the kernel has no Landlock", installable=False)
@@ -565,18 +565,18 @@ def test_the_resolver_reads_only_what_names_take(resolver: Look) -> None:
 
 
 def test_the_resolver_starts_threads(resolver: Look) -> None:
-    """The resolver starts threads after it has confined itself."""
+    """The resolver can start threads after it has confined itself."""
     assert resolver.found["thread"] == "ok"
 
 
 def test_the_resolver_asks_the_kernel_only(resolver: Look) -> None:
-    """The resolver may ask the kernel for routes, as the C library does, and no service behind a Unix socket."""
+    """The resolver can ask the kernel for routes, as the C library does, but reaches no Unix socket."""
     assert resolver.found["socket NETLINK RAW"] == "ok"
     assert resolver.refused("socket UNIX STREAM")
 
 
 def test_the_resolver_looks_names_up_in_eight_threads(resolver: Look) -> None:
-    """Eight threads of the resolver look up names at once: localhost is found, and a name that nobody has is not."""
+    """Eight resolver threads look up names at once: localhost is found, and an unknown name is not."""
     assert len(resolver.found["localhost"]) == THREADS
     assert all("127.0.0.1" in answer or "::1" in answer for answer in resolver.found["localhost"])
     assert len(resolver.found["name"]) == THREADS

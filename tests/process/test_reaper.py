@@ -1,4 +1,4 @@
-"""The reaper of container engines, as the process that it is, with a stand-in for the call that removes a container."""
+"""The reaper of container engines as a real process, with a stand-in for the call that removes a container."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def start(folder: Path, seconds: float, status: int = 0) -> tuple[subprocess.Popen[bytes], int]:
-    """A reaper with that much time, and the runner's end of its pipe. status: of the call that stands in."""
+    """Start a reaper and return it with the runner's end of its pipe. status: exit code of the stand-in."""
     removing = folder / "remove"
     removing.write_text(f"#!/bin/sh\necho $1 >> {folder}/removed\nexit {status}\n", encoding="ascii")
     removing.chmod(0o755)
@@ -30,7 +30,7 @@ def start(folder: Path, seconds: float, status: int = 0) -> tuple[subprocess.Pop
 
 
 def test_it_removes_what_a_dead_runner_left(tmp_path: Path) -> None:
-    """The end of the runner removes the container at once, and the record says `reaped`."""
+    """The container is removed as soon as its runner ends, and the record says `reaped`."""
     process, runner_w = start(tmp_path, 600)
     os.close(runner_w)
     assert process.wait(30) == 0
@@ -39,7 +39,7 @@ def test_it_removes_what_a_dead_runner_left(tmp_path: Path) -> None:
 
 
 def test_it_does_nothing_where_the_runner_has_done_it(tmp_path: Path) -> None:
-    """A runner that has removed its container says so, and nothing is removed twice."""
+    """A container that its runner reports as removed is not removed twice."""
     process, runner_w = start(tmp_path, 600)
     os.write(runner_w, b"g")
     os.close(runner_w)
@@ -49,7 +49,7 @@ def test_it_does_nothing_where_the_runner_has_done_it(tmp_path: Path) -> None:
 
 
 def test_it_removes_at_the_deadline(tmp_path: Path) -> None:
-    """At the deadline the container is removed although its runner is there."""
+    """At the deadline the container is removed although its runner still exists."""
     process, runner_w = start(tmp_path, 0.2)
     assert process.wait(30) == 0
     os.close(runner_w)
@@ -58,7 +58,7 @@ def test_it_removes_at_the_deadline(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_it_says_nothing_of_what_it_could_not_remove(tmp_path: Path) -> None:
-    """Where removing fails it is tried again, five times, and `reaped` is not written."""
+    """A failing removal is tried five times, and `reaped` is not written."""
     process, runner_w = start(tmp_path, 0.0, status=1)
     assert process.wait(60) == 0
     os.close(runner_w)

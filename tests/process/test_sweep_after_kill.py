@@ -1,4 +1,4 @@
-"""After the SIGKILL of a runner a sweep leaves nothing of its job: no process, no control group, no file."""
+"""A sweep after the SIGKILL of a runner removes its job's processes, control groups and files."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_sweep_leaves_nothing_of_a_killed_runners_job(either: Backend, state: 
 
 
 def test_a_live_job_beside_a_dead_one_goes_on(either: Backend, state: Path, cache: Path) -> None:
-    """A sweep that ends a dead runner's job leaves the job of a live one running."""
+    """A sweep that ends a dead runner's job leaves other live jobs running."""
     stored = killed(either, state, cache)
     with started(either) as instance:
         report = sweep(dry_run=False, progress=lambda _text: None)
@@ -76,7 +76,7 @@ def test_a_live_job_beside_a_dead_one_goes_on(either: Backend, state: Path, cach
 
 
 def test_a_job_outlives_no_sweep_after_its_deadline(either: Backend) -> None:
-    """A job whose runner lives and does nothing any more is ended by a sweep once its time has passed."""
+    """A sweep ends a job after its deadline even if its runner is alive but hangs."""
     with started(either) as instance:
         path = instance.record.folder / "owner.json"
         text = path.read_text()

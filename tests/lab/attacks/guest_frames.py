@@ -43,9 +43,9 @@ def exchange(  # noqa: PLR0913 - one order that says all
     keep: str = "",
     dribble: bool = False,
 ) -> dict[str, Any]:
-    """Open a flow to a host (hex), send bytes (hex), and wait between them (up to so many seconds, or for data).
+    """Open a flow to a host (hex), send bytes (hex), and wait in between (up to so many seconds, or for data).
 
-    keep: leave it open under that name. dribble: the frame goes byte by byte.
+    keep: leave it open under that name. dribble: send the frame byte by byte.
     """
     gate = _port(state)
     asked = asking(gate.last + 1, bytes.fromhex(host), port, UDP if udp else TCP)
@@ -77,14 +77,14 @@ def _say(gate: Port, number: int, data: bytes, kind: int) -> None:
 
 
 def _await(gate: Port, known: Stream, wait_s: float) -> None:
-    """Wait until more has come."""
+    """Wait until more has arrived."""
     seen, deadline = known.received, time.monotonic() + wait_s
     while time.monotonic() < deadline and known.received == seen and not known.over and not gate.lost:
         gate.read(deadline - time.monotonic())
 
 
 def write(state: State, *, say: list[str]) -> dict[str, Any]:
-    """Write bytes (hexadecimal); the gate goes on."""
+    """Write bytes (hexadecimal); the gate stays open."""
     gate = _port(state)
     gate.write(b"".join(map(bytes.fromhex, say)))
     gate.quiet(0.1)
@@ -92,7 +92,7 @@ def write(state: State, *, say: list[str]) -> dict[str, Any]:
 
 
 def told_flood(state: State, *, host: str, port: int, count: int) -> dict[str, Any]:
-    """Claim *count* times that the guest itself has refused something, which nobody has asked for."""
+    """Report *count* refusals by the guest that nobody asked for."""
     gate = _port(state)
     for start in range(0, count, 100):
         claims = [
@@ -111,7 +111,7 @@ def kept(state: State, *, keep: str, wait_s: float) -> dict[str, Any]:
 
 
 def pause(state: State, *, seconds: float) -> dict[str, Any]:
-    """Take what comes for a while."""
+    """Read for a while."""
     _port(state).quiet(seconds)
     return {}
 
@@ -119,7 +119,7 @@ def pause(state: State, *, seconds: float) -> dict[str, Any]:
 def frames(
     state: State, *, opens: list[list[Any]], say: list[str], pause_s: float = 0.0, wait_s: float = 1.0
 ) -> dict[str, Any]:
-    """Open streams (host, port, whether UDP) and wait for their answers, then write bytes; whether the gate closed."""
+    """Open streams (host, port, whether UDP), wait for their answers, write bytes; report whether the gate closed."""
     gate = _port(state)
     codes = []
     for host, port, udp in opens:
@@ -131,14 +131,14 @@ def frames(
     deadline = time.monotonic() + wait_s
     while not gate.lost and time.monotonic() < deadline:
         gate.read(0.05)
-    # What is said after the gate has closed reaches nobody.
+    # Nobody reads what is sent after the gate has closed.
     gate.lost, closed = False, gate.lost
     gate.write(asking(10_000, b"after.lab.example", 80), 0.3)
     return {"codes": codes, "closed": closed}
 
 
 def past_credit(state: State, *, host: str, port: int) -> dict[str, Any]:
-    """Send without end to one who does not read, whatever the window is."""
+    """Send without end to a peer that does not read, ignoring the window."""
     gate = _port(state)
     number = gate.open(host.encode(), port)
     code = gate.until(number, "code", 12).code
@@ -155,7 +155,7 @@ def past_credit(state: State, *, host: str, port: int) -> dict[str, Any]:
 
 
 def restart(state: State, *, host: str, port: int) -> dict[str, Any]:
-    """A new relay on the old stream: closes the port, opens it again, and counts its streams from 1."""
+    """Start a second relay on the same stream: close the port, reopen it, and count its streams from 1."""
     import os
 
     gate = _port(state)
@@ -173,7 +173,7 @@ def restart(state: State, *, host: str, port: int) -> dict[str, Any]:
 
 
 def open_flood(state: State, *, host: str, port: int, count: int, reset: bool, pace_s: float = 0.0) -> dict[str, Any]:
-    """Ask *count* times; host may have {} for a number. reset: end each connection that comes about."""
+    """Ask *count* times; {} in host is replaced by a number. reset: end each connection that is established."""
     gate = _port(state)
     first, began, ended = gate.last + 1, time.monotonic(), set[int]()
 
@@ -209,7 +209,7 @@ def open_flood(state: State, *, host: str, port: int, count: int, reset: bool, p
 
 
 def reset_flood(state: State, *, host: str, port: int, count: int) -> dict[str, Any]:
-    """Frames for a stream that is closed, and for one of another machine's numbers, without end."""
+    """Send frames for a closed stream, and for a stream number of another machine, without end."""
     gate = _port(state)
     number = gate.open(host.encode(), port)
     gate.until(number, "code", 12)
@@ -223,7 +223,7 @@ def reset_flood(state: State, *, host: str, port: int, count: int) -> dict[str, 
 
 
 def noise(state: State, *, count: int) -> dict[str, Any]:
-    """Bytes by chance."""
+    """Send random bytes."""
     gate = _port(state)
     gate.write(random.Random(7).randbytes(count), 5)  # noqa: S311 - reproducible
     gate.quiet(0.3)
@@ -231,7 +231,7 @@ def noise(state: State, *, count: int) -> dict[str, Any]:
 
 
 def unread(state: State, *, host: str, flows: int, size: int) -> dict[str, Any]:
-    """Open *flows* connections to one who sends without end and read none; then take *size* bytes of another."""
+    """Open *flows* connections to a server that sends without end, read none, then take *size* bytes of another."""
     gate = _port(state)
     gate.auto_credit = False
     live = gate.open(host.encode(), 19)
@@ -257,7 +257,7 @@ def unread(state: State, *, host: str, flows: int, size: int) -> dict[str, Any]:
 
 
 def fill(state: State, *, host: str, flows: int) -> dict[str, Any]:
-    """Fill the windows of *flows* connections to those who do not read; honest about credit."""
+    """Fill the windows of *flows* connections to servers that do not read, within their credit."""
     gate = _port(state)
     numbers = [gate.open(host.encode(), 6000) for _ in range(flows)]
     numbers = [number for number in numbers if gate.until(number, "code", 12).code == 0]
@@ -280,7 +280,7 @@ def fill(state: State, *, host: str, flows: int) -> dict[str, Any]:
 
 
 def download(state: State, *, host: str, port: int, size: int) -> dict[str, Any]:
-    """Take *size* bytes of an endless source."""
+    """Read *size* bytes from an endless source."""
     gate = _port(state)
     number = gate.open(host.encode(), port)
     known = gate.until(number, "code", 12)

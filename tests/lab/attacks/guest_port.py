@@ -1,4 +1,4 @@
-"""Runs in the guest: the stream to the gate, opened by the attacker, who is root."""
+"""Runs in the guest: opens the stream to the gate as root, in place of the relay."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def mount(source: str, target: str, kind: str) -> None:
 
 
 def port_path() -> str | None:
-    """The device of the stream to the gate, made where the program sees it; None where the machine has none."""
+    """Return the device of the stream to the gate, created where the program sees it; None if the machine has none."""
     if not os.path.isdir("/sys/class"):  # noqa: PTH112
         mount("sysfs", "/sys", "sysfs")
     for port in sorted(os.listdir(PORTS)) if os.path.isdir(PORTS) else []:  # noqa: PTH112, PTH208
@@ -34,25 +34,25 @@ def port_path() -> str | None:
         with open(f"{PORTS}/{port}/dev", encoding="ascii") as file:  # noqa: PTH123
             major, minor = map(int, file.read().split(":"))
         if not os.path.exists("/mnt/port"):  # noqa: PTH110
-            mount("tmpfs", "/mnt", "tmpfs")  # one where devices work
+            mount("tmpfs", "/mnt", "tmpfs")  # a file system on which devices work
             os.mknod("/mnt/port", 0o20600, os.makedev(major, minor))
         return "/mnt/port"
     return None
 
 
 def frame(kind: int, stream: int, payload: bytes = b"", code: int = 0) -> bytes:
-    """One frame."""
+    """Return one frame."""
     return HEADER.pack(kind, code, 0, stream, len(payload)) + payload
 
 
 def asking(stream: int, host: bytes, port: int, transport: int = TCP) -> bytes:
-    """The frame that asks for a connection."""
+    """Return the frame that asks for a connection."""
     return frame(OPEN, stream, struct.pack(">BH", transport, port) + host)
 
 
 @dataclass
 class Stream:
-    """What has come on one stream. code: of OPENED; reset: code of RESET."""
+    """The data received on one stream. code: of OPENED; reset: code of RESET."""
 
     code: int | None = None
     reset: int | None = None
@@ -63,7 +63,7 @@ class Stream:
 
     @property
     def over(self) -> bool:
-        """Whether nothing more can come."""
+        """Whether the stream has ended."""
         return bool(self.code) or self.reset is not None
 
 
@@ -74,10 +74,10 @@ class Port:
         path = port_path()
         if path is None:
             raise FileNotFoundError("no stream to the gate")
-        # After a relay that was killed the port is not free at once.
+        # The port is not free at once after a relay was killed.
         for _ in range(200):
             try:
-                # Not blocking, since a gate that does not read must not hang the attack.
+                # Nonblocking, since a gate that does not read must not hang the attack.
                 self.fd = os.open(path, os.O_RDWR | os.O_NONBLOCK)
                 break
             except OSError:
@@ -91,7 +91,7 @@ class Port:
         self.auto_credit = True
 
     def write(self, data: bytes, within_s: float = 20.0) -> int:
-        """Write all that the gate takes in that time; how much that was. Reads meanwhile."""
+        """Write what the gate takes in that time and return its size; read meanwhile."""
         view, deadline = memoryview(data), time.monotonic() + within_s
         while view and not self.lost and time.monotonic() < deadline:
             try:
@@ -103,7 +103,7 @@ class Port:
         return len(data) - len(view)
 
     def read(self, wait_s: float = 0.0, *, out: bool = False) -> bool:
-        """Take what has come; whether something had."""
+        """Read once; return whether there was data."""
         poll = select.poll()
         poll.register(self.fd, select.POLLIN | (select.POLLOUT if out else 0))
         ready = poll.poll(max(0, round(wait_s * 1000)))
@@ -147,14 +147,14 @@ class Port:
                 self.write(frame(CREDIT, stream, struct.pack(">I", len(payload))))
 
     def open(self, host: bytes, port: int, transport: int = TCP) -> int:
-        """Ask; the number of the stream."""
+        """Open a stream; return its number."""
         self.last += 1
         self.streams[self.last] = Stream()
         self.write(asking(self.last, host, port, transport))
         return self.last
 
     def until(self, stream: int, what: str, wait_s: float) -> Stream:
-        """Wait until *what* of a stream is there (an attribute that is true or no longer None), or it is over."""
+        """Wait until the attribute *what* of a stream is true or not None, or the stream has ended."""
         deadline = time.monotonic() + wait_s
         known = self.streams[stream]
         while time.monotonic() < deadline and not self.lost and not known.over:
@@ -165,7 +165,7 @@ class Port:
         return known
 
     def quiet(self, wait_s: float) -> None:
-        """Take what comes in that time."""
+        """Read for that time."""
         deadline = time.monotonic() + wait_s
         while (left := deadline - time.monotonic()) > 0 and not self.lost:
             self.read(left)

@@ -29,7 +29,7 @@ RELAY_DNS: Final = ("127.0.0.53", 53)
 
 @contextlib.contextmanager
 def _in_namespace(which: str) -> Iterator[None]:
-    """In the network namespace of the program ("self"), or of the machine ("1")."""
+    """Run in the network namespace of the program ("self") or of the machine ("1")."""
     own = os.open("/proc/self/ns/net", os.O_RDONLY)
     other = os.open(f"/proc/{which}/ns/net", os.O_RDONLY)
     os.setns(other, os.CLONE_NEWNET)
@@ -49,7 +49,7 @@ def _name_of(number: int) -> str:
 
 
 def tcp(_state: State, *, host: str, port: int, say: str = "", wait_s: float = 5.0) -> dict[str, Any]:
-    """Connect as any program would, say bytes (hexadecimal), and take what comes."""
+    """Connect as any program would, send bytes (hexadecimal), and read the answer."""
     try:
         where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as exc:
@@ -79,7 +79,7 @@ def udp(_state: State, *, host: str, port: int, say: str, wait_s: float = 0.3) -
 
 
 def dns(_state: State, *, queries: list[str]) -> dict[str, Any]:
-    """Ask the answerer of the guest; queries as they go over the wire (hexadecimal)."""
+    """Send queries in wire format (hexadecimal) to the guest's DNS server."""
     codes = []
     for query in queries:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
@@ -110,7 +110,7 @@ def _attribute(kind: int, data: bytes) -> bytes:
 
 
 def _default_route(device: int) -> str:
-    """Replace whatever route there is by a default one."""
+    """Replace any route by a default route."""
     for table in (254, 255, 100, 200):
         head = struct.pack("=BBBBBBBBI", socket.AF_INET, 0, 0, 0, table, 0, 255, 0, 0)
         for _ in range(3):
@@ -140,7 +140,7 @@ def _flush_rules() -> int:
 
 
 def without_rules(_state: State, *, targets: list[list[Any]]) -> dict[str, Any]:
-    """No rules, a default route by the loopback device, in the program's namespace and in the machine's own."""
+    """Flush the rules and set a default route by the loopback device, in the program's and the machine's namespace."""
     said = {}
     for namespace in ("self", "1"):
         with _in_namespace(namespace):
@@ -156,7 +156,7 @@ def _up(device: int) -> None:
 
 
 def devices(_state: State, *, targets: list[list[Any]]) -> dict[str, Any]:
-    """What network hardware there is; then devices made of nothing, with an address and the default route each."""
+    """List network hardware; then create virtual devices, each with an address and the default route."""
     if not os.path.isdir("/sys/bus"):  # noqa: PTH112
         mount("sysfs", "/sys", "sysfs")
     kinds = []
@@ -192,7 +192,7 @@ def _make_devices(targets: list[list[Any]]) -> dict[str, str]:
 
 
 def load_modules(_state: State, *, targets: list[list[Any]]) -> dict[str, Any]:
-    """Every kernel module of the image, drivers of network cards first; then what network devices there are."""
+    """Load every kernel module of the image, network drivers first; then list network devices."""
     loaded = failed = 0
     found = []
     for folder in ("/usr/lib/modules", "/lib/modules", "/proc/1/root/run/x07/modules", "/proc/1/root/lib/modules"):
@@ -217,7 +217,7 @@ def load_modules(_state: State, *, targets: list[list[Any]]) -> dict[str, Any]:
 
 
 def _checksum(data: bytes) -> int:
-    """Of an even number of bytes."""
+    """Return the checksum of an even number of bytes."""
     total: int = sum(map(int, struct.unpack(f">{len(data) // 2}H", data)))
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
@@ -225,7 +225,7 @@ def _checksum(data: bytes) -> int:
 
 
 def _syn(source: str, source_port: int, target: str, port: int) -> bytes:
-    """A whole IPv4 packet that asks for a connection."""
+    """Return a whole IPv4 packet that asks for a connection."""
     ends = socket.inet_aton(source) + socket.inet_aton(target)
     segment = struct.pack(">HHIIBBHHH", source_port, port, random.getrandbits(32), 0, 0x50, 2, 64240, 0, 0)
     check = _checksum(ends + struct.pack(">BBH", 0, 6, len(segment)) + segment)
@@ -236,7 +236,7 @@ def _syn(source: str, source_port: int, target: str, port: int) -> bytes:
 
 
 def raw_packets(_state: State, *, targets: list[list[Any]]) -> dict[str, Any]:
-    """Packets of our own making on every device, below the kernel's rules, and by raw sockets."""
+    """Send crafted packets on every device, below the kernel's rules, and by raw sockets."""
     sent = 0
     for namespace in ("self", "1"):
         with _in_namespace(namespace):
@@ -257,7 +257,7 @@ def _send_raw(host: str, port: int) -> int:
 
 
 def vsock(_state: State, *, ports: int) -> dict[str, Any]:
-    """The host by its machine's own socket family."""
+    """Connect to the host by the machine's own socket family."""
     said: dict[str, int] = {}
     for cid in (2, 1, 0):
         for port in range(ports):
@@ -269,13 +269,13 @@ def vsock(_state: State, *, ports: int) -> dict[str, Any]:
                 number = exc.errno or 0
             name = f"{cid} {_name_of(number)}"
             said[name] = said.get(name, 0) + 1
-            if number == errno.EAFNOSUPPORT:  # the kernel has no such sockets: it says the same of every port
+            if number == errno.EAFNOSUPPORT:  # a kernel without such sockets fails in the same way for every port
                 break
     return {"said": said}
 
 
 def syn_flood(_state: State, *, host: str, port: int, count: int) -> dict[str, Any]:
-    """Half-open connections from sources that are nobody."""
+    """Open half-open connections from spoofed sources."""
     target = socket.gethostbyname(host)
     sent = 0
     with socket.socket(socket.AF_INET, socket.SOCK_RAW, 255) as sock:
@@ -289,7 +289,7 @@ def syn_flood(_state: State, *, host: str, port: int, count: int) -> dict[str, A
 
 
 def connect_flood(_state: State, *, host: str, port: int, count: int, at_once: int) -> dict[str, Any]:
-    """Connections as fast as they come, each closed when the next batch begins."""
+    """Open connections as fast as possible, closing each when the next batch begins."""
     target = (socket.gethostbyname(host), port)
     codes: dict[str, int] = {}
     began = time.monotonic()
@@ -311,7 +311,7 @@ def connect_flood(_state: State, *, host: str, port: int, count: int, at_once: i
 
 
 def _relay() -> tuple[int, int]:
-    """Process id of the relay, and its descriptor of the stream to the gate."""
+    """Return the relay's process id and its descriptor of the stream to the gate."""
     path = port_path()
     assert path is not None
     device = os.stat(path).st_rdev  # noqa: PTH116
@@ -325,7 +325,7 @@ def _relay() -> tuple[int, int]:
 
 
 def kill_relay(_state: State, *, targets: list[list[Any]]) -> dict[str, Any]:
-    """End the relay at the first moment, and connect to everything."""
+    """Kill the relay at once, then connect to everything."""
     pid, _ = _relay()
     os.kill(pid, 9)
     _flush_rules()
@@ -333,7 +333,7 @@ def kill_relay(_state: State, *, targets: list[list[Any]]) -> dict[str, Any]:
 
 
 def second_writer(_state: State, *, host: str, port: int) -> dict[str, Any]:
-    """Write to the relay's own stream, beside it: streams of our own numbers, and the middle of a frame."""
+    """Write to the relay's own stream: streams with other numbers, and the middle of a frame."""
     pid, fd = _relay()
     pidfd = os.pidfd_open(pid)
     number = ctypes.CDLL(None, use_errno=True).syscall(438, pidfd, fd, 0)  # pidfd_getfd
@@ -341,7 +341,7 @@ def second_writer(_state: State, *, host: str, port: int) -> dict[str, Any]:
         raise OSError(ctypes.get_errno(), "pidfd_getfd")
     os.set_blocking(number, True)
     os.write(number, asking(5, host.encode(), port)[:9])
-    # The relay's own frame comes into the middle of it, and its numbers are behind ours.
+    # The relay's own frame is inserted into it, and its numbers are lower than ours.
     said = tcp({}, host=host, port=port, wait_s=2)["said"]
     rest = array.array("B", asking(5, host.encode(), port)[9:])
     with contextlib.suppress(OSError):

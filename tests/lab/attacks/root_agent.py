@@ -1,9 +1,9 @@
 # mypy: ignore-errors
 """A compromised guest: it replaces `guest/agent.py` in images that tests build; the honest agent is `guest/honest.py`.
 
-The agent itself keeps to the protocol, so that a run goes on and ends as any other. The program is root of the
-machine: all capabilities, no filter, no Landlock, no process namespace of its own, every module and device at hand.
-Where its first argument is "frames", there is no relay either, and the stream to the gate is the program's.
+The agent itself keeps to the protocol, so that a run starts and ends as any other. The program is root of the machine:
+all capabilities, no filter, no Landlock, no process namespace of its own, every module and device available. If its
+first argument is "frames", there is no relay either, and the stream to the gate is the program's.
 """
 
 from __future__ import annotations
@@ -22,33 +22,33 @@ _last_steps = restrict.exec_functions
 
 
 class NoRelay:
-    """In the place of a `RelayProcess`."""
+    """Stands in for a `RelayProcess`."""
 
     def __init__(self) -> None:
         self.status_fd, self._open_fd = os.pipe2(os.O_CLOEXEC)
 
     def wait_built(self) -> None:
-        """It is."""
+        """Return at once: nothing is built."""
 
     def wait_admitted(self) -> None:
-        """It is."""
+        """Return at once: nothing is admitted."""
 
     def admit(self, _network: dict) -> None:
-        """It needs no leave."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """There is nothing to end."""
+        """Do nothing."""
 
 
 class RootEnvironment(environment.Environment):
-    """A place whose program is started anew, without an interpreter that waits."""
+    """An environment that starts a new interpreter instead of using the one that waits."""
 
     def __init__(self, platform: Platform, *, first: bool = True, network: bool = False, **_words: object) -> None:
         super().__init__(platform, first=first, network=network)
 
 
 class LostAgent(honest.Agent):
-    """Honest, but for the relay."""
+    """Honest, except for the relay."""
 
     def _take(self, event: Event) -> None:
         if isinstance(event, Control) and event.kind is honest.Kind.START and "frames" in event.body["argv"]:
@@ -68,7 +68,7 @@ def _without_pid_namespace(flags: int) -> None:
 
 
 def _only_the_program(program: int, *, namespace: bool) -> int:
-    """As init._wait_for_program, where everybody is in reach of kill(-1)."""
+    """Wait as init._wait_for_program does, with every process within reach of kill(-1)."""
     del namespace
     while True:
         pid, status = os.wait()
@@ -81,7 +81,7 @@ def _no_last_steps() -> tuple:
 
 
 def main() -> None:
-    """Serve the one conversation with a program that is root."""
+    """Serve one conversation with a program that is root."""
     os.unshare = _without_pid_namespace
     init._wait_for_program = _only_the_program  # noqa: SLF001 - there is no other way in
     restrict.exec_functions = _no_last_steps

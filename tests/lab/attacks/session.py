@@ -1,6 +1,6 @@
-"""Runs of an attacker who is root of the guest: a test sends commands one by one, and sees what each one reached.
+"""Runs of an attacker with root in the guest: a test sends commands one by one and sees what each one reached.
 
-The image is a real one, built in a cache of the tests' own, with another agent (root_agent.py).
+The image is a real one, built in a separate cache, with another agent (root_agent.py).
 """
 
 from __future__ import annotations
@@ -221,8 +221,8 @@ class Session:
         return self._line()
 
     def look(self, answer: dict[str, Any] | None = None) -> Seen:
-        """Return what reached the outside since the last call."""
-        # What comes later counts for the next look: none of it is lost.
+        """Return the contacts since the last call."""
+        # Later contacts count for the next call: none is lost.
         self.lab.wait_quiet(quiet_s=0.05)
         mark, self._mark = self._mark, self.lab.log.stat().st_size
         contacts, packets = self.lab.contacts(mark), self.lab.packets(mark)
@@ -313,5 +313,5 @@ class Session:
 
     @property
     def said(self) -> str:
-        """The standard error of `x07 run`, once it has ended."""
+        """Return the standard error of `x07 run` after it has ended."""
         return self._said
