@@ -1,4 +1,4 @@
-"""Real machines for tests: the image, a private place for each test's records, and the watch on what is left."""
+"""Real machines for tests: the image, private state folders, and a check that runs leave no remains."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ BEHAVE = PROGRAMS / "behave.c"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ran:
-    """A run that has ended. seconds: all of it, as the caller waited."""
+    """A run that has ended. seconds: total time, as the caller waited."""
 
     result: Result
     stdout: bytes
@@ -50,31 +50,31 @@ class Ran:
 
     @property
     def outcome(self) -> str:
-        """How it ended, in one word."""
+        """The outcome, in one word."""
         return self.result.outcome
 
     @property
     def reason(self) -> str:
-        """How it ended, in one sentence."""
+        """The reason, in one sentence."""
         return self.result.reason
 
     @property
     def program_ms(self) -> float:
-        """From the program's exec to the end of its phase, by the host's clock."""
+        """Time from the program's exec to the end of its phase, by the host's clock."""
         times = self.result.phases["run"].times_ms
         return times["end"] - times["started"]
 
     def lines(self) -> list[str]:
-        """Standard output, line by line."""
+        """The lines of standard output."""
         return self.stdout.decode().splitlines()
 
     def denied(self, field: str) -> int:
-        """How often the run was denied something that *field* allows."""
+        """Return how often the run was denied something that *field* allows."""
         return sum(denial.count for denial in self.result.denials if denial.field == field)
 
 
 class Sandbox:
-    """Starts runs as a caller of the library would, and checks after each that it left nothing on the host."""
+    """Starts runs as a caller of the library does, and checks after each that it left nothing on the host."""
 
     def __init__(self, state: Path, work: Path, artifacts: Artifacts) -> None:
         self.state = state
@@ -99,9 +99,9 @@ class Sandbox:
         env: Mapping[str, str] | None = None,
         alone: bool = True,
     ) -> Ran:
-        """One run to its end. stdin: bytes, or a descriptor to stream from. artifact: what was built before.
+        """Carry out one run. stdin: bytes, or a descriptor to stream from. artifact: a prebuilt program.
 
-        alone: no other run goes on beside it, so that what is left must be its own.
+        alone: no other run is active at the same time, so any remains are this run's.
         """
         with contextlib.ExitStack() as stack:
             if cancel is None:
@@ -120,7 +120,7 @@ class Sandbox:
                 cold=cold,
                 cache=cache,
                 env=env or {},
-                changes="all-or-nothing",  # a run that is tried again finds the files as this one did
+                changes="all-or-nothing",  # a retried run finds the files as this one did
                 loaders=(load_x07,),
                 cancel=cancel,
             )
@@ -133,19 +133,19 @@ class Sandbox:
     def run_text(self, name: str, text: str | bytes, *args: str, **options: object) -> Ran:
         """Run a source text under *name*."""
         path = self.work / name
-        # By rename: a run beside this one may be reading a source of the same name.
+        # By rename: a concurrent run may be reading a source of the same name.
         temporary = path.with_name(f".{threading.get_ident()}.{name[:64]}")
         temporary.write_bytes(text.encode() if isinstance(text, str) else text)
         temporary.replace(path)
         return self.run(path, *args, **options)  # type: ignore[arg-type] # the caller's are checked by `run` itself
 
     def behave(self, *args: str, **options: object) -> Ran:
-        """Run programs/behave.c, which was built before."""
+        """Run programs/behave.c, prebuilt."""
         artifact = self.artifacts.built(BEHAVE)
         return self.run(BEHAVE, *args, artifact=artifact, **options)  # type: ignore[arg-type] # as above
 
     def policy(self, changes: Mapping[str, object]) -> Path:
-        """The built-in policy with *changes* (dotted names) as a file."""
+        """Write the built-in policy with *changes* (dotted names) to a file."""
         document = msgspec.to_builtins(default_policy())
         for name, value in changes.items():
             section, _, key = name.partition(".")
@@ -157,9 +157,9 @@ class Sandbox:
 
 
 class Artifacts:
-    """Built programs by the content that they were built from, shared by the workers and by sessions.
+    """Built programs by the content of their source, shared by workers and sessions.
 
-    What is under test here is how programs run; that building works is proven where a test builds.
+    These tests are about running programs; other tests prove that building works.
     """
 
     def __init__(self, folder: Path, image: Image) -> None:
@@ -168,7 +168,7 @@ class Artifacts:
         self._known: dict[Path, bytes] = {}
 
     def built(self, source: Path) -> bytes:
-        """The artifact of *source*."""
+        """Return the artifact of *source*."""
         if source not in self._known:
             self._known[source] = self._load_or_build(source)
         return self._known[source]
@@ -215,12 +215,12 @@ def _out_file(content: bytes | None, stack: contextlib.ExitStack) -> OutFile:
 
 
 def owners(state: Path) -> list[dict[str, object]]:
-    """The owner records of all jobs below *state*."""
+    """Return the owner records of all jobs below *state*."""
     return [json.loads(path.read_bytes()) for path in sorted(state.glob("*/owner.json"))]
 
 
 def wait_done(state: Path, timeout_s: float) -> None:
-    """Wait until a job below *state* is recorded as done: its machine is gone, though its run may go on."""
+    """Wait until a job below *state* is recorded as done: its machine is gone, though its run may continue."""
     deadline = time.monotonic() + timeout_s
     while not any(state.glob("*/done")):
         assert time.monotonic() < deadline, f"no job was done within {timeout_s} s"
@@ -228,12 +228,12 @@ def wait_done(state: Path, timeout_s: float) -> None:
 
 
 def marked(mark: str) -> list[int]:
-    """Every process of this machine that carries *mark*."""
+    """Return every process of this machine that carries *mark*."""
     return [int(name) for name in os.listdir("/proc") if name.isdigit() and has_mark(int(name), mark)]  # noqa: PTH208 - numbers
 
 
 def left_behind(state: Path) -> list[str]:
-    """What the jobs recorded below *state* have left on the host, one sentence each."""
+    """Return the remains on the host of the jobs recorded below *state*, one sentence each."""
     found = []
     for folder in sorted(path.parent for path in state.glob("*/job.json")):
         if not any((folder / end).is_file() for end in ("done", "reaped")):
@@ -270,7 +270,7 @@ def artifacts(image: Image, pytestconfig: pytest.Config, tmp_path_factory: pytes
 
 
 def copy_cache(place: Path) -> None:
-    """A cache of images and saved machines beside the user's: queue and pool in it are a test's own."""
+    """Make a cache of images and saved machines beside the user's, with its own queue and pool."""
     place.mkdir(mode=0o700)
     for path in cache_dir().iterdir():
         if path.name in {"images", "templates", "verified", "kvm", "libraries", "artifacts"}:
@@ -278,7 +278,7 @@ def copy_cache(place: Path) -> None:
 
 
 def _link_all(source: Path, target: Path) -> None:
-    """Link all of a folder in which others make and remove things meanwhile: then cp finds some of them gone."""
+    """Hard-link a folder that others change meanwhile, in which case cp finds some files gone."""
     said = b""
     for _ in range(20):
         target.mkdir(mode=0o700)
@@ -292,12 +292,12 @@ def _link_all(source: Path, target: Path) -> None:
 
 @pytest.fixture
 def sandbox(state: Path, tmp_path: Path, artifacts: Artifacts) -> Sandbox:
-    """Runs with the test's own records; what a run leaves behind fails the test."""
+    """Runs with the test's own records; the exit checks that they left no remains."""
     return Sandbox(state, tmp_path, artifacts)
 
 
 @pytest.fixture
 def threads() -> Iterator[ThreadPoolExecutor]:
-    """For tests that look at a run while it goes on."""
+    """Threads for tests that watch a run while it is active."""
     with ThreadPoolExecutor(4) as pool:
         yield pool

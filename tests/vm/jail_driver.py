@@ -1,12 +1,12 @@
-"""A runner of its own, with a hostile program in QEMU's place: run by path, as root or as an ordinary user.
+"""A runner with a hostile program in QEMU's place: run by path, as root or as an ordinary user.
 
     jail_driver.py '{"binary": PATH, "do": "hold" | "talk" | "phase", ...}'
 
-Answers one JSON object a line on standard output and takes one word a line on standard input. hold: wait blocked,
-go on at "release", end at "stop". talk: send the next line, a JSON string, over the channel and go on, print what
-comes back, end at "stop". die: let it go, and be killed after so many microseconds. die-early: be killed so many
-microseconds after the start began. phase: be the host's side of a run's conversation, as in a run. thread: as hold, but
-started and let go by a thread that has ended when the test hears of it.
+Prints one JSON object per line on standard output, and reads one word per line from standard input. hold: wait
+blocked, continue at "release", end at "stop". talk: send the next line, a JSON string, over the channel, continue,
+print the answer, end at "stop". die: release the program, and be killed after so many microseconds. die-early: be
+killed so many microseconds after the start began. phase: be the host's side of a run's conversation, as in a run.
+thread: as hold, but a thread that has ended when the test gets the answer starts and releases the program.
 """
 
 from __future__ import annotations
@@ -50,29 +50,29 @@ _TALK_BYTES = 4 * settings.MIB
 
 
 def tell(event: str, **fields: object) -> None:
-    """One line for the test."""
+    """Print one line for the test."""
     sys.stdout.write(json.dumps({"event": event, **fields}) + "\n")
     sys.stdout.flush()
 
 
 def status_kib(name: str) -> int:
-    """A figure of /proc/self/status in KiB."""
+    """Return a value of /proc/self/status in KiB."""
     found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"), re.MULTILINE)
     assert found is not None
     return int(found[1])
 
 
 def wait_for(word: str) -> None:
-    """Go on when the test says so."""
+    """Wait for the test's word."""
     got = sys.stdin.readline().strip()
     if got != word:
         raise SystemExit(f"the test said {got!r} instead of {word!r}")
 
 
 def swap(folder: Path, how: str) -> None:
-    """Put something else under the path of each part of the image, which has been opened and checked.
+    """Replace the path of each part of the image, which has been opened and checked.
 
-    file, link: a file or a link, the checked file living on under another name. over: a file, by rename(2) over it.
+    file, link: by a file or a link, the checked file keeping another name. over: by a file, with rename(2).
     """
     for name in ("vmlinux", "initrd.cpio", "root.erofs", "scratch.head"):
         other = folder / f"{name}.other"
@@ -114,7 +114,7 @@ def started(order: dict[str, Any]) -> Iterator[QemuInstance]:
 
 
 def hold(order: dict[str, Any]) -> None:
-    """Started from this thread; then wait."""
+    """Start the program from this thread; then wait."""
     with started(order) as instance:
         wait_for("release")
         instance.release()
@@ -122,14 +122,14 @@ def hold(order: dict[str, Any]) -> None:
 
 
 def die(order: dict[str, Any]) -> None:
-    """Let go, then killed in the midst of what follows."""
+    """Release the program, and be killed during what follows."""
     with started(order) as instance:
         instance.release()
         kill_after(order["after_us"])
 
 
 def die_early(order: dict[str, Any]) -> None:
-    """Killed in the midst of the start."""
+    """Be killed during the start."""
     killer = threading.Thread(target=kill_after, args=(order["after_us"],))
     killer.start()
     with started(order):
@@ -137,16 +137,16 @@ def die_early(order: dict[str, Any]) -> None:
 
 
 def kill_after(microseconds: int) -> None:
-    """SIGKILL to this process."""
+    """Send SIGKILL to this process."""
     time.sleep(microseconds / 1e6)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def talk(order: dict[str, Any]) -> None:
-    """The program's findings, at most 4 MiB of them."""
+    """Print the program's findings, at most 4 MiB of them."""
     with started(order) as instance:
         facts = json.loads(sys.stdin.readline())
-        with contextlib.suppress(BrokenPipeError):  # it has ended, as the reading below finds too
+        with contextlib.suppress(BrokenPipeError):  # it has ended, which the read below shows too
             os.write(instance.channel_fd, facts.encode())
         instance.release()
         deadline = Deadline.after(_TALK_S)
@@ -158,7 +158,7 @@ def talk(order: dict[str, Any]) -> None:
             if poll.poll(deadline.left_s() * 1000):
                 try:
                     chunk = os.read(instance.channel_fd, 65536)
-                except ConnectionResetError:  # it ended with our words unread
+                except ConnectionResetError:  # it ended without reading our words
                     chunk = b""
                 data += chunk
                 if not chunk:
@@ -170,7 +170,7 @@ def talk(order: dict[str, Any]) -> None:
 
 
 def phase(order: dict[str, Any]) -> None:
-    """A phase of a run up to its verdict."""
+    """Run a phase of a run up to its verdict."""
     settings.BOOT_S = order.get("boot_s", 3.0)  # type: ignore[misc] # so that the tests need not wait half a minute
     with contextlib.ExitStack() as stack:
         cancel = Cancel()

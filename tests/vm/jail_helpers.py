@@ -48,9 +48,9 @@ _count = itertools.count()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Account:
-    """Who runs x07, and with what.
+    """A user who runs x07, and what they need.
 
-    command: words before a command that make it run as this user. folder: readable by the user: binaries, and where
+    command: prefix that makes a command run as this user. folder: readable by the user: binaries, and where
     needed copies of the package and of what it imports. namespaces: whether they are allowed.
     """
 
@@ -64,17 +64,17 @@ class Account:
 
     @property
     def words(self) -> tuple[str, ...]:
-        """What comes before a command that this account runs."""
+        """Return the prefix of a command that this account runs."""
         return (*(() if self.namespaces else (sys.executable, str(HERE / "without_namespaces.py"))), *self.command)
 
     @property
     def outer(self) -> tuple[str, ...]:
-        """The processes of a jail but the VMM itself."""
+        """The processes of a jail except the VMM itself."""
         return ("supervisor", "monitor", "inner") if self.namespaces else ("supervisor",)
 
     @property
     def jail(self) -> str:
-        """The form of the jail, as a result names it."""
+        """The kind of jail, as a result names it."""
         return f"{'namespaces' if self.namespaces else 'Landlock and seccomp'}, {self.form}; "
 
     @property
@@ -88,11 +88,11 @@ class Account:
         return Path(self.env["X07_VM_STATE_DIR"])
 
     def hostile(self, mode: str) -> Path:
-        """The program that behaves so."""
+        """Return the program with that behaviour."""
         return self.folder / f"hostile-{mode}"
 
     def x07(self, *args: str, stdin: bytes = b"", inside: tuple[str, ...] = ()) -> subprocess.CompletedProcess[bytes]:
-        """The real command line, run as this user. inside: words before the command, such as a namespace's."""
+        """Run the real command line as this user. inside: words before the command, such as a namespace's."""
         code = "import sys; from x07_sandbox.cli.main import main; sys.exit(main())"
         return subprocess.run(
             [*inside, *self.words, sys.executable, "-B", "-c", code, *args],
@@ -105,12 +105,12 @@ class Account:
         )
 
 
-# --- who -------------------------------------------------------------------------------------------------------------
+# --- accounts --------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def public_folder() -> Iterator[Path]:
-    """A folder that every user may read, with the hostile program under each of its names."""
+    """Make a folder that every user may read, with the hostile program under each of its names."""
     gcc = shutil.which("gcc")
     need(gcc, "gcc is not installed", installable=True)
     assert gcc is not None
@@ -122,20 +122,20 @@ def public_folder() -> Iterator[Path]:
             [gcc, "-O1", "-Wall", "-Wextra", "-Werror", "-static", "-pthread", "-o", first, SOURCE], check=True
         )
         for mode in MODES[1:]:
-            shutil.copy(first, folder / f"hostile-{mode}")  # no link: each is a file of its own
+            shutil.copy(first, folder / f"hostile-{mode}")  # no link: each needs its own inode
         yield folder
     finally:
         shutil.rmtree(folder)
 
 
 def copy_image(image: Image, cache: Path) -> Path:
-    """A copy of an image in another cache, by its digest and as the default; its folder."""
+    """Copy an image to another cache, by its digest and as the default; return its folder."""
     images = cache / "images"
     target = images / image.digest.removeprefix("sha256:")
     for folder in (cache, images, images / "names"):
         folder.mkdir(mode=0o700, exist_ok=True)
     if not target.exists():
-        shutil.copytree(image.folder, target)  # copies, not links: what a test does to them stays here
+        shutil.copytree(image.folder, target)  # copies, not links: tests modify them
         target.chmod(0o700)
     name = images / "names" / "default"
     name.write_text(f"{target.name}\n", encoding="ascii")
@@ -145,7 +145,7 @@ def copy_image(image: Image, cache: Path) -> Path:
 
 @contextlib.contextmanager
 def temporary_user() -> Iterator[pwd.struct_passwd]:
-    """A new ordinary user, gone afterwards with all that is theirs."""
+    """Create an ordinary user, and remove the user and all their files on exit."""
     need(Path(USERADD).exists(), "useradd is not installed", installable=True)
     name = f"x07t{os.getpid()}n{next(_count)}"
     subprocess.run([USERADD, "--create-home", "--shell", "/bin/sh", name], check=True, capture_output=True)
@@ -158,7 +158,7 @@ def temporary_user() -> Iterator[pwd.struct_passwd]:
 
 
 def own_tree(path: Path, uid: int) -> None:
-    """Give a folder and all in it to a user and the group of that number, as useradd makes it."""
+    """Give a folder and its content to a user and the group of that number, as useradd makes it."""
     os.chown(path, uid, uid)
     for found in path.rglob("*"):
         os.chown(found, uid, uid, follow_symlinks=False)
@@ -182,7 +182,7 @@ def _packages() -> Path:
 
 
 def _other_account(found: pwd.struct_passwd, folder: Path, image: Image) -> Account:
-    """An ordinary user with a home, an image and all they need to run x07."""
+    """Return an ordinary user with a home, an image and all they need to run x07."""
     home = Path(found.pw_dir)
     home.chmod(0o700)
     (home / ".cache").mkdir(mode=0o700)
@@ -190,7 +190,7 @@ def _other_account(found: pwd.struct_passwd, folder: Path, image: Image) -> Acco
     own_tree(home, found.pw_uid)
     ids = ("--reuid", str(found.pw_uid), "--regid", str(found.pw_gid), "--clear-groups", "--inh-caps=-all")
     command = (SETPRIV, *ids, "--")
-    # What root works in may lie below /root: the user gets copies of what they cannot read.
+    # The files of root's environment may lie below /root: the user gets copies of those they cannot read.
     source = folder / "src"
     skip = shutil.ignore_patterns("__pycache__")
     shutil.copytree(Path(x07_sandbox.__file__).parent, source / "x07_sandbox", ignore=skip)
@@ -209,7 +209,7 @@ def _other_account(found: pwd.struct_passwd, folder: Path, image: Image) -> Acco
 
 
 def _own_account(form: str, home: Path, folder: Path) -> Account:
-    """Ourselves, with the image that we have, and a place of the tests' own for records."""
+    """Return the current user, with the existing image and a separate folder for records."""
     shutil.copy(HERE / "jail_driver.py", folder)
     env = _environment(home, [Path(x07_sandbox.__file__).parent.parent, _packages()])
     env["X07_VM_CACHE_DIR"] = str(cache_dir())
@@ -218,7 +218,7 @@ def _own_account(form: str, home: Path, folder: Path) -> Account:
 
 @pytest.fixture(scope="session", name="accounts")
 def accounts_fixture(image: Image, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Account]]:
-    """Those of the two forms that this session can have: as root both, else only one's own."""
+    """The accounts that this session can have: both as root, otherwise only its own."""
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(public_folder())
         home = tmp_path_factory.mktemp("home")
@@ -239,7 +239,7 @@ def account_fixture(request: pytest.FixtureRequest, accounts: dict[str, Account]
 
 @pytest.fixture(scope="session", params=[*FORMS, *(form + WITHOUT for form in FORMS)], name="each_form")
 def each_form_fixture(request: pytest.FixtureRequest, accounts: dict[str, Account]) -> Account:
-    """Both in turn, each with either form of the jail."""
+    """Both in turn, each with either kind of jail."""
     form = request.param.removesuffix(WITHOUT)
     need(form in accounts, "needs to be root", installable=False)
     return replace(accounts[form], namespaces=form == request.param)
@@ -255,7 +255,7 @@ def ordinary_fixture(accounts: dict[str, Account]) -> Account:
 
 
 class Runner:
-    """jail_driver.py as a process of its own; whatever a test does, it and its machine end with the `with`."""
+    """jail_driver.py as a separate process, which ends, with its machine, when the `with` ends."""
 
     def __init__(self, account: Account, *, may_fail: bool = False, **order: Any) -> None:  # noqa: ANN401 - JSON
         self._expect = ("started", "refused") if may_fail else ("started",)
@@ -297,13 +297,13 @@ class Runner:
         self._errors.close()
 
     def say(self, word: str) -> None:
-        """Let the runner go on."""
+        """Send a word, so that the runner continues."""
         assert self.process.stdin is not None
         self.process.stdin.write(f"{word}\n".encode())
         self.process.stdin.flush()
 
     def hear(self, *events: str, timeout_s: float = 90) -> dict[str, Any]:
-        """The next thing that it says, which must be one of *events*."""
+        """Return the runner's next message, which must be one of *events*."""
         assert self.process.stdout is not None
         fd = self.process.stdout.fileno()
         deadline = time.monotonic() + timeout_s
@@ -328,52 +328,52 @@ class Runner:
 
     @property
     def monitor(self) -> int:
-        """Bubblewrap's outer process, where there is one."""
+        """Bubblewrap's outer process, if there is one."""
         (pid,) = children_of(self.supervisor)
         return pid
 
     @property
     def inner(self) -> int:
-        """The first process of the jail."""
+        """The first process inside the jail."""
         return int(self.started["inner"])
 
     def vmm(self) -> int:
-        """The program that stands in QEMU's place, once it runs."""
+        """The program in QEMU's place, once it runs."""
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
             found = children_of(self.inner) if self.account.namespaces else [self.inner]
             if found and Path(f"/proc/{found[0]}/exe").readlink() == Path(self.order["binary"]):
                 return found[0]
-            select.select([], [], [], 0.01)  # no event tells of another process's exec
+            select.select([], [], [], 0.01)  # no event announces another process's exec
         pytest.fail("the program did not start")
 
     def wait_at_the_gate(self) -> None:
-        """Until the jail is made, all but the start of the program."""
+        """Wait until the jail is complete and only the program's start is missing."""
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
             made = Path(f"/proc/{self.inner}", "mountinfo" if self.account.namespaces else "limits")
             if (ROOT if self.account.namespaces else _LIMITED) in " ".join(made.read_text(encoding="utf-8").split()):
                 return
-            select.select([], [], [], 0.01)  # no event tells of another process's mounts
+            select.select([], [], [], 0.01)  # no event announces another process's mounts
         pytest.fail("the jail was not made")
 
     def processes(self) -> dict[str, int]:
-        """All of the jail's, once the program runs."""
+        """Return all processes of the jail, once the program runs."""
         return {name: getattr(self, name) for name in self.account.outer} | {"vmm": self.vmm()}
 
     def image_files(self) -> list[str]:
-        """Where the program finds the image's parts."""
+        """Return where the program finds the image's parts."""
         return list(self.started["image_files"])
 
     def pidfds(self, stack: contextlib.ExitStack) -> list[int]:
-        """One for each process of the jail."""
+        """Return one pidfd for each process of the jail."""
         fds = [os.pidfd_open(pid) for pid in self.processes().values()]
         for fd in fds:
             stack.callback(os.close, fd)
         return fds
 
     def left(self) -> list[str]:
-        """What of this job is still on the host."""
+        """Return the remains of this job on the host."""
         folder = Path(self.started["folder"])
         owner = json.loads((folder / "owner.json").read_bytes())
         found = [f"process {pid}" for pid in marked(owner["instance"])]
@@ -381,7 +381,7 @@ class Runner:
 
 
 def ended(pidfds: list[int], timeout_s: float) -> bool:
-    """Whether all those processes have ended, waiting so long for it."""
+    """Wait that long; return whether all those processes have ended."""
     deadline = time.monotonic() + timeout_s
     for fd in pidfds:
         poll = select.poll()
@@ -395,18 +395,18 @@ def ended(pidfds: list[int], timeout_s: float) -> bool:
 
 
 def status(pid: int) -> dict[str, str]:
-    """/proc/PID/status."""
+    """Return /proc/PID/status."""
     lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
     return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
 def all_pids() -> list[int]:
-    """Every process of this machine."""
+    """Return every process of this machine."""
     return [int(name) for name in os.listdir("/proc") if name.isdigit()]  # noqa: PTH208 - numbers
 
 
 def descriptors(pid: int) -> dict[int, str]:
-    """What each descriptor of a process is."""
+    """Return the target of each descriptor of a process."""
     found = {}
     for link in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):
@@ -414,12 +414,12 @@ def descriptors(pid: int) -> dict[int, str]:
     return found
 
 
-# --- what the hostile program found ----------------------------------------------------------------------------------
+# --- the hostile program's findings ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One thing that it tried. err: 0 if it worked."""
+    """One attempt of the program. err: 0 if it worked."""
 
     probe: str
     arg: str
@@ -428,16 +428,16 @@ class Finding:
 
 
 def parse(text: str) -> list[Finding]:
-    """The findings as it wrote them."""
+    """Parse the findings."""
     return [Finding(**json.loads(line)) for line in text.splitlines()]
 
 
 @dataclass(slots=True)
 class Look:
-    """What a job found out about its jail, and what was seen of it from outside.
+    """A job's findings about its jail, and its state seen from outside.
 
-    statuses, links: by name of the process ("supervisor", "monitor", "inner", "vmm"), for this job and for one beside
-    it. own: the files that the jail holds for the program. touched: what of the host's files is not as it was.
+    statuses, links: by name of the process ("supervisor", "monitor", "inner", "vmm"), for this job and for a second
+    one. own: the files that the jail holds for the program. touched: the host's files that were changed.
     """
 
     account: Account
@@ -452,11 +452,11 @@ class Look:
     reached: list[str] = field(default_factory=list)
 
     def of(self, *probes: str) -> list[Finding]:
-        """All findings of these probes; there is at least one of each."""
+        """Return all findings of these probes; each has at least one."""
         found = [finding for finding in self.findings if finding.probe in probes]
         assert {finding.probe for finding in found} == set(probes)
         return found
 
     def worked(self, *probes: str) -> list[Finding]:
-        """Those that worked."""
+        """Return the findings that worked."""
         return [finding for finding in self.of(*probes) if finding.err == 0]

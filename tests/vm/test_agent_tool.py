@@ -30,13 +30,13 @@ FLOODS: Final = "while True: print('x' * 4096)"
 
 
 def call(number: object, language: object = "python", source: object = "print('well')", **more: object) -> bytes:
-    """One call as a line."""
+    """Return one call as a line."""
     asked = {"id": number, "name": "run_code", "input": {"language": language, "source": source, **more}}
     return json.dumps(asked).encode() + b"\n"
 
 
 def answers(way: str, lines: bytes) -> list[dict[str, Any]]:
-    """What the tool writes for *lines*: each line of it one JSON object."""
+    """Return the tool's answers to *lines*: one JSON object each."""
     argv = [sys.executable, str(TOOL), *(["--command"] if way == "command" else [])]
     done = subprocess.run(argv, input=lines, capture_output=True, check=False, timeout=500)
     assert done.returncode == 0, done.stderr
@@ -44,7 +44,7 @@ def answers(way: str, lines: bytes) -> list[dict[str, Any]]:
 
 
 def by_id(found: list[dict[str, Any]]) -> dict[str | int, dict[str, Any]]:
-    """The contents by the id of their call, as it came; each call has one."""
+    """Return the contents by the id of their call, in order; each call has one."""
     contents = {one["id"]: one["content"] for one in found}
     assert len(contents) == len(found)
     assert all(one["is_error"] == (one["content"]["outcome"] != "ok") for one in found)
@@ -54,7 +54,7 @@ def by_id(found: list[dict[str, Any]]) -> dict[str | int, dict[str, Any]]:
 @pytest.mark.skipif(not FULL, reason="full sizes only: tests of the pages make the same calls")
 @pytest.mark.parametrize("way", WAYS)
 def test_good_calls_of_an_assistant_are_carried_out(way: str, image: Image, state: Path) -> None:
-    """The agent's tool runs every language with input and further files, and tells output, status and signal."""
+    """The agent's tool runs every language with input and extra files, and reports output, status and signal."""
     assert image.digest
     text = "import sys, words\nprint(words.HELLO, sys.stdin.read())\n"
     told = by_id(
@@ -93,7 +93,7 @@ def test_good_calls_of_an_assistant_are_carried_out(way: str, image: Image, stat
 
 @pytest.mark.parametrize("way", WAYS if FULL else WAYS[:1])
 def test_hostile_calls_of_an_assistant_end_as_their_limits_say(way: str, image: Image, state: Path) -> None:
-    """Programs that flood, never end, fork, fill the memory or crash each get their verdict, bounded; the next runs."""
+    """Programs that flood, hang, fork, exhaust memory or crash each get a verdict, and the next call runs."""
     assert image.digest
     told = by_id(
         answers(
@@ -109,7 +109,7 @@ def test_hostile_calls_of_an_assistant_end_as_their_limits_say(way: str, image: 
         )
     )
     outcomes = {name: content["outcome"] for name, content in told.items()}
-    assert outcomes.pop("forks") in {"cpu-limit", "timeout"}  # which of the two is first
+    assert outcomes.pop("forks") in {"cpu-limit", "timeout"}  # either may come first
     assert outcomes == {
         "floods": "output-limit",
         "never ends": "timeout",
@@ -171,7 +171,7 @@ NO_ID: Final = {
 
 
 def test_malformed_calls_of_an_assistant_are_told_what_is_wrong(image: Image, state: Path) -> None:
-    """Missing fields, wrong types, unknown names, huge texts: each has a short answer, and nothing runs."""
+    """Missing fields, wrong types, unknown names and huge texts each get a short error, and nothing runs."""
     assert image.digest
     for number, (line, _) in enumerate(MALFORMED.values()):
         assert line.startswith(b'{"id": "1"'), number
@@ -186,7 +186,7 @@ def test_malformed_calls_of_an_assistant_are_told_what_is_wrong(image: Image, st
         assert content["outcome"] == "usage-error", name
         assert len(content["reason"]) < 1600, name
         rules = content["reason"].split("; ")
-        assert sorted({*rules}) == sorted(rules), name  # nothing is said twice
+        assert sorted({*rules}) == sorted(rules), name  # no message is repeated
         assert part in content["reason"], name
     assert told == {}
     reasons = [one["content"]["reason"] for one in found if one["id"] is None]
@@ -196,7 +196,7 @@ def test_malformed_calls_of_an_assistant_are_told_what_is_wrong(image: Image, st
 
 
 def test_the_definition_is_a_schema_that_the_calls_keep_to() -> None:
-    """`--definition` prints the tool's name, a description and a JSON Schema, to which the example's calls keep."""
+    """`--definition` prints the tool's name, a description and a JSON Schema that the example's calls match."""
     done = subprocess.run([sys.executable, str(TOOL), "--definition"], capture_output=True, check=True, timeout=60)
     definition = json.loads(done.stdout)
     assert definition["name"] == "run_code"
@@ -208,7 +208,7 @@ def test_the_definition_is_a_schema_that_the_calls_keep_to() -> None:
 
 
 def test_it_ends_when_nobody_reads_its_answers() -> None:
-    """Where whoever reads the answers has gone the tool says so and ends, without a traceback."""
+    """If its reader goes away, the tool reports that and ends without a traceback."""
     reader, writer = os.pipe()
     os.close(reader)
     argv = [sys.executable, str(TOOL), "--command"]

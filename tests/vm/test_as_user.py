@@ -1,4 +1,4 @@
-"""x07 as an ordinary user, with a home and an image of their own: nothing needs root."""
+"""x07 as an ordinary user, with a separate home and image: nothing needs root."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 @pytest.fixture(scope="module")
 def ran(ordinary: Account) -> subprocess.CompletedProcess[bytes]:
-    """The Python example over its input, started by the user."""
+    """Return the run of the Python example over its input, started by the user."""
     shutil.copy(EXAMPLES / "jsonl_to_csv.py", ordinary.folder)
     return ordinary.x07(
         "run", "--json", str(ordinary.folder / "jsonl_to_csv.py"), stdin=(EXAMPLES / "orders.jsonl").read_bytes()
@@ -47,12 +47,12 @@ def test_an_ordinary_user_runs_the_example(ran: subprocess.CompletedProcess[byte
 
 
 def test_the_result_names_the_user_form_of_the_jail(ran: subprocess.CompletedProcess[bytes]) -> None:
-    """The result of an ordinary user's run says that the jail was the one made of user namespaces."""
+    """The result of an ordinary user's run names the jail made of user namespaces."""
     assert json.loads(ran.stdout)["jail"].startswith("namespaces, user; ")
 
 
 def test_what_is_kept_is_the_user_s_alone(ran: subprocess.CompletedProcess[bytes], ordinary: Account) -> None:
-    """Every folder of state and cache has mode 0700, every file 0600; parts of images and templates are 0444."""
+    """Folders of state and cache have mode 0700 and files 0600; parts of images and templates have 0444."""
     assert ran.returncode == 0
     roots = [ordinary.home / ".x07", ordinary.cache]
     found = [path for root in roots if root.exists() for path in [root, *root.rglob("*")]]
@@ -70,7 +70,7 @@ def test_what_is_kept_is_the_user_s_alone(ran: subprocess.CompletedProcess[bytes
 
 
 def test_nothing_of_the_run_is_left(ran: subprocess.CompletedProcess[bytes], ordinary: Account) -> None:
-    """When an ordinary user's run has ended, both of its jobs are recorded as done and no process is left."""
+    """After an ordinary user's run, both of its jobs are recorded as done and no process is left."""
     run = json.loads(ran.stdout)["run"]
     for phase in ("build", "run"):
         folder = ordinary.state / f"{run}-{phase}"
@@ -81,13 +81,13 @@ def test_nothing_of_the_run_is_left(ran: subprocess.CompletedProcess[bytes], ord
 
 
 def test_a_program_that_the_user_may_not_read_is_refused(ordinary: Account, tmp_path: Path) -> None:
-    """A program that the user may not read is refused with the reason, and no job is started for it."""
+    """A program that the user may not read is refused with the reason, and no job starts."""
     if os.geteuid() != 0:
         program = tmp_path / "secret.py"
         program.write_text("print(1)\n", encoding="ascii")
         program.chmod(0)
     else:
-        program = Path("/root/secret.py")  # whether there or not: the user cannot look below /root
+        program = Path("/root/secret.py")  # whether it exists or not: the user cannot look below /root
     before = set(ordinary.state.glob("*"))
     done = ordinary.x07("run", "--json", str(program))
     result = json.loads(done.stdout)
@@ -97,7 +97,7 @@ def test_a_program_that_the_user_may_not_read_is_refused(ordinary: Account, tmp_
 
 
 def test_an_ordinary_user_s_connections_have_a_gate(ordinary: Account) -> None:
-    """An ordinary user's run has an egress gate too: it hears of what was asked for and of what was refused."""
+    """An ordinary user's run has an egress gate, and its result lists failed and denied connections."""
     program = ordinary.folder / "connect.py"
     program.write_text(
         "import socket\n"

@@ -1,4 +1,4 @@
-"""Kernels that measured their timer wrong while they booted, as on a host that took the processor away meanwhile."""
+"""Kernels that measured their timer wrong while booting, as on a host that paused the virtual CPU."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
     from x07_sandbox.images.store import Image
 
 Boots = Callable[..., list[str]]
-# What a kernel is told, and what comes of it. A wrong speed of the TSC, against which the timer is measured, does to
-# the result what the loss of the processor does at that moment.
+# What a kernel is told, and the effect. A wrong speed of the TSC, against which the timer is measured, has the same
+# effect as losing the processor at that moment.
 NONE, LATE, EARLY = "nolapic_timer", "too late", "too early"
-# The least of several: a host that stands still makes one of them longer, and a late timer each.
+# The minimum of several: a pause of the host lengthens one, and so does a late timer.
 SLEEP = """
 import time
 def slept():
@@ -53,7 +53,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def boots(monkeypatch: pytest.MonkeyPatch) -> Boots:
-    """Have the machines that are booted from here on measure wrong, one word each; the words of each that booted."""
+    """Have the machines booted from here on measure wrong, one word each; collect the words of each that booted."""
     real = machines.kernel_command_line
 
     def begin(*wrong: str) -> list[str]:
@@ -65,7 +65,7 @@ def boots(monkeypatch: pytest.MonkeyPatch) -> Boots:
                 return line
             how = wrong[len(seen)] if len(seen) < len(wrong) else ""
             khz = machine.tsc_khz or 0
-            factor = {LATE: 2, EARLY: 0.1}.get(how, 1)  # so early that no loss makes up for it
+            factor = {LATE: 2, EARLY: 0.1}.get(how, 1)  # so early that no pause makes up for it
             line = line.replace(f"tsc_early_khz={khz}", f"tsc_early_khz={int(khz * factor)}")
             seen.append(f"{line} {how}" if how == NONE else line)
             return seen[-1]
@@ -79,7 +79,7 @@ def boots(monkeypatch: pytest.MonkeyPatch) -> Boots:
 def test_a_machine_that_measured_its_timer_wrong_is_started_anew(
     sandbox: Sandbox, boots: Boots, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A kernel without a timer, or with one that is too late or far too early, runs nothing: another one is booted."""
+    """A kernel whose timer is missing, late or far too early runs nothing: another one is booted."""
     assert sandbox.run_text("sleep.py", SLEEP, cache=True).outcome == "ok"  # it is built
     monkeypatch.setattr(Template, "bad", lambda _template: "it is not to be used")
     booted = boots(NONE, LATE, EARLY)
@@ -93,7 +93,7 @@ def test_a_machine_that_measured_its_timer_wrong_is_started_anew(
 
 
 def test_why_machines_start_cold_is_said_once(sandbox: Sandbox, boots: Boots, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there is no room for a saved machine, and the first that is booted gives up, the result says it once."""
+    """If no machine can be saved and the first boot fails, the result says so once."""
     booted = boots(NONE)
     words = machines.kernel_command_line
     monkeypatch.setattr(machines, "kernel_command_line", lambda machine: f"{words(machine)} x07.test=1")  # not saved
@@ -104,7 +104,7 @@ def test_why_machines_start_cold_is_said_once(sandbox: Sandbox, boots: Boots, mo
 
 
 def test_a_machine_without_any_timer_is_refused_at_last(sandbox: Sandbox, boots: Boots) -> None:
-    """Where no kernel that is booted finds a timer the run is refused with that reason, in seconds."""
+    """If no booted kernel finds a timer, the run is refused within seconds with that reason."""
     booted = boots(*[NONE] * settings.BOOTS_MAX)
     ran = sandbox.behave("nothing", cold=True)
     assert (ran.outcome, len(booted)) == ("refused", settings.BOOTS_MAX)
@@ -117,9 +117,9 @@ def test_a_machine_without_any_timer_is_refused_at_last(sandbox: Sandbox, boots:
 def test_a_pool_keeps_no_machine_with_a_wrong_timer(
     image: Image, state: Path, boots: Boots, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where machines have to be booted a pool takes no wrong timer before the last try, and gives up at last."""
+    """A pool that must boot machines accepts a wrong timer only on the last attempt, and gives up after it."""
     del image, state
-    with contextlib.closing(WarmMachines(1)) as first:  # what it runs is built, by saved machines
+    with contextlib.closing(WarmMachines(1)) as first:  # the program is built, by saved machines
         first.start()
         assert first.wait_ready(Deadline.after(120))
     monkeypatch.setattr(Template, "bad", lambda _template: "it is not to be used")
@@ -136,7 +136,7 @@ def test_a_pool_keeps_no_machine_with_a_wrong_timer(
 
 
 def test_the_doctor_knows_a_host_without_time(state: Path, boots: Boots, capsys: pytest.CaptureFixture[str]) -> None:
-    """Where no kernel that is booted finds a timer the doctor says so, and advises what helps against that."""
+    """If no booted kernel finds a timer, the doctor reports it with advice."""
     booted = boots(*[NONE] * settings.BOOTS_MAX)
     assert main(["doctor", "--json"]) == 1
     findings = {found["subject"]: found for found in json.loads(capsys.readouterr().out)["findings"]}
@@ -150,7 +150,7 @@ def test_the_doctor_knows_a_host_without_time(state: Path, boots: Boots, capsys:
 def test_no_machine_with_a_wrong_timer_is_saved(
     image: Image, state: Path, tmp_path: Path, boots: Boots, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A machine is saved of a kernel that measured right, or of the last that was tried, or of none."""
+    """A machine is saved only from a kernel that measured right or from the last attempt."""
     monkeypatch.setattr(settings, "BOOTS_MAX", 2)
     accelerator = Accelerator(kvm=False)
     with open_image(image) as opened:

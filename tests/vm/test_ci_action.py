@@ -1,4 +1,4 @@
-"""The composite action's shell steps, run one after the other as a runner would, on this machine."""
+"""The composite action's shell steps, run in order on this machine as a CI runner does."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
 
 
 class Runner:
-    """Does with the action what GitHub's runner does: expressions, step outputs, one bash for each step."""
+    """Runs the action as GitHub's runner does: expressions, step outputs, one bash per step."""
 
     def __init__(self, work: Path, **inputs: str) -> None:
         self.action: dict[str, Any] = YAML(typ="safe").load(ROOT / "action.yml")
@@ -33,18 +33,18 @@ class Runner:
         self.output = ""
 
     def run(self) -> int:
-        """Run every step that is a shell text, up to the first that fails; its exit code."""
+        """Run every shell step, up to the first that fails; return its exit code."""
         for step in self.action["runs"]["steps"]:
             if "run" in step and (code := self.step(step)):
                 return code
         return 0
 
     def named(self, name: str) -> int:
-        """Run the step of this id; its exit code."""
+        """Run the step with this id; return its exit code."""
         return self.step(next(step for step in self.action["runs"]["steps"] if step.get("id") == name))
 
     def step(self, step: dict[str, Any]) -> int:
-        """Run one step; its exit code."""
+        """Run one step; return its exit code."""
         outputs = self.work / "outputs"
         outputs.write_text("")
         given = {"GITHUB_ACTION_PATH": str(ROOT), "GITHUB_OUTPUT": str(outputs), "RUNNER_TEMP": str(self.work)}
@@ -69,12 +69,12 @@ class Runner:
         return re.sub(r"\$\{\{ (\S+) \}\}", lambda match: self.values[match[1]], text)
 
     def outputs(self) -> dict[str, str]:
-        """The action's own outputs."""
+        """Return the action's own outputs."""
         return {name: self._filled(row["value"]) for name, row in self.action["outputs"].items()}
 
 
 def test_the_action_prepares_a_machine_and_runs_a_command(image: Image, state: Path, tmp_path: Path) -> None:
-    """The action ends with x07 on the command's PATH, the image's digest as an output, and the command's exit code."""
+    """After the action the command has x07 on PATH, the image's digest is an output, and the exit code is its own."""
     runner = Runner(tmp_path, run="x07 run -c 'print(6 * 7)' --toolchain python\nexit 7")
     assert runner.run() == 7, runner.output
     assert "\n42\n" in runner.output
@@ -88,7 +88,7 @@ def test_the_action_prepares_a_machine_and_runs_a_command(image: Image, state: P
 
 
 def test_a_program_cannot_give_the_runner_commands(image: Image, state: Path, tmp_path: Path) -> None:
-    """What a sandboxed program prints stands between `::stop-commands::` and a token that nobody can guess."""
+    """A sandboxed program's output stands between `::stop-commands::` markers with an unguessable token."""
     assert image.digest
     del state
     runner = Runner(tmp_path, run="x07 run -c 'print(\"::add-mask::secret\")' --toolchain python")
@@ -104,13 +104,13 @@ def test_a_program_cannot_give_the_runner_commands(image: Image, state: Path, tm
 def test_the_action_works_in_a_container_job(
     owner: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, need: Need
 ) -> None:
-    """Where HOME belongs to another user, as in container jobs, x07's folders are chosen below root's own."""
+    """If HOME belongs to another user, as in container jobs, x07's folders are below root's own home."""
     need(os.geteuid() == 0, "only root can give a folder away", installable=False)
     home = tmp_path / "home"
     home.mkdir()
     os.chown(home, owner, owner)
     monkeypatch.setenv("HOME", str(home))
-    # Below /root nothing is made by a test.
+    # No test writes below /root.
     monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("X07_VM_STATE_DIR", raising=False)
     runner = Runner(tmp_path)

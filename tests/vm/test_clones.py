@@ -1,4 +1,4 @@
-"""Jobs go on from saved machines: what a clone has of its own, and what happens when a saved machine is no good."""
+"""Jobs that start as clones of saved machines: what each clone has of its own, and unusable saved machines."""
 
 from __future__ import annotations
 
@@ -64,12 +64,12 @@ print(json.dumps({
 
 
 def starts(ran: Ran) -> dict[str, str]:
-    """How the machine of each phase was started."""
+    """Return how the machine of each phase was started."""
     return {name: phase.start for name, phase in ran.result.phases.items()}
 
 
 def seen(ran: Ran) -> dict[str, object]:
-    """What the program printed."""
+    """Return the program's output."""
     assert ran.outcome == "ok", ran.reason
     found = json.loads(ran.stdout)
     assert isinstance(found, dict)
@@ -77,7 +77,7 @@ def seen(ran: Ran) -> dict[str, object]:
 
 
 def test_both_phases_are_clones_unless_asked_otherwise(sandbox: Sandbox) -> None:
-    """A run clones its machines, with the same outcome as one that boots them anew, and each says which it did."""
+    """A run clones its machines by default or boots them cold, with the same outcome, and the result says which."""
     text = "import sys\nprint('hello')\nsys.exit(3)\n"
     cloned = sandbox.run_text("hello.py", text)
     cold = sandbox.run_text("hello.py", text, cold=True)
@@ -90,7 +90,7 @@ def test_both_phases_are_clones_unless_asked_otherwise(sandbox: Sandbox) -> None
 
 
 def test_nothing_random_is_shared(sandbox: Sandbox, threads: ThreadPoolExecutor) -> None:
-    """Two clones that go on at once from one saved machine have no random value, id or name in common."""
+    """Two clones that start at once from one saved machine have no random value, id or name in common."""
     first = sandbox.run_text("random_values.py", RANDOM, cache=True)
     again = [threads.submit(sandbox.run_text, "random_values.py", RANDOM, alone=False, cache=True) for _ in range(2)]
     found = [seen(ran) for ran in (first, *(job.result() for job in again))]
@@ -99,10 +99,10 @@ def test_nothing_random_is_shared(sandbox: Sandbox, threads: ThreadPoolExecutor)
 
 
 def test_the_clock_is_the_hosts(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clone's clock is its runner's, wherever that stands; an hour apart, clones have no random value in common."""
+    """A clone's clock is set from its runner's, and clones an hour apart share no random value."""
 
     def found() -> tuple[float, float, dict[str, object]]:
-        """How far its clock was ahead of ours before the run and after it, and what else it has."""
+        """Return how far its clock was ahead of ours before and after the run, and its other values."""
         began = clocks.unix_ns()
         values = seen(sandbox.run_text("random_values.py", RANDOM, cache=True))
         its = float(str(values.pop("time")))
@@ -119,7 +119,7 @@ def test_the_clock_is_the_hosts(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_program_cannot_change_the_saved_machine(sandbox: Sandbox) -> None:
-    """Whatever a program does to its memory and disk, the files of the saved machines stay as they were made."""
+    """A program's writes to memory and disk never change the files of saved machines."""
     ran = sandbox.behave("hog")
     assert starts(ran) == {"run": "clone"}
     for folder in templates_dir().glob("[0-9a-f]" * 64):
@@ -128,7 +128,7 @@ def test_a_program_cannot_change_the_saved_machine(sandbox: Sandbox) -> None:
             assert sha256(folder / part["file"]) == part["sha256"]
 
 
-# saved machines that are no good: in a cache of the tests' own
+# unusable saved machines, in a separate cache
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +156,7 @@ def in_own_cache(own_cache: Path, sandbox: Sandbox, artifacts: Artifacts, monkey
 
 @pytest.fixture
 def saved(in_own_cache: Sandbox, own_cache: Path) -> Sandbox:
-    """The same with one saved machine, which is good whatever a test before has done to it."""
+    """The same with one saved machine, intact whatever earlier tests did to it."""
     aside = own_cache.parent / "aside"
     if aside.exists():
         shutil.rmtree(templates_dir(), ignore_errors=True)
@@ -169,13 +169,13 @@ def saved(in_own_cache: Sandbox, own_cache: Path) -> Sandbox:
 
 
 def template_folder() -> Path:
-    """The one saved machine of the cache in use."""
+    """Return the one saved machine of the cache in use."""
     (folder,) = templates_dir().glob("[0-9a-f]" * 64)
     return folder
 
 
 def sha256(path: Path) -> str:
-    """The digest of a part as it is now."""
+    """Return the current digest of a part."""
     fd = os.open(path, os.O_RDONLY)
     try:
         return sparse_sha256(fd, path.stat().st_size)
@@ -184,7 +184,7 @@ def sha256(path: Path) -> str:
 
 
 def replace_part(folder: Path, name: str, data: bytes, *, told: bool) -> None:
-    """Put other bytes at the start of a part, times restored. told: its manifest agrees with them."""
+    """Overwrite the start of a part and restore its times. told: update the manifest to match."""
     path = folder / name
     overwrite(path, data)
     if told:
@@ -198,7 +198,7 @@ def replace_part(folder: Path, name: str, data: bytes, *, told: bool) -> None:
 def test_without_space_a_run_starts_cold_and_with_space_the_next_saves_a_machine(
     in_own_cache: Sandbox, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the disk is too full to save a machine a run says so; else one is made, once for all who wait for it."""
+    """With a full disk a run starts cold and says so; otherwise one machine is saved for all waiting runs."""
     shutil.rmtree(templates_dir(), ignore_errors=True)
     with monkeypatch.context() as patch:
         patch.setattr(settings, "TEMPLATE_BYTES", 1 << 60)
@@ -214,7 +214,7 @@ def test_without_space_a_run_starts_cold_and_with_space_the_next_saves_a_machine
 
 
 def test_a_damaged_machine_is_made_anew(saved: Sandbox) -> None:
-    """One changed byte in a saved machine's memory, its times restored, is found, and the machine is saved anew."""
+    """A saved machine with one changed byte in its memory is detected despite restored times, and saved again."""
     replace_part(template_folder(), "ram", b"\x55", told=False)
     damaged = sha256(template_folder() / "ram")
     ran = saved.behave("nothing")
@@ -225,7 +225,7 @@ def test_a_damaged_machine_is_made_anew(saved: Sandbox) -> None:
 
 
 def test_what_hinders_saving_a_machine_costs_a_cold_start(saved: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where no machine can be saved a run starts cold and says why, and of a damaged one not that it was made anew."""
+    """If no machine can be saved, a run starts cold and says why, and a damaged one is not reported as repaired."""
     shutil.rmtree(template_folder())
     (templates_dir() / ".lock").unlink()
     (templates_dir() / ".lock").mkdir()
@@ -233,7 +233,7 @@ def test_what_hinders_saving_a_machine_costs_a_cold_start(saved: Sandbox, monkey
     assert (ran.outcome, starts(ran)) == ("ok", {"run": "cold"}), ran.reason
     assert [text for text in ran.result.warnings if "/templates/.lock: Is a directory" in text]
     (templates_dir() / ".lock").rmdir()
-    assert starts(saved.behave("nothing")) == {"run": "clone"}  # none of that is held against it
+    assert starts(saved.behave("nothing")) == {"run": "clone"}  # the saved machine stays in use
 
     replace_part(template_folder(), "ram", b"\x55", told=False)
     monkeypatch.setattr(settings, "TEMPLATE_BYTES", 1 << 60)
@@ -254,7 +254,7 @@ def test_what_hinders_saving_a_machine_costs_a_cold_start(saved: Sandbox, monkey
 def test_what_one_process_may_not_have_speaks_against_no_saved_machine(
     saved: Sandbox, limited: str, *, there: bool
 ) -> None:
-    """A process short of descriptors, memory or CPU time leaves saved machines alone, and lets others save one."""
+    """A process short of descriptors, memory or CPU time keeps saved machines intact, and lets others save one."""
     folder = template_folder()
     if not there:
         shutil.rmtree(folder)
@@ -267,7 +267,7 @@ def test_what_one_process_may_not_have_speaks_against_no_saved_machine(
 def test_a_stopped_maker_of_a_saved_machine_holds_nobody(
     in_own_cache: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where another process has been making the machine for too long a run starts cold, and says so."""
+    """If another process takes too long to save a machine, a run starts cold and says so."""
     shutil.rmtree(templates_dir(), ignore_errors=True)
     monkeypatch.setattr(settings, "TEMPLATE_S", 0.1)
     monkeypatch.setattr(settings, "PRELOAD_S", 0.1)
@@ -281,7 +281,7 @@ def test_a_stopped_maker_of_a_saved_machine_holds_nobody(
 def test_a_machine_that_does_not_answer_is_replaced_by_a_cold_one(
     saved: Sandbox, monkeypatch: pytest.MonkeyPatch, name: str, data: bytes
 ) -> None:
-    """A clone that is not accepted, or stays silent, costs its time only: the job starts cold, says why, how long."""
+    """If a clone is rejected or stays silent, the job starts cold; the result says why and how long this lasts."""
     monkeypatch.setattr(settings, "CLONE_S", 3.0)
     replace_part(template_folder(), name, data, told=True)
     for _ in range(2 if name == "state" else 1):  # the second does not try it again
@@ -294,7 +294,7 @@ def test_a_machine_that_does_not_answer_is_replaced_by_a_cold_one(
 
 
 def test_a_pool_does_without_a_saved_machine_that_is_no_good(saved: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a clone does not answer a pool's machines are booted, as those of runs are, and its start says why."""
+    """If a clone does not answer, a pool boots its machines cold, and its start says why."""
     monkeypatch.setattr(settings, "CLONE_S", 3.0)
     replace_part(template_folder(), "state", b"no such machine", told=True)
     said: list[str] = []
@@ -307,16 +307,16 @@ def test_a_pool_does_without_a_saved_machine_that_is_no_good(saved: Sandbox, mon
 
 
 def test_what_stands_in_a_saved_machines_way_is_removed(saved: Sandbox, own_cache: Path, state: Path) -> None:
-    """A command killed while it saves a machine, or a file in the machine's place, does not hinder the next."""
+    """A process killed while saving a machine, or a file in the machine's place, does not block the next run."""
     place = template_folder()
     env = {**os.environ, "X07_VM_CACHE_DIR": str(own_cache), "X07_VM_STATE_DIR": str(state)}
     source = saved.work / "quick.py"
     source.write_text("print(1)\n")
-    for _ in range(20):  # where we were not quick enough it has saved one, and another is killed
+    for _ in range(20):  # if we were too slow it has saved one, and another is killed
         shutil.rmtree(templates_dir(), ignore_errors=True)
         with subprocess.Popen([sys.executable, "-m", "x07_sandbox.cli.main", "run", str(source)], env=env) as child:
             while child.poll() is None and not list(templates_dir().glob(".new-*/ram")):
-                time.sleep(0.02)  # the folder is the only sign of it
+                time.sleep(0.02)  # only the folder shows it
             child.kill()
         if not place.exists():
             break
@@ -329,7 +329,7 @@ def test_what_stands_in_a_saved_machines_way_is_removed(saved: Sandbox, own_cach
     assert not list(templates_dir().glob(".new-*"))
 
 
-# modules that are there beforehand
+# preloaded modules
 
 PRELOADED = """
 import sys
@@ -342,7 +342,7 @@ print(random.random(), tempfile.mktemp(), key.hex(), ssl.RAND_bytes(16).hex())
 
 
 def test_preloaded_modules_are_there_and_share_no_randomness(in_own_cache: Sandbox, state: Path) -> None:
-    """Modules to preload are imported when a program begins; what they print and draw by then is in no run of it."""
+    """A program starts with preloaded modules imported; runs share neither their output nor their random values."""
     modules = ["this", "random", "fractions", "tempfile", "multiprocessing", "ssl"]
     image = build_image(name="preloaded", preload=modules, progress=lambda _text: None)
     assert build_image(name="preloaded", progress=lambda _text: None).digest == image.digest  # it keeps them
@@ -365,7 +365,7 @@ def test_preloaded_modules_are_there_and_share_no_randomness(in_own_cache: Sandb
 
 @pytest.mark.skipif(not FULL, reason="full sizes only: builds an image with more packages")
 def test_what_openssl_drew_before_the_program_is_not_what_it_draws_after(in_own_cache: Sandbox) -> None:
-    """A preloaded module that makes a TLS context leaves no generator of OpenSSL that clones share."""
+    """A preloaded module that makes a TLS context leaves no OpenSSL generator state that clones share."""
     build_image(name="tls", include=["python3-requests"], preload=["requests"], progress=lambda _text: None)
     source = "import ssl, sys\nprint('requests' in sys.modules, ssl.RAND_bytes(16))\n"
     drawn = [in_own_cache.run_text("tls.py", source, image="tls", cache=True) for _ in range(2)]
@@ -377,7 +377,7 @@ def test_what_openssl_drew_before_the_program_is_not_what_it_draws_after(in_own_
 def test_a_module_that_cannot_be_preloaded_is_named(
     own_cache: Path, sandbox: Sandbox, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Modules that cannot be imported are an error that names one; the name stays the image that it was, if any."""
+    """A preload module that cannot be imported is named in the error, and the image name keeps its old image."""
     monkeypatch.setenv("X07_VM_CACHE_DIR", str(own_cache))
     assert main(["image", "build", "--name", "wrong", "--preload", "no_such_module"]) == 125
     assert "No module named 'no_such_module'" in capsys.readouterr().err
@@ -390,7 +390,7 @@ def test_a_module_that_cannot_be_preloaded_is_named(
     assert find_image("right").digest == before.digest
 
 
-# hosts that change under a saved machine: stand-ins, which docs/explanation/performance.md names as such
+# hosts that change under a saved machine: simulated, as docs/explanation/performance.md says
 
 
 def in_qemus_place(monkeypatch: pytest.MonkeyPatch, binary: Path, *more: str) -> None:
@@ -403,7 +403,7 @@ def in_qemus_place(monkeypatch: pytest.MonkeyPatch, binary: Path, *more: str) ->
 def test_an_upgraded_qemu_gets_a_saved_machine_of_its_own(
     saved: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A machine that was saved by one QEMU is not resumed by another: that one saves its own, and goes on from it."""
+    """After a QEMU upgrade no old saved machine is resumed: a new one is saved and used."""
     assert starts(saved.behave("nothing")) == {"run": "clone"}
     before = {path.name for path in templates_dir().glob("[0-9a-f]" * 64)}
     upgraded = tmp_path / "qemu"
@@ -419,7 +419,7 @@ def test_an_upgraded_qemu_gets_a_saved_machine_of_its_own(
 
 @pytest.fixture
 def silent_clones(in_own_cache: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sandbox:
-    """Runs whose clones have another processor than the machine that was saved, and fall silent."""
+    """Runs whose clones have another processor than the saved machine, and stay silent."""
     real = host_arch().qemu_binary
     wrapper = tmp_path / "qemu"
     source = PROGRAMS / "other_processor.c"
@@ -430,7 +430,7 @@ def silent_clones(in_own_cache: Sandbox, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_clones_that_never_answer_end_a_run(silent_clones: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where it cannot be noted that a saved machine is no good a run tries another of its clones once, and no more."""
+    """If a saved machine cannot be marked as unusable, a run tries one more clone of it, then ends as `guest-lost`."""
     monkeypatch.setattr(Template, "suspended", lambda _template: "")
     ran = silent_clones.behave("nothing")
     assert (ran.outcome, "did not boot in time" in ran.reason) == ("guest-lost", True), ran.reason
@@ -439,7 +439,7 @@ def test_clones_that_never_answer_end_a_run(silent_clones: Sandbox, monkeypatch:
 
 
 def test_another_processor_under_a_saved_machine_costs_a_cold_start(silent_clones: Sandbox) -> None:
-    """A clone whose processor is not the saved machine's falls silent: the job starts cold, and says why."""
+    """A clone on another processor than the saved machine's stays silent: the job starts cold and says why."""
     ran = silent_clones.behave("nothing")
     assert (ran.outcome, starts(ran)) == ("ok", {"run": "cold"}), ran.reason
     assert [text for text in ran.result.warnings if "started cold: a clone of it did not answer" in text]
@@ -450,7 +450,7 @@ def test_another_processor_under_a_saved_machine_costs_a_cold_start(silent_clone
 def test_a_clone_that_was_killed_is_not_held_against_its_template(
     saved: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A clone that somebody kills before it answers, the kernel for want of memory say, costs its job a cold start."""
+    """A clone killed before it answers, for example by the OOM killer, costs its job only a cold start."""
     release, doomed = QemuInstance.release, [True]
 
     def killed(instance: QemuInstance) -> None:
@@ -466,7 +466,7 @@ def test_a_clone_that_was_killed_is_not_held_against_its_template(
     assert starts(saved.behave("nothing")) == {"run": "clone"}
 
 
-# `x07`, for which the wall clock has gone on by an hour when it is let go again.
+# `x07`, for which the wall clock is an hour later when it continues.
 SUSPENDED = """
 import signal, sys, time
 from x07_sandbox.cli.main import main
@@ -478,7 +478,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_a_run_goes_on_after_all_of_it_stood_still(saved: Sandbox, state: Path, tmp_path: Path) -> None:
-    """Runner, supervisor and VMM stopped, and an hour of clock later let go, as by a suspended host: it ends well."""
+    """A run whose runner, supervisor and VMM were stopped for an hour, as by a suspended host, ends normally."""
     source = tmp_path / "patient.py"
     source.write_text("print('up', flush=True)\nprint('got', input())\n")
     assert saved.run(source, stdin=b"x\n", cache=True).outcome == "ok"
@@ -493,7 +493,7 @@ def test_a_run_goes_on_after_all_of_it_stood_still(saved: Sandbox, state: Path, 
         stopped = [child.pid, *marked(str(owner["instance"]))]
         for pid in stopped:
             os.kill(pid, signal.SIGSTOP)
-        time.sleep(3)  # that it is stopped for long is what is tried
+        time.sleep(3)  # the long stop is the point of the test
         for pid in stopped:
             os.kill(pid, signal.SIGCONT)
         child.stdin.write(b"well\n")
@@ -509,7 +509,7 @@ def test_a_run_goes_on_after_all_of_it_stood_still(saved: Sandbox, state: Path, 
 
 
 def test_what_was_built_before_is_not_built_again(own_cache: Path, sandbox: Sandbox) -> None:
-    """The same source in the same image is built once; another source, image or --no-cache builds."""
+    """The same source in the same image is built once; another source, another image or --no-cache builds again."""
     del own_cache
     text = 'int puts(const char *); int main(void) { puts("one"); return 0; }\n'
     first, second = [sandbox.run_text("one.c", text, cache=True) for _ in range(2)]
@@ -524,7 +524,7 @@ def test_what_was_built_before_is_not_built_again(own_cache: Path, sandbox: Sand
 
 
 def test_of_runs_that_want_the_same_one_builds(own_cache: Path, sandbox: Sandbox, threads: ThreadPoolExecutor) -> None:
-    """Runs of the same source at once wait for the first to build it, and take what it made."""
+    """Concurrent runs of the same source wait for the first to build it, and use its artifact."""
     del own_cache
     text = 'int puts(const char *); int main(void) { puts("four"); return 0; }\n'
     jobs = [threads.submit(sandbox.run_text, "four.c", text, cache=True, alone=False) for _ in range(3)]
@@ -534,7 +534,7 @@ def test_of_runs_that_want_the_same_one_builds(own_cache: Path, sandbox: Sandbox
 
 
 def test_a_damaged_artifact_is_built_again(own_cache: Path, sandbox: Sandbox) -> None:
-    """A cached artifact of which a byte has changed is dropped, built anew, and kept again."""
+    """A damaged cached artifact is dropped, rebuilt and cached again."""
     text = 'int puts(const char *); int main(void) { puts("three"); return 0; }\n'
     sandbox.run_text("three.c", text, cache=True)
     newest = max((own_cache / "artifacts").iterdir(), key=lambda path: path.stat().st_mtime_ns)

@@ -1,4 +1,4 @@
-"""What a program inside the machine cannot do, by itself or because its policy forbids it, and what it still can."""
+"""What a program inside the machine can and cannot do, by default and under its policy."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LISTED: Final[dict[str, object]] = {
     "process.allow_execs": ["/usr/bin/env"],
     "process.allow_exec_prefixes": ["/usr/bin/tru", "/usr/sbin/"],
 }
-# What does not answer EPERM: the calls that do not exist, the families, and what a name or a mode alone keeps away.
+# Attempts that do not fail with EPERM: missing calls, socket families, and names or modes that deny access.
 OTHERS: Final = {
     **dict.fromkeys(("clone3", "x32-getpid", "int80-getpid"), "ENOSYS"),
     **dict.fromkeys(("packet", "vsock", "vsock-high", "alg", "key"), "EAFNOSUPPORT"),
@@ -96,12 +96,12 @@ class Escapes:
     artifact: bytes
 
     def __call__(self, *args: str, **policy: object) -> dict[str, str]:
-        """What each attempt ended with. policy: by path, dots written as two underscores."""
+        """Return the result of each attempt. policy: by path, dots written as two underscores."""
         ran = self.run(*args, **policy)
         return dict(line.rsplit(" ", 1) for line in ran.lines())
 
     def run(self, *args: str, **policy: object) -> Ran:
-        """The whole run."""
+        """Return the whole run."""
         changes = {name.replace("__", "."): value for name, value in policy.items()}
         ran = self.sandbox.run(ESCAPE, *args, artifact=self.artifact, policy=changes)
         assert ran.outcome == "ok", (ran.reason, ran.stderr)
@@ -110,17 +110,17 @@ class Escapes:
 
 @pytest.fixture
 def attempt(sandbox: Sandbox, escape: bytes) -> Escapes:
-    """Runs it, and tells what came of it."""
+    """Run it and return its results."""
     return Escapes(sandbox, escape)
 
 
 def fields(changes: dict[str, object]) -> dict[str, object]:
-    """As `Escapes` takes them."""
+    """Return a policy's fields as `Escapes` takes them."""
     return {name.replace(".", "__"): value for name, value in changes.items()}
 
 
 def python(sandbox: Sandbox, *args: str, policy: dict[str, object], **options: object) -> dict[str, object]:
-    """What PYTHON reports."""
+    """Return the report of PYTHON."""
     ran = sandbox.run_text("tries.py", PYTHON, *args, policy=policy, cache=True, **options)
     assert ran.outcome == "ok", (ran.reason, ran.stderr)
     told: dict[str, object] = json.loads(ran.stdout)
@@ -132,7 +132,7 @@ def python(sandbox: Sandbox, *args: str, policy: dict[str, object], **options: o
 
 @pytest.mark.parametrize("cold", [False, True] if FULL else [False])
 def test_every_way_out_that_we_know_is_refused_at_once(sandbox: Sandbox, escape: bytes, *, cold: bool) -> None:
-    """Under a policy that allows all it can, over 90 attempts of a C program each end with the errno expected."""
+    """Under the most permissive policy, over 90 escape attempts of a C program fail with the expected errno."""
     ran = sandbox.run(ESCAPE, "base", artifact=escape, cold=cold)
     assert ran.outcome == "ok", ran.reason
     found = [line.split() for line in ran.lines()]
@@ -149,7 +149,7 @@ def test_every_way_out_that_we_know_is_refused_at_once(sandbox: Sandbox, escape:
 
 
 def test_what_ordinary_programs_do_still_works(attempt: Escapes) -> None:
-    """Threads, children, sockets, shared memory, semaphores, executable memory and the like are not in the way."""
+    """Threads, children, sockets, shared memory, semaphores, executable memory and the like work."""
     found = attempt("usual")
     assert len(found) > 25
     assert set(found.values()) == {"OK"}
@@ -171,7 +171,7 @@ def test_ordinary_python_programs_still_work(sandbox: Sandbox) -> None:
 
 
 def test_the_result_names_the_filters_by_their_digests(attempt: Escapes, image: Image) -> None:
-    """A result has name and sha256 of each filter of the image that the program was under."""
+    """The result lists name and sha256 of each filter that the program ran under."""
     known = image.manifest.filters
     ran = attempt.run("tasks", process__allow_spawn=False, process__allow_exec=False)
     names = ("base", "quiet", "no-spawn-no-exec", "no-spawn-no-exec-once")
@@ -186,20 +186,20 @@ TASKS: Final = {"fork", "clone", "clone-parent", "clone-high", "fork-call"}
 
 
 def test_without_threads_children_are_still_there(attempt: Escapes) -> None:
-    """threads.enabled false: a second thread is EPERM, and every kind of child can be made."""
+    """With threads.enabled false a second thread fails with EPERM, and every kind of child works."""
     found = attempt("tasks", threads__enabled=False)
     assert found == {"thread": "EPERM", "posix_spawn": "OK", **dict.fromkeys(TASKS, "OK")}
 
 
 def test_without_children_threads_are_still_there(attempt: Escapes) -> None:
-    """process.allow_spawn false: a child is EPERM however it is asked for, and a thread can be made."""
+    """With process.allow_spawn false every kind of child fails with EPERM, and threads work."""
     refused = dict.fromkeys((*TASKS, "posix_spawn", "clone-vm"), "EPERM")
     assert attempt("tasks", process__allow_spawn=False) == {"thread": "OK", **refused}
     assert attempt("exec", "/usr/bin/nothing", process__allow_spawn=False) == {"/usr/bin/nothing": "ENOENT"}
 
 
 def test_without_processes_there_is_neither_child_nor_execution(attempt: Escapes) -> None:
-    """process.enabled false: no child and no execution, whatever the other fields say; threads are not its business."""
+    """With process.enabled false neither children nor exec work, whatever other fields say; threads still work."""
     refused = dict.fromkeys((*TASKS, "posix_spawn", "clone-vm"), "EPERM")
     assert attempt("tasks", process__enabled=False) == {"thread": "OK", **refused}
     assert set(attempt("exec", "/usr/bin/true", process__enabled=False).values()) == {"EPERM"}
@@ -207,7 +207,7 @@ def test_without_processes_there_is_neither_child_nor_execution(attempt: Escapes
 
 @pytest.mark.parametrize("env", [{}, {"PYTHONHASHSEED": "1"}], ids=["waiting", "fresh"])
 def test_a_python_program_is_held_to_the_same(sandbox: Sandbox, env: dict[str, str]) -> None:
-    """Neither thread nor child nor execution in Python, in the interpreter that waited and in a fresh one."""
+    """Limits on threads, children and exec hold in Python, in the preloaded interpreter and in a fresh one."""
     policy: dict[str, object] = {"threads.enabled": False, "process.enabled": False}
     told = python(sandbox, "exec", policy=policy, env=env)
     assert re.search("start new thread", str(told.pop("thread")))
@@ -218,13 +218,13 @@ def test_a_python_program_is_held_to_the_same(sandbox: Sandbox, env: dict[str, s
 
 
 def test_max_live_bounds_children_and_says_so(attempt: Escapes, sandbox: Sandbox) -> None:
-    """process.max_live below limits.procs is how many further tasks there can be; more are denied in its name."""
+    """process.max_live limits the number of further tasks, and excess ones are denied in its name."""
     ran = sandbox.behave("spawn", "20", policy={"process.max_live": 3})
     assert ran.lines() == ["made 3", "refused 17"]
     (denial,) = ran.result.denials
     assert denial.how_to_allow is not None
     assert (denial.field, denial.count, denial.how_to_allow.json_path) == ("process.max_live", 17, "$.process.max_live")
-    # Without children it bounds nothing: threads are limits.procs' business.
+    # Without children it limits nothing: limits.procs covers threads.
     assert attempt("tasks", process__allow_spawn=False, process__max_live=0)["thread"] == "OK"
 
 
@@ -233,7 +233,7 @@ def test_max_live_bounds_children_and_says_so(attempt: Escapes, sandbox: Sandbox
 
 @pytest.mark.parametrize("python_too", [False, True], ids=["C", "Python"])
 def test_without_execution_the_program_itself_starts(attempt: Escapes, sandbox: Sandbox, *, python_too: bool) -> None:
-    """process.allow_exec false: the program starts, and every execution after that is EPERM, children's too."""
+    """With process.allow_exec false the program starts, and every later exec fails with EPERM, also in children."""
     if python_too:
         told = python(sandbox, "exec", policy=NO_EXEC)
         assert (told["thread"], told["fork"]) == ("done", 7)
@@ -246,14 +246,14 @@ def test_without_execution_the_program_itself_starts(attempt: Escapes, sandbox: 
 
 
 def test_what_lets_the_program_start_is_gone_afterwards(attempt: Escapes) -> None:
-    """Neither guesses at the secret nor other ways of executing pass, and the filter cannot be read back."""
+    """The start secret cannot be guessed, no other exec works after the start, and the filter cannot be read back."""
     found = attempt("again", **fields(NO_EXEC))
     assert found == dict.fromkeys(("guess 0", "guess 1", "guess 2", "execveat", "self", "get-filter"), "EPERM")
 
 
 @pytest.mark.parametrize("policy", [NO_EXEC, LISTED], ids=["no execution", "a list"])
 def test_what_a_program_writes_cannot_be_executed(attempt: Escapes, policy: dict[str, object]) -> None:
-    """Written files are refused to execve, by name and by descriptor, and to mmap and mprotect, wherever they lie."""
+    """Files that a program writes cannot be executed or mapped as executable, wherever they are."""
     found = attempt("write", *WRITABLE, **fields(policy))
     error = "EPERM" if policy is NO_EXEC else "EACCES"
     for folder in WRITABLE:
@@ -263,16 +263,16 @@ def test_what_a_program_writes_cannot_be_executed(attempt: Escapes, policy: dict
 
 
 def test_where_everything_may_be_executed_what_a_program_writes_may_too(attempt: Escapes) -> None:
-    """With the prefix "/" a program can compile or copy one, and run it."""
+    """With the prefix "/" a program can run what it compiles or copies."""
     assert set(attempt("write", *WRITABLE).values()) == {"OK"}
 
 
 def test_only_listed_programs_can_be_executed(attempt: Escapes) -> None:
-    """With a list of programs and beginnings those can be executed, and all others are EACCES, the program's not."""
+    """With a list of programs and prefixes, only those and the program itself can be executed."""
     given = dict.fromkeys(("/usr/bin/true", "/bin/true", "/proc/self/exe", "/bin/env"), "OK")
     given |= dict.fromkeys(("/usr/bin/ls", "/bin/sh", "/usr/bin/python3", "/usr/bin/gcc"), "EACCES")
     given |= {"/usr/bin/tru": "ENOENT"}
-    # env executes its argument, which is not there: 127, told as an errno.
+    # env executes its argument, which is missing: 127 stands for an errno.
     found = attempt("exec", *given, **fields(LISTED))
     assert found.pop("/bin/env") not in {"EACCES", "EPERM"}
     given.pop("/bin/env")
@@ -280,7 +280,7 @@ def test_only_listed_programs_can_be_executed(attempt: Escapes) -> None:
 
 
 def test_a_list_of_programs_is_no_way_around_for_the_loader(attempt: Escapes) -> None:
-    """Other programs cannot be read, so that neither the loader nor a copy runs them; libraries and data can."""
+    """Under a list, unlisted programs cannot be read, loaded or copied; libraries and data can."""
     found = attempt("loader", "/usr/bin/true", "/usr/bin/ls", "/usr/bin/python3", **fields(LISTED))
     assert found == {"ld.so /usr/bin/true": "0", "ld.so /usr/bin/ls": "127", "ld.so /usr/bin/python3": "127"}
     programs = ("/usr/bin/ls", "/bin/bash", "/usr/bin/perl", "/usr/bin/python3")
@@ -297,21 +297,21 @@ def test_a_list_of_programs_is_no_way_around_for_the_loader(attempt: Escapes) ->
 
 
 def test_a_list_of_programs_leaves_the_rest_as_it_is(attempt: Escapes) -> None:
-    """Under a list files move from folder to folder, and all that executes nothing works as ever."""
+    """Under a list, files can be moved between folders, and everything without exec works as usual."""
     found = attempt("usual", process__allow_execs=["/usr/bin/true"], process__allow_exec_prefixes=[])
     assert found.pop("system") == "EACCES"
     assert set(found.values()) == {"OK"}
 
 
 def test_a_list_of_programs_holds_in_python(sandbox: Sandbox) -> None:
-    """A Python program can run what the list names and nothing else, its own interpreter not either."""
+    """A Python program can run only the listed programs, its own interpreter not included."""
     told = python(sandbox, "queue", policy=LISTED)
     assert (told["true"], told["cat"], told["python"]) == (0, "Permission denied", "Permission denied")
     assert (told["thread"], told["fork"], told["queue"], told["callback"]) == ("done", 7, 5, 3)
 
 
 def test_a_folder_that_the_list_names_can_be_written_and_executed_from(attempt: Escapes) -> None:
-    """A beginning that covers a folder of the program's lets it execute what it writes there, and only there."""
+    """With a listed prefix that covers a writable folder, a program can run what it writes there, and only there."""
     found = attempt("write", *WRITABLE, process__allow_exec_prefixes=["/opt/x07/"])
     assert {found[name] for name in found if "/opt/x07" in name} == {"OK"}
     assert {found[name] for name in found if "/opt/x07" not in name} == {"EACCES", "EPERM"}
@@ -339,7 +339,7 @@ print(json.dumps({
 
 @pytest.mark.parametrize("listed", [True, False], ids=["listed", "not listed"])
 def test_files_of_the_host_are_held_to_the_list_too(sandbox: Sandbox, tmp_path: Path, *, listed: bool) -> None:
-    """Files of a read root can be read, and executed if the list says so; nothing in a write root is by default."""
+    """Files of a read root can be executed only if the list says so; files of a write root by default not."""
     folders = [tmp_path / name for name in ("given", "written")]
     for folder in folders:
         folder.mkdir()
@@ -389,7 +389,7 @@ print(json.dumps([
 def test_a_listed_program_is_kept_wherever_its_folder_is(
     sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, around: bool
 ) -> None:
-    """A folder with two places in the machine is one: a file that the list names at one place is changed at neither."""
+    """A listed file cannot be changed at any path of its folder, even if the folder is visible at two paths."""
     folder = tmp_path / "own tools"
     folder.mkdir()
     for name in ("tool", "other"):
@@ -442,7 +442,7 @@ print(json.dumps({
 def test_no_loader_runs_what_is_not_of_the_image(
     sandbox: Sandbox, escape: bytes, tmp_path: Path, *, listed: bool
 ) -> None:
-    """Programs in roots or written are neither run by the loader nor mapped, but for one that is named and stays so."""
+    """Programs in roots or written ones cannot be loaded or mapped, except a named one, which stays unchanged."""
     folders = [tmp_path / name for name in ("given", "written")]
     for folder in folders:
         folder.mkdir()
@@ -484,7 +484,7 @@ print(json.dumps([mapped, subprocess.run(words, stderr=subprocess.DEVNULL).retur
 
 @pytest.mark.parametrize("named", [True, False], ids=["named", "not named"])
 def test_what_lies_beside_a_program_is_held_to_the_list(sandbox: Sandbox, escape: bytes, *, named: bool) -> None:
-    """A file of a project beside its program is neither run by the loader nor mapped, but where an entry names it."""
+    """A project file beside its program cannot be loaded or mapped unless a list entry names it."""
     folder = sandbox.work / "p"
     folder.mkdir()
     (folder / "main.py").write_text(BESIDE)

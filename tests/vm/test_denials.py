@@ -1,4 +1,4 @@
-"""What a program was refused is told: by name, with what would allow it, and bounded however much it tries."""
+"""Denials: each names what was refused and what would allow it, and their number is bounded."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ for _ in range(180):
     if ctypes.CDLL(None, use_errno=True).inotify_init1(0) < 0:
         raise OSError(ctypes.get_errno(), "no more")
 """
-# As scripts do at their beginning.
+# As scripts do at their start.
 LIMITS: Final = """
 import subprocess
 subprocess.run(["/usr/bin/bash", "-c", "ulimit -n 300 && ulimit -c unlimited"], check=True)
 """
 SCRIPT: Final = "import subprocess\nsubprocess.run(['/usr/bin/ldd', '--version'], check=True)\n"
-# What is only reserved, however much, is no use of memory.
+# Reserved memory, however much, is not memory use.
 MEMORY: Final = """
 import mmap
 reserved = mmap.mmap(-1, 8 << 30, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -76,7 +76,7 @@ for start in range(0, 30 << 20, 1 << 20):
     held.buf[start : start + (1 << 20)] = bytes(1 << 20)
 held.unlink()
 """
-# From its own beginning: what the start took is in that clock, more under load, and not under the limit.
+# From its own start: the clock includes start-up, which is longer under load and not under the limit.
 CPU: Final = "import time\nend = time.process_time() + 1.1\nwhile time.process_time() < end: pass\n"
 CHANGE: Final = "import os\nos.chdir({root!r})\nos.mkdir('new')\nos.remove('gone')\n"
 RENAME: Final = "import os\nos.chdir({root!r})\nos.rename('old', 'renamed')\n"
@@ -85,7 +85,7 @@ Policy = dict[str, object]
 
 
 def until_it_passes(sandbox: Sandbox, text: str, policy: Policy) -> tuple[list[str], list[Ran]]:
-    """Run, do what the first refusal or hint says to the policy, and run again: what was said, and all runs."""
+    """Run again and again, each time applying the first denial's or hint's advice; return the advice and all runs."""
     policy = dict(policy)
     said: list[str] = []
     runs: list[Ran] = []
@@ -98,7 +98,7 @@ def until_it_passes(sandbox: Sandbox, text: str, policy: Policy) -> tuple[list[s
         how = next(how for how in allowing if how is not None and how.json_path is not None)
         assert how.json_path is not None
         field = how.json_path.removeprefix("$.")
-        if field not in said:  # a host that stood still may take more of one limit
+        if field not in said:  # a paused host may use more of one limit
             said.append(field)
         policy[field] = how.value
     raise AssertionError((said, runs[-1].result))
@@ -158,14 +158,14 @@ def until_it_passes(sandbox: Sandbox, text: str, policy: Policy) -> tuple[list[s
     ),
 )
 def test_what_is_said_to_allow_it_allows_it(sandbox: Sandbox, text: str, policy: Policy, said: list[str]) -> None:
-    """Whoever does what the result says, again and again, comes to a run that passes, with no more than it needs."""
+    """Following the result's advice leads to a run that passes, with no more permissions than it needs."""
     found, runs = until_it_passes(sandbox, text, policy)
     assert found == said
     assert [denial for denial in runs[-1].result.denials if denial.field != "permissions"] == []
 
 
 def test_a_variable_goes_in_by_what_is_said(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of ours that the policy keeps back three times over, whose name nobody could know beforehand."""
+    """A host variable that three policy fields keep out is passed in by following the advice."""
     name = f"TOKEN_{os.urandom(8).hex()}"
     monkeypatch.setenv(name, "here")
     policy: Policy = {"env.enabled": False, "env.deny_keys": [name]}
@@ -178,7 +178,7 @@ def test_a_variable_goes_in_by_what_is_said(sandbox: Sandbox, monkeypatch: pytes
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A folder of the host whose name nobody could know beforehand."""
+    """A folder of the host with an unpredictable name."""
     folder = tmp_path / f"data-{os.urandom(8).hex()}"
     folder.mkdir()
     (folder / "in.txt").write_text("here\n")
@@ -190,7 +190,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def test_files_come_in_and_changes_come_out_by_what_is_said(sandbox: Sandbox, root: Path) -> None:
-    """Roots to read, hidden names, links, roots to write, folders, removals, renames: each is told, and then works."""
+    """Denials of reads, hidden names, links, writes, folders, removals and renames all have advice that works."""
     closed: Policy = {"fs.allow_mkdir": False, "fs.allow_remove": False, "fs.allow_rename": False}
     reads = f"print(open('{root}/in.txt').read())"
     assert until_it_passes(sandbox, reads, {})[0] == ["fs.read_roots"]
@@ -227,7 +227,7 @@ def test_files_come_in_and_changes_come_out_by_what_is_said(sandbox: Sandbox, ro
 def test_a_root_is_replaced_or_removed_by_one_around_it(
     sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, root: str, text: str
 ) -> None:
-    """A file that is written anew and renamed, and a folder that goes, need the folder that they lie in as a root."""
+    """Replacing a root by rename, or removing it, is advised to use the containing folder as a root."""
     (tmp_path / "one/two").mkdir(parents=True)
     (tmp_path / "one/two/file").touch()
     (tmp_path / "kept.json").write_text("old")
@@ -244,7 +244,7 @@ def test_a_root_is_replaced_or_removed_by_one_around_it(
 
 
 def test_a_new_folder_at_the_top_is_a_root_to_add(sandbox: Sandbox) -> None:
-    """A program that makes a folder of its own beside those of the machine is told the flag, and passes with it."""
+    """A program that makes a top-level folder is advised to add a write root, and passes with it."""
     name = f"made-{os.getpid()}"
     text = f"mkdir -p /{name}/new && rmdir /{name}/new\n"
     ran = sandbox.run_text("make.sh", text)
@@ -255,7 +255,7 @@ def test_a_new_folder_at_the_top_is_a_root_to_add(sandbox: Sandbox) -> None:
 
 
 def test_a_denied_path_appears_by_name(sandbox: Sandbox) -> None:
-    """Names that the program makes up are told, of files and of programs, and each only once with its count."""
+    """Denied paths of files and programs are reported by name, each once with its count."""
     text = """
 import os, sys
 name = os.urandom(8).hex()
@@ -278,7 +278,7 @@ open(f"/root/{name}")
 
 
 def test_ordinary_programs_are_refused_nothing(sandbox: Sandbox) -> None:
-    """Interpreters and compilers look for much that is not there; none of it counts."""
+    """Searches of ordinary interpreters and compilers for missing files do not count as denials."""
     text = (
         "import json, subprocess, threading, sqlite3, ssl, email, asyncio, multiprocessing, shutil, socket, tempfile\n"
         "subprocess.run(['/usr/bin/true'])\n"
@@ -294,13 +294,13 @@ def test_ordinary_programs_are_refused_nothing(sandbox: Sandbox) -> None:
 
 
 def test_what_the_kernel_records_for_another_reason_is_no_refusal(sandbox: Sandbox) -> None:
-    """A program that sets its login uid, of which the audit tells though it went well, ends as any other."""
+    """A successful call that the audit records, such as setting the login uid, is not reported as a denial."""
     ran = sandbox.run_text("login.sh", "echo 7 > /proc/self/loginuid && cat /proc/self/loginuid\n")
     assert (ran.outcome, ran.stdout, ran.result.denials) == ("ok", b"7", [])
 
 
 def test_a_flood_of_refusals_is_counted_and_bounded(sandbox: Sandbox) -> None:
-    """Of thousands of different paths 64 are told and the rest is a number; the program ends by itself, as it would."""
+    """Of thousands of denied paths 64 are reported and the rest counted; the program ends as usual."""
     text = """
 import os
 for number in range(6000):
@@ -317,7 +317,7 @@ print("done")
 
 
 def test_a_newcomer_reads_what_to_add(state: Path, tmp_path: Path, root: Path) -> None:
-    """Under the program's own error the command names the flag, or the line of the policy, and what nothing allows."""
+    """Below the program's error the command names the flag or the policy line, and what no setting allows."""
     assert state.parent.is_dir()
     program = tmp_path / "it.py"
     program.write_text(
@@ -337,7 +337,7 @@ def test_a_newcomer_reads_what_to_add(state: Path, tmp_path: Path, root: Path) -
 
 
 def test_a_module_beside_the_program_comes_with_a_project(state: Path, tmp_path: Path) -> None:
-    """Who runs one file of several is told how to make a project of them, and that runs."""
+    """A program that misses a module beside it gets the command that makes a project, and that project runs."""
     assert state.parent.is_dir()
     (tmp_path / "it s.py").write_text("import helper\nprint(helper.NUMBER)\n")
     (tmp_path / "helper.py").write_text("NUMBER = 5\n")
@@ -355,7 +355,7 @@ def test_a_module_beside_the_program_comes_with_a_project(state: Path, tmp_path:
 
 
 def test_a_folder_that_no_line_can_name_is_no_hint(state: Path, tmp_path: Path) -> None:
-    """A program that misses a module in a folder whose name is no UTF-8 has its result like any other."""
+    """A missing module in a folder whose name is no UTF-8 gives an ordinary result."""
     assert state.parent.is_dir()
     folder = tmp_path / "fo\udcff"
     folder.mkdir()

@@ -1,7 +1,8 @@
-"""The commands and Python programs of README, docs and examples, run as a reader would type them.
+"""The commands and Python programs of README, docs and examples, run as a reader types them.
 
-Every `sh` and `python` block runs; a `text` block after it is what it prints, standard error included, and `...` there
-stands for anything on a line, or for any lines. `console` blocks show what needs a network, minutes or another machine.
+Every `sh` and `python` block runs; a `text` block after it is its output, standard error included, in which `...`
+stands for anything on a line, or for any lines. `console` blocks, which need a network, minutes or another machine, do
+not run.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Example(NamedTuple):
 
 
 def examples(page: Path) -> list[Example]:
-    """Return the blocks of a page; those of the README without an output are typed by tests/vm/test_readme.py."""
+    """Return the blocks of a page; tests/vm/test_readme.py types those of the README without an output."""
     found = []
     for block in _BLOCK.finditer(page.read_text(encoding="utf-8")):
         if page != README or block["output"] is not None:
@@ -57,8 +58,8 @@ def examples(page: Path) -> list[Example]:
 def typed(found: list[Example]) -> str:
     """Return one session of all blocks, with a NUL after the output of each.
 
-    A command that fails ends the session, unless the page shows an output: that may be of one that fails.
-    xpg_echo: echo takes backslashes as it does in zsh and in a plain sh, in which commands are typed too.
+    A failing command ends the session unless the page shows an output, since that may be of a failure.
+    xpg_echo: echo interprets backslashes as in zsh and a plain sh, which readers use too.
     """
     blocks = (f"set {'-e' if one.output is None else '+e'}\n{one.text}printf '\\0'\n" for one in found)
     return "shopt -s xpg_echo\nset -u -o pipefail\n" + "".join(blocks)
@@ -72,7 +73,7 @@ def prints(shown: str) -> re.Pattern[str]:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if examples(page)], ids=lambda page: page.stem)
 def test_the_commands_of_a_page_work(page: Path, image: Image, state: Path, tmp_path: Path) -> None:
-    """A page's commands and Python programs, typed one after the other, print what the page shows."""
+    """A page's commands and Python programs, typed in order, print what the page shows."""
     assert image.digest
     del state
     here = tmp_path / "here"

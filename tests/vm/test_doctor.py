@@ -1,4 +1,4 @@
-"""`x07 doctor` starts what a run starts: where no run could, it says so and what to do."""
+"""`x07 doctor` starts what a run starts, and reports faults with advice."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SUBJECT = "VM start"
 
 
 def _ask(state: Path, *before: str, stderr: int = subprocess.DEVNULL) -> tuple[int, dict[str, Any]]:
-    """Exit code, and what the doctor found out by starting a machine."""
+    """Return the exit code, and the doctor's finding from starting a machine."""
     env = os.environ | {"X07_VM_STATE_DIR": str(state)}
     argv = [*before, *DOCTOR]
     done = subprocess.run(
@@ -49,7 +49,7 @@ def _ask(state: Path, *before: str, stderr: int = subprocess.DEVNULL) -> tuple[i
 
 @pytest.fixture(scope="module")
 def well(image: Image, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, Any], bytes]:
-    """What a doctor finds where runs work, and what it shows on a terminal; it remembers what it learns of KVM."""
+    """Return the findings of a doctor on a working host, and its terminal output; it caches what it learns of KVM."""
     assert image.digest
     ours, theirs = pty.openpty()
     os.set_blocking(ours, False)
@@ -59,7 +59,7 @@ def well(image: Image, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, d
 
 
 def test_doctor_starts_a_machine(well: tuple[int, dict[str, Any], bytes]) -> None:
-    """Where runs work, the doctor has heard our agent from a machine in its jail, of which a terminal is told."""
+    """On a working host the doctor starts a jailed machine, gets the agent's answer, and reports it."""
     code, found, shown = well
     assert (code, found["good"]) == (0, True)
     assert "our agent answered" in found["text"]
@@ -76,7 +76,7 @@ def test_doctor_starts_a_machine(well: tuple[int, dict[str, Any], bytes]) -> Non
 )
 @pytest.mark.usefixtures("well")
 def test_doctor_says_where_no_machine_can_start(tmp_path: Path, need: Need, missing: str, text: str, fix: str) -> None:
-    """Without the rights that the jail is made with, or without those of its last step, the doctor says BAD and why."""
+    """If the jail lacks the rights for any of its steps, the doctor says BAD and why."""
     need(os.geteuid() == 0, "needs root, to take rights away from it", installable=False)
     code, found = _ask(tmp_path / "jobs", SETPRIV, f"--bounding-set=-{missing}", f"--inh-caps=-{missing}")
     assert (code, found["good"]) == (1, False)
@@ -85,13 +85,13 @@ def test_doctor_says_where_no_machine_can_start(tmp_path: Path, need: Need, miss
 
 
 def _findings(env: dict[str, str]) -> tuple[int, dict[str, Any]]:
-    """Exit code and findings of a doctor in this environment."""
+    """Return exit code and findings of a doctor in this environment."""
     done = subprocess.run(DOCTOR, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     return done.returncode, {finding["subject"]: finding for finding in json.loads(done.stdout)["findings"]}
 
 
 def test_doctor_says_which_x07_is_first(tmp_path: Path) -> None:
-    """Another program called x07 that comes first on PATH is named as such, and not started."""
+    """The doctor names another program called x07 that comes first on PATH, and does not start it."""
     other = tmp_path / "bin" / "x07"
     other.parent.mkdir()
     other.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
@@ -106,7 +106,7 @@ def test_doctor_says_which_x07_is_first(tmp_path: Path) -> None:
 
 
 def test_doctor_shows_our_variables_and_no_secret(tmp_path: Path) -> None:
-    """Variables of ours are shown with what they hold, names that only look so without."""
+    """The doctor shows x07's variables with their values, and only the names of similar ones."""
     env = os.environ | {"X07_VM_STATE_DIR": str(tmp_path / "jobs"), "X07_VM_CACHE_DIR": str(tmp_path / "cache")}
     code, findings = _findings(env | {"X07_VM_TOKEN": "hunter2", "X07_VM_MAX_RUNNING": "3"})
     assert code == 1  # there is no image in that cache
@@ -116,7 +116,7 @@ def test_doctor_shows_our_variables_and_no_secret(tmp_path: Path) -> None:
 
 
 def test_doctor_says_what_variables_have_every_run_refused(tmp_path: Path, image: Image) -> None:
-    """A backend that cannot be had, or another image that is pinned, is BAD as a run would say it, with exit code 1."""
+    """An unavailable backend or an image pin that does not match is BAD with a run's message and exit code 1."""
     env = os.environ | {"X07_VM_STATE_DIR": str(tmp_path / "jobs"), "X07_SANDBOX_BACKEND": "os"}
     code, findings = _findings(env | {"X07_VM_GUEST_IMAGE_DIGEST": "sha256:" + "a" * 64})
     wish, pinned = findings["requested backend"], findings["the guest image is not the one that may run"]

@@ -1,4 +1,4 @@
-"""The examples on real input, with the output that Python computes for it, by library and by command."""
+"""The examples on real input: by library and by command, their output is what Python computes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SYLLABLES = ("ba", "ko", "lir", "sta", "nor", "mi", "tu", "vel", "gra", "po")
 
 
 def word_list() -> list[str]:
-    """3,000 different words of one to four syllables, always the same."""
+    """Return 3,000 different words of one to four syllables, always the same."""
     dice = random.Random(12)  # noqa: S311 - test data
     words: dict[str, None] = {}
     while len(words) < 3000:
@@ -33,7 +33,7 @@ def word_list() -> list[str]:
 
 
 def long_text(size: int) -> str:
-    """Prose of about *size* bytes: some words far more frequent than others, capitals, punctuation, short lines."""
+    """Return prose of about *size* bytes: some frequent words, capitals, punctuation, short lines."""
     dice = random.Random(13)  # noqa: S311 - as above
     words = word_list()
     weights = [1 / (rank + 1) for rank in range(len(words))]
@@ -49,7 +49,7 @@ def long_text(size: int) -> str:
 
 
 def expected_frequencies(text: str, most: int) -> str:
-    """What word_frequency.c is to print."""
+    """Return the expected output of word_frequency.c."""
     counted = collections.Counter("".join(char.lower() if char.isalpha() else " " for char in text).split())
     ordered = sorted(counted.items(), key=lambda pair: (-pair[1], pair[0]))
     return "".join(f"{count:7d} {word}\n" for word, count in ordered[:most])
@@ -57,7 +57,7 @@ def expected_frequencies(text: str, most: int) -> str:
 
 @pytest.mark.parametrize("name", ["grader", "agent_tool"])
 def test_an_example_without_an_image_says_so_in_one_line(name: str, tmp_path: Path) -> None:
-    """Those that start programs say what is missing and what to do, where they cannot start any, and end with 1."""
+    """Without an image an example exits with 1 and one line that says what is missing and what to do."""
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / f"{name}.py")],
         env=os.environ | {"X07_VM_CACHE_DIR": str(tmp_path / "cache")},
@@ -72,7 +72,7 @@ def test_an_example_without_an_image_says_so_in_one_line(name: str, tmp_path: Pa
 
 @pytest.mark.timeout(400)
 def test_word_frequencies_of_several_megabytes(sandbox: Sandbox) -> None:
-    """The C example, built and run for real, counts the words of 4 MB of text as Python does."""
+    """The C example counts the words of 4 MB of text as Python does."""
     text = long_text(4_000_000)
     assert len(text) >= 4_000_000
     ran = sandbox.run(WORDS, stdin=text.encode(), policy={"limits.wall_ms": 170_000, "limits.cpu_ms": 170_000})
@@ -82,7 +82,7 @@ def test_word_frequencies_of_several_megabytes(sandbox: Sandbox) -> None:
 
 
 def expected_csv() -> bytes:
-    """What jsonl_to_csv.py is to print for the example's orders, written down independently of it."""
+    """Return the CSV that jsonl_to_csv.py should print for the example's orders, written independently."""
     return (
         "id,customer.name,customer.city,total,items,note\n"
         '1,Ada,London,12.5,"[""tea"", ""cup""]",\n'
@@ -99,7 +99,7 @@ def test_json_lines_become_csv(sandbox: Sandbox) -> None:
 
 
 def test_the_command_runs_the_python_example(state: Path) -> None:
-    """`x07 run --input orders.jsonl jsonl_to_csv.py` prints the CSV and nothing else, and leaves nothing."""
+    """`x07 run --input orders.jsonl jsonl_to_csv.py` prints only the CSV, and leaves no remains."""
     argv = [sys.executable, "-m", "x07_sandbox.cli.main", "run", "--input", str(ORDERS), str(CSV)]
     done = subprocess.run(argv, capture_output=True, stdin=subprocess.DEVNULL, timeout=120, check=False)
     assert (done.returncode, done.stderr) == (0, b"")

@@ -1,4 +1,4 @@
-"""Promises of `x07 exec`, --workdir and files of calls, in machines."""
+"""`x07 exec`, --workdir and files of calls, in machines."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ os.symlink("/etc/passwd", "link")
 
 @pytest.fixture
 def project(image: Image, state: Path, tmp_path: Path) -> Path:
-    """A project with a Makefile, and nothing left behind afterwards."""
+    """A project with a Makefile; the exit checks that runs left no remains."""
     assert image.digest
     assert state.is_absolute()
     folder = tmp_path / "project"
@@ -60,20 +60,20 @@ def project(image: Image, state: Path, tmp_path: Path) -> Path:
 
 
 def x07(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """A command in a folder, as a user types it."""
+    """Run a command in a folder, as a user types it."""
     return subprocess.run(
         [*COMMAND, *words], cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
     )
 
 
 def result(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
-    """The result that a command with --json has printed."""
+    """Return the result that a command with --json has printed."""
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 
 
 def test_a_command_of_the_image_runs_in_a_copy_of_a_folder(project: Path, state: Path) -> None:
-    """`x07 exec --workdir . -- make` works on a copy, and its changes come back, applied, and can be undone."""
+    """`x07 exec --workdir . -- make` works on a copy, and its changes are applied and can be undone."""
     done = x07(project, "exec", "--workdir", ".", "--", "make", "test", "all")
     assert done.returncode == 0, done.stderr
     assert f"{WORK}\n" in done.stdout
@@ -85,7 +85,7 @@ def test_a_command_of_the_image_runs_in_a_copy_of_a_folder(project: Path, state:
 
 
 def test_a_folder_that_is_only_to_be_read_stays_as_it_is(project: Path) -> None:
-    """With --read the command cannot write to the folder, and a write root within it can be named beside."""
+    """With --read a command cannot write to the folder, except to a write root inside that is named too."""
     (project / "build").mkdir()
     script = "ls -A; touch x; cp in.txt build/out.txt"
     words = ("--workdir", "project", "--read", "--allow-write-root", "build")
@@ -98,7 +98,7 @@ def test_a_folder_that_is_only_to_be_read_stays_as_it_is(project: Path) -> None:
 
 
 def test_the_exit_code_is_the_commands_own(project: Path) -> None:
-    """A command that fails ends as it did, and one that the image does not have with 127 and what would add it."""
+    """`x07 exec` exits with the command's own code, and with 127 and advice if the image lacks the command."""
     done = x07(project, "exec", "--workdir", ".", "--", "make", "fails")
     assert done.returncode == 2, done.stderr
     done = x07(project, "exec", "--workdir", ".", "--", "no-such-command", "x")
@@ -111,7 +111,7 @@ def test_the_exit_code_is_the_commands_own(project: Path) -> None:
 
 
 def test_a_command_is_under_the_policy(project: Path) -> None:
-    """A policy that lets a program start no other holds for a command too, and the command itself starts."""
+    """With process.allow_exec false a command starts, but can start no other program."""
     policy = load_policy()
     alone = replace(policy, process=replace(policy.process, allow_spawn=False, allow_exec=False))
     found = exec_command(["sh", "-c", "echo here; /bin/ls"], project, policy=alone)
@@ -121,7 +121,7 @@ def test_a_command_is_under_the_policy(project: Path) -> None:
 
 
 def test_a_program_works_in_a_folder_of_the_users(project: Path) -> None:
-    """With --workdir what a program writes by a relative name lands in that folder."""
+    """With --workdir, files that a program writes by relative names are stored in that folder."""
     (project.parent / "prog.py").write_text("open('data.csv', 'w').write(open('in.txt').read())")
     done = x07(project.parent, "run", "--workdir", "project", "prog.py")
     assert done.returncode == 0, done.stderr
@@ -129,7 +129,7 @@ def test_a_program_works_in_a_folder_of_the_users(project: Path) -> None:
 
 
 def test_files_go_in_and_come_out_of_a_call(state: Path) -> None:
-    """files= lie in the working folder and beside the source; Result.files has what was left, bounded and counted."""
+    """files= are in the working folder beside the source; Result.files holds new files, bounded and counted."""
     files = {"data.csv": b"1,2", "helper.py": b"", "kept": b""}
     found = run_program(source=LEAVES, toolchain="python", files=files)
     assert (found.outcome, found.stdout.text) == ("ok", "1,2 ['data.csv', 'helper.py', 'kept']\n"), found.reason
@@ -143,7 +143,7 @@ def test_files_go_in_and_come_out_of_a_call(state: Path) -> None:
 
 
 def test_other_calls_have_files_too(state: Path) -> None:
-    """A pool, an asynchronous call, and a command without a folder hand over what was left."""
+    """A pool, an asynchronous call and a command without a folder return the files that a program left."""
     words: dict[str, Any] = {"command": ["sh", "-c", "cat a > b"], "files": {"a": b"1"}}
     with Pool(size=1) as pool:
         assert pool.submit(**words).result().files == {"b": b"1"}
@@ -153,7 +153,7 @@ def test_other_calls_have_files_too(state: Path) -> None:
 
 
 def test_a_terminal_is_told_what_was_thrown_away(project: Path) -> None:
-    """Files in the private working folder are counted in the result, and told once on a terminal."""
+    """Files left in the private working folder are counted in the result, and a terminal shows one note."""
     ours, theirs = pty.openpty()
     words = [*COMMAND, "exec", "--", "sh", "-c", "touch a b .c"]
     done = subprocess.run(words, cwd=project, stdin=subprocess.DEVNULL, stderr=theirs, check=False)

@@ -1,4 +1,4 @@
-"""Processes that are forked from one that runs programs: they hold nothing of its locks, leases and machines."""
+"""Children forked from a process that runs programs: they hold none of its locks, leases or machines."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
 
-# Runs a program in a thread, forks a child that sleeps, and says so; then it is killed from outside.
+# Runs a program in a thread and forks a child that sleeps; then it is killed from outside.
 FORKING = """
 import os, sys, threading, time
 from x07_sandbox import run_program
@@ -48,7 +48,7 @@ time.sleep(100)
 
 @pytest.fixture
 def _own_cache(tmp_path: Path, image: Image, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache with a queue and a pool of the test's own."""
+    """Use a cache with its own queue and pool."""
     del image
     place = tmp_path / "cache"
     copy_cache(place)
@@ -57,7 +57,7 @@ def _own_cache(tmp_path: Path, image: Image, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 def sleeping() -> Iterator[list[int]]:
-    """Children of a test that sleep; they are ended with it."""
+    """Sleeping children of a test, killed at its end."""
     pids: list[int] = []
     yield pids
     for pid in pids:
@@ -74,7 +74,7 @@ def forked(pids: list[int]) -> None:
 
 
 def reap(pids: list[int]) -> None:
-    """End such children of this process."""
+    """Reap such children of this process."""
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
@@ -82,7 +82,7 @@ def reap(pids: list[int]) -> None:
 
 
 def test_a_lock_is_not_a_forked_childs(tmp_path: Path) -> None:
-    """A lock that is let go is free, also if a child was forked while it was held."""
+    """A released lock is free even if a child was forked while it was held."""
     pids: list[int] = []
     with file_lock(tmp_path / "lock"):
         forked(pids)
@@ -92,7 +92,7 @@ def test_a_lock_is_not_a_forked_childs(tmp_path: Path) -> None:
 
 
 def test_what_is_kept_from_children_is_dev_null_there(tmp_path: Path) -> None:
-    """In a forked child such a descriptor leads to /dev/null: its number stays taken, its file is not held."""
+    """In a forked child, descriptors that it must not hold lead to /dev/null and keep their numbers."""
     path = tmp_path / "file"
     fd = close_on_fork.add(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     pid = os.fork()
@@ -107,7 +107,7 @@ def test_what_is_kept_from_children_is_dev_null_there(tmp_path: Path) -> None:
 
 
 def test_no_child_is_forked_while_a_process_is_started() -> None:
-    """A thread that forks waits while another starts a process, which would wait for the child's end otherwise."""
+    """A fork waits while another thread starts a process, which would otherwise wait for the child's end."""
     pids: list[int] = []
     with close_on_fork.no_fork():
         forking = threading.Thread(target=forked, args=(pids,))
@@ -122,7 +122,7 @@ def test_no_child_is_forked_while_a_process_is_started() -> None:
 def test_a_child_forked_while_a_machine_starts_does_not_hold_its_gate(
     image: Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A child that is forked while a machine waits at its gate does not keep it there: it starts as a clone."""
+    """A child forked while a machine waits at its gate does not delay it: it starts as a clone."""
     from x07_sandbox.backends.qemu.instance import QemuInstance
 
     run_program(source="true", toolchain="shell", image=image.digest)  # so that there is a saved machine
@@ -142,10 +142,10 @@ def test_a_child_forked_while_a_machine_starts_does_not_hold_its_gate(
 
 @pytest.mark.usefixtures("state")
 def test_a_child_forked_while_output_comes_does_not_hold_the_call(image: Image) -> None:
-    """A call that passes output on as it comes returns when the program has ended, whatever was forked meanwhile."""
+    """A call that streams output returns when the program ends, even if a child was forked meanwhile."""
     pids: list[int] = []
     run_program(source="echo on", toolchain="shell", image=image.digest, on_output=lambda *_: forked(pids))
-    assert os.waitpid(pids[0], os.WNOHANG) == (0, 0)  # the child lives
+    assert os.waitpid(pids[0], os.WNOHANG) == (0, 0)  # the child is alive
     reap(pids)
 
 
@@ -153,14 +153,14 @@ def test_a_child_forked_while_output_comes_does_not_hold_the_call(image: Image) 
 def test_a_killed_runner_frees_its_slot_whatever_it_forked(
     state: Path, sleeping: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A runner killed with a forked child alive leaves no machine and no slot taken: the next run starts at once."""
+    """A killed runner whose forked child is alive leaves no machine and no occupied slot."""
     monkeypatch.setenv("X07_VM_MAX_RUNNING", "1")
     with subprocess.Popen([sys.executable, "-c", FORKING], stdout=subprocess.PIPE, text=True) as runner:
         assert runner.stdout is not None
         sleeping.append(int(runner.stdout.readline()))
         runner.kill()
     cancel = os.eventfd(0)
-    with admitted(cancel_fd=cancel, timeout_s=60):  # the child lives for longer
+    with admitted(cancel_fd=cancel, timeout_s=60):  # the child lives longer
         pass
     os.close(cancel)
     wait_gone(state)
@@ -168,7 +168,7 @@ def test_a_killed_runner_frees_its_slot_whatever_it_forked(
 
 @pytest.mark.usefixtures("_own_cache")
 def test_a_killed_claimer_gives_its_machine_back_whatever_it_forked(state: Path, sleeping: list[int]) -> None:
-    """A claimer of the pool killed with a forked child alive: the pool ends its machine all the same."""
+    """If a process that claimed a pool machine is killed, the pool ends the machine despite its forked children."""
     x07 = [sys.executable, "-m", "x07_sandbox.cli.main"]
     subprocess.run([*x07, "pool", "start", "--size", "1"], check=True, capture_output=True)
     try:
@@ -176,7 +176,7 @@ def test_a_killed_claimer_gives_its_machine_back_whatever_it_forked(state: Path,
             assert runner.stdout is not None
             sleeping.append(int(runner.stdout.readline()))
             runner.kill()
-        deadline = time.monotonic() + 60  # the child lives for longer
+        deadline = time.monotonic() + 60  # the child lives longer
         while True:
             shown = subprocess.run([*x07, "pool", "status", "--json"], check=False, capture_output=True)
             pool = json.loads(shown.stdout)["pool"] if shown.returncode == 0 else None  # a busy one answers later
@@ -191,7 +191,7 @@ def test_a_killed_claimer_gives_its_machine_back_whatever_it_forked(state: Path,
 
 
 def wait_gone(state: Path) -> None:
-    """Wait until no process of a job below *state* is left; its record may be unfinished, as its runner was killed."""
+    """Wait until no process of a job below *state* is left; its killed runner may have left the record unfinished."""
     deadline = time.monotonic() + 60
     while alive := [what for what in left_behind(state) if "done" not in what and "control group" not in what]:
         assert time.monotonic() < deadline, alive
@@ -200,7 +200,7 @@ def wait_gone(state: Path) -> None:
 
 @pytest.mark.usefixtures("_own_cache")
 def test_a_stopped_waiter_holds_nobody(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first of the queue, stopped by Ctrl-Z say, does not keep a free slot from the next."""
+    """A stopped first waiter in the queue does not keep a free slot from the next one."""
     monkeypatch.setenv("X07_VM_MAX_RUNNING", "1")
     del state
     code = "import os, sys\nfrom x07_sandbox.jobs.admission import admitted\n"
@@ -219,7 +219,7 @@ def test_a_stopped_waiter_holds_nobody(state: Path, monkeypatch: pytest.MonkeyPa
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as first:
         assert first.stdout is not None
         first.stdout.read(1)
-        time.sleep(1)  # until it is the first of the queue: nothing tells
+        time.sleep(1)  # until it is the first in the queue: no event announces it
         first.send_signal(signal.SIGSTOP)
         leave.set()
         holder.join()

@@ -1,4 +1,4 @@
-"""A full disk of the host under the state folder: refused before, an error for the program meanwhile, never a hang."""
+"""A full disk below the state folder: a run is refused, or its program gets an error; nothing hangs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, artifacts: Artif
 
 @pytest.mark.parametrize("size", ["4k", "16k", "32k"])
 def test_no_room_for_a_job_is_refused(small_disk: SmallDisk, size: str) -> None:
-    """Where records and an empty scratch disk do not fit, nothing is run, and the reason says what to do."""
+    """If records and an empty scratch disk do not fit, nothing runs, and the reason says what to do."""
     ran = small_disk(size).behave("nothing")
     assert (ran.outcome, ran.result.x07_exit_code, ran.result.fault) == ("refused", 125, "host")
     assert "No space left" in ran.reason
@@ -46,14 +46,14 @@ def test_no_room_for_a_job_is_refused(small_disk: SmallDisk, size: str) -> None:
 
 @pytest.mark.parametrize("files", [3, 4, 6, 7, 8, 9, 10])
 def test_no_room_for_one_more_file_is_told_as_that(small_disk: SmallDisk, files: int) -> None:
-    """Whichever file of a job finds no place any more, what there is to do is to make room, and nothing else."""
+    """Whichever file of a job does not fit, the only advice is to free space."""
     ran = small_disk(f"1m,nr_inodes={files}").behave("nothing")
     assert (ran.outcome, ran.result.fault) == ("refused", "host")
     assert "No space left on device. Free space there, or set X07_VM_STATE_DIR" in ran.reason
 
 
 def test_a_disk_that_fills_up_is_the_programs_error(small_disk: SmallDisk) -> None:
-    """A program that writes more than the host's disk holds gets an error, ends by itself, and leaves nothing."""
+    """A program that fills the host's disk gets an error, ends by itself, and leaves no remains."""
     ran = small_disk("24m").run_text(
         "fill.py",
         "import os\n"
@@ -69,7 +69,7 @@ def test_a_disk_that_fills_up_is_the_programs_error(small_disk: SmallDisk) -> No
 
 
 def test_output_that_cannot_be_kept_ends_the_run(small_disk: SmallDisk) -> None:
-    """Where the program's output does not fit on the host's disk, the run ends as `backend-error` and says why."""
+    """If the program's output does not fit on the host's disk, the run ends as `backend-error` and says why."""
     ran = small_disk("8m").behave("flood", "1")
     assert (ran.outcome, ran.result.x07_exit_code) == ("backend-error", 125), ran.reason
     assert "cannot keep the program's stdout: No space left on device" in ran.reason

@@ -1,4 +1,4 @@
-"""examples/grader.py in full size: what 200 submissions must come to."""
+"""examples/grader.py in full size: the verdicts of 200 submissions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ VERDICTS: Final = {
     "signalled": 16,
 }
 
-# Many more seconds than it takes to end them, in rounds of as many as there are machines.
+# Far longer than it takes to end them, in rounds of as many as there are machines.
 SLEEPERS: Final = """
 import sys
 sys.path.insert(0, sys.argv.pop(1))
@@ -43,7 +43,7 @@ pytestmark = [pytest.mark.vm, pytest.mark.timeout(3600)]
 
 @pytest.mark.timeout(120)
 def test_ctrl_c_ends_it_with_what_runs(image: Image, state: Path) -> None:
-    """Ctrl-C ends the grader without waiting for the submissions that it has begun, and leaves no machine."""
+    """Ctrl-C ends the grader without waiting for running submissions, and leaves no machine."""
     assert image.digest
     argv = [sys.executable, "-c", SLEEPERS, str(GRADER.parent), "200"]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -59,7 +59,7 @@ def test_ctrl_c_ends_it_with_what_runs(image: Image, state: Path) -> None:
 
 
 def test_a_number_that_is_none_is_wrong_usage() -> None:
-    """What is no number of submissions ends the grader with its usage and 2."""
+    """An invalid number of submissions ends the grader with its usage and exit code 2."""
     done = subprocess.run([sys.executable, str(GRADER), "many"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert "invalid int value: 'many'" in done.stderr
@@ -68,7 +68,7 @@ def test_a_number_that_is_none_is_wrong_usage() -> None:
 
 @pytest.mark.slow
 def test_two_hundred_submissions_get_their_verdicts(image: Image, state: Path, *, full: bool) -> None:
-    """The grader gives each of 200 hostile, wrong and right submissions its verdict, and leaves nothing (--full)."""
+    """The grader gives 200 hostile, wrong and right submissions the right verdict, and leaves no remains (--full)."""
     assert sum(VERDICTS.values()) == 200
     if not full:
         pytest.skip("takes minutes; scripts/test.sh --full runs it, examples/README.md runs it with 12")

@@ -1,4 +1,4 @@
-"""Folders of the host that a policy opens: what a program finds there, and what comes back of what it changed."""
+"""Host folders that a policy opens: what a program sees of them, and which changes come back."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ COMMAND = [sys.executable, "-m", "x07_sandbox.cli.main"]
 
 
 class Project:
-    """A folder of the user's, and the command started in it."""
+    """A user's folder, and commands started in it."""
 
     def __init__(self, folder: Path, state: Path) -> None:
         self.folder = folder
@@ -48,7 +48,7 @@ class Project:
         (folder / "key.pem").write_text("a key\n")
 
     def x07(self, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-        """A command, as a user types it."""
+        """Run a command as a user types it."""
         done = subprocess.run(
             [*COMMAND, *words], cwd=self.folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
         )
@@ -56,14 +56,14 @@ class Project:
         return done
 
     def run(self, source: str, *words: str, code: int = 0) -> dict[str, Any]:
-        """The result of a Python source."""
+        """Return the result of a Python source."""
         words = ("run", "--json", "-c", source, "--toolchain", "python", *words)
         found: dict[str, Any] = json.loads(self.x07(*words, code=code).stdout)
         assert left_behind(self.state) == []
         return found
 
     def policy(self, **fs: object) -> str:
-        """The built-in policy with other rules for files, as a file beside the project."""
+        """Write the built-in policy with other file rules, beside the project."""
         document = msgspec.to_builtins(default_policy())
         document["fs"] |= fs
         path = self.folder.parent / f"policy-{os.urandom(4).hex()}.json"
@@ -71,7 +71,7 @@ class Project:
         return str(path)
 
     def seen(self) -> dict[str, str]:
-        """All files, and what is in them."""
+        """Return all files with their content."""
         return {
             str(path.relative_to(self.folder)): path.read_text()
             for path in sorted(self.folder.rglob("*"))
@@ -81,7 +81,7 @@ class Project:
 
 @pytest.fixture
 def project(image: Image, state: Path, tmp_path: Path) -> Project:
-    """A folder of the user's."""
+    """A user's folder."""
     assert image.digest
     return Project(tmp_path / "project", state)
 
@@ -97,7 +97,7 @@ os.rename("run.sh", "go.sh")
 
 
 def test_a_template_of_x07_reads_here_and_writes_there(project: Project) -> None:
-    """X07's template `cli`: the folder can be read, `out` changed too, and hidden names and keys are not there."""
+    """Under X07's template `cli` the folder can be read and `out` changed; hidden names and keys are missing."""
     path = project.folder.parent / "cli.json"
     path.write_bytes(render_policy(TEMPLATES["cli"]))
     source = """
@@ -125,7 +125,7 @@ open("out/made.txt", "w").write("made")
 
 
 def test_changes_are_applied_shown_undone_and_applied_again(project: Project) -> None:
-    """What a program changed is on the host when it has ended, and goes and comes with x07 undo and x07 apply."""
+    """A program's changes are applied when it ends; `x07 undo` reverts and `x07 apply` reapplies them."""
     before = project.seen()
     done = project.x07("run", "--allow-write-root", ".", "-c", CHANGE, "--toolchain", "python")
     assert done.stderr == (
@@ -158,7 +158,7 @@ def test_changes_are_applied_shown_undone_and_applied_again(project: Project) ->
 
 
 def test_a_patch_can_be_had_of_any_run(project: Project) -> None:
-    """--diff writes the patch that x07 diff shows, and beside it all of it with digests; git takes it."""
+    """--diff writes the patch that `x07 diff` shows, and all changes with digests; git accepts the patch."""
     project.x07("run", "--allow-write-root", ".", "--diff", "../p", "-c", CHANGE, "--toolchain", "python")
     patch = project.folder.parent / "p"
     assert patch.read_text() == project.x07("diff").stdout
@@ -171,7 +171,7 @@ def test_a_patch_can_be_had_of_any_run(project: Project) -> None:
 
 
 def test_with_x07s_report_changes_are_told_and_written_as_without(project: Project) -> None:
-    """With --report, standard error says what became of changes, --diff is written, and a refused set is a failure."""
+    """With --report, standard error reports changes, --diff is written, and a rejected set is a failure."""
     words = ["run", "--report", "runner", "--allow-write-root", ".", "--toolchain", "python", "--diff", "../p", "-c"]
     done = project.x07(*words, CHANGE)
     assert done.stderr.endswith("x07: 4 added, 1 changed, 2 deleted: applied; x07 diff, x07 undo\n")
@@ -182,7 +182,7 @@ def test_with_x07s_report_changes_are_told_and_written_as_without(project: Proje
 
 
 def test_a_run_whose_files_cannot_be_written_is_told_with_its_changes(project: Project) -> None:
-    """Where the attestation's folder goes with the run's own changes, --json and --report-out tell of that run."""
+    """If a run's own changes remove the attestation's folder, --json and --report-out still report the run."""
     (project.folder / "gone").mkdir()
     words = ("--report", "runner", "--attest-runtime", "gone/a", "--report-out", "../r", "--allow-write-root", ".")
     result = project.run('import os; os.rmdir("gone"); open("new", "w")', *words, code=125)
@@ -193,7 +193,7 @@ def test_a_run_whose_files_cannot_be_written_is_told_with_its_changes(project: P
 
 @pytest.mark.parametrize(("how", "ends"), [("keep", "kept"), ("discard", "discarded")])
 def test_nothing_is_applied_where_that_is_not_wanted(project: Project, how: str, ends: str) -> None:
-    """Changes can be kept until x07 apply, or thrown away; the exit code stays the program's."""
+    """Changes can be saved until `x07 apply`, or discarded; the exit code stays the program's."""
     before = project.seen()
     result = project.run(CHANGE, "--allow-write-root", ".", "--changes", how)
     assert result["changes"]["state"] == ends
@@ -212,7 +212,7 @@ def test_nothing_is_applied_where_that_is_not_wanted(project: Project, how: str,
     ],
 )
 def test_how_a_program_ended_decides(project: Project, source: str, words: list[str], outcome: str, code: int) -> None:
-    """A program that ended by itself has its changes applied; one that was ended has them kept."""
+    """Changes of a program that ended by itself are applied; those of a killed one are saved."""
     before = project.seen()
     result = project.run(source, "--allow-write-root", ".", *words, code=code)
     assert (result["outcome"], result["changes"]["deleted"]) == (outcome, 2)
@@ -221,7 +221,7 @@ def test_how_a_program_ended_decides(project: Project, source: str, words: list[
 
 
 def test_what_was_changed_meanwhile_is_a_conflict(project: Project) -> None:
-    """Where the host's file is another one than was copied in nothing is applied, exit code 125, and it says which."""
+    """If a host file changed since it was copied in, no change is applied: exit code 125, and the file is named."""
     words = ["run", "--allow-write-root", ".", "-c", "print(1, flush=True)\ninput()\n" + CHANGE]
     argv = [*COMMAND, *words, "--toolchain", "python"]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
@@ -241,7 +241,7 @@ def test_what_was_changed_meanwhile_is_a_conflict(project: Project) -> None:
 
 
 def test_a_name_that_may_not_be_changed_is_left_out(project: Project) -> None:
-    """A protected name is left out and the rest applied; the exit code is the program's, and a command takes it."""
+    """A change to a protected name is left out and the rest applied, with the program's exit code."""
     source = 'open("Jenkinsfile", "w").write("x"); open("fine.txt", "w").write("y")'
     result = project.run(source, "--allow-write-root", ".")
     changes = result["changes"]
@@ -262,7 +262,7 @@ def test_a_name_that_may_not_be_changed_is_left_out(project: Project) -> None:
 
 
 def test_one_name_keeps_all_back_where_that_is_asked_for(project: Project) -> None:
-    """With --changes all-or-nothing a protected name refuses the whole set; x07 apply takes the rest by --skip."""
+    """With --changes all-or-nothing a protected name rejects the whole set; `x07 apply --skip` applies the rest."""
     source = 'open("Jenkinsfile", "w").write("x"); open("fine.txt", "w").write("y")'
     result = project.run(source, "--allow-write-root", ".", "--changes", "all-or-nothing", code=125)
     assert (result["outcome"], result["changes"]["state"]) == ("ok", "kept")
@@ -273,7 +273,7 @@ def test_one_name_keeps_all_back_where_that_is_asked_for(project: Project) -> No
 
 
 def test_flags_let_hidden_names_and_links_in_and_out(project: Project) -> None:
-    """--allow-hidden and --allow-symlinks do what the built-in policy does not, and no policy of another's loosens."""
+    """--allow-hidden and --allow-symlinks extend the built-in policy, and are refused with a policy file."""
     (project.folder / "link").symlink_to(".secret")
     source = 'import os; print(open("link").read()); os.symlink("link", ".new"); os.mkdir(".d")'
     flags = ("--allow-hidden", "--allow-symlinks")
@@ -286,7 +286,7 @@ def test_flags_let_hidden_names_and_links_in_and_out(project: Project) -> None:
 
 
 def test_a_hidden_folder_of_links_names_both_flags(project: Project) -> None:
-    """What stays out since it is hidden, and would then lack its links, has both reasons and flags in one line."""
+    """A hidden folder with links is left out with both reasons and both flags in one line."""
     (project.folder / "node_modules/.bin").mkdir(parents=True)
     (project.folder / "node_modules/tool.js").write_text("1")
     (project.folder / "node_modules/.bin/tool").symlink_to("../tool.js")
@@ -316,7 +316,7 @@ RULES = [
 def test_a_rule_of_the_policy_keeps_a_change_back_and_says_what_would_let_it(
     project: Project, fs: dict[str, object], source: str, field: str
 ) -> None:
-    """Each rule about changes refuses by name; with the line that the result names the same run passes."""
+    """Each rule about changes rejects them by name; with the line that the result advises, the run passes."""
     before = project.seen()
     rules = {"write_roots": ["."], **fs}
     result = project.run(source, "--policy", project.policy(**rules))
@@ -343,7 +343,7 @@ COPY_RULES = [
 def test_a_rule_of_the_policy_leaves_a_file_out_and_says_what_would_let_it_in(
     project: Project, fs: dict[str, object], name: str, field: str
 ) -> None:
-    """Each rule about what goes in leaves out by name; with the line that the result names the program finds it."""
+    """Each rule about input files leaves them out by name; with the advised line the program finds them."""
     (project.folder / "link").symlink_to("run.sh")
     source = f"print(len(open({name!r}).read()) > 3)"
     rules = {"read_roots": ["."], **fs}
@@ -355,7 +355,7 @@ def test_a_rule_of_the_policy_leaves_a_file_out_and_says_what_would_let_it_in(
 
 
 def test_secrets_go_in_only_if_their_pattern_is_named(project: Project) -> None:
-    """A key is left out whatever the policy says; the flag that the result names lets it in."""
+    """A key file is left out whatever the policy says; the flag that the result advises lets it in."""
     source = 'print(open("key.pem").read())'
     result = project.run(source, "--allow-read-root", ".", code=1)
     (denial,) = [denial for denial in result["denials"] if "key.pem" in denial["subject"]]
@@ -367,7 +367,7 @@ def test_secrets_go_in_only_if_their_pattern_is_named(project: Project) -> None:
 
 
 def test_more_entries_than_allowed_are_refused_before_anything_starts(project: Project) -> None:
-    """A tree with more entries than fs.max_entries starts nothing, and the field is named."""
+    """A tree with more entries than fs.max_entries starts nothing, and the error names the field."""
     result = project.run("pass", "--policy", project.policy(read_roots=["."], max_entries=3), code=125)
     assert (result["outcome"], list(result["phases"])) == ("refused", [])
     assert "fs.max_entries" in result["reason"]
@@ -378,7 +378,7 @@ def test_more_entries_than_allowed_are_refused_before_anything_starts(project: P
 
 
 def test_roots_elsewhere_are_where_they_are_on_the_host(project: Project) -> None:
-    """Absolute roots have their own path; one in another travels once, and write wins; a file can be a root."""
+    """Absolute roots keep their path; nested roots are copied once and write access wins; a root can be a file."""
     place = project.folder.parent / "else where"
     (place / "in").mkdir(parents=True)
     (place / "in/a").write_text("a")
@@ -401,7 +401,7 @@ except OSError as exc:
 
 
 def test_a_root_that_is_not_there(project: Project) -> None:
-    """A missing read root is an error; a missing write root is an empty folder, made when there is something for it."""
+    """A missing read root is an error; a missing write root is an empty folder, created when it gets content."""
     assert "there is no" in project.run("pass", "--allow-read-root", "nowhere", code=2)["reason"]
     source = 'import os; print(os.listdir("results")); {}'
     assert project.run(source.format(""), "--allow-write-root", "results")["changes"]["state"] == "none"
@@ -411,7 +411,7 @@ def test_a_root_that_is_not_there(project: Project) -> None:
 
 
 def test_a_link_on_the_way_to_a_root_is_refused(project: Project) -> None:
-    """A root that is reached by a link, which anybody may have put there, is refused, and told where it leads."""
+    """A root behind a symbolic link, which anyone may have placed, is refused with the link's target."""
     (project.folder / "way").symlink_to("/etc")
     for flag in ("--allow-read-root", "--allow-write-root"):
         for root in ("way", "way/default"):
@@ -421,8 +421,8 @@ def test_a_link_on_the_way_to_a_root_is_refused(project: Project) -> None:
 
 
 def test_a_folder_for_what_a_program_makes(project: Project) -> None:
-    """--out DIR is /x07/out for the program; what it writes there comes back, here and again, wherever DIR lies."""
-    # In a root, and hidden there; so is a file that is a root of its own, for which its name would keep it back.
+    """With --out DIR, files that the program writes to /x07/out come back to DIR, in every run and at any path."""
+    # In a root, and hidden there; also a file that is a root of its own, which its name would otherwise keep out.
     roots = ("--allow-write-root", ".", "--allow-read-root", "key.pem", "--out", ".made here")
     for number in ("1", "2"):
         source = f'open("/x07/out/made", "w").write("{number}"); open("beside", "w").write(open("key.pem").read())'
@@ -433,7 +433,7 @@ def test_a_folder_for_what_a_program_makes(project: Project) -> None:
 
 
 def test_a_project_starts_in_its_own_folder(project: Project) -> None:
-    """With a manifest the program starts in /x07/in/project, where its roots are; without roots that is its own."""
+    """With a manifest the program starts in /x07/in/project, where its roots are."""
     (project.folder / "main.py").write_text("import os\nprint(os.getcwd(), sorted(os.listdir()))\nopen('x', 'w')\n")
     (project.folder / "x07-sandbox.toml").write_text(
         'schema_version = "x07.sandbox.project@0.1.0"\ntoolchain = "python"\nentry = "main.py"\nfiles = ["main.py"]\n'
@@ -446,7 +446,7 @@ def test_a_project_starts_in_its_own_folder(project: Project) -> None:
 
 
 def test_a_killed_apply_is_put_right_by_the_next_command(project: Project) -> None:
-    """SIGKILL while changes are applied leaves the old tree or the new one, once the next x07 command has run."""
+    """After SIGKILL while changes are applied, the next x07 command leaves the whole old tree or the whole new one."""
     for number in range(150):
         (project.folder / f"data/{number}").write_text(str(number))
     before = project.seen()
@@ -464,8 +464,8 @@ for n in range(150):
     for step in range(60):
         if torn and step >= 12:
             break
-        # The folder of what is made ready is the sign that it has begun, and a new file that it is amidst, however slow
-        # this machine is.
+        # The folder of prepared files shows that it has begun, and a new file that it is halfway, however slow this
+        # machine is.
         begun = (".x07-apply-*", "data/n*")[step % 2]
         argv = [*COMMAND, "apply"]
         with subprocess.Popen(argv, cwd=project.folder, stderr=subprocess.DEVNULL) as child:
@@ -485,8 +485,8 @@ for n in range(150):
 def test_two_runs_that_apply_to_one_folder_at_once_leave_one_or_the_other(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of two runs that change the same file at once one is applied and the other a conflict; never a mixture."""
-    monkeypatch.setenv("X07_VM_MAX_RUNNING", "4")  # both at once, also where there is one processor
+    """Of two concurrent runs that change the same file, one is applied and the other is a conflict."""
+    monkeypatch.setenv("X07_VM_MAX_RUNNING", "4")  # concurrently, even with one processor
     source = """
 import sys
 print("up", flush=True)
@@ -518,7 +518,7 @@ for name in ("in.txt", *range(40)):
 
 
 def test_the_hosts_variables_go_in_by_their_names_only(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of our own variables only those of env.allow_keys reach the program, and env.deny_keys takes any away."""
+    """Only the host variables in env.allow_keys reach the program, and env.deny_keys removes any of them."""
     for name in ("WANTED", "DENIED", "OTHER"):
         monkeypatch.setenv(name, name.lower())
     document = msgspec.to_builtins(default_policy())
@@ -534,7 +534,7 @@ def test_the_hosts_variables_go_in_by_their_names_only(project: Project, monkeyp
 
 
 def test_the_policy_in_use_stays_where_it_lies(project: Project) -> None:
-    """A program cannot change the policy that it runs by, neither the file nor a link under whose name it is read."""
+    """A program cannot change its own policy file, not even through a link by which it is read."""
     given = Path(project.policy(enabled=True, write_roots=["."], allow_symlinks=True, allow_remove=True))
     given.rename(project.folder / "real.json")
     (project.folder / "policy.json").symlink_to("real.json")

@@ -1,6 +1,6 @@
-"""A guest of which nothing can be believed: agent and kernel broken, killed or lying, in real machines.
+"""Hostile guests: agent and kernel broken, killed or lying, in real machines.
 
-The images are real ones, built in a cache of the tests' own; only their agent is another one.
+The images are real ones, built in a separate cache; only their agent is another one.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
 
 MIB = 1 << 20
-# Each such boot is of an image of its own, from cold; the like is tried while the program runs, or on frames alone.
+# Each such boot uses a separate image and is cold; similar cases are tested at run time, or on frames alone.
 ALSO_LATER = pytest.mark.skipif(not FULL, reason="full sizes only: one more cold boot")
 
 
 def hostile_code(boot: str) -> GuestCode:
-    """Our own guest code with the liar in the agent's place."""
+    """Return our guest code with the lying agent."""
     honest = read_guest_code()
     agent = dict(honest.agent)
     agent["guest/honest.py"] = agent["guest/agent.py"]
@@ -46,8 +46,8 @@ def hostile_code(boot: str) -> GuestCode:
 
 @pytest.fixture(scope="session")
 def hostile_cache(image: Image, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache of images beside the user's: the packages come from there by link, the images do not go there."""
-    del image  # made by now, and with it the base
+    """A cache of images beside the user's: packages are linked from there, images stay here."""
+    del image  # the image and its base exist by now
     place = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         place = place.parent  # one for all workers: saving its machine takes seconds
@@ -59,7 +59,7 @@ def hostile_cache(image: Image, tmp_path_factory: pytest.TempPathFactory) -> Pat
             made.chmod(0o700)
             for base in (cache_dir() / "images").glob("base-*"):
                 shutil.copytree(base, made / "images" / base.name, copy_function=_link_or_copy)
-            if (cache_dir() / "kvm").is_dir():  # a liar is no witness to what the processor can do
+            if (cache_dir() / "kvm").is_dir():  # a lying agent cannot report what the processor supports
                 shutil.copytree(cache_dir() / "kvm", made / "kvm")
                 (made / "kvm").chmod(0o700)
             made.rename(cache)
@@ -78,13 +78,13 @@ Hostile = Callable[..., Ran]
 
 @pytest.fixture
 def hostile(sandbox: Sandbox, hostile_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Hostile:
-    """Runs in a machine with a lying agent: boot: how it behaves from the start, else it lies when a job comes."""
+    """Runs in a machine with a lying agent: boot: its behaviour from the start, otherwise it lies when a job comes."""
     artifact = sandbox.artifacts.built(BEHAVE)
     monkeypatch.setenv("X07_VM_CACHE_DIR", str(hostile_cache))
 
     def run(*args: str, boot: str = "", **options: object) -> Ran:
         image = build_image(name=f"boot-{boot or 'well'}", progress=lambda _text: None, code=hostile_code(boot))
-        # By digest: an image named otherwise would be made anew with honest code.
+        # By digest: an image with another name would be rebuilt with honest code.
         options = {
             "cold": bool(boot),
             "image": image.digest,
@@ -97,7 +97,7 @@ def hostile(sandbox: Sandbox, hostile_cache: Path, monkeypatch: pytest.MonkeyPat
 
 
 def lost(ran: Ran, fault: str) -> str:
-    """The reason of a run whose guest was lost, by whose fault."""
+    """Return the reason of a run whose guest was lost, by whose fault."""
     assert (ran.outcome, ran.result.x07_exit_code, ran.result.fault) == ("guest-lost", 125, fault), ran.reason
     assert ran.result.exit_code is None
     assert ran.reason.isprintable()
@@ -107,18 +107,18 @@ def lost(ran: Ran, fault: str) -> str:
 
 
 def test_the_same_guest_is_honest_where_it_is_not_told_to_lie(hostile: Hostile) -> None:
-    """The hostile image runs a program like any other when no word tells it to lie: what follows is its lies."""
+    """The hostile image runs an ordinary program correctly when it is not told to lie."""
     ran = hostile("args", "plain")
     assert (ran.outcome, ran.stdout) == ("ok", b"plain\0")
 
 
-# until the program runs: nothing there can be the program's doing
+# until the program runs: nothing there can be the program's fault
 
 
 def test_an_agent_that_never_answers_is_lost_at_the_boot_limit(
     hostile: Hostile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A guest that boots and stays silent is given up after the time for booting, and the reason says so."""
+    """A guest that boots and stays silent is given up at the boot limit, and the reason says so."""
     monkeypatch.setattr(settings, "BOOT_S", 8.0)
     ran = hostile("nothing", boot="silent")
     assert "did not boot in time" in lost(ran, "host")
@@ -139,13 +139,13 @@ def test_an_agent_that_never_answers_is_lost_at_the_boot_limit(
     ),
 )
 def test_a_guest_that_fails_before_the_program_is_the_hosts_fault(hostile: Hostile, boot: str, reason: str) -> None:
-    """What breaks before the program runs is `guest-lost`, fault host, each with a reason of its own."""
+    """A failure before the program runs is `guest-lost`, fault host, with a specific reason."""
     ran = hostile("nothing", boot=boot)
     assert reason in lost(ran, "host")
     assert "started" not in ran.result.phases["run"].times_ms
 
 
-# while the program runs: it may be the program's doing, and must not pass for the host's
+# while the program runs: the program may have caused it, so the fault must not be the host's
 
 
 @pytest.mark.parametrize(
@@ -168,14 +168,14 @@ def test_a_guest_that_fails_before_the_program_is_the_hosts_fault(hostile: Hosti
     ],
 )
 def test_each_way_to_lose_a_guest_has_its_own_reason(hostile: Hostile, word: str, reason: str) -> None:
-    """What breaks while the program runs is `guest-lost`, fault program, with a reason that tells the cases apart."""
+    """A failure while the program runs is `guest-lost`, fault program, with a specific reason."""
     ran = hostile(word)
     assert reason in lost(ran, "program")
     assert ran.program_ms < 45_000
 
 
 def test_output_without_credit_breaks_the_protocol(hostile: Hostile, state: Path, threads: ThreadPoolExecutor) -> None:
-    """While nobody takes the output, a guest that sends beyond its window is `guest-lost`, and costs no more."""
+    """A guest that sends beyond its window while nobody reads is `guest-lost`, and no more is buffered."""
     heard, out = os.pipe()
     try:
         running = threads.submit(hostile, "window", live_stdout=out)
@@ -191,14 +191,14 @@ def test_output_without_credit_breaks_the_protocol(hostile: Hostile, state: Path
 
 
 def test_output_without_credit_ends_at_the_cap(hostile: Hostile) -> None:
-    """While the output is taken as it comes, a guest that floods it ends at the output limit like any program."""
+    """A guest that floods the output is stopped at the output limit, as any program is."""
     ran = hostile("window", max_output_bytes=MIB)
     assert (ran.outcome, ran.result.stdout.bytes, ran.result.stdout.truncated) == ("output-limit", MIB, True)
 
 
 @pytest.mark.parametrize("word", ["mute", "console"])
 def test_a_guest_that_says_nothing_of_use_ends_at_the_deadline(hostile: Hostile, word: str) -> None:
-    """An agent that stays silent, or floods the console, ends as `timeout` at our own deadline, and is not believed."""
+    """A guest whose agent stays silent or floods the console ends as `timeout` at the host's deadline."""
     ran = hostile(word, policy={"limits.wall_ms": 3000})
     assert (ran.outcome, ran.result.x07_exit_code) == ("timeout", 124)
     assert 3000 <= ran.program_ms < 3000 + 30_000
@@ -206,7 +206,7 @@ def test_a_guest_that_says_nothing_of_use_ends_at_the_deadline(hostile: Hostile,
 
 
 def test_a_refusal_that_was_made_up_harms_nobody(hostile: Hostile) -> None:
-    """What a taken-over agent says of refusals is text: it is told, and nothing follows from it."""
+    """Denials that a compromised agent reports are shown as text, and have no other effect."""
     ran = hostile("denial")
     (denial,) = ran.result.denials
     assert (ran.outcome, denial.subject, denial.how_to_allow) == ("ok", "/root/\x1b[2Jx", None)
@@ -214,13 +214,13 @@ def test_a_refusal_that_was_made_up_harms_nobody(hostile: Hostile) -> None:
 
 
 def test_a_claim_of_success_is_only_the_programs_own(hostile: Hostile) -> None:
-    """A guest that claims success without running anything is `ok` with nothing to show: it forges no more."""
+    """A guest that claims success without running anything gets `ok` with empty output, and can forge no more."""
     ran = hostile("ok")
     assert (ran.outcome, ran.stdout, ran.stderr) == ("ok", b"", b"")
 
 
 def test_an_agent_silent_in_set_up_is_lost_at_its_limit(hostile: Hostile, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A guest that takes the files and never starts the program is given up after the time for copying in."""
+    """A guest that takes the files and never starts the program is given up at the set-up limit."""
     monkeypatch.setattr(settings, "COPY_IN_S", 2.0)
     ran = hostile("unready")
     assert "reached its deadline while" in lost(ran, "host")
@@ -242,7 +242,7 @@ def test_an_agent_silent_in_set_up_is_lost_at_its_limit(hostile: Hostile, monkey
 def test_a_silent_build_machine_ends_at_its_limit(
     hostile: Hostile, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, case: tuple[str, str, str, str]
 ) -> None:
-    """A build machine that never ends, or keeps back what it made, is given up at the limit of that stage."""
+    """A build machine that never ends, or withholds its artifact, is given up at the limit of that stage."""
     del hostile
     word, limit, outcome, reason = case
     monkeypatch.setattr(settings, limit, 2000 if limit.endswith("MS") else 2.0)
@@ -265,7 +265,7 @@ def test_a_silent_build_machine_ends_at_its_limit(
 def test_a_lying_build_machine_gives_no_artifact(
     hostile: Hostile, sandbox: Sandbox, hostile_cache: Path, word: str, outcome: str, reason: str
 ) -> None:
-    """A build machine that sends another file than it announced, or dies, gives nothing that would be run."""
+    """A build machine that dies, or sends another file than it announced, produces no artifact."""
     del hostile
     image = build_image(name="boot-well", progress=lambda _text: None, code=hostile_code(""))
     assert image.folder.is_relative_to(hostile_cache)
@@ -280,7 +280,7 @@ def test_a_lying_build_machine_gives_no_artifact(
 
 
 def everything(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """All that is below a folder: mode and content by name."""
+    """Return everything below a folder: mode and content by name."""
     paths = [path for path in sorted(folder.rglob("*")) if not path.is_relative_to(folder / "home")]
     return {
         str(path.relative_to(folder)): (path.lstat().st_mode, path.read_bytes() if path.is_file() else b"")
@@ -302,7 +302,7 @@ def everything(folder: Path) -> dict[str, tuple[int, bytes]]:
 def test_no_change_that_a_guest_makes_up_comes_to_the_host(
     hostile: Hostile, tmp_path: Path, word: str, said: str
 ) -> None:
-    """Names that lead out, devices, links, repositories, sparse bombs, a million entries: nothing of it is applied."""
+    """Hostile changes are never applied: escaping names, devices, links, repositories, sparse bombs, huge lists."""
     root = tmp_path / "root"
     root.mkdir()
     (root / ".kept-back").write_text("hidden")

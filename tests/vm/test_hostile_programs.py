@@ -1,4 +1,4 @@
-"""Programs that try to take more than they were given: each ends within its limits, and says so by the right word."""
+"""Programs that try to exceed their limits: each is stopped in time with the right outcome."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
 
 MIB = 1 << 20
 GRACE_MS = 1000
-SLACK_MS = 30_000  # a host that is busy, or stood still meanwhile, acts late; what is not ended goes on for minutes
+SLACK_MS = 30_000  # a busy or paused host acts late; a program that is not stopped runs for minutes
 
 
 def values(ran: Ran) -> dict[str, str]:
-    """Lines of "key value" that the program reported."""
+    """Return the program's report, lines of "key value"."""
     return dict(line.split(" ", 1) for line in ran.lines() if " " in line)
 
 
 def in_time(ran: Ran, wall_ms: int) -> bool:
-    """Whether the program's end came within its limit and the grace."""
+    """Return whether the program ended within its limit and the grace time."""
     return ran.program_ms < wall_ms + GRACE_MS + SLACK_MS
 
 
@@ -49,14 +49,14 @@ def test_spawning_1000_processes_stops_at_the_limit(sandbox: Sandbox) -> None:
 
 
 def test_no_process_at_all_with_procs_0(sandbox: Sandbox) -> None:
-    """With limits.procs 0 neither a thread nor a child can be made, and the program itself runs."""
+    """With limits.procs 0 a program runs, but can make neither a thread nor a child."""
     ran = sandbox.behave("threads", policy={"limits.procs": 0})
     assert ran.outcome == "ok"
     assert values(ran) == {"thread": "EAGAIN", "child": "EAGAIN"}
 
 
 def test_outputs_that_were_sent_away_do_not_hold_the_run(sandbox: Sandbox) -> None:
-    """A program that leaves its outputs open in sockets without a receiver ends with its own status, at once."""
+    """A program whose outputs are held open in unreceived socket messages ends at once with its own status."""
     ran = sandbox.run(PROGRAMS / "send_away.c")
     assert (ran.outcome, ran.result.exit_code, ran.stdout, ran.stderr) == ("failed", 7, b"sent\n", b"away\n"), (
         ran.reason
@@ -65,8 +65,8 @@ def test_outputs_that_were_sent_away_do_not_hold_the_run(sandbox: Sandbox) -> No
 
 
 def test_a_fork_bomb_ends_at_its_deadline(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A program that forks for ever is a `timeout`, and the guest stays able to say what was denied."""
-    monkeypatch.setattr(settings, "STOPPED_S", 20.0)  # that it can, and not how soon
+    """A fork bomb ends as `timeout`, and the guest can still report denials."""
+    monkeypatch.setattr(settings, "STOPPED_S", 20.0)  # whether it can, not how soon
     ran = sandbox.behave("bomb", policy={"limits.wall_ms": 4000})
     assert (ran.outcome, ran.result.x07_exit_code) == ("timeout", 124)
     assert in_time(ran, 4000)
@@ -74,7 +74,7 @@ def test_a_fork_bomb_ends_at_its_deadline(sandbox: Sandbox, monkeypatch: pytest.
 
 
 def test_children_that_outlive_the_program_do_not_hold_the_run(sandbox: Sandbox) -> None:
-    """The run ends when the program ends, with all that it wrote, though a daemon of its keeps standard output open."""
+    """The run ends with its program and all of its output, even if a daemon keeps standard output open."""
     ran = sandbox.behave("outlive", policy={"limits.wall_ms": 60_000})
     assert ran.outcome == "ok"
     assert ran.lines() == [f"line {number}" for number in range(20000)]
@@ -82,7 +82,7 @@ def test_children_that_outlive_the_program_do_not_hold_the_run(sandbox: Sandbox)
 
 
 def test_closing_everything_and_forking_twice_frees_nothing(sandbox: Sandbox) -> None:
-    """A program that closes every descriptor and leaves a daemon ends with its own status, and the daemon with it."""
+    """A program that closes all descriptors and leaves a daemon ends with its own status, and the daemon is killed."""
     ran = sandbox.behave("close-everything", policy={"limits.wall_ms": 60_000})
     assert (ran.outcome, ran.result.exit_code) == ("failed", 5)
     assert ran.program_ms < 45_000
@@ -92,7 +92,7 @@ def test_closing_everything_and_forking_twice_frees_nothing(sandbox: Sandbox) ->
 
 
 def test_memory_without_end_is_oom(sandbox: Sandbox) -> None:
-    """A program that allocates for ever is `oom` with exit code 137, and keeps what it wrote before."""
+    """A program that allocates without end is `oom` with exit code 137, and its earlier output is kept."""
     ran = sandbox.behave("hog", policy={"limits.mem_bytes": 64 * MIB})
     assert (ran.outcome, ran.result.x07_exit_code, ran.result.fault) == ("oom", 137, "policy")
     assert "64 MiB" in ran.reason
@@ -103,7 +103,7 @@ def test_memory_without_end_is_oom(sandbox: Sandbox) -> None:
 def test_a_machine_that_the_host_has_no_memory_for_is_guest_lost(
     sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, state: Path, need: Need
 ) -> None:
-    """Where the host's kernel kills the machine for memory the run ends at once as the host's fault, with a way out."""
+    """If the host's kernel OOM-kills the machine, the run ends at once as the host's fault, with advice."""
     monkeypatch.setattr("x07_sandbox.backends.qemu.start.VMM_BYTES", -480 * MIB)  # much less than the program asks for
     ran = sandbox.behave("hog")
     need("hold memory" in str(ran.result.jail), "this host gives us no memory group", installable=False)
@@ -113,19 +113,19 @@ def test_a_machine_that_the_host_has_no_memory_for_is_guest_lost(
 
 
 def test_memory_of_a_child_counts_as_the_programs(sandbox: Sandbox) -> None:
-    """When a child is killed for memory, all of the program ends, as `oom`: no half of it goes on."""
+    """When a child is killed for memory, the whole program ends as `oom`."""
     ran = sandbox.behave("hog-child", policy={"limits.mem_bytes": 64 * MIB})
     assert (ran.outcome, ran.stdout) == ("oom", b"")
 
 
 def test_137_by_choice_is_no_oom(sandbox: Sandbox) -> None:
-    """A program that exits with 137 is `failed`: numbers prove nothing."""
+    """A program that exits with 137 is `failed`, not `oom`."""
     ran = sandbox.behave("exit", "137")
     assert (ran.outcome, ran.result.exit_code, ran.result.x07_exit_code) == ("failed", 137, 137)
 
 
 def test_the_smallest_memory_limit_still_runs_a_program(sandbox: Sandbox) -> None:
-    """limits.mem_bytes of 1 MiB, the least that a policy can ask for, is enough for a small C program."""
+    """limits.mem_bytes of 1 MiB, the minimum, is enough for a small C program."""
     ran = sandbox.behave("exit", "7", policy={"limits.mem_bytes": MIB})
     assert (ran.outcome, ran.result.exit_code) == ("failed", 7), ran.reason
 
@@ -134,7 +134,7 @@ def test_the_smallest_memory_limit_still_runs_a_program(sandbox: Sandbox) -> Non
 
 
 def test_10_gb_into_memory_and_into_read_only_places_fail_with_an_error(sandbox: Sandbox) -> None:
-    """What lies in memory is full at a quarter of the memory limit; everything else refuses a new file at once."""
+    """Memory file systems are full at a quarter of the memory limit, and read-only places refuse new files at once."""
     places = ("/", "/x07/in", "/x07/out", "/dev", "/run", "/sys", "/proc", "/etc", "/usr/lib", "/var")
     ran = sandbox.behave("write", "/tmp", "/dev/shm", *places, policy={"limits.mem_bytes": 128 * MIB})  # noqa: S108
     assert ran.outcome == "ok", ran.reason
@@ -157,7 +157,7 @@ def test_10_gb_into_the_working_directory_end_at_the_limit(sandbox: Sandbox, *, 
 
 
 def test_a_full_disk_is_a_denial_and_no_oom(sandbox: Sandbox) -> None:
-    """A program that takes the whole scratch disk gets ENOSPC, ends by itself, and the result names the disk."""
+    """A program that fills the scratch disk gets ENOSPC and ends by itself, and the result names the disk."""
     ran = sandbox.behave("fill")
     assert ran.outcome == "ok", ran.reason
     assert ran.denied("scratch") == 1
@@ -165,7 +165,7 @@ def test_a_full_disk_is_a_denial_and_no_oom(sandbox: Sandbox) -> None:
 
 
 def test_files_without_number_run_into_a_bound(sandbox: Sandbox) -> None:
-    """Empty files in memory end with ENOSPC at a number that follows from the memory limit, not with oom."""
+    """Too many empty files in memory fail with ENOSPC at a number set by the memory limit, not with oom."""
     ran = sandbox.behave("many", "/tmp", "/dev/shm", policy={"limits.mem_bytes": 32 * MIB})  # noqa: S108
     assert ran.outcome == "ok", ran.reason
     for line in ran.lines():
@@ -175,7 +175,7 @@ def test_files_without_number_run_into_a_bound(sandbox: Sandbox) -> None:
 
 
 def test_files_without_number_on_the_scratch_disk_end_at_the_limit(sandbox: Sandbox) -> None:
-    """Empty files in the working directory end at limits.wall_ms or at the disk's own number, guest and host alive."""
+    """Empty files on the scratch disk end at limits.wall_ms or the disk's inode limit; guest and host stay alive."""
     ran = sandbox.behave("many", "/opt/x07", policy={"limits.wall_ms": 4000, "limits.mem_bytes": 64 * MIB})
     assert ran.outcome in {"ok", "timeout"}, ran.reason
     assert in_time(ran, 4000)
@@ -185,7 +185,7 @@ def test_files_without_number_on_the_scratch_disk_end_at_the_limit(sandbox: Sand
 
 
 def test_sleeping_for_ever_is_a_timeout(sandbox: Sandbox) -> None:
-    """A program that sleeps for ever ends as `timeout` with exit code 124 at limits.wall_ms, its output kept."""
+    """A program that sleeps forever ends as `timeout` with exit code 124 at limits.wall_ms, its output kept."""
     ran = sandbox.behave("sleep", policy={"limits.wall_ms": 5000})
     assert (ran.outcome, ran.result.x07_exit_code, ran.result.fault) == ("timeout", 124, "policy")
     assert ran.program_ms >= 5000
@@ -197,12 +197,12 @@ def test_sleeping_for_ever_is_a_timeout(sandbox: Sandbox) -> None:
 
 @pytest.mark.parametrize("more", [(), ("16",), ("0", "16")], ids=["alone", "threads", "children"])
 def test_cpu_time_of_all_threads_and_children_is_one_budget(sandbox: Sandbox, more: tuple[str, ...]) -> None:
-    """Burning CPU ends as `cpu-limit` with exit code 124, whether one thread, many, or children do it."""
+    """CPU time of one thread, many threads or children ends as `cpu-limit` with exit code 124."""
     ran = sandbox.behave("burn", *more, policy={"limits.cpu_ms": 1000, "limits.wall_ms": 60_000})
     assert (ran.outcome, ran.result.x07_exit_code, ran.result.fault) == ("cpu-limit", 124, "policy")
     assert "1 s of CPU time" in ran.reason
     assert ran.program_ms < 45_000
-    # A guest counts time in which its host stood still as used; a budget for each of them would make 17 s.
+    # A guest counts time in which its host was paused as used; a separate budget for each would make 17 s.
     assert 1000 <= ran.result.phases["run"].cpu_ms < 12_000
 
 
@@ -211,7 +211,7 @@ def test_cpu_time_of_all_threads_and_children_is_one_budget(sandbox: Sandbox, mo
 
 @pytest.mark.parametrize(("streams", "capped"), [("1", "stdout"), ("2", "stderr"), ("12", "")])
 def test_a_flood_ends_at_the_cap_with_exactly_the_cap_delivered(sandbox: Sandbox, streams: str, capped: str) -> None:
-    """Too much output ends as `output-limit`, exit code 153; what was kept is the cap to the byte, and marked cut."""
+    """Too much output ends as `output-limit` with exit code 153; exactly the limit is kept and marked truncated."""
     cap = 300_001
     ran = sandbox.behave("flood", streams, max_output_bytes=cap)
     assert (ran.outcome, ran.result.x07_exit_code, ran.result.fault) == ("output-limit", 153, "policy")
@@ -224,7 +224,7 @@ def test_a_flood_ends_at_the_cap_with_exactly_the_cap_delivered(sandbox: Sandbox
 
 
 def test_output_of_exactly_the_cap_is_no_overflow(sandbox: Sandbox) -> None:
-    """A program that writes as much as is allowed, and no more, is `ok`."""
+    """A program that writes exactly the allowed output is `ok`."""
     data = bytes(100_000)
     ran = sandbox.behave("echo", stdin=data, max_output_bytes=len(data))
     assert (ran.outcome, ran.stdout, ran.result.stdout.truncated) == ("ok", data, False)
@@ -235,17 +235,17 @@ def test_output_of_exactly_the_cap_is_no_overflow(sandbox: Sandbox) -> None:
 
 @pytest.mark.parametrize("fds", [0, 2, 3, 8])
 def test_few_descriptors_or_none(sandbox: Sandbox, fds: int) -> None:
-    """Any limits.fds lets a program start; too few for its loader make it fail, enough are all that it gets."""
+    """A program gets exactly limits.fds descriptors; if its loader needs more, it fails by itself."""
     ran = sandbox.behave("open-many", policy={"limits.fds": fds})
     if fds > 3:
         assert (ran.outcome, ran.lines()) == ("ok", [f"opened {fds - 3} EMFILE"])
     else:
-        # The dynamic loader cannot open libc: that is the program's own end, and no refusal of ours.
+        # The dynamic loader cannot open libc: the program ends by itself, and nothing was denied.
         assert (ran.outcome, ran.result.exit_code) == ("failed", 127), ran.reason
 
 
 def test_a_python_program_without_descriptors_fails_by_itself(sandbox: Sandbox) -> None:
-    """With limits.fds 0 a Python program is started too, and ends by itself: Python cannot open it."""
+    """With limits.fds 0 a Python program starts and ends by itself, because Python cannot open it."""
     ran = sandbox.run_text("none.py", "print('started')\n", policy={"limits.fds": 0})
     assert (ran.outcome, ran.result.exit_code, ran.result.fault) == ("failed", 2, "program"), ran.reason
 

@@ -1,4 +1,4 @@
-"""Real builds of the guest image: the same bytes twice, nothing of the host in them, nothing left by a killed one."""
+"""Real builds of the guest image: reproducible, without traces of the host, and safe to kill."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.vm, pytest.mark.slow]
 
-# Machines that Debian's own packages name in their files: for these only what the build may have written is searched.
+# Machines that Debian's own packages name in their files: for these, only files that the build may write are searched.
 PUBLIC = re.compile(r"(.+\.)?debian\.org")
 BUILD = "from x07_sandbox.images.build import build_image; build_image(progress=lambda line: print(line, flush=True))"
 
@@ -41,7 +41,7 @@ def patch() -> Iterator[pytest.MonkeyPatch]:
 @pytest.fixture(scope="module")
 def killed(image: Image, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The cache folder of a build that was killed while it installed packages."""
-    del image  # which is in the user's cache, and is asked for before this module's is set
+    del image  # built in the user's cache before this module sets its own
     cache = tmp_path_factory.mktemp("killed") / "a cache"  # the space: a path is no shell text
     env = commands.environment({"X07_VM_CACHE_DIR": str(cache)})
     with subprocess.Popen([sys.executable, "-c", BUILD], env=env, stdout=subprocess.PIPE, text=True) as running:
@@ -72,7 +72,7 @@ def tree(first: Image, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_killed_build_leaves_nothing(killed: Path, first: Image) -> None:
-    """The build after a killed one removes all that it left: folders, mounts and processes."""
+    """A build removes all that a killed build left: folders, mounts and processes."""
     assert first.folder.is_dir()
     assert list((killed / "tmp").iterdir()) == []
     assert str(killed).encode() not in Path("/proc/self/mountinfo").read_bytes()
@@ -82,7 +82,7 @@ def test_killed_build_leaves_nothing(killed: Path, first: Image) -> None:
 def test_two_builds_are_bit_identical(
     image: Image, first: Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two builds from the same package sources have the same digest, and every file of them the same bytes."""
+    """Two builds from the same package sources have the same digest, and all their files have the same bytes."""
     second = image
     if image.manifest.packages != first.manifest.packages:  # it was built before the sources got updates
         monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "cache"))
@@ -103,14 +103,14 @@ def test_second_build_reuses_what_is_there(first: Image, killed: Path, monkeypat
 
 
 def test_files_are_private_and_read_only(first: Image) -> None:
-    """Files have mode 0444 in a folder of mode 0700; what two images share is linked, not copied."""
+    """Image files have mode 0444 in a folder of mode 0700; parts that two images share are hard links."""
     assert stat.S_IMODE(first.folder.stat().st_mode) == 0o700
     assert {stat.S_IMODE(path.stat().st_mode) for path in first.folder.iterdir()} == {0o444}
     assert (first.folder / "root.erofs").stat().st_nlink == 2
 
 
 def test_manifest_tells_what_is_inside(first: Image) -> None:
-    """The manifest has the architecture, every package with its version, and the kernel."""
+    """The manifest lists the architecture, every package with its version, and the kernel."""
     made = first.manifest
     names = {package.name for package in made.packages}
     assert {"python3", "gcc", "g++", "make", "nftables", "iproute2", "ca-certificates", "libc6-dev"} <= names
@@ -121,7 +121,7 @@ def test_manifest_tells_what_is_inside(first: Image) -> None:
 
 
 def test_nothing_of_the_host_is_inside(first: Image, tree: Path, killed: Path) -> None:
-    """No mirror, proxy, machine name or path of the host is in the root file system, the initramfs or the manifest."""
+    """Root file system, initramfs and manifest hold no mirror, proxy, machine name or path of the host."""
     found = sources.host_sources(sources.release_codename(), host_arch().deb, note=print)
     settings = sources.fetch_settings(commands.capture([commands.tool("apt-config"), "dump"]).decode())
     hosts = {re.sub(r"https?://(?:[^@/]*@)?([^/:]+).*", r"\1", uri) for source in found for uri in source.uris}
@@ -142,7 +142,7 @@ def test_nothing_of_the_host_is_inside(first: Image, tree: Path, killed: Path) -
 
 
 def test_traces_of_the_build_are_gone(tree: Path) -> None:
-    """Files that a build fills from its host are empty, neutral or not there."""
+    """Files that a build fills from its host are empty, neutral or missing."""
     assert (tree / "etc/hostname").read_text() == "x07\n"
     assert (tree / "etc/hosts").read_text() == "127.0.0.1 localhost\n::1 localhost\n"
     assert (tree / "etc/resolv.conf").read_bytes() == b""
@@ -154,7 +154,7 @@ def test_traces_of_the_build_are_gone(tree: Path) -> None:
 
 
 def test_tree_has_what_init_and_agent_need(tree: Path) -> None:
-    """Mount points and the program's account are there."""
+    """The image has the mount points and the program's account that init and agent need."""
     for name in ("x07", "opt/x07", "proc", "sys", "dev", "run", "tmp"):
         assert (tree / name).is_dir()
     assert "x07:x:65532:65532:x07:/opt/x07:/bin/sh" in (tree / "etc/passwd").read_text().splitlines()
@@ -163,7 +163,7 @@ def test_tree_has_what_init_and_agent_need(tree: Path) -> None:
 
 
 def test_interpreter_finds_fresh_byte_code(tree: Path) -> None:
-    """The guest's own library is there as byte code that needs no look at its source (PEP 552, unchecked)."""
+    """The guest's own library has byte code that needs no check of its source (PEP 552, unchecked)."""
     files = list(tree.glob("usr/lib/python3.*/**/*.pyc"))
     assert len(files) > 500
     assert {path.read_bytes()[4:8] for path in files} == {b"\x01\0\0\0"}
@@ -179,7 +179,7 @@ def test_interpreter_finds_fresh_byte_code(tree: Path) -> None:
 def test_a_build_mends_a_damaged_image(
     first: Image, killed: Path, monkeypatch: pytest.MonkeyPatch, part: str, *, fetched: bool
 ) -> None:
-    """A build makes a damaged image whole: what is its own from the kept base, what it shares from fetched packages."""
+    """A build repairs a damaged image: its own parts from the kept base, shared parts from fetched packages."""
     monkeypatch.setenv("X07_VM_CACHE_DIR", str(killed))
     overwrite(first.folder / part)
     said: list[str] = []

@@ -1,4 +1,4 @@
-"""Real images with more in them: Python packages from wheels, modules to preload, and a JDK."""
+"""Real images with additions: Python packages from wheels, modules to preload, and a JDK."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ print(os.access("/usr/local/bin/tiny", os.X_OK), open("/usr/local/bin/tiny").rea
 
 @pytest.fixture
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with one wheel, which is all that pip finds."""
+    """A folder with one wheel, the only package that pip finds."""
     folder = tmp_path / "index"
     folder.mkdir()
     with zipfile.ZipFile(folder / "tiny_for_tests-1.0-py3-none-any.whl", "w") as archive:
@@ -52,7 +52,7 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def removed(image: Image) -> Iterator[None]:
-    """The image of the test is gone afterwards; the ordinary one is there."""
+    """Remove the test's image at the end; require the ordinary one."""
     del image
     yield
     if NAME in all_names():
@@ -61,7 +61,7 @@ def removed(image: Image) -> Iterator[None]:
 
 @pytest.mark.usefixtures("removed")
 def test_python_packages_come_from_wheels(index: Path, sandbox: Sandbox) -> None:
-    """An image built with --pip has the packages, compiled and with their programs; built again it keeps them."""
+    """An image built with --pip has the packages, compiled and with their programs, and a rebuild keeps them."""
     built = build_image(name=NAME, pip=["tiny-for-tests>=1"], progress=print)
     assert [(wheel.name, wheel.version) for wheel in built.manifest.pip] == [("tiny-for-tests", "1.0")]
     assert str(index).encode() not in (built.folder / "manifest.json").read_bytes()
@@ -84,7 +84,7 @@ def _python(image: Image) -> str:
 
 @pytest.mark.usefixtures("removed")
 def test_a_module_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    """--preload of a module that the image lacks is an error with its name, and leaves no image of that name."""
+    """--preload of a missing module is an error that names it, and leaves no image of that name."""
     assert main(["image", "build", "--name", NAME, "--preload", "json,no_such_module"]) == 125
     said = capsys.readouterr().err
     assert "No module named 'no_such_module'" in said
@@ -95,7 +95,7 @@ def test_a_module_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str])
 @pytest.mark.skipif(not FULL, reason="full sizes only: fetches and builds an image with a JDK")
 @pytest.mark.usefixtures("removed")
 def test_an_image_can_have_a_jdk(sandbox: Sandbox) -> None:
-    """Packages that link manual pages, which images leave out, can be installed."""
+    """Packages that link manual pages, which images omit, such as a JDK, can be installed."""
     build_image(name=NAME, include=["openjdk-21-jdk-headless"], progress=print)
     ran = sandbox.run_text("see.py", "import os; print(os.access('/usr/bin/javac', os.X_OK))", image=NAME)
     assert ran.stdout == b"True\n", ran.reason

@@ -1,4 +1,4 @@
-"""What was checked of an image is what runs: paths swapped behind the check, bytes changed on the disk."""
+"""The checked image is the one that runs, even if paths are swapped or bytes change on the disk."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PARTS = ("vmlinux", "initrd.cpio", "root.erofs", "scratch.head")
 
 @pytest.fixture
 def copied(account: Account, image: Image, tmp_path: Path) -> tuple[Account, Path]:
-    """The account with a cache of the test's own, below the account's home, and the image's folder in it."""
+    """The account with a separate cache below its home, and the image's folder in it."""
     cache = account.home / f"cache-{tmp_path.name}"
     folder = copy_image(image, cache)
     own_tree(cache, account.uid)
@@ -54,7 +54,7 @@ def _crc(path: Path) -> int:
 def test_the_checked_bytes_are_what_the_machine_gets(
     copied: tuple[Account, Path], image: Image, tmp_path: Path, how: str
 ) -> None:
-    """Where another file or a link takes the path of a checked part, the machine still gets the checked bytes."""
+    """If a file or a link replaces the path of a checked part, the machine still gets the checked bytes."""
     account, folder = copied
     checked = {name: _crc(folder / name) for name in PARTS[:3]}
     scratch = tmp_path / "scratch"
@@ -77,7 +77,7 @@ def test_the_checked_bytes_are_what_the_machine_gets(
 
 
 def test_nothing_runs_where_the_checked_bytes_are_gone(copied: tuple[Account, Path]) -> None:
-    """Where the checked parts were replaced for good, nothing runs, and it is told why."""
+    """If the checked files were replaced and are gone, nothing runs, and the error says why."""
     account, _folder = copied
     with Runner(account, mode="digest", do="talk", may_fail=True, swap="over") as runner:
         # Bubblewrap finds out while it makes the jail: before or after we have set our limits on it.
@@ -101,7 +101,7 @@ def _run(account: Account, folder: Path, *args: str) -> tuple[int, dict[str, obj
 
 
 def _flip(path: Path) -> None:
-    """Another byte in the middle, and the times and mode as before."""
+    """Flip a byte in the middle and restore the times and mode."""
     before = path.stat()
     overwrite(path)
     after = path.stat()
@@ -114,7 +114,7 @@ def _flip(path: Path) -> None:
 
 
 def test_one_flipped_byte_is_refused(copied: tuple[Account, Path]) -> None:
-    """An image that has been checked before, and of which one byte is another now, is refused by the part's name."""
+    """A previously checked image with one changed byte is refused, and the error names the part."""
     account, folder = copied
     for part in PARTS:
         _flip(folder / part)
@@ -128,7 +128,7 @@ def test_one_flipped_byte_is_refused(copied: tuple[Account, Path]) -> None:
 
 @pytest.mark.parametrize("part", PARTS)
 def test_a_link_in_a_part_s_place_is_refused(copied: tuple[Account, Path], part: str) -> None:
-    """A link to the very same bytes in place of a part is refused: nobody leads the check elsewhere."""
+    """A symbolic link in place of a part is refused, even if it leads to the same bytes."""
     account, folder = copied
     (folder / part).rename(folder.parent / part)
     (folder / part).symlink_to(folder.parent / part)

@@ -1,6 +1,6 @@
-"""What one `x07 run` has imported when it ends: each module costs every start, so each has its place in these lists.
+"""The modules that one `x07 run` imports: each costs time at every start, so each must be in these lists.
 
-And how often it has looked for garbage meanwhile, which takes time too.
+Also the number of garbage collections, which take time too.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ programs.artifacts programs.toolchains
 runs.artifact runs.execute runs.folder runs.job runs.phase runs.prepare runs.program runs.request runs.result runs.run
 runs.spec runs.streams
 """
-# Beyond what a bare interpreter has. Not among them, and costly: dataclasses (with inspect, ast, dis), asyncio,
-# logging, tempfile, shutil, random, http, ssl.
+# Beyond what a bare interpreter has. Absent because costly: dataclasses (with inspect, ast, dis), asyncio, logging,
+# tempfile, shutil, random, http, ssl.
 OTHERS: Final = """
 argparse array collections contextlib copyreg datetime decimal encodings enum errno fcntl fnmatch functools genericpath
 gettext glob grp hashlib heapq importlib itertools json keyword locale math msgspec ntpath numbers operator os pathlib
@@ -66,13 +66,13 @@ sys.exit(code)
 
 
 def test_a_run_imports_what_is_on_the_list(image: Image, tmp_path: Path) -> None:
-    """`x07 run` of what was built before imports these modules, no others, and never stops to look for garbage."""
+    """A warm `x07 run` imports only the listed modules and never collects garbage."""
     assert image.digest
     program = tmp_path / "quiet.py"
     program.write_text("pass\n")
     site = tmp_path / "site"
     site.mkdir()
-    # msgspec alone: beside it in a developer's environment lies what it imports where it is there.
+    # msgspec alone: in a developer's environment it imports optional packages that lie beside it.
     (site / "msgspec").symlink_to(Path(msgspec.__file__).parent)
     source = Path(paths.__file__).parents[2]
     argv = [sys.executable, "-I", "-S", "-c", SHOW, *map(str, (source, site, program))]

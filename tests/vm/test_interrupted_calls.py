@@ -1,4 +1,4 @@
-"""Calls from Python that a signal's handler interrupts: what it raises ends them, and nothing is left running."""
+"""Calls from Python that a signal handler interrupts: its exception ends them, and nothing is left running."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
 
 
 def interrupted(call: Callable[..., object]) -> Callable[..., object]:
-    """The same call, at whose beginning Ctrl-C comes, once."""
+    """Return that call with one Ctrl-C at its start."""
     to_come = [signal.SIGINT]
 
     def interrupting(*args: object) -> object:
         while to_come:
             os.kill(os.getpid(), to_come.pop())
-            time.sleep(0.1)  # what the handler raises is raised here, if this is the main thread
+            time.sleep(0.1)  # the handler's exception is raised here in the main thread
         return call(*args)
 
     return interrupting
 
 
 def open_fds() -> int:
-    """How many descriptors this process has open."""
+    """Return the number of open descriptors of this process."""
     return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
@@ -45,7 +45,7 @@ def open_fds() -> int:
 def test_an_interrupted_call_leaves_no_machine(
     state: Path, image: Image, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """Ctrl-C at any step of a machine's life, its end too, ends a call of the library without leaving anything."""
+    """Ctrl-C at any step of a machine's life, its end too, ends a library call without remains."""
     monkeypatch.setattr(QemuInstance, name, interrupted(getattr(QemuInstance, name)))
     fds = open_fds()
     with pytest.raises(KeyboardInterrupt):
@@ -55,7 +55,7 @@ def test_an_interrupted_call_leaves_no_machine(
 
 
 def test_an_interrupted_shutdown_of_a_pool_goes_on(state: Path, image: Image, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C while a pool is being ended is raised at once, and the pool's machines end all the same."""
+    """Ctrl-C while a pool shuts down is raised at once, and the pool's machines still end."""
     pool = Pool(size=1, image=image.digest)
     assert pool.wait_ready()
     monkeypatch.setattr(WarmMachines, "close", interrupted(WarmMachines.close))
@@ -64,11 +64,11 @@ def test_an_interrupted_shutdown_of_a_pool_goes_on(state: Path, image: Image, mo
     deadline = time.monotonic() + 60
     while found := left_behind(state):
         assert time.monotonic() < deadline, found
-        time.sleep(0.05)  # it ends in a thread that nobody else can wait for
+        time.sleep(0.05)  # it ends in a thread that only the process itself can wait for
 
 
 def test_a_pool_cannot_be_awaited_by_what_it_runs(state: Path, image: Image) -> None:
-    """A pool that is ended by its own worker, with waiting, says so, and ends."""
+    """Waiting for a pool's shutdown in its own worker is an error, and the pool still ends."""
     told: list[BaseException] = []
 
     def shut_down(_future: object) -> None:
