@@ -174,7 +174,7 @@ def points(count: int, *, at_most: int = POINTS) -> list[int]:
     return list(range(1, count + 1, step))
 
 
-def test_a_runner_killed_at_any_step_leaves_nothing(stage: Stage) -> None:
+def test_a_sweep_cleans_up_after_a_runner_killed_at_any_step(stage: Stage) -> None:
     """After a runner is killed before any step, one sweep removes all its remains and spares other live jobs."""
     stage.reset()
     _, _, count = stage.run("kill", 0)
@@ -222,7 +222,7 @@ KINDS = ("reaper", "gate", "client", "agent", "monitor", "supervisor", "inner", 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_any_process_of_a_job_may_be_killed(stage: Stage, kind: str) -> None:
+def test_a_sweep_cleans_up_after_any_killed_process_of_a_job(stage: Stage, kind: str) -> None:
     """Whichever one or two processes of a job are killed, the run ends, and one sweep removes all remains."""
     with (
         live_job(stage) as (other, spared),

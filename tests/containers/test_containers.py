@@ -86,7 +86,7 @@ def result_of(engine: EngineUnderTest, tmp_path: Path, source: str, *words: str)
     return found
 
 
-def test_the_program_has_none_of_what_the_agent_has(engine: EngineUnderTest, tmp_path: Path) -> None:
+def test_the_program_has_no_rights_of_the_agent(engine: EngineUnderTest, tmp_path: Path) -> None:
     """The program can gain no capability, is the OOM killer's first victim, and cannot reach the agent or its files."""
     result = result_of(engine, tmp_path, LOOK)
     shown = json.loads(result["stdout"]["text"])
@@ -144,7 +144,7 @@ print(json.dumps([limits, os.ttyname(pty.openpty()[1]), times]))
 """
 
 
-def test_a_program_finds_its_memory_limit_a_terminal_and_mtimes(engine: EngineUnderTest, tmp_path: Path) -> None:
+def test_a_container_shows_memory_limit_terminals_and_mtimes(engine: EngineUnderTest, tmp_path: Path) -> None:
     """Runtimes see the container's memory limit, terminals can be opened, and files keep the host's mtimes."""
     paths = []
     for root in ("in", "out"):
@@ -216,7 +216,7 @@ def wait_until(met: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def test_an_image_that_is_not_the_pinned_one_does_not_run(engine: EngineUnderTest, tmp_path: Path) -> None:
+def test_only_the_pinned_image_runs(engine: EngineUnderTest, tmp_path: Path) -> None:
     """X07_VM_GUEST_IMAGE_DIGEST pins the image id; any other image is refused even if weaker isolation is accepted."""
     os.environ["X07_VM_GUEST_IMAGE_DIGEST"] = engine.digest
     try:
@@ -228,7 +228,7 @@ def test_an_image_that_is_not_the_pinned_one_does_not_run(engine: EngineUnderTes
     assert (result["outcome"], "X07_VM_GUEST_IMAGE_DIGEST" in result["reason"]) == ("refused", True)
 
 
-def test_an_image_without_our_agent_is_refused_by_name(engine: EngineUnderTest, tmp_path: Path) -> None:
+def test_an_absent_or_unsuitable_image_is_named(engine: EngineUnderTest, tmp_path: Path) -> None:
     """An absent or unsuitable image is named in the error, with the command that builds the right one."""
     with (tmp_path / "empty.tar").open("wb") as file:
         file.write(bytes(10240))
@@ -243,7 +243,7 @@ def test_an_image_without_our_agent_is_refused_by_name(engine: EngineUnderTest, 
     assert engine.containers() == []
 
 
-def test_a_container_takes_only_what_the_gate_lets_it(engine: EngineUnderTest, tmp_path: Path) -> None:
+def test_a_container_reaches_the_network_only_through_the_gate(engine: EngineUnderTest, tmp_path: Path) -> None:
     """With a list of hosts a container asks the egress gate; without one it has no network access."""
     ask = (
         "import socket\ntry: socket.create_connection(('{}', 443), 5)\nexcept OSError as exc: print(type(exc).__name__)"
@@ -255,7 +255,7 @@ def test_a_container_takes_only_what_the_gate_lets_it(engine: EngineUnderTest, t
     assert result["stdout"]["text"] in {"OSError\n", "ConnectionRefusedError\n"}
 
 
-def test_weaker_isolation_is_never_taken_unasked(engine: EngineUnderTest, tmp_path: Path) -> None:
+def test_weaker_isolation_needs_acceptance(engine: EngineUnderTest, tmp_path: Path) -> None:
     """A container engine is refused unless weaker isolation is accepted, and nothing is started."""
     del os.environ["X07_I_ACCEPT_WEAKER_ISOLATION"]
     program = tmp_path / "prog.py"
@@ -288,7 +288,7 @@ def test_rootless_podman_that_would_ignore_the_limits_is_refused() -> None:
 
 
 @pytest.mark.usefixtures("state")
-def test_crun_runs_it_too(podman: EngineUnderTest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_crun_runs_a_program(podman: EngineUnderTest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Podman's own runtime, crun, runs a program as runc does, if the host's control groups allow it."""
     client = tmp_path / "crun-podman"
     inner = podman.env["X07_VM_PODMAN_BIN"]
@@ -305,7 +305,7 @@ def test_crun_runs_it_too(podman: EngineUnderTest, tmp_path: Path, monkeypatch: 
     assert podman.containers() == []
 
 
-def test_every_engine_knows_the_image_by_one_id(
+def test_every_engine_loads_the_image_under_the_same_id(
     podman: EngineUnderTest, docker: EngineUnderTest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The archive has the same bytes each time, and podman, docker and ctr load it under the same image id."""
@@ -362,7 +362,7 @@ def test_the_script_builds_and_loads_the_image(podman: EngineUnderTest, tmp_path
     assert subprocess.run([script, "--nothing"], env=env, capture_output=True, check=False).returncode == 2
 
 
-def test_the_smoke_gate_is_green(engine: EngineUnderTest, tmp_path: Path) -> None:
+def test_the_smoke_gate_passes_on_an_engine(engine: EngineUnderTest, tmp_path: Path) -> None:
     """scripts/ci/check_vm_sandbox_smoke.sh passes on a container engine whose weaker isolation is accepted."""
     if engine.name == "docker" and not FULL:
         pytest.skip("full sizes only: podman passes the same gate")
@@ -376,7 +376,7 @@ def test_the_smoke_gate_is_green(engine: EngineUnderTest, tmp_path: Path) -> Non
     assert engine.containers() == []
 
 
-def test_a_container_is_ended_by_name_and_only_in_its_engine(engine: EngineUnderTest, tmp_path: Path) -> None:
+def test_ps_and_kill_work_for_containers_of_their_engine_only(engine: EngineUnderTest, tmp_path: Path) -> None:
     """`x07 ps` lists a running container, `x07 kill` ends it, and a client of another engine leaves it alone."""
     with waiting_run(engine, tmp_path) as (runner, record):
         shown = json.loads(subprocess.run([X07, "ps", "--json"], capture_output=True, check=True).stdout)

@@ -26,7 +26,7 @@ def _state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("X07_VM_STATE_DIR", str(tmp_path / "jobs"))
 
 
-def test_it_says_a_line_for_each_behaviour(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_conform_prints_a_line_per_behaviour(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """`x07 conform` prints one line per behaviour, writes its document, and exits with 0 if nothing failed."""
     path = tmp_path / "report.json"
     assert main([*WORDS, "--report-out", str(path)]) == 0
@@ -39,9 +39,7 @@ def test_it_says_a_line_for_each_behaviour(capsys: pytest.CaptureFixture[str], t
     assert [verdict["name"] for verdict in backend["verdicts"]] == [behaviour.name for behaviour in BEHAVIOURS]
 
 
-def test_it_ends_with_1_where_something_failed(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_conform_exits_with_1_on_a_failure(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """`x07 conform` names each failure with the expected and the actual value, and exits with 1."""
     wrong = Behaviour(name="sum", group="channel", promise="It adds.", check=lambda _bench: expect("sum", 4, 5))
     gaps = [behaviour for behaviour in BEHAVIOURS if behaviour.name in create("none").known_gaps]

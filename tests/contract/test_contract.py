@@ -45,7 +45,7 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.parametrize("behaviour", BEHAVIOURS, ids=lambda behaviour: behaviour.name)
-def test_the_backend_does_it(bench: Bench, behaviour: Behaviour) -> None:
+def test_the_backend_has_the_behaviour(bench: Bench, behaviour: Behaviour) -> None:
     """A backend has every behaviour of the contract that it does not declare as a known gap."""
     verdict = judge(behaviour, bench)
     if verdict.verdict in {"gap", "skipped"}:

@@ -177,7 +177,7 @@ def _state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("X07_VM_STATE_DIR", str(tmp_path / "jobs"))
 
 
-def test_a_backend_in_one_file_keeps_the_contract() -> None:
+def test_a_backend_in_one_file_passes_the_contract() -> None:
     """A backend of one file and one registry row passes the contract, except for its declared gaps."""
     with registered(ROW, OneFile):
         report = conform(NAME, runner=RUNNER)
@@ -202,7 +202,7 @@ def test_a_backend_that_claims_a_known_gap_fails() -> None:
     assert (verdict.verdict, verdict.reason) == ("failed", "claim to hold limits.mem_bytes: expected False, got True")
 
 
-def test_a_gap_in_outcomes_is_no_gap() -> None:
+def test_a_gap_that_the_contract_forbids_is_rejected() -> None:
     """A backend that declares a gap that the contract does not allow is rejected without being checked."""
     with registered(ROW, Excused), pytest.raises(ValueError, match="exit-status is in outcome, which has no gaps"):
         conform(NAME, runner=RUNNER)

@@ -48,7 +48,7 @@ RUNS: Final = 200_000 if FULL else 5_000
 RUNS_OBSERVED: Final = RUNS // 8
 
 
-def test_seeds_are_what_their_script_writes() -> None:
+def test_seeds_match_their_script() -> None:
     """The seeds on disk are exactly those of tests/fuzz/make_seeds.py."""
     found = {path.relative_to(SEEDS).as_posix(): path.read_bytes() for path in SEEDS.rglob("*") if path.is_file()}
     assert found == seeds(), "run: python -m tests.fuzz.make_seeds"
@@ -60,7 +60,7 @@ def test_every_kind_of_frame_has_a_seed() -> None:
 
 
 @pytest.mark.parametrize("name", seeds())
-def test_kept_inputs_keep_the_promises(name: str) -> None:
+def test_seeds_and_former_failures_pass(name: str) -> None:
     """Every seed, and every input that once broke an invariant, passes its target's checks."""
     TARGETS[name.partition("/")[0]]((SEEDS / name).read_bytes())
 

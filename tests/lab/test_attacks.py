@@ -130,7 +130,7 @@ def frames_group(stage: Stage) -> Group:
 
 
 @pytest.mark.parametrize("row", FRAME_ROWS, ids=by_id)
-def test_no_request_of_a_lost_guest_reaches_more_than_is_allowed(frames_group: Group, row: Row) -> None:
+def test_requests_of_a_compromised_guest_reach_only_listed_hosts(frames_group: Group, row: Row) -> None:
     """Root of a guest, speaking to the gate directly, reaches only what the policy lists."""
     check(row, frames_group.seen(row))
 
@@ -165,13 +165,13 @@ def stack_group(stage: Stage) -> Group:
 
 
 @pytest.mark.parametrize("row", STACK_ROWS, ids=by_id)
-def test_no_way_leads_out_past_the_relay(stack_group: Group, row: Row) -> None:
+def test_no_path_bypasses_the_relay(stack_group: Group, row: Row) -> None:
     """Root of a guest reaches only what the gate allows: by DNS, raw sockets, devices or kernel modules."""
     check(row, stack_group.seen(row))
 
 
 @pytest.mark.parametrize("row", ENDS_RELAY, ids=by_id)
-def test_without_relay_and_rules_there_is_no_way_out(stage: Stage, row: Row) -> None:
+def test_a_guest_without_relay_or_rules_reaches_nothing(stage: Stage, row: Row) -> None:
     """Nothing is reached when root removes the guest's rules, kills its relay, or writes to the relay's stream."""
     stage.lab.reset_names()
     stage.lab.names(dict(STACK_NAMES))
@@ -185,7 +185,7 @@ def test_without_relay_and_rules_there_is_no_way_out(stage: Stage, row: Row) -> 
     assert session.result["outcome"] in ({"ok"} if row.id == "1" else {"guest-lost"}), session.said
 
 
-def test_a_policy_that_lists_nothing_leaves_no_way_at_all(stage: Stage) -> None:
+def test_an_empty_allowlist_allows_nothing(stage: Stage) -> None:
     """An empty allowlist allows nothing (peers 8): the guest gets no answer, and the result has no connections."""
     with stage.session("frames", {}) as session:
         asked = session.do("frames", opens=[], say=[opening(1, SITE.encode(), 80).hex()], wait_s=0.3)
@@ -217,7 +217,7 @@ def opens_at_most(seconds: float) -> float:
     return 200 + 100 * seconds + 1
 
 
-def test_ten_thousand_requests_come_to_few_connections(stage: Stage) -> None:
+def test_ten_thousand_requests_stay_within_the_rate_limit(stage: Stage) -> None:
     """A gate that is asked for 10,000 connections at once (22) keeps to its rate limit and its memory limit."""
     stage.lab.names({"flood.lab.example": [SITE]})
     with stage.session("frames", {"flood.lab.example": [9]}) as session:
@@ -235,7 +235,7 @@ def test_ten_thousand_requests_come_to_few_connections(stage: Stage) -> None:
     assert peak < MEMORY_MAX
 
 
-def test_connections_that_are_kept_open_end_at_the_most(stage: Stage) -> None:
+def test_open_connections_are_limited(stage: Stage) -> None:
     """A gate keeps at most 256 connections open, however slowly they are opened (68)."""
     stage.lab.names({"drip.lab.example": [SITE]})
     with stage.session("frames", {"drip.lab.example": [9]}) as session:
@@ -248,7 +248,7 @@ def test_connections_that_are_kept_open_end_at_the_most(stage: Stage) -> None:
     assert reasons <= {"256 connections are open", "128 connections are pending"}  # the second on a busy host
 
 
-def test_labels_below_a_wildcard_are_few(stage: Stage) -> None:
+def test_names_below_a_wildcard_are_limited(stage: Stage) -> None:
     """A gate looks up at most 256 names below a wildcard (37, peers 1)."""
     with stage.session("frames", {"*.wild.lab.example": [9]}) as session:
         words = {"host": "l{}.wild.lab.example", "port": 9, "count": 5000, "reset": True, "pace_s": 0.02}
@@ -259,7 +259,7 @@ def test_labels_below_a_wildcard_are_few(stage: Stage) -> None:
     assert arrived(seen, "connect") == len(names) == seen.answer["codes"]["0"]
 
 
-def test_half_open_connections_of_nobody_are_bounded(stage: Stage) -> None:
+def test_a_syn_flood_is_limited(stage: Stage) -> None:
     """A SYN flood inside the guest causes no more connections than the gate's limits allow."""
     stage.lab.names({"syn.lab.example": [SITE]})
     with stage.session("stack", {"syn.lab.example": [9]}) as session:
@@ -286,7 +286,7 @@ def test_a_program_that_connects_without_end_is_held_to_the_rate(stage: Stage) -
     assert session.result["outcome"] == "ok", session.said
 
 
-def test_connections_that_nobody_reads_do_not_hold_up_another(stage: Stage) -> None:
+def test_unread_connections_do_not_block_another(stage: Stage) -> None:
     """A connection carries 16 MiB while 50 others wait unread (67), and the gate's memory stays bounded."""
     stage.lab.names({"endless.lab.example": [SITE]})
     with stage.session("frames", {"endless.lab.example": [19]}) as session:
@@ -300,7 +300,7 @@ def test_connections_that_nobody_reads_do_not_hold_up_another(stage: Stage) -> N
     assert grown < 50 * 1024 * 1024
 
 
-def test_servers_that_do_not_read_fill_no_memory(stage: Stage) -> None:
+def test_servers_that_do_not_read_do_not_fill_memory(stage: Stage) -> None:
     """Servers that read nothing do not fill the gate's memory: the data waits in the guest."""
     stage.lab.names({"deaf.lab.example": [SITE]})
     with stage.session("frames", {"deaf.lab.example": [6000]}) as session:
@@ -311,7 +311,7 @@ def test_servers_that_do_not_read_fill_no_memory(stage: Stage) -> None:
     assert peak < MEMORY_MAX
 
 
-def test_the_log_of_hostile_names_is_lines_of_ascii(stage: Stage) -> None:
+def test_hostile_names_cannot_break_the_log(stage: Stage) -> None:
     """Hostile names (69) cannot break the log: each entry is one line of ASCII JSON."""
     hosts = ["a\nb", "\x1b[2J\x1b]0;x\x07", "\u202eexample", '"}\r\n{"event":"open"', "\x00\x7f\x9b31m", "\\u000a"]
     stage.lab.names({"log.lab.example": [SITE]})
@@ -338,7 +338,7 @@ def check_log(session: Session) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("how", ["asked", "claimed"])
-def test_a_hundred_thousand_refusals_are_counted_and_few_lines(stage: Stage, how: str) -> None:
+def test_a_flood_of_refusals_is_counted_but_not_logged(stage: Stage, how: str) -> None:
     """The log stays at 20 lines a second beyond a burst of 100 (70), and the result counts every refusal.
 
     claimed: the guest reports refusals of its own by TOLD frames.

@@ -180,7 +180,7 @@ def test_a_real_client_works(  # noqa: PLR0913, PLR0917 - fixtures, and what is 
     ],
     ids=["curl-name", "curl-port", "git", "redis"],
 )
-def test_a_client_without_a_listed_host_says_so_at_once(
+def test_an_unlisted_host_is_a_network_error(
     lab: Laboratory, with_packages: str, far_end: Path, tmp_path: Path, script: str, said: str
 ) -> None:
     """Clients get an ordinary network error for a host or port that is not listed, and the result lists it."""

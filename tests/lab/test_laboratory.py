@@ -126,7 +126,7 @@ def test_a_failed_handshake_is_logged_with_its_name(lab: Laboratory) -> None:
         ("tcp", "45.45.45.1", 8600, r"b'host secret\r\n'"),
     ],
 )
-def test_what_arrives_at_a_server_is_in_the_log(lab: Laboratory, kind: str, host: str, port: int, answer: str) -> None:
+def test_each_server_answers_and_logs(lab: Laboratory, kind: str, host: str, port: int, answer: str) -> None:
     """Each server answers according to its port, and logs the bytes that it received."""
     mark = lab.mark()
     assert lab.python(TALK, kind, host, str(port), "probe").strip() == answer
@@ -136,7 +136,7 @@ def test_what_arrives_at_a_server_is_in_the_log(lab: Laboratory, kind: str, host
     assert told(lab.contacts(mark)) == [*connect, (where, kind, "bytes", "probe", "")]
 
 
-def test_hostile_bytes_are_logged_and_end_no_server(lab: Laboratory) -> None:
+def test_hostile_bytes_are_logged_and_stop_no_server(lab: Laboratory) -> None:
     """Bytes that are neither HTTP, TLS nor DNS are logged as bytes, and the servers keep running."""
     mark = lab.mark()
     code = """
@@ -187,7 +187,7 @@ def test_names_answer_as_scripted(lab: Laboratory) -> None:
     assert lab.python(RESOLVE, "new.lab.example", "rebind.lab.example").split("\n")[:2] == ["gaierror -2", answers[0]]
 
 
-def test_a_packet_to_an_address_of_nobody_is_seen(lab: Laboratory) -> None:
+def test_packets_to_unused_addresses_are_listed(lab: Laboratory) -> None:
     """Packets to closed ports and to unused addresses are listed as packets, not as contacts."""
     mark = lab.mark()
     code = """
@@ -231,7 +231,7 @@ def test_the_gate_keeps_the_control_groups_of_the_host(lab: Laboratory) -> None:
     assert set(listed) == set(os.listdir("/sys/fs/cgroup"))  # noqa: PTH208 names
 
 
-def test_nothing_of_a_laboratory_is_left(lab: Laboratory) -> None:
+def test_a_laboratory_leaves_no_remains(lab: Laboratory) -> None:
     """A laboratory removes its namespaces, files and processes when it ends, including running clients."""
     with Laboratory() as other:
         assert {lab.name, other.name} <= leftovers()
@@ -244,7 +244,7 @@ def test_nothing_of_a_laboratory_is_left(lab: Laboratory) -> None:
     assert lab.name in leftovers()
 
 
-def test_a_killed_process_leaves_a_laboratory_that_the_next_removes(lab: Laboratory) -> None:
+def test_the_next_laboratory_removes_the_remains_of_a_killed_one(lab: Laboratory) -> None:
     """The next laboratory removes the remains and processes of one whose process was killed."""
     code = (
         "import json, signal, os, sys\n"

@@ -89,7 +89,7 @@ def rows(result: dict[str, Any], kind: str) -> list[tuple[str, int, str]]:
     return [(row["host"], row["port"], row["rule"]) for row in result["net"][kind]]
 
 
-def test_a_program_gets_the_far_end_s_own_errors(run: Run) -> None:
+def test_a_program_gets_the_far_ends_errors(run: Run) -> None:
     """A program gets the far end's own connection errors, and refusals fail at once; the result lists each."""
     ends = ("web.lab.example", 80), ("web.lab.example", 81), ("web.lab.example", 443), ("other.lab.example", 80)
     said, result = run.connect(*ends, (SITE, 80), flags=("--allow-host", "web.lab.example:80,81"))
@@ -142,7 +142,7 @@ def test_an_ordinary_user_reaches_listed_hosts(run: Run, ordinary: Account, flag
     assert rows(result, "allowed") == [("web.lab.example", 80, "net.allow_hosts[0]")]
 
 
-def test_none_is_never_given_a_list(run: Run) -> None:
+def test_none_refuses_a_list_of_hosts(run: Run) -> None:
     """`none` refuses a list of hosts, because it cannot enforce it."""
     result = run("pass\n", "--sandbox-backend", "none", "--i-accept-weaker-isolation", "--allow-host", "a.example:1")
     assert (result["outcome"], result["net"]) == ("refused", None)
@@ -171,7 +171,7 @@ def test_the_log_of_connections_is_kept_and_written(run: Run) -> None:
     assert run.lab.run([*COMMAND, "logs", "--net"]).stdout == log.read_bytes()
 
 
-def test_a_loopback_entry_means_the_program_s_own(run: Run) -> None:
+def test_a_loopback_entry_means_the_programs_own_loopback(run: Run) -> None:
     """An entry for 127.0.0.1 means the program's own loopback and never reaches the host."""
     code = """
 import socket
@@ -228,7 +228,7 @@ def test_names_below_a_wildcard_are_reached(run: Run) -> None:
 
 
 @pytest.mark.parametrize("opened", [False, True])
-def test_the_user_s_settings_open_one_local_address(run: Run, monkeypatch: pytest.MonkeyPatch, *, opened: bool) -> None:
+def test_a_private_address_needs_the_users_settings(run: Run, monkeypatch: pytest.MonkeyPatch, *, opened: bool) -> None:
     """A listed private address is refused unless the user's settings name it in [net] allow_local with its port."""
     config = run.place / "config/x07"
     config.mkdir(parents=True)

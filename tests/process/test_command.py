@@ -52,7 +52,7 @@ def test_a_project_runs_and_leaves_its_folder_alone(project: Path, backend: str)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_would_be_run_is_shown(project: Path, backend: str) -> None:
+def test_dry_run_shows_the_plan_without_an_image(project: Path, backend: str) -> None:
     """`--dry-run` shows the plan as text, even for a backend without an image."""
     done = run(backend, "--dry-run", ".", cwd=project)
     assert done.returncode == 0, done.stderr
@@ -61,14 +61,14 @@ def test_what_would_be_run_is_shown(project: Path, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_an_image_is_refused_where_none_is_used(project: Path, backend: str) -> None:
+def test_a_backend_without_images_refuses_a_named_image(project: Path, backend: str) -> None:
     """A named image is an error for a backend that uses none."""
     done = run(backend, "--image", "science", ".", cwd=project)
     assert done.returncode == 125
     assert f"cannot use the image science: the backend {backend} uses no guest image" in done.stderr
 
 
-def test_files_that_cannot_come_back_are_refused_before_the_run(project: Path) -> None:
+def test_out_is_refused_by_a_backend_without_copies(project: Path) -> None:
     """`--out` under `none`, which copies no folders, is refused before anything runs."""
     done = run("none", "--out", "out", ".", cwd=project)
     assert (done.returncode, done.stdout) == (125, "")
@@ -76,7 +76,7 @@ def test_files_that_cannot_come_back_are_refused_before_the_run(project: Path) -
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_damaged_agent_is_made_anew(project: Path, backend: str) -> None:
+def test_a_damaged_agent_is_rebuilt(project: Path, backend: str) -> None:
     """A damaged agent file is never started: the run rebuilds it."""
     agent = agent_code(confined=backend == "os")
     agent.chmod(0o600)

@@ -39,7 +39,7 @@ def told(backend: OsBackend, source: str, **how: Any) -> Ended:  # noqa: ANN401 
     return run_on(backend, python(TRY + source, **how))
 
 
-def test_the_program_is_alone_with_its_init(confined: OsBackend) -> None:
+def test_a_program_sees_only_its_own_processes(confined: OsBackend) -> None:
     """A program sees only its own processes, and can neither signal nor trace the process that started it."""
     ended = told(
         confined,
@@ -52,14 +52,14 @@ def test_the_program_is_alone_with_its_init(confined: OsBackend) -> None:
     assert ended.stdout.splitlines() == ["['2'] 2 1", "no ENOENT no ENOENT no ENOENT", "-1 EPERM"]
 
 
-def test_a_program_that_signals_its_init_ends_itself_at_most(confined: OsBackend) -> None:
+def test_a_program_that_signals_its_init_ends_only_itself(confined: OsBackend) -> None:
     """SIGTERM to the first process of its namespace is reported as the program's own end."""
     ended = told(confined, "tried(os.kill, 1, signal.SIGTERM); signal.pause() if len(sys.argv) > 1 else None")
     assert ended.kind is Kind.EXITED
     assert ended.code in {0, -signal.SIGKILL}
 
 
-def test_nothing_of_a_users_can_be_read(confined: OsBackend, tmp_path: Path) -> None:
+def test_a_program_cannot_read_the_callers_files(confined: OsBackend, tmp_path: Path) -> None:
     """A program finds no home folder, no sockets, none of the caller's folders, and none of their variables."""
     (tmp_path / "secret").write_text("x", encoding="ascii")
     folders = [os.environ.get("HOME", "/root"), "/run", "/var/run", "/var", "/home", "/tmp", "/sys", "/mnt", "/srv"]  # noqa: S108
@@ -131,7 +131,7 @@ def test_no_capability_is_left_and_no_namespace_can_be_made(confined: OsBackend)
     ]
 
 
-def test_a_policy_against_more_processes_holds(confined: OsBackend) -> None:
+def test_forbidden_system_calls_are_refused(confined: OsBackend) -> None:
     """System calls that the policy forbids, such as fork, are refused."""
     ended = told(confined, "print(tried(os.fork))", confine={"spawn": False})
     assert ended.stdout == "no EPERM\n"
@@ -180,7 +180,7 @@ def test_tasks_are_limited(confined: OsBackend) -> None:
     assert ended.stdout == "7\n"
 
 
-def test_memory_is_limited_where_the_host_can(confined: OsBackend) -> None:
+def test_memory_is_limited(confined: OsBackend) -> None:
     """A program that exceeds its memory limit is killed, and the agent reports the reason."""
     if "limits.mem_bytes" not in confined.probe().features.can_enforce:
         pytest.skip("this host gives no control group for memory")
@@ -248,7 +248,7 @@ def test_folders_of_the_host_go_in_and_changes_come_out(confined: OsBackend) -> 
     assert changes(ended) == {"other": b"after\n", "new": b"new\n", "gone": None}
 
 
-def test_changes_and_files_that_were_left_come_back_together(confined: OsBackend) -> None:
+def test_changes_and_left_files_come_back_together(confined: OsBackend) -> None:
     """A run hands over both the changes to the host's folders and the files left in private folders."""
     number = int(Stream.FIRST_FILE + 1)
     mount = {"tree": number, "sub": "", "at": "/data/w", "write": True, "changes": True}
@@ -273,7 +273,7 @@ def test_an_output_file_comes_back(confined: OsBackend) -> None:
     assert bytes(ended.streams[Stream.OUTPUT_FILE]) == b"made"
 
 
-def test_the_systems_compiler_works(confined: OsBackend) -> None:
+def test_the_hosts_compiler_works(confined: OsBackend) -> None:
     """The host's C compiler works inside."""
     if not Path("/usr/bin/gcc").exists():
         pytest.skip("there is no gcc")
@@ -288,7 +288,7 @@ def test_the_systems_compiler_works(confined: OsBackend) -> None:
     assert ended.stdout == "compiled\n", ended.stderr
 
 
-def test_a_program_that_is_stopped_is_ended_with_all_its_children(confined: OsBackend) -> None:
+def test_stopping_a_program_kills_its_process_tree(confined: OsBackend) -> None:
     """Stopping a program kills its whole process tree, including processes in a new session."""
     source = "import os, signal\nos.fork() or os.setsid()\nos.fork()\nprint('here', flush=True)\nsignal.pause()\n"
     ended = run_on(confined, python(source), on_output=Conversation.stop)
@@ -296,7 +296,7 @@ def test_a_program_that_is_stopped_is_ended_with_all_its_children(confined: OsBa
 
 
 @pytest.mark.root
-def test_a_group_of_version_2_counts_and_ends_a_program(confined: OsBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cgroup_of_version_2_limits_cpu_time(confined: OsBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     """With cgroup version 2, each program has a group that counts and limits its CPU time."""
     root = next((path for path in VERSION_2 if (path / "cgroup.controllers").exists()), None)
     if root is None or os.geteuid() != 0:

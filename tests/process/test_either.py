@@ -66,7 +66,7 @@ def test_a_signal_is_reported(either: Backend) -> None:
     assert run_on(either, python("import os; os.abort()")).code == -signal.SIGABRT
 
 
-def test_what_cannot_be_executed_is_said(either: Backend) -> None:
+def test_a_missing_program_fails_with_the_reason(either: Backend) -> None:
     """A program that does not exist fails with the kernel's reason."""
     ended = run_on(either, Program(argv=["/x07/in/nothing"]))
     assert ended.kind is Kind.FAILED
@@ -94,7 +94,7 @@ def test_files_in_private_folders_are_counted_and_handed_over(either: Backend) -
     assert (ended.code, ended.body["left_files"]) == (0, 0)
 
 
-def test_what_the_program_leaves_running_is_ended(either: Backend) -> None:
+def test_processes_left_by_a_program_are_killed(either: Backend) -> None:
     """When a program ends, all processes that it started are killed."""
     source = (
         "import os, sys, time\n"
@@ -110,7 +110,7 @@ def test_what_the_program_leaves_running_is_ended(either: Backend) -> None:
     assert time.monotonic() - begun < GONE_S
 
 
-def test_a_stopped_program_is_ended_and_said_to_have_stood_still(either: Backend) -> None:
+def test_a_stopped_program_is_killed_and_reported_as_stopped(either: Backend) -> None:
     """A stopped program (SIGSTOP) is killed on request, and the agent reports that it was stopped."""
 
     def stop(conversation: Conversation) -> None:
@@ -130,7 +130,7 @@ def test_a_started_agent_ends_with_its_context(either: Backend) -> None:
     assert instance.exit_status() is not None
 
 
-def test_the_deadline_holds_without_a_runner_that_looks(either: Backend) -> None:
+def test_the_deadline_holds_when_the_runner_hangs(either: Backend) -> None:
     """A job whose runner hangs is killed at its deadline."""
     with started(either, deadline_s=1) as instance:
         assert instance.child.wait(GONE_S) == -signal.SIGALRM
@@ -162,7 +162,7 @@ def test_a_job_that_never_started_leaves_no_record(
     assert not [path for path in state.iterdir() if path.is_dir()]
 
 
-def test_a_job_is_greeted_when_it_starts(either: Backend) -> None:
+def test_a_started_job_has_completed_the_handshake(either: Backend) -> None:
     """When a job has started, its agent has completed the handshake, and its processes are in its record."""
     kind = MachineKind(image=None, ram_bytes=0)
     cancel = Cancel()
@@ -181,7 +181,7 @@ def test_a_job_can_be_stopped_by_its_record(either: Backend) -> None:
         assert not list(either.list_owned())
 
 
-def test_folders_that_a_program_has_closed_go_too(either: Backend) -> None:
+def test_inaccessible_folders_are_removed(either: Backend) -> None:
     """Folders that a program made inaccessible are removed too."""
     ended = run_on(either, python("import os; os.makedirs('a/b/c'); os.chmod('a/b', 0); os.chmod('a', 0)"))
     assert ended.code == 0, ended.stderr

@@ -94,7 +94,7 @@ def test_gate_and_resolver_have_no_rights(gate: GateProcess) -> None:
     assert {"no capabilities", "no new privileges", "seccomp"} <= set(gate.walls)
 
 
-def test_a_gate_answers_and_gives_an_account(gate: GateProcess) -> None:
+def test_a_gate_answers_and_reports(gate: GateProcess) -> None:
     """A gate decides on a guest's requests, and reports them when it is stopped."""
     with guest_of(gate) as guest:
         assert ask(guest, b"example.org", 443) == egress.POLICY
@@ -112,7 +112,7 @@ def test_the_gate_is_the_only_holder_of_the_stream(gate: GateProcess) -> None:
 
 
 @pytest.mark.parametrize("which", ["gate", "resolver"])
-def test_a_gate_without_its_resolver_ends_and_has_no_account(gate: GateProcess, which: str) -> None:
+def test_killing_gate_or_resolver_loses_the_report(gate: GateProcess, which: str) -> None:
     """Killing gate or resolver ends the gate without a report, and the run ends as gate-lost."""
     with guest_of(gate) as guest:
         assert ask(guest, b"example.org", 443) == egress.POLICY
@@ -124,7 +124,7 @@ def test_a_gate_without_its_resolver_ends_and_has_no_account(gate: GateProcess, 
     assert gate.account() is None
 
 
-def test_a_guest_that_breaks_the_protocol_loses_its_stream_only(gate: GateProcess) -> None:
+def test_an_invalid_frame_ends_only_the_stream(gate: GateProcess) -> None:
     """An invalid frame ends the guest's stream; the gate keeps running and reports it."""
     with guest_of(gate) as guest:
         guest.sendall(b"\xff" * 64)

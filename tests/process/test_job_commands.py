@@ -54,7 +54,7 @@ def running(code: str = LONG, *words: str) -> Iterator[tuple[subprocess.Popen[by
             runner.kill()
 
 
-def test_ps_lists_what_runs_and_all_of_it_what_ended() -> None:
+def test_ps_lists_ended_jobs_only_with_all() -> None:
     """`x07 ps` lists a live job with labels, state and remaining time, and an ended job only with --all."""
     with running() as (runner, run):
         (job,) = found("ps", "--json")["jobs"]
@@ -95,7 +95,7 @@ def test_a_killed_run_ends_as_guest_lost() -> None:
     assert b"had already ended" in x07("kill", run).stderr
 
 
-def test_a_kill_can_be_told_as_json() -> None:
+def test_kill_prints_json() -> None:
     """`x07 kill --json` prints one object with the run's whole name and the number of jobs it ended."""
     with running() as (runner, run):
         assert (found("kill", "--json", run[:-1])["run"], runner.wait(WAIT_S)) == (run, 125)
@@ -116,7 +116,7 @@ def test_the_run_of_a_dead_command_is_killed_too() -> None:
         assert not (Path(job["folder"]) / "files").exists()
 
 
-def test_a_run_that_is_not_ours_is_not_killed() -> None:
+def test_another_runners_run_is_not_killed() -> None:
     """`x07 kill` of another runner's run is an error with the reason, and ends nothing."""
     record = recorded(GONE)
     edit(record, "owner.json", labels={"io.x07.runner_instance": "ri-" + "0" * 32, "io.x07.image_digest": ""})
@@ -140,7 +140,7 @@ def test_inspect_shows_record_labels_owner_and_paths() -> None:
 
 
 @pytest.mark.parametrize("verb", ["inspect", "kill", "logs"])
-def test_a_name_must_be_of_one_run(verb: str) -> None:
+def test_a_run_name_must_be_unique(verb: str) -> None:
     """A run name that matches no run, or several, is a usage error with advice."""
     first, second = recorded(), recorded()
     mark_done(first)
@@ -190,7 +190,7 @@ def test_logs_sends_a_terminal_no_control_characters() -> None:
     assert b"\x07" not in printed
 
 
-def test_all_shows_records_that_are_not_ours() -> None:
+def test_ps_all_lists_foreign_records() -> None:
     """`x07 ps --all` lists foreign, damaged and newer records with the reason, and leaves them alone."""
     states: dict[str, tuple[str, object]] = {
         "foreign": ("labels", {"io.x07.runner_instance": "ri-" + "0" * 32, "io.x07.image_digest": ""}),
@@ -211,7 +211,7 @@ def test_all_shows_records_that_are_not_ours() -> None:
     assert found("ps", "--json")["jobs"] == []
 
 
-def test_sweep_is_a_command(state: Path) -> None:
+def test_sweep_reports_what_it_removes(state: Path) -> None:
     """`x07 sweep` reports what it removes and keeps, as text or as one JSON object; --dry-run removes nothing."""
     record = recorded(GONE)
     dry = found("sweep", "--dry-run", "--json")
@@ -222,7 +222,7 @@ def test_sweep_is_a_command(state: Path) -> None:
     assert sorted(path.name for path in (state / record.job_id).iterdir()) == ["job.json", "owner.json", "reaped"]
 
 
-def test_df_counts_what_there_is_and_what_would_go() -> None:
+def test_df_shows_sizes_and_what_prune_frees() -> None:
     """`x07 df` shows the size of each part, and how much `x07 prune` would free."""
     assert x07("run", *NONE, "-c", "print('x' * 1_000_000)").returncode == 0
     report = found("df", "--json")
@@ -235,7 +235,7 @@ def test_df_counts_what_there_is_and_what_would_go() -> None:
     assert b"PRUNABLE" in x07("df").stdout
 
 
-def test_a_run_that_waits_is_listed(state: Path) -> None:
+def test_a_queued_run_is_listed(state: Path) -> None:
     """A queued run without a job is listed as waiting."""
     argv = [*X07, "run", *NONE, "-c", "pass"]
     env = {**os.environ, "X07_VM_MAX_RUNNING": "1"}

@@ -416,7 +416,7 @@ def helper(request: pytest.FixtureRequest, looks: dict[Any, Look], echo: int, tm
 # --- both ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_helper_names_the_walls_around_it(helper: Look) -> None:
+def test_a_helper_reports_its_confinements(helper: Look) -> None:
     """A helper reports which confinements are active, and the kernel's status of the process agrees."""
     own = ["own uid"] if helper.form == "root" else []
     assert helper.walls[: len(own) + 2] == [*own, "no capabilities", "no new privileges"]
@@ -481,7 +481,7 @@ def test_a_helper_has_small_limits(helper: Look) -> None:
     assert helper.kind == "resolver" or helper.limits["Max processes"] == 0
 
 
-def test_a_helper_serves_nobody_and_makes_no_odd_sockets(helper: Look) -> None:
+def test_a_helper_cannot_listen_or_make_other_sockets(helper: Look) -> None:
     """A helper can make TCP and UDP sockets but not listen; raw, packet, vsock and similar sockets are refused."""
     assert helper.refused("listen", "socket PACKET RAW", "socket VSOCK STREAM", "socket ALG SEQPACKET")
     assert helper.refused("socket CAN RAW", "socket INET RAW", "ping socket", "socket UNIX DGRAM")
@@ -548,7 +548,7 @@ def test_the_gate_makes_no_local_sockets(gate: Look) -> None:
     assert gate.refused("socket UNIX STREAM", "socket NETLINK RAW")
 
 
-def test_the_gate_passes_tcp_and_udp_on(gate: Look) -> None:
+def test_the_gate_uses_tcp_and_udp(gate: Look) -> None:
     """The gate's asyncio loop sends and receives 300 kB over TCP and a datagram over UDP."""
     assert (gate.found["tcp"], gate.found["udp"]) == (300_000, "ping")
 
@@ -556,7 +556,7 @@ def test_the_gate_passes_tcp_and_udp_on(gate: Look) -> None:
 # --- the resolver ----------------------------------------------------------------------------------------------------
 
 
-def test_the_resolver_reads_only_what_names_take(resolver: Look) -> None:
+def test_the_resolver_reads_only_the_name_servers_file(resolver: Look) -> None:
     """The resolver reads the name servers' file; with Landlock it cannot read the users' file, /etc or /proc."""
     if Path("/etc/resolv.conf").exists():
         assert resolver.found["read /etc/resolv.conf"] == "ok"

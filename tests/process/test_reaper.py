@@ -29,7 +29,7 @@ def start(folder: Path, seconds: float, status: int = 0) -> tuple[subprocess.Pop
     return process, runner_w
 
 
-def test_it_removes_what_a_dead_runner_left(tmp_path: Path) -> None:
+def test_the_container_of_a_dead_runner_is_removed(tmp_path: Path) -> None:
     """The container is removed as soon as its runner ends, and the record says `reaped`."""
     process, runner_w = start(tmp_path, 600)
     os.close(runner_w)
@@ -38,7 +38,7 @@ def test_it_removes_what_a_dead_runner_left(tmp_path: Path) -> None:
     assert (tmp_path / "reaped").read_text(encoding="ascii") == "reaped\n"
 
 
-def test_it_does_nothing_where_the_runner_has_done_it(tmp_path: Path) -> None:
+def test_a_removed_container_is_not_removed_twice(tmp_path: Path) -> None:
     """A container that its runner reports as removed is not removed twice."""
     process, runner_w = start(tmp_path, 600)
     os.write(runner_w, b"g")
@@ -48,7 +48,7 @@ def test_it_does_nothing_where_the_runner_has_done_it(tmp_path: Path) -> None:
     assert not (tmp_path / "reaped").exists()
 
 
-def test_it_removes_at_the_deadline(tmp_path: Path) -> None:
+def test_a_container_is_removed_at_the_deadline(tmp_path: Path) -> None:
     """At the deadline the container is removed although its runner still exists."""
     process, runner_w = start(tmp_path, 0.2)
     assert process.wait(30) == 0
@@ -57,7 +57,7 @@ def test_it_removes_at_the_deadline(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_it_says_nothing_of_what_it_could_not_remove(tmp_path: Path) -> None:
+def test_a_failed_removal_is_not_recorded_as_reaped(tmp_path: Path) -> None:
     """A failing removal is tried five times, and `reaped` is not written."""
     process, runner_w = start(tmp_path, 0.0, status=1)
     assert process.wait(60) == 0

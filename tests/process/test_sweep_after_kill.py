@@ -52,7 +52,7 @@ def killed(backend: Backend, state: Path, cache: Path) -> StoredJob:
     return stored
 
 
-def test_a_sweep_leaves_nothing_of_a_killed_runners_job(either: Backend, state: Path, cache: Path) -> None:
+def test_a_sweep_removes_a_killed_runners_job(either: Backend, state: Path, cache: Path) -> None:
     """After SIGKILL of the runner one sweep ends the job, removes its files and groups, and records it as reaped."""
     stored = killed(either, state, cache)
     assert stored.record is not None
@@ -65,7 +65,7 @@ def test_a_sweep_leaves_nothing_of_a_killed_runners_job(either: Backend, state: 
     assert not sweep(dry_run=False, progress=lambda _text: None).removed
 
 
-def test_a_live_job_beside_a_dead_one_goes_on(either: Backend, state: Path, cache: Path) -> None:
+def test_a_sweep_spares_live_jobs(either: Backend, state: Path, cache: Path) -> None:
     """A sweep that ends a dead runner's job leaves other live jobs running."""
     stored = killed(either, state, cache)
     with started(either) as instance:
@@ -75,7 +75,7 @@ def test_a_live_job_beside_a_dead_one_goes_on(either: Backend, state: Path, cach
         assert left(instance.record.mark)
 
 
-def test_a_job_outlives_no_sweep_after_its_deadline(either: Backend) -> None:
+def test_a_sweep_ends_a_job_after_its_deadline(either: Backend) -> None:
     """A sweep ends a job after its deadline even if its runner is alive but hangs."""
     with started(either) as instance:
         path = instance.record.folder / "owner.json"

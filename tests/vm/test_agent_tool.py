@@ -92,7 +92,7 @@ def test_good_calls_of_an_assistant_are_carried_out(way: str, image: Image, stat
 
 
 @pytest.mark.parametrize("way", WAYS if FULL else WAYS[:1])
-def test_hostile_calls_of_an_assistant_end_as_their_limits_say(way: str, image: Image, state: Path) -> None:
+def test_hostile_calls_of_an_assistant_end_at_their_limits(way: str, image: Image, state: Path) -> None:
     """Programs that flood, hang, fork, exhaust memory or crash each get a verdict, and the next call runs."""
     assert image.digest
     told = by_id(
@@ -170,7 +170,7 @@ NO_ID: Final = {
 }
 
 
-def test_malformed_calls_of_an_assistant_are_told_what_is_wrong(image: Image, state: Path) -> None:
+def test_malformed_calls_of_an_assistant_get_an_error(image: Image, state: Path) -> None:
     """Missing fields, wrong types, unknown names and huge texts each get a short error, and nothing runs."""
     assert image.digest
     for number, (line, _) in enumerate(MALFORMED.values()):
@@ -195,7 +195,7 @@ def test_malformed_calls_of_an_assistant_are_told_what_is_wrong(image: Image, st
     assert len(list(state.glob("*/job.json"))) <= 2  # of the next one: its build, its run
 
 
-def test_the_definition_is_a_schema_that_the_calls_keep_to() -> None:
+def test_the_example_calls_match_the_definition() -> None:
     """`--definition` prints the tool's name, a description and a JSON Schema that the example's calls match."""
     done = subprocess.run([sys.executable, str(TOOL), "--definition"], capture_output=True, check=True, timeout=60)
     definition = json.loads(done.stdout)
@@ -207,7 +207,7 @@ def test_the_definition_is_a_schema_that_the_calls_keep_to() -> None:
     assert keeping == [True, True, True, False, True]
 
 
-def test_it_ends_when_nobody_reads_its_answers() -> None:
+def test_the_tool_ends_when_its_reader_goes_away() -> None:
     """If its reader goes away, the tool reports that and ends without a traceback."""
     reader, writer = os.pipe()
     os.close(reader)

@@ -46,12 +46,12 @@ def test_an_ordinary_user_runs_the_example(ran: subprocess.CompletedProcess[byte
     assert result["stdout"]["text"].startswith("id,customer.name,")
 
 
-def test_the_result_names_the_user_form_of_the_jail(ran: subprocess.CompletedProcess[bytes]) -> None:
+def test_the_result_names_the_jail_of_user_namespaces(ran: subprocess.CompletedProcess[bytes]) -> None:
     """The result of an ordinary user's run names the jail made of user namespaces."""
     assert json.loads(ran.stdout)["jail"].startswith("namespaces, user; ")
 
 
-def test_what_is_kept_is_the_user_s_alone(ran: subprocess.CompletedProcess[bytes], ordinary: Account) -> None:
+def test_stored_files_are_private_to_the_user(ran: subprocess.CompletedProcess[bytes], ordinary: Account) -> None:
     """Folders of state and cache have mode 0700 and files 0600; parts of images and templates have 0444."""
     assert ran.returncode == 0
     roots = [ordinary.home / ".x07", ordinary.cache]
@@ -69,7 +69,7 @@ def test_what_is_kept_is_the_user_s_alone(ran: subprocess.CompletedProcess[bytes
             assert mode == 0o600, (path, oct(mode))
 
 
-def test_nothing_of_the_run_is_left(ran: subprocess.CompletedProcess[bytes], ordinary: Account) -> None:
+def test_an_ordinary_users_run_leaves_no_remains(ran: subprocess.CompletedProcess[bytes], ordinary: Account) -> None:
     """After an ordinary user's run, both of its jobs are recorded as done and no process is left."""
     run = json.loads(ran.stdout)["run"]
     for phase in ("build", "run"):
@@ -96,7 +96,7 @@ def test_a_program_that_the_user_may_not_read_is_refused(ordinary: Account, tmp_
     assert set(ordinary.state.glob("*")) == before
 
 
-def test_an_ordinary_user_s_connections_have_a_gate(ordinary: Account) -> None:
+def test_an_ordinary_users_run_has_a_gate(ordinary: Account) -> None:
     """An ordinary user's run has an egress gate, and its result lists failed and denied connections."""
     program = ordinary.folder / "connect.py"
     program.write_text(

@@ -76,7 +76,7 @@ def boots(monkeypatch: pytest.MonkeyPatch) -> Boots:
     return begin
 
 
-def test_a_machine_that_measured_its_timer_wrong_is_started_anew(
+def test_a_machine_with_a_wrong_timer_is_booted_again(
     sandbox: Sandbox, boots: Boots, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A kernel whose timer is missing, late or far too early runs nothing: another one is booted."""
@@ -92,7 +92,9 @@ def test_a_machine_that_measured_its_timer_wrong_is_started_anew(
     assert [text for text in ran.result.warnings if "the run machine may have a timer that is late" in text]
 
 
-def test_why_machines_start_cold_is_said_once(sandbox: Sandbox, boots: Boots, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reason_for_cold_starts_is_reported_once(
+    sandbox: Sandbox, boots: Boots, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """If no machine can be saved and the first boot fails, the result says so once."""
     booted = boots(NONE)
     words = machines.kernel_command_line
@@ -103,7 +105,7 @@ def test_why_machines_start_cold_is_said_once(sandbox: Sandbox, boots: Boots, mo
     assert len([text for text in ran.result.warnings if "started cold" in text]) == 1
 
 
-def test_a_machine_without_any_timer_is_refused_at_last(sandbox: Sandbox, boots: Boots) -> None:
+def test_a_host_without_a_timer_is_refused(sandbox: Sandbox, boots: Boots) -> None:
     """If no booted kernel finds a timer, the run is refused within seconds with that reason."""
     booted = boots(*[NONE] * settings.BOOTS_MAX)
     ran = sandbox.behave("nothing", cold=True)
@@ -114,7 +116,7 @@ def test_a_machine_without_any_timer_is_refused_at_last(sandbox: Sandbox, boots:
 
 
 @pytest.mark.skipif(not FULL, reason="full sizes only: boots machines until one is right")
-def test_a_pool_keeps_no_machine_with_a_wrong_timer(
+def test_a_pool_accepts_a_wrong_timer_only_on_the_last_attempt(
     image: Image, state: Path, boots: Boots, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A pool that must boot machines accepts a wrong timer only on the last attempt, and gives up after it."""
@@ -135,7 +137,9 @@ def test_a_pool_keeps_no_machine_with_a_wrong_timer(
             hopeless.wait_ready(Deadline.after(120))
 
 
-def test_the_doctor_knows_a_host_without_time(state: Path, boots: Boots, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_doctor_reports_a_host_without_a_timer(
+    state: Path, boots: Boots, capsys: pytest.CaptureFixture[str]
+) -> None:
     """If no booted kernel finds a timer, the doctor reports it with advice."""
     booted = boots(*[NONE] * settings.BOOTS_MAX)
     assert main(["doctor", "--json"]) == 1

@@ -87,7 +87,7 @@ def test_the_action_prepares_a_machine_and_runs_a_command(image: Image, state: P
     assert re.fullmatch(r"x07-image-\w+-\d{4}-\d\d-[0-9a-f]{32}", runner.values["steps.key.outputs.name"])
 
 
-def test_a_program_cannot_give_the_runner_commands(image: Image, state: Path, tmp_path: Path) -> None:
+def test_a_program_cannot_send_workflow_commands(image: Image, state: Path, tmp_path: Path) -> None:
     """A sandboxed program's output stands between `::stop-commands::` markers with an unguessable token."""
     assert image.digest
     del state

@@ -76,7 +76,7 @@ def seen(ran: Ran) -> dict[str, object]:
     return found
 
 
-def test_both_phases_are_clones_unless_asked_otherwise(sandbox: Sandbox) -> None:
+def test_both_phases_start_as_clones_by_default(sandbox: Sandbox) -> None:
     """A run clones its machines by default or boots them cold, with the same outcome, and the result says which."""
     text = "import sys\nprint('hello')\nsys.exit(3)\n"
     cloned = sandbox.run_text("hello.py", text)
@@ -89,7 +89,7 @@ def test_both_phases_are_clones_unless_asked_otherwise(sandbox: Sandbox) -> None
     assert cloned.result.controls == cold.result.controls
 
 
-def test_nothing_random_is_shared(sandbox: Sandbox, threads: ThreadPoolExecutor) -> None:
+def test_clones_share_no_random_values(sandbox: Sandbox, threads: ThreadPoolExecutor) -> None:
     """Two clones that start at once from one saved machine have no random value, id or name in common."""
     first = sandbox.run_text("random_values.py", RANDOM, cache=True)
     again = [threads.submit(sandbox.run_text, "random_values.py", RANDOM, alone=False, cache=True) for _ in range(2)]
@@ -98,7 +98,7 @@ def test_nothing_random_is_shared(sandbox: Sandbox, threads: ThreadPoolExecutor)
         assert len({str(values[name]) for values in found}) == len(found), name
 
 
-def test_the_clock_is_the_hosts(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clones_clock_is_the_runners(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     """A clone's clock is set from its runner's, and clones an hour apart share no random value."""
 
     def found() -> tuple[float, float, dict[str, object]]:
@@ -195,7 +195,7 @@ def replace_part(folder: Path, name: str, data: bytes, *, told: bool) -> None:
         (folder / MANIFEST).chmod(0o444)
 
 
-def test_without_space_a_run_starts_cold_and_with_space_the_next_saves_a_machine(
+def test_a_full_disk_costs_a_cold_start(
     in_own_cache: Sandbox, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a full disk a run starts cold and says so; otherwise one machine is saved for all waiting runs."""
@@ -213,7 +213,7 @@ def test_without_space_a_run_starts_cold_and_with_space_the_next_saves_a_machine
     assert template_folder().is_dir()
 
 
-def test_a_damaged_machine_is_made_anew(saved: Sandbox) -> None:
+def test_a_damaged_machine_is_saved_again(saved: Sandbox) -> None:
     """A saved machine with one changed byte in its memory is detected despite restored times, and saved again."""
     replace_part(template_folder(), "ram", b"\x55", told=False)
     damaged = sha256(template_folder() / "ram")
@@ -224,7 +224,7 @@ def test_a_damaged_machine_is_made_anew(saved: Sandbox) -> None:
     assert sha256(template_folder() / "ram") == made["ram"]["sha256"] != damaged
 
 
-def test_what_hinders_saving_a_machine_costs_a_cold_start(saved: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_that_cannot_be_saved_costs_a_cold_start(saved: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     """If no machine can be saved, a run starts cold and says why, and a damaged one is not reported as repaired."""
     shutil.rmtree(template_folder())
     (templates_dir() / ".lock").unlink()
@@ -251,9 +251,7 @@ def test_what_hinders_saving_a_machine_costs_a_cold_start(saved: Sandbox, monkey
         ('ulimit -t 2; "$@"', False),
     ],
 )
-def test_what_one_process_may_not_have_speaks_against_no_saved_machine(
-    saved: Sandbox, limited: str, *, there: bool
-) -> None:
+def test_a_process_short_of_resources_keeps_saved_machines(saved: Sandbox, limited: str, *, there: bool) -> None:
     """A process short of descriptors, memory or CPU time keeps saved machines intact, and lets others save one."""
     folder = template_folder()
     if not there:
@@ -264,7 +262,7 @@ def test_what_one_process_may_not_have_speaks_against_no_saved_machine(
     assert starts(saved.behave("nothing")) == {"run": "clone"}
 
 
-def test_a_stopped_maker_of_a_saved_machine_holds_nobody(
+def test_a_slow_save_by_another_process_costs_a_cold_start(
     in_own_cache: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If another process takes too long to save a machine, a run starts cold and says so."""
@@ -278,7 +276,7 @@ def test_a_stopped_maker_of_a_saved_machine_holds_nobody(
 
 
 @pytest.mark.parametrize(("name", "data"), [("state", b"no such machine"), ("ram", bytes(96 << 20))])
-def test_a_machine_that_does_not_answer_is_replaced_by_a_cold_one(
+def test_a_clone_that_does_not_answer_is_replaced_by_a_cold_start(
     saved: Sandbox, monkeypatch: pytest.MonkeyPatch, name: str, data: bytes
 ) -> None:
     """If a clone is rejected or stays silent, the job starts cold; the result says why and how long this lasts."""
@@ -293,7 +291,7 @@ def test_a_machine_that_does_not_answer_is_replaced_by_a_cold_one(
     assert list(templates_dir().glob("*.bad"))
 
 
-def test_a_pool_does_without_a_saved_machine_that_is_no_good(saved: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pool_boots_cold_if_a_clone_does_not_answer(saved: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     """If a clone does not answer, a pool boots its machines cold, and its start says why."""
     monkeypatch.setattr(settings, "CLONE_S", 3.0)
     replace_part(template_folder(), "state", b"no such machine", told=True)
@@ -306,7 +304,7 @@ def test_a_pool_does_without_a_saved_machine_that_is_no_good(saved: Sandbox, mon
     assert left_behind(saved.state) == []
 
 
-def test_what_stands_in_a_saved_machines_way_is_removed(saved: Sandbox, own_cache: Path, state: Path) -> None:
+def test_leftovers_do_not_block_saving_a_machine(saved: Sandbox, own_cache: Path, state: Path) -> None:
     """A process killed while saving a machine, or a file in the machine's place, does not block the next run."""
     place = template_folder()
     env = {**os.environ, "X07_VM_CACHE_DIR": str(own_cache), "X07_VM_STATE_DIR": str(state)}
@@ -341,7 +339,7 @@ print(random.random(), tempfile.mktemp(), key.hex(), ssl.RAND_bytes(16).hex())
 """
 
 
-def test_preloaded_modules_are_there_and_share_no_randomness(in_own_cache: Sandbox, state: Path) -> None:
+def test_preloaded_modules_are_imported_and_share_no_random_values(in_own_cache: Sandbox, state: Path) -> None:
     """A program starts with preloaded modules imported; runs share neither their output nor their random values."""
     modules = ["this", "random", "fractions", "tempfile", "multiprocessing", "ssl"]
     image = build_image(name="preloaded", preload=modules, progress=lambda _text: None)
@@ -364,7 +362,7 @@ def test_preloaded_modules_are_there_and_share_no_randomness(in_own_cache: Sandb
 
 
 @pytest.mark.skipif(not FULL, reason="full sizes only: builds an image with more packages")
-def test_what_openssl_drew_before_the_program_is_not_what_it_draws_after(in_own_cache: Sandbox) -> None:
+def test_clones_share_no_openssl_generator(in_own_cache: Sandbox) -> None:
     """A preloaded module that makes a TLS context leaves no OpenSSL generator state that clones share."""
     build_image(name="tls", include=["python3-requests"], preload=["requests"], progress=lambda _text: None)
     source = "import ssl, sys\nprint('requests' in sys.modules, ssl.RAND_bytes(16))\n"
@@ -400,9 +398,7 @@ def in_qemus_place(monkeypatch: pytest.MonkeyPatch, binary: Path, *more: str) ->
     monkeypatch.setitem(ARCHES, row.name, other)
 
 
-def test_an_upgraded_qemu_gets_a_saved_machine_of_its_own(
-    saved: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_upgraded_qemu_saves_a_new_machine(saved: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a QEMU upgrade no old saved machine is resumed: a new one is saved and used."""
     assert starts(saved.behave("nothing")) == {"run": "clone"}
     before = {path.name for path in templates_dir().glob("[0-9a-f]" * 64)}
@@ -447,9 +443,7 @@ def test_another_processor_under_a_saved_machine_costs_a_cold_start(silent_clone
         path.unlink()
 
 
-def test_a_clone_that_was_killed_is_not_held_against_its_template(
-    saved: Sandbox, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_clone_costs_only_a_cold_start(saved: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     """A clone killed before it answers, for example by the OOM killer, costs its job only a cold start."""
     release, doomed = QemuInstance.release, [True]
 
@@ -477,7 +471,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_a_run_goes_on_after_all_of_it_stood_still(saved: Sandbox, state: Path, tmp_path: Path) -> None:
+def test_a_run_survives_a_suspended_host(saved: Sandbox, state: Path, tmp_path: Path) -> None:
     """A run whose runner, supervisor and VMM were stopped for an hour, as by a suspended host, ends normally."""
     source = tmp_path / "patient.py"
     source.write_text("print('up', flush=True)\nprint('got', input())\n")
@@ -508,7 +502,7 @@ def test_a_run_goes_on_after_all_of_it_stood_still(saved: Sandbox, state: Path, 
 # the artifact cache
 
 
-def test_what_was_built_before_is_not_built_again(own_cache: Path, sandbox: Sandbox) -> None:
+def test_the_same_source_is_built_once(own_cache: Path, sandbox: Sandbox) -> None:
     """The same source in the same image is built once; another source, another image or --no-cache builds again."""
     del own_cache
     text = 'int puts(const char *); int main(void) { puts("one"); return 0; }\n'
@@ -523,7 +517,9 @@ def test_what_was_built_before_is_not_built_again(own_cache: Path, sandbox: Sand
     assert sandbox.run_text("one.c", text).result.artifact_from == "build"
 
 
-def test_of_runs_that_want_the_same_one_builds(own_cache: Path, sandbox: Sandbox, threads: ThreadPoolExecutor) -> None:
+def test_concurrent_runs_of_one_source_build_it_once(
+    own_cache: Path, sandbox: Sandbox, threads: ThreadPoolExecutor
+) -> None:
     """Concurrent runs of the same source wait for the first to build it, and use its artifact."""
     del own_cache
     text = 'int puts(const char *); int main(void) { puts("four"); return 0; }\n'
@@ -533,7 +529,7 @@ def test_of_runs_that_want_the_same_one_builds(own_cache: Path, sandbox: Sandbox
     assert [result.stdout.data for result in done] == [b"four\n"] * 3
 
 
-def test_a_damaged_artifact_is_built_again(own_cache: Path, sandbox: Sandbox) -> None:
+def test_a_damaged_artifact_is_rebuilt(own_cache: Path, sandbox: Sandbox) -> None:
     """A damaged cached artifact is dropped, rebuilt and cached again."""
     text = 'int puts(const char *); int main(void) { puts("three"); return 0; }\n'
     sandbox.run_text("three.c", text, cache=True)

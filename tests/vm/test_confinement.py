@@ -131,7 +131,7 @@ def python(sandbox: Sandbox, *args: str, policy: dict[str, object], **options: o
 
 
 @pytest.mark.parametrize("cold", [False, True] if FULL else [False])
-def test_every_way_out_that_we_know_is_refused_at_once(sandbox: Sandbox, escape: bytes, *, cold: bool) -> None:
+def test_known_escape_attempts_fail(sandbox: Sandbox, escape: bytes, *, cold: bool) -> None:
     """Under the most permissive policy, over 90 escape attempts of a C program fail with the expected errno."""
     ran = sandbox.run(ESCAPE, "base", artifact=escape, cold=cold)
     assert ran.outcome == "ok", ran.reason
@@ -148,14 +148,14 @@ def test_every_way_out_that_we_know_is_refused_at_once(sandbox: Sandbox, escape:
     assert ran.program_ms < 20_000
 
 
-def test_what_ordinary_programs_do_still_works(attempt: Escapes) -> None:
+def test_ordinary_c_programs_work(attempt: Escapes) -> None:
     """Threads, children, sockets, shared memory, semaphores, executable memory and the like work."""
     found = attempt("usual")
     assert len(found) > 25
     assert set(found.values()) == {"OK"}
 
 
-def test_ordinary_python_programs_still_work(sandbox: Sandbox) -> None:
+def test_ordinary_python_programs_work(sandbox: Sandbox) -> None:
     """Threads, children, queues between processes, callbacks from C and other programs work in Python."""
     assert python(sandbox, "queue", policy={}) == {
         "thread": "done",
@@ -185,20 +185,20 @@ def test_the_result_names_the_filters_by_their_digests(attempt: Escapes, image: 
 TASKS: Final = {"fork", "clone", "clone-parent", "clone-high", "fork-call"}
 
 
-def test_without_threads_children_are_still_there(attempt: Escapes) -> None:
+def test_children_work_without_threads(attempt: Escapes) -> None:
     """With threads.enabled false a second thread fails with EPERM, and every kind of child works."""
     found = attempt("tasks", threads__enabled=False)
     assert found == {"thread": "EPERM", "posix_spawn": "OK", **dict.fromkeys(TASKS, "OK")}
 
 
-def test_without_children_threads_are_still_there(attempt: Escapes) -> None:
+def test_threads_work_without_children(attempt: Escapes) -> None:
     """With process.allow_spawn false every kind of child fails with EPERM, and threads work."""
     refused = dict.fromkeys((*TASKS, "posix_spawn", "clone-vm"), "EPERM")
     assert attempt("tasks", process__allow_spawn=False) == {"thread": "OK", **refused}
     assert attempt("exec", "/usr/bin/nothing", process__allow_spawn=False) == {"/usr/bin/nothing": "ENOENT"}
 
 
-def test_without_processes_there_is_neither_child_nor_execution(attempt: Escapes) -> None:
+def test_process_enabled_false_denies_children_and_exec(attempt: Escapes) -> None:
     """With process.enabled false neither children nor exec work, whatever other fields say; threads still work."""
     refused = dict.fromkeys((*TASKS, "posix_spawn", "clone-vm"), "EPERM")
     assert attempt("tasks", process__enabled=False) == {"thread": "OK", **refused}
@@ -206,7 +206,7 @@ def test_without_processes_there_is_neither_child_nor_execution(attempt: Escapes
 
 
 @pytest.mark.parametrize("env", [{}, {"PYTHONHASHSEED": "1"}], ids=["waiting", "fresh"])
-def test_a_python_program_is_held_to_the_same(sandbox: Sandbox, env: dict[str, str]) -> None:
+def test_process_limits_hold_in_python(sandbox: Sandbox, env: dict[str, str]) -> None:
     """Limits on threads, children and exec hold in Python, in the preloaded interpreter and in a fresh one."""
     policy: dict[str, object] = {"threads.enabled": False, "process.enabled": False}
     told = python(sandbox, "exec", policy=policy, env=env)
@@ -217,7 +217,7 @@ def test_a_python_program_is_held_to_the_same(sandbox: Sandbox, env: dict[str, s
     assert set(told.values()) == {REFUSED}
 
 
-def test_max_live_bounds_children_and_says_so(attempt: Escapes, sandbox: Sandbox) -> None:
+def test_max_live_limits_children_by_name(attempt: Escapes, sandbox: Sandbox) -> None:
     """process.max_live limits the number of further tasks, and excess ones are denied in its name."""
     ran = sandbox.behave("spawn", "20", policy={"process.max_live": 3})
     assert ran.lines() == ["made 3", "refused 17"]
@@ -232,7 +232,7 @@ def test_max_live_bounds_children_and_says_so(attempt: Escapes, sandbox: Sandbox
 
 
 @pytest.mark.parametrize("python_too", [False, True], ids=["C", "Python"])
-def test_without_execution_the_program_itself_starts(attempt: Escapes, sandbox: Sandbox, *, python_too: bool) -> None:
+def test_allow_exec_false_starts_only_the_program(attempt: Escapes, sandbox: Sandbox, *, python_too: bool) -> None:
     """With process.allow_exec false the program starts, and every later exec fails with EPERM, also in children."""
     if python_too:
         told = python(sandbox, "exec", policy=NO_EXEC)
@@ -245,14 +245,14 @@ def test_without_execution_the_program_itself_starts(attempt: Escapes, sandbox: 
     assert set(found.values()) == {"EPERM"}
 
 
-def test_what_lets_the_program_start_is_gone_afterwards(attempt: Escapes) -> None:
+def test_the_start_permission_cannot_be_reused(attempt: Escapes) -> None:
     """The start secret cannot be guessed, no other exec works after the start, and the filter cannot be read back."""
     found = attempt("again", **fields(NO_EXEC))
     assert found == dict.fromkeys(("guess 0", "guess 1", "guess 2", "execveat", "self", "get-filter"), "EPERM")
 
 
 @pytest.mark.parametrize("policy", [NO_EXEC, LISTED], ids=["no execution", "a list"])
-def test_what_a_program_writes_cannot_be_executed(attempt: Escapes, policy: dict[str, object]) -> None:
+def test_written_files_cannot_be_executed(attempt: Escapes, policy: dict[str, object]) -> None:
     """Files that a program writes cannot be executed or mapped as executable, wherever they are."""
     found = attempt("write", *WRITABLE, **fields(policy))
     error = "EPERM" if policy is NO_EXEC else "EACCES"
@@ -262,7 +262,7 @@ def test_what_a_program_writes_cannot_be_executed(attempt: Escapes, policy: dict
     assert found == {}
 
 
-def test_where_everything_may_be_executed_what_a_program_writes_may_too(attempt: Escapes) -> None:
+def test_written_files_can_be_executed_with_the_prefix_root(attempt: Escapes) -> None:
     """With the prefix "/" a program can run what it compiles or copies."""
     assert set(attempt("write", *WRITABLE).values()) == {"OK"}
 
@@ -279,7 +279,7 @@ def test_only_listed_programs_can_be_executed(attempt: Escapes) -> None:
     assert found == given
 
 
-def test_a_list_of_programs_is_no_way_around_for_the_loader(attempt: Escapes) -> None:
+def test_the_loader_cannot_bypass_a_list_of_programs(attempt: Escapes) -> None:
     """Under a list, unlisted programs cannot be read, loaded or copied; libraries and data can."""
     found = attempt("loader", "/usr/bin/true", "/usr/bin/ls", "/usr/bin/python3", **fields(LISTED))
     assert found == {"ld.so /usr/bin/true": "0", "ld.so /usr/bin/ls": "127", "ld.so /usr/bin/python3": "127"}
@@ -296,7 +296,7 @@ def test_a_list_of_programs_is_no_way_around_for_the_loader(attempt: Escapes) ->
     assert found == {f"read {path}": "EACCES" if path in programs else "OK" for path in (*programs, *data)}
 
 
-def test_a_list_of_programs_leaves_the_rest_as_it_is(attempt: Escapes) -> None:
+def test_a_list_of_programs_affects_only_exec(attempt: Escapes) -> None:
     """Under a list, files can be moved between folders, and everything without exec works as usual."""
     found = attempt("usual", process__allow_execs=["/usr/bin/true"], process__allow_exec_prefixes=[])
     assert found.pop("system") == "EACCES"
@@ -310,7 +310,7 @@ def test_a_list_of_programs_holds_in_python(sandbox: Sandbox) -> None:
     assert (told["thread"], told["fork"], told["queue"], told["callback"]) == ("done", 7, 5, 3)
 
 
-def test_a_folder_that_the_list_names_can_be_written_and_executed_from(attempt: Escapes) -> None:
+def test_files_written_below_a_listed_prefix_can_be_executed(attempt: Escapes) -> None:
     """With a listed prefix that covers a writable folder, a program can run what it writes there, and only there."""
     found = attempt("write", *WRITABLE, process__allow_exec_prefixes=["/opt/x07/"])
     assert {found[name] for name in found if "/opt/x07" in name} == {"OK"}
@@ -338,7 +338,7 @@ print(json.dumps({
 
 
 @pytest.mark.parametrize("listed", [True, False], ids=["listed", "not listed"])
-def test_files_of_the_host_are_held_to_the_list_too(sandbox: Sandbox, tmp_path: Path, *, listed: bool) -> None:
+def test_a_list_of_programs_holds_for_host_files(sandbox: Sandbox, tmp_path: Path, *, listed: bool) -> None:
     """Files of a read root can be executed only if the list says so; files of a write root by default not."""
     folders = [tmp_path / name for name in ("given", "written")]
     for folder in folders:
@@ -386,7 +386,7 @@ print(json.dumps([
 
 
 @pytest.mark.parametrize("around", [True, False], ids=["in another root", "two roots"])
-def test_a_listed_program_is_kept_wherever_its_folder_is(
+def test_a_listed_file_cannot_be_changed_at_any_path(
     sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, around: bool
 ) -> None:
     """A listed file cannot be changed at any path of its folder, even if the folder is visible at two paths."""
@@ -439,7 +439,7 @@ print(json.dumps({
 
 
 @pytest.mark.parametrize("listed", [True, False], ids=["a list", "no execution"])
-def test_no_loader_runs_what_is_not_of_the_image(
+def test_the_loader_runs_only_programs_of_the_image(
     sandbox: Sandbox, escape: bytes, tmp_path: Path, *, listed: bool
 ) -> None:
     """Programs in roots or written ones cannot be loaded or mapped, except a named one, which stays unchanged."""
@@ -483,7 +483,7 @@ print(json.dumps([mapped, subprocess.run(words, stderr=subprocess.DEVNULL).retur
 
 
 @pytest.mark.parametrize("named", [True, False], ids=["named", "not named"])
-def test_what_lies_beside_a_program_is_held_to_the_list(sandbox: Sandbox, escape: bytes, *, named: bool) -> None:
+def test_a_list_of_programs_holds_for_project_files(sandbox: Sandbox, escape: bytes, *, named: bool) -> None:
     """A project file beside its program cannot be loaded or mapped unless a list entry names it."""
     folder = sandbox.work / "p"
     folder.mkdir()

@@ -157,14 +157,16 @@ def until_it_passes(sandbox: Sandbox, text: str, policy: Policy) -> tuple[list[s
         8,
     ),
 )
-def test_what_is_said_to_allow_it_allows_it(sandbox: Sandbox, text: str, policy: Policy, said: list[str]) -> None:
+def test_following_the_advice_leads_to_a_passing_run(
+    sandbox: Sandbox, text: str, policy: Policy, said: list[str]
+) -> None:
     """Following the result's advice leads to a run that passes, with no more permissions than it needs."""
     found, runs = until_it_passes(sandbox, text, policy)
     assert found == said
     assert [denial for denial in runs[-1].result.denials if denial.field != "permissions"] == []
 
 
-def test_a_variable_goes_in_by_what_is_said(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_advice_passes_a_variable_in(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     """A host variable that three policy fields keep out is passed in by following the advice."""
     name = f"TOKEN_{os.urandom(8).hex()}"
     monkeypatch.setenv(name, "here")
@@ -189,7 +191,7 @@ def root(tmp_path: Path) -> Path:
     return folder
 
 
-def test_files_come_in_and_changes_come_out_by_what_is_said(sandbox: Sandbox, root: Path) -> None:
+def test_the_advice_for_files_works(sandbox: Sandbox, root: Path) -> None:
     """Denials of reads, hidden names, links, writes, folders, removals and renames all have advice that works."""
     closed: Policy = {"fs.allow_mkdir": False, "fs.allow_remove": False, "fs.allow_rename": False}
     reads = f"print(open('{root}/in.txt').read())"
@@ -224,7 +226,7 @@ def test_files_come_in_and_changes_come_out_by_what_is_said(sandbox: Sandbox, ro
         ("missing", "import shutil, os; shutil.rmtree('missing'); os.mkdir('missing'); open('missing/x', 'w')"),
     ],
 )
-def test_a_root_is_replaced_or_removed_by_one_around_it(
+def test_replacing_a_root_needs_the_folder_around_it(
     sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, root: str, text: str
 ) -> None:
     """Replacing a root by rename, or removing it, is advised to use the containing folder as a root."""
@@ -243,7 +245,7 @@ def test_a_root_is_replaced_or_removed_by_one_around_it(
         assert not (tmp_path / "one/two/file").exists()
 
 
-def test_a_new_folder_at_the_top_is_a_root_to_add(sandbox: Sandbox) -> None:
+def test_a_new_top_level_folder_needs_a_write_root(sandbox: Sandbox) -> None:
     """A program that makes a top-level folder is advised to add a write root, and passes with it."""
     name = f"made-{os.getpid()}"
     text = f"mkdir -p /{name}/new && rmdir /{name}/new\n"
@@ -277,7 +279,7 @@ open(f"/root/{name}")
     assert [hint.subject for hint in ran.result.hints] == [f"/root/{name}"]
 
 
-def test_ordinary_programs_are_refused_nothing(sandbox: Sandbox) -> None:
+def test_ordinary_programs_cause_no_denials(sandbox: Sandbox) -> None:
     """Searches of ordinary interpreters and compilers for missing files do not count as denials."""
     text = (
         "import json, subprocess, threading, sqlite3, ssl, email, asyncio, multiprocessing, shutil, socket, tempfile\n"
@@ -293,7 +295,7 @@ def test_ordinary_programs_are_refused_nothing(sandbox: Sandbox) -> None:
     assert (ran.outcome, ran.result.denials, ran.result.denials_lost) == ("ok", [], 0)
 
 
-def test_what_the_kernel_records_for_another_reason_is_no_refusal(sandbox: Sandbox) -> None:
+def test_a_successful_audited_call_is_no_denial(sandbox: Sandbox) -> None:
     """A successful call that the audit records, such as setting the login uid, is not reported as a denial."""
     ran = sandbox.run_text("login.sh", "echo 7 > /proc/self/loginuid && cat /proc/self/loginuid\n")
     assert (ran.outcome, ran.stdout, ran.result.denials) == ("ok", b"7", [])
@@ -316,7 +318,7 @@ print("done")
     assert ran.result.denials_lost > 1000
 
 
-def test_a_newcomer_reads_what_to_add(state: Path, tmp_path: Path, root: Path) -> None:
+def test_the_command_prints_advice_below_an_error(state: Path, tmp_path: Path, root: Path) -> None:
     """Below the program's error the command names the flag or the policy line, and what no setting allows."""
     assert state.parent.is_dir()
     program = tmp_path / "it.py"
@@ -336,7 +338,7 @@ def test_a_newcomer_reads_what_to_add(state: Path, tmp_path: Path, root: Path) -
     assert "--pip nothing_like_it" in done.stderr
 
 
-def test_a_module_beside_the_program_comes_with_a_project(state: Path, tmp_path: Path) -> None:
+def test_a_missing_module_beside_the_program_gets_advice(state: Path, tmp_path: Path) -> None:
     """A program that misses a module beside it gets the command that makes a project, and that project runs."""
     assert state.parent.is_dir()
     (tmp_path / "it s.py").write_text("import helper\nprint(helper.NUMBER)\n")
@@ -354,7 +356,7 @@ def test_a_module_beside_the_program_comes_with_a_project(state: Path, tmp_path:
     assert (done.returncode, done.stdout) == (0, "5\n")
 
 
-def test_a_folder_that_no_line_can_name_is_no_hint(state: Path, tmp_path: Path) -> None:
+def test_a_folder_whose_name_is_not_utf8_gives_no_hint(state: Path, tmp_path: Path) -> None:
     """A missing module in a folder whose name is no UTF-8 gives an ordinary result."""
     assert state.parent.is_dir()
     folder = tmp_path / "fo\udcff"

@@ -101,6 +101,6 @@ def test_the_commands_of_a_page_work(page: Path, image: Image, state: Path, tmp_
     assert "Traceback" not in done.stdout, done.stdout
 
 
-def test_every_how_to_page_is_tried() -> None:
+def test_every_how_to_page_has_a_tested_block() -> None:
     """Every how-to page but the one about CI has a block that runs."""
     assert [page.stem for page in PAGES if page.parent.name == "how-to" and not examples(page)] == ["run-in-ci"]

@@ -75,7 +75,7 @@ def test_doctor_starts_a_machine(well: tuple[int, dict[str, Any], bytes]) -> Non
     ],
 )
 @pytest.mark.usefixtures("well")
-def test_doctor_says_where_no_machine_can_start(tmp_path: Path, need: Need, missing: str, text: str, fix: str) -> None:
+def test_doctor_reports_missing_rights(tmp_path: Path, need: Need, missing: str, text: str, fix: str) -> None:
     """If the jail lacks the rights for any of its steps, the doctor says BAD and why."""
     need(os.geteuid() == 0, "needs root, to take rights away from it", installable=False)
     code, found = _ask(tmp_path / "jobs", SETPRIV, f"--bounding-set=-{missing}", f"--inh-caps=-{missing}")
@@ -90,7 +90,7 @@ def _findings(env: dict[str, str]) -> tuple[int, dict[str, Any]]:
     return done.returncode, {finding["subject"]: finding for finding in json.loads(done.stdout)["findings"]}
 
 
-def test_doctor_says_which_x07_is_first(tmp_path: Path) -> None:
+def test_doctor_names_another_x07_on_path(tmp_path: Path) -> None:
     """The doctor names another program called x07 that comes first on PATH, and does not start it."""
     other = tmp_path / "bin" / "x07"
     other.parent.mkdir()
@@ -115,7 +115,7 @@ def test_doctor_shows_our_variables_and_no_secret(tmp_path: Path) -> None:
     assert "hunter2" not in json.dumps(findings)
 
 
-def test_doctor_says_what_variables_have_every_run_refused(tmp_path: Path, image: Image) -> None:
+def test_doctor_reports_variables_that_refuse_every_run(tmp_path: Path, image: Image) -> None:
     """An unavailable backend or an image pin that does not match is BAD with a run's message and exit code 1."""
     env = os.environ | {"X07_VM_STATE_DIR": str(tmp_path / "jobs"), "X07_SANDBOX_BACKEND": "os"}
     code, findings = _findings(env | {"X07_VM_GUEST_IMAGE_DIGEST": "sha256:" + "a" * 64})

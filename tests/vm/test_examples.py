@@ -56,7 +56,7 @@ def expected_frequencies(text: str, most: int) -> str:
 
 
 @pytest.mark.parametrize("name", ["grader", "agent_tool"])
-def test_an_example_without_an_image_says_so_in_one_line(name: str, tmp_path: Path) -> None:
+def test_an_example_without_an_image_fails_with_one_line(name: str, tmp_path: Path) -> None:
     """Without an image an example exits with 1 and one line that says what is missing and what to do."""
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / f"{name}.py")],

@@ -84,7 +84,7 @@ def test_a_command_of_the_image_runs_in_a_copy_of_a_folder(project: Path, state:
     assert left_behind(state) == []
 
 
-def test_a_folder_that_is_only_to_be_read_stays_as_it_is(project: Path) -> None:
+def test_a_read_only_folder_stays_unchanged(project: Path) -> None:
     """With --read a command cannot write to the folder, except to a write root inside that is named too."""
     (project / "build").mkdir()
     script = "ls -A; touch x; cp in.txt build/out.txt"
@@ -97,7 +97,7 @@ def test_a_folder_that_is_only_to_be_read_stays_as_it_is(project: Path) -> None:
     assert (project / "build/out.txt").read_text() == "data\n"
 
 
-def test_the_exit_code_is_the_commands_own(project: Path) -> None:
+def test_exec_exits_with_the_commands_code(project: Path) -> None:
     """`x07 exec` exits with the command's own code, and with 127 and advice if the image lacks the command."""
     done = x07(project, "exec", "--workdir", ".", "--", "make", "fails")
     assert done.returncode == 2, done.stderr
@@ -152,7 +152,7 @@ def test_other_calls_have_files_too(state: Path) -> None:
     assert left_behind(state) == []
 
 
-def test_a_terminal_is_told_what_was_thrown_away(project: Path) -> None:
+def test_a_terminal_shows_discarded_files_once(project: Path) -> None:
     """Files left in the private working folder are counted in the result, and a terminal shows one note."""
     ours, theirs = pty.openpty()
     words = [*COMMAND, "exec", "--", "sh", "-c", "touch a b .c"]

@@ -81,7 +81,7 @@ def reap(pids: list[int]) -> None:
     pids.clear()
 
 
-def test_a_lock_is_not_a_forked_childs(tmp_path: Path) -> None:
+def test_a_forked_child_does_not_hold_a_lock(tmp_path: Path) -> None:
     """A released lock is free even if a child was forked while it was held."""
     pids: list[int] = []
     with file_lock(tmp_path / "lock"):
@@ -91,7 +91,7 @@ def test_a_lock_is_not_a_forked_childs(tmp_path: Path) -> None:
     reap(pids)
 
 
-def test_what_is_kept_from_children_is_dev_null_there(tmp_path: Path) -> None:
+def test_withheld_descriptors_are_dev_null_in_a_child(tmp_path: Path) -> None:
     """In a forked child, descriptors that it must not hold lead to /dev/null and keep their numbers."""
     path = tmp_path / "file"
     fd = close_on_fork.add(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
@@ -119,9 +119,7 @@ def test_no_child_is_forked_while_a_process_is_started() -> None:
 
 
 @pytest.mark.usefixtures("state")
-def test_a_child_forked_while_a_machine_starts_does_not_hold_its_gate(
-    image: Image, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_forked_child_does_not_delay_a_starting_machine(image: Image, monkeypatch: pytest.MonkeyPatch) -> None:
     """A child forked while a machine waits at its gate does not delay it: it starts as a clone."""
     from x07_sandbox.backends.qemu.instance import QemuInstance
 
@@ -141,7 +139,7 @@ def test_a_child_forked_while_a_machine_starts_does_not_hold_its_gate(
 
 
 @pytest.mark.usefixtures("state")
-def test_a_child_forked_while_output_comes_does_not_hold_the_call(image: Image) -> None:
+def test_a_forked_child_does_not_delay_a_streaming_call(image: Image) -> None:
     """A call that streams output returns when the program ends, even if a child was forked meanwhile."""
     pids: list[int] = []
     run_program(source="echo on", toolchain="shell", image=image.digest, on_output=lambda *_: forked(pids))
@@ -150,7 +148,7 @@ def test_a_child_forked_while_output_comes_does_not_hold_the_call(image: Image) 
 
 
 @pytest.mark.usefixtures("_own_cache")
-def test_a_killed_runner_frees_its_slot_whatever_it_forked(
+def test_a_killed_runner_frees_its_slot_despite_forked_children(
     state: Path, sleeping: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A killed runner whose forked child is alive leaves no machine and no occupied slot."""
@@ -167,7 +165,7 @@ def test_a_killed_runner_frees_its_slot_whatever_it_forked(
 
 
 @pytest.mark.usefixtures("_own_cache")
-def test_a_killed_claimer_gives_its_machine_back_whatever_it_forked(state: Path, sleeping: list[int]) -> None:
+def test_a_pool_ends_the_machine_of_a_killed_process(state: Path, sleeping: list[int]) -> None:
     """If a process that claimed a pool machine is killed, the pool ends the machine despite its forked children."""
     x07 = [sys.executable, "-m", "x07_sandbox.cli.main"]
     subprocess.run([*x07, "pool", "start", "--size", "1"], check=True, capture_output=True)
@@ -199,7 +197,7 @@ def wait_gone(state: Path) -> None:
 
 
 @pytest.mark.usefixtures("_own_cache")
-def test_a_stopped_waiter_holds_nobody(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_waiter_does_not_block_the_queue(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stopped first waiter in the queue does not keep a free slot from the next one."""
     monkeypatch.setenv("X07_VM_MAX_RUNNING", "1")
     del state

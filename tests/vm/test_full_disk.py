@@ -36,7 +36,7 @@ def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, artifacts: Artif
 
 
 @pytest.mark.parametrize("size", ["4k", "16k", "32k"])
-def test_no_room_for_a_job_is_refused(small_disk: SmallDisk, size: str) -> None:
+def test_a_job_that_does_not_fit_on_the_disk_is_refused(small_disk: SmallDisk, size: str) -> None:
     """If records and an empty scratch disk do not fit, nothing runs, and the reason says what to do."""
     ran = small_disk(size).behave("nothing")
     assert (ran.outcome, ran.result.x07_exit_code, ran.result.fault) == ("refused", 125, "host")
@@ -45,14 +45,14 @@ def test_no_room_for_a_job_is_refused(small_disk: SmallDisk, size: str) -> None:
 
 
 @pytest.mark.parametrize("files", [3, 4, 6, 7, 8, 9, 10])
-def test_no_room_for_one_more_file_is_told_as_that(small_disk: SmallDisk, files: int) -> None:
+def test_the_advice_for_a_full_disk_is_to_free_space(small_disk: SmallDisk, files: int) -> None:
     """Whichever file of a job does not fit, the only advice is to free space."""
     ran = small_disk(f"1m,nr_inodes={files}").behave("nothing")
     assert (ran.outcome, ran.result.fault) == ("refused", "host")
     assert "No space left on device. Free space there, or set X07_VM_STATE_DIR" in ran.reason
 
 
-def test_a_disk_that_fills_up_is_the_programs_error(small_disk: SmallDisk) -> None:
+def test_a_program_that_fills_the_disk_gets_an_error(small_disk: SmallDisk) -> None:
     """A program that fills the host's disk gets an error, ends by itself, and leaves no remains."""
     ran = small_disk("24m").run_text(
         "fill.py",

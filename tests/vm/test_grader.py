@@ -42,7 +42,7 @@ pytestmark = [pytest.mark.vm, pytest.mark.timeout(3600)]
 
 
 @pytest.mark.timeout(120)
-def test_ctrl_c_ends_it_with_what_runs(image: Image, state: Path) -> None:
+def test_ctrl_c_ends_the_grader_and_its_machines(image: Image, state: Path) -> None:
     """Ctrl-C ends the grader without waiting for running submissions, and leaves no machine."""
     assert image.digest
     argv = [sys.executable, "-c", SLEEPERS, str(GRADER.parent), "200"]
@@ -58,7 +58,7 @@ def test_ctrl_c_ends_it_with_what_runs(image: Image, state: Path) -> None:
     assert left_behind(state) == []
 
 
-def test_a_number_that_is_none_is_wrong_usage() -> None:
+def test_an_invalid_number_is_a_usage_error() -> None:
     """An invalid number of submissions ends the grader with its usage and exit code 2."""
     done = subprocess.run([sys.executable, str(GRADER), "many"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")

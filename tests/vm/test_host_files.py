@@ -96,7 +96,7 @@ os.rename("run.sh", "go.sh")
 """
 
 
-def test_a_template_of_x07_reads_here_and_writes_there(project: Project) -> None:
+def test_a_policy_template_of_x07_opens_its_folders(project: Project) -> None:
     """Under X07's template `cli` the folder can be read and `out` changed; hidden names and keys are missing."""
     path = project.folder.parent / "cli.json"
     path.write_bytes(render_policy(TEMPLATES["cli"]))
@@ -124,7 +124,7 @@ open("out/made.txt", "w").write("made")
     assert "key.pem" in left["secrets"]
 
 
-def test_changes_are_applied_shown_undone_and_applied_again(project: Project) -> None:
+def test_changes_can_be_applied_and_undone(project: Project) -> None:
     """A program's changes are applied when it ends; `x07 undo` reverts and `x07 apply` reapplies them."""
     before = project.seen()
     done = project.x07("run", "--allow-write-root", ".", "-c", CHANGE, "--toolchain", "python")
@@ -157,7 +157,7 @@ def test_changes_are_applied_shown_undone_and_applied_again(project: Project) ->
     assert "already applied" in project.x07("apply").stderr
 
 
-def test_a_patch_can_be_had_of_any_run(project: Project) -> None:
+def test_diff_writes_a_patch(project: Project) -> None:
     """--diff writes the patch that `x07 diff` shows, and all changes with digests; git accepts the patch."""
     project.x07("run", "--allow-write-root", ".", "--diff", "../p", "-c", CHANGE, "--toolchain", "python")
     patch = project.folder.parent / "p"
@@ -170,7 +170,7 @@ def test_a_patch_can_be_had_of_any_run(project: Project) -> None:
     subprocess.run(argv, cwd=project.folder, check=True, capture_output=True)
 
 
-def test_with_x07s_report_changes_are_told_and_written_as_without(project: Project) -> None:
+def test_report_works_with_changes(project: Project) -> None:
     """With --report, standard error reports changes, --diff is written, and a rejected set is a failure."""
     words = ["run", "--report", "runner", "--allow-write-root", ".", "--toolchain", "python", "--diff", "../p", "-c"]
     done = project.x07(*words, CHANGE)
@@ -181,7 +181,7 @@ def test_with_x07s_report_changes_are_told_and_written_as_without(project: Proje
     assert "1 of them may not be done" in json.loads(done.stdout)["solve"]["trap"]
 
 
-def test_a_run_whose_files_cannot_be_written_is_told_with_its_changes(project: Project) -> None:
+def test_a_run_whose_attestation_fails_is_reported(project: Project) -> None:
     """If a run's own changes remove the attestation's folder, --json and --report-out still report the run."""
     (project.folder / "gone").mkdir()
     words = ("--report", "runner", "--attest-runtime", "gone/a", "--report-out", "../r", "--allow-write-root", ".")
@@ -192,7 +192,7 @@ def test_a_run_whose_files_cannot_be_written_is_told_with_its_changes(project: P
 
 
 @pytest.mark.parametrize(("how", "ends"), [("keep", "kept"), ("discard", "discarded")])
-def test_nothing_is_applied_where_that_is_not_wanted(project: Project, how: str, ends: str) -> None:
+def test_changes_can_be_saved_or_discarded(project: Project, how: str, ends: str) -> None:
     """Changes can be saved until `x07 apply`, or discarded; the exit code stays the program's."""
     before = project.seen()
     result = project.run(CHANGE, "--allow-write-root", ".", "--changes", how)
@@ -211,7 +211,9 @@ def test_nothing_is_applied_where_that_is_not_wanted(project: Project, how: str,
         (CHANGE + "\nwhile True: print('x' * 4000)", ["--max-output-bytes", "1000"], "output-limit", 153),
     ],
 )
-def test_how_a_program_ended_decides(project: Project, source: str, words: list[str], outcome: str, code: int) -> None:
+def test_only_changes_of_a_program_that_ended_by_itself_are_applied(
+    project: Project, source: str, words: list[str], outcome: str, code: int
+) -> None:
     """Changes of a program that ended by itself are applied; those of a killed one are saved."""
     before = project.seen()
     result = project.run(source, "--allow-write-root", ".", *words, code=code)
@@ -220,7 +222,7 @@ def test_how_a_program_ended_decides(project: Project, source: str, words: list[
     assert (project.seen() == before) is (outcome != "failed")
 
 
-def test_what_was_changed_meanwhile_is_a_conflict(project: Project) -> None:
+def test_a_host_file_that_changed_meanwhile_is_a_conflict(project: Project) -> None:
     """If a host file changed since it was copied in, no change is applied: exit code 125, and the file is named."""
     words = ["run", "--allow-write-root", ".", "-c", "print(1, flush=True)\ninput()\n" + CHANGE]
     argv = [*COMMAND, *words, "--toolchain", "python"]
@@ -240,7 +242,7 @@ def test_what_was_changed_meanwhile_is_a_conflict(project: Project) -> None:
     assert "go.sh" in project.seen()
 
 
-def test_a_name_that_may_not_be_changed_is_left_out(project: Project) -> None:
+def test_a_protected_name_is_left_out(project: Project) -> None:
     """A change to a protected name is left out and the rest applied, with the program's exit code."""
     source = 'open("Jenkinsfile", "w").write("x"); open("fine.txt", "w").write("y")'
     result = project.run(source, "--allow-write-root", ".")
@@ -261,7 +263,7 @@ def test_a_name_that_may_not_be_changed_is_left_out(project: Project) -> None:
     assert project.seen()["Jenkinsfile"] == "x"
 
 
-def test_one_name_keeps_all_back_where_that_is_asked_for(project: Project) -> None:
+def test_all_or_nothing_rejects_the_whole_set(project: Project) -> None:
     """With --changes all-or-nothing a protected name rejects the whole set; `x07 apply --skip` applies the rest."""
     source = 'open("Jenkinsfile", "w").write("x"); open("fine.txt", "w").write("y")'
     result = project.run(source, "--allow-write-root", ".", "--changes", "all-or-nothing", code=125)
@@ -313,7 +315,7 @@ RULES = [
 
 
 @pytest.mark.parametrize(("fs", "source", "field"), sample(RULES, 3))
-def test_a_rule_of_the_policy_keeps_a_change_back_and_says_what_would_let_it(
+def test_a_rejected_change_gets_advice_that_works(
     project: Project, fs: dict[str, object], source: str, field: str
 ) -> None:
     """Each rule about changes rejects them by name; with the line that the result advises, the run passes."""
@@ -340,9 +342,7 @@ COPY_RULES = [
 
 
 @pytest.mark.parametrize(("fs", "name", "field"), sample(COPY_RULES, 3))
-def test_a_rule_of_the_policy_leaves_a_file_out_and_says_what_would_let_it_in(
-    project: Project, fs: dict[str, object], name: str, field: str
-) -> None:
+def test_an_omitted_file_gets_advice_that_works(project: Project, fs: dict[str, object], name: str, field: str) -> None:
     """Each rule about input files leaves them out by name; with the advised line the program finds them."""
     (project.folder / "link").symlink_to("run.sh")
     source = f"print(len(open({name!r}).read()) > 3)"
@@ -377,7 +377,7 @@ def test_more_entries_than_allowed_are_refused_before_anything_starts(project: P
     project.run("pass", "--policy", project.policy(read_roots=["."], max_entries=value))
 
 
-def test_roots_elsewhere_are_where_they_are_on_the_host(project: Project) -> None:
+def test_absolute_roots_keep_their_path(project: Project) -> None:
     """Absolute roots keep their path; nested roots are copied once and write access wins; a root can be a file."""
     place = project.folder.parent / "else where"
     (place / "in").mkdir(parents=True)
@@ -400,7 +400,7 @@ except OSError as exc:
     assert ((place / "in/b").read_text(), (place / "one.txt").read_text()) == ("b", "12")
 
 
-def test_a_root_that_is_not_there(project: Project) -> None:
+def test_a_missing_root(project: Project) -> None:
     """A missing read root is an error; a missing write root is an empty folder, created when it gets content."""
     assert "there is no" in project.run("pass", "--allow-read-root", "nowhere", code=2)["reason"]
     source = 'import os; print(os.listdir("results")); {}'
@@ -420,7 +420,7 @@ def test_a_link_on_the_way_to_a_root_is_refused(project: Project) -> None:
             assert result["phases"] == {}
 
 
-def test_a_folder_for_what_a_program_makes(project: Project) -> None:
+def test_out_returns_the_programs_files(project: Project) -> None:
     """With --out DIR, files that the program writes to /x07/out come back to DIR, in every run and at any path."""
     # In a root, and hidden there; also a file that is a root of its own, which its name would otherwise keep out.
     roots = ("--allow-write-root", ".", "--allow-read-root", "key.pem", "--out", ".made here")
@@ -445,7 +445,7 @@ def test_a_project_starts_in_its_own_folder(project: Project) -> None:
     assert "1 added: applied" in done.stderr
 
 
-def test_a_killed_apply_is_put_right_by_the_next_command(project: Project) -> None:
+def test_the_next_command_repairs_a_killed_apply(project: Project) -> None:
     """After SIGKILL while changes are applied, the next x07 command leaves the whole old tree or the whole new one."""
     for number in range(150):
         (project.folder / f"data/{number}").write_text(str(number))
@@ -482,9 +482,7 @@ for n in range(150):
     assert torn, "no kill came while something was under way: the test looks at nothing"
 
 
-def test_two_runs_that_apply_to_one_folder_at_once_leave_one_or_the_other(
-    project: Project, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_concurrent_changes_are_a_conflict(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two concurrent runs that change the same file, one is applied and the other is a conflict."""
     monkeypatch.setenv("X07_VM_MAX_RUNNING", "4")  # concurrently, even with one processor
     source = """
@@ -533,7 +531,7 @@ def test_the_hosts_variables_go_in_by_their_names_only(project: Project, monkeyp
     assert result["stdout"]["text"] == "['LANG', 'NAMED', 'PATH', 'WANTED'] wanted\n"
 
 
-def test_the_policy_in_use_stays_where_it_lies(project: Project) -> None:
+def test_a_program_cannot_change_its_policy_file(project: Project) -> None:
     """A program cannot change its own policy file, not even through a link by which it is read."""
     given = Path(project.policy(enabled=True, write_roots=["."], allow_symlinks=True, allow_remove=True))
     given.rename(project.folder / "real.json")

@@ -106,7 +106,7 @@ def lost(ran: Ran, fault: str) -> str:
     return ran.reason
 
 
-def test_the_same_guest_is_honest_where_it_is_not_told_to_lie(hostile: Hostile) -> None:
+def test_the_hostile_image_is_honest_by_default(hostile: Hostile) -> None:
     """The hostile image runs an ordinary program correctly when it is not told to lie."""
     ran = hostile("args", "plain")
     assert (ran.outcome, ran.stdout) == ("ok", b"plain\0")
@@ -197,7 +197,7 @@ def test_output_without_credit_ends_at_the_cap(hostile: Hostile) -> None:
 
 
 @pytest.mark.parametrize("word", ["mute", "console"])
-def test_a_guest_that_says_nothing_of_use_ends_at_the_deadline(hostile: Hostile, word: str) -> None:
+def test_a_silent_or_flooding_guest_ends_at_the_deadline(hostile: Hostile, word: str) -> None:
     """A guest whose agent stays silent or floods the console ends as `timeout` at the host's deadline."""
     ran = hostile(word, policy={"limits.wall_ms": 3000})
     assert (ran.outcome, ran.result.x07_exit_code) == ("timeout", 124)
@@ -205,7 +205,7 @@ def test_a_guest_that_says_nothing_of_use_ends_at_the_deadline(hostile: Hostile,
     assert "panic" not in ran.reason
 
 
-def test_a_refusal_that_was_made_up_harms_nobody(hostile: Hostile) -> None:
+def test_invented_denials_have_no_effect(hostile: Hostile) -> None:
     """Denials that a compromised agent reports are shown as text, and have no other effect."""
     ran = hostile("denial")
     (denial,) = ran.result.denials
@@ -213,13 +213,13 @@ def test_a_refusal_that_was_made_up_harms_nobody(hostile: Hostile) -> None:
     assert denial.count == 2**62
 
 
-def test_a_claim_of_success_is_only_the_programs_own(hostile: Hostile) -> None:
+def test_a_claim_of_success_proves_nothing(hostile: Hostile) -> None:
     """A guest that claims success without running anything gets `ok` with empty output, and can forge no more."""
     ran = hostile("ok")
     assert (ran.outcome, ran.stdout, ran.stderr) == ("ok", b"", b"")
 
 
-def test_an_agent_silent_in_set_up_is_lost_at_its_limit(hostile: Hostile, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_agent_silent_during_set_up_is_lost_at_its_limit(hostile: Hostile, monkeypatch: pytest.MonkeyPatch) -> None:
     """A guest that takes the files and never starts the program is given up at the set-up limit."""
     monkeypatch.setattr(settings, "COPY_IN_S", 2.0)
     ran = hostile("unready")
@@ -299,9 +299,7 @@ def everything(folder: Path) -> dict[str, tuple[int, bytes]]:
         ("silent", "none: "),
     ],
 )
-def test_no_change_that_a_guest_makes_up_comes_to_the_host(
-    hostile: Hostile, tmp_path: Path, word: str, said: str
-) -> None:
+def test_hostile_changes_are_never_applied(hostile: Hostile, tmp_path: Path, word: str, said: str) -> None:
     """Hostile changes are never applied: escaping names, devices, links, repositories, sparse bombs, huge lists."""
     root = tmp_path / "root"
     root.mkdir()

@@ -55,7 +55,7 @@ def test_no_process_at_all_with_procs_0(sandbox: Sandbox) -> None:
     assert values(ran) == {"thread": "EAGAIN", "child": "EAGAIN"}
 
 
-def test_outputs_that_were_sent_away_do_not_hold_the_run(sandbox: Sandbox) -> None:
+def test_outputs_held_in_sockets_do_not_delay_the_run(sandbox: Sandbox) -> None:
     """A program whose outputs are held open in unreceived socket messages ends at once with its own status."""
     ran = sandbox.run(PROGRAMS / "send_away.c")
     assert (ran.outcome, ran.result.exit_code, ran.stdout, ran.stderr) == ("failed", 7, b"sent\n", b"away\n"), (
@@ -73,7 +73,7 @@ def test_a_fork_bomb_ends_at_its_deadline(sandbox: Sandbox, monkeypatch: pytest.
     assert ran.denied("limits.procs") > 0
 
 
-def test_children_that_outlive_the_program_do_not_hold_the_run(sandbox: Sandbox) -> None:
+def test_daemons_do_not_delay_the_run(sandbox: Sandbox) -> None:
     """The run ends with its program and all of its output, even if a daemon keeps standard output open."""
     ran = sandbox.behave("outlive", policy={"limits.wall_ms": 60_000})
     assert ran.outcome == "ok"
@@ -81,7 +81,7 @@ def test_children_that_outlive_the_program_do_not_hold_the_run(sandbox: Sandbox)
     assert ran.program_ms < 45_000
 
 
-def test_closing_everything_and_forking_twice_frees_nothing(sandbox: Sandbox) -> None:
+def test_a_detached_daemon_is_killed(sandbox: Sandbox) -> None:
     """A program that closes all descriptors and leaves a daemon ends with its own status, and the daemon is killed."""
     ran = sandbox.behave("close-everything", policy={"limits.wall_ms": 60_000})
     assert (ran.outcome, ran.result.exit_code) == ("failed", 5)
@@ -100,7 +100,7 @@ def test_memory_without_end_is_oom(sandbox: Sandbox) -> None:
     assert 60 * MIB < ran.result.phases["run"].memory_peak_bytes <= 64 * MIB
 
 
-def test_a_machine_that_the_host_has_no_memory_for_is_guest_lost(
+def test_a_machine_killed_by_the_hosts_oom_killer_is_guest_lost(
     sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, state: Path, need: Need
 ) -> None:
     """If the host's kernel OOM-kills the machine, the run ends at once as the host's fault, with advice."""
@@ -118,7 +118,7 @@ def test_memory_of_a_child_counts_as_the_programs(sandbox: Sandbox) -> None:
     assert (ran.outcome, ran.stdout) == ("oom", b"")
 
 
-def test_137_by_choice_is_no_oom(sandbox: Sandbox) -> None:
+def test_exit_code_137_alone_is_not_oom(sandbox: Sandbox) -> None:
     """A program that exits with 137 is `failed`, not `oom`."""
     ran = sandbox.behave("exit", "137")
     assert (ran.outcome, ran.result.exit_code, ran.result.x07_exit_code) == ("failed", 137, 137)
@@ -133,7 +133,7 @@ def test_the_smallest_memory_limit_still_runs_a_program(sandbox: Sandbox) -> Non
 # files
 
 
-def test_10_gb_into_memory_and_into_read_only_places_fail_with_an_error(sandbox: Sandbox) -> None:
+def test_writing_10_gb_to_memory_or_read_only_places_fails(sandbox: Sandbox) -> None:
     """Memory file systems are full at a quarter of the memory limit, and read-only places refuse new files at once."""
     places = ("/", "/x07/in", "/x07/out", "/dev", "/run", "/sys", "/proc", "/etc", "/usr/lib", "/var")
     ran = sandbox.behave("write", "/tmp", "/dev/shm", *places, policy={"limits.mem_bytes": 128 * MIB})  # noqa: S108
@@ -143,7 +143,7 @@ def test_10_gb_into_memory_and_into_read_only_places_fail_with_an_error(sandbox:
     assert refused == dict.fromkeys(places, "EROFS") | {"/proc": "ENOENT"}
 
 
-def test_10_gb_into_the_working_directory_end_at_the_limit(sandbox: Sandbox, *, full: bool) -> None:
+def test_writing_10_gb_to_the_scratch_disk_ends_at_the_limit(sandbox: Sandbox, *, full: bool) -> None:
     """Writing 10 GB to the scratch disk ends as `timeout`, or with ENOSPC at the disk's size, never beyond it."""
     wall_ms = 300_000 if full else 6000
     ran = sandbox.behave("write", "/opt/x07", policy={"limits.wall_ms": wall_ms})
@@ -156,7 +156,7 @@ def test_10_gb_into_the_working_directory_end_at_the_limit(sandbox: Sandbox, *, 
         assert ran.denied("scratch") == 1
 
 
-def test_a_full_disk_is_a_denial_and_no_oom(sandbox: Sandbox) -> None:
+def test_a_full_scratch_disk_is_a_denial(sandbox: Sandbox) -> None:
     """A program that fills the scratch disk gets ENOSPC and ends by itself, and the result names the disk."""
     ran = sandbox.behave("fill")
     assert ran.outcome == "ok", ran.reason
@@ -164,7 +164,7 @@ def test_a_full_disk_is_a_denial_and_no_oom(sandbox: Sandbox) -> None:
     assert 7000 < int(ran.lines()[0].split()[2]) < 8192
 
 
-def test_files_without_number_run_into_a_bound(sandbox: Sandbox) -> None:
+def test_the_number_of_files_in_memory_is_limited(sandbox: Sandbox) -> None:
     """Too many empty files in memory fail with ENOSPC at a number set by the memory limit, not with oom."""
     ran = sandbox.behave("many", "/tmp", "/dev/shm", policy={"limits.mem_bytes": 32 * MIB})  # noqa: S108
     assert ran.outcome == "ok", ran.reason
@@ -174,7 +174,7 @@ def test_files_without_number_run_into_a_bound(sandbox: Sandbox) -> None:
         assert 1000 < int(count) <= 2048
 
 
-def test_files_without_number_on_the_scratch_disk_end_at_the_limit(sandbox: Sandbox) -> None:
+def test_the_number_of_files_on_the_scratch_disk_is_limited(sandbox: Sandbox) -> None:
     """Empty files on the scratch disk end at limits.wall_ms or the disk's inode limit; guest and host stay alive."""
     ran = sandbox.behave("many", "/opt/x07", policy={"limits.wall_ms": 4000, "limits.mem_bytes": 64 * MIB})
     assert ran.outcome in {"ok", "timeout"}, ran.reason
@@ -196,7 +196,7 @@ def test_sleeping_for_ever_is_a_timeout(sandbox: Sandbox) -> None:
 
 
 @pytest.mark.parametrize("more", [(), ("16",), ("0", "16")], ids=["alone", "threads", "children"])
-def test_cpu_time_of_all_threads_and_children_is_one_budget(sandbox: Sandbox, more: tuple[str, ...]) -> None:
+def test_threads_and_children_share_one_cpu_limit(sandbox: Sandbox, more: tuple[str, ...]) -> None:
     """CPU time of one thread, many threads or children ends as `cpu-limit` with exit code 124."""
     ran = sandbox.behave("burn", *more, policy={"limits.cpu_ms": 1000, "limits.wall_ms": 60_000})
     assert (ran.outcome, ran.result.x07_exit_code, ran.result.fault) == ("cpu-limit", 124, "policy")
@@ -210,7 +210,7 @@ def test_cpu_time_of_all_threads_and_children_is_one_budget(sandbox: Sandbox, mo
 
 
 @pytest.mark.parametrize(("streams", "capped"), [("1", "stdout"), ("2", "stderr"), ("12", "")])
-def test_a_flood_ends_at_the_cap_with_exactly_the_cap_delivered(sandbox: Sandbox, streams: str, capped: str) -> None:
+def test_exactly_the_output_limit_is_kept(sandbox: Sandbox, streams: str, capped: str) -> None:
     """Too much output ends as `output-limit` with exit code 153; exactly the limit is kept and marked truncated."""
     cap = 300_001
     ran = sandbox.behave("flood", streams, max_output_bytes=cap)
@@ -223,7 +223,7 @@ def test_a_flood_ends_at_the_cap_with_exactly_the_cap_delivered(sandbox: Sandbox
     assert max(len(ran.stdout), len(ran.stderr)) == cap
 
 
-def test_output_of_exactly_the_cap_is_no_overflow(sandbox: Sandbox) -> None:
+def test_output_of_exactly_the_limit_is_ok(sandbox: Sandbox) -> None:
     """A program that writes exactly the allowed output is `ok`."""
     data = bytes(100_000)
     ran = sandbox.behave("echo", stdin=data, max_output_bytes=len(data))
@@ -234,7 +234,7 @@ def test_output_of_exactly_the_cap_is_no_overflow(sandbox: Sandbox) -> None:
 
 
 @pytest.mark.parametrize("fds", [0, 2, 3, 8])
-def test_few_descriptors_or_none(sandbox: Sandbox, fds: int) -> None:
+def test_the_number_of_descriptors_is_limited(sandbox: Sandbox, fds: int) -> None:
     """A program gets exactly limits.fds descriptors; if its loader needs more, it fails by itself."""
     ran = sandbox.behave("open-many", policy={"limits.fds": fds})
     if fds > 3:
@@ -251,7 +251,7 @@ def test_a_python_program_without_descriptors_fails_by_itself(sandbox: Sandbox) 
 
 
 @pytest.mark.parametrize("allowed", [False, True])
-def test_core_dumps_as_the_policy_says(sandbox: Sandbox, *, allowed: bool) -> None:
+def test_the_policy_controls_core_dumps(sandbox: Sandbox, *, allowed: bool) -> None:
     """limits.core_dumps decides whether a crash leaves a core file."""
     ran = sandbox.behave("core", policy={"limits.core_dumps": allowed})
     assert ran.outcome == "ok"

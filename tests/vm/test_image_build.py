@@ -109,7 +109,7 @@ def test_files_are_private_and_read_only(first: Image) -> None:
     assert (first.folder / "root.erofs").stat().st_nlink == 2
 
 
-def test_manifest_tells_what_is_inside(first: Image) -> None:
+def test_manifest_lists_the_contents(first: Image) -> None:
     """The manifest lists the architecture, every package with its version, and the kernel."""
     made = first.manifest
     names = {package.name for package in made.packages}
@@ -120,7 +120,7 @@ def test_manifest_tells_what_is_inside(first: Image) -> None:
     assert manifest.decode((first.folder / "manifest.json").read_bytes(), "x") == made
 
 
-def test_nothing_of_the_host_is_inside(first: Image, tree: Path, killed: Path) -> None:
+def test_the_image_has_no_traces_of_the_host(first: Image, tree: Path, killed: Path) -> None:
     """Root file system, initramfs and manifest hold no mirror, proxy, machine name or path of the host."""
     found = sources.host_sources(sources.release_codename(), host_arch().deb, note=print)
     settings = sources.fetch_settings(commands.capture([commands.tool("apt-config"), "dump"]).decode())
@@ -141,7 +141,7 @@ def test_nothing_of_the_host_is_inside(first: Image, tree: Path, killed: Path) -
             assert word not in data, f"{path} holds {word.decode()}"
 
 
-def test_traces_of_the_build_are_gone(tree: Path) -> None:
+def test_files_that_a_build_fills_are_neutral(tree: Path) -> None:
     """Files that a build fills from its host are empty, neutral or missing."""
     assert (tree / "etc/hostname").read_text() == "x07\n"
     assert (tree / "etc/hosts").read_text() == "127.0.0.1 localhost\n::1 localhost\n"
@@ -162,7 +162,7 @@ def test_tree_has_what_init_and_agent_need(tree: Path) -> None:
     assert shutil.which("gcc", path=str(tree / "usr/bin"))
 
 
-def test_interpreter_finds_fresh_byte_code(tree: Path) -> None:
+def test_byte_code_needs_no_check_of_its_source(tree: Path) -> None:
     """The guest's own library has byte code that needs no check of its source (PEP 552, unchecked)."""
     files = list(tree.glob("usr/lib/python3.*/**/*.pyc"))
     assert len(files) > 500
@@ -176,7 +176,7 @@ def test_interpreter_finds_fresh_byte_code(tree: Path) -> None:
         pytest.param("root.erofs", True, marks=pytest.mark.skipif(not FULL, reason="full sizes only: fetches all")),
     ],
 )
-def test_a_build_mends_a_damaged_image(
+def test_a_build_repairs_a_damaged_image(
     first: Image, killed: Path, monkeypatch: pytest.MonkeyPatch, part: str, *, fetched: bool
 ) -> None:
     """A build repairs a damaged image: its own parts from the kept base, shared parts from fetched packages."""

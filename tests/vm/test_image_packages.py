@@ -83,7 +83,7 @@ def _python(image: Image) -> str:
 
 
 @pytest.mark.usefixtures("removed")
-def test_a_module_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_preload_module_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     """--preload of a missing module is an error that names it, and leaves no image of that name."""
     assert main(["image", "build", "--name", NAME, "--preload", "json,no_such_module"]) == 125
     said = capsys.readouterr().err

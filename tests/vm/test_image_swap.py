@@ -51,7 +51,7 @@ def _crc(path: Path) -> int:
 
 
 @pytest.mark.parametrize("how", ["file", "link"])
-def test_the_checked_bytes_are_what_the_machine_gets(
+def test_the_machine_gets_the_checked_bytes(
     copied: tuple[Account, Path], image: Image, tmp_path: Path, how: str
 ) -> None:
     """If a file or a link replaces the path of a checked part, the machine still gets the checked bytes."""
@@ -76,7 +76,7 @@ def test_the_checked_bytes_are_what_the_machine_gets(
     }
 
 
-def test_nothing_runs_where_the_checked_bytes_are_gone(copied: tuple[Account, Path]) -> None:
+def test_nothing_runs_if_the_checked_files_are_gone(copied: tuple[Account, Path]) -> None:
     """If the checked files were replaced and are gone, nothing runs, and the error says why."""
     account, _folder = copied
     with Runner(account, mode="digest", do="talk", may_fail=True, swap="over") as runner:
@@ -127,7 +127,7 @@ def test_one_flipped_byte_is_refused(copied: tuple[Account, Path]) -> None:
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_a_link_in_a_part_s_place_is_refused(copied: tuple[Account, Path], part: str) -> None:
+def test_a_link_in_place_of_a_part_is_refused(copied: tuple[Account, Path], part: str) -> None:
     """A symbolic link in place of a part is refused, even if it leads to the same bytes."""
     account, folder = copied
     (folder / part).rename(folder.parent / part)

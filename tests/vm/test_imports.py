@@ -65,7 +65,7 @@ sys.exit(code)
 """
 
 
-def test_a_run_imports_what_is_on_the_list(image: Image, tmp_path: Path) -> None:
+def test_a_run_imports_only_listed_modules(image: Image, tmp_path: Path) -> None:
     """A warm `x07 run` imports only the listed modules and never collects garbage."""
     assert image.digest
     program = tmp_path / "quiet.py"

@@ -54,7 +54,9 @@ def test_an_interrupted_call_leaves_no_machine(
     assert open_fds() == fds
 
 
-def test_an_interrupted_shutdown_of_a_pool_goes_on(state: Path, image: Image, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_shutdown_still_ends_the_machines(
+    state: Path, image: Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ctrl-C while a pool shuts down is raised at once, and the pool's machines still end."""
     pool = Pool(size=1, image=image.digest)
     assert pool.wait_ready()
@@ -67,7 +69,7 @@ def test_an_interrupted_shutdown_of_a_pool_goes_on(state: Path, image: Image, mo
         time.sleep(0.05)  # it ends in a thread that only the process itself can wait for
 
 
-def test_a_pool_cannot_be_awaited_by_what_it_runs(state: Path, image: Image) -> None:
+def test_a_pools_worker_cannot_wait_for_its_shutdown(state: Path, image: Image) -> None:
     """Waiting for a pool's shutdown in its own worker is an error, and the pool still ends."""
     told: list[BaseException] = []
 
