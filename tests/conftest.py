@@ -187,4 +187,4 @@ def no_leaks() -> Iterator[None]:
 
 
 def _leaked(before: dict[int, str]) -> dict[int, str]:
-    return {fd: what for fd, what in _open_fds().items() if fd not in LASTING_FDS and before.get(fd) != what}
+    return {fd: target for fd, target in _open_fds().items() if fd not in LASTING_FDS and before.get(fd) != target}

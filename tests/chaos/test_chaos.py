@@ -119,8 +119,8 @@ class Stage:
             over -= {"job.json", "owner.json", "done", "reaped"}
             found += [f"file {folder.name}/{name}" for name in sorted(over)]
         if self.engine is not None:
-            kept = {f"x07-{name}" for name in spared}
-            found += [f"container {name}" for name in self.engine.containers() if name not in kept]
+            spared_names = {f"x07-{name}" for name in spared}
+            found += [f"container {name}" for name in self.engine.containers() if name not in spared_names]
         jobs = self.jobs - spared
         found += [f"group {path}" for path in Path("/sys/fs/cgroup").glob("*/x07-sandbox/*/") if path.name in jobs]
         mounts = Path("/proc/self/mounts").read_text(encoding="utf-8")
@@ -207,10 +207,10 @@ def victims(stage: Stage, job: str) -> dict[str, list[int]]:
                 if sign in line and parent == runner:
                     found.setdefault(kind, []).append(pid)
     if stage.engine is not None:
-        (told,) = json.loads(stage.engine.call("inspect", f"x07-{job}"))
-        found["agent"] = [told["State"]["Pid"]]
+        (container,) = json.loads(stage.engine.call("inspect", f"x07-{job}"))
+        found["agent"] = [container["State"]["Pid"]]
         parent = int(
-            Path(f"/proc/{told['State']['Pid']}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1]
+            Path(f"/proc/{container['State']['Pid']}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1]
         )
         found["monitor"] = [parent]  # conmon, or containerd's shim
     found["runner"] = [runner]

@@ -276,7 +276,7 @@ def test_rootless_podman_that_would_ignore_the_limits_is_refused() -> None:
         os.chown(folder, user.pw_uid, user.pw_gid)
         env = {"PATH": "/usr/bin:/bin", "HOME": user.pw_dir, "XDG_RUNTIME_DIR": str(folder), "LC_ALL": "C"}
         argv = ["setpriv", "--reuid", str(user.pw_uid), "--regid", str(user.pw_gid), "--clear-groups", "--"]
-        told = subprocess.run(
+        info = subprocess.run(
             [*argv, "/usr/bin/podman", "info", "--format", "json"],
             capture_output=True,
             check=True,
@@ -284,7 +284,7 @@ def test_rootless_podman_that_would_ignore_the_limits_is_refused() -> None:
             timeout=60,
             cwd="/",
         )
-    assert engine_gaps("podman", json.loads(told.stdout)) == ["memory", "tasks"]
+    assert engine_gaps("podman", json.loads(info.stdout)) == ["memory", "tasks"]
 
 
 @pytest.mark.usefixtures("state")

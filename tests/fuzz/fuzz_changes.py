@@ -58,8 +58,8 @@ def one_input(data: bytes) -> None:
 
 def _judge(incoming: Incoming, number: int, fd: int) -> None:
     allowed = Allowed(mkdir=number == 0, remove=number == 0, rename=number == 0)
-    told = [one for one in incoming.told if one.root == number]
-    judged = judge(BEFORE, {}, told, BOUNDS, allowed, Protection(ROOT))
+    reported = [one for one in incoming.told if one.root == number]
+    judged = judge(BEFORE, {}, reported, BOUNDS, allowed, Protection(ROOT))
     refused = {refusal.name for refusal in judged.refused}
     for change in judged.changes:
         check_name(os.fsencode(change.name))
@@ -70,7 +70,7 @@ def _judge(incoming: Incoming, number: int, fd: int) -> None:
     made = ChangeSet(run="1-1-1", roots=(root,))
     assert decode(encode(made)) == made
     check_set(select_changes(made, sorted(refused)))
-    split = judge(BEFORE, {}, told, BOUNDS, allowed, Protection(ROOT), split=True)
+    split = judge(BEFORE, {}, reported, BOUNDS, allowed, Protection(ROOT), split=True)
     if not split.is_whole:
         names = {refusal.name for refusal in split.refused}
         assert not names & {change.name for change in split.changes}

@@ -67,8 +67,8 @@ def _report(data: bytes) -> None:
     said, stdout, stderr = [*data.split(BETWEEN, 2), b"", b""][:3]
     for code in (0, 1):
         report = x07_report(result(said, stdout, stderr, code), BUILT)
-        told = json.loads(render_json(report))
-        for counters in (told["compile"], told["solve"] or {}):
+        written = json.loads(render_json(report))
+        for counters in (written["compile"], written["solve"] or {}):
             assert all(0 <= value <= COUNT_MAX for key, value in counters.items() if key.endswith("_calls") and value)
         assert code == 0 or report.exit_code != 0
 

@@ -349,7 +349,7 @@ def test_a_flood_of_refusals_is_counted_but_not_logged(stage: Stage, how: str) -
             seen = session.do("open_flood", reset=False, **words)
             assert seen.answer["codes"] == {"5": 100_000}
         else:
-            seen = session.do("told_flood", **words)
+            seen = session.do("claim_flood", **words)
             assert seen.answer == {"code": 5, "lost": False}
     assert (seen.contacts, seen.packets) == ([], [])
     net = session.result["net"]
@@ -367,14 +367,14 @@ def test_a_flood_of_refusals_is_counted_but_not_logged(stage: Stage, how: str) -
 # ----------------------------------------------------------------------------------------------- ends, and other runs
 
 
-@pytest.mark.parametrize("what", ["gate", "resolver"])
-def test_a_run_that_loses_its_gate_ends_at_once(stage: Stage, what: str) -> None:
+@pytest.mark.parametrize("role", ["gate", "resolver"])
+def test_a_run_that_loses_its_gate_ends_at_once(stage: Stage, role: str) -> None:
     """A run whose gate or resolver is killed during a transfer ends as `gate-lost`, and nothing else is contacted."""
     stage.lab.names({"mid.lab.example": [SITE]})
     with stage.session("frames", {"mid.lab.example": [19, 9]}) as session:
         session.order("download", host="mid.lab.example", port=19, size=1 << 40)
         time.sleep(0.5)
-        os.kill(session.child(what), signal.SIGKILL)
+        os.kill(session.child(role), signal.SIGKILL)
         began = time.monotonic()
         session.process.wait(20)
         assert time.monotonic() - began < 10

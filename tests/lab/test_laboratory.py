@@ -61,7 +61,7 @@ for name in sys.argv[1:]:
 """
 
 
-def told(contacts: list[Contact]) -> list[tuple[str, ...]]:
+def comparable(contacts: list[Contact]) -> list[tuple[str, ...]]:
     """Return contacts without what differs between runs; the order of A and AAAA questions is ignored."""
     return [(found.where, found.proto, found.event, found.data, found.name) for found in contacts]
 
@@ -76,7 +76,7 @@ def test_a_web_request_is_logged_with_its_host(lab: Laboratory) -> None:
         "200 b'hello'",
     ]
     lab.wait_quiet()
-    assert told(lab.contacts(mark)) == [
+    assert comparable(lab.contacts(mark)) == [
         (f"{SITE}:80", "tcp", "connect", "", ""),
         (f"{SITE}:80", "http", "request", "GET / HTTP/1.1", SITE),
         (f"{SITE}:80", "http", "request", "POST /echo HTTP/1.1", SITE),
@@ -94,7 +94,7 @@ def test_a_tls_client_that_trusts_the_laboratory_reaches_it_by_name(lab: Laborat
     lab.wait_quiet()
     contacts = lab.contacts(mark)
     assert {found.name for found in contacts if found.event == "query"} == {"web.lab.example"}
-    assert told([found for found in contacts if found.proto != "dns"]) == [
+    assert comparable([found for found in contacts if found.proto != "dns"]) == [
         (f"{SITE}:443", "tcp", "connect", "", ""),
         (f"{SITE}:443", "tls", "connect", "", "web.lab.example"),
         (f"{SITE}:443", "http", "request", "GET / HTTP/1.1", "web.lab.example"),
@@ -109,7 +109,7 @@ def test_a_failed_handshake_is_logged_with_its_name(lab: Laboratory) -> None:
     failed = lab.run([sys.executable, "-c", code, "x", "a.wild.lab.example", "443", "/"])
     assert b"CERTIFICATE_VERIFY_FAILED" in failed.stderr
     lab.wait_quiet()
-    assert told([found for found in lab.contacts(mark) if found.proto not in {"dns", "tcp"}]) == [
+    assert comparable([found for found in lab.contacts(mark) if found.proto not in {"dns", "tcp"}]) == [
         (f"{SITE}:443", "tls", "connect", "", "a.wild.lab.example")
     ]
 
@@ -133,7 +133,7 @@ def test_each_server_answers_and_logs(lab: Laboratory, kind: str, host: str, por
     lab.wait_quiet()
     where = f"{host}:{port}"
     connect = [(where, "tcp", "connect", "", "")] if kind == "tcp" else []
-    assert told(lab.contacts(mark)) == [*connect, (where, kind, "bytes", "probe", "")]
+    assert comparable(lab.contacts(mark)) == [*connect, (where, kind, "bytes", "probe", "")]
 
 
 def test_hostile_bytes_are_logged_and_stop_no_server(lab: Laboratory) -> None:

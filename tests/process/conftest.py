@@ -104,12 +104,12 @@ def confined() -> OsBackend:
 
 
 @pytest.fixture
-def free() -> NoneBackend:
+def unconfined() -> NoneBackend:
     """The backend `none`."""
     return NoneBackend()
 
 
 @pytest.fixture(params=["os", "none"])
-def either(request: pytest.FixtureRequest) -> Backend:
-    """Both backends, one after the other."""
-    return request.getfixturevalue("confined" if request.param == "os" else "free")  # type: ignore[no-any-return]
+def backend(request: pytest.FixtureRequest) -> Backend:
+    """Each of both backends in turn."""
+    return request.getfixturevalue("confined" if request.param == "os" else "unconfined")  # type: ignore[no-any-return]

@@ -26,22 +26,22 @@ VERSION_2 = (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/unified"))
 TRY = """
 import ctypes, errno, os, resource, signal, socket, sys
 libc = ctypes.CDLL(None, use_errno=True)
-def tried(what, *words):
+def tried(call, *words):
     try:
-        return what(*words)
+        return call(*words)
     except OSError as exc:
         return "no " + errno.errorcode[exc.errno]
 """
 
 
-def told(backend: OsBackend, source: str, **how: Any) -> Ended:  # noqa: ANN401 - fields of Program
+def run_with_try(backend: OsBackend, source: str, **how: Any) -> Ended:  # noqa: ANN401 - fields of Program
     """Run a program that begins with TRY."""
     return run_on(backend, python(TRY + source, **how))
 
 
 def test_a_program_sees_only_its_own_processes(confined: OsBackend) -> None:
     """A program sees only its own processes, and can neither signal nor trace the process that started it."""
-    ended = told(
+    ended = run_with_try(
         confined,
         "print(sorted(name for name in os.listdir('/proc') if name.isdigit()), os.getpid(), os.getppid())\n"
         "for number in (signal.SIGKILL, signal.SIGSTOP, signal.SIGINT, signal.SIGHUP): tried(os.kill, 1, number)\n"
@@ -54,7 +54,7 @@ def test_a_program_sees_only_its_own_processes(confined: OsBackend) -> None:
 
 def test_a_program_that_signals_its_init_ends_only_itself(confined: OsBackend) -> None:
     """SIGTERM to the first process of its namespace is reported as the program's own end."""
-    ended = told(confined, "tried(os.kill, 1, signal.SIGTERM); signal.pause() if len(sys.argv) > 1 else None")
+    ended = run_with_try(confined, "tried(os.kill, 1, signal.SIGTERM); signal.pause() if len(sys.argv) > 1 else None")
     assert ended.kind is Kind.EXITED
     assert ended.code in {0, -signal.SIGKILL}
 
@@ -78,7 +78,7 @@ def test_a_program_cannot_read_the_callers_files(confined: OsBackend, tmp_path: 
 
 def test_a_program_has_terminals_of_its_own(confined: OsBackend) -> None:
     """A program can open terminals, and sees no terminals but its own."""
-    ended = told(
+    ended = run_with_try(
         confined,
         "import pty\n"
         "print(tried(open, '/dev/tty'), os.listdir('/dev/pts'))\n"
@@ -92,7 +92,7 @@ def test_a_program_has_terminals_of_its_own(confined: OsBackend) -> None:
 
 def test_the_system_cannot_be_changed(confined: OsBackend) -> None:
     """Host files that a program sees are read-only; only its own folders are writable."""
-    ended = told(
+    ended = run_with_try(
         confined,
         "for path in ('/usr/x', '/etc/x', '/x', '/run/x', '/x07/in/x', '/dev/x', '/proc/sys/kernel/hostname'):\n"
         "    print(tried(os.open, path, os.O_CREAT | os.O_WRONLY, 0o600))\n"
@@ -104,7 +104,7 @@ def test_the_system_cannot_be_changed(confined: OsBackend) -> None:
 
 def test_there_is_no_network(confined: OsBackend) -> None:
     """A program has its own loopback and no other network interface."""
-    ended = told(
+    ended = run_with_try(
         confined,
         "print(socket.if_nameindex())\n"
         "one = socket.socket(); one.settimeout(5)\n"
@@ -116,7 +116,7 @@ def test_there_is_no_network(confined: OsBackend) -> None:
 
 def test_no_capability_is_left_and_no_namespace_can_be_made(confined: OsBackend) -> None:
     """A program has no capability, cannot gain one, and cannot create a user namespace to get one."""
-    ended = told(
+    ended = run_with_try(
         confined,
         "print({line.split()[1] for line in open('/proc/self/status') if line.startswith('Cap')})\n"
         "print(libc.unshare(0x10000000), errno.errorcode[ctypes.get_errno()])\n"
@@ -133,14 +133,14 @@ def test_no_capability_is_left_and_no_namespace_can_be_made(confined: OsBackend)
 
 def test_forbidden_system_calls_are_refused(confined: OsBackend) -> None:
     """System calls that the policy forbids, such as fork, are refused."""
-    ended = told(confined, "print(tried(os.fork))", confine={"spawn": False})
+    ended = run_with_try(confined, "print(tried(os.fork))", confine={"spawn": False})
     assert ended.stdout == "no EPERM\n"
 
 
 def test_only_listed_programs_can_be_executed(confined: OsBackend) -> None:
     """With a list of programs, other programs can be neither executed nor read."""
     listed = {**FREE, "programs": ["/usr/bin/python3", "/usr/bin/true"]}
-    ended = told(
+    ended = run_with_try(
         confined,
         "def run(path):\n"
         "    pid = os.fork()\n"
@@ -155,7 +155,7 @@ def test_only_listed_programs_can_be_executed(confined: OsBackend) -> None:
 
 def test_limits_of_each_process_hold(confined: OsBackend) -> None:
     """The number of open files is limited, and no core is dumped."""
-    ended = told(
+    ended = run_with_try(
         confined,
         "print(resource.getrlimit(resource.RLIMIT_NOFILE), resource.getrlimit(resource.RLIMIT_CORE)[1] < 4096)\n"
         "print(tried(resource.setrlimit, resource.RLIMIT_NPROC, (1 << 20, 1 << 20)))\n"
@@ -168,7 +168,7 @@ def test_limits_of_each_process_hold(confined: OsBackend) -> None:
 
 def test_tasks_are_limited(confined: OsBackend) -> None:
     """A program cannot have more tasks than its limit."""
-    ended = told(
+    ended = run_with_try(
         confined,
         "count = 0\n"
         "while (got := tried(os.fork)) != 'no EAGAIN':\n"
@@ -184,7 +184,7 @@ def test_memory_is_limited(confined: OsBackend) -> None:
     """A program that exceeds its memory limit is killed, and the agent reports the reason."""
     if "limits.mem_bytes" not in confined.probe().features.can_enforce:
         pytest.skip("this host gives no control group for memory")
-    ended = told(confined, "held = [bytearray(1 << 20) for _ in range(256)]", limits={"mem_bytes": 48 << 20})
+    ended = run_with_try(confined, "held = [bytearray(1 << 20) for _ in range(256)]", limits={"mem_bytes": 48 << 20})
     assert ended.code == -signal.SIGKILL
     assert ended.body["oom_kills"] >= 1
 
@@ -192,7 +192,7 @@ def test_memory_is_limited(confined: OsBackend) -> None:
 @pytest.mark.parametrize("children", [0, 3])
 def test_processor_time_is_limited(confined: OsBackend, children: int) -> None:
     """A program that exceeds its CPU time limit, together with its children, is killed."""
-    ended = told(
+    ended = run_with_try(
         confined,
         f"for _ in range({children}): os.fork()\nwhile True: pass",
         limits={"cpu_ms": 500},
@@ -235,7 +235,7 @@ def test_folders_of_the_host_go_in_and_changes_come_out(confined: OsBackend) -> 
     content = tree({"same": b"same\n", "other": b"before\n", "gone": b"gone\n"})
     write = {"tree": int(number), "sub": "", "at": "/data/w", "write": True, "changes": True}
     read = {"tree": int(number), "sub": "", "at": "/data/r", "write": False, "changes": False}
-    ended = told(
+    ended = run_with_try(
         confined,
         "print(sorted(os.listdir('/data/w')), open('/data/r/same').read().strip(), tried(open, '/data/r/same', 'w'))\n"
         "open('/data/w/other', 'w').write('after\\n'); open('/data/w/new', 'w').write('new\\n')\n"
@@ -252,7 +252,7 @@ def test_changes_and_left_files_come_back_together(confined: OsBackend) -> None:
     """A run hands over both the changes to the host's folders and the files left in private folders."""
     number = int(Stream.FIRST_FILE + 1)
     mount = {"tree": number, "sub": "", "at": "/data/w", "write": True, "changes": True}
-    ended = told(
+    ended = run_with_try(
         confined,
         "open('/data/w/new', 'w').write('new\\n'); open('mine', 'w').write('left')\n",
         files={"": (0o755, "tree", tree({}))},

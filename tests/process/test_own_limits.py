@@ -40,9 +40,9 @@ libc.syscall.argtypes = [ctypes.c_long] * 7
 numbers = host_arch().syscalls
 found = {}
 
-def tried(name, what, *words):
+def tried(name, call, *words):
     try:
-        what(*words)
+        call(*words)
         found[name] = "ok"
     except OSError as exc:
         found[name] = errno.errorcode.get(exc.errno, repr(exc))
@@ -356,15 +356,15 @@ def look(order: dict[str, Any], form: str, *, before: tuple[str, ...] = ()) -> L
                 limits = proc.joinpath("limits").read_text("utf-8")
             _, errors = helper.communicate(timeout=60)
         assert line, errors.decode()
-        told = json.loads(line)
+        report = json.loads(line)
         one.settimeout(1)
         given = one.recv(64)
     return Look(
         kind=order["kind"],
         form=form,
         uid=order["uid"],
-        walls=told["walls"],
-        found=told["found"],
+        walls=report["walls"],
+        found=report["found"],
         status=fields(status),
         limits=soft_limits(limits),
         given=given,

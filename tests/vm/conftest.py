@@ -190,10 +190,10 @@ class Artifacts:
         with contextlib.ExitStack() as stack:
             cancel = Cancel()
             stack.callback(cancel.close)
-            kept = _out_file(None, stack)
-            result = run(RunRequest(program=source, artifact=kept, cache=False, cancel=cancel))
+            output = _out_file(None, stack)
+            result = run(RunRequest(program=source, artifact=output, cache=False, cancel=cancel))
             assert result.ok, result.reason
-            return os.pread(kept.fd, kept.size, 0)
+            return os.pread(output.fd, output.size, 0)
 
 
 def _memory_file(data: bytes, stack: contextlib.ExitStack) -> int:

@@ -57,7 +57,7 @@ def test_good_calls_of_an_assistant_are_carried_out(way: str, image: Image, stat
     """The agent's tool runs every language with input and extra files, and reports output, status and signal."""
     assert image.digest
     text = "import sys, words\nprint(words.HELLO, sys.stdin.read())\n"
-    told = by_id(
+    contents = by_id(
         answers(
             way,
             call("python", source=text, files={"words.py": "HELLO = 'grüezi'"}, stdin="Zoë", timeout_s=29.5)
@@ -74,20 +74,24 @@ def test_good_calls_of_an_assistant_are_carried_out(way: str, image: Image, stat
             + call(8, source="import os; os.write(1, bytes(range(128, 256)))"),
         )
     )
-    assert told["python"] == {
+    assert contents["python"] == {
         "outcome": "ok",
         "reason": "the program exited with status 0",
         "stdout": "grüezi Zoë\n",
         "stderr": "",
         "exit_code": 0,
     }
-    assert (told["c"]["outcome"], told["c"]["exit_code"]) == ("failed", 7)
-    assert told["cpp"]["stdout"] == "42"
-    assert (told["shell"]["outcome"], told["shell"]["signal"], told["shell"]["stdout"]) == ("signalled", 15, "LOUD")
-    assert told["unbuilt"]["outcome"] == "build-failed"
-    assert "nothing" in told["unbuilt"]["stderr"]
-    assert "correct it" in told["unbuilt"]["advice"]
-    assert told[8]["stdout"] == "\N{REPLACEMENT CHARACTER}" * 128
+    assert (contents["c"]["outcome"], contents["c"]["exit_code"]) == ("failed", 7)
+    assert contents["cpp"]["stdout"] == "42"
+    assert (contents["shell"]["outcome"], contents["shell"]["signal"], contents["shell"]["stdout"]) == (
+        "signalled",
+        15,
+        "LOUD",
+    )
+    assert contents["unbuilt"]["outcome"] == "build-failed"
+    assert "nothing" in contents["unbuilt"]["stderr"]
+    assert "correct it" in contents["unbuilt"]["advice"]
+    assert contents[8]["stdout"] == "\N{REPLACEMENT CHARACTER}" * 128
     assert left_behind(state) == []
 
 
@@ -95,7 +99,7 @@ def test_good_calls_of_an_assistant_are_carried_out(way: str, image: Image, stat
 def test_hostile_calls_of_an_assistant_end_at_their_limits(way: str, image: Image, state: Path) -> None:
     """Programs that flood, hang, fork, exhaust memory or crash each get a verdict, and the next call runs."""
     assert image.digest
-    told = by_id(
+    contents = by_id(
         answers(
             way,
             call("floods", source=FLOODS)
@@ -108,7 +112,7 @@ def test_hostile_calls_of_an_assistant_end_at_their_limits(way: str, image: Imag
             + call("next"),
         )
     )
-    outcomes = {name: content["outcome"] for name, content in told.items()}
+    outcomes = {name: content["outcome"] for name, content in contents.items()}
     assert outcomes.pop("forks") in {"cpu-limit", "timeout"}  # either may come first
     assert outcomes == {
         "floods": "output-limit",
@@ -119,12 +123,12 @@ def test_hostile_calls_of_an_assistant_end_at_their_limits(way: str, image: Imag
         "looks": "failed",
         "next": "ok",
     }
-    assert 4000 < len(told["floods"]["stdout"]) < 4100
-    assert "left out" in told["floods"]["stdout"]
-    assert "sandbox" in told["never ends"]["advice"]
-    assert told["crashes"]["signal"] == 11
-    assert "gaierror" in told["connects"]["stderr"]
-    assert told["next"]["stdout"] == "well\n"
+    assert 4000 < len(contents["floods"]["stdout"]) < 4100
+    assert "left out" in contents["floods"]["stdout"]
+    assert "sandbox" in contents["never ends"]["advice"]
+    assert contents["crashes"]["signal"] == 11
+    assert "gaierror" in contents["connects"]["stderr"]
+    assert contents["next"]["stdout"] == "well\n"
     assert left_behind(state) == []
 
 
@@ -178,17 +182,17 @@ def test_malformed_calls_of_an_assistant_get_an_error(image: Image, state: Path)
     lines = [line.replace(b'"1"', f'"{number}"'.encode(), 1) for number, (line, _) in enumerate(MALFORMED.values())]
     lines += [line for line, _ in NO_ID.values()]
     found = answers("command", b"".join(lines) + call("next"))
-    told = by_id([one for one in found if one["id"] is not None])
-    assert told["next"].get("stdout") == "well\n", told["next"]
-    del told["next"]
+    contents = by_id([one for one in found if one["id"] is not None])
+    assert contents["next"].get("stdout") == "well\n", contents["next"]
+    del contents["next"]
     for number, (name, (_, part)) in enumerate(MALFORMED.items()):
-        content = told.pop(str(number))
+        content = contents.pop(str(number))
         assert content["outcome"] == "usage-error", name
         assert len(content["reason"]) < 1600, name
         rules = content["reason"].split("; ")
         assert sorted({*rules}) == sorted(rules), name  # no message is repeated
         assert part in content["reason"], name
-    assert told == {}
+    assert contents == {}
     reasons = [one["content"]["reason"] for one in found if one["id"] is None]
     assert len(reasons) == len(NO_ID)
     assert all(any(part in reason for reason in reasons) for _, part in NO_ID.values())

@@ -47,10 +47,10 @@ class Runner:
         """Run one step; return its exit code."""
         outputs = self.work / "outputs"
         outputs.write_text("")
-        given = {"GITHUB_ACTION_PATH": str(ROOT), "GITHUB_OUTPUT": str(outputs), "RUNNER_TEMP": str(self.work)}
+        variables = {"GITHUB_ACTION_PATH": str(ROOT), "GITHUB_OUTPUT": str(outputs), "RUNNER_TEMP": str(self.work)}
         done = subprocess.run(
             ["/bin/bash", "--noprofile", "--norc", "-e", "-o", "pipefail", "-c", step["run"]],
-            env=os.environ | given | {name: self._filled(text) for name, text in step.get("env", {}).items()},
+            env=os.environ | variables | {name: self._filled(text) for name, text in step.get("env", {}).items()},
             cwd=self.work,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

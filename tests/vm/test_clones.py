@@ -183,11 +183,11 @@ def sha256(path: Path) -> str:
         os.close(fd)
 
 
-def replace_part(folder: Path, name: str, data: bytes, *, told: bool) -> None:
-    """Overwrite the start of a part and restore its times. told: update the manifest to match."""
+def replace_part(folder: Path, name: str, data: bytes, *, update_manifest: bool) -> None:
+    """Overwrite the start of a part and restore its times. update_manifest: update the manifest to match."""
     path = folder / name
     overwrite(path, data)
-    if told:
+    if update_manifest:
         made = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=TemplateManifest)
         part = msgspec.structs.replace(getattr(made, name), sha256=sha256(path))
         (folder / MANIFEST).unlink()
@@ -215,7 +215,7 @@ def test_a_full_disk_costs_a_cold_start(
 
 def test_a_damaged_machine_is_saved_again(saved: Sandbox) -> None:
     """A saved machine with one changed byte in its memory is detected despite restored times, and saved again."""
-    replace_part(template_folder(), "ram", b"\x55", told=False)
+    replace_part(template_folder(), "ram", b"\x55", update_manifest=False)
     damaged = sha256(template_folder() / "ram")
     ran = saved.behave("nothing")
     assert (ran.outcome, starts(ran)) == ("ok", {"run": "clone"})
@@ -235,12 +235,12 @@ def test_a_machine_that_cannot_be_saved_costs_a_cold_start(saved: Sandbox, monke
     (templates_dir() / ".lock").rmdir()
     assert starts(saved.behave("nothing")) == {"run": "clone"}  # the saved machine stays in use
 
-    replace_part(template_folder(), "ram", b"\x55", told=False)
+    replace_part(template_folder(), "ram", b"\x55", update_manifest=False)
     monkeypatch.setattr(settings, "TEMPLATE_BYTES", 1 << 60)
     ran = saved.behave("nothing")
     assert (ran.outcome, starts(ran)) == ("ok", {"run": "cold"}), ran.reason
-    told = "\n".join(ran.result.warnings)
-    assert ("has changed" in told, "are free" in told, "rebuilt" in told) == (True, True, False)
+    warnings = "\n".join(ran.result.warnings)
+    assert ("has changed" in warnings, "are free" in warnings, "rebuilt" in warnings) == (True, True, False)
 
 
 @pytest.mark.parametrize(
@@ -281,20 +281,20 @@ def test_a_clone_that_does_not_answer_is_replaced_by_a_cold_start(
 ) -> None:
     """If a clone is rejected or stays silent, the job starts cold; the result says why and how long this lasts."""
     monkeypatch.setattr(settings, "CLONE_S", 3.0)
-    replace_part(template_folder(), name, data, told=True)
+    replace_part(template_folder(), name, data, update_manifest=True)
     for _ in range(2 if name == "state" else 1):  # the second does not try it again
         ran = saved.behave("nothing")
         assert (ran.outcome, starts(ran)) == ("ok", {"run": "cold"}), ran.reason
-        told = [text for text in ran.result.warnings if "started cold: a clone of it did not answer" in text]
-        assert len(told) == 1, told
-        assert "or until you run x07 image build" in told[0]
+        warnings = [text for text in ran.result.warnings if "started cold: a clone of it did not answer" in text]
+        assert len(warnings) == 1, warnings
+        assert "or until you run x07 image build" in warnings[0]
     assert list(templates_dir().glob("*.bad"))
 
 
 def test_a_pool_boots_cold_if_a_clone_does_not_answer(saved: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     """If a clone does not answer, a pool boots its machines cold, and its start says why."""
     monkeypatch.setattr(settings, "CLONE_S", 3.0)
-    replace_part(template_folder(), "state", b"no such machine", told=True)
+    replace_part(template_folder(), "state", b"no such machine", update_manifest=True)
     said: list[str] = []
     machines = WarmMachines(1, progress=said.append)
     machines.start()
@@ -493,9 +493,9 @@ def test_a_run_survives_a_suspended_host(saved: Sandbox, state: Path, tmp_path: 
         child.stdin.write(b"well\n")
         child.stdin.close()
         assert (child.stdout.read(), child.wait(60)) == (b"got well\n", 0)
-    told = json.loads(report.read_bytes())
-    assert told["outcome"] == "ok"
-    assert max(told["phases"]["run"]["times_ms"].values()) < 3_000_000  # that hour is in no time of the run
+    result = json.loads(report.read_bytes())
+    assert result["outcome"] == "ok"
+    assert max(result["phases"]["run"]["times_ms"].values()) < 3_000_000  # that hour is in no time of the run
     assert left_behind(state) == []
 
 

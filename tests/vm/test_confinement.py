@@ -37,9 +37,9 @@ OTHERS: Final = {
 PYTHON: Final = """
 import asyncio, ctypes, json, multiprocessing, os, subprocess, sys, threading
 
-def tried(what, *args):
+def tried(call, *args):
     try:
-        return what(*args)
+        return call(*args)
     except (OSError, RuntimeError) as exc:
         return getattr(exc, "strerror", None) or str(exc)
 
@@ -123,8 +123,8 @@ def python(sandbox: Sandbox, *args: str, policy: dict[str, object], **options: o
     """Return the report of PYTHON."""
     ran = sandbox.run_text("tries.py", PYTHON, *args, policy=policy, cache=True, **options)
     assert ran.outcome == "ok", (ran.reason, ran.stderr)
-    told: dict[str, object] = json.loads(ran.stdout)
-    return told
+    report: dict[str, object] = json.loads(ran.stdout)
+    return report
 
 
 # every program
@@ -137,14 +137,14 @@ def test_known_escape_attempts_fail(sandbox: Sandbox, escape: bytes, *, cold: bo
     assert ran.outcome == "ok", ran.reason
     found = [line.split() for line in ran.lines()]
     assert len(found) > 90
-    for what, error in found:
-        family = what.removeprefix("socket-")
+    for name, error in found:
+        family = name.removeprefix("socket-")
         expected = OTHERS.get(family, "EPERM")
-        if what in {"socket-audit", "socket-netfilter"}:
+        if name in {"socket-audit", "socket-netfilter"}:
             expected = "EPROTONOSUPPORT"
-        elif what == "socketpair-tipc":
+        elif name == "socketpair-tipc":
             expected = "EAFNOSUPPORT"
-        assert (what, error) == (what, expected)
+        assert (name, error) == (name, expected)
     assert ran.program_ms < 20_000
 
 
@@ -209,12 +209,12 @@ def test_process_enabled_false_denies_children_and_exec(attempt: Escapes) -> Non
 def test_process_limits_hold_in_python(sandbox: Sandbox, env: dict[str, str]) -> None:
     """Limits on threads, children and exec hold in Python, in the preloaded interpreter and in a fresh one."""
     policy: dict[str, object] = {"threads.enabled": False, "process.enabled": False}
-    told = python(sandbox, "exec", policy=policy, env=env)
-    assert re.search("start new thread", str(told.pop("thread")))
-    assert told.pop("loop") == "done"
-    assert told.pop("callback") == 3
-    assert told.pop("queue") is None
-    assert set(told.values()) == {REFUSED}
+    report = python(sandbox, "exec", policy=policy, env=env)
+    assert re.search("start new thread", str(report.pop("thread")))
+    assert report.pop("loop") == "done"
+    assert report.pop("callback") == 3
+    assert report.pop("queue") is None
+    assert set(report.values()) == {REFUSED}
 
 
 def test_max_live_limits_children_by_name(attempt: Escapes, sandbox: Sandbox) -> None:
@@ -235,11 +235,11 @@ def test_max_live_limits_children_by_name(attempt: Escapes, sandbox: Sandbox) ->
 def test_allow_exec_false_starts_only_the_program(attempt: Escapes, sandbox: Sandbox, *, python_too: bool) -> None:
     """With process.allow_exec false the program starts, and every later exec fails with EPERM, also in children."""
     if python_too:
-        told = python(sandbox, "exec", policy=NO_EXEC)
-        assert (told["thread"], told["fork"]) == ("done", 7)
-        assert {told[name] for name in ("true", "cat", "python", "execve")} == {REFUSED}
+        report = python(sandbox, "exec", policy=NO_EXEC)
+        assert (report["thread"], report["fork"]) == ("done", 7)
+        assert {report[name] for name in ("true", "cat", "python", "execve")} == {REFUSED}
         again = python(sandbox, "exec", policy=NO_EXEC, env={"PYTHONUTF8": "1"})  # a fresh interpreter
-        assert again == told
+        assert again == report
         return
     found = attempt("exec", "/usr/bin/true", "/bin/sh", "/proc/self/exe", "/x07/in/artifact", **fields(NO_EXEC))
     assert set(found.values()) == {"EPERM"}
@@ -269,14 +269,14 @@ def test_written_files_can_be_executed_with_the_prefix_root(attempt: Escapes) ->
 
 def test_only_listed_programs_can_be_executed(attempt: Escapes) -> None:
     """With a list of programs and prefixes, only those and the program itself can be executed."""
-    given = dict.fromkeys(("/usr/bin/true", "/bin/true", "/proc/self/exe", "/bin/env"), "OK")
-    given |= dict.fromkeys(("/usr/bin/ls", "/bin/sh", "/usr/bin/python3", "/usr/bin/gcc"), "EACCES")
-    given |= {"/usr/bin/tru": "ENOENT"}
+    wanted = dict.fromkeys(("/usr/bin/true", "/bin/true", "/proc/self/exe", "/bin/env"), "OK")
+    wanted |= dict.fromkeys(("/usr/bin/ls", "/bin/sh", "/usr/bin/python3", "/usr/bin/gcc"), "EACCES")
+    wanted |= {"/usr/bin/tru": "ENOENT"}
     # env executes its argument, which is missing: 127 stands for an errno.
-    found = attempt("exec", *given, **fields(LISTED))
+    found = attempt("exec", *wanted, **fields(LISTED))
     assert found.pop("/bin/env") not in {"EACCES", "EPERM"}
-    given.pop("/bin/env")
-    assert found == given
+    wanted.pop("/bin/env")
+    assert found == wanted
 
 
 def test_the_loader_cannot_bypass_a_list_of_programs(attempt: Escapes) -> None:
@@ -305,9 +305,9 @@ def test_a_list_of_programs_affects_only_exec(attempt: Escapes) -> None:
 
 def test_a_list_of_programs_holds_in_python(sandbox: Sandbox) -> None:
     """A Python program can run only the listed programs, its own interpreter not included."""
-    told = python(sandbox, "queue", policy=LISTED)
-    assert (told["true"], told["cat"], told["python"]) == (0, "Permission denied", "Permission denied")
-    assert (told["thread"], told["fork"], told["queue"], told["callback"]) == ("done", 7, 5, 3)
+    report = python(sandbox, "queue", policy=LISTED)
+    assert (report["true"], report["cat"], report["python"]) == (0, "Permission denied", "Permission denied")
+    assert (report["thread"], report["fork"], report["queue"], report["callback"]) == ("done", 7, 5, 3)
 
 
 def test_files_written_below_a_listed_prefix_can_be_executed(attempt: Escapes) -> None:
@@ -365,9 +365,9 @@ def test_a_list_of_programs_holds_for_host_files(sandbox: Sandbox, tmp_path: Pat
 TWICE: Final = """
 import json, subprocess, sys
 
-def tried(what, *args):
+def tried(call, *args):
     try:
-        return what(*args)
+        return call(*args)
     except OSError as exc:
         return exc.strerror
 
@@ -415,9 +415,9 @@ def loaded(path):
     words = ["/lib64/ld-linux-x86-64.so.2", path, "exec-done"]
     return subprocess.run(words, stderr=subprocess.DEVNULL).returncode
 
-def tried(what, *args):
+def tried(call, *args):
     try:
-        what(*args)
+        call(*args)
         return 0
     except OSError as exc:
         return exc.strerror
@@ -459,13 +459,13 @@ def test_the_loader_runs_only_programs_of_the_image(
     }
     ran = sandbox.run_text("loads.py" if listed else "no.py", LOADED, given, written, policy=policy)
     assert ran.outcome == "ok", (ran.reason, ran.stderr)
-    told = json.loads(ran.stdout)
+    report = json.loads(ran.stdout)
     names = ("given", "written", "copy", "listed")
     if listed:
-        assert told["loaded"] == {name: 0 if name == "listed" else 127 for name in names}
-        assert told["changed"] == "Read-only file system"
-    assert told["mapped"] == {name: 0 if listed and name == "listed" else REFUSED for name in names}
-    assert told["moved"] == 0
+        assert report["loaded"] == {name: 0 if name == "listed" else 127 for name in names}
+        assert report["changed"] == "Read-only file system"
+    assert report["mapped"] == {name: 0 if listed and name == "listed" else REFUSED for name in names}
+    assert report["moved"] == 0
 
 
 BESIDE: Final = """

@@ -28,7 +28,7 @@ DOCTOR = (sys.executable, "-m", "x07_sandbox.cli.main", "doctor", "--json")
 SUBJECT = "VM start"
 
 
-def _ask(state: Path, *before: str, stderr: int = subprocess.DEVNULL) -> tuple[int, dict[str, Any]]:
+def _vm_start_finding(state: Path, *before: str, stderr: int = subprocess.DEVNULL) -> tuple[int, dict[str, Any]]:
     """Return the exit code, and the doctor's finding from starting a machine."""
     env = os.environ | {"X07_VM_STATE_DIR": str(state)}
     argv = [*before, *DOCTOR]
@@ -48,19 +48,19 @@ def _ask(state: Path, *before: str, stderr: int = subprocess.DEVNULL) -> tuple[i
 
 
 @pytest.fixture(scope="module")
-def well(image: Image, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, Any], bytes]:
+def working_host(image: Image, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, Any], bytes]:
     """Return the findings of a doctor on a working host, and its terminal output; it caches what it learns of KVM."""
     assert image.digest
     ours, theirs = pty.openpty()
     os.set_blocking(ours, False)
     with os.fdopen(ours, "rb", buffering=0) as terminal, os.fdopen(theirs, "wb") as stderr:
-        code, found = _ask(tmp_path_factory.mktemp("doctor") / "jobs", stderr=stderr.fileno())
+        code, found = _vm_start_finding(tmp_path_factory.mktemp("doctor") / "jobs", stderr=stderr.fileno())
         return code, found, terminal.read(4096) or b""
 
 
-def test_doctor_starts_a_machine(well: tuple[int, dict[str, Any], bytes]) -> None:
+def test_doctor_starts_a_machine(working_host: tuple[int, dict[str, Any], bytes]) -> None:
     """On a working host the doctor starts a jailed machine, gets the agent's answer, and reports it."""
-    code, found, shown = well
+    code, found, shown = working_host
     assert (code, found["good"]) == (0, True)
     assert "our agent answered" in found["text"]
     assert b"starting a machine" in shown
@@ -74,11 +74,11 @@ def test_doctor_starts_a_machine(well: tuple[int, dict[str, Any], bytes]) -> Non
         ("setuid", "setresuid failed", "allow it to change uids"),
     ],
 )
-@pytest.mark.usefixtures("well")
+@pytest.mark.usefixtures("working_host")
 def test_doctor_reports_missing_rights(tmp_path: Path, need: Need, missing: str, text: str, fix: str) -> None:
     """If the jail lacks the rights for any of its steps, the doctor says BAD and why."""
     need(os.geteuid() == 0, "needs root, to take rights away from it", installable=False)
-    code, found = _ask(tmp_path / "jobs", SETPRIV, f"--bounding-set=-{missing}", f"--inh-caps=-{missing}")
+    code, found = _vm_start_finding(tmp_path / "jobs", SETPRIV, f"--bounding-set=-{missing}", f"--inh-caps=-{missing}")
     assert (code, found["good"]) == (1, False)
     assert text in found["text"]
     assert fix in found["fix"]

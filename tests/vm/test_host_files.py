@@ -466,10 +466,10 @@ for n in range(150):
             break
         # The folder of prepared files shows that it has begun, and a new file that it is halfway, however slow this
         # machine is.
-        begun = (".x07-apply-*", "data/n*")[step % 2]
+        sign = (".x07-apply-*", "data/n*")[step % 2]
         argv = [*COMMAND, "apply"]
         with subprocess.Popen(argv, cwd=project.folder, stderr=subprocess.DEVNULL) as child:
-            while child.poll() is None and not list(project.folder.glob(begun)):
+            while child.poll() is None and not list(project.folder.glob(sign)):
                 time.sleep(0.001)
             time.sleep(0.004 * (step // 2))
             child.send_signal(signal.SIGKILL)
@@ -533,8 +533,8 @@ def test_the_hosts_variables_go_in_by_their_names_only(project: Project, monkeyp
 
 def test_a_program_cannot_change_its_policy_file(project: Project) -> None:
     """A program cannot change its own policy file, not even through a link by which it is read."""
-    given = Path(project.policy(enabled=True, write_roots=["."], allow_symlinks=True, allow_remove=True))
-    given.rename(project.folder / "real.json")
+    policy = Path(project.policy(enabled=True, write_roots=["."], allow_symlinks=True, allow_remove=True))
+    policy.rename(project.folder / "real.json")
     (project.folder / "policy.json").symlink_to("real.json")
     source = "import os; os.remove('policy.json'); open('policy.json', 'w').close(); open('real.json', 'w').close()"
     result = project.run(source, "--policy", "policy.json")

@@ -311,6 +311,6 @@ def test_hostile_changes_are_never_applied(hostile: Hostile, tmp_path: Path, wor
     ran = hostile(f"changes-{word}", policy=policy)
     changes = ran.result.changes
     assert everything(root) == before
-    told = ran.reason if ran.outcome == "guest-lost" else f"{changes.state}: {changes.reason}"
-    assert told.startswith(said), (ran.outcome, told)
+    ending = ran.reason if ran.outcome == "guest-lost" else f"{changes.state}: {changes.reason}"
+    assert ending.startswith(said), (ran.outcome, ending)
     assert changes.state != "applied"

@@ -71,16 +71,16 @@ def test_an_interrupted_shutdown_still_ends_the_machines(
 
 def test_a_pools_worker_cannot_wait_for_its_shutdown(state: Path, image: Image) -> None:
     """Waiting for a pool's shutdown in its own worker is an error, and the pool still ends."""
-    told: list[BaseException] = []
+    errors: list[BaseException] = []
 
     def shut_down(_future: object) -> None:
         try:
             pool.shutdown()
         except RuntimeError as exc:
-            told.append(exc)
+            errors.append(exc)
 
     with Pool(size=1, image=image.digest) as pool:
         future = pool.submit(source="sleep 1", toolchain="shell")
         future.add_done_callback(shut_down)
-    assert told
+    assert errors
     assert left_behind(state) == []

@@ -91,7 +91,7 @@ def write(state: State, *, say: list[str]) -> dict[str, Any]:
     return {"lost": gate.lost}
 
 
-def told_flood(state: State, *, host: str, port: int, count: int) -> dict[str, Any]:
+def claim_flood(state: State, *, host: str, port: int, count: int) -> dict[str, Any]:
     """Report *count* refusals by the guest that nobody asked for."""
     gate = _port(state)
     for start in range(0, count, 100):
@@ -104,7 +104,7 @@ def told_flood(state: State, *, host: str, port: int, count: int) -> dict[str, A
     return {"code": gate.until(number, "code", 30).code, "lost": gate.lost}
 
 
-def kept(state: State, *, keep: str, wait_s: float) -> dict[str, Any]:
+def await_end(state: State, *, keep: str, wait_s: float) -> dict[str, Any]:
     """Wait for the end of a stream that was left open."""
     known = _port(state).until(state[keep], "reset", wait_s)
     return {"reset": known.reset, "data": known.data.decode("latin-1")[:300]}
@@ -242,11 +242,11 @@ def unread(state: State, *, host: str, flows: int, size: int) -> dict[str, Any]:
         if gate.until(number, "code", 12).code == 0:
             numbers.append(number)
     gate.quiet(0.3)
-    given, deadline = 0, time.monotonic() + 30
+    credited, deadline = 0, time.monotonic() + 30
     while gate.streams[live].received < size and time.monotonic() < deadline and not gate.lost:
         gate.read(0.05)
-        if (more := gate.streams[live].received - given) >= 65536:
-            given += more
+        if (more := gate.streams[live].received - credited) >= 65536:
+            credited += more
             gate.write(frame(CREDIT, live, struct.pack(">I", more)))
     return {
         "received": gate.streams[live].received,

@@ -47,7 +47,7 @@ class RootEnvironment(environment.Environment):
         super().__init__(platform, first=first, network=network)
 
 
-class LostAgent(honest.Agent):
+class CompromisedAgent(honest.Agent):
     """Honest, except for the relay."""
 
     def _take(self, event: Event) -> None:
@@ -91,6 +91,6 @@ def main() -> None:
     )
     platform = machine.Machine()
     try:
-        LostAgent(platform.open_channel(), platform).serve()
+        CompromisedAgent(platform.open_channel(), platform).serve()
     finally:
         platform.end()

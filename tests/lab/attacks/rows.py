@@ -273,7 +273,7 @@ NAME_ROWS: Final = [
     ask("13-port", "The port is 0.", "a13.lab.example", 0, lists={"a13.lab.example": [80]}),
     ask(
         "21",
-        "A frame comes byte by byte.",
+        "A frame is sent byte by byte.",
         "a21.lab.example",
         80,
         request("a21.lab.example"),
@@ -285,7 +285,7 @@ NAME_ROWS: Final = [
     ),
     listed(
         "24",
-        "A listed name is asked for in capitals and with a final dot.",
+        "A listed name is requested in capitals and with a final dot.",
         80,
         request("A24.LAB.EXAMPLE."),
         1.0,
@@ -331,7 +331,7 @@ NAME_ROWS: Final = [
     ],
     ask(
         "33-hosts-file",
-        "A listed name is in the host's file of hosts only.",
+        "A listed name is only in the host's /etc/hosts.",
         "hosts-file.example",
         80,
         expected=looked_up("hosts-file.example"),
@@ -351,7 +351,7 @@ NAME_ROWS: Final = [
     ),
     ask(
         "36-public",
-        "A listed name is an alias of a public one that is not.",
+        "A listed name is an alias of a public name that is not listed.",
         "a36.lab.example",
         80,
         request("a36.lab.example"),
@@ -391,7 +391,7 @@ LITERAL_ROWS: Final = [
     ask("40", "The address of a listed name, as an address.", SITE, 8080, lists={"a40.lab.example": [8080]}),
     *literals(
         "41",
-        "An address that every list leaves out, though the policy lists all addresses.",
+        "An address that is always denied, although the policy lists all addresses.",
         [
             *("198.18.0.16", "0.0.0.0", "255.255.255.255", "224.0.0.1", "100.100.100.200", "168.63.129.16"),  # noqa: S104
             *("127.0.0.1", "169.254.169.254", LAN, "10.7.7.7", GATE_ADDRESS, "192.0.2.1", "240.0.0.1"),
@@ -430,7 +430,7 @@ TLS_ROWS: Final = [
     ),
     listed(
         "51",
-        "The hello comes in records of one byte, over time.",
+        "The hello is sent in records of one byte, over time.",
         443,
         *[
             part
@@ -443,7 +443,7 @@ TLS_ROWS: Final = [
     ),
     listed(
         "51-other",
-        "A hello with another name comes in records of one byte.",
+        "A hello with another name is sent in records of one byte.",
         443,
         b"".join(records(hello(server_names(EVIL)), 1)),
     ),
@@ -451,14 +451,14 @@ TLS_ROWS: Final = [
     listed("53-http", "A request in the clear on a port of TLS.", 443, request("{N}")),
     listed(
         "p4",
-        "A tunnel is asked for on a port of TLS, with another name inside.",
+        "A tunnel is requested on a TLS port, with another name inside.",
         443,
         b"CONNECT {N}:443 HTTP/1.1\r\n\r\n" + tls(EVIL),
     ),
     ask("p3", "A listed name is in the hello, another address is dialled.", OTHER_SITE, 443, tls("a24.lab.example")),
     listed(
         "p6-grease",
-        "The hello has an encrypted one inside, and its outer name is the right one.",
+        "The hello has an encrypted hello inside, and its outer name is the listed one.",
         443,
         b"".join(records(hello(server_names("ap6-grease.lab.example"), GREASE_ECH))),
         1.0,
@@ -466,14 +466,14 @@ TLS_ROWS: Final = [
     ),
     listed(
         "p6-other",
-        "The hello has an encrypted one inside, and another outer name.",
+        "The hello has an encrypted hello inside, and another outer name.",
         443,
         b"".join(records(hello(server_names("cloudflare-ech.test"), GREASE_ECH))),
     ),
     listed("p6-only", "The only name of the hello is encrypted.", 443, b"".join(records(hello(GREASE_ECH)))),
     listed(
         "p25-endless",
-        "A hello never ends: it fills what the gate holds.",
+        "A hello never ends, to fill the gate's buffer.",
         443,
         b"".join(records(b"\x01\xff\xff\xff" + bytes(80_000))),
     ),
@@ -481,7 +481,7 @@ TLS_ROWS: Final = [
     listed("p7-nul", "The hello's name goes on behind a NUL byte.", 443, tls(b"ap7-nul.lab.example\0.evil.test")),
     ask(
         "p22-literal",
-        "A denied name is asked of a listed address.",
+        "A denied name is requested from a listed address.",
         SITE,
         8443,
         tls("denied.lab.example"),
@@ -513,7 +513,7 @@ HTTP_ROWS: Final = [
     ),
     listed(
         "56",
-        "The length of the body is stated twice, in two ways.",
+        "The length of the body is stated twice, differently.",
         80,
         request(
             "{N}", "POST / HTTP/1.1", "Content-Length: 5", "Transfer-Encoding: chunked", body=b"0\r\n\r\n" + HTTP_EVIL
@@ -538,14 +538,14 @@ HTTP_ROWS: Final = [
     listed("58-two-hosts", "There are two hosts.", 80, request("{N}", "GET / HTTP/1.1", f"Host: {EVIL}")),
     listed(
         "58-tab",
-        "The host is behind a tab, and has another one behind a comma.",
+        "The host follows a tab, and a second host follows a comma.",
         80,
         b"GET / HTTP/1.1\r\nHost:\t{N}, evil.lab.example\r\n\r\n",
     ),
     listed("59", "The target names another host than Host.", 80, request("{N}", f"GET http://{EVIL}/ HTTP/1.1")),
     listed(
         "59-same",
-        "The target names the same host as Host, and becomes a path.",
+        "The target names the same host as Host, and is rewritten to a path.",
         80,
         request("{N}", "GET http://{N}/ HTTP/1.1"),
         1.0,
@@ -555,7 +555,7 @@ HTTP_ROWS: Final = [
     listed("61-preface", "HTTP/2 without TLS begins.", 80, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0"),
     listed(
         "61-upgrade",
-        "An upgrade to HTTP/2 is asked for.",
+        "An upgrade to HTTP/2 is requested.",
         80,
         request(
             "{N}",
@@ -567,7 +567,7 @@ HTTP_ROWS: Final = [
     ),
     listed(
         "61-other",
-        "An upgrade to another protocol is asked for.",
+        "An upgrade to another protocol is requested.",
         80,
         request("{N}", "GET /upgrade HTTP/1.1", "Connection: Upgrade", "Upgrade: websocket, h2c"),
     ),
@@ -602,7 +602,7 @@ HTTP_ROWS: Final = [
     ),
     listed(
         "64-at-once",
-        "A request for another host right behind an upgrade that is not answered yet.",
+        "A request for another host directly after an upgrade that is not answered yet.",
         80,
         request("{N}", "GET /refuse-upgrade HTTP/1.1", "Connection: Upgrade", "Upgrade: websocket") + HTTP_EVIL,
         1.0,
@@ -611,7 +611,7 @@ HTTP_ROWS: Final = [
     ),
     listed(
         "64-accepted",
-        "An upgrade that the server accepts: what follows is for it alone.",
+        "An upgrade that the server accepts: later bytes reach only that server.",
         80,
         request("{N}", "GET /upgrade HTTP/1.1", "Connection: Upgrade", "Upgrade: websocket"),
         1.0,
@@ -658,7 +658,7 @@ UDP_ROWS: Final = [
     ),
     ask(
         "66",
-        "Another one answers than was asked.",
+        "The answer comes from another server than was asked.",
         "a66.lab.example",
         9001,
         b"ping",
@@ -678,14 +678,14 @@ PEER_ROWS: Final = [
     ask("p10", "Another port of a listed name.", "a24.lab.example", 22),
     *literals(
         "p12",
-        "IPv6, plain and with an IPv4 address inside, that nothing lists.",
+        "Unlisted IPv6 addresses, plain and with an IPv4 address inside.",
         [SITE_6, "::ffff:46.46.46.46", "64:ff9b::2e2e:2e2e"],
         80,
     ),
     ask("p13", "An address instead of a name.", SITE, 80),
     *literals(
         "p15",
-        "The host by an alias that other sandboxes have.",
+        "The host by an alias that other sandboxes define.",
         ["10.0.2.2", "192.168.127.254", "198.18.0.1", "172.17.0.1"],
     ),
     *[
@@ -695,14 +695,14 @@ PEER_ROWS: Final = [
     ask("p16", "The cloud's metadata, though the policy lists it.", METADATA, 80, lists={METADATA: [80]}),
     ask(
         "p16-name",
-        "The cloud's metadata by the name of one cloud.",
+        "The metadata service by the name that one cloud uses.",
         "metadata.google.internal",
         80,
         names={"metadata.google.internal": [METADATA]},
     ),
     ask(
         "p22-name",
-        "A denied name of which the address is listed.",
+        "A denied name whose address is listed.",
         "denied.lab.example",
         8443,
         names={"denied.lab.example": [SITE]},
@@ -750,7 +750,7 @@ TIMED_FIRST: Final = [
     ),
     ask(
         "35-again",
-        "It is asked for again: the address is the one that was checked.",
+        "The name is requested again: the address is the one that was checked.",
         "a35.lab.example",
         80,
         request("a35.lab.example"),
@@ -775,21 +775,21 @@ INTERNATIONAL: Final = [
 TIMED_LAST: Final = [
     Row(
         id="52-end",
-        tried="The hello that stopped is given up, and nothing of it goes on.",
-        do="kept",
+        tried="The incomplete hello is dropped, and none of it is forwarded.",
+        do="await_end",
         words={"keep": "stalled", "wait_s": 14},
         answer={"reset": 5},
     ),
     Row(
         id="52-http-end",
-        tried="The request that stopped is given up, and nothing of it goes on.",
-        do="kept",
+        tried="The incomplete request is dropped, and none of it is forwarded.",
+        do="await_end",
         words={"keep": "slow", "wait_s": 14},
         answer={"reset": 5},
     ),
     ask(
         "35-rebound",
-        "The name has become the host's loopback meanwhile.",
+        "The name now resolves to the host's loopback.",
         "a35.lab.example",
         80,
         expected=looked_up("a35.lab.example"),
@@ -799,7 +799,7 @@ TIMED_LAST: Final = [
 CLAIM_ROWS: Final = [
     Row(
         id=f"told-{word}",
-        tried=f"The guest claims to have refused {what} itself: nothing comes of it.",
+        tried=f"The guest claims to have refused {what} itself: nothing is contacted.",
         do="write",
         words={"say": [raw(REFUSAL, 0, struct.pack(">BH", transport, port) + host).hex()]},
         answer={"lost": False},
@@ -914,7 +914,7 @@ VIOLATIONS: Final = [
     violation("datagram-long", "A datagram is longer than one may be.", raw(DATAGRAM, 1, bytes(65508)), udp=True),
     Row(
         id="16-credit",
-        tried="Data goes on past the window, to one who does not read.",
+        tried="Data is sent beyond the window to a peer that does not read.",
         do="past_credit",
         words={"host": WEB, "port": 6000},
         expected=reached(WEB, 6000),
@@ -924,7 +924,7 @@ VIOLATIONS: Final = [
     ),
     Row(
         id="71",
-        tried="A new relay counts its streams from 1 again: it gets nothing of the old one's.",
+        tried="A new relay counts its streams from 1 again: it gets no data of the old streams.",
         do="restart",
         words={"host": WEB, "port": 9},
         expected=reached(WEB, 9),
@@ -934,7 +934,7 @@ VIOLATIONS: Final = [
     ),
     Row(
         id="noise",
-        tried="Bytes by chance.",
+        tried="Random bytes.",
         do="noise",
         words={"count": 100_000},
         answer=CLOSED,
@@ -974,7 +974,7 @@ TXT, NULL, ANY, PTR, A, HTTPS = 16, 10, 255, 12, 1, 65
 STACK_ROWS: Final = [
     stack(
         "s-listed",
-        "A listed name is reached from a program that asks as any other.",
+        "A listed name is reached by an ordinary connection of a program.",
         "tcp",
         host=STACK_NAME,
         port=80,
@@ -995,7 +995,7 @@ STACK_ROWS: Final = [
     answered("44-large", "A query of 64 KiB.", [], dns_query(_LISTED, A) + bytes(65_000)),
     stack(
         "p2-udp",
-        "DNS to a server of our choice.",
+        "DNS queries to another server.",
         "udp",
         host="45.45.45.53",
         port=53,
@@ -1034,7 +1034,7 @@ STACK_ROWS: Final = [
     ),
     stack(
         "3",
-        "Packets of our own making on the loopback, and by raw sockets.",
+        "Crafted packets on the loopback, and by raw sockets.",
         "raw_packets",
         targets=OUTSIDE,
         answer={"sent": 12},
@@ -1042,14 +1042,14 @@ STACK_ROWS: Final = [
     stack("4", "The host by its machine's own socket family, all ports.", "vsock", ports=65_536),
     stack(
         "2",
-        "Devices: there is no network card and no such socket; and devices made of nothing lead nowhere.",
+        "Devices: there is no network card and no such socket; virtual devices reach nothing.",
         "devices",
         targets=OUTSIDE,
         answer={"at_start": ["lo"], "cards": 0},
     ),
     stack(
         "7",
-        "Every kernel module of the image: no network card comes of it.",
+        "Every kernel module of the image is loaded: none provides a network card.",
         "load_modules",
         targets=OUTSIDE,
         answer={"devices": ["lo"]},

@@ -57,7 +57,7 @@ def _entry(name: str) -> zipfile.ZipInfo:
     return zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
 
 
-def lost_code() -> GuestCode:
+def compromised_code() -> GuestCode:
     """Return the guest code with the compromised agent."""
     honest = read_guest_code()
     agent = dict(honest.agent)
@@ -109,7 +109,7 @@ class Stage:
     def prepare(self) -> None:
         """Build the image."""
         with _environment(X07_VM_CACHE_DIR=str(self.cache)):
-            self.image = build_image(name="lost", progress=lambda _text: None, code=lost_code()).digest
+            self.image = build_image(name="lost", progress=lambda _text: None, code=compromised_code()).digest
         self.program.write_bytes(attack_program())
         self.program.chmod(0o755)
 
@@ -238,16 +238,16 @@ class Session:
         self._errors.seek(0)
         return self._errors.read().decode(errors="replace")
 
-    def child(self, what: str) -> int:
+    def child(self, role: str) -> int:
         """Return the process id of this run's "gate" or "resolver"."""
         for _ in range(100):
             for pid in filter(str.isdigit, os.listdir("/proc")):  # noqa: PTH208
                 with contextlib.suppress(OSError):
                     line = Path("/proc", pid, "cmdline").read_bytes()
-                    if f"{what}_process".encode() in line and self._is_below(int(pid)):
+                    if f"{role}_process".encode() in line and self._is_below(int(pid)):
                         return int(pid)
             time.sleep(0.02)
-        raise AssertionError(f"no {what}")
+        raise AssertionError(f"no {role}")
 
     def _is_below(self, pid: int) -> bool:
         while pid > 1:

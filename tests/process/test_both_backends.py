@@ -42,17 +42,17 @@ with started(create(sys.argv[1])) as instance:
 """
 
 
-def test_input_output_and_exit_code_are_carried(either: Backend) -> None:
+def test_input_output_and_exit_code_are_carried(backend: Backend) -> None:
     """A program reads its input and writes to both outputs, and its exit code is reported."""
     source = "import sys; sys.stdout.write(sys.stdin.read().upper()); sys.stderr.write('wrong'); sys.exit(7)"
-    ended = run_on(either, python(source, stdin=b"word " * 100_000))
+    ended = run_on(backend, python(source, stdin=b"word " * 100_000))
     assert (ended.code, ended.stdout, ended.stderr) == (7, "WORD " * 100_000, "wrong")
 
 
-def test_an_executable_runs(either: Backend) -> None:
+def test_an_executable_runs(backend: Backend) -> None:
     """A file with an interpreter line is executed directly."""
     files = {"/x07/in/artifact": (0o555, "file", b'#!/bin/sh\necho "$0" "$1"; pwd; exit 3\n')}
-    ended = run_on(either, Program(argv=["/x07/in/artifact", "/x07/in/word"], files=files))
+    ended = run_on(backend, Program(argv=["/x07/in/artifact", "/x07/in/word"], files=files))
     assert ended.code == 3, ended.stderr
     first, here = ended.stdout.splitlines()
     program, word = first.split()
@@ -61,40 +61,40 @@ def test_an_executable_runs(either: Backend) -> None:
     assert here.endswith(("/opt/x07", "/work"))
 
 
-def test_a_signal_is_reported(either: Backend) -> None:
+def test_a_signal_is_reported(backend: Backend) -> None:
     """A program killed by a signal is reported with that signal."""
-    assert run_on(either, python("import os; os.abort()")).code == -signal.SIGABRT
+    assert run_on(backend, python("import os; os.abort()")).code == -signal.SIGABRT
 
 
-def test_a_missing_program_fails_with_the_reason(either: Backend) -> None:
+def test_a_missing_program_fails_with_the_reason(backend: Backend) -> None:
     """A program that does not exist fails with the kernel's reason."""
-    ended = run_on(either, Program(argv=["/x07/in/nothing"]))
+    ended = run_on(backend, Program(argv=["/x07/in/nothing"]))
     assert ended.kind is Kind.FAILED
     assert (ended.body["stage"], ended.body["errno"]) == ("exec", 2)
 
 
-def test_a_command_is_looked_up_on_the_programs_path(either: Backend) -> None:
+def test_a_command_is_looked_up_on_the_programs_path(backend: Backend) -> None:
     """A name without a slash is looked up on PATH, and an unknown one is reported as missing."""
-    ended = run_on(either, Program(argv=["sh", "-c", "echo $0 $1", "a", "b"]))
+    ended = run_on(backend, Program(argv=["sh", "-c", "echo $0 $1", "a", "b"]))
     assert (ended.code, ended.stdout) == (0, "a b\n"), ended.stderr
-    ended = run_on(either, Program(argv=["no-such-command"]))
+    ended = run_on(backend, Program(argv=["no-such-command"]))
     assert (ended.kind, ended.body["stage"], ended.body["errno"]) == (Kind.FAILED, "exec", 2)
 
 
-def test_files_in_private_folders_are_counted_and_handed_over(either: Backend) -> None:
+def test_files_in_private_folders_are_counted_and_handed_over(backend: Backend) -> None:
     """All files left in the working folder are counted; those that are wanted and readable are sent."""
     source = "import os; open('a', 'w').write('one'); os.mkdir('d'); open('d/b', 'w').close(); open('.rc', 'w').close()"
-    ended = run_on(either, python(source, left={"files": 0, "bytes": 0}))
+    ended = run_on(backend, python(source, left={"files": 0, "bytes": 0}))
     assert (ended.code, ended.body["left_files"], ended.body["left_bytes"]) == (0, 2, 3), ended.stderr
     assert Stream.LEFT_FILES not in ended.streams
-    ended = run_on(either, python(f"{source}; os.chmod('d', 0)", left={"files": 9, "bytes": 9}))
+    ended = run_on(backend, python(f"{source}; os.chmod('d', 0)", left={"files": 9, "bytes": 9}))
     assert ended.code == 0, ended.stderr
     assert b"one" in ended.streams[Stream.LEFT_FILES]
-    ended = run_on(either, python("pass", left={"files": 9, "bytes": 9}))
+    ended = run_on(backend, python("pass", left={"files": 9, "bytes": 9}))
     assert (ended.code, ended.body["left_files"]) == (0, 0)
 
 
-def test_processes_left_by_a_program_are_killed(either: Backend) -> None:
+def test_processes_left_by_a_program_are_killed(backend: Backend) -> None:
     """When a program ends, all processes that it started are killed."""
     source = (
         "import os, sys, time\n"
@@ -105,12 +105,12 @@ def test_processes_left_by_a_program_are_killed(either: Backend) -> None:
         "    os._exit(0)\n"
         "os.wait(); sys.exit(5)\n"
     )
-    begun = time.monotonic()
-    assert run_on(either, python(source)).code == 5
-    assert time.monotonic() - begun < GONE_S
+    started_at = time.monotonic()
+    assert run_on(backend, python(source)).code == 5
+    assert time.monotonic() - started_at < GONE_S
 
 
-def test_a_stopped_program_is_killed_and_reported_as_stopped(either: Backend) -> None:
+def test_a_stopped_program_is_killed_and_reported_as_stopped(backend: Backend) -> None:
     """A stopped program (SIGSTOP) is killed on request, and the agent reports that it was stopped."""
 
     def stop(conversation: Conversation) -> None:
@@ -118,28 +118,28 @@ def test_a_stopped_program_is_killed_and_reported_as_stopped(either: Backend) ->
         conversation.stop()
 
     source = "import os, signal; print('here', flush=True); os.kill(os.getpid(), signal.SIGSTOP)"
-    ended = run_on(either, python(source), on_output=stop)
+    ended = run_on(backend, python(source), on_output=stop)
     assert ended.code == -signal.SIGKILL
     assert ended.body["stopped"]
 
 
-def test_a_started_agent_ends_with_its_context(either: Backend) -> None:
+def test_a_started_agent_ends_with_its_context(backend: Backend) -> None:
     """A caller that leaves before it has sent a program leaves no process behind."""
-    with started(either) as instance:
+    with started(backend) as instance:
         assert instance.exit_status() is None
     assert instance.exit_status() is not None
 
 
-def test_the_deadline_holds_when_the_runner_hangs(either: Backend) -> None:
+def test_the_deadline_holds_when_the_runner_hangs(backend: Backend) -> None:
     """A job whose runner hangs is killed at its deadline."""
-    with started(either, deadline_s=1) as instance:
+    with started(backend, deadline_s=1) as instance:
         assert instance.child.wait(GONE_S) == -signal.SIGALRM
 
 
-def test_a_killed_runner_leaves_no_process(either: Backend, state: Path, cache: Path) -> None:
+def test_a_killed_runner_leaves_no_process(backend: Backend, state: Path, cache: Path) -> None:
     """A killed runner leaves no agent, program or child process behind."""
     env = {**os.environ, "X07_VM_STATE_DIR": str(state), "X07_VM_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
-    argv = [sys.executable, "-c", RUNNER, either.name]
+    argv = [sys.executable, "-c", RUNNER, backend.name]
     with subprocess.Popen(argv, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) as runner:
         assert runner.stdout is not None
         mark = runner.stdout.readline().strip()
@@ -153,35 +153,35 @@ def test_a_killed_runner_leaves_no_process(either: Backend, state: Path, cache: 
 
 
 def test_a_job_that_never_started_leaves_no_record(
-    either: Backend, state: Path, monkeypatch: pytest.MonkeyPatch
+    backend: Backend, state: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If the agent cannot be prepared, the job's folder is removed."""
     monkeypatch.setenv("X07_VM_CACHE_DIR", "/proc/nowhere")
-    with pytest.raises(HostError, match="nowhere"), started(either):
+    with pytest.raises(HostError, match="nowhere"), started(backend):
         pass
     assert not [path for path in state.iterdir() if path.is_dir()]
 
 
-def test_a_started_job_has_completed_the_handshake(either: Backend) -> None:
+def test_a_started_job_has_completed_the_handshake(backend: Backend) -> None:
     """When a job has started, its agent has completed the handshake, and its processes are in its record."""
     kind = MachineKind(image=None, ram_bytes=0)
     cancel = Cancel()
     job = Job(claim=claim(), kind=kind, caller=Caller(cancel=cancel))
-    with contextlib.closing(cancel), either.start(job) as instance:
+    with contextlib.closing(cancel), backend.start(job) as instance:
         assert instance.greeting.connection.link.state is State.READY
-        assert [record.mark for record in either.list_owned()] == [instance.record.mark]
-    assert not list(either.list_owned())
+        assert [record.mark for record in backend.list_owned()] == [instance.record.mark]
+    assert not list(backend.list_owned())
 
 
-def test_a_job_can_be_stopped_by_its_record(either: Backend) -> None:
+def test_a_job_can_be_stopped_by_its_record(backend: Backend) -> None:
     """Any process of the user can stop a job by its record, and no remains are left."""
-    with started(either) as instance:
-        assert either.stop(instance.record)
+    with started(backend) as instance:
+        assert backend.stop(instance.record)
         assert not left(instance.record.mark)
-        assert not list(either.list_owned())
+        assert not list(backend.list_owned())
 
 
-def test_inaccessible_folders_are_removed(either: Backend) -> None:
+def test_inaccessible_folders_are_removed(backend: Backend) -> None:
     """Folders that a program made inaccessible are removed too."""
-    ended = run_on(either, python("import os; os.makedirs('a/b/c'); os.chmod('a/b', 0); os.chmod('a', 0)"))
+    ended = run_on(backend, python("import os; os.makedirs('a/b/c'); os.chmod('a/b', 0); os.chmod('a', 0)"))
     assert ended.code == 0, ended.stderr
