@@ -52,9 +52,9 @@ def killed(backend: Backend, state: Path, cache: Path) -> StoredJob:
     return stored
 
 
-def test_a_sweep_removes_a_killed_runners_job(either: Backend, state: Path, cache: Path) -> None:
+def test_a_sweep_removes_a_killed_runners_job(backend: Backend, state: Path, cache: Path) -> None:
     """After SIGKILL of the runner one sweep ends the job, removes its files and groups, and records it as reaped."""
-    stored = killed(either, state, cache)
+    stored = killed(backend, state, cache)
     assert stored.record is not None
     assert stored.owner is not None
     report = sweep(dry_run=False, progress=lambda _text: None)
@@ -65,19 +65,19 @@ def test_a_sweep_removes_a_killed_runners_job(either: Backend, state: Path, cach
     assert not sweep(dry_run=False, progress=lambda _text: None).removed
 
 
-def test_a_sweep_spares_live_jobs(either: Backend, state: Path, cache: Path) -> None:
+def test_a_sweep_spares_live_jobs(backend: Backend, state: Path, cache: Path) -> None:
     """A sweep that ends a dead runner's job leaves other live jobs running."""
-    stored = killed(either, state, cache)
-    with started(either) as instance:
+    stored = killed(backend, state, cache)
+    with started(backend) as instance:
         report = sweep(dry_run=False, progress=lambda _text: None)
         assert [gone.id for gone in report.removed if gone.kind == "job"] == [stored.folder.name]
         assert instance.exit_status() is None
         assert left(instance.record.mark)
 
 
-def test_a_sweep_ends_a_job_after_its_deadline(either: Backend) -> None:
+def test_a_sweep_ends_a_job_after_its_deadline(backend: Backend) -> None:
     """A sweep ends a job after its deadline even if its runner is alive but hangs."""
-    with started(either) as instance:
+    with started(backend) as instance:
         path = instance.record.folder / "owner.json"
         text = path.read_text()
         path.write_text(

@@ -156,7 +156,7 @@ def in_own_cache(own_cache: Path, sandbox: Sandbox, artifacts: Artifacts, monkey
 
 @pytest.fixture
 def saved(in_own_cache: Sandbox, own_cache: Path) -> Sandbox:
-    """The same with one saved machine, intact whatever earlier tests did to it."""
+    """Runs with that cache and one saved machine, intact whatever earlier tests did to it."""
     aside = own_cache.parent / "aside"
     if aside.exists():
         shutil.rmtree(templates_dir(), ignore_errors=True)

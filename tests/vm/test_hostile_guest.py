@@ -107,7 +107,7 @@ def lost(ran: Ran, fault: str) -> str:
 
 
 def test_the_hostile_image_is_honest_by_default(hostile: Hostile) -> None:
-    """The hostile image runs an ordinary program correctly when it is not told to lie."""
+    """The hostile image runs an ordinary program correctly unless it is instructed to lie."""
     ran = hostile("args", "plain")
     assert (ran.outcome, ran.stdout) == ("ok", b"plain\0")
 
