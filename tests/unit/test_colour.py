@@ -1,4 +1,4 @@
-"""What we say ourselves is in colour on a terminal that wants it, and nowhere else."""
+"""Colours appear on a terminal that supports them and nowhere else."""
 
 from __future__ import annotations
 
@@ -10,14 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from x07_sandbox.cli.console import LiveLine
-from x07_sandbox.host.cancel import Notice
-
 MISSING = ["policy", "digest", "missing.json"]
 RED = b"\x1b[1;31m"
 
 
-def _said(tmp_path: Path, words: list[str], stream: str, **env: str) -> bytes:
+def _output(tmp_path: Path, words: list[str], stream: str, **env: str) -> bytes:
     """What a command writes to that stream, which is a terminal."""
     ours, theirs = pty.openpty()
     argv = [sys.executable, "-m", "x07_sandbox.cli.main", *words]
@@ -38,16 +35,16 @@ def _said(tmp_path: Path, words: list[str], stream: str, **env: str) -> bytes:
 
 
 def test_an_error_is_red_on_a_terminal(tmp_path: Path) -> None:
-    """A terminal shows in red what failed; why, and what to do, stand behind it as ever."""
-    said = _said(tmp_path, MISSING, "stderr", TERM="xterm-256color")
+    """A terminal shows the failed action in red."""
+    said = _output(tmp_path, MISSING, "stderr", TERM="xterm-256color")
     assert said.startswith(RED + b"x07: ")
     assert b"missing.json" in said
 
 
 @pytest.mark.parametrize("env", [{"TERM": "xterm", "NO_COLOR": "1"}, {"TERM": "dumb"}, {}])
 def test_no_colour_where_it_is_not_wanted(tmp_path: Path, env: dict[str, str]) -> None:
-    """NO_COLOR, TERM=dumb and a terminal of no known kind get plain text."""
-    said = _said(tmp_path, MISSING, "stderr", **env)
+    """NO_COLOR, TERM=dumb and an unset TERM disable colours."""
+    said = _output(tmp_path, MISSING, "stderr", **env)
     assert b"x07: " in said
     assert b"\x1b[1" not in said
     assert b"\x1b[3" not in said
@@ -62,15 +59,7 @@ def test_no_colour_without_a_terminal(tmp_path: Path) -> None:
 
 
 def test_doctor_marks_its_findings_in_colour(tmp_path: Path) -> None:
-    """`x07 doctor` on a terminal shows what is good in green and what is bad in red."""
-    said = _said(tmp_path, ["doctor"], "stdout", TERM="xterm")
+    """On a terminal `x07 doctor` shows good findings in green and bad ones in red."""
+    said = _output(tmp_path, ["doctor"], "stdout", TERM="xterm")
     assert b"\x1b[32mgood\x1b[0m  folders: " in said
     assert RED + b"BAD\x1b[0m   " in said  # there is no image
-
-
-def test_a_log_gets_a_line_about_what_takes_very_long(capfd: pytest.CaptureFixture[str]) -> None:
-    """Without a terminal ordinary progress is silent, and what takes many seconds and happens seldom has one line."""
-    progress = LiveLine()
-    for text in ("building prog.c", Notice("making the VM template"), ""):
-        progress(text)
-    assert capfd.readouterr().err == "x07: making the VM template\n"

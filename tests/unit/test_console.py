@@ -1,4 +1,4 @@
-"""What a command prints itself, on whatever standard output it was given."""
+"""Output of commands on any kind of standard output."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from x07_sandbox.host.cancel import Notice
     ],
 )
 def test_a_reader_who_is_slow_gets_all_of_it(words: tuple[str, ...]) -> None:
-    """Where others have made standard output non-blocking, what finds no room in it is waited for and not left out."""
+    """A non-blocking standard output with a slow reader gets all output."""
     argv = [sys.executable, "-m", "x07_sandbox.cli.main", *words]
     whole = subprocess.run(argv, capture_output=True, check=True).stdout
     read, write = os.pipe()
@@ -42,7 +42,7 @@ def test_a_reader_who_is_slow_gets_all_of_it(words: tuple[str, ...]) -> None:
 
 
 def test_a_report_waits_for_a_reader_who_is_slow() -> None:
-    """What x07-os-runner prints finds its way through a standard output that others have made non-blocking."""
+    """x07-os-runner writes its whole report to a slow, non-blocking standard output."""
     read, write = os.pipe()
     os.set_blocking(write, False)
     data = bytes(1 << 20)
@@ -59,7 +59,7 @@ def test_a_report_waits_for_a_reader_who_is_slow() -> None:
 
 
 def test_what_takes_long_once_is_said_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    """Where standard error is no terminal, ordinary progress is silent, and a notice is one line."""
+    """Without a terminal ordinary progress is silent and a notice is one line."""
     live = LiveLine()
     live("copying files in")
     live(Notice("saving a machine"))

@@ -14,7 +14,7 @@ import pytest
 
 @pytest.mark.parametrize("words", [("-m", "x07_sandbox.cli.main"), (str(Path(sys.executable).with_name("x07")),)])
 def test_a_locale_that_is_not_utf_8_changes_no_name(tmp_path: Path, words: tuple[str, ...]) -> None:
-    """Where Python would take names to be ASCII a file is found by its name, which stands in documents as it is."""
+    """Names that are not ASCII work in any locale."""
     (tmp_path / "prüf.py").touch()
     done = subprocess.run(
         [sys.executable, *words, "init", "--json", "--toolchain", "python", "--entry", "prüf.py"],
@@ -29,7 +29,7 @@ def test_a_locale_that_is_not_utf_8_changes_no_name(tmp_path: Path, words: tuple
 
 
 def test_x07s_command_too_takes_names_as_they_are(tmp_path: Path) -> None:
-    """The same of the command that is called as X07's own is."""
+    """x07-os-runner accepts names that are not ASCII in any locale."""
     done = subprocess.run(
         [
             sys.executable,

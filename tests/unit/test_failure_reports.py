@@ -1,4 +1,4 @@
-"""Promises of --json: what a verb prints, also where it cannot do what it was asked."""
+"""JSON documents of all verbs, including those for errors."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ SCHEMA = json.loads(schemas()["failure.schema.json"])
     ],
 )
 def test_an_error_is_one_json_object(tmp_path: Path, words: list[str], code: int, why: str) -> None:
-    """With --json, wherever it stands, an error is one object of schemas/failure.schema.json; the exit code stays."""
+    """With --json an error is one object of schemas/failure.schema.json, with the same exit code."""
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "link").symlink_to("elsewhere")
     (tmp_path / os.fsdecode(b"a\xff")).write_bytes(b"")
@@ -62,7 +62,7 @@ def test_an_error_is_one_json_object(tmp_path: Path, words: list[str], code: int
 
 @pytest.mark.parametrize("action", ["status", "stop"])
 def test_where_no_pool_runs_that_is_told(tmp_path: Path, action: str) -> None:
-    """x07 pool status and stop say as JSON that there is none."""
+    """`x07 pool status` and `stop` report as JSON that no pool runs."""
     # Not in the cache of all tests: a pool may be there, and another test's.
     env = os.environ | {"X07_VM_STATE_DIR": str(tmp_path / "jobs"), "X07_VM_CACHE_DIR": str(tmp_path / "cache")}
     argv = [sys.executable, "-m", "x07_sandbox.cli.main", "pool", action, "--json"]
@@ -101,7 +101,7 @@ def test_where_no_pool_runs_that_is_told(tmp_path: Path, action: str) -> None:
     ],
 )
 def test_every_verb_prints_what_is_published(tmp_path: Path, words: list[str], name: str) -> None:
-    """With --json, standard output is one document of the version that it names, which keeps to its schema."""
+    """With --json every verb prints one document that matches its published schema."""
     env = os.environ | {"X07_VM_STATE_DIR": str(tmp_path / "jobs"), "X07_VM_CACHE_DIR": str(tmp_path / "cache")}
     argv = [sys.executable, "-m", "x07_sandbox.cli.main", *words]
     done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, check=False, timeout=60)
@@ -110,7 +110,7 @@ def test_every_verb_prints_what_is_published(tmp_path: Path, words: list[str], n
 
 
 def test_json_that_is_off_is_text(capfd: pytest.CaptureFixture[str]) -> None:
-    """--json=off, wherever it stands, asks for no JSON."""
+    """--json=off prints text, wherever it stands."""
     for words in (["--json=off", "policy", "digest"], ["policy", "digest", "--json=off"]):
         assert main.main([*words, "built-in:cli"]) == 0
         assert capfd.readouterr().out.startswith("sha256:")
@@ -143,7 +143,7 @@ def test_json_that_is_off_is_text(capfd: pytest.CaptureFixture[str]) -> None:
 def test_a_report_goes_into_a_file_too(
     tmp_path: Path, words: list[str], code: int, place: str, *, silent: bool
 ) -> None:
-    """--report-out writes any verb's document, errors too, and --quiet-json prints none, before or after the verb."""
+    """--report-out writes any verb's document, errors included, and --quiet-json prints none."""
     (tmp_path / "bad.json").write_text("{}")
     env = os.environ | {"X07_VM_STATE_DIR": str(tmp_path / "jobs"), "X07_VM_CACHE_DIR": str(tmp_path / "cache")}
     flags = ["--quiet-json", "--report-out", "r"]
@@ -176,7 +176,7 @@ def test_a_report_goes_into_a_file_too(
     ],
 )
 def test_a_report_that_cannot_be_written_stops_the_verb(tmp_path: Path, words: list[str], why: str) -> None:
-    """A file of --report-out that is nowhere, no file or needed otherwise is wrong usage before anything is done."""
+    """An unusable --report-out file is a usage error before anything is done."""
     (tmp_path / "p.json").write_text("{}")
     line = [sys.executable, "-m", "x07_sandbox.cli.main", *(word.format(name=tmp_path.name) for word in words)]
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, check=False, timeout=60)
@@ -194,7 +194,7 @@ def test_a_report_that_cannot_be_written_stops_the_verb(tmp_path: Path, words: l
     ],
 )
 def test_whatever_ends_a_verb_is_in_its_report(tmp_path: Path, raised: BaseException, what: str) -> None:
-    """A signal and a full disk are in --report-out like any error; a file that cannot be written hides none of them."""
+    """--report-out records a signal or a full disk, and failing to write it hides no error."""
 
     def carry_out(options: argparse.Namespace) -> int:
         if options.report_out.name == "folder":
@@ -209,7 +209,7 @@ def test_whatever_ends_a_verb_is_in_its_report(tmp_path: Path, raised: BaseExcep
 
 
 def test_what_the_pools_process_says_keeps_its_exit_code(tmp_path: Path) -> None:
-    """x07 pool start with a name that no image can have is wrong usage, though another process finds it."""
+    """Errors of the pool's own process keep their exit code."""
     env = os.environ | {"X07_VM_STATE_DIR": str(tmp_path / "jobs"), "X07_VM_CACHE_DIR": str(tmp_path / "cache")}
     argv = [sys.executable, "-m", "x07_sandbox.cli.main", "pool", "start", "--json", "--image"]
     for name, code, why in (("a b", 2, "a name has 1 to 64"), ("nothing", 125, "")):
@@ -219,7 +219,7 @@ def test_what_the_pools_process_says_keeps_its_exit_code(tmp_path: Path) -> None
 
 
 def test_what_prints_no_json_is_not_silent(tmp_path: Path) -> None:
-    """With --quiet-json the result is in the file alone, and what went wrong is told as without --json."""
+    """With --quiet-json errors are still printed to standard error."""
     env = os.environ | {"X07_VM_STATE_DIR": str(tmp_path / "jobs"), "X07_VM_CACHE_DIR": str(tmp_path / "cache")}
     argv = [sys.executable, "-m", "x07_sandbox.cli.main", "run", "--json", "--quiet-json", "--report-out", "r", "a.py"]
     done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, check=False, timeout=60)
@@ -231,7 +231,7 @@ def test_what_prints_no_json_is_not_silent(tmp_path: Path) -> None:
 def test_a_signal_before_there_is_a_run_has_its_exit_code(
     capsys: pytest.CaptureFixture[str], number: int, code: int
 ) -> None:
-    """A run that is cancelled while its program is read ends with 130 or 143, and --json says so."""
+    """A run cancelled before it starts ends with 130 or 143, and --json says so."""
     with cancelled_by_signals() as cancel:
         signal.raise_signal(number)
         with pytest.raises(Cancelled) as caught:
@@ -255,7 +255,7 @@ def test_a_signal_before_there_is_a_run_has_its_exit_code(
 def test_a_word_that_is_no_command_names_what_was_meant(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], word: str, fix: str
 ) -> None:
-    """`x07 prog.py` says how to run the program, and a mistyped command names the nearest one."""
+    """An unknown command suggests the nearest one, or how to run that program."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a b.py").touch()
     assert main.main([word]) == 2
@@ -266,7 +266,7 @@ def test_a_word_that_is_no_command_names_what_was_meant(
 def test_a_mistyped_option_names_the_one_that_was_meant(
     word: str, near: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Options are written out in full, and a shortened or mistyped one is answered with the whole name."""
+    """A shortened or mistyped option suggests the full name."""
     assert main.main(["run", word, "prog.py"]) == 2
     said = capfd.readouterr().err
     assert word in said

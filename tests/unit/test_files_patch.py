@@ -1,4 +1,4 @@
-"""Promises of the patch that shows changes: it says what was done, and nobody waits for it for long."""
+"""The patch shown by `x07 diff`: exact, and bounded in time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OTHER = b"".join(b"a\n-%d\na\na\n" % number for number in range(370))
 
 
 def patched(old: bytes, said: list[bytes]) -> bytes:
-    """What becomes of a text by its hunks."""
+    """The text after applying the hunks."""
     one = [line for line in re.split(rb"(?<=\n)", old) if line]
     new: list[bytes] = []
     at = 0
@@ -50,14 +50,14 @@ TEXTS = st.lists(st.sampled_from([b"a\n", b"b\n", b"c\n", b"\n"]), max_size=30).
 @given(TEXTS, TEXTS, st.sampled_from([b"", b"end"]), st.integers(0, 300))
 @example(MANY, OTHER, b"", 3_000_000)
 def test_hunks_make_the_new_text_of_the_old_one(old: bytes, new: bytes, end: bytes, left: int) -> None:
-    """However little may be compared, what is shown makes just the new text of the old one."""
+    """The hunks turn the old text into the new one, however small the comparison budget."""
     work = Work(left)
     assert patched(old, list(hunks(old, new + end, work))) == new + end
     assert 0 <= work.left <= left
 
 
 def test_lines_that_repeat_are_compared_so_often_and_no_more() -> None:
-    """Texts of the same few lines cost a bounded number of comparisons, and others are compared as before."""
+    """Texts of repeated lines cost a bounded number of comparisons."""
     work = Work(patches.PAIRS_MAX)
     list(hunks(MANY, OTHER, work))
     assert work.left >= patches.PAIRS_MAX - 5_000_000
@@ -68,7 +68,7 @@ def test_lines_that_repeat_are_compared_so_often_and_no_more() -> None:
 
 
 def test_all_files_of_a_set_share_what_may_be_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many files that cost much cost no more than a few of them: the last are shown as replaced, and are so shown."""
+    """All files of a set share one comparison budget."""
     monkeypatch.setattr(patches, "PAIRS_MAX", 1_500_000)
     old = b"".join(b"a\n%d\n" % number for number in range(100))
     new = b"".join(b"a\n-%d\n" % number for number in range(100))
@@ -83,7 +83,7 @@ def test_all_files_of_a_set_share_what_may_be_compared(monkeypatch: pytest.Monke
 
 
 def test_git_makes_the_new_tree_with_the_patch(tmp_path: Path) -> None:
-    """Files and links of any kind of change are as they were made; what git has no words for is a remark to it."""
+    """`git apply` accepts the patch, and changes that git cannot express are comments."""
     binary = ("file", 0o644, b"\0")
     loose = {name: (kind, mode | 0o600, content) for name, (kind, mode, content) in OLD.items()}  # git is no root
     old, new = {**loose, "binary": binary}, {**NEW, "binary": ("file", 0o644, b"\0\0"), "binary-new": binary}

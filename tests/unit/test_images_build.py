@@ -1,7 +1,7 @@
-"""What a build does with what is there already: verified, reused only where it is whole, and with its packages.
+"""Image builds reuse verified images and bases, rebuild damaged ones, and remember packages.
 
-The images are made up; the real mending is in tests/vm/test_image_build.py. No outside command is found here, so a
-build that has to make something ends at the first one that it needs.
+The images are fakes; tests/vm/test_image_build.py rebuilds real ones. No outside command is found here, so a build
+that has to create something ends at the first command that it needs.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _base_folder(include: Sequence[str]) -> Path:
 
 
 def _make(include: Sequence[str]) -> str:
-    """A base and an image of it in the store, as a build leaves them; the image's digest in hex."""
+    """Create a base and an image of it in the store; return the image's digest in hex."""
     folder = _base_folder(include)
     folder.mkdir(mode=0o700)
     base = bases.Base(
@@ -93,7 +93,7 @@ def science(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> store.Image:
 
 
 def test_a_whole_image_is_taken_as_it_is(science: store.Image) -> None:
-    """A build that finds what it would make, whole, makes nothing and needs no outside command."""
+    """A build reuses an intact image without running any command."""
     said: list[str] = []
     assert build.build_image(name="science", include=PACKAGES, progress=said.append) == science
     assert said == []
@@ -101,7 +101,7 @@ def test_a_whole_image_is_taken_as_it_is(science: store.Image) -> None:
 
 @pytest.mark.parametrize("name", [*SHARED, "initrd.cpio", "notes.txt"])
 def test_a_damaged_image_is_never_called_ready(science: store.Image, name: str) -> None:
-    """With one byte of any part changed, its times put back, or a foreign file in it, an image is made anew."""
+    """An image with a changed byte or a foreign file is rebuilt."""
     if name == "notes.txt":
         (science.folder / name).write_bytes(b"x")
     else:
@@ -116,7 +116,7 @@ def test_a_damaged_image_is_never_called_ready(science: store.Image, name: str) 
 
 
 def test_a_damaged_base_is_fetched_anew(science: store.Image) -> None:
-    """A base of which only a module is damaged is fetched anew when an image has to be made from it."""
+    """A damaged base is fetched again when an image needs it."""
     overwrite(_base_folder(PACKAGES) / "00-erofs.ko")
     assert build.build_image(name="science", include=PACKAGES, progress=print) == science  # it needs no module
     (science.folder / "initrd.cpio").unlink()
@@ -127,7 +127,7 @@ def test_a_damaged_base_is_fetched_anew(science: store.Image) -> None:
 
 
 def test_a_build_looks_for_room_first(science: store.Image, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a kept base cannot be unpacked for want of space the build says how much it needs, and what to set."""
+    """A build without enough disk space fails early, with the needed size and the variable to set."""
     overwrite(science.folder / "initrd.cpio")
     monkeypatch.setattr(boot, "UNPACKED_MAX", 1 << 40)
     with pytest.raises(HostError, match=r"has \d+ MiB free, and a build needs \d+") as caught:
@@ -136,7 +136,7 @@ def test_a_build_looks_for_room_first(science: store.Image, monkeypatch: pytest.
 
 
 def test_a_build_hashes_large_parts_once(science: store.Image, monkeypatch: pytest.MonkeyPatch, need: Need) -> None:
-    """A second build with nothing changed reads no large part again, on file systems where that is safe."""
+    """A second build does not hash large unchanged parts again."""
     monkeypatch.setattr(verify, "SETTLED_NS", 0)
     with (science.folder / "root.erofs").open("rb") as file:
         kind = verify.filesystem(file.fileno())
@@ -156,7 +156,7 @@ def test_a_build_hashes_large_parts_once(science: store.Image, monkeypatch: pyte
 
 
 def test_a_named_image_keeps_its_packages(science: store.Image) -> None:
-    """Built again without a word on packages, an image keeps those that it has, and it is said which."""
+    """A rebuild without package flags keeps the image's packages and names them."""
     said: list[str] = []
     assert build.build_image(name="science", progress=said.append) == science
     assert said == ["with the packages that it had: hello, netbase"]
@@ -164,7 +164,7 @@ def test_a_named_image_keeps_its_packages(science: store.Image) -> None:
 
 
 def test_packages_are_dropped_only_when_asked(science: store.Image, capsys: pytest.CaptureFixture[str]) -> None:
-    """`--no-include` builds an image without further packages; with --include it is wrong usage."""
+    """`--no-include` drops packages; with --include it is a usage error."""
     plain = _make(())
     assert build.build_image(name="science", include=(), progress=print).digest == f"sha256:{plain}"
     store.set_name("science", science.folder.name)
@@ -177,7 +177,7 @@ def test_packages_are_dropped_only_when_asked(science: store.Image, capsys: pyte
 
 
 def test_packages_that_cannot_be_known_are_not_dropped(science: store.Image) -> None:
-    """Where the manifest that tells an image's packages is damaged, a build without a word on them is refused."""
+    """A rebuild without package flags is refused if the image's manifest is damaged."""
     overwrite(science.folder / "manifest.json")
     with pytest.raises(ImageError) as caught:
         build.build_image(name="science", progress=print)
@@ -189,7 +189,7 @@ def test_packages_that_cannot_be_known_are_not_dropped(science: store.Image) -> 
 
 
 def test_an_image_is_removed_by_its_name(science: store.Image, capsys: pytest.CaptureFixture[str]) -> None:
-    """`x07 image rm` removes a name, and the files and packages of the image once no other name leads to it."""
+    """`x07 image rm` removes a name, and its files once no other name refers to them."""
     store.set_name("second", science.folder.name)
     plain = _make(())
     store.set_name("default", plain)
@@ -207,28 +207,28 @@ def test_an_image_is_removed_by_its_name(science: store.Image, capsys: pytest.Ca
 
 
 def test_a_damaged_image_can_be_removed(science: store.Image) -> None:
-    """An image whose manifest cannot be read goes like any other."""
+    """An image with a damaged manifest can be removed."""
     overwrite(science.folder / "manifest.json")
     assert main(["image", "rm", "science"]) == 0
     assert not science.folder.exists()
 
 
 def test_a_pinned_image_stays(science: store.Image, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The image that X07_VM_GUEST_IMAGE_DIGEST names loses its name, and stays."""
+    """The image pinned by X07_VM_GUEST_IMAGE_DIGEST loses its name but is kept."""
     monkeypatch.setenv("X07_VM_GUEST_IMAGE_DIGEST", science.digest)
     assert main(["image", "rm", "science"]) == 0
     assert store.find_image(science.digest).digest == science.digest
 
 
 def test_nothing_is_removed_where_a_name_is_wrong(science: store.Image, capsys: pytest.CaptureFixture[str]) -> None:
-    """One unknown name is an error that lists the images, and all of them stay."""
+    """`x07 image rm` with an unknown name removes nothing and lists the images."""
     assert main(["image", "rm", "science", "sience"]) == 2
     assert "There are: science" in capsys.readouterr().err
     assert store.find_image("science").digest == science.digest
 
 
 def test_an_engines_image_is_no_image_of_ours() -> None:
-    """A reference such as NAME:TAG is refused with the backend that takes it, and the command that makes an image."""
+    """A container reference NAME:TAG is refused with the backends that accept it."""
     for ref in ("ghcr.io/x07lang/runner:1", "runner:dev"):
         with pytest.raises(UsageError, match="podman and docker take") as caught:
             store.find_image(ref)
@@ -236,7 +236,7 @@ def test_an_engines_image_is_no_image_of_ours() -> None:
 
 
 def test_the_wheels_of_an_image_make_it_another(science: store.Image, capsys: pytest.CaptureFixture[str]) -> None:
-    """Other wheels make another base; without a word on them an image keeps its own, and `image list` names them."""
+    """Other wheels make another image, and a rebuild keeps the image's own wheels."""
     wheel = manifest.Wheel(name="six", version="1.16.0", sha256="ab" * 32)
     more = build.Extras(include=PACKAGES, pip=(wheel,))
     assert more.kind().key != build.Extras(include=PACKAGES).kind().key
@@ -258,7 +258,7 @@ def test_the_wheels_of_an_image_make_it_another(science: store.Image, capsys: py
 
 
 def test_a_base_goes_with_the_last_image_that_is_made_of_it(science: store.Image) -> None:
-    """`x07 prune` keeps the packages of a named image, and removes them once no name leads to any image of them."""
+    """`x07 prune` removes a base once no named image uses it."""
 
     def gone() -> set[str]:
         report = prune(["images"], progress=lambda _text: None, dry_run=False)

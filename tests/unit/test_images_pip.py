@@ -1,4 +1,4 @@
-"""Python packages of an image: what may be asked for, how wheels are unpacked, and what is never taken."""
+"""Python packages of an image: allowed requirements, unpacking of wheels, and refusals."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PYTHON = pip.GuestPython(version="3.13", glibc=41, machine="x86_64")
 
 
 def _wheel(folder: Path, files: Mapping[str, bytes], *, name: str = "tiny-1.0", record: str | None = None) -> Path:
-    """A wheel with *files*, and a RECORD that is true of them if *record* is None."""
+    """A wheel with *files*, and a valid RECORD if *record* is None."""
     made = folder / f"{name}-py3-none-any.whl"
     everything = {f"{name}.dist-info/METADATA": b"Name: tiny\n", **files}
     if record is None:
@@ -66,19 +66,19 @@ def test_names_with_versions_and_extras_are_taken(text: str) -> None:
     ],
 )
 def test_options_addresses_and_paths_never_reach_pip(text: str) -> None:
-    """Whatever is no name with versions is refused before anything is fetched."""
+    """Options, URLs and paths are refused before anything is fetched."""
     with pytest.raises(UsageError, match="cannot add"):
         pip.check_requirements([text])
 
 
 def test_commas_part_names_but_not_versions_and_extras() -> None:
-    """A list may hold version ranges and extras, which have commas of their own."""
+    """A list of requirements may contain version ranges and extras."""
     asked = pip.split_list("numpy, pandas[excel,test]>=2,<3,,six==1.*, !=1.5,file:req.txt")
     assert asked == ["numpy", "pandas[excel,test]>=2,<3", "six==1.*, !=1.5", "file:req.txt"]
 
 
 def test_a_requirements_file_gives_names_and_hashes(tmp_path: Path) -> None:
-    """Comments, blank lines and continued lines are understood, and hashes are handed to pip."""
+    """A requirements file may have comments, continued lines and hashes."""
     digest = "sha256:" + "ab" * 32
     file = tmp_path / "requirements.txt"
     file.write_text(
@@ -93,7 +93,7 @@ def test_a_requirements_file_gives_names_and_hashes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("line", ["-r other.txt", "-e .", "--index-url http://x", "x @ http://y", "./x.whl", "a \\"])
 def test_a_refused_line_of_a_file_is_named(tmp_path: Path, line: str) -> None:
-    """What a requirements file may not hold is refused with its line number."""
+    """A forbidden line of a requirements file is refused with its line number."""
     file = tmp_path / "requirements.txt"
     file.write_text(f"six\n# x\n{line}\n")
     with pytest.raises(UsageError, match="line 3"):
@@ -101,7 +101,7 @@ def test_a_refused_line_of_a_file_is_named(tmp_path: Path, line: str) -> None:
 
 
 def test_a_missing_requirements_file_is_named(tmp_path: Path) -> None:
-    """A file that cannot be read, or is no text, is an error with its name."""
+    """An unreadable requirements file is an error that names it."""
     with pytest.raises(UsageError, match=r"none\.txt"):
         pip.check_requirements([f"file:{tmp_path}/none.txt"])
     (tmp_path / "odd").write_bytes(b"\xff\xfe")
@@ -110,7 +110,7 @@ def test_a_missing_requirements_file_is_named(tmp_path: Path) -> None:
 
 
 def test_wheels_fit_the_guest_and_not_the_host() -> None:
-    """Pip is asked for the Python, the C library and the processor of the image, and never for those of this host."""
+    """Pip selects wheels for the image's Python, C library and architecture, not the host's."""
     versions = {"python3": "3.11.2-1+b1", "libc6": "2.36-9+deb12u4"}
     python = pip.guest_python(versions, "aarch64")
     assert python == pip.GuestPython(version="3.11", glibc=36, machine="aarch64")
@@ -124,13 +124,13 @@ def test_wheels_fit_the_guest_and_not_the_host() -> None:
 
 
 def test_a_kept_image_gets_the_very_same_wheels_again() -> None:
-    """The wheels of an image that is made anew are asked for by their digests."""
+    """A rebuilt image pins its wheels by digest."""
     wheel = manifest.Wheel(name="six", version="1.16.0", sha256="ab" * 32)
     assert pip.pinned([wheel]) == (f"six==1.16.0 --hash=sha256:{'ab' * 32}",)
 
 
 def test_a_wheel_is_unpacked_where_python_looks(tmp_path: Path) -> None:
-    """Modules, data and programs of a wheel lie where Debian's Python and the shell find them."""
+    """Modules, data and scripts of a wheel are installed where Debian's Python and the shell find them."""
     made = _wheel(
         tmp_path,
         {
@@ -162,7 +162,7 @@ def test_a_wheel_is_unpacked_where_python_looks(tmp_path: Path) -> None:
     "name", ["../x.py", "/etc/x", "a/../../x", "a//b", "./a", "a\\b", "a\x01b", "x" * 300, "tiny-1.0.data/odd/x"]
 )
 def test_no_file_of_a_wheel_leaves_its_folder(tmp_path: Path, name: str) -> None:
-    """A wheel with an absolute path, `..`, or an unknown kind of data is refused, and nothing lies outside."""
+    """A wheel with an absolute path, `..` or unknown data is refused, and nothing is written outside."""
     with pytest.raises(ImageError, match="cannot use the wheel tiny"):
         _unpack(tmp_path, _wheel(tmp_path, {name: b"x"}))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["root", "tiny-1.0-py3-none-any.whl"]
@@ -177,13 +177,13 @@ def test_no_file_of_a_wheel_leaves_its_folder(tmp_path: Path, name: str) -> None
     ],
 )
 def test_a_wheel_that_is_not_what_its_record_says_is_refused(tmp_path: Path, record: str) -> None:
-    """A changed, missing or unreadable entry of RECORD ends the build."""
+    """A wheel that contradicts its RECORD is refused."""
     with pytest.raises(ImageError, match="RECORD"):
         _unpack(tmp_path, _wheel(tmp_path, {"tiny.py": b"x = 1\n"}, record=record))
 
 
 def test_what_is_no_wheel_is_refused(tmp_path: Path) -> None:
-    """Garbage, an archive without .dist-info, and a program without a function are errors that name the file."""
+    """A file that is no valid wheel is an error that names it."""
     garbage = tmp_path / "bad-1.0-py3-none-any.whl"
     garbage.write_bytes(b"PK\x03\x04 no archive")
     with pytest.raises(ImageError, match="no sound archive"):
@@ -200,14 +200,14 @@ def test_what_is_no_wheel_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_wheel_that_grows_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What all wheels together unpack to is bounded, whatever their headers say."""
+    """The unpacked size of all wheels is bounded."""
     monkeypatch.setattr(wheels, "MAX_BYTES", 100_000)
     with pytest.raises(ImageError, match="all wheels together"):
         _unpack(tmp_path, _wheel(tmp_path, {"tiny.py": bytes(200_000)}))
 
 
 def test_a_file_in_place_of_a_folder_is_an_error(tmp_path: Path) -> None:
-    """Two wheels of which one has a file where the other has a folder cannot be in one image."""
+    """Two wheels with a file and a folder of the same name are refused."""
     first = _wheel(tmp_path, {"both": b"x"})
     second = _wheel(tmp_path, {"both/x.py": b"x"}, name="other-1.0")
     with pytest.raises(ImageError, match="folder of another wheel"):
@@ -215,7 +215,7 @@ def test_a_file_in_place_of_a_folder_is_an_error(tmp_path: Path) -> None:
 
 
 def test_the_layer_of_an_image_depends_on_the_wheels_alone(tmp_path: Path) -> None:
-    """The files of an image's Python packages have one owner, one date, plain modes and one order."""
+    """The layer of Python packages is reproducible."""
     made = _wheel(tmp_path, {"tiny/__init__.py": b"x = 1\n", "tiny-1.0.data/scripts/go": b"#!/bin/sh\n"})
     root = _unpack(tmp_path, made)
     tars = [tmp_path / "one.tar", tmp_path / "two.tar"]
@@ -255,7 +255,7 @@ def test_the_layer_of_an_image_depends_on_the_wheels_alone(tmp_path: Path) -> No
     ],
 )
 def test_what_pip_says_becomes_one_line(tmp_path: Path, said: list[str], expected: str) -> None:
-    """An unknown name, an unknown version, a wrong hash and a dead network are told apart."""
+    """Pip's errors become one line each: unknown name, unknown version, wrong hash, no network."""
     (tmp_path / "build.sources").write_text("")
     problem = pip.failure(said, PYTHON, tmp_path / "build.sources")
     assert problem is not None
@@ -264,7 +264,7 @@ def test_what_pip_says_becomes_one_line(tmp_path: Path, said: list[str], expecte
 
 
 def test_nothing_of_a_package_is_built_on_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wheel that needs a package by its address, which pip would build from source, is refused and nothing runs."""
+    """A wheel whose dependency would be built from source is refused, and nothing runs on the host."""
     ran = tmp_path / "ran"
     index, source, evil = tmp_path / "index", tmp_path / "evil-1.0", tmp_path / "evil.tar.gz"
     for folder in (index, source):
@@ -287,7 +287,7 @@ def test_nothing_of_a_package_is_built_on_the_host(tmp_path: Path, monkeypatch: 
 
 
 def test_pip_fetches_a_wheel_and_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The wheels of a package and of its dependencies come from the index that pip's own settings name."""
+    """Wheels of a package and its dependencies come from pip's configured index."""
     index = tmp_path / "index"
     index.mkdir()
     for name, needs in (("good", "Requires-Dist: other\n"), ("other", "")):
