@@ -1,4 +1,4 @@
-"""Hints to what a failed program missed: network, Python modules, programs, each with a line that can be pasted."""
+"""Hints for a failed program: missing network, modules or programs, with a line to paste."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ POLICY = default_policy()
 
 
 def found(text: str) -> list[tuple[str, str | None]]:
-    """Subject and flag of each hint to the end of a program's errors, under the built-in policy."""
+    """Subject and flag of each hint for a program's last errors."""
     return [(hint.subject, hint.how.flag) for hint in hints(text.encode(), POLICY, (), START)]
 
 
@@ -64,7 +64,7 @@ def found(text: str) -> list[tuple[str, str | None]]:
     ],
 )
 def test_a_failed_connection_names_the_flag(text: str, host: str) -> None:
-    """Python, curl, wget, git, Node, Go and Rust without network: the flag that allows the host and port is named."""
+    """A failed connection names the flag that allows its host and port."""
     assert found(text) == [(f"the connection to {host}", f"--allow-host {host}")]
 
 
@@ -78,7 +78,7 @@ def test_a_failed_connection_names_the_flag(text: str, host: str) -> None:
     ],
 )
 def test_a_host_that_is_not_known_is_left_open(text: str) -> None:
-    """Where no valid host is named, the form of the flag is told, and nothing of the program's stands in it."""
+    """If no valid host is named, the hint gives the form of the flag."""
     assert found(text) == [("a connection", "--allow-host HOST:PORT")]
 
 
@@ -93,12 +93,12 @@ def test_a_host_that_is_not_known_is_left_open(text: str) -> None:
     ],
 )
 def test_local_servers_and_mere_addresses_are_no_hint(text: str) -> None:
-    """A server of the machine's own that is not there, an address in a text and a wrong port ask for no network."""
+    """A missing local server, a URL in a text and an invalid port give no hint."""
     assert found(text) == []
 
 
 def test_a_run_with_network_has_no_such_hint() -> None:
-    """Where hosts are allowed, the gate tells of each connection; where the policy has no network, it comes first."""
+    """A run with allowed hosts gets no network hint."""
     text = b"curl: (6) Could not resolve host: example.org\n"
     allowed = replace(POLICY.net, allow_hosts=(HostPorts(host="a.example", ports=(443,)),))
     assert hints(text, replace(POLICY, net=allowed), (), START) == []
@@ -125,5 +125,5 @@ def test_a_run_with_network_has_no_such_hint() -> None:
     ],
 )
 def test_what_an_image_lacks_names_the_command_that_builds_one(text: str, subject: str, flags: str) -> None:
-    """Modules by Debian's package where it is known, else from PyPI; programs by package; pip by packages of PyPI."""
+    """A missing module or program names the command that builds an image with it."""
     assert found(text) == [(subject, f"--image mine, after x07 image build --name mine {flags}")]
