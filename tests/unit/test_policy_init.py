@@ -1,4 +1,4 @@
-"""Promises of `x07 policy init`: where a policy goes, what is said about it, and what is never touched."""
+"""`x07 policy init`: where the policy goes, what is reported, and what is never overwritten."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def report(where: Path, *words: str, template: str = "cli") -> tuple[int, dict[s
 
 @pytest.mark.parametrize("template", ["default", "worker-parallel"])
 def test_the_first_call_creates_and_the_second_finds_it_unchanged(tmp_path: Path, template: str) -> None:
-    """A template is written below .x07/policies/base once, and told in one compact line, keys in order."""
+    """`x07 policy init` writes the template once and reports it in one line."""
     place = DEFAULT_PLACE.format(template)
     code, out, err = init(tmp_path, "--json", template=template)
     expected = (
@@ -49,14 +49,14 @@ def test_the_first_call_creates_and_the_second_finds_it_unchanged(tmp_path: Path
 
 
 def test_people_are_told_how_to_use_the_policy(tmp_path: Path) -> None:
-    """Without --json the path of the policy is printed, and the command that runs a program under it."""
+    """`x07 policy init` prints the path and the command that uses the policy."""
     code, out, err = init(tmp_path, "--out", "my policy.json")
     told = f"created {tmp_path}/my policy.json\nnext: x07 run --policy 'my policy.json' PROGRAM\n"
     assert (code, out.decode(), err) == (0, told, "")
 
 
 def test_another_file_is_left_alone_until_force_overwrites_it(tmp_path: Path) -> None:
-    """A file with another content makes exit code 2 and stays as it is; --force replaces it and keeps its mode."""
+    """An existing file is kept unless --force is given, which keeps its mode."""
     report(tmp_path)
     place = tmp_path / DEFAULT_PLACE.format("cli")
     place.write_bytes(b"mine\n")
@@ -74,7 +74,7 @@ def test_another_file_is_left_alone_until_force_overwrites_it(tmp_path: Path) ->
 
 
 def test_the_policy_can_be_printed_instead_of_the_report(tmp_path: Path) -> None:
-    """--emit policy prints the bytes of the file, under the name that was asked for."""
+    """--emit policy prints the policy file."""
     code, out, _ = init(tmp_path, "--emit", "policy", "--policy-id", "mine.1")
     assert code == 0
     assert out == (tmp_path / DEFAULT_PLACE.format("cli")).read_bytes()
@@ -82,7 +82,7 @@ def test_the_policy_can_be_printed_instead_of_the_report(tmp_path: Path) -> None
 
 
 def test_the_project_is_found_from_below_and_by_its_file(tmp_path: Path) -> None:
-    """The project's root is the folder of --project, else the nearest folder above with an x07.json, else this one."""
+    """The project is that of --project, else the nearest folder above with an x07.json."""
     (tmp_path / "x07.json").write_text("{}")
     below = tmp_path / "a" / "b"
     below.mkdir(parents=True)
@@ -95,7 +95,7 @@ def test_the_project_is_found_from_below_and_by_its_file(tmp_path: Path) -> None
 
 
 def test_out_counts_from_the_project_and_its_folder_must_be_there(tmp_path: Path) -> None:
-    """A relative --out lies below the project's root, in a folder that is there or that --mkdir-out makes."""
+    """A relative --out lies in the project, in an existing folder or one made by --mkdir-out."""
     (tmp_path / "x07.json").write_text("{}")
     below = tmp_path / "below"
     below.mkdir()
@@ -127,7 +127,7 @@ def test_out_counts_from_the_project_and_its_folder_must_be_there(tmp_path: Path
     ],
 )
 def test_what_cannot_be_written_is_wrong_usage(tmp_path: Path, words: tuple[str, ...], why: str) -> None:
-    """Every error of `x07 policy init` ends with exit code 2, nothing on standard output, and the reason."""
+    """Every error of `x07 policy init` ends with exit code 2 and a reason."""
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "target").write_bytes(b"kept")
@@ -149,7 +149,7 @@ def test_what_cannot_be_written_is_wrong_usage(tmp_path: Path, words: tuple[str,
     ],
 )
 def test_a_planted_link_does_not_lead_out_of_the_project(tmp_path: Path, planted: str, words: tuple[str, ...]) -> None:
-    """A project in which a folder on the way is a link to somewhere else gets no policy and no folder made there."""
+    """A symbolic link in the project never leads the policy elsewhere."""
     outside, project = tmp_path / "outside", tmp_path / "project"
     outside.mkdir()
     (project / planted).parent.mkdir(parents=True)
@@ -157,13 +157,6 @@ def test_a_planted_link_does_not_lead_out_of_the_project(tmp_path: Path, planted
     code, _, err = init(project, "--force", *words)
     assert (code, list(outside.iterdir())) == (2, [])
     assert "no link is followed" in err
-
-
-def test_an_error_is_one_json_object_where_json_is_asked_for(tmp_path: Path) -> None:
-    """With --json an error of `x07 policy init` is one JSON object on standard output, and nothing else."""
-    code, out, err = init(tmp_path, "--json", "--project", "missing.json")
-    assert (code, err) == (2, "")
-    assert json.loads(out)["error"]["what"] == "cannot use the project missing.json"
 
 
 @pytest.mark.parametrize(
@@ -176,7 +169,7 @@ def test_an_error_is_one_json_object_where_json_is_asked_for(tmp_path: Path) -> 
     ],
 )
 def test_the_report_does_not_take_the_policys_place(tmp_path: Path, words: tuple[str, ...], report: str) -> None:
-    """--report-out with the place of the policy, which begins in the project's folder, or with its file is refused."""
+    """--report-out may not name the policy or project file."""
     (tmp_path / "src").mkdir()
     (tmp_path / "x07.json").write_text("{}")
     (tmp_path / ".x07/policies/base").mkdir(parents=True)
@@ -184,12 +177,3 @@ def test_the_report_does_not_take_the_policys_place(tmp_path: Path, words: tuple
     assert (code, out, "the command itself needs it" in err) == (2, b"", True), err
     assert [path.name for path in tmp_path.rglob("*.json")] == ["x07.json"]
     assert (tmp_path / "x07.json").read_text() == "{}"
-
-
-@pytest.mark.parametrize("words", [("--project", "{}/x07.json"), ("--out", "{}/p.json")])
-def test_a_place_that_cannot_be_looked_at_is_told(tmp_path: Path, words: tuple[str, str]) -> None:
-    """A project or a folder that the system does not even let us look for is an error like any other, exit code 2."""
-    code, out, err = init(tmp_path, words[0], words[1].format("x" * 300))
-    assert (code, out) == (2, b"")
-    assert err.startswith(f"x07: cannot {'use' if words[0] == '--project' else 'write'} ")
-    assert "that you can" in err

@@ -1,4 +1,4 @@
-"""Promises of `x07 policy new` and of the command that `x07 policy check` prints for an incomplete policy."""
+"""`x07 policy new`, and the completing command that `x07 policy check` prints."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.unit.policy_command import as_json, policy
 from x07_sandbox.policy.decode import decode_policy
 from x07_sandbox.policy.default import render_policy
-from x07_sandbox.policy.from_flags import Wanted, completion, make_policy
+from x07_sandbox.policy.from_flags import completion
 from x07_sandbox.policy.limits import NAMES
 from x07_sandbox.policy.templates import TEMPLATES
 
@@ -33,7 +33,7 @@ def made(where: Path, *words: str) -> dict[str, Any]:
 
 
 def test_flags_make_a_complete_policy(tmp_path: Path) -> None:
-    """What is printed is a valid policy that says what the flags say, and the built-in policy's values else."""
+    """`x07 policy new` prints a valid policy with the values of its flags."""
     found = made(tmp_path, *FLAGS, "--write", "build", "--id", "my.policy")
     default = json.loads(render_policy(TEMPLATES["default"]))
     assert found["policy_id"] == "my.policy"
@@ -45,7 +45,7 @@ def test_flags_make_a_complete_policy(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("template", ["cli", "worker"])
 def test_a_closed_template_takes_hosts_and_roots(tmp_path: Path, template: str) -> None:
-    """A root or a host that is named can be used, also where the template has none."""
+    """Named hosts and roots are usable even if the template has none."""
     found = made(tmp_path, "--template", template, *FLAGS)
     assert found["policy_id"] == f"custom.{template}"
     assert found["fs"]["enabled"]
@@ -63,14 +63,14 @@ def test_a_closed_template_takes_hosts_and_roots(tmp_path: Path, template: str) 
     ],
 )
 def test_what_no_policy_can_say_is_refused(tmp_path: Path, words: tuple[str, ...], why: str) -> None:
-    """Wrong values make exit code 2, and nothing is printed that could become a file."""
+    """Invalid values end with exit code 2 and print no policy."""
     code, out, err = policy(tmp_path, "new", *words)
     assert (code, out) == (2, "")
     assert why in err
 
 
 def test_check_prints_the_command_that_completes_a_policy(tmp_path: Path) -> None:
-    """An incomplete policy's own fields come back as flags of a line that can be pasted, and makes a valid policy."""
+    """`x07 policy check` prints a command that completes an incomplete policy."""
     document: dict[str, Any] = {
         "policy_id": "mine",
         "limits": {"mem_bytes": 1 << 30, "wall_ms": 2500, "procs": 8},
@@ -95,7 +95,7 @@ def test_check_prints_the_command_that_completes_a_policy(tmp_path: Path) -> Non
 
 
 def test_a_wrong_but_complete_policy_has_no_such_command(tmp_path: Path) -> None:
-    """Where a field is wrong or misspelt, that is what is to be corrected."""
+    """A wrong or misspelt field gets no completing command."""
     for name in ("fds", "fdss"):
         document = json.loads(render_policy(TEMPLATES["default"]))
         del document["limits"]["fds"]
@@ -116,7 +116,7 @@ SECTION = st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=5)
 
 @given(st.dictionaries(st.sampled_from(["policy_id", "limits", "fs", "net", "x"]), SECTION | VALUES, max_size=5))
 def test_any_document_gives_words_that_a_shell_passes_on_whole(document: dict[str, Any]) -> None:
-    """Whoever wrote the document, the line is printable, and a shell reads from it what was meant and nothing else."""
+    """The completing command for any document is printable and quoted for a shell."""
     found = completion(json.dumps(document).encode())
     if found is not None:
         line = found.line("p.json")
@@ -134,7 +134,7 @@ def test_any_document_gives_words_that_a_shell_passes_on_whole(document: dict[st
     ],
 )
 def test_what_a_document_switches_off_is_not_switched_on(document: str, off: str) -> None:
-    """Roots and hosts of a section that is off are in no completing command, which names the switch instead."""
+    """The completing command never enables a section that is switched off."""
     found = completion(document.encode())
     assert found is not None
     assert found.words == ()
@@ -142,15 +142,9 @@ def test_what_a_document_switches_off_is_not_switched_on(document: str, off: str
 
 
 def test_no_words_are_the_template_itself() -> None:
-    """A document that says nothing that flags say is completed by the built-in policy."""
+    """A document without any flag's fields is completed by the built-in policy."""
     found = completion(b'{"env": {}}')
     assert found is not None
     assert found.line("p.json") == "x07 policy new > p.json"
     assert completion(b"{}") is None
     assert completion(b"[1") is None
-
-
-def test_the_made_policy_names_its_template() -> None:
-    """Notes and id say where it comes from."""
-    found = make_policy(Wanted(template="worker"))
-    assert (found.policy_id, "template worker" in found.notes_in_force) == ("custom.worker", True)

@@ -1,4 +1,4 @@
-"""What the pool's process tells whoever started it."""
+"""Messages from the pool's process to its starter."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def test_nothing_is_told_once_the_start_is_over() -> None:
-    """Progress after the start is written nowhere, whatever has the descriptor's number by then."""
+    """The pool's process writes nothing to its starter's descriptor after the start."""
     read_fd, write_fd = os.pipe()
     starter = Starter(write_fd)
     starter.tell({"progress": "making"})
@@ -32,7 +32,7 @@ def test_nothing_is_told_once_the_start_is_over() -> None:
 
 
 def test_a_start_that_the_system_hinders_says_so(tmp_path: Path) -> None:
-    """What stands in the way of the pool's process is told by `x07 pool start`, with what to do about it."""
+    """`x07 pool start` reports why the pool's process cannot start."""
     cache = tmp_path / "cache"
     (cache / "pool" / "socket").mkdir(parents=True)
     for folder in (cache, cache / "pool"):

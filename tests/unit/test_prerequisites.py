@@ -1,4 +1,4 @@
-"""What `x07 doctor` says of backends: every one by name on any machine, and three things to do where one fails."""
+"""`x07 doctor` about backends: all of them on any host, with three remedies for a failure."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def facts(
     without: tuple[str, ...] = (),
     environ: Mapping[str, str] | None = None,
 ) -> Facts:
-    """A machine that has everything *without* a few."""
+    """A host that has everything except *without*."""
     seen: dict[tuple[str, str], Seen] = {}
     for name in NEEDS:
         for need in needs_of(name, platform.system, machine):
@@ -59,12 +59,12 @@ def facts(
 
 
 def proofs(proof: Proof | None) -> dict[str, Proof]:
-    """What became of starting a machine with QEMU, by the backend's name."""
+    """The results of starting a VM, by backend."""
     return {} if proof is None else {"qemu": proof}
 
 
 def state(name: str, found: Facts, proof: Proof | None = HERE) -> BackendState:
-    """What is said of one backend."""
+    """The state of one backend."""
     return next(state for state in backend_states(found, proofs(proof)) if state.name == name)
 
 
@@ -72,7 +72,7 @@ def state(name: str, found: Facts, proof: Proof | None = HERE) -> BackendState:
 @pytest.mark.parametrize("platform", PLATFORMS, ids=str)
 @pytest.mark.parametrize("proof", [None, HERE, BROKEN])
 def test_every_backend_is_named_on_any_machine(platform: Platform, machine: str, proof: Proof | None) -> None:
-    """On each platform and architecture every backend is there, with a reason, and three remedies unless proven."""
+    """`x07 doctor` lists every backend on any host, with a reason, and three remedies unless it is proven."""
     states = backend_states(facts(platform, machine), proofs(proof))
     assert [state.name for state in states] == list(BY_NAME)
     for found in states:
@@ -83,7 +83,7 @@ def test_every_backend_is_named_on_any_machine(platform: Platform, machine: str,
 
 
 def test_only_what_has_started_a_machine_is_proven() -> None:
-    """All pieces of QEMU being there proves nothing; a machine that answered does."""
+    """A backend is proven only by a VM that answered."""
     assert state("qemu", facts(), None).state == "failed"
     assert state("qemu", facts(), BROKEN).state == "failed"
     assert state("qemu", facts(), HERE).state == "proven"
@@ -91,7 +91,7 @@ def test_only_what_has_started_a_machine_is_proven() -> None:
 
 
 def test_a_weaker_backend_is_no_failure_where_nothing_was_started_on_it() -> None:
-    """A backend that needs acceptance is not tried, so it is neither good nor bad, and nothing is to be mended."""
+    """An untried weaker backend is neither good nor bad."""
     found = next(
         state for state in backend_states(facts(), {"os": Proof(good=None, text="all is here")}) if state.name == "os"
     )
@@ -99,7 +99,7 @@ def test_a_weaker_backend_is_no_failure_where_nothing_was_started_on_it() -> Non
 
 
 def test_a_missing_program_is_named_with_its_package() -> None:
-    """Where a program of QEMU's is missing, the first remedy installs just its package."""
+    """A missing program is reported with the package to install."""
     for path, package in required_tools(ARCHES["x86_64"]).items():
         found = state("qemu", facts(without=(path,)), BROKEN)
         assert path in found.text
@@ -107,20 +107,20 @@ def test_a_missing_program_is_named_with_its_package() -> None:
 
 
 def test_the_fix_of_what_failed_comes_first() -> None:
-    """What is known of a failed start leads the remedies."""
+    """The fix for a failed start comes first."""
     found = state("qemu", facts(), BROKEN)
     assert (found.text, found.remedies[0]) == ("it ended", "Give it rights")
 
 
 def test_missing_hardware_virtualisation_is_no_fault_of_qemu() -> None:
-    """QEMU emulates without /dev/kvm, so that its absence is neither good nor bad there; firecracker needs it."""
+    """A missing /dev/kvm is no fault for qemu, but one for firecracker."""
     found = facts(without=("/dev/kvm",))
     assert {look.good for look in state("qemu", found).looks if look.what == "/dev/kvm"} == {None}
     assert {look.good for look in state("firecracker-ctr", found).looks if look.what == "/dev/kvm"} == {False}
 
 
 def test_variables_say_where_to_look() -> None:
-    """Every variable of a need is one of ours, and what it names is looked for in place of the usual."""
+    """Variables override where prerequisites are looked for."""
     assert {need.variable for needs in NEEDS.values() for need in needs if need.variable} <= VARIABLES.keys()
     environ = {"X07_VM_FIRECRACKER_CONTAINERD_SOCK": "/elsewhere.sock"}
     looks = state("firecracker-ctr", facts(environ=environ)).looks
@@ -131,7 +131,7 @@ def test_variables_say_where_to_look() -> None:
 
 
 def test_looking_finds_what_is_there(tmp_path: Path) -> None:
-    """A program, a socket that somebody serves, one that nobody does, and a plain file are told apart."""
+    """Programs, served sockets, dead sockets and plain files are told apart."""
     program = tmp_path / "ctr"
     program.write_text("#!/bin/sh\n")
     program.chmod(0o700)
@@ -157,7 +157,7 @@ def test_looking_finds_what_is_there(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(60)
 def test_a_socket_that_accepts_nobody_does_not_hold_the_doctor(tmp_path: Path) -> None:
-    """A socket whose queue is full is given up after half a second."""
+    """An unresponsive socket times out after half a second."""
     place = os.path.relpath(tmp_path / "s")
     with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX) as waiting:
         server.bind(place)
@@ -169,13 +169,13 @@ def test_a_socket_that_accepts_nobody_does_not_hold_the_doctor(tmp_path: Path) -
 
 
 def test_a_platform_without_a_backend_is_bad() -> None:
-    """Where this version has no backend at all, the doctor says so and ends with 1."""
+    """A platform without any backend is reported as bad."""
     assert [platform_finding(platform).good for platform in PLATFORMS] == [True, False, False, False, False]
     assert all("Linux" in platform_finding(platform).fix for platform in PLATFORMS[1:])
 
 
-def test_the_first_fault_speaks_against_the_machine() -> None:
-    """Anything bad about image or start is what the backend's state says; nothing tried is no proof."""
+def test_the_first_fault_is_the_backends_state() -> None:
+    """The first fault of image or start determines the backend's state."""
     started = Finding(subject=START, good=True, text="answered")
     bad = Finding(subject="no guest image", good=False, text="none was built", fix="Run x07 image build")
     assert proof_among([started]) == Proof(good=True, text="answered")

@@ -1,4 +1,4 @@
-"""Promises of `x07 prune`: what goes is over or led to by nothing, and whatever cannot be judged stays and is told."""
+"""`x07 prune`: removes what is expired or unreferenced, and keeps and reports what cannot be judged."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def age(path: Path, days: float) -> None:
-    """Let a file or a tree look as if nobody had touched it for *days*."""
+    """Make a file or tree look untouched for *days*."""
     then = (clocks.unix_ms() - days * DAY_MS) / 1000
     for below in path.iterdir() if path.is_dir() and not path.is_symlink() else ():
         age(below, days)
@@ -52,12 +52,12 @@ def age(path: Path, days: float) -> None:
 
 
 def run_id(days: float, number: int = 0) -> str:
-    """The id of a run that began *days* ago."""
+    """The id of a run that started *days* ago."""
     return f"{int(clocks.unix_ms() - days * DAY_MS)}-{GONE.pid}-{number}"
 
 
 def job(days: float, *, done: bool = True, runner: Identity = GONE, number: int = 0) -> JobRecord:
-    """The record of a job that ended *days* ago, and the folder of its run."""
+    """The record of a job that ended *days* ago, and its run folder."""
     record = create_record(
         Claim(run_id=run_id(days, number), phase="run", wall_ms=1000), backend="qemu", image_digest=DIGEST
     )
@@ -73,22 +73,22 @@ def job(days: float, *, done: bool = True, runner: Identity = GONE, number: int 
 
 
 def run_folder(record: JobRecord) -> Path:
-    """The folder of its run."""
+    """The folder of the job's run."""
     return record.folder.parent.parent / "runs" / record.run_id
 
 
 def swept(*parts: Part, dry_run: bool = False) -> PruneReport:
-    """What `prune` reports."""
+    """The report of `prune`."""
     return prune(parts or PARTS, progress=lambda _text: None, dry_run=dry_run)
 
 
 def paths(report: PruneReport) -> set[str]:
-    """What went."""
+    """The removed paths."""
     return {removed.path for removed in report.removed}
 
 
 def why_kept(report: PruneReport, path: Path) -> str:
-    """Why something stayed; empty if it was not told of."""
+    """The reason why something was kept, or ""."""
     return "".join(kept.why for kept in report.kept if kept.path == str(path))
 
 
@@ -96,7 +96,7 @@ def why_kept(report: PruneReport, path: Path) -> str:
 
 
 def test_what_ended_longer_ago_than_the_retention_goes() -> None:
-    """Record and run folder of a job that ended eight days ago go; those of one that ended six days ago stay."""
+    """Records and run folders older than the retention are removed."""
     old, young = job(8), job(6, number=1)
     report = swept("runs")
     assert paths(report) == {str(old.folder), str(run_folder(old))}
@@ -109,7 +109,7 @@ def test_what_ended_longer_ago_than_the_retention_goes() -> None:
 
 
 def test_a_job_that_is_not_done_stays_with_its_run() -> None:
-    """Without done or reaped a job stays however old it is, is named, and so does the folder of its run."""
+    """A job without `done` or `reaped` is kept and named, however old."""
     record = job(400, done=False)
     report = swept("runs")
     assert report.removed == ()
@@ -120,7 +120,7 @@ def test_a_job_that_is_not_done_stays_with_its_run() -> None:
 
 
 def test_a_job_of_a_live_process_stays() -> None:
-    """Whatever done says: while a process of a job lives, its record stays."""
+    """The record of a job with a live process is kept."""
     record = job(400, runner=own_identity())
     report = swept("runs")
     assert report.removed == ()
@@ -128,7 +128,7 @@ def test_a_job_of_a_live_process_stays() -> None:
 
 
 def test_a_run_whose_changes_are_half_applied_stays() -> None:
-    """What could not be put right after a kill needs the run's folder, and keeps it until it is."""
+    """A run with half-applied changes is kept."""
     record = job(400)
     marker = private_dir(run_folder(record).parent / APPLYING) / record.run_id
     marker.touch()
@@ -138,7 +138,7 @@ def test_a_run_whose_changes_are_half_applied_stays() -> None:
 
 
 def test_a_run_under_way_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that holds its folder keeps it and the records of its jobs, also where a wrong clock made them old."""
+    """A running run keeps its folder and records, even after a wrong clock."""
     with monkeypatch.context() as patch:
         patch.setattr(time, "time_ns", lambda: 1_000_000_000)  # one second of 1970
         record = job(0)
@@ -150,7 +150,7 @@ def test_a_run_under_way_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_clock_in_1970_makes_nothing_old(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the clock stands before all that was recorded, nothing goes."""
+    """A clock before all records removes nothing."""
     job(400)
     (store.images_dir().parent / "artifacts").mkdir(mode=0o700)
     monkeypatch.setattr(time, "time_ns", lambda: 1_000_000_000)
@@ -172,7 +172,7 @@ def test_a_clock_in_1970_makes_nothing_old(monkeypatch: pytest.MonkeyPatch) -> N
     ],
 )
 def test_what_cannot_be_judged_stays_and_is_told(name: str, content: bytes | None, why: str) -> None:
-    """A damaged record, one of a newer format and one that is not ours stay with their run, and are named with why."""
+    """Damaged, newer and foreign records are kept and reported."""
     record = job(400)
     (record.folder / name).unlink()
     if content is not None:
@@ -185,7 +185,7 @@ def test_what_cannot_be_judged_stays_and_is_told(name: str, content: bytes | Non
 
 
 def test_a_record_of_another_runner_stays() -> None:
-    """Somebody else's jobs in the same folder are told by their runner_instance, and left alone."""
+    """Records of another runner are kept."""
     record = job(400)
     owner = json.loads((record.folder / "owner.json").read_bytes())
     owner["labels"]["io.x07.runner_instance"] = "ri-" + "0" * 32
@@ -195,7 +195,7 @@ def test_a_record_of_another_runner_stays() -> None:
 
 
 def test_no_link_is_followed(tmp_path: Path) -> None:
-    """A link in place of a record, of done, of a run's folder or of a file in it leads nowhere: its target stays."""
+    """Symbolic links are never followed."""
     record, other, third = job(400), job(400, number=1), job(400, number=2)
     precious = tmp_path / "precious"
     precious.mkdir()
@@ -219,7 +219,7 @@ def test_no_link_is_followed(tmp_path: Path) -> None:
 
 
 def test_other_files_in_the_state_folder_stay(tmp_path: Path) -> None:
-    """Nothing but records of jobs and folders of runs is looked at, whatever else lies beside them."""
+    """Other files in the state folder are ignored."""
     record = job(8)
     root = record.folder.parent
     for name in ("notes.txt", "1-2-3-run.txt", "mine"):
@@ -234,7 +234,7 @@ def test_other_files_in_the_state_folder_stay(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_prune_left_goes_with_the_next() -> None:
-    """A removal that was cut short leaves no record that others could act on, and the next one finishes it."""
+    """A removal that was killed is completed by the next prune."""
     record = job(8)
     doomed = record.folder.with_name(f".pruned-{record.folder.name}")
     record.folder.rename(doomed)
@@ -244,7 +244,7 @@ def test_what_a_killed_prune_left_goes_with_the_next() -> None:
 
 
 def test_a_folder_is_shared_or_removed_never_both(tmp_path: Path) -> None:
-    """Any number may share a folder; while they do nobody removes it, and while somebody does nobody can share it."""
+    """A folder in use is never removed."""
     with folder_to_remove(tmp_path) as free:
         assert free
         with pytest.raises(BlockingIOError):
@@ -262,7 +262,7 @@ def test_a_folder_is_shared_or_removed_never_both(tmp_path: Path) -> None:
 
 
 def image(name: str = "", *, base: str = "cd" * 32, size: int = 200_000) -> store.Image:
-    """An image in the store, whose root file is shared with a base of it."""
+    """An image in the store whose root file is shared with its base."""
     made = manifest.sealed(replace(MANIFEST, base=base, kernel_release=f"{name or 'none'}-{size}"))
     folder = store.images_dir() / made.digest.removeprefix("sha256:")
     folder.mkdir(mode=0o700)
@@ -274,7 +274,7 @@ def image(name: str = "", *, base: str = "cd" * 32, size: int = 200_000) -> stor
 
 
 def test_only_images_without_a_name_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An image that no name leads to goes whole; a named one stays, and the one that the pinning variable names too."""
+    """Only unnamed, unpinned images are removed."""
     named, old, pinned = image("default"), image(size=1000), image(size=2000)
     monkeypatch.setenv("X07_VM_GUEST_IMAGE_DIGEST", pinned.digest)
     report = swept("images")
@@ -285,7 +285,7 @@ def test_only_images_without_a_name_go(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_bytes_are_those_that_the_disk_gets_back() -> None:
-    """A file that an image shares with one that stays counts for nothing; shared by two that go, it counts once."""
+    """The reported size is the disk space freed, counting shared files once."""
     named, old = image("default"), image(size=1000)
     shared = named.folder / "root.erofs"
     (old.folder / "root.erofs").unlink()
@@ -299,7 +299,7 @@ def test_bytes_are_those_that_the_disk_gets_back() -> None:
 
 
 def test_a_damaged_image_stays_and_is_told() -> None:
-    """An image whose manifest cannot be read may be a newer format's: it stays, and is named with what to do."""
+    """A damaged image is kept and reported."""
     broken = image()
     (broken.folder / "manifest.json").write_bytes(b'{"schema_version": "x07.sandbox.image@9.0.0"}')
     (store.images_dir() / f"base-{'0' * 32}").mkdir()
@@ -310,7 +310,7 @@ def test_a_damaged_image_stays_and_is_told() -> None:
 
 
 def test_a_build_under_way_is_waited_for() -> None:
-    """While a build holds the store, prune waits, says so, and looks at the store as the build left it."""
+    """Prune waits for a running build and says so."""
     fresh = image()
     told: list[str] = []
     waiting, reports = threading.Event(), []
@@ -330,7 +330,7 @@ def test_a_build_under_way_is_waited_for() -> None:
 
 
 def test_what_was_built_goes_when_nobody_used_it_for_long(tmp_path: Path) -> None:
-    """An artifact unused for eight days goes, one used six days ago stays, and so does what is no artifact."""
+    """Artifacts unused for longer than the retention are removed."""
     folder = store.images_dir().parent / "artifacts"
     folder.mkdir(mode=0o700)
     old, young, link = (folder / artifact_key(name) for name in ("old", "young", "link"))
@@ -350,7 +350,7 @@ def test_what_was_built_goes_when_nobody_used_it_for_long(tmp_path: Path) -> Non
 
 
 def test_saved_machines_and_notes_go_with_what_they_were_of() -> None:
-    """A template whose image goes, and notes of what is not there, go too; a dry run says the same of them."""
+    """Templates and notes are removed with their image, also in a dry run."""
     named, old = image("default"), image(size=1000)
     templates, verified = (store.images_dir().parent / name for name in ("templates", "verified"))
     for folder in (templates, verified):
@@ -385,7 +385,7 @@ def test_saved_machines_and_notes_go_with_what_they_were_of() -> None:
 
 @pytest.fixture
 def full() -> list[Path]:
-    """Something of each part that would go."""
+    """One removable item of each part."""
     old = image()
     artifacts = store.images_dir().parent / "artifacts"
     artifacts.mkdir(mode=0o700)
@@ -405,7 +405,7 @@ def command(*words: str) -> tuple[int, dict[str, Any]]:
 
 @pytest.mark.parametrize("words", [("--images",), ("--cache",), ("--runs",), ("--images", "--runs"), ()])
 def test_a_switch_names_the_part(full: list[Path], words: tuple[str, ...]) -> None:
-    """--images, --cache and --runs each prune that part alone, together several, and without one all is pruned."""
+    """--images, --cache and --runs select what is pruned; without them everything is."""
     chosen = {
         path for path, part in zip(full, ("--images", "--cache", "--runs"), strict=True) if part in words or not words
     }
@@ -416,7 +416,7 @@ def test_a_switch_names_the_part(full: list[Path], words: tuple[str, ...]) -> No
 
 
 def test_a_dry_run_removes_nothing_and_says_the_same(full: list[Path]) -> None:
-    """--dry-run leaves every file as it is, and reports what the real one then does, byte for byte."""
+    """--dry-run removes nothing and reports exactly what a real run would."""
     code, dry = command("--dry-run")
     assert (code, dry["dry_run"]) == (0, True)
     assert all(path.exists() for path in full)
@@ -425,7 +425,7 @@ def test_a_dry_run_removes_nothing_and_says_the_same(full: list[Path]) -> None:
 
 
 def test_people_are_told_what_and_how_much(full: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
-    """Each thing has a line with its size and reason, and the last line has the sum."""
+    """The output has one line for each item with size and reason, and the total."""
     assert main(["prune", "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert f"would remove image {full[0]} " in lines[0]
@@ -434,7 +434,7 @@ def test_people_are_told_what_and_how_much(full: list[Path], capsys: pytest.Capt
 
 
 def test_nothing_there_is_no_error(tmp_path: Path) -> None:
-    """On a machine that has never run anything prune says so, and makes no folder."""
+    """On an unused host prune removes nothing and creates nothing."""
     code, report = command()
     assert (code, report["removed"], report["kept"], report["bytes"]) == (0, [], [], 0)
     assert list(tmp_path.iterdir()) == []
@@ -442,7 +442,7 @@ def test_nothing_there_is_no_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("which", ["cache", "vm"])
 def test_a_planted_link_in_place_of_our_folders_is_refused(full: list[Path], tmp_path: Path, which: str) -> None:
-    """Where state or cache folder has become a link, nothing behind it is touched."""
+    """A symbolic link in place of the state or cache folder is refused."""
     (tmp_path / which).rename(tmp_path / "real")
     (tmp_path / which).symlink_to(tmp_path / "real")
     argv = [sys.executable, "-m", "x07_sandbox.cli.main", "prune"]
@@ -454,7 +454,7 @@ def test_a_planted_link_in_place_of_our_folders_is_refused(full: list[Path], tmp
 
 
 def test_what_cannot_be_removed_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """A thing that the disk will not let go stays, is named with the reason, and the exit code is 1."""
+    """An item that cannot be removed is reported, and the exit code is 1."""
     record = job(8)
 
     rename = Path.rename
