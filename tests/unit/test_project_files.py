@@ -207,19 +207,6 @@ def test_out_is_refused_where_the_policy_gives_no_files(folder: Path, stack: con
         roots_in_force(request, program, replace(policy, fs=replace(policy.fs, enabled=False)))
 
 
-def test_roots_need_a_folder_to_begin_in(
-    tmp_path: Path, stack: contextlib.ExitStack, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Roots in a removed current folder are a usage error."""
-    cancel = stack.enter_context(contextlib.closing(Cancel()))
-    request, program = load_program(RunRequest(source=b"true", toolchain="shell", cancel=cancel), stack)
-    (tmp_path / "gone").mkdir()
-    monkeypatch.chdir(tmp_path / "gone")
-    (tmp_path / "gone").rmdir()
-    with pytest.raises(UsageError, match="the current folder is gone"):
-        roots_in_force(request, program, default_policy())
-
-
 @pytest.mark.parametrize("field", ["read_roots", "write_roots"])
 @pytest.mark.parametrize(
     ("root", "granted"),

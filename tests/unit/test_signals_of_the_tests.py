@@ -1,4 +1,4 @@
-"""The tests work where they are started by nohup or in a script's background, with signals ignored."""
+"""The tests work under nohup and in a script's background, where signals are ignored."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SHOWS = "import signal; print(*(signal.getsignal(n) is signal.SIG_IGN for n in (
 
 
 def test_programs_of_the_tests_inherit_no_ignored_signal() -> None:
-    """A program that a test starts can be interrupted and hung up, also under nohup."""
+    """Programs started by tests inherit no ignored signal."""
     started = f"subprocess.run([sys.executable, '-c', {SHOWS!r}])"
     starts = f"import runpy, subprocess, sys; runpy.run_path('tests/conftest.py'); {started}"
     ignoring = ["/bin/sh", "-c", 'trap "" INT HUP; exec "$@"', "sh"]

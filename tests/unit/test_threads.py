@@ -1,4 +1,4 @@
-"""Threads, where a limit of the shell leaves none."""
+"""Thread creation under a shell limit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ except OSError as exc:
 
 
 def test_a_thread_too_many_is_told_as_the_limit_that_it_is() -> None:
-    """Where there may be no more threads that is no bug of ours: the limit to raise is named."""
+    """A failed thread start names the limit to raise."""
     done = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True, check=False)
     assert done.stdout.startswith("EAGAIN cannot go on: Resource temporarily unavailable"), done.stderr
     assert "ulimit -u" in done.stdout
