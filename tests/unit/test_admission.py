@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import subprocess
@@ -204,30 +203,6 @@ def test_a_wait_that_is_over_leaves_nothing(never: int) -> None:
             second.end()
     finally:
         ahead.end()
-
-
-@pytest.mark.parametrize("problem", [KeyboardInterrupt(), OSError(errno.EMFILE, "Too many open files")])
-def test_a_wait_that_could_not_begin_leaves_nothing(
-    never: int, monkeypatch: pytest.MonkeyPatch, problem: BaseException
-) -> None:
-    """A wait that is interrupted or fails to start leaves no lock and no child."""
-    holder = Holder("first")
-    try:
-        assert holder.wait_for_slot() == "first"
-        before = open_resources()
-
-        def refuse(_pid: int) -> int:
-            raise problem
-
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "pidfd_open", refuse)
-            with pytest.raises((KeyboardInterrupt, HostError)), admitted(cancel_fd=never, timeout_s=5):
-                pass
-        assert open_resources() == before
-    finally:
-        holder.end()
-    with admitted(cancel_fd=never, timeout_s=60) as waited:
-        assert waited < 30
 
 
 def test_a_wait_works_while_sigchld_is_ignored() -> None:

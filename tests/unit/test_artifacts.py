@@ -96,16 +96,6 @@ def test_damage_is_found(cache: Path, at: int) -> None:
     assert got is None or (got == DATA and 0 < at < HEADER_BYTES)
 
 
-@pytest.mark.parametrize(("size", "notes_size"), [("1e999", "0"), ("-600", str(len(DATA) + 600)), ("null", "0")])
-def test_sizes_that_no_file_has_are_damage_too(cache: Path, size: str, notes_size: str) -> None:
-    """An entry with an impossible size in its header is not used."""
-    key = artifact_key("x")
-    keep(key)
-    header = f'{{"bytes": {size}, "notes_bytes": {notes_size}}}'.encode().ljust(HEADER_BYTES)
-    (cache / key).write_bytes(header + (cache / key).read_bytes()[HEADER_BYTES:])
-    assert recalled(key) is None
-
-
 def test_a_file_cut_short_or_of_another_key_is_nothing(cache: Path) -> None:
     """A truncated, extended, linked or misplaced cache entry is not used."""
     key, other = artifact_key("x"), artifact_key("y")

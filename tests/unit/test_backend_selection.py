@@ -110,10 +110,7 @@ def test_a_contradiction_is_an_error(wanted: str, name: str, of: str) -> None:
         (Asked(backend_flag="none", accepted=True), "add --sandbox-backend none --i-accept-weaker-isolation"),
         (Asked(backend_flag="podman"), "add --i-accept-weaker-isolation"),
         (Asked(backend_variable="docker", flags=()), "set X07_I_ACCEPT_WEAKER_ISOLATION=1"),
-        (
-            Asked(backend_variable="os", flags=()),
-            "set X07_SANDBOX_BACKEND=os and X07_I_ACCEPT_WEAKER_ISOLATION=1",
-        ),
+        (Asked(backend_variable="os", flags=()), "set X07_SANDBOX_BACKEND=os and X07_I_ACCEPT_WEAKER_ISOLATION=1"),
     ],
 )
 def test_one_refusal_names_all_that_weaker_isolation_needs(asked: Asked, fix: str) -> None:

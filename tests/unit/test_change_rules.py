@@ -22,7 +22,7 @@ from x07_sandbox.files.checks import check_set
 from x07_sandbox.files.collisions import collisions, folds, knows_no_case
 from x07_sandbox.files.copy import Bounds, Stayed, stays_inside
 from x07_sandbox.files.incoming import Incoming, Told
-from x07_sandbox.files.protected import Protection, repository_around, work_trees
+from x07_sandbox.files.protected import Protection, work_trees
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -304,12 +304,6 @@ def test_what_git_takes_for_a_repository_is_let_by_its_own_name_alone() -> None:
     assert Protection("/p/.git", (), (".github", ".git")).why(".github/x") == ""
 
 
-@pytest.mark.parametrize("root", ["//srv/x", "/srv/x", "/"])
-def test_what_lies_around_any_root_is_looked_at_and_no_further(root: str) -> None:
-    """The search for a surrounding repository ends at `/`, also for paths with two slashes."""
-    assert repository_around(root) == ""
-
-
 def test_a_name_has_all_its_reasons_and_a_flag_takes_one() -> None:
     """`--allow-protected` lifts only the protection of the named entries; other rules still apply."""
     found = judged(
@@ -405,14 +399,6 @@ def test_what_the_judge_passes_can_be_applied() -> None:
         check_set(as_set(judged(told)))
     for name in (".x07-apply-0", "a/.x07-apply-0/b"):
         assert "reserved" in {rule for _, rule in refused(judged(new(name)))}
-
-
-def test_a_folder_of_another_mode_is_not_where_an_empty_one_went() -> None:
-    """Removing an empty folder is not mistaken for moving it to a folder whose mode changed."""
-    before = {"": FOLDER, "e": FOLDER, "d": FOLDER, "d/old": FILE, "d/rest": LINK}
-    told = [Told(root=0, name="d", node=Node(kind="folder", mode=0o700)), Told(root=0, name="d/old"), *new("kept")]
-    found = judged([*told, Told(root=0, name="e")], before, Allowed(mkdir=True, remove=False, rename=True))
-    assert refused(found) == {("e", "fs.allow_remove")}
 
 
 # names that the host would take for one

@@ -16,7 +16,7 @@ from x07_sandbox.channel.trees import Entry, Kind
 from x07_sandbox.cli.changes_text import pieces
 from x07_sandbox.cli.main import main
 from x07_sandbox.errors import UsageError
-from x07_sandbox.files.changes import Change, Node, decode, encode
+from x07_sandbox.files.changes import Change, Node
 from x07_sandbox.files.dependencies import with_dependents
 from x07_sandbox.host.paths import private_dir
 from x07_sandbox.runs.saved_changes import find, recover_all
@@ -224,20 +224,6 @@ def test_a_conflict_applies_nothing_and_what_is_left_out_stays_named(run: Run) -
     changes, _, _ = run.back(files, gone("a"), file("b"), file(".envrc"))
     assert (changes.state, changes.left_out) == ("conflict", 1)
     assert there(run) == {"a"}
-
-
-def test_a_set_without_the_field_is_all_or_nothing(run: Run) -> None:
-    """A saved set without the `all_or_nothing` field is applied only as a whole."""
-    run.back(run.files(changes="all-or-nothing"), file("a"), file(".envrc"))
-    document = msgspec.json.decode(encode(find(RUN).changes))
-    del document["all_or_nothing"]
-    for root in document["roots"]:
-        del root["left_out"]
-    place = run.folder.path / "changes/changes.json"
-    place.write_bytes(msgspec.json.encode(document))
-    assert decode(place.read_bytes()).all_or_nothing
-    assert main(["apply"]) == 125
-    assert there(run) == set()
 
 
 def test_a_root_that_is_made_for_the_rest_is_there_for_what_was_left_out(run: Run) -> None:

@@ -94,15 +94,6 @@ def test_a_peer_that_closes_is_gone_after_its_last_words(sockets: tuple[socket.s
     assert host.read() is None
 
 
-def test_a_peer_that_closes_within_a_frame_is_gone(sockets: tuple[socket.socket, socket.socket]) -> None:
-    """A connection that closes within a frame yields no event."""
-    host, _ = running(*sockets)
-    sockets[1].send(b"\0\0\0")
-    sockets[1].close()
-    assert read_some(host) == []
-    assert host.read() is None
-
-
 def test_writing_to_a_peer_that_is_gone_says_so(sockets: tuple[socket.socket, socket.socket]) -> None:
     """Writing to a closed peer returns false instead of raising."""
     host, _ = running(*sockets)

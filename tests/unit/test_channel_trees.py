@@ -29,7 +29,7 @@ RECORDS = st.lists(
 )
 
 
-def record(kind: Kind, name: bytes, more: object) -> tuple[bytes, list[object]]:
+def encoded(kind: Kind, name: bytes, more: object) -> tuple[bytes, list[object]]:
     """A record's bytes, and the events that its reader must return."""
     if kind is Kind.FILE:
         assert isinstance(more, list)
@@ -82,7 +82,7 @@ def test_a_stream_is_read_as_it_was_written_however_it_is_cut(
     """A tree survives encoding and decoding, however its stream is cut."""
     data, expected = b"", []
     for record in records:
-        part, heard = record(*record)
+        part, heard = encoded(*record)
         data += part
         expected += heard
     data += Entry(Kind.END, b"").encoded()

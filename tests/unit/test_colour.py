@@ -15,7 +15,7 @@ RED = b"\x1b[1;31m"
 
 
 def _output(tmp_path: Path, words: list[str], stream: str, **env: str) -> bytes:
-    """What a command writes to that stream, which is a terminal."""
+    """Return the output of a command on that stream, a terminal."""
     ours, theirs = pty.openpty()
     argv = [sys.executable, "-m", "x07_sandbox.cli.main", *words]
     place = {"X07_VM_STATE_DIR": str(tmp_path / "state"), "X07_VM_CACHE_DIR": str(tmp_path / "cache")}

@@ -6,11 +6,9 @@ import fcntl
 import os
 import subprocess
 import sys
-import threading
 
 import pytest
 
-from x07_sandbox.cli.atomic_output import write_all
 from x07_sandbox.cli.console import LiveLine
 from x07_sandbox.host.cancel import Notice
 
@@ -39,23 +37,6 @@ def test_a_reader_who_is_slow_gets_all_of_it(words: tuple[str, ...]) -> None:
         assert child.stderr.read() == b""
     assert len(whole) > 4096
     assert (child.returncode, got == whole) == (0, True)
-
-
-def test_a_report_waits_for_a_reader_who_is_slow() -> None:
-    """x07-os-runner writes its whole report to a slow, non-blocking standard output."""
-    read, write = os.pipe()
-    os.set_blocking(write, False)
-    data = bytes(1 << 20)
-
-    def report() -> None:
-        with os.fdopen(write, "wb"):  # closed whatever comes, so that the reader ends
-            write_all(write, data)
-
-    writer = threading.Thread(target=report)
-    with os.fdopen(read, "rb") as pipe:
-        writer.start()
-        assert pipe.read() == data
-    writer.join()
 
 
 def test_what_takes_long_once_is_said_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:

@@ -163,7 +163,6 @@ def test_what_the_guest_tells_is_dropped_where_too_much_waits() -> None:
 
 
 TOO_MUCH: Final = frame(egress.DATA, 1, bytes(DATA_MAX)) * (WINDOW // DATA_MAX)
-OPEN_FLOW: Final = asking(1)
 # What a guest sends to a gate that has flow 1 (TCP) and flow 2 (UDP) open.
 TO_GATE: Final = {
     "unknown type 0": frame(0, 1),

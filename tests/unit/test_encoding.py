@@ -30,21 +30,7 @@ def test_a_locale_that_is_not_utf_8_changes_no_name(tmp_path: Path, words: tuple
 
 def test_x07s_command_too_takes_names_as_they_are(tmp_path: Path) -> None:
     """x07-os-runner accepts names that are not ASCII in any locale."""
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "x07_sandbox.cli.os_runner",
-            "--artifact",
-            "prüf",
-            "--world",
-            "run-os-sandboxed",
-            "--policy",
-            "p",
-        ],
-        cwd=tmp_path,
-        env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
-        capture_output=True,
-        check=False,
-    )
+    words = ["-m", "x07_sandbox.cli.os_runner", "--artifact", "prüf", "--world", "run-os-sandboxed", "--policy", "p"]
+    env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run([sys.executable, *words], cwd=tmp_path, env=env, capture_output=True, check=False)
     assert "prüf" in done.stderr.decode()

@@ -25,6 +25,13 @@ if TYPE_CHECKING:
 SCHEMA = json.loads(schemas()["failure.schema.json"])
 
 
+def x07(where: Path, *words: str, places: str = ".") -> subprocess.CompletedProcess[bytes]:
+    """Run a command in *where*, with state and cache below *places*."""
+    folders = {f"X07_VM_{name}_DIR": str(where / places / name.lower()) for name in ("STATE", "CACHE")}
+    argv = [sys.executable, "-m", "x07_sandbox.cli.main", *words]
+    return subprocess.run(argv, cwd=where, env=os.environ | folders, capture_output=True, check=False, timeout=60)
+
+
 @pytest.mark.parametrize(
     ("words", "code", "why"),
     [
@@ -49,9 +56,7 @@ def test_an_error_is_one_json_object(tmp_path: Path, words: list[str], code: int
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "link").symlink_to("elsewhere")
     (tmp_path / os.fsdecode(b"a\xff")).write_bytes(b"")
-    env = os.environ | {"X07_VM_STATE_DIR": str(tmp_path / "link/s"), "X07_VM_CACHE_DIR": str(tmp_path / "link/c")}
-    argv = [sys.executable, "-m", "x07_sandbox.cli.main", *words, "--json"]
-    done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, check=False, timeout=60)
+    done = x07(tmp_path, *words, "--json", places="link")
     assert done.returncode == code
     assert done.stderr == b""
     found = json.loads(done.stdout)
@@ -63,10 +68,7 @@ def test_an_error_is_one_json_object(tmp_path: Path, words: list[str], code: int
 @pytest.mark.parametrize("action", ["status", "stop"])
 def test_where_no_pool_runs_that_is_told(tmp_path: Path, action: str) -> None:
     """`x07 pool status` and `stop` report as JSON that no pool runs."""
-    # Not in the cache of all tests: a pool may be there, and another test's.
-    env = os.environ | {"X07_VM_STATE_DIR": str(tmp_path / "jobs"), "X07_VM_CACHE_DIR": str(tmp_path / "cache")}
-    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "pool", action, "--json"]
-    done = subprocess.run(argv, env=env, capture_output=True, check=True, timeout=60)
+    done = x07(tmp_path, "pool", action, "--json")
     assert document(done.stdout) == {"schema_version": "x07.sandbox.pool@0.1.0", "pool": None}
 
 
@@ -102,9 +104,7 @@ def test_where_no_pool_runs_that_is_told(tmp_path: Path, action: str) -> None:
 )
 def test_every_verb_prints_what_is_published(tmp_path: Path, words: list[str], name: str) -> None:
     """With --json every verb prints one document that matches its published schema."""
-    env = os.environ | {"X07_VM_STATE_DIR": str(tmp_path / "jobs"), "X07_VM_CACHE_DIR": str(tmp_path / "cache")}
-    argv = [sys.executable, "-m", "x07_sandbox.cli.main", *words]
-    done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, check=False, timeout=60)
+    done = x07(tmp_path, *words)
     assert document(done.stdout)["schema_version"] == name
     assert (tmp_path / "p.json").exists() is any("p.json" in word for word in words)
 
@@ -145,11 +145,8 @@ def test_a_report_goes_into_a_file_too(
 ) -> None:
     """--report-out writes any verb's document, errors included, and --quiet-json prints none."""
     (tmp_path / "bad.json").write_text("{}")
-    env = os.environ | {"X07_VM_STATE_DIR": str(tmp_path / "jobs"), "X07_VM_CACHE_DIR": str(tmp_path / "cache")}
     flags = ["--quiet-json", "--report-out", "r"]
-    argv = [*flags, *words] if place == "before" else [*words, *flags]
-    line = [sys.executable, "-m", "x07_sandbox.cli.main", *argv]
-    done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, check=False, timeout=60)
+    done = x07(tmp_path, *([*flags, *words] if place == "before" else [*words, *flags]))
     assert done.returncode == code, done.stderr
     assert (done.stdout == b"") is silent
     assert done.stderr or code < 2
@@ -178,8 +175,7 @@ def test_a_report_goes_into_a_file_too(
 def test_a_report_that_cannot_be_written_stops_the_verb(tmp_path: Path, words: list[str], why: str) -> None:
     """An unusable --report-out file is a usage error before anything is done."""
     (tmp_path / "p.json").write_text("{}")
-    line = [sys.executable, "-m", "x07_sandbox.cli.main", *(word.format(name=tmp_path.name) for word in words)]
-    done = subprocess.run(line, cwd=tmp_path, capture_output=True, check=False, timeout=60)
+    done = x07(tmp_path, *(word.format(name=tmp_path.name) for word in words))
     assert (done.returncode, done.stdout, why in done.stderr.decode()) == (2, b"", True), done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["p.json"]
     assert (tmp_path / "p.json").read_text() == "{}"
@@ -210,19 +206,15 @@ def test_whatever_ends_a_verb_is_in_its_report(tmp_path: Path, raised: BaseExcep
 
 def test_what_the_pools_process_says_keeps_its_exit_code(tmp_path: Path) -> None:
     """Errors of the pool's own process keep their exit code."""
-    env = os.environ | {"X07_VM_STATE_DIR": str(tmp_path / "jobs"), "X07_VM_CACHE_DIR": str(tmp_path / "cache")}
-    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "pool", "start", "--json", "--image"]
     for name, code, why in (("a b", 2, "a name has 1 to 64"), ("nothing", 125, "")):
-        done = subprocess.run([*argv, name], env=env, capture_output=True, check=False, timeout=60)
+        done = x07(tmp_path, "pool", "start", "--json", "--image", name)
         assert done.returncode == code
         assert why in document(done.stdout)["error"]["why"]
 
 
 def test_what_prints_no_json_is_not_silent(tmp_path: Path) -> None:
     """With --quiet-json errors are still printed to standard error."""
-    env = os.environ | {"X07_VM_STATE_DIR": str(tmp_path / "jobs"), "X07_VM_CACHE_DIR": str(tmp_path / "cache")}
-    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "run", "--json", "--quiet-json", "--report-out", "r", "a.py"]
-    done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, check=False, timeout=60)
+    done = x07(tmp_path, "run", "--json", "--quiet-json", "--report-out", "r", "a.py")
     assert (done.returncode, done.stdout) == (2, b"")
     assert document((tmp_path / "r").read_bytes())["reason"] in done.stderr.decode()
 

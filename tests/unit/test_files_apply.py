@@ -27,7 +27,6 @@ from tests.unit.apply_trees import NEW, OLD, Tree, applied, difference, put, rea
 from x07_sandbox.errors import HostError
 from x07_sandbox.files.apply import ConflictError, apply, recover
 from x07_sandbox.files.changes import Change, ChangeSet, Node, RootChanges, decode
-from x07_sandbox.host import beneath
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -540,17 +539,6 @@ def test_a_journal_that_cannot_be_read_is_told(tmp_path: Path) -> None:
         assert (tmp_path / "state" / "journal").read_bytes() == text
 
 
-def test_nothing_to_recover_is_nothing(tmp_path: Path) -> None:
-    """Recovery without a journal changes nothing."""
-    recover(tmp_path / "nothing")
-    assert not (tmp_path / "nothing").exists()
-    root = make(tmp_path / "root", OLD)
-    applied(*difference(root, OLD, NEW), tmp_path / "state")
-    recover(tmp_path / "state")
-    assert read(root) == NEW
-    undone(tmp_path / "state")
-
-
 def test_a_set_waits_for_another_and_says_so(tmp_path: Path) -> None:
     """Applying to a locked root waits, and reports the path once."""
     root = make(tmp_path / "root", OLD)
@@ -596,23 +584,6 @@ def test_a_root_that_was_exchanged_while_it_waited_is_a_conflict(tmp_path: Path)
         os.close(held)
     assert caught.value.names == (str(root),)
     assert read(root) == read(tmp_path / "first") == OLD
-
-
-def test_a_mode_that_another_gives_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file whose mode changes during apply is a conflict and keeps its new mode."""
-    root = make(tmp_path / "root", {"": FOLDER, "a": ("file", 0o644, b"old")})
-    change = Change(name="a", before=file_node(b"old"), after=file_node(b"new", 0))
-    exchange = beneath.exchange
-
-    def close_first(*names: Any) -> bool:  # noqa: ANN401 - as that one has them
-        monkeypatch.setattr(beneath, "exchange", exchange)
-        (root / "a").chmod(0o600)
-        return exchange(*names)
-
-    monkeypatch.setattr(beneath, "exchange", close_first)
-    with pytest.raises(ConflictError):
-        applied(one_set(root, change), b"new", tmp_path / "state")
-    assert read(root)["a"] == ("file", 0o600, b"old")
 
 
 @pytest.mark.root
@@ -711,7 +682,7 @@ def test_no_link_leads_it_outside(fast: Path) -> None:
 
 
 def test_two_sets_at_once_are_one_after_the_other(tmp_path: Path) -> None:
-    """Of two conflicting sets applied at once, one succeeds and the other reports a conflict."""
+    """If two conflicting sets are applied at once, one succeeds and the other reports a conflict."""
     assert driven("together", tmp_path)
 
 
@@ -740,9 +711,7 @@ def flat(mode: int, nodes: dict[str, Any], prefix: str = "") -> Tree:
 
 
 NODES = st.recursive(
-    FILES | LINKS,
-    lambda nodes: st.tuples(MODES, st.dictionaries(NAMES, nodes, max_size=4)),
-    max_leaves=12,
+    FILES | LINKS, lambda nodes: st.tuples(MODES, st.dictionaries(NAMES, nodes, max_size=4)), max_leaves=12
 )
 TREES = st.builds(flat, st.sampled_from([0o755, 0o700]), st.dictionaries(NAMES, NODES, max_size=5))
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Final
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from x07_sandbox.guest.audit import _FOLDERS, Audit, Refusal, Refusals
+from x07_sandbox.guest.audit import _FOLDERS, Refusal, Refusals
 from x07_sandbox.guest.boot.filters import AUDITED
 
 if TYPE_CHECKING:
@@ -380,32 +379,3 @@ def test_any_bytes_are_read_without_an_error(records: list[tuple[int, bytes]]) -
     refusals.finish()
     for refusal in refusals.found:
         assert len(refusal.path) <= 1025
-
-
-class SlowAudit(Audit):
-    """An audit reader with pending records in a guest that pauses a second before each."""
-
-    def __init__(self, records: list[Record], monkeypatch: pytest.MonkeyPatch) -> None:
-        self._refusals = Refusals(CALLS, find)
-        self._lost_before = 0
-        self._records = [(kind, f"audit(1764000000.123:40): {text}".encode()) for kind, text in records]
-        self._now = 0.0
-        monkeypatch.setattr(time, "monotonic", lambda: self._now)
-
-    def _next(self) -> tuple[int, bytes] | None:
-        self._now += 1
-        return self._records.pop(0) if self._records else None
-
-    def _status(self) -> tuple[int, ...]:
-        return (0,) * 11
-
-    def take(self) -> None:
-        """Begin to read."""
-        self._refusals.note(*self._records.pop(0))
-
-
-def test_a_machine_that_stood_still_at_its_end_loses_no_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pending audit records are read at the end of the program, even in a slow guest."""
-    records = [called(257, 13, items=1), (CWD, 'cwd="/opt/x07"'), path('"/root/x"', "UNKNOWN")]
-    found, lost = SlowAudit(records, monkeypatch).end()
-    assert (found, lost) == ({Refusal("kernel", "openat", 13, "/root/x", write=False): 1}, 0)

@@ -38,17 +38,11 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", FLAGS)
-@pytest.mark.parametrize("value", ["1", "true", "TRUE", "yes", "YES", " 1 "])
-def test_yes_is_yes(name: str, value: str) -> None:
-    """Every X07 spelling of yes turns a switch on."""
-    assert flag(name, {name: value}) is True
-
-
-@pytest.mark.parametrize("name", FLAGS)
-@pytest.mark.parametrize("value", [None, "", " ", "0", "false", "FALSE", "no", "NO"])
-def test_no_is_no(name: str, value: str | None) -> None:
-    """An unset or blank variable, and every spelling of no, turns a switch off."""
-    assert flag(name, {} if value is None else {name: value}) is False
+def test_yes_and_no_are_understood(name: str) -> None:
+    """Every X07 spelling of yes turns a switch on; no, blank and unset turn it off."""
+    assert all(flag(name, {name: value}) for value in ["1", "true", "TRUE", "yes", "YES", " 1 "])
+    assert not any(flag(name, {name: value}) for value in ["", " ", "0", "false", "FALSE", "no", "NO"])
+    assert flag(name, {}) is False
 
 
 @pytest.mark.parametrize("name", FLAGS)

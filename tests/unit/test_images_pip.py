@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from x07_sandbox.errors import HostError, ImageError, UsageError
-from x07_sandbox.images import manifest, pip, wheels
+from x07_sandbox.images import pip, wheels
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -121,12 +121,6 @@ def test_wheels_fit_the_guest_and_not_the_host() -> None:
     assert "x86" not in options
     with pytest.raises(HostError, match="no package lists"):
         pip.guest_python({}, "x86_64")
-
-
-def test_a_kept_image_gets_the_very_same_wheels_again() -> None:
-    """A rebuilt image pins its wheels by digest."""
-    wheel = manifest.Wheel(name="six", version="1.16.0", sha256="ab" * 32)
-    assert pip.pinned([wheel]) == (f"six==1.16.0 --hash=sha256:{'ab' * 32}",)
 
 
 def test_a_wheel_is_unpacked_where_python_looks(tmp_path: Path) -> None:

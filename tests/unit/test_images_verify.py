@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import resource
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.published import document
 from x07_sandbox.cli.main import main
-from x07_sandbox.errors import HostError, ImageError
+from x07_sandbox.errors import ImageError
 from x07_sandbox.images import manifest, scratch, store, verify
 
 if TYPE_CHECKING:
@@ -209,17 +208,6 @@ def test_unknown_file_system_means_hashing_each_time(
     assert sorted(counted) == sorted(map(len, FILES.values()))
 
 
-def test_file_system_of_a_descriptor_is_known(need: Need) -> None:
-    """A tmpfs is distinguished from a disk."""
-    need(os.path.ismount("/dev/shm"), "a tmpfs at /dev/shm", installable=False)  # noqa: S108 - only looked at
-    fd = os.open("/dev/shm", os.O_RDONLY | os.O_DIRECTORY)  # noqa: S108 - only looked at
-    try:
-        assert verify.filesystem(fd) == "tmpfs"
-        assert "tmpfs" not in verify.TIMES_MOVE
-    finally:
-        os.close(fd)
-
-
 @pytest.mark.usefixtures("settled")
 def test_path_swapped_after_opening_changes_nothing(image: store.Image) -> None:
     """Replacing a file after it was verified does not change what the VM gets."""
@@ -247,19 +235,6 @@ def test_folder_that_is_a_link_is_refused(image: store.Image) -> None:
     image.folder.symlink_to(image.folder.parent / "elsewhere")
     with pytest.raises(ImageError, match="cannot open guest image"):
         _open(image)
-
-
-@pytest.mark.parametrize("left", [0, 1, 3])
-def test_want_of_descriptors_is_no_damage(image: store.Image, left: int) -> None:
-    """Running out of descriptors is not reported as damage."""
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with (image.folder / "vmlinux").open() as file:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (file.fileno() + 1 + left, limits[1]))
-        try:
-            with pytest.raises(HostError, match="Too many open files"):
-                _open(image)
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_fifo_is_refused_and_does_not_hang(image: store.Image) -> None:
@@ -368,30 +343,6 @@ def test_scratch_disk_is_made_from_the_part(image: store.Image, tmp_path: Path) 
         disk.seek(0)
         assert disk.read() == bytes(8192) + b"s" * 4096 + bytes((1 << 20) - 12288)
         assert os.fstat(disk.fileno()).st_blocks * 512 < 1 << 20
-
-
-@pytest.mark.parametrize(("times", "good"), [(1, True), (100, False)])
-def test_a_link_made_meanwhile_is_no_damage(
-    image: store.Image, monkeypatch: pytest.MonkeyPatch, times: int, *, good: bool
-) -> None:
-    """A file that gets another hard link while it is hashed is hashed again."""
-    real, left = verify.sha256_of, [times]
-
-    def linked_meanwhile(fd: int, size: int) -> str:
-        digest = real(fd, size)
-        if left[0] > 0:
-            left[0] -= 1
-            before = os.fstat(fd).st_ctime_ns
-            while os.fstat(fd).st_ctime_ns == before:  # the clock of a file system moves in steps
-                os.fchmod(fd, 0o444)  # moves it as a link does
-        return digest
-
-    monkeypatch.setattr(verify, "sha256_of", linked_meanwhile)
-    if good:
-        _open(image)
-    else:
-        with pytest.raises(ImageError, match="each time"):
-            _open(image)
 
 
 @pytest.mark.parametrize(

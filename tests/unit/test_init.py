@@ -208,9 +208,7 @@ def test_our_own_example_is_understood(tmp_path: Path) -> None:
     init(tmp_path, "--toolchain", "make", "routes")
     found = made(tmp_path / "routes")
     assert (found["toolchain"], found["artifact"]) == ("make", "bin/routes")
-    assert found["files"] == [
-        *("Makefile", "policy.json", "roads.txt", "src/graph.cpp", "src/graph.h", "src/main.cpp"),
-    ]
+    assert found["files"] == [*("Makefile", "policy.json", "roads.txt", "src/graph.cpp", "src/graph.h", "src/main.cpp")]
 
 
 def test_make_gets_all_that_it_may_need(tmp_path: Path) -> None:

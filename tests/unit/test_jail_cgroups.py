@@ -93,14 +93,6 @@ def test_the_limit_on_tasks_is_real(groups: HostGroups, need: Need) -> None:
         assert 0 < len(left) <= TASKS
 
 
-def test_a_host_without_groups_is_told_apart() -> None:
-    """A host without cgroups is no error: no limit is declared."""
-    none = HostGroups(folders=(), holds=())
-    none.add(1)
-    assert none.remove()
-    assert none.describe() == "no host control groups"
-
-
 def test_a_name_that_is_taken_is_not_shared(groups: HostGroups) -> None:
     """A second job with the same name gets no cgroups and does not change the first ones."""
     name = Path(groups.folders[0]).name

@@ -127,13 +127,7 @@ def test_the_gate_s_message_is_whole() -> None:
 
 @pytest.mark.parametrize(
     ("version", "wanted"),
-    [
-        (3, (0x7FFF, 0, 0)),
-        (4, (0x7FFF, 3, 0)),
-        (5, (0xFFFF, 3, 0)),
-        (6, (0xFFFF, 3, 3)),
-        (9, (0xFFFF, 3, 3)),
-    ],
+    [(3, (0x7FFF, 0, 0)), (4, (0x7FFF, 3, 0)), (5, (0xFFFF, 3, 0)), (6, (0xFFFF, 3, 3)), (9, (0xFFFF, 3, 3))],
 )
 def test_landlock_is_asked_for_all_that_its_version_can(version: int, wanted: tuple[int, int, int]) -> None:
     """Landlock restricts everything that its version supports."""

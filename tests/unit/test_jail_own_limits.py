@@ -48,6 +48,10 @@ def answer(program: bytes, number: int, audit: int, arguments: tuple[int, ...] =
                 (held,) = struct.unpack_from("=I", data, value)
             case 0x54:
                 held &= value
+            case 0x05:
+                at += value
+            case 0x25:
+                at += if_true if held > value else if_false
             case 0x15:
                 at += if_true if held == value else if_false
             case 0x35:

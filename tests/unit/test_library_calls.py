@@ -196,13 +196,7 @@ def test_what_a_call_leaves_open_is_what_the_manifest_says(tmp_path: Path) -> No
         assert str(open_.policy) == str(tmp_path / "p.json")
         assert (open_.args, open_.image, open_.env) == (("Ulm",), "own", {"A": "1"})
         given = asked(
-            stack,
-            tmp_path,
-            stdin_default=False,
-            policy="built-in:default",
-            args=["Bonn"],
-            image="x",
-            env={"A": "2"},
+            stack, tmp_path, stdin_default=False, policy="built-in:default", args=["Bonn"], image="x", env={"A": "2"}
         )
         assert (given.stdin_fd, given.policy, given.args) == (0, "built-in:default", ("Bonn",))
         assert (given.image, given.env) == ("x", {"A": "2"})
@@ -246,11 +240,7 @@ def test_importing_the_library_costs_only_what_is_on_the_list(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("name", "value", "why"),
     [
-        (
-            "X07_VM_BACKEND",
-            "firecracker-ctr",
-            "not supported.* Use X07_VM_BACKEND=qemu, or unset it[.]$",
-        ),
+        ("X07_VM_BACKEND", "firecracker-ctr", "not supported.* Use X07_VM_BACKEND=qemu, or unset it[.]$"),
         ("X07_VM_BACKEND", "podman", "weaker isolation.* unset it, or set X07_I_ACCEPT_WEAKER_ISOLATION=1[.]$"),
         ("X07_VM_BACKEND", "xen", "X07_VM_BACKEND"),
         (
@@ -286,14 +276,6 @@ def test_the_variables_of_the_command_count_for_the_library_too(
 def test_errors_name_keywords_in_place_of_flags(text: str, said: str) -> None:
     """Errors of the library name keywords instead of flags."""
     assert in_python(text) == said
-
-
-def test_an_error_of_a_run_names_the_keyword(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An unknown language is reported with the `toolchain` keyword, in error and result."""
-    monkeypatch.setenv("X07_VM_STATE_DIR", str(tmp_path / "jobs"))
-    with pytest.raises(SandboxError, match=r"Name its toolchain[.]$") as caught:
-        run_program(source="print(1)")
-    assert "--toolchain" not in caught.value.result.reason
 
 
 def test_names_to_let_in_are_switches_of_a_call() -> None:

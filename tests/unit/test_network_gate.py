@@ -407,9 +407,7 @@ async def _stop(made: Gate, relay: Relay) -> None:
 
 @contextlib.asynccontextmanager
 async def lab(
-    policy: Policy = LISTED,
-    denied: Mapping[str, set[int] | None] | None = None,
-    settings: NetSettings | None = None,
+    policy: Policy = LISTED, denied: Mapping[str, set[int] | None] | None = None, settings: NetSettings | None = None
 ) -> AsyncIterator[Lab]:
     """A gate with its surroundings, closed on exit."""
     async with contextlib.AsyncExitStack() as stack:
@@ -1252,10 +1250,7 @@ async def test_quic_is_refused_unless_its_port_is_opaque() -> None:
     async with lab() as it:
         assert await it.relay.answer(it.relay.ask("a.example", 443, UDP)) == egress.POLICY
         assert it.denied() == [("a.example", "udp-443")]
-    async with (
-        lab(settings=NetSettings(opaque_ports=frozenset({443}))) as it,
-        udp_server(it.outside, GOOD, 443),
-    ):
+    async with lab(settings=NetSettings(opaque_ports=frozenset({443}))) as it, udp_server(it.outside, GOOD, 443):
         await it.relay.connect("a.example", 443, UDP)
 
 

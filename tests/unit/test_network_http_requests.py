@@ -81,11 +81,7 @@ def test_requests_are_written_again() -> None:
 
 @pytest.mark.parametrize(
     ("target", "written"),
-    [
-        (b"http://a.example/x?y", b"/x?y"),
-        (b"HTTP://A.EXAMPLE:80", b"/"),
-        (b"http://a.example.?y", b"/?y"),
-    ],
+    [(b"http://a.example/x?y", b"/x?y"), (b"HTTP://A.EXAMPLE:80", b"/"), (b"http://a.example.?y", b"/?y")],
 )
 def test_an_absolute_target_must_name_the_host(target: bytes, written: bytes) -> None:
     """An absolute request target is accepted only if it names the same host (attack 59)."""

@@ -119,12 +119,6 @@ def test_too_long_a_file_is_an_error() -> None:
     assert parse_settings(b"#" * (1 << 20), "here") == NetSettings()
 
 
-def test_a_missing_file_means_the_defaults(tmp_path: Path) -> None:
-    """A missing settings file means the defaults."""
-    assert read_settings(tmp_path / "sandbox.toml") == NetSettings()
-    assert read_settings(tmp_path / "no" / "sandbox.toml") == NetSettings()
-
-
 def test_the_file_is_found_where_settings_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The settings file is in XDG_CONFIG_HOME, else in ~/.config."""
     folder = tmp_path / "x07"

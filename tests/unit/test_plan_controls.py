@@ -290,22 +290,6 @@ def test_which_variables_go_in_is_said_as_it_is(changes: dict[str, object], told
     assert untold not in control.why
 
 
-def test_what_counts_in_place_of_a_value_is_said() -> None:
-    """Controls for files state the bounds that hold whatever the policy says."""
-    why = {control.field: control.why for control in plan(fs__read_roots=["."], fs__max_depth=1000).controls}
-    assert "more than 256 for 256" in why["fs.max_depth"]
-    assert {"--out" in control.why for control in plan().controls if control.field in FILE_FIELDS} == {True}
-    assert not any("--out" in control.why for control in plan(fs__enabled=False).controls)
-
-
-def test_a_variable_too_long_for_linux_is_refused_before_anything_starts() -> None:
-    """A list too long for an environment variable is refused before anything starts."""
-    made = plan(process__allow_execs=["/" + "x" * 4000] * 40)
-    (refusal,) = made.refusals
-    assert refusal.field == "process.allow_execs"
-    assert "X07_OS_PROC_ALLOW_EXECS" in refusal.why
-
-
 def test_confinement_is_claimed_only_where_it_stands() -> None:
     """A backend without confinement refuses each field that needs it."""
     weak = Features(isolation="none", own_kernel=False, can_hold=VM_HOLDS - {"confinement"})
@@ -357,24 +341,6 @@ def test_of_a_hidden_root_what_lets_it_is_told(root: str, path: str, value: obje
         made.require(["--allow-read-root"])
     assert f"Change {path[2:]} in the policy, or leave out --allow-read-root" in error.value.fix
     assert (plan(fs__read_roots=[root], fs__deny_hidden=False).refusals == ()) == (value is False)
-
-
-@pytest.mark.parametrize(
-    ("given", "written", "told"),
-    [
-        ("/srv/two", "two", "/srv/two/, /srv/two"),
-        ("/srv/two", "/data", ""),
-        ("two", "/srv", "two"),  # the beginning is told anyway: it leads into a folder of the program's
-        ("two", "three", ""),
-    ],
-)
-def test_a_list_tells_where_two_roots_may_be_one_folder(given: str, written: str, told: str) -> None:
-    """The control for executables says where two roots may be one folder."""
-    changes: dict[str, object] = {"fs__read_roots": [given], "fs__write_roots": [written]}
-    changes |= {"process__allow_execs": [given], "process__allow_exec_prefixes": [f"{given}/"]}
-    found = {control.field: control.why for control in plan(**changes).controls}
-    assert found["process.allow_execs"].partition("the same folder of the host, there too: ")[2] == told
-    assert "only where a write root holds them too" in found["fs.read_roots"]
 
 
 def test_fewer_children_than_tasks_bound_all_tasks() -> None:

@@ -138,7 +138,7 @@ RANKED: list[tuple[dict[str, object], Outcome]] = [
 
 @pytest.mark.parametrize("chosen", list(itertools.product([False, True], repeat=len(RANKED) - 1)))
 def test_of_several_causes_the_first_in_rank_is_told(chosen: tuple[bool, ...]) -> None:
-    """Of several causes the highest-ranked one is reported."""
+    """The highest-ranked of several causes is reported."""
     facts: dict[str, object] = {"wait_status": SIGKILLED}
     expected = Outcome.SIGNALLED
     for (fact, outcome), taken in reversed(list(zip(RANKED, chosen, strict=False))):

@@ -139,12 +139,3 @@ def test_what_a_document_switches_off_is_not_switched_on(document: str, off: str
     assert found is not None
     assert found.words == ()
     assert off in found.left_out
-
-
-def test_no_words_are_the_template_itself() -> None:
-    """A document without any flag's fields is completed by the built-in policy."""
-    found = completion(b'{"env": {}}')
-    assert found is not None
-    assert found.line("p.json") == "x07 policy new > p.json"
-    assert completion(b"{}") is None
-    assert completion(b"[1") is None

@@ -131,7 +131,7 @@ def test_variables_say_where_to_look() -> None:
 
 
 def test_looking_finds_what_is_there(tmp_path: Path) -> None:
-    """Programs, served sockets, dead sockets and plain files are told apart."""
+    """Programs, served sockets, dead sockets and plain files are distinguished."""
     program = tmp_path / "ctr"
     program.write_text("#!/bin/sh\n")
     program.chmod(0o700)

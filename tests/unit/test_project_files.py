@@ -178,17 +178,6 @@ def test_a_project_asks_for_no_more_output_than_is_granted(folder: Path, stack: 
         assert load(stack, folder, max_output_bytes=1000)[0].max_output_bytes == 1000
 
 
-def test_more_names_than_a_command_line_takes_are_refused(tmp_path: Path, stack: contextlib.ExitStack) -> None:
-    """A project with too many file names is refused before any VM starts."""
-    (tmp_path / "x07-sandbox.toml").write_text(TOML.partition("entry")[0].replace("python", "c").replace("*.py", "**"))
-    place = tmp_path / ("\xe9" * 120) / ("\xe9" * 120) / ("\xe9" * 120)
-    place.mkdir(parents=True)
-    for number in range(1200):
-        os.mknod(place / f"{'x' * 200}{number}.c")
-    with pytest.raises(UsageError, match=r"too long, together.*make"):
-        load(stack, tmp_path)
-
-
 def test_reading_a_project_ends_when_it_is_cancelled(folder: Path, stack: contextlib.ExitStack) -> None:
     """Reading a project can be cancelled."""
     cancel = stack.enter_context(contextlib.closing(Cancel()))
@@ -241,30 +230,6 @@ def test_what_a_project_brings_grants_no_hosts(folder: Path, stack: contextlib.E
     assert policy_in_force(load(stack, folder, policy=place)[0])[0].net == net
 
 
-@pytest.mark.parametrize(
-    ("change", "profile"),
-    [
-        ({"profiles": {"n" * 500_000: {"world": "run-os"}}}, None),
-        ({"profiles": {"n" * 500_000: {"world": "run-os", "policy": "/x"}}}, None),
-        ({"profiles": {"os": {"world": "w" * 500_000}}}, None),
-        ({"profiles": {"os": {"world": "run-os", "input": "/" + "i" * 500_000}}}, None),
-        ({"lockfile": "l" * 500_000}, None),
-        ({"schema_version": "s" * 500_000}, None),
-        ({"profiles": {f"n{number}": {"world": "run-os"} for number in range(20_000)}}, "none"),
-    ],
-)
-def test_an_error_about_a_project_is_short(
-    tmp_path: Path, stack: contextlib.ExitStack, change: dict[str, object], profile: str | None
-) -> None:
-    """Errors about a project are short, however long its names are."""
-    (tmp_path / "x07.json").write_text(json.dumps({"schema_version": "x07.project@0.5.0", **change}))
-    if "lockfile" not in change:
-        (tmp_path / "x07.lock.json").write_text("{}")
-    with pytest.raises(UsageError) as caught:
-        load(stack, tmp_path, profile=profile)
-    assert len(str(caught.value)) < 1000
-
-
 @pytest.mark.parametrize(("wall_ms", "own"), [(None, None), (4000, 5000), (5000, None)])
 def test_whose_time_limit_holds_is_known(tmp_path: Path, wall_ms: int | None, own: int | None) -> None:
     """The lower one of a call's and the policy's time limit applies and is known as such."""
@@ -285,14 +250,6 @@ def test_with_flags_alone_the_policy_is_still_the_built_in_one() -> None:
         in_force = policy_in_force(RunRequest(overrides=overrides, limits=LimitChanges(wall_ms=20000), cancel=cancel))
     assert in_force.policy.fs.read_roots == ("/data",)
     assert (in_force.base, in_force.policy.limits.wall_ms) == ("built-in:default", 20000)
-
-
-def test_input_that_can_be_opened_and_not_be_read_is_refused(stack: contextlib.ExitStack) -> None:
-    """An input that cannot be read is refused before anything runs."""
-    cancel = stack.enter_context(contextlib.closing(Cancel()))
-    request = RunRequest(program=Path("x.py"), input=Path("/proc/self/mem"), cancel=cancel)
-    with pytest.raises(UsageError, match="cannot read the input /proc/self/mem: Input/output error"):
-        open_input(request, stack)
 
 
 @pytest.mark.parametrize(("timeout_ms", "shorter"), [(60_000, False), (3000, True)])

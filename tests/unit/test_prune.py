@@ -149,14 +149,6 @@ def test_a_run_under_way_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert paths(swept("runs")) == {str(record.folder), str(run_folder(record))}
 
 
-def test_a_clock_in_1970_makes_nothing_old(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clock before all records removes nothing."""
-    job(400)
-    (store.images_dir().parent / "artifacts").mkdir(mode=0o700)
-    monkeypatch.setattr(time, "time_ns", lambda: 1_000_000_000)
-    assert swept().removed == ()
-
-
 @pytest.mark.parametrize(
     ("name", "content", "why"),
     [

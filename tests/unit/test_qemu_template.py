@@ -77,20 +77,6 @@ def test_a_late_clone_distrusts_its_template_for_minutes(tmp_path: Path, monkeyp
     assert ended.bad() != ""
 
 
-@pytest.mark.timeout(60)
-@pytest.mark.parametrize("left", ["a pipe", "[" * 60_000, "{}", "[1]"])
-def test_a_damaged_distrust_note_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: str) -> None:
-    """A damaged note of distrust is ignored."""
-    monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "cache"))
-    template = Template(key="a" * 64, folder=templates_dir() / ("a" * 64))
-    path = template.folder.with_suffix(".bad")
-    if left == "a pipe":
-        os.mkfifo(path, 0o600)
-    else:
-        path.write_text(left)
-    assert template.bad() == ""
-
-
 def test_a_full_disk_distrusts_no_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A full disk while a template is saved does not distrust it."""
     monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "cache"))

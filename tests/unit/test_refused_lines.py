@@ -70,7 +70,7 @@ def test_the_first_few_are_told_and_the_rest_is_counted(capsys: pytest.CaptureFi
 
 
 def test_a_template_without_processes_names_one_with_them() -> None:
-    """A shell under built-in:cli is told which policy allows processes, with the same folders."""
+    """The hint for a shell under built-in:cli names a policy that allows processes."""
     how = HowToAllow(json_path="$.process.allow_spawn", value=True)
     ended = result(replace(denial("a new process", how, action="start"), field="process.allow_spawn"))
     advice = (

@@ -259,14 +259,14 @@ def test_the_flag_of_a_result_lets_a_protected_name(run: Run, name: str) -> None
     folders = [Entry(Kind.FOLDER, os.fsencode(part), mode=0o755) for part in parts[:-1]]
     link = [Entry(Kind.LINK, b".bashrc", target=b"x"), Entry(Kind.LINK, os.fsencode(name), target=b"y")]
     changes, denials, _ = run.back(files, *folders, *link)
-    assert (changes.state, changes.reason) == ("save", "2 of them may not be done")
+    assert (changes.state, changes.reason) == ("kept", "2 of them may not be done")
     msgspec.json.encode(denials)
     (denial,) = [denial for denial in denials if denial.field == "protected" and denial.subject != ".bashrc"]
     word, pattern = flag_of(denial)
     assert word == "--allow-protected"
-    save = find(RUN).changes
+    kept = find(RUN).changes
     with pytest.raises(RefusedError) as caught:
-        chosen(save, [], [pattern])
+        chosen(kept, [], [pattern])
     assert caught.value.why.count("protected") == 1
     assert ".bashrc: " in caught.value.why
 
@@ -294,7 +294,7 @@ def test_nothing_that_decides_which_policy_is_in_use_can_be_changed(run: Run, gi
     files = run.files({"allow_symlinks": True}, named=str(run.root / given))
     assert files.incoming is not None
     changes, denials, _ = run.back(files, Entry(Kind.LINK, changed.encode(), target=b"mine"))
-    assert changes.state == "save"
+    assert changes.state == "kept"
     assert "protected" in {denial.field for denial in denials}
 
 
@@ -319,7 +319,7 @@ def test_nothing_that_the_tool_itself_believes_can_be_changed(
     (base / "cache/x").mkdir(parents=True)
     files = run.files({"write_roots": (str(base / root),)}, allow_protected=("*",))
     changes, denials, _ = run.back(files, Entry(Kind.FOLDER, name.encode(), mode=0o700))
-    assert (changes.state, [denial.field for denial in denials]) == ("save", ["reserved"])
+    assert (changes.state, [denial.field for denial in denials]) == ("kept", ["reserved"])
     with pytest.raises(RefusedError, match="x07 keeps"):
         chosen(find(RUN).changes, [], ["*"])
 
@@ -330,7 +330,7 @@ def test_a_policy_that_is_itself_a_root_cannot_be_changed(run: Run) -> None:
     place.write_bytes(render_policy(default_policy()))
     files = run.files({"write_roots": (str(place),)}, named=str(place))
     changes, denials, _ = run.back(files, Entry(Kind.FILE, b"", mode=0o644))
-    assert (changes.state, [denial.field for denial in denials]) == ("save", ["protected"])
+    assert (changes.state, [denial.field for denial in denials]) == ("kept", ["protected"])
 
 
 def said(changes: Changes, denials: list[Denial]) -> list[str]:
@@ -345,7 +345,7 @@ def test_a_root_in_a_repository_is_protected(run: Run) -> None:
         (bare / name).mkdir(parents=True)
     hook = Entry(Kind.FOLDER, b"post-update", mode=0o755)
     changes, _, _ = run.back(run.files({"write_roots": (str(bare / "hooks"),)}, changes="keep"), hook)
-    assert (changes.state, changes.reason) == ("save", "")
+    assert (changes.state, changes.reason) == ("kept", "")
     shutil.rmtree(run.folder.path / "changes")
     (bare / "HEAD").touch()
     _, (denial,), _ = run.back(run.files({"write_roots": (str(bare / "hooks"),)}), hook)
@@ -417,7 +417,7 @@ def test_what_is_skipped_stays_with_its_folders(run: Run, capsys: pytest.Capture
     changes, denials, _ = run.back(
         run.files(changes="all-or-nothing"), *gone, Entry(Kind.GONE, b"proj"), *(folders + come if moved else [])
     )
-    assert changes.state == "save"
+    assert changes.state == "kept"
     kept_set = find(RUN)
     skip = [denial.subject.partition(":")[0] for denial in denials]
     left = chosen(kept_set.changes, skip, [])
@@ -470,7 +470,7 @@ def test_what_was_left_out_and_is_in_the_way_says_so(
     files = run.files(fs, changes="all-or-nothing")
     changes, denials, _ = run.back(files, *gone if taken else [Entry(Kind.FOLDER, b"f/d/" + left.encode(), mode=0o755)])
     alone = "1 more may not be brought back" if left == "deep" else "1 of them may not be done"  # nothing too deep is
-    assert (changes.state, changes.reason) == ("save", "2 of them may not be done" if taken else alone)
+    assert (changes.state, changes.reason) == ("kept", "2 of them may not be done" if taken else alone)
     told = "\n".join(said(changes, denials))
     if taken:
         assert f"f: f/d/{left} is in it, which was not copied in" in told
@@ -488,7 +488,7 @@ def test_no_link_leaves_by_way_of_one_that_was_left_out(run: Run) -> None:
     (run.root / "lk/out").symlink_to("/etc/passwd")
     files = run.files({"allow_symlinks": True})
     changes, (denial,), _ = run.back(files, Entry(Kind.LINK, b"lk/l4", target=b"out"))
-    assert (changes.state, denial.field, denial.how_to_allow) == ("save", "fs.allow_symlinks", None)
+    assert (changes.state, denial.field, denial.how_to_allow) == ("kept", "fs.allow_symlinks", None)
     assert "lk/out, which was not copied in" in denial.reason
     assert not (run.root / "lk/l4").is_symlink()
 
@@ -551,7 +551,7 @@ def test_a_root_in_what_was_left_out_of_another_goes_in(
     """A root below an entry that another root leaves out is copied in by itself."""
     place = run.root / inner
     place.parent.mkdir(parents=True)
-    (place.parent / "save.pem").write_text("a key")
+    (place.parent / "kept.pem").write_text("a key")
     if inner.endswith("/"):
         place.mkdir()
         (place / "in").write_text("in")
@@ -586,7 +586,7 @@ def test_what_comes_back_of_a_root_in_another_is_of_that_alone(run: Run) -> None
     made = Entry(Kind.FOLDER, b"made", mode=0o755)
     for name in (b".aws/other", b".aws/new/x"):
         changes, (denial,), _ = told(Entry(Kind.FOLDER, name, mode=0o755), Entry(Kind.ROOT, b"1"), made)
-        assert (changes.state, denial.field) == ("save", "secrets")
+        assert (changes.state, denial.field) == ("kept", "secrets")
         assert flag_of(denial) == ["--reveal", ".aws"]
         (run.folder.path / "changes/changes.json").unlink()
         (run.folder.path / "changes/data").unlink()
@@ -594,23 +594,13 @@ def test_what_comes_back_of_a_root_in_another_is_of_that_alone(run: Run) -> None
     (inner / "k.pem").touch()
     both = {"write_roots": (str(run.root), f"{inner}/k.pem")}
     gone = [Entry(Kind.GONE, name) for name in (b".aws/new/k.pem", b".aws/new", b".aws")]
-    assert told(*gone)[0].state == "save"  # with all around it, and the machine has told the truth
+    assert told(*gone)[0].state == "kept"  # with all around it, and the machine has told the truth
     shutil.rmtree(run.folder.path / "changes")
     (inner / "k.pem").unlink()
     both = {"write_roots": (str(run.root), str(inner))}
     changes, denials, _ = told(made, Entry(Kind.ROOT, b"1"), made)
     assert (changes.state, denials) == ("applied", [])
     assert sorted(str(path.relative_to(run.root)) for path in run.root.rglob("made")) == [".aws/new/made", "made"]
-
-
-def test_out_may_be_hidden_in_a_root_and_is_not_seen_there(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """--out may be hidden inside a root."""
-    monkeypatch.chdir(run.root)
-    (run.root / ".new").mkdir()
-    files = run.files({"write_roots": (), "read_roots": (str(run.root),), "deny_hidden": True}, out=Path(".new"))
-    assert packed(files) == [set(), set()]
-    assert [mount["at"] for mount in files.mounts(0)] == [OUT, str(run.root)]
-    assert run.draft.denials == []
 
 
 def test_out_is_a_folder_or_is_not_there(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -622,7 +612,7 @@ def test_out_is_a_folder_or_is_not_there(run: Run, monkeypatch: pytest.MonkeyPat
     assert run.files(out=Path("new")).areas[0].at == OUT
 
 
-def save(changes: ChangeSet, folder: Path) -> None:
+def save_set(changes: ChangeSet, folder: Path) -> None:
     """Save a change set as a run does."""
     private_dir(folder / "changes")
     (folder / "changes" / "changes.json").write_bytes(encode(changes))
@@ -633,7 +623,7 @@ def test_a_set_that_makes_no_sense_is_an_error_that_is_told(run: Run) -> None:
     """A damaged change set is an error when it is applied."""
     made = Change(name=".x07-apply-1", before=None, after=Node(kind="folder", mode=0o755))
     root = RootChanges(root=str(run.root), guest="/g", missing=False, changes=(made,))
-    save(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
+    save_set(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
     with pytest.raises(HostError, match="damaged"):
         do(find(RUN), find(RUN).changes, lambda _path: None)
 
@@ -643,7 +633,7 @@ def test_undoing_can_be_killed_while_it_ends(run: Run) -> None:
     (run.root / "a").write_bytes(b"x")
     node = Node(kind="file", mode=0o644, size=1, sha256=hashlib.sha256(b"x").hexdigest())
     changes = tuple(Change(name=name, before=node, after=None) for name in "ab")
-    save(
+    save_set(
         ChangeSet(run=RUN, roots=(RootChanges(root=str(run.root), guest="/g", missing=False, changes=changes),)),
         run.folder.path,
     )
@@ -668,30 +658,11 @@ def test_undoing_can_be_killed_while_it_ends(run: Run) -> None:
     assert killed > 10
 
 
-def test_what_keeps_from_undoing_is_told_as_that(run: Run) -> None:
-    """A system error during undo is reported as such."""
-    (run.root / "a").write_bytes(b"x" * 1000)
-    node = Node(kind="file", mode=0o644, size=1000, sha256=hashlib.sha256(b"x" * 1000).hexdigest())
-    gone = Change(name="a", before=node, after=None)
-    root = RootChanges(root=str(run.root), guest="/g", missing=False, changes=(gone,))
-    save(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
-    do(find(RUN), find(RUN).changes, lambda _path: None)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (900, hard))
-    try:
-        with pytest.raises(HostError, match=f"^cannot undo the changes of run {RUN}: '/.*/a': "):
-            undo(find(RUN), lambda _path: None)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    undo(find(RUN), lambda _path: None)
-    assert (run.root / "a").stat().st_size == 1000
-
-
 def test_of_two_that_undo_at_once_the_second_finds_it_done(run: Run) -> None:
-    """Of two concurrent undos the second finds nothing to do."""
+    """The second of two concurrent undos finds nothing to do."""
     made = Change(name="a", before=None, after=Node(kind="folder", mode=0o755))
     root = RootChanges(root=str(run.root), guest="/g", missing=False, changes=(made,))
-    save(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
+    save_set(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
     do(find(RUN), find(RUN).changes, lambda _path: None)
     folder = run.folder.path / "changes"
     held = os.open(folder, os.O_RDONLY)
@@ -708,7 +679,7 @@ def test_of_two_that_undo_at_once_the_second_finds_it_done(run: Run) -> None:
 
 def test_what_cannot_be_recovered_says_where_its_journal_is(run: Run) -> None:
     """A failed recovery names its journal and what to do."""
-    save(ChangeSet(run=RUN, roots=()), run.folder.path)
+    save_set(ChangeSet(run=RUN, roots=()), run.folder.path)
     folder = run.folder.path / "changes"
     place = Place(path=str(run.root / "gone"), ident=(1, 1), staging=".x07-apply-1")
     journal.write(folder, Head(run=RUN, places=(place,)), [])
@@ -725,7 +696,7 @@ def test_what_stands_in_the_way_of_undoing_is_told_as_that(run: Run) -> None:
     """A file changed since apply is a conflict of undo, with the command that shows the changes."""
     made = Change(name="a", before=None, after=Node(kind="folder", mode=0o755))
     root = RootChanges(root=str(run.root), guest="/g", missing=False, changes=(made,))
-    save(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
+    save_set(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
     do(find(RUN), find(RUN).changes, lambda _path: None)
     (run.root / "a" / "mine").touch()
     with pytest.raises(ConflictError, match=r"cannot undo .* since they were applied: '/.*/a/mine'.*x07 diff"):
@@ -739,7 +710,7 @@ def test_what_is_all_skipped_is_not_said_to_be_there(run: Run, capsys: pytest.Ca
     """`x07 apply` says whether nothing is left or everything is already applied."""
     made = Change(name="a", before=None, after=Node(kind="folder", mode=0o755))
     root = RootChanges(root=str(run.root), guest="/g", missing=False, changes=(made,))
-    save(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
+    save_set(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
     said = []
     for words in (["--skip", "a"], [], []):
         assert main(["apply", *words]) == 0
@@ -755,7 +726,7 @@ def test_the_document_of_applying_tells_what_was_done(run: Run, capsys: pytest.C
     """`x07 apply --json` lists exactly the changes that it made."""
     made = Change(name="a", before=None, after=Node(kind="folder", mode=0o755))
     root = RootChanges(root=str(run.root), guest="/g", missing=False, changes=(made,))
-    save(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
+    save_set(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
     told = []
     for words in (["--skip", "a"], [], []):
         assert main(["apply", "--json", *words]) == 0
@@ -768,26 +739,12 @@ def test_undoing_lists_what_it_deletes(run: Run, capsys: pytest.CaptureFixture[s
     """`x07 undo` lists each deleted name."""
     made = tuple(Change(name=name, before=None, after=Node(kind="folder", mode=0o755)) for name in ("a", "a/b", "c"))
     root = RootChanges(root=str(run.root), guest="/g", missing=False, changes=made)
-    save(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
+    save_set(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
     assert main(["apply"]) == 0
     capsys.readouterr()
     assert main(["undo"]) == 0
     told = [f"x07: deleted: {change.name}" for change in made]
     assert capsys.readouterr().err.splitlines() == [*told, "x07: 3 added: undone; x07 apply"]
-
-
-def test_what_no_tree_can_hold_is_not_counted_among_the_changes(run: Run) -> None:
-    """The closing line counts refused changes and unsupported entries separately."""
-    pipe = Entry(Kind.OTHER, b"p", mode=0o010644)
-    good, ours = Entry(Kind.FOLDER, b"a", mode=0o755), Entry(Kind.FOLDER, b".x07-apply-1", mode=0o755)
-    for entries, reason in (
-        ((ours, good), "1 of them may not be done"),
-        ((good, pipe), "1 more may not be brought back"),
-        ((ours, good, pipe), "1 of them may not be done, and 1 more may not be brought back"),
-    ):
-        changes, _, _ = run.back(run.files(changes="all-or-nothing"), *sorted(entries, key=lambda entry: entry.name))
-        assert (changes.state, changes.reason) == ("save", reason)
-        shutil.rmtree(run.folder.path / "changes")
 
 
 ROOTS: list[tuple[list[str], list[str], set[str]]] = [
@@ -866,29 +823,6 @@ def test_a_missing_root_is_one_folder_wherever_it_is_shown(run: Run, monkeypatch
     }
 
 
-def test_a_secret_that_is_a_root_elsewhere_is_told_where_it_is_missing(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A secret that is a root under another path is reported where it was left out."""
-    monkeypatch.chdir(run.root)
-    (run.root / "k.pem").touch()
-    run.files({"write_roots": (str(run.root), f"{run.root}/k.pem")}, changes="discard")
-    assert run.draft.denials == []
-    run.files({"write_roots": (str(run.root), "k.pem")}, changes="discard")
-    assert flag_of(run.denial("secrets")) == ["--reveal", "k.pem"]
-
-
-def test_what_is_in_force_of_a_root_counts_and_not_what_names_it(run: Run) -> None:
-    """An entry within a write root is writable, and no redundant flag is suggested."""
-    (run.root / "a").mkdir()
-    (run.root / "a/f.pem").touch()
-    fs = {"read_roots": (str(run.root), f"{run.root}/a"), "write_roots": (f"{run.root}/a/f.pem", str(run.root))}
-    outer, secret = run.files(fs).areas
-    assert (outer.at, outer.write, outer.joins) == (str(run.root), True, None)
-    assert (secret.at, secret.write) == (f"{run.root}/a/f.pem", True)
-    assert secret.joins == HowToAllow(json_path=None, value=None, flag="--reveal f.pem")
-
-
 def test_a_root_at_another_place_has_its_mount_there(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder with a relative and an absolute path is mounted at both."""
     monkeypatch.chdir(run.root)
@@ -953,8 +887,8 @@ def test_every_deletion_is_told(run: Run, capsys: pytest.CaptureFixture[str]) ->
     other = RootChanges(root="/other", guest="/o", missing=False, changes=more)
     names = tuple(ChangedName(root=str(run.root), name=name, action="deleted") for name in sorted(gone))
     for added, roots, above in ((0, (root,), ""), (1, (root, other), f"{run.root}/")):
-        save(ChangeSet(run=RUN, roots=roots), run.folder.path)
-        told = Changes(state="save", added=added, deleted=1500, names=names)
+        save_set(ChangeSet(run=RUN, roots=roots), run.folder.path)
+        told = Changes(state="kept", added=added, deleted=1500, names=names)
         tell(msgspec.structs.replace(result(), run=RUN, changes=told))
         lines = [
             line for line in capsys.readouterr().err.splitlines() if "deleted: gone" in line or "deleted: /" in line
@@ -966,7 +900,7 @@ def test_a_patch_names_what_was_kept_though_nothing_of_it_is_a_change(run: Run) 
     """--diff lists unsupported entries too."""
     changes, denials, _ = run.back(run.files(), Entry(Kind.OTHER, b"pipe", mode=0o10644))
     ended = msgspec.structs.replace(result(), run=RUN, changes=changes, denials=tuple(denials))
-    assert (changes.state, changes.names) == ("save", ())
+    assert (changes.state, changes.names) == ("kept", ())
     place = run.root.parent / "p"
     write_diff(place, ended)
     assert place.read_bytes() == b"".join(pieces(find(RUN)))

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 GONE = Identity(pid=2**22 - 1, start_ticks=1)
-ALLOWANCE_MS = 750_000
 CLEANUP_MS = 30_000
 WALL_MS = 10_000
 GRACE_MS = 1000

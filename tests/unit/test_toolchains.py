@@ -241,10 +241,7 @@ def test_any_first_bytes_are_an_answer(head: bytes) -> None:
 @pytest.mark.parametrize(
     ("path", "fix"),
     [
-        (
-            "p.rb",
-            "#!/usr/bin/ruby its first line.* --name ruby --include ruby && x07 run --image ruby p.rb",
-        ),
+        ("p.rb", "#!/usr/bin/ruby its first line.* --name ruby --include ruby && x07 run --image ruby p.rb"),
         ("a b.php", "#!/usr/bin/php its first line.* --include php-cli && x07 run --image php 'a b.php'"),
         (
             "src/p.go",

@@ -85,10 +85,7 @@ def test_the_runner_takes_no_profile(
     assert os_runner.main([*words, str(project / "x07.json")]) == 1
     assert json.loads(capfdbinary.readouterr().out)["mode"] == "project-compile-run"  # it failed for want of an image
     unprofiled = partial(load_x07, profiles=False)
-    with loaded(unprofiled, program=project, max_output_bytes=1 << 20, stdin_default=True) as (
-        request,
-        argv,
-    ):
+    with loaded(unprofiled, program=project, max_output_bytes=1 << 20, stdin_default=True) as (request, argv):
         assert (request.policy, request.stdin_fd, request.max_output_bytes) == (None, None, 1 << 20)
         assert argv[argv.index("--solve-fuel") + 1] == "50000000"
 
@@ -222,11 +219,7 @@ def test_an_artifact_speaks_x07s_protocol(project: Path) -> None:
 
 @pytest.mark.parametrize(
     ("words", "variables"),
-    [
-        (["--backend", "podman"], {}),
-        (["--sandbox-backend", "none"], {}),
-        ([], {"X07_VM_BACKEND": "podman"}),
-    ],
+    [(["--backend", "podman"], {}), (["--sandbox-backend", "none"], {}), ([], {"X07_VM_BACKEND": "podman"})],
 )
 def test_what_nobody_accepted_ends_with_two(
     project: Path,
@@ -250,8 +243,7 @@ def test_what_nobody_accepted_ends_with_two(
 
 
 @pytest.mark.parametrize(
-    ("section", "change", "code"),
-    [("limits", {"wall_mss": 1}, 3), ("process", {"max_live": 0}, 2)],
+    ("section", "change", "code"), [("limits", {"wall_mss": 1}, 3), ("process", {"max_live": 0}, 2)]
 )
 @pytest.mark.parametrize("how", [[], ["--json"], ["--dry-run"], ["--report", "wrapped"]])
 def test_an_invalid_policy_has_the_same_exit_code_however_it_is_told(
@@ -384,11 +376,7 @@ def test_an_x07_program_waits_for_no_terminal(project: Path, words: tuple[str, .
     ],
 )
 def test_one_program_is_named(
-    project: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-    words: tuple[str, ...],
-    why: str,
+    project: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], words: tuple[str, ...], why: str
 ) -> None:
     """More than one program, or an empty name, is a usage error."""
     monkeypatch.chdir(project)

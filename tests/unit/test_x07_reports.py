@@ -309,7 +309,7 @@ def solved(result: Result) -> SolveReport:
 
 
 def given(**changes: Any) -> Attested:  # noqa: ANN401 - any field
-    """What was given to a run under the default policy."""
+    """The inputs of a run under the default policy."""
     fields: dict[str, Any] = {
         "policy": default_policy(),
         "policy_bytes": POLICY_BYTES,
@@ -347,11 +347,7 @@ def test_an_attestation_names_what_ran(outcome: Outcome, code: int) -> None:
     assert (
         made["outcome"] == {"ok": True, "exit_status": 0}
         if code == 0
-        else {
-            "ok": False,
-            "exit_status": 3,
-            "trap": "sorry",
-        }
+        else {"ok": False, "exit_status": 3, "trap": "sorry"}
     )
     report = msgspec.structs.replace(
         runner_report(result, BUILT), runtime_attestation=reference("attest.json", attested)
