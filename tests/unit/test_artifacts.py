@@ -51,7 +51,7 @@ def recalled(key: str) -> bytes | None:
         return data if hashlib.sha256(data).hexdigest() == found.sha256 else None
 
 
-def test_what_was_kept_comes_back(cache: Path) -> None:
+def test_stored_artifact_is_returned(cache: Path) -> None:
     """A stored artifact is returned byte for byte under its own key until it is dropped."""
     key = artifact_key("image", "c", ["gcc"], "source")
     keep(key)
@@ -96,7 +96,7 @@ def test_damage_is_found(cache: Path, at: int) -> None:
     assert got is None or (got == DATA and 0 < at < HEADER_BYTES)
 
 
-def test_a_file_cut_short_or_of_another_key_is_nothing(cache: Path) -> None:
+def test_a_truncated_or_misplaced_entry_is_not_used(cache: Path) -> None:
     """A truncated, extended, linked or misplaced cache entry is not used."""
     key, other = artifact_key("x"), artifact_key("y")
     keep(key)
@@ -112,7 +112,7 @@ def test_a_file_cut_short_or_of_another_key_is_nothing(cache: Path) -> None:
     assert recalled(key) is None
 
 
-def test_the_oldest_goes_first(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_least_recently_used_artifact_is_evicted(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cache evicts the least recently used artifacts and stores none above a quarter of its size."""
     monkeypatch.setattr(settings, "ARTIFACTS_MAX_BYTES", 200_000)
     keys = [artifact_key(number) for number in range(8)]
@@ -147,7 +147,7 @@ def test_a_wait_for_another_build_can_be_cancelled_and_times_out() -> None:
         assert waited is False
 
 
-def test_a_killed_builder_holds_nobody() -> None:
+def test_a_killed_builder_releases_its_waiter() -> None:
     """If a building process is killed, the next waiter continues and knows that it waited."""
     source = "import sys\nfrom x07_sandbox.programs.artifacts import one_builder\n"
     source += "with one_builder('cd' * 32, lambda: None, 60):\n    print('builds', flush=True)\n    sys.stdin.read()\n"

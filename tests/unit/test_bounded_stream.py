@@ -40,7 +40,7 @@ def test_only_the_last_bytes_of_a_flood_are_kept(pipe: tuple[int, int]) -> None:
     assert stream.text() == "49" * 50
 
 
-def test_one_turn_takes_one_chunk(pipe: tuple[int, int]) -> None:
+def test_one_read_takes_at_most_one_chunk(pipe: tuple[int, int]) -> None:
     """One read of a busy stream takes at most 64 KiB, so it cannot stall the loop."""
     written = os.write(pipe[1], bytes(1 << 20))
     stream = SideStream(pipe[0], keep_bytes=10)
@@ -49,7 +49,7 @@ def test_one_turn_takes_one_chunk(pipe: tuple[int, int]) -> None:
     assert stream.total_bytes <= 64 * 1024
 
 
-def test_nothing_there_is_not_the_end(pipe: tuple[int, int]) -> None:
+def test_an_empty_pipe_is_not_the_end(pipe: tuple[int, int]) -> None:
     """An empty pipe returns at once, and only a closed writer ends the stream."""
     stream = SideStream(pipe[0], keep_bytes=10)
     stream.read()
@@ -66,7 +66,7 @@ def test_nothing_there_is_not_the_end(pipe: tuple[int, int]) -> None:
 @given(st.binary(max_size=300))
 @example(b"\x1b]0;title\x07\x1b[31m\x9b2J\r\x08\x7f")
 @example("\u202e\u200b\u2028\U000e0041".encode())
-def test_text_cannot_speak_to_a_terminal(data: bytes) -> None:
+def test_guest_text_has_no_control_characters(data: bytes) -> None:
     """Guest text contains no control, escape, direction or separator characters except tab and newline."""
     read_end, write_end = os.pipe2(os.O_NONBLOCK)
     try:

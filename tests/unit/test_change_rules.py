@@ -101,7 +101,7 @@ def test_a_root_stays_what_it_is(before: dict[str, Node], told: list[Told]) -> N
         judged(told, before)
 
 
-def test_what_an_honest_guest_says_of_a_root_is_taken() -> None:
+def test_valid_reports_about_a_root_are_accepted() -> None:
     """A root's mode is recorded, a file root may be written, and extended attributes are refused."""
     other = msgspec.structs.replace(FILE, sha256="1" * 64)
     moded = judged([Told(root=0, name="", node=Node(kind="folder", mode=0o700)), *new("a")])
@@ -143,7 +143,7 @@ def test_a_mode_has_permission_bits_only(kind: Kind) -> None:
         (["r/Head", "r/COMMONDIR", "r/sub/deep/config"], "r/sub/deep/config"),
     ],
 )
-def test_what_git_takes_for_a_repository_is_protected(names: list[str], inside: str) -> None:
+def test_a_git_repository_is_protected(names: list[str], inside: str) -> None:
     """A folder that git treats as a repository is protected, in any spelling."""
     found = refused(judged(new(*names)))
     assert (inside, "protected") in found
@@ -153,7 +153,7 @@ def test_what_git_takes_for_a_repository_is_protected(names: list[str], inside: 
 
 
 @pytest.mark.parametrize("missing", ["objects", "refs", "HEAD"])
-def test_a_repository_of_the_hosts_is_one_whatever_of_it_was_not_seen(missing: str) -> None:
+def test_a_host_repository_with_missing_parts_is_protected(missing: str) -> None:
     """A host repository stays protected if a part was not copied in or was removed by the program."""
     parts = ["HEAD", "objects", "refs", "config"]
     before = {"": FOLDER, "r": FOLDER} | {f"r/{part}": FILE for part in parts}
@@ -167,7 +167,7 @@ def test_a_repository_of_the_hosts_is_one_whatever_of_it_was_not_seen(missing: s
     assert refused(judged(told, before)) == set()
 
 
-def test_git_runs_nothing_of_a_folder_that_it_would_take_for_a_repository(tmp_path: Path) -> None:
+def test_git_runs_no_command_of_a_refused_tree(tmp_path: Path) -> None:
     """A tree whose configuration makes git run a command is refused."""
     need(os.access("/usr/bin/git", os.X_OK), "git", installable=True)
     contents = {
@@ -207,7 +207,7 @@ def test_git_runs_nothing_of_a_folder_that_it_would_take_for_a_repository(tmp_pa
         *("copilot-instructions.md", "x.prompt.md", "x.instructions.md"),
     ],
 )
-def test_names_that_other_tools_obey_are_protected(name: str) -> None:
+def test_files_that_tools_execute_are_protected(name: str) -> None:
     """Files that git, editors, shells, debuggers or assistants execute or obey are protected in any folder."""
     assert Protection(ROOT).why(name)
     assert Protection(ROOT).why(f"sub/{name}")
@@ -226,7 +226,7 @@ def test_names_that_other_tools_obey_are_protected(name: str) -> None:
         *("appveyor.yml", ".travis.yml", "JENKINSFILE", ".gitlab-ci.yml", "bitbucket-pipelines.yml", ".circleci/x"),
     ],
 )
-def test_files_of_ci_systems_are_protected_where_these_look(name: str) -> None:
+def test_ci_files_are_protected_at_the_top(name: str) -> None:
     """CI configuration is protected at the top of a write root and of a git work tree."""
     tree = Protection(ROOT, tops=work_trees(["a", "a/b/.GIT", "c/.gitx"]))
     assert tree.why(name)
@@ -239,7 +239,7 @@ def test_files_of_ci_systems_are_protected_where_these_look(name: str) -> None:
 
 
 @pytest.mark.parametrize("patterns", [(".git",), (".git", ".git/refs"), (".git*",), ("*",)])
-def test_one_pattern_lets_a_git_folder_without_what_git_obeys(patterns: tuple[str, ...]) -> None:
+def test_allowing_git_excludes_hooks_and_configuration(patterns: tuple[str, ...]) -> None:
     """`--allow-protected .git` allows commits, but no hook, configuration or nested repository."""
     plain = ["HEAD", "index", "objects/aa/x", "refs/heads/main", "logs/HEAD"]
     obeyed = ["hooks/post-commit", "config", "Config.worktree", "info/attributes", "modules/x/config", "commondir"]
@@ -256,7 +256,7 @@ def test_one_pattern_lets_a_git_folder_without_what_git_obeys(patterns: tuple[st
         assert named.why(f"{folder}.git/config")
 
 
-def test_a_root_is_let_by_what_it_is_protected_for() -> None:
+def test_a_protected_root_needs_its_own_pattern() -> None:
     """A protected write root needs a pattern for exactly its protected part."""
     root = "/home/u/.config/work"
     assert Protection(root).why("x")
@@ -286,7 +286,7 @@ def test_a_root_is_let_by_what_it_is_protected_for() -> None:
         ((".github/policy.json",), ".github/policy.json", True),
     ],
 )
-def test_a_pattern_lets_no_other_protected_name_below_it(patterns: tuple[str, ...], name: str, *, lets: bool) -> None:
+def test_a_pattern_allows_no_other_protected_name(patterns: tuple[str, ...], name: str, *, lets: bool) -> None:
     """A pattern for one part of a path does not allow other protected parts of it."""
     own = (".github/policy.json",)  # the policy in use
     assert (not Protection(ROOT, own, patterns).why(name)) is lets
@@ -295,7 +295,7 @@ def test_a_pattern_lets_no_other_protected_name_below_it(patterns: tuple[str, ..
         assert (not Protection(f"/home/u/{root}", (own[0].partition("/")[2],), patterns).why(part)) is lets
 
 
-def test_what_git_takes_for_a_repository_is_let_by_its_own_name_alone() -> None:
+def test_a_repository_needs_a_pattern_for_its_own_name() -> None:
     """A repository folder is allowed only by a pattern for its own name."""
     names = [".github/b/HEAD", ".github/b/config", ".github/b/objects", ".github/b/refs"]
     assert set(Protection(ROOT, (), (".github",)).repositories(names, names)) == set(names)
@@ -304,7 +304,7 @@ def test_what_git_takes_for_a_repository_is_let_by_its_own_name_alone() -> None:
     assert Protection("/p/.git", (), (".github", ".git")).why(".github/x") == ""
 
 
-def test_a_name_has_all_its_reasons_and_a_flag_takes_one() -> None:
+def test_allow_protected_lifts_only_protection() -> None:
     """`--allow-protected` lifts only the protection of the named entries; other rules still apply."""
     found = judged(
         [Told(root=0, name=".vscode", node=Node(kind="link", target="/home/u/.ssh")), *new(".git/config", "mine.json")],
@@ -328,7 +328,7 @@ def test_a_name_has_all_its_reasons_and_a_flag_takes_one() -> None:
     assert [change.name for change in only.changes] == ["mine.json"]
 
 
-def test_a_link_that_leads_out_is_refused_without_a_way() -> None:
+def test_an_escaping_link_is_always_refused() -> None:
     """A link out of its root is refused, and no policy value allows it."""
     assert not stays_inside("", "beside")  # a root's own target lies beside it
     for allow in (True, False):
@@ -352,7 +352,7 @@ def test_a_link_that_leads_out_is_refused_without_a_way() -> None:
         ({"l0": "out"} | {f"l{number + 1}": f"l{number}" for number in range(60)}, "l20", "out"),
     ],
 )
-def test_a_link_through_what_was_not_copied_in_is_refused(links: dict[str, str], name: str, out: str) -> None:
+def test_a_link_through_a_left_out_entry_is_refused(links: dict[str, str], name: str, out: str) -> None:
     """A link through an entry that was not copied in is refused, also by way of other links."""
     stayed = {"out": Stayed("link-out", 0), "d/secret": Stayed("secret", 0)}
     told = [Told(root=0, name=at, node=Node(kind="link", target=target)) for at, target in links.items()]
@@ -362,7 +362,7 @@ def test_a_link_through_what_was_not_copied_in_is_refused(links: dict[str, str],
     assert {refusal.reveal for refusal in found if refusal.rule == "secrets"} <= {"d/secret"}
 
 
-def test_following_links_costs_what_their_targets_cost() -> None:
+def test_each_link_is_resolved_once() -> None:
     """A thousand chained links are each resolved once."""
     told = [
         Told(root=0, name=f"l{number}", node=Node(kind="link", target=f"l{number - 1}" if number else "nothing"))
@@ -384,7 +384,7 @@ def test_following_links_costs_what_their_targets_cost() -> None:
         ({"l": "../x"}, "e/l", False),
     ],
 )
-def test_no_link_leads_out_by_way_of_one_that_is_there(there: dict[str, str], target: str, *, out: bool) -> None:
+def test_no_link_escapes_through_an_existing_one(there: dict[str, str], target: str, *, out: bool) -> None:
     """A new link may not leave its root through an existing link."""
     before = {"": FOLDER, "d": FOLDER, "e": FOLDER}
     before |= {name: Node(kind="link", target=where) for name, where in there.items()}
@@ -393,7 +393,7 @@ def test_no_link_leads_out_by_way_of_one_that_is_there(there: dict[str, str], ta
     assert all("leads out of its root" in refusal.why for refusal in found)
 
 
-def test_what_the_judge_passes_can_be_applied() -> None:
+def test_an_accepted_set_can_be_applied() -> None:
     """An accepted change set can be applied, and reserved names are refused."""
     for told in (new("a/b/c", "d"), [Told(root=0, name="f", node=Node(kind="link", target="a"))], []):
         check_set(as_set(judged(told)))
@@ -404,7 +404,7 @@ def test_what_the_judge_passes_can_be_applied() -> None:
 # names that the host would take for one
 
 
-def test_names_that_a_folder_takes_for_one_are_refused() -> None:
+def test_names_that_differ_in_case_only_collide() -> None:
     """New names that differ only in case or normalization are reported as collisions."""
     before = {"": FOLDER, "a": FILE, "d": FOLDER, "d/x": FILE}
     told = [Told(root=0, name="a"), *new("A", "D/y", "both", "Both", "d/X.txt", "d/\u00c9", "x", "KEY.pem")]
@@ -416,7 +416,7 @@ def test_names_that_a_folder_takes_for_one_are_refused() -> None:
     assert list(collisions([change for change in changes if change.name not in found], before)) == []
 
 
-def test_a_folder_that_knows_no_case_is_known_by_what_is_in_it(tmp_path: Path) -> None:
+def test_a_case_insensitive_folder_is_detected(tmp_path: Path) -> None:
     """A case-insensitive folder is detected from its entries."""
     plain = {"a": 1, "b": 2}
     assert not folds(plain, plain.get)
@@ -449,14 +449,14 @@ def calls(do: Callable[[], Any]) -> Counter[str]:
     return found
 
 
-def test_a_reason_can_be_written_whatever_the_names_are() -> None:
+def test_reasons_with_any_names_can_be_encoded() -> None:
     """Reasons that name entries which are not UTF-8 can be encoded."""
     place = os.fsdecode(b"\xff")
     for refusal in judged(new(*(f"{place}/{name}" for name in ("HEAD", "commondir", "\udcfe.code-workspace")))).refused:
         assert refusal.why.encode()
 
 
-def test_each_part_of_a_name_is_folded_once() -> None:
+def test_names_are_compared_once() -> None:
     """Thousands of files in a deep folder cost few comparisons per file."""
     folder = "/".join(f"src{number}" for number in range(20))
     told = new(*(f"{folder}/{number}" for number in range(3000)))
@@ -466,7 +466,7 @@ def test_each_part_of_a_name_is_folded_once() -> None:
     assert found.total() < 30 * len(told)
 
 
-def test_what_lies_too_deep_costs_nothing() -> None:
+def test_entries_beyond_the_depth_limit_cost_nothing() -> None:
     """Only the first folder beyond the depth limit is refused, and those below cost nothing."""
     deep = "/".join("a" * 1000)
     told = [*new(f"{deep}/x"), *(Told(root=0, name=f"{deep}/{number}", node=FILE) for number in range(1000))]
@@ -478,7 +478,7 @@ def test_what_lies_too_deep_costs_nothing() -> None:
     assert work.total() < 60 * 128 + 10 * len(told)
 
 
-def test_folders_above_are_met_once() -> None:
+def test_deep_moves_take_linear_time() -> None:
     """Moves and removals in deep trees take time linear in their number."""
     deep = "/".join("a" * 120)
     before = {"": FOLDER} | {one.name: one.node for one in new(*(f"{deep}/{n}" for n in range(500))) if one.node}

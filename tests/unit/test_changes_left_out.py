@@ -72,7 +72,7 @@ def command_of(text: str) -> list[str]:
 # what is left out
 
 
-def test_the_rest_is_applied_and_one_line_names_what_is_not(run: Run) -> None:
+def test_protected_entries_are_left_out_and_named(run: Run) -> None:
     """Protected entries are left out, the rest is applied, and the printed command applies them later."""
     files = run.files()
     changes, denials, _ = run.back(files, file("appveyor.yml"), folder("src"), folder("src/.envrc"), file("src/a"))
@@ -89,7 +89,7 @@ def test_the_rest_is_applied_and_one_line_names_what_is_not(run: Run) -> None:
     assert there(run) == {"src", "src/a", "src/.envrc", "appveyor.yml"}
 
 
-def test_what_was_left_out_has_an_undo_of_its_own(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_applied_part_can_be_undone(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     """Each `x07 undo` reverts the last applied part, which can then be applied again."""
     run.back(run.files(), file("a"), file(".envrc"), file("AGENTS.md"))
     assert main(["apply", "--allow-protected", ".envrc"]) == 0
@@ -108,7 +108,7 @@ def test_what_was_left_out_has_an_undo_of_its_own(run: Run, capsys: pytest.Captu
     assert there(run) == set()
 
 
-def test_what_is_applied_already_is_no_second_undo(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_applying_twice_adds_one_undo(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     """Applying the same left-out changes twice adds one undo step."""
     run.back(run.files(), file("a"), file(".envrc"))
     for _ in range(2):
@@ -121,7 +121,7 @@ def test_what_is_applied_already_is_no_second_undo(run: Run, capsys: pytest.Capt
         undo_kept(find(RUN), lambda _path: None)
 
 
-def test_flags_that_let_nothing_of_what_was_left_out_are_an_error(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags_that_allow_nothing_are_an_error(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     """Flags that allow none of the left-out changes apply nothing and print the remaining reasons."""
     run.back(run.files({"deny_hidden": True}), file("a"), file(".envrc"))
     for words in (["--allow-protected", "b"], ["--allow-protected", ".envrc"], ["--allow-hidden"]):
@@ -155,7 +155,7 @@ def test_all_or_nothing_applies_nothing(run: Run) -> None:
     assert there(run) == {"a", ".envrc"}
 
 
-def test_where_all_is_left_out_nothing_is_said_to_be_changed(run: Run) -> None:
+def test_all_changes_left_out(run: Run) -> None:
     """A run whose changes are all left out saves and names them without changing its exit code."""
     changes, denials, _ = run.back(run.files(), file(".envrc"))
     assert (changes.state, changes.reason, changes.added, changes.left_out) == ("kept", "", 0, 1)
@@ -163,7 +163,7 @@ def test_where_all_is_left_out_nothing_is_said_to_be_changed(run: Run) -> None:
     assert line.startswith("left out: .envrc (protected)")
 
 
-def test_what_no_flag_of_apply_lets_says_what_would(run: Run) -> None:
+def test_a_change_only_the_policy_can_allow(run: Run) -> None:
     """A change that only the policy can allow names the policy value and no apply command."""
     changes, denials, _ = run.back(run.files({"allow_mkdir": False}), folder("d"), file("a"))
     assert changes.apply_left_out == ""
@@ -173,7 +173,7 @@ def test_what_no_flag_of_apply_lets_says_what_would(run: Run) -> None:
     ]
 
 
-def test_an_uppermost_entry_has_one_line_with_all_reasons(run: Run) -> None:
+def test_a_refused_folder_is_one_line(run: Run) -> None:
     """A refused folder yields one denial with all its reasons, and its command applies everything."""
     names = ["HEAD", "objects", "refs", *(f"refs/{number}" for number in range(50))]
     files = run.files({"deny_hidden": True, "allow_symlinks": False})
@@ -216,7 +216,7 @@ def test_diff_shows_what_was_applied_later_as_applied(run: Run, capsys: pytest.C
     assert ".envrc" in text
 
 
-def test_a_conflict_applies_nothing_and_what_is_left_out_stays_named(run: Run) -> None:
+def test_a_conflict_applies_nothing(run: Run) -> None:
     """A conflict applies nothing, and the left-out changes remain listed."""
     (run.root / "a").write_text("x")
     files = run.files()
@@ -226,7 +226,7 @@ def test_a_conflict_applies_nothing_and_what_is_left_out_stays_named(run: Run) -
     assert there(run) == {"a"}
 
 
-def test_a_root_that_is_made_for_the_rest_is_there_for_what_was_left_out(run: Run) -> None:
+def test_a_created_root_is_no_conflict_later(run: Run) -> None:
     """A write root created by the first part is no conflict for the left-out part or its undo."""
     files = run.files({"write_roots": (f"{run.root}/new",)})
     changes, _, _ = run.back(files, file("a"), file(".envrc"))
@@ -295,9 +295,7 @@ DEPENDING: list[tuple[list[Change], set[str], set[str]]] = [
 
 
 @pytest.mark.parametrize(("changes", "refused", "left"), DEPENDING)
-def test_what_depends_on_a_refused_entry_is_left_out_with_it(
-    changes: list[Change], refused: set[str], left: set[str]
-) -> None:
+def test_dependents_are_left_out_too(changes: list[Change], refused: set[str], left: set[str]) -> None:
     """Left-out entries take their dependents along: entries below, links, renames and folders, no others."""
     assert with_dependents(changes, refused) == left
 
@@ -329,7 +327,7 @@ def test_thousands_of_links_and_renames_take_no_time() -> None:
 
 
 @pytest.mark.parametrize("verb", ["apply", "undo"])
-def test_a_kill_while_the_second_part_is_applied_or_undone_leaves_one_state_or_the_other(run: Run, verb: str) -> None:
+def test_a_kill_of_a_later_apply_or_undo_is_recovered(run: Run, verb: str) -> None:
     """After a kill during apply or undo, the tree is entirely old or new and can be undone."""
     run.back(run.files(), folder("a"), folder("AGENTS.md"), folder("a/.envrc"))
     first, both = {"a"}, {"a", "AGENTS.md", "a/.envrc"}

@@ -52,7 +52,7 @@ def running(one: socket.socket, other: socket.socket) -> tuple[Connection, Conne
     return host, guest
 
 
-def test_a_full_pipe_keeps_the_rest_for_later(sockets: tuple[socket.socket, socket.socket]) -> None:
+def test_bytes_a_full_descriptor_rejects_stay_queued(sockets: tuple[socket.socket, socket.socket]) -> None:
     """Bytes that a full descriptor does not accept stay queued and arrive once the peer reads."""
     host, guest = running(*sockets)
     sent = os.urandom(WINDOW)
@@ -83,7 +83,7 @@ def test_frames_are_read_byte_by_byte(sockets: tuple[socket.socket, socket.socke
     assert read_some(host) == [Data(Stream.STDOUT, b"slow")]
 
 
-def test_a_peer_that_closes_is_gone_after_its_last_words(sockets: tuple[socket.socket, socket.socket]) -> None:
+def test_data_before_a_close_is_read(sockets: tuple[socket.socket, socket.socket]) -> None:
     """Data sent before the peer closed is read first; later reads report the end."""
     host, guest = running(*sockets)
     guest.link.send_data(Stream.STDOUT, b"last words")
@@ -94,7 +94,7 @@ def test_a_peer_that_closes_is_gone_after_its_last_words(sockets: tuple[socket.s
     assert host.read() is None
 
 
-def test_writing_to_a_peer_that_is_gone_says_so(sockets: tuple[socket.socket, socket.socket]) -> None:
+def test_writing_to_a_closed_peer_returns_false(sockets: tuple[socket.socket, socket.socket]) -> None:
     """Writing to a closed peer returns false instead of raising."""
     host, _ = running(*sockets)
     sockets[1].close()
@@ -103,7 +103,7 @@ def test_writing_to_a_peer_that_is_gone_says_so(sockets: tuple[socket.socket, so
     assert host.link.pending() > 0
 
 
-def test_a_peer_that_goes_with_unread_bytes_is_gone(sockets: tuple[socket.socket, socket.socket]) -> None:
+def test_a_reset_connection_reads_as_closed(sockets: tuple[socket.socket, socket.socket]) -> None:
     """A reset connection reads as closed."""
     host, _ = running(*sockets)
     host.link.send(Kind.STOP, {})

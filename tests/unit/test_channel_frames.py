@@ -197,7 +197,7 @@ def test_a_frame_over_its_bound_is_not_sent(kind: Kind) -> None:
         encode(kind, 1, bytes(most + 1))
 
 
-def test_what_a_guest_sends_is_small() -> None:
+def test_guest_frames_are_small() -> None:
     """No frame from the guest is larger than a data frame."""
     assert CONTROL_MAX < DATA_MAX < START_MAX
     large = [kind for kind in Kind if payload_max(kind) > DATA_MAX]
@@ -248,7 +248,7 @@ def test_any_payload_is_a_body_or_a_peer_error(kind: Kind, payload: bytes) -> No
 
 @pytest.mark.parametrize("name", HOSTILE)
 @pytest.mark.parametrize("kind", [Kind.HELLO, Kind.EXITED])
-def test_what_is_no_flat_json_object_is_refused(kind: Kind, name: str) -> None:
+def test_malformed_json_is_rejected(kind: Kind, name: str) -> None:
     """Malformed, deeply nested or non-object JSON is rejected with PeerError."""
     with pytest.raises(PeerError):
         decode_body(kind, HOSTILE[name])
@@ -334,7 +334,7 @@ def test_keys_are_exactly_those_of_the_table(kind: Kind) -> None:
             decode_body(kind, twice)
 
 
-def test_what_a_guest_says_has_no_field_without_a_bound() -> None:
+def test_every_guest_field_is_bounded() -> None:
     """Every field of a guest's frame has a type and bounds."""
     unbounded = {(kind, key) for kind in CONTROL for key, shape in BODIES[kind].items() if shape.kind == "any"}
     assert {kind for kind, _ in unbounded} == {Kind.START, Kind.WARM}

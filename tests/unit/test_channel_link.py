@@ -99,7 +99,7 @@ def test_the_guest_speaks_first() -> None:
 
 @pytest.mark.parametrize("role", Role)
 @pytest.mark.parametrize(("state", "kind"), list(itertools.product(State, CONTROL)))
-def test_a_control_frame_that_comes_is_in_the_table_or_their_fault(state: State, kind: Kind, role: Role) -> None:
+def test_received_control_frames_follow_the_table(state: State, kind: Kind, role: Role) -> None:
     """A received control frame follows the state table, or raises PeerError."""
     link = link_in(state, role)
     if SENDER[kind] is not role and (state, kind) in NEXT:
@@ -113,7 +113,7 @@ def test_a_control_frame_that_comes_is_in_the_table_or_their_fault(state: State,
 
 @pytest.mark.parametrize("role", Role)
 @pytest.mark.parametrize(("state", "kind"), list(itertools.product(State, CONTROL)))
-def test_a_control_frame_that_goes_is_in_the_table_or_our_bug(state: State, kind: Kind, role: Role) -> None:
+def test_sent_control_frames_follow_the_table(state: State, kind: Kind, role: Role) -> None:
     """A sent control frame follows the state table, or raises ChannelUsageError."""
     link = link_in(state, role)
     if SENDER[kind] is role and (state, kind) in NEXT:
@@ -129,7 +129,7 @@ def test_a_control_frame_that_goes_is_in_the_table_or_our_bug(state: State, kind
 @pytest.mark.parametrize("kind", [Kind.DATA, Kind.EOF])
 @pytest.mark.parametrize("role", Role)
 @pytest.mark.parametrize(("state", "stream"), list(itertools.product(State, STREAMS)))
-def test_data_is_in_the_table_or_somebodys_fault(state: State, stream: int, role: Role, kind: Kind) -> None:
+def test_data_follows_the_table(state: State, stream: int, role: Role, kind: Kind) -> None:
     """Data is accepted only from its stream's sender and in the states of the table."""
     payload = b"x" if kind is Kind.DATA else b""
     in_order = state in DATA_STATES[min(stream, Stream.FIRST_FILE)]
@@ -167,7 +167,7 @@ def give(link: Link, kind: Kind, stream: int) -> None:
         if kind in {Kind.EXITED, Kind.FAILED} and state not in {State.WARMING, State.SEEDING}
     ],
 )
-def test_what_crosses_the_end_on_the_way_is_in_order(state: State, last: Kind) -> None:
+def test_frames_crossing_the_end_are_accepted(state: State, last: Kind) -> None:
     """STOP, input and files that cross the end of the run on the wire are accepted."""
     ends = pair_in(state)
     host, guest = ends[Role.HOST], ends[Role.GUEST]
@@ -195,7 +195,7 @@ def test_a_fault_is_final() -> None:
     assert link.state is State.WAITING
 
 
-def test_a_frame_is_judged_after_what_was_done_about_the_one_before() -> None:
+def test_a_reply_between_events_counts() -> None:
     """A reply sent between two events counts for the second one, even if both arrived together."""
     link = Link(Role.HOST)
     seen = []
@@ -206,7 +206,7 @@ def test_a_frame_is_judged_after_what_was_done_about_the_one_before() -> None:
     assert [event.kind for event in seen if isinstance(event, Control)] == [Kind.HELLO, Kind.SEEDED]
 
 
-def test_events_that_were_not_asked_for_come_next_time() -> None:
+def test_leftover_events_are_returned_later() -> None:
     """Events left over from an abandoned iteration are returned by the next one."""
     link = link_in(State.RUNNING, Role.HOST)
     wire = b"".join(encode(Kind.DATA, Stream.STDOUT, b"%d" % number) for number in range(3))
@@ -293,7 +293,7 @@ def test_a_peer_past_its_window_is_at_fault() -> None:
 
 
 @pytest.mark.parametrize("payload", [b"", b"\0\0\0\1\0"[:3], bytes(4), b"\0\0\0\2", b"\xff" * 4])
-def test_credit_that_was_not_owed_is_a_fault(payload: bytes) -> None:
+def test_invalid_credit_is_a_fault(payload: bytes) -> None:
     """Credit of the wrong size, of zero, or beyond the bytes sent raises PeerError."""
     host = link_in(State.RUNNING, Role.HOST)
     host.send_data(Stream.STDIN, b"x")
@@ -302,7 +302,7 @@ def test_credit_that_was_not_owed_is_a_fault(payload: bytes) -> None:
 
 
 @pytest.mark.parametrize("stream", [*STREAMS, 0, 5, LAST_FILE + 1])
-def test_nobody_acknowledges_what_never_came(stream: int) -> None:
+def test_acknowledging_unreceived_bytes_is_an_error(stream: int) -> None:
     """Acknowledging more bytes than arrived raises ChannelUsageError and grants no credit."""
     for role in Role:
         link = link_in(State.RUNNING, role)

@@ -46,7 +46,7 @@ def test_actions_of_others_are_pinned_by_their_commit(path: Path) -> None:
 
 
 @EACH
-def test_what_a_ci_file_starts_is_in_the_repository(path: Path) -> None:
+def test_scripts_named_by_ci_files_exist(path: Path) -> None:
     """Every script and requirements file named by a workflow or action exists, and scripts are executable."""
     named = set(re.findall(r"(?<![\w.])(?:scripts|requirements)/[\w./-]+", path.read_text(encoding="utf-8")))
     assert named
@@ -77,7 +77,7 @@ def test_the_workflow_has_few_rights_and_ends() -> None:
         assert "checkout" not in step.get("uses", "") or step["with"]["persist-credentials"] is False
 
 
-def test_no_text_of_others_is_put_into_a_shell_text() -> None:
+def test_inputs_are_not_expanded_in_shell_steps() -> None:
     """Inputs reach shell steps only through environment variables."""
     for path in FILES:
         for step in steps(load(path)):
@@ -103,7 +103,7 @@ def test_every_input_of_the_action_is_described_and_used() -> None:
     [("vendor.github-workflows", WORKFLOW), ("vendor.github-actions", ACTION)],
     ids=["workflow", "action"],
 )
-def test_github_would_take_the_file(schema: str, path: Path, tmp_path: Path) -> None:
+def test_ci_files_match_githubs_schemas(schema: str, path: Path, tmp_path: Path) -> None:
     """The workflow and the action are valid by GitHub's schemas, which reject a misspelt key."""
     argv = [str(TOOLS / "check-jsonschema"), "--builtin-schema", schema]
     good = subprocess.run([*argv, path], capture_output=True, text=True, check=False)

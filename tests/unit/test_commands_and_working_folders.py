@@ -86,7 +86,7 @@ def test_a_working_folder_is_an_ordinary_root(here: Path) -> None:
         ("file", "there is no such folder"),
     ],
 )
-def test_a_working_folder_that_no_one_means_is_refused(here: Path, name: str, why: str) -> None:
+def test_dangerous_working_folders_are_refused(here: Path, name: str, why: str) -> None:
     """A --workdir that is `/`, the home folder, one above it or no folder is refused with the reason."""
     (here / "to-home").symlink_to(here.parent / "home")
     (here / "file").touch()
@@ -104,7 +104,7 @@ def test_a_policy_decides_about_working_folders_too(here: Path) -> None:
     assert roots(policy_with(deny_hidden=False), workdir=Path(".hidden"))[0].host == str(here / ".hidden")
 
 
-def test_a_relative_root_that_leads_out_is_told_what_works() -> None:
+def test_an_escaping_root_suggests_its_absolute_path() -> None:
     """The refusal of a root such as ../dir suggests its absolute path."""
     where, why = place("../dir", PROGRAM, deny_hidden=True)
     assert where is None
@@ -120,9 +120,7 @@ def test_a_relative_root_that_leads_out_is_told_what_works() -> None:
         (["sh"], "x07 exec --workdir . -- sh"),
     ],
 )
-def test_a_command_given_to_run_is_answered_with_the_line_that_works(
-    words: list[str], fix: str, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_run_suggests_exec_for_a_command(words: list[str], fix: str, capfd: pytest.CaptureFixture[str]) -> None:
     """`x07 run make test` prints the `x07 exec` command to use instead."""
     said = usage_error(capfd, "run", *words)
     assert fix.strip() in said
@@ -150,7 +148,7 @@ def test_a_program_that_is_missing_is_no_command(
         (["ls", "-l"], "arguments of the program go after --"),
     ],
 )
-def test_wrong_usage_of_exec_is_told(words: list[str], why: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_wrong_usage_of_exec_is_reported(words: list[str], why: str, capfd: pytest.CaptureFixture[str]) -> None:
     """Invalid arguments of `x07 exec` are a usage error with the reason."""
     assert why in usage_error(capfd, "exec", *words)
 
@@ -184,7 +182,7 @@ def stack() -> Iterator[contextlib.ExitStack]:
         yield one
 
 
-def test_files_go_in_and_only_what_became_of_them_comes_out(tmp_path: Path, stack: contextlib.ExitStack) -> None:
+def test_only_new_and_changed_files_come_out(tmp_path: Path, stack: contextlib.ExitStack) -> None:
     """Result.files holds new and changed files, not input files that stayed the same."""
     file = work_files({"a/b.txt": b"one", "kept": b"", "changed": b"1"}, stack)
     tree = Tree(str(tmp_path), None)
@@ -205,7 +203,7 @@ def test_files_go_in_and_only_what_became_of_them_comes_out(tmp_path: Path, stac
     assert taken.files() == {"a/.x": b"3", "a/new": bytes(70_000), "changed": b"2"}
 
 
-def test_what_is_too_much_is_counted_and_not_sent(tmp_path: Path) -> None:
+def test_excess_files_are_counted_but_not_sent(tmp_path: Path) -> None:
     """Files beyond the size limits are counted but not sent; the others are sent."""
     for name, size in (("a", 10), ("b", 1 << 40), ("c", 10), ("d", 1)):
         (tmp_path / name).touch()
@@ -215,14 +213,14 @@ def test_what_is_too_much_is_counted_and_not_sent(tmp_path: Path) -> None:
     assert [name for _, _, name, _ in left.sent] == [b"a", b"c"]
 
 
-def test_the_agent_does_not_look_at_endless_folders(tmp_path: Path) -> None:
+def test_the_agent_examines_bounded_files(tmp_path: Path) -> None:
     """The agent examines a bounded number of files."""
     for number in range(LOOKED_AT_MAX + 5):
         (tmp_path / str(number)).touch()
     assert left_files([str(tmp_path)], None, 0, 0).files == LOOKED_AT_MAX
 
 
-def test_folders_of_the_host_are_not_what_was_left(tmp_path: Path) -> None:
+def test_mounted_host_folders_are_not_returned(tmp_path: Path) -> None:
     """Files in mounted host folders are not in Result.files."""
     (tmp_path / "work/a").mkdir(parents=True)
     for name in ("work/a/b", "work2", "other"):
@@ -240,13 +238,13 @@ def sent(*entries: tuple[bytes, bytes], root: bytes = b"0") -> bytes:
 
 
 @pytest.mark.parametrize("name", [b"../x", b"/x", b"a//b", b"a/../../x", b"x\0y", b"."])
-def test_a_name_that_leads_out_ends_the_run(name: bytes, stack: contextlib.ExitStack) -> None:
+def test_an_escaping_file_name_is_a_violation(name: bytes, stack: contextlib.ExitStack) -> None:
     """A guest that sends a file name outside its folder breaks the protocol."""
     with pytest.raises(PeerError):
         LeftFiles(stack, 100).take(sent((name, b"1")))
 
 
-def test_more_than_asked_for_is_thrown_away(stack: contextlib.ExitStack) -> None:
+def test_excess_data_is_discarded(stack: contextlib.ExitStack) -> None:
     """If a guest sends more bytes or files than requested, all are discarded."""
     for data in (sent((b"x", bytes(101))), sent(*[(b"%d" % n, b"1") for n in range(FILES_MAX + 1)])):
         taken = LeftFiles(stack, 100 if len(data) < 1000 else 1 << 20)
@@ -254,14 +252,14 @@ def test_more_than_asked_for_is_thrown_away(stack: contextlib.ExitStack) -> None
         assert taken.files() == {}
 
 
-def test_a_stream_that_stops_gives_nothing(stack: contextlib.ExitStack) -> None:
+def test_an_incomplete_stream_yields_no_files(stack: contextlib.ExitStack) -> None:
     """An incomplete stream of files yields none."""
     taken = LeftFiles(stack, 100)
     assert taken.take(sent((b"a", b"1"))[:-3])
     assert taken.files() == {}
 
 
-def test_names_that_are_no_text_are_left_out(stack: contextlib.ExitStack) -> None:
+def test_non_utf8_names_are_left_out(stack: contextlib.ExitStack) -> None:
     """Files whose names are not UTF-8 are left out of Result.files."""
     taken = LeftFiles(stack, 100)
     assert taken.take(sent((b"\xff", b"1"), ("ü".encode(), b"2")))

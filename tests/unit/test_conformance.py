@@ -23,7 +23,7 @@ def test_a_backends_gaps_are_ones_that_it_may_have(name: str) -> None:
 @pytest.mark.parametrize(
     "behaviour", [one for one in BEHAVIOURS if one.group in WITHOUT_GAPS], ids=lambda one: one.name
 )
-def test_what_every_backend_must_do_is_no_gap(behaviour: object) -> None:
+def test_mandatory_behaviours_cannot_be_gaps(behaviour: object) -> None:
     """A gap in channel, files, outcome, deadline or stop is an error."""
     name = getattr(behaviour, "name", "")
     (wrong,) = wrong_gaps({name: "it is hard"})

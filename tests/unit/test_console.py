@@ -23,7 +23,7 @@ from x07_sandbox.host.cancel import Notice
         ("run", "--help-all"),
     ],
 )
-def test_a_reader_who_is_slow_gets_all_of_it(words: tuple[str, ...]) -> None:
+def test_a_slow_reader_gets_all_output(words: tuple[str, ...]) -> None:
     """A non-blocking standard output with a slow reader gets all output."""
     argv = [sys.executable, "-m", "x07_sandbox.cli.main", *words]
     whole = subprocess.run(argv, capture_output=True, check=True).stdout
@@ -39,7 +39,7 @@ def test_a_reader_who_is_slow_gets_all_of_it(words: tuple[str, ...]) -> None:
     assert (child.returncode, got == whole) == (0, True)
 
 
-def test_what_takes_long_once_is_said_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_notices_are_printed_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     """Without a terminal ordinary progress is silent and a notice is one line."""
     live = LiveLine()
     live("copying files in")

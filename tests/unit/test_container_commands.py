@@ -58,7 +58,7 @@ def after(argv: list[str], flag: str) -> list[str]:
 
 
 @pytest.mark.parametrize("engine_name", ["podman", "docker"])
-def test_a_container_is_made_with_nothing_that_was_not_asked_for(engine_name: str) -> None:
+def test_a_container_is_created_hardened(engine_name: str) -> None:
     """A container has no network, a read-only root, four capabilities, limits and no log on disk."""
     argv = list(create_argv(replace(WANTED, engine=engine_name)))
     assert argv[0] == "create"
@@ -86,7 +86,7 @@ def test_only_a_job_with_connections_may_make_rules() -> None:
     assert not any("x07-net" in word for word in create_argv(WANTED))
 
 
-def test_folders_of_the_host_lie_in_memory_and_belong_to_whom_the_policy_says() -> None:
+def test_roots_are_sized_tmpfs() -> None:
     """Each root is a sized tmpfs, writable only if the policy allows it."""
     tmpfs = WANTED.tmpfs()
     assert "mode=0755" in tmpfs["/home/u/in"]
@@ -98,7 +98,7 @@ def test_folders_of_the_host_lie_in_memory_and_belong_to_whom_the_policy_says() 
     assert "mode=1777" in closed["/x07/out"]
 
 
-def test_what_was_made_as_asked_has_no_differences() -> None:
+def test_a_matching_container_is_accepted() -> None:
     """A container that matches its request is accepted."""
     assert differences(WANTED, MADE) == []
 
@@ -121,9 +121,7 @@ def test_what_was_made_as_asked_has_no_differences() -> None:
         (("HostConfig",), None, "its network"),
     ],
 )
-def test_a_container_that_an_engine_made_otherwise_is_not_used(
-    place: tuple[str, ...], value: object, named: str
-) -> None:
+def test_a_different_container_is_rejected(place: tuple[str, ...], value: object, named: str) -> None:
     """A container that differs from its request is rejected with the difference."""
     made = copy.deepcopy(MADE)
     inner = made
@@ -153,12 +151,12 @@ def test_a_container_that_an_engine_made_otherwise_is_not_used(
         ("docker", {}, ["memory", "tasks"]),
     ],
 )
-def test_limits_that_an_engine_would_ignore_are_known_before(name: Any, told: dict[str, Any], gaps: list[str]) -> None:  # noqa: ANN401 - a name of an engine
+def test_ignored_limits_are_detected(name: Any, told: dict[str, Any], gaps: list[str]) -> None:  # noqa: ANN401 - a name of an engine
     """An engine that would ignore a limit, as rootless podman does on cgroup v1, is detected."""
     assert engine_gaps(name, told) == gaps
 
 
-def test_variables_that_lead_to_another_machine_do_not_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_variables_cannot_redirect_an_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Environment variables cannot redirect an engine's client, and a remote DOCKER_HOST is refused."""
     client = tmp_path / "client"
     client.write_text("#!/bin/sh\n", encoding="ascii")
@@ -177,7 +175,7 @@ def test_variables_that_lead_to_another_machine_do_not_count(monkeypatch: pytest
         engine("docker")
 
 
-def test_an_engine_that_is_not_here_is_named_with_what_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_engine_client_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """A missing client named by X07_VM_PODMAN_BIN is an error that names the variable."""
     monkeypatch.setenv("X07_VM_PODMAN_BIN", "/nonexistent/podman")
     with pytest.raises(HostError, match="X07_VM_PODMAN_BIN"):

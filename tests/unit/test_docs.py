@@ -29,7 +29,7 @@ def tested_commands() -> set[str]:
     return {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
 
 
-def test_the_specification_is_what_the_tests_say() -> None:
+def test_the_specification_is_current() -> None:
     """docs/specification.md lists exactly the promises of the tests."""
     written = (ROOT / "docs" / "specification.md").read_text(encoding="utf-8")
     assert written == render(), "run: python3 scripts/make_specification.py"

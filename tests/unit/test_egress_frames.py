@@ -122,7 +122,7 @@ def test_nothing_is_sent_before_the_answer() -> None:
         assert taken(link) == b""
 
 
-def test_a_flow_that_is_gone_takes_nothing() -> None:
+def test_operations_on_an_ended_flow_do_nothing() -> None:
     """Operations on an ended flow send nothing and raise nothing."""
     _, gate = both(TCP)
     gate.reset(1)
@@ -145,7 +145,7 @@ def test_only_what_fits_can_be_asked_for() -> None:
     assert guest.open(TCP, b"x" * egress.HOST_MAX, 443) == 1
 
 
-def test_the_guest_tells_what_it_refused_itself() -> None:
+def test_the_guest_reports_its_own_refusals() -> None:
     """The guest reports connections that it refused itself, without opening a flow."""
     guest, gate = EgressLink(guest=True), EgressLink(guest=False)
     guest.tell(UDP, b"unlisted.example", 0)
@@ -154,7 +154,7 @@ def test_the_guest_tells_what_it_refused_itself() -> None:
     assert gate.flows == {}
 
 
-def test_what_the_guest_tells_is_dropped_where_too_much_waits() -> None:
+def test_queued_refusal_reports_are_bounded() -> None:
     """The queue of refusals to report is bounded."""
     guest = EgressLink(guest=True)
     for _ in range(10_000):
@@ -295,7 +295,7 @@ def test_a_pending_connection_can_be_given_up() -> None:
     assert gate.pending() == 0
 
 
-def test_small_frames_overtake_data_and_an_end_does_not() -> None:
+def test_small_frames_overtake_data() -> None:
     """Answers, credit and resets overtake queued data; a flow's end does not."""
     guest, gate = both(TCP, TCP, TCP)
     waiting = guest.open(TCP, b"a.example", 443)
@@ -311,7 +311,7 @@ def test_small_frames_overtake_data_and_an_end_does_not() -> None:
     assert kinds == [*small, *[(egress.DATA, 1)] * 3, (egress.FIN, 1)]
 
 
-def test_a_frame_that_was_begun_is_finished_first() -> None:
+def test_a_partly_written_frame_is_completed_first() -> None:
     """A partly written frame is completed before any other."""
     guest, gate = both(TCP, TCP)
     gate.send(1, b"x" * 100)

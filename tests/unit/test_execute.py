@@ -214,7 +214,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runs]:
         yield lambda start_mode="cold", files=(): Run(start_mode, stack, clock, files)
 
 
-def test_files_may_take_long_as_long_as_they_are_taken(runs: Runs) -> None:
+def test_copy_in_times_out_without_progress_only(runs: Runs) -> None:
     """The copy-in timeout applies to lack of progress, not to the total time."""
     data = os.urandom(8 * WINDOW)
     run = runs(files=(data,))
@@ -237,7 +237,7 @@ def test_files_may_take_long_as_long_as_they_are_taken(runs: Runs) -> None:
     assert run.result().evidence.wait_status == 0
 
 
-def test_a_guest_that_takes_no_more_files_is_given_up(runs: Runs) -> None:
+def test_a_guest_that_stops_accepting_files_is_killed(runs: Runs) -> None:
     """A guest that stops accepting files is killed after the copy-in timeout."""
     run = runs(files=(bytes(2 * WINDOW),))
     run.begin()
@@ -248,7 +248,7 @@ def test_a_guest_that_takes_no_more_files_is_given_up(runs: Runs) -> None:
     assert (evidence.stage, evidence.deadline_passed) == (Stage.SETUP, True)
 
 
-def test_a_program_that_ended_while_we_stood_still_has_ended(runs: Runs) -> None:
+def test_an_exit_during_suspension_counts(runs: Runs) -> None:
     """A runner that was suspended past the deadline still accepts the program's output and exit."""
     run = runs()
     run.begin()
@@ -262,7 +262,7 @@ def test_a_program_that_ended_while_we_stood_still_has_ended(runs: Runs) -> None
     assert os.fstat(run.stdout_fd).st_size == len(output)
 
 
-def test_a_program_that_runs_on_is_ended_although_we_stood_still(runs: Runs) -> None:
+def test_a_program_running_after_suspension_is_ended(runs: Runs) -> None:
     """A runner that was suspended past the deadline ends a program that still runs."""
     run = runs()
     run.begin()
@@ -293,7 +293,7 @@ def test_a_program_that_never_stops_writing_is_ended_at_its_deadline(runs: Runs)
 
 
 @pytest.mark.parametrize("start_mode", ["cold", "clone"])
-def test_a_machine_that_answered_while_we_stood_still_has_answered(runs: Runs, start_mode: StartMode) -> None:
+def test_an_answer_during_suspension_counts(runs: Runs, start_mode: StartMode) -> None:
     """A VM's answer that arrived while the runner was suspended counts as in time."""
     run = runs(start_mode)
     nonce = run.guest.until(Kind.SEED)["nonce"] if start_mode == "clone" else None
@@ -311,7 +311,7 @@ def test_a_machine_that_answered_while_we_stood_still_has_answered(runs: Runs, s
     assert (facts.evidence.wait_status, facts.evidence.stage) == (0, Stage.COLLECT)
 
 
-def test_a_machine_that_did_not_answer_in_time_is_given_up(runs: Runs) -> None:
+def test_a_vm_that_does_not_answer_times_out(runs: Runs) -> None:
     """A VM that does not answer within the boot timeout ends the phase."""
     run = runs()
     with run.suspended(settings.BOOT_S + 1):

@@ -66,7 +66,7 @@ def test_an_error_is_one_json_object(tmp_path: Path, words: list[str], code: int
 
 
 @pytest.mark.parametrize("action", ["status", "stop"])
-def test_where_no_pool_runs_that_is_told(tmp_path: Path, action: str) -> None:
+def test_pool_commands_report_a_missing_pool(tmp_path: Path, action: str) -> None:
     """`x07 pool status` and `stop` report as JSON that no pool runs."""
     done = x07(tmp_path, "pool", action, "--json")
     assert document(done.stdout) == {"schema_version": "x07.sandbox.pool@0.1.0", "pool": None}
@@ -102,7 +102,7 @@ def test_where_no_pool_runs_that_is_told(tmp_path: Path, action: str) -> None:
         (["--json", "run", "--toolchain", "shell", "nothing", "--", "--json"], "x07.sandbox.result@0.1.0"),
     ],
 )
-def test_every_verb_prints_what_is_published(tmp_path: Path, words: list[str], name: str) -> None:
+def test_every_verb_prints_its_published_document(tmp_path: Path, words: list[str], name: str) -> None:
     """With --json every verb prints one document that matches its published schema."""
     done = x07(tmp_path, *words)
     assert document(done.stdout)["schema_version"] == name
@@ -140,7 +140,7 @@ def test_json_that_is_off_is_text(capfd: pytest.CaptureFixture[str]) -> None:
         (["undo", "--json"], 2, True),
     ],
 )
-def test_a_report_goes_into_a_file_too(
+def test_report_out_writes_every_document(
     tmp_path: Path, words: list[str], code: int, place: str, *, silent: bool
 ) -> None:
     """--report-out writes any verb's document, errors included, and --quiet-json prints none."""
@@ -189,7 +189,7 @@ def test_a_report_that_cannot_be_written_stops_the_verb(tmp_path: Path, words: l
         (UsageError("cannot do it", "b", "c"), "cannot do it"),
     ],
 )
-def test_whatever_ends_a_verb_is_in_its_report(tmp_path: Path, raised: BaseException, what: str) -> None:
+def test_signals_and_full_disks_are_reported(tmp_path: Path, raised: BaseException, what: str) -> None:
     """--report-out records a signal or a full disk, and failing to write it hides no error."""
 
     def carry_out(options: argparse.Namespace) -> int:
@@ -204,7 +204,7 @@ def test_whatever_ends_a_verb_is_in_its_report(tmp_path: Path, raised: BaseExcep
     assert list((tmp_path / "folder").iterdir()) == []
 
 
-def test_what_the_pools_process_says_keeps_its_exit_code(tmp_path: Path) -> None:
+def test_errors_of_the_pool_process_keep_their_exit_code(tmp_path: Path) -> None:
     """Errors of the pool's own process keep their exit code."""
     for name, code, why in (("a b", 2, "a name has 1 to 64"), ("nothing", 125, "")):
         done = x07(tmp_path, "pool", "start", "--json", "--image", name)
@@ -212,7 +212,7 @@ def test_what_the_pools_process_says_keeps_its_exit_code(tmp_path: Path) -> None
         assert why in document(done.stdout)["error"]["why"]
 
 
-def test_what_prints_no_json_is_not_silent(tmp_path: Path) -> None:
+def test_quiet_json_still_prints_errors(tmp_path: Path) -> None:
     """With --quiet-json errors are still printed to standard error."""
     done = x07(tmp_path, "run", "--json", "--quiet-json", "--report-out", "r", "a.py")
     assert (done.returncode, done.stdout) == (2, b"")
@@ -244,7 +244,7 @@ def test_a_signal_before_there_is_a_run_has_its_exit_code(
         ("frobnicate", "See x07 --help."),
     ],
 )
-def test_a_word_that_is_no_command_names_what_was_meant(
+def test_an_unknown_command_gets_a_suggestion(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], word: str, fix: str
 ) -> None:
     """An unknown command suggests the nearest one, or how to run that program."""
@@ -255,9 +255,7 @@ def test_a_word_that_is_no_command_names_what_was_meant(
 
 
 @pytest.mark.parametrize(("word", "near"), [("--mem", "--memory"), ("--timout=3", "--timeout"), ("--zzzzzz", "")])
-def test_a_mistyped_option_names_the_one_that_was_meant(
-    word: str, near: str, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_mistyped_option_gets_a_suggestion(word: str, near: str, capfd: pytest.CaptureFixture[str]) -> None:
     """A shortened or mistyped option suggests the full name."""
     assert main.main(["run", word, "prog.py"]) == 2
     said = capfd.readouterr().err

@@ -97,7 +97,7 @@ def one_set(root: Path, *changes: Change, missing: bool = False) -> ChangeSet:
     return ChangeSet(run="1-2-3", roots=(RootChanges(root=str(root), guest="/g", missing=missing, changes=changes),))
 
 
-def test_the_new_tree_is_there_and_undoing_gives_the_old_one(place: Path, tmp_path: Path) -> None:
+def test_apply_and_undo_are_exact(place: Path, tmp_path: Path) -> None:
     """Every kind of change is applied, undone exactly, and applied again by undoing the undo."""
     root = make(place / "root", OLD)
     changes, data = difference(root, OLD, NEW)
@@ -126,7 +126,7 @@ def test_applying_twice_is_applying_once(place: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", [False, True])
-def test_a_part_is_applied_only_if_no_other_is(tmp_path: Path, *, missing: bool) -> None:
+def test_a_second_part_is_refused(tmp_path: Path, *, missing: bool) -> None:
     """A set applied in parts never loses undo data: a second part is refused until the first is undone."""
     root, state = tmp_path / "root", tmp_path / "state"
     old: Tree = {"": FOLDER} if missing else {"": FOLDER, **dict.fromkeys("abc", ("file", 420, b"old"))}
@@ -201,7 +201,7 @@ def test_a_conflict_is_found_before_anything_is_touched(tmp_path: Path, now: str
     assert root.stat().st_ctime_ns == before
 
 
-def test_a_conflict_tells_a_hundred_names_at_most(tmp_path: Path) -> None:
+def test_a_conflict_names_a_hundred_entries_at_most(tmp_path: Path) -> None:
     """A conflict names at most a hundred entries and counts the rest."""
     tree = {"": FOLDER, **{f"{n:03}": ("file", 0o600, b"") for n in range(150)}}
     root = make(tmp_path / "root", {"": FOLDER})
@@ -227,7 +227,7 @@ def test_a_conflict_tells_a_hundred_names_at_most(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_no_change_may_bring_refuses_the_set(tmp_path: Path, change: Change) -> None:
+def test_an_invalid_change_rejects_the_set(tmp_path: Path, change: Change) -> None:
     """A set with set-id bits, escaping names or missing content is rejected before anything is changed."""
     root = make(tmp_path / "root", OLD)
     good = Change(name="fine", before=None, after=Node(kind="folder", mode=0o755))
@@ -273,7 +273,7 @@ def test_roots_in_each_other_are_changed_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["content", "short"])
-def test_content_that_is_not_what_the_set_says_is_not_written(place: Path, tmp_path: Path, damage: str) -> None:
+def test_damaged_content_is_not_written(place: Path, tmp_path: Path, damage: str) -> None:
     """A damaged or truncated data file changes nothing."""
     root = make(place / "root", OLD)
     changes, data = difference(root, OLD, NEW)
@@ -513,7 +513,7 @@ def test_without_room_for_undo_nothing_is_changed(tmp_path: Path) -> None:
     assert read(root) == old
 
 
-def test_what_is_not_to_be_kept_needs_no_room(tmp_path: Path) -> None:
+def test_undo_works_on_a_full_disk(tmp_path: Path) -> None:
     """Undo works on a full disk."""
     old, new = {"": FOLDER}, {"": FOLDER, "big": ("file", 0o644, b"x" * 300_000)}
     root = make(tmp_path / "root", old)
@@ -529,7 +529,7 @@ def test_what_is_not_to_be_kept_needs_no_room(tmp_path: Path) -> None:
     assert list((tmp_path / "undoing").iterdir()) == []
 
 
-def test_a_journal_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+def test_a_damaged_journal_is_reported(tmp_path: Path) -> None:
     """A damaged journal is an error that names it, and nothing is changed."""
     (tmp_path / "state").mkdir(mode=0o700)
     for text in (b"", b"{}\n", b"\xff\n", b'{"version":2,"run":"","places":[]}\n'):
@@ -539,7 +539,7 @@ def test_a_journal_that_cannot_be_read_is_told(tmp_path: Path) -> None:
         assert (tmp_path / "state" / "journal").read_bytes() == text
 
 
-def test_a_set_waits_for_another_and_says_so(tmp_path: Path) -> None:
+def test_applying_to_a_locked_root_waits(tmp_path: Path) -> None:
     """Applying to a locked root waits, and reports the path once."""
     root = make(tmp_path / "root", OLD)
     changes, data = difference(root, OLD, NEW)
@@ -588,7 +588,7 @@ def test_a_root_that_was_exchanged_while_it_waited_is_a_conflict(tmp_path: Path)
 
 @pytest.mark.root
 @pytest.mark.parametrize("mode", [0o755, 0o710])
-def test_where_no_modes_are_kept_a_set_is_applied_and_undone(tmp_path: Path, mode: int) -> None:
+def test_apply_works_without_modes(tmp_path: Path, mode: int) -> None:
     """On a file system without modes, sets are applied and undone."""
     need(os.geteuid() == 0, "root", installable=False)
     need(shutil.which("bindfs"), "bindfs", installable=True)
@@ -658,7 +658,7 @@ def test_a_kill_leaves_one_tree_on_an_overlay(fast: Path) -> None:
 
 
 @pytest.mark.root
-def test_a_kill_leaves_one_tree_where_nothing_renames_without_replacing(fast: Path) -> None:
+def test_a_kill_leaves_one_tree_on_fuse(fast: Path) -> None:
     """A kill at any call leaves the old tree or the new one on NFS and FUSE."""
     need(os.geteuid() == 0, "root", installable=False)
     need(shutil.which("bindfs"), "bindfs", installable=True)
@@ -671,12 +671,12 @@ def test_recovery_can_be_killed_at_any_call(fast: Path) -> None:
     assert driven("recovery-killed", fast)
 
 
-def test_files_that_others_write_meanwhile_are_never_lost(fast: Path) -> None:
+def test_concurrent_files_are_never_lost(fast: Path) -> None:
     """A file that another process writes during apply is never lost."""
     assert driven("disturbed", fast)
 
 
-def test_no_link_leads_it_outside(fast: Path) -> None:
+def test_a_swapped_link_redirects_nothing(fast: Path) -> None:
     """A folder that is replaced by a symbolic link during apply never redirects changes."""
     assert driven("led-outside", fast)
 

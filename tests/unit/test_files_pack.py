@@ -38,7 +38,7 @@ def tree(root: Path, *names: str) -> None:
         path.write_text(name)
 
 
-def test_patterns_choose_and_hidden_files_stay(tmp_path: Path) -> None:
+def test_patterns_select_files(tmp_path: Path) -> None:
     """Patterns select files once each, and hidden files only if a pattern names them."""
     tree(tmp_path, "Makefile", "src/a.c", "src/deep/b.c", "src/.secret", ".env", ".git/config", "other.txt")
     packed = pack_tree(tmp_path, ["Makefile", "src/**", "src/a.c"])
@@ -91,7 +91,7 @@ def huge(path: Path) -> None:
         (lambda root: huge(root / "x"), "more than"),
     ],
 )
-def test_what_cannot_travel_is_refused(tmp_path: Path, make: object, why: str) -> None:
+def test_unsupported_entries_are_refused(tmp_path: Path, make: object, why: str) -> None:
     """Escaping or looping links, pipes, unprintable names and oversized files are refused by name."""
     assert callable(make)
     make(tmp_path)
@@ -99,7 +99,7 @@ def test_what_cannot_travel_is_refused(tmp_path: Path, make: object, why: str) -
         pack_tree(tmp_path, ["x*"])
 
 
-def test_a_link_inside_the_project_is_the_file_it_leads_to(tmp_path: Path) -> None:
+def test_an_inner_link_is_packed_as_its_target(tmp_path: Path) -> None:
     """A link within the project is packed as the file that it points to."""
     tree(tmp_path, "real.txt")
     (tmp_path / "link.txt").symlink_to("real.txt")
@@ -133,7 +133,7 @@ def test_a_pattern_is_read_as_a_path_is(tmp_path: Path) -> None:
             pack_tree(tmp_path, [pattern])
 
 
-def test_no_link_leads_round_in_circles(tmp_path: Path) -> None:
+def test_a_folder_reached_through_links_is_packed_once(tmp_path: Path) -> None:
     """A folder reached again through links is packed once."""
     tree(tmp_path, "a/x", "b/y", "real.txt")
     for name, target in {"me": ".", "a/up": "..", "a/b": "../b", "b/a": "../a", "whole": str(tmp_path)}.items():
@@ -143,7 +143,7 @@ def test_no_link_leads_round_in_circles(tmp_path: Path) -> None:
         assert sorted(pack_tree(tmp_path, patterns).files) == wanted
 
 
-def test_no_pattern_leads_out_of_the_project(tmp_path: Path) -> None:
+def test_an_escaping_pattern_is_refused(tmp_path: Path) -> None:
     """A pattern that leads out of the project through a link is refused with the reason."""
     tree(tmp_path, "in/a.c", "out/b.c")
     (tmp_path / "in" / "lib").symlink_to(tmp_path / "out")
@@ -155,7 +155,7 @@ def test_no_pattern_leads_out_of_the_project(tmp_path: Path) -> None:
         pack_tree(tmp_path / "in", ["**"])
 
 
-def test_a_tree_without_end_is_refused(tmp_path: Path) -> None:
+def test_an_endless_tree_is_refused(tmp_path: Path) -> None:
     """Trees expanded by links and patterns with too many stars are refused."""
     tree(tmp_path, *(f"links/wide/{number}" for number in range(1000)), *(f"stars/{n:0120}" for n in range(300)))
     for number in range(ENTRIES_MAX // 1000):
@@ -195,7 +195,7 @@ def test_packing_ends_when_it_is_cancelled(tmp_path: Path) -> None:
     "name",
     ["", "/a", "a//b", "../a", "a/..", "./a", "a\0", "a\nb", "a" * 256, "a/" * 600 + "b", "TRAILER!!!", "TRAILER!!!/a"],
 )
-def test_a_name_that_leads_out_is_refused(name: str) -> None:
+def test_an_escaping_name_is_refused(name: str) -> None:
     """Files given in memory need relative, plain names."""
     with pytest.raises(UsageError, match="cannot take the files"):
         pack_files({name: b""}, "the files")

@@ -56,7 +56,7 @@ def test_hunks_make_the_new_text_of_the_old_one(old: bytes, new: bytes, end: byt
     assert 0 <= work.left <= left
 
 
-def test_lines_that_repeat_are_compared_so_often_and_no_more() -> None:
+def test_repeated_lines_cost_bounded_comparisons() -> None:
     """Texts of repeated lines cost a bounded number of comparisons."""
     work = Work(patches.PAIRS_MAX)
     list(hunks(MANY, OTHER, work))
@@ -67,7 +67,7 @@ def test_lines_that_repeat_are_compared_so_often_and_no_more() -> None:
     assert said.count(b"\n-") == said.count(b"\n+") == 12
 
 
-def test_all_files_of_a_set_share_what_may_be_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_files_share_one_comparison_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """All files of a set share one comparison budget."""
     monkeypatch.setattr(patches, "PAIRS_MAX", 1_500_000)
     old = b"".join(b"a\n%d\n" % number for number in range(100))
@@ -82,7 +82,7 @@ def test_all_files_of_a_set_share_what_may_be_compared(monkeypatch: pytest.Monke
     assert kept[-1] == 1  # what both begin with
 
 
-def test_git_makes_the_new_tree_with_the_patch(tmp_path: Path) -> None:
+def test_git_applies_the_patch(tmp_path: Path) -> None:
     """`git apply` accepts the patch, and changes that git cannot express are comments."""
     binary = ("file", 0o644, b"\0")
     loose = {name: (kind, mode | 0o600, content) for name, (kind, mode, content) in OLD.items()}  # git is no root

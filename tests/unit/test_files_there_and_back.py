@@ -184,7 +184,7 @@ def replace_on_stat(path: Path, kinds: list[str], monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("before", ["file", "folder", "link"])
 @pytest.mark.parametrize("after", ["file", "folder", "link", "socket", "nothing"])
-def test_what_becomes_another_thing_while_it_is_packed_goes_in_as_that(
+def test_an_entry_that_changes_its_kind_is_packed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str, after: str
 ) -> None:
     """An entry that changes its kind while it is packed is packed as its new kind."""
@@ -198,7 +198,7 @@ def test_what_becomes_another_thing_while_it_is_packed_goes_in_as_that(
     assert list(copied.left_out) == (["special"] if after == "socket" else [])
 
 
-def test_what_is_another_thing_each_time_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_entry_that_keeps_changing_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An entry that keeps changing while it is packed is left out."""
     put(tmp_path / "name", "file")
     replace_on_stat(tmp_path / "name", ["link", "file"] * 10, monkeypatch)
@@ -207,7 +207,7 @@ def test_what_is_another_thing_each_time_is_left_out(tmp_path: Path, monkeypatch
 
 
 @needs_root
-def test_what_may_only_be_read_is_found_by_its_inode(trip: Trip) -> None:
+def test_a_read_only_entry_is_found_by_inode(trip: Trip) -> None:
     """The inode of an entry in a read root gives the path that the program sees."""
     fill(trip.host)
     trip.go()
@@ -241,7 +241,7 @@ def test_what_may_only_be_read_is_found_by_its_inode(trip: Trip) -> None:
         assert known.path(shown, inode, name) == "/data/run.sh"
 
 
-def test_a_link_of_the_programs_is_followed_in_its_own_view(tmp_path: Path) -> None:
+def test_links_are_resolved_within_the_programs_root(tmp_path: Path) -> None:
     """The program's links are resolved within its own root, never into the files around it."""
     (tmp_path / "opt/x07/sub").mkdir(parents=True)
     (tmp_path / "data").mkdir()
@@ -304,7 +304,7 @@ def test_every_kind_of_change_is_found(trip: Trip) -> None:
 
 
 @needs_root
-def test_what_looks_the_same_and_is_not_is_found(trip: Trip) -> None:
+def test_hidden_changes_are_found(trip: Trip) -> None:
     """Changes that keep size and times, swapped files, and writes through mmap are found."""
     import mmap
 
@@ -325,7 +325,7 @@ def test_what_looks_the_same_and_is_not_is_found(trip: Trip) -> None:
 
 
 @needs_root
-def test_a_hard_link_is_a_file_of_its_own_there(trip: Trip) -> None:
+def test_hard_links_become_separate_files(trip: Trip) -> None:
     """Hard links on the host become independent files in the guest."""
     (trip.host / "a").write_text("x")
     os.link(trip.host / "a", trip.host / "b")
@@ -356,7 +356,7 @@ def test_a_file_that_ends_in_a_hole_comes_back_whole(trip: Trip, tmp_path: Path)
 
 
 @needs_root
-def test_what_was_only_touched_is_no_change(trip: Trip) -> None:
+def test_a_touched_file_is_no_change(trip: Trip) -> None:
     """A file rewritten with the same bytes is no change, nor is a temporary one."""
     fill(trip.host)
     trip.go()
@@ -445,7 +445,7 @@ OPEN = msgspec.structs.replace(BOUNDS, deny_hidden=False)
         (write("a/mine.json"), {"own": ("a/mine.json",)}, [("a/mine.json", "protected", None)]),
     ],
 )  # fmt: skip
-def test_what_may_not_be_done_is_named_with_its_rule(
+def test_a_refused_change_names_its_rule(
     trip: Trip, do: Callable[[Path], object], words: dict[str, Any], expected: list[tuple[str, str, object]]
 ) -> None:
     """Each refused change names its entry, its rule, and the policy value that would allow it."""
@@ -578,7 +578,7 @@ def round_trip(tree: AnyTree, place: Path, data_fd: int) -> Judged:
 @needs_root
 @settings(max_examples=400 if FULL else 20)  # each makes four trees on the disk
 @given(tree=TREES)
-def test_any_tree_goes_in_and_comes_back(tree: AnyTree) -> None:
+def test_any_tree_survives_the_round_trip(tree: AnyTree) -> None:
     """Any tree arrives unchanged in the guest and is reported exactly when created there."""
     with tempfile.TemporaryDirectory() as place, tempfile.TemporaryFile() as data:
         round_trip(tree, Path(place), data.fileno())

@@ -284,7 +284,7 @@ def read(*events: Sequence[Record]) -> dict[Refusal, int]:
         ),
     ],
 )
-def test_a_refused_call_is_told_by_name_and_path(records: list[Record], expected: Refusal) -> None:
+def test_a_refused_call_is_reported_by_name_and_path(records: list[Record], expected: Refusal) -> None:
     """A refused call is reported by its name and its absolute, decoded path."""
     assert read(records) == {expected: 1}
 
@@ -299,7 +299,7 @@ def test_the_same_call_is_counted() -> None:
     }
 
 
-def test_a_call_that_went_well_is_no_refusal() -> None:
+def test_a_successful_call_is_no_refusal() -> None:
     """Records of successful calls are no refusals."""
     words = f"arch=c000003e syscall=1 success=yes exit=2 a0=3 a1=7f a2=2 a3=0 items=0 {WHO}"
     login = "pid=138 uid=65532 old-auid=4294967295 auid=7 tty=(none) old-ses=4294967295 ses=1 res=1"
@@ -328,7 +328,7 @@ def test_a_refused_rlimit_is_named(words: str, told: str | None) -> None:
     assert [refusal.path for refusal in found] == ([] if told is None else [told])
 
 
-def test_a_program_by_way_of_a_link_is_told_as_what_that_leads_to() -> None:
+def test_a_linked_program_is_reported_by_its_target() -> None:
     """A refused program started through a link is reported by the link's target."""
     refusals = Refusals(CALLS, None, (), {"/opt/link": "/usr/bin/nl"}.get)  # type: ignore[arg-type]
     calls = ((59, "link"), (59, "/opt/link"), (59, "/opt/made"), (257, "/opt/link"))
@@ -363,7 +363,7 @@ def test_a_flood_is_bounded() -> None:
     assert (refusals.found, refusals.untold) == ({}, 0)
 
 
-def test_every_call_with_a_folder_of_its_own_is_known() -> None:
+def test_directory_arguments_of_audited_calls_are_known() -> None:
     """The directory arguments of every audited call are known."""
     named = {name for name in AUDITED if name.endswith(("at", "at2"))} - {"creat", "stat", "lstat"}
     assert set(_FOLDERS) == named | {"statx"}

@@ -122,7 +122,7 @@ def test_an_unlisted_name_does_not_exist(name: str, kind: str) -> None:
     assert reply.edns == -1
 
 
-def test_the_answer_says_that_the_policy_blocks_a_name() -> None:
+def test_a_blocked_name_has_an_extended_error() -> None:
     """The answer for an unlisted name has the Extended DNS Error "Blocked"."""
     blocked = ask(dns.message.make_query("evil.test", "A", use_edns=0))
     assert (blocked.rcode(), ede(blocked)) == (dns.rcode.NXDOMAIN, [dns.edns.EDECode.BLOCKED])

@@ -136,7 +136,7 @@ def test_calls_of_another_architecture_do_not_exist(codes: dict[str, bytes], lib
 @pytest.mark.parametrize(
     ("threads", "spawn", "execute"), [made for made in itertools.product((False, True), repeat=3) if not all(made)]
 )
-def test_a_filter_forbids_what_its_name_says(
+def test_filters_match_their_names(
     codes: dict[str, bytes], library: ctypes.CDLL, *, threads: bool, spawn: bool, execute: bool
 ) -> None:
     """Filters restrict threads, child processes and execve independently."""
@@ -155,7 +155,7 @@ def test_a_filter_forbids_what_its_name_says(
 
 
 @pytest.mark.parametrize("name", ["no-exec", "no-spawn-no-exec", "no-threads-no-exec", "no-threads-no-spawn-no-exec"])
-def test_only_the_secret_lets_one_program_start(codes: dict[str, bytes], library: ctypes.CDLL, name: str) -> None:
+def test_only_the_secret_allows_one_start(codes: dict[str, bytes], library: ctypes.CDLL, name: str) -> None:
     """Only an execve with the secret in its arguments passes the one-start filter."""
     call = number(library, "execve")
     code = with_token(codes[f"{name}-once"])
@@ -168,7 +168,7 @@ def test_only_the_secret_lets_one_program_start(codes: dict[str, bytes], library
     assert answer(code, call, 1, 2, 3, *filters.MARKERS) == errno.EPERM
 
 
-def test_a_filter_without_its_markers_takes_no_secret(codes: dict[str, bytes]) -> None:
+def test_a_filter_without_markers_is_rejected(codes: dict[str, bytes]) -> None:
     """A filter without its markers is not used."""
     once = codes["no-exec-once"]
     for code in (codes["no-exec"], b"", once + LINE.pack(6, 0, 0, 0x5AFE7011)):
@@ -195,7 +195,7 @@ def run_under(code: bytes, token: bytes, words: list[str]) -> subprocess.Complet
 SHELL: Final = ["/bin/sh", "-c", 'echo "$0 $A"; /bin/true || echo refused', "started"]
 
 
-def test_a_kernel_lets_the_program_start_and_nothing_after_it(codes: dict[str, bytes]) -> None:
+def test_a_kernel_allows_exactly_one_start(codes: dict[str, bytes]) -> None:
     """On a real kernel the program starts with its arguments and variables but cannot execute another."""
     ended = run_under(with_token(codes["no-exec-once"]), TOKEN, SHELL)
     assert ended.stdout == "started b\nrefused\n", ended.stderr
@@ -217,7 +217,7 @@ def test_a_kernel_refuses_a_program_with_another_secret(codes: dict[str, bytes])
     assert "PermissionError: [Errno 1]" in ended.stderr
 
 
-def test_a_kernel_takes_every_filter(codes: dict[str, bytes]) -> None:
+def test_a_kernel_accepts_every_filter(codes: dict[str, bytes]) -> None:
     """The kernel accepts every filter on top of the base filter."""
     for name, code in codes.items():
         program = (

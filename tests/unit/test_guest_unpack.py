@@ -73,7 +73,7 @@ def whole(files: dict[str, bytes]) -> dict[str, bytes | None]:
 
 
 @given(TREES.map(whole))
-def test_what_was_packed_comes_out(files: dict[str, bytes | None]) -> None:
+def test_any_tree_is_unpacked_exactly(files: dict[str, bytes | None]) -> None:
     """Any tree of files and folders is unpacked exactly."""
     parts = [entry(os.fsencode(name), FOLDER if data is None else FILE, data or b"") for name, data in files.items()]
     with tempfile.TemporaryDirectory() as folder:
@@ -99,7 +99,7 @@ def test_an_archive_of_our_own_writer_comes_out(tmp_path: Path) -> None:
     assert modes == {"p": 0o755, "main.py": 0o644, "tool": 0o755, "empty": 0o644}
 
 
-def test_what_follows_the_trailer_is_not_read(tmp_path: Path) -> None:
+def test_bytes_after_the_trailer_are_ignored(tmp_path: Path) -> None:
     """Bytes after the trailer are ignored."""
     assert take(GOOD + bytes(512) + b"junk", tmp_path) == 3
     assert tree(tmp_path) == {"d": None, "d/f": b"12345", "x": b"#!"}
@@ -175,14 +175,14 @@ def test_a_second_name_of_one_inode_is_a_file_of_its_own(tmp_path: Path) -> None
     assert {path.stat().st_nlink for path in tmp_path.iterdir()} == {1}
 
 
-def test_nothing_is_written_over(tmp_path: Path) -> None:
+def test_a_duplicate_name_is_an_error(tmp_path: Path) -> None:
     """A duplicate file name is an error, and the first file is kept."""
     with pytest.raises(FileExistsError):
         take(entry(b"f", FILE, b"first") + entry(b"f", FILE, b"second") + END, tmp_path)
     assert tree(tmp_path) == {"f": b"first"}
 
 
-def test_a_link_that_lies_in_the_target_is_not_followed(tmp_path: Path) -> None:
+def test_an_existing_link_is_not_followed(tmp_path: Path) -> None:
     """A link that exists in the target is never followed."""
     (tmp_path / "outside").write_bytes(b"kept")
     target = tmp_path / "target"
@@ -238,7 +238,7 @@ def test_bytes_are_bounded_over_all_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [1 << 20, 0x7FFFFFFF, 0xFFFFFFFF])
-def test_a_size_is_refused_before_it_is_believed(size: int, tmp_path: Path) -> None:
+def test_a_huge_declared_size_costs_nothing(size: int, tmp_path: Path) -> None:
     """A huge declared size costs neither memory nor disk."""
     with pytest.raises(ArchiveError, match="more than"):
         take(entry(b"f", FILE, b"x", size=size) + END, tmp_path, most_bytes=(1 << 20) - 1)

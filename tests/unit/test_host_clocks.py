@@ -13,7 +13,7 @@ SECONDS = st.floats(0, 1e9)
 
 
 @given(SECONDS, SECONDS)
-def test_what_is_left_is_never_negative(at: float, now: float) -> None:
+def test_time_left_is_never_negative(at: float, now: float) -> None:
     """A deadline never has negative time left, and reports how late it is."""
     deadline = Deadline(at, clock=lambda: now)
     assert deadline.left_s() == max(0.0, at - now)

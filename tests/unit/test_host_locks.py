@@ -32,7 +32,7 @@ def holder(path: Path) -> subprocess.Popen[bytes]:
     return child
 
 
-def test_a_free_lock_is_taken_without_waiting(tmp_path: Path) -> None:
+def test_a_free_lock_needs_no_wait(tmp_path: Path) -> None:
     """A free lock is taken without a wait, and its file is private and stays."""
     waits: list[str] = []
     for _ in range(2):
@@ -42,7 +42,7 @@ def test_a_free_lock_is_taken_without_waiting(tmp_path: Path) -> None:
     assert (tmp_path / "lock").exists()
 
 
-def test_another_process_waits_and_is_told_so_once(tmp_path: Path) -> None:
+def test_a_waiter_reports_once(tmp_path: Path) -> None:
     """A waiter reports once that it waits, and gets the lock when the holder releases it."""
     path = tmp_path / "lock"
     waits: list[int | None] = []
@@ -58,7 +58,7 @@ def test_another_process_waits_and_is_told_so_once(tmp_path: Path) -> None:
     assert waits == [None], "told when the other process still held it"
 
 
-def test_a_killed_holder_holds_nothing(tmp_path: Path) -> None:
+def test_a_killed_holder_releases_its_lock(tmp_path: Path) -> None:
     """A killed holder releases its lock."""
     path = tmp_path / "lock"
     with holder(path) as child:
@@ -97,7 +97,7 @@ def test_a_link_is_not_a_lock(tmp_path: Path) -> None:
     assert not (tmp_path / "elsewhere").exists()
 
 
-def test_a_wait_can_have_an_end(tmp_path: Path) -> None:
+def test_a_wait_can_time_out(tmp_path: Path) -> None:
     """A wait for a lock can have a timeout."""
     path = tmp_path / "lock"
     child = holder(path)

@@ -19,7 +19,7 @@ def test_a_limit_on_cpu_time_is_named(status: int | None, *, told: bool) -> None
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
-def test_a_disk_that_takes_nothing_more_is_not_called_another_kind_of_disk(number: int) -> None:
+def test_a_full_disk_has_its_own_advice(number: int) -> None:
     """A full or read-only disk is reported with advice of its own."""
     assert "X07_VM_STATE_DIR and X07_VM_CACHE_DIR" in fix_of(OSError(number, ""), "another")
     assert fix_of(OSError(errno.EOPNOTSUPP, ""), "another") == "another"

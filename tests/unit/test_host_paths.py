@@ -38,7 +38,7 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.lstat().st_mode)
 
 
-def test_a_named_folder_comes_before_all_others(environment: pytest.MonkeyPatch) -> None:
+def test_variables_override_the_home_folder(environment: pytest.MonkeyPatch) -> None:
     """X07_VM_STATE_DIR and X07_VM_CACHE_DIR override XDG_CACHE_HOME, which overrides the home folder."""
     environment.setenv("HOME", "/home/u")
     assert (str(state_dir()), str(cache_dir())) == ("/home/u/.x07/vm/jobs", "/home/u/.cache/x07-sandbox")

@@ -72,7 +72,7 @@ def test_a_process_keeps_its_identity(child: subprocess.Popen[bytes]) -> None:
     assert identity != identify(os.getpid())
 
 
-def test_what_is_gone_has_no_identity(child: subprocess.Popen[bytes]) -> None:
+def test_a_reaped_process_has_no_identity(child: subprocess.Popen[bytes]) -> None:
     """A reaped process has no identity, no mark and is not alive."""
     identity = identity_of(child.pid)
     child.kill()
@@ -96,7 +96,7 @@ def test_a_zombie_is_not_alive(child: subprocess.Popen[bytes], mark: str) -> Non
 
 
 @pytest.mark.parametrize("name", ["a) R 1 2 3 4", "((", ") Z ", "a\nb", "\x80\xff"])
-def test_a_process_cannot_lie_by_its_name(name: str) -> None:
+def test_a_process_name_shifts_no_fields(name: str) -> None:
     """A process name cannot shift the other fields of its status."""
     libc = ctypes.CDLL(None, use_errno=True)
     identity = identity_of(os.getpid())
@@ -131,7 +131,7 @@ def can_choose_numbers() -> bool:
 
 
 @pytest.mark.root
-def test_a_number_that_came_back_is_another_process(mark: str, need: Need) -> None:
+def test_a_reused_pid_is_another_process(mark: str, need: Need) -> None:
     """A new process with a reused pid and the same arguments is not taken for the old one."""
     need(can_choose_numbers(), "needs root and a kernel with ns_last_pid", installable=False)
     with start(mark) as old:
@@ -170,7 +170,7 @@ def test_nothing_is_killed_without_the_mark(wrong: str, child: subprocess.Popen[
     assert is_alive(identity)
 
 
-def test_what_is_ours_is_killed(child: subprocess.Popen[bytes], mark: str) -> None:
+def test_a_matching_process_is_killed(child: subprocess.Popen[bytes], mark: str) -> None:
     """A process whose pid, start time and mark match is killed."""
     identity = identity_of(child.pid)
     assert carries_mark(child.pid, mark)
@@ -186,14 +186,14 @@ def test_a_mark_is_found_within_an_argument(mark: str) -> None:
         child.kill()
 
 
-def test_an_empty_mark_is_nobodys(child: subprocess.Popen[bytes]) -> None:
+def test_an_empty_mark_matches_nothing(child: subprocess.Popen[bytes]) -> None:
     """An empty mark matches no process."""
     identity = identity_of(child.pid)
     assert not kill_identity(identity, "")
     assert is_alive(identity)
 
 
-def test_waiting_ends_with_the_time_that_was_given(child: subprocess.Popen[bytes]) -> None:
+def test_a_wait_times_out(child: subprocess.Popen[bytes]) -> None:
     """Waiting for a process to end has a timeout."""
     identity = identity_of(child.pid)
     assert not wait_gone(identity, 0)
@@ -203,7 +203,7 @@ def test_waiting_ends_with_the_time_that_was_given(child: subprocess.Popen[bytes
     assert wait_gone(identity, 30)
 
 
-def test_a_number_that_came_back_as_a_thread_is_gone(mark: str) -> None:
+def test_a_pid_reused_by_a_thread_is_gone(mark: str) -> None:
     """A pid that is now a thread id counts as gone."""
     end = threading.Event()
     thread = threading.Thread(target=end.wait)

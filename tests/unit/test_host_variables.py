@@ -47,14 +47,14 @@ def test_yes_and_no_are_understood(name: str) -> None:
 
 @pytest.mark.parametrize("name", FLAGS)
 @pytest.mark.parametrize("value", ["2", "on", "True", "Yes", "tru", "yes please", "-1", "1\n1"])
-def test_a_slip_in_a_switch_is_an_error(name: str, value: str) -> None:
+def test_an_invalid_switch_is_an_error(name: str, value: str) -> None:
     """Any other value of a switch is an error that names the variable."""
     with pytest.raises(UsageError, match=name):
         check_environment({name: value})
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in GOOD.items() for value in values])
-def test_a_good_value_is_taken(name: str, value: str) -> None:
+def test_a_valid_value_is_accepted(name: str, value: str) -> None:
     """Each variable accepts its valid values, ignoring surrounding blanks and case."""
     assert check_environment({name: value}) == ()
 
@@ -69,7 +69,7 @@ def test_a_bad_value_is_an_error_that_names_its_variable(name: str, value: str) 
     assert len(str(caught.value)) < 1000
 
 
-def test_words_have_their_meaning() -> None:
+def test_aliases_are_resolved() -> None:
     """Aliases are resolved, and numbers are parsed."""
     assert text("X07_SANDBOX_BACKEND", {"X07_SANDBOX_BACKEND": "Native"}) == "os"
     assert text("X07_VM_BACKEND", {"X07_VM_BACKEND": "firecracker"}) == "firecracker-ctr"
@@ -90,27 +90,27 @@ def test_words_have_their_meaning() -> None:
         ("X07_VM_STATE", "X07_VM_STATE_DIR"),
     ],
 )
-def test_a_misspelt_name_is_told_with_the_one_that_was_meant(name: str, meant: str) -> None:
+def test_a_misspelt_name_gets_a_suggestion(name: str, meant: str) -> None:
     """A misspelt variable name gives a warning with the nearest valid one."""
     (warning,) = check_environment({name: "whatever", "HOME": "/root"})
     assert name in warning
     assert f"did you mean {meant}?" in warning
 
 
-def test_a_name_like_none_of_ours_is_told_with_where_they_stand() -> None:
+def test_an_unknown_name_points_to_the_docs() -> None:
     """An unknown X07_VM_ variable gives a warning that points to the documentation."""
     assert check_environment({"X07_VM_ZZZ": "1"}) == (
         "X07_VM_ZZZ is no variable of x07-sandbox; docs/reference/x07.md lists them",
     )
 
 
-def test_names_that_are_not_ours_are_nobodys_business() -> None:
+def test_other_variables_are_ignored() -> None:
     """Variables of other programs are ignored."""
     assert check_environment({"PATH": "x", "X07_OS_FS": "1", "X07_PYTHON": "python3", "X07_WORLD": "?"}) == ()
 
 
 @given(st.dictionaries(st.sampled_from([*VARIABLES, "X07_VM_\x1b[31m", "X07_I_\udc80"]), st.text(max_size=40)))
-def test_any_environment_is_answered_in_plain_text(environ: dict[str, str]) -> None:
+def test_messages_are_plain_text(environ: dict[str, str]) -> None:
     """Warnings and errors about any environment are printable ASCII."""
     try:
         told = check_environment(environ)

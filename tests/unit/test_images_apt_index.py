@@ -43,7 +43,7 @@ def test_an_unknown_package_is_named_at_once(lists: Path) -> None:
     assert "--pip numpy" in caught.value.fix
 
 
-def test_known_and_virtual_packages_are_taken(lists: Path) -> None:
+def test_known_and_virtual_packages_are_accepted(lists: Path) -> None:
     """Known and virtual packages are accepted."""
     apt_index.check_known(lists, ["zip", "awk"], "trixie")
 

@@ -92,7 +92,7 @@ def science(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> store.Image:
     return store.find_image("science")
 
 
-def test_a_whole_image_is_taken_as_it_is(science: store.Image) -> None:
+def test_an_intact_image_is_reused(science: store.Image) -> None:
     """A build reuses an intact image without running any command."""
     said: list[str] = []
     assert build.build_image(name="science", include=PACKAGES, progress=said.append) == science
@@ -100,7 +100,7 @@ def test_a_whole_image_is_taken_as_it_is(science: store.Image) -> None:
 
 
 @pytest.mark.parametrize("name", [*SHARED, "initrd.cpio", "notes.txt"])
-def test_a_damaged_image_is_never_called_ready(science: store.Image, name: str) -> None:
+def test_a_damaged_image_is_rebuilt(science: store.Image, name: str) -> None:
     """An image with a changed byte or a foreign file is rebuilt."""
     if name == "notes.txt":
         (science.folder / name).write_bytes(b"x")
@@ -115,7 +115,7 @@ def test_a_damaged_image_is_never_called_ready(science: store.Image, name: str) 
     assert any("fetching" in line for line in said) == (name in SHARED)
 
 
-def test_a_damaged_base_is_fetched_anew(science: store.Image) -> None:
+def test_a_damaged_base_is_fetched_again(science: store.Image) -> None:
     """A damaged base is fetched again when an image needs it."""
     overwrite(_base_folder(PACKAGES) / "00-erofs.ko")
     assert build.build_image(name="science", include=PACKAGES, progress=print) == science  # it needs no module
@@ -126,7 +126,7 @@ def test_a_damaged_base_is_fetched_anew(science: store.Image) -> None:
     assert any("the content of 00-erofs.ko has changed" in line and "fetching it anew" in line for line in said)
 
 
-def test_a_build_looks_for_room_first(science: store.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_build_checks_disk_space_first(science: store.Image, monkeypatch: pytest.MonkeyPatch) -> None:
     """A build without enough disk space fails early, with the needed size and the variable to set."""
     overwrite(science.folder / "initrd.cpio")
     monkeypatch.setattr(boot, "UNPACKED_MAX", 1 << 40)
@@ -220,7 +220,7 @@ def test_a_pinned_image_stays(science: store.Image, monkeypatch: pytest.MonkeyPa
     assert store.find_image(science.digest).digest == science.digest
 
 
-def test_nothing_is_removed_where_a_name_is_wrong(science: store.Image, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_name_removes_nothing(science: store.Image, capsys: pytest.CaptureFixture[str]) -> None:
     """`x07 image rm` with an unknown name removes nothing and lists the images."""
     assert main(["image", "rm", "science", "sience"]) == 2
     assert "There are: science" in capsys.readouterr().err
@@ -235,7 +235,7 @@ def test_an_engines_image_is_no_image_of_ours() -> None:
         assert "x07 image build" in caught.value.fix
 
 
-def test_the_wheels_of_an_image_make_it_another(science: store.Image, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_wheels_make_another_image(science: store.Image, capsys: pytest.CaptureFixture[str]) -> None:
     """Other wheels make another image, and a rebuild keeps the image's own wheels."""
     wheel = manifest.Wheel(name="six", version="1.16.0", sha256="ab" * 32)
     more = build.Extras(include=PACKAGES, pip=(wheel,))
@@ -257,7 +257,7 @@ def test_the_wheels_of_an_image_make_it_another(science: store.Image, capsys: py
     assert "trixie  pip: six==1.16.0" in capsys.readouterr().out.replace(sources.release_codename(), "trixie")
 
 
-def test_a_base_goes_with_the_last_image_that_is_made_of_it(science: store.Image) -> None:
+def test_an_unused_base_is_pruned(science: store.Image) -> None:
     """`x07 prune` removes a base once no named image uses it."""
 
     def gone() -> set[str]:

@@ -51,7 +51,7 @@ def _unpack(folder: Path, *made: Path) -> Path:
     "text",
     ["numpy", "NumPy", "ruamel.yaml", "pandas[excel, test]>=2,<3", "a==1.*", "b ~= 1.0", "c; python_version>'3'"],
 )
-def test_names_with_versions_and_extras_are_taken(text: str) -> None:
+def test_requirements_are_accepted(text: str) -> None:
     """A requirement is a name with optional extras, versions and a condition."""
     assert pip.check_requirements([text]) == (text,)
 
@@ -170,13 +170,13 @@ def test_no_file_of_a_wheel_leaves_its_folder(tmp_path: Path, name: str) -> None
         "tiny.py,sha256=!,5\n",
     ],
 )
-def test_a_wheel_that_is_not_what_its_record_says_is_refused(tmp_path: Path, record: str) -> None:
+def test_a_wheel_that_contradicts_its_record_is_refused(tmp_path: Path, record: str) -> None:
     """A wheel that contradicts its RECORD is refused."""
     with pytest.raises(ImageError, match="RECORD"):
         _unpack(tmp_path, _wheel(tmp_path, {"tiny.py": b"x = 1\n"}, record=record))
 
 
-def test_what_is_no_wheel_is_refused(tmp_path: Path) -> None:
+def test_an_invalid_wheel_is_refused(tmp_path: Path) -> None:
     """A file that is no valid wheel is an error that names it."""
     garbage = tmp_path / "bad-1.0-py3-none-any.whl"
     garbage.write_bytes(b"PK\x03\x04 no archive")
@@ -193,7 +193,7 @@ def test_what_is_no_wheel_is_refused(tmp_path: Path) -> None:
         pip.wheel_of(tmp_path / "tiny-1.0.tar.gz")
 
 
-def test_a_wheel_that_grows_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_unpacked_size_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The unpacked size of all wheels is bounded."""
     monkeypatch.setattr(wheels, "MAX_BYTES", 100_000)
     with pytest.raises(ImageError, match="all wheels together"):
@@ -248,7 +248,7 @@ def test_the_layer_of_an_image_depends_on_the_wheels_alone(tmp_path: Path) -> No
         (["ERROR: Cannot install a and b because they conflict"], "conflict"),
     ],
 )
-def test_what_pip_says_becomes_one_line(tmp_path: Path, said: list[str], expected: str) -> None:
+def test_pip_errors_become_one_line(tmp_path: Path, said: list[str], expected: str) -> None:
     """Pip's errors become one line each: unknown name, unknown version, wrong hash, no network."""
     (tmp_path / "build.sources").write_text("")
     problem = pip.failure(said, PYTHON, tmp_path / "build.sources")
@@ -257,7 +257,7 @@ def test_what_pip_says_becomes_one_line(tmp_path: Path, said: list[str], expecte
     assert pip.failure(["Collecting six"], PYTHON, tmp_path / "build.sources") is None
 
 
-def test_nothing_of_a_package_is_built_on_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_package_is_built_on_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A wheel whose dependency would be built from source is refused, and nothing runs on the host."""
     ran = tmp_path / "ran"
     index, source, evil = tmp_path / "index", tmp_path / "evil-1.0", tmp_path / "evil.tar.gz"

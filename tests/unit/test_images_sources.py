@@ -46,7 +46,7 @@ def _read(apt: Path) -> tuple[list[sources.Source], list[str]]:
     return sources.host_sources("trixie", "amd64", note=notes.append, apt=apt), notes
 
 
-def test_deb822_sources_are_taken_with_their_keys(tmp_path: Path) -> None:
+def test_deb822_sources_are_read_with_their_keys(tmp_path: Path) -> None:
     """A .sources file is read with its inline key, and suites of other releases are left out."""
     found, notes = _read(_apt(tmp_path / "apt", {"sources.list.d/debian.sources": DEB822}))
     assert [source.suites for source in found] == [("trixie", "trixie-updates"), ("trixie-security",)]
@@ -58,7 +58,7 @@ def test_deb822_sources_are_taken_with_their_keys(tmp_path: Path) -> None:
     assert sources.host_names(found) == {"mirror.example"}
 
 
-def test_one_line_sources_are_taken_with_their_options(tmp_path: Path) -> None:
+def test_one_line_sources_are_read_with_their_options(tmp_path: Path) -> None:
     """A .list file is read with its options."""
     text = (
         "deb [arch=amd64,arm64 signed-by=/k.gpg] http://mirror.example/debian trixie main contrib # best\n"
@@ -95,7 +95,7 @@ def test_other_sources_are_left_out_with_a_note(tmp_path: Path, line: str, note:
     ["Enabled: no\nTypes: deb", "Types: deb-src", "Types: deb\nArchitectures: arm64"],
     ids=["off", "src", "arch"],
 )
-def test_what_apt_skips_is_skipped_without_a_note(tmp_path: Path, stanza: str) -> None:
+def test_sources_that_apt_skips_are_skipped(tmp_path: Path, stanza: str) -> None:
     """Disabled, source-only and foreign-architecture sources are skipped silently."""
     text = f"{stanza}\nURIs: http://a.example/\nSuites: trixie\nComponents: main\n"
     files = {"sources.list": "deb http://b.example/ trixie main\n", "sources.list.d/a.sources": text}

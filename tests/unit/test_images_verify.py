@@ -326,7 +326,7 @@ def test_image_is_found_by_name_digest_and_prefix(image: store.Image) -> None:
     assert [found.name for found in store.list_images()] == ["default"]
 
 
-def test_where_there_are_other_images_their_names_are_said(image: store.Image) -> None:
+def test_a_missing_default_image_names_the_others(image: store.Image) -> None:
     """If the default image is missing, the error names the other images."""
     for name in ("science", "extra"):
         store.set_name(name, image.digest.removeprefix("sha256:"))
@@ -365,7 +365,7 @@ def test_a_missing_image_names_the_command_that_makes_it(
     assert caught.value.fix == fix
 
 
-def test_a_damaged_image_names_the_command_that_mends_it(image: store.Image) -> None:
+def test_a_damaged_image_names_the_repair_command(image: store.Image) -> None:
     """The error for a damaged image has the command that repairs that image."""
     store.set_name("science", image.digest.removeprefix("sha256:"))
     _flip(image.folder / "vmlinux", restore_times=True)
@@ -413,7 +413,7 @@ def test_the_list_names_the_command_that_renews(image: store.Image, capsys: pyte
     ]
 
 
-def test_verify_names_the_command_that_mends(image: store.Image, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_names_the_repair_command(image: store.Image, capsys: pytest.CaptureFixture[str]) -> None:
     """`x07 image verify` of a damaged image ends with 1 and names the repair command, in JSON too."""
     assert main(["image", "inspect", "--json"]) == 0
     assert document(capsys.readouterr().out)["digest"] == image.digest

@@ -81,7 +81,7 @@ def test_an_x07_project_is_minimal_and_readable(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("words", [(), ("--toolchain", "python")])
-def test_people_are_told_the_file_and_the_next_command(tmp_path: Path, words: tuple[str, ...]) -> None:
+def test_init_prints_the_next_command(tmp_path: Path, words: tuple[str, ...]) -> None:
     """`x07 init` prints the written file and the next command."""
     fill(tmp_path, "main.py")
     name, following = (FILE, "x07 run .") if words else ("x07.json", "x07 policy init --template default")
@@ -105,7 +105,7 @@ def test_its_profile_finds_the_policy_that_policy_init_writes(tmp_path: Path, te
 
 
 @pytest.mark.parametrize("folder", [".", "it's new", "sub/deep"])
-def test_the_policy_is_made_by_what_is_said(tmp_path: Path, folder: str) -> None:
+def test_the_printed_command_creates_the_policy(tmp_path: Path, folder: str) -> None:
     """The command that `x07 init` prints creates the project's policy."""
     code, _, err = init(tmp_path, folder)
     words = shlex.split(err.partition(": run x07 ")[2])
@@ -211,7 +211,7 @@ def test_our_own_example_is_understood(tmp_path: Path) -> None:
     assert found["files"] == [*("Makefile", "policy.json", "roads.txt", "src/graph.cpp", "src/graph.h", "src/main.cpp")]
 
 
-def test_make_gets_all_that_it_may_need(tmp_path: Path) -> None:
+def test_a_make_project_includes_all_inputs(tmp_path: Path) -> None:
     """A make project includes sub-Makefiles, scripts and data, but no build output."""
     fill(tmp_path, "Makefile", "Makefile-so", "config.h.in", "words[1]", "tests/data/a", "tests/in.json", "doc/x.1")
     fill(tmp_path, "src/Makefile", "src/a.c", "src/a.d", "src/a.lo", ".hidden", "build/y.c", FILE + ".orig")
@@ -244,7 +244,7 @@ def test_a_make_project_of_many_names_is_listed_by_folders() -> None:
     assert decode_manifest(data, source=FILE)[0].files == ("*", "tests/data/*")
 
 
-def test_what_cannot_be_told_may_be_said(tmp_path: Path) -> None:
+def test_flags_name_what_cannot_be_inferred(tmp_path: Path) -> None:
     """--entry and --artifact name what cannot be inferred, and are refused for other toolchains."""
     fill(tmp_path, "a.py", "b.py", "Makefile", "x.c")
     assert init(tmp_path, "--toolchain", "python", "--entry", "b.py")[0] == 0
@@ -276,7 +276,7 @@ def test_what_cannot_be_told_may_be_said(tmp_path: Path) -> None:
         ("python", ["main.py", *(f"{number}/a.py" for number in range(1024))], "", "more than 1024 folders.*patterns"),
     ],
 )
-def test_what_is_missing_is_told(toolchain: str, files: list[str], makefile: str, why: str) -> None:
+def test_an_incomplete_project_is_an_error(toolchain: str, files: list[str], makefile: str, why: str) -> None:
     """A folder that is no project of the toolchain is an error that says what is missing."""
     with pytest.raises(UsageError, match=why):
         sandbox_manifest(toolchain, files, makefiles={"Makefile": makefile})
@@ -333,7 +333,7 @@ def test_a_makefile_is_read_line_by_line(makefile: str, artifact: str | None) ->
     ],
 )
 @pytest.mark.timeout(60)
-def test_no_makefile_takes_long_to_read(makefile: str) -> None:
+def test_a_hostile_makefile_is_rejected_quickly(makefile: str) -> None:
     """A hostile Makefile is rejected in bounded time."""
     before_s = time.thread_time()  # which goes on only while we do
     with pytest.raises(UsageError, match="--artifact"):
@@ -356,7 +356,7 @@ def test_any_names_make_a_manifest_or_our_error(row: Toolchain, names: list[str]
     assert decode_manifest(data, source=FILE)[1] == row
 
 
-def test_a_tree_that_is_too_deep_is_told(tmp_path: Path) -> None:
+def test_a_tree_that_is_too_deep_is_refused(tmp_path: Path) -> None:
     """A tree that is nested too deeply is refused."""
     (tmp_path / "/".join("d" * 300)).mkdir(parents=True)
     code, out, err = x07(tmp_path, "init", "--toolchain", "python")
@@ -364,7 +364,7 @@ def test_a_tree_that_is_too_deep_is_told(tmp_path: Path) -> None:
     assert "nested deeper than 256" in err
 
 
-def test_a_tree_that_is_too_large_is_told(tmp_path: Path) -> None:
+def test_a_tree_that_is_too_large_is_refused(tmp_path: Path) -> None:
     """A folder with too many files is refused."""
     for number in range(101):
         (tmp_path / f"{number}").mkdir()
@@ -398,7 +398,7 @@ def test_an_error_leaves_no_new_folder(tmp_path: Path) -> None:
         (("policy", "init", "--template", "cli"), ".x07/policies/base/default.sandbox.base.policy.json"),
     ],
 )
-def test_the_report_takes_no_place_of_the_project(tmp_path: Path, words: tuple[str, ...], report: str) -> None:
+def test_the_report_overwrites_no_project_file(tmp_path: Path, words: tuple[str, ...], report: str) -> None:
     """--report-out cannot overwrite a file of the project."""
     fill(tmp_path, "main.py", "Makefile", "src/main.x07.json", "x07.lock.json", "given.txt", "listed.dat")
     fill(tmp_path, ".x07/policies/base/default.sandbox.base.policy.json")

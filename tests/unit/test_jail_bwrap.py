@@ -86,7 +86,7 @@ def test_the_timer_ends_what_follows_it() -> None:
         child.wait()
 
 
-def test_nothing_is_started_for_a_runner_that_is_gone() -> None:
+def test_no_jail_starts_without_its_runner() -> None:
     """The jail executes nothing if its runner is gone."""
     made = msgspec.structs.replace(jail(None), runner_pid=os.getppid())
     done = subprocess.run(starter(made, ["/bin/echo", "started"]), capture_output=True, text=True, check=False)
@@ -176,7 +176,7 @@ def test_files_are_bound_read_only_and_nothing_else_is(uid: int | None) -> None:
 
 
 @BOTH
-def test_what_is_copied_in_can_be_read_and_not_written(uid: int | None) -> None:
+def test_copied_files_are_read_only(uid: int | None) -> None:
     """Files copied into the jail are readable and cannot be written."""
     words = options(msgspec.structs.replace(jail(uid), fd_copies=((13, "/proc/sys/vm/overcommit_memory"),)))
     at = words.index(("--file", "13", "/proc/sys/vm/overcommit_memory"))
@@ -211,7 +211,7 @@ def test_the_lock_on_the_uid_stays_as_long_as_the_jail() -> None:
 
 
 @BOTH
-def test_what_the_command_says_is_no_option_of_the_jail(uid: int | None) -> None:
+def test_command_arguments_are_no_jail_options(uid: int | None) -> None:
     """Arguments of the command are never read as options of bubblewrap or setpriv."""
     assert jail_argv(jail(uid), COMMAND)[-len(COMMAND) :] == COMMAND
     assert not any(option[0] == "--bind" for option in options(jail(uid)))

@@ -37,7 +37,7 @@ def groups(need: Need) -> Iterator[HostGroups]:
             assert time.monotonic() < deadline
 
 
-def test_groups_hold_what_they_say(groups: HostGroups) -> None:
+def test_declared_limits_are_set(groups: HostGroups) -> None:
     """Each declared limit is set in the kernel."""
     found = {
         path.name: int(path.read_text(encoding="ascii"))
@@ -51,7 +51,7 @@ def test_groups_hold_what_they_say(groups: HostGroups) -> None:
     assert all(name in groups.describe() for name in groups.holds)
 
 
-def test_the_limit_on_memory_can_be_set_anew(groups: HostGroups, need: Need) -> None:
+def test_a_pooled_vm_gets_a_new_memory_limit(groups: HostGroups, need: Need) -> None:
     """A pooled VM gets the memory limit of the job that claims it."""
     need("memory" in groups.holds, "this host gives us no memory group", installable=False)
     for limit in (2 * MEMORY, MEMORY // 2):
@@ -93,9 +93,9 @@ def test_the_limit_on_tasks_is_real(groups: HostGroups, need: Need) -> None:
         assert 0 < len(left) <= TASKS
 
 
-def test_a_name_that_is_taken_is_not_shared(groups: HostGroups) -> None:
+def test_a_used_name_is_not_shared(groups: HostGroups) -> None:
     """A second job with the same name gets no cgroups and does not change the first ones."""
     name = Path(groups.folders[0]).name
     second = make_groups(name, memory_bytes=1 << 30, tasks=1000)
     assert second.folders == ()
-    test_groups_hold_what_they_say(groups)
+    test_declared_limits_are_set(groups)

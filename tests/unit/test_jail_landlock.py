@@ -104,7 +104,7 @@ def test_no_socket_is_made(arch: Arch) -> None:
 
 
 @each_arch
-def test_what_a_call_is_asked_for_is_looked_at(arch: Arch) -> None:
+def test_arguments_are_checked(arch: Arch) -> None:
     """Dangerous arguments of allowed calls are denied."""
     assert ask(arch, "ioctl", 3, 0xAE80) == ALLOW
     assert {ask(arch, "ioctl", 3, request) for request in (0x8901, 0x8902, 0x40086602, 0x5412)} == {REFUSED}
@@ -117,7 +117,7 @@ def test_what_a_call_is_asked_for_is_looked_at(arch: Arch) -> None:
     assert ask(arch, "openat", 0, 0, 0x410000) == REFUSED  # a file without a name
 
 
-def test_the_gate_s_message_is_whole() -> None:
+def test_the_release_message_is_atomic() -> None:
     """The message that releases the jail is written atomically and states its length."""
     message = gate_message(host_arch(), PID)
     path, arguments, environment, length = HEADER.unpack_from(message)
@@ -129,7 +129,7 @@ def test_the_gate_s_message_is_whole() -> None:
     ("version", "wanted"),
     [(3, (0x7FFF, 0, 0)), (4, (0x7FFF, 3, 0)), (5, (0xFFFF, 3, 0)), (6, (0xFFFF, 3, 3)), (9, (0xFFFF, 3, 3))],
 )
-def test_landlock_is_asked_for_all_that_its_version_can(version: int, wanted: tuple[int, int, int]) -> None:
+def test_landlock_uses_all_of_its_version(version: int, wanted: tuple[int, int, int]) -> None:
     """Landlock restricts everything that its version supports."""
     assert struct.unpack("=QQQ", ruleset(version)) == wanted
 

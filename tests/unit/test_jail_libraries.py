@@ -33,7 +33,7 @@ def test_a_program_needs_itself_its_loader_and_its_libraries() -> None:
     assert all(Path(path).is_absolute() and Path(path).is_file() for path in files)
 
 
-def test_what_is_remembered_is_what_was_found(cache: Path) -> None:
+def test_the_cached_list_is_correct(cache: Path) -> None:
     """The cached list equals the computed one, and the cache is private."""
     first = needed_files(SETPRIV)
     (record,) = (cache / "libraries").iterdir()
@@ -45,7 +45,7 @@ def test_what_is_remembered_is_what_was_found(cache: Path) -> None:
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"[]", b"null", b'{"key":[]}', b'{"key":[],"files":["/etc/shadow"]}', b"\xff"]
 )
-def test_a_damaged_memory_is_asked_anew(content: bytes, cache: Path) -> None:
+def test_a_damaged_cache_entry_is_recomputed(content: bytes, cache: Path) -> None:
     """A damaged cache entry is discarded and recomputed."""
     first = needed_files(SETPRIV)
     (record,) = (cache / "libraries").iterdir()
@@ -54,7 +54,7 @@ def test_a_damaged_memory_is_asked_anew(content: bytes, cache: Path) -> None:
     assert json.loads(record.read_bytes())["files"] == list(first)
 
 
-def test_a_new_version_of_a_program_is_asked_anew(tmp_path: Path) -> None:
+def test_a_changed_program_is_examined_again(tmp_path: Path) -> None:
     """The cached list is recomputed when the program changes."""
     program = tmp_path / "program"
     program.write_bytes(Path(SETPRIV).read_bytes())
@@ -75,7 +75,7 @@ def test_a_program_that_is_not_there_is_an_error() -> None:
     assert "x07 doctor" in caught.value.fix
 
 
-def test_nothing_of_the_environment_leads_the_loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_does_not_affect_the_loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """LD_LIBRARY_PATH and LD_PRELOAD do not affect the jail's files."""
     expected = needed_files(SETPRIV)
     libc = next(path for path in expected if Path(path).name.startswith("libc.so"))

@@ -91,7 +91,7 @@ def test_the_filter_refuses_every_call_that_it_does_not_list(make: Filter, arch:
 
 @each_arch
 @each_filter
-def test_calls_of_another_architecture_are_not_let_through(make: Filter, arch: Arch) -> None:
+def test_calls_of_another_architecture_are_denied(make: Filter, arch: Arch) -> None:
     """A call of another architecture kills the process, and x32 calls get ENOSYS."""
     assert answer(make(arch), arch.syscalls["read"], 0x40000003) == KILL
     assert answer(make(arch), arch.syscalls["read"] | 0x40000000, arch.audit) == LACKING

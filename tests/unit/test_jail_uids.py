@@ -45,7 +45,7 @@ def in_use(uid: int) -> bool:
     return False
 
 
-def test_the_range_belongs_to_nobody() -> None:
+def test_the_uid_range_is_unused() -> None:
     """No user, group or subordinate range of the host overlaps the uids for jobs."""
     first = free_range()
     uids = range(first, first + COUNT)
@@ -91,7 +91,7 @@ def test_the_uid_of_a_killed_runner_is_free() -> None:
 
 @pytest.mark.root
 @pytest.mark.usefixtures("as_root")
-def test_the_uid_stays_taken_while_anything_of_the_job_lives() -> None:
+def test_a_uid_stays_leased_while_its_job_lives() -> None:
     """A uid stays leased as long as any process of its job lives."""
     with lease_uid() as (uid, fd):
         child = subprocess.Popen(["/bin/cat"], stdin=subprocess.PIPE, pass_fds=[fd])

@@ -125,9 +125,7 @@ def test_labels_are_upstreams() -> None:
     backend=st.sampled_from(["qemu", "firecracker-ctr", "apple-container", "vz", "podman", "docker", "os", "none"]),
     deadline=st.integers(1, 2**53),
 )
-def test_labels_hold_only_what_every_runtime_takes(
-    run_ms: int, pid: int, number: int, phase: str, backend: str, deadline: int
-) -> None:
+def test_labels_stay_within_bounds(run_ms: int, pid: int, number: int, phase: str, backend: str, deadline: int) -> None:
     """Labels of any job stay within X07's bounds."""
     record = JobRecord(
         job_id=f"{run_ms}-{pid}-{number}-{phase}",
@@ -165,7 +163,7 @@ def test_everything_is_private(root: Path) -> None:
 
 
 @pytest.mark.usefixtures("root")
-def test_the_owner_is_told_by_more_than_a_number() -> None:
+def test_owner_processes_are_fully_identified() -> None:
     """owner.json identifies processes by boot, namespace, start time and mark, not by pid alone."""
     record = create()
     runner = identify(os.getpid())
@@ -183,7 +181,7 @@ def test_the_owner_is_told_by_more_than_a_number() -> None:
 
 
 @pytest.mark.usefixtures("root")
-def test_done_is_written_last_and_says_so() -> None:
+def test_done_marks_a_job_as_gone() -> None:
     """A job has a `done` file only once it is proven gone."""
     record = create()
     assert not (record.folder / "done").exists()
@@ -199,7 +197,7 @@ def test_marks_cannot_be_guessed() -> None:
     assert all(re.fullmatch(r"[0-9a-f]{32}", mark) for mark in marks)
 
 
-def test_one_record_is_not_written_over_another(root: Path) -> None:
+def test_a_record_is_not_overwritten(root: Path) -> None:
     """A second job with the same id is an error, and the first record is kept."""
     record = create()
     before = (record.folder / "job.json").read_bytes()
@@ -249,7 +247,7 @@ def test_the_runner_has_one_id_beside_its_state(home: Path) -> None:
     assert sorted(path.name for path in home.parent.iterdir()) == ["jobs", *INSTANCE_FILES]
 
 
-def test_an_id_of_upstreams_is_taken(home: Path) -> None:
+def test_an_id_of_x07_is_reused(home: Path) -> None:
     """An id created by X07 is reused."""
     (home.parent / "runner_instance").write_text("ri-" + "ab" * 16 + "\n", encoding="ascii")
     assert runner_instance(home) == "ri-" + "ab" * 16
@@ -281,7 +279,7 @@ def test_two_users_of_one_home_are_two_owners(home: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("bits", [0o770, 0o702, 0o1777])
-def test_beside_what_others_can_write_the_id_lies_inside(bits: int, home: Path) -> None:
+def test_the_id_is_stored_in_a_private_folder(bits: int, home: Path) -> None:
     """If others can write next to the state root, the id is stored inside it."""
     home.parent.chmod(bits)
     (home.parent / "runner_instance").write_text("ri-" + "0" * 32 + "\n", encoding="ascii")

@@ -80,7 +80,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"build_timeout_s": 5000}, "build_timeout_s is 5000"),
     ],
 )
-def test_what_no_program_could_be_given_is_named(words: dict[str, Any], why: str) -> None:
+def test_an_invalid_argument_is_named(words: dict[str, Any], why: str) -> None:
     """An invalid argument is a usage error that names it and carries no result."""
     given = words if "program" in words else {"source": "true", "toolchain": "shell"} | words
     with pytest.raises(UsageError, match=re.escape(why)) as caught:
@@ -89,7 +89,7 @@ def test_what_no_program_could_be_given_is_named(words: dict[str, Any], why: str
 
 
 @pytest.mark.parametrize("named", [False, True])
-def test_no_file_takes_the_place_of_another(tmp_path: Path, *, named: bool) -> None:
+def test_an_input_file_may_not_replace_the_program(tmp_path: Path, *, named: bool) -> None:
     """An input file with the program's own name is a usage error."""
     (tmp_path / "main.py").touch()
     given: dict[str, Any] = {"program": tmp_path / "main.py"} if named else {"source": "", "toolchain": "python"}
@@ -106,7 +106,7 @@ def test_no_file_takes_the_place_of_another(tmp_path: Path, *, named: bool) -> N
         ({"toolchain": "c", "files": {"a": b""}}, "Leave toolchain and `files` out"),
     ],
 )
-def test_what_a_project_says_itself_is_left_out(tmp_path: Path, manifest: str, given: dict[str, Any], fix: str) -> None:
+def test_projects_accept_no_files_or_toolchain(tmp_path: Path, manifest: str, given: dict[str, Any], fix: str) -> None:
     """A project accepts neither files nor a toolchain, and the error names the argument to remove."""
     (tmp_path / manifest).touch()
     with pytest.raises(SandboxError, match=re.escape(fix)):
@@ -114,7 +114,7 @@ def test_what_a_project_says_itself_is_left_out(tmp_path: Path, manifest: str, g
 
 
 @pytest.mark.parametrize("change", [{"notes": object()}, {"notes": HALF}, {"policy_id": object()}, {"limits": 5}])
-def test_a_policy_that_was_made_wrong_is_refused(change: dict[str, Any]) -> None:
+def test_an_invalid_policy_object_is_refused(change: dict[str, Any]) -> None:
     """An invalid Policy object is refused by run_program and load_policy."""
     policy = replace(default_policy(), **change)
     with pytest.raises(SandboxError, match="policy"):
@@ -132,20 +132,20 @@ def test_a_policy_that_was_made_wrong_is_refused(change: dict[str, Any]) -> None
         ("\0", "zero byte"),
     ],
 )
-def test_load_policy_names_what_it_cannot_take(name: Any, why: str) -> None:  # noqa: ANN401 - that is the point
+def test_load_policy_refuses_other_types(name: Any, why: str) -> None:  # noqa: ANN401 - that is the point
     """load_policy refuses anything but a path or a Policy."""
     with pytest.raises(UsageError, match=f"cannot load a policy: .*{why}"):
         load_policy(name)
 
 
 @pytest.mark.parametrize(("words", "why"), [({"image": 5}, "image is int, not a text"), ({"size": "2"}, "size is '2'")])
-def test_a_pool_names_what_it_cannot_take(words: dict[str, Any], why: str) -> None:
+def test_a_pool_refuses_invalid_arguments(words: dict[str, Any], why: str) -> None:
     """An invalid argument of Pool is a usage error that names it."""
     with pytest.raises(UsageError, match=f"cannot keep a pool: .*{why}"):
         Pool(**words)
 
 
-def test_load_policy_takes_what_a_run_takes() -> None:
+def test_load_policy_accepts_what_a_run_accepts() -> None:
     """load_policy accepts a Policy, a template name or nothing, and names an unknown template."""
     assert isinstance(load_policy(), Policy)
     assert load_policy(default_policy()) == load_policy() == load_policy("built-in:default")
@@ -161,7 +161,7 @@ def test_a_limit_above_that_of_a_policy_file_names_the_keyword(tmp_path: Path) -
         run_program(source="true", toolchain="shell", policy=tmp_path / "strict.json", timeout_s=200)
 
 
-def test_every_way_of_running_takes_the_same_keywords() -> None:
+def test_every_way_of_running_has_the_same_keywords() -> None:
     """`submit`, `map` and the coroutine accept the same keywords as `run_program`."""
     assert set(RunOptions.__annotations__) == OPTIONS - {"input", "check"}
     assert {"memory", "cpu_s", "timeout_s", "procs", "fds", "policy"} <= set(RunOptions.__annotations__)
@@ -180,7 +180,7 @@ def asked(stack: contextlib.ExitStack, folder: Path, **words: Any) -> RunRequest
     return load_program(make_request(folder, options.pop("args", ()), **options), stack)[0]
 
 
-def test_what_a_call_leaves_open_is_what_the_manifest_says(tmp_path: Path) -> None:
+def test_the_manifest_provides_defaults(tmp_path: Path) -> None:
     """Arguments missing from a call are taken from the project's manifest."""
     text = (
         'schema_version = "x07.sandbox.project@0.1.0"\ntoolchain = "python"\nfiles = ["main.py"]\nentry = "main.py"\n'
@@ -278,7 +278,7 @@ def test_errors_name_keywords_in_place_of_flags(text: str, said: str) -> None:
     assert in_python(text) == said
 
 
-def test_names_to_let_in_are_switches_of_a_call() -> None:
+def test_allow_hidden_and_allow_symlinks_are_booleans() -> None:
     """allow_hidden and allow_symlinks are booleans, and with an explicit policy the error names its field."""
     with pytest.raises(SandboxError, match="allow_hidden is str, not a bool"):
         run_program(source="pass", toolchain="python", allow_hidden="yes")  # type: ignore[arg-type]

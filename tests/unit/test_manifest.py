@@ -17,7 +17,7 @@ MAKE = HEAD + 'toolchain = "make"\nfiles = ["Makefile", "src/**"]\nartifact = "b
 PYTHON = HEAD + 'toolchain = "python"\nfiles = ["*.py"]\nentry = "main.py"\n'
 
 
-def test_everything_that_a_manifest_may_say_is_read() -> None:
+def test_all_keys_are_read() -> None:
     """All keys of a manifest are read."""
     more = 'policy = "p.json"\nimage = "mine"\n[build]\nargs = ["-j2"]\n'
     more += '[run]\nargs = ["a"]\ninput = "in.txt"\nenv = { A = "1" }\n'
@@ -58,7 +58,7 @@ def test_everything_that_a_manifest_may_say_is_read() -> None:
         ("schema_version = 0x" + "f" * 63, "schema_version is int"),
     ],
 )
-def test_what_is_wrong_with_a_manifest_is_told(text: str, why: str) -> None:
+def test_mistakes_are_reported_with_their_place(text: str, why: str) -> None:
     """Each mistake in a manifest is an error with its place, and a misspelt key gets a suggestion."""
     data = text.encode("latin-1") if text == "\xff" else text.encode()
     with pytest.raises(UsageError, match=why):
@@ -77,7 +77,7 @@ def test_what_is_wrong_with_a_manifest_is_told(text: str, why: str) -> None:
     ],
 )
 @pytest.mark.timeout(60)
-def test_no_manifest_takes_long_to_refuse(text: str) -> None:
+def test_a_hostile_manifest_is_rejected_quickly(text: str) -> None:
     """A hostile manifest is rejected in bounded time."""
     before_s = time.thread_time()  # which goes on only while we do
     with pytest.raises(UsageError, match=r"nested too deep|not TOML"):
@@ -85,7 +85,7 @@ def test_no_manifest_takes_long_to_refuse(text: str) -> None:
     assert time.thread_time() - before_s < 5
 
 
-def test_dots_and_digits_in_texts_are_nobodys_business() -> None:
+def test_strings_may_contain_dots_and_digits() -> None:
     """Strings and comments may contain any number of dots and digits."""
     many = "1." * 200
     texts = [f"'{many}'", f'"{many}\\""', f"'''{many}'{many}'''''", f'"""{many}"{many}\\"""""']
@@ -93,7 +93,7 @@ def test_dots_and_digits_in_texts_are_nobodys_business() -> None:
     assert [len(arg) for arg in decode_manifest(text.encode(), source="m")[0].build.args] == [400, 401, 803, 803]
 
 
-def test_entry_and_artifact_are_called_as_the_files_are() -> None:
+def test_leading_dots_of_paths_are_ignored() -> None:
     """A leading `./` in entry and artifact is ignored."""
     assert decode_manifest(PYTHON.replace('"main', '".//main').encode(), source="m")[0].entry == "main.py"
     assert decode_manifest(MAKE.replace("bin/", "./bin/./").encode(), source="m")[0].artifact == "bin/prog"
@@ -109,7 +109,7 @@ def test_any_bytes_are_a_manifest_or_an_error(data: bytes) -> None:
             continue
 
 
-def test_a_folder_without_a_manifest_is_told_to_have_one(tmp_path: Path) -> None:
+def test_a_folder_without_a_manifest_is_an_error(tmp_path: Path) -> None:
     """A folder without a manifest is an error, and a plain file is no project."""
     with pytest.raises(UsageError, match=r"there is no x07-sandbox\.toml"):
         find_manifest(tmp_path)

@@ -205,7 +205,7 @@ def test_a_line_that_is_not_written_is_counted() -> None:
     assert ledger.use().log_dropped == 1
 
 
-def test_what_is_left_out_of_denials_is_counted() -> None:
+def test_excess_denials_are_counted() -> None:
     """A result lists at most 64 refused connections and counts the rest."""
     log = Log()
     for number in range(300):
@@ -215,7 +215,7 @@ def test_what_is_left_out_of_denials_is_counted() -> None:
     assert (found[0].subject, len(found), len(found) + more) == ("real.example:443", 64, 301)
 
 
-def test_a_refusal_names_the_setting_that_would_let_it() -> None:
+def test_a_refusal_names_the_setting_that_allows_it() -> None:
     """A refusal that only the user's settings can allow names the line to add."""
     log = Log()
     rules = {"10.0.0.1": "private", "169.254.169.254": "metadata"}

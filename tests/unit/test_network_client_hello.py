@@ -113,7 +113,7 @@ def test_a_hello_without_extensions_is_read() -> None:
     ],
 )
 @pytest.mark.parametrize("size", [1, 1 << 20])
-def test_what_is_not_exactly_one_hello_is_refused(data: bytes, rule: str, size: int) -> None:
+def test_anything_but_one_hello_is_refused(data: bytes, rule: str, size: int) -> None:
     """Anything but exactly one ClientHello with at most one name is refused, however it is cut."""
     assert rule_of(data, size) == rule
 

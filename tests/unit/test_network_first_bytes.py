@@ -86,7 +86,7 @@ def test_case_and_a_final_dot_do_not_matter(name: bytes) -> None:
 )
 @pytest.mark.parametrize("record", [0, 1])
 @pytest.mark.parametrize("size", [1, BIG])
-def test_a_tls_port_takes_only_the_listed_name(data: bytes, rule: str, record: int, size: int) -> None:
+def test_a_tls_port_accepts_only_the_listed_name(data: bytes, rule: str, record: int, size: int) -> None:
     """A TLS port forwards only a ClientHello with the listed name (attacks 46 to 53)."""
     if record and data.startswith(b"\x16") and len(data) < 1000:
         data = records(data[5:], record)
@@ -117,7 +117,7 @@ def test_literal_addresses_need_no_name() -> None:
     assert verdict("tls", hello(sni(b"192.0.2.7")), None) == ("tls:malformed", b"")
 
 
-def test_an_error_tells_rule_reason_and_name() -> None:
+def test_an_error_has_rule_reason_and_name() -> None:
     """A refusal is final and names its rule and the escaped name."""
     inspected = inspector("tls", NAME, denied)
     with pytest.raises(InspectionError) as caught:
@@ -234,7 +234,7 @@ def test_http_is_checked_on_every_port(data: bytes, rule: str, size: int) -> Non
     assert rule or out == data
 
 
-def test_an_unfinished_line_may_go_ahead() -> None:
+def test_an_unfinished_line_can_be_released() -> None:
     """Text of an unfinished line can be released early, each byte once."""
     inspected = inspector("any", NAME, denied)
     assert (inspected.from_client(b"HE"), inspected.release(), inspected.release()) == (b"", b"HE", b"")
@@ -245,7 +245,7 @@ def test_an_unfinished_line_may_go_ahead() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 3, 7])
-def test_a_request_that_went_ahead_is_judged(size: int) -> None:
+def test_a_released_request_is_checked(size: int) -> None:
     """A request whose first line was released early is still checked."""
     for data, rule in ((GET, ""), (GET.replace(b"a.example", b"b.example"), "http:other-host")):
         inspected, forwarded, found = inspector("any", NAME, denied), b"", ""
@@ -259,7 +259,7 @@ def test_a_request_that_went_ahead_is_judged(size: int) -> None:
         assert forwarded == data if not rule else data.startswith(forwarded) and len(forwarded) <= line + 1
 
 
-def test_a_byte_that_may_begin_anything_goes_ahead() -> None:
+def test_an_ambiguous_first_byte_is_released() -> None:
     """A released first byte does not prevent the check of the ClientHello that follows."""
     for start in (GOOD, SSL_REQUEST + GOOD):
         inspected = inspector("any", NAME, denied)
@@ -273,7 +273,7 @@ def test_a_byte_that_may_begin_anything_goes_ahead() -> None:
         inspected.from_client(GOOD[1:])
 
 
-def test_a_rewritten_request_cannot_follow_what_went_ahead() -> None:
+def test_a_request_must_match_its_released_start() -> None:
     """A request that contradicts its released beginning ends the connection."""
     inspected = inspector("any", NAME, denied)
     absolute = b"GET http://a.example/x HTTP/1.1\r\nHost: a.example\r\n\r\n"
@@ -284,14 +284,14 @@ def test_a_rewritten_request_cannot_follow_what_went_ahead() -> None:
 
 
 @pytest.mark.parametrize(("mode", "data"), [("any", GOOD[:20]), ("tls", GOOD[:9]), ("http", GET[:9])])
-def test_only_text_of_no_known_protocol_goes_ahead(mode: Mode, data: bytes) -> None:
+def test_known_protocols_are_never_released(mode: Mode, data: bytes) -> None:
     """Bytes of TLS, and of TLS or HTTP ports, are never released early."""
     inspected = inspector(mode, NAME, denied)
     assert (inspected.from_client(data), inspected.release()) == (b"", b"")
     assert inspected.held == len(data)
 
 
-def test_a_long_text_is_not_held_for_ever() -> None:
+def test_a_long_text_is_released() -> None:
     """A first line above 8 KiB that is no HTTP request passes."""
     data = b"word " * 1640
     assert verdict("any", data + b"x" * 10) == ("", data + b"x" * 10)
@@ -310,7 +310,7 @@ def test_a_websocket_works_on_every_port() -> None:
 
 
 @pytest.mark.parametrize("mode", ["tls", "http", "any"])
-def test_a_client_that_says_nothing_is_fine(mode: Mode) -> None:
+def test_a_silent_client_is_accepted(mode: Mode) -> None:
     """A connection on which the client sends nothing ends without an error."""
     assert verdict(mode, b"") == ("", b"")
 

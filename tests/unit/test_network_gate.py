@@ -489,7 +489,7 @@ async def test_large_transfers_are_whole() -> None:
 
 
 @on_a_loop
-async def test_a_program_hears_of_its_connection_when_it_is_there() -> None:
+async def test_connect_succeeds_after_the_far_end_accepts() -> None:
     """A program's connect succeeds only when the far end has accepted."""
     async with lab() as it:
         answered = asyncio.Event()
@@ -559,7 +559,7 @@ async def test_silence_ends_in_a_timeout() -> None:
 
 
 @on_a_loop
-async def test_names_that_are_not_there() -> None:
+async def test_missing_names_and_failed_look_ups_differ() -> None:
     """A name without addresses and a failed look-up have different errors."""
     async with lab() as it:
         it.resolver.answers |= {"a.example": resolver.NO_NAME, "b.example": resolver.FAILED, "c.wild.example": []}
@@ -579,7 +579,7 @@ unlisted.example:443 a.example:25 wild.example:443 a.example.evil.test:443 xa.ex
 
 
 @on_a_loop
-async def test_what_the_rules_refuse_is_refused() -> None:
+async def test_refused_connections_fail_at_once() -> None:
     """A refused connection fails at once, without a look-up, with rule and reason."""
     denied: dict[str, set[int] | None] = {"bad.wild.example": None, "93.184.215.99": {443}}
     allowlist = make_allowlist(LISTED, denied)
@@ -605,7 +605,7 @@ MALFORMED: Final = [
 
 
 @on_a_loop
-async def test_a_host_that_is_none_is_refused() -> None:
+async def test_a_malformed_host_is_refused() -> None:
     """A malformed host name is refused and recorded as plain text."""
     async with lab() as it:
         for host in MALFORMED:
@@ -626,7 +626,7 @@ SPECIAL: Final = """
 
 
 @on_a_loop
-async def test_a_listed_name_never_leads_to_a_special_address() -> None:
+async def test_special_addresses_of_names_are_refused() -> None:
     """A listed name that resolves to a special address is refused and not dialled."""
     async with lab() as it:
         for number, address in enumerate(SPECIAL.split()):
@@ -640,7 +640,7 @@ async def test_a_listed_name_never_leads_to_a_special_address() -> None:
 
 
 @on_a_loop
-async def test_of_mixed_answers_only_the_good_one_is_dialled() -> None:
+async def test_only_public_addresses_are_dialled() -> None:
     """Among mixed addresses of a name, only the public ones are dialled."""
     async with lab() as it:
         it.resolver.answers["a.example"] = ["127.0.0.1", "::1", GOOD, "10.0.0.1"]
@@ -661,7 +661,7 @@ async def test_a_denied_address_is_not_dialled_for_a_listed_name() -> None:
 
 
 @on_a_loop
-async def test_addresses_of_a_translator_to_ipv4_are_refused() -> None:
+async def test_nat64_addresses_are_refused() -> None:
     """An IPv6 address in which the network's NAT64 embeds an IPv4 address is refused."""
     async with lab() as it:
         it.resolver.answers |= {NAT64: ["2a01:4f8:64::c000:aa"], "a.example": ["2a01:4f8:64::7f00:1"]}
@@ -897,7 +897,7 @@ async def test_a_reset_of_the_far_end_reaches_the_program() -> None:
 
 
 @on_a_loop
-async def test_a_far_end_that_never_reads_holds_up_nobody() -> None:
+async def test_a_far_end_that_never_reads_delays_no_other() -> None:
     """A far end that never reads delays no other connection and costs one window of memory."""
     async with lab() as it:
         await it.server(GOOD, 22, reads=False)
@@ -915,7 +915,7 @@ async def test_a_far_end_that_never_reads_holds_up_nobody() -> None:
 
 
 @on_a_loop
-async def test_a_gate_that_holds_much_opens_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_full_gate_opens_no_more_connections(monkeypatch: pytest.MonkeyPatch) -> None:
     """A gate with too many buffered bytes opens no more connections."""
     monkeypatch.setattr(gate, "HELD_MAX_BYTES", WINDOW // 2)
     async with lab() as it:
@@ -1001,7 +1001,7 @@ async def test_a_guest_that_never_reads_stops_its_own_gate_only() -> None:
 
 
 @on_a_loop
-async def test_what_the_guest_refused_by_itself_is_in_the_record() -> None:
+async def test_guest_refusals_are_recorded() -> None:
     """A connection refused inside the guest is recorded with the deciding rule."""
     async with lab() as it:
         for host, port in ((b"unlisted.example", 443), (b"10.0.0.1", 80), (b"127.1", 443), (b"lookup.example", 0)):
@@ -1094,7 +1094,7 @@ async def test_first_bytes_that_stay_unfinished_time_out(monkeypatch: pytest.Mon
 
 
 @on_a_loop
-async def test_a_banner_comes_before_the_client_says_anything() -> None:
+async def test_a_banner_is_forwarded_first() -> None:
     """A server's banner is forwarded before the client sends anything."""
     async with lab() as it:
         server = await it.server(GOOD, 443)
@@ -1124,7 +1124,7 @@ async def test_a_denied_name_is_denied_over_a_listed_address(port: int, data: by
 
 
 @on_a_loop
-async def test_an_opaque_port_takes_any_protocol() -> None:
+async def test_an_opaque_port_accepts_any_protocol() -> None:
     """An opaque port of the user's settings accepts any protocol."""
     async with lab(settings=NetSettings(opaque_ports=frozenset({443}))) as it:
         server = await it.server(GOOD, 443)
@@ -1260,7 +1260,7 @@ async def test_quic_is_refused_unless_its_port_is_opaque() -> None:
 @pytest.mark.usefixtures("hasty")
 @pytest.mark.parametrize("name", ["_IDLE_S", "_HALF_CLOSED_S"])
 @on_a_loop
-async def test_a_connection_on_which_nothing_comes_ends(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_idle_connection_times_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A connection that is idle for an hour, or half-closed for a minute, times out."""
     monkeypatch.setattr(gate, name, 0.05)
     async with lab() as it:

@@ -106,7 +106,7 @@ def test_ipv6_addresses_have_rows_of_their_own() -> None:
     ]
 
 
-def test_the_switches_of_a_policy_take_away() -> None:
+def test_policy_switches_restrict_the_view() -> None:
     """allow_dns, allow_tcp and allow_udp each remove what they forbid."""
     hosts = (("a.example", (443,)), ("*.w.example", (443,)), ("93.184.215.14", (443,)))
     no_dns = view(*hosts, allow_dns=False)

@@ -107,7 +107,7 @@ def test_a_guest_writes_hosts_in_ascii(data: bytes) -> None:
         ("abc-def.be", "abc-def.be"),
     ],
 )
-def test_an_entry_may_stand_for_several_hosts(text: str, pattern: object) -> None:
+def test_entries_may_cover_several_hosts(text: str, pattern: object) -> None:
     """An entry is a host, a wildcard, a network or an address range."""
     assert parse_pattern(text) == pattern
 
@@ -130,7 +130,7 @@ def test_an_entry_may_stand_for_several_hosts(text: str, pattern: object) -> Non
         *("10.0.0.9-10.0.0.1", "10.0.0.1-::1"),
     ],
 )
-def test_an_entry_that_stands_for_too_much_or_nothing_is_refused(text: str) -> None:
+def test_an_invalid_entry_is_refused(text: str) -> None:
     """`*`, `*.tld`, netmasks, zones and inverted ranges are errors."""
     with pytest.raises(UsageError):
         parse_pattern(text)

@@ -76,14 +76,14 @@ def test_any_bytes_are_an_answer_or_an_error(data: bytes) -> None:
 
 
 @pytest.mark.parametrize("name", ["no-such-name.invalid", "a.b.invalid"])
-def test_a_name_that_nobody_has_is_not_found(name: str) -> None:
+def test_a_missing_name_is_not_found(name: str) -> None:
     """A name that does not exist has no addresses."""
     status, addresses = look_up(name)
     assert status in {NO_NAME, FAILED}
     assert addresses == []
 
 
-def test_each_address_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_address_is_returned_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The host's resolver is asked for the absolute name, and each address is returned once."""
     asked: list[object] = []
 
@@ -108,9 +108,7 @@ def test_each_address_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
         (OSError(24, "Too many open files"), FAILED),
     ],
 )
-def test_an_error_of_the_host_s_resolver_is_told_apart(
-    error: OSError, status: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_names_and_failures_differ(error: OSError, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A missing name and a failing resolver have different statuses."""
 
     def fails(*_: object, **__: object) -> None:

@@ -121,7 +121,7 @@ def test_networks_and_ranges_allow_addresses_that_are_asked_for() -> None:
     assert rule(policy, "[2606:4700::a]:53") == (False, "net.allow_hosts")
 
 
-def test_the_switches_of_a_policy_hold() -> None:
+def test_policy_switches_are_enforced() -> None:
     """allow_tcp, allow_udp and allow_dns each deny what they forbid."""
     hosts = (("example.org", (53,)), (GOOD, (53,)))
     assert rule(policy_with(*hosts, allow_tcp=False), f"{GOOD}:53") == (False, "net.allow_tcp")
@@ -204,7 +204,7 @@ def test_a_policy_is_not_refused_for_special_addresses() -> None:
     assert rule(policy, "example.org:80") == (True, "net.allow_hosts[3]")
 
 
-def test_all_hosts_that_mean_nothing_are_told_at_once() -> None:
+def test_all_malformed_hosts_are_reported() -> None:
     """All malformed hosts of a list are reported at once with their places."""
     hosts = (("*", (80,)), ("example.org", (80,)), ("*.org", (80,)), ("127.1", (80,)))
     with pytest.raises(PolicyError) as caught:
@@ -304,7 +304,7 @@ def test_a_request_needs_a_host_and_a_port(text: str) -> None:
         parse_request(text)
 
 
-def test_what_would_allow_a_connection_is_told() -> None:
+def test_a_denial_names_what_would_allow_it() -> None:
     """A denied connection names the policy value and the flag that would allow it."""
     policy = policy_with(("example.org", (443,)))
     assert ask(policy, "[2606:4700::1]:22").how_to_allow == HowToAllow(
@@ -319,7 +319,7 @@ def test_what_would_allow_a_connection_is_told() -> None:
 
 
 @given(st.lists(ENTRIES, max_size=4), st.fixed_dictionaries({"allow_udp": st.booleans(), "allow_dns": st.booleans()}))
-def test_doing_what_is_told_allows_the_connection(hosts: Any, net: Any) -> None:  # noqa: ANN401 - as hypothesis makes them
+def test_following_the_advice_allows_the_connection(hosts: Any, net: Any) -> None:  # noqa: ANN401 - as hypothesis makes them
     """Following how_to_allow keeps the policy valid and finally allows the connection."""
     policy = policy_with(*hosts, **net, enabled=False, allow_tcp=False)
     for request in (parse_request("new.example:8443"), parse_request(f"{GOOD}:53", "udp")):
@@ -337,7 +337,7 @@ def test_doing_what_is_told_allows_the_connection(hosts: Any, net: Any) -> None:
 
 
 @given(st.lists(ENTRIES, max_size=4), st.dictionaries(HOSTS, st.none() | st.just((443,)), max_size=3), REQUESTS)
-def test_a_denial_only_takes_away(hosts: Any, denied: Any, request: Request) -> None:  # noqa: ANN401 - as above
+def test_a_denial_never_allows_more(hosts: Any, denied: Any, request: Request) -> None:  # noqa: ANN401 - as above
     """A denial never allows anything more."""
     policy = policy_with(*hosts)
     with_denials = decide(make_allowlist(policy, denied), request)

@@ -84,7 +84,7 @@ def test_nothing_is_open_by_default(text: bytes) -> None:
         ('[net]\nallow_local = ["240.0.0.1:80"]', "a reserved address"),
     ],
 )
-def test_what_means_nothing_is_an_error(text: str, why: str) -> None:
+def test_invalid_settings_are_an_error(text: str, why: str) -> None:
     """An invalid key, type, port or address is an error that names the file."""
     with pytest.raises(UsageError, match=why) as caught:
         parse_settings(text.encode(errors="surrogateescape"), "/home/u/x07.toml")
@@ -101,7 +101,7 @@ def test_what_means_nothing_is_an_error(text: str, why: str) -> None:
         ("100.100.100.200", "allow_metadata"),
     ],
 )
-def test_loopback_and_metadata_need_a_second_word(address: str, word: str) -> None:
+def test_loopback_and_metadata_need_a_second_key(address: str, word: str) -> None:
     """Loopback and metadata addresses need allow_loopback or allow_metadata too."""
     text = f'[net]\nallow_local = ["{address}:80"]\n'
     with pytest.raises(UsageError, match=rf"Write {word} = true in \[net\]"):
@@ -158,7 +158,7 @@ def test_a_file_of_another_user_is_refused(tmp_path: Path) -> None:
         read_settings(path)
 
 
-def test_what_cannot_be_read_is_an_error(tmp_path: Path) -> None:
+def test_an_unreadable_file_is_an_error(tmp_path: Path) -> None:
     """An unreadable settings file is an error that names it."""
     with pytest.raises(HostError, match=f"cannot read {tmp_path}: Is a directory"):
         read_settings(tmp_path)

@@ -144,7 +144,7 @@ def test_the_guest_may_ask_for_what_is_allowed(
 
 
 @given(POLICY, OTHER_HOST, PORTS, transport(), st.data())
-def test_policy_check_says_what_the_gate_decides(
+def test_policy_check_agrees_with_the_gate(
     policy: Policy, host: str, port: int, transport: Transport, data: st.DataObject
 ) -> None:
     """`x07 policy check --host` reports the gate's decision, rule, reason and advice."""

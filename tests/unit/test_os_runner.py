@@ -70,7 +70,7 @@ class Refused:
         ("--project", "x07.json", "--artifact", "a.out"),
     ],
 )
-def test_exactly_one_thing_is_run(refused: Refused, words: tuple[str, ...]) -> None:
+def test_exactly_one_program_is_required(refused: Refused, words: tuple[str, ...]) -> None:
     """Exactly one of --program, --project and --artifact is required."""
     told = refused(*SANDBOXED, "--policy", "policy.json", *words)
     assert "exactly one of --program, --project, --artifact" in told
@@ -116,7 +116,7 @@ def test_weaker_isolation_fails_closed(
 
 
 @pytest.mark.parametrize("variables", [("os", None), ("os", "os"), (None, "docker"), ("vm", "firecracker-ctr")])
-def test_what_a_refusal_names_works_beside_any_variable(
+def test_suggested_flags_work_with_any_variable(
     refused: Refused,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
@@ -136,7 +136,7 @@ def test_what_a_refusal_names_works_beside_any_variable(
 
 @pytest.mark.parametrize("by", ["flag", "variable"])
 @pytest.mark.parametrize("backend", ["os", "none"])
-def test_an_accepted_backend_is_taken_without_an_image(
+def test_an_accepted_backend_needs_no_image(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], backend: str, by: str
 ) -> None:
     """An accepted weaker backend needs no guest image."""
@@ -160,7 +160,7 @@ def test_an_accepted_backend_is_taken_without_an_image(
         ("X07_VM_MAX_RUNNING", "many"),
     ],
 )
-def test_a_bad_variable_is_an_error_also_where_a_flag_wins(
+def test_an_overridden_invalid_variable_is_an_error(
     refused: Refused, monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
     """An invalid variable is an error even if a flag overrides it."""
@@ -169,7 +169,7 @@ def test_a_bad_variable_is_an_error_also_where_a_flag_wins(
     assert name in refused(*SANDBOXED, "--policy", "policy.json", "--program", "prog.c", *words)
 
 
-def test_a_variable_that_is_none_is_told(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_misspelt_variable_is_reported(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     """A misspelt variable gives a warning with a suggestion."""
     monkeypatch.setenv("X07_SANDBOX_BACKENDS", "vm")
     assert "did you mean X07_SANDBOX_BACKEND?" in refused()
@@ -195,9 +195,7 @@ def test_a_variable_that_is_none_is_told(refused: Refused, monkeypatch: pytest.M
     ],
 )
 @pytest.mark.timeout(60)
-def test_what_cannot_be_built_is_refused_by_name(
-    refused: Refused, place: Path, words: tuple[str, ...], named: str
-) -> None:
+def test_unbuildable_programs_are_refused(refused: Refused, place: Path, words: tuple[str, ...], named: str) -> None:
     """Missing programs, pipes, artifacts and unknown languages are refused before anything starts."""
     os.mkfifo(place / "pipe")
     (place / "prog.x07.json").write_text("{}")
@@ -308,7 +306,7 @@ def test_flags_are_written_out_and_checked(refused: Refused, words: tuple[str, .
 @pytest.mark.parametrize(
     "flag", ["--program", "--project", "--artifact", "--policy", "--input", "--compiled-out", "--attest-runtime"]
 )
-def test_an_empty_name_is_told_as_that(refused: Refused, flag: str) -> None:
+def test_an_empty_path_is_refused(refused: Refused, flag: str) -> None:
     """An empty path is a usage error."""
     assert f"argument {flag}: the name is empty" in refused(*SANDBOXED, flag, "")
 
@@ -320,7 +318,7 @@ def test_run_refuses_an_empty_path(capfd: pytest.CaptureFixture[str], flag: str)
     assert f"argument {flag}: the name is empty" in capfd.readouterr().err
 
 
-def test_run_os_in_a_vm_is_a_report_of_a_failure(capfd: pytest.CaptureFixture[str]) -> None:
+def test_run_os_in_a_vm_gives_a_failure_report(capfd: pytest.CaptureFixture[str]) -> None:
     """run-os with backend vm gives X07's failure report and exit code 1."""
     assert main(["--program", "prog.c", "--sandbox-backend", "vm"]) == 1
     told = capfd.readouterr()

@@ -75,7 +75,7 @@ def test_limits_are_enforced_and_named_for_the_job() -> None:
     assert (limits.fds, limits.procs, limits.core_dumps, limits.ram_bytes) == (256, 64, True, 2 << 30)
 
 
-def test_advice_is_advice_whatever_its_value() -> None:
+def test_advisory_fields_are_never_refused() -> None:
     """Advisory fields are never refused."""
     advisory = ADVISORY | {
         field.path
@@ -92,7 +92,7 @@ HOSTS = [{"host": "example.org", "ports": [443]}]
 
 
 @pytest.mark.parametrize("fields", [{"net__allow_hosts": HOSTS}, {"db__enabled": True}])
-def test_what_a_backend_cannot_carry_is_refused_by_name(fields: dict[str, object]) -> None:
+def test_unreachable_hosts_are_refused_by_field(fields: dict[str, object]) -> None:
     """Hosts or databases that a backend cannot reach are refused by field, with the line to change."""
     without = msgspec.structs.replace(VM, can_hold=VM.can_hold - {"network"})
     made = make_plan(policy(**({"db__drivers": SERVERS, "db__enabled": False} | fields)), without)
@@ -116,7 +116,7 @@ def test_hosts_are_held_by_the_egress_gate() -> None:
     assert {(control.state, control.by) for control in controls} == {("enforced", "the egress gate")}
 
 
-def test_a_plan_says_where_refused_connections_are_reset() -> None:
+def test_a_plan_states_how_connections_are_refused() -> None:
     """The plan says on which backends connect() succeeds before a refused connection is reset."""
     weaker = msgspec.structs.replace(VM, can_hold=VM.can_hold - {"held-connections"})
     for features, said in ((VM, False), (weaker, True)):
@@ -134,7 +134,7 @@ def test_database_servers_join_the_hosts() -> None:
     assert "net.allow_hosts is not empty" in refusal.why
 
 
-def test_refusals_are_told_all_at_once() -> None:
+def test_refusals_are_reported_all_at_once() -> None:
     """All refusals are reported at once, with the flags that caused them."""
     without = msgspec.structs.replace(VM, can_hold=VM.can_hold - {"network"})
     made = make_plan(policy(fs__read_roots=["/usr"], net__allow_hosts=[{"host": "a", "ports": [1]}]), without)
@@ -150,7 +150,7 @@ def test_refusals_are_told_all_at_once() -> None:
 FILE_FIELDS = [field.path for field in fields() if field.path.startswith("fs.") and field.path not in ADVISORY]
 
 
-def test_files_are_given_within_rules_that_hold() -> None:
+def test_file_fields_name_their_enforcer() -> None:
     """With roots every file field names its enforcer."""
     made = plan(fs__read_roots=["."], fs__write_roots=["out"])
     assert made.refusals == ()
@@ -159,7 +159,7 @@ def test_files_are_given_within_rules_that_hold() -> None:
     assert (by["fs.read_roots"], by["fs.allow_remove"]) == ("the copying of files", "the check of changes")
 
 
-def test_with_fs_off_roots_are_not_given() -> None:
+def test_disabled_fs_gives_no_roots() -> None:
     """With fs.enabled false no host file goes in, whatever the roots are."""
     made = plan(fs__enabled=False, fs__read_roots=["/usr"])
     assert made.refusals == ()
@@ -184,7 +184,7 @@ def test_with_fs_off_roots_are_not_given() -> None:
         ("/home/u/.config/x", "is hidden"),
     ],
 )
-def test_a_root_without_a_place_in_the_machine_is_refused(root: str, why: str) -> None:
+def test_a_conflicting_root_is_refused(root: str, why: str) -> None:
     """A root that would hide the guest's system, escape its folder or be hidden is refused."""
     for field in ("fs.read_roots", "fs.write_roots"):
         (refusal,) = plan(**{field.replace(".", "__"): ["data", root]}).refusals
@@ -194,12 +194,12 @@ def test_a_root_without_a_place_in_the_machine_is_refused(root: str, why: str) -
 
 
 @pytest.mark.parametrize("root", [".", "data", "a/../b", "/home/u/data", "/data", "/tmp/x", "/opt/other", "/home"])  # noqa: S108
-def test_other_roots_have_one(root: str) -> None:
+def test_other_roots_are_accepted(root: str) -> None:
     """Relative roots, and absolute ones outside the guest's system, are accepted."""
     assert plan(fs__read_roots=[root]).refusals == ()
 
 
-def test_a_hidden_root_is_given_where_the_policy_lets_hidden_names_in() -> None:
+def test_a_hidden_root_needs_deny_hidden_false() -> None:
     """With fs.deny_hidden false a hidden root is accepted."""
     assert plan(fs__read_roots=[".config"], fs__deny_hidden=False).refusals == ()
 
@@ -243,16 +243,14 @@ def test_no_network_holds_for_every_network_field() -> None:
         ({"env__enabled": False, "env__allow_keys": ["HOME"]}, "env.enabled", "enforced"),
     ],
 )
-def test_a_restriction_that_nobody_holds_is_said_to_be_unenforced(
-    changes: dict[str, object], field: str, state: str
-) -> None:
+def test_unenforced_restrictions_are_declared(changes: dict[str, object], field: str, state: str) -> None:
     """A control says "enforced" only if the run behaves as the policy says."""
     made = plan(**changes)
     assert states(made, field) == {state}
     assert made.refusals == ()
 
 
-def test_a_backend_without_walls_claims_none() -> None:
+def test_a_backend_claims_only_what_it_enforces() -> None:
     """A backend claims only the limits that it enforces."""
     limits = {field for field in VM_HOLDS if field.startswith("limits.")}
     for isolation, state in (("container", "refused"), ("process", "advisory"), ("none", "advisory")):
@@ -283,14 +281,14 @@ def test_x07s_own_variables_of_the_host_cannot_be_asked_for() -> None:
         ({"env__allow_keys": ["LANG"], "env__enabled": False}, "who names another for it is refused", "the host"),
     ],
 )
-def test_which_variables_go_in_is_said_as_it_is(changes: dict[str, object], told: str, untold: str) -> None:
+def test_the_control_says_which_variables_go_in(changes: dict[str, object], told: str, untold: str) -> None:
     """The control for env.enabled says which host variables go in."""
     (control,) = (control for control in plan(**changes).controls if control.field == "env.enabled")
     assert told in control.why
     assert untold not in control.why
 
 
-def test_confinement_is_claimed_only_where_it_stands() -> None:
+def test_unavailable_confinement_is_refused() -> None:
     """A backend without confinement refuses each field that needs it."""
     weak = Features(isolation="none", own_kernel=False, can_hold=VM_HOLDS - {"confinement"})
     changes: dict[str, Any] = json.loads(render_policy(default_policy()))
@@ -317,7 +315,7 @@ def test_confinement_is_claimed_only_where_it_stands() -> None:
         ),
     ],
 )
-def test_a_list_tells_where_what_is_written_may_be_executed(changes: dict[str, object], told: str) -> None:
+def test_writable_executables_are_named(changes: dict[str, object], told: str) -> None:
     """The control for executables names the entries in which the program can write."""
     found = {control.field: control.why for control in plan(**changes).controls}["process.allow_exec_prefixes"]
     assert found.partition("may be: ")[2] == told
@@ -332,7 +330,7 @@ def test_a_list_tells_where_what_is_written_may_be_executed(changes: dict[str, o
         ("/etc/.x", "$.fs.read_roots", []),
     ],
 )
-def test_of_a_hidden_root_what_lets_it_is_told(root: str, path: str, value: object) -> None:
+def test_a_hidden_root_names_deny_hidden(root: str, path: str, value: object) -> None:
     """The refusal of a hidden root names fs.deny_hidden if that is all that is missing."""
     made = plan(fs__read_roots=["in", root])
     (refusal,) = made.refusals
@@ -378,7 +376,7 @@ def test_fewer_children_than_tasks_bound_all_tasks() -> None:
         ({"process__allow_exec_prefixes": ["/usr/.."]}, (True, True, True, None, ())),
     ],
 )
-def test_the_machine_is_told_what_the_policy_forbids(changes: dict[str, object], told: tuple[object, ...]) -> None:
+def test_confinement_follows_from_the_policy(changes: dict[str, object], told: tuple[object, ...]) -> None:
     """The confinement sent to the guest follows from the policy."""
     made: dict[str, Any] = json.loads(render_policy(default_policy()))
     for path, value in changes.items():

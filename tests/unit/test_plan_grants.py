@@ -53,7 +53,7 @@ def policies(draw: st.DrawFn) -> Policy:
 
 
 @given(policies())
-def test_the_guest_is_told_no_more_than_the_policy_says(policy: Policy) -> None:
+def test_the_guest_gets_no_more_than_the_policy(policy: Policy) -> None:
     """The guest's confinement and limits never exceed the policy."""
     process, told = policy.process, confinement(policy, PROGRAM)
     assert not told.threads or policy.threads_in_force.enabled

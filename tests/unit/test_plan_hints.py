@@ -74,7 +74,7 @@ def test_a_failed_connection_names_the_flag(text: str, host: str) -> None:
         "curl: (6) Could not resolve host: intranet\n",
     ],
 )
-def test_a_host_that_is_not_known_is_left_open(text: str) -> None:
+def test_an_unknown_host_gives_the_flags_form(text: str) -> None:
     """If no valid host is named, the hint gives the form of the flag."""
     assert found(text) == [("a connection", "--allow-host HOST:PORT")]
 
@@ -89,7 +89,7 @@ def test_a_host_that_is_not_known_is_left_open(text: str) -> None:
         "Error: connect ENETUNREACH 192.0.2.7:99999\n",
     ],
 )
-def test_local_servers_and_mere_addresses_are_no_hint(text: str) -> None:
+def test_local_servers_and_urls_give_no_hint(text: str) -> None:
     """A missing local server, a URL in a text and an invalid port give no hint."""
     assert found(text) == []
 
@@ -121,6 +121,6 @@ def test_a_run_with_network_has_no_such_hint() -> None:
         ("Error: spawn git ENOENT\n", "the program git", "--include git"),
     ],
 )
-def test_what_an_image_lacks_names_the_command_that_builds_one(text: str, subject: str, flags: str) -> None:
+def test_a_missing_package_names_the_build_command(text: str, subject: str, flags: str) -> None:
     """A missing module or program names the command that builds an image with it."""
     assert found(text) == [(subject, f"--image mine, after x07 image build --name mine {flags}")]

@@ -213,7 +213,7 @@ REFUSED: Final = (
 
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("body", REFUSED, ids=lambda body: f"{body['call']} {body['path'][:20]}")
-def test_what_is_advised_makes_no_invalid_policy(template: str, body: dict[str, object]) -> None:
+def test_advice_keeps_the_policy_valid(template: str, body: dict[str, object]) -> None:
     """Following the advice keeps the policy valid and finally allows the call."""
     made, said = TEMPLATES[template], []
     for _ in range(10):
@@ -233,20 +233,20 @@ def test_what_is_advised_makes_no_invalid_policy(template: str, body: dict[str, 
         assert made.process.allow_exec
 
 
-def test_what_a_mode_closes_is_told_by_what_was_to_be_done() -> None:
+def test_a_denial_by_mode_names_the_action() -> None:
     """A denial by file mode names the attempted action."""
     closed = [kernel("openat", "/data/out/x", EACCES, write=True), kernel("chmod", "/etc/x", EPERM, write=True)]
     assert [denial.action for denial in denials(closed, policy({}), AREAS, START)] == ["write", "chmod"]
 
 
-def test_counts_stay_what_json_can_say() -> None:
+def test_counts_stay_within_json_range() -> None:
     """Huge counts from a guest stay within JSON's range."""
     body = kernel("openat", "/root/x", EACCES) | {"count": 2**63 - 1}
     (denial,) = denials([body, body, body], policy({}), (), START)
     assert b'"count":9223372036854775807' in msgspec.json.encode(denial)
 
 
-def test_what_is_advised_is_one_word_to_a_shell() -> None:
+def test_advice_is_quoted_for_a_shell() -> None:
     """Names in suggested flags are quoted for a shell."""
     name = "/srv/$(id) 'b'"
     (denial,) = denials([kernel("mkdir", f"{name}/", EROFS, write=True)], policy({}), (), START)
@@ -264,14 +264,14 @@ def test_what_is_advised_is_one_word_to_a_shell() -> None:
 
 
 @pytest.mark.parametrize("folder", ["/", "/opt/"])
-def test_a_new_folder_where_no_root_can_be_is_one_itself(folder: str) -> None:
+def test_a_new_system_folder_can_be_a_root(folder: str) -> None:
     """A new folder in a system folder can itself become a write root, and the flag says so."""
     (denial,) = denials([kernel("mkdir", folder, EROFS, write=True)], policy({}), (), START)
     flag = f"--allow-write-root {folder}FOLDER"
     assert denial.how_to_allow == HowToAllow(json_path=None, value=None, flag=flag)
 
 
-def test_a_missing_path_is_hinted_at_to_be_written_too() -> None:
+def test_a_missing_path_suggests_a_write_root() -> None:
     """A missing path suggests its folder as a write root too."""
     told = "FileNotFoundError: [Errno 2] No such file or directory: '{}'"
     found = {}
@@ -288,20 +288,20 @@ def test_a_missing_path_is_hinted_at_to_be_written_too() -> None:
     assert hints(told.format("/data/a;b").encode(), policy({}), (), START) == []
 
 
-def test_what_is_the_same_to_the_policy_is_told_once() -> None:
+def test_equal_denials_are_merged() -> None:
     """Calls that are the same to the policy form one denial with added counts."""
     (denial,) = denials([seccomp("clone"), seccomp("vfork")], policy({"process.allow_spawn": False}), (), START)
     assert (denial.subject, denial.count) == ("a new process", 4)
 
 
-def test_flags_name_the_folder_as_the_user_did() -> None:
+def test_flags_name_folders_as_the_user_did() -> None:
     """Suggested flags name folders as the user did."""
     (denial,) = denials([kernel("openat", "/opt/x07/in/", EROFS, write=True)], policy({}), AREAS, START)
     assert denial.how_to_allow is not None
     assert denial.how_to_allow.flag == "--allow-write-root in"
 
 
-def test_a_project_is_opened_to_be_written_by_its_relative_name() -> None:
+def test_project_folders_are_named_relatively() -> None:
     """Folders of a project are suggested by their relative names."""
     project = "/x07/in/project"
     for folder, given in ((f"{project}/", "."), (f"{project}/src/a b/", "src/a b")):
@@ -319,7 +319,7 @@ def test_a_project_is_opened_to_be_written_by_its_relative_name() -> None:
         ("oom", "$.limits.mem_bytes", 2 * 512 * 1024**2),
     ],
 )
-def test_a_limit_that_ended_the_program_is_a_refusal_too(outcome: str, path: str, value: int) -> None:
+def test_a_reached_limit_is_a_denial(outcome: str, path: str, value: int) -> None:
     """A limit that ended the program is a denial with twice the value."""
     denial = limit_hit(outcome, policy({}))
     assert denial is not None
@@ -338,7 +338,7 @@ def test_a_limit_that_ended_the_program_is_a_refusal_too(outcome: str, path: str
         ("cpu-limit", {"limits.cpu_ms": 3000}, {"limits.cpu_ms": 3000, "limits.wall_ms": 90_000}, 3000, None),
     ],
 )
-def test_a_tighter_limit_of_the_call_is_what_is_to_be_raised(
+def test_a_limiting_flag_is_suggested(
     outcome: str, held: dict[str, Any], own: dict[str, Any], cpu_ms: int | None, flag: str | None
 ) -> None:
     """If a flag set the limit, the advice is that flag."""
@@ -375,14 +375,14 @@ def test_more_processes_and_open_files_have_flags_too() -> None:
 
 
 @pytest.mark.parametrize(("most", "flag"), [(1000, "2000"), (0, "1"), (None, None)])
-def test_too_much_output_names_the_flag_that_lets_more(most: int | None, flag: str | None) -> None:
+def test_too_much_output_names_the_flag(most: int | None, flag: str | None) -> None:
     """Exceeding the output limit suggests --max-output-bytes with twice the value."""
     denial = too_much_output("stdout", most)
     assert (denial.field, denial.subject, denial.observed_by) == ("output", "more to stdout", "host")
     assert (denial.how_to_allow and denial.how_to_allow.flag) == (flag and f"--max-output-bytes {flag}")
 
 
-def test_what_is_at_its_most_cannot_be_allowed() -> None:
+def test_a_maximal_limit_gets_no_advice() -> None:
     """A limit at its maximum gets no advice."""
     denial = limit_hit("timeout", policy({"limits.wall_ms": 600_000}))
     assert denial is not None
@@ -416,14 +416,14 @@ def test_what_is_at_its_most_cannot_be_allowed() -> None:
         ),
     ],
 )
-def test_what_a_failed_program_missed_is_hinted_at(text: str, subject: str, flag: str) -> None:
+def test_a_missing_path_gives_a_hint(text: str, subject: str, flag: str) -> None:
     """A missing path or module suggests the flag that provides it."""
     (hint,) = hints(text.encode(), policy({}), (), "/opt/x07")
     assert hint.subject == subject
     assert flag in (hint.how.flag or "")
 
 
-def test_a_module_that_lies_beside_the_program_needs_a_project() -> None:
+def test_a_local_module_suggests_a_project() -> None:
     """A missing module next to the program suggests running the folder as a project."""
     text = b"ModuleNotFoundError: No module named '%s'\n"
     beside = Beside({"helper"}, "x07 run .")
@@ -433,7 +433,7 @@ def test_a_module_that_lies_beside_the_program_needs_a_project() -> None:
 
 
 @pytest.mark.parametrize("said", ["No such file or directory: '{}' -> b'{}'", "No such file or directory [{}] [{}]\n"])
-def test_of_two_names_both_are_hinted_at(said: str) -> None:
+def test_two_paths_give_two_hints(said: str) -> None:
     """An error with two paths gives a hint for each."""
     found = hints(said.format("/tmp/a", "/srv/out/b").encode(), policy({}), (), START)  # noqa: S108 - a text
     assert [hint.subject for hint in found] == ["/tmp/a", "/srv/out/b"]  # noqa: S108 - a text
@@ -463,7 +463,7 @@ KeyError: b'{}'
         "it.sh: 3: {}: parameter not set or null\n",
     ],
 )
-def test_a_variable_that_is_missed_is_hinted_at(said: str) -> None:
+def test_a_missing_variable_gives_a_hint(said: str) -> None:
     """A missing environment variable suggests --env, or the policy field that forbids it."""
 
     def hint(name: str, ours: tuple[str, ...] = (), **env: object) -> Hint | None:
@@ -486,13 +486,13 @@ def test_a_variable_that_is_missed_is_hinted_at(said: str) -> None:
     assert hint("TOKEN", ("TOKEN",), allow_keys=["TOKEN"]) is None
 
 
-def test_a_key_that_no_environment_has_is_no_hint() -> None:
+def test_a_missing_dictionary_key_gives_no_hint() -> None:
     """A missing key of the program's own dictionary gives no hint."""
     for where in ('File "it.py", line 2, in __getitem__\n', 'File "<frozen os>", line 717, in get\n', "\n"):
         assert hints(f"  {where}KeyError: 'TOKEN'\n".encode(), policy({}), (), START) == []
 
 
-def test_a_program_that_is_missed_is_hinted_at() -> None:
+def test_a_missing_program_gives_a_hint() -> None:
     """A program missing for Python's subprocess suggests an image with it."""
     raised = """Traceback (most recent call last):
   File "/usr/lib/python3.13/subprocess.py", line 1972, in _execute_child
@@ -523,7 +523,7 @@ FileNotFoundError: [Errno 2] No such file or directory: '{}'
         "/srv/x: Permission denied",
     ],
 )
-def test_what_no_flag_would_bring_is_no_hint(text: str) -> None:
+def test_an_unavailable_path_gives_no_hint(text: str) -> None:
     """A missing path that no flag can provide gives no hint."""
     assert hints(text.encode(), policy({}), AREAS, "/opt/x07") == []
 
@@ -548,7 +548,7 @@ def test_what_no_flag_would_bring_is_no_hint(text: str) -> None:
         ),
     ],
 )
-def test_a_library_that_cannot_be_loaded_is_hinted_at(text: str, path: str, how: tuple[str, object]) -> None:
+def test_an_unloadable_library_gives_a_hint(text: str, path: str, how: tuple[str, object]) -> None:
     """A library that cannot be loaded suggests the policy change that allows it."""
     (hint,) = hints(text.encode(), policy(LISTED), AREAS, START)
     assert (hint.subject, hint.kind) == (f"the library {path}", "library")
@@ -559,7 +559,7 @@ def test_a_library_that_cannot_be_loaded_is_hinted_at(text: str, path: str, how:
 
 
 @pytest.mark.parametrize("path", ["in/.cfg", "/data/.cfg", "/srv/.cfg", ".cfg"])
-def test_a_hidden_file_that_is_missed_is_hinted_at(path: str) -> None:
+def test_a_missing_hidden_file_gives_a_hint(path: str) -> None:
     """A missing hidden file suggests fs.deny_hidden = false."""
     text = f"FileNotFoundError: [Errno 2] No such file or directory: '{path}'"
     (hint,) = hints(text.encode(), policy({"fs.deny_hidden": True}), AREAS, START)

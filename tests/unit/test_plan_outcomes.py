@@ -137,7 +137,7 @@ RANKED: list[tuple[dict[str, object], Outcome]] = [
 
 
 @pytest.mark.parametrize("chosen", list(itertools.product([False, True], repeat=len(RANKED) - 1)))
-def test_of_several_causes_the_first_in_rank_is_told(chosen: tuple[bool, ...]) -> None:
+def test_the_highest_ranked_cause_is_reported(chosen: tuple[bool, ...]) -> None:
     """The highest-ranked of several causes is reported."""
     facts: dict[str, object] = {"wait_status": SIGKILLED}
     expected = Outcome.SIGNALLED
@@ -166,7 +166,7 @@ def test_every_deadly_signal_is_reported_as_itself(number: int) -> None:
 
 
 @given(st.integers(0, 255))
-def test_an_exit_status_is_never_taken_for_more(code: int) -> None:
+def test_an_exit_code_is_never_taken_for_a_limit(code: int) -> None:
     """An exit code such as 124 or 137 is never mistaken for a limit."""
     found = classify(run(wait_status=code << 8))
     assert found.outcome is (Outcome.FAILED if code else Outcome.OK)
@@ -189,7 +189,7 @@ def test_a_reason_names_the_flag_that_set_the_limit() -> None:
     assert as_limited_by(found, {"limits.cpu_ms": "--timeout"}) == found
 
 
-def test_a_timeout_under_emulation_says_that_cpu_work_is_slower() -> None:
+def test_a_timeout_under_emulation_mentions_the_slow_cpu() -> None:
     """The reason of a timeout in an emulated VM mentions the slower CPU."""
     limits = default_policy().limits
     found = classify(run(deadline_passed=True), features=vm_features("vm-emulated"), limits=limits)
@@ -298,7 +298,7 @@ def test_a_build_that_ends_badly_is_a_failed_build() -> None:
     assert found.reason.endswith(" while the guest was handing over what was built")
 
 
-def test_a_verdict_without_a_guest_takes_its_fault_from_the_table() -> None:
+def test_errors_without_a_guest_have_a_fault() -> None:
     """Errors before a guest exists have a fault too."""
     assert verdict(Outcome.BACKEND_ERROR, "no VMM") == Verdict(
         outcome=Outcome.BACKEND_ERROR, fault="host", reason="no VMM"
@@ -307,7 +307,7 @@ def test_a_verdict_without_a_guest_takes_its_fault_from_the_table() -> None:
 
 
 @pytest.mark.parametrize("status", [-9, 137])
-def test_a_killed_machine_names_memory_and_a_way_out(status: int) -> None:
+def test_a_killed_vmm_gives_advice_about_memory(status: int) -> None:
     """A VMM killed by the host's kernel is `guest-lost`, with advice about memory."""
     found = classify(run(instance_status=status))
     assert (found.outcome, found.fault) == (Outcome.GUEST_LOST, "host")

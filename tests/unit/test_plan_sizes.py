@@ -42,7 +42,7 @@ def test_the_documented_table_is_true() -> None:
         assert ram_class_bytes((mebibytes + 1) * MIB) > ram
 
 
-def test_what_fits_nowhere_is_an_error() -> None:
+def test_an_oversized_limit_is_an_error() -> None:
     """A memory limit that fits no VM is an error."""
     with pytest.raises(ValueError, match="no machine is large enough"):
         ram_class_bytes(18 << 30)

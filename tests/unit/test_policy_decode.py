@@ -153,7 +153,7 @@ def test_any_cut_of_a_document_gives_a_policy_or_a_policy_error(value: object, d
         (b"[" * 40 + b"]" * 40, "is nested deeper than 32 levels"),
     ],
 )
-def test_what_cannot_be_read_is_refused_at_the_root(data: bytes, message: str) -> None:
+def test_unreadable_documents_are_refused(data: bytes, message: str) -> None:
     """A document that is not JSON, too large or too deep is refused as a whole."""
     assert problems_of(data) == (Problem("$", message),)
 

@@ -42,7 +42,7 @@ def test_every_field_has_a_direction() -> None:
     assert set(DIRECTIONS) == {field.path for field in fields()}
 
 
-def test_an_absent_section_is_what_stands_for_it() -> None:
+def test_an_absent_section_equals_its_defaults() -> None:
     """An absent section equals its defaults."""
     assert differences(default_policy(), changed()) == ()
 
@@ -66,14 +66,14 @@ def test_an_absent_section_is_what_stands_for_it() -> None:
         ("notes", "other", "changed"),
     ],
 )
-def test_a_value_is_told_by_what_it_does(field: str, value: object, effect: str) -> None:
+def test_a_changed_value_has_a_direction(field: str, value: object, effect: str) -> None:
     """A changed value is reported as granted, withdrawn or changed."""
     before = leaf_values(changed())[field]
     (change,) = differences(changed(), changed(**{field.replace(".", "__"): value}))
     assert (change.field, change.effect, change.before, change.after) == (field, effect, before, value)
 
 
-def test_lists_are_told_entry_by_entry() -> None:
+def test_lists_are_compared_by_entry() -> None:
     """Lists are compared entry by entry, ignoring order and repetition."""
     hosts = [{"host": "A.example", "ports": [2, 1]}, {"host": "b.example", "ports": [3]}]
     more = [{"host": "b.example", "ports": [3, 4]}, {"host": "a.example", "ports": [1]}]
@@ -89,7 +89,7 @@ def test_lists_are_told_entry_by_entry() -> None:
     ]
 
 
-def test_a_number_that_stands_for_another_is_compared_as_that_one() -> None:
+def test_zero_is_compared_as_its_meaning() -> None:
     """0 for fs.max_read_bytes is compared as the 16 MiB that it stands for."""
     none = changed(fs__max_read_bytes=0)
     assert differences(none, changed(fs__max_read_bytes=16 << 20)) == ()
@@ -109,7 +109,7 @@ POLICIES = st.builds(
 
 
 @given(POLICIES, POLICIES)
-def test_the_way_back_is_the_opposite(first: Policy, second: Policy) -> None:
+def test_the_reverse_diff_is_the_opposite(first: Policy, second: Policy) -> None:
     """The reverse comparison reports the opposite."""
     assert differences(first, first) == ()
     there = [(change.field, change.effect, change.before, change.after) for change in differences(first, second)]
@@ -119,7 +119,7 @@ def test_the_way_back_is_the_opposite(first: Policy, second: Policy) -> None:
     assert sorted(there, key=repr) == sorted(back, key=repr)
 
 
-def test_the_command_says_it_in_words_and_as_json(tmp_path: Path) -> None:
+def test_diff_reports_as_text_and_json(tmp_path: Path) -> None:
     """`x07 policy diff` reports differences as text and JSON, and by its exit code."""
     assert policy(tmp_path, "diff", "built-in:cli", "built-in:cli") == (0, "", "")
     code, out, err = policy(tmp_path, "diff", "built-in:worker", "built-in:worker-parallel")
@@ -137,7 +137,7 @@ def test_the_command_says_it_in_words_and_as_json(tmp_path: Path) -> None:
     assert as_json(tmp_path, "diff", "built-in:cli", "built-in:cli")[1]["same"] is True
 
 
-def test_what_cannot_be_compared_has_its_exit_code(tmp_path: Path) -> None:
+def test_diff_has_exit_codes_for_errors(tmp_path: Path) -> None:
     """`x07 policy diff` ends with 2 for an unreadable and with 3 for an invalid policy."""
     (tmp_path / "bad.json").write_bytes(b"{}")
     assert policy(tmp_path, "diff", "built-in:cli", "missing.json")[0] == 2

@@ -17,13 +17,13 @@ def environment(changes: dict[str, object] | None = None) -> dict[str, str]:
     return program_environment(msgspec.convert(policy_document(changes), Policy))
 
 
-def test_each_variable_tells_its_own_field() -> None:
+def test_each_variable_carries_its_field() -> None:
     """Each variable carries exactly its own policy field."""
     assert environment() == EXPECTED
 
 
 @pytest.mark.parametrize("field", SWITCHES)
-def test_each_switch_is_told_by_its_own_variable(field: str) -> None:
+def test_each_switch_has_its_own_variable(field: str) -> None:
     """Changing one boolean field changes exactly one variable."""
     variable = SWITCHES[field]
     turned = EXPECTED[variable] == "0"

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @pytest.mark.parametrize("name", sorted(TEMPLATES))
-def test_what_is_explained_is_the_plan_of_a_run(tmp_path: Path, name: str) -> None:
+def test_explain_shows_the_plan_of_a_run(tmp_path: Path, name: str) -> None:
     """`x07 policy explain` lists every field with its value, control and refusals, as a run does."""
     code, found = as_json(tmp_path, "explain", f"built-in:{name}")
     values = leaf_values(TEMPLATES[name])
@@ -72,7 +72,7 @@ def test_a_policys_own_text_is_escaped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["vz", "firecracker", "Apple-Container"])
-def test_a_backend_that_no_run_could_take_is_refused_by_its_name(tmp_path: Path, name: str) -> None:
+def test_an_unusable_backend_is_refused(tmp_path: Path, name: str) -> None:
     """An unusable backend is refused by name, as in a run."""
     code, out, err = policy(tmp_path, "explain", "--backend", name)
     assert (code, out) == (125, "")
@@ -83,7 +83,7 @@ def test_a_backend_that_no_run_could_take_is_refused_by_its_name(tmp_path: Path,
 
 
 @pytest.mark.parametrize("name", ["podman", "docker", "os", "none"])
-def test_what_a_weaker_backend_does_not_hold_is_said_before_it_is_accepted(tmp_path: Path, name: str) -> None:
+def test_a_weaker_backend_can_be_explained(tmp_path: Path, name: str) -> None:
     """Explaining a weaker backend needs no acceptance and says what it does not enforce."""
     code, found = as_json(tmp_path, "explain", "--backend", name)
     assert code == 0
@@ -118,7 +118,7 @@ def test_a_toolchain_changes_no_control_and_is_named(tmp_path: Path, toolchain: 
     assert all("holds X07 programs to this, and nobody else does" in row["why"] for row in language)
 
 
-def test_wrong_words_and_wrong_policies_have_their_exit_codes(tmp_path: Path) -> None:
+def test_explain_has_exit_codes_for_errors(tmp_path: Path) -> None:
     """Wrong usage ends with exit code 2, an invalid policy with 3."""
     (tmp_path / "bad.json").write_bytes(b"[]")
     assert policy(tmp_path, "explain", "--backend", "xen")[0] == 2
@@ -134,7 +134,7 @@ def test_explaining_touches_nothing(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr, os.listdir(tmp_path)) == (0, b"", [])  # noqa: PTH208 - names are wanted
 
 
-def test_hosts_that_are_never_reached_are_told(tmp_path: Path) -> None:
+def test_unreachable_hosts_are_listed(tmp_path: Path) -> None:
     """`x07 policy explain` lists the hosts that are always refused, with the reason."""
     hosts = ("example.org", "10.0.0.0/8", "0.0.0.0/0", "printer.local", "127.0.0.1", "8.8.8.8")
     document = json.loads(render_policy(TEMPLATES["http-client"]))

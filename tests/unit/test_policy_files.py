@@ -89,7 +89,7 @@ CHECKS = {
 
 
 @pytest.mark.parametrize("name", sorted(CHECKS))
-def test_the_templates_of_x07_are_upstreams_to_the_last_number(name: str) -> None:
+def test_the_templates_are_x07s(name: str) -> None:
     """The X07 templates are identical to X07's own."""
     document = json.loads(render_policy(TEMPLATES[name]))
     assert document.pop("notes").count(".") == 1
@@ -106,7 +106,7 @@ def test_there_are_the_templates_of_x07_and_our_default() -> None:
 # the digest
 
 
-def test_documents_that_say_the_same_have_one_digest() -> None:
+def test_equivalent_documents_have_one_digest() -> None:
     """Equivalent documents have the same digest; any changed value changes it."""
     whole = json.loads(render_policy(TEMPLATES["cli"]))
     short = {key: whole[key] for key in reversed(whole)}
@@ -122,7 +122,7 @@ def test_documents_that_say_the_same_have_one_digest() -> None:
 # the environment
 
 
-def test_each_variable_carries_one_field_and_each_told_field_has_one() -> None:
+def test_variables_and_fields_match() -> None:
     """Each environment variable carries one policy field, and none is missing."""
     names = [name for name, _ in VARIABLES]
     told = [field for _, field in VARIABLES]
@@ -136,7 +136,7 @@ def test_each_variable_carries_one_field_and_each_told_field_has_one() -> None:
     }
 
 
-def test_the_default_environment_says_what_the_default_policy_says() -> None:
+def test_the_default_environment_matches_the_policy() -> None:
     """The environment under the default policy matches it."""
     env = program_environment(default_policy())
     assert env["X07_WORLD"] == "run-os-sandboxed"

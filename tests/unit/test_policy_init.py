@@ -48,7 +48,7 @@ def test_the_first_call_creates_and_the_second_finds_it_unchanged(tmp_path: Path
     assert (code, said["status"]) == (0, "unchanged")
 
 
-def test_people_are_told_how_to_use_the_policy(tmp_path: Path) -> None:
+def test_init_prints_the_next_command(tmp_path: Path) -> None:
     """`x07 policy init` prints the path and the command that uses the policy."""
     code, out, err = init(tmp_path, "--out", "my policy.json")
     told = f"created {tmp_path}/my policy.json\nnext: x07 run --policy 'my policy.json' PROGRAM\n"
@@ -126,7 +126,7 @@ def test_out_counts_from_the_project_and_its_folder_must_be_there(tmp_path: Path
         (("--template", "nope"), "worker-parallel"),
     ],
 )
-def test_what_cannot_be_written_is_wrong_usage(tmp_path: Path, words: tuple[str, ...], why: str) -> None:
+def test_errors_end_with_exit_code_2(tmp_path: Path, words: tuple[str, ...], why: str) -> None:
     """Every error of `x07 policy init` ends with exit code 2 and a reason."""
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")

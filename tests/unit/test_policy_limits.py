@@ -94,7 +94,7 @@ def test_a_smaller_number_of_children_is_not_passed_over() -> None:
         ("procs", 2000, "--procs 2000", "procs=2000"),
     ],
 )
-def test_no_flag_goes_beyond_what_a_policy_can_say(field: str, value: int, flag: str, keyword: str) -> None:
+def test_no_flag_exceeds_the_policys_range(field: str, value: int, flag: str, keyword: str) -> None:
     """A limit outside the policy's range is an error that names the flag or keyword."""
     for by_keyword, shown in ((False, flag), (True, keyword)):
         changes = replace(LimitChanges(**{field: value}), by_keyword=by_keyword)  # type: ignore[arg-type]  # of ints
@@ -113,13 +113,13 @@ def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "G", "-1G", "1.5", "1e9", "1 G B", "1T", "0x10", "\u0661G", "nan"])
-def test_what_is_no_size_is_not_guessed(text: str) -> None:
+def test_other_texts_are_no_size(text: str) -> None:
     """Anything else is no size."""
     assert parse_size(text) is None
 
 
 @given(st.integers(0, 1 << 34))
-def test_a_size_that_is_shown_can_be_given_back(size: int) -> None:
+def test_printed_sizes_can_be_parsed(size: int) -> None:
     """Every printed size can be pasted as a value."""
     assert parse_size(size_text(size)) == size
 

@@ -44,7 +44,7 @@ def test_flags_make_a_complete_policy(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("template", ["cli", "worker"])
-def test_a_closed_template_takes_hosts_and_roots(tmp_path: Path, template: str) -> None:
+def test_a_closed_template_accepts_hosts_and_roots(tmp_path: Path, template: str) -> None:
     """Named hosts and roots are usable even if the template has none."""
     found = made(tmp_path, "--template", template, *FLAGS)
     assert found["policy_id"] == f"custom.{template}"
@@ -62,7 +62,7 @@ def test_a_closed_template_takes_hosts_and_roots(tmp_path: Path, template: str) 
         (("--build-timeout", "9"), "unrecognized arguments: --build-timeout"),
     ],
 )
-def test_what_no_policy_can_say_is_refused(tmp_path: Path, words: tuple[str, ...], why: str) -> None:
+def test_invalid_values_are_refused(tmp_path: Path, words: tuple[str, ...], why: str) -> None:
     """Invalid values end with exit code 2 and print no policy."""
     code, out, err = policy(tmp_path, "new", *words)
     assert (code, out) == (2, "")
@@ -115,7 +115,7 @@ SECTION = st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=5)
 
 
 @given(st.dictionaries(st.sampled_from(["policy_id", "limits", "fs", "net", "x"]), SECTION | VALUES, max_size=5))
-def test_any_document_gives_words_that_a_shell_passes_on_whole(document: dict[str, Any]) -> None:
+def test_the_completing_command_is_quoted(document: dict[str, Any]) -> None:
     """The completing command for any document is printable and quoted for a shell."""
     found = completion(json.dumps(document).encode())
     if found is not None:
@@ -133,7 +133,7 @@ def test_any_document_gives_words_that_a_shell_passes_on_whole(document: dict[st
         ('{"net": {"allow_tcp": false, "allow_hosts": [{"host": "a.org", "ports": [443]}]}}', "net.allow_tcp"),
     ],
 )
-def test_what_a_document_switches_off_is_not_switched_on(document: str, off: str) -> None:
+def test_disabled_sections_stay_disabled(document: str, off: str) -> None:
     """The completing command never enables a section that is switched off."""
     found = completion(document.encode())
     assert found is not None

@@ -65,7 +65,7 @@ def test_the_digest_is_upstreams(flags: dict[str, tuple[str, ...]], digest: str)
     assert derived.digest == digest
 
 
-def test_a_derived_policy_says_where_it_came_from() -> None:
+def test_a_derived_policy_names_its_origin() -> None:
     """Id, file name and notes of a derived policy contain the digest."""
     derived = derive(allow_host=("example.org:443",))
     mark = f".g{derived.digest}"
@@ -110,7 +110,7 @@ def test_hosts_are_joined_and_keep_their_order() -> None:
     ]
 
 
-def test_a_denied_host_is_gone_whatever_allows_it() -> None:
+def test_a_denied_host_is_removed() -> None:
     """A denied host or port is removed whatever allows it, in any spelling."""
     base = with_hosts(("a.example", (1, 2)), ("b.example.", (3,)), ("[2001:db8::1]", (4,)), ("10.1.2.3", (5, 6)))
     derived = derive(
@@ -123,7 +123,7 @@ def test_a_denied_host_is_gone_whatever_allows_it() -> None:
     assert hosts_of(derived) == [("a.example", (1,)), ("10.1.2.3", (5,))]
 
 
-def test_a_gate_holds_what_a_policy_cannot_say() -> None:
+def test_a_run_can_deny_part_of_a_network() -> None:
     """A run can deny part of an allowed network, because the gate enforces it."""
     base = with_hosts(("10.0.0.0/8", (443, 80)))
     overrides = Overrides(deny_host=("10.1.2.3:443",))
@@ -132,7 +132,7 @@ def test_a_gate_holds_what_a_policy_cannot_say() -> None:
     assert derived.denied == {"10.1.2.3": {443}}
 
 
-def test_what_a_policy_cannot_deny_is_refused() -> None:
+def test_a_policy_cannot_deny_part_of_a_network() -> None:
     """A policy cannot deny part of an allowed network, so that is an error."""
     base = with_hosts(("10.0.0.0/8", (443, 80)))
     with pytest.raises(UsageError, match=r"is only a part of 10\.0\.0\.0/8"):
@@ -309,7 +309,7 @@ def test_any_text_is_a_host_or_wrong_usage(spec: str) -> None:
 
 
 @given(HOSTS, HOSTS)
-def test_covering_goes_by_addresses(mine: str, theirs: str) -> None:
+def test_overlapping_hosts_are_recognized(mine: str, theirs: str) -> None:
     """Overlapping hosts are recognized from both sides."""
     one, other = meaning(mine), meaning(theirs)
     assert covers(one, one) == "whole"
@@ -317,13 +317,13 @@ def test_covering_goes_by_addresses(mine: str, theirs: str) -> None:
 
 
 @pytest.mark.parametrize("host", ["1", "10.0.0.9-10.0.0.1", "10.0.0.1-::1", "a-b.example", "a/8", "10.0.0.0/33", "[a]"])
-def test_what_is_no_address_is_no_address(host: str) -> None:
+def test_malformed_networks_are_no_addresses(host: str) -> None:
     """A malformed network or range is no address."""
     assert addresses(host) is None
     assert is_name(host) == any(char.isalpha() for char in host)
 
 
-def test_names_that_stay_out_are_let_in_by_flags_of_built_in_policies_only() -> None:
+def test_allow_flags_change_only_built_in_policies() -> None:
     """--allow-hidden and --allow-symlinks change only built-in policies."""
     derived = derive(let_in=("hidden", "symlinks")).policy
     assert (derived.fs.deny_hidden, derived.fs.allow_symlinks) == (False, True)

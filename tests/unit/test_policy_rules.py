@@ -93,7 +93,7 @@ def test_a_host_is_one_plain_word(host: str) -> None:
 
 
 @pytest.mark.parametrize("host", ["example.org", "10.0.0.0/8", "::1", "[::1]", "10.0.0.1-10.0.0.9", "é" * 127])
-def test_every_kind_of_host_is_taken(host: str) -> None:
+def test_every_kind_of_host_is_accepted(host: str) -> None:
     """Names, addresses, networks and ranges are accepted as hosts."""
     assert faults(with_values(net__allow_hosts=[{"host": host, "ports": [443]}])) == []
 
@@ -107,7 +107,7 @@ def test_a_host_has_ports(ports: list[int], place: str) -> None:
 
 @pytest.mark.parametrize("path", LISTS)
 @pytest.mark.parametrize("entry", ["a;b", ";", "a\0"])
-def test_lists_that_are_handed_on_joined_hold_no_separator(path: str, entry: str) -> None:
+def test_joined_lists_contain_no_separator(path: str, entry: str) -> None:
     """Lists that become one variable contain no ';' and no NUL."""
     made = with_values(**{path.replace(".", "__"): ["/good", entry]})
     assert faults(made) == [f"$.{path}[1]"]
@@ -120,7 +120,7 @@ def test_bad_patterns_are_refused(pattern: str) -> None:
 
 
 @pytest.mark.parametrize("pattern", ["a", ".*", "a*b*", "\\*", "\\**", "a\\\\", "--x=.*", "\\."])
-def test_good_patterns_are_taken(pattern: str) -> None:
+def test_valid_patterns_are_accepted(pattern: str) -> None:
     """A backslash escapes the next character of a regex-lite pattern."""
     assert regex_lite_fault(pattern) is None
     assert faults(with_values(process__allow_args_regex_lite=[pattern])) == []

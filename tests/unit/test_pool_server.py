@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def test_nothing_is_told_once_the_start_is_over() -> None:
+def test_nothing_is_written_after_the_start() -> None:
     """The pool's process writes nothing to its starter's descriptor after the start."""
     read_fd, write_fd = os.pipe()
     starter = Starter(write_fd)
@@ -31,7 +31,7 @@ def test_nothing_is_told_once_the_start_is_over() -> None:
     os.close(other_r)
 
 
-def test_a_start_that_the_system_hinders_says_so(tmp_path: Path) -> None:
+def test_a_failed_start_gives_the_reason(tmp_path: Path) -> None:
     """`x07 pool start` reports why the pool's process cannot start."""
     cache = tmp_path / "cache"
     (cache / "pool" / "socket").mkdir(parents=True)

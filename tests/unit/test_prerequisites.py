@@ -71,7 +71,7 @@ def state(name: str, found: Facts, proof: Proof | None = HERE) -> BackendState:
 @pytest.mark.parametrize("machine", [*ARCHES, "riscv64"])
 @pytest.mark.parametrize("platform", PLATFORMS, ids=str)
 @pytest.mark.parametrize("proof", [None, HERE, BROKEN])
-def test_every_backend_is_named_on_any_machine(platform: Platform, machine: str, proof: Proof | None) -> None:
+def test_every_backend_is_listed_on_any_host(platform: Platform, machine: str, proof: Proof | None) -> None:
     """`x07 doctor` lists every backend on any host, with a reason, and three remedies unless it is proven."""
     states = backend_states(facts(platform, machine), proofs(proof))
     assert [state.name for state in states] == list(BY_NAME)
@@ -82,7 +82,7 @@ def test_every_backend_is_named_on_any_machine(platform: Platform, machine: str,
         assert not found.looks or found.state != "not-here"
 
 
-def test_only_what_has_started_a_machine_is_proven() -> None:
+def test_only_a_started_vm_proves_a_backend() -> None:
     """A backend is proven only by a VM that answered."""
     assert state("qemu", facts(), None).state == "failed"
     assert state("qemu", facts(), BROKEN).state == "failed"
@@ -90,7 +90,7 @@ def test_only_what_has_started_a_machine_is_proven() -> None:
     assert [found.name for found in backend_states(facts(), proofs(HERE)) if found.state == "proven"] == ["qemu"]
 
 
-def test_a_weaker_backend_is_no_failure_where_nothing_was_started_on_it() -> None:
+def test_an_untried_weaker_backend_is_no_failure() -> None:
     """An untried weaker backend is neither good nor bad."""
     found = next(
         state for state in backend_states(facts(), {"os": Proof(good=None, text="all is here")}) if state.name == "os"
@@ -119,7 +119,7 @@ def test_missing_hardware_virtualisation_is_no_fault_of_qemu() -> None:
     assert {look.good for look in state("firecracker-ctr", found).looks if look.what == "/dev/kvm"} == {False}
 
 
-def test_variables_say_where_to_look() -> None:
+def test_variables_override_locations() -> None:
     """Variables override where prerequisites are looked for."""
     assert {need.variable for needs in NEEDS.values() for need in needs if need.variable} <= VARIABLES.keys()
     environ = {"X07_VM_FIRECRACKER_CONTAINERD_SOCK": "/elsewhere.sock"}
@@ -130,7 +130,7 @@ def test_variables_say_where_to_look() -> None:
     assert "X07_VM_VZ_GUEST_BUNDLE" in [look.what for look in state("vz", macos).looks]
 
 
-def test_looking_finds_what_is_there(tmp_path: Path) -> None:
+def test_programs_and_sockets_are_probed(tmp_path: Path) -> None:
     """Programs, served sockets, dead sockets and plain files are distinguished."""
     program = tmp_path / "ctr"
     program.write_text("#!/bin/sh\n")
@@ -156,7 +156,7 @@ def test_looking_finds_what_is_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(60)
-def test_a_socket_that_accepts_nobody_does_not_hold_the_doctor(tmp_path: Path) -> None:
+def test_an_unresponsive_socket_times_out(tmp_path: Path) -> None:
     """An unresponsive socket times out after half a second."""
     place = os.path.relpath(tmp_path / "s")
     with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX) as waiting:

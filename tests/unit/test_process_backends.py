@@ -83,7 +83,7 @@ def test_root_runs_all_of_it_as_another_user() -> None:
     assert other[-len(plain) + 2 :] == plain[2:]
 
 
-def test_an_unconfined_program_finds_its_files() -> None:
+def test_unconfined_paths_are_mapped() -> None:
     """An unconfined program's paths are mapped to the job's folder."""
     adapted = Unconfined(3, "/state/files").adapt(BODY)
     assert adapted["argv"] == ["/state/files/in/a", "/x07/input", "x/x07/in", "/state/files/out"]
@@ -105,7 +105,7 @@ def test_a_project_of_an_unconfined_program_lies_in_the_work_folder() -> None:
 
 
 @given(st.text())
-def test_words_without_our_paths_stay(word: str) -> None:
+def test_other_arguments_are_unchanged(word: str) -> None:
     """Arguments without our paths are passed unchanged."""
     if not word.startswith(("/x07", "/opt/x07")):
         assert Unconfined(3, "/f").adapt(BODY | {"argv": [word]})["argv"] == [word]
@@ -120,7 +120,7 @@ def test_the_agent_refuses_a_platform_that_it_does_not_know() -> None:
             named(words)
 
 
-def test_a_confined_process_takes_its_own_steps() -> None:
+def test_a_confined_process_replaces_vm_steps() -> None:
     """A confined process replaces the steps of a VM that it cannot take, and omits none."""
     machine = {step.name: step for step in (*MACHINE.world, *MACHINE.rights)}
     confined = {step.name: step for step in (*CONFINED.world, *CONFINED.rights)}

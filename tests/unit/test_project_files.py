@@ -77,14 +77,14 @@ def replaced(place: Path, make: Callable[[Path], object]) -> None:
     make(place)
 
 
-def test_who_calls_standard_input_a_dash_is_told_its_name(stack: contextlib.ExitStack) -> None:
+def test_a_dash_as_input_suggests_dev_stdin(stack: contextlib.ExitStack) -> None:
     """An input named `-` is an error that suggests /dev/stdin."""
     cancel = stack.enter_context(contextlib.closing(Cancel()))
     with pytest.raises(UsageError, match="or /dev/stdin"):
         open_input(RunRequest(cancel=cancel, input=Path("-")), stack)
 
 
-def test_a_project_brings_its_policy_and_its_input(folder: Path, stack: contextlib.ExitStack) -> None:
+def test_a_projects_policy_and_input_are_read(folder: Path, stack: contextlib.ExitStack) -> None:
     """A project's policy and input are read when the project is loaded."""
     (folder / "own/real").write_bytes(b"the project's")
     replaced(folder / "own/input.txt", lambda place: place.symlink_to("real"))
@@ -109,7 +109,7 @@ def test_a_project_brings_its_policy_and_its_input(folder: Path, stack: contextl
         (lambda _: None, "No such file"),
     ],
 )
-def test_what_is_not_the_projects_is_refused(
+def test_files_outside_the_project_are_refused(
     folder: Path, stack: contextlib.ExitStack, name: str, make: Callable[[Path], object], why: str
 ) -> None:
     """A policy or input outside the project, or no regular file, is refused without blocking."""
@@ -127,7 +127,7 @@ def test_what_is_not_the_projects_is_refused(
         (lambda at: at.symlink_to("no"), "No such"),
     ],
 )
-def test_a_manifest_that_is_no_file_is_told_as_that(
+def test_a_manifest_must_be_a_regular_file(
     tmp_path: Path, stack: contextlib.ExitStack, name: str, make: Callable[[Path], object], why: str
 ) -> None:
     """A manifest that is no regular file is refused by name."""
@@ -136,7 +136,7 @@ def test_a_manifest_that_is_no_file_is_told_as_that(
         load(stack, tmp_path)
 
 
-def test_a_folder_on_the_way_may_not_lead_out(folder: Path, stack: contextlib.ExitStack) -> None:
+def test_an_escaping_folder_is_refused(folder: Path, stack: contextlib.ExitStack) -> None:
     """A folder that links out of the project is refused."""
     (folder / "own").rename(folder.parent / "elsewhere")
     (folder / "own").symlink_to(folder.parent / "elsewhere")
@@ -144,7 +144,7 @@ def test_a_folder_on_the_way_may_not_lead_out(folder: Path, stack: contextlib.Ex
         load(stack, folder)
 
 
-def test_who_runs_it_may_name_what_they_like(folder: Path, stack: contextlib.ExitStack) -> None:
+def test_flags_override_a_projects_files(folder: Path, stack: contextlib.ExitStack) -> None:
     """Flags override a project's files and may name links."""
     (folder.parent / "link").symlink_to("other.txt")
     for name in ("policy.json", "input.txt"):
@@ -165,7 +165,7 @@ def test_a_manifest_may_be_a_link_only_where_it_is_named(folder: Path, stack: co
         assert load(stack, manifest)[1].project
 
 
-def test_a_project_asks_for_no_more_output_than_is_granted(folder: Path, stack: contextlib.ExitStack) -> None:
+def test_a_profile_only_lowers_the_output_limit(folder: Path, stack: contextlib.ExitStack) -> None:
     """A profile can only lower the output limit, and the user's flag overrides it."""
     place = folder / "x07.json"
     if not place.exists():
@@ -201,7 +201,7 @@ def test_out_is_refused_where_the_policy_gives_no_files(folder: Path, stack: con
     ("root", "granted"),
     [(".", True), ("out", True), ("{}/own", True), ("/home", False), ("{}/../other", False), ("{}-more", False)],
 )
-def test_what_a_project_brings_grants_nothing_outside_it(
+def test_a_projects_policy_grants_no_outside_files(
     folder: Path, stack: contextlib.ExitStack, field: str, root: str, *, granted: bool
 ) -> None:
     """A project's own policy cannot grant files outside the project."""
@@ -219,7 +219,7 @@ def test_what_a_project_brings_grants_nothing_outside_it(
     assert policy_in_force(load(stack, folder, policy=place)[0])[0].fs == fs
 
 
-def test_what_a_project_brings_grants_no_hosts(folder: Path, stack: contextlib.ExitStack) -> None:
+def test_a_projects_policy_grants_no_hosts(folder: Path, stack: contextlib.ExitStack) -> None:
     """A project's own policy cannot grant hosts."""
     place = folder / "own/policy.json"
     policy = default_policy()
@@ -231,7 +231,7 @@ def test_what_a_project_brings_grants_no_hosts(folder: Path, stack: contextlib.E
 
 
 @pytest.mark.parametrize(("wall_ms", "own"), [(None, None), (4000, 5000), (5000, None)])
-def test_whose_time_limit_holds_is_known(tmp_path: Path, wall_ms: int | None, own: int | None) -> None:
+def test_the_lower_time_limit_applies(tmp_path: Path, wall_ms: int | None, own: int | None) -> None:
     """The lower one of a call's and the policy's time limit applies and is known as such."""
     limits = replace(default_policy().limits, wall_ms=5000)
     place = tmp_path / "p.json"
@@ -253,7 +253,7 @@ def test_with_flags_alone_the_policy_is_still_the_built_in_one() -> None:
 
 
 @pytest.mark.parametrize(("timeout_ms", "shorter"), [(60_000, False), (3000, True)])
-def test_a_shorter_time_limit_makes_another_document(tmp_path: Path, timeout_ms: int, *, shorter: bool) -> None:
+def test_a_changed_limit_changes_the_digest(tmp_path: Path, timeout_ms: int, *, shorter: bool) -> None:
     """The policy digest is that of the file, or of the changed policy."""
     place = tmp_path / "policy.json"
     place.write_bytes(POLICY.replace(b"\n", b"\n\n"))

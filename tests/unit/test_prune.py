@@ -95,7 +95,7 @@ def why_kept(report: PruneReport, path: Path) -> str:
 # records
 
 
-def test_what_ended_longer_ago_than_the_retention_goes() -> None:
+def test_expired_records_are_removed() -> None:
     """Records and run folders older than the retention are removed."""
     old, young = job(8), job(6, number=1)
     report = swept("runs")
@@ -108,7 +108,7 @@ def test_what_ended_longer_ago_than_the_retention_goes() -> None:
     assert swept("runs").removed == ()
 
 
-def test_a_job_that_is_not_done_stays_with_its_run() -> None:
+def test_an_unfinished_job_is_kept() -> None:
     """A job without `done` or `reaped` is kept and named, however old."""
     record = job(400, done=False)
     report = swept("runs")
@@ -127,7 +127,7 @@ def test_a_job_of_a_live_process_stays() -> None:
     assert "a process of it lives" in why_kept(report, record.folder)
 
 
-def test_a_run_whose_changes_are_half_applied_stays() -> None:
+def test_a_run_with_half_applied_changes_is_kept() -> None:
     """A run with half-applied changes is kept."""
     record = job(400)
     marker = private_dir(run_folder(record).parent / APPLYING) / record.run_id
@@ -137,7 +137,7 @@ def test_a_run_whose_changes_are_half_applied_stays() -> None:
     assert paths(swept("runs")) == {str(record.folder), str(run_folder(record))}
 
 
-def test_a_run_under_way_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_running_run_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """A running run keeps its folder and records, even after a wrong clock."""
     with monkeypatch.context() as patch:
         patch.setattr(time, "time_ns", lambda: 1_000_000_000)  # one second of 1970
@@ -163,7 +163,7 @@ def test_a_run_under_way_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         ("job.json", None, "did not make it"),
     ],
 )
-def test_what_cannot_be_judged_stays_and_is_told(name: str, content: bytes | None, why: str) -> None:
+def test_unreadable_records_are_kept_and_reported(name: str, content: bytes | None, why: str) -> None:
     """Damaged, newer and foreign records are kept and reported."""
     record = job(400)
     (record.folder / name).unlink()
@@ -225,7 +225,7 @@ def test_other_files_in_the_state_folder_stay(tmp_path: Path) -> None:
     assert (tmp_path / "vm" / "runner_instance").is_file()
 
 
-def test_what_a_killed_prune_left_goes_with_the_next() -> None:
+def test_a_killed_prune_is_completed() -> None:
     """A removal that was killed is completed by the next prune."""
     record = job(8)
     doomed = record.folder.with_name(f".pruned-{record.folder.name}")
@@ -265,7 +265,7 @@ def image(name: str = "", *, base: str = "cd" * 32, size: int = 200_000) -> stor
     return store.load(folder.name, name)
 
 
-def test_only_images_without_a_name_go(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_unnamed_images_are_removed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only unnamed, unpinned images are removed."""
     named, old, pinned = image("default"), image(size=1000), image(size=2000)
     monkeypatch.setenv("X07_VM_GUEST_IMAGE_DIGEST", pinned.digest)
@@ -276,7 +276,7 @@ def test_only_images_without_a_name_go(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list((store.images_dir().parent / "tmp").iterdir()) == []
 
 
-def test_bytes_are_those_that_the_disk_gets_back() -> None:
+def test_reported_bytes_are_those_freed() -> None:
     """The reported size is the disk space freed, counting shared files once."""
     named, old = image("default"), image(size=1000)
     shared = named.folder / "root.erofs"
@@ -290,7 +290,7 @@ def test_bytes_are_those_that_the_disk_gets_back() -> None:
     assert swept("images").bytes == report.bytes
 
 
-def test_a_damaged_image_stays_and_is_told() -> None:
+def test_a_damaged_image_is_kept_and_reported() -> None:
     """A damaged image is kept and reported."""
     broken = image()
     (broken.folder / "manifest.json").write_bytes(b'{"schema_version": "x07.sandbox.image@9.0.0"}')
@@ -301,7 +301,7 @@ def test_a_damaged_image_stays_and_is_told() -> None:
     assert "damaged" in why_kept(report, store.images_dir() / f"base-{'0' * 32}")
 
 
-def test_a_build_under_way_is_waited_for() -> None:
+def test_prune_waits_for_a_build() -> None:
     """Prune waits for a running build and says so."""
     fresh = image()
     told: list[str] = []
@@ -321,7 +321,7 @@ def test_a_build_under_way_is_waited_for() -> None:
     assert told == ["waiting for a build of an image to end"]
 
 
-def test_what_was_built_goes_when_nobody_used_it_for_long(tmp_path: Path) -> None:
+def test_unused_artifacts_are_removed(tmp_path: Path) -> None:
     """Artifacts unused for longer than the retention are removed."""
     folder = store.images_dir().parent / "artifacts"
     folder.mkdir(mode=0o700)
@@ -341,7 +341,7 @@ def test_what_was_built_goes_when_nobody_used_it_for_long(tmp_path: Path) -> Non
     assert fresh.exists()
 
 
-def test_saved_machines_and_notes_go_with_what_they_were_of() -> None:
+def test_templates_are_removed_with_their_image() -> None:
     """Templates and notes are removed with their image, also in a dry run."""
     named, old = image("default"), image(size=1000)
     templates, verified = (store.images_dir().parent / name for name in ("templates", "verified"))
@@ -407,7 +407,7 @@ def test_a_switch_names_the_part(full: list[Path], words: tuple[str, ...]) -> No
     assert {str(path) for path in chosen} <= {removed["path"] for removed in report["removed"]}
 
 
-def test_a_dry_run_removes_nothing_and_says_the_same(full: list[Path]) -> None:
+def test_a_dry_run_reports_the_same(full: list[Path]) -> None:
     """--dry-run removes nothing and reports exactly what a real run would."""
     code, dry = command("--dry-run")
     assert (code, dry["dry_run"]) == (0, True)
@@ -416,7 +416,7 @@ def test_a_dry_run_removes_nothing_and_says_the_same(full: list[Path]) -> None:
     assert {**real, "dry_run": True} == dry
 
 
-def test_people_are_told_what_and_how_much(full: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_output_lists_items_and_sizes(full: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     """The output has one line for each item with size and reason, and the total."""
     assert main(["prune", "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -445,7 +445,7 @@ def test_a_planted_link_in_place_of_our_folders_is_refused(full: list[Path], tmp
     assert all((tmp_path / "real" / path).exists() for path in moved)
 
 
-def test_what_cannot_be_removed_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_undeletable_item_is_reported(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """An item that cannot be removed is reported, and the exit code is 1."""
     record = job(8)
 

@@ -35,7 +35,7 @@ def test_help_lists_the_public_functions() -> None:
     assert set(x07_sandbox.__all__) <= set(dir(x07_sandbox))
 
 
-def test_the_words_of_an_outcome_are_those_of_the_table() -> None:
+def test_outcome_lists_all_outcomes() -> None:
     """`Outcome` lists exactly the possible outcomes."""
     assert list(get_args(x07_sandbox.Outcome)) == [outcome.value for outcome in OUTCOMES]
 

@@ -67,7 +67,7 @@ def test_the_kernel_command_line_is_the_same_for_every_job(name: str, kvm: int |
     assert one.mark not in kernel_command_line(one)
 
 
-def test_a_guest_takes_any_timer_only_where_it_is_told_so() -> None:
+def test_only_the_last_attempt_accepts_any_timer() -> None:
     """Only the last boot attempt accepts a miscalibrated timer."""
     assert "x07.timer" not in kernel_command_line(machine())
     told = kernel_command_line(msgspec.structs.replace(machine(), any_timer=True))
@@ -165,7 +165,7 @@ def test_host_and_agent_name_port_and_disk_alike() -> None:
     assert guest_machine.SCRATCH_SERIAL == SCRATCH_SERIAL
 
 
-def test_the_port_of_the_network_is_there_from_the_start() -> None:
+def test_the_network_port_always_exists() -> None:
     """The network port exists in every VM."""
     argv = qemu_argv(machine())
     assert "virtio-serial-device,max_ports=3" in values(argv, "-device")
@@ -189,7 +189,7 @@ def test_memory_is_not_reserved(origin: Origin) -> None:
     assert "reserve=off" in memory.split(",")
 
 
-def test_hardware_is_used_by_descriptor_and_emulation_says_so() -> None:
+def test_kvm_is_used_by_descriptor() -> None:
     """KVM is used through the given descriptor; without it the VM is emulated."""
     hardware, emulated = qemu_argv(machine(kvm_fd=106)), qemu_argv(machine())
     assert values(hardware, "-accel") == ["kvm,device=/dev/fdset/3"]
@@ -199,7 +199,7 @@ def test_hardware_is_used_by_descriptor_and_emulation_says_so() -> None:
     assert not any("kvm" in word for word in emulated)
 
 
-def test_mitigations_are_off_only_where_nothing_speculates() -> None:
+def test_mitigations_are_off_only_under_emulation() -> None:
     """CPU mitigations are off only in emulated VMs."""
     assert "mitigations=off" in kernel_command_line(machine()).split()
     assert "mitigations=off" not in kernel_command_line(machine(kvm_fd=106))

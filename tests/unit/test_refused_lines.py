@@ -55,7 +55,7 @@ def result(*denials: Denial, outcome: Outcome = "failed", lost: int = 0, hints: 
     )
 
 
-def test_the_first_few_are_told_and_the_rest_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
+def test_four_denials_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     """Four denials are printed, those that something would allow first, and the rest is counted."""
     flag = HowToAllow(json_path="$.fs.write_roots", value=["/data"], flag="--allow-write-root /data")
     line = HowToAllow(json_path="$.limits.fds", value=60)
@@ -98,7 +98,7 @@ def test_paths_that_one_flag_allows_are_one_line(capsys: pytest.CaptureFixture[s
     ]
 
 
-def test_what_one_change_allows_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_equal_advice_is_printed_once(capsys: pytest.CaptureFixture[str]) -> None:
     """A file that could neither be executed nor read is one line."""
     programs = [HowToAllow(json_path="$.process.allow_execs", value=[f"/bin/{name}"]) for name in "abc"]
     tried = [denial(how.value[0], how, action=action) for how in programs for action in ("execute", "read")]
@@ -110,7 +110,7 @@ def test_what_one_change_allows_is_told_once(capsys: pytest.CaptureFixture[str])
     ]
 
 
-def test_lines_are_short_and_act_on_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_are_short_and_escaped(capsys: pytest.CaptureFixture[str]) -> None:
     """Long lists are shortened to what is added, and control characters are escaped."""
     how = HowToAllow(json_path="$.process.allow_execs", value=[f"/bin/{number}" for number in range(100)])
     flags = [HowToAllow(json_path=None, value=None, flag=f"--allow-{name}-root /a") for name in ("read", "write")]
@@ -124,7 +124,7 @@ def test_lines_are_short_and_act_on_no_terminal(capsys: pytest.CaptureFixture[st
     assert "x07: the library /tmp/a.so cannot be loaded from there. To allow it, set process" in capsys.readouterr().err
 
 
-def test_what_has_to_come_first_is_not_said_to_let_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_first_step_is_called_one(capsys: pytest.CaptureFixture[str]) -> None:
     """A change that is only a first step is called one."""
     files = HowToAllow(json_path="$.fs.enabled", value=True)
     spawn = Denial(
@@ -143,7 +143,7 @@ def test_what_has_to_come_first_is_not_said_to_let_it(capsys: pytest.CaptureFixt
     ]
 
 
-def test_who_has_no_policy_yet_is_told_how_to_get_one(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_to_write_a_policy_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     """If the built-in policy must change, the command that writes it is named."""
     line = HowToAllow(json_path="$.limits.fds", value=512)
     flag = HowToAllow(json_path="$.fs.read_roots", value=["/d"], flag="--allow-read-root /d")
@@ -156,21 +156,21 @@ def test_who_has_no_policy_yet_is_told_how_to_get_one(capsys: pytest.CaptureFixt
     assert said == [True, False, False, True]
 
 
-def test_the_template_in_use_is_the_one_to_begin_with() -> None:
+def test_the_template_in_use_is_named() -> None:
     """The command to write a policy names the template in use."""
     tried = result(denial("x", HowToAllow(json_path="$.fs.deny_hidden", value=False)))
     assert "x07 policy init --template worker --out" in lines(replace(tried, policy="built-in:worker"))[-1]
     assert len(lines(replace(tried, policy=None))) == 1
 
 
-def test_what_others_say_is_not_said_twice(capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_reported_twice(capsys: pytest.CaptureFixture[str]) -> None:
     """Denials that are reported elsewhere are not printed again."""
     tell(result(denial("/a"), outcome="ok"))
     tell(result(denial("/a", action="plan"), denial("/b", action="change")))
     assert capsys.readouterr().err == ""
 
 
-def test_another_command_is_told_what_it_can_do() -> None:
+def test_os_runner_suggests_only_its_own_flags() -> None:
     """x07-os-runner suggests only flags that it has."""
     root = HowToAllow(json_path="$.fs.write_roots", value=["/d"], flag="--allow-write-root /d")
     reveal = HowToAllow(json_path=None, value=None, flag="--reveal x.pem")
@@ -213,7 +213,7 @@ def test_a_limit_that_was_reached_is_named(field: str, action: str, value: int, 
     assert lines(result(flagged)) == [f"denied: {said.partition('set limits')[0]}use --timeout 9"]
 
 
-def test_a_failed_connection_is_told_with_its_flag() -> None:
+def test_a_failed_connection_ends_with_its_flag() -> None:
     """A failed connection in a run without network ends with the flag to paste."""
     how = HowToAllow(json_path=None, value=None, flag="--allow-host example.org:443")
     hint = Hint(subject="the connection to example.org:443", kind="network", how=how)

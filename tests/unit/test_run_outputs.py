@@ -54,7 +54,7 @@ def x07(*words: str, module: str = "main", most_bytes: int | None = None) -> sub
 # what cannot be written
 
 
-def test_a_file_that_cannot_be_written_loses_nothing_else(place: Path) -> None:
+def test_an_unwritable_file_loses_nothing_else(place: Path) -> None:
     """A file that cannot be written gives a warning and exit code 125; the others are written."""
     options = argparse.Namespace(
         json=False, compiled_out=place / "gone/prog", diff=place / "gone/d", report_out=place / "r", net_log=None
@@ -74,7 +74,7 @@ def test_a_file_that_cannot_be_written_loses_nothing_else(place: Path) -> None:
 
 
 @pytest.mark.parametrize("words", [(), ("--json",), ("--report", "runner")])
-def test_a_report_that_cannot_be_written_leaves_the_result(words: tuple[str, ...]) -> None:
+def test_an_unwritable_report_keeps_the_result(words: tuple[str, ...]) -> None:
     """A full disk for --report-out is reported next to the result."""
     done = x07("run", *words, "--report-out", "r", "--toolchain", "shell", "-c", "true", most_bytes=100)
     assert done.returncode == 125
@@ -127,7 +127,7 @@ def project(place: Path, kind: str) -> None:
     ],
 )
 @pytest.mark.parametrize("flag", ["--report-out", "--diff", "--attest-runtime"])
-def test_nothing_that_a_project_consists_of_is_written_over(
+def test_project_files_are_not_overwritten(
     place: Path, kind: str, words: tuple[str, ...], own: tuple[str, ...], flag: str
 ) -> None:
     """An output over a file of the project is refused."""
@@ -152,7 +152,7 @@ def test_a_source_on_standard_input_is_not_written_over(place: Path, flag: str) 
 
 @pytest.mark.parametrize("text", ["", '{"schema_version": "x07.sandbox.result@0.1.0"}'])
 @pytest.mark.parametrize("words", [(), ("--attest-runtime", "policy.json"), ("--diff", "in.txt")])
-def test_a_refused_report_is_not_written_all_the_same(place: Path, text: str, words: tuple[str, ...]) -> None:
+def test_a_refused_report_is_not_written(place: Path, text: str, words: tuple[str, ...]) -> None:
     """A refused --report-out is not written with the error either."""
     project(place, "x07-sandbox.toml")
     for name in ("empty.py", "in.txt"):
@@ -183,7 +183,7 @@ def test_the_derived_policy_stays(place: Path) -> None:
 
 
 @pytest.mark.parametrize("flag", ["--compiled-out", "--attest-runtime"])
-def test_nothing_replaces_a_module(place: Path, flag: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_modules_are_not_overwritten(place: Path, flag: str, capfd: pytest.CaptureFixture[str]) -> None:
     """An output over a module of x07-os-runner is refused."""
     (place / "lib/a").mkdir(parents=True)
     for name in ("main.x07.json", "lib/a/b.x07.json"):
@@ -195,7 +195,7 @@ def test_nothing_replaces_a_module(place: Path, flag: str, capfd: pytest.Capture
     assert (place / "lib/a/b.x07.json").read_text() == "{}"
 
 
-def test_what_a_run_wrote_into_its_project_is_written_anew(place: Path) -> None:
+def test_an_earlier_report_is_replaced(place: Path) -> None:
     """A report inside an X07 project is replaced by the next run."""
     project(place, "x07.json")
     runs = set()
@@ -206,7 +206,7 @@ def test_what_a_run_wrote_into_its_project_is_written_anew(place: Path) -> None:
 
 
 @pytest.mark.parametrize("verb", ["diff", "apply", "undo"])
-def test_what_a_run_has_changed_is_no_report(place: Path, verb: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_reports_overwrite_no_changed_file(place: Path, verb: str, capfd: pytest.CaptureFixture[str]) -> None:
     """--report-out over a changed file is refused by diff, apply and undo."""
     after = Node(kind="file", mode=0o644, size=1, sha256=hashlib.sha256(b"x").hexdigest(), at=0)
     changed = RootChanges(
@@ -240,7 +240,7 @@ def test_an_empty_name_is_not_this_folder(
         ("init",),
     ],
 )
-def test_a_folder_that_is_gone_is_told(place: Path, words: tuple[str, ...], capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_removed_folder_is_reported(place: Path, words: tuple[str, ...], capfd: pytest.CaptureFixture[str]) -> None:
     """A removed current folder is a usage error that says so."""
     place.rmdir()
     assert main([*words]) == 2
@@ -300,9 +300,7 @@ def test_an_error_before_a_run_replaces_the_last_report(
     + [(text, False) for text in ("{}", "{", "[1]", "x", '{"schema_version": "x07.project@0.5.0"}', '{"a":' * 99_999)],
     ids=range(9),
 )
-def test_wrong_usage_is_in_the_report_too(
-    place: Path, words: tuple[str, ...], before: str | None, *, told: bool
-) -> None:
+def test_wrong_usage_is_reported(place: Path, words: tuple[str, ...], before: str | None, *, told: bool) -> None:
     """Wrong usage is written to --report-out, but never over a foreign file."""
     if before is not None:
         (place / "r").write_text(before)

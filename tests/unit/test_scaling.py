@@ -28,7 +28,7 @@ def test_time_and_cpu_time_are_multiplied_and_nothing_else() -> None:
     assert (made.mem_bytes, made.procs, made.fds) == (limits.mem_bytes, limits.procs, limits.fds)
 
 
-def test_no_factor_goes_beyond_what_a_policy_can_say() -> None:
+def test_scaled_limits_stop_at_the_maximum() -> None:
     """Scaled limits stop at 600 s with a warning."""
     made, scaling, warnings = scaled_limits(run_limits(default_policy()), 17)
     assert (made.wall_ms, made.cpu_ms, scaling.factor) == (600_000, 600_000, 17)
@@ -65,7 +65,7 @@ def test_the_settings_file_may_ask_for_scaled_limits(
         ("[limits\n", "it is not TOML"),
     ],
 )
-def test_a_setting_that_is_wrong_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, why: str) -> None:
+def test_an_invalid_setting_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, why: str) -> None:
     """An invalid setting is an error."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     (tmp_path / "x07").mkdir()
@@ -77,7 +77,7 @@ def test_a_setting_that_is_wrong_is_told(tmp_path: Path, monkeypatch: pytest.Mon
         scale_when_emulated()
 
 
-def test_a_build_has_the_time_that_was_asked_for() -> None:
+def test_build_timeout_sets_the_build_limits() -> None:
     """`--build-timeout` sets wall and CPU time of a build; the default is 300 s."""
     assert (build_limits()["cpu_ms"], build_limits_shown().wall_ms) == (300_000, 300_000)
     shown = build_limits_shown(900_000)

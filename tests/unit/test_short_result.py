@@ -76,7 +76,7 @@ def test_the_full_result_is_the_library_s() -> None:
         (["run", "prog.py", "--", "--json=full"], False, "prog.py"),
     ],
 )
-def test_json_takes_no_word_that_follows_it(words: list[str], json_value: object, program: str) -> None:
+def test_json_consumes_no_further_word(words: list[str], json_value: object, program: str) -> None:
     """`--json` never consumes the next word."""
     words = main._verb_first(words)  # noqa: SLF001 - what main does with them first
     options = parser_for(words).parse_args(words)

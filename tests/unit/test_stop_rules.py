@@ -66,7 +66,7 @@ def test_a_live_owner_inside_its_deadline_is_left_alone() -> None:
     assert fate(recorded(GONE)) == "dead"
 
 
-def test_a_reused_process_number_is_a_dead_owner() -> None:
+def test_a_reused_pid_is_a_dead_owner() -> None:
     """A reused pid counts as a dead owner."""
     me = own_identity()
     assert fate(recorded(Identity(pid=me.pid, start_ticks=me.start_ticks - 1))) == "dead"
@@ -112,7 +112,7 @@ def test_a_record_of_an_earlier_version_is_judged_by_the_wall_clock() -> None:
 
 
 @pytest.mark.parametrize("end", ["done", "reaped"])
-def test_what_has_ended_is_not_judged_again(end: str) -> None:
+def test_an_ended_job_is_over(end: str) -> None:
     """A job with done or reaped is over."""
     record = recorded(GONE)
     mark_done(record) if end == "done" else mark_reaped(record)
@@ -140,7 +140,7 @@ def test_what_has_ended_is_not_judged_again(end: str) -> None:
         ("job.json", {"padding": "x" * 70_000}, "damaged"),
     ],
 )
-def test_what_is_not_ours_to_judge_is_kept(name: str, values: dict[str, Any], standing: str) -> None:
+def test_foreign_and_damaged_records_are_kept(name: str, values: dict[str, Any], standing: str) -> None:
     """A damaged, newer or foreign record is kept."""
     record = recorded(GONE)
     edit(record, name, **values)
@@ -168,7 +168,7 @@ def test_a_link_is_no_record(tmp_path: Path) -> None:
     assert stored(other).owner is None
 
 
-def test_a_pipe_in_place_of_a_record_stops_nobody() -> None:
+def test_a_pipe_in_place_of_a_record_does_not_block() -> None:
     """A pipe in place of a record does not block."""
     record = recorded(GONE)
     (record.folder / "owner.json").unlink()
@@ -176,7 +176,7 @@ def test_a_pipe_in_place_of_a_record_stops_nobody() -> None:
     assert stored(record).owner is None
 
 
-def test_states_are_words_for_people() -> None:
+def test_each_job_has_a_state() -> None:
     """Each job has one state word."""
     me = own_identity()
     now = Now(boot_id(), pid_namespace(), here_and_now().boot_ms, here_and_now().unix_ms)

@@ -54,7 +54,7 @@ def test_ordinary_text_passes_the_filter_however_it_is_cut(text: str, cut: int) 
     assert b"".join(shown(data[at : at + cut]) for at in range(0, len(data), cut)) == data
 
 
-def test_the_line_about_what_is_done_has_no_control_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_progress_line_has_no_control_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
     """The progress line contains no control sequences of hostile names."""
     ours, theirs = pty.openpty()
     with os.fdopen(theirs, "w", encoding="utf-8") as terminal:
@@ -95,7 +95,7 @@ def test_a_sink_to_a_terminal_filters_and_settles_every_byte(keep_fd: int) -> No
         os.close(terminal)
 
 
-def test_a_reader_who_has_gone_does_not_stop_the_stream(keep_fd: int) -> None:
+def test_a_stream_survives_its_reader(keep_fd: int) -> None:
     """A stream continues after its live reader has gone."""
     read, write = os.pipe()
     try:
@@ -114,7 +114,7 @@ def test_a_reader_who_has_gone_does_not_stop_the_stream(keep_fd: int) -> None:
 
 
 @pytest.mark.parametrize("chunk", [4095, 4096, 65536])
-def test_nothing_waits_for_readers_of_one_pipe(keep_fd: int, chunk: int) -> None:
+def test_full_pipes_never_block(keep_fd: int, chunk: int) -> None:
     """Streams into a full pipe never block."""
     read, write = os.pipe()
     with tempfile.TemporaryFile() as other:
@@ -138,7 +138,7 @@ def test_nothing_waits_for_readers_of_one_pipe(keep_fd: int, chunk: int) -> None
     os.close(write)
 
 
-def test_what_is_not_there_yet_is_not_the_end() -> None:
+def test_non_blocking_input_is_read_to_its_end() -> None:
     """Input on a non-blocking descriptor is read to its end, within the limit."""
     theirs, ours = os.pipe()
     os.set_blocking(theirs, False)

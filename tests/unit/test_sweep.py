@@ -82,7 +82,7 @@ def alive(identity: Identity) -> bool:
     )
 
 
-def test_a_dead_runners_job_is_reaped_and_a_live_ones_stays() -> None:
+def test_only_jobs_of_dead_runners_are_reaped() -> None:
     """A sweep reaps the job of a dead runner and leaves that of a live one untouched."""
     dead, live = recorded(GONE), recorded()
     before = {path.name: path.read_bytes() for path in live.folder.iterdir()}
@@ -93,7 +93,7 @@ def test_a_dead_runners_job_is_reaped_and_a_live_ones_stays() -> None:
     assert swept().removed == ()
 
 
-def test_a_process_that_carries_the_jobs_mark_is_ended() -> None:
+def test_recorded_processes_are_killed() -> None:
     """A sweep kills the recorded processes of a dead runner."""
     record = recorded(GONE)
     with sleeper(record.mark) as identity:
@@ -102,7 +102,7 @@ def test_a_process_that_carries_the_jobs_mark_is_ended() -> None:
         assert not alive(identity)
 
 
-def test_a_process_that_was_not_written_down_is_found_by_its_mark() -> None:
+def test_unrecorded_processes_are_found() -> None:
     """A sweep finds unrecorded processes of a dead runner by their mark."""
     record = recorded(GONE)
     with sleeper(record.mark) as identity:
@@ -111,7 +111,7 @@ def test_a_process_that_was_not_written_down_is_found_by_its_mark() -> None:
 
 
 @pytest.mark.parametrize("role", ["processes", "runner"])
-def test_a_planted_record_cannot_have_a_process_killed(role: str) -> None:
+def test_a_forged_record_kills_no_process(role: str) -> None:
     """A forged record cannot make a sweep kill a foreign process."""
     record = recorded(GONE)
     with sleeper("no mark") as identity:
@@ -127,7 +127,7 @@ def test_a_planted_record_cannot_have_a_process_killed(role: str) -> None:
             assert not ended(record)
 
 
-def test_an_expired_job_of_a_live_runner_goes() -> None:
+def test_an_expired_job_is_ended() -> None:
     """An expired job is ended even if its runner lives."""
     record = recorded(own_identity())
     edit(record, deadline_boot_ms=1)
@@ -135,7 +135,7 @@ def test_an_expired_job_of_a_live_runner_goes() -> None:
     assert ended(record)
 
 
-def test_a_job_that_another_sweep_works_on_is_left_to_it() -> None:
+def test_a_job_of_another_sweep_is_skipped() -> None:
     """A sweep skips a job on which another sweep works."""
     record = recorded(GONE)
     fd = os.open(record.folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -161,7 +161,7 @@ def test_sweeps_at_once_report_each_job_once() -> None:
     assert not any(map(ended, live))
 
 
-def test_a_dry_run_changes_nothing_and_says_the_same() -> None:
+def test_a_dry_run_reports_the_same() -> None:
     """A dry run changes nothing and reports what a sweep would do."""
     record = recorded(GONE)
     dry = swept(dry_run=True)
@@ -178,7 +178,7 @@ def test_a_dry_run_changes_nothing_and_says_the_same() -> None:
         ("job.json", {"backend": "podman-of-the-future"}, "no backend 'podman-of-the-future'"),
     ],
 )
-def test_what_cannot_be_judged_is_kept_and_reported(name: str, values: dict[str, object], why: str) -> None:
+def test_unreadable_records_are_kept_and_reported(name: str, values: dict[str, object], why: str) -> None:
     """Damaged, newer and foreign records, and unknown backends, are kept and reported."""
     record = recorded(GONE)
     edit(record, name, **values)
@@ -228,7 +228,7 @@ def unstarted(*, phase: str = "run", backend: str = "qemu", pid: int = GONE.pid,
     return record
 
 
-def test_a_folder_of_a_job_that_never_began_goes() -> None:
+def test_an_unstarted_job_is_removed() -> None:
     """The folder of a job that never started is removed after a minute."""
     old, young, owned = unstarted(), unstarted(age_s=10), unstarted(pid=os.getpid())
     assert names(swept(), "unstarted") == [old.job_id]
@@ -237,7 +237,7 @@ def test_a_folder_of_a_job_that_never_began_goes() -> None:
     assert owned.folder.exists()
 
 
-def test_a_run_under_way_keeps_the_folders_of_its_jobs() -> None:
+def test_a_running_run_keeps_its_unstarted_jobs() -> None:
     """A running run keeps the folders of its unstarted jobs."""
     record = unstarted(age_s=100_000)
     with contextlib.ExitStack() as stack:
@@ -246,7 +246,7 @@ def test_a_run_under_way_keeps_the_folders_of_its_jobs() -> None:
     assert names(swept(), "unstarted") == [record.job_id]
 
 
-def test_what_may_be_x07s_is_no_job_that_never_began() -> None:
+def test_a_possible_x07_job_is_kept() -> None:
     """A folder that may belong to X07's tools is kept unless it is of a run of ours."""
     record = unstarted(backend="podman")
     assert names(swept(), "unstarted") == []
@@ -255,7 +255,7 @@ def test_what_may_be_x07s_is_no_job_that_never_began() -> None:
     assert names(swept(), "unstarted") == [record.job_id]
 
 
-def test_an_empty_folder_of_ours_goes_and_one_with_files_stays() -> None:
+def test_an_unstarted_job_with_files_is_kept() -> None:
     """An unstarted job's folder with foreign files is kept."""
     empty, full = unstarted(phase="warm"), unstarted()
     (empty.folder / "job.json").unlink()
@@ -292,7 +292,7 @@ LABELS = {
         ({"io.x07.deadline_unix_ms": "1e3"}, (), 9_999_999, "damaged"),
     ],
 )
-def test_an_instance_without_a_record_goes_only_if_it_is_ours_and_overdue(
+def test_only_expired_own_instances_are_removed(
     labels: dict[str, str], live: tuple[str, ...], now: int, why: str
 ) -> None:
     """An unrecorded instance is removed only if it is ours, expired and not live."""
@@ -314,7 +314,7 @@ class Engine(NoneBackend):
         return self.held.pop(orphan.id, None) is not None
 
 
-def test_instances_without_a_record_are_asked_of_the_backend(state: Path) -> None:
+def test_unrecorded_instances_are_found(state: Path) -> None:
     """A sweep removes expired, unrecorded instances of ours from an engine and no others."""
     live, dead = recorded(), recorded(GONE)
     ours = dead.labels() | {"io.x07.job_id": f"1-{GONE.pid}-3-run", "io.x07.run_id": f"1-{GONE.pid}-3-run"}
@@ -335,7 +335,7 @@ def test_instances_without_a_record_are_asked_of_the_backend(state: Path) -> Non
 # the places around
 
 
-def test_where_nothing_ever_ran_a_sweep_makes_nothing(state: Path) -> None:
+def test_a_sweep_on_an_unused_host_creates_nothing(state: Path) -> None:
     """On an unused host a sweep removes and creates nothing."""
     assert swept() == SweepReport(dry_run=False, removed=(), kept=())
     assert not state.exists()
@@ -348,7 +348,7 @@ def test_a_sweep_ends_with_its_budget() -> None:
     assert names(sweep(dry_run=False, progress=lambda _text: None, budget_s=60)) == [record.job_id]
 
 
-def test_the_runner_of_another_machine_is_another() -> None:
+def test_a_job_of_another_machine_is_kept() -> None:
     """A job of another machine that shares the home folder is kept."""
     record = recorded(GONE)
     (record.folder.parent.parent / "runner_instance.owner").write_text("0" * 64 + "\n")
@@ -366,7 +366,7 @@ def run_here(code: str = "pass") -> subprocess.CompletedProcess[str]:
     return subprocess.run(argv, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
 
 
-def test_a_run_sweeps_first_and_says_what_went() -> None:
+def test_a_run_sweeps_first() -> None:
     """A run sweeps first and reports what it removed."""
     dead, live = recorded(GONE), recorded()
     dead.folder.rename(dead.folder.with_name(f"1-{GONE.pid}-0-run"))
@@ -376,7 +376,7 @@ def test_a_run_sweeps_first_and_says_what_went() -> None:
     assert "dead runners" not in run_here().stderr
 
 
-def test_a_sweep_before_a_run_never_keeps_it_from_starting() -> None:
+def test_damaged_records_never_prevent_a_run() -> None:
     """Damaged records never prevent a run."""
     record = recorded(GONE)
     folder = record.folder.rename(record.folder.with_name(f"1-{GONE.pid}-0-run"))

@@ -60,13 +60,13 @@ def test_a_source_gets_its_toolchain(name: str, head: bytes, toolchain: str) -> 
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a", "a.zig", "Makefile", "a.py.bak"])
-def test_what_no_toolchain_takes_is_wrong_usage(name: str) -> None:
+def test_an_unknown_source_is_wrong_usage(name: str) -> None:
     """An unknown kind of source is a usage error that lists the suffixes."""
     with pytest.raises(UsageError, match=r"\.py.*--toolchain"):
         toolchain_for(name, b"hello")
 
 
-def test_an_unknown_name_is_told_which_there_are() -> None:
+def test_an_unknown_toolchain_lists_the_known_ones() -> None:
     """An unknown toolchain is a usage error that lists the known ones."""
     with pytest.raises(UsageError, match=", ".join(row.name for row in TOOLCHAINS)):
         toolchain_named("rust")
@@ -83,7 +83,7 @@ def test_every_suffix_names_one_toolchain(row: Toolchain) -> None:
 
 
 @EACH
-def test_every_toolchain_takes_a_text_or_projects_only(row: Toolchain) -> None:
+def test_every_toolchain_runs_a_text_or_needs_a_project(row: Toolchain) -> None:
     """Every toolchain runs a source text, or says that it needs a project."""
     text = b"#!/bin/sh\n" if row.name in {"shell", "executable"} else b"x"
     with contextlib.ExitStack() as stack, contextlib.closing(Cancel()) as cancel:
@@ -99,7 +99,7 @@ def test_every_toolchain_takes_a_text_or_projects_only(row: Toolchain) -> None:
 
 
 @EACH
-def test_every_toolchain_begins_a_project(row: Toolchain) -> None:
+def test_every_toolchain_has_a_manifest(row: Toolchain) -> None:
     """`x07 init` writes a valid manifest for every toolchain."""
     if not row.project_files:
         data = f'schema_version = "{SCHEMA}"\ntoolchain = "{row.name}"\nfiles = ["a"]\nentry = "a"\n'.encode()
@@ -229,7 +229,7 @@ def test_an_executable_of_this_machine_passes() -> None:
 
 
 @given(st.binary(max_size=64))
-def test_any_first_bytes_are_an_answer(head: bytes) -> None:
+def test_any_first_bytes_are_accepted_or_refused(head: bytes) -> None:
     """Any first bytes are accepted or refused."""
     try:
         check_executable("prog", head, "x86_64", 62)

@@ -75,7 +75,7 @@ def test_the_output_limit_of_an_x07_project(project: Path, profile: str, flag: i
 
 
 @pytest.mark.parametrize("profiles", [{"foo": PROFILE}, {"dev": PROFILE}, {"dev": {"world": "run-os"}}, {}])
-def test_the_runner_takes_no_profile(
+def test_os_runner_ignores_profiles(
     project: Path, capfdbinary: pytest.CaptureFixture[bytes], profiles: dict[str, Any]
 ) -> None:
     """x07-os-runner --project ignores profiles."""
@@ -181,7 +181,7 @@ def test_paths_of_a_policy_begin_in_the_project(
 
 
 @pytest.mark.parametrize("words", [["--project", "project/x07.json"], ["--program", "project/main.x07.json"]])
-def test_module_roots_of_a_project_are_not_dropped_in_silence(
+def test_ignored_module_roots_give_a_warning(
     project: Path, capsys: pytest.CaptureFixture[str], words: list[str]
 ) -> None:
     """x07-os-runner warns about --module-root with a project."""
@@ -204,7 +204,7 @@ def test_an_artifact_has_the_flat_report(project: Path, capfdbinary: pytest.Capt
     assert report["trap"].startswith("vm backend failure: ")
 
 
-def test_an_artifact_speaks_x07s_protocol(project: Path) -> None:
+def test_an_artifact_uses_x07s_protocol(project: Path) -> None:
     """An artifact with X07's report gets framed input and X07's limits."""
     tool = project.parent / "tool"
     loader = partial(load_artifact, options=Options(cpu_time_limit_seconds=7))
@@ -221,7 +221,7 @@ def test_an_artifact_speaks_x07s_protocol(project: Path) -> None:
     ("words", "variables"),
     [(["--backend", "podman"], {}), (["--sandbox-backend", "none"], {}), ([], {"X07_VM_BACKEND": "podman"})],
 )
-def test_what_nobody_accepted_ends_with_two(
+def test_unaccepted_weaker_isolation_has_its_exit_code(
     project: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -246,7 +246,7 @@ def test_what_nobody_accepted_ends_with_two(
     ("section", "change", "code"), [("limits", {"wall_mss": 1}, 3), ("process", {"max_live": 0}, 2)]
 )
 @pytest.mark.parametrize("how", [[], ["--json"], ["--dry-run"], ["--report", "wrapped"]])
-def test_an_invalid_policy_has_the_same_exit_code_however_it_is_told(
+def test_an_invalid_policy_has_one_exit_code(
     project: Path, capsys: pytest.CaptureFixture[str], how: list[str], section: str, change: dict[str, Any], code: int
 ) -> None:
     """An invalid policy ends with the same exit code in every output format."""
@@ -303,7 +303,7 @@ def test_arguments_and_input_are_alternatives(
 
 
 @pytest.mark.timeout(60)
-def test_a_dry_run_takes_no_input(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_waits_for_no_input(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """--dry-run does not wait for input."""
     os.mkfifo(project.parent / "pipe")
     assert main(["run", "--dry-run", "--input", "pipe", "tool"]) == 125
@@ -319,7 +319,7 @@ def test_a_missing_lock_file_is_x07s_own_to_write(project: Path, capfd: pytest.C
 
 
 @pytest.mark.parametrize("words", [(), ("--json",)])
-def test_overrides_of_a_project_are_told_with_and_without_json(
+def test_overrides_name_the_derived_policy(
     project: Path, words: tuple[str, ...], capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Override flags of X07 projects write and name the derived policy."""
@@ -330,7 +330,7 @@ def test_overrides_of_a_project_are_told_with_and_without_json(
     assert json.loads(made.read_bytes())["fs"]["read_roots"] == ["data"]
 
 
-def test_a_derived_policy_without_a_place_says_which(project: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_unwritable_derived_policy_names_its_folder(project: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """A derived policy that cannot be written names its folder."""
     (project / ".x07").symlink_to(project.parent)
     assert main(["run", "--allow-read-root", "data", str(project)]) == 2
@@ -395,14 +395,14 @@ def test_one_program_is_named(
     ],
 )
 @pytest.mark.usefixtures("project")
-def test_of_two_values_of_an_option_none_is_taken(words: tuple[str, ...], capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_repeated_option_is_refused(words: tuple[str, ...], capfd: pytest.CaptureFixture[str]) -> None:
     """`x07 run` refuses an option that is given twice."""
     assert main(["run", *words, "prog.py"]) == 2
     assert f"argument {words[0]}: it is given more than once" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("words", [("--program", "a", "--program", "b"), ("--policy", "a", "--policy", "b")])
-def test_the_runner_takes_no_option_twice(words: tuple[str, ...], capfd: pytest.CaptureFixture[str]) -> None:
+def test_os_runner_refuses_a_repeated_option(words: tuple[str, ...], capfd: pytest.CaptureFixture[str]) -> None:
     """x07-os-runner refuses an option that is given twice."""
     assert os_runner.main(words) == 2
     assert f"argument {words[0]}: it is given more than once" in capfd.readouterr().err

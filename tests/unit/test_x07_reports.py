@@ -158,7 +158,7 @@ def test_a_program_that_ended_well() -> None:
     assert compiled["native_requires"] == {"schema_version": "x07.native-requires@0.1.0", "requires": []}
 
 
-def test_a_build_kept_from_before_answers_as_it_did_then() -> None:
+def test_a_cached_build_reports_its_output() -> None:
     """A cached build reports the compiler's original output."""
     printed = BuildOutput(stdout=output(), stderr=output(b"prog.c:1: warning: unused\n"))
     now = ended(Outcome.OK, exit_code=0, artifact_from="build", build=printed)
@@ -168,7 +168,7 @@ def test_a_build_kept_from_before_answers_as_it_did_then() -> None:
     assert base64.b64decode(told) == b"prog.c:1: warning: unused\n"
 
 
-def test_a_failed_build_says_so_under_a_vm() -> None:
+def test_a_failed_build_is_reported() -> None:
     """A compile error is reported with the compiler's output and status."""
     result = ended(Outcome.BUILD_FAILED, built=False, exit_code=1, stderr=output(b"prog.c:3: error: expected ';'\n"))
     made = document(runner_report(result, BUILT))
@@ -207,7 +207,7 @@ def test_a_compiler_that_was_ended_has_a_trap() -> None:
         (Outcome.CANCELLED, {"signal": 2}, 130, "because of cancelled"),
     ],
 )
-def test_every_end_of_a_built_program_is_told(
+def test_every_outcome_has_a_status_and_trap(
     outcome: Outcome, more: dict[str, Any], status: int, trap: str | None
 ) -> None:
     """Every outcome of a built program has X07's status and trap."""
@@ -220,7 +220,7 @@ def test_every_end_of_a_built_program_is_told(
 @pytest.mark.parametrize(
     "outcome", [Outcome.REFUSED, Outcome.BACKEND_ERROR, Outcome.GUEST_LOST, Outcome.INTERNAL_ERROR, Outcome.CANCELLED]
 )
-def test_a_machine_that_could_not_be_had_is_a_setup_failure(outcome: Outcome) -> None:
+def test_a_missing_vm_is_a_setup_failure(outcome: Outcome) -> None:
     """A VM that could not start is reported as a set-up failure."""
     result = ended(outcome, built=False, reason="no machine \udc80 for you")
     made = document(runner_report(result, BUILT))
@@ -241,7 +241,7 @@ def test_no_outcome_but_ok_is_a_success() -> None:
         assert (made["solve"] is not None and made["solve"]["ok"]) is (outcome is Outcome.OK), outcome
 
 
-def test_changes_that_were_kept_back_are_no_success() -> None:
+def test_unapplied_changes_are_no_success() -> None:
     """A run whose changes were not applied is reported as a failure with the reason."""
     changes = Changes(state="conflict", reason="data/in.txt is another", added=1)
     result = ended(Outcome.OK, exit_code=0, x07_exit_code=125, changes=changes)
@@ -250,7 +250,7 @@ def test_changes_that_were_kept_back_are_no_success() -> None:
     assert made["solve"]["trap"] == "its changes to files were not applied: data/in.txt is another"
 
 
-def test_the_schema_takes_no_other_key() -> None:
+def test_the_schema_is_closed() -> None:
     """The report schema rejects any extra or missing key."""
     good = document(runner_report(ended(Outcome.OK, exit_code=0), BUILT))
     for place in ((), ("compile",), ("solve",), ("compile", "native_requires")):
@@ -385,7 +385,7 @@ def test_an_unknown_image_is_not_attested() -> None:
         (False, [{"host": "example.org", "ports": [443]}], "none"),
     ],
 )
-def test_the_network_has_x07s_word(enabled: bool, hosts: list[object], mode: str) -> None:  # noqa: FBT001 - a row
+def test_the_network_mode_is_x07s(enabled: bool, hosts: list[object], mode: str) -> None:  # noqa: FBT001 - a row
     """The network mode is X07's: `none`, `disabled` or `allowlist`."""
     document = msgspec.to_builtins(default_policy())
     document["net"] |= {"enabled": enabled, "allow_hosts": hosts}
