@@ -51,7 +51,7 @@ def file(name: str) -> Entry:
 
 def gone(name: str) -> Entry:
     """A removed entry."""
-    return Entry(Kind.GONE, name.encode())
+    return Entry(Kind.DELETED, name.encode())
 
 
 def link(name: str, target: str) -> Entry:

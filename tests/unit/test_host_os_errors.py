@@ -6,7 +6,7 @@ import errno
 
 import pytest
 
-from x07_sandbox.host.os_errors import fix_of, out_of_cpu_time
+from x07_sandbox.host.os_errors import fix_for, out_of_cpu_time
 
 
 @pytest.mark.parametrize(
@@ -21,5 +21,5 @@ def test_a_limit_on_cpu_time_is_named(status: int | None, *, told: bool) -> None
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
 def test_a_full_disk_has_its_own_advice(number: int) -> None:
     """A full or read-only disk is reported with advice of its own."""
-    assert "X07_VM_STATE_DIR and X07_VM_CACHE_DIR" in fix_of(OSError(number, ""), "another")
-    assert fix_of(OSError(errno.EOPNOTSUPP, ""), "another") == "another"
+    assert "X07_VM_STATE_DIR and X07_VM_CACHE_DIR" in fix_for(OSError(number, ""), "another")
+    assert fix_for(OSError(errno.EOPNOTSUPP, ""), "another") == "another"

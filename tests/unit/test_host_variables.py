@@ -100,7 +100,7 @@ def test_a_misspelt_name_gets_a_suggestion(name: str, meant: str) -> None:
 def test_an_unknown_name_points_to_the_docs() -> None:
     """An unknown X07_VM_ variable gives a warning that points to the documentation."""
     assert check_environment({"X07_VM_ZZZ": "1"}) == (
-        "X07_VM_ZZZ is no variable of x07-sandbox; docs/reference/x07.md lists them",
+        "X07_VM_ZZZ is not a variable of x07-sandbox; see docs/reference/x07.md",
     )
 
 

@@ -23,7 +23,7 @@ from tests.fuzz.fuzz_client_hello import hello, sni
 from x07_sandbox.channel import egress
 from x07_sandbox.channel.egress import TCP, UDP, WINDOW, EgressLink, Event
 from x07_sandbox.network import dialler, gate, resolver
-from x07_sandbox.network.dialler import Dialler, Names
+from x07_sandbox.network.dialler import Dialler, ResolverClient
 from x07_sandbox.network.flows import TcpFlow
 from x07_sandbox.network.gate import FLOWS_MAX, NAMES_MAX, NAMES_OF_WILDCARD, PENDING_MAX, Gate
 from x07_sandbox.network.ledger import Ledger
@@ -343,7 +343,7 @@ class Lab(Waiting):
     """A gate, its relay, and the network behind it. resolver, names: of the latest gate."""
 
     resolver: Resolver
-    names: Names
+    names: ResolverClient
 
     def __init__(self, stack: contextlib.AsyncExitStack) -> None:
         super().__init__()
@@ -370,7 +370,7 @@ class Lab(Waiting):
         ledger = Ledger(self._write, loop.time)
         self.resolver = Resolver()
         self._stack.callback(self.resolver.close)
-        names = self.names = Names(self.resolver.gates, loop)
+        names = self.names = ResolverClient(self.resolver.gates, loop)
         made = Gate(allowlist, Dialler(allowlist, names, cast("asyncio.AbstractEventLoop", self.outside)), ledger, loop)
         near, far = socket.socketpair()
         relay = Relay()
@@ -806,7 +806,7 @@ async def test_names_are_bounded_in_all() -> None:
             for number in range(NAMES_MAX + 10)
         ]
         assert codes == [egress.NO_NAME] * NAMES_MAX + [egress.LIMIT] * 10
-        assert it.use().denied[-1].reason == f"{NAMES_MAX} names were looked up"
+        assert it.use().denied[-1].reason == f"{NAMES_MAX} names were resolved"
 
 
 @on_a_loop
@@ -925,7 +925,7 @@ async def test_a_full_gate_opens_no_more_connections(monkeypatch: pytest.MonkeyP
         while (code := await it.relay.answer(it.relay.ask("a.example", 22))) == egress.OK:
             continue
         assert code == egress.LIMIT
-        assert it.use().denied[-1].reason == "too many bytes wait to be sent"
+        assert it.use().denied[-1].reason == "too many bytes are waiting to be sent"
 
 
 @on_a_loop
@@ -1005,7 +1005,7 @@ async def test_guest_refusals_are_recorded() -> None:
     """A connection refused inside the guest is recorded with the deciding rule."""
     async with lab() as it:
         for host, port in ((b"unlisted.example", 443), (b"10.0.0.1", 80), (b"127.1", 443), (b"lookup.example", 0)):
-            it.relay.link.tell(TCP, host, port)
+            it.relay.link.report_refusal(TCP, host, port)
         it.relay.flush()
         assert await it.relay.answer(it.relay.ask("a.example", 25)) == egress.POLICY
         rules = ["net.allow_hosts", "deny-floor:private", "malformed", "net.allow_hosts", "net.allow_hosts[0].ports"]

@@ -17,8 +17,8 @@ from x07_sandbox.policy.default import default_policy, render_policy
 from x07_sandbox.policy.model import Policy
 from x07_sandbox.policy.schema import fields
 
-VM = Features(isolation="vm-emulated", own_kernel=True, can_hold=VM_HOLDS)
-NOTHING = Features(isolation="none", own_kernel=False, can_hold=frozenset())
+VM = Features(isolation="vm-emulated", own_kernel=True, can_enforce=VM_HOLDS)
+NOTHING = Features(isolation="none", own_kernel=False, can_enforce=frozenset())
 SERVERS = {"sqlite": True, "postgres": True, "mysql": False}
 ADVISORY = {
     "fs.allow_walk",
@@ -94,7 +94,7 @@ HOSTS = [{"host": "example.org", "ports": [443]}]
 @pytest.mark.parametrize("fields", [{"net__allow_hosts": HOSTS}, {"db__enabled": True}])
 def test_unreachable_hosts_are_refused_by_field(fields: dict[str, object]) -> None:
     """Hosts or databases that a backend cannot reach are refused by field, with the line to change."""
-    without = msgspec.structs.replace(VM, can_hold=VM.can_hold - {"network"})
+    without = msgspec.structs.replace(VM, can_enforce=VM.can_enforce - {"network"})
     made = make_plan(policy(**({"db__drivers": SERVERS, "db__enabled": False} | fields)), without)
     (refusal,) = made.refusals
     (field,) = [name.replace("__", ".") for name in fields]
@@ -118,11 +118,11 @@ def test_hosts_are_held_by_the_egress_gate() -> None:
 
 def test_a_plan_states_how_connections_are_refused() -> None:
     """The plan says on which backends connect() succeeds before a refused connection is reset."""
-    weaker = msgspec.structs.replace(VM, can_hold=VM.can_hold - {"held-connections"})
+    weaker = msgspec.structs.replace(VM, can_enforce=VM.can_enforce - {"held-connections"})
     for features, said in ((VM, False), (weaker, True)):
         made = make_plan(policy(net__allow_hosts=HOSTS), features)
         (control,) = [control for control in made.controls if control.field == "net.allow_hosts"]
-        assert ("the connection is reset" in control.why) is said
+        assert ("connection is reset" in control.why) is said
 
 
 def test_database_servers_join_the_hosts() -> None:
@@ -131,12 +131,12 @@ def test_database_servers_join_the_hosts() -> None:
     assert joined.refusals == ()
     assert states(joined, "db.net.allow_dns") == {"enforced"}
     (refusal,) = plan(db__drivers=SERVERS, db__enabled=True).refusals
-    assert "net.allow_hosts is not empty" in refusal.why
+    assert "non-empty net.allow_hosts" in refusal.why
 
 
 def test_refusals_are_reported_all_at_once() -> None:
     """All refusals are reported at once, with the flags that caused them."""
-    without = msgspec.structs.replace(VM, can_hold=VM.can_hold - {"network"})
+    without = msgspec.structs.replace(VM, can_enforce=VM.can_enforce - {"network"})
     made = make_plan(policy(fs__read_roots=["/usr"], net__allow_hosts=[{"host": "a", "ports": [1]}]), without)
     assert [refusal.field for refusal in made.refusals] == ["fs.read_roots", "net.allow_hosts"]
     with pytest.raises(RefusedError) as told:
@@ -144,7 +144,7 @@ def test_refusals_are_reported_all_at_once() -> None:
     assert told.value.fix == "Change fs.read_roots, net.allow_hosts in the policy"
     with pytest.raises(RefusedError) as told:
         made.require(["--allow-host", "--deny-host"])
-    assert told.value.fix == "Change fs.read_roots, net.allow_hosts in the policy, or leave out --allow-host"
+    assert told.value.fix == "Change fs.read_roots, net.allow_hosts in the policy, or omit --allow-host"
 
 
 FILE_FIELDS = [field.path for field in fields() if field.path.startswith("fs.") and field.path not in ADVISORY]
@@ -156,7 +156,7 @@ def test_file_fields_name_their_enforcer() -> None:
     assert made.refusals == ()
     assert states(made, *FILE_FIELDS) == {"enforced"}
     by = {control.field: control.by for control in made.controls}
-    assert (by["fs.read_roots"], by["fs.allow_remove"]) == ("the copying of files", "the check of changes")
+    assert (by["fs.read_roots"], by["fs.allow_remove"]) == ("the copy of host files", "the change check")
 
 
 def test_disabled_fs_gives_no_roots() -> None:
@@ -177,8 +177,8 @@ def test_disabled_fs_gives_no_roots() -> None:
         ("/tmp", "over /tmp"),  # noqa: S108 - the guest's own
         ("/opt", "over /opt"),
         ("/opt/x07/a", "over /opt/x07"),
-        ("..", "leads out of the folder"),
-        ("a/../../b", "leads out of the folder"),
+        ("..", "leads out of its start folder"),
+        ("a/../../b", "leads out of its start folder"),
         (".git", "is hidden"),
         ("a/.b/c", "is hidden"),
         ("/home/u/.config/x", "is hidden"),
@@ -276,9 +276,9 @@ def test_x07s_own_variables_of_the_host_cannot_be_asked_for() -> None:
 @pytest.mark.parametrize(
     ("changes", "told", "untold"),
     [
-        ({}, "none of the host goes in", "refused"),
-        ({"env__allow_keys": ["LANG"]}, "only those of env.allow_keys go in", "none of the host"),
-        ({"env__allow_keys": ["LANG"], "env__enabled": False}, "who names another for it is refused", "the host"),
+        ({}, "none from the host", "refused"),
+        ({"env__allow_keys": ["LANG"]}, "those of env.allow_keys from the host", "none from the host"),
+        ({"env__allow_keys": ["LANG"], "env__enabled": False}, "a request for others is refused", "the host"),
     ],
 )
 def test_the_control_says_which_variables_go_in(changes: dict[str, object], told: str, untold: str) -> None:
@@ -290,7 +290,7 @@ def test_the_control_says_which_variables_go_in(changes: dict[str, object], told
 
 def test_unavailable_confinement_is_refused() -> None:
     """A backend without confinement refuses each field that needs it."""
-    weak = Features(isolation="none", own_kernel=False, can_hold=VM_HOLDS - {"confinement"})
+    weak = Features(isolation="none", own_kernel=False, can_enforce=VM_HOLDS - {"confinement"})
     changes: dict[str, Any] = json.loads(render_policy(default_policy()))
     changes["process"] |= {"allow_exec": False, "allow_spawn": False, "max_live": 1}
     changes["threads"]["enabled"] = False
@@ -318,7 +318,7 @@ def test_unavailable_confinement_is_refused() -> None:
 def test_writable_executables_are_named(changes: dict[str, object], told: str) -> None:
     """The control for executables names the entries in which the program can write."""
     found = {control.field: control.why for control in plan(**changes).controls}["process.allow_exec_prefixes"]
-    assert found.partition("may be: ")[2] == told
+    assert found.partition("execute files below: ")[2] == told
     assert "executed" in found
 
 
@@ -337,7 +337,7 @@ def test_a_hidden_root_names_deny_hidden(root: str, path: str, value: object) ->
     assert (refusal.field, refusal.how_to_allow) == ("fs.read_roots", HowToAllow(json_path=path, value=value))
     with pytest.raises(RefusedError) as error:
         made.require(["--allow-read-root"])
-    assert f"Change {path[2:]} in the policy, or leave out --allow-read-root" in error.value.fix
+    assert f"Change {path[2:]} in the policy, or omit --allow-read-root" in error.value.fix
     assert (plan(fs__read_roots=[root], fs__deny_hidden=False).refusals == ()) == (value is False)
 
 

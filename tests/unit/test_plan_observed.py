@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 import pytest
 
-from x07_sandbox.plan.denials import Area, Hint, HowToAllow
-from x07_sandbox.plan.hints import Beside, hints
+from x07_sandbox.plan.denials import GuestMount, Hint, HowToAllow
+from x07_sandbox.plan.hints import LocalModules, hints
 from x07_sandbox.plan.observed import denials, limit_hit, more_tasks, too_much_output
 from x07_sandbox.policy import default_policy
 from x07_sandbox.policy.decode import decode_policy
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 EACCES, EPERM, EROFS, EMFILE, EBUSY = 13, 1, 30, 24, 16
 START: Final = "/opt/x07"
 AREAS: Final = (
-    Area(given="/data", at="/data", write=False),
-    Area(given="/data/out", at="/data/out", write=True),
-    Area(given="in", at="/opt/x07/in", write=False),
+    GuestMount(given="/data", at="/data", write=False),
+    GuestMount(given="/data/out", at="/data/out", write=True),
+    GuestMount(given="in", at="/opt/x07/in", write=False),
 )
 LISTED: Final = {"process.allow_exec_prefixes": [], "process.allow_execs": ["/usr/bin/env"]}
 
@@ -426,7 +426,7 @@ def test_a_missing_path_gives_a_hint(text: str, subject: str, flag: str) -> None
 def test_a_local_module_suggests_a_project() -> None:
     """A missing module next to the program suggests running the folder as a project."""
     text = b"ModuleNotFoundError: No module named '%s'\n"
-    beside = Beside({"helper"}, "x07 run .")
+    beside = LocalModules({"helper"}, "x07 run .")
     ((own,), (other,)) = (hints(text % name, policy({}), (), START, beside) for name in (b"helper", b"numpy"))
     assert own.how.flag == "x07 run ."
     assert "--include python3-numpy" in (other.how.flag or "")
@@ -468,7 +468,7 @@ def test_a_missing_variable_gives_a_hint(said: str) -> None:
 
     def hint(name: str, ours: tuple[str, ...] = (), **env: object) -> Hint | None:
         values = {f"env.{key}": value for key, value in env.items()}
-        found = hints(said.format(name, name).encode(), policy(values), (), START, ours=ours)
+        found = hints(said.format(name, name).encode(), policy(values), (), START, host_variables=ours)
         assert [(one.subject, one.kind) for one in found] in ([], [(f"the variable {name}", "variable")])
         return found[0] if found else None
 

@@ -1,4 +1,4 @@
-"""What is generated from the policy model: schema file, page, templates, digest and environment."""
+"""The files generated from the policy model: schema, page, templates, digest and environment."""
 
 import hashlib
 import json

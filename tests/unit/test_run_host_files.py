@@ -391,7 +391,7 @@ def test_a_name_in_two_roots_is_skipped_by_path(run: Run) -> None:
         place.mkdir()
         (place / "x").touch()
     files = run.files({"write_roots": (str(one), str(two))}, changes="keep")
-    gone = Entry(Kind.GONE, b"x")
+    gone = Entry(Kind.DELETED, b"x")
     changes, denials, _ = run.back(files, gone, Entry(Kind.ROOT, b"1"), gone)
     assert said(changes, denials)[:2] == [f"would be deleted: {place}/x" for place in (one, two)]
     left = chosen(find(RUN).changes, [f"{one}/x"], [])
@@ -407,13 +407,13 @@ def test_a_skipped_entry_keeps_its_folders(run: Run, capsys: pytest.CaptureFixtu
         (inner / name).write_text(name)
     (run.root / "proj/b").mkdir()
     there = ["in", "in/.vscode", "in/.vscode/ci.yml", "in/AGENTS.md", "in/a.txt", "b"]
-    gone = [Entry(Kind.GONE, f"proj/{name}".encode()) for name in reversed(there)]
+    gone = [Entry(Kind.DELETED, f"proj/{name}".encode()) for name in reversed(there)]
     come = [
         Entry(Kind.FILE, b"new/" + name, mode=0o644) for name in (b"in/.vscode/ci.yml", b"in/AGENTS.md", b"in/a.txt")
     ]
     folders = [Entry(Kind.FOLDER, b"new" + name, mode=0o755) for name in (b"", b"/in", b"/in/.vscode", b"/b")]
     changes, denials, _ = run.back(
-        run.files(changes="all-or-nothing"), *gone, Entry(Kind.GONE, b"proj"), *(folders + come if moved else [])
+        run.files(changes="all-or-nothing"), *gone, Entry(Kind.DELETED, b"proj"), *(folders + come if moved else [])
     )
     assert changes.state == "kept"
     kept_set = find(RUN)
@@ -435,7 +435,7 @@ def test_a_left_out_entry_can_be_skipped(run: Run) -> None:
         (run.root / name).parent.mkdir(parents=True, exist_ok=True)
         (run.root / name).write_text(name)
     gone = [b"d/in/b.txt", b"d/c.txt", b"d/in", b"d", b"e/y", b"e"]
-    run.back(run.files(changes="all-or-nothing"), *(Entry(Kind.GONE, name) for name in gone))
+    run.back(run.files(changes="all-or-nothing"), *(Entry(Kind.DELETED, name) for name in gone))
     kept_set = find(RUN)
     with pytest.raises(RefusedError, match=r"e: e/z\.pem is in it"):
         chosen(kept_set.changes, ["d/in/a.pem"], [])
@@ -464,7 +464,7 @@ def test_a_left_out_entry_is_never_replaced(
     place = run.root / "f/d" / left
     place.parent.mkdir(parents=True)
     place.symlink_to("other") if left == "link" else place.write_text("large")
-    gone = [Entry(Kind.GONE, name) for name in (b"f/d", b"f")]
+    gone = [Entry(Kind.DELETED, name) for name in (b"f/d", b"f")]
     files = run.files(fs, changes="all-or-nothing")
     changes, denials, _ = run.back(files, *gone if taken else [Entry(Kind.FOLDER, b"f/d/" + left.encode(), mode=0o755)])
     alone = "1 more may not be brought back" if left == "deep" else "1 of them may not be done"  # nothing too deep is
@@ -505,7 +505,7 @@ def test_a_changed_root_mode_gives_a_warning(run: Run, more: tuple[Entry, ...]) 
 def test_refused_changes_say_what_would_allow_them(run: Run) -> None:
     """Refused changes say whether anything would allow them."""
     files = run.files({"allow_symlinks": False})
-    pipe = Entry(Kind.OTHER, b"p", mode=0o010644)
+    pipe = Entry(Kind.UNSUPPORTED, b"p", mode=0o010644)
     ours = Entry(Kind.FOLDER, b".x07-apply-1", mode=0o755)
     _, denials, _ = run.back(
         files, pipe, ours, Entry(Kind.LINK, b"l", target=b"x"), Entry(Kind.LINK, b"m", target=b"/x")
@@ -591,7 +591,7 @@ def test_changes_of_a_nested_root_are_its_own(run: Run) -> None:
         (run.folder.path / "changes").rmdir()
     (inner / "k.pem").touch()
     both = {"write_roots": (str(run.root), f"{inner}/k.pem")}
-    gone = [Entry(Kind.GONE, name) for name in (b".aws/new/k.pem", b".aws/new", b".aws")]
+    gone = [Entry(Kind.DELETED, name) for name in (b".aws/new/k.pem", b".aws/new", b".aws")]
     assert told(*gone)[0].state == "kept"  # with all around it, and the machine has told the truth
     shutil.rmtree(run.folder.path / "changes")
     (inner / "k.pem").unlink()
@@ -787,10 +787,10 @@ def test_a_listed_executable_keeps_its_mount(run: Run, entry: str, *, mounted: b
 
 MADE: list[tuple[list[Entry], dict[str, int] | None]] = [
     ([], None),
-    ([Entry(Kind.GONE, b"new")], None),
+    ([Entry(Kind.DELETED, b"new")], None),
     ([Entry(Kind.FILE, b"new/in", mode=0o644)], {"new": 0o40755, "new/in": 0o100644}),
     ([Entry(Kind.FOLDER, b"new", mode=0o700)], {"new": 0o40700}),
-    ([Entry(Kind.GONE, b"new"), Entry(Kind.FILE, b"other", mode=0o644)], {"other": 0o100644}),
+    ([Entry(Kind.DELETED, b"new"), Entry(Kind.FILE, b"other", mode=0o644)], {"other": 0o100644}),
     ([Entry(Kind.FILE, b"new", mode=0o600)], {"new": 0o100600}),
 ]
 
@@ -867,7 +867,7 @@ def test_a_result_names_every_deletion(run: Run) -> None:
     for name in gone:
         (run.root / name).touch()
     files = run.files(changes="keep")
-    told = [Entry(Kind.GONE, name.encode()) for name in gone]
+    told = [Entry(Kind.DELETED, name.encode()) for name in gone]
     changes, _, _ = run.back(files, Entry(Kind.FOLDER, b"a", mode=0o755), *told)
     assert {(one.name, one.action) for one in changes.names} == {(name, "deleted") for name in gone}
     assert len(changes.names) == changes.deleted == len(gone)
@@ -894,7 +894,7 @@ def test_every_deletion_is_printed(run: Run, capsys: pytest.CaptureFixture[str])
 
 def test_a_patch_lists_unsupported_entries(run: Run) -> None:
     """--diff lists unsupported entries too."""
-    changes, denials, _ = run.back(run.files(), Entry(Kind.OTHER, b"pipe", mode=0o10644))
+    changes, denials, _ = run.back(run.files(), Entry(Kind.UNSUPPORTED, b"pipe", mode=0o10644))
     ended = msgspec.structs.replace(result(), run=RUN, changes=changes, denials=tuple(denials))
     assert (changes.state, changes.names) == ("kept", ())
     place = run.root.parent / "p"

@@ -244,7 +244,7 @@ def test_a_removed_folder_is_reported(place: Path, words: tuple[str, ...], capfd
     """A removed current folder is a usage error that says so."""
     place.rmdir()
     assert main([*words]) == 2
-    assert "the current folder is gone" in capfd.readouterr().err
+    assert "the current folder does not exist" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["--hide", "--reveal"])
@@ -268,7 +268,7 @@ def test_a_pattern_that_could_match_no_name_is_refused(
         (("--world", "run-os", "p.py"), 2, "the only world"),
         (("--report", "runner", "missing.py"), 2, "No such file"),
         (("--report", "wrapped", "--policy", "bad.json", "p.py"), 125, "bad.json"),
-        (("--compiled-out", "prog", "p.c"), 125, "it is a link or no folder"),
+        (("--compiled-out", "prog", "p.c"), 125, "it is a link or not a folder"),
         (("--project", "a", "--program", "b"), 2, "more than one program"),
         (("--bogus", "p.py"), 2, "unrecognized arguments: --bogus"),
         (("a.x07.json",), 2, "No such file"),

@@ -63,7 +63,7 @@ def judge(behaviour: Behaviour, bench: Bench) -> Verdict:
     verdict = partial(msgspec.structs.replace, known)
     if reason := bench.backend.known_gaps.get(behaviour.name):
         return verdict(verdict="gap", reason=reason)
-    if behaviour.needs and behaviour.needs not in bench.features.can_hold:
+    if behaviour.needs and behaviour.needs not in bench.features.can_enforce:
         return verdict(verdict="skipped", reason=f"on this host the backend does not hold {behaviour.needs}")
     begun = time.monotonic()
     failed = {}

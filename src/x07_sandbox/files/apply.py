@@ -31,7 +31,7 @@ from x07_sandbox.files.journal import Head, Place
 from x07_sandbox.files.staging import Planner, fill, undo_changes
 from x07_sandbox.files.undo_data import discard, keep, leave, prepare, publish, undoes
 from x07_sandbox.host import beneath, close_on_fork, settings
-from x07_sandbox.host.locks import opened_lock
+from x07_sandbox.host.locks import lock_fd_held
 from x07_sandbox.host.paths import private_dir
 
 if TYPE_CHECKING:
@@ -296,7 +296,7 @@ def _sites(
                 if exc.errno not in NOTHING:
                     raise
                 raise _elsewhere(path, recorded) from exc
-            stack.callback(close_on_fork.close, close_on_fork.keep(fd))  # a copy in a forked child would keep the lock
+            stack.callback(close_on_fork.close, close_on_fork.add(fd))  # a copy in a forked child would keep the lock
             info = os.fstat(fd)
             ident = (info.st_dev, info.st_ino)
             if recorded is not None and recorded[path].ident != ident:
@@ -307,7 +307,7 @@ def _sites(
             by_path[path] = by_ident[ident]
         for _, site in sorted(by_ident.items()):
             told = None if on_wait is None else (lambda path=site.place.path: on_wait(path))
-            stack.enter_context(opened_lock(os.dup(site.fd), on_wait=told))
+            stack.enter_context(lock_fd_held(os.dup(site.fd), on_wait=told))
             stack.callback(_close_staging, site)
         for path, site in by_path.items():
             _still_there(path, site, recorded)
@@ -347,7 +347,7 @@ def _opened(folder: Path, on_wait: OnWait | None) -> Iterator[None]:
     """The folder of a set, for us alone. Raises HostError."""
     private_dir(folder)
     told = None if on_wait is None else (lambda: on_wait(str(folder)))
-    with _told(folder), opened_lock(os.open(folder, _FOLDER), on_wait=told):
+    with _told(folder), lock_fd_held(os.open(folder, _FOLDER), on_wait=told):
         yield
 
 

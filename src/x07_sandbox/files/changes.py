@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
 
-from x07_sandbox.host.decoding import known
+from x07_sandbox.host.decoding import prepared
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -138,7 +138,7 @@ def encode(changes: ChangeSet) -> bytes:
 
 def decode(data: bytes) -> ChangeSet:
     """The way back. Raises ValueError (msgspec.ValidationError is one)."""
-    return msgspec.convert(json.loads(data), known(ChangeSet))
+    return msgspec.convert(json.loads(data), prepared(ChangeSet))
 
 
 def called(root: str, name: str, *, of_several: bool) -> str:

@@ -28,7 +28,7 @@ from x07_sandbox.files.changes import Node, folders_above
 from x07_sandbox.files.contents import add_zeros
 from x07_sandbox.files.roots import Mount
 from x07_sandbox.host import beneath
-from x07_sandbox.plan.guest_paths import OUT, inside
+from x07_sandbox.plan.guest_paths import OUT, is_below
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -185,7 +185,7 @@ class _Walk:
         met = [mount.at for mount in mounts if mount.sub in {"", self._tree.only} or mount.sub in self._there]
         self.copied.apart = [mount for mount in mounts if mount.at not in met]
         for mount in self.copied.apart:
-            if any(inside(mount.at, at) for at in met):
+            if any(is_below(mount.at, at) for at in met):
                 self._way_to(mount)
 
     def _may_make(self, mount: Mount) -> bool:
@@ -193,7 +193,7 @@ class _Walk:
         folder, _, part = mount.sub.rpartition("/")
         if mount.sub in self._there or (folder and folder not in self._there) or self._stays(part, mount.sub):
             return False
-        around = [other.sub for other in self._tree.mounts if other.write and inside(mount.host, other.host)]
+        around = [other.sub for other in self._tree.mounts if other.write and is_below(mount.host, other.host)]
         return any(not sub or sub in self._there for sub in around)
 
     def _make(self, name: str) -> None:

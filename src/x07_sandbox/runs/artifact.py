@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import Deadline
-from x07_sandbox.host.decoding import known
+from x07_sandbox.host.decoding import prepared
 from x07_sandbox.programs import artifacts
 from x07_sandbox.programs.toolchains import build_driver
 from x07_sandbox.runs.job import carry_out_job
@@ -81,14 +81,14 @@ def _pause_for_another(request: RunRequest) -> Callable[[], None]:
 
 def _build(prepared: Prepared, draft: Result, folder: RunFolder, artifact: OutFile) -> Step[Built]:
     """Build in a machine of its own."""
-    from x07_sandbox.plan.outcomes import Outcome, as_build, verdict
+    from x07_sandbox.plan.outcomes import Outcome, build_verdict, verdict
 
     draft = replace(draft, artifact_from="build")
     yield draft
     prepared.request.progress(f"building {prepared.program.source.name or 'the project'} in a machine of its own")
     with contextlib.ExitStack() as stack:
         end = carry_out_job(prepared, build_spec(prepared, artifact, stack), draft.run, folder)
-    ending = as_build(end.ending, prepared.request.build_wall_ms or settings.BUILD_WALL_MS)
+    ending = build_verdict(end.ending, prepared.request.build_wall_ms or settings.BUILD_WALL_MS)
     if prepared.program.toolchain.archive:  # of a language that is not compiled
         ending = replace(ending, reason=ending.reason.replace("the compiler", "the check of the source", 1))
     report = replace(end.report, reason=ending.reason)
@@ -114,7 +114,7 @@ def _recall(key: str, artifact: OutFile) -> BuildOutput | None:
                 break
         if artifact.sha256() == found.sha256:
             with contextlib.suppress(msgspec.MsgspecError):
-                build = msgspec.json.decode(found.notes, type=known(BuildOutput))
+                build = msgspec.json.decode(found.notes, type=prepared(BuildOutput))
                 artifact.complete = True
                 return build
     artifact.clear()

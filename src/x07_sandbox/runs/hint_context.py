@@ -7,7 +7,7 @@ import os
 import shlex
 from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.plan.hints import Beside, hints
+from x07_sandbox.plan.hints import LocalModules, hints
 from x07_sandbox.programs.manifest import FILE
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def missing_interpreter(program: Program) -> list[Hint]:
     return [Hint(subject=f"the program {name}", how=HowToAllow(json_path=None, value=None, flag=flag))]
 
 
-def _beside(request: RunRequest, program: Program) -> Beside | None:
+def _beside(request: RunRequest, program: Program) -> LocalModules | None:
     """The modules that lie beside a program of one file, for a hint to one that it missed."""
     if request.program is None or program.project or program.toolchain.name != "python":
         return None
@@ -55,4 +55,4 @@ def _beside(request: RunRequest, program: Program) -> Beside | None:
     modules |= {entry.name for entry in found if os.path.exists(f"{entry.path}/__init__.py")}  # noqa: PTH110 - a text
     has_manifest = FILE in {entry.name for entry in found}
     init = f", after x07 init --toolchain python --entry {shlex.quote(name)} {shlex.quote(where)}"
-    return Beside(modules, f"x07 run {shlex.quote(where)}{f' with both in its {FILE}' if has_manifest else init}")
+    return LocalModules(modules, f"x07 run {shlex.quote(where)}{f' with both in its {FILE}' if has_manifest else init}")

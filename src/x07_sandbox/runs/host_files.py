@@ -29,10 +29,18 @@ from x07_sandbox.files.incoming import Incoming
 from x07_sandbox.files.protected import Protection, repository_around, work_trees
 from x07_sandbox.files.roots import Root, change_roots, mounts_of, roots_of, trees_of
 from x07_sandbox.host import settings
-from x07_sandbox.host.paths import cache_dir, is_folder, one_slash, open_own, private_dir, real_path, state_dir
+from x07_sandbox.host.paths import (
+    cache_dir,
+    collapse_leading_slashes,
+    is_folder,
+    open_private_file,
+    private_dir,
+    real_path,
+    state_dir,
+)
 from x07_sandbox.jobs.record import home_of
 from x07_sandbox.plan.confinement import confinement
-from x07_sandbox.plan.denials import Area
+from x07_sandbox.plan.denials import GuestMount
 from x07_sandbox.plan.guest_paths import OUT, PROGRAM, WORK
 from x07_sandbox.programs.toolchains import PROJECT_FOLDER
 from x07_sandbox.runs.folder import runs_dir
@@ -99,7 +107,7 @@ class HostFiles:
             given[WORK] = "."  # as --allow-write-root has it
         # What is in force: of what lies in a write root all can be written, whatever else names it.
         self.areas = [
-            Area(given=given[mount.at], at=mount.at, write=mount.write, joins=joins.get(mount.at))
+            GuestMount(given=given[mount.at], at=mount.at, write=mount.write, joins=joins.get(mount.at))
             for _, mount in self._mounts
         ]
         self._roots = [one for one in self._mounts if one in writable]
@@ -107,7 +115,7 @@ class HostFiles:
         self.incoming: Incoming | None = None
         if self._roots and request.changes != "discard":
             private_dir(self._place)
-            data_fd = open_own(self._place / "data", os.O_RDWR | os.O_EXCL)
+            data_fd = open_private_file(self._place / "data", os.O_RDWR | os.O_EXCL)
             stack.callback(os.close, data_fd)
             entries = self._bounds.entries + sum(len(copied.nodes) for copied in self.copied)
             most_bytes = settings.CHANGES_MAX_BYTES
@@ -299,7 +307,7 @@ def roots_in_force(request: RunRequest, program: Program, policy: Policy) -> tup
         fix = "Set fs.enabled to true in it, or leave --out out"
         why = f"fs.enabled is false in policy {policy.policy_id}"
         raise RefusedError("cannot use --out", why, fix).by("fs.enabled", value=True)
-    out = one_slash(os.path.normpath(real_path(Path()) / request.out))
+    out = collapse_leading_slashes(os.path.normpath(real_path(Path()) / request.out))
     if any(root.guest == OUT for root in roots):
         raise RefusedError("cannot use --out", f"the policy has a root at {OUT}", "Leave one of them out")
     return (*roots, Root(field="--out", given=str(request.out), host=out, guest=OUT, write=True))
