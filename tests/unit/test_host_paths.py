@@ -157,7 +157,7 @@ def test_a_folder_of_another_user_is_refused(where: str, tmp_path: Path, need: N
 
 @pytest.mark.root
 @pytest.mark.parametrize("bits", [0o1777, 0o755, 0o775])
-def test_no_error_suggests_chmod_on_a_system_folder(bits: int, tmp_path: Path, need: Need) -> None:
+def test_no_error_suggests_to_change_a_system_folder(bits: int, tmp_path: Path, need: Need) -> None:
     """No error tells root to chmod an open system folder."""
     need(os.geteuid() == 0, "needs root, whose folders are the system's", installable=False)
     folder = tmp_path / "open"
