@@ -163,7 +163,7 @@ class Run:
         try:
             greet(instance, cancel_fd=self.cancel.fd)
         except NoAnswerError as exc:
-            return PhaseFacts(evidence=evidence_of(exc.silence, self.cancel.signal))
+            return PhaseFacts(evidence=evidence_of(exc.failure, self.cancel.signal))
         return carry_out(spec, instance, streams)
 
     def begin(self) -> None:

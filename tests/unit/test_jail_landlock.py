@@ -14,22 +14,22 @@ from tests.unit.test_jail_own_limits import ALLOW, KILL, LACKING, LINE, LINES_MO
 from x07_sandbox.errors import HostError
 from x07_sandbox.host.arch import Arch, host_arch
 from x07_sandbox.jail.bwrap import BWRAP, PERL, SETPRIV
-from x07_sandbox.jail.forms import FLAGS_FOR_A_USER, FLAGS_FOR_ROOT, second_form
+from x07_sandbox.jail.forms import FLAGS_FOR_A_USER, FLAGS_FOR_ROOT, landlock_form
 from x07_sandbox.jail.landlock import (
     CALLS,
     CALLS_OLD,
-    Places,
+    ExecAddresses,
     call_rules,
     file_rights,
-    gate_message,
     landlock_argv,
     landlock_filter,
-    places,
+    random_addresses,
+    release_message,
     ruleset,
 )
 
 PID = 4711
-DRAWN = Places(path=0x2345_6789_ABC0, arguments=0x1FFF_0000_0008, environment=0x4000_0000_0010)
+DRAWN = ExecAddresses(path=0x2345_6789_ABC0, arguments=0x1FFF_0000_0008, environment=0x4000_0000_0010)
 READ, WRITE, EXECUTE, TRUNCATE = 1 << 2, 1 << 1, 1 << 0, 1 << 14
 HEADER = struct.Struct("=QQQQ")
 
@@ -71,7 +71,7 @@ def test_the_command_is_executed_once(arch: Arch) -> None:
 
 def test_the_addresses_cannot_be_guessed() -> None:
     """The secret addresses of each job are random and cannot be guessed."""
-    drawn = [place for _ in range(200) for place in msgspec.structs.astuple(places())]
+    drawn = [place for _ in range(200) for place in msgspec.structs.astuple(random_addresses())]
     assert len(set(drawn)) == len(drawn)
     assert all(place % 8 == 0 and 1 << 44 <= place < 5 << 44 for place in drawn)
     assert (5 - 1 << 44) // 8 >= 1 << 43
@@ -119,9 +119,9 @@ def test_arguments_are_checked(arch: Arch) -> None:
 
 def test_the_release_message_is_atomic() -> None:
     """The message that releases the jail is written atomically and states its length."""
-    message = gate_message(host_arch(), PID)
+    message = release_message(host_arch(), PID)
     path, arguments, environment, length = HEADER.unpack_from(message)
-    assert message[HEADER.size :] == landlock_filter(host_arch(), PID, Places(path, arguments, environment))
+    assert message[HEADER.size :] == landlock_filter(host_arch(), PID, ExecAddresses(path, arguments, environment))
     assert (length, len(message) < 65536) == (len(message) - HEADER.size, True)
 
 
@@ -169,13 +169,13 @@ def test_all_of_it_runs_under_the_job_s_uid(uid: int | None) -> None:
 def test_a_kernel_with_too_old_a_landlock_is_refused(version: int) -> None:
     """Without namespaces and with a Landlock older than version 3, nothing runs."""
     with pytest.raises(HostError) as caught:
-        second_form("namespaces are forbidden here", version, [])
+        landlock_form("namespaces are forbidden here", version, [])
     assert "needs Landlock 3 (Linux 6.2)" in caught.value.why
     assert any(flags in caught.value.fix for flags in (FLAGS_FOR_ROOT, FLAGS_FOR_A_USER))
 
 
 def test_root_without_the_rights_for_a_uid_is_refused() -> None:
     """Without namespaces, root that cannot change its uid runs nothing."""
-    with pytest.raises(HostError, match="root has no CAP_SETUID"):
-        second_form("namespaces are forbidden here", 7, ["CAP_SETUID"])
-    assert second_form("why", 7, []).landlock == 7
+    with pytest.raises(HostError, match="root lacks CAP_SETUID"):
+        landlock_form("namespaces are forbidden here", 7, ["CAP_SETUID"])
+    assert landlock_form("why", 7, []).landlock == 7

@@ -16,8 +16,8 @@ import pytest
 from msgspec.structs import replace
 
 from x07_sandbox import Policy, Pool, SandboxError, load_policy, run_program
-from x07_sandbox.backends.lease import PoolMachines
-from x07_sandbox.backends.selection import choice_of_variables
+from x07_sandbox.backends.lease import PoolClient
+from x07_sandbox.backends.selection import choice_from_environment
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host import paths
 from x07_sandbox.host.cancel import Cancel
@@ -173,8 +173,8 @@ def asked(stack: contextlib.ExitStack, folder: Path, **words: Any) -> RunRequest
     options: dict[str, Any] = {
         "stdin_fd": 0,
         "stdin_default": True,
-        "machines": PoolMachines(),
-        "choice": choice_of_variables(),
+        "machines": PoolClient(),
+        "choice": choice_from_environment(),
         "cancel": cancel,
     } | words
     return load_program(make_request(folder, options.pop("args", ()), **options), stack)[0]

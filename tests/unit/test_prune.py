@@ -318,7 +318,7 @@ def test_prune_waits_for_a_build() -> None:
         store.set_name("default", fresh.folder.name)
     thread.join(30)
     assert reports[0].removed == ()
-    assert told == ["waiting for a build of an image to end"]
+    assert told == ["waiting for an image build to end"]
 
 
 def test_unused_artifacts_are_removed(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ host.waiting
 housekeeping.start
 images.guestcode images.manifest images.scratch images.store images.verify
 jail.bwrap jail.cgroups jail.forms jail.libraries jail.seccomp jail.uids
-jobs.admission jobs.launcher jobs.record jobs.unended
+jobs.admission jobs.launcher jobs.record jobs.unfinished_jobs
 network.account
 plan.confinement plan.controls plan.denials plan.features plan.outcomes plan.rows plan.sizes
 policy.decode policy.default policy.environment policy.model policy.problems policy.rules

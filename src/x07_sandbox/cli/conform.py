@@ -8,7 +8,7 @@ import tempfile
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.backends.registry import BY_NAME
-from x07_sandbox.backends.selection import asked, select, this_platform
+from x07_sandbox.backends.selection import backend_request, select, this_platform
 from x07_sandbox.cli.console import LiveLine, show
 from x07_sandbox.cli.json_output import print_document
 from x07_sandbox.cli.parser import Once, add_document_flags
@@ -88,7 +88,7 @@ def _show(backend: str, verdict: Verdict) -> None:
 def _named(options: argparse.Namespace) -> list[str]:
     """The backends that are asked for. Raises UsageError, RefusedError."""
     platform = this_platform()
-    wanted = asked(
+    wanted = backend_request(
         sandbox=options.sandbox_backend,
         backend=options.backend,
         accepted=options.i_accept_weaker_isolation,

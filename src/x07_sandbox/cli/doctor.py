@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.backends.prerequisites import Proof, advice, backend_states, gather
 from x07_sandbox.backends.registry import BY_NAME, create
-from x07_sandbox.backends.selection import ACCEPT_FLAG, Asked, choice_of_variables, select, this_platform, working
+from x07_sandbox.backends.selection import (
+    ACCEPT_FLAG,
+    BackendRequest,
+    choice_from_environment,
+    select,
+    this_platform,
+    usable_flags,
+)
 from x07_sandbox.cli.console import LiveLine, show, size
 from x07_sandbox.cli.json_output import print_document
 from x07_sandbox.cli.parser import add_document_flags
@@ -78,8 +85,7 @@ def _print_backend(state: BackendState) -> None:
     show(f"{state.name} ({wall}): {state.text}", mark)
     for look in state.looks:
         show(f"      {look.what}: {look.text}")
-    # Where it is only not in this version or not for this platform, what they all have in common was said above.
-    for remedy in state.remedies if state.state == "failed" else state.remedies[-1:]:
+    for remedy in state.remedies if state.state == "failed" else ():
         show(f"      - {remedy}")
 
 
@@ -89,7 +95,7 @@ def _examined() -> DoctorReport:
     findings += [*_wish(), _folders()]
     proofs = {}
     if platform.system == "linux" and os.uname().machine in ARCHES:
-        name = select(platform, Asked()).backend
+        name = select(platform, BackendRequest()).backend
         machine = _image_and_machine(name)
         findings += [*_tools(name), _image_tools(), _groups(), *_room(), *_jail(name), *machine]
         if (proof := proof_among(machine)) is not None:
@@ -114,7 +120,7 @@ def _weaker(name: str) -> Proof:
 
 def platform_finding(platform: Platform) -> Finding:
     """Whether this version has a backend for that platform at all."""
-    if words := " ".join(working(platform)):
+    if words := " ".join(usable_flags(platform)):
         return Finding(subject="platform", good=True, text=f"{platform}, for which there is {words}")
     text, fix = f"this version has no backend for {platform}", ". ".join(advice(platform))
     return Finding(subject="platform", good=False, text=text, fix=fix)
@@ -162,7 +168,7 @@ def _variables(environ: Mapping[str, str]) -> Finding:
 def _wish() -> list[Finding]:
     """Why the backend that variables ask for cannot be had: every run without a flag is refused for it."""
     try:
-        choice_of_variables()
+        choice_from_environment()
     except SandboxError as exc:
         return [_bad("backend of the variables", exc)]
     return []
@@ -223,15 +229,15 @@ def _room() -> list[Finding]:
     """How many runs this host holds at once."""
     from x07_sandbox.host.cores import cores
     from x07_sandbox.host.memory import memory_bytes
-    from x07_sandbox.jobs.admission import MEMORY_EACH, max_running
+    from x07_sandbox.jobs.admission import MEMORY_PER_MACHINE, max_running
 
-    subject, memory, each = "runs at once", memory_bytes(), MEMORY_EACH >> 30
+    subject, memory, each = "runs at once", memory_bytes(), MEMORY_PER_MACHINE >> 30
     try:
         most = max_running()
     except SandboxError as exc:
         return [_bad(subject, exc)]
     text = f"{most}; this host has {cores()} cores and {size(memory)} of memory, and each run may use {each} GiB"
-    if memory * 3 // 4 < MEMORY_EACH:
+    if memory * 3 // 4 < MEMORY_PER_MACHINE:
         text += ", which is more than three quarters of that: large programs may not fit"
     return [Finding(subject=subject, good=None, text=text)]
 
@@ -239,7 +245,7 @@ def _room() -> list[Finding]:
 def _jail(name: str) -> list[Finding]:
     """Which form of the jail this host allows around QEMU."""
     from x07_sandbox.jail.bwrap import BWRAP
-    from x07_sandbox.jail.forms import flags, jail_form
+    from x07_sandbox.jail.forms import jail_form, namespace_flags
 
     if name != "qemu" or not os.access(BWRAP, os.X_OK):
         return []
@@ -251,7 +257,11 @@ def _jail(name: str) -> list[Finding]:
         return [Finding(subject="jail", good=True, text="namespaces, seccomp and a root of its own")]
     text = f"without namespaces, by Landlock {form.landlock} and seccomp: {form.why}"
     text += "; X07_VM_REQUIRE_NAMESPACES=1 refuses it"
-    return [Finding(subject="jail", good=None, text=text, fix=f"For the jail with namespaces allow them: {flags()}")]
+    return [
+        Finding(
+            subject="jail", good=None, text=text, fix=f"For the jail with namespaces allow them: {namespace_flags()}"
+        )
+    ]
 
 
 def _image_and_machine(name: str) -> list[Finding]:
@@ -307,7 +317,7 @@ def _start(backend: Backend, image: OpenImage) -> Finding:
             with backend.start(job):
                 pass
     except NoAnswerError as exc:
-        fix = _TOO_SLOW if exc.silence.kind == "late" else _NO_UIDS if "setres" in exc.why else _NO_START
+        fix = _TOO_SLOW if exc.failure.kind == "late" else _NO_UIDS if "setres" in exc.why else _NO_START
         found = Finding(subject=START, good=False, text=f"{exc.what}: {exc.why}", fix=fix)
     except SandboxError as exc:
         found = _bad(START, exc)

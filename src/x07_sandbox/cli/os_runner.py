@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Final, Literal, NoReturn
 
 from msgspec.structs import replace
 
-from x07_sandbox.backends.lease import PoolMachines
+from x07_sandbox.backends.lease import PoolClient
 from x07_sandbox.backends.registry import Platform
-from x07_sandbox.backends.selection import ACCEPT_VARIABLE, asked, select, this_platform, working
+from x07_sandbox.backends.selection import ACCEPT_VARIABLE, backend_request, select, this_platform, usable_flags
 from x07_sandbox.cli.atomic_output import check_outputs, files_read
 from x07_sandbox.cli.cancel import cancelled_by_signals
 from x07_sandbox.cli.console import LiveLine, put, say
@@ -128,14 +128,14 @@ def _choice(platform: Platform, world: World, named: str | None, *, accepted: bo
     """The backend. Raises UsageError or RefusedError where what was asked for cannot be had, or was not accepted."""
     auto: Literal["vm", "none"] = "vm" if world == "run-os-sandboxed" else "none"
     try:
-        return select(platform, asked(sandbox=named, accepted=accepted, auto=auto))
+        return select(platform, backend_request(sandbox=named, accepted=accepted, auto=auto))
     except RefusedError as exc:
         # This command has no --backend, and in run-os not even a virtual machine would do.
-        _, sandbox_class, _, _ = working(platform) or working(Platform(system="linux"))
+        _, sandbox_class, _, _ = usable_flags(platform) or usable_flags(Platform(system="linux"))
         fix = f"Use {_SANDBOXED} --sandbox-backend {sandbox_class}"
         if text("X07_VM_BACKEND"):  # no value of it would do beside every X07_SANDBOX_BACKEND, and the flag needs none
             fix += ", with X07_VM_BACKEND unset"
-        raise RefusedError(exc.what, exc.why, fix if working(platform) else f"{fix}, on Linux") from exc
+        raise RefusedError(exc.what, exc.why, fix if usable_flags(platform) else f"{fix}, on Linux") from exc
 
 
 def _target(options: argparse.Namespace) -> Path:
@@ -165,7 +165,7 @@ def _request(path: Path, options: argparse.Namespace, stack: contextlib.ExitStac
         executable=options.compiled_out is not None,
         # Of profiles only `x07 run` knows.
         loaders=(partial(load_x07, options=_x07_options(options), profiles=False),),
-        machines=PoolMachines(),
+        machines=PoolClient(),
         scale_limits=False,  # X07's report has no place for it
         progress=progress,
         cancel=stack.enter_context(cancelled_by_signals()),

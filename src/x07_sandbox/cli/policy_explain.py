@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from x07_sandbox.backends.registry import BY_NAME, features_of
-from x07_sandbox.backends.selection import asked, backend_named, select, this_platform
+from x07_sandbox.backends.selection import backend_named, backend_request, select, this_platform
 from x07_sandbox.network.names import pattern_text
 from x07_sandbox.network.rules import make_allowlist, unreachable_entries
 from x07_sandbox.plan.confinement import confinement
@@ -66,7 +66,7 @@ def explanation(
     """
     backend = None if backend_name is None else backend_named(backend_name)
     if backend is None or not (backend.built and backend.runs_on(this_platform())):
-        backend = BY_NAME[select(this_platform(), asked(backend=backend_name, flags=("--backend",))).backend]
+        backend = BY_NAME[select(this_platform(), backend_request(backend=backend_name, flags=("--backend",))).backend]
     features = features_of(backend)
     plan = make_plan(policy, features)
     values = leaf_values(policy)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from x07_sandbox.backends.lease import GONE_S, PROTOCOL, connected, peer_of, pool_dir, receive, send
+from x07_sandbox.backends.lease import GONE_S, PROTOCOL, connect_to_pool, peer_of, pool_dir, receive, send
 from x07_sandbox.cli.console import Progress, show
 from x07_sandbox.cli.json_output import print_document, wanted
 from x07_sandbox.cli.parser import add_document_flags, whole_number
@@ -101,12 +101,12 @@ def _heard(ready: IO[bytes], progress: Progress) -> dict[str, Any]:
 
 
 def _stop(options: argparse.Namespace) -> int:
-    connection = connected()
+    connection = connect_to_pool()
     if connection is not None:
         with connection:
             connection.settimeout(2 * GONE_S)
             send(connection, {"protocol": PROTOCOL, "want": "stop"})
-            if receive(connection) is not None or connected() is not None:
+            if receive(connection) is not None or connect_to_pool() is not None:
                 raise HostError("cannot stop the pool", "it does not end", "Look at it with x07 pool status")
     if not print_document(PoolReport(pool=None), options):
         show("no pool runs" if connection is None else "the pool has ended")
@@ -129,7 +129,7 @@ def _status(options: argparse.Namespace) -> int:
 
 def _told() -> PoolStatus | None:
     """What the pool's process says of itself; None where there is none, or it ends just now. Raises HostError."""
-    connection = connected()
+    connection = connect_to_pool()
     if connection is None:
         return None
     with connection:
@@ -138,7 +138,7 @@ def _told() -> PoolStatus | None:
             send(connection, {"protocol": PROTOCOL, "want": "status"})
         answer = receive(connection)
     if answer is None:
-        if (still := connected()) is None:
+        if (still := connect_to_pool()) is None:
             return None
         still.close()
         fix = f"If it is stopped, let it go on with kill -CONT {pid}, or end it with kill -KILL {pid}"

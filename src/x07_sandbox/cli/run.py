@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
-from x07_sandbox.backends.lease import PoolMachines
+from x07_sandbox.backends.lease import PoolClient
 from x07_sandbox.backends.registry import create
-from x07_sandbox.backends.selection import asked, select, this_platform
+from x07_sandbox.backends.selection import backend_request, select, this_platform
 from x07_sandbox.cli.cancel import cancelled_by_signals
 from x07_sandbox.cli.console import LiveLine, plain, say
 from x07_sandbox.cli.run_options import OVERRIDES, X07_LIMITS, add_options, epilog, help_level, limits_of
@@ -207,7 +207,7 @@ def _is_x07_artifact(options: argparse.Namespace) -> bool:
 def _choice(options: argparse.Namespace) -> Choice:
     """The backend that is asked for. Raises UsageError, RefusedError where it is not to be had."""
     accepted = options.i_accept_weaker_isolation
-    found = asked(sandbox=options.sandbox_backend, backend=options.backend, accepted=accepted)
+    found = backend_request(sandbox=options.sandbox_backend, backend=options.backend, accepted=accepted)
     choice = select(this_platform(), found)
     if choice.sandbox_backend == "none":
         say("warning: no isolation: the program can do whatever this user can, and few of the policy's limits hold")
@@ -272,7 +272,7 @@ def _request(
         cold=options.cold,
         cache=not options.no_cache,
         queue_s=options.queue_timeout,
-        machines=None if options.no_pool else PoolMachines(),
+        machines=None if options.no_pool else PoolClient(),
         require_hardware=options.require_hardware,
         profile=options.profile,
         changes=options.changes,

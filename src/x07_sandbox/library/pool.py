@@ -103,7 +103,7 @@ class Pool(Executor):
 
     def _check_process(self) -> None:
         """Raise UsageError in a forked child."""
-        if self._machines.in_a_child():
+        if self._machines.in_forked_child():
             raise UsageError("cannot use this pool", "it is of the process that this one was forked from", "Make one")
 
     def _run(
@@ -141,7 +141,7 @@ class Pool(Executor):
 
         cancel_futures: also those that run are cancelled, not only those that wait.
         """
-        if self._machines.in_a_child():
+        if self._machines.in_forked_child():
             return  # what runs is the parent's
         if cancel_futures:
             with self._lock:

@@ -15,7 +15,7 @@ from x07_sandbox.library.arguments import FILES_BYTES, check_names, input_file, 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from x07_sandbox.backends.base import Machines
+    from x07_sandbox.backends.base import MachineSource
     from x07_sandbox.host.cancel import Cancel
     from x07_sandbox.library.options import RunOptions
     from x07_sandbox.policy.model import Policy
@@ -219,7 +219,7 @@ def run_once(
     program: str | os.PathLike[str] | None,
     args: Sequence[str],
     *,
-    machines: Machines | None = None,
+    machines: MachineSource | None = None,
     input: bytes | None = None,  # noqa: A002 - as above
     on_output: OnOutput | None = None,
     **options: Any,  # noqa: ANN401 - make_request knows them
@@ -229,12 +229,12 @@ def run_once(
     machines: warm ones; None for those that `x07 pool` keeps. The rest is as `run_program` has it.
     Raises UsageError for a wrong call, and what *on_output* raises.
     """
-    from x07_sandbox.backends.lease import PoolMachines
-    from x07_sandbox.backends.selection import choice_of_variables
+    from x07_sandbox.backends.lease import PoolClient
+    from x07_sandbox.backends.selection import choice_from_environment
     from x07_sandbox.housekeeping.start import sweep_before_start
     from x07_sandbox.runs.run import attempt
 
-    choice = choice_of_variables()
+    choice = choice_from_environment()
     if on_output is not None and not callable(on_output):
         raise wrong("on_output", f"is {type(on_output).__name__}, not a function")
     with contextlib.ExitStack() as stack:
@@ -245,7 +245,7 @@ def run_once(
             args,
             stdin_fd=input_file(input, stack),
             stdin_default=input is None,
-            machines=machines or PoolMachines(),
+            machines=machines or PoolClient(),
             choice=choice,
             cancel=cancel,
             live=live,

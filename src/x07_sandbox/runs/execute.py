@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from x07_sandbox.backends.handshake import grace, polling, wait_for_exit
+from x07_sandbox.backends.handshake import input_poll, read_deadline, wait_for_exit
 from x07_sandbox.channel.frames import DATA_MAX, DENIED_MAX, Kind, Stream
 from x07_sandbox.channel.link import Control, Data, Eof, Event, State
 from x07_sandbox.errors import PeerError
@@ -110,7 +110,7 @@ class Phase:
         # In the order in which they are heard: what the guest has said comes before its end.
         fds = self.instance.channel_fd, self.instance.pidfd, self.streams.cancel.fd
         gate = [] if self.streams.gate_fd is None or self.stage is Stage.COLLECT else [self.streams.gate_fd]
-        poll = polling(*fds, *gate, *self.instance.side_fds(), *stdin, *progress)
+        poll = input_poll(*fds, *gate, *self.instance.side_fds(), *stdin, *progress)
         poll.register(self.instance.channel_fd, select.POLLIN | (select.POLLOUT if self.link.pending() else 0))
         return poll
 
@@ -138,7 +138,7 @@ class Phase:
             self.late = None
             return self.over
         wait_s = self.late.left_s() if self.late else 0.0
-        self.late = self.late or grace(self.deadline)
+        self.late = self.late or read_deadline(self.deadline)
         if not self.late.passed() and self._has_come(wait_s):
             return False
         if self.asked_to_stop:
@@ -152,7 +152,9 @@ class Phase:
 
     def _has_come(self, wait_s: float) -> bool:
         """Whether a word of the guest's, of the machine's end or of the caller's is there, or comes in that time."""
-        return bool(polling(self.instance.channel_fd, self.instance.pidfd, self.streams.cancel.fd).poll(wait_s * 1000))
+        return bool(
+            input_poll(self.instance.channel_fd, self.instance.pidfd, self.streams.cancel.fd).poll(wait_s * 1000)
+        )
 
     def _receive(self) -> None:
         events = self.connection.read()
@@ -325,7 +327,7 @@ class Phase:
 def drain(sinks: tuple[Sink, ...], cancel: Cancel) -> bool:
     """Give slow readers the rest, at most one window a stream, without a deadline; False if a cancel came first."""
     while fds := [sink.progress_fd for sink in sinks if sink.progress_fd is not None]:
-        for fd, _ in polling(cancel.fd, *fds).poll():
+        for fd, _ in input_poll(cancel.fd, *fds).poll():
             if fd == cancel.fd:
                 return False
             for sink in sinks:

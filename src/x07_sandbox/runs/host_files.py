@@ -38,7 +38,7 @@ from x07_sandbox.host.paths import (
     real_path,
     state_dir,
 )
-from x07_sandbox.jobs.record import home_of
+from x07_sandbox.jobs.record import state_home
 from x07_sandbox.plan.confinement import confinement
 from x07_sandbox.plan.denials import GuestMount
 from x07_sandbox.plan.guest_paths import OUT, PROGRAM, WORK
@@ -316,7 +316,7 @@ def roots_in_force(request: RunRequest, program: Program, policy: Policy) -> tup
 def _kept_by_us() -> list[str]:
     """Where our records lie, sets of changes and journals among them, and our cache: all of it is believed later."""
     root = state_dir()
-    home = home_of(root)
+    home = state_home(root)
     places = (root, runs_dir(root), home / "runner_instance", home / "runner_instance.owner", cache_dir())
     return [str(real_path(path)) for path in places]  # as roots are known
 

@@ -124,7 +124,7 @@ def _conversed(
         from x07_sandbox.runs.execute import PhaseFacts
 
         instance = exc.instance
-        facts = PhaseFacts(evidence=evidence_of(exc.silence, request.cancel.signal), times_ms=exc.times_ms)
+        facts = PhaseFacts(evidence=evidence_of(exc.failure, request.cancel.signal), times_ms=exc.times_ms)
     warnings += instance.notes
     return instance, facts, warnings
 
@@ -151,7 +151,7 @@ def _answering(
         except BackendError as exc:
             why = f"{exc.what}: {exc.why}"
             if isinstance(exc, NoAnswerError):
-                if exc.silence.kind == "cancelled":
+                if exc.failure.kind == "cancelled":
                     raise
                 why = "the one it took did not answer"
             warnings.append(f"the {spec.name} had no warm machine: {why}")

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from x07_sandbox.backends.base import Availability, Backend
 from x07_sandbox.backends.registry import create
-from x07_sandbox.backends.selection import Choice, choice_of_variables
+from x07_sandbox.backends.selection import Choice, choice_from_environment
 from x07_sandbox.errors import HostError, RefusedError, UsageError, shown
 from x07_sandbox.host import settings
 from x07_sandbox.host.paths import settings_file
@@ -104,7 +104,7 @@ def prepare(
     draft = _known(replace(draft, policy=shown(in_force.base)), policy=sha256_text(in_force.data))
     yield draft
     check_variables(request, in_force.policy)
-    choice = request.choice or choice_of_variables()
+    choice = request.choice or choice_from_environment()
     backend = create(choice.backend)
     image = None
     if backend.uses_image:

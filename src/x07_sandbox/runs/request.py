@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import msgspec
 from msgspec.structs import replace
 
-from x07_sandbox.backends.base import Machines
+from x07_sandbox.backends.base import MachineSource
 from x07_sandbox.backends.selection import Choice
 from x07_sandbox.errors import RefusedError, UsageError
 from x07_sandbox.host import settings
@@ -134,7 +134,7 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
     cold: bool = False
     cache: bool = True
     queue_s: float = settings.QUEUE_S
-    machines: Machines | None = None
+    machines: MachineSource | None = None
     choice: Choice | None = None
     loaded: Program | None = None
     in_force: InForce | None = None
