@@ -38,7 +38,7 @@ HOLDER = """
 import os, sys, time
 from x07_sandbox.jobs import admission
 from x07_sandbox.jobs.admission import admitted
-admission._SAY_AFTER_S = 600  # before that nobody looks whether the first of the queue is stopped
+admission._SAY_AFTER_S = 600  # no check for a stopped process at the head of the queue before that
 never = os.eventfd(0)
 print("queued", flush=True)
 with admitted(cancel_fd=never, timeout_s=60):
@@ -67,7 +67,7 @@ class Holder:
         deadline = time.monotonic() + 60
         while not any(sleeps_in_flock(child) for child in children_of(self.process.pid)):
             assert time.monotonic() < deadline
-            time.sleep(0.01)  # no event tells of it
+            time.sleep(0.01)  # there is no event for it
 
     def end(self) -> None:
         """Kill the process and close its pipes."""
@@ -124,7 +124,7 @@ def test_first_come_first_served(never: int) -> None:
     """Processes get free slots in the order in which they queued."""
     holders: list[Holder] = []
     try:
-        # We are the first of the queue too, so that all of them sleep until there is a slot.
+        # This process is first in the queue, so all of them sleep until there is a slot.
         with admitted(cancel_fd=never, timeout_s=60), file_lock(cache_folder("slots") / "turn"):
             for number in range(4):
                 holders.append(Holder(str(number)))

@@ -19,7 +19,7 @@ PLATFORMS = [LINUX, MACOS_26, MACOS_12, OTHER]
 AUTOS: tuple[Class, ...] = ("vm", "none")
 QEMU = Choice(backend="qemu", sandbox_backend="vm")
 
-# For each backend named alone: what becomes of it on Linux, macOS 26, macOS 12 and elsewhere, without acceptance and
+# For each backend named alone: its result on Linux, macOS 26, macOS 12 and elsewhere, without acceptance and
 # with it. "closed": refused without acceptance; "later": not built yet, on any platform; "elsewhere": not for this
 # platform.
 NAMED = {

@@ -50,7 +50,7 @@ def new(*names: str, node: Node = FILE) -> list[Told]:
 
 
 def judged(
-    told: list[Told],
+    reported: list[Told],
     before: dict[str, Node] | None = None,
     allowed: Allowed = ALL,
     bounds: Bounds = BOUNDS,
@@ -59,7 +59,7 @@ def judged(
 ) -> Judged:
     """The verdict on reported changes."""
     before = {"": FOLDER} if before is None else before
-    return judge(before, stayed or {}, told, bounds, allowed, Protection(ROOT, own))
+    return judge(before, stayed or {}, reported, bounds, allowed, Protection(ROOT, own))
 
 
 def as_set(found: Judged) -> ChangeSet:
@@ -77,7 +77,7 @@ def refused(found: Judged) -> set[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(
-    ("before", "told"),
+    ("before", "reported"),
     [
         ({"": FOLDER, "a": FILE}, [Told(root=0, name="a"), Told(root=0, name="", node=LINK)]),
         ({"": FOLDER, "a": FILE}, [Told(root=0, name="", node=LINK)]),
@@ -95,10 +95,10 @@ def refused(found: Judged) -> set[tuple[str, str]]:
         ({"": FILE}, new("a")),
     ],
 )
-def test_a_root_stays_what_it_is(before: dict[str, Node], told: list[Told]) -> None:
+def test_a_root_stays_what_it_is(before: dict[str, Node], reported: list[Told]) -> None:
     """A guest that reports a root as removed or of another kind breaks the protocol."""
     with pytest.raises(PeerError):
-        judged(told, before)
+        judged(reported, before)
 
 
 def test_valid_reports_about_a_root_are_accepted() -> None:
@@ -115,8 +115,8 @@ def test_valid_reports_about_a_root_are_accepted() -> None:
     assert (attributes.changes, refused(attributes)) == ((), {("", "kind")})
     assert "a folder with extended attributes" in attributes.refused[0].why
     deep = "/".join(["d" * 255] * 15)
-    told = [*new(f"{deep}/x", node=FOLDER)[:-1], Told(root=0, name=deep, other=stat.S_IFDIR | 0o755)]
-    assert [refusal.why for refusal in judged(told).refused] == ["it is too deep to be named"]
+    reported = [*new(f"{deep}/x", node=FOLDER)[:-1], Told(root=0, name=deep, other=stat.S_IFDIR | 0o755)]
+    assert [refusal.why for refusal in judged(reported).refused] == ["it is too deep to be named"]
 
 
 @pytest.mark.parametrize("kind", [Kind.FILE, Kind.FOLDER])
@@ -157,14 +157,14 @@ def test_a_host_repository_with_missing_parts_is_protected(missing: str) -> None
     """A host repository stays protected if a part was not copied in or was removed by the program."""
     parts = ["HEAD", "objects", "refs", "config"]
     before = {"": FOLDER, "r": FOLDER} | {f"r/{part}": FILE for part in parts}
-    told = new("r/config", node=msgspec.structs.replace(FILE, size=2))[1:]
+    reported = new("r/config", node=msgspec.structs.replace(FILE, size=2))[1:]
     gone = [Told(root=0, name=f"r/{missing}")]
-    assert refused(judged(told + gone, before)) == {("r/config", "protected")}
+    assert refused(judged(reported + gone, before)) == {("r/config", "protected")}
     assert refused(judged(gone, before)) == set()
     stayed = {f"r/{missing}": Stayed("link-out", 0)}
     before.pop(f"r/{missing}")
-    assert refused(judged(told, before, stayed=stayed)) == {("r/config", "protected")}
-    assert refused(judged(told, before)) == set()
+    assert refused(judged(reported, before, stayed=stayed)) == {("r/config", "protected")}
+    assert refused(judged(reported, before)) == set()
 
 
 def test_git_runs_no_command_of_a_refused_tree(tmp_path: Path) -> None:
@@ -245,8 +245,8 @@ def test_allowing_git_excludes_hooks_and_configuration(patterns: tuple[str, ...]
     obeyed = ["hooks/post-commit", "config", "Config.worktree", "info/attributes", "modules/x/config", "commondir"]
     obeyed += ["sequencer/opts", "rebase-apply/x", "rebase-merge/git-rebase-todo", "remotes/origin"]
     for folder in ("", "sub/"):
-        told = new(*(f"{folder}.git/{name}" for name in (*plain, *obeyed)))
-        names = [one.name for one in told]
+        reported = new(*(f"{folder}.git/{name}" for name in (*plain, *obeyed)))
+        names = [one.name for one in reported]
         protection = Protection(ROOT, (), patterns)
         left = {name for name in names if protection.why(name)} | set(protection.repositories(names, names))
         assert {f"{folder}.git/{name}" for name in obeyed} <= left
@@ -333,8 +333,8 @@ def test_an_escaping_link_is_always_refused() -> None:
     assert not stays_inside("", "beside")  # a root's own target lies beside it
     for allow in (True, False):
         bounds = msgspec.structs.replace(BOUNDS, allow_symlinks=allow)
-        told = [Told(root=0, name="l", node=Node(kind="link", target="../x"))]
-        assert [refusal.value for refusal in judged(told, bounds=bounds).refused] == [None]
+        reported = [Told(root=0, name="l", node=Node(kind="link", target="../x"))]
+        assert [refusal.value for refusal in judged(reported, bounds=bounds).refused] == [None]
 
 
 @pytest.mark.parametrize(
@@ -355,8 +355,8 @@ def test_an_escaping_link_is_always_refused() -> None:
 def test_a_link_through_a_left_out_entry_is_refused(links: dict[str, str], name: str, out: str) -> None:
     """A link through an entry that was not copied in is refused, also by way of other links."""
     stayed = {"out": Stayed("link-out", 0), "d/secret": Stayed("secret", 0)}
-    told = [Told(root=0, name=at, node=Node(kind="link", target=target)) for at, target in links.items()]
-    found = judged([*new("d/x"), *told], stayed=stayed).refused
+    reported = [Told(root=0, name=at, node=Node(kind="link", target=target)) for at, target in links.items()]
+    found = judged([*new("d/x"), *reported], stayed=stayed).refused
     assert [refusal.why for refusal in found if refusal.name == name and out not in refusal.why] == []
     assert (name in {refusal.name for refusal in found}) == bool(out)
     assert {refusal.reveal for refusal in found if refusal.rule == "secrets"} <= {"d/secret"}
@@ -364,12 +364,12 @@ def test_a_link_through_a_left_out_entry_is_refused(links: dict[str, str], name:
 
 def test_each_link_is_resolved_once() -> None:
     """A thousand chained links are each resolved once."""
-    told = [
+    reported = [
         Told(root=0, name=f"l{number}", node=Node(kind="link", target=f"l{number - 1}" if number else "nothing"))
         for number in range(1000)
     ]
-    work = calls(lambda: judged(told, stayed={"out": Stayed("link", 0)}))
-    assert work["_follow"] <= len(told)
+    work = calls(lambda: judged(reported, stayed={"out": Stayed("link", 0)}))
+    assert work["_follow"] <= len(reported)
 
 
 @pytest.mark.parametrize(
@@ -395,8 +395,8 @@ def test_no_link_escapes_through_an_existing_one(there: dict[str, str], target: 
 
 def test_an_accepted_set_can_be_applied() -> None:
     """An accepted change set can be applied, and reserved names are refused."""
-    for told in (new("a/b/c", "d"), [Told(root=0, name="f", node=Node(kind="link", target="a"))], []):
-        check_set(as_set(judged(told)))
+    for reported in (new("a/b/c", "d"), [Told(root=0, name="f", node=Node(kind="link", target="a"))], []):
+        check_set(as_set(judged(reported)))
     for name in (".x07-apply-0", "a/.x07-apply-0/b"):
         assert "reserved" in {rule for _, rule in refused(judged(new(name)))}
 
@@ -407,12 +407,12 @@ def test_an_accepted_set_can_be_applied() -> None:
 def test_names_that_differ_in_case_only_collide() -> None:
     """New names that differ only in case or normalization are reported as collisions."""
     before = {"": FOLDER, "a": FILE, "d": FOLDER, "d/x": FILE}
-    told = [Told(root=0, name="a"), *new("A", "D/y", "both", "Both", "d/X.txt", "d/\u00c9", "x", "KEY.pem")]
-    changes = judged(told, before).changes
+    reported = [Told(root=0, name="a"), *new("A", "D/y", "both", "Both", "d/X.txt", "d/\u00c9", "x", "KEY.pem")]
+    changes = judged(reported, before).changes
     found = {refusal.name: refusal for refusal in collisions(changes, [*before, "d/e\u0301", "key.pem"])}
     assert sorted(found) == ["A", "Both", "D", "KEY.pem", "both", "d/\u00c9"]
     assert "would take it for Both: " in found["both"].why
-    check_set(chosen(ChangeSet(run="1-1-1", roots=(as_set(judged(told, before)).roots[0],)), sorted(found), []))
+    check_set(chosen(ChangeSet(run="1-1-1", roots=(as_set(judged(reported, before)).roots[0],)), sorted(found), []))
     assert list(collisions([change for change in changes if change.name not in found], before)) == []
 
 
@@ -459,32 +459,32 @@ def test_reasons_with_any_names_can_be_encoded() -> None:
 def test_names_are_compared_once() -> None:
     """Thousands of files in a deep folder cost few comparisons per file."""
     folder = "/".join(f"src{number}" for number in range(20))
-    told = new(*(f"{folder}/{number}" for number in range(3000)))
-    found = calls(lambda: judged(told))
+    reported = new(*(f"{folder}/{number}" for number in range(3000)))
+    found = calls(lambda: judged(reported))
     assert found["folded"] <= 20 + 3000 + len(ROOT.split("/"))
     assert found["_why_part"] <= found["folded"] + len(ROOT.split("/")) + 1  # those of the top, for CI systems too
-    assert found.total() < 30 * len(told)
+    assert found.total() < 30 * len(reported)
 
 
 def test_entries_beyond_the_depth_limit_cost_nothing() -> None:
     """Only the first folder beyond the depth limit is refused, and those below cost nothing."""
     deep = "/".join("a" * 1000)
-    told = [*new(f"{deep}/x"), *(Told(root=0, name=f"{deep}/{number}", node=FILE) for number in range(1000))]
+    reported = [*new(f"{deep}/x"), *(Told(root=0, name=f"{deep}/{number}", node=FILE) for number in range(1000))]
     found: list[Judged] = []
-    work = calls(lambda: found.append(judged(told)))
+    work = calls(lambda: found.append(judged(reported)))
     assert [(refusal.name, refusal.rule, refusal.value) for refusal in found[0].refused] == [
         ("/".join("a" * 129), "fs.max_depth", None)
     ]
-    assert work.total() < 60 * 128 + 10 * len(told)
+    assert work.total() < 60 * 128 + 10 * len(reported)
 
 
 def test_deep_moves_take_linear_time() -> None:
     """Moves and removals in deep trees take time linear in their number."""
     deep = "/".join("a" * 120)
     before = {"": FOLDER} | {one.name: one.node for one in new(*(f"{deep}/{n}" for n in range(500))) if one.node}
-    told = [Told(root=0, name=name) for name in reversed(before) if name]
+    reported = [Told(root=0, name=name) for name in reversed(before) if name]
     more = new("r/HEAD", "r/objects", "r/refs", *(f"r/{deep[:200]}/{number}" for number in range(500)))
     found: list[Judged] = []
-    work = calls(lambda: found.append(judged(told + more, before)))
-    assert len(found[0].changes) == len(told) + len(more)
+    work = calls(lambda: found.append(judged(reported + more, before)))
+    assert len(found[0].changes) == len(reported) + len(more)
     assert work.total() < 30 * len(found[0].changes)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import pytest
 
-from tests.unit.test_run_host_files import RUN, Run, die_at, said
+from tests.unit.test_run_host_files import RUN, Run, die_at, messages
 from x07_sandbox.channel.trees import Entry, Kind
 from x07_sandbox.cli.changes_text import pieces
 from x07_sandbox.cli.main import main
@@ -69,7 +69,7 @@ def command_of(text: str) -> list[str]:
     return shlex.split(text.partition("; to apply: x07 ")[2])
 
 
-# what is left out
+# excluded entries
 
 
 def test_protected_entries_are_left_out_and_named(run: Run) -> None:
@@ -82,7 +82,7 @@ def test_protected_entries_are_left_out_and_named(run: Run) -> None:
         ("protected", "appveyor.yml"),
         ("protected", "src/.envrc"),
     ]
-    left, closing = said(changes, denials)
+    left, closing = messages(changes, denials)
     assert left.startswith("left out: appveyor.yml (protected), src/.envrc (protected); to apply: x07 apply ")
     assert closing == "2 added: applied; x07 diff, x07 undo"
     assert main(command_of(left)) == 0
@@ -93,9 +93,9 @@ def test_each_applied_part_can_be_undone(run: Run, capsys: pytest.CaptureFixture
     """Each `x07 undo` reverts the last applied part, which can then be applied again."""
     run.back(run.files(), file("a"), file(".envrc"), file("AGENTS.md"))
     assert main(["apply", "--allow-protected", ".envrc"]) == 0
-    said = capsys.readouterr().err
-    assert "1 added: applied; x07 undo" in said
-    assert f"left out: AGENTS.md (protected); to apply: x07 apply {RUN} --allow-protected AGENTS.md" in said
+    printed = capsys.readouterr().err
+    assert "1 added: applied; x07 undo" in printed
+    assert f"left out: AGENTS.md (protected); to apply: x07 apply {RUN} --allow-protected AGENTS.md" in printed
     assert there(run) == {"a", ".envrc"}
     assert main(["undo"]) == 0
     assert "undone; x07 undo takes back what was applied before" in capsys.readouterr().err
@@ -135,7 +135,7 @@ def test_a_git_folder_comes_in_two_steps(run: Run, capsys: pytest.CaptureFixture
     """`--allow-protected .git` applies no hook; the next printed command does, and each step can be undone."""
     entries = [folder(name) for name in (".git", ".git/hooks", ".git/hooks/x", ".git/objects")]
     changes, denials, _ = run.back(run.files(), *entries)
-    lines, states = said(changes, denials), [there(run)]
+    lines, states = messages(changes, denials), [there(run)]
     while command := next(filter(None, map(command_of, lines)), None):
         assert main(command) == 0
         lines = capsys.readouterr().err.splitlines()
@@ -159,7 +159,7 @@ def test_all_changes_left_out(run: Run) -> None:
     """A run whose changes are all left out saves and names them without changing its exit code."""
     changes, denials, _ = run.back(run.files(), file(".envrc"))
     assert (changes.state, changes.reason, changes.added, changes.left_out) == ("kept", "", 0, 1)
-    (line,) = said(changes, denials)
+    (line,) = messages(changes, denials)
     assert line.startswith("left out: .envrc (protected)")
 
 
@@ -167,7 +167,7 @@ def test_a_change_only_the_policy_can_allow(run: Run) -> None:
     """A change that only the policy can allow names the policy value and no apply command."""
     changes, denials, _ = run.back(run.files({"allow_mkdir": False}), folder("d"), file("a"))
     assert changes.apply_left_out == ""
-    assert said(changes, denials) == [
+    assert messages(changes, denials) == [
         "left out: d: it is a new folder. To allow it, set fs.allow_mkdir to true in the policy.",
         "1 added: applied; x07 diff, x07 undo",
     ]
@@ -182,7 +182,7 @@ def test_a_refused_folder_is_one_line(run: Run) -> None:
     assert (denial.field, denial.subject, denial.count) == ("protected", ".git", 55)
     assert "fs.deny_hidden is true" in denial.reason
     assert "fs.allow_symlinks is false" in denial.reason
-    (line,) = said(changes, [denial])
+    (line,) = messages(changes, [denial])
     assert "left out: .git (protected, hidden, a link)" in line
     assert main(command_of(line)) == 0
     assert (run.root / ".git/refs/z").is_symlink()
@@ -238,7 +238,7 @@ def test_a_created_root_is_no_conflict_later(run: Run) -> None:
     assert there(run) == set()
 
 
-# what depends on what is left out
+# changes that depend on excluded entries
 
 
 def change(name: str, before: Node | None, after: Node | None) -> Change:

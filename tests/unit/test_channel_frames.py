@@ -36,7 +36,7 @@ from x07_sandbox.errors import PeerError
 ROLES = st.sampled_from(Role)
 CONTROL = sorted(SENDER)
 STREAMS = {role: [s for s in range(LAST_FILE + 2) if stream_sender(s) is role] for role in Role}
-DEPTH = 5000  # far past what the decoder follows, and small enough for a control frame
+DEPTH = 5000  # deeper than the decoder accepts, and small enough for a control frame
 HOSTILE = {
     "empty": b"",
     "no text": b"\xff\xfe",

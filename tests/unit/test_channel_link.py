@@ -160,7 +160,7 @@ def give(link: Link, kind: Kind, stream: int) -> None:
 
 @pytest.mark.parametrize(
     ("state", "last"),
-    # While warming and seeding there is no job yet, and nothing of it that the host could have sent.
+    # While warming and seeding there is no job yet, so the host cannot have sent anything of it.
     [
         (state, kind)
         for state, kind in NEXT
@@ -343,7 +343,7 @@ class Pair(RuleBasedStateMachine):
         self.ends = pair_in(State.RUNNING)
         self.given = {flow: bytearray() for flow in self.FLOWS}
         self.came = {flow: bytearray() for flow in self.FLOWS}
-        self.taken = dict.fromkeys(self.FLOWS, 0)  # of what came, by a reader who may stall
+        self.taken = dict.fromkeys(self.FLOWS, 0)  # received bytes that a possibly stalled reader has read
         self.ended: set[tuple[Role, int]] = set()
         self.seen_end: set[tuple[Role, int]] = set()
         self.pipes = {role: bytearray() for role in Role}  # by its writer

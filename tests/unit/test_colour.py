@@ -23,31 +23,31 @@ def _output(tmp_path: Path, words: list[str], stream: str, **env: str) -> bytes:
     streams: dict[str, int] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, stream: theirs}
     with subprocess.Popen(argv, cwd=tmp_path, env=others | place | env, stdin=subprocess.DEVNULL, **streams):  # type: ignore[call-overload]
         os.close(theirs)
-        said = b""
+        output = b""
         while True:
             try:
                 data = os.read(ours, 65536)
             except OSError:  # how the end of a terminal reads
                 break
-            said += data
+            output += data
     os.close(ours)
-    return said
+    return output
 
 
 def test_an_error_is_red_on_a_terminal(tmp_path: Path) -> None:
     """A terminal shows the failed action in red."""
-    said = _output(tmp_path, MISSING, "stderr", TERM="xterm-256color")
-    assert said.startswith(RED + b"x07: ")
-    assert b"missing.json" in said
+    output = _output(tmp_path, MISSING, "stderr", TERM="xterm-256color")
+    assert output.startswith(RED + b"x07: ")
+    assert b"missing.json" in output
 
 
 @pytest.mark.parametrize("env", [{"TERM": "xterm", "NO_COLOR": "1"}, {"TERM": "dumb"}, {}])
 def test_no_colour_where_it_is_not_wanted(tmp_path: Path, env: dict[str, str]) -> None:
     """NO_COLOR, TERM=dumb and an unset TERM disable colours."""
-    said = _output(tmp_path, MISSING, "stderr", **env)
-    assert b"x07: " in said
-    assert b"\x1b[1" not in said
-    assert b"\x1b[3" not in said
+    output = _output(tmp_path, MISSING, "stderr", **env)
+    assert b"x07: " in output
+    assert b"\x1b[1" not in output
+    assert b"\x1b[3" not in output
 
 
 def test_no_colour_without_a_terminal(tmp_path: Path) -> None:
@@ -60,6 +60,6 @@ def test_no_colour_without_a_terminal(tmp_path: Path) -> None:
 
 def test_doctor_marks_its_findings_in_colour(tmp_path: Path) -> None:
     """On a terminal `x07 doctor` shows good findings in green and bad ones in red."""
-    said = _output(tmp_path, ["doctor"], "stdout", TERM="xterm")
-    assert b"\x1b[32mgood\x1b[0m  folders: " in said
-    assert RED + b"BAD\x1b[0m   " in said  # there is no image
+    output = _output(tmp_path, ["doctor"], "stdout", TERM="xterm")
+    assert b"\x1b[32mgood\x1b[0m  folders: " in output
+    assert RED + b"BAD\x1b[0m   " in output  # there is no image

@@ -122,9 +122,9 @@ def test_an_escaping_root_suggests_its_absolute_path() -> None:
 )
 def test_run_suggests_exec_for_a_command(words: list[str], fix: str, capfd: pytest.CaptureFixture[str]) -> None:
     """`x07 run make test` prints the `x07 exec` command to use instead."""
-    said = usage_error(capfd, "run", *words)
-    assert fix.strip() in said
-    assert f"there is no file {words[0]} here" in said
+    errors = usage_error(capfd, "run", *words)
+    assert fix.strip() in errors
+    assert f"there is no file {words[0]} here" in errors
 
 
 @pytest.mark.parametrize("words", [["prog.py", "--", "x"], ["./make", "x"], ["nothing-of-that-name"]])

@@ -132,7 +132,7 @@ def test_a_different_container_is_rejected(place: tuple[str, ...], value: object
 
 
 @pytest.mark.parametrize(
-    ("name", "told", "gaps"),
+    ("name", "answer", "gaps"),
     [
         ("podman", {"host": {"security": {"rootless": False}, "cgroupVersion": "v1"}}, []),
         ("podman", {"host": {"security": {"rootless": True}, "cgroupVersion": "v1"}}, ["memory", "tasks"]),
@@ -151,9 +151,9 @@ def test_a_different_container_is_rejected(place: tuple[str, ...], value: object
         ("docker", {}, ["memory", "tasks"]),
     ],
 )
-def test_ignored_limits_are_detected(name: Any, told: dict[str, Any], gaps: list[str]) -> None:  # noqa: ANN401 - a name of an engine
+def test_ignored_limits_are_detected(name: Any, answer: dict[str, Any], gaps: list[str]) -> None:  # noqa: ANN401 - a name of an engine
     """An engine that would ignore a limit, as rootless podman does on cgroup v1, is detected."""
-    assert engine_gaps(name, told) == gaps
+    assert engine_gaps(name, answer) == gaps
 
 
 def test_variables_cannot_redirect_an_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

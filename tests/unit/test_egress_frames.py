@@ -315,11 +315,11 @@ def test_a_partly_written_frame_is_completed_first() -> None:
     """A partly written frame is completed before any other."""
     guest, gate = both(TCP, TCP)
     gate.send(1, b"x" * 100)
-    begun = bytes(gate.data_to_send()[:20])
-    gate.sent(len(begun))
+    beginning = bytes(gate.data_to_send()[:20])
+    gate.sent(len(beginning))
     gate.reset(2)
     assert gate.pending() == 100 - 20 + 2 * HEADER.size
-    events = list(guest.receive(begun + taken(gate)))
+    events = list(guest.receive(beginning + taken(gate)))
     assert [event.kind for event in events] == [egress.DATA, egress.RESET]
 
 

@@ -279,7 +279,7 @@ def test_a_program_that_never_stops_writing_is_ended_at_its_deadline(runs: Runs)
     run = runs()
     run.begin()
     run.guest.say(Kind.STARTED)
-    passes_s = WALL_S  # once it has taken what comes first
+    passes_s = WALL_S  # after the first messages
     while True:
         run.guest.connection.link.send_data(Stream.STDOUT, bytes(WINDOW))
         run.guest.flush()

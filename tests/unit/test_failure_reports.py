@@ -230,10 +230,10 @@ def test_a_signal_before_there_is_a_run_has_its_exit_code(
             cancel.check()
     assert main._failed(caught.value, ["run", "prog.py"]) == code  # noqa: SLF001 - how main ends on any error
     assert main._failed(caught.value, ["run", "--json", "prog.py"]) == code  # noqa: SLF001
-    said = capsys.readouterr()
-    result = json.loads(said.out)
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
     assert (result["outcome"], result["signal"], result["x07_exit_code"]) == ("cancelled", number, code)
-    assert "a signal came" in said.err
+    assert "a signal came" in captured.err
 
 
 @pytest.mark.parametrize(
@@ -258,6 +258,6 @@ def test_an_unknown_command_gets_a_suggestion(
 def test_a_mistyped_option_gets_a_suggestion(word: str, near: str, capfd: pytest.CaptureFixture[str]) -> None:
     """A shortened or mistyped option suggests the full name."""
     assert main.main(["run", word, "prog.py"]) == 2
-    said = capfd.readouterr().err
-    assert word in said
-    assert (f"Did you mean {near}?" in said) is bool(near)
+    errors = capfd.readouterr().err
+    assert word in errors
+    assert (f"Did you mean {near}?" in errors) is bool(near)

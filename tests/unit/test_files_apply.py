@@ -471,8 +471,8 @@ def test_a_replaced_file_keeps_its_owner_or_is_not_replaced(tmp_path: Path) -> N
         fix = "Apply them as the owner of the files, and a member of their groups"
         for owner in (1234, NOBODY):  # of a group that is another's in both cases
             os.chown(root / "f", owner, 4321)
-            told = driven("refused-owner", base, str(NOBODY))
-            assert f"'{root}/f': {os.strerror(errno.EPERM)}. {fix}" in told
+            output = driven("refused-owner", base, str(NOBODY))
+            assert f"'{root}/f': {os.strerror(errno.EPERM)}. {fix}" in output
         assert read(root) == old
 
 
@@ -606,7 +606,7 @@ def test_apply_works_without_modes(tmp_path: Path, mode: int) -> None:
         changes, data = difference(root, old, new)
         applied(changes, data, tmp_path / "state")
         assert {name: entry[2] for name, entry in read(root).items()} == {name: entry[2] for name, entry in new.items()}
-        assert applied(changes, data, tmp_path / "state").roots == ()  # all of it is there already
+        assert applied(changes, data, tmp_path / "state").roots == ()  # already applied
         undone(tmp_path / "state", tmp_path / "other")
         assert read(root) == old
         applied(changes, data, tmp_path / "again")

@@ -24,12 +24,12 @@ MANY = b"".join(b"a\na\n%d\n" % number for number in range(499))
 OTHER = b"".join(b"a\n-%d\na\na\n" % number for number in range(370))
 
 
-def patched(old: bytes, said: list[bytes]) -> bytes:
+def patched(old: bytes, output: list[bytes]) -> bytes:
     """The text after applying the hunks."""
     one = [line for line in re.split(rb"(?<=\n)", old) if line]
     new: list[bytes] = []
     at = 0
-    for line in said:
+    for line in output:
         if head := HUNK.fullmatch(line):
             start = int(head[1]) - (head[2] != b"0")
             new += one[at:start]
@@ -63,8 +63,8 @@ def test_repeated_lines_cost_bounded_comparisons() -> None:
     assert work.left >= patches.PAIRS_MAX - 5_000_000
     source = b"".join(b"def f%d():\n\n    return 1\n\n" % number for number in range(300))
     changed = source.replace(b"f7", b"g7").replace(b"f99():", b"f99(x):")
-    said = b"".join(hunks(source, changed, Work(patches.PAIRS_MAX)))
-    assert said.count(b"\n-") == said.count(b"\n+") == 12
+    output = b"".join(hunks(source, changed, Work(patches.PAIRS_MAX)))
+    assert output.count(b"\n-") == output.count(b"\n+") == 12
 
 
 def test_all_files_share_one_comparison_budget(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,11 +75,11 @@ def test_all_files_share_one_comparison_budget(monkeypatch: pytest.MonkeyPatch) 
     before: Tree = {f"{number:02}": ("file", 0o644, old) for number in range(30)}
     after: Tree = {f"{number:02}": ("file", 0o644, new) for number in range(30)}
     changes, _ = difference(Path("/r"), before, after)
-    said = b"".join(patch(changes, lambda *_: old, lambda *_: new)).split(b"diff --git ")[1:]
-    assert len(said) == 30
-    kept = [text.count(b"\n a") for text in said]
+    output = b"".join(patch(changes, lambda *_: old, lambda *_: new)).split(b"diff --git ")[1:]
+    assert len(output) == 30
+    kept = [text.count(b"\n a") for text in output]
     assert kept[0] > 50
-    assert kept[-1] == 1  # what both begin with
+    assert kept[-1] == 1  # their common beginning
 
 
 def test_git_applies_the_patch(tmp_path: Path) -> None:
@@ -92,9 +92,9 @@ def test_git_applies_the_patch(tmp_path: Path) -> None:
     changes, _ = difference(root, old, new)
     (one,) = changes.roots
     assert any(change.after and change.after.mode == 0o600 for change in one.changes)
-    said = b"".join(patch(changes, lambda _root, name, _node: old[name][2], lambda _root, name, _node: new[name][2]))
+    output = b"".join(patch(changes, lambda _root, name, _node: old[name][2], lambda _root, name, _node: new[name][2]))
     argv = ["/usr/bin/env", "git", "-c", "core.fileMode=true", "apply", "--unsafe-paths", "-"]
-    subprocess.run(argv, input=said, cwd=root, check=True, capture_output=True)
+    subprocess.run(argv, input=output, cwd=root, check=True, capture_output=True)
     plain = {name: entry for name, entry in new.items() if entry[0] != "folder" and not name.startswith("binary")}
     for name, (kind, mode, content) in plain.items():
         path = root / name
@@ -107,5 +107,5 @@ def test_git_applies_the_patch(tmp_path: Path) -> None:
         b"# folder: open, mode 0755 -> 0555",
         b"# binary-new: not shown, nothing",
     ):
-        assert line in said
-    assert b"# changed, mode 0644 -> 0600" in said
+        assert line in output
+    assert b"# changed, mode 0644 -> 0600" in output

@@ -242,7 +242,7 @@ def read(*events: Sequence[Record]) -> dict[Refusal, int]:
             [called(257, 30, items=1, a2="80241"), (CWD, 'cwd="/data"'), path('"/data"', "PARENT", 139268, "fe:10")],
             Refusal("kernel", "openat", 30, "/data/", write=True),
         ),
-        # Where a new link would lead, or what would get one more name, is not what was refused.
+        # The refused path is that of the new link, not its target.
         (
             [
                 called(88, 30, items=2, a0="7f33aa0193a0"),
@@ -305,14 +305,14 @@ def test_a_successful_call_is_no_refusal() -> None:
     login = "pid=138 uid=65532 old-auid=4294967295 auid=7 tty=(none) old-ses=4294967295 ses=1 res=1"
     records = [(1006, login), (SYSCALL, words), (SYSCALL, words.replace("exit=2", "exit=0"))]
     assert read(records) == {}
-    # But they use up what the kernel records in a second: then it is asked what else was lost.
+    # But they use up the kernel's rate limit; then the lost records are asked for.
     refusals = Refusals(CALLS)
     refusals.note(records[0][0], f"audit(1.2:3): {login}".encode())
     assert refusals.any_record
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "reported"),
     [
         ("a0=0 a1=7 a2=7ffd0 a3=0", "nofile"),
         ("a0=0 a1=ffffffff00000004 a2=7ffd0 a3=0", "core"),
@@ -322,10 +322,10 @@ def test_a_successful_call_is_no_refusal() -> None:
         ("a0=0 a1=7 a2=0 a3=7ffd0", None),
     ],
 )
-def test_a_refused_rlimit_is_named(words: str, told: str | None) -> None:
+def test_a_refused_rlimit_is_named(words: str, reported: str | None) -> None:
     """A refused increase of a program's own resource limit names the limit."""
     found = read([(SYSCALL, f"arch=c000003e syscall=302 success=no exit=-1 {words} items=0 {WHO}")])
-    assert [refusal.path for refusal in found] == ([] if told is None else [told])
+    assert [refusal.path for refusal in found] == ([] if reported is None else [reported])
 
 
 def test_a_linked_program_is_reported_by_its_target() -> None:

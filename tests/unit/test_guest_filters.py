@@ -205,8 +205,8 @@ def test_a_kernel_allows_exactly_one_start(codes: dict[str, bytes]) -> None:
 @pytest.mark.parametrize("words", [["", "b c", "\N{SNOWMAN}", "\udcff"], ["x" * 50_000], ["y"] * 5_000])
 def test_arguments_of_such_a_start_arrive_whole(codes: dict[str, bytes], words: list[str]) -> None:
     """Empty, odd, long and many arguments reach a program that may execute no other."""
-    told = [sys.executable, "-c", "import sys; print(ascii(sys.argv[1:]))", *words]
-    ended = run_under(with_token(codes["no-exec-once"]), TOKEN, told)
+    argv = [sys.executable, "-c", "import sys; print(ascii(sys.argv[1:]))", *words]
+    ended = run_under(with_token(codes["no-exec-once"]), TOKEN, argv)
     assert ended.stdout == f"{words!a}\n", ended.stderr
 
 

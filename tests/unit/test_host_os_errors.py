@@ -10,12 +10,12 @@ from x07_sandbox.host.os_errors import fix_for, out_of_cpu_time
 
 
 @pytest.mark.parametrize(
-    ("status", "told"), [(152, True), (-24, True), (137, False), (1, False), (0, False), (None, False)]
+    ("status", "named"), [(152, True), (-24, True), (137, False), (1, False), (0, False), (None, False)]
 )
-def test_a_limit_on_cpu_time_is_named(status: int | None, *, told: bool) -> None:
+def test_a_limit_on_cpu_time_is_named(status: int | None, *, named: bool) -> None:
     """A VMM killed by the shell's CPU time limit is reported with that limit."""
-    assert ("(ulimit -H -t)" in out_of_cpu_time(status)) == told
-    assert bool(out_of_cpu_time(status)) == told
+    assert ("(ulimit -H -t)" in out_of_cpu_time(status)) == named
+    assert bool(out_of_cpu_time(status)) == named
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])

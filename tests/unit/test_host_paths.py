@@ -166,7 +166,7 @@ def test_no_error_suggests_to_change_a_system_folder(bits: int, tmp_path: Path, 
     with pytest.raises(HostError) as caught:
         private_dir(folder)
     assert "chmod" not in caught.value.fix
-    swapped = bits == 0o775  # others could put another in the place of what lies there
+    swapped = bits == 0o775  # others could replace the entries
     assert (str(folder / "x07-sandbox") in caught.value.fix) is not swapped
     with pytest.raises(HostError, match="others can change it") if swapped else contextlib.nullcontext():
         private_dir(folder / "x07-sandbox")

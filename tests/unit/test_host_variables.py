@@ -113,10 +113,10 @@ def test_other_variables_are_ignored() -> None:
 def test_messages_are_plain_text(environ: dict[str, str]) -> None:
     """Warnings and errors about any environment are printable ASCII."""
     try:
-        told = check_environment(environ)
+        problems = check_environment(environ)
     except UsageError as exc:
-        told = (str(exc),)
-    assert all(line.isascii() and line.isprintable() for line in told)
+        problems = (str(exc),)
+    assert all(line.isascii() and line.isprintable() for line in problems)
 
 
 def test_the_names_of_backends_are_those_of_the_table_of_backends() -> None:

@@ -94,9 +94,9 @@ def science(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> store.Image:
 
 def test_an_intact_image_is_reused(science: store.Image) -> None:
     """A build reuses an intact image without running any command."""
-    said: list[str] = []
-    assert build.build_image(name="science", include=PACKAGES, progress=said.append) == science
-    assert said == []
+    output: list[str] = []
+    assert build.build_image(name="science", include=PACKAGES, progress=output.append) == science
+    assert output == []
 
 
 @pytest.mark.parametrize("name", [*SHARED, "initrd.cpio", "notes.txt"])
@@ -106,13 +106,13 @@ def test_a_damaged_image_is_rebuilt(science: store.Image, name: str) -> None:
         (science.folder / name).write_bytes(b"x")
     else:
         overwrite(science.folder / name)
-    said: list[str] = []
+    output: list[str] = []
     with pytest.raises(HostError, match="is missing"):
-        build.build_image(name="science", include=PACKAGES, progress=said.append)
-    assert name in said[0]
-    assert said[0].endswith(": rebuilding the image")
+        build.build_image(name="science", include=PACKAGES, progress=output.append)
+    assert name in output[0]
+    assert output[0].endswith(": rebuilding the image")
     # The base holds the same file by a link: it is damaged too, and of no use.
-    assert any("downloading" in line for line in said) == (name in SHARED)
+    assert any("downloading" in line for line in output) == (name in SHARED)
 
 
 def test_a_damaged_base_is_fetched_again(science: store.Image) -> None:
@@ -120,10 +120,10 @@ def test_a_damaged_base_is_fetched_again(science: store.Image) -> None:
     overwrite(_base_folder(PACKAGES) / "00-erofs.ko")
     assert build.build_image(name="science", include=PACKAGES, progress=print) == science  # it needs no module
     (science.folder / "initrd.cpio").unlink()
-    said: list[str] = []
+    output: list[str] = []
     with pytest.raises(HostError, match="mmdebstrap is missing"):
-        build.build_image(name="science", include=PACKAGES, progress=said.append)
-    assert any("the content of 00-erofs.ko has changed" in line and "downloading it again" in line for line in said)
+        build.build_image(name="science", include=PACKAGES, progress=output.append)
+    assert any("the content of 00-erofs.ko has changed" in line and "downloading it again" in line for line in output)
 
 
 def test_a_build_checks_disk_space_first(science: store.Image, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,9 +157,9 @@ def test_a_build_hashes_large_parts_once(science: store.Image, monkeypatch: pyte
 
 def test_a_named_image_keeps_its_packages(science: store.Image) -> None:
     """A rebuild without package flags keeps the image's packages and names them."""
-    said: list[str] = []
-    assert build.build_image(name="science", progress=said.append) == science
-    assert said == ["keeping the packages: hello, netbase"]
+    output: list[str] = []
+    assert build.build_image(name="science", progress=output.append) == science
+    assert output == ["keeping the packages: hello, netbase"]
     assert store.find_image("science").manifest.include == list(PACKAGES)
 
 
@@ -170,9 +170,9 @@ def test_packages_are_dropped_only_when_asked(science: store.Image, capsys: pyte
     store.set_name("science", science.folder.name)
     (store.images_dir() / plain / "initrd.cpio").unlink()
     assert main(["image", "build", "--name", "science", "--no-include"]) == 125  # it would make the plain one anew
-    said = capsys.readouterr().err
-    assert "rebuilding the image" in said
-    assert "keeping the packages" not in said
+    output = capsys.readouterr().err
+    assert "rebuilding the image" in output
+    assert "keeping the packages" not in output
     assert main(["image", "build", "--no-include", "--include", "hello"]) == 2
 
 
@@ -245,10 +245,10 @@ def test_other_wheels_make_another_image(science: store.Image, capsys: pytest.Ca
     bases.put(place, "manifest.json", manifest.encode(made))
     place.rename(store.images_dir() / made.digest.removeprefix("sha256:"))
     store.set_name("wheels", made.digest.removeprefix("sha256:"))
-    said: list[str] = []
+    output: list[str] = []
     with pytest.raises(HostError):
-        build.build_image(name="wheels", progress=said.append)
-    assert "keeping the Python packages: six" in said
+        build.build_image(name="wheels", progress=output.append)
+    assert "keeping the Python packages: six" in output
     assert build.build_image(name="wheels", pip=(), progress=print).digest == science.digest
     store.set_name("wheels", made.digest.removeprefix("sha256:"))
     assert main(["image", "list"]) == 0

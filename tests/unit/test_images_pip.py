@@ -211,7 +211,7 @@ def test_the_layer_of_an_image_depends_on_the_wheels_alone(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("said", "expected"),
+    ("output", "expected"),
     [
         (["ERROR: No matching distribution found for nunpy"], "no wheel with this name for Python 3.13"),
         (
@@ -233,10 +233,10 @@ def test_the_layer_of_an_image_depends_on_the_wheels_alone(tmp_path: Path) -> No
         (["ERROR: Cannot install a and b because they conflict"], "conflict"),
     ],
 )
-def test_pip_errors_become_one_line(tmp_path: Path, said: list[str], expected: str) -> None:
+def test_pip_errors_become_one_line(tmp_path: Path, output: list[str], expected: str) -> None:
     """Pip's errors become one line each: unknown name, unknown version, wrong hash, no network."""
     (tmp_path / "build.sources").write_text("")
-    problem = pip.failure(said, PYTHON, tmp_path / "build.sources")
+    problem = pip.failure(output, PYTHON, tmp_path / "build.sources")
     assert problem is not None
     assert expected in problem.why
     assert pip.failure(["Collecting six"], PYTHON, tmp_path / "build.sources") is None

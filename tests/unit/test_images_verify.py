@@ -390,11 +390,11 @@ def test_the_list_shows_damaged_images(image: store.Image, capsys: pytest.Captur
     (store.images_dir() / "names" / "default").unlink()
     _flip(image.folder / "manifest.json", restore_times=True)
     assert main(["image", "list"]) == 0
-    told = capsys.readouterr()
-    assert "no images yet" not in told.err
+    captured = capsys.readouterr()
+    assert "no images yet" not in captured.err
     fix = "Run x07 image build --name science --no-include, or with --include and its packages"
-    assert told.out.startswith(f"science          {image.digest}  damaged  (")
-    assert told.out.endswith(f". {fix}.)\n")
+    assert captured.out.startswith(f"science          {image.digest}  damaged  (")
+    assert captured.out.endswith(f". {fix}.)\n")
     assert main(["image", "list", "--json"]) == 0
     (row,) = document(capsys.readouterr().out)["images"]
     assert (row["name"], row["digest"], row["suite"], row["current"]) == ("science", image.digest, None, False)

@@ -85,9 +85,9 @@ def test_init_prints_the_next_command(tmp_path: Path, words: tuple[str, ...]) ->
     """`x07 init` prints the written file and the next command."""
     fill(tmp_path, "main.py")
     name, following = (FILE, "x07 run .") if words else ("x07.json", "x07 policy init --template default")
-    said = f"{tmp_path / name}\nnext: {following}\n"
-    assert x07(tmp_path, "init", *words) == (0, f"created {said}".encode(), "")
-    assert x07(tmp_path, "init", *words) == (0, f"already up to date: {said}".encode(), "")
+    rest = f"{tmp_path / name}\nnext: {following}\n"
+    assert x07(tmp_path, "init", *words) == (0, f"created {rest}".encode(), "")
+    assert x07(tmp_path, "init", *words) == (0, f"already up to date: {rest}".encode(), "")
 
 
 @pytest.mark.parametrize("template", ["default", "worker"])

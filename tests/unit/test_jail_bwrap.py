@@ -112,7 +112,7 @@ def test_the_jail_dies_with_a_runner_that_is_killed() -> None:
         assert runner.stdout is not None
         assert runner.stdout.readline() == b"started\n"
         runner.kill()
-        # The pipe ends when all who hold it are gone.
+        # The pipe ends when its last holder has exited.
         assert select.select([pipe], [], [], 30)[0]
         assert pipe.read() == b""
 

@@ -227,7 +227,7 @@ print(json.dumps([sorted(alone), sorted(every)]))
 
 def test_importing_the_library_costs_only_what_is_on_the_list(tmp_path: Path) -> None:
     """Importing the library loads only the listed modules, none of them expensive."""
-    # msgspec alone: beside it in a developer's environment lies what it imports where it is there.
+    # msgspec alone, because it imports optional packages of a developer's environment.
     (tmp_path / "msgspec").symlink_to(Path(msgspec.__file__).parent)
     argv = [sys.executable, "-I", "-S", "-c", IMPORT, str(Path(paths.__file__).parents[2]), str(tmp_path)]
     alone, every = json.loads(subprocess.run(argv, capture_output=True, check=True).stdout)
@@ -263,7 +263,7 @@ def test_the_variables_of_the_command_count_for_the_library_too(
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         (
             "the program reached its time limit of 4 s (--timeout)",
@@ -276,9 +276,9 @@ def test_the_variables_of_the_command_count_for_the_library_too(
         ("Use --timeout-like and --outer", "Use --timeout-like and --outer"),
     ],
 )
-def test_errors_name_keywords_in_place_of_flags(text: str, said: str) -> None:
+def test_errors_name_keywords_in_place_of_flags(text: str, expected: str) -> None:
     """Errors of the library name keywords instead of flags."""
-    assert in_python(text) == said
+    assert in_python(text) == expected
 
 
 def test_allow_hidden_and_allow_symlinks_are_booleans() -> None:

@@ -67,8 +67,8 @@ def test_a_connection_is_counted_with_its_bytes() -> None:
     assert [(row.host, row.rule, row.count) for row in use.denied] == [("b.example", "net.allow_hosts", 1)]
     assert [(row.host, row.rule, row.count) for row in use.failed] == [("a.example", "dial:failed", 1)]
     assert (use.more, use.log_dropped) == (0, 0)
-    said = [(line["ms"], line["event"], line["host"]) for line in log.events()]
-    assert said == [
+    lines = [(line["ms"], line["event"], line["host"]) for line in log.events()]
+    assert lines == [
         *((0, "open", "a.example"), (500, "closed", "a.example"), (500, "open", "a.example")),
         *((1000, "closed", "a.example"), (1000, "denied", "b.example"), (1000, "failed", "a.example")),
     ]

@@ -278,9 +278,9 @@ def test_a_request_must_match_its_released_start() -> None:
     inspected = Inspector("any", NAME, denied)
     absolute = b"GET http://a.example/x HTTP/1.1\r\nHost: a.example\r\n\r\n"
     assert inspected.from_client(absolute[:8]) + inspected.release() == b"GET http"
-    with pytest.raises(InspectionError) as told:
+    with pytest.raises(InspectionError) as caught:
         inspected.from_client(absolute[8:])
-    assert told.value.rule == "http:malformed"
+    assert caught.value.rule == "http:malformed"
 
 
 @pytest.mark.parametrize(("mode", "data"), [("any", GOOD[:20]), ("tls", GOOD[:9]), ("http", GET[:9])])

@@ -160,7 +160,7 @@ class Relay(Waiting, asyncio.Protocol):
         self.link = EgressLink(guest=True)
         self.events: dict[int, list[Event]] = {}
         self.got: dict[int, bytearray] = {}
-        self.rest: dict[int, bytes] = {}  # what waits for credit
+        self.rest: dict[int, bytes] = {}  # bytes that wait for credit
         self.finishing: set[int] = set()
         self.count = 0
         self.takes = True
@@ -921,7 +921,7 @@ async def test_a_full_gate_opens_no_more_connections(monkeypatch: pytest.MonkeyP
     async with lab() as it:
         await it.server(GOOD, 22, reads=False)
         it.relay.send(await it.relay.connect("a.example", 22), b"\0" * (16 << 20))
-        # Only when the far end's buffers are full does the gate hold anything: each request sees a bit more of it.
+        # The gate holds bytes only when the far end's buffers are full; each request shows a bit more of them.
         while (code := await it.relay.answer(it.relay.ask("a.example", 22))) == egress.OK:
             continue
         assert code == egress.LIMIT

@@ -16,7 +16,7 @@ from x07_sandbox.network.rules import make_allowlist
 from x07_sandbox.policy.default import default_policy
 from x07_sandbox.policy.model import Db, DbNet, Drivers, HostPorts, Policy
 
-SYNTHETIC: Final = IPv4Network("198.18.0.0/15")  # what the guest's own routes lead to its relay
+SYNTHETIC: Final = IPv4Network("198.18.0.0/15")  # routed to the relay in the guest
 PROGRAM: Final = IPv4Address("198.18.0.1")  # where a program's connections come from
 
 

@@ -288,7 +288,7 @@ def test_an_attack_by_name_or_address_is_denied(attack: str) -> None:
     if not colon or attack.endswith("]"):
         bare, port = attack, "443"
     try:
-        parse_guest_host(bare.encode())  # what the guest itself may send
+        parse_guest_host(bare.encode())  # names as the guest may send them
         decision = ask(policy, f"{bare}:{port}")
     except UsageError:
         return

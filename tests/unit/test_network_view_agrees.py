@@ -23,7 +23,7 @@ from x07_sandbox.runs.egress import denials
 if TYPE_CHECKING:
     from x07_sandbox.network.rules import DeniedHosts, Transport
 
-OF_NAMES: Final = IPv4Network("198.18.0.0/15")  # whoever asks for one of these, the relay asks for its name
+OF_NAMES: Final = IPv4Network("198.18.0.0/15")  # the relay asks the gate by the name of such an address
 PORTS: Final = st.sampled_from([22, 80, 443])
 LABEL: Final = st.sampled_from(["a", "b", "faß", "x-1"])
 NAME: Final = st.lists(LABEL, min_size=1, max_size=3).map(lambda labels: ".".join([*labels, "example"]))
@@ -138,7 +138,7 @@ def test_the_guest_may_ask_for_what_is_allowed(
     inside = asked_by_guest(guest_view(allowlist), request)
     if decision.allowed:
         assert inside
-    elif inside:  # what lies beside the list, the guest is not told; the gate refuses it
+    elif inside:  # the guest does not know the rules beside the list; the gate refuses such a destination
         beside = ("deny-floor:", "local-name:", "deny-host:", "udp-443")
         assert decision.rule.startswith(beside), decision
 
@@ -150,9 +150,17 @@ def test_policy_check_agrees_with_the_gate(
     """`x07 policy check --host` reports the gate's decision, rule, reason and advice."""
     decision = decide(make_allowlist(policy), request_for(host, port, transport))
     report = host_report(policy, "p.json", endpoint(data.draw(pattern_text(host)), port), transport)
-    said = (report.host, report.port, report.transport, report.allowed, report.rule, report.reason, report.how_to_allow)
+    found = (
+        report.host,
+        report.port,
+        report.transport,
+        report.allowed,
+        report.rule,
+        report.reason,
+        report.how_to_allow,
+    )
     request = decision.request
-    assert said == (
+    assert found == (
         *(str(request.host), port, transport, decision.allowed),
         *(decision.rule, decision.reason, decision.how_to_allow),
     )

@@ -54,11 +54,11 @@ class Refused:
     def __call__(self, *words: str) -> str:
         """Return the error text."""
         assert main(words) == 2
-        told = self._capfd.readouterr()
-        assert told.out == ""
-        assert told.err.startswith("x07-os-runner: ")
-        assert "Traceback" not in told.err
-        return told.err
+        output = self._capfd.readouterr()
+        assert output.out == ""
+        assert output.err.startswith("x07-os-runner: ")
+        assert "Traceback" not in output.err
+        return output.err
 
 
 @pytest.mark.parametrize(
@@ -72,8 +72,8 @@ class Refused:
 )
 def test_exactly_one_program_is_required(refused: Refused, words: tuple[str, ...]) -> None:
     """Exactly one of --program, --project and --artifact is required."""
-    told = refused(*SANDBOXED, "--policy", "policy.json", *words)
-    assert "exactly one of --program, --project, --artifact" in told
+    output = refused(*SANDBOXED, "--policy", "policy.json", *words)
+    assert "exactly one of --program, --project, --artifact" in output
 
 
 @pytest.mark.parametrize("world", ["solve-pure", "solve-fs", "solve-", "run", "RUN-OS", "run-os-sandbox"])
@@ -110,9 +110,9 @@ def test_weaker_isolation_fails_closed(
     """Weaker isolation without acceptance is refused, in run-os too, and the refusal names what works."""
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    told = refused(*words)
-    assert "weaker isolation" in told
-    assert "--world run-os-sandboxed --policy FILE --sandbox-backend vm" in told
+    output = refused(*words)
+    assert "weaker isolation" in output
+    assert "--world run-os-sandboxed --policy FILE --sandbox-backend vm" in output
 
 
 @pytest.mark.parametrize("variables", [("os", None), ("os", "os"), (None, "docker"), ("vm", "firecracker-ctr")])
@@ -146,8 +146,8 @@ def test_an_accepted_backend_needs_no_image(
     monkeypatch.setattr(process, "PYTHON", str(tmp_path / "none"))  # nothing is started
     words = (*SANDBOXED, "--policy", "policy.json", "--program", "prog.c", "--sandbox-backend", backend)
     assert main((*words, *accept)) == 1
-    said = capfd.readouterr().err
-    assert f"missing: {tmp_path}/none" in said or "missing: python3" in said
+    errors = capfd.readouterr().err
+    assert f"missing: {tmp_path}/none" in errors or "missing: python3" in errors
 
 
 @pytest.mark.parametrize(
@@ -321,8 +321,8 @@ def test_run_refuses_an_empty_path(capfd: pytest.CaptureFixture[str], flag: str)
 def test_run_os_in_a_vm_gives_a_failure_report(capfd: pytest.CaptureFixture[str]) -> None:
     """run-os with backend vm gives X07's failure report and exit code 1."""
     assert main(["--program", "prog.c", "--sandbox-backend", "vm"]) == 1
-    told = capfd.readouterr()
-    report = json.loads(told.out)
+    output = capfd.readouterr()
+    report = json.loads(output.out)
     jsonschema.validate(report, json.loads(schemas()["x07-os-runner.report.schema.json"]))
     assert (report["world"], report["exit_code"], report["solve"]) == ("run-os", 1, None)
     assert "run-os-sandboxed only" in report["compile"]["compile_error"]
@@ -360,12 +360,12 @@ def test_every_flag_of_x07s_runner_is_known() -> None:
 def test_the_command_line_describes_itself(capfd: pytest.CaptureFixture[str]) -> None:
     """--cli-specrows lists every flag as one JSON object."""
     assert main(["--cli-specrows"]) == 0
-    told = json.loads(capfd.readouterr().out)
-    assert told["schema_version"] == "x07cli.specrows@0.1.0"
-    assert told["app"]["name"] == "x07-os-runner"
-    named = {row[3] for row in told["rows"]}
+    output = json.loads(capfd.readouterr().out)
+    assert output["schema_version"] == "x07cli.specrows@0.1.0"
+    assert output["app"]["name"] == "x07-os-runner"
+    named = {row[3] for row in output["rows"]}
     assert named == {"--help", "--version", *(option.flag for option in OPTIONS if not option.hidden)}
-    assert {row[1] for row in told["rows"]} == {"help", "version", "opt", "flag"}
+    assert {row[1] for row in output["rows"]} == {"help", "version", "opt", "flag"}
 
 
 def test_standard_output_that_cannot_be_written_ends_in_two() -> None:

@@ -119,10 +119,10 @@ def test_hosts_are_held_by_the_egress_gate() -> None:
 def test_a_plan_states_how_connections_are_refused() -> None:
     """The plan says on which backends connect() succeeds before a refused connection is reset."""
     weaker = msgspec.structs.replace(VM, can_enforce=VM.can_enforce - {"held-connections"})
-    for features, said in ((VM, False), (weaker, True)):
+    for features, named in ((VM, False), (weaker, True)):
         made = make_plan(policy(net__allow_hosts=HOSTS), features)
         (control,) = [control for control in made.controls if control.field == "net.allow_hosts"]
-        assert ("connection is reset" in control.why) is said
+        assert ("connection is reset" in control.why) is named
 
 
 def test_database_servers_join_the_hosts() -> None:
@@ -139,12 +139,12 @@ def test_refusals_are_reported_all_at_once() -> None:
     without = msgspec.structs.replace(VM, can_enforce=VM.can_enforce - {"network"})
     made = make_plan(policy(fs__read_roots=["/usr"], net__allow_hosts=[{"host": "a", "ports": [1]}]), without)
     assert [refusal.field for refusal in made.refusals] == ["fs.read_roots", "net.allow_hosts"]
-    with pytest.raises(RefusedError) as told:
+    with pytest.raises(RefusedError) as caught:
         made.require()
-    assert told.value.fix == "Change fs.read_roots, net.allow_hosts in the policy"
-    with pytest.raises(RefusedError) as told:
+    assert caught.value.fix == "Change fs.read_roots, net.allow_hosts in the policy"
+    with pytest.raises(RefusedError) as caught:
         made.require(["--allow-host", "--deny-host"])
-    assert told.value.fix == "Change fs.read_roots, net.allow_hosts in the policy, or omit --allow-host"
+    assert caught.value.fix == "Change fs.read_roots, net.allow_hosts in the policy, or omit --allow-host"
 
 
 FILE_FIELDS = [field.path for field in fields() if field.path.startswith("fs.") and field.path not in ADVISORY]
@@ -274,18 +274,18 @@ def test_x07s_own_variables_of_the_host_cannot_be_asked_for() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told", "untold"),
+    ("changes", "expected", "absent"),
     [
         ({}, "none from the host", "refused"),
         ({"env__allow_keys": ["LANG"]}, "those of env.allow_keys from the host", "none from the host"),
         ({"env__allow_keys": ["LANG"], "env__enabled": False}, "a request for others is refused", "the host"),
     ],
 )
-def test_the_control_says_which_variables_go_in(changes: dict[str, object], told: str, untold: str) -> None:
+def test_the_control_says_which_variables_go_in(changes: dict[str, object], expected: str, absent: str) -> None:
     """The control for env.enabled says which host variables go in."""
     (control,) = (control for control in plan(**changes).controls if control.field == "env.enabled")
-    assert told in control.why
-    assert untold not in control.why
+    assert expected in control.why
+    assert absent not in control.why
 
 
 def test_unavailable_confinement_is_refused() -> None:
@@ -301,7 +301,7 @@ def test_unavailable_confinement_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "expected"),
     [
         ({"process__allow_execs": ["out/tool", "/tmp/tool"], "process__allow_exec_prefixes": ["/usr/"]}, ""),  # noqa: S108
         ({"process__allow_exec_prefixes": ["/tmp/", "deps/", "/usr/"]}, "/tmp/, deps/"),  # noqa: S108 - the guest's own
@@ -315,10 +315,10 @@ def test_unavailable_confinement_is_refused() -> None:
         ),
     ],
 )
-def test_writable_executables_are_named(changes: dict[str, object], told: str) -> None:
+def test_writable_executables_are_named(changes: dict[str, object], expected: str) -> None:
     """The control for executables names the entries in which the program can write."""
     found = {control.field: control.why for control in plan(**changes).controls}["process.allow_exec_prefixes"]
-    assert found.partition("execute files below: ")[2] == told
+    assert found.partition("execute files below: ")[2] == expected
     assert "executed" in found
 
 
@@ -350,7 +350,7 @@ def test_fewer_children_than_tasks_bound_all_tasks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "expected"),
     [
         ({}, (True, True, True, None, ())),
         ({"threads__enabled": False}, (False, True, True, None, ())),
@@ -376,11 +376,11 @@ def test_fewer_children_than_tasks_bound_all_tasks() -> None:
         ({"process__allow_exec_prefixes": ["/usr/.."]}, (True, True, True, None, ())),
     ],
 )
-def test_confinement_follows_from_the_policy(changes: dict[str, object], told: tuple[object, ...]) -> None:
+def test_confinement_follows_from_the_policy(changes: dict[str, object], expected: tuple[object, ...]) -> None:
     """The confinement sent to the guest follows from the policy."""
     made: dict[str, Any] = json.loads(render_policy(default_policy()))
     for path, value in changes.items():
         section, name = path.split("__")
         made[section][name] = value
     found = confinement(decode_policy(render_policy(made), source="p"), "/home/x")
-    assert (found.threads, found.spawn, found.execute, found.programs, found.prefixes) == told
+    assert (found.threads, found.spawn, found.execute, found.programs, found.prefixes) == expected

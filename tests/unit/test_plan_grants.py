@@ -55,19 +55,19 @@ def policies(draw: st.DrawFn) -> Policy:
 @given(policies())
 def test_the_guest_gets_no_more_than_the_policy(policy: Policy) -> None:
     """The guest's confinement and limits never exceed the policy."""
-    process, told = policy.process, confinement(policy, PROGRAM)
-    assert not told.threads or policy.threads_in_force.enabled
-    assert not told.spawn or (process.enabled and process.allow_spawn)
-    assert not told.execute or (process.enabled and process.allow_exec)
-    if told.execute and "/" not in process.allow_exec_prefixes:
-        assert told.programs is not None
+    process, granted = policy.process, confinement(policy, PROGRAM)
+    assert not granted.threads or policy.threads_in_force.enabled
+    assert not granted.spawn or (process.enabled and process.allow_spawn)
+    assert not granted.execute or (process.enabled and process.allow_exec)
+    if granted.execute and "/" not in process.allow_exec_prefixes:
+        assert granted.programs is not None
         own = {posixpath.normpath(posixpath.join(PROGRAM, path)) for path in process.allow_execs}
-        assert {posixpath.normpath(path) for path in told.programs} <= own
+        assert {posixpath.normpath(path) for path in granted.programs} <= own
         begins = {posixpath.normpath(posixpath.join(PROGRAM, path)) for path in process.allow_exec_prefixes}
-        assert {posixpath.normpath(path) for path in told.prefixes} <= begins
-    names = {"threads": told.threads, "spawn": told.spawn, "exec": told.execute}
+        assert {posixpath.normpath(path) for path in granted.prefixes} <= begins
+    names = {"threads": granted.threads, "spawn": granted.spawn, "exec": granted.execute}
     assert {word for word, allowed in names.items() if not allowed} == {
-        word for word in names if any(f"no-{word}" in name for name in told.filters)
+        word for word in names if any(f"no-{word}" in name for name in granted.filters)
     }
     limits, held = policy.limits, run_limits(policy)
     assert (held.wall_ms, held.cpu_ms, held.mem_bytes) == (limits.wall_ms, limits.cpu_ms, limits.mem_bytes)

@@ -86,7 +86,7 @@ def seccomp(call: str) -> dict[str, object]:
         (LISTED, kernel("openat", "/usr/bin/env", EACCES), "permissions", None),
         ({"process.allow_exec_prefixes": ["/tmp/"]}, kernel("execve", "/tmp/a.txt", EACCES), "permissions", None),  # noqa: S108
         ({"process.allow_exec_prefixes": ["../x07/"]}, kernel("execve", "/opt/x07/a.txt", EACCES), "permissions", None),
-        # on the list, but made by the program: an entry counts for what was there before
+        # on the list, but made by the program: an entry counts only for files that existed before
         (
             {"process.allow_exec_prefixes": ["/opt/x07/bin/"]},
             kernel("execve", "/opt/x07/bin/made", EACCES),
@@ -169,7 +169,7 @@ def seccomp(call: str) -> dict[str, object]:
             ("$.fs.write_roots", ["in"]),
         ),
         ({"fs.enabled": True}, kernel("openat", "/data/out/locked", EACCES, write=True), "permissions", None),
-        # what lies around a relative root is of it
+        # the folders around a relative root belong to it
         (
             {"fs.write_roots": ["rr/one.txt"]},
             kernel("openat", "/opt/x07/rr/", EACCES, write=True),
@@ -215,13 +215,13 @@ REFUSED: Final = (
 @pytest.mark.parametrize("body", REFUSED, ids=lambda body: f"{body['call']} {body['path'][:20]}")
 def test_advice_keeps_the_policy_valid(template: str, body: dict[str, object]) -> None:
     """Following the advice keeps the policy valid and finally allows the call."""
-    made, said = TEMPLATES[template], []
+    made, advised = TEMPLATES[template], []
     for _ in range(10):
         (denial,) = denials([body], made, (), START)
         how = denial.how_to_allow
-        if how is None or how.json_path is None or how in said:
+        if how is None or how.json_path is None or how in advised:
             break
-        said.append(how)
+        advised.append(how)
         document = msgspec.to_builtins(made)
         section, key = how.json_path.removeprefix("$.").split(".")
         document[section][key] = how.value
@@ -273,19 +273,19 @@ def test_a_new_system_folder_can_be_a_root(folder: str) -> None:
 
 def test_a_missing_path_suggests_a_write_root() -> None:
     """A missing path suggests its folder as a write root too."""
-    told = "FileNotFoundError: [Errno 2] No such file or directory: '{}'"
+    message = "FileNotFoundError: [Errno 2] No such file or directory: '{}'"
     found = {}
     for path in ("/data/out.txt", "/top.txt", "out/result.txt"):
-        (hint,) = hints(told.format(path).encode(), policy({}), (), START)
+        (hint,) = hints(message.format(path).encode(), policy({}), (), START)
         found[path] = hint.to_write and hint.to_write.flag
     assert found == {
         "/data/out.txt": "--allow-write-root /data",
         "/top.txt": None,
         "out/result.txt": "--allow-write-root out",
     }
-    (hint,) = hints(told.format("/data/x").encode(), policy({"fs.enabled": False}), (), START)
+    (hint,) = hints(message.format("/data/x").encode(), policy({"fs.enabled": False}), (), START)
     assert hint.how == HowToAllow(json_path="$.fs.enabled", value=True)
-    assert hints(told.format("/data/a;b").encode(), policy({}), (), START) == []
+    assert hints(message.format("/data/a;b").encode(), policy({}), (), START) == []
 
 
 def test_equal_denials_are_merged() -> None:
@@ -432,17 +432,19 @@ def test_a_local_module_suggests_a_project() -> None:
     assert "--include python3-numpy" in (other.how.flag or "")
 
 
-@pytest.mark.parametrize("said", ["No such file or directory: '{}' -> b'{}'", "No such file or directory [{}] [{}]\n"])
-def test_two_paths_give_two_hints(said: str) -> None:
+@pytest.mark.parametrize(
+    "message", ["No such file or directory: '{}' -> b'{}'", "No such file or directory [{}] [{}]\n"]
+)
+def test_two_paths_give_two_hints(message: str) -> None:
     """An error with two paths gives a hint for each."""
-    found = hints(said.format("/tmp/a", "/srv/out/b").encode(), policy({}), (), START)  # noqa: S108 - a text
+    found = hints(message.format("/tmp/a", "/srv/out/b").encode(), policy({}), (), START)  # noqa: S108 - a text
     assert [hint.subject for hint in found] == ["/tmp/a", "/srv/out/b"]  # noqa: S108 - a text
     assert found[1].to_write is not None
     assert found[1].to_write.flag == "--allow-write-root /srv/out"
 
 
 @pytest.mark.parametrize(
-    "said",
+    "message",
     [
         """    print(os.environ["{}"])
           ~~~~~~~~~~^^^^^^^^
@@ -463,12 +465,12 @@ KeyError: b'{}'
         "it.sh: 3: {}: parameter not set or null\n",
     ],
 )
-def test_a_missing_variable_gives_a_hint(said: str) -> None:
+def test_a_missing_variable_gives_a_hint(message: str) -> None:
     """A missing environment variable suggests --env, or the policy field that forbids it."""
 
     def hint(name: str, ours: tuple[str, ...] = (), **env: object) -> Hint | None:
         values = {f"env.{key}": value for key, value in env.items()}
-        found = hints(said.format(name, name).encode(), policy(values), (), START, host_variables=ours)
+        found = hints(message.format(name, name).encode(), policy(values), (), START, host_variables=ours)
         assert [(one.subject, one.kind) for one in found] in ([], [(f"the variable {name}", "variable")])
         return found[0] if found else None
 
@@ -517,7 +519,7 @@ FileNotFoundError: [Errno 2] No such file or directory: '{}'
         "",
         "No such file or directory: '/usr/lib/x'",  # the machine's own
         "No such file or directory: '/opt/x07/made-by-me'",
-        "No such file or directory: '/data/missing'",  # a root: what is not there is not on the host either
+        "No such file or directory: '/data/missing'",  # a root: missing here, so missing on the host too
         "No such file or directory: '../../etc/shadow'",
         "No such file or directory: '/srv/\x1b[31mred'",
         "/srv/x: Permission denied",

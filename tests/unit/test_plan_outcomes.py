@@ -76,7 +76,7 @@ CASES: list[tuple[Evidence, str, str, str, int | None, int | None]] = [
             (errno.ENOENT, "interpreter or loader", 127),
         )
     ),
-    # What says nothing of the program, and what is told once it runs.
+    # Outcomes of the sandbox itself, then outcomes of a program that ran.
     (Evidence(stage=Stage.SETUP, setup_failure="exec: x", exec_errno=1), "refused", "host", "exec: x", None, None),
     (run(setup_failure="exec: x", exec_errno=8), "guest-lost", "program", "exec: x", None, None),
     (run(setup_failure="pack: 28"), "guest-lost", "program", "failed while running the program: pack", None, None),

@@ -101,13 +101,14 @@ def test_unreadable_and_invalid_policies_differ(tmp_path: Path, name: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("name", "told"), [("worker", "or built-in:worker"), ("", "its name is empty"), ("other", "Name a readable file.")]
+    ("name", "suggestion"),
+    [("worker", "or built-in:worker"), ("", "its name is empty"), ("other", "Name a readable file.")],
 )
-def test_a_template_name_gets_a_suggestion(tmp_path: Path, name: str, told: str) -> None:
+def test_a_template_name_gets_a_suggestion(tmp_path: Path, name: str, suggestion: str) -> None:
     """A bare template name or an empty file name is an error with a suggestion."""
     code, out, err = policy(tmp_path, "check", name)
     assert (code, out) == (2, "")
-    assert told in err
+    assert suggestion in err
 
 
 def test_a_digest_is_one_line(tmp_path: Path) -> None:

@@ -125,11 +125,11 @@ def test_equivalent_documents_have_one_digest() -> None:
 def test_variables_and_fields_match() -> None:
     """Each environment variable carries one policy field, and none is missing."""
     names = [name for name, _ in VARIABLES]
-    told = [field for _, field in VARIABLES]
+    listed = [field for _, field in VARIABLES]
     assert len(set(names)) == len(names)
-    assert len(set(told)) == len(told)
-    untold = {field.path for field in fields()} - set(told)
-    assert {path for path in untold if not path.startswith(("limits.", "language."))} == {
+    assert len(set(listed)) == len(listed)
+    unlisted = {field.path for field in fields()} - set(listed)
+    assert {path for path in unlisted if not path.startswith(("limits.", "language."))} == {
         "schema_version",
         "policy_id",
         "notes",

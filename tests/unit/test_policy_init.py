@@ -44,15 +44,15 @@ def test_the_first_call_creates_and_the_second_finds_it_unchanged(tmp_path: Path
     )
     assert (code, out.decode(), err) == (0, expected % (template, tmp_path, place, template), "")
     assert (tmp_path / place).read_bytes() == render_policy(TEMPLATES[template])
-    code, said = report(tmp_path, template=template)
-    assert (code, said["status"]) == (0, "unchanged")
+    code, found = report(tmp_path, template=template)
+    assert (code, found["status"]) == (0, "unchanged")
 
 
 def test_init_prints_the_next_command(tmp_path: Path) -> None:
     """`x07 policy init` prints the path and the command that uses the policy."""
     code, out, err = init(tmp_path, "--out", "my policy.json")
-    told = f"created {tmp_path}/my policy.json\nnext: x07 run --policy 'my policy.json' PROGRAM\n"
-    assert (code, out.decode(), err) == (0, told, "")
+    expected = f"created {tmp_path}/my policy.json\nnext: x07 run --policy 'my policy.json' PROGRAM\n"
+    assert (code, out.decode(), err) == (0, expected, "")
 
 
 def test_another_file_is_left_alone_until_force_overwrites_it(tmp_path: Path) -> None:
@@ -66,8 +66,8 @@ def test_another_file_is_left_alone_until_force_overwrites_it(tmp_path: Path) ->
     assert "--force" in err
     code, out, _ = init(tmp_path, "--emit", "policy")
     assert (code, out, place.read_bytes()) == (2, render_policy(TEMPLATES["cli"]), b"mine\n")
-    code, said = report(tmp_path, "--force")
-    assert (code, said["status"], place.read_bytes()) == (0, "overwritten", render_policy(TEMPLATES["cli"]))
+    code, found = report(tmp_path, "--force")
+    assert (code, found["status"], place.read_bytes()) == (0, "overwritten", render_policy(TEMPLATES["cli"]))
     assert stat.S_IMODE(place.stat().st_mode) == 0o640
     assert report(tmp_path, "--force")[1]["status"] == "unchanged"
     assert os.listdir(place.parent) == [place.name]  # noqa: PTH208 - names are wanted
@@ -89,9 +89,9 @@ def test_the_project_is_found_from_below_and_by_its_file(tmp_path: Path) -> None
     assert report(below)[1]["project_root"] == str(tmp_path)
     other = tmp_path / "a" / "other.json"
     other.write_text("{}")
-    code, said = report(below, "--project", "../other.json")
-    assert (code, said["project_root"]) == (0, str(tmp_path / "a"))
-    assert (tmp_path / "a" / said["out"]).is_file()
+    code, found = report(below, "--project", "../other.json")
+    assert (code, found["project_root"]) == (0, str(tmp_path / "a"))
+    assert (tmp_path / "a" / found["out"]).is_file()
 
 
 def test_out_counts_from_the_project_and_its_folder_must_be_there(tmp_path: Path) -> None:
@@ -102,8 +102,8 @@ def test_out_counts_from_the_project_and_its_folder_must_be_there(tmp_path: Path
     code, out, err = init(below, "--out", "p/q/one.json")
     assert (code, out) == (2, b"")
     assert "--mkdir-out" in err
-    code, said = report(below, "--out", "p/q/one.json", "--mkdir-out")
-    assert (code, said["out"], said["status"]) == (0, "p/q/one.json", "created")
+    code, found = report(below, "--out", "p/q/one.json", "--mkdir-out")
+    assert (code, found["out"], found["status"]) == (0, "p/q/one.json", "created")
     assert (tmp_path / "p/q/one.json").is_file()
     outside = tmp_path.parent / f"{tmp_path.name}-outside.json"
     assert report(below, "--out", f"../{outside.name}")[1]["out"] == str(outside)

@@ -20,8 +20,8 @@ def test_nothing_is_written_after_the_start() -> None:
     starter = Starter(write_fd)
     starter.report({"progress": "making"})
     starter.close()
-    with os.fdopen(read_fd, "rb") as told:
-        assert [json.loads(line) for line in told] == [{"progress": "making"}]
+    with os.fdopen(read_fd, "rb") as pipe:
+        assert [json.loads(line) for line in pipe] == [{"progress": "making"}]
     other_r, other_w = os.pipe()
     assert write_fd in {other_r, other_w}
     starter.report({"progress": "making another"})

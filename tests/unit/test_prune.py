@@ -304,11 +304,11 @@ def test_a_damaged_image_is_kept_and_reported() -> None:
 def test_prune_waits_for_a_build() -> None:
     """Prune waits for a running build and says so."""
     fresh = image()
-    told: list[str] = []
+    printed: list[str] = []
     waiting, reports = threading.Event(), []
 
     def say(text: str) -> None:
-        told.append(text)
+        printed.append(text)
         waiting.set()
 
     thread = threading.Thread(target=lambda: reports.append(prune(["images"], progress=say, dry_run=False)))
@@ -318,7 +318,7 @@ def test_prune_waits_for_a_build() -> None:
         store.set_name("default", fresh.folder.name)
     thread.join(30)
     assert reports[0].removed == ()
-    assert told == ["waiting for an image build to end"]
+    assert printed == ["waiting for an image build to end"]
 
 
 def test_unused_artifacts_are_removed(tmp_path: Path) -> None:

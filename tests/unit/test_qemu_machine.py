@@ -70,8 +70,8 @@ def test_the_kernel_command_line_is_the_same_for_every_job(name: str, kvm: int |
 def test_only_the_last_attempt_accepts_any_timer() -> None:
     """Only the last boot attempt accepts a miscalibrated timer."""
     assert "x07.timer" not in kernel_command_line(machine())
-    told = kernel_command_line(msgspec.structs.replace(machine(), any_timer=True))
-    assert told == kernel_command_line(machine()) + " x07.timer=any"
+    line = kernel_command_line(msgspec.structs.replace(machine(), any_timer=True))
+    assert line == kernel_command_line(machine()) + " x07.timer=any"
 
 
 @pytest.mark.parametrize(("name", "kvm"), MACHINES)

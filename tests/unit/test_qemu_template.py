@@ -35,7 +35,7 @@ MIB = 1 << 20
 
 
 @pytest.mark.parametrize(
-    ("ram_bytes", "measured_mib"),  # of a build's machine where there is one
+    ("ram_bytes", "measured_mib"),  # only of a build's machine
     [(RAM_CLASSES[0], 175), (RAM_CLASSES[1], 379), (RAM_CLASSES[2], 528)],
 )
 def test_a_template_is_made_only_where_it_fits(
@@ -66,9 +66,9 @@ def test_a_late_clone_distrusts_its_template_for_minutes(tmp_path: Path, monkeyp
     """A template whose clone timed out is distrusted for five minutes."""
     monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "cache"))
     late, ended = (Template(key=key, folder=templates_dir() / key) for key in ("a" * 64, "b" * 64))
-    said = late.suspend("a clone of it did not answer in time", late=True)
-    assert "start cold for 5 minutes" in said
-    assert late.suspended() == said
+    reason = late.suspend("a clone of it did not answer in time", late=True)
+    assert "start cold for 5 minutes" in reason
+    assert late.suspended() == reason
     ended.suspend("a clone of it ended", late=False)
     now_ms = boot_ms()
     monkeypatch.setattr("x07_sandbox.backends.proofs.boot_ms", lambda: now_ms + 301_000)

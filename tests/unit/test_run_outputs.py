@@ -51,7 +51,7 @@ def x07(*words: str, module: str = "main", most_bytes: int | None = None) -> sub
     return subprocess.run(argv, input=b"", capture_output=True, check=False, timeout=60, preexec_fn=limit)
 
 
-# what cannot be written
+# unwritable outputs
 
 
 def test_an_unwritable_file_loses_nothing_else(place: Path) -> None:
@@ -64,13 +64,13 @@ def test_an_unwritable_file_loses_nothing_else(place: Path) -> None:
         artifact = place_for_artifact(stack)
         assert artifact.take(b"\x7fELF")
         artifact.complete = True
-        told, unwritten = write_files(options, result, artifact)
+        written, unwritten = write_files(options, result, artifact)
     assert [line.partition(": ")[0] for line in unwritten] == [
         f"cannot write {place}/gone/{name}" for name in ("prog", "d")
     ]
-    assert (told.run, told.outcome, told.x07_exit_code) == (result.run, result.outcome, 125)
-    assert told.warnings == [*result.warnings, *unwritten]
-    assert document((place / "r").read_bytes())["warnings"] == told.warnings
+    assert (written.run, written.outcome, written.x07_exit_code) == (result.run, result.outcome, 125)
+    assert written.warnings == [*result.warnings, *unwritten]
+    assert document((place / "r").read_bytes())["warnings"] == written.warnings
 
 
 @pytest.mark.parametrize("words", [(), ("--json",), ("--report", "runner")])
@@ -90,7 +90,7 @@ def test_an_unwritable_report_keeps_the_result(words: tuple[str, ...]) -> None:
         assert b"x07: cannot write r: File too large" in done.stderr
 
 
-# what the run reads
+# files that the run reads
 
 MANIFEST = """schema_version = "x07.sandbox.project@0.1.0"
 toolchain = "python"
@@ -257,7 +257,7 @@ def test_a_pattern_that_could_match_no_name_is_refused(
     assert f"argument {flag}: {pattern!r} is no pattern for a name" in capfd.readouterr().err
 
 
-# what is told of an error
+# reports of errors
 
 
 @pytest.mark.parametrize(
@@ -295,19 +295,19 @@ def test_an_error_before_a_run_replaces_the_last_report(
 
 @pytest.mark.parametrize("words", [("policy", "schema"), ("run",), ("doctor",), ("pool", "start")])
 @pytest.mark.parametrize(
-    ("before", "told"),
+    ("before", "reported"),
     [(None, True), ("", True), ('{"schema_version": "x07-os-runner.report@0.5.0"}', True)]
     + [(text, False) for text in ("{}", "{", "[1]", "x", '{"schema_version": "x07.project@0.5.0"}', '{"a":' * 99_999)],
     ids=range(9),
 )
-def test_wrong_usage_is_reported(place: Path, words: tuple[str, ...], before: str | None, *, told: bool) -> None:
+def test_wrong_usage_is_reported(place: Path, words: tuple[str, ...], before: str | None, *, reported: bool) -> None:
     """Wrong usage is written to --report-out, but never over a foreign file."""
     if before is not None:
         (place / "r").write_text(before)
     assert main(["--report-out", "r", *words, "--bogus"]) == 2
     text = (place / "r").read_text()
-    assert (text != before) is told
-    assert not told or "--bogus" in str(document(text))
+    assert (text != before) is reported
+    assert not reported or "--bogus" in str(document(text))
     for other in (["--bogus", "r"], ["--bogus=r"]):
         assert main([*words, *other, "--report-out=r"]) == 2  # named for something else
         assert (place / "r").read_text() == text

@@ -45,15 +45,15 @@ def test_right_labels_are_right(tmp_path: Path) -> None:
 def test_a_wrong_label_is_named(tmp_path: Path, name: str, text: str) -> None:
     """A missing or wrong label fails and is named."""
     plant(tmp_path, labels={name: text})
-    code, said = host("labels", tmp_path, JOB)
+    code, output = host("labels", tmp_path, JOB)
     assert code == 0
-    assert f"io.x07.{name}" in said
+    assert f"io.x07.{name}" in output
 
 
 def test_a_missing_record_fails(tmp_path: Path) -> None:
     """A missing record fails."""
-    code, said = host("labels", tmp_path, JOB)
-    assert (code, said.count("\n")) == (1, 1)
+    code, output = host("labels", tmp_path, JOB)
+    assert (code, output.count("\n")) == (1, 1)
 
 
 def test_a_living_process_of_a_job_is_seen(tmp_path: Path) -> None:
@@ -72,10 +72,10 @@ def test_a_process_with_the_mark_and_a_control_group_are_seen(tmp_path: Path) ->
     plant(tmp_path, instance=mark, cgroups=[str(tmp_path), str(tmp_path / "gone")])
     argv = [sys.executable, "-c", "input()", mark]
     with subprocess.Popen(argv, stdin=subprocess.PIPE) as process:
-        code, said = host("remains", tmp_path, JOB)
+        code, output = host("remains", tmp_path, JOB)
         process.kill()
     assert code == 0
-    assert said.splitlines() == [
+    assert output.splitlines() == [
         f"process {process.pid} carries its mark",
         f"its control group {tmp_path} still exists",
     ]

@@ -233,8 +233,8 @@ def test_unaccepted_weaker_isolation_has_its_exit_code(
         monkeypatch.setenv(name, value)
     target = [*words, "--policy", str(project / "policy.json"), str(project)]
     assert main(["run", *target]) == 2
-    said = capsys.readouterr()
-    assert (said.out, "weaker isolation" in said.err) == ("", True)
+    output = capsys.readouterr()
+    assert (output.out, "weaker isolation" in output.err) == ("", True)
     assert main(["run", "--json", *target]) == 2
     result = document(capsys.readouterr().out)
     assert (result["x07_exit_code"], result["outcome"], "weaker isolation" in result["reason"]) == (2, "refused", True)
@@ -254,9 +254,9 @@ def test_an_invalid_policy_has_one_exit_code(
     policy[section] |= change
     (project / "policy.json").write_text(json.dumps(policy))
     assert main(["run", *how, str(project)]) == code
-    said = capsys.readouterr()
-    assert ("x07.x07diag@0.1.0" in said.err) is (code == 3)
-    assert said.out == "" or document(said.out)["x07_exit_code"] == code
+    output = capsys.readouterr()
+    assert ("x07.x07diag@0.1.0" in output.err) is (code == 3)
+    assert output.out == "" or document(output.out)["x07_exit_code"] == code
     given = ["--policy", str(project / "policy.json")]
     report = [] if "--report" in how else ["--report", "runner"]
     assert main(["run", *how, *given, *report, "--artifact", "tool"]) == code
@@ -280,12 +280,12 @@ def test_a_dry_run_is_refused_as_the_run_would_be(
 ) -> None:
     """--dry-run is refused with the same reason and exit code as the run."""
     (project.parent / "main.x07.json").write_text("{}")
-    told = []
+    reasons = []
     for how in ([], ["--dry-run"]):
         assert main(["run", "--json", *how, *words]) == code
-        told.append(document(capsys.readouterr().out)["reason"])
-    assert told[0] == told[1]
-    assert why in told[0]
+        reasons.append(document(capsys.readouterr().out)["reason"])
+    assert reasons[0] == reasons[1]
+    assert why in reasons[0]
 
 
 @pytest.mark.parametrize("how", [[], ["--json"], ["--report", "wrapped"], ["--dry-run"]])
@@ -295,8 +295,8 @@ def test_arguments_and_input_are_alternatives(
 ) -> None:
     """An X07 program with both arguments and input is a usage error."""
     assert main(["run", *how, *given, str(project), "--", "a", "bc"]) == 2
-    said = capsys.readouterr()
-    assert "with arguments and with input" in (said.err or document(said.out)["reason"])
+    output = capsys.readouterr()
+    assert "with arguments and with input" in (output.err or document(output.out)["reason"])
     with loaded(program=project, args=("a", "bc"), stdin_fd=0, stdin_default=True) as (request, _):
         assert (request.args, request.stdin_fd == 0) == ((), False)
         assert os.pread(request.stdin_fd or 0, 99, 0) == b"\2\0\0\0\1\0\0\0a\2\0\0\0bc"
@@ -334,9 +334,9 @@ def test_an_unwritable_derived_policy_names_its_folder(project: Path, capfd: pyt
     """A derived policy that cannot be written names its folder."""
     (project / ".x07").symlink_to(project.parent)
     assert main(["run", "--allow-read-root", "data", str(project)]) == 2
-    told = capfd.readouterr().err
-    assert "no link is followed" in told
-    assert f"Make {project}/.x07/policies/_generated a folder that you can write, or leave" in told
+    errors = capfd.readouterr().err
+    assert "no link is followed" in errors
+    assert f"Make {project}/.x07/policies/_generated a folder that you can write, or leave" in errors
 
 
 @pytest.mark.parametrize(

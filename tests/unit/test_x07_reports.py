@@ -164,8 +164,8 @@ def test_a_cached_build_reports_its_output() -> None:
     now = ended(Outcome.OK, exit_code=0, artifact_from="build", build=printed)
     kept = ended(Outcome.OK, exit_code=0, artifact_from="cache", build=printed)
     assert document(runner_report(now, BUILT))["compile"] == document(runner_report(kept, BUILT))["compile"]
-    told = document(runner_report(kept, BUILT))["compile"]["stderr_b64"]
-    assert base64.b64decode(told) == b"prog.c:1: warning: unused\n"
+    encoded = document(runner_report(kept, BUILT))["compile"]["stderr_b64"]
+    assert base64.b64decode(encoded) == b"prog.c:1: warning: unused\n"
 
 
 def test_a_failed_build_is_reported() -> None:
@@ -227,10 +227,10 @@ def test_a_missing_vm_is_a_setup_failure(outcome: Outcome) -> None:
     compiled = made["compile"]
     assert made["solve"] is None
     assert (made["exit_code"], compiled["ok"], compiled["exit_status"]) == (1, False, 1)
-    said = r"no machine \udc80 for you"  # spelt out: half of a pair is no text
-    assert compiled["compile_error"] == said
-    assert base64.b64decode(compiled["stderr_b64"]) == said.encode()
-    assert compiled["trap"] == f"vm backend failure: {said}"
+    message = r"no machine \udc80 for you"  # spelt out: half of a pair is no text
+    assert compiled["compile_error"] == message
+    assert base64.b64decode(compiled["stderr_b64"]) == message.encode()
+    assert compiled["trap"] == f"vm backend failure: {message}"
 
 
 def test_no_outcome_but_ok_is_a_success() -> None:
