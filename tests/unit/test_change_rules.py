@@ -14,7 +14,7 @@ import pytest
 
 from tests.conftest import need
 from x07_sandbox.channel.trees import Entry, Kind
-from x07_sandbox.cli.apply import chosen
+from x07_sandbox.cli.changes import Grants, select_changes
 from x07_sandbox.errors import PeerError, RefusedError
 from x07_sandbox.files.change_rules import Allowed, Judged, judge
 from x07_sandbox.files.changes import ChangeSet, Node, RootChanges
@@ -320,11 +320,11 @@ def test_allow_protected_lifts_only_protection() -> None:
     kept = as_set(found)
     for patterns in (["*", ".git/config"], [".vscode", ".git", ".git/config", "mine.json"]):
         with pytest.raises(RefusedError, match="leads out") as caught:
-            chosen(kept, [], patterns)
+            select_changes(kept, [], Grants(tuple(patterns)))
         assert "is protected" not in caught.value.why
     with pytest.raises(RefusedError, match="policy or the manifest in use"):
-        chosen(kept, [".vscode", ".git"], ["Jenkinsfile"])
-    only = chosen(kept, [".vscode", ".git"], ["mine.json"]).roots[0]
+        select_changes(kept, [".vscode", ".git"], Grants(("Jenkinsfile",)))
+    only = select_changes(kept, [".vscode", ".git"], Grants(("mine.json",))).roots[0]
     assert [change.name for change in only.changes] == ["mine.json"]
 
 
@@ -412,7 +412,7 @@ def test_names_that_differ_in_case_only_collide() -> None:
     found = {refusal.name: refusal for refusal in collisions(changes, [*before, "d/e\u0301", "key.pem"])}
     assert sorted(found) == ["A", "Both", "D", "KEY.pem", "both", "d/\u00c9"]
     assert "would take it for Both: " in found["both"].why
-    check_set(chosen(ChangeSet(run="1-1-1", roots=(as_set(judged(reported, before)).roots[0],)), sorted(found), []))
+    check_set(select_changes(ChangeSet(run="1-1-1", roots=(as_set(judged(reported, before)).roots[0],)), sorted(found)))
     assert list(collisions([change for change in changes if change.name not in found], before)) == []
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from tests.unit.test_run_host_files import RUN, Run, die_at, messages
 from x07_sandbox.channel.trees import Entry, Kind
-from x07_sandbox.cli.changes_text import pieces
+from x07_sandbox.cli.changes_text import patch_chunks
 from x07_sandbox.cli.main import main
 from x07_sandbox.errors import UsageError
 from x07_sandbox.files.changes import Change, Node
@@ -98,7 +98,7 @@ def test_each_applied_part_can_be_undone(run: Run, capsys: pytest.CaptureFixture
     assert f"left out: AGENTS.md (protected); to apply: x07 apply {RUN} --allow-protected AGENTS.md" in printed
     assert there(run) == {"a", ".envrc"}
     assert main(["undo"]) == 0
-    assert "undone; x07 undo takes back what was applied before" in capsys.readouterr().err
+    assert "reverted; x07 undo reverts what was applied before" in capsys.readouterr().err
     assert there(run) == {"a"}
     assert main(["undo"]) == 0
     assert there(run) == set()
@@ -113,7 +113,7 @@ def test_applying_twice_adds_one_undo(run: Run, capsys: pytest.CaptureFixture[st
     run.back(run.files(), file("a"), file(".envrc"))
     for _ in range(2):
         assert main(["apply", "--allow-protected", ".envrc"]) == 0
-    assert "nothing is left to apply" in capsys.readouterr().err
+    assert "nothing to apply" in capsys.readouterr().err
     for expected in ({"a"}, set()):
         assert main(["undo"]) == 0
         assert there(run) == expected
@@ -192,7 +192,7 @@ def test_diff_and_its_document_show_both_parts(run: Run, capsys: pytest.CaptureF
     """`x07 diff` shows applied changes first, then left-out ones with their reasons, as does `--json`."""
     files = run.files({"allow_symlinks": True})
     run.back(files, link("l", ".envrc/x"), folder("a"), folder(".envrc"), link(".envrc/x", "y"))
-    text = b"".join(pieces(find(RUN))).decode()
+    text = b"".join(patch_chunks(find(RUN))).decode()
     assert text.index("new folder: a") < text.index("left out: .envrc: ") < text.index("left out: l: it depends on")
     assert main(["diff", "--json"]) == 0
     document = msgspec.json.decode(capsys.readouterr().out)

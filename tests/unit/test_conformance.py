@@ -9,7 +9,7 @@ from x07_sandbox.backends.registry import built, create
 from x07_sandbox.cli.main import main
 from x07_sandbox.conformance.behaviours import BEHAVIOURS, WITHOUT_GAPS
 from x07_sandbox.conformance.run import wrong_gaps
-from x07_sandbox.plan.features import VM_HOLDS
+from x07_sandbox.plan.features import VM_CAPABILITIES
 
 NAMES = [behaviour.name for behaviour in BEHAVIOURS]
 
@@ -39,7 +39,7 @@ def test_each_behaviour_is_one_sentence_under_one_name() -> None:
     """Every behaviour has a unique name, a one-sentence promise and a known prerequisite."""
     assert sorted(NAMES) == sorted(set(NAMES))
     assert all(behaviour.promise.endswith(".") and behaviour.promise[0].isupper() for behaviour in BEHAVIOURS)
-    assert {behaviour.needs for behaviour in BEHAVIOURS} == VM_HOLDS | {""}
+    assert {behaviour.needs for behaviour in BEHAVIOURS} == VM_CAPABILITIES | {""}
 
 
 def test_the_page_of_backends_is_current() -> None:

@@ -686,7 +686,7 @@ def test_two_sets_at_once_are_one_after_the_other(tmp_path: Path) -> None:
     assert driven("together", tmp_path)
 
 
-def test_it_works_without_openat2_and_exchange(fast: Path) -> None:
+def test_it_works_without_exchange(fast: Path) -> None:
     """Apply, undo and recovery work on kernels and file systems without openat2 and RENAME_EXCHANGE."""
     assert driven("old-system", fast)
 

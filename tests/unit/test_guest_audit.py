@@ -328,17 +328,6 @@ def test_a_refused_rlimit_is_named(words: str, reported: str | None) -> None:
     assert [refusal.path for refusal in found] == ([] if reported is None else [reported])
 
 
-def test_a_linked_program_is_reported_by_its_target() -> None:
-    """A refused program started through a link is reported by the link's target."""
-    refusals = Refusals(CALLS, None, (), {"/opt/link": "/usr/bin/nl"}.get)  # type: ignore[arg-type]
-    calls = ((59, "link"), (59, "/opt/link"), (59, "/opt/made"), (257, "/opt/link"))
-    for serial, (call, name) in enumerate(calls):
-        for kind, text in (called(call, 13, items=1), (CWD, 'cwd="/opt"'), path(f'"{name}"')):
-            refusals.note(kind, f"audit(1.2:{serial}): {text}".encode())
-    found = {(refusal.call, refusal.path): count for refusal, count in refusals.found.items()}
-    assert found == {("execve", "/usr/bin/nl"): 2, ("execve", "/opt/made"): 1, ("openat", "/opt/link"): 1}
-
-
 def test_records_of_several_calls_may_be_mixed() -> None:
     """Interleaved records are assigned to their calls by serial number."""
     refusals = Refusals(CALLS)

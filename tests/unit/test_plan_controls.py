@@ -11,13 +11,13 @@ from x07_sandbox.plan.confinement import confinement
 from x07_sandbox.plan.control_table import TABLE
 from x07_sandbox.plan.controls import Plan, make_plan
 from x07_sandbox.plan.denials import HowToAllow
-from x07_sandbox.plan.features import VM_HOLDS, Features
+from x07_sandbox.plan.features import VM_CAPABILITIES, Features
 from x07_sandbox.policy.decode import decode_policy
 from x07_sandbox.policy.default import default_policy, render_policy
 from x07_sandbox.policy.model import Policy
 from x07_sandbox.policy.schema import fields
 
-VM = Features(isolation="vm-emulated", own_kernel=True, can_enforce=VM_HOLDS)
+VM = Features(isolation="vm-emulated", own_kernel=True, can_enforce=VM_CAPABILITIES)
 NOTHING = Features(isolation="none", own_kernel=False, can_enforce=frozenset())
 SERVERS = {"sqlite": True, "postgres": True, "mysql": False}
 ADVISORY = {
@@ -252,7 +252,7 @@ def test_unenforced_restrictions_are_declared(changes: dict[str, object], field:
 
 def test_a_backend_claims_only_what_it_enforces() -> None:
     """A backend claims only the limits that it enforces."""
-    limits = {field for field in VM_HOLDS if field.startswith("limits.")}
+    limits = {field for field in VM_CAPABILITIES if field.startswith("limits.")}
     for isolation, state in (("container", "refused"), ("process", "advisory"), ("none", "advisory")):
         made = make_plan(default_policy(), msgspec.structs.replace(NOTHING, isolation=isolation))
         assert states(made, *limits, "fs.enabled", "net.enabled", "env.enabled") == {state}
@@ -290,7 +290,7 @@ def test_the_control_says_which_variables_go_in(changes: dict[str, object], expe
 
 def test_unavailable_confinement_is_refused() -> None:
     """A backend without confinement refuses each field that needs it."""
-    weak = Features(isolation="none", own_kernel=False, can_enforce=VM_HOLDS - {"confinement"})
+    weak = Features(isolation="none", own_kernel=False, can_enforce=VM_CAPABILITIES - {"confinement"})
     changes: dict[str, Any] = json.loads(render_policy(default_policy()))
     changes["process"] |= {"allow_exec": False, "allow_spawn": False, "max_live": 1}
     changes["threads"]["enabled"] = False

@@ -141,7 +141,7 @@ def test_unreachable_hosts_are_listed(tmp_path: Path) -> None:
     document["net"]["allow_hosts"] = [{"host": host, "ports": [80]} for host in hosts]
     (tmp_path / "p.json").write_bytes(render_policy(document))
     code, found = as_json(tmp_path, "explain", "p.json")
-    reasons = {row["field"]: row["why"] for row in found["unreachable_entries"]}
+    reasons = {row["field"]: row["why"] for row in found["never_reached"]}
     assert (code, sorted(reasons)) == (0, [f"net.allow_hosts[{index}]" for index in (1, 2, 3, 4)])
     assert reasons["net.allow_hosts[1]"] == "10.0.0.0/8 is a private address"
     assert reasons["net.allow_hosts[3]"] == "printer.local is a name of this host or a local network"

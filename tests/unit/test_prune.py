@@ -421,7 +421,7 @@ def test_the_output_lists_items_and_sizes(full: list[Path], capsys: pytest.Captu
     assert main(["prune", "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert f"would remove image {full[0]} " in lines[0]
-    assert lines[-1].startswith(f"would remove {len(lines) - 1} things, ")
+    assert lines[-1].startswith(f"would remove {len(lines) - 1} items, ")
     assert lines[-1].endswith("KiB")
 
 

@@ -24,8 +24,8 @@ import pytest
 from tests.unit.test_refused_lines import result
 from x07_sandbox.channel.frames import Stream
 from x07_sandbox.channel.trees import Entry, Kind, Reader
-from x07_sandbox.cli.apply import chosen
-from x07_sandbox.cli.changes_text import lines, machine_form, pieces, print_bytes, tell
+from x07_sandbox.cli.changes import Grants, select_changes
+from x07_sandbox.cli.changes_text import change_lines, changes_json, patch_chunks, print_bytes, say_changes
 from x07_sandbox.cli.main import main
 from x07_sandbox.cli.run_outputs import write_diff
 from x07_sandbox.errors import BackendError, HostError, RefusedError, SandboxError, UsageError
@@ -266,7 +266,7 @@ def test_the_protected_flag_allows_one_name(run: Run, name: str) -> None:
     assert word == "--allow-protected"
     kept = find(RUN).changes
     with pytest.raises(RefusedError) as caught:
-        chosen(kept, [], [pattern])
+        select_changes(kept, [], Grants((pattern,)))
     assert caught.value.why.count("protected") == 1
     assert ".bashrc: " in caught.value.why
 
@@ -319,7 +319,7 @@ def test_own_records_are_protected(run: Run, monkeypatch: pytest.MonkeyPatch, ro
     changes, denials, _ = run.back(files, Entry(Kind.FOLDER, name.encode(), mode=0o700))
     assert (changes.state, [denial.field for denial in denials]) == ("kept", ["reserved"])
     with pytest.raises(RefusedError, match="x07 keeps"):
-        chosen(find(RUN).changes, [], ["*"])
+        select_changes(find(RUN).changes, [], Grants(("*",)))
 
 
 def test_a_root_that_is_the_policy_is_protected(run: Run) -> None:
@@ -333,7 +333,7 @@ def test_a_root_that_is_the_policy_is_protected(run: Run) -> None:
 
 def messages(changes: Changes, denials: list[Denial]) -> list[str]:
     """The printed lines."""
-    return lines(msgspec.structs.replace(result(), run=RUN, changes=changes, denials=tuple(denials)))
+    return change_lines(msgspec.structs.replace(result(), run=RUN, changes=changes, denials=tuple(denials)))
 
 
 def test_a_root_in_a_repository_is_protected(run: Run) -> None:
@@ -350,7 +350,7 @@ def test_a_root_in_a_repository_is_protected(run: Run) -> None:
     assert (denial.field, denial.subject) == ("protected", "post-update")
     assert denial.reason == f"git takes {bare} for a repository, and would run what is in it"
     assert flag_of(denial) == ["--allow-protected", "post-update"]
-    assert chosen(find(RUN).changes, [], ["post-update"]).roots[0].changes
+    assert select_changes(find(RUN).changes, [], Grants(("post-update",))).roots[0].changes
     shutil.rmtree(run.folder.path / "changes")
     (bare / "tree/.git").touch()
     assert run.back(run.files({"write_roots": (str(bare / "tree/deep"),)}), hook)[0].state == "applied"
@@ -368,20 +368,22 @@ def test_a_protected_root_is_named_by_path(run: Run) -> None:
     assert flag_of(denials[1]) == ["--allow-protected", "Jenkinsfile"]
     assert any(f"{jenkins}: jenkinsfile* is protected" in line for line in messages(kept_back, denials))
     changes = find(RUN).changes
-    assert f"# may not be done: {jenkins}: ".encode() in b"".join(pieces(find(RUN)))
+    assert f"# may not be done: {jenkins}: ".encode() in b"".join(patch_chunks(find(RUN)))
     with pytest.raises(RefusedError, match=r"x\.yml"):
-        chosen(changes, [], ["Jenkinsfile"])
+        select_changes(changes, [], Grants(("Jenkinsfile",)))
     for skip in ("Jenkinsfile", str(jenkins), f"{jenkins}/"):
-        assert [[one.name for one in root.changes] for root in chosen(changes, [skip], [".github"]).roots] == [
+        granted = select_changes(changes, [skip], Grants((".github",)))
+        assert [[one.name for one in root.changes] for root in granted.roots] == [
             ["x.yml"],
             [],
         ]
     for skip in (str(ci), f"{ci}/x.yml", "x.yml"):
-        assert [[one.name for one in root.changes] for root in chosen(changes, [skip], ["J*"]).roots] == [[], [""]]
+        granted = select_changes(changes, [skip], Grants(("J*",)))
+        assert [[one.name for one in root.changes] for root in granted.roots] == [[], [""]]
     for skip in ("nothing", f"{run.root}/nothing", ".github/y"):
         with pytest.raises(UsageError):
-            chosen(changes, [skip], ["*"])
-    assert all(root.changes == () for root in chosen(changes, [str(run.root)], []).roots)
+            select_changes(changes, [skip], Grants(("*",)))
+    assert all(root.changes == () for root in select_changes(changes, [str(run.root)]).roots)
 
 
 def test_a_name_in_two_roots_is_skipped_by_path(run: Run) -> None:
@@ -394,7 +396,7 @@ def test_a_name_in_two_roots_is_skipped_by_path(run: Run) -> None:
     gone = Entry(Kind.DELETED, b"x")
     changes, denials, _ = run.back(files, gone, Entry(Kind.ROOT, b"1"), gone)
     assert messages(changes, denials)[:2] == [f"would be deleted: {place}/x" for place in (one, two)]
-    left = chosen(find(RUN).changes, [f"{one}/x"], [])
+    left = select_changes(find(RUN).changes, [f"{one}/x"])
     assert [root.root for root in left.roots if root.changes] == [str(two)]
 
 
@@ -418,15 +420,15 @@ def test_a_skipped_entry_keeps_its_folders(run: Run, capsys: pytest.CaptureFixtu
     assert changes.state == "kept"
     kept_set = find(RUN)
     skip = [denial.subject.partition(":")[0] for denial in denials]
-    left = chosen(kept_set.changes, skip, [])
+    left = select_changes(kept_set.changes, skip)
     do(kept_set, left, lambda _path: None)
     proj = {str(path.relative_to(run.root)) for path in run.root.glob("proj/**/*")}
     assert proj == {"proj/in", "proj/in/.vscode", "proj/in/.vscode/ci.yml", "proj/in/AGENTS.md"}
     assert sorted(str(path.relative_to(run.root)) for path in run.root.glob("new/**/*")) == (
         ["new/b", "new/in", "new/in/a.txt"] if moved else []
     )
-    stays = [line for line in capsys.readouterr().err.splitlines() if "stays" in line]
-    assert stays == [f"x07: stays, since it holds what is skipped: {name}" for name in ("proj", "proj/in")]
+    stays = [line for line in capsys.readouterr().err.splitlines() if "kept because" in line]
+    assert stays == [f"x07: kept because it contains skipped files: {name}" for name in ("proj", "proj/in")]
 
 
 def test_a_left_out_entry_can_be_skipped(run: Run) -> None:
@@ -438,12 +440,12 @@ def test_a_left_out_entry_can_be_skipped(run: Run) -> None:
     run.back(run.files(changes="all-or-nothing"), *(Entry(Kind.DELETED, name) for name in gone))
     kept_set = find(RUN)
     with pytest.raises(RefusedError, match=r"e: e/z\.pem is in it"):
-        chosen(kept_set.changes, ["d/in/a.pem"], [])
-    left = chosen(kept_set.changes, ["d/in/a.pem", f"{run.root}/e/z.pem"], [])
+        select_changes(kept_set.changes, ["d/in/a.pem"])
+    left = select_changes(kept_set.changes, ["d/in/a.pem", f"{run.root}/e/z.pem"])
     do(kept_set, left, lambda _path: None)
     assert sorted(str(path.relative_to(run.root)) for path in run.root.glob("**/*.*")) == ["d/in/a.pem", "e/z.pem"]
     with pytest.raises(UsageError):
-        chosen(kept_set.changes, ["e", "d", "f/x"], [])
+        select_changes(kept_set.changes, ["e", "d", "f/x"])
 
 
 LEFT: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
@@ -635,7 +637,7 @@ def test_a_killed_undo_is_completed(run: Run) -> None:
         ChangeSet(run=RUN, roots=(RootChanges(root=str(run.root), guest="/g", missing=False, changes=changes),)),
         run.folder.path,
     )
-    parts = [chosen(find(RUN).changes, [skipped], []) for skipped in "ab"]
+    parts = [select_changes(find(RUN).changes, [skipped]) for skipped in "ab"]
     killed = 0
     for number in itertools.count():
         (run.root / "b").write_bytes(b"x")
@@ -714,9 +716,9 @@ def test_apply_distinguishes_skipped_and_applied(run: Run, capsys: pytest.Captur
         assert main(["apply", *words]) == 0
         printed.append(capsys.readouterr().err)
     assert printed == [
-        "x07: nothing is left to apply\n",
+        "x07: nothing to apply\n",
         "x07: 1 added: applied; x07 undo\n",
-        "x07: all of it is there already\n",
+        "x07: already applied\n",
     ]
 
 
@@ -742,7 +744,7 @@ def test_undo_lists_deletions(run: Run, capsys: pytest.CaptureFixture[str]) -> N
     capsys.readouterr()
     assert main(["undo"]) == 0
     deletions = [f"x07: deleted: {change.name}" for change in made]
-    assert capsys.readouterr().err.splitlines() == [*deletions, "x07: 3 added: undone; x07 apply"]
+    assert capsys.readouterr().err.splitlines() == [*deletions, "x07: 3 added: reverted; x07 apply"]
 
 
 ROOTS: list[tuple[list[str], list[str], set[str]]] = [
@@ -887,7 +889,7 @@ def test_every_deletion_is_printed(run: Run, capsys: pytest.CaptureFixture[str])
     for added, roots, above in ((0, (root,), ""), (1, (root, other), f"{run.root}/")):
         save_set(ChangeSet(run=RUN, roots=roots), run.folder.path)
         changed = Changes(state="kept", added=added, deleted=1500, names=names)
-        tell(msgspec.structs.replace(result(), run=RUN, changes=changed))
+        say_changes(msgspec.structs.replace(result(), run=RUN, changes=changed))
         lines = [
             line for line in capsys.readouterr().err.splitlines() if "deleted: gone" in line or "deleted: /" in line
         ]
@@ -901,9 +903,9 @@ def test_a_patch_lists_unsupported_entries(run: Run) -> None:
     assert (changes.state, changes.names) == ("kept", ())
     place = run.root.parent / "p"
     write_diff(place, ended)
-    assert place.read_bytes() == b"".join(pieces(find(RUN)))
+    assert place.read_bytes() == b"".join(patch_chunks(find(RUN)))
     assert b"# left out: pipe: it is a pipe" in place.read_bytes()
-    assert place.with_name("p.json").read_bytes() == machine_form(find(RUN).changes)
+    assert place.with_name("p.json").read_bytes() == changes_json(find(RUN).changes)
 
 
 def test_a_carriage_return_hides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,5 +85,5 @@ def test_json_consumes_no_further_word(words: list[str], json_value: object, pro
 
 def test_an_error_with_json_full_is_one_json_object(capfd: pytest.CaptureFixture[str]) -> None:
     """A usage error under `--json=full` is one JSON object."""
-    assert main.main(["run", "--json=full", "--no-such-option"]) == 2
+    assert main.main(["run", "--json=full", "no-such-file.py"]) == 2
     assert document(capfd.readouterr().out)["outcome"] == "usage-error"

@@ -138,7 +138,7 @@ def test_the_doctor_knows_a_host_without_time(state: Path, boots: Boots, capsys:
     booted = boots(*[NONE] * settings.BOOTS_MAX)
     assert main(["doctor", "--json"]) == 1
     findings = {found["subject"]: found for found in json.loads(capsys.readouterr().out)["findings"]}
-    started = findings["start of a machine"]
+    started = findings["VM start"]
     assert (started["good"], len(booted)) == (False, settings.BOOTS_MAX)
     assert "its kernel measured its timer wrong" in started["text"]
     assert "try again with less beside it" in started["text"]

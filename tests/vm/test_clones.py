@@ -386,7 +386,7 @@ def test_a_module_that_cannot_be_preloaded_is_named(
     assert [text for text in ran.result.warnings if "no_such_module" in text]
     before = build_image(name="right", preload=[], progress=lambda _text: None)
     assert main(["image", "build", "--name", "right", "--preload", "no_such_module"]) == 125
-    assert "'right' stays the image that it was" in capsys.readouterr().err
+    assert "the image 'right' was not changed" in capsys.readouterr().err
     assert find_image("right").digest == before.digest
 
 

@@ -9,7 +9,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 
-from x07_sandbox.errors import BackendError, HostError, shown
+from x07_sandbox.errors import BackendError, HostError, printable
 from x07_sandbox.host.variables import text
 
 Name = Literal["podman", "docker"]
@@ -83,7 +83,7 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
         return Answer(
             status=done.returncode,
             text=output.decode("utf-8", "replace"),
-            error=shown(" ".join(error.decode("utf-8", "replace").split()))[-500:],
+            error=printable(" ".join(error.decode("utf-8", "replace").split()))[-500:],
         )
 
 

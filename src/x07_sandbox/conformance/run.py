@@ -12,7 +12,7 @@ import msgspec
 from x07_sandbox.backends.registry import create
 from x07_sandbox.conformance.behaviours import BEHAVIOURS, WITHOUT_GAPS, Behaviour
 from x07_sandbox.conformance.harness import RUNNER, Bench, BrokenError, open_bench
-from x07_sandbox.errors import shown
+from x07_sandbox.errors import printable
 from x07_sandbox.plan.features import Isolation
 
 
@@ -70,7 +70,7 @@ def judge(behaviour: Behaviour, bench: Bench) -> Verdict:
     try:
         behaviour.check(bench)
     except BrokenError as exc:
-        failed = {"verdict": "failed", "reason": shown(str(exc))}
+        failed = {"verdict": "failed", "reason": printable(str(exc))}
     except Exception as exc:  # noqa: BLE001 - whatever a backend does wrong is a verdict on it
-        failed = {"verdict": "failed", "reason": shown(f"{type(exc).__name__}: {exc}")}
+        failed = {"verdict": "failed", "reason": printable(f"{type(exc).__name__}: {exc}")}
     return verdict(seconds=round(time.monotonic() - begun, 2), **failed)

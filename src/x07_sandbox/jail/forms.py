@@ -14,7 +14,7 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from x07_sandbox.errors import HostError, RefusedError, shown
+from x07_sandbox.errors import HostError, RefusedError, printable
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.paths import cache_folder, replace_file
 from x07_sandbox.host.processes import boot_id
@@ -148,7 +148,7 @@ def _try_namespaces() -> str:
         raise HostError(what, f"{argv[0]}: {exc}", "Run x07 doctor") from exc
     if done.stdout == b"ok":
         return ""
-    said = shown(done.stderr[:_SAID_BYTES].decode(errors="replace").strip()) or f"status {done.returncode}"
+    said = printable(done.stderr[:_SAID_BYTES].decode(errors="replace").strip()) or f"status {done.returncode}"
     if any(words in said for words in _FORBIDDEN):
         return f"namespaces are forbidden here ({said})"
     raise HostError(what, said, "Try again, or run x07 doctor")

@@ -306,7 +306,7 @@ def roots_in_force(request: RunRequest, program: Program, policy: Policy) -> tup
     if not policy.fs.enabled:
         fix = "Set fs.enabled to true in it, or leave --out out"
         why = f"fs.enabled is false in policy {policy.policy_id}"
-        raise RefusedError("cannot use --out", why, fix).by("fs.enabled", value=True)
+        raise RefusedError("cannot use --out", why, fix).caused_by("fs.enabled", value=True)
     out = collapse_leading_slashes(os.path.normpath(real_path(Path()) / request.out))
     if any(root.guest == OUT for root in roots):
         raise RefusedError("cannot use --out", f"the policy has a root at {OUT}", "Leave one of them out")

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from x07_sandbox.backends.base import Availability, Backend
 from x07_sandbox.backends.registry import create
 from x07_sandbox.backends.selection import Choice, choice_from_environment
-from x07_sandbox.errors import HostError, RefusedError, UsageError, shown
+from x07_sandbox.errors import HostError, RefusedError, UsageError, printable
 from x07_sandbox.host import settings
 from x07_sandbox.host.paths import settings_file
 from x07_sandbox.host.variables import flag, text
@@ -101,7 +101,7 @@ def prepare(
         request = request if dry else with_framed_input(request, protocol, stack)
     in_force = request.in_force or policy_in_force(request)
     _check_cpu_time(request, program)
-    draft = _known(replace(draft, policy=shown(in_force.base)), policy=sha256_text(in_force.data))
+    draft = _known(replace(draft, policy=printable(in_force.base)), policy=sha256_text(in_force.data))
     yield draft
     check_variables(request, in_force.policy)
     choice = request.choice or choice_from_environment()
@@ -140,9 +140,11 @@ def _check_cpu_time(request: RunRequest, program: Program) -> None:
     """Raise UsageError for a CPU limit that the tighter one of an X07 program would cut."""
     limits, own_ms = request.limits, program.cpu_ms
     if limits is not None and limits.cpu_ms is not None and own_ms is not None and own_ms < limits.cpu_ms:
+        from x07_sandbox.policy.limits import flag_text  # only for the error
+
         why = f"X07's own limit for the program is {own_ms / 1000:g} s"
         fix = f"Raise that with --cpu-time-limit-seconds {-(-limits.cpu_ms // 1000)}, or its profile"
-        raise UsageError(f"cannot use {limits.named('cpu_ms', limits.cpu_ms)}", why, fix)
+        raise UsageError(f"cannot use {flag_text('cpu_ms', limits.cpu_ms)}", why, fix)
 
 
 def wants_scaling(prepared: Prepared) -> bool:

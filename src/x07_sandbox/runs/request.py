@@ -281,13 +281,13 @@ def check_variables(request: RunRequest, policy: Policy) -> None:
     if request.env and not policy.env.enabled:
         why = "the policy has env.enabled false"
         fix = "Set env.enabled to true, or leave them out"
-        raise RefusedError("the program cannot be given variables", why, fix).by("env.enabled", value=True)
+        raise RefusedError("the program cannot be given variables", why, fix).caused_by("env.enabled", value=True)
     for name in request.env:
         if name in policy.env.deny_keys:
             why = "the policy's env.deny_keys names it"
             fix = "Take it off the list, or leave it out"
             left = [key for key in policy.env.deny_keys if key != name]
-            raise RefusedError(f"the program cannot be given {name}", why, fix).by("env.deny_keys", left)
+            raise RefusedError(f"the program cannot be given {name}", why, fix).caused_by("env.deny_keys", left)
 
 
 def open_input(request: RunRequest, stack: contextlib.ExitStack, *, wait: bool = True) -> int | None:
