@@ -1,12 +1,17 @@
-"""README, docs and examples, typed page by page as they stand there; where an output follows, it is compared."""
+"""The commands and Python programs of README, docs and examples, run as a reader would type them.
+
+Every `sh` and `python` block runs; a `text` block after it is what it prints, standard error included, and `...` there
+stands for anything on a line, or for any lines. `console` blocks show what needs a network, minutes or another machine.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import pytest
 
@@ -17,69 +22,84 @@ if TYPE_CHECKING:
     from x07_sandbox.images.store import Image
 
 ROOT: Final = Path(__file__).resolve().parents[2]
-PAGES: Final = [ROOT / "README.md", ROOT / "examples" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README: Final = ROOT / "README.md"
+PAGES: Final = [
+    README,
+    ROOT / "examples" / "README.md",
+    ROOT / "docs" / "tutorial.md",
+    *sorted((ROOT / "docs" / "how-to").glob("*.md")),
+    *(ROOT / "docs" / "reference" / f"{name}.md" for name in ("library", "policy", "programs")),
+]
 _BLOCK: Final = re.compile(
     r"^```(?P<language>sh|python)\n(?P<text>.*?)^```$(?:\n\n^```text\n(?P<output>.*?)^```$)?", re.MULTILINE | re.DOTALL
 )
-# Those that take minutes, or change the machine; tests of their own run them.
-_OTHERS: Final = ("scripts/", "x07 image build")
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]
 
 
-def examples(page: Path) -> list[tuple[list[str], str | None]]:
-    """Command, output: of the page's commands that are ours, and of its Python programs, which an output follows.
+class Example(NamedTuple):
+    """A block of a page as shell text, and the output that the page shows."""
 
+    text: str
+    output: str | None
+
+
+def examples(page: Path) -> list[Example]:
+    """Return the blocks of a page; those of the README without an output are typed by tests/vm/test_readme.py."""
+    found = []
+    for block in _BLOCK.finditer(page.read_text(encoding="utf-8")):
+        if page != README or block["output"] is not None:
+            text = block["text"] if block["language"] == "sh" else f"python -c {shlex.quote(block['text'])}\n"
+            found.append(Example(text, block["output"]))
+    return found
+
+
+def typed(found: list[Example]) -> str:
+    """Return one session of all blocks, with a NUL after the output of each.
+
+    A command that fails ends the session, unless the page shows an output: that may be of one that fails.
     xpg_echo: echo takes backslashes as it does in zsh and in a plain sh, in which commands are typed too.
     """
-    found: list[tuple[list[str], str | None]] = []
-    for block in _BLOCK.finditer(page.read_text(encoding="utf-8")):
-        text, output = block["text"], block["output"]
-        if block["language"] == "python" and output:
-            found.append(([".venv/bin/python", "-c", text], output))
-        if page == PAGES[0] and not output:
-            continue  # tests/vm/test_readme.py types these
-        if block["language"] == "sh" and ".venv/bin/" in text and not any(other in text for other in _OTHERS):
-            found.append((["/bin/bash", "-O", "xpg_echo", "-euo", "pipefail", "-c", text], output))
-    return found
+    blocks = (f"set {'-e' if one.output is None else '+e'}\n{one.text}printf '\\0'\n" for one in found)
+    return "shopt -s xpg_echo\nset -u -o pipefail\n" + "".join(blocks)
+
+
+def prints(shown: str) -> re.Pattern[str]:
+    """Return the pattern of an output as a page shows it."""
+    lines = [".*" if line == "..." else re.escape(line).replace(r"\.\.\.", "[^\n]*") for line in shown.splitlines()]
+    return re.compile("\n".join(lines) + "\n", re.DOTALL)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if examples(page)], ids=lambda page: page.stem)
 def test_the_commands_of_a_page_work(page: Path, image: Image, state: Path, tmp_path: Path) -> None:
-    """A page's commands and Python programs, one after the other, end well, with the output that the page shows."""
+    """A page's commands and Python programs, typed one after the other, print what the page shows."""
     assert image.digest
     del state
-    here = tmp_path / "here"  # what they write goes below build/, which is the test's own
+    here = tmp_path / "here"
     here.mkdir()
     for name in (".venv", "examples", "scripts"):
         (here / name).symlink_to(ROOT / name)
-    before = PAGES[: PAGES.index(page)]
-    known = [] if FULL else [one for earlier in before for one in examples(earlier)]
-    for argv, output in examples(page):
-        if (argv, output) in known and output is not None:
-            continue  # what stands on an earlier page too is typed there
-        done = subprocess.run(
-            argv,
-            cwd=here,
-            env=os.environ | {"PYTHONWARNINGS": "ignore"},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=280,
-        )
-        assert done.returncode == 0, f"{argv[-1]}{done.stderr}"
-        if output is not None:
-            assert done.stdout.replace(f" ({SCALABLE})", "") == output, argv[-1]  # only an emulated machine says it
-    assert sorted(path.name for path in here.iterdir()) in (
-        [".venv", "examples", "scripts"],
-        [".venv", "build", "examples", "scripts"],
+    earlier = [] if FULL else [one for other in PAGES[: PAGES.index(page)] for one in examples(other)]
+    found = [one for one in examples(page) if one.output is None or one not in earlier]
+    done = subprocess.run(
+        ["/bin/bash", "-c", typed(found)],
+        cwd=here,
+        env=os.environ | {"PATH": f"{ROOT / '.venv' / 'bin'}:{os.environ['PATH']}", "PYTHONWARNINGS": "ignore"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        timeout=600,
     )
+    said = done.stdout.replace(f" ({SCALABLE})", "").split("\0")  # only an emulated machine says it
+    for one, output in zip(found, said, strict=False):
+        if one.output is not None:
+            assert prints(one.output).fullmatch(output), f"{one.text}{output}"
+    assert len(said) == len(found) + 1, f"a command failed: {said[-1]}"
+    assert "Traceback" not in done.stdout, done.stdout
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_the_python_of_a_page_is_python(page: Path) -> None:
-    """Every Python block of a page compiles, also those that are only a part of a program."""
-    for block in _BLOCK.finditer(page.read_text(encoding="utf-8")):
-        if block["language"] == "python":
-            compile(block["text"], str(page), "exec")
+def test_every_how_to_page_is_tried() -> None:
+    """Every how-to page but the one about CI has a block that runs."""
+    assert [page.stem for page in PAGES if page.parent.name == "how-to" and not examples(page)] == ["run-in-ci"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 from pathlib import Path
@@ -42,25 +41,3 @@ def test_a_python_program_runs_on_input() -> None:
     assert done.returncode == 0
     assert done.stdout.startswith("id,customer.name,")
     assert done.stderr == ""
-
-
-def test_json_is_exactly_one_object() -> None:
-    """The README's --json example prints one JSON object that holds the program's output."""
-    done = _type(".venv/bin/x07 run --json --input examples/text.txt examples/word_frequency.c")
-    result = json.loads(done.stdout)
-    assert result["outcome"] == "ok"
-    assert "5 the" in result["stdout"]["text"]
-
-
-def test_a_command_runs_in_a_copy_of_a_folder() -> None:
-    """The README's command of the image sees the files of the folder that --workdir names."""
-    done = _type(".venv/bin/x07 exec --workdir examples --read -- wc -l jsonl_to_csv.py")
-    lines = (ROOT / "examples" / "jsonl_to_csv.py").read_bytes().count(b"\n")
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"{lines} jsonl_to_csv.py\n", "")
-
-
-def test_doctor_finds_nothing_bad() -> None:
-    """The README's doctor call ends with 0 where the examples run, and says nothing on the way."""
-    done = _type(".venv/bin/x07 doctor")
-    assert (done.returncode, done.stderr) == (0, ""), done.stdout
-    assert "isolation" in done.stdout

@@ -159,7 +159,7 @@ def _variables(environ: Mapping[str, str]) -> Finding:
     text = f"set: {', '.join(known)}" if known else "none is set"
     if others:
         text += f"; unknown: {', '.join(others)}"
-    return Finding(subject="variables", good=None, text=text, fix="See docs/reference/x07.md" if others else "")
+    return Finding(subject="variables", good=None, text=text, fix="See docs/reference/settings.md" if others else "")
 
 
 def _requested_backend() -> list[Finding]:

@@ -3,12 +3,41 @@
 import os
 import stat
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from x07_sandbox.errors import HostError, UsageError
 from x07_sandbox.host.paths import settings_file
 
 _MAX_BYTES: Final = 1 << 20
+
+
+class Setting(NamedTuple):
+    """One key of the file, as docs/reference/settings.md shows it. default: as TOML."""
+
+    table: str
+    key: str
+    values: str
+    default: str
+    doc: str
+
+
+SETTINGS: Final = (
+    Setting(
+        "net", "allow_local", "list of `ADDRESS:PORT`", "`[]`", "Special addresses to open, if a policy lists them too."
+    ),
+    Setting(
+        "net", "allow_loopback", "true or false", "`false`", "Let `allow_local` name loopback addresses of this host."
+    ),
+    Setting("net", "allow_metadata", "true or false", "`false`", "Let `allow_local` name a cloud's metadata service."),
+    Setting("net", "opaque_ports", "list of ports", "`[]`", "Ports whose connections need not be TLS or HTTP."),
+    Setting(
+        "limits",
+        "scale_when_emulated",
+        '`"auto"`, `"never"`',
+        '`"never"`',
+        "Scale time limits of all runs on emulated machines, as `--scale-limits` does for one.",
+    ),
+)
 
 
 def settings_bytes(path: Path) -> bytes | None:
@@ -27,10 +56,11 @@ def settings_bytes(path: Path) -> bytes | None:
     return data
 
 
-def settings_table(data: bytes, name: str, keys: frozenset[str], source: str) -> dict[str, Any]:
-    """Return the table [*name*] of a settings file with these valid *keys*. Raises UsageError that names *source*."""
+def settings_table(data: bytes, name: str, source: str) -> dict[str, Any]:
+    """Return the table [*name*] of a settings file. Raises UsageError that names *source*."""
     import tomllib
 
+    keys = {row.key for row in SETTINGS if row.table == name}
     what = f"cannot use {source}"
     if len(data) > _MAX_BYTES:
         raise UsageError(what, f"it has more than {_MAX_BYTES} bytes", "Make it smaller")
@@ -50,7 +80,7 @@ def scale_when_emulated() -> bool:
     path = settings_file()
     if (data := settings_bytes(path)) is None:
         return False
-    value = settings_table(data, "limits", frozenset({"scale_when_emulated"}), str(path)).get("scale_when_emulated")
+    value = settings_table(data, "limits", str(path)).get("scale_when_emulated")
     if value not in {None, "auto", "never"}:
         why = 'limits.scale_when_emulated is neither "auto" nor "never"'
         raise UsageError(f"cannot use {path}", why, "Correct it")

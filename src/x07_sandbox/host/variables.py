@@ -185,5 +185,5 @@ def _unknown(name: str) -> str:
     longer = [known for known in VARIABLES if known.startswith(f"{name}_")]
 
     close = longer or difflib.get_close_matches(name[:_SHOWN_CHARS], VARIABLES, n=1, cutoff=0.75)
-    meant = f"; did you mean {close[0]}?" if close else "; see docs/reference/x07.md"
+    meant = f"; did you mean {close[0]}?" if close else "; see docs/reference/settings.md"
     return f"{shown[:_SHOWN_CHARS]} is not a variable of x07-sandbox{meant}"

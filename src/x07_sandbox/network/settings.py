@@ -9,7 +9,6 @@ from x07_sandbox.host.user_settings import settings_bytes, settings_table
 from x07_sandbox.network.blocked_addresses import special
 from x07_sandbox.network.rules import NetSettings, Request, parse_request
 
-_KEYS: Final = frozenset({"allow_local", "allow_loopback", "allow_metadata", "opaque_ports"})
 _PORT_LAST: Final = 65_535
 _OPENED: Final = frozenset({"private", "shared", "link-local"})  # kinds that allow_local alone allows
 _OPENED_BY: Final = {"loopback": "allow_loopback", "metadata": "allow_metadata"}
@@ -25,7 +24,7 @@ def read_settings(path: Path | None = None) -> NetSettings:
 def parse_settings(data: bytes, source: str) -> NetSettings:
     """Return the settings in a file's content. source: its name in errors. Raises UsageError."""
     what = f"cannot use {source}"
-    net = settings_table(data, "net", _KEYS, source)
+    net = settings_table(data, "net", source)
     for key in _OPENED_BY.values():
         if not isinstance(net.get(key, False), bool):
             raise UsageError(what, f"net.{key} is not true or false", f"Set {key} = true or {key} = false")

@@ -6,11 +6,18 @@ import msgspec
 
 
 class Contact(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Connections, or datagrams, with the same outcome.
+    """Connections, or datagrams, to one place that had the same fate.
 
-    rule: id of the rule that decided. reason: why they were denied or failed; else empty. address: the dialled or
-    resolved address; empty if nothing was resolved. tls_name: the name in TLS or HTTP, if that decided.
-    sent_bytes: from the program.
+    host: the name or address that the program asked for.
+    port: the port.
+    transport: TCP or UDP.
+    rule: the id of the rule that decided.
+    reason: why they were denied or failed; empty for the others.
+    address: the address that was dialed or would have been; empty if nothing was resolved.
+    tls_name: the name in TLS or HTTP, if that decided.
+    count: how many.
+    sent_bytes: bytes from the program.
+    received_bytes: bytes to the program.
     """
 
     host: str
@@ -26,9 +33,13 @@ class Contact(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class NetworkUse(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Everything that a gate recorded. failed: allowed connections that could not be made.
+    """All connections of a run.
 
-    more: connections that are not listed here. log_dropped: lines that are missing from the log.
+    allowed: connections that were made.
+    denied: connections that were refused.
+    failed: connections that were allowed and failed, because the far end refused them, for example.
+    more: how many more rows there were.
+    log_dropped: how many lines were left out of the log.
     """
 
     allowed: list[Contact] = []

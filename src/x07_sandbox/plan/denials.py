@@ -6,9 +6,12 @@ import msgspec
 
 
 class HowToAllow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What would allow it: a policy value (json_path is null if there is none), a flag, or a setting.
+    """What would allow something that was refused.
 
-    setting: a line of the user's own settings (docs/explanation/network.md), if only that allows it.
+    json_path: the field of the policy; null if no field does.
+    value: the value to set it to.
+    flag: the flag that does the same, if there is one.
+    setting: a line of the user's own settings, if only that allows it (docs/explanation/network.md).
     """
 
     json_path: str | None
@@ -20,11 +23,16 @@ class HowToAllow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 class Denial(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Something that the program tried, or the policy asked for, and that was denied.
 
-    field: the policy's; or `permissions`, `system-calls`, `scratch`, `output`, `secrets`, `protected`, `kind`,
-        `reserved`, which no policy controls; for a connection the id of the rule that denied it.
-    subject: for a file its path as the program sees it, with a final slash if something new was to be created in that
-        folder. count: how often it was observed.
-    how_to_allow: null if nothing allows it. reason: a clause; empty if the field says enough.
+    field: the field of the policy; or `permissions`, `system-calls`, `scratch`, `output`, `secrets`, `protected`,
+        `kind` or `reserved`, which no policy decides; for a connection, the id of the rule that refused it.
+    action: what was tried.
+    subject: the path, host or limit concerned. A path that ends in a slash is the folder in which something was to be
+        made.
+    enforced_by: who refused it.
+    observed_by: where it was seen.
+    count: how often it was seen.
+    how_to_allow: what would allow it; null if nothing does.
+    reason: why it was refused, as a clause; empty if the field says so.
     """
 
     field: str
@@ -38,11 +46,13 @@ class Denial(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Hint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Something that the program seems to lack, and what would provide it (plan/hints).
+    """Something that the program seems to miss, and what would provide it.
 
-    kind: a missing file, a library that cannot be loaded from its folder, an unset variable, or a connection of a run
-        without network.
-    how: what would make it readable or loadable. to_write: what would allow a file of that name to be created.
+    subject: the path, module, command, variable or host.
+    kind: whether it is not there, is a library in a place it cannot be loaded from, a variable that is not set, or a
+        connection of a run without network.
+    how: what lets the program read or load it.
+    to_write: what lets the program create a file of that name; null if nothing does.
     """
 
     subject: str

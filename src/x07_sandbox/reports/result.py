@@ -15,10 +15,11 @@ if TYPE_CHECKING:
 
 
 class OmittedControls(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The controls that the short form omits: those that are the same under the built-in policy in a VM.
+    """The controls that the short form omits: those that are as the built-in policy has them in a VM.
 
-    enforced: number of enforced ones. advisory: fields of the advisory ones.
-    digest: `sha256:<hex>` of all of them, as JSON without blanks in the form of `--json=full`.
+    enforced: how many of them are enforced.
+    advisory: the fields of those that are only advisory.
+    digest: `sha256:<hex>` of all controls as `x07 run --json=full` lists them, as JSON without blanks.
     """
 
     enforced: int

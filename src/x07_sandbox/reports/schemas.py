@@ -93,7 +93,10 @@ def _result() -> dict[str, Any]:
     made = _any_of((result.Result, short_result.OmittedControls))
     del made["anyOf"]
     made = {"$ref": _REF.format(name="Result"), **made}
-    made["$defs"]["Result"]["properties"]["controls_omitted"] = {"$ref": _REF.format(name="OmittedControls")}
+    made["$defs"]["Result"]["properties"]["controls_omitted"] = {
+        "description": "With plain `--json`: a summary of the controls that it does not list.",
+        "$ref": _REF.format(name="OmittedControls"),
+    }
     return made
 
 

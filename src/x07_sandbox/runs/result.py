@@ -38,9 +38,13 @@ Outcome = Literal[
 
 
 class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """One output stream: `text` where it is UTF-8, else `base64`. bytes: how many came up to the cap.
+    """One output stream.
 
-    undelivered: why not all of it could be passed on as it came (a full disk, say; a reader who went away is none).
+    bytes: how many bytes arrived, up to the limit.
+    truncated: whether the program wrote more than the limit.
+    text: the stream, if it is UTF-8.
+    base64: the stream, if it is not UTF-8.
+    undelivered: why not all of it could be passed on, such as a full disk. A reader that went away is not a reason.
     """
 
     bytes: int
@@ -60,9 +64,18 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forb
 
 
 class PhaseReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One phase. times_ms: from the machine's release to hello, seeded, started, exited and end; a clone says no hello.
+    """What one machine did: the build, or the run.
 
-    start: whether the machine was booted anew, is a clone of one that was saved, or waited in a pool.
+    job_id: the name of its job: the run and the phase.
+    start: how the machine started: booted (`cold`), cloned from a saved one, or taken from a pool.
+    outcome: how the phase ended, as for the run.
+    reason: the same as one sentence.
+    times_ms: milliseconds from the machine's start to `hello`, `seeded`, `started`, `exited` and `end`. A clone has no
+        `hello`.
+    stdout, stderr: what the phase printed.
+    cpu_ms: CPU time used.
+    memory_peak_bytes: peak memory use.
+    tasks_peak: peak number of processes and threads.
     """
 
     job_id: str
@@ -78,14 +91,23 @@ class PhaseReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class BuildOutput(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a build printed."""
+    """What a build printed.
+
+    stdout, stderr: its output streams.
+    """
 
     stdout: Output
     stderr: Output
 
 
 class ControlReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One field of the policy, and who holds it."""
+    """One field of the policy, and who enforces it.
+
+    field: the field.
+    state: whether it is enforced, only advisory, or could not be granted.
+    by: who enforces it.
+    why: how, or why not.
+    """
 
     field: str
     state: Literal["enforced", "advisory", "refused"]
@@ -94,7 +116,12 @@ class ControlReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 class ChangedName(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One name that the program changed. root: the folder of the host. name: from there."""
+    """One name that the program changed.
+
+    root: the folder on the host.
+    name: the name below it.
+    action: what happened to it.
+    """
 
     root: str
     name: str
@@ -102,10 +129,12 @@ class ChangedName(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class LeftOutEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """An entry that may not be applied, and was kept for review with all that lies below it.
+    """An entry that may not be applied. It is kept for review with everything below it.
 
-    rules: which ones refuse it. entries: how many names they refuse there. take: flags of `x07 apply` that apply it,
-    quoted for a shell; empty where none does.
+    name: its path.
+    rules: the rules that refuse it.
+    entries: how many names they refuse there.
+    take: flags of `x07 apply` that apply it, quoted for a shell; empty if none does.
     """
 
     name: str
@@ -115,12 +144,15 @@ class LeftOutEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class Changes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What became of the program's changes to files.
+    """What became of the program's changes to folders.
 
-    reason: why they were not applied. added, changed, deleted: how many, and names: all deletions first, and of the
-    rest as many as make 1000; both without what was left out.
-    left_out: how many names were left out, since they are refused or depend on one that is. left_out_entries: the
-    uppermost that are refused, at most 100. apply_left_out: the command that applies what of them it can.
+    state: whether they were applied, kept for `x07 apply`, not applied because of a conflict, or discarded.
+    reason: why they were not applied.
+    added, changed, deleted: how many names, without those left out.
+    names: at most 1000 of these names, deletions first.
+    left_out: how many names were left out, because they are refused or depend on one that is.
+    left_out_entries: the topmost refused entries, at most 100.
+    apply_left_out: the command that applies what can be applied of them.
     """
 
     state: Literal["none", "applied", "kept", "conflict", "discarded"] = "none"
@@ -135,14 +167,26 @@ class Changes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class Discarded(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Files that were thrown away with the machine: how many, and their bytes."""
+    """Files that were thrown away with the machine.
+
+    count: how many.
+    bytes: their size.
+    """
 
     count: int = 0
     bytes: int = 0
 
 
 class Digests(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """sha256 of what went in and came out, as `sha256:<hex>`; null for what there was none of."""
+    """Digests of inputs and outputs as `sha256:<hex>`; null for those that the run did not have.
+
+    image: the guest image.
+    policy: the policy in force.
+    source: the program's source files.
+    artifact: the file that was executed.
+    input: standard input.
+    output: standard output.
+    """
 
     image: str | None = None
     policy: str | None = None
@@ -153,9 +197,10 @@ class Digests(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class Scaling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Limits that were multiplied, since the machine was emulated and the user wanted that.
+    """Limits that were multiplied because the machine was emulated and the user asked for it.
 
-    factor: how much slower than the host it was measured to be. wall_ms, cpu_ms: the limits that held.
+    factor: how much slower than the host the machine was measured to be.
+    wall_ms, cpu_ms: the limits that were in force.
     """
 
     factor: int
@@ -166,26 +211,36 @@ class Scaling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, dict=True):
     """How one run ended.
 
-    run: its name, for `x07 diff` and its kin. schema_version: of this form.
-    outcome: one word of docs/reference/outcomes.md. fault: whose doing it was. reason: one sentence for people.
-    x07_exit_code: what `x07 run` ends with. exit_code, signal: how the program itself ended; null where it did not so.
-    stdout, stderr: what it printed; of a failed build, what that printed.
-    isolation, backend, jail: the wall that stood. phases: what each machine did, times in milliseconds, sizes in bytes.
-    policy: from what the one in force was made, as it was named: a path, `built-in:TEMPLATE`, or the id of a value;
-        null where it did not come to one.
-    digests: of what went in and came out, as `sha256:<hex>`. controls: of each field of the policy who held it.
-    denials: what was asked for, or tried, and not given. changes: what became of its changes to files.
-    warnings: sentences for people.
-    artifact_from: whether the program was built now, kept from an earlier build of the same, or given.
-    build: what its build printed, then or now; null where there was none.
-    hints: what it seems to have missed, told from its own error output: no refusals.
-    denials_lost: how many more things refused, or records of them, were not looked at: there were too many.
-    filters: the image's seccomp filters that the program was under, by name, as `sha256:<hex>`. One whose name ends
-        in -once stands beside its twin: the guest takes it where the program itself has to be executed.
-    files_discarded: what the program left in its private folders, and nobody took: see x07 run --workdir and --out.
-    net: what the program's connections came to; null where it could have none.
-    scaling: of its time and CPU limits; null where the policy's own held.
-    limits: those that held for the program, whoever set them; null where there is no plan.
+    run: the name of the run, for `x07 diff`, `x07 logs` and others.
+    schema_version: the version of this format.
+    outcome: how it ended, in one word (docs/reference/outcomes.md).
+    fault: who is responsible: the program, the policy (a limit, a refusal, a wrong request), the host, or nobody.
+    reason: how it ended, in one sentence.
+    x07_exit_code: the exit code of `x07 run`.
+    exit_code: the exit status of the program, or of the compiler after a failed build; null if it did not exit by
+        itself.
+    signal: the signal that ended the program, or cancelled the run; null if there was none.
+    stdout, stderr: what the program printed; after a failed build, what the compiler printed.
+    isolation: the class of isolation that was used.
+    backend: the backend that was used.
+    jail: how QEMU was confined; null for other backends.
+    phases: what each machine did, by name: `build`, `run`.
+    policy: the policy in force: a path, `built-in:TEMPLATE`, or its id; null if the run ended before it was read.
+    digests: digests of inputs and outputs.
+    controls: who enforces each field of the policy.
+    denials: what was refused.
+    denials_lost: how many more refusals were not recorded, because there were too many.
+    hints: what the program seems to miss, according to its error output. These are not refusals.
+    changes: what became of its changes to folders.
+    files_discarded: files in its private folders that nobody took (see `--workdir` and `--out`).
+    warnings: warnings, each a sentence.
+    artifact_from: whether the program was built now, taken from the cache, or given.
+    build: what its build printed, now or when it was cached; null if nothing was built.
+    filters: digests of the seccomp filters the program was under, by name. A name that ends in `-once` is the variant
+        that lets the agent execute the program itself.
+    net: connections; null if the program could have none.
+    scaling: how time limits were scaled; null if they were not.
+    limits: the limits in force; null if there was no plan.
     """
 
     run: str
