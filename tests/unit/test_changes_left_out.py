@@ -19,8 +19,7 @@ from x07_sandbox.errors import UsageError
 from x07_sandbox.files.changes import Change, Node, decode, encode
 from x07_sandbox.files.dependencies import with_dependents
 from x07_sandbox.host.paths import private_dir
-from x07_sandbox.runs.saved_changes import find, recover_all
-from x07_sandbox.runs.saved_changes import undo as undo_kept
+from x07_sandbox.runs.saved_changes import find_saved, recover_all, undo_saved
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -118,7 +117,7 @@ def test_what_is_applied_already_is_no_second_undo(run: Run, capsys: pytest.Capt
         assert main(["undo"]) == 0
         assert there(run) == expected
     with pytest.raises(UsageError, match="they are not applied"):
-        undo_kept(find(RUN), lambda _path: None)
+        undo_saved(find_saved(RUN), lambda _path: None)
 
 
 def test_flags_that_let_nothing_of_what_was_left_out_are_an_error(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -192,7 +191,7 @@ def test_diff_and_its_document_show_both_parts(run: Run, capsys: pytest.CaptureF
     """A patch has what was applied first, then what was left out, each with its reason; so has --json."""
     files = run.files({"allow_symlinks": True})
     run.back(files, link("l", ".envrc/x"), folder("a"), folder(".envrc"), link(".envrc/x", "y"))
-    text = b"".join(pieces(find(RUN))).decode()
+    text = b"".join(pieces(find_saved(RUN))).decode()
     assert text.index("new folder: a") < text.index("left out: .envrc: ") < text.index("left out: l: it depends on")
     assert main(["diff", "--json"]) == 0
     document = msgspec.json.decode(capsys.readouterr().out)
@@ -229,7 +228,7 @@ def test_a_conflict_applies_nothing_and_what_is_left_out_stays_named(run: Run) -
 def test_sets_of_before_stay_all_or_nothing(run: Run) -> None:
     """A set that says nothing of it, as older versions kept it, is applied only as a whole."""
     run.back(run.files(changes="all-or-nothing"), file("a"), file(".envrc"))
-    document = msgspec.json.decode(encode(find(RUN).changes))
+    document = msgspec.json.decode(encode(find_saved(RUN).changes))
     del document["all_or_nothing"]
     for root in document["roots"]:
         del root["left_out"]
@@ -360,13 +359,13 @@ def test_a_kill_while_the_second_part_is_applied_or_undone_leaves_one_state_or_t
         ended = os.waitpid(pid, 0)[1] == 0
         recover_all(pytest.fail)
         assert there(run) in (first, both)
-        if there(run) == both or len(find(RUN).undos) > 1:
-            undo_kept(find(RUN), lambda _path: None)
+        if there(run) == both or len(find_saved(RUN).undos) > 1:
+            undo_saved(find_saved(RUN), lambda _path: None)
         assert there(run) == first
-        assert find(RUN).applied
+        assert find_saved(RUN).applied
         if ended:
             break
         killed += 1
     assert killed > 10
-    undo_kept(find(RUN), lambda _path: None)
+    undo_saved(find_saved(RUN), lambda _path: None)
     assert there(run) == set()

@@ -23,7 +23,7 @@ from x07_sandbox.guest.trees import Tree
 from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.plan.guest_paths import PROGRAM, WORK, place
 from x07_sandbox.policy import Policy, default_policy
-from x07_sandbox.runs.host_files import roots_in_force
+from x07_sandbox.runs.host_files import effective_roots
 from x07_sandbox.runs.private_files import FILES_MAX, LeftFiles, work_files
 from x07_sandbox.runs.program import load_program
 from x07_sandbox.runs.request import RunRequest
@@ -56,10 +56,10 @@ def roots(policy: Policy | None = None, **words: Any) -> tuple[Root, ...]:  # no
     with contextlib.ExitStack() as stack:
         cancel = stack.enter_context(contextlib.closing(Cancel()))
         request, program = load_program(RunRequest(command=("make",), cancel=cancel, **words), stack)
-        return roots_in_force(request, program, policy or default_policy())
+        return effective_roots(request, program, policy or default_policy())
 
 
-def told(capfd: pytest.CaptureFixture[str], *words: str) -> str:
+def reported(capfd: pytest.CaptureFixture[str], *words: str) -> str:
     """What a command that is used wrongly says."""
     assert main(words) == 2
     return capfd.readouterr().err
@@ -124,7 +124,7 @@ def test_a_command_given_to_run_is_answered_with_the_line_that_works(
     words: list[str], fix: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """`x07 run make test` names the line to type instead, quoted for a shell."""
-    said = told(capfd, "run", *words)
+    said = reported(capfd, "run", *words)
     assert fix.strip() in said
     assert f"there is no file {words[0]} here" in said
 
@@ -135,7 +135,7 @@ def test_a_program_that_is_missing_is_no_command(
 ) -> None:
     """A misspelt source, a path and a single unknown name are told as missing files."""
     assert here.is_dir()
-    assert "exec" not in told(capfd, "run", *words)
+    assert "exec" not in reported(capfd, "run", *words)
 
 
 @pytest.mark.usefixtures("here")
@@ -152,7 +152,7 @@ def test_a_program_that_is_missing_is_no_command(
 )
 def test_wrong_usage_of_exec_is_told(words: list[str], why: str, capfd: pytest.CaptureFixture[str]) -> None:
     """A command line that makes no sense is wrong usage, with the reason."""
-    assert why in told(capfd, "exec", *words)
+    assert why in reported(capfd, "exec", *words)
 
 
 @pytest.mark.usefixtures("here")

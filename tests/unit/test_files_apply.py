@@ -493,8 +493,8 @@ def test_a_replaced_file_keeps_its_owner_or_is_not_replaced(tmp_path: Path) -> N
         fix = "Apply them as the owner of the files, and a member of their groups"
         for owner in (1234, NOBODY):  # of a group that is another's in both cases
             os.chown(root / "f", owner, 4321)
-            told = driven("refused-owner", base, str(NOBODY))
-            assert f"'{root}/f': {os.strerror(errno.EPERM)}. {fix}" in told
+            reported = driven("refused-owner", base, str(NOBODY))
+            assert f"'{root}/f': {os.strerror(errno.EPERM)}. {fix}" in reported
         assert read(root) == old
 
 

@@ -20,7 +20,7 @@ from tests.conftest import FULL
 from x07_sandbox.channel.trees import Entry, Kind
 from x07_sandbox.errors import UsageError
 from x07_sandbox.files.apply import apply
-from x07_sandbox.files.change_rules import Allowed, Judged, judge
+from x07_sandbox.files.change_rules import AllowedActions, CheckedChanges, judge
 from x07_sandbox.files.changes import STAGING, ChangeSet, RootChanges
 from x07_sandbox.files.copy import Bounds, copy_tree
 from x07_sandbox.files.incoming import Incoming
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="the agent is root, and makes files as another user")
 
 BOUNDS = Bounds(deny_hidden=True, allow_symlinks=True, read_bytes=1 << 20, write_bytes=1 << 20, entries=1000, depth=16)
-ALL = Allowed(mkdir=True, remove=True, rename=True)
+ALL = AllowedActions(mkdir=True, remove=True, rename=True)
 
 
 def tree_at(folder: Path, *, write: bool = True, only: str = "") -> Tree:
@@ -69,11 +69,11 @@ class Trip:
     def back(
         self,
         bounds: Bounds = BOUNDS,
-        allowed: Allowed = ALL,
+        allowed: AllowedActions = ALL,
         own: tuple[str, ...] = (),
         letting: tuple[str, ...] = (),
         data_fd: int = -1,
-    ) -> Judged:
+    ) -> CheckedChanges:
         """What was changed, judged. data_fd: lent, for the contents."""
         assert self.copied is not None
         fd = os.open(tempfile.gettempdir(), os.O_TMPFILE | os.O_RDWR) if data_fd < 0 else os.dup(data_fd)
@@ -85,7 +85,7 @@ class Trip:
             assert incoming.take(Entry(Kind.END, b"").encoded())
             assert incoming.complete
             protection = Protection(str(self.host), own, letting)
-            judged = judge(self.copied.nodes, self.copied.stayed, incoming.told, bounds, allowed, protection)
+            judged = judge(self.copied.nodes, self.copied.skipped, incoming.reported, bounds, allowed, protection)
             for change in judged.changes:
                 node = change.after
                 if node is not None and node.kind == "file" and node.at is not None and node.mode & 0o7000 == 0:
@@ -153,7 +153,7 @@ def test_a_copy_has_everything(trip: Trip) -> None:
     assert seen(trip.guest) == seen(trip.host)
     assert {path.lstat().st_uid for path in trip.guest.rglob("*")} == {65532}
     assert (trip.guest / "sparse").stat().st_blocks < 200
-    assert trip.back() == Judged(changes=(), refused=())
+    assert trip.back() == CheckedChanges(changes=(), refused=())
 
 
 def put(path: Path, kind: str) -> None:
@@ -403,9 +403,9 @@ def write(name: str, text: str = "x") -> Callable[[Path], object]:
     return do
 
 
-NO_REMOVE = Allowed(mkdir=True, remove=False, rename=True)
-NO_REMOVE_NO_RENAME = Allowed(mkdir=True, remove=False, rename=False)
-NO_RENAME = Allowed(mkdir=True, remove=True, rename=False)
+NO_REMOVE = AllowedActions(mkdir=True, remove=False, rename=True)
+NO_REMOVE_NO_RENAME = AllowedActions(mkdir=True, remove=False, rename=False)
+NO_RENAME = AllowedActions(mkdir=True, remove=True, rename=False)
 OPEN = msgspec.structs.replace(BOUNDS, deny_hidden=False)
 
 
@@ -423,7 +423,7 @@ OPEN = msgspec.structs.replace(BOUNDS, deny_hidden=False)
         ),
         (lambda folder: (folder / "l").symlink_to("/etc/passwd"), {}, [("l", "fs.allow_symlinks", None)]),
         (lambda folder: (folder / "l").symlink_to("a/../../x"), {}, [("l", "fs.allow_symlinks", None)]),
-        (lambda folder: (folder / "d").mkdir(), {"allowed": Allowed(mkdir=False, remove=True, rename=True)},
+        (lambda folder: (folder / "d").mkdir(), {"allowed": AllowedActions(mkdir=False, remove=True, rename=True)},
             [("d", "fs.allow_mkdir", True)]),
         (lambda folder: (folder / "run.sh").unlink(), {"allowed": NO_REMOVE},
             [("run.sh", "fs.allow_remove", True)]),
@@ -578,7 +578,7 @@ EVERYTHING: AnyTree = {
 }
 
 
-def told_of(tree: AnyTree, place: Path, data_fd: int) -> Judged:
+def told_of(tree: AnyTree, place: Path, data_fd: int) -> CheckedChanges:
     """The changes of a program that makes this tree, once it is sure that the guest has it as the host has."""
     here, there, again, back = (place / name for name in ("here", "there", "again", "back"))
     for folder in (here, there, again, back):
@@ -590,7 +590,7 @@ def told_of(tree: AnyTree, place: Path, data_fd: int) -> Judged:
     assert going.copied is not None
     assert going.copied.left_out == {}
     assert seen(there) == seen(here)
-    assert going.back(ANY, letting=("*",)) == Judged(changes=(), refused=())
+    assert going.back(ANY, letting=("*",)) == CheckedChanges(changes=(), refused=())
     coming = Trip(back, again)
     coming.go(ANY)
     make(tree, again)

@@ -46,8 +46,8 @@ from x07_sandbox.runs.host_files import HostFiles
 from x07_sandbox.runs.program import load_program
 from x07_sandbox.runs.request import RunRequest
 from x07_sandbox.runs.result import ChangedName, Changes, draft_result
-from x07_sandbox.runs.run import attempt, copied_in, failure
-from x07_sandbox.runs.saved_changes import do, find, recover_all, undo
+from x07_sandbox.runs.run import attempt, copy_in, failure
+from x07_sandbox.runs.saved_changes import apply_saved, find_saved, recover_all, undo_saved
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -82,7 +82,7 @@ class Run:
         request = RunRequest(source=b"pass", toolchain="python", policy=policy, cancel=self.cancel, **words)
         request, program = load_program(request, self.stack)
         request = msgspec.structs.replace(request, policy=named or policy)
-        step = copied_in(request, program, policy, self.draft, self.folder, self.stack)
+        step = copy_in(request, program, policy, self.draft, self.folder, self.stack)
         try:
             while True:
                 self.draft = next(step)
@@ -264,7 +264,7 @@ def test_the_flag_of_a_result_lets_a_protected_name(run: Run, name: str) -> None
     (denial,) = [denial for denial in denials if denial.field == "protected" and denial.subject != ".bashrc"]
     word, pattern = flag_of(denial)
     assert word == "--allow-protected"
-    kept = find(RUN).changes
+    kept = find_saved(RUN).changes
     with pytest.raises(RefusedError) as caught:
         chosen(kept, [], [pattern])
     assert caught.value.why.count("protected") == 1
@@ -321,7 +321,7 @@ def test_nothing_that_the_tool_itself_believes_can_be_changed(
     changes, denials, _ = run.back(files, Entry(Kind.FOLDER, name.encode(), mode=0o700))
     assert (changes.state, [denial.field for denial in denials]) == ("kept", ["reserved"])
     with pytest.raises(RefusedError, match="x07 keeps"):
-        chosen(find(RUN).changes, [], ["*"])
+        chosen(find_saved(RUN).changes, [], ["*"])
 
 
 def test_a_policy_that_is_itself_a_root_cannot_be_changed(run: Run) -> None:
@@ -352,7 +352,7 @@ def test_a_root_in_a_repository_is_protected(run: Run) -> None:
     assert (denial.field, denial.subject) == ("protected", "post-update")
     assert denial.reason == f"git takes {bare} for a repository, and would run what is in it"
     assert flag_of(denial) == ["--allow-protected", "post-update"]
-    assert chosen(find(RUN).changes, [], ["post-update"]).roots[0].changes
+    assert chosen(find_saved(RUN).changes, [], ["post-update"]).roots[0].changes
     shutil.rmtree(run.folder.path / "changes")
     (bare / "tree/.git").touch()
     assert run.back(run.files({"write_roots": (str(bare / "tree/deep"),)}), hook)[0].state == "applied"
@@ -365,12 +365,12 @@ def test_a_root_that_is_itself_the_name_can_be_named(run: Run) -> None:
     jenkins.touch(0o644)
     files = run.files({"write_roots": (str(ci), str(jenkins))}, changes="all-or-nothing")
     task, other = (Entry(Kind.FILE, name, mode=0o600) for name in (b"x.yml", b""))
-    told, denials, _ = run.back(files, task, Entry(Kind.ROOT, b"1"), other)
+    reported, denials, _ = run.back(files, task, Entry(Kind.ROOT, b"1"), other)
     assert [denial.subject.partition(":")[0] for denial in denials] == [f"{ci}/x.yml", str(jenkins)]
     assert flag_of(denials[1]) == ["--allow-protected", "Jenkinsfile"]
-    assert any(f"{jenkins}: jenkinsfile* is protected" in line for line in said(told, denials))
-    changes = find(RUN).changes
-    assert f"# may not be done: {jenkins}: ".encode() in b"".join(pieces(find(RUN)))
+    assert any(f"{jenkins}: jenkinsfile* is protected" in line for line in said(reported, denials))
+    changes = find_saved(RUN).changes
+    assert f"# may not be done: {jenkins}: ".encode() in b"".join(pieces(find_saved(RUN)))
     with pytest.raises(RefusedError, match=r"x\.yml"):
         chosen(changes, [], ["Jenkinsfile"])
     for skip in ("Jenkinsfile", str(jenkins), f"{jenkins}/"):
@@ -396,7 +396,7 @@ def test_of_two_roots_that_hold_the_same_name_either_can_be_skipped(run: Run) ->
     gone = Entry(Kind.GONE, b"x")
     changes, denials, _ = run.back(files, gone, Entry(Kind.ROOT, b"1"), gone)
     assert said(changes, denials)[:2] == [f"would be deleted: {place}/x" for place in (one, two)]
-    left = chosen(find(RUN).changes, [f"{one}/x"], [])
+    left = chosen(find_saved(RUN).changes, [f"{one}/x"], [])
     assert [root.root for root in left.roots if root.changes] == [str(two)]
 
 
@@ -418,10 +418,10 @@ def test_what_is_skipped_stays_with_its_folders(run: Run, capsys: pytest.Capture
         run.files(changes="all-or-nothing"), *gone, Entry(Kind.GONE, b"proj"), *(folders + come if moved else [])
     )
     assert changes.state == "kept"
-    kept_set = find(RUN)
+    kept_set = find_saved(RUN)
     skip = [denial.subject.partition(":")[0] for denial in denials]
     left = chosen(kept_set.changes, skip, [])
-    do(kept_set, left, lambda _path: None)
+    apply_saved(kept_set, left, lambda _path: None)
     proj = {str(path.relative_to(run.root)) for path in run.root.glob("proj/**/*")}
     assert proj == {"proj/in", "proj/in/.vscode", "proj/in/.vscode/ci.yml", "proj/in/AGENTS.md"}
     assert sorted(str(path.relative_to(run.root)) for path in run.root.glob("new/**/*")) == (
@@ -438,11 +438,11 @@ def test_what_was_not_copied_in_can_be_skipped(run: Run) -> None:
         (run.root / name).write_text(name)
     gone = [b"d/in/b.txt", b"d/c.txt", b"d/in", b"d", b"e/y", b"e"]
     run.back(run.files(changes="all-or-nothing"), *(Entry(Kind.GONE, name) for name in gone))
-    kept_set = find(RUN)
+    kept_set = find_saved(RUN)
     with pytest.raises(RefusedError, match=r"e: e/z\.pem is in it"):
         chosen(kept_set.changes, ["d/in/a.pem"], [])
     left = chosen(kept_set.changes, ["d/in/a.pem", f"{run.root}/e/z.pem"], [])
-    do(kept_set, left, lambda _path: None)
+    apply_saved(kept_set, left, lambda _path: None)
     assert sorted(str(path.relative_to(run.root)) for path in run.root.glob("**/*.*")) == ["d/in/a.pem", "e/z.pem"]
     with pytest.raises(UsageError):
         chosen(kept_set.changes, ["e", "d", "f/x"], [])
@@ -471,13 +471,13 @@ def test_what_was_left_out_and_is_in_the_way_says_so(
     changes, denials, _ = run.back(files, *gone if taken else [Entry(Kind.FOLDER, b"f/d/" + left.encode(), mode=0o755)])
     alone = "1 more may not be brought back" if left == "deep" else "1 of them may not be done"  # nothing too deep is
     assert (changes.state, changes.reason) == ("kept", "2 of them may not be done" if taken else alone)
-    told = "\n".join(said(changes, denials))
+    reported = "\n".join(said(changes, denials))
     if taken:
-        assert f"f: f/d/{left} is in it, which was not copied in" in told
+        assert f"f: f/d/{left} is in it, which was not copied in" in reported
     how = denials[0].how_to_allow
     assert how is not None
     words: dict[str, Any] = {} if more else {"reveal": (flag_of(denials[0])[1],)}
-    assert ("use --reveal key.pem" if words else f"set {how.json_path}".replace("$.", "")) in told
+    assert ("use --reveal key.pem" if words else f"set {how.json_path}".replace("$.", "")) in reported
     assert how.value == next(iter(more.values()), None)
     assert f"f/d/{left}" in run.files({**fs, **more}, changes="discard", **words).copied[0].nodes
 
@@ -579,13 +579,13 @@ def test_what_comes_back_of_a_root_in_another_is_of_that_alone(run: Run) -> None
     (inner.parent / "credentials").write_text("secret")
     both = {"write_roots": (str(run.root), str(inner))}
 
-    def told(*entries: Entry) -> tuple[Changes, list[Denial], str]:
+    def reported(*entries: Entry) -> tuple[Changes, list[Denial], str]:
         files = run.files(both, changes="all-or-nothing")
         return run.back(files, *entries)
 
     made = Entry(Kind.FOLDER, b"made", mode=0o755)
     for name in (b".aws/other", b".aws/new/x"):
-        changes, (denial,), _ = told(Entry(Kind.FOLDER, name, mode=0o755), Entry(Kind.ROOT, b"1"), made)
+        changes, (denial,), _ = reported(Entry(Kind.FOLDER, name, mode=0o755), Entry(Kind.ROOT, b"1"), made)
         assert (changes.state, denial.field) == ("kept", "secrets")
         assert flag_of(denial) == ["--reveal", ".aws"]
         (run.folder.path / "changes/changes.json").unlink()
@@ -594,11 +594,11 @@ def test_what_comes_back_of_a_root_in_another_is_of_that_alone(run: Run) -> None
     (inner / "k.pem").touch()
     both = {"write_roots": (str(run.root), f"{inner}/k.pem")}
     gone = [Entry(Kind.GONE, name) for name in (b".aws/new/k.pem", b".aws/new", b".aws")]
-    assert told(*gone)[0].state == "kept"  # with all around it, and the machine has told the truth
+    assert reported(*gone)[0].state == "kept"  # with all around it, and the machine has told the truth
     shutil.rmtree(run.folder.path / "changes")
     (inner / "k.pem").unlink()
     both = {"write_roots": (str(run.root), str(inner))}
-    changes, denials, _ = told(made, Entry(Kind.ROOT, b"1"), made)
+    changes, denials, _ = reported(made, Entry(Kind.ROOT, b"1"), made)
     assert (changes.state, denials) == ("applied", [])
     assert sorted(str(path.relative_to(run.root)) for path in run.root.rglob("made")) == [".aws/new/made", "made"]
 
@@ -635,7 +635,7 @@ def test_a_set_that_makes_no_sense_is_an_error_that_is_told(run: Run) -> None:
     root = RootChanges(root=str(run.root), guest="/g", missing=False, changes=(made,))
     kept(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
     with pytest.raises(HostError, match="damaged"):
-        do(find(RUN), find(RUN).changes, lambda _path: None)
+        apply_saved(find_saved(RUN), find_saved(RUN).changes, lambda _path: None)
 
 
 def test_undoing_can_be_killed_while_it_ends(run: Run) -> None:
@@ -647,20 +647,20 @@ def test_undoing_can_be_killed_while_it_ends(run: Run) -> None:
         ChangeSet(run=RUN, roots=(RootChanges(root=str(run.root), guest="/g", missing=False, changes=changes),)),
         run.folder.path,
     )
-    parts = [chosen(find(RUN).changes, [skipped], []) for skipped in "ab"]
+    parts = [chosen(find_saved(RUN).changes, [skipped], []) for skipped in "ab"]
     killed = 0
     for number in itertools.count():
         (run.root / "b").write_bytes(b"x")
-        do(find(RUN), parts[number % 2], lambda _path: None)
+        apply_saved(find_saved(RUN), parts[number % 2], lambda _path: None)
         pid = os.fork()
         if pid == 0:
             die_at(number)
-            undo(find(RUN), lambda _path: None)
+            undo_saved(find_saved(RUN), lambda _path: None)
             os._exit(0)
         ended = os.waitpid(pid, 0)[1] == 0
         recover_all(pytest.fail)
         with contextlib.suppress(UsageError):  # it was done, to the end
-            undo(find(RUN), lambda _path: None)
+            undo_saved(find_saved(RUN), lambda _path: None)
         assert sorted(path.name for path in run.root.iterdir()) == ["a", "b"]
         if ended:
             break
@@ -675,15 +675,15 @@ def test_what_keeps_from_undoing_is_told_as_that(run: Run) -> None:
     gone = Change(name="a", before=node, after=None)
     root = RootChanges(root=str(run.root), guest="/g", missing=False, changes=(gone,))
     kept(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
-    do(find(RUN), find(RUN).changes, lambda _path: None)
+    apply_saved(find_saved(RUN), find_saved(RUN).changes, lambda _path: None)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (900, hard))
     try:
         with pytest.raises(HostError, match=f"^cannot undo the changes of run {RUN}: '/.*/a': "):
-            undo(find(RUN), lambda _path: None)
+            undo_saved(find_saved(RUN), lambda _path: None)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    undo(find(RUN), lambda _path: None)
+    undo_saved(find_saved(RUN), lambda _path: None)
     assert (run.root / "a").stat().st_size == 1000
 
 
@@ -692,7 +692,7 @@ def test_of_two_that_undo_at_once_the_second_finds_it_done(run: Run) -> None:
     made = Change(name="a", before=None, after=Node(kind="folder", mode=0o755))
     root = RootChanges(root=str(run.root), guest="/g", missing=False, changes=(made,))
     kept(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
-    do(find(RUN), find(RUN).changes, lambda _path: None)
+    apply_saved(find_saved(RUN), find_saved(RUN).changes, lambda _path: None)
     folder = run.folder.path / "changes"
     held = os.open(folder, os.O_RDONLY)
     fcntl.flock(held, fcntl.LOCK_EX)
@@ -703,7 +703,7 @@ def test_of_two_that_undo_at_once_the_second_finds_it_done(run: Run) -> None:
         os.close(held)
 
     with pytest.raises(UsageError, match="they are not applied"):
-        undo(find(RUN), other_ends)
+        undo_saved(find_saved(RUN), other_ends)
 
 
 def test_what_cannot_be_recovered_says_where_its_journal_is(run: Run) -> None:
@@ -713,9 +713,9 @@ def test_what_cannot_be_recovered_says_where_its_journal_is(run: Run) -> None:
     place = Place(path=str(run.root / "gone"), ident=(1, 1), staging=".x07-apply-1")
     journal.write(folder, Head(run=RUN, places=(place,)), [])
     private_dir(run.folder.path.parent / ".applying").joinpath(RUN).touch()
-    told: list[str] = []
-    recover_all(told.append)
-    (text,) = told
+    reported: list[str] = []
+    recover_all(reported.append)
+    (text,) = reported
     assert "remove the journal" in text
     assert text.endswith(f"The journal is below {folder}.")
     assert (folder / "journal").exists()
@@ -726,12 +726,12 @@ def test_what_stands_in_the_way_of_undoing_is_told_as_that(run: Run) -> None:
     made = Change(name="a", before=None, after=Node(kind="folder", mode=0o755))
     root = RootChanges(root=str(run.root), guest="/g", missing=False, changes=(made,))
     kept(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
-    do(find(RUN), find(RUN).changes, lambda _path: None)
+    apply_saved(find_saved(RUN), find_saved(RUN).changes, lambda _path: None)
     (run.root / "a" / "mine").touch()
     with pytest.raises(ConflictError, match=r"cannot undo .* since they were applied: '/.*/a/mine'.*x07 diff"):
-        undo(find(RUN), lambda _path: None)
+        undo_saved(find_saved(RUN), lambda _path: None)
     (run.root / "a" / "mine").unlink()
-    undo(find(RUN), lambda _path: None)
+    undo_saved(find_saved(RUN), lambda _path: None)
     assert list(run.root.iterdir()) == []
 
 
@@ -756,12 +756,12 @@ def test_the_document_of_applying_tells_what_was_done(run: Run, capsys: pytest.C
     made = Change(name="a", before=None, after=Node(kind="folder", mode=0o755))
     root = RootChanges(root=str(run.root), guest="/g", missing=False, changes=(made,))
     kept(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
-    told = []
+    reported = []
     for words in (["--skip", "a"], [], []):
         assert main(["apply", "--json", *words]) == 0
         roots = json.loads(capsys.readouterr().out)["roots"]
-        told.append([change["name"] for root in roots for change in root["changes"]])
-    assert told == [[], ["a"], []]
+        reported.append([change["name"] for root in roots for change in root["changes"]])
+    assert reported == [[], ["a"], []]
 
 
 def test_undoing_lists_what_it_deletes(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -772,8 +772,8 @@ def test_undoing_lists_what_it_deletes(run: Run, capsys: pytest.CaptureFixture[s
     assert main(["apply"]) == 0
     capsys.readouterr()
     assert main(["undo"]) == 0
-    told = [f"x07: deleted: {change.name}" for change in made]
-    assert capsys.readouterr().err.splitlines() == [*told, "x07: 3 added: undone; x07 apply"]
+    reported = [f"x07: deleted: {change.name}" for change in made]
+    assert capsys.readouterr().err.splitlines() == [*reported, "x07: 3 added: undone; x07 apply"]
 
 
 def test_what_is_there_already_lists_no_deletions(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -875,12 +875,14 @@ MADE: list[tuple[list[Entry], dict[str, int] | None]] = [
 
 
 @pytest.mark.parametrize(("told", "there"), MADE)
-def test_a_missing_root_is_made_in_the_one_around_it(run: Run, told: list[Entry], there: dict[str, int] | None) -> None:
+def test_a_missing_root_is_made_in_the_one_around_it(
+    run: Run, reported: list[Entry], there: dict[str, int] | None
+) -> None:
     """It is there for the program, on the host only if something comes of it, and no permission is needed for it."""
     fs = {"allow_mkdir": False, "allow_remove": False, "allow_rename": False}
     files = run.files({"write_roots": (str(run.root), f"{run.root}/new"), **fs})
     assert packed(files) == [{"new"}]
-    changes, denials, _ = run.back(files, *told)
+    changes, denials, _ = run.back(files, *reported)
     assert (changes.state, denials) == ("none" if there is None else "applied", [])
     found = {str(path.relative_to(run.root)): path.lstat().st_mode for path in run.root.rglob("*")}
     assert found == (there or {})
@@ -960,7 +962,7 @@ def test_a_full_disk_is_told_and_leaves_no_half_of_a_list(run: Run) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)
     with pytest.raises(UsageError):
-        find(RUN)
+        find_saved(RUN)
 
 
 def test_a_result_names_every_deletion(run: Run) -> None:
@@ -969,8 +971,8 @@ def test_a_result_names_every_deletion(run: Run) -> None:
     for name in gone:
         (run.root / name).touch()
     files = run.files(changes="keep")
-    told = [Entry(Kind.GONE, name.encode()) for name in gone]
-    changes, _, _ = run.back(files, Entry(Kind.FOLDER, b"a", mode=0o755), *told)
+    reported = [Entry(Kind.GONE, name.encode()) for name in gone]
+    changes, _, _ = run.back(files, Entry(Kind.FOLDER, b"a", mode=0o755), *reported)
     assert {(one.name, one.action) for one in changes.names} == {(name, "deleted") for name in gone}
     assert len(changes.names) == changes.deleted == len(gone)
 
@@ -986,8 +988,8 @@ def test_every_deletion_is_told(run: Run, capsys: pytest.CaptureFixture[str]) ->
     names = tuple(ChangedName(root=str(run.root), name=name, action="deleted") for name in sorted(gone))
     for added, roots, above in ((0, (root,), ""), (1, (root, other), f"{run.root}/")):
         kept(ChangeSet(run=RUN, roots=roots), run.folder.path)
-        told = Changes(state="kept", added=added, deleted=1500, names=names)
-        tell(msgspec.structs.replace(result(), run=RUN, changes=told))
+        reported = Changes(state="kept", added=added, deleted=1500, names=names)
+        tell(msgspec.structs.replace(result(), run=RUN, changes=reported))
         lines = [
             line for line in capsys.readouterr().err.splitlines() if "deleted: gone" in line or "deleted: /" in line
         ]
@@ -1001,9 +1003,9 @@ def test_a_patch_names_what_was_kept_though_nothing_of_it_is_a_change(run: Run) 
     assert (changes.state, changes.names) == ("kept", ())
     place = run.root.parent / "p"
     write_diff(place, ended)
-    assert place.read_bytes() == b"".join(pieces(find(RUN)))
+    assert place.read_bytes() == b"".join(pieces(find_saved(RUN)))
     assert b"# left out: pipe: it is a pipe" in place.read_bytes()
-    assert place.with_name("p.json").read_bytes() == machine_form(find(RUN).changes)
+    assert place.with_name("p.json").read_bytes() == machine_form(find_saved(RUN).changes)
 
 
 def test_no_line_of_a_patch_hides_another_from_who_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1029,7 +1031,7 @@ def test_a_patch_is_not_written_line_by_line(run: Run) -> None:
     root = RootChanges(root=str(run.root), guest="/g", missing=False, changes=tuple(made))
     kept(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
     (run.folder.path / "changes/data").write_bytes(many + 3 * long)
-    found = list(pieces(find(RUN)))
+    found = list(pieces(find_saved(RUN)))
     assert len(found) < 10
     assert all(piece.endswith(b"\n") and len(piece) < 200_000 for piece in found)
     assert b"".join(found).count(b"\n+") == 100_000 + 3 + 4

@@ -12,12 +12,12 @@ from x07_sandbox.cli.console import say
 from x07_sandbox.cli.json_output import deliver, wanted
 from x07_sandbox.cli.parser import add_document_flags, named, repeated, switch
 from x07_sandbox.errors import RefusedError, UsageError
-from x07_sandbox.files.changes import called, folders_above, path_of
-from x07_sandbox.files.dependencies import taken
+from x07_sandbox.files.changes import display_name, parent_folders, path_of
+from x07_sandbox.files.dependencies import applicable
 from x07_sandbox.files.protected import Protection
-from x07_sandbox.runs.refusals import command, told
+from x07_sandbox.runs.refusals import apply_command, denials_and_entries
 from x07_sandbox.runs.result import Changes
-from x07_sandbox.runs.saved_changes import do, find
+from x07_sandbox.runs.saved_changes import apply_saved, find_saved
 
 if TYPE_CHECKING:
     import argparse
@@ -55,13 +55,13 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
 
 
 def _apply(options: argparse.Namespace) -> int:
-    kept = find(options.run)
+    kept = find_saved(options.run)
     flags = {flag for flag in ("--allow-hidden", "--allow-symlinks") if getattr(options, flag[2:].replace("-", "_"))}
     grants = Grants(protected=tuple(options.allow_protected), flags=frozenset(flags))
     before = set[tuple[str, str]]() if kept.changes.all_or_nothing else kept.done()
     changes = chosen(kept.changes, options.skip, grants=grants, applied=before if kept.applied else None)
     later = kept.applied and any(root.left_out for root in kept.changes.roots) and grants.any
-    done = do(kept, changes, lambda path: say(f"waiting: another command changes {path}"), later=later)
+    done = apply_saved(kept, changes, lambda path: say(f"waiting: another command changes {path}"), later=later)
     if wanted(options) and deliver(machine_form(changes if done.roots else done), options):
         return 0
     if done.roots:
@@ -83,13 +83,13 @@ class Grants(NamedTuple):
         """Whether there is one at all."""
         return bool(self.protected or self.flags)
 
-    def lets(self, root: str) -> Callable[[Refused], bool]:
+    def is_overridden(self, root: str) -> Callable[[Refused], bool]:
         """Return what tells whether a refusal in that root is overruled."""
         protection = Protection(root, allowed=self.protected)
 
         def is_let(refusal: Refused) -> bool:
             if refusal.rule == "protected":
-                return protection.lets(refusal.name)
+                return protection.is_allowed(refusal.name)
             return bool(refusal.flag) and refusal.flag in self.flags
 
         return is_let
@@ -115,7 +115,7 @@ def chosen(
         was_left_out = any(root.left_out for root in changes.roots)
         if grants.any and was_left_out and not any(root.left_out for root in roots):
             raise _nothing_let(changes, grants)
-    parts = [_without(root, skip, grants, of_several=changes.of_several) for root in roots]
+    parts = [_without(root, skip, grants, several_roots=changes.several_roots) for root in roots]
     out = [(root.root, one.name) for root in changes.roots for one in root.left_out]
     out += [(root.root, one.name) for root in changes.roots for one in root.refused]
     unused = {word for word in skip if not any(_covers(word, root, name) for root, name in out)}
@@ -126,8 +126,8 @@ def chosen(
 
 def _with_left_out(root: RootChanges, grants: Grants, applied: AbstractSet[tuple[str, str]] | None) -> RootChanges:
     """The root with what is let of what was left out, as changes and as left_out, and without reasons."""
-    lets, done = grants.lets(root.root), applied or set()
-    more = taken(root, lambda one: (root.root, one.name) in done or lets(one)) if grants.any else ()
+    is_overridden, done = grants.is_overridden(root.root), applied or set()
+    more = applicable(root, lambda one: (root.root, one.name) in done or is_overridden(one)) if grants.any else ()
     alone = applied is not None and grants.any
     every = [*more] if alone else sorted((*root.changes, *more), key=lambda change: change.name)
     changes = [change for change in every if not (alone and (root.root, change.name) in done)]
@@ -138,10 +138,10 @@ def _with_left_out(root: RootChanges, grants: Grants, applied: AbstractSet[tuple
 def _nothing_let(changes: ChangeSet, grants: Grants) -> RefusedError:
     """The error where flags were given that let nothing of what was left out."""
     left = [
-        f"{called(root.root, refusal.name, of_several=changes.of_several)}: {refusal.why}"
+        f"{display_name(root.root, refusal.name, several_roots=changes.several_roots)}: {refusal.why}"
         for root in changes.roots
         for refusal in root.refused
-        if not grants.lets(root.root)(refusal)
+        if not grants.is_overridden(root.root)(refusal)
     ]
     return _refused(left, "See x07 diff, and give a flag for each reason")
 
@@ -159,13 +159,13 @@ def _tell_left_out(kept: ChangeSet, applied: AbstractSet[tuple[str, str]]) -> No
         replace(root, refused=tuple(one for one in root.refused if (root.root, one.name) not in applied))
         for root in kept.roots
     ]
-    _, entries = told(replace(kept, roots=tuple(roots)), built_in=True)
-    for line in left_out(Changes(left_out_entries=entries, apply_left_out=command(kept.run, entries))):
+    _, entries = denials_and_entries(replace(kept, roots=tuple(roots)), built_in=True)
+    for line in left_out(Changes(left_out_entries=entries, apply_left_out=apply_command(kept.run, entries))):
         say(line)
 
 
 def _without(
-    root: RootChanges, skip: Sequence[str], grants: Grants, *, of_several: bool
+    root: RootChanges, skip: Sequence[str], grants: Grants, *, several_roots: bool
 ) -> tuple[RootChanges, set[str]]:
     """What is left of a root; and which of *skip* are of any use."""
     told = {change.name for change in root.changes} | {refusal.name for refusal in root.refused}
@@ -173,15 +173,17 @@ def _without(
     skipped = set[str]().union(*by_word.values())
     # What is skipped and is there stays, also what was not copied in, and with it the folders that it lies in.
     staying = [change.name for change in root.changes if change.name in skipped and change.before is not None]
-    words = {word: folders_above([word.rstrip("/").removeprefix(f"{root.root}/")]) for word in skip}
-    holding = folders_above(staying).union(*words.values()) & _ended(root) - skipped
-    lets = grants.lets(root.root)
-    left = [refusal for refusal in root.refused if refusal.name not in skipped | holding and not lets(refusal)]
+    words = {word: parent_folders([word.rstrip("/").removeprefix(f"{root.root}/")]) for word in skip}
+    holding = parent_folders(staying).union(*words.values()) & _ended(root) - skipped
+    is_overridden = grants.is_overridden(root.root)
+    left = [refusal for refusal in root.refused if refusal.name not in skipped | holding and not is_overridden(refusal)]
     if left:
-        told_of = [f"{called(root.root, refusal.name, of_several=of_several)}: {refusal.why}" for refusal in left]
+        told_of = [
+            f"{display_name(root.root, refusal.name, several_roots=several_roots)}: {refusal.why}" for refusal in left
+        ]
         raise _refused(told_of, "Leave them out with --skip PATH")
     for name in sorted(holding):
-        say(f"stays, since it holds what is skipped: {called(root.root, name, of_several=of_several)}")
+        say(f"stays, since it holds what is skipped: {display_name(root.root, name, several_roots=several_roots)}")
     changes = [change for change in root.changes if change.name not in skipped | holding]
     used = {word for word in skip if by_word[word] or words[word] & holding}
     return replace(root, changes=tuple(changes), refused=()), used

@@ -17,10 +17,10 @@ from x07_sandbox.cli.console import put, say
 from x07_sandbox.cli.denials_text import how
 from x07_sandbox.cli.parser import named
 from x07_sandbox.errors import SandboxError
-from x07_sandbox.files.changes import ChangeSet, called, decode, path_of, shown
-from x07_sandbox.files.dependencies import with_applied
+from x07_sandbox.files.changes import ChangeSet, decode, display_name, path_of, printable
+from x07_sandbox.files.dependencies import with_later_applied
 from x07_sandbox.files.patch import TEXT_MAX, patch
-from x07_sandbox.runs.saved_changes import KeptChanges, find
+from x07_sandbox.runs.saved_changes import SavedChanges, find_saved
 
 if TYPE_CHECKING:
     import argparse
@@ -46,7 +46,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
 def _touched(options: argparse.Namespace) -> list[Path]:
     """The host's files that a run has changed, or would change."""
     try:
-        roots = find(options.run).changes.roots
+        roots = find_saved(options.run).changes.roots
     except SandboxError:
         return []  # the verb says so itself, and writes nothing
     return [Path(path_of(root.root, change.name)) for root in roots for change in (*root.changes, *root.left_out)]
@@ -65,8 +65,10 @@ def lines(result: Result) -> list[str]:
         return []
     several = len({one.root for one in changes.names}) > 1
     if len(changes.names) < changes.added + changes.changed + changes.deleted:  # others may be of further roots
-        several = find(result.run).changes.of_several
-    deleted = [called(one.root, one.name, of_several=several) for one in changes.names if one.action == "deleted"]
+        several = find_saved(result.run).changes.several_roots
+    deleted = [
+        display_name(one.root, one.name, several_roots=several) for one in changes.names if one.action == "deleted"
+    ]
     gone = "deleted" if changes.state == "applied" else "would be deleted"
     taken = {entry.name for entry in changes.left_out_entries if entry.take}
     word = "left out" if changes.left_out else "may not be done"
@@ -119,20 +121,20 @@ def _in_words(counts: dict[str, int]) -> str:
 
 def list_deleted(changes: ChangeSet, *, back: bool = False) -> None:
     """Every name that goes. back: where these changes are taken back."""
-    action, several = "added" if back else "deleted", changes.of_several
+    action, several = "added" if back else "deleted", changes.several_roots
     for root in changes.roots:
         for change in root.changes:
-            if change.action == action and not change.of_root:
-                say(f"deleted: {called(root.root, change.name, of_several=several)}")
+            if change.action == action and not change.is_root_folder:
+                say(f"deleted: {display_name(root.root, change.name, several_roots=several)}")
 
 
-def as_applied(kept: KeptChanges) -> KeptChanges:
+def as_applied(kept: SavedChanges) -> SavedChanges:
     """The same, where what was left out and is applied by now is a change like the others. Raises HostError."""
     done = kept.done() if any(root.left_out for root in kept.changes.roots) else None
-    return kept if not done else kept._replace(changes=with_applied(kept.changes, done))
+    return kept if not done else kept._replace(changes=with_later_applied(kept.changes, done))
 
 
-def pieces(kept: KeptChanges) -> Iterator[bytes]:
+def pieces(kept: SavedChanges) -> Iterator[bytes]:
     """The patch of a run's changes, many lines at a time: a million of them are not written one by one."""
     some = bytearray()
     for line in patch(kept.changes, _Before(kept), partial(_after, kept.folder / "data")):
@@ -155,7 +157,7 @@ def _after(path: Path, _root: str, _name: str, node: Node) -> bytes | None:
 class _Before:
     """Old contents: from the host, if they are still there, else from what was kept to undo the changes."""
 
-    def __init__(self, kept: KeptChanges) -> None:
+    def __init__(self, kept: SavedChanges) -> None:
         self._at: dict[tuple[str, str], tuple[Path, int]] = {}
         for place in kept.undos:
             with contextlib.suppress(OSError, ValueError):  # it cannot be undone
@@ -198,7 +200,7 @@ def machine_form(changes: ChangeSet) -> bytes:
             return {key: plain_names(inner) for key, inner in value.items() if key != "at"}
         if isinstance(value, (list, tuple)):
             return [plain_names(inner) for inner in value]
-        return shown(value) if isinstance(value, str) else value
+        return printable(value) if isinstance(value, str) else value
 
     return json.dumps(plain_names(msgspec.to_builtins(changes)), indent=2).encode() + b"\n"
 

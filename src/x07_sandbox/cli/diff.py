@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 from x07_sandbox.cli.changes_text import add_run, as_applied, machine_form, pieces, print_bytes
 from x07_sandbox.cli.json_output import deliver, wanted
 from x07_sandbox.cli.parser import add_document_flags
-from x07_sandbox.runs.saved_changes import find
+from x07_sandbox.runs.saved_changes import find_saved
 
 if TYPE_CHECKING:
     import argparse
@@ -29,7 +29,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
 
 
 def _diff(options: argparse.Namespace) -> int:
-    kept = as_applied(find(options.run))
+    kept = as_applied(find_saved(options.run))
     if wanted(options) and deliver(machine_form(kept.changes), options):
         return 0
     for piece in pieces(kept):

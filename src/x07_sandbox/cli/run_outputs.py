@@ -10,7 +10,7 @@ from x07_sandbox.cli.changes_text import machine_form, pieces
 from x07_sandbox.files.changes import ChangeSet
 from x07_sandbox.reports.result import render_result
 from x07_sandbox.runs.folder import NET_LOG, all_runs
-from x07_sandbox.runs.saved_changes import KeptChanges, find
+from x07_sandbox.runs.saved_changes import SavedChanges, find_saved
 
 if TYPE_CHECKING:
     import argparse
@@ -55,9 +55,9 @@ def write_diff(path: Path, result: Result) -> None:
 
     Raises OSError, SandboxError.
     """
-    kept = KeptChanges(run=result.run, folder=path.parent, changes=ChangeSet(run=result.run, roots=()))
+    kept = SavedChanges(run=result.run, folder=path.parent, changes=ChangeSet(run=result.run, roots=()))
     if result.changes.state not in {"none", "discarded"}:
-        kept = find(result.run)
+        kept = find_saved(result.run)
 
     def put(fd: int) -> None:
         for piece in pieces(kept):

@@ -8,7 +8,7 @@ from x07_sandbox.cli.changes_text import add_run, list_deleted, machine_form, su
 from x07_sandbox.cli.console import say
 from x07_sandbox.cli.json_output import deliver, wanted
 from x07_sandbox.cli.parser import add_document_flags
-from x07_sandbox.runs.saved_changes import find, undo
+from x07_sandbox.runs.saved_changes import find_saved, undo_saved
 
 if TYPE_CHECKING:
     import argparse
@@ -33,8 +33,8 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, he
 
 
 def _undo(options: argparse.Namespace) -> int:
-    kept = find(options.run)
-    changes = undo(kept, lambda path: say(f"waiting: another command changes {path}"))
+    kept = find_saved(options.run)
+    changes = undo_saved(kept, lambda path: say(f"waiting: another command changes {path}"))
     if wanted(options) and deliver(machine_form(changes), options):
         return 0
     list_deleted(changes, back=True)

@@ -25,8 +25,8 @@ from x07_sandbox.errors import HostError
 from x07_sandbox.files import journal
 from x07_sandbox.files.apply_steps import Site, displaced, do, holds, ready, staged, undo
 from x07_sandbox.files.changes import STAGING, ChangeSet, RootChanges
-from x07_sandbox.files.checks import as_kept, check_set, look_at, reached_by
-from x07_sandbox.files.inode import NOTHING, ConflictError, conflict
+from x07_sandbox.files.checks import check_set, compare_root, root_anchor, with_actual_modes
+from x07_sandbox.files.inode import MISSING, ConflictError, conflict_error
 from x07_sandbox.files.journal import Head, Place
 from x07_sandbox.files.staging import Planner, fill, undo_changes
 from x07_sandbox.files.undo_data import discard, keep, leave, prepare, publish, undoes
@@ -101,11 +101,12 @@ def recover(folder: Path, *, on_wait: OnWait | None = None) -> None:
 
 def _apply(changes: ChangeSet, data_fd: int, folder: Path, on_wait: OnWait | None, *, keeps: bool) -> ChangeSet:
     roots = [root for root in changes.roots if root.changes]
-    anchors = [reached_by(root) for root in roots]
+    anchors = [root_anchor(root) for root in roots]
     with _sites((path for path, _ in anchors), on_wait) as by_path:
         kept = undoes(folder)
         found = [
-            look_at(root, by_path[path].fd, prefix, kept) for root, (path, prefix) in zip(roots, anchors, strict=True)
+            compare_root(root, by_path[path].fd, prefix, kept)
+            for root, (path, prefix) in zip(roots, anchors, strict=True)
         ]
         if all(one.done for one in found):
             nothing = ChangeSet(run=changes.run, roots=())
@@ -115,7 +116,7 @@ def _apply(changes: ChangeSet, data_fd: int, folder: Path, on_wait: OnWait | Non
         if kept:
             _check_part(set(kept), list(zip(roots, found, strict=True)), wrong)
         if wrong:
-            raise conflict(wrong)
+            raise conflict_error(wrong)
         sites = list({id(site): site for site in by_path.values()}.values())
         planner = Planner()
         inverse = []
@@ -167,7 +168,9 @@ def _execute(
             do(sites[step.place], step)
         for site in sites:
             beneath.sync(site.fd)
-        roots = (one.root if one.site.modes else as_kept(one.root, one.site.fd, one.prefix) for one in inverse)
+        roots = (
+            one.root if one.site.modes else with_actual_modes(one.root, one.site.fd, one.prefix) for one in inverse
+        )
         undoing = ChangeSet(run=head.run, roots=tuple(roots))
         if keeps:
             prepare(folder, undoing)
@@ -268,7 +271,7 @@ def _open_staging(site: Site) -> None:
     try:
         fd = os.open(site.place.staging, _FOLDER, dir_fd=site.fd)
     except OSError as exc:
-        if exc.errno not in NOTHING:
+        if exc.errno not in MISSING:
             raise
         return
     info = os.fstat(fd)
@@ -293,7 +296,7 @@ def _sites(
             try:
                 fd = beneath.open_root(path)
             except OSError as exc:
-                if exc.errno not in NOTHING:
+                if exc.errno not in MISSING:
                     raise
                 raise _elsewhere(path, recorded) from exc
             stack.callback(close_on_fork.close, close_on_fork.keep(fd))  # a copy in a forked child would keep the lock
@@ -336,7 +339,7 @@ def _still_there(path: str, site: Site, recorded: dict[str, Place] | None) -> No
 
 def _elsewhere(path: str, recorded: dict[str, Place] | None) -> Exception:
     if recorded is None:
-        return conflict([path])
+        return conflict_error([path])
     why = f"{path!a} is not the folder in which they were begun, or is reached by a link"
     fix = f"Put that folder back; or take what you need from {recorded[path].staging} in it, and remove the journal"
     return HostError("cannot recover the changes", why, fix)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from x07_sandbox.files.inode import NOTHING, Ident, Thing, conflict, ident_of, thing
+from x07_sandbox.files.inode import MISSING, Ident, OpenInode, conflict_error, ident_of, open_inode
 from x07_sandbox.files.journal import Place, Step
 from x07_sandbox.host import beneath
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 AWAY: Final = ".old"  # ends the name of what was taken away first, where names cannot change places
 OPENED: Final = 0o600  # mode of a displaced file that its owner must not read, while we read it
-_CONFLICTS: Final = {*NOTHING, errno.EEXIST, errno.ENOTEMPTY}
+_CONFLICTS: Final = {*MISSING, errno.EEXIST, errno.ENOTEMPTY}
 
 
 class Site(msgspec.Struct, kw_only=True):
@@ -43,9 +43,9 @@ def ready(site: Site, step: Step) -> None:
     To undo one that was not done would take away the same mode that somebody else has given meanwhile.
     """
     if step.kind == "mode" and site.modes:
-        with thing(site.fd, step.name) as there:
+        with open_inode(site.fd, step.name) as there:
             if there is None or not _has_old_mode(there, step):
-                raise conflict([site.path(step.name)])
+                raise conflict_error([site.path(step.name)])
 
 
 def do(site: Site, step: Step) -> None:
@@ -65,11 +65,11 @@ def do(site: Site, step: Step) -> None:
             slot = _take_away(site, step, folder, name)
     except OSError as exc:
         if exc.errno in _CONFLICTS:
-            raise conflict([site.path(step.name)]) from exc
+            raise conflict_error([site.path(step.name)]) from exc
         exc.filename = site.path(step.name)
         raise
     if slot and not _displaced(site, step, slot):
-        raise conflict([site.path(step.name)])
+        raise conflict_error([site.path(step.name)])
 
 
 def _take_away(site: Site, step: Step, folder: int, name: str) -> str:
@@ -98,9 +98,9 @@ def _take_away(site: Site, step: Step, folder: int, name: str) -> str:
 
 def _remove_folder(site: Site, step: Step, folder: int, name: str) -> None:
     """Remove an empty one; another like it, in staging, can come back in its place."""
-    with thing(folder, name) as old:
+    with open_inode(folder, name) as old:
         if old is None or old.ident != step.old or old.mode != step.old_mode:
-            raise conflict([site.path(step.name)])
+            raise conflict_error([site.path(step.name)])
         other = step.slot + (AWAY if step.kind == "replace" else "")
         os.mkdir(other, 0o700, dir_fd=site.staging_fd)
         os.chown(other, old.info.st_uid, old.info.st_gid, dir_fd=site.staging_fd, follow_symlinks=False)
@@ -119,7 +119,7 @@ def undo(site: Site, step: Step) -> bool:
                 return _take_back(site, step, folder, name)
             return _put_back(site, step, folder, name)
     except OSError as exc:
-        if exc.errno not in NOTHING:
+        if exc.errno not in MISSING:
             raise
         # Its folder is gone or elsewhere, and with it what is ours, or there is no place for what is theirs.
         return not holds(site, step) and (step.new is None or ident_of(site.staging_fd, step.slot) == step.new)
@@ -131,34 +131,34 @@ def displaced_slot(site: Site, step: Step) -> str:
 
 
 def _do_mode(site: Site, step: Step) -> None:
-    with thing(site.fd, step.name) as there:
+    with open_inode(site.fd, step.name) as there:
         if there is None or not _has_old_mode(there, step):
-            raise conflict([site.path(step.name)])
+            raise conflict_error([site.path(step.name)])
         there.set_mode(step.new_mode)
     if step.before is not None and step.before.kind == "file":
         now = msgspec.structs.replace(step.before, mode=step.new_mode)
-        with thing(site.fd, step.name) as there:
-            if there is None or there.ident != step.old or not there.is_(now, blind=True):
-                raise conflict([site.path(step.name)])
+        with open_inode(site.fd, step.name) as there:
+            if there is None or there.ident != step.old or not there.matches(now, blind=True):
+                raise conflict_error([site.path(step.name)])
 
 
 def _displaced(site: Site, step: Step, slot: str) -> bool:
     """Whether what lies in a slot now is what was there when all was checked."""
-    with thing(site.staging_fd, slot) as old:
+    with open_inode(site.staging_fd, slot) as old:
         if old is None or step.before is None or old.ident != step.old or old.mode != step.old_mode:
             return False
         if old.kind == "folder":
             return step.before.kind == "folder" and not old.names()
         before = msgspec.structs.replace(step.before, mode=old.mode & 0o777)
         try:
-            return old.is_(before)
+            return old.matches(before)
         except PermissionError:
             with _readable(old):
-                return old.is_(before)
+                return old.matches(before)
 
 
 @contextlib.contextmanager
-def _readable(old: Thing) -> Iterator[None]:
+def _readable(old: OpenInode) -> Iterator[None]:
     """A file of ours that even we must not read. Undoing the step gives it its mode again if we are killed here."""
     old.set_mode(OPENED)
     try:
@@ -167,14 +167,14 @@ def _readable(old: Thing) -> Iterator[None]:
         old.set_mode(old.mode)
 
 
-def _has_old_mode(there: Thing, step: Step) -> bool:
+def _has_old_mode(there: OpenInode, step: Step) -> bool:
     """Whether it is as when it was looked at, and has no other name since."""
     same = there.ident == step.old and there.mode == step.old_mode
     return same and not (there.kind == "file" and there.info.st_nlink > 1)
 
 
 def _undo_mode(site: Site, step: Step) -> bool:
-    with thing(site.fd, step.name) as there:
+    with open_inode(site.fd, step.name) as there:
         if there is None or there.ident != step.old:
             # Ours, and back already, or never there; or one that stands in for it.
             return step.before is None or (there is not None and there.mode == step.old_mode)
@@ -207,7 +207,7 @@ def _take_back(site: Site, step: Step, folder: int, name: str) -> bool:
 
 def _is_ours(site: Site, step: Step) -> bool:
     """Not what somebody has put there just now, nor a folder in which somebody has put something."""
-    with thing(site.staging_fd, step.slot) as there:
+    with open_inode(site.staging_fd, step.slot) as there:
         return there is not None and there.ident == step.new and not (there.kind == "folder" and there.names())
 
 
@@ -227,7 +227,7 @@ def _put_back(site: Site, step: Step, folder: int, name: str) -> bool:
 
 def _never_went(site: Site, slot: str, folder: int, name: str) -> bool:
     """Whether what is in a slot only was made to stand in for the folder that is under its name."""
-    with thing(site.staging_fd, slot) as there:
+    with open_inode(site.staging_fd, slot) as there:
         if there is None or (there.kind == "folder" and not there.names()):
             return True
     # We were killed when it had changed places with what somebody had put there just then: that has to go back.
@@ -245,7 +245,7 @@ def holds(site: Site, step: Step) -> bool:
 
 def _give_mode(site: Site, step: Step, slot: str) -> None:
     """What was displaced is as it was, should we have been killed while we read it; a mode of others' stays."""
-    with thing(site.staging_fd, slot) as old:
+    with open_inode(site.staging_fd, slot) as old:
         opened = old is not None and old.mode == OPENED and not step.old_mode & 0o400
         if opened and old is not None and old.kind == "file" and old.ident == step.old:
             old.set_mode(step.old_mode)

@@ -15,16 +15,16 @@ import msgspec
 
 from x07_sandbox.channel.trees import can_hold_names
 from x07_sandbox.errors import PeerError
-from x07_sandbox.files.changes import STAGING, Change, Node, Refused, folders_above, shown
-from x07_sandbox.files.copy import DEPTH_MAX, FIELDS, NUMBER_MAX, stays_inside, value_for, why_left_out
+from x07_sandbox.files.changes import STAGING, Change, Node, Refused, parent_folders, printable
+from x07_sandbox.files.copy import DEPTH_MAX, FIELDS, NUMBER_MAX, link_stays_inside, value_for, why_left_out
 from x07_sandbox.files.dependencies import with_dependents
 from x07_sandbox.files.link_targets import OUT, Links
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from x07_sandbox.files.copy import Bounds, Reason, Stayed
-    from x07_sandbox.files.incoming import Told
+    from x07_sandbox.files.copy import Bounds, Reason, Skipped
+    from x07_sandbox.files.incoming import ReportedEntry
     from x07_sandbox.files.protected import Protection
 
 _SPECIAL_BITS: Final = 0o7000
@@ -32,7 +32,7 @@ _SPLITS_MAX: Final = 8
 _Content = tuple[str, str, int, str]
 
 
-class Allowed(msgspec.Struct, frozen=True, kw_only=True):
+class AllowedActions(msgspec.Struct, frozen=True, kw_only=True):
     """What a policy allows to be done to folders and names.
 
     made: roots that are there for the program only; on the host they are made once they hold something.
@@ -41,10 +41,10 @@ class Allowed(msgspec.Struct, frozen=True, kw_only=True):
     mkdir: bool
     remove: bool
     rename: bool
-    made: frozenset[str] = frozenset()
+    created: frozenset[str] = frozenset()
 
 
-class Judged(msgspec.Struct, frozen=True, kw_only=True):
+class CheckedChanges(msgspec.Struct, frozen=True, kw_only=True):
     """changes: those of a root. refused: every reason why one may not be done. All are sorted by name.
 
     left_out: changes that are not among the others, since they are refused or depend on one that is. is_whole: nothing
@@ -62,28 +62,28 @@ class Judged(msgspec.Struct, frozen=True, kw_only=True):
 
 def judge(  # noqa: PLR0913 - the tree, what is told of it, and what is allowed
     before: Mapping[str, Node],
-    stayed: Mapping[str, Stayed],
-    told: Iterable[Told],
+    skipped: Mapping[str, Skipped],
+    reported: Iterable[ReportedEntry],
     bounds: Bounds,
-    allowed: Allowed,
+    allowed: AllowedActions,
     protection: Protection,
     *,
     split: bool = False,
-) -> Judged:
+) -> CheckedChanges:
     """Judge what was told of one root. before: what was copied into it, by name from the root. stayed: what was not.
 
     split: leave out what is refused, with what depends on it, and judge the rest again.
     Raises PeerError where it contradicts itself, which an honest guest's never does.
     """
-    near, refused = _near(told, bounds.depth)
+    near, refused = _near(reported, bounds.depth)
     after, others = _after(before, near)
     refused += others
-    check = _Check(before, stayed, bounds, allowed, protection)
+    check = _Check(before, skipped, bounds, allowed, protection)
     changes, found = check(after)
     refused += found
     root = after.get("")
     moded = root is not None and root.kind == "folder" and not root.same(before.get(""))
-    judged = Judged(
+    judged = CheckedChanges(
         changes=tuple(changes),
         refused=_sorted(refused),
         root_mode=root.mode if root is not None and moded else None,
@@ -91,7 +91,7 @@ def judge(  # noqa: PLR0913 - the tree, what is told of it, and what is allowed
     return _split(judged, after, check) if split and refused else judged
 
 
-def _split(judged: Judged, after: dict[str, Node], check: _Check) -> Judged:
+def _split(judged: CheckedChanges, after: dict[str, Node], check: _Check) -> CheckedChanges:
     """Leave out what may not be done; as *judged* where the rest does not come to stand by itself."""
     refused = list(judged.refused)
     for _ in range(_SPLITS_MAX):
@@ -120,38 +120,38 @@ class _Check:
     def __init__(
         self,
         before: Mapping[str, Node],
-        stayed: Mapping[str, Stayed],
+        skipped: Mapping[str, Skipped],
         bounds: Bounds,
-        allowed: Allowed,
+        allowed: AllowedActions,
         protection: Protection,
     ) -> None:
         self.before = before
-        self._stayed = stayed
+        self._stayed = skipped
         self._bounds = bounds
         self._allowed = allowed
         self._protection = protection
 
     def __call__(self, after: dict[str, Node]) -> tuple[list[Change], list[Refused]]:
-        before, stayed, bounds, protection = self.before, self._stayed, self._bounds, self._protection
-        if self._allowed.made:
-            before, after = _without_made(before, after, self._allowed.made)
+        before, skipped, bounds, protection = self.before, self._stayed, self._bounds, self._protection
+        if self._allowed.created:
+            before, after = _without_made(before, after, self._allowed.created)
         changes = [
             Change(name=name, before=before.get(name), after=after.get(name))
             for name in sorted({*before, *after})
             if not _same(before.get(name), after.get(name)) and (name or not _is_folder(after.get(name)))
         ]
         moved = _moved(changes)
-        links = Links(after, stayed)
-        refused = [*_by_way_to_a_root(changes, before, stayed, bounds), *_by_place(changes, stayed, bounds)]
+        links = Links(after, skipped)
+        refused = [*_by_way_to_a_root(changes, before, skipped, bounds), *_by_place(changes, skipped, bounds)]
         for change in changes:
             refused += _by_name(change.name, bounds, protection)
             refused += _by_kind(change, bounds)
-            refused += _by_way(change, links, stayed, bounds)
+            refused += _by_way(change, links, skipped, bounds)
             refused += _by_deed(change, self._allowed, moved)
         told_of = {refusal.name for refusal in refused if refusal.rule == "protected"}
         written = [change.name for change in changes if change.after is not None]
         # One that was there is one, whatever is gone of it now, and what was not copied in counts.
-        for name, why in protection.repositories({**before, **after, **stayed}, written).items():
+        for name, why in protection.repositories({**before, **after, **skipped}, written).items():
             if name not in told_of:
                 refused.append(_protected(name, why))
         return changes, refused
@@ -169,11 +169,11 @@ def _same(one: Node | None, other: Node | None) -> bool:
     return one is other or (one is not None and one.same(other))
 
 
-def _near(told: Iterable[Told], most: int) -> tuple[list[Told], list[Refused]]:
+def _near(reported: Iterable[ReportedEntry], most: int) -> tuple[list[ReportedEntry], list[Refused]]:
     """What lies no deeper than *most* parts; the rest is refused by its uppermost folder that does, and not judged."""
-    near: list[Told] = []
+    near: list[ReportedEntry] = []
     deep: dict[str, int] = {}
-    for one in told:
+    for one in reported:
         depth = one.name.count("/") + 1
         if depth <= most:
             near.append(one)
@@ -187,12 +187,12 @@ def _near(told: Iterable[Told], most: int) -> tuple[list[Told], list[Refused]]:
     ]
 
 
-def _after(before: Mapping[str, Node], told: Iterable[Told]) -> tuple[dict[str, Node], list[Refused]]:
+def _after(before: Mapping[str, Node], reported: Iterable[ReportedEntry]) -> tuple[dict[str, Node], list[Refused]]:
     """What is to be there, and what of it no tree can hold."""
     after = dict(before)
     refused: list[Refused] = []
     heard: set[str] = set()
-    for one in told:
+    for one in reported:
         if one.name in heard and one.other is None:
             raise PeerError("bad changes", "something is told of twice")
         if not one.name:
@@ -215,24 +215,24 @@ def _after(before: Mapping[str, Node], told: Iterable[Told]) -> tuple[dict[str, 
 
 
 def _without_made(
-    before: Mapping[str, Node], after: dict[str, Node], made: frozenset[str]
+    before: Mapping[str, Node], after: dict[str, Node], created: frozenset[str]
 ) -> tuple[Mapping[str, Node], dict[str, Node]]:
     """Both without folders that were made for the program only; after: as far as nothing has come of them."""
-    unused = {name for name in made - folders_above(after) if _same(before[name], after.get(name))}
+    unused = {name for name in created - parent_folders(after) if _same(before[name], after.get(name))}
     return (
-        {name: node for name, node in before.items() if name not in made},
+        {name: node for name, node in before.items() if name not in created},
         {name: node for name, node in after.items() if name not in unused},
     )
 
 
-def _check_root(told: Told, before: Node | None) -> None:
+def _check_root(reported: ReportedEntry, before: Node | None) -> None:
     """The root itself is mounted where the program finds it: it stays, and stays what it is. Raises PeerError."""
     kind = before.kind if before else "folder"
-    if told.other is not None:
+    if reported.other is not None:
         # It was given extended attributes.
-        same = stat.S_IFMT(told.other) == (stat.S_IFREG if kind == "file" else stat.S_IFDIR)
+        same = stat.S_IFMT(reported.other) == (stat.S_IFREG if kind == "file" else stat.S_IFDIR)
     else:
-        same = told.node is not None and told.node.kind == kind
+        same = reported.node is not None and reported.node.kind == kind
     if not same:
         raise PeerError("bad changes", "a root is said to be gone, or to be something else now")
 
@@ -251,7 +251,7 @@ def _by_name(name: str, bounds: Bounds, protection: Protection) -> Iterator[Refu
     if bounds.deny_hidden and "/." in f"/{name}":
         why = "its name begins with a dot, and fs.deny_hidden is true"
         yield Refused(name=name, rule="fs.deny_hidden", why=why, value=False, flag="--allow-hidden")
-    if protection.is_kept(name):
+    if protection.is_reserved(name):
         yield Refused(name=name, rule="reserved", why="x07 keeps its own records, or its cache, there")
     if f"/{STAGING}" in f"/{name}":
         yield Refused(name=name, rule="reserved", why=f"names that begin with {STAGING} are for what applies changes")
@@ -262,7 +262,7 @@ def _by_kind(change: Change, bounds: Bounds) -> Iterator[Refused]:
     if node is None:
         return
     if node.kind == "link":
-        if not stays_inside(name, node.target):
+        if not link_stays_inside(name, node.target):
             yield Refused(name=name, rule="fs.allow_symlinks", why="it is a link that leads out of its root")
         elif not bounds.allow_symlinks:
             why = "it is a link, and fs.allow_symlinks is false"
@@ -275,14 +275,16 @@ def _by_kind(change: Change, bounds: Bounds) -> Iterator[Refused]:
         yield Refused(name=name, rule="fs.max_write_bytes", why="it is too large", value=value)
 
 
-def _by_way(change: Change, links: Links, stayed: Mapping[str, Stayed], bounds: Bounds) -> Iterator[Refused]:
+def _by_way(change: Change, links: Links, skipped: Mapping[str, Skipped], bounds: Bounds) -> Iterator[Refused]:
     """Of a link whose own target stays inside: what others make of it."""
     name, node = change.name, change.after
-    if node is None or node.kind != "link" or not stays_inside(name, node.target):
+    if node is None or node.kind != "link" or not link_stays_inside(name, node.target):
         return
     through = links.through(name)
-    if through in stayed:
-        yield _by_stayed(name, f"it is a link that leads through {shown(through)}", through, stayed[through], bounds)
+    if through in skipped:
+        yield _by_stayed(
+            name, f"it is a link that leads through {printable(through)}", through, skipped[through], bounds
+        )
     elif through == OUT:
         why = "it is a link that leads out of its root, by way of another"
         yield Refused(name=name, rule="fs.allow_symlinks", why=why)
@@ -291,21 +293,21 @@ def _by_way(change: Change, links: Links, stayed: Mapping[str, Stayed], bounds: 
 
 
 def _by_way_to_a_root(
-    changes: Iterable[Change], before: Mapping[str, Node], stayed: Mapping[str, Stayed], bounds: Bounds
+    changes: Iterable[Change], before: Mapping[str, Node], skipped: Mapping[str, Skipped], bounds: Bounds
 ) -> Iterator[Refused]:
     """What is in a folder that stayed on the host, and is there only as the way to another root."""
-    ways = [name for name in stayed if name in before]
+    ways = [name for name in skipped if name in before]
     for change in changes if ways else ():
         for way in ways:
             if change.name == way or change.name.startswith(f"{way}/"):
-                yield _by_stayed(change.name, f"it lies in {shown(way)}", way, stayed[way], bounds)
+                yield _by_stayed(change.name, f"it lies in {printable(way)}", way, skipped[way], bounds)
 
 
-def _by_place(changes: Iterable[Change], stayed: Mapping[str, Stayed], bounds: Bounds) -> Iterator[Refused]:
+def _by_place(changes: Iterable[Change], skipped: Mapping[str, Skipped], bounds: Bounds) -> Iterator[Refused]:
     """What would be put where something lies that stayed on the host, or would take away a folder in which it does."""
     folders: set[str] = set()
     for change in changes:
-        there = stayed.get(change.name)
+        there = skipped.get(change.name)
         # By its name a hidden one is refused anyway.
         if there is not None and change.after is not None and there.reason != "hidden":
             yield _by_stayed(change.name, "something of that name is there", change.name, there, bounds)
@@ -313,30 +315,30 @@ def _by_place(changes: Iterable[Change], stayed: Mapping[str, Stayed], bounds: B
             folders.add(change.name)
     if not folders:
         return
-    worst: dict[tuple[str, Reason], tuple[str, Stayed]] = {}
-    for name, there in stayed.items():
-        for folder in folders_above([name]) & folders:
+    worst: dict[tuple[str, Reason], tuple[str, Skipped]] = {}
+    for name, there in skipped.items():
+        for folder in parent_folders([name]) & folders:
             held = worst.setdefault((folder, there.reason), (name, there))
             if held[1].most < there.most:
                 worst[folder, there.reason] = name, there
     for (folder, _), (name, there) in worst.items():
-        yield _by_stayed(folder, f"{shown(name)} is in it", name, there, bounds)
+        yield _by_stayed(folder, f"{printable(name)} is in it", name, there, bounds)
 
 
-def _by_stayed(name: str, why: str, stayed: str, there: Stayed, bounds: Bounds) -> Refused:
+def _by_stayed(name: str, why: str, skipped: str, there: Skipped, bounds: Bounds) -> Refused:
     """*why* names what stayed on the host and lies in the way."""
     return Refused(
         name=name,
         rule=FIELDS[there.reason],
         why=f"{why}, which was not copied in: {why_left_out(there.reason, bounds)}",
         value=value_for(there.reason, there.most, bounds),
-        reveal=stayed if there.reason in {"chosen", "secret"} else "",
+        reveal=skipped if there.reason in {"chosen", "secret"} else "",
     )
 
 
-def _by_deed(change: Change, allowed: Allowed, moved: set[str]) -> Iterator[Refused]:
+def _by_deed(change: Change, allowed: AllowedActions, moved: set[str]) -> Iterator[Refused]:
     name, before, after = change.name, change.before, change.after
-    if _is_folder(after) and not _is_folder(before) and not allowed.mkdir and name not in allowed.made:
+    if _is_folder(after) and not _is_folder(before) and not allowed.mkdir and name not in allowed.created:
         yield Refused(name=name, rule="fs.allow_mkdir", why="it is a new folder", value=True)
     lost = before is not None and (after is None or after.kind != before.kind)
     if not lost:
@@ -351,8 +353,8 @@ def _by_deed(change: Change, allowed: Allowed, moved: set[str]) -> Iterator[Refu
 
 def _moved(changes: Sequence[Change]) -> set[str]:
     """Names whose content is there under another that did not have it, each of these for one; folders whose all is."""
-    held = folders_above(change.name for change in changes if change.before is not None)
-    holding = folders_above(change.name for change in changes if change.after is not None)
+    held = parent_folders(change.name for change in changes if change.before is not None)
+    holding = parent_folders(change.name for change in changes if change.after is not None)
     new: dict[_Content, int] = defaultdict(int)
     for change in changes:
         if _is_folder(change.before) and _is_folder(change.after):
@@ -374,7 +376,7 @@ def _moved(changes: Sequence[Change]) -> set[str]:
             lost.add(change.name)
         else:
             folders.add(change.name)
-    return moved | ((folders & folders_above(moved)) - folders_above(lost))
+    return moved | ((folders & parent_folders(moved)) - parent_folders(lost))
 
 
 def _content(node: Node | None, *, empty: bool) -> _Content | None:

@@ -59,7 +59,7 @@ class Change(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return "changed" if self.after is not None else "deleted"
 
     @property
-    def of_root(self) -> bool:
+    def is_root_folder(self) -> bool:
         """Whether it is about the folder whose entries all others are."""
         return not self.name and any(node is not None and node.kind == "folder" for node in (self.before, self.after))
 
@@ -122,13 +122,15 @@ class ChangeSet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     all_or_nothing: bool = True
 
     @property
-    def of_several(self) -> bool:
+    def several_roots(self) -> bool:
         """Whether something of more than one root is told of."""
         return sum(bool(root.changes or root.left_out or root.refused) for root in self.roots) > 1
 
     def count(self, action: str) -> int:
         """How many there are of one action. That a root itself is made, or goes again, is none."""
-        return sum(change.action == action and not change.of_root for root in self.roots for change in root.changes)
+        return sum(
+            change.action == action and not change.is_root_folder for root in self.roots for change in root.changes
+        )
 
 
 def encode(changes: ChangeSet) -> bytes:
@@ -141,9 +143,9 @@ def decode(data: bytes) -> ChangeSet:
     return msgspec.convert(json.loads(data), known(ChangeSet))
 
 
-def called(root: str, name: str, *, of_several: bool) -> str:
+def display_name(root: str, name: str, *, several_roots: bool) -> str:
     """A name for people: below its root, or the whole path where it is the root, or several roots are told of."""
-    return shown(name if name and not of_several else path_of(root, name))
+    return printable(name if name and not several_roots else path_of(root, name))
 
 
 def path_of(root: str, name: str) -> str:
@@ -151,7 +153,7 @@ def path_of(root: str, name: str) -> str:
     return posixpath.join(root, name) if name else root
 
 
-def folders_above(names: Iterable[str]) -> set[str]:
+def parent_folders(names: Iterable[str]) -> set[str]:
     """All folders above these, the root left out; each is met once."""
     found: set[str] = set()
     for name in names:
@@ -162,6 +164,6 @@ def folders_above(names: Iterable[str]) -> set[str]:
     return found
 
 
-def shown(name: str) -> str:
+def printable(name: str) -> str:
     """A name as text that can be written anywhere: bytes that are no UTF-8 as escapes."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -14,13 +14,13 @@ import msgspec
 
 from x07_sandbox.errors import HostError
 from x07_sandbox.files.changes import STAGING, Change, Node
-from x07_sandbox.files.inode import thing
+from x07_sandbox.files.inode import open_inode
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from x07_sandbox.files.changes import ChangeSet, RootChanges
-    from x07_sandbox.files.inode import Thing
+    from x07_sandbox.files.inode import OpenInode
 
 _SHA256: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _TARGET_MAX: Final = 4095
@@ -60,7 +60,7 @@ def check_set(changes: ChangeSet) -> None:
         _check_apart(root, [path for path in roots if path.startswith(f"{root.root.rstrip('/')}/")])
 
 
-def reached_by(root: RootChanges) -> tuple[str, str]:
+def root_anchor(root: RootChanges) -> tuple[str, str]:
     """The folder that a root is reached by, and the root's name in it: itself, unless it may be made or go."""
     whole = next((change for change in root.changes if not change.name), None)
     stays = whole is None or (_kind(whole.before) == _kind(whole.after) == "folder")
@@ -72,7 +72,7 @@ def reached_by(root: RootChanges) -> tuple[str, str]:
     return folder, name
 
 
-def look_at(root: RootChanges, dir_fd: int, prefix: str, undoing: Mapping[tuple[str, str], Change]) -> Found:
+def compare_root(root: RootChanges, dir_fd: int, prefix: str, undoing: Mapping[tuple[str, str], Change]) -> Found:
     """Compare the host with a root's changes. dir_fd, prefix: as reached_by() says. Raises HostError, OSError.
 
     undoing: what undoes what was applied, by root and name: where no modes are kept it says which one is there.
@@ -89,7 +89,7 @@ def look_at(root: RootChanges, dir_fd: int, prefix: str, undoing: Mapping[tuple[
     for change in changes:
         name = _below(prefix, change.name)
         try:
-            with thing(dir_fd, name) as there:
+            with open_inode(dir_fd, name) as there:
                 good = _fits(there, change.before, blind=True)
                 if _fits(there, change.after, blind=False) or _is_applied(
                     there, change, undoing.get((root.root, change.name))
@@ -108,13 +108,13 @@ def look_at(root: RootChanges, dir_fd: int, prefix: str, undoing: Mapping[tuple[
     return Found(items, wrong, len(there_already) == len(changes), there_already)
 
 
-def as_kept(root: RootChanges, dir_fd: int, prefix: str) -> RootChanges:
+def with_actual_modes(root: RootChanges, dir_fd: int, prefix: str) -> RootChanges:
     """The same root with what is there in the modes that it has, where a file system keeps none. Raises OSError."""
     changes = []
     for change in root.changes:
         before = change.before
         if before is not None and before.kind != "link":
-            with thing(dir_fd, _below(prefix, change.name)) as there:
+            with open_inode(dir_fd, _below(prefix, change.name)) as there:
                 before = msgspec.structs.replace(before, mode=there.mode & 0o777) if there else before
         changes.append(msgspec.structs.replace(change, before=before))
     return msgspec.structs.replace(root, changes=tuple(changes))
@@ -131,7 +131,7 @@ def default_mode() -> int:
 def _as_missing(changes: list[Change], dir_fd: int, prefix: str) -> tuple[list[Change], bool]:
     """The changes with that which makes the root; and whether nothing is there, or an empty folder, which may stay."""
     whole, rest = (changes[0], changes[1:]) if changes and not changes[0].name else (None, changes)
-    with thing(dir_fd, prefix) as there:
+    with open_inode(dir_fd, prefix) as there:
         if there is None:
             made = Node(kind="folder", mode=default_mode())
             return [whole or Change(name="", before=None, after=made), *rest], True
@@ -184,7 +184,7 @@ def _check_node(node: Node, where: str) -> None:
         raise ValueError(f"{where} has no plain content")
 
 
-def _is_applied(there: Thing | None, change: Change, back: Change | None) -> bool:
+def _is_applied(there: OpenInode | None, change: Change, back: Change | None) -> bool:
     """Whether a change was done with what is there, as what takes it back says. back: None where nothing does."""
     if back is None or not (back.after is change.before or (back.after and back.after.same(change.before))):
         return False
@@ -212,14 +212,14 @@ def _below(prefix: str, name: str) -> str:
     return posixpath.join(prefix, name).rstrip("/") or "."
 
 
-def _fits(there: Thing | None, node: Node | None, *, blind: bool) -> bool:
+def _fits(there: OpenInode | None, node: Node | None, *, blind: bool) -> bool:
     """blind: what must not be read fits by its size and mode for now. It can be read when it was moved away."""
     if there is None or node is None:
         return there is None and node is None
     try:
-        return there.is_(node)
+        return there.matches(node)
     except PermissionError:
-        return blind and there.is_(node, blind=True)
+        return blind and there.matches(node, blind=True)
 
 
 def _may_be_made(name: str, folders: set[str], dir_fd: int, prefix: str) -> bool:
@@ -227,7 +227,7 @@ def _may_be_made(name: str, folders: set[str], dir_fd: int, prefix: str) -> bool
     parent = posixpath.dirname(name)
     if not name or parent in folders:
         return True
-    with thing(dir_fd, _below(prefix, parent)) as there:
+    with open_inode(dir_fd, _below(prefix, parent)) as there:
         good = there is not None and there.kind == "folder"
     if good:
         folders.add(parent)

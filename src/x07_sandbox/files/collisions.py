@@ -15,7 +15,7 @@ import struct
 from collections import defaultdict
 from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.files.changes import Refused, shown
+from x07_sandbox.files.changes import Refused, printable
 from x07_sandbox.files.inode import ident_of, listed
 from x07_sandbox.files.protected import folded
 from x07_sandbox.host import beneath
@@ -75,7 +75,7 @@ def collisions(changes: Iterable[Change], there: Iterable[str]) -> Iterator[Refu
         spelled[_folded_last(name)].add(name)
     for name in new:
         if others := spelled[_folded_last(name)] - {name}:
-            why = f"its folder would take it for {shown(min(others))}: names that differ in case only are one there"
+            why = f"its folder would take it for {printable(min(others))}: names that differ in case only are one there"
             yield Refused(name=name, rule="kind", why=why)
 
 

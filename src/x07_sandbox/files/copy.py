@@ -24,7 +24,7 @@ import msgspec
 from x07_sandbox.channel.contents import parts
 from x07_sandbox.channel.trees import NAME_MAX, Entry, Kind, segment
 from x07_sandbox.errors import RefusedError, UsageError
-from x07_sandbox.files.changes import Node, folders_above
+from x07_sandbox.files.changes import Node, parent_folders
 from x07_sandbox.files.contents import add_zeros
 from x07_sandbox.files.roots import Mount
 from x07_sandbox.host import beneath
@@ -111,7 +111,7 @@ class LeftOut(msgspec.Struct):
     links: bool = False
 
 
-class Stayed(msgspec.Struct, frozen=True):
+class Skipped(msgspec.Struct, frozen=True):
     """One thing that was left out. most: as LeftOut has it, 0 where that says nothing."""
 
     reason: Reason
@@ -127,10 +127,10 @@ class Copied(msgspec.Struct):
     """
 
     nodes: dict[str, Node] = msgspec.field(default_factory=dict)
-    stayed: dict[str, Stayed] = msgspec.field(default_factory=dict)
-    made: set[str] = msgspec.field(default_factory=set)
+    skipped: dict[str, Skipped] = msgspec.field(default_factory=dict)
+    created: set[str] = msgspec.field(default_factory=set)
     left_out: dict[Reason, LeftOut] = msgspec.field(default_factory=dict)
-    apart: list[Mount] = msgspec.field(default_factory=list)
+    separate: list[Mount] = msgspec.field(default_factory=list)
     entries: int = 0
     size: int = 0
 
@@ -154,7 +154,7 @@ class _Walk:
         self._left = most_bytes
         self._written = [mount.sub for mount in tree.mounts if mount.write]
         self._subs = {mount.sub for mount in tree.mounts if mount.sub}
-        self._ways = self._subs | folders_above(self._subs)
+        self._ways = self._subs | parent_folders(self._subs)
         self._there: set[str] = set()  # of these ways
         self._secret = _one_of(bounds.secrets)
         self._chosen = _one_of(bounds.hide)
@@ -183,8 +183,8 @@ class _Walk:
             if mount.missing and self._may_make(mount):
                 self._make(mount.sub)
         met = [mount.at for mount in mounts if mount.sub in {"", self._tree.only} or mount.sub in self._there]
-        self.copied.apart = [mount for mount in mounts if mount.at not in met]
-        for mount in self.copied.apart:
+        self.copied.separate = [mount for mount in mounts if mount.at not in met]
+        for mount in self.copied.separate:
             if any(inside(mount.at, at) for at in met):
                 self._way_to(mount)
 
@@ -202,12 +202,12 @@ class _Walk:
         mode = default_mode()
         self._out.write(Entry(Kind.FOLDER, os.fsencode(name), mode=mode, mtime_ns=time.time_ns()).encoded())
         self.copied.nodes[name] = Node(kind="folder", mode=mode)
-        self.copied.made.add(name)
+        self.copied.created.add(name)
         self._there.add(name)
 
     def _way_to(self, mount: Mount) -> None:
         """The empty folders on the way to another tree's place in this one, and what it will lie over."""
-        for name in [*sorted(folders_above([mount.sub]), key=len), mount.sub]:  # outer ones first
+        for name in [*sorted(parent_folders([mount.sub]), key=len), mount.sub]:  # outer ones first
             if name in self._there:
                 continue
             self._there.add(name)
@@ -323,7 +323,7 @@ class _Walk:
 
     def _link(self, folder: int, part: str, name: str, mtime_ns: int) -> None:
         target = os.readlink(part, dir_fd=folder)
-        if not stays_inside(name, target):
+        if not link_stays_inside(name, target):
             self._leave("link-out", name)
             return
         if not self._bounds.allow_symlinks:
@@ -406,8 +406,8 @@ class _Walk:
         mounts = self._tree.mounts
         places = {mount.at for mount in mounts if mount.sub == name}
         around = [mount for mount in mounts if not mount.sub or name.startswith(f"{mount.sub}/")]
-        shown = {posixpath.join(mount.at, posixpath.relpath(name, mount.sub or ".")) for mount in around}
-        return OUT in places or shown <= places
+        printable = {posixpath.join(mount.at, posixpath.relpath(name, mount.sub or ".")) for mount in around}
+        return OUT in places or printable <= places
 
     def _leave(self, reason: Reason, name: str, size: int = 0) -> None:
         if self._tree.only:
@@ -415,7 +415,7 @@ class _Walk:
             error = UsageError(f"cannot give the program {name}", why, "Leave it out, or see docs/reference/policy.md")
             raise error.by(FIELDS[reason], value_for(reason, size, self._bounds))
         if self._is_written(name):
-            self.copied.stayed[name] = Stayed(reason, size)
+            self.copied.skipped[name] = Skipped(reason, size)
         if name in self._subs and self._has_places(name):
             return  # it travels by itself
         left = self.copied.left_out.setdefault(reason, LeftOut())
@@ -470,7 +470,7 @@ def value_for(reason: Reason, most: int, bounds: Bounds) -> int | bool | None:
     return None
 
 
-def stays_inside(name: str, target: str) -> bool:
+def link_stays_inside(name: str, target: str) -> bool:
     """Whether a link of that name below a root leads to a place below the same root. Only names are looked at.
 
     It may go up, from where it lies, and then down; up again not, since a part of the way down may be a link itself.
@@ -489,7 +489,7 @@ def _holds_links(folder: int, part: str, name: str) -> bool:
     try:
         with os.scandir(fd) as entries:
             return any(
-                stays_inside(f"{name}/{entry.name}", os.readlink(entry.name, dir_fd=fd))
+                link_stays_inside(f"{name}/{entry.name}", os.readlink(entry.name, dir_fd=fd))
                 for entry in itertools.islice(entries, _LOOKED_AT)
                 if entry.is_symlink()
             )

@@ -61,14 +61,14 @@ def _dependents(
     return dependents, below
 
 
-def taken(root: RootChanges, lets: Callable[[Refused], bool]) -> tuple[Change, ...]:
+def applicable(root: RootChanges, is_overridden: Callable[[Refused], bool]) -> tuple[Change, ...]:
     """Return the changes left out of *root* that may be done if *lets* overrules the reasons for which it is true."""
-    refused = {refusal.name for refusal in root.refused if not lets(refusal)}
+    refused = {refusal.name for refusal in root.refused if not is_overridden(refusal)}
     still = with_dependents((*root.changes, *root.left_out), refused)
     return tuple(change for change in root.left_out if change.name not in still)
 
 
-def with_applied(changes: ChangeSet, done: AbstractSet[tuple[str, str]]) -> ChangeSet:
+def with_later_applied(changes: ChangeSet, done: AbstractSet[tuple[str, str]]) -> ChangeSet:
     """Return the set with what was left out and is *done* by now, by root and name, among its other changes."""
     roots = []
     for root in changes.roots:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _PERMISSIONS: Final = 0o7777
 
 
-class Told(msgspec.Struct, frozen=True, kw_only=True):
+class ReportedEntry(msgspec.Struct, frozen=True, kw_only=True):
     """One thing that the guest said of the root with that number. node: what is there now, None for nothing more.
 
     other: the mode (inode(7)) of something that no tree can hold.
@@ -45,7 +45,7 @@ class Incoming:
     """
 
     def __init__(self, data_fd: int, *, roots: int, most_entries: int, most_bytes: int) -> None:
-        self.told: list[Told] = []
+        self.reported: list[ReportedEntry] = []
         self.problem = ""
         self.too_many = False
         self.size = 0
@@ -116,7 +116,7 @@ class Incoming:
             self._entry, self._hash, self._at = entry, hashlib.sha256(), self._position
             return
         other = entry.mode if entry.kind is Kind.OTHER else None
-        self.told.append(Told(root=self._root, name=name, node=_node(entry), other=other))
+        self.reported.append(ReportedEntry(root=self._root, name=name, node=_node(entry), other=other))
 
     def _enter(self, number: int) -> None:
         if not self._root < number < self._roots:
@@ -127,7 +127,7 @@ class Incoming:
         entry = self._entry
         assert entry is not None  # noqa: S101 - for the type checker
         node = Node(kind="file", mode=entry.mode, size=entry.size, sha256=self._hash.hexdigest(), at=self._at)
-        self.told.append(Told(root=self._root, name=os.fsdecode(entry.name), node=node))
+        self.reported.append(ReportedEntry(root=self._root, name=os.fsdecode(entry.name), node=node))
 
 
 def _node(entry: Entry) -> Node | None:

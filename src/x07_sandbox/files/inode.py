@@ -24,7 +24,7 @@ Ident = tuple[int, int]
 NAMES_MAX: Final = 100
 _SHOWN: Final = 5
 # Something on the way is missing, is no folder, or is a link.
-NOTHING: Final = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
+MISSING: Final = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
 _KINDS: Final = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFLNK: "link"}
 
 
@@ -38,7 +38,7 @@ class ConflictError(SandboxError):
     count: int = 0
 
 
-def conflict(names: Sequence[str]) -> ConflictError:
+def conflict_error(names: Sequence[str]) -> ConflictError:
     """The error about these paths."""
     why = f"the host has changed since it was copied: {_some(names, len(names))}"
     error = ConflictError("cannot apply the changes", why, "Look at the changes, and run the program again")
@@ -46,7 +46,7 @@ def conflict(names: Sequence[str]) -> ConflictError:
     return error
 
 
-def undo_conflict(error: ConflictError, what: str) -> ConflictError:
+def undo_conflict_error(error: ConflictError, what: str) -> ConflictError:
     """The same error about changes that were to be taken back. what: what cannot be done."""
     why = f"the host has changed since they were applied: {_some(error.names, error.count)}"
     other = ConflictError(what, why, "Change by hand what you want back: x07 diff shows what was there")
@@ -59,7 +59,7 @@ def _some(names: Sequence[str], count: int) -> str:
     return f"{', '.join(ascii(name) for name in names[:_SHOWN])}{more}"
 
 
-class Thing:
+class OpenInode:
     """What an O_PATH descriptor leads to. info: as it was when it was opened."""
 
     __slots__ = ("_digest", "fd", "info")
@@ -89,7 +89,7 @@ class Thing:
         """A name that leads to this very inode, whatever happens to its other names."""
         return f"/proc/self/fd/{self.fd}"
 
-    def is_(self, node: Node, *, blind: bool = False) -> bool:
+    def matches(self, node: Node, *, blind: bool = False) -> bool:
         """Whether it is what *node* says. blind: a file that we must not read counts by size and mode.
 
         Raises OSError.
@@ -128,16 +128,16 @@ class Thing:
 
 
 @contextlib.contextmanager
-def thing(dir_fd: int, name: str) -> Iterator[Thing | None]:
+def open_inode(dir_fd: int, name: str) -> Iterator[OpenInode | None]:
     """What is under a name below an opened folder; None if there is nothing. Raises OSError."""
     try:
         fd = beneath.look(dir_fd, name)
     except OSError as exc:
-        if exc.errno not in NOTHING:
+        if exc.errno not in MISSING:
             raise
         fd = -1
     try:
-        yield Thing(fd) if fd >= 0 else None
+        yield OpenInode(fd) if fd >= 0 else None
     finally:
         if fd >= 0:
             os.close(fd)

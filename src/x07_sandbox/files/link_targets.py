@@ -19,9 +19,9 @@ class Links:
     Each is followed once, so that all of them cost as much as their targets are long.
     """
 
-    def __init__(self, nodes: Mapping[str, Node], stayed: Container[str]) -> None:
+    def __init__(self, nodes: Mapping[str, Node], skipped: Container[str]) -> None:
         self._nodes = nodes
-        self._stayed = stayed
+        self._stayed = skipped
         self._ends: dict[str, tuple[str | None, str]] = {}
 
     def through(self, name: str) -> str:

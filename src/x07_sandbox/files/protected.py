@@ -16,7 +16,7 @@ import unicodedata
 from collections import defaultdict
 from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.files.changes import shown
+from x07_sandbox.files.changes import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -107,26 +107,26 @@ class Protection:
         *,
         repository: str = "",
         kept: Iterable[str] = (),
-        tops: Iterable[str] = (),
+        work_tree_tops: Iterable[str] = (),
     ) -> None:
         # A part stands in the names of all that lies below it. These caches go with this object: names are a guest's.
         self._folded = functools.cache(folded)
         self._part = functools.cache(lambda part: self._why_part(part, _PARTS))
         self._ci_part = functools.cache(lambda part: self._why_part(part, _CI_PARTS))
-        self._tops = {"", *tops}
+        self._tops = {"", *work_tree_tops}
         self._lets_part = functools.cache(lambda part: self._matches(part, self._folded(part)))
         self._folders: dict[str, str | None] = {}
         self._own = {self._whole(name) for name in own}
         self._allowed = [(re.compile(fnmatch.translate(pattern.casefold())), pattern.casefold()) for pattern in allowed]
-        around = _of_repository(shown(repository)) if repository else ""
+        around = _of_repository(printable(repository)) if repository else ""
         self._root = next(filter(None, map(self._any_part, root.split("/"))), around)
         self._name = root.rpartition("/")[2]
         self._kept = {f"{self._whole(path)}/" for path in kept}
         self._place = self._whole(root).rstrip("/")
-        lets = [self._lets_part(part) for part in root.split("/") if self._any_part(part)]
+        is_allowed = [self._lets_part(part) for part in root.split("/") if self._any_part(part)]
         self._below_git = self._folded(self._name) == _GIT
-        self._lets_root = bool(lets) and all(lets)
-        self._left = not all(lets)
+        self._lets_root = bool(is_allowed) and all(is_allowed)
+        self._left = not all(is_allowed)
 
     def why(self, name: str) -> str:
         """Why *name* may not be changed; empty if it may."""
@@ -134,7 +134,7 @@ class Protection:
             return ""
         if self._own and self._whole(name) in self._own:
             return "it is the policy or the manifest in use"
-        if self.lets(name):
+        if self.is_allowed(name):
             return ""
         if self._allowed and (obeyed := self._obeyed(name)):
             return f"git runs or obeys {obeyed}, which only a pattern for that name allows"
@@ -142,12 +142,12 @@ class Protection:
         above = _inherited(folder, self._folders, lambda inner: self._by_name(*inner.rpartition("/")) or None)
         return self._root or above or self._part(part) or (self._ci_part(part) if folder in self._tops else "")
 
-    def is_kept(self, name: str) -> bool:
+    def is_reserved(self, name: str) -> bool:
         """Whether x07 itself keeps what is under *name*, a set of changes that waits to be applied, say."""
         path = f"{self._place}/{self._whole(name)}/" if name else f"{self._place}/"
         return any(path.startswith(kept) for kept in self._kept)
 
-    def lets(self, name: str) -> bool:
+    def is_allowed(self, name: str) -> bool:
         """Whether the host's owner has let *name* go: as it is written, or as it is compared."""
         if not self._allowed:
             return False
@@ -195,8 +195,8 @@ class Protection:
             above = name.rpartition("/")[0]
             place = _inherited(above, inside, lambda inner: inner if whole(inner) in bare else None) if name else None
             in_git = place is not None and self._folded(place.rpartition("/")[2] or self._name) == _GIT
-            if place is not None and not self._is_named(name) and not (in_git and self.lets(name)):
-                refused[name] = _of_repository(shown(place) or "the root")
+            if place is not None and not self._is_named(name) and not (in_git and self.is_allowed(name)):
+                refused[name] = _of_repository(printable(place) or "the root")
         return refused
 
     def _is_named(self, name: str, part: str = "") -> bool:

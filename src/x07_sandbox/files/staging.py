@@ -12,7 +12,7 @@ import msgspec
 from x07_sandbox.errors import HostError
 from x07_sandbox.files import contents
 from x07_sandbox.files.checks import only_mode
-from x07_sandbox.files.inode import thing
+from x07_sandbox.files.inode import open_inode
 from x07_sandbox.files.journal import Doing, Step
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def _source(dir_fd: int, step: Step, node: Node, data_fd: int) -> Iterator[int]:
     if node.at is not None:
         yield data_fd
         return
-    with thing(dir_fd, step.name) as old:
+    with open_inode(dir_fd, step.name) as old:
         if old is None or old.ident != step.old:
             raise EOFError
         fd = os.open(old.place, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -163,7 +163,7 @@ def _source(dir_fd: int, step: Step, node: Node, data_fd: int) -> Iterator[int]:
 
 def _inherit(dir_fd: int, step: Step, fd: int) -> None:
     """Give a file the owner, the group and the attributes of that which it replaces."""
-    with thing(dir_fd, step.name) as old:
+    with open_inode(dir_fd, step.name) as old:
         if old is None or old.ident != step.old:
             return  # the step itself will find that, and undo all
         mine = os.fstat(fd)

@@ -12,7 +12,7 @@ from x07_sandbox.errors import HostError
 from x07_sandbox.files import changes as data_model
 from x07_sandbox.files import contents
 from x07_sandbox.files.apply_steps import AWAY, OPENED, displaced_slot
-from x07_sandbox.files.inode import listed, thing
+from x07_sandbox.files.inode import listed, open_inode
 from x07_sandbox.host.paths import replace_file
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def _copy_one(fd: int, site: Site, step: Step, before: Node) -> None:
     lost = HostError("cannot apply the changes", why, "Try again")
     if site.staging_fd < 0:
         raise lost
-    with thing(site.staging_fd, displaced_slot(site, step)) as old:
+    with open_inode(site.staging_fd, displaced_slot(site, step)) as old:
         if old is None or old.ident != step.old or old.info.st_size != before.size:
             raise lost
         closed = not step.old_mode & 0o400
@@ -129,7 +129,7 @@ def _copy_one(fd: int, site: Site, step: Step, before: Node) -> None:
 
 
 def _remove_slot(staging_fd: int, name: str, known: dict[str, Ident] | None) -> bool:
-    with thing(staging_fd, name) as there:
+    with open_inode(staging_fd, name) as there:
         if there is None:
             return True
         if there.kind == "folder" and _SLOT.fullmatch(name):  # also one that stood in for another

@@ -81,7 +81,7 @@ def _described(fd: int, key: str) -> CachedArtifact | None:
     return found
 
 
-def keep_artifact(key: str, fd: int, size: int, sha256: str, notes: bytes = b"") -> None:
+def store_artifact(key: str, fd: int, size: int, sha256: str, notes: bytes = b"") -> None:
     """Keep what was built; fd: its content from offset 0. Where that cannot be written the next run builds again.
 
     What is very large is not kept, nor what has more than NOTES_MAX_BYTES of notes: a part of them would be no record.
@@ -109,7 +109,7 @@ def keep_artifact(key: str, fd: int, size: int, sha256: str, notes: bytes = b"")
 
 
 @contextlib.contextmanager
-def one_builder(key: str, pause: Callable[[], None], most_s: float) -> Iterator[bool]:
+def build_lock(key: str, pause: Callable[[], None], most_s: float) -> Iterator[bool]:
     """Let one process at a time build *key*; yields whether another built it before.
 
     pause: called repeatedly during the wait; what it raises ends it. most_s: seconds after which the wait ends anyway,
@@ -124,7 +124,7 @@ def one_builder(key: str, pause: Callable[[], None], most_s: float) -> Iterator[
         yield bool(waits)
 
 
-def drop_artifact(key: str) -> None:
+def remove_artifact(key: str) -> None:
     """Forget one that is not what it should be."""
     (_folder() / key).unlink(missing_ok=True)
 

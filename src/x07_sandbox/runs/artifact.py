@@ -14,7 +14,7 @@ from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.decoding import known
 from x07_sandbox.programs import artifacts
 from x07_sandbox.programs.toolchains import build_driver
-from x07_sandbox.runs.job import carry_out_job
+from x07_sandbox.runs.job import run_job
 from x07_sandbox.runs.phase_specs import build_spec
 from x07_sandbox.runs.request import sha256_text
 from x07_sandbox.runs.result import BuildOutput
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     Built = tuple[Verdict | None, Result]
 
 
-def artifact_of(prepared: Prepared, draft: Result, folder: RunFolder, artifact: OutFile) -> Step[Built]:
+def obtain_artifact(prepared: Prepared, draft: Result, folder: RunFolder, artifact: OutFile) -> Step[Built]:
     """Fill *artifact*; None if there is one now, else how the build ended, and the draft. Raises SandboxError."""
     program, toolchain = prepared.program, prepared.program.toolchain
     if artifact.complete or toolchain.build is None:
@@ -46,12 +46,12 @@ def artifact_of(prepared: Prepared, draft: Result, folder: RunFolder, artifact: 
     if (build := _recall(key, artifact)) is not None:
         return None, replace(draft, artifact_from="cache", build=build)
     most_s = min((prepared.request.build_wall_ms or settings.BUILD_WALL_MS) / 1000, prepared.request.queue_s)
-    with artifacts.one_builder(key, _pause_for_another(prepared.request), most_s) as waited:
+    with artifacts.build_lock(key, _pause_for_another(prepared.request), most_s) as waited:
         if waited and (build := _recall(key, artifact)) is not None:
             return None, replace(draft, artifact_from="cache", build=build)
         ending, draft = yield from _build(prepared, draft, folder, artifact)
         if ending is None:
-            artifacts.keep_artifact(
+            artifacts.store_artifact(
                 key, artifact.fd, artifact.size, artifact.sha256(), msgspec.json.encode(draft.build)
             )
         return ending, draft
@@ -67,7 +67,7 @@ def _key(prepared: Prepared, image_digest: str) -> str:
 
 
 def _pause_for_another(request: RunRequest) -> Callable[[], None]:
-    """What `one_builder` does while another builds: it says so, once that takes long, and can be cancelled."""
+    """What `build_lock` does while another builds: it says so, once that takes long, and can be cancelled."""
     say_at = [Deadline.after(1.0)]
 
     def pause() -> None:
@@ -87,7 +87,7 @@ def _build(prepared: Prepared, draft: Result, folder: RunFolder, artifact: OutFi
     yield draft
     prepared.request.progress(f"building {prepared.program.source.name or 'the project'} in a machine of its own")
     with contextlib.ExitStack() as stack:
-        end = carry_out_job(prepared, build_spec(prepared, artifact, stack), draft.run, folder)
+        end = run_job(prepared, build_spec(prepared, artifact, stack), draft.run, folder)
     ending = as_build(end.ending, prepared.request.build_wall_ms or settings.BUILD_WALL_MS)
     if prepared.program.toolchain.archive:  # of a language that is not compiled
         ending = replace(ending, reason=ending.reason.replace("the compiler", "the check of the source", 1))
@@ -118,5 +118,5 @@ def _recall(key: str, artifact: OutFile) -> BuildOutput | None:
                 artifact.complete = True
                 return build
     artifact.clear()
-    artifacts.drop_artifact(key)
+    artifacts.remove_artifact(key)
     return None

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from x07_sandbox.network.processes import GateProcess
     from x07_sandbox.network.summary import Contact, NetworkUse
-    from x07_sandbox.runs.request import InForce
+    from x07_sandbox.runs.request import EffectivePolicy
 
 _DENIALS_MAX: Final = 64
 _LIKELY_PORT: Final = 443
@@ -37,11 +37,11 @@ class Egress(msgspec.Struct, frozen=True, kw_only=True):
     view: dict[str, Any]
 
 
-def egress_of(in_force: InForce) -> Egress:
+def egress_of(effective_policy: EffectivePolicy) -> Egress:
     """Read and check all that decides about a run's connections. Raises SandboxError."""
     settings = read_settings()
-    allowlist = make_allowlist(in_force.policy, in_force.denied, settings)
-    config = GateConfig(policy=in_force.data, denied=in_force.denied, settings=settings)
+    allowlist = make_allowlist(effective_policy.policy, effective_policy.denied, settings)
+    config = GateConfig(policy=effective_policy.data, denied=effective_policy.denied, settings=settings)
     return Egress(allowlist=allowlist, config=config, view=guest_view(allowlist))
 
 

@@ -12,8 +12,8 @@ import msgspec
 from x07_sandbox.backends.base import RootPlace
 from x07_sandbox.channel.frames import Stream
 from x07_sandbox.errors import BackendError, HostError, RefusedError
-from x07_sandbox.files.change_rules import Allowed, judge
-from x07_sandbox.files.changes import ChangeSet, RootChanges, encode, folders_above, shown
+from x07_sandbox.files.change_rules import AllowedActions, judge
+from x07_sandbox.files.changes import ChangeSet, RootChanges, encode, parent_folders, printable
 from x07_sandbox.files.collisions import collisions, knows_no_case
 from x07_sandbox.files.copy import (
     FIELDS,
@@ -36,7 +36,7 @@ from x07_sandbox.plan.denials import Area
 from x07_sandbox.plan.guest_paths import OUT, PROGRAM, WORK
 from x07_sandbox.programs.toolchains import PROJECT_FOLDER
 from x07_sandbox.runs.folder import runs_dir
-from x07_sandbox.runs.refusals import command, denial, flag_for, told
+from x07_sandbox.runs.refusals import apply_command, denial, denials_and_entries, flag_for
 from x07_sandbox.runs.request import ProjectPolicy, is_built_in
 from x07_sandbox.runs.result import ChangedName, Changes
 from x07_sandbox.runs.streams import ROOM, InFile
@@ -74,7 +74,7 @@ class HostFiles:
         self._built_in = is_built_in(request.policy)
         self._place = folder.path / "changes"
         self._bounds = bounds_of(policy, request.hide, request.reveal)
-        roots = roots_in_force(request, program, policy)
+        roots = effective_roots(request, program, policy)
         self.trees: list[Tree] = []
         self.copied: list[Copied] = []
         self.files: list[InFile] = []
@@ -86,12 +86,12 @@ class HostFiles:
             request.progress(f"copying {tree.host} in")
             copied = self._copy(tree, left, folder)
             left -= copied.size
-            apart = {mount.host for mount in copied.apart}
-            mounts = tuple(mount for mount in tree.mounts if mount.host not in apart)
+            separate = {mount.host for mount in copied.separate}
+            mounts = tuple(mount for mount in tree.mounts if mount.host not in separate)
             self.trees.append(msgspec.structs.replace(tree, mounts=mounts))
-            joins |= {mount.at: how for mount in copied.apart if (how := self._joining(copied, mount))}
+            joins |= {mount.at: how for mount in copied.separate if (how := self._joining(copied, mount))}
             # What lies in another root, and that did not take it along.
-            waiting += trees_of([root for root in roots if root.host in apart])
+            waiting += trees_of([root for root in roots if root.host in separate])
         writable = change_roots(self.trees)
         self._mounts = mounts_of(self.trees, confinement(policy, _start(request, program)))
         given = {root.guest: root.given for root in roots}
@@ -127,12 +127,12 @@ class HostFiles:
 
     def _joining(self, copied: Copied, mount: Mount) -> HowToAllow | None:
         """What would have let it travel with the tree that left it, or a folder around it, out."""
-        for name in {mount.sub} | folders_above([mount.sub]):
-            if (stayed := copied.stayed.get(name)) is not None:
+        for name in {mount.sub} | parent_folders([mount.sub]):
+            if (skipped := copied.skipped.get(name)) is not None:
                 how = _to_let_in(
-                    stayed.reason, LeftOut(names=[name], most=stayed.most), self._bounds, built_in=self._built_in
+                    skipped.reason, LeftOut(names=[name], most=skipped.most), self._bounds, built_in=self._built_in
                 )
-                return denial(FIELDS[stayed.reason], "", "", "", 1, how).how_to_allow
+                return denial(FIELDS[skipped.reason], "", "", "", 1, how).how_to_allow
         return None
 
     def mounts(self, first: int) -> list[dict[str, Any]]:
@@ -165,7 +165,7 @@ class HostFiles:
             for reason, left in copied.left_out.items():
                 more = f" and {left.count - len(left.names)} more" if left.count > len(left.names) else ""
                 why = why_left_out(reason, self._bounds)
-                subject = f"{', '.join(map(shown, left.names))}{more}: {why}{_LINKS_TOO if left.links else ''}"
+                subject = f"{', '.join(map(printable, left.names))}{more}: {why}{_LINKS_TOO if left.links else ''}"
                 how = _to_let_in(reason, left, self._bounds, built_in=self._built_in)
                 found.append(denial(FIELDS[reason], "copy", subject, "copying in", left.count, how))
         return found
@@ -193,7 +193,7 @@ class HostFiles:
             self._forget()
             return Changes(), [], ""
         self._keep(changes)
-        denials, entries = told(changes, built_in=self._built_in)
+        denials, entries = denials_and_entries(changes, built_in=self._built_in)
         denials = denials[:_DENIALS_MAX]
         if changes.all_or_nothing and any(root.refused for root in changes.roots):
             return _summed(changes, "kept", _why_kept(changes)), denials, ""
@@ -209,11 +209,11 @@ class HostFiles:
 
     def _applied(self, changes: ChangeSet) -> tuple[Changes, str]:
         from x07_sandbox.files.apply import ConflictError
-        from x07_sandbox.runs.saved_changes import KeptChanges, do
+        from x07_sandbox.runs.saved_changes import SavedChanges, apply_saved
 
-        kept = KeptChanges(run=changes.run, folder=self._place, changes=changes)
+        kept = SavedChanges(run=changes.run, folder=self._place, changes=changes)
         try:
-            do(kept, changes, lambda path: self._request.progress(f"waiting: another command changes {path}"))
+            apply_saved(kept, changes, lambda path: self._request.progress(f"waiting: another command changes {path}"))
         except ConflictError as exc:
             return _summed(changes, "conflict", exc.why), ""
         except HostError as exc:
@@ -222,25 +222,27 @@ class HostFiles:
 
     def _judged(self, incoming: Incoming) -> ChangeSet:
         fs = self._policy.fs
-        allowed = Allowed(mkdir=fs.allow_mkdir, remove=fs.allow_remove, rename=fs.allow_rename)
+        allowed = AllowedActions(mkdir=fs.allow_mkdir, remove=fs.allow_remove, rename=fs.allow_rename)
         kept = _kept_by_us()
         roots = []
         whole = self._request.changes == "all-or-nothing"
         for number, (tree, mount) in enumerate(self._roots):
             before = _below(self.copied[tree].nodes, mount.sub)
-            made = _below(dict.fromkeys(self.copied[tree].made), mount.sub)
-            allowed = msgspec.structs.replace(allowed, made=frozenset(made))
-            found = [one for one in incoming.told if one.root == number]
-            stayed = _below(self.copied[tree].stayed, mount.sub)
+            created = _below(dict.fromkeys(self.copied[tree].created), mount.sub)
+            allowed = msgspec.structs.replace(allowed, created=frozenset(created))
+            found = [one for one in incoming.reported if one.root == number]
+            skipped = _below(self.copied[tree].skipped, mount.sub)
             around, let_go = repository_around(mount.host), self._request.allow_protected
-            tops = work_trees([*before, *stayed])
-            protection = Protection(mount.host, self._own(mount), let_go, repository=around, kept=kept, tops=tops)
-            judged = judge(before, stayed, found, self._bounds, allowed, protection, split=not whole)
+            work_tree_tops = work_trees([*before, *skipped])
+            protection = Protection(
+                mount.host, self._own(mount), let_go, repository=around, kept=kept, work_tree_tops=work_tree_tops
+            )
+            judged = judge(before, skipped, found, self._bounds, allowed, protection, split=not whole)
             if judged.root_mode is not None:
-                self._moded.append(f"{shown(mount.host)} was given mode {judged.root_mode:04o}")
+                self._moded.append(f"{printable(mount.host)} was given mode {judged.root_mode:04o}")
             refused = list(judged.refused)
             if judged.changes and knows_no_case(mount.host):
-                refused += collisions((*judged.changes, *judged.left_out), {*before, *stayed})
+                refused += collisions((*judged.changes, *judged.left_out), {*before, *skipped})
             # Of names that would be one on the host, neither is more right than the other.
             whole = whole or len(refused) > len(judged.refused) or judged.is_whole
             roots.append(
@@ -288,7 +290,7 @@ def base_folder(request: RunRequest, program: Program) -> Path:
     return real_path(Path()) if request.workdir is None else working_folder(request.workdir)
 
 
-def roots_in_force(request: RunRequest, program: Program, policy: Policy) -> tuple[Root, ...]:
+def effective_roots(request: RunRequest, program: Program, policy: Policy) -> tuple[Root, ...]:
     """The folders of the host that a run opens to its program. Raises RefusedError, UsageError."""
     roots = roots_of(policy, base_folder(request, program), _start(request, program))
     if request.workdir is not None:
@@ -361,7 +363,7 @@ def _with_left_out(settled: Changes, changes: ChangeSet, entries: tuple[LeftOutE
     names = {(root.root, one.name) for root in changes.roots for one in root.left_out}
     names |= {(root.root, one.name) for root in changes.roots for one in root.refused}
     return msgspec.structs.replace(
-        settled, left_out=len(names), left_out_entries=entries, apply_left_out=command(changes.run, entries)
+        settled, left_out=len(names), left_out_entries=entries, apply_left_out=apply_command(changes.run, entries)
     )
 
 
@@ -370,7 +372,7 @@ def _summed(changes: ChangeSet, state: Any, reason: str) -> Changes:  # noqa: AN
     every.sort(key=lambda one: one[1].action != "deleted")
     deletions = sum(change.action == "deleted" for _, change in every)
     names = tuple(
-        ChangedName(root=shown(root), name=shown(change.name), action=change.action)
+        ChangedName(root=printable(root), name=printable(change.name), action=change.action)
         for root, change in every[: max(_NAMES_MAX, deletions)]
     )
     added, changed, deleted = map(changes.count, ("added", "changed", "deleted"))

@@ -14,7 +14,7 @@ from x07_sandbox.host import settings
 from x07_sandbox.host.cancel import Caller
 from x07_sandbox.jobs.admission import admitted
 from x07_sandbox.jobs.record import Claim
-from x07_sandbox.runs.phase import PhaseStreams, carry_out, load_loop, needs_of
+from x07_sandbox.runs.phase import PhaseStreams, needs_of, preload_phase, run_phase
 from x07_sandbox.runs.prepare import output_caps
 from x07_sandbox.runs.result import PhaseReport
 
@@ -43,7 +43,7 @@ class JobEnd(NamedTuple):
     net: NetworkUse | None = None
 
 
-def carry_out_job(prepared: Prepared, spec: PhaseSpec, run_id: str, folder: RunFolder) -> JobEnd:
+def run_job(prepared: Prepared, spec: PhaseSpec, run_id: str, folder: RunFolder) -> JobEnd:
     """Carry out one phase in an instance of its own. Raises SandboxError where there was none."""
     request, raw = prepared.request, prepared.request.raw
     if spec.name == "run":
@@ -119,7 +119,7 @@ def _conversed(
             instance = _answering(prepared, spec, run_id, stack, warnings)
             if gate is not None:
                 gate.give(instance.net_fd)
-            facts = carry_out(spec, instance, streams)
+            facts = run_phase(spec, instance, streams)
     except NoAnswerError as exc:
         from x07_sandbox.runs.execute import PhaseFacts
 
@@ -142,7 +142,7 @@ def _answering(
         caller=Caller(cancel=request.cancel, progress=request.progress),
         needs=needs_of(spec),
         cold=request.cold,
-        meanwhile=load_loop,
+        meanwhile=preload_phase,
     )
     if request.machines is not None and not request.cold:
         try:

@@ -81,12 +81,12 @@ class PhaseStreams(msgspec.Struct, frozen=True, kw_only=True):
     gate_fd: int | None = None
 
 
-def load_loop() -> None:
+def preload_phase() -> None:
     """Import what carries a phase out: while the instance comes up there is nothing else to do."""
     import x07_sandbox.runs.execute  # noqa: F401
 
 
-def carry_out(spec: PhaseSpec, instance: Instance, streams: PhaseStreams) -> PhaseFacts:
+def run_phase(spec: PhaseSpec, instance: Instance, streams: PhaseStreams) -> PhaseFacts:
     """Have the instance carry out a phase, whatever becomes of it."""
     from x07_sandbox.runs.execute import Phase
 

@@ -22,13 +22,13 @@ from x07_sandbox.plan.controls import Plan, make_plan
 from x07_sandbox.programs.toolchains import COMMAND, require_packages
 from x07_sandbox.runs.program import Program, load_program
 from x07_sandbox.runs.request import (
-    InForce,
+    EffectivePolicy,
     RunRequest,
     check_arguments,
     check_variables,
+    effective_policy_of,
     need_policy,
     open_input,
-    policy_in_force,
     sha256_text,
     with_framed_input,
 )
@@ -56,7 +56,7 @@ class Prepared(msgspec.Struct, frozen=True):
 
     request: RunRequest
     program: Program
-    policy: InForce
+    policy: EffectivePolicy
     image: OpenImage | None
     image_name: str
     backend: Backend
@@ -71,7 +71,7 @@ def output_caps(request: RunRequest, toolchain: Toolchain) -> tuple[int, int]:
     return (most, most) if toolchain.protocol is None else toolchain.protocol.output_caps(most)
 
 
-def last_of(step: Step[_T]) -> _T:
+def final_value(step: Step[_T]) -> _T:
     """What a step returns, where nobody wants its drafts."""
     while True:
         try:
@@ -99,11 +99,11 @@ def prepare(
     if (protocol := program.toolchain.protocol) is not None:
         need_policy(request, protocol)
         request = request if dry else with_framed_input(request, protocol, stack)
-    in_force = request.in_force or policy_in_force(request)
+    effective_policy = request.effective_policy or effective_policy_of(request)
     _check_cpu_time(request, program)
-    draft = _known(replace(draft, policy=shown(in_force.base)), policy=sha256_text(in_force.data))
+    draft = _known(replace(draft, policy=shown(effective_policy.base)), policy=sha256_text(effective_policy.data))
     yield draft
-    check_variables(request, in_force.policy)
+    check_variables(request, effective_policy.policy)
     choice = request.choice or choice_of_variables()
     backend = create(choice.backend)
     image = None
@@ -119,7 +119,7 @@ def prepare(
         if folder is not None and "host-files" not in availability.features.can_hold:
             why = f"the backend {backend.name} cannot bring files back"
             raise RefusedError(f"cannot use {flag_name}", why, "Leave it out, or use --sandbox-backend vm")
-    plan = make_plan(in_force.policy, availability.features, cpu_ms=program.cpu_ms)
+    plan = make_plan(effective_policy.policy, availability.features, cpu_ms=program.cpu_ms)
     draft = replace(
         draft,
         isolation=availability.features.isolation,
@@ -129,11 +129,13 @@ def prepare(
     )
     yield draft
     egress = None
-    if in_force.policy.net.may_connect and not plan.refusals:
+    if effective_policy.policy.net.may_connect and not plan.refusals:
         from x07_sandbox.runs.egress import egress_of  # not on the way of a run without connections
 
-        egress = egress_of(in_force)
-    return Prepared(request, program, in_force, image, _image_name(request), backend, availability, plan, egress), draft
+        egress = egress_of(effective_policy)
+    return Prepared(
+        request, program, effective_policy, image, _image_name(request), backend, availability, plan, egress
+    ), draft
 
 
 def _check_cpu_time(request: RunRequest, program: Program) -> None:

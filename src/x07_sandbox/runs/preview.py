@@ -11,8 +11,8 @@ from x07_sandbox.files.roots import Root, trees_of
 from x07_sandbox.jobs.record import new_run_id
 from x07_sandbox.plan.controls import Plan
 from x07_sandbox.programs.toolchains import COMMAND
-from x07_sandbox.runs.host_files import roots_in_force
-from x07_sandbox.runs.prepare import last_of, prepare, wants_scaling
+from x07_sandbox.runs.host_files import effective_roots
+from x07_sandbox.runs.prepare import final_value, prepare, wants_scaling
 from x07_sandbox.runs.result import Scaling, draft_result
 
 if TYPE_CHECKING:
@@ -49,9 +49,9 @@ class Preview(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 def preview(request: RunRequest) -> Preview:
     """The plan of *request*. Raises SandboxError for everything that a run would refuse before it copies or boots."""
     with contextlib.ExitStack() as stack:
-        ready, draft = last_of(prepare(request, draft_result(new_run_id()), stack, dry=True))
+        ready, draft = final_value(prepare(request, draft_result(new_run_id()), stack, dry=True))
         request, program, toolchain = ready.request, ready.program, ready.program.toolchain
-        roots = roots_in_force(request, program, ready.policy.policy)
+        roots = effective_roots(request, program, ready.policy.policy)
         if not ready.plan.refusals:
             trees_of(roots)  # a run looks at each of them before it copies any
         ready, scaling = _scaled(ready)

@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.channel.trees import Entry, Kind, segment
-from x07_sandbox.files.changes import folders_above
+from x07_sandbox.files.changes import parent_folders
 from x07_sandbox.files.incoming import Incoming
 from x07_sandbox.files.pack import pack_files
 from x07_sandbox.plan.guest_paths import PROGRAM
@@ -46,10 +46,16 @@ class LeftFiles:
         if self._incoming is None or not self._incoming.complete:
             return {}
         found = {}
-        for told in self._incoming.told:
-            node = told.node
-            if node is not None and node.kind == "file" and node.at is not None and told.name and _is_text(told.name):
-                found[told.name] = os.pread(self._fd, node.size, node.at)
+        for reported in self._incoming.reported:
+            node = reported.node
+            if (
+                node is not None
+                and node.kind == "file"
+                and node.at is not None
+                and reported.name
+                and _is_text(reported.name)
+            ):
+                found[reported.name] = os.pread(self._fd, node.size, node.at)
         return found
 
 
@@ -57,7 +63,7 @@ def work_files(files: Mapping[str, bytes], stack: contextlib.ExitStack) -> InFil
     """*files* as a tree that lies in the program's private working folder. Raises UsageError."""
     packed = pack_files(files, "the files of the program").files
     now = time.time_ns()
-    entries = [Entry(Kind.FOLDER, os.fsencode(name), mode=0o755).encoded() for name in sorted(folders_above(packed))]
+    entries = [Entry(Kind.FOLDER, os.fsencode(name), mode=0o755).encoded() for name in sorted(parent_folders(packed))]
     for name, data in packed.items():
         head = Entry(Kind.FILE, os.fsencode(name), mode=0o644, mtime_ns=now, size=len(data)).encoded()
         entries += [head, segment(len(data)) + data] if data else [head]

@@ -70,7 +70,7 @@ def _load(request: RunRequest, stack: contextlib.ExitStack) -> tuple[RunRequest,
     if request.command:
         return _from_command(request, stack)
     if request.source is not None:
-        refuse_profile(request, "the source")
+        reject_profile(request, "the source")
         return request, _from_text(request, request.source, stack)
     path = request.program
     if path is None:
@@ -78,7 +78,7 @@ def _load(request: RunRequest, stack: contextlib.ExitStack) -> tuple[RunRequest,
     for loader in request.loaders:
         if (loaded := loader(request, path, stack)) is not None:
             return loaded
-    refuse_profile(request, str(path))
+    reject_profile(request, str(path))
     if path.name == "x07-sandbox.toml" or is_folder(path):
         return _from_project(request, path, stack)
     name = source_name(str(path))
@@ -101,13 +101,13 @@ def _from_command(request: RunRequest, stack: contextlib.ExitStack) -> tuple[Run
     return replace(request, args=(*args, *request.args)), program
 
 
-def refuse_profile(request: RunRequest, what: str) -> None:
+def reject_profile(request: RunRequest, what: str) -> None:
     """Raise UsageError where a profile is named for what has none."""
     if request.profile is not None:
         raise UsageError(f"cannot run {what} with --profile", "profiles are in an x07.json", "Leave it out")
 
 
-def refuse_what_it_says_itself(request: RunRequest, what: str, why: str) -> None:
+def reject_overridden_options(request: RunRequest, what: str, why: str) -> None:
     """Raise UsageError where the request says what the program is made of and the program says it itself."""
     given = [name for name, value in (("--toolchain", request.toolchain), ("`files`", request.files)) if value]
     if given:
@@ -163,9 +163,9 @@ def _from_project(request: RunRequest, path: Path, stack: contextlib.ExitStack) 
     from x07_sandbox.files.pack import pack_tree
     from x07_sandbox.host.project import ProjectFolder
     from x07_sandbox.programs.manifest import MAX_BYTES, decode_manifest, find_manifest
-    from x07_sandbox.runs.project import with_own_files
+    from x07_sandbox.runs.project import with_project_files
 
-    refuse_what_it_says_itself(request, f"the project {path}", "its manifest says what it is")
+    reject_overridden_options(request, f"the project {path}", "its manifest says what it is")
     place = find_manifest(path)
     assert place is not None  # noqa: S101 - for the type checker: a folder, or that name
     folder = ProjectFolder(place.parent)
@@ -179,7 +179,7 @@ def _from_project(request: RunRequest, path: Path, stack: contextlib.ExitStack) 
     if entry and entry not in packed.files:
         why = f"its entry {entry} is not among its files"
         raise UsageError(f"cannot run the project {path}", why, "Add it to `files` in its manifest")
-    request = with_own_files(request, folder, stack, policy=manifest.policy, stdin=manifest.run.input)
+    request = with_project_files(request, folder, stack, policy=manifest.policy, stdin=manifest.run.input)
     args, env = request.args or manifest.run.args, {**manifest.run.env, **request.env}
     merged = replace(request, args=args, image=request.image or manifest.image, env=env)
     # The manifest's policy and input belong to the project even where a flag replaces them for this run.

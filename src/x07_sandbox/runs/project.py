@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from x07_sandbox.runs.request import RunRequest
 
 
-def with_own_files(
+def with_project_files(
     request: RunRequest, folder: ProjectFolder, stack: contextlib.ExitStack, *, policy: str | None, stdin: str | None
 ) -> RunRequest:
     """The request with the project's policy and input, names in *folder* or None. Raises UsageError.

@@ -8,7 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.files.changes import called
+from x07_sandbox.files.changes import display_name
 from x07_sandbox.plan.denials import Denial, HowToAllow
 from x07_sandbox.runs.result import LeftOutEntry
 
@@ -41,7 +41,7 @@ def flag_for(flag: str, name: str) -> str:
     return f"{flag} {shlex.quote(pattern)}"
 
 
-def told(changes: ChangeSet, *, built_in: bool) -> tuple[list[Denial], tuple[LeftOutEntry, ...]]:
+def denials_and_entries(changes: ChangeSet, *, built_in: bool) -> tuple[list[Denial], tuple[LeftOutEntry, ...]]:
     """Return a denial and an entry for each uppermost name that was refused, in the same order.
 
     built_in: the policy is one of ours, of which flags may change what another policy's author decides.
@@ -50,7 +50,7 @@ def told(changes: ChangeSet, *, built_in: bool) -> tuple[list[Denial], tuple[Lef
     entries: list[LeftOutEntry] = []
     for root in changes.roots:
         for name, reasons in list(_uppermost(root).items())[: _ENTRIES_MAX - len(denials)]:
-            subject = called(root.root, name, of_several=changes.of_several)
+            subject = display_name(root.root, name, several_roots=changes.several_roots)
             own = [one for one in reasons if one.name == name]
             by_rule: dict[str, Refused] = {}
             for one in [*own, *reasons]:
@@ -80,7 +80,7 @@ def told(changes: ChangeSet, *, built_in: bool) -> tuple[list[Denial], tuple[Lef
     return denials, tuple(entries)
 
 
-def command(run: str, entries: Iterable[LeftOutEntry]) -> str:
+def apply_command(run: str, entries: Iterable[LeftOutEntry]) -> str:
     """Return the line that applies what was left out, as far as flags can; empty where none can."""
     flags = [entry.take for entry in entries if entry.take][:_PATTERNS_MAX]
     every = dict.fromkeys(_split_flags(" ".join(flags)))
@@ -111,7 +111,11 @@ def _uppermost(root: RootChanges) -> dict[str, list[Refused]]:
 
 
 def _why(root: RootChanges, top: str, refusal: Refused) -> str:
-    return refusal.why if refusal.name == top else f"{called(root.root, refusal.name, of_several=False)}: {refusal.why}"
+    return (
+        refusal.why
+        if refusal.name == top
+        else f"{display_name(root.root, refusal.name, several_roots=False)}: {refusal.why}"
+    )
 
 
 def _how(

@@ -56,7 +56,7 @@ class ProjectPolicy(msgspec.Struct, frozen=True):
         return str(self.path)
 
 
-class InForce(NamedTuple):
+class EffectivePolicy(NamedTuple):
     """The policy that holds for a run.
 
     base: names what it was made from. denied: ports by host, as `--deny-host` has them; None stands for all ports.
@@ -97,7 +97,7 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
     others to run, so it has to be an executable. cold: boot machines instead of cloning saved ones.
     cache: use and keep what was built from the same source. queue_s: how long each machine may wait for others.
     machines: warm ones, or None. choice: the backend, None for the environment's. require_hardware: refuse emulation.
-    loaded, in_force: the program and the policy, where the caller has read them already.
+    loaded, effective_policy: the program and the policy, where the caller has read them already.
     profile: of an X07 project, None for its own choice. loaders: read programs of other kinds than our own; each gets
     the path and returns None for what is not of its kind. whole_input: of a program with a protocol, set when read.
     changes: what becomes of the program's changes to files when it has ended by itself. out: a folder for its /x07/out.
@@ -137,7 +137,7 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
     machines: Machines | None = None
     choice: Choice | None = None
     loaded: Program | None = None
-    in_force: InForce | None = None
+    effective_policy: EffectivePolicy | None = None
     require_hardware: bool = False
     profile: str | None = None
     loaders: tuple[Loader, ...] = ()
@@ -238,7 +238,7 @@ def _check_own(policy: Policy, given: ProjectPolicy) -> None:
             raise RefusedError("cannot use the project's own policy", why, by_name)
 
 
-def policy_in_force(request: RunRequest) -> InForce:
+def effective_policy_of(request: RunRequest) -> EffectivePolicy:
     """The policy with overrides and the caller's limits. Raises UsageError, PolicyError, RefusedError."""
     policy, data = read_policy(request.policy)
     base = name_of_policy(request.policy)
@@ -251,7 +251,7 @@ def policy_in_force(request: RunRequest) -> InForce:
         policy, data, denied = derived.policy, derived.data, derived.denied
     may_raise = is_built_in(request.policy)
     if request.limits is None:
-        return InForce(policy, data, base, denied, may_raise=may_raise)
+        return EffectivePolicy(policy, data, base, denied, may_raise=may_raise)
     from x07_sandbox.policy.limits import change_limits
 
     if request.limits.may_raise is not None:
@@ -259,9 +259,9 @@ def policy_in_force(request: RunRequest) -> InForce:
     own = policy.limits
     changed = change_limits(policy, request.limits, may_raise=may_raise, source=base)
     if changed == policy:
-        return InForce(policy, data, base, denied, may_raise=may_raise)
+        return EffectivePolicy(policy, data, base, denied, may_raise=may_raise)
     data = render_policy(changed)
-    return InForce(decode_policy(data, source="with changed limits"), data, base, denied, own, may_raise)
+    return EffectivePolicy(decode_policy(data, source="with changed limits"), data, base, denied, own, may_raise)
 
 
 def name_of_policy(given: str | Path | Policy | ProjectPolicy | None) -> str:

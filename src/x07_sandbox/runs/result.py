@@ -251,7 +251,7 @@ def _with_files(kind: type[Result], fields: dict[str, Any], files: dict[str, byt
     return kind(**fields).having(files)
 
 
-NOTHING = Output(bytes=0, truncated=False, text="")
+EMPTY_OUTPUT = Output(bytes=0, truncated=False, text="")
 
 
 def draft_result(run: str) -> Result:
@@ -262,8 +262,8 @@ def draft_result(run: str) -> Result:
         fault="host",
         reason="",
         x07_exit_code=125,
-        stdout=NOTHING,
-        stderr=NOTHING,
+        stdout=EMPTY_OUTPUT,
+        stderr=EMPTY_OUTPUT,
         phases={},
         digests=Digests(),
         controls=[],

@@ -21,9 +21,9 @@ from x07_sandbox.plan.controls import run_limits
 from x07_sandbox.plan.denials import Denial, HowToAllow
 from x07_sandbox.policy import PolicyError
 from x07_sandbox.programs.toolchains import COMMAND, OUTPUT
-from x07_sandbox.runs.artifact import artifact_of
+from x07_sandbox.runs.artifact import obtain_artifact
 from x07_sandbox.runs.folder import REQUEST, RunFolder
-from x07_sandbox.runs.job import carry_out_job
+from x07_sandbox.runs.job import run_job
 from x07_sandbox.runs.phase_specs import run_spec
 from x07_sandbox.runs.prepare import output_caps, prepare, wants_scaling
 from x07_sandbox.runs.result import Discarded, Result, draft_result
@@ -103,12 +103,12 @@ def _steps(request: RunRequest, draft: Result, folder: RunFolder, stack: context
     yield draft
     prepared.plan.require(request.override_flags)
     policy = prepared.policy.policy
-    host_files, draft = yield from copied_in(prepared.request, prepared.program, policy, draft, folder, stack)
+    host_files, draft = yield from copy_in(prepared.request, prepared.program, policy, draft, folder, stack)
     prepared, draft = _scaled(prepared, draft)
     draft = replace(draft, limits=prepared.plan.limits.of_policy())
     yield draft
     artifact = request.artifact or folder.out_file(OUTPUT, settings.ARTIFACT_MAX_BYTES)
-    failed, draft = yield from artifact_of(prepared, draft, folder, artifact)
+    failed, draft = yield from obtain_artifact(prepared, draft, folder, artifact)
     if failed is not None:
         yield _ended(draft, failed)
         return
@@ -118,7 +118,7 @@ def _steps(request: RunRequest, draft: Result, folder: RunFolder, stack: context
         digests, draft = replace(digests, source=None, artifact=None), replace(draft, artifact_from=None)
     draft = replace(draft, digests=digests, filters=_filters(prepared, spec))
     yield draft
-    end = carry_out_job(prepared, spec, draft.run, folder)
+    end = run_job(prepared, spec, draft.run, folder)
     ending = _without_command(_by_whose_limit(end.ending, prepared), end, prepared)
     draft = _with_run(draft, end._replace(ending=ending))
     draft = _with_denials(draft, prepared, spec, end)
@@ -165,7 +165,7 @@ def _with_cause(draft: Result, exc: SandboxError) -> Result:
     return _more(draft, [_denial(field, f"{exc.what}: {exc.why}", how)])
 
 
-def copied_in(
+def copy_in(
     request: RunRequest, program: Program, policy: Policy, draft: Result, folder: RunFolder, stack: contextlib.ExitStack
 ) -> Step[tuple[HostFiles | None, Result]]:
     """The host's files of a run, or None where it has none; what did not go in is noted. Raises SandboxError."""

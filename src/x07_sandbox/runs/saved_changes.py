@@ -28,7 +28,7 @@ _LATER: Final = "later-"
 _CHANGES_MAX: Final = 1 << 30
 
 
-class KeptChanges(NamedTuple):
+class SavedChanges(NamedTuple):
     """Those of one run. folder: `runs/RUN/changes`."""
 
     run: str
@@ -58,7 +58,7 @@ def _later(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"{_LATER}*"), key=lambda path: int(path.name.removeprefix(_LATER)))
 
 
-def find(run: str | None) -> KeptChanges:
+def find_saved(run: str | None) -> SavedChanges:
     """The changes of the run of that name, or whose name begins so; None for the latest. Raises UsageError."""
     from x07_sandbox.files.changes import decode
 
@@ -68,10 +68,12 @@ def find(run: str | None) -> KeptChanges:
         changes = decode(read_bounded(folder / "changes.json", "list of changes", _CHANGES_MAX))
     except ValueError as exc:
         raise UsageError(f"cannot use the changes of run {name}", f"they are damaged: {exc}", "Run it again") from exc
-    return KeptChanges(run=name, folder=folder, changes=changes)
+    return SavedChanges(run=name, folder=folder, changes=changes)
 
 
-def do(kept: KeptChanges, changes: ChangeSet, on_wait: Callable[[str], None], *, later: bool = False) -> ChangeSet:
+def apply_saved(
+    kept: SavedChanges, changes: ChangeSet, on_wait: Callable[[str], None], *, later: bool = False
+) -> ChangeSet:
     """Apply *changes*, which are those of *kept* or a part. Raises ConflictError, HostError.
 
     later: they were left out, and the others are applied: they have an undo of their own.
@@ -89,7 +91,7 @@ def do(kept: KeptChanges, changes: ChangeSet, on_wait: Callable[[str], None], *,
         return done
 
 
-def undo(kept: KeptChanges, on_wait: Callable[[str], None]) -> ChangeSet:
+def undo_saved(kept: SavedChanges, on_wait: Callable[[str], None]) -> ChangeSet:
     """Bring back what was there before they were applied. Raises UsageError, ConflictError, HostError.
 
     Where a part of them was applied afterwards, only that is undone.
@@ -98,7 +100,7 @@ def undo(kept: KeptChanges, on_wait: Callable[[str], None]) -> ChangeSet:
 
     from x07_sandbox.files.apply import apply
     from x07_sandbox.files.changes import decode
-    from x07_sandbox.files.inode import ConflictError, undo_conflict
+    from x07_sandbox.files.inode import ConflictError, undo_conflict_error
     from x07_sandbox.files.undo_data import drop
 
     what = f"cannot undo the changes of run {kept.run}"
@@ -113,7 +115,7 @@ def undo(kept: KeptChanges, on_wait: Callable[[str], None]) -> ChangeSet:
             # What it displaces is what the run wrote, which is kept: a full disk is no reason not to take it back.
             done = apply(changes, data.fileno(), folder / "undoing", on_wait=on_wait, keeps=False)
         except ConflictError as exc:
-            raise (undo_conflict(exc, what) if exc.names else exc) from None
+            raise (undo_conflict_error(exc, what) if exc.names else exc) from None
         except HostError as exc:
             raise HostError(what, exc.why, exc.fix) from exc
         # In this order: killed before the last of it, we find all of it done the next time, and end it.

@@ -30,10 +30,10 @@ from x07_sandbox.policy.default import default_policy, render_policy
 from x07_sandbox.policy.schema import largest
 from x07_sandbox.programs.toolchains import OUTPUT
 from x07_sandbox.runs.folder import RunFolder
-from x07_sandbox.runs.job import carry_out_job
+from x07_sandbox.runs.job import run_job
 from x07_sandbox.runs.phase_specs import run_spec
 from x07_sandbox.runs.program import load_program
-from x07_sandbox.runs.request import InForce, RunRequest
+from x07_sandbox.runs.request import EffectivePolicy, RunRequest
 from x07_sandbox.runs.result import Scaling
 
 if TYPE_CHECKING:
@@ -122,13 +122,13 @@ def _guest_ms(prepared: Prepared) -> float:
         )
         request, program = load_program(request, stack)
         plan = make_plan(policy, prepared.availability.features)
-        in_force = InForce(policy, render_policy(policy), "built-in:default")
-        work = replace(prepared, request=request, program=program, policy=in_force, plan=plan, egress=None)
+        effective_policy = EffectivePolicy(policy, render_policy(policy), "built-in:default")
+        work = replace(prepared, request=request, program=program, policy=effective_policy, plan=plan, egress=None)
         folder = RunFolder(new_run_id(), stack)
         stack.callback(shutil.rmtree, folder.path, ignore_errors=True)
         artifact = folder.out_file(OUTPUT, settings.ARTIFACT_MAX_BYTES)
         artifact.complete = artifact.take(program.data)
-        end = carry_out_job(work, run_spec(work, artifact, stack), folder.path.name, folder)
+        end = run_job(work, run_spec(work, artifact, stack), folder.path.name, folder)
     asked.cancel.check()
     if end.ending.outcome == "ok" and (found := _printed(end.report.stdout.data)) is not None:
         return found

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from x07_sandbox.errors import RefusedError, UsageError
-from x07_sandbox.files.changes import shown
+from x07_sandbox.files.changes import printable
 from x07_sandbox.files.roots import Root
 from x07_sandbox.host.paths import cache_dir, is_folder, one_slash, real_path, state_dir
 from x07_sandbox.plan.guest_paths import WORK
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def workdir_root(request: RunRequest, program: Program, policy: Policy, workdir: Path) -> Root:
     """The folder in whose copy the program starts. Raises RefusedError, UsageError."""
-    what = f"cannot use --workdir {shown(str(workdir))}"
+    what = f"cannot use --workdir {printable(str(workdir))}"
     if program.toolchain.protocol is not None:
         fix = "Use --allow-read-root or --allow-write-root"
         raise UsageError(what, "an X07 program sees only the folders of its policy", fix)
@@ -41,10 +41,10 @@ def workdir_root(request: RunRequest, program: Program, policy: Policy, workdir:
 
 def working_folder(workdir: Path) -> Path:
     """Where that folder is. Raises UsageError for what is none, and for one that holds the user's whole home folder."""
-    what = f"cannot use --workdir {shown(str(workdir))}"
+    what = f"cannot use --workdir {printable(str(workdir))}"
     folder = real_path(Path()) / workdir
     if not is_folder(folder):
-        raise UsageError(what, "there is no such folder", f"Make it: mkdir -p {shlex.quote(shown(str(workdir)))}")
+        raise UsageError(what, "there is no such folder", f"Make it: mkdir -p {shlex.quote(printable(str(workdir)))}")
     real = real_path(folder)
     home = real_path(Path(os.path.expanduser("~")))  # noqa: PTH111 - Path's own raises where there is none
     if real == home or real in home.parents:

@@ -14,8 +14,8 @@ from x07_sandbox.host.paths import is_folder, read_bounded
 from x07_sandbox.host.project import ProjectFolder
 from x07_sandbox.host.variables import number, text
 from x07_sandbox.programs.toolchains import PROJECT_FOLDER, SOURCE_FOLDER, Source, source_name
-from x07_sandbox.runs.program import Program, refuse_profile, refuse_what_it_says_itself, single_file
-from x07_sandbox.runs.project import with_own_files
+from x07_sandbox.runs.program import Program, reject_overridden_options, reject_profile, single_file
+from x07_sandbox.runs.project import with_project_files
 from x07_sandbox.runs.request import in_memory, sha256_text
 from x07_sandbox.runs.streams import memory_file
 from x07_sandbox.x07 import project as x07
@@ -43,7 +43,7 @@ def load_x07(
     """
     if not x07.is_x07(path):
         return None
-    refuse_what_it_says_itself(request, str(path), "an X07 program says itself what it is")
+    reject_overridden_options(request, str(path), "an X07 program says itself what it is")
     request = _with_arguments_as_input(request, path, stack)
     given = replace(
         options,
@@ -64,7 +64,7 @@ def load_artifact(
     request: RunRequest, path: Path, stack: contextlib.ExitStack, *, options: x07.Options
 ) -> tuple[RunRequest, Program]:
     """The executable at *path*, which X07 compiled before, and the request for it. Raises UsageError."""
-    refuse_profile(request, str(path))
+    reject_profile(request, str(path))
     data = read_bounded(path, "artifact", settings.ARTIFACT_MAX_BYTES)
     program = single_file(X07_ARTIFACT, source_name(str(path)), data, request, stack)
     request = _with_arguments_as_input(request, path, stack)
@@ -117,7 +117,7 @@ def _project(
         if profile.world != x07.WORLD and request.policy is None:
             why = f"its profile is for the world {profile.world[:80]}, and {x07.WORLD} is the only one here"
             raise UsageError(f"cannot run the project {path}", why, "Name another with --profile, or a --policy")
-        request = with_own_files(request, folder, stack, policy=profile.policy, stdin=profile.input)
+        request = with_project_files(request, folder, stack, policy=profile.policy, stdin=profile.input)
     options = x07.merged(given, profile)
     if given.max_output_bytes is None:  # a project may ask for less than anybody gets, never for more
         most = min(options.max_output_bytes or 0, settings.OUTPUT_MAX_BYTES)

@@ -12,7 +12,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 from msgspec.structs import replace
 
-from x07_sandbox.runs.result import NOTHING, Result
+from x07_sandbox.runs.result import EMPTY_OUTPUT, Result
 
 SCHEMA: Final = "x07-os-runner.report@0.5.0"
 NATIVE_REQUIRES: Final = "x07.native-requires@0.1.0"
@@ -258,8 +258,8 @@ def _compiled(result: Result, built: Built) -> CompileReport:
         lang_id=built.lang_id,
         compiled_exe=built.path,
         compiled_exe_size=built.size,
-        stdout_b64=(result.build.stdout if result.build else NOTHING).data,
-        stderr_b64=(result.build.stderr if result.build else NOTHING).data,
+        stdout_b64=(result.build.stdout if result.build else EMPTY_OUTPUT).data,
+        stderr_b64=(result.build.stderr if result.build else EMPTY_OUTPUT).data,
     )
 
 
