@@ -72,7 +72,7 @@ def ran(*marks: str) -> dict[str, PhaseReport]:
     """The phases of a run that came so far."""
     times = dict.fromkeys(marks, 1.0)
     report: dict[str, Any] = {"job_id": "1-2-3-run", "start": "clone", "outcome": "", "reason": "", "times_ms": times}
-    report |= {"stdout": EMPTY_OUTPUT, "stderr": NOTHING, "cpu_ms": 0, "memory_peak_bytes": 0, "tasks_peak": 0}
+    report |= {"stdout": EMPTY_OUTPUT, "stderr": EMPTY_OUTPUT, "cpu_ms": 0, "memory_peak_bytes": 0, "tasks_peak": 0}
     return {"run": PhaseReport(**report)}
 
 
