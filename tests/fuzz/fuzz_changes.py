@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 from x07_sandbox.channel.trees import check_name
 from x07_sandbox.cli.apply import chosen
 from x07_sandbox.errors import BackendError, PeerError
-from x07_sandbox.files.change_rules import AllowedActions, judge
+from x07_sandbox.files.change_rules import AllowedActions, check_changes
 from x07_sandbox.files.changes import ChangeSet, Node, RootChanges, decode, encode
 from x07_sandbox.files.checks import check_set
 from x07_sandbox.files.copy import Bounds
@@ -59,7 +59,7 @@ def one_input(data: bytes) -> None:
 def _judge(incoming: Incoming, number: int, fd: int) -> None:
     allowed = AllowedActions(mkdir=number == 0, remove=number == 0, rename=number == 0)
     reported = [one for one in incoming.reported if one.root == number]
-    judged = judge(BEFORE, {}, reported, BOUNDS, allowed, Protection(ROOT))
+    judged = check_changes(BEFORE, {}, reported, BOUNDS, allowed, Protection(ROOT))
     refused = {refusal.name for refusal in judged.refused}
     for change in judged.changes:
         check_name(os.fsencode(change.name))
@@ -70,7 +70,7 @@ def _judge(incoming: Incoming, number: int, fd: int) -> None:
     made = ChangeSet(run="1-1-1", roots=(root,))
     assert decode(encode(made)) == made
     check_set(chosen(made, sorted(refused), []))
-    split = judge(BEFORE, {}, reported, BOUNDS, allowed, Protection(ROOT), split=True)
+    split = check_changes(BEFORE, {}, reported, BOUNDS, allowed, Protection(ROOT), split=True)
     if not split.is_whole:
         names = {refusal.name for refusal in split.refused}
         assert not names & {change.name for change in split.changes}

@@ -16,10 +16,9 @@ from tests.conftest import need
 from x07_sandbox.channel.trees import Entry, Kind
 from x07_sandbox.cli.apply import chosen
 from x07_sandbox.errors import PeerError, RefusedError
-from x07_sandbox.files.change_rules import AllowedActions, CheckedChanges, judge
+from x07_sandbox.files.change_rules import AllowedActions, CheckedChanges, check_changes
 from x07_sandbox.files.changes import ChangeSet, Node, RootChanges
 from x07_sandbox.files.checks import check_set
-from x07_sandbox.files.collisions import collisions, folds, knows_no_case
 from x07_sandbox.files.copy import Bounds, Skipped, link_stays_inside
 from x07_sandbox.files.incoming import Incoming, ReportedEntry
 from x07_sandbox.files.protected import Protection, repository_around, work_trees
@@ -59,7 +58,7 @@ def judged(
 ) -> CheckedChanges:
     """What becomes of it."""
     before = {"": FOLDER} if before is None else before
-    return judge(before, skipped or {}, reported, bounds, allowed, Protection(ROOT, own))
+    return check_changes(before, skipped or {}, reported, bounds, allowed, Protection(ROOT, own))
 
 
 def as_set(found: CheckedChanges) -> ChangeSet:
@@ -435,38 +434,6 @@ def test_a_folder_of_another_mode_is_not_where_an_empty_one_went() -> None:
         [*reported, ReportedEntry(root=0, name="e")], before, AllowedActions(mkdir=True, remove=False, rename=True)
     )
     assert refused(found) == {("e", "fs.allow_remove")}
-
-
-# names that the host would take for one
-
-
-def test_names_that_a_folder_takes_for_one_are_refused() -> None:
-    """What is new and differs in case only from what is there, stays, goes or is new too, is named with the other."""
-    before = {"": FOLDER, "a": FILE, "d": FOLDER, "d/x": FILE}
-    reported = [
-        ReportedEntry(root=0, name="a"),
-        *new("A", "D/y", "both", "Both", "d/X.txt", "d/\u00c9", "x", "KEY.pem"),
-    ]
-    changes = judged(reported, before).changes
-    found = {refusal.name: refusal for refusal in collisions(changes, [*before, "d/e\u0301", "key.pem"])}
-    assert sorted(found) == ["A", "Both", "D", "KEY.pem", "both", "d/\u00c9"]
-    assert "would take it for Both: " in found["both"].why
-    check_set(chosen(ChangeSet(run="1-1-1", roots=(as_set(judged(reported, before)).roots[0],)), sorted(found), []))
-    assert list(collisions([change for change in changes if change.name not in found], before)) == []
-
-
-def test_a_folder_that_knows_no_case_is_known_by_what_is_in_it(tmp_path: Path) -> None:
-    """A name that is found in another case and is none of those that are listed says so; here no folder does."""
-    plain = {"a": 1, "b": 2}
-    assert not folds(plain, plain.get)
-    assert folds(plain, lambda name: plain.get(name.lower()))
-    assert not folds(["1", "\u00df"], lambda _name: 1)
-    assert not folds([], plain.get)
-    both = {"a": 1, "A": 1}
-    assert not folds(both, both.get)
-    (tmp_path / "file").touch()
-    for place in (tmp_path, tmp_path / "file", tmp_path / "new", tmp_path / "no/new"):
-        assert not knows_no_case(str(place))
 
 
 # work

@@ -663,13 +663,13 @@ def test_the_same_mode_that_another_gives_meanwhile_stays(tmp_path: Path, monkey
     """A file that another set has just made executable is a conflict, and stays so: that was not this set's doing."""
     root = make(tmp_path / "root", {"": FOLDER, "a": ("file", 0o644, b"old")})
     change = Change(name="a", before=file_node(b"old"), after=file_node(b"old", mode=0o755))
-    write = journal.write
+    write = journal.write_steps
 
     def after_another(*given: Any) -> None:  # noqa: ANN401 - as that one has them
         (root / "a").chmod(0o755)
         write(*given)
 
-    monkeypatch.setattr(journal, "write", after_another)
+    monkeypatch.setattr(journal, "write_steps", after_another)
     with pytest.raises(ConflictError):
         applied(one_set(root, change), b"", tmp_path / "state")
     assert read(root)["a"] == ("file", 0o755, b"old")

@@ -20,7 +20,7 @@ from tests.conftest import FULL
 from x07_sandbox.channel.trees import Entry, Kind
 from x07_sandbox.errors import UsageError
 from x07_sandbox.files.apply import apply
-from x07_sandbox.files.change_rules import AllowedActions, CheckedChanges, judge
+from x07_sandbox.files.change_rules import AllowedActions, CheckedChanges, check_changes
 from x07_sandbox.files.changes import STAGING, ChangeSet, RootChanges
 from x07_sandbox.files.copy import Bounds, copy_tree
 from x07_sandbox.files.incoming import Incoming
@@ -85,7 +85,9 @@ class Trip:
             assert incoming.take(Entry(Kind.END, b"").encoded())
             assert incoming.complete
             protection = Protection(str(self.host), own, letting)
-            judged = judge(self.copied.nodes, self.copied.skipped, incoming.reported, bounds, allowed, protection)
+            judged = check_changes(
+                self.copied.nodes, self.copied.skipped, incoming.reported, bounds, allowed, protection
+            )
             for change in judged.changes:
                 node = change.after
                 if node is not None and node.kind == "file" and node.at is not None and node.mode & 0o7000 == 0:

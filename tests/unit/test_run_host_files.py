@@ -711,7 +711,7 @@ def test_what_cannot_be_recovered_says_where_its_journal_is(run: Run) -> None:
     kept(ChangeSet(run=RUN, roots=()), run.folder.path)
     folder = run.folder.path / "changes"
     place = Place(path=str(run.root / "gone"), ident=(1, 1), staging=".x07-apply-1")
-    journal.write(folder, Head(run=RUN, places=(place,)), [])
+    journal.write_steps(folder, Head(run=RUN, places=(place,)), [])
     private_dir(run.folder.path.parent / ".applying").joinpath(RUN).touch()
     reported: list[str] = []
     recover_all(reported.append)

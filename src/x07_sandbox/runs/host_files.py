@@ -12,9 +12,8 @@ import msgspec
 from x07_sandbox.backends.base import RootPlace
 from x07_sandbox.channel.frames import Stream
 from x07_sandbox.errors import BackendError, HostError, RefusedError
-from x07_sandbox.files.change_rules import AllowedActions, judge
+from x07_sandbox.files.change_rules import AllowedActions, check_changes
 from x07_sandbox.files.changes import ChangeSet, RootChanges, encode, parent_folders, printable
-from x07_sandbox.files.collisions import collisions, knows_no_case
 from x07_sandbox.files.copy import (
     FIELDS,
     NUMBER_MAX,
@@ -58,7 +57,6 @@ _T = TypeVar("_T")
 _NAMES_MAX: Final = 1000  # of a result, but for deletions; all are in the run's folder
 _DENIALS_MAX: Final = 100
 _LETS_IN: Final[dict[Reason, str]] = {"hidden": "--allow-hidden", "link": "--allow-symlinks"}
-_LINKS_TOO: Final = ", and links are in it (fs.allow_symlinks)"
 _LINKS_MAX: Final = 40  # path_resolution(7): the kernel follows no more
 
 
@@ -165,7 +163,7 @@ class HostFiles:
             for reason, left in copied.left_out.items():
                 more = f" and {left.count - len(left.names)} more" if left.count > len(left.names) else ""
                 why = why_left_out(reason, self._bounds)
-                subject = f"{', '.join(map(printable, left.names))}{more}: {why}{_LINKS_TOO if left.links else ''}"
+                subject = f"{', '.join(map(printable, left.names))}{more}: {why}"
                 how = _to_let_in(reason, left, self._bounds, built_in=self._built_in)
                 found.append(denial(FIELDS[reason], "copy", subject, "copying in", left.count, how))
         return found
@@ -223,7 +221,7 @@ class HostFiles:
     def _judged(self, incoming: Incoming) -> ChangeSet:
         fs = self._policy.fs
         allowed = AllowedActions(mkdir=fs.allow_mkdir, remove=fs.allow_remove, rename=fs.allow_rename)
-        kept = _kept_by_us()
+        reserved = _own_places()
         roots = []
         whole = self._request.changes == "all-or-nothing"
         for number, (tree, mount) in enumerate(self._roots):
@@ -235,23 +233,24 @@ class HostFiles:
             around, let_go = repository_around(mount.host), self._request.allow_protected
             work_tree_tops = work_trees([*before, *skipped])
             protection = Protection(
-                mount.host, self._own(mount), let_go, repository=around, kept=kept, work_tree_tops=work_tree_tops
+                mount.host,
+                self._own(mount),
+                let_go,
+                repository=around,
+                reserved=reserved,
+                work_tree_tops=work_tree_tops,
             )
-            judged = judge(before, skipped, found, self._bounds, allowed, protection, split=not whole)
+            judged = check_changes(before, skipped, found, self._bounds, allowed, protection, split=not whole)
             if judged.root_mode is not None:
                 self._moded.append(f"{printable(mount.host)} was given mode {judged.root_mode:04o}")
-            refused = list(judged.refused)
-            if judged.changes and knows_no_case(mount.host):
-                refused += collisions((*judged.changes, *judged.left_out), {*before, *skipped})
-            # Of names that would be one on the host, neither is more right than the other.
-            whole = whole or len(refused) > len(judged.refused) or judged.is_whole
+            whole = whole or judged.is_whole
             roots.append(
                 RootChanges(
                     root=mount.host,
                     guest=mount.at,
                     missing=mount.missing,
                     changes=judged.changes,
-                    refused=tuple(sorted(refused, key=lambda refusal: refusal.name)),
+                    refused=judged.refused,
                     left_out=judged.left_out,
                 )
             )
@@ -307,7 +306,7 @@ def effective_roots(request: RunRequest, program: Program, policy: Policy) -> tu
     return (*roots, Root(field="--out", given=str(request.out), host=out, guest=OUT, write=True))
 
 
-def _kept_by_us() -> list[str]:
+def _own_places() -> list[str]:
     """Where our records lie, sets of changes and journals among them, and our cache: all of it is believed later."""
     root = state_dir()
     home = home_of(root)
@@ -400,6 +399,4 @@ def _to_let_in(reason: Reason, left: LeftOut, bounds: Bounds, *, built_in: bool)
     if reason in {"chosen", "secret"}:
         names = dict.fromkeys(Path(name).name for name in left.names)
         return None, " ".join(filter(None, (flag_for("--reveal", name) for name in names))) or None
-    flags = [_LETS_IN[reason]] if built_in and reason in _LETS_IN else []
-    flags += [_LETS_IN["link"]] if flags and left.links else []
-    return value_for(reason, left.most, bounds), " ".join(flags) or None
+    return value_for(reason, left.most, bounds), _LETS_IN.get(reason) if built_in else None

@@ -47,10 +47,10 @@ class SavedChanges(NamedTuple):
 
     def done(self) -> set[tuple[str, str]]:
         """What is applied, by root and name. Raises HostError."""
-        from x07_sandbox.files.undo_data import undoes
+        from x07_sandbox.files.undo_data import undo_entries
 
         with _sensible(self.run):
-            return {name for place in self.undos for name in undoes(place)}
+            return {name for place in self.undos for name in undo_entries(place)}
 
 
 def _later(folder: Path) -> list[Path]:
@@ -101,7 +101,7 @@ def undo_saved(kept: SavedChanges, on_wait: Callable[[str], None]) -> ChangeSet:
     from x07_sandbox.files.apply import apply
     from x07_sandbox.files.changes import decode
     from x07_sandbox.files.inode import ConflictError, undo_conflict_error
-    from x07_sandbox.files.undo_data import drop
+    from x07_sandbox.files.undo_data import remove_undo
 
     what = f"cannot undo the changes of run {kept.run}"
     with _alone(kept.folder, on_wait), _sensible(kept.run), applying(kept.run), contextlib.ExitStack() as stack:
@@ -120,7 +120,7 @@ def undo_saved(kept: SavedChanges, on_wait: Callable[[str], None]) -> ChangeSet:
             raise HostError(what, exc.why, exc.fix) from exc
         # In this order: killed before the last of it, we find all of it done the next time, and end it.
         shutil.rmtree(folder / "undoing")
-        drop(folder)  # from here on they are kept again, and can be applied again
+        remove_undo(folder)  # from here on they are kept again, and can be applied again
     return done
 
 
