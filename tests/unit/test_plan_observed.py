@@ -311,14 +311,12 @@ def test_flags_name_the_folder_as_the_user_did() -> None:
     assert denial.how_to_allow.flag == "--allow-write-root in"
 
 
-def test_a_root_that_one_around_it_left_out_is_replaced_once_it_joins_that() -> None:
-    """No root that is there already is advised for a mount in it: what joins the two is, if anything does."""
-    reveal = HowToAllow(json_path=None, value=None, flag="--reveal k.pem")
-    for joins in (reveal, None):
-        areas = (Area(given=".", at=START, write=True), Area(given="k", at=f"{START}/k", write=True, joins=joins))
-        for call, error in (("rename", EBUSY), ("unlink", EACCES)):
-            (denial,) = denials([kernel(call, f"{START}/k", error, write=True)], policy({}), areas, START)
-            assert (denial.field, denial.action, denial.how_to_allow) == ("fs.write_roots", "replace", joins)
+def test_a_mount_inside_a_write_root_is_not_advised_as_a_root_again() -> None:
+    """Replacing a mount inside a write root names the field and advises nothing."""
+    areas = (Area(given=".", at=START, write=True), Area(given="k", at=f"{START}/k", write=True))
+    for call, error in (("rename", EBUSY), ("unlink", EACCES)):
+        (denial,) = denials([kernel(call, f"{START}/k", error, write=True)], policy({}), areas, START)
+        assert (denial.field, denial.action, denial.how_to_allow) == ("fs.write_roots", "replace", None)
 
 
 def test_a_project_is_opened_to_be_written_by_its_relative_name() -> None:

@@ -900,16 +900,11 @@ def test_a_missing_root_is_one_folder_wherever_it_is_shown(run: Run, monkeypatch
     }
 
 
-def test_a_secret_that_is_a_root_elsewhere_is_told_where_it_is_missing(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By a relative path it goes in, and what shows its folder by an absolute one has left it out, and says so."""
-    monkeypatch.chdir(run.root)
+def test_a_secret_that_is_a_root_is_not_listed_as_left_out(run: Run) -> None:
+    """A root that a root around it leaves out travels by itself, and no denial names it."""
     (run.root / "k.pem").touch()
     run.files({"write_roots": (str(run.root), f"{run.root}/k.pem")}, changes="discard")
     assert run.draft.denials == []
-    run.files({"write_roots": (str(run.root), "k.pem")}, changes="discard")
-    assert flag_of(run.denial("secrets")) == ["--reveal", "k.pem"]
 
 
 def test_what_is_in_force_of_a_root_counts_and_not_what_names_it(run: Run) -> None:
@@ -918,9 +913,8 @@ def test_what_is_in_force_of_a_root_counts_and_not_what_names_it(run: Run) -> No
     (run.root / "a/f.pem").touch()
     fs = {"read_roots": (str(run.root), f"{run.root}/a"), "write_roots": (f"{run.root}/a/f.pem", str(run.root))}
     outer, secret = run.files(fs).areas
-    assert (outer.at, outer.write, outer.joins) == (str(run.root), True, None)
+    assert (outer.at, outer.write) == (str(run.root), True)
     assert (secret.at, secret.write) == (f"{run.root}/a/f.pem", True)
-    assert secret.joins == HowToAllow(json_path=None, value=None, flag="--reveal f.pem")
 
 
 def test_a_root_at_another_place_has_its_mount_there(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

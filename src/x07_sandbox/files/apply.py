@@ -69,7 +69,7 @@ _FIXES: Final = {
     errno.EROFS: "Make it writable",
     errno.EACCES: "Apply the changes as a user who may write there",
     errno.EPERM: "Apply the changes as the owner of the files and a member of their groups",
-    errno.EXDEV: "Unmount what is mounted there, or name it as a root of its own",
+    errno.EXDEV: "Unmount what is mounted there, name it as a root of its own, or leave it out with --skip",
     errno.EBUSY: "Unmount what is mounted there",
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import msgspec
 
@@ -13,11 +13,8 @@ from x07_sandbox.files.inode import MISSING, Ident, OpenInode, conflict_error, i
 from x07_sandbox.files.journal import Place, Step
 from x07_sandbox.host import beneath
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 OLD: Final = ".old"  # suffix of a displaced inode's slot, on file systems where names cannot be exchanged
-READABLE: Final = 0o600  # temporary mode of a displaced file while we read it, if its owner must not
+
 _CONFLICTS: Final = {*MISSING, errno.EEXIST, errno.ENOTEMPTY}
 
 
@@ -68,27 +65,18 @@ def apply_step(site: Site, step: Step) -> None:
             raise conflict_error([site.path(step.name)]) from exc
         exc.filename = site.path(step.name)
         raise
-    if slot and not _is_expected(site, step, slot):
+    if not _is_expected(site, step, slot):
         raise conflict_error([site.path(step.name)])
 
 
 def _displace(site: Site, step: Step, folder: int, name: str) -> str:
-    """Move what is there into staging and what is new in its place; return the slot to check, if any."""
+    """Move what is there into staging and what is new in its place; return the slot of what was there."""
     staging = site.staging_fd
-    try:
-        if step.kind == "remove":
-            beneath.move(folder, name, staging, step.slot)
-            return step.slot
-        if beneath.exchange(staging, step.slot, folder, name):
-            return step.slot
-    except OSError as exc:
-        if exc.errno != errno.EXDEV or step.before is None or step.before.kind != "folder":
-            raise
-        # A folder in a lower layer of an overlay cannot be renamed, but it can be removed.
-        _remove_folder(site, step, folder, name)
-        if step.kind == "replace":
-            beneath.move(staging, step.slot, folder, name)
-        return ""
+    if step.kind == "remove":
+        beneath.move(folder, name, staging, step.slot)
+        return step.slot
+    if beneath.exchange(staging, step.slot, folder, name):
+        return step.slot
     # A link and a rename over the name would never leave it empty, but lose what another process creates in between.
     beneath.move(folder, name, staging, step.slot + OLD)
     beneath.move(staging, step.slot, folder, name)
@@ -140,7 +128,7 @@ def _apply_mode(site: Site, step: Step) -> None:
     if step.before is not None and step.before.kind == "file":
         now = msgspec.structs.replace(step.before, mode=step.new_mode)
         with open_inode(site.fd, step.name) as found:
-            if found is None or found.ident != step.old or not found.matches(now, blind=True):
+            if found is None or found.ident != step.old or not found.matches(now):
                 raise conflict_error([site.path(step.name)])
 
 
@@ -151,22 +139,7 @@ def _is_expected(site: Site, step: Step, slot: str) -> bool:
             return False
         if old.kind == "folder":
             return step.before.kind == "folder" and not old.names()
-        before = msgspec.structs.replace(step.before, mode=old.mode & 0o777)
-        try:
-            return old.matches(before)
-        except PermissionError:
-            with _readable(old):
-                return old.matches(before)
-
-
-@contextlib.contextmanager
-def _readable(old: OpenInode) -> Iterator[None]:
-    """Make a file of ours readable for a moment. If we are killed here, undoing the step restores the mode."""
-    old.set_mode(READABLE)
-    try:
-        yield
-    finally:
-        old.set_mode(old.mode)
+        return old.matches(msgspec.structs.replace(step.before, mode=old.mode & 0o777))
 
 
 def _has_old_mode(found: OpenInode, step: Step) -> bool:
@@ -178,8 +151,7 @@ def _has_old_mode(found: OpenInode, step: Step) -> bool:
 def _undo_mode(site: Site, step: Step) -> bool:
     with open_inode(site.fd, step.name) as found:
         if found is None or found.ident != step.old:
-            # Our new folder, already removed or never moved in; or a substitute.
-            return step.before is None or (found is not None and found.mode == step.old_mode)
+            return step.before is None  # our new folder, already removed or never moved in
         if found.mode == step.new_mode:
             found.set_mode(step.old_mode)
     return True
@@ -189,13 +161,11 @@ def _take_back(site: Site, step: Step, folder: int, name: str) -> bool:
     """Replace our new inode under the name by what it displaced."""
     staging = site.staging_fd
     old = displaced_slot(site, step)
-    if step.kind == "replace" and old == step.slot:
-        _restore_mode(site, step, old)
-        if beneath.exchange(staging, old, folder, name):
-            if _holds_new(site, step):
-                return True
-            beneath.exchange(staging, old, folder, name)
-            return False
+    if step.kind == "replace" and old == step.slot and beneath.exchange(staging, old, folder, name):
+        if _holds_new(site, step):
+            return True
+        beneath.exchange(staging, old, folder, name)
+        return False
     try:
         beneath.move(folder, name, staging, step.slot)
     except FileExistsError:
@@ -218,23 +188,11 @@ def _put_back(site: Site, step: Step, folder: int, name: str) -> bool:
     if not holds_displaced(site, step):
         # Somebody may have replaced a new file. A new folder still exists, with what we put in it.
         return not step.new_folder or ident_of(site.staging_fd, step.slot) == step.new
-    old = displaced_slot(site, step)
-    _restore_mode(site, step, old)
     try:
-        beneath.move(site.staging_fd, old, folder, name)
+        beneath.move(site.staging_fd, displaced_slot(site, step), folder, name)
     except FileExistsError:
-        return ident_of(folder, name) == step.old and _is_unneeded(site, old, folder, name)
+        return False
     return True
-
-
-def _is_unneeded(site: Site, slot: str, folder: int, name: str) -> bool:
-    """Return whether a slot holds only the substitute for a folder that is still in its place."""
-    with open_inode(site.staging_fd, slot) as found:
-        if found is None or (found.kind == "folder" and not found.names()):
-            return True
-    # We were killed after an exchange with what somebody had just put there: exchange them again.
-    beneath.exchange(site.staging_fd, slot, folder, name)
-    return False
 
 
 def holds_displaced(site: Site, step: Step) -> bool:
@@ -243,14 +201,6 @@ def holds_displaced(site: Site, step: Step) -> bool:
         return False
     found = ident_of(site.staging_fd, displaced_slot(site, step))
     return found is not None and found != step.new
-
-
-def _restore_mode(site: Site, step: Step, slot: str) -> None:
-    """Restore the mode of a displaced file if we were killed while we read it."""
-    with open_inode(site.staging_fd, slot) as old:
-        opened = old is not None and old.mode == READABLE and not step.old_mode & 0o400
-        if opened and old is not None and old.kind == "file" and old.ident == step.old:
-            old.set_mode(step.old_mode)
 
 
 def staged_inodes(steps: list[Step], index: int) -> dict[str, Ident]:

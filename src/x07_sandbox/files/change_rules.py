@@ -49,12 +49,11 @@ class CheckedChanges(msgspec.Struct, frozen=True, kw_only=True):
 
     left_out: the refused changes and their dependents, which are not in *changes*. is_whole: nothing could be left out,
     so nothing may be applied while anything is refused. Entries that are too deep or of an unknown kind are refused but
-    are no changes. root_mode: the mode that the program gave the root folder, which keeps its own on the host.
+    are no changes.
     """
 
     changes: tuple[Change, ...]
     refused: tuple[Refused, ...]
-    root_mode: int | None = None
     left_out: tuple[Change, ...] = ()
     is_whole: bool = False
 
@@ -80,27 +79,21 @@ def check_changes(  # noqa: PLR0913 - the tree, the reported entries, and what i
     check = _Check(before, skipped, bounds, allowed, protection)
     changes, found = check(after)
     refused += found
-    root = after.get("")
-    moded = root is not None and root.kind == "folder" and not root.same(before.get(""))
-    judged = CheckedChanges(
-        changes=tuple(changes),
-        refused=_sorted(refused),
-        root_mode=root.mode if root is not None and moded else None,
-    )
-    return _split(judged, after, check) if split and refused else judged
+    checked = CheckedChanges(changes=tuple(changes), refused=_sorted(refused))
+    return _split(checked, after, check) if split and refused else checked
 
 
-def _split(judged: CheckedChanges, after: dict[str, Node], check: _Check) -> CheckedChanges:
+def _split(checked: CheckedChanges, after: dict[str, Node], check: _Check) -> CheckedChanges:
     """Leave out refused changes until the rest is allowed; give up after _SPLITS_MAX rounds."""
-    refused = list(judged.refused)
+    refused = list(checked.refused)
     for _ in range(_SPLITS_MAX):
-        left = with_dependents(judged.changes, {refusal.name for refusal in refused})
+        left = with_dependents(checked.changes, {refusal.name for refusal in refused})
         rest, found = check(_reverted(after, check.before, left))
         if not found:
-            out = tuple(change for change in judged.changes if change.name in left)
-            return msgspec.structs.replace(judged, changes=tuple(rest), left_out=out, refused=_sorted(refused))
+            out = tuple(change for change in checked.changes if change.name in left)
+            return msgspec.structs.replace(checked, changes=tuple(rest), left_out=out, refused=_sorted(refused))
         refused += found
-    return msgspec.structs.replace(judged, is_whole=True)
+    return msgspec.structs.replace(checked, is_whole=True)
 
 
 def _reverted(after: dict[str, Node], before: Mapping[str, Node], names: set[str]) -> dict[str, Node]:
@@ -268,6 +261,8 @@ def _by_kind(change: Change, bounds: Bounds) -> Iterator[Refused]:
         return
     if node.mode & _SPECIAL_BITS:
         yield Refused(name=name, rule="kind", why="set-id or sticky bit")
+    if node.kind == "file" and not node.mode & 0o400:
+        yield Refused(name=name, rule="kind", why="its owner could not read it, so it could not be undone")
     if node.kind == "file" and node.size > bounds.write_bytes:
         value = node.size if node.size <= NUMBER_MAX else None
         yield Refused(name=name, rule="fs.max_write_bytes", why="larger than fs.max_write_bytes", value=value)

@@ -94,10 +94,8 @@ def compare_root(root: RootChanges, dir_fd: int, prefix: str, undo: Mapping[tupl
         name = _below(prefix, change.name)
         try:
             with open_inode(dir_fd, name) as found:
-                good = _fits(found, change.before, blind=True)
-                if _fits(found, change.after, blind=False) or _is_applied(
-                    found, change, undo.get((root.root, change.name))
-                ):
+                good = _fits(found, change.before)
+                if _fits(found, change.after) or _is_applied(found, change, undo.get((root.root, change.name))):
                     applied.add(change.name)
                 items.append(Item(name, change, found.info if found else None))
                 if good and found and _kind(change.before) == "folder" != _kind(change.after):
@@ -192,7 +190,7 @@ def _is_applied(found: OpenInode | None, change: Change, undo: Change | None) ->
     """Return whether *undo*, if there is one, would revert the change from what was found."""
     if undo is None or not (undo.after is change.before or (undo.after and undo.after.same(change.before))):
         return False
-    return _fits(found, undo.before, blind=False)
+    return _fits(found, undo.before)
 
 
 def _same_content(change: Change) -> bool:
@@ -215,14 +213,8 @@ def _below(prefix: str, name: str) -> str:
     return posixpath.join(prefix, name).rstrip("/") or "."
 
 
-def _fits(found: OpenInode | None, node: Node | None, *, blind: bool) -> bool:
-    """blind: an unreadable file fits by size and mode; its content is compared once it was moved to staging."""
-    if found is None or node is None:
-        return found is None and node is None
-    try:
-        return found.matches(node)
-    except PermissionError:
-        return blind and found.matches(node, blind=True)
+def _fits(found: OpenInode | None, node: Node | None) -> bool:
+    return found is None if node is None else found is not None and found.matches(node)
 
 
 def _has_parent(name: str, folders: set[str], dir_fd: int, prefix: str) -> bool:
@@ -241,5 +233,5 @@ def _unreadable(exc: OSError, path: str) -> HostError:
     if exc.errno == errno.EXDEV:
         fix = "Unmount it, or name what is mounted as a root of its own"
         return HostError("cannot apply the changes", f"there is a mount point on the way to {path!a}", fix)
-    fix = "Make it readable. If the run changed its mode, restore it by hand"
+    fix = "Make it readable"
     return HostError("cannot apply the changes", f"{path!a}: {exc.strerror or exc}", fix)

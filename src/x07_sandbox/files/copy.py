@@ -11,7 +11,6 @@ import errno
 import fnmatch
 import hashlib
 import os
-import posixpath
 import re
 import shlex
 import stat
@@ -27,7 +26,7 @@ from x07_sandbox.files.changes import Node, parent_folders
 from x07_sandbox.files.contents import add_zeros
 from x07_sandbox.files.roots import Mount
 from x07_sandbox.host import beneath, settings
-from x07_sandbox.plan.guest_paths import OUT, inside
+from x07_sandbox.plan.guest_paths import inside
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -393,14 +392,6 @@ class _Walk:
     def _is_written(self, name: str) -> bool:
         return any(not sub or name == sub or name.startswith(f"{sub}/") for sub in self._written)
 
-    def _has_places(self, name: str) -> bool:
-        """Return whether a root is mounted wherever a root around it would have shown it, or where --out is."""
-        mounts = self._tree.mounts
-        places = {mount.at for mount in mounts if mount.sub == name}
-        around = [mount for mount in mounts if not mount.sub or name.startswith(f"{mount.sub}/")]
-        printable = {posixpath.join(mount.at, posixpath.relpath(name, mount.sub or ".")) for mount in around}
-        return OUT in places or printable <= places
-
     def _skip(self, reason: Reason, name: str, size: int = 0) -> None:
         if self._tree.only:
             why = why_left_out(reason, self._bounds)
@@ -408,7 +399,7 @@ class _Walk:
             raise error.by(FIELDS[reason], value_for(reason, size, self._bounds))
         if self._is_written(name):
             self.copied.skipped[name] = Skipped(reason, size)
-        if name in self._subs and self._has_places(name):
+        if name in self._subs:
             return  # it travels separately
         left = self.copied.left_out.setdefault(reason, LeftOut())
         left.count += 1

@@ -89,11 +89,8 @@ class OpenInode:
         """A path that reaches this inode whatever happens to its names."""
         return f"/proc/self/fd/{self.fd}"
 
-    def matches(self, node: Node, *, blind: bool = False) -> bool:
-        """Return whether the inode is what *node* describes. Raises OSError.
-
-        blind: compare only size and mode if the file cannot be read.
-        """
+    def matches(self, node: Node) -> bool:
+        """Return whether the inode is what *node* describes. Raises OSError."""
         if self.kind != node.kind:
             return False
         if node.kind == "link":
@@ -102,12 +99,7 @@ class OpenInode:
             return False
         if node.kind == "folder":
             return True
-        try:
-            return self.info.st_size == node.size and self._sha256(node.size) == node.sha256
-        except PermissionError:
-            if blind:
-                return True
-            raise
+        return self.info.st_size == node.size and self._sha256(node.size) == node.sha256
 
     def names(self) -> list[str]:
         """Return the names in a folder. Raises OSError."""

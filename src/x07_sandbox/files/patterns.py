@@ -85,7 +85,7 @@ class Walk:
                 raise self._folder.refused(why, "Correct `files` in its manifest")
 
     def _found(self, fd: int, folder: str, states: set[_State]) -> list[tuple[str, bool, set[_State]]]:
-        """Return the relevant names in a folder: path, whether it is a matching file, and the states for its entries."""
+        """Return the relevant names in a folder: path, whether it is a matching file, the states for its entries."""
         plain: dict[str, list[_State]] = {}
         others: list[_State] = []
         for state in states:

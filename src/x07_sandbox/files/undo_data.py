@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 from x07_sandbox.errors import HostError
 from x07_sandbox.files import changes as data_model
 from x07_sandbox.files import contents
-from x07_sandbox.files.apply_steps import OLD, READABLE, displaced_slot
+from x07_sandbox.files.apply_steps import OLD, displaced_slot
 from x07_sandbox.files.inode import open_inode
 from x07_sandbox.host.paths import replace_file
 
@@ -116,14 +116,7 @@ def _copy_displaced(fd: int, site: Site, step: Step, before: Node) -> None:
     with open_inode(site.staging_fd, displaced_slot(site, step)) as old:
         if old is None or old.ident != step.old or old.info.st_size != before.size:
             raise lost
-        unreadable = not step.old_mode & 0o400
-        if unreadable:
-            old.set_mode(READABLE)
-        try:
-            source = old.open_file()
-        finally:
-            if unreadable:  # it will be removed, but may have other names
-                old.set_mode(step.old_mode)
+        source = old.open_file()
         try:
             if contents.copy(source, 0, before.size, fd, step.undo_at) != before.sha256:
                 raise lost
@@ -137,7 +130,7 @@ def _remove_slot(staging_fd: int, name: str, known: dict[str, Ident] | None) -> 
     with open_inode(staging_fd, name) as found:
         if found is None:
             return True
-        if found.kind == "folder" and _SLOT.fullmatch(name):  # a substitute too
+        if found.kind == "folder" and _SLOT.fullmatch(name):
             if found.names():
                 return False
             os.rmdir(name, dir_fd=staging_fd)

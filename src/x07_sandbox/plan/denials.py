@@ -54,12 +54,8 @@ class Hint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class Area(msgspec.Struct, frozen=True, kw_only=True):
-    """A mount of the host's in the guest. given: as the policy or the flag names it. at: where the program sees it.
-
-    joins: what would let it go in with the root around it, which left it out.
-    """
+    """A mount of the host's in the guest. given: as the policy or the flag names it. at: where the program sees it."""
 
     given: str
     at: str
     write: bool
-    joins: HowToAllow | None = None

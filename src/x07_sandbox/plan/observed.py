@@ -293,7 +293,7 @@ def _to_replace(path: str, areas: Sequence[Area], policy: Policy, cwd: str) -> H
     if area is None or area.at != path or path == OUT:
         return None
     if any(other.write and inside(path, other.at) for other in areas):  # there is such a root
-        return area.joins
+        return None
     given = posixpath.normpath(area.given)
     folder = posixpath.dirname(given) or "."
     if given == "." or place(folder, cwd, deny_hidden=policy.fs.deny_hidden)[0] is None:
