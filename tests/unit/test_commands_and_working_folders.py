@@ -287,7 +287,7 @@ def test_any_bytes_are_files_or_an_error_of_the_guests(data: bytes, cut: int) ->
 
 def test_a_result_keeps_its_files_when_it_is_pickled() -> None:
     """A result with files goes to another process whole, and its document does not have their contents."""
-    result = draft_result("1-2-3").having({"a": b"1"})
+    result = draft_result("1-2-3").with_files({"a": b"1"})
     again = pickle.loads(pickle.dumps(result))  # noqa: S301 - our own
     assert (again, again.files) == (result, {"a": b"1"})
     assert draft_result("1-2-3").files == {}

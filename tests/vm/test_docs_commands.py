@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from tests.conftest import FULL
-from x07_sandbox.runs.run import SCALABLE
+from x07_sandbox.runs.run import SCALING_HINT
 
 if TYPE_CHECKING:
     from x07_sandbox.images.store import Image
@@ -70,7 +70,7 @@ def test_the_commands_of_a_page_work(page: Path, image: Image, state: Path, tmp_
         )
         assert done.returncode == 0, f"{argv[-1]}{done.stderr}"
         if output is not None:
-            assert done.stdout.replace(f" ({SCALABLE})", "") == output, argv[-1]  # only an emulated machine says it
+            assert done.stdout.replace(f" ({SCALING_HINT})", "") == output, argv[-1]  # only an emulated machine says it
     assert sorted(path.name for path in here.iterdir()) in (
         [".venv", "examples", "scripts"],
         [".venv", "build", "examples", "scripts"],

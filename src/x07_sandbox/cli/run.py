@@ -444,6 +444,6 @@ def _explain(result: Result) -> None:
     for name, stream in (("standard output", result.stdout), ("standard error", result.stderr)):
         if stream.undelivered:
             say(f"the program's {name} could not be passed on: {stream.undelivered}")
-    if result.outcome == "ok" or (result.outcome == "failed" and result.began):
+    if result.outcome == "ok" or (result.outcome == "failed" and result.program_started):
         return
     say(f"{result.outcome}: {result.reason}", bad=f"{result.outcome}:")

@@ -1,4 +1,4 @@
-"""x07-sandbox.toml: what a project of more than one file consists of, and how it is built and run."""
+"""x07-sandbox.toml: the files of a project, and how it is built and run."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ Word = Annotated[str, msgspec.Meta(max_length=131_072)]
 
 
 class BuildTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`[build]`. args: for make, or for the compiler, before the sources."""
+    """`[build]`. args: for make, or for the compiler before the sources."""
 
     args: Annotated[tuple[Word, ...], msgspec.Meta(max_length=256)] = ()
 
 
 class RunTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`[run]`: what a run of it gets unless the command line says otherwise. input: a file of the project."""
+    """`[run]`: defaults for a run. input: a file of the project."""
 
     args: Annotated[tuple[Word, ...], msgspec.Meta(max_length=1024)] = ()
     input: RelativePath | None = None
@@ -49,11 +49,10 @@ class RunTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The file. Paths are relative to its folder, and do not leave it.
+    """The manifest. Paths are relative to its folder and stay inside.
 
-    files: what travels: names, or patterns with *, ?, [] and **. Nothing else does.
-    entry: the file that is started (scripts, executables). artifact: the file that make makes.
-    policy, image: for runs of it, unless the command line names another.
+    files: what is copied in: names, or patterns with *, ?, [] and **. entry: the file that is started (scripts,
+    executables). artifact: the file that make builds. policy, image: defaults for runs.
     """
 
     schema_version: str
@@ -68,7 +67,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 def decode_manifest(data: bytes, *, source: str) -> tuple[Manifest, Toolchain]:
-    """The manifest in *data*, and its toolchain. source: names it in errors. Raises UsageError."""
+    """Return the manifest in *data* and its toolchain. source: names it in errors. Raises UsageError."""
     if len(data) > MAX_BYTES:
         _wrong(source, f"it has more than {MAX_BYTES} bytes")
     try:
@@ -111,7 +110,7 @@ def _check_sizes(text: str, source: str) -> None:
 
 
 def _check_keys(value: dict[str, object], source: str) -> None:
-    """A misspelt key is named, with the one that was meant."""
+    """Reject unknown keys and suggest the right one."""
     tables = (("", value, Manifest), ("build.", value.get("build"), BuildTable), ("run.", value.get("run"), RunTable))
     for prefix, table, model in tables:
         known = [field.encode_name for field in msgspec.structs.fields(model)]
@@ -147,20 +146,20 @@ def _check(manifest: Manifest, toolchain: Toolchain, source: str) -> None:
 
 
 def find_manifest(program: Path) -> Path | None:
-    """The manifest that *program* names: itself, or the one in that folder; None for a file of another kind.
+    """Return the manifest that *program* is or contains; None for any other file.
 
-    Raises UsageError for a folder without one.
+    Raises UsageError for a folder without a manifest.
     """
     if program.name == FILE:
         return program
     if not is_folder(program):
         return None
     manifest = program / FILE
-    if os.path.lexists(manifest):  # whatever it is: who reads it says what is wrong with it
+    if os.path.lexists(manifest):
         return manifest
-    fix = f"Write one (x07 init --toolchain T), or name a source file in it: x07 run {program}/FILE"
-    raise UsageError(f"cannot run the folder {program}", f"there is no {FILE} in it", fix)
+    fix = f"Create one (x07 init --toolchain T), or name a source file in it: x07 run {program}/FILE"
+    raise UsageError(f"cannot run the folder {program}", f"it has no {FILE}", fix)
 
 
 def _wrong(source: str, why: str) -> NoReturn:
-    raise UsageError(f"the manifest {source} is refused", why, "See docs/reference/programs.md")
+    raise UsageError(f"the manifest {source} is invalid", why, "See docs/reference/programs.md")

@@ -1,4 +1,4 @@
-"""Files of a program's private folders: those that it finds there, and those that it leaves there for its caller."""
+"""Files in a program's private folders: those it gets, and those it leaves for its caller."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 FILES_MAX: Final = 10_000
-_FOLDERS: Final = 2  # of the guest: the working folder, and /x07/out
+_FOLDERS: Final = 2  # the working folder and /x07/out
 
 
 class LeftFiles:
-    """Takes the files that the guest sends, as much as was asked for."""
+    """Takes the files that the guest sends, within the requested limits."""
 
     def __init__(self, stack: contextlib.ExitStack, max_bytes: int) -> None:
         self._stack = stack
@@ -31,18 +31,18 @@ class LeftFiles:
         self._incoming: Incoming | None = None
 
     def wanted(self) -> dict[str, int]:
-        """What START says of them."""
+        """Return the limits for START."""
         return {"files": FILES_MAX, "bytes": self._max_bytes}
 
     def take(self, data: bytes) -> bool:
-        """Take bytes of the stream; False once they are more than was asked for. Raises PeerError, BackendError."""
+        """Take bytes of the stream; return False once a limit is exceeded. Raises PeerError, BackendError."""
         if self._incoming is None:
             self._fd = memory_file(b"", self._stack)
             self._incoming = Incoming(self._fd, roots=_FOLDERS, most_entries=FILES_MAX, most_bytes=self._max_bytes)
         return self._incoming.take(data)
 
     def files(self) -> dict[str, bytes]:
-        """Regular files by their names, where all has come; those of /x07/out come before those of the same name."""
+        """Return regular files by name, if all have arrived; those of /x07/out win over others of the same name."""
         if self._incoming is None or not self._incoming.complete:
             return {}
         found = {}
@@ -60,7 +60,7 @@ class LeftFiles:
 
 
 def work_files(files: Mapping[str, bytes], stack: contextlib.ExitStack) -> InFile:
-    """*files* as a tree that lies in the program's private working folder. Raises UsageError."""
+    """Return *files* as a tree for the program's private working folder. Raises UsageError."""
     packed = pack_files(files, "the files of the program").files
     now = time.time_ns()
     entries = [Entry(Kind.FOLDER, os.fsencode(name), mode=0o755).encoded() for name in sorted(parent_folders(packed))]

@@ -1,6 +1,6 @@
 """The result of a run: one frozen value, from which text, JSON and reports are made.
 
-Schema `x07.sandbox.result@0.1.0`: `schemas/result.schema.json` is generated from these types.
+`schemas/result.schema.json` (`x07.sandbox.result@0.1.0`) is generated from these types.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from x07_sandbox.policy.model import Limits
 
 SCHEMA: Final = "x07.sandbox.result@0.1.0"
 
-# The words of plan/outcomes, which is not loaded here, since its table would cost every start.
+# The names in plan/outcomes, which is not imported because its table would slow every start.
 Outcome = Literal[
     "ok",
     "failed",
@@ -38,9 +38,9 @@ Outcome = Literal[
 
 
 class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """One output stream: `text` where it is UTF-8, else `base64`. bytes: how many came up to the cap.
+    """One output stream: `text` if it is UTF-8, else `base64`. bytes: how many arrived, up to the limit.
 
-    undelivered: why not all of it could be passed on as it came (a full disk, say; a reader who went away is none).
+    undelivered: why not all of it could be passed on live, such as a full disk; null if the reader just went away.
     """
 
     bytes: int
@@ -51,7 +51,7 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forb
 
     @property
     def data(self) -> builtins.bytes:
-        """The stream itself."""
+        """The bytes of the stream."""
         if self.base64 is None:
             return (self.text or "").encode()
         from base64 import b64decode
@@ -60,9 +60,9 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forb
 
 
 class PhaseReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One phase. times_ms: from the machine's release to hello, seeded, started, exited and end; a clone says no hello.
+    """One phase. start: whether the machine was booted, cloned from a saved one, or taken from a pool.
 
-    start: whether the machine was booted anew, is a clone of one that was saved, or waited in a pool.
+    times_ms: from the release of the machine to hello, seeded, started, exited and end; a clone sends no hello.
     """
 
     job_id: str
@@ -78,14 +78,14 @@ class PhaseReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class BuildOutput(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a build printed."""
+    """The output of a build."""
 
     stdout: Output
     stderr: Output
 
 
 class ControlReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One field of the policy, and who holds it."""
+    """One field of the policy and what enforces it."""
 
     field: str
     state: Literal["enforced", "advisory", "refused"]
@@ -94,7 +94,7 @@ class ControlReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 class ChangedName(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One name that the program changed. root: the folder of the host. name: from there."""
+    """One name that the program changed. root: the folder of the host. name: relative to it."""
 
     root: str
     name: str
@@ -102,10 +102,10 @@ class ChangedName(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class LeftOutEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """An entry that may not be applied, and was kept for review with all that lies below it.
+    """An entry that was not allowed and was saved for review, with everything below it.
 
-    rules: which ones refuse it. entries: how many names they refuse there. take: flags of `x07 apply` that apply it,
-    quoted for a shell; empty where none does.
+    rules: the rules that refuse it. entries: the number of refused names. take: flags of `x07 apply` that apply it,
+    quoted for a shell; empty if none do.
     """
 
     name: str
@@ -115,12 +115,12 @@ class LeftOutEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class Changes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What became of the program's changes to files.
+    """What happened to the program's changes to files.
 
-    reason: why they were not applied. added, changed, deleted: how many, and names: all deletions first, and of the
-    rest as many as make 1000; both without what was left out.
-    left_out: how many names were left out, since they are refused or depend on one that is. left_out_entries: the
-    uppermost that are refused, at most 100. apply_left_out: the command that applies what of them it can.
+    reason: why they were not applied. added, changed, deleted: their numbers, and names: all deletions first, then
+    others up to 1000 in total; none of them includes what was left out. left_out: the number of names that were refused
+    or depend on a refused one. left_out_entries: the uppermost refused ones, at most 100. apply_left_out: the command
+    that applies those that flags can allow.
     """
 
     state: Literal["none", "applied", "kept", "conflict", "discarded"] = "none"
@@ -135,14 +135,14 @@ class Changes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class Discarded(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Files that were thrown away with the machine: how many, and their bytes."""
+    """Files that were removed with the machine: their number and bytes."""
 
     count: int = 0
     bytes: int = 0
 
 
 class Digests(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """sha256 of what went in and came out, as `sha256:<hex>`; null for what there was none of."""
+    """SHA-256 digests of what went in and came out, as `sha256:<hex>`; null if there was none."""
 
     image: str | None = None
     policy: str | None = None
@@ -153,9 +153,9 @@ class Digests(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class Scaling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Limits that were multiplied, since the machine was emulated and the user wanted that.
+    """Limits that were multiplied because the machine was emulated and the user asked for it.
 
-    factor: how much slower than the host it was measured to be. wall_ms, cpu_ms: the limits that held.
+    factor: the measured slowdown. wall_ms, cpu_ms: the limits that applied.
     """
 
     factor: int
@@ -164,28 +164,28 @@ class Scaling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, dict=True):
-    """How one run ended.
+    """The result of one run.
 
-    run: its name, for `x07 diff` and its kin. schema_version: of this form.
-    outcome: one word of docs/reference/outcomes.md. fault: whose doing it was. reason: one sentence for people.
-    x07_exit_code: what `x07 run` ends with. exit_code, signal: how the program itself ended; null where it did not so.
-    stdout, stderr: what it printed; of a failed build, what that printed.
-    isolation, backend, jail: the wall that stood. phases: what each machine did, times in milliseconds, sizes in bytes.
-    policy: from what the one in force was made, as it was named: a path, `built-in:TEMPLATE`, or the id of a value;
-        null where it did not come to one.
-    digests: of what went in and came out, as `sha256:<hex>`. controls: of each field of the policy who held it.
-    denials: what was asked for, or tried, and not given. changes: what became of its changes to files.
+    run: its id, for `x07 diff` and other commands. schema_version: of this document.
+    outcome: see docs/reference/outcomes.md. fault: who caused it. reason: one sentence for people.
+    x07_exit_code: exit code of `x07 run`. exit_code, signal: how the program itself ended; null if it did not.
+    stdout, stderr: output of the program, or of a failed build.
+    isolation, backend, jail: the boundary that was used. phases: each machine's report, times in ms, sizes in bytes.
+    policy: the source of the policy as it was named: a path, `built-in:TEMPLATE`, or the id of a value;
+        null if the run failed before.
+    digests: of what went in and came out. controls: for each field of the policy, what enforced it.
+    denials: what was requested or tried, and denied. changes: what happened to its changes to files.
     warnings: sentences for people.
-    artifact_from: whether the program was built now, kept from an earlier build of the same, or given.
-    build: what its build printed, then or now; null where there was none.
-    hints: what it seems to have missed, told from its own error output: no refusals.
-    denials_lost: how many more things refused, or records of them, were not looked at: there were too many.
-    filters: the image's seccomp filters that the program was under, by name, as `sha256:<hex>`. One whose name ends
-        in -once stands beside its twin: the guest takes it where the program itself has to be executed.
-    files_discarded: what the program left in its private folders, and nobody took: see x07 run --workdir and --out.
-    net: what the program's connections came to; null where it could have none.
-    scaling: of its time and CPU limits; null where the policy's own held.
-    limits: those that held for the program, whoever set them; null where there is no plan.
+    artifact_from: whether the program was built now, taken from the cache, or provided.
+    build: output of the build, also of a cached one; null if there was none.
+    hints: what the program seems to have missed, according to its error output; these are not denials.
+    denials_lost: the number of further denials that were not recorded.
+    filters: the seccomp filters of the image that applied, by name, as `sha256:<hex>`. One whose name ends in -once
+        belongs to the filter of the same name; the guest uses it if the program itself has to be executed.
+    files_discarded: what the program left in its private folders (see x07 run --workdir and --out).
+    net: summary of the program's connections; null if it could have none.
+    scaling: of the time and CPU limits; null if the policy's applied.
+    limits: the limits that applied, whoever set them; null if there was no plan.
     """
 
     run: str
@@ -220,25 +220,25 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @property
     def ok(self) -> bool:
-        """Whether the program ended by itself with status 0."""
+        """Whether the program exited with status 0."""
         return self.outcome == "ok"
 
     @property
-    def began(self) -> bool:
-        """Whether the program itself was ever executed."""
+    def program_started(self) -> bool:
+        """Whether the program itself was executed."""
         return "run" in self.phases and "started" in self.phases["run"].times_ms
 
     @property
     def files(self) -> dict[str, builtins.bytes]:
-        """Files that the program left in its private working folder or in /x07/out, by relative name.
+        """Files that the program left in its private working folder or /x07/out, by relative name.
 
-        Only calls from Python take them (`max_files_bytes`), and no document of a result has them.
+        Only the Python API collects them (`max_files_bytes`); documents do not include them.
         """
         found: dict[str, builtins.bytes] = vars(self).get("files_left", {})
         return found
 
-    def having(self, files: dict[str, builtins.bytes]) -> Self:
-        """The same result, with these as its `files`."""
+    def with_files(self, files: dict[str, builtins.bytes]) -> Self:
+        """Return this result with *files* as its `files`."""
         vars(self)["files_left"] = files
         return self
 
@@ -247,15 +247,15 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 def _with_files(kind: type[Result], fields: dict[str, Any], files: dict[str, bytes]) -> Result:
-    """Undo Result.__reduce__: a pickled result keeps its files."""
-    return kind(**fields).having(files)
+    """Restore a pickled result with its files."""
+    return kind(**fields).with_files(files)
 
 
 EMPTY_OUTPUT = Output(bytes=0, truncated=False, text="")
 
 
 def draft_result(run: str) -> Result:
-    """The result of a run of which nothing is known yet: what is learned replaces its fields, one after another."""
+    """Return the result of a run of which nothing is known yet; the run replaces its fields."""
     return Result(
         run=run,
         outcome="internal-error",

@@ -1,7 +1,7 @@
-"""Time and CPU limits under emulation: multiplied by how much slower the emulated machine is, where the user wants it.
+"""Scaling of time and CPU limits by the slowdown of an emulated machine, if the user asked for it.
 
-The factor is measured once per boot of the host, QEMU and processor: a piece of CPU work of ours in a guest and on the
-host. Neither a policy nor a project can ask for it.
+The factor is measured once per boot of the host, QEMU and processor: the same CPU work runs in a guest and on the host.
+Neither a policy nor a project can request scaling.
 """
 
 from __future__ import annotations
@@ -40,8 +40,7 @@ if TYPE_CHECKING:
     from x07_sandbox.plan.controls import RunLimits
     from x07_sandbox.runs.prepare import Prepared
 
-# Prints the CPU time of its fastest round in milliseconds: other rounds may have shared the processor, and in a guest
-# that counts as its own time.
+# Prints the CPU time of its fastest round in milliseconds. A guest also counts time in which others had the processor.
 _WORK: Final = b"""#!/usr/bin/python3 -I
 import json, re, time
 text = json.dumps(sorted((i * 7919) % 10007 for i in range(20000)))
@@ -60,17 +59,17 @@ _LOCK_S: Final = 180.0
 
 
 def scale(prepared: Prepared, factor: int) -> tuple[Prepared, Scaling, tuple[str, ...]]:
-    """Return what is to be run with its time and CPU limits multiplied, what they are now, and warnings."""
+    """Return the run with its time and CPU limits multiplied, the scaled limits, and warnings."""
     limits, scaling, warnings = scaled_limits(prepared.plan.limits, factor)
     return replace(prepared, plan=replace(prepared.plan, limits=limits)), scaling, warnings
 
 
 def scaled_limits(limits: RunLimits, factor: int) -> tuple[RunLimits, Scaling, tuple[str, ...]]:
-    """Return the limits multiplied, up to what a policy can say; what they are now, and a warning for each cut one."""
+    """Return the limits multiplied, but at most the largest that a policy can hold; also the scaling, and warnings."""
     wanted = {field: getattr(limits, field) * factor for field in ("wall_ms", "cpu_ms")}
     given = {field: min(value, largest(f"limits.{field}")) for field, value in wanted.items()}
     warnings = tuple(
-        f"limits.{field} was scaled to {given[field] / 1000:g} s, the largest value, and not to {value / 1000:g} s"
+        f"limits.{field} was scaled to {given[field] / 1000:g} s, the largest value, instead of {value / 1000:g} s"
         for field, value in wanted.items()
         if given[field] < value
     )
@@ -78,9 +77,9 @@ def scaled_limits(limits: RunLimits, factor: int) -> tuple[RunLimits, Scaling, t
 
 
 def measured_factor(prepared: Prepared) -> int:
-    """Return how many times slower than this host the emulated machine is; measured where it is not known.
+    """Return how many times slower than this host the emulated machine is, measuring it if it is unknown.
 
-    Raises SandboxError where it cannot be measured.
+    Raises SandboxError.
     """
     if (known := known_factor()) is not None:
         return known
@@ -88,7 +87,7 @@ def measured_factor(prepared: Prepared) -> int:
     request = prepared.request
     try:
         with file_lock(record.with_name(".slowness-lock"), most_s=_LOCK_S, pause=request.cancel.pause):
-            if (known := known_factor()) is not None:  # by now
+            if (known := known_factor()) is not None:  # another process measured it
                 return known
             request.progress("measuring how much slower than this host the emulated machine is")
             factor = min(_FACTOR_MAX, max(1, math.ceil(_guest_ms(prepared) / _host_ms())))
@@ -99,7 +98,7 @@ def measured_factor(prepared: Prepared) -> int:
 
 
 def known_factor() -> int | None:
-    """Return the factor that was measured since this host booted; None if there is none yet."""
+    """Return the factor that was measured since this host booted; None if there is none."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, SandboxError):
         factor = json.loads(_record().read_text(encoding="utf-8"))["factor"]
         if type(factor) is int and 1 <= factor <= _FACTOR_MAX:
@@ -114,7 +113,7 @@ def _record() -> Path:
 
 
 def _guest_ms(prepared: Prepared) -> float:
-    """Return the CPU time of the work in a guest, which runs nothing else. Raises SandboxError."""
+    """Return the CPU time of the work in a guest, in milliseconds. Raises SandboxError."""
     policy, asked = default_policy(), prepared.request
     with contextlib.ExitStack() as stack:
         request = RunRequest(
@@ -132,25 +131,25 @@ def _guest_ms(prepared: Prepared) -> float:
     asked.cancel.check()
     if end.ending.outcome == "ok" and (found := _printed(end.report.stdout.data)) is not None:
         return found
-    why = f"a piece of CPU work of ours ended as {end.ending.outcome}: {end.ending.reason}"
+    why = f"the test program ended as {end.ending.outcome}: {end.ending.reason}"
     raise BackendError("cannot measure the emulated machine", why, "See x07 doctor")
 
 
 def _host_ms() -> float:
-    """Return the CPU time of the same work on the host. Raises HostError."""
+    """Return the CPU time of the same work on the host, in milliseconds. Raises HostError."""
     what, fix = "cannot measure this host", "Run x07 doctor again"
     argv = [sys.executable, "-I", "-"]
     try:
         done = subprocess.run(argv, input=_WORK, capture_output=True, check=True, timeout=_WORK_S)
     except (OSError, subprocess.SubprocessError) as exc:
-        raise HostError(what, f"{sys.executable} did not do a piece of CPU work: {exc}", fix) from exc
+        raise HostError(what, f"{sys.executable} did not run the test program: {exc}", fix) from exc
     if (found := _printed(done.stdout)) is None:
         raise HostError(what, f"{sys.executable} printed no time", fix)
     return found
 
 
 def _printed(output: bytes) -> float | None:
-    """Return the milliseconds that the work printed; None for anything else, which a guest might say."""
+    """Return the printed milliseconds; None for invalid output, which is hostile if it is a guest's."""
     try:
         value = float(output[:_PRINTED_MAX])
     except ValueError:

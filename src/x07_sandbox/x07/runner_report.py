@@ -304,7 +304,7 @@ def _trap(result: Result, stderr: bytes) -> str | None:
     words = {
         # The program ended well, and not all of what it did is there: that is no success to a caller.
         "ok": f"its changes to files were not applied: {result.changes.reason}" if result.x07_exit_code else None,
-        "failed": _last_words(stderr) if result.began else result.reason,
+        "failed": _last_words(stderr) if result.program_started else result.reason,
         "timeout": "timed out",
         "output-limit": f"{'stdout' if result.stdout.truncated else 'stderr'} exceeded cap",
         "signalled": f"terminated by signal {result.signal}",
