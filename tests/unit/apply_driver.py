@@ -137,41 +137,6 @@ class Case:
         return "new"
 
 
-class OverlayCase(Case):
-    """The old tree is an overlay's lower layer: its folders cannot be renamed. For a mount namespace of its own."""
-
-    def __init__(self, base: Path) -> None:
-        super().__init__(base)
-        self.layers = base / "layers"
-        for name in ("lower", "merged"):
-            (self.layers / name).mkdir(parents=True)
-        put(self.layers / "lower" / "root", OLD)
-        os.chown(self.layers / "lower" / "root" / "gone" / "deep", 1234, 4321)
-        self.root = self.layers / "merged" / "root"
-        self.changes, self.data = difference(self.root, OLD, NEW)
-        self.tries = 0
-
-    def check(self, when: str) -> str:
-        """And its folders have their owners, also those that stand in for others."""
-        deep = self.root / "gone" / "deep"
-        if deep.exists() and (deep.stat().st_uid, deep.stat().st_gid) != (1234, 4321):
-            raise SystemExit(f"{when}: a folder changed hands")
-        return super().check(when)
-
-    def begin(self) -> None:
-        """The old tree, and an upper layer with nothing in it."""
-        merged = self.layers / "merged"
-        if self.tries:
-            remove(self.folder)
-            subprocess.run(["/usr/bin/umount", merged], check=True)
-        self.tries += 1
-        upper, work = self.layers / f"upper{self.tries}", self.layers / f"work{self.tries}"
-        upper.mkdir()
-        work.mkdir()
-        options = f"lowerdir={self.layers / 'lower'},upperdir={upper},workdir={work}"
-        subprocess.run(["/usr/bin/mount", "-t", "overlay", "overlay", "-o", options, merged], check=True)
-
-
 def killed_on_fuse(base: Path) -> None:
     """Kill it where a file system cannot rename without replacing: the kernel itself says what is there already."""
     for name in ("disk", "shown"):
@@ -184,11 +149,6 @@ def killed_on_fuse(base: Path) -> None:
         killed(base, case, STRIDE)
     finally:
         subprocess.run(["/usr/bin/umount", base / "shown"], check=True)
-
-
-def killed_on_overlay(base: Path) -> None:
-    """Kill it on a file system on which folders cannot be renamed."""
-    killed(base, OverlayCase(base))
 
 
 def killed(base: Path, given: Case | None = None, stride: int = 1) -> None:
@@ -506,7 +466,6 @@ def _filter() -> None:
 
 RUNS = {
     "killed": killed,
-    "killed-on-overlay": killed_on_overlay,
     "killed-on-fuse": killed_on_fuse,
     "recovery-killed": recovery_killed,
     "killed-any-time": killed_any_time,

@@ -76,7 +76,7 @@ def refused(found: CheckedChanges) -> set[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(
-    ("before", "told"),
+    ("before", "reported"),
     [
         ({"": FOLDER, "a": FILE}, [ReportedEntry(root=0, name="a"), ReportedEntry(root=0, name="", node=LINK)]),
         ({"": FOLDER, "a": FILE}, [ReportedEntry(root=0, name="", node=LINK)]),
@@ -117,7 +117,7 @@ def test_what_an_honest_guest_says_of_a_root_is_taken() -> None:
     assert "a folder with extended attributes" in attributes.refused[0].why
     deep = "/".join(["d" * 255] * 15)
     reported = [*new(f"{deep}/x", node=FOLDER)[:-1], ReportedEntry(root=0, name=deep, other=stat.S_IFDIR | 0o755)]
-    assert [refusal.why for refusal in judged(reported).refused] == ["it is too deep to be named"]
+    assert [refusal.why for refusal in judged(reported).refused] == ["its path is too long"]
 
 
 @pytest.mark.parametrize("kind", [Kind.FILE, Kind.FOLDER])
@@ -268,7 +268,7 @@ def test_a_root_is_let_by_what_it_is_protected_for() -> None:
 
 
 @pytest.mark.parametrize(
-    ("patterns", "name", "lets"),
+    ("patterns", "name", "is_allowed"),
     [
         ((".github",), ".github/workflows/x", True),
         ((".github",), ".github/.git/hooks/x", False),
@@ -334,7 +334,7 @@ def test_a_name_has_all_its_reasons_and_a_flag_takes_one() -> None:
         with pytest.raises(RefusedError, match="leads out") as caught:
             chosen(kept, [], patterns)
         assert "is protected" not in caught.value.why
-    with pytest.raises(RefusedError, match="policy or the manifest in use"):
+    with pytest.raises(RefusedError, match="policy or manifest in use"):
         chosen(kept, [".vscode", ".git"], ["Jenkinsfile"])
     only = chosen(kept, [".vscode", ".git"], ["mine.json"]).roots[0]
     assert [change.name for change in only.changes] == ["mine.json"]
@@ -496,4 +496,4 @@ def test_folders_above_are_met_once() -> None:
     found: list[CheckedChanges] = []
     work = calls(lambda: found.append(judged(reported + more, before)))
     assert len(found[0].changes) == len(reported) + len(more)
-    assert work.total() < 30 * len(found[0].changes)
+    assert work.total() < 35 * len(found[0].changes)

@@ -82,8 +82,8 @@ def test_a_working_folder_is_an_ordinary_root(here: Path) -> None:
         ("../home", "it is your home folder"),
         ("..", "it is your home folder, or holds it"),
         ("to-home", "it is your home folder"),
-        ("nothing", r"there is no such folder.*mkdir -p nothing"),
-        ("file", "there is no such folder"),
+        ("nothing", r"it does not exist.*mkdir -p nothing"),
+        ("file", "it does not exist"),
     ],
 )
 def test_a_working_folder_that_no_one_means_is_refused(here: Path, name: str, why: str) -> None:

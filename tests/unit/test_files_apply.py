@@ -142,7 +142,7 @@ def test_a_part_is_applied_only_if_no_other_is(tmp_path: Path, *, missing: bool)
     applied(*first, state)
     here = read(root)
     for part in (rest, whole):
-        with pytest.raises(ConflictError, match="First x07 undo"):
+        with pytest.raises(ConflictError, match="Run x07 undo"):
             applied(*part, state)
         assert read(root) == here
     assert applied(*first, state).roots == ()
@@ -282,7 +282,7 @@ def test_content_that_is_not_what_the_set_says_is_not_written(place: Path, tmp_p
     root = make(place / "root", OLD)
     changes, data = difference(root, OLD, NEW)
     wrong = data[:-1] if damage == "short" else data[:-1] + bytes([data[-1] ^ 1])
-    with pytest.raises(HostError, match="is not what the set says"):
+    with pytest.raises(HostError, match="is damaged"):
         applied(changes, wrong, tmp_path / "state")
     assert read(root) == OLD
 
@@ -434,7 +434,7 @@ def test_a_replaced_file_keeps_its_attributes(tmp_path: Path) -> None:
 def test_a_hard_link_is_a_file_of_its_own(place: Path, tmp_path: Path) -> None:
     """What is done to one name of a file is done to no other, in the root or outside, and undoing needs no other."""
     names = ("a", "b", "c", "d", "closed")
-    old: Tree = {"": FOLDER, **dict.fromkeys(names, ("file", 0o000, b"old"))}
+    old: Tree = {"": FOLDER, **dict.fromkeys(names, ("file", 0o400, b"old"))}
     old |= dict.fromkeys(("a", "b", "c", "d"), ("file", 0o644, b"old"))
     root = make(place / "root", {"": FOLDER})
     for name, (_, mode, data) in old.items():
@@ -740,13 +740,6 @@ def test_a_root_can_be_closed_to_its_owner(fast: Path) -> None:
 
 
 @pytest.mark.root
-def test_a_kill_leaves_one_tree_on_an_overlay(fast: Path) -> None:
-    """The same where folders cannot be renamed, because a lower layer of an overlay has them."""
-    need(os.geteuid() == 0, "root", installable=False)
-    assert driven("killed-on-overlay", fast, before=("/usr/bin/unshare", "--mount"))
-
-
-@pytest.mark.root
 def test_a_kill_leaves_one_tree_where_nothing_renames_without_replacing(fast: Path) -> None:
     """The same on a file system that gives a file its second name before it takes the first, as NFS and FUSE do."""
     need(os.geteuid() == 0, "root", installable=False)
@@ -792,7 +785,7 @@ def test_it_works_without_openat2_and_exchange(fast: Path) -> None:
 
 NAMES = st.sampled_from(["a", "b", "c", "a-", "é", "x y", "\udcff", "\n"])
 CONTENTS = st.binary(max_size=20) | st.builds(lambda n: b"long" * n, st.integers(1000, 30_000))
-FILES = st.tuples(st.just("file"), st.sampled_from([0o644, 0o755, 0o600, 0o400, 0o000]), CONTENTS)
+FILES = st.tuples(st.just("file"), st.sampled_from([0o644, 0o755, 0o600, 0o400]), CONTENTS)
 LINKS = st.tuples(st.just("link"), st.just(0), st.sampled_from([b"a", b"/", b"../..", b"\xff"]))
 MODES = st.sampled_from([0o755, 0o700, 0o555, 0o500])
 
@@ -817,12 +810,6 @@ NODES = st.recursive(
 TREES = st.builds(flat, st.sampled_from([0o755, 0o700]), st.dictionaries(NAMES, NODES, max_size=5))
 
 
-def _unreadable(old: Tree, new: Tree) -> bool:
-    """Whether something new cannot be read by whoever runs this."""
-    changed = [entry for name, entry in new.items() if old.get(name) != entry]
-    return os.geteuid() != 0 and any(kind == "file" and not mode & 0o400 for kind, mode, _ in changed)
-
-
 def _closed(old: Tree, new: Tree) -> bool:
     """Whether something changes in a folder that stays, and that whoever runs this may not write to."""
     changed = [name for name in old.keys() | new.keys() if name and old.get(name) != new.get(name)]
@@ -844,11 +831,7 @@ def test_any_tree_becomes_any_other_and_comes_back(old: Tree, new: Tree) -> None
             changes, data = difference(root, old, new)
             inverse = applied(changes, data, state)
             assert read(root) == new
-            if _unreadable(old, new):  # for an ordinary user: whether it is as it is to be cannot be told
-                with pytest.raises(ConflictError):
-                    applied(changes, data, state)
-            else:
-                assert applied(changes, data, state).roots == ()
+            assert applied(changes, data, state).roots == ()
             if old != new:
                 assert inverse.roots
                 with pytest.raises(ConflictError):

@@ -86,8 +86,8 @@ def huge(path: Path) -> None:
         (lambda root: (root / "x").symlink_to("nowhere"), "No such file"),
         (lambda root: (root / "x").symlink_to("x"), "symbolic links"),
         (lambda root: os.mkfifo(root / "x"), "no regular file"),
-        (lambda root: (root / "x\n").touch(), "no relative path of plain names"),
-        (lambda root: (root / os.fsdecode(b"x\xff")).touch(), "no relative path of plain names"),
+        (lambda root: (root / "x\n").touch(), "not a relative path of plain names"),
+        (lambda root: (root / os.fsdecode(b"x\xff")).touch(), "not a relative path of plain names"),
         (lambda root: huge(root / "x"), "more than"),
     ],
 )
@@ -175,7 +175,7 @@ def test_a_tree_too_deep_is_refused(tmp_path: Path) -> None:
         os.close(fd)
         fd = inner
     os.close(fd)
-    with pytest.raises(UsageError, match="lies too deep"):
+    with pytest.raises(UsageError, match="is too deep"):
         pack_tree(tmp_path, ["**/*.c"])
 
 
@@ -209,13 +209,13 @@ def test_a_name_that_leads_out_is_refused(name: str) -> None:
 
 def test_a_file_cannot_lie_below_a_file() -> None:
     """Two names of which one is the other's folder are refused."""
-    with pytest.raises(UsageError, match="lies below a file"):
+    with pytest.raises(UsageError, match="is below a file"):
         pack_files({"a": b"", "a/b": b""}, "the files")
 
 
 def test_too_many_files_are_refused() -> None:
     """The number of files has a bound."""
-    with pytest.raises(UsageError, match="may be"):
+    with pytest.raises(UsageError, match="exceed"):
         pack_files({str(number): b"" for number in range(FILES_MAX + 1)}, "the files")
 
 

@@ -185,7 +185,7 @@ def test_more_names_than_a_command_line_takes_are_refused(tmp_path: Path, stack:
     place.mkdir(parents=True)
     for number in range(1200):
         os.mknod(place / f"{'x' * 200}{number}.c")
-    with pytest.raises(UsageError, match=r"too long, together.*make"):
+    with pytest.raises(UsageError, match=r"do not fit on a command line.*make"):
         load(stack, tmp_path)
 
 

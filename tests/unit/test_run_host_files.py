@@ -259,7 +259,7 @@ def test_the_flag_of_a_result_lets_a_protected_name(run: Run, name: str) -> None
     folders = [Entry(Kind.FOLDER, os.fsencode(part), mode=0o755) for part in parts[:-1]]
     link = [Entry(Kind.LINK, b".bashrc", target=b"x"), Entry(Kind.LINK, os.fsencode(name), target=b"y")]
     changes, denials, _ = run.back(files, *folders, *link)
-    assert (changes.state, changes.reason) == ("kept", "2 of them may not be done")
+    assert (changes.state, changes.reason) == ("kept", "2 of them not allowed")
     msgspec.json.encode(denials)
     (denial,) = [denial for denial in denials if denial.field == "protected" and denial.subject != ".bashrc"]
     word, pattern = flag_of(denial)
@@ -350,7 +350,7 @@ def test_a_root_in_a_repository_is_protected(run: Run) -> None:
     (bare / "HEAD").touch()
     _, (denial,), _ = run.back(run.files({"write_roots": (str(bare / "hooks"),)}), hook)
     assert (denial.field, denial.subject) == ("protected", "post-update")
-    assert denial.reason == f"git takes {bare} for a repository, and would run what is in it"
+    assert denial.reason == f"git treats {bare} as a repository and would run what is in it"
     assert flag_of(denial) == ["--allow-protected", "post-update"]
     assert chosen(find_saved(RUN).changes, [], ["post-update"]).roots[0].changes
     shutil.rmtree(run.folder.path / "changes")
@@ -368,9 +368,11 @@ def test_a_root_that_is_itself_the_name_can_be_named(run: Run) -> None:
     reported, denials, _ = run.back(files, task, Entry(Kind.ROOT, b"1"), other)
     assert [denial.subject.partition(":")[0] for denial in denials] == [f"{ci}/x.yml", str(jenkins)]
     assert flag_of(denials[1]) == ["--allow-protected", "Jenkinsfile"]
-    assert any(f"{jenkins}: jenkinsfile* is protected" in line for line in said(reported, denials))
+    assert any(
+        f"{jenkins}: protected name: other tools run or obey jenkinsfile*" in line for line in said(reported, denials)
+    )
     changes = find_saved(RUN).changes
-    assert f"# may not be done: {jenkins}: ".encode() in b"".join(pieces(find_saved(RUN)))
+    assert f"# not allowed: {jenkins}: ".encode() in b"".join(pieces(find_saved(RUN)))
     with pytest.raises(RefusedError, match=r"x\.yml"):
         chosen(changes, [], ["Jenkinsfile"])
     for skip in ("Jenkinsfile", str(jenkins), f"{jenkins}/"):
@@ -439,7 +441,7 @@ def test_what_was_not_copied_in_can_be_skipped(run: Run) -> None:
     gone = [b"d/in/b.txt", b"d/c.txt", b"d/in", b"d", b"e/y", b"e"]
     run.back(run.files(changes="all-or-nothing"), *(Entry(Kind.GONE, name) for name in gone))
     kept_set = find_saved(RUN)
-    with pytest.raises(RefusedError, match=r"e: e/z\.pem is in it"):
+    with pytest.raises(RefusedError, match=r"e: contains e/z\.pem"):
         chosen(kept_set.changes, ["d/in/a.pem"], [])
     left = chosen(kept_set.changes, ["d/in/a.pem", f"{run.root}/e/z.pem"], [])
     apply_saved(kept_set, left, lambda _path: None)
@@ -469,11 +471,11 @@ def test_what_was_left_out_and_is_in_the_way_says_so(
     gone = [Entry(Kind.GONE, name) for name in (b"f/d", b"f")]
     files = run.files(fs, changes="all-or-nothing")
     changes, denials, _ = run.back(files, *gone if taken else [Entry(Kind.FOLDER, b"f/d/" + left.encode(), mode=0o755)])
-    alone = "1 more may not be brought back" if left == "deep" else "1 of them may not be done"  # nothing too deep is
-    assert (changes.state, changes.reason) == ("kept", "2 of them may not be done" if taken else alone)
+    alone = "1 more cannot be copied back" if left == "deep" else "1 of them not allowed"  # nothing too deep is
+    assert (changes.state, changes.reason) == ("kept", "2 of them not allowed" if taken else alone)
     reported = "\n".join(said(changes, denials))
     if taken:
-        assert f"f: f/d/{left} is in it, which was not copied in" in reported
+        assert f"f: contains f/d/{left}, which was not copied in" in reported
     how = denials[0].how_to_allow
     assert how is not None
     words: dict[str, Any] = {} if more else {"reveal": (flag_of(denials[0])[1],)}
@@ -728,7 +730,7 @@ def test_what_stands_in_the_way_of_undoing_is_told_as_that(run: Run) -> None:
     kept(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
     apply_saved(find_saved(RUN), find_saved(RUN).changes, lambda _path: None)
     (run.root / "a" / "mine").touch()
-    with pytest.raises(ConflictError, match=r"cannot undo .* since they were applied: '/.*/a/mine'.*x07 diff"):
+    with pytest.raises(ConflictError, match=r"cannot undo .* since the changes were applied: '/.*/a/mine'.*x07 diff"):
         undo_saved(find_saved(RUN), lambda _path: None)
     (run.root / "a" / "mine").unlink()
     undo_saved(find_saved(RUN), lambda _path: None)
@@ -813,9 +815,9 @@ def test_what_no_tree_can_hold_is_not_counted_among_the_changes(run: Run) -> Non
     pipe = Entry(Kind.OTHER, b"p", mode=0o010644)
     good, ours = Entry(Kind.FOLDER, b"a", mode=0o755), Entry(Kind.FOLDER, b".x07-apply-1", mode=0o755)
     for entries, reason in (
-        ((ours, good), "1 of them may not be done"),
-        ((good, pipe), "1 more may not be brought back"),
-        ((ours, good, pipe), "1 of them may not be done, and 1 more may not be brought back"),
+        ((ours, good), "1 of them not allowed"),
+        ((good, pipe), "1 more cannot be copied back"),
+        ((ours, good, pipe), "1 of them not allowed, 1 more cannot be copied back"),
     ):
         changes, _, _ = run.back(run.files(changes="all-or-nothing"), *sorted(entries, key=lambda entry: entry.name))
         assert (changes.state, changes.reason) == ("kept", reason)
@@ -874,7 +876,7 @@ MADE: list[tuple[list[Entry], dict[str, int] | None]] = [
 ]
 
 
-@pytest.mark.parametrize(("told", "there"), MADE)
+@pytest.mark.parametrize(("reported", "there"), MADE)
 def test_a_missing_root_is_made_in_the_one_around_it(
     run: Run, reported: list[Entry], there: dict[str, int] | None
 ) -> None:
@@ -950,7 +952,7 @@ def test_a_full_disk_is_told_and_leaves_no_half_of_a_list(run: Run) -> None:
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
     try:
-        with pytest.raises(BackendError, match="cannot keep"):
+        with pytest.raises(BackendError, match="cannot save"):
             run.back(files, *(Entry(Kind.FOLDER, b"%d" % number, mode=0o755) for number in range(20)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -998,7 +1000,7 @@ def test_a_patch_names_what_was_kept_though_nothing_of_it_is_a_change(run: Run) 
     place = run.root.parent / "p"
     write_diff(place, ended)
     assert place.read_bytes() == b"".join(pieces(find_saved(RUN)))
-    assert b"# left out: pipe: it is a pipe" in place.read_bytes()
+    assert b"# left out: pipe: a pipe" in place.read_bytes()
     assert place.with_name("p.json").read_bytes() == machine_form(find_saved(RUN).changes)
 
 

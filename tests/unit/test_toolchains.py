@@ -188,10 +188,10 @@ def test_the_first_line_names_the_shell(head: bytes, shell: list[str], check: li
 )
 def test_another_shell_is_refused_by_name(line: bytes, named: str) -> None:
     """A script that asks for what is no shell of ours is refused before any machine starts, with what to do."""
-    fix = "Ask for one of them .*its toolchain executable, and"
+    fix = "Name one of them .*--toolchain executable with"
     with contextlib.ExitStack() as stack, contextlib.closing(Cancel()) as cancel:
         request = RunRequest(source=line + b"\necho\n", toolchain="shell", cancel=cancel)
-        with pytest.raises(UsageError, match=f"asks for ['\"]{named}.*sh, dash, bash are the shells.*{fix}"):
+        with pytest.raises(UsageError, match=f"names ['\"]{named}.*the supported shells are sh, dash, bash.*{fix}"):
             load_program(request, stack)
 
 
@@ -241,7 +241,7 @@ def test_any_first_bytes_are_an_answer(head: bytes) -> None:
 
 def test_an_image_without_the_compiler_is_refused_with_what_to_do() -> None:
     """What a toolchain needs and an image lacks is named, with the line that builds one that has it."""
-    with pytest.raises(RefusedError, match=r"has no g\+\+.*x07 image build --name small --include g\+\+"):
+    with pytest.raises(RefusedError, match=r"lacks g\+\+.*x07 image build --name small --include g\+\+"):
         require_packages(BY_NAME["cpp"], {"libc6-dev", "gcc"}, "small")
     require_packages(BY_NAME["cpp"], {"libc6-dev", "g++"}, "small")
     require_packages(BY_NAME["executable"], set(), "small")
@@ -262,7 +262,7 @@ def test_an_image_without_the_compiler_is_refused_with_what_to_do() -> None:
         ("p.rs", "--include rustc && x07 exec .* -- sh -c 'rustc -o /tmp/program p.rs && /tmp/program'"),
         ("P.java", "--include default-jdk-headless && x07 exec .* -- java P.java"),
         ("p.ts", "--include node-typescript && x07 exec .* -- sh -c 'tsc --outDir /tmp p.ts && node /tmp/p.js'"),
-        ("p.xyz", "or a #! line, or name its toolchain: x07 run --toolchain T"),
+        ("p.xyz", "add a #! line, or name the toolchain: x07 run --toolchain T"),
     ],
 )
 def test_a_source_of_another_language_names_what_runs_it(path: str, fix: str) -> None:

@@ -533,7 +533,7 @@ def test_a_dry_run_boots_nothing(tmp_path: Path) -> None:
     ("words", "environment", "why"),
     [
         ([], {"X07_VM_GUEST_IMAGE": "nothing-such"}, "no guest image 'nothing-such'"),
-        ([], {"X07_VM_GUEST_IMAGE_DIGEST": "sha256:" + "0" * 64}, "is not the one that may run"),
+        ([], {"X07_VM_GUEST_IMAGE_DIGEST": "sha256:" + "0" * 64}, "is not allowed to run"),
         (["--require-hardware"], {}, "hardware virtualisation was required"),
     ],
 )

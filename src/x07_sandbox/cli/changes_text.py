@@ -71,7 +71,7 @@ def lines(result: Result) -> list[str]:
     ]
     gone = "deleted" if changes.state == "applied" else "would be deleted"
     taken = {entry.name for entry in changes.left_out_entries if entry.take}
-    word = "left out" if changes.left_out else "may not be done"
+    word = "left out" if changes.left_out else "not allowed"
     kept_back = [denial for denial in result.denials if denial.action == "change" and denial.subject not in taken]
     refused = [f"{word}: {_because(denial)}{how(denial.how_to_allow, denial.field)}" for denial in kept_back]
     closing = [] if changes.left_out and not _counts(changes) else [_closing(changes)]

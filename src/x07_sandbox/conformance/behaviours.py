@@ -464,7 +464,7 @@ _TABLE: Final[Mapping[Group, tuple[tuple[str, str, Check], ...]]] = {
         ("honest-plan", "The plan does not report a known gap as `enforced`.", _honest_plan),
     ),
     "network": (
-        ("unlisted-name", "A name that is not in the policy does not resolve.", _fact(_connected, "unlisted", "unknown")),
+        ("unlisted-name", "A name not in the policy does not resolve.", _fact(_connected, "unlisted", "unknown")),
         ("gate-asked", "The gate sees each connection, also refused ones.",
             _fact(_connected, "the gate saw", ["10.255.255.1", "unlisted.example", "x07-conform.invalid"])),
         ("connect-fails", "A program's connect() fails if the gate refuses the connection.",

@@ -221,6 +221,7 @@ def _make_staging(site: Site) -> None:
     site.keeps_modes = os.fstat(site.staging_fd).st_mode & 0o777 == _PROBE_MODE
     if site.keeps_modes:
         os.fchmod(site.staging_fd, 0o700)
+        site.keeps_modes = os.fstat(site.staging_fd).st_mode & 0o777 == 0o700  # noqa: PLR2004
 
 
 def _roll_back(sites: list[Site], started: list[Step], *, recovering: bool = False) -> None:

@@ -151,7 +151,8 @@ def _has_old_mode(found: OpenInode, step: Step) -> bool:
 def _undo_mode(site: Site, step: Step) -> bool:
     with open_inode(site.fd, step.name) as found:
         if found is None or found.ident != step.old:
-            return step.before is None  # our new folder, already removed or never moved in
+            # Our new folder, already removed or never moved in; or a file of somebody else's with the old mode.
+            return step.before is None or (found is not None and found.mode == step.old_mode)
         if found.mode == step.new_mode:
             found.set_mode(step.old_mode)
     return True

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import stat
-from collections import defaultdict
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -17,7 +16,7 @@ from x07_sandbox.channel.trees import can_hold_names
 from x07_sandbox.errors import PeerError
 from x07_sandbox.files.changes import STAGING, Change, Node, Refused, parent_folders, printable
 from x07_sandbox.files.copy import DEPTH_MAX, FIELDS, NUMBER_MAX, link_stays_inside, value_for, why_left_out
-from x07_sandbox.files.dependencies import with_dependents
+from x07_sandbox.files.dependencies import renames, with_dependents
 from x07_sandbox.files.link_targets import OUT, Links
 
 if TYPE_CHECKING:
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 
 _SPECIAL_BITS: Final = 0o7000
 _SPLITS_MAX: Final = 8
-_Content = tuple[str, str, int, str]
 
 
 class AllowedActions(msgspec.Struct, frozen=True, kw_only=True):
@@ -343,35 +341,8 @@ def _by_action(change: Change, allowed: AllowedActions, moved: set[str]) -> Iter
 
 
 def _moved(changes: Sequence[Change]) -> set[str]:
-    """Return the names whose content is now under another name, and the folders of which that is true throughout."""
-    held = parent_folders(change.name for change in changes if change.before is not None)
-    holding = parent_folders(change.name for change in changes if change.after is not None)
-    new: dict[_Content, int] = defaultdict(int)
-    for change in changes:
-        if _is_folder(change.before) and _is_folder(change.after):
-            continue  # its entries need not be among the changes
-        key = _content(change.after, empty=change.name not in holding)
-        if key and key != _content(change.before, empty=change.name not in held):
-            new[key] += 1
-    moved: set[str] = set()
-    folders: set[str] = set()
-    lost: set[str] = set()
-    for change in changes:
-        if change.after is not None or change.before is None:
-            continue
-        key = _content(change.before, empty=change.name not in held)
-        if key and new[key] > 0:
-            new[key] -= 1
-            moved.add(change.name)
-        elif key:
-            lost.add(change.name)
-        else:
-            folders.add(change.name)
-    return moved | ((folders & parent_folders(moved)) - parent_folders(lost))
-
-
-def _content(node: Node | None, *, empty: bool) -> _Content | None:
-    """Return what identifies a node under another name; None for a folder that is not *empty*."""
-    if node is None or (node.kind == "folder" and not empty):
-        return None
-    return node.kind, node.sha256, node.size, node.target
+    """Return the removed names whose content is now under another name, and removed folders without other losses."""
+    removed = {change.name: change.before for change in changes if change.before is not None and change.after is None}
+    moved = {name for name, _ in renames(changes) if name in removed}
+    lost = {name for name, node in removed.items() if name not in moved and not _is_folder(node)}
+    return (moved | (removed.keys() & parent_folders(moved))) - parent_folders(lost)

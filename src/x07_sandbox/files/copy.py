@@ -260,8 +260,9 @@ class _Walk:
         return self._retried(lambda: self._packed(folder, part, name, device), name)
 
     def _retried(self, pack: Callable[[], int | None], name: str) -> int | None:
-        """Pack one entry; retry if it is replaced meanwhile."""
+        """Pack one entry; retry if it is replaced or changed meanwhile."""
         for _ in range(_TRIES):
+            start = self._out.tell()
             try:
                 return pack()
             except OSError as exc:
@@ -272,6 +273,8 @@ class _Walk:
                 if exc.errno not in _CHANGED:
                     self._skip("unreadable", name)
                     return None
+                self._out.seek(start)
+                self._out.truncate()
         self._skip("changing", name)
         return None
 
@@ -323,34 +326,28 @@ class _Walk:
         self._put(Entry(Kind.LINK, os.fsencode(name), mtime_ns=mtime_ns, target=os.fsencode(target)), name)
 
     def _file(self, folder: int, part: str, name: str, device: int) -> None:
-        """Pack a regular file; read it again if it changes meanwhile."""
-        for _ in range(_TRIES):
-            start = self._out.tell()
-            fd = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, dir_fd=folder)
-            try:
-                before = os.fstat(fd)
-                if not stat.S_ISREG(before.st_mode):  # it was replaced after its stat
-                    raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), part)
-                if before.st_size > self._bounds.read_bytes:
-                    self._skip("large", name, before.st_size)
-                    return
-                if before.st_dev != device:
-                    self._skip("other-disk", name)
-                    return
-                try:
-                    sha256 = self._content(fd, before, name)
-                except OSError:  # it became shorter
-                    sha256 = None
-                after = os.fstat(fd)
-            finally:
-                os.close(fd)
-            if sha256 is not None and _state(before) == _state(after):
-                node = Node(kind="file", mode=before.st_mode & 0o777, size=before.st_size, sha256=sha256)
-                self._count(name, node)
+        fd = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, dir_fd=folder)
+        try:
+            before = os.fstat(fd)
+            if not stat.S_ISREG(before.st_mode):  # it was replaced after its stat
+                raise _changed(part)
+            if before.st_size > self._bounds.read_bytes:
+                self._skip("large", name, before.st_size)
                 return
-            self._out.seek(start)
-            self._out.truncate()
-        self._skip("changing", name)
+            if before.st_dev != device:
+                self._skip("other-disk", name)
+                return
+            try:
+                sha256 = self._content(fd, before, name)
+            except OSError as exc:
+                if exc.errno != errno.EIO:  # EIO: the file became shorter
+                    raise
+                raise _changed(part) from exc
+            if _state(before) != _state(os.fstat(fd)):
+                raise _changed(part)
+        finally:
+            os.close(fd)
+        self._count(name, Node(kind="file", mode=before.st_mode & 0o777, size=before.st_size, sha256=sha256))
 
     def _content(self, fd: int, info: os.stat_result, name: str) -> str:
         size = info.st_size
@@ -466,6 +463,10 @@ def link_stays_inside(name: str, target: str) -> bool:
 def _any_of(patterns: Sequence[str]) -> re.Pattern[str] | None:
     """Return a pattern that matches a lower-case name if any of *patterns* does; None for no patterns."""
     return re.compile("|".join(fnmatch.translate(pattern.lower()) for pattern in patterns)) if patterns else None
+
+
+def _changed(part: str) -> OSError:
+    return OSError(errno.EINVAL, os.strerror(errno.EINVAL), part)
 
 
 def _state(info: os.stat_result) -> tuple[int, ...]:

@@ -50,7 +50,7 @@ def _dependents(
 ) -> tuple[defaultdict[str, list[str]], defaultdict[str, list[str]]]:
     """Return the dependents of each of *names*: by a rename or a link, and those below it."""
     dependents, below = defaultdict[str, list[str]](list), defaultdict[str, list[str]](list)
-    for name, other in _renames(changes):
+    for name, other in renames(changes):
         dependents[name].append(other)
     for change in changes:
         for folder in filter(names.__contains__, _above(change.name)):
@@ -99,7 +99,7 @@ def _removes_folder(change: Change) -> bool:
     return before is not None and before.kind == "folder" and (after is None or after.kind != "folder")
 
 
-def _renames(changes: Iterable[Change]) -> Iterator[tuple[str, str]]:
+def renames(changes: Iterable[Change]) -> Iterator[tuple[str, str]]:
     """Yield, in both directions, a removed name and a new name with the same content.
 
     Folders and empty files count as renamed only if the last part of the name is the same.

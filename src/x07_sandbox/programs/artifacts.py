@@ -109,19 +109,27 @@ def store_artifact(key: str, fd: int, size: int, sha256: str, notes: bytes = b""
 
 
 @contextlib.contextmanager
-def build_lock(key: str, pause: Callable[[], None], most_s: float) -> Iterator[bool]:
+def build_lock(
+    key: str, pause: Callable[[], None], most_s: float, progress: Callable[[str], None] = lambda _text: None
+) -> Iterator[bool]:
     """Let one process at a time build *key*; yield whether it had to wait for another one.
 
     pause: called repeatedly during the wait; its exceptions end it. most_s: timeout in seconds, since the other process
     may be stopped (Ctrl-Z). If locking fails, all processes build.
     """
-    waits: list[str] = []
+    waited = False
+
+    def on_wait() -> None:
+        nonlocal waited
+        waited = True
+        progress("waiting: another run builds the same program")
+
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             # At most 256 lock files, so that none has to be removed; keys that share one are built one after the other.
             place = cache_folder("building") / key[:2]
-            stack.enter_context(file_lock(place, on_wait=lambda: waits.append(key), most_s=most_s, pause=pause))
-        yield bool(waits)
+            stack.enter_context(file_lock(place, on_wait=on_wait, most_s=most_s, pause=pause))
+        yield waited
 
 
 def remove_artifact(key: str) -> None:

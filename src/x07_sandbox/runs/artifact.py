@@ -10,7 +10,6 @@ import msgspec
 from msgspec.structs import replace
 
 from x07_sandbox.host import settings
-from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.decoding import known
 from x07_sandbox.programs import artifacts
 from x07_sandbox.programs.toolchains import build_driver
@@ -20,12 +19,9 @@ from x07_sandbox.runs.request import sha256_text
 from x07_sandbox.runs.result import BuildOutput
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from x07_sandbox.plan.outcomes import Verdict
     from x07_sandbox.runs.folder import RunFolder
     from x07_sandbox.runs.prepare import Prepared, Step
-    from x07_sandbox.runs.request import RunRequest
     from x07_sandbox.runs.result import Result
     from x07_sandbox.runs.streams import OutFile
 
@@ -49,7 +45,7 @@ def obtain_artifact(prepared: Prepared, draft: Result, folder: RunFolder, artifa
     if (build := _recall(key, artifact)) is not None:
         return None, replace(draft, artifact_from="cache", build=build)
     most_s = min((prepared.request.build_wall_ms or settings.BUILD_WALL_MS) / 1000, prepared.request.queue_s)
-    with artifacts.build_lock(key, _pause(prepared.request), most_s) as waited:
+    with artifacts.build_lock(key, prepared.request.cancel.pause, most_s, prepared.request.progress) as waited:
         if waited and (build := _recall(key, artifact)) is not None:
             return None, replace(draft, artifact_from="cache", build=build)
         ending, draft = yield from _build(prepared, draft, folder, artifact)
@@ -67,19 +63,6 @@ def _key(prepared: Prepared, image_digest: str) -> str:
     more = [] if extras is None else [sha256_text(part) for part in extras.key]
     more += [sha256_text(build_driver())] if toolchain.driver else []
     return artifacts.artifact_key(image_digest, toolchain.name, toolchain.build(program.source), program.sha256, *more)
-
-
-def _pause(request: RunRequest) -> Callable[[], None]:
-    """Return what `build_lock` calls while it waits: it can be cancelled, and reports a long wait once."""
-    report_at = [Deadline.after(1.0)]
-
-    def pause() -> None:
-        request.cancel.pause()
-        if report_at and report_at[0].passed():
-            report_at.clear()
-            request.progress("waiting: another run builds the same program")
-
-    return pause
 
 
 def _build(prepared: Prepared, draft: Result, folder: RunFolder, artifact: OutFile) -> Step[Built]:

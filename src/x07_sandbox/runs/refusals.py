@@ -82,20 +82,8 @@ def denials_and_entries(changes: ChangeSet, *, built_in: bool) -> tuple[list[Den
 
 def apply_command(run: str, entries: Iterable[LeftOutEntry]) -> str:
     """Return the command that applies what flags can allow of the left-out entries; empty if that is nothing."""
-    flags = [entry.take for entry in entries if entry.take][:_PATTERNS_MAX]
-    every = dict.fromkeys(_split_flags(" ".join(flags)))
-    return shlex.join(["x07", "apply", run]) + "".join(f" {flag}" for flag in every) if flags else ""
-
-
-def _split_flags(flags: str) -> list[str]:
-    """Return each flag with its value, if it has one."""
-    found: list[str] = []
-    for word in map(shlex.quote, shlex.split(flags)):
-        if word.startswith("--"):
-            found.append(word)
-        else:
-            found[-1] += f" {word}"
-    return found
+    flags = dict.fromkeys([entry.take for entry in entries if entry.take][:_PATTERNS_MAX])
+    return " ".join(["x07 apply", run, *flags]) if flags else ""
 
 
 def _uppermost(root: RootChanges) -> dict[str, list[Refused]]:
