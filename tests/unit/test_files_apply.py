@@ -490,7 +490,7 @@ def test_a_replaced_file_keeps_its_owner_or_is_not_replaced(tmp_path: Path) -> N
             if path == root:  # which NOBODY may not even make a folder in
                 assert f"'{root}': {os.strerror(errno.EACCES)}" in driven("refused-owner", base, str(NOBODY))
             os.chown(path, NOBODY, NOBODY)
-        fix = "Apply them as the owner of the files, and a member of their groups"
+        fix = "Apply the changes as the owner of the files, on a file system that stores modes"
         for owner in (1234, NOBODY):  # of a group that is another's in both cases
             os.chown(root / "f", owner, 4321)
             reported = driven("refused-owner", base, str(NOBODY))
@@ -673,40 +673,6 @@ def test_the_same_mode_that_another_gives_meanwhile_stays(tmp_path: Path, monkey
     with pytest.raises(ConflictError):
         applied(one_set(root, change), b"", tmp_path / "state")
     assert read(root)["a"] == ("file", 0o755, b"old")
-
-
-@pytest.mark.root
-@pytest.mark.parametrize("mode", [0o755, 0o710])
-def test_where_no_modes_are_kept_a_set_is_applied_and_undone(tmp_path: Path, mode: int) -> None:
-    """On a file system that gives all the same mode, whatever it is told, a set comes once, goes, and comes again."""
-    need(os.geteuid() == 0, "root", installable=False)
-    need(shutil.which("bindfs"), "bindfs", installable=True)
-    folder = ("folder", mode, b"")
-    old: Tree = {"": folder, "a": ("file", mode, b"old"), "gone": folder, "gone/b": ("file", mode, b"b")}
-    new: Tree = {"": FOLDER, "a": ("file", 0o644, b"new"), "run": ("file", 0o600, b"new"), "d": ("folder", 0o700, b"")}
-    new["d/c"] = ("file", 0o444, b"c")
-    for name in ("disk", "shown"):
-        (tmp_path / name).mkdir()
-    root = tmp_path / "shown/root"
-    mount = ["bindfs", "--chmod-ignore", f"--perms={mode:04o}", str(tmp_path / "disk"), str(root.parent)]
-    need(subprocess.run(mount, check=False, capture_output=True).returncode == 0, "FUSE", installable=False)
-    try:
-        put(root, old)
-        changes, data = difference(root, old, new)
-        applied(changes, data, tmp_path / "state")
-        assert {name: entry[2] for name, entry in read(root).items()} == {name: entry[2] for name, entry in new.items()}
-        assert applied(changes, data, tmp_path / "state").roots == ()  # all of it is there already
-        undone(tmp_path / "state", tmp_path / "other")
-        assert read(root) == old
-        applied(changes, data, tmp_path / "again")
-        assert (root / "a").read_bytes() == b"new"
-        modes = {name: (kind, 0o700 if kind == "folder" else 0o600, text) for name, (kind, _, text) in old.items()}
-        undone(tmp_path / "again", tmp_path / "more")
-        applied(*difference(root, old, modes), tmp_path / "modes")
-        undone(tmp_path / "modes", tmp_path / "last")
-        assert read(root) == old
-    finally:
-        subprocess.run(["/usr/bin/umount", str(root.parent)], check=True)
 
 
 @pytest.mark.root

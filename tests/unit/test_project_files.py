@@ -302,14 +302,6 @@ def test_with_flags_alone_the_policy_is_still_the_built_in_one() -> None:
     assert (effective_policy.base, effective_policy.policy.limits.wall_ms) == ("built-in:default", 20000)
 
 
-def test_input_that_can_be_opened_and_not_be_read_is_refused(stack: contextlib.ExitStack) -> None:
-    """A named input whose first byte is an error is refused before anything runs."""
-    cancel = stack.enter_context(contextlib.closing(Cancel()))
-    request = RunRequest(program=Path("x.py"), input=Path("/proc/self/mem"), cancel=cancel)
-    with pytest.raises(UsageError, match="cannot read the input /proc/self/mem: Input/output error"):
-        open_input(request, stack)
-
-
 @pytest.mark.parametrize(("timeout_ms", "shorter"), [(60_000, False), (3000, True)])
 def test_a_shorter_time_limit_makes_another_document(tmp_path: Path, timeout_ms: int, *, shorter: bool) -> None:
     """The bytes whose digest a result has are the file's, else those that `x07 policy init` would write."""

@@ -62,7 +62,6 @@ def _fact(observe: Callable[[Bench], Facts], name: str, expected: object = True)
 
 
 def _ends(outcome: str, exit_code: int, code: str, **limits: int) -> Check:
-    """Return a check of the outcome and exit code of a program under these limits."""
     end = outcome, exit_code
     return lambda bench: expect(_END, end, _end(bench.run(code, policy=policy_with(limits=limits))))
 

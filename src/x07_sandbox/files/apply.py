@@ -1,13 +1,9 @@
 """Atomic application of a change set: a kill at any point leaves the old tree or the new one.
 
-All checks come first. New content is written to a staging folder beside the old content, and a journal records the
-steps. Then names change one by one; each displaced inode is compared once more and saved for undo. Renaming the journal
-commits the set; then the displaced content is removed.
-
-The private folder of a set holds:
-
-    staging, journal, committed   the journal (files/journal), while there is something to roll back or finish
-    undo/changes.json, undo/data  the set that undoes the last one applied
+After all checks, new content is staged beside the old, and a journal records the steps. Then names change one by one;
+each displaced inode is compared again and saved for undo. Renaming the journal commits. The private folder of a set
+holds the journal (files/journal) while there is something to roll back or finish, and `undo/changes.json` and
+`undo/data`, the set that undoes the last one applied.
 """
 
 from __future__ import annotations
@@ -19,33 +15,16 @@ import posixpath
 import secrets
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.errors import HostError
-from x07_sandbox.files import journal
-from x07_sandbox.files.apply_steps import (
-    Site,
-    apply_step,
-    check_step,
-    displaced_inodes,
-    holds_displaced,
-    staged_inodes,
-    undo_step,
-)
+from x07_sandbox.files import apply_steps, journal, undo_data
+from x07_sandbox.files.apply_steps import Site
 from x07_sandbox.files.changes import STAGING, ChangeSet, RootChanges
-from x07_sandbox.files.checks import check_set, compare_root, root_anchor, with_actual_modes
+from x07_sandbox.files.checks import check_set, compare_root, root_anchor
 from x07_sandbox.files.inode import MISSING, ConflictError, conflict_error
 from x07_sandbox.files.journal import Head, Place
 from x07_sandbox.files.staging import Planner, fill, undo_changes
-from x07_sandbox.files.undo_data import (
-    drop_prepared,
-    prepare,
-    publish,
-    publish_empty,
-    remove_staging,
-    save_displaced,
-    undo_entries,
-)
 from x07_sandbox.host import beneath, close_on_fork, settings
 from x07_sandbox.host.locks import opened_lock
 from x07_sandbox.host.paths import private_dir
@@ -61,25 +40,16 @@ if TYPE_CHECKING:
 
 __all__ = ["ConflictError", "apply", "recover"]
 
-_PROBE_MODE: Final = 0o710  # a mode that no file system gives by default
 _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FIXES: Final = {
     errno.ENOSPC: "Free space there",
     errno.EDQUOT: "Free space there",
     errno.EROFS: "Make it writable",
     errno.EACCES: "Apply the changes as a user who may write there",
-    errno.EPERM: "Apply the changes as the owner of the files and a member of their groups",
+    errno.EPERM: "Apply the changes as the owner of the files, on a file system that stores modes",
     errno.EXDEV: "Unmount what is mounted there, name it as a root of its own, or leave it out with --skip",
     errno.EBUSY: "Unmount what is mounted there",
 }
-
-
-class _Inverse(NamedTuple):
-    """The changes that undo those of one root. site, prefix: where that root is."""
-
-    root: RootChanges
-    site: Site
-    prefix: str
 
 
 def apply(
@@ -119,15 +89,14 @@ def _apply(changes: ChangeSet, data_fd: int, folder: Path, on_wait: OnWait | Non
     roots = [root for root in changes.roots if root.changes]
     anchors = [root_anchor(root) for root in roots]
     with _sites((path for path, _ in anchors), on_wait) as by_path:
-        applied = undo_entries(folder)
+        applied = undo_data.undo_entries(folder)
         states = [
-            compare_root(root, by_path[path].fd, prefix, applied)
-            for root, (path, prefix) in zip(roots, anchors, strict=True)
+            compare_root(root, by_path[path].fd, prefix) for root, (path, prefix) in zip(roots, anchors, strict=True)
         ]
         if all(state.all_applied for state in states):
             nothing = ChangeSet(run=changes.run, roots=())
-            drop_prepared(folder)
-            publish_empty(folder, nothing)
+            undo_data.drop_prepared(folder)
+            undo_data.publish_empty(folder, nothing)
             return nothing
         conflicts = list(dict.fromkeys(name for state in states for name in state.conflicts))
         if applied:
@@ -136,15 +105,16 @@ def _apply(changes: ChangeSet, data_fd: int, folder: Path, on_wait: OnWait | Non
             raise conflict_error(conflicts)
         sites = list({id(site): site for site in by_path.values()}.values())
         planner = Planner(data_fd)
-        inverse = []
-        for root, state, (path, prefix) in zip(roots, states, anchors, strict=True):
+        inverse: list[RootChanges] = []
+        for root, state, (path, _) in zip(roots, states, anchors, strict=True):
             first = len(planner.steps)
             planner.add(next(i for i, site in enumerate(sites) if site is by_path[path]), state.items)
             undo = tuple(undo_changes(state.items, planner.steps[first:]))
-            undo_root = RootChanges(root=root.root, guest=root.guest, missing=False, changes=undo)
-            inverse.append(_Inverse(undo_root, by_path[path], prefix))
+            inverse.append(RootChanges(root=root.root, guest=root.guest, missing=False, changes=undo))
         head = Head(run=changes.run, places=tuple(site.place for site in sites))
-        return _execute(folder, head, sites, planner, inverse, keeps=keeps)
+        undo_set = ChangeSet(run=changes.run, roots=tuple(inverse))
+        _execute(folder, head, sites, planner, undo_set, keeps=keeps)
+        return undo_set
 
 
 def _check_part(
@@ -165,9 +135,8 @@ def _check_part(
 
 
 def _execute(
-    folder: Path, head: Head, sites: list[Site], planner: Planner, inverse: list[_Inverse], *, keeps: bool
-) -> ChangeSet:
-    """Carry out the planned steps and return the set that undoes them."""
+    folder: Path, head: Head, sites: list[Site], planner: Planner, undo_set: ChangeSet, *, keeps: bool
+) -> None:
     steps, started = planner.steps, 0
     try:
         journal.write_staging(folder, head)
@@ -181,19 +150,14 @@ def _execute(
             fill(site, (step for step in steps if step.place == index), planner)
         journal.write_steps(folder, head, steps)
         for number, step in enumerate(steps, start=1):
-            check_step(sites[step.place], step)
+            apply_steps.check_step(sites[step.place], step)
             started = number
-            apply_step(sites[step.place], step)
+            apply_steps.apply_step(sites[step.place], step)
         for site in sites:
             beneath.sync(site.fd)
-        roots = (
-            one.root if one.site.keeps_modes else with_actual_modes(one.root, one.site.fd, one.prefix)
-            for one in inverse
-        )
-        undo_set = ChangeSet(run=head.run, roots=tuple(roots))
         if keeps:
-            prepare(folder, undo_set)
-            save_displaced(folder, sites, steps)
+            undo_data.prepare(folder, undo_set)
+            undo_data.save_displaced(folder, sites, steps)
         journal.commit(folder)
     except BaseException:
         # An interrupt may arrive right after the commit.
@@ -202,7 +166,6 @@ def _execute(
             _remove_new(folder, sites, steps if started else None)
         raise
     _finish(folder, sites, steps)
-    return undo_set
 
 
 def _make_staging(site: Site) -> None:
@@ -216,12 +179,6 @@ def _make_staging(site: Site) -> None:
     site.staging_fd = os.open(site.place.staging, _FOLDER, dir_fd=site.fd)
     info = os.fstat(site.staging_fd)
     site.place.staged = (info.st_dev, info.st_ino)
-    with contextlib.suppress(OSError):
-        os.fchmod(site.staging_fd, _PROBE_MODE)
-    site.keeps_modes = os.fstat(site.staging_fd).st_mode & 0o777 == _PROBE_MODE
-    if site.keeps_modes:
-        os.fchmod(site.staging_fd, 0o700)
-        site.keeps_modes = os.fstat(site.staging_fd).st_mode & 0o777 == 0o700  # noqa: PLR2004
 
 
 def _roll_back(sites: list[Site], started: list[Step], *, recovering: bool = False) -> None:
@@ -234,11 +191,11 @@ def _roll_back(sites: list[Site], started: list[Step], *, recovering: bool = Fal
             _open_staging(site)
     until = time.monotonic() + settings.SETTLE_S
     todo = [step for step in reversed(started) if sites[step.place].staging_fd >= 0]
-    while todo := [step for step in todo if not undo_step(sites[step.place], step)]:
+    while todo := [step for step in todo if not apply_steps.undo_step(sites[step.place], step)]:
         if time.monotonic() > until:
             break
         time.sleep(0.01)
-    if stuck := [step for step in todo if not recovering or holds_displaced(sites[step.place], step)]:
+    if stuck := [step for step in todo if not recovering or apply_steps.holds_displaced(sites[step.place], step)]:
         names = ", ".join(ascii(sites[step.place].path(step.name)) for step in stuck[:5])
         saved = ", ".join(ascii(sites[index].path(sites[index].place.staging)) for index in {s.place for s in stuck})
         why = f"{names} cannot be restored, because something was moved; the earlier content is in {saved}"
@@ -249,22 +206,22 @@ def _remove_new(folder: Path, sites: list[Site], steps: list[Step] | None) -> No
     """Remove the staged content. steps: None if none was started: then everything with a slot's name is new."""
     for index, site in enumerate(sites):
         # Nothing is staged before the journal names the staging folder.
-        known = staged_inodes(steps, index) if steps is not None else None if site.place.staged else {}
-        remove_staging(site, known)
+        known = apply_steps.staged_inodes(steps, index) if steps is not None else None if site.place.staged else {}
+        undo_data.remove_staging(site, known)
     _end(folder)
 
 
 def _finish(folder: Path, sites: list[Site], steps: list[Step]) -> None:
-    publish(folder)
+    undo_data.publish(folder)
     for index, site in enumerate(sites):
         last = [step for step in steps if step.place == index and step.kind == "mode" and step.name == "."]
-        remove_staging(site, displaced_inodes(steps, index), last[-1].new_mode if last else None)
+        undo_data.remove_staging(site, apply_steps.displaced_inodes(steps, index), last[-1].new_mode if last else None)
     _end(folder)
 
 
 def _end(folder: Path) -> None:
     journal.remove(folder)
-    drop_prepared(folder)
+    undo_data.drop_prepared(folder)
 
 
 def _recover(folder: Path, on_wait: OnWait | None) -> None:
@@ -344,7 +301,6 @@ def _close_staging(site: Site) -> None:
 
 
 def _check_unmoved(path: str, site: Site, recorded: dict[str, Place] | None) -> None:
-    """Raise unless *path* still leads to the folder that we opened and locked."""
     try:
         fd = beneath.open_root(path)
     except OSError as exc:
@@ -368,7 +324,6 @@ def _moved(path: str, recorded: dict[str, Place] | None) -> Exception:
 
 @contextlib.contextmanager
 def _locked(folder: Path, on_wait: OnWait | None) -> Iterator[None]:
-    """Hold the folder of a set exclusively. Raises HostError."""
     private_dir(folder)
     notify = None if on_wait is None else (lambda: on_wait(str(folder)))
     with _os_errors(folder), opened_lock(os.open(folder, _FOLDER), on_wait=notify):
@@ -377,7 +332,6 @@ def _locked(folder: Path, on_wait: OnWait | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _os_errors(folder: Path) -> Iterator[None]:
-    """Turn OSError into HostError."""
     try:
         yield
     except OSError as exc:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 from typing import Final
 
 import msgspec
@@ -19,15 +18,11 @@ _CONFLICTS: Final = {*MISSING, errno.EEXIST, errno.ENOTEMPTY}
 
 
 class Site(msgspec.Struct, kw_only=True):
-    """A place, opened and locked. fd: its folder. staging_fd: its staging folder; -1 if there is none.
-
-    keeps_modes: whether its file system stores modes, unlike vfat and NTFS.
-    """
+    """A place, opened and locked. fd: its folder. staging_fd: its staging folder; -1 if there is none."""
 
     place: Place
     fd: int
     staging_fd: int = -1
-    keeps_modes: bool = True
 
     def path(self, name: str) -> str:
         """Return the path of a name, for messages."""
@@ -39,7 +34,7 @@ def check_step(site: Site, step: Step) -> None:
 
     Undoing a step that was not done would also undo the same change of mode made by somebody else.
     """
-    if step.kind == "mode" and site.keeps_modes:
+    if step.kind == "mode":
         with open_inode(site.fd, step.name) as found:
             if found is None or not _has_old_mode(found, step):
                 raise conflict_error([site.path(step.name)])
@@ -51,8 +46,7 @@ def apply_step(site: Site, step: Step) -> None:
     Raises ConflictError, OSError; the step may then be done.
     """
     if step.kind == "mode":
-        if site.keeps_modes:
-            _apply_mode(site, step)
+        _apply_mode(site, step)
         return
     try:
         with beneath.parent_of(site.fd, step.name) as (folder, name):
@@ -81,20 +75,6 @@ def _displace(site: Site, step: Step, folder: int, name: str) -> str:
     beneath.move(folder, name, staging, step.slot + OLD)
     beneath.move(staging, step.slot, folder, name)
     return step.slot + OLD
-
-
-def _remove_folder(site: Site, step: Step, folder: int, name: str) -> None:
-    """Remove an empty folder; a substitute in staging can take its place on rollback."""
-    with open_inode(folder, name) as old:
-        if old is None or old.ident != step.old or old.mode != step.old_mode:
-            raise conflict_error([site.path(step.name)])
-        substitute = step.slot + (OLD if step.kind == "replace" else "")
-        os.mkdir(substitute, 0o700, dir_fd=site.staging_fd)
-        os.chown(substitute, old.info.st_uid, old.info.st_gid, dir_fd=site.staging_fd, follow_symlinks=False)
-        # The mode from before an opening step: that step does not find the substitute by its inode.
-        mode = (old.mode & 0o7000) | (step.before.mode & 0o777 if step.before else 0)
-        os.chmod(substitute, mode, dir_fd=site.staging_fd)
-    os.rmdir(name, dir_fd=folder)
 
 
 def undo_step(site: Site, step: Step) -> bool:
@@ -159,7 +139,6 @@ def _undo_mode(site: Site, step: Step) -> bool:
 
 
 def _take_back(site: Site, step: Step, folder: int, name: str) -> bool:
-    """Replace our new inode under the name by what it displaced."""
     staging = site.staging_fd
     old = displaced_slot(site, step)
     if step.kind == "replace" and old == step.slot and beneath.exchange(staging, old, folder, name):
@@ -185,7 +164,6 @@ def _holds_new(site: Site, step: Step) -> bool:
 
 
 def _put_back(site: Site, step: Step, folder: int, name: str) -> bool:
-    """Move what was displaced back to its name, which does not hold our new inode."""
     if not holds_displaced(site, step):
         # Somebody may have replaced a new file. A new folder still exists, with what we put in it.
         return not step.new_folder or ident_of(site.staging_fd, step.slot) == step.new

@@ -82,7 +82,6 @@ def check_changes(  # noqa: PLR0913 - the tree, the reported entries, and what i
 
 
 def _split(checked: CheckedChanges, after: dict[str, Node], check: _Check) -> CheckedChanges:
-    """Leave out refused changes until the rest is allowed; give up after _SPLITS_MAX rounds."""
     refused = list(checked.refused)
     for _ in range(_SPLITS_MAX):
         left = with_dependents(checked.changes, {refusal.name for refusal in refused})
@@ -95,7 +94,6 @@ def _split(checked: CheckedChanges, after: dict[str, Node], check: _Check) -> Ch
 
 
 def _reverted(after: dict[str, Node], before: Mapping[str, Node], names: set[str]) -> dict[str, Node]:
-    """Return the new tree with *names* as they were before."""
     found = {name: node for name, node in after.items() if name not in names or name in before}
     return found | {name: before[name] for name in names if name in before}
 
@@ -216,7 +214,6 @@ def _without_made(
 
 
 def _check_root(reported: ReportedEntry, before: Node | None) -> None:
-    """Raise PeerError unless the root, a mount point, still exists and is of the same kind."""
     kind = before.kind if before else "folder"
     if reported.other is not None:  # it was given extended attributes
         same = stat.S_IFMT(reported.other) == (stat.S_IFREG if kind == "file" else stat.S_IFDIR)
@@ -315,7 +312,6 @@ def _by_place(changes: Iterable[Change], skipped: Mapping[str, Skipped], bounds:
 
 
 def _by_skipped(name: str, why: str, skipped: str, there: Skipped, bounds: Bounds) -> Refused:
-    """Return the refusal because of the entry *skipped*, which *why* names."""
     return Refused(
         name=name,
         rule=FIELDS[there.reason],

@@ -183,7 +183,6 @@ class _Walk:
                 self._way_to(mount)
 
     def _may_create(self, mount: Mount) -> bool:
-        """Return whether a missing root lies in a write root, where it can be created like any other folder."""
         folder, _, part = mount.sub.rpartition("/")
         if mount.sub in self._present or (folder and folder not in self._present) or self._why_skip(part, mount.sub):
             return False
@@ -253,14 +252,12 @@ class _Walk:
             return []
 
     def _entry(self, folder: int, part: str, name: str, device: int) -> int | None:
-        """Pack one entry; return the descriptor of a folder, whose entries follow."""
         if reason := self._why_skip(part, name):
             self._skip(reason, name, name.count("/") + 1 if reason == "deep" else 0)
             return None
         return self._retried(lambda: self._packed(folder, part, name, device), name)
 
     def _retried(self, pack: Callable[[], int | None], name: str) -> int | None:
-        """Pack one entry; retry if it is replaced or changed meanwhile."""
         for _ in range(_TRIES):
             start = self._out.tell()
             try:
@@ -461,7 +458,6 @@ def link_stays_inside(name: str, target: str) -> bool:
 
 
 def _any_of(patterns: Sequence[str]) -> re.Pattern[str] | None:
-    """Return a pattern that matches a lower-case name if any of *patterns* does; None for no patterns."""
     return re.compile("|".join(fnmatch.translate(pattern.lower()) for pattern in patterns)) if patterns else None
 
 

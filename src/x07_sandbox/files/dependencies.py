@@ -89,7 +89,6 @@ def with_later_applied(changes: ChangeSet, done: AbstractSet[tuple[str, str]]) -
 
 
 def _above(name: str) -> Iterator[str]:
-    """Yield the folders above a name, without the root."""
     while name := name.rpartition("/")[0]:
         yield name
 

@@ -37,11 +37,10 @@ class ReportedEntry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Incoming:
-    """Takes the stream. data_fd: lent. roots: their number.
+    """Takes the stream. data_fd: lent. roots: their number. most_entries, most_bytes: limits for all of them.
 
-    problem: why part of it was rejected, else empty. too_many: whether that was for the number of entries.
-    most_entries, most_bytes: totals. The bytes are the claimed sizes, holes included, which limits the time for
-    hashing.
+    problem: why part of it was rejected, else empty. too_many: whether that was for the number of entries. Holes count
+    as bytes, which limits the time for hashing.
     """
 
     def __init__(self, data_fd: int, *, roots: int, most_entries: int, most_bytes: int) -> None:

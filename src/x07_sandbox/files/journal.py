@@ -55,10 +55,8 @@ class Head(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 class Step(msgspec.Struct, kw_only=True, array_like=True, forbid_unknown_fields=True):
     """One operation on one name.
 
-    kind: mode    the inode old gets new_mode
-          remove  what is there moves to slot
-          replace what is there changes places with what is in slot
-          add     what is in slot moves there
+    kind: mode (the inode old gets new_mode), remove (what is there moves to slot), replace (it changes places with what
+        is in slot), or add (what is in slot moves there).
     place: index into Head.places. name: relative to it, "." for itself. slot: a name in its staging folder.
     new: the staged inode; new_folder: whether it is a folder. old, old_mode, before: what was there.
     undo_at: offset of its content in the data of the undo set; -1 for none.

@@ -96,7 +96,6 @@ def _one(root: str, change: Change, before: Content, after: Content, work: Work)
 
 
 def _text(root: str, name: str, node: Node | None, content: Content) -> bytes | None:
-    """Return the content to compare; None if it cannot be shown as lines."""
     if node is None:
         return b""
     data = os.fsencode(node.target) if node.kind == "link" else content(root, name, node)
@@ -112,14 +111,12 @@ def _head(old: Node | None, new: Node | None) -> bytes:
 
 
 def _modes(old: Node | None, new: Node | None) -> bytes:
-    """Return both modes if they differ."""
     if old is None or new is None or old.mode == new.mode:
         return b""
     return b", mode %04o -> %04o" % (old.mode, new.mode)
 
 
 def _summary(old: Node | None, new: Node | None) -> bytes:
-    """Return a summary in place of the lines."""
     sides = [
         "nothing" if node is None else f"{node.size} bytes, sha256 {node.sha256}" if node.kind == "file" else node.kind
         for node in (old, new)
@@ -225,7 +222,6 @@ def _range(start: int, size: int) -> bytes:
 
 
 def _quoted(name: bytes) -> bytes:
-    """Return a name quoted as git does it."""
     if _PLAIN.fullmatch(name):
         return name
     return b'"' + b"".join(map(_escaped, name)) + b'"'

@@ -58,7 +58,6 @@ class Walk:
         self._matched: set[int] = set()
         self._entries = 0
         self._steps = 0
-        self._broken_link = ""
 
     def files(self) -> Iterator[str]:
         """Yield the names of matching files, each once, in no order.
@@ -81,7 +80,7 @@ class Walk:
             yield from (inner for inner, is_file, _ in found if is_file)
         for number, pattern in enumerate(self._patterns):
             if number not in self._matched:
-                why = f"no file matches {pattern!r}{self._broken_link}"
+                why = f"no file matches {pattern!r}"
                 raise self._folder.refused(why, "Correct `files` in its manifest")
 
     def _found(self, fd: int, folder: str, states: set[_State]) -> list[tuple[str, bool, set[_State]]]:
@@ -103,7 +102,7 @@ class Walk:
             if not matched and not inner:
                 continue
             name = f"{folder}/{part_name}" if folder else part_name
-            target = self._target_kind(name, matched=bool(matched)) if kind == stat.S_IFLNK else kind
+            target = self._target_kind(name) if kind == stat.S_IFLNK else kind
             self._matched |= matched
             is_folder = target == stat.S_IFDIR
             found.append((name, bool(matched) and not is_folder, inner if is_folder else set()))
@@ -153,14 +152,12 @@ class Walk:
             raise self._folder.refused(why, "Use fewer and simpler patterns")
         return matched, inner
 
-    def _target_kind(self, name: str, *, matched: bool) -> int:
-        """Return the type of a link's target. matched: reading the file will report what is wrong with it."""
+    def _target_kind(self, name: str) -> int:
+        """Return the type of a link's target; S_IFLNK if the link is broken or leads out of the project."""
         try:
             with self._folder.look(name) as (_, info):
                 return stat.S_IFMT(info.st_mode)
-        except UsageError as exc:
-            if not matched:
-                self._broken_link = f"; {exc.why}"
+        except UsageError:
             return stat.S_IFLNK
 
     def _count(self) -> None:

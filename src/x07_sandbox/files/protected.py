@@ -90,13 +90,11 @@ def work_trees(names: Iterable[str]) -> set[str]:
 
 
 class Protection:
-    """The protected names below one root.
+    """The protected names below one root. Everything below a protected folder is protected.
 
-    root: its path on the host; everything below a protected folder is protected. own: further protected names, such as
-    the policy in use. allowed: patterns of --allow-protected, each for a path from the root, or for a part of that path
-    or of the root's; a path is allowed if all its protected parts are. repository: the git repository around the root,
-    if any. reserved: paths with x07's own trusted data, which cannot be allowed. work_tree_tops: folders besides the
-    root where CI configuration is protected (see work_trees()).
+    root: its path on the host. own: further protected names, such as the policy in use. repository: the git repository
+    around the root, if any. allowed: patterns of --allow-protected for a path or a part of it; all protected parts of a
+    path must be allowed. reserved: x07's own paths, which cannot be allowed. work_tree_tops: see work_trees().
     """
 
     def __init__(

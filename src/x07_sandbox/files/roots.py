@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import posixpath
 import stat
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -17,7 +16,6 @@ from x07_sandbox.plan.guest_paths import inside, place
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from x07_sandbox.plan.confinement import Confinement
     from x07_sandbox.policy.model import Policy
 
 
@@ -103,27 +101,14 @@ def _mounts(roots: Iterable[Root], base: str, states: dict[str, str]) -> tuple[M
     return tuple(found.values())
 
 
-def mounts_of(trees: Sequence[Tree], listed: Confinement) -> list[tuple[int, Mount]]:
+def mounts_of(trees: Sequence[Tree]) -> list[tuple[int, Mount]]:
     """Return the mounts and the indexes of their trees, outer ones first, so that none covers another.
 
     A root that another mount shows anyway gets no mount: the program could not replace or remove a mount point (EBUSY).
-    The exception is a writable file that a list of programs names, which needs a mount to be both writable and
-    executable.
     """
     every = [(number, mount) for number, tree in enumerate(trees) for mount in tree.mounts]
     every.sort(key=lambda one: (one[1].at.count("/"), one[1].at))
-    return [one for one in every if _is_listed(one[1], listed) or not _is_shown(one, every)]
-
-
-def _is_listed(mount: Mount, listed: Confinement) -> bool:
-    """Return whether the list of programs names a writable file itself, rather than a folder around it."""
-    if not mount.single or not mount.write:
-        return False
-    folder, part = posixpath.split(mount.at)
-    starts = (posixpath.split(prefix) for prefix in listed.prefixes)
-    return mount.at in (listed.programs or ()) or any(
-        start and at == folder and part.startswith(start) for at, start in starts
-    )
+    return [one for one in every if not _is_shown(one, every)]
 
 
 def _is_shown(one: tuple[int, Mount], every: Sequence[tuple[int, Mount]]) -> bool:

@@ -162,7 +162,6 @@ def _source(dir_fd: int, step: Step, node: Node, data_fd: int) -> Iterator[int]:
 
 
 def _inherit(dir_fd: int, step: Step, fd: int) -> None:
-    """Copy owner, group and attributes from the file that will be replaced."""
     with open_inode(dir_fd, step.name) as old:
         if old is None or old.ident != step.old:
             return  # the step itself will find the conflict

@@ -1,8 +1,7 @@
 """The artifact cache: built programs by source, tools and image.
 
-cache/building/<xx>: a lock for builders of the keys that start with these digits. cache/artifacts/<key>: one line of
-JSON, padded to HEADER_BYTES, then the artifact, then notes about its build. One file makes storing atomic. Users of an
-artifact hash it again while they copy it.
+cache/artifacts/<key>: one line of JSON, padded to HEADER_BYTES, then the artifact, then notes about its build. Users of
+an artifact hash it again while they copy it. cache/building/<xx>: a lock for builders of keys that start so.
 """
 
 from __future__ import annotations
@@ -138,7 +137,6 @@ def remove_artifact(key: str) -> None:
 
 
 def _make_room(folder: Path) -> None:
-    """Remove the least recently used artifacts above the size limit, and partial files of killed processes."""
     found = []
     for path in folder.iterdir():
         with contextlib.suppress(OSError):

@@ -34,8 +34,6 @@ _PHONY: Final = frozenset(
 
 
 class _Rule:
-    """The prerequisites and the recipe of a target."""
-
     def __init__(self) -> None:
         self.prerequisites: list[str] = []
         self.recipe: list[str] = []
@@ -180,7 +178,6 @@ def program_of(makefiles: Mapping[str, str], files: Collection[str]) -> str:
 
 
 def _assignment(line: str) -> tuple[str, str] | None:
-    """Return the variable that a line sets, and its value."""
     name, equals, value = line.partition("=")
     name = name.rstrip(":? \t").lstrip(" ")
     return (name, value.partition("#")[0].strip()) if equals and _NAME.fullmatch(name) else None

@@ -85,7 +85,6 @@ def decode_manifest(data: bytes, *, source: str) -> tuple[Manifest, Toolchain]:
 
 
 def _check_keys(value: dict[str, object], source: str) -> None:
-    """Reject unknown keys and suggest the right one."""
     tables = (("", value, Manifest), ("build.", value.get("build"), BuildTable), ("run.", value.get("run"), RunTable))
     for prefix, table, model in tables:
         known = [field.encode_name for field in msgspec.structs.fields(model)]

@@ -73,10 +73,6 @@ def _patterns(row: Toolchain, files: Sequence[str]) -> list[str]:
     if row.artifact and (len(patterns) > manifest.FILES_MAX or len(str(patterns)) > manifest.MAX_BYTES // 2):
         folders = (glob.escape(str(PurePosixPath(name).parent)) for name in files)
         patterns = list(dict.fromkeys("*" if folder == "." else f"{folder}/*" for folder in folders))
-    if len(patterns) > manifest.FILES_MAX:
-        why = f"they are in more than {manifest.FILES_MAX} folders"
-        fix = f"Create it in a folder with only the sources, or write {manifest.FILE} with patterns like **/*.py"
-        raise UsageError(f"cannot list the sources of a {row.name} project", why, fix)
     return patterns
 
 

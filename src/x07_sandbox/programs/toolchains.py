@@ -69,12 +69,9 @@ class Source(msgspec.Struct, frozen=True, kw_only=True):
 class Toolchain(msgspec.Struct, frozen=True, kw_only=True):
     """One language, or one way to build.
 
-    suffixes: of source files, lower case.
-    beside: suffixes and names of other files that `x07 init` lists in a manifest.
-    build: argv of the build, starting with a path; None if the source is the artifact.
-    archive: the build is `build_driver()`, whose artifact is unpacked to PROGRAM_FOLDER; else the artifact is an
-        executable, at ARTIFACT.
-    start: argv that starts the program.
+    suffixes: of source files, lower case. beside: suffixes and names of other files for `x07 init`.
+    build: argv of the build, starting with a path; None if the source is the artifact. start: argv of the program.
+    archive: the build is `build_driver()`, whose artifact is unpacked to PROGRAM_FOLDER; else it is at ARTIFACT.
     needs: Debian packages that the image must have; "x07" stands for X07's own toolchain.
     protocol: for programs that need more than bytes and arguments.
     entries: usual names of the file that is started, in order of preference; None if a project does not name it.
@@ -128,7 +125,6 @@ def _build_archive(source: Source, *check: str) -> list[str]:
 
 
 def _checked_by(*check: str) -> Callable[[Source], list[str]]:
-    """Return the build of an interpreted language. check: argv of its syntax check, run in the source's folder."""
     return lambda source: _build_archive(source, *check)
 
 
@@ -164,7 +160,6 @@ def _shell(source: Source) -> list[str]:
 
 
 def _shell_check(source: Source) -> list[str]:
-    """Return the start of a command that checks the script's syntax."""
     shell, *options = _shell(source)
     # bash accepts long options only before all others, and no options after - or --.
     long = next((at for at, word in enumerate(options) if not word.startswith("--") or word == "--"), len(options))

@@ -85,7 +85,6 @@ def _denial(contact: Contact, allowlist: Allowlist) -> Denial:
 
 
 def _how(contact: Contact, allowlist: Allowlist) -> HowToAllow | None:
-    """Return what would allow a contact: an entry of the list, or a user setting."""
     if setting := _setting(contact):
         return HowToAllow(json_path=None, value=None, setting=setting)
     # Nothing allows an invalid host, or one that the list allows already.
@@ -97,7 +96,6 @@ def _how(contact: Contact, allowlist: Allowlist) -> HowToAllow | None:
 
 
 def _setting(contact: Contact) -> str:
-    """Return the line for [net] in the user's settings that would allow a contact; empty for none."""
     kind, _, what = contact.rule.partition(":")
     if kind in {"tls", "http", "first-bytes", "udp-443"}:
         return f"opaque_ports = [{contact.port}]"

@@ -132,7 +132,6 @@ class Phase:
             self.instance.drain(fd)
 
     def _time_is_up(self) -> bool:
-        """Handle a passed deadline; return whether the phase is over."""
         # Pending events are handled first: this process may be late, because of Ctrl-Z or a busy host.
         if self.over or not self.deadline.passed():
             self.late = None
@@ -151,7 +150,6 @@ class Phase:
         return self.over
 
     def _is_pending(self, wait_s: float) -> bool:
-        """Return whether the guest, the machine's end or a cancellation has an event within that time."""
         return bool(polling(self.instance.channel_fd, self.instance.pidfd, self.streams.cancel.fd).poll(wait_s * 1000))
 
     def _receive(self) -> None:
@@ -263,7 +261,6 @@ class Phase:
             self._end()
 
     def _fill(self) -> None:
-        """Queue as much for the guest as its windows take."""
         if self.link.state not in {State.PREPARING, State.RUNNING}:
             return
         for index, file in enumerate(self.spec.files):

@@ -34,7 +34,6 @@ def missing_interpreter(program: Program) -> list[Hint]:
 
 
 def _beside(request: RunRequest, program: Program) -> Beside | None:
-    """Return the modules beside a single-file program, for a hint if it misses one."""
     if request.program is None or program.project or program.toolchain.name != "python":
         return None
     folder, name = request.program.parent, request.program.name

@@ -30,7 +30,6 @@ from x07_sandbox.files.roots import Root, change_roots, mounts_of, roots_of, tre
 from x07_sandbox.host import settings
 from x07_sandbox.host.paths import cache_dir, is_folder, one_slash, open_own, private_dir, real_path, state_dir
 from x07_sandbox.jobs.record import home_of
-from x07_sandbox.plan.confinement import confinement
 from x07_sandbox.plan.denials import Area
 from x07_sandbox.plan.guest_paths import OUT, PROGRAM, WORK
 from x07_sandbox.programs.toolchains import PROJECT_FOLDER
@@ -89,7 +88,7 @@ class HostFiles:
             # Roots inside another root that did not take them along.
             waiting += trees_of([root for root in roots if root.host in separate])
         writable = change_roots(self.trees)
-        self._mounts = mounts_of(self.trees, confinement(policy, _start(request, program)))
+        self._mounts = mounts_of(self.trees)
         given = {root.guest: root.given for root in roots}
         if request.workdir is not None and not program.project:
             given[WORK] = "."  # as in --allow-write-root
@@ -283,7 +282,6 @@ def _own_places() -> list[str]:
 
 
 def _start(request: RunRequest, program: Program) -> str:
-    """Return the folder for relative roots in the machine."""
     if program.project:
         return PROJECT_FOLDER
     return PROGRAM if request.workdir is None else WORK
@@ -321,7 +319,6 @@ def _below(nodes: dict[str, _T], sub: str) -> dict[str, _T]:
 
 
 def _joined(root: RootChanges) -> RootChanges:
-    """Return the changes of a root with nothing left out."""
     every = sorted((*root.changes, *root.left_out), key=lambda change: change.name)
     return msgspec.structs.replace(root, changes=tuple(every), left_out=())
 
@@ -347,7 +344,6 @@ def _summarize(changes: ChangeSet, state: Any, reason: str) -> Changes:  # noqa:
 
 
 def _why_saved(changes: ChangeSet) -> str:
-    """Return how many changes are not allowed, and how many entries cannot even be part of a set."""
     names = {(root.root, refusal.name) for root in changes.roots for refusal in root.refused}
     counted = {(root.root, change.name) for root in changes.roots for change in root.changes}
     some = [f"{len(names & counted)} of them not allowed"] if names & counted else []
@@ -363,7 +359,6 @@ def too_many(policy: Policy, action: str, subject: str) -> Denial:
 
 
 def _to_let_in(reason: Reason, left: LeftOut, bounds: Bounds, *, built_in: bool) -> tuple[object, str | None]:
-    """Return the policy value and the flag that would let entries in; None for each that would not."""
     if reason in {"chosen", "secret"}:
         names = dict.fromkeys(Path(name).name for name in left.names)
         return None, " ".join(filter(None, (flag_for("--reveal", name) for name in names))) or None

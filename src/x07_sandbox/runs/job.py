@@ -92,7 +92,6 @@ def run_job(prepared: Prepared, spec: PhaseSpec, run_id: str, folder: RunFolder)
 def _gate(
     prepared: Prepared, spec: PhaseSpec, folder: RunFolder
 ) -> contextlib.AbstractContextManager[GateProcess | None]:
-    """Return the egress gate of a phase; None for one without connections."""
     if prepared.egress is None or spec.network is None:
         return contextlib.nullcontext()
     from x07_sandbox.runs.egress import gate_of
@@ -103,7 +102,6 @@ def _gate(
 def _run_phase(
     prepared: Prepared, spec: PhaseSpec, run_id: str, sinks: tuple[Sink, Sink], gate: GateProcess | None
 ) -> tuple[Instance, PhaseFacts, list[str]]:
-    """Run the phase; return the instance, which is stopped by then, the facts, and warnings."""
     request, live = prepared.request, spec.name == "run"
     warnings: list[str] = []
     streams = PhaseStreams(

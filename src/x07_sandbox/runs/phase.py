@@ -23,12 +23,9 @@ CWD = "/opt/x07"
 class PhaseSpec(msgspec.Struct, frozen=True, kw_only=True):
     """The description of one phase. Descriptors are lent.
 
-    limits, mounts: as in START (plan/sizes). limits_shown: those of the policy, for messages.
-    network: the view of the guest's relay, as in START (network/guest_view); None without connections.
-    places: of the mounts, for backends that need them in advance. areas: of the host, for denials.
-    changes: takes changes to the trees (files/incoming.Incoming), or None.
-    left: limits for the files in the program's private folders, as in START; None if they are not looked at.
-    left_files: takes those files (runs/private_files.LeftFiles), or None.
+    limits, mounts, left, network: as in START. limits_shown: those of the policy, for messages. places: of the mounts.
+    areas: of the host, for denials. changes: takes changes to the trees (files/incoming.Incoming), or None. left_files:
+    takes files in the program's private folders (runs/private_files.LeftFiles), or None.
     """
 
     name: Literal["build", "run"]

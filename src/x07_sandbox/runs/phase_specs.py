@@ -141,7 +141,6 @@ def _start(program: Program, cwd: str) -> list[str]:
 
 
 def _left(prepared: Prepared, stack: contextlib.ExitStack) -> tuple[dict[str, int] | None, LeftFiles | None]:
-    """Return the limits for files in the program's private folders, and what takes them."""
     request = prepared.request
     if prepared.program.toolchain.protocol is not None:
         return None, None

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from x07_sandbox.backends.base import Availability, Backend
 from x07_sandbox.backends.registry import create
 from x07_sandbox.backends.selection import Choice, choice_of_variables
-from x07_sandbox.errors import HostError, RefusedError, UsageError, shown
+from x07_sandbox.errors import HostError, RefusedError, shown
 from x07_sandbox.host import settings
 from x07_sandbox.host.paths import settings_file
 from x07_sandbox.host.variables import flag, text
@@ -100,7 +100,6 @@ def prepare(
         need_policy(request, protocol)
         request = request if dry else with_framed_input(request, protocol, stack)
     effective_policy = request.effective_policy or effective_policy_of(request)
-    _check_cpu_time(request, program)
     draft = _known(replace(draft, policy=shown(effective_policy.base)), policy=sha256_text(effective_policy.data))
     yield draft
     check_variables(request, effective_policy.policy)
@@ -136,15 +135,6 @@ def prepare(
     return Prepared(
         request, program, effective_policy, image, _image_name(request), backend, availability, plan, egress
     ), draft
-
-
-def _check_cpu_time(request: RunRequest, program: Program) -> None:
-    """Raise UsageError if an X07 program's own CPU limit is below the requested one."""
-    limits, own_ms = request.limits, program.cpu_ms
-    if limits is not None and limits.cpu_ms is not None and own_ms is not None and own_ms < limits.cpu_ms:
-        why = f"X07's own limit for the program is {own_ms / 1000:g} s"
-        fix = f"Raise that with --cpu-time-limit-seconds {-(-limits.cpu_ms // 1000)} or in its profile"
-        raise UsageError(f"cannot use {limits.named('cpu_ms', limits.cpu_ms)}", why, fix)
 
 
 def wants_scaling(prepared: Prepared) -> bool:
@@ -191,7 +181,6 @@ def _image_name(request: RunRequest) -> str:
 
 
 def _refuse_image(request: RunRequest, choice: Choice) -> None:
-    """Raise RefusedError if an image is requested from a backend that uses none."""
     why = f"the backend {choice.backend} uses no guest image"
     if request.image is not None:
         raise RefusedError(f"cannot use the image {request.image}", why, "Leave it out, or use --sandbox-backend vm")
@@ -201,7 +190,6 @@ def _refuse_image(request: RunRequest, choice: Choice) -> None:
 
 
 def _require_programs(program: Program, choice: Choice) -> None:
-    """Raise RefusedError if this host lacks a program of the toolchain."""
     toolchain, source = program.toolchain, program.source
     if toolchain is COMMAND:  # looked up in PATH when it runs
         return
@@ -214,7 +202,6 @@ def _require_programs(program: Program, choice: Choice) -> None:
 
 
 def _require_hardware(request: RunRequest, availability: Availability) -> None:
-    """Raise RefusedError if hardware virtualisation was required and is known not to be used."""
     by_variable = flag("X07_VM_REQUIRE_HARDWARE")
     if not (by_variable or request.require_hardware) or not availability.known:
         return

@@ -72,7 +72,6 @@ def preview(request: RunRequest) -> Preview:
 
 
 def _scaled(ready: Prepared) -> tuple[Prepared, Scaling | None]:
-    """Scale time and CPU limits if the factor was measured before."""
     from x07_sandbox.runs.scaling import known_factor, scale
 
     factor = known_factor() if wants_scaling(ready) else None
@@ -80,7 +79,6 @@ def _scaled(ready: Prepared) -> tuple[Prepared, Scaling | None]:
 
 
 def _endpoint(entry: Entry | Denied) -> str:
-    """Return an entry of the list as in `--allow-host` and `--deny-host`."""
     from x07_sandbox.network.names import spelled
 
     host = spelled(entry.what)

@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.channel.trees import Entry, Kind, segment
-from x07_sandbox.files.changes import parent_folders
+from x07_sandbox.files.changes import parent_folders, printable
 from x07_sandbox.files.incoming import Incoming
 from x07_sandbox.files.pack import pack_files
 from x07_sandbox.plan.guest_paths import PROGRAM
@@ -53,7 +53,7 @@ class LeftFiles:
                 and node.kind == "file"
                 and node.at is not None
                 and reported.name
-                and _is_text(reported.name)
+                and printable(reported.name) == reported.name
             ):
                 found[reported.name] = os.pread(self._fd, node.size, node.at)
         return found
@@ -69,11 +69,3 @@ def work_files(files: Mapping[str, bytes], stack: contextlib.ExitStack) -> InFil
         entries += [head, segment(len(data)) + data] if data else [head]
     tree = b"".join([*entries, Entry(Kind.END, b"").encoded()])
     return InFile(path=PROGRAM, mode=0, kind="tree", fd=memory_file(tree, stack), size=len(tree))
-
-
-def _is_text(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -145,7 +145,6 @@ def single_file(
 
 
 def _tree(toolchain: Toolchain, source: Source, packed: Packed, stack: contextlib.ExitStack) -> Program:
-    """Return a program of several files. Raises UsageError if their names do not fit on a command line."""
     source = replace(source, folder=PROJECT_FOLDER, files=tuple(packed.files))
     words = [] if toolchain.build is None else toolchain.build(source)
     if sum(len(os.fsencode(word)) + 1 for word in words) > ARGUMENTS_MAX_BYTES:

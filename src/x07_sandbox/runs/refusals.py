@@ -87,7 +87,6 @@ def apply_command(run: str, entries: Iterable[LeftOutEntry]) -> str:
 
 
 def _uppermost(root: RootChanges) -> dict[str, list[Refused]]:
-    """Return the reasons by the uppermost refused folder around a name, or by the name itself."""
     names = {refusal.name for refusal in root.refused}
     found: defaultdict[str, list[Refused]] = defaultdict(list)
     for refusal in root.refused:
@@ -127,7 +126,6 @@ def _how(
 
 
 def _flags(root: RootChanges, top: str, reasons: Iterable[Refused]) -> list[str]:
-    """Return the flags of `x07 apply` and `x07 run` for an entry."""
     flags: set[str] = {one.flag for one in reasons if one.flag}
     named = "--allow-protected"
     found = sorted(flags - {named})

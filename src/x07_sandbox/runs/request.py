@@ -82,28 +82,20 @@ class EffectivePolicy(NamedTuple):
 
 
 class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """A request for one run.
+    """A request for one run. Descriptors are lent.
 
-    program: path of a source file, a project folder or its manifest. command: a command of the image and its arguments.
-    source: a program as text. toolchain: its language; overrides the suffix of a file. loaded: a program that was read.
-    files: more files beside the program and in its private working folder, by relative name.
-    workdir: a folder to start in (a copy of it). workdir_read: it is read-only.
-    max_files_bytes: limit for `Result.files`; 0 for none.
-    policy: see read_policy; None leaves it to the project. overrides: hosts and roots that flags add or remove;
-        override_flags: those flags, for advice. effective_policy: the result, if it was computed before.
-    limits: limits set by the caller. build_wall_ms: time for the build, None for the default. scale_limits: multiply
-        time and CPU limits on an emulated machine (runs/scaling); None leaves it to the user's settings.
-    env: variables besides the fixed ones. input: path of the program's input; else stdin_fd, lent; None for none.
-    stdin_default: a project's own input takes precedence over stdin_fd. raw: do not filter control sequences.
-    live_*: descriptors for live output. max_output_bytes: per stream; None for the default.
-    artifact: file for the built program, lent; a complete one is run without a build. executable: it will be used
-        elsewhere, so it must be an executable. cache: use and store built programs.
-    cold: boot machines instead of cloning. machines: a pool, or None. queue_s: timeout for admission of each machine.
-    choice: the backend, None for the environment's. require_hardware: refuse emulation.
-    profile: of an X07 project. loaders: read other kinds of programs; each gets the path and returns None if it is not
-        its kind. whole_input: input of a program with a protocol, set when read.
-    changes: what to do with changes to files. out: a folder for /x07/out. allow_protected: see files/protected.
-    hide, reveal: patterns of names not to copy in, and exceptions. progress: called with a text, "" when done.
+    program: path of a source file, project folder or manifest. command: a command of the image instead. source: the text
+        of a program. toolchain: overrides the suffix. loaded: a program that was read before.
+    files: more files beside the program, by relative name. workdir: a folder in whose copy it starts.
+    max_files_bytes: limit for `Result.files`; 0 for none. executable: the artifact must be an executable.
+    policy: see read_policy; None leaves it to the project. overrides, override_flags: what flags add, and the flags.
+    limits: set by the caller. scale_limits: see runs/scaling; None leaves it to the user's settings.
+    input: path of the program's input; else stdin_fd. stdin_default: a project's own input wins over stdin_fd.
+    raw: do not filter control sequences. artifact: file for the built program; a complete one is not built again.
+    cold: boot machines instead of cloning. queue_s: timeout for admission of each machine. machines: a pool, or None.
+    choice: the backend, None for the environment's. loaders: return None for programs that are not of their kind.
+    whole_input: set when the input of a program with a protocol was read. changes: what to do with changes to files.
+    hide, reveal, allow_protected: patterns of names. progress: called with a text, and "" when that is over.
     """
 
     program: Path | None = None
@@ -170,7 +162,6 @@ def check_arguments(request: RunRequest) -> None:
 
 
 def _check_environment(request: RunRequest, what: str, total: int) -> None:
-    """Raise UsageError for invalid variables. total: bytes of the arguments, which share the space."""
     for name, value in request.env.items():
         if not _VARIABLE.fullmatch(name):
             raise UsageError(what, f"{name!r} is not a name of a variable", "Use letters, digits and '_'")
@@ -214,7 +205,6 @@ def read_policy(given: str | Path | Policy | ProjectPolicy | None) -> tuple[Poli
 
 
 def _policy_file(given: str | Path) -> bytes:
-    """Return the content of a policy file. Raises UsageError; if the path is a template's name, it says so."""
     if given == "":  # from an unset shell variable
         raise UsageError("cannot read the policy", "its name is empty", "Name a file")
     try:
@@ -307,11 +297,6 @@ def open_input(request: RunRequest, stack: contextlib.ExitStack, *, wait: bool =
     mode = os.fstat(fd).st_mode
     if stat.S_ISDIR(mode):
         raise UsageError(what, "it is a folder", fix)
-    try:
-        if stat.S_ISREG(mode):
-            os.pread(fd, 1, 0)  # some files can be opened but not read
-    except OSError as exc:
-        raise UsageError(what, exc.strerror or str(exc), fix) from exc
     return fd
 
 

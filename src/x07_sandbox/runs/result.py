@@ -247,7 +247,6 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 def _with_files(kind: type[Result], fields: dict[str, Any], files: dict[str, bytes]) -> Result:
-    """Restore a pickled result with its files."""
     return kind(**fields).with_files(files)
 
 

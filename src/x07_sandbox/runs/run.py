@@ -94,7 +94,6 @@ def failure(exc: Exception, signalled: int | None = None) -> Result:
 
 
 def _steps(request: RunRequest, draft: Result, folder: RunFolder, stack: contextlib.ExitStack) -> Iterator[Result]:
-    """Carry out the run and yield drafts of its result, the last of which is the result."""
     prepared, draft = yield from prepare(request, draft, stack)
     if request.overrides is not None:
         _store(folder.path / "policy.json", prepared.policy.data)
@@ -212,7 +211,6 @@ def _with_run(draft: Result, end: JobEnd) -> Result:
 
 
 def _scaled(prepared: Prepared, draft: Result) -> tuple[Prepared, Result]:
-    """Scale time and CPU limits on an emulated machine if the user wants it and it can be done."""
     if not wants_scaling(prepared):
         return prepared, draft
     from x07_sandbox.runs.scaling import measured_factor, scale  # most runs are not scaled
@@ -225,7 +223,6 @@ def _scaled(prepared: Prepared, draft: Result) -> tuple[Prepared, Result]:
 
 
 def _naming_flags(ending: Verdict, prepared: Prepared) -> Verdict:
-    """Return the verdict with the flags that set the limit in its reason."""
     from x07_sandbox.plan.outcomes import as_limited_by
 
     flags, cpu_ms, changes = {}, prepared.program.cpu_ms, prepared.request.limits
@@ -240,14 +237,12 @@ def _naming_flags(ending: Verdict, prepared: Prepared) -> Verdict:
 
 
 def _discarded(usage: dict[str, Any], taken: dict[str, bytes]) -> Discarded:
-    """Return what the guest counted in the program's private folders, without what was collected."""
     count = usage.get("left_files", 0) - len(taken)
     size = usage.get("left_bytes", 0) - sum(map(len, taken.values()))
     return Discarded(count=max(0, count), bytes=max(0, size))
 
 
 def _without_command(ending: Verdict, end: JobEnd, prepared: Prepared) -> Verdict:
-    """Return the verdict with the reason that the image has no such command."""
     if prepared.program.toolchain is not COMMAND or end.facts.evidence.not_executed != errno.ENOENT:
         return ending
     name, image = ascii(prepared.program.source.name)[1:-1], prepared.image_name
@@ -260,7 +255,6 @@ def _without_command(ending: Verdict, end: JobEnd, prepared: Prepared) -> Verdic
 
 
 def _with_denials(draft: Result, prepared: Prepared, spec: PhaseSpec, end: JobEnd) -> Result:
-    """Return the draft with what the program was denied, and hints to what it missed."""
     usage, refused, outcome = end.facts.usage, end.facts.refused, end.ending.outcome.value
     draft = replace(draft, denials_lost=int(usage.get("denials_lost", 0)))
     tasks = int(usage.get("tasks_refused", 0))
@@ -301,7 +295,6 @@ def _with_denials(draft: Result, prepared: Prepared, spec: PhaseSpec, end: JobEn
 
 
 def _hints(outcome: str, prepared: Prepared, spec: PhaseSpec, end: JobEnd) -> list[Hint]:
-    """Return hints to what a failed program missed, from its error output or from how its start failed."""
     begin = max(0, os.fstat(end.stderr_fd).st_size - _TAIL_BYTES)
     if outcome != "ok" and (tail := os.pread(end.stderr_fd, _TAIL_BYTES, begin)):
         from x07_sandbox.runs.hint_context import hints_for

@@ -1,9 +1,8 @@
 """Saved changes of runs: finding, applying and undoing them, and recovery after a kill.
 
-`runs/RUN/changes/` holds `changes.json` and `data` (files/changes) as the guest reported them, and the files of
-files/apply. While something is applied, `runs/.applying/` holds a file named after the run, so that recovery need not
-look at every run. Left-out changes that are applied later have a folder of their own, `changes/later-N/`, with a
-journal and an undo set; the last one is undone first.
+`runs/RUN/changes/` holds `changes.json` and `data` (files/changes) as the guest reported them. While they are applied,
+`runs/.applying/` holds a file named after the run. Left-out changes that are applied later have a folder of their own,
+`changes/later-N/`, with a journal and an undo set; the last one is undone first.
 """
 
 from __future__ import annotations
@@ -54,7 +53,6 @@ class SavedChanges(NamedTuple):
 
 
 def _later(folder: Path) -> list[Path]:
-    """Return the folders of left-out changes that were applied later, oldest first."""
     return sorted(folder.glob(f"{_LATER}*"), key=lambda path: int(path.name.removeprefix(_LATER)))
 
 
@@ -123,7 +121,6 @@ def undo_saved(saved: SavedChanges, on_wait: Callable[[str], None]) -> ChangeSet
 
 @contextlib.contextmanager
 def _locked(folder: Path, on_wait: Callable[[str], None]) -> Iterator[None]:
-    """Hold the lock that files/apply takes on the folder. Raises OSError."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     with opened_lock(fd, on_wait=lambda: on_wait(str(folder))):
         yield
@@ -131,7 +128,6 @@ def _locked(folder: Path, on_wait: Callable[[str], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _validated(run: str) -> Iterator[None]:
-    """Turn ValueError, about an invalid set, into HostError."""
     try:
         yield
     except ValueError as exc:
@@ -153,7 +149,6 @@ def applying(run: str) -> Iterator[None]:
 
 
 def _places(folder: Path) -> list[Path]:
-    """Return the existing folders of a run's changes that may have a journal."""
     every = (folder, *_later(folder))
     return [place for part in every for place in (part, part / "undoing") if place.is_dir()]
 

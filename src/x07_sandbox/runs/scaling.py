@@ -113,7 +113,6 @@ def _record() -> Path:
 
 
 def _guest_ms(prepared: Prepared) -> float:
-    """Return the CPU time of the work in a guest, in milliseconds. Raises SandboxError."""
     policy, asked = default_policy(), prepared.request
     with contextlib.ExitStack() as stack:
         request = RunRequest(
@@ -136,7 +135,6 @@ def _guest_ms(prepared: Prepared) -> float:
 
 
 def _host_ms() -> float:
-    """Return the CPU time of the same work on the host, in milliseconds. Raises HostError."""
     what, fix = "cannot measure this host", "Run x07 doctor again"
     argv = [sys.executable, "-I", "-"]
     try:

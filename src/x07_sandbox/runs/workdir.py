@@ -58,5 +58,4 @@ def working_folder(workdir: Path) -> Path:
 
 
 def _not_copied() -> list[Path]:
-    """Return folders that cannot be a project. Raises HostError."""
     return [*map(Path, ("/proc", "/sys", "/dev")), real_path(state_dir()), real_path(cache_dir())]
