@@ -286,11 +286,7 @@ TOOLCHAINS: Final = (
 BY_NAME: Final = {toolchain.name: toolchain for toolchain in TOOLCHAINS}
 # For `x07 exec`; users cannot name it. A name without a slash is looked up in the guest.
 COMMAND: Final = Toolchain(
-    name="command",
-    suffixes=(),
-    build=None,
-    start=lambda source: [source.name],
-    doc="A command of the guest image.",
+    name="command", suffixes=(), build=None, start=lambda source: [source.name], doc="A command of the guest image."
 )
 
 

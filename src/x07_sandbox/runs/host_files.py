@@ -14,16 +14,7 @@ from x07_sandbox.channel.frames import Stream
 from x07_sandbox.errors import BackendError, HostError, RefusedError
 from x07_sandbox.files.change_rules import AllowedActions, check_changes
 from x07_sandbox.files.changes import ChangeSet, RootChanges, encode, printable
-from x07_sandbox.files.copy import (
-    FIELDS,
-    NUMBER_MAX,
-    LeftOut,
-    Reason,
-    bounds_of,
-    copy_tree,
-    value_for,
-    why_left_out,
-)
+from x07_sandbox.files.copy import FIELDS, NUMBER_MAX, LeftOut, Reason, bounds_of, copy_tree, value_for, why_left_out
 from x07_sandbox.files.incoming import Incoming
 from x07_sandbox.files.protected import Protection, repository_around, work_trees
 from x07_sandbox.files.roots import Root, change_roots, mounts_of, roots_of, trees_of

@@ -84,8 +84,8 @@ class EffectivePolicy(NamedTuple):
 class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A request for one run. Descriptors are lent.
 
-    program: path of a source file, project folder or manifest. command: a command of the image instead. source: the text
-        of a program. toolchain: overrides the suffix. loaded: a program that was read before.
+    program: path of a source file, project folder or manifest. command: a command of the image instead.
+        source: its text. toolchain: overrides the suffix. loaded: a program that was read before.
     files: more files beside the program, by relative name. workdir: a folder in whose copy it starts.
     max_files_bytes: limit for `Result.files`; 0 for none. executable: the artifact must be an executable.
     policy: see read_policy; None leaves it to the project. overrides, override_flags: what flags add, and the flags.

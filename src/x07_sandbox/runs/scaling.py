@@ -22,7 +22,6 @@ from x07_sandbox.backends.proofs import proof_file
 from x07_sandbox.errors import BackendError, HostError, SandboxError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
-from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import replace_file
 from x07_sandbox.jobs.record import new_run_id
 from x07_sandbox.plan.controls import make_plan
@@ -55,7 +54,6 @@ print(1000 * min(rounds))
 _FACTOR_MAX: Final = 64
 _WORK_S: Final = 60
 _PRINTED_MAX: Final = 32
-_LOCK_S: Final = 180.0
 
 
 def scale(prepared: Prepared, factor: int) -> tuple[Prepared, Scaling, tuple[str, ...]]:
@@ -83,17 +81,9 @@ def measured_factor(prepared: Prepared) -> int:
     """
     if (known := known_factor()) is not None:
         return known
-    record = _record()
-    request = prepared.request
-    try:
-        with file_lock(record.with_name(".slowness-lock"), most_s=_LOCK_S, pause=request.cancel.pause):
-            if (known := known_factor()) is not None:  # another process measured it
-                return known
-            request.progress("measuring how much slower than this host the emulated machine is")
-            factor = min(_FACTOR_MAX, max(1, math.ceil(_guest_ms(prepared) / _host_ms())))
-            replace_file(record, json.dumps({"factor": factor}).encode())
-    except TimeoutError as exc:
-        raise HostError("cannot measure the emulated machine", str(exc), "Try again") from exc
+    prepared.request.progress("measuring how much slower than this host the emulated machine is")
+    factor = min(_FACTOR_MAX, max(1, math.ceil(_guest_ms(prepared) / _host_ms())))
+    replace_file(_record(), json.dumps({"factor": factor}).encode())
     return factor
 
 
