@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds the documentation as a site, in build/docs/index.html. Every warning, such as a link to nowhere, is an error.
-# The tools come with scripts/setup.sh --dev.
+# Build the documentation site, build/docs/index.html. Warnings, such as broken links, are errors.
+# scripts/setup.sh --dev installs the tools.
 set -euo pipefail
 unset CDPATH # cd would print where it went
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Build the guest runner image, and give it to each container engine of this machine: podman, docker.
+# Build the guest runner image and load it into the container engines of this machine (podman, docker).
 #   scripts/build_guest_runner_image.sh [--image NAME] [--tag TAG] [--x07-toolchain DIR] [--archive FILE]
-# Then X07_VM_GUEST_IMAGE=NAME:TAG runs it. Without --image and --tag it is called as the backends look for it.
-# --x07-toolchain: X07's Linux build (bin/x07-os-runner and what it needs), for X07 programs. --archive: write FILE too,
-# for `ctr images import`. Last line: ok: built NAME:TAG
+# X07_VM_GUEST_IMAGE=NAME:TAG selects it. The default name and tag are those that the backends look for.
+# --x07-toolchain: a folder with X07's Linux build (bin/x07-os-runner and what it needs), for X07 programs.
+# --archive: also write FILE, for `ctr images import`. The last line printed is: ok: built NAME:TAG
 set -euo pipefail
 unset CDPATH
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Tries the project as on a fresh machine: makes a bare Debian root (nothing but essential packages and apt), enters it,
-# and runs the quick start there, twice, from a copy of this tree in a folder with a space in its name.
+# Try the project on a fresh machine: make a minimal Debian root (essential packages and apt), enter it, and run the
+# quick start there twice, from a copy of this tree in a folder with a space in its name.
 #   scripts/fresh_root_check.sh [--user] [-- COMMAND...]
-# --user: as an ordinary user who may use sudo, instead of root. COMMAND: something else than the quick start, relative
-# to the project's folder, such as scripts/test.sh; it runs once. Needs root, and about 3 GB below ${TMPDIR:-/var/tmp}.
+# --user: run as an ordinary user with sudo, instead of root. COMMAND: run this once instead of the quick start; a path
+# relative to the project's folder, such as scripts/test.sh. Needs root, and about 3 GB below ${TMPDIR:-/var/tmp}.
 set -euo pipefail
 unset CDPATH # cd would print where it went
 
@@ -23,17 +23,17 @@ while [[ $# -gt 0 ]]; do
     esac
     shift
 done
-[[ $EUID -eq 0 ]] || fail "only root can enter another root" "Use: sudo $0"
-command -v mmdebstrap >/dev/null || fail "mmdebstrap is missing" "Use: scripts/setup.sh"
+[[ $EUID -eq 0 ]] || fail "entering another root needs root" "Run: sudo $0"
+command -v mmdebstrap >/dev/null || fail "mmdebstrap is missing" "Run: scripts/setup.sh"
 
 work=$(mktemp -d "${TMPDIR:-/var/tmp}/x07-fresh-root.XXXXXXXX")
-# All mounts are in a namespace of their own and gone with it; should one ever not be, it must not be emptied.
+# The mounts live in their own namespace and go with it. --one-file-system: never empty one that did not go.
 trap 'rm -rf --one-file-system -- "$work"' EXIT
 chmod 0711 "$work"
 fresh=$work/root
 place="/opt/a copy/x07-sandbox"
 
-# The host's own sources, but for local folders, which a fresh machine does not have; its pins neither.
+# The host's package sources except local folders, which do not exist in the new root.
 shopt -s nullglob
 sources=()
 for file in /etc/apt/sources.list /etc/apt/sources.list.d/*.{list,sources}; do
@@ -49,13 +49,13 @@ mkdir -p -- "$fresh$place"
 tar --create --exclude=./.venv --exclude=./.git --exclude='*_cache' --exclude=__pycache__ --exclude='*.egg-info' . |
     tar --extract --directory="$fresh$place" --no-same-owner
 
-# How the host fetches packages. The folder above is closed to other users' eyes by its name, and gone in the end.
+# The host's package settings. They may hold credentials; the folder is removed at the end.
 rm -rf "$fresh"/etc/apt/sources.list "$fresh"/etc/apt/sources.list.d/*
 for file in "${sources[@]}" /etc/apt/{apt.conf,apt.conf.d,auth.conf,auth.conf.d,keyrings,trusted.gpg.d} \
     /etc/{pip.conf,xdg/pip,resolv.conf,hosts}; do
     [[ ! -e $file ]] || cp --archive --dereference --parents "$file" "$fresh"
 done
-# Its certificates under a name that ca-certificates does not write over, for a network with one of its own.
+# The host's certificates, under a name that ca-certificates does not overwrite, for networks with a CA of their own.
 environment=("LANG=C.UTF-8" "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin" "HOME=/root")
 if [[ -r /etc/ssl/certs/ca-certificates.crt ]]; then
     mkdir -p "$fresh/etc/ssl/certs"
@@ -76,8 +76,8 @@ if [[ $user != root ]]; then
     enter=(setpriv "--reuid=$user" "--regid=$user" --init-groups "${enter[@]}" "HOME=/home/$user")
 fi
 
-# inside COMMAND...: in the new root, with the host's devices and nothing else of it. A chroot would
-# not do: the kernel refuses user namespaces there, and bubblewrap and mmdebstrap make some.
+# inside COMMAND...: run in the new root with the host's devices. pivot_root instead of chroot, because the kernel
+# refuses user namespaces in a chroot, and bubblewrap and mmdebstrap need them.
 inside() {
     # shellcheck disable=SC2016 # the inner shell expands
     unshare --mount --pid --fork --kill-child --propagation private -- bash -euc '

@@ -1,11 +1,11 @@
 # shellcheck shell=bash
-# Shared by setup.sh, quickstart.sh, test.sh and fresh_root_check.sh; to be sourced, in the project's
-# folder. Everything comes from apt and pip, by name; nothing is assumed about git or about the current folder.
+# Functions shared by setup.sh, quickstart.sh, test.sh and fresh_root_check.sh, which source this file from the project's
+# folder. Everything is installed by name, with apt and pip. git is not needed.
 
 say() { printf '%s\n' "$*"; }
 step() { printf '\n== %s\n' "$*"; }
 
-# fail WHAT FIX...: every further argument is a line of advice of its own.
+# fail WHAT FIX...: print the error and the fixes, one a line, and exit.
 fail() {
     printf '\n%s: %s\n' "${0##*/}" "$1" >&2
     shift
@@ -19,11 +19,11 @@ qemu_package() {
     case $(uname -m) in
         x86_64) echo qemu-system-x86 ;;
         aarch64) echo qemu-system-arm ;;
-        *) fail "there is no QEMU backend for $(uname -m) yet" "Use an x86_64 or aarch64 machine." ;;
+        *) fail "the QEMU backend does not support $(uname -m)" "Use an x86_64 or aarch64 machine." ;;
     esac
 }
 
-# Why each one: docs/dependencies.md.
+# docs/dependencies.md gives the reason for each.
 runtime_packages() {
     local qemu
     qemu=$(qemu_package) || return
@@ -31,12 +31,12 @@ runtime_packages() {
         python3-venv ca-certificates
 }
 
-# Only the tests need these: an ordinary user to become, a compiler for the hostile stand-in for QEMU, a linter, a file
-# system that keeps no modes, container engines.
+# For the tests only: an ordinary user to switch to, a compiler for the hostile QEMU stand-in, a linter, a file system
+# without modes, container engines.
 test_packages() { printf '%s\n' sudo passwd git gcc libc6-dev shellcheck bindfs iproute2 nftables redis-tools \
     podman crun runc conmon docker.io docker-cli; }
 
-# missing_packages NAME...: those that dpkg does not know as installed.
+# missing_packages NAME...: print those that are not installed.
 missing_packages() {
     local name
     for name; do
@@ -44,7 +44,7 @@ missing_packages() {
     done
 }
 
-# as_root COMMAND...: directly, or by sudo, which may ask for a password where there is a terminal to ask on.
+# as_root COMMAND...: run as root, directly or with sudo, which may ask for a password if there is a terminal.
 as_root() {
     if [[ $EUID -eq 0 ]]; then
         "$@"
@@ -55,14 +55,14 @@ as_root() {
     fi
 }
 
-# can_be_root: whether as_root can work at all; asks for the password, if one is needed, before any long work.
+# can_be_root: succeed if as_root can work. Asks for the password now, before any long work.
 can_be_root() {
     [[ $EUID -eq 0 ]] && return
     command -v sudo >/dev/null || return
     if [[ -t 0 ]]; then sudo -v; else sudo -n true 2>/dev/null; fi
 }
 
-# this_user: a name, or a number where the passwd file has none for it, as in some containers.
+# this_user: print the user's name, or the uid if the passwd file has no entry, as in some containers.
 this_user() {
     local name
     if name=$(id -un 2>/dev/null); then printf '%s\n' "$name"; else printf 'uid %s\n' "$EUID"; fi
@@ -71,41 +71,41 @@ this_user() {
 install_packages() {
     local line="apt-get install --yes --no-install-recommends $*"
     can_be_root ||
-        fail "these Debian packages are missing, and this user ($(this_user)) cannot install them: $*" \
-            "Have root run this, then start ${0##*/} again:" "    apt-get update && $line"
+        fail "Debian packages are missing and $(this_user) cannot install them: $*" \
+            "Run this as root, then start ${0##*/} again:" "    apt-get update && $line"
     step "Installing Debian packages: $*"
-    # One dead source among several does not matter as long as the packages can be had: the next step tells.
+    # A dead source among several does not matter if the install below succeeds.
     as_root env DEBIAN_FRONTEND=noninteractive apt-get update --quiet </dev/null ||
-        say "apt-get update met errors (above); going on with what it got."
+        say "apt-get update failed in part (see above); continuing."
     # shellcheck disable=SC2086 # one word an argument is meant
     as_root env DEBIAN_FRONTEND=noninteractive $line --quiet -o Dpkg::Use-Pty=0 </dev/null ||
-        fail "apt-get could not install them" "See its messages above; check the package sources and the network." \
-            "The line was:" "    $line"
+        fail "apt-get could not install the packages" "See its messages above; check the package sources and the network." \
+            "The command was:" "    $line"
 }
 
 # --------------------------------------------------------------------------------- sub-ids of an ordinary user
 
-# has_subids FILE: whether this user owns a range of 65536 in it, by name or by number.
+# has_subids FILE: succeed if FILE grants this user a range of 65536 ids, by name or by uid.
 has_subids() {
     [[ -r $1 ]] && awk -F: -v name="$(this_user)" -v uid="$EUID" \
         '($1 == name || $1 == uid) && $3 >= 65536 { found = 1 } END { exit !found }' "$1"
 }
 
-# The image is made in a user namespace when root does not make it; the kernel takes only ids granted here.
+# An ordinary user builds the image in a user namespace, which needs ids granted in /etc/subuid and /etc/subgid.
 ensure_subids() {
     [[ $EUID -eq 0 ]] && return
     has_subids /etc/subuid && has_subids /etc/subgid && return
     id -un &>/dev/null ||
-        fail "$(this_user) has no entry in the passwd file, and so no sub-ids" \
-            "Building the guest image needs some: start ${0##*/} as a user who has a name, or as root."
+        fail "$(this_user) has no entry in the passwd file and therefore no sub-ids" \
+            "Building the guest image needs them: run ${0##*/} as a named user or as root."
     local first line
     first=$(awk -F: 'BEGIN { free = 100000 } $2 + $3 > free { free = $2 + $3 } END { print free }' \
         /etc/subuid /etc/subgid 2>/dev/null || echo 100000)
     line="usermod --add-subuids $first-$((first + 65535)) --add-subgids $first-$((first + 65535)) $(id -un)"
     can_be_root ||
-        fail "this user ($(this_user)) has no range of 65536 in /etc/subuid and /etc/subgid" \
-            "Building the guest image needs one. Have root run this, then start ${0##*/} again:" "    $line"
-    step "Granting this user a range of sub-ids: $line"
+        fail "$(this_user) has no range of 65536 ids in /etc/subuid and /etc/subgid" \
+            "Building the guest image needs one. Run this as root, then start ${0##*/} again:" "    $line"
+    step "Granting sub-ids to $(this_user): $line"
     # shellcheck disable=SC2086 # one word an argument is meant
     as_root env PATH="/usr/sbin:/sbin:$PATH" $line ||
         fail "usermod failed" "See its message above."
@@ -113,26 +113,26 @@ ensure_subids() {
 
 # -------------------------------------------------------------------------------------------------------- Python
 
-# python_works COMMAND: Python 3.11 or newer that can make an environment with pip in it (Debian ships venv apart).
-# Prints major.minor.
+# python_works COMMAND: print major.minor if it is Python 3.11 or newer with venv and pip, which Debian packages
+# separately.
 python_works() {
     "$1" -I -c 'import ensurepip, sys, venv; assert sys.version_info >= (3, 11); print("%d.%d" % sys.version_info[:2])' \
         </dev/null 2>/dev/null
 }
 
-# choose_python: prints the command to make .venv with, the newest first; nothing if there is none.
+# choose_python: print the newest usable Python, or nothing.
 choose_python() {
     local name found
     if [[ -n ${X07_PYTHON:-} ]]; then
         if ! { found=$(command -v -- "$X07_PYTHON") && python_works "$found" >/dev/null; }; then
-            fail "X07_PYTHON=$X07_PYTHON is no Python 3.11 or newer with venv and ensurepip" \
-                "Name another one, or unset X07_PYTHON to have one chosen."
+            fail "X07_PYTHON=$X07_PYTHON is not Python 3.11 or newer with venv and ensurepip" \
+                "Name another, or unset X07_PYTHON."
         fi
         printf '%s\n' "$found"
         return
     fi
     for name in python3.13 python3.12 python3.11; do
-        # Every one on PATH: a version manager's stand-in may come first and not work.
+        # Try all on PATH: a version manager's shim may come first and not work.
         while IFS= read -r found; do
             if [[ $(python_works "$found") == "${name#python}" ]]; then
                 printf '%s\n' "$found"
@@ -142,8 +142,8 @@ choose_python() {
     done
 }
 
-# wanted_stamp KIND PYTHON: what .venv/.x07-stamp holds when all is as the files and this place say. An editable
-# install knows its folder by path, so a moved tree is installed again.
+# wanted_stamp KIND PYTHON: print the stamp of an up-to-date .venv. It includes the path, because an editable install
+# does not survive a move.
 wanted_stamp() {
     local kind=$1 python=$2
     printf '%s %s\n' "$kind" "$(
@@ -154,7 +154,7 @@ wanted_stamp() {
     )"
 }
 
-# venv_current KIND: whether .venv needs nothing; what the tests have installed serves a user as well.
+# venv_current KIND: succeed if .venv is up to date. A dev environment also serves as runtime.
 venv_current() {
     local stamp=.venv/.x07-stamp version python=.venv/bin/python kind
     [[ -r $stamp && -x $python ]] && version=$(python_works "$python") || return
@@ -165,52 +165,52 @@ venv_current() {
     return 1
 }
 
-# make_venv KIND PYTHON: .venv with requirements/KIND.txt and this project, from PYTHON.
+# make_venv KIND PYTHON: install requirements/KIND.txt and this project into .venv.
 make_venv() {
     local kind=$1 python=$2 pip=(.venv/bin/python -m pip --disable-pip-version-check --no-input)
     rm -f .venv/.x07-stamp
     if [[ $(python_works .venv/bin/python) != "$(python_works "$python")" ]] || ! "${pip[@]}" --version &>/dev/null; then
         step "Making .venv with $python"
         "$python" -m venv --clear .venv </dev/null ||
-            fail "$python could not make .venv" "See its message above; X07_PYTHON=... names another Python."
+            fail "$python could not make .venv" "See its message above, or set X07_PYTHON to another Python."
     fi
     step "Installing Python packages: requirements/$kind.txt"
     "${pip[@]}" install --quiet --require-hashes --only-binary :all: -r "requirements/$kind.txt" </dev/null ||
         fail "pip could not install requirements/$kind.txt" \
             "See its messages above; check the network and pip's settings, then start ${0##*/} again."
-    # The build backend is among the packages above, so that nothing more is fetched.
+    # The build backend is among the packages above, so nothing more is downloaded.
     "${pip[@]}" install --quiet --no-index --no-deps --no-build-isolation --editable . </dev/null ||
         fail "pip could not install this project into .venv" "See its messages above."
     wanted_stamp "$kind" .venv/bin/python >.venv/.x07-stamp
 }
 
-# compile_modules PYTHON: where PYTHONDONTWRITEBYTECODE is set, every command would compile this project's modules anew.
+# compile_modules PYTHON: with PYTHONDONTWRITEBYTECODE set, every command would otherwise compile all modules again.
 compile_modules() {
-    "$1" -m compileall -q src </dev/null || say "Some modules could not be compiled: every start compiles them anew."
+    "$1" -m compileall -q src </dev/null || say "Some modules could not be compiled; commands start more slowly."
 }
 
 # --------------------------------------------------------------------------------------------------------- set-up
 
-# set_up KIND: runtime for a user, dev for the tests. Says first what it will do; takes a moment when all is there.
+# set_up KIND: install everything; KIND is runtime, or dev for the tests. Quick if everything is installed.
 set_up() {
     local kind=$1 python='' names packages missing
     [[ -x /usr/bin/apt-get && -x /usr/bin/dpkg-query ]] ||
-        fail "this is not a Debian-like system: there is no apt-get" "Use Debian 13, or a container or VM of it."
-    # venv refuses the first, setuptools fails with the next three, and in the commands that pip writes a shell reads the
-    # rest. What pip leaves then looks ready, and is not.
+        fail "apt-get was not found: this is not a Debian-like system" "Use Debian 13, or a container or VM with it."
+    # venv rejects ":", setuptools fails on "$", "{" and "}", and pip's generated commands break on the rest: the
+    # environment would look ready but not work.
     if [[ $PWD == *[:\$\{\}\`\"$'\n']* ]]; then
-        fail "Python's tools cannot work in a folder whose name has one of : \$ { } \` \" or a line end: $PWD" \
-            "Move it to a folder without."
+        fail "the folder's path contains one of : \$ { } \` \" or a newline, which Python's tools do not support: $PWD" \
+            "Move the project to another folder."
     fi
     names=$(runtime_packages)
     if [[ $kind == dev ]]; then names+=$'\n'$(test_packages); fi
     mapfile -t packages <<<"$names"
     mapfile -t missing < <(missing_packages "${packages[@]}")
     exec 9>.setup.lock || fail "cannot write in $PWD" "Work in a copy that belongs to this user."
-    flock -n 9 || { say "Waiting for another set-up of this folder." && flock 9; }
+    flock -n 9 || { say "Waiting for another set-up in this folder." && flock 9; }
 
     if [[ ${#missing[@]} -eq 0 ]]; then
-        say "Debian packages: all ${#packages[@]} are there."
+        say "Debian packages: all ${#packages[@]} are installed."
     else
         say "Debian packages to install with apt: ${missing[*]}"
     fi
@@ -227,8 +227,8 @@ set_up() {
     if [[ -n $kind ]]; then
         python=$(choose_python)
         [[ -n $python ]] ||
-            fail "there is no Python 3.11, 3.12 or 3.13 with venv and ensurepip on PATH" \
-                "Install one (Debian: python3-venv), or name it: X07_PYTHON=/path/to/python3 ${0##*/}"
+            fail "no Python 3.11, 3.12 or 3.13 with venv and ensurepip was found on PATH" \
+                "Install one (Debian: python3-venv), or set X07_PYTHON=/path/to/python3"
         make_venv "$kind" "$python"
     fi
     compile_modules .venv/bin/python

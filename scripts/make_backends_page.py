@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes docs/backends/README.md: which backend has which behaviour, from the list and the known gaps.
+"""Write docs/backends/README.md: the behaviours of each backend, with known gaps.
 
 python -m scripts.make_backends_page        in an environment that has x07-sandbox
 """
@@ -13,17 +13,17 @@ from x07_sandbox.conformance.behaviours import BEHAVIOURS
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "backends" / "README.md"
 HEAD = """\
-# What each backend does
+# Backends and their behaviours
 
-Written by `scripts/make_backends_page.py` from the list of behaviours (`src/x07_sandbox/conformance/behaviours.py`) and
-from the gaps that each backend declares. `tests/contract` runs the list on every backend that can run where the tests
-run; `x07 conform` runs it on your machine. A behaviour is skipped there if the host gives the backend no means for it,
-control groups for instance.
+`scripts/make_backends_page.py` generates this page from the list of behaviours
+(`src/x07_sandbox/conformance/behaviours.py`) and the gaps that each backend declares. `tests/contract` checks the list
+on every backend that the test machine can run; `x07 conform` checks it on your machine. A behaviour that needs
+a missing host feature, such as control groups, is skipped.
 """
 
 
 def render() -> str:
-    """The page as the source has it now."""
+    """Return the current page."""
     names = built()
     gaps = {name: create(name).known_gaps for name in names}
     lines = [HEAD, f"| group | behaviour | promise | {' | '.join(f'`{name}`' for name in names)} |"]

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the tables of docs/reference/outcomes.md from the table of outcomes.
+"""Write the tables of docs/reference/outcomes.md from plan/outcomes.
 
 python -m scripts.make_outcomes_page        in an environment that has x07-sandbox
 """
@@ -9,15 +9,28 @@ from __future__ import annotations
 from pathlib import Path
 
 from scripts.pages import filled
-from x07_sandbox.plan.outcomes import describe, describe_exits_table
+from x07_sandbox.plan.outcomes import OUTCOMES, outcomes_by_exit
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference" / "outcomes.md"
-TABLES = {"outcomes": describe, "exits": describe_exits_table}
+
+
+def outcomes_table() -> str:
+    """Return the table of outcomes."""
+    rows = ["| outcome | exit code of `x07 run` | default `fault` | what happened |", "|---|---|---|---|"]
+    rows += [f"| `{outcome}` | {row.exit} | `{row.fault}` | {row.doc} |" for outcome, row in OUTCOMES.items()]
+    return "\n".join(rows) + "\n"
+
+
+def exits_table() -> str:
+    """Return the table of exit codes."""
+    rows = ["| exit code | outcomes |", "|---|---|"]
+    rows += [f"| {code} | {', '.join(f'`{name}`' for name in names)} |" for code, names in outcomes_by_exit().items()]
+    return "\n".join(rows) + "\n"
 
 
 def render() -> str:
-    """The page with its tables as the source has them now."""
-    return filled(PAGE, TABLES)
+    """Return the page with current tables."""
+    return filled(PAGE, {"outcomes": outcomes_table, "exits": exits_table})
 
 
 if __name__ == "__main__":

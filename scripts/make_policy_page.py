@@ -30,29 +30,29 @@ if TYPE_CHECKING:
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference" / "policy.md"
 _COMMANDS: Final = {
-    "new": "`x07 policy new [FLAGS]` | a complete policy from flags, on standard output",
-    "init": "`x07 policy init --template T` | a template, written into the project, below `.x07/policies/base`",
-    "check": "`x07 policy check FILE...` | all that is wrong; with `--host H:P` what becomes of a connection",
-    "digest": "`x07 policy digest FILE` | the canonical digest, see below",
-    "explain": "`x07 policy explain [POLICY]` | of each field who enforces it, before anything runs",
-    "diff": "`x07 policy diff A B` | what B grants or withdraws compared to A",
-    "schema": "`x07 policy schema` | the JSON Schema",
+    "new": "`x07 policy new [FLAGS]` | print a complete policy made from flags",
+    "init": "`x07 policy init --template T` | write a template to `.x07/policies/base` in the project",
+    "check": "`x07 policy check FILE...` | list all errors; with `--host H:P`, show the decision for a connection",
+    "digest": "`x07 policy digest FILE` | print the canonical digest (see below)",
+    "explain": "`x07 policy explain [POLICY]` | show who enforces each field, before anything runs",
+    "diff": "`x07 policy diff A B` | show what B grants or withdraws compared to A",
+    "schema": "`x07 policy schema` | print the JSON Schema",
 }
 _MIB: Final = 1 << 20
 
 
 def commands() -> str:
-    """The commands with their exit codes."""
-    return _table("Command | What it gives | Exit code", (f"{_COMMANDS[name]} | {codes}" for name, codes in EXIT_CODES))
+    """Return the table of commands with their exit codes."""
+    return _table("Command | Purpose | Exit code", (f"{_COMMANDS[name]} | {codes}" for name, codes in EXIT_CODES))
 
 
 def sections() -> str:
-    """What optional sections count like when they are absent."""
+    """Return the values of optional sections that are absent."""
     return "".join(f"- `{name}`: {_in_words(section)}\n" for name, section in OPTIONAL_SECTIONS.items())
 
 
 def all_fields() -> str:
-    """Each section with its fields, and those of a host."""
+    """Return the table of fields of each section and of a host."""
     plan = make_plan(default_policy(), vm_features("vm-emulated"))
     words = {"enforced": "", "advisory": "advice to "}
     held = {control.field: words.get(control.state, f"{control.state}: ") + control.by for control in plan.controls}
@@ -69,18 +69,18 @@ def all_fields() -> str:
 
 
 def rules() -> str:
-    """The rules, numbered."""
+    """Return the rules, numbered."""
     return "".join(f"{number}. {rule.doc}\n" for number, rule in enumerate(RULES, start=1))
 
 
 def templates() -> str:
-    """The templates, with what tells them apart."""
+    """Return the table of templates."""
     head = "Template | For | CPU s | Wall s | MiB | Tasks | Reads | Writes | Network"
     return _table(head, (_template_row(name, policy) for name, policy in TEMPLATES.items()))
 
 
 def default() -> str:
-    """The default policy."""
+    """Return the default policy as JSON."""
     return f"```json\n{render_policy(default_policy()).decode()}```\n"
 
 
@@ -126,7 +126,7 @@ PARTS = {
 
 
 def render() -> str:
-    """The page with these parts as the source has them now."""
+    """Return the page with current parts."""
     return filled(PAGE, PARTS)
 
 

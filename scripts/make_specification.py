@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Writes docs/specification.md: every promise of the project with the test that proves it.
+"""Write docs/specification.md: every promise of the project with the test that proves it.
 
-A promise is the docstring of a test. The tests are read, not imported, so that this runs anywhere, by any Python:
+A promise is the docstring of a test. Tests are parsed, not imported, so any Python will do:
 
-    python3 scripts/make_specification.py           writes the file
-    python3 scripts/make_specification.py --check   says whether it is up to date (exit 1 if not)
+    python3 scripts/make_specification.py           write the file
+    python3 scripts/make_specification.py --check   exit with 1 if it is stale
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ TARGET = ROOT / "docs" / "specification.md"
 HEAD = """\
 # Specification
 
-What x07-sandbox promises, one line a promise, each with the test that proves it. Written by
-`scripts/make_specification.py` from the tests' docstrings: to change a line, change its test.
+The promises of x07-sandbox, one a line, each with the test that proves it. `scripts/make_specification.py` generates
+this page from the tests' docstrings: to change a line, change its test.
 """
 
 
@@ -39,7 +39,7 @@ class Promise:
 
 
 def promises(root: Path = ROOT) -> Iterator[Promise]:
-    """All tests below *root*/tests, by file name, then in the order of the file; text is empty without a docstring."""
+    """Yield all tests below *root*/tests, by file name and position; text is empty without a docstring."""
     for path in sorted((root / "tests").rglob("test_*.py")):
         file = path.relative_to(root).as_posix()
         for test, function in _tests(ast.parse(path.read_bytes(), filename=file)):
@@ -47,7 +47,7 @@ def promises(root: Path = ROOT) -> Iterator[Promise]:
 
 
 def _tests(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
-    """The tests of one module, those in classes (``TestX``) too, with the names that pytest gives them."""
+    """Yield the tests of one module, including those in classes, with pytest's names."""
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and node.name.startswith("Test"):
             inside = [(f"{node.name}::", child) for child in node.body]
@@ -59,7 +59,7 @@ def _tests(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncF
 
 
 def render(root: Path = ROOT) -> str:
-    """The text of docs/specification.md."""
+    """Return the text of docs/specification.md."""
     lines = [HEAD]
     file = ""
     for number, promise in enumerate(promises(root), start=1):
@@ -73,7 +73,7 @@ def render(root: Path = ROOT) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Write the file, or compare it; returns the exit code."""
+    """Write the file or compare it; return the exit code."""
     text = render()
     if argv == ["--check"]:
         current = TARGET.is_file() and TARGET.read_text(encoding="utf-8") == text

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the tables of docs/reference/x07.md that come from the source: flags, backends, variables.
+"""Write the generated tables of docs/reference/x07.md: flags, backends, variables.
 
 python -m scripts.make_x07_page        in an environment that has x07-sandbox
 """
@@ -11,18 +11,45 @@ from pathlib import Path
 from scripts.pages import filled
 from x07_sandbox.backends import selection
 from x07_sandbox.cli import os_runner_options
-from x07_sandbox.host import variables
+from x07_sandbox.host.variables import VARIABLES, Variable
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference" / "x07.md"
+
+
+def variables_table() -> str:
+    """Return the table of environment variables."""
+    rows = ["| variable | value | while unset | effect | meaning |", "|---|---|---|---|---|"]
+    rows += [
+        f"| `{variable.name}` | {_values(variable)} | {variable.default} | {variable.effect} | {variable.doc} |"
+        for variable in VARIABLES.values()
+    ]
+    return "\n".join(rows) + "\n"
+
+
+def _values(variable: Variable) -> str:
+    """Return the valid values of a variable."""
+    if variable.kind == "choice":
+        return ", ".join(
+            f"`{word}`" if word == means else f"`{word}` (= `{means}`)"
+            for word, means in (variable.choices or {}).items()
+        )
+    return {
+        "flag": "`1 true TRUE yes YES`, `0 false FALSE no NO`",
+        "number": f"{variable.lo} to {variable.hi}",
+        "folder": "an absolute path",
+        "digest": "`sha256:` and 64 hex digits",
+    }.get(variable.kind, "text")
+
+
 TABLES = {
     "flags": os_runner_options.describe,
     "backends": selection.describe,
-    "variables": variables.describe,
+    "variables": variables_table,
 }
 
 
 def render() -> str:
-    """The page with its tables as the source has them now."""
+    """Return the page with current tables."""
     return filled(PAGE, TABLES)
 
 

@@ -1,4 +1,4 @@
-"""Pages of docs/ of which parts are made from the source. Each generator names its parts."""
+"""Generated parts of pages in docs/."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def filled(page: Path, parts: Mapping[str, Callable[[], str]]) -> str:
-    """The page with these parts, by name, as the source has them now. Raises SystemExit if it has no place for one."""
+    """Return the page with its parts replaced, by name. Raises SystemExit if the page has no place for one."""
     text = page.read_text(encoding="utf-8")
     for name, made in parts.items():
         start, end = f"<!-- {name} -->\n", "<!-- end -->"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From nothing to two programs run in virtual machines. Says what it will install, installs it, builds the guest image,
-# runs the two examples. Run again it takes seconds. Environment: X07_PYTHON names the Python for .venv.
+# Install everything, build the guest image and run two example programs in virtual machines. A second run takes seconds.
+# Environment: X07_PYTHON is the Python for .venv.
 set -euo pipefail
 unset CDPATH # cd would print where it went
 
@@ -11,14 +11,14 @@ source "$root/scripts/lib.sh"
 
 [[ $# -eq 0 ]] || fail "unknown arguments: $*" "Usage: scripts/quickstart.sh"
 
-say "x07-sandbox: set up, build the guest image, run two examples (.venv/bin/x07 does everything after this)."
+say "x07-sandbox: set up, build the guest image, run two examples."
 set_up runtime
 
 step "Guest image: .venv/bin/x07 image build"
 .venv/bin/x07 image build ||
-    fail "the guest image could not be built" "See the message above; .venv/bin/x07 doctor tells what is missing."
+    fail "the guest image could not be built" "See the message above, or run .venv/bin/x07 doctor."
 
-# example ARGUMENT...: shows the command as a user would type it, then runs it.
+# example ARGUMENT...: show the command as a user would type it, then run it.
 example() {
     step ".venv/bin/x07 run $*"
     .venv/bin/x07 run "$@" || fail "the example ended with exit code $?" "See the message above."
@@ -26,5 +26,5 @@ example() {
 example --input examples/text.txt examples/word_frequency.c
 example --input examples/orders.jsonl examples/jsonl_to_csv.py
 
-step "Done. Now a program of yours:"
+step "Done. To run your own program:"
 say "    .venv/bin/x07 run PROGRAM.py"

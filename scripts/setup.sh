@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs what x07-sandbox needs and makes .venv; --dev adds what the tests need. quickstart.sh and test.sh begin
-# with the same. Environment: X07_PYTHON names the Python for .venv.
+# Install what x07-sandbox needs and make .venv. --dev adds what the tests need. quickstart.sh and test.sh start with the
+# same steps. Environment: X07_PYTHON is the Python for .venv.
 set -euo pipefail
 unset CDPATH # cd would print where it went
 

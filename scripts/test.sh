@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Every check and test: the set-up of quickstart.sh plus what tests need, then ruff, mypy, import-linter, shellcheck,
-# check-jsonschema and zizmor for the CI files, the documentation as a site, the guest image, pytest.
+# Run every check and test: install what they need, then ruff, mypy, import-linter, shellcheck, check-jsonschema and
+# zizmor for the CI files, the documentation site, the guest image, pytest.
 #   scripts/test.sh [--full] [-- PYTEST ARGUMENTS]
 # --full: full sizes, long property tests, and the quick start in a clean Debian root. Environment: CI=1 makes a
-# missing tool an error instead of a skip; X07_PYTHON names the Python for .venv.
+# missing tool an error instead of a skip; X07_PYTHON is the Python for .venv.
 set -euo pipefail
 unset CDPATH # cd would print where it went
 
@@ -25,7 +25,7 @@ done
 set_up dev
 export PATH="$root/.venv/bin:$PATH"
 
-# All of them, so that one run tells everything that is to be mended.
+# Run all checks, so that one run shows every failure.
 broken=()
 check() {
     step "$*"
@@ -44,7 +44,7 @@ static_checks() {
     check shellcheck --external-sources scripts/*.sh scripts/ci/*.sh .ci/run
     [[ ${#broken[@]} -eq 0 ]] || fail "static checks failed; the tests were not started" "${broken[@]}"
 }
-# While the image is made, which takes one processor.
+# Run beside the image build, which uses one processor.
 said=$(mktemp)
 trap 'rm -f -- "$said"' EXIT
 static_checks >"$said" 2>&1 &
@@ -65,9 +65,8 @@ if [[ $full == yes ]]; then
     [[ ${#broken[@]} -eq 0 ]] || fail "the quick start failed in a clean root" "See its messages above."
 fi
 
-# -rs: every skip with its reason; --durations: the slowest tests. More workers than processors, since a
-# third of the time of a test with a virtual machine is waiting; a file to one worker, so that what its tests share,
-# images and saved machines, is made once.
+# -rs: every skip with its reason; --durations: the slowest tests. More workers than processors, because VM tests wait
+# for a third of their time. One worker per file, so that shared images and templates are made once.
 step "pytest"
 workers=$(($(nproc) * 5 / 2))
 exec .venv/bin/pytest -rs --durations=30 -n "$workers" --maxprocesses 6 --dist loadfile --no-loadscope-reorder "$@"

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The VM smoke gate: checks on this machine, with its own backend, that the promises of `x07 run` hold.
+# VM smoke gate: check that the promises of `x07 run` hold on this machine, with the backend it selects.
 #   scripts/ci/check_vm_sandbox_smoke.sh
-# Prints one line per check: ok, skip or fail, its name, and what was seen. Ends with "ok: VM sandbox smoke passed" and
-# exit code 0, or with exit code 1. It needs x07 on PATH (else .venv/bin/x07 is taken), Python 3.11, no network, and no
-# more than X07 itself needs: a guest image, for instance. Records go into a folder of its own, which it removes.
-# Environment: X07_VM_BACKEND names a backend; podman and docker also need X07_I_ACCEPT_WEAKER_ISOLATION=1.
+# Prints one line per check: ok, skip or fail, the name, and what was observed. Ends with "ok: VM sandbox smoke passed"
+# and exit code 0, or with exit code 1. Needs x07 on PATH (or .venv/bin/x07), Python 3.11 and a guest image; no network.
+# Records go to a temporary folder. Environment: X07_VM_BACKEND selects a backend; podman and docker also need
+# X07_I_ACCEPT_WEAKER_ISOLATION=1.
 set -euo pipefail
-export PODMAN_IGNORE_CGROUPSV1_WARNING=1 # it is no part of any answer
+export PODMAN_IGNORE_CGROUPSV1_WARNING=1
 unset CDPATH
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -15,23 +15,23 @@ source "$root/scripts/lib.sh"
 smoke=$root/scripts/ci/smoke
 programs=$smoke/programs
 
-[[ $# -eq 0 ]] || fail "unknown argument: $1" "It takes none; X07_VM_BACKEND names a backend."
+[[ $# -eq 0 ]] || fail "unknown argument: $1" "Set X07_VM_BACKEND to select a backend."
 case ${X07_SANDBOX_BACKEND:-} in
     '' | vm | auto) ;;
-    *) fail "X07_SANDBOX_BACKEND=$X07_SANDBOX_BACKEND is no virtual machine" "Unset it: this gate checks --sandbox-backend vm." ;;
+    *) fail "X07_SANDBOX_BACKEND=$X07_SANDBOX_BACKEND is not a VM class" "Unset it: this gate checks --sandbox-backend vm." ;;
 esac
 export X07_SANDBOX_BACKEND=vm
 export X07_I_ACCEPT_WEAKER_ISOLATION=${X07_I_ACCEPT_WEAKER_ISOLATION:-0}
 
 x07=$(command -v x07 || true)
 [[ -n $x07 || ! -x $root/.venv/bin/x07 ]] || x07=$root/.venv/bin/x07
-[[ -n $x07 ]] || fail "there is no x07 on PATH" "Run scripts/setup.sh, or put x07 on PATH."
+[[ -n $x07 ]] || fail "x07 was not found on PATH" "Run scripts/setup.sh, or add x07 to PATH."
 python=$root/.venv/bin/python
-[[ -x $python ]] || python=$(command -v python3) || fail "there is no python3 on PATH" "Install Python 3.11 or newer."
+[[ -x $python ]] || python=$(command -v python3) || fail "python3 was not found on PATH" "Install Python 3.11 or newer."
 timeout=$(command -v timeout || command -v gtimeout) ||
-    fail "there is no timeout command" "Install GNU coreutils (macOS: brew install coreutils)."
+    fail "the timeout command was not found" "Install GNU coreutils (macOS: brew install coreutils)."
 
-# ------------------------------------------------------------------------------------------------------- its place
+# ---------------------------------------------------------------------------------------------------- state folder
 
 work=$(mktemp -d "${TMPDIR:-/tmp}/x07-smoke.XXXXXX")
 export X07_VM_STATE_DIR=$work/jobs
@@ -49,7 +49,7 @@ trap 'exit 1' HUP INT TERM
 
 host() { "$python" -I "$smoke/host.py" "$@"; }
 
-# One run without output of its own. Sets $code and $result, the file with what x07 printed.
+# One run. Sets $code, and $result, the file with the JSON that x07 printed.
 # run_x07 NAME ARGUMENTS...
 run_x07() {
     result=$work/result-$1.json
@@ -58,10 +58,10 @@ run_x07() {
     "$timeout" --kill-after=20 300 "$x07" run --json --no-pool "$@" >"$result" 2>"$result.err" </dev/null || code=$?
 }
 
-# value KEY...: one value of the last result.
+# value KEY...: print one value of the last result.
 value() { host value "$result" "$@" 2>/dev/null || true; }
 
-# ---------------------------------------------------------------------------------------------- a check's own words
+# ----------------------------------------------------------------------------------------------- results of checks
 
 skip() {
     printf '%s\n' "$*"
@@ -70,12 +70,12 @@ skip() {
 
 wrong() {
     printf '%s\n' "$*"
-    if [[ -s ${result:-} ]]; then printf 'x07 ended with %s: %s\n' "$code" "$(value reason)"; fi
+    if [[ -s ${result:-} ]]; then printf 'x07 exited with %s: %s\n' "$code" "$(value reason)"; fi
     if [[ -s ${result:-}.err ]]; then tail -n 5 -- "$result.err"; fi
     exit 1
 }
 
-# want WHAT SEEN WANTED
+# want WHAT ACTUAL EXPECTED
 want() { [[ $2 == "$3" ]] || wrong "$1 is $(printf %q "$2"), not $(printf %q "$3")"; }
 
 has() { grep -qE "^ +$1( |\$)" "$work/help"; }
@@ -98,7 +98,7 @@ check_backend() {
     case $backend:$isolation:$X07_I_ACCEPT_WEAKER_ISOLATION in
         *:vm-hardware:* | *:vm-emulated:*) ;;
         podman:container:[1tTyY]* | docker:container:[1tTyY]*) ;;
-        *) wrong "the isolation is $(printf %q "$isolation"), and nobody has accepted that" ;;
+        *) wrong "the isolation $(printf %q "$isolation") needs X07_I_ACCEPT_WEAKER_ISOLATION=1" ;;
     esac
     say "$backend, $isolation"
 }
@@ -111,13 +111,13 @@ check_build() {
     run_x07 build --no-cache "$work/project"
     want "the exit code" "$code" 0
     want "the outcome" "$(value outcome)" ok
-    want "what the build could reach" "$(value stdout text)" "interfaces: none; reached: none"
+    want "the build's network access" "$(value stdout text)" "interfaces: none; reached: none"
     want "the number of connections to this host" "$(wc -l <"$work/hits" | tr -d ' ')" 1
     want "the origin of the artifact" "$(value artifact_from)" build
     [[ -n $(value phases build job_id) && $(value phases build job_id) != $(value phases run job_id) ]] ||
-        wrong "build and run were not two jobs"
+        wrong "build and run were not separate jobs"
     [[ $(value digests artifact) == sha256:* ]] || wrong "the artifact has no digest"
-    say "compiled without a network, in a job of its own; $(value digests artifact | cut -c 1-19) ran in another"
+    say "compiled without network in one job; $(value digests artifact | cut -c 1-19) ran in another"
 }
 
 check_mounts() {
@@ -131,25 +131,25 @@ check_mounts() {
     run_x07 mounts --policy "$work/policy-roots.json" "$programs/roots.py" -- "$work/roots/other.txt"
     want "the exit code" "$code" 0
     case $(value stdout text) in
-        *'read root: written'*) wrong "the program could write into its read root" ;;
+        *'read root: written'*) wrong "the program could write to its read root" ;;
         'read: hello; read root: E'*'; other file: missing') ;;
-        *) want "what the program saw" "$(value stdout text)" "read: hello; read root: EROFS; other file: missing" ;;
+        *) want "the program's output" "$(value stdout text)" "read: hello; read root: EROFS; other file: missing" ;;
     esac
     want "the file in the read root" "$(cat readable/in.txt)" hello
     want "the file from the write root" "$(cat writable/out.txt 2>/dev/null)" HELLO
     want "the state of the changes" "$(value changes state)" applied
-    say "a read root is read-only, a change in a write root came back, nothing else is there"
+    say "the read root is read-only, the change in the write root was applied, nothing else is visible"
 }
 
 check_limits() {
     needs_run
     host policy "$root/examples/policy.json" "$work/policy-memory.json" limits.mem_bytes=67108864
     run_x07 memory --policy "$work/policy-memory.json" "$programs/memory.py"
-    want "the outcome of 256 MiB in 64 MiB" "$(value outcome)" oom
+    want "the outcome of using 256 MiB with a limit of 64 MiB" "$(value outcome)" oom
     want "its exit code" "$code" 137
     host policy "$root/examples/policy.json" "$work/policy-wall.json" limits.wall_ms=5000
     run_x07 wall --policy "$work/policy-wall.json" "$programs/sleep.py" -- 60
-    want "the outcome of a minute in 5 s" "$(value outcome)" timeout
+    want "the outcome of a minute with a limit of 5 s" "$(value outcome)" timeout
     want "its exit code" "$code" 124
     want "its output" "$(value stdout text)" started
     say "64 MiB of memory (oom, 137), 5 s of time (timeout, 124)"
@@ -160,20 +160,20 @@ check_labels() {
     needs_run
     result=$work/result-build.json code=0
     jobs=("$(value phases build job_id)" "$(value phases run job_id)")
-    [[ -n ${jobs[0]} && -n ${jobs[1]} ]] || wrong "the build check gave no jobs"
+    [[ -n ${jobs[0]} && -n ${jobs[1]} ]] || wrong "the build check recorded no jobs"
     faults=$(host labels "$X07_VM_STATE_DIR" "${jobs[@]}" 2>&1) || wrong "$faults"
     [[ -z $faults ]] || wrong "$faults"
-    say "io.x07.schema, run_id, runner_instance, deadline_unix_ms of both jobs agree with their records"
+    say "io.x07.schema, run_id, runner_instance and deadline_unix_ms of both jobs match their records"
 }
 
-# client ENGINE: the program that the backend calls.
+# client ENGINE: print the client program that the backend calls.
 client() {
     local variable=X07_VM_${1^^}_BIN
     printf '%s\n' "${!variable:-$1}"
 }
 
-# left_over JOB BACKEND: what a killed run has left, one a line: processes, containers, and control groups where there is
-# a sweep that removes them.
+# left_over JOB BACKEND: print what a killed run left, one a line: processes, containers, and control groups if this
+# version has a sweep to remove them.
 left_over() {
     if has sweep; then host remains "$X07_VM_STATE_DIR" "$1"; else host remains "$X07_VM_STATE_DIR" "$1" | grep -v group || true; fi
     if [[ $2 == podman || $2 == docker ]]; then
@@ -185,7 +185,7 @@ container_labels() {
     local job=$1 engine=$2 name
     "$timeout" 30 "$(client "$engine")" inspect --format '{{json .Config.Labels}}' \
         "$(host value "$X07_VM_STATE_DIR/$job/job.json" container_id)" >"$work/container.json" ||
-        wrong "$engine does not know the container of the job $job"
+        wrong "$engine has no container for job $job"
     for name in schema run_id runner_instance deadline_unix_ms; do
         want "the container's label io.x07.$name" "$(host value "$work/container.json" "io.x07.$name")" \
             "$(host value "$X07_VM_STATE_DIR/$job/owner.json" labels "io.x07.$name")"
@@ -200,7 +200,7 @@ check_orphan() {
     "$x07" run --no-pool --policy "$work/policy-long.json" "$programs/sleep.py" -- 280 \
         >"$work/victim.out" 2>"$work/victim.err" </dev/null &
     pid=$!
-    # Still a child of this shell then, so that the number is its own.
+    # It is still a child of this shell, so the pid cannot have been reused.
     trap 'kill -TERM "$pid" 2>/dev/null || true; wait "$pid" 2>/dev/null || true' EXIT
     for ((count = 0; count < 600; count++)); do
         [[ ! -s $work/victim.out ]] || break
@@ -208,10 +208,10 @@ check_orphan() {
         sleep 0.1
     done
     result=$work/victim code=running
-    [[ -s $work/victim.out ]] || wrong "the run to be killed did not start"
+    [[ -s $work/victim.out ]] || wrong "the run to kill did not start"
     for job in "$X07_VM_STATE_DIR"/*-run; do job=${job##*/}; done
-    [[ -f $X07_VM_STATE_DIR/$job/job.json ]] || wrong "the run to be killed has no record"
-    [[ -n $(host remains "$X07_VM_STATE_DIR" "$job") ]] || wrong "the record of a live run names nothing that lives"
+    [[ -f $X07_VM_STATE_DIR/$job/job.json ]] || wrong "the run to kill has no record"
+    [[ -n $(host remains "$X07_VM_STATE_DIR" "$job") ]] || wrong "the record of a live run lists no live process"
     backend=$(host value "$X07_VM_STATE_DIR/$job/job.json" backend)
     case $backend in
         podman | docker) container_labels "$job" "$backend" ;;
@@ -231,50 +231,50 @@ check_orphan() {
         [[ -n $left ]] || break
         sleep 0.5
     done
-    [[ -z $left ]] || wrong "15 s after its runner was killed, of the job $job there is left: $left"
+    [[ -z $left ]] || wrong "15 s after its runner was killed, job $job still has: $left"
     if has sweep; then
-        say "a run whose runner was killed left no process, control group or container"
+        say "a killed runner left no process, control group or container"
     else
-        say "a run whose runner was killed left no process"
+        say "a killed runner left no process"
     fi
 }
 
 check_sweep() {
     local job
     has sweep || skip "this version has no x07 sweep"
-    [[ -s $work/orphan.job && -s $work/sweep.code ]] || wrong "the orphan check planted nothing"
+    [[ -s $work/orphan.job && -s $work/sweep.code ]] || wrong "the orphan check left no job to sweep"
     job=$(<"$work/orphan.job")
     result=$work/sweep code=$(<"$work/sweep.code")
     want "the exit code of x07 sweep" "$code" 0
     if [[ $(<"$work/orphan.backend") == @(podman|docker) && -e $work/orphan/$job/reaped ]] &&
         ! host removed "$work/sweep.json" "$job"; then
-        say "the container of the killed runner was removed before x07 sweep came"
+        say "the reaper removed the killed runner's container before x07 sweep did"
         return
     fi
-    host removed "$work/sweep.json" "$job" || wrong "x07 sweep --json does not name the job $job among what it removed"
+    host removed "$work/sweep.json" "$job" || wrong "x07 sweep --json does not list job $job as removed"
     [[ ! -d $work/orphan/$job || -e $work/orphan/$job/reaped || -e $work/orphan/$job/done ]] ||
-        wrong "the record of $job says neither done nor reaped"
-    say "x07 sweep removed the job of the killed runner, and named it"
+        wrong "the record of $job has neither done nor reaped"
+    say "x07 sweep removed the killed runner's job and listed it"
 }
 
 check_network() {
     needs_run
     host policy "$root/examples/policy.json" "$work/policy-net.json" \
         net.enabled=true net.allow_tcp=true net.allow_dns=true 'net.allow_hosts=[]'
-    # shellcheck disable=SC2086 # one word a target
+    # shellcheck disable=SC2086 # one word for each target
     run_x07 network --policy "$work/policy-net.json" "$programs/probe.py" -- $targets
     want "the number of connections to this host" "$(wc -l <"$work/hits" | tr -d ' ')" 1
     if [[ $(value outcome) == refused ]]; then
         want "the exit code" "$code" 125
-        say "refused before anything started: the list of hosts is empty"
+        say "refused before anything started: the host list is empty"
         return
     fi
     want "the exit code" "$code" 0
-    want "what the program could reach" "$(value stdout text)" "interfaces: none; reached: none"
-    say "net.enabled with an empty list of hosts gives no interface and no connection"
+    want "the program's network access" "$(value stdout text)" "interfaces: none; reached: none"
+    say "net.enabled with an empty host list gives no interface and no connection"
 }
 
-# refused_weaker NAME ARGUMENTS...: x07 run with these must be refused, without acceptance, before anything starts.
+# refused_weaker NAME ARGUMENTS...: x07 run must refuse these before anything starts.
 refused_weaker() {
     local name=$1
     shift
@@ -283,7 +283,7 @@ refused_weaker() {
     want "the outcome with $name" "$(value outcome)" refused
     want "its exit code" "$code" 125
     want "its backend" "$(value backend)" ""
-    [[ $(value reason) == *"weaker isolation"* ]] || wrong "the reason does not say that $name isolates less"
+    [[ $(value reason) == *"weaker isolation"* ]] || wrong "the reason does not mention weaker isolation"
 }
 
 check_weaker() {
@@ -356,19 +356,19 @@ check() {
     esac
 }
 
-"$timeout" 60 "$x07" --help >"$work/help" 2>&1 </dev/null || fail "$x07 --help failed" "Install x07 anew: scripts/setup.sh"
+"$timeout" 60 "$x07" --help >"$work/help" 2>&1 </dev/null || fail "$x07 --help failed" "Reinstall x07: scripts/setup.sh"
 
 : >"$work/hits"
-# Without the function, so that $! is the listener itself and no shell around it.
+# Not through host(), so that $! is the listener and not a subshell.
 "$python" -I "$smoke/host.py" listen "$work/port" "$work/hits" 3600 >/dev/null </dev/null &
 listener=$!
 for ((count = 0; count < 100; count++)); do
     [[ ! -s $work/port ]] || break
     sleep 0.1
 done
-[[ -s $work/port ]] || fail "nothing can listen on this host's loopback" "See the message above."
-host connect "$(<"$work/port")" # which counts: so a connection out of a machine would
-# Loopback, and where a machine finds its host behind QEMU's own network.
+[[ -s $work/port ]] || fail "the loopback listener did not start" "See the message above."
+host connect "$(<"$work/port")" # counts as one hit; a connection out of a VM would add another
+# Loopback, and the host's address in QEMU's user network.
 targets="127.0.0.1:$(<"$work/port") 10.0.2.2:$(<"$work/port")"
 
 for name in backend build mounts limits labels orphan sweep network weaker x07-program bundle; do
@@ -379,7 +379,7 @@ if [[ $failed -gt 0 ]]; then
     say "fail: VM sandbox smoke: $failed failed, $passed passed"
     exit 1
 elif [[ $passed -eq 0 ]]; then
-    say "fail: VM sandbox smoke: nothing was checked"
+    say "fail: VM sandbox smoke: no check ran"
     exit 1
 fi
 say "ok: VM sandbox smoke passed"

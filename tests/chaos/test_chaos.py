@@ -28,7 +28,7 @@ RUNNER = str(Path(__file__).with_name("runner.py"))
 X07 = str(Path(sys.executable).with_name("x07"))
 BACKENDS = ("qemu", "os", "podman", "docker")
 CLASSES = {"qemu": "vm", "podman": "vm", "docker": "vm", "os": "os", "none": "none"}
-POINTS = 1000 if FULL else 12
+POINTS = 1000 if FULL else 8
 PROGRAM = """
 import os, sys
 folder = sys.argv[1]
@@ -168,9 +168,9 @@ def live_job(stage: Stage, *words: str) -> Iterator[tuple[subprocess.Popen[bytes
             process.kill()
 
 
-def points(count: int) -> list[int]:
-    """Which of that many steps are hit: all of them, or some that are spread evenly."""
-    step = max(1, -(-count // POINTS))
+def points(count: int, *, at_most: int = POINTS) -> list[int]:
+    """Return the steps to hit: all of *count*, or *at_most* of them, spread evenly."""
+    step = max(1, -(-count // at_most))
     return list(range(1, count + 1, step))
 
 
@@ -258,8 +258,8 @@ def test_a_run_whose_host_calls_fail_ends_with_a_reason(backend: str, tmp_path: 
     stage = Stage(backend, tmp_path, None)
     stage.reset()
     # The first run makes what is made once, such as the agent's code; one that waits for its turn looks many times.
-    counts = [steps for _, _, steps in (stage.run("kill", 0, roots=False) for _ in range(4)) if steps is not None]
-    for number in range(1, min(counts) + 1):
+    counts = [steps for _, _, steps in (stage.run("kill", 0, roots=False) for _ in range(3)) if steps is not None]
+    for number in points(min(counts), at_most=1000 if FULL else 30):
         for error in ERRORS if FULL else (ERRORS[number % len(ERRORS)],):
             code, said, _ = stage.run(error, number, roots=False)
             assert "Traceback" not in said, (number, error, said)

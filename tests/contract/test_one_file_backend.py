@@ -88,7 +88,7 @@ class OneFile:
     def probe(self, image: OpenImage | None, *, boot: bool = True) -> Availability:
         """It needs nothing, and holds nothing."""
         del image, boot
-        features = Features(isolation="none", own_kernel=False, can_hold=frozenset())
+        features = Features(isolation="none", own_kernel=False, can_enforce=frozenset())
         return Availability(features=features, proof="none needed")
 
     @contextlib.contextmanager
@@ -145,7 +145,7 @@ class Boastful(OneFile):
         """It claims the memory limit, and that no file of the host is seen."""
         del image, boot
         features = Features(
-            isolation="none", own_kernel=False, can_hold=frozenset({"limits.mem_bytes", "no-host-files"})
+            isolation="none", own_kernel=False, can_enforce=frozenset({"limits.mem_bytes", "no-host-files"})
         )
         return Availability(features=features, proof="none needed")
 

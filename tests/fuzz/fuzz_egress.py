@@ -73,7 +73,7 @@ class Side:
         self.events.append(event)
         stream = event.stream
         assert stream not in self.gone
-        if event.kind == egress.TOLD:
+        if event.kind == egress.REFUSAL:
             assert not stream
         elif event.kind == egress.OPEN:
             self._answer(event)

@@ -18,7 +18,7 @@ OURS = ("HOME", "TOKEN")
 def one_input(data: bytes) -> None:
     """Check one input. Raises AssertionError, or whatever it was that should never have been raised."""
     policy = POLICIES[data[0] % len(POLICIES)] if data else POLICIES[0]
-    found = hints(data[1:], policy, AREAS, CWD, ours=OURS)
+    found = hints(data[1:], policy, AREAS, CWD, host_variables=OURS)
     assert len(found) <= MOST
     assert len({hint.subject for hint in found}) == len(found)
     for hint in found:

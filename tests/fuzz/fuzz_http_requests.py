@@ -22,7 +22,7 @@ import re
 from typing import Final, NamedTuple
 
 from tests.fuzz.fuzz_client_hello import HELD_MAX, NAME, check_sticky, denied, pieces
-from x07_sandbox.network.first_bytes import InspectionError, inspector
+from x07_sandbox.network.first_bytes import InspectionError, Inspector
 
 LINE: Final = re.compile(rb"([!-~]+) (/[!-~]*|\*) HTTP/1\.[01]")
 FIELD: Final = re.compile(rb"([!-9;-~]+): ([^\x00-\x08\x0a-\x1f\x7f]*)")
@@ -47,7 +47,7 @@ class Parsed(NamedTuple):
 
 def play(parts: list[bytes], name: str | None, answer: bytes) -> Outcome:
     """Give the parts to an inspector; the far end answers a handshake in pieces of one byte."""
-    inspected = inspector("http", name, denied)
+    inspected = Inspector("http", name, denied)
     requests, raw = b"", b""
     try:
         for part in parts:

@@ -13,7 +13,7 @@ import msgspec
 
 from x07_sandbox.channel.frames import Kind, decode_body
 from x07_sandbox.errors import PeerError
-from x07_sandbox.plan.denials import Area
+from x07_sandbox.plan.denials import GuestMount
 from x07_sandbox.plan.observed import denials
 from x07_sandbox.policy.decode import decode_policy
 from x07_sandbox.policy.templates import TEMPLATES
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 CWD: Final = "/opt/x07"
 AREAS: Final = (
-    Area(given="/data", at="/data", write=False),
-    Area(given="/data/out", at="/data/out", write=True),
-    Area(given="in", at="/opt/x07/in", write=False),
+    GuestMount(given="/data", at="/data", write=False),
+    GuestMount(given="/data/out", at="/data/out", write=True),
+    GuestMount(given="in", at="/opt/x07/in", write=False),
 )
 POLICIES: Final = tuple(TEMPLATES.values())
 COUNT_MAX: Final = 2**63 - 1

@@ -16,7 +16,7 @@ from tests.process.conversation import Conversation, Ended, Program
 from x07_sandbox.backends.process.backend import NoneBackend, OsBackend
 from x07_sandbox.backends.process.start import start_confined, start_unconfined
 from x07_sandbox.errors import HostError
-from x07_sandbox.host.processes import carries_mark
+from x07_sandbox.host.processes import has_mark
 from x07_sandbox.jobs.record import Claim, JobRecord, create_record, new_run_id
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def new_record(backend: Backend) -> JobRecord:
 def left(mark: str) -> list[str]:
     """The command lines of processes that carry the mark of a job."""
     pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]  # noqa: PTH208 - names are numbers
-    found = [pid for pid in pids if carries_mark(pid, mark)]
+    found = [pid for pid in pids if has_mark(pid, mark)]
     lines = []
     for pid in found:
         with contextlib.suppress(OSError):

@@ -143,7 +143,7 @@ class Conversation:
         if program.output is not None:
             self.to_come.add(Stream.OUTPUT_FILE)
         if program.left is not None and program.left["files"]:
-            self.to_come.add(Stream.LEFT)
+            self.to_come.add(Stream.LEFT_FILES)
         self.link.send(Kind.START, body)
         for number, (_, _, content) in enumerate(program.files.values()):
             self.send(Stream.FIRST_FILE + number, content)
@@ -183,7 +183,7 @@ class Conversation:
                 if event.kind is Kind.FAILED or not event.body["output_bytes"]:
                     self.to_come.discard(Stream.OUTPUT_FILE)
                 if event.kind is Kind.EXITED and not event.body["left_files"]:
-                    self.to_come.discard(Stream.LEFT)
+                    self.to_come.discard(Stream.LEFT_FILES)
                 if event.kind is Kind.FAILED:
                     self.to_come.clear()
             elif isinstance(event, Data):

@@ -182,7 +182,7 @@ def test_tasks_are_limited(confined: OsBackend) -> None:
 
 def test_memory_is_limited_where_the_host_can(confined: OsBackend) -> None:
     """A program that takes more memory than its limit is killed, and the agent says what for."""
-    if "limits.mem_bytes" not in confined.probe().features.can_hold:
+    if "limits.mem_bytes" not in confined.probe().features.can_enforce:
         pytest.skip("this host gives no control group for memory")
     ended = told(confined, "held = [bytearray(1 << 20) for _ in range(256)]", limits={"mem_bytes": 48 << 20})
     assert ended.code == -signal.SIGKILL
@@ -220,7 +220,7 @@ def changes(ended: Ended) -> dict[str, bytes | None]:
             case Entry(kind=Record.FILE, name=raw):
                 name = raw.decode()
                 found[name] = b""
-            case Entry(kind=Record.GONE, name=raw):
+            case Entry(kind=Record.DELETED, name=raw):
                 found[raw.decode()] = None
             case Piece(data=data):
                 found[name] = (found[name] or b"") + data
@@ -261,7 +261,7 @@ def test_changes_and_files_that_were_left_come_back_together(confined: OsBackend
     )
     assert ended.code == 0, ended.stderr
     assert changes(ended) == {"new": b"new\n"}
-    assert b"left" in ended.streams[Stream.LEFT]
+    assert b"left" in ended.streams[Stream.LEFT_FILES]
 
 
 def test_an_output_file_comes_back(confined: OsBackend) -> None:

@@ -86,10 +86,10 @@ def test_files_in_private_folders_are_counted_and_handed_over(either: Backend) -
     source = "import os; open('a', 'w').write('one'); os.mkdir('d'); open('d/b', 'w').close(); open('.rc', 'w').close()"
     ended = run_on(either, python(source, left={"files": 0, "bytes": 0}))
     assert (ended.code, ended.body["left_files"], ended.body["left_bytes"]) == (0, 2, 3), ended.stderr
-    assert Stream.LEFT not in ended.streams
+    assert Stream.LEFT_FILES not in ended.streams
     ended = run_on(either, python(f"{source}; os.chmod('d', 0)", left={"files": 9, "bytes": 9}))
     assert ended.code == 0, ended.stderr
-    assert b"one" in ended.streams[Stream.LEFT]
+    assert b"one" in ended.streams[Stream.LEFT_FILES]
     ended = run_on(either, python("pass", left={"files": 9, "bytes": 9}))
     assert (ended.code, ended.body["left_files"]) == (0, 0)
 

@@ -15,7 +15,7 @@ import pytest
 
 from x07_sandbox.channel import egress
 from x07_sandbox.channel.egress import EgressLink
-from x07_sandbox.host.poll import readable
+from x07_sandbox.host.poll import wait_readable
 from x07_sandbox.network.processes import GateConfig, GateProcess, gate_running
 from x07_sandbox.network.rules import NetSettings
 from x07_sandbox.policy.default import default_policy, render_policy
@@ -57,7 +57,7 @@ def confined_status_of(pid: int) -> dict[str, str]:
 def guest_of(gate: GateProcess) -> socket.socket:
     """The guest's end of a stream that the gate was given."""
     ours, theirs = socket.socketpair()
-    gate.give(theirs.fileno())
+    gate.send_stream(theirs.fileno())
     theirs.close()
     ours.settimeout(WAIT_S)
     return ours
@@ -119,7 +119,7 @@ def test_a_gate_without_its_resolver_ends_and_has_no_account(gate: GateProcess, 
         named = "gate_process" if which == "gate" else "resolver_process"
         (pid,) = [pid for pid in helpers() if named.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()]
         os.kill(pid, signal.SIGKILL)
-        assert readable(gate.pidfd, WAIT_S)
+        assert wait_readable(gate.pidfd, WAIT_S)
         assert guest.recv(1) == b""
     assert gate.account() is None
 
@@ -152,7 +152,7 @@ def test_gate_and_resolver_end_with_their_runner(tmp_path: Path) -> None:
     try:
         deadline = time.monotonic() + WAIT_S
         assert len(pidfds) == 2
-        assert all(readable(pidfd, deadline - time.monotonic()) for pidfd in pidfds)
+        assert all(wait_readable(pidfd, deadline - time.monotonic()) for pidfd in pidfds)
     finally:
         for pidfd in pidfds:
             os.close(pidfd)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from x07_sandbox.host.bounded_stream import SideStream
+from x07_sandbox.host.bounded_stream import BoundedStream
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,7 +31,7 @@ def pipe() -> Iterator[tuple[int, int]]:
 
 def test_only_the_last_bytes_of_a_flood_are_kept(pipe: tuple[int, int]) -> None:
     """A flood is read on and counted, and costs no more memory than its bound."""
-    stream = SideStream(pipe[0], keep_bytes=100)
+    stream = BoundedStream(pipe[0], keep_bytes=100)
     for turn in range(50):
         os.write(pipe[1], b"%02d" % turn * 1000)
         stream.read()
@@ -43,7 +43,7 @@ def test_only_the_last_bytes_of_a_flood_are_kept(pipe: tuple[int, int]) -> None:
 def test_one_turn_takes_one_chunk(pipe: tuple[int, int]) -> None:
     """A stream that always has more to say does not hold up the loop that reads it."""
     written = os.write(pipe[1], bytes(1 << 20))
-    stream = SideStream(pipe[0], keep_bytes=10)
+    stream = BoundedStream(pipe[0], keep_bytes=10)
     stream.read()
     assert 0 < stream.total_bytes <= written
     assert stream.total_bytes <= 64 * 1024
@@ -51,7 +51,7 @@ def test_one_turn_takes_one_chunk(pipe: tuple[int, int]) -> None:
 
 def test_nothing_there_is_not_the_end(pipe: tuple[int, int]) -> None:
     """A read with nothing there returns at once; only a closed writer ends the stream."""
-    stream = SideStream(pipe[0], keep_bytes=10)
+    stream = BoundedStream(pipe[0], keep_bytes=10)
     stream.read()
     assert not stream.ended
     os.write(pipe[1], b"bye")
@@ -71,7 +71,7 @@ def test_text_cannot_speak_to_a_terminal(data: bytes) -> None:
     read_end, write_end = os.pipe2(os.O_NONBLOCK)
     try:
         os.write(write_end, data)
-        stream = SideStream(read_end, keep_bytes=200)
+        stream = BoundedStream(read_end, keep_bytes=200)
         stream.read()
     finally:
         os.close(write_end)
@@ -87,7 +87,7 @@ def test_readable_text_stays_as_it_is(text: str) -> None:
     read_end, write_end = os.pipe2(os.O_NONBLOCK)
     try:
         os.write(write_end, text.encode())
-        stream = SideStream(read_end, keep_bytes=1000)
+        stream = BoundedStream(read_end, keep_bytes=1000)
         stream.read()
     finally:
         os.close(write_end)

@@ -50,7 +50,7 @@ def file(name: str) -> Entry:
 
 def gone(name: str) -> Entry:
     """Something that was removed."""
-    return Entry(Kind.GONE, name.encode())
+    return Entry(Kind.DELETED, name.encode())
 
 
 def link(name: str, target: str) -> Entry:

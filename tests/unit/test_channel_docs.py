@@ -102,7 +102,7 @@ STREAM_MEANING: Final = {
     Stream.STDERR: "Its standard error.",
     Stream.OUTPUT_FILE: "The file that START asks for, after EXITED.",
     Stream.CHANGES: "What the program has changed in the mounts that START asks about, after EXITED.",
-    Stream.LEFT: "Files that the program left in its private folders, of which START wants some, after EXITED.",
+    Stream.LEFT_FILES: "Files that the program left in its private folders, of which START wants some, after EXITED.",
     Stream.FIRST_FILE: "Files that go in, in the order of START.",
 }
 STATE_MEANING: Final = {

@@ -209,7 +209,7 @@ def test_every_stream_has_one_sender_or_none() -> None:
     """Input and files go in, outputs, a file, changes and what was left come out; no other stream is anyone's."""
     assert STREAMS[Role.HOST] == [Stream.STDIN, *range(Stream.FIRST_FILE, LAST_FILE + 1)]
     outputs = [Stream.STDOUT, Stream.STDERR, Stream.OUTPUT_FILE]
-    assert STREAMS[Role.GUEST] == [*outputs, Stream.CHANGES, Stream.LEFT]
+    assert STREAMS[Role.GUEST] == [*outputs, Stream.CHANGES, Stream.LEFT_FILES]
     assert stream_sender(Stream.CONTROL) is None
 
 

@@ -21,8 +21,8 @@ RECORDS = st.lists(
         st.tuples(st.just(Kind.FOLDER), NAMES, st.integers(0, 0o7777)),
         st.tuples(st.just(Kind.FILE), NAMES, FILES),
         st.tuples(st.just(Kind.LINK), NAMES, st.binary(min_size=1, max_size=30).filter(lambda text: b"\0" not in text)),
-        st.tuples(st.just(Kind.GONE), NAMES, st.none()),
-        st.tuples(st.just(Kind.OTHER), NAMES, st.integers(0, 0xFFFF)),
+        st.tuples(st.just(Kind.DELETED), NAMES, st.none()),
+        st.tuples(st.just(Kind.UNSUPPORTED), NAMES, st.integers(0, 0xFFFF)),
         st.tuples(st.just(Kind.ROOT), st.integers(0, 127).map(lambda number: b"%d" % number), st.none()),
     ),
     max_size=12,
@@ -115,25 +115,25 @@ def test_any_bytes_are_events_or_our_error(data: bytes, size: int) -> None:
 )
 def test_a_name_that_leaves_its_tree_is_refused(name: bytes) -> None:
     """No name is absolute, goes up, has an empty part, or is longer than Linux takes."""
-    with pytest.raises(PeerError, match="bad tree of files"):
+    with pytest.raises(PeerError, match="bad file tree"):
         list(Reader().feed(Entry(Kind.FOLDER, name).encoded()))
 
 
 @pytest.mark.parametrize(
     ("data", "why"),
     [
-        (b"\x08\0\0", "record 8 does not exist"),
+        (b"\x08\0\0", "unknown record 8"),
         (b"\x01\xff\xff", "a name is too long"),
         (Entry(Kind.FILE, b"a", size=1 << 41).encoded(), "a file is too large"),
-        (Entry(Kind.FILE, b"a", size=5).encoded() + segment(6), "a segment does not fit"),
-        (Entry(Kind.FILE, b"a", size=5).encoded() + segment(0), "a segment does not fit"),
-        (Entry(Kind.FILE, b"a", size=5).encoded() + segment(6, hole=True), "a segment does not fit"),
-        (Entry(Kind.LINK, b"a").encoded(), "a link's target has a wrong length"),
-        (Entry(Kind.LINK, b"a", target=b"x\0").encoded(), "zero byte"),
-        (Entry(Kind.ROOT, b"-1").encoded(), "a tree has no number"),
-        (Entry(Kind.ROOT, b"1234").encoded(), "a tree has no number"),
-        (Entry(Kind.END, b"a").encoded(), "its end has a name"),
-        (Entry(Kind.END, b"").encoded() + b"\x01", "something follows its end"),
+        (Entry(Kind.FILE, b"a", size=5).encoded() + segment(6), "a segment exceeds its file"),
+        (Entry(Kind.FILE, b"a", size=5).encoded() + segment(0), "a segment exceeds its file"),
+        (Entry(Kind.FILE, b"a", size=5).encoded() + segment(6, hole=True), "a segment exceeds its file"),
+        (Entry(Kind.LINK, b"a").encoded(), "a link target is empty or too long"),
+        (Entry(Kind.LINK, b"a", target=b"x\0").encoded(), "NUL byte"),
+        (Entry(Kind.ROOT, b"-1").encoded(), "ROOT without a number"),
+        (Entry(Kind.ROOT, b"1234").encoded(), "ROOT without a number"),
+        (Entry(Kind.END, b"a").encoded(), "END with a name"),
+        (Entry(Kind.END, b"").encoded() + b"\x01", "data after the end"),
     ],
 )
 def test_a_broken_stream_is_refused_with_its_reason(data: bytes, why: str) -> None:

@@ -21,7 +21,7 @@ from x07_sandbox.errors import PeerError, RefusedError, UsageError
 from x07_sandbox.guest.private_files import LOOKED_AT_MAX, left_files, stream_of
 from x07_sandbox.guest.trees import Tree
 from x07_sandbox.host.cancel import Cancel
-from x07_sandbox.plan.guest_paths import PROGRAM, WORK, place
+from x07_sandbox.plan.guest_paths import PROGRAM, WORK, guest_path
 from x07_sandbox.policy import Policy, default_policy
 from x07_sandbox.runs.host_files import effective_roots
 from x07_sandbox.runs.private_files import FILES_MAX, LeftFiles, work_files
@@ -106,9 +106,9 @@ def test_a_policy_decides_about_working_folders_too(here: Path) -> None:
 
 def test_a_relative_root_that_leads_out_is_told_what_works() -> None:
     """The refusal of ../dir says that the absolute path is taken."""
-    where, why = place("../dir", PROGRAM, deny_hidden=True)
+    where, why = guest_path("../dir", PROGRAM, deny_hidden=True)
     assert where is None
-    assert "name it by its absolute path" in why
+    assert "use an absolute path" in why
 
 
 @pytest.mark.usefixtures("here")

@@ -148,9 +148,9 @@ def test_only_what_fits_can_be_asked_for() -> None:
 def test_the_guest_tells_what_it_refused_itself() -> None:
     """Host, port and transport of a connection that the guest refused arrive, and open no flow."""
     guest, gate = EgressLink(guest=True), EgressLink(guest=False)
-    guest.tell(UDP, b"unlisted.example", 0)
-    guest.tell(TCP, b"", 443)
-    assert passed(guest, gate) == [Event(egress.TOLD, 0, 0, b"unlisted.example", UDP)]
+    guest.report_refusal(UDP, b"unlisted.example", 0)
+    guest.report_refusal(TCP, b"", 443)
+    assert passed(guest, gate) == [Event(egress.REFUSAL, 0, 0, b"unlisted.example", UDP)]
     assert gate.flows == {}
 
 
@@ -158,7 +158,7 @@ def test_what_the_guest_tells_is_dropped_where_too_much_waits() -> None:
     """However often the guest has something to tell, what it queues is bounded."""
     guest = EgressLink(guest=True)
     for _ in range(10_000):
-        guest.tell(TCP, b"x" * egress.HOST_MAX, 443)
+        guest.report_refusal(TCP, b"x" * egress.HOST_MAX, 443)
     assert guest.pending() <= WINDOW + HEADER.size + 3 + egress.HOST_MAX
 
 
@@ -168,10 +168,10 @@ OPEN_FLOW: Final = asking(1)
 TO_GATE: Final = {
     "unknown type 0": frame(0, 1),
     "unknown type": frame(9, 1),
-    "TOLD with a stream": frame(egress.TOLD, 1, b"\x06\x01\xbbx"),
-    "TOLD without a host": frame(egress.TOLD, 0, b"\x06\x01\xbb"),
-    "TOLD with a long host": frame(egress.TOLD, 0, b"\x06\x01\xbb" + b"x" * 256),
-    "TOLD of an unknown transport": frame(egress.TOLD, 0, b"\x01\x01\xbbx"),
+    "REFUSAL with a stream": frame(egress.REFUSAL, 1, b"\x06\x01\xbbx"),
+    "REFUSAL without a host": frame(egress.REFUSAL, 0, b"\x06\x01\xbb"),
+    "REFUSAL with a long host": frame(egress.REFUSAL, 0, b"\x06\x01\xbb" + b"x" * 256),
+    "REFUSAL of an unknown transport": frame(egress.REFUSAL, 0, b"\x01\x01\xbbx"),
     "highest type": frame(255, 1, b"x"),
     "OPENED is the gate's": frame(egress.OPENED, 1),
     "code of DATA": frame(egress.DATA, 1, b"x", code=1),
@@ -220,7 +220,7 @@ TO_GATE: Final = {
 # What a gate sends to a guest that has asked for flow 1 (TCP).
 TO_GUEST: Final = {
     "OPEN is the guest's": asking(2),
-    "TOLD is the guest's": frame(egress.TOLD, 0, b"\x06\x01\xbbx"),
+    "REFUSAL is the guest's": frame(egress.REFUSAL, 0, b"\x06\x01\xbbx"),
     "DATA before OPENED": frame(egress.DATA, 1, b"x"),
     "CREDIT before OPENED": credit(1, 1),
     "FIN before OPENED": frame(egress.FIN, 1),
@@ -441,7 +441,7 @@ def test_windows_and_credit_add_up(flows: int, seed: int) -> None:
         window = exchange.ends[side].window(stream)
         flow = exchange.ends["h" if side == "g" else "g"].flows[stream]
         assert WINDOW - HALF < window <= WINDOW
-        assert window + flow.acknowledge == WINDOW
+        assert window + flow.unacknowledged == WINDOW
 
 
 MEANT: Final = [
@@ -452,7 +452,7 @@ MEANT: Final = [
     *[credit(stream, HALF) for stream in (1, 2, 3)],
     frame(egress.DATA, 1, bytes(DATA_MAX)),
     frame(egress.CREDIT, 1, b"\xff" * 4),
-    frame(egress.TOLD, 0, b"\x06\x01\xbba.example"),
+    frame(egress.REFUSAL, 0, b"\x06\x01\xbba.example"),
 ]
 
 

@@ -81,8 +81,8 @@ def huge(path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "why"),
     [
-        (lambda root: (root / "x").symlink_to("/etc/passwd"), "leads out of it, to /etc/passwd"),
-        (lambda root: (root / "x").symlink_to("/etc"), "leads out of it, to /etc"),
+        (lambda root: (root / "x").symlink_to("/etc/passwd"), "leads to /etc/passwd, outside of it"),
+        (lambda root: (root / "x").symlink_to("/etc"), "leads to /etc, outside of it"),
         (lambda root: (root / "x").symlink_to("nowhere"), "No such file"),
         (lambda root: (root / "x").symlink_to("x"), "symbolic links"),
         (lambda root: os.mkfifo(root / "x"), "no regular file"),
@@ -149,7 +149,7 @@ def test_no_pattern_leads_out_of_the_project(tmp_path: Path) -> None:
     (tmp_path / "in" / "lib").symlink_to(tmp_path / "out")
     (tmp_path / "in" / "all").symlink_to("/")
     assert list(pack_tree(tmp_path / "in", ["**/*.c"]).files) == ["a.c"]
-    with pytest.raises(UsageError, match=f"no file matches 'lib/.*lib leads out of it, to {tmp_path}/out"):
+    with pytest.raises(UsageError, match=f"no file matches 'lib/.*lib leads to {tmp_path}/out"):
         pack_tree(tmp_path / "in", ["lib/*.c"])
     with pytest.raises(UsageError, match="leads out of it"):
         pack_tree(tmp_path / "in", ["**"])

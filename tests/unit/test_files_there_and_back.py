@@ -26,7 +26,7 @@ from x07_sandbox.files.copy import Bounds, copy_tree
 from x07_sandbox.files.incoming import Incoming
 from x07_sandbox.files.protected import Protection
 from x07_sandbox.files.roots import Mount, Tree
-from x07_sandbox.guest.mounts import Names
+from x07_sandbox.guest.mounts import ProgramPaths
 from x07_sandbox.guest.trees import Tree as GuestTree
 from x07_sandbox.guest.trees import changes
 
@@ -246,7 +246,7 @@ def test_what_may_only_be_read_is_found_by_its_inode(trip: Trip) -> None:
         {"tree": None, "sub": "", "at": "/x07/in/project", "write": True},
     ]
     (trip.host / "view/x07/in").mkdir(parents=True)
-    known = Names({16: trip.tree}, mounts, str(trip.host / "view"))
+    known = ProgramPaths({16: trip.tree}, mounts, str(trip.host / "view"))
     device = trip.guest.stat().st_dev
     shown = f"{os.major(device):02x}:{os.minor(device):02x}"
     names = ("", "run.sh", "no \udcff utf-8\n", "a", "a/empty", "a/deep er", "a/deep er/n\u00f6ch.txt")
@@ -282,7 +282,7 @@ def test_a_link_of_the_programs_is_followed_in_its_own_view(tmp_path: Path) -> N
         "usr": "elsewhere",
     }.items():
         (tmp_path / name).symlink_to(target)
-    known = Names({}, [{"tree": 16, "sub": "", "at": "/data", "write": True}], str(tmp_path))
+    known = ProgramPaths({}, [{"tree": 16, "sub": "", "at": "/data", "write": True}], str(tmp_path))
     led = {
         "/opt/x07/far": "/elsewhere/bin/nl",
         "/opt/x07/folder/near": "/data/tool",

@@ -309,7 +309,7 @@ def test_a_call_that_went_well_is_no_refusal() -> None:
     # But they use up what the kernel records in a second: then it is asked what else was lost.
     refusals = Refusals(CALLS)
     refusals.note(records[0][0], f"audit(1.2:3): {login}".encode())
-    assert refusals.heard
+    assert refusals.any_record
 
 
 @pytest.mark.parametrize(
@@ -359,9 +359,9 @@ def test_a_flood_is_bounded() -> None:
             refusals.note(PATH, f"audit(1.2:{serial}): {path(name)[1]}".encode())
     refusals.finish()
     assert len(refusals.found) == 64
-    assert sum(refusals.found.values()) + refusals.untold == 5000
-    refusals.forget()
-    assert (refusals.found, refusals.untold) == ({}, 0)
+    assert sum(refusals.found.values()) + refusals.uncounted == 5000
+    refusals.reset()
+    assert (refusals.found, refusals.uncounted) == ({}, 0)
 
 
 def test_every_call_with_a_folder_of_its_own_is_known() -> None:

@@ -193,21 +193,21 @@ def test_a_filter_without_its_markers_takes_no_secret(codes: dict[str, bytes]) -
     """A filter without each marker once is not used: it would let everything pass, or nothing."""
     once = codes["no-exec-once"]
     for code in (codes["no-exec"], b"", once + LINE.pack(6, 0, 0, 0x5AFE7011)):
-        with pytest.raises(ValueError, match="markers"):
-            guest_filters.cut_at_token(code)
+        with pytest.raises(ValueError, match="marker"):
+            guest_filters.split_at_token(code)
 
 
 def with_token(code: bytes) -> bytes:
     """A filter with the tests' secret in it."""
-    return guest_filters.with_token(*guest_filters.cut_at_token(code), TOKEN)
+    return guest_filters.with_token(*guest_filters.split_at_token(code), TOKEN)
 
 
 def run_under(code: bytes, token: bytes, words: list[str]) -> subprocess.CompletedProcess[str]:
     """Have a Python process put itself under the filter and execute a command."""
     program = (
         "from x07_sandbox.guest import restrict, system; system.prctl(38, 1)\n"
-        "take_away, execute = restrict.last_steps()\n"
-        f"take_away({code!r}, -1); execute({words!r}, {{'A': 'b'}}, {token!r})"
+        "restrict_self, execute = restrict.exec_functions()\n"
+        f"restrict_self({code!r}, -1); execute({words!r}, {{'A': 'b'}}, {token!r})"
     )
     env = {**os.environ, "PYTHONPATH": str(SOURCES)}
     return subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=False)
@@ -243,8 +243,8 @@ def test_a_kernel_takes_every_filter(codes: dict[str, bytes]) -> None:
     for name, code in codes.items():
         program = (
             "from x07_sandbox.guest import restrict, system; system.prctl(38, 1)\n"
-            "take_away, execute = restrict.last_steps()\n"
-            f"take_away({codes['base']!r}, -1); take_away({code!r}, -1); print('under it')"
+            "restrict_self, execute = restrict.exec_functions()\n"
+            f"restrict_self({codes['base']!r}, -1); restrict_self({code!r}, -1); print('under it')"
         )
         env = {**os.environ, "PYTHONPATH": str(SOURCES)}
         ended = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=False)

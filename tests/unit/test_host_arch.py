@@ -15,6 +15,6 @@ def test_the_guest_has_the_numbers_and_paths_of_the_table(name: str) -> None:
     assert system._PIVOT_ROOT[name] == row.syscalls["pivot_root"]  # noqa: SLF001 - held to the table here
     assert row.loader in confine._LOADERS  # noqa: SLF001 - as above
     # In one function, whose code goes into an interpreter that has none of our modules.
-    constants = restrict.last_steps.__code__.co_consts
+    constants = restrict.exec_functions.__code__.co_consts
     assert {row.syscalls["seccomp"], row.syscalls["execve"]} <= set(constants)
     assert len(ARCHES) == len(confine._LOADERS) == len(system._PIVOT_ROOT)  # noqa: SLF001 - as above

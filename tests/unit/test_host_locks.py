@@ -113,7 +113,7 @@ def test_a_wait_can_have_an_end(tmp_path: Path) -> None:
     waits: list[str] = []
     try:
         with (
-            pytest.raises(TimeoutError, match="another process has held it for 0 s"),
+            pytest.raises(TimeoutError, match="another process has held the lock for 0 s"),
             file_lock(path, on_wait=lambda: waits.append("wait"), most_s=0.1),
         ):
             pass

@@ -18,7 +18,7 @@ import pytest
 from x07_sandbox.host.processes import (
     Identity,
     boot_id,
-    carries_mark,
+    has_mark,
     identify,
     is_alive,
     kill_identity,
@@ -79,7 +79,7 @@ def test_what_is_gone_has_no_identity(child: subprocess.Popen[bytes]) -> None:
     child.wait()
     assert identify(child.pid) is None
     assert not is_alive(identity)
-    assert not carries_mark(child.pid, "")
+    assert not has_mark(child.pid, "")
     assert not kill_identity(identity, "")
     assert wait_gone(identity, 0)
 
@@ -165,7 +165,7 @@ def test_a_number_that_came_back_is_another_process(mark: str, need: Need) -> No
 def test_nothing_is_killed_without_the_mark(wrong: str, child: subprocess.Popen[bytes], mark: str) -> None:
     """A process without the mark among its arguments is never signalled, though number and start time agree."""
     identity = identity_of(child.pid)
-    assert not carries_mark(child.pid, wrong.format(mark=mark))
+    assert not has_mark(child.pid, wrong.format(mark=mark))
     assert not kill_identity(identity, wrong.format(mark=mark))
     assert is_alive(identity)
 
@@ -173,7 +173,7 @@ def test_nothing_is_killed_without_the_mark(wrong: str, child: subprocess.Popen[
 def test_what_is_ours_is_killed(child: subprocess.Popen[bytes], mark: str) -> None:
     """Number, start time and mark agree: that process is killed, and is gone."""
     identity = identity_of(child.pid)
-    assert carries_mark(child.pid, mark)
+    assert has_mark(child.pid, mark)
     assert kill_identity(identity, mark)
     assert wait_gone(identity, 30)
     assert child.wait() == -signal.SIGKILL
@@ -182,7 +182,7 @@ def test_what_is_ours_is_killed(child: subprocess.Popen[bytes], mark: str) -> No
 def test_a_mark_is_found_within_an_argument(mark: str) -> None:
     """The mark may be part of an argument, as in the name that the virtual machine is given."""
     with start(f"x07-{mark}", "more") as child:
-        assert carries_mark(child.pid, mark)
+        assert has_mark(child.pid, mark)
         child.kill()
 
 

@@ -109,7 +109,7 @@ def test_a_misspelt_name_is_told_with_the_one_that_was_meant(name: str, meant: s
 def test_a_name_like_none_of_ours_is_told_with_where_they_stand() -> None:
     """A name that begins like ours and resembles none of them is a warning that says where all of them are."""
     assert check_environment({"X07_VM_ZZZ": "1"}) == (
-        "X07_VM_ZZZ is no variable of x07-sandbox; docs/reference/x07.md lists them",
+        "X07_VM_ZZZ is not a variable of x07-sandbox; see docs/reference/x07.md",
     )
 
 

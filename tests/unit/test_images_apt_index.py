@@ -37,7 +37,7 @@ def lists(tmp_path: Path, need: Need) -> Path:
 
 def test_an_unknown_package_is_named_at_once(lists: Path) -> None:
     """A name that no source has is refused before the build, with the package that was probably meant."""
-    with pytest.raises(UsageError, match="no package of this name") as caught:
+    with pytest.raises(UsageError, match="no package with this name") as caught:
         apt_index.check_known(lists, ["zip", "numpy"], "trixie")
     assert "python3-numpy" in caught.value.fix
     assert "--pip numpy" in caught.value.fix

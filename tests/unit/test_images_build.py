@@ -35,7 +35,7 @@ PACKAGES = ("hello", "netbase")
 def _base_folder(include: Sequence[str]) -> Path:
     return (
         store.images_dir()
-        / f"base-{bases.Kind(arch=host_arch(), suite=sources.release_codename(), include=tuple(include)).key}"
+        / f"base-{bases.BaseSpec(arch=host_arch(), suite=sources.release_codename(), include=tuple(include)).key}"
     )
 
 
@@ -110,9 +110,9 @@ def test_a_damaged_image_is_never_called_ready(science: store.Image, name: str) 
     with pytest.raises(HostError, match="is missing"):
         build.build_image(name="science", include=PACKAGES, progress=said.append)
     assert name in said[0]
-    assert said[0].endswith(": making the image anew")
+    assert said[0].endswith(": rebuilding the image")
     # The base holds the same file by a link: it is damaged too, and of no use.
-    assert any("fetching" in line for line in said) == (name in SHARED)
+    assert any("downloading" in line for line in said) == (name in SHARED)
 
 
 def test_a_damaged_base_is_fetched_anew(science: store.Image) -> None:
@@ -123,14 +123,14 @@ def test_a_damaged_base_is_fetched_anew(science: store.Image) -> None:
     said: list[str] = []
     with pytest.raises(HostError, match="mmdebstrap is missing"):
         build.build_image(name="science", include=PACKAGES, progress=said.append)
-    assert any("the content of 00-erofs.ko has changed" in line and "fetching it anew" in line for line in said)
+    assert any("the content of 00-erofs.ko has changed" in line and "downloading it again" in line for line in said)
 
 
 def test_a_build_looks_for_room_first(science: store.Image, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a kept base cannot be unpacked for want of space the build says how much it needs, and what to set."""
     overwrite(science.folder / "initrd.cpio")
     monkeypatch.setattr(boot, "UNPACKED_MAX", 1 << 40)
-    with pytest.raises(HostError, match=r"has \d+ MiB free, and a build needs \d+") as caught:
+    with pytest.raises(HostError, match=r"has \d+ MiB free, but a build needs \d+") as caught:
         build.build_image(name="science", progress=print)
     assert "X07_VM_CACHE_DIR" in caught.value.fix
 
@@ -159,7 +159,7 @@ def test_a_named_image_keeps_its_packages(science: store.Image) -> None:
     """Built again without a word on packages, an image keeps those that it has, and it is said which."""
     said: list[str] = []
     assert build.build_image(name="science", progress=said.append) == science
-    assert said == ["with the packages that it had: hello, netbase"]
+    assert said == ["keeping the packages: hello, netbase"]
     assert store.find_image("science").manifest.include == list(PACKAGES)
 
 
@@ -171,8 +171,8 @@ def test_packages_are_dropped_only_when_asked(science: store.Image, capsys: pyte
     (store.images_dir() / plain / "initrd.cpio").unlink()
     assert main(["image", "build", "--name", "science", "--no-include"]) == 125  # it would make the plain one anew
     said = capsys.readouterr().err
-    assert "making the image anew" in said
-    assert "with the packages" not in said
+    assert "rebuilding the image" in said
+    assert "keeping the packages" not in said
     assert main(["image", "build", "--no-include", "--include", "hello"]) == 2
 
 
@@ -181,9 +181,7 @@ def test_packages_that_cannot_be_known_are_not_dropped(science: store.Image) -> 
     overwrite(science.folder / "manifest.json")
     with pytest.raises(ImageError) as caught:
         build.build_image(name="science", progress=print)
-    assert caught.value.fix == (
-        "Run x07 image build --name science --no-include, or with --include and the packages that it had"
-    )
+    assert caught.value.fix == ("Run x07 image build --name science --no-include, or with --include and its packages")
     with pytest.raises(HostError, match=r"fsck\.erofs is missing"):  # so far it comes: the image is made anew
         build.build_image(name="science", include=PACKAGES, progress=print)
 
@@ -230,7 +228,7 @@ def test_nothing_is_removed_where_a_name_is_wrong(science: store.Image, capsys: 
 def test_an_engines_image_is_no_image_of_ours() -> None:
     """A reference such as NAME:TAG is refused with the backend that takes it, and the command that makes an image."""
     for ref in ("ghcr.io/x07lang/runner:1", "runner:dev"):
-        with pytest.raises(UsageError, match="podman and docker take") as caught:
+        with pytest.raises(UsageError, match="only podman and docker use") as caught:
             store.find_image(ref)
         assert "x07 image build" in caught.value.fix
 
@@ -239,7 +237,7 @@ def test_the_wheels_of_an_image_make_it_another(science: store.Image, capsys: py
     """Other wheels make another base; without a word on them an image keeps its own, and `image list` names them."""
     wheel = manifest.Wheel(name="six", version="1.16.0", sha256="ab" * 32)
     more = build.Extras(include=PACKAGES, pip=(wheel,))
-    assert more.kind().key != build.Extras(include=PACKAGES).kind().key
+    assert more.base_spec().key != build.Extras(include=PACKAGES).base_spec().key
     place = store.images_dir() / "with-wheels"
     shutil.copytree(science.folder, place)
     made = manifest.sealed(msgspec.structs.replace(science.manifest, pip=[wheel]))
@@ -250,7 +248,7 @@ def test_the_wheels_of_an_image_make_it_another(science: store.Image, capsys: py
     said: list[str] = []
     with pytest.raises(HostError):
         build.build_image(name="wheels", progress=said.append)
-    assert "with the Python packages that it had: six" in said
+    assert "keeping the Python packages: six" in said
     assert build.build_image(name="wheels", pip=(), progress=print).digest == science.digest
     store.set_name("wheels", made.digest.removeprefix("sha256:"))
     assert main(["image", "list"]) == 0

@@ -21,13 +21,12 @@ SITE = "usr/local/lib/python3.13/dist-packages"
 PYTHON = pip.GuestPython(version="3.13", glibc=41, machine="x86_64")
 
 
-def _wheel(folder: Path, files: Mapping[str, bytes], *, name: str = "tiny-1.0", record: str | None = None) -> Path:
-    """A wheel with *files*, and a RECORD that is true of them if *record* is None."""
+def _wheel(folder: Path, files: Mapping[str, bytes], *, name: str = "tiny-1.0") -> Path:
+    """Make a wheel with *files* and a RECORD."""
     made = folder / f"{name}-py3-none-any.whl"
     everything = {f"{name}.dist-info/METADATA": b"Name: tiny\n", **files}
-    if record is None:
-        rows = [f"{file},sha256={_digest(data)},{len(data)}" for file, data in everything.items()]
-        record = "\n".join([*rows, f"{name}.dist-info/RECORD,,"])
+    rows = [f"{file},sha256={_digest(data)},{len(data)}" for file, data in everything.items()]
+    record = "\n".join([*rows, f"{name}.dist-info/RECORD,,"])
     with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as archive:
         for file, data in everything.items():
             archive.writestr(file, data)
@@ -91,7 +90,7 @@ def test_a_requirements_file_gives_names_and_hashes(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("line", ["-r other.txt", "-e .", "--index-url http://x", "x @ http://y", "./x.whl", "a \\"])
+@pytest.mark.parametrize("line", ["-r other.txt", "-e .", "--index-url http://x", "x @ http://y", "./x.whl"])
 def test_a_refused_line_of_a_file_is_named(tmp_path: Path, line: str) -> None:
     """What a requirements file may not hold is refused with its line number."""
     file = tmp_path / "requirements.txt"
@@ -105,7 +104,7 @@ def test_a_missing_requirements_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"none\.txt"):
         pip.check_requirements([f"file:{tmp_path}/none.txt"])
     (tmp_path / "odd").write_bytes(b"\xff\xfe")
-    with pytest.raises(UsageError, match="UTF-8"):
+    with pytest.raises(UsageError, match=r"odd, line 1\): it is not a Python requirement"):
         pip.check_requirements([f"file:{tmp_path}/odd"])
 
 
@@ -168,25 +167,11 @@ def test_no_file_of_a_wheel_leaves_its_folder(tmp_path: Path, name: str) -> None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["root", "tiny-1.0-py3-none-any.whl"]
 
 
-@pytest.mark.parametrize(
-    "record",
-    [
-        "tiny.py,sha256=" + _digest(b"other") + ",5\n",
-        "gone.py,sha256=" + _digest(b"x") + ",1\n",
-        "tiny.py,sha256=!,5\n",
-    ],
-)
-def test_a_wheel_that_is_not_what_its_record_says_is_refused(tmp_path: Path, record: str) -> None:
-    """A changed, missing or unreadable entry of RECORD ends the build."""
-    with pytest.raises(ImageError, match="RECORD"):
-        _unpack(tmp_path, _wheel(tmp_path, {"tiny.py": b"x = 1\n"}, record=record))
-
-
 def test_what_is_no_wheel_is_refused(tmp_path: Path) -> None:
     """Garbage, an archive without .dist-info, and a program without a function are errors that name the file."""
     garbage = tmp_path / "bad-1.0-py3-none-any.whl"
     garbage.write_bytes(b"PK\x03\x04 no archive")
-    with pytest.raises(ImageError, match="no sound archive"):
+    with pytest.raises(ImageError, match="the archive is damaged"):
         _unpack(tmp_path / "a", garbage)
     with zipfile.ZipFile(garbage, "w") as archive:
         archive.writestr("x.py", b"")
@@ -195,14 +180,14 @@ def test_what_is_no_wheel_is_refused(tmp_path: Path) -> None:
     odd = {"tiny-1.0.dist-info/entry_points.txt": b"[console_scripts]\n../x = a:b\n"}
     with pytest.raises(ImageError, match="entry_points"):
         _unpack(tmp_path / "c", _wheel(tmp_path, odd))
-    with pytest.raises(ImageError, match="no wheel"):
+    with pytest.raises(ImageError, match="not a wheel"):
         pip.wheel_of(tmp_path / "tiny-1.0.tar.gz")
 
 
 def test_a_wheel_that_grows_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What all wheels together unpack to is bounded, whatever their headers say."""
+    """What in total unpack to is bounded, whatever their headers say."""
     monkeypatch.setattr(wheels, "MAX_BYTES", 100_000)
-    with pytest.raises(ImageError, match="all wheels together"):
+    with pytest.raises(ImageError, match="in total"):
         _unpack(tmp_path, _wheel(tmp_path, {"tiny.py": bytes(200_000)}))
 
 
@@ -210,7 +195,7 @@ def test_a_file_in_place_of_a_folder_is_an_error(tmp_path: Path) -> None:
     """Two wheels of which one has a file where the other has a folder cannot be in one image."""
     first = _wheel(tmp_path, {"both": b"x"})
     second = _wheel(tmp_path, {"both/x.py": b"x"}, name="other-1.0")
-    with pytest.raises(ImageError, match="folder of another wheel"):
+    with pytest.raises(ImageError, match="folder in another wheel"):
         _unpack(tmp_path, first, second)
 
 
@@ -234,7 +219,7 @@ def test_the_layer_of_an_image_depends_on_the_wheels_alone(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("said", "expected"),
     [
-        (["ERROR: No matching distribution found for nunpy"], "no wheel of this name for Python 3.13"),
+        (["ERROR: No matching distribution found for nunpy"], "no wheel with this name for Python 3.13"),
         (
             [
                 "ERROR: Could not find a version that satisfies the requirement six==99 (from versions: 1.0, 1.16.0)",
@@ -249,7 +234,7 @@ def test_the_layer_of_an_image_depends_on_the_wheels_alone(tmp_path: Path) -> No
                 "    six==1.0 from https://x/y:",
                 "        Expected",
             ],
-            "for six==1.0 does not match its hash",
+            "the file of six==1.0 in the package index does not match its hash",
         ),
         (["ERROR: Cannot install a and b because they conflict"], "conflict"),
     ],
@@ -281,7 +266,7 @@ def test_nothing_of_a_package_is_built_on_the_host(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("PIP_FIND_LINKS", str(index))
     sources = tmp_path / "sources.list"
     sources.touch()
-    with pytest.raises(ImageError, match="nothing is built on this host"):
+    with pytest.raises(ImageError, match="source packages are not built on this host"):
         pip.download(tmp_path / "wheels", ("good",), PYTHON, lambda _text: None, sources_file=sources)
     assert not ran.exists()
 

@@ -55,7 +55,6 @@ def test_deb822_sources_are_taken_with_their_keys(tmp_path: Path) -> None:
         "-----END PGP PUBLIC KEY BLOCK-----"
     )
     assert "deb-src" not in found[0].stanza()
-    assert sources.host_names(found) == {"mirror.example"}
 
 
 def test_one_line_sources_are_taken_with_their_options(tmp_path: Path) -> None:
@@ -75,7 +74,7 @@ def test_one_line_sources_are_taken_with_their_options(tmp_path: Path) -> None:
     [
         ("deb file:/srv/repository trixie main", "not on http"),
         ("deb cdrom:[Debian]/ trixie main", "not on http"),
-        ("deb [trusted=yes] http://mirror.example/d trixie main", "signatures are not checked"),
+        ("deb [trusted=yes] http://mirror.example/d trixie main", "signatures are not verified"),
         ("deb http://mirror.example/d bookworm main", "not for trixie"),
         ("deb http://mirror.example/d ./", "not for trixie"),
     ],
@@ -143,7 +142,7 @@ def test_release_is_read_from_os_release(tmp_path: Path) -> None:
     path.write_text('ID=debian\nVERSION_CODENAME="trixie"\n')
     assert sources.release_codename(path) == "trixie"
     path.write_text("ID=other\n")
-    with pytest.raises(ImageError, match="names no release"):
+    with pytest.raises(ImageError, match="has no VERSION_CODENAME"):
         sources.release_codename(path)
 
 

@@ -282,7 +282,10 @@ def test_the_variables_of_the_command_count_for_the_library_too(
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("the program was still running after 4 s (--timeout)", "the program was still running after 4 s (timeout_s)"),
+        (
+            "the program reached its time limit of 4 s (--timeout)",
+            "the program reached its time limit of 4 s (timeout_s)",
+        ),
         ("Name a file with --input", "Name a file with input"),
         ("Give it more with --timeout 4.5", "Give it more with timeout_s=4.5"),
         ("Leave it out, or use --sandbox-backend vm", "Leave it out, or use X07_SANDBOX_BACKEND=vm"),

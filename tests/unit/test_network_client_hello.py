@@ -52,14 +52,14 @@ def rule_of(data: bytes, size: int = 1 << 20) -> str:
 def test_real_hellos_are_read(name: str | None, most: ssl.TLSVersion) -> None:
     """The server name of a hello from a real TLS library is found, as it was sent."""
     found = read(real_hello(name, most=most))
-    assert found == ClientHello(None if name is None else name.encode(), ech=False)
+    assert found == ClientHello(None if name is None else name.encode())
 
 
 @pytest.mark.parametrize("record", [1, 2, 3, 7, 100, 1 << 14])
 @pytest.mark.parametrize("size", [1, 5, 4096])
 def test_a_split_hello_is_judged_like_a_whole_one(record: int, size: int) -> None:
     """A ClientHello split over any number of records and reads is judged like a whole one (attack 51)."""
-    assert read(records(real_hello("a.example")[5:], record), size) == ClientHello(b"a.example", ech=False)
+    assert read(records(real_hello("a.example")[5:], record), size) == ClientHello(b"a.example")
     assert rule_of(records(message(body(sni(b"a.example", b"b.example"))), record), size) == "tls:two-names"
 
 
@@ -71,12 +71,12 @@ def test_part_of_a_hello_is_no_verdict(end: int) -> None:
 
 def test_ech_is_seen() -> None:
     """An encrypted ClientHello inside does not hide the outer name, and is reported."""
-    assert read(hello(sni(b"a.example"), extension(0xFE0D, bytes(8)))) == ClientHello(b"a.example", ech=True)
+    assert read(hello(sni(b"a.example"), extension(0xFE0D, bytes(8)))) == ClientHello(b"a.example")
 
 
 def test_a_hello_without_extensions_is_read() -> None:
     """A hello of an old client without any extensions is a hello without a name."""
-    assert read(records(message(GOOD[: 34 + 1 + 4 + 2]))) == ClientHello(None, ech=False)
+    assert read(records(message(GOOD[: 34 + 1 + 4 + 2]))) == ClientHello(None)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_a_hello_has_a_limit() -> None:
     room = most - len(message(body(sni(b"a.example"), extension(PADDING, b""))))
     largest = records(message(body(sni(b"a.example"), extension(PADDING, bytes(room)))))
     assert len(largest) == HELLO_MAX
-    assert read(largest) == read(largest, 1000) == ClientHello(b"a.example", ech=False)
+    assert read(largest) == read(largest, 1000) == ClientHello(b"a.example")
     larger = records(message(body(sni(b"a.example"), extension(PADDING, bytes(room + 1)))))
     assert rule_of(larger) == rule_of(larger, 1000) == "tls:too-large"
     assert rule_of(records(b"\x01\x01\x00\x00")) == "tls:too-large"

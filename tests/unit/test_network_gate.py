@@ -24,7 +24,7 @@ from tests.fuzz.fuzz_client_hello import hello, sni
 from x07_sandbox.channel import egress
 from x07_sandbox.channel.egress import TCP, UDP, WINDOW, EgressLink, Event
 from x07_sandbox.network import dialler, gate, resolver
-from x07_sandbox.network.dialler import Dialler, Names
+from x07_sandbox.network.dialler import Dialler, ResolverClient
 from x07_sandbox.network.flows import TcpFlow
 from x07_sandbox.network.gate import FLOWS_MAX, NAMES_MAX, NAMES_OF_WILDCARD, PENDING_MAX, Gate
 from x07_sandbox.network.ledger import Ledger
@@ -341,7 +341,7 @@ class Lab(Waiting):
     """A gate, the relay in front of it, and the world behind it. resolver, names: of the gate that was made last."""
 
     resolver: Resolver
-    names: Names
+    names: ResolverClient
 
     def __init__(self, stack: contextlib.AsyncExitStack) -> None:
         super().__init__()
@@ -368,7 +368,7 @@ class Lab(Waiting):
         ledger = Ledger(self._write, loop.time)
         self.resolver = Resolver()
         self._stack.callback(self.resolver.close)
-        names = self.names = Names(self.resolver.gates, loop)
+        names = self.names = ResolverClient(self.resolver.gates, loop)
         made = Gate(allowlist, Dialler(allowlist, names, cast("asyncio.AbstractEventLoop", self.outside)), ledger, loop)
         near, far = socket.socketpair()
         relay = Relay()
@@ -816,7 +816,7 @@ async def test_names_are_bounded_in_all() -> None:
             for number in range(NAMES_MAX + 10)
         ]
         assert codes == [egress.NO_NAME] * NAMES_MAX + [egress.LIMIT] * 10
-        assert it.use().denied[-1].reason == f"{NAMES_MAX} names were looked up"
+        assert it.use().denied[-1].reason == f"{NAMES_MAX} names were resolved"
 
 
 @on_a_loop
@@ -935,7 +935,7 @@ async def test_a_gate_that_holds_much_opens_no_more(monkeypatch: pytest.MonkeyPa
         while (code := await it.relay.answer(it.relay.ask("a.example", 22))) == egress.OK:
             continue
         assert code == egress.LIMIT
-        assert it.use().denied[-1].reason == "too many bytes wait to be sent"
+        assert it.use().denied[-1].reason == "too many bytes are waiting to be sent"
 
 
 @on_a_loop
@@ -1033,7 +1033,7 @@ async def test_what_the_guest_refused_by_itself_is_in_the_record() -> None:
     """A connection that the guest's own rules refused is recorded with the rule that decides, and not dialled."""
     async with lab() as it:
         for host, port in ((b"unlisted.example", 443), (b"10.0.0.1", 80), (b"127.1", 443), (b"lookup.example", 0)):
-            it.relay.link.tell(TCP, host, port)
+            it.relay.link.report_refusal(TCP, host, port)
         it.relay.flush()
         assert await it.relay.answer(it.relay.ask("a.example", 25)) == egress.POLICY
         rules = ["net.allow_hosts", "deny-floor:private", "malformed", "net.allow_hosts", "net.allow_hosts[0].ports"]
@@ -1333,7 +1333,7 @@ async def test_a_gate_without_a_guest_waits_and_ends(monkeypatch: pytest.MonkeyP
     allowlist = make_allowlist(LISTED)
     names = Resolver()
     try:
-        dials = Dialler(allowlist, Names(names.gates, loop), loop)
+        dials = Dialler(allowlist, ResolverClient(names.gates, loop), loop)
         made = Gate(allowlist, dials, Ledger(lambda _: True, loop.time), loop)
         ticked = asyncio.Event()
         loop.call_later(0.01, ticked.set)

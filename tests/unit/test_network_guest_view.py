@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from x07_sandbox.guest.dns import Names
+from x07_sandbox.guest.dns import NameTable
 from x07_sandbox.network.guest_view import guest_view
 from x07_sandbox.network.rules import make_allowlist
 from x07_sandbox.policy.default import default_policy
@@ -173,7 +173,7 @@ def test_no_two_names_share_an_address(hosts: list[tuple[str, tuple[int, ...]]])
     assert len({*names, *blocks}) == len(names) + len(blocks)
     assert all(address in SYNTHETIC and address > PROGRAM for address in names)
     assert all(block.subnet_of(SYNTHETIC) and not any(name in block for name in names) for block in blocks)
-    Names(found["names"], [(suffix, first) for suffix, first in found["wildcards"]])  # the guest takes it
+    NameTable(found["names"], [(suffix, first) for suffix, first in found["wildcards"]])  # the guest takes it
 
 
 def test_the_longest_list_fits() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.fuzz.fuzz_client_hello import denied, pieces
 from tests.fuzz.fuzz_http_requests import one_input, parse
-from x07_sandbox.network.first_bytes import InspectionError, Inspector, inspector
+from x07_sandbox.network.first_bytes import InspectionError, Inspector
 from x07_sandbox.network.http_requests import HEAD_MAX
 
 NAME: Final = "a.example"
@@ -27,7 +27,7 @@ REFUSED: Final = b"HTTP/1.1 400 Bad Request\r\n\r\n"
 
 def http(name: str | None = NAME) -> Inspector:
     """The inspector of a new connection."""
-    return inspector("http", name, denied)
+    return Inspector("http", name, denied)
 
 
 def forwarded(data: bytes, name: str | None = NAME, size: int = 1 << 20) -> bytes:

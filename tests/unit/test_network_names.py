@@ -9,7 +9,15 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from x07_sandbox.errors import UsageError
-from x07_sandbox.network.names import Wildcard, matches, parse_guest_host, parse_host, parse_pattern, spelled, unmapped
+from x07_sandbox.network.names import (
+    Wildcard,
+    matches,
+    parse_guest_host,
+    parse_host,
+    parse_pattern,
+    pattern_text,
+    unmapped,
+)
 from x07_sandbox.policy.hosts import Addresses
 
 LABELS = st.text("abcxyz019-_", min_size=1, max_size=12).filter(lambda label: not label.startswith("xn--"))
@@ -37,7 +45,7 @@ ADDRESSES = st.ip_addresses()
 )
 def test_spellings_of_a_host_have_one_normal_form(text: str, normal: str) -> None:
     """Case, a final dot, international letters, brackets and IPv4-mapped addresses do not make another host."""
-    assert spelled(parse_host(text)) == normal
+    assert pattern_text(parse_host(text)) == normal
 
 
 @pytest.mark.parametrize(
@@ -57,34 +65,34 @@ def test_spellings_of_a_host_have_one_normal_form(text: str, normal: str) -> Non
         ("a.org/x", "only letters"),
         ("%61.org", "only letters"),
         ("*.example.org", "only letters"),
-        ("127.1", "ends like an address"),
-        ("0x7f.1", "ends like an address"),
-        ("2130706433", "ends like an address"),
-        ("017700000001", "ends like an address"),
-        ("0", "ends like an address"),
-        ("010.0.0.1", "ends like an address"),
-        ("127.0.0.1.", "ends like an address"),
-        ("a.0x7f", "ends like an address"),
-        ("\uff11\uff12\uff17.0.0.1", "ends like an address"),
-        ("①②⑦.1", "ends like an address"),
+        ("127.1", "looks like an address"),
+        ("0x7f.1", "looks like an address"),
+        ("2130706433", "looks like an address"),
+        ("017700000001", "looks like an address"),
+        ("0", "looks like an address"),
+        ("010.0.0.1", "looks like an address"),
+        ("127.0.0.1.", "looks like an address"),
+        ("a.0x7f", "looks like an address"),
+        ("\uff11\uff12\uff17.0.0.1", "looks like an address"),
+        ("①②⑦.1", "looks like an address"),
         ("xn--a.example", "international label"),
         ("a\u200db.example", "international name"),
         ("\ud800.example", "international name"),
         ("a\u2044b.example", "international name"),
-        ("[192.0.2.7]", "not one"),
-        ("[example.org]", "not one"),
-        ("[::1", "not one"),
-        ("::1]", "not one"),
-        ("1:2", "not one"),
+        ("[192.0.2.7]", "not an IPv6 address"),
+        ("[example.org]", "not an IPv6 address"),
+        ("[::1", "not an IPv6 address"),
+        ("::1]", "not an IPv6 address"),
+        ("1:2", "not an IPv6 address"),
         ("fe80::1%eth0", "zone"),
-        ("::ffff:010.0.0.1", "not one"),
+        ("::ffff:010.0.0.1", "not an IPv6 address"),
     ],
 )
 def test_a_host_in_an_odd_form_is_refused(text: str, why: str) -> None:
     """Short, octal and hexadecimal addresses, zones, bad labels and other characters are errors with a fix."""
     with pytest.raises(UsageError, match=why) as caught:
         parse_host(text)
-    assert "Write a name such as" in str(caught.value)
+    assert "Use a name such as" in str(caught.value)
 
 
 @pytest.mark.parametrize("data", ["faß.example".encode(), b"a\xff.org", b"a" * 300, "\uff11.org".encode(), b""])
@@ -147,8 +155,8 @@ def test_any_text_is_a_host_or_our_error(text: str) -> None:
         host = parse_host(text)
     except UsageError:
         return
-    assert parse_host(spelled(host)) == host
-    assert parse_guest_host(spelled(host).encode("ascii")) == host
+    assert parse_host(pattern_text(host)) == host
+    assert parse_guest_host(pattern_text(host).encode("ascii")) == host
 
 
 @given(st.one_of(st.text(max_size=40), st.text("0123456789abcdef.:-/[]*", max_size=40)))
@@ -158,7 +166,7 @@ def test_any_text_is_an_entry_or_our_error(text: str) -> None:
         pattern = parse_pattern(text)
     except UsageError:
         return
-    assert parse_pattern(spelled(pattern)) == pattern
+    assert parse_pattern(pattern_text(pattern)) == pattern
 
 
 @given(st.binary(max_size=300))
@@ -179,7 +187,7 @@ def test_names_and_addresses_never_match_each_other(name: str, number: object) -
         assert not matches(everything, host)
     assert not matches(parse_pattern(name), address)
     assert not matches(Wildcard("org"), address)
-    assert matches(parse_pattern(spelled(address)), address)
+    assert matches(parse_pattern(pattern_text(address)), address)
 
 
 def test_a_wildcard_covers_every_depth_but_not_its_own_name() -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from x07_sandbox.cli.policy_host import host_report
-from x07_sandbox.guest.dns import Names
+from x07_sandbox.guest.dns import NameTable
 from x07_sandbox.network.guest_view import guest_view
 from x07_sandbox.network.ledger import Ledger
 from x07_sandbox.network.names import parse_guest_host
@@ -46,7 +46,7 @@ DATABASES: Final = st.none() | st.builds(
 DENIED: Final = st.dictionaries(NAME | ADDRESS | NETWORK, st.none() | st.sets(PORTS, min_size=1), max_size=2)
 
 
-def spelled(host: str) -> st.SearchStrategy[str]:
+def pattern_text(host: str) -> st.SearchStrategy[str]:
     """Spellings of one host."""
     if ":" in host:
         return st.sampled_from([host, host.upper(), f"[{host}]"])
@@ -94,7 +94,7 @@ def asked_by_guest(view: dict[str, Any], request: Request) -> bool:
     """Whether the relay asks the gate, by the rules that the guest makes of the view."""
     host = request.host
     if isinstance(host, str):
-        names = Names(view["names"], [(suffix, first) for suffix, first in view["wildcards"]])
+        names = NameTable(view["names"], [(suffix, first) for suffix, first in view["wildcards"]])
         found = names.address_of(host)
         if found is None:
             return False
@@ -149,7 +149,7 @@ def test_policy_check_says_what_the_gate_decides(
 ) -> None:
     """`x07 policy check --host` gives the decision, rule, reason and advice that the gate's decision has."""
     decision = decide(make_allowlist(policy), request_for(host, port, transport))
-    report = host_report(policy, "p.json", endpoint(data.draw(spelled(host)), port), transport)
+    report = host_report(policy, "p.json", endpoint(data.draw(pattern_text(host)), port), transport)
     said = (report.host, report.port, report.transport, report.allowed, report.rule, report.reason, report.how_to_allow)
     request = decision.request
     assert said == (
@@ -199,7 +199,7 @@ def test_spellings_of_one_host_are_judged_alike(
     """Two spellings of one host, in a request, the list or a denial, get the same decision everywhere."""
     allowlist = make_allowlist(policy, denied)
     decision = decide(allowlist, request_for(host, port, transport))
-    other = data.draw(spelled(host))
+    other = data.draw(pattern_text(host))
     assert decide(allowlist, request_for(other, port, transport)) == decision
     if other.isascii():
         by_guest = Request(host=parse_guest_host(other.encode()), port=port, transport=transport)

@@ -190,7 +190,7 @@ def test_a_variable_that_is_none_is_told(refused: Refused, monkeypatch: pytest.M
         (("--program", "missing.c"), "missing.c"),
         (("--program", "."), "it is a project"),
         (("--program", "x07-sandbox.toml"), "it is a project"),
-        (("--program", "pipe"), "it is no regular file"),
+        (("--program", "pipe"), "it is not a regular file"),
         (("--program", "prog.x07.json", "--module-root", "nowhere"), "cannot take the module root nowhere: "),
     ],
 )

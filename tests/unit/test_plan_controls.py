@@ -17,8 +17,8 @@ from x07_sandbox.policy.default import default_policy, render_policy
 from x07_sandbox.policy.model import Policy
 from x07_sandbox.policy.schema import fields
 
-VM = Features(isolation="vm-emulated", own_kernel=True, can_hold=VM_HOLDS)
-NOTHING = Features(isolation="none", own_kernel=False, can_hold=frozenset())
+VM = Features(isolation="vm-emulated", own_kernel=True, can_enforce=VM_HOLDS)
+NOTHING = Features(isolation="none", own_kernel=False, can_enforce=frozenset())
 SERVERS = {"sqlite": True, "postgres": True, "mysql": False}
 ADVISORY = {
     "fs.allow_walk",
@@ -94,7 +94,7 @@ HOSTS = [{"host": "example.org", "ports": [443]}]
 @pytest.mark.parametrize("fields", [{"net__allow_hosts": HOSTS}, {"db__enabled": True}])
 def test_what_a_backend_cannot_carry_is_refused_by_name(fields: dict[str, object]) -> None:
     """Hosts, and database servers without hosts, are refused with the field, the reason, and the line to change."""
-    without = msgspec.structs.replace(VM, can_hold=VM.can_hold - {"network"})
+    without = msgspec.structs.replace(VM, can_enforce=VM.can_enforce - {"network"})
     made = make_plan(policy(**({"db__drivers": SERVERS, "db__enabled": False} | fields)), without)
     (refusal,) = made.refusals
     (field,) = [name.replace("__", ".") for name in fields]
@@ -118,11 +118,11 @@ def test_hosts_are_held_by_the_egress_gate() -> None:
 
 def test_a_plan_says_where_refused_connections_are_reset() -> None:
     """Where the first packet cannot wait for the gate, the plan says that connect() succeeds at first."""
-    weaker = msgspec.structs.replace(VM, can_hold=VM.can_hold - {"held-connections"})
+    weaker = msgspec.structs.replace(VM, can_enforce=VM.can_enforce - {"held-connections"})
     for features, said in ((VM, False), (weaker, True)):
         made = make_plan(policy(net__allow_hosts=HOSTS), features)
         (control,) = [control for control in made.controls if control.field == "net.allow_hosts"]
-        assert ("the connection is reset" in control.why) is said
+        assert ("connection is reset" in control.why) is said
 
 
 def test_database_servers_join_the_hosts() -> None:
@@ -131,12 +131,12 @@ def test_database_servers_join_the_hosts() -> None:
     assert joined.refusals == ()
     assert states(joined, "db.net.allow_dns") == {"enforced"}
     (refusal,) = plan(db__drivers=SERVERS, db__enabled=True).refusals
-    assert "net.allow_hosts is not empty" in refusal.why
+    assert "non-empty net.allow_hosts" in refusal.why
 
 
 def test_refusals_are_told_all_at_once() -> None:
     """A policy that asks for several missing things hears of each, and of the flags that were given for them only."""
-    without = msgspec.structs.replace(VM, can_hold=VM.can_hold - {"network"})
+    without = msgspec.structs.replace(VM, can_enforce=VM.can_enforce - {"network"})
     made = make_plan(policy(fs__read_roots=["/usr"], net__allow_hosts=[{"host": "a", "ports": [1]}]), without)
     assert [refusal.field for refusal in made.refusals] == ["fs.read_roots", "net.allow_hosts"]
     with pytest.raises(RefusedError) as told:
@@ -144,7 +144,7 @@ def test_refusals_are_told_all_at_once() -> None:
     assert told.value.fix == "Change fs.read_roots, net.allow_hosts in the policy"
     with pytest.raises(RefusedError) as told:
         made.require(["--allow-host", "--deny-host"])
-    assert told.value.fix == "Change fs.read_roots, net.allow_hosts in the policy, or leave out --allow-host"
+    assert told.value.fix == "Change fs.read_roots, net.allow_hosts in the policy, or omit --allow-host"
 
 
 FILE_FIELDS = [field.path for field in fields() if field.path.startswith("fs.") and field.path not in ADVISORY]
@@ -156,7 +156,7 @@ def test_files_are_given_within_rules_that_hold() -> None:
     assert made.refusals == ()
     assert states(made, *FILE_FIELDS) == {"enforced"}
     by = {control.field: control.by for control in made.controls}
-    assert (by["fs.read_roots"], by["fs.allow_remove"]) == ("the copying of files", "the check of changes")
+    assert (by["fs.read_roots"], by["fs.allow_remove"]) == ("the copy of host files", "the change check")
 
 
 def test_with_fs_off_roots_are_not_given() -> None:
@@ -177,8 +177,8 @@ def test_with_fs_off_roots_are_not_given() -> None:
         ("/tmp", "over /tmp"),  # noqa: S108 - the guest's own
         ("/opt", "over /opt"),
         ("/opt/x07/a", "over /opt/x07"),
-        ("..", "leads out of the folder"),
-        ("a/../../b", "leads out of the folder"),
+        ("..", "leads out of its start folder"),
+        ("a/../../b", "leads out of its start folder"),
         (".git", "is hidden"),
         ("a/.b/c", "is hidden"),
         ("/home/u/.config/x", "is hidden"),
@@ -278,9 +278,9 @@ def test_x07s_own_variables_of_the_host_cannot_be_asked_for() -> None:
 @pytest.mark.parametrize(
     ("changes", "told", "untold"),
     [
-        ({}, "none of the host goes in", "refused"),
-        ({"env__allow_keys": ["LANG"]}, "only those of env.allow_keys go in", "none of the host"),
-        ({"env__allow_keys": ["LANG"], "env__enabled": False}, "who names another for it is refused", "the host"),
+        ({}, "none from the host", "refused"),
+        ({"env__allow_keys": ["LANG"]}, "those of env.allow_keys from the host", "none from the host"),
+        ({"env__allow_keys": ["LANG"], "env__enabled": False}, "a request for others is refused", "the host"),
     ],
 )
 def test_which_variables_go_in_is_said_as_it_is(changes: dict[str, object], told: str, untold: str) -> None:
@@ -293,7 +293,7 @@ def test_which_variables_go_in_is_said_as_it_is(changes: dict[str, object], told
 def test_what_counts_in_place_of_a_value_is_said() -> None:
     """Of files the controls say the bound that is in force whatever the policy says, and that a flag may give more."""
     why = {control.field: control.why for control in plan(fs__read_roots=["."], fs__max_depth=1000).controls}
-    assert "more than 256 for 256" in why["fs.max_depth"]
+    assert "more than 256 means 256" in why["fs.max_depth"]
     assert {"--out" in control.why for control in plan().controls if control.field in FILE_FIELDS} == {True}
     assert not any("--out" in control.why for control in plan(fs__enabled=False).controls)
 
@@ -308,7 +308,7 @@ def test_a_variable_too_long_for_linux_is_refused_before_anything_starts() -> No
 
 def test_confinement_is_claimed_only_where_it_stands() -> None:
     """A backend that does not confine programs refuses each field that asks for it."""
-    weak = Features(isolation="none", own_kernel=False, can_hold=VM_HOLDS - {"confinement"})
+    weak = Features(isolation="none", own_kernel=False, can_enforce=VM_HOLDS - {"confinement"})
     changes: dict[str, Any] = json.loads(render_policy(default_policy()))
     changes["process"] |= {"allow_exec": False, "allow_spawn": False, "max_live": 1}
     changes["threads"]["enabled"] = False
@@ -336,7 +336,7 @@ def test_confinement_is_claimed_only_where_it_stands() -> None:
 def test_a_list_tells_where_what_is_written_may_be_executed(changes: dict[str, object], told: str) -> None:
     """The control names the entries that lead into a place where the program can write, and is silent without one."""
     found = {control.field: control.why for control in plan(**changes).controls}["process.allow_exec_prefixes"]
-    assert found.partition("may be: ")[2] == told
+    assert found.partition("execute files below: ")[2] == told
     assert "executed" in found
 
 
@@ -355,7 +355,7 @@ def test_of_a_hidden_root_what_lets_it_is_told(root: str, path: str, value: obje
     assert (refusal.field, refusal.how_to_allow) == ("fs.read_roots", HowToAllow(json_path=path, value=value))
     with pytest.raises(RefusedError) as error:
         made.require(["--allow-read-root"])
-    assert f"Change {path[2:]} in the policy, or leave out --allow-read-root" in error.value.fix
+    assert f"Change {path[2:]} in the policy, or omit --allow-read-root" in error.value.fix
     assert (plan(fs__read_roots=[root], fs__deny_hidden=False).refusals == ()) == (value is False)
 
 
@@ -364,8 +364,8 @@ def test_of_a_hidden_root_what_lets_it_is_told(root: str, path: str, value: obje
     [
         ("/srv/two", "two", "/srv/two/, /srv/two"),
         ("/srv/two", "/data", ""),
-        ("two", "/srv", "two"),  # the beginning is told anyway: it leads into a folder of the program's
-        ("two", "three", ""),
+        ("two", "/srv", "two/, two"),  # the prefix always leads into a folder that the program can write
+        ("two", "three", "two/"),
     ],
 )
 def test_a_list_tells_where_two_roots_may_be_one_folder(given: str, written: str, told: str) -> None:
@@ -373,8 +373,8 @@ def test_a_list_tells_where_two_roots_may_be_one_folder(given: str, written: str
     changes: dict[str, object] = {"fs__read_roots": [given], "fs__write_roots": [written]}
     changes |= {"process__allow_execs": [given], "process__allow_exec_prefixes": [f"{given}/"]}
     found = {control.field: control.why for control in plan(**changes).controls}
-    assert found["process.allow_execs"].partition("the same folder of the host, there too: ")[2] == told
-    assert "only where a write root holds them too" in found["fs.read_roots"]
+    assert found["process.allow_execs"].partition("execute files below: ")[2] == told
+    assert "changes count only inside a write root" in found["fs.read_roots"]
 
 
 def test_fewer_children_than_tasks_bound_all_tasks() -> None:

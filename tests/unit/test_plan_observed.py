@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 import pytest
 
-from x07_sandbox.plan.denials import Area, Hint, HowToAllow
-from x07_sandbox.plan.hints import Beside, hints
+from x07_sandbox.plan.denials import GuestMount, Hint, HowToAllow
+from x07_sandbox.plan.hints import LocalModules, hints
 from x07_sandbox.plan.observed import denials, limit_hit, more_tasks, too_much_output
 from x07_sandbox.policy import default_policy
 from x07_sandbox.policy.decode import decode_policy
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 EACCES, EPERM, EROFS, EMFILE, EBUSY = 13, 1, 30, 24, 16
 START: Final = "/opt/x07"
 AREAS: Final = (
-    Area(given="/data", at="/data", write=False),
-    Area(given="/data/out", at="/data/out", write=True),
-    Area(given="in", at="/opt/x07/in", write=False),
+    GuestMount(given="/data", at="/data", write=False),
+    GuestMount(given="/data/out", at="/data/out", write=True),
+    GuestMount(given="in", at="/opt/x07/in", write=False),
 )
 LISTED: Final = {"process.allow_exec_prefixes": [], "process.allow_execs": ["/usr/bin/env"]}
 
@@ -313,7 +313,7 @@ def test_flags_name_the_folder_as_the_user_did() -> None:
 
 def test_a_mount_inside_a_write_root_is_not_advised_as_a_root_again() -> None:
     """Replacing a mount inside a write root names the field and advises nothing."""
-    areas = (Area(given=".", at=START, write=True), Area(given="k", at=f"{START}/k", write=True))
+    areas = (GuestMount(given=".", at=START, write=True), GuestMount(given="k", at=f"{START}/k", write=True))
     for call, error in (("rename", EBUSY), ("unlink", EACCES)):
         (denial,) = denials([kernel(call, f"{START}/k", error, write=True)], policy({}), areas, START)
         assert (denial.field, denial.action, denial.how_to_allow) == ("fs.write_roots", "replace", None)
@@ -444,7 +444,7 @@ def test_what_a_failed_program_missed_is_hinted_at(text: str, subject: str, flag
 def test_a_module_that_lies_beside_the_program_needs_a_project() -> None:
     """It is no package of an image: what makes a project of the folder is told, and for another module still that."""
     text = b"ModuleNotFoundError: No module named '%s'\n"
-    beside = Beside({"helper"}, "x07 run .")
+    beside = LocalModules({"helper"}, "x07 run .")
     ((own,), (other,)) = (hints(text % name, policy({}), (), START, beside) for name in (b"helper", b"numpy"))
     assert own.how.flag == "x07 run ."
     assert "--include python3-numpy" in (other.how.flag or "")
@@ -486,7 +486,7 @@ def test_a_variable_that_is_missed_is_hinted_at(said: str) -> None:
 
     def hint(name: str, ours: tuple[str, ...] = (), **env: object) -> Hint | None:
         values = {f"env.{key}": value for key, value in env.items()}
-        found = hints(said.format(name, name).encode(), policy(values), (), START, ours=ours)
+        found = hints(said.format(name, name).encode(), policy(values), (), START, host_variables=ours)
         assert [(one.subject, one.kind) for one in found] in ([], [(f"the variable {name}", "variable")])
         return found[0] if found else None
 

@@ -17,10 +17,10 @@ from x07_sandbox.plan.outcomes import (
     Outcome,
     Stage,
     Verdict,
-    as_build,
-    as_limited_by,
+    build_verdict,
     classify,
     exit_code,
+    name_flags,
     signal_name,
     verdict,
 )
@@ -41,29 +41,29 @@ CASES: list[tuple[Evidence, str, str, str, int | None, int | None]] = [
     (run(wait_status=0), "ok", "none", "status 0", 0, None),
     (run(wait_status=3 << 8), "failed", "program", "status 3", 3, None),
     (run(wait_status=137 << 8, stage=Stage.COLLECT), "failed", "program", "status 137", 137, None),
-    (run(wait_status=11), "signalled", "program", "ended by SIGSEGV", None, 11),
-    (run(wait_status=6 | 0x80), "signalled", "program", "SIGABRT and left a core", None, 6),
+    (run(wait_status=11), "signalled", "program", "killed by SIGSEGV", None, 11),
+    (run(wait_status=6 | 0x80), "signalled", "program", "SIGABRT (core dumped)", None, 6),
     (run(wait_status=9), "signalled", "program", "SIGKILL", None, 9),
     (run(wait_status=35), "signalled", "program", "SIGRTMIN+1", None, 35),
     (run(wait_status=9, oom_kills=1), "oom", "policy", "limits.mem_bytes", None, 9),
     (run(wait_status=9, cpu_exceeded=True), "cpu-limit", "policy", "limits.cpu_ms", None, 9),
-    (run(deadline_passed=True), "timeout", "policy", "still running", None, None),
-    (run(deadline_passed=True, stopped=True), "timeout", "policy", "stopped by a signal, by whom is unk", None, None),
-    (run(output_overflow="stdout"), "output-limit", "policy", "to stdout than", None, None),
-    (run(output_overflow="stderr"), "output-limit", "policy", "to stderr than", None, None),
+    (run(deadline_passed=True), "timeout", "policy", "reached its time limit", None, None),
+    (run(deadline_passed=True, stopped=True), "timeout", "policy", "stopped by a signal and then reached", None, None),
+    (run(output_overflow="stdout"), "output-limit", "policy", "output limit of stdout", None, None),
+    (run(output_overflow="stderr"), "output-limit", "policy", "output limit of stderr", None, None),
     (run(cancelled_by=2), "cancelled", "none", "by SIGINT", None, 2),
     (run(cancelled_by=0), "cancelled", "none", "cancelled while", None, None),
     (
         Evidence(stage=Stage.SETUP, setup_failure="mount: 5"),
         "refused",
         "host",
-        "made ready for the program: mount",
+        "could not prepare the program: mount",
         None,
         None,
     ),
     *(
         (
-            Evidence(stage=Stage.SETUP, setup_failure="exec: x", not_executed=number),
+            Evidence(stage=Stage.SETUP, setup_failure="exec: x", exec_errno=number),
             "failed",
             "program",
             why,
@@ -77,16 +77,16 @@ CASES: list[tuple[Evidence, str, str, str, int | None, int | None]] = [
         )
     ),
     # What says nothing of the program, and what is told once it runs.
-    (Evidence(stage=Stage.SETUP, setup_failure="exec: x", not_executed=1), "refused", "host", "exec: x", None, None),
-    (run(setup_failure="exec: x", not_executed=8), "guest-lost", "program", "exec: x", None, None),
+    (Evidence(stage=Stage.SETUP, setup_failure="exec: x", exec_errno=1), "refused", "host", "exec: x", None, None),
+    (run(setup_failure="exec: x", exec_errno=8), "guest-lost", "program", "exec: x", None, None),
     (run(setup_failure="pack: 28"), "guest-lost", "program", "failed while running the program: pack", None, None),
     (run(console_tail=PANIC, instance_status=0), "guest-lost", "program", "kernel panicked", None, None),
     (run(console_tail=INIT_DIED, instance_status=0), "guest-lost", "program", "agent died", None, None),
-    (run(channel_error="bad frame: type 77"), "guest-lost", "program", "broke the channel's protocol", None, None),
-    (run(instance_status=0), "guest-lost", "program", "switched itself off", None, None),
+    (run(channel_error="bad frame: type 77"), "guest-lost", "program", "violated the channel protocol", None, None),
+    (run(instance_status=0), "guest-lost", "program", "powered off", None, None),
     (run(instance_status=-9), "guest-lost", "host", "monitor was killed by SIGKILL", None, None),
-    (run(instance_status=1), "guest-lost", "host", "monitor ended with status 1", None, None),
-    (run(instance_status=152), "guest-lost", "host", "allows a process (ulimit -H -t) while", None, None),
+    (run(instance_status=1), "guest-lost", "host", "monitor exited with status 1", None, None),
+    (run(instance_status=152), "guest-lost", "host", "of this shell (ulimit -H -t) while", None, None),
     (
         Evidence(stage=Stage.BOOT, instance_status=1, console_tail="qemu:\nno memory\n"),
         "guest-lost",
@@ -95,21 +95,21 @@ CASES: list[tuple[Evidence, str, str, str, int | None, int | None]] = [
         None,
         None,
     ),
-    (run(), "guest-lost", "program", "fell silent", None, None),
-    (run(wait_status=0x137F), "guest-lost", "program", "no ended program has", None, None),
+    (run(), "guest-lost", "program", "stopped responding", None, None),
+    (run(wait_status=0x137F), "guest-lost", "program", "invalid wait status", None, None),
     (
         run(stage=Stage.COLLECT, wait_status=0, deadline_passed=True),
         "guest-lost",
         "program",
-        "took too long",
+        "reached its deadline",
         None,
         None,
     ),
-    (Evidence(stage=Stage.BOOT, boot_timeout=True), "guest-lost", "host", "time allowed for booting", None, None),
-    (Evidence(stage=Stage.BOOT, instance_status=0), "guest-lost", "host", "ended without an error while", None, None),
+    (Evidence(stage=Stage.BOOT, boot_timeout=True), "guest-lost", "host", "did not boot in time", None, None),
+    (Evidence(stage=Stage.BOOT, instance_status=0), "guest-lost", "host", "exited without an error while", None, None),
     (Evidence(stage=Stage.BOOT, console_tail=PANIC, boot_timeout=True), "guest-lost", "host", "panicked", None, None),
-    (Evidence(stage=Stage.START, instance_status=1), "backend-error", "host", "ended with status 1", None, None),
-    (Evidence(stage=Stage.SETUP, deadline_passed=True), "guest-lost", "host", "too long while being prep", None, None),
+    (Evidence(stage=Stage.START, instance_status=1), "backend-error", "host", "exited with status 1", None, None),
+    (Evidence(stage=Stage.SETUP, deadline_passed=True), "guest-lost", "host", "deadline while preparing", None, None),
 ]
 
 
@@ -184,15 +184,15 @@ def test_who_survives_the_death_of_a_child_is_not_out_of_memory(status: int) -> 
     """A child killed for memory is a warning, as long as the program itself did not die of SIGKILL."""
     found = classify(run(wait_status=status, oom_kills=2))
     assert found.outcome in {Outcome.OK, Outcome.FAILED, Outcome.SIGNALLED}
-    assert found.warnings == ("2 processes were killed for want of memory (limits.mem_bytes)",)
+    assert found.warnings == ("2 processes were killed at the memory limit (limits.mem_bytes)",)
 
 
 def test_a_reason_names_the_flag_that_set_the_limit() -> None:
     """Where a flag held the program tighter than the policy, its verdict is the same and names the flag."""
     found = classify(run(deadline_passed=True), limits=default_policy().limits)
-    limited = as_limited_by(found, {"limits.wall_ms": "--timeout"})
-    assert limited == replace(found, reason="the program was still running after 60 s (--timeout)")
-    assert as_limited_by(found, {"limits.cpu_ms": "--timeout"}) == found
+    limited = name_flags(found, {"limits.wall_ms": "--timeout"})
+    assert limited == replace(found, reason="the program reached its time limit of 60 s (--timeout)")
+    assert name_flags(found, {"limits.cpu_ms": "--timeout"}) == found
 
 
 def test_a_timeout_under_emulation_says_that_cpu_work_is_slower() -> None:
@@ -200,8 +200,8 @@ def test_a_timeout_under_emulation_says_that_cpu_work_is_slower() -> None:
     limits = default_policy().limits
     found = classify(run(deadline_passed=True), features=vm_features("vm-emulated"), limits=limits)
     assert found.reason == (
-        "the program was still running after 60 s (limits.wall_ms); "
-        "this machine is emulated, and CPU work takes many times longer than on hardware"
+        "the program reached its time limit of 60 s (limits.wall_ms); "
+        "the machine is emulated, so CPU work takes many times longer than on hardware"
     )
     assert "emulated" not in classify(run(deadline_passed=True), limits=limits).reason
     assert (
@@ -243,7 +243,7 @@ EVIDENCE = st.builds(
 def test_any_evidence_has_one_verdict_with_a_code(evidence: Evidence, isolation: Isolation) -> None:
     """Whatever is known, there is one outcome, one reason and one exit code, for a run and for a build."""
     found = classify(evidence, features=vm_features(isolation))
-    for each in (found, as_build(found)):
+    for each in (found, build_verdict(found)):
         assert each.reason
         assert each.outcome in OUTCOMES
         assert 0 <= each.x07_exit_code <= 255
@@ -291,17 +291,17 @@ def test_an_outcome_of_the_program_needs_the_programs_end(outcome: Outcome) -> N
 
 def test_a_build_that_ends_badly_is_a_failed_build() -> None:
     """Whatever a compiler did is build-failed, with its own reason; one that was lost or cancelled is told so."""
-    found = as_build(classify(run(wait_status=1 << 8)))
+    found = build_verdict(classify(run(wait_status=1 << 8)))
     assert found.outcome is Outcome.BUILD_FAILED
     assert found.fault == "program"
     assert found.reason == "the build failed: the compiler exited with status 1"
-    assert as_build(classify(run(wait_status=0))) == classify(run(wait_status=0))
+    assert build_verdict(classify(run(wait_status=0))) == classify(run(wait_status=0))
     for kept in (run(cancelled_by=2), run(instance_status=-9)):
-        found = as_build(classify(kept))
+        found = build_verdict(classify(kept))
         assert " while the guest was building the program" in found.reason
         assert replace(found, reason="") == replace(classify(kept), reason="")
-    found = as_build(classify(run(cancelled_by=2, stage=Stage.COLLECT)))
-    assert found.reason.endswith(" while the guest was handing over what was built")
+    found = build_verdict(classify(run(cancelled_by=2, stage=Stage.COLLECT)))
+    assert found.reason.endswith(" while the guest was returning the built program")
 
 
 def test_a_verdict_without_a_guest_takes_its_fault_from_the_table() -> None:

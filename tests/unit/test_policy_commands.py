@@ -48,15 +48,15 @@ def test_good_policies_are_told_to_be_valid(tmp_path: Path) -> None:
     [
         (b"", "is not JSON"),
         (b"not JSON", "is not JSON"),
-        (b'{"limits": NaN}', "NaN is no number there"),
+        (b'{"limits": NaN}', "NaN is not a JSON number"),
         (b"[" * 100_000, "nested deeper"),
-        (GOOD.replace(b'"procs": 16', b'"procs": 16, "procs": 16'), "$.limits.procs: stands here more than once"),
+        (GOOD.replace(b'"procs": 16', b'"procs": 16, "procs": 16'), "$.limits.procs: appears more than once"),
         (
             GOOD.replace(b'"procs": 16', b'"procss": 16'),
-            "$.limits.procss: is no field of the policy; did you mean procs",
+            "$.limits.procss: is not a field of the policy; did you mean procs",
         ),
         (GOOD.replace(b'"procs": 16', b'"procs": 1025'), "$.limits.procs: must be from 0 to 1024, not 1025"),
-        (GOOD.replace(b'"procs": 16', b'"procs": "16"'), '$.limits.procs: must be a whole number, not "16"'),
+        (GOOD.replace(b'"procs": 16', b'"procs": "16"'), '$.limits.procs: must be an integer, not "16"'),
         (GOOD.replace(b"run-os-policy", b"arch.rr.policy"), "$.schema_version"),
     ],
 )
@@ -184,7 +184,7 @@ def test_a_denied_connection_says_what_would_allow_it(tmp_path: Path) -> None:
     assert (code, out.splitlines()[1:]) == (
         1,
         [
-            "  rule deny-floor:private: 10.0.0.5 is an address of a private network",
+            "  rule deny-floor:private: 10.0.0.5 is a private address",
             "  no change of the policy allows it",
         ],
     )
@@ -213,12 +213,12 @@ def test_a_connection_can_be_asked_about_with_a_denial(tmp_path: Path, denied: s
     [
         (("--deny-host", "a.org:*", "built-in:cli"), 2, "--deny-host needs --host"),
         (("--host", "a.org:1", "--deny-host", "a.org"), 2, "cannot use --deny-host 'a.org'"),
-        (("--host", "127.1:80"), 2, "ends like an address"),
+        (("--host", "127.1:80"), 2, "looks like an address"),
         (("--host", "example.org"), 2, "a port from 1 to 65535"),
         (("--host", "a.org:1", "a.json", "b.json"), 2, "--host takes one policy"),
         (("--udp", "built-in:cli"), 2, "--udp needs --host"),
         (("--host", "a.org:1", "missing.json"), 2, "missing.json"),
-        (("--host", "a.org:1", "bad.json"), 3, "$.net.allow_hosts[0]: host *.org: '*' can only be"),
+        (("--host", "a.org:1", "bad.json"), 3, "$.net.allow_hosts[0]: host *.org: '*' must be"),
     ],
 )
 def test_a_wrong_question_about_a_connection_is_told(

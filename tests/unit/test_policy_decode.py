@@ -138,17 +138,17 @@ def test_any_cut_of_a_document_gives_a_policy_or_a_policy_error(value: object, d
         try:
             decode_policy(part, source="p")
         except PolicyError as error:
-            assert str(error).startswith("policy p is refused: ")  # noqa: PT017 - either end is right
+            assert str(error).startswith("policy p is invalid: ")  # noqa: PT017 - either end is right
 
 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b'{"a": NaN}', "is not JSON: NaN is no number there"),
-        (b'{"a": -Infinity}', "is not JSON: -Infinity is no number there"),
+        (b'{"a": NaN}', "is not JSON: NaN is not a JSON number"),
+        (b'{"a": -Infinity}', "is not JSON: -Infinity is not a JSON number"),
         (b'{"a": "\xff"}', "is not UTF-8 text (byte 7)"),
         (b'{"a": }', "is not JSON: Expecting value (line 1, column 7)"),
-        (b" " * (MAX_BYTES + 1), f"has {MAX_BYTES + 1} bytes, and at most {MAX_BYTES} are read"),
+        (b" " * (MAX_BYTES + 1), f"has {MAX_BYTES + 1} bytes; the maximum is {MAX_BYTES} are read"),
         (b"[" * 500_000, "is nested deeper than 32 levels"),
         (b"[" * 40 + b"]" * 40, "is nested deeper than 32 levels"),
     ],
@@ -164,7 +164,7 @@ def test_a_repeated_key_is_refused_with_its_place() -> None:
         b'"procs": 64', b'"procs": -1'
     )
     assert [str(problem) for problem in problems_of(data)] == [
-        "$.limits.cpu_ms: stands here more than once",
+        "$.limits.cpu_ms: appears more than once",
         "$.limits.procs: must be from 0 to 1024, not -1",
     ]
 
@@ -172,7 +172,7 @@ def test_a_repeated_key_is_refused_with_its_place() -> None:
 def test_half_a_unicode_pair_is_refused() -> None:
     """A text that no UTF-8 can hold is refused, so that a policy can always be written and exported."""
     data = DEFAULT.replace(b'"read_roots": []', b'"read_roots": ["a\\ud800"]')
-    assert problems_of(data) == (Problem("$.fs.read_roots[0]", "is no valid Unicode (half of a \\u pair)"),)
+    assert problems_of(data) == (Problem("$.fs.read_roots[0]", "is not valid Unicode (an unpaired \\u surrogate)"),)
 
 
 @pytest.mark.parametrize("value", [True, False, 60000.0, 1e3, "60000", None, [], {}])
@@ -181,7 +181,7 @@ def test_a_number_is_a_whole_number_and_nothing_else(value: object) -> None:
     made = changed(document(), ("limits", "cpu_ms"), value, how="replace")
     (problem,) = problems_of(encode(made))
     assert problem.json_path == "$.limits.cpu_ms"
-    assert problem.message.startswith("must be a whole number, not ")
+    assert problem.message.startswith("must be an integer, not ")
 
 
 @pytest.mark.parametrize("digits", ["0", "-1", "600001", "1" + "0" * 25, "-" + "9" * 100_000])
@@ -190,7 +190,7 @@ def test_a_number_out_of_range_is_refused_however_long_it_is(digits: str) -> Non
     data = DEFAULT.replace(b'"cpu_ms": 60000', f'"cpu_ms": {digits}'.encode())
     (problem,) = problems_of(data)
     assert problem.json_path == "$.limits.cpu_ms"
-    shown = digits if len(digits) < 20 else "a number of so many digits"
+    shown = digits if len(digits) < 20 else "a number with that many digits"
     assert problem.message == f"must be from 1 to 600000, not {shown}"
 
 
@@ -248,7 +248,7 @@ def test_a_misspelt_key_gets_a_suggestion(place: tuple[str | int, ...], key: str
         holder = holder[step]
     value = holder.pop(meant) if meant in holder else 1
     holder[key] = value
-    (problem,) = [problem for problem in problems_of(encode(made)) if "is no field" in problem.message]
+    (problem,) = [problem for problem in problems_of(encode(made)) if "is not a field" in problem.message]
     assert problem.suggestion == meant
 
 

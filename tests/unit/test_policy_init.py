@@ -117,12 +117,12 @@ def test_out_counts_from_the_project_and_its_folder_must_be_there(tmp_path: Path
         (("--policy-id", "x" * 65), "1 to 64"),
         (("--policy-id", "line\n"), "1 to 64"),
         (("--project", "missing.json"), "missing.json"),
-        (("--project", "."), "no file"),
+        (("--project", "."), "not a readable file"),
         (("--out", ".."), "no file"),
-        (("--out", "folder"), "no regular file"),
-        (("--out", "pipe"), "no regular file"),
-        (("--out", "link"), "no link is followed"),
-        (("--out", "link", "--force"), "no link is followed"),
+        (("--out", "folder"), "not a regular file"),
+        (("--out", "pipe"), "not a regular file"),
+        (("--out", "link"), "is a link or not a folder"),
+        (("--out", "link", "--force"), "is a link or not a folder"),
         (("--template", "nope"), "worker-parallel"),
     ],
 )
@@ -156,7 +156,7 @@ def test_a_planted_link_does_not_lead_out_of_the_project(tmp_path: Path, planted
     (project / planted).symlink_to(outside)
     code, _, err = init(project, "--force", *words)
     assert (code, list(outside.iterdir())) == (2, [])
-    assert "no link is followed" in err
+    assert "is a link or not a folder" in err
 
 
 def test_an_error_is_one_json_object_where_json_is_asked_for(tmp_path: Path) -> None:
@@ -192,4 +192,4 @@ def test_a_place_that_cannot_be_looked_at_is_told(tmp_path: Path, words: tuple[s
     code, out, err = init(tmp_path, words[0], words[1].format("x" * 300))
     assert (code, out) == (2, b"")
     assert err.startswith(f"x07: cannot {'use' if words[0] == '--project' else 'write'} ")
-    assert "that you can" in err
+    assert ("it is not a readable file" if words[0] == "--project" else "that you can") in err

@@ -1,20 +1,16 @@
-"""Promises of `x07 policy new` and of the command that `x07 policy check` prints for an incomplete policy."""
+"""Promises of `x07 policy new`."""
 
 from __future__ import annotations
 
 import json
-import shlex
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from tests.unit.policy_command import as_json, policy
+from tests.unit.policy_command import policy
 from x07_sandbox.policy.decode import decode_policy
 from x07_sandbox.policy.default import render_policy
-from x07_sandbox.policy.from_flags import Wanted, completion, make_policy
-from x07_sandbox.policy.limits import NAMES
+from x07_sandbox.policy.from_flags import NewPolicy, make_policy
 from x07_sandbox.policy.templates import TEMPLATES
 
 if TYPE_CHECKING:
@@ -57,7 +53,7 @@ def test_a_closed_template_takes_hosts_and_roots(tmp_path: Path, template: str) 
     ("words", "why"),
     [
         (("--memory", "99G"), "must be at least 1M and at most 16G"),
-        (("--allow-host", "example.org"), "it is not a host and ports"),
+        (("--allow-host", "example.org"), "it is not HOST:PORTS"),
         (("--id", "a b"), "a name has 1 to 64 letters"),
         (("--build-timeout", "9"), "unrecognized arguments: --build-timeout"),
     ],
@@ -69,88 +65,7 @@ def test_what_no_policy_can_say_is_refused(tmp_path: Path, words: tuple[str, ...
     assert why in err
 
 
-def test_check_prints_the_command_that_completes_a_policy(tmp_path: Path) -> None:
-    """An incomplete policy's own fields come back as flags of a line that can be pasted, and makes a valid policy."""
-    document: dict[str, Any] = {
-        "policy_id": "mine",
-        "limits": {"mem_bytes": 1 << 30, "wall_ms": 2500, "procs": 8},
-        "fs": {"enabled": True, "read_roots": ["a b"], "write_roots": []},
-        "net": {"allow_hosts": [{"host": "::1", "ports": [80, 81]}]},
-        "env": {"allow_keys": ["LANG"], "deny_keys": []},
-        "time": {"enabled": True},
-    }
-    (tmp_path / "part.json").write_text(json.dumps(document))
-    code, found = as_json(tmp_path, "check", "part.json")
-    command = found["files"][0]["completed_by"]
-    *words, arrow, place = shlex.split(command)
-    assert (code, words[:3], arrow, place) == (3, ["x07", "policy", "new"], ">", "part.complete.json")
-    complete = made(tmp_path, *words[3:])
-    assert complete["policy_id"] == "mine"
-    assert complete["limits"] | document["limits"] == complete["limits"]
-    assert complete["fs"]["read_roots"] == ["a b"]
-    assert complete["net"]["allow_hosts"] == document["net"]["allow_hosts"]
-    _, _, err = policy(tmp_path, "check", "part.json")
-    assert f"This writes a complete policy: {command}" in err
-    assert "No flag says env.allow_keys" in err
-
-
-def test_a_wrong_but_complete_policy_has_no_such_command(tmp_path: Path) -> None:
-    """Where a field is wrong or misspelt, that is what is to be corrected."""
-    for name in ("fds", "fdss"):
-        document = json.loads(render_policy(TEMPLATES["default"]))
-        del document["limits"]["fds"]
-        document["limits"][name] = 9000
-        (tmp_path / "wrong.json").write_text(json.dumps(document))
-        code, found = as_json(tmp_path, "check", "wrong.json")
-        assert (code, "completed_by" in found["files"][0]) == (3, False)
-
-
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-5, 1 << 41) | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["host", "ports", "x"]), inner),
-    max_leaves=6,
-)
-FIELDS = ["policy_id", *NAMES, "read_roots", "write_roots", "allow_hosts", "other"]
-SECTION = st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=5)
-
-
-@given(st.dictionaries(st.sampled_from(["policy_id", "limits", "fs", "net", "x"]), SECTION | VALUES, max_size=5))
-def test_any_document_gives_words_that_a_shell_passes_on_whole(document: dict[str, Any]) -> None:
-    """Whoever wrote the document, the line is printable, and a shell reads from it what was meant and nothing else."""
-    found = completion(json.dumps(document).encode())
-    if found is not None:
-        line = found.line("p.json")
-        assert line.isprintable()
-        assert shlex.split(line) == ["x07", "policy", "new", *found.words, ">", "p.json"]
-        assert all("\n" not in name for name in found.left_out)
-
-
-@pytest.mark.parametrize(
-    ("document", "off"),
-    [
-        ('{"fs": {"enabled": false, "read_roots": ["/etc"]}}', "fs.enabled"),
-        ('{"net": {"enabled": false, "allow_hosts": [{"host": "a.org", "ports": [443]}]}}', "net.enabled"),
-        ('{"net": {"allow_tcp": false, "allow_hosts": [{"host": "a.org", "ports": [443]}]}}', "net.allow_tcp"),
-    ],
-)
-def test_what_a_document_switches_off_is_not_switched_on(document: str, off: str) -> None:
-    """Roots and hosts of a section that is off are in no completing command, which names the switch instead."""
-    found = completion(document.encode())
-    assert found is not None
-    assert found.words == ()
-    assert off in found.left_out
-
-
-def test_no_words_are_the_template_itself() -> None:
-    """A document that says nothing that flags say is completed by the built-in policy."""
-    found = completion(b'{"env": {}}')
-    assert found is not None
-    assert found.line("p.json") == "x07 policy new > p.json"
-    assert completion(b"{}") is None
-    assert completion(b"[1") is None
-
-
 def test_the_made_policy_names_its_template() -> None:
     """Notes and id say where it comes from."""
-    found = make_policy(Wanted(template="worker"))
+    found = make_policy(NewPolicy(template="worker"))
     assert (found.policy_id, "template worker" in found.notes_in_force) == ("custom.worker", True)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from x07_sandbox.backends.process.view import AGENT, FILES, Sandbox, System, sandbox_argv
-from x07_sandbox.guest.agent import named
+from x07_sandbox.guest.agent import platform_from_args
 from x07_sandbox.guest.confine import MACHINE
 from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.process import CONFINED, Confined, Unconfined
@@ -113,11 +113,11 @@ def test_words_without_our_paths_stay(word: str) -> None:
 
 def test_the_agent_refuses_a_platform_that_it_does_not_know() -> None:
     """A command line that says nothing known starts nothing."""
-    assert isinstance(named(["os", "3", "4", "mark"]), Confined)
-    assert isinstance(named(["none", "3", "/f", "mark"]), Unconfined)
+    assert isinstance(platform_from_args(["os", "3", "4", "mark"]), Confined)
+    assert isinstance(platform_from_args(["none", "3", "/f", "mark"]), Unconfined)
     for words in (["os"], ["vm", "3", "mark"], ["none", "3", "mark"]):
         with pytest.raises(JobError):
-            named(words)
+            platform_from_args(words)
 
 
 def test_a_confined_process_takes_its_own_steps() -> None:

@@ -100,11 +100,11 @@ def test_a_project_brings_its_policy_and_its_input(folder: Path, stack: contextl
 @pytest.mark.parametrize(
     ("make", "why"),
     [
-        (lambda place: place.symlink_to("/proc/self/environ"), "leads out of it, to /proc/"),
-        (lambda place: place.symlink_to("../../other.txt"), "leads out of it, to .*/other.txt"),
+        (lambda place: place.symlink_to("/proc/self/environ"), "leads to /proc/"),
+        (lambda place: place.symlink_to("../../other.txt"), "leads to .*/other.txt, outside of it"),
         (os.mkfifo, "is no regular file"),
         (Path.mkdir, "is no regular file"),
-        (lambda place: place.symlink_to("/dev/zero"), "leads out of it, to /dev/zero"),
+        (lambda place: place.symlink_to("/dev/zero"), "leads to /dev/zero, outside of it"),
         (lambda place: place.symlink_to(place.name), "symbolic links"),
         (lambda _: None, "No such file"),
     ],
@@ -216,7 +216,7 @@ def test_roots_need_a_folder_to_begin_in(
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
-    with pytest.raises(UsageError, match="the current folder is gone"):
+    with pytest.raises(UsageError, match="the current folder does not exist"):
         effective_roots(request, program, default_policy())
 
 

@@ -20,7 +20,7 @@ from tests.published import document
 from tests.unit.test_images_manifest import MANIFEST
 from x07_sandbox.cli.main import main
 from x07_sandbox.host import clocks
-from x07_sandbox.host.locks import file_lock, folder_to_remove, share_folder
+from x07_sandbox.host.locks import file_lock, lock_for_removal, lock_shared
 from x07_sandbox.host.paths import private_dir
 from x07_sandbox.host.processes import Identity, own_identity
 from x07_sandbox.housekeeping.prune import prune
@@ -245,16 +245,16 @@ def test_what_a_killed_prune_left_goes_with_the_next() -> None:
 
 def test_a_folder_is_shared_or_removed_never_both(tmp_path: Path) -> None:
     """Any number may share a folder; while they do nobody removes it, and while somebody does nobody can share it."""
-    with folder_to_remove(tmp_path) as free:
+    with lock_for_removal(tmp_path) as free:
         assert free
         with pytest.raises(BlockingIOError):
-            share_folder(tmp_path)
-    fds = [share_folder(tmp_path) for _ in range(2)]
+            lock_shared(tmp_path)
+    fds = [lock_shared(tmp_path) for _ in range(2)]
     for fd in fds:
-        with folder_to_remove(tmp_path) as free:
+        with lock_for_removal(tmp_path) as free:
             assert not free
         os.close(fd)
-    with folder_to_remove(tmp_path) as free:
+    with lock_for_removal(tmp_path) as free:
         assert free
 
 
@@ -448,7 +448,7 @@ def test_a_planted_link_in_place_of_our_folders_is_refused(full: list[Path], tmp
     argv = [sys.executable, "-m", "x07_sandbox.cli.main", "prune"]
     done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     assert done.returncode == 125
-    assert "it is a link or no folder" in done.stderr
+    assert "it is a link or not a folder" in done.stderr
     moved = [path.relative_to(tmp_path / which) for path in full if path.is_relative_to(tmp_path / which)]
     assert all((tmp_path / "real" / path).exists() for path in moved)
 

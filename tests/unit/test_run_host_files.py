@@ -395,7 +395,7 @@ def test_of_two_roots_that_hold_the_same_name_either_can_be_skipped(run: Run) ->
         place.mkdir()
         (place / "x").touch()
     files = run.files({"write_roots": (str(one), str(two))}, changes="keep")
-    gone = Entry(Kind.GONE, b"x")
+    gone = Entry(Kind.DELETED, b"x")
     changes, denials, _ = run.back(files, gone, Entry(Kind.ROOT, b"1"), gone)
     assert said(changes, denials)[:2] == [f"would be deleted: {place}/x" for place in (one, two)]
     left = chosen(find_saved(RUN).changes, [f"{one}/x"], [])
@@ -411,13 +411,13 @@ def test_what_is_skipped_stays_with_its_folders(run: Run, capsys: pytest.Capture
         (inner / name).write_text(name)
     (run.root / "proj/b").mkdir()
     there = ["in", "in/.vscode", "in/.vscode/ci.yml", "in/AGENTS.md", "in/a.txt", "b"]
-    gone = [Entry(Kind.GONE, f"proj/{name}".encode()) for name in reversed(there)]
+    gone = [Entry(Kind.DELETED, f"proj/{name}".encode()) for name in reversed(there)]
     come = [
         Entry(Kind.FILE, b"new/" + name, mode=0o644) for name in (b"in/.vscode/ci.yml", b"in/AGENTS.md", b"in/a.txt")
     ]
     folders = [Entry(Kind.FOLDER, b"new" + name, mode=0o755) for name in (b"", b"/in", b"/in/.vscode", b"/b")]
     changes, denials, _ = run.back(
-        run.files(changes="all-or-nothing"), *gone, Entry(Kind.GONE, b"proj"), *(folders + come if moved else [])
+        run.files(changes="all-or-nothing"), *gone, Entry(Kind.DELETED, b"proj"), *(folders + come if moved else [])
     )
     assert changes.state == "kept"
     kept_set = find_saved(RUN)
@@ -439,7 +439,7 @@ def test_what_was_not_copied_in_can_be_skipped(run: Run) -> None:
         (run.root / name).parent.mkdir(parents=True, exist_ok=True)
         (run.root / name).write_text(name)
     gone = [b"d/in/b.txt", b"d/c.txt", b"d/in", b"d", b"e/y", b"e"]
-    run.back(run.files(changes="all-or-nothing"), *(Entry(Kind.GONE, name) for name in gone))
+    run.back(run.files(changes="all-or-nothing"), *(Entry(Kind.DELETED, name) for name in gone))
     kept_set = find_saved(RUN)
     with pytest.raises(RefusedError, match=r"e: contains e/z\.pem"):
         chosen(kept_set.changes, ["d/in/a.pem"], [])
@@ -468,7 +468,7 @@ def test_what_was_left_out_and_is_in_the_way_says_so(
     place = run.root / "f/d" / left
     place.parent.mkdir(parents=True)
     place.symlink_to("other") if left == "link" else place.write_text("large")
-    gone = [Entry(Kind.GONE, name) for name in (b"f/d", b"f")]
+    gone = [Entry(Kind.DELETED, name) for name in (b"f/d", b"f")]
     files = run.files(fs, changes="all-or-nothing")
     changes, denials, _ = run.back(files, *gone if taken else [Entry(Kind.FOLDER, b"f/d/" + left.encode(), mode=0o755)])
     alone = "1 more cannot be copied back" if left == "deep" else "1 of them not allowed"  # nothing too deep is
@@ -509,7 +509,7 @@ def test_a_root_keeps_its_own_mode(run: Run, more: tuple[Entry, ...]) -> None:
 def test_what_may_not_come_back_says_whether_anything_would_let_it(run: Run) -> None:
     """A pipe and a name of ours have no way, and a link has a value of the policy unless it leads out."""
     files = run.files({"allow_symlinks": False})
-    pipe = Entry(Kind.OTHER, b"p", mode=0o010644)
+    pipe = Entry(Kind.UNSUPPORTED, b"p", mode=0o010644)
     ours = Entry(Kind.FOLDER, b".x07-apply-1", mode=0o755)
     _, denials, _ = run.back(
         files, pipe, ours, Entry(Kind.LINK, b"l", target=b"x"), Entry(Kind.LINK, b"m", target=b"/x")
@@ -595,7 +595,7 @@ def test_what_comes_back_of_a_root_in_another_is_of_that_alone(run: Run) -> None
         (run.folder.path / "changes").rmdir()
     (inner / "k.pem").touch()
     both = {"write_roots": (str(run.root), f"{inner}/k.pem")}
-    gone = [Entry(Kind.GONE, name) for name in (b".aws/new/k.pem", b".aws/new", b".aws")]
+    gone = [Entry(Kind.DELETED, name) for name in (b".aws/new/k.pem", b".aws/new", b".aws")]
     assert reported(*gone)[0].state == "kept"  # with all around it, and the machine has told the truth
     shutil.rmtree(run.folder.path / "changes")
     (inner / "k.pem").unlink()
@@ -812,7 +812,7 @@ def test_a_root_that_is_made_is_no_change_of_its_own(run: Run, capsys: pytest.Ca
 
 def test_what_no_tree_can_hold_is_not_counted_among_the_changes(run: Run) -> None:
     """The closing line says how many of its changes may not be done, and how many more are none at all."""
-    pipe = Entry(Kind.OTHER, b"p", mode=0o010644)
+    pipe = Entry(Kind.UNSUPPORTED, b"p", mode=0o010644)
     good, ours = Entry(Kind.FOLDER, b"a", mode=0o755), Entry(Kind.FOLDER, b".x07-apply-1", mode=0o755)
     for entries, reason in (
         ((ours, good), "1 of them not allowed"),
@@ -868,10 +868,10 @@ def test_a_file_that_a_list_of_programs_names_stays_a_mount(run: Run, entry: str
 
 MADE: list[tuple[list[Entry], dict[str, int] | None]] = [
     ([], None),
-    ([Entry(Kind.GONE, b"new")], None),
+    ([Entry(Kind.DELETED, b"new")], None),
     ([Entry(Kind.FILE, b"new/in", mode=0o644)], {"new": 0o40755, "new/in": 0o100644}),
     ([Entry(Kind.FOLDER, b"new", mode=0o700)], {"new": 0o40700}),
-    ([Entry(Kind.GONE, b"new"), Entry(Kind.FILE, b"other", mode=0o644)], {"other": 0o100644}),
+    ([Entry(Kind.DELETED, b"new"), Entry(Kind.FILE, b"other", mode=0o644)], {"other": 0o100644}),
     ([Entry(Kind.FILE, b"new", mode=0o600)], {"new": 0o100600}),
 ]
 
@@ -967,7 +967,7 @@ def test_a_result_names_every_deletion(run: Run) -> None:
     for name in gone:
         (run.root / name).touch()
     files = run.files(changes="keep")
-    reported = [Entry(Kind.GONE, name.encode()) for name in gone]
+    reported = [Entry(Kind.DELETED, name.encode()) for name in gone]
     changes, _, _ = run.back(files, Entry(Kind.FOLDER, b"a", mode=0o755), *reported)
     assert {(one.name, one.action) for one in changes.names} == {(name, "deleted") for name in gone}
     assert len(changes.names) == changes.deleted == len(gone)
@@ -994,7 +994,7 @@ def test_every_deletion_is_told(run: Run, capsys: pytest.CaptureFixture[str]) ->
 
 def test_a_patch_names_what_was_kept_though_nothing_of_it_is_a_change(run: Run) -> None:
     """Where all that a program made is of no kind that a tree holds, --diff says so in both its files, as x07 diff."""
-    changes, denials, _ = run.back(run.files(), Entry(Kind.OTHER, b"pipe", mode=0o10644))
+    changes, denials, _ = run.back(run.files(), Entry(Kind.UNSUPPORTED, b"pipe", mode=0o10644))
     ended = msgspec.structs.replace(result(), run=RUN, changes=changes, denials=tuple(denials))
     assert (changes.state, changes.names) == ("kept", ())
     place = run.root.parent / "p"

@@ -251,7 +251,7 @@ def test_a_folder_that_is_gone_is_told(place: Path, words: tuple[str, ...], capf
     """Where the current folder was removed a relative name is wrong usage that says so, whatever it was to be."""
     place.rmdir()
     assert main([*words]) == 2
-    assert "the current folder is gone" in capfd.readouterr().err
+    assert "the current folder does not exist" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["--hide", "--reveal"])
@@ -275,7 +275,7 @@ def test_a_pattern_that_could_match_no_name_is_refused(
         (("--world", "run-os", "p.py"), 2, "the only world"),
         (("--report", "runner", "missing.py"), 2, "No such file"),
         (("--report", "wrapped", "--policy", "bad.json", "p.py"), 125, "bad.json"),
-        (("--compiled-out", "prog", "p.c"), 125, "it is a link or no folder"),
+        (("--compiled-out", "prog", "p.c"), 125, "it is a link or not a folder"),
         (("--project", "a", "--program", "b"), 2, "more than one program"),
         (("--bogus", "p.py"), 2, "unrecognized arguments: --bogus"),
         (("a.x07.json",), 2, "No such file"),

@@ -60,7 +60,7 @@ def test_a_living_process_of_a_job_is_seen(tmp_path: Path) -> None:
     """A recorded process that lives is seen as a remainder, one of another start time or none at all is not."""
     ticks = int(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
     plant(tmp_path, processes={"inner": {"pid": os.getpid(), "start_ticks": ticks}})
-    assert host("remains", tmp_path, JOB) == (0, f"its inner process {os.getpid()} lives\n")
+    assert host("remains", tmp_path, JOB) == (0, f"its inner process {os.getpid()} is alive\n")
     gone = {"processes": {"inner": {"pid": os.getpid(), "start_ticks": ticks - 1}}, "instance": "1" * 32}
     (tmp_path / JOB / "owner.json").write_text(json.dumps(gone))
     assert host("remains", tmp_path, JOB) == (0, "")
@@ -75,12 +75,15 @@ def test_a_process_with_the_mark_and_a_control_group_are_seen(tmp_path: Path) ->
         code, said = host("remains", tmp_path, JOB)
         process.kill()
     assert code == 0
-    assert said.splitlines() == [f"process {process.pid} carries its mark", f"its control group {tmp_path} is there"]
+    assert said.splitlines() == [
+        f"process {process.pid} carries its mark",
+        f"its control group {tmp_path} still exists",
+    ]
 
 
 @pytest.mark.parametrize(("removed", "code"), [([{"kind": "job", "id": JOB, "why": "its runner is dead"}], 0), ([], 1)])
 def test_an_orphan_has_to_be_named_as_removed(tmp_path: Path, removed: list[dict[str, str]], code: int) -> None:
     """A sweep passes only if its report names the orphan among what it removed, not among what it kept."""
-    report = {"removed": removed, "kept": [{"kind": "job", "id": JOB, "why": "it lives"}]}
+    report = {"removed": removed, "kept": [{"kind": "job", "id": JOB, "why": "it is alive"}]}
     (tmp_path / "sweep.json").write_text(json.dumps(report))
     assert host("removed", tmp_path / "sweep.json", JOB) == (code, "")

@@ -279,7 +279,7 @@ def test_an_invalid_policy_has_the_same_exit_code_however_it_is_told(
         (["--input", ".", "tool"], 2, "it is a folder"),
         (["--policy", "missing", "tool"], 2, "cannot read the policy missing: "),
         (["--env", "X07_A=1", "tool"], 2, "X07's own"),
-        (["--allow-host", "example.org", "tool"], 2, "it is not a host and ports"),
+        (["--allow-host", "example.org", "tool"], 2, "it is not HOST:PORTS"),
         (["--max-output-bytes", "9", "tool"], 125, "no guest image"),
     ],
 )

@@ -23,7 +23,7 @@ from x07_sandbox.host import settings
 from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import cache_dir
-from x07_sandbox.host.processes import Identity, carries_mark, is_alive
+from x07_sandbox.host.processes import Identity, has_mark, is_alive
 from x07_sandbox.policy import default_policy, render_policy
 from x07_sandbox.programs.toolchains import OUTPUT, Source, toolchain_for
 from x07_sandbox.runs.request import RunRequest
@@ -229,7 +229,7 @@ def wait_done(state: Path, timeout_s: float) -> None:
 
 def marked(mark: str) -> list[int]:
     """Every process of this machine that carries *mark*."""
-    return [int(name) for name in os.listdir("/proc") if name.isdigit() and carries_mark(int(name), mark)]  # noqa: PTH208 - numbers
+    return [int(name) for name in os.listdir("/proc") if name.isdigit() and has_mark(int(name), mark)]  # noqa: PTH208 - numbers
 
 
 def left_behind(state: Path) -> list[str]:

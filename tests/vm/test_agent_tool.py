@@ -76,7 +76,7 @@ def test_good_calls_of_an_assistant_are_carried_out(way: str, image: Image, stat
     )
     assert told["python"] == {
         "outcome": "ok",
-        "reason": "the program ended with status 0",
+        "reason": "the program exited with status 0",
         "stdout": "grüezi Zoë\n",
         "stderr": "",
         "exit_code": 0,

@@ -276,7 +276,7 @@ def test_a_stopped_maker_of_a_saved_machine_holds_nobody(
     with file_lock(templates_dir() / ".lock"):
         ran = in_own_cache.behave("nothing")
     assert (ran.outcome, starts(ran)) == ("ok", {"run": "cold"}), ran.reason
-    assert [text for text in ran.result.warnings if "another process has held it" in text]
+    assert [text for text in ran.result.warnings if "another process has held the lock" in text]
 
 
 @pytest.mark.parametrize(("name", "data"), [("state", b"no such machine"), ("ram", bytes(96 << 20))])

@@ -94,14 +94,14 @@ def test_a_lock_is_not_a_forked_childs(tmp_path: Path) -> None:
 def test_what_is_kept_from_children_is_dev_null_there(tmp_path: Path) -> None:
     """In a forked child such a descriptor leads to /dev/null: its number stays taken, its file is not held."""
     path = tmp_path / "file"
-    fd = close_on_fork.keep(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    fd = close_on_fork.add(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     pid = os.fork()
     if pid == 0:
         same = os.fstat(fd).st_rdev == Path("/dev/null").stat().st_rdev
         os._exit(0 if same else 1)
     assert os.waitpid(pid, 0)[1] == 0
     os.write(fd, b"mine")
-    close_on_fork.forget(fd)
+    close_on_fork.discard(fd)
     os.close(fd)
     assert path.read_bytes() == b"mine"
 
@@ -109,7 +109,7 @@ def test_what_is_kept_from_children_is_dev_null_there(tmp_path: Path) -> None:
 def test_no_child_is_forked_while_a_process_is_started() -> None:
     """A thread that forks waits while another starts a process, which would wait for the child's end otherwise."""
     pids: list[int] = []
-    with close_on_fork.none_meanwhile():
+    with close_on_fork.no_fork():
         forking = threading.Thread(target=forked, args=(pids,))
         forking.start()
         forking.join(0.2)

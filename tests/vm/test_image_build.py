@@ -124,7 +124,8 @@ def test_nothing_of_the_host_is_inside(first: Image, tree: Path, killed: Path) -
     """No mirror, proxy, machine name or path of the host is in the root file system, the initramfs or the manifest."""
     found = sources.host_sources(sources.release_codename(), host_arch().deb, note=print)
     settings = sources.fetch_settings(commands.capture([commands.tool("apt-config"), "dump"]).decode())
-    words = sources.host_names(found) | set(re.findall(r"https?://(?:[^@/]*@)?([^/:\"]+)", "\n".join(settings)))
+    hosts = {re.sub(r"https?://(?:[^@/]*@)?([^/:]+).*", r"\1", uri) for source in found for uri in source.uris}
+    words = hosts | set(re.findall(r"https?://(?:[^@/]*@)?([^/:\"]+)", "\n".join(settings)))
     everywhere = {word.encode() for word in words if not PUBLIC.fullmatch(word)} | {str(killed).encode()}
     written = {word.encode() for word in words}
     if len(socket.gethostname()) >= 8:  # shorter ones are words that any text may hold

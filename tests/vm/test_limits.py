@@ -47,7 +47,7 @@ def test_a_lowered_limit_is_recorded_and_named(state: Path) -> None:
     done = subprocess.run([*COMMAND, *words], capture_output=True, check=False, stdin=subprocess.DEVNULL)
     found = json.loads(done.stdout)
     assert (done.returncode, found["outcome"]) == (124, "cpu-limit")
-    assert "the program used 1 s of CPU time (--cpu-time)" in found["reason"]
+    assert "the program reached its CPU time limit of 1 s (--cpu-time)" in found["reason"]
     assert [denial["how_to_allow"]["flag"] for denial in found["denials"]] == ["--cpu-time 2"]
     if found["isolation"] == "vm-emulated":
         assert "--scale-limits" in found["denials"][0]["reason"]

@@ -61,7 +61,7 @@ def test_without_proc_every_command_says_so(state: Path, words: tuple[str, ...])
     done = run(*words, before=before, state=state)
     assert done.returncode == (1 if words == ("doctor",) else 125)  # that one goes on, to tell of all the rest
     told = re.sub(r"[.\n ]+", " ", done.stdout + done.stderr)
-    assert "cannot look at processes: /proc: No such file or directory Mount /proc" in told
+    assert "cannot inspect processes: /proc: No such file or directory Mount /proc" in told
     assert "Traceback" not in done.stderr
 
 
@@ -218,7 +218,7 @@ def test_hard_limits_below_those_of_the_jail_are_named(state: Path, limit: str, 
 
 @pytest.mark.parametrize(
     ("limit", "seconds", "outcome", "why"),
-    [("ulimit -S -t 3", 6, "ok", "status 0"), ("ulimit -t 4", 100, "guest-lost", "CPU time that this shell allows")],
+    [("ulimit -S -t 3", 6, "ok", "status 0"), ("ulimit -t 4", 100, "guest-lost", "CPU time limit of this shell")],
 )
 def test_a_limit_on_cpu_time_of_the_shell_is_named(
     state: Path, tmp_path: Path, limit: str, seconds: int, outcome: str, why: str

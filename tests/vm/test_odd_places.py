@@ -80,7 +80,7 @@ def test_a_cache_that_others_may_read_is_refused_before_anything_is_made(tmp_pat
     place.chmod(0o755)
     done = x07(*words, env={"X07_VM_STATE_DIR": str(tmp_path / "state"), "X07_VM_CACHE_DIR": str(place)})
     assert done.returncode == 125
-    assert "must be yours with 0700" in done.stdout + done.stderr
+    assert "must be yours with mode 0700" in done.stdout + done.stderr
     assert list(place.iterdir()) == []
 
 
@@ -92,7 +92,7 @@ def test_a_planted_link_is_refused(tmp_path: Path, variable: str, below: str) ->
     (tmp_path / "link").symlink_to(tmp_path / "real")
     place = tmp_path / "link" / below
     reason = refused(x07(*HELLO, env={"X07_VM_STATE_DIR": str(tmp_path / "state"), variable: str(place)}))
-    assert "it is a link or no folder" in reason
+    assert "it is a link or not a folder" in reason
     assert list((tmp_path / "real").iterdir()) == []
 
 

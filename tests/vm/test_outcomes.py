@@ -144,7 +144,7 @@ def test_every_advisory_field_is_told_and_arrives(looked: Ran) -> None:
     assert {control.by for control in advisory} == {"X07's libraries", "X07's compiler", "people"}
     for variable, field in VARIABLES:
         value = values[field]
-        if field in told and "told to the program" in told.pop(field):
+        if field in told and "passed to the program" in told.pop(field):
             shown = value if not isinstance(value, tuple) else ";".join(map(str, value))
             assert given[variable] == str(int(shown) if isinstance(shown, bool) else shown), field
     assert set(told) <= {"process.kill_on_drop", "process.kill_tree"}

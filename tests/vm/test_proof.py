@@ -74,4 +74,4 @@ def test_a_stopped_proof_does_not_hold_others(image: Image, monkeypatch: pytest.
     with open_image(image) as opened, file_lock(cache_folder("proofs") / ".lock"):
         works, reason = proof.kvm_verdict(opened)
     assert not works
-    assert "another process has held it" in reason
+    assert "another process has held the lock" in reason

@@ -54,7 +54,7 @@ if "--json" not in words:
     os.execv(argv[0], argv)
 done = subprocess.run(argv, capture_output=True, text=True, check=False)
 print(json.dumps({{
-    "outcome": "ok", "reason": "the program ended with status 0", "exit_code": 0, "x07_exit_code": 0,
+    "outcome": "ok", "reason": "the program exited with status 0", "exit_code": 0, "x07_exit_code": 0,
     "isolation": "vm-hardware", "backend": "qemu", "artifact_from": "build",
     "stdout": {{"text": done.stdout}}, "stderr": {{"text": done.stderr}}, "changes": {{"state": "applied"}},
     "phases": {{"build": {{"job_id": "1-1-1-build"}}, "run": {{"job_id": "1-1-1-run"}}}},
@@ -153,7 +153,7 @@ def test_the_gate_fails_if_nothing_was_checked(tmp_path: Path) -> None:
     code, lines = gate(tmp_path, path=stand_in(tmp_path, "#!/bin/sh\necho 'usage: x07'\n"))
     assert code == 1
     assert set(states(lines).values()) == {"skip"}
-    assert lines[-1] == "fail: VM sandbox smoke: nothing was checked"
+    assert lines[-1] == "fail: VM sandbox smoke: no check ran"
 
 
 def test_a_backend_that_is_named_and_cannot_run_fails_the_gate(tmp_path: Path) -> None:

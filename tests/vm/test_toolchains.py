@@ -265,7 +265,7 @@ def test_a_policy_may_be_a_value() -> None:
     assert run_program(source="while True: pass", toolchain="python", policy=tight).outcome == "timeout"
     with pytest.raises(SandboxError, match=r"\$\.limits\.wall_ms"):
         run_program(source="true", toolchain="shell", policy=replace(policy, limits=replace(policy.limits, wall_ms=0)))
-    with pytest.raises(SandboxError, match="nothing of that name is built in"):
+    with pytest.raises(SandboxError, match="no such built-in policy"):
         load_policy("built-in:nothing")
 
 
@@ -638,7 +638,7 @@ def test_x07s_report_instead_of_the_output(tmp_path: Path) -> None:
         (["--backend", "firecracker"], {}, 125, "not supported in this version"),
         (["--backend", "xen"], {}, 2, "no such backend"),
         (["--sandbox-backend", "os"], {}, 125, "weaker isolation"),
-        (["--sandbox-backend", "os", "--i-accept-weaker-isolation"], {}, 0, "the program ended with status 0"),
+        (["--sandbox-backend", "os", "--i-accept-weaker-isolation"], {}, 0, "the program exited with status 0"),
         (["--backend", "none", "--i-accept-weaker-isolation"], {}, 125, "weaker isolation"),
         (["--sandbox-backend", "os", "--backend", "qemu"], {}, 2, "contradict each other"),
         ([], {"X07_VM_BACKEND": "docker"}, 125, "weaker isolation"),
@@ -662,7 +662,7 @@ def test_a_misspelt_variable_is_told() -> None:
     """A variable that looks like ours and is none is told, with the one that was probably meant."""
     done = command("-c", "true", "--toolchain", "shell", X07_VM_BACKENT="qemu")
     assert done.returncode == 0
-    assert b"X07_VM_BACKENT is no variable of x07-sandbox; did you mean X07_VM_BACKEND?" in done.stderr
+    assert b"X07_VM_BACKENT is not a variable of x07-sandbox; did you mean X07_VM_BACKEND?" in done.stderr
 
 
 def test_variables_that_a_policy_denies_are_refused(sandbox: Sandbox) -> None:

@@ -218,7 +218,7 @@ def test_what_the_compiler_refuses_is_its_own_report(tmp_path: Path, x07_image: 
     report = report_of(done)
     assert (report["exit_code"], report["solve"]["ok"]) == (1, False)
     assert "length" in report["solve"]["trap"]
-    assert f"failed: the program ended with status 0, but {report['solve']['trap']}" in done.stderr.decode()
+    assert f"failed: the program exited with status 0, but {report['solve']['trap']}" in done.stderr.decode()
 
 
 @pytest.mark.parametrize(
@@ -294,7 +294,7 @@ def test_x07s_limit_of_cpu_time_holds_where_it_is_the_tighter(tmp_path: Path, x0
     result = json.loads(done.stdout)
     assert (result["outcome"], result["reason"]) == (
         "cpu-limit",
-        "the program used 1 s of CPU time (--cpu-time-limit-seconds)",
+        "the program reached its CPU time limit of 1 s (--cpu-time-limit-seconds)",
     )
     assert result["denials"][0]["how_to_allow"]["flag"] == "--cpu-time-limit-seconds 2"
 

@@ -1,14 +1,14 @@
-"""What check_vm_sandbox_smoke.sh needs on the host: a listener, a policy, and the reading of results and records.
+"""Host-side helpers of check_vm_sandbox_smoke.sh: a listener, policies, results and records.
 
-    host.py listen PORT_FILE HITS_FILE SECONDS    accept connections on loopback, a line in HITS_FILE for each
-    host.py connect PORT                          one connection there
-    host.py policy FILE OUT [FIELD=JSON...]       a policy like FILE with these fields changed
-    host.py value FILE KEY...                     one value of a JSON document
-    host.py labels STATE JOB...                   what is wrong with the labels of these jobs, one a line
-    host.py remains STATE JOB                     what a job has left on this host, one a line
-    host.py removed FILE JOB                      whether `x07 sweep --json` names the job among what it removed
+    host.py listen PORT_FILE HITS_FILE SECONDS    accept loopback connections; write a line to HITS_FILE for each
+    host.py connect PORT                          make one connection to the listener
+    host.py policy FILE OUT [FIELD=JSON...]       write FILE to OUT with some fields changed
+    host.py value FILE KEY...                     print one value of a JSON document
+    host.py labels STATE JOB...                   print the errors in the labels of these jobs, one a line
+    host.py remains STATE JOB                     print what a job left on this host, one a line
+    host.py removed FILE JOB                      exit with 0 if `x07 sweep --json` lists the job as removed
 
-It runs with any Python 3.11 or newer, and needs nothing installed.
+Needs Python 3.11 or newer and no packages.
 """
 
 import json
@@ -24,13 +24,13 @@ _MOST_BYTES: Final = 64 * 1024 * 1024
 
 
 def read(path: str | Path) -> Any:  # noqa: ANN401 - a document of whatever kind
-    """The JSON document in a file."""
+    """Return the JSON document in a file."""
     with Path(path).open("rb") as file:
         return json.loads(file.read(_MOST_BYTES))
 
 
 def listen(port_file: str, hits_file: str, seconds: str) -> None:
-    """Accept connections on a free port of loopback, until killed or for some seconds."""
+    """Accept connections on a free loopback port until killed, or for some seconds."""
     end = time.monotonic() + float(seconds)
     with socket.create_server(("127.0.0.1", 0)) as server, Path(hits_file).open("a", encoding="utf-8") as hits:
         ready = Path(f"{port_file}.new")
@@ -53,7 +53,7 @@ def connect(port: str) -> None:
 
 
 def policy(source: str, target: str, *changes: str) -> None:
-    """Write a policy like *source* with some fields changed, each given as section.name=JSON."""
+    """Copy a policy and change some fields, each given as section.name=JSON."""
     document = read(source)
     for change in changes:
         field, _, text = change.partition("=")
@@ -63,7 +63,7 @@ def policy(source: str, target: str, *changes: str) -> None:
 
 
 def value(path: str, *keys: str) -> None:
-    """Print one value of a document; nothing for one that is not there."""
+    """Print one value of a document, or nothing if it is absent."""
     found = read(path)
     for key in keys:
         found = found.get(key) if isinstance(found, dict) else None
@@ -71,7 +71,7 @@ def value(path: str, *keys: str) -> None:
 
 
 def labels(state: str, *jobs: str) -> None:
-    """Print what is wrong with the labels of these jobs."""
+    """Print the errors in the labels of these jobs."""
     runners = set()
     for job in jobs:
         folder = Path(state) / job
@@ -93,19 +93,19 @@ def labels(state: str, *jobs: str) -> None:
 
 
 def remains(state: str, job: str) -> None:
-    """Print what a job has left on this host: processes by number and start time or by its mark, and control groups."""
+    """Print what a job left on this host: processes (by pid and start time, or by mark) and control groups."""
     folder = Path(state) / job
     if not (folder / "owner.json").is_file():
         return
     owner = read(folder / "owner.json")
     for name, process in owner.get("processes", {}).items():
         if _lives(process["pid"], process["start_ticks"]):
-            print(f"its {name} process {process['pid']} lives")
+            print(f"its {name} process {process['pid']} is alive")
     for pid in _marked(owner["instance"]):
         print(f"process {pid} carries its mark")
     for group in owner.get("cgroups", []):
         if Path(group).exists():
-            print(f"its control group {group} is there")
+            print(f"its control group {group} still exists")
 
 
 def _lives(pid: int, start_ticks: int) -> bool:
@@ -127,7 +127,7 @@ def _marked(mark: str) -> Iterator[int]:
 
 
 def removed(path: str, job: str) -> None:
-    """End with 1 unless a report of a sweep names the job among what it removed."""
+    """Exit with 0 if a sweep report lists the job as removed, else with 1."""
     rows = read(path).get("removed", [])
     sys.exit(0 if any(job in json.dumps(row) for row in rows) else 1)
 

@@ -31,7 +31,7 @@ _LATE_S: Final = 0.2  # how long what was said in time may take to arrive once t
 
 def grace(deadline: Deadline) -> Deadline:
     """Until when to read what was said before *deadline*, which has passed: longer if this process stood still."""
-    return Deadline.after(settings.STOPPED_S if deadline.missed() else _LATE_S)
+    return Deadline.after(settings.STOPPED_S if deadline.missed_while_stopped() else _LATE_S)
 
 
 def greet(instance: Instance, *, cancel_fd: int | None = None, meanwhile: Callable[[], object] | None = None) -> None:

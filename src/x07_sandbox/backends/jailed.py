@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 from x07_sandbox.errors import BackendError, HostError
 from x07_sandbox.host import settings
-from x07_sandbox.host.bounded_stream import SideStream
+from x07_sandbox.host.bounded_stream import BoundedStream
 from x07_sandbox.host.clocks import Deadline
-from x07_sandbox.host.poll import readable
+from x07_sandbox.host.poll import wait_readable
 from x07_sandbox.host.processes import Identity, children_of, identify, own_identity, wait_gone
 from x07_sandbox.jobs.launcher import Launch, launch
 from x07_sandbox.jobs.record import mark_done, write_owner
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from x07_sandbox.backends.base import StartMode
-    from x07_sandbox.host.close_on_fork import Given
+    from x07_sandbox.host.close_on_fork import FdGroup
     from x07_sandbox.jobs.record import JobRecord
 
 _J = TypeVar("_J", bound="Jailed")
@@ -32,7 +32,7 @@ _LOOK_AGAIN_S: Final = 0.0003
 _GONE_S: Final = 10.0
 
 
-def socket_ends(stack: contextlib.ExitStack, given: Given) -> tuple[int, int]:
+def socket_ends(stack: contextlib.ExitStack, given: FdGroup) -> tuple[int, int]:
     """Our end of a new stream, which does not block and which *stack* closes, and the child's."""
     near, far = socket.socketpair()
     fd = near.detach()
@@ -41,18 +41,18 @@ def socket_ends(stack: contextlib.ExitStack, given: Given) -> tuple[int, int]:
     return fd, given.add(far.detach())
 
 
-def error_stream(stack: contextlib.ExitStack, given: Given) -> tuple[SideStream, int]:
+def error_stream(stack: contextlib.ExitStack, given: FdGroup) -> tuple[BoundedStream, int]:
     """A child's standard error as we read it, which *stack* closes, and the child's end."""
     fd, theirs = os.pipe2(os.O_CLOEXEC)
     stack.callback(os.close, fd)
     os.set_blocking(fd, False)
-    return SideStream(fd, keep_bytes=settings.STDERR_MAX_BYTES), given.add(theirs)
+    return BoundedStream(fd, keep_bytes=settings.STDERR_MAX_BYTES), given.add(theirs)
 
 
 class OwnAgent:
     """What instances have in common that are no machine: the agent is ours, and what is said beside the channel."""
 
-    _errors: SideStream
+    _errors: BoundedStream
 
     def release(self) -> None:
         """Nothing: the agent is ours, and starts no program before the channel says so."""
@@ -81,7 +81,7 @@ class Start(NamedTuple):
 
     record: JobRecord
     jail: str
-    given: Given
+    given: FdGroup
     depth: int
     remove: Callable[[], bool]
     cgroups: tuple[str, ...] = ()
@@ -153,7 +153,7 @@ def inner_process(child: subprocess.Popen[bytes], depth: int) -> Identity:
             for pid in found:
                 if (inner := identify(pid)) is not None:
                     return inner
-            if readable(pidfd, 0):
+            if wait_readable(pidfd, 0):
                 break
             time.sleep(_LOOK_AGAIN_S)  # no event tells of another process's child
     finally:

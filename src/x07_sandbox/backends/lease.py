@@ -19,7 +19,7 @@ from x07_sandbox.backends.handshake import greet
 from x07_sandbox.errors import BackendError
 from x07_sandbox.host import close_on_fork
 from x07_sandbox.host.paths import cache_folder, state_dir
-from x07_sandbox.host.poll import readable
+from x07_sandbox.host.poll import wait_readable
 from x07_sandbox.jobs.record import record_from, record_values
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class _Lease:
         self._gone = False
 
     def exit_status(self) -> int | None:
-        if self._status is None and readable(self._connection.fileno(), 0):
+        if self._status is None and wait_readable(self._connection.fileno(), 0):
             self._hear()
         return self._status
 
@@ -163,7 +163,7 @@ class PoolMachines:
 def _leased(
     backend: Backend, job: Job, connection: socket.socket, told: dict[str, Any], owned_fds: list[int]
 ) -> Iterator[Instance]:
-    close_on_fork.keep(connection.fileno())  # it would last as long as any child that is forked meanwhile
+    close_on_fork.add(connection.fileno())  # it would last as long as any child that is forked meanwhile
     try:
         instance = _instance_of(backend, connection, told, owned_fds)
         try:
@@ -172,7 +172,7 @@ def _leased(
         finally:
             instance.stop()
     finally:
-        close_on_fork.forget(connection.fileno())
+        close_on_fork.discard(connection.fileno())
         connection.close()
         for fd in owned_fds:
             os.close(fd)

@@ -17,10 +17,7 @@ WRITE_SIZE: Final = 64 * 1024
 
 
 class Connection:
-    """A `Link` and the descriptor that carries it. The descriptor is lent: its opener closes it.
-
-    out_fd: the one for writing, where that is another.
-    """
+    """A `Link` and the descriptor that carries it, which stays the caller's. out_fd: a separate one for writing."""
 
     def __init__(self, fd: int, role: Role, state: State = State.WAITING, *, out_fd: int | None = None) -> None:
         self.fd = fd
@@ -30,7 +27,7 @@ class Connection:
             os.set_blocking(one, False)
 
     def register(self, poll: select.poll) -> None:
-        """Wait for what comes, and for room for what is queued."""
+        """Register for input, and for output if bytes are queued."""
         out = select.POLLOUT if self.link.pending() else 0
         if self._out_fd == self.fd:
             poll.register(self.fd, select.POLLIN | out)
@@ -39,10 +36,7 @@ class Connection:
             poll.register(self._out_fd, out)
 
     def read(self) -> Iterable[Event] | None:
-        """Read once; the events, decoded one by one, or None if the peer has closed.
-
-        Raises OSError; the iteration raises PeerError (see `Link.receive`).
-        """
+        """Read once. Return an iterator of events, or None if the peer has closed. Iterating raises PeerError."""
         try:
             data = os.read(self.fd, READ_SIZE)
         except BlockingIOError:
@@ -52,7 +46,7 @@ class Connection:
         return self.link.receive(data) if data else None
 
     def flush(self) -> bool:
-        """Write what is queued until the descriptor takes no more; False means that the peer has closed."""
+        """Write queued bytes until the descriptor would block. Return False if the peer has closed."""
         while self.link.pending():
             try:
                 self.link.sent(os.write(self._out_fd, self.link.data_to_send(WRITE_SIZE)))

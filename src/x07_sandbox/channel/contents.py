@@ -1,4 +1,4 @@
-"""The content of a file in parts, holes as holes: read the same way on both sides."""
+"""Reading a sparse file in parts, on both sides of the channel."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import os
 from collections.abc import Iterator
 from typing import Final
 
-READ: Final = 128 * 1024  # small files are read at once, whatever their holes
+READ: Final = 128 * 1024  # files up to this size are read whole, holes included
 
 
 def parts(fd: int, size: int) -> Iterator[bytes | int]:
-    """Its bytes up to *size*; a number stands for so many zeros without room. Raises OSError, also if it is shorter."""
+    """Yield the file's bytes up to *size*, and an int for each hole of that length. Raises OSError if it shrinks."""
     position = 0
     while position < size:
         start, end = (0, size) if size <= READ else next_data(fd, position, size)
@@ -20,17 +20,17 @@ def parts(fd: int, size: int) -> Iterator[bytes | int]:
         while start < end:
             piece = os.pread(fd, min(READ, end - start), start)
             if not piece:
-                raise OSError(errno.EIO, "it became shorter while it was read")
+                raise OSError(errno.EIO, "the file shrank while it was read")
             yield piece
             start += len(piece)
         position = end
 
 
 def next_data(fd: int, position: int, end: int) -> tuple[int, int]:
-    """Where the next bytes that are no hole begin and end (lseek(2)); both are *end* where only a hole follows."""
+    """Return start and end of the next data segment (lseek(2)); both are *end* if only a hole follows."""
     try:
         start = min(end, os.lseek(fd, position, os.SEEK_DATA))
         return start, min(end, os.lseek(fd, start, os.SEEK_HOLE)) if start < end else end
     except OSError as exc:
-        # ENXIO: a hole up to the end. Where a file system cannot tell, all of it is data.
+        # ENXIO: a hole up to the end. Any other error: the file system cannot tell, so treat all as data.
         return (end if exc.errno == errno.ENXIO else position), end

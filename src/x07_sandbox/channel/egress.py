@@ -3,16 +3,15 @@
 A frame is a 12-byte header, `HEADER`, and a payload:
 
     type     u8
-    code     u8; a `Code` in OPENED and RESET, else 0
+    code     u8; one of the codes below in OPENED and RESET, else 0
     zero     u16
-    stream   u32: a number of the guest's, each larger than the last one
-    length   u32: of the payload
+    stream   u32; chosen by the guest, in increasing order
+    length   u32; of the payload
 
-All integers are big endian. The guest opens a flow, the gate answers with OPENED. Each direction has a window of
-`WINDOW` bytes, which the reader refills with CREDIT. Datagrams have no window: who has no room drops them. TOLD, with
-stream 0, tells of a connection that the guest has refused by itself, with the payload of OPEN; its port 0 stands for a
-name that was only looked up.
-All that the guest says is hostile: each length, count and order below has a bound.
+Integers are big endian. The guest opens a flow, the gate answers with OPENED. Each direction has a window of `WINDOW`
+bytes, which the reader refills with CREDIT. Datagrams have no window and may be dropped. REFUSAL, on stream 0 and with
+the payload of OPEN, reports a connection that the guest refused by itself; port 0 stands for a name lookup.
+The guest is hostile: every length, count and order below is bounded.
 """
 
 from __future__ import annotations
@@ -32,6 +31,8 @@ HOST_MAX: Final = 255
 STREAM_MAX: Final = 2**32 - 1
 TCP: Final = 6
 UDP: Final = 17
+DNS: Final = "127.0.0.53"  # of the relay in the guest
+RESOLV_CONF: Final = f"nameserver {DNS}\noptions timeout:5 attempts:2\n"
 
 # Frame types; the numbers are the protocol.
 OPEN: Final = 1
@@ -41,7 +42,7 @@ CREDIT: Final = 4
 FIN: Final = 5
 RESET: Final = 6
 DATAGRAM: Final = 7
-TOLD: Final = 8
+REFUSAL: Final = 8
 
 # Codes of OPENED and RESET.
 OK: Final = 0
@@ -56,7 +57,7 @@ CODE_MAX: Final = NO_NAME
 
 _TARGET: Final = struct.Struct(">BH")  # transport, port; then the host
 _CREDIT: Final = struct.Struct(">I")
-# Shortest and longest payload, and whether the guest may send it, the gate may.
+# Minimum and maximum payload size, whether the guest may send it, whether the gate may.
 _SHAPES: Final = {
     OPEN: (_TARGET.size + 1, _TARGET.size + HOST_MAX, True, False),
     OPENED: (0, 0, False, True),
@@ -65,12 +66,12 @@ _SHAPES: Final = {
     FIN: (0, 0, True, True),
     RESET: (0, 0, True, True),
     DATAGRAM: (0, DATAGRAM_MAX, True, True),
-    TOLD: (_TARGET.size + 1, _TARGET.size + HOST_MAX, True, False),
+    REFUSAL: (_TARGET.size + 1, _TARGET.size + HOST_MAX, True, False),
 }
 
 
 class Event(NamedTuple):
-    """A frame that came, checked. value: a code, or the port of OPEN. data: a payload, or the host of OPEN."""
+    """A verified frame. value: a code, or the port of OPEN. data: a payload, or the host of OPEN."""
 
     kind: int
     stream: int
@@ -80,43 +81,43 @@ class Event(NamedTuple):
 
 
 class _Flow:
-    """What is left of the windows of a flow, and which directions have ended."""
+    """The remaining windows of a flow, and which directions have ended."""
 
-    __slots__ = ("acknowledge", "ended_in", "ended_out", "may_come", "may_send", "opened", "transport")
+    __slots__ = ("ended_in", "ended_out", "opened", "receive_window", "send_window", "transport", "unacknowledged")
 
     def __init__(self, transport: int) -> None:
         self.transport = transport
         self.opened = False
-        self.may_send = self.may_come = WINDOW
-        self.acknowledge = 0
+        self.send_window = self.receive_window = WINDOW
+        self.unacknowledged = 0
         self.ended_in = self.ended_out = False
 
 
 class EgressLink:
-    """One end. Not thread-safe: its owner is one loop. guest: which end."""
+    """One end of the egress stream; not thread-safe. guest: whether it is the guest's end."""
 
     def __init__(self, *, guest: bool) -> None:
         self.guest = guest
         self.flows: dict[int, _Flow] = {}
-        self._last = 0  # the last stream that was opened
+        self._last = 0  # highest stream number opened
         self._in = bytearray()
         self._failed = False
-        self._begun = memoryview(b"")  # the rest of a frame that was written in part
+        self._partial = memoryview(b"")  # the rest of a partially written frame
         self._urgent = bytearray()
         self._frames: deque[bytes] = deque()
         self._bulk = 0
 
-    # what comes in
+    # incoming
 
     def receive(self, data: bytes | memoryview) -> Iterator[Event]:
-        """Take bytes from the peer; iterate over what they say. The iteration raises PeerError, then always."""
+        """Take bytes from the peer and yield their events. Raises PeerError; after that, every call does."""
         if not self._failed:
             self._in += data
         return self._events()
 
     def _events(self) -> Iterator[Event]:
         if self._failed:
-            raise PeerError("bad frame", "the stream had failed before")
+            raise PeerError("bad frame", "the stream has failed before")
         at = 0
         try:
             while len(self._in) - at >= HEADER.size:
@@ -138,11 +139,11 @@ class EgressLink:
             del self._in[:at]
 
     def _check_header(self, kind: int, code: int, zero: int, stream: int, length: int) -> None:
-        """As soon as it has come, so that no more than one frame is ever held. Raises PeerError."""
+        """Check a header before its payload arrives, so that at most one frame is buffered. Raises PeerError."""
         shape = _SHAPES.get(kind)
         if shape is None or not (shape[3] if self.guest else shape[2]):
-            raise PeerError("bad frame", f"type {kind} is not for this side to send")
-        if zero or (stream == 0) != (kind == TOLD) or not shape[0] <= length <= shape[1]:
+            raise PeerError("bad frame", f"this side may not send type {kind}")
+        if zero or (stream == 0) != (kind == REFUSAL) or not shape[0] <= length <= shape[1]:
             raise PeerError("bad frame", f"type {kind} on stream {stream} with {length} bytes")
         if code > (CODE_MAX if kind in {OPENED, RESET} else 0):
             raise PeerError("bad frame", f"code {code}")
@@ -150,17 +151,17 @@ class EgressLink:
     def _event(self, kind: int, code: int, stream: int, payload: bytes) -> Event | None:
         if kind == OPEN:
             return self._open(stream, payload)
-        if kind == TOLD:
-            return _target(TOLD, 0, payload)
+        if kind == REFUSAL:
+            return _target(REFUSAL, 0, payload)
         if stream > self._last:
             raise PeerError("bad frame", f"stream {stream} was never opened")
         flow = self.flows.get(stream)
-        if flow is None:  # it was closed here while the frame was on its way
+        if flow is None:  # closed here while the frame was in flight
             return None
         if kind in {OPENED, RESET}:
             return self._answer(kind, code, stream, flow)
         if not flow.opened:
-            raise PeerError("bad frame", f"type {kind} before stream {stream} was open")
+            raise PeerError("bad frame", f"type {kind} before stream {stream} was opened")
         if (kind == DATAGRAM) != (flow.transport == UDP):
             raise PeerError("bad frame", f"type {kind} on stream {stream} of another transport")
         if kind == CREDIT:
@@ -177,38 +178,38 @@ class EgressLink:
 
     def _open(self, stream: int, payload: bytes) -> Event:
         if stream <= self._last:
-            raise PeerError("bad frame", f"stream {stream} is not larger than the last one")
+            raise PeerError("bad frame", f"stream {stream} is not higher than the last one")
         event = _target(OPEN, stream, payload)
         self._last = stream
         self.flows[stream] = _Flow(event.transport)
         return event
 
     def _credit(self, stream: int, flow: _Flow, more: int) -> Event:
-        if not more or flow.may_send + more > WINDOW:
-            raise PeerError("bad frame", f"more credit than the window of stream {stream}, or none")
-        flow.may_send += more
+        if not more or flow.send_window + more > WINDOW:
+            raise PeerError("bad frame", f"credit for stream {stream} is zero or exceeds its window")
+        flow.send_window += more
         return Event(CREDIT, stream)
 
     def _data(self, kind: int, stream: int, flow: _Flow, payload: bytes) -> Event:
         if flow.ended_in:
-            raise PeerError("bad frame", f"stream {stream} had ended")
+            raise PeerError("bad frame", f"stream {stream} has ended")
         if kind == FIN:
             flow.ended_in = True
             self._forget_ended(stream, flow)
             return Event(FIN, stream)
-        flow.may_come -= len(payload)
-        if flow.may_come < 0:
-            raise PeerError("bad frame", f"stream {stream} sent more than its window")
+        flow.receive_window -= len(payload)
+        if flow.receive_window < 0:
+            raise PeerError("bad frame", f"stream {stream} exceeds its window")
         return Event(DATA, stream, data=payload)
 
     def _forget_ended(self, stream: int, flow: _Flow) -> None:
         if flow.ended_in and flow.ended_out:
             self.flows.pop(stream, None)
 
-    # what goes out
+    # outgoing
 
     def open(self, transport: int, host: bytes, port: int) -> int:
-        """Ask the gate for a connection; the number of its stream. Raises ChannelUsageError."""
+        """Request a connection from the gate. Return its stream number. Raises ChannelUsageError."""
         if not self.guest or not 0 < len(host) <= HOST_MAX or self._last == STREAM_MAX:
             raise ChannelUsageError("this flow cannot be opened here")
         self._last += 1
@@ -216,13 +217,13 @@ class EgressLink:
         self._queue(OPEN, self._last, _TARGET.pack(transport, port) + host)
         return self._last
 
-    def tell(self, transport: int, host: bytes, port: int) -> None:
-        """Tell the gate of a connection that was refused here; nothing where too much is queued already."""
+    def report_refusal(self, transport: int, host: bytes, port: int) -> None:
+        """Report a connection that was refused in the guest, unless too much is queued already."""
         if self.pending() < WINDOW and 0 < len(host) <= HOST_MAX:
-            self._queue(TOLD, 0, _TARGET.pack(transport, port) + host)
+            self._queue(REFUSAL, 0, _TARGET.pack(transport, port) + host)
 
     def opened(self, stream: int, code: int = OK) -> None:
-        """Answer OPEN: with a code other than OK there is no such flow any more."""
+        """Answer OPEN. Any code other than OK ends the flow."""
         if (flow := self.flows.get(stream)) is None:
             return
         flow.opened = code == OK
@@ -231,27 +232,27 @@ class EgressLink:
         self._queue(OPENED, stream, code=code)
 
     def window(self, stream: int) -> int:
-        """How many bytes the peer takes now; 0 for a flow that is not there."""
+        """Number of bytes the peer accepts now; 0 for an unknown flow."""
         flow = self.flows.get(stream)
-        return flow.may_send if flow is not None and flow.opened and not flow.ended_out else 0
+        return flow.send_window if flow is not None and flow.opened and not flow.ended_out else 0
 
     def send(self, stream: int, data: bytes | bytearray | memoryview) -> int:
-        """Queue as much of *data* as the peer takes; the number of bytes."""
+        """Queue as much of *data* as the window allows. Return that number of bytes."""
         count = min(len(data), self.window(stream))
         view = memoryview(data)[:count]
         for at in range(0, count, DATA_MAX):
             self._bulk_frame(DATA, stream, view[at : at + DATA_MAX])
         if count:
-            self.flows[stream].may_send -= count
+            self.flows[stream].send_window -= count
         return count
 
     def send_datagram(self, stream: int, data: bytes) -> None:
-        """Queue a datagram, if the flow is there and it is not too large."""
+        """Queue a datagram, unless the flow is closed or the datagram too large."""
         if len(data) <= DATAGRAM_MAX and self.window(stream):
             self._bulk_frame(DATAGRAM, stream, data)
 
     def finish(self, stream: int) -> None:
-        """Queue the end of this direction, behind its data; a second call does nothing."""
+        """Queue the end of this direction, after its data. Idempotent."""
         if (flow := self.flows.get(stream)) is None or flow.ended_out:
             return
         flow.ended_out = True
@@ -259,19 +260,19 @@ class EgressLink:
         self._forget_ended(stream, flow)
 
     def reset(self, stream: int, code: int = OK) -> None:
-        """End a flow at once; nothing where it has ended."""
+        """Abort a flow. Idempotent."""
         if self.flows.pop(stream, None) is not None:
             self._queue(RESET, stream, code=code)
 
     def consumed(self, stream: int, count: int) -> None:
-        """Tell the peer, in steps of half a window, that *count* bytes were taken."""
+        """Record that *count* bytes were processed; grant credit in steps of half a window."""
         if (flow := self.flows.get(stream)) is None or flow.ended_in:
             return
-        flow.acknowledge += count
-        if flow.acknowledge >= WINDOW // 2:
-            self._queue(CREDIT, stream, _CREDIT.pack(flow.acknowledge))
-            flow.may_come += flow.acknowledge
-            flow.acknowledge = 0
+        flow.unacknowledged += count
+        if flow.unacknowledged >= WINDOW // 2:
+            self._queue(CREDIT, stream, _CREDIT.pack(flow.unacknowledged))
+            flow.receive_window += flow.unacknowledged
+            flow.unacknowledged = 0
 
     def _queue(self, kind: int, stream: int, payload: bytes = b"", code: int = 0) -> None:
         self._urgent += HEADER.pack(kind, code, 0, stream, len(payload)) + payload
@@ -282,27 +283,27 @@ class EgressLink:
         self._bulk += len(frame)
 
     def pending(self) -> int:
-        """Bytes queued and not yet taken by `sent`."""
-        return len(self._begun) + len(self._urgent) + self._bulk
+        """Number of queued bytes."""
+        return len(self._partial) + len(self._urgent) + self._bulk
 
     def data_to_send(self) -> memoryview:
-        """The next bytes for the peer: the rest of a frame, else small frames, else one of data."""
-        if not self._begun:
+        """Return the next bytes to write: the rest of a frame, else control frames, else one data frame."""
+        if not self._partial:
             if self._urgent:
-                self._begun = memoryview(bytes(self._urgent))
+                self._partial = memoryview(bytes(self._urgent))
                 self._urgent.clear()
             elif self._frames:
-                self._begun = memoryview(self._frames.popleft())
-                self._bulk -= len(self._begun)
-        return self._begun
+                self._partial = memoryview(self._frames.popleft())
+                self._bulk -= len(self._partial)
+        return self._partial
 
     def sent(self, count: int) -> None:
-        """Forget *count* bytes of these, which have been written."""
-        self._begun = self._begun[count:]
+        """Drop *count* written bytes of `data_to_send`."""
+        self._partial = self._partial[count:]
 
 
 def _target(kind: int, stream: int, payload: bytes) -> Event:
-    """What OPEN and TOLD are about. Raises PeerError."""
+    """Decode the payload of OPEN or REFUSAL. Raises PeerError."""
     transport, port = _TARGET.unpack_from(payload)
     if transport not in {TCP, UDP}:
         raise PeerError("bad frame", f"transport {transport}")

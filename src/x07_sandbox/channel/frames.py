@@ -1,4 +1,4 @@
-"""The frames between host and guest agent: the table, the bytes, and nothing that does I/O.
+"""Frames between host and guest agent: the table and the encoding, without I/O.
 
 A frame is an 8-byte header and a payload (docs/guest-channel.md):
 
@@ -7,9 +7,9 @@ A frame is an 8-byte header and a payload (docs/guest-channel.md):
     reserved        u8, always 0
     stream          u16, big endian; 0 for control frames
 
-Control payloads have closed schemas (`BODIES`): fixed binary records where `PACKED` has them, since a fresh clone pays
-about ten times for each instruction that it meets first, else JSON objects. Data payloads are raw bytes. All that the
-guest says is hostile: each length, count, number and text below has a bound.
+Control payloads have closed schemas (`BODIES`): fixed binary records for the kinds in `PACKED` (a fresh clone runs code
+that it executes for the first time about ten times slower), JSON objects for the others. Data payloads are raw bytes.
+The guest is hostile: every length, count, number and text below is bounded.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from x07_sandbox.errors import PeerError
 
 PROTOCOL: Final = 1
 HEADER: Final = struct.Struct(">IBBH")
-DATA_MAX: Final = 32 * 1024  # the guest's console driver takes 32 KiB a write; larger gains nothing (measured)
-CONTROL_MAX: Final = 16 * 1024  # guest to host: small and hostile
-START_MAX: Final = 16 * 1024 * 1024  # host to guest: argv and environment, of which JSON may make six times as much
-DENIED_MAX: Final = 64  # frames of that kind in a conversation
-WINDOW: Final = 256 * 1024  # bytes that may be on the way in one stream before the reader grants more
+DATA_MAX: Final = 32 * 1024  # one write of the guest's console driver; more gains nothing (measured)
+CONTROL_MAX: Final = 16 * 1024
+START_MAX: Final = 16 * 1024 * 1024  # argv and environment, which JSON escapes may make six times larger
+DENIED_MAX: Final = 64  # DENIED frames in a conversation
+WINDOW: Final = 256 * 1024  # bytes of one stream in flight before the reader grants credit
 
 
 class Role(enum.Enum):
@@ -58,7 +58,7 @@ class Kind(enum.IntEnum):
 
 
 class Stream(enum.IntEnum):
-    """Streams with a fixed number; files that go in take FIRST_FILE and up, in the order of START."""
+    """Stream numbers; input files use FIRST_FILE and up, in the order of START."""
 
     CONTROL = 0
     STDIN = 1
@@ -66,7 +66,7 @@ class Stream(enum.IntEnum):
     STDERR = 3
     OUTPUT_FILE = 4
     CHANGES = 5
-    LEFT = 6
+    LEFT_FILES = 6
     FIRST_FILE = 16
 
 
@@ -74,16 +74,16 @@ LAST_FILE: Final = 16 + 255
 
 
 class Shape(NamedTuple):
-    """What one field of a control body may hold.
+    """The type and bounds of one field of a control body.
 
-    kind: "int" (lo..hi), "text" (lo..hi characters, no lone surrogates), "bool", "bytes" (lo of them; in packed bodies
-        only), or "any" (checked by its reader, host to guest only).
+    kind: "int" (lo..hi), "text" (lo..hi characters, no lone surrogates), "bool", "bytes" (exactly lo; packed bodies
+        only), or "any" (host to guest only; its reader validates it).
     """
 
     kind: str
     lo: int = 0
     hi: int = 2**63 - 1
-    optional: bool = False  # null is allowed; the key must be there all the same
+    optional: bool = False  # null is allowed; the key is required all the same
 
 
 _COUNT = Shape("int")
@@ -96,12 +96,9 @@ _ID = Shape("bytes", lo=16, hi=16)
 BODIES: Final[dict[Kind, dict[str, Shape]]] = {
     Kind.HELLO: {"protocol": Shape("int", 1, 2**31)},
     Kind.WARM: {
-        "preload": _ANY,
+        **dict.fromkeys(("preload", "limits", "commands"), _ANY),
         "hostname": _HOST_NAME,
-        "output": _BOOL,
-        "network": _BOOL,
-        "limits": _ANY,
-        "commands": _ANY,
+        **dict.fromkeys(("output", "network"), _BOOL),
     },
     Kind.WARMED: {},
     Kind.SEED: {"unix_ns": _COUNT, "entropy": Shape("bytes", lo=64, hi=64), "nonce": _ID, "machine_id": _ID},
@@ -136,29 +133,29 @@ BODIES: Final[dict[Kind, dict[str, Shape]]] = {
     Kind.FAILED: {"stage": Shape("text", hi=64), "errno": Shape("int", 0, 4096), "message": _TEXT},
 }
 
-# Control bodies that are no JSON: the fields of BODIES, in that order.
+# Control bodies in binary form: the fields of BODIES, in that order.
 PACKED: Final[dict[Kind, struct.Struct]] = {
     **dict.fromkeys((Kind.WARMED, Kind.STARTED, Kind.STOP), struct.Struct("")),
     Kind.SEED: struct.Struct(">Q64s16s16s"),
     Kind.SEEDED: struct.Struct("16s"),
 }
-# DATA, EOF and CREDIT go both ways: see `stream_sender`.
+# DATA, EOF and CREDIT go both ways: see `frame_sender`.
 SENDER: Final[dict[Kind, Role]] = {
     kind: Role.HOST if kind in {Kind.WARM, Kind.SEED, Kind.START, Kind.STOP} else Role.GUEST for kind in BODIES
 }
 
 
 def stream_sender(stream: int) -> Role | None:
-    """Who may send data on *stream*; None where nobody may."""
+    """Return the role that may send data on *stream*, None if neither may."""
     if stream == Stream.STDIN or Stream.FIRST_FILE <= stream <= LAST_FILE:
         return Role.HOST
-    if Stream.STDOUT <= stream <= Stream.LEFT:
+    if Stream.STDOUT <= stream <= Stream.LEFT_FILES:
         return Role.GUEST
     return None
 
 
 class Frame(NamedTuple):
-    """One frame, its payload not yet interpreted."""
+    """One frame with a raw payload."""
 
     kind: Kind
     stream: int
@@ -166,7 +163,7 @@ class Frame(NamedTuple):
 
 
 def payload_max(kind: Kind) -> int:
-    """Largest payload of a frame of this kind, in bytes."""
+    """Return the maximum payload size of a kind, in bytes."""
     if kind is Kind.DATA:
         return DATA_MAX
     if kind is Kind.CREDIT:
@@ -179,14 +176,14 @@ def payload_max(kind: Kind) -> int:
 
 
 def encode(kind: Kind, stream: int = 0, payload: bytes = b"") -> bytes:
-    """The bytes of one frame. Raises ValueError if it is larger than the table allows."""
+    """Encode one frame. Raises ValueError if the payload is too large."""
     if len(payload) > payload_max(kind):
         raise ValueError(f"{kind.name} of {len(payload)} bytes is over {payload_max(kind)}")
     return HEADER.pack(len(payload), kind, 0, stream) + payload
 
 
 def frame_sender(kind: Kind, stream: int) -> Role | None:
-    """Who may send this frame; None if nobody may. Credit is sent by the one who takes the stream's data."""
+    """Return the role that may send this frame, None if neither may. The receiver of a stream sends its credit."""
     if kind in SENDER:
         return SENDER[kind] if stream == 0 else None
     sender = stream_sender(stream)
@@ -196,10 +193,9 @@ def frame_sender(kind: Kind, stream: int) -> Role | None:
 
 
 def take_frame(buf: bytearray, sender: Role) -> Frame | None:
-    """Remove the first whole frame that *sender* has sent from *buf*; None means that more bytes are needed.
+    """Remove and return the first frame from *sender* in *buf*, None if more bytes are needed.
 
-    Raises PeerError as soon as a header cannot be right, before its payload has come; *buf* is then unchanged.
-    So never more than the largest payload that *sender* may send has to be held.
+    Raises PeerError as soon as a header is invalid, and leaves *buf* unchanged; so at most one payload is buffered.
     """
     if len(buf) < HEADER.size:
         return None
@@ -212,7 +208,7 @@ def take_frame(buf: bytearray, sender: Role) -> Frame | None:
     if length > payload_max(kind):
         raise PeerError("bad frame", f"{kind.name} of {length} bytes is over {payload_max(kind)}")
     if frame_sender(kind, stream) is not sender:
-        raise PeerError("bad frame", f"{kind.name} on stream {stream} is not for the {sender.value} to send")
+        raise PeerError("bad frame", f"the {sender.value} may not send {kind.name} on stream {stream}")
     end = HEADER.size + length
     if len(buf) < end:
         return None
@@ -222,21 +218,18 @@ def take_frame(buf: bytearray, sender: Role) -> Frame | None:
 
 
 def encode_body(kind: Kind, body: Mapping[str, object]) -> bytes:
-    """A control body as bytes; lone surrogates of undecodable arguments survive as escapes of JSON.
-
-    Raises KeyError or struct.error for a packed body that is not that of the table.
-    """
+    """Encode a control body. Lone surrogates of undecodable arguments become JSON escapes."""
     if kind in PACKED:
         return PACKED[kind].pack(*[body[name] for name in BODIES[kind]])
     return _ENCODER.encode(body).encode("ascii")
 
 
 def decode_body(kind: Kind, payload: bytes) -> dict[str, Any]:
-    """The checked body of a control frame. Raises PeerError."""
+    """Decode and validate a control body. Raises PeerError."""
     shapes = BODIES[kind]
     body = _unpacked(kind, payload) if kind in PACKED else _parsed(kind, payload)
     if body.keys() != shapes.keys():
-        raise PeerError(f"bad {kind.name} frame", "its keys are not those of the table")
+        raise PeerError(f"bad {kind.name} frame", "unexpected or missing keys")
     for key, shape in shapes.items():
         if problem := _problem(shape, body[key]):
             raise PeerError(f"bad {kind.name} frame", f"{key} {problem}")
@@ -255,7 +248,7 @@ def _parsed(kind: Kind, payload: bytes) -> dict[str, Any]:
         text = payload.decode("utf-8")
         body, end = _DECODER.raw_decode(text)
     except (ValueError, RecursionError) as exc:
-        raise PeerError(f"bad {kind.name} frame", f"not the JSON that it should be ({type(exc).__name__})") from None
+        raise PeerError(f"bad {kind.name} frame", f"invalid JSON ({type(exc).__name__})") from None
     if not isinstance(body, dict) or end != len(text):
         raise PeerError(f"bad {kind.name} frame", "not one JSON object")
     return body
@@ -265,27 +258,19 @@ def _problem(shape: Shape, value: object) -> str | None:
     if shape.kind in {"any", "bytes"} or (value is None and shape.optional):
         return None
     if shape.kind == "bool":
-        return None if isinstance(value, bool) else "is no boolean"
+        return None if isinstance(value, bool) else "is not a boolean"
     if shape.kind == "text":
         return _text_problem(shape, value)
     if not isinstance(value, int) or isinstance(value, bool):
-        return "is no whole number"
+        return "is not an integer"
     return None if shape.lo <= value <= shape.hi else "is out of range"
 
 
 def _text_problem(shape: Shape, value: object) -> str | None:
-    # A lone surrogate would be an error wherever the text is written to later.
-    if not isinstance(value, str) or not (value.isascii() or _encodable(value)):
-        return "is no text"
-    return None if shape.lo <= len(value) <= shape.hi else "has a wrong length"
-
-
-def _encodable(value: str) -> bool:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    # A lone surrogate would fail wherever the text is written later.
+    if not isinstance(value, str) or (not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value)):
+        return "is not text"
+    return None if shape.lo <= len(value) <= shape.hi else "has the wrong length"
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -299,7 +284,7 @@ def _no_constant(name: str) -> None:
     raise ValueError(name)
 
 
-# Made once: what json.dumps and json.loads make anew for each call costs a fresh clone milliseconds.
+# Created once: json.dumps and json.loads create them on each call, which costs a fresh clone milliseconds.
 _KINDS: Final = {int(kind): kind for kind in Kind}
 _ENCODER: Final = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 _DECODER: Final = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_constant)

@@ -1,8 +1,7 @@
-"""One end of the channel as a state machine without I/O: bytes in, events out, bytes out.
+"""One end of the channel as a state machine without I/O.
 
-`NEXT` is the protocol: the state after each control frame. Data frames change no state; `DATA_STATES` says when they
-are in order. A missing pair raises PeerError (their fault) or ChannelUsageError (ours). Both ends run the same table,
-so the host's idea of the state is never what the guest claims but what it may do.
+`NEXT` is the protocol: the state after each control frame. `DATA_STATES` lists the states in which data may flow.
+Anything else raises PeerError (the peer's fault) or ChannelUsageError (ours). Both ends run the same table.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import enum
 import struct
 from collections.abc import Iterator, Mapping
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from x07_sandbox.channel.frames import (
     DATA_MAX,
@@ -32,17 +31,17 @@ _CREDIT: Final = struct.Struct(">I")
 
 
 class State(enum.Enum):
-    """Where the conversation stands."""
+    """The state of the conversation."""
 
-    WAITING = "waiting"  # for the guest to speak
+    WAITING = "waiting"  # for HELLO
     GREETED = "greeted"
     WARMING = "warming"
-    WARM = "warm"  # a machine is saved here, and every clone of it begins here
+    WARM = "warm"  # the snapshot is taken here; every clone starts here
     SEEDING = "seeding"
     READY = "ready"
     PREPARING = "preparing"
     RUNNING = "running"
-    COLLECTING = "collecting"  # the program has ended; its output file may follow
+    COLLECTING = "collecting"  # the program has ended; its files may follow
     FAILED = "failed"
 
 
@@ -63,9 +62,9 @@ NEXT: Final[dict[tuple[State, Kind], State]] = {
     (State.RUNNING, Kind.DENIED): State.RUNNING,
     (State.RUNNING, Kind.EXITED): State.COLLECTING,
     (State.COLLECTING, Kind.FAILED): State.FAILED,
-    # After a program of ours that only warms the machine: the next one finds everything as the first did.
+    # After a warm-up program of the host's own.
     (State.COLLECTING, Kind.WARM): State.WARMING,
-    # The host cannot know yet that the guest has just finished or failed, so its STOP may cross that frame.
+    # STOP may cross the frame that reports the end.
     (State.PREPARING, Kind.STOP): State.PREPARING,
     (State.COLLECTING, Kind.STOP): State.COLLECTING,
     (State.FAILED, Kind.STOP): State.FAILED,
@@ -78,75 +77,42 @@ DATA_STATES: Final[dict[int, frozenset[State]]] = {
     Stream.STDERR: frozenset({State.RUNNING}),
     Stream.OUTPUT_FILE: frozenset({State.COLLECTING}),
     Stream.CHANGES: frozenset({State.COLLECTING}),
-    Stream.LEFT: frozenset({State.COLLECTING}),
-    Stream.FIRST_FILE: _FROM_START,  # stands for all files that go in
+    Stream.LEFT_FILES: frozenset({State.COLLECTING}),
+    Stream.FIRST_FILE: _FROM_START,  # and all other input files
 }
 
 
-class _Event:
-    """What came. Plain classes: those of `dataclasses` cost each start of the command several milliseconds."""
+class Control(NamedTuple):
+    """A control frame arrived."""
 
-    __slots__ = ()
-    __match_args__: tuple[str, ...] = ()
-
-    def _values(self) -> tuple[object, ...]:
-        return tuple(getattr(self, name) for name in self.__match_args__)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Event) and type(self) is type(other) and self._values() == other._values()
-
-    __hash__ = None  # type: ignore[assignment]  # a body is no constant
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}{self._values()}"
+    kind: Kind
+    body: dict[str, Any]
 
 
-class Control(_Event):
-    """A control frame came."""
+class Data(NamedTuple):
+    """Bytes of a stream arrived; call `Link.consumed` once they are processed."""
 
-    __slots__ = __match_args__ = ("kind", "body")
-
-    def __init__(self, kind: Kind, body: dict[str, Any]) -> None:
-        self.kind = kind
-        self.body = body
+    stream: int
+    payload: bytes
 
 
-class Data(_Event):
-    """Bytes of a stream came; call `Link.consumed` once they are taken."""
+class Eof(NamedTuple):
+    """A stream ended."""
 
-    __slots__ = __match_args__ = ("stream", "payload")
-
-    def __init__(self, stream: int, payload: bytes) -> None:
-        self.stream = stream
-        self.payload = payload
+    stream: int
 
 
-class Eof(_Event):
-    """A stream has ended."""
+class Credit(NamedTuple):
+    """The peer accepts more bytes of a stream."""
 
-    __slots__ = __match_args__ = ("stream",)
-
-    def __init__(self, stream: int) -> None:
-        self.stream = stream
-
-
-class Credit(_Event):
-    """The peer takes more bytes of a stream."""
-
-    __slots__ = __match_args__ = ("stream",)
-
-    def __init__(self, stream: int) -> None:
-        self.stream = stream
+    stream: int
 
 
 Event = Control | Data | Eof | Credit
 
 
 class Link:
-    """One end of the conversation. Not thread-safe: its owner is one loop.
-
-    state: where it goes on: with a clone of a saved machine the first frames were exchanged before it was saved.
-    """
+    """One end of the conversation; not thread-safe. state: the initial state, which is WARM for a clone."""
 
     def __init__(self, role: Role, state: State = State.WAITING) -> None:
         self.role = role
@@ -155,24 +121,24 @@ class Link:
         self._in = bytearray()
         self._error: PeerError | None = None
         self._out = bytearray()
-        self._may_send: dict[int, int] = {}  # bytes left of the window, per stream that we send
-        self._may_come: dict[int, int] = {}
+        self._send_window: dict[int, int] = {}  # bytes left, by stream
+        self._receive_window: dict[int, int] = {}
         self._unacknowledged: dict[int, int] = {}
         self._ended_out: set[int] = set()
         self._ended_in: set[int] = set()
 
-    def _forget_streams(self) -> None:
-        """A new job's streams begin: nothing of the last one's is on the way any more, at either end."""
-        for kept in (self._may_send, self._may_come, self._unacknowledged, self._ended_out, self._ended_in):
-            kept.clear()
+    def _reset_streams(self) -> None:
+        """Start a new job's streams; nothing of the previous ones is in flight."""
+        windows = self._send_window, self._receive_window, self._unacknowledged
+        for collection in (*windows, self._ended_out, self._ended_in):
+            collection.clear()
 
-    # what comes in
+    # incoming
 
     def receive(self, data: bytes) -> Iterator[Event]:
-        """Take bytes from the peer; iterate over their events, each decoded when it is asked for.
+        """Take bytes from the peer and return a lazy iterator over their events.
 
-        So events do not depend on how the stream was cut, and none before a fault is lost. A next call goes on where an
-        iteration was given up. The iteration raises PeerError, from then on always: the link is of no more use.
+        An abandoned iteration is continued by the next call. Iterating raises PeerError; after that, every call does.
         """
         self._in += data
         return self._events()
@@ -198,7 +164,7 @@ class Link:
         body = decode_body(frame.kind, frame.payload)
         self.state = following
         if frame.kind in {Kind.WARM, Kind.WARMED}:
-            self._forget_streams()
+            self._reset_streams()
         return Control(frame.kind, body)
 
     def _data(self, frame: Frame) -> Event:
@@ -206,14 +172,14 @@ class Link:
         if self.state not in _data_states(stream):
             raise PeerError("frame out of order", f"data on stream {stream} while {self.state.value}")
         if stream in self._ended_in:
-            raise PeerError("frame out of order", f"stream {stream} had ended")
+            raise PeerError("frame out of order", f"stream {stream} has ended")
         if frame.kind is Kind.EOF:
             self._ended_in.add(stream)
             return Eof(stream)
-        left = self._may_come.get(stream, WINDOW) - len(frame.payload)
+        left = self._receive_window.get(stream, WINDOW) - len(frame.payload)
         if left < 0 or not frame.payload:
-            raise PeerError("bad frame", f"stream {stream} sent more than its window, or nothing")
-        self._may_come[stream] = left
+            raise PeerError("bad frame", f"data on stream {stream} is empty or exceeds its window")
+        self._receive_window[stream] = left
         return Data(stream, frame.payload)
 
     def _credit(self, frame: Frame) -> Event:
@@ -223,37 +189,37 @@ class Link:
         more = _CREDIT.unpack(frame.payload)[0]
         total = self.window(stream) + more
         if not more or total > WINDOW:
-            raise PeerError("bad frame", f"more credit than the window of stream {stream}, or none")
-        self._may_send[stream] = total
+            raise PeerError("bad frame", f"credit for stream {stream} is zero or exceeds its window")
+        self._send_window[stream] = total
         return Credit(stream)
 
-    # what goes out
+    # outgoing
 
     def send(self, kind: Kind, body: Mapping[str, object]) -> None:
-        """Queue a control frame. Raises ChannelUsageError if it is not our turn."""
+        """Queue a control frame. Raises ChannelUsageError if the state does not allow it."""
         following = NEXT.get((self.state, kind))
         if SENDER[kind] is not self.role or following is None:
-            raise ChannelUsageError(f"{kind.name} cannot be sent by the {self.role.value} while {self.state.value}")
+            raise ChannelUsageError(f"the {self.role.value} cannot send {kind.name} while {self.state.value}")
         self._out += encode(kind, 0, encode_body(kind, body))
         self.state = following
 
     def window(self, stream: int) -> int:
-        """How many bytes of *stream* the peer takes now."""
-        return self._may_send.get(stream, WINDOW)
+        """Number of bytes of *stream* the peer accepts now."""
+        return self._send_window.get(stream, WINDOW)
 
     def send_data(self, stream: int, data: bytes | bytearray | memoryview) -> int:
-        """Queue as much of *data* as the peer takes; the number of bytes queued. Raises ChannelUsageError."""
+        """Queue as much of *data* as the window allows. Return that number of bytes. Raises ChannelUsageError."""
         self._check_ours(stream)
         if stream in self._ended_out:
             raise ChannelUsageError(f"stream {stream} has ended")
         view = memoryview(data)[: self.window(stream)]
         for at in range(0, len(view), DATA_MAX):
             self._out += encode(Kind.DATA, stream, bytes(view[at : at + DATA_MAX]))
-        self._may_send[stream] = self.window(stream) - len(view)
+        self._send_window[stream] = self.window(stream) - len(view)
         return len(view)
 
     def end_stream(self, stream: int) -> None:
-        """Queue the end of a stream; a second call does nothing. Raises ChannelUsageError."""
+        """Queue the end of a stream. Idempotent. Raises ChannelUsageError."""
         if stream not in self._ended_out:
             self._check_ours(stream)
             self._ended_out.add(stream)
@@ -262,32 +228,33 @@ class Link:
     def _check_ours(self, stream: int) -> None:
         if stream_sender(stream) is not self.role or self.state not in _data_states(stream):
             state = self.state.value
-            raise ChannelUsageError(f"stream {stream} is not for the {self.role.value} to send while {state}")
+            raise ChannelUsageError(f"the {self.role.value} cannot send on stream {stream} while {state}")
 
     def consumed(self, stream: int, count: int) -> None:
-        """Tell the peer, in steps of a quarter window, that *count* bytes of *stream* were taken.
+        """Record that *count* bytes of *stream* were processed; grant credit in steps of a quarter window.
 
-        Raises ChannelUsageError if these are more than have come.
+        Raises ChannelUsageError if more than was received.
         """
-        waiting = self._unacknowledged.get(stream, 0) + count
-        if count < 0 or waiting > WINDOW - self._may_come.get(stream, WINDOW):
-            raise ChannelUsageError(f"{count} bytes of stream {stream} were never there to be taken")
-        if waiting >= WINDOW // 4:
-            self._out += encode(Kind.CREDIT, stream, _CREDIT.pack(waiting))
-            self._may_come[stream] = self._may_come.get(stream, WINDOW) + waiting
-            waiting = 0
-        self._unacknowledged[stream] = waiting
+        unacknowledged = self._unacknowledged.get(stream, 0) + count
+        window = self._receive_window.get(stream, WINDOW)
+        if count < 0 or unacknowledged > WINDOW - window:
+            raise ChannelUsageError(f"{count} bytes of stream {stream} were never received")
+        if unacknowledged >= WINDOW // 4:
+            self._out += encode(Kind.CREDIT, stream, _CREDIT.pack(unacknowledged))
+            self._receive_window[stream] = window + unacknowledged
+            unacknowledged = 0
+        self._unacknowledged[stream] = unacknowledged
 
     def pending(self) -> int:
-        """Bytes queued and not yet taken by `sent`."""
+        """Number of queued bytes."""
         return len(self._out)
 
     def data_to_send(self, most: int) -> bytes:
-        """The next bytes for the peer, at most *most*; call `sent` with what was written."""
+        """Return the next bytes to write, at most *most*."""
         return bytes(self._out[:most])
 
     def sent(self, count: int) -> None:
-        """Forget *count* bytes that have been written."""
+        """Drop *count* written bytes of `data_to_send`."""
         del self._out[:count]
 
 

@@ -1,21 +1,21 @@
-"""Trees of files as a stream of bytes, the same on both sides: what goes in, and what a program has changed.
+"""File trees as a byte stream: input files, and the changes that a program made.
 
-Records follow each other, numbers are big-endian:
+A stream is a sequence of records; numbers are big endian:
 
-    kind      u8
-    name      u16 length, then bytes: below the tree's root, parts divided by '/'; empty for the root itself
-    FOLDER    mode u16, mtime i64 (ns since 1970)
-    FILE      mode u16, mtime i64, size u64, then segments until their lengths are that size:
-              u64, of which the top bit says hole and the rest is the length; unless it is a hole, the bytes
-    LINK      mtime i64, u16 length, then the target
-    GONE      nothing: it was there and is no more
-    OTHER     mode u16, with its type: what no stream carries (device, socket, pipe, what has extended attributes, a
-              folder too deep for names below it)
-    ROOT      nothing: what follows is of the tree with the number that the name says, in decimal
-    END       nothing: the last record
+    kind         u8
+    name         u16 length, then bytes: the path below the tree's root; empty for the root itself
+    FOLDER       mode u16, mtime i64 (ns since 1970)
+    FILE         mode u16, mtime i64, size u64, then segments that add up to the size, each a u64 (top bit: hole;
+                 the rest: length) and, unless it is a hole, that many bytes
+    LINK         mtime i64, u16 length, then the target
+    DELETED      nothing
+    UNSUPPORTED  mode u16, with the file type: device, socket, pipe, anything with extended attributes, or a folder
+                 nested too deep
+    ROOT         nothing; its name is the decimal number of the tree that the following records belong to
+    END          nothing; the last record
 
-All that a guest sends is hostile: names, numbers and counts have bounds here, and a name can neither leave its tree nor
-be absolute. What an entry may be is for its reader to judge.
+The guest is hostile: names, numbers and counts are bounded here, and no name leaves its tree. The caller decides which
+kinds it accepts.
 """
 
 from __future__ import annotations
@@ -37,27 +37,24 @@ _MODE: Final = struct.Struct(">H")
 _FOLDER: Final = struct.Struct(">Hq")
 _FILE: Final = struct.Struct(">HqQ")
 _LINK: Final = struct.Struct(">qH")
-_MTIME_MAX: Final = (1 << 63) - 1  # of 2262; a file system may hold later ones
+_MTIME_MAX: Final = (1 << 63) - 1  # the year 2262; file systems may hold later times
 _SEGMENT: Final = struct.Struct(">Q")
 
 
 class Kind(enum.IntEnum):
-    """What a record is of."""
+    """The kind of a record."""
 
     FOLDER = 1
     FILE = 2
     LINK = 3
-    GONE = 4
-    OTHER = 5
+    DELETED = 4
+    UNSUPPORTED = 5
     ROOT = 6
     END = 7
 
 
 class Entry(NamedTuple):
-    """One record. mode: permission bits, for OTHER with the type. mtime_ns: of a file, folder or link.
-
-    size: of a file. target: of a link.
-    """
+    """One record. mode: permission bits; for UNSUPPORTED with the file type."""
 
     kind: Kind
     name: bytes
@@ -67,7 +64,7 @@ class Entry(NamedTuple):
     target: bytes = b""
 
     def encoded(self) -> bytes:
-        """Its bytes; those of a file are followed by its segments. Raises struct.error for what no record can hold."""
+        """Encode the record; a file's segments follow separately. Raises struct.error if a value does not fit."""
         head = _HEAD.pack(self.kind, len(self.name)) + self.name
         mtime_ns = max(-_MTIME_MAX, min(self.mtime_ns, _MTIME_MAX))
         if self.kind is Kind.FILE:
@@ -76,46 +73,46 @@ class Entry(NamedTuple):
             return head + _LINK.pack(mtime_ns, len(self.target)) + self.target
         if self.kind is Kind.FOLDER:
             return head + _FOLDER.pack(self.mode, mtime_ns)
-        if self.kind is Kind.OTHER:
+        if self.kind is Kind.UNSUPPORTED:
             return head + _MODE.pack(self.mode)
         return head
 
 
 class Piece(NamedTuple):
-    """Bytes of the file whose entry came last."""
+    """Bytes of the current file."""
 
     data: bytes
 
 
 class Hole(NamedTuple):
-    """So many zeros of it, which take no room."""
+    """A hole of that many bytes in the current file."""
 
     size: int
 
 
 class FileEnd:
-    """That file is whole."""
+    """The current file is complete."""
 
 
 Event = Entry | Piece | Hole | FileEnd
 
 
 def segment(size: int, *, hole: bool = False) -> bytes:
-    """The head of a segment of a file."""
+    """Encode the header of a file segment."""
     return _SEGMENT.pack(size | _HOLE if hole else size)
 
 
 class Reader:
-    """Takes a stream in pieces of any size."""
+    """Incremental decoder of a stream."""
 
     def __init__(self) -> None:
         self.ended = False
         self._buffer = bytearray()
-        self._file_left = -1  # of the file that is being read, else -1
+        self._file_left = -1  # bytes left of the current file; -1: none
         self._segment_left = 0
 
     def feed(self, data: bytes) -> Iterator[Event]:
-        """What these bytes complete. Consume it wholly before the next call. Raises PeerError."""
+        """Yield the events that *data* completes; exhaust the iterator before the next call. Raises PeerError."""
         self._buffer += data
         view, at = memoryview(bytes(self._buffer)), 0
         self._buffer.clear()
@@ -125,7 +122,7 @@ class Reader:
                 yield FileEnd()
                 continue
             if self.ended:
-                raise _bad("something follows its end")
+                raise _bad("data after the end")
             if self._segment_left:
                 piece = bytes(view[at : at + self._segment_left])
                 at += len(piece)
@@ -147,7 +144,7 @@ class Reader:
         (word,) = _SEGMENT.unpack_from(view, at)
         size = word & ~_HOLE
         if not 0 < size <= self._file_left:
-            raise _bad("a segment does not fit its file")
+            raise _bad("a segment exceeds its file")
         at += _SEGMENT.size
         if not word & _HOLE:
             self._segment_left = size
@@ -172,20 +169,20 @@ class Reader:
         if kind is Kind.FOLDER:
             mode, mtime_ns = _FOLDER.unpack_from(view, rest)
             return Entry(kind, name, mode=mode, mtime_ns=mtime_ns), rest + _FOLDER.size
-        if kind is Kind.OTHER:
+        if kind is Kind.UNSUPPORTED:
             (mode,) = _MODE.unpack_from(view, rest)
             return Entry(kind, name, mode=mode), rest + _MODE.size
         return Entry(kind, name), rest
 
 
 def _head(view: memoryview, at: int) -> tuple[Kind, bytes, int] | None:
-    """Kind and checked name of the record at *at*, and where its rest begins; None if not all of that has come."""
+    """Return kind, verified name and offset of the rest of the record at *at*, None if it is incomplete."""
     if len(view) - at < _HEAD.size:
         return None
     number, length = _HEAD.unpack_from(view, at)
     kind = _KINDS.get(number)
     if kind is None:
-        raise _bad(f"record {number} does not exist")
+        raise _bad(f"unknown record {number}")
     if length > NAME_MAX:
         raise _bad("a name is too long")
     at += _HEAD.size
@@ -195,9 +192,9 @@ def _head(view: memoryview, at: int) -> tuple[Kind, bytes, int] | None:
     name = bytes(view[at:rest])
     if kind is Kind.ROOT:
         if not (name.isdigit() and len(name) <= _ROOT_DIGITS):
-            raise _bad("a tree has no number")
+            raise _bad("ROOT without a number")
     elif kind is Kind.END and name:
-        raise _bad("its end has a name")
+        raise _bad("END with a name")
     else:
         check_name(name)
     return kind, name, rest
@@ -207,37 +204,37 @@ def _link(view: memoryview, at: int, name: bytes) -> tuple[Entry, int] | None:
     mtime_ns, size = _LINK.unpack_from(view, at)
     at += _LINK.size
     if not 0 < size <= NAME_MAX:
-        raise _bad("a link's target has a wrong length")
+        raise _bad("a link target is empty or too long")
     if len(view) - at < size:
         return None
     target = bytes(view[at : at + size])
     if b"\0" in target:
-        raise _bad("a link's target holds a zero byte")
+        raise _bad("a link target contains a NUL byte")
     return Entry(Kind.LINK, name, mtime_ns=mtime_ns, target=target), at + size
 
 
 _ROOT_DIGITS: Final = 3
 _KINDS: Final = {int(kind): kind for kind in Kind}
-_REST: Final = {Kind.FILE: _FILE.size, Kind.LINK: _LINK.size, Kind.FOLDER: _FOLDER.size, Kind.OTHER: _MODE.size}
+_REST: Final = {Kind.FILE: _FILE.size, Kind.LINK: _LINK.size, Kind.FOLDER: _FOLDER.size, Kind.UNSUPPORTED: _MODE.size}
 
 
 def check_name(name: bytes) -> bytes:
-    """*name*, if it stays below its root: no empty part, no '.' or '..', not absolute. Raises PeerError."""
+    """Return *name* if it is a relative path without empty, "." and ".." parts. Raises PeerError."""
     if not name:
         return name
     parts = name.split(b"/")
     if len(name) > NAME_MAX or len(parts) > DEPTH_MAX or b"\0" in name:
-        raise _bad("a name is too long, too deep, or holds a zero byte")
+        raise _bad("a name is too long, too deep, or contains a NUL byte")
     for part in parts:
         if not part or len(part) > PART_MAX or part in {b".", b".."}:
-            raise _bad("a name leaves its tree, or has an empty or too long part")
+            raise _bad("a name leaves its tree, or has an empty or overlong part")
     return name
 
 
 def can_hold_names(name: bytes) -> bool:
-    """Whether what lies in the folder *name* can have a name in a stream, and a path that the kernel takes."""
+    """Whether entries of the folder *name* fit a stream and the kernel's path limit."""
     return len(name) + PART_MAX + 1 < NAME_MAX - 256 and name.count(b"/") + 2 < DEPTH_MAX
 
 
 def _bad(why: str) -> PeerError:
-    return PeerError("bad tree of files", why)
+    return PeerError("bad file tree", why)

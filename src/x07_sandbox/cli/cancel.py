@@ -9,7 +9,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from x07_sandbox.host.cancel import Cancel
-from x07_sandbox.host.threads import started
+from x07_sandbox.host.threads import start_thread
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -46,7 +46,7 @@ def _heard(wanted: Collection[int], cancel: Cancel) -> Iterator[None]:
 
     thread = threading.Thread(target=forward, name="x07-signals", daemon=True)
     with contextlib.suppress(OSError):  # there may be no more threads: the handlers are called all the same
-        started(thread)
+        start_thread(thread)
     before = signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
     try:
         yield

@@ -15,13 +15,13 @@ from x07_sandbox.errors import SandboxError, UsageError
 from x07_sandbox.images.build import build_image
 from x07_sandbox.images.store import (
     build_command,
-    cure,
     damaged_images,
     find_image,
     image_is_current,
     list_images,
     named,
     remove_name,
+    repair_hint,
     set_name,
 )
 from x07_sandbox.images.verify import verify_image
@@ -248,7 +248,7 @@ def _inspect(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     image = find_image(options.image)
     problems = verify_image(image)
-    fix = cure(image) if problems else None
+    fix = repair_hint(image) if problems else None
     report = VerifyReport(digest=image.digest, good=not problems, problems=tuple(problems), fix=fix)
     if not print_document(report, options):
         for problem in problems:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 from functools import partial
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -14,7 +13,7 @@ from x07_sandbox.cli.parser import add_document_flags, option, repeated, switch
 from x07_sandbox.errors import UsageError
 from x07_sandbox.network.rules import make_allowlist
 from x07_sandbox.policy.canonical import policy_digest
-from x07_sandbox.policy.problems import MISSING, PolicyError
+from x07_sandbox.policy.problems import PolicyError
 from x07_sandbox.policy.schema import fields, render_schema
 from x07_sandbox.policy.templates import BUILT_IN
 from x07_sandbox.reports.policies import CheckedFile, CheckReport, DiffReport, DigestReport
@@ -43,7 +42,6 @@ EXIT_CODES: Final = (
     ("diff", "0 no difference; 1 they differ; 3 one is not valid; 2 one cannot be read"),
     ("schema", "0 it is printed"),
 )
-_LEFT_OUT: Final = 8  # as many names as fit a line
 _EPILOG: Final = """A policy is named by its file, or as built-in:NAME, by the name of a template.
 exit code: 0; 2 wrong usage, or a file that cannot be read; 3 a policy that is not valid; see also each action's help.
 
@@ -149,31 +147,10 @@ def _checked(name: str) -> CheckedFile:
         policy, _ = read_policy(name)
         make_allowlist(policy)
     except PolicyError as exc:
-        return CheckedFile(file=name, status="invalid", problems=exc.problems, **_completed(name, exc))
+        return CheckedFile(file=name, status="invalid", problems=exc.problems, text=str(exc))
     except UsageError as exc:
         return CheckedFile(file=name, status="unreadable", problems=(), text=str(exc))
     return CheckedFile(file=name, status="valid", policy_id=policy.policy_id, digest=policy_digest(policy))
-
-
-def _completed(name: str, exc: PolicyError) -> dict[str, str]:
-    """What is told of an invalid file, and the command that completes it where it is incomplete."""
-    from pathlib import Path
-
-    from x07_sandbox.host.paths import read_bounded
-    from x07_sandbox.policy.decode import MAX_BYTES
-    from x07_sandbox.policy.from_flags import completion
-
-    text, found = str(exc), None
-    if name.isprintable() and all(problem.message == MISSING for problem in exc.problems):
-        with contextlib.suppress(UsageError):
-            found = completion(read_bounded(Path(name), "policy", MAX_BYTES))
-    if found is None:
-        return {"text": text}
-    command = found.line(f"{name.removesuffix('.json')}.complete.json")
-    text += f"\n  This writes a complete policy: {command}"
-    if found.left_out:
-        text += f"\n  No flag says {', '.join(found.left_out[:_LEFT_OUT])}"
-    return {"text": text, "completed_by": command}
 
 
 def _digest(options: argparse.Namespace) -> int:

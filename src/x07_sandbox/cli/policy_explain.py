@@ -10,8 +10,8 @@ import msgspec
 
 from x07_sandbox.backends.registry import BY_NAME, features_of
 from x07_sandbox.backends.selection import asked, backend_named, select, this_platform
-from x07_sandbox.network.names import spelled
-from x07_sandbox.network.rules import make_allowlist, never_reached
+from x07_sandbox.network.names import pattern_text
+from x07_sandbox.network.rules import make_allowlist, unreachable_entries
 from x07_sandbox.plan.confinement import confinement
 from x07_sandbox.plan.controls import make_plan
 from x07_sandbox.policy.canonical import policy_digest
@@ -78,15 +78,15 @@ def explanation(
         isolation=backend.isolation,
         toolchain=toolchain,
         carried_out=not plan.refusals,
-        filters=confinement(policy, "").filters if "confinement" in features.can_hold else (),
+        filters=confinement(policy, "").filters if "confinement" in features.can_enforce else (),
         controls=tuple(
             ExplainedControl(**msgspec.structs.asdict(control), value=msgspec.to_builtins(values[control.field]))
             for control in plan.controls
         ),
         refusals=plan.refusals,
-        never_reached=tuple(
-            NeverReached(field=entry.rule, host=spelled(entry.what), why=why)
-            for entry, why in never_reached(make_allowlist(policy))
+        unreachable_entries=tuple(
+            NeverReached(field=entry.rule, host=pattern_text(entry.what), why=why)
+            for entry, why in unreachable_entries(make_allowlist(policy))
         ),
     )
 
@@ -102,9 +102,9 @@ def lines(found: ExplainReport) -> list[str]:
             told += ["", f"{title}:"]
         for control in group:
             told.append(f"  {control.field:{width}}  {shown(control.value):12}  {control.by}: {control.why}")
-    if found.never_reached:
+    if found.unreachable_entries:
         told += ["", "listed, and never reached unless your own settings open it (docs/explanation/network.md):"]
-    told += [f"  {row.field}  {shown(row.host)}: {row.why}" for row in found.never_reached]
+    told += [f"  {row.field}  {shown(row.host)}: {row.why}" for row in found.unreachable_entries]
     told += ["", f"seccomp filters of the image: {', '.join(found.filters)} (a result has their digests)"]
     if found.refusals:
         told += ["", "what would allow a run:"]

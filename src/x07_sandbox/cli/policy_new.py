@@ -9,7 +9,7 @@ from x07_sandbox.cli.parser import named, option, repeated
 from x07_sandbox.cli.run_options import add_limits, limits_of
 from x07_sandbox.errors import UsageError
 from x07_sandbox.policy.default import render_policy
-from x07_sandbox.policy.from_flags import Wanted, is_id, make_policy
+from x07_sandbox.policy.from_flags import NewPolicy, is_policy_id, make_policy
 from x07_sandbox.policy.limits import LimitChanges
 from x07_sandbox.policy.templates import TEMPLATES
 
@@ -43,10 +43,10 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 def new(options: argparse.Namespace) -> int:
     """Print it; the exit code. Raises UsageError."""
-    if options.id is not None and not is_id(options.id):
+    if options.id is not None and not is_policy_id(options.id):
         why = "a name has 1 to 64 letters, digits, '_', '.' or '-'"
         raise UsageError(f"cannot name a policy {options.id!r}", why, "Give another --id")
-    wanted = Wanted(
+    wanted = NewPolicy(
         template=options.template or "default",
         policy_id=options.id,
         limits=limits_of(options).get("limits", LimitChanges()),

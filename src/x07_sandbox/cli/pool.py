@@ -18,7 +18,7 @@ from x07_sandbox.cli.json_output import print_document, wanted
 from x07_sandbox.cli.parser import add_document_flags, whole_number
 from x07_sandbox.errors import HostError, UsageError
 from x07_sandbox.host import settings
-from x07_sandbox.host.decoding import known
+from x07_sandbox.host.decoding import prepared
 from x07_sandbox.reports.pool import PoolReport, PoolStatus
 
 if TYPE_CHECKING:
@@ -145,6 +145,6 @@ def _told() -> PoolStatus | None:
         raise HostError("cannot ask the pool", f"its process {pid} does not answer", fix)
     told = {key: value for key, value in answer[0].items() if key != "protocol"}
     try:
-        return msgspec.convert(told, known(PoolStatus))
+        return msgspec.convert(told, prepared(PoolStatus))
     except msgspec.ValidationError as exc:  # one that another version of ours has started
         raise HostError("cannot read what the pool says", str(exc), "Run x07 pool stop, and start it anew") from exc

@@ -356,13 +356,13 @@ def _overrides(options: argparse.Namespace) -> dict[str, Any]:
     """What a request has of the flags that change the policy; nothing where none was given."""
     keys = {flag: flag[2:].replace("-", "_") for flag, _, _ in OVERRIDES}
     given = {flag: key for flag, key in keys.items() if getattr(options, key)}
-    let_in = tuple(word for word in ("hidden", "symlinks") if getattr(options, f"allow_{word}"))
-    if not (given or let_in):
+    include = tuple(word for word in ("hidden", "symlinks") if getattr(options, f"allow_{word}"))
+    if not (given or include):
         return {}
     from x07_sandbox.policy.overrides import Overrides
 
-    overrides = Overrides(**{key: tuple(getattr(options, key)) for key in given.values()}, let_in=let_in)
-    return {"overrides": overrides, "override_flags": (*given, *(f"--allow-{word}" for word in let_in))}
+    overrides = Overrides(**{key: tuple(getattr(options, key)) for key in given.values()}, include=include)
+    return {"overrides": overrides, "override_flags": (*given, *(f"--allow-{word}" for word in include))}
 
 
 def _nothing_named() -> UsageError:

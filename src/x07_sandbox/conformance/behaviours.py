@@ -349,7 +349,7 @@ def _honest_plan(bench: Bench) -> None:
     states = {control.field: control.state for control in bench.build.controls}
     for behaviour in BEHAVIOURS:
         if behaviour.needs and behaviour.name in bench.backend.known_gaps:
-            claimed = behaviour.needs in bench.features.can_hold
+            claimed = behaviour.needs in bench.features.can_enforce
             claimed |= states.get(_FIELDS.get(behaviour.needs, behaviour.needs)) == "enforced"
             expect(f"claim to hold {behaviour.needs}", expected=False, found=claimed)
 

@@ -21,8 +21,8 @@ from x07_sandbox.backends.selection import Choice
 from x07_sandbox.host import settings
 from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.host.paths import state_dir
-from x07_sandbox.host.poll import readable
-from x07_sandbox.host.processes import carries_mark
+from x07_sandbox.host.poll import wait_readable
+from x07_sandbox.host.processes import has_mark
 from x07_sandbox.images.store import find_image
 from x07_sandbox.images.verify import OpenImage, open_image
 from x07_sandbox.policy import Policy, default_policy
@@ -175,7 +175,7 @@ def read_line(fd: int) -> str:
     line = b""
     deadline = time.monotonic() + ANSWER_S
     while not line.endswith(b"\n") and len(line) < _LINE_MAX:
-        if not readable(fd, deadline - time.monotonic()):
+        if not wait_readable(fd, deadline - time.monotonic()):
             raise BrokenError(f"expected a line of output, got none in {ANSWER_S:.0f} s")
         if not (byte := os.read(fd, 1)):
             raise BrokenError("expected a line of output, got the end of the stream")
@@ -188,7 +188,7 @@ def remaining(*marks: str) -> list[int]:
     deadline = time.monotonic() + ANSWER_S
     while True:
         pids = [int(entry.name) for entry in os.scandir("/proc") if entry.name.isdigit()]
-        found = [pid for pid in pids if any(carries_mark(pid, mark) for mark in marks)]
+        found = [pid for pid in pids if any(has_mark(pid, mark) for mark in marks)]
         if not found or time.monotonic() > deadline:
             return found
         time.sleep(_POLL_S)

@@ -60,7 +60,7 @@ def check_behaviour(behaviour: Behaviour, bench: Bench) -> Verdict:
     verdict = partial(msgspec.structs.replace, known)
     if reason := bench.backend.known_gaps.get(behaviour.name):
         return verdict(verdict="gap", reason=reason)
-    if behaviour.needs and behaviour.needs not in bench.features.can_hold:
+    if behaviour.needs and behaviour.needs not in bench.features.can_enforce:
         return verdict(verdict="skipped", reason=f"the backend cannot enforce {behaviour.needs} on this host")
     started = time.monotonic()
     failed = {}

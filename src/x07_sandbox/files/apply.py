@@ -26,7 +26,7 @@ from x07_sandbox.files.inode import MISSING, ConflictError, conflict_error
 from x07_sandbox.files.journal import Head, Place
 from x07_sandbox.files.staging import Planner, fill, undo_changes
 from x07_sandbox.host import beneath, close_on_fork, settings
-from x07_sandbox.host.locks import opened_lock
+from x07_sandbox.host.locks import lock_fd_held
 from x07_sandbox.host.paths import private_dir
 
 if TYPE_CHECKING:
@@ -276,7 +276,7 @@ def _sites(
                 if exc.errno not in MISSING:
                     raise
                 raise _moved(path, recorded) from exc
-            stack.callback(close_on_fork.close, close_on_fork.keep(fd))  # a copy in a forked child would keep the lock
+            stack.callback(close_on_fork.close, close_on_fork.add(fd))  # a copy in a forked child would keep the lock
             info = os.fstat(fd)
             ident = (info.st_dev, info.st_ino)
             if recorded is not None and recorded[path].ident != ident:
@@ -287,7 +287,7 @@ def _sites(
             by_path[path] = by_ident[ident]
         for _, site in sorted(by_ident.items()):
             notify = None if on_wait is None else (lambda path=site.place.path: on_wait(path))
-            stack.enter_context(opened_lock(os.dup(site.fd), on_wait=notify))
+            stack.enter_context(lock_fd_held(os.dup(site.fd), on_wait=notify))
             stack.callback(_close_staging, site)
         for path, site in by_path.items():
             _check_unmoved(path, site, recorded)
@@ -326,7 +326,7 @@ def _moved(path: str, recorded: dict[str, Place] | None) -> Exception:
 def _locked(folder: Path, on_wait: OnWait | None) -> Iterator[None]:
     private_dir(folder)
     notify = None if on_wait is None else (lambda: on_wait(str(folder)))
-    with _os_errors(folder), opened_lock(os.open(folder, _FOLDER), on_wait=notify):
+    with _os_errors(folder), lock_fd_held(os.open(folder, _FOLDER), on_wait=notify):
         yield
 
 

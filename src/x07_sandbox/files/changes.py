@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
 
-from x07_sandbox.host.decoding import known
+from x07_sandbox.host.decoding import prepared
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -140,7 +140,7 @@ def encode(changes: ChangeSet) -> bytes:
 
 def decode(data: bytes) -> ChangeSet:
     """Return the set in a `changes.json`. Raises ValueError."""
-    return msgspec.convert(json.loads(data), known(ChangeSet))
+    return msgspec.convert(json.loads(data), prepared(ChangeSet))
 
 
 def display_name(root: str, name: str, *, several_roots: bool) -> str:

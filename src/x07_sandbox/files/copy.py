@@ -26,7 +26,7 @@ from x07_sandbox.files.changes import Node, parent_folders
 from x07_sandbox.files.contents import add_zeros
 from x07_sandbox.files.roots import Mount
 from x07_sandbox.host import beneath, settings
-from x07_sandbox.plan.guest_paths import inside
+from x07_sandbox.plan.guest_paths import is_below
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -179,14 +179,14 @@ class _Walk:
         met = [mount.at for mount in mounts if mount.sub in {"", self._tree.only} or mount.sub in self._present]
         self.copied.separate = [mount for mount in mounts if mount.at not in met]
         for mount in self.copied.separate:
-            if any(inside(mount.at, at) for at in met):
+            if any(is_below(mount.at, at) for at in met):
                 self._way_to(mount)
 
     def _may_create(self, mount: Mount) -> bool:
         folder, _, part = mount.sub.rpartition("/")
         if mount.sub in self._present or (folder and folder not in self._present) or self._why_skip(part, mount.sub):
             return False
-        around = [other.sub for other in self._tree.mounts if other.write and inside(mount.host, other.host)]
+        around = [other.sub for other in self._tree.mounts if other.write and is_below(mount.host, other.host)]
         return any(not sub or sub in self._present for sub in around)
 
     def _create(self, name: str) -> None:

@@ -101,7 +101,7 @@ class Incoming:
         if self._root < 0:
             raise PeerError("bad changes", "there is an entry before the first root")
         self._entries_left -= 1
-        if entry.mode & ~_PERMISSIONS and entry.kind is not Kind.OTHER:
+        if entry.mode & ~_PERMISSIONS and entry.kind is not Kind.UNSUPPORTED:
             raise PeerError("bad changes", "a mode has more than permission bits")
         if self._entries_left < 0:
             self.too_many = True
@@ -114,7 +114,7 @@ class Incoming:
                 return
             self._entry, self._hash, self._at = entry, hashlib.sha256(), self._position
             return
-        other = entry.mode if entry.kind is Kind.OTHER else None
+        other = entry.mode if entry.kind is Kind.UNSUPPORTED else None
         self.reported.append(ReportedEntry(root=self._root, name=name, node=_node(entry), other=other))
 
     def _enter(self, number: int) -> None:

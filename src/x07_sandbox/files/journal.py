@@ -23,7 +23,7 @@ import msgspec
 from x07_sandbox.errors import HostError
 from x07_sandbox.files.changes import Node
 from x07_sandbox.files.inode import Ident
-from x07_sandbox.host.decoding import known
+from x07_sandbox.host.decoding import prepared
 
 Phase = Literal["staging", "journal", "committed"]
 StepKind = Literal["mode", "remove", "replace", "add"]
@@ -126,7 +126,7 @@ def read(folder: Path) -> tuple[Phase, Head, list[Step]] | None:
 
 
 def _decode(line: bytes, model: type[_Line]) -> _Line:
-    return msgspec.convert(json.loads(line), known(model))
+    return msgspec.convert(json.loads(line), prepared(model))
 
 
 def _write(folder: Path, phase: Phase, head: Head, steps: Iterable[Step]) -> None:

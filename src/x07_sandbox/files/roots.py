@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from x07_sandbox.errors import UsageError
-from x07_sandbox.host.paths import one_slash
-from x07_sandbox.plan.guest_paths import inside, place
+from x07_sandbox.host.paths import collapse_leading_slashes
+from x07_sandbox.plan.guest_paths import guest_path, is_below
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -62,9 +62,9 @@ def roots_of(policy: Policy, base: Path, start: str) -> tuple[Root, ...]:
     found = []
     for field, names in (("fs.read_roots", policy.fs.read_roots), ("fs.write_roots", policy.fs.write_roots)):
         for given in names:
-            guest, _ = place(given, start, deny_hidden=policy.fs.deny_hidden)
+            guest, _ = guest_path(given, start, deny_hidden=policy.fs.deny_hidden)
             if guest is not None:
-                host = one_slash(os.path.normpath(base / given))
+                host = collapse_leading_slashes(os.path.normpath(base / given))
                 found.append(Root(field=field, given=given, host=host, guest=guest, write=field == "fs.write_roots"))
     return tuple(found)
 
@@ -78,11 +78,11 @@ def trees_of(roots: Sequence[Root]) -> tuple[Tree, ...]:
     states = {root.host: _look(root) for root in roots}
     tops: list[str] = []
     for host in sorted(states):
-        if not any(inside(host, top) and states[top] == "folder" for top in tops):
+        if not any(is_below(host, top) and states[top] == "folder" for top in tops):
             tops.append(host)
     trees = []
     for top in tops:
-        inner = [root for root in roots if root.host == top or (states[top] == "folder" and inside(root.host, top))]
+        inner = [root for root in roots if root.host == top or (states[top] == "folder" and is_below(root.host, top))]
         base, only = (str(Path(top).parent), Path(top).name) if states[top] == "file" else (top, "")
         trees.append(Tree(host=base, only=only, mounts=_mounts(inner, base, states)))
     return tuple(trees)
@@ -92,7 +92,7 @@ def _mounts(roots: Iterable[Root], base: str, states: dict[str, str]) -> tuple[M
     writable = [root.host for root in roots if root.write]
     found: dict[str, Mount] = {}
     for root in sorted(roots, key=lambda root: (len(PurePosixPath(root.guest).parts), root.guest)):
-        write = any(root.host == host or inside(root.host, host) for host in writable)
+        write = any(root.host == host or is_below(root.host, host) for host in writable)
         sub = "" if root.host == base else os.path.relpath(root.host, base)
         state = states[root.host]
         found[root.guest] = Mount(
@@ -113,7 +113,7 @@ def mounts_of(trees: Sequence[Tree]) -> list[tuple[int, Mount]]:
 
 def _is_shown(one: tuple[int, Mount], every: Sequence[tuple[int, Mount]]) -> bool:
     number, mount = one
-    around = [other for other in every if inside(mount.at, other[1].at)]
+    around = [other for other in every if is_below(mount.at, other[1].at)]
     if not around:
         return False
     tree, outer = around[-1]
@@ -127,7 +127,7 @@ def change_roots(trees: Sequence[Tree]) -> list[tuple[int, Mount]]:
     for number, tree in enumerate(trees):
         hosts: set[str] = set()
         for mount in sorted(tree.mounts, key=lambda mount: mount.host):
-            if mount.write and not any(mount.host == host or inside(mount.host, host) for host in hosts):
+            if mount.write and not any(mount.host == host or is_below(mount.host, host) for host in hosts):
                 hosts.add(mount.host)
                 found.append((number, mount))
     return found

@@ -1,1 +1,1 @@
-"""What runs inside the guest: agent, init, confinement; standard library only."""
+"""Code that runs inside the guest: agent, init, confinement; standard library only."""

@@ -1,8 +1,7 @@
-"""The guest agent: one conversation with the host, one program.
+"""The guest agent: receives one job from the host, runs its program and reports the result.
 
-It speaks first, takes clock and entropy before anything else, receives the job and its files, has `init` start the
-program, carries the streams, and reports. What it runs in is its `platform`: in all but the weakest the program sees
-neither the channel nor this process, which is in no control group of the program's.
+It runs on a `Platform`. On all but the `none` backend the program can see neither the channel nor this process, which
+is outside the program's control group.
 """
 
 from __future__ import annotations
@@ -16,19 +15,19 @@ from typing import TYPE_CHECKING, Any
 from x07_sandbox.channel.connection import Connection
 from x07_sandbox.channel.frames import PROTOCOL, Kind, Role
 from x07_sandbox.channel.link import NEXT, Control, Event, State
-from x07_sandbox.guest.environment import Place
+from x07_sandbox.guest.environment import Environment
 from x07_sandbox.guest.errors import JobError
-from x07_sandbox.guest.job import TICK_S, Job, orders
+from x07_sandbox.guest.job import TICK_S, Job, job_settings
 
 if TYPE_CHECKING:
     from x07_sandbox.guest.platform import Platform
 
 
 def main() -> None:
-    """Serve the one conversation, and end. Arguments: none in a machine, else those of `named`."""
+    """Serve one conversation, then end. A VM passes no arguments, other platforms those of `platform_from_args`."""
     platform: Platform
-    if words := sys.argv[1:]:
-        platform = named(words)
+    if args := sys.argv[1:]:
+        platform = platform_from_args(args)
     else:
         from x07_sandbox.guest.machine import Machine
 
@@ -39,14 +38,14 @@ def main() -> None:
         platform.end()
 
 
-def named(words: list[str]) -> Platform:
-    """What the command line says: `os FD NET_FD`, `none FD FOLDER` or `container`, with `network` where there is any.
+def platform_from_args(args: list[str]) -> Platform:
+    """Return the platform of the arguments `os FD NET_FD`, `none FD FOLDER` or `container [network]`.
 
-    A last word tells whose it is, and is not used. Raises JobError.
+    A last, unused argument marks the process's owner. Raises JobError.
     """
     from x07_sandbox.guest.process import Confined, Unconfined
 
-    match words:
+    match args:
         case ["os", fd, net_fd, _]:
             return Confined(int(fd), int(net_fd))
         case ["none", fd, folder, _]:
@@ -56,29 +55,29 @@ def named(words: list[str]) -> Platform:
 
             return Contained(network=network == ["network"])
         case _:
-            raise JobError("agent", 0, f"no such platform: {' '.join(words)}")
+            raise JobError("agent", 0, f"unknown platform: {' '.join(args)}")
 
 
 class Agent:
-    """The conversation. One loop, one poll object; everything else is called from it."""
+    """The event loop of the conversation."""
 
     def __init__(self, channel_fd: int, platform: Platform) -> None:
         self.platform = platform
         self.connection = Connection(channel_fd, Role.GUEST, out_fd=platform.channel_out_fd)
         self.link = self.connection.link
         self.machine_id = b""
-        self.place: Place | None = None
+        self.environment: Environment | None = None
         self.job: Job | None = None
         self.audit = platform.audit()
 
     def serve(self) -> None:
-        """Speak until the host is gone."""
+        """Run until the host disconnects."""
         self.link.send(Kind.HELLO, {"protocol": PROTOCOL})
         while self._turn():
             pass
 
     def _turn(self) -> bool:
-        """One wait and what follows from it; False at the end."""
+        """Wait for events once and handle them. Return False when the host has disconnected."""
         poll = select.poll()
         self.connection.register(poll)
         if self.job is not None:
@@ -105,8 +104,8 @@ class Agent:
             self.job.tick()
         return self.connection.flush()
 
-    def _fail(self, problem: JobError) -> None:
-        stage, number, message = problem.args
+    def _fail(self, error: JobError) -> None:
+        stage, number, message = error.args
         if (self.link.state, Kind.FAILED) in NEXT:
             self.link.send(Kind.FAILED, {"stage": stage[:64], "errno": number, "message": message[:1000]})
 
@@ -120,10 +119,10 @@ class Agent:
                 self.link.send(Kind.SEEDED, {"nonce": event.body["nonce"]})
             elif event.kind is Kind.START:
                 network = event.body["network"]
-                self.place = self.place or Place(self.platform, network=network is not None)
-                self.place.admit(network)
+                self.environment = self.environment or Environment(self.platform, network=network is not None)
+                self.environment.admit(network)
                 body = self.platform.adapt(event.body)
-                self.job = Job(self.link, self.machine_id, body, self.place, self.audit, self._fail)
+                self.job = Job(self.link, self.machine_id, body, self.environment, self.audit, self._fail)
                 self.job.begin_if_complete()
             elif event.kind is Kind.STOP and self.job is not None:
                 self.job.stop()
@@ -131,38 +130,39 @@ class Agent:
             self.job.take(event)
 
     def _warm(self, body: dict[str, Any]) -> None:
-        """Do beforehand what every job needs; the machine is saved after the answer.
+        """Prepare the parts that do not depend on the job; the host takes the snapshot after the answer.
 
-        limits, hostname, output: as they will likely be in START. commands: programs of the image, run as root while
-        there is nothing hostile, so that the kernel has read them.
+        limits, hostname, output: the likely values of START. commands: programs of the image, run as root while nothing
+        hostile is here, so that they are in the page cache.
         """
-        first = self.place is None
-        if self.place is not None:  # a program of the host's own has warmed the machine: the next place
+        first = self.environment is None
+        if self.environment is not None:  # a warm-up program of the host's own has run in it
             self.job = None
-            self.place.close()
+            self.environment.close()
         limits = body["limits"]
-        self.place = place = Place(
+        self.environment = environment = Environment(
             self.platform, first=first, interpreter=True, preload=body["preload"], network=body["network"]
         )
-        place.prepare(orders(limits, body["hostname"], place.spare_cpu_s, out_writable=body["output"]))
-        place.measure()
-        if place.relay is not None:
-            place.relay.wait_built()
-        place.group.limit(mem_bytes=max(limits["mem_bytes"], place.waiting_bytes), tasks=limits["tasks"])
+        spare_cpu_s = environment.spare_cpu_s
+        environment.prepare(job_settings(limits, body["hostname"], spare_cpu_s, out_writable=body["output"]))
+        environment.measure()
+        if environment.relay is not None:
+            environment.relay.wait_built()
+        environment.group.limit(mem_bytes=max(limits["mem_bytes"], environment.waiting_bytes), tasks=limits["tasks"])
         for argv in body["commands"]:
             _run_quietly(argv)
-        os.sync()  # the scratch disk is saved as the host sees it
-        # What is there now stays; a collection in a clone would write to every page of it, for nothing.
+        os.sync()  # the snapshot contains the scratch disk as the host sees it
+        # A garbage collection in a clone would write to (and so copy) every page of these objects.
         gc.collect()
         gc.freeze()
         gc.disable()
-        place.cpu_us_so_far()
+        environment.baseline_cpu_us()
         self.audit.settle()
         self.link.send(Kind.WARMED, {})
 
 
 def _run_quietly(argv: list[str]) -> None:
-    """Run a program of the image to its end, whatever that is."""
+    """Run a program of the image without output, and ignore its exit status."""
     if pid := os.fork():
         os.waitpid(pid, 0)
         return
@@ -170,7 +170,7 @@ def _run_quietly(argv: list[str]) -> None:
         null = os.open("/dev/null", os.O_RDWR)
         for fd in (0, 1, 2):
             os.dup2(null, fd)
-        os.chdir("/tmp")  # noqa: S108 - the guest's own, in its memory
+        os.chdir("/tmp")  # noqa: S108 - in the guest
         os.execve(argv[0], argv, {"PATH": "/usr/bin:/bin"})
     finally:
         os._exit(127)

@@ -1,8 +1,8 @@
-"""What the kernel refused the program, from the kernel's own audit (audit(8) by netlink, no daemon).
+"""Denied system calls of the program, from the kernel's audit subsystem (netlink, without auditd).
 
-A rule for each errno records every listed system call of the program's user that ends with it; refusals of seccomp
-filters are recorded anyway. It is set up before the program's first process: an older task has no room for it. The
-kernel's rate limit bounds a flood; what it swallows is counted as lost. Records are reported, and decide nothing.
+One rule per errno records each listed system call of the program's user that fails with it; seccomp refusals are
+recorded without a rule. Auditing must start before the program's first process, since tasks get their audit context
+when they are created. The kernel's rate limit bounds a flood; lost records are counted. The records are only reported.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import select
 import socket
 import struct
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, Final, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final, NamedTuple
 
 from x07_sandbox.channel.frames import DENIED_MAX
 from x07_sandbox.guest.confine import UID
 
-_RATE: Final = 1200  # records a second; a refused call makes three or four
+_RATE: Final = 1200  # records per second; a denied call makes three or four
 _BACKLOG: Final = 1024
-_READS: Final = 64  # records that are taken in one turn of the agent
-_LAST_S: Final = 0.2  # how long the last records may take to come
+_READS: Final = 64  # records read in one turn of the agent
+_LAST_S: Final = 0.2  # timeout for the last records
 _PATH_MAX: Final = 1024
-_OPEN: Final = 16  # calls whose records have begun and not ended
+_PENDING_MAX: Final = 16  # calls with incomplete records
 
 _NETLINK_AUDIT: Final = 9  # linux/audit.h, from here on
 _GET, _SET, _ADD_RULE = 1000, 1001, 1011
@@ -42,10 +42,10 @@ _EQUAL: Final = 0x40000000
 _FIELDS: Final = 64
 _AT_FDCWD: Final = 0xFFFFFF9C
 _EXECUTES: Final = frozenset({"execve", "execveat"})
-# Calls with a path that is not written to: what a link leads to, and what gets one more name.
+# Calls with a path that is not written to: the target of a symlink, the source of a hard link.
 _TARGETS: Final = frozenset({"symlink", "symlinkat"})
 _SOURCES: Final = frozenset({"link", "linkat"})
-# Calls with paths that may be of another folder than the working directory: the arguments with its descriptor.
+# The arguments that hold the folder descriptor of a relative path.
 _FOLDERS: Final[dict[str, tuple[bytes, ...]]] = {
     **dict.fromkeys(("openat", "openat2", "mkdirat", "unlinkat", "mknodat", "fchmodat", "fchmodat2"), (b"a0",)),
     **dict.fromkeys(("fchownat", "utimensat", "execveat", "newfstatat", "statx", "readlinkat"), (b"a0",)),
@@ -55,11 +55,11 @@ _FOLDERS: Final[dict[str, tuple[bytes, ...]]] = {
 _WRITES: Final = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 ERRNOS: Final = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE, errno.EBUSY)
-# What ends with EBUSY where a folder or file is mounted, as roots are. Of other calls it is not asked for.
+# Calls that fail with EBUSY on a mount point, such as a root; the only ones for which that errno is recorded.
 _REPLACES: Final = frozenset({"rename", "renameat", "renameat2", "unlink", "unlinkat", "rmdir"})
-# How a call that opens says what for: the argument with its flags. Any other one that is not below changes something.
+# The argument that holds the open flags. Calls that are neither here nor in _READS_ONLY count as writes.
 _FLAGS: Final = {"open": b"a1", "openat": b"a2"}
-# What a process asks to raise: the argument that names the resource, and what of these a policy decides (getrlimit(2)).
+# The argument that names the resource, and the resources that a policy limits (getrlimit(2)).
 _RAISES: Final = {"setrlimit": b"a0", "prlimit64": b"a1"}
 _RESOURCES: Final = {0: "cpu", 4: "core", 7: "nofile"}
 _READS_ONLY: Final = frozenset(
@@ -71,10 +71,10 @@ Follow = Callable[[str], str]
 
 
 class Refusal(NamedTuple):
-    """One kind of refused call. by: `kernel` or `seccomp`.
+    """One kind of denied call. by: `kernel` or `seccomp`.
 
-    path: empty where the call names none; a folder with a slash at its end where something new was to be made in it;
-    of a call that raises a limit, `core`, `cpu` or `nofile`.
+    path: empty if the call has none; with a trailing slash, the folder in which an entry was to be created; for a call
+    that raises a limit, `core`, `cpu` or `nofile`.
     """
 
     by: str
@@ -85,13 +85,12 @@ class Refusal(NamedTuple):
 
 
 class Audit:
-    """The audit of this machine. fd: becomes readable when there is something to `take`."""
+    """The audit of this machine. fd: readable when there are records to `take`."""
 
     def __init__(self, audited: dict[str, int], refused: dict[str, int]) -> None:
-        """Set it up. Numbers by name, of calls that are recorded and that filters refuse. Raises OSError."""
+        """Set up auditing. audited, refused: numbers by name of the calls to record, and that filters refuse."""
         self._refusals = Refusals(refused | audited)
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_AUDIT)
-        # Nothing waits for ever, should the kernel not answer.
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", 1, 0))
         self._socket.bind((0, 0))
         self.fd = self._socket.fileno()
@@ -105,60 +104,60 @@ class Audit:
         for kind in (_PROCTITLE, _EOE):
             self._ask(_ADD_RULE, _rule(_EXCLUDE_LIST, ((_FIELD_TYPE, kind),), ()))
         mask = _ENABLED | _FAILURE | _PID | _RATE_LIMIT | _BACKLOG_LIMIT | _BACKLOG_WAIT
-        # A full backlog drops records; it must not make the program wait.
+        # A full backlog must drop records, not block the program.
         self._ask(_SET, _STATUS.pack(mask, 1, 0, os.getpid(), _RATE, _BACKLOG, 0, 0, 0, 0, 0))
         self._lost_before = 0
 
     def settle(self) -> None:
-        """Forget all so far, and what is lost of it: before a machine is saved."""
+        """Discard all records and lost counts; called before the snapshot."""
         self.begin()
         self._lost_before = self._status()[_LOST]
 
     def begin(self, find: Find | None = None, roots: Sequence[str] = (), follow: Follow | None = None) -> None:
-        """Forget all so far: what follows is the program's. find, roots, follow: as Refusals has them."""
+        """Discard all records: the following ones are the program's. find, roots, follow: see `Refusals`."""
         while self._next() is not None:
             pass
-        self._refusals.forget(find, roots, follow)
+        self._refusals.reset(find, roots, follow)
 
     def take(self) -> None:
-        """Take what has come, at most _READS records so that others get their turn."""
+        """Read at most _READS records."""
         for _ in range(_READS):
             if (record := self._next()) is None:
                 return
             self._refusals.note(*record)
 
     def end(self) -> tuple[dict[Refusal, int], int]:
-        """What was refused since `begin`, how often; and how many records, or kinds beyond `DENIED_MAX`, are lost."""
+        """Return how often each call was denied since `begin`, and how many records were lost or not counted."""
         deadline = time.monotonic() + _LAST_S
-        # The kernel's thread that sends records has had its turn by now, or has it here. Where there is no record,
-        # none is lost either, and asking the kernel for that would cost most programs milliseconds.
+        # Give the kernel's audit thread a chance to run. Without any record none was lost either, and asking the kernel
+        # would cost most programs milliseconds.
         self.take()
-        if not self._refusals.heard:
+        if not self._refusals.any_record:
             os.sched_yield()
             self.take()
-            if not self._refusals.heard:
+            if not self._refusals.any_record:
                 return {}, 0
         while True:
             late = time.monotonic() > deadline
-            status = self._status()  # before what it says is still to come, which is then read
-            # All of it, even past the deadline: nobody is left who could make more.
+            status = self._status()  # before the records that it counts as queued are read
+            # Read all of them, even past the deadline: no process is left to make more.
             while (record := self._next()) is not None:
                 self._refusals.note(*record)
             if late or not status[_QUEUED]:
                 break
         self._refusals.finish()
-        return self._refusals.found, max(0, status[_LOST] - self._lost_before) + self._refusals.untold
+        return self._refusals.found, max(0, status[_LOST] - self._lost_before) + self._refusals.uncounted
 
     # netlink
 
     def _next(self) -> tuple[int, bytes] | None:
-        """The next record of the kernel's, if there is one: its type and its text."""
-        # Polled first, by code that has run before: an error's would be new to a fresh clone, and slow.
+        """Return type and text of the next record, None if there is none."""
+        # Poll first: the error path would run for the first time in a fresh clone, which is slow.
         if not self._poll.poll(0):
             return None
         try:
             data = self._socket.recv(16384)
-        except OSError:  # ENOBUFS: some were dropped, and are counted by the kernel
+        except OSError:  # ENOBUFS: the kernel dropped records, and counts them
             return 0, b""
         if len(data) < _HEADER.size:
             return 0, b""
@@ -193,23 +192,23 @@ class Audit:
 
 
 class NoAudit:
-    """Stands for the audit where the kernel's is not ours: it hears nothing. fd: never becomes readable."""
+    """Stand-in on a shared kernel, whose audit is the host's. fd: never readable."""
 
     def __init__(self) -> None:
         self.fd, self._other_end = os.pipe2(os.O_CLOEXEC)
 
     def settle(self, *_names: object) -> None:
-        """Nothing comes, so there is nothing to do."""
+        """Do nothing."""
 
     begin = take = settle
 
     def end(self) -> tuple[dict[Refusal, int], int]:
-        """Nothing was heard, and nothing is lost of it."""
+        """Report nothing."""
         return {}, 0
 
 
 class Refusals:
-    """What records say, put together. found: how often each. untold: those beyond `DENIED_MAX` different ones."""
+    """Denials put together from records. found: count of each. uncounted: number beyond `DENIED_MAX` kinds."""
 
     def __init__(
         self,
@@ -218,108 +217,107 @@ class Refusals:
         roots: Sequence[str] = (),
         follow: Follow | None = None,
     ) -> None:
-        """calls: numbers of system calls by name. roots: paths of what is mounted of the host's.
+        """calls: system call numbers by name. roots: mount points of host folders.
 
-        find: the path of what has this device, as the kernel writes it, and this inode, given the call's own name for
-            it, which may be that of a link, or be relative to a descriptor; empty if unknown, or no better than that.
-        follow: what a path of a program leads to, where the program itself may have made a link on its way.
+        find(device, inode, name): returns the path of an inode, empty if unknown or not better than *name*, which is
+            the call's own name for it: possibly a link, or empty if it was relative to a descriptor.
+        follow(path): resolves the path of an executed program if the program may have made a link on the way.
         """
         self._names = {number: name for name, number in calls.items()}
-        self._begun: dict[bytes, _Call] = {}
+        self._pending: dict[bytes, _Call] = {}
         self.found: dict[Refusal, int] = {}
-        self.forget(find, roots, follow)
+        self.reset(find, roots, follow)
 
-    def forget(self, find: Find | None = None, roots: Sequence[str] = (), follow: Follow | None = None) -> None:
-        """Begin anew."""
+    def reset(self, find: Find | None = None, roots: Sequence[str] = (), follow: Follow | None = None) -> None:
+        """Discard everything recorded."""
         self._find = find
         self._roots = roots
         self._follow = follow
-        self._begun.clear()
+        self._pending.clear()
         self.found.clear()
-        self.untold = 0
-        self.heard = False  # of anything, also what is no refusal: where records are, some may be lost
+        self.uncounted = 0
+        self.any_record = False
 
     def finish(self) -> None:
-        """No more comes: count what is known of calls whose records are not whole."""
-        for call in self._begun.values():
+        """Count the calls whose records are incomplete."""
+        for call in self._pending.values():
             self._count(call)
-        self._begun.clear()
+        self._pending.clear()
 
     def note(self, kind: int, text: bytes) -> None:
-        """Take a record: its type, and its text from "audit(" on."""
-        self.heard = True
+        """Process a record: its type, and its text from "audit(" on."""
+        self.any_record = True
         serial, _, rest = text.partition(b": ")
         if kind == _SECCOMP:
             values = _values(rest)
             self._count(_Call("seccomp", self._name(values.get(b"syscall", b"")), errno.EPERM))
         elif kind == _SYSCALL:
             self._note_call(serial, _values(rest))
-        elif serial in self._begun:
-            call = self._begun[serial]
+        elif serial in self._pending:
+            call = self._pending[serial]
             if kind == _CWD:
                 call.cwd = _text(rest, b"cwd=")
             elif kind == _PATH:
                 call.items -= 1
                 self._note_path(call, rest)
-                self._ended(serial, call)
+                self._count_if_complete(serial, call)
 
     def _note_call(self, serial: bytes, values: dict[bytes, bytes]) -> None:
         name, error = self._name(values.get(b"syscall", b"")), -_number(values.get(b"exit", b""))
-        # A call that the kernel tells of for another reason (a new login uid, say) is recorded though it went well.
+        # The kernel also records successful calls for reasons of its own, such as a new login uid.
         if error not in ERRNOS:
             return
-        # Of another process's limits none is ours to raise, and where there is no new one they are only read.
+        # Ignore the limits of other processes (a0), and reads without a new limit (a2).
         if name == "prlimit64" and not (values.get(b"a0") == b"0" and values.get(b"a2") != b"0"):
             return
         argument = _FLAGS.get(name)
         call = _Call("kernel", name, error, items=_number(values.get(b"items", b"")))
         call.write = bool(_number(values.get(argument, b""), 16) & _WRITES) if argument else name not in _READS_ONLY
-        call.write |= call.errno == errno.EROFS  # flags of openat2 lie in memory
+        call.write |= call.errno == errno.EROFS  # the flags of openat2 are in memory
         if name in _RAISES:
             call.path = _RESOURCES.get(_number(values.get(_RAISES[name], b""), 16) & 0xFFFFFFFF, "")
         folders = (_number(values.get(word, b""), 16) & 0xFFFFFFFF for word in _FOLDERS.get(name, ()))
-        call.elsewhere = any(folder != _AT_FDCWD for folder in folders)
-        if len(self._begun) >= _OPEN:
-            self._count(self._begun.pop(next(iter(self._begun))))
-        self._begun[serial] = call
-        self._ended(serial, call)
+        call.by_descriptor = any(folder != _AT_FDCWD for folder in folders)
+        if len(self._pending) >= _PENDING_MAX:
+            self._count(self._pending.pop(next(iter(self._pending))))
+        self._pending[serial] = call
+        self._count_if_complete(serial, call)
 
     def _note_path(self, call: _Call, record: bytes) -> None:
         values, name = _values(record), _text(record, b"name=")
         kind = values.get(b"nametype")
-        beside = call.name in _TARGETS and kind != b"CREATE"
-        beside |= call.name in _SOURCES and call.errno == errno.EROFS
+        unrelated = call.name in _TARGETS and kind != b"CREATE"
+        unrelated |= call.name in _SOURCES and call.errno == errno.EROFS
         if kind == b"PARENT":
-            # Of a name without a slash no part is its folder's: the kernel then says the working directory, which is
-            # that folder only where no descriptor was given.
-            name = "." if call.elsewhere and name == call.cwd else name
+            # For a name without a slash the kernel records the working directory, even if a descriptor was given.
+            name = "." if call.by_descriptor and name == call.cwd else name
             call.folders.append(self._path(call, name, values))
             call.folder = call.folder or call.folders[0]
         elif call.name in _EXECUTES:
-            # A script, then its interpreter: the last is what was not executed.
+            # A script, then its interpreter: the last one was denied.
             call.path = self._executed(call, name) or call.path
         elif call.name in _REPLACES:
             self._note_replaced(call, name, values)
-        elif not beside:
+        elif not unrelated:
             call.path = call.path or self._path(call, name, values)
 
     def _note_replaced(self, call: _Call, name: str, values: dict[bytes, bytes]) -> None:
-        if call.elsewhere and not name.startswith("/"):
-            # The folders come first, as many as names, and in the same order.
+        if call.by_descriptor and not name.startswith("/"):
+            # One folder record per name precedes, in the same order.
             folder = call.folders[min(call.names, len(call.folders) - 1)] if call.folders else ""
             name = posixpath.join(folder, posixpath.basename(name)) if folder.startswith("/") else name
         call.names += 1
         if call.errno == errno.EBUSY:
-            # Of two names either may be what is mounted. What is told of it is what lies under the mount.
+            # Either of two names may be the mount point. The inode in the record is the one below the mount.
             call.path = self._root(call, name) or call.path or name
         else:
             call.path = call.path or self._path(call, name, values)
 
     def _path(self, call: _Call, name: str, values: dict[bytes, bytes]) -> str:
-        """The name of a record, or the path of what the record is about, where that is known and says more."""
+        """Return the path of a record's inode if it is known and better than the record's name, else that name."""
         if self._find is None:
             return name
-        vague = not name or (call.elsewhere and not name.startswith("/"))
+        vague = not name or (call.by_descriptor and not name.startswith("/"))
         if not vague and call.errno != errno.EROFS:
             return name
         given = "" if vague else posixpath.normpath(posixpath.join(call.cwd, name))
@@ -327,36 +325,36 @@ class Refusals:
         return self._find(device, _number(values.get(b"inode", b"")), given) or name
 
     def _executed(self, call: _Call, name: str) -> str:
-        """The name of a program; of a link that the program made what that leads to, for which a list counts."""
-        if not name or self._follow is None or (call.elsewhere and not name.startswith("/")):
+        """Return the path of a program, resolving links made by the program: the policy lists real paths."""
+        if not name or self._follow is None or (call.by_descriptor and not name.startswith("/")):
             return name
         return self._follow(posixpath.join(call.cwd, name)) or name
 
     def _root(self, call: _Call, name: str) -> str:
-        """The root that a name means: that path, or the only one with that name at its end; else empty."""
+        """Return the root with this path, or the only one with this base name; else an empty string."""
         path = posixpath.normpath(posixpath.join(call.cwd, name))
         if path in self._roots:
             return path
         found = [root for root in self._roots if posixpath.basename(root) == posixpath.basename(path)]
         return found[0] if len(found) == 1 else ""
 
-    def _ended(self, serial: bytes, call: _Call) -> None:
+    def _count_if_complete(self, serial: bytes, call: _Call) -> None:
         if call.items <= 0:
-            self._count(self._begun.pop(serial))
+            self._count(self._pending.pop(serial))
 
     def _count(self, call: _Call) -> None:
         refusal = call.refusal()
         if refusal in self.found or len(self.found) < DENIED_MAX:
             self.found[refusal] = self.found.get(refusal, 0) + 1
         else:
-            self.untold += 1
+            self.uncounted += 1
 
     def _name(self, number: bytes) -> str:
         return self._names.get(_number(number), f"system call {_number(number)}")
 
 
 class _Call:
-    """A refused call while its records come."""
+    """A denied call whose records are being collected."""
 
     def __init__(self, by: str, name: str, number: int, *, items: int = 0) -> None:
         self.by = by
@@ -364,28 +362,28 @@ class _Call:
         self.errno = number
         self.items = items
         self.write = False
-        self.elsewhere = False  # a relative path is not from the working directory
+        self.by_descriptor = False  # relative paths start at a descriptor, not at the working directory
         self.cwd = ""
-        self.folders: list[str] = []  # in which it was to be done
-        self.names = 0  # of what is in them
-        self.folder = ""  # of something new: the kernel does not note the new name where it may not be made
+        self.folders: list[str] = []
+        self.names = 0  # entries in these folders
+        self.folder = ""  # of a new entry, whose name the kernel does not record if it was denied
         self.path = ""
 
     def refusal(self) -> Refusal:
-        """As it is counted; the path of something new is its folder's, with a slash at its end."""
+        """Return the denial; the path of a new entry is its folder's, with a trailing slash."""
         path = self.path or self.folder
         if path and not path.startswith("/"):
-            path = posixpath.join("..." if self.elsewhere else self.cwd, path)
+            path = posixpath.join("..." if self.by_descriptor else self.cwd, path)
         if path:
-            # Two slashes at the beginning would stay two.
+            # normpath keeps two leading slashes.
             path = ("/" * path.startswith("/") + posixpath.normpath(path).lstrip("/"))[:_PATH_MAX]
             if not self.path and path != "/":
                 path += "/"
         return Refusal(self.by, self.name, self.errno, path, self.write)
 
 
-def _rule(which: int, fields: tuple[tuple[int, int], ...], calls: Any) -> bytes:  # noqa: ANN401 - any numbers
-    """Struct audit_rule_data: always record what all *fields* equal, of these calls."""
+def _rule(which: int, fields: tuple[tuple[int, int], ...], calls: Iterable[int]) -> bytes:
+    """Return struct audit_rule_data that records these calls if all *fields* are equal."""
     mask = [0] * 64
     for number in calls:
         mask[number // 32] |= 1 << number % 32
@@ -397,7 +395,7 @@ def _rule(which: int, fields: tuple[tuple[int, int], ...], calls: Any) -> bytes:
 
 
 def _values(text: bytes) -> dict[bytes, bytes]:
-    """Words `name=value`; quoted values, which may hold blanks, are not looked at."""
+    """Parse `name=value` words; quoted values with spaces are cut."""
     return dict(word.partition(b"=")[::2] for word in text.split(b" "))
 
 
@@ -409,7 +407,7 @@ def _number(text: bytes, base: int = 10) -> int:
 
 
 def _text(record: bytes, key: bytes) -> str:
-    """A text of the program's: in quotes, or where it holds other characters in hexadecimal."""
+    """Decode a string field: quoted, or in hexadecimal if it has special characters."""
     _, _, rest = record.partition(key)
     if rest.startswith(b'"'):
         return rest[1:].partition(b'"')[0].decode("utf-8", "backslashreplace")

@@ -1,7 +1,7 @@
-"""The control group of the program: limits that only the kernel can hold, and the counters that prove an outcome.
+"""The program's control group: limits that only the kernel can enforce, and the counters that prove an outcome.
 
-`RootGroup` is a group of version 2 that this process makes, `GivenGroup` one that the host has made for it,
-`GivenGroups` the same of version 1, one a controller. `NoGroup` counts CPU time by /proc, and holds nothing.
+`RootGroup` is a version 2 group made by this process, `HostGroup` one made by the host, `HostGroupsV1` a set of version
+1 groups made by the host, one per controller. `NoGroup` enforces nothing and reads CPU time from /proc.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _GONE_S: Final = 5.0
 
 
 class NoGroup:
-    """No group: nothing is held, and CPU time is that of /proc, without children whose end was ignored (SIGCHLD).
+    """No group: no limits, and CPU time from /proc, which lacks children reaped with SIGCHLD ignored.
 
-    A group holds the program and its children, not our init (of which *init* is the process id) and the agent.
-    KILLS: whether it can end all of its processes by itself; else init does it.
-    COUNTERS: control files by what they count, then the keys of the lines that count, where there are several.
-    SHOWN: the folder of the group that the program may read, empty for none.
+    A group contains the program and its children, but neither our init (whose process id is *init*) nor the agent.
+    KILLS: whether the group can kill all its processes; otherwise init does.
+    COUNTERS: by counter name, the control file and the keys of its relevant lines, if it has several lines.
+    SHOWN: the group's folder that the program may read, empty for none.
     """
 
     KILLS: ClassVar[bool] = False
@@ -38,10 +38,10 @@ class NoGroup:
         self._limits = (0, 0)
 
     def remove(self) -> None:
-        """Remove it, where it is ours, once the kernel has let go of its last process. Raises OSError."""
+        """Remove the group if it is ours. Raises OSError."""
 
     def limit(self, *, mem_bytes: int, tasks: int) -> None:
-        """Set the job's limits, if they are others than before."""
+        """Set the limits if they changed."""
         if self._limits != (mem_bytes, tasks):
             self._limits = (mem_bytes, tasks)
             self._set_limits(mem_bytes, tasks)
@@ -50,38 +50,35 @@ class NoGroup:
         pass
 
     def open_procs(self) -> tuple[int, ...]:
-        """Descriptors through which a process joins it by writing 0 to each."""
+        """Open the files to which a process writes "0" to join the group."""
         return ()
 
     def kill(self, init: int) -> None:
-        """End every process in it."""
+        """Kill all processes of the group."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(init, signal.SIGTERM)
 
     def cpu_us(self, init: int) -> int:
-        """CPU time of all its processes so far, in microseconds."""
+        """Return the CPU time of all its processes, in microseconds."""
         return _cpu_ticks(init) * 1_000_000 // os.sysconf("SC_CLK_TCK")
 
     def count(self, what: str) -> int:
-        """One of COUNTERS, 0 where there is none.
-
-        oom_kills, tasks_refused (at the limit), tasks_peak, memory_bytes, memory_peak_bytes.
-        """
+        """Return a counter of `HostGroup.COUNTERS`, 0 if there is none."""
         if what not in self.COUNTERS:
             return 0
         name, *keys = self.COUNTERS[what]
         return counter(f"{self._folder}/{name}", keys)
 
     def program_stopped(self, init: int) -> bool:
-        """Whether the program itself, whatever its children do, stands still by a signal."""
+        """Return whether the program itself, regardless of its children, is stopped by a signal."""
         for pid in children_of(init)[:1]:
             if fields := _stat(pid):
                 return fields[0] in {"T", "t"}
         return False
 
 
-class GivenGroup(NoGroup):
-    """A group of version 2 at *folder*, made by the host, with the controllers that it could have."""
+class HostGroup(NoGroup):
+    """A version 2 group at *folder*, made by the host with the controllers available there."""
 
     KILLS = True
     COUNTERS: ClassVar[dict[str, tuple[str, ...]]] = {
@@ -97,9 +94,9 @@ class GivenGroup(NoGroup):
         self._memory = os.path.exists(f"{folder}/memory.max")
         self._pids = os.path.exists(f"{folder}/pids.max")
         if self._memory:
-            with contextlib.suppress(FileNotFoundError):  # only there in kernels with swap accounting
+            with contextlib.suppress(FileNotFoundError):  # needs swap accounting
                 self._write("memory.swap.max", "0")
-            # One process killed for memory ends the whole program: a survivor in an unknown state is worth nothing.
+            # Out of memory kills the whole program: the state of a survivor would be unknown.
             self._write("memory.oom.group", "1")
 
     def _write(self, name: str, text: str) -> None:
@@ -112,28 +109,28 @@ class GivenGroup(NoGroup):
             self._write("pids.max", str(tasks))
 
     def open_procs(self) -> tuple[int, ...]:
-        """Descriptors through which a process joins it."""
+        """Open the file through which a process joins."""
         return (_open_procs(self._folder),)
 
-    def kill(self, init: int) -> None:  # noqa: ARG002 - of use to NoGroup
-        """End every process in it."""
+    def kill(self, init: int) -> None:  # noqa: ARG002
+        """Kill all processes of the group."""
         self._write("cgroup.kill", "1")
 
-    def cpu_us(self, init: int) -> int:  # noqa: ARG002 - as above
-        """CPU time so far, in microseconds."""
+    def cpu_us(self, init: int) -> int:  # noqa: ARG002
+        """Return the CPU time, in microseconds."""
         return counter(f"{self._folder}/cpu.stat", ["usage_usec"])
 
-    def program_stopped(self, init: int) -> bool:  # noqa: ARG002 - as above
-        """Whether the program stands still by a signal."""
+    def program_stopped(self, init: int) -> bool:  # noqa: ARG002
+        """Return whether the program is stopped by a signal."""
         for pid in read_file(f"{self._folder}/cgroup.procs").decode().split():
-            # It comes first, most likely: to ask all of a fork bomb takes longer than the host may wait for our word.
+            # The program is most likely first; reading all processes of a fork bomb would exceed the host's timeout.
             if state := _state_of_program(pid):
                 return state in "Tt"
         return False
 
 
-class RootGroup(GivenGroup):
-    """A group of version 2 that this process, which has the whole hierarchy, makes itself."""
+class RootGroup(HostGroup):
+    """A version 2 group made by this process, which owns the whole hierarchy."""
 
     SHOWN = _GROUP
 
@@ -141,10 +138,10 @@ class RootGroup(GivenGroup):
         write_file(f"{_ROOT}/cgroup.subtree_control", "+memory +pids +cpu")
         os.mkdir(_GROUP)
         super().__init__(_GROUP)
-        self._write("cpu.weight", "20")  # agent and init must get their turn beside a busy program
+        self._write("cpu.weight", "20")  # a busy program must not starve agent and init
 
     def remove(self) -> None:
-        """Remove it, once the kernel has let go of its last process. Raises OSError."""
+        """Remove the group once the kernel has released its last process. Raises OSError."""
         deadline = time.monotonic() + _GONE_S
         while True:
             try:
@@ -152,13 +149,13 @@ class RootGroup(GivenGroup):
             except OSError:
                 if time.monotonic() > deadline:
                     raise
-                time.sleep(0.002)  # no event tells of it
+                time.sleep(0.002)  # there is no event to wait for
             else:
                 return
 
 
-class GivenGroups(NoGroup):
-    """Groups of version 1 below *folder*, made by the host: those of memory, pids and cpuacct that are there."""
+class HostGroupsV1(NoGroup):
+    """Version 1 groups below *folder*, made by the host for memory, pids and cpuacct, as available."""
 
     COUNTERS: ClassVar[dict[str, tuple[str, ...]]] = {
         "tasks_refused": ("pids/pids.events", "max"),
@@ -174,9 +171,9 @@ class GivenGroups(NoGroup):
 
     def _set_limits(self, mem_bytes: int, tasks: int) -> None:
         if "memory" in self._names:
-            # The one with swap may not be below the other, whichever way they change.
+            # The limit with swap must never be below the one without.
             memory = f"{self._folder}/memory/memory"
-            with contextlib.suppress(FileNotFoundError):  # only there in kernels with swap accounting
+            with contextlib.suppress(FileNotFoundError):  # needs swap accounting
                 write_file(f"{memory}.memsw.limit_in_bytes", "-1")
             write_file(f"{memory}.limit_in_bytes", str(mem_bytes))
             with contextlib.suppress(FileNotFoundError):
@@ -185,21 +182,21 @@ class GivenGroups(NoGroup):
             write_file(f"{self._folder}/pids/pids.max", str(tasks))
 
     def open_procs(self) -> tuple[int, ...]:
-        """Descriptors through which a process joins them."""
+        """Open the files through which a process joins."""
         return tuple(_open_procs(f"{self._folder}/{name}") for name in self._names)
 
     def cpu_us(self, init: int) -> int:
-        """CPU time so far, in microseconds."""
+        """Return the CPU time, in microseconds."""
         if "cpuacct" not in self._names:
             return super().cpu_us(init)
         return counter(f"{self._folder}/cpuacct/cpuacct.usage", []) // 1000
 
 
-def given_group(folder: str) -> NoGroup:
-    """The group that the host has put at *folder*, of whichever version; none where there is nothing."""
+def host_group(folder: str) -> NoGroup:
+    """Return the group that the host has made at *folder*, of either version, else a `NoGroup`."""
     if os.path.exists(f"{folder}/cgroup.procs"):
-        return GivenGroup(folder)
-    return GivenGroups(folder) if os.path.isdir(folder) else NoGroup()
+        return HostGroup(folder)
+    return HostGroupsV1(folder) if os.path.isdir(folder) else NoGroup()
 
 
 def _open_procs(folder: str) -> int:
@@ -207,7 +204,7 @@ def _open_procs(folder: str) -> int:
 
 
 def counter(path: str, keys: list[str]) -> int:
-    """The number in a control file, or the largest of the lines which begin with one of *keys*; 0 where none is."""
+    """Return the number in a control file, or the largest one after one of *keys*; 0 if there is none."""
     most = 0
     try:
         for line in read_file(path).decode().splitlines():
@@ -220,7 +217,7 @@ def counter(path: str, keys: list[str]) -> int:
 
 
 def _stat(pid: int) -> list[str]:
-    """Fields 3 and up of proc(5)'s stat; none where the process is gone."""
+    """Return fields 3 and up of /proc/PID/stat (proc(5)), none if the process is gone."""
     try:
         return read_file(f"/proc/{pid}/stat").decode("utf-8", "replace").rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
@@ -228,7 +225,7 @@ def _stat(pid: int) -> list[str]:
 
 
 def _cpu_ticks(init: int) -> int:
-    """CPU time of a process, of all that it has waited for, and of all below it."""
+    """Return the CPU time of a process, of its reaped children and of all its descendants."""
     total = 0
     left = [init]
     while left:
@@ -239,7 +236,7 @@ def _cpu_ticks(init: int) -> int:
 
 
 def _state_of_program(pid: str) -> str:
-    """The state (proc(5)) of the first child of our init, which is PID 2 of its namespace; empty if it is another."""
+    """Return the state (proc(5)) of a process if it is the program (PID 2 of its namespace), else an empty string."""
     try:
         text = read_file(f"/proc/{pid}/status").decode("utf-8", "replace")
     except (FileNotFoundError, ProcessLookupError):

@@ -1,10 +1,10 @@
-"""Confinement of the program, as lists of steps that each name what they need. A step that fails ends the job.
+"""Confinement of the program as lists of steps, each naming its requirements. A failing step ends the job.
 
-`Measures.world`: done by init, still root, builds what the program will see. `Measures.rights`: done by the program's
-own process, takes its rights away. Neither depends on the job, so both are done before a machine is saved.
-`Measures.job`: done by init, still root, when the orders have come. A step may need what a later one gives up.
+`Confinement.world`: init, still root, builds the program's view. `Confinement.rights`: the program's process drops its
+rights. Neither depends on the job, so both are done before the snapshot. `Confinement.job`: init, still root, applies
+the job's settings. The order matters: a step may need a right that a later one drops.
 
-`MACHINE` are those of a virtual machine; `guest/process.py` has those of the weaker platforms.
+`MACHINE` is for VMs; `guest/process.py` and `guest/container.py` define the weaker platforms.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ from x07_sandbox.guest import execution, interpreter, restrict, system
 
 T = TypeVar("T")
 
-PROGRAM_PID: Final = 2  # in the namespace of which our init is the first process
-UID: Final = 65532  # fixed, in the image's passwd; holds nothing in the guest
+PROGRAM_PID: Final = 2  # in its namespace, where init is 1
+UID: Final = 65532  # in the image's passwd; owns nothing in the guest
 ROOT: Final = "/run/x07/root"
 MACHINE_ID: Final = "/run/x07/machine-id"
 RESOLV_CONF: Final = "/run/x07/resolv.conf"
 SCRATCH: Final = "/run/x07/scratch"
 MEMORY: Final = "/run/x07/memory"
-_ENTRIES: Final = 4096  # an archive of small files cannot hold more: a header has 110 bytes
+_ENTRIES: Final = 4096  # a small archive has at most so many entries: a header has 110 bytes
 CWD: Final = "/opt/x07"
-IN_MEMORY: Final = ("/tmp", "/dev/shm")  # noqa: S108 - folders of the program that lie in the guest's memory
+IN_MEMORY: Final = ("/tmp", "/dev/shm")  # noqa: S108 - the program's tmpfs folders
 _INPUTS: Final = "/x07/in"
 CGROUP_VIEW: Final = "/sys/fs/cgroup"
-_PTYS_MAX: Final = 64  # the kernel's buffers of each are not counted as the program's memory
+_PTYS_MAX: Final = 64  # their kernel buffers are not charged to the program
 
 
 class World(NamedTuple):
-    """What the steps before the job work on.
+    """Input of the steps before the job.
 
-    netns_fd: the program's network namespace, made and kept by the agent.
-    procs_fds: join the program's control groups. group_kills: whether these can end all their processes.
-    namespaces: whether the program has its own.
-    interpreter: whether a Python interpreter waits to become the program. preload: what it has imported by then.
-    base_filter, quiet_filter: seccomp, for every program. readable: of the image, what holds no programs.
-    network: whether names are looked up at the relay.
-    group_folder: the program's control group, which it can read at CGROUP_VIEW; empty for none.
+    netns_fd: the program's network namespace.
+    procs_fds: files to write to in order to join the control groups. group_kills: see `NoGroup.KILLS`.
+    namespaces: whether the program has its own namespaces.
+    interpreter: whether a started Python interpreter waits to become the program. preload: modules that it imports.
+    base_filter, quiet_filter: seccomp filters for every program. readable: paths of the image without programs.
+    network: whether the relay resolves names.
+    group_folder: the control group that the program can read at CGROUP_VIEW; empty for none.
     """
 
     netns_fd: int
@@ -61,11 +61,11 @@ class World(NamedTuple):
     group_folder: str
 
 
-class Orders(NamedTuple):
-    """What depends on the job. execution: an `execution.Execution`, as the plain tuple that can be sent.
+class JobSettings(NamedTuple):
+    """Settings of the job. execution: an `execution.ExecutionRules` as a plain tuple, for marshal.
 
-    tmp_bytes: size of /tmp and of /dev/shm. cpu_s: the limit below that of the control group's counter.
-    inputs_on_disk: whether the files of the job are too large to lie in memory.
+    tmp_bytes: size of /tmp and of /dev/shm. cpu_s: RLIMIT_CPU, a backstop for the agent's own CPU limit.
+    inputs_on_disk: whether the input files are too large for memory.
     """
 
     hostname: str
@@ -80,11 +80,11 @@ class Orders(NamedTuple):
 
 
 class StepError(Exception):
-    """A step of the confinement failed: its name, the kernel's error number or 0, and a message, as args."""
+    """A confinement step failed: its name, errno or 0, and a message, as args."""
 
 
 class Step(NamedTuple, Generic[T]):
-    """One measure: its name in reports, what it needs, the doing, and which fields of the orders decide it."""
+    """One step: its name in reports, its requirements, its function, and the job settings that it depends on."""
 
     name: str
     needs: str
@@ -92,17 +92,17 @@ class Step(NamedTuple, Generic[T]):
     fields: tuple[str, ...] = ()
 
 
-class Measures(NamedTuple):
-    """The steps of one platform, in their order."""
+class Confinement(NamedTuple):
+    """The steps of one platform, in order."""
 
     world: tuple[Step[World], ...]
     rights: tuple[Step[World], ...]
-    job: tuple[Step[Orders], ...]
+    job: tuple[Step[JobSettings], ...]
 
 
-# Folders of the root that hold nothing of the image: something else is mounted there, or folders of the host.
 _PROGRAM_FOLDERS: Final = ("/bin", "/sbin", "/usr/bin", "/usr/sbin", "/usr/local/bin", "/usr/local/sbin")
 _LOADERS: Final = ("/lib64/ld-linux-x86-64.so.2", "/lib/ld-linux-aarch64.so.1")
+# Top-level folders that are not taken from the image: mount points, and places for host folders.
 _OWN: Final = frozenset({"dev", "home", "media", "mnt", "opt", "proc", "root", "run", "srv", "sys", "tmp", "x07"})
 
 
@@ -113,7 +113,7 @@ def _namespaces(world: World) -> None:
 
 
 def _read_only_system(_world: World) -> None:
-    """A root of its own, in which folders of the host can have their places, and in it what the image has."""
+    """Build a new root on tmpfs, with mount points for host folders, and bind the image's folders read-only."""
     os.makedirs(ROOT, exist_ok=True)
     system.mount("tmpfs", ROOT, "tmpfs", system.MS_NOSUID | system.MS_NODEV, "mode=0755,size=1m,nr_inodes=8192")
     for name in os.listdir("/"):
@@ -121,9 +121,9 @@ def _read_only_system(_world: World) -> None:
             os.symlink(os.readlink(f"/{name}"), f"{ROOT}/{name}")
         elif os.path.isdir(f"/{name}"):
             os.mkdir(f"{ROOT}/{name}")
-            # A root of the host may lie in any of ours, /root for one: the way to it must be open.
-            way = 0o755 if name in _OWN else 0
-            os.chmod(f"{ROOT}/{name}", os.stat(f"/{name}").st_mode & 0o7777 | way)
+            # A host folder may be mounted in any of ours, such as /root: the program must be able to enter it.
+            enter = 0o755 if name in _OWN else 0
+            os.chmod(f"{ROOT}/{name}", os.stat(f"/{name}").st_mode & 0o7777 | enter)
             if name not in _OWN:
                 system.bind(f"/{name}", f"{ROOT}/{name}", system.MS_RDONLY)
     os.mkdir(f"{ROOT}{CWD}")
@@ -132,7 +132,7 @@ def _read_only_system(_world: World) -> None:
 def _proc(_world: World) -> None:
     flags = system.MS_NOSUID | system.MS_NODEV | system.MS_NOEXEC
     system.mount("proc", f"{ROOT}/proc", "proc", flags, "hidepid=invisible")
-    # What is left of /proc that speaks of the machine or changes it: bound over itself, read-only.
+    # The parts of /proc that describe or change the machine: read-only.
     for name in ("sys", "bus", "irq", "fs"):
         if os.path.isdir(f"{ROOT}/proc/{name}"):
             system.bind(f"{ROOT}/proc/{name}", f"{ROOT}/proc/{name}", system.MS_RDONLY)
@@ -148,10 +148,10 @@ def _devices(_world: World) -> None:
 
 
 def devices(make: Callable[[str, str], None]) -> None:
-    """Mount /dev with the devices that every program may use, and pseudoterminals of its own.
+    """Mount /dev with the devices that every program may use, and private pseudoterminals.
 
-    make: makes the device of a name at a path. /dev/tty opens the controlling terminal, which is none of the host's:
-    the program's session has none until it opens one of its own.
+    make(name, path): creates a device. /dev/tty is harmless: the program's session has no controlling terminal until it
+    opens one of its own.
     """
     dev = f"{ROOT}/dev"
     system.mount("tmpfs", dev, "tmpfs", system.MS_NOSUID, "mode=0755,size=64k,nr_inodes=64")
@@ -174,12 +174,12 @@ def _remount(path: str, flags: int) -> None:
 
 
 def _tmpfs(path: str) -> None:
-    """An empty one for the program, still without room: `_sizes` gives it that."""
+    """Mount a tmpfs for the program; `_sizes` sets its size later."""
     system.mount("tmpfs", path, "tmpfs", system.MS_NOSUID | system.MS_NODEV, "mode=1777,size=4k,nr_inodes=16")
 
 
 def _temporary(world: World) -> None:
-    _tmpfs(f"{ROOT}/tmp")  # noqa: S108 - the guest's own
+    _tmpfs(f"{ROOT}/tmp")  # noqa: S108 - in the guest
     system.mount("tmpfs", f"{ROOT}/run", "tmpfs", system.MS_NOSUID | system.MS_NODEV, "mode=0755,size=64k")
     if world.interpreter:
         os.mkdir(f"{ROOT}{interpreter.FOLDER}")
@@ -192,10 +192,7 @@ def _temporary(world: World) -> None:
 
 
 def _kernel_state(world: World) -> None:
-    """Mount an empty /sys; in it, read-only, the program's own control group and no other.
-
-    Runtimes (node, the JVM, Go) read the memory limit there to choose the size of their heaps.
-    """
+    """Mount an empty /sys, with the program's own control group read-only: node, the JVM and Go read limits there."""
     system.mount("tmpfs", f"{ROOT}/sys", "tmpfs", system.MS_NOSUID | system.MS_NODEV, "mode=0755,size=4k")
     if world.group_folder:
         os.makedirs(f"{ROOT}{CGROUP_VIEW}")
@@ -208,7 +205,7 @@ def _work_folders(_world: World) -> None:
     system.mount("tmpfs", x07, "tmpfs", system.MS_NOSUID | system.MS_NODEV, "mode=0755,size=64k")
     for name in ("in", "out"):
         os.mkdir(f"{x07}/{name}")
-    # Files of the job lie in memory, unless they are large: then the upper mount is taken off.
+    # Inputs are in memory; for large ones `_inputs` removes the upper mount.
     system.bind(f"{SCRATCH}/in", f"{x07}/in", system.MS_RDONLY)
     system.bind(f"{MEMORY}/in", f"{x07}/in", system.MS_RDONLY)
     system.bind(f"{SCRATCH}/out", f"{x07}/out", system.MS_RDONLY)
@@ -222,66 +219,66 @@ def _enter(_world: World) -> None:
 
 
 def rules(world: World) -> None:
-    """Landlock's rules for a program that may execute some programs only, made here since a clone would pay for each.
+    """Create the Landlock ruleset for programs with an execution list; in a clone, each rule would cost time.
 
-    `_programs` adds those of the job to the same ruleset; whether the program is put under them comes later.
+    `_programs` adds the job's rules. `restrict` enforces the ruleset if the job has such a list.
     """
     fd = system.landlock_ruleset(files=system.FS_EXECUTE | system.FS_READ_FILE | system.FS_REFER)
     os.dup2(fd, interpreter.RULES_FD, inheritable=world.interpreter)
     os.close(fd)
-    # Moving files from folder to folder is not theirs to forbid.
+    # Do not forbid moving files between folders.
     system.landlock_allow(interpreter.RULES_FD, "/", system.FS_REFER)
     own = [f"/{name}" for name in sorted(_OWN) if os.path.isdir(f"/{name}")]
     for path in (*own, *world.readable):
-        with contextlib.suppress(FileNotFoundError):  # a host may have removed it since
+        with contextlib.suppress(FileNotFoundError):  # on a shared system, it may have been removed
             system.landlock_allow(interpreter.RULES_FD, path, system.FS_READ_FILE)
-    for path in _LOADERS:  # executed with every program, by the kernel itself
+    for path in _LOADERS:  # the kernel executes them with every program
         with contextlib.suppress(FileNotFoundError):
             execution.allow_program(path)
     for folder in _PROGRAM_FOLDERS:
-        execution.links(folder)  # known from now on
+        execution.link_targets(folder)  # fill its cache
 
 
 def root_mode(flags: int) -> None:
-    """Make the root writable, 0, or not, MS_RDONLY."""
+    """Make the root writable (0) or read-only (MS_RDONLY)."""
     _remount("/", flags)
 
 
 def forget_interpreter() -> None:
-    """Remove what the waiting interpreter has read of ours from the program's view."""
+    """Remove the waiting interpreter's start-up module from the program's view."""
     _remount("/run", 0)
     os.unlink(f"{interpreter.FOLDER}/sitecustomize.py")
     os.rmdir(interpreter.FOLDER)
     _remount("/run", system.MS_RDONLY)
 
 
-def _hostname(orders: Orders) -> None:
-    socket.sethostname(orders.hostname)
+def _hostname(settings: JobSettings) -> None:
+    socket.sethostname(settings.hostname)
 
 
-def _sizes(orders: Orders) -> None:
-    # Inodes are bounded too: an empty file costs about 1 KiB of kernel memory.
-    options = f"size={orders.tmp_bytes},nr_inodes={max(1024, orders.tmp_bytes // 4096)}"
+def _sizes(settings: JobSettings) -> None:
+    # Bound inodes too: an empty file costs about 1 KiB of kernel memory.
+    options = f"size={settings.tmp_bytes},nr_inodes={max(1024, settings.tmp_bytes // 4096)}"
     for path in IN_MEMORY:
         system.mount("tmpfs", path, "", system.MS_REMOUNT | system.MS_NOSUID | system.MS_NODEV, options)
 
 
-def _output(orders: Orders) -> None:
-    _remount("/x07/out", 0 if orders.out_writable else system.MS_RDONLY)
+def _output(settings: JobSettings) -> None:
+    _remount("/x07/out", 0 if settings.out_writable else system.MS_RDONLY)
 
 
-def _inputs(orders: Orders) -> None:
-    if orders.inputs_on_disk:
+def _inputs(settings: JobSettings) -> None:
+    if settings.inputs_on_disk:
         system.unmount("/x07/in")
 
 
-def resource_limits(orders: Orders) -> tuple[tuple[int, int], ...]:
+def resource_limits(settings: JobSettings) -> tuple[tuple[int, int], ...]:
     """The limits of each single process, by resource."""
     # The cgroup's counter decides on cpu-limit. This one is higher: its signal could be the program's own.
     return (
-        (resource.RLIMIT_CPU, orders.cpu_s),
-        (resource.RLIMIT_NOFILE, orders.fds),
-        (resource.RLIMIT_CORE, orders.core_bytes),
+        (resource.RLIMIT_CPU, settings.cpu_s),
+        (resource.RLIMIT_NOFILE, settings.fds),
+        (resource.RLIMIT_CORE, settings.core_bytes),
         (resource.RLIMIT_MEMLOCK, 65536),
         (resource.RLIMIT_MSGQUEUE, 65536),
         (resource.RLIMIT_SIGPENDING, 1024),
@@ -290,31 +287,32 @@ def resource_limits(orders: Orders) -> tuple[tuple[int, int], ...]:
     )
 
 
-def _resource_limits(orders: Orders) -> None:
-    for which, value in resource_limits(orders):
+def _resource_limits(settings: JobSettings) -> None:
+    for which, value in resource_limits(settings):
         resource.prlimit(PROGRAM_PID, which, (value, value))
 
 
-def _programs(orders: Orders) -> None:
-    if orders.execution is not None:
-        execution.allow(execution.Execution(*orders.execution))
+def _programs(settings: JobSettings) -> None:
+    if settings.execution is not None:
+        execution.allow(execution.ExecutionRules(*settings.execution))
 
 
-def _no_execution(orders: Orders) -> None:
-    if orders.execution is not None:
-        execution.close(execution.Execution(*orders.execution), [*IN_MEMORY, "/x07/out", CWD], _INPUTS)
+def _no_execution(settings: JobSettings) -> None:
+    if settings.execution is not None:
+        rules = execution.ExecutionRules(*settings.execution)
+        execution.forbid_elsewhere(rules, [*IN_MEMORY, "/x07/out", CWD], _INPUTS)
 
 
-# A remount of its size takes the flag off again.
-_OF_NO_EXECUTION: Final = ("execution", "tmp_bytes", "out_writable", "inputs_on_disk")
+# A remount by another step clears the flag again.
+_NO_EXECUTION_FIELDS: Final = ("execution", "tmp_bytes", "out_writable", "inputs_on_disk")
 RESOURCES: Final = ("fds", "cpu_s", "core_bytes")
-VIEW: Final[tuple[Step[Orders], ...]] = (
+VIEW: Final[tuple[Step[JobSettings], ...]] = (
     Step("host name", "CAP_SYS_ADMIN", _hostname, ("hostname",)),
     Step("sizes", "CAP_SYS_ADMIN", _sizes, ("tmp_bytes",)),
     Step("output folder", "CAP_SYS_ADMIN", _output, ("out_writable",)),
     Step("large inputs", "CAP_SYS_ADMIN", _inputs, ("inputs_on_disk",)),
     Step("programs", "Landlock", _programs, ("execution",)),
-    Step("no execution", "CAP_SYS_ADMIN", _no_execution, _OF_NO_EXECUTION),
+    Step("no execution", "CAP_SYS_ADMIN", _no_execution, _NO_EXECUTION_FIELDS),
 )
 
 
@@ -322,12 +320,12 @@ def _control_group(world: World) -> None:
     for fd in world.procs_fds:
         os.write(fd, b"0")
     if world.group_folder:
-        os.unshare(os.CLONE_NEWCGROUP)  # so that /proc/self/cgroup names the group at CGROUP_VIEW "/"
-    system.write_file("/proc/self/oom_score_adj", "500")  # not the agent's, which the kernel must never choose
+        os.unshare(os.CLONE_NEWCGROUP)  # /proc/self/cgroup then shows "/" for the group at CGROUP_VIEW
+    system.write_file("/proc/self/oom_score_adj", "500")  # do not inherit the agent's protection
 
 
 def no_capabilities(_world: World) -> None:
-    """Take all capabilities from what this process will execute."""
+    """Drop the bounding and ambient sets: nothing this process executes will have capabilities."""
     last = int(system.read_file("/proc/sys/kernel/cap_last_cap"))
     for cap in range(last + 1):
         system.prctl(system.PR_CAPBSET_DROP, cap)
@@ -337,7 +335,7 @@ def no_capabilities(_world: World) -> None:
 def _own_user(_world: World) -> None:
     os.setgroups([])
     os.setresgid(UID, UID, UID)
-    os.setresuid(UID, UID, UID)  # from 0 to another: the kernel clears all capability sets
+    os.setresuid(UID, UID, UID)  # leaving uid 0 clears all capability sets
 
 
 def _no_new_privileges(_world: World) -> None:
@@ -345,19 +343,19 @@ def _no_new_privileges(_world: World) -> None:
 
 
 def scopes(_world: World) -> None:
-    """No signal to a process above, no abstract socket of one: namespaces part them already, and this does it again."""
+    """Forbid signals and abstract sockets to outer processes; a second barrier besides the namespaces."""
     scopes = system.SCOPE_SIGNAL | system.SCOPE_ABSTRACT_UNIX_SOCKET
-    # Measured: where a later ruleset is about files, this one too forbids moving them unless it allows it.
+    # Measured: if a later ruleset handles files, this one must allow moving them too.
     fd = system.landlock_ruleset(files=system.FS_REFER, scopes=scopes)
     system.landlock_allow(fd, "/", system.FS_REFER)
-    restrict.last_steps()[0](b"", fd)
+    restrict.exec_functions()[0](b"", fd)
     os.close(fd)
 
 
 def _system_calls(world: World) -> None:
-    take_away, _ = restrict.last_steps()
-    take_away(world.quiet_filter, -1, recorded=False)
-    take_away(world.base_filter, -1)
+    restrict_self, _ = restrict.exec_functions()
+    restrict_self(world.quiet_filter, -1, recorded=False)
+    restrict_self(world.base_filter, -1)
 
 
 def _fresh_signals(_world: World) -> None:
@@ -368,7 +366,7 @@ def _fresh_signals(_world: World) -> None:
 
 
 FRESH_SIGNALS: Final = Step[World]("fresh signals", "", _fresh_signals)
-MACHINE: Final = Measures(
+MACHINE: Final = Confinement(
     world=(
         Step("namespaces", "CAP_SYS_ADMIN", _namespaces),
         Step("read-only system", "CAP_SYS_ADMIN", _read_only_system),
@@ -386,7 +384,7 @@ MACHINE: Final = Measures(
         Step("own user", "CAP_SETUID, CAP_SETGID", _own_user),
         Step("no new privileges", "", _no_new_privileges),
         FRESH_SIGNALS,
-        # What depends on the policy is taken away later, by the process itself (`restrict`).
+        # The process applies the restrictions of the policy itself, later (`restrict`).
         Step("scopes", "Landlock", scopes),
         Step("system calls", "no new privileges", _system_calls),
     ),
@@ -395,29 +393,26 @@ MACHINE: Final = Measures(
 
 
 def mount_memory() -> None:
-    """Mount the folder for small files of a job."""
+    """Mount the tmpfs for small input files."""
     os.makedirs(MEMORY, mode=0o755, exist_ok=True)
     flags = system.MS_NODEV | system.MS_NOSUID
     system.mount("tmpfs", MEMORY, "tmpfs", flags, f"mode=0755,size=32m,nr_inodes={_ENTRIES}")
 
 
-def _same(step: Step[T], before: T, what: T) -> bool:
-    for name in step.fields:  # noqa: SIM110 - a generator is code that a fresh clone would meet here for the first time
-        if getattr(before, name) != getattr(what, name):
+def _unchanged(step: Step[T], before: T, value: T) -> bool:
+    for name in step.fields:  # noqa: SIM110 - a generator would be new code to a fresh clone
+        if getattr(before, name) != getattr(value, name):
             return False
     return True
 
 
-def apply(steps: tuple[Step[T], ...], what: T, before: T | None = None) -> None:
-    """Do the steps in order. Raises StepError at the first that fails.
-
-    before: what they were done with before; what would be the same again is not done again.
-    """
+def apply(steps: tuple[Step[T], ...], value: T, before: T | None = None) -> None:
+    """Apply the steps in order, except those whose fields are equal in *before*. Raises StepError."""
     for step in steps:
-        if before is not None and _same(step, before, what):
+        if before is not None and _unchanged(step, before, value):
             continue
         try:
-            step.apply(what)
+            step.apply(value)
         except (OSError, ValueError) as exc:
             number = exc.errno if isinstance(exc, OSError) and exc.errno else 0
             raise StepError(step.name, number, str(exc)) from exc

@@ -1,7 +1,7 @@
-"""The agent as the first process of a container, which an engine has made: root with four capabilities, no more.
+"""The agent as PID 1 of a container made by an engine: root with four capabilities.
 
-It cannot mount anything: whatever has a size or an owner of its own was mounted by the engine. The program is another
-user of the same namespaces, so it reaches neither agent nor channel; what it may not write belongs to root.
+It cannot mount anything, so the engine mounts every folder. The program is another user in the same namespaces, and
+reaches neither agent nor channel; folders that it may not write belong to root.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 from x07_sandbox.channel.trees import Entry, Kind
 from x07_sandbox.guest import confine, system
-from x07_sandbox.guest.cgroup import GivenGroup, GivenGroups, NoGroup, counter
+from x07_sandbox.guest.cgroup import HostGroup, HostGroupsV1, NoGroup, counter
 from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.process import FREE_INIT, RULES, SCOPES, OnSharedKernel, limit
 from x07_sandbox.guest.relay_process import RelayProcess
 from x07_sandbox.guest.system import write_file
-from x07_sandbox.guest.trees import Tree, as_program
+from x07_sandbox.guest.trees import Tree, as_program_user
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -30,16 +30,16 @@ NET_SOCKET: Final = "/run/x07-net/relay"
 _SCRATCH: Final = "/x07"
 _CGROUP: Final = "/sys/fs/cgroup"
 _READ_AND_ENTER: Final = 0o500
-_KILLS: Final = 1000  # a zombie counts until init has waited for it
+_KILLS: Final = 1000  # attempts: a zombie counts as a process until init reaps it
 
 
 def _first_to_die(_world: confine.World) -> None:
-    write_file("/proc/self/oom_score_adj", "1000")  # the agent has 0: it must live to tell
+    write_file("/proc/self/oom_score_adj", "1000")  # the agent, with 0, must survive to report
 
 
 @contextlib.contextmanager
 def _program_user() -> Iterator[None]:
-    """Be the program's user, in all that permissions are decided by, and root again afterwards (setresuid(2))."""
+    """Switch to the program's user (real and effective ids), then back to root."""
     os.setresgid(confine.UID, confine.UID, 0)
     os.setresuid(confine.UID, confine.UID, 0)
     try:
@@ -49,21 +49,21 @@ def _program_user() -> Iterator[None]:
         os.setresgid(0, 0, 0)
 
 
-def _resource_limits(orders: confine.Orders) -> None:
-    with _program_user():  # for another user's process the kernel wants CAP_SYS_RESOURCE (prlimit(2))
+def _resource_limits(settings: confine.JobSettings) -> None:
+    with _program_user():  # another user's process would need CAP_SYS_RESOURCE (prlimit(2))
         for pid in system.children_of(os.getpid())[:1]:
-            limit(pid, confine.resource_limits(orders))
+            limit(pid, confine.resource_limits(settings))
 
 
-_OF_MACHINE: Final = {step.name: step for step in confine.MACHINE.rights}
-CONTAINED: Final = confine.Measures(
+_MACHINE_STEPS: Final = {step.name: step for step in confine.MACHINE.rights}
+CONTAINED: Final = confine.Confinement(
     world=(FREE_INIT, RULES),
     rights=(
         confine.Step("first to die", "", _first_to_die),
-        *(_OF_MACHINE[name] for name in ("no capabilities", "own user", "no new privileges")),
+        *(_MACHINE_STEPS[name] for name in ("no capabilities", "own user", "no new privileges")),
         confine.FRESH_SIGNALS,
         SCOPES,
-        _OF_MACHINE["system calls"],
+        _MACHINE_STEPS["system calls"],
     ),
     job=(
         *(step for step in confine.VIEW if step.name == "programs"),
@@ -73,67 +73,67 @@ CONTAINED: Final = confine.Measures(
 
 
 class ContainerGroup(NoGroup):
-    """The container's own control group, read only: the engine has set its limits, and the agent is in it too."""
+    """The container's control group, read-only: the engine sets the limits, and the agent is in it too."""
 
     KILLS = True
 
     def __init__(self) -> None:
         super().__init__(_CGROUP)
         unified = os.path.exists(f"{_CGROUP}/cgroup.controllers")
-        self._counters: dict[str, tuple[str, ...]] = (GivenGroup if unified else GivenGroups).COUNTERS
+        self._counters: dict[str, tuple[str, ...]] = (HostGroup if unified else HostGroupsV1).COUNTERS
         self._cpu = ("cpu.stat", "usage_usec") if unified else ("cpuacct/cpuacct.usage",)
         self._unit = 1 if unified else 1000
 
     def count(self, what: str) -> int:
-        """As NoGroup has it."""
+        """Return a counter; see `NoGroup.count`."""
         name, *keys = self._counters[what]
         return counter(f"{_CGROUP}/{name}", keys)
 
-    def cpu_us(self, init: int) -> int:  # noqa: ARG002 - of use to NoGroup
-        """CPU time of the container so far, in microseconds."""
+    def cpu_us(self, init: int) -> int:  # noqa: ARG002
+        """Return the CPU time of the container, in microseconds."""
         name, *keys = self._cpu
         return counter(f"{_CGROUP}/{name}", keys) // self._unit
 
-    def kill(self, init: int) -> None:  # noqa: ARG002 - as above
-        """End every process of the program's user: this one, the first of its namespace, hears no signal of theirs."""
+    def kill(self, init: int) -> None:  # noqa: ARG002
+        """Kill every process of the program's user; PID 1 ignores the signal."""
         with _program_user(), contextlib.suppress(ProcessLookupError):
             for _ in range(_KILLS):
-                os.kill(-1, signal.SIGKILL)  # kill(2): all that this user may signal, until there is none
+                os.kill(-1, signal.SIGKILL)  # every process that this user may signal, until none is left
                 time.sleep(0.001)
 
 
 class ContainerTree(Tree):
-    """A tree below the engine's own mounts: what the program may write is its own, all else is root's.
+    """A tree on the engine's mounts: the program owns the parts that it may write, root owns the rest.
 
-    places: folders below *folder* that are mounts, and whether the program may write there.
+    mounts: mount points below *folder*, and whether the program may write there.
     """
 
-    def __init__(self, folder: str, places: dict[bytes, bool]) -> None:
+    def __init__(self, folder: str, mounts: dict[bytes, bool]) -> None:
         super().__init__(folder, None)
-        self._places = places
+        self._mounts = mounts
 
     def _owner(self, name: bytes) -> int | None:
-        around = (place for place in self._places if not place or name == place or name.startswith(place + b"/"))
-        return confine.UID if self._places.get(max(around, key=len, default=b""), False) else None
+        around = (at for at in self._mounts if not at or name == at or name.startswith(at + b"/"))
+        return confine.UID if self._mounts.get(max(around, key=len, default=b""), False) else None
 
     def _make(self, entry: Entry) -> None:
         owner = self._owner(entry.name)
-        if owner is None:  # the program reads it as a stranger
-            seen = entry.mode & _READ_AND_ENTER
-            entry = entry._replace(mode=entry.mode | seen >> 3 | seen >> 6)
-        if entry.name in self._places and entry.kind is Kind.FOLDER:  # it is the engine's, with a mode of its own
+        if owner is None:  # the program reads it as "other"
+            readable = entry.mode & _READ_AND_ENTER
+            entry = entry._replace(mode=entry.mode | readable >> 3 | readable >> 6)
+        if entry.name in self._mounts and entry.kind is Kind.FOLDER:  # the engine made it, with its own mode
             self.folders[entry.name] = os.stat(entry.name or b".", dir_fd=self._top).st_mode & 0o7777
             return
-        with as_program(owner):
+        with as_program_user(owner):
             super()._make(entry)
 
     def _close_file(self) -> None:
         assert self._entry is not None  # noqa: S101 - for the type checker
-        with as_program(self._owner(self._entry.name)):
+        with as_program_user(self._owner(self._entry.name)):
             super()._close_file()
 
     def _finish_folder(self, folder: bytes, mode: int, mtime_ns: int | None) -> None:
-        with as_program(self._owner(folder)):
+        with as_program_user(self._owner(folder)):
             super()._finish_folder(folder, mode, mtime_ns)
 
 
@@ -142,9 +142,9 @@ def _below(base: str, sub: bytes) -> bytes:
 
 
 class Contained(OnSharedKernel):
-    """In a container. network: whether the engine gave it the gate's socket."""
+    """A container. network: whether the engine mounted the gate's socket."""
 
-    measures = CONTAINED
+    confinement = CONTAINED
     program_uid = confine.UID
     scratch = memory = _SCRATCH
     machine_id = confine.MACHINE_ID
@@ -159,8 +159,8 @@ class Contained(OnSharedKernel):
         self._trees: dict[int, tuple[str, dict[bytes, bool]]] = {}
 
     def open_channel(self) -> int:
-        """Connect to the gate, before anything hostile is here."""
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # the kernel keeps from its first process what has no handler
+        """Connect to the gate before anything hostile runs."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # PID 1 ignores signals without a handler
         if self._network:
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             sock.connect(NET_SOCKET)
@@ -169,60 +169,60 @@ class Contained(OnSharedKernel):
         return super().open_channel()
 
     def make_folders(self) -> None:
-        """Make the folder of the machine id: all others were mounted."""
+        """Make the folder of the machine id; the engine mounted all others."""
         os.makedirs(os.path.dirname(self.machine_id), exist_ok=True)
 
     def make_resolv_conf(self) -> None:
-        """Nothing: the engine has put it there."""
+        """Do nothing: the engine mounts it."""
 
     def folder(self, name: str) -> str:
-        """As Platform has it."""
+        """Return the path of a job folder."""
         return self._work if name == "work" else super().folder(name)
 
-    def make_place_folder(self, name: str, *, of_program: bool) -> None:
-        """Make what was not mounted."""
+    def make_job_folder(self, name: str, *, of_program: bool) -> None:
+        """Make a folder that the engine did not mount."""
         if not of_program:
             os.makedirs(self.folder(name), exist_ok=True)
 
     def group(self) -> ContainerGroup:
-        """The container's."""
+        """Return the container's group."""
         return ContainerGroup()
 
     def adapt(self, body: dict[str, Any]) -> dict[str, Any]:
-        """See where trees go: each is made where the program finds it."""
+        """Record the mount points of trees, which are unpacked right there."""
         for mount in body["mounts"]:
             if mount["tree"] is None:
                 self._work = mount["at"]
                 continue
             at, sub = mount["at"], mount["sub"]
             if sub and not at.endswith(f"/{sub}"):
-                raise JobError("mounts", 0, f"{at} is not where its tree has it")
+                raise JobError("mounts", 0, f"{at} does not match its path in the tree")
             base = at[: -len(sub) - 1] if sub else at
             self._trees.setdefault(mount["tree"], (base, {}))[1][os.fsencode(sub)] = mount["write"]
         return body
 
     def tree(self, number: int) -> Tree:
-        """One below the engine's mounts."""
-        base, places = self._trees[number]
-        mounted = {sub: write for sub, write in places.items() if not sub or os.path.ismount(_below(base, sub))}
-        # Where a root is one file, the folder around it was mounted for it alone.
-        mounted.setdefault(b"", any(places.values()))
+        """Return a tree on the engine's mounts."""
+        base, mounts = self._trees[number]
+        mounted = {sub: write for sub, write in mounts.items() if not sub or os.path.ismount(_below(base, sub))}
+        # For a root that is a single file, the engine mounts its folder.
+        mounted.setdefault(b"", any(mounts.values()))
         return ContainerTree(base, mounted)
 
     def work_tree(self) -> Tree:
-        """As Platform has it."""
+        """Return the tree of the working folder."""
         return ContainerTree(self.folder("work"), {b"": True})
 
     def mount(self, init: int, mounts: Sequence[tuple[str, str, bool]]) -> None:
-        """Nothing: they are there."""
+        """Do nothing: the engine has mounted them."""
 
     def reading(self) -> AbstractContextManager[None]:
-        """As the program's user, whose files root may not read here."""
-        return as_program(confine.UID)
+        """Switch to the program's user: without CAP_DAC_OVERRIDE, root cannot read its files."""
+        return as_program_user(confine.UID)
 
     def relay(self, netns_fd: int) -> RelayProcess:
-        """One in this very network namespace."""
+        """Start the relay in the container's network namespace."""
         if self._net_fd < 0:
-            raise JobError("relay", 0, "this container has no way to the gate")
+            raise JobError("relay", 0, "this container has no connection to the gate")
         os.set_blocking(self._net_fd, False)
         return RelayProcess(netns_fd, lambda: self._net_fd, (self._net_fd,), hold=False)

@@ -1,7 +1,7 @@
-"""What the agent cannot do, as told to the host."""
+"""The error that the agent reports to the host."""
 
 from __future__ import annotations
 
 
 class JobError(Exception):
-    """The job cannot be carried out: stage, errno, message; told to the host as FAILED."""
+    """The job failed: stage, errno (or 0) and message, as args; sent to the host as FAILED."""

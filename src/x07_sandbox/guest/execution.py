@@ -1,7 +1,4 @@
-"""What may be executed in the guest, where not everything may: by Landlock, and by mounts without execution.
-
-Done by init, still root, in the program's own view.
-"""
+"""Execution lists of the policy, enforced by Landlock and noexec mounts; init applies them in the program's view."""
 
 from __future__ import annotations
 
@@ -12,12 +9,12 @@ from typing import NamedTuple
 from x07_sandbox.guest import interpreter, system
 
 
-class Execution(NamedTuple):
-    """What may be executed, where not everything may.
+class ExecutionRules(NamedTuple):
+    """The programs that the job may execute.
 
-    programs: paths of programs that may be executed, None where none may; no other of the image can be read then.
-    prefixes: beginnings of further ones. program: what is executed first, if anything is. alone: whether nothing that
-    could be executed lies beside it. mounts: where folders of the host are by now.
+    programs: paths of allowed programs, None if the policy has no list; other programs of the image become unreadable.
+    prefixes: path prefixes of further allowed programs. program: the one executed first, None for the waiting Python.
+    alone: whether the inputs contain nothing else that could be executed. mounts: mount points of host folders.
     """
 
     programs: list[str] | None
@@ -27,37 +24,36 @@ class Execution(NamedTuple):
     mounts: list[str]
 
 
-def allow(execution: Execution) -> None:
-    """Allow by Landlock what the list names: files as they are now, and whole folders that a prefix names."""
-    if execution.programs is None:
+def allow(rules: ExecutionRules) -> None:
+    """Add the listed files, as they are now, and folders named by a prefix to the Landlock ruleset."""
+    if rules.programs is None:
         return
-    for at in execution.mounts:
+    for at in rules.mounts:
         system.landlock_allow(interpreter.RULES_FD, at, system.FS_READ_FILE)
-    if execution.program:
-        allow_program(execution.program)
-    for path in _listed(execution):
+    if rules.program:
+        allow_program(rules.program)
+    for path in _listed(rules):
         allow_program(path)
 
 
 def allow_program(path: str) -> None:
-    """Allow one file to be executed, or all in a folder. Raises OSError."""
+    """Allow executing a file, or all files in a folder. Raises OSError."""
     system.landlock_allow(interpreter.RULES_FD, path, system.FS_EXECUTE | system.FS_READ_FILE)
 
 
-def _listed(execution: Execution) -> list[str]:
-    """What there is of what the lists name, each once."""
-    listed = [path for path in execution.programs or () if os.path.isfile(path)]
-    for prefix in execution.prefixes:
-        listed += [path for path in _named_by(prefix) if os.path.exists(path)]
+def _listed(rules: ExecutionRules) -> list[str]:
+    """Return the existing paths of the lists, without duplicates."""
+    listed = [path for path in rules.programs or () if os.path.isfile(path)]
+    for prefix in rules.prefixes:
+        listed += [path for path in _with_prefix(prefix) if os.path.exists(path)]
     return list(dict.fromkeys(listed))
 
 
-def _named_by(prefix: str) -> list[str]:
-    """What there is of paths that begin so."""
+def _with_prefix(prefix: str) -> list[str]:
     folder, _, start = prefix.rpartition("/")
     folder = folder or "/"
     if not start:
-        return [folder, *links(folder)]
+        return [folder, *link_targets(folder)]
     try:
         return [entry.path for entry in os.scandir(folder) if entry.name.startswith(start)]
     except OSError:
@@ -65,8 +61,8 @@ def _named_by(prefix: str) -> list[str]:
 
 
 @functools.cache
-def links(folder: str) -> tuple[str, ...]:
-    """Files outside a folder to which links in it lead: a rule for the folder covers what lies in it, and not these."""
+def link_targets(folder: str) -> tuple[str, ...]:
+    """Return the files outside a folder to which its links lead: a Landlock rule for the folder misses them."""
     try:
         found = [os.path.realpath(entry.path) for entry in os.scandir(folder) if entry.is_symlink()]
     except OSError:
@@ -75,26 +71,26 @@ def links(folder: str) -> tuple[str, ...]:
     return tuple(path for path in dict.fromkeys(found) if not path.startswith(own) and os.path.isfile(path))
 
 
-def close(execution: Execution, writable: list[str], inputs: str) -> None:
-    """Let nothing be executed that is neither of the image nor named, by noexec: the loader runs any file it can map.
+def forbid_elsewhere(rules: ExecutionRules, writable: list[str], inputs: str) -> None:
+    """Mount everything noexec that is neither of the image nor listed: the loader runs any file that it can map.
 
-    writable: what of the guest's own the program can write to. inputs: where its files lie.
+    writable: folders of the guest that the program can write. inputs: the folder of its input files.
     """
-    closed = [*writable, *execution.mounts]
-    if not execution.alone:
+    closed = [*writable, *rules.mounts]
+    if not rules.alone:
         closed.append(inputs)
-    if execution.programs is not None:
-        closed = _open_listed(_listed(execution), closed)
-    program = execution.program
+    if rules.programs is not None:
+        closed = _keep_listed(_listed(rules), closed)
+    program = rules.program
     if program and inputs in closed and program.startswith(f"{inputs}/"):
-        # A mount of its own leaves the rest of the folder closed.
+        # Its own mount stays executable when the rest of the folder becomes noexec.
         system.mount(program, program, "", system.MS_BIND)
     for place in closed:
         system.change_mount(place, system.MS_NOEXEC)
 
 
-def _open_listed(listed: list[str], places: list[str]) -> list[str]:
-    """Make what is listed in those places mounts of their own, before these are closed; which of them to close."""
+def _keep_listed(listed: list[str], places: list[str]) -> list[str]:
+    """Turn listed paths in these mounts into mounts of their own. Return the mounts that must become noexec."""
     listed = sorted(os.path.realpath(path) for path in listed)
     places = list(places)
     closed = [place for place in places if not any(_within(place, path) for path in listed)]
@@ -102,16 +98,16 @@ def _open_listed(listed: list[str], places: list[str]) -> list[str]:
         holding = max((place for place in places if _within(path, place)), key=len, default=None)
         if holding in closed:
             folder = os.path.isdir(path)
-            for one in (path, *([] if folder else _elsewhere(path, holding, places))):
+            for one in (path, *([] if folder else _aliases(path, holding, places))):
                 system.mount(one, one, "", system.MS_BIND | system.MS_REC)
-                if not folder:  # it is what it was at the start, wherever it could be changed
+                if not folder:  # the program must not change a listed file, by any of its paths
                     system.change_mount(one, system.MS_RDONLY)
             places.append(path)
     return closed
 
 
-def _elsewhere(path: str, holding: str, places: list[str]) -> list[str]:
-    """Where else among these mounts the file at *path*, in the mount *holding*, is: one folder may be mounted twice."""
+def _aliases(path: str, holding: str, places: list[str]) -> list[str]:
+    """Return the other paths of a file in the mount *holding*: the same folder may be mounted twice."""
     sources = _sources()
     disk, top = sources[holding]
     source = top.rstrip("/") + path[len(holding) :]
@@ -124,21 +120,21 @@ def _elsewhere(path: str, holding: str, places: list[str]) -> list[str]:
 
 
 def _sources() -> dict[str, tuple[str, str]]:
-    """Of every mount, by its place: the disk, and the folder of it that is mounted there."""
+    """Return, by mount point, the device and the mounted folder of it (proc(5): mountinfo)."""
     found = {}
     with open("/proc/self/mountinfo", "rb") as file:
         for line in file:
             disk, top, place = (_plain(word) for word in line.split(b" ")[2:5])
-            found[place] = disk, top  # of two at one place the later covers the other
+            found[place] = disk, top  # a later mount covers an earlier one
     return found
 
 
 def _plain(word: bytes) -> str:
-    """A word of mountinfo, in which blanks and the like are octal."""
+    """Decode the octal escapes of a mountinfo field."""
     first, *rest = word.split(b"\\")
     return os.fsdecode(first + b"".join(bytes([int(part[:3], 8)]) + part[3:] for part in rest))
 
 
 def _within(path: str, folder: str) -> bool:
-    """Whether a path is the folder or lies in it."""
+    """Return whether a path is the folder or below it."""
     return path == folder or path.startswith(folder.rstrip("/") + "/")

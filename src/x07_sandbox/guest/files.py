@@ -1,4 +1,4 @@
-"""The files of a job, written as they come."""
+"""The input files of a job."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from x07_sandbox.channel.frames import Stream
 from x07_sandbox.guest.confine import CWD
-from x07_sandbox.guest.environment import IN_MEMORY_BYTES, Place
+from x07_sandbox.guest.environment import IN_MEMORY_BYTES, Environment
 from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.system import write_all
 from x07_sandbox.guest.unpack import ArchiveError, unpack
@@ -21,17 +21,17 @@ _FOLDER: Final = "/x07/in/"
 
 
 class IncomingFiles:
-    """The files of START, written as they come; an archive is unpacked when it is whole, a tree as it comes.
+    """The files of START: trees are unpacked while they arrive, archives once they are complete.
 
-    trees: by their stream. work: the one that is the program's private working folder, if any.
-    on_disk: whether they lie on the scratch disk; memory costs a fresh clone far less.
+    trees: by stream. work: the tree of the private working folder, if any.
+    on_disk: whether the files lie on the scratch disk; memory is far cheaper for a fresh clone.
     """
 
-    def __init__(self, entries: list[dict[str, Any]], place: Place) -> None:
+    def __init__(self, entries: list[dict[str, Any]], environment: Environment) -> None:
         self.on_disk = sum(entry["bytes"] for entry in entries if entry["kind"] != "tree") > IN_MEMORY_BYTES
         self.trees: dict[int, Tree] = {}
         self.work: Tree | None = None
-        self._folder = place.folder(on_disk=self.on_disk)
+        self._folder = environment.folder(on_disk=self.on_disk)
         self._entries = {Stream.FIRST_FILE + index: entry for index, entry in enumerate(entries)}
         self._open: dict[int, int] = {}
         self._archives: dict[int, io.BytesIO] = {}
@@ -40,14 +40,14 @@ class IncomingFiles:
             self._left[stream] = entry["bytes"]
             if entry["kind"] == "tree":
                 in_work = entry["path"] == CWD
-                tree = place.platform.work_tree() if in_work else place.platform.tree(stream)
+                tree = environment.platform.work_tree() if in_work else environment.platform.tree(stream)
                 self.trees[stream] = tree
                 self.work = tree if in_work else self.work
                 continue
             if entry["kind"] == "archive" and not self.on_disk:
                 self._archives[stream] = io.BytesIO()
                 continue
-            archive = place.scratch(f"{stream}.cpio") if entry["kind"] == "archive" else None
+            archive = environment.scratch(f"{stream}.cpio") if entry["kind"] == "archive" else None
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             self._open[stream] = os.open(archive or self._path(entry), flags, entry["mode"])
             if archive:
@@ -56,14 +56,14 @@ class IncomingFiles:
     def _path(self, entry: dict[str, Any]) -> str:
         name = entry["path"].removeprefix(_FOLDER)
         if not name or "/" in name or name.startswith("."):
-            raise JobError("files", 0, f"no such place: {entry['path']}")
+            raise JobError("files", 0, f"invalid path: {entry['path']}")
         return f"{self._folder}/{name}"
 
     def write(self, stream: int, data: bytes) -> None:
-        """Append to the file of *stream*."""
+        """Append to the file of *stream*. Raises JobError, OSError."""
         left = self._left.get(stream, 0) - len(data)
         if left < 0:
-            raise JobError("files", 0, f"stream {stream} is not in the job, or longer than it was said to be")
+            raise JobError("files", 0, f"stream {stream} is unknown, or longer than announced")
         self._left[stream] = left
         if stream in self.trees:
             self.trees[stream].write(data)
@@ -73,9 +73,9 @@ class IncomingFiles:
             write_all(self._open[stream], data)
 
     def close(self, stream: int) -> None:
-        """The file is whole: close it, unpack it if it is an archive."""
+        """Close a complete file; unpack it if it is an archive. Raises JobError, OSError."""
         if self._left.pop(stream, 1) != 0:
-            raise JobError("files", 0, f"stream {stream} is not in the job, or did not come whole")
+            raise JobError("files", 0, f"stream {stream} is unknown or incomplete")
         if stream in self.trees:
             self.trees[stream].finish()
             return
@@ -94,5 +94,5 @@ class IncomingFiles:
             os.close(fd)
 
     def complete(self) -> bool:
-        """Whether all files have come."""
+        """Return whether all files have arrived."""
         return not self._left

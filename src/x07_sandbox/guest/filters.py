@@ -1,4 +1,4 @@
-"""What the image brings for the confinement: seccomp filters (`guest/boot/filters`), and what may always be read."""
+"""Data files of the image for confinement: seccomp filters (`guest/boot/filters`) and always readable paths."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import sys
 from typing import Any, Final
 
 BASE: Final = "base"
-QUIET: Final = "quiet"  # of what it refuses nothing is recorded
+QUIET: Final = "quiet"  # its refusals are not audited
 NO_EXEC: Final = "no-exec"
-ONCE: Final = "-once"  # ends the name of a filter that lets one call pass
+ONCE: Final = "-once"  # suffix of a filter that allows one execve
 _LINE: Final = struct.Struct("=HBBI")
 _WORD: Final = 4
-_MARKERS: Final = (0x5AFE7012, 0x5AFE7011, 0x5AFE7014, 0x5AFE7013, 0x5AFE7016, 0x5AFE7015)  # as the token's bytes come
+_MARKERS: Final = (0x5AFE7012, 0x5AFE7011, 0x5AFE7014, 0x5AFE7013, 0x5AFE7016, 0x5AFE7015)  # in the token's byte order
 
 
 def filter_name(*, threads: bool, spawn: bool, execute: bool) -> str:
-    """The filter that forbids what is false; empty where nothing is forbidden."""
+    """Return the name of the filter that forbids what is False, empty for none."""
     words = (not threads and "no-threads", not spawn and "no-spawn", not execute and NO_EXEC)
     return "-".join(word for word in words if word)
 
 
 def all_filters() -> dict[str, bytes]:
-    """Every filter's bytes by its name: read beforehand, since a fresh clone would pay for it. Raises OSError."""
+    """Return every filter's BPF code by name. Raises OSError."""
     names = [BASE, QUIET]
     for threads, spawn, execute in itertools.product((False, True), repeat=3):
         if name := filter_name(threads=threads, spawn=spawn, execute=execute):
@@ -33,26 +33,26 @@ def all_filters() -> dict[str, bytes]:
 
 
 def readable_places() -> list[str]:
-    """Folders and files of the image without a program in them."""
+    """Return the folders and files of the image that contain no program."""
     places: list[str] = json.loads(_data("places.json"))
     return places
 
 
 def call_numbers() -> tuple[dict[str, int], dict[str, int]]:
-    """Numbers of system calls by name: of those that are recorded when refused, and of those that filters refuse."""
+    """Return system call numbers by name: of audited calls, and of calls that filters refuse."""
     numbers = json.loads(_data("calls.json"))
     return numbers["audited"], numbers["refused"]
 
 
-def cut_at_token(code: bytes) -> tuple[list[bytes], list[int]]:
-    """A filter in pieces, and which of them the parts of the secret replace, in its order.
+def split_at_token(code: bytes) -> tuple[list[bytes], list[int]]:
+    """Split a filter at its markers. Return the pieces, and the index of the piece for each word of the token.
 
-    Raises ValueError if the markers are not there, each once.
+    Raises ValueError unless each marker is there once.
     """
     values = [value for *_, value in _LINE.iter_unpack(code)]
     found = sorted((values.index(marker), number) for number, marker in enumerate(_MARKERS) if marker in values)
     if len(found) != len(_MARKERS) or sum(value in _MARKERS for value in values) != len(_MARKERS):
-        raise ValueError("the filter has not the markers that it should have")
+        raise ValueError("the filter does not have each marker once")
     pieces: list[bytes] = []
     done = 0
     places = [0] * len(_MARKERS)
@@ -65,7 +65,7 @@ def cut_at_token(code: bytes) -> tuple[list[bytes], list[int]]:
 
 
 def with_token(pieces: list[bytes], places: list[int], token: bytes) -> bytes:
-    """The filter with the secret in place of its markers."""
+    """Return the filter with the token in place of its markers."""
     made = list(pieces)
     for number, place in enumerate(places):
         made[place] = token[number * _WORD : (number + 1) * _WORD]

@@ -1,7 +1,7 @@
-"""The program's network namespace: routes that keep every packet in this machine, and rules that give it to the relay.
+"""The program's network namespace: routes that keep every packet local, and rules that direct it to the relay.
 
-There is no network card: nothing here is what keeps the program from the network. The gate on the host decides; these
-rules are a second wall, and make refusals immediate.
+The boundary is the missing network card and the gate on the host; these rules are a second barrier, and make denials
+immediate.
 """
 
 from __future__ import annotations
@@ -13,19 +13,18 @@ import socket
 import struct
 from typing import Any, Final, NamedTuple
 
+from x07_sandbox.channel.egress import DNS
 from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.netlink import HeldPackets, Routes, add_elements
-from x07_sandbox.guest.system import write_all
+from x07_sandbox.guest.system import read_all, write_all
 
-DNS: Final = "127.0.0.53"
 DNS_PORT: Final = 53
-TCP_PORT: Final = 1  # of the relay; below those that the kernel or an unprivileged program picks
+TCP_PORT: Final = 1  # of the relay; a privileged port, so the program cannot bind it
 UDP_PORT: Final = 2
-RESOLV_CONF: Final = f"nameserver {DNS}\noptions timeout:5 attempts:2\n"
-TO_ASK: Final = 0  # queue of first packets for which the gate is asked
-TO_REFUSE: Final = 1  # queue of those that no policy can allow: they are told of, and refused
+TO_ASK: Final = 0  # queue of first packets that wait for the gate's answer
+TO_REFUSE: Final = 1  # queue of packets that the policy does not allow: reported, then refused
 
-# Marks of packets that were held, as the second chain reads them.
+# Marks of released packets, evaluated by the chain "verdict".
 PASSED: Final = 0x100
 CONNECTION_REFUSED: Final = 1
 HOST_UNREACHABLE: Final = 2
@@ -39,16 +38,16 @@ _TABLE: Final = "x07"
 
 
 class Family(NamedTuple):
-    """What differs between the versions of IP.
+    """The parameters of one version of IP.
 
-    number: of the family (AF_INET). source: where a program's connections come from. nobody: stands for no name, so no
-    policy can list it. name, address, own, relay, unreachable: words of the rules. level, transparent, original: of
-    socket options (linux/in.h, linux/in6.h). ends: address and port of a sockaddr, after its family.
+    number: AF_INET or AF_INET6. source: address of the program's connections. unlisted: an address that no policy can
+    list. name, address, own, relay, unreachable: parts of the rules. level, transparent, original: socket options
+    (linux/in.h, linux/in6.h). sockaddr: port and address of a sockaddr, after its family.
     """
 
     number: int
     source: str
-    nobody: str
+    unlisted: str
     name: str
     address: str
     own: str
@@ -57,13 +56,13 @@ class Family(NamedTuple):
     level: int
     transparent: int
     original: int
-    ends: struct.Struct
+    sockaddr: struct.Struct
 
 
 V4: Final = Family(
     number=socket.AF_INET,
     source="198.18.0.1",
-    nobody="198.18.0.0",
+    unlisted="198.18.0.0",
     name="ip",
     address="ipv4_addr",
     own="127.0.0.0/8, 198.18.0.1",
@@ -72,12 +71,12 @@ V4: Final = Family(
     level=socket.SOL_IP,
     transparent=19,
     original=20,
-    ends=struct.Struct(">2xH4s"),
+    sockaddr=struct.Struct(">2xH4s"),
 )
 V6: Final = Family(
     number=socket.AF_INET6,
     source="fd78:3037::1",
-    nobody="fd78:3037::",
+    unlisted="fd78:3037::",
     name="ip6",
     address="ipv6_addr",
     own="::1, fd78:3037::1",
@@ -86,9 +85,9 @@ V6: Final = Family(
     level=socket.IPPROTO_IPV6,
     transparent=75,
     original=74,
-    ends=struct.Struct(">2xH4x16s"),
+    sockaddr=struct.Struct(">2xH4x16s"),
 )
-# The first packet of a connection waits here, so that connect() in the program fails as the far end says.
+# The first packet of a connection waits here, so that connect() returns the far end's result.
 _HOLD: Final = f"""
     tcp flags & (fin|syn|rst|ack) == syn IP daddr . tcp dport @tcp_ok queue to {TO_ASK}
     tcp flags & (fin|syn|rst|ack) == syn queue to {TO_REFUSE}
@@ -127,7 +126,7 @@ _VERIFY_MS: Final = 5000
 
 
 def families() -> tuple[Family, ...]:
-    """The versions of IP that this kernel has."""
+    """Return the versions of IP that this kernel supports."""
     try:
         socket.socket(socket.AF_INET6, socket.SOCK_DGRAM).close()
     except OSError:
@@ -136,10 +135,10 @@ def families() -> tuple[Family, ...]:
 
 
 def build(*, hold: bool) -> None:
-    """Make all that does not depend on a policy: nothing can be reached yet. Raises OSError, JobError.
+    """Set up routes and rules; nothing is reachable yet. Raises OSError, JobError.
 
-    hold: whether first packets wait, which needs a part of the kernel (nfnetlink_queue). Without, the relay accepts
-    every connection and then asks the gate, so the sets are not used.
+    hold: whether first packets wait, which needs nfnetlink_queue. Otherwise the relay accepts every connection, then
+    asks the gate, and the sets of allowed targets are not used.
     """
     routes = Routes()
     for family in families():
@@ -150,7 +149,7 @@ def build(*, hold: bool) -> None:
 
 
 def _rules(family: Family, *, hold: bool) -> str:
-    """The table of one version of IP, as nft reads it."""
+    """Return the table of one version of IP in nft syntax."""
     rules = _RULES.replace("HOLD", _HOLD if hold else "").replace("ADDRESS", family.address)
     for what, word in zip(("HOST", "NET", "POLICY"), family.unreachable, strict=True):
         rules = rules.replace(f"UNREACHABLE_{what}", word)
@@ -159,10 +158,7 @@ def _rules(family: Family, *, hold: bool) -> str:
 
 
 def admit(network: dict[str, Any], sockets: Sockets) -> None:
-    """Open what a policy lists, and try that the rules hold. Raises OSError, JobError.
-
-    network: as START carries it (docs/guest-channel.md).
-    """
+    """Allow the targets of START's `network` field, and verify the rules. Raises OSError, JobError."""
     found = families()
     for family in found:
         for name in ("tcp", "udp"):
@@ -172,77 +168,73 @@ def admit(network: dict[str, Any], sockets: Sockets) -> None:
 
 
 def _load(rules: str) -> None:
-    """Have nft load rules, all or none. Raises JobError."""
+    """Load rules atomically with nft. Raises JobError."""
     rules_r, rules_w = os.pipe2(os.O_CLOEXEC)
-    said_r, said_w = os.pipe2(os.O_CLOEXEC)
+    output_r, output_w = os.pipe2(os.O_CLOEXEC)
     pid = os.fork()
     if pid == 0:
         try:
             os.dup2(rules_r, 0)
-            os.dup2(said_w, 1)
-            os.dup2(said_w, 2)
+            os.dup2(output_w, 1)
+            os.dup2(output_w, 2)
             os.execve(NFT, [NFT, "-f", "-"], {"PATH": "/usr/sbin:/usr/bin", "LC_ALL": "C"})
         finally:
             os._exit(127)
     os.close(rules_r)
-    os.close(said_w)
-    with contextlib.suppress(BrokenPipeError):  # it has ended, and says why
+    os.close(output_w)
+    with contextlib.suppress(BrokenPipeError):  # its output has the reason
         write_all(rules_w, rules.encode())
     os.close(rules_w)
-    said = os.read(said_r, 4096)
-    while os.read(said_r, 4096):
-        pass
-    os.close(said_r)
+    output = read_all(output_r)
     if os.waitpid(pid, 0)[1]:
-        raise JobError("firewall", 0, f"nft did not load the rules: {said[:500].decode('ascii', 'replace').strip()}")
+        message = output[:500].decode("ascii", "replace").strip()
+        raise JobError("firewall", 0, f"nft did not load the rules: {message}")
 
 
 def _verify(sockets: Sockets, family: Family) -> None:
-    """Connect to where nobody may: the rules have to bring that to the relay. Raises JobError, OSError."""
-    nobody = family.nobody, _ANY_PORT
+    """Verify that a connection to an unlisted address reaches the relay. Raises JobError, OSError."""
+    unlisted = family.unlisted, _ANY_PORT
     listener = next(sock for sock in sockets.tcp if sock.family == family.number)
     listens = listener if sockets.held is None else sockets.held
     poll = select.poll()
     poll.register(listens.fileno(), select.POLLIN)
     with socket.socket(family.number, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as sock:
-        sock.connect_ex(nobody)
+        sock.connect_ex(unlisted)
         if not poll.poll(_VERIFY_MS):
-            raise JobError("firewall", 0, "the rules do not bring connections to the relay")
+            raise JobError("firewall", 0, "a test connection did not reach the relay")
         if sockets.held is None:
             accepted, _ = listener.accept()
-            refused = accepted.getsockname()[:2] == nobody
+            refused = accepted.getsockname()[:2] == unlisted
             accepted.close()
         else:
             held = list(sockets.held.read())
             for one in held:
                 sockets.held.release(one.queue, one.number, PROHIBITED)
-            refused = [(one.queue, one.target) for one in held] == [(TO_REFUSE, nobody)]
+            refused = [(one.queue, one.target) for one in held] == [(TO_REFUSE, unlisted)]
     if not refused:
-        raise JobError("firewall", 0, "the rules do not hold")
+        raise JobError("firewall", 0, "the rules allow a test connection to an unlisted address")
 
 
 class Sockets:
-    """The relay's sockets in the current network namespace, bound.
+    """The relay's bound sockets in the current network namespace. held: None if packets are not held.
 
-    tcp, udp: one for each version of IP. held: None where no packet waits.
+    tcp, udp: one for each version of IP. Raises OSError.
     """
 
     def __init__(self, *, hold: bool) -> None:
-        """Make them. Raises OSError."""
         found = families()
         self.tcp = [transparent(socket.SOCK_STREAM, family.relay, TCP_PORT) for family in found]
         self.udp = [transparent(socket.SOCK_DGRAM, family.relay, UDP_PORT) for family in found]
         for family, sock in zip(found, self.udp, strict=True):
             sock.setsockopt(family.level, family.original, 1)
-        self.dns_udp = transparent(socket.SOCK_DGRAM, DNS, DNS_PORT)
-        self.dns_tcp = transparent(socket.SOCK_STREAM, DNS, DNS_PORT)
-        for sock in (*self.tcp, self.dns_tcp):
+        self.dns = transparent(socket.SOCK_DGRAM, DNS, DNS_PORT)
+        for sock in self.tcp:
             sock.listen(_BACKLOG)
         self.held = HeldPackets(TO_ASK, TO_REFUSE) if hold else None
 
 
 def transparent(kind: int, address: str, port: int) -> socket.socket:
-    """A socket that may have any address, bound. kind: SOCK_STREAM or SOCK_DGRAM. Raises OSError."""
+    """Return a socket bound to any, also a foreign, address. kind: SOCK_STREAM or SOCK_DGRAM. Raises OSError."""
     family = V6 if ":" in address else V4
     sock = socket.socket(family.number, kind | socket.SOCK_NONBLOCK)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -254,10 +246,10 @@ def transparent(kind: int, address: str, port: int) -> socket.socket:
 
 
 def original_target(ancillary: list[tuple[int, int, bytes]]) -> tuple[str, int] | None:
-    """Where a datagram was sent, from the kernel's word beside it (ip(7), ipv6(7): IP_RECVORIGDSTADDR)."""
+    """Return the original destination of a datagram (ip(7), ipv6(7): IP_RECVORIGDSTADDR)."""
     for level, kind, data in ancillary:
         for family in (V4, V6):
-            if (level, kind) == (family.level, family.original) and len(data) >= family.ends.size:
-                port, address = family.ends.unpack_from(data)
+            if (level, kind) == (family.level, family.original) and len(data) >= family.sockaddr.size:
+                port, address = family.sockaddr.unpack_from(data)
                 return socket.inet_ntop(family.number, address), port
     return None

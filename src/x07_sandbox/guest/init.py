@@ -1,7 +1,7 @@
-"""PID 1 of the program's namespaces: builds its world, starts it, reaps, and reports its true wait status.
+"""Init of the program's namespaces: builds the program's view, starts it, reaps processes and reports its wait status.
 
-The program is not PID 1 itself, since the kernel spares that from signals that it sends itself. Reports go over a pipe
-that the program never has: one byte of kind, then a fixed or counted rest.
+The program is not PID 1 itself, since the kernel protects PID 1 from its own signals. Reports go over a pipe that the
+program never has.
 """
 
 from __future__ import annotations
@@ -16,86 +16,87 @@ import struct
 from typing import NamedTuple, NoReturn
 
 from x07_sandbox.guest import confine, interpreter, restrict
-from x07_sandbox.guest.system import children_of, only_descriptors, read_all
+from x07_sandbox.guest.system import children_of, close_descriptors_except, read_all
 
-READY = b"R"  # from the program's process: it waits for its start; from init: the orders are carried out
-EXITED = b"X"  # then u32: the wait status as waitpid(2) gives it
+READY = b"R"  # the program's process waits for its start; or init has applied the settings
+EXITED = b"X"  # then u32: the wait status of waitpid(2)
 EXITED_SIZE = 5
 FAILED = b"F"  # then JSON
 
 _STATUS = struct.Struct(">I")
 
 
-class Ends(NamedTuple):
-    """Descriptors of init and of the program's process; the agent has the other ends.
+class Pipes(NamedTuple):
+    """The pipe ends of init and of the program's process; the agent has the other ends.
 
-    streams: the program's standard streams. start_fd: what it is to become. told_fd: gets READY, then a failure, or is
-    closed by success. orders_fd: where init reads what of the world depends on the job. report_fd: what init says.
+    streams: the program's standard streams. start_fd: the start message. status_fd: READY, then a failure, or closed by
+    execve. settings_fd: job settings for init. report_fd: init's reports.
     """
 
     streams: tuple[int, int, int]
     start_fd: int
-    told_fd: int
-    orders_fd: int
+    status_fd: int
+    settings_fd: int
     report_fd: int
 
     def of_program(self) -> tuple[int, ...]:
-        """Those that only the program's process keeps."""
-        return (*self.streams, self.start_fd, self.told_fd)
+        """Return the descriptors of the program's process."""
+        return (*self.streams, self.start_fd, self.status_fd)
 
 
-def run_init(world: confine.World, ends: Ends, measures: confine.Measures) -> NoReturn:
-    """Be the init of a program whose orders come later. Never returns."""
+def run_init(world: confine.World, pipes: Pipes, confinement: confine.Confinement) -> NoReturn:
+    """Run as init. Never returns."""
     try:
         os.setsid()
-        only_descriptors(*ends.of_program(), ends.orders_fd, ends.report_fd, world.netns_fd, *world.procs_fds)
-        confine.apply(measures.world, world)
+        own = pipes.settings_fd, pipes.report_fd, world.netns_fd
+        close_descriptors_except(*pipes.of_program(), *own, *world.procs_fds)
+        confine.apply(confinement.world, world)
         program = os.fork()
         if program == 0:
-            for fd in (ends.report_fd, ends.orders_fd):
+            for fd in (pipes.report_fd, pipes.settings_fd):
                 os.close(fd)
-            _become(world, ends, measures)
-        for fd in {*ends.of_program(), *world.procs_fds}:
+            _become(world, pipes, confinement)
+        for fd in {*pipes.of_program(), *world.procs_fds}:
             os.close(fd)
         if not world.group_kills:
-            _end_when_asked(program)
-        _obey(world, ends, measures)
-        status = _last_of(program, namespace=world.namespaces)
-        os.write(ends.report_fd, EXITED + _STATUS.pack(status))
-        # Its end would take the namespaces apart, which takes longer than a small program.
+            _kill_on_sigterm(program)
+        _apply_settings(world, pipes, confinement)
+        status = _wait_for_program(program, namespace=world.namespaces)
+        os.write(pipes.report_fd, EXITED + _STATUS.pack(status))
+        # Stay: destroying the namespaces takes longer than a small program.
         while True:
             signal.pause()
     except confine.StepError as exc:
-        _report_failure(ends.report_fd, *exc.args)
+        _report_failure(pipes.report_fd, *exc.args)
     except OSError as exc:
-        _report_failure(ends.report_fd, "start", exc.errno or 0, str(exc))
+        _report_failure(pipes.report_fd, "start", exc.errno or 0, str(exc))
     finally:
-        # The end of PID 1 ends, by the kernel's own hand, whatever of the program is there.
+        # When PID 1 ends, the kernel kills all processes of the namespace.
         os._exit(0)
 
 
-def _obey(world: confine.World, ends: Ends, measures: confine.Measures) -> None:
-    """Carry out orders, each of which is answered before the next one comes, until their end."""
-    before: confine.Orders | None = None
-    told = b""
-    while chunk := os.read(ends.orders_fd, 65536):
-        told += chunk
+def _apply_settings(world: confine.World, pipes: Pipes, confinement: confine.Confinement) -> None:
+    """Apply job settings until the pipe ends, and confirm each with READY."""
+    before: confine.JobSettings | None = None
+    data = b""
+    while chunk := os.read(pipes.settings_fd, 65536):
+        data += chunk
         try:
-            orders = confine.Orders(*marshal.loads(told))  # noqa: S302 - it is our agent that speaks
-        except EOFError:  # not all of it yet
+            settings = confine.JobSettings(*marshal.loads(data))  # noqa: S302 - from our agent
+        except EOFError:  # incomplete
             continue
-        told = b""
-        confine.apply(measures.job, orders, before)
+        data = b""
+        confine.apply(confinement.job, settings, before)
         if before is None and world.interpreter:
             confine.forget_interpreter()
-        before = orders
-        os.write(ends.report_fd, READY)
-    os.close(ends.orders_fd)
+        before = settings
+        os.write(pipes.report_fd, READY)
+    os.close(pipes.settings_fd)
 
 
-def _end_when_asked(program: int) -> None:
-    """Kill the program when SIGTERM comes: from the agent, or from the program, where both are one user."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own would raise an exception in here
+def _kill_on_sigterm(program: int) -> None:
+    """Kill the program on SIGTERM from the agent (or from the program, if both are the same user)."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's handler would raise an exception here
 
     def kill(_number: int, _frame: object) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -104,10 +105,10 @@ def _end_when_asked(program: int) -> None:
     signal.signal(signal.SIGTERM, kill)
 
 
-def _last_of(program: int, *, namespace: bool) -> int:
-    """Wait for the program's end, then end whatever it has left running; its wait status.
+def _wait_for_program(program: int, *, namespace: bool) -> int:
+    """Wait for the program, then kill and reap what it left running. Return its wait status.
 
-    namespace: whether this process is the first of a pid namespace; else it is a subreaper (prctl(2)).
+    namespace: whether this process is PID 1 of a namespace; otherwise it is a subreaper (prctl(2)).
     """
     while True:
         pid, status = os.wait()
@@ -115,49 +116,49 @@ def _last_of(program: int, *, namespace: bool) -> int:
             break
     with contextlib.suppress(ProcessLookupError, ChildProcessError):
         if namespace:
-            # All of this namespace but us; none can fork with that signal pending, and orphans are our children.
+            # All of this namespace but us. None can fork with that signal pending, and orphans become our children.
             os.kill(-1, signal.SIGKILL)
         while True:
             if not namespace:
-                for child in children_of(os.getpid()):  # ours until we wait for them
+                for child in children_of(os.getpid()):  # their ids stay valid until we reap them
                     os.kill(child, signal.SIGKILL)
             os.wait()
     return status
 
 
-def _become(world: confine.World, ends: Ends, measures: confine.Measures) -> NoReturn:
-    """Give up all rights, wait for the start, turn this process into the program."""
-    start_fd, told_fd = ends.start_fd, ends.told_fd
+def _become(world: confine.World, pipes: Pipes, confinement: confine.Confinement) -> NoReturn:
+    """Drop all rights, wait for the start message and execute the program."""
+    start_fd, status_fd = pipes.start_fd, pipes.status_fd
     try:
         try:
             os.setsid()
-            high = [os.dup(fd) for fd in ends.streams]  # so that no dup2 below can overwrite one that is still needed
+            high = [os.dup(fd) for fd in pipes.streams]  # copies that no dup2 below overwrites
             for target, fd in enumerate(high):
                 os.dup2(fd, target)
-            confine.apply(measures.rights, world)
+            confine.apply(confinement.rights, world)
             os.umask(0o022)
             if world.interpreter:
-                # By way of high numbers, so that neither is put where the other one is.
-                start_fd, told_fd = (fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 16) for fd in (start_fd, told_fd))
+                # Move both out of the way first, so that neither dup2 overwrites the other.
+                start_fd, status_fd = (fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 16) for fd in (start_fd, status_fd))
                 os.dup2(start_fd, interpreter.START_FD)
-                os.dup2(told_fd, interpreter.TOLD_FD)
+                os.dup2(status_fd, interpreter.STATUS_FD)
                 os.execve(interpreter.PYTHON, interpreter.ARGV, interpreter.ENV)
-            take_away, execute = restrict.last_steps()
-            os.write(told_fd, READY)
-            # It is our agent that speaks.
-            _, argv, env, cwd, filter_code, rules_fd, token = marshal.loads(read_all(start_fd))  # noqa: S302
+            restrict_self, execute = restrict.exec_functions()
+            os.write(status_fd, READY)
+            start = marshal.loads(read_all(start_fd))  # noqa: S302 - from our agent
+            _, argv, env, cwd, filter_code, rules_fd, token = start
             os.chdir(cwd)
             if filter_code or rules_fd >= 0:
-                take_away(filter_code, rules_fd)
+                restrict_self(filter_code, rules_fd)
             try:
                 execute(argv, env, token)
             except OSError as exc:
-                told = f"{exc.errno or 0} {exc}"  # a number only here: it is the program that could not be executed
+                status = f"{exc.errno or 0} {exc}"  # only execve reports its errno
         except confine.StepError as exc:
-            told = f"0 {exc.args[0]}: {exc.args[2]}"
+            status = f"0 {exc.args[0]}: {exc.args[2]}"
         except (OSError, ValueError) as exc:
-            told = f"0 {exc}"
-        os.write(told_fd, told.encode("utf-8", "backslashreplace"))
+            status = f"0 {exc}"
+        os.write(status_fd, status.encode("utf-8", "backslashreplace"))
     finally:
         os._exit(127)
 

@@ -1,11 +1,11 @@
-"""A Python interpreter that is started before there is a job, and becomes the program when there is one.
+"""A Python interpreter that is started before the job, and becomes the program when the job arrives.
 
-It is started with the name of a script that does not exist, and stops in its own start-up, where Python imports
-`sitecustomize`: that module is `hook`, which imports what is to be preloaded, and waits for the orders. Then it removes
-everything of itself, puts the right script's name where the interpreter will look for it, and lets the start-up go on:
-the interpreter reads, compiles and runs the script with nothing of ours on its stack. Or it executes another program.
+It is started with a placeholder as script name, and stops in its start-up, where Python imports `sitecustomize`. That
+module is `hook`: it imports the preloaded modules and waits for the start message. Then it removes itself, writes the
+real script name where the interpreter will read it, and returns, so that the script runs with nothing of ours on the
+stack. If the program is not a suitable Python script, it executes that program instead.
 
-What cannot be the same as in a fresh start: docs/explanation/design.md, "VM templates".
+Differences from a fresh start: docs/explanation/design.md, "VM templates".
 """
 
 from __future__ import annotations
@@ -14,24 +14,23 @@ import marshal
 from collections.abc import Callable
 from typing import Any, Final, NoReturn
 
-from x07_sandbox.guest.restrict import last_steps
+from x07_sandbox.guest.restrict import exec_functions
 
 PYTHON: Final = "/usr/bin/python3"
 FOLDER: Final = "/run/start"  # in the program's view until it starts
 SCRIPTS: Final = "/x07/in/"
 START_FD: Final = 3
-TOLD_FD: Final = 4
-RULES_FD: Final = 63  # below 64 the kernel's table of descriptors need not grow
+STATUS_FD: Final = 4
+RULES_FD: Final = 63  # below 64, so that the kernel need not grow the descriptor table
 _NAME_MAX: Final = 255
 PLACEHOLDER: Final = f"{SCRIPTS}program/{'x' * _NAME_MAX}"
 ARGV: Final = [PYTHON, PLACEHOLDER]
-# What the interpreter looks at before it comes to our hook: where the job's differs, it is started afresh.
+# Variables that the interpreter reads before our hook runs: if the job's differ, a fresh interpreter is started.
 _EARLY: Final = (
     *("LANG", "LC_ALL", "LC_CTYPE", "LANGUAGE", "TZ", "LOCPATH", "HOME"),
     *("PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE"),
 )
-# And the C library, before Python.
-_EARLIER: Final = ("PYTHON", "LD_", "GLIBC_", "MALLOC_")
+_EARLY_PREFIXES: Final = ("PYTHON", "LD_", "GLIBC_", "MALLOC_")
 ENVIRONMENT: Final = {
     "PATH": "/usr/local/bin:/usr/bin:/bin",
     "HOME": "/opt/x07",
@@ -40,22 +39,20 @@ ENVIRONMENT: Final = {
     "PYTHONDONTWRITEBYTECODE": "1",
 }
 ENV: Final = ENVIRONMENT | {"PYTHONPATH": FOLDER}
-# What it looks for there: a user's own modules.
-OWN_MODULES: Final = f"{ENVIRONMENT['HOME']}/.local"
+OWN_MODULES: Final = f"{ENVIRONMENT['HOME']}/.local"  # the user site-packages
 
-# All names in Debian's sitecustomize, which looks for one module, that no image here has, and calls a function of it.
+# All names in Debian's sitecustomize, which only tries to import a module that no image here has.
 _DEBIANS: Final = frozenset({"apport_python_hook", "ImportError", "install"})
 
 
 def hook(preload: list[str]) -> str:
-    """The source of the module that the interpreter stops in. preload: modules that the program will find imported.
+    """Return the source of the `sitecustomize` module. preload: modules to import.
 
-    It has none of our modules, but the code of the functions below, which import what they need and share the names in
-    _HOOK and _HOOK_HAS; these are removed at the end.
+    It cannot import our modules, so it contains the code of the functions in _HOOK, with _HOOK_GLOBALS as globals.
     """
     codes = {function.__name__: marshal.dumps(function.__code__) for function in _HOOK}
     return f"""import marshal
-names = {_HOOK_HAS!r}
+names = {_HOOK_GLOBALS!r}
 for name, code in {codes!r}.items():
     names[name] = type(lambda: 0)(marshal.loads(code), names)
 names["_stop"]({preload!r})
@@ -63,57 +60,58 @@ names.clear()
 """
 
 
-# What follows runs in the interpreter that waits.
+# The following functions run in the waiting interpreter.
 
 
 def _stop(preload: list[str]) -> None:
-    """Wait for the orders, and carry them out."""
+    """Wait for the start message, then become the program."""
     import os
     import sys
 
     if preload:
         _import_all(preload)
-    theirs = _import_theirs()
+    system_module = _import_system_sitecustomize()
     known, importers = set(sys.modules), set(sys.path_importer_cache)
     import ctypes
     import marshal
 
-    signals = __import__("_signal")  # which `signal` wraps, and imports much for
-    take_away, execute = last_steps()
+    signals = __import__("_signal")  # `signal` itself imports much more
+    restrict_self, execute = exec_functions()
     if "_hashlib" in known:
-        import _ssl  # noqa: F401 - _new_secrets has it then
-    places = _places_of_the_script()
-    had = dict(os.environ)
-    os.write(TOLD_FD, b"R")
-    orders = []
-    while piece := os.read(START_FD, 65536):
-        orders.append(piece)
-    become, argv, env, cwd, filter_code, rules_fd, token = marshal.loads(b"".join(orders))  # noqa: S302 - the agent's
+        import _ssl  # noqa: F401 - for _reseed
+    buffers = _script_name_buffers()
+    old_env = dict(os.environ)
+    os.write(STATUS_FD, b"R")
+    chunks = []
+    while chunk := os.read(START_FD, 65536):
+        chunks.append(chunk)
+    start = marshal.loads(b"".join(chunks))  # noqa: S302 - from our agent
+    become, argv, env, cwd, filter_code, rules_fd, token = start
     os.close(START_FD)
     os.chdir(cwd)
-    os.set_inheritable(RULES_FD, False)  # noqa: FBT003 - it takes no names
+    os.set_inheritable(RULES_FD, False)  # noqa: FBT003
     if filter_code or rules_fd >= 0:
-        _restrict(take_away, filter_code, rules_fd)
+        _restrict(restrict_self, filter_code, rules_fd)
     os.close(RULES_FD)
     if not become:
-        for number in (signals.SIGPIPE, signals.SIGXFSZ):  # Python ignores them, and what it executes would too
+        for number in (signals.SIGPIPE, signals.SIGXFSZ):  # Python ignores them; the program would inherit that
             signals.signal(number, signals.SIG_DFL)
         _execute(execute, argv, env, token)
-    _set_environment(had, env)
-    _become(argv, places, known, importers)
+    _set_environment(old_env, env)
+    _become(argv, buffers, known, importers)
     if preload:
-        _new_secrets(known)
-    ctypes.set_errno(0)  # of what was refused to us
-    os.close(TOLD_FD)
-    if theirs is None:
+        _reseed(known)
+    ctypes.set_errno(0)
+    os.close(STATUS_FD)
+    if system_module is None:
         del sys.modules["sitecustomize"]
-        __import__("sitecustomize")  # the system's own, where it has one
+        __import__("sitecustomize")  # the system's own, if any
     else:
-        sys.modules["sitecustomize"] = theirs
+        sys.modules["sitecustomize"] = system_module
 
 
 def _import_all(preload: list[str]) -> None:
-    """Import what is to be preloaded; what that prints is not the program's."""
+    """Import the modules with their output discarded."""
     import os
     import sys
 
@@ -121,19 +119,16 @@ def _import_all(preload: list[str]) -> None:
     null = os.open("/dev/null", os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
-    clock = __import__("time").monotonic  # built in
     for name in preload:
-        began = clock()
         try:
             __import__(name)
-        except BaseException as exc:  # noqa: BLE001 - whatever a module does
-            os.write(TOLD_FD, f"0 cannot preload {name}: {exc!r}".encode("utf-8", "backslashreplace")[:1000])
+        except BaseException as exc:  # noqa: BLE001 - a module may raise anything
+            os.write(STATUS_FD, f"0 cannot preload {name}: {exc!r}".encode("utf-8", "backslashreplace")[:1000])
             os._exit(127)
-        os.write(TOLD_FD, f"M{name} {clock() - began:.1f}\n".encode())
     for stream in sys.__stdout__, sys.__stderr__, sys.stdout, sys.stderr:
         try:  # noqa: SIM105 - contextlib would be one more module
             stream.flush()  # type: ignore[union-attr]
-        except Exception:  # noqa: BLE001, S110 - closed, or gone: as the module wanted it
+        except Exception:  # noqa: BLE001, S110 - a module may have closed or replaced it
             pass
     for number, fd in enumerate(outputs, 1):
         os.dup2(fd, number)
@@ -141,10 +136,10 @@ def _import_all(preload: list[str]) -> None:
     os.close(null)
 
 
-def _import_theirs() -> Any:  # noqa: ANN401 - a module
-    """Import the system's own sitecustomize if it is Debian's, which looks at nothing of the job; it, or None.
+def _import_system_sitecustomize() -> Any:  # noqa: ANN401 - a module
+    """Import and return the system's sitecustomize if it is Debian's, which does not depend on the job; else None.
 
-    And have none of the user's looked for where there is none: a failing import costs a fresh clone milliseconds.
+    If there is no usercustomize, make Python skip looking for it: a failing import costs a fresh clone milliseconds.
     """
     import site
     import sys
@@ -152,26 +147,26 @@ def _import_theirs() -> Any:  # noqa: ANN401 - a module
     finder: Any = sys.modules["_frozen_importlib_external"].PathFinder
     path = [folder for folder in sys.path if folder != FOLDER]
     found = finder.find_spec("sitecustomize", path)
-    theirs = None
+    system_module = None
     code = None if found is None else found.loader.get_code("sitecustomize")
     if code and {*code.co_names} <= _DEBIANS and not any(isinstance(const, type(code)) for const in code.co_consts):
         ours = sys.modules.pop("sitecustomize")
         sys.path.remove(FOLDER)
-        theirs = __import__("sitecustomize")
+        system_module = __import__("sitecustomize")
         sys.path.insert(0, FOLDER)
         sys.modules["sitecustomize"] = ours
     if site.ENABLE_USER_SITE and finder.find_spec("usercustomize", path) is None:
-        look_for_a_users = site.execusercustomize
+        original = site.execusercustomize
 
         def skip_once() -> None:
-            vars(site)["execusercustomize"] = look_for_a_users
+            vars(site)["execusercustomize"] = original
 
         vars(site)["execusercustomize"] = skip_once
-    return theirs
+    return system_module
 
 
-def _places_of_the_script() -> list[memoryview]:
-    """Where the interpreter has its script's name: run_filename, and argv, whose first decides how sys.path begins."""
+def _script_name_buffers() -> list[memoryview]:
+    """Return the memory in which the interpreter keeps its script's name: run_filename, and argv (for sys.path)."""
     import ctypes
     import os
 
@@ -179,30 +174,30 @@ def _places_of_the_script() -> list[memoryview]:
     config_of = ctypes.pythonapi._Py_GetConfig  # noqa: SLF001 - there is no other
     config_of.restype = ctypes.c_void_p
     memory = os.open("/proc/self/mem", os.O_RDWR)
-    places = []
+    buffers = []
     for word in set(memoryview(ctypes.string_at(config_of(), 640)).cast("Q")):
         try:
             # argv is a list.
             for at in word, int.from_bytes(os.pread(memory, 8, word), "little"):
                 if os.pread(memory, len(placeholder), at) == placeholder:
                     found = (ctypes.c_char * len(placeholder)).from_address(at)
-                    places.append(memoryview(found).cast("B"))
-        except (OSError, OverflowError):  # no address
+                    buffers.append(memoryview(found).cast("B"))
+        except (OSError, OverflowError):  # not an address
             pass
     os.close(memory)
-    if not places:
-        raise SystemExit("no place for the script's name")
-    return places
+    if not buffers:
+        raise SystemExit("cannot find the script's name in memory")
+    return buffers
 
 
-def _restrict(take_away: Callable[..., None], filter_code: bytes, rules_fd: int) -> None:
-    """Put this process under a filter, and under Landlock's rules, as last_steps has it."""
+def _restrict(restrict_self: Callable[..., None], filter_code: bytes, rules_fd: int) -> None:
+    """Apply a seccomp filter and Landlock rules to this process."""
     import os
 
     try:
-        take_away(filter_code, rules_fd)
+        restrict_self(filter_code, rules_fd)
     except OSError as exc:
-        os.write(TOLD_FD, b"0 " + str(exc).encode())
+        os.write(STATUS_FD, b"0 " + str(exc).encode())
         os._exit(127)
 
 
@@ -210,32 +205,32 @@ def _execute(execute: Callable[..., NoReturn], argv: list[str], env: dict[str, s
     """Execute another program."""
     import os
 
-    os.set_inheritable(TOLD_FD, False)  # noqa: FBT003 - it takes no names
+    os.set_inheritable(STATUS_FD, False)  # noqa: FBT003
     try:
         execute(argv, env, token)
-    except (OSError, ValueError) as exc:  # a number only here: it is the program that could not be executed
-        os.write(TOLD_FD, b"%d %s" % (getattr(exc, "errno", 0) or 0, str(exc).encode("utf-8", "backslashreplace")))
+    except (OSError, ValueError) as exc:  # only execve reports its errno
+        os.write(STATUS_FD, b"%d %s" % (getattr(exc, "errno", 0) or 0, str(exc).encode("utf-8", "backslashreplace")))
         os._exit(127)
 
 
-def _set_environment(had: dict[str, str], env: dict[str, str]) -> None:
+def _set_environment(old_env: dict[str, str], env: dict[str, str]) -> None:
     import os
 
-    for name in had:
+    for name in old_env:
         if name not in env:
             del os.environ[name]
     for name, value in env.items():
-        if had.get(name) != value:
+        if old_env.get(name) != value:
             os.environ[name] = value
 
 
-def _become(argv: list[str], places: list[memoryview], known: set[str], importers: set[str]) -> None:
-    """Take away what is ours, and let it be that script's. known, importers: what was there before us."""
+def _become(argv: list[str], buffers: list[memoryview], known: set[str], importers: set[str]) -> None:
+    """Set the script's name and remove our traces. known, importers: the modules and path importers before us."""
     import sys
 
     name = argv[1].encode("utf-32-le", "surrogatepass") + bytes(4)
-    for place in places:
-        place[: len(name)] = name
+    for buffer in buffers:
+        buffer[: len(name)] = name
     sys.argv[:] = argv[1:]
     sys.orig_argv[:] = argv
     if FOLDER in sys.path:  # a preloaded module may have changed it
@@ -246,8 +241,8 @@ def _become(argv: list[str], places: list[memoryview], known: set[str], importer
         sys.path_importer_cache.pop(path, None)
 
 
-def _new_secrets(known: set[str]) -> None:
-    """What preloaded modules have drawn is every clone's."""
+def _reseed(known: set[str]) -> None:
+    """Replace the random state of preloaded modules, which all clones share."""
     import os
     import sys
 
@@ -261,32 +256,32 @@ def _new_secrets(known: set[str]) -> None:
     if "_hashlib" in known:
         import _ssl
 
-        _ssl.RAND_add(os.urandom(32), 32.0)  # OpenSSL's generators take it up when they are asked next
+        _ssl.RAND_add(os.urandom(32), 32.0)  # OpenSSL uses it at the next request
 
 
 _HOOK: Final = (
-    *(_stop, _import_all, _import_theirs, _places_of_the_script, _restrict, _execute, _set_environment, _become),
-    *(_new_secrets, last_steps),
+    *(_stop, _import_all, _import_system_sitecustomize, _script_name_buffers, _restrict, _execute, _set_environment),
+    *(_become, _reseed, exec_functions),
 )
-_HOOK_HAS: Final = {
-    name: globals()[name] for name in ("START_FD", "TOLD_FD", "RULES_FD", "FOLDER", "PLACEHOLDER", "_DEBIANS")
+_HOOK_GLOBALS: Final = {
+    name: globals()[name] for name in ("START_FD", "STATUS_FD", "RULES_FD", "FOLDER", "PLACEHOLDER", "_DEBIANS")
 }
 
-# What follows runs in the agent.
+# The following function runs in the agent.
 
 
 def can_become(argv: list[str], env: dict[str, str], *, preload: bool, alone: bool, own_modules: bool) -> bool:
-    """Whether it would be as good as a fresh start of that command.
+    """Return whether the waiting interpreter is equivalent to a fresh start of this command.
 
-    preload: it has imported modules, which may have looked at any variable, and started threads. alone: whether there
-    must be no thread yet. own_modules: whether something lies in OWN_MODULES by now.
+    preload: whether it has imported modules, which may have read any variable and started threads. alone: whether it
+    must not have other threads. own_modules: whether OWN_MODULES exists.
     """
     return (
         len(argv) > 1
         and argv[0] == PYTHON
         and argv[1].startswith(SCRIPTS)
         and len(argv[1]) <= len(PLACEHOLDER)
-        and not any(name.startswith(_EARLIER) and name not in _EARLY for name in env)
+        and not any(name.startswith(_EARLY_PREFIXES) and name not in _EARLY for name in env)
         and not own_modules
         and not (preload and alone)
         and (not preload or all(name in ENVIRONMENT or name.startswith("X07_") for name in env))

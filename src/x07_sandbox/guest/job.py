@@ -1,4 +1,4 @@
-"""One program: its files, its limits, its streams, its end."""
+"""One job: the program's files, limits, streams and end."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from x07_sandbox.channel.link import Data, Eof, Event, Link, State
 from x07_sandbox.channel.trees import Entry
 from x07_sandbox.channel.trees import Kind as Record
 from x07_sandbox.guest import confine, init
-from x07_sandbox.guest.environment import Limits, Place, failure, told_failure
+from x07_sandbox.guest.environment import Environment, Limits, exec_failure, failure
 from x07_sandbox.guest.errors import JobError
-from x07_sandbox.guest.execution import Execution
+from x07_sandbox.guest.execution import ExecutionRules
 from x07_sandbox.guest.files import IncomingFiles
-from x07_sandbox.guest.mounts import Names
+from x07_sandbox.guest.mounts import ProgramPaths
 from x07_sandbox.guest.private_files import left_files, stream_of
 from x07_sandbox.guest.trees import changes
 
@@ -32,18 +32,18 @@ if TYPE_CHECKING:
 _READ: Final = 32 * 1024
 _PROJECT: Final = "/x07/in/project"
 _OUT: Final = "/x07/out"
-_FULL_BLOCKS: Final = 256  # of 4 KiB: a disk with less left counts as full
-_FULL_SHARE: Final = 64  # of a folder in memory: with less than one such part left it counts as full
-TICK_S: Final = 0.1  # how often the CPU counter is read while the program runs
-# A program that writes line by line is not interrupted for each: after so many short reads in a row, with no input
-# between them, its pipe is left to fill for a moment.
+_FULL_BLOCKS: Final = 256  # a disk with fewer free blocks (4 KiB) counts as full
+_FULL_SHARE: Final = 64  # a tmpfs with less than 1/64 free counts as full
+TICK_S: Final = 0.1  # interval of CPU limit checks
+# After so many short reads in a row without input in between, pause reading: a program that writes line by line should
+# not be interrupted for every line.
 _SHORT: Final = 2048
 _SHORT_READS: Final = 4
 _PAUSE_S: Final = 0.005
-_STILL_S: Final = 0.5  # read so much later than that, it tells that the machine stood still
+_STALL_S: Final = 0.5  # a check that is later than this means that the host has paused the machine
 
 
-def orders(
+def job_settings(
     limits: dict[str, int],
     hostname: str,
     spare_cpu_s: int,
@@ -51,24 +51,32 @@ def orders(
     out_writable: bool,
     inputs_on_disk: bool = False,
     execution: tuple[Any, ...] | None = None,
-) -> confine.Orders:
-    """What init is told of a job with these limits. spare_cpu_s: what the process may have used before it."""
+) -> confine.JobSettings:
+    """Return init's settings for a job with these limits. spare_cpu_s: CPU time used before the job."""
     cpu_s = limits["cpu_ms"] // 1000 + spare_cpu_s
     tmp_bytes, fds, core_bytes, tasks = limits["tmp_bytes"], limits["fds"], limits["core_bytes"], limits["tasks"]
-    return confine.Orders(hostname, tmp_bytes, out_writable, inputs_on_disk, fds, cpu_s, core_bytes, tasks, execution)
+    return confine.JobSettings(
+        hostname, tmp_bytes, out_writable, inputs_on_disk, fds, cpu_s, core_bytes, tasks, execution
+    )
 
 
 class Job:
-    """One program: its files, its limits, its streams, its end."""
+    """The job of one START frame."""
 
     def __init__(
-        self, link: Link, machine_id: bytes, body: dict[str, Any], place: Place, audit: Audit | NoAudit, fail: Fail
+        self,
+        link: Link,
+        machine_id: bytes,
+        body: dict[str, Any],
+        environment: Environment,
+        audit: Audit | NoAudit,
+        fail: Fail,
     ) -> None:
         self.link = link
         self.audit = audit
         self.machine_id = machine_id
-        self.place = place
-        self.group = place.group
+        self.environment = environment
+        self.group = environment.group
         self.fail = fail
         self.argv: list[str] = body["argv"]
         self.env: dict[str, str] = body["env"]
@@ -79,28 +87,28 @@ class Job:
         self.mounts: list[dict[str, Any]] = body["mounts"]
         self.left: dict[str, int] | None = body["left"]
         self.confined = Limits(**body["confine"])
-        self.files = IncomingFiles(body["files"], place)
+        self.files = IncomingFiles(body["files"], environment)
         self.started = False
-        self.fds: dict[int, int] = {}  # our ends of the program's output -> stream
-        self.stdin_fd = place.stdin_fd
-        self.report_fd = self.told_fd = -1
-        self.told = b""
-        self.read_at = self.paused_until = 0.0  # of outputs
+        self.fds: dict[int, int] = {}  # stream by our end of its pipe
+        self.stdin_fd = environment.stdin_fd
+        self.report_fd = self.status_fd = -1
+        self.status = b""
+        self.read_at = self.paused_until = 0.0  # for output
         self.short_reads = 0
-        self.held = bytearray()  # input that the program has not read yet: at most one window
+        self.held = bytearray()  # input not yet written to the program; at most one window
         self.input_ended = False
         self.cpu_before_us = self.cpu_seen_us = 0
-        self.cpu_looked_at = 0.0
+        self.cpu_checked_at = 0.0
         self.cpu_exceeded = self.stopped = False
         self.wait_status: int | None = None
         self.output_file: BinaryIO | None = None
-        self.trees: list[tuple[Stream, Iterator[bytes]]] = []  # that are to be sent
+        self.trees: list[tuple[Stream, Iterator[bytes]]] = []  # to be sent
         self.trees_held = b""
 
     # before the program
 
     def take(self, event: Event) -> None:
-        """A data event from the host."""
+        """Handle a data event from the host."""
         if isinstance(event, (Data, Eof)) and event.stream == Stream.STDIN:
             self.short_reads = 0
             self.held += event.payload if isinstance(event, Data) else b""
@@ -114,99 +122,99 @@ class Job:
             self.begin_if_complete()
 
     def begin_if_complete(self) -> None:
-        """Start the program once all files have come."""
+        """Start the program once all files have arrived."""
         if not self.started and self.files.complete():
             self._start()
 
     def _start(self) -> None:
-        limits, place = self.limits, self.place
-        # What waits may be larger than a small limit: until it has become the program it may keep what it has.
-        self.group.limit(mem_bytes=max(limits["mem_bytes"], place.waiting_bytes), tasks=limits["tasks"])
+        limits, environment = self.limits, self.environment
+        # The waiting process may be larger than a small limit, which is applied once it has become the program.
+        self.group.limit(mem_bytes=max(limits["mem_bytes"], environment.waiting_bytes), tasks=limits["tasks"])
         if self.mounts:
-            place.prepare(self._orders())
+            environment.prepare(self._settings())
             self._mount()
         self._find_command()
-        place.prepare(self._orders(self._execution()))
+        environment.prepare(self._settings(self._execution()))
         for tree in self.files.trees.values():
             tree.wait()
-        place.name(self.machine_id)
-        self.cpu_before_us = place.cpu_us_so_far()
-        self.cpu_looked_at = time.monotonic()
+        environment.name(self.machine_id)
+        self.cpu_before_us = environment.baseline_cpu_us()
+        self.cpu_checked_at = time.monotonic()
         self.started = True
-        names = Names(self.files.trees, self.mounts, f"/proc/{place.init}/root")
+        names = ProgramPaths(self.files.trees, self.mounts, f"/proc/{environment.init}/root")
         self.audit.begin(names.path if self.mounts else None, names.roots(), names.follow)
-        place.start(self.argv, self.env, self.cwd, self.confined)
-        self.report_fd, self.told_fd = place.report_fd, place.told_fd
-        self.fds = {place.stdout_fd: Stream.STDOUT, place.stderr_fd: Stream.STDERR}
+        environment.start(self.argv, self.env, self.cwd, self.confined)
+        self.report_fd, self.status_fd = environment.report_fd, environment.status_fd
+        self.fds = {environment.stdout_fd: Stream.STDOUT, environment.stderr_fd: Stream.STDERR}
         for fd in (*self.fds, self.stdin_fd):
             os.set_blocking(fd, False)
         self._feed()
 
-    def _orders(self, execution: Execution | None = None) -> confine.Orders:
-        return orders(
+    def _settings(self, execution: ExecutionRules | None = None) -> confine.JobSettings:
+        return job_settings(
             self.limits,
             self.hostname,
-            self.place.spare_cpu_s,
+            self.environment.spare_cpu_s,
             out_writable=self.output is not None or self._collects(),
             inputs_on_disk=self.files.on_disk,
             execution=None if execution is None else tuple(execution),
         )
 
-    def _execution(self) -> Execution | None:
-        """What may be executed, where not everything may."""
+    def _execution(self) -> ExecutionRules | None:
+        """Return the execution rules, None if everything may be executed."""
         confined = self.confined
         if confined.execute and confined.programs is None:
             return None
-        return Execution(
+        return ExecutionRules(
             programs=confined.programs,
             prefixes=confined.prefixes,
-            program=None if self.place.becomes(self.argv, self.env, confined) else self.argv[0],
+            program=None if self.environment.becomes(self.argv, self.env, confined) else self.argv[0],
             alone=confined.alone,
             mounts=[mount["at"] for mount in self.mounts],
         )
 
     def _collects(self) -> bool:
-        """Whether the host wants what the program leaves in its private folders."""
+        """Return whether the host wants the files left in private folders."""
         return self.left is not None and self.left["files"] > 0
 
     def _find_command(self) -> None:
-        """Replace a name without a slash by the path of that program, in a folder of PATH. Raises JobError."""
+        """Resolve a command without a slash in PATH. Raises JobError."""
         name = self.argv[0]
         if "/" in name:
             return
-        view = f"/proc/{self.place.init}/root" if self.place.platform.namespaces else ""
+        view = f"/proc/{self.environment.init}/root" if self.environment.platform.namespaces else ""
         for folder in self.env.get("PATH", "").split(":"):
             path = f"{folder}/{name}"
             if path.startswith("/") and os.path.isfile(view + path) and os.access(view + path, os.X_OK):
                 self.argv = [path, *self.argv[1:]]
                 return
-        raise JobError("exec", errno.ENOENT, f"no command {name}")
+        raise JobError("exec", errno.ENOENT, f"command not found: {name}")
 
     def _mount(self) -> None:
-        """Put the host's folders where the program looks for them."""
+        """Mount the host's folders in the program's view."""
         if any(mount["at"].startswith(_PROJECT) for mount in self.mounts):
-            os.makedirs(f"{self.place.folder(on_disk=self.files.on_disk)}/project", exist_ok=True)
+            os.makedirs(f"{self.environment.folder(on_disk=self.files.on_disk)}/project", exist_ok=True)
         mounts = [(self._source(mount), mount["at"], mount["write"]) for mount in self.mounts]
-        self.place.platform.mount(self.place.init, mounts)
-        self.place.mounted()
+        self.environment.platform.mount(self.environment.init, mounts)
+        self.environment.mounted()
 
     def _source(self, mount: dict[str, Any]) -> str:
-        """Where it lies, for us."""
+        """Return the path of a mount's source in our view."""
         if mount["tree"] is None:
-            return self.place.platform.folder("work")
+            return self.environment.platform.folder("work")
         folder = os.fsdecode(self.files.trees[mount["tree"]].folder)
         return f"{folder}/{mount['sub']}" if mount["sub"] else folder
 
     # while it runs
 
     def register(self, poll: select.poll) -> None:
-        """Name the descriptors to wait for."""
-        for fd in (self.report_fd, self.told_fd, self._relay_fd()):
+        """Register the descriptors to wait for."""
+        for fd in (self.report_fd, self.status_fd, self._relay_fd()):
             if fd >= 0:
                 poll.register(fd, select.POLLIN)
         if self.link.state is State.RUNNING:
             poll.register(self.audit.fd, select.POLLIN)
-            # A reader on the host who stalls lets the window run out: then the program waits, and nobody else.
+            # Without window, because the host's reader stalls, only the program blocks.
             for fd, stream in self.fds.items() if not self.paused_s() else ():
                 if self.link.window(stream):
                     poll.register(fd, select.POLLIN)
@@ -214,30 +222,29 @@ class Job:
             poll.register(self.stdin_fd, select.POLLOUT)
 
     def paused_s(self) -> float:
-        """For how long no output is to be read."""
+        """Return for how long not to read output."""
         if self.short_reads < _SHORT_READS or self.wait_status is not None:
             return 0.0
         return max(0.0, self.paused_until - time.monotonic())
 
     def _relay_fd(self) -> int:
-        """What tells of the relay's end, while the program runs."""
-        relay = self.place.relay
-        return relay.told_fd if relay is not None and self.started and self.link.state is State.RUNNING else -1
+        """Return the descriptor that signals the relay's end, -1 if not needed."""
+        relay = self.environment.relay
+        return relay.status_fd if relay is not None and self.started and self.link.state is State.RUNNING else -1
 
     def handle(self, fd: int, mask: int) -> None:
-        """One of those descriptors is ready."""
+        """Handle a ready descriptor."""
         if fd == self.report_fd:
             self._take_report()
-        elif fd == self.told_fd:
-            self._take_told()
+        elif fd == self.status_fd:
+            self._take_status()
         elif fd == self.audit.fd:
             self.audit.take()
         elif fd == self._relay_fd():
-            assert self.place.relay is not None  # noqa: S101 - for the type checker
-            said = self.place.relay.take_end()
-            self.fail(JobError("relay", 0, said))
+            assert self.environment.relay is not None  # noqa: S101 - for the type checker
+            self.fail(JobError("relay", 0, self.environment.relay.end_reason()))
         elif fd in self.fds:
-            # In one turn init may have ended without a report: after FAILED nothing more of the program is carried.
+            # Init may have failed in this same turn.
             if self.link.state is State.RUNNING:
                 self._carry(fd)
         elif fd == self.stdin_fd:
@@ -262,7 +269,7 @@ class Job:
         self.read_at, self.paused_until = now, now + _PAUSE_S
 
     def _feed(self, *, broken: bool = False) -> None:
-        """Give the program what has come for it; where it reads no more, take and drop the rest."""
+        """Write held input to the program; if it has closed its end, discard the rest."""
         if not self.started:
             return
         while self.held and self.stdin_fd >= 0 and not broken:
@@ -282,17 +289,17 @@ class Job:
             self.link.consumed(Stream.STDIN, len(self.held))
             self.held.clear()
 
-    def _take_told(self) -> None:
-        """The end of this pipe, without a word before it, is the program's execution."""
-        if data := os.read(self.told_fd, 8192):
-            self.told += data
+    def _take_status(self) -> None:
+        """Read the status pipe; its end without a message means that the program was executed."""
+        if data := os.read(self.status_fd, 8192):
+            self.status += data
             return
-        os.close(self.told_fd)
-        self.told_fd = -1
-        if self.told:
-            self.fail(told_failure(self.told))
+        os.close(self.status_fd)
+        self.status_fd = -1
+        if self.status:
+            self.fail(exec_failure(self.status))
         elif self.link.state is State.PREPARING:
-            if self.limits["mem_bytes"] < self.place.waiting_bytes:
+            if self.limits["mem_bytes"] < self.environment.waiting_bytes:
                 self.group.limit(mem_bytes=self.limits["mem_bytes"], tasks=self.limits["tasks"])
             self.link.send(Kind.STARTED, {})
 
@@ -301,17 +308,17 @@ class Job:
         os.close(self.report_fd)
         self.report_fd = -1
         if report.startswith(init.EXITED) and len(report) == init.EXITED_SIZE:
-            # And every other process of its namespace is gone too.
+            # All other processes of the namespace have ended too.
             self.wait_status = struct.unpack(">I", report[1:])[0]
         else:
             self.fail(failure(report))
 
     def tick(self) -> None:
-        """Whatever time or the last events have made due."""
+        """Do whatever is due after events or time."""
         if not self.started or self.link.state is State.FAILED:
             return
         if self.link.state is State.RUNNING and self.wait_status is None and not self.cpu_exceeded:
-            self._look_at_cpu()
+            self._check_cpu()
         if self.link.state is State.RUNNING and self.wait_status is not None:
             self._end_streams()
             if not self.fds:
@@ -323,9 +330,9 @@ class Job:
                 self._send_trees()
 
     def _end_streams(self) -> None:
-        """End open outputs that hold nothing more, once all processes are gone.
+        """End drained outputs once all processes have ended.
 
-        Descriptors that were sent over a socket and never received keep a pipe open without any process.
+        A descriptor in flight over a socket keeps a pipe open without any process.
         """
         for fd in list(self.fds):
             poll = select.poll()
@@ -338,33 +345,33 @@ class Job:
         os.close(fd)
 
     def stop(self) -> None:
-        """The host asks for the end: note what the program was doing, then kill it."""
+        """Kill the program at the host's request; record whether it was stopped by a signal."""
         if self.started and self.wait_status is None:
-            self.stopped = self.group.program_stopped(self.place.init)
-            self.place.kill()
+            self.stopped = self.group.program_stopped(self.environment.init)
+            self.environment.kill()
 
-    def _look_at_cpu(self) -> None:
+    def _check_cpu(self) -> None:
         now = time.monotonic()
-        late_s = now - self.cpu_looked_at - TICK_S
+        late_s = now - self.cpu_checked_at - TICK_S
         if late_s < 0:
             return
-        self.cpu_looked_at = now
+        self.cpu_checked_at = now
         used_us = self._cpu_us()
-        if late_s > _STILL_S:
-            # We come before the program (cpu.weight), so the host had no time for the whole machine, whose kernel has
-            # counted that as the program's.
-            still_us = min(int(late_s * 1_000_000), used_us - self.cpu_seen_us)
-            self.cpu_before_us += still_us
-            used_us -= still_us
+        if late_s > _STALL_S:
+            # The agent has priority over the program (cpu.weight), so the whole machine was paused, and the guest's
+            # kernel has charged that time to the program.
+            stall_us = min(int(late_s * 1_000_000), used_us - self.cpu_seen_us)
+            self.cpu_before_us += stall_us
+            used_us -= stall_us
         self.cpu_seen_us = used_us
         if used_us > self.limits["cpu_ms"] * 1000:
             self.cpu_exceeded = True
-            self.place.kill()
+            self.environment.kill()
 
     def _cpu_us(self) -> int:
-        return self.group.cpu_us(self.place.init) - self.cpu_before_us
+        return self.group.cpu_us(self.environment.init) - self.cpu_before_us
 
-    # after it
+    # after the program
 
     def _exited(self) -> None:
         group = self.group
@@ -374,8 +381,8 @@ class Job:
         for refusal, count in refused.items():
             self.link.send(Kind.DENIED, {**refusal._asdict(), "count": count})
         if any(mount["changes"] for mount in self.mounts):
-            self.trees.append((Stream.CHANGES, self._told_changes()))
-        left_count, left_size = self._look_at_left()
+            self.trees.append((Stream.CHANGES, self._changes()))
+        left_count, left_size = self._count_left_files()
         self.link.send(
             Kind.EXITED,
             {
@@ -387,7 +394,7 @@ class Job:
                 "tasks_refused": group.count("tasks_refused"),
                 "cpu_exceeded": self.cpu_exceeded,
                 "stopped": self.stopped,
-                "disk_full": os.statvfs(self.place.platform.scratch).f_bavail < _FULL_BLOCKS,
+                "disk_full": os.statvfs(self.environment.platform.scratch).f_bavail < _FULL_BLOCKS,
                 "memory_full": self._memory_full(),
                 "denials_lost": lost,
                 "left_files": left_count,
@@ -397,46 +404,46 @@ class Job:
             },
         )
 
-    def _look_at_left(self) -> tuple[int, int]:
-        """How many files the program left in its private folders, and their bytes; they are sent if wanted."""
+    def _count_left_files(self) -> tuple[int, int]:
+        """Return number and size of the files left in private folders; queue them if the host wants them."""
         if self.left is None:
             return 0, 0
-        # What lies in a folder of the host, which some platforms make in these, is among the changes.
+        # On some platforms, host folders lie inside these; their files are among the changes.
         places = [mount["at"] for mount in self.mounts]
         with_out = self._collects() and _OUT not in places
-        folders = [self.place.platform.folder(name) for name in ("work", "out")[: 1 + with_out]]
+        folders = [self.environment.platform.folder(name) for name in ("work", "out")[: 1 + with_out]]
         start = f"{next((mount['at'] for mount in self.mounts if mount['tree'] is None), confine.CWD)}/"
         roots = [os.fsencode(at.removeprefix(start)) for at in places if at.startswith(start)]
-        with self.place.platform.reading():
+        with self.environment.platform.reading():
             left = left_files(folders, self.files.work, self.left["files"], self.left["bytes"], roots)
         if left.files and self._collects():
-            self.trees.append((Stream.LEFT, stream_of(left)))
+            self.trees.append((Stream.LEFT_FILES, stream_of(left)))
         return left.files, min(left.size, 2**62)
 
     def _memory_full(self) -> bool:
-        """Whether one of the program's folders in memory has no room left, for bytes or for names."""
-        for fd in self.place.in_memory_fds:
+        """Return whether one of the program's tmpfs folders has run out of space or inodes."""
+        for fd in self.environment.in_memory_fds:
             room = os.statvfs(fd)
             if room.f_bavail * _FULL_SHARE < room.f_blocks or not room.f_favail:
                 return True
         return False
 
     def _open_output(self) -> tuple[int | None, str | None]:
-        """Open the one file that the host wants: its size, or what is wrong with it."""
+        """Open the output file. Return its size, or the reason why it cannot be sent."""
         if self.output is None:
             return None, None
-        path = f"{self.place.platform.folder('out')}/{os.path.basename(self.output['path'])}"
+        path = f"{self.environment.platform.folder('out')}/{os.path.basename(self.output['path'])}"
         try:
-            with self.place.platform.reading():
-                # O_NONBLOCK: a fifo in its place must not hold us.
+            with self.environment.platform.reading():
+                # O_NONBLOCK: a FIFO in its place must not block.
                 fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as exc:
-            link = exc.errno == errno.ELOOP  # so O_NOFOLLOW has it
-            return None, "is a link, and none is followed" if link else f"cannot be opened: {exc.strerror}"
+            link = exc.errno == errno.ELOOP  # from O_NOFOLLOW
+            return None, "is a symbolic link" if link else f"cannot be opened: {exc.strerror}"
         info = os.fstat(fd)
         problem = None
         if not stat.S_ISREG(info.st_mode) or info.st_nlink != 1:
-            problem = "is no regular file of its own"
+            problem = "is not a regular file with a single link"
         elif info.st_size > self.output["max_bytes"]:
             problem = f"has {info.st_size} bytes, over the limit of {self.output['max_bytes']}"
         if problem:
@@ -456,8 +463,8 @@ class Job:
                 return
             self.link.send_data(Stream.OUTPUT_FILE, data)
 
-    def _told_changes(self) -> Iterator[bytes]:
-        """The stream of what was changed, root after root."""
+    def _changes(self) -> Iterator[bytes]:
+        """Yield the changes of all roots as tree records."""
         for number, mount in enumerate(mount for mount in self.mounts if mount["changes"]):
             yield Entry(Record.ROOT, b"%d" % number).encoded()
             yield from changes(self.files.trees[mount["tree"]], os.fsencode(mount["sub"]))
@@ -466,7 +473,7 @@ class Job:
     def _send_trees(self) -> None:
         while self.trees and (window := self.link.window(self.trees[0][0])) and self.link.pending() < 4 * _READ:
             stream, pieces = self.trees[0]
-            with self.place.platform.reading():
+            with self.environment.platform.reading():
                 while len(self.trees_held) < _READ and (more := next(pieces, b"")):
                     self.trees_held += more
             if not self.trees_held:

@@ -1,4 +1,4 @@
-"""The agent as PID 1 of a virtual machine: virtio port, scratch disk, switches of the kernel, clock, power."""
+"""The agent as PID 1 of a virtual machine: virtio port, scratch disk, sysctls, clock, power."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ NET_PORT: Final = "x07.net"
 _NET_MODULES: Final = "/run/x07/modules"
 SCRATCH_SERIAL: Final = "x07scratch"
 
-# Parts of the guest's kernel that no program here needs and many attacks used.
-_CLOSED: Final = (
+# Attack surface that no program here needs.
+_HARDENING: Final = (
     ("user/max_user_namespaces", "0"),
     ("kernel/io_uring_disabled", "2"),
     ("kernel/unprivileged_bpf_disabled", "1"),
@@ -34,8 +34,8 @@ _CLOSED: Final = (
     ("kernel/kptr_restrict", "2"),
     ("dev/tty/ldisc_autoload", "0"),
 )
-# What the kernel does now and then for machines that live longer: the first time costs a clone milliseconds.
-_QUIET: Final = (
+# Periodic kernel work for long-lived machines: the first time costs a clone milliseconds.
+_NO_BACKGROUND_WORK: Final = (
     ("kernel/sched_autogroup_enabled", "0"),
     ("vm/compaction_proactiveness", "0"),
     ("vm/stat_interval", "3600"),
@@ -45,7 +45,7 @@ _QUIET: Final = (
 class Machine(Platform):
     """A virtual machine with a kernel of its own."""
 
-    measures = confine.MACHINE
+    confinement = confine.MACHINE
     program_uid = confine.UID
     scratch = confine.SCRATCH
     memory = confine.MEMORY
@@ -54,50 +54,50 @@ class Machine(Platform):
     namespaces = True
 
     def open_channel(self) -> int:
-        """Set the kernel's switches, and open the virtio port."""
-        write_file("/proc/self/oom_score_adj", "-1000")  # the kernel must never choose us when memory is short
-        for name, value in _CLOSED:
+        """Set sysctls, and open the virtio port."""
+        write_file("/proc/self/oom_score_adj", "-1000")  # the OOM killer must never choose the agent
+        for name, value in _HARDENING:
             write_file(f"/proc/sys/{name}", value)
-        for name, value in _QUIET:
+        for name, value in _NO_BACKGROUND_WORK:
             with contextlib.suppress(FileNotFoundError):
                 write_file(f"/proc/sys/{name}", value)
-        # The control group holds the limit and reports it; the kernel's own guess would only fail an allocation.
+        # The control group enforces and reports the memory limit; overcommit heuristics would only fail an allocation.
         write_file("/proc/sys/vm/overcommit_memory", "1")
-        # A program is to run out of descriptors, of which a policy can give more, not of the kernel's 128 instances.
+        # Let the policy's descriptor limit apply, not the kernel's 128 instances.
         write_file("/proc/sys/fs/inotify/max_user_instances", "1048576")
         channel_fd = open_port(PORT)
         self._random_fd = os.open("/dev/urandom", os.O_WRONLY | os.O_CLOEXEC)
         return channel_fd
 
     def make_folders(self) -> None:
-        """Mount the scratch disk, and a folder in memory."""
+        """Mount the scratch disk, and a tmpfs for small files."""
         os.makedirs(self.scratch, mode=0o755, exist_ok=True)
         flags = system.MS_NODEV | system.MS_NOSUID
         system.mount(_disk(SCRATCH_SERIAL), self.scratch, "ext4", system.MS_NOATIME | flags, "noinit_itable")
         confine.mount_memory()
 
     def relay(self, netns_fd: int) -> RelayProcess:
-        """One that opens the virtio port of its own, and holds first packets."""
+        """Start a relay that opens a virtio port of its own, and holds first packets."""
         from x07_sandbox.guest.relay_process import RelayProcess
 
-        for name in sorted(os.listdir(_NET_MODULES)):  # their names begin with their place in the order
+        for name in sorted(os.listdir(_NET_MODULES)):  # the names are numbered in loading order
             system.load_module(f"{_NET_MODULES}/{name}")
         return RelayProcess(netns_fd, partial(open_port, NET_PORT), hold=True)
 
     def audit(self) -> Audit:
-        """The audit of this kernel."""
+        """Return this kernel's audit."""
         return Audit(*filters.call_numbers())
 
     def group(self) -> RootGroup:
-        """A group of the one hierarchy, which is ours."""
+        """Create a group."""
         return RootGroup()
 
     def seed(self, body: dict[str, Any]) -> None:
-        """Set the clock, and give the kernel entropy."""
+        """Set the clock, and credit entropy."""
         try:
             time.clock_settime_ns(time.CLOCK_REALTIME, body["unix_ns"])
         except OSError:
-            # A kernel takes no time before its own boot (EINVAL), and a host whose clock was never set has just that.
+            # EINVAL: the kernel rejects a time before its own boot, which a host with an unset clock may send.
             time.clock_settime_ns(time.CLOCK_REALTIME, time.monotonic_ns() + 10**9)
         system.add_entropy(self._random_fd, body["entropy"])
 
@@ -107,7 +107,7 @@ class Machine(Platform):
 
 
 def open_port(name: str) -> int:
-    """The channel's port, found by name; waits until the host's end is there. Raises JobError."""
+    """Open a virtio port by name once the host has opened its end. Raises JobError."""
     base = "/sys/class/virtio-ports"
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
@@ -115,7 +115,7 @@ def open_port(name: str) -> int:
             with open(f"{base}/{port}/name", encoding="ascii") as file:
                 if file.read().strip() == name:
                     return _connected(f"/dev/{port}", deadline)
-        time.sleep(0.002)  # the driver probes on its own time and offers no event without udev
+        time.sleep(0.002)  # without udev, there is no event for the driver's probe
     raise JobError("port", 0, f"no virtio port {name}")
 
 
@@ -127,7 +127,7 @@ def _connected(path: str, deadline: float) -> int:
         mask = poll.poll(1000)
         if mask and not mask[0][1] & select.POLLHUP:
             return fd
-        time.sleep(0.002)  # POLLHUP stays set until the host's end is open: there is nothing to wait on
+        time.sleep(0.002)  # POLLHUP stays set until the host opens its end, so poll cannot wait for it
     raise JobError("port", 0, "the host never opened its end")
 
 

@@ -1,4 +1,4 @@
-"""Folders of the scratch disk in the program's view, put there from outside: where they come from it cannot see."""
+"""Mounting folders of the scratch disk in the program's view, and reporting paths as the program sees them."""
 
 from __future__ import annotations
 
@@ -15,80 +15,81 @@ from x07_sandbox.guest.errors import JobError
 if TYPE_CHECKING:
     from x07_sandbox.guest.trees import Tree
 
-_STEPS_MAX: Final = 256  # folders and links on the way to one file
+_STEPS_MAX: Final = 256  # path components and links when resolving one path
 
 
 def mount_all(init: int, mounts: Sequence[tuple[str, str, bool]]) -> None:
-    """Mount (source, place, writable) in the namespaces of *init*, outer ones first. Raises JobError, OSError."""
+    """Mount (source, mount point, writable) in init's namespace, outer ones first. Raises JobError, OSError."""
     trees = []
     for source, at, writable in mounts:
         fd = system.open_tree(source)
         system.change_mount(fd, 0 if writable else system.MS_RDONLY)
         trees.append((fd, at, os.path.isdir(source)))
     namespace = os.open(f"/proc/{init}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
-    told_r, told_w = os.pipe2(os.O_CLOEXEC)
-    pid = os.fork()  # for a view of the program's; ours stays as it is
+    status_r, status_w = os.pipe2(os.O_CLOEXEC)
+    pid = os.fork()  # a child, since setns would change our own view
     if pid == 0:
-        _attach(namespace, trees, told_w)
-    for fd in (namespace, told_w, *(fd for fd, _, _ in trees)):
+        _attach(namespace, trees, status_w)
+    for fd in (namespace, status_w, *(fd for fd, _, _ in trees)):
         os.close(fd)
-    told = system.read_all(told_r).decode("utf-8", "replace")
+    status = system.read_all(status_r).decode("utf-8", "replace")
     os.waitpid(pid, 0)
-    if told != "ok":
-        raise JobError("mounts", 0, told or "the process that mounts ended")
+    if status != "ok":
+        raise JobError("mounts", 0, status or "the mounting process ended")
 
 
-class Names:
-    """Paths as the program sees them: of roots; by inode, of what it may only read, and of folders with roots in them.
+class ProgramPaths:
+    """Paths as the program sees them, for denials: of roots, of inodes in read-only roots, and of link targets.
 
-    They are looked up when first asked for, which is seldom.
+    The tables are built on first use, which is rare.
     """
 
     def __init__(self, trees: Mapping[int, Tree], mounts: Sequence[Mapping[str, Any]], view: str) -> None:
-        """trees: by their streams. mounts: as START has them. view: where all that the program sees is, for us."""
+        """trees: by stream. mounts: as in START. view: the program's root folder, in our view."""
         self._trees = trees
         self._mounts = mounts
         self._view = view
-        self._around: dict[tuple[str, int], str] | None = None
+        self._parents: dict[tuple[str, int], str] | None = None
         self._paths: dict[tuple[str, int], str] | None = None
-        self._led: dict[str, str] = {}
+        self._resolved: dict[str, str] = {}
 
     def roots(self) -> list[str]:
-        """Where they are mounted."""
+        """Return the mount points."""
         return [_text(mount["at"]) for mount in self._mounts]
 
-    def path(self, device: str, inode: int, given: str = "") -> str:
-        """The path of this inode; empty if unknown, or if *given* lies in a read root itself.
+    def path(self, device: str, inode: int, name: str = "") -> str:
+        """Return the path of an inode; empty if unknown, or if *name* already lies in a read-only root.
 
-        device: its numbers in hexadecimal, as the audit has them. given: a name for it, which may be that of a link.
+        device: major and minor number in hexadecimal, as in audit records. name: a path of it, possibly of a link.
         """
-        if self._around is None:
-            self._around = dict(self._folders())
-        if not given and (folder := self._around.get((device, inode))):
+        if self._parents is None:
+            self._parents = dict(self._parent_folders())
+        if not name and (folder := self._parents.get((device, inode))):
             return folder
-        if (given and self._shows(given)) or all(device != _device(tree.folder) for tree in self._trees.values()):
+        in_tree = any(device == _device(tree.folder) for tree in self._trees.values())
+        if not in_tree or (name and self._in_read_only_root(name)):
             return ""
         if self._paths is None:
-            self._paths = dict(self._all())
+            self._paths = dict(self._read_only_paths())
         return self._paths.get((device, inode), "")
 
-    def follow(self, given: str) -> str:
-        """What a path leads to that begins where the program may make links; empty for all else.
+    def follow(self, path: str) -> str:
+        """Resolve a path in a folder where the program may make links; return an empty string for any other.
 
-        It may have changed since: this is reported, and decides nothing. At most DENIED_MAX are followed.
+        The result may be outdated; it is only reported. At most DENIED_MAX paths are resolved.
         """
-        if given not in self._led:
-            if len(self._led) >= DENIED_MAX:
+        if path not in self._resolved:
+            if len(self._resolved) >= DENIED_MAX:
                 return ""
-            self._led[given] = self._followed(given)
-        return self._led[given]
+            self._resolved[path] = self._resolve(path)
+        return self._resolved[path]
 
-    def _followed(self, given: str) -> str:
+    def _resolve(self, path: str) -> str:
         own = [*confine.IN_MEMORY, confine.CWD, "/x07/out"]
         own += [_text(mount["at"]) for mount in self._mounts if mount["write"]]
-        if all(_below(given.strip("/"), folder.strip("/")) is None for folder in own):
+        if all(_below(path.strip("/"), folder.strip("/")) is None for folder in own):
             return ""
-        at, linked, names = "", False, given.split("/")[::-1]
+        at, linked, names = "", False, path.split("/")[::-1]
         for _ in range(_STEPS_MAX):
             if not names:
                 return _text(at) if linked else ""
@@ -100,7 +101,7 @@ class Names:
             elif name not in {"", "."}:
                 try:
                     target = os.readlink(f"{self._view}{at}/{name}")
-                except OSError:  # no link, or nothing any more
+                except OSError:  # not a link
                     at = f"{at}/{name}"
                     continue
                 linked = True
@@ -108,53 +109,53 @@ class Names:
                 at = "" if target.startswith("/") else at
         return ""
 
-    def _folders(self) -> Iterator[tuple[tuple[str, int], str]]:
+    def _parent_folders(self) -> Iterator[tuple[tuple[str, int], str]]:
         for mount in self._mounts:
             folder = os.path.dirname(mount["at"])
             with contextlib.suppress(OSError):  # it was moved
                 yield (_device(self._view + folder), os.stat(self._view + folder).st_ino), _text(folder)
 
-    def _shows(self, given: str) -> bool:
-        path = given.strip("/")
+    def _in_read_only_root(self, path: str) -> bool:
+        path = path.strip("/")
         around = (mount for mount in self._mounts if _below(path, _text(mount["at"]).strip("/")) is not None)
         inner = max(around, key=lambda mount: len(mount["at"]), default=None)
         return inner is not None and not inner["write"]
 
-    def _all(self) -> Iterator[tuple[tuple[str, int], str]]:
+    def _read_only_paths(self) -> Iterator[tuple[tuple[str, int], str]]:
         for number, tree in self._trees.items():
-            shown = _device(tree.folder)
+            device = _device(tree.folder)
             mounts = [mount for mount in self._mounts if mount["tree"] == number]
             if all(mount["write"] for mount in mounts):
                 continue
             mounts.sort(key=lambda mount: -len(mount["sub"]))
             for inode, name in tree.inodes():
-                # In an inner one that may be written to, another file may have its inode by now.
+                # The innermost mount decides: in a writable one, another file may have this inode by now.
                 for mount in mounts:
                     if (rest := _below(name, mount["sub"])) is not None:
                         if not mount["write"]:
-                            yield (shown, inode), _text(posixpath.join(mount["at"], rest).rstrip("/"))
+                            yield (device, inode), _text(posixpath.join(mount["at"], rest).rstrip("/"))
                         break
 
 
 def _device(path: str | bytes) -> str:
-    """That on which something lies, as the audit has it."""
+    """Return the device of a path in the form of audit records."""
     device = os.stat(path).st_dev
     return f"{os.major(device):02x}:{os.minor(device):02x}"
 
 
 def _text(path: str) -> str:
-    """As names of records are decoded."""
+    """Decode a path as audit records are decoded."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _below(name: str, sub: str) -> str | None:
-    """The name from a folder on, None where it is not in it; both from the top of a tree."""
+    """Return *name* relative to the folder *sub*, None if it is not below it."""
     if not sub or name == sub:
         return "" if name == sub else name
     return name[len(sub) + 1 :] if name.startswith(f"{sub}/") else None
 
 
-def _attach(namespace: int, trees: Sequence[tuple[int, str, bool]], told: int) -> NoReturn:
+def _attach(namespace: int, trees: Sequence[tuple[int, str, bool]], status_fd: int) -> NoReturn:
     try:
         os.setns(namespace, os.CLONE_NEWNS)
         confine.root_mode(0)
@@ -165,8 +166,8 @@ def _attach(namespace: int, trees: Sequence[tuple[int, str, bool]], told: int) -
                     os.close(os.open(at, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o444))
             system.move_mount(fd, at)
         confine.root_mode(system.MS_RDONLY)
-        os.write(told, b"ok")
+        os.write(status_fd, b"ok")
     except OSError as exc:
-        os.write(told, str(exc).encode("utf-8", "backslashreplace")[:1000])
+        os.write(status_fd, str(exc).encode("utf-8", "backslashreplace")[:1000])
     finally:
         os._exit(0)

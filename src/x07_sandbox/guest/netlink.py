@@ -1,4 +1,4 @@
-"""Netlink, as far as the relay needs it: addresses and routes (rtnetlink(7)), and held packets (nfnetlink_queue).
+"""Netlink for the relay: routes (rtnetlink(7)), nftables set elements and held packets (nfnetlink_queue).
 
 Numbers are those of linux/rtnetlink.h and linux/netfilter/nfnetlink_queue.h.
 """
@@ -21,7 +21,7 @@ _CREATE: Final = 0x400
 _NEW_ADDRESS: Final = 20
 _NEW_ROUTE: Final = 24
 _IFA_LOCAL: Final = 2
-_NO_DUPLICATES: Final = 2  # IFA_F_NODAD: an IPv6 address is of use at once, without looking for others who have it
+_NO_DUPLICATES: Final = 2  # IFA_F_NODAD: use an IPv6 address at once, without duplicate detection
 _RTA_OIF: Final = 4
 _RTA_SOURCE: Final = 7
 _TABLE_MAIN: Final = 254
@@ -33,11 +33,11 @@ _NETFILTER: Final = 12
 _QUEUE: Final = 3 << 8
 _TABLES: Final = 10 << 8  # nf_tables; linux/netfilter/nf_tables.h
 _NEW_ELEMENT: Final = 12
-_BATCH: Final = (0x10, 0x11)  # begin, end: what stands between them is done all or not at all
+_BATCH: Final = (0x10, 0x11)  # begin and end of a transaction
 _NESTED: Final = 0x8000
 _ELEMENTS_TABLE, _ELEMENTS_SET, _ELEMENTS_LIST = 1, 2, 3
 _ELEMENT, _ELEMENT_VALUE, _ELEMENT_KEY, _ELEMENT_KEY_END = 1, 1, 1, 10
-_ELEMENTS_A_MESSAGE: Final = 1000  # a list of them has a length of 16 bits
+_ELEMENTS_A_MESSAGE: Final = 1000  # their total length is a 16-bit number
 _PACKET, _VERDICT, _CONFIG = 0, 1, 2
 _CFG_COMMAND, _CFG_PARAMETERS, _CFG_LENGTH = 1, 2, 3
 _BIND: Final = 1
@@ -61,13 +61,13 @@ def _attribute(kind: int, data: bytes) -> bytes:
 
 
 def _request(sock: socket.socket, kind: int, flags: int, body: bytes) -> None:
-    """One request and its answer. Raises OSError with the kernel's error."""
+    """Send a request and check its answer. Raises OSError."""
     sock.send(_HEADER.pack(_HEADER.size + len(body), kind, _REQUEST_ACK | flags, 1, 0) + body)
     _check_answer(sock.recv(_READ))
 
 
 def _check_answer(answer: bytes) -> None:
-    """Raise OSError where it is not that all is well."""
+    """Raise OSError unless the answer is an acknowledgement without error."""
     number = -_ERROR.unpack_from(answer, _HEADER.size)[0]
     if _HEADER.unpack_from(answer)[1] != _ERROR_TYPE or number:
         raise OSError(number, os.strerror(number), "netlink")
@@ -85,16 +85,13 @@ class Routes:
         self._sock.close()
 
     def add_address(self, address: str) -> None:
-        """Give `lo` an address more. Raises OSError."""
+        """Add an address to `lo`. Raises OSError."""
         family, packed = packed_address(address)
         body = struct.pack("=BBBBI", family, len(packed) * 8, _NO_DUPLICATES, _SCOPE_HOST, self._lo)
         _request(self._sock, _NEW_ADDRESS, _CREATE, body + _attribute(_IFA_LOCAL, packed))
 
     def deliver_here(self, source: str) -> None:
-        """Deliver all packets of the family of *source* to this machine's own stack; programs send from there.
-
-        Raises OSError.
-        """
+        """Deliver all packets of the family of *source*, the sender address, to the local stack. Raises OSError."""
         family, packed = packed_address(source)
         body = struct.pack("=BBBBBBBBI", family, 0, 0, 0, _TABLE_MAIN, _STATIC, _SCOPE_HOST, _LOCAL, 0)
         body += _attribute(_RTA_OIF, struct.pack("=I", self._lo)) + _attribute(_RTA_SOURCE, packed)
@@ -102,16 +99,15 @@ class Routes:
 
 
 def packed_address(address: str) -> tuple[int, bytes]:
-    """The family and the bytes of an address. Raises OSError."""
+    """Return family and bytes of an address. Raises OSError."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     return family, socket.inet_pton(family, address)
 
 
 def add_elements(table: str, name: str, elements: list[tuple[str, str, int]]) -> None:
-    """Add elements to a set of addresses and ports in a table. Raises OSError.
+    """Add (first address, last address, port) elements to a set. Raises OSError.
 
-    elements: first and last address, and a port; all of the table's family. Not by nft, whose start alone would cost a
-    clone a tenth of a second.
+    All addresses are of the table's family. Starting nft would cost a clone a tenth of a second.
     """
     sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETFILTER)
     try:
@@ -139,9 +135,9 @@ def _element(first: str, last: str, port: int) -> bytes:
 
 
 class Held(NamedTuple):
-    """A packet that waits for a verdict. queue, number: which one it is. transport: its IP protocol number.
+    """A packet that waits for a verdict. queue, number: its id. transport: IP protocol number.
 
-    source, target: addresses and ports.
+    source, target: address and port.
     """
 
     queue: int
@@ -152,19 +148,19 @@ class Held(NamedTuple):
 
 
 class HeldPackets:
-    """The packets that rules send to some queues in the current network namespace."""
+    """The packets in some queues of the current network namespace."""
 
     def __init__(self, *queues: int) -> None:
-        """Bind to the queues of these numbers. Raises OSError."""
+        """Bind to these queue numbers. Raises OSError."""
         self._sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETFILTER)
         for queue in queues:
             self._configure(queue, _CFG_COMMAND, struct.pack(">BBH", _BIND, 0, socket.AF_INET))
             self._configure(queue, _CFG_PARAMETERS, struct.pack(">IB", _COPY_BYTES, _COPY_PACKET))
             self._configure(queue, _CFG_LENGTH, struct.pack(">I", _HELD_MAX))
-        self._sock.setblocking(False)  # noqa: FBT003 - it takes no names
+        self._sock.setblocking(False)  # noqa: FBT003
 
     def fileno(self) -> int:
-        """The descriptor to wait for."""
+        """Return the descriptor to wait for."""
         return self._sock.fileno()
 
     def _configure(self, queue: int, kind: int, data: bytes) -> None:
@@ -172,10 +168,10 @@ class HeldPackets:
         _request(self._sock, _QUEUE | _CONFIG, 0, body)
 
     def read(self) -> Iterator[Held]:
-        """What has come, as far as it is TCP or UDP."""
+        """Yield the TCP and UDP packets that have arrived."""
         try:
             data = self._sock.recv(_READ)
-        except (BlockingIOError, OSError):  # the kernel had no room for all (ENOBUFS): those are sent again
+        except OSError:  # ENOBUFS: packets were dropped, and will be retransmitted
             return
         at = 0
         while at + _HEADER.size <= len(data):
@@ -187,7 +183,7 @@ class HeldPackets:
             at += length + -length % 4
 
     def release(self, queue: int, number: int, mark: int) -> None:
-        """Let a packet go on, with a mark for the rules that come later. Raises OSError where it waits no more."""
+        """Release a packet with a mark for the following rules. Raises OSError if it no longer waits."""
         body = struct.pack(">BBH", socket.AF_UNSPEC, 0, queue)
         body += _attribute(_VERDICT_HEADER, struct.pack(">II", _ACCEPT, number))
         body += _attribute(_MARK, struct.pack(">I", mark))
@@ -195,7 +191,7 @@ class HeldPackets:
 
 
 def _held(message: bytes) -> Held | None:
-    """A packet of the kernel's message; None for one that no rule sends here."""
+    """Decode a queued packet; None if it is neither TCP nor UDP."""
     queue = struct.unpack_from(">H", message, 2)[0]
     number, packet, at = -1, b"", _NETFILTER_HEADER
     while at + _ATTRIBUTE.size <= len(message):
@@ -213,7 +209,7 @@ def _held(message: bytes) -> Held | None:
 
 
 def _ends(packet: bytes) -> tuple[int, tuple[str, int], tuple[str, int]] | None:
-    """Transport, source and target of an IP packet; None for other transports."""
+    """Return transport, source and target of an IP packet; None if it is neither TCP nor UDP."""
     if packet[:1] and packet[0] >> 4 == _V6:
         size, family = _IPV6_HEADER, socket.AF_INET6
         transport, addresses = packet[6:7], packet[8:_IPV6_HEADER]

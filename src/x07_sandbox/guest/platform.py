@@ -1,4 +1,4 @@
-"""What the agent runs in: a virtual machine (`machine`), or a process on somebody else's kernel (`process`)."""
+"""The platform that the agent runs on: a virtual machine (`machine`), or a shared kernel (`process`, `container`)."""
 
 from __future__ import annotations
 
@@ -15,22 +15,21 @@ if TYPE_CHECKING:
 
     from x07_sandbox.guest.audit import Audit, NoAudit
     from x07_sandbox.guest.cgroup import NoGroup
-    from x07_sandbox.guest.confine import Measures
+    from x07_sandbox.guest.confine import Confinement
     from x07_sandbox.guest.relay_process import RelayProcess
 
 
 class Platform(ABC):
-    """One kind of surroundings.
+    """One kind of platform.
 
-    measures: the steps of the confinement.
-    program_uid: owner of the program's files; None where agent and program are one user to the kernel.
-    scratch: folder for files of any size. memory: folder for small ones, which may be the same.
+    program_uid: owner of the program's files; None if agent and program are the same user to the kernel.
+    scratch: folder for files of any size. memory: folder for small files; may be the same.
     machine_id: path of the file that the program sees as /etc/machine-id.
-    channel_out_fd: where the channel is written to; None where it is read from the same descriptor.
-    filtered: whether programs run under seccomp filters. namespaces: whether they have namespaces of their own.
+    channel_out_fd: a separate descriptor for writing to the channel, if any.
+    filtered: whether programs run under seccomp filters. namespaces: whether they have their own namespaces.
     """
 
-    measures: Measures
+    confinement: Confinement
     program_uid: int | None
     scratch: str
     memory: str
@@ -41,39 +40,39 @@ class Platform(ABC):
 
     @abstractmethod
     def open_channel(self) -> int:
-        """Take the measures that concern the agent, and open the channel. Raises OSError, JobError."""
+        """Harden the agent's surroundings, and open the channel. Raises OSError, JobError."""
 
     @abstractmethod
     def make_folders(self) -> None:
-        """Make `scratch`, `memory`, and the folder of `machine_id`, once. Raises OSError, JobError."""
+        """Make `scratch`, `memory`, and the folder of `machine_id`. Raises OSError, JobError."""
 
     def folder(self, name: str) -> str:
-        """Where a folder of a place lies: in, out, work or trees."""
+        """Return the path of a job folder: in, out, work or trees."""
         return f"{self.scratch}/{name}"
 
-    def make_place_folder(self, name: str, *, of_program: bool) -> None:
-        """Make one of these; of_program: owned by the program's user. Raises OSError."""
+    def make_job_folder(self, name: str, *, of_program: bool) -> None:
+        """Make a job folder; of_program: owned by the program's user. Raises OSError."""
         path = self.folder(name)
         os.mkdir(path, 0o755)
         if of_program and self.program_uid is not None:
             os.chown(path, self.program_uid, self.program_uid)
 
     def tree(self, number: int) -> Tree:
-        """A new folder on the scratch disk, of the program's, for a tree of the host's files. Raises OSError."""
+        """Make a folder on the scratch disk for a tree of host files. Raises OSError."""
         name = f"trees/{number}"
-        self.make_place_folder(name, of_program=True)
+        self.make_job_folder(name, of_program=True)
         return Tree(self.folder(name), self.program_uid)
 
     def work_tree(self) -> Tree:
-        """The program's private working folder, for files that lie in it from the start. Raises OSError."""
+        """Return the tree of the private working folder, for its input files. Raises OSError."""
         return Tree(self.folder("work"), self.program_uid)
 
     def mount(self, init: int, mounts: Sequence[tuple[str, str, bool]]) -> None:
-        """Mount (source, place, writable) in the namespaces of *init*, outer ones first. Raises JobError, OSError."""
+        """Mount (source, mount point, writable) in init's namespace, outer ones first. Raises JobError, OSError."""
         mount_all(init, mounts)
 
     def reading(self) -> AbstractContextManager[None]:
-        """Around the reading of what the program wrote."""
+        """Return a context in which files written by the program can be read."""
         return nullcontext()
 
     @abstractmethod
@@ -81,28 +80,29 @@ class Platform(ABC):
         """Start the relay in a network namespace. Raises OSError, JobError."""
 
     def make_resolv_conf(self) -> None:
-        """Write the file that a program with connections has as /etc/resolv.conf, once. Raises OSError."""
-        from x07_sandbox.guest import confine, firewall
+        """Write the /etc/resolv.conf of programs with connections. Raises OSError."""
+        from x07_sandbox.channel.egress import RESOLV_CONF
+        from x07_sandbox.guest import confine
 
         with open(confine.RESOLV_CONF, "x", encoding="ascii") as file:
-            file.write(firewall.RESOLV_CONF)
+            file.write(RESOLV_CONF)
 
     @abstractmethod
     def audit(self) -> Audit | NoAudit:
-        """What hears of refused calls. Raises OSError."""
+        """Return the audit of denied calls. Raises OSError."""
 
     @abstractmethod
     def group(self) -> NoGroup:
-        """A new control group for a program, or what stands for it. Raises OSError."""
+        """Return a control group for a program. Raises OSError."""
 
     @abstractmethod
     def seed(self, body: dict[str, Any]) -> None:
-        """Use the time and entropy of a SEED frame. Raises OSError."""
+        """Apply time and entropy of a SEED frame. Raises OSError."""
 
     def adapt(self, body: dict[str, Any]) -> dict[str, Any]:
-        """The body of START as this platform carries it out. Raises JobError where it cannot."""
+        """Return the body of START adapted to this platform. Raises JobError if it cannot be carried out."""
         return body
 
     @abstractmethod
     def end(self) -> None:
-        """End it, and this process with it."""
+        """End the machine or process."""

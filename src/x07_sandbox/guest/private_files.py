@@ -1,4 +1,4 @@
-"""Files that a program has left in its private folders: counted, and sent to the host where that wants them."""
+"""Files that a program left in its private folders: counting them, and sending them to the host."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 from x07_sandbox.channel.trees import Entry, Kind
-from x07_sandbox.guest.trees import content, is_other, walk
+from x07_sandbox.guest.trees import content, is_modified, walk
 
 if TYPE_CHECKING:
     from x07_sandbox.guest.trees import Tree
 
 T = TypeVar("T")
-LOOKED_AT_MAX: Final = 100_000  # entries; what lies beyond is neither counted nor sent
+LOOKED_AT_MAX: Final = 100_000  # entries; further ones are neither counted nor sent
 
 
 class Left(NamedTuple):
-    """What was left. files, size: of all that was counted, in bytes. sent: (folder's number, path, name, state)."""
+    """The counted files, their size in bytes, and the files to send as (folder number, path, name, state)."""
 
     files: int
     size: int
@@ -28,11 +28,11 @@ class Left(NamedTuple):
 def left_files(
     folders: Sequence[str], given: Tree | None, most_files: int, most_bytes: int, roots: Collection[bytes] = ()
 ) -> Left:
-    """Look for files in *folders*, of which the first is the working folder.
+    """Count files in *folders*, the first of which is the working folder.
 
-    given: what lay there from the start, which counts only where it was changed. Names at the top of the working folder
-    that begin with a dot are what programs keep in their home folder, and do not count. Regular files are sent while
-    they fit in most_files and most_bytes. roots: names in the working folder under which folders of the host lie.
+    given: the input tree of the working folder; its files count only if they were modified. Top-level dot files of the
+    working folder, which is also the home folder, do not count. roots: mount points in the working folder, skipped.
+    Regular files are sent while they fit into most_files and most_bytes.
     """
     count = size = sent_size = looked_at = 0
     sent: list[tuple[int, bytes, bytes, os.stat_result]] = []
@@ -43,7 +43,7 @@ def left_files(
             looked_at += 1
             if looked_at > LOOKED_AT_MAX:
                 return Left(count, size, sent)
-            if stat.S_ISDIR(info.st_mode) or (number == 0 and given is not None and not is_other(given, name, info)):
+            if stat.S_ISDIR(info.st_mode) or (number == 0 and given is not None and not is_modified(given, name, info)):
                 continue
             regular = stat.S_ISREG(info.st_mode)
             count += 1
@@ -55,7 +55,7 @@ def left_files(
 
 
 def _next(entries: Iterator[T]) -> T | None:
-    """The next of them; None at the end, and where a folder is closed to us: not every agent is root."""
+    """Return the next item, None at the end or if it cannot be read: not every agent is root."""
     try:
         return next(entries, None)
     except OSError:
@@ -63,14 +63,14 @@ def _next(entries: Iterator[T]) -> T | None:
 
 
 def stream_of(left: Left) -> Iterator[bytes]:
-    """What is sent of them, as a stream of trees (channel/trees), one for each folder. Raises OSError."""
+    """Yield the files to send as tree records (channel/trees), one tree per folder. Raises OSError."""
     folder = -1
     for number, path, name, info in left.sent:
         if number != folder:
             folder = number
             yield Entry(Kind.ROOT, b"%d" % number).encoded()
         pieces = content(path, name, info)
-        if (head := _next(pieces)) is not None:  # else it cannot be opened
+        if (head := _next(pieces)) is not None:
             yield head
             yield from pieces
     yield Entry(Kind.END, b"").encoded()

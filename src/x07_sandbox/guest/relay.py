@@ -1,8 +1,8 @@
-"""The relay: ends the program's connections on this machine's own stack, and asks the gate on the host for each.
+"""The relay: terminates the program's connections on the guest's stack, and requests each from the gate on the host.
 
-A process of its own, root of the guest, in the program's network namespace. It looks nothing up outside and decides
-nothing: the gate does. With held packets, the first one of a connection waits for the gate's answer, so connect() in
-the program returns what the far end said; without, the connection is accepted first, and reset if the gate refuses it.
+It runs as root in the program's network namespace, and makes no decisions: the gate does. If packets are held, the
+first one of a connection waits for the gate's answer, so that connect() returns the far end's result. Otherwise the
+relay accepts the connection first, and resets it if the gate refuses.
 """
 
 from __future__ import annotations
@@ -19,23 +19,24 @@ from typing import TYPE_CHECKING, Final
 from x07_sandbox.channel import egress
 from x07_sandbox.channel.egress import EgressLink, Event
 from x07_sandbox.guest import firewall
-from x07_sandbox.guest.dns_server import DnsServer
+from x07_sandbox.guest.dns import answer
 from x07_sandbox.guest.watcher import Watcher
 
 if TYPE_CHECKING:
-    from x07_sandbox.guest.dns import Names
+    from x07_sandbox.guest.dns import NameTable
     from x07_sandbox.guest.firewall import Sockets
     from x07_sandbox.guest.netlink import Held
 
 _READ: Final = 128 * 1024
-_PORT_READ: Final = 4096  # bytes that the console driver gives for each buffer, so a read has many of them (measured)
-_CHUNK: Final = egress.DATA_MAX - egress.HEADER.size  # so that a frame is four of the 32 KiB that the driver takes
-_QUEUED_MAX: Final = 64 * 1024  # bytes for the gate: with more, sockets are not read
+_PORT_READ: Final = 4096  # the console driver fills at most this much of each buffer, so pass many (measured)
+_CHUNK: Final = egress.DATA_MAX - egress.HEADER.size  # a frame then fills four 32 KiB writes of the driver
+_QUEUED_MAX: Final = 64 * 1024  # bytes queued for the gate; with more, do not read sockets
 _FLOWS_MAX: Final = 512
-_WAITING_DATAGRAMS: Final = 16  # of a flow that the gate has not opened yet
-_ACCEPT_S: Final = 10.0  # how long a flow that the gate has opened may wait for the program's connection
+_QUERY_MAX: Final = 4096
+_WAITING_DATAGRAMS: Final = 16  # per flow that is not open yet
+_ACCEPT_S: Final = 10.0  # how long an opened flow waits for the program's connection
 _TICK_S: Final = 1.0
-_LINGER: Final = struct.pack("ii", 1, 0)  # close with a reset
+_LINGER: Final = struct.pack("ii", 1, 0)  # reset on close
 _MARKS: Final = {
     egress.OK: firewall.PASSED,
     egress.REFUSED: firewall.CONNECTION_REFUSED,
@@ -43,19 +44,19 @@ _MARKS: Final = {
     egress.TIMED_OUT: firewall.TIMED_OUT,
     egress.POLICY: firewall.PROHIBITED,
 }
-_Ends = tuple[tuple[str, int], tuple[str, int]]  # where a connection comes from and goes to
+_Endpoints = tuple[tuple[str, int], tuple[str, int]]  # source and target
 
 
 class _Flow:
-    """One connection, or the datagrams between two ends.
+    """One connection, or the datagrams between two endpoints.
 
-    held: the packet that waits for the gate's answer. sock: the program's end, once it is there.
-    out: bytes for the program. waiting: datagrams that came before the gate's answer.
+    held: the packet that waits for the gate's answer. sock: the program's connection, once accepted.
+    out: bytes for the program. waiting: datagrams sent before the gate's answer.
     """
 
-    def __init__(self, stream: int, ends: _Ends, transport: int) -> None:
+    def __init__(self, stream: int, endpoints: _Endpoints, transport: int) -> None:
         self.stream = stream
-        self.ends = ends
+        self.endpoints = endpoints
         self.transport = transport
         self.held: Held | None = None
         self.sock: socket.socket | None = None
@@ -66,17 +67,17 @@ class _Flow:
 
 
 class Relay:
-    """One loop. port_fd: the stream to the gate."""
+    """The relay's event loop. port_fd: the stream to the gate."""
 
-    def __init__(self, port_fd: int, names: Names, sockets: Sockets) -> None:
+    def __init__(self, port_fd: int, names: NameTable, sockets: Sockets) -> None:
         self._port_fd = port_fd
         self._names = names
         self._sockets = sockets
         self._link = EgressLink(guest=True)
         self._watcher = watcher = Watcher()
         self._flows: dict[int, _Flow] = {}
-        self._by_ends: dict[tuple[int, _Ends], _Flow] = {}
-        self._gate_is_there = True
+        self._by_endpoints: dict[tuple[int, _Endpoints], _Flow] = {}
+        self._connected = True
         self._read_view = memoryview(bytearray(_READ))
         self._read_views = [self._read_view[at : at + _PORT_READ] for at in range(0, _READ, _PORT_READ)]
         watcher.watch(port_fd, self._read_port)
@@ -86,16 +87,16 @@ class Relay:
             watcher.watch(sock.fileno(), partial(self._take_first_datagram, sock))
         if sockets.held is not None:
             watcher.watch(sockets.held.fileno(), self._take_held)
-        names.on_unlisted = self._tell_name
-        self._dns = DnsServer(watcher, names, sockets.dns_udp, sockets.dns_tcp)
+        names.on_unlisted = self._report_name
+        watcher.watch(sockets.dns.fileno(), self._answer_dns)
 
     def serve(self) -> None:
-        """Carry, until the gate is gone. Raises PeerError, OSError."""
+        """Run until the gate disconnects. Raises PeerError, OSError."""
         tick_at = time.monotonic() + _TICK_S
-        while self._gate_is_there:
+        while self._connected:
             self._watcher.turn(_TICK_S)
             if time.monotonic() >= tick_at:
-                self._end_unwanted()
+                self._end_stale()
                 tick_at = time.monotonic() + _TICK_S
             self._flush()
 
@@ -107,7 +108,7 @@ class Relay:
         except BlockingIOError:
             return
         if not count:
-            self._gate_is_there = False
+            self._connected = False
             return
         for event in self._link.receive(self._read_view[:count]):
             if (flow := self._flows.get(event.stream)) is not None:
@@ -147,7 +148,7 @@ class Relay:
                 flow.sock.send(event.data)
 
     def _take_data(self, flow: _Flow, data: bytes) -> None:
-        """Give the program bytes that have come; what it does not take at once waits."""
+        """Send bytes to the program; buffer the rest."""
         if not flow.out and flow.sock is not None:
             count = self._give(flow, flow.sock, data)
             if count is None or count == len(data):
@@ -157,7 +158,7 @@ class Relay:
         self._watch(flow)
 
     def _give(self, flow: _Flow, sock: socket.socket, data: bytes | bytearray) -> int | None:
-        """Send the program bytes, and return how many it took; None where it has gone, and the flow with it."""
+        """Send bytes to the program. Return how many it accepted, None if the connection failed and was ended."""
         try:
             count = sock.send(data)
         except BlockingIOError:
@@ -182,14 +183,14 @@ class Relay:
         flow.waiting.clear()
         self._watch(flow)
 
-    def _ask(self, transport: int, ends: _Ends) -> _Flow | None:
-        """Ask the gate for a connection to what an address stands for; None where there are too many."""
-        address, port = ends[1]
+    def _ask(self, transport: int, endpoints: _Endpoints) -> _Flow | None:
+        """Request a connection from the gate; None if there are too many flows."""
+        address, port = endpoints[1]
         if len(self._flows) >= _FLOWS_MAX:
             return None
         host = self._names.host_at(address) or address
-        flow = _Flow(self._link.open(transport, host.encode("ascii"), port), ends, transport)
-        self._flows[flow.stream] = self._by_ends[transport, ends] = flow
+        flow = _Flow(self._link.open(transport, host.encode("ascii"), port), endpoints, transport)
+        self._flows[flow.stream] = self._by_endpoints[transport, endpoints] = flow
         return flow
 
     # connections of the program
@@ -200,21 +201,21 @@ class Relay:
             self._hold(held)
 
     def _hold(self, held: Held) -> None:
-        ends = held.source, held.target
+        endpoints = held.source, held.target
         if held.queue == firewall.TO_REFUSE:
             self._release(held, firewall.PROHIBITED)
-            self._tell(held.transport, *held.target)
+            self._report_refusal(held.transport, *held.target)
             return
-        flow = self._by_ends.get((egress.TCP, ends))
+        flow = self._by_endpoints.get((egress.TCP, endpoints))
         if flow is None:
-            if (flow := self._ask(egress.TCP, ends)) is None:
+            if (flow := self._ask(egress.TCP, endpoints)) is None:
                 self._release(held, firewall.HOST_UNREACHABLE)
             else:
                 flow.held = held
         elif flow.open:
             self._release(held, firewall.PASSED)
         else:
-            # The kernel has sent it again: this one waits in place of the first.
+            # A retransmission: hold it instead of the first packet.
             self._release(flow.held, firewall.TIMED_OUT)
             flow.held = held
 
@@ -223,27 +224,26 @@ class Relay:
             with contextlib.suppress(OSError):
                 self._sockets.held.release(held.queue, held.number, mark)
 
-    def _tell_name(self, name: str) -> None:
-        """Tell the gate of a name that does not exist here; without a dot it could be no host outside."""
+    def _report_name(self, name: str) -> None:
+        """Report the lookup of an unlisted name. A name without a dot is no outside host."""
         if "." in name:
-            self._link.tell(egress.TCP, name.encode("ascii"), 0)
+            self._link.report_refusal(egress.TCP, name.encode("ascii"), 0)
 
-    def _tell(self, transport: int, address: str, port: int) -> None:
-        """Tell the gate of a connection that is refused here."""
+    def _report_refusal(self, transport: int, address: str, port: int) -> None:
         host = self._names.host_at(address) or address
-        self._link.tell(transport, host.encode("ascii"), port)
+        self._link.report_refusal(transport, host.encode("ascii"), port)
 
     def _accept(self, listener: socket.socket, _mask: int) -> None:
         try:
             sock, source = listener.accept()
         except OSError:
             return
-        sock.setblocking(False)  # noqa: FBT003 - it takes no names
-        ends = source[:2], sock.getsockname()[:2]
-        flow = self._by_ends.get((egress.TCP, ends))
-        # Who connects to the relay's own address has asked for nothing.
-        if flow is None and self._sockets.held is None and ends[1][1] != firewall.TCP_PORT:
-            flow = self._ask(egress.TCP, ends)
+        sock.setblocking(False)  # noqa: FBT003
+        endpoints = source[:2], sock.getsockname()[:2]
+        flow = self._by_endpoints.get((egress.TCP, endpoints))
+        # A connection to the relay's own address has no target.
+        if flow is None and self._sockets.held is None and endpoints[1][1] != firewall.TCP_PORT:
+            flow = self._ask(egress.TCP, endpoints)
         if flow is None or flow.sock is not None:
             _close(sock, reset=True)
             return
@@ -278,7 +278,7 @@ class Relay:
         self._settle(flow)
 
     def _write(self, flow: _Flow) -> None:
-        """Give the program what has come for it, as far as it takes that."""
+        """Send buffered bytes to the program."""
         if flow.sock is None:
             return
         if flow.out:
@@ -298,7 +298,7 @@ class Relay:
             self._watch(flow)
 
     def _watch(self, flow: _Flow) -> None:
-        """Wait for what can be done with a flow's socket now, and for nothing else."""
+        """Watch a flow's socket for the events that can be handled now."""
         if flow.sock is None:
             return
         if flow.transport == egress.UDP:
@@ -315,10 +315,10 @@ class Relay:
             _close(flow.sock, reset=reset)
             flow.sock = None
         self._flows.pop(flow.stream, None)
-        self._by_ends.pop((flow.transport, flow.ends), None)
+        self._by_endpoints.pop((flow.transport, flow.endpoints), None)
 
-    def _end_unwanted(self) -> None:
-        """End connections whose program had gone before they were there."""
+    def _end_stale(self) -> None:
+        """End opened flows that the program no longer wants."""
         latest = time.monotonic() - _ACCEPT_S
         for flow in list(self._flows.values()):
             if flow.open and flow.sock is None and flow.opened_at < latest:
@@ -327,8 +327,14 @@ class Relay:
 
     # datagrams of the program
 
+    def _answer_dns(self, _mask: int) -> None:
+        with contextlib.suppress(OSError):
+            query, source = self._sockets.dns.recvfrom(_QUERY_MAX)
+            if (reply := answer(query, self._names)) is not None:
+                self._sockets.dns.sendto(reply, source)
+
     def _take_first_datagram(self, listener: socket.socket, _mask: int) -> None:
-        """The first one between two ends comes here; later ones to the socket that is made for them now."""
+        """Handle the first datagram between two endpoints; later ones arrive at the socket created here."""
         try:
             data, ancillary, _, source = listener.recvmsg(egress.DATAGRAM_MAX, 256)
         except OSError:
@@ -336,15 +342,15 @@ class Relay:
         target = firewall.original_target(ancillary)
         if target is None or target[1] == firewall.UDP_PORT:
             return
-        ends = source[:2], target
-        flow = self._by_ends.get((egress.UDP, ends))
+        endpoints = source[:2], target
+        flow = self._by_endpoints.get((egress.UDP, endpoints))
         if flow is None:
             try:
                 sock = firewall.transparent(socket.SOCK_DGRAM, *target)
                 sock.connect(source)
             except OSError:
                 return
-            if (flow := self._ask(egress.UDP, ends)) is None:
+            if (flow := self._ask(egress.UDP, endpoints)) is None:
                 sock.close()
                 return
             flow.sock = sock

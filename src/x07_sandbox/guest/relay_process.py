@@ -1,4 +1,4 @@
-"""The relay's process: prepared before a machine is saved, told the policy's hosts when the job has come."""
+"""The relay's process: prepared before the snapshot, given the policy's hosts with the job."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import signal
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from x07_sandbox.guest import firewall, system
-from x07_sandbox.guest.dns import Names
+from x07_sandbox.guest.dns import NameTable
 from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.relay import Relay
 from x07_sandbox.guest.system import read_all, write_all
@@ -21,55 +21,52 @@ _READY: Final = b"R"
 
 
 class RelayProcess:
-    """The process, as its parent has it. told_fd: ends with it, which ends the job too."""
+    """The relay's process. status_fd: readable when it has ended, which ends the job too."""
 
     def __init__(self, netns_fd: int, open_port: Callable[[], int], keep: tuple[int, ...] = (), *, hold: bool) -> None:
-        """Start it in a network namespace, -1 for this one.
+        """Start it in a network namespace; -1: the current one.
 
-        open_port: opens the stream to the gate. keep: descriptors that this needs. hold: as firewall.build has it.
+        open_port: opens the stream to the gate. keep: descriptors needed for that. hold: see `firewall.build`.
         """
         self._built = False
-        orders_r, self._orders_fd = os.pipe2(os.O_CLOEXEC)
-        self.told_fd, told_w = os.pipe2(os.O_CLOEXEC)
+        settings_r, self._settings_fd = os.pipe2(os.O_CLOEXEC)
+        self.status_fd, status_w = os.pipe2(os.O_CLOEXEC)
         self.pid = os.fork()
         if self.pid == 0:
-            system.only_descriptors(netns_fd, orders_r, told_w, *keep)
-            _run(netns_fd, open_port, orders_r, told_w, hold=hold)
-        os.close(orders_r)
-        os.close(told_w)
+            system.close_descriptors_except(netns_fd, settings_r, status_w, *keep)
+            _run(netns_fd, open_port, settings_r, status_w, hold=hold)
+        os.close(settings_r)
+        os.close(status_w)
 
     def wait_built(self) -> None:
-        """Wait until it has made all that does not depend on a policy; at once the second time. Raises JobError."""
+        """Wait until the parts that do not depend on the policy are ready. Raises JobError."""
         if not self._built:
-            self._wait()
+            self.wait_admitted()
         self._built = True
 
     def wait_admitted(self) -> None:
-        """Wait until what the policy lists can be reached. Raises JobError."""
-        self._wait()
-
-    def _wait(self) -> None:
-        if (told := os.read(self.told_fd, 1)) != _READY:
-            raise JobError("relay", 0, (told + os.read(self.told_fd, 4096)).decode("utf-8", "replace")[:1000])
+        """Wait until the policy's hosts can be reached. Raises JobError."""
+        if (status := os.read(self.status_fd, 1)) != _READY:
+            raise JobError("relay", 0, (status + os.read(self.status_fd, 4096)).decode("utf-8", "replace")[:1000])
 
     def admit(self, network: dict[str, Any]) -> None:
-        """Tell it the policy's hosts, as START carries them."""
-        with contextlib.suppress(BrokenPipeError):  # it has ended, as `wait` says
-            write_all(self._orders_fd, marshal.dumps(network))
-        os.close(self._orders_fd)
+        """Send START's `network` field."""
+        with contextlib.suppress(BrokenPipeError):  # it has ended; `wait_admitted` raises
+            write_all(self._settings_fd, marshal.dumps(network))
+        os.close(self._settings_fd)
 
-    def take_end(self) -> str:
-        """Why it has ended, once `told_fd` says that it has."""
-        return os.read(self.told_fd, 4096).decode("utf-8", "replace")[:1000] or "it was killed"
+    def end_reason(self) -> str:
+        """Return why it has ended, once `status_fd` is readable."""
+        return os.read(self.status_fd, 4096).decode("utf-8", "replace")[:1000] or "it was killed"
 
     def close(self) -> None:
-        """End it."""
+        """Kill it."""
         os.kill(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
-        os.close(self.told_fd)
+        os.close(self.status_fd)
 
 
-def _run(netns_fd: int, open_port: Callable[[], int], orders_fd: int, told_fd: int, *, hold: bool) -> NoReturn:
+def _run(netns_fd: int, open_port: Callable[[], int], settings_fd: int, status_fd: int, *, hold: bool) -> NoReturn:
     try:
         system.prctl(system.PR_SET_PDEATHSIG, signal.SIGKILL)
         if netns_fd >= 0:
@@ -77,16 +74,16 @@ def _run(netns_fd: int, open_port: Callable[[], int], orders_fd: int, told_fd: i
         firewall.build(hold=hold)
         sockets = firewall.Sockets(hold=hold)
         port_fd = open_port()
-        os.write(told_fd, _READY)
-        network = marshal.loads(read_all(orders_fd))  # noqa: S302 - it is our agent that speaks
+        os.write(status_fd, _READY)
+        network = marshal.loads(read_all(settings_fd))  # noqa: S302 - from our agent
         firewall.admit(network, sockets)
-        relay = Relay(port_fd, Names(network["names"], network["wildcards"]), sockets)
-        os.write(told_fd, _READY)
+        relay = Relay(port_fd, NameTable(network["names"], network["wildcards"]), sockets)
+        os.write(status_fd, _READY)
         relay.serve()
-        os.write(told_fd, b"the gate has ended")
+        os.write(status_fd, b"the gate has disconnected")
     except JobError as exc:
-        os.write(told_fd, f"{exc.args[0]}: {exc.args[2]}".encode("utf-8", "replace"))
-    except Exception as exc:  # noqa: BLE001 - whatever it is ends the job, and is told
-        os.write(told_fd, f"{type(exc).__name__}: {exc}".encode("utf-8", "replace")[:1000])
+        os.write(status_fd, f"{exc.args[0]}: {exc.args[2]}".encode("utf-8", "replace"))
+    except Exception as exc:  # noqa: BLE001 - any error ends the job, and is reported
+        os.write(status_fd, f"{type(exc).__name__}: {exc}".encode("utf-8", "replace")[:1000])
     finally:
         os._exit(0)

@@ -1,4 +1,4 @@
-"""The kernel calls that the guest needs and Python's standard library does not have."""
+"""Kernel calls that Python's standard library does not provide, and small file helpers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _SIOCSIFFLAGS: Final = 0x8914
 _IFF_UP_RUNNING: Final = 0x41
 _RB_POWER_OFF: Final = 0x4321FEDC
 
-_OPEN_TREE: Final = 428  # these have one number everywhere
+_OPEN_TREE: Final = 428  # the same number on every architecture
 _MOVE_MOUNT: Final = 429
 _MOUNT_SETATTR: Final = 442
 _OPEN_TREE_CLONE: Final = 1
@@ -43,7 +43,7 @@ _AT_FDCWD: Final = -100
 _AT_EMPTY_PATH: Final = 0x1000
 _AT_RECURSIVE: Final = 0x8000
 _CAPABILITY_VERSION: Final = 0x20080522  # of capset's structures (capabilities(7)): two times three words
-# Landlock (landlock(7)): the numbers of its calls are the same everywhere.
+# Landlock (landlock(7)); the call numbers are the same on every architecture.
 FS_EXECUTE: Final = 1 << 0
 FS_READ_FILE: Final = 1 << 2
 FS_REFER: Final = 1 << 13
@@ -53,7 +53,6 @@ _LANDLOCK_CREATE_RULESET: Final = 444
 _LANDLOCK_ADD_RULE: Final = 445
 _LANDLOCK_RULE_PATH_BENEATH: Final = 1
 
-# Syscall numbers: glibc has no wrapper.
 _PIVOT_ROOT: Final = {"x86_64": 155, "aarch64": 41}
 _FINIT_MODULE: Final = {"x86_64": 313, "aarch64": 273}
 
@@ -68,18 +67,18 @@ def _check(result: int, what: str) -> None:
 
 
 def mount(source: str, target: str, kind: str, flags: int = 0, options: str = "") -> None:
-    """Mount a file system (the kernel call of that name). Raises OSError naming the target."""
+    """Mount a file system. Raises OSError naming the target."""
     _check(_libc.mount(os.fsencode(source), os.fsencode(target), kind.encode(), flags, options.encode()), target)
 
 
 def bind(source: str, target: str, flags: int = 0) -> None:
-    """Bind *source*, and all that is mounted in it, on *target*, with *flags* such as MS_RDONLY beside what it has."""
+    """Bind-mount *source* recursively on *target*, and add *flags* such as MS_RDONLY."""
     mount(source, target, "", MS_BIND | MS_REC)
     change_mount(target, flags, below=True)
 
 
 def pivot_root(new_root: str) -> None:
-    """Make *new_root* the root of this mount namespace and let go of the old one."""
+    """Make *new_root* the root of this mount namespace and detach the old one."""
     os.chdir(new_root)
     _check(_libc.syscall(_PIVOT_ROOT[os.uname().machine], b".", b"."), "pivot_root")
     _check(_libc.umount2(b".", MNT_DETACH), "umount of the old root")
@@ -87,7 +86,7 @@ def pivot_root(new_root: str) -> None:
 
 
 def open_tree(path: str) -> int:
-    """A copy of the mount at *path*, from there down, that is attached nowhere yet. Raises OSError."""
+    """Return a detached copy of the mount at *path*. Raises OSError."""
     fd: int = _libc.syscall(_OPEN_TREE, _AT_FDCWD, os.fsencode(path), _OPEN_TREE_CLONE | os.O_CLOEXEC)
     _check(fd, path)
     return fd
@@ -96,8 +95,8 @@ def open_tree(path: str) -> int:
 def change_mount(mount: int | str, flags: int, *, below: bool = False) -> None:
     """Add MS_NOSUID, MS_NODEV and *flags* (MS_RDONLY, MS_NOEXEC) to a mount. Raises OSError.
 
-    mount: its place, or a descriptor of one that is attached nowhere yet. below: also for all that is mounted in it.
-    It adds only: in a user namespace no flag of the host's can be taken off.
+    mount: its path, or a descriptor of a detached mount. below: apply recursively.
+    Flags are only added: in a user namespace, flags set by the host cannot be cleared.
     """
     fd, path, how = (mount, b"", _AT_EMPTY_PATH) if isinstance(mount, int) else (_AT_FDCWD, os.fsencode(mount), 0)
     attributes = struct.pack("=4Q", MS_NOSUID | MS_NODEV | flags, 0, 0, 0)  # the first four bits are those of mount(2)
@@ -106,34 +105,34 @@ def change_mount(mount: int | str, flags: int, *, below: bool = False) -> None:
 
 
 def move_mount(fd: int, target: str) -> None:
-    """Attach such a mount. Raises OSError naming the target."""
+    """Attach a detached mount. Raises OSError naming the target."""
     _check(_libc.syscall(_MOVE_MOUNT, fd, b"", _AT_FDCWD, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH), target)
 
 
 def unmount(target: str) -> None:
-    """Take the topmost mount off *target*. Raises OSError."""
+    """Unmount the topmost mount at *target*. Raises OSError."""
     _check(_libc.umount2(target.encode(), 0), target)
 
 
 def prctl(option: int, *values: int) -> None:
-    """Change this process (the kernel call of that name). Raises OSError."""
+    """Change a property of this process (prctl(2)). Raises OSError."""
     padded = [ctypes.c_ulong(value) for value in (*values, 0, 0, 0, 0)[:4]]
     _check(_libc.prctl(option, *padded), f"prctl {option}")
 
 
 def drop_capabilities() -> None:
-    """Empty all sets of this process's capabilities but the bounding set. Raises OSError."""
+    """Clear the permitted, effective and inheritable capabilities of this process. Raises OSError."""
     _check(_libc.capset(struct.pack("=Ii", _CAPABILITY_VERSION, 0), bytes(24)), "capset")
 
 
 def landlock_version() -> int:
-    """Which version of Landlock the kernel has; 0 for none."""
+    """Return the kernel's Landlock version, 0 for none."""
     version: int = _libc.syscall(_LANDLOCK_CREATE_RULESET, None, 0, 1)
     return max(0, version)
 
 
 def landlock_ruleset(*, files: int = 0, scopes: int = 0) -> int:
-    """A new ruleset that forbids *files* where no rule allows them, and what *scopes* say; a descriptor of it."""
+    """Create a ruleset that forbids *files* accesses without a rule, and *scopes*. Return its descriptor."""
     attributes = struct.pack("=QQQ", files, 0, scopes)
     fd: int = _libc.syscall(_LANDLOCK_CREATE_RULESET, attributes, len(attributes), 0)
     _check(fd, "landlock_create_ruleset")
@@ -141,7 +140,7 @@ def landlock_ruleset(*, files: int = 0, scopes: int = 0) -> int:
 
 
 def landlock_allow(ruleset_fd: int, path: str, files: int) -> None:
-    """Allow *files* at *path* and below; the path is followed once, now. Raises OSError."""
+    """Allow *files* accesses at *path*, resolved now, and below. Raises OSError."""
     fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
         rule = struct.pack("=Qi", files, fd)
@@ -151,7 +150,7 @@ def landlock_allow(ruleset_fd: int, path: str, files: int) -> None:
 
 
 def load_module(path: str) -> None:
-    """Load a module of the kernel; nothing where it is there already. Raises OSError."""
+    """Load a kernel module unless it is loaded. Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         result = _libc.syscall(_FINIT_MODULE[os.uname().machine], fd, b"", 0)
@@ -162,14 +161,14 @@ def load_module(path: str) -> None:
 
 
 def add_entropy(random_fd: int, seed: bytes) -> None:
-    """Mix *seed* into the kernel's pool, credit it, and reseed at once (random(4)). random_fd: /dev/urandom, open."""
+    """Add *seed* to the kernel's pool, credit it, and reseed (random(4)). random_fd: /dev/urandom."""
     fcntl.ioctl(random_fd, _RNDADDENTROPY, struct.pack("ii", len(seed) * 8, len(seed)) + seed)
     fcntl.ioctl(random_fd, _RNDRESEEDCRNG)
 
 
-# Not open(): its layers are thousands of instructions that a fresh clone meets first, at ten times their later price.
+# Not open(): its layers are thousands of instructions that would be new, and so slow, in a fresh clone.
 def read_file(path: str) -> bytes:
-    """The first 64 KiB of a small file of the kernel's, read at once. Raises OSError."""
+    """Read up to 64 KiB of a kernel file with one call. Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         return os.read(fd, 65536)
@@ -178,7 +177,7 @@ def read_file(path: str) -> bytes:
 
 
 def write_file(path: str, text: str) -> None:
-    """Write a small text into an existing file, at once, as the kernel's files want it. Raises OSError."""
+    """Write to an existing kernel file with one call. Raises OSError."""
     fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     try:
         os.write(fd, text.encode("ascii"))
@@ -194,7 +193,7 @@ def write_all(fd: int, data: bytes) -> None:
 
 
 def read_all(fd: int) -> bytes:
-    """All until the end of a blocking descriptor, which is closed. Raises OSError."""
+    """Read a blocking descriptor to its end and close it. Raises OSError."""
     chunks = []
     while chunk := os.read(fd, 65536):
         chunks.append(chunk)
@@ -203,7 +202,7 @@ def read_all(fd: int) -> bytes:
 
 
 def children_of(pid: int) -> list[int]:
-    """The children of a process, whichever of its threads made them (proc(5): children); none where it is gone."""
+    """Return the children of all threads of a process (proc(5)), none if it is gone."""
     found: list[int] = []
     try:
         for thread in os.listdir(f"/proc/{pid}/task"):
@@ -213,8 +212,8 @@ def children_of(pid: int) -> list[int]:
     return found
 
 
-def only_descriptors(*keep: int) -> None:
-    """Close every descriptor but those: the agent's channel above all; the standard ones lead nowhere."""
+def close_descriptors_except(*keep: int) -> None:
+    """Close all descriptors except *keep*; standard descriptors become /dev/null."""
     null = os.open("/dev/null", os.O_RDWR)
     for target in (0, 1, 2):
         if target not in keep:
@@ -235,6 +234,6 @@ def loopback_up() -> None:
 
 
 def power_off() -> None:
-    """End the machine; does not return where we are PID 1 of a virtual machine."""
+    """Power off. Never returns."""
     _libc.reboot(_RB_POWER_OFF)
     os._exit(0)

@@ -1,7 +1,7 @@
-"""Trees of the host's files: made for the program as they come, and what it has changed of them, sent back.
+"""Trees of host files: creating them as they arrive, and reporting what the program changed.
 
-Everything is made as the program's user. A change is found by inode and ctime, which only the kernel sets: the program
-starts in a later tick of that clock than the last of its files was made in. The host then compares contents.
+Files are created as the program's user. Changes are detected by inode and ctime, which only the kernel sets: the
+program starts at least one clock tick after its last file was created. The host then compares contents.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from x07_sandbox.errors import PeerError
 from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.system import write_all
 
-_COARSE: Final = 5  # CLOCK_REALTIME_COARSE (clock_gettime(2)), by which the kernel stamps inodes at the earliest
+_COARSE: Final = 5  # CLOCK_REALTIME_COARSE (clock_gettime(2)), the lower bound of inode timestamps
 _PERMISSIONS: Final = 0o7777
 _MINE: Final = 0o700
 
 
 @contextlib.contextmanager
-def as_program(uid: int | None) -> Iterator[None]:
-    """Make files as the program's user, with exactly the mode asked for. uid: None where that is this process's own."""
+def as_program_user(uid: int | None) -> Iterator[None]:
+    """Switch to the program's user (None: stay) with umask 0."""
     mask = os.umask(0)
     if uid is not None:
         os.setegid(uid)
@@ -41,19 +41,19 @@ def as_program(uid: int | None) -> Iterator[None]:
 
 
 class Tree:
-    """One tree below *folder*, an empty folder of the program's. uid: as `as_program` has it.
+    """One tree in the empty folder *folder*. uid: see `as_program_user`.
 
-    names: of all files and links, with their inodes. folders: of all folders, with their modes.
+    names: inode of each file and link. folders: mode of each folder.
     """
 
     def __init__(self, folder: str, uid: int | None) -> None:
         self._uid = uid
         self.folder = os.fsencode(folder)
-        # By way of it: the program's user may not enter the folders above.
+        # A descriptor, since the program's user may not enter the parent folders.
         self._top = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self.names: dict[bytes, int] = {}
         self.folders: dict[bytes, int] = {b"": 0o755}
-        self._mtimes: dict[bytes, int] = {}  # of folders, in nanoseconds
+        self._mtimes: dict[bytes, int] = {}  # of folders
         self.made_at_ns = 0
         self._reader = Reader()
         self._fd = -1
@@ -61,9 +61,9 @@ class Tree:
         self._position = 0
 
     def write(self, data: bytes) -> None:
-        """Make what these bytes of the stream tell of. Raises JobError, OSError."""
+        """Decode stream data and create its entries. Raises JobError, OSError."""
         try:
-            with as_program(self._uid):
+            with as_program_user(self._uid):
                 for event in self._reader.feed(data):
                     if isinstance(event, Piece):
                         write_all(self._fd, event.data)
@@ -78,23 +78,23 @@ class Tree:
             raise JobError("files", 0, exc.why) from exc
 
     def finish(self) -> None:
-        """The stream has ended. Raises JobError."""
+        """Finish the tree at the end of its stream. Raises JobError."""
         if not self._reader.ended:
-            raise JobError("files", 0, "a tree of files did not come whole")
-        # Not before: a folder changes its mtime with each entry made in it, and its mode may allow none.
+            raise JobError("files", 0, "a file tree is incomplete")
+        # Only now: creating an entry changes a folder's mtime, and needs write permission.
         for name, mode in reversed(self.folders.items()):
             if mode & _MINE != _MINE or name in self._mtimes:
                 self._finish_folder(name, mode, self._mtimes.get(name))
         os.close(self._top)
-        self.made_at_ns = time.clock_gettime_ns(time.CLOCK_REALTIME)  # newer kernels stamp some by the finer clock
+        self.made_at_ns = time.clock_gettime_ns(time.CLOCK_REALTIME)  # some timestamps use the fine clock
 
     def wait(self) -> None:
-        """Until what is changed from now on has a later ctime than all that was made."""
+        """Wait until any later change will have a later ctime than all entries of the tree."""
         while time.clock_gettime_ns(_COARSE) <= self.made_at_ns:
-            time.sleep(0.001)  # a tick of the kernel's: 4 ms
+            time.sleep(0.001)  # a kernel tick takes 4 ms
 
     def inodes(self) -> Iterator[tuple[int, str]]:
-        """Of all that came, the inode and the name below the tree's own folder; what is gone since is left out."""
+        """Yield inode and relative name of every entry that still exists."""
         for name, inode in self.names.items():
             yield inode, os.fsdecode(name)
         for name in self.folders:
@@ -116,7 +116,7 @@ class Tree:
             os.fchmod(self._top, entry.mode | _MINE)
             return
         if name.rpartition(b"/")[0] not in self.folders or name in self.names or name in self.folders or not name:
-            raise JobError("files", 0, f"the tree has no place for {name[:200]!r}")
+            raise JobError("files", 0, f"{name[:200]!r} is a duplicate, or its folder is missing")
         if entry.kind is Kind.FOLDER:
             os.mkdir(name, entry.mode | _MINE, dir_fd=self._top)
             self.folders[name], self._mtimes[name] = entry.mode, entry.mtime_ns
@@ -129,7 +129,7 @@ class Tree:
             os.utime(name, ns=(entry.mtime_ns, entry.mtime_ns), dir_fd=self._top, follow_symlinks=False)
             self.names[name] = os.stat(name, dir_fd=self._top, follow_symlinks=False).st_ino
         else:
-            raise JobError("files", 0, f"a tree cannot hold {entry.kind.name}")
+            raise JobError("files", 0, f"unexpected record {entry.kind.name}")
 
     def _close_file(self) -> None:
         entry, fd = self._entry, self._fd
@@ -142,12 +142,12 @@ class Tree:
 
 
 def changes(tree: Tree, sub: bytes) -> Iterator[bytes]:
-    """What the program has changed of *tree* below *sub*, as records with names from there. Raises OSError."""
+    """Yield the changes of *tree* below *sub* as records with names relative to it. Raises OSError."""
     prefix = sub + b"/" if sub else b""
     top = tree.folder + b"/" + sub if sub else tree.folder
     info = os.lstat(top)
     if not stat.S_ISDIR(info.st_mode):  # a root that is one file
-        if is_other(tree, sub, info):
+        if is_modified(tree, sub, info):
             yield from content(top, b"", info)
         return
     seen: set[bytes] = set()
@@ -157,32 +157,32 @@ def changes(tree: Tree, sub: bytes) -> Iterator[bytes]:
         seen.add(name)
         if stat.S_ISDIR(info.st_mode):
             yield from _changed_folder(tree, name, path, below, info.st_mode)
-        elif is_other(tree, name, info):
+        elif is_modified(tree, name, info):
             yield from content(path, below, info)
     gone = {name for name in (*tree.names, *tree.folders) if name.startswith(prefix) and name != sub} - seen
     for name in sorted(gone, reverse=True):  # folders after what was in them
-        yield Entry(Kind.GONE, name[len(prefix) :]).encoded()
+        yield Entry(Kind.DELETED, name[len(prefix) :]).encoded()
 
 
-def is_other(tree: Tree, name: bytes, info: os.stat_result) -> bool:
-    """Whether a file or link is not what came in under that name."""
+def is_modified(tree: Tree, name: bytes, info: os.stat_result) -> bool:
+    """Return whether a file or link differs from the one that arrived under that name."""
     return tree.names.get(name) != info.st_ino or info.st_ctime_ns > tree.made_at_ns
 
 
 def _changed_folder(tree: Tree, name: bytes, path: bytes, below: bytes, mode: int) -> Iterator[bytes]:
     if tree.folders.get(name) != mode & _PERMISSIONS:
         yield Entry(Kind.FOLDER, below, mode=mode & _PERMISSIONS).encoded()
-    # None came in with any: whatever it has is the program's.
+    # Inputs have no extended attributes, so the program has set these.
     if not can_hold_names(below) or os.listxattr(path, follow_symlinks=False):
-        yield Entry(Kind.OTHER, below, mode=mode).encoded()
+        yield Entry(Kind.UNSUPPORTED, below, mode=mode).encoded()
 
 
 def walk(
     top: bytes, *, hidden: bool = True, skipped: Collection[bytes] = ()
 ) -> Iterator[tuple[bytes, bytes, os.stat_result]]:
-    """Path, name below *top*, and state of all that is there, folders before what is in them.
+    """Yield path, relative name and state of every entry, folders before their entries.
 
-    hidden: whether names at the top that begin with a dot count. skipped: names that do not.
+    hidden: whether to include top-level names that begin with a dot. skipped: names to leave out.
     """
     folders = [b""]
     while folders:
@@ -202,12 +202,12 @@ def walk(
 
 
 def content(path: bytes, name: bytes, info: os.stat_result) -> Iterator[bytes]:
-    """A file, a link, or the word that there is something else."""
+    """Yield the records of a regular file or link; UNSUPPORTED for anything else."""
     if stat.S_ISLNK(info.st_mode):
         yield Entry(Kind.LINK, name, target=os.readlink(path)).encoded()
         return
     if not stat.S_ISREG(info.st_mode) or os.listxattr(path, follow_symlinks=False):
-        yield Entry(Kind.OTHER, name, mode=info.st_mode).encoded()
+        yield Entry(Kind.UNSUPPORTED, name, mode=info.st_mode).encoded()
         return
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:

@@ -1,4 +1,4 @@
-"""An epoll object whose descriptors have a function each."""
+"""An epoll object with one callback per descriptor."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ if TYPE_CHECKING:
 
 
 class Watcher:
-    """Calls what belongs to a descriptor when that is ready. A descriptor that waits for nothing is not watched.
+    """Call a descriptor's callback when it is ready.
 
-    So one whose peer has gone, which epoll would report at once again and again, costs nothing until it is of use.
+    A descriptor without wanted events is not registered: epoll would report a hangup on it again and again.
     """
 
     def __init__(self) -> None:
@@ -21,7 +21,7 @@ class Watcher:
         self._wanted: dict[int, int] = {}
 
     def watch(self, fd: int, call: Callable[[int], object], wanted: int = select.EPOLLIN) -> None:
-        """Wait for *wanted* on a descriptor from now on; 0 for nothing."""
+        """Set a descriptor's callback and the events to wait for; 0 for none."""
         before = self._wanted.get(fd, 0)
         self._calls[fd] = call
         self._wanted[fd] = wanted
@@ -35,12 +35,12 @@ class Watcher:
             self._epoll.unregister(fd)
 
     def forget(self, fd: int) -> None:
-        """Wait for it no more; to be called before it is closed."""
+        """Stop watching a descriptor; call this before closing it."""
         if self._calls.pop(fd, None) is not None and self._wanted.pop(fd):
             self._epoll.unregister(fd)
 
     def turn(self, most_s: float) -> None:
-        """Wait once, and call what is ready."""
+        """Wait once and call the callbacks of ready descriptors."""
         for fd, mask in self._epoll.poll(most_s):
             if (call := self._calls.get(fd)) is not None:
                 call(mask)

@@ -1,1 +1,1 @@
-"""Facts about the host: architecture, paths, clocks, locks, processes."""
+"""The host: architecture, paths, clocks, locks, processes."""

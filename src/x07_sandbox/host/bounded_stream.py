@@ -1,6 +1,4 @@
-"""Streams of the VMM besides the channel, hostile and bounded: console, QMP replies, its own messages."""
-
-from __future__ import annotations
+"""Bounded hostile streams of the VMM besides the channel: console, QMP replies, standard error."""
 
 import os
 from typing import Final
@@ -9,8 +7,8 @@ _CHUNK: Final = 64 * 1024
 _PRINTABLE: Final = {"\n", "\t"}
 
 
-class SideStream:
-    """A non-blocking descriptor of which only the last *keep_bytes* are remembered. The descriptor is lent."""
+class BoundedStream:
+    """Keeps the last *keep_bytes* of a non-blocking descriptor, which is lent."""
 
     def __init__(self, fd: int, *, keep_bytes: int) -> None:
         self.fd = fd
@@ -20,7 +18,7 @@ class SideStream:
         self._kept = bytearray()
 
     def read(self) -> None:
-        """Take one chunk: a flood costs its sender time, and us no memory."""
+        """Read one chunk."""
         if self.ended:
             return
         try:
@@ -37,7 +35,7 @@ class SideStream:
         del self._kept[: -self._keep_bytes]
 
     def text(self) -> str:
-        """What was kept, decoded, everything but printable characters, tabs and line ends replaced."""
+        """Return the kept text; characters that are not printable, tabs or newlines are replaced."""
         text = self._kept.decode("utf-8", errors="replace").replace("\r", "")
         return "".join(
             char if char.isprintable() or char in _PRINTABLE else "\N{REPLACEMENT CHARACTER}" for char in text

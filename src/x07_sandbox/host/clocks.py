@@ -1,54 +1,52 @@
 """Time: deadlines on a monotonic clock, wall time for records only."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import Final, Self
 
 import msgspec
 
-_STOOD_STILL_S: Final = 0.5  # so late nobody looks who was not stopped, or kept from the processor
+_STOPPED_S: Final = 0.5  # a process this late was stopped or got no CPU
 
 
 def unix_ms() -> int:
-    """Wall clock in milliseconds since 1970; for records and labels, never for a decision."""
+    """Return the wall clock in milliseconds since 1970; for records and labels only."""
     return time.time_ns() // 1_000_000
 
 
 def boot_ms() -> int:
-    """Milliseconds since this boot of the kernel, sleep included: no step of the wall clock moves it."""
+    """Return milliseconds since boot, including suspend."""
     return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000
 
 
 def unix_ns() -> int:
-    """Wall clock in nanoseconds since 1970: what a guest's clock is set to."""
+    """Return the wall clock in nanoseconds since 1970, to set a guest's clock."""
     return time.time_ns()
 
 
 class Deadline(msgspec.Struct, frozen=True):
-    """A point in time that nested calls share. at: seconds on the clock's scale."""
+    """A deadline shared by nested calls. at: seconds on the clock's scale."""
 
     at: float
     clock: Callable[[], float] = time.monotonic
 
     @classmethod
-    def after(cls, seconds: float) -> Deadline:
-        """The deadline *seconds* from now."""
+    def after(cls, seconds: float) -> Self:
+        """Return the deadline *seconds* from now."""
         return cls(time.monotonic() + seconds)
 
     def left_s(self) -> float:
-        """Seconds left, 0.0 when it has passed."""
+        """Return the seconds left, 0.0 after it has passed."""
         return max(0.0, self.at - self.clock())
 
     def late_s(self) -> float:
-        """Seconds since then, 0.0 when it is still to come."""
+        """Return the seconds since the deadline, 0.0 before it."""
         return max(0.0, self.clock() - self.at)
 
-    def missed(self) -> bool:
-        """Whether it passed while this process stood still: stopped by Ctrl-Z, say, and not the one it waited for."""
-        return self.late_s() > _STOOD_STILL_S
+    def missed_while_stopped(self) -> bool:
+        """Return whether it passed while this process itself was stopped, for example by Ctrl-Z."""
+        return self.late_s() > _STOPPED_S
 
     def passed(self) -> bool:
-        """Whether it has passed."""
+        """Return whether it has passed."""
         return self.clock() >= self.at

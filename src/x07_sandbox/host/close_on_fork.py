@@ -1,10 +1,8 @@
-"""Descriptors that are this process's alone: a child that is forked from it must not hold them open.
+"""Descriptors that a forked child must not keep open.
 
-A lock (flock(2)), a connection and a pipe last as long as any copy of their descriptor is open. All are closed on exec;
-but a child of multiprocessing, say, executes nothing, and would keep a dead parent's locks.
+A lock (flock(2)), connection or pipe lasts as long as any copy of its descriptor. O_CLOEXEC does not help for a child
+that never calls exec, such as one of multiprocessing, which would keep a dead parent's locks.
 """
-
-from __future__ import annotations
 
 import contextlib
 import fcntl
@@ -12,52 +10,52 @@ import os
 import threading
 
 _ours: set[int] = set()
-_starting = threading.RLock()  # one that only its owner can release, whatever a signal tears apart
+_starting = threading.RLock()  # only its owner can release it, even if a signal interrupts
 
 
-def keep(fd: int) -> int:
-    """From now on a forked child has /dev/null in place of *fd*, which is given back."""
+def add(fd: int) -> int:
+    """Replace *fd* by /dev/null in forked children from now on; return it."""
     _ours.add(fd)
     return fd
 
 
 def unlock(fd: int) -> None:
-    """Let go of the lock that one of them holds, and close it; also where a child has just been forked."""
+    """Release the lock of a descriptor and close it, even if a forked child still has a copy."""
     _ours.discard(fd)
     fcntl.flock(fd, fcntl.LOCK_UN)
     os.close(fd)
 
 
 def close(fd: int) -> None:
-    """Close one of them; what lock it holds stays with whoever else was given it."""
+    """Close a descriptor; its lock stays with other holders of a copy."""
     _ours.discard(fd)
     os.close(fd)
 
 
-def forget(fd: int) -> None:
-    """Its owner closes it."""
+def discard(fd: int) -> None:
+    """Forget a descriptor, which its owner closes."""
     _ours.discard(fd)
 
 
-class Given:
-    """Descriptors that are closed together, exactly once; a forked child has none of them."""
+class FdGroup:
+    """Descriptors that are closed together, exactly once, and not kept by forked children."""
 
     def __init__(self) -> None:
         self._fds: list[int] = []
 
     def add(self, owned_fd: int) -> int:
-        """One more, which is given back."""
-        self._fds.append(keep(owned_fd))
+        """Add a descriptor and return it."""
+        self._fds.append(add(owned_fd))
         return owned_fd
 
     def close(self) -> None:
-        """Close them; a second call does nothing."""
+        """Close all descriptors. Idempotent."""
         while self._fds:
             close(self._fds.pop())
 
 
-def none_meanwhile() -> contextlib.AbstractContextManager[object]:
-    """Around subprocess.Popen, which waits for the end of a pipe that a child forked meanwhile would hold open."""
+def no_fork() -> contextlib.AbstractContextManager[object]:
+    """Return a context without forks: subprocess.Popen waits for a pipe that a forked child would keep open."""
     return _starting
 
 
@@ -66,7 +64,7 @@ def _after_fork() -> None:
     if not _ours:
         return
     with contextlib.suppress(OSError):
-        # Not closed: objects that were copied with the process still know these numbers, and will close them.
+        # Not closed: copied objects still refer to these numbers and will close them.
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         for fd in _ours:
             with contextlib.suppress(OSError):

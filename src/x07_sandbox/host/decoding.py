@@ -1,6 +1,4 @@
-"""Types that data is decoded to, made ready so that any number of threads may use them."""
-
-from __future__ import annotations
+"""Preparation of msgspec types for use by several threads."""
 
 import threading
 from typing import Final, TypeVar
@@ -9,16 +7,16 @@ import msgspec
 
 _Model = TypeVar("_Model")
 _lock: Final = threading.Lock()
-_known: Final[set[object]] = set()
+_prepared: Final[set[object]] = set()
 
 
-def known(model: type[_Model]) -> type[_Model]:
-    """*model*, once msgspec knows all of it; given to every decoding.
+def prepared(model: type[_Model]) -> type[_Model]:
+    """Return *model* after msgspec has analyzed it.
 
-    msgspec 0.22 learns a type when it is first used; a second thread that uses the half-known type dies of SIGSEGV.
+    msgspec 0.22 analyzes a type on first use; a second thread that uses it meanwhile crashes with SIGSEGV.
     """
-    if model not in _known:
+    if model not in _prepared:
         with _lock:
             msgspec.json.Decoder(model)
-            _known.add(model)
+            _prepared.add(model)
     return model

@@ -1,19 +1,15 @@
-"""Documents that people keep in a project: where it begins, and writing there whole or not at all, through no link."""
-
-from __future__ import annotations
+"""A project's root folder, and atomic writing of documents into it without following links."""
 
 import contextlib
 import errno
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.paths import is_file, real_path
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 MANIFEST = "x07.json"
 
@@ -21,14 +17,15 @@ Status = Literal["created", "unchanged", "overwritten", "exists_different"]
 
 
 def project_root(project: Path | None) -> Path:
-    """The folder of the file *project*; without one the nearest folder above that holds x07.json, else this folder.
+    """Return the folder of the file *project*, else the nearest parent with x07.json, else the current folder.
 
-    Raises UsageError if *project* is no file, or the current folder is gone.
+    Raises UsageError if *project* is not a file, or the current folder does not exist.
     """
     if project is not None:
         if not is_file(project):
-            why = "it is no file that you can read"
-            raise UsageError(f"cannot use the project {project}", why, f"Name the project's {MANIFEST}")
+            raise UsageError(
+                f"cannot use the project {project}", "it is not a readable file", f"Name the project's {MANIFEST}"
+            )
         return real_path(project.parent)
     here = real_path(Path())
     return next((folder for folder in (here, *here.parents) if is_file(folder / MANIFEST)), here)
@@ -37,10 +34,10 @@ def project_root(project: Path | None) -> Path:
 def write_document(
     root: Path, parts: tuple[str, ...], data: bytes, *, overwrite: bool, fix: str = "Choose another place"
 ) -> Status:
-    """Put *data* below *root* as the file that *parts* lead to, atomically; folders on the way are made.
+    """Write *data* atomically to the file *parts* below *root*; create missing folders.
 
-    A link below *root* is refused: a project may come from anybody, and must not lead us out of it. A file with another
-    content is left alone unless *overwrite*. fix: what to do where it cannot be written. Raises UsageError.
+    A link below *root* is an error, because a hostile project could lead out of it. A file with other content is kept
+    unless *overwrite*. fix: what to do if it cannot be written. Raises UsageError.
     """
     path = root.joinpath(*parts)
     *folders, name = parts
@@ -49,14 +46,14 @@ def write_document(
             return _put(folder, name, data, overwrite=overwrite)
     except OSError as exc:
         why = exc.strerror or str(exc)
-        if exc.errno in {errno.ELOOP, errno.ENOTDIR}:  # what the kernel says of a link that is not to be followed
-            why = f"there is a link or no folder on the way, and no link is followed ({why})"
+        if exc.errno in {errno.ELOOP, errno.ENOTDIR}:
+            why = f"it or a parent is a link or not a folder ({why})"
         raise UsageError(f"cannot write {path}", why, fix) from exc
 
 
 @contextlib.contextmanager
 def _folder(root: Path, folders: list[str]) -> Iterator[int]:
-    """The folder below *root*, made if it is not there. Raises OSError."""
+    """Yield the folder below *root*, created if it is missing. Raises OSError."""
     fd = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         for name in folders:
@@ -97,7 +94,7 @@ def _put(folder: int, name: str, data: bytes, *, overwrite: bool) -> Status:
 
 
 def _present(folder: int, name: str, most: int) -> tuple[bytes, int] | None:
-    """The first *most* bytes of a file and its mode; None if there is none. Raises OSError, for a folder too."""
+    """Return the first *most* bytes of a file and its mode; None if it is missing. Raises OSError."""
     try:
         fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
     except FileNotFoundError:
@@ -105,7 +102,7 @@ def _present(folder: int, name: str, most: int) -> tuple[bytes, int] | None:
     try:
         mode = os.fstat(fd).st_mode
         if not stat.S_ISREG(mode):
-            raise OSError("there is something that is no regular file")
+            raise OSError("it is not a regular file")
         with open(fd, "rb", closefd=False) as file:
             return file.read(most), stat.S_IMODE(mode)
     finally:

@@ -1,7 +1,5 @@
 """Advisory file locks between processes of one user."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import os
@@ -12,7 +10,7 @@ from typing import Final
 
 from x07_sandbox.host import close_on_fork
 from x07_sandbox.host.clocks import Deadline
-from x07_sandbox.host.paths import open_own
+from x07_sandbox.host.paths import open_private_file
 
 LOOK_AGAIN_S: Final = 0.02
 _LOOKS: Final = 10
@@ -20,7 +18,7 @@ _LOOK_S: Final = 0.002
 
 
 def _sleep() -> None:
-    time.sleep(LOOK_AGAIN_S)  # nothing but a signal ends it
+    time.sleep(LOOK_AGAIN_S)
 
 
 @contextlib.contextmanager
@@ -31,12 +29,12 @@ def file_lock(
     most_s: float | None = None,
     pause: Callable[[], None] = _sleep,
 ) -> Iterator[None]:
-    """Hold an exclusive flock(2) on *path*, which is made when missing and never removed.
+    """Hold an exclusive flock(2) on *path*, which is created if missing and never removed.
 
-    on_wait: called once before waiting. most_s: how long to wait; then TimeoutError is raised, since the other process
-    may be stopped. pause: waits a moment, again and again; what it raises ends the wait.
+    on_wait: called once before waiting. most_s: timeout, after which TimeoutError is raised. pause: waits for a polling
+    interval; its exceptions end the wait.
     """
-    fd = close_on_fork.keep(open_own(path, os.O_RDWR))
+    fd = close_on_fork.add(open_private_file(path, os.O_RDWR))
     try:
         _take(fd, on_wait, most_s, pause)
         yield
@@ -45,9 +43,9 @@ def file_lock(
 
 
 @contextlib.contextmanager
-def opened_lock(owned_fd: int, *, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
-    """The same on what is open already, for reading at least. It is closed at the end."""
-    close_on_fork.keep(owned_fd)
+def lock_fd_held(owned_fd: int, *, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
+    """Hold an exclusive flock(2) on an open descriptor, which is closed at the end."""
+    close_on_fork.add(owned_fd)
     try:
         _take(owned_fd, on_wait)
         yield
@@ -55,10 +53,10 @@ def opened_lock(owned_fd: int, *, on_wait: Callable[[], None] | None = None) -> 
         close_on_fork.unlock(owned_fd)
 
 
-def share_folder(path: Path) -> int:
-    """A descriptor of a folder under a shared flock(2), so that nobody removes it.
+def lock_shared(path: Path) -> int:
+    """Return a descriptor of a folder with a shared flock(2), which prevents its removal.
 
-    Raises OSError, BlockingIOError where somebody is removing it.
+    Raises OSError; BlockingIOError while it is being removed.
     """
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
@@ -66,7 +64,7 @@ def share_folder(path: Path) -> int:
             try:
                 fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 break
-            except BlockingIOError:  # for a moment also where somebody only looks whether it is locked
+            except BlockingIOError:  # also briefly during is_locked()
                 if not tries:
                     raise
                 time.sleep(_LOOK_S)
@@ -77,8 +75,8 @@ def share_folder(path: Path) -> int:
 
 
 @contextlib.contextmanager
-def folder_to_remove(path: Path) -> Iterator[bool]:
-    """Whether nobody shares the folder; nobody does before the end of the context then. Raises OSError."""
+def lock_for_removal(path: Path) -> Iterator[bool]:
+    """Yield whether the folder could be locked against lock_shared(). Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         try:
@@ -92,9 +90,9 @@ def folder_to_remove(path: Path) -> Iterator[bool]:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process holds a lock on a folder; of one that is not there, or is a link, none does."""
+    """Return whether a process holds a lock on a folder; False for a missing folder or a link."""
     try:
-        with folder_to_remove(path) as free:
+        with lock_for_removal(path) as free:
             return not free
     except OSError:
         return False
@@ -113,7 +111,7 @@ def _take(
     deadline = Deadline.after(most_s)
     while not _taken(fd):
         if deadline.passed():
-            raise TimeoutError(f"another process has held it for {most_s:.0f} s")
+            raise TimeoutError(f"another process has held the lock for {most_s:.0f} s")
         pause()
 
 

@@ -1,30 +1,26 @@
-"""How much memory there is for us: the host's, or less where a control group that we are in allows less."""
-
-from __future__ import annotations
+"""Available memory: the host's, or the limit of a cgroup of this process."""
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from typing import Final
 
 _ROOT: Final = Path("/")
 _GROUPS: Final = "sys/fs/cgroup"
 
 
 def memory_bytes(root: Path = _ROOT) -> int:
-    """Bytes. root: where proc and sys are (cgroups(7): in a container its own group is the root of what it sees)."""
+    """Return the available bytes. root: the parent of proc and sys."""
     found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for path in group_files(root, "memory", "memory.max", "memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):  # no such group here, or "max"
+        with contextlib.suppress(OSError, ValueError):  # no such cgroup, or "max"
             found = min(found, int(path.read_text("ascii")))
     return found
 
 
 def group_files(root: Path, controller: str, name: str, old_name: str) -> Iterator[Path]:
-    """Files that may hold a limit: of each group that we are in, and of all above it. old_name: in version 1."""
+    """Yield files that may contain a limit, of all cgroups of this process. old_name: the file in cgroup v1."""
     try:
         lines = (root / "proc/self/cgroup").read_text("utf-8", "surrogateescape").splitlines()
     except OSError:

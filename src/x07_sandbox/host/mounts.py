@@ -1,19 +1,15 @@
-"""What is mounted for this process, as proc_pid_mountinfo(5) has it."""
-
-from __future__ import annotations
+"""Mounts of this process, from proc_pid_mountinfo(5)."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-_OCTAL: Final = re.compile(rb"\\([0-7]{3})")  # so it has blanks and the like
+_OCTAL: Final = re.compile(rb"\\([0-7]{3})")  # escapes of blanks and others
 
 
 class Mounted(NamedTuple):
-    """One mount. number: its id. place: where it is, as the kernel has the name. kind: of its file system."""
+    """One mount. number: its id. place: mount point. kind: file system type."""
 
     number: int
     place: bytes
@@ -21,7 +17,7 @@ class Mounted(NamedTuple):
 
 
 def mounts() -> Iterator[Mounted]:
-    """All of them, of two at one place the lower one first. Raises OSError."""
+    """Yield all mounts; of several on one mount point the lowest first. Raises OSError."""
     with Path("/proc/self/mountinfo").open("rb") as file:
         for line in file:
             before, _, after = line.partition(b" - ")

@@ -1,23 +1,19 @@
-"""Where state and caches live, and how their folders are made: ours, private, no link on the way."""
-
-from __future__ import annotations
+"""Folders for state and caches, created private and without links; other path helpers."""
 
 import errno
 import os
 import stat
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from x07_sandbox.errors import HostError, UsageError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
 
 _OWN: Final = 0o600
 
 
 def cache_dir() -> Path:
-    """Images, templates and artifacts: X07_VM_CACHE_DIR, else XDG_CACHE_HOME/x07-sandbox, else ~/.cache/x07-sandbox."""
+    """Return the cache folder: X07_VM_CACHE_DIR, else XDG_CACHE_HOME/x07-sandbox, else ~/.cache/x07-sandbox."""
     if named := os.environ.get("X07_VM_CACHE_DIR"):
         return _absolute(named, "X07_VM_CACHE_DIR")
     if xdg := os.environ.get("XDG_CACHE_HOME"):
@@ -26,21 +22,21 @@ def cache_dir() -> Path:
 
 
 def state_dir() -> Path:
-    """Job records: X07_VM_STATE_DIR, else ~/.x07/vm/jobs."""
+    """Return the folder of job records: X07_VM_STATE_DIR, else ~/.x07/vm/jobs."""
     if named := os.environ.get("X07_VM_STATE_DIR"):
         return _absolute(named, "X07_VM_STATE_DIR")
     return _home() / ".x07" / "vm" / "jobs"
 
 
 def _absolute(value: str, name: str) -> Path:
-    path = Path(one_slash(value))
+    path = Path(collapse_leading_slashes(value))
     if not path.is_absolute():
         raise HostError(f"cannot use {name}", f"{value!r} is not an absolute path", f"Set {name} to an absolute path")
     return path
 
 
-def one_slash(path: str) -> str:
-    """*path* with one slash at its beginning where it has two: another place to POSIX, not to Linux."""
+def collapse_leading_slashes(path: str) -> str:
+    """Return *path* with a single leading slash: to Linux, unlike POSIX, two mean the same."""
     return f"/{path.lstrip('/')}" if path.startswith("//") else path
 
 
@@ -48,19 +44,19 @@ def _home() -> Path:
     home = os.environ.get("HOME")
     if not home:
         fix = "Set HOME, or X07_VM_STATE_DIR and X07_VM_CACHE_DIR"
-        raise HostError("no place for state and images", "HOME is not set", fix)
+        raise HostError("cannot find a folder for state and images", "HOME is not set", fix)
     return _absolute(home, "HOME")
 
 
 def private_dir(path: Path) -> Path:
-    """Make *path* (and what is missing above it) with mode 0700, and check that it is ours alone. Raises HostError.
+    """Create *path* and missing parents with mode 0700, and check that it is private. Raises HostError.
 
-    No link is followed. The last folder must belong to the effective uid and be closed to group and others; folders
-    above it must belong to that uid or to root and not be writable by others, but for sticky ones like /tmp.
+    No link is followed. The folder must belong to the effective uid and be closed to group and others; its parents must
+    belong to that uid or root and not be writable by others, except sticky ones like /tmp.
     """
     if not path.is_absolute() or ".." in path.parts or len(path.parts) == 1:
-        why = "it is not a plain absolute path"
-        raise HostError(f"cannot use folder {path}", why, "Give an absolute path without '..'")
+        why = "it is not an absolute path without '..'"
+        raise HostError(f"cannot use folder {path}", why, "Use an absolute path without '..'")
     fd = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         for depth, part in enumerate(path.parts[1:], start=1):
@@ -76,23 +72,23 @@ def private_dir(path: Path) -> Path:
 
 
 def settings_file() -> Path:
-    """The user's own settings: x07/sandbox.toml in XDG_CONFIG_HOME, else ~/.config. Raises HostError without a home."""
+    """Return the user's settings file: x07/sandbox.toml in XDG_CONFIG_HOME, else ~/.config. Raises HostError."""
     config = os.environ.get("XDG_CONFIG_HOME", "")
-    if config.startswith("/"):  # the XDG specification: any other is ignored
+    if config.startswith("/"):  # XDG: a relative path is ignored
         return Path(config) / "x07" / "sandbox.toml"
     home = os.environ.get("HOME")
     if not home:
-        raise HostError("no place for settings", "HOME is not set", "Set HOME")
+        raise HostError("cannot find the settings", "HOME is not set", "Set HOME")
     return Path(home) / ".config" / "x07" / "sandbox.toml"
 
 
 def cache_folder(name: str) -> Path:
-    """A folder of the cache; both are checked by private_dir(). Raises HostError."""
+    """Return a private folder of the cache, created if missing. Raises HostError."""
     return private_dir(private_dir(cache_dir()) / name)
 
 
 def least_recently_used(found: Iterable[tuple[float, int, Path]], most_bytes: int) -> list[Path]:
-    """Which of (time of last use, size in bytes, path) have to go so that the rest is at most *most_bytes*."""
+    """Return the paths of (last use, size in bytes, path) to remove so that the rest is at most *most_bytes*."""
     doomed = []
     for _, size, path in sorted(found, reverse=True):
         most_bytes -= size
@@ -102,35 +98,32 @@ def least_recently_used(found: Iterable[tuple[float, int, Path]], most_bytes: in
 
 
 def real_path(path: Path) -> Path:
-    """*path* without links, absolute. Raises UsageError for a relative one where the current folder was removed."""
+    """Return the absolute path without links. Raises UsageError if the current folder was removed."""
     try:
         return Path(os.path.realpath(path))
-    except OSError as exc:  # from nothing but getcwd(2)
-        why = f"the current folder is gone ({exc.strerror})"
-        raise UsageError(f"cannot find {path}", why, "Go to a folder that is there") from exc
+    except OSError as exc:  # from getcwd(2)
+        why = f"the current folder does not exist ({exc.strerror})"
+        raise UsageError(f"cannot find {path}", why, "Change to an existing folder") from exc
 
 
 def is_file(path: Path) -> bool:
-    """Whether a file is there. Unlike Path's own this is never an error: for what may not be looked at it is False."""
-    return os.path.isfile(path)  # noqa: PTH113 - see above
+    """Return whether a file exists; False if it may not be inspected."""
+    return os.path.isfile(path)  # noqa: PTH113 - Path.is_file() raises PermissionError
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a folder is there; False for what may not be looked at."""
+    """Return whether a folder exists; False if it may not be inspected."""
     return os.path.isdir(path)  # noqa: PTH112 - as above
 
 
 def read_bounded(path: Path, what: str, max_bytes: int) -> bytes:
-    """A regular file of at most *max_bytes*; nothing else, since a pipe or a device may never end.
-
-    what: the thing that is in it, for the error. Raises UsageError.
-    """
+    """Return the content of a regular file of at most *max_bytes*. what: its kind, for errors. Raises UsageError."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             mode = os.fstat(fd).st_mode
             if not stat.S_ISREG(mode):
-                why = "Is a directory" if stat.S_ISDIR(mode) else "it is no regular file"
+                why = "Is a directory" if stat.S_ISDIR(mode) else "it is not a regular file"
                 raise UsageError(f"cannot read the {what} {path}", why, "Name a file")
             with open(fd, "rb", closefd=False) as file:
                 data = file.read(max_bytes + 1)
@@ -140,15 +133,15 @@ def read_bounded(path: Path, what: str, max_bytes: int) -> bytes:
         why = getattr(exc, "strerror", None) or str(exc)
         raise UsageError(f"cannot read the {what} {path}", why, "Name a readable file") from exc
     if len(data) > max_bytes:
-        raise UsageError(f"cannot read the {what} {path}", f"it has more than {max_bytes} bytes", "Name a smaller file")
+        raise UsageError(f"cannot read the {what} {path}", f"it has more than {max_bytes} bytes", "Use a smaller file")
     return data
 
 
-def open_own(path: Path, flags: int) -> int:
-    """A descriptor of a file of ours, which is made with mode 0600 where it is missing. Raises OSError."""
+def open_private_file(path: Path, flags: int) -> int:
+    """Open a file of ours, created with mode 0600 if missing. Raises OSError."""
     fd = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, _OWN)
     try:
-        if os.fstat(fd).st_mode & _OWN != _OWN:  # a umask that takes its owner's rights away would lock us out
+        if os.fstat(fd).st_mode & _OWN != _OWN:  # a umask may remove the owner's rights
             os.fchmod(fd, _OWN)
     except BaseException:
         os.close(fd)
@@ -157,13 +150,10 @@ def open_own(path: Path, flags: int) -> int:
 
 
 def replace_file(path: Path, data: bytes, *, sync: bool = False) -> None:
-    """Write *path* whole or not at all, mode 0600: a reader sees the old version or the new one.
-
-    sync: also after a crash of the machine. Raises OSError.
-    """
+    """Replace *path* atomically, with mode 0600. sync: also atomic if the machine crashes. Raises OSError."""
     temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
     try:
-        fd = open_own(temporary, os.O_WRONLY | os.O_EXCL)
+        fd = open_private_file(temporary, os.O_WRONLY | os.O_EXCL)
         with os.fdopen(fd, "wb") as file:
             file.write(data)
             if sync:
@@ -178,14 +168,14 @@ def replace_file(path: Path, data: bytes, *, sync: bool = False) -> None:
 def _mkdir(dir_fd: int, part: str, here: Path) -> bool:
     try:
         os.mkdir(part, 0o700, dir_fd=dir_fd)
-        os.chmod(part, 0o700, dir_fd=dir_fd)  # whatever the umask took away
+        os.chmod(part, 0o700, dir_fd=dir_fd)  # regardless of the umask
     except FileExistsError:
         return False
     except OSError as exc:
-        from x07_sandbox.host.os_errors import fix_of
+        from x07_sandbox.host.os_errors import fix_for
 
-        fix = fix_of(exc, "Choose a folder that you can write, by X07_VM_STATE_DIR or X07_VM_CACHE_DIR")
-        raise HostError(f"cannot make folder {here}", exc.strerror or str(exc), fix) from exc
+        fix = fix_for(exc, "Set X07_VM_STATE_DIR or X07_VM_CACHE_DIR to a writable folder")
+        raise HostError(f"cannot create folder {here}", exc.strerror or str(exc), fix) from exc
     return True
 
 
@@ -195,40 +185,39 @@ def _open_folder(dir_fd: int, part: str, here: Path) -> int:
     except OSError as exc:
         if exc.errno not in {errno.ELOOP, errno.ENOTDIR}:
             raise
-        why = f"it is a link or no folder ({exc.strerror})"
-        raise HostError(f"cannot use folder {here}", why, "Name the real folder instead of the link") from exc
+        why = f"it is a link or not a folder ({exc.strerror})"
+        raise HostError(f"cannot use folder {here}", why, "Use the real folder instead of the link") from exc
 
 
 def _check_owner(info: os.stat_result, here: Path, *, last: bool, made: bool) -> None:
     what, uid, mode = f"cannot use folder {here}", info.st_uid, f"{stat.S_IMODE(info.st_mode):04o}"
     if last and not made and (uid != os.geteuid() or info.st_mode & 0o077):
-        why = f"it is uid {uid}'s with mode {mode}, and must be yours with 0700"
+        why = f"it belongs to uid {uid} with mode {mode}; it must be yours with mode 0700"
         raise HostError(what, why, _how_to_be_private(info, here))
     if _others_can_change(info):
-        fix = "Choose a folder below one that only you or root can write, by X07_VM_STATE_DIR or X07_VM_CACHE_DIR"
+        fix = "Set X07_VM_STATE_DIR or X07_VM_CACHE_DIR to a folder whose parents only you or root can write"
         raise HostError(what, f"others can change it (uid {uid}, mode {mode})", fix)
 
 
 def _others_can_change(info: os.stat_result) -> bool:
-    """Whether somebody but us and root could put another folder in the place of one that is in it."""
+    """Return whether users other than us and root could replace a folder in it."""
     theirs = info.st_uid not in {0, os.geteuid()}
     return theirs or bool(info.st_mode & 0o022 and not info.st_mode & stat.S_ISVTX)
 
 
 def _how_to_be_private(info: os.stat_result, here: Path) -> str:
-    """What to do about a folder that is not ours alone. To close a shared one, /tmp say, could break the host."""
+    """Return the fix for a folder that is not private. A shared folder such as /tmp must keep its mode."""
     uid = os.geteuid()
     shared = bool(info.st_mode & (stat.S_ISVTX | stat.S_IWGRP | stat.S_IWOTH))
     if info.st_uid == uid != 0 and not shared:
-        return "If nobody else needs it run chmod 0700 on it, or choose another folder"
-    below = f"a new folder below it, such as {here / 'x07-sandbox'}"
-    makes = info.st_uid == uid or info.st_mode & stat.S_ISVTX
-    where = below if makes and not _others_can_change(info) else "a folder of your own"
-    return f"Leave it as it is and choose {where}, by X07_VM_STATE_DIR or X07_VM_CACHE_DIR"
+        return f"Run: chmod 0700 {here}, if nobody else needs it; or use another folder"
+    creatable = (info.st_uid == uid or info.st_mode & stat.S_ISVTX) and not _others_can_change(info)
+    folder = f"a new folder in it, such as {here / 'x07-sandbox'}" if creatable else "a folder of your own"
+    return f"Set X07_VM_STATE_DIR or X07_VM_CACHE_DIR to {folder}"
 
 
-def foreign(info: os.stat_result, kind: Callable[[int], bool]) -> str:
-    """Why something is not ours to remove; empty if it is. kind: S_ISDIR or S_ISREG, so that no link is taken."""
+def why_not_ours(info: os.stat_result, kind: Callable[[int], bool]) -> str:
+    """Return why something is not ours to remove; empty if it is. kind: S_ISDIR or S_ISREG, which exclude links."""
     if not kind(info.st_mode):
-        return "it is a link, or another kind of file"
-    return "" if info.st_uid == os.geteuid() else f"it is uid {info.st_uid}'s"
+        return "it is a link or another type of file"
+    return "" if info.st_uid == os.geteuid() else f"it belongs to uid {info.st_uid}"

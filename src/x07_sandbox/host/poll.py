@@ -1,19 +1,17 @@
-"""Waiting for one descriptor: not by select(2), which takes none above 1023, and our caller may have any number."""
-
-from __future__ import annotations
+"""Waiting for one descriptor by poll(2): select(2) does not accept descriptors above 1023."""
 
 import select
 
 
-def readable(fd: int, timeout_s: float | None = None) -> bool:
-    """Whether something comes, or the end, within that time, in whole milliseconds; None waits for ever."""
+def wait_readable(fd: int, timeout_s: float | None = None) -> bool:
+    """Wait until a descriptor is readable or at its end; return False on timeout. None: no timeout."""
     poll = select.poll()
     poll.register(fd, select.POLLIN)
     return bool(poll.poll(None if timeout_s is None else max(0, int(timeout_s * 1000))))
 
 
 def wait_writable(fd: int) -> None:
-    """Wait until there is room in a non-blocking descriptor, or nobody left who would read."""
+    """Wait until a non-blocking descriptor is writable or its reader is gone."""
     poll = select.poll()
     poll.register(fd, select.POLLOUT)
     poll.poll()

@@ -1,14 +1,12 @@
-"""Starting a thread, where a limit may forbid one more."""
-
-from __future__ import annotations
+"""Starting a thread that a resource limit may forbid."""
 
 import errno
 import os
 import threading
 
 
-def started(thread: threading.Thread) -> threading.Thread:
-    """It, started. Raises OSError, EAGAIN, where there may be no more; Python's own error would look like a bug."""
+def start_thread(thread: threading.Thread) -> threading.Thread:
+    """Start and return a thread. Raises OSError (EAGAIN) at the limit, instead of Python's RuntimeError."""
     try:
         thread.start()
     except RuntimeError as exc:

@@ -1,25 +1,18 @@
-"""The user's own settings, ~/.config/x07/sandbox.toml: what no policy and no project may decide.
-
-Never read from a project: what a program's author writes must not change the user's own choices.
-"""
-
-from __future__ import annotations
+"""The user's settings, ~/.config/x07/sandbox.toml, which no policy or project can override."""
 
 import os
 import stat
-from typing import TYPE_CHECKING, Any, Final
+from pathlib import Path
+from typing import Any, Final
 
 from x07_sandbox.errors import HostError, UsageError
 from x07_sandbox.host.paths import settings_file
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 _MAX_BYTES: Final = 1 << 20
 
 
 def settings_bytes(path: Path) -> bytes | None:
-    """Return the content of a settings file, None where there is none. Raises HostError."""
+    """Return the content of a settings file; None if it is missing. Raises HostError."""
     try:
         with path.open("rb") as file:
             info = os.fstat(file.fileno())
@@ -29,13 +22,13 @@ def settings_bytes(path: Path) -> bytes | None:
     except OSError as exc:
         raise HostError(f"cannot read {path}", exc.strerror or str(exc), "Make it readable, or remove it") from exc
     if info.st_uid not in {0, os.geteuid()} or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        why = "others than you can write to it"
-        raise HostError(f"cannot use {path}", why, f"Run: chmod go-w {path}; it must belong to you or root")
+        why = "other users can write to it"
+        raise HostError(f"cannot use {path}", why, f"Run: chmod go-w {path} (it must belong to you or root)")
     return data
 
 
 def settings_table(data: bytes, name: str, keys: frozenset[str], source: str) -> dict[str, Any]:
-    """Return the table [*name*] of a settings file, which may have these keys. Raises UsageError, naming *source*."""
+    """Return the table [*name*] of a settings file with these valid *keys*. Raises UsageError that names *source*."""
     import tomllib
 
     what = f"cannot use {source}"
@@ -48,12 +41,12 @@ def settings_table(data: bytes, name: str, keys: frozenset[str], source: str) ->
     if not isinstance(table, dict):
         raise UsageError(what, f"{name} is not a table", f"Write [{name}]")
     if unknown := sorted(set(table) - keys):
-        raise UsageError(what, f"[{name}] has no key {unknown[0]!r}", f"Its keys are {', '.join(sorted(keys))}")
+        raise UsageError(what, f"[{name}] has an unknown key {unknown[0]!r}", f"Valid keys: {', '.join(sorted(keys))}")
     return table
 
 
 def scale_when_emulated() -> bool:
-    """Whether `[limits] scale_when_emulated = "auto"` is set. Raises HostError, UsageError."""
+    """Return whether `[limits] scale_when_emulated = "auto"` is set. Raises HostError, UsageError."""
     path = settings_file()
     if (data := settings_bytes(path)) is None:
         return False

@@ -1,10 +1,8 @@
-"""Every environment variable of X07's VM sandbox and of ours, in one table: what it may hold, and how it is read.
+"""The table of environment variables of X07's VM sandbox and of ours, and their parsing.
 
-A value that a variable may not hold is an error that names it, also where a flag wins: a typing error must never weaken
-a promise. Blank means unset. Names that look like ours and are none are told, with the one that was probably meant.
+An invalid value is an error even if a flag overrides it, because a typo must never weaken isolation. Blank means unset.
+Unknown names with our prefixes give a warning.
 """
-
-from __future__ import annotations
 
 import os
 import re
@@ -20,10 +18,10 @@ MOST_RUNNING: Final = 4096
 _YES: Final = frozenset({"1", "true", "TRUE", "yes", "YES"})
 _NO: Final = frozenset({"0", "false", "FALSE", "no", "NO"})
 _SHOWN_CHARS: Final = 80
-_DIGITS: Final = 18  # more are outside every range
+_DIGITS: Final = 18  # more are out of every range
 _DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
 
-# What is written, and what it means. Flags take the same words.
+# Accepted words and their meaning, also for flags.
 SANDBOX_BACKENDS: Final[dict[str, str]] = {"auto": "auto", "vm": "vm", "os": "os", "native": "os", "none": "none"}
 BACKENDS: Final[dict[str, str]] = {
     "firecracker-ctr": "firecracker-ctr",
@@ -42,10 +40,9 @@ Kind = Literal["flag", "choice", "number", "folder", "digest", "text"]
 
 
 class Variable(msgspec.Struct, frozen=True):
-    """One variable.
+    """One variable. choices: of a choice, accepted words in any case and their meaning. lo, hi: of a number.
 
-    choices: of a choice: what may be written, in any case, and what it means. lo, hi: of a number.
-    default: what holds while it is unset, in words. effect: since when it has one here: "now", or what it waits for.
+    default: the behaviour while it is unset, in words. effect: when it has an effect; "now" means always.
     """
 
     name: str
@@ -58,137 +55,85 @@ class Variable(msgspec.Struct, frozen=True):
     hi: int = 0
 
 
-_FIRECRACKER: Final = "with the firecracker-ctr backend"
-_GUEST: Final = "none: the host's variables do not reach a guest, and builds have no network"
+_OF_FIRECRACKER: Final = "with the firecracker-ctr backend"
+_OF_VZ: Final = "with the vz backend"
+_NO_EFFECT: Final = "none: guests do not get the host's variables, and builds have no network"
 
-VARIABLES: Final[dict[str, Variable]] = {
-    variable.name: variable
-    for variable in (
-        Variable(
-            "X07_SANDBOX_BACKEND",
-            "choice",
-            "The class of wall around the program; --sandbox-backend wins.",
-            "auto",
-            choices=SANDBOX_BACKENDS,
-        ),
-        Variable(
-            "X07_I_ACCEPT_WEAKER_ISOLATION",
-            "flag",
-            "Accept a wall that is no virtual machine, where one is asked for by name.",
-            "0",
-        ),
-        Variable(
-            "X07_VM_BACKEND", "choice", "The backend by name; --backend wins.", "the platform's first", choices=BACKENDS
-        ),
-        Variable("X07_VM_STATE_DIR", "folder", "Where records of jobs lie.", "`$HOME/.x07/vm/jobs`"),
-        Variable(
-            "X07_VM_CACHE_DIR",
-            "folder",
-            "Where images, VM templates and built programs lie.",
-            "`$XDG_CACHE_HOME/x07-sandbox`, else `~/.cache/x07-sandbox`",
-        ),
-        Variable("X07_VM_REQUIRE_HARDWARE", "flag", "Refuse a machine whose processor is emulated.", "0"),
-        Variable(
-            "X07_VM_REQUIRE_NAMESPACES",
-            "flag",
-            "Refuse a jail around QEMU that stands without namespaces.",
-            "0",
-            effect="with the qemu backend, where the host forbids namespaces",
-        ),
-        Variable(
-            "X07_VM_MAX_RUNNING",
-            "number",
-            "How many machines of yours run at once.",
-            "what cores and memory hold",
-            lo=1,
-            hi=MOST_RUNNING,
-        ),
-        Variable(
-            "X07_VM_GUEST_IMAGE",
-            "text",
-            "The guest image: with qemu the name or digest of one of ours (--image wins).",
-            "`default`",
-        ),
-        Variable(
-            "X07_VM_GUEST_IMAGE_DIGEST",
-            "digest",
-            "The only guest image that may run, by its digest; no flag weakens that.",
-        ),
-        Variable(
-            "X07_VM_VZ_GUEST_BUNDLE", "text", "The folder with vz's kernel and root disk.", effect="with the vz backend"
-        ),
-        Variable(
-            "X07_VM_VZ_HELPER_BIN",
-            "text",
-            "The helper that talks to macOS's Virtualization framework.",
-            "`x07-vz-helper`",
-            effect="with the vz backend",
-        ),
-        Variable("X07_VM_PODMAN_BIN", "text", "podman's client: a program.", "`podman` of this system"),
-        Variable("X07_VM_DOCKER_BIN", "text", "docker's client: a program.", "`docker` of this system"),
-        Variable(
-            "X07_VM_FIRECRACKER_CTR_BIN",
-            "text",
-            "The ctr of firecracker-containerd.",
-            "`firecracker-ctr`",
-            effect=_FIRECRACKER,
-        ),
-        Variable(
-            "X07_VM_FIRECRACKER_CONTAINERD_SOCK",
-            "text",
-            "Its socket.",
-            "`/run/firecracker-containerd/containerd.sock`",
-            effect=_FIRECRACKER,
-        ),
-        Variable("X07_VM_FIRECRACKER_SNAPSHOTTER", "text", "Its snapshotter.", "`devmapper`", effect=_FIRECRACKER),
-        Variable(
-            "X07_VM_CONTAINERD_NAMESPACE",
-            "text",
-            "The containerd namespace of our containers.",
-            "`x07`",
-            effect=_FIRECRACKER,
-        ),
-        Variable(
-            "X07_WORKSPACE_ROOT",
-            "text",
-            "Where X07's library lies.",
-            "`/usr/local/lib/x07` in the guest",
-            effect=_GUEST,
-        ),
-        Variable("X07_COMPAT", "text", "The X07 version to compile like; --compat wins."),
-        Variable(
-            "X07_MAX_C_BYTES",
-            "number",
-            "How much C the X07 compiler may make, in bytes; --max-c-bytes wins.",
-            lo=0,
-            hi=2**48,
-        ),
-        Variable("X07_OFFLINE", "text", "Fetch no X07 packages.", effect=_GUEST),
-        Variable("X07_NATIVE_CACHE_DIR", "text", "X07's cache of native libraries.", effect=_GUEST),
-    )
-}
+
+def _text(name: str, doc: str, default: str = "unset", effect: str = "now") -> Variable:
+    return Variable(name, "text", doc, default, effect)
+
+
+_ROWS: Final = (
+    Variable(
+        "X07_SANDBOX_BACKEND", "choice", "Isolation class; --sandbox-backend wins.", "auto", choices=SANDBOX_BACKENDS
+    ),
+    Variable("X07_I_ACCEPT_WEAKER_ISOLATION", "flag", "Allow a named backend that is not a virtual machine.", "0"),
+    Variable(
+        "X07_VM_BACKEND", "choice", "Backend by name; --backend wins.", "the platform's default", choices=BACKENDS
+    ),
+    Variable("X07_VM_STATE_DIR", "folder", "Folder of job records.", "`$HOME/.x07/vm/jobs`"),
+    Variable(
+        "X07_VM_CACHE_DIR",
+        "folder",
+        "Folder of images, VM templates and built programs.",
+        "`$XDG_CACHE_HOME/x07-sandbox`, else `~/.cache/x07-sandbox`",
+    ),
+    Variable("X07_VM_REQUIRE_HARDWARE", "flag", "Refuse machines with an emulated CPU.", "0"),
+    Variable(
+        "X07_VM_REQUIRE_NAMESPACES",
+        "flag",
+        "Refuse a jail around QEMU without namespaces.",
+        "0",
+        "with the qemu backend, if the host forbids namespaces",
+    ),
+    Variable(
+        "X07_VM_MAX_RUNNING", "number", "Maximum of concurrent machines.", "by cores and memory", lo=1, hi=MOST_RUNNING
+    ),
+    _text("X07_VM_GUEST_IMAGE", "Guest image; with qemu a local name or digest (--image wins).", "`default`"),
+    Variable("X07_VM_GUEST_IMAGE_DIGEST", "digest", "Digest of the only allowed guest image; no flag overrides it."),
+    _text("X07_VM_VZ_GUEST_BUNDLE", "Folder with kernel and root disk for vz.", effect=_OF_VZ),
+    _text("X07_VM_VZ_HELPER_BIN", "Helper for macOS's Virtualization framework.", "`x07-vz-helper`", _OF_VZ),
+    _text("X07_VM_PODMAN_BIN", "The podman client.", "`podman` from PATH"),
+    _text("X07_VM_DOCKER_BIN", "The docker client.", "`docker` from PATH"),
+    _text("X07_VM_FIRECRACKER_CTR_BIN", "The ctr of firecracker-containerd.", "`firecracker-ctr`", _OF_FIRECRACKER),
+    _text(
+        "X07_VM_FIRECRACKER_CONTAINERD_SOCK",
+        "Socket of firecracker-containerd.",
+        "`/run/firecracker-containerd/containerd.sock`",
+        _OF_FIRECRACKER,
+    ),
+    _text("X07_VM_FIRECRACKER_SNAPSHOTTER", "Snapshotter of firecracker-containerd.", "`devmapper`", _OF_FIRECRACKER),
+    _text("X07_VM_CONTAINERD_NAMESPACE", "Containerd namespace of our containers.", "`x07`", _OF_FIRECRACKER),
+    _text("X07_WORKSPACE_ROOT", "Folder of X07's library.", "`/usr/local/lib/x07` in the guest", _NO_EFFECT),
+    _text("X07_COMPAT", "X07 version for the compiler's compatibility mode; --compat wins."),
+    Variable("X07_MAX_C_BYTES", "number", "Maximum of C code, in bytes; --max-c-bytes wins.", lo=0, hi=2**48),
+    _text("X07_OFFLINE", "Do not fetch X07 packages.", effect=_NO_EFFECT),
+    _text("X07_NATIVE_CACHE_DIR", "X07's cache of native libraries.", effect=_NO_EFFECT),
+)
+VARIABLES: Final[dict[str, Variable]] = {variable.name: variable for variable in _ROWS}
 
 
 def check_environment(environ: Mapping[str, str]) -> tuple[str, ...]:
-    """Check every variable that is ours; warnings about names that only look so. Raises UsageError."""
+    """Check all known variables; return warnings about unknown names with our prefixes. Raises UsageError."""
     for name in environ.keys() & VARIABLES.keys():
         _read(VARIABLES[name], environ)
     return tuple(_unknown(name) for name in sorted(environ) if name.startswith(PREFIXES) and name not in VARIABLES)
 
 
 def flag(name: str, environ: Mapping[str, str] | None = None) -> bool:
-    """A switch, off while unset. Raises UsageError."""
+    """Return a switch; False while unset. Raises UsageError."""
     return _read(_of(name, "flag"), environ) is True
 
 
 def number(name: str, environ: Mapping[str, str] | None = None) -> int | None:
-    """A whole number; None while unset. Raises UsageError."""
+    """Return a number; None while unset. Raises UsageError."""
     value = _read(_of(name, "number"), environ)
     return value if isinstance(value, int) else None
 
 
 def text(name: str, environ: Mapping[str, str] | None = None) -> str | None:
-    """Anything else: a choice as what it means, a folder, a digest, a text; None while unset. Raises UsageError."""
+    """Return the meaning of a choice, a folder, a digest or a text; None while unset. Raises UsageError."""
     value = _read(_of(name, "choice", "folder", "digest", "text"), environ)
     return value if isinstance(value, str) else None
 
@@ -201,25 +146,23 @@ def _of(name: str, *kinds: Kind) -> Variable:
 
 
 def _read(variable: Variable, environ: Mapping[str, str] | None) -> bool | int | str | None:
-    """What a variable holds; None while unset. Raises UsageError."""
+    """Return a variable's value; None while unset. Raises UsageError."""
     raw = (os.environ if environ is None else environ).get(variable.name, "")
     value = raw.strip()
     if not value:
         return None
     if variable.kind == "folder":
         value = raw  # a path may end in a blank
-    taken, instead = _taken(variable, value)
-    if taken is None:
+    parsed, expected = _parsed(variable, value)
+    if parsed is None:
         shown = ascii(raw if len(raw) <= _SHOWN_CHARS else raw[:_SHOWN_CHARS] + "...")
-        name = variable.name
-        raise UsageError(
-            f"cannot use {name}", f"it holds {shown}, which is not {instead}", f"Set it so, or unset {name}"
-        )
-    return taken
+        why = f"its value {shown} is not {expected}"
+        raise UsageError(f"cannot use {variable.name}", why, f"Set it to {expected}, or unset {variable.name}")
+    return parsed
 
 
-def _taken(variable: Variable, value: str) -> tuple[bool | int | str | None, str]:
-    """(what *value* means, None if it may not be held; what may be)."""
+def _parsed(variable: Variable, value: str) -> tuple[bool | int | str | None, str]:
+    """Return the meaning of *value*, None if it is invalid, and what is expected."""
     if variable.kind == "flag":
         return (True if value in _YES else False if value in _NO else None), "1 or 0"
     if variable.kind == "choice":
@@ -228,42 +171,19 @@ def _taken(variable: Variable, value: str) -> tuple[bool | int | str | None, str
     if variable.kind == "number":
         digits = value.isascii() and value.isdigit() and len(value) <= _DIGITS
         good = digits and variable.lo <= int(value) <= variable.hi
-        return int(value) if good else None, f"a whole number from {variable.lo} to {variable.hi}"
+        return int(value) if good else None, f"an integer from {variable.lo} to {variable.hi}"
     if variable.kind == "folder":
         return value if value.startswith("/") else None, "an absolute path"
     good = variable.kind == "text" or _DIGEST.fullmatch(value) is not None
-    return value if good else None, "sha256: and 64 hex digits in lower case"
+    return value if good else None, "sha256: and 64 lower-case hex digits"
 
 
 def _unknown(name: str) -> str:
-    import difflib  # costs more than all else here, and is needed only after a slip
+    import difflib  # slow to import, and needed only after a typo
 
     shown = ascii(name)[1:-1]
-    longer = [known for known in VARIABLES if known.startswith(f"{name}_")]  # the rest of a name is soon forgotten
+    longer = [known for known in VARIABLES if known.startswith(f"{name}_")]
+
     close = longer or difflib.get_close_matches(name[:_SHOWN_CHARS], VARIABLES, n=1, cutoff=0.75)
-    meant = f"; did you mean {close[0]}?" if close else "; docs/reference/x07.md lists them"
-    return f"{shown[:_SHOWN_CHARS]} is no variable of x07-sandbox{meant}"
-
-
-def describe() -> str:
-    """The table as docs/reference/x07.md shows it."""
-    rows = ["| variable | holds | while unset | has an effect | |", "|---|---|---|---|---|"]
-    rows += [
-        f"| `{variable.name}` | {_holds(variable)} | {variable.default} | {variable.effect} | {variable.doc} |"
-        for variable in VARIABLES.values()
-    ]
-    return "\n".join(rows) + "\n"
-
-
-def _holds(variable: Variable) -> str:
-    if variable.kind == "choice":
-        return ", ".join(
-            f"`{word}`" if word == means else f"`{word}` (= `{means}`)"
-            for word, means in (variable.choices or {}).items()
-        )
-    return {
-        "flag": "`1 true TRUE yes YES`, `0 false FALSE no NO`",
-        "number": f"{variable.lo} to {variable.hi}",
-        "folder": "an absolute path",
-        "digest": "`sha256:` and 64 hex digits",
-    }.get(variable.kind, "text")
+    meant = f"; did you mean {close[0]}?" if close else "; see docs/reference/x07.md"
+    return f"{shown[:_SHOWN_CHARS]} is not a variable of x07-sandbox{meant}"

@@ -1,5 +1,3 @@
-"""The version of this package, where every room may ask for it."""
-
-from __future__ import annotations
+"""The version of this package."""
 
 __version__ = "0.1.0.dev0"

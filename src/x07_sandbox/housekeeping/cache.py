@@ -8,7 +8,7 @@ import stat
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.backends.registry import built, create
-from x07_sandbox.host.paths import cache_dir, foreign, private_dir
+from x07_sandbox.host.paths import cache_dir, private_dir, why_not_ours
 from x07_sandbox.housekeeping.pruner import entries, sweep_temporaries, unlink
 from x07_sandbox.images.store import list_images
 
@@ -40,12 +40,12 @@ def prune_cache(pruner: Pruner, gone: set[str]) -> None:
             sweep_temporaries(private_dir(cache / name), pruner)
     for path in entries(cache / "artifacts"):
         info = path.lstat()
-        if _DIGEST.fullmatch(path.name) and (pruner.old(info) or foreign(info, stat.S_ISREG)):
+        if _DIGEST.fullmatch(path.name) and (pruner.old(info) or why_not_ours(info, stat.S_ISREG)):
             pruner.remove_own("artifact", path, "it was not used for 7 days", unlink)
     # What was hashed once and is not there: the record says nothing any more.
     there = {path.name for name in ("images", "templates") for path in entries(cache / name)}
     there -= {digest.removeprefix("sha256:") for digest in gone}
     for path in entries(cache / "verified"):
         known = path.suffix == ".json" and not path.name.startswith(".")
-        if known and path.stem not in there and not foreign(path.lstat(), stat.S_ISREG):
+        if known and path.stem not in there and not why_not_ours(path.lstat(), stat.S_ISREG):
             pruner.remove("verification", path, "what it tells of is gone", unlink)

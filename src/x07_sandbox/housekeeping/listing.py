@@ -10,7 +10,7 @@ import msgspec
 
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host import settings
-from x07_sandbox.host.decoding import known
+from x07_sandbox.host.decoding import prepared
 from x07_sandbox.host.locks import is_locked
 from x07_sandbox.host.paths import read_bounded, state_dir
 from x07_sandbox.housekeeping.lookup import run_folder
@@ -195,7 +195,7 @@ def _newest_runs() -> list[str]:
 def _program(run: str) -> str | None:
     with contextlib.suppress(UsageError, msgspec.MsgspecError, RecursionError):
         data = read_bounded(run_folder(run) / REQUEST, "request", _REQUEST_MAX)
-        return msgspec.json.decode(data, type=known(_Request)).program
+        return msgspec.json.decode(data, type=prepared(_Request)).program
     return None
 
 
@@ -243,6 +243,6 @@ def _process(identity: Identity) -> ProcessReport:
 def _result(run: str) -> ResultSummary | None:
     with contextlib.suppress(UsageError, msgspec.MsgspecError, RecursionError):
         data = read_bounded(run_folder(run) / "result.json", "result", _RESULT_MAX)
-        ending = msgspec.json.decode(data, type=known(_Ending))
+        ending = msgspec.json.decode(data, type=prepared(_Ending))
         return ResultSummary(**msgspec.structs.asdict(ending))
     return None

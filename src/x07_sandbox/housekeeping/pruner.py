@@ -13,7 +13,7 @@ import msgspec
 from x07_sandbox.errors import SandboxError
 from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import unix_ms
-from x07_sandbox.host.paths import foreign
+from x07_sandbox.host.paths import why_not_ours
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -83,7 +83,7 @@ class Pruner:
 
     def remove_own(self, kind: Kind, path: Path, why: str, how: Callable[[Path], None]) -> None:
         """As `remove`, for a folder, or an artifact's file; one that is not ours is kept."""
-        if problem := foreign(path.lstat(), stat.S_ISREG if kind == "artifact" else stat.S_ISDIR):
+        if problem := why_not_ours(path.lstat(), stat.S_ISREG if kind == "artifact" else stat.S_ISDIR):
             self.keep(kind, path, problem)
         else:
             self.remove(kind, path, why, how)
@@ -113,7 +113,11 @@ def sweep_temporaries(folder: Path, pruner: Pruner) -> None:
     """Remove what killed processes left half written in *folder*; one that lives needs no day for it."""
     for path in entries(folder):
         info = path.lstat()
-        if _TEMPORARY.fullmatch(path.name) and not foreign(info, stat.S_ISREG) and pruner.old(info, settings.DAY_S):
+        if (
+            _TEMPORARY.fullmatch(path.name)
+            and not why_not_ours(info, stat.S_ISREG)
+            and pruner.old(info, settings.DAY_S)
+        ):
             pruner.remove("leftover", path, "a killed process left it half written", unlink)
 
 

@@ -12,8 +12,8 @@ import stat
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.host import settings
-from x07_sandbox.host.locks import folder_to_remove, is_locked
-from x07_sandbox.host.paths import foreign, private_dir, state_dir
+from x07_sandbox.host.locks import is_locked, lock_for_removal
+from x07_sandbox.host.paths import private_dir, state_dir, why_not_ours
 from x07_sandbox.host.processes import boot_id, is_alive, pid_namespace
 from x07_sandbox.housekeeping.pruner import entries
 from x07_sandbox.jobs.reader import all_stored
@@ -37,7 +37,7 @@ def prune_records(pruner: Pruner) -> None:
     if os.path.lexists(runs):
         private_dir(runs)
     for path in (*entries(root), *entries(runs)):
-        if path.name.startswith(_DOOMED) and not foreign(path.lstat(), stat.S_ISDIR):
+        if path.name.startswith(_DOOMED) and not why_not_ours(path.lstat(), stat.S_ISDIR):
             pruner.remove("leftover", path, "a killed removal left it", shutil.rmtree)
     jobs = _jobs(root, pruner)
     busy: set[str] = {job.run for job in jobs if job.ended is None}
@@ -61,7 +61,7 @@ def _jobs(root: Path, pruner: Pruner) -> list[StoredJob]:
     """The records of jobs there; a link, or a folder of another user, is none and is reported."""
     jobs = []
     for stored in all_stored(root):
-        if not foreign(stored.info, stat.S_ISDIR):
+        if not why_not_ours(stored.info, stat.S_ISDIR):
             jobs.append(stored)
         elif pruner.old(stored.info):
             pruner.keep("job", stored.folder, stored.why)
@@ -107,7 +107,7 @@ def remove_record(folder: Path) -> None:
 
 def _remove_run(folder: Path) -> None:
     """Remove the folder of a run that nobody shares. Raises OSError."""
-    with folder_to_remove(folder) as free:
+    with lock_for_removal(folder) as free:
         if not free:
             raise BlockingIOError(0, "the run is under way")
         doomed = doomed_name(folder)

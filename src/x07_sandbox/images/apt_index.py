@@ -1,7 +1,6 @@
-"""What the host's own package lists say: which Debian packages there are, and the versions that an image will have.
+"""The host's apt package lists: known package names and versions.
 
-They are those that `apt-get update` fetched, of the sources that an image is made from. A host without any is asked
-nothing: mmdebstrap fetches its own lists, and names what it does not find.
+A host without lists is not queried: mmdebstrap downloads its own, and reports unknown packages.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ _PYTHON = "python3-"
 
 
 def write_sources(work: Path, suite: str, deb_arch: str, note: Callable[[str], None]) -> Path:
-    """The sources that an image is made from, as a file in *work*. Raises ImageError."""
+    """Write the apt sources of an image to a file in *work*, and return its path. Raises ImageError."""
     file = work / "build.sources"
     found = sources.host_sources(suite, deb_arch, note=note)
     file.write_text("\n".join(source.stanza() for source in found))
@@ -31,7 +30,7 @@ def write_sources(work: Path, suite: str, deb_arch: str, note: Callable[[str], N
 
 
 def check_known(file: Path, include: Sequence[str], suite: str) -> None:
-    """Raises UsageError, with near matches, for the first package that no source in *file* has."""
+    """Raise UsageError, with near matches, for the first package that no source in *file* has."""
     known = package_names(file) if include else frozenset()
     if not known:
         return
@@ -40,20 +39,20 @@ def check_known(file: Path, include: Sequence[str], suite: str) -> None:
     if missing:
         name = missing[0]
         near = near_names(name, known)
-        fixes = [f"Name one of these: {', '.join(near)}"] if near else ["Look for it with apt-cache search"]
-        fixes += [f"For the package of PyPI use --pip {name}"] if f"{_PYTHON}{name}" in known else []
-        fixes.append("If it is new, run apt-get update first")
-        why = f"Debian {suite} has no package of this name"
+        fixes = [f"Use one of these: {', '.join(near)}"] if near else ["Find it with apt-cache search"]
+        fixes += [f"For the PyPI package, use --pip {name}"] if f"{_PYTHON}{name}" in known else []
+        fixes.append("If it is new, run apt-get update")
+        why = f"Debian {suite} has no package with this name"
         raise UsageError(f"cannot add {name!r} to an image", why, ". ".join(fixes))
 
 
 def package_names(file: Path) -> frozenset[str]:
-    """Names of all packages in the host's lists of the sources in *file*; none where there are no such lists."""
+    """Return all package names in the host's lists for the sources in *file*; empty without lists."""
     return frozenset(_cache(file, "pkgnames").split())
 
 
 def versions(file: Path, names: Sequence[str]) -> dict[str, str]:
-    """The version of each package that an image would get; those that no list has are left out."""
+    """Return the version of each known package."""
     wanted = [name for name in names if name in package_names(file)]
     if not wanted:
         return {}
@@ -62,17 +61,17 @@ def versions(file: Path, names: Sequence[str]) -> dict[str, str]:
 
 
 def near_names(name: str, known: Iterable[str]) -> list[str]:
-    """The packages among *known* that somebody who typed *name* may have meant, the likeliest first."""
+    """Return the known packages closest to *name*, the likeliest first."""
     known = set(known)
     likely = [each for each in (f"{_PYTHON}{name}", f"lib{name}-dev", f"lib{name}") if each in known]
-    # Comparing is slow, and there are 70,000 names.
+    # Comparing all 70,000 names would be slow.
     similar = [each for each in known if abs(len(each) - len(name)) <= 2 and each[0] == name[0]]  # noqa: PLR2004
     near = likely + difflib.get_close_matches(name, sorted(similar), NEAR_MAX, _NEAR)
     return list(dict.fromkeys(near + near_projects(name, known, prefix=_PYTHON)))[:NEAR_MAX]
 
 
 def near_projects(name: str, known: Iterable[str], *, prefix: str = "") -> list[str]:
-    """Names of Python projects that Debian packages and that look like *name*, each with *prefix* before it."""
+    """Return the Python projects in Debian closest to *name*, each with *prefix* before it."""
     name = re.sub(r"[-_.]+", "-", name).lower()
     projects = sorted(each.removeprefix(_PYTHON) for each in known if each.startswith(_PYTHON))
     near = difflib.get_close_matches(name, projects, NEAR_MAX, _NEAR)
@@ -80,7 +79,7 @@ def near_projects(name: str, known: Iterable[str], *, prefix: str = "") -> list[
 
 
 def _has_provider(file: Path, name: str) -> bool:
-    """Whether *name* is a virtual package that others provide."""
+    """Return whether *name* is a virtual package that others provide."""
     return bool(_cache(file, "showpkg", name).partition("Reverse Provides:")[2].strip())
 
 
@@ -88,8 +87,8 @@ def _cache(file: Path, *words: str) -> str:
     options = [
         f"Dir::Etc::sourcelist={file}",
         "Dir::Etc::sourceparts=/dev/null",
-        "Dir::State::status=/dev/null",  # what this host has installed does not count
-        "Dir::Cache::pkgcache=",  # kept by nobody: it is of other sources than the host's own
+        "Dir::State::status=/dev/null",  # ignore the packages installed on this host
+        "Dir::Cache::pkgcache=",  # no cache: the sources differ from the host's
         "Dir::Cache::srcpkgcache=",
     ]
     argv = [commands.tool("apt-cache"), "-q", *(word for option in options for word in ("-o", option)), *words]

@@ -1,14 +1,12 @@
-"""A guest image as an archive that podman, docker and ctr load: OCI layout (image-spec 1.1) and docker's manifest.json.
+"""A guest image as an archive for podman, docker and ctr: OCI layout (image-spec 1.1) and docker's manifest.json.
 
-Two layers: the root file system, the same for all images of one base, and what our own code adds. No times, no owners
-but root, names in order: the same image gives the same bytes, and so the same image id (the config's digest).
+It has two layers: the root file system, shared by all images of one base, and our own code. It is reproducible, so the
+image id (the config's digest) is too.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
-import os
 import tarfile
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
@@ -17,17 +15,17 @@ import msgspec
 
 from x07_sandbox.errors import ImageError
 from x07_sandbox.host.arch import ARCHES
-from x07_sandbox.images import commands
+from x07_sandbox.images import commands, tar
 from x07_sandbox.images.base import remove_tree
 from x07_sandbox.images.manifest import canonical
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from x07_sandbox.images.store import Image
 
 AGENT: Final = "/usr/lib/x07/agent.zip"
-MANIFEST_LABEL: Final = "io.x07.guest"  # the whole manifest of the guest image, as JSON
+MANIFEST_LABEL: Final = "io.x07.guest"  # the guest image's manifest as JSON
 _CREATED: Final = "2025-01-01T00:00:00Z"  # commands.EPOCH
 _HEADER: Final = 110
 _DOCKER_ARCH: Final = {"x86_64": "amd64", "aarch64": "arm64"}
@@ -36,7 +34,7 @@ _LINKS: Final = {"etc/machine-id": "/run/x07/machine-id"}
 
 
 def write_archive(image: Image, reference: str, target: IO[bytes], work: Path, progress: Callable[[str], None]) -> str:
-    """Write the archive of *image*, called *reference* (NAME:TAG) where it is loaded; the image id, "sha256:<hex>".
+    """Write the archive of *image* under the name *reference* (NAME:TAG). Return the image id, "sha256:<hex>".
 
     work: an empty folder. Raises ImageError, HostError, OSError.
     """
@@ -56,20 +54,18 @@ def write_archive(image: Image, reference: str, target: IO[bytes], work: Path, p
     progress("writing the archive")
     with tarfile.open(fileobj=target, mode="w", format=tarfile.GNU_FORMAT) as archive:
         for digest, data in sorted(((config_digest, config), (_sha256(manifest), manifest))):
-            _add(archive, _blob(digest), data)
+            tar.add_bytes(archive, _blob(digest), data)
         for digest in sorted(blobs):
             with blobs[digest].open("rb") as layer:
-                info = _entry(_blob(digest))
-                info.size = blobs[digest].stat().st_size
-                archive.addfile(info, layer)
-        _add(archive, "index.json", index)
-        _add(archive, "manifest.json", canonical(docker))
-        _add(archive, "oci-layout", b'{"imageLayoutVersion":"1.0.0"}')
+                archive.addfile(tar.entry(_blob(digest), size=blobs[digest].stat().st_size), layer)
+        tar.add_bytes(archive, "index.json", index)
+        tar.add_bytes(archive, "manifest.json", canonical(docker))
+        tar.add_bytes(archive, "oci-layout", b'{"imageLayoutVersion":"1.0.0"}')
     return f"sha256:{config_digest}"
 
 
 def agent_of(image: Image) -> bytes:
-    """The agent's zip, as the image's initramfs has it. Raises ImageError."""
+    """Return the agent's zip from the image's initramfs. Raises ImageError."""
     data = (image.folder / image.manifest.parts.initrd.file).read_bytes()
     at = 0
     while data[at : at + 6] == b"070701":
@@ -80,73 +76,24 @@ def agent_of(image: Image) -> bytes:
         if name == b"agent.zip":
             return data[start : start + size]
         at = start + size + -(start + size) % 4
-    raise ImageError("cannot use the guest image", "its initramfs has no agent", "Run x07 image build")
+    raise ImageError("cannot use the guest image", "its initramfs contains no agent", "Run x07 image build")
 
 
 def _layer(path: Path, root: Path) -> tuple[str, Path]:
-    """The root file system as a layer: its digest and file."""
-    with path.open("wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
-        links: dict[tuple[int, int], str] = {}
-        for name in _names(root):
-            place = root / name
-            info = tar.gettarinfo(str(place), name)
-            if info is None or not (info.isreg() or info.isdir() or info.issym() or info.islnk()):
-                continue  # devices are the engine's
-            state = place.lstat()
-            first = links.setdefault((state.st_dev, state.st_ino), name)
-            _plain(info)
-            if info.isreg() or info.islnk():
-                info.type, info.linkname = (tarfile.REGTYPE, "") if first == name else (tarfile.LNKTYPE, first)
-            info.size = state.st_size if info.type == tarfile.REGTYPE else 0
-            if info.type == tarfile.REGTYPE:
-                with place.open("rb") as content:
-                    tar.addfile(info, content)
-            else:
-                tar.addfile(info)
+    """Write the root file system as a layer. Return its digest and file."""
+    with path.open("wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as archive:
+        tar.add_tree(archive, root, exact_modes=True)
     return _digest_of(path), path
 
 
 def _agent_layer(path: Path, image: Image) -> tuple[str, Path]:
-    with path.open("wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
+    with path.open("wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as archive:
         for name in sorted(_FOLDERS):
-            info = _entry(name, 0o755)
-            info.type = tarfile.DIRTYPE
-            tar.addfile(info)
+            archive.addfile(tar.entry(name, tarfile.DIRTYPE, 0o755))
         for name, link in sorted(_LINKS.items()):
-            info = _entry(name, 0o777)
-            info.type, info.linkname = tarfile.SYMTYPE, link
-            tar.addfile(info)
-        _add(tar, AGENT.removeprefix("/"), agent_of(image))
+            archive.addfile(tar.entry(name, tarfile.SYMTYPE, 0o777, link=link))
+        tar.add_bytes(archive, AGENT.removeprefix("/"), agent_of(image))
     return _digest_of(path), path
-
-
-def _names(root: Path) -> Iterator[str]:
-    """Names of all below *root*, in one order, folders before what is in them."""
-    for folder, inner, files in os.walk(root):
-        inner.sort()
-        below = Path(folder).relative_to(root)
-        yield from sorted(str(below / name) for name in (*inner, *files))
-
-
-def _plain(info: tarfile.TarInfo) -> None:
-    info.uid = info.gid = 0
-    info.uname = info.gname = ""
-    info.mtime = commands.EPOCH
-    info.mode &= 0o1777  # nothing in a container is to run as another user than the one who starts it
-    info.pax_headers = {}
-
-
-def _entry(name: str, mode: int = 0o444) -> tarfile.TarInfo:
-    info = tarfile.TarInfo(name)
-    info.mode = mode
-    _plain(info)
-    return info
-
-
-def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
-    info = _entry(name)
-    info.size = len(data)
-    archive.addfile(info, io.BytesIO(data))
 
 
 def _config(image: Image, layers: list[str]) -> dict[str, Any]:

@@ -1,8 +1,7 @@
 """The first stage of an image: root file system, kernel and modules, from the host's package sources.
 
-It takes half a minute and the network, so it is kept and shared by all images of the same recipe,
-architecture, suite and packages; X07's toolchain and Python packages are appended to one. Our own code comes in the
-second stage (boot.py).
+It takes half a minute and the network, so images with the same recipe, architecture, suite and packages share a cached
+base. X07's toolchain and Python packages are appended to a base; the second stage (boot.py) adds our code.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ import msgspec
 
 from x07_sandbox.errors import HostError, ImageError
 from x07_sandbox.host.arch import Arch
-from x07_sandbox.host.decoding import known
+from x07_sandbox.host.decoding import prepared
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.mounts import mounts
 from x07_sandbox.images import apt_index, commands, kernel, manifest, recipe, scratch, sources, toolchain, verify
@@ -32,13 +31,13 @@ if TYPE_CHECKING:
 
 BASE_SCHEMA = "x07.sandbox.image-base@0.1.0"
 MMDEBSTRAP_TIMEOUT_S = 1800.0
-NEEDED_BYTES = 2 * 1024**3  # the tree, its tar file and the packages, all there at the same time
+NEEDED_BYTES = 2 * 1024**3  # the tree, its tar file and the packages
 TREE = "tree"
 TAR_FILE = "root.tar"
 
 
 class Base(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
-    """base.json. boot and net: module files in loading order. x07: digest of X07's toolchain in it, "" for none."""
+    """base.json. boot, net: module files in loading order. x07: digest of X07's toolchain, empty for none."""
 
     schema_version: str
     kernel_release: str
@@ -52,17 +51,17 @@ class Base(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     x07: str = ""
 
     def parts(self) -> list[manifest.Part]:
-        """Every file of it."""
+        """Return all files."""
         return [self.kernel, self.root, self.scratch, *self.boot, *self.net]
 
     @property
     def digest(self) -> str:
-        """What this base is, for the manifest of an image."""
+        """The digest of the base, as in image manifests."""
         return hashlib.sha256(manifest.canonical(msgspec.to_builtins(self))).hexdigest()
 
 
-class Kind(msgspec.Struct, frozen=True, kw_only=True):
-    """What a base is made of. x07: digest of X07's toolchain, "" for none. pip: digests of Python packages' wheels."""
+class BaseSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """The inputs of a base. x07: digest of X07's toolchain, empty for none. pip: digests of wheels."""
 
     arch: Arch
     suite: str
@@ -72,7 +71,7 @@ class Kind(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def key(self) -> str:
-        """The name of its folder."""
+        """The unique part of its folder name."""
         words = [recipe.RECIPE, self.arch.deb, self.suite, list(self.include)]
         words += [self.x07, toolchain.DATE] if self.x07 else []
         words += [{"pip": sorted(self.pip), "layout": recipe.PIP_LAYOUT}] if self.pip else []
@@ -80,10 +79,10 @@ class Kind(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_base(folder: Path) -> Base | None:
-    """The base in *folder*, or None where there is none of this format; every file is there with its size."""
+    """Return the base in *folder*, None if it is missing, of another format, or a file is missing or truncated."""
     try:
         with (folder / "base.json").open("rb") as file:
-            base = msgspec.json.decode(file.read(manifest.MAX_BYTES), type=known(Base))
+            base = msgspec.json.decode(file.read(manifest.MAX_BYTES), type=prepared(Base))
         whole = all((folder / part.file).lstat().st_size == part.bytes for part in base.parts())
     except (OSError, msgspec.MsgspecError):
         return None
@@ -91,23 +90,23 @@ def read_base(folder: Path) -> Base | None:
 
 
 def check_base(folder: Path, base: Base) -> None:
-    """Check all files of *base* against base.json, hashing what changed since it was hashed. Raises ImageError."""
-    fix = "Run x07 image build, which fetches it anew"
-    subject = verify.Subject("the kept base of guest images", folder.name, verify.sha256_of, fix)
+    """Verify all files of *base*, hashing those that changed since the last time. Raises ImageError."""
+    fix = "Run x07 image build, which downloads it again"
+    subject = verify.Subject("the cached base of guest images", folder.name, verify.sha256_of, fix)
     with contextlib.ExitStack() as stack:
         folder_fd = stack.enter_context(verify.opened_folder(folder, subject))
         verify.opened_parts(folder_fd, base.parts(), subject, stack)
 
 
-def make_base(work: Path, kind: Kind, progress: Callable[[str], None]) -> Path:
-    """A finished base folder below *work*, without X07's toolchain, for its place. Raises SandboxError."""
+def make_base(work: Path, spec: BaseSpec, progress: Callable[[str], None]) -> Path:
+    """Make a base from packages in a folder below *work*, and return that folder. Raises SandboxError."""
     for name in ("mmdebstrap", "mkfs.erofs", "mke2fs", "dpkg-deb", "zstd", "apt-config", "bwrap"):
         commands.tool(name)
-    file = apt_index.write_sources(work, kind.suite, kind.arch.deb, progress)
-    apt_index.check_known(file, kind.include, kind.suite)
-    progress(f"fetching and unpacking {kind.suite} packages")
-    _mmdebstrap(work, kind, progress)
-    progress("taking the kernel apart")
+    file = apt_index.write_sources(work, spec.suite, spec.arch.deb, progress)
+    apt_index.check_known(file, spec.include, spec.suite)
+    progress(f"fetching and unpacking {spec.suite} packages")
+    _mmdebstrap(work, spec, progress)
+    progress("extracting the kernel")
     with (work / "kernel.tar").open("wb") as tar:
         argv = [commands.tool("dpkg-deb"), "--fsys-tarfile", str(work / "kernel.deb")]
         commands.run(argv, cwd=work, timeout_s=120, stdout_fd=tar.fileno())
@@ -134,9 +133,9 @@ def make_base(work: Path, kind: Kind, progress: Callable[[str], None]) -> Path:
 
 
 def add_layer(work: Path, folder: Path, base: Base, tar: Path, *, x07: str = "") -> Path:
-    """A base folder like *base* in *folder*, with the files in *tar*, which goes, appended to its root file system.
+    """Make a copy of *base* with the files of *tar* appended to its root file system; *tar* is removed.
 
-    x07: digest of X07's toolchain if that is what they are. Raises SandboxError.
+    x07: digest of X07's toolchain if *tar* contains it. Raises SandboxError.
     """
     made = Path(tempfile.mkdtemp(prefix="base-", dir=work))
     for part in base.parts():
@@ -151,7 +150,7 @@ def add_layer(work: Path, folder: Path, base: Base, tar: Path, *, x07: str = "")
 
 
 def unpack_root(work: Path, folder: Path, base: Base) -> Path:
-    """The root file system of *base* as a folder in *work*, for `remove_tree`. Raises SandboxError."""
+    """Unpack the root file system of *base* to a folder in *work*, and return that folder. Raises SandboxError."""
     root = work / "unpacked"
     argv = [commands.tool("fsck.erofs"), f"--extract={root}", "--no-preserve", str(folder / base.root.file)]
     commands.run(argv, cwd=work, timeout_s=300)
@@ -167,9 +166,9 @@ def _put_record(folder: Path, base: Base) -> None:
     put(folder, "base.json", msgspec.json.format(msgspec.json.encode(base), indent=2))
 
 
-def _mmdebstrap(work: Path, kind: Kind, progress: Callable[[str], None]) -> None:
+def _mmdebstrap(work: Path, spec: BaseSpec, progress: Callable[[str], None]) -> None:
     settings = sources.fetch_settings(commands.capture([commands.tool("apt-config"), "dump"]).decode(errors="replace"))
-    # Names and passwords for a private mirror; apt reads them on the host and they never enter the tree.
+    # Credentials of private mirrors: apt reads them on the host, and they never enter the tree.
     for option, path in (("netrc", "/etc/apt/auth.conf"), ("netrcparts", "/etc/apt/auth.conf.d")):
         if os.access(path, os.R_OK):
             settings.append(f'Dir::Etc::{option} "{path}";')
@@ -177,13 +176,13 @@ def _mmdebstrap(work: Path, kind: Kind, progress: Callable[[str], None]) -> None
     tree.mkdir(mode=0o700)
     check_space(work, NEEDED_BYTES)
     argv = [*own_namespaces(), commands.tool("mmdebstrap"), "--mode=root", "--format=tar"]
-    argv += recipe.mmdebstrap_options(kind.arch, kind.include, str(work / "kernel.deb"), str(work / "dpkg-status"))
+    argv += recipe.mmdebstrap_options(spec.arch, spec.include, str(work / "kernel.deb"), str(work / "dpkg-status"))
     argv += [f"--aptopt={setting}" for setting in settings]
     with (work / TAR_FILE).open("wb") as tar:
-        # The lock goes with the descriptor to mmdebstrap's processes: see remove_work.
+        # mmdebstrap's processes inherit the lock; `remove_work` waits for it.
         fcntl.flock(tar, fcntl.LOCK_EX)
         commands.run(
-            [*argv, kind.suite, "-", str(work / "build.sources")],
+            [*argv, spec.suite, "-", str(work / "build.sources")],
             cwd=tree,
             timeout_s=MMDEBSTRAP_TIMEOUT_S,
             extra_env={"TMPDIR": str(tree)},
@@ -193,10 +192,10 @@ def _mmdebstrap(work: Path, kind: Kind, progress: Callable[[str], None]) -> None
 
 
 def own_namespaces() -> list[str]:
-    """The start of a command line: what follows is root over a tree, and gone with all it started when killed.
+    """Return a command prefix: the command is root in its own namespaces, and all its processes die with it.
 
-    mmdebstrap's own modes leave things behind: as root it mounts where everybody sees it, and in unshare mode
-    its workers outlive it and wait for ever. So both kinds of user get this, and mmdebstrap mode "root".
+    mmdebstrap's own modes leave things behind: as root, mounts visible to the whole host; in unshare mode, workers that
+    outlive it and wait forever. So every user runs it in mode "root" behind this prefix.
     """
     argv = [commands.tool("unshare"), "--mount", "--pid", "--fork", "--mount-proc", "--kill-child"]
     if os.geteuid() != 0:
@@ -207,50 +206,50 @@ def own_namespaces() -> list[str]:
 
 
 def _check_sub_uids() -> None:
-    """That this user has ranges of subordinate uids and gids, by name or number (subuid(5)). Raises HostError."""
+    """Raise HostError unless this user has subordinate uids and gids (subuid(5))."""
     uid, what = os.geteuid(), "cannot build the guest image"
     try:
         name = pwd.getpwuid(uid).pw_name
     except KeyError:
-        why = f"uid {uid} has no entry in the passwd file, and so no subordinate uids"
-        raise HostError(what, why, "Build it as a user who has a name, or as root") from None
+        why = f"uid {uid} has no passwd entry, and so no subordinate uids"
+        raise HostError(what, why, "Build it as a user with a passwd entry, or as root") from None
     for path in ("/etc/subuid", "/etc/subgid"):
         try:
             owners = {line.partition(":")[0] for line in Path(path).read_text(encoding="utf-8").splitlines()}
         except OSError:
             owners = set()
         if not owners & {name, str(uid)}:
-            fix = f"Run usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {name} as root"
-            raise HostError(what, f"{path} gives {name} no range", fix)
+            fix = f"As root, run usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {name}"
+            raise HostError(what, f"{path} has no range for {name}", fix)
 
 
 def remove_work(work: Path, progress: Callable[[str], None]) -> None:
-    """Remove a build's folder, also one of a build that was killed, once none of its processes is left."""
-    with file_lock(work / TAR_FILE, on_wait=lambda: progress("waiting for the rest of a killed build to end")):
+    """Remove a build's folder, also that of a killed build, once all its processes have ended."""
+    with file_lock(work / TAR_FILE, on_wait=lambda: progress("waiting for the processes of a killed build")):
         tree = work / TREE
         if tree.exists() and os.geteuid() != 0:
-            # Most of it belongs to the user's sub-uids.
+            # It belongs to subordinate uids.
             argv = [*own_namespaces(), commands.tool("rm"), "-rf", "--one-file-system", str(tree)]
             commands.run(argv, cwd=work, timeout_s=120)
         remove_tree(work)
 
 
 def remove_tree(folder: Path) -> None:
-    """Remove a whole tree, but never into something mounted there. Raises ImageError."""
+    """Remove a tree. Raises ImageError if anything is mounted in it."""
     below = os.fsencode(f"{folder}/")
     if any(mounted.place.startswith(below) for mounted in mounts()):
-        why, fix = "something is still mounted below it", "Unmount it (see findmnt), then try again"
+        why, fix = "a file system is mounted below it", "Unmount it (see findmnt), then try again"
         raise ImageError(f"cannot remove {folder}", why, fix)
     shutil.rmtree(folder)
 
 
 def check_space(folder: Path, needed_bytes: int) -> None:
-    """Raises HostError where a build in *folder* will find too little."""
+    """Raise HostError if *folder* has too little free space."""
     info = os.statvfs(folder)
     free = info.f_bavail * info.f_frsize
     if free < needed_bytes:
-        why = f"{folder.parent} has {free // 1024**2} MiB free, and a build needs {needed_bytes // 1024**2}"
-        fix = "Free some space, or set X07_VM_CACHE_DIR to a larger disk"
+        why = f"{folder.parent} has {free // 1024**2} MiB free, but a build needs {needed_bytes // 1024**2}"
+        fix = "Free some space, or set X07_VM_CACHE_DIR to a folder on a larger disk"
         raise HostError("cannot build the guest image", why, fix)
 
 
@@ -259,7 +258,7 @@ def _unzstd(data: bytes) -> bytes:
 
 
 def _packages(work: Path) -> list[manifest.Package]:
-    """What dpkg says is installed, and the kernel, which is not installed but taken apart."""
+    """Return the installed packages, and the kernel's."""
     packages = [
         manifest.Package(name=stanza["Package"], version=stanza["Version"], arch=stanza["Architecture"])
         for stanza in sources.parse_deb822((work / "dpkg-status").read_text(errors="replace"))
@@ -273,14 +272,14 @@ def _packages(work: Path) -> list[manifest.Package]:
 
 
 def put(folder: Path, name: str, data: bytes) -> manifest.Part:
-    """Write a new file of an image: complete on disk, read-only."""
+    """Write a new file of an image: synced and read-only."""
     with (folder / name).open("xb") as file:
         file.write(data)
     return part_of(folder, name)
 
 
 def part_of(folder: Path, name: str) -> manifest.Part:
-    """Hash, sync and close a finished file of an image."""
+    """Hash and sync a finished file of an image, and make it read-only."""
     with (folder / name).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         os.fchmod(file.fileno(), stat.S_IRUSR | stat.S_IRGRP | stat.S_IROTH)

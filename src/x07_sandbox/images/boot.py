@@ -1,7 +1,7 @@
-"""The second stage of an image: the initramfs with init, modules and agent, made by the image's own tools.
+"""The second stage of an image: the initramfs with init, modules and agent.
 
-The interpreter and the compiler run inside the built root under bubblewrap, without a network: byte code of
-another Python would not load in the guest, and a host need not have a compiler.
+The image's own Python and compiler make it, in the built root under bubblewrap without network: byte code of another
+Python would not load in the guest, and the host need not have a compiler.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from x07_sandbox.images.guestcode import GuestCode
 
-UNPACKED_MAX = 3  # times the size of a root file system, which takes 2.2 when it is unpacked
+UNPACKED_MAX = 3  # unpacked size / size of a root file system; measured: 2.2
 _PAGE = 4096
 AGENT_MODE = 0o400
 GUEST_TMP = "/tmp"  # noqa: S108 - inside the built root
@@ -34,7 +34,7 @@ FILTER_SUFFIX = ".bpf"
 def make_initrd(
     work: Path, base_folder: Path, base: Base, code: GuestCode, progress: Callable[[str], None]
 ) -> tuple[bytes, dict[str, bytes]]:
-    """The initramfs with *code* in it, and the seccomp filters that it holds, by name.
+    """Return the initramfs with *code*, and the seccomp filters in it, by file name.
 
     work: an empty private folder. Raises ImageError, HostError.
     """
@@ -57,7 +57,7 @@ def make_initrd(
 
 
 def bwrap_argv(root: Path, source: Path, target: Path, command: tuple[str, ...]) -> list[str]:
-    """The command line that runs *command* in *root*: source at /x07, target, writable, at /opt/x07."""
+    """Return the command line that runs *command* in *root*, with *source* at /x07 and *target* at /opt/x07."""
     argv = [commands.tool("bwrap"), "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
     argv.append("--clearenv")
     for name, value in (("PATH", "/usr/bin:/bin"), ("LC_ALL", "C.UTF-8"), ("SOURCE_DATE_EPOCH", str(commands.EPOCH))):
@@ -68,7 +68,7 @@ def bwrap_argv(root: Path, source: Path, target: Path, command: tuple[str, ...])
 
 
 def pack(init: bytes, agent: bytes, base_folder: Path, base: Base) -> bytes:
-    """The initramfs. Modules keep the numbers of their file names, which is the order in which init loads them."""
+    """Return the initramfs. Module file names are numbered in loading order."""
     entries = [
         cpio.file("init", init, 0o500),
         cpio.file("agent.zip", agent, AGENT_MODE),
@@ -82,7 +82,7 @@ def pack(init: bytes, agent: bytes, base_folder: Path, base: Base) -> bytes:
         for part in base.net
     ]
     archive, tail_bytes = cpio.pack(entries), host_arch().initrd_tail_bytes
-    # The kernel skips zeros behind it.
+    # The kernel ignores zeros behind the archive.
     return archive if tail_bytes is None else archive + b"\0" * ((tail_bytes - len(archive)) % _PAGE)
 
 

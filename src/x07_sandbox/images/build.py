@@ -1,4 +1,4 @@
-"""Build an image, or find that it is there: the two stages, under one lock, into the store."""
+"""Building an image, or reusing an existing one: both stages, under the store's lock."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SOURCES = "pip-sources"
 
 
 class Extras(msgspec.Struct, frozen=True, kw_only=True):
-    """What an image has beyond the usual.
+    """The optional contents of an image.
 
     include: Debian packages. preload: Python modules. x07: digest of X07's toolchain. pip: Python packages from wheels.
     """
@@ -39,14 +39,14 @@ class Extras(msgspec.Struct, frozen=True, kw_only=True):
     x07: str = ""
     pip: tuple[manifest.Wheel, ...] = ()
 
-    def kind(self) -> bases.Kind:
-        """The base that such an image is made of, on this host."""
+    def base_spec(self) -> bases.BaseSpec:
+        """Return the inputs of the image's base on this host."""
         wheels = tuple(wheel.sha256 for wheel in self.pip)
         suite = sources.release_codename()
-        return bases.Kind(arch=host_arch(), suite=suite, include=self.include, x07=self.x07, pip=wheels)
+        return bases.BaseSpec(arch=host_arch(), suite=suite, include=self.include, x07=self.x07, pip=wheels)
 
 
-def build_image(  # noqa: PLR0913 - what an image may be made with, each by its name
+def build_image(  # noqa: PLR0913 - one keyword per ingredient
     *,
     name: str = store.DEFAULT,
     include: Sequence[str] | None = None,
@@ -57,75 +57,37 @@ def build_image(  # noqa: PLR0913 - what an image may be made with, each by its 
     fresh: bool = False,
     code: guestcode.GuestCode | None = None,
 ) -> Image:
-    """The image for this installation's guest code, called *name* from now on; what is damaged is made anew.
+    """Build the image called *name*, or reuse an intact one with the same contents.
 
-    include: further Debian packages. preload: Python modules that a program on a saved machine finds imported. pip:
-    Python packages, as pip.check_requirements takes them. x07: folder of X07's toolchain. Each None: what the image of
-    this name has by now. fresh: fetch and unpack the packages again. code: what runs in the guest; this installation's
-    if None. progress: called with one line of text at a time.
+    include: further Debian packages. preload: Python modules to import in VM templates. pip: Python packages (see
+    pip.check_requirements). x07: folder of X07's toolchain. None keeps what the image of this name has. fresh: download
+    the packages again. code: the guest code, by default this installation's. progress: called with lines of text.
     Raises SandboxError; then nothing has changed.
     """
     store.check_name(name)
-    asked_packages = None if include is None else recipe.check_packages(include)
-    asked_modules = None if preload is None else recipe.check_modules(preload)
-    asked_wheels = None if pip is None else pips.check_requirements(pip)
+    packages = None if include is None else recipe.check_packages(include)
+    modules = None if preload is None else recipe.check_modules(preload)
+    requirements = None if pip is None else pips.check_requirements(pip)
     images = store.images_dir()
-    with file_lock(images / ".lock", on_wait=lambda: progress("waiting for another build of an image")):
-        for left in leftovers():
-            bases.remove_work(left, progress)
-        more = _extras(name, asked_packages, asked_modules, progress, keeps_pip=asked_wheels is None)
+    with file_lock(images / ".lock", on_wait=lambda: progress("waiting for another image build")):
+        for folder in leftovers():
+            bases.remove_work(folder, progress)
+        extras = _extras(name, packages, modules, progress, keeps_pip=requirements is None)
         work = _new_work()
+        builder = _Builder(work, images, progress, fresh=fresh, code=code or guestcode.read_guest_code())
         try:
             if x07 is not None:
                 progress(f"copying the X07 toolchain {x07}")
-                more = msgspec.structs.replace(more, x07=toolchain.snapshot(x07, work / X07_COPY))
-            if asked_wheels is not None:
-                if more.pip:
-                    had = ", ".join(wheel.name for wheel in more.pip)
-                    progress(f"replacing the Python packages that it had: {had}")
-                more = msgspec.structs.replace(more, pip=_fetch(work, images, more, asked_wheels, progress))
-            digest = _build(work, images, more, progress, fresh=fresh, code=code or guestcode.read_guest_code())
+                extras = msgspec.structs.replace(extras, x07=toolchain.snapshot(x07, work / X07_COPY))
+            if requirements is not None:
+                if extras.pip:
+                    progress(f"replacing the Python packages: {', '.join(wheel.name for wheel in extras.pip)}")
+                extras = msgspec.structs.replace(extras, pip=builder.download(extras, requirements))
+            digest = builder.build(extras)
         finally:
             bases.remove_work(work, progress)
         store.set_name(name, digest)
     return store.load(digest, name)
-
-
-def _build(
-    work: Path, images: Path, more: Extras, progress: Callable[[str], None], *, fresh: bool, code: guestcode.GuestCode
-) -> str:
-    kind = more.kind()
-    folder = images / f"base-{kind.key}"
-    base = None if fresh else bases.read_base(folder)
-    if base is not None and (known := _known((base.digest, code.digest, more.preload), progress)) is not None:
-        return known
-    if base is None or not _whole(folder, base, progress):
-        base = _new_base(work, folder, more, progress, fresh=fresh)
-    draft = manifest.Manifest(
-        schema_version=manifest.SCHEMA,
-        digest=manifest.NO_DIGEST,
-        recipe=recipe.RECIPE,
-        arch=kind.arch.name,
-        suite=kind.suite,
-        include=list(more.include),
-        preload=list(more.preload),
-        x07=more.x07,
-        pip=list(more.pip),
-        base=base.digest,
-        guest_code=code.digest,
-        kernel_release=base.kernel_release,
-        parts=manifest.Parts(kernel=base.kernel, initrd=base.kernel, root=base.root, scratch=base.scratch),
-        scratch_disk=base.scratch_disk,
-        packages=base.packages,
-        filters={},
-    )
-    place = work / "image"
-    whole = _second_stage(place, folder, base, code, draft, progress)
-    target = images / whole.digest.removeprefix("sha256:")
-    if target.exists():  # and yet not taken by _known: damaged
-        target.rename(work / "old-image")
-    place.rename(target)
-    return target.name
 
 
 def _extras(
@@ -136,160 +98,188 @@ def _extras(
     *,
     keeps_pip: bool,
 ) -> Extras:
-    """What is asked for, else what the image called *name* has. Raises ImageError where that cannot be told."""
+    """Combine the requested contents with those of the image called *name*. Raises ImageError if these are unknown."""
     try:
         image = store.named(name)
     except ImageError as exc:
         if packages is None:
             raise
         if modules is None:
-            progress(f"{exc.why}: it will have no modules preloaded")
+            progress(f"{exc.why}: no modules will be preloaded")
         image = None
-    had: list[list[str]] = [[], []] if image is None else [image.manifest.include, image.manifest.preload]
-    if packages is None and had[0]:
-        progress(f"with the packages that it had: {', '.join(had[0])}")
-    if modules is None and had[1]:
-        progress(f"with the modules that it had: {', '.join(had[1])}")
-    if keeps_pip and image is not None and image.manifest.pip:
-        progress(f"with the Python packages that it had: {', '.join(wheel.name for wheel in image.manifest.pip)}")
+    if image is None:
+        return Extras(include=packages or (), preload=modules or ())
+    old = image.manifest
+    wheels = [wheel.name for wheel in old.pip] if keeps_pip else []
+    kept = {
+        "packages": old.include if packages is None else [],
+        "preloaded modules": old.preload if modules is None else [],
+        "Python packages": wheels,
+    }
+    for kind, names in kept.items():
+        if names:
+            progress(f"keeping the {kind}: {', '.join(names)}")
     return Extras(
-        include=recipe.check_packages(had[0]) if packages is None else packages,
-        preload=recipe.check_modules(had[1]) if modules is None else modules,
-        x07="" if image is None else image.manifest.x07,
-        pip=() if image is None else tuple(image.manifest.pip),
+        include=recipe.check_packages(old.include) if packages is None else packages,
+        preload=recipe.check_modules(old.preload) if modules is None else modules,
+        x07=old.x07,
+        pip=tuple(old.pip),
     )
 
 
-def _fetch(
-    work: Path,
-    images: Path,
-    more: Extras,
-    lines: tuple[str, ...],
-    progress: Callable[[str], None],
-    *,
-    deps: bool = True,
-) -> tuple[manifest.Wheel, ...]:
-    """Fetch the wheels that satisfy *lines* and fit the image. Raises SandboxError."""
-    if not lines:
-        return ()
-    kind = more.kind()
-    place = work / SOURCES
-    place.mkdir(mode=0o700)
-    file = apt_index.write_sources(place, kind.suite, kind.arch.deb, lambda _note: None)
-    python = _python(images, more) or pips.guest_python(apt_index.versions(file, ("python3", "libc6")), kind.arch.name)
-    return pips.download(work / WHEELS, lines, python, progress, sources_file=file, deps=deps)
+class _Builder:
+    """One build. work: its private folder. images: the store's folder. fresh: do not reuse bases."""
 
+    def __init__(
+        self, work: Path, images: Path, progress: Callable[[str], None], *, fresh: bool, code: guestcode.GuestCode
+    ) -> None:
+        self._work = work
+        self._images = images
+        self._progress = progress
+        self._fresh = fresh
+        self._code = code
 
-def _python(images: Path, more: Extras) -> pips.GuestPython | None:
-    """The Python of the base that is here already; None where there is none."""
-    kind = msgspec.structs.replace(more.kind(), x07="", pip=())
-    base = bases.read_base(images / f"base-{kind.key}")
-    if base is None:
-        return None
-    return pips.guest_python({package.name: package.version for package in base.packages}, kind.arch.name)
+    def build(self, extras: Extras) -> str:
+        """Build the image, unless it exists, and return its digest (hex). Raises SandboxError."""
+        base = None if self._fresh else bases.read_base(self._base_folder(extras))
+        if base is not None and (digest := self._existing(base, extras)):
+            return digest
+        folder, base = self._base(extras)
+        spec = extras.base_spec()
+        draft = manifest.Manifest(
+            schema_version=manifest.SCHEMA,
+            digest=manifest.NO_DIGEST,
+            recipe=recipe.RECIPE,
+            arch=spec.arch.name,
+            suite=spec.suite,
+            include=list(extras.include),
+            preload=list(extras.preload),
+            x07=extras.x07,
+            pip=list(extras.pip),
+            base=base.digest,
+            guest_code=self._code.digest,
+            kernel_release=base.kernel_release,
+            parts=manifest.Parts(kernel=base.kernel, initrd=base.kernel, root=base.root, scratch=base.scratch),
+            scratch_disk=base.scratch_disk,
+            packages=base.packages,
+            filters={},
+        )
+        made = self._work / "image"
+        image = self._second_stage(made, folder, base, draft)
+        target = self._images / image.digest.removeprefix("sha256:")
+        if target.exists():  # damaged, since it was not reused
+            target.rename(self._work / "old-image")
+        made.rename(target)
+        return target.name
 
+    def download(self, extras: Extras, lines: tuple[str, ...], *, deps: bool = True) -> tuple[manifest.Wheel, ...]:
+        """Download the wheels that satisfy *lines* and fit the image. Raises SandboxError."""
+        if not lines:
+            return ()
+        spec = extras.base_spec()
+        folder = self._work / SOURCES
+        folder.mkdir(mode=0o700)
+        file = apt_index.write_sources(folder, spec.suite, spec.arch.deb, lambda _note: None)
+        plain = msgspec.structs.replace(extras, x07="", pip=())
+        base = bases.read_base(self._base_folder(plain))
+        if base is not None:
+            python = _python(base, spec)
+        else:
+            python = pips.guest_python(apt_index.versions(file, ("python3", "libc6")), spec.arch.name)
+        return pips.download(self._work / WHEELS, lines, python, self._progress, sources_file=file, deps=deps)
 
-def _known(wanted: tuple[str, str, tuple[str, ...]], progress: Callable[[str], None]) -> str | None:
-    """The image that this build would make, if it is there and whole. wanted: base, guest code, modules to preload."""
-    for image in store.list_images():
-        made = image.manifest
-        if (made.base, made.guest_code, tuple(made.preload)) == wanted:
-            if problem := verify.first_problem(image):
-                progress(f"{problem}: making the image anew")
-                return None  # another name's is the same folder
-            return image.digest.removeprefix("sha256:")
-    return None
+    def _base_folder(self, extras: Extras) -> Path:
+        return self._images / f"base-{extras.base_spec().key}"
 
+    def _existing(self, base: bases.Base, extras: Extras) -> str:
+        """Return the digest (hex) of an intact image with these contents, empty if there is none."""
+        wanted = base.digest, self._code.digest, list(extras.preload)
+        for image in store.list_images():
+            made = image.manifest
+            if (made.base, made.guest_code, made.preload) == wanted:
+                if problems := verify.verify_image(image, use_record=True):
+                    self._progress(f"{problems[0]}: rebuilding the image")
+                    return ""  # images with the same contents share a folder
+                return image.digest.removeprefix("sha256:")
+        return ""
 
-def _whole(folder: Path, base: bases.Base, progress: Callable[[str], None]) -> bool:
-    try:
-        bases.check_base(folder, base)
-    except ImageError as exc:
-        progress(f"{exc.what}: {exc.why}: fetching it anew")
-        return False
-    return True
+    def _base(self, extras: Extras) -> tuple[Path, bases.Base]:
+        """Return the base of the image and its folder; make it if it is missing or damaged. Raises SandboxError."""
+        folder = self._base_folder(extras)
+        base = None if self._fresh else bases.read_base(folder)
+        if base is not None:
+            try:
+                bases.check_base(folder, base)
+            except ImageError as exc:
+                self._progress(f"{exc.what}: {exc.why}: downloading it again")
+            else:
+                return folder, base
+        made = self._new_base(extras)
+        if folder.exists():  # images have links to its files
+            folder.rename(self._work / f"old-{folder.name}")
+        made.rename(folder)
+        base = bases.read_base(folder)
+        assert base is not None  # noqa: S101
+        return folder, base
 
-
-def _new_base(work: Path, folder: Path, more: Extras, progress: Callable[[str], None], *, fresh: bool) -> bases.Base:
-    """Make the base for *more* in *folder*: from packages, or by adding to the base without the last addition."""
-    if more.pip:
-        made = _with_wheels(work, folder, more, progress, fresh=fresh)
-    elif more.x07:
+    def _new_base(self, extras: Extras) -> Path:
+        """Make a base in the work folder: from packages, or by adding the last ingredient to another base."""
+        work = self._work
+        if extras.pip:
+            return self._with_wheels(extras)
+        if not extras.x07:
+            return bases.make_base(work, extras.base_spec(), self._progress)
         if not (work / X07_COPY).exists():
-            why = "its X07 toolchain is not here"
-            raise ImageError("cannot make the image anew", why, "Name it again: --x07-toolchain DIR")
-        below, base = _base_below(work, folder, msgspec.structs.replace(more, x07=""), progress, fresh=fresh)
-        progress("adding the X07 toolchain")
+            why = "its X07 toolchain is not available"
+            raise ImageError("cannot rebuild the image", why, "Add --x07-toolchain DIR")
+        below, base = self._base(msgspec.structs.replace(extras, x07=""))
+        self._progress("adding the X07 toolchain")
         tar = work / "x07.tar"
         toolchain.pack(work / X07_COPY, tar)
-        made = bases.add_layer(work, below, base, tar, x07=more.x07)
-    else:
-        made = bases.make_base(work, more.kind(), progress)
-    if folder.exists():  # images hold its files by links of their own
-        folder.rename(work / f"old-{folder.name}")
-    made.rename(folder)
-    written = bases.read_base(folder)
-    assert written is not None  # noqa: S101
-    return written
+        return bases.add_layer(work, below, base, tar, x07=extras.x07)
+
+    def _with_wheels(self, extras: Extras) -> Path:
+        """Make a base with the Python packages in the work folder."""
+        work = self._work
+        without = msgspec.structs.replace(extras, pip=())
+        below, base = self._base(without)
+        if not (work / WHEELS).exists():  # a rebuild: download the same wheels again
+            downloaded = self.download(without, pips.pinned(extras.pip), deps=False)
+            if set(downloaded) != set(extras.pip):
+                why = "the package index has different files now"
+                raise ImageError("cannot rebuild the image", why, "Request its Python packages again: --pip NAME,...")
+        self._progress("unpacking the root file system")
+        bases.check_space(work, boot.UNPACKED_MAX * base.root.bytes)
+        root = bases.unpack_root(work, below, base)
+        self._progress("adding the Python packages")
+        python = _python(base, extras.base_spec())
+        tar = wheels.make_layer(work, sorted((work / WHEELS).iterdir()), root, python.version)
+        bases.remove_tree(root)
+        return bases.add_layer(work, below, base, tar)
+
+    def _second_stage(self, made: Path, folder: Path, base: bases.Base, draft: manifest.Manifest) -> manifest.Manifest:
+        """Make the image in the folder *made*: links to files of the base, the initramfs, the manifest."""
+        made.mkdir(mode=0o700)
+        boot_work = made.with_name("boot")
+        boot_work.mkdir(mode=0o700)
+        archive, filters = boot.make_initrd(boot_work, folder, base, self._code, self._progress)
+        initrd = bases.put(made, "initrd.cpio", archive)
+        # Copies of the filters in the initramfs, for inspection.
+        copies = {name.removesuffix(boot.FILTER_SUFFIX): bases.put(made, name, data) for name, data in filters.items()}
+        for part in (base.kernel, base.root, base.scratch):
+            os.link(folder / part.file, made / part.file)
+        parts = msgspec.structs.replace(draft.parts, initrd=initrd)
+        image = manifest.sealed(msgspec.structs.replace(draft, parts=parts, filters=copies))
+        bases.put(made, "manifest.json", manifest.encode(image))
+        return image
 
 
-def _base_below(
-    work: Path, folder: Path, more: Extras, progress: Callable[[str], None], *, fresh: bool
-) -> tuple[Path, bases.Base]:
-    """The base for *more*, beside *folder*, made where it is missing or damaged."""
-    below = folder.with_name(f"base-{more.kind().key}")
-    base = None if fresh else bases.read_base(below)
-    if base is None or not _whole(below, base, progress):
-        base = _new_base(work, below, more, progress, fresh=fresh)
-    return below, base
-
-
-def _with_wheels(work: Path, folder: Path, more: Extras, progress: Callable[[str], None], *, fresh: bool) -> Path:
-    """A base folder in *work*: the base without Python packages, and those that *more* names."""
-    without = msgspec.structs.replace(more, pip=())
-    below, base = _base_below(work, folder, without, progress, fresh=fresh)
-    python = _python(folder.parent, without)
-    assert python is not None  # noqa: S101 - it is made by now
-    if not (work / WHEELS).exists():  # they were fetched for an image that is here: the same ones again
-        fetched = _fetch(work, folder.parent, without, pips.pinned(more.pip), progress, deps=False)
-        if set(fetched) != set(more.pip):
-            why = "the package index has other files by now"
-            raise ImageError("cannot make the image anew", why, "Name its Python packages again: --pip NAME,...")
-    progress("unpacking the root file system")
-    bases.check_space(work, boot.UNPACKED_MAX * base.root.bytes)
-    root = bases.unpack_root(work, below, base)
-    progress("adding the Python packages")
-    tar = wheels.make_layer(work, sorted((work / WHEELS).iterdir()), root, python.version)
-    bases.remove_tree(root)
-    return bases.add_layer(work, below, base, tar)
-
-
-def _second_stage(
-    place: Path,
-    folder: Path,
-    base: bases.Base,
-    code: guestcode.GuestCode,
-    draft: manifest.Manifest,
-    progress: Callable[[str], None],
-) -> manifest.Manifest:
-    """Make the image's folder at *place*: files of the base by link, the initramfs, the manifest."""
-    place.mkdir(mode=0o700)
-    boot_work = place.with_name("boot")
-    boot_work.mkdir(mode=0o700)
-    archive, filters = boot.make_initrd(boot_work, folder, base, code, progress)
-    initrd = bases.put(place, "initrd.cpio", archive)
-    # They are in the initramfs; beside it they can be looked at, and compared with what a result names.
-    shown = {name.removesuffix(boot.FILTER_SUFFIX): bases.put(place, name, data) for name, data in filters.items()}
-    for part in (base.kernel, base.root, base.scratch):
-        os.link(folder / part.file, place / part.file)
-    parts = msgspec.structs.replace(draft.parts, initrd=initrd)
-    whole = manifest.sealed(msgspec.structs.replace(draft, parts=parts, filters=shown))
-    bases.put(place, "manifest.json", manifest.encode(whole))
-    return whole
+def _python(base: bases.Base, spec: bases.BaseSpec) -> pips.GuestPython:
+    return pips.guest_python({package.name: package.version for package in base.packages}, spec.arch.name)
 
 
 def leftovers() -> list[Path]:
-    """What killed builds left; whoever asks holds the lock of the store, so that nobody works there."""
+    """Return the folders of killed builds; the caller must hold the store's lock."""
     return sorted(cache_folder("tmp").glob(f"{WORK_PREFIX}*"))
 
 
@@ -298,10 +288,7 @@ def _new_work() -> Path:
 
 
 def remove_from_store(folder: Path, progress: Callable[[str], None]) -> None:
-    """Remove an image or a base at once for whoever looks for it; the caller holds the lock of the store.
-
-    Killed on the way it is a leftover. Raises OSError, SandboxError.
-    """
+    """Remove an image or a base atomically; the caller must hold the store's lock. Raises OSError, SandboxError."""
     work = _new_work()
     try:
         folder.rename(work / "removed")

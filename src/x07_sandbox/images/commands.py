@@ -1,4 +1,4 @@
-"""Outside commands of the image build: found by name, explicit environment, bounded log, killed as a group."""
+"""External commands of the image build: explicit environment, bounded log, killed as a group."""
 
 from __future__ import annotations
 
@@ -37,14 +37,12 @@ PROXIES = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY",
 EPOCH = 1735689600  # the one date in every image: 1 January 2025
 LOG_BYTES = 64 * 1024
 ERROR_LINES = 12
-_ERROR = re.compile(
-    r"\berror\b|^E: |returned error", re.IGNORECASE
-)  # lines that explain a failure, wherever they stand
-GRACE_S = 10.0  # mmdebstrap unmounts and removes its tree after SIGTERM
+_ERROR = re.compile(r"\berror\b|^E: |returned error", re.IGNORECASE)
+GRACE_S = 10.0  # after SIGTERM, mmdebstrap unmounts and removes its tree
 
 
 def tool(name: str) -> str:
-    """The absolute path of a command in PACKAGES. Raises HostError naming its package."""
+    """Return the absolute path of a command in PACKAGES. Raises HostError."""
     if path := _found(name):
         return path
     fix = f"Run apt install {PACKAGES[name]}"
@@ -52,7 +50,7 @@ def tool(name: str) -> str:
 
 
 def missing_tools() -> dict[str, str]:
-    """Commands of PACKAGES that are not here, and Debian's package of each."""
+    """Return the missing commands of PACKAGES, with the Debian package of each."""
     return {name: package for name, package in PACKAGES.items() if not _found(name)}
 
 
@@ -61,7 +59,7 @@ def _found(name: str) -> str | None:
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The whole environment of a build command: nothing of the caller's but HOME and the proxies that apt reads."""
+    """Return the environment of a build command; only HOME and proxies are inherited."""
     env = {"PATH": ":".join(SEARCH), "LC_ALL": "C.UTF-8", "SOURCE_DATE_EPOCH": str(EPOCH)}
     env |= {name: os.environ[name] for name in ("HOME", *PROXIES) if name in os.environ}
     return env | dict(extra or {})
@@ -76,12 +74,10 @@ def run(
     stdout_fd: int | None = None,
     on_line: Callable[[str], None] | None = None,
 ) -> None:
-    """Run *argv* to its end; its last lines are in the error if it fails.
+    """Run *argv*; kill it if the calling thread dies. Raises ImageError, with its last lines, on failure or timeout.
 
-    stdout_fd: where standard output goes, lent; None puts it into the log with standard error.
-    on_line: called with each line of the log as it comes.
-    The command is killed when the calling thread dies, so a killed build does not go on alone.
-    Raises ImageError on a status other than 0 and after timeout_s seconds.
+    stdout_fd: destination of standard output; None: the log, with standard error.
+    on_line: called with each line of the log.
     """
     proc = subprocess.Popen(
         [tool("setpriv"), "--pdeathsig", "KILL", "--", *argv],
@@ -105,15 +101,15 @@ def run(
         _end(proc)
     name = Path(argv[0]).name
     if not in_time:
-        why = f"not done after {timeout_s:.0f} s"
-        raise ImageError(f"cannot build the guest image with {name}", why, "Look at the network, then try again")
+        why = f"it timed out after {timeout_s:.0f} s"
+        raise ImageError(f"cannot build the guest image with {name}", why, "Check the network, then try again")
     if proc.returncode:
-        what = f"cannot build the guest image: {name} ended with status {proc.returncode}"
-        raise ImageError(what, _tail(log), "See its last lines above, then try again")
+        what = f"cannot build the guest image: {name} exited with status {proc.returncode}"
+        raise ImageError(what, _tail(log), "Check its output above, then try again")
 
 
 def _drain(fd: int, log: bytearray, on_line: Callable[[str], None] | None, until: float) -> bool:
-    """Read *fd* to its end into *log*, which keeps the last LOG_BYTES; False when the time is over."""
+    """Read *fd* to its end into *log*, which keeps the last LOG_BYTES. Return False on timeout."""
     line = b""
     with selectors.DefaultSelector() as selector:
         selector.register(fd, selectors.EVENT_READ)
@@ -136,11 +132,11 @@ def _drain(fd: int, log: bytearray, on_line: Callable[[str], None] | None, until
 def _tail(log: bytearray) -> str:
     lines = [line for line in log.decode(errors="replace").splitlines() if line.strip()]
     shown = [line for line in lines[:-ERROR_LINES] if _ERROR.search(line)][:ERROR_LINES] + lines[-ERROR_LINES:]
-    return "\n  " + "\n  ".join(shown) if lines else "it said nothing"
+    return "\n  " + "\n  ".join(shown) if lines else "it printed nothing"
 
 
 def _end(proc: subprocess.Popen[bytes]) -> None:
-    """Leave nothing of the command's group running, whatever happened before."""
+    """Terminate the command's process group if it is still running."""
     if proc.poll() is None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(proc.pid, signal.SIGTERM)
@@ -153,7 +149,7 @@ def _end(proc: subprocess.Popen[bytes]) -> None:
 
 
 def capture(argv: Sequence[str], *, data: bytes | None = None, max_bytes: int = 64 * 1024 * 1024) -> bytes:
-    """Standard output of a short command. Raises ImageError if it fails or says more than max_bytes."""
+    """Return standard output of a short command. Raises ImageError if it fails or exceeds max_bytes."""
     what = f"cannot build the guest image with {Path(argv[0]).name}"
     try:
         done = subprocess.run(
@@ -166,7 +162,7 @@ def capture(argv: Sequence[str], *, data: bytes | None = None, max_bytes: int = 
             check=False,
         )
     except subprocess.TimeoutExpired as exc:
-        raise ImageError(what, "not done after 60 s", "Try again") from exc
+        raise ImageError(what, "it timed out after 60 s", "Try again") from exc
     if done.returncode or len(done.stdout) > max_bytes:
         raise ImageError(what, _tail(bytearray(done.stderr)), "Try again")
     return done.stdout

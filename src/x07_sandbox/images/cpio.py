@@ -1,4 +1,4 @@
-"""The newc cpio archive that the kernel unpacks as initramfs: same entries, same bytes."""
+"""Reproducible newc cpio archives, the format of an initramfs."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-MAX_FILE_BYTES = 0xFFFFFFFF  # the size field has eight hexadecimal digits; past it the archive would be silently wrong
+MAX_FILE_BYTES = 0xFFFFFFFF  # the size field has eight hexadecimal digits
 TRAILER = "TRAILER!!!"
 _MTIME_MAX_NS = 0xFFFFFFFF * 10**9
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One file or folder; mode holds the type too (stat.S_IFREG or stat.S_IFDIR). mtime_ns: 0 for none."""
+    """One file or folder; mode includes the type (stat.S_IFREG or stat.S_IFDIR). mtime_ns: 0 for none."""
 
     name: str
     mode: int
@@ -25,20 +25,20 @@ class Entry:
 
 
 def folder(name: str, mode: int = 0o755) -> Entry:
-    """An entry for a folder."""
+    """Return an entry for a folder."""
     return Entry(name, stat.S_IFDIR | mode)
 
 
 def file(name: str, data: bytes, mode: int = 0o444, mtime_ns: int = 0) -> Entry:
-    """An entry for a regular file."""
+    """Return an entry for a regular file."""
     return Entry(name, stat.S_IFREG | mode, data, mtime_ns)
 
 
 def pack(entries: Sequence[Entry]) -> bytes:
-    """The archive, in the order given: owner root, inode numbers counted from 1.
+    """Return the archive, with owner root and inode numbers from 1.
 
-    The nanoseconds of an mtime, for which the format has no field, are in that of a device's minor number.
-    Raises ValueError for a name that is empty, absolute or twice there, and for a file over MAX_FILE_BYTES.
+    The format has no field for nanoseconds of an mtime: rdevminor contains them.
+    Raises ValueError for an empty, absolute or duplicate name, and for a file over MAX_FILE_BYTES.
     """
     out = bytearray()
     seen: set[str] = set()
@@ -64,7 +64,7 @@ def _header(inode: int, entry: Entry) -> bytes:
 
 
 def check_size(name: str, size: int) -> int:
-    """*size* if the format can hold it. Raises ValueError."""
+    """Return *size* if it fits the format. Raises ValueError."""
     if size > MAX_FILE_BYTES:
-        raise ValueError(f"{name} has {size} bytes, and a file in an initramfs at most {MAX_FILE_BYTES}")
+        raise ValueError(f"{name} has {size} bytes, but a cpio entry holds at most {MAX_FILE_BYTES}")
     return size

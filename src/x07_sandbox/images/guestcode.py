@@ -1,4 +1,4 @@
-"""Which of our own files go into the guest, and the digest that says whether an image still has them."""
+"""Our own files that go into the guest, and their digest, which tells whether an image is current."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import msgspec
 
 from x07_sandbox.images import manifest
 
-BOOT_RECIPE = 2  # bump when boot.py makes something else of the same files
+BOOT_RECIPE = 2  # bump when boot.py changes its output
 INIT = "guest/boot/init.c"
 PACK = "guest/boot/pack.py"
 FILTERS = "guest/boot/filters.py"
@@ -17,26 +17,20 @@ PLACES = "guest/boot/places.py"
 
 
 class GuestCode(msgspec.Struct, frozen=True, kw_only=True):
-    """One reading of the files, so that digest and content belong together. Both by path below the package.
-
-    agent: all Python code that the guest runs. tools: what the built root's compiler and interpreter work with.
-    """
+    """Contents by path below the package. agent: Python code of the guest. tools: inputs of the second stage."""
 
     agent: dict[str, bytes]
     tools: dict[str, bytes]
 
     @property
     def digest(self) -> str:
-        """What manifest.guest_code says of an image with this code."""
+        """The value of `guest_code` in the manifest of an image with this code."""
         files = {name: hashlib.sha256(data).hexdigest() for name, data in (self.agent | self.tools).items()}
         return hashlib.sha256(manifest.canonical([BOOT_RECIPE, files])).hexdigest()
 
 
 def read_guest_code(root: Path | None = None) -> GuestCode:
-    """The files of this installation. root: the package's folder.
-
-    The package's own __init__ is empty in the guest: the host's exports the library, which the guest has not.
-    """
+    """Read the files of this installation; the package's own __init__ is empty in the guest. root: the package."""
     root = root or Path(__file__).parents[1]
     paths = [root / "errors.py", *root.glob("channel/**/*.py"), *root.glob("guest/**/*.py")]
     boot = root / "guest" / "boot"

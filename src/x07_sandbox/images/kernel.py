@@ -1,6 +1,6 @@
-"""Debian's kernel package taken apart: the ELF inside bzImage, and the modules in the order of loading.
+"""Extracting Debian's kernel package: the ELF kernel inside bzImage, and the modules in loading order.
 
-The bzImage header is that of the kernel's Documentation/arch/x86/boot.rst, protocol 2.08 and newer.
+The bzImage header is defined in the kernel's Documentation/arch/x86/boot.rst, protocol 2.08 and newer.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ SIZE_BYTES = 4
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 MAX_KERNEL_BYTES = 512 * 1024 * 1024
 MAX_MODULE_BYTES = 64 * 1024 * 1024
-# What init needs before it can reach the root file system, and what every job mounts.
+# For init to reach the root file system, and for the mounts of every job.
 # fmt: off
 BOOT_MODULES = (
     "libcrc32c", "virtio_mmio", "virtio_blk", "virtio_pci", "virtio_rng", "erofs", "overlay", "ext4", "virtio_console",
 )
-# What a job with a network policy loads: the rules of the in-guest relay.
+# For the relay's rules in jobs with a network policy.
 NET_MODULES = (
     "nfnetlink", "nfnetlink_queue", "nf_tables", "nft_queue", "nft_tproxy", "nft_socket", "nf_tproxy_ipv4",
     "nf_tproxy_ipv6", "nf_socket_ipv4", "nf_socket_ipv6", "nf_defrag_ipv4", "nf_defrag_ipv6", "nf_conntrack", "nft_ct",
@@ -39,7 +39,7 @@ NET_MODULES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kernel:
-    """A kernel package: its version, the ELF image, and (name, bytes) of the modules in loading order."""
+    """A kernel: its release, the ELF image, and (name, content) of modules in loading order."""
 
     release: str
     vmlinux: bytes
@@ -48,12 +48,12 @@ class Kernel:
 
 
 def payload(image: bytes) -> tuple[bytes, int]:
-    """The zstd stream of a bzImage and the size that it unpacks to. Raises ImageError."""
+    """Return the zstd stream of a bzImage, and its unpacked size. Raises ImageError."""
     if image[4:8] == b"zimg":
-        why = "it is an EFI zboot image, as aarch64 has them, which this version does not take apart"
+        why = "it is an EFI zboot image (aarch64), which this version does not support"
         raise ImageError("cannot use the kernel package", why, "Build the image on x86-64")
     if len(image) < HEADER_BYTES or image[0x202:0x206] != b"HdrS":
-        raise _bad("it is no bzImage")
+        raise _bad("it is not a bzImage")
     setup_sectors = image[0x1F1] or 4
     offset, length = struct.unpack_from("<II", image, 0x248)
     start = (setup_sectors + 1) * 512 + offset
@@ -62,27 +62,27 @@ def payload(image: bytes) -> tuple[bytes, int]:
         raise _bad("its header points outside the file")
     if body[:4] != ZSTD_MAGIC:
         raise _bad("its payload is not zstd")
-    # The build appends the unpacked size, which is not part of the stream.
+    # The unpacked size follows the stream.
     (size,) = struct.unpack("<I", body[-SIZE_BYTES:])
     if size > MAX_KERNEL_BYTES:
-        raise _bad(f"it says that it unpacks to {size} bytes")
+        raise _bad(f"its unpacked size of {size} bytes is too large")
     return body[:-SIZE_BYTES], size
 
 
 def vmlinux(image: bytes, unzstd: Callable[[bytes], bytes]) -> bytes:
-    """The ELF kernel inside a bzImage. Raises ImageError if it is not what the header promised."""
+    """Return the ELF kernel inside a bzImage. Raises ImageError."""
     packed, size = payload(image)
     elf = unzstd(packed)
     if elf[:4] != b"\x7fELF" or len(elf) != size:
-        raise _bad("what it unpacks to is no ELF file of the promised size")
+        raise _bad("its payload is not an ELF file of the expected size")
     return elf
 
 
 def modinfo(module: bytes) -> dict[str, str]:
-    """The .modinfo section of a module: the last value of each key. Raises ImageError."""
+    """Return the .modinfo section of a module: the last value of each key. Raises ImageError."""
     try:
         if module[:6] != b"\x7fELF\x02\x01":
-            raise _bad_module("it is no little-endian 64-bit ELF file")
+            raise _bad_module("it is not a little-endian 64-bit ELF file")
         (table,) = struct.unpack_from("<Q", module, 0x28)
         entry_size, count, names_index = struct.unpack_from("<HHH", module, 0x3A)
         sections = [struct.unpack_from("<IIQQQQ", module, table + i * entry_size) for i in range(count)]
@@ -99,25 +99,22 @@ def modinfo(module: bytes) -> dict[str, str]:
 def load_order(
     wanted: Iterable[str], depends: Mapping[str, Iterable[str]], built_in: frozenset[str] = frozenset()
 ) -> list[str]:
-    """*wanted* and all that they need, each after what it needs, in a fixed order.
+    """Return *wanted* and their dependencies, each after its own dependencies, in a fixed order.
 
-    depends: module -> the modules that it needs. Names are those the kernel shows, with underscores.
-    Raises ImageError for a name that is neither a module nor built in, and for a circle.
+    depends: dependencies of each module. Names have underscores, as the kernel shows them.
+    Raises ImageError for a name that is neither a module nor built in, and for a cycle.
     """
     order: list[str] = []
-    open_names: list[str] = []
 
-    def visit(name: str) -> None:
+    def visit(name: str, dependents: tuple[str, ...] = ()) -> None:
         if name in order or (name in built_in and name not in depends):
             return
-        if name in open_names:
-            raise _bad_module(f"modules need each other in a circle: {' '.join([*open_names, name])}")
+        if name in dependents:
+            raise _bad_module(f"modules depend on each other: {' '.join([*dependents, name])}")
         if name not in depends:
             raise _bad_module(f"there is no module {name}")
-        open_names.append(name)
         for needed in sorted(depends[name]):
-            visit(needed)
-        open_names.pop()
+            visit(needed, (*dependents, name))
         order.append(name)
 
     for name in wanted:
@@ -126,7 +123,7 @@ def load_order(
 
 
 def read_package(tar_path: Path, unzstd: Callable[[bytes], bytes]) -> Kernel:
-    """The kernel in the file tree of a linux-image package, as unpacked to a tar file. Raises ImageError."""
+    """Read the kernel from the file tree of a linux-image package, a tar file. Raises ImageError."""
     with tarfile.open(tar_path, "r:") as tar:
         members = {member.name.removeprefix("./"): member for member in tar if member.isfile()}
 
@@ -137,7 +134,7 @@ def read_package(tar_path: Path, unzstd: Callable[[bytes], bytes]) -> Kernel:
 
         images = [name for name in members if name.startswith("boot/vmlinuz-")]
         if len(images) != 1:
-            raise _bad(f"the package holds {len(images)} kernels")
+            raise _bad(f"it contains {len(images)} kernels")
         release = images[0].removeprefix("boot/vmlinuz-")
         files = {
             module_name(name): name
@@ -149,7 +146,7 @@ def read_package(tar_path: Path, unzstd: Callable[[bytes], bytes]) -> Kernel:
         loaded: dict[str, bytes] = {}
         depends: dict[str, list[str]] = {}
         pending = [*BOOT_MODULES, *NET_MODULES]
-        # The package ships no modules.dep (depmod makes it on the machine), so read what it is made from.
+        # The package has no modules.dep (depmod makes it after installation), so read the modules themselves.
         while pending:
             name = pending.pop()
             if name in loaded or name not in files:
@@ -170,7 +167,7 @@ def read_package(tar_path: Path, unzstd: Callable[[bytes], bytes]) -> Kernel:
 
 
 def module_name(path: str) -> str:
-    """The kernel's name for a module file."""
+    """Return the kernel's name for a module file."""
     return re.sub(r"\.ko(\.xz)?$", "", path.rpartition("/")[2]).replace("-", "_")
 
 
@@ -181,7 +178,7 @@ def _unxz(data: bytes) -> bytes:
     except lzma.LZMAError as exc:
         raise _bad_module(f"it cannot be unpacked ({exc})") from exc
     if not unpacker.eof:
-        raise _bad_module("it is cut short or too large")
+        raise _bad_module("it is truncated or too large")
     return module
 
 

@@ -1,6 +1,6 @@
-"""manifest.json of a guest image: the typed model, its one encoding, and the digest over it.
+"""manifest.json of a guest image: model, encoding and digest.
 
-No name, no host, no time of build is in it, so that two builds from the same inputs are the same bytes.
+It contains no name, host or time, so that builds from the same inputs are identical.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import msgspec
 import msgspec.structs
 
 from x07_sandbox.errors import ImageError
-from x07_sandbox.host.decoding import known
+from x07_sandbox.host.decoding import prepared
 
 SCHEMA = "x07.sandbox.image@0.1.0"
-NO_DIGEST = "sha256:" + "0" * 64  # of a draft, until sealed() puts the true one there
+NO_DIGEST = "sha256:" + "0" * 64  # placeholder until sealed()
 MAX_BYTES = 4 * 1024 * 1024
 
-# Python's $ matches before a last line end too; JSON Schema knows no \Z.
+# Python's $ also matches before a final newline; JSON Schema has no \Z.
 _END = r"(?!\n)$"
 Sha256 = Annotated[str, msgspec.Meta(pattern=f"^[0-9a-f]{{64}}{_END}")]
 FileName = Annotated[str, msgspec.Meta(pattern=rf"^[a-z0-9][a-z0-9._-]{{0,63}}{_END}")]
@@ -35,7 +35,7 @@ class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
 
 class Parts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The files that a virtual machine is started from."""
+    """The files that a virtual machine starts from."""
 
     kernel: Part
     initrd: Part
@@ -43,7 +43,7 @@ class Parts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     scratch: Part
 
     def all(self) -> tuple[Part, Part, Part, Part]:
-        """In a fixed order."""
+        """Return all parts, in a fixed order."""
         return (self.kernel, self.initrd, self.root, self.scratch)
 
 
@@ -62,7 +62,7 @@ class ScratchDisk(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
 
 class Package(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """An installed package, as dpkg knows it; the kernel's is among them."""
+    """An installed Debian package, or the kernel's."""
 
     name: str
     version: str
@@ -70,7 +70,7 @@ class Package(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 
 class Wheel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A Python package that was installed from a wheel, and the digest of that wheel."""
+    """A Python package installed from a wheel, and the wheel's digest."""
 
     name: str
     version: str
@@ -78,14 +78,14 @@ class Wheel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
-    """All that is known of an image.
+    """The manifest of an image.
 
-    digest: "sha256:" and the sha256 of the canonical JSON of everything else.
-    base: digest of the first stage (root file system, kernel, modules); guest_code: of our code in it.
+    digest: "sha256:" and the sha256 of the canonical JSON of all other fields.
+    base: digest of the first stage (root file system, kernel, modules). guest_code: digest of our code.
     filters: seccomp filters by name.
-    preload: Python modules that a program on a saved machine finds imported; absent where there are none.
-    x07: sha256 over X07's own toolchain in it; absent where there is none.
-    pip: Python packages from wheels, with those that they need; absent where there are none.
+    preload: Python modules imported in advance in VM templates; absent if none.
+    x07: sha256 of X07's toolchain; absent if none.
+    pip: Python packages installed from wheels, with dependencies; absent if none.
     """
 
     schema_version: str
@@ -106,45 +106,45 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     pip: list[Wheel] = []
 
     def holds(self) -> set[str]:
-        """Names of what is in it: packages, and "x07" for X07's toolchain."""
+        """Return the names of its packages, and "x07" for X07's toolchain."""
         return {package.name for package in self.packages} | ({"x07"} if self.x07 else set())
 
 
-_decoder = msgspec.json.Decoder(known(Manifest), strict=True)
+_decoder = msgspec.json.Decoder(prepared(Manifest), strict=True)
 
 
 def canonical(value: Any) -> bytes:  # noqa: ANN401 - any JSON value
-    """JSON with sorted keys and no spaces: one value, one byte string."""
+    """Return canonical JSON: sorted keys, no spaces."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
 def digest_of(manifest: Manifest) -> str:
-    """What manifest.digest must be."""
+    """Compute the manifest's digest."""
     fields = msgspec.to_builtins(manifest)
     del fields["digest"]
     return "sha256:" + hashlib.sha256(canonical(fields)).hexdigest()
 
 
 def sealed(manifest: Manifest) -> Manifest:
-    """*manifest* with its true digest."""
+    """Return *manifest* with its digest set."""
     return msgspec.structs.replace(manifest, digest=digest_of(manifest))
 
 
 def encode(manifest: Manifest) -> bytes:
-    """The file's bytes: sorted keys, two spaces, final newline."""
+    """Encode the file: sorted keys, indented by two spaces."""
     return json.dumps(msgspec.to_builtins(manifest), sort_keys=True, indent=2, ensure_ascii=False).encode() + b"\n"
 
 
 def decode(data: bytes, where: str) -> Manifest:
-    """The manifest in *data*. Raises ImageError for another schema, unknown fields, a digest not of the content."""
+    """Decode and verify a manifest. Raises ImageError."""
     if len(data) > MAX_BYTES:
         raise _bad(where, f"it has more than {MAX_BYTES} bytes")
     try:
-        version = msgspec.json.decode(data, type=known(_Version)).schema_version
+        version = msgspec.json.decode(data, type=prepared(_Version)).schema_version
     except msgspec.MsgspecError as exc:
         raise _bad(where, str(exc)) from exc
     if version != SCHEMA:
-        why = f"its format is {version[:80]!r}, and this x07 reads {SCHEMA}"
+        why = f"its format is {version[:80]!r}, but this x07 reads {SCHEMA}"
         raise ImageError(f"cannot read {where}", why, "Use the x07 that made it, or run x07 image build")
     try:
         manifest = _decoder.decode(data)
@@ -152,11 +152,11 @@ def decode(data: bytes, where: str) -> Manifest:
         raise _bad(where, str(exc)) from exc
     files = [part.file for part in (*manifest.parts.all(), *manifest.filters.values())]
     if len(set(files)) != len(files) or "manifest.json" in files:
-        raise _bad(where, "two parts are one file")
+        raise _bad(where, "two parts use the same file")
     if sum(piece.bytes for piece in manifest.scratch_disk.pieces) != manifest.parts.scratch.bytes:
         raise _bad(where, "the pieces of the scratch disk do not add up to its part")
     if digest_of(manifest) != manifest.digest:
-        raise _bad(where, "its digest is not that of its content")
+        raise _bad(where, "its digest does not match its content")
     return manifest
 
 

@@ -1,7 +1,7 @@
-"""Wheels of Python packages for an image: what may be asked for, and fetching it with the host's pip.
+"""Python packages for an image: validating requirements, and downloading wheels with the host's pip.
 
-pip runs with the user's own settings (its configuration files, PIP_* variables), for it is their index that is asked.
-It takes wheels only, so that nothing of a package runs on the host, and none of its settings goes into the image.
+pip uses the user's settings (configuration files, PIP_* variables), and so their index. It downloads wheels only: no
+code of a package runs on the host.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FILE_PREFIX: Final = "file:"
 FILE_MAX_BYTES: Final = 1024 * 1024
 REQUIREMENTS_MAX: Final = 1000
 PIP_TIMEOUT_S: Final = 1800.0
-WORDS_LINES: Final = 400
+OUTPUT_LINES: Final = 400
 _OLDEST_GLIBC: Final = 5  # manylinux1
 _NAME: Final = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
 _VERSION: Final = r"(?:===?|~=|!=|<=?|>=?)\s*[A-Za-z0-9.!+*_-]+"
@@ -38,8 +38,8 @@ _REQUIREMENT: Final = re.compile(
 )
 _HASH: Final = re.compile(r"\s+--hash[= ]\s*(sha(?:256|384|512):[0-9a-f]{64,128})(?=\s|$)")
 _NOT_FOUND: Final = re.compile(rf"No matching distribution found for ({_NAME})")
-# pip itself, in a process that can start no other. pip builds a package from source where a wheel asks for one by its
-# address, whatever --only-binary says; and it runs all code of packages in processes of their own.
+# Runs pip in a process that cannot start others. Despite --only-binary, pip builds a dependency from source if a wheel
+# names it by URL; it runs code of packages only in child processes.
 _NO_BUILDS: Final = "x07-sandbox builds no package from source"
 _PIP: Final = f"""
 import runpy, sys
@@ -51,11 +51,11 @@ sys.addaudithook(refuse)
 sys.argv[0] = "pip"
 runpy.run_module("pip", run_name="__main__", alter_sys=True)
 """
-_FORM: Final = "Write a name with optional extras and versions, such as pandas[excel]>=2,<3"
+_FORM: Final = "Use a name with optional extras and versions, such as pandas[excel]>=2,<3"
 
 
 class GuestPython(msgspec.Struct, frozen=True, kw_only=True):
-    """What wheels must fit. version: "3.13". glibc: minor version of the C library."""
+    """The Python that wheels must fit. version: "3.13". glibc: minor version of the C library."""
 
     version: str
     glibc: int
@@ -63,11 +63,11 @@ class GuestPython(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def tag(self) -> str:
-        """As tags of wheels call it: "cp313"."""
+        """The wheel tag, such as "cp313"."""
         return "cp" + self.version.replace(".", "")
 
     def options(self) -> list[str]:
-        """Options of pip that choose wheels for it."""
+        """Return the pip options that select wheels for it."""
         options = ["--python-version", self.version, "--implementation", "cp"]
         for abi in (self.tag, "abi3", "none"):
             options += ["--abi", abi]
@@ -78,21 +78,21 @@ class GuestPython(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def guest_python(versions: Mapping[str, str], machine: str) -> GuestPython:
-    """The Python of an image with these versions of packages (python3, libc6). Raises HostError."""
+    """Return the Python of an image with these package versions (python3, libc6). Raises HostError."""
     python = re.match(r"(3\.\d+)[.-]", versions.get("python3", ""))
     glibc = re.match(r"2\.(\d+)", versions.get("libc6", ""))
     if python is None or glibc is None:
-        why = "this host has no package lists, which tell the image's version of Python"
-        raise HostError("cannot choose wheels for the image", why, "Run apt-get update as root")
+        why = "this host has no package lists, which contain the image's version of Python"
+        raise HostError("cannot choose wheels for the image", why, "As root, run apt-get update")
     return GuestPython(version=python[1], glibc=int(glibc[1]), machine=machine)
 
 
 def split_list(text: str) -> list[str]:
-    """The requirements in *text*, parted by commas; those between versions and in extras part nothing."""
+    """Split *text* at the commas between requirements, but not at those in versions and extras."""
     found: list[str] = []
     for piece in text.split(","):
-        goes_on = found and (re.match(r"\s*[<>=!~]", piece) or found[-1].count("[") > found[-1].count("]"))
-        if goes_on:
+        continued = found and (re.match(r"\s*[<>=!~]", piece) or found[-1].count("[") > found[-1].count("]"))
+        if continued:
             found[-1] += f",{piece}"
         else:
             found.append(piece)
@@ -100,7 +100,7 @@ def split_list(text: str) -> list[str]:
 
 
 def check_requirements(asked: Sequence[str]) -> tuple[str, ...]:
-    """Lines for pip, from requirements and "file:PATH" of such. Raises UsageError for all but names and versions."""
+    """Return lines for pip from requirements and "file:PATH". Raises UsageError for anything but names and versions."""
     lines: list[str] = []
     for each in asked:
         if each.startswith(FILE_PREFIX):
@@ -108,7 +108,7 @@ def check_requirements(asked: Sequence[str]) -> tuple[str, ...]:
         else:
             lines.append(_check_one(each, "--pip"))
     if len(lines) > REQUIREMENTS_MAX:
-        raise UsageError("cannot add Python packages", f"there are more than {REQUIREMENTS_MAX}", "Name fewer")
+        raise UsageError("cannot add Python packages", f"there are more than {REQUIREMENTS_MAX}", "Request fewer")
     return tuple(sorted(set(lines)))
 
 
@@ -118,16 +118,12 @@ def _read_file(path: Path) -> list[str]:
         with path.open("rb") as file:
             data = file.read(FILE_MAX_BYTES + 1)
     except OSError as exc:
-        raise UsageError(what, exc.strerror or str(exc), "Name a file: --pip file:requirements.txt") from exc
+        raise UsageError(what, exc.strerror or str(exc), "Use a file: --pip file:requirements.txt") from exc
     if len(data) > FILE_MAX_BYTES:
-        raise UsageError(what, f"it has more than {FILE_MAX_BYTES} bytes", "Name a shorter one")
-    try:
-        text = data.decode()
-    except UnicodeDecodeError:
-        raise UsageError(what, "it is not UTF-8", "Save it as UTF-8") from None
+        raise UsageError(what, f"it has more than {FILE_MAX_BYTES} bytes", "Use a shorter one")
     lines: list[str] = []
     joined, begin = "", 0
-    for number, raw in enumerate(text.splitlines(), start=1):
+    for number, raw in enumerate([*data.decode(errors="replace").splitlines(), ""], start=1):
         begin = begin or number
         if raw.rstrip().endswith("\\") and not raw.lstrip().startswith("#"):
             joined += raw.rstrip()[:-1] + " "
@@ -136,8 +132,6 @@ def _read_file(path: Path) -> list[str]:
         if line:
             lines.append(_check_one(line, f"{path}, line {begin}", hashes=True))
         joined, begin = "", 0
-    if joined.strip():
-        raise UsageError(what, f"line {begin} goes on after the last line", "Remove the backslash at its end")
     return lines
 
 
@@ -145,19 +139,18 @@ def _check_one(text: str, where: str, *, hashes: bool = False) -> str:
     digests = _HASH.findall(text) if hashes else []
     line = _HASH.sub("", text).strip() if hashes else text
     if not _REQUIREMENT.fullmatch(line):
-        odd = (
-            "options are not taken"
-            if line.startswith("-") or " --" in line
-            else "only packages of an index are taken, no addresses and paths"
-            if re.search(r"[@/\\:]", line)
-            else "it is no name of a Python package with versions"
-        )
-        raise UsageError(f"cannot add {text[:80]!r} ({where})", odd, _FORM)
+        if line.startswith("-") or " --" in line:
+            why = "options are not supported"
+        elif re.search(r"[@/\\:]", line):
+            why = "only packages of an index are supported, not URLs and paths"
+        else:
+            why = "it is not a Python requirement"
+        raise UsageError(f"cannot add {text[:80]!r} ({where})", why, _FORM)
     return " ".join([line, *(f"--hash={digest}" for digest in digests)])
 
 
 def pinned(wheels: Sequence[manifest.Wheel]) -> tuple[str, ...]:
-    """Lines for pip that only these very wheels satisfy."""
+    """Return lines for pip that only exactly these wheels satisfy."""
     return tuple(f"{wheel.name}=={wheel.version} --hash=sha256:{wheel.sha256}" for wheel in wheels)
 
 
@@ -170,90 +163,85 @@ def download(
     sources_file: Path,
     deps: bool = True,
 ) -> tuple[manifest.Wheel, ...]:
-    """Fetch the wheels that satisfy *lines* into the new *folder*. Raises UsageError, ImageError, HostError.
+    """Download the wheels that satisfy *lines* into the new *folder*. Raises UsageError, ImageError, HostError.
 
-    sources_file: as apt_index.write_sources makes it, for near matches. deps: what they need too.
+    sources_file: see apt_index.write_sources. deps: whether to download dependencies too.
     """
-    pip = find_pip()
+    pip = find_pip_interpreter()
     folder.mkdir(mode=0o700)
     file = folder.with_name("requirements.txt")
     file.write_text("".join(f"{line}\n" for line in lines))
     argv = [*pip, "-c", _PIP, "download", "--no-input", "--disable-pip-version-check", "--progress-bar", "off"]
     argv += ["--only-binary", ":all:", *python.options(), *([] if deps else ["--no-deps"])]
     argv += ["--dest", str(folder), "--requirement", str(file)]
-    said: collections.deque[str] = collections.deque(maxlen=WORDS_LINES)
+    output: collections.deque[str] = collections.deque(maxlen=OUTPUT_LINES)
 
-    def hear(line: str) -> None:
-        said.append(line)
+    def on_line(line: str) -> None:
+        output.append(line)
         if match := re.match(r"Collecting (\S+)", line):
-            progress(f"fetching {match[1][:100]}")
+            progress(f"downloading {match[1][:100]}")
 
-    progress("fetching Python packages")
+    progress("downloading Python packages")
     try:
         env = {**os.environ, "LC_ALL": "C.UTF-8"}
-        commands.run(argv, cwd=folder, timeout_s=PIP_TIMEOUT_S, extra_env=env, on_line=hear)
+        commands.run(argv, cwd=folder, timeout_s=PIP_TIMEOUT_S, extra_env=env, on_line=on_line)
     except ImageError as exc:
-        if any(_NO_BUILDS in line for line in said):
-            last = next(
-                (found[1] for line in reversed(said) if (found := re.match(r"\s*Collecting (\S+)", line))), "a package"
-            )
-            why = f"{last[:100]} comes as source, and nothing is built on this host"
-            raise ImageError(
-                "pip cannot fetch the wheels", why, "Leave it out, or ask for a version with wheels"
-            ) from exc
-        raise failure(list(said), python, sources_file) or exc from exc
+        raise failure(list(output), python, sources_file) or exc from exc
     return tuple(sorted(map(wheel_of, sorted(folder.iterdir())), key=lambda wheel: (wheel.name, wheel.sha256)))
 
 
-def failure(said: list[str], python: GuestPython, sources_file: Path) -> UsageError | ImageError | None:
-    """What pip's words mean; None where it named no reason."""
-    errors = [line.strip().removeprefix("ERROR: ") for line in said if line.startswith("ERROR: ")]
+def failure(output: list[str], python: GuestPython, sources_file: Path) -> UsageError | ImageError | None:
+    """Return the error that pip's output describes, None if there is no known reason."""
+    what = "pip cannot download the wheels"
+    if any(_NO_BUILDS in line for line in output):
+        collected = (found[1] for line in reversed(output) if (found := re.match(r"\s*Collecting (\S+)", line)))
+        why = f"{next(collected, 'a package')[:100]} has no wheel, and source packages are not built on this host"
+        return ImageError(what, why, "Remove it, or request a version with wheels")
+    errors = [line.strip().removeprefix("ERROR: ") for line in output if line.startswith("ERROR: ")]
     if not errors:
         return None
     text = " ".join(error[:300] for error in errors[:4]).rstrip(".")
     match = next((found for line in errors if (found := _NOT_FOUND.search(line))), None)
-    if "DO NOT MATCH THE HASHES" in text:
-        wrong = next((found[1] for line in said if (found := re.match(rf"\s+({_NAME}\S*) from ", line))), "one")
-        why = f"what the package index has for {wrong[:100]} does not match its hash"
-        return ImageError(
-            "pip cannot fetch the wheels", why, "Look where the file comes from before you change the hash"
-        )
     if match is None or "hash" in text.lower():
-        return ImageError("pip cannot fetch the wheels", text, "Change what --pip names, then try again")
+        fix = "Change the --pip argument, then try again"
+        if "DO NOT MATCH THE HASHES" in text:
+            wrong = next((found[1] for line in output if (found := re.match(rf"\s+({_NAME}\S*) from ", line))), "one")
+            text = f"the file of {wrong[:100]} in the package index does not match its hash"
+            fix = "Check the origin of the file before you change the hash"
+        return ImageError(what, text, fix)
     name = match[1]
-    if any("Retrying" in line for line in said):
-        fix = "Look at the network and at pip's settings: pip config list"
-        return ImageError(f"pip cannot fetch {name!r}", f"its package index does not answer: {text}", fix)
+    if any("Retrying" in line for line in output):
+        fix = "Check the network and pip's settings: pip config list"
+        return ImageError(f"pip cannot download {name!r}", f"its package index does not answer: {text}", fix)
     what = f"cannot add {name!r} to an image"
     if versions := re.search(r"\(from versions: (?!none\))([^)]*)\)", " ".join(errors)):
         newest = versions[1].split(", ")[-1][:80]
         why = f"pip finds no such version for Python {python.version}; the newest is {newest}"
-        return UsageError(what, why, "Ask for a version that there is")
-    why = f"pip finds no wheel of this name for Python {python.version} on Linux ({python.machine})"
-    return UsageError(what, why, _instead(name, apt_index.package_names(sources_file)))
+        return UsageError(what, why, "Request an available version")
+    why = f"pip finds no wheel with this name for Python {python.version} on Linux ({python.machine})"
+    return UsageError(what, why, _alternative(name, apt_index.package_names(sources_file)))
 
 
-def _instead(name: str, known: frozenset[str]) -> str:
-    """What somebody may have meant by *name*, which pip does not find."""
+def _alternative(name: str, known: frozenset[str]) -> str:
     if f"python3-{name.lower()}" in known:
-        return f"Take Debian's: --include python3-{name.lower()}"
+        return f"Use Debian's package: --include python3-{name.lower()}"
     if near := apt_index.near_projects(name, known):
-        return f"Name one of these: {', '.join(near)}. Debian has it too: --include python3-{near[0]}"
-    return "Look at its name; packages that come as source only cannot be added"
+        return f"Use one of these: {', '.join(near)}. Debian has it too: --include python3-{near[0]}"
+    return "Check its name; packages without wheels cannot be added"
 
 
 def wheel_of(path: Path) -> manifest.Wheel:
-    """Name, version and digest of a wheel's file. Raises ImageError."""
+    """Return name, version and digest of a wheel file. Raises ImageError."""
     parts = path.name.removesuffix(".whl").split("-")
     if not path.name.endswith(".whl") or len(parts) not in {5, 6} or not path.is_file():
-        raise ImageError(f"cannot use {path.name[:100]!r}", "pip fetched it, and it is no wheel", "Leave it out")
+        raise ImageError(f"cannot use {path.name[:100]!r}", "pip downloaded it, but it is not a wheel", "Remove it")
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return manifest.Wheel(name=re.sub(r"[-_.]+", "-", parts[0]).lower(), version=parts[1], sha256=digest)
 
 
-def find_pip() -> list[str]:
-    """The command line of an interpreter that has pip: this one, else python3. Raises HostError."""
+def find_pip_interpreter() -> list[str]:
+    """Return the command of a Python with pip: the current one, else python3. Raises HostError."""
     for program in (sys.executable, shutil.which("python3"), "/usr/bin/python3"):
         if program and os.access(program, os.X_OK) and _has_pip(program):
             return [program]

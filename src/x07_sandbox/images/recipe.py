@@ -1,6 +1,6 @@
-"""What goes into the root file system: packages, and the hooks that mmdebstrap runs on the built tree.
+"""The contents of the root file system: packages, and the hooks that mmdebstrap runs on the tree.
 
-Bump RECIPE whenever a change here, in base.py, scratch.py or kernel.py changes what an image holds.
+Bump RECIPE when a change here, in base.py, scratch.py or kernel.py changes the contents of an image.
 """
 
 from __future__ import annotations
@@ -17,33 +17,31 @@ if TYPE_CHECKING:
     from x07_sandbox.host.arch import Arch
 
 RECIPE = 3
-PIP_LAYOUT = 1  # bump it whenever a change in wheels.py changes what an image with Python packages holds
+PIP_LAYOUT = 2  # bump when a change in wheels.py changes the contents of an image with Python packages
 PACKAGES = ("ca-certificates", "g++", "gcc", "iproute2", "libc6-dev", "libseccomp2", "make", "nftables", "python3")
 JOB_ID = 65532  # uid and gid of the program; guest/confine uses the same
 EROFS_UUID = "00000000-0000-4000-8000-000000000006"
-# lz4hc costs 3 s once and saves 20 MB of 149 against lz4, level 9 another 4 s for 2 MB; a high level of zstd took six
-# minutes.
+# Compared to lz4, lz4hc takes 3 s more and saves 20 of 149 MB; level 9 takes another 4 s for 2 MB.
 EROFS_OPTIONS = ("-zlz4hc,level=4", "-C65536")
 UNWANTED = ("man", "doc", "locale", "info", "lintian", "bug", "doc-base", "pixmaps")
 
-# UNWANTED leaves out the folders of manual pages too, and update-alternatives fails where it cannot link a page.
+# UNWANTED excludes the folders of manual pages too, without which update-alternatives fails.
 MAN_FOLDERS = """
 for number in 1 2 3 4 5 6 7 8 9; do mkdir -p "$1/usr/share/man/man$number"; done
 """
-# Hooks get the tree as $1 and run with `set -eu`. They see no chroot network and leave nothing behind.
+# Hooks get the tree as $1 and run with `set -eu`.
 ACCOUNTS = f"""
 printf 'x07:x:{JOB_ID}:{JOB_ID}:x07:/opt/x07:/bin/sh\\n' >> "$1/etc/passwd"
 printf 'x07:x:{JOB_ID}:\\n' >> "$1/etc/group"
 mkdir -p "$1/x07" "$1/opt/x07"
 chmod 0755 "$1/x07" "$1/opt/x07"
 """
-# Debian's byte code carries times, and the times in an image are all one: it would be stale, and on a
-# read-only root be compiled anew at every start.
+# Debian's byte code is checked against source times, which are all one date in an image: Python would compile it again
+# at every start.
 BYTE_CODE = """
 chroot "$1" sh -c 'cd /usr/lib; exec python3 -m compileall -q -f -j2 --invalidation-mode unchecked-hash $PWD/python3*'
 find "$1/usr/lib" -name '*.opt-*.pyc' -delete
 """
-# Owned by root and writable for nobody else, whatever it was where it came from.
 KERNEL = """
 mkdir "$1/x07-kernel"
 cd "$1/x07-kernel"
@@ -53,7 +51,7 @@ test -n "$package" || {{ echo 'no kernel package found below {meta}' >&2; exit 1
 apt-get -q -o APT::Sandbox::User=root download "$package"
 mv -- *.deb kernel.deb
 """
-# Nothing of the host and of the build: names of mirrors, resolvers and this machine; times; logs.
+# Remove traces of the host and the build: names of mirrors, resolvers and this machine; times; logs.
 CLEAN = """
 rm -rf "$1/x07-kernel" "$1/etc/apt" "$1/var/log" "$1/var/cache" "$1/var/lib/apt"
 rm -f "$1/etc/dpkg/dpkg.cfg.d/99mmdebstrap" "$1/usr/bin/"*lto-dump* "$1/usr/libexec/gcc/"*/*/lto1
@@ -70,33 +68,33 @@ MODULE_NAME_MAX = 200
 
 
 def check_packages(include: Sequence[str]) -> tuple[str, ...]:
-    """*include* sorted, without doubles and what is there anyway. Raises UsageError for what is no package name."""
+    """Return *include* sorted, without duplicates and default packages. Raises UsageError for an invalid name."""
     for name in include:
         if not re.fullmatch(r"[a-z0-9][a-z0-9+.-]{1,127}", name):
-            why, fix = "it is no name of a Debian package", "Give names as apt knows them, parted by commas"
+            why, fix = "it is not a valid Debian package name", "Separate package names with commas"
             raise UsageError(f"cannot add {name!r} to an image", why, fix)
     return tuple(sorted(set(include) - set(PACKAGES)))
 
 
 def check_modules(preload: Sequence[str]) -> tuple[str, ...]:
-    """*preload* sorted and without doubles. Raises UsageError for what is no name of a Python module."""
+    """Return *preload* sorted, without duplicates. Raises UsageError for an invalid name."""
     for name in preload:
         if len(name) > MODULE_NAME_MAX or not all(part.isidentifier() and part.isascii() for part in name.split(".")):
-            why, fix = "it is no name of a Python module", "Give names as Python's import takes them"
+            why, fix = "it is not a valid Python module name", "Use names as in Python's import statement"
             raise UsageError(f"cannot preload {name!r}", why, fix)
     return tuple(sorted(set(preload)))
 
 
 def mmdebstrap_options(arch: Arch, include: Sequence[str], kernel_deb: str, dpkg_status: str) -> list[str]:
-    """The part of mmdebstrap's command line that makes the tree; the two paths say where to put what it gives out.
+    """Return mmdebstrap's options. kernel_deb, dpkg_status: paths of its two output files.
 
-    CLEAN removes apt's folders whole; mmdebstrap's own clean-up would make them again.
-    /sys is left out: an ordinary user could not mount it, and no package needs it.
+    CLEAN removes apt's folders; mmdebstrap's own clean-up would create them again. /sys is skipped, since an ordinary
+    user cannot mount it.
     """
     options = ["--variant=essential", "--skip=cleanup/apt,chroot/mount/sys", f"--architectures={arch.deb}"]
     options += [f"--include={','.join([*PACKAGES, *include])}"]
     options += ['--aptopt=Acquire::Languages "none"', '--aptopt=APT::Install-Recommends "false"']
-    options.append("--dpkgopt=force-unsafe-io")  # what a crash leaves of the tree is removed, never used
+    options.append("--dpkgopt=force-unsafe-io")  # after a crash, the tree is discarded
     options += [f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in UNWANTED]
     hooks = [
         _script(KERNEL.format(meta=arch.kernel_package)),

@@ -1,7 +1,7 @@
-"""The scratch disk: an empty ext4 of which only the few blocks that are not zero are kept.
+"""The scratch disk: an empty ext4 file system, stored as its few non-zero blocks.
 
-A job's disk is a sparse file of the full size with these blocks, about a dozen pages, written into it. It has no
-journal, since it never outlives its VM, and nothing is left for the kernel to initialise in the background.
+A job's disk is a sparse file with these blocks. It has no journal, since it never outlives its VM, and nothing that the
+kernel would initialize in the background.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ BLOCK = 4096
 MAX_HEAD_BYTES = 4 * 1024 * 1024
 UUID = "00000000-0000-4000-8000-000000000007"
 HASH_SEED = "00000000-0000-4000-8000-000000000008"
-# Named one by one, so that neither mke2fs.conf nor another version's defaults choose. Without flex_bg a
-# group's tables lie in the group itself, so that an unused group has no block that is not zero.
+# Listed explicitly, so that defaults do not matter. Without flex_bg, an unused block group has no non-zero block.
 FEATURES = (
     "none,dir_index,dir_nlink,ext_attr,extent,extra_isize,filetype,huge_file,large_file,metadata_csum,"
     "sparse_super2,64bit"
@@ -32,7 +31,7 @@ EXTENDED = (
 
 
 def make_head(folder: Path) -> tuple[bytes, ScratchDisk]:
-    """The blocks of a fresh scratch disk, and where they belong. folder: for the temporary disk. Raises ImageError."""
+    """Return the blocks of an empty scratch disk, and their places. folder: for a temporary file. Raises ImageError."""
     import tempfile
 
     from x07_sandbox.images import commands
@@ -61,7 +60,7 @@ def make_head(folder: Path) -> tuple[bytes, ScratchDisk]:
 
 
 def read_disk(fd: int) -> tuple[bytes, ScratchDisk]:
-    """What `write_disk` needs to make the disk *fd* again. Raises ImageError if there is much on it."""
+    """Return the contents of the disk *fd* for `write_disk`. Raises ImageError if there is too much data."""
     head = bytearray()
     pieces: list[Piece] = []
     for offset in _data_blocks(fd):
@@ -74,44 +73,44 @@ def read_disk(fd: int) -> tuple[bytes, ScratchDisk]:
         head += block
         if len(head) > MAX_HEAD_BYTES:
             why = f"mke2fs wrote more than {MAX_HEAD_BYTES} bytes"
-            raise ImageError("cannot make the scratch disk", why, "Use Debian's e2fsprogs 1.47 or newer")
+            raise ImageError("cannot make the scratch disk", why, "Install Debian's e2fsprogs 1.47 or newer")
     return bytes(head), ScratchDisk(bytes=DISK_BYTES, pieces=pieces)
 
 
 def _data_blocks(fd: int) -> list[int]:
-    """Offsets of the blocks that the file system holds data for; the rest reads as zeros."""
+    """Return the offsets of blocks with data."""
     blocks: list[int] = []
     end = 0
     while True:
         try:
             start = os.lseek(fd, end, os.SEEK_DATA)
-        except OSError:  # ENXIO: no data behind here
+        except OSError:  # ENXIO: no more data
             return blocks
         end = os.lseek(fd, start, os.SEEK_HOLE)
         blocks += range(start - start % BLOCK, end, BLOCK)
         if len(blocks) > DISK_BYTES // BLOCK // 64:
-            why = "the cache lies on a file system without sparse files"
+            why = "the cache is on a file system without sparse files"
             fix = "Set X07_VM_CACHE_DIR to a folder on ext4, xfs or btrfs"
             raise ImageError("cannot make the scratch disk", why, fix)
 
 
 def write_disk(scratch_fd: int, disk: ScratchDisk, fd: int) -> None:
-    """Make the empty file *fd* a scratch disk. scratch_fd: the verified scratch part; its offset is not used."""
+    """Write a scratch disk to the empty file *fd*. scratch_fd: the verified scratch part."""
     try:
         os.ftruncate(fd, disk.bytes)
-    except OSError as exc:  # a limit on the size of files, or a file system that has one
+    except OSError as exc:  # a file size limit
         fix = "Raise it with ulimit -f, or set X07_VM_STATE_DIR to a folder on ext4, xfs or btrfs"
         raise HostError("cannot make a scratch disk", exc.strerror or str(exc), fix) from exc
     position = 0
     for piece in disk.pieces:
         data = os.pread(scratch_fd, piece.bytes, position)
         if len(data) != piece.bytes:
-            why = "its part became shorter meanwhile"
-            raise ImageError("cannot make a scratch disk", why, "Try again, which checks it anew")
+            why = "the scratch part of the image was truncated"
+            raise ImageError("cannot make a scratch disk", why, "Try again, which verifies it")
         position += piece.bytes
         written = 0
         try:
-            while written < len(data):  # a full disk first takes a part, and only then says so
+            while written < len(data):  # a full disk accepts a part before it fails
                 written += os.pwrite(fd, data[written:], piece.offset + written)
         except OSError as exc:
             fix = "Free space there, or set X07_VM_STATE_DIR"

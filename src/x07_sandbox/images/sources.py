@@ -1,7 +1,7 @@
-"""The host's own apt sources and settings, reduced to what may feed a guest image.
+"""The host's apt sources and settings, restricted to those that may be used for a guest image.
 
-Taken are signed `deb` sources on http or https for the host's release, its updates and its security suite. Anything
-else, which would put this one machine's packages into the image, is left out with a note. Pins are never read.
+These are signed `deb` sources over http or https for the host's release, its updates and its security suite. Others are
+skipped with a note, since they would add packages of this one machine. Pins are ignored.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 MAX_BYTES = 1024 * 1024
-# Settings on how to fetch, not on what to trust or to install. Check-Valid-Until and Check-Date are for
-# hosts that were pointed at a frozen copy of the archive: what apt may do there, the build may do too.
+# Settings for downloading, not for trust or selection; except Check-Valid-Until and Check-Date, which hosts with a
+# frozen copy of the archive need.
 SETTINGS = re.compile(r"Acquire::(?:https?(?:::.+)?|Retries|ForceIPv[46]|Check-Valid-Until|Check-Date|By-Hash)")
 OPTIONS = {
     "signed-by": "Signed-By",
@@ -33,7 +33,7 @@ PASSED_ON = ("Signed-By", "Check-Valid-Until", "Check-Date", "By-Hash")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """One stanza; fields: further deb822 fields that are passed on unread."""
+    """One stanza. fields: further deb822 fields, passed on as they are."""
 
     uris: tuple[str, ...]
     suites: tuple[str, ...]
@@ -41,25 +41,25 @@ class Source:
     fields: tuple[tuple[str, str], ...] = ()
 
     def stanza(self) -> str:
-        """The source in deb822 form, with its final newline."""
+        """Return the source in deb822 format."""
         lists = (("URIs", self.uris), ("Suites", self.suites), ("Components", self.components))
         fields = [("Types", "deb"), *((name, " ".join(words)) for name, words in lists), *self.fields]
         return "".join(f"{name}: {value}\n" for name, value in fields)
 
 
 def release_codename(os_release: Path = Path("/etc/os-release")) -> str:
-    """VERSION_CODENAME of the host. Raises ImageError."""
+    """Return VERSION_CODENAME of the host. Raises ImageError."""
     for line in _text(os_release).splitlines():
         if match := re.fullmatch(r'VERSION_CODENAME="?([a-z0-9.-]+)"?', line.strip()):
             return match[1]
-    why = f"{os_release} names no release (VERSION_CODENAME)"
+    why = f"{os_release} has no VERSION_CODENAME"
     raise ImageError("cannot build a guest image", why, "Build it on a Debian host")
 
 
 def host_sources(
     codename: str, deb_arch: str, *, note: Callable[[str], None], apt: Path = Path("/etc/apt")
 ) -> list[Source]:
-    """The usable sources below *apt*, in reading order. Raises ImageError when none serves *codename* itself."""
+    """Return the usable sources below *apt*, in apt's order. Raises ImageError if none serves *codename* itself."""
     usable: list[Source] = []
     for path in source_files(apt):
         text = _text(path)
@@ -68,18 +68,18 @@ def host_sources(
             source, reason = select(stanza, codename, deb_arch)
             if source is None:
                 if reason:
-                    note(f"leaving out a source of {path.name}: {reason}")
+                    note(f"skipping a source of {path.name}: {reason}")
             elif source not in usable:
                 usable.append(source)
     if not any(codename in source.suites for source in usable):
-        why = f"no signed http or https source below {apt} offers the suite {codename}"
+        why = f"no signed http or https source below {apt} serves the suite {codename}"
         fix = f"Add one for {codename} (by that name, not as 'stable') to {apt}/sources.list.d"
         raise ImageError(f"cannot build a guest image of {codename}", why, fix)
     return usable
 
 
 def source_files(apt: Path) -> list[Path]:
-    """The files that apt itself reads: sources.list, then sources.list.d in name order."""
+    """Return the files that apt reads: sources.list, then sources.list.d in name order."""
     files = [apt / "sources.list"] if (apt / "sources.list").is_file() else []
     folder = apt / "sources.list.d"
     if folder.is_dir():
@@ -92,14 +92,14 @@ def source_files(apt: Path) -> list[Path]:
 
 
 def select(stanza: dict[str, str], codename: str, deb_arch: str) -> tuple[Source | None, str]:
-    """What of *stanza* may be used, or None and why not; the reason is empty where apt would skip it too."""
+    """Return the usable part of *stanza*, or None and the reason, which is empty if apt would skip it too."""
     if (
         stanza.get("Enabled", "yes").lower() in {"no", "false", "off", "0", "without", "disable"}
         or "deb" not in stanza.get("Types", "").split()
     ):
         return None, ""
     if stanza.get("Trusted", "").lower() in {"yes", "true", "on", "1", "with", "enable"}:
-        return None, "its signatures are not checked (trusted)"
+        return None, "its signatures are not verified (trusted)"
     architectures = stanza.get("Architectures", "").split()
     if architectures and deb_arch not in architectures:
         return None, ""
@@ -116,7 +116,7 @@ def select(stanza: dict[str, str], codename: str, deb_arch: str) -> tuple[Source
 
 
 def parse_deb822(text: str) -> Iterator[dict[str, str]]:
-    """Stanzas of a .sources file; continuation lines stay joined by newlines (keys written out in Signed-By)."""
+    """Yield the stanzas of a .sources file; continuation lines (keys in Signed-By) keep their newlines."""
     stanza: dict[str, str] = {}
     name = ""
     for line in [*text.splitlines(), ""]:
@@ -136,7 +136,7 @@ def parse_deb822(text: str) -> Iterator[dict[str, str]]:
 
 
 def parse_one_line(text: str) -> Iterator[dict[str, str]]:
-    """Entries of a .list file, as stanzas with the same field names."""
+    """Yield the entries of a .list file as deb822 stanzas."""
     for raw in text.splitlines():
         line = raw.partition("#")[0].strip()
         match = re.fullmatch(r"(deb|deb-src)\s+(?:\[([^\]]*)\]\s*)?(\S+)\s+(\S+)((?:\s+\S+)*)", line)
@@ -152,14 +152,9 @@ def parse_one_line(text: str) -> Iterator[dict[str, str]]:
 
 
 def fetch_settings(dump: str) -> list[str]:
-    """The lines of `apt-config dump` on how packages are fetched (proxies, retries), fit for --aptopt."""
+    """Return the lines of `apt-config dump` about downloading (proxies, retries), for --aptopt."""
     found = ((line, re.fullmatch(r'(\S+) "(.+)";', line)) for line in dump.splitlines())
     return [line for line, match in found if match and SETTINGS.fullmatch(match[1])]
-
-
-def host_names(sources: list[Source]) -> set[str]:
-    """The machines that *sources* name: none of these words may be found in an image."""
-    return {re.sub(r"https?://(?:[^@/]*@)?([^/:]+).*", r"\1", uri) for source in sources for uri in source.uris}
 
 
 def _canonical(name: str) -> str:

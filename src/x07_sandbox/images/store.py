@@ -32,7 +32,7 @@ SEE_LIST = "See x07 image list"
 
 
 class Image(msgspec.Struct, frozen=True, kw_only=True):
-    """A built image. name: the one it was found by, else one that points to it, else empty."""
+    """A built image. name: the name it was found by, else one that points to it, else empty."""
 
     name: str
     digest: str
@@ -41,7 +41,7 @@ class Image(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DamagedImage(msgspec.Struct, frozen=True, kw_only=True):
-    """An image of which not even the manifest can be used. name: one that points to it, else empty."""
+    """An image with an unusable manifest. name: one that points to it, else empty."""
 
     name: str
     digest: str
@@ -49,80 +49,80 @@ class DamagedImage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def build_command(name: str) -> str:
-    """What to type so that there is a whole and current image called *name*."""
+    """Return the command that builds the image called *name*."""
     return "x07 image build" if name == DEFAULT else f"x07 image build --name {name}"
 
 
-def cure(image: Image) -> str:
-    """What to do about an image whose parts are damaged."""
+def repair_hint(image: Image) -> str:
+    """Return the fix for an image with damaged parts."""
     name = image.name or _name_of(image.digest.removeprefix("sha256:"))
     if not name:
-        return "No name leads to it any more, so nothing mends it: take another one of x07 image list"
-    return f"Run {build_command(name)}, which mends it, and if it comes again look at the disk"
+        return "It has no name and cannot be repaired: use another image of x07 image list"
+    return f"Run {build_command(name)}, and if it happens again check the disk"
 
 
 def images_dir() -> Path:
-    """The store's folder, checked; made when missing."""
+    """Return the store's folder; create it if missing."""
     return cache_folder("images")
 
 
 def check_name(name: str) -> str:
-    """*name* if an image can be called so. Raises UsageError."""
+    """Return *name* if it is valid. Raises UsageError."""
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,63}", name) or re.fullmatch(r"[0-9a-f]{12,}", name):
         if re.search("[:/@]", name):
-            why = "that names an image of a container engine, which podman and docker take (--backend podman)"
-            fix = f"Virtual machines take images built on this machine: x07 image build, then --image {DEFAULT}"
+            why = "it is the name of a container image, which only podman and docker use (--backend podman)"
+            fix = f"For a virtual machine, run x07 image build, then use --image {DEFAULT}"
             raise UsageError(f"cannot use {name[:80]!r} as a guest image", why, fix)
-        why = "a name has 1 to 64 of a-z, 0-9, '.', '_', '-', and is no digest"
-        raise UsageError(f"cannot call an image {name!r}", why, "Choose another name")
+        why = "a name has 1 to 64 of a-z, 0-9, '.', '_', '-', and is not a digest"
+        raise UsageError(f"cannot use {name!r} as an image name", why, "Choose another name")
     return name
 
 
 def find_image(ref: str | None) -> Image:
-    """The image called *ref*: a name, "sha256:<hex>", or a unique prefix of at least 12 hex digits.
+    """Return the image *ref*: a name, "sha256:<hex>", or a unique prefix of at least 12 hex digits.
 
-    None is what X07_VM_GUEST_IMAGE names, else "default".
-    Raises ImageError when there is none, or it is damaged or of another format.
+    None: the value of X07_VM_GUEST_IMAGE, else "default".
+    Raises ImageError if it is missing, damaged or of another format.
     """
     ref = text("X07_VM_GUEST_IMAGE") if ref is None else ref
     wanted = DEFAULT if ref is None else ref
     hexes = wanted.removeprefix("sha256:")
     if wanted.startswith("sha256:") or PREFIX.fullmatch(wanted):
         if not PREFIX.fullmatch(hexes):
-            why = f"a digest is given by at least {PREFIX_DIGITS} lower-case hex digits"
+            why = f"a digest needs at least {PREFIX_DIGITS} lower-case hex digits"
             raise ImageError(f"no guest image {wanted[:80]}", why, SEE_LIST)
         return load(_by_prefix(hexes))
     image = named(wanted)
     if image is None:
-        raise _not_there(wanted, f"no guest image {wanted!r}" if ref else "no guest image")
+        raise _missing(wanted, f"no guest image {wanted!r}" if ref else "no guest image")
     return image
 
 
-def _not_there(name: str, what: str) -> ImageError:
+def _missing(name: str, what: str) -> ImageError:
     names = all_names()
     digest = names.get(name)
     if digest is not None:
-        return ImageError(what, "its folder is gone", _cure_unread(images_dir() / digest, name))
+        return ImageError(what, "its folder is missing", _rebuild_hint(digest, name))
     command = f"Run {build_command(name)}"
     if names:
-        fix = f"{command}, or name one of these: {', '.join(sorted(names))}"
-        return ImageError(what, f"none is called {name}", fix)
-    return ImageError(what, "none was built", command if name == DEFAULT else f"{command}, or see x07 image list")
+        fix = f"{command}, or use one of these: {', '.join(sorted(names))}"
+        return ImageError(what, f"there is none with the name {name}", fix)
+    return ImageError(what, "none has been built", command)
 
 
 def named(name: str) -> Image | None:
-    """The image called *name*; None where none was built, or its folder is gone. Raises ImageError if it is damaged."""
+    """Return the image called *name*, None if there is none. Raises ImageError if it is damaged."""
     digest = all_names().get(check_name(name))
     return None if digest is None or not (images_dir() / digest).is_dir() else load(digest, name)
 
 
 def list_images() -> list[Image]:
-    """All readable images: those with names first, by name, then by digest. One with two names is there twice."""
+    """Return all readable images: by name, then nameless ones by digest. One with two names appears twice."""
     return [image for image in _all() if isinstance(image, Image)]
 
 
 def damaged_images() -> list[DamagedImage]:
-    """All others, in the same order."""
+    """Return all images with an unusable manifest, in the same order."""
     return [image for image in _all() if isinstance(image, DamagedImage)]
 
 
@@ -137,32 +137,28 @@ def _all() -> Iterator[Image | DamagedImage]:
 
 
 def image_is_current(image: Image) -> bool:
-    """Whether the image holds this installation's guest code; x07 image build renews it in seconds."""
+    """Return whether the image contains this installation's guest code; otherwise, a build takes seconds."""
     return image.manifest.guest_code == guestcode.read_guest_code().digest
 
 
 def load(digest: str, name: str = "") -> Image:
-    """The image in the folder *digest* (hex). Raises ImageError."""
+    """Load the image in the folder *digest* (hex). Raises ImageError."""
     folder = images_dir() / digest
     what = f"guest image {digest[:PREFIX_DIGITS]}"
     try:
         read = manifest.decode(_read(folder / "manifest.json"), what)
     except ImageError as exc:
-        raise ImageError(exc.what, exc.why, _cure_unread(folder, name or _name_of(digest))) from exc
+        raise ImageError(exc.what, exc.why, _rebuild_hint(digest, name)) from exc
     if read.digest != f"sha256:{digest}":
-        fix = _cure_unread(folder, name or _name_of(digest))
-        raise ImageError(f"cannot use {what}", "its manifest belongs to another image", fix)
+        raise ImageError(f"cannot use {what}", "its manifest belongs to another image", _rebuild_hint(digest, name))
     return Image(name=name, digest=read.digest, folder=folder, manifest=read)
 
 
-def _cure_unread(folder: Path, name: str) -> str:
-    """What to do about an image whose manifest cannot be used: which packages it had is known to nobody else."""
-    if not name:
-        return f"Remove {folder}: no name leads to it"
-    command = build_command(name)
-    if not folder.is_dir():
-        return f"Run {command}, with --include if it had further packages"
-    return f"Run {command} --no-include, or with --include and the packages that it had"
+def _rebuild_hint(digest: str, name: str) -> str:
+    """Return the fix for an image with an unusable manifest, whose list of packages is lost."""
+    if name := name or _name_of(digest):
+        return f"Run {build_command(name)} --no-include, or with --include and its packages"
+    return f"It has no name: remove {images_dir() / digest}"
 
 
 def _name_of(digest: str) -> str:
@@ -170,18 +166,18 @@ def _name_of(digest: str) -> str:
 
 
 def set_name(name: str, digest: str) -> None:
-    """Let *name* point to *digest* (hex); readers see the old one or the new one."""
+    """Let *name* point to *digest* (hex), atomically."""
     names = private_dir(images_dir() / "names")
     replace_file(names / check_name(name), f"{digest}\n".encode(), sync=True)
 
 
 def remove_name(name: str) -> None:
-    """Forget *name*; the image stays. Raises OSError."""
+    """Remove *name*; the image stays. Raises OSError."""
     (images_dir() / "names" / check_name(name)).unlink()
 
 
 def all_names() -> dict[str, str]:
-    """The digest (hex) that each name points to."""
+    """Return the digest (hex) of each name."""
     folder = images_dir() / "names"
     names = {}
     with contextlib.suppress(FileNotFoundError):
@@ -200,13 +196,13 @@ def _digests() -> list[str]:
 def _by_prefix(hexes: str) -> str:
     found = [digest for digest in _digests() if digest.startswith(hexes)]
     if len(found) != 1:
-        why = "several begin like this" if found else "none was built with this digest"
+        why = "several images have this prefix" if found else "there is none with this digest"
         raise ImageError(f"no guest image {hexes}", why, SEE_LIST)
     return found[0]
 
 
 def _read(path: Path) -> bytes:
-    """A small file of ours, no link. Raises ImageError."""
+    """Read a small regular file of ours. Raises ImageError."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
         with os.fdopen(fd, "rb") as file:

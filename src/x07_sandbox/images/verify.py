@@ -1,8 +1,8 @@
-"""Open an image's files so that what was checked is what runs.
+"""Opening and verifying an image's files.
 
-Each file is opened once, without following links, below the image folder's descriptor, and that descriptor is what the
-virtual machine gets: a path swapped later changes nothing. Its sha256 is computed once per boot of the host, and again
-when fstat shows other times, size, owner or place; small files are hashed each time.
+Each file is opened once, without following links, below the image folder's descriptor; the virtual machine gets that
+descriptor, so a path swapped later changes nothing. Its sha256 is computed once per boot of the host, and again if
+fstat shows a difference; small files are hashed each time.
 
 This protects against accidents and other users, not against the user's own processes.
 """
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from x07_sandbox.errors import ImageError
-from x07_sandbox.host.decoding import known
+from x07_sandbox.host.decoding import prepared
 from x07_sandbox.host.mounts import mounts
 from x07_sandbox.host.os_errors import host_error
 from x07_sandbox.host.paths import cache_folder, replace_file
@@ -43,28 +43,28 @@ TRIES = 5
 SMALL_BYTES = 64 * 1024
 CHUNK_BYTES = 1024 * 1024
 RECORD_SCHEMA = "x07.sandbox.verified@0.1.0"
-# A file changed within one tick of the kernel's clock (4 ms at HZ=250, 10 ms at 100) after it was hashed could
-# keep its ctime: what is so young is not recorded, so it is hashed again next time.
+# A change within one tick of the kernel's clock (4 ms at HZ=250, 10 ms at 100) after hashing could keep the ctime, so
+# files that changed so recently are not recorded.
 SETTLED_NS = 1_000_000_000
-# File systems of which we know that a write through a mapping changes ctime. Not tmpfs (measured), and
-# not overlay, whose upper layer may be one: there each open hashes everything.
+# File systems on which a write through a mapping is known to change ctime. Not tmpfs (measured), and not overlay, whose
+# upper layer may be one. On others, each open hashes everything.
 TIMES_MOVE = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs"})
-FIX = "Run x07 image build, and if it comes again look at the disk"
-# What a process may run out of says nothing of the file: a good one must not be taken for damaged, and made anew.
+FIX = "Run x07 image build, and if it happens again check the disk"
+# A lack of resources does not mean that the file is damaged.
 _RUN_OUT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 Identity = tuple[int, int, int, int, int, int, int]
 
 
 class OpenImage(msgspec.Struct, frozen=True, kw_only=True):
-    """Checked files of an image. fds: its parts by name (manifest.Parts), read-only; open_image closes them."""
+    """Verified files of an image. fds: read-only, by part (manifest.Parts); open_image closes them."""
 
     fds: dict[str, int]
     manifest: Manifest
 
 
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """verified/<hex>.json: what the large files looked like when their sha256 was right."""
+    """verified/<hex>.json: the identity of large files when their sha256 was verified."""
 
     schema_version: str
     boot_id: str
@@ -72,7 +72,7 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 class Subject(msgspec.Struct, frozen=True):
-    """What is verified: its name in errors, the name of its record, how its files are hashed, what mends it."""
+    """The object to verify: its name in errors, the name of its record, its hash function, and the fix in errors."""
 
     name: str
     record: str
@@ -82,14 +82,14 @@ class Subject(msgspec.Struct, frozen=True):
 
 @contextlib.contextmanager
 def open_image(image: Image) -> Iterator[OpenImage]:
-    """The image's files, verified. Raises ImageError if anything is not as the manifest says, HostError."""
+    """Open and verify the image's files. Raises ImageError if anything differs from the manifest, HostError."""
     subject = _subject(image)
     with contextlib.ExitStack() as stack:
         folder_fd = stack.enter_context(opened_folder(image.folder, subject))
         _check_manifest(folder_fd, image)
         parts = image.manifest.parts
         fds = dict(zip(parts.__struct_fields__, opened_parts(folder_fd, parts.all(), subject, stack), strict=True))
-        for part in image.manifest.filters.values():  # what results tell of: a machine has its own in the initrd
+        for part in image.manifest.filters.values():  # for reports; VMs use the copies in the initramfs
             with opened_file(folder_fd, part.file, subject) as fd:
                 check_part(fd, part, None, subject)
         yield OpenImage(fds=fds, manifest=image.manifest)
@@ -97,13 +97,12 @@ def open_image(image: Image) -> Iterator[OpenImage]:
 
 def _subject(image: Image) -> Subject:
     hexes = image.digest.removeprefix("sha256:")
-    return Subject(f"guest image {hexes[:12]}", hexes, sha256_of, store.cure(image))
+    return Subject(f"guest image {hexes[:12]}", hexes, sha256_of, store.repair_hint(image))
 
 
 def opened_parts(folder_fd: int, parts: Sequence[Part], subject: Subject, stack: contextlib.ExitStack) -> list[int]:
-    """Descriptors of files below an opened folder, each verified; *stack* closes them. Raises ImageError, HostError."""
-    record = _read_record(subject)
-    before = record.files if record is not None and record.boot_id == boot_id() else {}
+    """Open and verify files below a folder; *stack* closes the descriptors. Raises ImageError, HostError."""
+    before = _recorded(subject)
     fresh: dict[str, Identity] = {}
     fds = []
     for part in parts:
@@ -117,23 +116,12 @@ def opened_parts(folder_fd: int, parts: Sequence[Part], subject: Subject, stack:
     return fds
 
 
-def first_problem(image: Image) -> str:
-    """What `verify_image` would find first, but hashing only what has changed since it was hashed; empty: nothing."""
-    subject = _subject(image)
-    try:
-        with contextlib.ExitStack() as stack:
-            folder_fd = stack.enter_context(opened_folder(image.folder, subject))
-            _check_manifest(folder_fd, image)
-            opened_parts(folder_fd, _parts(image), subject, stack)
-            return "".join(_foreign(folder_fd, image)[:1])
-    except ImageError as exc:
-        return exc.why
-
-
-def verify_image(image: Image) -> list[str]:
-    """Hash every file whatever was recorded before. One sentence for each problem; none means that all is well."""
+def verify_image(image: Image, *, use_record: bool = False) -> list[str]:
+    """Hash all files (use_record: only changed ones). Return a sentence for each problem."""
     problems: list[str] = []
     subject = _subject(image)
+    recorded = _recorded(subject) if use_record else {}
+    verified: dict[str, Identity] = {}
     with contextlib.ExitStack() as stack:
         try:
             folder_fd = stack.enter_context(opened_folder(image.folder, subject))
@@ -143,33 +131,31 @@ def verify_image(image: Image) -> list[str]:
         for part in _parts(image):
             try:
                 with opened_file(folder_fd, part.file, subject) as fd:
-                    check_part(fd, part, None, subject)
+                    identity = check_part(fd, part, recorded.get(part.file), subject)
+                    if part.bytes > SMALL_BYTES:
+                        verified[part.file] = identity
             except ImageError as exc:
                 problems.append(f"{part.file}: {exc.why}")
-        return problems + _foreign(folder_fd, image)
+        if use_record and verified != recorded:
+            _write_record(subject, verified)
+        with os.scandir(folder_fd) as entries:
+            foreign = {entry.name for entry in entries} - {part.file for part in _parts(image)} - {"manifest.json"}
+        return problems + [f"{name}: it does not belong to the image" for name in sorted(foreign)]
 
 
 def _parts(image: Image) -> list[Part]:
     return [*image.manifest.parts.all(), *image.manifest.filters.values()]
 
 
-def _foreign(folder_fd: int, image: Image) -> list[str]:
-    expected = {part.file for part in _parts(image)} | {"manifest.json"}
-    return [f"{name}: it does not belong to the image" for name in sorted(_names(folder_fd) - expected)]
-
-
 def check_part(fd: int, part: Part, earlier: Identity | None, subject: Subject) -> Identity:
-    """Make sure that *fd* is *part*; what it looked like then. earlier: how it looked when it was hashed before.
-
-    Raises ImageError.
-    """
+    """Verify that *fd* is *part*, and return its identity. earlier: the recorded identity. Raises ImageError."""
     before = os.fstat(fd)
     if before.st_size != part.bytes:
         raise _bad(subject, f"{part.file} has {before.st_size} bytes instead of {part.bytes}")
     identity = identity_of(before)
     if earlier == identity and part.bytes > SMALL_BYTES and filesystem(fd) in TIMES_MOVE:
         return identity
-    # Another build of the same user links the file into its image at any time, which moves ctime: read it once more.
+    # Another build may link the file into its image at any time, which changes ctime: retry.
     for _ in range(TRIES):
         if subject.sha256(fd, part.bytes) != part.sha256:
             raise _bad(subject, f"the content of {part.file} has changed since it was built")
@@ -177,19 +163,19 @@ def check_part(fd: int, part: Part, earlier: Identity | None, subject: Subject) 
         if after == identity:
             return identity
         identity = after
-    raise _bad(subject, f"{part.file} was changed each time it was being checked")
+    raise _bad(subject, f"{part.file} kept changing while it was verified")
 
 
 def identity_of(info: os.stat_result) -> Identity:
-    """All that fstat shows and that changes when somebody writes, replaces or hands over a file.
+    """Return the fstat fields that change when a file is written, replaced or given away.
 
-    The count of links is not among it: builds link the files of a base into new images.
+    The link count is not among them: builds link the files of a base into new images.
     """
     return (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_mode, info.st_uid)
 
 
 def sha256_of(fd: int, size: int) -> str:
-    """Digest of the first *size* bytes, without moving the descriptor's offset."""
+    """Return the digest of the first *size* bytes; the offset stays."""
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(CHUNK_BYTES))
     offset = 0
@@ -203,7 +189,7 @@ def sha256_of(fd: int, size: int) -> str:
 
 
 def filesystem(fd: int) -> str:
-    """The type of the file system that *fd* lies on, as in mountinfo; empty if it cannot be told."""
+    """Return the file system type of *fd*, as in mountinfo; empty if unknown."""
     try:
         with Path(f"/proc/self/fdinfo/{fd}").open("rb") as file:
             number = next(int(line.split()[1]) for line in file if line.startswith(b"mnt_id:"))
@@ -212,14 +198,9 @@ def filesystem(fd: int) -> str:
         return ""
 
 
-def _names(folder_fd: int) -> set[str]:
-    with os.scandir(folder_fd) as entries:
-        return {entry.name for entry in entries}
-
-
 @contextlib.contextmanager
 def opened_folder(folder: Path, subject: Subject) -> Iterator[int]:
-    """A folder of ours, for nobody else. Raises ImageError, HostError."""
+    """Open a private folder. Raises ImageError, HostError."""
     try:
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as exc:
@@ -236,19 +217,19 @@ def opened_folder(folder: Path, subject: Subject) -> Iterator[int]:
 
 @contextlib.contextmanager
 def opened_file(folder_fd: int, name: str, subject: Subject) -> Iterator[int]:
-    """A regular file of ours, read-only for everybody, under its own name. Raises ImageError, HostError."""
+    """Open a read-only regular file of ours. Raises ImageError, HostError."""
     try:
-        # O_NONBLOCK: a FIFO put in the file's place must not stop us.
+        # O_NONBLOCK: a FIFO in its place must not block.
         fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=folder_fd)
     except OSError as exc:
         raise _run_out(exc) or _bad(subject, f"{name} cannot be opened, or is a link ({exc.strerror})") from exc
     try:
         info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode):
-            raise _bad(subject, f"{name} is no regular file")
+            raise _bad(subject, f"{name} is not a regular file")
         if stat.S_IMODE(info.st_mode) != FILE_MODE or info.st_uid != os.geteuid():
             has = f"mode {stat.S_IMODE(info.st_mode):04o} and uid {info.st_uid}"
-            raise _bad(subject, f"{name} has {has}, and must be yours with mode {FILE_MODE:04o}")
+            raise _bad(subject, f"{name} has {has}, but must be yours with mode {FILE_MODE:04o}")
         os.set_blocking(fd, True)
         yield fd
     finally:
@@ -256,7 +237,7 @@ def opened_file(folder_fd: int, name: str, subject: Subject) -> Iterator[int]:
 
 
 def _check_manifest(folder_fd: int, image: Image) -> None:
-    """The manifest that *image* was read from is still the one in the folder."""
+    """Raise ImageError if the manifest has changed since *image* was read."""
     subject = _subject(image)
     with opened_file(folder_fd, "manifest.json", subject) as fd:
         data = os.pread(fd, manifest.MAX_BYTES + 1, 0)
@@ -268,21 +249,22 @@ def _record_path(subject: Subject) -> Path:
     return cache_folder("verified") / f"{subject.record}.json"
 
 
-def _read_record(subject: Subject) -> Record | None:
-    """The record, or None where there is none that counts: then everything is hashed."""
+def _recorded(subject: Subject) -> dict[str, Identity]:
+    """Return the identities recorded since boot; empty, so that everything is hashed, if there is no valid record."""
     try:
         fd = os.open(_record_path(subject), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError:
-        return None
+        return {}
     with os.fdopen(fd, "rb") as file:
         info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o077:
-            return None
+            return {}
         try:
-            record = msgspec.json.decode(file.read(manifest.MAX_BYTES), type=known(Record))
+            record = msgspec.json.decode(file.read(manifest.MAX_BYTES), type=prepared(Record))
         except msgspec.MsgspecError:
-            return None
-    return record if record.schema_version == RECORD_SCHEMA else None
+            return {}
+    valid = record.schema_version == RECORD_SCHEMA and record.boot_id == boot_id()
+    return record.files if valid else {}
 
 
 def _write_record(subject: Subject, files: dict[str, Identity]) -> None:

@@ -1,38 +1,31 @@
-"""Python packages in an image: wheels unpacked on the host, with byte code made by the image's own Python.
+"""Installing wheels into an image: unpacked on the host, compiled to byte code by the image's own Python.
 
-Nothing of a wheel is executed. They go where Debian's Python looks for what an administrator installs, below
-/usr/local; of two wheels with a file of the same name the last one, by name, has it.
+No code of a wheel is executed. Wheels go below /usr/local, where Debian's Python expects locally installed packages. If
+two wheels contain the same file, the last one by name wins.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import configparser
-import csv
-import hashlib
-import io
 import re
 import shutil
 import tarfile
 import zipfile
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Final, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.errors import ImageError
-from x07_sandbox.images import boot, commands
-from x07_sandbox.images.toolchain import entry
+from x07_sandbox.images import boot, commands, tar
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-MAX_BYTES: Final = 8 * 1024**3  # of all wheels together, unpacked
+MAX_BYTES: Final = 8 * 1024**3  # total, unpacked
 ENTRIES_MAX: Final = 400_000
-_TEXT_MAX: Final = 64 * 1024**2  # of one file that we read: RECORD
+_TEXT_MAX: Final = 1024**2  # of entry_points.txt
 _CHUNK: Final = 1024 * 1024
 _NAME_MAX: Final = 255
 _BIN: Final = "usr/local/bin"
-_HASHES: Final = ("sha256", "sha384", "sha512")
 _COMPILE_S: Final = 1800.0
 _PYTHON: Final = b"#!/usr/bin/python3"
 _ENTRY_POINT: Final = re.compile(r"([A-Za-z_][\w.]*)\s*:\s*([A-Za-z_][\w.]*)\s*(?:\[.*\])?", re.ASCII)
@@ -40,17 +33,12 @@ _PROGRAM_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 
 
 def site_packages(python: str) -> str:
-    """Where packages for the whole machine lie in an image with that Python ("3.13")."""
+    """Return the folder for packages in an image with that Python ("3.13")."""
     return f"usr/local/lib/python{python}/dist-packages"
 
 
-class _Digest(NamedTuple):
-    algorithm: str
-    value: bytes
-
-
 class Unpacker:
-    """Unpacks wheels into a tree that has the form of the image's root."""
+    """Unpacks wheels into a tree laid out like the image's root."""
 
     def __init__(self, root: Path, python: str) -> None:
         self._root = root
@@ -59,38 +47,34 @@ class Unpacker:
         (root / self._site).mkdir(parents=True)
 
     def unpack(self, wheel: Path) -> None:
-        """Unpack one, checked against its RECORD. Raises ImageError."""
+        """Unpack a wheel. Raises ImageError."""
         try:
             with zipfile.ZipFile(wheel) as archive:
                 self._unpack(archive, wheel.name)
         except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError) as exc:
-            raise _bad(wheel.name, f"it is no sound archive: {exc}") from exc
+            raise _bad(wheel.name, f"the archive is damaged: {exc}") from exc
         except (FileExistsError, IsADirectoryError, NotADirectoryError) as exc:
-            raise _bad(wheel.name, "a file of it is a folder of another wheel, or the other way round") from exc
+            raise _bad(wheel.name, "one of its files is a folder in another wheel, or vice versa") from exc
 
     def _unpack(self, archive: zipfile.ZipFile, wheel: str) -> None:
         files = {info.filename: info for info in archive.infolist() if not info.is_dir()}
         info_folders = {name.split("/")[0] for name in files if name.split("/")[0].endswith(".dist-info")}
         if len(info_folders) != 1:
-            raise _bad(wheel, "it has no .dist-info folder, or several")
+            raise _bad(wheel, "it does not have exactly one .dist-info folder")
         about = info_folders.pop()
-        record_name = f"{about}/RECORD"
-        record = _record(_text(archive, files[record_name], wheel), wheel) if record_name in files else {}
-        if missing := sorted(record.keys() - files.keys()):
-            raise _bad(wheel, f"its RECORD names {missing[0][:100]!r}, which is not in it")
         for name, info in sorted(files.items()):
             place = self._place(name, about.removesuffix(".dist-info") + ".data", wheel)
             if place is not None:
-                self._write(archive, info, self._root / place, record.get(name), wheel)
+                self._write(archive, info, self._root / place, wheel)
         points = f"{about}/entry_points.txt"
         if points in files:
             self._launchers(_text(archive, files[points], wheel), wheel)
 
     def _place(self, name: str, data: str, wheel: str) -> str | None:
-        """Where a file goes, below the root; None for nowhere."""
+        """Return the path of a file below the root, None to skip it."""
         parts = name.split("/")
         if not name.isprintable() or "\\" in name or {"", ".", ".."} & set(parts) or max(map(len, parts)) > _NAME_MAX:
-            raise _bad(wheel, f"it has a file {name[:100]!r}, which is no path below a folder")
+            raise _bad(wheel, f"its file {name[:100]!r} has an invalid path")
         if parts[0] != data or len(parts) == 1:
             return f"{self._site}/{name}"
         scheme, rest = parts[1], "/".join(parts[2:])
@@ -101,50 +85,39 @@ class Unpacker:
         if scheme == "data" and rest:
             return f"usr/local/{rest}"
         if scheme == "headers":
-            return None  # nothing is built against it
-        raise _bad(wheel, f"it has a file {name[:100]!r}, whose kind is not known")
+            return None
+        raise _bad(wheel, f"its file {name[:100]!r} has an unknown kind")
 
-    def _write(
-        self,
-        archive: zipfile.ZipFile,
-        info: zipfile.ZipInfo,
-        target: Path,
-        digest: _Digest | None,
-        wheel: str,
-    ) -> None:
+    def _write(self, archive: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path, wheel: str) -> None:
         self._entries += 1
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
         is_script = target.parent == self._root / _BIN
-        counted = hashlib.new(digest.algorithm if digest else "sha256", usedforsecurity=False)
         with archive.open(info) as source, target.open("xb") as file:
             first = True
             while chunk := source.read(_CHUNK):
-                counted.update(chunk)
                 self._bytes += len(chunk)
                 if self._bytes > MAX_BYTES or self._entries > ENTRIES_MAX:
-                    why = f"all wheels together have more than {MAX_BYTES >> 30} GiB or {ENTRIES_MAX} files"
+                    why = f"the wheels have more than {MAX_BYTES >> 30} GiB or {ENTRIES_MAX} files in total"
                     raise _bad(wheel, why)
                 file.write(re.sub(rb"\A#!pythonw?", _PYTHON, chunk) if first and is_script else chunk)
                 first = False
-        if digest and counted.digest() != digest.value:
-            raise _bad(wheel, f"{info.filename[:100]!r} is not what its RECORD says")
         executable = is_script or (info.external_attr >> 16) & 0o111
         target.chmod(0o700 if executable else 0o600)
 
     def _launchers(self, text: str, wheel: str) -> None:
-        """A program in /usr/local/bin for each console script."""
+        """Write a program to /usr/local/bin for each console script."""
         parser = configparser.ConfigParser(delimiters=("=",), interpolation=None, strict=False)
         parser.optionxform = str  # type: ignore[assignment,method-assign]
         try:
             parser.read_string(text)
         except configparser.Error as exc:
-            raise _bad(wheel, "its entry_points.txt cannot be read") from exc
+            raise _bad(wheel, "its entry_points.txt is invalid") from exc
         scripts = parser["console_scripts"] if parser.has_section("console_scripts") else {}
         for name, value in scripts.items():
             match = _ENTRY_POINT.fullmatch(value.strip())
             if match is None or not _PROGRAM_NAME.fullmatch(name):
-                raise _bad(wheel, f"its entry_points.txt has no function for the program {name[:100]!r}")
+                raise _bad(wheel, f"its entry_points.txt has an invalid entry for {name[:100]!r}")
             module, function = match.groups()
             first = function.partition(".")[0]
             body = f"import sys\n\nfrom {module} import {first}\n\nsys.exit({function}())\n"
@@ -163,55 +136,34 @@ def _text(archive: zipfile.ZipFile, info: zipfile.ZipInfo, wheel: str) -> str:
     return data.decode()
 
 
-def _record(text: str, wheel: str) -> dict[str, _Digest]:
-    """The digests in RECORD: algorithm and value, by file."""
-    found = {}
-    try:
-        for row in csv.reader(io.StringIO(text)):
-            kind, _, value = row[1].partition("=") if len(row) > 1 else ("", "", "")
-            if kind in _HASHES:
-                found[row[0]] = _Digest(kind, base64.urlsafe_b64decode(value + "=" * (-len(value) % 4)))
-    except (csv.Error, binascii.Error) as exc:
-        raise _bad(wheel, "its RECORD cannot be read") from exc
-    return found
-
-
 def make_layer(work: Path, wheels: Sequence[Path], root: Path, python: str) -> Path:
-    """A tar file, for the root of an image, with *wheels* unpacked and compiled. Raises SandboxError.
+    """Make a tar file for the root of an image, with *wheels* unpacked and compiled. Raises SandboxError.
 
-    root: the base's root file system, unpacked.
+    root: the base's unpacked root file system.
     """
-    tree, empty, tar = work / "wheels-tree", work / "wheels-none", work / "wheels.tar"
+    tree, empty, target = work / "wheels-tree", work / "wheels-none", work / "wheels.tar"
     unpacker = Unpacker(tree, python)
     for wheel in wheels:
         unpacker.unpack(wheel)
     empty.mkdir()
     site = site_packages(python)
-    # A package may hold files that no Python compiles (templates, tests of old syntax): they stay as they are.
+    # Ignore errors: packages contain files that do not compile (templates, old syntax).
     script = (
         f"python3 -I -S -m compileall -qq -f -j2 -s /opt/x07 -p /{site} --invalidation-mode unchecked-hash /opt/x07"
     )
     argv = boot.bwrap_argv(root, empty, tree / site, ("sh", "-c", f"{script} || :"))
     commands.run(argv, cwd=work, timeout_s=_COMPILE_S)
-    pack(tree, tar)
+    pack(tree, target)
     shutil.rmtree(tree)
-    return tar
+    return target
 
 
-def pack(tree: Path, tar: Path) -> None:
-    """All below *tree*, owned by root and of one date, in one order."""
-    with tarfile.open(tar, "x", format=tarfile.PAX_FORMAT) as archive:
-        archive.addfile(entry(".", tarfile.DIRTYPE, 0o755))
-        for path in sorted(tree.rglob("*"), key=lambda path: PurePosixPath(path.relative_to(tree)).parts):
-            name = str(path.relative_to(tree))
-            if path.is_dir():
-                archive.addfile(entry(name, tarfile.DIRTYPE, 0o755))
-                continue
-            info = path.lstat()
-            with path.open("rb") as file:
-                mode = 0o755 if info.st_mode & 0o100 else 0o644
-                archive.addfile(entry(name, tarfile.REGTYPE, mode, size=info.st_size), file)
+def pack(tree: Path, target: Path) -> None:
+    """Write *tree* as an archive to be unpacked at the root of an image."""
+    with tarfile.open(target, "x", format=tarfile.PAX_FORMAT) as archive:
+        archive.addfile(tar.entry(".", tarfile.DIRTYPE, 0o755))
+        tar.add_tree(archive, tree)
 
 
 def _bad(wheel: str, why: str) -> ImageError:
-    return ImageError(f"cannot use the wheel {wheel[:120]}", why, "Leave it out of --pip, or ask for another version")
+    return ImageError(f"cannot use the wheel {wheel[:120]}", why, "Remove it from --pip, or request another version")

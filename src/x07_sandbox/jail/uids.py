@@ -58,7 +58,7 @@ def lease_uid() -> Iterator[tuple[int, int]]:
     first = free_range()
     for _ in range(_TRIES):
         uid = first + int.from_bytes(os.urandom(4), "big") % COUNT
-        fd = close_on_fork.keep(_lock_file(str(uid)))
+        fd = close_on_fork.add(_lock_file(str(uid)))
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -25,7 +25,7 @@ from x07_sandbox.host import close_on_fork, settings
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.cores import cores
 from x07_sandbox.host.memory import memory_bytes
-from x07_sandbox.host.paths import cache_folder, open_own
+from x07_sandbox.host.paths import cache_folder, open_private_file
 from x07_sandbox.host.variables import number
 
 _VARIABLE: Final = "X07_VM_MAX_RUNNING"
@@ -94,7 +94,7 @@ def _locked(path: Path) -> int | None:
 
 
 def _opened(path: Path) -> int:
-    return close_on_fork.keep(open_own(path, os.O_RDWR))
+    return close_on_fork.add(open_private_file(path, os.O_RDWR))
 
 
 class _Place:
@@ -174,7 +174,7 @@ class _Turn:
         self._pidfd = -1
         self._child: subprocess.Popen[bytes] | None = None
         try:
-            with close_on_fork.none_meanwhile():
+            with close_on_fork.no_fork():
                 self._child = subprocess.Popen(
                     ["/usr/bin/flock", "-x", str(fd)],
                     stdin=subprocess.DEVNULL,

@@ -16,7 +16,7 @@ import msgspec
 
 from x07_sandbox.errors import HostError
 from x07_sandbox.host import close_on_fork
-from x07_sandbox.host.threads import started
+from x07_sandbox.host.threads import start_thread
 
 _ENVIRONMENT: Final = {"PATH": "/usr/bin:/bin", "LC_ALL": "C"}
 
@@ -48,7 +48,7 @@ def launch(request: Launch) -> subprocess.Popen[bytes]:
     global _thread  # noqa: PLW0603 - one thread a process is the point
     with _lock:
         if _thread is None or not _thread.is_alive():  # not alive: after a fork
-            _thread = started(threading.Thread(target=_serve, name="x07-launcher", daemon=True))
+            _thread = start_thread(threading.Thread(target=_serve, name="x07-launcher", daemon=True))
     answer: _Answer = queue.SimpleQueue()
     _requests.put((request, answer))
     child = answer.get()
@@ -63,7 +63,7 @@ def _serve() -> None:
     while True:
         request, answer = _requests.get()
         try:
-            with close_on_fork.none_meanwhile():
+            with close_on_fork.no_fork():
                 child = subprocess.Popen(
                     request.argv,
                     stdin=subprocess.DEVNULL if request.stdio_fd is None else request.stdio_fd,

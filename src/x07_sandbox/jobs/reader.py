@@ -16,7 +16,7 @@ from typing import Annotated, Any, Final, Literal, TypeVar
 
 import msgspec
 
-from x07_sandbox.host.paths import foreign, state_dir
+from x07_sandbox.host.paths import state_dir, why_not_ours
 from x07_sandbox.host.processes import Identity
 from x07_sandbox.jobs.active import ENDS, JOB_NAME
 from x07_sandbox.jobs.record import JOB_SCHEMA, OWNER_SCHEMA, JobRecord, runner_instance
@@ -165,7 +165,7 @@ def _opened(folder: Path) -> int | StoredJob | None:
         info = folder.lstat()
     except OSError:
         return None
-    if problem := foreign(info, stat.S_ISDIR):
+    if problem := why_not_ours(info, stat.S_ISDIR):
         return StoredJob(folder=folder, info=info, standing="foreign", why=problem)
     try:
         return os.open(folder, _FLAGS | os.O_DIRECTORY)
@@ -233,7 +233,7 @@ def _regular(folder_fd: int, name: str) -> os.stat_result | None:
         info = os.stat(name, dir_fd=folder_fd, follow_symlinks=False)
     except OSError:
         return None
-    return None if foreign(info, stat.S_ISREG) else info
+    return None if why_not_ours(info, stat.S_ISREG) else info
 
 
 def _decoded(folder_fd: int, name: str, decoder: msgspec.json.Decoder[_D], schema: str) -> _D:
@@ -246,7 +246,7 @@ def _decoded(folder_fd: int, name: str, decoder: msgspec.json.Decoder[_D], schem
     except OSError as exc:
         raise _UnreadableError("damaged", damaged) from exc
     try:
-        if foreign(os.fstat(fd), stat.S_ISREG):
+        if why_not_ours(os.fstat(fd), stat.S_ISREG):
             raise _missing(name)
         data = os.read(fd, _RECORD_MAX + 1)
     except OSError as exc:

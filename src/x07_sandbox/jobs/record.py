@@ -242,9 +242,9 @@ def runner_instance(root: Path) -> str:
             return made
         return f"ri-{_sha256(made, ours)[:32]}"
     except OSError as exc:
-        from x07_sandbox.host.os_errors import fix_of
+        from x07_sandbox.host.os_errors import fix_for
 
-        fix = fix_of(exc, "Remove it; a new one is made")
+        fix = fix_for(exc, "Remove it; a new one is made")
         raise HostError(f"cannot use {path}", exc.strerror or str(exc), fix) from exc
 
 

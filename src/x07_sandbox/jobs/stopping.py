@@ -11,8 +11,8 @@ from x07_sandbox.host.processes import (
     boot_id,
     is_alive,
     kill_identity,
-    marked,
     pid_namespace,
+    processes_with_mark,
     sees_every_process,
     wait_gone,
 )
@@ -73,7 +73,7 @@ def _processes_gone(stored: StoredJob, record: JobRecord) -> bool:
             return False
         processes = []
     # A runner that was killed before it wrote down what it had started leaves processes that only the mark tells.
-    return _ended(processes or marked(record.mark), record.mark)
+    return _ended(processes or processes_with_mark(record.mark), record.mark)
 
 
 def _ended(processes: list[Identity], mark: str) -> bool:

@@ -114,16 +114,16 @@ def make_request(  # noqa: PLR0913 - what a run may be given, each by its name
     )
 
 
-def _overrides(**let_in: bool) -> Overrides | None:
+def _overrides(**include: bool) -> Overrides | None:
     """What the call changes of the policy. Raises UsageError."""
-    for word, value in let_in.items():
+    for word, value in include.items():
         if not isinstance(value, bool):
             raise wrong(f"allow_{word}", f"is {type(value).__name__}, not a bool")
-    if not any(let_in.values()):
+    if not any(include.values()):
         return None
     from x07_sandbox.policy.overrides import Overrides
 
-    return Overrides(let_in=tuple(word for word, value in let_in.items() if value))
+    return Overrides(include=tuple(word for word, value in include.items() if value))
 
 
 def _loaders(path: Path | None) -> tuple[Loader, ...]:

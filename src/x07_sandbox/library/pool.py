@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host import settings
-from x07_sandbox.host.threads import started
+from x07_sandbox.host.threads import start_thread
 from x07_sandbox.library.arguments import check_names, wrong
 from x07_sandbox.library.run import OPTIONS, checked, run_once
 
@@ -152,7 +152,7 @@ class Pool(Executor):
         # In a thread of its own, which goes on whatever a signal's handler raises here, as Ctrl-C does.
         ending = threading.Thread(target=self._end, name="x07-pool-end")
         try:
-            started(ending)
+            start_thread(ending)
         except OSError:  # there may be no more
             self._end()
             return

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 
 # What carries runs out is imported when there is one: importing this costs next to nothing.
 from x07_sandbox.errors import SandboxError
-from x07_sandbox.host.threads import started
+from x07_sandbox.host.threads import start_thread
 from x07_sandbox.library.arguments import FILES_BYTES, check_names, input_file, make_request, wrong
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def _whole(cancel: Cancel, work: Callable[[], Ended]) -> Ended:
     thread = threading.Thread(target=carry_out, name="x07-call", daemon=True)
     try:
         try:
-            started(thread)
+            start_thread(thread)
         except OSError:  # there may be no more, as whoever needs the next will say
             return work()
         waited_for = True
@@ -324,7 +324,7 @@ class _Output:
         from x07_sandbox.host import close_on_fork
 
         for fd in self.fds:
-            close_on_fork.keep(fd)  # a forked child would keep the threads reading
+            close_on_fork.add(fd)  # a forked child would keep the threads reading
         for thread in self._threads:
             thread.start()
         return self

@@ -1,1 +1,1 @@
-"""Which connections a policy allows: decided here without I/O. No other room decides about hosts."""
+"""Decisions on network connections, and the egress gate that enforces them."""

@@ -1,7 +1,7 @@
-"""Addresses and names that no policy opens: those of this host, its networks and its cloud, and those of nobody.
+"""Addresses and names that no policy can allow: those of this host, its networks and cloud, and reserved ones.
 
-``ipaddress`` parses and compares only. Its ``is_global`` and ``is_private`` are not used: they differ between versions
-of Python, and call multicast, 6to4 and a metadata service of a cloud global.
+``is_global`` and ``is_private`` of ``ipaddress`` are not used: they differ between Python versions, and treat
+multicast, 6to4 and a cloud's metadata service as global.
 """
 
 from ipaddress import IPv6Network, ip_network
@@ -10,47 +10,47 @@ from typing import Final
 from x07_sandbox.network.names import Address, Host
 from x07_sandbox.policy.hosts import Addresses
 
-# Kind, what it is, and its networks; the first that holds an address names it.
+# Kind, description and networks; the first match counts.
 _FLOOR: Final = tuple(
     (kind, what, tuple(map(ip_network, networks.split())))
     for kind, what, networks in (
         (
             "metadata",
-            "the metadata service of a cloud",
+            "a cloud metadata service",
             "169.254.169.254/32 168.63.129.16/32 100.100.100.200/32 fd00:ec2::254/128 fd20:ce::254/128",
         ),
         ("loopback", "a loopback address, which inside the sandbox is the program's own", "127.0.0.0/8 ::1/128"),
-        ("unspecified", "an address of no host", "0.0.0.0/8 ::/128"),
-        ("private", "an address of a private network", "10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 fc00::/7 fec0::/10"),
-        ("shared", "an address behind a provider's NAT", "100.64.0.0/10"),
+        ("unspecified", "an unspecified address", "0.0.0.0/8 ::/128"),
+        ("private", "a private address", "10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 fc00::/7 fec0::/10"),
+        ("shared", "an address of a provider's NAT", "100.64.0.0/10"),
         ("link-local", "a link-local address", "169.254.0.0/16 fe80::/10"),
         ("multicast", "a multicast address", "224.0.0.0/4 ff00::/8"),
-        ("benchmark", "an address for benchmarks, which the sandbox uses for names", "198.18.0.0/15"),
+        ("benchmark", "a benchmark address, which the sandbox uses for names", "198.18.0.0/15"),
         (
             "documentation",
-            "an address for documentation",
+            "a documentation address",
             "192.0.2.0/24 198.51.100.0/24 203.0.113.0/24 2001:db8::/32 3fff::/20",
         ),
         (
             "embedded",
-            "an IPv6 address that holds an IPv4 address",
+            "an IPv6 address with an embedded IPv4 address",
             "::/96 64:ff9b::/96 64:ff9b:1::/48 2001::/32 2002::/16",
         ),
         (
             "special",
-            "an address for protocols, not for hosts",
+            "a special-purpose address",
             "192.0.0.0/24 192.31.196.0/24 192.52.193.0/24 192.88.99.0/24 192.175.48.0/24 100::/64 2001::/23 5f00::/16",
         ),
         ("reserved", "a reserved address", "240.0.0.0/4"),
     )
 )
 _UNICAST: Final = IPv6Network("2000::/3")
-# Names that mean something only on one machine or in one network, whatever a resolver says.
+# Names with a meaning only on one machine or network, whatever a resolver returns.
 _LOCAL_SUFFIXES: Final = ("localhost", "local", "internal", "home.arpa", "onion")
 
 
 def special(host: Host) -> tuple[str, str] | None:
-    """Return rule id and reason where *host* can never be reached; None for any other host."""
+    """Return rule id and reason if *host* is always denied; None otherwise."""
     if isinstance(host, str):
         return _local_name(host)
     kind, what = _kind(host)
@@ -58,7 +58,7 @@ def special(host: Host) -> tuple[str, str] | None:
 
 
 def special_within(addresses: Addresses) -> tuple[str, ...]:
-    """Return what of a range of addresses can never be reached, as sentences without full stop."""
+    """Return the parts of a range that are always denied, as clauses."""
     found = []
     for _, what, networks in _FLOOR:
         for network in networks:
@@ -79,7 +79,7 @@ def _kind(address: Address) -> tuple[str, str]:
 def _local_name(name: str) -> tuple[str, str] | None:
     for suffix in _LOCAL_SUFFIXES:
         if name == suffix or name.endswith(f".{suffix}"):
-            return f"local-name:{suffix}", f"{name} is a name of this host or of a local network"
+            return f"local-name:{suffix}", f"{name} is a name of this host or a local network"
     if "." not in name:
-        return "local-name:single-label", f"{name} has no dot: such a name means something only in a local network"
+        return "local-name:single-label", f"{name} has no dot and is therefore a local name"
     return None

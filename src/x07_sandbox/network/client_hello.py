@@ -1,7 +1,7 @@
-"""Reads the first message of a TLS connection, the ClientHello, out of hostile bytes.
+"""Parser for a TLS ClientHello in hostile bytes.
 
-Only what an inspection needs is kept: the server name (SNI) and whether Encrypted Client Hello is used. Everything
-around it has to be well-formed to the last byte, so that no other parser finds another name in the same bytes.
+Only the server name (SNI) is extracted. Everything else must be well-formed to the last byte, so that no other parser
+can find another name in the same bytes.
 """
 
 import struct
@@ -19,11 +19,10 @@ _RANDOM: Final = 32
 _SESSION_ID_MAX: Final = 32
 _SERVER_NAME: Final = 0
 _HOST_NAME: Final = 0
-_ECH: Final = 0xFE0D
 
 
 class HelloError(Exception):
-    """The bytes are no acceptable ClientHello. rule: a stable id. reason: a clause, without text of the client."""
+    """The bytes are not a valid ClientHello. rule: a stable id. reason: a clause without the client's text."""
 
     def __init__(self, rule: str, reason: str) -> None:
         super().__init__(rule, reason)
@@ -32,16 +31,15 @@ class HelloError(Exception):
 
 
 class ClientHello(NamedTuple):
-    """A well-formed ClientHello. server_name: as sent; None without SNI. ech: it has an encrypted_client_hello."""
+    """A well-formed ClientHello. server_name: as sent; None without SNI."""
 
     server_name: bytes | None
-    ech: bool
 
 
 class HelloReader:
-    """Collects a ClientHello that comes in any number of reads and TLS records.
+    """Collects a ClientHello from any number of reads and TLS records.
 
-    held: the bytes received until now, records and all; fewer than HELLO_MAX while the hello is incomplete.
+    held: all bytes received, including record headers; fewer than HELLO_MAX while the hello is incomplete.
     """
 
     def __init__(self) -> None:
@@ -58,17 +56,17 @@ class HelloReader:
         return None
 
     def _take_record(self) -> bool:
-        """Move the next record's content to the message; whether the record was complete."""
+        """Move the next record's content to the message; return whether the record was complete."""
         header = self.held[self._record_at : self._record_at + _RECORD.size]
         if header[:1] not in (b"", bytes([_HANDSHAKE])) or header[1:2] not in (b"", bytes([_MAJOR])):
             if not self._record_at:
                 raise HelloError("tls:not-tls", "the first bytes are not a TLS handshake")
-            raise HelloError("tls:malformed", "another TLS record comes before the end of the ClientHello")
+            raise HelloError("tls:malformed", "a TLS record of another type interrupts the ClientHello")
         if len(header) < _RECORD.size:
             return False
         _, _, _, length = _RECORD.unpack(header)
         if not 0 < length <= _RECORD_MAX:
-            raise HelloError("tls:malformed", "a TLS record has an impossible length")
+            raise HelloError("tls:malformed", "a TLS record has an invalid length")
         start = self._record_at + _RECORD.size
         if start + length > HELLO_MAX:
             raise HelloError("tls:too-large", f"the ClientHello has more than {HELLO_MAX} bytes")
@@ -87,23 +85,23 @@ class HelloReader:
         if size > HELLO_MAX:
             raise HelloError("tls:too-large", f"the ClientHello has more than {HELLO_MAX} bytes")
         if len(self._message) > size:
-            raise HelloError("tls:malformed", "a TLS record goes on after the ClientHello")
+            raise HelloError("tls:malformed", "a TLS record contains bytes after the ClientHello")
         return parse(bytes(self._message[_MESSAGE_HEADER:])) if len(self._message) == size else None
 
 
 def parse(body: bytes) -> ClientHello:
-    """Parse a ClientHello without its four bytes of header. Raises HelloError."""
+    """Parse a ClientHello without its four-byte header. Raises HelloError."""
     hello = _Cursor(body)
     if hello.number(1) != _MAJOR:
         _malformed("has an unknown version")
     hello.take(1 + _RANDOM)
     session_id, ciphers, compressions = hello.block(1), hello.block(2), hello.block(1)
     if len(session_id) > _SESSION_ID_MAX or not ciphers or len(ciphers) % 2 or not compressions:
-        _malformed("has a field of impossible length")
+        _malformed("has a field of invalid length")
     extensions = _extensions(hello.block(2)) if hello.left else {}
     hello.end()
     name = extensions.get(_SERVER_NAME)
-    return ClientHello(None if name is None else _host_name(name), _ECH in extensions)
+    return ClientHello(None if name is None else _host_name(name))
 
 
 def _extensions(data: bytes) -> dict[int, bytes]:
@@ -114,7 +112,7 @@ def _extensions(data: bytes) -> dict[int, bytes]:
         if kind in found:
             if kind == _SERVER_NAME:
                 raise HelloError("tls:two-names", "the ClientHello has two server name extensions")
-            _malformed("has the same extension twice")
+            _malformed("has a duplicate extension")
         found[kind] = cursor.block(2)
     return found
 
@@ -132,7 +130,7 @@ def _host_name(data: bytes) -> bytes:
 
 
 class _Cursor:
-    """Reads fields from the front of some bytes; every read past their end is a HelloError."""
+    """Reads fields from bytes; raises HelloError for a read past their end."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -144,7 +142,7 @@ class _Cursor:
 
     def take(self, size: int) -> bytes:
         if size > self.left:
-            _malformed("has a field that goes past its end")
+            _malformed("has a field that exceeds its end")
         self._at += size
         return self._data[self._at - size : self._at]
 
@@ -152,7 +150,7 @@ class _Cursor:
         return int.from_bytes(self.take(size))
 
     def block(self, length_size: int) -> bytes:
-        """A field with its length before it."""
+        """Read a length-prefixed field."""
         return self.take(self.number(length_size))
 
     def end(self) -> None:

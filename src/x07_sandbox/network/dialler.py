@@ -1,4 +1,4 @@
-"""Dialling: addresses of a name, checked, tried in order, and connected to by number."""
+"""Dialling: resolve a name, check its addresses, and connect to them in order."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _CODES: Final = {
 
 
 class NotDialledError(Exception):
-    """No connection came about. code: for the guest; rule, reason: for the record; address: the last one tried."""
+    """No connection was made. code: for the guest. rule, reason: for the record. address: the last one tried."""
 
     def __init__(self, code: int, rule: str, reason: str, address: str = "") -> None:
         super().__init__(reason)
@@ -49,20 +49,20 @@ class NotDialledError(Exception):
 
 
 class Dialled(NamedTuple):
-    """A connected socket, and the address that it leads to."""
+    """A connected socket and its address."""
 
     sock: socket.socket
     address: str
 
 
-class Names:
-    """The resolver process, as the gate sees it. sock: of packets, ours."""
+class ResolverClient:
+    """Client of the resolver process. sock: a packet socket, owned."""
 
     def __init__(self, sock: socket.socket, loop: asyncio.AbstractEventLoop) -> None:
         self._sock = sock
         self._loop = loop
         self._waiting: dict[int, asyncio.Future[tuple[int, list[Address]]]] = {}
-        self._asked: dict[str, asyncio.Task[list[Address]]] = {}
+        self._queries: dict[str, asyncio.Task[list[Address]]] = {}
         self._number = 0
         self._cache: dict[str, tuple[float, list[Address]]] = {}
         self.lost = asyncio.Event()
@@ -75,7 +75,7 @@ class Names:
             number, status, addresses = resolver.decode_answer(data)
         except BlockingIOError:
             return
-        except (OSError, ValueError):  # it has ended, or says what it never says
+        except (OSError, ValueError):  # it has exited or misbehaves
             self._loop.remove_reader(self._sock)
             self.lost.set()
             return
@@ -87,18 +87,18 @@ class Names:
         known = self._cache.get(name)
         if known is not None and self._loop.time() < known[0]:
             return known[1]
-        task = self._asked.get(name)
-        if task is None:  # else it is on the way already
-            task = self._asked[name] = self._loop.create_task(self._ask(name))
-            task.add_done_callback(partial(self._answered, name))
+        task = self._queries.get(name)
+        if task is None:
+            task = self._queries[name] = self._loop.create_task(self._query(name))
+            task.add_done_callback(partial(self._finished, name))
         return await asyncio.shield(task)
 
-    def _answered(self, name: str, task: asyncio.Task[list[Address]]) -> None:
-        del self._asked[name]
+    def _finished(self, name: str, task: asyncio.Task[list[Address]]) -> None:
+        del self._queries[name]
         if not task.cancelled():
-            task.exception()  # taken note of, though nobody may be left who waits for it
+            task.exception()  # retrieve it, since no waiter may be left
 
-    async def _ask(self, name: str) -> list[Address]:
+    async def _query(self, name: str) -> list[Address]:
         self._number = self._number % (2**32 - 1) + 1
         number = self._number
         waits: asyncio.Future[tuple[int, list[Address]]] = self._loop.create_future()
@@ -108,15 +108,15 @@ class Names:
             async with asyncio.timeout(LOOK_UP_S):
                 status, addresses = await waits
         except TimeoutError:
-            raise NotDialledError(egress.TIMED_OUT, "name:timeout", f"{name} was not looked up in time") from None
+            raise NotDialledError(egress.TIMED_OUT, "name:timeout", f"resolving {name} timed out") from None
         except OSError as exc:
-            raise NotDialledError(egress.TIMED_OUT, "name:failed", f"{name} cannot be looked up") from exc
+            raise NotDialledError(egress.TIMED_OUT, "name:failed", f"{name} cannot be resolved") from exc
         finally:
             self._waiting.pop(number, None)
         if status == resolver.NO_NAME:
             raise NotDialledError(egress.NO_NAME, "name:unknown", f"{name} has no address")
         if status != resolver.FOUND:
-            raise NotDialledError(egress.TIMED_OUT, "name:failed", f"{name} cannot be looked up now")
+            raise NotDialledError(egress.TIMED_OUT, "name:failed", f"resolving {name} failed")
         if len(self._cache) >= _CACHED_MAX:
             self._cache.clear()
         self._cache[name] = (self._loop.time() + _CACHE_S, addresses)
@@ -124,19 +124,19 @@ class Names:
 
 
 class Dialler:
-    """Makes the connections of one gate. bind_tells: as `bind_tells_own` says."""
+    """Makes the connections of one gate. own_by_bind: result of `bind_reveals_own`."""
 
     def __init__(
-        self, allowlist: Allowlist, names: Names, loop: asyncio.AbstractEventLoop, *, bind_tells: bool = True
+        self, allowlist: Allowlist, names: ResolverClient, loop: asyncio.AbstractEventLoop, *, own_by_bind: bool = True
     ) -> None:
-        self._bind_tells = bind_tells
+        self._own_by_bind = own_by_bind
         self._allowlist = allowlist
         self._names = names
         self._loop = loop
         self._nat64: list[IPv6Network] | None = None
 
     async def dial(self, decision: Decision) -> Dialled:
-        """Connect to where an allowed request leads. Raises NotDialledError."""
+        """Connect to the destination of an allowed request. Raises NotDialledError."""
         try:
             addresses = await self._addresses(decision)
             async with asyncio.timeout(_ALL_TRIES_S):
@@ -145,7 +145,7 @@ class Dialler:
             raise NotDialledError(egress.TIMED_OUT, "dial:timeout", "no address answered in time") from None
 
     async def _addresses(self, decision: Decision) -> list[Address]:
-        """The addresses that may be dialled. Raises NotDialledError where there is none."""
+        """Return the addresses that may be dialled. Raises NotDialledError if there is none."""
         host = decision.request.host
         if not isinstance(host, str):
             self._check_own(decision, host)
@@ -165,37 +165,37 @@ class Dialler:
         return good
 
     def _check_rules(self, decision: Decision, address: Address) -> None:
-        """Refuse what the list refuses, now that the address is known. Raises NotDialledError."""
+        """Raise NotDialledError if the allowlist denies the address."""
         found = decide_address(self._allowlist, decision, address)
         if not found.allowed:
             raise NotDialledError(egress.POLICY, found.rule, found.reason, str(address))
 
     def _check_own(self, decision: Decision, address: Address, *, known: bool = False) -> None:
-        """Refuse the host's own addresses, public ones too, unless the settings open it. Raises NotDialledError.
+        """Raise NotDialledError for this host's own addresses, also public ones, unless the settings allow it.
 
-        known: that it is one has been seen.
+        known: the address is known to be one.
         """
         opened = (address, decision.request.port) in self._allowlist.settings.allow_local
-        if not opened and (known or (self._bind_tells and _is_own(address))):
+        if not opened and (known or (self._own_by_bind and _is_own(address))):
             why = f"{address} is an address of this host"
             raise NotDialledError(egress.POLICY, "deny-floor:own", why, str(address))
 
     async def _check_nat64(self, address: Address) -> None:
-        """Refuse IPv6 addresses in which this network's translator embeds IPv4 addresses. Raises NotDialledError."""
+        """Raise NotDialledError for IPv6 addresses in which this network's NAT64 embeds IPv4 addresses."""
         if address.version != _V6:
             return
         if self._nat64 is None:
             try:
                 found = await self._names.look_up(_NAT64_NAME)
             except NotDialledError as exc:
-                if exc.code != egress.NO_NAME:  # not known yet: so it may be one
+                if exc.code != egress.NO_NAME:  # unknown, so the address may be one
                     raise
                 found = []
             self._nat64 = [
                 IPv6Network((int(one) >> 32 << 32, _NAT64_BITS)) for one in found if isinstance(one, IPv6Address)
             ]
         if any(address in network for network in self._nat64):
-            why = f"{address} holds an IPv4 address (NAT64)"
+            why = f"{address} embeds an IPv4 address (NAT64)"
             raise NotDialledError(egress.POLICY, "deny-floor:embedded", why, str(address))
 
     async def _try(self, decision: Decision, addresses: list[Address]) -> Dialled:
@@ -237,12 +237,12 @@ class Dialler:
 
 def _failed(exc: OSError, address: Address) -> NotDialledError:
     code = _CODES.get(exc.errno or 0, egress.HOST_UNREACHABLE)
-    # Not its own text, which asyncio writes anew.
+    # Not its own text, which asyncio replaces.
     return NotDialledError(code, "dial:failed", os.strerror(exc.errno or 0), str(address))
 
 
-def bind_tells_own() -> bool:
-    """Whether only this host's own addresses can be bound to (ip(7): ip_nonlocal_bind), which is the default."""
+def bind_reveals_own() -> bool:
+    """Return whether only this host's own addresses can be bound, as by default (ip(7): ip_nonlocal_bind)."""
     for version in ("ipv4", "ipv6"):
         with contextlib.suppress(OSError):
             path = Path(f"/proc/sys/net/{version}/ip_nonlocal_bind")
@@ -252,7 +252,7 @@ def bind_tells_own() -> bool:
 
 
 def _is_own(address: Address) -> bool:
-    """Whether an address is one of this host's: only to those can a socket be bound."""
+    """Return whether an address is one of this host's, to which a socket can be bound."""
     family = socket.AF_INET6 if address.version == _V6 else socket.AF_INET
     try:
         with socket.socket(family, socket.SOCK_DGRAM) as sock:

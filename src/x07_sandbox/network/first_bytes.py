@@ -1,10 +1,10 @@
-"""Checks that what a client says at the start of a connection names the host that the connection was opened for.
+"""Inspection of a client's first bytes: they must name the host for which the connection was opened.
 
-Pure: bytes in, bytes to forward out. Three modes: ``tls`` needs a ClientHello with that name, ``http`` checks every
-request, ``any`` checks both where it recognises them and passes everything else. The far end's bytes are not checked.
+No I/O: bytes in, bytes to forward out. Mode ``tls`` requires a ClientHello with that name, ``http`` checks every
+request, ``any`` checks both if it recognises them and passes everything else. The server's bytes are not inspected.
 
-Known limits: what is inside TLS is invisible, which includes a ClientHello that answers a HelloRetryRequest; ``any``
-is an effort against mistakes and plain fronting, since a protocol that nobody recognises can name what it likes.
+Known limits: the content of TLS is invisible, including a ClientHello after a HelloRetryRequest. ``any`` is best effort
+against mistakes and plain fronting, since an unknown protocol can name any host.
 """
 
 import re
@@ -18,10 +18,10 @@ from x07_sandbox.network.names import Host, parse_guest_host
 
 _LINE_MAX: Final = 8 * 1024
 _TLS_START: Final = b"\x16\x03"
-# PostgreSQL clients may ask for encryption by GSS first, then by TLS, on one connection.
+# PostgreSQL clients may request GSS encryption first and then TLS on one connection.
 _POSTGRES: Final = (bytes.fromhex("00000008 04d2162f"), bytes.fromhex("00000008 04d21630"))
 _POSTGRES_SIZE: Final = 8
-# Wider than the grammar of HTTP, since servers forgive more: the request parser refuses what is not strict.
+# More tolerant than HTTP's grammar, as servers are; the request parser then rejects what is not strict.
 _LINE_FEED: Final = ord("\n")
 _WORD: Final = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _SPACE: Final = rb"[\t\x0b\x0c ]"
@@ -31,10 +31,10 @@ _TARGET: Final = re.compile(rb"[\r\n\t\x0b\x0c ]*%b%b+(?:[/*]|https?:)" % (_WORD
 
 
 class InspectionError(Exception):
-    """A connection may not go on.
+    """A connection must be closed.
 
-    rule: a stable id, such as ``tls:no-sni``. reason: a clause without full stop, the client's text in it escaped and
-    cut. name: the name that the client gave, in normal form, or escaped where it has none; "" without a name.
+    rule: a stable id, such as ``tls:no-sni``. reason: a clause with the client's text escaped and truncated.
+    name: the name that the client sent, in normal form or else escaped; "" without a name.
     """
 
     def __init__(self, rule: str, reason: str, name: str = "") -> None:
@@ -44,65 +44,8 @@ class InspectionError(Exception):
         self.name = name
 
 
-class Inspector(Protocol):
-    """What watches the client's bytes of one connection.
-
-    After `from_server` and after `client_eof`, ``from_client(b"")`` returns the bytes that these have released. Once an
-    InspectionError is raised, every later call raises it again.
-    """
-
-    @property
-    def held(self) -> int:
-        """How many bytes are held back now: at most 64 KiB and one read."""
-
-    @property
-    def decided(self) -> bool:
-        """Whether the first bytes have been judged, and passed."""
-
-    @property
-    def transparent(self) -> bool:
-        """Whether nothing is held, and from now on bytes may bypass the inspector in both directions."""
-
-    @property
-    def watches_server(self) -> bool:
-        """Whether `from_server` has to be given the far end's bytes, before they are passed on."""
-
-    @property
-    def tls_name(self) -> str:
-        """The server name of a ClientHello in normal form; "" if none was seen."""
-
-    @property
-    def ech(self) -> bool:
-        """Whether the ClientHello has an encrypted one inside, or pretends to."""
-
-    def from_client(self, data: bytes) -> bytes:
-        """Take bytes from the client; return those to forward now. Raises InspectionError."""
-
-    def from_server(self, data: bytes) -> None:
-        """Take bytes of the far end."""
-
-    def client_eof(self) -> None:
-        """Take the end of the client's bytes. Raises InspectionError where a message that is checked is incomplete."""
-
-    def release(self) -> bytes:
-        """Return what is held of a start that is not decided yet: its client may be waiting for an answer.
-
-        It is judged all the same, with what follows. Nothing of a ClientHello is released, nor of what has to be TLS or
-        HTTP.
-        """
-
-
-def inspector(mode: Literal["tls", "http", "any"], name: str | None, denied: Callable[[str], str | None]) -> Inspector:
-    """Return the inspector of a new connection.
-
-    name: what it was opened for, in normal form; None for a literal address. denied: why a name is denied, if it is;
-    asked only on connections to literal addresses.
-    """
-    return _Inspection(mode, _Names(name, denied))
-
-
 class _Stage(Protocol):
-    """One way to read a connection."""
+    """A parser of one protocol."""
 
     @property
     def held(self) -> int: ...
@@ -117,25 +60,23 @@ class _Stage(Protocol):
     def eof(self) -> None: ...
 
 
-class _Names:
-    """Judges the names that a client gives, and remembers that of its ClientHello."""
+class _NameCheck:
+    """Checks the names that a client sends, and remembers that of its ClientHello."""
 
     def __init__(self, name: str | None, denied: Callable[[str], str | None]) -> None:
         self._name = name
         self._denied = denied
         self.tls_name = ""
-        self.ech = False
 
-    def judge_host(self, host: Host) -> None:
+    def check_host(self, host: Host) -> None:
         """Check the host of a request. Raises InspectionError."""
-        self._judge("http:other-host", "the request", host)
+        self._check("http:other-host", "the request", host)
 
-    def judge_hello(self, hello: ClientHello, *, need_name: bool) -> None:
+    def check_hello(self, hello: ClientHello, *, need_name: bool) -> None:
         """Check the server name of a hello. Raises InspectionError."""
-        self.ech = hello.ech
         if hello.server_name is None:
             if need_name and self._name is not None:
-                raise InspectionError("tls:no-sni", "the TLS ClientHello names no server")
+                raise InspectionError("tls:no-sni", "the TLS ClientHello has no server name")
             return
         try:
             host: Host | None = parse_guest_host(hello.server_name)
@@ -143,11 +84,11 @@ class _Names:
             host = None
         if not isinstance(host, str):
             text = escaped(hello.server_name)
-            raise InspectionError("tls:malformed", f"the TLS ClientHello names {text}, which is not a name", text)
+            raise InspectionError("tls:malformed", f"the TLS ClientHello names {text}, which is not a valid name", text)
         self.tls_name = host
-        self._judge("tls:other-name", "the TLS ClientHello", host)
+        self._check("tls:other-name", "the TLS ClientHello", host)
 
-    def _judge(self, rule: str, what: str, host: Host) -> None:
+    def _check(self, rule: str, what: str, host: Host) -> None:
         if self._name is not None:
             if host != self._name:
                 why = f"{what} names {host}, but the connection was opened for {self._name}"
@@ -156,66 +97,83 @@ class _Names:
             raise InspectionError("name:denied", f"{what} names {host}: {reason}", host)
 
 
-class _Inspection:
-    """An Inspector, see there: a stage, and the first error that it raised."""
+class Inspector:
+    """Inspects the client's bytes of one connection.
 
-    def __init__(self, mode: Literal["tls", "http", "any"], names: _Names) -> None:
-        self._names = names
+    name: the connection's destination, in normal form; None for a literal address. denied: why a name is denied, if it
+    is; called only for literal addresses.
+
+    After `from_server` and `client_eof`, ``from_client(b"")`` returns the bytes that they released. Once an
+    InspectionError was raised, every later call raises it again.
+    """
+
+    def __init__(
+        self, mode: Literal["tls", "http", "any"], name: str | None, denied: Callable[[str], str | None]
+    ) -> None:
+        self._names = names = _NameCheck(name, denied)
         self._stage: _Stage
         if mode == "tls":
             self._stage = _Tls(names, need_name=True)
         elif mode == "http":
-            self._stage = RequestStream(names.judge_host)
+            self._stage = RequestStream(names.check_host)
         else:
             self._stage = _Any(names)
         self._error: InspectionError | None = None
 
     @property
     def held(self) -> int:
+        """Number of bytes held back: at most 64 KiB and one read."""
         return self._stage.held
 
     @property
     def decided(self) -> bool:
+        """Whether the first bytes have passed the inspection."""
         return self._stage.decided
 
     @property
     def transparent(self) -> bool:
+        """Whether nothing is held, and further bytes may bypass the inspector in both directions."""
         return self._error is None and self._stage.transparent
 
     @property
     def watches_server(self) -> bool:
+        """Whether `from_server` needs the server's bytes before they are forwarded."""
         return self._stage.watches_server
 
     @property
     def tls_name(self) -> str:
+        """The server name of a ClientHello in normal form; "" if none was seen."""
         return self._names.tls_name
 
-    @property
-    def ech(self) -> bool:
-        return self._names.ech
-
     def from_client(self, data: bytes) -> bytes:
-        self._again()
+        """Take bytes from the client; return those to forward now. Raises InspectionError."""
+        self._raise_again()
         try:
             return self._stage.feed(data)
         except (HelloError, RequestError, InspectionError) as exc:
             self._fail(exc)
 
     def from_server(self, data: bytes) -> None:
-        self._again()
+        """Take bytes from the server."""
+        self._raise_again()
         self._stage.server(data)
 
     def client_eof(self) -> None:
-        self._again()
+        """Take the end of the client's bytes. Raises InspectionError if an inspected message is incomplete."""
+        self._raise_again()
         try:
             self._stage.eof()
         except (HelloError, RequestError, InspectionError) as exc:
             self._fail(exc)
 
     def release(self) -> bytes:
+        """Return held first bytes of a protocol that is not known yet: the client may be waiting for an answer.
+
+        They are inspected nevertheless, with what follows. A ClientHello and bytes that must be TLS or HTTP stay held.
+        """
         return self._stage.release() if isinstance(self._stage, _Any) else b""
 
-    def _again(self) -> None:
+    def _raise_again(self) -> None:
         if self._error is not None:
             raise self._error
 
@@ -226,11 +184,11 @@ class _Inspection:
 
 
 class _Tls:
-    """A connection that has to start with a ClientHello."""
+    """A connection that must start with a ClientHello."""
 
     watches_server = False
 
-    def __init__(self, names: _Names, *, need_name: bool) -> None:
+    def __init__(self, names: _NameCheck, *, need_name: bool) -> None:
         self._names = names
         self._need_name = need_name
         self._reader = HelloReader()
@@ -250,13 +208,13 @@ class _Tls:
         hello = self._reader.feed(data)
         if hello is None:
             return b""
-        self._names.judge_hello(hello, need_name=self._need_name)
+        self._names.check_hello(hello, need_name=self._need_name)
         self.decided = True
         whole, self._reader = bytes(self._reader.held), HelloReader()
         return whole
 
     def server(self, data: bytes) -> None:
-        """Nothing that the far end says matters."""
+        """Ignore the server's bytes."""
 
     def eof(self) -> None:
         if self.held:
@@ -264,7 +222,7 @@ class _Tls:
 
 
 class _Raw:
-    """A connection of which nothing is checked."""
+    """A connection that is not inspected."""
 
     held = 0
     decided = True
@@ -275,19 +233,19 @@ class _Raw:
         return data
 
     def server(self, data: bytes) -> None:
-        """Nothing that the far end says matters."""
+        """Ignore the server's bytes."""
 
     def eof(self) -> None:
-        """Every end is fine."""
+        """Accept any end."""
 
 
 class _Any:
-    """A connection of unknown protocol: holds the first bytes until they can only be one, then reads them as that."""
+    """A connection of unknown protocol: holds the first bytes until the protocol is known."""
 
-    def __init__(self, names: _Names) -> None:
+    def __init__(self, names: _NameCheck) -> None:
         self._names = names
         self._start = bytearray()
-        self._released = b""  # the beginning of what will be forwarded, which has been
+        self._released = b""  # prefix of the output that was already forwarded
         self._stage: _Stage | None = None
 
     @property
@@ -325,11 +283,11 @@ class _Any:
         return released
 
     def _rest(self, out: bytes) -> bytes:
-        """What is to be forwarded, without what has been."""
+        """Return *out* without the prefix that was already forwarded."""
         if not out or not self._released:
             return out
         if not out.startswith(self._released):
-            raise RequestError("http:malformed", "the request line is not in its usual form")
+            raise RequestError("http:malformed", "the request line is not in canonical form")
         out, self._released = out[len(self._released) :], b""
         return out
 
@@ -341,7 +299,7 @@ class _Any:
         if self._stage is None:
             self._stage = self._choose(ended=True) or _Raw()
             if not self._stage.transparent:
-                self._stage.feed(self._take_start())  # an unfinished message, of which nothing passes
+                self._stage.feed(self._take_start())  # an incomplete message, which is not forwarded
         self._stage.eof()
 
     def _take_start(self) -> bytes:
@@ -349,7 +307,7 @@ class _Any:
         return start
 
     def _choose(self, *, ended: bool) -> _Stage | None:
-        """How to read what is held; None while that is open."""
+        """Return the parser for the held bytes; None while the protocol is not known."""
         if self._start.startswith(_TLS_START):
             return _Tls(self._names, need_name=False)
         if any(start.startswith(self._start) for start in (_TLS_START, *_POSTGRES)):
@@ -357,17 +315,17 @@ class _Any:
         is_request = _is_request_line(self._start, ended=ended)
         if is_request is None:
             return None
-        return RequestStream(self._names.judge_host) if is_request else _Raw()
+        return RequestStream(self._names.check_host) if is_request else _Raw()
 
 
 def _is_request_line(text: bytearray, *, ended: bool) -> bool | None:
-    """Whether some server could take *text* for an HTTP request; None while its first line is open.
+    """Return whether a server could accept *text* as an HTTP request; None while its first line is incomplete.
 
-    ended: nothing comes any more.
+    ended: no more bytes will follow.
     """
     found = _OPEN_LINE.match(text, 0, _LINE_MAX)
     end = found.end() if found else 0
-    if end == _LINE_MAX:  # too long for an honest request line; not for some servers
+    if end == _LINE_MAX:  # too long for a normal request line, but not for some servers
         return _TARGET.match(text) is not None
     if end < len(text):
         return text[end] == _LINE_FEED and _VERSION.search(text, 0, end) is not None

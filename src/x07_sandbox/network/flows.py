@@ -1,4 +1,4 @@
-"""One connection of a guest as the gate carries it: far end, inspection of first bytes, windows, ends."""
+"""One connection of a guest through the gate: server socket, inspection of first bytes, windows, close."""
 
 from __future__ import annotations
 
@@ -21,15 +21,12 @@ if TYPE_CHECKING:
 
 _LINGER: Final = struct.pack("ii", 1, 0)
 _RELEASE_S: Final = 0.003
-# Shared: asyncio fills it and hands it over before it asks for it again.
+# Shared: asyncio delivers its content before it requests the buffer again.
 _BUFFER: Final = memoryview(bytearray(egress.DATA_MAX))
 
 
 class Flow(ABC):
-    """What all flows have.
-
-    counters: as the ledger keeps them. touched: when something last came, in seconds. lost: the far end is closed.
-    """
+    """Base of all flows. counters: the ledger's. touched: time of the last data. lost: the server side is closed."""
 
     def __init__(self, stream: int, contact: Contact, counters: list[int], now: float) -> None:
         self.stream = stream
@@ -40,7 +37,7 @@ class Flow(ABC):
         self.lost = False
 
     def count(self, *, sent: int = 0, received: int = 0) -> None:
-        """Add bytes to the account."""
+        """Add to the byte counters."""
         self.sent += sent
         self.received += received
         self.counters[1] += sent
@@ -48,18 +45,15 @@ class Flow(ABC):
 
     @abstractmethod
     def from_guest(self, data: bytes) -> None:
-        """Take bytes, or a datagram, of the program."""
+        """Take bytes, or a datagram, from the program."""
 
     @abstractmethod
     def abort(self) -> None:
-        """Close the far end at once."""
+        """Close the server side at once."""
 
 
 class TcpFlow(Flow, asyncio.BufferedProtocol):
-    """A connection.
-
-    held_since: when the first bytes began to be held back. half_closed_at: when one end had said all.
-    """
+    """A TCP connection. held_since: since when first bytes are held. half_closed_at: when one side finished."""
 
     transport: asyncio.Transport
 
@@ -76,9 +70,9 @@ class TcpFlow(Flow, asyncio.BufferedProtocol):
         self._link = link
         self._inspector = inspector
         self._gate = gate
-        self._rest = b""  # of what the far end sent: beyond the guest's window
-        self._unacknowledged = 0  # bytes of the guest's that the far end has not taken yet
-        self._far_ended = False
+        self._rest = b""  # from the server, beyond the guest's window
+        self._unacknowledged = 0  # bytes from the guest that the server has not taken yet
+        self._server_ended = False
         self.guest_ended = False
         self.paused = False
         self.held_since: float | None = None
@@ -87,7 +81,7 @@ class TcpFlow(Flow, asyncio.BufferedProtocol):
     # from the guest
 
     def from_guest(self, data: bytes) -> None:
-        """Take bytes of the program."""
+        """Take bytes from the program."""
         self.touched = self._gate.now()
         self._unacknowledged += len(data)
         if self._inspector.transparent:
@@ -96,7 +90,7 @@ class TcpFlow(Flow, asyncio.BufferedProtocol):
             self._inspect(data)
 
     def _inspect(self, data: bytes = b"") -> None:
-        """Send on what the inspection lets go of."""
+        """Forward what the inspector releases."""
         try:
             out = self._inspector.from_client(data)
         except InspectionError as exc:
@@ -110,7 +104,7 @@ class TcpFlow(Flow, asyncio.BufferedProtocol):
         self._send(out)
 
     def _release(self) -> None:
-        """Send on what may go ahead of its judgement: the program may wait for an answer to it."""
+        """Forward bytes before their inspection is complete: the program may be waiting for an answer."""
         if not self.lost and self.held_since is not None and (out := self._inspector.release()):
             self.held_since = None
             self._send(out)
@@ -123,7 +117,7 @@ class TcpFlow(Flow, asyncio.BufferedProtocol):
         self._acknowledge()
 
     def guest_finished(self) -> None:
-        """The program will send no more."""
+        """Handle the end of the program's data."""
         try:
             self._inspector.client_eof()
         except InspectionError as exc:
@@ -133,7 +127,7 @@ class TcpFlow(Flow, asyncio.BufferedProtocol):
         if self.lost or self.transport.is_closing():
             return
         self.guest_ended = True
-        with contextlib.suppress(OSError):  # the far end has just reset the connection, as the loop will hear
+        with contextlib.suppress(OSError):  # the server has just reset the connection
             self.transport.write_eof()
         self._half_closed()
 
@@ -143,28 +137,28 @@ class TcpFlow(Flow, asyncio.BufferedProtocol):
             self._unacknowledged = 0
 
     def waiting_bytes(self) -> int:
-        """Bytes of this flow that the gate holds."""
+        """Return the number of bytes that the gate buffers for this flow."""
         return self._unacknowledged + len(self._rest)
 
-    # from the far end
+    # from the server
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """As asyncio.BaseProtocol has it."""
+        """Keep the transport."""
         assert isinstance(transport, asyncio.Transport)  # noqa: S101 - for the type checker
         self.transport = transport
-        transport.set_write_buffer_limits(high=0, low=0)  # `resume_writing` tells when all has been taken
+        transport.set_write_buffer_limits(high=0, low=0)  # resume_writing() is called when the buffer is empty
 
     def resume_writing(self) -> None:
-        """The far end has taken what there was."""
+        """Acknowledge what the server has taken."""
         self._acknowledge()
         self._gate.flush()
 
     def get_buffer(self, _sizehint: int) -> memoryview:
-        """Return room for this flow's share of what the gate reads at once."""
+        """Return a buffer of this flow's share of a read."""
         return _BUFFER[: self._gate.share()]
 
     def buffer_updated(self, nbytes: int) -> None:
-        """Bytes came from the far end."""
+        """Take bytes from the server."""
         self.touched = self._gate.now()
         data = bytes(_BUFFER[:nbytes])
         if self._inspector.watches_server:
@@ -180,36 +174,36 @@ class TcpFlow(Flow, asyncio.BufferedProtocol):
         self._gate.flush()
 
     def eof_received(self) -> bool:
-        """The far end will send no more; the connection stays open for what the program sends."""
-        self._far_ended = True
+        """Handle the end of the server's data; keep the connection open for the program's."""
+        self._server_ended = True
         self.pump()
         self._gate.flush()
         return True
 
     def pump(self) -> None:
-        """Send the guest what it takes, and read on only when it has taken all."""
+        """Send the guest what its window allows; read from the server only while nothing is left over."""
         if self._rest:
             self._rest = self._rest[self._link.send(self.stream, self._rest) :]
         hold = bool(self._rest) or self._gate.busy() or not self._link.window(self.stream)
         if hold != self.paused and not self.transport.is_closing():
             self.paused = hold
             (self.transport.pause_reading if hold else self.transport.resume_reading)()
-        if self._far_ended and not self._rest:
+        if self._server_ended and not self._rest:
             self._link.finish(self.stream)
             self._half_closed()
 
     def _half_closed(self) -> None:
-        if self.guest_ended and self._far_ended and not self._rest:
-            self.transport.close()  # it sends first what it holds
+        if self.guest_ended and self._server_ended and not self._rest:
+            self.transport.close()  # flushes its buffer first
         elif self.half_closed_at is None:
             self.half_closed_at = self._gate.now()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The connection is over."""
-        self._gate.ended(self, clean=exc is None and self._far_ended and not self._rest)
+        """Report the closed connection."""
+        self._gate.ended(self, clean=exc is None and self._server_ended and not self._rest)
 
     def abort(self) -> None:
-        """Close the far end at once, with a reset: what the program sent may not be all."""
+        """Reset the connection: the program's data may be incomplete."""
         if (sock := self.transport.get_extra_info("socket")) is not None:
             with contextlib.suppress(OSError):
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER)
@@ -217,7 +211,7 @@ class TcpFlow(Flow, asyncio.BufferedProtocol):
 
 
 class UdpFlow(Flow, asyncio.DatagramProtocol):
-    """Datagrams between a program and one address: a connected socket, so nobody else's come."""
+    """Datagrams between a program and one address, through a connected socket."""
 
     transport: asyncio.DatagramTransport
 
@@ -228,27 +222,27 @@ class UdpFlow(Flow, asyncio.DatagramProtocol):
         self._full = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """As asyncio.BaseProtocol has it."""
+        """Keep the transport."""
         assert isinstance(transport, asyncio.DatagramTransport)  # noqa: S101 - for the type checker
         self.transport = transport
 
     def from_guest(self, data: bytes) -> None:
-        """Send a datagram of the program; nothing where too much waits."""
+        """Send a datagram of the program; drop it while the socket is congested."""
         self.touched = self._gate.now()
         if not self._full:
             self.count(sent=len(data))
             self.transport.sendto(data)
 
     def pause_writing(self) -> None:
-        """The host's network does not take as much: more is dropped."""
+        """Drop further datagrams."""
         self._full = True
 
     def resume_writing(self) -> None:
-        """It does again."""
+        """Send datagrams again."""
         self._full = False
 
     def datagram_received(self, data: bytes, _address: object) -> None:
-        """Pass a datagram on; it is dropped where the guest does not keep up."""
+        """Forward a datagram; drop it if the guest does not keep up."""
         self.touched = self._gate.now()
         if not self._gate.busy():
             self.count(received=len(data))
@@ -256,10 +250,10 @@ class UdpFlow(Flow, asyncio.DatagramProtocol):
             self._gate.flush()
 
     def error_received(self, _exc: Exception) -> None:
-        """Nothing: as over a real network, a datagram may be lost."""
+        """Ignore errors: datagrams may be lost."""
 
     def connection_lost(self, _exc: Exception | None) -> None:
-        """The socket is closed."""
+        """Report the closed socket."""
         self._gate.ended(self, clean=False)
 
     def abort(self) -> None:
@@ -268,23 +262,23 @@ class UdpFlow(Flow, asyncio.DatagramProtocol):
 
 
 class Gatekeeper(Protocol):
-    """What a flow needs of its gate."""
+    """What a flow needs from its gate."""
 
     @property
     def now(self) -> Callable[[], float]:
-        """The clock: seconds, never going back."""
+        """The monotonic clock, in seconds."""
 
     def flush(self) -> None:
-        """Write to the guest what the link has queued."""
+        """Write queued data to the guest."""
 
     def busy(self) -> bool:
-        """Whether so much is queued for the guest that no far end is to be read."""
+        """Return whether too much is queued for the guest to read from servers."""
 
     def share(self) -> int:
-        """How many bytes one flow may read at a time."""
+        """Return how many bytes one flow may read at a time."""
 
     def refuse(self, flow: TcpFlow, problem: InspectionError) -> None:
-        """End a flow for what its first bytes claimed."""
+        """Deny a flow because of its first bytes."""
 
     def ended(self, flow: Flow, *, clean: bool) -> None:
-        """Forget a flow whose far end is closed. clean: both ends had said all."""
+        """Forget a flow whose server side is closed. clean: both sides had finished."""

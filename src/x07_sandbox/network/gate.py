@@ -1,7 +1,7 @@
-"""The egress gate: the only way out of a guest. It decides about each connection, dials, and carries it.
+"""The egress gate, the guest's only network access: it decides on each connection (rules.py), dials and carries it.
 
-One process a job, without rights (jail/own_limits), and the only holder of the stream from the guest's relay. What it
-decides by: rules.py. All that comes over the stream is hostile.
+It runs in one unprivileged process per job (jail/own_limits) and owns the stream from the guest's relay. Everything on
+that stream is hostile.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from x07_sandbox.channel import egress
 from x07_sandbox.channel.egress import EgressLink
 from x07_sandbox.errors import PeerError, UsageError
 from x07_sandbox.network.dialler import Dialled, NotDialledError
-from x07_sandbox.network.first_bytes import InspectionError, inspector
+from x07_sandbox.network.first_bytes import InspectionError, Inspector
 from x07_sandbox.network.flows import Flow, TcpFlow, UdpFlow
 from x07_sandbox.network.names import parse_guest_host
 from x07_sandbox.network.rules import Request, decide, denied_name
@@ -31,12 +31,12 @@ FLOWS_MAX: Final = 256
 PENDING_MAX: Final = 128
 NAMES_MAX: Final = 1024
 NAMES_OF_WILDCARD: Final = 256
-HELD_MAX_BYTES: Final = 32 << 20  # with more in its memory, a gate opens no more connections
+HELD_MAX_BYTES: Final = 32 << 20  # above this, the gate opens no more connections
 _OPENS_S: Final = 100.0
 _OPENS_BURST: Final = 200.0
-_QUEUED_MAX: Final = 128 * 1024  # bytes for the guest: with more, far ends are not read
-_ROUND_MAX: Final = 3 << 20  # bytes that all flows together read in one turn of the loop
-_STALLED_MAX: Final = 1 << 20  # with so many, the guest is not read either
+_QUEUED_MAX: Final = 128 * 1024  # bytes for the guest: above this, servers are not read
+_ROUND_MAX: Final = 3 << 20  # bytes that all flows read in one iteration of the loop
+_STALLED_MAX: Final = 1 << 20  # above this, the guest is not read either
 _FIRST_BYTES_S: Final = 10.0
 _IDLE_S: Final = 3600.0
 _HALF_CLOSED_S: Final = 60.0
@@ -48,7 +48,7 @@ _HTTP_PORTS: Final = frozenset({80, 8080})
 
 
 class Gate(asyncio.BufferedProtocol):
-    """One guest's connections. It is the protocol of the stream from the relay."""
+    """Protocol of the stream from the relay; owns the guest's connections."""
 
     transport: asyncio.Transport
 
@@ -59,33 +59,33 @@ class Gate(asyncio.BufferedProtocol):
         self._loop = loop
         self.now = loop.time
         self.over = asyncio.Event()
-        self.starting: asyncio.Task[object] | None = None  # the stream's; kept, since the loop keeps no task
+        self.starting: asyncio.Task[object] | None = None  # a reference, since the loop keeps only weak ones
         self._link = EgressLink(guest=False)
         self._buffer = bytearray(_READ)
         self._flows: dict[int, Flow] = {}
         self._pending: dict[int, asyncio.Task[None]] = {}
-        self._names: dict[str, set[str]] = {}  # asked for, by the rule that allowed them
+        self._names: dict[str, set[str]] = {}  # requested names, by the rule that allowed them
         self._opens = _OPENS_BURST
         self._opens_at = loop.time()
         self._reading = True
         self._was_busy = False
-        self._tick: asyncio.TimerHandle | None = None  # from the moment that there is a guest
+        self._tick: asyncio.TimerHandle | None = None  # set once a guest is connected
 
     # the stream from the relay
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """As asyncio.BaseProtocol has it."""
+        """Keep the transport and start the timer."""
         assert isinstance(transport, asyncio.Transport)  # noqa: S101 - for the type checker
         self.transport = transport
         transport.set_write_buffer_limits(high=_QUEUED_MAX, low=_QUEUED_MAX // 2)
-        self._tick = self._loop.call_later(_TICK_S, self._look_at_clocks)
+        self._tick = self._loop.call_later(_TICK_S, self._check_timeouts)
 
     def get_buffer(self, _sizehint: int) -> bytearray:
-        """Where asyncio puts what comes."""
+        """Return the receive buffer."""
         return self._buffer
 
     def buffer_updated(self, nbytes: int) -> None:
-        """Bytes came from the guest."""
+        """Take bytes from the guest."""
         try:
             for event in self._link.receive(memoryview(self._buffer)[:nbytes]):
                 self._take(event)
@@ -96,19 +96,19 @@ class Gate(asyncio.BufferedProtocol):
         self.flush()
 
     def eof_received(self) -> bool:
-        """The guest has ended."""
+        """Close the stream."""
         return False
 
     def connection_lost(self, _exc: Exception | None) -> None:
-        """The guest has ended, and with it all that it had open."""
+        """Close everything that the guest had open."""
         self.close()
 
     def resume_writing(self) -> None:
-        """The guest has taken much of what was queued."""
+        """Write more to the guest."""
         self.flush()
 
     def close(self) -> None:
-        """End everything. A second call does nothing."""
+        """Close all connections. Idempotent."""
         if self.over.is_set():
             return
         self.over.set()
@@ -124,17 +124,17 @@ class Gate(asyncio.BufferedProtocol):
         return self._link.pending() + self.transport.get_write_buffer_size()
 
     def busy(self) -> bool:
-        """Whether so much is queued for the guest that no far end is to be read; `flush` goes on with those later."""
+        """Return whether too much is queued for the guest to read from servers; `flush` resumes them."""
         busy = self._queued() > _QUEUED_MAX
         self._was_busy |= busy
         return busy
 
     def share(self) -> int:
-        """How many bytes one flow may read at a time: all that are ready read before any of it is written."""
+        """Return how many bytes one flow may read at a time: all ready flows read before anything is written."""
         return min(egress.DATA_MAX, _ROUND_MAX // max(1, len(self._flows)))
 
     def flush(self) -> None:
-        """Write to the guest what is queued, and read on from those who had to wait for that."""
+        """Write queued data to the guest, and resume flows that waited for it."""
         if self._tick is None or self.over.is_set():
             return
         self._write()
@@ -153,11 +153,11 @@ class Gate(asyncio.BufferedProtocol):
             self.transport.write(data)
             self._link.sent(len(data))
 
-    # what the guest says
+    # from the guest
 
     def _take(self, event: Event) -> None:
-        if event.kind in {egress.OPEN, egress.TOLD}:
-            self._asked(event)
+        if event.kind in {egress.OPEN, egress.REFUSAL}:
+            self._request(event)
             return
         flow = self._flows.get(event.stream)
         if flow is None:
@@ -166,26 +166,25 @@ class Gate(asyncio.BufferedProtocol):
             return
         if event.kind == egress.RESET:
             self._end(flow)
-        elif event.kind in {egress.DATA, egress.DATAGRAM}:  # the link knows which of them a flow may have
+        elif event.kind in {egress.DATA, egress.DATAGRAM}:  # the link checks which kind a flow may have
             flow.from_guest(event.data)
         elif isinstance(flow, TcpFlow):
             if event.kind == egress.FIN:
                 flow.guest_finished()
-            else:  # more is taken
+            else:  # the window grew
                 flow.pump()
 
-    def _asked(self, event: Event) -> None:
-        """Decide about a connection that the guest asks for, or that it has refused by itself."""
+    def _request(self, event: Event) -> None:
+        """Decide on a connection that the guest requests, or record one that it denied itself."""
         transport: Transport = "udp" if event.transport == egress.UDP else "tcp"
         try:
             request = Request(host=parse_guest_host(event.data), port=event.value, transport=transport)
         except UsageError as exc:
             contact = _contact(ascii(event.data)[2:-1], event.value, transport, "malformed", exc.why)
-            self._refuse(event.stream, egress.POLICY, contact)  # no answer where it has no stream
+            self._refuse(event.stream, egress.POLICY, contact)  # not answered if it has no stream
             return
         decision = decide(self._allowlist, request)
-        if event.kind == egress.TOLD:
-            # What the list allows was refused by rules that root in the guest has changed: no matter.
+        if event.kind == egress.REFUSAL:
             reason = decision.reason if not decision.allowed else "refused inside the guest"
             self._ledger.denied(_of(decision, reason=reason))
             return
@@ -202,7 +201,7 @@ class Gate(asyncio.BufferedProtocol):
         self._link.opened(stream, code)
 
     def _limit(self, decision: Decision) -> str:
-        """Why one more connection is too many; empty where it is not."""
+        """Return which limit another connection would exceed; empty for none."""
         now = self.now()
         self._opens = min(_OPENS_BURST, self._opens + (now - self._opens_at) * _OPENS_S)
         self._opens_at = now
@@ -210,11 +209,11 @@ class Gate(asyncio.BufferedProtocol):
             return f"more than {_OPENS_S:.0f} connections a second"
         self._opens -= 1
         if len(self._pending) >= PENDING_MAX:
-            return f"{PENDING_MAX} connections are being made"
+            return f"{PENDING_MAX} connections are pending"
         if len(self._flows) + len(self._pending) >= FLOWS_MAX:
             return f"{FLOWS_MAX} connections are open"
         if sum(flow.waiting_bytes() for flow in self._flows.values() if isinstance(flow, TcpFlow)) > HELD_MAX_BYTES:
-            return "too many bytes wait to be sent"
+            return "too many bytes are waiting to be sent"
         return self._too_many_names(decision)
 
     def _too_many_names(self, decision: Decision) -> str:
@@ -225,18 +224,18 @@ class Gate(asyncio.BufferedProtocol):
         if host in names:
             return ""
         if len(names) >= NAMES_OF_WILDCARD:
-            return f"{NAMES_OF_WILDCARD} names of one entry were looked up"
+            return f"{NAMES_OF_WILDCARD} names of one entry were resolved"
         if sum(map(len, self._names.values())) >= NAMES_MAX:
-            return f"{NAMES_MAX} names were looked up"
+            return f"{NAMES_MAX} names were resolved"
         names.add(host)
         return ""
 
     async def _open(self, stream: int, decision: Decision) -> None:
-        """Look up, check, dial, and only then answer."""
+        """Resolve, check and dial, then answer."""
         dialled: Dialled | None = None
         try:
             dialled = await self._dialler.dial(decision)
-            flow = await self._carried(stream, decision, dialled)
+            flow = await self._carry(stream, decision, dialled)
         except NotDialledError as exc:
             if stream in self._link.flows:
                 contact = _of(decision, rule=exc.rule, reason=exc.reason, address=exc.address)
@@ -246,7 +245,7 @@ class Gate(asyncio.BufferedProtocol):
         except asyncio.CancelledError:
             if dialled is not None:
                 dialled.sock.close()
-            self._ledger.failed(_of(decision, rule="dial:given-up", reason="the program ended it before the answer"))
+            self._ledger.failed(_of(decision, rule="dial:given-up", reason="the program closed it before the answer"))
         else:
             self._answer(stream, flow)
         finally:
@@ -254,8 +253,8 @@ class Gate(asyncio.BufferedProtocol):
             self.flush()
 
     def _answer(self, stream: int, flow: Flow) -> None:
-        """Tell the guest that its connection is there."""
-        if stream not in self._link.flows or self.over.is_set():  # the program has gone meanwhile
+        """Report the new connection to the guest."""
+        if stream not in self._link.flows or self.over.is_set():  # the program has closed it meanwhile
             flow.abort()
             return
         self._link.opened(stream)
@@ -266,7 +265,7 @@ class Gate(asyncio.BufferedProtocol):
         if isinstance(flow, TcpFlow):
             flow.pump()
 
-    async def _carried(self, stream: int, decision: Decision, dialled: Dialled) -> Flow:
+    async def _carry(self, stream: int, decision: Decision, dialled: Dialled) -> Flow:
         contact = _of(decision, address=dialled.address)
         counters = self._ledger.allowed(contact)
         if decision.request.transport == "udp":
@@ -275,13 +274,13 @@ class Gate(asyncio.BufferedProtocol):
             return datagrams
         name = decision.request.host if isinstance(decision.request.host, str) else None
         port = decision.request.port
-        look = inspector(self._mode(port), name, lambda seen: denied_name(self._allowlist, seen, port))
-        flow = TcpFlow(stream, contact, counters, self._link, look, self)
+        inspector = Inspector(self._mode(port), name, lambda seen: denied_name(self._allowlist, seen, port))
+        flow = TcpFlow(stream, contact, counters, self._link, inspector, self)
         await self._loop.create_connection(lambda: flow, sock=dialled.sock)
         return flow
 
     def _mode(self, port: int) -> Literal["tls", "http", "any"]:
-        """What a connection to a port has to be."""
+        """Return the protocol that a connection to a port must use."""
         if port in self._allowlist.settings.opaque_ports:
             return "any"
         return "tls" if port in _TLS_PORTS else "http" if port in _HTTP_PORTS else "any"
@@ -289,7 +288,7 @@ class Gate(asyncio.BufferedProtocol):
     # ends
 
     def refuse(self, flow: TcpFlow, problem: InspectionError) -> None:
-        """End a flow for what its first bytes claimed."""
+        """Deny a flow because of its first bytes."""
         contact = replace(flow.contact, rule=problem.rule, reason=problem.reason, tls_name=problem.name)
         self._ledger.denied(contact)
         self._link.reset(flow.stream, egress.POLICY)
@@ -297,7 +296,7 @@ class Gate(asyncio.BufferedProtocol):
         self.flush()
 
     def ended(self, flow: Flow, *, clean: bool) -> None:
-        """Forget a flow whose far end is closed. clean: both ends had said all."""
+        """Forget a flow whose server side is closed. clean: both sides had finished."""
         flow.lost = True
         if self._flows.pop(flow.stream, None) is None:
             return
@@ -312,8 +311,8 @@ class Gate(asyncio.BufferedProtocol):
             self._ledger.closed(flow.contact, flow.sent, flow.received)
         flow.abort()
 
-    def _look_at_clocks(self) -> None:
-        self._tick = self._loop.call_later(_TICK_S, self._look_at_clocks)
+    def _check_timeouts(self) -> None:
+        self._tick = self._loop.call_later(_TICK_S, self._check_timeouts)
         now = self.now()
         for flow in list(self._flows.values()):
             if isinstance(flow, UdpFlow):
@@ -321,12 +320,12 @@ class Gate(asyncio.BufferedProtocol):
                     self._link.reset(flow.stream)
                     self._end(flow)
             elif isinstance(flow, TcpFlow):
-                self._look_at_tcp(flow, now)
+                self._check_tcp_timeouts(flow, now)
         self.flush()
 
-    def _look_at_tcp(self, flow: TcpFlow, now: float) -> None:
+    def _check_tcp_timeouts(self, flow: TcpFlow, now: float) -> None:
         if flow.held_since is not None and now - flow.held_since > _FIRST_BYTES_S:
-            self.refuse(flow, InspectionError("first-bytes:timeout", "its first bytes did not become a whole message"))
+            self.refuse(flow, InspectionError("first-bytes:timeout", "its first bytes are not a complete message"))
             return
         half = flow.half_closed_at is not None and now - max(flow.half_closed_at, flow.touched) > _HALF_CLOSED_S
         if half or now - flow.touched > _IDLE_S:

@@ -1,7 +1,7 @@
-"""What a guest's relay is told of a policy: synthetic addresses of names, and what may be asked for at all.
+"""The network configuration of the guest's relay: synthetic addresses of names, and allowed addresses and ports.
 
-It is derived from the same policy that lies in /x07/in/policy.json, on the host, since the normal form of names is
-made in one place (names.py). The guest's rules are a second wall: the gate decides again, about every connection.
+It is computed on the host, where names are normalized (names.py). The guest's rules are a second line of defense: the
+gate decides again on every connection.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from x07_sandbox.network.rules import Allowlist, Entry
 
-_FIRST_NAME: Final = int(IPv4Address("198.18.0.16"))  # 198.18.0.1 is where a program's connections come from
+_FIRST_NAME: Final = int(IPv4Address("198.18.0.16"))  # 198.18.0.1 is the source of a program's connections
 _FIRST_BLOCK: Final = int(IPv4Address("198.18.4.0"))
 _BLOCK: Final = 256
 _SYNTHETIC: Final = tuple(int(IPv4Network("198.18.0.0/15")[at]) for at in (0, -1))
@@ -28,22 +28,22 @@ _V6: Final = 6
 
 
 def guest_view(allowlist: Allowlist) -> dict[str, Any]:
-    """Return `network` of START (docs/guest-channel.md). Raises UsageError for more names than can have an address."""
+    """Return `network` of START (docs/guest-channel.md). Raises UsageError for too many names."""
     net = allowlist.policy.net
     names = sorted({entry.what for entry in allowlist.entries if isinstance(entry.what, str)})
     suffixes = sorted({entry.what.suffix for entry in allowlist.entries if isinstance(entry.what, Wildcard)})
     if not net.allow_dns:
         names, suffixes = [], []
     if _FIRST_BLOCK + len(suffixes) * _BLOCK - 1 > _SYNTHETIC[1] or _FIRST_NAME + len(names) > _FIRST_BLOCK:
-        fix = "List fewer names, or a shorter suffix for several of them"
-        raise UsageError("cannot use the policy", "it lists more names than there are addresses for", fix)
+        fix = "List fewer names, or a wildcard for several of them"
+        raise UsageError("cannot use the policy", "it lists too many names", fix)
     exact = {name: _FIRST_NAME + number for number, name in enumerate(names)}
     blocks = {suffix: _FIRST_BLOCK + number * _BLOCK for number, suffix in enumerate(suffixes)}
     tcp, udp = _Ports(), _Ports()
     for entry in allowlist.entries:
         ranges = _ranges(entry)
         ranges += [Addresses(_V4, address, address) for name, address in exact.items() if matches(entry.what, name)]
-        # A name below a suffix may match entries of the suffixes above it too.
+        # A name below a suffix also matches entries of shorter suffixes.
         ranges += [Addresses(_V4, at, at + _BLOCK - 1) for suffix, at in blocks.items() if _covers(entry, suffix)]
         for addresses in ranges:
             tcp.add(addresses, entry.ports)
@@ -57,12 +57,12 @@ def guest_view(allowlist: Allowlist) -> dict[str, Any]:
 
 
 def _covers(entry: Entry, suffix: str) -> bool:
-    """Whether an entry is for all names below a suffix."""
+    """Return whether an entry applies to all names below a suffix."""
     return isinstance(entry.what, Wildcard) and f".{suffix}".endswith(f".{entry.what.suffix}")
 
 
 class _Ports:
-    """Ports by range of addresses."""
+    """Ports by address range."""
 
     def __init__(self) -> None:
         self._given: list[tuple[Addresses, frozenset[int]]] = []
@@ -72,7 +72,7 @@ class _Ports:
             self._given.append((addresses, ports))
 
     def rows(self) -> list[list[Any]]:
-        """First and last address, and ports, of ranges that do not overlap: the kernel's sets take no others."""
+        """Return first address, last address and ports of disjoint ranges, as the kernel's sets require."""
         return [row for version in (_V4, _V6) for row in self._rows(version)]
 
     def _rows(self, version: int) -> Iterator[list[Any]]:
@@ -85,7 +85,7 @@ class _Ports:
 
 
 def _ranges(entry: Entry) -> list[Addresses]:
-    """The addresses of an entry for addresses, without those that stand for names."""
+    """Return an entry's address ranges without the synthetic addresses."""
     if not isinstance(entry.what, Addresses):
         return []
     version, first, last = entry.what.version, entry.what.first, entry.what.last

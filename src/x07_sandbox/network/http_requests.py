@@ -1,10 +1,10 @@
-"""Parses every HTTP/1.x request of a client and writes it again in one strict form.
+"""Parses every HTTP/1.x request of a client and re-serializes it in one strict form.
 
-A client's own bytes never pass: the far end gets what was understood here, so it cannot understand something else.
-h11 parses; what h11 forgives is refused here before: bare line feeds, folded lines, control characters, two statements
-of a body's length, CONNECT, HTTP/2, and an absolute target that differs from Host.
+The client's own bytes are never forwarded, so the server cannot interpret a request differently. h11 parses; what it
+tolerates is rejected here first: bare line feeds, folded lines, control characters, ambiguous body lengths, CONNECT,
+HTTP/2, and an absolute target that differs from Host.
 
-After a WebSocket handshake that the far end accepts (status 101), bytes pass as they are.
+After a WebSocket handshake that the server accepts (status 101), bytes are forwarded unchanged.
 """
 
 import re
@@ -18,9 +18,9 @@ from x07_sandbox.errors import UsageError
 from x07_sandbox.network.names import Host, parse_guest_host
 
 HEAD_MAX: Final = 64 * 1024
-"""Bytes of a request's head, of chunk headers and trailers, and of what waits for the answer to a handshake."""
+"""Maximum bytes of a request's head, of chunk headers and trailers, and of data after an unanswered handshake."""
 
-_PIECE: Final = 16 * 1024  # keeps what is copied for each pipelined request small
+_PIECE: Final = 16 * 1024  # limits the copying for pipelined requests
 _TEXT_MAX: Final = 253
 _WORD: Final = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _WORD_START: Final = re.compile(_WORD)
@@ -32,12 +32,12 @@ _PORT_DEFAULT: Final = 80
 _ABSOLUTE: Final = re.compile(rb"http://([^/?#]*)([^#]*)", re.IGNORECASE)
 _STATUS_SIZE: Final = len(b"HTTP/1.1 101 ")
 _SWITCHED: Final = re.compile(rb"HTTP/1\.1 101[ \r\n]")
-# Not in a trailer: they route a request, or say where it ends.
+# Not allowed in a trailer: they control routing or framing.
 _HEAD_ONLY: Final = frozenset({b"connection", b"content-length", b"host", b"te", b"transfer-encoding", b"upgrade"})
 
 
 class RequestError(Exception):
-    """A request may not pass. rule: a stable id. reason: a clause, the client's text in it escaped and cut."""
+    """A request is denied. rule: a stable id. reason: a clause with the client's text escaped and truncated."""
 
     def __init__(self, rule: str, reason: str, name: str = "") -> None:
         super().__init__(rule, reason, name)
@@ -47,7 +47,7 @@ class RequestError(Exception):
 
 
 def escaped(text: bytes | str) -> str:
-    """Text of a client for a message: ASCII, on one line, in quotes, 253 characters at most."""
+    """Return a client's text for a message: quoted ASCII on one line, at most 253 characters."""
     shown = ascii(text.decode("latin-1") if isinstance(text, bytes) else text)
     return shown if len(shown) <= _TEXT_MAX else shown[: _TEXT_MAX - 3] + "..."
 
@@ -55,12 +55,12 @@ def escaped(text: bytes | str) -> str:
 class RequestStream:
     """The client's half of one HTTP/1.x connection.
 
-    judge: raises its own error for the host of a request that may not pass.
-    decided: the first request's head has passed. watches_server: `server` needs the far end's bytes.
+    check_host: raises its own error for a host that is not allowed.
+    decided: the first request's head was accepted. watches_server: `server` needs the server's bytes.
     """
 
-    def __init__(self, judge: Callable[[Host], None]) -> None:
-        self._judge = judge
+    def __init__(self, check_host: Callable[[Host], None]) -> None:
+        self._host_check = check_host
         self._pending = bytearray()
         self._line_at = 0
         self._searched = 0
@@ -74,16 +74,16 @@ class RequestStream:
 
     @property
     def held(self) -> int:
-        """Bytes that were received and neither passed nor dropped."""
+        """Number of received bytes that were not forwarded yet."""
         return len(self._pending) + (len(self._body.trailing_data[0]) if self._body else 0)
 
     @property
     def transparent(self) -> bool:
-        """Whether this is no HTTP any more, and nothing is held."""
+        """Whether the connection left HTTP, and nothing is held."""
         return self._raw and not self._pending
 
     def feed(self, data: bytes) -> bytes:
-        """Take bytes from the client; return those to forward. Raises RequestError, and what judge raises."""
+        """Take bytes from the client; return those to forward. Raises RequestError, and errors of check_host."""
         out = bytearray()
         for at in range(0, len(data) or 1, _PIECE):
             self._pending += data[at : at + _PIECE]
@@ -91,7 +91,7 @@ class RequestStream:
         return bytes(out)
 
     def server(self, data: bytes) -> None:
-        """Take the far end's bytes while watches_server; then feed(b"") gives what the answer has released."""
+        """Take the server's bytes while watches_server; then feed(b"") returns the released bytes."""
         if not self.watches_server:
             return
         self._answer += data[: _STATUS_SIZE - len(self._answer)]
@@ -100,7 +100,7 @@ class RequestStream:
             self._raw = _SWITCHED.fullmatch(self._answer) is not None
 
     def eof(self) -> None:
-        """Check that the client did not stop inside a request. Raises RequestError."""
+        """Raise RequestError if the client stopped inside a request."""
         if not self._raw and (self._pending or self._body):
             _malformed("the connection ends inside a request")
 
@@ -111,7 +111,7 @@ class RequestStream:
                 self._pending.clear()
             elif self.watches_server:
                 if len(self._pending) > HEAD_MAX:
-                    raise RequestError("http:too-large", "too many bytes follow an unanswered WebSocket handshake")
+                    raise RequestError("http:too-large", "too much data follows an unanswered WebSocket handshake")
                 return
             elif self._body is not None:
                 self._body.receive_data(bytes(self._pending))
@@ -123,7 +123,7 @@ class RequestStream:
                 return
 
     def _take_head(self) -> bytes | None:
-        """Remove and return the next head once it is complete. Each line is checked as soon as it is there."""
+        """Remove and return the next head once it is complete; check each line on arrival."""
         if not _WORD_START.match(self._pending, 0, 1):
             _malformed("the first bytes are not an HTTP/1 request")
         while (end := self._pending.find(b"\n", self._searched, HEAD_MAX) + 1) > 0:
@@ -174,7 +174,7 @@ class RequestStream:
                 _malformed("the request's body is not complete")
 
     def _check_host(self, request: h11.Request, text: bytes) -> bytes:
-        """Check whom the request is for; return its target without scheme and host."""
+        """Check the request's host; return its target without scheme and host."""
         if not text:
             raise RequestError("http:no-host", "the request has an empty Host")
         host = _parse_authority(text)
@@ -187,7 +187,7 @@ class RequestStream:
             target = path if path.startswith(b"/") else b"/" + path
         elif not target.startswith(b"/") and (target, request.method) != (b"*", b"OPTIONS"):
             _malformed(f"the request has the target {escaped(target)}, which is neither a path nor an http:// URL")
-        self._judge(host[0])
+        self._host_check(host[0])
         return target
 
 
@@ -214,7 +214,7 @@ def _check_field(line: bytes) -> None:
 
 
 def _check_counts(head: bytes) -> None:
-    """Check which headers there are, before h11 makes one of two, or an error without an id of ours."""
+    """Check for missing and duplicate headers, which h11 would merge or report without a rule id."""
     request_line, *lines = head[:-4].split(b"\r\n")
     count = Counter(line.partition(b":")[0].lower() for line in lines)
     if count[b"host"] != 1:
@@ -223,23 +223,23 @@ def _check_counts(head: bytes) -> None:
         raise RequestError("http:no-host", "the request has no Host")
     lengths = count[b"transfer-encoding"] + count[b"content-length"]
     if lengths > 1 or (count[b"transfer-encoding"] and request_line.endswith(b"1.0")):
-        raise RequestError("http:ambiguous-length", "the request's headers state the length of its body ambiguously")
+        raise RequestError("http:ambiguous-length", "the length of the request's body is ambiguous")
     if count[b"http2-settings"]:
         raise RequestError("http:upgrade", "HTTP/2 without TLS is not supported")
 
 
 def _is_handshake(request: h11.Request, fields: dict[bytes, bytes], *, first: bool) -> bool:
-    """Whether this is a WebSocket handshake. Raises RequestError for every other upgrade."""
+    """Return whether this is a WebSocket handshake. Raises RequestError for other upgrades."""
     if b"upgrade" not in fields:
         return False
     values = [value for name, value in request.headers if name == b"upgrade"]
     if [value.lower() for value in values] != [b"websocket"]:
         raise RequestError("http:upgrade", f"an upgrade to {escaped(values[0])} is not supported")
     if not first:
-        raise RequestError("http:upgrade", "a WebSocket handshake has to be the first request of its connection")
+        raise RequestError("http:upgrade", "a WebSocket handshake must be the first request of its connection")
     body = b"transfer-encoding" in fields or fields.get(b"content-length", b"0").strip(b"0")
     if request.method != b"GET" or request.http_version != b"1.1" or body:
-        raise RequestError("http:upgrade", "a WebSocket handshake has to be a GET of HTTP/1.1 without a body")
+        raise RequestError("http:upgrade", "a WebSocket handshake must be an HTTP/1.1 GET without a body")
     return True
 
 
@@ -257,13 +257,13 @@ def _next_event(connection: h11.Connection) -> object:
     try:
         return connection.next_event()
     except h11.RemoteProtocolError as exc:
-        if exc.error_status_hint == 431:  # noqa: PLR2004 - h11's way to say that its buffer is full
+        if exc.error_status_hint == 431:  # noqa: PLR2004 - h11's status for a full buffer
             raise RequestError("http:too-large", "a line of the request's body is too long") from None
         _malformed(f"the request is not well-formed: {escaped(str(exc))}")
 
 
 def _end(event: h11.EndOfMessage) -> bytes:
-    """The last chunk, and the trailer."""
+    """Return the last chunk and the trailer."""
     lines = [b"%b: %b\r\n" % field for field in event.headers.raw_items()]
     for line, (name, _) in zip(lines, event.headers, strict=True):
         if name in _HEAD_ONLY or not _FIELD.fullmatch(line):

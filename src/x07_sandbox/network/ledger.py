@@ -1,35 +1,31 @@
-"""What a gate has decided and carried: counters for the result, and a line of JSON for each event.
+"""Record of a gate's decisions and traffic: counters for the result, and a log with one JSON line per event.
 
-Both are bounded, whatever a guest does: the counters in number, the lines in number a second and in bytes. Texts that
-a guest chose are cut, and JSON escapes them.
+A guest cannot exceed their bounds: the number of counters, and the rate and total size of lines. Texts that a guest
+chose are truncated, and escaped by JSON.
 """
 
-from __future__ import annotations
-
 import json
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable
+from typing import Any, Final
+
+from msgspec.structs import replace
 
 from x07_sandbox.network.summary import Contact, NetworkUse
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-ROWS_MAX: Final = 256  # of each table; what more there was is counted
+ROWS_MAX: Final = 256  # per table; further ones are counted
 _TEXT_MAX: Final = 253
 _REASON_MAX: Final = 500
 _BURST: Final = 100
 _LINES_S: Final = 20
 LOG_MAX_BYTES: Final = 8 << 20
 
-
-_Key = tuple[str, int, str, str, str, str, str]
+_Table = dict[Contact, list[int]]
 
 
 class Ledger:
-    """The account of one gate. now: seconds, from a clock that never goes back.
+    """The ledger of one gate. now: a monotonic clock, in seconds. write: takes a line; returns whether it succeeded.
 
-    write: takes each line, and says whether all of it was written. Refusals have a rate of their own, so that no flood
-    of them keeps a connection out of the log.
+    Denials have their own rate limit, so that a flood of them does not hide connections in the log.
     """
 
     def __init__(self, write: Callable[[bytes], bool], now: Callable[[], float]) -> None:
@@ -41,24 +37,24 @@ class Ledger:
         self._bytes = 0
         self._unwritten = 0  # since the last line
         self._dropped = 0
-        self._allowed: dict[_Key, list[int]] = {}
-        self._denied: dict[_Key, list[int]] = {}
-        self._failed: dict[_Key, list[int]] = {}
+        self._allowed: _Table = {}
+        self._denied: _Table = {}
+        self._failed: _Table = {}
         self._more = 0
 
     def allowed(self, contact: Contact) -> list[int]:
-        """Count a connection, and return its counters: connections, bytes sent, bytes received; add to these."""
+        """Count a connection; return its counters, which the caller updates: connections, bytes sent and received."""
         counters = self._count(self._allowed, contact)
         self._line("open", contact)
         return counters
 
     def denied(self, contact: Contact) -> None:
-        """Count a refusal."""
+        """Count a denial."""
         self._count(self._denied, contact)
         self._line("denied", contact)
 
     def failed(self, contact: Contact) -> None:
-        """Count a connection that was allowed and did not come about."""
+        """Count an allowed connection that could not be made."""
         self._count(self._failed, contact)
         self._line("failed", contact)
 
@@ -67,8 +63,8 @@ class Ledger:
         self._line("closed", contact, sent_bytes=sent_bytes, received_bytes=received_bytes)
 
     def use(self) -> NetworkUse:
-        """Return the account; the log ends with it."""
-        self._tell_dropped()
+        """Finish the log and return the counters."""
+        self._log_dropped()
         return NetworkUse(
             allowed=_rows(self._allowed),
             denied=_rows(self._denied),
@@ -77,11 +73,11 @@ class Ledger:
             log_dropped=self._dropped,
         )
 
-    def _count(self, table: dict[_Key, list[int]], contact: Contact) -> list[int]:
-        key = _key(contact)
+    def _count(self, table: _Table, contact: Contact) -> list[int]:
+        key = _truncated(contact)
         counters = table.get(key)
         if counters is None:
-            # Names that were only looked up, which are cheap to make up, leave room for connections.
+            # Mere lookups (port 0), which are cheap to invent, leave room for connections.
             if len(table) >= (ROWS_MAX if contact.port else ROWS_MAX // 2):
                 self._more += 1
                 return [0, 0, 0]
@@ -100,40 +96,34 @@ class Ledger:
             self._dropped += 1
             return
         self._tokens[kind] -= 1
-        self._tell_dropped()
-        host, port, transport, rule, reason, address, tls_name = _key(contact)
-        said = {"host": host, "port": port, "transport": transport, "rule": rule}
-        perhaps = {"reason": reason, "address": address, "tls_name": tls_name}
-        said |= {key: value for key, value in perhaps.items() if value}
-        self._put({"event": event, **said, **more})
+        self._log_dropped()
+        key = _truncated(contact)
+        fields = {"event": event, "host": key.host, "port": key.port, "transport": key.transport, "rule": key.rule}
+        optional = {"reason": key.reason, "address": key.address, "tls_name": key.tls_name}
+        self._put({**fields, **{name: value for name, value in optional.items() if value}, **more})
 
-    def _tell_dropped(self) -> None:
+    def _log_dropped(self) -> None:
         if self._unwritten:
             self._put({"event": "dropped", "lines": self._unwritten})
             self._unwritten = 0
 
-    def _put(self, said: dict[str, Any]) -> None:
-        line = json.dumps({"ms": round((self._now() - self._began) * 1000), **said}).encode("ascii") + b"\n"
+    def _put(self, fields: dict[str, Any]) -> None:
+        line = json.dumps({"ms": round((self._now() - self._began) * 1000), **fields}).encode("ascii") + b"\n"
         self._bytes += len(line)
         self._dropped += not self._write(line)
 
 
-def _key(contact: Contact) -> _Key:
-    return (
-        contact.host[:_TEXT_MAX],
-        contact.port,
-        contact.transport,
-        contact.rule,
-        contact.reason[:_REASON_MAX],
-        contact.address,
-        contact.tls_name[:_TEXT_MAX],
+def _truncated(contact: Contact) -> Contact:
+    return replace(
+        contact,
+        host=contact.host[:_TEXT_MAX],
+        reason=contact.reason[:_REASON_MAX],
+        tls_name=contact.tls_name[:_TEXT_MAX],
     )
 
 
-def _rows(table: dict[_Key, list[int]]) -> list[Contact]:
-    names = ("host", "port", "transport", "rule", "reason", "address", "tls_name")
-    rows = []
-    for key, (count, sent, received) in table.items():
-        values: dict[str, Any] = dict(zip(names, key, strict=True))
-        rows.append(Contact(**values, count=count, sent_bytes=sent, received_bytes=received))
-    return rows
+def _rows(table: _Table) -> list[Contact]:
+    return [
+        replace(key, count=count, sent_bytes=sent, received_bytes=received)
+        for key, (count, sent, received) in table.items()
+    ]

@@ -1,8 +1,8 @@
-"""The one normal form of a host, whether a policy, a flag or a guest wrote it.
+"""Normal form of hosts from policies, flags and guests.
 
-A name is in lower case, without its final dot, its international labels in their ASCII form (UTS 46). An address is a
-number: an IPv4-mapped IPv6 address is the IPv4 address. Nothing is looked up and nothing is guessed: a text that some
-programs read as an address and others as a name (``127.1``, ``0x7f.1``, ``017700000001``) is an error.
+A name is lower case, without final dot, with international labels in ASCII form (UTS 46). An IPv4-mapped IPv6 address
+becomes the IPv4 address. A text that some programs parse as an address and others as a name (``127.1``, ``0x7f.1``,
+``017700000001``) is an error.
 """
 
 import re
@@ -20,21 +20,21 @@ Host = str | Address
 
 
 class Wildcard(msgspec.Struct, frozen=True):
-    """All names below *suffix*, at any depth; not the suffix itself."""
+    """All names below *suffix*, at any depth, but not the suffix itself."""
 
     suffix: str
 
 
 Pattern = str | Wildcard | Addresses
-"""What an entry of a list stands for."""
+"""Meaning of an allowlist entry."""
 
 _TEXT_MAX: Final = 255  # characters, as in a policy
 _NAME_MAX: Final = 253
 _LABEL_MAX: Final = 63
 _LABEL: Final = re.compile(r"[a-z0-9_-]*")
-# A network or a range. The plain characters keep out what ipaddress takes besides: netmasks and zones.
+# A network or a range; excludes netmasks and zones, which ipaddress accepts.
 _ADDRESSES: Final = re.compile(r"[0-9A-Fa-f:.]+(?:/[0-9]{1,3}|-[0-9A-Fa-f:.]+)")
-_FIX: Final = "Write a name such as example.org, or an address such as 192.0.2.7 or [2001:db8::1]"
+_FIX: Final = "Use a name such as example.org, or an address such as 192.0.2.7 or [2001:db8::1]"
 _FIX_PATTERN: Final = f"{_FIX}, a network (192.0.2.0/24), a range (192.0.2.1-192.0.2.9) or *.example.org"
 
 
@@ -51,7 +51,7 @@ def parse_host(text: str) -> Host:
 
 
 def parse_guest_host(data: bytes) -> Host:
-    """Return the normal form of a host that a guest asked for: ASCII only. Raises UsageError."""
+    """Return the normal form of a host in a guest's request, which must be ASCII. Raises UsageError."""
     try:
         text = data[: _TEXT_MAX + 1].decode("ascii")
     except UnicodeDecodeError:
@@ -60,11 +60,11 @@ def parse_guest_host(data: bytes) -> Host:
 
 
 def parse_pattern(text: str) -> Pattern:
-    """Return what an entry of a list stands for: a host, ``*.example.org``, a network or a range. Raises UsageError."""
+    """Parse an allowlist entry: a host, ``*.example.org``, a network or a range. Raises UsageError."""
     if "*" in text:
         suffix = parse_host(text.removeprefix("*.")) if text.startswith("*.") and text.count("*") == 1 else None
         if not isinstance(suffix, str) or "." not in suffix:
-            why = "'*' can only be the whole first label, with at least two labels after it"
+            why = "'*' must be the whole first label, followed by at least two labels"
             _refuse(text, why, _FIX_PATTERN)
         return Wildcard(suffix)
     if _ADDRESSES.fullmatch(text) and (found := addresses(text)) is not None:
@@ -76,12 +76,12 @@ def parse_pattern(text: str) -> Pattern:
 
 
 def unmapped(address: Address) -> Address:
-    """Return the IPv4 address in an IPv4-mapped IPv6 address; any other address as it is."""
+    """Return the IPv4 address in an IPv4-mapped IPv6 address; any other address unchanged."""
     return (isinstance(address, IPv6Address) and address.ipv4_mapped) or address
 
 
 def matches(pattern: Pattern, host: Host) -> bool:
-    """Whether *host* is part of *pattern*. A name never matches addresses, nor an address names."""
+    """Return whether *host* matches. Names never match addresses, nor addresses names."""
     if isinstance(pattern, Addresses):
         same = not isinstance(host, str) and host.version == pattern.version
         return same and pattern.first <= int(host) <= pattern.last
@@ -90,7 +90,7 @@ def matches(pattern: Pattern, host: Host) -> bool:
     return pattern == host
 
 
-def spelled(pattern: Pattern | Host) -> str:
+def pattern_text(pattern: Pattern | Host) -> str:
     """Return the text of a host or a pattern."""
     if isinstance(pattern, Wildcard):
         return f"*.{pattern.suffix}"
@@ -104,11 +104,11 @@ def spelled(pattern: Pattern | Host) -> str:
 def _ipv6(text: str) -> Address:
     inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
     if "%" in inner:
-        _refuse(text, "an address with a zone has no meaning outside one machine")
+        _refuse(text, "IPv6 zones are not supported")
     try:
         return unmapped(IPv6Address(inner))
     except ValueError:
-        _refuse(text, "brackets and ':' are for IPv6 addresses, and it is not one")
+        _refuse(text, "it is not an IPv6 address")
 
 
 def _name(text: str) -> str:
@@ -118,14 +118,14 @@ def _name(text: str) -> str:
     labels = name.split(".")
     for label in labels:
         if not 0 < len(label) <= _LABEL_MAX:
-            _refuse(text, f"a label, between dots, has 1 to {_LABEL_MAX} bytes")
+            _refuse(text, f"a label (between dots) has 1 to {_LABEL_MAX} bytes")
         if not _LABEL.fullmatch(label):
-            _refuse(text, "a name has only letters, digits, '-', '_' and dots")
+            _refuse(text, "a name contains only letters, digits, '-', '_' and dots")
         if label.startswith("xn--") and not _is_international(label):
-            _refuse(text, f"{label} is not the ASCII form of an international label")
-    # getaddrinfo takes such texts for addresses. Also after UTS 46, which makes digits of full-width ones.
+            _refuse(text, f"{label} is not a valid international label")
+    # getaddrinfo accepts these as addresses. Checked after UTS 46, which converts full-width digits.
     if labels[-1].isdigit() or labels[-1].startswith("0x"):
-        _refuse(text, "it ends like an address, and is not one in its usual form")
+        _refuse(text, "it looks like an address but is not in standard form")
     return name
 
 
@@ -135,7 +135,7 @@ def _to_ascii(text: str) -> str:
     try:
         return encode(text, uts46=True, std3_rules=True).decode()
     except (ValueError, ArithmeticError, LookupError) as exc:  # as in _is_international
-        _refuse(text, f"it is not an international name ({exc})")
+        _refuse(text, f"it is not a valid international name ({exc})")
 
 
 def _is_international(label: str) -> bool:
@@ -143,7 +143,7 @@ def _is_international(label: str) -> bool:
 
     try:
         return alabel(ulabel(label)).decode() == label
-    except (ValueError, ArithmeticError, LookupError):  # IDNAError, and what Python's own punycode does not catch
+    except (ValueError, ArithmeticError, LookupError):  # IDNAError, and errors of Python's punycode
         return False
 
 

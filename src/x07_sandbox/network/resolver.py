@@ -1,10 +1,8 @@
-"""The resolver: a process of its own that looks names up as this host does, and knows nothing else.
+"""The resolver: a separate process that resolves names as this host does.
 
-It reads a name, which has passed the gate's strict parser, and answers with addresses, over a socket of packets.
-The gate checks every answer again.
-
-A request is a number (u32) and the name; an answer the number, a byte of `Status`, and for each address a byte with
-its version and its 4 or 16 bytes.
+It reads names, which passed the gate's strict parser, from a packet socket and returns addresses. The gate checks every
+answer. A request is a number (u32) and the name; an answer is the number, a status byte, and for each address a byte
+with its version and its 4 or 16 bytes.
 """
 
 from __future__ import annotations
@@ -27,14 +25,14 @@ ANSWER_MAX: Final = NUMBER.size + 1 + 17 * ADDRESSES_MAX
 FOUND: Final = 0
 NO_NAME: Final = 1
 FAILED: Final = 2
-LATE_S: Final = 5.0  # after which the gate does not wait for an answer any more
+LATE_S: Final = 5.0  # the gate does not wait longer for an answer
 _WORKERS: Final = 32
 _V4: Final = 4
 _V6: Final = 6
 
 
 def encode_answer(number: int, status: int, addresses: list[Address]) -> bytes:
-    """Return an answer; addresses beyond the most are left out."""
+    """Return an answer with at most ADDRESSES_MAX addresses."""
     packed = b"".join(bytes([address.version]) + address.packed for address in addresses[:ADDRESSES_MAX])
     return NUMBER.pack(number) + bytes([status]) + packed
 
@@ -56,9 +54,9 @@ def decode_answer(data: bytes) -> tuple[int, int, list[Address]]:
 
 
 def look_up(name: str) -> tuple[int, list[Address]]:
-    """Return status and addresses of a name, in the order in which this host would try them."""
+    """Return status and addresses of a name, in this host's order of preference."""
     try:
-        # The final dot: no search list of the host is tried, and no name of its hosts file that has no dot.
+        # The final dot disables the search list, and single-label names of the hosts file.
         rows = socket.getaddrinfo(f"{name}.".encode("ascii"), None, type=socket.SOCK_STREAM)
     except socket.gaierror as exc:
         known = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}
@@ -76,7 +74,7 @@ def look_up(name: str) -> tuple[int, list[Address]]:
 
 
 def serve(sock: socket.socket) -> None:
-    """Answer until the gate is gone. A name that takes long holds up at most one of the workers, for some seconds."""
+    """Answer requests until the gate exits. A slow name blocks only one worker, for some seconds."""
     waiting: queue.SimpleQueue[tuple[float, bytes]] = queue.SimpleQueue()
     for _ in range(_WORKERS):
         threading.Thread(target=_work, args=(sock, waiting), daemon=True).start()
@@ -87,7 +85,7 @@ def serve(sock: socket.socket) -> None:
 def _work(sock: socket.socket, waiting: queue.SimpleQueue[tuple[float, bytes]]) -> None:
     while True:
         asked_at, data = waiting.get()
-        if time.monotonic() - asked_at > LATE_S:  # else names that nobody answers would keep out all others
+        if time.monotonic() - asked_at > LATE_S:  # expired; else slow names would block all others
             continue
         number = NUMBER.unpack_from(data)[0]
         status, addresses = look_up(data[NUMBER.size :].decode("ascii"))

@@ -1,11 +1,9 @@
-"""The resolver's process: it keeps the right to look names up, and no other.
+"""The resolver's process, which may only resolve names. `processes.py` starts it.
 
     python -I -S -c CODE GATE_FD UID
 
-`processes.py` starts it. UID: a uid of its own to take where it was started by root, else -1.
+UID: the uid to switch to if it was started by root, else -1.
 """
-
-from __future__ import annotations
 
 import ctypes
 import os
@@ -22,12 +20,12 @@ _ARENA_MAX: Final = -8
 
 
 def main() -> None:
-    """Be a resolver, as the command line says, until the gate is gone."""
+    """Run the resolver until the gate exits."""
     sock_fd, uid = map(int, sys.argv[1:])
-    # Threads are many and small: with the usual stacks and heaps (mallopt(3)) they would not fit in the address space.
+    # With default stacks and heaps (mallopt(3)) the threads would exceed the address space limit.
     threading.stack_size(_STACK_BYTES)
     ctypes.CDLL(None).mallopt(_ARENA_MAX, 1)
-    os.environ["RES_OPTIONS"] = "timeout:2 attempts:2"  # resolv.conf(5): the gate waits no longer than that
+    os.environ["RES_OPTIONS"] = "timeout:2 attempts:2"  # resolv.conf(5): the gate does not wait longer
     sock = socket.socket(fileno=sock_fd)
     confine("resolver", uid=None if uid < 0 else uid)
     serve(sock)

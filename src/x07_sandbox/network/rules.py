@@ -1,12 +1,12 @@
-"""What becomes of a connection: from a policy and denials to an allowlist, and from that to decisions.
+"""Decisions on connections: an allowlist made from policy and denials, and its evaluation. No I/O.
 
-Pure. A connection is decided twice: `decide` when it is asked for, by name or by address, and `decide_address` for each
-address that its name resolved to. Both check in this order, and the first refusal counts:
+Each connection is decided twice: by `decide` when it is requested, by name or address, and by `decide_address` for each
+address to which its name resolves. Checks, in this order; the first denial counts:
 
-1. special names and addresses (floor.py), unless the user's own settings open them, and QUIC;
-2. denials of ``--deny-host``;
+1. special names and addresses (blocked_addresses.py), unless the user's settings allow them, and QUIC;
+2. ``--deny-host``;
 3. the switches of ``net``;
-4. the entries of the list: a name is matched by names, an address by addresses, and the ports of all that match count.
+4. the allowlist: names match names, addresses match addresses, and the ports of all matching entries count.
 """
 
 import shlex
@@ -26,7 +26,7 @@ from x07_sandbox.network.names import (
     matches,
     parse_host,
     parse_pattern,
-    spelled,
+    pattern_text,
     unmapped,
 )
 from x07_sandbox.plan.denials import HowToAllow
@@ -42,20 +42,20 @@ _QUIC: Final = 443
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """A connection that a program asks for. host: in normal form (names.py)."""
+    """A connection request of a program. host: in normal form (names.py)."""
 
     host: Host
     port: int
     transport: Transport = "tcp"
 
     def __str__(self) -> str:
-        """As ``--allow-host`` takes it."""
+        """Return the form of ``--allow-host``."""
         host = f"[{self.host}]" if ":" in str(self.host) else self.host
         return f"{host}:{self.port}"
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
-    """One line of the list. rule, ports_rule: its place in the policy, and its ports'. udp: whether it covers UDP."""
+    """An allowlist entry. rule, ports_rule: the policy fields of its host and ports. udp: whether it includes UDP."""
 
     rule: str
     ports_rule: str
@@ -65,16 +65,16 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Denied(msgspec.Struct, frozen=True):
-    """What ``--deny-host`` denies. ports: None for all."""
+    """A ``--deny-host`` entry. ports: None for all."""
 
     what: Pattern
     ports: frozenset[int] | None
 
 
 class NetSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """What the user's own settings open (settings.py). allow_local: special addresses, each with one port.
+    """Exceptions in the user's settings (settings.py). allow_local: special addresses, each with one port.
 
-    opaque_ports: ports on which a connection need not be TLS, HTTP, or anything else that the gate understands.
+    opaque_ports: ports on which a connection may use any protocol.
     """
 
     allow_local: frozenset[tuple[Address, int]] = frozenset()
@@ -82,7 +82,7 @@ class NetSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Allowlist(msgspec.Struct, frozen=True, kw_only=True):
-    """All that decides. entries: exact names and addresses first, then wildcards."""
+    """Everything that decides. entries: exact names and addresses first, then wildcards."""
 
     policy: Policy
     entries: tuple[Entry, ...]
@@ -91,9 +91,9 @@ class Allowlist(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Decision(msgspec.Struct, frozen=True, kw_only=True):
-    """What becomes of a request. rule: which rule decides it, as a stable id. reason: a sentence without full stop.
+    """The decision on a request. rule: a stable id. reason: a sentence without full stop.
 
-    how_to_allow: None where it is allowed, or where nothing allows it.
+    how_to_allow: None if it is allowed, or if nothing allows it.
     """
 
     request: Request
@@ -104,21 +104,21 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def parse_request(text: str, transport: Transport = "tcp") -> Request:
-    """Read ``HOST:PORT``, an IPv6 address in brackets. Raises UsageError."""
+    """Parse ``HOST:PORT``, with an IPv6 address in brackets. Raises UsageError."""
     host, colon, port = text.rpartition(":")
     number = int(port) if port.isascii() and port.isdigit() and len(port) <= len(str(_PORT_LAST)) else 0
     fix = "Write HOST:PORT, such as example.org:443 or [2001:db8::1]:443"
     if not colon or not 1 <= number <= _PORT_LAST:
         raise UsageError(f"cannot use {text!r}", f"it does not end in ':' and a port from 1 to {_PORT_LAST}", fix)
     if ":" in host and not host.startswith("["):
-        raise UsageError(f"cannot use {text!r}", "an IPv6 address before a port needs brackets", fix)
+        raise UsageError(f"cannot use {text!r}", "an IPv6 address with a port needs brackets", fix)
     return Request(host=parse_host(host), port=number, transport=transport)
 
 
 def make_allowlist(policy: Policy, denied: DeniedHosts | None = None, settings: NetSettings | None = None) -> Allowlist:
-    """Return the list of a policy. denied: ports by host as ``--deny-host`` has them; None stands for all ports.
+    """Return the allowlist of a policy. denied: ports by host from ``--deny-host``; None means all ports.
 
-    Raises PolicyError for all hosts of the policy that mean nothing, and UsageError for a denial that means nothing.
+    Raises PolicyError with all invalid hosts of the policy, or UsageError for an invalid denial.
     """
     problems: list[Problem] = []
     entries = sorted(_entries(policy, problems), key=lambda entry: isinstance(entry.what, Wildcard))
@@ -136,32 +136,32 @@ def make_allowlist(policy: Policy, denied: DeniedHosts | None = None, settings: 
 
 
 def decide(allowlist: Allowlist, request: Request) -> Decision:
-    """Decide about a connection when it is asked for. Before a name is dialled, `decide_address` decides again."""
+    """Decide on a connection request. Before a name is dialled, `decide_address` decides again."""
     for check in (_special, _denial, _switch):
-        if (refusal := check(allowlist, request)) is not None:
-            return refusal
+        if (denial := check(allowlist, request)) is not None:
+            return denial
     return _listed(allowlist, request)
 
 
 def decide_address(allowlist: Allowlist, decision: Decision, address: Address) -> Decision:
-    """Decide about one address that the name of an allowed *decision* resolved to. A refused decision stays refused.
+    """Decide on an address to which the name of an allowed *decision* resolved. A denied decision stays denied.
 
-    No entry for addresses counts here: the name was listed, and that is what makes the address good.
+    The address needs no entry of its own, because its name is listed.
     """
     if not decision.allowed:
         return decision
     asked = decision.request
     by_address = replace(asked, host=unmapped(address))
     if isinstance(asked.host, str) and (local := special(asked.host)) and not _opened(allowlist, by_address):
-        return _refused(asked, *local)
+        return _denied(asked, *local)
     for check in (_special, _denial):
-        if (refusal := check(allowlist, by_address)) is not None:
-            return replace(refusal, request=asked, reason=f"{asked.host} resolves to {address}: {refusal.reason}")
+        if (denial := check(allowlist, by_address)) is not None:
+            return replace(denial, request=asked, reason=f"{asked.host} resolves to {address}: {denial.reason}")
     return decision
 
 
-def never_reached(allowlist: Allowlist) -> Iterator[tuple[Entry, str]]:
-    """Yield each entry of the list of which something can never be reached, and why, as a clause."""
+def unreachable_entries(allowlist: Allowlist) -> Iterator[tuple[Entry, str]]:
+    """Yield each entry that is at least partly unreachable, and why, as a clause."""
     for entry in allowlist.entries:
         if isinstance(entry.what, Addresses):
             if found := special_within(entry.what):
@@ -172,24 +172,24 @@ def never_reached(allowlist: Allowlist) -> Iterator[tuple[Entry, str]]:
 
 
 def denied_name(allowlist: Allowlist, name: str, port: int) -> str | None:
-    """Return why *name*, which a connection to an address has mentioned, is denied; None where it is not."""
+    """Return why *name*, sent on a connection to an address, is denied; None if it is not."""
     request = Request(host=name, port=port)
     for check in (_special, _denial):
-        if (refusal := check(allowlist, request)) is not None:
-            return refusal.reason
+        if (denial := check(allowlist, request)) is not None:
+            return denial.reason
     return None
 
 
 def _special(allowlist: Allowlist, request: Request) -> Decision | None:
     if (found := special(request.host)) is not None and not _opened(allowlist, request):
-        return _refused(request, *found)
+        return _denied(request, *found)
     if request.transport == "udp" and request.port == _QUIC and _QUIC not in allowlist.settings.opaque_ports:
-        return _refused(request, "udp-443", "UDP port 443 is QUIC, which hides the name of the server")
+        return _denied(request, "udp-443", "UDP port 443 is QUIC, which hides the server name")
     return None
 
 
 def _opened(allowlist: Allowlist, request: Request) -> bool:
-    """Whether the user's settings open a special address, or an address that a special name may turn out to have."""
+    """Return whether the user's settings allow a special address, or one that a special name may resolve to."""
     local = allowlist.settings.allow_local
     if isinstance(request.host, str):
         return any(port == request.port for _, port in local)
@@ -199,13 +199,13 @@ def _opened(allowlist: Allowlist, request: Request) -> bool:
 def _denial(allowlist: Allowlist, request: Request) -> Decision | None:
     for denied in allowlist.denied:
         if matches(denied.what, request.host) and (denied.ports is None or request.port in denied.ports):
-            what = spelled(denied.what)
-            return _refused(request, f"deny-host:{what}", f"--deny-host denies {what}, whatever allows it")
+            what = pattern_text(denied.what)
+            return _denied(request, f"deny-host:{what}", f"{what} is denied by --deny-host")
     return None
 
 
 def _switch(allowlist: Allowlist, request: Request) -> Decision | None:
-    """Refuse what a switch of ``net`` turns off, or an empty list."""
+    """Deny what a switch of ``net`` disables, or an empty list."""
     policy = allowlist.policy
     net = policy.net
     for name, on in (
@@ -215,15 +215,15 @@ def _switch(allowlist: Allowlist, request: Request) -> Decision | None:
     ):
         if not on:
             how = allowing(policy, f"net.{name}", value=True)
-            return _refused(request, f"net.{name}", f"net.{name} is false in policy {policy.policy_id}", how)
+            return _denied(request, f"net.{name}", f"net.{name} is false in policy {policy.policy_id}", how)
     if not net.allow_hosts:
-        also = " (db.net counts only beside it)" if list(_databases(policy)) else ""
-        return _refused(request, "net.allow_hosts", f"net.allow_hosts is empty{also}", _to_list(policy, request))
+        also = " (db.net needs it too)" if list(_databases(policy)) else ""
+        return _denied(request, "net.allow_hosts", f"net.allow_hosts is empty{also}", _to_list(policy, request))
     return None
 
 
 def _listed(allowlist: Allowlist, request: Request) -> Decision:
-    """Look the request up in the list; the last check."""
+    """Check the request against the allowlist."""
     found = [
         entry
         for entry in allowlist.entries
@@ -231,22 +231,22 @@ def _listed(allowlist: Allowlist, request: Request) -> Decision:
     ]
     for entry in found:
         if request.port in entry.ports:
-            reason = f"{spelled(entry.what)} is listed with port {request.port}"
+            reason = f"{pattern_text(entry.what)} is listed with port {request.port}"
             return Decision(request=request, allowed=True, rule=entry.rule, reason=reason)
     how = _to_list(allowlist.policy, request)
     if not found:
-        return _refused(request, "net.allow_hosts", f"no entry lists {request.host}", how)
+        return _denied(request, "net.allow_hosts", f"no entry lists {request.host}", how)
     ports = ", ".join(map(str, sorted(frozenset().union(*(entry.ports for entry in found))))) or "none"
     reason = f"{request.host} is listed, but not with port {request.port} (only {ports})"
-    return _refused(request, found[0].ports_rule, reason, how)
+    return _denied(request, found[0].ports_rule, reason, how)
 
 
-def _refused(request: Request, rule: str, reason: str, how: HowToAllow | None = None) -> Decision:
+def _denied(request: Request, rule: str, reason: str, how: HowToAllow | None = None) -> Decision:
     return Decision(request=request, allowed=False, rule=rule, reason=reason, how_to_allow=how)
 
 
 def _to_list(policy: Policy, request: Request) -> HowToAllow | None:
-    """What would list the request. The flag needs allow_tcp, whatever it is for."""
+    """Return the advice to list the request. The flag works only with allow_tcp."""
     listed = [{"host": entry.host, "ports": list(entry.ports)} for entry in policy.net.allow_hosts]
     more = {"host": str(request.host), "ports": [request.port]}
     flag = f"--allow-host {shlex.quote(str(request))}" if policy.net.allow_tcp else None
@@ -254,7 +254,7 @@ def _to_list(policy: Policy, request: Request) -> HowToAllow | None:
 
 
 def _entries(policy: Policy, problems: list[Problem]) -> Iterator[Entry]:
-    """All lines of the list, in the policy's order; what is wrong with a host is added to *problems*."""
+    """Yield all entries in the policy's order; append invalid hosts to *problems*."""
     net = policy.net
     if not net.enabled or not net.allow_hosts:
         return
@@ -274,7 +274,7 @@ def _entries(policy: Policy, problems: list[Problem]) -> Iterator[Entry]:
 
 
 def _databases(policy: Policy) -> Iterable[tuple[str, str, tuple[int, ...]]]:
-    """Database servers of the policy, where databases are enabled: rule, host and ports of each."""
+    """Yield rule, host and ports of each database server, if databases are enabled."""
     if isinstance(policy.db, Db) and policy.db.enabled and isinstance(policy.db.net, DbNet):
         net = policy.db.net
         for name, hosts in (("allow_dns", net.allow_dns), ("allow_cidrs", net.allow_cidrs)):

@@ -1,8 +1,7 @@
-"""`[net]` in the user's own settings (host/user_settings): what no policy may decide."""
+"""`[net]` in the user's settings (host/user_settings): what no policy may control."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any, Final
+from pathlib import Path
+from typing import Any, Final
 
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.paths import settings_file
@@ -10,32 +9,29 @@ from x07_sandbox.host.user_settings import settings_bytes, settings_table
 from x07_sandbox.network.blocked_addresses import special
 from x07_sandbox.network.rules import NetSettings, Request, parse_request
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 _KEYS: Final = frozenset({"allow_local", "allow_loopback", "allow_metadata", "opaque_ports"})
 _PORT_LAST: Final = 65_535
-_OPENED: Final = frozenset({"private", "shared", "link-local"})  # kinds of floor.py that allow_local alone opens
+_OPENED: Final = frozenset({"private", "shared", "link-local"})  # kinds that allow_local alone allows
 _OPENED_BY: Final = {"loopback": "allow_loopback", "metadata": "allow_metadata"}
 
 
 def read_settings(path: Path | None = None) -> NetSettings:
-    """Return what the file says; the defaults where there is none. Raises UsageError, HostError."""
+    """Return the settings of the file; defaults without one. Raises UsageError, HostError."""
     path = path or settings_file()
     data = settings_bytes(path)
     return NetSettings() if data is None else parse_settings(data, str(path))
 
 
 def parse_settings(data: bytes, source: str) -> NetSettings:
-    """Return what the text of a settings file says. Raises UsageError, naming *source*."""
+    """Return the settings in a file's content. source: its name in errors. Raises UsageError."""
     what = f"cannot use {source}"
     net = settings_table(data, "net", _KEYS, source)
     for key in _OPENED_BY.values():
         if not isinstance(net.get(key, False), bool):
-            raise UsageError(what, f"net.{key} is not true or false", "Correct it")
+            raise UsageError(what, f"net.{key} is not true or false", f"Set {key} = true or {key} = false")
     ports = _list(net, "opaque_ports", int, what)
     if any(isinstance(port, bool) or not 1 <= port <= _PORT_LAST for port in ports):
-        raise UsageError(what, "net.opaque_ports has a number that is not a port", f"Ports go from 1 to {_PORT_LAST}")
+        raise UsageError(what, "net.opaque_ports contains an invalid port", f"Use ports from 1 to {_PORT_LAST}")
     local = frozenset(_local(text, net, what) for text in _list(net, "allow_local", str, what))
     return NetSettings(allow_local=local, opaque_ports=frozenset(ports))
 
@@ -43,37 +39,37 @@ def parse_settings(data: bytes, source: str) -> NetSettings:
 def _list(net: dict[str, Any], key: str, kind: type, what: str) -> list[Any]:
     found = net.get(key, [])
     if not isinstance(found, list) or not all(isinstance(one, kind) for one in found):
-        raise UsageError(what, f"net.{key} is not a list of {'numbers' if kind is int else 'texts'}", "Correct it")
+        raise UsageError(what, f"net.{key} is not a list of {'numbers' if kind is int else 'strings'}", "Correct it")
     return found
 
 
 def _local(text: str, net: dict[str, Any], what: str) -> tuple[Any, int]:
-    """One entry of allow_local. Raises UsageError."""
+    """Return an entry of allow_local as address and port. Raises UsageError."""
     try:
         request: Request = parse_request(text)
     except UsageError as exc:
         raise UsageError(what, f"net.allow_local: {exc.what}: {exc.why}", exc.fix) from exc
     found = None if isinstance(request.host, str) else special(request.host)
     if found is None:
-        fix = "Name addresses of your own network; for others the policy is enough"
+        fix = "Use addresses of your own network; others need only the policy"
         raise UsageError(what, f"net.allow_local: {text!r} is not a special address with a port", fix)
     kind = found[0].partition(":")[2]
     if (word := _OPENED_BY.get(kind)) is not None:
         if net.get(word) is not True:
-            raise UsageError(what, f"net.allow_local: {found[1]}", f"Write {word} = true in [net] if you mean it")
+            raise UsageError(what, f"net.allow_local: {found[1]}", f"To allow it, also set {word} = true in [net]")
     elif kind not in _OPENED:
-        raise UsageError(what, f"net.allow_local: {found[1]}", "Leave it out: nothing opens it")
+        raise UsageError(what, f"net.allow_local: {found[1]}", "Remove it: it is always denied")
     return request.host, request.port
 
 
-def as_words(settings: NetSettings) -> dict[str, list[Any]]:
-    """Return the settings as JSON can hold them."""
+def settings_to_json(settings: NetSettings) -> dict[str, list[Any]]:
+    """Return the settings as JSON values."""
     local = [str(Request(host=host, port=port)) for host, port in settings.allow_local]
     return {"allow_local": sorted(local), "opaque_ports": sorted(settings.opaque_ports)}
 
 
-def from_words(words: dict[str, list[Any]]) -> NetSettings:
-    """Return the settings that `as_words` was given. Raises UsageError."""
+def settings_from_json(words: dict[str, list[Any]]) -> NetSettings:
+    """Return the settings from `settings_to_json`. Raises UsageError."""
     local = [parse_request(text) for text in words["allow_local"]]
     return NetSettings(
         allow_local=frozenset((request.host, request.port) for request in local if not isinstance(request.host, str)),

@@ -1,6 +1,4 @@
-"""What a run's connections came to, as its result has it."""
-
-from __future__ import annotations
+"""The network section of a run's result."""
 
 from typing import Literal
 
@@ -8,11 +6,11 @@ import msgspec
 
 
 class Contact(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Connections, or datagrams, that had one fate.
+    """Connections, or datagrams, with the same outcome.
 
-    rule: id of the rule that decided. reason: why they were denied, or did not come about; empty for the others.
-    address: what was dialled, or would have been; empty where nothing was looked up. tls_name: what the program named
-    in TLS or HTTP where that decided. count: how many. sent_bytes: from the program.
+    rule: id of the rule that decided. reason: why they were denied or failed; else empty. address: the dialled or
+    resolved address; empty if nothing was resolved. tls_name: the name in TLS or HTTP, if that decided.
+    sent_bytes: from the program.
     """
 
     host: str
@@ -28,9 +26,9 @@ class Contact(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class NetworkUse(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All that a gate saw. failed: what was allowed, and did not come about, since the far end refused it, say.
+    """Everything that a gate recorded. failed: allowed connections that could not be made.
 
-    more: connections beyond those that are listed here. log_dropped: lines that were left out of the log.
+    more: connections that are not listed here. log_dropped: lines that are missing from the log.
     """
 
     allowed: list[Contact] = []

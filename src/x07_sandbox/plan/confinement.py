@@ -1,4 +1,4 @@
-"""What a policy forbids the program inside the machine, beyond its limits: what START carries as `confine`."""
+"""What a policy forbids the program inside the machine, besides limits: `confine` of START."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ if TYPE_CHECKING:
 
     from x07_sandbox.policy.model import Policy
 
-EVERYTHING: Final = "/"  # of allow_exec_prefixes
+EVERYTHING: Final = "/"
 BASE_FILTERS: Final = ("base", "quiet")
 
 
 class Confinement(msgspec.Struct, frozen=True, kw_only=True):
     """What the program may do.
 
-    programs: paths of programs that it may execute; None where it may execute any, or none at all. prefixes: beginnings
-    of further ones. Both are absolute and normal, but for a slash at the end of a beginning. alone: whether nothing but
-    the policy lies beside the program in its folder.
+    programs, prefixes: normalized absolute paths, and path prefixes, of programs that it may execute. programs is None
+    if it may execute any program or none. alone: its folder contains only the program and the policy.
     """
 
     threads: bool
@@ -33,9 +32,9 @@ class Confinement(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def filters(self) -> tuple[str, ...]:
-        """Names of the image's seccomp filters for the program (guest/boot/filters.py makes them).
+        """Names of the image's seccomp filters for the program (guest/boot/filters.py).
 
-        The guest takes the one that ends in -once, if there is one, where the program itself has to be executed.
+        The guest uses a filter that ends in -once while it executes the program itself.
         """
         words = (not self.threads and "no-threads", not self.spawn and "no-spawn", not self.execute and "no-exec")
         name = "-".join(word for word in words if word)
@@ -43,7 +42,7 @@ class Confinement(msgspec.Struct, frozen=True, kw_only=True):
         return tuple(name for name in names if name)
 
     def for_guest(self) -> dict[str, Any]:
-        """As START carries it."""
+        """Return `confine` of START."""
         programs = None if self.programs is None else list(self.programs)
         return msgspec.structs.asdict(self) | {"programs": programs, "prefixes": list(self.prefixes)}
 
@@ -52,7 +51,7 @@ UNCONFINED: Final = Confinement(threads=True, spawn=True, execute=True)
 
 
 def confinement(policy: Policy, cwd: str, *, alone: bool = False) -> Confinement:
-    """That of a run with *policy*. cwd: what relative paths are relative to, in the machine. alone: as above."""
+    """Return the confinement of a run with *policy*. cwd: the guest folder to which relative paths refer."""
     process = policy.process
     listed = process.may_execute and not names_everything(process.allow_exec_prefixes)
     return Confinement(
@@ -66,19 +65,19 @@ def confinement(policy: Policy, cwd: str, *, alone: bool = False) -> Confinement
 
 
 def names_everything(prefixes: Iterable[object]) -> bool:
-    """Whether one of allow_exec_prefixes is the root, in any spelling."""
+    """Return whether one of allow_exec_prefixes is the root, in any spelling."""
     return any(str(prefix).startswith("/") and entry_path(str(prefix), "/") == EVERYTHING for prefix in prefixes)
 
 
 def entry_path(entry: str, cwd: str) -> str:
-    """Where an entry of a list leads: absolute and normal, with its slash if it ends with one."""
+    """Return an entry as a normalized absolute path, with its final slash if it names a folder."""
     path = "/" + posixpath.normpath(posixpath.join(cwd, entry)).lstrip("/")
     folder = entry.endswith(("/", "/.", "/..")) or entry in {".", ".."}
     return path if path == EVERYTHING or not folder else f"{path}/"
 
 
-def leading_into(entries: Iterable[str], folders: Sequence[str], cwd: str) -> list[str]:
-    """Those of the entries, beginnings of paths, that something in one of these normal folders may begin with."""
+def prefixes_into(entries: Iterable[str], folders: Sequence[str], cwd: str) -> list[str]:
+    """Return the prefixes *entries* that match paths in one of the normalized *folders*."""
     found = []
     for entry in entries:
         path = entry_path(entry, cwd)

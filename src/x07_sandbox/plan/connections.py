@@ -1,4 +1,4 @@
-"""Connections that a program without network tried, told from its own error output. Pure; the text is hostile."""
+"""Hints on connections that a program without network tried, from its error output, which is hostile."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 _HOST: Final = r"(?P<host>[A-Za-z0-9][A-Za-z0-9.-]{0,252})"
 _PORT: Final = r"(?P<port>\d{1,5})"
-# One label after another, as a name of the network's: nothing in it means anything to a shell.
+# DNS labels; none of these characters is special to a shell.
 _NAME: Final = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)+[A-Za-z0-9]{1,63}", re.ASCII)
 _LOCAL: Final = re.compile(r"127\.|0\.0\.0\.0|localhost")
-# Each names the host: urllib3; curl and git and ssh; curl; wget; Node; Node; Go; Go.
+# Messages that name the host: urllib3; curl, git and ssh; curl; wget; Node; Node; Go; Go.
 _NAMED: Final = tuple(
     re.compile(pattern, re.ASCII)
     for pattern in (
@@ -33,14 +33,14 @@ _NAMED: Final = tuple(
         rf"dial tcp {_HOST}:{_PORT}: connect: (?:network is unreachable|connection refused)",
     )
 )
-# Each tells only that a connection failed: the resolver of C, Python, Rust; the kernel.
+# Messages without a host: the resolvers of C, Python and Rust; the kernel.
 _FAILED: Final = re.compile(
     r"Temporary failure in name resolution|Name or service not known|No address associated with hostname"
     r"|failed to lookup address information|[Nn]etwork is unreachable|[Cc]ould not resolve host|Connection refused",
     re.ASCII,
 )
-# What else may name the host then: an address of the web, as a line of source in a traceback has it; a pair.
-_BESIDE: Final = tuple(
+# What may name the host near such a message, as in a traceback: a URL, or a (host, port) pair.
+_NEARBY: Final = tuple(
     re.compile(pattern, re.ASCII)
     for pattern in (
         rf"(?P<scheme>https?)://{_HOST}(?::{_PORT})?",
@@ -54,14 +54,14 @@ _MOST: Final = 2
 
 
 def connection_hints(text: str, policy: Policy) -> Iterator[Hint]:
-    """At most two hosts that a program without network could not reach; one hint without a host if it names none."""
-    if policy.net.may_connect:  # the gate tells of each connection itself
+    """Yield hints on at most two unreachable hosts, or one hint without a host if none is named."""
+    if policy.net.may_connect:  # the gate reports each denied connection
         return
     failed = _FAILED.search(text)
-    found = dict.fromkeys(itertools.islice(_hosts(text, beside=failed is not None), _MOST))
+    found = dict.fromkeys(itertools.islice(_hosts(text, nearby=failed is not None), _MOST))
     for host, port in found:
         yield _hint(f"the connection to {host}:{port}", f"{host}:{port}", policy)
-    if not found and failed is not None and failed[0] != "Connection refused":  # which is about this very machine
+    if not found and failed is not None and failed[0] != "Connection refused":  # refused by this machine itself
         yield _hint("a connection", "HOST:PORT", policy)
 
 
@@ -72,10 +72,10 @@ def _hint(subject: str, host: str, policy: Policy) -> Hint:
     return Hint(subject=subject, kind="network", how=how)
 
 
-def _hosts(text: str, *, beside: bool) -> Iterator[tuple[str, int]]:
-    """Hosts and ports that may stand in a line to paste. beside: also those that only stand near a failure."""
+def _hosts(text: str, *, nearby: bool) -> Iterator[tuple[str, int]]:
+    """Yield hosts and ports that are safe to paste. nearby: also those in other text than a failure message."""
     ports = {match["host"].lower(): _port(match) for match in _URLS.finditer(text)}
-    for pattern in (*_NAMED, *(_BESIDE if beside else ())):
+    for pattern in (*_NAMED, *(_NEARBY if nearby else ())):
         for match in pattern.finditer(text):
             host = match["host"].rstrip(".").lower()
             port = _port(match, ports.get(host) or 443)
@@ -84,7 +84,7 @@ def _hosts(text: str, *, beside: bool) -> Iterator[tuple[str, int]]:
 
 
 def _port(match: re.Match[str], otherwise: int = 443) -> int:
-    """The port that is named, else that of the scheme, else *otherwise*; 0 for a number that is none."""
+    """Return the named port, else that of the scheme, else *otherwise*; 0 for an invalid one."""
     parts = match.groupdict()
     if parts.get("port"):
         number = int(parts["port"])

@@ -1,18 +1,16 @@
-"""The table behind the controls: for every field of a policy, whether it holds, by whom, and why.
+"""The table behind the controls: for every field of a policy, whether it is enforced, by what, and why.
 
-A field that permits something and a field that restricts nothing are ``enforced`` when the run behaves as the policy
-says. ``refused`` stands where the value asks for what this backend cannot give or hold: nothing runs. ``advisory``
-fields reach X07's own libraries as variables, and bind only programs that ask.
+``enforced``: the run behaves as the policy says, also for a field that permits or restricts nothing. ``refused``: this
+backend cannot provide or enforce the value, so nothing runs. ``advisory``: X07's own libraries get the value in a
+variable; other programs ignore it.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Final, Literal
 
 import msgspec
 
-from x07_sandbox.plan.confinement import entry_path, leading_into, names_everything
+from x07_sandbox.plan.confinement import entry_path, names_everything, prefixes_into
 from x07_sandbox.plan.features import Features
 from x07_sandbox.policy.environment import VARIABLES
 from x07_sandbox.policy.model import SCHEMA_VERSION, Policy, paths
@@ -21,7 +19,7 @@ State = Literal["enforced", "advisory", "refused"]
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """What a row of the table says about a value. instead: what to change in place of it: another field, its value."""
+    """What a row says about a value. instead: another field and value to change in place of this field."""
 
     state: State
     by: str
@@ -29,8 +27,8 @@ class Answer(msgspec.Struct, frozen=True):
     instead: tuple[str, object] | None = None
 
 
-class Asked(msgspec.Struct, frozen=True, kw_only=True):
-    """What the rows look at: the policy, all its values in force (leaf_values), and the backend's features."""
+class PlanInput(msgspec.Struct, frozen=True, kw_only=True):
+    """Input of the rows: the policy, its effective values (leaf_values), and the backend's features."""
 
     policy: Policy
     values: Mapping[str, object]
@@ -38,73 +36,73 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def boundary(self) -> str:
-        """What keeps the program apart."""
+        """What separates the program."""
         return self.features.words.boundary
 
     def own(self, what: str) -> str:
-        """Whose something is that holds the program: the guest's control group, say."""
+        """Return *what* with its owner: "the guest's cgroup"."""
         return f"{self.features.words.inside} {what}"
 
     def entries(self, field: str) -> tuple[object, ...]:
-        """A list field's entries."""
+        """Return a list field's entries."""
         value = self.values[field]
         return value if isinstance(value, tuple) else ()
 
     def number(self, field: str) -> int:
-        """A number field's value."""
+        """Return a number field's value."""
         value = self.values[field]
         return value if isinstance(value, int) else 0
 
     @property
     def files(self) -> bool:
-        """Whether the policy gives files of the host."""
+        """Whether the policy provides host files."""
         roots = self.entries("fs.read_roots") or self.entries("fs.write_roots")
         return self.values["fs.enabled"] is True and bool(roots)
 
     @property
     def connections(self) -> bool:
-        """Whether the policy asks for hosts of the network."""
+        """Whether the policy allows network hosts."""
         return self.policy.net.may_connect
 
     @property
     def servers(self) -> bool:
-        """Whether the policy asks for databases that are reached over a network."""
+        """Whether the policy allows database servers."""
         drivers = ("db.drivers.postgres", "db.drivers.mysql", "db.drivers.redis")
         return self.values["db.enabled"] is True and any(self.values[driver] is True for driver in drivers)
 
 
-Row = Callable[[Asked, str], Answer]
+Row = Callable[[PlanInput, str], Answer]
 
 _VARIABLES: Final = {field: variable for variable, field in VARIABLES}
-_CGROUP: Final = "control group"
+_CGROUP: Final = "cgroup"
 _RLIMIT: Final = "resource limits"
 _SECCOMP: Final = "seccomp filter"
-_NOBODY: Final = "nobody yet"
+_NOBODY: Final = "nobody"
 _PLAN: Final = "the plan"
 _GATE: Final = "the egress gate"
-_COPY: Final = "the copying of files"
-_CHANGES: Final = "the check of changes"
+_COPY: Final = "the copy of host files"
+_CHANGES: Final = "the change check"
 _REQUIRES: Final = frozenset({"db.net.require_tls", "db.net.require_verify"})
-# What the gate does with a switch that is off, and on; a list is never on.
-_OF_NETWORK: Final = {
-    "net.enabled": ("", "each connection is asked for by name, decided on the host, and dialled there"),
-    "net.allow_dns": ("no name is looked up", "listed names only; no query of the program's leaves the sandbox"),
-    "net.allow_tcp": ("no TCP connection is made", "to the hosts and ports of the list"),
-    "net.allow_udp": ("no datagram is passed on", "to the hosts and ports of the list; port 443 (QUIC) is refused"),
-    "net.allow_hosts": ("these hosts with these ports, and no others; special addresses stay refused", ""),
+# What the gate does if a switch is off, and on; a list is never on.
+_NETWORK_RULES: Final = {
+    "net.enabled": ("", "the host decides on each connection and dials it"),
+    "net.allow_dns": ("no names are resolved", "listed names only; the program's own queries never leave the sandbox"),
+    "net.allow_tcp": ("no TCP connections", "to the listed hosts and ports"),
+    "net.allow_udp": ("no datagrams", "to the listed hosts and ports; port 443 (QUIC) is denied"),
+    "net.allow_hosts": ("only these hosts and ports; special addresses are always denied", ""),
 }
-_OF_CHANGES: Final = frozenset({"fs.allow_mkdir", "fs.allow_remove", "fs.allow_rename", "fs.max_write_bytes"})
+_CHANGE_FIELDS: Final = frozenset({"fs.allow_mkdir", "fs.allow_remove", "fs.allow_rename", "fs.max_write_bytes"})
 _FILE_RULES: Final = {
-    "fs.enabled": "only what the roots name is there",
-    "fs.deny_hidden": "if true, hidden names neither go in nor come back",
-    "fs.allow_symlinks": "if false, links neither go in nor come back; none that leads out of its root ever does",
-    "fs.allow_mkdir": "judged by what is new when the program has ended",
-    "fs.allow_remove": "judged by what is gone when the program has ended",
-    "fs.allow_rename": "judged by what has another name when the program has ended",
-    "fs.max_read_bytes": "a larger file does not go in; 0 stands for 16 MiB",
-    "fs.max_write_bytes": "a larger file does not come back; 0 stands for 16 MiB",
-    "fs.max_entries": "more entries do not go in, nor come back; 0 stands for 10,000",
-    "fs.max_depth": "what lies deeper neither goes in nor comes back; 0 stands for 64, and more than 256 for 256",
+    "fs.enabled": "only the roots are visible",
+    "fs.deny_hidden": "if true, hidden names are copied neither in nor back",
+    "fs.allow_symlinks": "if false, links are copied neither in nor back; a link out of its root never is",
+    "fs.allow_mkdir": "checked against what is new when the program has ended",
+    "fs.allow_remove": "checked against what is missing when the program has ended",
+    "fs.allow_rename": "checked against what has another name when the program has ended",
+    "fs.max_read_bytes": "larger files are not copied in; 0 means 16 MiB",
+    "fs.max_write_bytes": "larger files are not copied back; 0 means 16 MiB",
+    "fs.max_entries": "further entries are copied neither in nor back; 0 means 10,000",
+    "fs.max_depth": "deeper entries are copied neither in nor back; 0 means 64, more than 256 means 256",
 }
 
 
@@ -113,251 +111,233 @@ def _always(by: str, why: str) -> Row:
 
 
 def _limit(by: str, why: str) -> Row:
-    def row(asked: Asked, field: str) -> Answer:
-        if field in asked.features.can_hold:
-            return Answer("enforced", asked.own(by), why)
-        return _not_held(asked, "this backend cannot hold this limit")
+    def row(given: PlanInput, field: str) -> Answer:
+        if field in given.features.can_enforce:
+            return Answer("enforced", given.own(by), why)
+        return _not_enforced(given, "this backend cannot enforce this limit")
 
     return row
 
 
-def _not_held(asked: Asked, why: str) -> Answer:
-    """What every policy asks for, and this backend cannot hold: refused, unless weaker isolation was accepted."""
-    return Answer("advisory", "nobody", why) if asked.features.accepted else Answer("refused", _NOBODY, why)
+def _not_enforced(given: PlanInput, why: str) -> Answer:
+    """Answer for what this backend cannot enforce: refused, unless the user accepted weaker isolation."""
+    return (
+        Answer("advisory", "nobody", why)
+        if given.features.weaker_isolation_accepted
+        else Answer("refused", _NOBODY, why)
+    )
 
 
-def _advice(asked: Asked, field: str) -> Answer:
-    del asked
+def _advice(given: PlanInput, field: str) -> Answer:
+    del given
     if variable := _VARIABLES.get(field):
-        return Answer("advisory", "X07's libraries", f"told to the program as {variable}")
-    why = "it holds X07 programs to this, and nobody else does; it concerns no others"
-    return Answer("advisory", "X07's compiler", why)
+        return Answer("advisory", "X07's libraries", f"passed to the program as {variable}")
+    return Answer("advisory", "X07's compiler", "applies to X07 programs only")
 
 
-def _label(_asked: Asked, _field: str) -> Answer:
-    return Answer("advisory", "people", "it names or explains the policy and restricts nothing")
+def _label(_asked: PlanInput, _field: str) -> Answer:
+    return Answer("advisory", "people", "describes the policy and restricts nothing")
 
 
-def _roots(asked: Asked, field: str) -> Answer:
-    given = [str(root) for root in asked.entries(field)]
-    if not given or not asked.files:
-        return _no_files(asked, field)
-    if "host-files" not in asked.features.can_hold:
-        return Answer("refused", _NOBODY, "this backend cannot give a program files of the host")
-    from x07_sandbox.plan.guest_paths import PROGRAM, place  # not on the way of a run without files
+def _roots(given: PlanInput, field: str) -> Answer:
+    roots = [str(root) for root in given.entries(field)]
+    if not roots or not given.files:
+        return _no_files(given, field)
+    if "host-files" not in given.features.can_enforce:
+        return Answer("refused", _NOBODY, "this backend cannot provide host files")
+    from x07_sandbox.plan.guest_paths import PROGRAM, guest_path  # slow; not needed without files
 
-    hidden = asked.values["fs.deny_hidden"] is True
-    for root in given:
-        where, why = place(root, PROGRAM, deny_hidden=hidden)
+    hidden = given.values["fs.deny_hidden"] is True
+    for root in roots:
+        where, why = guest_path(root, PROGRAM, deny_hidden=hidden)
         if where is None:
-            bare = place(root, PROGRAM, deny_hidden=False)[0]
+            bare = guest_path(root, PROGRAM, deny_hidden=False)[0]
             instead = None if bare is None else ("fs.deny_hidden", False)
-            return Answer("refused", _NOBODY, f"{ascii(root)[1:-1]} has no place in the machine ({why})", instead)
+            return Answer("refused", _NOBODY, f"{ascii(root)[1:-1]} has no path in the machine ({why})", instead)
     if field == "fs.read_roots":
-        why = "it gets copies of these, and can change them only where a write root holds them too"
-        return Answer("enforced", _COPY, why)
-    return Answer("enforced", _CHANGES, "it gets copies of these; changes come back only as a checked set")
+        return Answer("enforced", _COPY, "copied in; changes count only inside a write root")
+    return Answer("enforced", _CHANGES, "copied in; changes come back only after a check")
 
 
-def _copied(asked: Asked, field: str) -> Answer:
-    """Fields that decide what is copied in, and what of changes may come back."""
-    if not asked.files:
-        return _no_files(asked, field)
-    by = _CHANGES if field in _OF_CHANGES else _COPY
+def _copied(given: PlanInput, field: str) -> Answer:
+    """Answer for the fields that control what is copied in and back."""
+    if not given.files:
+        return _no_files(given, field)
+    by = _CHANGES if field in _CHANGE_FIELDS else _COPY
     return Answer("enforced", by, _FILE_RULES[field])
 
 
-def _no_files(asked: Asked, _field: str) -> Answer:
-    if "no-host-files" not in asked.features.can_hold:
-        return _not_held(asked, "this backend does not keep the host's files away")
-    if asked.values["fs.enabled"] is True:
-        why = f"{asked.features.words.no_files}, unless --out gives a folder: that is a write root like any other"
-        return Answer("enforced", asked.boundary, why)
-    return Answer("enforced", asked.boundary, asked.features.words.no_files)
+def _no_files(given: PlanInput, _field: str) -> Answer:
+    if "no-host-files" not in given.features.can_enforce:
+        return _not_enforced(given, "this backend does not hide host files")
+    if given.values["fs.enabled"] is True:
+        why = f"{given.features.words.no_files}; --out adds a folder like a write root"
+        return Answer("enforced", given.boundary, why)
+    return Answer("enforced", given.boundary, given.features.words.no_files)
 
 
-def _network(asked: Asked, field: str) -> Answer:
-    if not asked.connections:
-        return _no_network(asked, field)
-    if "network" not in asked.features.can_hold:
+def _network(given: PlanInput, field: str) -> Answer:
+    if not given.connections:
+        return _no_network(given, field)
+    if "network" not in given.features.can_enforce:
         if field == "net.allow_hosts":
-            return Answer("refused", _NOBODY, "this backend cannot hold a program to a list of hosts")
+            return Answer("refused", _NOBODY, "this backend cannot enforce a list of hosts")
         return Answer("enforced", _PLAN, "nothing runs: net.allow_hosts is refused")
-    why = _OF_NETWORK[field][asked.values[field] is True]
-    if field == "net.allow_hosts" and "held-connections" not in asked.features.can_hold:
-        why += "; connect() succeeds at first where it is refused, and the connection is reset"
+    why = _NETWORK_RULES[field][given.values[field] is True]
+    if field == "net.allow_hosts" and "held-connections" not in given.features.can_enforce:
+        why += "; a denied connection is reset after connect() succeeded"
     return Answer("enforced", _GATE, why)
 
 
-def _no_network(asked: Asked, _field: str) -> Answer:
-    if "no-network" not in asked.features.can_hold:
-        return _not_held(asked, "this backend does not keep the network away")
-    return Answer("enforced", asked.boundary, asked.features.words.no_network)
+def _no_network(given: PlanInput, _field: str) -> Answer:
+    if "no-network" not in given.features.can_enforce:
+        return _not_enforced(given, "this backend does not block the network")
+    return Answer("enforced", given.boundary, given.features.words.no_network)
 
 
-def _database(asked: Asked, field: str) -> Answer:
-    if asked.servers and not asked.connections:
-        why = "database servers are reached only where net.enabled is true and net.allow_hosts is not empty"
+def _database(given: PlanInput, field: str) -> Answer:
+    if given.servers and not given.connections:
+        why = "database servers need net.enabled and a non-empty net.allow_hosts"
         return Answer("refused", _NOBODY, why)
-    if asked.servers and "network" in asked.features.can_hold:
-        return _advice(asked, field)
-    if _no_network(asked, field).state == "enforced":
-        told = _advice(asked, field)
-        why = f"{told.why}; no server can be reached, a file that it has can be used"
-        return Answer("advisory", told.by, why)
-    return _advice(asked, field)
+    if given.servers and "network" in given.features.can_enforce:
+        return _advice(given, field)
+    if _no_network(given, field).state == "enforced":
+        advice = _advice(given, field)
+        return Answer("advisory", advice.by, f"{advice.why}; servers are unreachable, database files can be used")
+    return _advice(given, field)
 
 
-def _database_net(asked: Asked, field: str) -> Answer:
-    if not asked.servers or "network" not in asked.features.can_hold:
-        return _no_network(asked, field)
-    if not asked.connections:
+def _database_net(given: PlanInput, field: str) -> Answer:
+    if not given.servers or "network" not in given.features.can_enforce:
+        return _no_network(given, field)
+    if not given.connections:
         return Answer("enforced", _PLAN, "nothing runs: db.enabled is refused")
     if field in _REQUIRES:
-        return _advice(asked, field)
-    return Answer("enforced", _GATE, "these hosts and ports join net.allow_hosts, for TCP")
+        return _advice(given, field)
+    return Answer("enforced", _GATE, "allowed for TCP, in addition to net.allow_hosts")
 
 
-def _no_variables(asked: Asked, field: str) -> Answer:
-    if "no-host-variables" not in asked.features.can_hold:
-        return _not_held(asked, "this backend does not keep the host's variables away")
-    if field == "env.allow_keys" and asked.entries(field) and asked.values["env.enabled"] is True:
-        own = sorted(str(key) for key in asked.entries(field) if str(key).startswith("X07_"))
+def _no_variables(given: PlanInput, field: str) -> Answer:
+    if "no-host-variables" not in given.features.can_enforce:
+        return _not_enforced(given, "this backend does not hide the host's variables")
+    if field == "env.allow_keys" and given.entries(field) and given.values["env.enabled"] is True:
+        own = sorted(str(key) for key in given.entries(field) if str(key).startswith("X07_"))
         if own:
-            why = f"the host's {', '.join(own)} never go in, since such names are X07's own"
+            why = f"{', '.join(own)} cannot be passed from the host: these names are reserved for X07"
             return Answer("refused", _NOBODY, why)
-        why = "of the host's variables these go in, where they are set, and no others"
-        return Answer("enforced", asked.boundary, why)
-    if field == "env.deny_keys" and asked.entries(field):
-        names = map(str, asked.entries(field))
+        return Answer("enforced", given.boundary, "only these are passed from the host, if they are set")
+    if field == "env.deny_keys" and given.entries(field):
+        names = map(str, given.entries(field))
         own = sorted(key for key in names if key == "X07_WORLD" or key.startswith("X07_OS_"))
         if own:
-            return Answer("refused", _NOBODY, f"every program is told {', '.join(own)}, which are X07's own")
-        return Answer("enforced", asked.boundary, "none of these is set, whoever asks for it")
-    why = "only fixed ones and X07's own go in: who names another for it is refused"
-    if asked.values["env.enabled"] is True:
-        keys = asked.entries("env.allow_keys")
-        of_host = "of the host's only those of env.allow_keys go" if keys else "none of the host goes"
-        why = f"{of_host} in, beside fixed ones, X07's own, and what the caller names"
-    return Answer("enforced", asked.boundary, why)
+            return Answer("refused", _NOBODY, f"{', '.join(own)} are set for every program")
+        return Answer("enforced", given.boundary, "these are never set")
+    why = "only fixed ones and X07's own are set; a request for others is refused"
+    if given.values["env.enabled"] is True:
+        keys = given.entries("env.allow_keys")
+        of_host = "those of env.allow_keys from the host" if keys else "none from the host"
+        why = f"{of_host}, besides fixed ones, X07's own and those that the caller sets"
+    return Answer("enforced", given.boundary, why)
 
 
-_UNCONFINED: Final = Answer("refused", _NOBODY, "this backend does not confine a program")
+_UNCONFINED: Final = Answer("refused", _NOBODY, "this backend does not confine programs")
 
 
-def _threads(asked: Asked, _field: str) -> Answer:
-    if asked.values["threads.enabled"] is True:
-        return _within_tasks(asked, "allowed, within limits.procs")
-    if "confinement" not in asked.features.can_hold:
+def _threads(given: PlanInput, _field: str) -> Answer:
+    if given.values["threads.enabled"] is True:
+        return _within_tasks(given, "allowed, within limits.procs")
+    if "confinement" not in given.features.can_enforce:
         return _UNCONFINED
-    return Answer("enforced", asked.own(_SECCOMP), "a second thread of a process is refused with EPERM")
+    return Answer("enforced", given.own(_SECCOMP), "creating a second thread fails with EPERM")
 
 
-def _within_tasks(asked: Asked, why: str) -> Answer:
-    held = "limits.procs" in asked.features.can_hold
-    return Answer("enforced", asked.own(_CGROUP), why) if held else Answer("enforced", _PLAN, "allowed")
+def _within_tasks(given: PlanInput, why: str) -> Answer:
+    held = "limits.procs" in given.features.can_enforce
+    return Answer("enforced", given.own(_CGROUP), why) if held else Answer("enforced", _PLAN, "allowed")
 
 
-def _deadline(asked: Asked, _field: str) -> Answer:
-    if asked.features.apart:
-        return Answer("enforced", "the host's own clock", "the machine is ended at the deadline")
-    return _not_held(asked, "the program is ended at the deadline, unless it ends first what watches it")
+def _deadline(given: PlanInput, _field: str) -> Answer:
+    if given.features.separates_program:
+        return Answer("enforced", "the host's clock", "the machine is stopped at the deadline")
+    return _not_enforced(given, "the program is stopped at the deadline, unless it kills its supervisor first")
 
 
-def _spawn(asked: Asked, _field: str) -> Answer:
-    if asked.policy.process.may_spawn:
-        return _within_tasks(asked, "allowed, within limits.procs and process.max_live")
-    if "confinement" not in asked.features.can_hold:
+def _spawn(given: PlanInput, _field: str) -> Answer:
+    if given.policy.process.may_spawn:
+        return _within_tasks(given, "allowed, within limits.procs and process.max_live")
+    if "confinement" not in given.features.can_enforce:
         return _UNCONFINED
-    return Answer("enforced", asked.own(_SECCOMP), "a child process is refused with EPERM, however it is asked for")
+    return Answer("enforced", given.own(_SECCOMP), "creating a child process fails with EPERM")
 
 
-def _allow_exec(asked: Asked, field: str) -> Answer:
-    if asked.policy.process.may_execute:
-        return Answer("enforced", asked.boundary, "allowed, inside a machine that is thrown away")
-    if field == "process.enabled" and asked.values[field] is True:
-        return Answer("enforced", asked.boundary, "the fields of this section say what is allowed")
-    if "confinement" not in asked.features.can_hold:
+def _allow_exec(given: PlanInput, field: str) -> Answer:
+    if given.policy.process.may_execute:
+        return Answer("enforced", given.boundary, "allowed inside the disposable machine")
+    if field == "process.enabled" and given.values[field] is True:
+        return Answer("enforced", given.boundary, "see the other fields of this section")
+    if "confinement" not in given.features.can_enforce:
         return _UNCONFINED
-    why = "after the program's own start every execution is EPERM, and nothing that is not of the image can be loaded"
-    return Answer("enforced", asked.own(f"{_SECCOMP}, noexec"), why)
+    why = "after the program's start, execve fails with EPERM and only the image's code can be loaded"
+    return Answer("enforced", given.own(f"{_SECCOMP}, noexec"), why)
 
 
-def _execs(asked: Asked, _field: str) -> Answer:
-    if asked.policy.process.may_execute and names_everything(asked.entries("process.allow_exec_prefixes")):
-        return Answer("enforced", asked.boundary, 'the prefix "/" allows every program in the machine')
-    if "confinement" not in asked.features.can_hold:
+def _execs(given: PlanInput, _field: str) -> Answer:
+    if given.policy.process.may_execute and names_everything(given.entries("process.allow_exec_prefixes")):
+        return Answer("enforced", given.boundary, 'the prefix "/" allows every program in the machine')
+    if "confinement" not in given.features.can_enforce:
         return _UNCONFINED
-    if not asked.policy.process.may_execute:
-        return Answer("enforced", asked.own(_SECCOMP), "nothing may be executed, so no entry counts")
-    why = "nothing that no entry names can be executed, nor a program of the image be read (EACCES)"
-    if found := _written_and_executed(asked):
-        entries = ", ".join(ascii(entry)[1:-1] for entry in found)
-        why += f"; but, where an entry finds something when it starts, what it writes there may be: {entries}"
-    if found := _perhaps_written_and_executed(asked, but=found):
-        entries = ", ".join(ascii(entry)[1:-1] for entry in found)
-        why += f"; where a write root holds the same folder of the host, there too: {entries}"
-    return Answer("enforced", asked.own("Landlock rules, noexec"), why)
+    if not given.policy.process.may_execute:
+        return Answer("enforced", given.own(_SECCOMP), "nothing may be executed")
+    why = "unlisted programs cannot be executed, nor those of the image be read (EACCES)"
+    if entries := ", ".join(ascii(entry)[1:-1] for entry in _writable_entries(given)):
+        why += f"; the program may write and then execute files below: {entries}"
+    return Answer("enforced", given.own("Landlock rules, noexec"), why)
 
 
-def _written_and_executed(asked: Asked) -> list[str]:
-    """Entries of the lists that lead where the program can write; a file of a writable folder is kept as it is."""
-    from x07_sandbox.plan.guest_paths import PROGRAM, WRITABLE, place  # not on the way of a run without a list
+def _writable_entries(given: PlanInput) -> list[str]:
+    """Return entries of the lists that lead to files which the program can write.
 
-    given = asked.entries("fs.write_roots") if asked.files else ()
-    roots = [path for root in given if (path := place(str(root), PROGRAM, deny_hidden=False)[0])]
-    return _leading_into(asked, roots, (*WRITABLE, *roots))
+    An absolute read root may be the same host folder as a relative write root, and vice versa, so it counts too.
+    """
+    from x07_sandbox.plan.guest_paths import PROGRAM, WRITABLE, guest_path  # slow; not needed without a list
 
-
-def _perhaps_written_and_executed(asked: Asked, but: Sequence[str]) -> list[str]:
-    """Entries that lead where it can write if two roots are one folder: not told by names, where one is relative."""
-    from x07_sandbox.plan.guest_paths import PROGRAM, place
-
-    if not asked.files:
-        return []
-    written = {str(root).startswith("/") for root in asked.entries("fs.write_roots")}
-    given = [root for root in map(str, asked.entries("fs.read_roots")) if (not root.startswith("/")) in written]
-    roots = [path for root in given if (path := place(root, PROGRAM, deny_hidden=False)[0])]
-    return [entry for entry in _leading_into(asked, roots, roots) if entry not in but]
+    named = [str(root) for root in given.entries("fs.write_roots")] if given.files else []
+    forms = {root.startswith("/") for root in named}
+    named += [root for root in map(str, given.entries("fs.read_roots")) if (not root.startswith("/")) in forms]
+    roots = [path for root in named if (path := guest_path(root, PROGRAM, deny_hidden=False)[0])]
+    prefixes = [str(entry) for entry in given.entries("process.allow_exec_prefixes")]
+    files = [str(entry) for entry in given.entries("process.allow_execs")]
+    found = prefixes_into(prefixes, (*WRITABLE, *roots), PROGRAM)
+    return [*found, *(file for file in files if entry_path(file, PROGRAM) in roots)]
 
 
-def _leading_into(asked: Asked, roots: Sequence[str], folders: Sequence[str]) -> list[str]:
-    """Beginnings that lead into one of the folders, and files that are one of the roots."""
-    from x07_sandbox.plan.guest_paths import PROGRAM
-
-    prefixes = [str(entry) for entry in asked.entries("process.allow_exec_prefixes")]
-    files = [str(entry) for entry in asked.entries("process.allow_execs")]
-    return [*leading_into(prefixes, folders, PROGRAM), *(file for file in files if entry_path(file, PROGRAM) in roots)]
-
-
-def _max_live(asked: Asked, field: str) -> Answer:
-    if "limits.procs" in asked.features.can_hold and asked.number("limits.procs") <= asked.number(field):
-        return Answer("enforced", asked.own(_CGROUP), "limits.procs is not larger, and holds for children too")
-    if "confinement" not in asked.features.can_hold:
-        return _not_held(asked, "this backend does not confine a program")
-    if not asked.policy.process.may_spawn:
-        return Answer("enforced", asked.own(_SECCOMP), "no child may be started at all")
-    why = "stands in place of the larger limits.procs, so that threads count as children"
-    return Answer("enforced", asked.own(_CGROUP), why)
+def _max_live(given: PlanInput, field: str) -> Answer:
+    if "limits.procs" in given.features.can_enforce and given.number("limits.procs") <= given.number(field):
+        return Answer("enforced", given.own(_CGROUP), "limits.procs is not larger and includes children")
+    if "confinement" not in given.features.can_enforce:
+        return _not_enforced(given, "this backend does not confine programs")
+    if not given.policy.process.may_spawn:
+        return Answer("enforced", given.own(_SECCOMP), "no child may be started")
+    return Answer("enforced", given.own(_CGROUP), "used in place of the larger limits.procs; threads count as children")
 
 
-def _kill(asked: Asked, field: str) -> Answer:
-    if asked.values[field] is True:
-        return Answer("enforced", asked.boundary, "whatever the program started ends with the run")
-    return Answer("advisory", "X07's libraries", "false asks for no restriction; what is started ends with the run")
+def _kill(given: PlanInput, field: str) -> Answer:
+    if given.values[field] is True:
+        return Answer("enforced", given.boundary, "everything that the program started ends with the run")
+    return Answer("advisory", "X07's libraries", "processes end with the run in any case")
 
 
-# One row for each field: first those that something enforces, with their sections, then the advisory ones.
+# One row per field: enforced ones first, then advisory ones.
 TABLE: Final[dict[str, Row]] = {
-    "schema_version": _always("the check of the policy", f"every other format than {SCHEMA_VERSION} is refused"),
+    "schema_version": _always("the policy check", f"formats other than {SCHEMA_VERSION} are rejected"),
     "policy_id": _label,
     "notes": _label,
     "limits.wall_ms": _deadline,
-    "limits.cpu_ms": _limit(_CGROUP, "the kernel counts the CPU time of the program and its children"),
+    "limits.cpu_ms": _limit(_CGROUP, "CPU time of the program and its children"),
     "limits.mem_bytes": _limit(_CGROUP, "memory of the program and its children, without swap"),
-    "limits.fds": _limit(_RLIMIT, "open descriptors of each process"),
-    "limits.procs": _limit(_CGROUP, "processes and threads beyond the program's first thread"),
-    "limits.core_dumps": _limit(_RLIMIT, "the size of a core file is zero unless core dumps are allowed"),
+    "limits.fds": _limit(_RLIMIT, "open file descriptors of each process"),
+    "limits.procs": _limit(_CGROUP, "processes and threads besides the program's first thread"),
+    "limits.core_dumps": _limit(_RLIMIT, "without core dumps, the maximum size of a core file is 0"),
     "fs.read_roots": _roots,
     "fs.write_roots": _roots,
     **dict.fromkeys(_FILE_RULES, _copied),

@@ -1,7 +1,4 @@
-"""The plan of a job: one control for every field of the policy, and either limits to run with or refusals.
-
-Pure: policy, backend features and settings in; nothing is looked up.
-"""
+"""The plan of a job: one control per field of the policy, the effective limits, and refusals. Pure."""
 
 from __future__ import annotations
 
@@ -10,21 +7,22 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from x07_sandbox.errors import RefusedError
-from x07_sandbox.plan.control_table import TABLE, Asked, State
+from x07_sandbox.plan.control_table import TABLE, PlanInput, State
 from x07_sandbox.plan.denials import HowToAllow
 from x07_sandbox.plan.sizes import guest_limits, ram_class_bytes
 from x07_sandbox.policy.environment import VARIABLES, program_environment
 from x07_sandbox.policy.model import Limits, leaf_values
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Collection, Iterator, Mapping
 
+    from x07_sandbox.plan.control_table import Answer
     from x07_sandbox.plan.features import Features
     from x07_sandbox.policy.model import Policy
 
-# Linux refuses to start a program with one longer variable (MAX_ARG_STRLEN: 32 pages, name, '=' and NUL included).
+# MAX_ARG_STRLEN: execve(2) rejects a longer variable, counting name, '=' and NUL.
 VARIABLE_MAX_BYTES: Final = 131_072
-# Those of x07 run that add to a field.
+# Flags of x07 run that add to a field.
 _FLAGS: Final = {
     "fs.read_roots": ("--allow-read-root",),
     "fs.write_roots": ("--allow-write-root",),
@@ -33,11 +31,7 @@ _FLAGS: Final = {
 
 
 class Control(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One field in the plan.
-
-    field: its path, like "limits.wall_ms".
-    by: who holds it; for advisory fields who is told.
-    """
+    """One field in the plan. field: its path, like "limits.wall_ms". by: what enforces it, or is advised of it."""
 
     field: str
     state: State
@@ -46,79 +40,63 @@ class Control(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class Refusal(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Why a policy cannot be carried out here. field: its path, like "fs.read_roots"."""
+    """Why a policy cannot be enforced here. field: a path, like "fs.read_roots"."""
 
     field: str
     why: str
     how_to_allow: HowToAllow
 
 
-class RunLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the run job is held to: the policy's limits, and the machine's RAM that follows from them."""
+class RunLimits(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Limits of the run job: the policy's, and the machine's RAM that follows from them."""
 
-    wall_ms: int
-    cpu_ms: int
-    mem_bytes: int
-    fds: int
-    procs: int
-    core_dumps: bool
     ram_bytes: int
-    max_live: int | None = None  # where it is less than procs, and children are allowed
+    max_live: int | None = None  # if it is less than procs, and children are allowed
 
     @property
     def tasks(self) -> int:
-        """Most processes and threads together, the program's first thread among them."""
+        """Maximum of processes and threads, including the program's first thread."""
         return (self.procs if self.max_live is None else self.max_live) + 1
 
     def of_policy(self) -> Limits:
-        """The same as a policy says them."""
-        return Limits(
-            cpu_ms=self.cpu_ms,
-            wall_ms=self.wall_ms,
-            mem_bytes=self.mem_bytes,
-            fds=self.fds,
-            procs=self.procs,
-            core_dumps=self.core_dumps,
-        )
+        """Return the limits in the form of a policy."""
+        return Limits(**{field: getattr(self, field) for field in Limits.__struct_fields__})
 
     def for_guest(self) -> dict[str, int]:
-        """What START carries as `limits`. procs counts tasks beyond the program's first thread."""
-        return guest_limits(
-            mem_bytes=self.mem_bytes, tasks=self.tasks, cpu_ms=self.cpu_ms, fds=self.fds, core_dumps=self.core_dumps
-        )
+        """Return `limits` of START."""
+        return guest_limits(self, self.tasks)
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The answer: it may be carried out only if there are no refusals."""
+    """The plan; a job may start only if there are no refusals."""
 
     controls: tuple[Control, ...]
     refusals: tuple[Refusal, ...]
     limits: RunLimits
 
     def require(self, given: Collection[str] = ()) -> None:
-        """Raise RefusedError, naming every refusal, if there is one. given: the flags that changed the policy."""
+        """Raise RefusedError with all refusals, if any. given: the flags that changed the policy."""
         if self.refusals:
             why = "; ".join(refusal.why for refusal in self.refusals)
             fields = dict.fromkeys(refusal.field for refusal in self.refusals)
             changed = dict.fromkeys(str(refusal.how_to_allow.json_path)[2:] for refusal in self.refusals)
             fix = f"Change {', '.join(changed)} in the policy"
             if flags := [flag for field in fields for flag in _FLAGS.get(field, ()) if flag in given]:
-                fix += f", or leave out {', '.join(flags)}"
-            raise RefusedError("the policy cannot be carried out", why, fix)
+                fix += f", or omit {', '.join(flags)}"
+            raise RefusedError("the policy cannot be enforced", why, fix)
 
 
 def make_plan(policy: Policy, features: Features, *, cpu_ms: int | None = None) -> Plan:
-    """The plan for *policy* on a backend with *features*. cpu_ms: a tighter limit than the policy's, from elsewhere."""
-    asked = Asked(policy=policy, values=leaf_values(policy), features=features)
-    answers = {field: TABLE[field](asked, field) for field in asked.values}
+    """Return the plan for *policy* on a backend with *features*. cpu_ms: an additional limit of CPU time."""
+    given = PlanInput(policy=policy, values=leaf_values(policy), features=features)
+    answers = {field: TABLE[field](given, field) for field in given.values}
     controls = tuple(Control(field=field, state=to.state, by=to.by, why=to.why) for field, to in answers.items())
-    return Plan(
-        controls=controls, refusals=(*_refusals(controls, asked), *_too_long(policy)), limits=run_limits(policy, cpu_ms)
-    )
+    refusals = (*_refusals(answers, given.values), *_too_long(policy))
+    return Plan(controls=controls, refusals=refusals, limits=run_limits(policy, cpu_ms))
 
 
 def run_limits(policy: Policy, cpu_ms: int | None = None) -> RunLimits:
-    """What *policy* holds a run to. cpu_ms: as in make_plan."""
+    """Return the limits of a run with *policy*. cpu_ms: as in make_plan."""
     limits, process = policy.limits, policy.process
     if cpu_ms is not None:
         limits = msgspec.structs.replace(limits, cpu_ms=min(limits.cpu_ms, cpu_ms))
@@ -129,16 +107,18 @@ def run_limits(policy: Policy, cpu_ms: int | None = None) -> RunLimits:
     )
 
 
-def _refusals(controls: tuple[Control, ...], asked: Asked) -> Iterator[Refusal]:
-    for control in controls:
-        if control.state == "refused":
-            value = asked.values[control.field]
-            # Of a number nothing is to be dropped: another backend must hold it.
+def _refusals(answers: Mapping[str, Answer], values: Mapping[str, object]) -> Iterator[Refusal]:
+    for field, answer in answers.items():
+        if answer.state == "refused":
+            value = values[field]
+            # A number stays as it is: only another backend can enforce it.
             without: object = [] if isinstance(value, tuple) else not value if isinstance(value, bool) else value
-            instead = TABLE[control.field](asked, control.field).instead
-            field, value = (control.field, without) if instead is None else instead
-            how = HowToAllow(json_path=f"$.{field}", value=value)
-            yield Refusal(field=control.field, why=f"{control.why}: {control.field}", how_to_allow=how)
+            path, value = (field, without) if answer.instead is None else answer.instead
+            yield Refusal(
+                field=field,
+                why=f"{answer.why}: {field}",
+                how_to_allow=HowToAllow(json_path=f"$.{path}", value=value),
+            )
 
 
 def _too_long(policy: Policy) -> Iterator[Refusal]:
@@ -146,5 +126,5 @@ def _too_long(policy: Policy) -> Iterator[Refusal]:
     for variable, field in VARIABLES:
         size = len(variable) + len(environment[variable].encode()) + 2
         if size > VARIABLE_MAX_BYTES:
-            why = f"{field} makes {variable} {size} bytes long, and Linux takes at most {VARIABLE_MAX_BYTES}"
+            why = f"{field} makes {variable} {size} bytes long; Linux allows at most {VARIABLE_MAX_BYTES}"
             yield Refusal(field=field, why=why, how_to_allow=HowToAllow(json_path=f"$.{field}", value=[]))

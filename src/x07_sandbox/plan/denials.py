@@ -1,6 +1,4 @@
-"""What a result says of something that was refused, and what would allow it. `plan/observed` makes most of it."""
-
-from __future__ import annotations
+"""Denials and hints of a result, and what would allow them. `plan/observed` makes most of them."""
 
 from typing import Any, Literal
 
@@ -8,9 +6,9 @@ import msgspec
 
 
 class HowToAllow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What would allow it: a value of the policy, null where something else does, and the flag where there is one.
+    """What would allow it: a policy value (json_path is null if there is none), a flag, or a setting.
 
-    setting: a line of the user's own settings (docs/explanation/network.md), where only that allows it.
+    setting: a line of the user's own settings (docs/explanation/network.md), if only that allows it.
     """
 
     json_path: str | None
@@ -20,13 +18,13 @@ class HowToAllow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class Denial(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One thing that the program tried, or the policy asked for, and did not get.
+    """Something that the program tried, or the policy asked for, and that was denied.
 
     field: the policy's; or `permissions`, `system-calls`, `scratch`, `output`, `secrets`, `protected`, `kind`,
-        `reserved`, which no policy decides; of a connection, the id of the rule that refused it.
-    subject: what it was about: a path as the program sees it, with a slash at its end where something new was to be
-        made in that folder. count: how often, as far as it was seen.
-    how_to_allow: null where nothing allows it. reason: why, as a clause; empty where the field says it.
+        `reserved`, which no policy controls; for a connection the id of the rule that denied it.
+    subject: for a file its path as the program sees it, with a final slash if something new was to be created in that
+        folder. count: how often it was observed.
+    how_to_allow: null if nothing allows it. reason: a clause; empty if the field says enough.
     """
 
     field: str
@@ -40,11 +38,11 @@ class Denial(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Hint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Something that the program seems to have missed, and what would bring it there (plan/hints).
+    """Something that the program seems to lack, and what would provide it (plan/hints).
 
-    kind: whether it is not there, is a library that cannot be loaded from where it lies, a variable that is not set, or
-        a connection of a run that has no network.
-    how: what lets it be read, or loaded. to_write: what lets a file of that name be made; null where nothing does.
+    kind: a missing file, a library that cannot be loaded from its folder, an unset variable, or a connection of a run
+        without network.
+    how: what would make it readable or loadable. to_write: what would allow a file of that name to be created.
     """
 
     subject: str
@@ -53,8 +51,8 @@ class Hint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     to_write: HowToAllow | None = None
 
 
-class Area(msgspec.Struct, frozen=True, kw_only=True):
-    """A mount of the host's in the guest. given: as the policy or the flag names it. at: where the program sees it."""
+class GuestMount(msgspec.Struct, frozen=True, kw_only=True):
+    """A host folder in the guest. given: its name in the policy or flag. at: its path in the guest."""
 
     given: str
     at: str

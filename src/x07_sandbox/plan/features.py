@@ -1,6 +1,4 @@
-"""What a backend says about itself, as far as a plan depends on it."""
-
-from __future__ import annotations
+"""Properties of a backend on which a plan depends."""
 
 from typing import Final, Literal
 
@@ -9,7 +7,7 @@ import msgspec
 # Strongest first.
 Isolation = Literal["vm-hardware", "vm-emulated", "container", "process", "none"]
 
-# What a virtual machine with our agent in it holds. A capability bears the name of the policy field that needs it.
+# What a virtual machine with our agent can enforce; a limit is named after its policy field.
 VM_HOLDS: Final = frozenset(
     {
         *("limits.cpu_ms", "limits.mem_bytes", "limits.fds", "limits.procs", "limits.core_dumps"),
@@ -20,10 +18,10 @@ VM_HOLDS: Final = frozenset(
 
 
 class Words(msgspec.Struct, frozen=True, kw_only=True):
-    """How a plan and a verdict speak of a kind of isolation.
+    """Wording of plans and verdicts for a kind of isolation.
 
-    boundary: what keeps the program apart. inside: whose the program's limits are. no_network: why it has none.
-    supervisor: the process of the host whose end ends the job. no_files: why it has none of the host's.
+    boundary: what separates the program. inside: the owner of its limits. supervisor: the host process whose end ends
+    the job. no_network, no_files: why the program has no network and no host files.
     """
 
     boundary: str
@@ -38,14 +36,14 @@ _VM: Final = Words(
     inside="the guest's",
     no_network="the machine has no network card",
     supervisor="the virtual machine monitor",
-    no_files="no file of the host is in the machine",
+    no_files="the machine contains no host files",
 )
 _PROCESS: Final = Words(
     boundary="the confined process",
     inside="the sandbox's",
     no_network="its network namespace has only a loopback interface",
     supervisor="the agent's process",
-    no_files="of the host's files only the system's programs are there",
+    no_files="only the system's programs are visible",
 )
 WORDS: Final[dict[Isolation, Words]] = {
     "vm-hardware": _VM,
@@ -59,41 +57,41 @@ WORDS: Final[dict[Isolation, Words]] = {
 class Features(msgspec.Struct, frozen=True, kw_only=True):
     """A backend on this host.
 
-    own_kernel: the program's system calls meet a kernel that is not the host's. can_hold: limits by field name,
-    "host-files" (copies in, changes back), "confinement" (of tasks and executing), the walls "no-...", "network" (to
-    carry connections to the egress gate) and "held-connections" (a refusal is connect()'s own error in the program).
+    own_kernel: system calls do not reach the host's kernel. can_enforce: limits by field name, "host-files" (copies in,
+    changes back), "confinement" (of tasks and execution), isolation "no-...", "network" (connections through the egress
+    gate) and "held-connections" (a denial is an error of connect() in the program).
     """
 
     isolation: Isolation
     own_kernel: bool
-    can_hold: frozenset[str]
+    can_enforce: frozenset[str]
 
     @property
     def words(self) -> Words:
-        """How to speak of it."""
+        """Its wording."""
         return WORDS[self.isolation]
 
     @property
     def emulated(self) -> bool:
-        """Whether CPU work is many times slower than on hardware."""
+        """Whether the CPU is emulated, which is many times slower."""
         return self.isolation == "vm-emulated"
 
     @property
-    def apart(self) -> bool:
-        """Whether the program is kept from the processes that hold it."""
+    def separates_program(self) -> bool:
+        """Whether the program cannot affect the processes that control it."""
         return self.isolation != "none"
 
     @property
-    def accepted(self) -> bool:
-        """Whether the user has accepted that it holds less than every policy asks for: that is advisory then."""
+    def weaker_isolation_accepted(self) -> bool:
+        """Whether the user accepted weaker isolation: what it cannot enforce is advisory."""
         return self.isolation in {"process", "none"}
 
 
 def container_features() -> Features:
-    """Those of a container with our agent in it."""
-    return Features(isolation="container", own_kernel=False, can_hold=VM_HOLDS - {"held-connections"})
+    """Return the features of a container with our agent."""
+    return Features(isolation="container", own_kernel=False, can_enforce=VM_HOLDS - {"held-connections"})
 
 
 def vm_features(isolation: Isolation) -> Features:
-    """Those of a virtual machine with our agent in it."""
-    return Features(isolation=isolation, own_kernel=True, can_hold=VM_HOLDS)
+    """Return the features of a virtual machine with our agent."""
+    return Features(isolation=isolation, own_kernel=True, can_enforce=VM_HOLDS)

@@ -1,7 +1,7 @@
-"""What a program that failed may have missed, told from the end of its own standard error.
+"""Hints on what a failed program lacked, from the end of its standard error.
 
-What is not there, not installed or not set is no refusal, and never counted as one: most programs look for many. Pure.
-The text is the program's, and hostile: nothing on the host is looked up by it.
+A missing file, package or variable is not a denial, because most programs probe for many. The text is hostile: nothing
+on the host is looked up by it.
 """
 
 from __future__ import annotations
@@ -13,22 +13,21 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from x07_sandbox.plan.connections import connection_hints
 from x07_sandbox.plan.denials import Hint, HowToAllow
-from x07_sandbox.plan.guest_paths import PROGRAM, inside, place
+from x07_sandbox.plan.guest_paths import PROGRAM, guest_path, is_below
 from x07_sandbox.plan.observed import allowing, root_to_allow, to_load
 from x07_sandbox.plan.packages import flag_for_module, flag_for_program, is_known_program
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
 
-    from x07_sandbox.plan.denials import Area
+    from x07_sandbox.plan.denials import GuestMount
     from x07_sandbox.policy.model import Policy
 
 _MOST: Final = 3
 _QUOTED: Final = r"b?(?P<quote>['\"])(?P<path>(?:(?!(?P=quote))[^\n]){1,255})(?P=quote)"
 _FIRST: Final = r"b?(?P<first>['\"])(?:(?!(?P=first))[^\n]){1,255}(?P=first)"
-# As Python says it; as coreutils do, which quote what has blanks; and as perror(3) and most programs do (Go's in small
-# letters): "cat: /data/x: No such file or directory". A blank in a path without quotes is one only where the path
-# stands alone. Of a file that is to get another name Python and C++ tell both: either may be what is missing.
+# Messages of Python, coreutils (which quote paths with blanks), perror(3) and Go. A blank is part of an unquoted path
+# only if nothing else precedes the path. For a rename Python and C++ report both paths; either may be missing.
 _MISSING: Final = tuple(
     re.compile(pattern, re.MULTILINE)
     for pattern in (
@@ -41,28 +40,28 @@ _MISSING: Final = tuple(
         r"(?:^|[\s:])(?P<path>/[^\s:'\"]{1,255}): [Nn]o such file or directory",
     )
 )
-# As the loader of programs says it where the kernel does not let a file be mapped to be executed.
+# The dynamic loader, if the kernel does not allow a file to be mapped executable.
 _UNLOADED: Final = re.compile(r"(?:^|: )([^:'\"\n]{1,255}): failed to map segment from shared object", re.MULTILINE)
-# As Python's subprocess says it of a program that its PATH has not, and, in the same words, of a missing `cwd`.
+# Python's subprocess, for a program not in PATH (and, in the same words, for a missing `cwd`).
 _PROGRAM: Final = re.compile(
     r'^  File "[^"\n]*subprocess\.py", line \d+, in _execute_child\n(?:    [^\n]*\n){1,3}'
     r"FileNotFoundError: \[Errno 2\] No such file or directory: '([\w.+-]{1,100})'$",
     re.MULTILINE | re.ASCII,
 )
-# As bash and dash say it of one that a script names: "it.sh: line 3: jq: command not found", "it.sh: 3: jq: not found".
+# bash and dash: "it.sh: line 3: jq: command not found", "it.sh: 3: jq: not found".
 _COMMAND: Final = re.compile(
     r"^[^:\n]{1,255}: (?:line )?\d+: (\w[\w.+-]{0,99}): (?:command )?not found$", re.MULTILINE | re.ASCII
 )
-# As Node says it of a program, and coreutils' env.
+# Node, and coreutils' env.
 _SPAWNED: Final = re.compile(
     r"\bspawn (\w[\w.+-]{0,99}) ENOENT|\benv: ['\u2018](\w[\w.+-]{0,99})['\u2019]: No such", re.ASCII
 )
-# As an import says it, and `python3 -m NAME`.
+# Python's import, and `python3 -m NAME`.
 _MODULE: Final = re.compile(
     r"^(?:ModuleNotFoundError: No module named '|[\w/.-]{0,100}python[\d.]{0,6}: No module named )(\w{1,100})",
     re.MULTILINE | re.ASCII,
 )
-# As Python says it of a variable that os.environ has not; and bash and dash where a script cannot do without one.
+# Unset variables: Python's os.environ, bash, dash.
 _VARIABLES: Final = tuple(
     re.compile(pattern, re.MULTILINE | re.ASCII)
     for pattern in (
@@ -73,8 +72,8 @@ _VARIABLES: Final = tuple(
 )
 
 
-class Beside(NamedTuple):
-    """What lies beside a program of one file on the host, and stays there. flag: how it goes in, as a project."""
+class LocalModules(NamedTuple):
+    """Python modules beside a single-file program on the host, which are not copied in. flag: copies the project."""
 
     modules: Collection[str]
     flag: str
@@ -83,29 +82,29 @@ class Beside(NamedTuple):
 def hints(
     tail: bytes,
     policy: Policy,
-    areas: Sequence[Area],
+    areas: Sequence[GuestMount],
     cwd: str,
-    beside: Beside | None = None,
-    ours: Collection[str] = (),
+    local: LocalModules | None = None,
+    host_variables: Collection[str] = (),
 ) -> list[Hint]:
-    """At most three things that it seems to have missed. tail: of its errors. ours: names of the host's variables."""
+    """Return at most three hints. tail: of standard error. host_variables: names of the host's variables."""
     text = tail.decode("utf-8", "replace")
-    executed = dict.fromkeys(name for said in (_PROGRAM, _SPAWNED) for name in _names(said, text))
+    executed = dict.fromkeys(name for pattern in (_PROGRAM, _SPAWNED) for name in _names(pattern, text))
     paths = dict.fromkeys(_paths(text, policy, areas, cwd))
-    # A bare name that was to be executed is a program of the image, and no file to bring in.
+    # A bare name that was to be executed is a program of the image, not a file to copy in.
     tools = {path: path.removeprefix("./") for path in paths}
     executed |= dict.fromkeys(name for name in tools.values() if is_known_program(name))
     paths = {path: None for path in paths if tools[path] not in executed}
-    modules = (_module(name, beside) for name in dict.fromkeys(_MODULE.findall(text)))
+    modules = (_module(name, local) for name in dict.fromkeys(_MODULE.findall(text)))
     programs = map(program_hint, executed)
     commands = (program_hint(name) for name in dict.fromkeys(_COMMAND.findall(text)) if name not in executed)
     missing = (_hint(path, policy) for path in paths)
-    # A script that goes on may miss many programs: what else it missed comes before.
-    names = dict.fromkeys(name for said in _VARIABLES for name in said.findall(text))
-    variables = (_variable(name, policy, ours) for name in names)
+    # A script that continues may lack many programs, so commands come last.
+    names = dict.fromkeys(name for pattern in _VARIABLES for name in pattern.findall(text))
+    variables = (_variable(name, policy, host_variables) for name in names)
     connections = connection_hints(text, policy)
-    told = (*_libraries(text, policy, areas, cwd), *connections, *programs, *missing, *modules, *variables, *commands)
-    return list(itertools.islice((hint for hint in told if hint is not None), _MOST))
+    found = (*_libraries(text, policy, areas, cwd), *connections, *programs, *missing, *modules, *variables, *commands)
+    return list(itertools.islice((hint for hint in found if hint is not None), _MOST))
 
 
 def _names(pattern: re.Pattern[str], text: str) -> Iterator[str]:
@@ -119,26 +118,26 @@ def program_hint(name: str) -> Hint:
 
 
 def _by_image(flag: str) -> HowToAllow:
-    """An image of the user's own, and the command that builds it with what is missing."""
+    """Return the advice to build an image with what is missing."""
     return HowToAllow(json_path=None, value=None, flag=f"--image mine, after x07 image build --name mine {flag}")
 
 
-def _variable(name: str, policy: Policy, ours: Collection[str]) -> Hint | None:
-    """None where nothing brings it: X07's own no flag sets, and one that went in the program must have taken away."""
+def _variable(name: str, policy: Policy, host_variables: Collection[str]) -> Hint | None:
+    """Return None if nothing provides it: X07's own, and one that was passed in but the program removed."""
     allowed, denied = policy.env.allow_keys, policy.env.deny_keys
     how: HowToAllow | None = HowToAllow(json_path=None, value=None, flag=f"--env {name}=VALUE")
     if not policy.env.enabled:
         how = allowing(policy, "env.enabled", value=True)
     elif name in denied:
         how = allowing(policy, "env.deny_keys", [key for key in denied if key != name])
-    elif name in ours:
+    elif name in host_variables:
         how = None if name in allowed else allowing(policy, "env.allow_keys", [*allowed, name], f"--env {name}")
     if how is None or name.startswith("X07_"):
         return None
     return Hint(subject=f"the variable {name}", kind="variable", how=how)
 
 
-def _libraries(text: str, policy: Policy, areas: Sequence[Area], cwd: str) -> Iterator[Hint]:
+def _libraries(text: str, policy: Policy, areas: Sequence[GuestMount], cwd: str) -> Iterator[Hint]:
     for name in dict.fromkeys(_UNLOADED.findall(text)):
         if "/" in name and name.isprintable():
             path = posixpath.normpath(posixpath.join(cwd, name))
@@ -146,37 +145,40 @@ def _libraries(text: str, policy: Policy, areas: Sequence[Area], cwd: str) -> It
                 yield Hint(subject=f"the library {path}", kind="library", how=how)
 
 
-def _paths(text: str, policy: Policy, areas: Sequence[Area], cwd: str) -> Iterator[str]:
+def _paths(text: str, policy: Policy, areas: Sequence[GuestMount], cwd: str) -> Iterator[str]:
     for pattern in _MISSING:
         for path in (found["path"] for found in pattern.finditer(text)):
-            at, _ = place(path, cwd, deny_hidden=False)
-            known = at is None or any(at == area.at or inside(at, area.at) for area in areas)
-            known = known and not (at and _hidden(path, policy))  # what a root keeps back may be missed all the same
-            if not known and path.isprintable() and not inside(path, PROGRAM):
+            at, _ = guest_path(path, cwd, deny_hidden=False)
+            visible = at is None or any(at == area.at or is_below(at, area.at) for area in areas)
+            visible = visible and not (at and _hidden(path, policy))
+            if not visible and path.isprintable() and not is_below(path, PROGRAM):
                 yield path if "/" in path else f"./{path}"
 
 
 def _hidden(path: str, policy: Policy) -> bool:
-    """Whether it would have its place but for fs.deny_hidden."""
-    return place(path, PROGRAM, deny_hidden=policy.fs.deny_hidden)[0] != place(path, PROGRAM, deny_hidden=False)[0]
+    """Return whether only fs.deny_hidden keeps it out."""
+    return (
+        guest_path(path, PROGRAM, deny_hidden=policy.fs.deny_hidden)[0]
+        != guest_path(path, PROGRAM, deny_hidden=False)[0]
+    )
 
 
 def _hint(path: str, policy: Policy) -> Hint | None:
-    """None where no policy can bring it."""
+    """Return None if no policy provides it."""
     if _hidden(path, policy):
         field, value = ("fs.deny_hidden", False) if policy.fs.enabled else ("fs.enabled", True)
         how = allowing(policy, field, value)
         return None if how is None else Hint(subject=path, how=how)
     folder = path.rpartition("/")[0]
     how = root_to_allow(policy, "read_roots", path)
-    there = folder and place(folder, PROGRAM, deny_hidden=policy.fs.deny_hidden)[0]
-    # What it was to be opened for is not said; a file that is to be made needs its folder.
+    there = folder and guest_path(folder, PROGRAM, deny_hidden=policy.fs.deny_hidden)[0]
+    # The message does not say whether it was to be read or created; to create it, its folder has to be writable.
     to_write = root_to_allow(policy, "write_roots", folder) if there else None
     return None if how is None else Hint(subject=path, how=how, to_write=to_write)
 
 
-def _module(name: str, beside: Beside | None) -> Hint:
+def _module(name: str, local: LocalModules | None) -> Hint:
     how = _by_image(flag_for_module(name))
-    if beside is not None and name in beside.modules:
-        how = HowToAllow(json_path=None, value=None, flag=beside.flag)
+    if local is not None and name in local.modules:
+        how = HowToAllow(json_path=None, value=None, flag=local.flag)
     return Hint(subject=f"the Python module {name}", how=how)

@@ -1,6 +1,6 @@
-"""What was observed of a program, as denials: the policy's field, who held it, and what would allow it.
+"""Observed denials of a program: the policy field, what enforced it, and what would allow it.
 
-Pure. What the guest saw comes as bodies of DENIED (docs/guest-channel.md): any text may stand in them.
+The guest reports them in bodies of DENIED (docs/guest-channel.md), which are hostile data.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import msgspec
 
-from x07_sandbox.host.decoding import known
+from x07_sandbox.host.decoding import prepared
 from x07_sandbox.plan.confinement import confinement
 from x07_sandbox.plan.denials import Denial, HowToAllow
-from x07_sandbox.plan.guest_paths import OUT, WRITABLE, inside, place
-from x07_sandbox.policy.limits import Reach, flag_text
+from x07_sandbox.plan.guest_paths import OUT, WRITABLE, guest_path, is_below
+from x07_sandbox.policy.limits import FlagReach, flag_text
 from x07_sandbox.policy.model import Policy
 from x07_sandbox.policy.rules import rule_problems
 from x07_sandbox.policy.schema import largest
@@ -24,128 +24,131 @@ from x07_sandbox.policy.schema import largest
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from x07_sandbox.plan.denials import Area
+    from x07_sandbox.plan.denials import GuestMount
 
-PERMISSIONS: Final = "permissions"  # stands for a field where no field decides
+PERMISSIONS: Final = "permissions"  # in place of a field if no field controls it
 SYSTEM_CALLS: Final = "system-calls"
 OUTPUT: Final = "output"
 _COUNT_MAX: Final = 2**63 - 1  # as DENIED carries it
-_CGROUP: Final = "the guest's control group"
+_CGROUP: Final = "the guest's cgroup"
 _SECCOMP: Final = "the guest's seccomp filter"
 _RLIMITS: Final = "the guest's resource limits"
 _MOUNTS: Final = "the guest's mounts"
 _LANDLOCK: Final = "the guest's Landlock rules"
-# What a rule of policies (policy/rules) may ask for first, and what to say then.
-_FIRST: Final[dict[str, tuple[str, object]]] = {
+# What a rule (policy/rules) may require first, and the value to suggest.
+_REQUIRED_FIRST: Final[dict[str, tuple[str, object]]] = {
     "$.process.allow_execs": ("$.process.allow_exec_prefixes", ["/usr/bin/"]),
     "$.process.max_live": ("$.process.max_live", 16),
     "$.process.max_spawns": ("$.process.max_spawns", 64),
     "$.process.max_runtime_ms": ("$.process.max_runtime_ms", 60_000),
 }
-# What ends a program for a limit: the field, what it did, who held it, and who saw it.
+# Limits that end a program, by outcome: field, action, subject, enforced by, observed by.
 _LIMITS: Final[dict[str, tuple[str, str, str, str, Literal["host", "guest"]]]] = {
     "timeout": ("limits.wall_ms", "run", "for longer", "the deadline", "host"),
-    "cpu-limit": ("limits.cpu_ms", "use", "more processor time", _CGROUP, "guest"),
+    "cpu-limit": ("limits.cpu_ms", "use", "more CPU time", _CGROUP, "guest"),
     "oom": ("limits.mem_bytes", "use", "more memory", _CGROUP, "guest"),
 }
 _TASKS: Final = frozenset({"clone", "clone3", "fork", "vfork"})
 _EXECUTES: Final = frozenset({"execve", "execveat"})
-_RAISES: Final = frozenset({"setrlimit", "prlimit64"})
+_RAISES_LIMIT: Final = frozenset({"setrlimit", "prlimit64"})
 _MAKES_FOLDERS: Final = frozenset({"mkdir", "mkdirat"})
-_REPLACES: Final = ("rename", "unlink", "rmdir")  # and the calls whose names begin so
-_NO_FLAGS: Final = Reach()
+_REPLACES: Final = ("rename", "unlink", "rmdir")  # prefixes of call names
+_NO_FLAGS: Final = FlagReach()
 _PROGRAM_FOLDERS: Final = frozenset({"bin", "sbin", "games", "libexec"})
 
 
 def denials(
-    refused: Iterable[Mapping[str, Any]], policy: Policy, areas: Sequence[Area], cwd: str, reach: Reach = _NO_FLAGS
+    refused: Iterable[Mapping[str, Any]],
+    policy: Policy,
+    areas: Sequence[GuestMount],
+    cwd: str,
+    reach: FlagReach = _NO_FLAGS,
 ) -> list[Denial]:
-    """What was refused, each once. refused: bodies of DENIED. cwd: where the program started. reach: of flags."""
+    """Return distinct denials. refused: bodies of DENIED. cwd: the program's start folder. reach: of flags."""
     found: dict[tuple[str, str, str], Denial] = {}
     for body in refused:
         if body["by"] == "seccomp":
             denial = _call(body, policy)
         elif body["errno"] == errno.EMFILE:
             denial = _descriptors(body, policy, reach)
-        elif body["call"] in _RAISES:
+        elif body["call"] in _RAISES_LIMIT:
             denial = _limit(body, policy, reach)
         elif body["call"] in _EXECUTES:
             denial = _execution(body, policy, areas, cwd)
         else:
             denial = _file(body, policy, areas, cwd)
         key = denial.field, denial.action, denial.subject
-        if (before := found.get(key)) is not None:
-            denial = msgspec.structs.replace(denial, count=min(denial.count + before.count, _COUNT_MAX))
+        if (earlier := found.get(key)) is not None:
+            denial = msgspec.structs.replace(denial, count=min(denial.count + earlier.count, _COUNT_MAX))
         found[key] = denial
     return list(found.values())
 
 
 def allowing(policy: Policy, field: str, value: object, flag: str | None = None) -> HowToAllow | None:
-    """A value for *field*, like "limits.fds"; what a rule needs first, if it does; None where no policy can say it."""
-    document = msgspec.json.decode(msgspec.json.encode(policy))  # as a rule reads it: with lists
+    """Return the advice to set *field* to *value*, or to what a rule requires first; None if no policy allows it."""
+    document = msgspec.json.decode(msgspec.json.encode(policy))  # rules expect lists
     section, _, name = field.partition(".")
     document.setdefault(section, {})[name] = value
     for problem in rule_problems(document):
-        if problem.json_path not in _FIRST:
+        if problem.json_path not in _REQUIRED_FIRST:
             return None
-        path, value = _FIRST[problem.json_path]
+        path, value = _REQUIRED_FIRST[problem.json_path]
         return HowToAllow(json_path=path, value=value)
     try:
-        msgspec.convert(document, known(Policy))
+        msgspec.convert(document, prepared(Policy))
     except msgspec.ValidationError:
         return None
     return HowToAllow(json_path=f"$.{field}", value=value, flag=flag)
 
 
-def more_tasks(policy: Policy, max_live: int | None, count: int, reach: Reach = _NO_FLAGS) -> Denial:
-    """New tasks were refused at the limit. max_live: the policy's, where that is the limit."""
+def more_tasks(policy: Policy, max_live: int | None, count: int, reach: FlagReach = _NO_FLAGS) -> Denial:
+    """Return the denial of new tasks at the limit. max_live: the policy's, if that is the limit."""
     field, held = ("limits.procs", policy.limits.procs) if max_live is None else ("process.max_live", max_live)
     return _seen(field, "start", "a new task", _CGROUP, count, _more(policy, field, held, reach))
 
 
-def limit_hit(outcome: str, policy: Policy, reach: Reach = _NO_FLAGS, *, cpu_ms: int | None = None) -> Denial | None:
-    """What the program did to end so; None where no limit ended it.
+def limit_hit(
+    outcome: str, policy: Policy, reach: FlagReach = _NO_FLAGS, *, cpu_ms: int | None = None
+) -> Denial | None:
+    """Return the denial behind an outcome; None if no limit ended the program.
 
-    reach: how far flags raise the limit. cpu_ms: X07's limit, which holds where it is below the policy's.
+    reach: how far flags can raise the limit. cpu_ms: X07's own limit, which applies if it is below the policy's.
     """
     if outcome not in _LIMITS:
         return None
     field, action, what, by, observer = _LIMITS[outcome]
     held = int(getattr(policy.limits, field.removeprefix("limits.")))
-    how: HowToAllow | None
-    if field == "limits.cpu_ms" and cpu_ms is not None and cpu_ms < held:
-        how = _by_flag(f"--cpu-time-limit-seconds {cpu_ms // 500}")
-    else:
-        how = _more(policy, field, held, reach)
+    by_x07 = field == "limits.cpu_ms" and cpu_ms is not None and cpu_ms < held
+    how = _by_flag(f"--cpu-time-limit-seconds {(cpu_ms or 0) // 500}") if by_x07 else _more(policy, field, held, reach)
     return msgspec.structs.replace(_seen(field, action, what, by, 1, how), observed_by=observer)
 
 
 def too_much_output(stream: str, most: int | None) -> Denial:
-    """It wrote more than the *most* bytes that *stream* may have; None where no flag changes that."""
+    """Return the denial of output beyond *most* bytes; None if no flag changes the limit."""
     how = None if most is None else _by_flag(f"--max-output-bytes {max(2 * most, 1)}")
     denial = _seen(OUTPUT, "write", f"more to {stream}", "the output limit", 1, how)
     return msgspec.structs.replace(denial, observed_by="host")
 
 
 def disk_full() -> Denial:
-    """The scratch disk was full at the end."""
+    """Return the denial for a scratch disk that was full at the end."""
     return _seen("scratch", "write", "the scratch disk (8 GiB) is full", "the size of the disk", 1, None)
 
 
-def memory_full(policy: Policy, reach: Reach = _NO_FLAGS) -> Denial:
-    """The program's /tmp or /dev/shm was full at the end."""
-    what = "a folder in memory (/tmp, /dev/shm) is full; each may hold a quarter of limits.mem_bytes"
+def memory_full(policy: Policy, reach: FlagReach = _NO_FLAGS) -> Denial:
+    """Return the denial for a /tmp or /dev/shm that was full at the end."""
+    what = "an in-memory folder (/tmp or /dev/shm) is full; its size is a quarter of limits.mem_bytes"
     how = _more(policy, "limits.mem_bytes", policy.limits.mem_bytes, reach)
-    return _seen("limits.mem_bytes", "write", what, "the size of the folders in memory", 1, how)
+    return _seen("limits.mem_bytes", "write", what, "the size of the in-memory folders", 1, how)
 
 
 def _by_flag(flag: str) -> HowToAllow:
-    """Where no policy decides."""
+    """Return the advice to use a flag, if no policy field controls it."""
     return HowToAllow(json_path=None, value=None, flag=flag)
 
 
-def _more(policy: Policy, field: str, held: int, reach: Reach) -> HowToAllow | None:
-    """A larger number, by the flag that sets it where one can, else by the policy if that can say one."""
+def _more(policy: Policy, field: str, held: int, reach: FlagReach) -> HowToAllow | None:
+    """Return the advice to raise a limit: by its flag if that is possible, else in the policy; None at the maximum."""
     named = "limits.procs" if field == "process.max_live" else field  # --procs raises both
     most, top = largest(field), reach.tops.get(named, 0)
     if held >= most:
@@ -164,9 +167,9 @@ def _seen(field: str, action: str, subject: str, by: str, count: int, how: HowTo
 
 
 def _call(body: Mapping[str, Any], policy: Policy) -> Denial:
-    """A filter refused the call itself; it knows no arguments."""
+    """Return the denial of a call by a seccomp filter, which does not report arguments."""
     process, count = policy.process, body["count"]
-    # Where executing is allowed it is the filter of every program: execveat of a descriptor alone.
+    # The base filter, which every program has, denies execveat of a bare descriptor.
     if body["call"] in _EXECUTES and not process.may_execute:
         return _seen("process.allow_exec", "execute", "a program", _SECCOMP, count, _of_process(policy, "allow_exec"))
     if body["call"] in _TASKS:
@@ -180,53 +183,53 @@ def _call(body: Mapping[str, Any], policy: Policy) -> Denial:
 
 
 def _of_process(policy: Policy, name: str) -> HowToAllow | None:
-    """What allows a switch of that section, or the section itself if it is off."""
+    """Return the advice to set a switch of `process`, or to enable the section first."""
     return allowing(policy, f"process.{name if policy.process.enabled else 'enabled'}", value=True)
 
 
-def _descriptors(body: Mapping[str, Any], policy: Policy, reach: Reach) -> Denial:
+def _descriptors(body: Mapping[str, Any], policy: Policy, reach: FlagReach) -> Denial:
     how = _more(policy, "limits.fds", policy.limits.fds, reach)
-    return _seen("limits.fds", "open", "one more descriptor", _RLIMITS, body["count"], how)
+    return _seen("limits.fds", "open", "another file", _RLIMITS, body["count"], how)
 
 
-def _limit(body: Mapping[str, Any], policy: Policy, reach: Reach) -> Denial:
-    """It wanted a higher limit of its own (ulimit); what others than these are no policy decides."""
+def _limit(body: Mapping[str, Any], policy: Policy, reach: FlagReach) -> Denial:
+    """Return the denial of a higher resource limit (ulimit)."""
     field, what, how = PERMISSIONS, f"({body['call']})", None
     if body["path"] == "nofile":
-        field, what = "limits.fds", "the limit of open descriptors"
+        field, what = "limits.fds", "the open file limit"
         how = _more(policy, field, policy.limits.fds, reach)
     elif body["path"] == "cpu":
-        field, what = "limits.cpu_ms", "the limit of CPU time"
+        field, what = "limits.cpu_ms", "the CPU time limit"
         how = _more(policy, field, policy.limits.cpu_ms, reach)
     elif body["path"] == "core":
-        field, what = "limits.core_dumps", "the limit of a core file's size"
+        field, what = "limits.core_dumps", "the core file size limit"
         how = None if policy.limits.core_dumps else allowing(policy, field, value=True)
     return _seen(field, "raise", what, _RLIMITS, body["count"], how)
 
 
-def _execution(body: Mapping[str, Any], policy: Policy, areas: Sequence[Area], cwd: str) -> Denial:
+def _execution(body: Mapping[str, Any], policy: Policy, areas: Sequence[GuestMount], cwd: str) -> Denial:
     path, count = body["path"], body["count"]
     lists = confinement(policy, cwd)
     if not path.startswith("/") or lists.programs is None or body["errno"] != errno.EACCES:
         return _seen(PERMISSIONS, "execute", path, "the file's mode", count, None)
     listed = not _misses(path, policy, cwd)
     root = _root_of(path, areas)
-    folder = root.at if root is not None else next((own for own in WRITABLE if inside(path, own)), None)
+    folder = root.at if root is not None else next((own for own in WRITABLE if is_below(path, own)), None)
     if folder is None or (root is not None and not root.write):
         if listed:
             return _seen(PERMISSIONS, "execute", path, "the file's mode", count, None)
         return _seen("process.allow_execs", "execute", path, _LANDLOCK, count, _on_list(policy, path))
     if f"{folder}/".startswith(lists.prefixes):
         return _seen(PERMISSIONS, "execute", path, "the file's mode", count, None)
-    # An entry counts for what it finds when the program starts: what is made later needs one for the whole folder. In
-    # a root that an entry leads into there may have been such a file, and nothing here knows.
+    # An entry applies to files that exist at the start; a file created later needs a prefix for the whole folder.
+    # Whether a file of a listed root existed at the start is not known here.
     by = "noexec, or the file's mode" if listed and root is not None else "noexec"
     how = allowing(policy, "process.allow_exec_prefixes", [*policy.process.allow_exec_prefixes, f"{folder}/"])
     return _seen("process.allow_exec_prefixes", "execute", path, by, count, how)
 
 
-def to_load(path: str, policy: Policy, areas: Sequence[Area], cwd: str) -> HowToAllow | None:
-    """What would let a library be loaded from there, an absolute path: what lets it be executed, or comes first."""
+def to_load(path: str, policy: Policy, areas: Sequence[GuestMount], cwd: str) -> HowToAllow | None:
+    """Return what would allow a library at an absolute path to be loaded: that which allows it to be executed."""
     if not policy.process.may_execute:
         return _of_process(policy, "allow_exec")
     return _execution({"path": path, "errno": errno.EACCES, "count": 1}, policy, areas, cwd).how_to_allow
@@ -237,18 +240,18 @@ def _on_list(policy: Policy, path: str) -> HowToAllow | None:
 
 
 def _misses(path: str, policy: Policy, cwd: str) -> bool:
-    """Whether there is a list of programs, and this is not on it: else its own mode keeps it from being executed."""
+    """Return whether programs are listed and this one is not."""
     lists = confinement(policy, cwd)
     return lists.programs is not None and path not in lists.programs and not path.startswith(lists.prefixes)
 
 
-def _file(body: Mapping[str, Any], policy: Policy, areas: Sequence[Area], cwd: str) -> Denial:
+def _file(body: Mapping[str, Any], policy: Policy, areas: Sequence[GuestMount], cwd: str) -> Denial:
     path, count = body["path"], body["count"]
     action = "write" if body["write"] else "read"
-    if not path.startswith("/"):  # of a folder that is known by its descriptor, or none at all: nothing to advise
+    if not path.startswith("/"):  # relative to a descriptor, or unknown: no advice
         return _seen(PERMISSIONS, action, path or f"({body['call']})", "the guest's kernel", count, None)
     area = _root_of(path, areas)
-    # A mount stays where it is, whether the kernel says so or looks at the mode of the folder around it first.
+    # The kernel may report the mode of the parent folder before it reports that a mount point is busy.
     whole = area is not None and area.at == path and body["call"].startswith(_REPLACES)
     if body["errno"] == errno.EBUSY or whole:
         return _seen("fs.write_roots", "replace", path, _MOUNTS, count, _to_replace(path, areas, policy, cwd))
@@ -264,54 +267,55 @@ def _file(body: Mapping[str, Any], policy: Policy, areas: Sequence[Area], cwd: s
     return _seen(field, action, path, _MOUNTS, count, how)
 
 
-def _to_write(path: str, area: Area | None, policy: Policy, cwd: str, *, folder: bool) -> tuple[str, HowToAllow | None]:
-    """The field that forbids it, and what would allow it. area: the read root around it. folder: to be made there."""
+def _to_write(
+    path: str, area: GuestMount | None, policy: Policy, cwd: str, *, folder: bool
+) -> tuple[str, HowToAllow | None]:
+    """Return the field that denies it, and what would allow it. area: its read root. folder: mkdir was called."""
     if f"{path}/".startswith(f"{OUT}/"):
         out = _by_flag("--out DIR")
-        # A policy without files gives none to the flag either.
         return "fs.write_roots", out if policy.fs.enabled else allowing(policy, "fs.enabled", value=True)
     around = path.rstrip("/") if path.endswith("/") else posixpath.dirname(path)
     if area is not None:
         given = area.given
-    elif around == cwd or inside(around, cwd):  # it has no absolute name: what lies there is of relative roots
+    elif around == cwd or is_below(around, cwd):  # belongs to a relative root
         given = posixpath.relpath(around, cwd)
     else:
         given = around
-    if place(given, cwd, deny_hidden=policy.fs.deny_hidden)[0] is None:
-        # Of / and /opt no root can be made, but of what lies in them; only the name is not known (`guest/audit`).
+    if guest_path(given, cwd, deny_hidden=policy.fs.deny_hidden)[0] is None:
+        # / and /opt cannot be roots, but folders in them can; the guest does not report the new name (guest/audit).
         new = posixpath.join(path, "FOLDER")
-        if not (folder and path.endswith("/")) or place(new, cwd, deny_hidden=policy.fs.deny_hidden)[0] is None:
+        if not (folder and path.endswith("/")) or guest_path(new, cwd, deny_hidden=policy.fs.deny_hidden)[0] is None:
             return PERMISSIONS, None
         how = _by_flag(f"--allow-write-root {new}")
         return "fs.write_roots", how if policy.fs.enabled else allowing(policy, "fs.enabled", value=True)
     return "fs.write_roots", root_to_allow(policy, "write_roots", given)
 
 
-def _to_replace(path: str, areas: Sequence[Area], policy: Policy, cwd: str) -> HowToAllow | None:
-    """What would let a mount be replaced or removed: the folder of a root, as a root around it."""
+def _to_replace(path: str, areas: Sequence[GuestMount], policy: Policy, cwd: str) -> HowToAllow | None:
+    """Return what would allow a mount to be replaced or removed: its parent folder as a root."""
     area = _root_of(path, areas)
     if area is None or area.at != path or path == OUT:
         return None
-    if any(other.write and inside(path, other.at) for other in areas):  # there is such a root
+    if any(other.write and is_below(path, other.at) for other in areas):  # there already is one
         return None
     given = posixpath.normpath(area.given)
     folder = posixpath.dirname(given) or "."
-    if given == "." or place(folder, cwd, deny_hidden=policy.fs.deny_hidden)[0] is None:
+    if given == "." or guest_path(folder, cwd, deny_hidden=policy.fs.deny_hidden)[0] is None:
         return None
     return root_to_allow(policy, "write_roots", folder)
 
 
-def _root_of(path: str, areas: Sequence[Area]) -> Area | None:
-    """The innermost root that it is, or lies in."""
-    around = (area for area in areas if path == area.at or inside(path, area.at))
+def _root_of(path: str, areas: Sequence[GuestMount]) -> GuestMount | None:
+    """Return the innermost root that contains *path*."""
+    around = (area for area in areas if path == area.at or is_below(path, area.at))
     return max(around, key=lambda area: area.at.count("/"), default=None)
 
 
 def root_to_allow(policy: Policy, name: Literal["read_roots", "write_roots"], given: str) -> HowToAllow | None:
-    """What would make *given* a root. The flag is safe to paste: the name may be the program's."""
+    """Return what would make *given*, which may be a hostile name, a root. The flag is safe to paste."""
     if not policy.fs.enabled:
-        return allowing(policy, "fs.enabled", value=True)  # without it the flag is refused
-    word = f"./{given}" if given.startswith("-") else given  # else it would be a flag itself
-    # A terminal would take some characters for its own when they are pasted.
+        return allowing(policy, "fs.enabled", value=True)
+    word = f"./{given}" if given.startswith("-") else given
+    # Terminals may interpret control characters when they are pasted.
     flag = f"--allow-{name.replace('_roots', '-root')} {shlex.quote(word)}" if given.isprintable() else None
     return allowing(policy, f"fs.{name}", [*getattr(policy.fs, name), given], flag)

@@ -1,18 +1,15 @@
-"""How much RAM a virtual machine has: few sizes, so that one warmed machine can serve many jobs.
+"""RAM sizes of virtual machines: only a few, so that one prepared machine can serve many jobs.
 
 | RAM of the machine | largest limits.mem_bytes |
 |---|---|
 | 2 GiB | 1830 MiB |
 | 8 GiB | 7788 MiB |
-| 17 GiB | 16 GiB, the largest that a policy may ask for |
+| 17 GiB | 16 GiB, the maximum of a policy |
 
-A control group in the guest holds limits.mem_bytes. The machine has more: 160 MiB for kernel, agent and image, and 1/32
-for the kernel's bookkeeping. Were it too small, its kernel would choose a victim, and that would be no honest `oom`.
-RAM is taken from the host as the guest touches it, so a small program in a machine of 2 GiB takes no more than it would
-in a smaller one, and every run of ordinary size is a clone of the same saved machine.
+A cgroup in the guest enforces limits.mem_bytes. The machine has 160 MiB more for kernel, agent and image, and 1/32 for
+the kernel's bookkeeping: if it were too small, the guest's kernel would choose a victim and the outcome would not be a
+true `oom`. The host allocates RAM as the guest touches it, so a large machine costs a small program nothing.
 """
-
-from __future__ import annotations
 
 from typing import Final
 
@@ -21,50 +18,38 @@ from x07_sandbox.policy.model import Limits
 
 _MIB: Final = 1 << 20
 _GIB: Final = 1 << 30
-_UNLIMITED: Final = -1  # Linux's RLIM_INFINITY: what scripts ask for (ulimit -c unlimited); the scratch disk bounds it
+_UNLIMITED: Final = -1  # RLIM_INFINITY, as `ulimit -c unlimited` requests; the scratch disk bounds it
 
 RAM_CLASSES: Final = (2 * _GIB, 8 * _GIB, 17 * _GIB)
 FIXED_OVERHEAD_BYTES: Final = 160 * _MIB
 OVERHEAD_DIVISOR: Final = 32
 
 
-def guest_limits(*, mem_bytes: int, tasks: int, cpu_ms: int, fds: int, core_dumps: bool) -> dict[str, int]:
-    """The agent's share of a plan: what START carries as `limits`."""
+def guest_limits(limits: Limits, tasks: int) -> dict[str, int]:
+    """Return `limits` of START: what the agent enforces. tasks: maximum of processes and threads."""
     return {
-        "mem_bytes": mem_bytes,
+        "mem_bytes": limits.mem_bytes,
         "tasks": tasks,
-        "cpu_ms": cpu_ms,
-        "fds": fds,
-        "core_bytes": _UNLIMITED if core_dumps else 0,
-        "tmp_bytes": max(65536, mem_bytes // settings.TMP_SHARE),
+        "cpu_ms": limits.cpu_ms,
+        "fds": limits.fds,
+        "core_bytes": _UNLIMITED if limits.core_dumps else 0,
+        "tmp_bytes": max(65536, limits.mem_bytes // settings.TMP_SHARE),
     }
 
 
-def build_limits(wall_ms: int | None = None) -> dict[str, int]:
-    """Those of a build. wall_ms: the time it may take, as CPU time too; None for the usual."""
-    return guest_limits(
-        mem_bytes=settings.BUILD_MEM_BYTES,
-        tasks=settings.BUILD_TASKS,
-        cpu_ms=wall_ms or settings.BUILD_CPU_MS,
-        fds=settings.BUILD_FDS,
-        core_dumps=False,
-    )
-
-
-def build_limits_shown(wall_ms: int | None = None) -> Limits:
-    """Those of a build, as a policy would name them: for reasons. wall_ms: as above."""
+def build_limits(wall_ms: int | None = None) -> Limits:
+    """Return the limits of a build. wall_ms: its time limit, also for CPU time; None for the default."""
     return Limits(
         cpu_ms=wall_ms or settings.BUILD_CPU_MS,
         wall_ms=wall_ms or settings.BUILD_WALL_MS,
         mem_bytes=settings.BUILD_MEM_BYTES,
         fds=settings.BUILD_FDS,
         procs=settings.BUILD_TASKS - 1,
-        core_dumps=False,
     )
 
 
 def ram_class_bytes(mem_bytes: int) -> int:
-    """The smallest size of machine, in bytes, for a program with *mem_bytes*; ValueError where none is large enough."""
+    """Return the smallest machine size for a program with *mem_bytes*. Raises ValueError if none is large enough."""
     needed = _with_overhead(mem_bytes)
     for size in RAM_CLASSES:
         if size >= needed:
@@ -73,9 +58,9 @@ def ram_class_bytes(mem_bytes: int) -> int:
 
 
 def used_ram_bytes(ram_bytes: int, mem_bytes: int, cached_bytes: int) -> int:
-    """The most of a machine's RAM that one job uses: the program's memory, the overhead, and files in the page cache.
+    """Return the most RAM of a machine that one job uses: program memory, overhead and page cache.
 
-    cached_bytes: of files that the agent writes or reads for the job, whose pages no control group in the guest holds.
+    cached_bytes: of files that the agent reads or writes for the job; no cgroup in the guest accounts for them.
     """
     return min(ram_bytes, _with_overhead(mem_bytes) + cached_bytes)
 

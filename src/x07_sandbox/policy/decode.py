@@ -1,17 +1,18 @@
-"""From bytes to a valid Policy, or one error that names everything that is wrong.
+"""Decode bytes to a valid Policy, or raise one error that lists every problem.
 
-A good document takes the fast way: one parse, one msgspec conversion, the rules. Only when that fails does the slow way
-(explain.py, with jsonschema) gather all problems. Should the two disagree, the fast one decides.
+A valid document takes the fast path: one parse, one msgspec conversion, the rules. If that fails, the slow path
+(explain.py, with jsonschema) collects all problems. If the two disagree, the fast path decides.
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from typing import NoReturn
 
 import msgspec
 
-from x07_sandbox.host.decoding import known
+from x07_sandbox.host.decoding import prepared
 from x07_sandbox.policy.model import Policy
 from x07_sandbox.policy.problems import HUGE, PolicyError, Problem, json_path
 from x07_sandbox.policy.rules import rule_problems
@@ -25,109 +26,97 @@ _BLANKS = " \t\r\n"
 
 
 class _Repeated(dict[str, object]):
-    """An object in which a key stood more than once; the last value is kept for the other checks."""
+    """An object with repeated keys: the last value of each, and the names of the repeated keys."""
 
     names: tuple[str, ...] = ()
 
 
-class Parsed(msgspec.Struct, frozen=True):
-    r"""A document as JSON gives it. odd: it has repeated keys or \u escapes, so its texts need a closer look."""
-
-    value: object
-    odd: bool
-
-
 def decode_policy(data: bytes, *, source: str) -> Policy:
-    """The policy in *data*, checked against the schema and every rule. source: names it in errors, as its path does.
+    """Return the policy in *data*, checked against the schema and every rule. source: its name in errors.
 
-    Raises PolicyError, with all problems at once (at most MAX_PROBLEMS).
+    Raises PolicyError with all problems (at most MAX_PROBLEMS).
     """
-    parsed = parse(data, source=source)
-    policy = accept(parsed)
+    document = parse(data, source=source)
+    policy = accept(document)
     if policy is None:
-        problems = find_problems(parsed) or (Problem("$", "is not valid"),)
-        raise PolicyError.of(source, problems, in_schema=_keeps_to_the_schema(parsed))
+        problems = find_problems(document) or (Problem("$", "is not valid"),)
+        raise PolicyError.of(source, problems, in_schema=_matches_schema(document))
     return policy
 
 
-def parse(data: bytes, *, source: str) -> Parsed:
-    """The JSON value in *data*; raises PolicyError if there is none to look at.
+def parse(data: bytes, *, source: str) -> object:
+    """Return the JSON value in *data*. Raises PolicyError if it is not JSON.
 
-    Blanks around schema_version are dropped here, as upstream's runner does.
+    Whitespace around schema_version is stripped, as upstream's runner does.
     """
     if len(data) > MAX_BYTES:
-        _unreadable(source, f"has {len(data)} bytes, and at most {MAX_BYTES} are read")
-    repeated = False
-
-    def make_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        nonlocal repeated
-        found = dict(pairs)
-        if len(found) == len(pairs):
-            return found
-        repeated = True
-        return _mark_repeated(pairs)
-
+        _unreadable(source, f"has {len(data)} bytes; the maximum is {MAX_BYTES}")
     try:
         text = data.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=make_object, parse_int=_bounded_int, parse_constant=_refuse_constant)
+        value = json.loads(text, object_pairs_hook=_make_object, parse_int=_bounded_int, parse_constant=_no_constant)
     except UnicodeDecodeError as exc:
         _unreadable(source, f"is not UTF-8 text (byte {exc.start})")
     except json.JSONDecodeError as exc:
         _unreadable(source, f"is not JSON: {exc.msg} (line {exc.lineno}, column {exc.colno})")
-    except _ConstantError as exc:
-        _unreadable(source, f"is not JSON: {exc} is no number there")
+    except ValueError as exc:
+        _unreadable(source, f"is not JSON: {exc}")
     except RecursionError:
         _unreadable(source, _TOO_DEEP)
     if isinstance(value, dict) and isinstance(version := value.get("schema_version"), str):
         value["schema_version"] = version.strip(_BLANKS)
-    return Parsed(value, odd=repeated or "\\u" in text)
+    return value
 
 
-def accept(parsed: Parsed) -> Policy | None:
-    """The fast way: the policy, or None when anything at all is wrong."""
-    if parsed.odd and any(_text_problems(parsed.value)):
+def accept(document: object) -> Policy | None:
+    """Return the policy by the fast path; None if anything is wrong."""
+    if any(_text_problems(document)):
         return None
     try:
-        policy = msgspec.convert(parsed.value, known(Policy))
-    except (msgspec.ValidationError, RecursionError):
+        policy = msgspec.convert(document, prepared(Policy))
+    except msgspec.ValidationError:
         return None
-    return None if any(rule_problems(parsed.value)) else policy
+    return None if any(rule_problems(document)) else policy
 
 
-def find_problems(parsed: Parsed) -> tuple[Problem, ...]:
-    """The slow way: everything that is wrong, each place once per kind of check; empty when nothing is."""
-    # Imported here because jsonschema costs more than a whole good decode, and only a bad document needs it.
+def find_problems(document: object) -> tuple[Problem, ...]:
+    """Return all problems by the slow path, each place once per kind of check; empty for a valid document."""
+    # jsonschema takes longer to import than a valid document to decode.
     from x07_sandbox.policy.explain import schema_problems
 
-    found = list(islice(_text_problems(parsed.value), MAX_PROBLEMS + 1))
+    found = list(islice(_text_problems(document), MAX_PROBLEMS + 1))
     if any(problem.message == _TOO_DEEP for problem in found):
         return tuple(found)
-    found += islice(schema_problems(parsed.value), MAX_PROBLEMS + 1)
-    told = {problem.json_path for problem in found}
-    rules = (problem for problem in rule_problems(parsed.value) if problem.json_path not in told)
+    found += islice(schema_problems(document), MAX_PROBLEMS + 1)
+    reported = {problem.json_path for problem in found}
+    rules = (problem for problem in rule_problems(document) if problem.json_path not in reported)
     found += islice(rules, MAX_PROBLEMS + 1)
     if len(found) > MAX_PROBLEMS:
         found[MAX_PROBLEMS:] = [Problem("$", f"has more problems than these {MAX_PROBLEMS}")]
     return tuple(found)
 
 
-def _keeps_to_the_schema(parsed: Parsed) -> bool:
+def _matches_schema(document: object) -> bool:
     from x07_sandbox.policy.explain import schema_problems
 
-    return not any(_text_problems(parsed.value)) and not any(schema_problems(parsed.value))
+    return not any(_text_problems(document)) and not any(schema_problems(document))
 
 
 def _unreadable(source: str, message: str) -> NoReturn:
-    # The cause adds nothing: the message says where, and a RecursionError must not be carried along.
+    # The message says where; a chained RecursionError would only add a huge traceback.
     raise PolicyError.of(source, (Problem("$", message),)) from None
 
 
-class _ConstantError(Exception):
-    """NaN, Infinity or -Infinity, which Python's parser takes and JSON does not know."""
+def _make_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    repeated = _Repeated(found)
+    repeated.names = tuple(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+    return repeated
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise _ConstantError(name)
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")  # NaN and Infinity, which Python's parser accepts
 
 
 def _bounded_int(digits: str) -> int:
@@ -136,16 +125,8 @@ def _bounded_int(digits: str) -> int:
     return -HUGE if digits.startswith("-") else HUGE
 
 
-def _mark_repeated(pairs: list[tuple[str, object]]) -> _Repeated:
-    found = _Repeated(pairs)
-    seen: set[str] = set()
-    names = {name: None for name, _ in pairs if name in seen or seen.add(name)}  # type: ignore[func-returns-value]
-    found.names = tuple(names)
-    return found
-
-
 def _text_problems(document: object) -> Iterator[Problem]:
-    """Repeated keys, texts that are no Unicode, and nesting beyond all reason; never recursive."""
+    """Yield repeated keys, strings that are not valid Unicode, and too deep nesting. Not recursive."""
     waiting: list[tuple[tuple[str | int, ...], object]] = [((), document)]
     while waiting:
         place, value = waiting.pop()
@@ -154,10 +135,10 @@ def _text_problems(document: object) -> Iterator[Problem]:
             return
         if isinstance(value, str):
             if not _is_unicode(value):
-                yield Problem(json_path(place), "is no valid Unicode (half of a \\u pair)")
+                yield Problem(json_path(place), "is not valid Unicode (an unpaired \\u surrogate)")
         elif isinstance(value, dict):
             if isinstance(value, _Repeated):
-                yield from (Problem(json_path((*place, name)), "stands here more than once") for name in value.names)
+                yield from (Problem(json_path((*place, name)), "appears more than once") for name in value.names)
             waiting.extend(((*place, name), inner) for name, inner in reversed(value.items()))
         elif isinstance(value, list):
             waiting.extend(((*place, index), inner) for index, inner in reversed(list(enumerate(value))))

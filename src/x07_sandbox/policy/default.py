@@ -1,4 +1,4 @@
-"""The built-in policy that applies when none is given, and how a policy is written."""
+"""The built-in default policy, and how a policy is written to a file."""
 
 import json
 from collections.abc import Mapping
@@ -22,15 +22,15 @@ _MIB = 1 << 20
 
 
 def default_policy() -> Policy:
-    """One minute, half a GiB, 64 processes; no file of the host, no host of the network.
+    """Return the built-in default: one minute, 512 MiB, 64 processes, no host files, no network hosts.
 
-    Spawning and executing are allowed, since the machine is thrown away. fs and net are enabled with empty lists, so
-    that a flag that adds a root or a host needs no policy file.
+    Processes may be started because the machine is thrown away. fs and net are enabled with empty lists so that a flag
+    can add a root or a host without a policy file.
     """
     return Policy(
         schema_version=SCHEMA_VERSION,
         policy_id="sandbox.default.base",
-        notes="Built-in policy: one minute, 512 MiB, no file of the host, no network until a root or a host is added.",
+        notes="Built-in policy: one minute, 512 MiB, no host files or network until a root or a host is added.",
         limits=Limits(cpu_ms=60_000, wall_ms=60_000, mem_bytes=512 * _MIB, fds=256, procs=64, core_dumps=False),
         fs=Fs(
             enabled=True,
@@ -78,7 +78,6 @@ def default_policy() -> Policy:
 
 
 def render_policy(policy: Policy | Mapping[str, object]) -> bytes:
-    """A policy as a file: JSON with sorted keys and every default of the sections that are there, and a newline."""
+    """Return a policy as file content: indented JSON with sorted keys and the defaults of every present section."""
     document = msgspec.to_builtins(policy) if isinstance(policy, Policy) else policy
-    # sort_keys goes by code points, which is the order of the UTF-8 bytes.
     return (json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()

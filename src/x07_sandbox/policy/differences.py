@@ -1,7 +1,7 @@
-"""What one policy grants or withdraws compared to another: field by field, lists entry by entry.
+"""What one policy grants or withdraws compared to another, field by field and list entry by list entry.
 
-Compared is what is in force; the order of a list and the case of a host do not count. A change is ``granted`` where the
-second policy lets a program do more, ``withdrawn`` where it lets it do less, else ``changed``.
+Effective values are compared, regardless of the order of a list and the case of a host. A change is ``granted`` if the
+second policy allows more, ``withdrawn`` if it allows less, else ``changed``.
 """
 
 from collections.abc import Iterator
@@ -9,20 +9,15 @@ from typing import Any, Final, Literal
 
 import msgspec
 
-from x07_sandbox.policy.model import HostPorts, Policy, leaf_values, paths
+from x07_sandbox.policy.model import HostPorts, Policy, leaf_values
 
 Effect = Literal["granted", "withdrawn", "changed"]
-# What a larger number, true or a further entry does.
-Direction = Literal["grants", "withdraws", "neither"]
 
 _MIB: Final = 1 << 20
 
 
 class Change(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One difference.
-
-    field: its path. before, after: the values; of a list one entry, with None where it is not.
-    """
+    """One difference. field: its path. before, after: values; for a list one entry, None on the side without it."""
 
     field: str
     effect: Effect
@@ -30,37 +25,16 @@ class Change(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     after: Any
 
 
-DIRECTIONS: Final[dict[str, Direction]] = {
-    **dict.fromkeys(("schema_version", "policy_id", "notes"), "neither"),
-    **dict.fromkeys(
-        (
-            *paths("limits", "cpu_ms wall_ms mem_bytes fds procs core_dumps"),
-            *paths("fs", "enabled read_roots write_roots allow_symlinks allow_mkdir allow_remove allow_rename"),
-            *paths("fs", "allow_walk allow_glob max_read_bytes max_write_bytes max_entries max_depth"),
-            *paths("net", "enabled allow_dns allow_tcp allow_udp allow_hosts"),
-            *paths("db", "enabled max_live_conns max_queries connect_timeout_ms query_timeout_ms"),
-            *paths("db", "max_sql_bytes max_rows max_resp_bytes"),
-            *paths("db.drivers", "sqlite postgres mysql redis"),
-            *paths("db.sqlite", "allow_paths allow_create allow_in_memory"),
-            *paths("db.net", "allow_dns allow_cidrs allow_ports"),
-            *paths("env", "enabled allow_keys"),
-            *paths("time", "enabled allow_monotonic allow_wall_clock allow_sleep max_sleep_ms allow_local_tzid"),
-            *paths("language", "allow_unsafe allow_ffi"),
-            *paths("threads", "enabled max_workers max_blocking max_queue"),
-            *paths("process", "enabled allow_spawn max_live max_spawns allow_exec allow_exit allow_execs"),
-            *paths("process", "allow_exec_prefixes allow_env_keys max_exe_bytes max_args max_arg_bytes max_env"),
-            *paths("process", "max_env_key_bytes max_env_val_bytes max_runtime_ms max_stdout_bytes"),
-            *paths("process", "max_stderr_bytes max_total_bytes max_stdin_bytes allow_cwd allow_cwd_roots"),
-        ),
-        "grants",
-    ),
-    **dict.fromkeys(("fs.deny_hidden", "db.sqlite.readonly_only", "env.deny_keys"), "withdraws"),
-    **dict.fromkeys(paths("db.net", "require_tls require_verify"), "withdraws"),
-    **dict.fromkeys(paths("process", "kill_on_drop kill_tree"), "withdraws"),
-    # What no pattern at all means is X07's to know: the first one may allow something, or be the first restriction.
-    "process.allow_args_regex_lite": "neither",
-}
-# Numbers for which X07 puts another one in place of 0; of threads.max_workers only the run-time knows which.
+# Fields in which a larger value, true or a further entry restricts the program; in all others it grants something.
+_RESTRICTS: Final = frozenset(
+    {
+        *("fs.deny_hidden", "db.sqlite.readonly_only", "env.deny_keys", "process.kill_on_drop", "process.kill_tree"),
+        *("db.net.require_tls", "db.net.require_verify"),
+    }
+)
+# No pattern may mean "all" or "none" to X07, so a first pattern can grant or restrict.
+_NEUTRAL: Final = frozenset({"schema_version", "policy_id", "notes", "process.allow_args_regex_lite"})
+# What X07 uses in place of 0; None where only its runtime knows.
 _ZERO_MEANS: Final[dict[str, int | None]] = {
     "fs.max_read_bytes": 16 * _MIB,
     "fs.max_write_bytes": 16 * _MIB,
@@ -71,7 +45,7 @@ _ZERO_MEANS: Final[dict[str, int | None]] = {
 
 
 def differences(first: Policy, second: Policy) -> tuple[Change, ...]:
-    """All that *second* grants, withdraws or changes, in the model's order; empty where they allow the same."""
+    """Return what *second* grants, withdraws or changes, in the model's order; empty if both allow the same."""
     after = leaf_values(second)
     return tuple(
         change for field, before in leaf_values(first).items() for change in _changes(field, before, after[field])
@@ -95,19 +69,18 @@ def _changes(field: str, before: object, after: object) -> Iterator[Change]:
 
 
 def _effect(field: str, *, more: bool) -> Effect:
-    direction = DIRECTIONS[field]
-    if direction == "neither":
+    if field in _NEUTRAL:
         return "changed"
-    return "granted" if more == (direction == "grants") else "withdrawn"
+    return "withdrawn" if more == (field in _RESTRICTS) else "granted"
 
 
 def _size(field: str, value: object) -> object:
-    """What counts in a comparison: a number, or something that can only be the same or another."""
+    """Return the effective value: a number is ordered, anything else only equal or different."""
     return _ZERO_MEANS[field] if value == 0 and field in _ZERO_MEANS else value
 
 
 def _entries(values: tuple[object, ...]) -> dict[object, None]:
-    """The entries of a list in their order, each once; of hosts one for each port."""
+    """Return the distinct entries of a list in order; a host gives one entry per port."""
     found: dict[object, None] = {}
     for value in values:
         if isinstance(value, HostPorts):

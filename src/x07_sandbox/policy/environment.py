@@ -1,11 +1,11 @@
-"""The X07_OS_* variables by which a policy reaches X07's own run-time libraries; they bind only programs that ask."""
+"""The X07_OS_* variables that pass a policy to X07's runtime libraries; other programs ignore them."""
 
 from x07_sandbox.policy.default import default_policy
 from x07_sandbox.policy.model import HostPorts, Policy, leaf_values
 
 _SECTIONS = ("fs.", "net.", "db.", "env.", "time.", "threads.", "process.")
-# Variables that are not called after their fields.
-_ODD = {
+# Variables not named after their fields.
+_IRREGULAR = {
     "fs.deny_hidden": "X07_OS_DENY_HIDDEN",
     "db.drivers.postgres": "X07_OS_DB_PG",
     "db.connect_timeout_ms": "X07_OS_DB_MAX_CONNECT_TIMEOUT_MS",
@@ -14,19 +14,19 @@ _ODD = {
 
 
 def _variable(field: str) -> str:
-    """Of "process.max_live" X07_OS_PROC_MAX_LIVE, of "fs.enabled" X07_OS_FS."""
+    """Return a field's variable: X07_OS_PROC_MAX_LIVE for "process.max_live", X07_OS_FS for "fs.enabled"."""
     path = field.removesuffix(".enabled").replace("process", "proc").replace(".drivers", "")
-    return _ODD.get(field) or f"X07_OS_{path.replace('.', '_').upper()}"
+    return _IRREGULAR.get(field) or f"X07_OS_{path.replace('.', '_').upper()}"
 
 
-# Variable, and the field that it carries; in the order of the model.
+# (variable, field), in the order of the model.
 VARIABLES: tuple[tuple[str, str], ...] = tuple(
     (_variable(field), field) for field in leaf_values(default_policy()) if field.startswith(_SECTIONS)
 )
 
 
 def program_environment(policy: Policy) -> dict[str, str]:
-    """Every X07 variable of a sandboxed program; nothing of the host's environment is among them."""
+    """Return all X07 variables of a sandboxed program, none of which comes from the host's environment."""
     values = leaf_values(policy)
     carried = {variable: _text(values[field]) for variable, field in VARIABLES}
     return {"X07_WORLD": "run-os-sandboxed", "X07_OS_SANDBOXED": "1", **carried}

@@ -1,4 +1,4 @@
-"""Every place where a document breaks the schema, in words. Imported after a refusal only: jsonschema is slow."""
+"""Schema violations in words. Imported only after a document was rejected, because jsonschema is slow to import."""
 
 import difflib
 import json
@@ -12,25 +12,25 @@ from x07_sandbox.policy.problems import HUGE, MISSING, Problem, json_path
 from x07_sandbox.policy.schema import fields, policy_schema
 
 _SHOWN_CHARS = 40
-_KEY_CHARS = 64  # of a misspelt key; difflib's work grows with the square
+_KEY_CHARS = 64  # of a misspelt key: difflib is quadratic
 _ELSEWHERE_CUTOFF = 0.9
 _TYPES = {
     "object": "an object",
     "array": "a list",
-    "string": "a text",
-    "integer": "a whole number",
+    "string": "a string",
+    "integer": "an integer",
     "boolean": "true or false",
 }
 
 
 def schema_problems(document: object) -> Iterator[Problem]:
-    """Every place in *document* (as json.loads gives it) that breaks the schema; a place is named once."""
-    told: set[str] = set()
+    """Yield one problem for each place in *document* (a json.loads value) that violates the schema."""
+    reported: set[str] = set()
     for error in _VALIDATOR(policy_schema()).iter_errors(document):
         problem = _problem(error)
-        # A value of the wrong type breaks ranges too; the type comes first in the schema and says enough.
-        if problem.json_path not in told:
-            told.add(problem.json_path)
+        # A value of the wrong type violates ranges too; the type comes first in the schema.
+        if problem.json_path not in reported:
+            reported.add(problem.json_path)
             yield problem
 
 
@@ -42,11 +42,11 @@ def _required(_validator: Any, required: list[str], instance: object, _schema: o
 def _closed(_v: Any, _allowed: object, instance: object, schema: Mapping[str, Any]) -> Iterator[ValidationError]:  # noqa: ANN401
     if isinstance(instance, dict):
         unknown = (name for name in instance if name not in schema["properties"])
-        yield from (ValidationError("is no field of the policy", path=(name,)) for name in unknown)
+        yield from (ValidationError("is not a field of the policy", path=(name,)) for name in unknown)
 
 
 def _is_integer(_checker: object, value: object) -> bool:
-    # JSON Schema counts 1.0 as an integer, upstream's runner and msgspec do not; bool is an int in Python only.
+    # JSON Schema accepts 1.0 as an integer; upstream's runner and msgspec do not.
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -68,13 +68,13 @@ def _problem(error: ValidationError) -> Problem:
     if error.validator == "required":
         return Problem(json_path(place), error.message)
     value = error.instance
-    return Problem(json_path(place), _wish(str(error.validator), schema, value), _suggest_value(schema, value))
+    return Problem(json_path(place), _violation(str(error.validator), schema, value), _suggest_value(schema, value))
 
 
-def _wish(  # noqa: PLR0911 - one return for each keyword of the schema
+def _violation(  # noqa: PLR0911 - one return for each keyword of the schema
     keyword: str, schema: Mapping[str, Any], value: object
 ) -> str:
-    """What the schema asks of a value, and what stands there."""
+    """Say what the schema requires and what the value is instead."""
     match keyword:
         case "type":
             return f"must be {_TYPES[schema['type']]}, not {_shown(value)}"
@@ -88,9 +88,9 @@ def _wish(  # noqa: PLR0911 - one return for each keyword of the schema
         case "enum":
             return f"must be {' or '.join(json.dumps(choice) for choice in schema['enum'])}, not {_shown(value)}"
         case "pattern":
-            return f"must match {schema['pattern']}, unlike {_shown(value)}"
+            return f"must match {schema['pattern']}, not {_shown(value)}"
         case _:
-            return f"breaks the schema's rule {keyword!r}"
+            return f"violates the schema's rule {keyword!r}"
 
 
 def _length(value: object) -> int:
@@ -98,7 +98,7 @@ def _length(value: object) -> int:
 
 
 def _shown(value: object) -> str:
-    """A value as JSON, escaped and cut; a container by its kind only."""
+    """Return a value as escaped, truncated JSON; a container by its kind only."""
     if isinstance(value, dict):
         return "an object"
     if isinstance(value, list):
@@ -106,12 +106,12 @@ def _shown(value: object) -> str:
     if isinstance(value, str) and len(value) > _SHOWN_CHARS:
         return json.dumps(value[:_SHOWN_CHARS]) + "..."
     if isinstance(value, int) and abs(value) >= HUGE:
-        return "a number of so many digits"
+        return "a number with that many digits"
     return json.dumps(value)
 
 
 def _suggest(name: str, here: list[str]) -> str | None:
-    """The field that was probably meant: one of the same section, else one that stands elsewhere."""
+    """Return the field that was probably meant: from the same section, else from another."""
     name = name[:_KEY_CHARS].lower()
     if close := difflib.get_close_matches(name, here, n=1):
         return close[0]

@@ -1,4 +1,4 @@
-"""What the host of an allowlist entry stands for: one name, or a set of addresses."""
+"""Meaning of the host of an allowlist entry: one name, or a range of addresses."""
 
 from ipaddress import ip_address, ip_network
 from typing import Literal
@@ -8,11 +8,11 @@ import msgspec
 Cover = Literal["whole", "part", "none"]
 
 _V4_BITS = 32
-_V4_IN_V6 = 0xFFFF  # ::ffff:0:0/96 holds the IPv4 addresses once more
+_V4_IN_V6 = 0xFFFF  # ::ffff:0:0/96: the IPv4-mapped addresses
 
 
 class Addresses(msgspec.Struct, frozen=True):
-    """All addresses from *first* to *last*, as numbers, of one IP version."""
+    """All addresses of one IP version from *first* to *last*, as numbers."""
 
     version: int
     first: int
@@ -20,13 +20,13 @@ class Addresses(msgspec.Struct, frozen=True):
 
 
 def addresses(host: str) -> Addresses | None:
-    """The addresses that *host* stands for (an address, also in brackets, a CIDR network, a range); None for a name."""
+    """Return the addresses of an address (also in brackets), a CIDR network or a range; None for a name."""
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
     try:
         if "/" in host:
             network = ip_network(host, strict=False)
-            return _plain(network.version, int(network[0]), int(network[-1]))
+            return _unmapped(network.version, int(network[0]), int(network[-1]))
         low, dash, high = host.partition("-")
         first = ip_address(low)
         last = ip_address(high) if dash else first
@@ -34,21 +34,21 @@ def addresses(host: str) -> Addresses | None:
         return None
     if first.version != last.version or int(first) > int(last):
         return None
-    return _plain(first.version, int(first), int(last))
+    return _unmapped(first.version, int(first), int(last))
 
 
 def is_name(host: str) -> bool:
-    """Whether *host* has to be looked up. An IPv6 address is no name, although it may hold letters."""
+    """Return whether *host* has to be resolved. An IPv6 address is not a name, although it may contain letters."""
     return addresses(host) is None and any(char.isalpha() for char in host)
 
 
 def meaning(host: str) -> Addresses | str:
-    """What *host* stands for: addresses, or a name in the form in which equal names are equal."""
+    """Return what *host* stands for: addresses, or a name in normal form."""
     return addresses(host) or host.lower().rstrip(".")
 
 
 def covers(mine: Addresses | str, theirs: Addresses | str) -> Cover:
-    """How much of what *theirs* stands for is meant by *mine*."""
+    """Return how much of *theirs* is included in *mine*."""
     if isinstance(mine, str) or isinstance(theirs, str):
         return "whole" if mine == theirs else "none"
     if mine.version != theirs.version or theirs.last < mine.first or mine.last < theirs.first:
@@ -56,7 +56,7 @@ def covers(mine: Addresses | str, theirs: Addresses | str) -> Cover:
     return "whole" if mine.first <= theirs.first and theirs.last <= mine.last else "part"
 
 
-def _plain(version: int, first: int, last: int) -> Addresses:
+def _unmapped(version: int, first: int, last: int) -> Addresses:
     if version != 4 and first >> _V4_BITS == last >> _V4_BITS == _V4_IN_V6:  # noqa: PLR2004 - IPv4
         mask = (1 << _V4_BITS) - 1
         return Addresses(4, first & mask, last & mask)

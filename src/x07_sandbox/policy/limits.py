@@ -1,7 +1,7 @@
-"""Limits that a caller sets beside the policy: `--memory 1G`, `memory="1G"` and their kin.
+"""Limits that a caller sets in addition to the policy, such as `--memory 1G` or `memory="1G"`.
 
-Pure. The author of a policy may raise a limit of it as far as a policy can say; everybody else may only lower one. No
-value is cut: one that cannot hold is an error.
+The author of a policy may raise its limits up to the maximum of the schema; everybody else may only lower them. A value
+out of range is an error and is never clamped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SIZE: Final = re.compile(r"([0-9]{1,12})(?:(\.[0-9]{1,6})?([KMG])(?:i?B)?)?", r
 
 
 class Name(msgspec.Struct, frozen=True):
-    """What a limit is called: the flag, the keyword of the library, and the words of a message."""
+    """Names of one limit: its flag, the library's keyword, and its words in a message."""
 
     flag: str
     keyword: str
@@ -40,14 +40,14 @@ NAMES: Final[Mapping[str, Name]] = MappingProxyType(
         "fds": Name("--fds", "fds", "open files"),
     }
 )
-"""By the name of the policy's field."""
+"""By policy field."""
 
 
 class LimitChanges(msgspec.Struct, frozen=True, kw_only=True):
-    """Limits that the caller set; None leaves the policy's.
+    """Limits that the caller set; None keeps the policy's.
 
-    by_keyword: whether they were given as keywords of the library, by which errors name them then.
-    may_raise: whether they may be above the policy's; None where the policy's origin decides (runs/request).
+    by_keyword: errors name them as the library's keywords, not as flags.
+    may_raise: whether they may exceed the policy's; None if the policy's origin decides (runs/request).
     """
 
     mem_bytes: int | None = None
@@ -59,18 +59,21 @@ class LimitChanges(msgspec.Struct, frozen=True, kw_only=True):
     may_raise: bool | None = None
 
     def given(self) -> dict[str, int]:
-        """The limits that are set, by the name of their field."""
+        """Return the limits that are set, by field."""
         return {field: value for field in NAMES if (value := getattr(self, field)) is not None}
 
     def named(self, field: str, value: int) -> str:
-        """A limit as the caller writes it: `--timeout 20`, or `timeout_s=20`."""
-        return keyword_text(field, value) if self.by_keyword else flag_text(field, value)
+        """Return a limit as the caller writes it: `--timeout 20` or `timeout_s=20`."""
+        if not self.by_keyword:
+            return flag_text(field, value)
+        quote = '"' if field == "mem_bytes" else ""
+        return f"{NAMES[field].keyword}={quote}{_value(field, value)}{quote}"
 
 
-class Reach(msgspec.Struct, frozen=True):
-    """How far flags can raise the limits that hold. tops: by path ("limits.fds"), the largest value that a flag sets.
+class FlagReach(msgspec.Struct, frozen=True):
+    """How far flags can raise the effective limits.
 
-    policy_too: whether a change of the policy alone would raise them too.
+    tops: by path ("limits.fds"), the largest value that a flag can set. policy_too: the policy could raise them too.
     """
 
     tops: Mapping[str, int] = MappingProxyType({})
@@ -78,7 +81,7 @@ class Reach(msgspec.Struct, frozen=True):
 
 
 def parse_size(text: str) -> int | None:
-    """The bytes that a size stands for, as 512M, 1.5G or a plain number; None for any other text."""
+    """Return the bytes of a size such as 512M, 1.5G or a plain number; None for any other text."""
     found = _SIZE.fullmatch(text.strip())
     if found is None:
         return None
@@ -87,35 +90,25 @@ def parse_size(text: str) -> int | None:
 
 
 def size_text(size: int) -> str:
-    """A size as a flag takes it: 1536M for 1.5 GiB."""
+    """Return a size as a flag takes it: 1536M for 1.5 GiB."""
     unit = next(unit for unit in ("G", "M", "K", "") if size % _UNITS[unit] == 0)
     return f"{size // _UNITS[unit]}{unit}"
 
 
 def flag_text(field: str, value: int) -> str:
-    """A limit as a flag: `--cpu-time 2.5`."""
+    """Return a limit as a flag: `--cpu-time 2.5`."""
     return f"{NAMES[field].flag} {_value(field, value)}"
-
-
-def keyword_text(field: str, value: int) -> str:
-    """A limit as a keyword of the library: `memory="1G"`."""
-    shown = _value(field, value)
-    return f'{NAMES[field].keyword}="{shown}"' if field == "mem_bytes" else f"{NAMES[field].keyword}={shown}"
 
 
 def _value(field: str, value: int) -> str:
     if field == "mem_bytes":
         return size_text(value)
-    return _seconds(value) if field.endswith("_ms") else str(value)
-
-
-def _seconds(value_ms: int) -> str:
-    return f"{value_ms / 1000:.3f}".rstrip("0").rstrip(".")
+    return f"{value / 1000:.3f}".rstrip("0").rstrip(".") if field.endswith("_ms") else str(value)
 
 
 def range_fault(field: str, value: int) -> str:
-    """What is wrong with a limit that no policy can hold; empty for one that it can."""
-    from x07_sandbox.policy.schema import range_of  # costs more than all here, and most runs set no limit
+    """Return what is wrong with a limit that is out of range; empty for a valid one."""
+    from x07_sandbox.policy.schema import range_of  # slow to import, and most runs set no limit
 
     least, most = range_of(f"limits.{field}")
     if least <= value <= most:
@@ -125,10 +118,9 @@ def range_fault(field: str, value: int) -> str:
 
 
 def change_limits(policy: Policy, changes: LimitChanges, *, may_raise: bool, source: str) -> Policy:
-    """*policy* with the limits that the caller set. source: names the policy in errors.
+    """Return *policy* with the caller's limits. source: the policy's name in errors. Raises UsageError.
 
-    procs counts for children too: a smaller process.max_live is raised with it, where it may be. More time is of no use
-    to a program that computes without more CPU time, so that follows, where it may. Raises UsageError.
+    If limits may be raised, procs also raises a smaller process.max_live, and wall_ms a smaller cpu_ms.
     """
     given = changes.given()
     if may_raise and "cpu_ms" not in given and given.get("wall_ms", 0) > policy.limits.cpu_ms:
@@ -137,7 +129,7 @@ def change_limits(policy: Policy, changes: LimitChanges, *, may_raise: bool, sou
     for field, value in given.items():
         if fault := range_fault(field, value):
             name = NAMES[field].keyword if changes.by_keyword else NAMES[field].flag
-            raise UsageError(f"cannot use {changes.named(field, value)}", f"{name} {fault}", "Give another value")
+            raise UsageError(f"cannot use {changes.named(field, value)}", f"{name} {fault}", "Use another value")
         if value > getattr(limits, field) and not may_raise:
             raise _too_large(changes, field, value, f"limits.{field}", getattr(limits, field), source)
     process, procs = policy.process, given.get("procs")
@@ -148,22 +140,22 @@ def change_limits(policy: Policy, changes: LimitChanges, *, may_raise: bool, sou
     return replace(policy, limits=replace(limits, **given), process=process)
 
 
-def _too_large(changes: LimitChanges, field: str, value: int, path: str, held: int, source: str) -> UsageError:
-    """The error for a limit above that of a policy that is not the caller's to raise."""
+def _too_large(changes: LimitChanges, field: str, value: int, path: str, limit: int, source: str) -> UsageError:
+    """Return the error for a limit above that of a policy that the caller may not raise."""
     given = "A keyword" if changes.by_keyword else "A flag"
-    allowed = f"{_value(field, held)}{' s' if field.endswith('_ms') else ''}"
+    allowed = f"{_value(field, limit)}{' s' if field.endswith('_ms') else ''}"
     why = f"the policy {source} allows {allowed} ({path}). {given} can only lower a limit of that policy"
-    fix = f"Set {path} to {value} in the policy, or use {changes.named(field, held)}"
+    fix = f"Set {path} to {value} in the policy, or use {changes.named(field, limit)}"
     return UsageError(f"cannot use {changes.named(field, value)}", why, fix).by(path, value)
 
 
-def flag_reach(own: Limits | None, held: Limits, *, may_raise: bool) -> Reach:
-    """How far flags can raise the limits *held*. own: the policy's own, before the caller changed them, or None."""
+def flag_reach(own: Limits | None, held: Limits, *, may_raise: bool) -> FlagReach:
+    """Return how far flags can raise the effective limits *held*. own: the unchanged policy's, or None."""
     from x07_sandbox.policy.schema import range_of
 
     if may_raise:
-        return Reach({f"limits.{field}": range_of(f"limits.{field}")[1] for field in NAMES})
+        return FlagReach({f"limits.{field}": range_of(f"limits.{field}")[1] for field in NAMES})
     if own is None:
-        return Reach()
+        return FlagReach()
     tops = {f"limits.{field}": getattr(own, field) for field in NAMES if getattr(own, field) > getattr(held, field)}
-    return Reach(tops, policy_too=False)
+    return FlagReach(tops, policy_too=False)

@@ -1,9 +1,8 @@
 """The policy document x07.run-os-policy@0.1.0 as one typed model.
 
-It owns every field's range, default and one-line doc: decoder, JSON schema (schemas/run-os-policy.schema.json) and
-docs/reference/policy.md come from it. What no range can say is in rules.py.
-
-A section that is absent is ``UNSET``; OPTIONAL_SECTIONS and the ``*_in_force`` properties give what counts then.
+Ranges, defaults and one-line docs are defined here; the decoder, schemas/run-os-policy.schema.json and
+docs/reference/policy.md are made from them. Rules that a schema cannot express are in rules.py. An absent section is
+``UNSET``; OPTIONAL_SECTIONS and the ``*_in_force`` properties give its effective values.
 """
 
 from typing import Annotated, Literal
@@ -30,11 +29,11 @@ Names = Annotated[tuple[Name, ...], Meta(max_length=256)]
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of every object in the document: immutable, closed."""
+    """Base of every object in the document: immutable, no unknown fields."""
 
 
 class Limits(Section, frozen=True, kw_only=True):
-    """What the program may use up."""
+    """Resources that the program may use."""
 
     cpu_ms: Annotated[
         int, Meta(ge=1, le=600_000, description="CPU time of the program and its children, in milliseconds.")
@@ -44,31 +43,27 @@ class Limits(Section, frozen=True, kw_only=True):
         int, Meta(ge=1_048_576, le=17_179_869_184, description="Memory of the program and its children, in bytes.")
     ]
     fds: Annotated[Count1024, Meta(description="Open file descriptors of one process.")]
-    procs: Annotated[
-        Count1024, Meta(description="Processes and threads beyond the program's first thread; 0 is the program alone.")
-    ]
+    procs: Annotated[Count1024, Meta(description="Processes and threads besides the program's first thread.")]
     core_dumps: Annotated[bool, Meta(description="Whether a crash may leave a core file.")] = False
 
 
 class Fs(Section, frozen=True, kw_only=True):
-    """Files of the host. They go in as a copy; changes come back after the run."""
+    """Host files. The program gets copies; changes come back after the run."""
 
-    enabled: Annotated[bool, Meta(description="Whether the program gets files of the host at all.")]
+    enabled: Annotated[bool, Meta(description="Whether the program gets host files at all.")]
     read_roots: Annotated[Roots, Meta(description="Files and folders that the program may read.")]
-    write_roots: Annotated[Roots, Meta(description="Files and folders that the program may read and change.")]
-    deny_hidden: Annotated[bool, Meta(description="Keep back files and folders whose name starts with a dot.")]
-    allow_symlinks: Annotated[bool, Meta(description="Whether symbolic links may be followed and made.")] = False
-    allow_mkdir: Annotated[bool, Meta(description="Whether new folders may be made.")] = False
+    write_roots: Annotated[Roots, Meta(description="Files and folders that the program may read and modify.")]
+    deny_hidden: Annotated[bool, Meta(description="Leave out files and folders whose name starts with a dot.")]
+    allow_symlinks: Annotated[bool, Meta(description="Whether symbolic links may be followed and created.")] = False
+    allow_mkdir: Annotated[bool, Meta(description="Whether folders may be created.")] = False
     allow_remove: Annotated[bool, Meta(description="Whether files and folders may be removed.")] = False
     allow_rename: Annotated[bool, Meta(description="Whether files and folders may be renamed.")] = False
-    allow_walk: Annotated[bool, Meta(description="Whether a folder may be walked with all that is below it.")] = False
+    allow_walk: Annotated[bool, Meta(description="Whether a folder tree may be walked.")] = False
     allow_glob: Annotated[bool, Meta(description="Whether files may be found by pattern.")] = False
-    max_read_bytes: Annotated[U32, Meta(description="Largest file to read, in bytes; 0 is X07's default, 16 MiB.")] = 0
-    max_write_bytes: Annotated[
-        U32, Meta(description="Largest file to write, in bytes; 0 is X07's default, 16 MiB.")
-    ] = 0
-    max_entries: Annotated[U32, Meta(description="Most entries of a listing; 0 is X07's default, 10000.")] = 0
-    max_depth: Annotated[U32, Meta(description="Deepest folder of a walk; 0 is X07's default, 64.")] = 0
+    max_read_bytes: Annotated[U32, Meta(description="Largest file to read, in bytes; 0 means 16 MiB.")] = 0
+    max_write_bytes: Annotated[U32, Meta(description="Largest file to write, in bytes; 0 means 16 MiB.")] = 0
+    max_entries: Annotated[U32, Meta(description="Most entries of a listing; 0 means 10000.")] = 0
+    max_depth: Annotated[U32, Meta(description="Depth limit of a walk; 0 means 64.")] = 0
 
 
 class HostPorts(Section, frozen=True, kw_only=True):
@@ -87,29 +82,29 @@ class HostPorts(Section, frozen=True, kw_only=True):
 
 
 class Net(Section, frozen=True, kw_only=True):
-    """Connections to the outside. There is no network card: each one is asked for by name."""
+    """Network connections. The guest has no network card: the host decides on each connection."""
 
-    enabled: Annotated[bool, Meta(description="Whether the program may connect to anything.")]
-    allow_dns: Annotated[bool, Meta(description="Whether names may be looked up.")]
+    enabled: Annotated[bool, Meta(description="Whether the program may use the network at all.")]
+    allow_dns: Annotated[bool, Meta(description="Whether names may be resolved.")]
     allow_tcp: Annotated[bool, Meta(description="Whether TCP connections may be made.")]
     allow_udp: Annotated[bool, Meta(description="Whether UDP may be used.")]
     allow_hosts: Annotated[
         tuple[HostPorts, ...],
-        Meta(max_length=256, description='Hosts that may be reached, each as {"host": ..., "ports": [...]}.'),
+        Meta(max_length=256, description='Hosts that the program may connect to, each {"host": ..., "ports": [...]}.'),
     ]
 
     @property
     def may_connect(self) -> bool:
-        """Whether there is a host that a program may connect to."""
+        """Whether the program may connect to any host."""
         return self.enabled and bool(self.allow_hosts)
 
 
 class Env(Section, frozen=True, kw_only=True):
-    """Environment variables that an X07 program may read. Of the host's own only those of allow_keys go in."""
+    """Environment variables that an X07 program may read. Only those in allow_keys are passed from the host."""
 
     enabled: Annotated[bool, Meta(description="Whether environment variables may be read.")]
     allow_keys: Annotated[EnvKeys, Meta(description="Variables that may be read.")]
-    deny_keys: Annotated[EnvKeys, Meta(description="Variables that may not be read, in spite of allow_keys.")]
+    deny_keys: Annotated[EnvKeys, Meta(description="Variables that may not be read, even if allow_keys lists them.")]
 
 
 class Time(Section, frozen=True, kw_only=True):
@@ -142,21 +137,19 @@ class Threads(Section, frozen=True, kw_only=True):
 class Process(Section, frozen=True, kw_only=True):
     """Processes that the program starts."""
 
-    enabled: Annotated[bool, Meta(description="Whether processes are a matter of the program at all.")]
+    enabled: Annotated[bool, Meta(description="Whether the program may use processes at all.")]
     allow_spawn: Annotated[bool, Meta(description="Whether child processes may be started.")]
-    max_live: Annotated[Count1024, Meta(description="Children alive at one time.")]
-    max_spawns: Annotated[Count1024, Meta(description="Children started in all.")]
+    max_live: Annotated[Count1024, Meta(description="Children alive at the same time.")]
+    max_spawns: Annotated[Count1024, Meta(description="Children started in total.")]
     allow_exec: Annotated[bool, Meta(description="Whether other programs may be executed.")]
     allow_exit: Annotated[bool, Meta(description="Whether the program may choose its exit status.")]
     allow_execs: Annotated[Paths, Meta(description="Programs that may be executed, by path.")] = ()
-    allow_exec_prefixes: Annotated[
-        Paths, Meta(description="Starts of paths below which programs may be executed.")
-    ] = ()
+    allow_exec_prefixes: Annotated[Paths, Meta(description="Path prefixes below which programs may be executed.")] = ()
     allow_args_regex_lite: Annotated[
         tuple[Annotated[str, Meta(min_length=1, max_length=256)], ...],
         Meta(max_length=128, description="Patterns that a child's arguments must match."),
     ] = ()
-    allow_env_keys: Annotated[EnvKeys, Meta(description="Variables that may be given to a child.")] = ()
+    allow_env_keys: Annotated[EnvKeys, Meta(description="Variables that may be passed to a child.")] = ()
     max_exe_bytes: Annotated[ArgBytes, Meta(description="Longest path of a program to execute, in bytes.")] = 4096
     max_args: Annotated[Count1024, Meta(description="Arguments of a child.")] = 64
     max_arg_bytes: Annotated[ArgBytes, Meta(description="Longest argument of a child, in bytes.")] = 4096
@@ -169,11 +162,13 @@ class Process(Section, frozen=True, kw_only=True):
     max_stdout_bytes: Annotated[StreamBytes, Meta(description="Standard output of a child, in bytes.")] = 0
     max_stderr_bytes: Annotated[StreamBytes, Meta(description="Standard error of a child, in bytes.")] = 0
     max_total_bytes: Annotated[
-        int, Meta(ge=0, le=536_870_912, description="Both outputs of a child together, in bytes.")
+        int, Meta(ge=0, le=536_870_912, description="Standard output and error of a child together, in bytes.")
     ] = 0
     max_stdin_bytes: Annotated[StreamBytes, Meta(description="Standard input of a child, in bytes.")] = 0
-    kill_on_drop: Annotated[bool, Meta(description="Whether a child ends when the program lets go of it.")] = True
-    kill_tree: Annotated[bool, Meta(description="Whether a child's own children end with it.")] = True
+    kill_on_drop: Annotated[bool, Meta(description="Whether a child is killed when the program drops its handle.")] = (
+        True
+    )
+    kill_tree: Annotated[bool, Meta(description="Whether a child's own children are killed with it.")] = True
     allow_cwd: Annotated[bool, Meta(description="Whether a child may start in another folder.")] = False
     allow_cwd_roots: Annotated[Roots, Meta(description="Folders in which a child may start.")] = ()
 
@@ -202,8 +197,8 @@ class Sqlite(Section, frozen=True, kw_only=True):
 
     allow_paths: Annotated[Paths, Meta(description="Database files to open.")] = ()
     readonly_only: Annotated[bool, Meta(description="Open databases for reading only.")] = False
-    allow_create: Annotated[bool, Meta(description="Whether database files may be made.")] = False
-    allow_in_memory: Annotated[bool, Meta(description="Whether databases in memory may be used.")] = False
+    allow_create: Annotated[bool, Meta(description="Whether database files may be created.")] = False
+    allow_in_memory: Annotated[bool, Meta(description="Whether in-memory databases may be used.")] = False
 
 
 class DbNet(Section, frozen=True, kw_only=True):
@@ -212,9 +207,9 @@ class DbNet(Section, frozen=True, kw_only=True):
     allow_dns: Annotated[Names, Meta(description="Servers by name.")] = ()
     allow_cidrs: Annotated[Names, Meta(description="Servers by network.")] = ()
     allow_ports: Annotated[tuple[Port, ...], Meta(max_length=256, description="Ports of servers.")] = ()
-    require_tls: Annotated[bool, Meta(description="Refuse a server without TLS (false when db.net is absent).")] = True
+    require_tls: Annotated[bool, Meta(description="Refuse servers without TLS (false if db.net is absent).")] = True
     require_verify: Annotated[
-        bool, Meta(description="Refuse a server whose certificate does not verify (false when db.net is absent).")
+        bool, Meta(description="Refuse servers with an invalid certificate (false if db.net is absent).")
     ] = True
 
 
@@ -223,27 +218,27 @@ class Db(Section, frozen=True, kw_only=True):
 
     enabled: Annotated[bool, Meta(description="Whether databases may be used.")]
     drivers: Drivers
-    max_live_conns: Annotated[Count1024, Meta(description="Connections open at one time.")] = 0
-    max_queries: Annotated[Million, Meta(description="Queries in all.")] = 0
+    max_live_conns: Annotated[Count1024, Meta(description="Connections open at the same time.")] = 0
+    max_queries: Annotated[Million, Meta(description="Queries in total.")] = 0
     connect_timeout_ms: Annotated[Millis, Meta(description="Time to connect, in milliseconds.")] = 0
     query_timeout_ms: Annotated[Millis, Meta(description="Time of one query, in milliseconds.")] = 0
     max_sql_bytes: Annotated[int, Meta(ge=0, le=10_485_760, description="Longest statement, in bytes.")] = 0
-    max_rows: Annotated[Million, Meta(description="Rows of one answer.")] = 0
-    max_resp_bytes: Annotated[int, Meta(ge=0, le=134_217_728, description="Largest answer, in bytes.")] = 0
+    max_rows: Annotated[Million, Meta(description="Rows of one result.")] = 0
+    max_resp_bytes: Annotated[int, Meta(ge=0, le=134_217_728, description="Largest result, in bytes.")] = 0
     sqlite: Sqlite | UnsetType = UNSET
     net: DbNet | UnsetType = UNSET
 
 
 class Policy(Section, frozen=True, kw_only=True):
-    """What a program may touch and use."""
+    """What a program may access and use."""
 
     schema_version: Annotated[
-        Literal["x07.run-os-policy@0.1.0"], Meta(description="The format of the document, exactly this one.")
+        Literal["x07.run-os-policy@0.1.0"], Meta(description="Format of the document; exactly this value.")
     ]
     policy_id: Annotated[
         str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,64}$", description="A name for records: letters, digits, '_', '.', '-'.")
     ]
-    notes: Annotated[str, Meta(max_length=4096, description="Free text for people.")] | UnsetType = UNSET
+    notes: Annotated[str, Meta(max_length=4096, description="Free text.")] | UnsetType = UNSET
     limits: Limits
     fs: Fs
     net: Net
@@ -256,27 +251,27 @@ class Policy(Section, frozen=True, kw_only=True):
 
     @property
     def notes_in_force(self) -> str:
-        """The notes, or the empty text."""
+        """The notes, or an empty string."""
         return "" if isinstance(self.notes, UnsetType) else self.notes
 
     @property
     def language_in_force(self) -> Language:
-        """The section, or what counts when it is absent: neither unsafe code nor foreign calls."""
+        """The section; if it is absent, unsafe code and foreign calls are forbidden."""
         return ABSENT_LANGUAGE if isinstance(self.language, UnsetType) else self.language
 
     @property
     def threads_in_force(self) -> Threads:
-        """The section, or what counts when it is absent: threads allowed."""
+        """The section; if it is absent, threads are allowed."""
         return ABSENT_THREADS if isinstance(self.threads, UnsetType) else self.threads
 
 
 ABSENT_LANGUAGE = Language(allow_unsafe=False, allow_ffi=False)
 ABSENT_THREADS = Threads(enabled=True, max_workers=0, max_blocking=4, max_queue=1024)
-# What counts in place of a section that is absent.
+# Effective values of absent sections.
 OPTIONAL_SECTIONS = {
     "db": Db(enabled=False, drivers=Drivers(sqlite=False, postgres=False, mysql=False)),
     "db.sqlite": Sqlite(),
-    # Not the defaults of the fields: upstream derives both from a section that is not there.
+    # Unlike the fields' defaults: upstream derives both from the absent section.
     "db.net": DbNet(require_tls=False, require_verify=False),
     "language": ABSENT_LANGUAGE,
     "threads": ABSENT_THREADS,
@@ -284,12 +279,12 @@ OPTIONAL_SECTIONS = {
 
 
 def paths(section: str, names: str) -> tuple[str, ...]:
-    """Paths of some fields of a section. names: theirs there, parted by blanks."""
+    """Return the paths of fields of a section. names: separated by blanks."""
     return tuple(f"{section}.{name}" for name in names.split())
 
 
 def leaf_values(policy: Policy) -> dict[str, object]:
-    """Every field's value in force, by its path ("limits.wall_ms"), in the model's order; a list is one field."""
+    """Return every field's effective value by path ("limits.wall_ms"), in the model's order; a list is one field."""
     return dict(_leaves(policy, ""))
 
 
@@ -298,7 +293,7 @@ def _leaves(section: Section, prefix: str) -> list[tuple[str, object]]:
     for name in section.__struct_fields__:
         value = getattr(section, name)
         if value is UNSET:
-            value = OPTIONAL_SECTIONS.get(f"{prefix}{name}", "")  # the notes are the only text
+            value = OPTIONAL_SECTIONS.get(f"{prefix}{name}", "")  # only the notes are neither
         if isinstance(value, Section):
             found += _leaves(value, f"{prefix}{name}.")
         else:

@@ -1,7 +1,6 @@
-"""Flags that add hosts and roots to a policy, or take hosts away: `--allow-host` and its kin.
+"""Flags that add hosts and roots to a policy or remove hosts, such as `--allow-host`.
 
-Pure; the caller reads files of specs. The same base and flags give the same bytes: entries of the base first, new ones
-in the order given, files before flags.
+The result is deterministic: entries of the base first, then new ones in the order given, files before flags.
 """
 
 import hashlib
@@ -18,7 +17,7 @@ from x07_sandbox.policy.default import render_policy
 from x07_sandbox.policy.hosts import Addresses, covers, is_name, meaning
 from x07_sandbox.policy.model import HostPorts, Net, Policy
 
-# A flag is refused in its own words; that the same holds for the whole policy is checked again at the end.
+# Checked per flag for a better message; decode_policy checks the result again.
 _HOSTS_MAX: Final = 256
 _PORTS_MAX: Final = 64
 _PORT_LAST: Final = 65_535
@@ -35,10 +34,7 @@ ReadFile = Callable[[str], bytes]
 
 
 class Overrides(msgspec.Struct, frozen=True, kw_only=True):
-    """The flags as they were given, each any number of times; the files are paths.
-
-    let_in: "hidden", "symlinks": names that a built-in policy keeps out (check_grants).
-    """
+    """The flags as given; files are paths. include: "hidden", "symlinks" (see check_grants)."""
 
     allow_host: tuple[str, ...] = ()
     allow_host_file: tuple[str, ...] = ()
@@ -46,29 +42,28 @@ class Overrides(msgspec.Struct, frozen=True, kw_only=True):
     deny_host_file: tuple[str, ...] = ()
     allow_read_root: tuple[str, ...] = ()
     allow_write_root: tuple[str, ...] = ()
-    let_in: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()
 
     @property
     def any(self) -> bool:
-        """Whether there is one at all."""
+        """Whether any flag was given."""
         return any(msgspec.structs.astuple(self))
 
     @property
     def allows(self) -> bool:
-        """Whether one of them adds hosts."""
+        """Whether a flag adds hosts."""
         return bool(self.allow_host or self.allow_host_file)
 
     @property
     def hosts(self) -> bool:
-        """Whether one of them is about hosts."""
+        """Whether a flag adds or removes hosts."""
         return bool(self.allows or self.deny_host or self.deny_host_file)
 
 
 class Derived(msgspec.Struct, frozen=True, kw_only=True):
-    """A policy that came of a base and overrides. data: the document as it is written.
+    """A policy derived from a base by overrides. data: the document. file_name: its usual name.
 
-    digest: 8 hexadecimal digits of what it came of. file_name: its usual name.
-    denied: ports by denied host; None stands for all ports.
+    digest: 8 hexadecimal digits of base and overrides. denied: ports by denied host; None means all ports.
     """
 
     policy: Policy
@@ -79,13 +74,13 @@ class Derived(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Asked(msgspec.Struct, frozen=True, kw_only=True):
-    """All flags of one kind together: ports by host, in the order given; None stands for all ports."""
+    """The parsed flags. allow, deny: ports by host, in the order given; None means all ports."""
 
     allow: Mapping[str, set[int]]
     deny: Mapping[str, set[int] | None]
     read_roots: tuple[str, ...]
     write_roots: tuple[str, ...]
-    let_in: tuple[str, ...]
+    include: tuple[str, ...]
 
     def digest(self, base_bytes: bytes) -> str:
         asked = {
@@ -97,7 +92,7 @@ class _Asked(msgspec.Struct, frozen=True, kw_only=True):
                 for host, ports in sorted(self.deny.items())
             ],
         }
-        asked |= {"let_in": sorted(self.let_in)} if self.let_in else {}
+        asked |= {"let_in": sorted(self.include)} if self.include else {}
         return hashlib.sha256(base_bytes + canonical_json(asked)).hexdigest()[:_DIGEST_CHARS]
 
 
@@ -110,11 +105,11 @@ def derive_policy(
     read_spec_file: ReadFile,
     gate: bool = False,
 ) -> Derived:
-    """*base* with *overrides* applied; a denied host stays denied, whatever allows it.
+    """Return *base* with *overrides* applied; a denied host stays denied even if something allows it.
 
-    base_bytes: the base as it was read. base_path: names it for people. read_spec_file: gives the bytes of a file of
-    specs, bounded, or raises UsageError. gate: whether an egress gate holds the denials too, so that a part of a
-    network may be denied. Raises UsageError for the first flag that cannot be applied.
+    base_bytes: the base as read. base_path: its name in the notes. read_spec_file: returns the bounded content of a
+    file of specs, or raises UsageError. gate: whether an egress gate enforces denials too, so that a part of a network
+    may be denied. Raises UsageError for the first flag that cannot be applied.
     """
     _need_sections(base, overrides)
     asked = _Asked(
@@ -122,7 +117,7 @@ def derive_policy(
         deny=_denied(_specs("--deny-host", overrides.deny_host_file, overrides.deny_host, read_spec_file)),
         read_roots=tuple(_roots("--allow-read-root", overrides.allow_read_root)),
         write_roots=tuple(_roots("--allow-write-root", overrides.allow_write_root)),
-        let_in=overrides.let_in,
+        include=overrides.include,
     )
     digest = asked.digest(base_bytes)
     mark = f".g{digest}"
@@ -135,8 +130,8 @@ def derive_policy(
             base.fs,
             read_roots=_joined("--allow-read-root", base.fs.read_roots, asked.read_roots),
             write_roots=_joined("--allow-write-root", base.fs.write_roots, asked.write_roots),
-            deny_hidden=base.fs.deny_hidden and "hidden" not in overrides.let_in,
-            allow_symlinks=base.fs.allow_symlinks or "symlinks" in overrides.let_in,
+            deny_hidden=base.fs.deny_hidden and "hidden" not in overrides.include,
+            allow_symlinks=base.fs.allow_symlinks or "symlinks" in overrides.include,
         ),
     )
     data = render_policy(made)
@@ -146,18 +141,18 @@ def derive_policy(
 
 
 def denied_hosts(given: Sequence[str]) -> dict[str, set[int] | None]:
-    """What `--deny-host` flags deny: ports by host; None stands for all ports. Raises UsageError."""
+    """Return what `--deny-host` flags deny: ports by host; None means all ports. Raises UsageError."""
     return _denied(_specs("--deny-host", (), given, lambda _name: b""))
 
 
 def check_grants(base: Policy, overrides: Overrides, *, built_in: bool) -> None:
-    """Refuse flags that grant what only the author of the policy *base* may. Raises UsageError."""
+    """Raise UsageError if flags grant what only the author of the policy *base* may grant."""
     for word, field, held, value in (
         ("hidden", "deny_hidden", not base.fs.deny_hidden, False),
         ("symlinks", "allow_symlinks", base.fs.allow_symlinks, True),
     ):
-        if word in overrides.let_in and not held and not built_in:
-            why = f"policy {base.policy_id} does not allow it, and flags loosen only built-in policies"
+        if word in overrides.include and not held and not built_in:
+            why = f"policy {base.policy_id} does not allow it; flags can relax only built-in policies"
             fix = f"Set fs.{field} to {str(value).lower()} in the policy"
             raise UsageError(f"cannot use --allow-{word}", why, fix).by(f"fs.{field}", value=value)
 
@@ -166,27 +161,27 @@ def _need_sections(base: Policy, overrides: Overrides) -> None:
     needs = []
     if overrides.hosts:
         needs += [("net.enabled", base.net.enabled, "hosts"), ("net.allow_tcp", base.net.allow_tcp, "hosts")]
-    if overrides.allow_read_root or overrides.allow_write_root or overrides.let_in:
+    if overrides.allow_read_root or overrides.allow_write_root or overrides.include:
         needs.append(("fs.enabled", base.fs.enabled, "files"))
     for field, held, what in needs:
         if not held:
             raise UsageError(
                 f"cannot change the {what} of policy {base.policy_id}",
-                f"{field} is false there",
-                f"Set {field} to true in it, or leave the flags out",
+                f"{field} is false",
+                f"Set {field} to true in the policy, or omit the flags",
             ).by(field, value=True)
 
 
 def _specs(
     flag: str, files: Iterable[str], given: Iterable[str], read: ReadFile
 ) -> Iterator[tuple[str, str, set[int] | None]]:
-    """Every spec as where it stands, its host and its ports: files first, then flags."""
+    """Yield each spec as its place, host and ports: files first, then flags."""
     for name in files:
         try:
             text = read(name).decode("utf-8-sig")
         except UnicodeDecodeError as exc:
             why = f"it is not UTF-8 text (byte {exc.start})"
-            raise UsageError(f"cannot use {flag}-file {name}", why, "Write one host a line") from None
+            raise UsageError(f"cannot use {flag}-file {name}", why, "Write one host per line") from None
         for number, line in enumerate(text.split("\n"), start=1):
             if spec := line.partition("#")[0].strip():
                 where = f"{flag}-file {name}, line {number}"
@@ -197,7 +192,7 @@ def _specs(
 
 
 def _parsed(where: str, spec: str, *, deny: bool) -> tuple[str, set[int] | None]:
-    """Host, lower case without brackets, and ports of a spec; None for all ports."""
+    """Return the lower-case host without brackets and the ports of a spec; None for all ports."""
 
     def refuse(why: str) -> NoReturn:
         raise UsageError(f"cannot use {where}", why, _DENY_FORM if deny else _ALLOW_FORM)
@@ -207,32 +202,32 @@ def _parsed(where: str, spec: str, *, deny: bool) -> tuple[str, set[int] | None]
         host = host[1:-1]
     host, ports = host.strip(), ports.strip()
     if not colon or not host or not ports:
-        refuse("it is not a host and ports with ':' between them")
-    if fault := _host_fault(host):
-        refuse(fault)
-    host = host.encode().lower().decode()  # bytes, so that only ASCII letters change
+        refuse("it is not HOST:PORTS")
+    if problem := _host_problem(host):
+        refuse(problem)
+    host = host.encode().lower().decode()  # bytes.lower() changes ASCII letters only
     if ports == "*":
-        return (host, None) if deny else refuse("'*' for all ports is for --deny-host only")
+        return (host, None) if deny else refuse("'*' for all ports is valid only with --deny-host")
     found = {_port(text.strip()) for text in ports.split(",")}
     if None in found:
         refuse(f"a port is a number from 1 to {_PORT_LAST}")
     if len(found) > _PORTS_MAX:
-        refuse(f"it names more than {_PORTS_MAX} ports")
+        refuse(f"it lists more than {_PORTS_MAX} ports")
     return host, {port for port in found if port is not None}
 
 
-def _host_fault(host: str) -> str:
-    """What is wrong with a host; nothing where it may stand in a policy and could mean something there."""
+def _host_problem(host: str) -> str:
+    """Return what is wrong with a host; empty for a valid one."""
     if any("\ud800" <= char <= "\udfff" for char in host):
         return "it is not UTF-8 text"
     if "://" in host:
-        return "it is the address of a page, not a host"
+        return "it is a URL, not a host"
     if "*" in host:
-        return "a host has no wildcards"
-    if "[" in host or "]" in host:  # those of [2001:db8::1]:80 are gone by now
-        return "a bracket has no other at the end of the address"
+        return "wildcards are not allowed"
+    if "[" in host or "]" in host:  # those of [2001:db8::1]:80 were removed
+        return "its brackets do not match"
     if len(host.encode()) > _HOST_MAX_BYTES or any(char in ";\0" or char.isspace() for char in host):
-        return f"a host has at most {_HOST_MAX_BYTES} bytes, and no ';', blank or NUL"
+        return f"a host has at most {_HOST_MAX_BYTES} bytes and no ';', whitespace or NUL"
     return ""
 
 
@@ -265,25 +260,25 @@ def _net(net: Net, asked: _Asked, *, raise_dns: bool, gate: bool) -> Net:
         hosts.setdefault(host, set()).update(more)
     _deny(hosts, asked.deny, gate=gate)
     left = {host: tuple(sorted(ports)) for host, ports in hosts.items() if ports}
-    for host, kept in left.items():
-        if len(kept) > _PORTS_MAX:
-            _too_many(f"ports of {host}", len(kept), _PORTS_MAX)
+    for host, ports in left.items():
+        if len(ports) > _PORTS_MAX:
+            _too_many(f"ports of {host}", len(ports), _PORTS_MAX)
     if len(left) > _HOSTS_MAX:
         _too_many("hosts", len(left), _HOSTS_MAX)
-    # A flag that only takes hosts away must not switch anything on.
+    # A flag that only removes hosts must not enable anything.
     allow_dns = net.allow_dns or (raise_dns and any(is_name(host) for host in left))
     entries = tuple(HostPorts(host=host, ports=ports) for host, ports in left.items())
     return replace(net, allow_dns=allow_dns, allow_hosts=entries)
 
 
 def _deny(hosts: dict[str, set[int]], deny: Mapping[str, set[int] | None], *, gate: bool) -> None:
-    """Take from *hosts* what is denied. Raises UsageError where only a gate could hold what would be left."""
+    """Remove denied ports from *hosts*. Raises UsageError if only a gate could enforce the rest."""
     names: dict[Addresses | str, list[str]] = {}
     for host in hosts:
         names.setdefault(meaning(host), []).append(host)
     ranges = [token for token in names if not isinstance(token, str)]
     partly = []
-    for denied, ports in deny.items():  # there may be many thousands, from files
+    for denied, ports in deny.items():  # possibly many thousands
         mine = meaning(denied)
         for token in (mine,) if isinstance(mine, str) else ranges:
             cover = covers(mine, token)
@@ -296,13 +291,13 @@ def _deny(hosts: dict[str, set[int]], deny: Mapping[str, set[int] | None], *, ga
         if hosts[host] if ports is None else hosts[host] & ports:
             raise UsageError(
                 f"cannot deny {denied}",
-                f"it is only a part of {host}, which is allowed",
-                f"Deny {host}, and allow the rest of it by narrower networks",
+                f"it is only part of {host}, which is allowed",
+                f"Deny {host}, and allow the rest as smaller networks",
             )
 
 
 def _roots(flag: str, given: Iterable[str]) -> Iterator[str]:
-    """The roots, each once, in the order given."""
+    """Yield the distinct roots in the order given."""
     seen = set()
     for text in given:
         root = text.strip()
@@ -310,12 +305,12 @@ def _roots(flag: str, given: Iterable[str]) -> Iterator[str]:
         if not root or len(root) > _ROOT_MAX_CHARS:
             why = f"a path has 1 to {_ROOT_MAX_CHARS} characters"
         elif ";" in root or "\0" in root:
-            why = "a path must not hold ';' or a NUL"
+            why = "a path must not contain ';' or NUL"
         elif any("\ud800" <= char <= "\udfff" for char in root):
-            why = "a path must be UTF-8 text"
+            why = "a path must be valid UTF-8"
         if why:
             shown = root if len(root) <= _HOST_MAX_BYTES else root[:_HOST_MAX_BYTES] + "..."
-            raise UsageError(f"cannot use {flag} {shown!r}", why, "Name a file or folder of the project")
+            raise UsageError(f"cannot use {flag} {shown!r}", why, "Name a file or folder")
         if root not in seen:
             seen.add(root)
             yield root
@@ -329,11 +324,11 @@ def _joined(flag: str, base: Sequence[str], more: Sequence[str]) -> tuple[str, .
 
 
 def _too_many(what: str, count: int, most: int) -> NoReturn:
-    raise UsageError(f"cannot allow {count} {what}", f"a policy holds at most {most}", "Leave some out")
+    raise UsageError(f"cannot allow {count} {what}", f"a policy can contain at most {most}", "Remove some")
 
 
 def _notes(base: Policy, base_path: str, digest: str) -> str | msgspec.UnsetType:
-    """The base's notes and a line on where this policy came from, as long as there is room for it."""
+    """Return the base's notes with a line on the origin of this policy, if there is room for it."""
     path = base_path.encode("utf-8", "replace").decode()
     line = f"Derived from {path} by overrides {digest}."
     notes = f"{base.notes_in_force}\n{line}" if base.notes_in_force else line

@@ -1,4 +1,4 @@
-"""What is wrong with a policy document, and the error that carries all of it at once."""
+"""Problems of a policy document, and the error that lists them all."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -8,17 +8,16 @@ import msgspec
 from x07_sandbox.errors import UsageError
 
 HUGE: int = 10**20
-"""Stands for any larger number of a document, which is outside every range."""
+"""Replaces every larger number in a document; outside every range."""
 MISSING = "is missing"
-"""What is wrong with a field that has to be there and is not."""
-_SHOWN_CHARS = 80  # of a key that nobody trusts, in a message
+"""The message for a required field that is absent."""
+_SHOWN_CHARS = 80  # of an untrusted key, in a message
 
 
 class Problem(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One thing wrong, at one place.
+    """One problem at one place.
 
-    json_path: like ``$.limits.cpu_ms`` or ``$.net.allow_hosts[2].ports``.
-    message: what is wrong there, without a full stop.
+    json_path: like ``$.limits.cpu_ms`` or ``$.net.allow_hosts[2].ports``. message: without a full stop.
     suggestion: the key or value that was probably meant.
     """
 
@@ -27,35 +26,35 @@ class Problem(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     suggestion: str | None = None
 
     def __str__(self) -> str:
-        """One line: place, fault, what was probably meant."""
+        """Return one line: place, problem, suggestion."""
         hint = f"; did you mean {self.suggestion}?" if self.suggestion else ""
         return f"{self.json_path}: {self.message}{hint}"
 
 
 class PolicyError(UsageError):
-    """A policy document was refused for its ``problems``. in_schema: it breaks only rules beyond the schema."""
+    """A policy document was rejected for its ``problems``. in_schema: it violates only rules beyond the schema."""
 
     def __init__(
         self, what: str, why: str, fix: str, problems: Iterable[Problem] = (), *, in_schema: bool = False
     ) -> None:
         super().__init__(what, why, fix)
-        # Kept out of args on purpose: pickle rebuilds from args and then restores these attributes.
+        # Not in args: pickle rebuilds from args and then restores these attributes.
         self.problems: tuple[Problem, ...] = tuple(problems)
         self.in_schema = in_schema
 
     @classmethod
     def of(cls, source: str, problems: Sequence[Problem], *, in_schema: bool = False) -> "PolicyError":
-        """The error for *problems* (at least one) in the document that came from *source*."""
+        """Return the error for *problems* (at least one) in the document from *source*."""
         lines = [str(problem) for problem in problems]
         why = lines[0] if len(lines) == 1 else "\n".join([f"{len(lines)} problems", *(f"  {line}" for line in lines)])
         fix = "Correct the document; docs/reference/policy.md lists every field"
         if any(problem.message == MISSING for problem in problems):
             fix += ". x07 policy new writes a complete one"
-        return cls(f"policy {source} is refused", why, fix, problems, in_schema=in_schema)
+        return cls(f"policy {source} is invalid", why, fix, problems, in_schema=in_schema)
 
 
 def json_path(parts: Iterable[str | int]) -> str:
-    """The path of a place: ``$.a.b[3]``; a key that is no plain name is quoted, escaped and cut."""
+    """Return a path like ``$.a.b[3]``; a key that is not an identifier is quoted, escaped and truncated."""
     text = "$"
     for part in parts:
         if isinstance(part, int):

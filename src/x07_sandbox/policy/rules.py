@@ -1,7 +1,7 @@
-"""The rules that no range can say: upstream's ``validate_basic``, and two of our own, marked so.
+"""Rules that the schema cannot express: upstream's ``validate_basic``, and two of our own, marked so.
 
-They hold whether or not their section is enabled. Both ways of decoding use them, on the plain document; a value of the
-wrong shape is left to the schema.
+They apply even if their section is disabled. Both decoding paths check them on the plain document; values of the wrong
+type are left to the schema.
 """
 
 import re
@@ -15,7 +15,7 @@ from x07_sandbox.policy.problems import Problem, json_path
 _HOST_MAX_BYTES = 255
 _TOKENS_MAX = 256
 
-# X07 hands these lists to the program joined with ';'.
+# X07 passes these lists to the program joined with ';'.
 _JOINED = (
     *(("fs", name) for name in ("read_roots", "write_roots")),
     *(("env", name) for name in ("allow_keys", "deny_keys")),
@@ -25,16 +25,18 @@ _JOINED = (
 )
 _PATTERNS = ("process", "allow_args_regex_lite")
 _HOSTS = ("net", "allow_hosts")
+# Tokens, each a character or an escape with at most one '*' after it; a single backslash may remain at the end.
+_REGEX_LITE = re.compile(r"(?:(?:\\.|[^\\*])\*?)*(\\?)", re.DOTALL)
 
 
 def rule_problems(document: object) -> Iterator[Problem]:
-    """Everything in *document* (as json.loads gives it) that breaks a rule below."""
+    """Yield a problem for each violation of a rule below in *document* (a json.loads value)."""
     for rule in RULES:
         yield from rule.check(document)
 
 
 def spawn_needs_limits(document: object) -> Iterator[Problem]:
-    """``allow_spawn`` needs a program to start, and limits above zero."""
+    """Check that ``allow_spawn`` comes with a program to start and limits above zero."""
     if _get(document, "process", "allow_spawn") is not True:
         return
     execs = [_get(document, "process", name) for name in ("allow_execs", "allow_exec_prefixes")]
@@ -47,14 +49,14 @@ def spawn_needs_limits(document: object) -> Iterator[Problem]:
 
 
 def cwd_needs_roots(document: object) -> Iterator[Problem]:
-    """``allow_cwd`` needs a folder to start in."""
+    """Check that ``allow_cwd`` comes with a folder to start in."""
     roots = _get(document, "process", "allow_cwd_roots")
     if _get(document, "process", "allow_cwd") is True and (roots is None or roots == []):
         yield Problem("$.process.allow_cwd_roots", "must name a folder while allow_cwd is true")
 
 
 def db_needs_driver(document: object) -> Iterator[Problem]:
-    """``db.enabled`` needs a driver."""
+    """Check that ``db.enabled`` comes with a driver."""
     drivers = _get(document, "db", "drivers")
     if _get(document, "db", "enabled") is not True or not isinstance(drivers, dict):
         return
@@ -63,7 +65,7 @@ def db_needs_driver(document: object) -> Iterator[Problem]:
 
 
 def hosts_are_plain(document: object) -> Iterator[Problem]:
-    """A host is one word of at most 255 bytes, and has at least one port."""
+    """Check that a host is one word of at most 255 bytes and has at least one port."""
     hosts = _get(document, *_HOSTS)
     for index, entry in enumerate(hosts if isinstance(hosts, list) else ()):
         if not isinstance(entry, dict):
@@ -75,70 +77,58 @@ def hosts_are_plain(document: object) -> Iterator[Problem]:
         if not isinstance(host, str):
             continue
         if any(char in ";\0" or char.isspace() for char in host):
-            yield Problem(json_path((*place, "host")), "must not hold ';', blanks or a NUL")
-        # surrogatepass: a half character is reported elsewhere, and must not end this check.
+            yield Problem(json_path((*place, "host")), "must not contain ';', whitespace or NUL")
+        # surrogatepass: an unpaired surrogate is reported by the decoder.
         if len(host.encode("utf-8", "surrogatepass")) > _HOST_MAX_BYTES:
             yield Problem(json_path((*place, "host")), f"must have at most {_HOST_MAX_BYTES} bytes")
 
 
 def lists_can_be_joined(document: object) -> Iterator[Problem]:
-    """No ``;`` in a list that is handed on joined with ``;``."""
+    """Check that no entry of a list that is joined with ``;`` contains one."""
     for place in _JOINED:
         for index, entry in _strings(document, place):
             if ";" in entry:
-                yield Problem(json_path((*place, index)), "must not hold ';'")
+                yield Problem(json_path((*place, index)), "must not contain ';'")
 
 
 def patterns_are_regex_lite(document: object) -> Iterator[Problem]:
-    """A pattern has no ``;``, no ``*`` without something to repeat, and no backslash at its end."""
+    """Check that patterns are valid for X07's regex-lite."""
     for index, pattern in _strings(document, _PATTERNS):
         if fault := regex_lite_fault(pattern):
             yield Problem(json_path((*_PATTERNS, index)), fault)
 
 
 def regex_lite_fault(pattern: str) -> str | None:
-    """What is wrong with a pattern of X07's regex-lite; None when it is sound."""
+    """Return what is wrong with a pattern of X07's regex-lite; None for a valid one."""
     if not pattern:
         return "must not be empty"
     if ";" in pattern:
-        return "must not hold ';'"
+        return "must not contain ';'"
     if len(pattern.encode("utf-8", "surrogatepass")) - pattern.count("\\") > _TOKENS_MAX:
         return f"must have at most {_TOKENS_MAX} tokens (bytes; an escape counts once)"
-    before = ""  # the token before: nothing, "*", or "x" for anything that can be repeated
-    at = 0
-    while at < len(pattern):
-        char = pattern[at]
-        if char == "\\":
-            at += 1
-            if at == len(pattern):
-                return "must not end in a single backslash"
-        if char == "*":
-            if before in {"", "*"}:
-                return "a '*' must follow something to repeat"
-            before = "*"
-        else:
-            before = "x"
-        at += 1
-    return None
+    match = _REGEX_LITE.match(pattern)
+    if match is None or match.end() < len(pattern):
+        return "a '*' must follow something to repeat"
+    return "must not end in a single backslash" if match[1] else None
 
 
 def id_is_one_line(document: object) -> Iterator[Problem]:
-    r"""Ours: ``$`` in the schema's pattern lets "name\n" pass in some languages, Python among them."""
+    r"""Check the id (our rule): in Python, among others, ``$`` in the schema's pattern accepts "name\n"."""
     policy_id = _get(document, "policy_id")
     if isinstance(policy_id, str) and not re.fullmatch(r"[a-zA-Z0-9_.-]{1,64}", policy_id):
         yield Problem("$.policy_id", "must be 1 to 64 letters, digits, '_', '.' or '-'")
 
 
 def lists_hold_no_nul(document: object) -> Iterator[Problem]:
-    """Ours: no NUL in a list that becomes a variable, since no variable can hold one."""
+    """Check for NUL in lists that become variables (our rule), since no variable can contain one."""
     for place in (*_JOINED, _PATTERNS):
         for index, entry in _strings(document, place):
             if "\0" in entry:
-                yield Problem(json_path((*place, index)), "must not hold a NUL")
+                yield Problem(json_path((*place, index)), "must not contain a NUL")
 
 
 class Rule(msgspec.Struct, frozen=True):
-    """One rule: how it is checked, and what docs/reference/policy.md says about it."""
+    """One rule: its check, and its text in docs/reference/policy.md."""
 
     check: Callable[[object], Iterator[Problem]]
     doc: str
@@ -147,21 +137,21 @@ class Rule(msgspec.Struct, frozen=True):
 RULES = (
     Rule(
         spawn_needs_limits,
-        "`process.allow_spawn` true needs `allow_execs` or `allow_exec_prefixes` not empty, "
+        "`process.allow_spawn` requires a non-empty `allow_execs` or `allow_exec_prefixes`, "
         "and `max_live`, `max_spawns` and `max_runtime_ms` above 0.",
     ),
-    Rule(cwd_needs_roots, "`process.allow_cwd` true needs `allow_cwd_roots` not empty."),
-    Rule(db_needs_driver, "`db.enabled` true needs at least one of `db.drivers`."),
+    Rule(cwd_needs_roots, "`process.allow_cwd` requires a non-empty `allow_cwd_roots`."),
+    Rule(db_needs_driver, "`db.enabled` requires at least one of `db.drivers`."),
     Rule(
         hosts_are_plain,
         "Each entry of `net.allow_hosts` has at least one port, and a host of at most 255 bytes "
-        "without `;`, blanks or NUL.",
+        "without `;`, whitespace or NUL.",
     ),
     Rule(lists_can_be_joined, "No `;` in any entry of " + ", ".join(f"`{'.'.join(place)}`" for place in _JOINED) + "."),
     Rule(
         patterns_are_regex_lite,
-        "`process.allow_args_regex_lite`: no `;`; a `*` neither first nor after another `*`; no single backslash at "
-        "the end. (Any byte stands for itself, `.` for any byte, `\\c` for c, `*` repeats; all of it must match.)",
+        "`process.allow_args_regex_lite`: no `;`, no `*` at the start or after another `*`, no single backslash at "
+        "the end. (`.` matches any byte, `\\c` matches c, `*` repeats; the whole argument must match.)",
     ),
     Rule(id_is_one_line, "`policy_id` is one line, without a line break at its end."),
     Rule(lists_hold_no_nul, "No NUL in any entry of these lists and patterns."),
@@ -169,7 +159,7 @@ RULES = (
 
 
 def _get(document: object, *names: str) -> Any:  # noqa: ANN401 - it is whatever JSON held there
-    """The value at a path of keys; None where there is none."""
+    """Return the value at a path of keys; None if it is absent."""
     for name in names:
         if not isinstance(document, dict):
             return None

@@ -1,7 +1,4 @@
-"""What the model makes: the JSON Schema, and every field with its range and meaning for docs/reference/policy.md.
-
-A unit test holds schemas/run-os-policy.schema.json to this; `x07 policy schema` prints it.
-"""
+"""The JSON Schema made from the model, and a description of every field for docs/reference/policy.md."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -14,12 +11,12 @@ import msgspec
 from x07_sandbox.policy.model import SCHEMA_VERSION, Policy
 
 _REF = "#/$defs/"
-_KINDS = {"boolean": "true or false", "integer": "whole number", "string": "text", "array": "list"}
+_KINDS = {"boolean": "true or false", "integer": "integer", "string": "string", "array": "list"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Field:
-    """One field of the document, for people and for tests."""
+    """Description of one field of the document."""
 
     path: str
     section: str  # its definition's name in the schema
@@ -34,31 +31,31 @@ class Field:
 
 @cache
 def policy_schema() -> dict[str, Any]:
-    """The document's JSON Schema (draft 2020-12), closed at every level; not to be changed by the caller."""
+    """Return the document's JSON Schema (draft 2020-12), closed at every level. Do not modify it."""
     made = msgspec.json.schema(Policy)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": SCHEMA_VERSION, **made}
 
 
 def fields() -> tuple[Field, ...]:
-    """Every field of the document in the model's order; a list is one field."""
+    """Return every field of the document in the model's order; a list is one field."""
     return tuple(_fields("Policy", ""))
 
 
 def largest(path: str) -> int:
-    """The largest number that a policy can say for the field at *path*, like "limits.fds"."""
+    """Return the maximum of the field at *path*, like "limits.fds"."""
     return range_of(path)[1]
 
 
 def range_of(path: str) -> tuple[int, int]:
-    """The smallest and the largest number that a policy can say for the field at *path*."""
-    found = next((field.minimum, field.maximum) for field in fields() if field.path == path)
-    assert found[0] is not None  # noqa: S101 - the caller names a field with a range
-    assert found[1] is not None  # noqa: S101 - as above
-    return found[0], found[1]
+    """Return minimum and maximum of the field at *path*, which must have both."""
+    low, high = next((field.minimum, field.maximum) for field in fields() if field.path == path)
+    if low is None or high is None:
+        raise ValueError(f"{path} has no range")
+    return low, high
 
 
 def host_fields() -> tuple[Field, ...]:
-    """The fields of one entry of net.allow_hosts."""
+    """Return the fields of one entry of net.allow_hosts."""
     return tuple(_fields("HostPorts", ""))
 
 
@@ -82,7 +79,7 @@ def _fields(section: str, prefix: str) -> Iterator[Field]:
 
 
 def _bounds(schema: Mapping[str, Any]) -> str:
-    """The range of a value in words; empty when there is none to say."""
+    """Return the range of a value in words; empty if it has none."""
     if "enum" in schema:
         return ", ".join(f"`{choice}`" for choice in schema["enum"])
     if "maximum" in schema:
@@ -97,5 +94,5 @@ def _bounds(schema: Mapping[str, Any]) -> str:
 
 
 def render_schema() -> bytes:
-    """The bytes of schemas/run-os-policy.schema.json."""
+    """Return the content of schemas/run-os-policy.schema.json."""
     return (json.dumps(policy_schema(), indent=2, ensure_ascii=False) + "\n").encode()

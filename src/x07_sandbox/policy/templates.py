@@ -1,6 +1,6 @@
 """The policies that `x07 policy init` writes: the eight of X07, and our default.
 
-Values are upstream's to the last number; a test holds them to the check sums of its documents.
+All values are upstream's; a test compares them with the checksums of its documents.
 """
 
 from collections.abc import Mapping
@@ -44,11 +44,11 @@ def _limits(cpu_s: int, wall_s: int, mem_mib: int, fds: int, procs: int) -> Limi
     return Limits(cpu_ms=cpu_s * 1000, wall_ms=wall_s * 1000, mem_bytes=mem_mib * _MIB, fds=fds, procs=procs)
 
 
-# What a template has where it says nothing else.
+# The base of the other templates.
 _CLI: Final = replace(
     _DEFAULT,
     policy_id="sandbox.cli.base",
-    notes="A command that reads the project and writes below out, without network.",
+    notes="A command that reads the project and writes to out, without network.",
     limits=_limits(60, 120, 512, 128, 16),
     fs=_FILES,
     net=replace(_DEFAULT.net, enabled=False, allow_dns=False, allow_tcp=False),
@@ -81,7 +81,7 @@ TEMPLATES: Final[Mapping[str, Policy]] = MappingProxyType(
         "http-client": replace(
             _CLI,
             policy_id="sandbox.http-client.base",
-            notes="A client of web servers; the hosts that it may reach have to be added.",
+            notes="An HTTP client; add the hosts that it may reach.",
             limits=_limits(180, 300, 1024, 256, 32),
             fs=replace(_FILES, allow_glob=False, max_write_bytes=256 * _MIB, max_entries=20_000, max_depth=32),
             net=_DEFAULT.net,
@@ -91,7 +91,7 @@ TEMPLATES: Final[Mapping[str, Policy]] = MappingProxyType(
         "web-service": replace(
             _CLI,
             policy_id="sandbox.web-service.base",
-            notes="A web service that is told its port and host by variables; hosts have to be added.",
+            notes="A web service that takes its port and host from variables; add the hosts that it may reach.",
             limits=_limits(180, 600, 1024, 512, 64),
             fs=replace(_FILES, max_write_bytes=128 * _MIB),
             net=_DEFAULT.net,
@@ -102,7 +102,7 @@ TEMPLATES: Final[Mapping[str, Policy]] = MappingProxyType(
         "fs-tool": replace(
             _CLI,
             policy_id="sandbox.fs-tool.base",
-            notes="A tool that reads the project and changes files below src and out.",
+            notes="A tool that reads the project and changes files in src and out.",
             limits=_limits(90, 180, 512, 256, 16),
             fs=replace(
                 _FILES,
@@ -116,7 +116,7 @@ TEMPLATES: Final[Mapping[str, Policy]] = MappingProxyType(
         "sqlite-app": replace(
             _CLI,
             policy_id="sandbox.sqlite-app.base",
-            notes="A program with a SQLite database of its own below out.",
+            notes="A program with its own SQLite database in out.",
             limits=_limits(120, 300, 1024, 256, 32),
             fs=replace(_FILES, max_read_bytes=128 * _MIB, max_write_bytes=256 * _MIB, max_entries=100_000),
             language=_DEFAULT.language,
@@ -130,7 +130,7 @@ TEMPLATES: Final[Mapping[str, Policy]] = MappingProxyType(
         "postgres-client": replace(
             _CLI,
             policy_id="sandbox.postgres-client.base",
-            notes="A client of a PostgreSQL server, over TLS only; the server has to be added.",
+            notes="A client of a PostgreSQL server, over TLS only; add the server.",
             limits=_limits(120, 300, 1024, 256, 32),
             language=_DEFAULT.language,
             db=replace(_DATABASE, drivers=replace(_NO_DRIVER, postgres=True), net=DbNet()),
@@ -139,7 +139,7 @@ TEMPLATES: Final[Mapping[str, Policy]] = MappingProxyType(
         "worker-parallel": replace(
             _WORKER,
             policy_id="sandbox.worker-parallel.base",
-            notes="A long computation that spreads over processes of the project's own dependencies.",
+            notes="A long computation that starts processes of the project's own dependencies.",
             limits=_limits(300, 300, 1024, 128, 1024),
             process=replace(_DEFAULT.process, max_live=16, max_spawns=64, allow_exec_prefixes=("deps/x07/",)),
         ),
@@ -149,12 +149,11 @@ BUILT_IN: Final = "built-in:"
 
 
 def built_in(name: str) -> Policy | None:
-    """The policy that *name* stands for, as `built-in:TEMPLATE`; None for any other name. Raises UsageError."""
+    """Return the policy `built-in:TEMPLATE`; None for any other name. Raises UsageError for an unknown template."""
     if not name.startswith(BUILT_IN):
         return None
     try:
         return TEMPLATES[name.removeprefix(BUILT_IN)]
     except KeyError:
         known = ", ".join(f"{BUILT_IN}{template}" for template in TEMPLATES)
-        why = "nothing of that name is built in"
-        raise UsageError(f"there is no policy {name}", why, f"Name one of {known}") from None
+        raise UsageError(f"unknown policy {name}", "no such built-in policy", f"Use one of {known}") from None

@@ -28,11 +28,11 @@ from x07_sandbox.backends.lease import ANSWER_S, GONE_S, PROTOCOL, SOCKET, hande
 from x07_sandbox.errors import HostError, SandboxError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import Deadline
-from x07_sandbox.host.decoding import known
+from x07_sandbox.host.decoding import prepared
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.os_errors import host_error
 from x07_sandbox.host.paths import state_dir
-from x07_sandbox.host.poll import readable
+from x07_sandbox.host.poll import wait_readable
 from x07_sandbox.host.processes import identify
 from x07_sandbox.jobs.record import Claim
 from x07_sandbox.pool.warm import WarmMachines
@@ -98,7 +98,7 @@ class Server:
                 try:
                     connection, _ = self.listener.accept()
                 except OSError:  # no descriptor is left: some come back with the leases
-                    readable(self._end, _NO_FDS_S)
+                    wait_readable(self._end, _NO_FDS_S)
                     continue
                 thread = threading.Thread(target=self._serve_one, args=(connection,), name="x07-lease", daemon=True)
                 thread.start()
@@ -207,7 +207,7 @@ class Server:
 def _claim(asked: dict[str, Any]) -> Claim | None:
     """What is claimed, if it is well-formed: it becomes the name of a folder."""
     with contextlib.suppress(msgspec.ValidationError):
-        claim = msgspec.convert({name: asked.get(name) for name in ("run_id", "phase", "wall_ms")}, known(Claim))
+        claim = msgspec.convert({name: asked.get(name) for name in ("run_id", "phase", "wall_ms")}, prepared(Claim))
         if _JOB_ID.fullmatch(claim.job_id) and 0 < claim.wall_ms <= _WALL_MS_MAX:
             return claim
     return None

@@ -116,11 +116,11 @@ def build_lock(
     pause: called repeatedly during the wait; its exceptions end it. most_s: timeout in seconds, since the other process
     may be stopped (Ctrl-Z). If locking fails, all processes build.
     """
-    waited = False
+    mostly_waited = False
 
     def on_wait() -> None:
-        nonlocal waited
-        waited = True
+        nonlocal mostly_waited
+        mostly_waited = True
         progress("waiting: another run builds the same program")
 
     with contextlib.ExitStack() as stack:
@@ -128,7 +128,7 @@ def build_lock(
             # At most 256 lock files, so that none has to be removed; keys that share one are built one after the other.
             place = cache_folder("building") / key[:2]
             stack.enter_context(file_lock(place, on_wait=on_wait, most_s=most_s, pause=pause))
-        yield waited
+        yield mostly_waited
 
 
 def remove_artifact(key: str) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, Final, NoReturn
 import msgspec
 
 from x07_sandbox.errors import UsageError
-from x07_sandbox.host.decoding import known
+from x07_sandbox.host.decoding import prepared
 from x07_sandbox.host.paths import is_folder
 from x07_sandbox.programs.toolchains import Toolchain, toolchain_named
 
@@ -73,7 +73,7 @@ def decode_manifest(data: bytes, *, source: str) -> tuple[Manifest, Toolchain]:
         _wrong(source, f"schema_version is {shown}, and this version reads {SCHEMA!r}")
     _check_keys(value, source)
     try:
-        manifest = msgspec.convert(value, known(Manifest))
+        manifest = msgspec.convert(value, prepared(Manifest))
     except msgspec.ValidationError as exc:
         _wrong(source, str(exc))
     toolchain = toolchain_named(manifest.toolchain)

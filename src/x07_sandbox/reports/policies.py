@@ -14,10 +14,7 @@ from x07_sandbox.policy.problems import Problem
 
 
 class CheckedFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One policy. file: as the user named it. policy_id, digest: of a valid one. problems, text: of any other.
-
-    completed_by: the command that makes a complete policy of the fields of an incomplete one.
-    """
+    """One policy. file: as the user named it. policy_id, digest: of a valid one. problems, text: of any other."""
 
     file: str
     status: Literal["valid", "invalid", "unreadable"]
@@ -25,7 +22,6 @@ class CheckedFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     digest: str | UnsetType = UNSET
     problems: tuple[Problem, ...] | UnsetType = UNSET
     text: str | UnsetType = UNSET
-    completed_by: str | UnsetType = UNSET
 
 
 class CheckReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -84,7 +80,7 @@ class ExplainReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     carried_out: whether a run would start. toolchain: of the program, where one was named.
     filters: names of the image's seccomp filters that the program would be under.
-    never_reached: hosts that are listed, and that the gate refuses unless the user's own settings open them.
+    unreachable_entries: hosts that are listed, and that the gate refuses unless the user's own settings open them.
     """
 
     schema_version: Literal["x07.sandbox.policy.explain@0.1.0"] = "x07.sandbox.policy.explain@0.1.0"
@@ -98,7 +94,7 @@ class ExplainReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     filters: tuple[str, ...]
     controls: tuple[ExplainedControl, ...]
     refusals: tuple[Refusal, ...]
-    never_reached: tuple[NeverReached, ...] = ()
+    unreachable_entries: tuple[NeverReached, ...] = ()
 
 
 class DiffReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -10,7 +10,7 @@ import msgspec
 from msgspec.structs import replace
 
 from x07_sandbox.host import settings
-from x07_sandbox.host.decoding import known
+from x07_sandbox.host.decoding import prepared as prepared_model
 from x07_sandbox.programs import artifacts
 from x07_sandbox.programs.toolchains import build_driver
 from x07_sandbox.runs.job import run_job
@@ -45,8 +45,8 @@ def obtain_artifact(prepared: Prepared, draft: Result, folder: RunFolder, artifa
     if (build := _recall(key, artifact)) is not None:
         return None, replace(draft, artifact_from="cache", build=build)
     most_s = min((prepared.request.build_wall_ms or settings.BUILD_WALL_MS) / 1000, prepared.request.queue_s)
-    with artifacts.build_lock(key, prepared.request.cancel.pause, most_s, prepared.request.progress) as waited:
-        if waited and (build := _recall(key, artifact)) is not None:
+    with artifacts.build_lock(key, prepared.request.cancel.pause, most_s, prepared.request.progress) as mostly_waited:
+        if mostly_waited and (build := _recall(key, artifact)) is not None:
             return None, replace(draft, artifact_from="cache", build=build)
         ending, draft = yield from _build(prepared, draft, folder, artifact)
         if ending is None:
@@ -66,14 +66,14 @@ def _key(prepared: Prepared, image_digest: str) -> str:
 
 
 def _build(prepared: Prepared, draft: Result, folder: RunFolder, artifact: OutFile) -> Step[Built]:
-    from x07_sandbox.plan.outcomes import Outcome, as_build, verdict
+    from x07_sandbox.plan.outcomes import Outcome, build_verdict, verdict
 
     draft = replace(draft, artifact_from="build")
     yield draft
     prepared.request.progress(f"building {prepared.program.source.name or 'the project'} in a separate machine")
     with contextlib.ExitStack() as stack:
         end = run_job(prepared, build_spec(prepared, artifact, stack), draft.run, folder)
-    ending = as_build(end.ending, prepared.request.build_wall_ms or settings.BUILD_WALL_MS)
+    ending = build_verdict(end.ending, prepared.request.build_wall_ms or settings.BUILD_WALL_MS)
     if prepared.program.toolchain.archive:  # the language is not compiled
         ending = replace(ending, reason=ending.reason.replace("the compiler", "the check of the source", 1))
     report = replace(end.report, reason=ending.reason)
@@ -99,7 +99,7 @@ def _recall(key: str, artifact: OutFile) -> BuildOutput | None:
                 break
         if artifact.sha256() == found.sha256:
             with contextlib.suppress(msgspec.MsgspecError):
-                build = msgspec.json.decode(found.notes, type=known(BuildOutput))
+                build = msgspec.json.decode(found.notes, type=prepared_model(BuildOutput))
                 artifact.complete = True
                 return build
     artifact.clear()

@@ -186,8 +186,8 @@ class Phase:
             self.stage = Stage.RUN
             self.deadline = Deadline.after(self.spec.wall_ms / 1000)
         elif event.kind is Kind.FAILED:
-            not_executed = body["errno"] if body["stage"] == "exec" else 0
-            self._end(setup_failure=f"{body['stage']}: {body['message']}", not_executed=not_executed)
+            exec_errno = body["errno"] if body["stage"] == "exec" else 0
+            self._end(setup_failure=f"{body['stage']}: {body['message']}", exec_errno=exec_errno)
         elif event.kind is Kind.DENIED:
             if len(self.refused) >= DENIED_MAX:
                 raise PeerError("bad DENIED frame", f"there are more than {DENIED_MAX}")
@@ -224,7 +224,7 @@ class Phase:
                 raise PeerError("bad data", "an output file was not requested or is larger than announced")
             self.link.consumed(event.stream, len(event.payload))
             return
-        if event.stream in {Stream.CHANGES, Stream.LEFT}:
+        if event.stream in {Stream.CHANGES, Stream.LEFT_FILES}:
             if event.stream not in self.to_come:
                 raise PeerError("bad data", "changes were not requested")
             self.link.consumed(event.stream, len(event.payload))
@@ -256,7 +256,7 @@ class Phase:
         if self.spec.changes is not None:
             self.to_come.add(Stream.CHANGES)
         if self.spec.left_files is not None and body["left_files"]:
-            self.to_come.add(Stream.LEFT)
+            self.to_come.add(Stream.LEFT_FILES)
         if not self.to_come:
             self._end()
 

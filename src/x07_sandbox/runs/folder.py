@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from x07_sandbox.errors import HostError, UsageError
-from x07_sandbox.host.locks import share_folder
-from x07_sandbox.host.paths import open_own, private_dir, state_dir
+from x07_sandbox.host.locks import lock_shared
+from x07_sandbox.host.paths import open_private_file, private_dir, state_dir
 from x07_sandbox.jobs.record import home_of
 from x07_sandbox.runs.result import Output
 from x07_sandbox.runs.streams import OutFile, Sink
@@ -30,7 +30,7 @@ class RunFolder:
         self.path = private_dir(private_dir(runs_dir(private_dir(state_dir()))) / run_id)
         self._stack = stack
         try:
-            stack.callback(os.close, share_folder(self.path))  # keeps it from being pruned
+            stack.callback(os.close, lock_shared(self.path))  # keeps it from being pruned
         except OSError as exc:
             why = exc.strerror or str(exc)
             raise HostError(f"cannot use the run's folder {self.path}", why, "Start the run again") from exc
@@ -39,7 +39,7 @@ class RunFolder:
         """Return a sink that stores its stream in this folder, and the descriptor of the file. Raises HostError."""
         path = self.path / name
         try:
-            fd = open_own(path, os.O_RDWR | os.O_EXCL)
+            fd = open_private_file(path, os.O_RDWR | os.O_EXCL)
         except OSError as exc:
             fix = "Free space there, or set X07_VM_STATE_DIR"
             raise HostError(f"cannot write {path}", exc.strerror or str(exc), fix) from exc
@@ -89,9 +89,9 @@ def unnamed_file(folder: Path, guest_path: str, max_bytes: int, stack: contextli
     try:
         fd = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except OSError as exc:
-        from x07_sandbox.host.os_errors import fix_of
+        from x07_sandbox.host.os_errors import fix_for
 
-        fix = fix_of(exc, "Set X07_VM_STATE_DIR to a folder on ext4, xfs or btrfs")
+        fix = fix_for(exc, "Set X07_VM_STATE_DIR to a folder on ext4, xfs or btrfs")
         raise HostError("cannot create a temporary file", f"{folder}: {exc.strerror}", fix) from exc
     stack.callback(os.close, fd)
     return OutFile(path=guest_path, fd=fd, max_bytes=max_bytes)

@@ -8,7 +8,7 @@ import re
 import shlex
 from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.plan.hints import Beside, hints, program_hint
+from x07_sandbox.plan.hints import LocalModules, hints, program_hint
 from x07_sandbox.programs.manifest import FILE
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def missing_interpreter(program: Program) -> list[Hint]:
     return [] if found is None else [program_hint(found[1].decode())]
 
 
-def _beside(request: RunRequest, program: Program) -> Beside | None:
+def _beside(request: RunRequest, program: Program) -> LocalModules | None:
     if request.program is None or program.project or program.toolchain.name != "python":
         return None
     folder, name = request.program.parent, request.program.name
@@ -49,4 +49,4 @@ def _beside(request: RunRequest, program: Program) -> Beside | None:
     modules |= {entry.name for entry in found if os.path.exists(f"{entry.path}/__init__.py")}  # noqa: PTH110 - a text
     has_manifest = FILE in {entry.name for entry in found}
     init = f", after x07 init --toolchain python --entry {shlex.quote(name)} {shlex.quote(where)}"
-    return Beside(modules, f"x07 run {shlex.quote(where)}{f' with both in its {FILE}' if has_manifest else init}")
+    return LocalModules(modules, f"x07 run {shlex.quote(where)}{f' with both in its {FILE}' if has_manifest else init}")

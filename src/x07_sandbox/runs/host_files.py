@@ -19,9 +19,17 @@ from x07_sandbox.files.incoming import Incoming
 from x07_sandbox.files.protected import Protection, repository_around, work_trees
 from x07_sandbox.files.roots import Root, change_roots, mounts_of, roots_of, trees_of
 from x07_sandbox.host import settings
-from x07_sandbox.host.paths import cache_dir, is_folder, one_slash, open_own, private_dir, real_path, state_dir
+from x07_sandbox.host.paths import (
+    cache_dir,
+    collapse_leading_slashes,
+    is_folder,
+    open_private_file,
+    private_dir,
+    real_path,
+    state_dir,
+)
 from x07_sandbox.jobs.record import home_of
-from x07_sandbox.plan.denials import Area
+from x07_sandbox.plan.denials import GuestMount
 from x07_sandbox.plan.guest_paths import OUT, PROGRAM, WORK
 from x07_sandbox.programs.toolchains import PROJECT_FOLDER
 from x07_sandbox.runs.folder import runs_dir
@@ -83,12 +91,12 @@ class HostFiles:
         given = {root.guest: root.given for root in roots}
         if request.workdir is not None and not program.project:
             given[WORK] = "."  # as in --allow-write-root
-        self.areas = [Area(given=given[mount.at], at=mount.at, write=mount.write) for _, mount in self._mounts]
+        self.areas = [GuestMount(given=given[mount.at], at=mount.at, write=mount.write) for _, mount in self._mounts]
         self._roots = [one for one in self._mounts if one in writable]
         self.incoming: Incoming | None = None
         if self._roots and request.changes != "discard":
             private_dir(self._place)
-            data_fd = open_own(self._place / "data", os.O_RDWR | os.O_EXCL)
+            data_fd = open_private_file(self._place / "data", os.O_RDWR | os.O_EXCL)
             stack.callback(os.close, data_fd)
             entries = self._bounds.entries + sum(len(copied.nodes) for copied in self.copied)
             most_bytes = settings.CHANGES_MAX_BYTES
@@ -258,7 +266,7 @@ def effective_roots(request: RunRequest, program: Program, policy: Policy) -> tu
         fix = "Set fs.enabled to true in it, or leave --out out"
         why = f"fs.enabled is false in policy {policy.policy_id}"
         raise RefusedError("cannot use --out", why, fix).by("fs.enabled", value=True)
-    out = one_slash(os.path.normpath(real_path(Path()) / request.out))
+    out = collapse_leading_slashes(os.path.normpath(real_path(Path()) / request.out))
     if any(root.guest == OUT for root in roots):
         raise RefusedError("cannot use --out", f"the policy has a root at {OUT}", "Use only one of them")
     return (*roots, Root(field="--out", given=str(request.out), host=out, guest=OUT, write=True))

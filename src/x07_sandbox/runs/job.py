@@ -66,7 +66,7 @@ def run_job(prepared: Prepared, spec: PhaseSpec, run_id: str, folder: RunFolder)
     evidence = facts.evidence
     if gate is not None and net is None:
         evidence = replace(evidence, gate_lost=True)
-        if said := gate.said():
+        if said := gate.last_message():
             warnings.append(f"the egress gate reported: {said}")
     if not drain((stdout, stderr), request.cancel):
         evidence = replace(evidence, cancelled_by=request.cancel.signal or 0)
@@ -116,7 +116,7 @@ def _run_phase(
         with contextlib.ExitStack() as stack:
             instance = _start(prepared, spec, run_id, stack, warnings)
             if gate is not None:
-                gate.give(instance.net_fd)
+                gate.send_stream(instance.net_fd)
             facts = run_phase(spec, instance, streams)
     except NoAnswerError as exc:
         from x07_sandbox.runs.execute import PhaseFacts

@@ -10,7 +10,7 @@ import msgspec
 from x07_sandbox.backends.base import Needs, RootPlace
 from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.plan.confinement import UNCONFINED, Confinement
-from x07_sandbox.plan.denials import Area
+from x07_sandbox.plan.denials import GuestMount
 from x07_sandbox.runs.streams import InFile, OutFile, Sink
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class PhaseSpec(msgspec.Struct, frozen=True, kw_only=True):
     cwd: str = CWD
     mounts: tuple[dict[str, Any], ...] = ()
     places: tuple[RootPlace, ...] = ()
-    areas: tuple[Area, ...] = ()
+    areas: tuple[GuestMount, ...] = ()
     changes: Any = None
     left: dict[str, int] | None = None
     left_files: Any = None

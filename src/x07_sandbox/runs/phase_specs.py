@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from x07_sandbox.backends.base import RootPlace
 from x07_sandbox.host import settings
 from x07_sandbox.plan.confinement import confinement
-from x07_sandbox.plan.sizes import build_limits, build_limits_shown, ram_class_bytes
+from x07_sandbox.plan.sizes import build_limits, guest_limits, ram_class_bytes
 from x07_sandbox.policy import program_environment
 from x07_sandbox.programs.toolchains import (
     ARTIFACT,
@@ -73,12 +73,12 @@ def build_spec(prepared: Prepared, artifact: OutFile, stack: contextlib.ExitStac
         name="build",
         argv=toolchain.build(program.source),
         files=tuple(files),
-        limits=limits,
+        limits=guest_limits(limits, settings.BUILD_TASKS),
         wall_ms=wall_ms or settings.BUILD_WALL_MS,
         env=env,
-        ram_bytes=ram_class_bytes(limits["mem_bytes"]),
+        ram_bytes=ram_class_bytes(limits.mem_bytes),
         output=artifact,
-        limits_shown=build_limits_shown(wall_ms),
+        limits_shown=limits,
     )
 
 

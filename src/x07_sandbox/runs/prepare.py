@@ -115,7 +115,7 @@ def prepare(
     availability = backend.probe(image, boot=not dry)
     _require_hardware(request, availability)
     for flag_name, folder in (("--out", request.out), ("--workdir", request.workdir)):
-        if folder is not None and "host-files" not in availability.features.can_hold:
+        if folder is not None and "host-files" not in availability.features.can_enforce:
             why = f"the backend {backend.name} cannot bring files back"
             raise RefusedError(f"cannot use {flag_name}", why, "Leave it out, or use --sandbox-backend vm")
     plan = make_plan(effective_policy.policy, availability.features, cpu_ms=program.cpu_ms)

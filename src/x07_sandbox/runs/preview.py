@@ -79,8 +79,8 @@ def _scaled(ready: Prepared) -> tuple[Prepared, Scaling | None]:
 
 
 def _endpoint(entry: Entry | Denied) -> str:
-    from x07_sandbox.network.names import spelled
+    from x07_sandbox.network.names import pattern_text
 
-    host = spelled(entry.what)
+    host = pattern_text(entry.what)
     ports = "*" if entry.ports is None else ",".join(map(str, sorted(entry.ports)))
     return f"[{host}]:{ports}" if ":" in host else f"{host}:{ports}"

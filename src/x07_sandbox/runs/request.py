@@ -27,7 +27,7 @@ from x07_sandbox.runs.streams import InFile, OutFile, memory_file, read_all
 if TYPE_CHECKING:
     import contextlib
 
-    from x07_sandbox.policy.limits import LimitChanges, Reach
+    from x07_sandbox.policy.limits import FlagReach, LimitChanges
     from x07_sandbox.policy.model import Limits
     from x07_sandbox.policy.overrides import Overrides
     from x07_sandbox.programs.protocol import Protocol
@@ -74,7 +74,7 @@ class EffectivePolicy(NamedTuple):
     own: Limits | None = None
     may_raise: bool = False
 
-    def reach(self) -> Reach:
+    def reach(self) -> FlagReach:
         """Return how far flags can raise the limits."""
         from x07_sandbox.policy.limits import flag_reach  # few runs need it
 

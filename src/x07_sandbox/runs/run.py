@@ -223,7 +223,7 @@ def _scaled(prepared: Prepared, draft: Result) -> tuple[Prepared, Result]:
 
 
 def _naming_flags(ending: Verdict, prepared: Prepared) -> Verdict:
-    from x07_sandbox.plan.outcomes import as_limited_by
+    from x07_sandbox.plan.outcomes import name_flags
 
     flags, cpu_ms, changes = {}, prepared.program.cpu_ms, prepared.request.limits
     if changes is not None:
@@ -233,7 +233,7 @@ def _naming_flags(ending: Verdict, prepared: Prepared) -> Verdict:
             flags[f"limits.{field}"] = NAMES[field].keyword if changes.by_keyword else NAMES[field].flag
     if cpu_ms is not None and cpu_ms < prepared.policy.policy.limits.cpu_ms:
         flags["limits.cpu_ms"] = "--cpu-time-limit-seconds"
-    return as_limited_by(ending, flags)
+    return name_flags(ending, flags)
 
 
 def _discarded(usage: dict[str, Any], taken: dict[str, bytes]) -> Discarded:
@@ -243,7 +243,7 @@ def _discarded(usage: dict[str, Any], taken: dict[str, bytes]) -> Discarded:
 
 
 def _without_command(ending: Verdict, end: JobEnd, prepared: Prepared) -> Verdict:
-    if prepared.program.toolchain is not COMMAND or end.facts.evidence.not_executed != errno.ENOENT:
+    if prepared.program.toolchain is not COMMAND or end.facts.evidence.exec_errno != errno.ENOENT:
         return ending
     name, image = ascii(prepared.program.source.name)[1:-1], prepared.image_name
     if prepared.image is None:
@@ -263,7 +263,7 @@ def _with_denials(draft: Result, prepared: Prepared, spec: PhaseSpec, end: JobEn
     if outcome == "ok" and not (refused or tasks or disk or memory or denied):
         return draft
     from x07_sandbox.plan import observed  # imported only for programs that were denied something
-    from x07_sandbox.plan.outcomes import waited
+    from x07_sandbox.plan.outcomes import mostly_waited
 
     policy, program = prepared.policy.policy, prepared.program
     reach = prepared.policy.reach()
@@ -282,7 +282,7 @@ def _with_denials(draft: Result, prepared: Prepared, spec: PhaseSpec, end: JobEn
         denials.append(observed.memory_full(policy, reach))
     if limit := observed.limit_hit(outcome, policy, reach, cpu_ms=program.cpu_ms):
         scalable = outcome in {"timeout", "cpu-limit"} and prepared.availability.features.emulated
-        scalable = scalable and not (outcome == "timeout" and waited(end.facts.evidence, spec.limits_shown))
+        scalable = scalable and not (outcome == "timeout" and mostly_waited(end.facts.evidence, spec.limits_shown))
         if scalable and draft.scaling is None and prepared.request.scale_limits is not False:
             limit = replace(limit, reason=SCALING_HINT)
         denials.append(limit)
@@ -300,7 +300,7 @@ def _hints(outcome: str, prepared: Prepared, spec: PhaseSpec, end: JobEnd) -> li
         from x07_sandbox.runs.hint_context import hints_for
 
         return hints_for(tail, prepared.policy.policy, spec, prepared.request, prepared.program)
-    if end.facts.evidence.not_executed == errno.ENOENT:
+    if end.facts.evidence.exec_errno == errno.ENOENT:
         from x07_sandbox.runs.hint_context import missing_interpreter
 
         return missing_interpreter(prepared.program)

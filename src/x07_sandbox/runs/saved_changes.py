@@ -12,7 +12,7 @@ import os
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from x07_sandbox.errors import HostError, SandboxError, UsageError
-from x07_sandbox.host.locks import folder_to_remove, is_locked, opened_lock
+from x07_sandbox.host.locks import is_locked, lock_fd_held, lock_for_removal
 from x07_sandbox.host.paths import private_dir, read_bounded, state_dir
 from x07_sandbox.runs.folder import APPLYING, RUN_NAME, all_runs, find_run, runs_dir
 
@@ -122,7 +122,7 @@ def undo_saved(saved: SavedChanges, on_wait: Callable[[str], None]) -> ChangeSet
 @contextlib.contextmanager
 def _locked(folder: Path, on_wait: Callable[[str], None]) -> Iterator[None]:
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    with opened_lock(fd, on_wait=lambda: on_wait(str(folder))):
+    with lock_fd_held(fd, on_wait=lambda: on_wait(str(folder))):
         yield
 
 
@@ -181,6 +181,6 @@ def recover_all(progress: Callable[[str], None]) -> None:
         except SandboxError as exc:
             progress(f"{exc} The journal is below {folder}.")
             continue
-        with contextlib.suppress(OSError), folder_to_remove(folder) as free:  # else another process has just started
+        with contextlib.suppress(OSError), lock_for_removal(folder) as free:  # else another process has just started
             if free and not _pending(folder):
                 (root / APPLYING / name).unlink(missing_ok=True)

@@ -13,8 +13,8 @@ from typing import Final
 import msgspec
 
 from x07_sandbox.errors import BackendError
-from x07_sandbox.host.poll import readable, wait_writable
-from x07_sandbox.host.threads import started
+from x07_sandbox.host.poll import wait_readable, wait_writable
+from x07_sandbox.host.threads import start_thread
 
 _CHUNK: Final = 64 * 1024
 ROOM: Final = "Free space there, or set X07_VM_STATE_DIR to a larger disk"
@@ -66,7 +66,7 @@ class _Writer:
         self._changed = threading.Condition()
         self._closed = False
         # A daemon, so that a reader that stopped reading does not keep the process alive.
-        self._thread = started(threading.Thread(target=self._serve, name="x07-output", daemon=True))
+        self._thread = start_thread(threading.Thread(target=self._serve, name="x07-output", daemon=True))
 
     def put(self, data: bytes) -> None:
         """Queue bytes."""
@@ -226,7 +226,7 @@ def read_all(fd: int, most: int) -> bytes:
         try:
             piece = os.read(fd, 1 << 20)
         except BlockingIOError:
-            readable(fd)
+            wait_readable(fd)
             continue
         if not piece:
             break

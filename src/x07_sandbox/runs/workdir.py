@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from x07_sandbox.errors import RefusedError, UsageError
 from x07_sandbox.files.changes import printable
 from x07_sandbox.files.roots import Root
-from x07_sandbox.host.paths import cache_dir, is_folder, one_slash, real_path, state_dir
+from x07_sandbox.host.paths import cache_dir, collapse_leading_slashes, is_folder, real_path, state_dir
 from x07_sandbox.plan.guest_paths import WORK
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def working_folder(workdir: Path) -> Path:
     if ours is not None:
         why = f"{ours} belongs to the system or holds x07's own records"
         raise UsageError(what, why, "Name the folder of one project")
-    return Path(one_slash(os.path.normpath(folder)))
+    return Path(collapse_leading_slashes(os.path.normpath(folder)))
 
 
 def _not_copied() -> list[Path]:

@@ -12,7 +12,7 @@ from typing import Any, Final
 import msgspec
 from msgspec.structs import replace
 
-from x07_sandbox.host.decoding import known
+from x07_sandbox.host.decoding import prepared
 from x07_sandbox.x07.protocol import HEAD_BYTES
 from x07_sandbox.x07.runner_report import COUNTERS, FAILED_EXIT, CompileRunReport, SolveReport
 
@@ -41,7 +41,7 @@ def find_metrics(stderr: bytes) -> dict[str, Any] | None:
         if not line.lstrip().startswith(b"{"):
             continue
         try:
-            found = msgspec.json.decode(line, type=known(Metrics))
+            found = msgspec.json.decode(line, type=prepared(Metrics))
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             continue
         if found != Metrics():

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Final, Literal, NoReturn
 import msgspec
 
 from x07_sandbox.errors import UsageError
-from x07_sandbox.host.decoding import known
+from x07_sandbox.host.decoding import prepared
 
 PROJECT_FILE: Final = "x07.json"
 SOURCE_SUFFIX: Final = ".x07.json"
@@ -88,7 +88,7 @@ class Project(msgspec.Struct, frozen=True, kw_only=True):
 def decode_project(data: bytes, *, source: str) -> Project:
     """The project file in *data*. Raises UsageError."""
     try:
-        project = msgspec.json.decode(data, type=known(Project))
+        project = msgspec.json.decode(data, type=prepared(Project))
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
         _wrong(source, str(exc))
     if not _VERSIONS.fullmatch(project.schema_version):

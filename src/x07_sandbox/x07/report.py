@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 from msgspec.structs import replace
 
-from x07_sandbox.host.decoding import known
+from x07_sandbox.host.decoding import prepared
 from x07_sandbox.x07.framed_output import read_protocol
 from x07_sandbox.x07.runner_report import FAILED_EXIT, CompileReport, CompileRunReport, runner_report
 
@@ -34,7 +34,7 @@ def x07_report(result: Result, built: Built) -> CompileRunReport:
         return read_protocol(report)  # it was compiled before, and who did that has the compiler's word
     said = result.build.stdout.data if result.build is not None else b""
     try:
-        compiled = msgspec.json.decode(said, type=known(_Said)).compile
+        compiled = msgspec.json.decode(said, type=prepared(_Said)).compile
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
         compiled = replace(report.compile, ok=False, exit_status=report.compile.exit_status or FAILED_EXIT)
         compiled = replace(compiled, compile_error=UNREADABLE, trap=f"{UNREADABLE}: {exc}", compiled_exe=None)

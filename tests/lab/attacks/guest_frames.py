@@ -7,7 +7,19 @@ import struct
 import time
 from typing import Any
 
-from tests.lab.attacks.guest_port import CREDIT, DATA, DATAGRAM, RESET, TCP, TOLD, UDP, Port, Stream, asking, frame
+from tests.lab.attacks.guest_port import (
+    CREDIT,
+    DATA,
+    DATAGRAM,
+    REFUSAL,
+    RESET,
+    TCP,
+    UDP,
+    Port,
+    Stream,
+    asking,
+    frame,
+)
 
 State = dict[str, Any]
 
@@ -84,7 +96,7 @@ def told_flood(state: State, *, host: str, port: int, count: int) -> dict[str, A
     gate = _port(state)
     for start in range(0, count, 100):
         claims = [
-            frame(TOLD, 0, struct.pack(">BH", TCP, port) + host.format(at).encode("latin-1"))
+            frame(REFUSAL, 0, struct.pack(">BH", TCP, port) + host.format(at).encode("latin-1"))
             for at in range(start, start + 100)
         ]
         gate.write(b"".join(claims))

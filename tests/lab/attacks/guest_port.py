@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass, field
 
 HEADER = struct.Struct(">BBHII")
-OPEN, OPENED, DATA, CREDIT, FIN, RESET, DATAGRAM, TOLD = range(1, 9)
+OPEN, OPENED, DATA, CREDIT, FIN, RESET, DATAGRAM, REFUSAL = range(1, 9)
 TCP, UDP = 6, 17
 WINDOW = 512 * 1024
 PORTS = "/sys/class/virtio-ports"

@@ -78,18 +78,16 @@ def udp(_state: State, *, host: str, port: int, say: str, wait_s: float = 0.3) -
             return {"said": _name_of(exc.errno or 0) if exc.errno else "silence"}
 
 
-def dns(_state: State, *, queries: list[str], stream: bool = False) -> dict[str, Any]:
+def dns(_state: State, *, queries: list[str]) -> dict[str, Any]:
     """Ask the answerer of the guest; queries as they go over the wire (hexadecimal)."""
     codes = []
     for query in queries:
-        data = bytes.fromhex(query)
-        kind = socket.SOCK_STREAM if stream else socket.SOCK_DGRAM
-        with socket.socket(socket.AF_INET, kind) as sock:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
             sock.settimeout(0.3)
             try:
                 sock.connect(RELAY_DNS)
-                sock.sendall(struct.pack(">H", min(len(data), 65535)) + data if stream else data)
-                answer = sock.recv(65535)[2 if stream else 0 :]
+                sock.send(bytes.fromhex(query))
+                answer = sock.recv(65535)
                 codes.append(answer[3] & 15 if len(answer) > 3 else -1)
             except OSError:
                 codes.append(-1)

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from x07_sandbox.guest.platform import Platform
 
 _unshare = os.unshare
-_last_steps = restrict.last_steps
+_last_steps = restrict.exec_functions
 
 
 class NoRelay:
     """In the place of a `RelayProcess`."""
 
     def __init__(self) -> None:
-        self.told_fd, self._open_fd = os.pipe2(os.O_CLOEXEC)
+        self.status_fd, self._open_fd = os.pipe2(os.O_CLOEXEC)
 
     def wait_built(self) -> None:
         """It is."""
@@ -40,7 +40,7 @@ class NoRelay:
         """There is nothing to end."""
 
 
-class RootPlace(environment.Place):
+class RootEnvironment(environment.Environment):
     """A place whose program is started anew, without an interpreter that waits."""
 
     def __init__(self, platform: Platform, *, first: bool = True, network: bool = False, **_words: object) -> None:
@@ -52,11 +52,13 @@ class LostAgent(honest.Agent):
 
     def _take(self, event: Event) -> None:
         if isinstance(event, Control) and event.kind is honest.Kind.START and "frames" in event.body["argv"]:
-            self.place = self.place or RootPlace(self.platform, network=event.body["network"] is not None)
-            if self.place.relay is not None:
-                self.place.relay.wait_built()
-                self.place.relay.close()
-                self.place.relay = NoRelay()
+            self.environment = self.environment or RootEnvironment(
+                self.platform, network=event.body["network"] is not None
+            )
+            if self.environment.relay is not None:
+                self.environment.relay.wait_built()
+                self.environment.relay.close()
+                self.environment.relay = NoRelay()
         super()._take(event)
 
 
@@ -66,7 +68,7 @@ def _without_pid_namespace(flags: int) -> None:
 
 
 def _only_the_program(program: int, *, namespace: bool) -> int:
-    """As init._last_of, where everybody is in reach of kill(-1)."""
+    """As init._wait_for_program, where everybody is in reach of kill(-1)."""
     del namespace
     while True:
         pid, status = os.wait()
@@ -81,10 +83,10 @@ def _no_last_steps() -> tuple:
 def main() -> None:
     """Serve the one conversation with a program that is root."""
     os.unshare = _without_pid_namespace
-    init._last_of = _only_the_program  # noqa: SLF001 - there is no other way in
-    restrict.last_steps = _no_last_steps
-    honest.Place = RootPlace
-    machine.Machine.measures = confine.Measures(
+    init._wait_for_program = _only_the_program  # noqa: SLF001 - there is no other way in
+    restrict.exec_functions = _no_last_steps
+    honest.Environment = RootEnvironment
+    machine.Machine.confinement = confine.Confinement(
         world=confine.MACHINE.world, rights=(confine.MACHINE.rights[0], confine.FRESH_SIGNALS), job=confine.VIEW
     )
     platform = machine.Machine()

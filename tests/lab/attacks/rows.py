@@ -725,7 +725,7 @@ PEER_ROWS: Final = [
 
 
 HEADER: Final = struct.Struct(">BBHII")
-OPEN, OPENED_FRAME, DATA, CREDIT, FIN, RESET, DATAGRAM, TOLD = range(1, 9)
+OPEN, OPENED_FRAME, DATA, CREDIT, FIN, RESET, DATAGRAM, REFUSAL = range(1, 9)
 
 
 def raw(kind: int, stream: int, payload: bytes = b"", *, code: int = 0, zero: int = 0, length: int = -1) -> bytes:
@@ -801,7 +801,7 @@ CLAIM_ROWS: Final = [
         id=f"told-{word}",
         tried=f"The guest claims to have refused {what} itself: nothing comes of it.",
         do="write",
-        words={"say": [raw(TOLD, 0, struct.pack(">BH", transport, port) + host).hex()]},
+        words={"say": [raw(REFUSAL, 0, struct.pack(">BH", transport, port) + host).hex()]},
         answer={"lost": False},
     )
     for word, what, transport, host, port in (
@@ -894,12 +894,17 @@ VIOLATIONS: Final = [
     violation("code", "Data has a code.", raw(DATA, 1, b"x", code=1), tcp=1),
     violation("reset-code", "A reset has an unknown code.", raw(RESET, 1, code=200), tcp=1),
     violation("transport", "A connection of another transport is asked for.", opening(1, transport=1)),
-    violation("told-stream", "A claim of a refusal is on a stream.", raw(TOLD, 1, b"\x06\0\x50x"), tcp=1),
-    violation("told-empty", "A claim of a refusal has no host.", raw(TOLD, 0, b"\x06\0\x50"), tcp=1),
+    violation("told-stream", "A claim of a refusal is on a stream.", raw(REFUSAL, 1, b"\x06\0\x50x"), tcp=1),
+    violation("told-empty", "A claim of a refusal has no host.", raw(REFUSAL, 0, b"\x06\0\x50"), tcp=1),
     violation(
-        "told-long", "A claim of a refusal has a host of 300 bytes.", raw(TOLD, 0, b"\x06\0\x50" + b"a" * 300), tcp=1
+        "told-long",
+        "A claim of a refusal has a host of 300 bytes.",
+        raw(REFUSAL, 0, b"\x06\0\x50" + b"a" * 300),
+        tcp=1,
     ),
-    violation("told-transport", "A claim of a refusal is of another transport.", raw(TOLD, 0, b"\x01\0\x50x"), tcp=1),
+    violation(
+        "told-transport", "A claim of a refusal is of another transport.", raw(REFUSAL, 0, b"\x01\0\x50x"), tcp=1
+    ),
     violation(
         "fin-twice", "Data comes behind the end of its direction.", raw(FIN, 1), raw(DATA, 1, b"x"), tcp=1, port=6000
     ),
@@ -957,10 +962,10 @@ def stack(
     return Row(id=number, tried=tried, do=do, words=words, expected=expected, answer=answer or {})
 
 
-def answered(number: str, tried: str, codes: list[int], *queries: bytes, stream: bool = False) -> Row:
+def answered(number: str, tried: str, codes: list[int], *queries: bytes) -> Row:
     """Return queries to the guest's DNS server. codes: the expected response codes; -1 stands for no answer."""
     hexadecimal = [query.hex() for query in queries]
-    return stack(number, tried, "dns", answer={"codes": codes} if codes else {}, queries=hexadecimal, stream=stream)
+    return stack(number, tried, "dns", answer={"codes": codes} if codes else {}, queries=hexadecimal)
 
 
 _DATA_LABELS: Final = labels(f"{'6578666c' * 7}.{'74726174' * 7}.lab.example")
@@ -987,7 +992,7 @@ STACK_ROWS: Final = [
     answered("p23", "The name of an address is asked for.", [3], dns_query(labels("5.77.168.192.in-addr.arpa"), PTR)),
     answered("44-loop", "A name that points to itself.", [], dns_query(b"\xc0\x0c", A), dns_query(b"\x01a\xc0\x0c", A)),
     answered("44-short", "Queries that end too early.", [], b"\0", bytes(11), dns_query(_LISTED, A)[:-3]),
-    answered("44-large", "A query of 64 KiB.", [], dns_query(_LISTED, A) + bytes(65_000), stream=True),
+    answered("44-large", "A query of 64 KiB.", [], dns_query(_LISTED, A) + bytes(65_000)),
     stack(
         "p2-udp",
         "DNS to a server of our choice.",

@@ -15,12 +15,13 @@ from x07_sandbox.backends.container import reaper
 from x07_sandbox.backends.container.create import Wanted, create_argv, differences
 from x07_sandbox.backends.engines import container_id
 from x07_sandbox.backends.jailed import OwnAgent, error_stream, socket_ends
+from x07_sandbox.channel.egress import RESOLV_CONF
 from x07_sandbox.errors import BackendError, HostError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import Deadline
-from x07_sandbox.host.close_on_fork import Given
+from x07_sandbox.host.close_on_fork import FdGroup
 from x07_sandbox.host.paths import read_bounded
-from x07_sandbox.host.poll import readable
+from x07_sandbox.host.poll import wait_readable
 from x07_sandbox.host.processes import identify, own_identity
 from x07_sandbox.jobs.launcher import Launch, launch
 from x07_sandbox.jobs.record import create_record, drop_unstarted, mark_done, write_owner
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
     from x07_sandbox.backends.base import Greeting, Job, StartMode
     from x07_sandbox.backends.engines import Engine
-    from x07_sandbox.host.bounded_stream import SideStream
+    from x07_sandbox.host.bounded_stream import BoundedStream
     from x07_sandbox.images.verify import OpenImage
     from x07_sandbox.jobs.record import JobRecord
 
@@ -42,7 +43,6 @@ _NET: Final = "net"
 _RESOLV_CONF: Final = "resolv.conf"
 _ENGINE: Final = "engine"
 _ENGINE_MAX: Final = 8192
-_RELAY: Final = "nameserver 127.0.0.53\noptions timeout:5 attempts:2\n"  # guest/firewall has it
 
 
 class ContainerInstance(OwnAgent):
@@ -55,7 +55,7 @@ class ContainerInstance(OwnAgent):
     start_mode: StartMode = "cold"
 
     def __init__(
-        self, engine: Engine, record: JobRecord, container: str, client: subprocess.Popen[bytes], errors: SideStream
+        self, engine: Engine, record: JobRecord, container: str, client: subprocess.Popen[bytes], errors: BoundedStream
     ) -> None:
         self.record = record
         self.jail = f"a container of {engine.name}"
@@ -96,7 +96,7 @@ def started(engine: Engine, job: Job, image: OpenImage) -> Iterator[ContainerIns
         # Before there is anything: whatever is left by a runner killed from here on is found by the record's name.
         write_owner(record, runner=own_identity(), processes={}, cgroups=())
         runner_r, runner_w = os.pipe2(os.O_CLOEXEC)
-        given = Given()
+        given = FdGroup()
         stack.callback(given.close)
         given.add(runner_r)
         stack.callback(os.close, runner_w)
@@ -142,7 +142,7 @@ class _Files:
         self.listener: socket.socket | None = None
         try:
             (record.folder / _ENGINE).write_text(engine.place, encoding="utf-8")
-            self.resolv_conf.write_text(_RELAY if network else "", encoding="ascii")
+            self.resolv_conf.write_text(RESOLV_CONF if network else "", encoding="ascii")
             self.resolv_conf.chmod(0o644)
             if network:
                 self.net.mkdir(mode=0o755)
@@ -168,7 +168,7 @@ class _Files:
         """The agent's connection; nobody else can make one then. Raises BackendError."""
         assert self.listener is not None  # noqa: S101 - for the type checker
         deadline = Deadline.after(settings.BOOT_S)
-        while not readable(self.listener.fileno(), 0.05):
+        while not wait_readable(self.listener.fileno(), 0.05):
             if instance.exit_status() is not None or deadline.passed():
                 said = " ".join(instance.console_tail().split())[-300:]
                 raise BackendError("the container did not start", said or "its agent never came", "Run x07 doctor")
@@ -231,7 +231,7 @@ def _created(engine: Engine, wanted: Wanted) -> str:
 
 
 def _running(
-    engine: Engine, record: JobRecord, container: str, stack: contextlib.ExitStack, given: Given
+    engine: Engine, record: JobRecord, container: str, stack: contextlib.ExitStack, given: FdGroup
 ) -> ContainerInstance:
     channel_fd, far_fd = socket_ends(stack, given)
     errors, stderr_fd = error_stream(stack, given)

@@ -138,7 +138,7 @@ class OsBackend(_Backend):
             replace_file(verdict, json.dumps({"proof": proof}).encode())
             known = True
         warnings = ["the program's system calls meet this host's own kernel"]
-        if missing := sorted(set(_BY_CONTROLLER.values()) - features.can_hold):
+        if missing := sorted(set(_BY_CONTROLLER.values()) - features.can_enforce):
             warnings.append(f"this host gives no control groups that hold {', '.join(missing)}")
         proof = proof if known else "no confined process has been tried yet"
         return Availability(features=features, proof=proof, known=known, warnings=tuple(warnings))
@@ -158,7 +158,7 @@ class NoneBackend(_Backend):
         require_python()
         # Root may raise its own limits again.
         held = frozenset() if os.geteuid() == 0 else _PER_PROCESS
-        features = Features(isolation="none", own_kernel=False, can_hold=held)
+        features = Features(isolation="none", own_kernel=False, can_enforce=held)
         whose = "root's" if os.geteuid() == 0 else "this user's"
         warning = f"nothing keeps the program from {whose} files, processes and network"
         return Availability(features=features, proof="an ordinary process needs no proof", warnings=(warning,))
@@ -183,7 +183,7 @@ def _confined_features(controllers: tuple[str, ...]) -> Features:
     if _numbers(os.uname().release) >= _TASKS_APART:
         held.add("limits.procs")
     held |= {_BY_CONTROLLER[controller] for controller in controllers}
-    return Features(isolation="process", own_kernel=False, can_hold=frozenset(held))
+    return Features(isolation="process", own_kernel=False, can_enforce=frozenset(held))
 
 
 def _numbers(text: str) -> tuple[int, ...]:

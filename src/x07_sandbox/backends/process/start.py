@@ -16,8 +16,8 @@ from x07_sandbox.backends.process.view import FILES, Sandbox, agent_argv, sandbo
 from x07_sandbox.errors import BackendError, HostError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
-from x07_sandbox.host.close_on_fork import Given
-from x07_sandbox.host.os_errors import need_own_proc
+from x07_sandbox.host.close_on_fork import FdGroup
+from x07_sandbox.host.os_errors import require_own_proc
 from x07_sandbox.jail.bwrap import may_nest, supervisor_argv
 from x07_sandbox.jail.cgroups import program_groups
 from x07_sandbox.jail.uids import lease_uid
@@ -40,7 +40,7 @@ class _Ends:
     """Channel and error stream of one agent: ours, closed by *stack*, and the child's, which are given to it."""
 
     def __init__(self, stack: contextlib.ExitStack) -> None:
-        self.given = Given()
+        self.given = FdGroup()
         stack.callback(self.given.close)
         self.channel_fd, self.far_fd = socket_ends(stack, self.given)
         self.net_fd, self.far_net_fd = socket_ends(stack, self.given)
@@ -71,7 +71,7 @@ def start_confined(record: JobRecord, deadline_s: int, controllers: tuple[str, .
     """
     with contextlib.ExitStack() as stack:
         stack.callback(drop_unstarted, record)
-        need_own_proc()
+        require_own_proc()
         code = agent_code(confined=True)
         uid, lock_fd = stack.enter_context(lease_uid()) if os.geteuid() == 0 else (None, None)
         ends = _Ends(stack)
@@ -113,7 +113,7 @@ def start_unconfined(record: JobRecord, deadline_s: int) -> Iterator[ProcessInst
     """Start an agent without confinement, with a folder in the record's. Raises BackendError, HostError."""
     with contextlib.ExitStack() as stack:
         stack.callback(drop_unstarted, record)
-        need_own_proc()
+        require_own_proc()
         code = agent_code(confined=False)
         folder = files_folder(record)
         try:

@@ -12,8 +12,8 @@ from x07_sandbox.backends.qemu.bounds import VMM_BYTES
 from x07_sandbox.backends.qemu.machine import qmp_quit, qmp_resume
 from x07_sandbox.errors import BackendError
 from x07_sandbox.host import close_on_fork, settings
-from x07_sandbox.host.bounded_stream import SideStream
-from x07_sandbox.host.poll import readable
+from x07_sandbox.host.bounded_stream import BoundedStream
+from x07_sandbox.host.poll import wait_readable
 from x07_sandbox.jobs.record import renamed_record, renewed_record
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Gate:
 
     def __init__(self, owned_fd: int, message: Callable[[int], bytes]) -> None:
         self.opened = False
-        self._fd: int | None = close_on_fork.keep(owned_fd)  # in a forked child it would hold the gate shut
+        self._fd: int | None = close_on_fork.add(owned_fd)  # in a forked child it would hold the gate shut
         self._message = message
 
     def open(self, pid: int) -> None:
@@ -76,9 +76,9 @@ class Streams:
         self.start_mode = start_mode
         self.notes: tuple[str, ...] = ()
         self._qmp_fd = ends["qmp"]
-        self.console = SideStream(ends["console"], keep_bytes=settings.CONSOLE_MAX_BYTES)
-        self.qmp = SideStream(ends["qmp"], keep_bytes=4096)
-        self.errors = SideStream(ends["stderr"], keep_bytes=settings.STDERR_MAX_BYTES)
+        self.console = BoundedStream(ends["console"], keep_bytes=settings.CONSOLE_MAX_BYTES)
+        self.qmp = BoundedStream(ends["qmp"], keep_bytes=4096)
+        self.errors = BoundedStream(ends["stderr"], keep_bytes=settings.STDERR_MAX_BYTES)
         self._side = {stream.fd: stream for stream in (self.console, self.qmp, self.errors)}
 
     def tell(self, commands: bytes) -> None:
@@ -147,7 +147,7 @@ class QemuInstance(Streams, Jailed):
     def ends_when_asked(self) -> bool:
         """Ask QEMU to quit; whether it has."""
         self.tell(qmp_quit())
-        return self._gate.opened and readable(self.pidfd, 0.05)
+        return self._gate.opened and wait_readable(self.pidfd, 0.05)
 
 
 class LeasedInstance(Streams):
@@ -174,5 +174,5 @@ class LeasedInstance(Streams):
         if self._gone is None:
             if self.exit_status() is None:
                 self.tell(qmp_quit())
-            self._gone = self._lease.give_back() and readable(self._inner_pidfd, _GONE_S)
+            self._gone = self._lease.give_back() and wait_readable(self._inner_pidfd, _GONE_S)
         return self._gone

@@ -17,7 +17,7 @@ from x07_sandbox.errors import BackendError, HostError
 from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.os_errors import out_of_cpu_time
-from x07_sandbox.host.paths import open_own
+from x07_sandbox.host.paths import open_private_file
 from x07_sandbox.images.manifest import Part
 from x07_sandbox.images.scratch import read_disk
 from x07_sandbox.jobs.record import Claim, create_record, new_run_id
@@ -97,12 +97,12 @@ def renew(instance: Instance, kind: MachineKind) -> None:
 
 def _check_presence(deadline: Deadline) -> None:
     """Raises HostError if this process missed the deadline itself, which says nothing of the machine."""
-    if deadline.missed():
+    if deadline.missed_while_stopped():
         raise HostError("cannot make a VM template", "this process was stopped meanwhile", "The next run tries again")
 
 
 def _new_file(path: Path, stack: contextlib.ExitStack) -> int:
-    fd = open_own(path, os.O_RDWR | os.O_EXCL)
+    fd = open_private_file(path, os.O_RDWR | os.O_EXCL)
     stack.callback(os.close, fd)
     return fd
 

@@ -17,9 +17,9 @@ from x07_sandbox.backends.qemu.instance import Gate, Held, QemuInstance
 from x07_sandbox.backends.qemu.machine import OVERCOMMIT, Machine, Origin, Paths, qemu_argv
 from x07_sandbox.errors import HostError
 from x07_sandbox.host.arch import Arch, host_arch
-from x07_sandbox.host.bounded_stream import SideStream
-from x07_sandbox.host.close_on_fork import Given
-from x07_sandbox.host.os_errors import fix_of, need_own_proc
+from x07_sandbox.host.bounded_stream import BoundedStream
+from x07_sandbox.host.close_on_fork import FdGroup
+from x07_sandbox.host.os_errors import fix_for, require_own_proc
 from x07_sandbox.images.manifest import ScratchDisk
 from x07_sandbox.images.scratch import write_disk
 from x07_sandbox.jail.bwrap import BWRAP, PERL, SETPRIV, Jail, may_nest
@@ -91,11 +91,11 @@ def start_qemu(
     arch, record, image = arch or host_arch(), job.record, image_of(job.kind)
     with contextlib.ExitStack() as stack:
         stack.callback(drop_unstarted, record)
-        need_own_proc()
+        require_own_proc()
         check_tools(arch)
         form = jail_form()
         uid, lock_fd = stack.enter_context(lease_uid()) if os.geteuid() == 0 else (None, None)
-        given = Given()  # what the child gets: ours to close once it has them, or when it never came to be
+        given = FdGroup()  # what the child gets: ours to close once it has them, or when it never came to be
         stack.callback(given.close)
         ends = {name: socket_ends(stack, given) for name in ("channel", "net", "qmp", "console", "stderr")}
         ours, theirs = {name: pair[0] for name, pair in ends.items()}, {name: pair[1] for name, pair in ends.items()}
@@ -154,7 +154,7 @@ class _Ready(NamedTuple):
     machine: Machine
     form: Form
     request: Launch
-    given: Given
+    given: FdGroup
     gate: Gate
     ends: dict[str, int]
     limits: dict[int, tuple[int, int]]
@@ -177,7 +177,7 @@ def _running(ready: _Ready) -> AbstractContextManager[QemuInstance]:
 
 def _no_jail(stderr_fd: int, form: Form, status: int | None) -> NotStartedError:
     """What was said when the jail could not be built, as an error."""
-    stream = SideStream(stderr_fd, keep_bytes=4096)
+    stream = BoundedStream(stderr_fd, keep_bytes=4096)
     stream.read()
     said = stream.text().strip() or f"it ended with status {status}"
     if "find source path" in said:
@@ -206,7 +206,7 @@ def image_of(kind: MachineKind) -> OpenImage:
 _Files = dict[str, tuple[int, str]]
 
 
-def _fd_files(image: OpenImage, memory: Saving | Saved | None, given: Given, form: Form) -> _Files:
+def _fd_files(image: OpenImage, memory: Saving | Saved | None, given: FdGroup, form: Form) -> _Files:
     """What the machine reads. A clone has kernel and initramfs in its memory.
 
     The opened files themselves, on a read-only mount: through a descriptor of its own a VMM that runs under the owner's
@@ -218,7 +218,7 @@ def _fd_files(image: OpenImage, memory: Saving | Saved | None, given: Given, for
     return _placed({"kernel": image.fds["kernel"], "initrd": image.fds["initrd"], "root": root}, given, form)
 
 
-def _overcommit(given: Given, form: Form) -> tuple[tuple[int, str], ...]:
+def _overcommit(given: FdGroup, form: Form) -> tuple[tuple[int, str], ...]:
     """The file by which QEMU decides whether it may leave memory unreserved: ours, since the jail has no /proc."""
     if not form.namespaces:
         return ()
@@ -227,7 +227,7 @@ def _overcommit(given: Given, form: Form) -> tuple[tuple[int, str], ...]:
     return ((fd, OVERCOMMIT),)
 
 
-def _writable(memory: Saving | Saved | None, uid: int | None, given: Given, form: Form) -> _Files:
+def _writable(memory: Saving | Saved | None, uid: int | None, given: FdGroup, form: Form) -> _Files:
     if not isinstance(memory, Saving):
         return {}
     if uid is not None:
@@ -236,7 +236,7 @@ def _writable(memory: Saving | Saved | None, uid: int | None, given: Given, form
     return _placed({"ram": memory.ram_fd, "state": memory.state_fd}, given, form, os.O_RDWR)
 
 
-def _placed(fds: dict[str, int], given: Given, form: Form, flags: int = os.O_RDONLY) -> _Files:
+def _placed(fds: dict[str, int], given: FdGroup, form: Form, flags: int = os.O_RDONLY) -> _Files:
     """Where they are: bound below the jail's root, or opened anew, since what is opened once has one offset for all."""
     if form.namespaces:
         return {name: (fd, getattr(Paths(), name)) for name, fd in fds.items()}
@@ -247,7 +247,7 @@ def _placed(fds: dict[str, int], given: Given, form: Form, flags: int = os.O_RDO
     return found
 
 
-def _scratch_disk(given: Given, image: OpenImage, record: JobRecord, memory: Saving | Saved | None) -> int:
+def _scratch_disk(given: FdGroup, image: OpenImage, record: JobRecord, memory: Saving | Saved | None) -> int:
     """Make the job's disk, a file without a name; a clone's holds what it held when the machine was saved."""
     if isinstance(memory, Saving):
         write_disk(image.fds["scratch"], image.manifest.scratch_disk, memory.scratch_fd)
@@ -255,7 +255,7 @@ def _scratch_disk(given: Given, image: OpenImage, record: JobRecord, memory: Sav
     try:
         fd = os.open(record.folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except OSError as exc:
-        fix = fix_of(exc, "Set X07_VM_STATE_DIR to a folder on ext4, xfs or btrfs")
+        fix = fix_for(exc, "Set X07_VM_STATE_DIR to a folder on ext4, xfs or btrfs")
         raise HostError("cannot make the scratch disk", f"{record.folder}: {exc.strerror}", fix) from exc
     given.add(fd)  # not ours once the child has it, so that its space is free when the child is gone
     held = (image.fds["scratch"], image.manifest.scratch_disk)

@@ -30,15 +30,22 @@ from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.cancel import Notice
 from x07_sandbox.host.clocks import boot_ms
-from x07_sandbox.host.decoding import known
+from x07_sandbox.host.decoding import prepared
 from x07_sandbox.host.locks import file_lock
-from x07_sandbox.host.paths import cache_dir, cache_folder, foreign, least_recently_used, read_bounded, replace_file
+from x07_sandbox.host.paths import (
+    cache_dir,
+    cache_folder,
+    least_recently_used,
+    read_bounded,
+    replace_file,
+    why_not_ours,
+)
 from x07_sandbox.host.processes import boot_id
 from x07_sandbox.images.manifest import Part, ScratchDisk, canonical
 from x07_sandbox.images.store import list_images
 from x07_sandbox.images.verify import CHUNK_BYTES, Subject, opened_file, opened_folder, opened_parts
 from x07_sandbox.plan.controls import run_limits
-from x07_sandbox.plan.sizes import build_limits
+from x07_sandbox.plan.sizes import build_limits, guest_limits
 from x07_sandbox.policy import default_policy
 
 if TYPE_CHECKING:
@@ -67,12 +74,13 @@ _OF_BUILDS: Final = ["importlib.util", "io", "os", "traceback"]  # what programs
 def warm_up(kind: MachineKind) -> dict[str, object]:
     """The body of WARM: what jobs of this kind need. commands: run before saving, so that the kernel has read them."""
     running = kind.runtime == "run"
+    limits = run_limits(default_policy()).for_guest() if running else guest_limits(build_limits(), settings.BUILD_TASKS)
     return {
         "preload": image_of(kind).manifest.preload if running else _OF_BUILDS,
         "hostname": settings.GUEST_HOSTNAME,
         "output": not running,
         "network": kind.network,
-        "limits": run_limits(default_policy()).for_guest() if running else build_limits(),
+        "limits": limits,
         "commands": _COMMANDS[kind.runtime],
     }
 
@@ -226,7 +234,7 @@ def opened_template(template: Template) -> Iterator[Saved | None]:
 def _decode(data: bytes, template: Template) -> TemplateManifest:
     what = f"cannot use {template.subject.name}"
     try:
-        made = msgspec.json.decode(data, type=known(TemplateManifest))
+        made = msgspec.json.decode(data, type=prepared(TemplateManifest))
     except msgspec.MsgspecError as exc:
         raise ImageError(what, f"its {MANIFEST} is damaged", "Try again") from exc
     if (made.schema_version, made.key) != (SCHEMA, template.key):
@@ -316,7 +324,7 @@ def expired_templates(*, keep: str, images: set[str]) -> list[tuple[Path, str]]:
             most_bytes -= _size_bytes(folder)
             continue
         try:
-            made = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=known(TemplateManifest))
+            made = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=prepared(TemplateManifest))
         except (OSError, msgspec.MsgspecError):
             doomed.append((folder, "its manifest is damaged"))
             continue
@@ -366,11 +374,11 @@ def prune_templates(pruner: Pruner, images: set[str]) -> None:
     folder = templates_dir()
     with file_lock(folder / ".lock", on_wait=lambda: pruner.progress("waiting for a VM template to be made")):
         for left in leftovers(folder):
-            if not foreign(left.lstat(), stat.S_ISDIR):
+            if not why_not_ours(left.lstat(), stat.S_ISDIR):
                 pruner.remove("leftover", left, "a killed process left it", shutil.rmtree)
         for path, why in expired_templates(keep="", images=images):
             pruner.remove_own("template", path, why, take_template_away)
         for path in folder.glob("*.bad"):
             heeded = Template(key=path.stem, folder=path.with_suffix("")).bad()
-            if not foreign(path.lstat(), stat.S_ISREG) and not heeded:
+            if not why_not_ours(path.lstat(), stat.S_ISREG) and not heeded:
                 pruner.remove("leftover", path, "it does not hold any more", Path.unlink)

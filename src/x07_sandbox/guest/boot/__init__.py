@@ -1,1 +1,1 @@
-"""What the image build runs or compiles inside the built root: never imported by anything."""
+"""Programs that the image build runs or compiles inside the built root; never imported."""

@@ -1,11 +1,11 @@
-"""Compile the guest's seccomp filters with libseccomp, run by the guest image's own interpreter.
+"""Compile the guest's seccomp filters with libseccomp; run by the guest image's own interpreter.
 
     python3 -I -S filters.py TARGET
 
-TARGET, a folder, gets one file of BPF a filter: `base` and `quiet`, which every program is under, and one for every
-combination of what a policy may forbid; and calls.json, numbers by name of what is recorded when it is refused. Of a
-filter that forbids executing, a second, "-once", lets that call pass which carries 24 secret bytes in three arguments
-that the kernel does not look at. The process that becomes a program puts them in place of `MARKERS`.
+Writes to the folder TARGET: one BPF file per filter, `base` and `quiet` for every program, and one for each combination
+of what a policy may forbid; and calls.json, the numbers of audited and refused system calls. For each filter that
+forbids execve there is a variant "-once": it allows the call with a 24-byte secret in three arguments that the kernel
+ignores. The process that becomes the program puts the secret in place of `MARKERS`.
 """
 
 import ctypes
@@ -26,7 +26,7 @@ _BAD_ARCHITECTURE = 2  # seccomp.h: SCMP_FLTATR_ACT_BADARCH
 _OPTIMIZE = 8  # SCMP_FLTATR_CTL_OPTIMIZE; 2: a binary tree over the numbers
 NE, GT, EQ, MASKED_EQ = 1, 6, 4, 7
 
-# What no program needs, or the kernel refuses an ordinary user anyway; most of it is where attacks on kernels began.
+# Calls that no program needs, or that the kernel denies to ordinary users anyway; most are known attack surface.
 DENIED = (
     # mounts and roots
     *("mount", "umount2", "pivot_root", "chroot", "move_mount", "open_tree", "fsopen", "fsmount", "fsconfig"),
@@ -36,13 +36,13 @@ DENIED = (
     *("clock_settime", "settimeofday", "clock_adjtime", "iopl", "ioperm", "uselib"),
     # other processes
     *("ptrace", "process_vm_readv", "process_vm_writev", "pidfd_getfd", "kcmp", "setns"),
-    # keyrings, files by handle, notices about whole file systems
+    # keyrings, files by handle, file system notifications
     *("add_key", "request_key", "keyctl", "open_by_handle_at", "name_to_handle_at", "fanotify_init", "fanotify_mark"),
-    # large and young parts of the kernel; memory that could be executed without a file system's leave
+    # large and young parts of the kernel; executable memory outside any file system
     *("bpf", "perf_event_open", "userfaultfd", "io_uring_enter", "io_uring_register"),
     *("memfd_create", "memfd_secret", "lookup_dcookie"),
 )
-# Calls that the kernel's audit records when the program may not: they name files, use up descriptors, or raise limits.
+# Calls that are audited when denied: they name files, use descriptors, or raise limits.
 AUDITED = (
     *("open", "openat", "openat2", "creat", "mkdir", "mkdirat", "rmdir", "unlink", "unlinkat", "mknod", "mknodat"),
     *("rename", "renameat", "renameat2", "link", "linkat", "symlink", "symlinkat", "truncate", "chmod", "fchmodat"),
@@ -54,13 +54,13 @@ AUDITED = (
     *("epoll_create1", "eventfd2", "timerfd_create", "inotify_init1"),
 )
 CLONE_THREAD = 0x00010000
-# NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET; and for unshare NEWTIME, which clone takes for a signal.
+# NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET; and NEWTIME for unshare only (in clone it is a signal bit).
 CLONE_NEW = (0x00020000, 0x02000000, 0x04000000, 0x08000000, 0x10000000, 0x20000000, 0x40000000)
 CLONE_NEWTIME = 0x80
 FAMILIES = frozenset({0, 1, 2, 10, 16})  # none, AF_UNIX, AF_INET, AF_INET6, AF_NETLINK
 AF_NETLINK = 16
-NETLINK_ROUTE = 0  # what the C library asks for addresses
-IOCTLS = (0x5412, 0x541C)  # TIOCSTI, TIOCLINUX: type into a terminal for others
+NETLINK_ROUTE = 0  # the C library reads addresses from it
+IOCTLS = (0x5412, 0x541C)  # TIOCSTI, TIOCLINUX: inject terminal input
 AT_EMPTY_PATH = 0x1000
 PERSONALITIES = 0x00020008  # PER_LINUX32 and UNAME26 only change what uname says
 MARKERS = (0x5AFE70115AFE7012, 0x5AFE70135AFE7014, 0x5AFE70155AFE7016)
@@ -70,14 +70,14 @@ Rule = tuple[str, int, tuple[tuple[int, int, int, int], ...]]
 
 
 def base_rules() -> list[Rule]:
-    """The filter that every program is under."""
+    """Return the rules for every program."""
     rules: list[Rule] = [(name, EPERM, ()) for name in DENIED]
     rules += [("clone", EPERM, ((0, MASKED_EQ, flag, flag),)) for flag in CLONE_NEW]
     rules += [("unshare", EPERM, ((0, MASKED_EQ, flag, flag),)) for flag in (*CLONE_NEW, CLONE_NEWTIME)]
     rules.append(("execveat", EPERM, ((4, MASKED_EQ, AT_EMPTY_PATH, AT_EMPTY_PATH),)))
-    # The kernel looks at 32 bits of these; comparing all 64 as one would let a value with a high bit pass.
+    # The kernel uses the lower 32 bits of these; comparing all 64 would let a value with a high bit pass.
     rules += [("ioctl", EPERM, ((1, MASKED_EQ, 0xFFFFFFFF, number),)) for number in IOCTLS]
-    # All ones asks which it is; every other value with more than the harmless bits would change how memory is laid out.
+    # All ones is a query; any other value with more than the harmless bits changes the memory layout.
     for bit in (1 << number for number in range(31)):
         if not bit & PERSONALITIES:
             rules.append(("personality", EPERM, ((0, MASKED_EQ, 1 << 31 | bit, bit),)))
@@ -92,16 +92,16 @@ def base_rules() -> list[Rule]:
 
 
 def quiet_rules() -> list[Rule]:
-    """What is refused without a record, since ordinary programs try it and fall back.
+    """Return the rules for calls that are refused without an audit record, since ordinary programs have a fallback.
 
-    The flags of clone3 lie in memory, where no filter can see them; the C library falls back on clone. libuv, and so
-    every program of node, asks for io_uring and falls back on epoll.
+    A filter cannot see the flags of clone3, which are in memory; the C library falls back to clone. libuv (node) falls
+    back from io_uring to epoll.
     """
     return [("clone3", ENOSYS, ()), ("io_uring_setup", EPERM, ())]
 
 
 def forbidding(*, threads: bool, spawn: bool, execute: bool, once: bool) -> list[Rule]:
-    """The filter that forbids what is true; once: but for the one call with the secret."""
+    """Return the rules that forbid what is True; once: except the execve with the secret."""
     rules: list[Rule] = []
     if threads:
         rules.append(("clone", EPERM, ((0, MASKED_EQ, CLONE_THREAD, CLONE_THREAD),)))
@@ -117,7 +117,7 @@ def forbidding(*, threads: bool, spawn: bool, execute: bool, once: bool) -> list
 
 
 def all_rules() -> dict[str, list[Rule]]:
-    """Every filter by name."""
+    """Return the rules of every filter, by name."""
     found = {"base": base_rules(), "quiet": quiet_rules()}
     for threads, spawn, execute in itertools.product((False, True), repeat=3):
         words = ("no-threads" * threads, "no-spawn" * spawn, "no-exec" * execute)
@@ -138,19 +138,19 @@ def _check(result: int, what: str) -> None:
 
 
 def compile_filter(rules: list[Rule], fd: int) -> None:
-    """Write the BPF for *rules* to *fd*. Calls that this architecture does not have are left out. Raises OSError."""
+    """Write the BPF code of *rules* to *fd*, without calls that this architecture lacks. Raises OSError."""
     library = ctypes.CDLL("libseccomp.so.2")
     library.seccomp_init.restype = ctypes.c_void_p
     types = (ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int, ctypes.c_uint, ctypes.POINTER(_Compare))
     library.seccomp_rule_add_exact_array.argtypes = types
     context = ctypes.c_void_p(library.seccomp_init(ctypes.c_uint32(ALLOW)))
-    # Another architecture's calls, x32's among them, do not exist here.
+    # Calls of other architectures, such as x32, fail with ENOSYS.
     _check(library.seccomp_attr_set(context, _BAD_ARCHITECTURE, ctypes.c_uint32(ENOSYS)), "architecture")
     _check(library.seccomp_attr_set(context, _OPTIMIZE, ctypes.c_uint32(2)), "optimize")
     for name, action, compares in rules:
         number = library.seccomp_syscall_resolve_name(name.encode())
         if number == -1:
-            raise OSError(errno.ENOSYS, "libseccomp does not know it", name)
+            raise OSError(errno.ENOSYS, "unknown to libseccomp", name)
         if number >= 0:
             array = (_Compare * len(compares))(*[_Compare(*compare) for compare in compares])
             _check(library.seccomp_rule_add_exact_array(context, action, number, len(compares), array), name)
@@ -159,7 +159,7 @@ def compile_filter(rules: list[Rule], fd: int) -> None:
 
 
 def call_numbers() -> dict[str, dict[str, int]]:
-    """Numbers, on this architecture, of the calls that are recorded, and of those that filters refuse."""
+    """Return the numbers, on this architecture, of audited calls and of calls that filters refuse."""
     library = ctypes.CDLL("libseccomp.so.2")
     refused = sorted({name for rules in all_rules().values() for name, _, _ in rules})
     found = {"audited": AUDITED, "refused": refused}
@@ -168,7 +168,7 @@ def call_numbers() -> dict[str, dict[str, int]]:
 
 
 def main(target: str) -> None:
-    """Write them all."""
+    """Write all files."""
     Path(target, "calls.json").write_text(json.dumps(call_numbers()), encoding="utf-8")
     for name, rules in all_rules().items():
         with Path(target, f"{name}.bpf").open("xb") as file:

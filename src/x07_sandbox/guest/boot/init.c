@@ -87,7 +87,7 @@ static int command_line_has(const char *word)
 }
 
 /*
- * Where the processor has no deadline timer, as under emulation, the kernel measures how fast its APIC counts, against
+ * Where the processor has no deadline timer, as under emulation, the kernel confinement how fast its APIC counts, against
  * the TSC, for a tenth of a second. If the host takes the processor away meanwhile, the result is wrong by as much as
  * it was away: all timers come late, or the kernel finds none that works and stays silent when it first has to wait.
  * No machine should go on so, least of all one that is saved; the host starts another when it reads this line. A timer

@@ -1,9 +1,9 @@
-"""Pack the guest's Python code into one zip of byte code, run by the guest image's own interpreter.
+"""Pack the guest's Python code as byte code into a zip; run by the guest image's own interpreter.
 
     python3 -I -S pack.py SOURCE DATA TARGET
 
-SOURCE holds the folder x07_sandbox, DATA what goes beside the code as it is. Byte code is "unchecked": nothing looks
-for a source file at start. Stored in name order with one date: the same code gives the same bytes.
+SOURCE contains the folder x07_sandbox, DATA the data files. The byte code is "unchecked", so that Python does not look
+for source files. The zip is reproducible: sorted names, a fixed date.
 """
 
 import importlib.util
@@ -12,13 +12,13 @@ import sys
 import zipfile
 from pathlib import Path
 
-SHOWN = "/x07/agent"  # where tracebacks say that the code lies: a guest path, the same on every host
+SHOWN = "/x07/agent"  # the path in tracebacks
 MAIN = b"from x07_sandbox.guest.agent import main\n\nmain()\n"
 DATE = (1980, 1, 1, 0, 0, 0)
 
 
 def byte_code(source: bytes, shown: str) -> bytes:
-    """A .pyc with an unchecked hash of its source (PEP 552)."""
+    """Return a .pyc with an unchecked source hash (PEP 552)."""
     code = compile(source, shown, "exec", dont_inherit=True, optimize=0)
     flags = (1).to_bytes(4, "little")
     return importlib.util.MAGIC_NUMBER + flags + importlib.util.source_hash(source) + marshal.dumps(code)

@@ -1,10 +1,10 @@
-"""List what of the image may be read where only some of its programs may be, run by the image's own interpreter.
+"""List the paths of the image that stay readable under an execution list; run by the image's own interpreter.
 
     python3 -I -S places.py TARGET
 
-TARGET gets a JSON list of paths: the largest folders without a program in them, and the single files beside programs.
-A program is an executable file in a folder of programs, or an executable ELF program anywhere: the loader would run it
-without the kernel's check. Scripts elsewhere are data: what may run them is a program.
+Writes a JSON list: the largest folders without programs, and single files beside programs. A program is an executable
+file in a program folder, or an executable ELF program anywhere, since the loader could run it without the kernel's
+check. Scripts elsewhere are data: running them takes an interpreter, which is a program.
 """
 
 import json
@@ -14,7 +14,7 @@ import struct
 import sys
 from pathlib import Path
 
-# Folders of the root that are the machine's own, or hold nothing of the image.
+# Top-level folders that are not taken from the image.
 NOT_OURS = frozenset({"dev", "home", "media", "mnt", "opt", "proc", "root", "run", "srv", "sys", "tmp", "x07"})
 PROGRAM_FOLDERS = frozenset({"bin", "sbin", "libexec", "games"})
 _HEADER = struct.Struct("<16xH14xQ14xHH")  # e_type, e_phoff, e_phentsize, e_phnum of a 64-bit file
@@ -23,7 +23,7 @@ _INTERP = 3  # PT_INTERP
 
 
 def is_elf_program(path: str) -> bool:
-    """Whether it is one of its own: not a library, though some of those can be executed too."""
+    """Return whether a file is an ELF program, not a library."""
     if ".so" in os.path.basename(path):
         return False
     with Path(path).open("rb") as file:
@@ -41,7 +41,7 @@ def is_elf_program(path: str) -> bool:
 
 
 def readable(folder: str, *, programs: bool) -> tuple[bool, list[str]]:
-    """Whether there is no program in *folder*, and the paths that may be read. programs: it lies in such a folder."""
+    """Return whether *folder* is free of programs, and its readable paths. programs: whether it is a program folder."""
     found: list[str] = []
     whole = True
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
