@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 Group = Literal["channel", "files", "outcome", "deadline", "stop", "limits", "isolation", "network", "images", "roots"]
 Facts = dict[str, Any]
 Check = Callable[[Bench], None]
-WITHOUT_GAPS: Final[frozenset[Group]] = frozenset({"channel", "files", "outcome", "deadline", "stop"})
 
 
 class Behaviour(msgspec.Struct, frozen=True, kw_only=True):
@@ -335,7 +334,6 @@ print(json.dumps(said))
 
 
 def _connected(bench: Bench) -> Facts:
-    """Connect to a listed name without an address, an unlisted name, and a listed address that the gate refuses."""
     hosts = tuple(HostPorts(host=host, ports=(80,)) for host in ("x07-conform.invalid", "10.255.255.1"))
     result = bench.run(_CONNECT, policy=policy_with(net={"allow_hosts": hosts}))
     expect(_END, ("ok", 0), _end(result))

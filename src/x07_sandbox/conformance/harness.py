@@ -87,10 +87,9 @@ class Running(NamedTuple):
 
 
 class Bench:
-    """A backend under test, made by `open_bench`.
+    """A backend under test, made by `open_bench`. artifact: the built LAUNCHER; build: the result of building it.
 
-    image: None if the backend uses none. artifact: the built LAUNCHER. build: the result of the run that built it.
-    runner: the command that carries out a run in another process.
+    image: None if the backend uses none. runner: the command that carries out a run in another process.
     """
 
     def __init__(

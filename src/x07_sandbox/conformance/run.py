@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
 
 import msgspec
 
-from x07_sandbox.conformance.behaviours import BEHAVIOURS, WITHOUT_GAPS, Behaviour
+from x07_sandbox.conformance.behaviours import BEHAVIOURS, Behaviour
 from x07_sandbox.conformance.harness import RUNNER, Bench, BrokenError, open_bench
 from x07_sandbox.errors import shown
 from x07_sandbox.plan.features import Isolation
@@ -32,14 +32,6 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     backend: str
     isolation: Isolation
     verdicts: tuple[Verdict, ...]
-
-
-def wrong_gaps(gaps: Mapping[str, str]) -> list[str]:
-    """Return what is wrong with a backend's known gaps, one sentence each."""
-    groups = {behaviour.name: behaviour.group for behaviour in BEHAVIOURS}
-    found = [f"there is no behaviour {name}" for name in gaps if name not in groups]
-    found += [f"{name} is in {groups[name]}, which has no gaps" for name in gaps if groups.get(name) in WITHOUT_GAPS]
-    return found + [f"{name} has no reason" for name, reason in gaps.items() if not reason]
 
 
 def conform(

@@ -63,12 +63,10 @@ def apply(
 ) -> ChangeSet:
     """Apply a set to the host and return the set that undoes it, which is empty if nothing had to be done.
 
-    data_fd: the contents. folder: the private folder of the set; created if missing. on_wait: called with a path before
-    waiting for another process that works on it. keeps: save the undo set in *folder*. around: entered once the folder
-    is locked and recovered.
-
-    Raises ValueError for an invalid set, ConflictError, HostError. The host is then unchanged, unless the rollback
-    failed too: recover() retries it.
+    data_fd: the contents. folder: the private folder of the set, created if missing. on_wait: called with a path before
+    waiting for a lock. keeps: save the undo set. around: entered once the folder is locked and recovered. Raises
+    ValueError for an invalid set, ConflictError, HostError; then nothing has changed, unless the rollback failed too,
+    which recover() retries.
     """
     check_set(changes)
     with _locked(folder, on_wait), around or contextlib.nullcontext():

@@ -41,10 +41,7 @@ def check_step(site: Site, step: Step) -> None:
 
 
 def apply_step(site: Site, step: Step) -> None:
-    """Take a step, then compare what it displaced, which may have changed since the first check.
-
-    Raises ConflictError, OSError; the step may then be done.
-    """
+    """Take a step, then compare what it displaced. Raises ConflictError, OSError; the step may then be done."""
     if step.kind == "mode":
         _apply_mode(site, step)
         return
@@ -64,7 +61,6 @@ def apply_step(site: Site, step: Step) -> None:
 
 
 def _displace(site: Site, step: Step, folder: int, name: str) -> str:
-    """Move what is there into staging and what is new in its place; return the slot of what was there."""
     staging = site.staging_fd
     if step.kind == "remove":
         beneath.move(folder, name, staging, step.slot)
@@ -113,7 +109,6 @@ def _apply_mode(site: Site, step: Step) -> None:
 
 
 def _is_expected(site: Site, step: Step, slot: str) -> bool:
-    """Return whether a slot holds what was there at the first check."""
     with open_inode(site.staging_fd, slot) as old:
         if old is None or step.before is None or old.ident != step.old or old.mode != step.old_mode:
             return False

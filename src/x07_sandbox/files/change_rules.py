@@ -1,8 +1,4 @@
-"""The rules for changes that a guest reports. Pure: they see names and digests only.
-
-The net difference is judged: what a program creates and removes again does not matter. A forbidden entry is left out
-and reported together with its dependents, or blocks the whole set in all-or-nothing mode.
-"""
+"""The rules for changes that a guest reports; pure. They judge the net difference, by names and digests."""
 
 from __future__ import annotations
 
@@ -66,10 +62,9 @@ def check_changes(  # noqa: PLR0913 - the tree, the reported entries, and what i
     *,
     split: bool = False,
 ) -> CheckedChanges:
-    """Check what the guest reported about one root.
+    """Check what the guest reported about one root. before, skipped: what was and was not copied in, by name.
 
-    before, skipped: what was and was not copied in, by name below the root. split: leave out refused changes with their
-    dependents, and check the rest again. Raises PeerError if the report contradicts itself.
+    split: leave out refused changes with their dependents, and check the rest again. Raises PeerError.
     """
     near, refused = _near(reported, bounds.depth)
     after, others = _after(before, near)
@@ -103,8 +98,6 @@ def _sorted(refused: Iterable[Refused]) -> tuple[Refused, ...]:
 
 
 class _Check:
-    """Finds the changes that lead to a new tree, and every reason why one of them is forbidden."""
-
     def __init__(
         self,
         before: Mapping[str, Node],
@@ -158,7 +151,6 @@ def _same(one: Node | None, other: Node | None) -> bool:
 
 
 def _near(reported: Iterable[ReportedEntry], most: int) -> tuple[list[ReportedEntry], list[Refused]]:
-    """Return the entries of at most *most* parts, and a refusal for each uppermost folder that is deeper."""
     near: list[ReportedEntry] = []
     deep: dict[str, int] = {}
     for one in reported:

@@ -1,7 +1,6 @@
-"""The data model of change sets: what was there before, what is there now, and where new content lies.
+"""The data model of change sets. A set is stored as `changes.json` (a `ChangeSet`) and `data` (the contents).
 
-A set is stored as two files: `changes.json` (a `ChangeSet`) and `data` (the contents of all new files, one after the
-other, holes kept). Applying a set produces another one that undoes it.
+Contents follow one another in `data`, holes kept. Applying a set produces another one that undoes it.
 """
 
 from __future__ import annotations
@@ -23,10 +22,9 @@ STAGING: Final = ".x07-apply-"
 
 
 class Node(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """A file, folder or link. mode: permission bits of a file or folder.
+    """A file, folder or link. mode: permission bits of a file or folder. target: of a link, decoded by os.fsdecode.
 
-    size, sha256 (64 hex digits): of a file's content. at: offset of the content in `data`, if it is there. target: of a
-    link, decoded by os.fsdecode.
+    size, sha256 (64 hex digits): of a file's content. at: offset of the content in `data`, if it is there.
     """
 
     kind: Literal["file", "folder", "link"]
@@ -98,11 +96,10 @@ class Refused(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class RootChanges(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The changes below one folder of the host.
+    """The changes below one folder of the host, sorted by name. root: its absolute path, free of links.
 
-    root: its absolute path, free of links. missing: it does not exist, and is created if it is to hold something.
-    changes: sorted by name. left_out: changes that are saved for review but not applied with the others. refused: the
-    reasons why changes are not allowed, sorted by name; changes that only depend on refused ones have none.
+    missing: it does not exist, and is created if it is to hold something. left_out: saved for review but not applied.
+    refused: why changes are not allowed; changes that only depend on refused ones have no reason.
     """
 
     root: str

@@ -192,7 +192,6 @@ def _fits(found: OpenInode | None, node: Node | None) -> bool:
 
 
 def _has_parent(name: str, folders: set[str], dir_fd: int, prefix: str) -> bool:
-    """Return whether the parent folder exists or is in *folders*, which caches the answer."""
     parent = posixpath.dirname(name)
     if not name or parent in folders:
         return True

@@ -22,10 +22,9 @@ def digest(fd: int, size: int) -> str:
 
 
 def copy(source: int, at: int, size: int, target: int, to: int) -> str:
-    """Copy *size* bytes from offset *at* of *source* to offset *to* of *target* and return their SHA-256.
+    """Copy *size* bytes from offset *at* of *source* to *to* of *target*, skipping holes; return their SHA-256.
 
-    Holes are skipped, so the target must hold nothing there, and the caller must set its length at the end. Raises
-    OSError; EOFError if the source is too short.
+    The caller must set the target's length. Raises OSError; EOFError if the source is too short.
     """
     if at + size > os.fstat(source).st_size:
         raise EOFError

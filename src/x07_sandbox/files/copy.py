@@ -1,8 +1,7 @@
 """Packing of a host tree for the guest, within what the policy and the user's settings allow.
 
-Links are not followed, other file systems are not entered, and each file is read once: the digests are of the bytes
-that travel. What is left out is reported. The program does not see it, except for empty folders on the way to a root
-below, which is a tree of its own. A missing root in a writable folder is created for the program.
+Links are not followed, other file systems not entered, files read once. What is left out is reported; the program does
+not see it, except for empty folders on the way to a root below. A missing root in a writable folder is created.
 """
 
 from __future__ import annotations
@@ -64,10 +63,9 @@ class EntriesError(RefusedError):
 
 
 class Bounds(msgspec.Struct, frozen=True, kw_only=True):
-    """What may travel. read_bytes, write_bytes: per file.
+    """What may travel. read_bytes, write_bytes: per file. secrets, hide (of --hide): patterns of names to leave out.
 
-    secrets, hide: patterns (fnmatch(3), any case) of names to leave out, unless a pattern in reveal matches too. hide
-    holds those of --hide.
+    The patterns (fnmatch(3), any case) do not apply to names that match one in *reveal*.
     """
 
     deny_hidden: bool
@@ -112,12 +110,10 @@ class Skipped(msgspec.Struct, frozen=True):
 
 
 class Copied(msgspec.Struct):
-    """The outcome of packing a tree. entries, size: totals.
+    """The outcome of packing a tree. nodes: writable entries, by name in the tree; created: those not on the host.
 
-    nodes: the writable entries, by name in the tree. created: those that do not exist on the host. skipped: writable
-    entries that were left out, with everything below; a name that is also in nodes is a folder on the way to another
-    tree. separate: mounts for which the tree holds nothing, because they are missing or were left out; they travel
-    alone.
+    skipped: writable entries that were left out; one that is also in nodes is a folder on the way to another tree.
+    separate: mounts for which the tree holds nothing; they travel alone. entries, size: totals.
     """
 
     nodes: dict[str, Node] = msgspec.field(default_factory=dict)
@@ -212,7 +208,6 @@ class _Walk:
                 self._put(Entry(Kind.FOLDER, os.fsencode(name), mode=0o755, mtime_ns=time.time_ns()), name)
 
     def _open(self) -> int | None:
-        """Open the folder of the tree; None for a missing write root. No part of the path may be a link."""
         host = self._tree.host
         try:
             return beneath.open_root(host)
@@ -223,7 +218,6 @@ class _Walk:
             raise UsageError(f"cannot give the program {host}", exc.strerror or str(exc), fix) from exc
 
     def _folders(self, top: int, device: int) -> None:
-        """Pack everything below *top*, folders before their entries. Each folder is open only while it is walked."""
         stack: list[tuple[int, str, Iterator[str]]] = [(top, "", iter(self._names(top, "")))]
         try:
             while stack:

@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 def with_dependents(changes: Sequence[Change], refused: Iterable[str]) -> set[str]:
     """Return *refused* and the names of all changes that depend on one of them.
 
-    A change depends on the folders above it, on the other half of a rename, and for a link on its path. A removed
-    folder stays if something in it stays; its other entries are still removed.
+    A change depends on folders above it, the other half of a rename, and for a link what is on its path.
     """
     refused = set(refused)
     by_name = {change.name: change for change in changes}
@@ -48,7 +47,6 @@ def with_dependents(changes: Sequence[Change], refused: Iterable[str]) -> set[st
 def _dependents(
     changes: Sequence[Change], names: AbstractSet[str]
 ) -> tuple[defaultdict[str, list[str]], defaultdict[str, list[str]]]:
-    """Return the dependents of each of *names*: by a rename or a link, and those below it."""
     dependents, below = defaultdict[str, list[str]](list), defaultdict[str, list[str]](list)
     for name, other in renames(changes):
         dependents[name].append(other)
@@ -133,7 +131,6 @@ def _content(node: Node | None) -> tuple[str, ...] | None:
 
 
 def _link_path(name: str, target: str) -> Iterator[str]:
-    """Yield the target of a link, by names alone, and all folders on the way to it."""
     end = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
     parts = end.split("/")[:DEPTH_MAX]  # no entry that is checked lies deeper
     for count in range(1, len(parts) + 1):

@@ -1,12 +1,8 @@
 """The journal of an application: the steps to take, so that a killed run can be rolled back or finished.
 
-It is one of three files in the private folder of a set; its name states the phase:
-
-    staging    staging folders are being made and filled; nothing else was touched
-    journal    all steps are known and some may be done: roll back
-    committed  all steps are done: publish the undo set, then remove what was displaced
-
-The first line is a `Head`, every other one a `Step`.
+It is one of three files in the private folder of a set: `staging` while staging folders are filled (nothing else was
+touched), `journal` once all steps are known (roll back), and `committed` once all are done (publish the undo set, then
+remove what was displaced). The first line is a `Head`, every other one a `Step`.
 """
 
 from __future__ import annotations

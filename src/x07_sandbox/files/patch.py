@@ -1,8 +1,4 @@
-"""Change sets as a patch: git's extended form of the unified diff.
-
-Common lines at both ends are removed first and only the middle is compared, within limits for each file and for the
-whole patch, because one side is hostile data.
-"""
+"""Change sets as a patch in git's extended unified format, with limits on the work because one side is hostile."""
 
 from __future__ import annotations
 
@@ -185,7 +181,6 @@ def _lines(data: bytes) -> list[bytes]:
 
 
 def _grouped(blocks: list[tuple[int, int, int, int]]) -> Iterator[list[tuple[int, int, int, int]]]:
-    """Yield groups of blocks whose context would overlap."""
     group: list[tuple[int, int, int, int]] = []
     for block in blocks:
         if group and block[0] - group[-1][1] > 2 * _CONTEXT:

@@ -132,7 +132,6 @@ class Walk:
             raise self._folder.refused(why, "Make it readable, or remove it from the project") from exc
 
     def _step(self, name: str, states: Sequence[_State]) -> tuple[set[int], set[_State]]:
-        """Return the patterns that a name completes, and the states for what is below it."""
         matched: set[int] = set()
         inner: set[_State] = set()
         for state in states:

@@ -1,7 +1,6 @@
 """Names that no program may change, whatever its policy says, because other tools run, obey or trust them.
 
-A program that could write a git hook, a shell start-up file or an editor's task would get the user's rights as soon as
-the user works in the folder. Only --allow-protected allows such names.
+Only --allow-protected allows them.
 """
 
 from __future__ import annotations
@@ -176,10 +175,9 @@ class Protection:
         return ""
 
     def repositories(self, nodes: Iterable[str], changed: Sequence[str]) -> dict[str, str]:
-        """Return those of *changed* that lie in a folder which git treats as a repository, and why each is refused.
+        """Return those of *changed* in a folder that git treats as a repository, and why each is refused.
 
-        nodes: all names before and after the run. Such a folder need not be called `.git`, nor hold objects and refs if
-        a commondir file says where they are (gitrepository-layout(5)).
+        nodes: all names before and after the run. See gitrepository-layout(5).
         """
         whole = functools.cache(self._whole)
         found: dict[str, set[str]] = defaultdict(set)

@@ -30,10 +30,9 @@ class Root(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class Mount(msgspec.Struct, frozen=True, kw_only=True):
-    """A part of a tree in the guest.
+    """A part of a tree in the guest. sub: the part, "" for all of it. at, host: its paths in the guest and on the host.
 
-    sub: the part, "" for all of it. at: its path in the guest. host: its path on the host. missing: it does not exist
-    on the host. single: it is a file.
+    missing: it does not exist on the host. single: it is a file.
     """
 
     sub: str
@@ -72,8 +71,7 @@ def roots_of(policy: Policy, base: Path, start: str) -> tuple[Root, ...]:
 def trees_of(roots: Sequence[Root]) -> tuple[Tree, ...]:
     """Group the roots into trees: a root inside another is copied once, and write access wins. Raises UsageError.
 
-    No folder on the path to a root may be a link, which could be redirected. A write root may be missing if its parent
-    folder exists.
+    No part of a path may be a link, which could be redirected. A write root may be missing if its parent exists.
     """
     states = {root.host: _look(root) for root in roots}
     tops: list[str] = []

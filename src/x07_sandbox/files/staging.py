@@ -40,8 +40,7 @@ class Planner:
     def add(self, place: int, items: Iterable[Item]) -> None:
         """Add the steps of one root. items: each folder before what is in it.
 
-        Folders that are closed to their owner are opened first. Removals go from the deepest up, additions from the top
-        down. Folders get their final modes last.
+        Removals go from the deepest up, additions from the top down; modes of folders are set last.
         """
         opening, removing, adding, closing = list[Step](), list[Step](), list[Step](), list[Step]()
         for item in items:
@@ -147,7 +146,6 @@ def _create_file(site: Site, step: Step, node: Node, data_fd: int) -> os.stat_re
 
 @contextlib.contextmanager
 def _source(dir_fd: int, step: Step, node: Node, data_fd: int) -> Iterator[int]:
-    """Open the source of a file's content: the set, or the current file if only its mode changes. Raises EOFError."""
     if node.at is not None:
         yield data_fd
         return

@@ -111,10 +111,9 @@ def store_artifact(key: str, fd: int, size: int, sha256: str, notes: bytes = b""
 def build_lock(
     key: str, pause: Callable[[], None], most_s: float, progress: Callable[[str], None] = lambda _text: None
 ) -> Iterator[bool]:
-    """Let one process at a time build *key*; yield whether it had to wait for another one.
+    """Let one process at a time build *key*; yield whether it had to wait. If locking fails, all processes build.
 
-    pause: called repeatedly during the wait; its exceptions end it. most_s: timeout in seconds, since the other process
-    may be stopped (Ctrl-Z). If locking fails, all processes build.
+    pause: called repeatedly during the wait; its exceptions end it. most_s: timeout, for a stopped builder (Ctrl-Z).
     """
     mostly_waited = False
 

@@ -184,7 +184,6 @@ def _assignment(line: str) -> tuple[str, str] | None:
 
 
 def _rule(line: str) -> tuple[str, str, str] | None:
-    """Return the targets of a rule's line, its prerequisites, and a command on the same line."""
     targets, colon, needs = line.partition(":")
     if not colon or not targets.strip() or needs[:1] == "=" or {"=", "#"} & set(targets):
         return None

@@ -38,10 +38,9 @@ class RunTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The manifest. Paths are relative to its folder and stay inside.
+    """The manifest. Paths are relative to its folder. files: names, or patterns with *, ?, [] and **.
 
-    files: what is copied in: names, or patterns with *, ?, [] and **. entry: the file that is started (scripts,
-    executables). artifact: the file that make builds. policy, image: defaults for runs.
+    entry: the file that is started (scripts, executables). artifact: the file that make builds.
     """
 
     schema_version: str

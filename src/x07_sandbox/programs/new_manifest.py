@@ -77,7 +77,6 @@ def _patterns(row: Toolchain, files: Sequence[str]) -> list[str]:
 
 
 def _entry(row: Toolchain, files: Sequence[str]) -> str:
-    """Return the file that is started: one with the usual name, or the only one at the top. Raises UsageError."""
     for name in row.entries or ():
         if name in files:
             return name

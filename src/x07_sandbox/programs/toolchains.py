@@ -35,11 +35,10 @@ _ELF: Final = b"\x7fELF"
 
 
 class Source(msgspec.Struct, frozen=True, kw_only=True):
-    """A source in the build VM.
+    """A source in the build VM. name: the file that is started, relative to the folder; "" if there is none (make).
 
-    name: the file that is started, relative to the folder; "" if there is none (make). folder: its folder. files: all
-    files below it, sorted; () for a single file. head: the first bytes of *name*. args: for the build tool. artifact:
-    what make builds, relative to the folder.
+    files: all files below the folder, sorted; () for a single file. head: the first bytes of *name*. args: for the
+    build tool. artifact: what make builds, relative to the folder.
     """
 
     name: str
@@ -145,7 +144,6 @@ def _first_line(head: bytes) -> list[str]:
 
 
 def _shell(source: Source) -> list[str]:
-    """Return the shell of a script's first line, with its options; bash if it has none. Raises UsageError."""
     words = _first_line(source.head)
     if not words:
         return [_BASH]

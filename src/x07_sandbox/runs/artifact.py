@@ -89,7 +89,6 @@ def _build(prepared: Prepared, draft: Result, folder: RunFolder, artifact: OutFi
 
 
 def _recall(key: str, artifact: OutFile) -> BuildOutput | None:
-    """Copy the cached artifact *key* into *artifact* and return the output of its build; None if its hash is wrong."""
     with artifacts.cached_artifact(key) as found:
         if found is None or found.size > artifact.max_bytes:
             return None

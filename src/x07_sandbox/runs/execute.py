@@ -1,8 +1,4 @@
-"""The conversation with the agent during one phase, and the only place that enforces output limits and deadlines.
-
-One loop waits for the channel, the machine's own streams and its end, the program's input, slow readers of its output,
-and a request to cancel. It blocks on none of them.
-"""
+"""The conversation with the agent during one phase: one loop, which also enforces output limits and deadlines."""
 
 from __future__ import annotations
 
@@ -299,7 +295,6 @@ class Phase:
         self.input_done = not data
 
     def _lost(self) -> None:
-        """Handle the end of the channel or machine; wait a moment for the exit status."""
         self._end(instance_status=wait_for_exit(self.instance))
 
     def _stop(self, **seen: object) -> None:

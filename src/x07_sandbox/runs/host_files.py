@@ -224,7 +224,6 @@ class HostFiles:
         return ChangeSet(run=self._place.parent.name, roots=every, all_or_nothing=whole)
 
     def _own(self, mount: Mount) -> list[str]:
-        """Return the names below a root that decide which policy file was read."""
         policy = self._request.policy
         if not isinstance(policy, (str, Path, ProjectPolicy)):
             return []

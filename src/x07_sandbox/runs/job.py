@@ -130,7 +130,6 @@ def _run_phase(
 def _start(
     prepared: Prepared, spec: PhaseSpec, run_id: str, stack: contextlib.ExitStack, warnings: list[str]
 ) -> Instance:
-    """Return an instance that has answered: from the pool, else a new one. Raises NoAnswerError."""
     request, backend = prepared.request, prepared.backend
     job = Job(
         claim=Claim(run_id=run_id, phase=spec.name, wall_ms=spec.wall_ms),

@@ -133,7 +133,6 @@ def run_spec(
 
 
 def _start(program: Program, cwd: str) -> list[str]:
-    """Return the command line of the program; a command with a slash is relative to its working folder."""
     start = program.toolchain.start(program.source)
     if program.toolchain is COMMAND and "/" in start[0]:
         start[0] = posixpath.normpath(posixpath.join(cwd, start[0]))
@@ -146,7 +145,7 @@ def _left(prepared: Prepared, stack: contextlib.ExitStack) -> tuple[dict[str, in
         return None, None
     if not request.max_files_bytes:  # only counted; with --workdir not even that
         return None if request.workdir is not None else {"files": 0, "bytes": 0}, None
-    from x07_sandbox.runs.private_files import LeftFiles
+    from x07_sandbox.runs.private_files import FILES_MAX, LeftFiles
 
-    left_files = LeftFiles(stack, request.max_files_bytes)
-    return left_files.wanted(), left_files
+    limits = {"files": FILES_MAX, "bytes": request.max_files_bytes}
+    return limits, LeftFiles(stack, request.max_files_bytes)

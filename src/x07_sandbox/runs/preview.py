@@ -24,12 +24,10 @@ SCHEMA: Final = "x07.sandbox.preview@0.1.0"
 
 
 class Preview(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a run would do.
+    """What a run would do. build: argv in the build VM, or null if nothing is built. run: argv in the run VM.
 
-    toolchain: its name. build: argv in the build VM, or null if nothing is built. run: argv in the run VM. roots:
-    folders of the host that are copied in. digests: of image, policy and source. The isolation class is unknown before
-    something has booted. scaling: of the limits, if the factor was measured before. hosts: HOST:PORTS to which it may
-    connect; denied_hosts: what flags deny.
+    roots: folders of the host that are copied in. digests: of image, policy and source. scaling: if its factor is
+    known. hosts: HOST:PORTS to which it may connect; denied_hosts: what flags deny.
     """
 
     schema_version: Literal["x07.sandbox.preview@0.1.0"] = SCHEMA

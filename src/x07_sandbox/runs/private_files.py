@@ -30,10 +30,6 @@ class LeftFiles:
         self._fd = -1
         self._incoming: Incoming | None = None
 
-    def wanted(self) -> dict[str, int]:
-        """Return the limits for START."""
-        return {"files": FILES_MAX, "bytes": self._max_bytes}
-
     def take(self, data: bytes) -> bool:
         """Take bytes of the stream; return False once a limit is exceeded. Raises PeerError, BackendError."""
         if self._incoming is None:

@@ -39,9 +39,8 @@ _HEAD_BYTES = 256
 class Program(msgspec.Struct, frozen=True, kw_only=True):
     """A program that was read. data: the source's bytes (an archive for a tree); file: the same, for the build VM.
 
-    project: whether it has a manifest. lockfile: an X07 project's, by name; else None. cpu_ms: CPU time limit of its
-    own options, None for none; the policy may allow less. read: its files on the host, which the run must not
-    overwrite.
+    project: it has a manifest. lockfile: name of an X07 project's lockfile. cpu_ms: CPU time limit of its own options.
+    read: its files on the host, which the run must not overwrite.
     """
 
     toolchain: Toolchain

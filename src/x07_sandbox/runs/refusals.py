@@ -108,10 +108,6 @@ def _why(root: RootChanges, top: str, refusal: Refused) -> str:
 def _how(
     root: RootChanges, top: str, own: Sequence[Refused], reasons: Sequence[Refused], *, built_in: bool
 ) -> HowToAllow | None:
-    """Return what would allow an entry in the next run.
-
-    own: its own reasons. reasons: one for each rule, including those of entries below.
-    """
     if any(not one.flag and not one.reveal and one.value is None for one in own):
         return None
     if edits := [one for one in reasons if one.value is not None and not (built_in and one.flag)]:

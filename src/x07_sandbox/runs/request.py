@@ -60,11 +60,9 @@ class ProjectPolicy(msgspec.Struct, frozen=True):
 
 
 class EffectivePolicy(NamedTuple):
-    """The policy that applies to a run.
+    """The policy that applies to a run. base: the name of its source. own: its limits before the request changed them.
 
-    base: the name of its source. denied: ports by host, as in `--deny-host`; None stands for all ports. own: the
-    policy's limits before the request changed them; None if it did not. may_raise: whether the request may raise limits
-    above the policy's.
+    denied: ports by host, as in `--deny-host`; None stands for all. may_raise: the request may raise limits.
     """
 
     policy: Policy

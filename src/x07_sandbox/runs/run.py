@@ -156,7 +156,6 @@ def _ended(draft: Result, ending: Verdict, exit_code: int | None = None) -> Resu
 
 
 def _with_cause(draft: Result, exc: SandboxError) -> Result:
-    """Return the draft with the denial for a policy field that refused the run before there was a machine."""
     if exc.refused_by is None:
         return draft
     field, value = exc.refused_by
@@ -339,7 +338,6 @@ def _request_document(request: RunRequest) -> bytes:
 
 
 def _store(path: Path, data: bytes) -> None:
-    """Write a file to the run's folder, best effort."""
     with contextlib.suppress(OSError):
         path.write_bytes(data)
         path.chmod(0o600)

@@ -1,7 +1,6 @@
-"""Scaling of time and CPU limits by the slowdown of an emulated machine, if the user asked for it.
+"""Scaling of time and CPU limits by the slowdown of an emulated machine, if the user (not a policy) asked for it.
 
-The factor is measured once per boot of the host, QEMU and processor: the same CPU work runs in a guest and on the host.
-Neither a policy nor a project can request scaling.
+The factor is measured once per boot: the same CPU work runs in a guest and on the host.
 """
 
 from __future__ import annotations
@@ -97,7 +96,6 @@ def known_factor() -> int | None:
 
 
 def _record() -> Path:
-    """Where the factor for this boot, QEMU and processor is kept. Raises HostError."""
     found = re.search(r"^(?:model name|CPU part)\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text("utf-8"), re.MULTILINE)
     return proof_file(host_arch().qemu_binary, "slowness", found[1] if found else "")
 

@@ -21,10 +21,9 @@ ROOM: Final = "Free space there, or set X07_VM_STATE_DIR to a larger disk"
 
 
 class InFile(msgspec.Struct, frozen=True, kw_only=True):
-    """A file that goes into the guest.
+    """A file that goes into the guest. path: its path there. kind: "file", "archive" or "tree" (channel/trees).
 
-    path: its path there. kind: "file", "archive" to be unpacked there, or "tree" (channel/trees). fd: open for reading,
-    lent; read from offset 0, so that one descriptor serves several jobs.
+    fd: lent; read from offset 0, so that one descriptor serves several jobs.
     """
 
     path: str
@@ -51,10 +50,9 @@ class TerminalFilter:
 
 
 class _Writer:
-    """Writes to a lent descriptor in a thread, so that a slow reader does not block the caller.
+    """Writes to a lent descriptor in a thread, because a poll does not ensure that a write does not block.
 
-    Polling would not prevent that: another writer may fill the same pipe after the poll, and a terminal may expand its
-    input. O_NONBLOCK is shared with other processes and is not set. progress_fd: readable after a write or an error.
+    O_NONBLOCK is shared with other processes and is not set. progress_fd: readable after a write or an error.
     """
 
     def __init__(self, fd: int) -> None:
@@ -118,10 +116,10 @@ class _Writer:
 
 
 class Sink:
-    """Takes one output stream: limits it, stores it in a file, and passes it on to a possibly slow reader.
+    """Takes one output stream, up to *max_bytes*: stores it in *keep_fd* and passes it on to *live_fd*.
 
-    keep_fd: the file, which gets everything up to the limit. live_fd: the reader, or None. Both are lent. raw: do not
-    filter for a terminal. `progress_fd` becomes readable when the reader has taken some; it never blocks us.
+    Both are lent; the live reader may be slow. raw: do not filter for a terminal. `progress_fd` becomes readable when
+    the reader has taken some.
     """
 
     def __init__(self, name: str, *, keep_fd: int, live_fd: int | None, max_bytes: int, raw: bool = False) -> None:
