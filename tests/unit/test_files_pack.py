@@ -149,7 +149,7 @@ def test_no_pattern_leads_out_of_the_project(tmp_path: Path) -> None:
     (tmp_path / "in" / "lib").symlink_to(tmp_path / "out")
     (tmp_path / "in" / "all").symlink_to("/")
     assert list(pack_tree(tmp_path / "in", ["**/*.c"]).files) == ["a.c"]
-    with pytest.raises(UsageError, match=f"no file matches 'lib/.*lib leads to {tmp_path}/out"):
+    with pytest.raises(UsageError, match=r"no file matches 'lib/\*\.c'"):
         pack_tree(tmp_path / "in", ["lib/*.c"])
     with pytest.raises(UsageError, match="leads out of it"):
         pack_tree(tmp_path / "in", ["**"])

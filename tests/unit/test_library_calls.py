@@ -94,7 +94,7 @@ def test_no_file_takes_the_place_of_another(tmp_path: Path, *, named: bool) -> N
     """A file beside the program that has the program's own name is wrong usage, and neither of them is lost."""
     (tmp_path / "main.py").touch()
     given: dict[str, Any] = {"program": tmp_path / "main.py"} if named else {"source": "", "toolchain": "python"}
-    with pytest.raises(SandboxError, match=r"cannot run main\.py: `files` has one of that name too"):
+    with pytest.raises(SandboxError, match=r"cannot run main\.py: `files` has a file of the same name"):
         run_program(**given, files={"main.py": b"1"})
 
 

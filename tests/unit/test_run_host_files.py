@@ -851,21 +851,6 @@ def test_a_root_that_another_shows_anyway_is_no_mount(
     assert found == {name: any(name == root or name.startswith(f"{root}/") for root in write) for name in mounted}
 
 
-@pytest.mark.parametrize(("entry", "mounted"), [("a/f", True), ("a/", False), ("a/b", False), ("a", False)])
-def test_a_file_that_a_list_of_programs_names_stays_a_mount(run: Run, entry: str, *, mounted: bool) -> None:
-    """What may be written and executed, since it is a root and on the list, is both also where its folder is a root."""
-    (run.root / "a").mkdir()
-    (run.root / "a/f").touch()
-    path = f"{run.root}/{entry}"
-    for programs, beginnings in (((path,), ()), ((), (path,))):
-        process = msgspec.structs.replace(
-            default_policy().process, allow_execs=programs, allow_exec_prefixes=beginnings
-        )
-        policy = msgspec.structs.replace(default_policy(), process=process)
-        files = run.files({"write_roots": (str(run.root), f"{run.root}/a/f")}, policy=policy, changes="discard")
-        assert (f"{run.root}/a/f" in [mount["at"] for mount in files.mounts(0)]) is mounted
-
-
 MADE: list[tuple[list[Entry], dict[str, int] | None]] = [
     ([], None),
     ([Entry(Kind.DELETED, b"new")], None),

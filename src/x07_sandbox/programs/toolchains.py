@@ -202,7 +202,7 @@ TOOLCHAINS: Final = (
         build=_compiled_by("/usr/bin/gcc", "c", "gnu17", _C),
         beside=(".h",),
         needs=("gcc", "libc6-dev"),
-        doc="C, compiled by the image's gcc: optimised, linked with libm and threads.",
+        doc="C, compiled with gcc: optimised, linked with libm and threads.",
     ),
     Toolchain(
         name="cpp",
@@ -210,7 +210,7 @@ TOOLCHAINS: Final = (
         build=_compiled_by("/usr/bin/g++", "c++", "gnu++20", _CPP),
         beside=_HEADERS,
         needs=("g++", "libc6-dev"),
-        doc="C++20, compiled by the image's g++: optimised, linked with libm and threads.",
+        doc="C++20, compiled with g++: optimised, linked with libm and threads.",
     ),
     Toolchain(
         name="python",
@@ -220,7 +220,7 @@ TOOLCHAINS: Final = (
         start=_started_by(_PYTHON),
         needs=("python3",),
         entries=("main.py", "__main__.py", "app.py"),
-        doc="Python, run by the image's python3: checked, byte-compiled, started as a script.",
+        doc="Python: checked, byte-compiled, started as a script.",
     ),
     Toolchain(
         name="shell",
@@ -241,7 +241,7 @@ TOOLCHAINS: Final = (
         start=_started_by("/usr/bin/node"),
         needs=("nodejs",),
         entries=("main.js", "main.mjs", "main.cjs", "index.js", "index.mjs", "index.cjs"),
-        doc="JavaScript, run by the image's node: checked, started as a script or a module.",
+        doc="JavaScript, run by node: checked, started as a script or a module.",
     ),
     Toolchain(
         name="perl",
@@ -252,7 +252,7 @@ TOOLCHAINS: Final = (
         start=_started_by("/usr/bin/perl", f"-I{PROGRAM_FOLDER}", f"-I{PROGRAM_FOLDER}/lib"),
         needs=("perl-base",),
         entries=("main.pl",),
-        doc="Perl, run by the image's perl: checked with its modules, started as a script.",
+        doc="Perl: checked with its modules, started as a script.",
     ),
     Toolchain(
         name="lua",
@@ -262,7 +262,7 @@ TOOLCHAINS: Final = (
         start=_started_by("/usr/bin/lua5.4", "-e", f"package.path = '{_LUA_PATH};' .. package.path"),
         needs=("lua5.4",),
         entries=("main.lua",),
-        doc="Lua 5.4, run by the image's lua5.4: checked, started as a script.",
+        doc="Lua 5.4: checked, started as a script.",
     ),
     Toolchain(
         name="make",

@@ -44,10 +44,10 @@ import json, re, time
 text = json.dumps(sorted((i * 7919) % 10007 for i in range(20000)))
 rounds = []
 for _ in range(8):
-    begun = time.process_time()
+    start = time.process_time()
     for _ in range(5):
         total = sum(int(word) % 97 for word in re.findall("[0-9]+", text))
-    rounds.append(time.process_time() - begun)
+    rounds.append(time.process_time() - start)
 print(1000 * min(rounds))
 """
 _FACTOR_MAX: Final = 64
