@@ -275,7 +275,7 @@ def test_what_cannot_be_told_may_be_said(tmp_path: Path) -> None:
         ("python", ["a.py", "b.py"], "", "any of a.py, b.py.*--entry"),
         ("shell", ["lib/a.sh"], "", "none at the top"),
         ("python", ["../a.py"], "", "--entry|not a path inside"),
-        ("python", ["main.py", *(f"{number}/a.py" for number in range(1024))], "", "length <= 1024 - at `\$.files`"),
+        ("python", ["main.py", *(f"{number}/a.py" for number in range(1024))], "", r"length <= 1024 - at `\$\.files`"),
     ],
 )
 def test_what_is_missing_is_told(toolchain: str, files: list[str], makefile: str, why: str) -> None:
