@@ -148,7 +148,7 @@ class Floor:
         """From the start to the end of a QEMU that is told to quit at once."""
         begun = time.monotonic()
         with self._started() as instance:
-            instance.tell(qmp_quit())
+            instance.send_qmp(qmp_quit())
             instance.release()
             select.select([instance.pidfd], [], [])
             return time.monotonic() - begun

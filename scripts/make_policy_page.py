@@ -54,16 +54,22 @@ def sections() -> str:
 def all_fields() -> str:
     """Return the table of fields of each section and of a host."""
     plan = make_plan(default_policy(), vm_features("vm-emulated"))
-    words = {"enforced": "", "advisory": "advice to "}
-    held = {control.field: words.get(control.state, f"{control.state}: ") + control.by for control in plan.controls}
-    head = "Field | Values | When absent | Meaning"
+    held = {control.field: control.by if control.state == "enforced" else control.state for control in plan.controls}
+    head = "Field | Values | Default | Meaning"
     parts = []
     grouped: dict[str, list[Field]] = {}
     for field in fields():
         grouped.setdefault(field.path.rpartition(".")[0] or "Top level", []).append(field)
     for section, inner in grouped.items():
         doc = policy_schema()["$defs"][inner[0].section]["description"]
-        parts.append(f"### {section}\n\n{doc}\n\n" + _table(f"{head} | Held", (_row(field, held) for field in inner)))
+        holders = {held[field.path] for field in inner}
+        if len(holders) == 1:  # said once instead of in every row
+            holder = holders.pop()
+            by = "All fields are advisory." if holder == "advisory" else f"Held by {holder}."
+            text, rows = f"{doc} {by}", _table(head, map(_row, inner))
+        else:
+            text, rows = doc, _table(f"{head} | Held by", (_row(field, held) for field in inner))
+        parts.append(f"### {section}\n\n{text}\n\n{rows}")
     hosts = _table(head, map(_row, host_fields()))
     return "\n".join([*parts, f"### Each host of net.allow_hosts\n\n{hosts}"])
 
@@ -110,7 +116,7 @@ def _template_row(name: str, policy: Policy) -> str:
         policy.notes_in_force,
         *(limits.cpu_ms // 1000, limits.wall_ms // 1000, limits.mem_bytes // _MIB, limits.procs),
         *(", ".join(f"`{root}`" for root in found) or "nothing" for found in roots),
-        "once hosts are added" if policy.net.enabled else "off",
+        "listed hosts" if policy.net.enabled else "off",
     ]
     return " | ".join(map(str, cells))
 

@@ -9,11 +9,24 @@ from __future__ import annotations
 from pathlib import Path
 
 from scripts.pages import filled
-from x07_sandbox.backends import selection
+from x07_sandbox.backends.registry import BY_NAME
 from x07_sandbox.cli import os_runner_options
 from x07_sandbox.host.variables import VARIABLES, Variable
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference" / "x07.md"
+
+
+def backends_table() -> str:
+    """Return the table of backends."""
+    lines = ["| backend | `--sandbox-backend` | isolation | Linux | macOS | needs acceptance | here |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for row in BY_NAME.values():
+        macos = f"{row.macos_from}+" if row.macos_from else ""
+        isolation = " or ".join(f"`{one}`" for one in row.isolation)
+        linux, weaker, here = "yes" * row.linux, "yes" * row.weaker, "yes" if row.built else "later"
+        cells = (f"`{row.name}`", row.sandbox_class, isolation, linux, macos, weaker, here)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def variables_table() -> str:
@@ -43,7 +56,7 @@ def _values(variable: Variable) -> str:
 
 TABLES = {
     "flags": os_runner_options.describe,
-    "backends": selection.describe,
+    "backends": backends_table,
     "variables": variables_table,
 }
 

@@ -1,4 +1,4 @@
-"""Every error that a user can meet: what failed, why, and what to do about it.
+"""All errors: what failed, why, and what to do.
 
 Standard library only: the guest agent and the channel import this module too.
 """
@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from typing import Self
 
 
-def shown(text: str) -> str:
-    r"""A text for people with all that does not print as escapes, such as \x1b: names of files may hold anything.
+def printable(text: str) -> str:
+    r"""Return the text with unprintable characters as escapes, such as \x1b: file names may hold anything.
 
-    A line of its own is only what is set in by two blanks, so that no name makes a line that looks like ours.
+    Only line breaks before two blanks are kept, so that no name can imitate a line of ours.
     """
     return "\n  ".join(
         "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
@@ -23,56 +23,40 @@ def shown(text: str) -> str:
 
 
 class SandboxError(Exception):
-    """Base of all errors raised on purpose. Its texts can be printed anywhere, whatever names they hold.
+    """Base of all errors raised on purpose. Its texts are printable.
 
-    what: the thing that failed, without a full stop.
-    why: the cause, without a full stop.
-    fix: one sentence on what to do, without its full stop.
+    what: what failed; why: the cause; fix: what to do. None of them ends with a full stop.
     """
 
-    # The run's Result, where there is one. Not typed as such: this module knows nothing of the others.
+    # The run's Result, if there is one; typed Any, since this module imports no other.
     result: Any = None
-    # Where a field of the policy is the cause: that field, and the value that would let it; None where none does.
-    refused_by: tuple[str, Any] | None = None
+    # The policy field that is the cause, and the value that would allow it; None if another value would not help.
+    policy_cause: tuple[str, Any] | None = None
 
     def __init__(self, what: str, why: str, fix: str) -> None:
         super().__init__(what, why, fix)  # all arguments, so that the error survives pickling
+        self.what, self.why, self.fix = (printable(str(part)) for part in (what, why, fix))
 
-    def by(self, field: str, value: object) -> Self:
-        """Itself, with the field of the policy that is the cause, like "fs.enabled"; value: as above."""
-        self.refused_by = field, value
+    def caused_by(self, field: str, value: object) -> Self:
+        """Set the policy field that is the cause, such as "fs.enabled", and the value to allow it; return the error."""
+        self.policy_cause = field, value
         return self
 
-    @property
-    def what(self) -> str:
-        """The thing that failed."""
-        return shown(str(self.args[0]))
-
-    @property
-    def why(self) -> str:
-        """The cause."""
-        return shown(str(self.args[1]))
-
-    @property
-    def fix(self) -> str:
-        """What to do."""
-        return shown(str(self.args[2]))
-
     def __str__(self) -> str:
-        end = "" if ": x07 " in self.fix else "."  # a command at the end can be pasted as it is
+        end = "" if ": x07 " in self.fix else "."  # so that a command at the end can be pasted
         return f"{self.what}: {self.why}{'' if self.why.endswith('?') else '.'} {self.fix}{end}"
 
 
 class UsageError(SandboxError):
-    """The request itself is wrong: a flag, a variable, a missing program (exit 2)."""
+    """The request is wrong: a flag, a variable, a missing program (exit 2)."""
 
 
 class RefusedError(SandboxError):
-    """Nothing was run because a promise could not be kept (exit 125, outcome ``refused``)."""
+    """Nothing was run, because the sandbox could not enforce what was requested (exit 125, outcome ``refused``)."""
 
 
 class HostError(SandboxError):
-    """The host lacks or denies something that the tool needs."""
+    """The host lacks or denies something that is required."""
 
 
 class ImageError(SandboxError):
@@ -83,21 +67,21 @@ class BackendError(SandboxError):
     """A virtual machine could not be started or stopped."""
 
 
-class Cancelled(SandboxError):  # noqa: N818 - it is no error of anybody
-    """The user ended it before there was a run (exit 130 after Ctrl-C, else 143).
+class Cancelled(SandboxError):  # noqa: N818 - not an error
+    """The user cancelled before the run started (exit 130 after Ctrl-C, else 143).
 
-    signal: the one that asked for it; 0 or None for a request without one.
+    signal: the signal that cancelled it; 0 or None without one.
     """
 
     signal: int | None = None
 
 
 class PeerError(SandboxError):
-    """The other end of the channel broke the protocol: their fault, never ours."""
+    """The peer broke the channel protocol."""
 
     def __init__(self, what: str, why: str, fix: str = "The connection is of no more use") -> None:
         super().__init__(what, why, fix)
 
 
 class ChannelUsageError(RuntimeError):
-    """Our own code used the channel out of order: a bug on this side."""
+    """Our code used the channel out of order: a bug on this side."""

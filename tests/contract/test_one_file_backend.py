@@ -13,20 +13,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import pytest
+from msgspec.structs import replace
 
-from x07_sandbox.backends.base import Availability, Cloning, Greeting, Job, StartMode
+from x07_sandbox.backends import registry
+from x07_sandbox.backends.base import Availability, Cloning, Greeting, Job
 from x07_sandbox.backends.handshake import greet
-from x07_sandbox.backends.jailed import Jailed, inner_process
+from x07_sandbox.backends.jailed import Jailed, Start, inner_process
 from x07_sandbox.backends.process.agentcode import agent_code
 from x07_sandbox.backends.process.backend import NoneBackend
 from x07_sandbox.backends.process.start import remove_folder
 from x07_sandbox.backends.process.view import agent_argv
-from x07_sandbox.backends.registry import BackendRow, registered
+from x07_sandbox.backends.registry import BackendRow
 from x07_sandbox.conformance import runner
 from x07_sandbox.conformance.behaviours import BEHAVIOURS
 from x07_sandbox.conformance.harness import open_bench
 from x07_sandbox.conformance.run import check_behaviour, conform
 from x07_sandbox.host.arch import host_arch
+from x07_sandbox.host.close_on_fork import FdGroup
 from x07_sandbox.host.processes import own_identity
 from x07_sandbox.jail.bwrap import supervisor_argv
 from x07_sandbox.jobs.launcher import Launch, launch
@@ -35,8 +38,9 @@ from x07_sandbox.jobs.stopping import live_records, stop_recorded
 from x07_sandbox.plan.features import Features
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from x07_sandbox.backends.base import Backend
     from x07_sandbox.images.verify import OpenImage
 
 pytestmark = [pytest.mark.vm, pytest.mark.user]
@@ -47,12 +51,20 @@ BY_NAME: Final = {behaviour.name: behaviour for behaviour in BEHAVIOURS}
 RUNNER: Final = (sys.executable, __file__)
 
 
+@contextlib.contextmanager
+def registered(row: BackendRow, factory: Callable[[], Backend]) -> Iterator[None]:
+    """Register *row* with this factory for the duration of the context."""
+    registry.BY_NAME[row.name] = replace(row, factory=lambda _name: factory())
+    try:
+        yield
+    finally:
+        del registry.BY_NAME[row.name]
+
+
 class Child(Jailed):
     """An agent below a supervisor of ours, which ends with all that the program has started."""
 
     net_fd: int | None = None
-    jail = "none"
-    start_mode: StartMode = "cold"
     notes: tuple[str, ...] = ()
     greeting: Greeting
     channel_fd: int
@@ -108,7 +120,8 @@ class OneFile:
                 nest=False,
             )
             child = launch(Launch(argv=argv, pass_fds=(far.fileno(),), stderr_fd=nowhere.fileno()))
-            instance = Child(child, inner_process(child, depth=1), record, lambda: remove_folder(folder), ())
+            start = Start(record, "none", FdGroup(), 1, lambda: remove_folder(folder))
+            instance = Child(start, child, inner_process(child, depth=1))
             instance.channel_fd = near.fileno()
             near.setblocking(False)  # noqa: FBT003 - it takes no names
             try:

@@ -12,7 +12,7 @@ import os
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.channel.trees import check_name
-from x07_sandbox.cli.apply import chosen
+from x07_sandbox.cli.changes import select_changes
 from x07_sandbox.errors import BackendError, PeerError
 from x07_sandbox.files.change_rules import AllowedActions, check_changes
 from x07_sandbox.files.changes import ChangeSet, Node, RootChanges, decode, encode
@@ -69,7 +69,7 @@ def _judge(incoming: Incoming, number: int, fd: int) -> None:
     root = RootChanges(root=ROOT, guest="/x", missing=False, changes=judged.changes, refused=judged.refused)
     made = ChangeSet(run="1-1-1", roots=(root,))
     assert decode(encode(made)) == made
-    check_set(chosen(made, sorted(refused), []))
+    check_set(select_changes(made, sorted(refused)))
     split = check_changes(BEFORE, {}, reported, BOUNDS, allowed, Protection(ROOT), split=True)
     if not split.is_whole:
         names = {refusal.name for refusal in split.refused}

@@ -18,7 +18,7 @@ from x07_sandbox.host import settings
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import cache_folder
 from x07_sandbox.host.processes import children_of
-from x07_sandbox.jobs.admission import admitted, kept_warm, max_running
+from x07_sandbox.jobs.admission import admitted, max_running, warm_slots
 
 
 @pytest.fixture(autouse=True)
@@ -175,17 +175,17 @@ def what_there_is() -> list[set[str]]:
 
 def test_pools_share_the_memory_for_machines_that_wait() -> None:
     """What the pools of all the user's processes keep warm is no more than memory holds, and ends with each of them."""
-    keeper = "import sys\nfrom x07_sandbox.jobs.admission import kept_warm\n"
-    keeper += "with kept_warm(2, 5):\n    print('kept', flush=True)\n    sys.stdin.read(1)\n"
+    keeper = "import sys\nfrom x07_sandbox.jobs.admission import warm_slots\n"
+    keeper += "with warm_slots(2, 5):\n    print('kept', flush=True)\n    sys.stdin.read(1)\n"
     with subprocess.Popen([sys.executable, "-c", keeper], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == b"kept\n"
-        with pytest.raises(HostError, match="other pools leave 3 of them"), kept_warm(4, 5):
+        with pytest.raises(HostError, match="other pools leave 3 of them"), warm_slots(4, 5):
             pass
-        with kept_warm(3, 5), pytest.raises(HostError, match="leave 0 of them"), kept_warm(1, 5):
+        with warm_slots(3, 5), pytest.raises(HostError, match="leave 0 of them"), warm_slots(1, 5):
             pass
         other.kill()
-    with kept_warm(5, 5):
+    with warm_slots(5, 5):
         pass
 
 
@@ -250,21 +250,3 @@ def test_a_wait_that_could_not_begin_leaves_nothing(
         holder.end()
     with admitted(cancel_fd=never, timeout_s=60) as waited:
         assert waited < 30
-
-
-def test_a_wait_where_nobody_hears_of_children() -> None:
-    """With SIGCHLD ignored, as some programs have it, a run waits for its turn all the same."""
-    holder = Holder("first")
-    try:
-        assert holder.has_it() == "first"
-        code = "import signal\nsignal.signal(signal.SIGCHLD, signal.SIG_IGN)\n" + HOLDER
-        argv = [sys.executable, "-c", code, "second"]
-        with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as waiting:
-            assert waiting.stdout is not None
-            assert waiting.stdout.readline() == "queued\n"
-            time.sleep(0.3)  # as above
-            holder.end()
-            assert waiting.stdout.readline() == "second\n"
-        assert waiting.returncode == 0
-    finally:
-        holder.end()

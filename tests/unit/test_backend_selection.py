@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from x07_sandbox.backends.registry import BY_NAME, Class, Platform
-from x07_sandbox.backends.selection import ACCEPT_FLAG, Asked, Choice, select, this_platform, working
+from x07_sandbox.backends.selection import ACCEPT_FLAG, BackendRequest, Choice, select, this_platform, usable_flags
 from x07_sandbox.errors import RefusedError, SandboxError, UsageError
 from x07_sandbox.host.variables import BACKENDS, SANDBOX_BACKENDS
 
@@ -35,7 +35,7 @@ NAMED = {
 TEXTS = {"closed": "weaker isolation", "later": "not supported in this version", "elsewhere": "not supported on"}
 
 
-def answer(platform: Platform, asked: Asked) -> str:
+def answer(platform: Platform, asked: BackendRequest) -> str:
     """What becomes of a request, in one word of the table above, "contradiction", or "nothing" to choose from."""
     try:
         choice = select(platform, asked)
@@ -52,7 +52,7 @@ def test_a_named_backend_is_taken_or_refused_never_replaced(name: str, by: str) 
     """Each backend by name, on each platform, with and without acceptance, by flag and by variable."""
     for accepted, expected in zip((False, True), NAMED[name], strict=True):
         for platform, word in zip(PLATFORMS, expected.split(), strict=True):
-            asked = Asked(**{by: name}, accepted=accepted)  # type: ignore[arg-type] # the names are of texts
+            asked = BackendRequest(**{by: name}, accepted=accepted)  # type: ignore[arg-type] # the names are of texts
             assert answer(platform, asked) == word, (platform, accepted)
             if word == "taken":
                 assert select(platform, asked).backend == name
@@ -61,28 +61,31 @@ def test_a_named_backend_is_taken_or_refused_never_replaced(name: str, by: str) 
 @pytest.mark.parametrize(
     ("asked", "expected"),
     [
-        (Asked(), QEMU),
-        (Asked(sandbox_flag="auto"), QEMU),
-        (Asked(sandbox_flag="vm"), QEMU),
-        (Asked(sandbox_variable="vm"), QEMU),
-        (Asked(accepted=True), QEMU),
-        (Asked(sandbox_flag="vm", sandbox_variable="os"), QEMU),
-        (Asked(backend_flag="qemu", sandbox_variable="none"), QEMU),
-        (Asked(backend_flag="qemu", backend_variable="docker"), QEMU),
-        (Asked(sandbox_flag="vm", backend_variable="os"), QEMU),
-        (Asked(sandbox_flag="vm", backend_variable="qemu", sandbox_variable="vm"), QEMU),
-        (Asked(sandbox_flag="os"), "closed"),
-        (Asked(sandbox_flag="os", accepted=True), Choice(backend="os", sandbox_backend="os")),
-        (Asked(sandbox_flag="os", backend_variable="qemu", accepted=True), Choice(backend="os", sandbox_backend="os")),
-        (Asked(sandbox_flag="none", accepted=True), Choice(backend="none", sandbox_backend="none")),
-        (Asked(sandbox_variable="none"), "closed"),
-        (Asked(sandbox_flag="auto", backend_variable="docker"), "closed"),
-        (Asked(auto="none"), "closed"),
-        (Asked(auto="none", accepted=True), "closed"),
-        (Asked(auto="none", sandbox_flag="vm"), QEMU),
+        (BackendRequest(), QEMU),
+        (BackendRequest(sandbox_flag="auto"), QEMU),
+        (BackendRequest(sandbox_flag="vm"), QEMU),
+        (BackendRequest(sandbox_variable="vm"), QEMU),
+        (BackendRequest(accepted=True), QEMU),
+        (BackendRequest(sandbox_flag="vm", sandbox_variable="os"), QEMU),
+        (BackendRequest(backend_flag="qemu", sandbox_variable="none"), QEMU),
+        (BackendRequest(backend_flag="qemu", backend_variable="docker"), QEMU),
+        (BackendRequest(sandbox_flag="vm", backend_variable="os"), QEMU),
+        (BackendRequest(sandbox_flag="vm", backend_variable="qemu", sandbox_variable="vm"), QEMU),
+        (BackendRequest(sandbox_flag="os"), "closed"),
+        (BackendRequest(sandbox_flag="os", accepted=True), Choice(backend="os", sandbox_backend="os")),
+        (
+            BackendRequest(sandbox_flag="os", backend_variable="qemu", accepted=True),
+            Choice(backend="os", sandbox_backend="os"),
+        ),
+        (BackendRequest(sandbox_flag="none", accepted=True), Choice(backend="none", sandbox_backend="none")),
+        (BackendRequest(sandbox_variable="none"), "closed"),
+        (BackendRequest(sandbox_flag="auto", backend_variable="docker"), "closed"),
+        (BackendRequest(auto="none"), "closed"),
+        (BackendRequest(auto="none", accepted=True), "closed"),
+        (BackendRequest(auto="none", sandbox_flag="vm"), QEMU),
     ],
 )
-def test_the_command_line_comes_before_the_environment(asked: Asked, expected: object) -> None:
+def test_the_command_line_comes_before_the_environment(asked: BackendRequest, expected: object) -> None:
     """On Linux: command line, then environment, then the default, and what weaker isolation needs."""
     assert (select(LINUX, asked) if isinstance(expected, Choice) else answer(LINUX, asked)) == expected
 
@@ -92,7 +95,7 @@ def test_the_command_line_comes_before_the_environment(asked: Asked, expected: o
 @pytest.mark.parametrize("of", ["flag", "variable"])
 def test_a_contradiction_is_an_error(wanted: str, name: str, of: str) -> None:
     """Class and backend of one origin must agree, whatever was accepted, else both are named, and what works."""
-    asked = Asked(**{f"sandbox_{of}": wanted, f"backend_{of}": name}, accepted=True)  # type: ignore[arg-type] # texts
+    asked = BackendRequest(**{f"sandbox_{of}": wanted, f"backend_{of}": name}, accepted=True)  # type: ignore[arg-type] # texts
     contradicts = BY_NAME[name].sandbox_class != wanted
     assert (answer(LINUX, asked) == "contradiction") is contradicts
     if contradicts:
@@ -105,18 +108,18 @@ def test_a_contradiction_is_an_error(wanted: str, name: str, of: str) -> None:
 @pytest.mark.parametrize(
     ("asked", "fix"),
     [
-        (Asked(sandbox_flag="os"), "add --i-accept-weaker-isolation"),
-        (Asked(backend_flag="os"), "add --sandbox-backend os --i-accept-weaker-isolation"),
-        (Asked(backend_flag="none", accepted=True), "add --sandbox-backend none --i-accept-weaker-isolation"),
-        (Asked(backend_flag="podman"), "add --i-accept-weaker-isolation"),
-        (Asked(backend_variable="docker", flags=()), "set X07_I_ACCEPT_WEAKER_ISOLATION=1"),
+        (BackendRequest(sandbox_flag="os"), "add --i-accept-weaker-isolation"),
+        (BackendRequest(backend_flag="os"), "add --sandbox-backend os --i-accept-weaker-isolation"),
+        (BackendRequest(backend_flag="none", accepted=True), "add --sandbox-backend none --i-accept-weaker-isolation"),
+        (BackendRequest(backend_flag="podman"), "add --i-accept-weaker-isolation"),
+        (BackendRequest(backend_variable="docker", flags=()), "set X07_I_ACCEPT_WEAKER_ISOLATION=1"),
         (
-            Asked(backend_variable="os", flags=()),
+            BackendRequest(backend_variable="os", flags=()),
             "set X07_SANDBOX_BACKEND=os and X07_I_ACCEPT_WEAKER_ISOLATION=1",
         ),
     ],
 )
-def test_one_refusal_names_all_that_weaker_isolation_needs(asked: Asked, fix: str) -> None:
+def test_one_refusal_names_all_that_weaker_isolation_needs(asked: BackendRequest, fix: str) -> None:
     """A backend that is weaker than a VM is refused once, with every flag or variable that is needed to take it."""
     with pytest.raises(RefusedError) as caught:
         select(LINUX, asked)
@@ -134,7 +137,7 @@ def test_one_refusal_names_all_that_weaker_isolation_needs(asked: Asked, fix: st
 def test_a_backend_that_this_version_lacks_says_so(name: str, why: str) -> None:
     """A backend that is not built is refused as not supported in this version, on whichever platform."""
     with pytest.raises(RefusedError, match=f"cannot use the backend {name}") as caught:
-        select(LINUX, Asked(backend_flag=name))
+        select(LINUX, BackendRequest(backend_flag=name))
     assert caught.value.why == why
 
 
@@ -145,7 +148,7 @@ def test_no_combination_gives_less_than_a_virtual_machine_unasked(platform: Plat
     names: list[str | None] = [None, *BY_NAME]
     for sandbox_flag, sandbox_variable, backend_flag, backend_variable in itertools.product(words, words, names, names):
         for auto, accepted in itertools.product(AUTOS, (False, True)):
-            asked = Asked(
+            asked = BackendRequest(
                 accepted=accepted,
                 sandbox_flag=sandbox_flag,
                 sandbox_variable=sandbox_variable,
@@ -173,12 +176,12 @@ def test_no_combination_gives_less_than_a_virtual_machine_unasked(platform: Plat
 
 def _names_what_works(platform: Platform, exc: RefusedError) -> None:
     """Every refusal names flags that select something there, or says which platform they work on."""
-    here = working(platform)
-    words = here or working(LINUX)
+    here = usable_flags(platform)
+    words = here or usable_flags(LINUX)
     assert " ".join(words) in exc.fix
     assert here or "on Linux" in exc.fix
     given = dict(zip(words[::2], words[1::2], strict=True))
-    asked = Asked(sandbox_flag=given["--sandbox-backend"], backend_flag=given["--backend"])
+    asked = BackendRequest(sandbox_flag=given["--sandbox-backend"], backend_flag=given["--backend"])
     assert select(platform if here else LINUX, asked).backend == given["--backend"]
     # Acceptance is proposed only where it would help.
     assert ACCEPT_FLAG not in exc.fix or any(row.weaker and row.built for row in BY_NAME.values())
@@ -203,4 +206,4 @@ def test_every_alias_leads_to_a_row() -> None:
 
 def test_this_platform_is_one_that_is_known() -> None:
     """The platform of the tests is one for which something works."""
-    assert working(this_platform())
+    assert usable_flags(this_platform())

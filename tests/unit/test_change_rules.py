@@ -14,7 +14,7 @@ import pytest
 
 from tests.conftest import need
 from x07_sandbox.channel.trees import Entry, Kind
-from x07_sandbox.cli.apply import chosen
+from x07_sandbox.cli.changes import Grants, select_changes
 from x07_sandbox.errors import PeerError, RefusedError
 from x07_sandbox.files.change_rules import AllowedActions, CheckedChanges, check_changes
 from x07_sandbox.files.changes import ChangeSet, Node, RootChanges
@@ -332,11 +332,11 @@ def test_a_name_has_all_its_reasons_and_a_flag_takes_one() -> None:
     kept = as_set(found)
     for patterns in (["*", ".git/config"], [".vscode", ".git", ".git/config", "mine.json"]):
         with pytest.raises(RefusedError, match="leads out") as caught:
-            chosen(kept, [], patterns)
+            select_changes(kept, [], Grants(tuple(patterns)))
         assert "is protected" not in caught.value.why
     with pytest.raises(RefusedError, match="policy or manifest in use"):
-        chosen(kept, [".vscode", ".git"], ["Jenkinsfile"])
-    only = chosen(kept, [".vscode", ".git"], ["mine.json"]).roots[0]
+        select_changes(kept, [".vscode", ".git"], Grants(("Jenkinsfile",)))
+    only = select_changes(kept, [".vscode", ".git"], Grants(("mine.json",))).roots[0]
     assert [change.name for change in only.changes] == ["mine.json"]
 
 

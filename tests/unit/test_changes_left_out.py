@@ -13,7 +13,7 @@ import pytest
 
 from tests.unit.test_run_host_files import RUN, Run, die_at, said
 from x07_sandbox.channel.trees import Entry, Kind
-from x07_sandbox.cli.changes_text import pieces
+from x07_sandbox.cli.changes_text import patch_chunks
 from x07_sandbox.cli.main import main
 from x07_sandbox.errors import UsageError
 from x07_sandbox.files.changes import Change, Node, decode, encode
@@ -97,7 +97,7 @@ def test_what_was_left_out_has_an_undo_of_its_own(run: Run, capsys: pytest.Captu
     assert f"left out: AGENTS.md (protected); to apply: x07 apply {RUN} --allow-protected AGENTS.md" in said
     assert there(run) == {"a", ".envrc"}
     assert main(["undo"]) == 0
-    assert "undone; x07 undo takes back what was applied before" in capsys.readouterr().err
+    assert "reverted; x07 undo reverts what was applied before" in capsys.readouterr().err
     assert there(run) == {"a"}
     assert main(["undo"]) == 0
     assert there(run) == set()
@@ -112,7 +112,7 @@ def test_what_is_applied_already_is_no_second_undo(run: Run, capsys: pytest.Capt
     run.back(run.files(), file("a"), file(".envrc"))
     for _ in range(2):
         assert main(["apply", "--allow-protected", ".envrc"]) == 0
-    assert "nothing is left to apply" in capsys.readouterr().err
+    assert "nothing to apply" in capsys.readouterr().err
     for expected in ({"a"}, set()):
         assert main(["undo"]) == 0
         assert there(run) == expected
@@ -191,7 +191,7 @@ def test_diff_and_its_document_show_both_parts(run: Run, capsys: pytest.CaptureF
     """A patch has what was applied first, then what was left out, each with its reason; so has --json."""
     files = run.files({"allow_symlinks": True})
     run.back(files, link("l", ".envrc/x"), folder("a"), folder(".envrc"), link(".envrc/x", "y"))
-    text = b"".join(pieces(find_saved(RUN))).decode()
+    text = b"".join(patch_chunks(find_saved(RUN))).decode()
     assert text.index("new folder: a") < text.index("left out: .envrc: ") < text.index("left out: l: depends on")
     assert main(["diff", "--json"]) == 0
     document = msgspec.json.decode(capsys.readouterr().out)

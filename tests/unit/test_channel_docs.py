@@ -21,76 +21,75 @@ if TYPE_CHECKING:
 PAGE: Final = Path(__file__).resolve().parents[2] / "docs" / "guest-channel.md"
 
 FRAME_MEANING: Final = {
-    Kind.HELLO: "The agent is there, and speaks this protocol.",
-    Kind.WARM: "Prepare all that no job decides; after the answer the machine is saved, or waits.",
-    Kind.WARMED: "It is prepared.",
-    Kind.SEED: "Clock, entropy and names: what a resumed machine has to have anew.",
-    Kind.SEEDED: "Clock and entropy are in place.",
-    Kind.START: "The job. Its files and its input follow as data.",
-    Kind.STARTED: "The program has been executed: its time counts from here.",
-    Kind.DATA: "Bytes of a stream, at least one.",
+    Kind.HELLO: "The agent is up, and speaks this protocol.",
+    Kind.WARM: "Prepare everything that does not depend on a job; after the answer the VM is saved, or waits.",
+    Kind.WARMED: "Prepared.",
+    Kind.SEED: "Clock, entropy and names for a resumed VM.",
+    Kind.SEEDED: "Clock and entropy are set.",
+    Kind.START: "The job. Its files and input follow as data.",
+    Kind.STARTED: "The program was executed; its time counts from here.",
+    Kind.DATA: "At least one byte of a stream.",
     Kind.EOF: "The stream has ended.",
-    Kind.CREDIT: "How many more bytes of the stream are taken: u32, big endian, at least 1.",
+    Kind.CREDIT: "How many more bytes of the stream are accepted: u32, big endian, at least 1.",
     Kind.STOP: "End the program.",
-    Kind.DENIED: "Something that the program was refused; before EXITED, 64 at most.",
-    Kind.EXITED: "The program has ended; its output file follows, if one was asked for and is there.",
-    Kind.FAILED: "The agent cannot go on.",
+    Kind.DENIED: "Something that the program was denied; before EXITED, at most 64.",
+    Kind.EXITED: "The program has ended; its output file follows, if START requests one and it exists.",
+    Kind.FAILED: "The agent cannot continue.",
 }
 FIELD_MEANING: Final = {
-    "HELLO.protocol": "Number of the protocol that the agent speaks.",
-    "WARM.preload": "List of texts: Python modules that it imports.",
-    "WARM.hostname": "That of START, most likely: what is the same need not be done again.",
+    "HELLO.protocol": "Protocol number of the agent.",
+    "WARM.preload": "List of texts: Python modules to import.",
+    "WARM.hostname": "The value START will probably have, so that it need not be set again.",
     "WARM.network": "Whether START will list hosts.",
-    "WARM.output": "Whether START will likely ask for a file.",
-    "WARM.limits": "Those of START, most likely.",
-    "WARM.commands": "List of lists of texts: programs of the image to be run once, so that the kernel has read them.",
-    "SEED.unix_ns": "What the clock is set to, in nanoseconds since 1970.",
+    "WARM.output": "Whether START will probably request a file.",
+    "WARM.limits": "Those that START will probably have.",
+    "WARM.commands": "List of lists of texts: programs of the image to run once, so that the kernel has read them.",
+    "SEED.unix_ns": "The time to set, in nanoseconds since 1970.",
     "SEED.entropy": "Random, for the kernel's pool.",
-    "SEED.nonce": "Random; the answer has to repeat it.",
-    "SEED.machine_id": "What /etc/machine-id holds in hexadecimal.",
+    "SEED.nonce": "Random; the answer repeats it.",
+    "SEED.machine_id": "The content of /etc/machine-id, in hexadecimal there.",
     "SEEDED.nonce": "That of SEED.",
-    "START.run_id": "Id of the job.",
-    "START.hostname": "Name of the machine, as the program sees it.",
+    "START.run_id": "Job id.",
+    "START.hostname": "Host name that the program sees.",
     "START.phase": "`build` or `run`.",
     "START.argv": "List of texts: the program and its arguments.",
-    "START.env": "Object of texts: the whole environment.",
+    "START.env": "Object of texts: the complete environment.",
     "START.cwd": "Working directory.",
     "START.files": "List of `{path, mode, kind, bytes}`, of kind `file`, `archive`, `tree`; N comes on stream 16 + N.",
-    "START.mounts": "List of `{tree, sub, at, write, changes}`: where a part of a tree (its stream; null: a folder of "
-    "the program's own) lies for the program, whether it may write there, whether changes are wanted back.",
+    "START.mounts": "List of `{tree, sub, at, write, changes}`: a part of a tree (its stream; null: a private folder), "
+    "its path for the program, whether it is writable, whether changes are returned.",
     "START.limits": "Object of whole numbers: the agent's share of the plan.",
     "START.confine": "`{threads, spawn, execute, programs, prefixes, alone}`: what is allowed; programs and prefixes "
-    "are lists of paths and of beginnings of paths, of what may be executed, or null and empty where no list counts; "
-    "alone: whether nothing but the policy lies beside the program.",
+    "list what may be executed, or are null and empty without a list; alone: only the policy is beside the program.",
     "START.network": (
-        "What the egress relay is told, or null: `{names, wildcards, tcp, udp}`: addresses that stand for names, "
-        "blocks of such addresses for names below a suffix, and what may be asked for as `[first, last, ports]`."
+        "Configuration of the egress relay, or null: `{names, wildcards, tcp, udp}`: addresses that stand for names, "
+        "blocks of them for names below a suffix, and allowed destinations as `[first, last, ports]`."
     ),
-    "START.output": "`{path, max_bytes}` of the one file that is wanted back, or null.",
+    "START.output": "`{path, max_bytes}` of the one file to return, or null.",
     "START.left": (
-        "What is wanted of the files that the program leaves in its private folders, `{files, bytes}` at most, or null "
-        "where these are not looked at. With 0 files those of the working folder are counted."
+        "Bounds `{files, bytes}` on the files to return from the program's private folders, or null for none. "
+        "With 0 files those of the working folder are only counted."
     ),
-    "DENIED.by": "Who refused it: `kernel` or `seccomp`.",
+    "DENIED.by": "`kernel` or `seccomp`.",
     "DENIED.call": "Name of the system call.",
-    "DENIED.errno": "What it ended with.",
-    "DENIED.path": "The path that it was about, or nothing; with a slash at its end for something new in that folder.",
-    "DENIED.write": "Whether it was to change something.",
-    "DENIED.count": "How often.",
+    "DENIED.errno": "The error it returned.",
+    "DENIED.path": "Its path, or empty; with a final slash for something new in that folder.",
+    "DENIED.write": "Whether the call would have changed something.",
+    "DENIED.count": "How many times.",
     "EXITED.wait_status": "As wait(2) gives it.",
     "EXITED.cpu_us": "CPU time of the program and its children, in microseconds.",
-    "EXITED.memory_peak_bytes": "Most memory that they had at once.",
+    "EXITED.memory_peak_bytes": "Their peak memory.",
     "EXITED.oom_kills": "How many of them the kernel killed for memory.",
-    "EXITED.tasks_peak": "Most processes and threads at once.",
-    "EXITED.tasks_refused": "How often one more was refused.",
-    "EXITED.cpu_exceeded": "The agent killed the program for its CPU time.",
-    "EXITED.stopped": "The program stood still by a signal when STOP came.",
+    "EXITED.tasks_peak": "Peak number of processes and threads.",
+    "EXITED.tasks_refused": "How many more were refused.",
+    "EXITED.cpu_exceeded": "The agent killed the program at its CPU time limit.",
+    "EXITED.stopped": "A signal had stopped the program when STOP came.",
     "EXITED.disk_full": "The scratch disk is full.",
     "EXITED.memory_full": "One of the program's folders in memory is full: /tmp or /dev/shm.",
-    "EXITED.denials_lost": "How much more was refused, or records of it, and is not told.",
-    "EXITED.left_files": "How many files the program left in the folders that START has looked at.",
-    "EXITED.left_bytes": "Their bytes.",
-    "EXITED.output_bytes": "Size of the output file; null when none follows.",
+    "EXITED.denials_lost": "Number of further denials, or records of them, that are not listed.",
+    "EXITED.left_files": "Number of files left in the folders that START selects.",
+    "EXITED.left_bytes": "Their size in bytes.",
+    "EXITED.output_bytes": "Size of the output file; null if none follows.",
     "EXITED.output_problem": "Why none follows.",
     "FAILED.stage": "What the agent was doing.",
     "FAILED.errno": "The error's number, 0 for none.",
@@ -100,19 +99,19 @@ STREAM_MEANING: Final = {
     Stream.STDIN: "The program's standard input.",
     Stream.STDOUT: "Its standard output.",
     Stream.STDERR: "Its standard error.",
-    Stream.OUTPUT_FILE: "The file that START asks for, after EXITED.",
-    Stream.CHANGES: "What the program has changed in the mounts that START asks about, after EXITED.",
-    Stream.LEFT_FILES: "Files that the program left in its private folders, of which START wants some, after EXITED.",
-    Stream.FIRST_FILE: "Files that go in, in the order of START.",
+    Stream.OUTPUT_FILE: "The file that START requests, after EXITED.",
+    Stream.CHANGES: "The program's changes in the mounts that START selects, after EXITED.",
+    Stream.LEFT_FILES: "Files left in the program's private folders, if START requests any, after EXITED.",
+    Stream.FIRST_FILE: "Files to copy in, in the order of START.",
 }
 STATE_MEANING: Final = {
     State.WAITING: "The guest boots.",
-    State.GREETED: "The agent has spoken.",
-    State.WARMING: "The agent prepares the program's place.",
-    State.WARM: "The agent waits. A clone of a saved machine begins here.",
+    State.GREETED: "The agent has sent HELLO.",
+    State.WARMING: "The agent prepares the program's environment.",
+    State.WARM: "The agent waits. A clone of a saved VM starts here.",
     State.SEEDING: "The agent sets clock and entropy.",
     State.READY: "The agent waits for a job.",
-    State.PREPARING: "Files come in, the program is confined and executed.",
+    State.PREPARING: "Files are copied in; the program is confined and executed.",
     State.RUNNING: "The program runs.",
     State.COLLECTING: "The program has ended; its output file may follow.",
     State.FAILED: "The agent has given up.",
@@ -159,7 +158,7 @@ def bounds(shape: Shape) -> str:
 
 def frames_table() -> str:
     """Every frame."""
-    both = {Kind.DATA: "the stream's sender", Kind.EOF: "the stream's sender", Kind.CREDIT: "the stream's taker"}
+    both = {Kind.DATA: "the stream's sender", Kind.EOF: "the stream's sender", Kind.CREDIT: "the stream's receiver"}
     rows = [
         (
             int(kind),
@@ -194,7 +193,7 @@ def streams_table() -> str:
         numbers = f"{int(stream)} to {frames.LAST_FILE}" if stream is Stream.FIRST_FILE else int(stream)
         states = ", ".join(state.value for state in State if state in DATA_STATES[stream])
         rows.append((numbers, SENDS[sender], states, text))
-    return table(("stream", "sent by", "data is in order while", "what it is"), *rows)
+    return table(("stream", "sent by", "data allowed while", "meaning"), *rows)
 
 
 def states_table() -> str:
@@ -206,7 +205,7 @@ def states_table() -> str:
             for role in Role
         }
         rows.append((state.value, text, sends[Role.GUEST], sends[Role.HOST]))
-    return table(("state", "what goes on", "guest may send", "host may send"), *rows)
+    return table(("state", "meaning", "guest may send", "host may send"), *rows)
 
 
 def diagram() -> str:

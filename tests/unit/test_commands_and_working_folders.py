@@ -18,8 +18,7 @@ from x07_sandbox import SandboxError, exec_command, run_program
 from x07_sandbox.channel.trees import Entry, Kind, segment
 from x07_sandbox.cli.main import main
 from x07_sandbox.errors import PeerError, RefusedError, UsageError
-from x07_sandbox.guest.private_files import LOOKED_AT_MAX, left_files, stream_of
-from x07_sandbox.guest.trees import Tree
+from x07_sandbox.guest.trees import LOOKED_AT_MAX, Tree, left_files, stream_of
 from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.plan.guest_paths import PROGRAM, WORK, guest_path
 from x07_sandbox.policy import Policy, default_policy
@@ -142,12 +141,12 @@ def test_a_program_that_is_missing_is_no_command(
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        ([], "no command is named"),
-        (["--workdir", "."], "no command is named"),
-        (["--read", "--", "ls"], "--read is about the folder of --workdir"),
+        ([], "no command given"),
+        (["--workdir", "."], "no command given"),
+        (["--read", "--", "ls"], "--read requires --workdir"),
         (["--", ""], "its name is empty"),
         (["--workdir", "", "--", "ls"], "the name of the folder is empty"),
-        (["ls", "-l"], "arguments of the program go after --"),
+        (["ls", "-l"], "arguments after --"),
     ],
 )
 def test_wrong_usage_of_exec_is_told(words: list[str], why: str, capfd: pytest.CaptureFixture[str]) -> None:
@@ -159,13 +158,13 @@ def test_wrong_usage_of_exec_is_told(words: list[str], why: str, capfd: pytest.C
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        ({"command": "make"}, "command is str, not a list of texts"),
-        ({"command": ["make", 5]}, "command is no list of texts"),
+        ({"command": "make"}, "command is str, not a list of str"),
+        ({"command": ["make", 5]}, "command is not a list of str"),
         ({"command": ["make"], "source": "x"}, "exactly one of program, source and command"),
-        ({"command": ["make"], "read_only": True}, "Give workdir too"),
+        ({"command": ["make"], "read_only": True}, "Pass workdir too"),
         ({"command": ["make"], "workdir": 5}, "workdir is int"),
-        ({"command": ["make"], "max_files_bytes": -1}, "max_files_bytes is -1"),
-        ({"command": ["make"], "max_files_bytes": 1 << 40}, "max_files_bytes is"),
+        ({"command": ["make"], "max_files_bytes": -1}, "max_files_bytes must be from 0"),
+        ({"command": ["make"], "max_files_bytes": 1 << 40}, "max_files_bytes must be"),
     ],
 )
 def test_a_wrong_call_names_its_argument(words: dict[str, Any], why: str) -> None:

@@ -8,7 +8,7 @@ from scripts.make_backends_page import PAGE, render
 from x07_sandbox.backends.registry import built, create
 from x07_sandbox.cli.main import main
 from x07_sandbox.conformance.behaviours import BEHAVIOURS
-from x07_sandbox.plan.features import VM_HOLDS
+from x07_sandbox.plan.features import VM_CAPABILITIES
 
 WITHOUT_GAPS = {"channel", "files", "outcome", "deadline", "stop"}
 NAMES = [behaviour.name for behaviour in BEHAVIOURS]
@@ -27,7 +27,7 @@ def test_each_behaviour_is_one_sentence_under_one_name() -> None:
     """No two behaviours have one name, each promise is a sentence, and what one needs is a capability."""
     assert sorted(NAMES) == sorted(set(NAMES))
     assert all(behaviour.promise.endswith(".") and behaviour.promise[0].isupper() for behaviour in BEHAVIOURS)
-    assert {behaviour.needs for behaviour in BEHAVIOURS} == VM_HOLDS | {""}
+    assert {behaviour.needs for behaviour in BEHAVIOURS} == VM_CAPABILITIES | {""}
 
 
 def test_the_page_of_backends_is_current() -> None:

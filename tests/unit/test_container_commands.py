@@ -10,7 +10,7 @@ import pytest
 from msgspec.structs import replace
 
 from x07_sandbox.backends.base import Needs, RootPlace
-from x07_sandbox.backends.container.create import Wanted, create_argv, differences, engine_gaps
+from x07_sandbox.backends.container.create import ContainerSpec, create_argv, differences, engine_gaps
 from x07_sandbox.backends.engine_images import DEFAULT_REFERENCE, check_reference
 from x07_sandbox.backends.engines import Answer, container_id, engine
 from x07_sandbox.errors import HostError, UsageError
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 MIB = 1 << 20
 IMAGE = "sha256:" + "ab" * 32
-WANTED = Wanted(
+WANTED = ContainerSpec(
     engine="docker",
     image=IMAGE,
     name="x07-1-2-3-run",
@@ -109,7 +109,7 @@ def test_what_was_made_as_asked_has_no_differences() -> None:
         (("Image",), "sha256:" + "cd" * 32, "its image"),
         (("HostConfig", "Privileged"), True, "its rights"),
         (("HostConfig", "NetworkMode"), "bridge", "its network"),
-        (("HostConfig", "ReadonlyRootfs"), False, "its root"),
+        (("HostConfig", "ReadonlyRootfs"), False, "its writable root"),
         (("HostConfig", "PidMode"), "host", "its namespaces"),
         (("HostConfig", "CapAdd"), ["CAP_SYS_ADMIN"], "its capabilities"),
         (("HostConfig", "Devices"), [{"PathOnHost": "/dev/kvm"}], "its devices"),

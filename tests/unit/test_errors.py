@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from x07_sandbox.errors import SandboxError, UsageError, shown
+from x07_sandbox.errors import SandboxError, UsageError, printable
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,8 +32,8 @@ def test_an_error_can_be_printed_anywhere(what: str, why: str, fix: str) -> None
 
 def test_plain_texts_are_shown_as_they_are() -> None:
     """Letters of any language and lines that are set in stay; what does not print becomes an escape."""
-    assert shown("no Zoë\n  and 木\n  end") == "no Zoë\n  and 木\n  end"
-    assert shown("a\nx07: ok\t\x1b[31m\0\ud800\x9b") == r"a\nx07: ok\t\x1b[31m\x00\ud800\x9b"
+    assert printable("no Zoë\n  and 木\n  end") == "no Zoë\n  and 木\n  end"
+    assert printable("a\nx07: ok\t\x1b[31m\0\ud800\x9b") == r"a\nx07: ok\t\x1b[31m\x00\ud800\x9b"
     assert str(SandboxError("a\n", "b", "c")) == r"a\n: b. c."
 
 

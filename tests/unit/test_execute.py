@@ -18,7 +18,7 @@ import pytest
 from tests.fuzz.fuzz_channel import EXITED
 from x07_sandbox.backends import handshake
 from x07_sandbox.backends.base import NoAnswerError
-from x07_sandbox.backends.handshake import Talk, evidence_of, greet
+from x07_sandbox.backends.handshake import Handshake, evidence_of, greet
 from x07_sandbox.channel.connection import Connection
 from x07_sandbox.channel.frames import DATA_MAX, PROTOCOL, WINDOW, Kind, Role, Stream
 from x07_sandbox.channel.link import Control, Data, Eof, Event, State
@@ -164,7 +164,7 @@ class Run:
         try:
             greet(instance, cancel_fd=self.cancel.fd)
         except NoAnswerError as exc:
-            return PhaseFacts(evidence=evidence_of(exc.silence, self.cancel.signal))
+            return PhaseFacts(evidence=evidence_of(exc.failure, self.cancel.signal))
         return run_phase(spec, instance, streams)
 
     def begin(self) -> None:
@@ -348,8 +348,8 @@ def test_an_agent_that_answered_in_time_is_heard_later() -> None:
     with contextlib.ExitStack() as stack:
         ours, theirs = (stack.enter_context(end) for end in socket.socketpair())
         machine = cast("Instance", Machine(ours.fileno(), "cold", stack))
-        silence = Talk(machine, State.WAITING).until(State.GREETED, Deadline.after(0))
-        assert silence is not None
-        assert silence.why == "it did not answer in time"
+        failure = Handshake(machine, State.WAITING).until(State.GREETED, Deadline.after(0))
+        assert failure is not None
+        assert failure.why == "it did not answer in time"
         Guest(theirs.fileno(), State.WAITING).say(Kind.HELLO, protocol=PROTOCOL)
-        assert Talk(machine, State.WAITING).until(State.GREETED, Deadline.after(0)) is None
+        assert Handshake(machine, State.WAITING).until(State.GREETED, Deadline.after(0)) is None

@@ -744,8 +744,8 @@ def test_two_sets_at_once_are_one_after_the_other(tmp_path: Path) -> None:
     assert driven("together", tmp_path)
 
 
-def test_it_works_without_openat2_and_exchange(fast: Path) -> None:
-    """Where kernel or file system know no newer calls all of it holds as well."""
+def test_it_works_without_exchange(fast: Path) -> None:
+    """A file system without atomic exchange loses nothing either."""
     assert driven("old-system", fast)
 
 

@@ -81,11 +81,11 @@ def huge(path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "why"),
     [
-        (lambda root: (root / "x").symlink_to("/etc/passwd"), "leads to /etc/passwd, outside of it"),
-        (lambda root: (root / "x").symlink_to("/etc"), "leads to /etc, outside of it"),
+        (lambda root: (root / "x").symlink_to("/etc/passwd"), "leads out of it, to /etc/passwd"),
+        (lambda root: (root / "x").symlink_to("/etc"), "leads out of it, to /etc"),
         (lambda root: (root / "x").symlink_to("nowhere"), "No such file"),
         (lambda root: (root / "x").symlink_to("x"), "symbolic links"),
-        (lambda root: os.mkfifo(root / "x"), "no regular file"),
+        (lambda root: os.mkfifo(root / "x"), "not a regular file"),
         (lambda root: (root / "x\n").touch(), "not a relative path of plain names"),
         (lambda root: (root / os.fsdecode(b"x\xff")).touch(), "not a relative path of plain names"),
         (lambda root: huge(root / "x"), "more than"),

@@ -269,36 +269,6 @@ def test_what_may_only_be_read_is_found_by_its_inode(trip: Trip) -> None:
         assert known.path(shown, inode, name) == "/data/run.sh"
 
 
-def test_a_link_of_the_programs_is_followed_in_its_own_view(tmp_path: Path) -> None:
-    """Of what begins where it may write, and only so far as links are there, never into the files around that view."""
-    (tmp_path / "opt/x07/sub").mkdir(parents=True)
-    (tmp_path / "data").mkdir()
-    for name, target in {
-        "opt/x07/far": "/usr/bin/nl",
-        "opt/x07/folder": "../../data",
-        "opt/x07/sub/out": "../../../../etc",
-        "opt/x07/round": "round",
-        "data/near": "./tool",
-        "usr": "elsewhere",
-    }.items():
-        (tmp_path / name).symlink_to(target)
-    known = ProgramPaths({}, [{"tree": 16, "sub": "", "at": "/data", "write": True}], str(tmp_path))
-    led = {
-        "/opt/x07/far": "/elsewhere/bin/nl",
-        "/opt/x07/folder/near": "/data/tool",
-        "/opt/x07/sub/../sub/out/x": "/etc/x",
-        "/opt/x07/round": "",
-        "/opt/x07/sub/none": "",
-        "/data/near": "/data/tool",
-        "/database": "",
-        "/usr": "",
-        "/opt/x07/" + 300 * "a/": "",
-    }
-    assert {path: known.follow(path) for path in led} == led
-    others = [known.follow(f"/opt/x07/{'./' * number}far") for number in range(100)]
-    assert 0 < len([path for path in others if path]) < 64
-
-
 @needs_root
 def test_every_kind_of_change_is_found(trip: Trip) -> None:
     """New, changed, removed, renamed, other modes, other kinds: each is told with what was and what is."""

@@ -329,17 +329,6 @@ def test_who_raises_a_limit_of_its_own_is_told_which(words: str, told: str | Non
     assert [refusal.path for refusal in found] == ([] if told is None else [told])
 
 
-def test_a_program_by_way_of_a_link_is_told_as_what_that_leads_to() -> None:
-    """What a list of programs would have to name, of a name from the working directory too, but not from elsewhere."""
-    refusals = Refusals(CALLS, None, (), {"/opt/link": "/usr/bin/nl"}.get)  # type: ignore[arg-type]
-    calls = ((59, "link"), (59, "/opt/link"), (59, "/opt/made"), (257, "/opt/link"))
-    for serial, (call, name) in enumerate(calls):
-        for kind, text in (called(call, 13, items=1), (CWD, 'cwd="/opt"'), path(f'"{name}"')):
-            refusals.note(kind, f"audit(1.2:{serial}): {text}".encode())
-    found = {(refusal.call, refusal.path): count for refusal, count in refusals.found.items()}
-    assert found == {("execve", "/usr/bin/nl"): 2, ("execve", "/opt/made"): 1, ("openat", "/opt/link"): 1}
-
-
 def test_records_of_several_calls_may_be_mixed() -> None:
     """Each record belongs to the call of its serial number."""
     refusals = Refusals(CALLS)

@@ -221,7 +221,7 @@ def test_a_pinned_image_stays(science: store.Image, monkeypatch: pytest.MonkeyPa
 def test_nothing_is_removed_where_a_name_is_wrong(science: store.Image, capsys: pytest.CaptureFixture[str]) -> None:
     """One unknown name is an error that lists the images, and all of them stay."""
     assert main(["image", "rm", "science", "sience"]) == 2
-    assert "There are: science" in capsys.readouterr().err
+    assert "Name one of: science" in capsys.readouterr().err
     assert store.find_image("science").digest == science.digest
 
 

@@ -475,8 +475,8 @@ def test_the_list_names_the_command_that_renews(image: store.Image, capsys: pyte
     assert main(["image", "list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition("(")[2] for line in lines] == [
-        "it was made by another version of x07-sandbox. Run x07 image build.)",
-        "it was made by another version of x07-sandbox. Run x07 image build --name science.)",
+        "built by another version of x07-sandbox. Run x07 image build.)",
+        "built by another version of x07-sandbox. Run x07 image build --name science.)",
     ]
 
 

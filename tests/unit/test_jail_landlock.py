@@ -14,22 +14,22 @@ from tests.unit.test_jail_own_limits import ALLOW, KILL, LACKING, LINE, LINES_MO
 from x07_sandbox.errors import HostError
 from x07_sandbox.host.arch import Arch, host_arch
 from x07_sandbox.jail.bwrap import BWRAP, PERL, SETPRIV
-from x07_sandbox.jail.forms import FLAGS_FOR_A_USER, FLAGS_FOR_ROOT, second_form
+from x07_sandbox.jail.forms import FLAGS_FOR_A_USER, FLAGS_FOR_ROOT, landlock_form
 from x07_sandbox.jail.landlock import (
     CALLS,
     CALLS_OLD,
-    Places,
+    ExecAddresses,
     call_rules,
     file_rights,
-    gate_message,
     landlock_argv,
     landlock_filter,
-    places,
+    random_addresses,
+    release_message,
     ruleset,
 )
 
 PID = 4711
-DRAWN = Places(path=0x2345_6789_ABC0, arguments=0x1FFF_0000_0008, environment=0x4000_0000_0010)
+DRAWN = ExecAddresses(path=0x2345_6789_ABC0, arguments=0x1FFF_0000_0008, environment=0x4000_0000_0010)
 READ, WRITE, EXECUTE, TRUNCATE = 1 << 2, 1 << 1, 1 << 0, 1 << 14
 HEADER = struct.Struct("=QQQQ")
 
@@ -71,7 +71,7 @@ def test_the_command_is_executed_once(arch: Arch) -> None:
 
 def test_the_addresses_cannot_be_guessed() -> None:
     """Each job draws its own three addresses, on which a pointer may lie, from more than 2**43 each."""
-    drawn = [place for _ in range(200) for place in msgspec.structs.astuple(places())]
+    drawn = [place for _ in range(200) for place in msgspec.structs.astuple(random_addresses())]
     assert len(set(drawn)) == len(drawn)
     assert all(place % 8 == 0 and 1 << 44 <= place < 5 << 44 for place in drawn)
     assert (5 - 1 << 44) // 8 >= 1 << 43
@@ -119,9 +119,9 @@ def test_what_a_call_is_asked_for_is_looked_at(arch: Arch) -> None:
 
 def test_the_gate_s_message_is_whole() -> None:
     """What lets the jail go fits into a pipe at once and tells its length, so that no part of it passes for all."""
-    message = gate_message(host_arch(), PID)
+    message = release_message(host_arch(), PID)
     path, arguments, environment, length = HEADER.unpack_from(message)
-    assert message[HEADER.size :] == landlock_filter(host_arch(), PID, Places(path, arguments, environment))
+    assert message[HEADER.size :] == landlock_filter(host_arch(), PID, ExecAddresses(path, arguments, environment))
     assert (length, len(message) < 65536) == (len(message) - HEADER.size, True)
 
 
@@ -175,13 +175,13 @@ def test_all_of_it_runs_under_the_job_s_uid(uid: int | None) -> None:
 def test_a_kernel_with_too_old_a_landlock_is_refused(version: int) -> None:
     """Without namespaces and with a Landlock that cannot forbid truncating, nothing runs; the message names both."""
     with pytest.raises(HostError) as caught:
-        second_form("namespaces are forbidden here", version, [])
+        landlock_form("namespaces are forbidden here", version, [])
     assert "needs Landlock 3 (Linux 6.2)" in caught.value.why
     assert any(flags in caught.value.fix for flags in (FLAGS_FOR_ROOT, FLAGS_FOR_A_USER))
 
 
 def test_root_without_the_rights_for_a_uid_is_refused() -> None:
     """Root that cannot give a job a uid of its own runs nothing without namespaces, and hears which rights it lacks."""
-    with pytest.raises(HostError, match="root has no CAP_SETUID"):
-        second_form("namespaces are forbidden here", 7, ["CAP_SETUID"])
-    assert second_form("why", 7, []).landlock == 7
+    with pytest.raises(HostError, match="root lacks CAP_SETUID"):
+        landlock_form("namespaces are forbidden here", 7, ["CAP_SETUID"])
+    assert landlock_form("why", 7, []).landlock == 7

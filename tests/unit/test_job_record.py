@@ -140,6 +140,7 @@ def test_labels_hold_only_what_every_runtime_takes(
         mark="m" * 32,
         runner_instance="ri-" + "0" * 32,
         image_digest=DIGEST,
+        deadline_boot_ms=deadline,
     )
     for key, value in record.labels().items():
         assert re.fullmatch(r"io\.x07\.[a-z0-9._-]+", key)
@@ -274,7 +275,7 @@ def test_two_machines_that_share_a_home_are_two_owners(home: Path, monkeypatch: 
 def test_two_users_of_one_home_are_two_owners(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another uid in the same home, as in another container, has another id."""
     first = runner_instance(home)
-    monkeypatch.setattr(records, "home_of", lambda _root: home.parent)
+    monkeypatch.setattr(records, "state_home", lambda _root: home.parent)
     uid = os.geteuid()
     monkeypatch.setattr(os, "geteuid", lambda: uid + 1)
     assert runner_instance(home) != first

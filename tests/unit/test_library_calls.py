@@ -17,8 +17,8 @@ import pytest
 from msgspec.structs import replace
 
 from x07_sandbox import Policy, Pool, SandboxError, load_policy, run_program, run_program_async
-from x07_sandbox.backends.lease import PoolMachines
-from x07_sandbox.backends.selection import choice_of_variables
+from x07_sandbox.backends.lease import PoolClient
+from x07_sandbox.backends.selection import choice_from_environment
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host import paths
 from x07_sandbox.host.cancel import Cancel
@@ -53,31 +53,22 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        ({"program": HALF}, "program holds half of a surrogate pair"),
-        ({"program": "a\0b"}, "program holds a zero byte"),
+        ({"program": "a\0b"}, "program contains a zero byte"),
         ({"program": Bytes()}, "program is Bytes, not a path"),
-        ({"source": HALF}, "source holds half"),
-        ({"toolchain": HALF}, "toolchain holds half"),
-        ({"args": ["a", HALF]}, "args[2] holds half"),
         ({"files": {"a": 5}}, "files['a'] is int, not bytes"),
         ({"files": {5: b""}}, "files has the name 5"),
-        ({"files": {HALF: b""}}, "files holds half"),
-        ({"env": {"A": HALF}}, "env['A'] holds half"),
-        ({"env": {HALF: "x"}}, "env holds half"),
-        ({"image": HALF}, "image holds half"),
-        ({"out": "a\0"}, "out holds a zero byte"),
+        ({"out": "a\0"}, "out contains a zero byte"),
         ({"out": Bytes()}, "out is Bytes, not a path"),
         ({"out": ""}, "out is empty"),
         ({"program": ""}, "program is empty"),
-        ({"policy": HALF}, "policy holds half"),
         ({"policy": 5}, "policy is int, not a path or a Policy"),
-        ({"memory": "lots"}, "memory is 'lots', which is no size"),
+        ({"memory": "lots"}, "memory is 'lots', which is not a size"),
         ({"memory": 5}, "memory is 5, and must be at least 1M and at most 16G"),
         ({"memory": True}, "memory is bool, not a size"),
         ({"cpu_s": 0}, "cpu_s is 0, and must be above 0"),
         ({"timeout_s": 601}, "timeout_s is 601, and must be at least 0.001 and at most 600 seconds"),
         ({"procs": -1}, "procs is -1, and must be at least 0"),
-        ({"fds": 1.5}, "fds is float, not a whole number"),
+        ({"fds": 1.5}, "fds is float, not int"),
         ({"build_timeout_s": 5000}, "build_timeout_s is 5000"),
     ],
 )
@@ -129,7 +120,6 @@ def test_a_policy_that_was_made_wrong_is_refused(change: dict[str, Any]) -> None
     [
         (5, "name is int, not a path or a Policy"),
         (b"x", "name is bytes"),
-        (HALF, "name holds half"),
         ("\0", "zero byte"),
     ],
 )
@@ -139,10 +129,10 @@ def test_load_policy_names_what_it_cannot_take(name: Any, why: str) -> None:  # 
         load_policy(name)
 
 
-@pytest.mark.parametrize(("words", "why"), [({"image": 5}, "image is int, not a text"), ({"size": "2"}, "size is '2'")])
+@pytest.mark.parametrize(("words", "why"), [({"image": 5}, "image is int, not str"), ({"size": "2"}, "size is '2'")])
 def test_a_pool_names_what_it_cannot_take(words: dict[str, Any], why: str) -> None:
     """A pool of another kind of image, or of no number of machines, is refused in the library's own words."""
-    with pytest.raises(UsageError, match=f"cannot keep a pool: .*{why}"):
+    with pytest.raises(UsageError, match=f"cannot start a pool: .*{why}"):
         Pool(**words)
 
 
@@ -158,7 +148,7 @@ def test_load_policy_takes_what_a_run_takes() -> None:
 def test_a_limit_above_that_of_a_policy_file_names_the_keyword(tmp_path: Path) -> None:
     """`timeout_s=200` with a policy of 60 s is an error in Python's words, never a shorter run."""
     (tmp_path / "strict.json").write_bytes(render_policy(default_policy()))
-    with pytest.raises(UsageError, match=r"cannot use timeout_s=200: .* allows 60 s \(limits\.wall_ms\)"):
+    with pytest.raises(UsageError, match=r"cannot use timeout_s=200: .* allows at most 60 s \(limits\.wall_ms\)"):
         run_program(source="true", toolchain="shell", policy=tmp_path / "strict.json", timeout_s=200)
 
 
@@ -177,14 +167,11 @@ def test_an_option_that_is_not_known_is_named_with_the_function() -> None:
 def asked(stack: contextlib.ExitStack, folder: Path, **words: Any) -> RunRequest:  # noqa: ANN401 - any option
     """The request of a call for the project in *folder*, when its manifest has been read."""
     cancel = stack.enter_context(contextlib.closing(Cancel()))
-    options: dict[str, Any] = {
-        "stdin_fd": 0,
-        "stdin_default": True,
-        "machines": PoolMachines(),
-        "choice": choice_of_variables(),
-        "cancel": cancel,
-    } | words
-    return load_program(make_request(folder, options.pop("args", ()), **options), stack)[0]
+    fields: dict[str, Any] = {"machines": PoolClient(), "choice": choice_from_environment(), "cancel": cancel}
+    fields |= {name: words.pop(name, value) for name, value in (("stdin_fd", 0), ("stdin_default", True))}
+    args = words.pop("args", ())
+    given = {**(run_program.__kwdefaults__ or {}), **words}
+    return load_program(make_request(folder, args, given, **fields), stack)[0]
 
 
 def test_what_a_call_leaves_open_is_what_the_manifest_says(tmp_path: Path) -> None:
@@ -217,8 +204,8 @@ def test_what_a_call_leaves_open_is_what_the_manifest_says(tmp_path: Path) -> No
 
 # Each module costs every caller's start: the rest is loaded by the first call.
 IMPORTED = """
-errors host host.models host.settings host.threads host.version library library.call library.pool library.run
-network network.account
+errors host host.decoding host.settings host.threads host.version library library.arguments library.pool library.run
+network network.summary
 plan plan.denials plan.features
 policy policy.decode policy.default policy.environment policy.model policy.problems policy.rules
 runs runs.result

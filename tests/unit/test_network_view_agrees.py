@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from x07_sandbox.cli.policy_host import host_report
+from x07_sandbox.cli.policy import host_report
 from x07_sandbox.guest.dns import NameTable
 from x07_sandbox.network.guest_view import guest_view
 from x07_sandbox.network.ledger import Ledger

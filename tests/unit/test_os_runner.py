@@ -181,9 +181,9 @@ def test_a_variable_that_is_none_is_told(refused: Refused, monkeypatch: pytest.M
         (("--program", "main.x07.json"), "main.x07.json"),
         (("--project", "x07.json"), "x07.json"),
         (("--project", "x07-sandbox.toml"), "cannot read the manifest"),
-        (("--project", "pyproject.toml"), "a manifest is called x07.json or x07-sandbox.toml"),
-        (("--artifact", "a.out"), "X07's own protocol"),
-        (("--artifact", "a.out", "--i-accept-precompiled-artifact"), "X07's own protocol"),
+        (("--project", "pyproject.toml"), "it is not named x07.json or x07-sandbox.toml"),
+        (("--artifact", "a.out"), "X07's own runner inside a guest"),
+        (("--artifact", "a.out", "--i-accept-precompiled-artifact"), "X07's own runner inside a guest"),
         (("--program", "prog.c", "--compile-only"), "--compile-only"),
         (("--program", "prog.rs"), "no toolchain takes .rs"),
         (("--program", "prog.zig"), "x07 run --toolchain"),  # a flag that this command has not
@@ -386,4 +386,4 @@ def test_standard_output_that_cannot_be_written_ends_in_two() -> None:
     with Path("/dev/full").open("wb") as full:
         done = subprocess.run(argv, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 2
-    assert "cannot write to standard output: No space left on device. Send it where" in done.stderr
+    assert "cannot write to standard output: No space left on device" in done.stderr

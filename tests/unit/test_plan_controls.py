@@ -11,13 +11,13 @@ from x07_sandbox.plan.confinement import confinement
 from x07_sandbox.plan.control_table import TABLE
 from x07_sandbox.plan.controls import Plan, make_plan
 from x07_sandbox.plan.denials import HowToAllow
-from x07_sandbox.plan.features import VM_HOLDS, Features
+from x07_sandbox.plan.features import VM_CAPABILITIES, Features
 from x07_sandbox.policy.decode import decode_policy
 from x07_sandbox.policy.default import default_policy, render_policy
 from x07_sandbox.policy.model import Policy
 from x07_sandbox.policy.schema import fields
 
-VM = Features(isolation="vm-emulated", own_kernel=True, can_enforce=VM_HOLDS)
+VM = Features(isolation="vm-emulated", own_kernel=True, can_enforce=VM_CAPABILITIES)
 NOTHING = Features(isolation="none", own_kernel=False, can_enforce=frozenset())
 SERVERS = {"sqlite": True, "postgres": True, "mysql": False}
 ADVISORY = {
@@ -254,7 +254,7 @@ def test_a_restriction_that_nobody_holds_is_said_to_be_unenforced(
 
 def test_a_backend_without_walls_claims_none() -> None:
     """What a backend cannot hold is refused; where the user has accepted that it holds less, it is advisory."""
-    limits = {field for field in VM_HOLDS if field.startswith("limits.")}
+    limits = {field for field in VM_CAPABILITIES if field.startswith("limits.")}
     for isolation, state in (("container", "refused"), ("process", "advisory"), ("none", "advisory")):
         made = make_plan(default_policy(), msgspec.structs.replace(NOTHING, isolation=isolation))
         assert states(made, *limits, "fs.enabled", "net.enabled", "env.enabled") == {state}
@@ -308,7 +308,7 @@ def test_a_variable_too_long_for_linux_is_refused_before_anything_starts() -> No
 
 def test_confinement_is_claimed_only_where_it_stands() -> None:
     """A backend that does not confine programs refuses each field that asks for it."""
-    weak = Features(isolation="none", own_kernel=False, can_enforce=VM_HOLDS - {"confinement"})
+    weak = Features(isolation="none", own_kernel=False, can_enforce=VM_CAPABILITIES - {"confinement"})
     changes: dict[str, Any] = json.loads(render_policy(default_policy()))
     changes["process"] |= {"allow_exec": False, "allow_spawn": False, "max_live": 1}
     changes["threads"]["enabled"] = False

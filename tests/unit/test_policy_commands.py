@@ -165,9 +165,9 @@ def test_a_connection_can_be_asked_about(tmp_path: Path) -> None:
     code, out, err = policy(tmp_path, "check", "--host", "A.example.org.:443", "p.json")
     assert (code, err) == (0, "")
     assert out.splitlines() == [
-        "a.example.org:443 (tcp): would be allowed",
+        "a.example.org:443 (tcp): allowed",
         "  rule net.allow_hosts[0]: *.example.org is listed with port 443",
-        "  its addresses are checked at run time: special ones, such as private ones, are denied",
+        "  its addresses are checked at run time; special ones, such as private ones, are denied",
     ]
     code, found = as_json(tmp_path, "check", "--host", "a.example.org:443", "p.json")
     assert (code, found["allowed"], found["rule"], found["resolved_later"]) == (0, True, "net.allow_hosts[0]", True)
@@ -185,7 +185,7 @@ def test_a_denied_connection_says_what_would_allow_it(tmp_path: Path) -> None:
         1,
         [
             "  rule deny-floor:private: 10.0.0.5 is a private address",
-            "  no change of the policy allows it",
+            "  no change to the policy allows it",
         ],
     )
     code, found = as_json(tmp_path, "check", "--host", "example.org:53", "--udp")
@@ -211,12 +211,12 @@ def test_a_connection_can_be_asked_about_with_a_denial(tmp_path: Path, denied: s
 @pytest.mark.parametrize(
     ("words", "code", "why"),
     [
-        (("--deny-host", "a.org:*", "built-in:cli"), 2, "--deny-host needs --host"),
+        (("--deny-host", "a.org:*", "built-in:cli"), 2, "--deny-host requires --host"),
         (("--host", "a.org:1", "--deny-host", "a.org"), 2, "cannot use --deny-host 'a.org'"),
         (("--host", "127.1:80"), 2, "looks like an address"),
         (("--host", "example.org"), 2, "a port from 1 to 65535"),
-        (("--host", "a.org:1", "a.json", "b.json"), 2, "--host takes one policy"),
-        (("--udp", "built-in:cli"), 2, "--udp needs --host"),
+        (("--host", "a.org:1", "a.json", "b.json"), 2, "--host accepts one policy"),
+        (("--udp", "built-in:cli"), 2, "--udp requires --host"),
         (("--host", "a.org:1", "missing.json"), 2, "missing.json"),
         (("--host", "a.org:1", "bad.json"), 3, "$.net.allow_hosts[0]: host *.org: '*' must be"),
     ],

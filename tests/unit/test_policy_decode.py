@@ -148,7 +148,7 @@ def test_any_cut_of_a_document_gives_a_policy_or_a_policy_error(value: object, d
         (b'{"a": -Infinity}', "is not JSON: -Infinity is not a JSON number"),
         (b'{"a": "\xff"}', "is not UTF-8 text (byte 7)"),
         (b'{"a": }', "is not JSON: Expecting value (line 1, column 7)"),
-        (b" " * (MAX_BYTES + 1), f"has {MAX_BYTES + 1} bytes; the maximum is {MAX_BYTES} are read"),
+        (b" " * (MAX_BYTES + 1), f"has {MAX_BYTES + 1} bytes; the maximum is {MAX_BYTES}"),
         (b"[" * 500_000, "is nested deeper than 32 levels"),
         (b"[" * 40 + b"]" * 40, "is nested deeper than 32 levels"),
     ],

@@ -152,7 +152,7 @@ def test_hosts_that_are_never_reached_are_told(tmp_path: Path) -> None:
     document["net"]["allow_hosts"] = [{"host": host, "ports": [80]} for host in hosts]
     (tmp_path / "p.json").write_bytes(render_policy(document))
     code, found = as_json(tmp_path, "explain", "p.json")
-    told = {row["field"]: row["why"] for row in found["unreachable_entries"]}
+    told = {row["field"]: row["why"] for row in found["never_reached"]}
     assert (code, sorted(told)) == (0, [f"net.allow_hosts[{index}]" for index in (1, 2, 3, 4)])
     assert told["net.allow_hosts[1]"] == "10.0.0.0/8 is a private address"
     assert told["net.allow_hosts[3]"] == "printer.local is a name of this host or a local network"

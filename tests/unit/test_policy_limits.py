@@ -14,6 +14,7 @@ from msgspec.structs import replace
 from x07_sandbox.cli.run_options import add_options, limits_of
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.cancel import Cancel
+from x07_sandbox.library.keyword_names import in_python
 from x07_sandbox.plan.controls import run_limits
 from x07_sandbox.policy import default_policy, render_policy
 from x07_sandbox.policy.limits import LimitChanges, change_limits, parse_size, size_text
@@ -66,10 +67,10 @@ def test_a_given_policy_is_only_lowered(tmp_path: Path, kind: str, field: str, v
     place.write_bytes(render_policy(default_policy()))
     project = ProjectPolicy(place, place.read_bytes(), str(tmp_path))
     policy = {"file": str(place), "project": project, "value": default_policy()}[kind]
-    with pytest.raises(UsageError, match="can only lower") as caught:
+    with pytest.raises(UsageError, match="allows at most") as caught:
         effective_policy(policy, **{field: value})
     assert f"Set limits.{field} to {value} in the policy" in caught.value.fix
-    assert caught.value.refused_by == (f"limits.{field}", value)
+    assert caught.value.policy_cause == (f"limits.{field}", value)
     held = getattr(default_policy().limits, field)
     lowered = effective_policy(policy, **{field: held // 2})
     if field != "procs":
@@ -80,7 +81,7 @@ def test_a_given_policy_is_only_lowered(tmp_path: Path, kind: str, field: str, v
 def test_a_smaller_number_of_children_is_not_passed_over() -> None:
     """In a given policy process.max_live holds children tighter than limits.procs, and so it is what is named."""
     base = replace(default_policy(), process=replace(default_policy().process, max_live=4))
-    with pytest.raises(UsageError, match=r"allows 4 \(process\.max_live\)"):
+    with pytest.raises(UsageError, match=r"allows at most 4 \(process\.max_live\)"):
         change_limits(base, LimitChanges(procs=32), may_raise=False, source="strict.json")
     made = change_limits(base, LimitChanges(procs=3), may_raise=False, source="strict.json")
     assert run_limits(made).tasks == 4
@@ -95,12 +96,12 @@ def test_a_smaller_number_of_children_is_not_passed_over() -> None:
     ],
 )
 def test_no_flag_goes_beyond_what_a_policy_can_say(field: str, value: int, flag: str, keyword: str) -> None:
-    """A value outside the schema's range is an error, by the name under which it was given."""
-    for by_keyword, shown in ((False, flag), (True, keyword)):
-        changes = replace(LimitChanges(**{field: value}), by_keyword=by_keyword)  # type: ignore[arg-type]  # of ints
-        with pytest.raises(UsageError, match="must be at least") as caught:
-            change_limits(default_policy(), changes, may_raise=True, source="built-in:default")
-        assert caught.value.what == f"cannot use {shown}"
+    """A value outside the schema's range is an error that names the flag, and the keyword for callers from Python."""
+    changes = LimitChanges(**{field: value})  # type: ignore[arg-type]  # of ints
+    with pytest.raises(UsageError, match="must be at least") as caught:
+        change_limits(default_policy(), changes, may_raise=True, source="built-in:default")
+    assert caught.value.what == f"cannot use {flag}"
+    assert in_python(caught.value.what) == f"cannot use {keyword}"
 
 
 @pytest.mark.parametrize(

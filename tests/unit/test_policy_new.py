@@ -54,7 +54,7 @@ def test_a_closed_template_takes_hosts_and_roots(tmp_path: Path, template: str) 
     [
         (("--memory", "99G"), "must be at least 1M and at most 16G"),
         (("--allow-host", "example.org"), "it is not HOST:PORTS"),
-        (("--id", "a b"), "a name has 1 to 64 letters"),
+        (("--id", "a b"), "an id has 1 to 64 letters"),
         (("--build-timeout", "9"), "unrecognized arguments: --build-timeout"),
     ],
 )

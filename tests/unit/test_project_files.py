@@ -100,11 +100,11 @@ def test_a_project_brings_its_policy_and_its_input(folder: Path, stack: contextl
 @pytest.mark.parametrize(
     ("make", "why"),
     [
-        (lambda place: place.symlink_to("/proc/self/environ"), "leads to /proc/"),
-        (lambda place: place.symlink_to("../../other.txt"), "leads to .*/other.txt, outside of it"),
-        (os.mkfifo, "is no regular file"),
-        (Path.mkdir, "is no regular file"),
-        (lambda place: place.symlink_to("/dev/zero"), "leads to /dev/zero, outside of it"),
+        (lambda place: place.symlink_to("/proc/self/environ"), "leads out of it, to /proc/"),
+        (lambda place: place.symlink_to("../../other.txt"), "leads out of it, to .*/other.txt"),
+        (os.mkfifo, "is not a regular file"),
+        (Path.mkdir, "is not a regular file"),
+        (lambda place: place.symlink_to("/dev/zero"), "leads out of it, to /dev/zero"),
         (lambda place: place.symlink_to(place.name), "symbolic links"),
         (lambda _: None, "No such file"),
     ],
@@ -122,8 +122,8 @@ def test_what_is_not_the_projects_is_refused(
 @pytest.mark.parametrize(
     ("make", "why"),
     [
-        (os.mkfifo, "is no regular file"),
-        (Path.mkdir, "is no regular file"),
+        (os.mkfifo, "is not a regular file"),
+        (Path.mkdir, "is not a regular file"),
         (lambda at: at.symlink_to("no"), "No such"),
     ],
 )
@@ -140,7 +140,7 @@ def test_a_folder_on_the_way_may_not_lead_out(folder: Path, stack: contextlib.Ex
     """A link to a folder outside, on the way to a file that a project names, is refused as well."""
     (folder / "own").rename(folder.parent / "elsewhere")
     (folder / "own").symlink_to(folder.parent / "elsewhere")
-    with pytest.raises(UsageError, match=r"leads out of it|lock file own/x07\.lock\.json is not there"):
+    with pytest.raises(UsageError, match=r"leads out of it|lock file own/x07\.lock\.json is missing"):
         load(stack, folder)
 
 

@@ -326,7 +326,7 @@ def test_a_build_under_way_is_waited_for() -> None:
         store.set_name("default", fresh.folder.name)
     thread.join(30)
     assert reports[0].removed == ()
-    assert told == ["waiting for a build of an image to end"]
+    assert told == ["waiting for an image build to end"]
 
 
 def test_what_was_built_goes_when_nobody_used_it_for_long(tmp_path: Path) -> None:
@@ -429,7 +429,7 @@ def test_people_are_told_what_and_how_much(full: list[Path], capsys: pytest.Capt
     assert main(["prune", "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert f"would remove image {full[0]} " in lines[0]
-    assert lines[-1].startswith(f"would remove {len(lines) - 1} things, ")
+    assert lines[-1].startswith(f"would remove {len(lines) - 1} items, ")
     assert lines[-1].endswith("KiB")
 
 

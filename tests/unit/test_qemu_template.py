@@ -14,16 +14,15 @@ from x07_sandbox.backends.qemu.template import (
     SCHEMA,
     Template,
     TemplateManifest,
-    ensure_template,
+    clear_suspensions,
     expired_templates,
     lack_of_space,
     opened_template,
     sealed,
     sparse_sha256,
     templates_dir,
-    trust_all,
 )
-from x07_sandbox.errors import BackendError, HostError, ImageError
+from x07_sandbox.errors import ImageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import boot_ms
 from x07_sandbox.images.manifest import Part, Piece, ScratchDisk
@@ -56,11 +55,11 @@ def test_what_spoke_against_a_template_is_forgotten(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "cache"))
     templates = [Template(key=key, folder=templates_dir() / key) for key in ("a" * 64, "b" * 64)]
     for template in templates:
-        template.distrust("a clone of it ended", late=False)
+        template.suspend("a clone of it ended", late=False)
     for template in templates:
-        assert template.bad().startswith("a clone of it ended. Jobs like it start cold until this host reboots")
-    trust_all()
-    assert [template.bad() for template in templates] == ["", ""]
+        assert template.suspended().startswith("a clone of it ended. Such jobs start cold until this host reboots")
+    clear_suspensions()
+    assert [template.suspended() for template in templates] == ["", ""]
 
 
 def test_a_late_clone_speaks_against_its_template_for_minutes_only(
@@ -69,14 +68,14 @@ def test_a_late_clone_speaks_against_its_template_for_minutes_only(
     """A clone that was late on a busy host does not make every later run start cold: minutes later all is as before."""
     monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "cache"))
     late, ended = (Template(key=key, folder=templates_dir() / key) for key in ("a" * 64, "b" * 64))
-    said = late.distrust("a clone of it did not answer in time", late=True)
+    said = late.suspend("a clone of it did not answer in time", late=True)
     assert "start cold for 5 minutes" in said
-    assert late.bad() == said
-    ended.distrust("a clone of it ended", late=False)
+    assert late.suspended() == said
+    ended.suspend("a clone of it ended", late=False)
     now_ms = boot_ms()
-    monkeypatch.setattr("x07_sandbox.backends.qemu.template.boot_ms", lambda: now_ms + 301_000)
-    assert late.bad() == ""
-    assert ended.bad() != ""
+    monkeypatch.setattr("x07_sandbox.backends.proofs.boot_ms", lambda: now_ms + 301_000)
+    assert late.suspended() == ""
+    assert ended.suspended() != ""
 
 
 @pytest.mark.timeout(60)
@@ -92,24 +91,7 @@ def test_a_note_that_cannot_be_read_speaks_against_no_template(
         os.mkfifo(path, 0o600)
     else:
         path.write_text(left)
-    assert template.bad() == ""
-
-
-def test_a_disk_that_fills_up_speaks_against_no_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine that ends while it is saved is to blame for it only where the disk has space left."""
-    monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "cache"))
-    template = Template(key="a" * 64, folder=templates_dir() / ("a" * 64))
-
-    def make(_work: Path) -> TemplateManifest:
-        raise BackendError("cannot make a VM template", "its channel ended", "Try again")
-
-    values = list(os.statvfs(tmp_path))
-    monkeypatch.setattr(os, "statvfs", lambda _path: os.statvfs_result(values))
-    for free_mib, error, why in ((1024, BackendError, "channel ended"), (1, HostError, "No space left on device")):
-        values[1], values[4] = MIB, free_mib  # f_frsize, f_bavail
-        with pytest.raises(error, match=why):
-            ensure_template(template, "sha256:x", make, lambda _text: None)
-    assert [path.name for path in templates_dir().iterdir()] == [".lock"]
+    assert template.suspended() == ""
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import re
 import pytest
 from msgspec.structs import replace
 
-from x07_sandbox.cli.denials_text import for_flags, lines, tell
+from x07_sandbox.cli.denials_text import denial_lines, for_flags, say_denials
 from x07_sandbox.cli.os_runner_options import OPTIONS
 from x07_sandbox.plan.denials import Denial, Hint, HowToAllow
 from x07_sandbox.runs.result import EMPTY_OUTPUT, Digests, Outcome, Result
@@ -59,12 +59,14 @@ def test_the_first_few_are_told_and_the_rest_is_counted(capsys: pytest.CaptureFi
     """Four lines, those that something would allow first, and one line about all others."""
     flag = HowToAllow(json_path="$.fs.write_roots", value=["/data"], flag="--allow-write-root /data")
     line = HowToAllow(json_path="$.limits.fds", value=60)
-    tell(result(*(denial(f"/{name}") for name in "abcd"), denial("/data/", flag), denial("x", line, count=3), lost=7))
+    say_denials(
+        result(*(denial(f"/{name}") for name in "abcd"), denial("/data/", flag), denial("x", line, count=3), lost=7)
+    )
     assert capsys.readouterr().err.splitlines() == [
         "x07: denied: read /data/. To allow it, use --allow-write-root /data",
         "x07: denied: read x (3 times). To allow it, set limits.fds to 60 in the policy.",
-        "x07: denied: read /a. Nothing allows it.",
-        "x07: denied: read /b. Nothing allows it.",
+        "x07: denied: read /a. It cannot be allowed.",
+        "x07: denied: read /b. It cannot be allowed.",
         "x07: and up to 9 more denials; --json lists those that were recorded",
     ]
 
@@ -74,12 +76,12 @@ def test_a_template_without_processes_names_one_with_them() -> None:
     how = HowToAllow(json_path="$.process.allow_spawn", value=True)
     ended = result(replace(denial("a new process", how, action="start"), field="process.allow_spawn"))
     advice = (
-        "built-in:cli starts no processes; to start some: "
+        "built-in:cli allows no processes; to allow them: "
         "--policy built-in:default --allow-read-root . --allow-write-root out"
     )
-    assert lines(replace(ended, policy="built-in:cli"))[-1] == advice
-    assert not any("starts no processes" in line for line in lines(replace(ended, policy=DEFAULT)))
-    assert not any("starts no processes" in line for line in lines(replace(ended, policy="mine.json")))
+    assert denial_lines(replace(ended, policy="built-in:cli"))[-1] == advice
+    assert not any("allows no processes" in line for line in denial_lines(replace(ended, policy=DEFAULT)))
+    assert not any("allows no processes" in line for line in denial_lines(replace(ended, policy="mine.json")))
 
 
 def test_paths_that_one_flag_allows_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,10 +89,10 @@ def test_paths_that_one_flag_allows_are_one_line(capsys: pytest.CaptureFixture[s
     flag = HowToAllow(json_path="$.fs.write_roots", value=["/p"], flag="--allow-write-root /p")
     other = HowToAllow(json_path="$.fs.write_roots", value=["/q"], flag="--allow-write-root /q")
     many = [denial(f"/p/pkg/{number}/__pycache__/", flag, action="write") for number in range(60)]
-    tell(result(*many, denial("/q/x", other, action="write"), denial("/p/y", flag)))
+    say_denials(result(*many, denial("/q/x", other, action="write"), denial("/p/y", flag)))
     assert capsys.readouterr().err.splitlines() == [
         (
-            "x07: denied: write /p/pkg/ (60 places in it, such as /p/pkg/0/__pycache__/). "
+            "x07: denied: write /p/pkg/ (60 paths in it, such as /p/pkg/0/__pycache__/). "
             "To allow it, use --allow-write-root /p"
         ),
         "x07: denied: write /q/x. To allow it, use --allow-write-root /q",
@@ -102,7 +104,7 @@ def test_what_one_change_allows_is_told_once(capsys: pytest.CaptureFixture[str])
     """A program that a shell could neither execute nor read is one line; what nothing allows stands there as it was."""
     programs = [HowToAllow(json_path="$.process.allow_execs", value=[f"/bin/{name}"]) for name in "abc"]
     tried = [denial(how.value[0], how, action=action) for how in programs for action in ("execute", "read")]
-    tell(result(*tried, *(denial("/z", action=action) for action in ("read", "write"))))
+    say_denials(result(*tried, *(denial("/z", action=action) for action in ("read", "write"))))
     assert [re.split("[.;] ", line)[0] for line in capsys.readouterr().err.splitlines()] == [
         *(f"x07: denied: execute /bin/{name}" for name in "abc"),
         "x07: denied: read /z",
@@ -115,12 +117,12 @@ def test_lines_are_short_and_act_on_no_terminal(capsys: pytest.CaptureFixture[st
     how = HowToAllow(json_path="$.process.allow_execs", value=[f"/bin/{number}" for number in range(100)])
     flags = [HowToAllow(json_path=None, value=None, flag=f"--allow-{name}-root /a") for name in ("read", "write")]
     hint = Hint(subject="the program x\x1b[2J", how=flags[0], to_write=flags[1])
-    tell(result(denial("/bin/\x1b[2J99", how), hints=(hint,)))
+    say_denials(result(denial("/bin/\x1b[2J99", how), hints=(hint,)))
     said = capsys.readouterr().err
     assert 'set process.allow_execs to [..., "/bin/99"] in the policy.' in said
     assert r"the program x\x1b[2J is missing. To add it, use --allow-read-root /a" in said
     assert "\x1b" not in said
-    tell(result(hints=(Hint(subject="the library /tmp/a.so", kind="library", how=how),)))
+    say_denials(result(hints=(Hint(subject="the library /tmp/a.so", kind="library", how=how),)))
     assert "x07: the library /tmp/a.so cannot be loaded from there. To allow it, set process" in capsys.readouterr().err
 
 
@@ -136,7 +138,7 @@ def test_what_has_to_come_first_is_not_said_to_let_it(capsys: pytest.CaptureFixt
         count=1,
         how_to_allow=HowToAllow(json_path="$.process.max_live", value=16),
     )
-    tell(result(spawn, hints=(Hint(subject="/a", how=files),)))
+    say_denials(result(spawn, hints=(Hint(subject="/a", how=files),)))
     assert capsys.readouterr().err.splitlines() == [
         "x07: denied: start a new process. First set process.max_live to 16 in the policy, then process.allow_spawn.",
         "x07: /a is not in the sandbox. First set fs.enabled to true in the policy, then fs.read_roots.",
@@ -151,7 +153,7 @@ def test_who_has_no_policy_yet_is_told_how_to_get_one(capsys: pytest.CaptureFixt
     denials: list[tuple[Denial, Outcome]] = [(denial("in the policy", how), "failed") for how in (line, line, flag)]
     denials.append((denial("link", line, action="change"), "ok"))
     for (tried, outcome), policy in zip(denials, (DEFAULT, "own.json", DEFAULT, DEFAULT), strict=True):
-        tell(replace(result(tried, outcome=outcome), policy=policy))
+        say_denials(replace(result(tried, outcome=outcome), policy=policy))
         said.append('x07 policy init --template default --out "$PWD/policy.json"' in capsys.readouterr().err)
     assert said == [True, False, False, True]
 
@@ -159,14 +161,14 @@ def test_who_has_no_policy_yet_is_told_how_to_get_one(capsys: pytest.CaptureFixt
 def test_the_template_in_use_is_the_one_to_begin_with() -> None:
     """Who names another built-in policy is told of that one; where there is no policy, of none."""
     tried = result(denial("x", HowToAllow(json_path="$.fs.deny_hidden", value=False)))
-    assert "x07 policy init --template worker --out" in lines(replace(tried, policy="built-in:worker"))[-1]
-    assert len(lines(replace(tried, policy=None))) == 1
+    assert "x07 policy init --template worker --out" in denial_lines(replace(tried, policy="built-in:worker"))[-1]
+    assert len(denial_lines(replace(tried, policy=None))) == 1
 
 
 def test_what_others_say_is_not_said_twice(capsys: pytest.CaptureFixture[str]) -> None:
     """Nothing of a program that ended well, of a plan that was refused, or of changes that were kept back."""
-    tell(result(denial("/a"), outcome="ok"))
-    tell(result(denial("/a", action="plan"), denial("/b", action="change")))
+    say_denials(result(denial("/a"), outcome="ok"))
+    say_denials(result(denial("/a", action="plan"), denial("/b", action="change")))
     assert capsys.readouterr().err == ""
 
 
@@ -177,7 +179,7 @@ def test_another_command_is_told_what_it_can_do() -> None:
     output = HowToAllow(json_path=None, value=None, flag="--max-output-bytes 4")
     hint = Hint(subject="/m", how=HowToAllow(json_path="$.fs.read_roots", value=["/m"], flag="--allow-read-root /m"))
     found = result(denial("a", root), denial("b", reveal), denial("c", output), lost=1, hints=(hint,))
-    assert lines(for_flags(found, frozenset(option.flag for option in OPTIONS)), "x07 run ") == [
+    assert denial_lines(for_flags(found, frozenset(option.flag for option in OPTIONS)), "x07 run ") == [
         'denied: read a. To allow it, set fs.write_roots to ["/d"] in the policy.',
         "denied: read b. To allow it, use x07 run with --reveal x.pem",
         "denied: read c. To allow it, use --max-output-bytes 4",
@@ -208,18 +210,18 @@ def test_another_command_is_told_what_it_can_do() -> None:
 def test_a_limit_that_was_reached_is_named(field: str, action: str, value: int, said: str) -> None:
     """The limit, and what raises it: the policy's value, or the flag where there is one."""
     tried = replace(denial("more", HowToAllow(json_path=f"$.{field}", value=value), action=action), field=field)
-    assert lines(result(tried)) == [f"denied: {said}"]
+    assert denial_lines(result(tried)) == [f"denied: {said}"]
     flagged = replace(tried, how_to_allow=HowToAllow(json_path=None, value=None, flag="--timeout 9"))
-    assert lines(result(flagged)) == [f"denied: {said.partition('set limits')[0]}use --timeout 9"]
+    assert denial_lines(result(flagged)) == [f"denied: {said.partition('set limits')[0]}use --timeout 9"]
 
 
 def test_a_failed_connection_is_told_with_its_flag() -> None:
     """A run without network says so, and the flag stands last, to be copied."""
     how = HowToAllow(json_path=None, value=None, flag="--allow-host example.org:443")
     hint = Hint(subject="the connection to example.org:443", kind="network", how=how)
-    assert lines(result(hints=(hint,))) == [
+    assert denial_lines(result(hints=(hint,))) == [
         (
-            "the connection to example.org:443 failed, since this run has no network. To allow it, use "
+            "the connection to example.org:443 failed: this run has no network. To allow it, use "
             "--allow-host example.org:443"
         )
     ]

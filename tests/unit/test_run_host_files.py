@@ -24,8 +24,8 @@ import pytest
 from tests.unit.test_refused_lines import result
 from x07_sandbox.channel.frames import Stream
 from x07_sandbox.channel.trees import Entry, Kind, Reader
-from x07_sandbox.cli.apply import chosen
-from x07_sandbox.cli.changes_text import lines, machine_form, pieces, print_bytes, tell
+from x07_sandbox.cli.changes import Grants, select_changes
+from x07_sandbox.cli.changes_text import change_lines, changes_json, patch_chunks, print_bytes, say_changes
 from x07_sandbox.cli.main import main
 from x07_sandbox.cli.run_outputs import write_diff
 from x07_sandbox.errors import BackendError, HostError, RefusedError, SandboxError, UsageError
@@ -266,7 +266,7 @@ def test_the_flag_of_a_result_lets_a_protected_name(run: Run, name: str) -> None
     assert word == "--allow-protected"
     kept = find_saved(RUN).changes
     with pytest.raises(RefusedError) as caught:
-        chosen(kept, [], [pattern])
+        select_changes(kept, [], Grants((pattern,)))
     assert caught.value.why.count("protected") == 1
     assert ".bashrc: " in caught.value.why
 
@@ -321,7 +321,7 @@ def test_nothing_that_the_tool_itself_believes_can_be_changed(
     changes, denials, _ = run.back(files, Entry(Kind.FOLDER, name.encode(), mode=0o700))
     assert (changes.state, [denial.field for denial in denials]) == ("kept", ["reserved"])
     with pytest.raises(RefusedError, match="x07 keeps"):
-        chosen(find_saved(RUN).changes, [], ["*"])
+        select_changes(find_saved(RUN).changes, [], Grants(("*",)))
 
 
 def test_a_policy_that_is_itself_a_root_cannot_be_changed(run: Run) -> None:
@@ -335,7 +335,7 @@ def test_a_policy_that_is_itself_a_root_cannot_be_changed(run: Run) -> None:
 
 def said(changes: Changes, denials: list[Denial]) -> list[str]:
     """What the command prints of them."""
-    return lines(msgspec.structs.replace(result(), run=RUN, changes=changes, denials=tuple(denials)))
+    return change_lines(msgspec.structs.replace(result(), run=RUN, changes=changes, denials=tuple(denials)))
 
 
 def test_a_root_in_a_repository_is_protected(run: Run) -> None:
@@ -352,7 +352,7 @@ def test_a_root_in_a_repository_is_protected(run: Run) -> None:
     assert (denial.field, denial.subject) == ("protected", "post-update")
     assert denial.reason == f"git treats {bare} as a repository and would run what is in it"
     assert flag_of(denial) == ["--allow-protected", "post-update"]
-    assert chosen(find_saved(RUN).changes, [], ["post-update"]).roots[0].changes
+    assert select_changes(find_saved(RUN).changes, [], Grants(("post-update",))).roots[0].changes
     shutil.rmtree(run.folder.path / "changes")
     (bare / "tree/.git").touch()
     assert run.back(run.files({"write_roots": (str(bare / "tree/deep"),)}), hook)[0].state == "applied"
@@ -372,20 +372,22 @@ def test_a_root_that_is_itself_the_name_can_be_named(run: Run) -> None:
         f"{jenkins}: protected name: other tools run or obey jenkinsfile*" in line for line in said(reported, denials)
     )
     changes = find_saved(RUN).changes
-    assert f"# not allowed: {jenkins}: ".encode() in b"".join(pieces(find_saved(RUN)))
+    assert f"# not allowed: {jenkins}: ".encode() in b"".join(patch_chunks(find_saved(RUN)))
     with pytest.raises(RefusedError, match=r"x\.yml"):
-        chosen(changes, [], ["Jenkinsfile"])
+        select_changes(changes, [], Grants(("Jenkinsfile",)))
     for skip in ("Jenkinsfile", str(jenkins), f"{jenkins}/"):
-        assert [[one.name for one in root.changes] for root in chosen(changes, [skip], [".github"]).roots] == [
+        granted = select_changes(changes, [skip], Grants((".github",)))
+        assert [[one.name for one in root.changes] for root in granted.roots] == [
             ["x.yml"],
             [],
         ]
     for skip in (str(ci), f"{ci}/x.yml", "x.yml"):
-        assert [[one.name for one in root.changes] for root in chosen(changes, [skip], ["J*"]).roots] == [[], [""]]
+        granted = select_changes(changes, [skip], Grants(("J*",)))
+        assert [[one.name for one in root.changes] for root in granted.roots] == [[], [""]]
     for skip in ("nothing", f"{run.root}/nothing", ".github/y"):
         with pytest.raises(UsageError):
-            chosen(changes, [skip], ["*"])
-    assert all(root.changes == () for root in chosen(changes, [str(run.root)], []).roots)
+            select_changes(changes, [skip], Grants(("*",)))
+    assert all(root.changes == () for root in select_changes(changes, [str(run.root)]).roots)
 
 
 def test_of_two_roots_that_hold_the_same_name_either_can_be_skipped(run: Run) -> None:
@@ -398,7 +400,7 @@ def test_of_two_roots_that_hold_the_same_name_either_can_be_skipped(run: Run) ->
     gone = Entry(Kind.DELETED, b"x")
     changes, denials, _ = run.back(files, gone, Entry(Kind.ROOT, b"1"), gone)
     assert said(changes, denials)[:2] == [f"would be deleted: {place}/x" for place in (one, two)]
-    left = chosen(find_saved(RUN).changes, [f"{one}/x"], [])
+    left = select_changes(find_saved(RUN).changes, [f"{one}/x"])
     assert [root.root for root in left.roots if root.changes] == [str(two)]
 
 
@@ -422,15 +424,15 @@ def test_what_is_skipped_stays_with_its_folders(run: Run, capsys: pytest.Capture
     assert changes.state == "kept"
     kept_set = find_saved(RUN)
     skip = [denial.subject.partition(":")[0] for denial in denials]
-    left = chosen(kept_set.changes, skip, [])
+    left = select_changes(kept_set.changes, skip)
     apply_saved(kept_set, left, lambda _path: None)
     proj = {str(path.relative_to(run.root)) for path in run.root.glob("proj/**/*")}
     assert proj == {"proj/in", "proj/in/.vscode", "proj/in/.vscode/ci.yml", "proj/in/AGENTS.md"}
     assert sorted(str(path.relative_to(run.root)) for path in run.root.glob("new/**/*")) == (
         ["new/b", "new/in", "new/in/a.txt"] if moved else []
     )
-    stays = [line for line in capsys.readouterr().err.splitlines() if "stays" in line]
-    assert stays == [f"x07: stays, since it holds what is skipped: {name}" for name in ("proj", "proj/in")]
+    stays = [line for line in capsys.readouterr().err.splitlines() if "kept because" in line]
+    assert stays == [f"x07: kept because it contains skipped files: {name}" for name in ("proj", "proj/in")]
 
 
 def test_what_was_not_copied_in_can_be_skipped(run: Run) -> None:
@@ -442,12 +444,12 @@ def test_what_was_not_copied_in_can_be_skipped(run: Run) -> None:
     run.back(run.files(changes="all-or-nothing"), *(Entry(Kind.DELETED, name) for name in gone))
     kept_set = find_saved(RUN)
     with pytest.raises(RefusedError, match=r"e: contains e/z\.pem"):
-        chosen(kept_set.changes, ["d/in/a.pem"], [])
-    left = chosen(kept_set.changes, ["d/in/a.pem", f"{run.root}/e/z.pem"], [])
+        select_changes(kept_set.changes, ["d/in/a.pem"])
+    left = select_changes(kept_set.changes, ["d/in/a.pem", f"{run.root}/e/z.pem"])
     apply_saved(kept_set, left, lambda _path: None)
     assert sorted(str(path.relative_to(run.root)) for path in run.root.glob("**/*.*")) == ["d/in/a.pem", "e/z.pem"]
     with pytest.raises(UsageError):
-        chosen(kept_set.changes, ["e", "d", "f/x"], [])
+        select_changes(kept_set.changes, ["e", "d", "f/x"])
 
 
 LEFT: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
@@ -649,7 +651,7 @@ def test_undoing_can_be_killed_while_it_ends(run: Run) -> None:
         ChangeSet(run=RUN, roots=(RootChanges(root=str(run.root), guest="/g", missing=False, changes=changes),)),
         run.folder.path,
     )
-    parts = [chosen(find_saved(RUN).changes, [skipped], []) for skipped in "ab"]
+    parts = [select_changes(find_saved(RUN).changes, [skipped]) for skipped in "ab"]
     killed = 0
     for number in itertools.count():
         (run.root / "b").write_bytes(b"x")
@@ -738,7 +740,7 @@ def test_what_stands_in_the_way_of_undoing_is_told_as_that(run: Run) -> None:
 
 
 def test_what_is_all_skipped_is_not_said_to_be_there(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    """Where nothing is left to apply the command says that, and not that it is done."""
+    """Where nothing to apply the command says that, and not that it is done."""
     made = Change(name="a", before=None, after=Node(kind="folder", mode=0o755))
     root = RootChanges(root=str(run.root), guest="/g", missing=False, changes=(made,))
     kept(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
@@ -747,9 +749,9 @@ def test_what_is_all_skipped_is_not_said_to_be_there(run: Run, capsys: pytest.Ca
         assert main(["apply", *words]) == 0
         said.append(capsys.readouterr().err)
     assert said == [
-        "x07: nothing is left to apply\n",
+        "x07: nothing to apply\n",
         "x07: 1 added: applied; x07 undo\n",
-        "x07: all of it is there already\n",
+        "x07: already applied\n",
     ]
 
 
@@ -775,7 +777,7 @@ def test_undoing_lists_what_it_deletes(run: Run, capsys: pytest.CaptureFixture[s
     capsys.readouterr()
     assert main(["undo"]) == 0
     reported = [f"x07: deleted: {change.name}" for change in made]
-    assert capsys.readouterr().err.splitlines() == [*reported, "x07: 3 added: undone; x07 apply"]
+    assert capsys.readouterr().err.splitlines() == [*reported, "x07: 3 added: reverted; x07 apply"]
 
 
 def test_what_is_there_already_lists_no_deletions(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -791,7 +793,7 @@ def test_what_is_there_already_lists_no_deletions(run: Run, capsys: pytest.Captu
     for _ in range(2):
         assert main(["apply"]) == 0
         said.append(capsys.readouterr().err)
-    assert said == ["x07: deleted: a\nx07: 1 deleted: applied; x07 undo\n", "x07: all of it is there already\n"]
+    assert said == ["x07: deleted: a\nx07: 1 deleted: applied; x07 undo\n", "x07: already applied\n"]
 
 
 def test_a_root_that_is_made_is_no_change_of_its_own(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -806,7 +808,7 @@ def test_a_root_that_is_made_is_no_change_of_its_own(run: Run, capsys: pytest.Ca
     for verb in ("apply", "undo"):
         assert main([verb]) == 0
         said.append(capsys.readouterr().err)
-    assert said == ["x07: 1 added: applied; x07 undo\n", "x07: deleted: a\nx07: 1 added: undone; x07 apply\n"]
+    assert said == ["x07: 1 added: applied; x07 undo\n", "x07: deleted: a\nx07: 1 added: reverted; x07 apply\n"]
     assert not run.root.exists()
 
 
@@ -970,7 +972,7 @@ def test_every_deletion_is_told(run: Run, capsys: pytest.CaptureFixture[str]) ->
     for added, roots, above in ((0, (root,), ""), (1, (root, other), f"{run.root}/")):
         kept(ChangeSet(run=RUN, roots=roots), run.folder.path)
         reported = Changes(state="kept", added=added, deleted=1500, names=names)
-        tell(msgspec.structs.replace(result(), run=RUN, changes=reported))
+        say_changes(msgspec.structs.replace(result(), run=RUN, changes=reported))
         lines = [
             line for line in capsys.readouterr().err.splitlines() if "deleted: gone" in line or "deleted: /" in line
         ]
@@ -984,9 +986,9 @@ def test_a_patch_names_what_was_kept_though_nothing_of_it_is_a_change(run: Run) 
     assert (changes.state, changes.names) == ("kept", ())
     place = run.root.parent / "p"
     write_diff(place, ended)
-    assert place.read_bytes() == b"".join(pieces(find_saved(RUN)))
+    assert place.read_bytes() == b"".join(patch_chunks(find_saved(RUN)))
     assert b"# left out: pipe: a pipe" in place.read_bytes()
-    assert place.with_name("p.json").read_bytes() == machine_form(find_saved(RUN).changes)
+    assert place.with_name("p.json").read_bytes() == changes_json(find_saved(RUN).changes)
 
 
 def test_no_line_of_a_patch_hides_another_from_who_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1012,7 +1014,7 @@ def test_a_patch_is_not_written_line_by_line(run: Run) -> None:
     root = RootChanges(root=str(run.root), guest="/g", missing=False, changes=tuple(made))
     kept(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
     (run.folder.path / "changes/data").write_bytes(many + 3 * long)
-    found = list(pieces(find_saved(RUN)))
+    found = list(patch_chunks(find_saved(RUN)))
     assert len(found) < 10
     assert all(piece.endswith(b"\n") and len(piece) < 200_000 for piece in found)
     assert b"".join(found).count(b"\n+") == 100_000 + 3 + 4

@@ -85,5 +85,5 @@ def test_json_takes_no_word_that_follows_it(words: list[str], json_value: object
 
 def test_an_error_with_json_full_is_one_json_object(capfd: pytest.CaptureFixture[str]) -> None:
     """A usage error under `--json=full` is printed as a result, like one under `--json`."""
-    assert main.main(["run", "--json=full", "--no-such-option"]) == 2
+    assert main.main(["run", "--json=full", "no-such-file.py"]) == 2
     assert document(capfd.readouterr().out)["outcome"] == "usage-error"

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, ClassVar
 
 import pytest
 
+from tests.contract.test_one_file_backend import registered
 from tests.unit.test_stop_rules import GONE, edit, recorded
 from x07_sandbox.backends.base import Orphan
 from x07_sandbox.backends.process.backend import NoneBackend
-from x07_sandbox.backends.registry import BackendRow, registered
+from x07_sandbox.backends.registry import BackendRow
 from x07_sandbox.host import clocks
 from x07_sandbox.host.processes import Identity, identify, own_identity
-from x07_sandbox.housekeeping.orphans import why_not
-from x07_sandbox.housekeeping.sweep import SweepReport, sweep
+from x07_sandbox.housekeeping.sweep import SweepReport, sweep, why_kept
 from x07_sandbox.jobs.record import Claim, JobRecord, create_record, new_run_id, runner_instance
 from x07_sandbox.runs.folder import RunFolder
 
@@ -49,7 +49,7 @@ def names(report: SweepReport, kind: str = "job") -> list[str]:
     return [gone.id for gone in report.removed if gone.kind == kind]
 
 
-def why_kept(report: SweepReport, record: JobRecord) -> str:
+def reason_kept(report: SweepReport, record: JobRecord) -> str:
     """Why a job stayed; empty if it was not told of."""
     return "".join(kept.why for kept in report.kept if kept.id == record.job_id)
 
@@ -123,7 +123,7 @@ def test_a_planted_record_cannot_have_a_process_killed(role: str) -> None:
         report = swept()
         assert alive(identity)
         if role == "processes":
-            assert "nothing proves" in why_kept(report, record)
+            assert "nothing proves" in reason_kept(report, record)
             assert not ended(record)
 
 
@@ -184,7 +184,7 @@ def test_what_cannot_be_judged_is_kept_and_reported(name: str, values: dict[str,
     edit(record, name, **values)
     report = swept()
     assert names(report) == []
-    assert why in why_kept(report, record)
+    assert why in reason_kept(report, record)
     assert not ended(record)
 
 
@@ -211,7 +211,7 @@ def test_another_users_job_stays(need: Need) -> None:
     os.chown(record.folder, 65534, 65534)
     report = swept()
     assert names(report) == []
-    assert "uid 65534" in why_kept(report, record)
+    assert "uid 65534" in reason_kept(report, record)
     assert not ended(record)
 
 
@@ -281,7 +281,7 @@ LABELS = {
     [
         ({}, (), 1_030_001, ""),
         ({}, (), 1_030_000, "deadline has not passed"),
-        ({}, ("1-2-3-run",), 9_999_999, "on record and lives"),
+        ({}, ("1-2-3-run",), 9_999_999, "is recorded as live"),
         ({"io.x07.schema": "2"}, (), 9_999_999, "label of this version"),
         ({"io.x07.schema": ""}, (), 9_999_999, "label of this version"),
         ({"io.x07.runner_instance": "ri-" + "2" * 32}, (), 9_999_999, "another runner"),
@@ -296,7 +296,7 @@ def test_an_instance_without_a_record_goes_only_if_it_is_ours_and_overdue(
     labels: dict[str, str], live: tuple[str, ...], now: int, why: str
 ) -> None:
     """An engine's instance goes only with our labels, past its deadline, and without a live job of that name."""
-    found = why_not(LABELS | labels, instance=OURS, live=live, now_unix_ms=now)
+    found = why_kept(LABELS | labels, instance=OURS, live=live, now_unix_ms=now)
     assert (why in found) if why else found == ""
 
 
@@ -353,7 +353,7 @@ def test_the_runner_of_another_machine_is_another() -> None:
     record = recorded(GONE)
     (record.folder.parent.parent / "runner_instance.owner").write_text("0" * 64 + "\n")
     assert runner_instance(record.folder.parent) != record.runner_instance
-    assert "another runner" in why_kept(swept(), record)
+    assert "another runner" in reason_kept(swept(), record)
 
 
 # before a run

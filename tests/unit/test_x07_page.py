@@ -10,7 +10,7 @@ from scripts.make_x07_page import PAGE, render
 from x07_sandbox.cli.os_runner_options import OPTIONS
 from x07_sandbox.host.variables import VARIABLES
 from x07_sandbox.policy import decode_policy
-from x07_sandbox.x07 import attestation, runner_report, wrapped_report
+from x07_sandbox.x07 import attestation, runner_report
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = PAGE.read_text(encoding="utf-8")
@@ -25,7 +25,7 @@ def test_its_tables_are_those_of_the_source() -> None:
 
 def test_it_names_the_versions_and_codes_that_are_made() -> None:
     """Every version and error code that the reports hold is on the page."""
-    made = (runner_report.SCHEMA, wrapped_report.SCHEMA, attestation.SCHEMA)
+    made = (runner_report.SCHEMA, runner_report.WRAPPED_SCHEMA, attestation.SCHEMA)
     assert all(
         name in TEXT for name in (*made, attestation.POLICY_CODE, attestation.GUEST_CODE, attestation.WRITE_CODE)
     )

@@ -16,20 +16,21 @@ from x07_sandbox.errors import RefusedError
 from x07_sandbox.plan.outcomes import OUTCOMES, ExitRule, Outcome
 from x07_sandbox.policy import decode_policy, default_policy, render_policy
 from x07_sandbox.reports.document import render_json
-from x07_sandbox.reports.policy_init import PolicyInitReport
 from x07_sandbox.reports.schemas import schemas
+from x07_sandbox.reports.verbs import PolicyInitReport
 from x07_sandbox.runs.result import EMPTY_OUTPUT, BuildOutput, Changes, Digests, Output, PhaseReport, Result
 from x07_sandbox.x07.attestation import Attestation, Attested, attest, network_mode, reference
 from x07_sandbox.x07.runner_report import (
     Built,
     CompileRunReport,
     SolveReport,
+    Target,
     World,
     failure_report,
     flat_report,
     runner_report,
+    wrap,
 )
-from x07_sandbox.x07.wrapped_report import Target, wrap
 
 ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = {name: json.loads(text) for name, text in schemas().items()}

@@ -189,7 +189,7 @@ def phase(order: dict[str, Any]) -> None:
             greet(instance)
             evidence = run_phase(spec, instance, streams).evidence
         except NoAnswerError as exc:
-            evidence = evidence_of(exc.silence)
+            evidence = evidence_of(exc.failure)
         verdict = classify(evidence)
         tell(
             "verdict",

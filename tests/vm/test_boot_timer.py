@@ -13,9 +13,8 @@ import pytest
 from x07_sandbox.backends.base import MachineKind
 from x07_sandbox.backends.qemu import machine as machines
 from x07_sandbox.backends.qemu.proof import known_verdict
-from x07_sandbox.backends.qemu.saving import make_template
 from x07_sandbox.backends.qemu.start import Accelerator
-from x07_sandbox.backends.qemu.template import Template, template_for
+from x07_sandbox.backends.qemu.template import Template, make_template, template_for
 from x07_sandbox.cli.main import main
 from x07_sandbox.errors import BackendError
 from x07_sandbox.host import settings
@@ -139,7 +138,7 @@ def test_the_doctor_knows_a_host_without_time(state: Path, boots: Boots, capsys:
     booted = boots(*[NONE] * settings.BOOTS_MAX)
     assert main(["doctor", "--json"]) == 1
     findings = {found["subject"]: found for found in json.loads(capsys.readouterr().out)["findings"]}
-    started = findings["start of a machine"]
+    started = findings["VM start"]
     assert (started["good"], len(booted)) == (False, settings.BOOTS_MAX)
     assert "its kernel measured its timer wrong" in started["text"]
     assert "try again with less beside it" in started["text"]

@@ -321,7 +321,7 @@ def test_a_newcomer_reads_what_to_add(state: Path, tmp_path: Path, root: Path) -
     argv = [sys.executable, "-m", "x07_sandbox.cli.main", "run", str(program)]
     done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "x07: denied: write /etc/. Nothing allows it.\n" in done.stderr
+    assert "x07: denied: write /etc/. It cannot be allowed.\n" in done.stderr
     flags = ["--allow-read-root", f"{root}/in.txt"]
     assert (
         f"x07: {root}/in.txt is not in the sandbox. To allow it, use {' '.join(flags)} "

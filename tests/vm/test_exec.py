@@ -161,7 +161,7 @@ def test_a_terminal_is_told_what_was_thrown_away(project: Path) -> None:
     said = os.read(ours, 65536).decode()
     os.close(ours)
     assert done.returncode == 0, said
-    assert said.count("thrown away: 2 files") == 1
+    assert said.count("discarded: 2 files") == 1
     assert "--workdir DIR" in said
     quiet = x07(project, "exec", "--json", "--", "sh", "-c", "echo 12 > a")
     assert (result(quiet)["files_discarded"], quiet.stderr) == ({"count": 1, "bytes": 3}, "")

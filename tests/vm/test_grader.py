@@ -71,7 +71,7 @@ def test_two_hundred_submissions_get_their_verdicts(image: Image, state: Path, *
     """The grader gives each of 200 hostile, wrong and right submissions its verdict, and leaves nothing (--full)."""
     assert sum(VERDICTS.values()) == 200
     if not full:
-        pytest.skip("takes minutes; scripts/test.sh --full runs it, docs/reference/programs.md runs it with 12")
+        pytest.skip("takes minutes; scripts/test.sh --full runs it, examples/README.md runs it with 12")
     assert image.digest
     done = subprocess.run([sys.executable, str(GRADER)], capture_output=True, text=True, check=False, timeout=3500)
     assert (done.returncode, done.stderr) == (0, "")

@@ -148,12 +148,12 @@ def test_changes_are_applied_shown_undone_and_applied_again(project: Project) ->
     assert [change["name"] for change in machine["roots"][0]["changes"]] == sorted(
         ["data/gone.txt", "data/in.txt", "go.sh", "new", "new/deep", "new/deep/file", "run.sh"]
     )
-    assert "undone; x07 apply" in project.x07("undo").stderr
+    assert "reverted; x07 apply" in project.x07("undo").stderr
     assert project.seen() == before
     assert "they are not applied" in project.x07("undo", code=2).stderr
     assert "applied; x07 undo" in project.x07("apply").stderr
     assert project.seen() == after
-    assert "all of it is there already" in project.x07("apply").stderr
+    assert "already applied" in project.x07("apply").stderr
 
 
 def test_a_patch_can_be_had_of_any_run(project: Project) -> None:

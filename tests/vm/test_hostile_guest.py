@@ -128,9 +128,9 @@ def test_an_agent_that_never_answers_is_lost_at_the_boot_limit(
 @pytest.mark.parametrize(
     ("boot", "reason"),
     [
-        pytest.param("protocol", "speaks protocol 2", marks=ALSO_LATER),
+        pytest.param("protocol", "uses protocol 2", marks=ALSO_LATER),
         pytest.param("garbage", "broke the channel's protocol while booting", marks=ALSO_LATER),
-        ("nonce", "it does not answer our seed"),
+        ("nonce", "its nonce is not ours"),
         ("panic", "kernel panicked while booting"),
         pytest.param("off", "exited without an error while the guest was booting", marks=ALSO_LATER),
     ],

@@ -28,15 +28,15 @@ backends.qemu.template backends.qemu.timer backends.registry backends.selection
 channel.connection channel.frames channel.link
 cli.cancel cli.console cli.main cli.run cli.run_options cli.streams cli.usage
 errors
-host.arch host.bounded_stream host.cancel host.clocks host.cores host.forks host.locks host.memory host.models
-host.mounts host.paths host.processes host.settings host.threads host.troubles host.variables host.version
-host.waiting
+host.arch host.bounded_stream host.cancel host.clocks host.close_on_fork host.cores host.decoding host.locks
+host.memory host.mounts host.os_errors host.paths host.poll host.processes host.settings host.threads host.variables
+host.version
 housekeeping.start
 images.guestcode images.manifest images.scratch images.store images.verify
 jail.bwrap jail.cgroups jail.forms jail.libraries jail.seccomp jail.uids
-jobs.admission jobs.launcher jobs.record jobs.unended
-network.account
-plan.confinement plan.controls plan.denials plan.features plan.outcomes plan.rows plan.sizes
+jobs.active jobs.admission jobs.launcher jobs.record
+network.summary
+plan.confinement plan.control_table plan.controls plan.denials plan.features plan.outcomes plan.sizes
 policy.decode policy.default policy.environment policy.model policy.problems policy.rules
 programs.artifacts programs.toolchains
 runs.artifact runs.execute runs.folder runs.job runs.phase runs.prepare runs.program runs.request runs.result runs.run

@@ -1,4 +1,4 @@
-"""How a machine ends: floods and silence, its deadline without a runner, the death of its runner."""
+"""How a machine ends: floods and failure, its deadline without a runner, the death of its runner."""
 
 from __future__ import annotations
 

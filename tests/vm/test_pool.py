@@ -26,7 +26,7 @@ from tests.vm.test_clones import RANDOM
 from x07_sandbox import Pool, SandboxError
 from x07_sandbox.backends import lease
 from x07_sandbox.backends.base import Job, MachineKind
-from x07_sandbox.backends.lease import PoolMachines
+from x07_sandbox.backends.lease import PoolClient
 from x07_sandbox.backends.qemu.backend import QemuBackend
 from x07_sandbox.backends.qemu.bounds import VMM_BYTES
 from x07_sandbox.errors import HostError, UsageError
@@ -164,7 +164,7 @@ def test_a_run_takes_a_warm_machine_and_leaves_nothing(echo: str, state: Path) -
         if FULL:
             assert ran(echo, "--cold")["phases"]["run"]["start"] == "cold"
         again = x07("pool", "start")
-        assert (again.returncode, b"runs already" in again.stderr) == (125, True)
+        assert (again.returncode, b"has one already" in again.stderr) == (125, True)
         told = status()
         assert told is not None
         assert (told["claimed"], told["problem"]) == (1, None)
@@ -245,7 +245,7 @@ def test_no_machine_is_served_twice(
 
     def take() -> None:
         job = Job(claim=claim(), kind=kind, caller=Caller(cancel=cancel))
-        waiting = PoolMachines().claim(QemuBackend(), job)
+        waiting = PoolClient().claim(QemuBackend(), job)
         if waiting is not None:
             with lock:
                 marks.append(held.enter_context(waiting).record.mark)
@@ -344,7 +344,7 @@ def test_a_warm_machine_that_does_not_answer_costs_a_clone_and_is_told(
     monkeypatch.setattr(QemuBackend, "leased", dead)
     cancel = Cancel()
     with pool_process(1), contextlib.closing(cancel):
-        result = run(RunRequest(program=Path(echo), machines=PoolMachines(), cancel=cancel))
+        result = run(RunRequest(program=Path(echo), machines=PoolClient(), cancel=cancel))
     assert (result.outcome, result.phases["run"].start) == ("ok", "clone"), result.reason
     assert "the run had no warm machine: the one it took did not answer" in result.warnings
 
@@ -365,7 +365,7 @@ def test_a_pool_that_waits_for_its_machines_says_so_and_can_be_ended(
         assert start.stderr is not None
         assert any("waiting: 1 machines run" in line for line in start.stderr)
         assert x07("pool", "stop").returncode == 0
-        assert "it was told to end while it started" in start.stderr.read()
+        assert "it was stopped during its start" in start.stderr.read()
     assert start.returncode == 125
     assert left_behind(state) == []
 

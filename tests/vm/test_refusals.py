@@ -97,7 +97,7 @@ def test_the_policy_that_overrides_make_is_kept_with_the_run(tmp_path: Path) -> 
     [
         (["x" * 131_072], "more than 131072 bytes"),
         (["x" * 100_000] * 11, "all together more than 1048576"),
-        (["a\0b"], "number 1 holds a zero byte"),
+        (["a\0b"], "number 1 contains a zero byte"),
         (["a", 3], "number 2 is no text"),
     ],
 )

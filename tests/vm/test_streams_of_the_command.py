@@ -57,7 +57,7 @@ def test_output_that_cannot_be_passed_on_is_said(tmp_path: Path, image: Image) -
     assert image.digest
     done = _shell(tmp_path, 'x07 run "$PROGRAM" >/dev/full')
     assert done.returncode == 125
-    assert done.stderr == b"x07: the program's standard output could not be passed on: No space left on device\n"
+    assert done.stderr == b"x07: could not write the program's standard output: No space left on device\n"
 
 
 def _started(

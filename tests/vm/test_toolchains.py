@@ -143,7 +143,7 @@ def test_make_sees_the_mtimes_of_the_project(sandbox: Sandbox, *, stale: bool) -
     [
         ("out:\n\ttrue\n", "it made no file out"),
         ("out:\n\tcp /bin/true other\n", "it made the program other"),
-        ("out:\n\tln -s /etc/passwd out\n", "is a link, and none is followed"),
+        ("out:\n\tln -s /etc/passwd out\n", "is a symbolic link"),
         ("out:\n\tmkfifo out\n", "no regular file"),
         ("out:\n\tmkdir out\n", "no regular file"),
         ("out:\n\ttruncate -s 300M out\n", "over the limit of 268435456"),
@@ -238,7 +238,7 @@ def test_standard_input_is_the_source_or_the_input() -> None:
     """With - for a source from standard input --stdin is wrong usage, as nothing would be left for the program."""
     done = command("--toolchain", "shell", "--stdin", "-", stdin=b"cat\n")
     assert (done.returncode, done.stdout) == (2, b"")
-    assert b"Leave --stdin out" in done.stderr
+    assert b"Omit --stdin" in done.stderr
 
 
 def test_a_library_call_takes_texts_files_and_more(state: Path) -> None:
@@ -366,7 +366,7 @@ def test_a_queued_run_is_cancelled_at_once(state: Path, monkeypatch: pytest.Monk
         ({"program": 5}, "program is int, not a path"),
         ({"source": 5}, "source is int"),
         ({"source": "x", "toolchain": 5}, "toolchain is int"),
-        ({"source": "x", "args": "abc"}, "args is str, not a list of texts"),
+        ({"source": "x", "args": "abc"}, "args is str, not a list of str"),
         ({"source": "x", "files": ["a"]}, "files is list"),
         ({"source": "x", "policy": {"a": 1}}, "policy is dict"),
         ({"source": "x", "env": {"A": 1}}, "variable A is int, not text"),
@@ -425,13 +425,13 @@ def written(path: Path) -> str:
         (lambda at: ["--toolchain", "executable", written(at / "a.exe")], 2, "neither an ELF file nor a script"),
         (lambda _: ["--env", "A-B=1", "-c", "x", "--toolchain", "c"], 2, "no name of a variable"),
         (lambda _: ["--env", "X07_WORLD=1", "-c", "x", "--toolchain", "c"], 2, "X07's own"),
-        (lambda _: ["--env", "NOT_SET_ANYWHERE", "-c", "x", "--toolchain", "c"], 2, "no such variable"),
-        (lambda _: ["--input-b64", "???", "-c", "x", "--toolchain", "c"], 2, "no base64"),
+        (lambda _: ["--env", "NOT_SET_ANYWHERE", "-c", "x", "--toolchain", "c"], 2, "the variable is not set"),
+        (lambda _: ["--input-b64", "???", "-c", "x", "--toolchain", "c"], 2, "not base64"),
         (lambda _: ["--input", "missing", "-c", "x", "--toolchain", "c"], 2, "cannot read the input missing"),
         (
             lambda at: ["--compiled-out", str(at / "no/a"), "-c", "x", "--toolchain", "c"],
             2,
-            "no folder that you can write",
+            "not a folder that you can write",
         ),
     ],
 )
@@ -454,23 +454,23 @@ def test_a_program_that_cannot_be_run_is_told_why(
     [
         (["a.sh", "--compiled-out", "a.sh"], "the run reads it"),
         (["a.sh", "--report-out", "a.sh"], "the run reads it"),
-        (["a.sh", "--report-out", "./link.sh"], "no file lies there"),
+        (["a.sh", "--report-out", "./link.sh"], "not a regular file"),
         (["a.sh", "--policy", "p.json", "--report-out", "p.json"], "the run reads it"),
         (["a.sh", "--input", "in.txt", "--report-out", "../files/in.txt"], "the run reads it"),
         (["a.sh", "--compiled-out", "out", "--report-out", "out"], "it is named twice"),
         (["a.sh", "--report", "runner", "--attest-runtime", "a.sh"], "the run reads it"),
-        (["a.sh", "--report-out", "pipe"], "no file lies there"),
-        (["a.sh", "--report-out", "."], "no file lies there"),
+        (["a.sh", "--report-out", "pipe"], "not a regular file"),
+        (["a.sh", "--report-out", "."], "not a regular file"),
         (["a.sh", "--report-out", ""], "the name is empty"),
-        (["a.sh", "--report-out", "none/x"], "no folder that you can write"),
+        (["a.sh", "--report-out", "none/x"], "not a folder that you can write"),
         (["a.sh", "--compiled-out", "x" * 300], "File name too long"),
         (["a.sh", "--policy", "p.json", "--diff", "p"], "the run reads it"),
         (["a.sh", "--diff", "x", "--report-out", "x.json"], "it is named twice"),
         (["a.sh", "--diff", ""], "the name is empty"),
         (["a.sh", "--dry-run", "--report-out", "x"], "--dry-run writes nothing"),
-        (["a.sh", "--timeout", "0"], "no time above 0"),
-        (["a.sh", "--timeout", "nan"], "no time above 0"),
-        (["a.sh", "--top", "10"], "arguments of the program go after --"),
+        (["a.sh", "--timeout", "0"], "is not a time above 0"),
+        (["a.sh", "--timeout", "nan"], "is not a time above 0"),
+        (["a.sh", "--top", "10"], "arguments after --"),
     ],
 )
 def test_nothing_that_a_run_reads_is_written_over(tmp_path: Path, words: list[str], why: str) -> None:
@@ -519,14 +519,14 @@ def test_a_dry_run_boots_nothing(tmp_path: Path) -> None:
     shown = document(done.stdout)
     assert (shown["toolchain"], shown["run"]) == ("c", ["/x07/in/artifact"])
     assert {control["field"] for control in shown["plan"]["controls"]} >= {"limits.wall_ms", "net.enabled"}
-    assert b"built in a machine without network" in command("--dry-run", "-c", "x", "--toolchain", "c").stdout
+    assert b"build in a VM without network" in command("--dry-run", "-c", "x", "--toolchain", "c").stdout
     assert not jobs.exists()
     told = command("--dry-run", "--allow-read-root", str(tmp_path), "-c", "x", "--toolchain", "c").stdout.decode()
-    assert f"folder {tmp_path}: a copy at {tmp_path}, to read\n" in told
-    assert "network: no connections\n" in told
+    assert f"folder {tmp_path}: copied to {tmp_path}, read-only\n" in told
+    assert "network: none\n" in told
     hosts = ("--allow-host", "example.org:443,80", "--deny-host", "a.example.org:*")
     told = command("--dry-run", *hosts, "-c", "x", "--toolchain", "c").stdout.decode()
-    assert "network: example.org:80,443 (but not a.example.org:*)\n" in told
+    assert "network: example.org:80,443 (denied: a.example.org:*)\n" in told
 
 
 @pytest.mark.parametrize(
@@ -646,7 +646,7 @@ def test_x07s_report_instead_of_the_output(tmp_path: Path) -> None:
         (["--backend", "qemu"], {"X07_VM_BACKEND": "xen"}, 2, "X07_VM_BACKEND"),
         ([], {"X07_I_ACCEPT_WEAKER_ISOLATION": "True"}, 2, "X07_I_ACCEPT_WEAKER_ISOLATION"),
         (["--world", "run-os"], {}, 2, "cannot run in the world run-os"),
-        (["--world", "solve-pure"], {}, 2, "run-os-sandboxed is the only world"),
+        (["--world", "solve-pure"], {}, 2, "implements only run-os-sandboxed"),
         (["--profile", "dev"], {}, 2, "an x07.json"),
     ],
 )

@@ -90,7 +90,7 @@ def test_doctor_names_the_form_and_the_flags(bare: Account) -> None:
     assert (jail["good"], "without namespaces, by Landlock" in jail["text"]) == (None, True)
     assert "X07_VM_REQUIRE_NAMESPACES=1 refuses it" in jail["text"]
     assert (FLAGS_FOR_ROOT if bare.form == "root" else FLAGS_FOR_A_USER) in jail["fix"]
-    assert findings["start of a machine"]["good"] is True, findings
+    assert findings["VM start"]["good"] is True, findings
 
 
 def test_namespaces_are_tried_once_for_the_same_rights(tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ def test_a_project_has_its_profiles(project: Path, x07_image: Image) -> None:
     assert (shown["run"], shown["image"]) == (["/x07/in/artifact"], x07_image.name)  # arguments are its input
     done = command("--profile", "os", str(project), image=x07_image.name)
     assert (done.returncode, done.stdout) == (2, b"")
-    assert b"run-os-sandboxed is the only one here" in done.stderr
+    assert b"only run-os-sandboxed is supported" in done.stderr
     done = command("--profile", "nobody", str(project), image=x07_image.name)
     assert b"there is no profile 'nobody'; it has sandbox, os" in done.stderr
 

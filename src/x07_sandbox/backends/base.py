@@ -1,11 +1,8 @@
-"""The contract of a backend: what it can do on this host, how it starts a job, and what it gives back.
-
-Everything above `backends` knows this module and the registry, and no backend by name.
-"""
+"""The backend contract. Code above `backends` uses this module and the registry, and no backend by name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
 
 import msgspec
@@ -26,10 +23,11 @@ if TYPE_CHECKING:
     from x07_sandbox.host.processes import Identity
 
 StartMode = Literal["cold", "clone", "pool"]  # booted, cloned from a saved machine, or taken from a pool
+FailureKind = Literal["ended", "late", "protocol", "failed", "cancelled"]
 
 
 class Availability(msgspec.Struct, frozen=True, kw_only=True):
-    """What a backend offers here. proof: how that is known. known: else the features are the weakest possible ones."""
+    """What a backend offers here. proof: the evidence. known: whether it was tried; else features are the weakest."""
 
     features: Features
     proof: str
@@ -38,10 +36,7 @@ class Availability(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class MachineKind(msgspec.Struct, frozen=True, kw_only=True):
-    """All jobs of one kind may be clones of one saved machine. ram_bytes: plan/sizes. runtime: "build" or "run".
-
-    network: whether the program may have connections.
-    """
+    """The properties that decide which saved machine a job can be cloned from. runtime: "build" or "run"."""
 
     image: OpenImage | None
     ram_bytes: int
@@ -50,28 +45,27 @@ class MachineKind(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def image_digest(self) -> str:
-        """The image's digest; empty where there is none."""
+        """The image's digest, "" without an image."""
         return "" if self.image is None else self.image.manifest.digest
 
     @property
     def key(self) -> tuple[str, int, str, bool]:
-        """Identifies the kind in any process."""
+        """The kind's identity in every process."""
         return self.image_digest, self.ram_bytes, self.runtime, self.network
 
 
 class RootPlace(msgspec.Struct, frozen=True, kw_only=True):
-    """A folder in the program's view that holds files of the host's. write: whether the program may write there."""
+    """A folder in the program's view that holds host files. write: whether the program may write there."""
 
     at: str
     write: bool
 
 
 class Needs(msgspec.Struct, frozen=True, kw_only=True):
-    """What of a job has to be known where its surroundings are made beforehand, as an engine makes a container's.
+    """What a container's create call must know about the job. The limits are those of the START frame.
 
-    files_bytes: of all files that come in. out: whether a file is to come back from /x07/out. places: of the host's
-    folders, outer ones first. closed: nothing that the program could have written may be executed; alone: as in
-    `Confinement`. The limits are those of START.
+    files_bytes: size of all input files. out: whether a file is expected in /x07/out. places: host folders, outer ones
+    first. closed: nothing that the program can write may be executed. alone: as in `Confinement`.
     """
 
     mem_bytes: int
@@ -86,10 +80,9 @@ class Needs(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """What a backend needs to start one job; the program itself comes later, over the channel.
+    """What a backend needs to start one job. The program itself follows over the channel.
 
-    needs: None for a backend that does not ask. cold: boot, even where a clone could be made. meanwhile: called once
-    while the instance comes up.
+    needs: for container backends. cold: boot, never clone. meanwhile: called once while the instance comes up.
     """
 
     claim: Claim
@@ -101,7 +94,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def used_ram_bytes(self) -> int:
-        """The most of the machine's RAM that the job uses: all of it where its needs are not known."""
+        """The most RAM that the job uses: all of the machine's if its needs are unknown."""
         ram, needs = self.kind.ram_bytes, self.needs
         if needs is None:
             return ram
@@ -111,9 +104,9 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Greeting(NamedTuple):
-    """An agent that has answered and has clock and entropy: the next frame to send is START.
+    """A ready agent: it has answered and has clock and entropy, and START is the next frame.
 
-    released_at: when the instance was let go, on the monotonic clock. times_ms: from then to hello and seeded.
+    released_at: when the instance was released, on the monotonic clock. times_ms: from then to hello and seeded.
     """
 
     connection: Connection
@@ -121,36 +114,36 @@ class Greeting(NamedTuple):
     times_ms: dict[str, float]
 
 
-class Silence(msgspec.Struct, frozen=True, kw_only=True):
-    """Why an agent did not get to where it was expected.
+class HandshakeFailure(msgspec.Struct, frozen=True, kw_only=True):
+    """Why an agent did not become ready.
 
-    kind: "ended" (the instance, or its channel), "late", "protocol" (the agent broke it), "failed" (the agent said so),
-    "cancelled" (the caller asked for the end). exit_status, console_tail: of the instance, where it had ended.
+    kind: "ended" (the instance or its channel), "late", "protocol" (the agent violated it), "failed" (the agent
+    reported a failure) or "cancelled" (by the caller). exit_status, console_tail: set if the instance ended.
     """
 
-    kind: Literal["ended", "late", "protocol", "failed", "cancelled"]
+    kind: FailureKind
     why: str
     exit_status: int | None = None
     console_tail: str = ""
 
 
 class NoAnswerError(BackendError):
-    """An instance was started, and its agent never answered; it has been stopped. times_ms: as of a greeting."""
+    """An instance was started and stopped again because its agent did not answer. times_ms: as in `Greeting`."""
 
-    def __init__(self, instance: Instance, silence: Silence, times_ms: dict[str, float]) -> None:
-        said = " ".join(silence.console_tail.split())[-200:] if silence.kind == "ended" else ""
-        why = f"{silence.why}; {said}" if said else silence.why
+    def __init__(self, instance: Instance, failure: HandshakeFailure, times_ms: dict[str, float]) -> None:
+        said = " ".join(failure.console_tail.split())[-200:] if failure.kind == "ended" else ""
+        why = f"{failure.why}; {said}" if said else failure.why
         super().__init__("the machine did not answer", why, "Run x07 doctor")
         self.instance = instance
-        self.silence = silence
+        self.failure = failure
         self.times_ms = times_ms
 
 
 class Instance(Protocol):
-    """A started job, from its greeting to the proof that it is gone. It owns its descriptors.
+    """A started job, which owns its descriptors.
 
-    net_fd: the egress relay's stream, where the backend has one of its own. notes: what the user should know of how it
-    was started. greeting: set by `start`, before anybody else sees the instance.
+    net_fd: the egress relay's stream, if it is separate. notes: for the user, about the start. greeting: set by
+    `start`.
     """
 
     channel_fd: int
@@ -163,138 +156,121 @@ class Instance(Protocol):
     greeting: Greeting
 
     def release(self) -> None:
-        """Let it run: its record is written. A second call does nothing."""
+        """Let the instance run, after its record was written. A second call does nothing."""
 
     def side_fds(self) -> tuple[int, ...]:
-        """Descriptors besides the channel that want to be read."""
+        """Return the descriptors to read besides the channel."""
 
     def drain(self, fd: int) -> None:
-        """Read one of them, keeping no more than its bound."""
+        """Read one of them, within its size limit."""
 
     def console_tail(self) -> str:
-        """The last of the console, as text that is safe to show."""
+        """Return the end of the console output, safe to print."""
 
     def exit_status(self) -> int | None:
-        """How the instance's process ended (subprocess convention); None while it lives."""
+        """Return how the instance's process ended (subprocess convention), None while it lives."""
 
     def stop(self) -> bool:
-        """Kill it, wait, remove what it left; whether it is proven gone. Safe to call again."""
+        """Kill the instance, clean up, and return whether it is proven gone. Can be called again."""
 
 
 class Lease(Protocol):
-    """The tie to the process that keeps a leased instance: when it ends, for any reason, so does the instance."""
+    """The connection to the process that owns a leased instance. The instance ends with it."""
 
     def exit_status(self) -> int | None:
-        """How the instance ended, by that process's word; None while it lives."""
+        """Return how the instance ended according to its owner, None while it lives."""
 
-    def give_back(self) -> bool:
-        """Say that the instance is not needed any more, and wait; whether that process proved it gone."""
+    def end_lease(self) -> bool:
+        """Return the instance to its owner, wait, and return whether the owner proved it gone."""
 
 
-class Pruner(Protocol):
-    """Removes what may go, or only counts it, and keeps account (housekeeping/pruner)."""
+class Prunable(NamedTuple):
+    """A file or folder that can be removed by calling `remove`, which may raise OSError."""
 
-    progress: Callable[[str], None]
-
-    def remove(self, kind: Literal["template", "leftover"], path: Path, why: str, how: Callable[[Path], None]) -> None:
-        """Remove *path* as *how* does; what cannot be removed is reported and stays."""
-
-    def remove_own(
-        self, kind: Literal["template", "leftover"], path: Path, why: str, how: Callable[[Path], None]
-    ) -> None:
-        """As `remove`, for a folder; one that is not ours is kept."""
+    kind: Literal["template", "leftover"]
+    path: Path
+    why: str
+    remove: Callable[[Path], None]
 
 
 class Cloning(Protocol):
-    """What a backend offers that can clone prepared machines. The pool uses nothing else."""
+    """Cloning prepared machines. The pool uses nothing else of a backend."""
 
     def prepare(self, kind: MachineKind, caller: Caller) -> None:
-        """Save a machine of this kind now, whatever prevented it before. Raises SandboxError."""
+        """Save a machine of this kind now, even if saving is suspended. Raises SandboxError."""
 
-    def prune(self, pruner: Pruner, images: set[str]) -> None:
-        """Remove saved machines of images that are gone, and the oldest above the size limit. Raises SandboxError.
+    def prunable(self, images: set[str], on_wait: Callable[[], None]) -> Iterator[Prunable]:
+        """Yield, under the lock of the saved machines, what can go if only *images* (digests) stay.
 
-        images: digests of those that stay.
+        on_wait: called before waiting for the lock. Raises SandboxError.
         """
 
     def renew(self, instance: Instance, kind: MachineKind) -> None:
-        """After a program of our own: have the agent make a fresh place for the next one. Raises BackendError."""
+        """Have the agent prepare for another program after one of our own. Raises BackendError."""
 
     def adopt(self, instance: Instance, claim: Claim, runner: Identity, ram_bytes: int) -> None:
-        """Make a waiting instance the job of *claim*, carried out by *runner*. Raises HostError, BackendError.
+        """Turn a waiting instance into the job of *claim*, run by *runner*. Raises HostError, BackendError.
 
-        ram_bytes: the most of the machine's RAM that the job uses.
+        ram_bytes: the most RAM that the job uses.
         """
 
     def descriptors(self, instance: Instance) -> dict[str, int]:
-        """What another process needs to use the instance, by name; lent."""
+        """Return the descriptors that another process needs to use the instance, by name; lent."""
 
     def leased(self, lease: Lease, record: JobRecord, jail: str, owned_fds: Mapping[str, int]) -> Instance:
-        """The instance that such descriptors belong to, in the process that got them. Raises KeyError."""
+        """Return the instance for such descriptors, in the process that received them. Raises KeyError."""
 
 
 class EngineImages(Protocol):
-    """Guest images that a container engine keeps."""
+    """The guest images of a container engine."""
 
     def find(self, ref: str | None) -> OpenImage:
-        """The image of that name; None: the one that X07_VM_GUEST_IMAGE names. Raises ImageError, HostError."""
+        """Return the image *ref*, or for None the one in X07_VM_GUEST_IMAGE. Raises ImageError, HostError."""
 
 
-class Machines(Protocol):
-    """Where prepared machines wait."""
+class MachineSource(Protocol):
+    """A source of prepared machines: a pool in this process or in another."""
 
     def claim(self, backend: Backend, job: Job) -> AbstractContextManager[Instance] | None:
-        """One of them, greeted, for *job*; None if there is none of its kind.
-
-        Raises BackendError (NoAnswerError among them): there may be a record of that job by then.
-        """
+        """Return a greeted machine for *job*, None if there is none. Raises BackendError; the job may be recorded."""
 
 
 class Backend(Protocol):
-    """One way to start a job.
-
-    uses_image: whether it runs a guest image; else the programs are the host's own.
-    """
+    """One way to start a job. uses_image: whether it runs a guest image, else the host's own programs."""
 
     name: str
     uses_image: bool
 
     @property
     def known_gaps(self) -> Mapping[str, str]:
-        """Behaviours of the contract (conformance/behaviours) that it does not have, by name, each with a reason."""
+        """Behaviours of the contract (conformance/behaviours) that the backend lacks, by name, with the reason."""
 
     @property
     def engine_images(self) -> EngineImages | None:
-        """Its images, where an engine keeps them; None where they are our store's."""
+        """The engine's image store, None if the backend uses ours."""
 
     @property
     def cloning(self) -> Cloning | None:
-        """What it offers where it can clone prepared machines."""
+        """Support for cloning prepared machines, if any."""
 
     def probe(self, image: OpenImage | None, *, boot: bool = True) -> Availability:
-        """What this host offers; cheap when it has been proven before. Raises HostError where it cannot run at all.
+        """Return what this host offers; cheap once it was proven. Raises HostError if the backend cannot run here.
 
         boot: whether a guest may be booted to find out.
         """
 
     def start(self, job: Job) -> AbstractContextManager[Instance]:
-        """Start a job, greeted; retrying is the backend's own business. On the way out it is gone, and recorded so.
-
-        Raises NoAnswerError, BackendError, HostError.
-        """
+        """Start a job, greeted; on exit it is gone and recorded so. Raises NoAnswerError, BackendError, HostError."""
 
     def list_owned(self) -> Sequence[JobRecord]:
-        """Jobs of this user that this backend started and that are not recorded as gone."""
+        """Return this user's jobs on this backend that are not recorded as gone."""
 
     def stop(self, record: JobRecord) -> bool:
-        """Stop a job by its record, from any process; whether it is proven gone, and recorded so.
-
-        Safe to call again. Raises SandboxError.
-        """
+        """Stop a job from any process and return whether it is proven and recorded as gone. Raises SandboxError."""
 
 
 class Orphan(msgspec.Struct, frozen=True, kw_only=True):
-    """An instance that an engine holds. id: the engine's name of it. labels: as the engine tells them."""
+    """An instance in an engine. id: the engine's name for it. labels: as reported by the engine."""
 
     id: str
     labels: Mapping[str, str]
@@ -302,13 +278,10 @@ class Orphan(msgspec.Struct, frozen=True, kw_only=True):
 
 @runtime_checkable
 class HoldsInstances(Protocol):
-    """What a backend offers whose instances are held by a daemon or engine, and may outlive their record."""
+    """A backend whose instances belong to a daemon or engine and can outlive their record."""
 
     def orphans(self) -> Sequence[Orphan]:
-        """Every instance of the engine that carries a label of ours, at most some thousands. Raises SandboxError.
-
-        What the engine says is checked by the caller (housekeeping/orphans): an instance may be anybody's.
-        """
+        """Return the instances with our labels, which anybody can set (see housekeeping/sweep). Raises SandboxError."""
 
     def remove(self, orphan: Orphan) -> bool:
-        """End and remove one of them; whether it is proven gone. Raises SandboxError."""
+        """Remove one of them and return whether it is proven gone. Raises SandboxError."""

@@ -17,46 +17,40 @@ from x07_sandbox.images.archive import write_archive
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from x07_sandbox.backends.engines import Engine, Name
+    from x07_sandbox.backends.engines import Name
     from x07_sandbox.images.store import Image
 
 DEFAULT_REFERENCE: Final = f"ghcr.io/x07lang/x07-guest-runner:{__version__}"
-# OCI distribution-spec, with an optional host in front: NAME:TAG.
+# OCI distribution-spec: NAME:TAG, with an optional host in front.
 _REFERENCE: Final = re.compile(r"[a-z0-9]+(?:[._:/-]+[a-z0-9]+)*:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 _REFERENCE_MAX: Final = 255
 _LOAD_S: Final = 600.0
 
 
 def check_reference(reference: str) -> str:
-    """*reference* if an image can be called so. Raises UsageError."""
+    """Return *reference* if it is a valid image name. Raises UsageError."""
     if len(reference) > _REFERENCE_MAX or not _REFERENCE.fullmatch(reference):
-        fix = "Give NAME:TAG in small letters, x07-guest-runner:dev for one"
-        raise UsageError(f"cannot call an image {reference[:80]!r}", "engines take no such name", fix)
+        fix = "Give a NAME:TAG in lower case, such as x07-guest-runner:dev"
+        raise UsageError(f"cannot name an image {reference[:80]!r}", "engines do not accept that name", fix)
     return reference
-
-
-def engines_here() -> list[Engine]:
-    """The container engines of this host that answer."""
-    found = []
-    for name in PACKAGES:
-        with contextlib.suppress(HostError, BackendError):
-            one = engine(name)
-            if not one.call("info").status:  # of docker the client may be here alone
-                found.append(one)
-    return found
 
 
 def load(
     image: Image, reference: str, names: Sequence[Name], progress: Callable[[str], None], archive: Path | None = None
 ) -> tuple[str, tuple[Name, ...]]:
-    """Load *image* as *reference* into engines, and write it to *archive*; its id there, and which engines have it.
+    """Load *image* as *reference* into engines, and write it to *archive*. Return its id and the engines that have it.
 
-    names: () for all that are here. Raises HostError, ImageError, BackendError.
+    names: () for all engines of this host. Raises HostError, ImageError, BackendError.
     """
-    engines = [engine(name) for name in names] if names else engines_here()
+    engines = [engine(name) for name in names]
+    for name in () if names else PACKAGES:
+        with contextlib.suppress(HostError, BackendError):
+            one = engine(name)
+            if not one.call("info").status:  # docker's client may be installed without the engine
+                engines.append(one)
     if not engines and archive is None:
         fix = "Install podman or docker.io, or write a file to load elsewhere: --archive FILE"
-        raise HostError("cannot load the guest image", "no container engine answers here", fix)
+        raise HostError("cannot load the guest image", "no container engine answers on this host", fix)
     with tempfile.TemporaryDirectory(prefix="archive-", dir=cache_folder("tmp")) as folder:
         file = Path(folder, "image.tar") if archive is None else archive
         try:
@@ -68,6 +62,6 @@ def load(
             progress(f"loading it into {one.name}")
             answer = one.call("load", "--quiet", "--input", str(file.absolute()), timeout_s=_LOAD_S)
             if answer.status:
-                fix = f"See whether {one.name} answers: {one.name} info"
+                fix = f"Check that {one.name} works: {one.name} info"
                 raise HostError(f"{one.name} did not load the image", answer.error or f"status {answer.status}", fix)
     return digest, tuple(one.name for one in engines)

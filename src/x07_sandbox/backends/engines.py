@@ -1,4 +1,4 @@
-"""One container engine's command line: which program, with what environment, and what its answers mean."""
+"""The client of a container engine: its program, its environment, and the meaning of its answers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 
-from x07_sandbox.errors import BackendError, HostError
+from x07_sandbox.errors import BackendError, HostError, printable
 from x07_sandbox.host.variables import text
 
 Name = Literal["podman", "docker"]
@@ -17,14 +17,14 @@ PACKAGES: Final[dict[Name, str]] = {"podman": "podman", "docker": "docker.io"}
 _SEARCH: Final = ("/usr/bin", "/usr/local/bin", "/bin", "/opt/homebrew/bin")
 _ANSWER_MAX: Final = 8 << 20
 _CALL_S: Final = 30.0
-_GONE: Final = ("no such", "not found", "does not exist", "no container")  # said of what is not there (facts of both)
+_GONE: Final = ("no such", "not found", "does not exist", "no container")  # podman's and docker's words
 _ID: Final = re.compile(r"[0-9a-f]{64}")
-# Without these a client of ours talks to the engine of this host, whatever the caller's shell has set.
+# The client sees only these of the caller's variables: others could lead it to another engine.
 _KEPT: Final = ("HOME", "XDG_RUNTIME_DIR", "DBUS_SESSION_BUS_ADDRESS")
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """What a call of the client gave. text, error: its standard streams, decoded and bounded."""
+    """The result of a call. text, error: its standard output and error, decoded and bounded."""
 
     status: int
     text: str
@@ -32,11 +32,11 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def absent(self) -> bool:
-        """Whether it failed since what it was asked about is not there."""
+        """Whether the call failed because the object does not exist."""
         return self.status != 0 and any(word in self.error.lower() for word in _GONE)
 
-    def only(self, engine: str) -> dict[str, Any]:
-        """The one object that an inspecting call told of. Raises BackendError."""
+    def single_object(self, engine: str) -> dict[str, Any]:
+        """Return the one object that an inspecting call printed. Raises BackendError."""
         try:
             (made,) = msgspec.json.decode(self.text, type=list[dict[str, Any]])
         except (msgspec.DecodeError, ValueError) as exc:
@@ -45,7 +45,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Engine(msgspec.Struct, frozen=True, kw_only=True):
-    """podman or docker. binary: its client. env: all that the client sees of variables. options: before the command."""
+    """podman or docker. binary: its client. env: the client's variables. options: precede the command."""
 
     name: Name
     binary: str
@@ -54,15 +54,15 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def place(self) -> str:
-        """Which engine it is, of several that a host may have: the client, and the socket that it was told of."""
+        """Identifies the engine among several on one host: its client, and its socket if that was named."""
         return " ".join((self.binary, *(self.env[key] for key in ("DOCKER_HOST",) if key in self.env)))
 
     def argv(self, *words: str) -> list[str]:
-        """The command line of a call."""
+        """Return the command line of a call."""
         return [self.binary, *self.options, *words]
 
     def call(self, *words: str, timeout_s: float = _CALL_S) -> Answer:
-        """Call the client, and wait for its end. Raises BackendError where it cannot be started, or takes too long."""
+        """Call the client and wait. Raises BackendError if it cannot be started or takes too long."""
         what = f"cannot use {self.name}"
         try:
             done = subprocess.run(
@@ -75,20 +75,20 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
                 cwd="/",
             )
         except subprocess.TimeoutExpired as exc:
-            why = f"{self.name} {words[0]} gave no answer in {timeout_s:.0f} s"
-            raise BackendError(what, why, f"See whether {self.name} answers: {self.name} ps") from exc
+            why = f"{self.name} {words[0]} did not answer within {timeout_s:.0f} s"
+            raise BackendError(what, why, f"Check that {self.name} works: {self.name} ps") from exc
         except OSError as exc:
             raise BackendError(what, f"{self.binary}: {exc.strerror}", f"Install {PACKAGES[self.name]}") from exc
         output, error = done.stdout[:_ANSWER_MAX], done.stderr[-4096:]
         return Answer(
             status=done.returncode,
             text=output.decode("utf-8", "replace"),
-            error=" ".join(_printable(error.decode("utf-8", "replace")).split())[-500:],
+            error=printable(" ".join(error.decode("utf-8", "replace").split()))[-500:],
         )
 
 
 def engine(name: Name) -> Engine:
-    """The engine of this host. Raises HostError where there is none, or it is told to be elsewhere."""
+    """Return the engine of this host. Raises HostError if there is none, or DOCKER_HOST is on another machine."""
     variable = f"X07_VM_{name.upper()}_BIN"
     binary = text(variable) or next(
         (path for folder in _SEARCH if os.access(path := f"{folder}/{name}", os.X_OK)), None
@@ -97,7 +97,7 @@ def engine(name: Name) -> Engine:
         fix = f"Run: apt-get install --no-install-recommends {PACKAGES[name]}, or set {variable}"
         raise HostError(f"cannot use {name}", f"missing: {name}", fix)
     if not os.access(binary, os.X_OK):
-        raise HostError(f"cannot use {name}", f"{variable} is {binary}, which is no program", f"Correct {variable}")
+        raise HostError(f"cannot use {name}", f"{variable} is {binary}, which is not executable", f"Correct {variable}")
     env = {key: os.environ[key] for key in _KEPT if key in os.environ}
     env |= {
         "PATH": "/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/bin",
@@ -107,24 +107,22 @@ def engine(name: Name) -> Engine:
     if name == "docker":
         if host := os.environ.get("DOCKER_HOST", ""):
             if not host.startswith("unix://"):
-                why = f"DOCKER_HOST is {host[:200]}, and our folders and sockets are on this machine"
-                raise HostError("cannot use docker", why, "Unset DOCKER_HOST, or name a local socket: unix:///path")
+                why = f"DOCKER_HOST is {host[:200]}, but our folders and sockets are on this machine"
+                raise HostError(
+                    "cannot use docker", why, "Unset DOCKER_HOST, or set it to a local socket: unix:///path"
+                )
             env["DOCKER_HOST"] = host
-        # Not the user's: it may add variables to containers, or lead to another machine.
+        # The user's may add variables to containers or lead to another machine.
         env["DOCKER_CONFIG"] = "/nonexistent"
     return Engine(name=name, binary=binary, env=env)
 
 
 def container_id(answer: Answer) -> str:
-    """The id that a creating call printed; empty where it printed none."""
+    """Return the id printed by a create call, "" if there is none."""
     last = answer.text.strip().rpartition("\n")[2].strip()
     return last if not answer.status and is_id(last) else ""
 
 
 def is_id(word: str) -> bool:
-    """Whether *word* can be the whole id of a container."""
+    """Whether *word* is a full container id."""
     return _ID.fullmatch(word) is not None
-
-
-def _printable(text_: str) -> str:
-    return "".join(char if char.isprintable() or char.isspace() else "\N{REPLACEMENT CHARACTER}" for char in text_)

@@ -1,4 +1,4 @@
-"""A job's processes below a supervisor (jail/data/supervisor.pl): started, recorded, ended, and proven gone."""
+"""A job's processes below a supervisor (jail/data/supervisor.pl): start, record, stop, and proof that they are gone."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _GONE_S: Final = 10.0
 
 
 def socket_ends(stack: contextlib.ExitStack, given: FdGroup) -> tuple[int, int]:
-    """Our end of a new stream, which does not block and which *stack* closes, and the child's."""
+    """Return our end of a new stream, non-blocking and closed by *stack*, and the child's end."""
     near, far = socket.socketpair()
     fd = near.detach()
     stack.callback(os.close, fd)
@@ -42,41 +42,49 @@ def socket_ends(stack: contextlib.ExitStack, given: FdGroup) -> tuple[int, int]:
 
 
 def error_stream(stack: contextlib.ExitStack, given: FdGroup) -> tuple[BoundedStream, int]:
-    """A child's standard error as we read it, which *stack* closes, and the child's end."""
+    """Return a child's standard error, closed by *stack*, and the child's end of it."""
     fd, theirs = os.pipe2(os.O_CLOEXEC)
     stack.callback(os.close, fd)
     os.set_blocking(fd, False)
     return BoundedStream(fd, keep_bytes=settings.STDERR_MAX_BYTES), given.add(theirs)
 
 
-class OwnAgent:
-    """What instances have in common that are no machine: the agent is ours, and what is said beside the channel."""
+def memory_file(name: str, data: bytes, given: FdGroup) -> int:
+    """Return a descriptor from which a child can read *data*; *given* closes it."""
+    fd = given.add(os.memfd_create(name, os.MFD_CLOEXEC))
+    os.write(fd, data)
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd
+
+
+class HostAgent:
+    """The part of an instance whose agent runs on the host: it starts nothing unasked and has one stream of errors."""
 
     _errors: BoundedStream
 
     def release(self) -> None:
-        """Nothing: the agent is ours, and starts no program before the channel says so."""
+        """Do nothing: the agent waits for the channel anyway."""
 
     def side_fds(self) -> tuple[int, ...]:
-        """What agent and all between it and us have to say."""
+        """Return the error stream's descriptor."""
         return () if self._errors.ended else (self._errors.fd,)
 
     def drain(self, _fd: int) -> None:
-        """Read it, keeping no more than its bound."""
+        """Read the error stream, within its size limit."""
         self._errors.read()
 
     def console_tail(self) -> str:
-        """The last of that, control characters replaced."""
+        """Return the end of the error stream, with control characters replaced."""
         self._errors.read()
         return self._errors.text()
 
 
 class Start(NamedTuple):
-    """What a job is started with, before it has processes.
+    """How to start a job.
 
-    jail: describes what holds the job. given: closed once the child has them. depth: as in `inner_process`.
-    remove, cgroups: as in `Jailed`. bound: limits the first process, by its pid, while it is still blocked.
-    name, error: of what cannot be started.
+    jail: a description. given: descriptors to close once the child has them. depth: see `inner_process`.
+    remove: removes what outlives the processes (control groups, folders), and returns whether that is gone.
+    bound: limits the first process, by pid, while it is blocked. name, error: for messages.
     """
 
     record: JobRecord
@@ -98,14 +106,14 @@ def running(
     make: Callable[[subprocess.Popen[bytes], Identity], _J],
     not_built: Callable[[int | None], BackendError],
 ) -> Iterator[_J]:
-    """Launch, record and yield a job; on the way out it is gone and its record says so. Raises BackendError, HostError.
+    """Launch, record and yield a job; on exit it is gone and recorded as gone. Raises BackendError, HostError.
 
-    not_built: makes the error for a supervisor that ended, with this status, before the job's first process was there.
+    not_built: makes the error for a supervisor that ended with this status before the job's first process existed.
     """
     child = instance = None
     gone = False
     try:
-        # First without processes: whatever is left by a runner killed from here on carries the mark that stands there.
+        # Without processes for now: if this process is killed, the sweep finds what it left by the record's mark.
         runner = own_identity()
         write_owner(start.record, runner=runner, processes={}, cgroups=start.cgroups)
         try:
@@ -113,7 +121,7 @@ def running(
         except OSError as exc:
             why = f"{request.argv[0]}: {exc.strerror}"
             raise start.error(f"cannot start {start.name}", why, "Run x07 doctor") from exc
-        start.given.close()  # an end of a pipe that stayed open here would never end
+        start.given.close()  # else our copies would keep the child's pipes open
         try:
             inner = inner_process(child, start.depth)
             start.bound(inner.pid)
@@ -134,19 +142,19 @@ def running(
                 _end_supervisor(child)
             gone = start.remove()
         if gone:
-            with contextlib.suppress(HostError):  # a full disk: the sweep will find that nothing is left
+            with contextlib.suppress(HostError):  # on a full disk the sweep records it later
                 mark_done(start.record if instance is None else instance.record)
 
 
 def inner_process(child: subprocess.Popen[bytes], depth: int) -> Identity:
-    """Wait for the process *depth* generations below the supervisor. Raises ProcessLookupError if it never comes."""
-    # Looked up in /proc: bubblewrap's --info-fd would give numbers of its own pid namespace.
+    """Wait for the process *depth* generations below the supervisor. Raises ProcessLookupError if it never appears."""
+    # By /proc: bubblewrap's --info-fd reports numbers of its own pid namespace.
     deadline = Deadline.after(_SETUP_S)
     pidfd = os.pidfd_open(child.pid)
     try:
         late = False
         while not late:
-            late = deadline.passed()  # one look more: it may be we who are late
+            late = deadline.passed()  # then look once more: this process may have been stopped
             found = [child.pid]
             for _ in range(depth):
                 found = [below for pid in found for below in children_of(pid)]
@@ -155,14 +163,14 @@ def inner_process(child: subprocess.Popen[bytes], depth: int) -> Identity:
                     return inner
             if wait_readable(pidfd, 0):
                 break
-            time.sleep(_LOOK_AGAIN_S)  # no event tells of another process's child
+            time.sleep(_LOOK_AGAIN_S)  # there is no event for another process's child
     finally:
         os.close(pidfd)
     raise ProcessLookupError
 
 
 def _end_supervisor(child: subprocess.Popen[bytes]) -> None:
-    """End a supervisor without an instance. If it does not end its processes in time, killing it does."""
+    """End a supervisor without an instance; killing it kills its processes."""
     child.terminate()
     try:
         child.wait(_SETUP_S)
@@ -172,69 +180,59 @@ def _end_supervisor(child: subprocess.Popen[bytes]) -> None:
 
 
 class Jailed:
-    """A supervisor and the job's first process below it, whose end is the end of them all.
+    """A supervisor and the job's first process, with which all others end."""
 
-    remove: removes what outlives them (control groups, folders) and returns whether it is gone.
-    cgroups: for the record.
-    """
-
-    def __init__(
-        self,
-        child: subprocess.Popen[bytes],
-        inner: Identity,
-        record: JobRecord,
-        remove: Callable[[], bool],
-        cgroups: tuple[str, ...],
-    ) -> None:
+    def __init__(self, start: Start, child: subprocess.Popen[bytes], inner: Identity) -> None:
         self.child = child
-        self.record = record
+        self.record = start.record
+        self.jail = start.jail
+        self.start_mode = start.start_mode
         self.inner = inner
         self.gone = False
         self._closed = False
-        self._remove = remove
-        self._cgroups = cgroups
+        self._start = start
         self.supervisor = identify(child.pid)
-        self.inner_pidfd = os.pidfd_open(inner.pid)  # may be gone, unlike the unreaped child: so it comes first
+        self.inner_pidfd = os.pidfd_open(inner.pid)  # first, since it may fail: this process may be gone
         self.pidfd = os.pidfd_open(child.pid)
 
     def record_owner(self, runner: Identity) -> None:
-        """Write down whose job it is. Raises BackendError, HostError."""
+        """Record the job's owner and processes. Raises BackendError, HostError."""
         if self.supervisor is None:
             raise BackendError("cannot record the job", "its processes ended at once", "Run x07 doctor")
         processes = {"supervisor": self.supervisor, "inner": self.inner}
-        write_owner(self.record, runner=runner, processes=processes, cgroups=self._cgroups)
+        write_owner(self.record, runner=runner, processes=processes, cgroups=self._start.cgroups)
 
     def exit_status(self) -> int | None:
-        """How the supervisor ended; it passes on the status of what it started."""
+        """Return the supervisor's exit status, which is that of its command."""
         return self.child.poll()
 
-    def ends_when_asked(self) -> bool:
-        """Ask it to end by itself, where there is a way; whether it has."""
+    def quit_gracefully(self) -> bool:
+        """Ask the job to quit by itself, if there is a way, and return whether it has."""
         return False
 
     def stop(self) -> bool:
-        """Ask, kill, wait, remove what is left; whether all of it is proven gone. Safe to call again."""
+        """Ask, kill, wait, clean up, and return whether everything is proven gone. Can be called again."""
         if self.gone or self._closed:
             return self.gone
-        if not self.ends_when_asked():
+        if not self.quit_gracefully():
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self.pidfd, signal.SIGTERM)
         deadline = Deadline.after(_GONE_S)
         try:
             self.child.wait(_GONE_S / 2)
-        except subprocess.TimeoutExpired:  # the supervisor itself is stopped, say
+        except subprocess.TimeoutExpired:  # for instance a supervisor under SIGSTOP
             for pidfd in (self.inner_pidfd, self.pidfd):
                 with contextlib.suppress(ProcessLookupError):
                     signal.pidfd_send_signal(pidfd, signal.SIGKILL)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.child.wait(deadline.left_s())
-        # The end of a namespace's first process is the proof: the kernel lets it go only after all others.
+        # The proof: the kernel reaps the first process of a pid namespace after all others.
         gone = self.child.returncode is not None and wait_gone(self.inner, deadline.left_s())
-        self.gone = gone and self._remove()
+        self.gone = gone and self._start.remove()
         return self.gone
 
     def close(self) -> None:
-        """Close its descriptors."""
+        """Close the descriptors."""
         self._closed = True
         os.close(self.pidfd)
         os.close(self.inner_pidfd)

@@ -1,8 +1,7 @@
-"""Claiming a warm machine from the pool's process: what both sides say over its private socket, and the claimer's side.
+"""The pool's private socket: its messages, and the claimer's side.
 
-One connection is one claim. The claimer asks with a JSON object; the pool answers with one, and with the machine's
-descriptors. From then on the connection is the lease: when it ends, for whatever reason, the pool ends the machine.
-The claimer ends it by saying so, and gets the word that the machine is gone. Both check the other's uid.
+One connection is one claim: a JSON request, answered by JSON and the machine's descriptors. From then on the connection
+is the lease: when it ends, the pool ends the machine and confirms that. Both sides check the other's uid.
 """
 
 from __future__ import annotations
@@ -38,35 +37,35 @@ _CREDENTIALS: Final = struct.Struct("3i")
 
 
 def pool_dir() -> Path:
-    """The folder of the pool's socket, lock and log. Raises HostError."""
+    """Return the folder of the pool's socket, lock and log. Raises HostError."""
     return cache_folder("pool")
 
 
 @contextlib.contextmanager
-def socket_address(folder: Path) -> Iterator[str]:
-    """The socket's path below *folder*, by way of a descriptor: a path in an address may have 107 bytes only."""
+def socket_address(folder: Path, name: str = SOCKET) -> Iterator[str]:
+    """Yield a socket's address by way of a descriptor, since an address holds at most 107 bytes."""
     fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        yield f"/proc/self/fd/{fd}/{SOCKET}"
+        yield f"/proc/self/fd/{fd}/{name}"
     finally:
         os.close(fd)
 
 
 def peer_of(connection: socket.socket) -> tuple[int, int]:
-    """(pid, uid) of the other side, by the kernel's word (unix(7): SO_PEERCRED)."""
+    """Return (pid, uid) of the peer, from the kernel (unix(7): SO_PEERCRED)."""
     data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     pid, uid, _ = _CREDENTIALS.unpack(data)
     return pid, uid
 
 
 def send(connection: socket.socket, message: Mapping[str, object], fds: Sequence[int] = ()) -> None:
-    """One message, with descriptors, which stay ours. Raises OSError."""
+    """Send one message with descriptors, which stay ours. Raises OSError."""
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
     connection.sendmsg([json.dumps(message).encode()], rights)
 
 
 def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
-    """One message and the descriptors that came with it, now ours; None at the end, and for what is no message."""
+    """Receive one message and its descriptors, now ours; None at the end or for a malformed message."""
     fds = array.array("i")
     room = socket.CMSG_SPACE(_FDS_MAX * fds.itemsize)
     try:
@@ -87,8 +86,8 @@ def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]] | Non
     return message, list(fds)
 
 
-def connected() -> socket.socket | None:
-    """A connection to the pool's process of this user; None where there is none. Raises HostError."""
+def connect_to_pool() -> socket.socket | None:
+    """Connect to this user's pool process; None if there is none. Raises HostError."""
     folder = pool_dir()
     if not (folder / SOCKET).exists():
         return None
@@ -100,14 +99,12 @@ def connected() -> socket.socket | None:
         if peer_of(connection)[1] == os.geteuid():
             return connection
     except OSError:
-        pass  # it has ended, and left its socket
+        pass  # the process has ended and left its socket behind
     connection.close()
     return None
 
 
 class _Lease:
-    """The connection to the pool's process, as `base.Lease` has it."""
-
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self._status: int | None = None
@@ -115,31 +112,31 @@ class _Lease:
 
     def exit_status(self) -> int | None:
         if self._status is None and wait_readable(self._connection.fileno(), 0):
-            self._hear()
+            self._read_answer()
         return self._status
 
-    def _hear(self) -> None:
+    def _read_answer(self) -> None:
         answer = receive(self._connection)
-        if answer is None:  # the pool's process is gone, and every machine of its with it
+        if answer is None:  # the pool's process is gone, and with it its machines
             self._status = -9
         else:
             self._status, self._gone = int(answer[0]["status"]), bool(answer[0]["gone"])
 
-    def give_back(self) -> bool:
+    def end_lease(self) -> bool:
         if self._status is None:
             with contextlib.suppress(OSError):
                 send(self._connection, {"protocol": PROTOCOL, "over": True})
             self._connection.settimeout(GONE_S)
-            self._hear()
+            self._read_answer()
         return self._gone
 
 
-class PoolMachines:
-    """The pool's process of this user, as `Machines` has it."""
+class PoolClient:
+    """The pool process of this user, a `MachineSource`."""
 
     def claim(self, backend: Backend, job: Job) -> contextlib.AbstractContextManager[Instance] | None:
-        """One of its machines, for *job*. Raises BackendError: the pool may have that job on record now."""
-        connection = None if backend.cloning is None else connected()
+        """Return one of its machines for *job*. Raises BackendError; the pool may have recorded the job by then."""
+        connection = None if backend.cloning is None else connect_to_pool()
         if connection is None:
             return None
         claim = job.claim
@@ -155,44 +152,41 @@ class PoolMachines:
             return _leased(backend, job, connection, *answer)
         connection.close()
         if answer is None:
-            raise BackendError("cannot take a machine from the pool", "it does not answer", "See x07 pool status")
+            raise BackendError("cannot take a machine from the pool", "it did not answer", "See x07 pool status")
         return None
 
 
 @contextlib.contextmanager
 def _leased(
-    backend: Backend, job: Job, connection: socket.socket, told: dict[str, Any], owned_fds: list[int]
+    backend: Backend, job: Job, connection: socket.socket, answer: dict[str, Any], owned_fds: list[int]
 ) -> Iterator[Instance]:
-    close_on_fork.add(connection.fileno())  # it would last as long as any child that is forked meanwhile
-    try:
-        instance = _instance_of(backend, connection, told, owned_fds)
-        try:
-            greet(instance, cancel_fd=job.caller.cancel.fd, meanwhile=job.meanwhile)
-            yield instance
-        finally:
-            instance.stop()
-    finally:
-        close_on_fork.discard(connection.fileno())
-        connection.close()
+    close_on_fork.add(connection.fileno())  # a forked child must not prolong the lease
+    with contextlib.ExitStack() as stack:
         for fd in owned_fds:
-            os.close(fd)
+            stack.callback(os.close, fd)
+        stack.callback(connection.close)
+        stack.callback(close_on_fork.discard, connection.fileno())
+        instance = _instance_of(backend, connection, answer, owned_fds)
+        stack.callback(instance.stop)
+        greet(instance, cancel_fd=job.caller.cancel.fd, meanwhile=job.meanwhile)
+        yield instance
 
 
-def _instance_of(backend: Backend, connection: socket.socket, told: dict[str, Any], owned_fds: list[int]) -> Instance:
-    assert backend.cloning is not None  # noqa: S101 - it was looked at before the machine was claimed
+def _instance_of(backend: Backend, connection: socket.socket, answer: dict[str, Any], owned_fds: list[int]) -> Instance:
+    assert backend.cloning is not None  # noqa: S101 - checked by `claim`
     try:
-        fds = dict(zip(told["fds"], owned_fds, strict=True))
-        instance = backend.cloning.leased(_Lease(connection), record_from(told["record"]), str(told["jail"]), fds)
-        instance.notes = tuple(map(str, told["notes"]))
+        fds = dict(zip(answer["fds"], owned_fds, strict=True))
+        instance = backend.cloning.leased(_Lease(connection), record_from(answer["record"]), str(answer["jail"]), fds)
+        instance.notes = tuple(map(str, answer["notes"]))
     except (KeyError, ValueError, TypeError) as exc:
         what = "cannot take a machine from the pool"
-        raise BackendError(what, f"its answer is damaged ({exc})", "Run x07 pool stop, and try again") from exc
+        raise BackendError(what, f"its answer is malformed ({exc})", "Run x07 pool stop, then try again") from exc
     return instance
 
 
-def handed_over(backend: Backend, instance: Instance) -> tuple[dict[str, object], list[int]]:
-    """What the claimer gets of a machine: the answer, and descriptors, which stay the pool's."""
-    assert backend.cloning is not None  # noqa: S101 - a pool has machines only of such a backend
+def handover(backend: Backend, instance: Instance) -> tuple[dict[str, object], list[int]]:
+    """Return what the claimer of a machine receives: the answer, and descriptors, which stay the pool's."""
+    assert backend.cloning is not None  # noqa: S101 - else there is no pool
     fds = backend.cloning.descriptors(instance)
     message = {"protocol": PROTOCOL, "jail": instance.jail, "notes": instance.notes, "fds": list(fds)}
     return message | {"record": record_values(instance.record)}, list(fds.values())

@@ -1,21 +1,45 @@
-"""Where it is kept what was proven of this host by starting something."""
+"""Stored verdicts about this host, which hold until it reboots or for a limited time."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
-from x07_sandbox.host.paths import cache_folder
+from x07_sandbox.errors import UsageError
+from x07_sandbox.host.clocks import boot_ms
+from x07_sandbox.host.paths import cache_folder, read_bounded, replace_file
 from x07_sandbox.host.processes import boot_id
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_MAX: Final = 64 * 1024
 
 
 def proof_file(program: str, *parts: object) -> Path:
-    """The file for this boot, kernel and *program* (its path), and for *parts*, which JSON can hold.
-
-    Raises HostError for a folder that cannot be used.
-    """
+    """Return the file for this boot, kernel, *program* (a path) and *parts* (JSON values). Raises HostError."""
     info, host = Path(program).stat(), os.uname()
     key = [boot_id(), host.release, host.version, info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, *parts]
     return cache_folder("proofs") / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.json"
+
+
+def write_verdict(path: Path, values: Mapping[str, object], retry_s: float | None = None) -> None:
+    """Store *values* for this boot, or only for *retry_s* seconds. Raises OSError."""
+    stored = dict(values) | {"boot_id": boot_id()}
+    if retry_s is not None:
+        stored["retry_at_ms"] = boot_ms() + int(retry_s * 1000)
+    replace_file(path, json.dumps(stored).encode())
+
+
+def read_verdict(path: Path) -> dict[str, Any]:
+    """Return the values stored in *path*; empty if there are none, or they have expired."""
+    with contextlib.suppress(UsageError, ValueError, RecursionError, AttributeError, TypeError):
+        stored = json.loads(read_bounded(path, "verdict", _MAX))
+        if stored.get("boot_id", boot_id()) == boot_id() and boot_ms() < float(stored.get("retry_at_ms", math.inf)):
+            return dict(stored)
+    return {}

@@ -1,24 +1,20 @@
-"""The registry of backends: one row for each, and the only imports of them."""
+"""The registry of backends: one row each. No other module imports them."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import msgspec
-from msgspec.structs import replace
 
 from x07_sandbox.host.arch import ARCHES
 from x07_sandbox.plan.features import Isolation, container_features, vm_features
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from x07_sandbox.backends.base import Backend
     from x07_sandbox.plan.features import Features
 
-    Factory = Callable[[], Backend]
+    Factory = Callable[[str], Backend]
     Tools = Callable[[str], Mapping[str, str]]
 else:
     Factory = Tools = Any  # msgspec reads annotations
@@ -29,7 +25,7 @@ _WEAKER: Final = frozenset({"container", "process", "none"})
 
 
 class Platform(msgspec.Struct, frozen=True, kw_only=True):
-    """Where we are. macos_major: the first number of the macOS version, 0 elsewhere."""
+    """The system that x07 runs on. macos_major: the major version of macOS, 0 elsewhere."""
 
     system: System
     macos_major: int = 0
@@ -43,10 +39,10 @@ class Platform(msgspec.Struct, frozen=True, kw_only=True):
 class BackendRow(msgspec.Struct, frozen=True):
     """One backend.
 
-    sandbox_class: its name for --sandbox-backend. isolation: what it may turn out to give, best first.
-    macos_from: the first macOS that it is for, 0 for none. auto: whether `auto` may take it.
-    factory: makes it; None where this version does not have it. tools: programs that it needs on a machine (uname -m),
-    by path, and Debian's package of each.
+    sandbox_class: its name for --sandbox-backend. isolation: the classes it can provide, best first.
+    macos_from: the first macOS that it supports, 0 for none. auto: whether `auto` may select it.
+    factory: makes it from its name; None if this version lacks it. tools: the programs that it needs on a machine
+    (uname -m), by path, with Debian's package of each.
     """
 
     name: str
@@ -65,44 +61,32 @@ class BackendRow(msgspec.Struct, frozen=True):
 
     @property
     def weaker(self) -> bool:
-        """Whether it is no virtual machine, so that the user must accept it."""
+        """Whether its isolation is weaker than a virtual machine's, so that the user must accept it."""
         return self.isolation[0] in _WEAKER
 
     def runs_on(self, platform: Platform) -> bool:
-        """Whether it is for that platform at all."""
+        """Whether it supports that platform."""
         if platform.system == "linux":
             return self.linux
         return platform.system == "macos" and 0 < self.macos_from <= platform.macos_major
 
 
-def _qemu() -> Backend:
+def _qemu(_name: str) -> Backend:
     from x07_sandbox.backends.qemu.backend import QemuBackend
 
     return QemuBackend()
 
 
-def _os() -> Backend:
-    from x07_sandbox.backends.process.backend import OsBackend
+def _process(name: str) -> Backend:
+    from x07_sandbox.backends.process.backend import NoneBackend, OsBackend
 
-    return OsBackend()
-
-
-def _none() -> Backend:
-    from x07_sandbox.backends.process.backend import NoneBackend
-
-    return NoneBackend()
+    return OsBackend() if name == "os" else NoneBackend()
 
 
-def _podman() -> Backend:
+def _container(name: str) -> Backend:
     from x07_sandbox.backends.container.backend import ContainerBackend
 
-    return ContainerBackend("podman")
-
-
-def _docker() -> Backend:
-    from x07_sandbox.backends.container.backend import ContainerBackend
-
-    return ContainerBackend("docker")
+    return ContainerBackend("podman" if name == "podman" else "docker")
 
 
 def _qemu_tools(machine: str) -> Mapping[str, str]:
@@ -117,30 +101,29 @@ def _process_tools(_machine: str) -> Mapping[str, str]:
     return PACKAGES
 
 
-_MACOS: Final = 12
 _ROWS: Final = (
     BackendRow("firecracker-ctr", "vm", ("vm-hardware",), auto=True),
     BackendRow("apple-container", "vm", ("vm-hardware",), linux=False, macos_from=26, auto=True),
     BackendRow("qemu", "vm", ("vm-hardware", "vm-emulated"), auto=True, factory=_qemu, tools=_qemu_tools),
-    BackendRow("vz", "vm", ("vm-hardware",), linux=False, macos_from=_MACOS, auto=True),
-    BackendRow("podman", "vm", ("container",), factory=_podman),
-    BackendRow("docker", "vm", ("container",), factory=_docker),
-    BackendRow("os", "os", ("process",), factory=_os, tools=_process_tools),
-    BackendRow("none", "none", ("none",), factory=_none),
+    BackendRow("vz", "vm", ("vm-hardware",), linux=False, macos_from=12, auto=True),
+    BackendRow("podman", "vm", ("container",), factory=_container),
+    BackendRow("docker", "vm", ("container",), factory=_container),
+    BackendRow("os", "os", ("process",), factory=_process, tools=_process_tools),
+    BackendRow("none", "none", ("none",), factory=_process),
 )
 # In order of preference.
 BY_NAME: Final = {row.name: row for row in _ROWS}
 
 
 def create(name: str) -> Backend:
-    """The backend of that name, as selection has chosen it. Nothing is looked up or started yet."""
+    """Return a new instance of that backend, without probing it."""
     factory = BY_NAME[name].factory
-    assert factory is not None  # noqa: S101 - only what this version has is ever chosen
-    return factory()
+    assert factory is not None  # noqa: S101 - only built backends are selected
+    return factory(name)
 
 
 def features_of(row: BackendRow) -> Features:
-    """What a backend can be relied on to hold, by its weakest class, with nothing started. Raises HostError."""
+    """Return the features that a backend has even in its weakest class, without starting anything. Raises HostError."""
     backend = create(row.name)
     if backend.engine_images is not None:
         return container_features()
@@ -148,15 +131,5 @@ def features_of(row: BackendRow) -> Features:
 
 
 def built() -> tuple[str, ...]:
-    """The backends of this version."""
+    """Return the names of this version's backends."""
     return tuple(row.name for row in BY_NAME.values() if row.built)
-
-
-@contextlib.contextmanager
-def registered(row: BackendRow, factory: Factory) -> Iterator[None]:
-    """Around code that may use one more backend, as tests of the contract do."""
-    BY_NAME[row.name] = replace(row, factory=factory)
-    try:
-        yield
-    finally:
-        del BY_NAME[row.name]

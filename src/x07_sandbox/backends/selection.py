@@ -1,6 +1,6 @@
-"""Which backend a run takes: pure, from the platform and from what was asked for by flag or variable.
+"""The selection of a backend: pure, from the platform and the request made by flags and variables.
 
-What is asked for is taken or refused, never replaced. Weaker isolation than a virtual machine needs the user's word.
+What is requested is used or refused, never replaced. Isolation weaker than a virtual machine needs the user's consent.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ ACCEPT_FLAG: Final = "--i-accept-weaker-isolation"
 ACCEPT_VARIABLE: Final = "X07_I_ACCEPT_WEAKER_ISOLATION"
 
 
-class Asked(msgspec.Struct, frozen=True, kw_only=True):
-    """What was asked for, with words as they are meant (host/variables); None for nothing.
+class BackendRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """The requested class and backend by their canonical names (host/variables), None for none.
 
-    accepted: whether weaker isolation was, by flag or variable. auto: the class that `auto` stands for.
-    flags: those that the caller has, for what is advised; () where only variables can ask.
+    accepted: whether weaker isolation was. auto: the class that `auto` stands for.
+    flags: the caller's, for advice; () if it only has variables.
     """
 
     sandbox_flag: str | None = None
@@ -36,45 +36,45 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
-    """What a run takes. sandbox_backend: its class."""
+    """The selected backend. sandbox_backend: its class."""
 
     backend: str
     sandbox_backend: Class
 
 
-def select(platform: Platform, asked: Asked) -> Choice:
-    """The backend. Raises UsageError for a contradiction, RefusedError for what cannot be had here."""
-    wanted_class, name = _wanted(platform, asked)
+def select(platform: Platform, request: BackendRequest) -> Choice:
+    """Select the backend. Raises UsageError for a contradiction, RefusedError if it is not available."""
+    wanted_class, name = _wanted(platform, request)
     if name is None and wanted_class in {"os", "none"}:
         name = wanted_class
     if name is None:
-        return _automatic(platform, asked)
+        return _automatic(platform, request)
     row = BY_NAME[name]
-    named = row.sandbox_class in {"vm", asked.sandbox_flag or asked.sandbox_variable}
-    if row.weaker and not (named and asked.accepted):
+    named = row.sandbox_class in {"vm", request.sandbox_flag or request.sandbox_variable}
+    if row.weaker and not (named and request.accepted):
         walls = {"container": "a container", "process": "a confined process of this system"}
         wall = walls.get(row.isolation[0], "no sandbox at all")
         why = f"it runs programs in {wall}; that is weaker isolation than a virtual machine and needs your consent"
-        fix = _instead(platform, asked, row, named=named)
+        fix = _instead(platform, request, row, named=named)
         raise RefusedError(f"cannot use the backend {row.name}", why, fix)
     if not (row.runs_on(platform) and row.built):
         why = f"not supported on {platform}" if row.built else "not supported in this version"
         if not (row.built or row.runs_on(platform)):
-            why += f", and it is for {_home(row)}"
-        raise RefusedError(f"cannot use the backend {row.name}", why, _instead(platform, asked))
+            why += f", and it is for {'Linux' if row.linux else f'macOS {row.macos_from} and later'}"
+        raise RefusedError(f"cannot use the backend {row.name}", why, _instead(platform, request))
     return Choice(backend=row.name, sandbox_backend=row.sandbox_class)
 
 
-def asked(
+def backend_request(
     *,
     sandbox: str | None = None,
     backend: str | None = None,
     accepted: bool = False,
     auto: Class = "vm",
     flags: tuple[str, ...] = ("--sandbox-backend", "--backend"),
-) -> Asked:
-    """What flags (words as they are given) and the environment ask for. flags: as in Asked. Raises UsageError."""
-    return Asked(
+) -> BackendRequest:
+    """Return the request made by flags and environment. Raises UsageError."""
+    return BackendRequest(
         sandbox_flag=SANDBOX_BACKENDS[sandbox] if sandbox else None,
         sandbox_variable=text("X07_SANDBOX_BACKEND"),
         backend_flag=backend_named(backend).name if backend else None,
@@ -85,14 +85,14 @@ def asked(
     )
 
 
-def choice_of_variables() -> Choice:
-    """The backend that the environment asks for. Raises RefusedError; UsageError for any wrong variable of ours."""
+def choice_from_environment() -> Choice:
+    """Return the choice of the environment. Raises RefusedError; UsageError for any invalid variable of ours."""
     check_environment(os.environ)
-    return select(this_platform(), asked(flags=()))
+    return select(this_platform(), backend_request(flags=()))
 
 
 def backend_named(word: str) -> BackendRow:
-    """The backend that *word*, a name or an alias in any case, means. Raises UsageError."""
+    """Return the backend with this name or alias, in any case. Raises UsageError."""
     word = word.strip().lower()
     name = BACKENDS.get(word, word)
     if name not in BY_NAME:
@@ -101,56 +101,55 @@ def backend_named(word: str) -> BackendRow:
     return BY_NAME[name]
 
 
-def working(platform: Platform) -> tuple[str, ...]:
-    """The flags of a combination that works there without anybody's acceptance; empty where there is none yet."""
+def usable_flags(platform: Platform) -> tuple[str, ...]:
+    """Return flags that select a backend on that platform without consent to weaker isolation; () if there is none."""
     for row in BY_NAME.values():
         if row.built and row.runs_on(platform) and not row.weaker:
             return "--sandbox-backend", row.sandbox_class, "--backend", row.name
     return ()
 
 
-def _wanted(platform: Platform, asked: Asked) -> tuple[str, str | None]:
-    """(class, backend or None): the command line before the environment. Raises UsageError."""
-    _agree("--sandbox-backend", asked.sandbox_flag, "--backend", asked.backend_flag, platform, asked)
-    variables = replace(asked, flags=())  # what can be said by them is advised
-    _agree("X07_SANDBOX_BACKEND", asked.sandbox_variable, "X07_VM_BACKEND", asked.backend_variable, platform, variables)
-    if asked.backend_flag is not None:
-        return BY_NAME[asked.backend_flag].sandbox_class, asked.backend_flag
-    wanted = asked.sandbox_flag or asked.sandbox_variable or "auto"
-    # A variable gives way where the command line has named another class.
-    name = None if _contradict(wanted, asked.backend_variable) else asked.backend_variable
-    return (asked.auto if wanted == "auto" and name is None else wanted), name
-
-
-def _agree(
-    class_from: str, wanted: str | None, name_from: str, name: str | None, platform: Platform, asked: Asked
-) -> None:
-    if name is not None and _contradict(wanted, name):
-        why = f"{name} is of the class {BY_NAME[name].sandbox_class}, not {wanted}"
-        raise UsageError(f"{class_from} and {name_from} contradict each other", why, _instead(platform, asked))
+def _wanted(platform: Platform, request: BackendRequest) -> tuple[str, str | None]:
+    """Return (class, backend or None): the command line before the environment. Raises UsageError."""
+    by_variable = (request.sandbox_variable, "X07_SANDBOX_BACKEND", request.backend_variable, "X07_VM_BACKEND")
+    for wanted, origin, name, name_origin, caller in (
+        (request.sandbox_flag, "--sandbox-backend", request.backend_flag, "--backend", request),
+        (*by_variable, replace(request, flags=())),
+    ):
+        if name is not None and _contradict(wanted, name):
+            why = f"{name} is of the class {BY_NAME[name].sandbox_class}, not {wanted}"
+            raise UsageError(f"{origin} and {name_origin} contradict each other", why, _instead(platform, caller))
+    if request.backend_flag is not None:
+        return BY_NAME[request.backend_flag].sandbox_class, request.backend_flag
+    wanted = request.sandbox_flag or request.sandbox_variable or "auto"
+    # A variable is ignored if the command line selects another class.
+    name = None if _contradict(wanted, request.backend_variable) else request.backend_variable
+    return (request.auto if wanted == "auto" and name is None else wanted), name
 
 
 def _contradict(wanted: str | None, name: str | None) -> bool:
     return name is not None and wanted not in {None, "auto", BY_NAME[name].sandbox_class}
 
 
-def _automatic(platform: Platform, asked: Asked) -> Choice:
+def _automatic(platform: Platform, request: BackendRequest) -> Choice:
     candidates = [row for row in BY_NAME.values() if row.auto and row.runs_on(platform)]
     for row in candidates:
         if row.built:
             return Choice(backend=row.name, sandbox_backend=row.sandbox_class)
     names = " and ".join(row.name for row in candidates)
-    why = f"this version has none of those for {platform} yet ({names})" if names else f"there is none for {platform}"
-    raise RefusedError("no virtual machine backend", why, _instead(platform, asked))
+    why = f"this version has none for {platform} yet ({names})" if names else f"there is none for {platform}"
+    raise RefusedError("no virtual machine backend", why, _instead(platform, request))
 
 
-def _instead(platform: Platform, asked: Asked, weaker: BackendRow | None = None, *, named: bool = True) -> str:
-    """What to do. weaker: what was asked for, and would do with the user's acceptance; named: and by its class."""
-    here = working(platform)
-    words = _by_caller(asked, here or working(Platform(system="linux")))
-    parts = [f"Use {words}" if here else f"Run it on Linux with {words}"]
+def _instead(
+    platform: Platform, request: BackendRequest, weaker: BackendRow | None = None, *, named: bool = True
+) -> str:
+    """Return what to do. weaker: the requested backend if consent would help. named: its class was requested too."""
+    here = usable_flags(platform)
+    words = _by_caller(request, here or usable_flags(Platform(system="linux")))
+    parts = [f"Use {words}" if here else f"Run x07 on Linux with {words}"]
     if weaker is not None and weaker.built and weaker.runs_on(platform):
-        if asked.flags:
+        if request.flags:
             wall = "" if named else f"--sandbox-backend {weaker.sandbox_class} "
             parts.append(f"or add {wall}{ACCEPT_FLAG} (or {ACCEPT_VARIABLE}=1)")
         else:
@@ -159,24 +158,19 @@ def _instead(platform: Platform, asked: Asked, weaker: BackendRow | None = None,
     return ", ".join(parts)
 
 
-def _by_caller(asked: Asked, flags: tuple[str, ...]) -> str:
-    """What `working` says, as the caller can say it: by the flags that it has, else by the variables that are set."""
+def _by_caller(request: BackendRequest, flags: tuple[str, ...]) -> str:
+    """Render `usable_flags` in the caller's own flags, else in the variables that are set."""
     found = dict(zip(flags[::2], flags[1::2], strict=True))
-    if asked.flags:
-        return " ".join(f"{flag} {found[flag]}" for flag in asked.flags)
-    given = [(asked.sandbox_variable, "X07_SANDBOX_BACKEND", "--sandbox-backend")]
-    given.append((asked.backend_variable, "X07_VM_BACKEND", "--backend"))
+    if request.flags:
+        return " ".join(f"{flag} {found[flag]}" for flag in request.flags)
+    given = [(request.sandbox_variable, "X07_SANDBOX_BACKEND", "--sandbox-backend")]
+    given.append((request.backend_variable, "X07_VM_BACKEND", "--backend"))
     words = [f"{variable}={found[flag]}" for word, variable, flag in given if word]
     return f"{' and '.join(words)}, or unset {'it' if len(words) == 1 else 'them'}"
 
 
-def _home(row: BackendRow) -> str:
-    """The platform that a backend is for."""
-    return "Linux" if row.linux else f"macOS {row.macos_from} and later"
-
-
 def this_platform() -> Platform:
-    """Where this process runs."""
+    """Return the platform of this process."""
     system = os.uname()
     if system.sysname == "Linux":
         return Platform(system="linux")
@@ -186,16 +180,3 @@ def this_platform() -> Platform:
         major = platform.mac_ver()[0].partition(".")[0]
         return Platform(system="macos", macos_major=int(major) if major.isdigit() else 0)
     return Platform(system="other")
-
-
-def describe() -> str:
-    """The table of backends as docs/reference/x07.md shows it."""
-    lines = ["| backend | `--sandbox-backend` | isolation | Linux | macOS | needs acceptance | here |"]
-    lines.append("|---|---|---|---|---|---|---|")
-    for row in BY_NAME.values():
-        macos = f"{row.macos_from}+" if row.macos_from else ""
-        isolation = " or ".join(f"`{one}`" for one in row.isolation)
-        linux, weaker, here = "yes" * row.linux, "yes" * row.weaker, "yes" if row.built else "later"
-        cells = (f"`{row.name}`", row.sandbox_class, isolation, linux, macos, weaker, here)
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"

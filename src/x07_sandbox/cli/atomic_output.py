@@ -1,4 +1,4 @@
-"""Files that a command writes on the host because the user named them: whole, or not at all."""
+"""Files that a command writes because the user named them: complete, or not at all."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class UnwritableError(UsageError):
-    """A file that may not be written, before there is a run. path: that file."""
+    """An output file was rejected before the run. path: that file."""
 
     path: Path
 
@@ -37,24 +37,24 @@ class UnwritableError(UsageError):
 def check_outputs(
     outputs: Mapping[str, Path | None], inputs: Iterable[Path | None], *, why: str = "the run reads it"
 ) -> None:
-    """Refuse files that cannot be written, or that something else of the run needs, before there is a run.
+    """Raise UnwritableError for the first output that cannot be written or has another use in this run.
 
-    outputs: by the flag that names them. inputs: files that the run reads; why: what else is said of them. An output
-    is replaced as a whole, so of its place only the folder matters. Raises UnwritableError for the first of them.
+    outputs: by flag. inputs: files that must stay as they are; why: the reason to give for them. An output is replaced
+    as a whole, so only its folder has to be writable.
     """
     taken = {real_path(path): why for path in inputs if path is not None}
     for name, path in outputs.items():
         if path is None:
             continue
-        if reason := _against(path, taken):
-            error = UnwritableError(f"cannot write {path} ({name})", reason, "Name another place")
+        if reason := _rejection(path, taken):
+            error = UnwritableError(f"cannot write {path} ({name})", reason, "Name another file")
             error.path = path
             raise error
         taken[real_path(path)] = "it is named twice"
 
 
-def _against(path: Path, taken: Mapping[Path, str]) -> str:
-    """Why *path* may not be written, or an empty text. taken: places that something else needs, and why."""
+def _rejection(path: Path, taken: Mapping[Path, str]) -> str:
+    """Return why *path* may not be written, or an empty string. taken: the reason by path in other use."""
     try:
         other = path.name in {"", "..", "."} or not stat.S_ISREG(path.lstat().st_mode)
     except FileNotFoundError:
@@ -62,19 +62,14 @@ def _against(path: Path, taken: Mapping[Path, str]) -> str:
     except OSError as exc:
         return exc.strerror or str(exc)
     if other:
-        return "something that is no file lies there"
+        return "it exists and is not a regular file"
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
-        return f"{path.parent} is no folder that you can write"
+        return f"{path.parent} is not a folder that you can write"
     return taken.get(real_path(path), "")
 
 
-def is_refused(exc: Exception, path: Path) -> bool:
-    """Whether the error is that *path* may not be written."""
-    return isinstance(exc, UnwritableError) and real_path(exc.path) == real_path(path)
-
-
 def files_read(request: RunRequest, program: Program) -> list[Path]:
-    """What a run reads besides what the command line names: of the program's project, and from standard input."""
+    """Return the files that a run reads besides those named on the command line: project files, standard input."""
     found = list(program.read)
     if isinstance(request.policy, ProjectPolicy):
         found.append(request.policy.path)
@@ -83,12 +78,12 @@ def files_read(request: RunRequest, program: Program) -> list[Path]:
     return found
 
 
-def write_whole(path: Path, fill: Callable[[int], None], *, mode: int = 0o666, code: str = "") -> None:
-    """Have *fill* write into a new file that then becomes *path*.
+def write_atomically(path: Path, fill: Callable[[int], None], *, mode: int = 0o666, code: str = "") -> None:
+    """Have *fill* write a new file, then rename it to *path*. Raises RefusedError.
 
-    mode: as for open(2), so that the user's umask holds. code: stands before the error. Raises RefusedError.
+    mode: as for open(2), so the user's umask applies. code: printed before the error.
     """
-    temporary = path.with_name(f".x07-{os.urandom(8).hex()}")  # no longer than any name may be
+    temporary = path.with_name(f".x07-{os.urandom(8).hex()}")  # no longer than the longest name
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
         try:
@@ -99,11 +94,11 @@ def write_whole(path: Path, fill: Callable[[int], None], *, mode: int = 0o666, c
     except OSError as exc:
         temporary.unlink(missing_ok=True)
         why = exc.strerror or str(exc)
-        raise RefusedError(f"{code}cannot write {path}", why, "Name another place, or free space there") from exc
+        raise RefusedError(f"{code}cannot write {path}", why, "Name another file, or free space there") from exc
 
 
 def write_all(fd: int, data: bytes) -> None:
-    """All of *data*, past Python's buffers; waits where others have made *fd* non-blocking. Raises OSError."""
+    """Write all of *data* unbuffered, also if *fd* is non-blocking. Raises OSError."""
     view = memoryview(data)
     while view:
         try:
@@ -113,37 +108,37 @@ def write_all(fd: int, data: bytes) -> None:
 
 
 def write_bytes(path: Path, data: bytes, *, code: str = "") -> None:
-    """*data* as the whole of a file. Raises RefusedError, as write_whole."""
-    write_whole(path, lambda fd: write_all(fd, data), code=code)
+    """Write *data* as the whole file. Raises RefusedError."""
+    write_atomically(path, lambda fd: write_all(fd, data), code=code)
 
 
 def write_executable(path: Path, artifact: OutFile) -> None:
-    """A copy of what was built, as an executable. Raises RefusedError."""
+    """Write a copy of what was built, as an executable file. Raises RefusedError."""
 
     def copy(fd: int) -> None:
         position = 0
         while position < artifact.size and (count := os.sendfile(fd, artifact.fd, position, artifact.size - position)):
             position += count
 
-    write_whole(path, copy, mode=0o777)
+    write_atomically(path, copy, mode=0o777)
 
 
-def place_for_artifact(stack: contextlib.ExitStack) -> OutFile:
-    """A file without a name for what a run builds, until *stack* ends. Raises HostError, RefusedError."""
+def artifact_file(stack: contextlib.ExitStack) -> OutFile:
+    """Return an unnamed file for what a run builds; *stack* closes it. Raises HostError, RefusedError."""
     return unnamed_file(private_dir(state_dir()), OUTPUT, settings.ARTIFACT_MAX_BYTES, stack)
 
 
 @contextlib.contextmanager
-def noted(unwritten: list[str]) -> Iterator[None]:
-    """Have an error of writing be a line of that list: there is a run to tell of, whatever becomes of its files."""
+def collect_error(write_errors: list[str]) -> Iterator[None]:
+    """Append a write error to the list instead of raising it: the run's result is reported in any case."""
     try:
         yield
     except (SandboxError, OSError) as exc:
-        unwritten.append(str(exc))
+        write_errors.append(str(exc))
 
 
-def with_unwritten(result: Result, unwritten: list[str]) -> Result:
-    """The result of a run of whose files these lines tell that they were not written."""
-    if not unwritten:
+def with_write_errors(result: Result, write_errors: list[str]) -> Result:
+    """Return the result with these errors as warnings; its exit code is 125 if there are any."""
+    if not write_errors:
         return result
-    return replace(result, x07_exit_code=REFUSED_EXIT, warnings=[*result.warnings, *unwritten])
+    return replace(result, x07_exit_code=REFUSED_EXIT, warnings=[*result.warnings, *write_errors])

@@ -1,4 +1,4 @@
-"""Signals that end a run, for every command that has one."""
+"""Signals that cancel a run."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def cancelled_by_signals() -> Iterator[Cancel]:
-    """SIGINT, SIGTERM and SIGHUP end the run in good order; a second one as well."""
-    # What is ignored stays so: by nohup, or in a script's background.
+    """Make SIGINT, SIGTERM and SIGHUP cancel the run; the VM is still cleaned up after a second signal."""
+    # Ignored signals stay ignored, as under nohup or in the background of a script.
     wanted = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
-    with contextlib.closing(Cancel()) as cancel, _heard(wanted, cancel):
+    with contextlib.closing(Cancel()) as cancel, _forwarded(wanted, cancel):
         before = {number: signal.signal(number, lambda got, _frame: cancel.interrupt(got)) for number in wanted}
         try:
             yield cancel
@@ -30,11 +30,11 @@ def cancelled_by_signals() -> Iterator[Cancel]:
 
 
 @contextlib.contextmanager
-def _heard(wanted: Collection[int], cancel: Cancel) -> Iterator[None]:
-    """Around the wait of the main thread, in which alone Python calls a handler.
+def _forwarded(wanted: Collection[int], cancel: Cancel) -> Iterator[None]:
+    """Let a thread cancel the run on every signal.
 
-    The kernel may give a signal to another thread, and then nothing ends that wait (signal(7)): so a thread hears of
-    every signal, and asks for the end.
+    Python calls handlers in the main thread only. If the kernel delivers the signal to another thread, nothing
+    interrupts what the main thread waits for (signal(7)).
     """
     read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
     os.set_blocking(write_fd, False)
@@ -45,7 +45,7 @@ def _heard(wanted: Collection[int], cancel: Cancel) -> Iterator[None]:
                 cancel(number)
 
     thread = threading.Thread(target=forward, name="x07-signals", daemon=True)
-    with contextlib.suppress(OSError):  # there may be no more threads: the handlers are called all the same
+    with contextlib.suppress(OSError):  # no more threads allowed: the handlers still work
         start_thread(thread)
     before = signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
     try:

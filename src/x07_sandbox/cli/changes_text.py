@@ -1,4 +1,4 @@
-"""What `x07 run`, `diff`, `apply` and `undo` say of changes to files, and where they get their contents."""
+"""Messages about changes to files, and their form as a patch and as JSON, for `run`, `diff`, `apply` and `undo`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from x07_sandbox.cli.console import put, say
-from x07_sandbox.cli.denials_text import how
-from x07_sandbox.cli.parser import named
-from x07_sandbox.errors import SandboxError
+from x07_sandbox.cli.console import say, write_stdout
+from x07_sandbox.cli.denials_text import how_to_allow_text
+from x07_sandbox.cli.parser import nonempty
 from x07_sandbox.files.changes import ChangeSet, decode, display_name, path_of, printable
 from x07_sandbox.files.dependencies import with_later_applied
 from x07_sandbox.files.patch import TEXT_MAX, patch
@@ -30,50 +29,42 @@ if TYPE_CHECKING:
     from x07_sandbox.plan.denials import Denial
     from x07_sandbox.runs.result import Changes, Result
 
-_PIECE: Final = 1 << 16
+_CHUNK: Final = 1 << 16
 _NAMED: Final = 8
 _RULES: Final = {"fs.deny_hidden": "hidden", "fs.allow_symlinks": "a link"}
 _RETURN: Final = re.compile(rb"\r(?!\n)")
 
 
-def add_run(parser: argparse.ArgumentParser) -> None:
-    """The argument that all of them take; none of the run's files becomes their --report-out."""
-    doc = "its name, or the beginning of it (default: the latest with changes)"
-    parser.add_argument("run", nargs="?", type=named, metavar="RUN", help=doc)
-    parser.set_defaults(writes=_touched)
+def add_run_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the argument RUN."""
+    doc = "the run's id, or the start of it (default: the latest run with changes)"
+    parser.add_argument("run", nargs="?", type=nonempty, metavar="RUN", help=doc)
 
 
-def _touched(options: argparse.Namespace) -> list[Path]:
-    """The host's files that a run has changed, or would change."""
-    try:
-        roots = find_saved(options.run).changes.roots
-    except SandboxError:
-        return []  # the verb says so itself, and writes nothing
-    return [Path(path_of(root.root, change.name)) for root in roots for change in (*root.changes, *root.left_out)]
-
-
-def tell(result: Result) -> None:
-    """After a run: print what became of its changes."""
-    for line in lines(result):
+def say_changes(result: Result) -> None:
+    """Print what became of a run's changes."""
+    for line in change_lines(result):
         say(line)
 
 
-def lines(result: Result) -> list[str]:
-    """Every deletion, then what was kept back or left out, then one line with what became of all the rest."""
+def change_lines(result: Result) -> list[str]:
+    """Return the messages: every deletion, then what was left out, then one line about the rest."""
     changes = result.changes
     if changes.state == "none":
         return []
     several = len({one.root for one in changes.names}) > 1
-    if len(changes.names) < changes.added + changes.changed + changes.deleted:  # others may be of further roots
+    if (
+        len(changes.names) < changes.added + changes.changed + changes.deleted
+    ):  # the list is cut: there may be more roots
         several = find_saved(result.run).changes.several_roots
     deleted = [
         display_name(one.root, one.name, several_roots=several) for one in changes.names if one.action == "deleted"
     ]
     gone = "deleted" if changes.state == "applied" else "would be deleted"
-    taken = {entry.name for entry in changes.left_out_entries if entry.take}
+    applicable = {entry.name for entry in changes.left_out_entries if entry.take}
     word = "left out" if changes.left_out else "not allowed"
-    kept_back = [denial for denial in result.denials if denial.action == "change" and denial.subject not in taken]
-    refused = [f"{word}: {_because(denial)}{how(denial.how_to_allow, denial.field)}" for denial in kept_back]
+    denials = [one for one in result.denials if one.action == "change" and one.subject not in applicable]
+    refused = [f"{word}: {_because(one)}{how_to_allow_text(one.how_to_allow, one.field)}" for one in denials]
     closing = [] if changes.left_out and not _counts(changes) else [_closing(changes)]
     return [*(f"{gone}: {name}" for name in deleted), *refused, *left_out(changes), *closing]
 
@@ -83,7 +74,7 @@ def _because(denial: Denial) -> str:
 
 
 def left_out(changes: Changes) -> list[str]:
-    """One line with what was left out and can be applied, and the command for that; none where nothing can."""
+    """Return one line with what was left out and the command that applies it; none if nothing can be applied."""
     entries = [entry for entry in changes.left_out_entries if entry.take]
     if not entries:
         return []
@@ -103,14 +94,14 @@ def _closing(changes: Changes) -> str:
     after = {
         "applied": "; x07 diff, x07 undo",
         "kept": "; x07 diff, x07 apply",
-        "conflict": ": nothing was changed; x07 diff, x07 apply",
+        "conflict": ", nothing was changed; x07 diff, x07 apply",
         "discarded": "",
     }
     return f"{text}: {changes.state}{why}{after[changes.state]}"
 
 
 def summary(changes: ChangeSet, done: str) -> str:
-    """What was done to how many."""
+    """Return the numbers of changes and *done*."""
     counts = {word: changes.count(word) for word in ("added", "changed", "deleted")}
     return f"{_in_words(counts) or 'nothing to do'}: {done}"
 
@@ -119,8 +110,8 @@ def _in_words(counts: dict[str, int]) -> str:
     return ", ".join(f"{count} {word}" for word, count in counts.items() if count)
 
 
-def list_deleted(changes: ChangeSet, *, back: bool = False) -> None:
-    """Every name that goes. back: where these changes are taken back."""
+def say_deleted(changes: ChangeSet, *, back: bool = False) -> None:
+    """Print every name that is deleted. back: the changes are being reverted."""
     action, several = "added" if back else "deleted", changes.several_roots
     for root in changes.roots:
         for change in root.changes:
@@ -128,26 +119,26 @@ def list_deleted(changes: ChangeSet, *, back: bool = False) -> None:
                 say(f"deleted: {display_name(root.root, change.name, several_roots=several)}")
 
 
-def as_applied(kept: SavedChanges) -> SavedChanges:
-    """The same, where what was left out and is applied by now is a change like the others. Raises HostError."""
+def include_applied(kept: SavedChanges) -> SavedChanges:
+    """Count what was left out and applied later among the changes. Raises HostError."""
     done = kept.done() if any(root.left_out for root in kept.changes.roots) else None
     return kept if not done else kept._replace(changes=with_later_applied(kept.changes, done))
 
 
-def pieces(kept: SavedChanges) -> Iterator[bytes]:
-    """The patch of a run's changes, many lines at a time: a million of them are not written one by one."""
-    some = bytearray()
+def patch_chunks(kept: SavedChanges) -> Iterator[bytes]:
+    """Yield the patch of a run's changes in chunks of many lines."""
+    chunk = bytearray()
     for line in patch(kept.changes, _Before(kept), partial(_after, kept.folder / "data")):
-        some += line
-        if len(some) >= _PIECE:
-            yield bytes(some)
-            some.clear()
-    if some:
-        yield bytes(some)
+        chunk += line
+        if len(chunk) >= _CHUNK:
+            yield bytes(chunk)
+            chunk.clear()
+    if chunk:
+        yield bytes(chunk)
 
 
 def _after(path: Path, _root: str, _name: str, node: Node) -> bytes | None:
-    """New contents, as they came."""
+    """Return the new content of a file."""
     if node.at is None or node.size > TEXT_MAX:
         return None
     with path.open("rb") as file:
@@ -155,12 +146,12 @@ def _after(path: Path, _root: str, _name: str, node: Node) -> bytes | None:
 
 
 class _Before:
-    """Old contents: from the host, if they are still there, else from what was kept to undo the changes."""
+    """Old contents of files: from the host if unchanged there, else from the undo data."""
 
     def __init__(self, kept: SavedChanges) -> None:
         self._at: dict[tuple[str, str], tuple[Path, int]] = {}
         for place in kept.undos:
-            with contextlib.suppress(OSError, ValueError):  # it cannot be undone
+            with contextlib.suppress(OSError, ValueError):  # no undo data
                 undoing = decode((place / "undo/changes.json").read_bytes())
                 for root in undoing.roots:
                     for change in root.changes:
@@ -177,7 +168,7 @@ class _Before:
 
 
 def _matching(path: Path, at: int, node: Node) -> bytes | None:
-    """The bytes there, if they are those that are meant."""
+    """Return the bytes there if their digest is that of the node."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
@@ -191,8 +182,8 @@ def _matching(path: Path, at: int, node: Node) -> bytes | None:
     return data if hashlib.sha256(data).hexdigest() == node.sha256 else None
 
 
-def machine_form(changes: ChangeSet) -> bytes:
-    """All of it as JSON, names as text that can be written anywhere."""
+def changes_json(changes: ChangeSet) -> bytes:
+    """Return all changes as JSON; names are printable text."""
     import json
 
     def plain_names(value: object) -> object:
@@ -206,10 +197,10 @@ def machine_form(changes: ChangeSet) -> bytes:
 
 
 def print_bytes(data: bytes) -> None:
-    """Whole lines to standard output; a terminal gets no control sequences. Raises OSError."""
+    """Write whole lines to standard output; a terminal gets no control sequences. Raises OSError."""
     if sys.stdout.isatty():
         from x07_sandbox.runs.streams import TerminalFilter
 
-        # Who reads a patch judges what it brings: what follows a carriage return would be shown in place of it.
+        # A patch is read to judge it: a carriage return would hide what stands before it.
         data = _RETURN.sub("\N{REPLACEMENT CHARACTER}".encode(), TerminalFilter()(data))
-    put(data)
+    write_stdout(data)

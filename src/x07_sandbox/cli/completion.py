@@ -1,11 +1,11 @@
-"""`x07 completion`: what a shell needs to complete our commands, from the very parsers that read them."""
+"""`x07 completion`: print shell completion, made from the parsers."""
 
 from __future__ import annotations
 
 import argparse
 from typing import Final
 
-from x07_sandbox.cli.console import put
+from x07_sandbox.cli.console import write_stdout
 from x07_sandbox.cli.parser import actions, parser_for
 
 SHELLS: Final = ("bash", "zsh", "tcsh")
@@ -15,22 +15,20 @@ _EPILOG: Final = """examples:
   x07 completion zsh > ~/.zfunc/_x07                           with ~/.zfunc in fpath
   x07 completion tcsh > ~/.x07.tcsh                            and source it in ~/.tcshrc
 """
-# What is printed serves the command's second name too. By shell: what stands in shtab's text, and what it becomes.
+# Makes the script serve the command's second name too. By shell: text of shtab's script, and its replacement.
 _BOTH: Final = {
     "bash": (" _shtab_x07 x07", " _shtab_x07 x07 x07-sandbox"),
     "zsh": ("#compdef x07\n", "#compdef x07 x07-sandbox\n"),
 }
-# An option says in its help what it takes, and so a shell can know.
+# Metavars of options that take a file or a folder.
 _FILES: Final = frozenset({"FILE", "PATH", "F", "PROGRAM", "POLICY", "A", "B"})
 _FOLDERS: Final = frozenset({"DIR"})
 
 
-def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, help: str) -> None:  # noqa: A002
-    """Add the verb."""
-    parser = verbs.add_parser(
-        "completion", help=help, description="Print what completes x07's words in a shell.", epilog=_EPILOG
-    )
-    parser.add_argument("shell", choices=SHELLS, help="which shell")
+def add_completion(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `x07 completion`."""
+    parser.epilog = _EPILOG
+    parser.add_argument("shell", choices=SHELLS, help="the shell to complete in")
     parser.set_defaults(carry_out=_completion)
 
 
@@ -46,5 +44,5 @@ def _completion(options: argparse.Namespace) -> int:
     text = shtab.complete(parser, shell=options.shell)
     if options.shell in _BOTH:
         text = text.replace(*_BOTH[options.shell])
-    put(text.rstrip("\n").encode() + b"\n")
+    write_stdout(text.rstrip("\n").encode() + b"\n")
     return 0

@@ -1,4 +1,4 @@
-"""`x07 conform`: check on this machine that a backend does what every backend does."""
+"""`x07 conform`: run the conformance tests of a backend on this machine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import tempfile
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.backends.registry import BY_NAME
-from x07_sandbox.backends.selection import asked, select, this_platform
+from x07_sandbox.backends.selection import backend_request, select, this_platform
 from x07_sandbox.cli.console import LiveLine, show
 from x07_sandbox.cli.json_output import print_document
 from x07_sandbox.cli.parser import Once, add_document_flags
@@ -21,41 +21,36 @@ if TYPE_CHECKING:
     from x07_sandbox.conformance.run import Verdict
 
 _WORDS: Final = {"passed": "ok", "failed": "FAILED", "gap": "gap", "skipped": "skipped"}
-_EPILOG: Final = """each behaviour is ok, FAILED, a known gap of the backend, or skipped, where this host gives
-the backend no means for it; what all of them are: docs/backends/README.md
+_EPILOG: Final = """Each behaviour is ok, FAILED, a known gap of the backend, or skipped if this host lacks the means.
+See docs/backends/README.md for all of them.
 
 examples:
   x07 conform
   x07 conform --sandbox-backend os --i-accept-weaker-isolation
   x07 conform --json | jq '.backends[].verdicts[] | select(.verdict == "failed")'
 
-exit code: 0 if nothing failed, else 1
+exit code: 0 nothing failed; 1 something failed
 """
 
 
-def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, help: str) -> None:  # noqa: A002
-    """Add the verb."""
-    parser = verbs.add_parser(
-        "conform",
-        help=help,
-        description="Run small programs on a backend, and check that it does what every backend does. It takes up to "
-        "a minute; nothing of the machine is changed.",
-        epilog=_EPILOG,
-    )
+def add_conform(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `x07 conform`."""
+    parser.description = "Run small test programs on a backend. This takes up to a minute and changes nothing."
+    parser.epilog = _EPILOG
     parser.add_argument(
-        "--backend", action=Once, metavar="B", help="the backend (default: every virtual machine that can run here)"
+        "--backend", action=Once, metavar="B", help="the backend (default: every VM backend that can run here)"
     )
-    parser.add_argument("--sandbox-backend", action=Once, choices=tuple(SANDBOX_BACKENDS), help="as of x07 run")
+    parser.add_argument("--sandbox-backend", action=Once, choices=tuple(SANDBOX_BACKENDS), help="as for x07 run")
     parser.add_argument(
-        "--i-accept-weaker-isolation", action="store_true", help="accept a wall that is no virtual machine, if named"
+        "--i-accept-weaker-isolation", action="store_true", help="allow a backend that is not a virtual machine"
     )
-    add_document_flags(parser, "one JSON object on standard output")
+    add_document_flags(parser)
     parser.set_defaults(carry_out=_conform)
 
 
 def _conform(options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="conform-", dir=cache_folder("tmp")) as folder:
-        # Its runs are nobody's: they must not be what `x07 diff` and `x07 undo` take for the last one.
+        # Its runs must not become the latest run for `x07 diff` and `x07 undo`.
         os.environ["X07_VM_STATE_DIR"] = f"{folder}/jobs"
         return _conformed(options)
 
@@ -86,9 +81,9 @@ def _show(backend: str, verdict: Verdict) -> None:
 
 
 def _named(options: argparse.Namespace) -> list[str]:
-    """The backends that are asked for. Raises UsageError, RefusedError."""
+    """Return the backends to test. Raises UsageError, RefusedError."""
     platform = this_platform()
-    wanted = asked(
+    wanted = backend_request(
         sandbox=options.sandbox_backend,
         backend=options.backend,
         accepted=options.i_accept_weaker_isolation,

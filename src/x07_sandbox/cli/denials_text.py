@@ -1,4 +1,4 @@
-"""What `x07 run` says of what a program did not get: the first few, each with what would allow it."""
+"""Messages of `x07 run` about denials: the first few, each with what would allow it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 _SHOWN: Final = 4
 _LISTED: Final = 4
-# Of these others tell: the reason of a refused run, and what becomes of changes.
 _CHANGE: Final = "change"
 _OF_PATHS: Final = frozenset({"read", "write"})
+# Reported elsewhere: the reason of a refused run, and the outcome of changes.
 _ELSEWHERE: Final = frozenset({"plan", _CHANGE})
-# A limit that was reached, by the field and by what the program did.
+# The words for a limit that was reached, by field and action.
 _REACHED: Final = {
     ("limits.wall_ms", "run"): "time limit reached",
     ("limits.cpu_ms", "use"): "CPU time limit reached",
@@ -33,17 +33,17 @@ _REACHED: Final = {
     ("limits.fds", "open"): "limit of open files reached",
     ("output", "write"): "output limit reached",
 }
-_FULL: Final = frozenset({"scratch", "limits.mem_bytes"})  # fields of which a denied write is told as a sentence
+_FULL: Final = frozenset({"scratch", "limits.mem_bytes"})  # for these, the subject of a denied write is a sentence
 
 
-def tell(result: Result) -> None:
-    """After a program that did not end well: it may not know why itself."""
-    for line in lines(result):
+def say_denials(result: Result) -> None:
+    """Print the denials and hints of a program that did not end well."""
+    for line in denial_lines(result):
         say(line)
 
 
 def for_flags(result: Result, flags: Collection[str]) -> Result:
-    """The result as a command with these flags alone tells it: what is advised can be done there, or by x07 run."""
+    """Return the result with advice for a command that has only these flags; other flags are given for x07 run."""
 
     def adapted(allowing: HowToAllow | None) -> HowToAllow | None:
         if allowing is None or not allowing.flag or allowing.flag.partition(" ")[0] in {*flags, "x07"}:
@@ -55,123 +55,125 @@ def for_flags(result: Result, flags: Collection[str]) -> Result:
     return replace(result, denials=denials, hints=hints)
 
 
-def lines(result: Result, command: str = "") -> list[str]:
-    """What is told. command: the one that has --json, where it is another.
+def denial_lines(result: Result, command: str = "") -> list[str]:
+    """Return the messages. command: the prefix of --json if another command has it.
 
-    How to come to a policy stands here once, also for changes that were kept back, of which others tell.
+    They include how to make a policy file, also for changes that were left out.
     """
-    told = [] if result.outcome == "ok" else _of_program(result, command)
+    lines = [] if result.outcome == "ok" else _of_program(result, command)
     policy = result.policy or ""
-    if policy.startswith(BUILT_IN) and _speaks_of_policy(result):  # nobody has a file of it yet
-        # --out is relative to a project's folder, where one lies around this: so the whole name.
+    if policy.startswith(BUILT_IN) and _needs_policy_file(result):
+        # --out is relative to the folder of the project around, if any: so give an absolute path.
         init = f'x07 policy init --template {policy.removeprefix(BUILT_IN)} --out "$PWD/policy.json"'
-        told.append(f"to change the policy: {init}, then --policy policy.json")
+        lines.append(f"to change the policy: {init}, then --policy policy.json")
         if any(denial.field.startswith("process.") for denial in result.denials):
-            told += _with_processes(policy)
-    return told
+            lines += _with_processes(policy)
+    return lines
 
 
 def _with_processes(policy: str) -> list[str]:
-    """How to start processes, and keep the folders of a template that forbids them."""
+    """Return how to allow processes and keep the folders of a template that forbids them."""
     held = built_in(policy)
     if held is None or held.process.may_spawn:
         return []
     flags = [f"--allow-read-root {root}" for root in held.fs.read_roots]
     flags += [f"--allow-write-root {root}" for root in held.fs.write_roots]
-    return [f"{policy} starts no processes; to start some: {' '.join([f'--policy {BUILT_IN}default', *flags])}"]
+    return [f"{policy} allows no processes; to allow them: {' '.join([f'--policy {BUILT_IN}default', *flags])}"]
 
 
 def _of_program(result: Result, command: str) -> list[str]:
-    """What is told of a program that did not end well."""
-    found = _told_of(result)
-    told = [_line(denial) for denial in found[:_SHOWN]]
+    found = _to_report(result)
+    lines = [_line(denial) for denial in found[:_SHOWN]]
     more = max(0, len(found) - _SHOWN) + result.denials_lost
     if more:
-        most = "up to " if result.denials_lost else ""  # there it is records, of which a refusal has several
-        told.append(f"and {most}{more} more denials; {command}--json lists those that were recorded")
-    return [*told, *map(_hint, result.hints)]
+        most = "up to " if result.denials_lost else ""  # lost records: one denial may have several
+        lines.append(f"and {most}{more} more denials; {command}--json lists those that were recorded")
+    return [*lines, *map(_hint, result.hints)]
 
 
-def _told_of(result: Result) -> list[Denial]:
-    """The refusals that are told here, each thing to do once; what can be allowed first."""
+def _to_report(result: Result) -> list[Denial]:
+    """Return the denials to print, one for each remedy; those that can be allowed come first."""
     found = [denial for denial in result.denials if denial.action not in _ELSEWHERE]
-    # The rest is more often a mistake than a wish.
     found.sort(key=lambda denial: denial.how_to_allow is None)
-    # A shell reads a program that it could not execute: two refusals, but one thing to do.
-    done: dict[tuple[str, str], Denial] = {}
+    # A shell reads a program that it could not execute: two denials with one remedy.
+    by_remedy: dict[tuple[str, str], Denial] = {}
     for denial in found:
-        done.setdefault((denial.subject, str(denial.how_to_allow or denial.action)), denial)
-    return _folded(done.values())
+        by_remedy.setdefault((denial.subject, str(denial.how_to_allow or denial.action)), denial)
+    return _folded(by_remedy.values())
 
 
 def _folded(denials: Iterable[Denial]) -> list[Denial]:
-    """The same, with one for all paths that the same flag or value would allow: the folder that they lie in."""
+    """Fold the denials of paths with the same remedy into one for their common folder."""
     groups: dict[str, list[Denial]] = {}
     for number, denial in enumerate(denials):
         same = denial.how_to_allow is not None and denial.subject.startswith("/") and denial.action in _OF_PATHS
         key = f"{denial.field} {denial.action} {denial.how_to_allow} {denial.reason}" if same else str(number)
         groups.setdefault(key, []).append(denial)
-    return [_one(group) for group in groups.values()]
+    return [_merged(group) for group in groups.values()]
 
 
-def _one(group: Sequence[Denial]) -> Denial:
+def _merged(group: Sequence[Denial]) -> Denial:
     first = group[0]
     if len(group) == 1:
         return first
     folder = posixpath.commonpath([denial.subject for denial in group])
-    subject = f"{folder.rstrip('/')}/ ({len(group)} places in it, such as {first.subject})"
+    subject = f"{folder.rstrip('/')}/ ({len(group)} paths in it, such as {first.subject})"
     return replace(first, subject=subject, count=1)
 
 
-def _speaks_of_policy(result: Result) -> bool:
-    """Whether something that is told has no flag, so that its line names a value of the policy."""
+def _needs_policy_file(result: Result) -> bool:
+    """Whether the advice for something that is printed is a value in the policy, not a flag."""
     advice = [denial.how_to_allow for denial in result.denials if denial.action == _CHANGE]
     if result.outcome != "ok":
-        advice += [denial.how_to_allow for denial in _told_of(result)[:_SHOWN]] + [hint.how for hint in result.hints]
+        advice += [denial.how_to_allow for denial in _to_report(result)[:_SHOWN]] + [hint.how for hint in result.hints]
     return any(one is not None and not (one.flag or one.setting) for one in advice)
 
 
 def _hint(hint: Hint) -> str:
     if hint.kind == "library":
-        return f"{hint.subject} cannot be loaded from there{how(hint.how)}"
+        return f"{hint.subject} cannot be loaded from there{how_to_allow_text(hint.how)}"
     if hint.kind == "network":
-        return f"{hint.subject} failed, since this run has no network{how(hint.how, 'net.allow_hosts')}"
+        return f"{hint.subject} failed: this run has no network{how_to_allow_text(hint.how, 'net.allow_hosts')}"
     if hint.kind == "variable":
-        return f"{hint.subject} is not set{how(hint.how, 'env.allow_keys', purpose='set it')}"
+        return f"{hint.subject} is not set{how_to_allow_text(hint.how, 'env.allow_keys', purpose='set it')}"
     if hint.how.json_path is None:  # a program or a module
-        return f"{hint.subject} is missing{how(hint.how, purpose='add it')}"
+        return f"{hint.subject} is missing{how_to_allow_text(hint.how, purpose='add it')}"
     to_write = f" (to write: {hint.to_write.flag})" if hint.to_write and hint.to_write.flag else ""
-    return f"{hint.subject} is not in the sandbox{how(hint.how, 'fs.read_roots')}{to_write}"
+    return f"{hint.subject} is not in the sandbox{how_to_allow_text(hint.how, 'fs.read_roots')}{to_write}"
 
 
 def _line(denial: Denial) -> str:
     times = f" ({denial.count} times)" if denial.count > 1 else ""
     why = f" ({denial.reason})" if denial.reason else ""
     if reached := _REACHED.get((denial.field, denial.action)):
-        return f"denied: {reached}{times}{why}{how(denial.how_to_allow, denial.field, purpose='allow more')}"
+        how = how_to_allow_text(denial.how_to_allow, denial.field, purpose="allow more")
+        return f"denied: {reached}{times}{why}{how}"
     what = denial.subject if denial.action == "write" and denial.field in _FULL else f"{denial.action} {denial.subject}"
     if denial.field == "limit":
         return f"denied: {what}{times}{why}"
-    return f"denied: {what}{times}{why}{how(denial.how_to_allow, denial.field)}"
+    return f"denied: {what}{times}{why}{how_to_allow_text(denial.how_to_allow, denial.field)}"
 
 
-def how(allowing: HowToAllow | None, field: str = "", *, purpose: str = "allow it") -> str:
-    """What would allow it, as the end of a line; a flag stands last, to be copied. field: what refused it, if known."""
+def how_to_allow_text(allowing: HowToAllow | None, field: str = "", *, purpose: str = "allow it") -> str:
+    """Return the remedy as the end of a message; a flag comes last, so that it can be copied.
+
+    field: the policy field that denied it, if known.
+    """
     if allowing is None:
-        return ". Nothing allows it."
+        return ". It cannot be allowed."
     if allowing.setting:
         return f". To {purpose}, set {allowing.setting} under [net] in your settings."
     if allowing.flag:
         return f". To {purpose}, use {allowing.flag}"
     value = f"{(allowing.json_path or '').removeprefix('$.')} to {_value(allowing.value)} in the policy"
-    # A policy may need another field first: the next run then tells the rest.
+    # If another field has to be set first, the next run reports the rest.
     if allowing.json_path == f"$.{field}" or "." not in field:
         return f". To {purpose}, set {value}."
     return f". First set {value}, then {field}."
 
 
 def _value(value: object) -> str:
-    """As JSON; of a long list, what stands there already is left out."""
+    """Return the value as JSON; for a long list, only the entry to add."""
     if isinstance(value, list) and len(value) > _LISTED:
         return f"[..., {json.dumps(value[-1])}]"
     return json.dumps(value)

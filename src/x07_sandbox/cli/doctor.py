@@ -1,4 +1,4 @@
-"""`x07 doctor`: what is here, what was proven, what to do."""
+"""`x07 doctor`: check this machine and say what to fix."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.backends.prerequisites import Proof, advice, backend_states, gather
 from x07_sandbox.backends.registry import BY_NAME, create
-from x07_sandbox.backends.selection import ACCEPT_FLAG, Asked, choice_of_variables, select, this_platform, working
+from x07_sandbox.backends.selection import (
+    ACCEPT_FLAG,
+    BackendRequest,
+    choice_from_environment,
+    select,
+    this_platform,
+    usable_flags,
+)
 from x07_sandbox.cli.console import LiveLine, show, size
 from x07_sandbox.cli.json_output import print_document
 from x07_sandbox.cli.parser import add_document_flags
@@ -30,34 +37,30 @@ if TYPE_CHECKING:
     from x07_sandbox.images.store import Image
     from x07_sandbox.images.verify import OpenImage
 
-START: Final = "start of a machine"
-_NO_START: Final = "A run would end the same way"
-_NO_UIDS: Final = f"{_NO_START}: allow it to change uids (in a container: --privileged)"
-_TOO_SLOW: Final = "This host is slow or busy: run x07 doctor again when less runs on it"
+START: Final = "VM start"
+_NO_START: Final = "Runs will fail the same way"
+_NO_UIDS: Final = f"{_NO_START}: allow changing uids (in a container: --privileged)"
+_TOO_SLOW: Final = "This host is slow or busy: run x07 doctor again when it is less busy"
 _HEAD_BYTES: Final = 4096
 _MARKS: Final = {"proven": "good", "untried": "note", "failed": "BAD", "later": "note", "not-here": "note"}
 _EXAMPLES: Final = """examples:
-  x07 doctor                                     everything, for people
+  x07 doctor                                     print all findings
   x07 doctor --json | jq '.backends[] | {name, state}'
 
-exit code: 0 if nothing is bad, else 1
+exit code: 0 nothing is BAD; 1 something is
 """
 
 
-def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, help: str) -> None:  # noqa: A002
-    """Add the verb."""
-    parser = verbs.add_parser(
-        "doctor",
-        help=help,
-        description="Look at this machine: what is here, what was proven by starting a machine, what to do.",
-        epilog=_EXAMPLES,
-    )
-    add_document_flags(parser, "one JSON object on standard output")
+def add_doctor(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `x07 doctor`."""
+    parser.description = "Check this machine, start a VM to prove that it works, and say what to fix."
+    parser.epilog = _EXAMPLES
+    add_document_flags(parser)
     parser.set_defaults(carry_out=_doctor)
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    report = _examined()
+    report = _examine()
     if not print_document(report, options):
         for finding in report.findings:
             mark = {True: "good", False: "BAD", None: "note"}[finding.good]
@@ -65,33 +68,33 @@ def _doctor(options: argparse.Namespace) -> int:
             if finding.fix:
                 show(f"      {finding.fix}")
         show("")
-        show("backends, those that are preferred first:")
+        show("backends, preferred first:")
         for state in report.backends:
             _print_backend(state)
     return 0 if report.good else 1
 
 
 def _print_backend(state: BackendState) -> None:
-    wall = " or ".join(state.isolation) + (", only if accepted" if state.needs_acceptance else "")
-    # Nothing is wrong with a machine that lacks what is only used where somebody asks for it.
+    isolation = " or ".join(state.isolation) + (", only if accepted" if state.needs_acceptance else "")
+    # A backend that is used only on request may be missing.
     mark = "note" if state.state == "failed" and state.needs_acceptance else _MARKS[state.state]
-    show(f"{state.name} ({wall}): {state.text}", mark)
+    show(f"{state.name} ({isolation}): {state.text}", mark)
     for look in state.looks:
         show(f"      {look.what}: {look.text}")
-    # Where it is only not in this version or not for this platform, what they all have in common was said above.
+    # For a backend that this version or platform does not have, only the last is specific to it.
     for remedy in state.remedies if state.state == "failed" else state.remedies[-1:]:
         show(f"      - {remedy}")
 
 
-def _examined() -> DoctorReport:
+def _examine() -> DoctorReport:
     platform = this_platform()
     findings = [platform_finding(platform), _architecture(), _first_on_path(os.environ), _variables(os.environ)]
-    findings += [*_wish(), _folders()]
+    findings += [*_requested_backend(), _folders()]
     proofs = {}
     if platform.system == "linux" and os.uname().machine in ARCHES:
-        name = select(platform, Asked()).backend
+        name = select(platform, BackendRequest()).backend
         machine = _image_and_machine(name)
-        findings += [*_tools(name), _image_tools(), _groups(), *_room(), *_jail(name), *machine]
+        findings += [*_tools(name), _image_tools(), _cgroups(), *_capacity(), *_jail(name), *machine]
         if (proof := proof_among(machine)) is not None:
             proofs[name] = proof
         proofs |= {row.name: _weaker(row.name) for row in BY_NAME.values() if row.built and row.weaker}
@@ -103,7 +106,7 @@ def _examined() -> DoctorReport:
 
 
 def _weaker(name: str) -> Proof:
-    """Whether all that a backend needs is here, which nothing is started on that was not accepted."""
+    """Return whether the prerequisites of a weaker backend are met; nothing is started without acceptance."""
     try:
         availability = create(name).probe(None, boot=False)
     except SandboxError as exc:
@@ -113,15 +116,15 @@ def _weaker(name: str) -> Proof:
 
 
 def platform_finding(platform: Platform) -> Finding:
-    """Whether this version has a backend for that platform at all."""
-    if words := " ".join(working(platform)):
-        return Finding(subject="platform", good=True, text=f"{platform}, for which there is {words}")
+    """Return whether this version has a backend for the platform."""
+    if words := " ".join(usable_flags(platform)):
+        return Finding(subject="platform", good=True, text=f"{platform}, supported by {words}")
     text, fix = f"this version has no backend for {platform}", ". ".join(advice(platform))
     return Finding(subject="platform", good=False, text=text, fix=fix)
 
 
 def proof_among(findings: list[Finding]) -> Proof | None:
-    """Whether a machine could be started: that it was, or the first bad finding; None if nothing is known."""
+    """Return the proof that a VM started, or the first bad finding; None if neither is known."""
     bad = next((finding for finding in findings if finding.good is False), None)
     if bad is not None:
         return Proof(good=False, text=f"{bad.subject}: {bad.text}", fixes=(bad.fix,))
@@ -130,12 +133,12 @@ def proof_among(findings: list[Finding]) -> Proof | None:
 
 
 def _first_on_path(environ: Mapping[str, str]) -> Finding:
-    """Which program `x07` starts: X07 itself has one of that name. It is looked at, not started."""
+    """Return which program `x07` starts, since X07 has one of that name. It is read, not started."""
     import shutil
 
     subject = "x07 on PATH"
     path = shutil.which("x07", path=environ.get("PATH", ""))
-    text = "there is none"
+    text = "not found"
     if path is not None:
         try:
             with Path(path).open("rb") as file:
@@ -145,26 +148,26 @@ def _first_on_path(environ: Mapping[str, str]) -> Finding:
         except OSError as exc:
             text = f"{path} cannot be read: {exc.strerror}"
     ours = Path(sys.executable).with_name("x07-sandbox")
-    call = f"Call this one x07-sandbox ({ours}), or put its folder first on PATH"
-    return Finding(subject=subject, good=None, text=text, fix=call)
+    fix = f"Call this one x07-sandbox ({ours}), or put its folder first on PATH"
+    return Finding(subject=subject, good=None, text=text, fix=fix)
 
 
 def _variables(environ: Mapping[str, str]) -> Finding:
-    """Those of ours that are set; of others that only look so the name, and never what they hold."""
+    """Return our variables that are set, and the names, without values, of unknown ones with our prefixes."""
     known = [f"{name}={ascii(environ[name])[1:-1]}" for name in VARIABLES if environ.get(name, "").strip()]
     others = [name for name in sorted(environ) if name.startswith(PREFIXES) and name not in VARIABLES]
     text = f"set: {', '.join(known)}" if known else "none is set"
     if others:
-        text += f"; not of x07-sandbox: {', '.join(others)}"
-    return Finding(subject="variables", good=None, text=text, fix="see docs/reference/x07.md" if others else "")
+        text += f"; unknown: {', '.join(others)}"
+    return Finding(subject="variables", good=None, text=text, fix="See docs/reference/x07.md" if others else "")
 
 
-def _wish() -> list[Finding]:
-    """Why the backend that variables ask for cannot be had: every run without a flag is refused for it."""
+def _requested_backend() -> list[Finding]:
+    """Return why the backend that variables request is not available; every run without a flag fails for it."""
     try:
-        choice_of_variables()
+        choice_from_environment()
     except SandboxError as exc:
-        return [_bad("backend of the variables", exc)]
+        return [_bad("requested backend", exc)]
     return []
 
 
@@ -177,13 +180,13 @@ def _architecture() -> Finding:
         arch = host_arch()
     except SandboxError as exc:
         return Finding(subject="architecture", good=False, text=exc.why, fix=exc.fix)
-    tested = "" if arch.tested else ", which has never been tried: please tell us how it goes"
+    tested = "" if arch.tested else ", untested: please report how it works"
     return Finding(subject="architecture", good=True if arch.tested else None, text=arch.name + tested)
 
 
 def _tools(backend: str) -> list[Finding]:
     return [
-        Finding(subject=path, good=True, text="here")
+        Finding(subject=path, good=True, text="found")
         if os.access(path, os.X_OK)
         else Finding(subject=path, good=False, text="missing", fix=f"apt-get install --no-install-recommends {package}")
         for path, package in BY_NAME[backend].tools(os.uname().machine).items()
@@ -193,11 +196,11 @@ def _tools(backend: str) -> list[Finding]:
 def _image_tools() -> Finding:
     from x07_sandbox.images.commands import missing_tools
 
-    subject, missing = "tools that build an image", missing_tools()
+    subject, missing = "tools to build images", missing_tools()
     if not missing:
-        return Finding(subject=subject, good=True, text="here")
+        return Finding(subject=subject, good=True, text="found")
     fix = "apt-get install --no-install-recommends " + " ".join(sorted(set(missing.values())))
-    return Finding(subject=subject, good=None, text=f"missing (needed only to build): {', '.join(missing)}", fix=fix)
+    return Finding(subject=subject, good=None, text=f"missing (only needed to build): {', '.join(missing)}", fix=fix)
 
 
 def _folders() -> Finding:
@@ -208,38 +211,38 @@ def _folders() -> Finding:
     return Finding(subject="folders", good=True, text=f"records in {state}, images in {cache}")
 
 
-def _groups() -> Finding:
+def _cgroups() -> Finding:
     root = Path("/sys/fs/cgroup")
     version = "2" if (root / "cgroup.controllers").exists() else "1"
     if os.geteuid() == 0:
-        limits = "hold the virtual machine monitor's memory and tasks"
+        limits = "limit the VM monitor's memory and tasks"
     else:
-        limits = "are used if delegated to you" if version == "2" else "are for root only: none around the machine"
-    text = f"version {version}, {limits}; rlimits and the guest's own limits hold everywhere"
+        limits = "used if delegated to you" if version == "2" else "usable by root only"
+    text = f"version {version}, {limits}; rlimits and the limits in the guest always apply"
     return Finding(subject="control groups", good=None, text=text)
 
 
-def _room() -> list[Finding]:
-    """How many runs this host holds at once."""
+def _capacity() -> list[Finding]:
+    """Return how many runs this host can hold at once."""
     from x07_sandbox.host.cores import cores
     from x07_sandbox.host.memory import memory_bytes
-    from x07_sandbox.jobs.admission import MEMORY_EACH, max_running
+    from x07_sandbox.jobs.admission import MEMORY_PER_MACHINE, max_running
 
-    subject, memory, each = "runs at once", memory_bytes(), MEMORY_EACH >> 30
+    subject, memory, each = "runs at once", memory_bytes(), MEMORY_PER_MACHINE >> 30
     try:
         most = max_running()
     except SandboxError as exc:
         return [_bad(subject, exc)]
-    text = f"{most}; this host has {cores()} cores and {size(memory)} of memory, and each run may use {each} GiB"
-    if memory * 3 // 4 < MEMORY_EACH:
-        text += ", which is more than three quarters of that: large programs may not fit"
+    text = f"{most}; this host has {cores()} cores and {size(memory)} of memory; a run may use {each} GiB"
+    if memory * 3 // 4 < MEMORY_PER_MACHINE:
+        text += ", more than three quarters of it: large programs may not fit"
     return [Finding(subject=subject, good=None, text=text)]
 
 
 def _jail(name: str) -> list[Finding]:
-    """Which form of the jail this host allows around QEMU."""
+    """Return which form of the jail around QEMU this host allows."""
     from x07_sandbox.jail.bwrap import BWRAP
-    from x07_sandbox.jail.forms import flags, jail_form
+    from x07_sandbox.jail.forms import jail_form, namespace_flags
 
     if name != "qemu" or not os.access(BWRAP, os.X_OK):
         return []
@@ -248,14 +251,14 @@ def _jail(name: str) -> list[Finding]:
     except SandboxError as exc:
         return [_bad("jail", exc)]
     if form.namespaces:
-        return [Finding(subject="jail", good=True, text="namespaces, seccomp and a root of its own")]
+        return [Finding(subject="jail", good=True, text="namespaces, seccomp and a private root")]
     text = f"without namespaces, by Landlock {form.landlock} and seccomp: {form.why}"
-    text += "; X07_VM_REQUIRE_NAMESPACES=1 refuses it"
-    return [Finding(subject="jail", good=None, text=text, fix=f"For the jail with namespaces allow them: {flags()}")]
+    text += "; X07_VM_REQUIRE_NAMESPACES=1 rejects this"
+    return [Finding(subject="jail", good=None, text=text, fix=f"To get namespaces, allow them: {namespace_flags()}")]
 
 
 def _image_and_machine(name: str) -> list[Finding]:
-    # Here, so that a machine where the backend cannot run is told about all the rest.
+    # Imported here, so that other findings are reported where these modules cannot be loaded.
     from x07_sandbox.images.store import find_image
     from x07_sandbox.images.verify import open_image
     from x07_sandbox.runs.prepare import check_pinned
@@ -270,16 +273,16 @@ def _image_and_machine(name: str) -> list[Finding]:
             backend, probing = create(name), True
             availability = backend.probe(opened)
             isolation = f"{availability.features.isolation} ({availability.proof})"
-            # Emulation where KVM was tried in vain is nothing good, and no error either: runs work.
+            # Emulation although there is /dev/kvm is neither good nor an error: runs work.
             good = None if availability.features.emulated and Path("/dev/kvm").exists() else True
             findings.append(Finding(subject="isolation", good=good, text=isolation))
             findings.append(_start(backend, opened))
     except SandboxError as exc:
-        if probing:  # for a proof a machine is started as for a run
+        if probing:  # the probe starts a VM as a run does
             return [*findings, _bad(START, exc)]
         return [*findings, Finding(subject=exc.what, good=False, text=exc.why, fix=exc.fix)]
     if availability.features.emulated:
-        text = f"{availability.warnings[0].removeprefix('emulated: ')}; X07_VM_REQUIRE_HARDWARE=1 refuses it"
+        text = f"{availability.warnings[0].removeprefix('emulated: ')}; X07_VM_REQUIRE_HARDWARE=1 rejects it"
         findings.append(Finding(subject="emulation", good=None, text=text))
         if all(finding.good is not False for finding in findings):
             findings.append(_slowness())
@@ -287,15 +290,15 @@ def _image_and_machine(name: str) -> list[Finding]:
 
 
 def _start(backend: Backend, image: OpenImage) -> Finding:
-    """Whether a run could start: a machine as a run starts it, until our agent answers."""
+    """Start a VM as a run does, until the guest agent answers."""
     from x07_sandbox.backends.base import Job, MachineKind, NoAnswerError
     from x07_sandbox.host.cancel import Caller, Cancel
     from x07_sandbox.jobs.record import Claim, new_run_id
     from x07_sandbox.plan.sizes import RAM_CLASSES
 
     progress = LiveLine()
-    progress("starting a machine in its jail, as a run does")
-    found = Finding(subject=START, good=True, text="our agent answered from a machine started as a run starts it")
+    progress("starting a VM as a run does")
+    found = Finding(subject=START, good=True, text="the guest agent answered")
     try:
         with contextlib.closing(Cancel()) as cancel:
             job = Job(
@@ -307,7 +310,7 @@ def _start(backend: Backend, image: OpenImage) -> Finding:
             with backend.start(job):
                 pass
     except NoAnswerError as exc:
-        fix = _TOO_SLOW if exc.silence.kind == "late" else _NO_UIDS if "setres" in exc.why else _NO_START
+        fix = _TOO_SLOW if exc.failure.kind == "late" else _NO_UIDS if "setres" in exc.why else _NO_START
         found = Finding(subject=START, good=False, text=f"{exc.what}: {exc.why}", fix=fix)
     except SandboxError as exc:
         found = _bad(START, exc)
@@ -316,7 +319,7 @@ def _start(backend: Backend, image: OpenImage) -> Finding:
 
 
 def _slowness() -> Finding:
-    """How much slower the emulated machine is, as `--scale-limits` takes it: measured where that is not known."""
+    """Return how much slower emulation is, for `--scale-limits`; it is measured if not known yet."""
     from x07_sandbox.host.cancel import Cancel
     from x07_sandbox.runs.request import RunRequest
     from x07_sandbox.runs.run import attempt
@@ -325,7 +328,7 @@ def _slowness() -> Finding:
     factor = known_factor()
     if factor is None:
         progress = LiveLine()
-        progress("measuring how much slower than this host the emulated machine is")
+        progress("measuring the slowdown of emulation")
         with contextlib.closing(Cancel()) as cancel:
             request = RunRequest(source=b"#!/bin/sh\n", toolchain="executable", scale_limits=True, cancel=cancel)
             result, _ = attempt(request)
@@ -334,9 +337,7 @@ def _slowness() -> Finding:
             text = next((text for text in result.warnings if "scaled" in text), result.reason)
             return Finding(subject="limits under emulation", good=None, text=text)
         factor = result.scaling.factor
-    text = (
-        f"CPU work of ours took {factor} times as long in a machine; x07 run --scale-limits gives that much more time"
-    )
+    text = f"a CPU benchmark took {factor} times as long in a VM; x07 run --scale-limits multiplies time limits by that"
     return Finding(subject="limits under emulation", good=None, text=text)
 
 
@@ -345,5 +346,5 @@ def _image(image: Image) -> Finding:
 
     if image_is_current(image):
         return Finding(subject="guest image", good=True, text=image.digest)
-    text, fix = "made by another version of x07-sandbox", "x07 image build renews it in a second"
+    text, fix = "built by another version of x07-sandbox", "To update it: x07 image build"
     return Finding(subject="guest image", good=None, text=text, fix=fix)

@@ -1,4 +1,4 @@
-"""`x07 run --dry-run`: what a run would do, and what its policy would hold; nothing is booted."""
+"""`x07 run --dry-run`: show what a run would do and what its policy would enforce, without starting a VM."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 
 _LISTED: Final = 8
-_DEEDS = {False: "read", True: "change"}
+_ACCESS: Final = {False: "read-only", True: "writable"}
 
 
 def show_plan(request: RunRequest, options: argparse.Namespace) -> int:
-    """Print it; 0 if the run would be carried out, 125 if it would be refused. Raises SandboxError but RefusedError."""
+    """Print the preview; return 0 if the run could start, 125 if it would be refused. Raises other SandboxErrors."""
     try:
         found = preview(request)
-    except RefusedError as exc:  # of a run it is the result, not an error before it, for which X07's exit code is 2
+    except RefusedError as exc:  # the result of a run; not an error before it, which would have X07's exit code 2
         if options.json and not options.quiet_json:
             return print_failure(exc)
         say(str(exc))
@@ -43,25 +43,21 @@ def _lines(found: Preview) -> list[str]:
     states: dict[str, int] = {}
     for control in found.plan.controls:
         states[control.state] = states.get(control.state, 0) + 1
-    built = "nothing is built" if found.build is None else f"built in a machine without network: {_short(found.build)}"
-    held = (
+    built = "nothing to build" if found.build is None else f"build in a VM without network: {_short(found.build)}"
+    values = (
         f"{limits.wall_ms} ms",
         f"{limits.cpu_ms} ms of CPU",
         f"{limits.mem_bytes >> 20} MiB",
-        f"{limits.procs} tasks beside the first",
-        f"{limits.fds} descriptors",
+        f"{limits.procs} processes besides the first",
+        f"{limits.fds} open files",
     )
     return [
-        *(
-            [f"toolchain {found.toolchain}: {built}", f"files that go in: {_listed(found.files)}"]
-            if found.files
-            else []
-        ),
-        *(f"folder {root.host}: a copy at {root.guest}, to {_DEEDS[root.write]}" for root in found.roots),
-        f"run in another machine: {_short(found.run)}",
-        f"limits: {', '.join(held)}",
-        *([] if found.scaling is None else [f"scaled for emulation: time and CPU time {found.scaling.factor} times"]),
-        f"network: {_listed(found.hosts) or 'no connections'}{_denied(found)}",
+        *([f"toolchain {found.toolchain}: {built}", f"files copied in: {_listed(found.files)}"] if found.files else []),
+        *(f"folder {root.host}: copied to {root.guest}, {_ACCESS[root.write]}" for root in found.roots),
+        f"run in another VM: {_short(found.run)}",
+        f"limits: {', '.join(values)}",
+        *([] if found.scaling is None else [f"scaled for emulation: time limits times {found.scaling.factor}"]),
+        f"network: {_listed(found.hosts) or 'none'}{_denied(found)}",
         *([f"image {found.image}: {found.digests['image']}"] if "image" in found.digests else []),
         f"policy: {', '.join(f'{count} {state}' for state, count in sorted(states.items()))} (x07 policy explain)",
         *(f"refused: {refusal.why}" for refusal in found.plan.refusals),
@@ -69,11 +65,11 @@ def _lines(found: Preview) -> list[str]:
 
 
 def _denied(found: Preview) -> str:
-    return f" (but not {_listed(found.denied_hosts)})" if found.denied_hosts else ""
+    return f" (denied: {_listed(found.denied_hosts)})" if found.denied_hosts else ""
 
 
 def _listed(names: Sequence[str]) -> str:
-    """The first few, as many as fit a line."""
+    """Return the first few names and the number of the rest."""
     return ", ".join(names if len(names) <= _LISTED else [*names[:_LISTED], f"and {len(names) - _LISTED} more"])
 
 

@@ -6,11 +6,11 @@ import argparse
 import contextlib
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.cli.console import Progress, say, show, size
 from x07_sandbox.cli.json_output import deliver, print_document
-from x07_sandbox.cli.parser import add_document_flags, named_folder, switch
+from x07_sandbox.cli.parser import add_document_flags, folder_path, switch
 from x07_sandbox.errors import SandboxError, UsageError
 from x07_sandbox.images.build import build_image
 from x07_sandbox.images.store import (
@@ -26,7 +26,7 @@ from x07_sandbox.images.store import (
 )
 from x07_sandbox.images.verify import verify_image
 from x07_sandbox.pool.prepare import prepare_clones
-from x07_sandbox.reports.images import (
+from x07_sandbox.reports.verbs import (
     BuildReport,
     ImageRow,
     ListReport,
@@ -39,67 +39,59 @@ from x07_sandbox.reports.images import (
 if TYPE_CHECKING:
     from x07_sandbox.images.store import DamagedImage, Image
 
-PIP_SHOWN = 5
-_EXAMPLES = """examples:
-  x07 image build                                make or renew the image `default`
+_PIP_SHOWN: Final = 5
+_EXAMPLES: Final = """examples:
+  x07 image build                                build or update the image `default`
   x07 image build --name science --include python3-numpy,python3-pandas
   x07 image build --name science --pip 'numpy,pandas>=2' --preload numpy,pandas
-  x07 image build --name science                 renew or mend it, with the packages that it has
+  x07 image build --name science                 update or repair it; its packages stay
   x07 image build --name x07 --x07-toolchain x07-linux
-  x07 image load                                 give it to podman and docker, for --backend podman|docker
+  x07 image load                                 load it into podman and docker
   x07 image rm science
-  x07 image verify                               read every byte again and compare
+  x07 image verify                               compare every byte with the manifest
 """
+_LOAD: Final = """Load an image into podman and docker, for --backend podman|docker. Its id there is the same on every
+machine with the same image; X07_VM_GUEST_IMAGE_DIGEST can name it."""
+_RM: Final = """Remove images by name, with their templates and the packages that no other image needs. An image with
+another name stays. Running programs are not affected."""
 
 
-_LOAD = """Load an image into podman and docker, for --backend podman|docker. It is the same bytes each time, so its
-id there, which X07_VM_GUEST_IMAGE_DIGEST can name, is the same on every machine that has the same image."""
-
-
-_RM = """Remove images by their names, with their saved machines and the packages that no other image needs. An image
-with another name stays; runs that have begun go on."""
-
-
-def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, help: str) -> None:  # noqa: A002
-    """Add the verb and its own verbs."""
-    parser = verbs.add_parser(
-        "image",
-        help=help,
-        description="Guest images: what programs run on. Made from this host's own package sources.",
-        epilog=_EXAMPLES,
-    )
+def add_image(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `x07 image`."""
+    parser.description = "Manage guest images. They are built from this host's package sources."
+    parser.epilog = _EXAMPLES
     inner = parser.add_subparsers(metavar="ACTION", required=True)
-    build = inner.add_parser("build", help="make an image; renew or mend one that is here")
-    build.add_argument("--name", default="default", help="its name (default: default)")
+    build = inner.add_parser("build", help="build, update or repair an image")
+    build.add_argument("--name", default="default", help="name of the image (default: default)")
     for flag, metavar, what, none in (
-        ("include", "PKG,...", "further Debian packages", "no further packages"),
-        ("pip", "PKG,...", "Python packages from wheels; also file:requirements.txt", "no such packages"),
-        ("preload", "MODULE,...", "Python modules that programs find imported already", "no such modules"),
+        ("include", "PKG,...", "extra Debian packages", "no more Debian packages"),
+        ("pip", "PKG,...", "Python packages from wheels; also file:requirements.txt", "no Python packages from wheels"),
+        ("preload", "MODULE,...", "Python modules to import before programs start", "preload no modules"),
     ):
         group = build.add_mutually_exclusive_group()
-        doc = f"{what} (default: those that the image of this name has)"
+        doc = f"{what} (default: those of the image with this name)"
         group.add_argument(f"--{flag}", action="append", metavar=metavar, help=doc)
-        switch(group, f"--no-{flag}", f"{none}, also where the image of this name has some")
-    doc = "X07's Linux build (bin/x07-os-runner and what it needs), for X07 programs; kept by later builds"
-    build.add_argument("--x07-toolchain", type=named_folder, metavar="DIR", help=doc)
-    switch(build, "--fresh", "fetch all packages again, to take in updates")
-    listing = inner.add_parser("list", help="the images that are here")
-    load = inner.add_parser("load", help="give an image to podman and docker", description=_LOAD)
-    load.add_argument("engines", nargs="*", metavar="ENGINE", help="podman or docker (default: those that are here)")
+        switch(group, f"--no-{flag}", none)
+    doc = "X07's Linux build (bin/x07-os-runner and what it needs), for X07 programs; later builds keep it"
+    build.add_argument("--x07-toolchain", type=folder_path, metavar="DIR", help=doc)
+    switch(build, "--fresh", "fetch all packages again, to get updates")
+    listing = inner.add_parser("list", help="list images")
+    load = inner.add_parser("load", help="load an image into podman and docker", description=_LOAD)
+    load.add_argument("engines", nargs="*", metavar="ENGINE", help="podman or docker (default: those installed)")
     load.add_argument("--image", metavar="NAME|DIGEST", help="which image (default: default)")
-    load.add_argument("--tag", metavar="NAME:TAG", help="its name there (default: as the backends look for it)")
-    load.add_argument("--archive", type=Path, metavar="FILE", help="write this file too, for docker, podman or ctr")
-    remove = inner.add_parser("rm", help="remove images by name, and what only they need", description=_RM)
-    remove.add_argument("names", nargs="+", metavar="NAME", help="as in x07 image list")
-    inspect = inner.add_parser("inspect", help="the manifest of an image")
-    verify = inner.add_parser("verify", help="read every byte of an image and compare with its manifest")
+    load.add_argument("--tag", metavar="NAME:TAG", help="its name there (default: the one that the backends use)")
+    load.add_argument("--archive", type=Path, metavar="FILE", help="also write the image to this archive")
+    remove = inner.add_parser("rm", help="remove images by name", description=_RM)
+    remove.add_argument("names", nargs="+", metavar="NAME", help="as shown by x07 image list")
+    inspect = inner.add_parser("inspect", help="print the manifest of an image")
+    verify = inner.add_parser("verify", help="compare every byte of an image with its manifest")
     for sub, action in (
         *((build, _build), (listing, _list), (load, _load), (remove, _remove)),
         *((inspect, _inspect), (verify, _verify)),
     ):
         if sub in {inspect, verify}:
-            sub.add_argument("image", nargs="?", metavar="NAME|DIGEST", help="which one (default: default)")
-        add_document_flags(sub, "one JSON object on standard output")
+            sub.add_argument("image", nargs="?", metavar="NAME|DIGEST", help="which image (default: default)")
+        add_document_flags(sub)
         sub.set_defaults(carry_out=action)
 
 
@@ -112,32 +104,32 @@ def build_with_progress(
     x07: Path | None = None,
     fresh: bool = False,
 ) -> Image:
-    """Build an image, telling the user how far it is. Raises SandboxError.
+    """Build an image and print progress. Raises SandboxError.
 
-    include, preload, pip: None for what the image of this name has.
+    include, preload, pip: None for those of the image with this name.
     """
     progress = Progress(f"image {name}")
     before = None
-    with contextlib.suppress(SandboxError):  # it leads to no image, or to one that cannot be read
+    with contextlib.suppress(SandboxError):  # no image with this name, or an unreadable one
         before = named(name)
     image = build_image(name=name, include=include, preload=preload, pip=pip, x07=x07, progress=progress, fresh=fresh)
     try:
         prepare_clones(image, progress)
     except SandboxError as exc:
-        if image.manifest.preload:  # most likely one that is not there: no run would find any of them imported
-            fix = "Leave the slow module out of --preload, or try again while this machine has less to do"
+        if image.manifest.preload:  # a module is missing or slow, so no run would find them imported
+            fix = "Remove the slow module from --preload, or try again when this host is less busy"
             if "ModuleNotFoundError" in exc.why:
-                fix = "Add the package that has it (--include or --pip), or leave it out of --preload"
+                fix = "Add its package (--include or --pip), or remove it from --preload"
             elif "preload" not in exc.why:
                 fix = f"Try again with fewer modules. {exc.fix}"
             if before is None:
                 remove_name(name)
             elif before.digest != image.digest:
                 set_name(name, before.digest.removeprefix("sha256:"))
-                fix += f"; {name!r} stays the image that it was"
+                fix += f"; the image {name!r} was not changed"
             why = re.sub("^(exec|preload): ", "", exc.why)  # the guest's stage
             raise type(exc)("cannot preload modules", why, fix) from exc
-        progress.done(f"no VM templates: {exc}")  # the image is good all the same; a run says it again
+        progress.done(f"no VM templates: {exc}")  # the image can be used without them
     progress.done(f"ready: {image.digest}")
     return image
 
@@ -157,7 +149,9 @@ def _load(options: argparse.Namespace) -> int:
     from x07_sandbox.runs.prepare import current_image
 
     if unknown := sorted(set(options.engines) - set(PACKAGES)):
-        raise UsageError(f"cannot load an image into {unknown[0]!r}", "it is no engine", "Name podman or docker")
+        raise UsageError(
+            f"cannot load an image into {unknown[0]!r}", "it is no container engine", "Use podman or docker"
+        )
     reference = check_reference(options.tag or DEFAULT_REFERENCE)
     image = current_image(find_image(options.image or "default"))
     progress = Progress(f"image {reference}")
@@ -177,12 +171,12 @@ def _load(options: argparse.Namespace) -> int:
 
 
 def _names(chunks: list[str] | None) -> list[str] | None:
-    """What an option that takes names parted by commas was given; None if it was not."""
+    """Return the names of an option that takes comma-separated lists; None if it was not given."""
     return None if chunks is None else [name.strip() for chunk in chunks for name in chunk.split(",") if name.strip()]
 
 
 def _requirements(chunks: list[str] | None) -> list[str] | None:
-    """What --pip was given; None if it was not."""
+    """Return the requirements of --pip; None if it was not given."""
     from x07_sandbox.images.pip import split_list
 
     return None if chunks is None else [each for chunk in chunks for each in split_list(chunk)]
@@ -193,11 +187,11 @@ def _list(options: argparse.Namespace) -> int:
     if print_document(ListReport(images=rows), options):
         return 0
     if not rows:
-        say("no images yet: run x07 image build")
+        say("no images yet. To build one: x07 image build")
     for row in rows:
         note = "" if row.problem is None else f"  ({row.problem}. {row.fix}.)"
-        packages = f"  pip: {', '.join(row.pip[:PIP_SHOWN])}" if row.pip else ""
-        more = f" and {len(row.pip) - PIP_SHOWN} more" if len(row.pip) > PIP_SHOWN else ""
+        packages = f"  pip: {', '.join(row.pip[:_PIP_SHOWN])}" if row.pip else ""
+        more = f" and {len(row.pip) - _PIP_SHOWN} more" if len(row.pip) > _PIP_SHOWN else ""
         show(f"{row.name or '-':<16} {row.digest}  {row.suite or 'damaged'}{packages}{more}{note}")
     return 0
 
@@ -206,8 +200,8 @@ def _row(image: Image) -> ImageRow:
     current = image_is_current(image)
     problem = fix = None
     if not current:
-        problem = "it was made by another version of x07-sandbox"
-        fix = f"Run {build_command(image.name)}" if image.name else "It has no name: take another one"
+        problem = "built by another version of x07-sandbox"
+        fix = f"Run {build_command(image.name)}" if image.name else "Use another image, since this one has no name"
     suite = image.manifest.suite
     pip = tuple(f"{wheel.name}=={wheel.version}" for wheel in image.manifest.pip)
     return ImageRow(
@@ -256,5 +250,5 @@ def _verify(options: argparse.Namespace) -> int:
         if problems:
             say(f"the image is damaged. {fix}.")
         else:
-            show(f"{image.digest} is what its manifest says")
+            show(f"{image.digest} matches its manifest")
     return 1 if problems else 0

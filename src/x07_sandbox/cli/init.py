@@ -1,4 +1,4 @@
-"""`x07 init`: begin a project, and overwrite nothing."""
+"""`x07 init`: write the first file of a project; overwrite nothing."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.cli.console import say
-from x07_sandbox.cli.json_output import from_here, print_line, show_written
-from x07_sandbox.cli.parser import add_document_flags, named, named_folder
+from x07_sandbox.cli.json_output import print_line, shell_path, show_written
+from x07_sandbox.cli.parser import add_document_flags, folder_path, nonempty
 from x07_sandbox.cli.policy_init import BASE_FOLDER, DIFFERENT, file_name
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.documents import MANIFEST, project_root, write_document
@@ -21,7 +21,7 @@ from x07_sandbox.policy.templates import TEMPLATES
 from x07_sandbox.programs.manifest import FILE
 from x07_sandbox.programs.new_manifest import ROWS, sandbox_manifest
 from x07_sandbox.programs.toolchains import MAKEFILES
-from x07_sandbox.reports.init import InitReport
+from x07_sandbox.reports.verbs import InitReport
 from x07_sandbox.x07.project import first_project
 
 if TYPE_CHECKING:
@@ -33,47 +33,40 @@ _MAKEFILES_MAX: Final = 64
 _WITH_ENTRY: Final = tuple(row.name for row in ROWS if row.entries)
 _WITH_ARTIFACT: Final = tuple(row.name for row in ROWS if row.artifact)
 _DEPTH_MAX: Final = 256  # os.walk of Python 3.11 calls itself for each level
-# Where builds and tools put what is no source.
+# Folders of builds and tools, which hold no sources.
 _NO_SOURCES: Final = frozenset({"__pycache__", "bin", "build", "deps", "dist", "node_modules", "out", "target", "venv"})
-_EPILOG: Final = f"""Without --toolchain: an {MANIFEST} for a project of X07's, with one profile, `sandbox`, and its
-policy where x07 policy init --template T puts it. X07's own `x07 pkg lock` writes the lock file that it needs.
-With it: an {FILE} with the sources that are there (docs/reference/programs.md).
+_EPILOG: Final = f"""With --toolchain: write an {FILE} that lists the sources in DIR (docs/reference/programs.md).
+Without it: write an {MANIFEST} for an X07 project with one profile, `sandbox`, whose policy x07 policy init writes.
+X07's own `x07 pkg lock` writes the lock file that it needs.
 
 examples:
-  x07 init && x07 policy init --template default
   x07 init --toolchain python
   x07 init --toolchain make --artifact bin/prog project
+  x07 init && x07 policy init --template default
 
-exit code: 0 if the file was created or is there unchanged, 2 if there is another one, which stays, and for errors
+exit code: 0 the file was created or is up to date; 2 a different file exists and was not changed, or an error
 """
 
 
-def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, help: str) -> None:  # noqa: A002
-    """Add the verb."""
-    parser = verbs.add_parser("init", help=help, description="Write a project's first file.", epilog=_EPILOG)
-    where = "where (default: here)"
-    parser.add_argument("folder", nargs="?", type=named_folder, default=Path(), metavar="DIR", help=where)
+def add_init(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `x07 init`."""
+    parser.epilog = _EPILOG
+    doc = "the project's folder (default: the current one)"
+    parser.add_argument("folder", nargs="?", type=folder_path, default=Path(), metavar="DIR", help=doc)
     names = tuple(row.name for row in ROWS)
     parser.add_argument("--toolchain", choices=names, metavar="T", help=f"one of {', '.join(names)}")
     started, made = ", ".join(_WITH_ENTRY), ", ".join(_WITH_ARTIFACT)
-    doc = f"{started}: the file that is started (default: main)"
-    parser.add_argument("--entry", type=named, metavar="FILE", help=doc)
-    parser.add_argument("--artifact", metavar="FILE", help=f"{made}: what it makes (default: what its Makefile shows)")
-    doc = "X07: of the profile's policy, see x07 policy init (default: default)"
+    doc = f"{started}: the file to start (default: main)"
+    parser.add_argument("--entry", type=nonempty, metavar="FILE", help=doc)
+    parser.add_argument("--artifact", metavar="FILE", help=f"{made}: the file it builds (default: from the Makefile)")
+    doc = "X07 projects: template of the policy (default: default)"
     parser.add_argument("--template", choices=tuple(TEMPLATES), metavar="T", help=doc)
     add_document_flags(parser, "print one line of JSON")
-    parser.set_defaults(carry_out=_init, writes=_writes)
-
-
-def _writes(options: argparse.Namespace) -> list[Path]:
-    """The file's place, and what else the project consists of."""
-    from x07_sandbox.cli.project_files import own_files
-
-    return [options.folder / _name(options), *own_files(options.folder, options.report_out)]
+    parser.set_defaults(carry_out=_init)
 
 
 def _name(options: argparse.Namespace) -> str:
-    """What the file is called that is written."""
+    """Return the name of the file to write."""
     return MANIFEST if options.toolchain is None else FILE
 
 
@@ -96,24 +89,24 @@ def _init(options: argparse.Namespace) -> int:
             options.toolchain, files, entry=options.entry, artifact=options.artifact, makefiles=makefiles
         )
     with _usable(folder):
-        folder.mkdir(parents=True, exist_ok=True)  # not before: an error leaves no empty folder
+        folder.mkdir(parents=True, exist_ok=True)  # only now: an error above leaves no empty folder
     root, name = real_path(folder), _name(options)
     status = write_document(root, (name,), data, overwrite=False)
     report = InitReport(toolchain=options.toolchain or "x07", project_root=str(root), out=name, status=status)
-    told = print_line(report, options) or options.quiet_json
+    silent = print_line(report, options) or options.quiet_json
     if status == "exists_different":
-        say(f"{root / name} holds something else and was left alone")
+        say(f"{root / name} has different content and was not changed")
         return DIFFERENT
-    following = f"x07 run {from_here(root)}"
+    following = f"x07 run {shell_path(root)}"
     if needs_policy := options.toolchain is None and not (root / policy).exists():
         where = f" --project {shlex.quote(str(folder / name))}"
-        with contextlib.suppress(UsageError):  # where this folder is gone
+        with contextlib.suppress(UsageError):  # the current folder is gone
             where = "" if project_root(None) == root else where
         following = f"x07 policy init --template {template}{where}"
-    if not told:
+    if not silent:
         show_written(root / name, status, following)
     elif needs_policy:
-        say(f"its policy is missing: run {following}")
+        say(f"the project's policy is missing. To create it: {following}")
     return 0
 
 
@@ -132,12 +125,12 @@ def _check_options(options: argparse.Namespace) -> None:
         (options.template, "--template", (None,)),
     ):
         if given is not None and options.toolchain not in toolchains:
-            why = f"it is for {' or '.join(f'--toolchain {name}' if name else 'X07 projects' for name in toolchains)}"
-            raise UsageError(f"cannot use {name}", why, "Leave it out")
+            where = " or ".join(f"--toolchain {name}" if name else "X07 projects" for name in toolchains)
+            raise UsageError(f"cannot use {name}", f"it applies only to {where}", "Omit it")
 
 
 def _files_below(folder: Path) -> list[str]:
-    """Sorted names of a project's files, without hidden ones, what a build made, and what links lead to.
+    """Return the sorted names of a project's files, without hidden ones, build folders, and files behind links.
 
     Raises OSError, and UsageError for too large a tree.
     """
@@ -151,7 +144,7 @@ def _files_below(folder: Path) -> list[str]:
             why = f"there are more than {_FILES_MAX} files"
             if too_deep:
                 why = f"its folders are nested deeper than {_DEPTH_MAX}"
-            raise UsageError(f"cannot begin a project in {folder}", why, "Name a folder with the sources alone")
+            raise UsageError(f"cannot start a project in {folder}", why, "Name a folder with only the sources")
         for name in names:
             path = os.path.relpath(Path(place) / name, folder)
             if not name.startswith(".") and path.isprintable():
@@ -164,7 +157,7 @@ def _raise(exc: OSError) -> None:
 
 
 def _is_built(path: Path) -> bool:
-    """Whether a file is an object, a library or a program, as a build on this machine leaves them."""
+    """Whether a file is an object file, a library or an executable."""
     if path.is_symlink() or not path.is_file():
         return False
     with path.open("rb") as file:
@@ -172,8 +165,8 @@ def _is_built(path: Path) -> bool:
 
 
 def _makefiles(folder: Path, files: list[str]) -> dict[str, str]:
-    """The text of the Makefile that make takes in each folder, the uppermost first."""
-    place = ProjectFolder(folder, f"cannot begin a project in {folder}")
+    """Return the text of the Makefile that make would use in each folder, the uppermost first."""
+    place = ProjectFolder(folder, f"cannot start a project in {folder}")
     found: dict[str, str] = {}
     for path in sorted({Path(name).parent for name in files}, key=lambda path: (len(path.parts), path)):
         name = next((name for name in (str(path / one) for one in MAKEFILES) if name in files), None)

@@ -1,4 +1,4 @@
-"""`x07 logs`: what a run printed, or the log of its connections."""
+"""`x07 logs`: print a run's output, or the log of its connections."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.cli.changes_text import print_bytes
-from x07_sandbox.cli.console import put, say
-from x07_sandbox.cli.parser import named, switch
+from x07_sandbox.cli.console import say, write_stdout
+from x07_sandbox.cli.parser import nonempty, switch
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.locks import is_locked
 from x07_sandbox.housekeeping.lookup import known_run, run_folder
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-_EPILOG: Final = """What the program wrote to standard output goes to standard output, the rest to standard error.
-A terminal gets no control characters but line ends and tabs.
+_EPILOG: Final = """The program's standard output goes to standard output, its standard error to standard error.
+Control characters are not passed to a terminal, except line ends and tabs.
 
-With --net: one JSON object a line: event (open, closed, denied, failed), host, port, rule, ms since the start.
+With --net: one JSON object per line: event (open, closed, denied, failed), host, port, rule, ms since the start.
 
 examples:
   x07 logs
@@ -37,32 +37,32 @@ _CHUNK: Final = 1 << 16
 _LOOK_AGAIN_S: Final = 0.05
 
 
-def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, help: str) -> None:  # noqa: A002
-    """Add the verb."""
-    parser = verbs.add_parser("logs", help=help, description="Print what a run printed.", epilog=_EPILOG)
-    doc = "its name, or the beginning of it (default: the latest that has such a log)"
-    parser.add_argument("run", nargs="?", type=named, metavar="RUN", help=doc)
+def add_logs(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `x07 logs`."""
+    parser.epilog = _EPILOG
+    doc = "the run's id, or the start of it (default: the latest run with such a log)"
+    parser.add_argument("run", nargs="?", type=nonempty, metavar="RUN", help=doc)
     which = parser.add_mutually_exclusive_group()
-    switch(which, "--build", "what its build printed instead")
-    switch(which, "--net", "each connection that the program asked for instead")
-    switch(parser, "--follow", "go on as long as the run does, and end with it")
+    switch(which, "--build", "print the output of the build instead")
+    switch(which, "--net", "print the connections that the program requested instead")
+    switch(parser, "--follow", "keep printing until the run ends")
     parser.set_defaults(carry_out=_logs)
 
 
 def _logs(options: argparse.Namespace) -> int:
     if options.net:
         if options.follow:
-            raise UsageError("wrong usage", "--net and --follow do not go together", "Leave --follow out")
+            raise UsageError("wrong usage", "--net and --follow cannot be combined", "Omit --follow")
         return _net(options)
     prefix = "build-" if options.build else ""
     folder = _folder(options, f"{prefix}stdout")
-    streams = [_Stream(folder / f"{prefix}stdout", 1, put), _Stream(folder / f"{prefix}stderr", 2, _put_error)]
+    streams = [_Stream(folder / f"{prefix}stdout", 1, write_stdout), _Stream(folder / f"{prefix}stderr", 2, _put_error)]
     with contextlib.ExitStack() as stack:
         for stream in streams:
             stack.callback(stream.close)
         live = options.follow
         while live:
-            live = is_locked(folder)  # first: what it wrote before it ended is read below
+            live = is_locked(folder)  # checked first, so that the last output is read below
             for stream in streams:
                 stream.pass_on()
             if live:
@@ -73,7 +73,7 @@ def _logs(options: argparse.Namespace) -> int:
 
 
 def _folder(options: argparse.Namespace, holds: str) -> Path:
-    """The folder of the run that is meant. Raises UsageError."""
+    """Return the folder of the run. Raises UsageError."""
     if options.run is None:
         return find_run(None, holds, "output to print", "Run something")
     folder = run_folder(known_run(options.run))
@@ -84,7 +84,7 @@ def _folder(options: argparse.Namespace, holds: str) -> Path:
 
 
 class _Stream:
-    """One file of a run's output, and where it goes. It may come to be only later, and grows."""
+    """A growing file of a run's output, which may not exist yet."""
 
     def __init__(self, path: Path, target: int, write: Callable[[bytes], None]) -> None:
         self._path, self._write = path, write
@@ -92,7 +92,7 @@ class _Stream:
         self._fd: int | None = None
 
     def pass_on(self) -> None:
-        """Write what has come. Raises OSError."""
+        """Write what is new in the file. Raises OSError."""
         if self._fd is None:
             with contextlib.suppress(FileNotFoundError):
                 self._fd = os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -106,7 +106,7 @@ class _Stream:
 
 
 def _put_error(data: bytes) -> None:
-    with contextlib.suppress(OSError):  # as with every message: nobody may want it
+    with contextlib.suppress(OSError):  # as for every message
         sys.stderr.flush()
         sys.stderr.buffer.write(data)
         sys.stderr.buffer.flush()

@@ -1,7 +1,7 @@
-"""The command `x07`: one module a verb; this one finds the verb and turns errors into text and exit codes.
+"""The command `x07`: parse the command line, carry out one verb, turn errors into text and exit codes.
 
-Everything else is imported inside `main`: Ctrl-C while modules load is a cancelled command like any other, and a verb
-costs only its own imports.
+All other modules are imported inside `main`: Ctrl-C during an import then cancels the command like any other, and a
+verb pays only for its own imports.
 """
 
 from __future__ import annotations
@@ -19,20 +19,21 @@ if TYPE_CHECKING:
 
 # X07's global flags that our verbs have, and whether they take a value.
 _GLOBAL = {"--json": False, "--quiet-json": False, "--report-out": True, "--out": True}
-_RUNS = ("run", "exec")  # verbs whose document is the result of a run
-_JSON = {"--json=canon": "--json", "--json=pretty": "--json"}  # how a document is laid out, each verb knows
+_RUNS = ("run", "exec")  # verbs whose JSON document is the result of a run
+_JSON = {"--json=canon": "--json", "--json=pretty": "--json"}  # each of our documents has only one layout
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code (docs/reference/outcomes.md)."""
+    """Run one command and return its exit code (docs/reference/outcomes.md)."""
     words = _verb_first(list(sys.argv[1:] if argv is None else argv))
+    options: argparse.Namespace | None = None  # until parsed
     try:
-        _heed_signals()
-        from x07_sandbox.cli.std_streams import settle_in
+        _install_signal_handlers()
+        from x07_sandbox.cli.std_streams import prepare_streams
 
-        settle_in()
+        prepare_streams()
         _import_msgspec()
-        options = _parsed(words)
+        options = _parse(words)
         _recover()
         if words[0] in _RUNS or getattr(options, "report_out", None) is None:  # a run writes its report itself
             code: int = options.carry_out(options)
@@ -44,99 +45,74 @@ def main(argv: Sequence[str] | None = None) -> int:
         from x07_sandbox.errors import Cancelled
 
         _say("cancelled")
-        cancelled = Cancelled("cancelled before there was a run", "a signal came", "Start it again")
-        return _cancelled(cancelled, words, exc.args[0] if exc.args else 2)
-    except Exception as exc:  # noqa: BLE001 - the last place that can keep the exit code's promise
-        return _failed(exc, words)
+        cancelled = Cancelled("cancelled before the run started", "a signal came", "Start it again")
+        cancelled.signal = exc.args[0] if exc.args else 2
+        return _cancelled(cancelled, words, options)
+    except Exception as exc:  # noqa: BLE001 - every error must end in a documented exit code
+        return _failed(exc, words, options)
     return code
 
 
 def _verb_first(words: list[str]) -> list[str]:
-    """Move the flags that X07's command has before the verb to where our verbs read them."""
+    """Move X07's global flags from before the verb to where our verbs accept them."""
     end = words.index("--") if "--" in words else len(words)
     words = [_JSON.get(word, word) for word in words[:end] if word != "--json=off"] + words[end:]
     count = 0
     while count < len(words) and (flag := words[count].partition("=")[0]) in _GLOBAL:
         count += 2 if words[count] == flag and _GLOBAL[flag] else 1
     flags, verb, rest = words[:count], words[count : count + 1], words[count + 1 :]
-    if verb[:1] and verb[0] in _RUNS:  # which takes no flag between its program and that one's arguments
+    if verb[:1] and verb[0] in _RUNS:  # no flag may stand between the program and its arguments
         return [*verb, *flags, *rest]
-    end = rest.index("--") if "--" in rest else len(rest)  # behind the verb's own verb, if it has one
+    end = rest.index("--") if "--" in rest else len(rest)  # after the action, if the verb has actions
     return [*verb, *rest[:end], *flags, *rest[end:]]
 
 
 def _import_msgspec() -> None:
-    """Import msgspec without typing_extensions, which costs 12 ms and serves only Pythons older than any here."""
+    """Import msgspec without typing_extensions, which takes 12 ms and which only older Pythons need."""
     if "typing_extensions" not in sys.modules:
-        sys.modules["typing_extensions"] = None  # type: ignore[assignment]  # the import system's way to say: not here
+        sys.modules["typing_extensions"] = None  # type: ignore[assignment]  # makes its import fail
         try:
-            import msgspec  # noqa: F401 - for whoever imports it next
+            import msgspec  # noqa: F401 - for the modules imported next
         finally:
             del sys.modules["typing_extensions"]
 
 
-def _heed_signals() -> None:
-    """SIGTERM and SIGHUP end any command as Ctrl-C does, in good order; what is ignored stays so."""
+def _install_signal_handlers() -> None:
+    """Make SIGTERM and SIGHUP end a command as Ctrl-C does; an ignored signal stays ignored."""
     import signal
 
     def interrupt(number: int, _frame: object) -> NoReturn:
         raise KeyboardInterrupt(number)
 
-    with contextlib.suppress(ValueError):  # not the main thread: then signals are not ours to take
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where it is ignored nobody learns how a process ended
+    with contextlib.suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # while it is ignored, exit statuses are lost
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is signal.SIG_DFL:
                 signal.signal(number, interrupt)
 
 
-def _parsed(words: list[str]) -> argparse.Namespace:
-    """What the words mean, in a sound environment. Raises UsageError; --report-out has been told of it."""
+def _parse(words: list[str]) -> argparse.Namespace:
+    """Parse the command line and check our environment variables. Raises UsageError."""
+    from x07_sandbox.cli.parser import VERBS, parser_for
     from x07_sandbox.errors import UsageError
     from x07_sandbox.host.variables import check_environment
 
-    try:
-        for warning in check_environment(os.environ):
-            _say(warning)
-        return _namespace(words)
-    except UsageError as exc:
-        from x07_sandbox.cli import json_output
-
-        path, others = json_output.report_file(words)
-        if path is not None:
-            json_output.write_early_failure(_failure_document(exc, words), path, others)
-        raise
-
-
-def _failure_document(exc: Exception, words: list[str]) -> bytes:
-    """An error as the verb's document."""
-    if words[:1] and words[0] in _RUNS:
-        from x07_sandbox.cli.run_failure import failure_document as of_run
-
-        return of_run(exc)
-    from x07_sandbox.cli.json_output import failure_document
-
-    return failure_document(exc)
-
-
-def _namespace(words: list[str]) -> argparse.Namespace:
-    """What the words mean. Raises UsageError, which names the verb's own help."""
-    from x07_sandbox.cli.parser import VERBS, parser_for
-    from x07_sandbox.errors import UsageError
-
+    for warning in check_environment(os.environ):
+        _say(warning)
     if words and words[0] not in VERBS and not words[0].startswith("-"):
-        raise _no_verb(words[0], VERBS)
+        raise _unknown_verb(words[0], VERBS)
     options, unknown = parser_for(words).parse_known_args(words)
     if unknown:
         verb = f"x07 {words[0]}" if words[0] in VERBS else "x07"
-        fix = f"See {verb} --help" + ("; arguments of the program go after --" if words[0] in _RUNS else "")
-        if near := _near_option(unknown[0], words):
+        fix = f"See {verb} --help" + ("; put the program's own arguments after --" if words[0] in _RUNS else "")
+        if near := _similar_option(unknown[0], words):
             fix = f"Did you mean {near}? {fix}"
         raise UsageError("wrong usage", f"unrecognized arguments: {' '.join(unknown)}", fix)
     return options
 
 
-def _near_option(word: str, words: list[str]) -> str:
-    """The option that a mistyped one is near to; empty for none."""
+def _similar_option(word: str, words: list[str]) -> str:
+    """Return the option that a shortened or mistyped one resembles, or an empty string."""
     import difflib
 
     from x07_sandbox.cli.parser import actions, parser_for
@@ -147,15 +123,15 @@ def _near_option(word: str, words: list[str]) -> str:
     return next(iter([*longer, *difflib.get_close_matches(name, known, 1, 0.8)]), "") if name.startswith("--") else ""
 
 
-def _no_verb(word: str, verbs: Iterable[str]) -> UsageError:
-    """The error about a first word that is no command: often a program, or a mistyped command."""
+def _unknown_verb(word: str, verbs: Iterable[str]) -> UsageError:
+    """Return the error for an unknown command: often a program, or a mistyped command."""
     import difflib
     import shlex
 
     from x07_sandbox.errors import UsageError
 
     fix = "See x07 --help"
-    if os.path.exists(word):  # noqa: PTH110 - a name that cannot be one is no file
+    if os.path.exists(word):  # noqa: PTH110 - False for text that cannot be a file name
         fix = f"To run it: x07 run {shlex.quote(word)}"
     elif near := difflib.get_close_matches(word, verbs, 1):
         fix = f"Did you mean x07 {near[0]}? See x07 --help"
@@ -163,19 +139,19 @@ def _no_verb(word: str, verbs: Iterable[str]) -> UsageError:
 
 
 def _recover() -> None:
-    """Put right what a killed command has left half applied, whatever this command is."""
+    """Finish or roll back changes that a killed command left partly applied."""
     from x07_sandbox.errors import SandboxError
     from x07_sandbox.host.paths import state_dir
     from x07_sandbox.runs.folder import APPLYING, runs_dir
 
-    with contextlib.suppress(SandboxError, OSError):  # a place that cannot be used is told by what needs it
-        if os.path.isdir(runs_dir(state_dir()) / APPLYING):  # noqa: PTH112 - no module for it on the usual way
+    with contextlib.suppress(SandboxError, OSError):  # the verb itself reports an unusable state folder
+        if os.path.isdir(runs_dir(state_dir()) / APPLYING):  # noqa: PTH112 - usually absent: spare the import
             from x07_sandbox.runs.saved_changes import recover_all
 
             recover_all(_say)
 
 
-def _failed(exc: Exception, words: list[str]) -> int:
+def _failed(exc: Exception, words: list[str], options: argparse.Namespace | None) -> int:
     import traceback
 
     from x07_sandbox.cli.console import OutputError
@@ -183,16 +159,16 @@ def _failed(exc: Exception, words: list[str]) -> int:
 
     if isinstance(exc, Cancelled):
         _say(str(exc))
-        return _cancelled(exc, words, exc.signal)
+        return _cancelled(exc, words, options)
     if isinstance(exc, SandboxError):
-        if not _wants_json(words):
+        if not _prints_json(options):
             _say(str(exc), bad=exc.what)
         code = 2 if isinstance(exc, UsageError) else 125
-        if words[:1] and words[0] in _RUNS:  # its outcome's, whether or not there was a run
+        if words[:1] and words[0] in _RUNS:
             from x07_sandbox.runs.run import failure
 
             code = failure(exc).x07_exit_code
-        return _json_or(code, exc, words)
+        return _with_json(code, exc, words, options)
     if isinstance(exc, OutputError):
         _say(f"cannot write the output: {exc.strerror}")
         return 125
@@ -200,14 +176,14 @@ def _failed(exc: Exception, words: list[str]) -> int:
         from x07_sandbox.host.os_errors import host_error
 
         if (error := host_error(exc)) is not None:
-            return _failed(error, words)
+            return _failed(error, words, options)
     traceback.print_exception(exc)
-    _say("this is a bug in x07-sandbox; please report it with the lines above")
-    return _json_or(125, exc, words)
+    _say("internal error: please report the lines above as a bug in x07-sandbox")
+    return _with_json(125, exc, words, options)
 
 
-def _cancelled(exc: Exception, words: list[str], signalled: int | None) -> int:
-    return _json_or(130 if signalled == 2 else 143, exc, words, signalled)  # noqa: PLR2004 - SIGINT
+def _cancelled(exc: Exception, words: list[str], options: argparse.Namespace | None) -> int:
+    return _with_json(130 if getattr(exc, "signal", None) == 2 else 143, exc, words, options)  # noqa: PLR2004 - SIGINT
 
 
 def _say(text: str, bad: str = "") -> None:
@@ -216,43 +192,42 @@ def _say(text: str, bad: str = "") -> None:
     say(text, bad=bad)
 
 
-def _json_or(code: int, exc: Exception, words: list[str], signalled: int | None = None) -> int:
-    """The failure as JSON where that was promised; *code* elsewhere, and where nobody takes the JSON."""
-    if not _wants_json(words):
+def _with_json(code: int, exc: Exception, words: list[str], options: argparse.Namespace | None) -> int:
+    """Print the error as JSON if --json was given; return the exit code."""
+    if not _prints_json(options):
         return code
     with contextlib.suppress(OSError):
         if words[0] in _RUNS:
             from x07_sandbox.cli.run_failure import print_failure as print_run_failure
 
-            return print_run_failure(exc, signalled)
+            return print_run_failure(exc)
         from x07_sandbox.cli.json_output import print_failure
 
         print_failure(exc)
     return code
 
 
-def _wants_json(words: list[str]) -> bool:
-    """Whether standard output must be one JSON object; asked of the words, since parsing them may have failed."""
-    ours = words[: words.index("--")] if "--" in words else words
-    return not {"--json", "--json=full"}.isdisjoint(ours) and "--quiet-json" not in ours
+def _prints_json(options: argparse.Namespace | None) -> bool:
+    """Whether the document goes to standard output; not if the command line could not be parsed."""
+    return bool(getattr(options, "json", False)) and not getattr(options, "quiet_json", False)
 
 
 def entry() -> NoReturn:
-    """The command itself: run and end with exactly that code."""
+    """Run the command and exit with its code."""
     end_with(main)
 
 
 def end_with(command: Callable[[], int]) -> NoReturn:
-    """End with the exit code of *command*, run where names of files are UTF-8."""
-    if sys.getfilesystemencoding() != "utf-8":  # start anew, so that names keep their bytes whatever the locale says
+    """Exit with the code that *command* returns. File names are UTF-8 while it runs."""
+    if sys.getfilesystemencoding() != "utf-8":  # restart, so that names keep their bytes in any locale
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])  # noqa: S606 - no shell is needed
     try:
         code = command()
     except SystemExit as exc:  # argparse's, after --help
         code = exc.code if isinstance(exc.code, int) else 0
-    from x07_sandbox.cli.std_streams import leave
+    from x07_sandbox.cli.std_streams import exit_with
 
-    leave(code)
+    exit_with(code)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The flags of `x07-os-runner`, in one table: parser, machine-readable description and documentation come from it."""
+"""The flags of `x07-os-runner` in one table, the source of its parser, its JSON description and its documentation."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import msgspec
 from msgspec.structs import replace
 
 from x07_sandbox import __version__
-from x07_sandbox.cli.parser import Once, Parser, named, whole_number
+from x07_sandbox.cli.parser import Once, Parser, nonempty, whole_number
 from x07_sandbox.host.settings import MIB
 from x07_sandbox.host.variables import SANDBOX_BACKENDS
 
 COMMAND: Final = "x07-os-runner"
 _SPECROWS: Final = "x07cli.specrows@0.1.0"
 _MOST: Final = 1 << 48
-_NAMES: Final = frozenset({"F", "D"})  # metavars of files and folders
+_PATHS: Final = frozenset({"F", "D"})  # metavars of files and folders
 
 
 class Option(msgspec.Struct, frozen=True):
     """One flag. metavar: of its value; empty for a switch.
 
-    number: what its whole number counts, empty if it is none. choices: the words that it takes.
-    x07_only: it binds X07's own compiler and runtime, and nothing of a program of our toolchains. hidden: from people.
+    number: the unit of its whole number; empty if it takes none. choices: its allowed values.
+    x07_only: it has an effect on X07 programs only. hidden: not in help and documentation.
     """
 
     flag: str
@@ -39,28 +39,28 @@ class Option(msgspec.Struct, frozen=True):
 
     @property
     def key(self) -> str:
-        """Its name among the parsed options."""
+        """The name of its attribute among the parsed options."""
         return self.flag.removeprefix("--").replace("-", "_")
 
 
-_WALL: Final = "the wall: auto is vm in run-os-sandboxed and none in run-os (default: X07_SANDBOX_BACKEND, else auto)"
-_WEAKER: Final = "accept a wall that is no virtual machine (or X07_I_ACCEPT_WEAKER_ISOLATION=1)"
-_ATTEST: Final = "where the attestation of the run goes; only in run-os-sandboxed"
-_MEMORY: Final = "memory that an X07 program may allocate; others have the policy's limits.mem_bytes"
-_CPU: Final = "CPU time of an X07 program; others have the policy's limits.cpu_ms"
+_BACKEND: Final = "isolation: auto is vm in run-os-sandboxed, none in run-os (default: X07_SANDBOX_BACKEND, else auto)"
+_WEAKER: Final = "allow a backend that is not a virtual machine (or X07_I_ACCEPT_WEAKER_ISOLATION=1)"
+_ATTEST: Final = "write the attestation of the run to this file; only in run-os-sandboxed"
+_MEMORY: Final = "memory limit of an X07 program; others have the policy's limits.mem_bytes"
+_CPU: Final = "CPU time limit of an X07 program; others have the policy's limits.cpu_ms"
 _ROOT: Final = "a folder of X07 modules (repeatable), for --program"
 _INNER: Final = "for X07's own runner inside a guest"
 _OURS: Final = (
     Option("--program", "a source file of one of our toolchains, or *.x07.json", "F"),
     Option("--project", "the manifest of a project", "F"),
     Option("--artifact", "an executable that X07 compiled before", "F"),
-    Option("--world", "run-os or run-os-sandboxed; solve worlds are refused", "W", default="run-os"),
-    Option("--policy", "the policy: needed in run-os-sandboxed, refused in run-os", "F"),
+    Option("--world", "run-os or run-os-sandboxed; solve worlds are rejected", "W", default="run-os"),
+    Option("--policy", "the policy: required in run-os-sandboxed, rejected in run-os", "F"),
     Option("--input", "the program's input (default: empty)", "F"),
-    Option("--sandbox-backend", _WALL, "B", choices=tuple(SANDBOX_BACKENDS)),
+    Option("--sandbox-backend", _BACKEND, "B", choices=tuple(SANDBOX_BACKENDS)),
     Option("--i-accept-weaker-isolation", _WEAKER),
-    Option("--max-output-bytes", "of each output stream of the program", "N", default=MIB, number="bytes"),
-    Option("--compiled-out", "where a copy of the built Linux executable goes", "F"),
+    Option("--max-output-bytes", "limit for each output stream", "N", default=MIB, number="bytes"),
+    Option("--compiled-out", "write a copy of the built Linux executable to this file", "F"),
     Option("--attest-runtime", _ATTEST, "F"),
 )
 _X07S: Final = (
@@ -68,10 +68,10 @@ _X07S: Final = (
     Option("--max-memory-bytes", _MEMORY, "N", default=64 * MIB, number="bytes"),
     Option("--cpu-time-limit-seconds", _CPU, "N", default=30, number="seconds"),
     Option("--cc-profile", "how X07's C is compiled", "P", default="default", choices=("default", "size")),
-    Option("--max-c-bytes", "how much C the X07 compiler may make", "N", number="bytes"),
-    Option("--compat", "the X07 version to compile like", "S"),
+    Option("--max-c-bytes", "limit for the C code that the X07 compiler generates", "N", number="bytes"),
+    Option("--compat", "the X07 version to be compatible with", "S"),
     Option("--debug-borrow-checks", "count borrow violations"),
-    Option("--auto-ffi", "compile the foreign code of packages"),
+    Option("--auto-ffi", "compile the native code of packages"),
     Option("--module-root", _ROOT, "D", repeat=True),
 )
 OPTIONS: Final = (
@@ -83,7 +83,7 @@ OPTIONS: Final = (
 )
 
 _EPILOG: Final = """standard output: one JSON object, X07's report x07-os-runner.report@0.5.0
-exit code: 0 the report says ok; 1 it says what failed; 2 wrong usage, policy or set-up, and there is no report
+exit code: 0 the report says ok; 1 the report says what failed; 2 wrong usage, policy or setup, without a report
 
 examples:
   x07-os-runner --world run-os-sandboxed --policy policy.json --program prog.c --input data.txt
@@ -92,10 +92,10 @@ examples:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser. Everything is None that was not given, so that what was given can be told from a default."""
+    """Return the parser. Options that were not given are None, so that they differ from those with the default."""
     made = Parser(
         prog=COMMAND,
-        description="Build a program in one throw-away virtual machine, run it in another, and report as X07 does.",
+        description="Build a program in one throw-away VM, run it in another, and print X07's report.",
         epilog=_EPILOG,
     )
     made.add_argument("--version", action="version", version=f"x07-sandbox {__version__}")
@@ -113,15 +113,15 @@ def _words(option: Option) -> dict[str, Any]:
     words: dict[str, Any] = {"metavar": option.metavar, "help": text, "action": "append" if option.repeat else Once}
     if option.choices:
         words |= {"choices": option.choices, "metavar": None}
-    if option.metavar in _NAMES:
-        words["type"] = named
+    if option.metavar in _PATHS:
+        words["type"] = nonempty
     if option.number:
         words["type"] = whole_number(0, _MOST, option.number)
     return words
 
 
 def specrows() -> str:
-    """The command line as X07's tools describe theirs: one line of JSON, one row an option."""
+    """Return the command line in the form of X07's tools: one line of JSON with a row for each option."""
     rows: list[list[Any]] = [
         ["root", "help", "-h", "--help", "show this help message and exit"],
         ["root", "version", "", "--version", "show the version and exit"],
@@ -140,7 +140,7 @@ def specrows() -> str:
 
 
 def describe() -> str:
-    """The flags as docs/reference/x07.md shows them."""
+    """Return the table of flags for docs/reference/x07.md."""
     lines = ["| flag | meaning | while not given | binds |", "|---|---|---|---|"]
     for option in OPTIONS:
         if not option.hidden:

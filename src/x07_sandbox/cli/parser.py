@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from x07_sandbox.cli.console import put
+from x07_sandbox.cli.console import write_stdout
 from x07_sandbox.errors import UsageError
 
 if TYPE_CHECKING:
@@ -26,10 +26,10 @@ VERBS: Final = {
     "inspect": "print everything about one run as JSON",
     "logs": "print a run's output, or its connections",
     "kill": "end a running job",
-    "init": "start a project: write its first file",
+    "init": "write the first file of a project",
     "policy": "write, check, explain and compare policies",
-    "image": "build, list, inspect and verify guest images",
-    "pool": "keep VMs warm, so that runs start at once",
+    "image": "build, list, load, remove and verify guest images",
+    "pool": "keep VMs ready, so that runs start at once",
     "sweep": "remove what dead runners left behind",
     "df": "show disk usage of images, caches and records",
     "prune": "remove images, caches and records that are no longer needed",
@@ -37,30 +37,36 @@ VERBS: Final = {
     "doctor": "check this machine and say what to fix",
     "conform": "run the conformance tests of a backend",
 }
+_MODULES: Final = {  # modules that have several verbs
+    "exec": "run",
+    **dict.fromkeys(("diff", "apply", "undo"), "changes"),
+    **dict.fromkeys(("ps", "inspect", "kill"), "jobs"),
+    **dict.fromkeys(("sweep", "df", "prune"), "cleanup"),
+}
 _EXAMPLES: Final = """examples:
   x07 image build                         make the guest image (once)
-  x07 run prog.py -- --verbose            run a Python program in a throw-away machine
-  x07 run --input data.txt prog.c         compile in one machine, run in another, with input
+  x07 run prog.py -- --verbose            run a Python program in a throw-away VM
+  x07 run --input data.txt prog.c         compile in one VM, run in another
   x07 exec --workdir . -- make test       run a command of the image in a copy of this folder
-  x07 run --json prog.py | jq .outcome    everything about the run as one JSON object
+  x07 run --json prog.py | jq .outcome    print everything about the run as one JSON object
 """
-_NUMBER_CHARS = 32
+_NUMBER_CHARS: Final = 32
 _WIDTH: Final = 110  # columns of help
 
 
 def whole_number(lo: int, hi: int, what: str) -> Callable[[str], int]:
-    """A type of options: a whole number of *what* within bounds."""
+    """Return an option type: a whole number of *what* from *lo* to *hi*."""
 
     def read(text: str) -> int:
         if not (text.isascii() and text.isdigit() and len(text) <= len(str(hi)) and lo <= int(text) <= hi):
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number of {what} from {lo} to {hi}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {what} from {lo} to {hi}")
         return int(text)
 
     return read
 
 
 def seconds(most: int) -> Callable[[str], float]:
-    """A type of options: a time in seconds above 0, as 2 or 0.5."""
+    """Return an option type: a time in seconds above 0, such as 2 or 0.5."""
 
     def read(text: str) -> float:
         try:
@@ -68,40 +74,42 @@ def seconds(most: int) -> Callable[[str], float]:
         except ValueError:
             value = 0.0
         if not 0 < value <= most:  # NaN is not
-            raise argparse.ArgumentTypeError(f"{text!r} is no time above 0 and at most {most} seconds")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a time above 0 and up to {most} seconds")
         return value
 
     return read
 
 
-def named_folder(text: str) -> Path:
-    """A type of options: a folder, which has a name; none is what an unset variable of a shell makes, and not `.`."""
+def folder_path(text: str) -> Path:
+    """Option type: a folder. An empty name, as from an unset shell variable, does not mean `.`."""
     if not text:
         raise argparse.ArgumentTypeError("the name of the folder is empty")
     return Path(text)
 
 
-def named(text: str) -> str:
-    """A type of options: the name of a file, as it is given; an empty one is refused like that of a folder."""
+def nonempty(text: str) -> str:
+    """Option type: a text that is not empty."""
     if not text:
         raise argparse.ArgumentTypeError("the name is empty")
     return text
 
 
-def named_file(text: str) -> Path:
-    """As `named`, as a path."""
-    return Path(named(text))
+def file_path(text: str) -> Path:
+    """Option type: the path of a file."""
+    return Path(nonempty(text))
 
 
 def name_pattern(text: str) -> str:
-    """A type of options: a pattern for one name. With a slash none would match it, and nobody would be told."""
+    """Option type: a pattern for one name. A pattern with a slash would silently match nothing."""
     if text in {"", ".", ".."} or "/" in text:
-        raise argparse.ArgumentTypeError(f"{text!r} is no pattern for a name: it has no slash, and is not empty")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a pattern for a name: it must not be empty or contain a slash"
+        )
     return text
 
 
 class Once(argparse.Action):
-    """An option that is given once at most, so that of two values none is passed over. Its default is None."""
+    """An option that may be given once, so that no value is silently ignored. Its default is None."""
 
     def __call__(
         self,
@@ -110,14 +118,14 @@ class Once(argparse.Action):
         values: str | Sequence[Any] | None,
         option_string: str | None = None,  # noqa: ARG002 - as above
     ) -> None:
-        """Keep the value. Raises argparse.ArgumentError where there is one already."""
+        """Store the value. Raises argparse.ArgumentError if there is one already."""
         if getattr(namespace, self.dest) is not None:
-            raise argparse.ArgumentError(self, "it is given more than once")
+            raise argparse.ArgumentError(self, "given more than once")
         setattr(namespace, self.dest, values)
 
 
 def option(to: argparse._ActionsContainer, flag: str, metavar: str | None, help: str, **words: Any) -> None:  # noqa: A002, ANN401 - as argparse has them
-    """Add an option that takes a value, once at most unless *words* say otherwise."""
+    """Add an option that takes a value; it may be given once unless *words* say otherwise."""
     to.add_argument(flag, **({"action": Once, "metavar": metavar, "help": help} | words))
 
 
@@ -132,7 +140,7 @@ def switch(to: argparse._ActionsContainer, flag: str, help: str) -> None:  # noq
 
 
 class _HelpLevel(argparse.Action):
-    """Print the help of the level that is its constant, and exit."""
+    """Print the help of one level and exit."""
 
     def __call__(
         self,
@@ -141,27 +149,27 @@ class _HelpLevel(argparse.Action):
         values: str | Sequence[Any] | None,  # noqa: ARG002 - as above
         option_string: str | None = None,  # noqa: ARG002 - as above
     ) -> NoReturn:
-        put(parser.format_help(self.const).encode())  # type: ignore[call-arg]  # only a Parser has such options
+        write_stdout(parser.format_help(self.const).encode())  # type: ignore[call-arg]  # only a Parser has such options
         parser.exit()
 
 
 def add_help_levels(parser: argparse._ActionsContainer, rest: str, *names: str) -> None:
-    """Add `--help-NAME` for each level of help beside `--help`. rest: the level that shows every option."""
+    """Add `--help-NAME` for each further level of help. rest: the level that shows every option."""
     for name in (rest, *names):
         doc = "show every option" if name == rest else f"show the options for {name.upper()}'s own programs"
         words: dict[str, Any] = {"action": _HelpLevel, "nargs": 0, "const": name, "default": argparse.SUPPRESS}
         parser.add_argument(f"--help-{name}", help=doc, dest=argparse.SUPPRESS, **words)
 
 
-def add_document_flags(parser: argparse._ActionsContainer, json_help: str) -> None:
-    """The flags of a verb that has a JSON document to print (cli/json_output): whether, and where it goes too."""
+def add_document_flags(parser: argparse._ActionsContainer, json_help: str = "print one JSON object") -> None:
+    """Add the flags of a verb that can print a JSON document (cli/json_output)."""
     switch(parser, "--json", json_help)
-    option(parser, "--report-out", "FILE", "write that JSON there too, --json or not", type=named_file)
-    switch(parser, "--quiet-json", "print no JSON, since --report-out has it")
+    option(parser, "--report-out", "FILE", "write the JSON object to this file, with or without --json", type=file_path)
+    switch(parser, "--quiet-json", "with --report-out: print no JSON")
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
-    """Help as wide as the terminal, up to 110 columns; measured without the modules that the base class imports."""
+    """Help as wide as the terminal, up to 110 columns; avoids the imports of the base class."""
 
     def __init__(self, prog: str, indent_increment: int = 2, max_help_position: int = 36) -> None:
         try:
@@ -172,30 +180,25 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are ours, so that --json holds for them too; options are written out in full.
+    """A parser that raises UsageError and accepts no abbreviated options.
 
-    late_epilog: makes the epilog when help is asked for, from the level of help.
-    level_of: the level of help that shows an option, where a parser has several: "" is `--help`, NAME `--help-NAME`.
+    late_epilog: makes the epilog when help is printed, from the level of help.
+    level_of: returns the level of help that shows an option: "" for `--help`, NAME for `--help-NAME`.
     """
 
-    def __init__(
-        self,
-        *args: Any,  # noqa: ANN401 - as argparse has them
-        late_epilog: Callable[[str], str] | None = None,
-        level_of: Callable[[argparse.Action], str] | None = None,
-        **words: Any,  # noqa: ANN401 - as above
-    ) -> None:
+    late_epilog: Callable[[str], str] | None = None
+    level_of: Callable[[argparse.Action], str] | None = None
+
+    def __init__(self, *args: Any, **words: Any) -> None:  # noqa: ANN401 - as argparse has them
         super().__init__(*args, **({"formatter_class": Formatter} | words | {"allow_abbrev": False}))
-        self._late_epilog = late_epilog
-        self._level_of = level_of
 
     def format_help(self, level: str = "") -> str:
-        """The help of one level; "all" has every option."""
-        if self._late_epilog is not None:
-            self.epilog = self._late_epilog(level)
-        if self._level_of is None or level == "all":
+        """Return the help of one level; "all" has every option."""
+        if self.late_epilog is not None:
+            self.epilog = self.late_epilog(level)
+        if self.level_of is None or level == "all":
             return super().format_help()
-        texts = {action: action.help for action in self._actions if self._level_of(action) != level}
+        texts = {action: action.help for action in self._actions if self.level_of(action) != level}
         for action in texts:
             action.help = argparse.SUPPRESS
         try:
@@ -205,19 +208,19 @@ class Parser(argparse.ArgumentParser):
                 action.help = text
 
     def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
-        """Print help or version; unlike the base class, not past an error. Raises OSError."""
+        """Print help or version. Raises OSError, which the base class ignores."""
         if file is sys.stdout:
-            put(message.encode("utf-8", "surrogateescape"))
+            write_stdout(message.encode("utf-8", "surrogateescape"))
         else:
             (file or sys.stderr).write(message)
 
     def error(self, message: str) -> NoReturn:
-        """Raise instead of printing and exiting."""
+        """Raise UsageError."""
         raise UsageError("wrong usage", message, f"See {self.prog} --help")
 
 
 def parser_for(words: list[str]) -> argparse.ArgumentParser:
-    """The parser for these words: with the verb that they name, or with all of them."""
+    """Return the parser for these words: with only the verb that they name, or with all verbs."""
     from importlib import import_module
 
     from x07_sandbox import __version__
@@ -228,12 +231,14 @@ def parser_for(words: list[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"x07-sandbox {__version__}")
     verbs = parser.add_subparsers(metavar="COMMAND", required=True, prog="x07")  # else argparse lays out a usage line
     for verb in words[:1] if words and words[0] in VERBS else VERBS:
-        import_module(f"x07_sandbox.cli.{verb}").add_parser(verbs, help=VERBS[verb])
+        doc = VERBS[verb]
+        added = verbs.add_parser(verb, help=doc, description=f"{doc[0].upper()}{doc[1:]}.")
+        getattr(import_module(f"x07_sandbox.cli.{_MODULES.get(verb, verb)}"), f"add_{verb}")(added)
     return parser
 
 
 def actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
-    """Every option and argument, of the verbs too."""
+    """Yield every option and argument, including those of the verbs."""
     for action in parser._actions:  # noqa: SLF001 - argparse has no other way, and shtab takes this one
         yield action
         if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001 - as above

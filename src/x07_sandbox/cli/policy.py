@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from functools import partial
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -11,18 +12,20 @@ from x07_sandbox.cli.console import say, show
 from x07_sandbox.cli.json_output import deliver, print_document, print_failure
 from x07_sandbox.cli.parser import add_document_flags, option, repeated, switch
 from x07_sandbox.errors import UsageError
-from x07_sandbox.network.rules import make_allowlist
+from x07_sandbox.network.rules import NetSettings, decide, make_allowlist, parse_request
 from x07_sandbox.policy.canonical import policy_digest
 from x07_sandbox.policy.problems import PolicyError
 from x07_sandbox.policy.schema import fields, render_schema
 from x07_sandbox.policy.templates import BUILT_IN
-from x07_sandbox.reports.policies import CheckedFile, CheckReport, DiffReport, DigestReport
+from x07_sandbox.reports.policies import CheckedFile, CheckReport, DiffReport, DigestReport, HostReport
 from x07_sandbox.runs.request import read_policy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
+    from x07_sandbox.network.rules import Transport
     from x07_sandbox.policy.differences import Change
+    from x07_sandbox.policy.model import Policy
 
 DIFFERENT: Final = 1
 DENIED: Final = 1
@@ -31,26 +34,23 @@ INVALID: Final = 3
 REFUSED: Final = 125
 # Shown by each action's help and by docs/reference/policy.md.
 EXIT_CODES: Final = (
-    ("new", "0 it is printed; 2 a value that no policy can say"),
-    ("init", "0 the file is there as wanted; 2 another file is there and was left alone, or any error"),
-    (
-        "check",
-        "0 all are valid; 3 one is not; 2 one cannot be read; with --host 0 allowed, 1 denied",
-    ),
-    ("digest", "0 it is printed; 3 not valid; 2 cannot be read"),
-    ("explain", "0 nothing in it is refused (its roots must exist); 125 something is; 3 not valid; 2 cannot be read"),
-    ("diff", "0 no difference; 1 they differ; 3 one is not valid; 2 one cannot be read"),
-    ("schema", "0 it is printed"),
+    ("new", "0 printed; 2 a value that no policy can hold"),
+    ("init", "0 the file was written or is up to date; 2 a different file exists and was not changed, or an error"),
+    ("check", "0 all valid; 3 one is invalid; 2 one cannot be read; with --host: 0 allowed, 1 denied"),
+    ("digest", "0 printed; 3 invalid; 2 cannot be read"),
+    ("explain", "0 a run can start (its roots must exist); 125 a run would be refused; 3 invalid; 2 cannot be read"),
+    ("diff", "0 no difference; 1 they differ; 3 one is invalid; 2 one cannot be read"),
+    ("schema", "0 printed"),
 )
-_EPILOG: Final = """A policy is named by its file, or as built-in:NAME, by the name of a template.
-exit code: 0; 2 wrong usage, or a file that cannot be read; 3 a policy that is not valid; see also each action's help.
+_EPILOG: Final = """A policy is the name of a file, or built-in:NAME for a template.
+exit code: 0 success; 2 wrong usage, or a file that cannot be read; 3 an invalid policy; see also each action's help.
 
 examples:
-  x07 policy new --memory 1G > policy.json  a policy from flags
-  x07 policy init --template default        write the built-in policy, to change it
-  x07 policy check strict.json              all that is wrong with it, at once
+  x07 policy new --memory 1G > policy.json  make a policy from flags
+  x07 policy init --template default        write the built-in policy to a file, to edit it
+  x07 policy check strict.json              report all errors in a policy
   x07 policy check --host example.org:443 strict.json
-  x07 policy explain strict.json            who enforces each field, before anything runs
+  x07 policy explain strict.json            show what enforces each field
   x07 policy diff built-in:default strict.json
 """
 _CHECK_EPILOG: Final = """examples:
@@ -61,39 +61,36 @@ _CHECK_EPILOG: Final = """examples:
 """
 
 
-def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, help: str) -> None:  # noqa: A002
-    """Add the verb and its own verbs."""
-    parser = verbs.add_parser("policy", help=help, description="What a program may touch and use.", epilog=_EPILOG)
+def add_policy(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `x07 policy`."""
+    parser.epilog = _EPILOG
     inner = parser.add_subparsers(metavar="ACTION", required=True)
     policy_new.add_parser(inner)
     policy_init.add_parser(inner)
-    check = inner.add_parser("check", help="say all that is wrong with policies")
-    check.add_argument(
-        "files", nargs="*", metavar="FILE", help="a policy (with --host: one, default: built-in:default)"
-    )
-    option(check, "--host", "HOST:PORT", "say instead whether the policy allows this connection, by which rule")
-    repeated(
-        check, "--deny-host", "HOST:PORT|HOST:*", "with --host: as if this flag of x07 run were given (repeatable)"
-    )
-    switch(check, "--udp", "with --host: by UDP instead of TCP")
+    check = inner.add_parser("check", help="report all errors in policies")
+    doc = "a policy (with --host: at most one; default: built-in:default)"
+    check.add_argument("files", nargs="*", metavar="FILE", help=doc)
+    option(check, "--host", "HOST:PORT", "show whether the policy allows this connection, and by which rule")
+    repeated(check, "--deny-host", "HOST:PORT|HOST:*", "with --host: apply this flag of x07 run (repeatable)")
+    switch(check, "--udp", "with --host: use UDP instead of TCP")
     check.epilog = _CHECK_EPILOG
-    digest = inner.add_parser("digest", help="one digest for all documents that say the same")
+    digest = inner.add_parser("digest", help="print a digest that is the same for all equivalent documents")
     digest.add_argument("file", metavar="FILE", help="a policy")
     policy_explain.add_parser(inner)
-    diff = inner.add_parser("diff", help="what the second policy grants or withdraws")
+    diff = inner.add_parser("diff", help="show what the second policy grants or withdraws")
     diff.add_argument("first", metavar="A", help="a policy")
-    diff.add_argument("second", metavar="B", help="another")
-    inner.add_parser("schema", help="the JSON Schema of a policy")
+    diff.add_argument("second", metavar="B", help="another policy")
+    inner.add_parser("schema", help="print the JSON Schema of a policy")
     acts = (policy_new.new, policy_init.init, _check, _digest, _explain, _diff, _schema)
     for (name, codes), act in zip(EXIT_CODES, acts, strict=True):
         action = inner.choices[name]
-        add_document_flags(action, "one JSON object on standard output, errors too")
+        add_document_flags(action, "print one JSON object; errors too")
         action.set_defaults(carry_out=partial(_guarded, act))
         action.epilog = "\n\n".join(filter(None, (f"exit code: {codes}", action.epilog)))
 
 
 def _guarded(act: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
-    """An invalid policy has an exit code of its own here; every other error is told as everywhere."""
+    """Carry out an action; an invalid policy has its own exit code. Raises SandboxError for other errors."""
     try:
         return act(options)
     except PolicyError as exc:
@@ -107,9 +104,9 @@ def _check(options: argparse.Namespace) -> int:
     if options.host is not None:
         return _check_host(options)
     if options.udp or options.deny_host or not options.files:
-        why = "a FILE is required, or --host"
+        why = "FILE or --host is required"
         if options.udp or options.deny_host:
-            why = f"{'--udp' if options.udp else '--deny-host'} needs --host"
+            why = f"{'--udp' if options.udp else '--deny-host'} requires --host"
         raise UsageError("wrong usage", why, "See x07 policy check --help")
     rows = tuple(_checked(name) for name in options.files)
     worst = max((_CHECK_CODES[row.status] for row in rows), key=_SEVERITY.index)
@@ -124,22 +121,68 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _check_host(options: argparse.Namespace) -> int:
-    from x07_sandbox.cli import policy_host
-
     if len(options.files) > 1:
-        raise UsageError("wrong usage", "--host takes one policy", "See x07 policy check --help")
+        raise UsageError("wrong usage", "--host accepts one policy", "See x07 policy check --help")
     (name,) = options.files or (f"{BUILT_IN}default",)
     policy, _ = read_policy(name)
     transport: Literal["udp", "tcp"] = "udp" if options.udp else "tcp"
-    report = policy_host.host_report(policy, name, options.host, transport, options.deny_host)
+    report = host_report(policy, name, options.host, transport, options.deny_host)
     if not print_document(report, options):
-        for line in policy_host.lines(report):
+        for line in _host_lines(report):
             show(line)
     return 0 if report.allowed else DENIED
 
 
+def host_report(
+    policy: Policy, source: str, endpoint: str, transport: Transport, denied: Sequence[str] = ()
+) -> HostReport:
+    """Decide about a connection as the gate does. Raises UsageError, PolicyError.
+
+    source: the policy as the user named it. denied: hosts in the form of `--deny-host`.
+    """
+    from x07_sandbox.network.settings import read_settings
+    from x07_sandbox.policy.overrides import denied_hosts
+
+    request = parse_request(endpoint, transport)
+    # Connections to a loopback address stay in the guest, so the user's settings do not apply.
+    own = not isinstance(request.host, str) and request.host.is_loopback
+    settings = NetSettings() if own else read_settings()
+    decision = decide(make_allowlist(policy, denied_hosts(denied), settings), request)
+    return HostReport(
+        policy=source,
+        policy_id=policy.policy_id,
+        host=str(request.host),
+        port=request.port,
+        transport=transport,
+        allowed=decision.allowed,
+        rule=decision.rule,
+        reason=decision.reason,
+        how_to_allow=decision.how_to_allow,
+        resolved_later=decision.allowed and isinstance(request.host, str),
+    )
+
+
+def _host_lines(report: HostReport) -> list[str]:
+    """Return the report as text."""
+    host = f"[{report.host}]" if ":" in report.host else report.host
+    connection = f"{host}:{report.port} ({report.transport})"
+    text = [f"{connection}: {'allowed' if report.allowed else 'denied'}", f"  rule {report.rule}: {report.reason}"]
+    if report.allowed:
+        if report.resolved_later:
+            text.append("  its addresses are checked at run time; special ones, such as private ones, are denied")
+    elif (how := report.how_to_allow) is None:
+        text.append("  no change to the policy allows it")
+    elif how.json_path == "$.net.allow_hosts":  # the value is the whole list
+        text.append(f"  to allow it: add {json.dumps(how.value[-1])} to net.allow_hosts in the policy")
+        if how.flag:
+            text.append(f"  or, for one run: {how.flag}")
+    else:
+        text.append(f"  to allow it: set {str(how.json_path)[2:]} to {json.dumps(how.value)} in the policy")
+    return text
+
+
 _CHECK_CODES: Final = {"valid": 0, "invalid": INVALID, "unreadable": UNREADABLE}
-_SEVERITY: Final = (0, INVALID, UNREADABLE)  # what could not even be looked at counts most
+_SEVERITY: Final = (0, INVALID, UNREADABLE)  # the last is the worst
 
 
 def _checked(name: str) -> CheckedFile:
@@ -192,8 +235,8 @@ def _diff(options: argparse.Namespace) -> int:
 
 
 def _in_words(change: Change) -> str:
-    """What changes; values as JSON, in ASCII, since a policy's text may come from anybody."""
-    before, after = policy_explain.shown(change.before), policy_explain.shown(change.after)
+    """Return the change with values as ASCII JSON: the text of a policy is not trusted."""
+    before, after = policy_explain.json_text(change.before), policy_explain.json_text(change.after)
     if change.before is None:
         return f"{after} added"
     return f"{before} removed" if change.after is None else f"{after} instead of {before}"

@@ -1,11 +1,11 @@
-"""`x07 policy new`: a complete policy from flags."""
+"""`x07 policy new`: print a complete policy made from flags."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.cli.json_output import deliver
-from x07_sandbox.cli.parser import named, option, repeated
+from x07_sandbox.cli.parser import nonempty, option, repeated
 from x07_sandbox.cli.run_options import add_limits, limits_of
 from x07_sandbox.errors import UsageError
 from x07_sandbox.policy.default import render_policy
@@ -30,22 +30,22 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     parser = verbs.add_parser(
         "new",
         help="print a complete policy made from flags",
-        description="Print a complete policy: a template with what the flags change.",
+        description="Print a complete policy: a template with the changes that flags make.",
         epilog=_EPILOG,
     )
-    option(parser, "--template", "T", "what the rest is taken from (default: default)", choices=tuple(TEMPLATES))
-    option(parser, "--id", "ID", "the policy's name (default: custom.T)", type=named)
+    option(parser, "--template", "T", "template for everything else (default: default)", choices=tuple(TEMPLATES))
+    option(parser, "--id", "ID", "policy_id of the policy (default: custom.T)", type=nonempty)
     add_limits(parser, of_policy=True)
-    repeated(parser, "--allow-host", "HOST:PORT[,PORT...]", "a host that the program may connect to")
-    repeated(parser, "--read", "PATH", "a file or folder that it may read", type=named)
-    repeated(parser, "--write", "PATH", "a file or folder that it may read and change", type=named)
+    repeated(parser, "--allow-host", "HOST:PORT[,PORT...]", "let the program connect to this host")
+    repeated(parser, "--read", "PATH", "let the program read this file or folder", type=nonempty)
+    repeated(parser, "--write", "PATH", "let the program read and modify this file or folder", type=nonempty)
 
 
 def new(options: argparse.Namespace) -> int:
-    """Print it; the exit code. Raises UsageError."""
+    """Print the policy and return the exit code. Raises UsageError."""
     if options.id is not None and not is_policy_id(options.id):
-        why = "a name has 1 to 64 letters, digits, '_', '.' or '-'"
-        raise UsageError(f"cannot name a policy {options.id!r}", why, "Give another --id")
+        why = "an id has 1 to 64 letters, digits, '_', '.' or '-'"
+        raise UsageError(f"cannot use --id {options.id!r}", why, "Use another id")
     wanted = NewPolicy(
         template=options.template or "default",
         policy_id=options.id,

@@ -1,4 +1,4 @@
-"""`x07 run`: run one program and end as it ended."""
+"""`x07 run` and `x07 exec`: run a program or a command of the image, and exit as it did."""
 
 from __future__ import annotations
 
@@ -8,16 +8,24 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from msgspec.structs import replace
 
-from x07_sandbox.backends.lease import PoolMachines
+from x07_sandbox.backends.lease import PoolClient
 from x07_sandbox.backends.registry import create
-from x07_sandbox.backends.selection import asked, select, this_platform
+from x07_sandbox.backends.selection import backend_request, select, this_platform
 from x07_sandbox.cli.cancel import cancelled_by_signals
 from x07_sandbox.cli.console import LiveLine, plain, say
-from x07_sandbox.cli.run_options import OVERRIDES, X07_LIMITS, add_options, epilog, help_level, limits_of
+from x07_sandbox.cli.run_options import (
+    OVERRIDES,
+    X07_LIMITS,
+    add_command_options,
+    add_options,
+    epilog,
+    help_level,
+    limits_of,
+)
 from x07_sandbox.errors import ImageError, SandboxError, UsageError
 from x07_sandbox.host.paths import is_folder
 from x07_sandbox.host.settings import SOURCE_MAX_BYTES
@@ -30,30 +38,59 @@ from x07_sandbox.runs.streams import memory_file, read_all
 
 if TYPE_CHECKING:
     from x07_sandbox.backends.selection import Choice
+    from x07_sandbox.cli.parser import Parser
     from x07_sandbox.host.cancel import Cancel
     from x07_sandbox.runs.program import Program
     from x07_sandbox.runs.request import Loader
     from x07_sandbox.runs.result import Result
 
 
-def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser], *, help: str) -> None:  # noqa: A002
-    """Add the verb."""
-    parser = verbs.add_parser(
-        "run",
-        help=help,
-        description="Build PROGRAM in one throw-away virtual machine and run it in another.",
-        usage="x07 run [OPTIONS] PROGRAM [-- ARGS]",
-        late_epilog=epilog,
-        level_of=help_level,
-    )
+_EXEC_EXAMPLES: Final = """examples:
+  x07 exec --workdir . -- make test              run the project's tests; changes are copied back
+  x07 exec --workdir proj --read -- grep -rn main src
+  x07 exec --workdir . --changes keep -- sh -c './configure && make'
+  x07 diff                                       show what it changed; x07 apply applies it
+  x07 exec --workdir . --timeout 600 --memory 1G -- make -j2
+  x07 exec -- python3 --version                  without --workdir: start in an empty folder
+
+A command without a slash is looked up in the image (x07 image build --include adds Debian packages),
+one with a slash, such as ./configure, in DIR. Relative paths of --allow-read-root and --allow-write-root
+start in DIR. The exit code is the command's own, or 127 if there is no such command. See docs/how-to/run-a-command.md.
+"""
+
+
+def add_run(parser: Parser) -> None:
+    """Add the arguments of `x07 run`."""
+    parser.description = "Build PROGRAM in one throw-away VM and run it in another."
+    parser.usage = "x07 run [OPTIONS] PROGRAM [-- ARGS]"
+    parser.late_epilog = epilog
+    parser.level_of = help_level
     add_options(parser)
     parser.set_defaults(carry_out=run_command)
 
 
+def add_exec(parser: Parser) -> None:
+    """Add the arguments of `x07 exec`."""
+    parser.description = "Run a command of the guest image in a throw-away VM, in a copy of DIR."
+    parser.usage = "x07 exec [--workdir DIR [--read]] [OPTIONS] -- COMMAND [ARGS]"
+    parser.late_epilog = lambda _level: _EXEC_EXAMPLES
+    parser.level_of = help_level
+    add_command_options(parser)
+    parser.set_defaults(carry_out=_exec)
+
+
+def _exec(options: argparse.Namespace) -> int:
+    if not options.command:
+        raise UsageError("wrong usage", "no command given", "For example: x07 exec --workdir . -- make test")
+    if options.read and options.workdir is None:
+        raise UsageError("wrong usage", "--read requires --workdir", "Add --workdir DIR, or omit --read")
+    return run_command(options)
+
+
 def run_command(options: argparse.Namespace) -> int:
-    """Carry out `x07 run` or `x07 exec`; the exit code. Raises SandboxError."""
+    """Carry out `x07 run` or `x07 exec` and return the exit code. Raises SandboxError."""
     try:
-        return _chosen(options)
+        return _dispatch(options)
     except SandboxError as exc:
         from x07_sandbox.cli.run_failure import write_failure
 
@@ -61,8 +98,8 @@ def run_command(options: argparse.Namespace) -> int:
         raise
 
 
-def _chosen(options: argparse.Namespace) -> int:
-    """Run what is named, by the rules of X07's command if it is X07's. Raises SandboxError."""
+def _dispatch(options: argparse.Namespace) -> int:
+    """Run the program; one of X07's own follows the rules of X07's command. Raises SandboxError."""
     program, _ = _named(options)
     if _is_x07_artifact(options):
         from x07_sandbox.cli.run_report import with_x07_exits
@@ -91,7 +128,7 @@ def _carry_out(options: argparse.Namespace, *, for_x07: bool) -> int:
 
             return show_plan(request, options)
         if _x07_options(options) and not request.loaders:
-            say(f"{', '.join(X07_LIMITS)}, --auto-ffi bind X07 programs only; this one has the policy's limits")
+            say(f"{', '.join(X07_LIMITS)}, --auto-ffi have no effect on this program, which has the policy's limits")
         sweep_before_start(say)
         report = options.report or options.attest_runtime or (for_x07 and not options.json)
         if report or for_x07 or outputs:
@@ -103,46 +140,46 @@ def _carry_out(options: argparse.Namespace, *, for_x07: bool) -> int:
             request = replace(request, loaded=program)
         artifact = None
         if options.compiled_out:
-            from x07_sandbox.cli.atomic_output import place_for_artifact
+            from x07_sandbox.cli.atomic_output import artifact_file
 
-            artifact = place_for_artifact(stack)
+            artifact = artifact_file(stack)
             request = replace(request, artifact=artifact)
         result, error = attempt(request)
         if for_x07 and isinstance(error, UsageError):
             from x07_sandbox.cli.run_report import x07_exit
 
             result = replace(result, x07_exit_code=x07_exit(error))
-        unwritten: list[str] = []
+        write_errors: list[str] = []
         if artifact is not None or options.diff or options.net_log or options.report_out:
             from x07_sandbox.cli.run_outputs import write_files
 
-            result, unwritten = write_files(options, result, artifact)
+            result, write_errors = write_files(options, result, artifact)
     if options.json and not options.quiet_json:
         from x07_sandbox.cli.run_failure import print_result
 
         return print_result(result, full=options.json == "full")
-    return _told(result, unwritten)
+    return _report(result, write_errors)
 
 
-def _told(result: Result, unwritten: list[str]) -> int:
-    """Say what the program's own output does not; the exit code. unwritten: a line for each file that was not."""
+def _report(result: Result, write_errors: list[str]) -> int:
+    """Print what the program's output does not show; return the exit code. write_errors: a line for each file."""
     _explain(result)
-    for line in unwritten:
+    for line in write_errors:
         say(line)
     if result.denials or result.hints:
-        from x07_sandbox.cli.denials_text import tell as tell_refused
+        from x07_sandbox.cli.denials_text import say_denials
 
-        tell_refused(result)
+        say_denials(result)
     if result.changes.state != "none":
-        from x07_sandbox.cli.changes_text import tell
+        from x07_sandbox.cli.changes_text import say_changes
 
-        tell(result)
+        say_changes(result)
     if result.files_discarded.count and sys.stderr.isatty():
         count = result.files_discarded.count
         files = f"{count} files" if count > 1 else "1 file"
-        keep = "keep such with --workdir DIR, or write to /x07/out with --out DIR"
-        say(f"thrown away: {files} in the program's working folder; {keep}")
-    from x07_sandbox.plan.outcomes import REFUSED_EXIT  # loaded by now, while the machine came up
+        keep = "to keep files, use --workdir DIR, or write to /x07/out and use --out DIR"
+        say(f"discarded: {files} in the program's working folder; {keep}")
+    from x07_sandbox.plan.outcomes import REFUSED_EXIT  # already imported by the run
 
     lost = result.stdout.undelivered or result.stderr.undelivered
     return result.x07_exit_code or (REFUSED_EXIT if lost else 0)
@@ -151,7 +188,7 @@ def _told(result: Result, unwritten: list[str]) -> int:
 def _loaded(
     request: RunRequest, outputs: dict[str, Path | None], stack: contextlib.ExitStack
 ) -> tuple[RunRequest, Program]:
-    """The program, read before the run, since it says what else may not be written over. Raises SandboxError."""
+    """Read the program before the run, because its files must not be overwritten by outputs. Raises SandboxError."""
     request, program = load_program(request, stack)
     from x07_sandbox.cli.atomic_output import check_outputs, files_read
 
@@ -167,20 +204,20 @@ def _loaded(
 
 
 def _checked_outputs(options: argparse.Namespace) -> dict[str, Path | None]:
-    """The files to be written, by their flags. Raises UsageError for one that cannot be, or that the run reads."""
+    """Return the output files by flag. Raises UsageError for one that cannot be written or that the run reads."""
     files = options.report_out, options.compiled_out, options.attest_runtime, options.diff, options.net_log
     if all(path is None for path in files):
         return {}
     from x07_sandbox.cli.atomic_output import check_outputs
 
     if options.dry_run:
-        raise UsageError("wrong usage", "--dry-run writes nothing", "Leave the names of files out")
+        raise UsageError("wrong usage", "--dry-run writes nothing", "Omit the flags that name output files")
     outputs = {
-        "--report-out": options.report_out,  # first: an error about another is written there
+        "--report-out": options.report_out,  # first: an error about another file is written there
         "--compiled-out": options.compiled_out,
         "--attest-runtime": options.attest_runtime,
         "--diff": options.diff,
-        "beside that of --diff": options.diff and Path(f"{options.diff}.json"),
+        "for --diff": options.diff and Path(f"{options.diff}.json"),
         "--net-log": options.net_log,
     }
     program = _named(options)[0] if options.code is None else None
@@ -191,8 +228,8 @@ def _checked_outputs(options: argparse.Namespace) -> dict[str, Path | None]:
 
 
 def _is_x07(path: Path) -> bool:
-    """Whether the program is one of X07's own, whose report is what callers of X07's command expect."""
-    if not (path.name.endswith("x07.json") or is_folder(path)):  # others need not wait for that import
+    """Whether the program is one of X07's own, for which callers of X07's command expect its report."""
+    if not (path.name.endswith("x07.json") or is_folder(path)):  # saves the import
         return False
     from x07_sandbox.x07.project import is_x07
 
@@ -200,31 +237,31 @@ def _is_x07(path: Path) -> bool:
 
 
 def _is_x07_artifact(options: argparse.Namespace) -> bool:
-    """Whether an executable is named that X07 compiled before: what is asked for is X07's report of it."""
+    """Whether to run an executable that X07 compiled, with X07's report."""
     return options.artifact is not None and bool(options.report or options.attest_runtime)
 
 
 def _choice(options: argparse.Namespace) -> Choice:
-    """The backend that is asked for. Raises UsageError, RefusedError where it is not to be had."""
+    """Return the backend. Raises UsageError, RefusedError if it is not available."""
     accepted = options.i_accept_weaker_isolation
-    found = asked(sandbox=options.sandbox_backend, backend=options.backend, accepted=accepted)
+    found = backend_request(sandbox=options.sandbox_backend, backend=options.backend, accepted=accepted)
     choice = select(this_platform(), found)
     if choice.sandbox_backend == "none":
-        say("warning: no isolation: the program can do whatever this user can, and few of the policy's limits hold")
+        say("warning: no isolation: the program can do whatever you can, and few limits of the policy apply")
     return choice
 
 
 def _request(
     options: argparse.Namespace, stack: contextlib.ExitStack, cancel: Cancel, progress: LiveLine, *, for_x07: bool
 ) -> RunRequest:
-    """What the command line asks for. Raises UsageError."""
+    """Return the request for the run. Raises UsageError."""
     program, words = _named(options)
     source: bytes | None = None
     toolchain = options.toolchain
     if options.artifact:
         if toolchain not in {None, "executable"}:
-            why = f"--artifact names an executable, and --toolchain {toolchain} takes none"
-            raise UsageError("wrong usage", why, "Name the program as PROGRAM, without --artifact")
+            why = f"--artifact is an executable, which --toolchain {toolchain} does not accept"
+            raise UsageError("wrong usage", why, "Omit --toolchain, or give the program without --artifact")
         toolchain = "executable"
     if options.code is not None:
         words = [*([program] if program is not None else []), *words]
@@ -232,18 +269,18 @@ def _request(
     elif program == "-":
         if options.stdin:
             why = "standard input is the source, so it cannot be the program's input too"
-            raise UsageError("wrong usage", why, "Leave --stdin out, or give the source with -c")
+            raise UsageError("wrong usage", why, "Omit --stdin, or give the source with -c")
         with cancel.waiting():
             program, source = None, _source_from_stdin()
     elif program is None and not options.command:
-        raise _nothing_named()
+        raise _no_program()
     stdin_fd = None if options.code is None and source is not None else _stream(0)
     as_x07 = for_x07 or options.report or options.attest_runtime
     if as_x07 and stdin_fd is not None and not options.stdin and os.isatty(stdin_fd):
-        stdin_fd = None  # X07's command takes what is piped in; who sits there was not asked to type anything
+        stdin_fd = None  # X07's command reads pipes, not terminals
     if stdin_fd is not None and not options.stdin and os.isatty(stdin_fd):
-        # A terminal that is another's turn is the end of the input. We read whether the program wants it or not: else
-        # the next line that is typed would stop a run behind which `&` was typed, and its machine would go on.
+        # We read ahead of the program, so a run in the background (`&`) would be stopped by SIGTTIN while its VM goes
+        # on. Ignored, the signal becomes a read error, which ends the input.
         with contextlib.suppress(ValueError):  # not the main thread
             signal.signal(signal.SIGTTIN, signal.SIG_IGN)
     if options.input_b64 is not None:
@@ -272,7 +309,7 @@ def _request(
         cold=options.cold,
         cache=not options.no_cache,
         queue_s=options.queue_timeout,
-        machines=None if options.no_pool else PoolMachines(),
+        machines=None if options.no_pool else PoolClient(),
         require_hardware=options.require_hardware,
         profile=options.profile,
         changes=options.changes,
@@ -287,21 +324,20 @@ def _request(
 
 
 def _named(options: argparse.Namespace) -> tuple[str | None, list[str]]:
-    """The program, by PROGRAM, X07's flags or the X07 project here, and its arguments. Raises UsageError."""
+    """Return the program, from PROGRAM, X07's flags or the X07 project here, and its arguments. Raises UsageError."""
     if options.world != "run-os-sandboxed":
-        why = "run-os-sandboxed is the only world that x07-sandbox implements"
-        fix = "Use --world run-os-sandboxed, or leave it out"
+        why, fix = "x07-sandbox implements only run-os-sandboxed", "Use --world run-os-sandboxed, or omit it"
         raise UsageError(f"cannot run in the world {options.world}", why, fix)
     code = options.code
     named = [value for value in (options.program_flag, options.project, options.artifact) if value is not None]
     if len(named) + (code is not None) > 1:
-        fix = "Give one of -c, --program, --project, --artifact"
-        raise UsageError("wrong usage", "more than one program is named", fix)
+        fix = "Use only one of -c, --program, --project, --artifact"
+        raise UsageError("wrong usage", "more than one program given", fix)
     if options.command:
         return None, []
     program = named[0] if named else options.program
-    if program == "" and code is None:  # what an unset variable of a shell makes: it does not mean this folder
-        raise UsageError("wrong usage", "the name of the program is empty", "Name one")
+    if program == "" and code is None:  # as from an unset shell variable: it does not mean this folder
+        raise UsageError("no program given", "PROGRAM is empty", "For example: x07 run prog.py")
     if not named:
         _refuse_command(options)
         nothing = options.program is None and code is None
@@ -310,7 +346,7 @@ def _named(options: argparse.Namespace) -> tuple[str | None, list[str]]:
 
 
 def _refuse_command(options: argparse.Namespace) -> None:
-    """Raise UsageError for what looks like a command of the image, and is no file here: make test."""
+    """Raise UsageError for what looks like a command of the image, such as `make test`, and is not a file."""
     program, words = options.program, options.args
     no_command = not program or program == "-" or {"/", "."} & set(program)
     if options.code is not None or no_command or os.path.lexists(program):
@@ -326,7 +362,7 @@ def _refuse_command(options: argparse.Namespace) -> None:
 
 
 def _project_here() -> str | None:
-    """The X07 project that this folder belongs to, if it does. Raises UsageError."""
+    """Return the manifest of the X07 project around this folder, if any. Raises UsageError."""
     from x07_sandbox.host.documents import MANIFEST, project_root
     from x07_sandbox.host.paths import is_file
 
@@ -335,13 +371,13 @@ def _project_here() -> str | None:
 
 
 def _x07_options(options: argparse.Namespace) -> dict[str, Any]:
-    """What X07's compiler is told; nothing for most programs."""
+    """Return the options for X07's compiler that were given."""
     keys = [name[2:].replace("-", "_") for name in (*X07_LIMITS, "--auto-ffi")]
     return {key: getattr(options, key) for key in keys if getattr(options, key) is not None}
 
 
 def _loaders(options: argparse.Namespace, *, for_x07: bool) -> tuple[Loader, ...]:
-    """What reads the program if it is X07's; nothing is loaded for others."""
+    """Return what reads the program if it is X07's; other programs do not pay for the import."""
     if not (for_x07 or _is_x07_artifact(options)):
         return ()
     from functools import partial
@@ -353,30 +389,30 @@ def _loaders(options: argparse.Namespace, *, for_x07: bool) -> tuple[Loader, ...
 
 
 def _overrides(options: argparse.Namespace) -> dict[str, Any]:
-    """What a request has of the flags that change the policy; nothing where none was given."""
+    """Return the fields of a request for the flags that change the policy."""
     keys = {flag: flag[2:].replace("-", "_") for flag, _, _ in OVERRIDES}
     given = {flag: key for flag, key in keys.items() if getattr(options, key)}
-    include = tuple(word for word in ("hidden", "symlinks") if getattr(options, f"allow_{word}"))
-    if not (given or include):
+    copied = tuple(word for word in ("hidden", "symlinks") if getattr(options, f"allow_{word}"))
+    if not (given or copied):
         return {}
     from x07_sandbox.policy.overrides import Overrides
 
-    overrides = Overrides(**{key: tuple(getattr(options, key)) for key in given.values()}, include=include)
-    return {"overrides": overrides, "override_flags": (*given, *(f"--allow-{word}" for word in include))}
+    overrides = Overrides(**{key: tuple(getattr(options, key)) for key in given.values()}, include=copied)
+    return {"overrides": overrides, "override_flags": (*given, *(f"--allow-{word}" for word in copied))}
 
 
-def _nothing_named() -> UsageError:
-    """Without PROGRAM only a project of X07's is taken, as its own command does; one of ours is named by its folder."""
+def _no_program() -> UsageError:
+    """Return the error for a missing PROGRAM; only an X07 project needs none, as with X07's own command."""
     from x07_sandbox.programs.manifest import FILE
 
-    fix = "Try x07 run prog.py"
+    fix = "For example: x07 run prog.py"
     if os.path.lexists(FILE):
-        fix = f"Try x07 run . for the project of the {FILE} here"
+        fix = f"To run the project of {FILE}: x07 run ."
     return UsageError("no program given", "PROGRAM is missing, and there is no x07.json here", fix)
 
 
 def _source_from_stdin() -> bytes:
-    """The source that PROGRAM `-` stands for. Raises UsageError."""
+    """Return the source for PROGRAM `-`. Raises UsageError."""
     try:
         source = read_all(0, SOURCE_MAX_BYTES)
     except OSError as exc:
@@ -387,22 +423,21 @@ def _source_from_stdin() -> bytes:
 
 
 def _decoded(text: str) -> bytes:
-    import binascii  # a file of its own in some Pythons, and hardly ever wanted
+    import binascii  # seldom needed
 
     try:
         return binascii.a2b_base64(text.encode(), strict_mode=True)
     except (binascii.Error, UnicodeEncodeError) as exc:
-        why = f"it is no base64: {exc}"
-        raise UsageError("cannot use --input-b64", why, "Encode the input with base64 -w0") from exc
+        raise UsageError("cannot use --input-b64", f"not base64: {exc}", "Encode the input with base64 -w0") from exc
 
 
 def _variable(text: str) -> tuple[str, str]:
-    """NAME=VALUE, or NAME for the value that it has here. Raises UsageError."""
+    """Parse NAME=VALUE, or NAME for the value in our environment. Raises UsageError."""
     name, equals, value = text.partition("=")
     if equals:
         return name, value
     if name not in os.environ:
-        raise UsageError(f"cannot use --env {name}", "there is no such variable here", "Give NAME=VALUE, or set it")
+        raise UsageError(f"cannot use --env {name}", "the variable is not set here", f"Use --env {name}=VALUE")
     return name, os.environ[name]
 
 
@@ -410,12 +445,12 @@ def _stream(fd: int) -> int | None:
     try:
         os.fstat(fd)
     except OSError:
-        return None  # closed by whoever started us
+        return None  # the caller has closed it
     return fd
 
 
 def _need_image(choice: Choice, ref: str | None) -> None:
-    """On a terminal, make or renew the default image; elsewhere the run is refused without one."""
+    """On a terminal, build or update the default image; elsewhere a run without an image is refused."""
     from x07_sandbox.images.store import find_image, image_is_current
 
     backend = create(choice.backend)
@@ -427,23 +462,22 @@ def _need_image(choice: Choice, ref: str | None) -> None:
         if image_is_current(find_image(None)):
             return
     except ImageError:
-        say("there is no guest image yet; building it takes about a minute")
+        say("building the guest image; this takes about a minute")
     build_with_progress("default", None)
 
 
 def _explain(result: Result) -> None:
-    """Say on standard error what the exit code alone does not; nothing when the program ended by itself."""
-    # What a compiler said; it quotes a source, which may be of any encoding.
-    for said in (result.stdout.data, result.stderr.data) if result.outcome == "build-failed" else ():
-        if said:
+    """Print how the run ended, and a compiler's output; nothing if the program exited by itself."""
+    for output in (result.stdout.data, result.stderr.data) if result.outcome == "build-failed" else ():
+        if output:
             with contextlib.suppress(OSError):
-                sys.stderr.write(plain(said.decode("utf-8", "replace")).removesuffix("\n") + "\n")
+                sys.stderr.write(plain(output.decode("utf-8", "replace")).removesuffix("\n") + "\n")
     for warning in result.warnings:
         if warning.startswith("the input"):
             say(warning)
     for name, stream in (("standard output", result.stdout), ("standard error", result.stderr)):
         if stream.undelivered:
-            say(f"the program's {name} could not be passed on: {stream.undelivered}")
+            say(f"could not write the program's {name}: {stream.undelivered}")
     if result.outcome == "ok" or (result.outcome == "failed" and result.program_started):
         return
     say(f"{result.outcome}: {result.reason}", bad=f"{result.outcome}:")

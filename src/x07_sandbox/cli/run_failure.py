@@ -1,14 +1,16 @@
-"""The JSON document of `x07 run`: a run's result, or an error that ended the command, as one."""
+"""The JSON document of `x07 run`: a run's result, or an error that ended the command, in the form of one."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import contextlib
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
 
 from msgspec.structs import replace
 
-from x07_sandbox.cli.atomic_output import is_refused, with_unwritten
-from x07_sandbox.cli.console import put
-from x07_sandbox.cli.json_output import write_early_failure
+from x07_sandbox.cli.atomic_output import UnwritableError, check_outputs, with_write_errors, write_bytes
+from x07_sandbox.cli.console import write_stdout
 from x07_sandbox.errors import Cancelled, SandboxError
 from x07_sandbox.reports.result import render_result
 from x07_sandbox.runs.run import failure
@@ -18,38 +20,50 @@ if TYPE_CHECKING:
 
     from x07_sandbox.runs.result import Result
 
+# The first bytes of an earlier report; projects and policies have other versions.
+_REPORT: Final = re.compile(rb'\{\s*"schema_version":\s*"x07(\.sandbox\.|\.run\.report@|-os-runner\.report@)')
+_HEAD_BYTES: Final = 100
+
 
 def print_result(result: Result, *, full: bool = False) -> int:
-    """A run as one JSON object; its exit code."""
-    put(render_result(result, full=full))
+    """Print a run as one JSON object; return its exit code."""
+    write_stdout(render_result(result, full=full))
     return result.x07_exit_code
 
 
-def print_failure(exc: Exception, signalled: int | None = None, code: int | None = None) -> int:
-    """Print an error that ended the command as one JSON object; the exit code, *code* if that is given."""
-    return print_result(_failed(exc, signalled, code))
-
-
-def failure_document(exc: Exception, code: int | None = None, *, full: bool = False) -> bytes:
-    """The same, as it is written to a file."""
-    return render_result(_failed(exc, exc.signal if isinstance(exc, Cancelled) else None, code), full=full)
+def print_failure(exc: Exception, code: int | None = None) -> int:
+    """Print an error that ended the command as one JSON object; return the exit code, *code* if given."""
+    return print_result(_failed(exc, code))
 
 
 def write_failure(options: argparse.Namespace, exc: Exception, code: int | None = None) -> None:
-    """The same, in the file of --report-out, if there is one that may be written; --dry-run writes nothing."""
-    if options.report_out is not None and not options.dry_run:
-        if is_refused(exc, options.report_out):
-            return
-        others = [value for name, value in vars(options).items() if name != "report_out"]
-        others += [name for value in others if isinstance(value, list) for name in value]
-        others.append(f"{options.diff}.json")
-        write_early_failure(failure_document(exc, code, full=options.json == "full"), options.report_out, others)
+    """Write such an error to the file of --report-out, so that an earlier report is not mistaken for a new one.
+
+    The program may not have been read, so its files are not known yet: only a new or empty file, or an earlier report
+    that the command line does not name otherwise, is written. The file is skipped if it cannot be written.
+    """
+    path: Path | None = options.report_out
+    if path is None or options.dry_run or (isinstance(exc, UnwritableError) and exc.path == path):
+        return
+    others = [value for name, value in vars(options).items() if name != "report_out"]
+    others += [name for value in others if isinstance(value, list) for name in value]
+    named = [Path(one) for one in (*others, f"{options.diff}.json") if isinstance(one, str | Path)]
+    with contextlib.suppress(OSError, SandboxError, ValueError):
+        check_outputs({"--report-out": path}, named)
+        if not path.exists() or _is_report(path):
+            write_bytes(path, render_result(_failed(exc, code), full=options.json == "full"))
 
 
-def _failed(exc: Exception, signalled: int | None, code: int | None) -> Result:
-    """The error's own result, if a run led to it; else that of a run that never began."""
+def _is_report(path: Path) -> bool:
+    with path.open("rb") as file:
+        head = file.read(_HEAD_BYTES)
+    return not head or _REPORT.match(head) is not None
+
+
+def _failed(exc: Exception, code: int | None) -> Result:
+    """Return the result that the error carries, or that of a run which never started."""
     if isinstance(exc, SandboxError) and exc.result is not None:
-        result: Result = with_unwritten(exc.result, [str(exc)])
+        result: Result = with_write_errors(exc.result, [str(exc)])
     else:
-        result = failure(exc, signalled)
+        result = failure(exc, exc.signal if isinstance(exc, Cancelled) else None)
     return result if code is None else replace(result, x07_exit_code=code)

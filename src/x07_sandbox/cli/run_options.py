@@ -8,10 +8,10 @@ from typing import Any
 from x07_sandbox.cli.parser import (
     add_document_flags,
     add_help_levels,
+    file_path,
+    folder_path,
     name_pattern,
-    named,
-    named_file,
-    named_folder,
+    nonempty,
     option,
     repeated,
     seconds,
@@ -33,20 +33,20 @@ _MORE_EXAMPLES = """  generate | x07 run --toolchain shell -           the sourc
   x07 run --memory 1G --timeout 300 prog.py
   x07 run --env LEVEL=3 ./a.out
   while read -r name; do x07 run --input /dev/null "$name"; done < list
-  x07 run --dry-run project/                       what would be done, and what the policy would hold
+  x07 run --dry-run project/                       show what would be done, without running anything
 """
 _EXITS = """exit code: the program's own; 2 wrong usage, 124 time limit, 125 not run or lost, 126 build failed,
-128+N signal N, 137 out of memory, 153 output limit (docs/reference/outcomes.md; scripts read `outcome` of --json)
+128+N signal N, 137 out of memory, 153 output limit; scripts read `outcome` of --json (docs/reference/outcomes.md)
 """
 OVERRIDES = (
-    ("--allow-host", "HOST:PORT[,PORT...]", "let it connect to this host"),
+    ("--allow-host", "HOST:PORT[,PORT...]", "let the program connect to this host"),
     ("--allow-host-file", "FILE", "the same for each line of a file"),
-    ("--deny-host", "HOST:PORT|HOST:*", "refuse this host, whatever allows it"),
+    ("--deny-host", "HOST:PORT|HOST:*", "deny this host, even if something else allows it"),
     ("--deny-host-file", "FILE", "the same for each line of a file"),
-    ("--allow-read-root", "PATH", "let it read this folder"),
-    ("--allow-write-root", "PATH", "let it change this folder (its changes are copied back)"),
+    ("--allow-read-root", "PATH", "let the program read this folder"),
+    ("--allow-write-root", "PATH", "let the program modify this folder (changes are copied back)"),
 )
-# The options that only --help-all shows; a new option is in --help unless it is named here.
+# Options that only --help-all shows.
 RARE = frozenset(
     {
         *("--allow-host-file", "--deny-host-file", "--net-log", "--reveal", "--stdin", "--input-b64", "--backend"),
@@ -65,13 +65,13 @@ X07_OPTIONS = frozenset(
 
 
 def epilog(level: str) -> str:
-    """The text below the options, made only when help is asked for."""
+    """Return the text below the options."""
     if level == "all":
         return _full_epilog()
     if level == "x07":
         return (
-            "Without PROGRAM, the x07.json of this folder or of the nearest one above it is run.\n"
-            "docs/reference/x07.md describes the reports and the command x07-os-runner.\n"
+            "Without PROGRAM, the x07.json of this folder or the nearest one above it is run.\n"
+            "See docs/reference/x07.md for the reports and the command x07-os-runner.\n"
         )
     languages = ", ".join(row.name for row in TOOLCHAINS)
     return f"toolchains: {languages}, or a folder with x07-sandbox.toml\n{_EXITS}\n{_EXAMPLES}"
@@ -84,15 +84,15 @@ def _full_epilog() -> str:
 {describe()}
 A folder with an x07-sandbox.toml is a project of several files: docs/reference/programs.md.
 
-exit codes and their outcomes (docs/reference/outcomes.md):
-{describe_exits()}A program may use the same numbers, so scripts should read `outcome`. Output that could
-not be written also ends with 125.
+exit codes and outcomes (docs/reference/outcomes.md):
+{describe_exits()}A program may use the same numbers, so scripts should read `outcome`. The exit code is also 125 if
+output could not be written.
 
 {_EXAMPLES}{_MORE_EXAMPLES}"""
 
 
 def help_level(action: argparse.Action) -> str:
-    """Which help shows this option: everyday ("") for `--help`, "x07" for `--help-x07`, "all" for the rest."""
+    """Return the help that shows this option: "" for `--help`, "x07" for `--help-x07`, "all" for `--help-all`."""
     names = action.option_strings
     if any(name in RARE for name in names):
         return "all"
@@ -100,12 +100,12 @@ def help_level(action: argparse.Action) -> str:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add them all."""
+    """Add the options of `x07 run`."""
     parser.add_argument(
         "program",
         metavar="PROGRAM",
         nargs="?",
-        help="source file, executable or project folder; - reads standard input",
+        help="source file, executable or project folder; - for standard input",
     )
     parser.add_argument("args", nargs="*", metavar="ARGS", help="arguments of the program, after --")
     add_help_levels(parser, "all", "x07")
@@ -118,7 +118,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_command_options(parser: argparse.ArgumentParser) -> None:
-    """Add those of `x07 exec`: a command of the image is never built."""
+    """Add the options of `x07 exec`, which builds nothing."""
     parser.add_argument("command", nargs="*", metavar="COMMAND [ARGS]", help="the command and its arguments, after --")
     add_help_levels(parser, "all")
     add_program(parser, built=False)
@@ -132,15 +132,15 @@ def add_command_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_program(parser: argparse.ArgumentParser, *, built: bool = True) -> None:
-    """What runs, under which policy."""
+    """Add the options for what runs, under which policy."""
     group = parser.add_argument_group("program and policy")
-    option(group, "--workdir", "DIR", "start in a copy of this folder; its changes come back", type=named_folder)
+    option(group, "--workdir", "DIR", "start in a copy of this folder; changes are copied back", type=folder_path)
     if built:
-        option(group, "-c", "CODE", "run this source text; needs --toolchain", dest="code")
-        how = "how to build and start it (default: by the file's name)"
+        option(group, "-c", "CODE", "run this source text; requires --toolchain", dest="code")
+        how = "how to build and start the program (default: from the file name)"
         option(group, "--toolchain", "T", how, choices=tuple(BY_NAME))
     else:
-        switch(group, "--read", "let it only read the folder of --workdir")
+        switch(group, "--read", "make the folder of --workdir read-only for the command")
     what = "policy file or built-in:NAME (default: no network or files, 60 s, 512 MiB)"
     option(group, "--policy", "FILE", what)
     add_limits(group, built=built)
@@ -150,24 +150,24 @@ def add_program(parser: argparse.ArgumentParser, *, built: bool = True) -> None:
 
 
 def add_limits(to: argparse._ActionsContainer, *, of_policy: bool = False, built: bool = True) -> None:
-    """Add the flags that set limits, which `limits_of` reads. of_policy: only those that a policy can say."""
+    """Add the flags that `limits_of` reads. of_policy: only those that a policy has a field for."""
     option(to, "--memory", "SIZE", "memory limit, such as 512M or 1G", type=memory_size)
     option(to, "--cpu-time", "S", "CPU time limit in seconds", type=seconds(600))
     option(to, "--timeout", "S", "time limit in seconds", type=seconds(600))
-    procs = "limit of processes and threads besides the first"
+    procs = "limit of processes and threads, not counting the first"
     option(to, "--procs", "N", procs, type=whole_number(0, 1024, "processes"))
-    option(to, "--fds", "N", "limit of open files for each process", type=whole_number(0, 1024, "open files"))
+    option(to, "--fds", "N", "limit of open files per process", type=whole_number(0, 1024, "open files"))
     if of_policy:
         to.set_defaults(build_timeout=None, scale_limits=False)
         return
     if built:
         build = "time limit of the build in seconds (default: 300)"
         option(to, "--build-timeout", "S", build, type=seconds(settings.BUILD_S_MAX))
-    switch(to, "--scale-limits", "multiply time limits under emulation by how much slower it is")
+    switch(to, "--scale-limits", "under emulation: multiply time limits by its slowdown")
 
 
 def limits_of(options: argparse.Namespace) -> dict[str, Any]:
-    """What a request has of these flags; nothing where none was given."""
+    """Return the fields of a request that these flags set."""
     given: dict[str, Any] = {}
     if (options.memory, options.cpu_time, options.timeout, options.procs, options.fds) != _NO_LIMITS:
         from x07_sandbox.policy.limits import LimitChanges
@@ -187,11 +187,11 @@ def limits_of(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def memory_size(text: str) -> int:
-    """A type of options: a size in bytes, as 512M or 1G."""
+    """Option type: a size in bytes, such as 512M or 1G."""
     from x07_sandbox.policy.limits import parse_size, range_fault
 
     size = parse_size(text)
-    fault = "is no size: write 512M, 1G or a number of bytes" if size is None else range_fault("mem_bytes", size)
+    fault = "is not a size: write 512M, 1G or a number of bytes" if size is None else range_fault("mem_bytes", size)
     if size is None or fault:
         raise argparse.ArgumentTypeError(f"{text!r} {fault}")
     return size
@@ -202,74 +202,73 @@ def _milliseconds(value_s: float | None) -> int | None:
 
 
 def add_files(parser: argparse.ArgumentParser) -> None:
-    """Which files and input go in, and what becomes of changed files."""
+    """Add the options for input, for files that go in, and for changed files."""
     group = parser.add_argument_group("files")
     given = group.add_mutually_exclusive_group()
-    option(given, "--input", "FILE", "read standard input from this file (default: yours)", type=named_file)
-    switch(given, "--stdin", "pass your standard input, even if the project names a file")
+    option(given, "--input", "FILE", "read standard input from this file (default: yours)", type=file_path)
+    switch(given, "--stdin", "pass your standard input even if the project names a file")
     option(given, "--input-b64", "TEXT", "use these bytes as standard input, in base64")
     group.add_argument(
         "--changes",
         choices=("apply", "all-or-nothing", "keep", "discard"),
         default="apply",
         metavar="HOW",
-        help="changed files: apply (default), all-or-nothing, keep or discard",
+        help="what to do with changed files: apply (default), all-or-nothing, keep, discard",
     )
-    option(group, "--net-log", "FILE", "write a line of JSON for each connection", type=named_file)
-    option(group, "--diff", "FILE", "also write the changes as a patch", type=named_file)
-    option(group, "--out", "DIR", "folder for its output; the program sees it as /x07/out", type=named_folder)
-    switch(group, "--allow-hidden", "let names that begin with a dot in and out")
-    switch(group, "--allow-symlinks", "let symbolic links in and out")
-    obeyed = "let it change protected names such as .git or Jenkinsfile"
-    repeated(group, "--allow-protected", "PATTERN", obeyed, type=named)
-    repeated(group, "--hide", "PATTERN", "keep files of this name out: '*.csv'", type=name_pattern)
-    repeated(group, "--reveal", "PATTERN", "let in names that look like secrets: '*.pem'", type=name_pattern)
+    option(group, "--net-log", "FILE", "write one line of JSON per connection", type=file_path)
+    option(group, "--diff", "FILE", "also write the changes as a patch", type=file_path)
+    option(group, "--out", "DIR", "copy what the program writes to /x07/out to this folder", type=folder_path)
+    switch(group, "--allow-hidden", "copy names that begin with a dot in and out")
+    switch(group, "--allow-symlinks", "copy symbolic links in and out")
+    doc = "let the program change protected names such as .git or Jenkinsfile"
+    repeated(group, "--allow-protected", "PATTERN", doc, type=nonempty)
+    repeated(group, "--hide", "PATTERN", "do not copy files of this name in, e.g. '*.csv'", type=name_pattern)
+    repeated(group, "--reveal", "PATTERN", "copy in names that look like secrets, e.g. '*.pem'", type=name_pattern)
 
 
 def add_machine(parser: argparse.ArgumentParser, *, built: bool = True) -> None:
-    """The guest image and how virtual machines are started."""
+    """Add the options for the guest image and the backend."""
     group = parser.add_argument_group("virtual machine")
     option(group, "--image", "NAME|DIGEST", "guest image (default: default)")
     switch(group, "--require-hardware", "refuse emulation; run only with hardware virtualisation")
     option(group, "--backend", "B", "backend (default: X07_VM_BACKEND, else qemu)")
-    wall = "kind of isolation (default: X07_SANDBOX_BACKEND, else auto)"
-    option(group, "--sandbox-backend", None, wall, choices=tuple(SANDBOX_BACKENDS))
+    isolation = "kind of isolation (default: X07_SANDBOX_BACKEND, else auto)"
+    option(group, "--sandbox-backend", None, isolation, choices=tuple(SANDBOX_BACKENDS))
     switch(group, "--i-accept-weaker-isolation", "allow a backend that is not a virtual machine")
     queue = whole_number(0, int(settings.QUEUE_S), "seconds")
     doc = "how long to wait for a free slot (default: 600)"
     group.add_argument("--queue-timeout", type=queue, default=settings.QUEUE_S, metavar="S", help=doc)
-    switch(group, "--no-pool", "do not use a warm VM of x07 pool")
+    switch(group, "--no-pool", "do not use a VM of x07 pool")
     if built:
-        switch(group, "--no-cache", "build again, even if the same source was built before")
-    switch(group, "--cold", "boot the VMs instead of cloning saved ones")
+        switch(group, "--no-cache", "build again even if the same source was built before")
+    switch(group, "--cold", "boot the VMs instead of cloning templates")
 
 
 def add_output(parser: argparse.ArgumentParser, *, built: bool = True) -> None:
-    """What is printed and written."""
+    """Add the options for output."""
     group = parser.add_argument_group("output")
     add_document_flags(group, "print the result as one JSON object instead of the program's output")
-    group.add_argument(
-        "--json=full", dest="json", action="store_const", const="full", help="the same with every control of the policy"
-    )
-    switch(group, "--raw", "pass the program's control sequences to the terminal")
+    doc = "the same with every control of the policy"
+    group.add_argument("--json=full", dest="json", action="store_const", const="full", help=doc)
+    switch(group, "--raw", "pass the program's control sequences to the terminal unfiltered")
     most = "limit for each output stream (default: 64 MiB)"
     option(group, "--max-output-bytes", "N", most, type=whole_number(0, 1 << 40, "bytes"))
     if built:
-        option(group, "--compiled-out", "FILE", "save the built program", type=named_file)
-    switch(group, "--dry-run", "run nothing; show what would be done")
+        option(group, "--compiled-out", "FILE", "save the built executable", type=file_path)
+    switch(group, "--dry-run", "show what would be done, without running anything")
 
 
 def add_x07(parser: argparse.ArgumentParser) -> None:
-    """For X07's own programs, and scripts that call X07's command."""
+    """Add the options for X07's own programs, and for scripts that call X07's command."""
     group = parser.add_argument_group("for X07's own programs, and scripts that call X07's command")
     for kind, dest in (("program", "program_flag"), ("project", "project"), ("artifact", "artifact")):
-        option(group, f"--{kind}", "F", f"the {kind}, in place of PROGRAM", dest=dest)
-    group.add_argument("--world", metavar="W", default="run-os-sandboxed", help="run-os-sandboxed, the only one here")
+        option(group, f"--{kind}", "F", f"the {kind}, instead of PROGRAM", dest=dest)
+    group.add_argument("--world", metavar="W", default="run-os-sandboxed", help="must be run-os-sandboxed")
     option(group, "--profile", "N", "profile of an x07.json")
-    group.add_argument("--auto-ffi", action=argparse.BooleanOptionalAction, help="compile the foreign code of packages")
+    group.add_argument("--auto-ffi", action=argparse.BooleanOptionalAction, help="compile the native code of packages")
     for name in X07_LIMITS:
         option(group, name, "N", "applies to X07 programs only", type=whole_number(0, 1 << 48, "units"))
-    report = "print X07's report instead, and end with its exit code"
+    report = "print X07's report instead, and exit with its code"
     option(group, "--report", None, report, choices=("runner", "wrapped"))
-    attest = "X07's attestation of the run; implies --report runner"
-    option(group, "--attest-runtime", "FILE", attest, type=named_file)
+    attest = "write X07's attestation of the run; implies --report runner"
+    option(group, "--attest-runtime", "FILE", attest, type=file_path)

@@ -1,12 +1,19 @@
-"""Files that `x07 run` writes of a run because its flags name them: executable, patch, result."""
+"""Files that flags of `x07 run` name: executable, patch, log of connections, result."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from x07_sandbox.cli.atomic_output import noted, with_unwritten, write_all, write_bytes, write_executable, write_whole
-from x07_sandbox.cli.changes_text import machine_form, pieces
+from x07_sandbox.cli.atomic_output import (
+    collect_error,
+    with_write_errors,
+    write_all,
+    write_atomically,
+    write_bytes,
+    write_executable,
+)
+from x07_sandbox.cli.changes_text import changes_json, patch_chunks
 from x07_sandbox.files.changes import ChangeSet
 from x07_sandbox.reports.result import render_result
 from x07_sandbox.runs.folder import NET_LOG, all_runs
@@ -20,48 +27,44 @@ if TYPE_CHECKING:
 
 
 def write_files(options: argparse.Namespace, result: Result, artifact: OutFile | None) -> tuple[Result, list[str]]:
-    """Write what the flags ask for, the result last. Returns the result, and a line for each file that failed.
+    """Write the files that flags name, the result last. Return the result and a line for each failure.
 
-    Each such line is a warning of the result, whose exit code is then 125.
+    Each failure becomes a warning of the result, whose exit code is then 125.
     """
-    unwritten: list[str] = []
+    write_errors: list[str] = []
     if artifact is not None and artifact.complete:
-        with noted(unwritten):
+        with collect_error(write_errors):
             write_executable(options.compiled_out, artifact)
-    write_records(options, result, unwritten)
-    told = with_unwritten(result, unwritten)
+    write_records(options, result, write_errors)
     if options.report_out is not None:
-        with noted(unwritten):
-            write_bytes(options.report_out, render_result(told, full=options.json == "full"))
-    return with_unwritten(result, unwritten), unwritten
+        with collect_error(write_errors):
+            report = render_result(with_write_errors(result, write_errors), full=options.json == "full")
+            write_bytes(options.report_out, report)
+    return with_write_errors(result, write_errors), write_errors
 
 
-def write_net_log(path: Path, result: Result) -> None:
-    """Write a run's log of connections, which is empty where it could have none. Raises OSError, SandboxError."""
+def write_records(options: argparse.Namespace, result: Result, write_errors: list[str]) -> None:
+    """Write the patch and the log of connections if flags name files for them; append failures to *write_errors*."""
+    for path, write in ((options.diff, write_diff), (options.net_log, _write_net_log)):
+        if path is not None:
+            with collect_error(write_errors):
+                write(path, result)
+
+
+def _write_net_log(path: Path, result: Result) -> None:
     log = all_runs() / result.run / NET_LOG
     write_bytes(path, log.read_bytes() if log.is_file() else b"")
 
 
-def write_records(options: argparse.Namespace, result: Result, unwritten: list[str]) -> None:
-    """Write changes and log of connections where flags ask for them. unwritten: gets a line for each failure."""
-    for path, write in ((options.diff, write_diff), (options.net_log, write_net_log)):
-        if path is not None:
-            with noted(unwritten):
-                write(path, result)
-
-
 def write_diff(path: Path, result: Result) -> None:
-    """Write a run's changes as a patch, which may be empty, and beside it, as FILE.json, all of it with digests.
-
-    Raises OSError, SandboxError.
-    """
+    """Write a run's changes as a patch, and as JSON with digests to FILE.json. Raises OSError, SandboxError."""
     kept = SavedChanges(run=result.run, folder=path.parent, changes=ChangeSet(run=result.run, roots=()))
     if result.changes.state not in {"none", "discarded"}:
         kept = find_saved(result.run)
 
-    def put(fd: int) -> None:
-        for piece in pieces(kept):
-            write_all(fd, piece)
+    def fill(fd: int) -> None:
+        for chunk in patch_chunks(kept):
+            write_all(fd, chunk)
 
-    write_whole(path, put)
-    write_bytes(path.with_name(f"{path.name}.json"), machine_form(kept.changes))
+    write_atomically(path, fill)
+    write_bytes(path.with_name(f"{path.name}.json"), changes_json(kept.changes))

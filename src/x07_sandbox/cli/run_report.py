@@ -1,4 +1,4 @@
-"""`x07 run --report`: X07's report in place of the program's output."""
+"""`x07 run --report`: print X07's report instead of the program's output."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
-from x07_sandbox.cli.atomic_output import noted, write_bytes
-from x07_sandbox.cli.console import put, say
+from x07_sandbox.cli.atomic_output import collect_error, write_bytes
+from x07_sandbox.cli.console import say, write_stdout
 from x07_sandbox.cli.run_failure import print_failure, write_failure
 from x07_sandbox.cli.run_outputs import write_records
-from x07_sandbox.cli.x07_report import Wanted, run_and_report
+from x07_sandbox.cli.x07_report import ReportRequest, run_and_report
 from x07_sandbox.errors import RefusedError, UsageError
 from x07_sandbox.host.documents import project_root, write_document
 from x07_sandbox.host.paths import is_file, is_folder
@@ -32,8 +32,7 @@ from x07_sandbox.runs.request import (
 )
 from x07_sandbox.x07.project import PROJECT_FILE, diagnostics_line
 from x07_sandbox.x07.protocol import INPUT_MAX_BYTES, USAGE_EXIT
-from x07_sandbox.x07.runner_report import flat_report
-from x07_sandbox.x07.wrapped_report import target_of, wrap
+from x07_sandbox.x07.runner_report import flat_report, target_of, wrap
 
 if TYPE_CHECKING:
     import argparse
@@ -49,10 +48,7 @@ _SCHEMA_EXIT = 3
 
 
 def with_x07_exits(options: argparse.Namespace, carry_out: Callable[[], int]) -> int:
-    """A run of one of X07's own programs: what ends it before it begins has X07's exit codes.
-
-    Other errors than UsageError and RefusedError are raised.
-    """
+    """Run one of X07's own programs; UsageError and RefusedError before the run get X07's exit codes."""
     try:
         return carry_out()
     except (UsageError, RefusedError) as exc:
@@ -66,7 +62,7 @@ def with_x07_exits(options: argparse.Namespace, carry_out: Callable[[], int]) ->
 
 
 def from_project(options: argparse.Namespace, program: Path) -> None:
-    """Resolve the policy and files of hosts from the folder of an X07 project; a single program has none."""
+    """Make the policy and the host files relative to the folder of an X07 project."""
     if not is_folder(program) and program.name != PROJECT_FILE:
         return
     root = program if is_folder(program) else program.parent
@@ -77,7 +73,7 @@ def from_project(options: argparse.Namespace, program: Path) -> None:
 
 
 def x07_exit(exc: UsageError | RefusedError) -> int:
-    """X07's exit code for an error from before a run; one of the policy's schema is told as X07's tools do."""
+    """Return X07's exit code for an error before the run; print errors of the policy's schema as X07's tools do."""
     if not isinstance(exc, PolicyError) or exc.in_schema:
         return USAGE_EXIT
     sys.stderr.write(diagnostics_line([str(problem) for problem in exc.problems]) + "\n")
@@ -87,11 +83,11 @@ def x07_exit(exc: UsageError | RefusedError) -> int:
 def run_with_report(
     request: RunRequest, program: Program, options: argparse.Namespace, stack: contextlib.ExitStack
 ) -> int:
-    """Carry the request out and print X07's report; its exit code. Raises SandboxError before there is a run."""
+    """Run the program, print X07's report and return its exit code. Raises SandboxError before the run."""
     policy = request.effective_policy or effective_policy_of(request)
     with request.cancel.waiting():
         data = read_whole(open_input(request, stack), INPUT_MAX_BYTES)
-    wanted = Wanted(
+    wanted = ReportRequest(
         program=program,
         policy=policy,
         policy_path=None if request.policy is None else str(request.policy),
@@ -101,25 +97,28 @@ def run_with_report(
         accepted=options.i_accept_weaker_isolation or flag("X07_I_ACCEPT_WEAKER_ISOLATION"),
     )
     result, report = run_and_report(request, wanted, stack, say)
-    unwritten: list[str] = []
-    write_records(options, result, unwritten)
-    told = report if options.artifact is None else flat_report(report)
-    text = render_json(told if options.report != "wrapped" else wrap(told, target_of(program, request.program, told)))
+    write_errors: list[str] = []
+    write_records(options, result, write_errors)
+    printed = report if options.artifact is None else flat_report(report)
+    if options.report == "wrapped":
+        text = render_json(wrap(printed, target_of(program, request.program, printed)))
+    else:
+        text = render_json(printed)
     if options.report_out is not None:
-        with noted(unwritten):
+        with collect_error(write_errors):
             write_bytes(options.report_out, text)
-    for line in unwritten:
+    for line in write_errors:
         say(line)
     if not options.quiet_json:
-        put(text)
-    if unwritten:
+        write_stdout(text)
+    if write_errors:
         protocol = program.toolchain.protocol
         return REFUSED_EXIT if protocol is None else protocol.usage_exit
     return report.exit_code
 
 
 def with_derived_file(request: RunRequest, program: Program, protocol: Protocol) -> RunRequest:
-    """Write the policy with its overrides into the project, as X07's command does. Raises UsageError, PolicyError."""
+    """Write the policy with its overrides to the project, as X07's command does. Raises UsageError, PolicyError."""
     need_policy(request, protocol)
     if request.overrides is None:
         return request
@@ -132,11 +131,11 @@ def with_derived_file(request: RunRequest, program: Program, protocol: Protocol)
     derived = derive_policy(base, data, name, request.overrides, read_spec_file=read_spec_file)
     parts = (".x07", "policies", "_generated", derived.file_name)
     place = root.joinpath(*parts)
-    fix = f"Make {place.parent} a folder that you can write, or leave the flags that change the policy out"
+    fix = f"Make {place.parent} writable, or omit the flags that change the policy"
     write_document(root, parts, derived.data, overwrite=True, fix=fix)
     say(f"using derived policy {place}", "x07 run")
     limits = request.limits
-    if limits is not None:  # the file has another name, and the policy is still of the same author
+    if limits is not None:  # the derived file has the same author
         limits = replace(limits, may_raise=is_built_in(request.policy))
     request = replace(request, policy=place, overrides=None, limits=limits)
     return replace(request, effective_policy=effective_policy_of(request)._replace(denied=derived.denied))

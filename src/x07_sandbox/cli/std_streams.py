@@ -1,4 +1,4 @@
-"""Our own process and its standard streams: whoever starts us may have closed any of them, or set what is not ours."""
+"""Our own standard streams: the caller may have closed them or made them non-blocking."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
 _NAMES: Final = ("stdin", "stdout", "stderr")
-_OBJECTS: Final = 50_000  # a run makes about half as many on its way, nearly all of them modules, which stay
+_OBJECTS: Final = 50_000  # a run makes about half as many, nearly all of them in modules, which stay
 
 
-class _Patient(io.FileIO):
-    """What we write to, however it came to us.
+class _RetryingFile(io.FileIO):
+    """A descriptor to write to, blocking or not.
 
-    Whoever shares it may have set O_NONBLOCK (node does): Python's own streams then drop what does not fit at once. And
-    a reader who has gone (`| head -1`) wanted no more.
+    A process that shares it may have set O_NONBLOCK (node does): Python's own streams then drop what does not fit at
+    once. If the reader is gone (`| head -1`), the rest is discarded.
     """
 
     def write(self, data: ReadableBuffer, /) -> int:
-        """Write some of *data*; how many bytes are done with. Raises OSError."""
+        """Write some of *data* and return how many bytes need no further write. Raises OSError."""
         while True:
             try:
                 count: int | None = super().write(data)
@@ -37,18 +37,18 @@ class _Patient(io.FileIO):
             wait_writable(self.fileno())
 
 
-def settle_in() -> None:
-    """What each of our commands does first."""
-    gc.set_threshold(_OBJECTS, *gc.get_threshold()[1:])  # a run makes no cycles, and looking for them takes 4 ms
-    _fill_closed_streams()
-    _write_patiently()
-    os.umask(os.umask(0o077) & 0o077)  # one that takes our own rights away would lock us out of our files
+def prepare_streams() -> None:
+    """Prepare the process: garbage collection, standard streams, umask."""
+    gc.set_threshold(_OBJECTS, *gc.get_threshold()[1:])  # a run makes no cycles; searching for them takes 4 ms
+    _open_closed_streams()
+    _retry_writes()
+    os.umask(os.umask(0o077) & 0o077)  # a umask without our own rights would lock us out of our files
 
 
-def _fill_closed_streams() -> None:
-    """Put /dev/null where a standard descriptor is closed, before any descriptor of ours can take its number.
+def _open_closed_streams() -> None:
+    """Open /dev/null where a standard descriptor is closed.
 
-    Else a program's output would be written into whatever of ours had become descriptor 1.
+    Otherwise the next file that we open would become descriptor 1 and receive a program's output.
     """
     for fd, name in enumerate(_NAMES):
         try:
@@ -63,22 +63,22 @@ def _fill_closed_streams() -> None:
             setattr(sys, name, stream)
 
 
-def _write_patiently() -> None:
-    """Have all that we say arrive whole, or be told of as an error, whatever is behind our streams."""
+def _retry_writes() -> None:
+    """Make sys.stdout and sys.stderr write everything, or raise an error."""
     for name in _NAMES[1:]:
         stream = getattr(sys, name)
-        if stream is getattr(sys, f"__{name}__") and stream is not None:  # else it is somebody's own, as in a test
-            raw = _Patient(stream.fileno(), "w", closefd=False)
+        if stream is getattr(sys, f"__{name}__") and stream is not None:  # else a test has replaced it
+            raw = _RetryingFile(stream.fileno(), "w", closefd=False)
             text = io.TextIOWrapper(
                 io.BufferedWriter(raw), stream.encoding, stream.errors, line_buffering=stream.line_buffering
             )
             setattr(sys, name, text)
 
 
-def leave(code: int) -> NoReturn:
+def exit_with(code: int) -> NoReturn:
     """End the process with exactly that code.
 
-    Python's own end would flush both streams once more, and turn a full disk behind them into exit code 120.
+    Python's own exit would flush both streams again and turn a full disk behind them into exit code 120.
     """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):

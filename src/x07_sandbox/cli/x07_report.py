@@ -1,4 +1,4 @@
-"""A run with X07's report, and the files that are asked for with it: for `x07-os-runner` and `x07 run --report`."""
+"""A run with X07's report and its files, for `x07-os-runner` and `x07 run --report`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import msgspec
 from msgspec.structs import replace
 
 from x07_sandbox.cli import changes_text, denials_text
-from x07_sandbox.cli.atomic_output import place_for_artifact, write_bytes, write_executable
+from x07_sandbox.cli.atomic_output import artifact_file, write_bytes, write_executable
 from x07_sandbox.errors import SandboxError, UsageError
 from x07_sandbox.programs.toolchains import ARTIFACT, OUTPUT, PROGRAM_FOLDER
 from x07_sandbox.reports.document import render_json
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
     from x07_sandbox.runs.streams import OutFile
 
 
-class Wanted(msgspec.Struct, frozen=True, kw_only=True):
-    """What the report tells besides the result.
+class ReportRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """What is needed for the report besides the result.
 
-    policy_path: as the user named it, None for the built-in one. data: the whole input.
-    compiled_out, attest_runtime: files to be written, or None. accepted: whether weaker isolation was.
-    flags: those that the command has, where it has not all of `x07 run`.
+    policy_path: as the user named it; None for a built-in policy. data: the whole input.
+    compiled_out, attest_runtime: files to write, or None. accepted: whether weaker isolation was accepted.
+    flags: the flags of the command if it has fewer than `x07 run`.
     """
 
     program: Program
@@ -49,15 +49,15 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def run_and_report(
-    request: RunRequest, wanted: Wanted, stack: contextlib.ExitStack, say: Callable[[str], None]
+    request: RunRequest, wanted: ReportRequest, stack: contextlib.ExitStack, say: Callable[[str], None]
 ) -> tuple[Result, CompileRunReport]:
-    """Carry the request out with what was read for it, and write the files; *say* gets the lines for the user.
+    """Run the request and write the files; *say* gets the messages.
 
-    Raises UsageError where the request is wrong, RefusedError where a file cannot be written; that has the result.
+    Raises UsageError for a wrong request, and RefusedError, with the result, if a file cannot be written.
     """
-    artifact = place_for_artifact(stack)
+    artifact = artifact_file(stack)
     if wanted.attest_runtime is not None:
-        wanted.attest_runtime.unlink(missing_ok=True)  # what lies there attests another run
+        wanted.attest_runtime.unlink(missing_ok=True)  # it attests an earlier run
     request = replace(
         request,
         input=None,
@@ -71,13 +71,15 @@ def run_and_report(
     request.progress("")
     if isinstance(error, UsageError):
         raise error
-    told, command = (result, "") if wanted.flags is None else (denials_text.for_flags(result, wanted.flags), "x07 run ")
-    aftermath = [*denials_text.lines(told, command), *changes_text.lines(told)]
+    advised, command = result, ""
+    if wanted.flags is not None:
+        advised, command = denials_text.for_flags(result, wanted.flags), "x07 run "
+    aftermath = [*denials_text.denial_lines(advised, command), *changes_text.change_lines(advised)]
     try:
         report, lines = _make_report(wanted, result, artifact)
     except SandboxError as exc:
         exc.result = result
-        for line in aftermath:  # what became of the user's files is told whatever becomes of the report
+        for line in aftermath:  # the changes to the user's files are reported in any case
             say(line)
         raise
     for line in (*lines, *aftermath):
@@ -85,8 +87,8 @@ def run_and_report(
     return result, report
 
 
-def _make_report(wanted: Wanted, result: Result, artifact: OutFile) -> tuple[CompileRunReport, list[str]]:
-    """The report, and lines about how it ended; the files are written. Raises RefusedError where one cannot be."""
+def _make_report(wanted: ReportRequest, result: Result, artifact: OutFile) -> tuple[CompileRunReport, list[str]]:
+    """Write the files; return the report and messages about how the run ended. Raises RefusedError."""
     toolchain = wanted.program.toolchain
     built = Built(
         mode=mode_of(wanted.program), world="run-os-sandboxed", lang_id=toolchain.name, path=OUTPUT, size=artifact.size
@@ -98,7 +100,7 @@ def _make_report(wanted: Wanted, result: Result, artifact: OutFile) -> tuple[Com
     if wanted.attest_runtime is None:
         return report, ending
     if report.solve is None or "run" not in result.phases:
-        return report, ["nothing was run, so nothing is attested", *ending]
+        return report, ["no attestation: nothing was run", *ending]
     given = Attested(
         policy=wanted.policy.policy,
         policy_bytes=wanted.policy.data,

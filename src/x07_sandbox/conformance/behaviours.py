@@ -200,8 +200,8 @@ def _late(bench: Bench) -> Facts:
     result = bench.run(_DEAF, mark, policy=policy_with(limits={"wall_ms": _WALL_MS}))
     times = result.phases["run"].times_ms
     over_ms = times["end"] - times["started"] - _WALL_MS
-    grace = "met" if 0 <= over_ms <= _GRACE_MS else f"ended {over_ms:.0f} ms after its deadline"
-    return {_END: _end(result), "grace": grace, "processes left": remaining(mark)}
+    read_deadline = "met" if 0 <= over_ms <= _GRACE_MS else f"ended {over_ms:.0f} ms after its deadline"
+    return {_END: _end(result), "grace": read_deadline, "processes left": remaining(mark)}
 
 
 def _cancelled(bench: Bench) -> None:

@@ -11,7 +11,7 @@ import msgspec
 
 from x07_sandbox.conformance.behaviours import BEHAVIOURS, Behaviour
 from x07_sandbox.conformance.harness import RUNNER, Bench, BrokenError, open_bench
-from x07_sandbox.errors import shown
+from x07_sandbox.errors import printable
 from x07_sandbox.plan.features import Isolation
 
 
@@ -59,7 +59,7 @@ def check_behaviour(behaviour: Behaviour, bench: Bench) -> Verdict:
     try:
         behaviour.check(bench)
     except BrokenError as exc:
-        failed = {"verdict": "failed", "reason": shown(str(exc))}
+        failed = {"verdict": "failed", "reason": printable(str(exc))}
     except Exception as exc:  # noqa: BLE001 - whatever a backend does wrong is a verdict on it
-        failed = {"verdict": "failed", "reason": shown(f"{type(exc).__name__}: {exc}")}
+        failed = {"verdict": "failed", "reason": printable(f"{type(exc).__name__}: {exc}")}
     return verdict(seconds=round(time.monotonic() - started, 2), **failed)

@@ -9,7 +9,7 @@ import contextlib
 import sys
 
 from x07_sandbox.conformance.harness import request
-from x07_sandbox.errors import shown
+from x07_sandbox.errors import printable
 from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.runs.run import run
 
@@ -18,7 +18,7 @@ def main(words: list[str]) -> None:
     """Carry out the run and print how it ended."""
     with contextlib.closing(Cancel()) as cancel:
         result = run(request(*words, live_stdout=1, cancel=cancel))
-    sys.stdout.write(f"{result.outcome}: {shown(result.reason)}\n")
+    sys.stdout.write(f"{result.outcome}: {printable(result.reason)}\n")
 
 
 if __name__ == "__main__":

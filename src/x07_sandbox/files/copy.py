@@ -384,7 +384,7 @@ class _Walk:
         if self._tree.only:
             why = why_left_out(reason, self._bounds)
             error = UsageError(f"cannot give the program {name}", why, "Leave it out, or see docs/reference/policy.md")
-            raise error.by(FIELDS[reason], value_for(reason, size, self._bounds))
+            raise error.caused_by(FIELDS[reason], value_for(reason, size, self._bounds))
         if self._is_written(name):
             self.copied.skipped[name] = Skipped(reason, size)
         if name in self._subs:

@@ -67,7 +67,6 @@ _READS_ONLY: Final = frozenset(
 )
 
 Find = Callable[[str, int, str], str]
-Follow = Callable[[str], str]
 
 
 class Refusal(NamedTuple):
@@ -113,11 +112,11 @@ class Audit:
         self.begin()
         self._lost_before = self._status()[_LOST]
 
-    def begin(self, find: Find | None = None, roots: Sequence[str] = (), follow: Follow | None = None) -> None:
-        """Discard all records: the following ones are the program's. find, roots, follow: see `Refusals`."""
+    def begin(self, find: Find | None = None, roots: Sequence[str] = ()) -> None:
+        """Discard all records: the following ones are the program's. find, roots: see `Refusals`."""
         while self._next() is not None:
             pass
-        self._refusals.reset(find, roots, follow)
+        self._refusals.reset(find, roots)
 
     def take(self) -> None:
         """Read at most _READS records."""
@@ -210,29 +209,21 @@ class NoAudit:
 class Refusals:
     """Denials put together from records. found: count of each. uncounted: number beyond `DENIED_MAX` kinds."""
 
-    def __init__(
-        self,
-        calls: dict[str, int],
-        find: Find | None = None,
-        roots: Sequence[str] = (),
-        follow: Follow | None = None,
-    ) -> None:
+    def __init__(self, calls: dict[str, int], find: Find | None = None, roots: Sequence[str] = ()) -> None:
         """calls: system call numbers by name. roots: mount points of host folders.
 
         find(device, inode, name): returns the path of an inode, empty if unknown or not better than *name*, which is
             the call's own name for it: possibly a link, or empty if it was relative to a descriptor.
-        follow(path): resolves the path of an executed program if the program may have made a link on the way.
         """
         self._names = {number: name for name, number in calls.items()}
         self._pending: dict[bytes, _Call] = {}
         self.found: dict[Refusal, int] = {}
-        self.reset(find, roots, follow)
+        self.reset(find, roots)
 
-    def reset(self, find: Find | None = None, roots: Sequence[str] = (), follow: Follow | None = None) -> None:
+    def reset(self, find: Find | None = None, roots: Sequence[str] = ()) -> None:
         """Discard everything recorded."""
         self._find = find
         self._roots = roots
-        self._follow = follow
         self._pending.clear()
         self.found.clear()
         self.uncounted = 0
@@ -295,7 +286,7 @@ class Refusals:
             call.folder = call.folder or call.folders[0]
         elif call.name in _EXECUTES:
             # A script, then its interpreter: the last one was denied.
-            call.path = self._executed(call, name) or call.path
+            call.path = name or call.path
         elif call.name in _REPLACES:
             self._note_replaced(call, name, values)
         elif not unrelated:
@@ -320,15 +311,9 @@ class Refusals:
         vague = not name or (call.by_descriptor and not name.startswith("/"))
         if not vague and call.errno != errno.EROFS:
             return name
-        given = "" if vague else posixpath.normpath(posixpath.join(call.cwd, name))
+        known_name = "" if vague else posixpath.normpath(posixpath.join(call.cwd, name))
         device = values.get(b"dev", b"").decode("ascii", "replace")
-        return self._find(device, _number(values.get(b"inode", b"")), given) or name
-
-    def _executed(self, call: _Call, name: str) -> str:
-        """Return the path of a program, resolving links made by the program: the policy lists real paths."""
-        if not name or self._follow is None or (call.by_descriptor and not name.startswith("/")):
-            return name
-        return self._follow(posixpath.join(call.cwd, name)) or name
+        return self._find(device, _number(values.get(b"inode", b"")), known_name) or name
 
     def _root(self, call: _Call, name: str) -> str:
         """Return the root with this path, or the only one with this base name; else an empty string."""

@@ -62,12 +62,12 @@ class NoGroup:
         """Return the CPU time of all its processes, in microseconds."""
         return _cpu_ticks(init) * 1_000_000 // os.sysconf("SC_CLK_TCK")
 
-    def count(self, what: str) -> int:
+    def count(self, name: str) -> int:
         """Return a counter of `HostGroup.COUNTERS`, 0 if there is none."""
-        if what not in self.COUNTERS:
+        if name not in self.COUNTERS:
             return 0
-        name, *keys = self.COUNTERS[what]
-        return counter(f"{self._folder}/{name}", keys)
+        file, *keys = self.COUNTERS[name]
+        return counter(f"{self._folder}/{file}", keys)
 
     def program_stopped(self, init: int) -> bool:
         """Return whether the program itself, regardless of its children, is stopped by a signal."""

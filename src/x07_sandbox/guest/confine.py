@@ -169,7 +169,6 @@ def devices(make: Callable[[str, str], None]) -> None:
 
 
 def _remount(path: str, flags: int) -> None:
-    """Change the flags of a mount: MS_RDONLY, or 0 for writable."""
     system.mount("", path, "", system.MS_REMOUNT | system.MS_BIND | system.MS_NOSUID | system.MS_NODEV | flags)
 
 

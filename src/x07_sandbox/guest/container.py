@@ -19,7 +19,6 @@ from x07_sandbox.guest import confine, system
 from x07_sandbox.guest.cgroup import HostGroup, HostGroupsV1, NoGroup, counter
 from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.process import FREE_INIT, RULES, SCOPES, OnSharedKernel, limit
-from x07_sandbox.guest.relay_process import RelayProcess
 from x07_sandbox.guest.system import write_file
 from x07_sandbox.guest.trees import Tree, as_program_user
 
@@ -84,10 +83,10 @@ class ContainerGroup(NoGroup):
         self._cpu = ("cpu.stat", "usage_usec") if unified else ("cpuacct/cpuacct.usage",)
         self._unit = 1 if unified else 1000
 
-    def count(self, what: str) -> int:
+    def count(self, name: str) -> int:
         """Return a counter; see `NoGroup.count`."""
-        name, *keys = self._counters[what]
-        return counter(f"{_CGROUP}/{name}", keys)
+        file, *keys = self._counters[name]
+        return counter(f"{_CGROUP}/{file}", keys)
 
     def cpu_us(self, init: int) -> int:  # noqa: ARG002
         """Return the CPU time of the container, in microseconds."""
@@ -219,10 +218,3 @@ class Contained(OnSharedKernel):
     def reading(self) -> AbstractContextManager[None]:
         """Switch to the program's user: without CAP_DAC_OVERRIDE, root cannot read its files."""
         return as_program_user(confine.UID)
-
-    def relay(self, netns_fd: int) -> RelayProcess:
-        """Start the relay in the container's network namespace."""
-        if self._net_fd < 0:
-            raise JobError("relay", 0, "this container has no connection to the gate")
-        os.set_blocking(self._net_fd, False)
-        return RelayProcess(netns_fd, lambda: self._net_fd, (self._net_fd,), hold=False)

@@ -144,7 +144,6 @@ def _labels(query: bytes) -> list[bytes] | None:
 
 
 def _is_valid(name: str) -> bool:
-    """Return whether a DNS message can carry this name."""
     labels = name.split(".")
     return (
         name.isascii()

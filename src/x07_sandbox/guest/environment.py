@@ -200,10 +200,6 @@ class Environment:
         """Return the folder that the program sees as /x07/in."""
         return f"{self.platform.scratch if on_disk else self.platform.memory}/in"
 
-    def scratch(self, name: str) -> str:
-        """Return a path on the scratch disk, hidden from the program."""
-        return f"{self.platform.scratch}/{name}"
-
     def kill(self) -> None:
         """Kill the program and all its children."""
         self.group.kill(self.init)
@@ -244,7 +240,6 @@ def exec_failure(status: bytes) -> JobError:
 
 
 def _network_namespace() -> int:
-    """Create a network namespace with only `lo`, and return its descriptor."""
     own = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.unshare(os.CLONE_NEWNET)

@@ -42,7 +42,6 @@ def allow_program(path: str) -> None:
 
 
 def _listed(rules: ExecutionRules) -> list[str]:
-    """Return the existing paths of the lists, without duplicates."""
     listed = [path for path in rules.programs or () if os.path.isfile(path)]
     for prefix in rules.prefixes:
         listed += [path for path in _with_prefix(prefix) if os.path.exists(path)]
@@ -136,5 +135,4 @@ def _plain(word: bytes) -> str:
 
 
 def _within(path: str, folder: str) -> bool:
-    """Return whether a path is the folder or below it."""
     return path == folder or path.startswith(folder.rstrip("/") + "/")

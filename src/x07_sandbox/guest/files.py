@@ -47,7 +47,7 @@ class IncomingFiles:
             if entry["kind"] == "archive" and not self.on_disk:
                 self._archives[stream] = io.BytesIO()
                 continue
-            archive = environment.scratch(f"{stream}.cpio") if entry["kind"] == "archive" else None
+            archive = f"{environment.platform.scratch}/{stream}.cpio" if entry["kind"] == "archive" else None
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             self._open[stream] = os.open(archive or self._path(entry), flags, entry["mode"])
             if archive:

@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 
 from x07_sandbox.channel.egress import DNS
 from x07_sandbox.guest.errors import JobError
-from x07_sandbox.guest.netlink import HeldPackets, Routes, add_elements
+from x07_sandbox.guest.netlink import HeldPackets, add_elements, deliver_locally
 from x07_sandbox.guest.system import read_all, write_all
 
 DNS_PORT: Final = 53
@@ -140,16 +140,12 @@ def build(*, hold: bool) -> None:
     hold: whether first packets wait, which needs nfnetlink_queue. Otherwise the relay accepts every connection, then
     asks the gate, and the sets of allowed targets are not used.
     """
-    routes = Routes()
-    for family in families():
-        routes.add_address(family.source)
-        routes.deliver_here(family.source)
-    routes.close()
-    _load("".join(_rules(family, hold=hold) for family in families()))
+    found = families()
+    deliver_locally(family.source for family in found)
+    _load("".join(_rules(family, hold=hold) for family in found))
 
 
 def _rules(family: Family, *, hold: bool) -> str:
-    """Return the table of one version of IP in nft syntax."""
     rules = _RULES.replace("HOLD", _HOLD if hold else "").replace("ADDRESS", family.address)
     for what, word in zip(("HOST", "NET", "POLICY"), family.unreachable, strict=True):
         rules = rules.replace(f"UNREACHABLE_{what}", word)

@@ -95,7 +95,6 @@ def _apply_settings(world: confine.World, pipes: Pipes, confinement: confine.Con
 
 
 def _kill_on_sigterm(program: int) -> None:
-    """Kill the program on SIGTERM from the agent (or from the program, if both are the same user)."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's handler would raise an exception here
 
     def kill(_number: int, _frame: object) -> None:

@@ -191,7 +191,6 @@ def _script_name_buffers() -> list[memoryview]:
 
 
 def _restrict(restrict_self: Callable[..., None], filter_code: bytes, rules_fd: int) -> None:
-    """Apply a seccomp filter and Landlock rules to this process."""
     import os
 
     try:
@@ -202,7 +201,6 @@ def _restrict(restrict_self: Callable[..., None], filter_code: bytes, rules_fd: 
 
 
 def _execute(execute: Callable[..., NoReturn], argv: list[str], env: dict[str, str], token: bytes) -> NoReturn:
-    """Execute another program."""
     import os
 
     os.set_inheritable(STATUS_FD, False)  # noqa: FBT003

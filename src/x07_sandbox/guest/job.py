@@ -21,8 +21,7 @@ from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.execution import ExecutionRules
 from x07_sandbox.guest.files import IncomingFiles
 from x07_sandbox.guest.mounts import ProgramPaths
-from x07_sandbox.guest.private_files import left_files, stream_of
-from x07_sandbox.guest.trees import changes
+from x07_sandbox.guest.trees import changes, left_files, stream_of
 
 if TYPE_CHECKING:
     from x07_sandbox.guest.audit import Audit, NoAudit
@@ -142,7 +141,7 @@ class Job:
         self.cpu_checked_at = time.monotonic()
         self.started = True
         names = ProgramPaths(self.files.trees, self.mounts, f"/proc/{environment.init}/root")
-        self.audit.begin(names.path if self.mounts else None, names.roots(), names.follow)
+        self.audit.begin(names.path if self.mounts else None, names.roots())
         environment.start(self.argv, self.env, self.cwd, self.confined)
         self.report_fd, self.status_fd = environment.report_fd, environment.status_fd
         self.fds = {environment.stdout_fd: Stream.STDOUT, environment.stderr_fd: Stream.STDERR}
@@ -174,7 +173,6 @@ class Job:
         )
 
     def _collects(self) -> bool:
-        """Return whether the host wants the files left in private folders."""
         return self.left is not None and self.left["files"] > 0
 
     def _find_command(self) -> None:
@@ -191,7 +189,6 @@ class Job:
         raise JobError("exec", errno.ENOENT, f"command not found: {name}")
 
     def _mount(self) -> None:
-        """Mount the host's folders in the program's view."""
         if any(mount["at"].startswith(_PROJECT) for mount in self.mounts):
             os.makedirs(f"{self.environment.folder(on_disk=self.files.on_disk)}/project", exist_ok=True)
         mounts = [(self._source(mount), mount["at"], mount["write"]) for mount in self.mounts]
@@ -464,7 +461,6 @@ class Job:
             self.link.send_data(Stream.OUTPUT_FILE, data)
 
     def _changes(self) -> Iterator[bytes]:
-        """Yield the changes of all roots as tree records."""
         for number, mount in enumerate(mount for mount in self.mounts if mount["changes"]):
             yield Entry(Record.ROOT, b"%d" % number).encoded()
             yield from changes(self.files.trees[mount["tree"]], os.fsencode(mount["sub"]))

@@ -17,7 +17,7 @@ from x07_sandbox.guest.platform import Platform
 from x07_sandbox.guest.system import write_file
 
 if TYPE_CHECKING:
-    from x07_sandbox.guest.relay_process import RelayProcess
+    from x07_sandbox.guest.relay import RelayProcess
 
 PORT: Final = "x07.0"
 NET_PORT: Final = "x07.net"
@@ -78,7 +78,7 @@ class Machine(Platform):
 
     def relay(self, netns_fd: int) -> RelayProcess:
         """Start a relay that opens a virtio port of its own, and holds first packets."""
-        from x07_sandbox.guest.relay_process import RelayProcess
+        from x07_sandbox.guest.relay import RelayProcess
 
         for name in sorted(os.listdir(_NET_MODULES)):  # the names are numbered in loading order
             system.load_module(f"{_NET_MODULES}/{name}")

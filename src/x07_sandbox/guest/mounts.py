@@ -6,16 +6,13 @@ import contextlib
 import os
 import posixpath
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from x07_sandbox.channel.frames import DENIED_MAX
 from x07_sandbox.guest import confine, system
 from x07_sandbox.guest.errors import JobError
 
 if TYPE_CHECKING:
     from x07_sandbox.guest.trees import Tree
-
-_STEPS_MAX: Final = 256  # path components and links when resolving one path
 
 
 def mount_all(init: int, mounts: Sequence[tuple[str, str, bool]]) -> None:
@@ -39,10 +36,7 @@ def mount_all(init: int, mounts: Sequence[tuple[str, str, bool]]) -> None:
 
 
 class ProgramPaths:
-    """Paths as the program sees them, for denials: of roots, of inodes in read-only roots, and of link targets.
-
-    The tables are built on first use, which is rare.
-    """
+    """Paths as the program sees them, for denials; the tables are built on first use, which is rare."""
 
     def __init__(self, trees: Mapping[int, Tree], mounts: Sequence[Mapping[str, Any]], view: str) -> None:
         """trees: by stream. mounts: as in START. view: the program's root folder, in our view."""
@@ -51,7 +45,6 @@ class ProgramPaths:
         self._view = view
         self._parents: dict[tuple[str, int], str] | None = None
         self._paths: dict[tuple[str, int], str] | None = None
-        self._resolved: dict[str, str] = {}
 
     def roots(self) -> list[str]:
         """Return the mount points."""
@@ -72,42 +65,6 @@ class ProgramPaths:
         if self._paths is None:
             self._paths = dict(self._read_only_paths())
         return self._paths.get((device, inode), "")
-
-    def follow(self, path: str) -> str:
-        """Resolve a path in a folder where the program may make links; return an empty string for any other.
-
-        The result may be outdated; it is only reported. At most DENIED_MAX paths are resolved.
-        """
-        if path not in self._resolved:
-            if len(self._resolved) >= DENIED_MAX:
-                return ""
-            self._resolved[path] = self._resolve(path)
-        return self._resolved[path]
-
-    def _resolve(self, path: str) -> str:
-        own = [*confine.IN_MEMORY, confine.CWD, "/x07/out"]
-        own += [_text(mount["at"]) for mount in self._mounts if mount["write"]]
-        if all(_below(path.strip("/"), folder.strip("/")) is None for folder in own):
-            return ""
-        at, linked, names = "", False, path.split("/")[::-1]
-        for _ in range(_STEPS_MAX):
-            if not names:
-                return _text(at) if linked else ""
-            if len(names) > _STEPS_MAX:
-                return ""
-            name = names.pop()
-            if name == "..":
-                at = at.rpartition("/")[0]
-            elif name not in {"", "."}:
-                try:
-                    target = os.readlink(f"{self._view}{at}/{name}")
-                except OSError:  # not a link
-                    at = f"{at}/{name}"
-                    continue
-                linked = True
-                names += target.split("/")[::-1]
-                at = "" if target.startswith("/") else at
-        return ""
 
     def _parent_folders(self) -> Iterator[tuple[tuple[str, int], str]]:
         for mount in self._mounts:
@@ -138,7 +95,6 @@ class ProgramPaths:
 
 
 def _device(path: str | bytes) -> str:
-    """Return the device of a path in the form of audit records."""
     device = os.stat(path).st_dev
     return f"{os.major(device):02x}:{os.minor(device):02x}"
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Final, NamedTuple
 
 _HEADER: Final = struct.Struct("=IHHII")  # length, type, flags, sequence, port
@@ -61,7 +61,6 @@ def _attribute(kind: int, data: bytes) -> bytes:
 
 
 def _request(sock: socket.socket, kind: int, flags: int, body: bytes) -> None:
-    """Send a request and check its answer. Raises OSError."""
     sock.send(_HEADER.pack(_HEADER.size + len(body), kind, _REQUEST_ACK | flags, 1, 0) + body)
     _check_answer(sock.recv(_READ))
 
@@ -73,29 +72,20 @@ def _check_answer(answer: bytes) -> None:
         raise OSError(number, os.strerror(number), "netlink")
 
 
-class Routes:
-    """Addresses and routes on `lo` of the current network namespace."""
+def deliver_locally(sources: Iterable[str]) -> None:
+    """Add addresses to `lo`, and deliver all packets of their families to the local stack. Raises OSError.
 
-    def __init__(self) -> None:
-        self._sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)
-        self._lo = socket.if_nametoindex("lo")
-
-    def close(self) -> None:
-        """Close the socket."""
-        self._sock.close()
-
-    def add_address(self, address: str) -> None:
-        """Add an address to `lo`. Raises OSError."""
-        family, packed = packed_address(address)
-        body = struct.pack("=BBBBI", family, len(packed) * 8, _NO_DUPLICATES, _SCOPE_HOST, self._lo)
-        _request(self._sock, _NEW_ADDRESS, _CREATE, body + _attribute(_IFA_LOCAL, packed))
-
-    def deliver_here(self, source: str) -> None:
-        """Deliver all packets of the family of *source*, the sender address, to the local stack. Raises OSError."""
-        family, packed = packed_address(source)
-        body = struct.pack("=BBBBBBBBI", family, 0, 0, 0, _TABLE_MAIN, _STATIC, _SCOPE_HOST, _LOCAL, 0)
-        body += _attribute(_RTA_OIF, struct.pack("=I", self._lo)) + _attribute(_RTA_SOURCE, packed)
-        _request(self._sock, _NEW_ROUTE, _CREATE, body)
+    sources: one per family; programs send from these. The current network namespace is changed.
+    """
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0) as sock:
+        lo = socket.if_nametoindex("lo")
+        for source in sources:
+            family, packed = packed_address(source)
+            body = struct.pack("=BBBBI", family, len(packed) * 8, _NO_DUPLICATES, _SCOPE_HOST, lo)
+            _request(sock, _NEW_ADDRESS, _CREATE, body + _attribute(_IFA_LOCAL, packed))
+            body = struct.pack("=BBBBBBBBI", family, 0, 0, 0, _TABLE_MAIN, _STATIC, _SCOPE_HOST, _LOCAL, 0)
+            body += _attribute(_RTA_OIF, struct.pack("=I", lo)) + _attribute(_RTA_SOURCE, packed)
+            _request(sock, _NEW_ROUTE, _CREATE, body)
 
 
 def packed_address(address: str) -> tuple[int, bytes]:
@@ -109,8 +99,7 @@ def add_elements(table: str, name: str, elements: list[tuple[str, str, int]]) ->
 
     All addresses are of the table's family. Starting nft would cost a clone a tenth of a second.
     """
-    sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETFILTER)
-    try:
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETFILTER) as sock:
         for at in range(0, len(elements), _ELEMENTS_A_MESSAGE):
             body = struct.pack(">BBH", packed_address(elements[0][0])[0], 0, 0)
             body += _attribute(_ELEMENTS_TABLE, table.encode() + b"\0")
@@ -123,8 +112,6 @@ def add_elements(table: str, name: str, elements: list[tuple[str, str, int]]) ->
             begin, end = (_HEADER.pack(_HEADER.size + len(edge), kind, 1, 0, 0) + edge for kind in _BATCH)
             sock.send(begin + change + end)
             _check_answer(sock.recv(_READ))
-    finally:
-        sock.close()
 
 
 def _element(first: str, last: str, port: int) -> bytes:
@@ -191,7 +178,6 @@ class HeldPackets:
 
 
 def _held(message: bytes) -> Held | None:
-    """Decode a queued packet; None if it is neither TCP nor UDP."""
     queue = struct.unpack_from(">H", message, 2)[0]
     number, packet, at = -1, b"", _NETFILTER_HEADER
     while at + _ATTRIBUTE.size <= len(message):

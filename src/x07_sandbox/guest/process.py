@@ -19,7 +19,7 @@ from x07_sandbox.guest.platform import Platform
 from x07_sandbox.guest.system import children_of, write_file
 
 if TYPE_CHECKING:
-    from x07_sandbox.guest.relay_process import RelayProcess
+    from x07_sandbox.guest.relay import RelayProcess
 
 GROUP: Final = "/run/x07/cgroup"  # the program's control group, if the host has made one
 # The first Landlock versions (landlock(7)) that allow moving files between folders, and that have scopes.
@@ -111,7 +111,7 @@ class OnSharedKernel(Platform):
 
     def relay(self, netns_fd: int) -> RelayProcess:
         """Start a relay on the inherited stream. It does not hold packets: the host's kernel may not support that."""
-        from x07_sandbox.guest.relay_process import RelayProcess
+        from x07_sandbox.guest.relay import RelayProcess
 
         if self._net_fd < 0:
             raise JobError("relay", 0, "this backend does not support connections")

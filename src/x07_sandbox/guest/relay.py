@@ -8,22 +8,26 @@ relay accepts the connection first, and resets it if the gate refuses.
 from __future__ import annotations
 
 import contextlib
+import marshal
 import os
 import select
+import signal
 import socket
 import struct
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from x07_sandbox.channel import egress
 from x07_sandbox.channel.egress import EgressLink, Event
-from x07_sandbox.guest import firewall
-from x07_sandbox.guest.dns import answer
-from x07_sandbox.guest.watcher import Watcher
+from x07_sandbox.guest import firewall, system
+from x07_sandbox.guest.dns import NameTable, answer
+from x07_sandbox.guest.errors import JobError
+from x07_sandbox.guest.system import read_all, write_all
 
 if TYPE_CHECKING:
-    from x07_sandbox.guest.dns import NameTable
+    from collections.abc import Callable
+
     from x07_sandbox.guest.firewall import Sockets
     from x07_sandbox.guest.netlink import Held
 
@@ -36,6 +40,7 @@ _QUERY_MAX: Final = 4096
 _WAITING_DATAGRAMS: Final = 16  # per flow that is not open yet
 _ACCEPT_S: Final = 10.0  # how long an opened flow waits for the program's connection
 _TICK_S: Final = 1.0
+_READY: Final = b"R"
 _LINGER: Final = struct.pack("ii", 1, 0)  # reset on close
 _MARKS: Final = {
     egress.OK: firewall.PASSED,
@@ -66,6 +71,43 @@ class _Flow:
         self.opened_at = 0.0
 
 
+class Watcher:
+    """Call a descriptor's callback when it is ready.
+
+    A descriptor without wanted events is not registered: epoll would report a hangup on it again and again.
+    """
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._calls: dict[int, Callable[[int], object]] = {}
+        self._wanted: dict[int, int] = {}
+
+    def watch(self, fd: int, call: Callable[[int], object], wanted: int = select.EPOLLIN) -> None:
+        """Set a descriptor's callback and the events to wait for; 0 for none."""
+        before = self._wanted.get(fd, 0)
+        self._calls[fd] = call
+        self._wanted[fd] = wanted
+        if wanted == before:
+            return
+        if not before:
+            self._epoll.register(fd, wanted)
+        elif wanted:
+            self._epoll.modify(fd, wanted)
+        else:
+            self._epoll.unregister(fd)
+
+    def forget(self, fd: int) -> None:
+        """Stop watching a descriptor; call this before closing it."""
+        if self._calls.pop(fd, None) is not None and self._wanted.pop(fd):
+            self._epoll.unregister(fd)
+
+    def turn(self, most_s: float) -> None:
+        """Wait once and call the callbacks of ready descriptors."""
+        for fd, mask in self._epoll.poll(most_s):
+            if (call := self._calls.get(fd)) is not None:
+                call(mask)
+
+
 class Relay:
     """The relay's event loop. port_fd: the stream to the gate."""
 
@@ -80,7 +122,7 @@ class Relay:
         self._connected = True
         self._read_view = memoryview(bytearray(_READ))
         self._read_views = [self._read_view[at : at + _PORT_READ] for at in range(0, _READ, _PORT_READ)]
-        watcher.watch(port_fd, self._read_port)
+        watcher.watch(port_fd, self._serve_port)
         for sock in sockets.tcp:
             watcher.watch(sock.fileno(), partial(self._accept, sock))
         for sock in sockets.udp:
@@ -102,7 +144,9 @@ class Relay:
 
     # the gate's side
 
-    def _read_port(self, _mask: int) -> None:
+    def _serve_port(self, mask: int) -> None:
+        if not mask & ~select.EPOLLOUT:
+            return
         try:
             count = os.readv(self._port_fd, self._read_views)
         except BlockingIOError:
@@ -127,10 +171,6 @@ class Relay:
             for flow in list(self._flows.values()):
                 self._watch(flow)
 
-    def _serve_port(self, mask: int) -> None:
-        if mask & ~select.EPOLLOUT:
-            self._read_port(mask)
-
     def _take(self, flow: _Flow, event: Event) -> None:
         if event.kind == egress.OPENED:
             self._opened(flow, event.value)
@@ -148,7 +188,6 @@ class Relay:
                 flow.sock.send(event.data)
 
     def _take_data(self, flow: _Flow, data: bytes) -> None:
-        """Send bytes to the program; buffer the rest."""
         if not flow.out and flow.sock is not None:
             count = self._give(flow, flow.sock, data)
             if count is None or count == len(data):
@@ -278,7 +317,6 @@ class Relay:
         self._settle(flow)
 
     def _write(self, flow: _Flow) -> None:
-        """Send buffered bytes to the program."""
         if flow.sock is None:
             return
         if flow.out:
@@ -375,3 +413,72 @@ def _close(sock: socket.socket, *, reset: bool) -> None:
         with contextlib.suppress(OSError):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER)
     sock.close()
+
+
+class RelayProcess:
+    """The relay's process. status_fd: readable when it has ended, which ends the job too."""
+
+    def __init__(self, netns_fd: int, open_port: Callable[[], int], keep: tuple[int, ...] = (), *, hold: bool) -> None:
+        """Start it in a network namespace; -1: the current one.
+
+        open_port: opens the stream to the gate. keep: descriptors needed for that. hold: see `firewall.build`.
+        """
+        self._built = False
+        settings_r, self._settings_fd = os.pipe2(os.O_CLOEXEC)
+        self.status_fd, status_w = os.pipe2(os.O_CLOEXEC)
+        self.pid = os.fork()
+        if self.pid == 0:
+            system.close_descriptors_except(netns_fd, settings_r, status_w, *keep)
+            _run(netns_fd, open_port, settings_r, status_w, hold=hold)
+        os.close(settings_r)
+        os.close(status_w)
+
+    def wait_built(self) -> None:
+        """Wait until the parts that do not depend on the policy are ready. Raises JobError."""
+        if not self._built:
+            self.wait_admitted()
+        self._built = True
+
+    def wait_admitted(self) -> None:
+        """Wait until the policy's hosts can be reached. Raises JobError."""
+        if (status := os.read(self.status_fd, 1)) != _READY:
+            raise JobError("relay", 0, (status + os.read(self.status_fd, 4096)).decode("utf-8", "replace")[:1000])
+
+    def admit(self, network: dict[str, Any]) -> None:
+        """Send START's `network` field."""
+        with contextlib.suppress(BrokenPipeError):  # it has ended; `wait_admitted` raises
+            write_all(self._settings_fd, marshal.dumps(network))
+        os.close(self._settings_fd)
+
+    def end_reason(self) -> str:
+        """Return why it has ended, once `status_fd` is readable."""
+        return os.read(self.status_fd, 4096).decode("utf-8", "replace")[:1000] or "it was killed"
+
+    def close(self) -> None:
+        """Kill it."""
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        os.close(self.status_fd)
+
+
+def _run(netns_fd: int, open_port: Callable[[], int], settings_fd: int, status_fd: int, *, hold: bool) -> NoReturn:
+    try:
+        system.prctl(system.PR_SET_PDEATHSIG, signal.SIGKILL)
+        if netns_fd >= 0:
+            os.setns(netns_fd, os.CLONE_NEWNET)
+        firewall.build(hold=hold)
+        sockets = firewall.Sockets(hold=hold)
+        port_fd = open_port()
+        os.write(status_fd, _READY)
+        network = marshal.loads(read_all(settings_fd))  # noqa: S302 - from our agent
+        firewall.admit(network, sockets)
+        relay = Relay(port_fd, NameTable(network["names"], network["wildcards"]), sockets)
+        os.write(status_fd, _READY)
+        relay.serve()
+        os.write(status_fd, b"the gate has disconnected")
+    except JobError as exc:
+        os.write(status_fd, f"{exc.args[0]}: {exc.args[2]}".encode("utf-8", "replace"))
+    except Exception as exc:  # noqa: BLE001 - any error ends the job, and is reported
+        os.write(status_fd, f"{type(exc).__name__}: {exc}".encode("utf-8", "replace")[:1000])
+    finally:
+        os._exit(0)

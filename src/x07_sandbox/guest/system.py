@@ -60,10 +60,10 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
 
 
-def _check(result: int, what: str) -> None:
+def _check(result: int, subject: str) -> None:
     if result < 0:
         code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code), what)
+        raise OSError(code, os.strerror(code), subject)
 
 
 def mount(source: str, target: str, kind: str, flags: int = 0, options: str = "") -> None:
@@ -218,9 +218,9 @@ def close_descriptors_except(*keep: int) -> None:
     for target in (0, 1, 2):
         if target not in keep:
             os.dup2(null, target)
-    kept = {0, 1, 2, *keep}
+    open_fds = {0, 1, 2, *keep}
     for name in os.listdir("/proc/self/fd"):
-        if int(name) not in kept:
+        if int(name) not in open_fds:
             try:
                 os.close(int(name))
             except OSError:

@@ -1,4 +1,4 @@
-"""Trees of host files: creating them as they arrive, and reporting what the program changed.
+"""Trees of host files: creating them as they arrive, and reporting what the program changed or left behind.
 
 Files are created as the program's user. Changes are detected by inode and ctime, which only the kernel sets: the
 program starts at least one clock tick after its last file was created. The host then compares contents.
@@ -10,8 +10,8 @@ import contextlib
 import os
 import stat
 import time
-from collections.abc import Collection, Iterator
-from typing import Final
+from collections.abc import Collection, Iterator, Sequence
+from typing import Final, NamedTuple, TypeVar
 
 from x07_sandbox.channel.contents import parts
 from x07_sandbox.channel.trees import Entry, Hole, Kind, Piece, Reader, can_hold_names, segment
@@ -19,9 +19,11 @@ from x07_sandbox.errors import PeerError
 from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.system import write_all
 
+T = TypeVar("T")
 _COARSE: Final = 5  # CLOCK_REALTIME_COARSE (clock_gettime(2)), the lower bound of inode timestamps
 _PERMISSIONS: Final = 0o7777
 _MINE: Final = 0o700
+LOOKED_AT_MAX: Final = 100_000  # entries; further ones are neither counted nor sent
 
 
 @contextlib.contextmanager
@@ -217,3 +219,63 @@ def content(path: bytes, name: bytes, info: os.stat_result) -> Iterator[bytes]:
             yield segment(part, hole=True) if isinstance(part, int) else segment(len(part)) + part
     finally:
         os.close(fd)
+
+
+class Left(NamedTuple):
+    """The counted files, their size in bytes, and the files to send as (folder number, path, name, state)."""
+
+    files: int
+    size: int
+    sent: list[tuple[int, bytes, bytes, os.stat_result]]
+
+
+def left_files(
+    folders: Sequence[str], inputs: Tree | None, most_files: int, most_bytes: int, roots: Collection[bytes] = ()
+) -> Left:
+    """Count files in *folders*, the first of which is the working folder.
+
+    inputs: the input tree of the working folder; its files count only if they were modified. Top-level dot files of the
+    working folder, which is also the home folder, do not count. roots: mount points in the working folder, skipped.
+    Regular files are sent while they fit into most_files and most_bytes.
+    """
+    count = size = sent_size = looked_at = 0
+    sent: list[tuple[int, bytes, bytes, os.stat_result]] = []
+    for number, folder in enumerate(folders):
+        entries = walk(os.fsencode(folder), hidden=number > 0, skipped=() if number else roots)
+        old = None if number else inputs
+        while (entry := _next(entries)) is not None:
+            path, name, info = entry
+            looked_at += 1
+            if looked_at > LOOKED_AT_MAX:
+                return Left(count, size, sent)
+            if stat.S_ISDIR(info.st_mode) or (old is not None and not is_modified(old, name, info)):
+                continue
+            regular = stat.S_ISREG(info.st_mode)
+            count += 1
+            size += info.st_size if regular else 0
+            if regular and len(sent) < most_files and sent_size + info.st_size <= most_bytes:
+                sent_size += info.st_size
+                sent.append((number, path, name, info))
+    return Left(count, size, sent)
+
+
+def _next(entries: Iterator[T]) -> T | None:
+    """Return the next item, None at the end or if it cannot be read: not every agent is root."""
+    try:
+        return next(entries, None)
+    except OSError:
+        return None
+
+
+def stream_of(left: Left) -> Iterator[bytes]:
+    """Yield the files to send as tree records (channel/trees), one tree per folder. Raises OSError."""
+    folder = -1
+    for number, path, name, info in left.sent:
+        if number != folder:
+            folder = number
+            yield Entry(Kind.ROOT, b"%d" % number).encoded()
+        pieces = content(path, name, info)
+        if (head := _next(pieces)) is not None:
+            yield head
+            yield from pieces
+    yield Entry(Kind.END, b"").encoded()

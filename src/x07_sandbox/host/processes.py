@@ -6,6 +6,7 @@ import os
 import signal
 from functools import cache
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
@@ -37,11 +38,11 @@ def sees_every_process() -> bool:
     return pid_namespace() == "pid:[4026531836]"  # linux/proc_ns.h: PROC_PID_INIT_INO
 
 
-class Identity(msgspec.Struct, frozen=True, kw_only=True):
-    """A process of this boot. start_ticks: field 22 of proc(5) stat, clock ticks since boot."""
+class Identity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A process of this boot. start_ticks: field 22 of proc(5) stat, clock ticks since boot. Decoding checks both."""
 
-    pid: int
-    start_ticks: int
+    pid: Annotated[int, msgspec.Meta(ge=1, le=2**22)]
+    start_ticks: Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 
 
 def identify(pid: int) -> Identity | None:

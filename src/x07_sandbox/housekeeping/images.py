@@ -1,4 +1,4 @@
-"""Images that no name leads to any more, bases that no image is made of, and what killed builds left."""
+"""Removing images without a name, unused bases, saved machines without an image, and leftovers of killed builds."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import re
 from functools import partial
 from typing import TYPE_CHECKING
 
+from x07_sandbox.backends.registry import built, create
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import cache_dir
 from x07_sandbox.host.variables import text
-from x07_sandbox.housekeeping.cache import prune_saved
 from x07_sandbox.housekeeping.pruner import entries, sweep_temporaries
 from x07_sandbox.images.base import read_base, remove_work
 from x07_sandbox.images.build import leftovers, remove_from_store
@@ -27,26 +27,23 @@ _BASE = re.compile(r"base-[0-9a-f]{32}")
 
 
 def prune_images(pruner: Pruner) -> set[str]:
-    """Remove what may go of the store; the digests of the images that went, or would go. Raises SandboxError."""
+    """Remove what can go from the store, and return the digests of those images. Raises SandboxError."""
     if not os.path.lexists(cache_dir() / "images"):
         return set()
     folder = images_dir()
     lock = folder / ".lock"
-    with file_lock(lock, on_wait=lambda: pruner.progress("waiting for a build of an image to end")):
+    with file_lock(lock, on_wait=lambda: pruner.progress("waiting for an image build to end")):
         for left in leftovers():
             pruner.remove("leftover", left, "a killed build left it", partial(remove_work, progress=pruner.progress))
         sweep_temporaries(folder / "names", pruner)
-        images = list_images()
-        doomed = {image.digest for image in images if not image.name}
-        pinned = text("X07_VM_GUEST_IMAGE_DIGEST") or ""
-        for image in images:
-            if image.digest == pinned and not image.name:
-                pruner.keep("image", image.folder, "X07_VM_GUEST_IMAGE_DIGEST names it")
-        doomed.discard(pinned)
+        images, doomed = list_images(), set()
         remove = partial(remove_from_store, progress=pruner.progress)
         for image in images:
-            if image.digest in doomed:
-                pruner.remove_own("image", image.folder, "no name leads to it", remove)
+            if not image.name and image.digest == text("X07_VM_GUEST_IMAGE_DIGEST"):
+                pruner.keep("image", image.folder, "X07_VM_GUEST_IMAGE_DIGEST names it")
+            elif not image.name:
+                doomed.add(image.digest)
+                pruner.remove_own("image", image.folder, "it has no name", remove)
         for damaged in damaged_images():
             place = folder / damaged.digest.removeprefix("sha256:")
             pruner.keep("image", place, f"{damaged.problem.why}. {damaged.problem.fix}")
@@ -54,19 +51,32 @@ def prune_images(pruner: Pruner) -> set[str]:
         return doomed
 
 
-def remove_images(names: Collection[str], pruner: Pruner) -> dict[str, str]:
-    """Remove the images called *names*, and what only they need; the digest of each.
+def prune_saved(pruner: Pruner, gone: set[str]) -> None:
+    """Remove saved machines of images that are gone or among *gone* (digests). Raises SandboxError."""
+    if not os.path.lexists(cache_dir()):
+        return
+    images = {image.digest for image in list_images()} - gone
+    for backend in map(create, built()):
+        if backend.cloning is None:
+            continue
+        for one in backend.cloning.prunable(images, lambda: pruner.progress("waiting for a VM template to be made")):
+            remove = pruner.remove if one.kind == "leftover" else pruner.remove_own
+            remove(one.kind, one.path, one.why, one.remove)
 
-    An image stays that has another name, or that X07_VM_GUEST_IMAGE_DIGEST pins. A run that has begun holds the files
-    that it needs open. Raises UsageError, before anything goes, where there is no image of a name; SandboxError.
+
+def remove_images(names: Collection[str], pruner: Pruner) -> dict[str, str]:
+    """Remove the images *names* and what only they need, and return the digest of each.
+
+    An image stays if it has another name or X07_VM_GUEST_IMAGE_DIGEST pins it. Runs keep the files that they have open.
+    Raises UsageError, before any removal, if there is no image of a name; SandboxError.
     """
     folder = images_dir()
-    with file_lock(folder / ".lock", on_wait=lambda: pruner.progress("waiting for a build of an image to end")):
+    with file_lock(folder / ".lock", on_wait=lambda: pruner.progress("waiting for an image build to end")):
         known = all_names()
         for name in names:
             if check_name(name) not in known:
-                here = f"There are: {', '.join(sorted(known))}" if known else "See x07 image list"
-                raise UsageError(f"cannot remove the image {name!r}", "none is called that", here)
+                here = f"Name one of: {', '.join(sorted(known))}" if known else "See x07 image list"
+                raise UsageError(f"cannot remove the image {name!r}", "there is no such image", here)
         removed = {name: known.pop(name) for name in dict.fromkeys(names)}
         for name in removed:
             remove_name(name)
@@ -78,10 +88,10 @@ def remove_images(names: Collection[str], pruner: Pruner) -> dict[str, str]:
         remove = partial(remove_from_store, progress=pruner.progress)
         for digest in sorted(doomed):
             if os.path.lexists(folder / digest):
-                pruner.remove_own("image", folder / digest, "no name leads to it any more", remove)
+                pruner.remove_own("image", folder / digest, "it has no name any more", remove)
         for path in entries(folder):
             if _BASE.fullmatch(path.name) and (base := read_base(path)) is not None and base.digest in unneeded:
-                pruner.remove_own("base", path, "no image is made of it", remove)
+                pruner.remove_own("base", path, "no image uses it", remove)
     prune_saved(pruner, {f"sha256:{digest}" for digest in doomed})
     return {name: f"sha256:{digest}" for name, digest in removed.items()}
 
@@ -92,8 +102,7 @@ def _prune_bases(folder: Path, needed: set[str], pruner: Pruner) -> None:
             continue
         base = read_base(path)
         if base is None:
-            why = "it is damaged or of another format; x07 image build makes it anew where it needs it"
-            pruner.keep("base", path, why)
+            pruner.keep("base", path, "it is damaged or has another format; x07 image build replaces it if needed")
         elif base.digest not in needed:
             remove = partial(remove_from_store, progress=pruner.progress)
-            pruner.remove_own("base", path, "no image is made of it", remove)
+            pruner.remove_own("base", path, "no image uses it", remove)

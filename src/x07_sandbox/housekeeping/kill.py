@@ -1,4 +1,4 @@
-"""End a run from any process, by the records of its jobs."""
+"""Ending a run from any process, by the records of its jobs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.locks import is_locked
 from x07_sandbox.host.paths import state_dir
 from x07_sandbox.housekeeping.lookup import run_folder
-from x07_sandbox.jobs.active import JOB_NAME, unended
+from x07_sandbox.jobs.active import JOB_NAME, unfinished_jobs
 from x07_sandbox.jobs.reader import read_stored
 from x07_sandbox.jobs.record import runner_instance
 from x07_sandbox.jobs.stop_rules import here_and_now, state_of
@@ -28,7 +28,7 @@ _ALL: Final = 1 << 30
 
 
 class KillReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The run, which is over. jobs_ended: how many of its jobs were ended for that, 0 where it was over already."""
+    """A run that is over. jobs_ended: how many of its jobs were ended; 0 if it was over before."""
 
     schema_version: Literal["x07.sandbox.kill@0.1.0"] = "x07.sandbox.kill@0.1.0"
     run: str
@@ -36,10 +36,10 @@ class KillReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 def kill_run(run: str) -> int:
-    """End every job of a run until the run itself is over; how many were ended.
+    """End every job of a run until the run is over, and return how many were ended. Raises HostError on failure.
 
-    Its runner is not signalled: it may be anybody's program, and it ends the run by itself when the job is gone. A job
-    that it starts meanwhile (another attempt, the next phase) is ended too. Raises HostError where the run goes on.
+    The runner is not signalled, since it may be any program; it ends the run once its job is gone. Jobs that it starts
+    meanwhile (a retry, the next phase) are ended too.
     """
     deadline, ended = Deadline.after(_GONE_S), 0
     while True:
@@ -47,17 +47,17 @@ def kill_run(run: str) -> int:
         if not is_locked(run_folder(run)):
             if not jobs:
                 return ended
-            if all(stored.record is None for stored in jobs):  # not ours to end, and nobody else is about to
+            if all(stored.record is None for stored in jobs):  # they are not ours to end
                 raise _not_ended(run, jobs)
         ended += sum(_stopped(stored) for stored in jobs)
         if deadline.passed():
             raise _not_ended(run, jobs)
-        time.sleep(_LOOK_AGAIN_S)  # no event tells of the next job of somebody else's run
+        time.sleep(_LOOK_AGAIN_S)  # there is no event for another process's next job
 
 
 def _open_jobs(run: str) -> list[StoredJob]:
     root = state_dir()
-    names = [name for name in unended(root, _ALL) if (match := JOB_NAME.fullmatch(name)) and match[1] == run]
+    names = [name for name in unfinished_jobs(root, _ALL) if (match := JOB_NAME.fullmatch(name)) and match[1] == run]
     if not names:
         return []
     instance = runner_instance(root)
@@ -65,14 +65,14 @@ def _open_jobs(run: str) -> list[StoredJob]:
 
 
 def _stopped(stored: StoredJob) -> bool:
-    """Stop one job; whether it is proven gone. One that its runner is about to start has nothing to stop yet."""
+    """Stop one job, unless it is about to start, and return whether it is proven gone."""
     record = stored.record
     if record is None or record.backend not in built():
         return False
-    backend: object = create(record.backend)
+    backend = create(record.backend)
     if not isinstance(backend, HoldsInstances) and state_of(stored, here_and_now()) == "starting":
         return False
-    return create(record.backend).stop(record)
+    return backend.stop(record)
 
 
 def _not_ended(run: str, jobs: list[StoredJob]) -> HostError:
@@ -82,5 +82,5 @@ def _not_ended(run: str, jobs: list[StoredJob]) -> HostError:
         return HostError(what, f"job {unclear[0].folder.name}: {unclear[0].why}", "See x07 inspect, or x07 sweep")
     pid = run.split("-")[1]
     if not jobs:
-        return HostError(what, "it has no job to end: it waits, or works on files", f"End its process: kill {pid}")
+        return HostError(what, "it has no job to end: it is waiting or copying files", f"End its process: kill {pid}")
     return HostError(what, "its job does not end", f"End its process, then what is left: kill {pid}; x07 sweep")

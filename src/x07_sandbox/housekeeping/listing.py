@@ -1,10 +1,10 @@
-"""What runs and jobs there are: for `x07 ps` and `x07 inspect`. Only reads."""
+"""The runs and jobs that exist, for `x07 ps` and `x07 inspect`."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal, TypeVar
 
 import msgspec
 
@@ -13,29 +13,32 @@ from x07_sandbox.host import settings
 from x07_sandbox.host.decoding import prepared
 from x07_sandbox.host.locks import is_locked
 from x07_sandbox.host.paths import read_bounded, state_dir
-from x07_sandbox.housekeeping.lookup import run_folder
+from x07_sandbox.host.processes import Identity
+from x07_sandbox.housekeeping.lookup import listed, run_folder
 from x07_sandbox.jobs.active import JOB_NAME
-from x07_sandbox.jobs.reader import StoredJob, all_stored
+from x07_sandbox.jobs.reader import JobDocument, StoredJob, all_stored
 from x07_sandbox.jobs.stop_rules import here_and_now, judge, overdue_ms, state_of
 from x07_sandbox.runs.folder import REQUEST, RUN_NAME, runs_dir
 
 if TYPE_CHECKING:
-    from x07_sandbox.host.processes import Identity
+    from pathlib import Path
+
     from x07_sandbox.jobs.stop_rules import Now
 
+_T = TypeVar("_T", bound=msgspec.Struct)
 _LIVE: Final = frozenset({"starting", "running", "ending", "orphaned", "expired"})
 _RESULT_MAX: Final = settings.GIB
 _REQUEST_MAX: Final = 64 * settings.KIB
-_WAITING_MAX: Final = 512  # runs that are looked at for whether they are under way: the newest
+_WAITING_MAX: Final = 512  # the newest runs are checked for being in progress
 
 
 class JobLine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One job.
 
-    state: starting, running, ending, orphaned (its runner is dead), expired, done, reaped; waiting for a run that has
-    no job now; unowned, foreign, newer or damaged for a record that is not ours to judge. why: of that state.
-    left_s: until its deadline, negative after it; null where it has ended or that is not known.
-    program: what the run was asked to run; null where it was a text, or is not known.
+    state: starting, running, ending, orphaned (its runner is dead), expired, done, reaped; waiting for a run without a
+    job; unowned, why_not_ours, newer or damaged for a record that is not ours to judge. why: the reason for the state.
+    left_s: time until its deadline, negative after it; null if it has ended or that is unknown.
+    program: the requested program; null if it was given as text, or is unknown.
     """
 
     run: str
@@ -52,45 +55,28 @@ class JobLine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class PsReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What `x07 ps --json` prints, oldest first."""
+    """The output of `x07 ps --json`, oldest first."""
 
     schema_version: Literal["x07.sandbox.ps@0.1.0"] = "x07.sandbox.ps@0.1.0"
     jobs: tuple[JobLine, ...]
 
 
-class RecordReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class RecordReport(JobDocument, frozen=True, forbid_unknown_fields=True):
     """A job's job.json."""
-
-    schema_version: str
-    run_id: str
-    backend: str
-    container_id: str
-    pid: int | None
-    created_unix_ms: int
-    deadline_unix_ms: int
-    grace_ms: int
-    cleanup_ms: int
-
-
-class ProcessReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One process of one boot. start_ticks: when it started, in clock ticks since boot (proc(5), stat)."""
-
-    pid: int
-    start_ticks: int
 
 
 class OwnerReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Who runs a job, and what was started for it."""
+    """The runner of a job, and what was started for it."""
 
     boot_id: str
     pid_namespace: str
-    runner: ProcessReport
-    processes: dict[str, ProcessReport]
+    runner: Identity
+    processes: dict[str, Identity]
     cgroups: tuple[str, ...]
 
 
 class JobReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One job of a run. record: its job.json; owner: of its owner.json. Null where there is none that can be read."""
+    """One job of a run. record: its job.json; owner: from its owner.json; null if that cannot be read."""
 
     job_id: str
     state: str
@@ -102,7 +88,7 @@ class JobReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class _Ending(msgspec.Struct, frozen=True, kw_only=True):
-    """As it is read: from among the result's other fields."""
+    """The fields of `ResultSummary`, among others."""
 
     outcome: str
     fault: str
@@ -115,11 +101,11 @@ class _Ending(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ResultSummary(_Ending, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The part of a run's result.json that says how it ended."""
+    """How a run ended, from its result.json."""
 
 
 class InspectReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What `x07 inspect RUN` prints. live: whether the run is under way. paths: what there is of it, by what it is."""
+    """The output of `x07 inspect RUN`. live: whether the run is in progress. paths: its files, by name."""
 
     schema_version: Literal["x07.sandbox.inspect@0.1.0"] = "x07.sandbox.inspect@0.1.0"
     run: str
@@ -135,7 +121,7 @@ class _Request(msgspec.Struct, frozen=True):
 
 
 def list_jobs(*, everything: bool = False) -> PsReport:
-    """The live jobs of this user; with *everything* also those that ended, and records that are not ours."""
+    """Return this user's live jobs; with *everything* also finished ones, and records that are not ours."""
     now = here_and_now()
     lines = [_line(stored, now) for stored in all_stored()]
     jobs = [line for line in lines if everything or line.state in _LIVE]
@@ -163,14 +149,14 @@ def _line(stored: StoredJob, now: Now) -> JobLine:
 
 
 def _waiting(run: str) -> JobLine:
-    """A run under way that has no job now: it waits for its turn, or copies files."""
+    """Return the line for a run in progress without a job."""
     return JobLine(
         run=run,
         job_id=run,
         phase="",
         backend="",
         state="waiting",
-        why="it has no job now: it prepares one, waits for its turn, or settles changes to files",
+        why="it has no job now: it prepares one, waits for its turn, or applies changes to files",
         created_unix_ms=int(run.partition("-")[0]),
         deadline_unix_ms=0,
         left_s=None,
@@ -180,27 +166,21 @@ def _waiting(run: str) -> JobLine:
 
 
 def _labels(stored: StoredJob) -> dict[str, str]:
-    """Those of its record; labels of others are shown only under our own prefix."""
     return {} if stored.record is None else stored.record.labels()
 
 
 def _newest_runs() -> list[str]:
-    try:
-        names = [name for name in os.listdir(runs_dir(state_dir())) if RUN_NAME.fullmatch(name)]  # noqa: PTH208
-    except FileNotFoundError:
-        return []
+    names = [name for name in listed(runs_dir(state_dir())) if RUN_NAME.fullmatch(name)]
     return sorted(names, reverse=True)[:_WAITING_MAX]
 
 
 def _program(run: str) -> str | None:
-    with contextlib.suppress(UsageError, msgspec.MsgspecError, RecursionError):
-        data = read_bounded(run_folder(run) / REQUEST, "request", _REQUEST_MAX)
-        return msgspec.json.decode(data, type=prepared(_Request)).program
-    return None
+    request = _read(run_folder(run) / REQUEST, _REQUEST_MAX, _Request)
+    return None if request is None else request.program
 
 
 def inspect_run(run: str) -> InspectReport:
-    """All about one run, by its full name."""
+    """Return the report on one run, by its full name."""
     now, folder = here_and_now(), run_folder(run)
     jobs = [stored for stored in all_stored() if stored.run == run]
     names = sorted(os.listdir(folder)) if folder.is_dir() else []  # noqa: PTH208 - names are wanted
@@ -223,26 +203,19 @@ def _job(stored: StoredJob, now: Now) -> JobReport:
         folder=str(stored.folder),
         record=None if stored.job is None else RecordReport(**msgspec.structs.asdict(stored.job)),
         labels=_labels(stored),
-        # Without the job's mark: a process that carries it among its arguments is taken for one of the job's.
+        # The mark is left out: a process that shows it among its arguments is taken for one of the job's.
         owner=None
         if owner is None
-        else OwnerReport(
-            boot_id=owner.boot_id,
-            pid_namespace=owner.pid_namespace,
-            runner=_process(owner.runner),
-            processes={name: _process(identity) for name, identity in owner.processes.items()},
-            cgroups=owner.cgroups,
-        ),
+        else OwnerReport(**{name: getattr(owner, name) for name in OwnerReport.__struct_fields__}),
     )
 
 
-def _process(identity: Identity) -> ProcessReport:
-    return ProcessReport(pid=identity.pid, start_ticks=identity.start_ticks)
-
-
 def _result(run: str) -> ResultSummary | None:
+    ending = _read(run_folder(run) / "result.json", _RESULT_MAX, _Ending)
+    return None if ending is None else ResultSummary(**msgspec.structs.asdict(ending))
+
+
+def _read(path: Path, max_bytes: int, kind: type[_T]) -> _T | None:
     with contextlib.suppress(UsageError, msgspec.MsgspecError, RecursionError):
-        data = read_bounded(run_folder(run) / "result.json", "result", _RESULT_MAX)
-        ending = msgspec.json.decode(data, type=prepared(_Ending))
-        return ResultSummary(**msgspec.structs.asdict(ending))
+        return msgspec.json.decode(read_bounded(path, "file", max_bytes), type=prepared(kind))
     return None

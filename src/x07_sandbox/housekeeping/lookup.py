@@ -1,4 +1,4 @@
-"""Runs by their names, or a unique beginning of one; among the folders of runs and the records of jobs alike."""
+"""Looking up runs by name or a unique prefix, among the folders of runs and the records of jobs."""
 
 from __future__ import annotations
 
@@ -15,30 +15,29 @@ if TYPE_CHECKING:
 
 
 def run_folder(run: str) -> Path:
-    """Where that run's files lie, whether or not they are there."""
+    """Return the folder of a run's files, which may not exist."""
     return runs_dir(state_dir()) / run
 
 
 def known_run(word: str) -> str:
-    """The name of the run that *word* is, or begins; a job's name means its run. Raises UsageError."""
+    """Return the run with this name or prefix; a job's name means its run. Raises UsageError."""
     job = JOB_NAME.fullmatch(word)
     wanted = job[1] if job else word
     names = set()
     if os.path.lexists(state_dir()):
-        names = {match[1] for name in _listed(state_dir()) if (match := JOB_NAME.fullmatch(name))}
-        names |= {name for name in _listed(runs_dir(state_dir())) if RUN_NAME.fullmatch(name)}
+        names = {match[1] for name in listed(state_dir()) if (match := JOB_NAME.fullmatch(name))}
+        names |= {name for name in listed(runs_dir(state_dir())) if RUN_NAME.fullmatch(name)}
     found = [wanted] if wanted in names else sorted(name for name in names if name.startswith(wanted))
     if not found:
-        raise UsageError(
-            f"cannot find run {word}", "no run has a name that begins so", "x07 ps --all shows all of them"
-        )
+        raise UsageError(f"cannot find run {word}", "no run's name starts with that", "List all runs: x07 ps --all")
     if len(found) > 1:
-        why = f"{len(found)} runs have names that begin so: {found[0]} and others"
+        why = f"the names of {len(found)} runs start with that: {found[0]} and others"
         raise UsageError(f"cannot tell which run {word} is", why, "Give more of its name")
     return found[0]
 
 
-def _listed(folder: Path) -> list[str]:
+def listed(folder: Path) -> list[str]:
+    """Return the names in a folder; none if it does not exist."""
     try:
         return os.listdir(folder)  # noqa: PTH208 - names are wanted
     except FileNotFoundError:

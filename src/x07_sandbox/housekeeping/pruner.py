@@ -1,4 +1,4 @@
-"""What every part of pruning shares: removing, counting and reporting. What cannot be judged is kept and reported."""
+"""The common part of pruning: remove, count and report. What cannot be judged is kept and reported."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import stat
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
@@ -17,19 +18,17 @@ from x07_sandbox.host.paths import why_not_ours
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
-SCHEMA: Final = "x07.sandbox.prune@0.1.0"
 Part = Literal["images", "cache", "runs"]
 Kind = Literal["image", "base", "template", "artifact", "verification", "leftover", "job", "run"]
 PARTS: Final[tuple[Part, ...]] = ("images", "cache", "runs")
-# host/paths replace_file and programs/artifacts write beside a file's place, and rename.
+# Temporary names of host/paths.replace_file and programs/artifacts.
 _TEMPORARY: Final = re.compile(r"\..+\.[0-9a-f]{16}")
 _BLOCK: Final = 512  # stat(2): st_blocks
 
 
 class Removed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One thing that was removed, or would be. bytes: what the disk gets back."""
+    """A file or folder that was or would be removed. bytes: the space that this frees."""
 
     kind: Kind
     path: str
@@ -38,7 +37,7 @@ class Removed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class Kept(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One thing that stays although it is old or nobody's, and why. failed: removing it was tried."""
+    """An old or unowned file or folder that stays, and why. failed: removing it failed."""
 
     kind: Kind
     path: str
@@ -47,9 +46,9 @@ class Kept(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class PruneReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What `x07 prune --json` prints. dry_run: nothing was removed. bytes: of all together."""
+    """The output of `x07 prune --json`. dry_run: nothing was removed. bytes: the sum."""
 
-    schema_version: Literal["x07.sandbox.prune@0.1.0"] = SCHEMA
+    schema_version: Literal["x07.sandbox.prune@0.1.0"] = "x07.sandbox.prune@0.1.0"
     dry_run: bool
     bytes: int
     removed: tuple[Removed, ...]
@@ -57,7 +56,7 @@ class PruneReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class Pruner:
-    """Removes one thing after the other, or only counts them. now_ms: the wall clock, asked once."""
+    """Removes files and folders, or only counts them. now_ms: the wall clock at the start."""
 
     def __init__(self, progress: Callable[[str], None], *, dry_run: bool) -> None:
         self.progress = progress
@@ -65,44 +64,44 @@ class Pruner:
         self._dry_run = dry_run
         self._removed: list[Removed] = []
         self._kept: list[Kept] = []
-        self._links: dict[tuple[int, int], int] = {}  # how many names a file would still have
+        self._links: dict[tuple[int, int], int] = {}  # names that a file would still have
 
     def remove(self, kind: Kind, path: Path, why: str, how: Callable[[Path], None]) -> None:
-        """Remove *path* as *how* does; what cannot be removed is reported and stays."""
+        """Remove *path* by *how*; a failure is reported."""
         size = sum(self._freed(info) for info in _everything(path))
         if not self._dry_run:
             try:
                 how(path)
-            except FileNotFoundError:  # somebody else was quicker
+            except FileNotFoundError:  # another process was faster
                 return
             except (OSError, SandboxError) as exc:
-                told = exc.strerror or str(exc) if isinstance(exc, OSError) else str(exc)
-                self._kept.append(Kept(kind=kind, path=str(path), why=f"it cannot be removed: {told}", failed=True))
+                error = exc.strerror or str(exc) if isinstance(exc, OSError) else str(exc)
+                self._kept.append(Kept(kind=kind, path=str(path), why=f"it cannot be removed: {error}", failed=True))
                 return
         self._removed.append(Removed(kind=kind, path=str(path), bytes=size, why=why))
 
     def remove_own(self, kind: Kind, path: Path, why: str, how: Callable[[Path], None]) -> None:
-        """As `remove`, for a folder, or an artifact's file; one that is not ours is kept."""
+        """Remove a folder or an artifact's file as `remove` does, unless it is not ours."""
         if problem := why_not_ours(path.lstat(), stat.S_ISREG if kind == "artifact" else stat.S_ISDIR):
             self.keep(kind, path, problem)
         else:
             self.remove(kind, path, why, how)
 
     def keep(self, kind: Kind, path: Path, why: str) -> None:
-        """Tell that *path* stays."""
+        """Report that *path* stays."""
         self._kept.append(Kept(kind=kind, path=str(path), why=why))
 
     def old(self, info: os.stat_result, limit_s: float = settings.RETENTION_S) -> bool:
-        """Whether a file was last changed longer ago than that, by the wall clock: there is no other across boots."""
+        """Whether a file was last changed longer ago, by the wall clock: no other clock spans boots."""
         return self.now_ms - info.st_mtime_ns // 1_000_000 > limit_s * 1000
 
     def report(self) -> PruneReport:
-        """All that was done."""
+        """Return the report."""
         size = sum(removed.bytes for removed in self._removed)
         return PruneReport(dry_run=self._dry_run, bytes=size, removed=tuple(self._removed), kept=tuple(self._kept))
 
     def _freed(self, info: os.stat_result) -> int:
-        """What the disk gets back for this name of a file: images share files, and the last name gives them back."""
+        """Return the space that removing this name frees: images share files by hard links."""
         file = info.st_dev, info.st_ino
         left = self._links.get(file, info.st_nlink) - 1
         self._links[file] = left
@@ -110,7 +109,7 @@ class Pruner:
 
 
 def sweep_temporaries(folder: Path, pruner: Pruner) -> None:
-    """Remove what killed processes left half written in *folder*; one that lives needs no day for it."""
+    """Remove partial files that killed processes left in *folder*, once they are a day old."""
     for path in entries(folder):
         info = path.lstat()
         if (
@@ -118,11 +117,11 @@ def sweep_temporaries(folder: Path, pruner: Pruner) -> None:
             and not why_not_ours(info, stat.S_ISREG)
             and pruner.old(info, settings.DAY_S)
         ):
-            pruner.remove("leftover", path, "a killed process left it half written", unlink)
+            pruner.remove("leftover", path, "a killed process left it incomplete", Path.unlink)
 
 
 def entries(folder: Path) -> list[Path]:
-    """What is in a folder, sorted; nothing where it is not there."""
+    """Return a folder's entries, sorted; none if it does not exist."""
     try:
         with os.scandir(folder) as found:
             return sorted(folder / entry.name for entry in found)
@@ -130,13 +129,8 @@ def entries(folder: Path) -> list[Path]:
         return []
 
 
-def unlink(path: Path) -> None:
-    """Remove a file. Raises OSError."""
-    path.unlink()
-
-
 def _everything(path: Path) -> Iterator[os.stat_result]:
-    """The state of *path* and of all below it; no link is followed."""
+    """Yield the state of *path* and everything below it, without following links."""
     with contextlib.suppress(OSError):
         info = path.lstat()
         yield info

@@ -1,7 +1,7 @@
-"""Prune records of jobs and folders of runs that ended longer ago than the retention.
+"""Pruning records of jobs and folders of runs past their retention.
 
-A record goes only if it is ours by its owner.json, says that its machine is gone, and no process of it lives. Every
-other one stays and is reported. Every run under way shares a lock on its folder.
+A record goes only if its owner.json is ours, it says that its machine is gone, and none of its processes lives. A run
+in progress shares a lock on its folder.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from x07_sandbox.housekeeping.pruner import Pruner
     from x07_sandbox.jobs.reader import StoredJob
 
-_DOOMED: Final = ".pruned-"  # a name that no reader takes for a record
+_DOOMED: Final = ".pruned-"  # no name of a record
 
 
 def prune_records(pruner: Pruner) -> None:
-    """Remove what may go of the records. Raises SandboxError."""
+    """Remove the records that can go. Raises SandboxError."""
     if not os.path.lexists(state_dir()):
         return
     root = private_dir(state_dir())
@@ -43,12 +43,12 @@ def prune_records(pruner: Pruner) -> None:
     busy: set[str] = {job.run for job in jobs if job.ended is None}
     known = {job.run for job in jobs} | {path.name for path in entries(runs)}
     busy |= {run for run in known if RUN_NAME.fullmatch(run) and is_locked(runs / run)}
-    # What was applied by halves, and could not be put right yet, needs what lies in its folder.
+    # Incomplete changes need their run's folder for recovery.
     busy |= {path.name for path in entries(runs / APPLYING)}
     for job in jobs:
         if job.run in busy or not _ended_long_ago(job, pruner):
             if job.ended is None and pruner.old(job.info):
-                pruner.keep("job", job.folder, "nothing says that its machine is gone: it has neither done nor reaped")
+                pruner.keep("job", job.folder, "it has neither done nor reaped, so its machine may exist")
         elif problem := _doubt(job):
             busy.add(job.run)
             pruner.keep("job", job.folder, problem)
@@ -58,7 +58,7 @@ def prune_records(pruner: Pruner) -> None:
 
 
 def _jobs(root: Path, pruner: Pruner) -> list[StoredJob]:
-    """The records of jobs there; a link, or a folder of another user, is none and is reported."""
+    """Return the records of jobs. Links and other users' folders are reported instead."""
     jobs = []
     for stored in all_stored(root):
         if not why_not_ours(stored.info, stat.S_ISDIR):
@@ -69,7 +69,7 @@ def _jobs(root: Path, pruner: Pruner) -> list[StoredJob]:
 
 
 def _prune_runs(runs: Path, busy: set[str], pruner: Pruner) -> None:
-    """busy: runs that are under way, or of which a job's record stays."""
+    """Remove runs' folders. busy: runs in progress, or with a job's record that stays."""
     for path in entries(runs):
         if not RUN_NAME.fullmatch(path.name) or path.name in busy:
             continue
@@ -79,26 +79,26 @@ def _prune_runs(runs: Path, busy: set[str], pruner: Pruner) -> None:
 
 
 def _ended_long_ago(job: StoredJob, pruner: Pruner) -> bool:
-    """Whether its end was recorded long ago. The folder's time counts too: `reaped` is a link to an older file."""
+    """Whether its end was recorded longer ago than the retention."""
     return job.ended_info is not None and pruner.old(job.ended_info) and pruner.old(job.info)
 
 
 def _doubt(job: StoredJob) -> str:
-    """Why a record stays; empty if it is ours and over."""
+    """Return why a record stays, "" if it can go."""
     if job.owner is None:
         return job.why
     if job.owner.boot_id != boot_id() or job.owner.pid_namespace != pid_namespace():
-        return ""  # its numbers mean nothing here, and done says that they are gone
+        return ""  # its pids mean nothing here, and `done` proves that they are gone
     return "a process of it lives" if any(map(is_alive, job.owner.processes.values())) else ""
 
 
 def doomed_name(folder: Path) -> Path:
-    """Where a folder goes that is being removed: no reader takes that name for a job's or a run's."""
+    """Return the name for a folder during its removal, which no reader takes for a job or run."""
     return folder.with_name(f"{_DOOMED}{folder.name}")
 
 
 def remove_record(folder: Path) -> None:
-    """Remove a record so that at no time one lies there without its done: others act on such. Raises OSError."""
+    """Remove a record without leaving one that lacks its `done`. Raises OSError."""
     doomed = doomed_name(folder)
     folder.rename(doomed)
     (doomed / "job.json").unlink(missing_ok=True)
@@ -106,10 +106,10 @@ def remove_record(folder: Path) -> None:
 
 
 def _remove_run(folder: Path) -> None:
-    """Remove the folder of a run that nobody shares. Raises OSError."""
+    """Remove the folder of a run that is not in progress. Raises OSError."""
     with lock_for_removal(folder) as free:
         if not free:
-            raise BlockingIOError(0, "the run is under way")
+            raise BlockingIOError(0, "the run is in progress")
         doomed = doomed_name(folder)
         folder.rename(doomed)
         shutil.rmtree(doomed)

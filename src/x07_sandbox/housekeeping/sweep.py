@@ -1,50 +1,62 @@
-"""Sweep: end and remove what dead runners left, and never touch anything else.
+"""Sweep: end and remove what dead runners left, and nothing else.
 
-Removed are jobs of ours whose owner is provably dead or whose deadline has passed (jobs/stop_rules), folders of jobs
-that never started, instances of ours without a record (housekeeping/orphans), half-applied file changes, folders past
-their retention, and templates that no image needs. Everything else stays and is reported.
+It ends jobs of ours whose owner is provably dead or whose deadline has passed (jobs/stop_rules). It removes folders of
+jobs that never started, an engine's instances without a record, folders past their retention and templates
+without an image, and rolls back incomplete file changes. Everything else stays and is reported.
 
-Any number of sweeps and runners may work at once: a sweep acts on a job only under a lock on its folder, which it never
-waits for, and judges the job again under it.
+Sweeps and runners may work concurrently: a sweep judges and ends a job under a lock on its folder, without waiting.
 """
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Final, Literal
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Literal, cast
 
 import msgspec
 
+from x07_sandbox.backends.base import HoldsInstances
 from x07_sandbox.backends.registry import built, create
 from x07_sandbox.errors import SandboxError
-from x07_sandbox.host.clocks import Deadline
+from x07_sandbox.host import settings
+from x07_sandbox.host.clocks import Deadline, unix_ms
+from x07_sandbox.host.locks import is_locked
 from x07_sandbox.host.paths import private_dir, state_dir
-from x07_sandbox.housekeeping.unstarted import remove_unstarted, why_unstarted
-from x07_sandbox.jobs.active import unended
+from x07_sandbox.host.processes import identify
+from x07_sandbox.housekeeping.records import doomed_name
+from x07_sandbox.jobs.active import JOB_NAME, unfinished_jobs
 from x07_sandbox.jobs.reader import locked_stored
 from x07_sandbox.jobs.record import runner_instance
 from x07_sandbox.jobs.stop_rules import here_and_now, judge
+from x07_sandbox.runs.folder import APPLYING, RUN_NAME, runs_dir
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection, Mapping
 
     from x07_sandbox.backends.base import Backend
     from x07_sandbox.jobs.reader import StoredJob
     from x07_sandbox.jobs.stop_rules import Now
 
-SCHEMA: Final = "x07.sandbox.sweep@0.1.0"
-# job: ended, its instance and files removed, and recorded as reaped. unstarted: the folder of a job that never began.
-# instance: one that only an engine knew. changes: files changed by halves, put right. record, run: folders past
-# retention. template, leftover: as `x07 prune` has them.
+# job: ended, cleaned up and recorded as reaped. unstarted: the folder of a job that never started. instance: one that
+# only an engine knew. changes: incomplete file changes. record, run: folders past their retention.
 Kind = Literal["job", "unstarted", "instance", "changes", "record", "run", "template", "leftover"]
-_AT_START: Final = 512  # jobs: the newest, so that a start costs no more where thousands of records lie
+_AT_START: Final = 512  # the newest jobs, to bound the cost of a start
 _ALL: Final = 1 << 30
+_UNIX_MS: Final = re.compile(r"[0-9]{1,16}")
+_ORPHANS_MAX: Final = 4096
+_PID_DIGITS: Final = 10
+_OWN_BACKENDS: Final = frozenset({"qemu", "os", "none"})  # X07's tools use none of these
+_UPSTREAM_PHASES: Final = frozenset({"build", "run"})
+_SETTLED_MS: Final = 60_000
+_SURELY_MS: Final = 3_600_000  # far longer than a runner takes to write owner.json
 
 
 class Swept(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """One thing that was removed, or stays, and why. id: a job's or run's name, an engine's, or a path.
+    """An object that was removed or stays, and why. id: a job's or run's name, an engine's, or a path.
 
-    failed: it was to go, and that failed.
+    failed: removing it failed.
     """
 
     kind: Kind
@@ -54,71 +66,62 @@ class Swept(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbi
 
 
 class SweepReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What `x07 sweep --json` prints. dry_run: nothing was removed."""
+    """The output of `x07 sweep --json`. dry_run: nothing was removed."""
 
-    schema_version: Literal["x07.sandbox.sweep@0.1.0"] = SCHEMA
+    schema_version: Literal["x07.sandbox.sweep@0.1.0"] = "x07.sandbox.sweep@0.1.0"
     dry_run: bool
     removed: tuple[Swept, ...]
     kept: tuple[Swept, ...]
 
 
 class Sweeper:
-    """One sweep: what it may do, and what it has done."""
+    """The options and results of one sweep."""
 
     def __init__(self, progress: Callable[[str], None], *, dry_run: bool, budget_s: float | None = None) -> None:
         self.progress = progress
         self.dry_run = dry_run
-        self._deadline = None if budget_s is None else Deadline.after(budget_s)
+        self.deadline = None if budget_s is None else Deadline.after(budget_s)
         self._removed: dict[tuple[str, str], Swept] = {}
         self._kept: dict[tuple[str, str], Swept] = {}
-        self._backends: dict[str, Backend] = {}
 
     def removed(self, kind: Kind, name: str, why: str) -> None:
-        """Note that something went, or would go."""
+        """Report a removal, done or planned."""
         self._removed.setdefault((kind, name), Swept(kind=kind, id=name, why=why))
 
     def kept(self, kind: Kind, name: str, why: str, *, failed: bool = False) -> None:
-        """Note that something stays. failed: it was to go."""
+        """Report what stays. failed: removing it failed."""
         self._kept.setdefault((kind, name), Swept(kind=kind, id=name, why=why, failed=failed))
 
-    def over(self) -> bool:
-        """Whether its time is up."""
-        return self._deadline is not None and self._deadline.passed()
-
     def backend(self, name: str) -> Backend | None:
-        """The backend of that name; None where this version does not have it."""
-        if name not in self._backends and name in built():
-            self._backends[name] = create(name)
-        return self._backends.get(name)
+        """Return the backend of that name, None if this version lacks it."""
+        return create(name) if name in built() else None
 
     def report(self) -> SweepReport:
-        """All that was done."""
+        """Return the report."""
         return SweepReport(dry_run=self.dry_run, removed=tuple(self._removed.values()), kept=tuple(self._kept.values()))
 
 
 def sweep(*, dry_run: bool, progress: Callable[[str], None], budget_s: float | None = None) -> SweepReport:
-    """Remove what dead runners left. Raises SandboxError if a folder of ours cannot be used at all.
+    """Remove what dead runners left. Raises SandboxError if a folder of ours cannot be used.
 
-    budget_s: look only at jobs, the newest first, and begin with no other after that time; None: do all of it.
+    budget_s: sweep only jobs, newest first, and start with no other after that time; None: sweep everything.
     """
     sweeper = Sweeper(progress, dry_run=dry_run, budget_s=budget_s)
     if os.path.lexists(state_dir()):
         live = sweep_jobs(sweeper, _ALL if budget_s is None else _AT_START)
         if budget_s is None:
-            from x07_sandbox.housekeeping.orphans import sweep_orphans
-            from x07_sandbox.housekeeping.sweep_leftovers import sweep_rest
-
-            sweep_orphans(sweeper, live)
-            sweep_rest(sweeper)
+            _sweep_orphans(sweeper, live)
+            _sweep_changes(sweeper)
+            _sweep_leftovers(sweeper)
     return sweeper.report()
 
 
 def sweep_jobs(sweeper: Sweeper, most: int) -> set[str]:
-    """End every job that may go; the names of those that live. Raises SandboxError."""
+    """End every job that may be ended and return the names of those that live. Raises SandboxError."""
     root = private_dir(state_dir())
     instance, now, live = runner_instance(root), here_and_now(), set()
-    for name in unended(root, most):
-        if sweeper.over():
+    for name in unfinished_jobs(root, most):
+        if sweeper.deadline is not None and sweeper.deadline.passed():
             break
         with locked_stored(root / name, instance) as stored:
             if stored is None or not _settled(sweeper, stored, now):
@@ -127,12 +130,12 @@ def sweep_jobs(sweeper: Sweeper, most: int) -> set[str]:
 
 
 def _settled(sweeper: Sweeper, stored: StoredJob, now: Now) -> bool:
-    """Do with one job, whose folder is locked, what may be done; whether it is surely none that lives."""
+    """Handle one job, whose folder is locked, and return whether it is surely not alive."""
     judgement = judge(stored, now)
     name = stored.folder.name
     if judgement.fate == "kept":
-        if why := why_unstarted(stored):
-            if sweeper.dry_run or remove_unstarted(stored.folder):
+        if why := _why_unstarted(stored):
+            if sweeper.dry_run or _remove_unstarted(stored.folder):
                 sweeper.removed("unstarted", name, why)
             return True
         sweeper.kept("job", name, stored.why)
@@ -147,8 +150,8 @@ def _settled(sweeper: Sweeper, stored: StoredJob, now: Now) -> bool:
 
 
 def _not_stopped(sweeper: Sweeper, stored: StoredJob) -> str:
-    """Stop a job by its record; why it is not proven gone, empty where it is."""
-    assert stored.record is not None  # noqa: S101 - only what is ours is ever stopped
+    """Stop a job by its record and return why it is not proven gone, "" if it is."""
+    assert stored.record is not None  # noqa: S101 - the job is ours
     backend = sweeper.backend(stored.record.backend)
     if backend is None:
         return f"this version has no backend {stored.record.backend!a}"
@@ -156,5 +159,140 @@ def _not_stopped(sweeper: Sweeper, stored: StoredJob) -> str:
         return "" if backend.stop(stored.record) else "nothing proves that its processes are gone"
     except SandboxError as exc:
         return f"it cannot be stopped: {exc.what}: {exc.why}"
-    except OSError as exc:  # one job must not keep a sweep from all others
+    except OSError as exc:  # the other jobs must be swept all the same
         return f"it cannot be stopped: {exc.strerror or exc}"
+
+
+def _why_unstarted(stored: StoredJob) -> str:
+    """Return why a folder without an owner can go, "" if it must stay.
+
+    It must be ours, since X07's tools write a job.json alone. And nobody may be about to start the job: a run in
+    progress locks its folder; any other creator, such as a probe, is a live process, or was a moment ago.
+    """
+    match = JOB_NAME.fullmatch(stored.folder.name)
+    if match is None or stored.standing != "unowned" or os.path.lexists(stored.folder / "owner.json"):
+        return ""
+    run = runs_dir(state_dir()) / match[1]
+    backend = stored.job.backend if stored.job is not None else ""
+    ours = backend in _OWN_BACKENDS or match[4] not in _UPSTREAM_PHASES or run.is_dir()
+    if not ours or is_locked(run) or not _holds_nothing(stored.folder):
+        return ""
+    if run.is_dir():  # jobs of a run exist only while it is locked
+        return "it was never started, and its runner is gone"
+    age_ms = unix_ms() - stored.info.st_mtime_ns // 1_000_000
+    creator_lives = os.path.exists(f"/proc/{int(match[3])}")  # noqa: PTH110 - in /proc
+    if age_ms > (_SURELY_MS if creator_lives else _SETTLED_MS):
+        return "it was never started, and its runner is gone"
+    return ""
+
+
+def _holds_nothing(folder: Path) -> bool:
+    """Whether a folder only has files that a runner writes before it starts anything."""
+    try:
+        names = os.listdir(folder)  # noqa: PTH208 - names are wanted
+    except OSError:
+        return False
+    return all(name == "job.json" or name.startswith((".job.json.", ".owner.json.")) for name in names)
+
+
+def _remove_unstarted(folder: Path) -> bool:
+    """Remove such a folder and return whether it is gone. A runner that lives after all fails without it."""
+    doomed = doomed_name(folder)
+    try:
+        folder.rename(doomed)
+        if os.path.lexists(doomed / "owner.json"):  # the job was just started
+            doomed.rename(folder)
+            return False
+        shutil.rmtree(doomed)
+    except OSError:
+        return False
+    return True
+
+
+def why_kept(labels: Mapping[str, str], *, instance: str, live: Collection[str], now_unix_ms: int) -> str:
+    """Return why an instance with these labels stays, "" if it can go. live: the names of live recorded jobs.
+
+    Anyone with access to the engine can set these labels.
+    """
+    if labels.get("io.x07.schema") != "1":
+        return "it has no io.x07.schema label of this version"
+    if labels.get("io.x07.runner_instance") != instance:
+        return "it belongs to another runner"
+    if labels.get("io.x07.job_id") in live or labels.get("io.x07.run_id") in live:
+        return "its job is recorded as live"
+    deadline = labels.get("io.x07.deadline_unix_ms", "")
+    if not _UNIX_MS.fullmatch(deadline):
+        return "its deadline label is damaged"
+    if now_unix_ms <= int(deadline) + settings.CLEANUP_MS:
+        return "its deadline has not passed"
+    return ""
+
+
+def _runner_lives(labels: Mapping[str, str]) -> bool:
+    """Whether there is a process with the pid in the run's name; the instance then stays."""
+    runner = labels.get("io.x07.run_id", "").split("-")[1:2]
+    return (
+        bool(runner) and runner[0].isdigit() and len(runner[0]) <= _PID_DIGITS and identify(int(runner[0])) is not None
+    )
+
+
+def _sweep_orphans(sweeper: Sweeper, live: Collection[str]) -> None:
+    """Remove the instances with our labels that can go, from every backend with an engine."""
+    instance = runner_instance(state_dir())
+    for name in built():
+        backend: object = sweeper.backend(name)
+        if not isinstance(backend, HoldsInstances):
+            continue
+        try:
+            for orphan in list(backend.orphans())[:_ORPHANS_MAX]:
+                called = f"{name}:{orphan.id}"
+                if problem := why_kept(orphan.labels, instance=instance, live=live, now_unix_ms=unix_ms()):
+                    sweeper.kept("instance", called, problem)
+                elif _runner_lives(orphan.labels):
+                    sweeper.kept("instance", called, "its runner may be alive, and its record in another folder")
+                elif sweeper.dry_run or backend.remove(orphan):
+                    sweeper.removed("instance", called, "it has no record, and its deadline has passed")
+                else:
+                    sweeper.kept("instance", called, "it was removed, but still exists", failed=True)
+        except SandboxError as exc:
+            sweeper.kept("instance", name, f"{exc.what}: {exc.why}")
+
+
+def _sweep_changes(sweeper: Sweeper) -> None:
+    """Roll back or complete file changes that were interrupted."""
+    from x07_sandbox.housekeeping.pruner import entries
+    from x07_sandbox.runs.saved_changes import recover_all
+
+    folder = runs_dir(state_dir()) / APPLYING
+    before = {path.name for path in entries(folder) if RUN_NAME.fullmatch(path.name)}
+    if not sweeper.dry_run:
+        recover_all(sweeper.progress)
+    left = {path.name for path in entries(folder)} if not sweeper.dry_run else set()
+    for run in sorted(before):
+        if run in left:
+            sweeper.kept("changes", run, "its changes are being applied, or cannot be recovered yet")
+        else:
+            sweeper.removed("changes", run, "its changes were applied incompletely")
+
+
+def _sweep_leftovers(sweeper: Sweeper) -> None:
+    """Remove folders past their retention, saved machines without an image, and control groups of dead runners."""
+    from x07_sandbox.housekeeping.images import prune_saved
+    from x07_sandbox.housekeeping.pruner import Pruner
+    from x07_sandbox.housekeeping.records import prune_records
+    from x07_sandbox.jail.cgroups import remove_abandoned_groups
+
+    def name(path: str, kind: str) -> str:
+        return Path(path).name if kind in {"job", "run"} else path
+
+    pruner = Pruner(sweeper.progress, dry_run=sweeper.dry_run)
+    prune_records(pruner)
+    prune_saved(pruner, set())
+    report = pruner.report()
+    for gone in report.removed:  # pruning only removes records of jobs
+        kind = cast("Kind", "record" if gone.kind == "job" else gone.kind)
+        sweeper.removed(kind, name(gone.path, gone.kind), gone.why)
+    for kept in report.kept:
+        sweeper.kept(cast("Kind", kept.kind), name(kept.path, kept.kind), kept.why, failed=kept.failed)
+    if not sweeper.dry_run:
+        remove_abandoned_groups()

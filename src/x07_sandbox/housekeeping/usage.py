@@ -1,4 +1,4 @@
-"""How much disk state and cache take, and what pruning would give back: for `x07 df`."""
+"""The disk space of state and cache, and what pruning would free: for `x07 df`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Name = Literal["images", "templates", "cache", "runs", "records"]
 
 
 class PartUsage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One part of what is kept. bytes: as the disk counts them. prunable_bytes: what `x07 prune` would give back."""
+    """One part of state and cache. bytes: on disk. prunable_bytes: what `x07 prune` would free."""
 
     name: Name
     path: str
@@ -32,7 +32,7 @@ class PartUsage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class DfReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What `x07 df --json` prints. bytes, prunable_bytes: of all parts together."""
+    """The output of `x07 df --json`. bytes, prunable_bytes: the sums."""
 
     schema_version: Literal["x07.sandbox.df@0.1.0"] = "x07.sandbox.df@0.1.0"
     parts: tuple[PartUsage, ...]
@@ -41,7 +41,7 @@ class DfReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 def disk_usage(progress: Callable[[str], None]) -> DfReport:
-    """Measure it all; nothing is removed. Raises SandboxError."""
+    """Measure all parts. Raises SandboxError."""
     places: dict[Name, Path] = {
         "images": cache_dir() / "images",
         "templates": cache_dir() / "templates",
@@ -51,10 +51,11 @@ def disk_usage(progress: Callable[[str], None]) -> DfReport:
     }
     prunable = dict.fromkeys(places, 0)
     for removed in prune(PARTS, progress=progress, dry_run=True).removed:
-        prunable[_part_of(Path(removed.path), places)] += removed.bytes
+        path = Path(removed.path)
+        prunable[next((name for name, place in places.items() if path.is_relative_to(place)), "cache")] += removed.bytes
     seen: set[tuple[int, int]] = set()
     parts = []
-    for name, place in places.items():  # the whole cache last: what is counted before is not counted again
+    for name, place in places.items():  # the whole cache comes last, for what is not counted yet
         sizes = list(_sizes(place, seen))
         used = {"files": len(sizes), "bytes": sum(sizes), "prunable_bytes": prunable[name]}
         parts.append(PartUsage(name=name, path=str(place), **used))
@@ -65,12 +66,8 @@ def disk_usage(progress: Callable[[str], None]) -> DfReport:
     )
 
 
-def _part_of(path: Path, places: dict[Name, Path]) -> Name:
-    return next((name for name, place in places.items() if path.is_relative_to(place)), "cache")
-
-
 def _sizes(folder: Path, seen: set[tuple[int, int]]) -> Iterator[int]:
-    """The size of each file below *folder*; no link is followed, and a file with several names counts once."""
+    """Yield the size of each file below *folder*; links are not followed, and hard links count once."""
     folders = [os.fspath(folder)]
     while folders:
         with contextlib.suppress(OSError), os.scandir(folders.pop()) as entries:

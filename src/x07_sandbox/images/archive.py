@@ -80,7 +80,6 @@ def agent_of(image: Image) -> bytes:
 
 
 def _layer(path: Path, root: Path) -> tuple[str, Path]:
-    """Write the root file system as a layer. Return its digest and file."""
     with path.open("wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as archive:
         tar.add_tree(archive, root, exact_modes=True)
     return _digest_of(path), path
@@ -126,11 +125,7 @@ def _index(manifest: str, size: int, reference: str) -> dict[str, Any]:
     kind = "application/vnd.oci.image"
     names = {"io.containerd.image.name": reference, "org.opencontainers.image.ref.name": reference.rpartition(":")[2]}
     entry = {"mediaType": f"{kind}.manifest.v1+json", "digest": f"sha256:{manifest}", "size": size}
-    return {
-        "schemaVersion": 2,
-        "mediaType": f"{kind}.index.v1+json",
-        "manifests": [{**entry, "annotations": names}],
-    }
+    return {"schemaVersion": 2, "mediaType": f"{kind}.index.v1+json", "manifests": [{**entry, "annotations": names}]}
 
 
 def _blob(digest: str) -> str:

@@ -24,7 +24,7 @@ from x07_sandbox.host.arch import Arch
 from x07_sandbox.host.decoding import prepared
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.mounts import mounts
-from x07_sandbox.images import apt_index, commands, kernel, manifest, recipe, scratch, sources, toolchain, verify
+from x07_sandbox.images import apt_index, commands, kernel, manifest, recipe, scratch, sources, verify
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -73,7 +73,7 @@ class BaseSpec(msgspec.Struct, frozen=True, kw_only=True):
     def key(self) -> str:
         """The unique part of its folder name."""
         words = [recipe.RECIPE, self.arch.deb, self.suite, list(self.include)]
-        words += [self.x07, toolchain.DATE] if self.x07 else []
+        words += [self.x07, commands.EPOCH] if self.x07 else []
         words += [{"pip": sorted(self.pip), "layout": recipe.PIP_LAYOUT}] if self.pip else []
         return hashlib.sha256(manifest.canonical(words)).hexdigest()[:32]
 
@@ -258,7 +258,6 @@ def _unzstd(data: bytes) -> bytes:
 
 
 def _packages(work: Path) -> list[manifest.Package]:
-    """Return the installed packages, and the kernel's."""
     packages = [
         manifest.Package(name=stanza["Package"], version=stanza["Version"], arch=stanza["Architecture"])
         for stanza in sources.parse_deb822((work / "dpkg-status").read_text(errors="replace"))

@@ -239,7 +239,6 @@ class _Builder:
         return bases.add_layer(work, below, base, tar, x07=extras.x07)
 
     def _with_wheels(self, extras: Extras) -> Path:
-        """Make a base with the Python packages in the work folder."""
         work = self._work
         without = msgspec.structs.replace(extras, pip=())
         below, base = self._base(without)

@@ -136,7 +136,6 @@ def _tail(log: bytearray) -> str:
 
 
 def _end(proc: subprocess.Popen[bytes]) -> None:
-    """Terminate the command's process group if it is still running."""
     if proc.poll() is None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(proc.pid, signal.SIGTERM)

@@ -78,7 +78,6 @@ def read_disk(fd: int) -> tuple[bytes, ScratchDisk]:
 
 
 def _data_blocks(fd: int) -> list[int]:
-    """Return the offsets of blocks with data."""
     blocks: list[int] = []
     end = 0
     while True:

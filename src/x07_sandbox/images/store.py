@@ -202,7 +202,6 @@ def _by_prefix(hexes: str) -> str:
 
 
 def _read(path: Path) -> bytes:
-    """Read a small regular file of ours. Raises ImageError."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
         with os.fdopen(fd, "rb") as file:

@@ -11,13 +11,12 @@ import tarfile
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.errors import HostError, UsageError
-from x07_sandbox.images import commands, manifest, tar
+from x07_sandbox.images import manifest, tar
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 PLACE: Final = "usr/local/lib/x07"
-DATE: Final = commands.EPOCH  # of the added files
 ENTRIES_MAX: Final = 100_000
 MAX_BYTES: Final = 2 * 1024**3
 _FIX: Final = "Name a folder with X07's Linux build: bin/x07-os-runner and what it needs"

@@ -1,13 +1,11 @@
-"""The jail around a host process, by bubblewrap: building its command line is pure.
+"""The jail around a host process by bubblewrap, as a command line. Pure.
 
-Two forms (docs/explanation/design.md, "The jail"):
+root   Without a user namespace. Supervisor and bubblewrap keep uid 0 but drop every capability, and every descriptor
+       except the lock of the job's uid; setpriv inside changes to that uid and clears all capabilities.
+user   In a user namespace, under a uid that is not 0, without capabilities.
 
-root   no user namespace. The supervisor and bubblewrap's two processes keep uid 0 but drop every capability, and every
-       descriptor except the lock of the job's uid; setpriv inside changes to that uid and clears all capability sets.
-user   a user namespace in which the process has a uid that is not 0, and no capability.
-
-In both: own mount, pid, ipc, uts, net and cgroup namespaces, a read-only root of just the named files, no /proc, and a
-filter of system calls, loaded as the last thing before the program (or setpriv).
+Both have their own mount, pid, ipc, uts, net and cgroup namespaces, a read-only root of just the named files, no /proc,
+and a system call filter that is loaded last before the program (or setpriv). docs/explanation/design.md, "The jail".
 """
 
 from __future__ import annotations
@@ -23,31 +21,27 @@ from x07_sandbox.host.mounts import mounts
 BWRAP: Final = "/usr/bin/bwrap"
 SETPRIV: Final = "/usr/bin/setpriv"
 PERL: Final = "/usr/bin/perl"
-INNER_UID: Final = 64000  # in the user form: the uid that the process sees itself under
+INNER_UID: Final = 64000  # in the user form, the uid inside
 
 SUPERVISOR: Final = str(Path(__file__).with_name("data") / "supervisor.pl")
 _PROBE_S: Final = 10
-_EMPTY_IN_PROC: Final = b"/proc/sys/fs/binfmt_misc"  # an empty folder, which hides nothing
+_EMPTY_IN_PROC: Final = b"/proc/sys/fs/binfmt_misc"  # an empty folder, so nothing is hidden there
 _CALLS: Final = ("prctl", "rt_sigprocmask", "rt_sigtimedwait", "capset", "close_range", "unshare", "mount")
 
 
 class Jail(msgspec.Struct, frozen=True, kw_only=True):
-    """What one confined process may have.
+    """What one confined process may use.
 
-    files: host paths that appear inside under the same path, read-only.
-    fd_files: (descriptor, path inside), read-only: the opened file itself, whatever its path says by then.
-    fd_copies: the same for what bubblewrap copies into the jail's own root.
-    fd_writable: the same for files that may be written; only a machine that is made to be saved has any.
-    fds: other descriptors that it is given. limits: (soft, hard) by RLIMIT's number, where it sets its own.
-    devices: device nodes of the host, under the same path.
-    uid: host uid for the root form; None for the user form.
-    mark: random text that proves, in the arguments, that our launcher started this.
-    deadline_s: when the kernel ends it, in whole seconds.
-    runner_pid: the process with which it dies. syscalls: numbers of the system calls here.
-    nest: whether a pid namespace is put around it, so that it ends even if its supervisor is killed: see `may_nest`.
-    filter_fd: a pipe from which bubblewrap reads the filter of system calls, as its last step, until the pipe's end.
-        The jail waits there; where the pipe ends without a filter, as when the runner dies, the kernel refuses the
-        empty one and the jail ends. (--block-fd goes on at either.)
+    files: host paths, read-only, under the same path inside.
+    fd_files: (descriptor, path inside) of opened files, read-only. fd_copies: files to copy into the jail's root.
+    fd_writable: writable files; only a machine that is being saved has any.
+    fds: other inherited descriptors. limits: (soft, hard) by RLIMIT number, if the jail sets its own limits.
+    devices: device nodes of the host, under the same path. uid: the host uid in the root form, else None.
+    mark: the random text that identifies the job's processes. deadline_s: when the kernel ends the jail.
+    runner_pid: the process with which the jail ends. syscalls: the numbers of the system calls here.
+    nest: add a pid namespace around the jail, so that it ends even if its supervisor is killed (`may_nest`).
+    filter_fd: the pipe from which bubblewrap, as its last step, reads the system call filter; the jail waits there. If
+        it ends empty, as when the runner dies, the kernel rejects that and the jail ends. (--block-fd would continue.)
     """
 
     files: tuple[str, ...]
@@ -68,9 +62,9 @@ class Jail(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def may_nest() -> bool:
-    """Whether this process may mount a /proc of its own, as a pid namespace around bubblewrap needs.
+    """Whether this process may mount its own /proc, as a pid namespace around bubblewrap requires.
 
-    An ordinary user may only where /proc is fully visible: containers hide parts of it.
+    An ordinary user may only if /proc is fully visible; containers hide parts of it.
     """
     if os.geteuid() == 0:
         return True
@@ -78,10 +72,10 @@ def may_nest() -> bool:
 
 
 def jail_argv(jail: Jail, command: list[str]) -> list[str]:
-    """The whole command line: supervisor, bubblewrap, where root setpriv, then *command*."""
+    """Return the whole command line: supervisor, bubblewrap, for root setpriv, then *command*."""
     argv = [BWRAP, *_namespaces(jail.uid)]
     argv += ["--die-with-parent", "--new-session", "--clearenv", "--setenv", "X07_INSTANCE", jail.mark]
-    argv += ["--setenv", "MALLOC_ARENA_MAX", "1"]  # mallopt(3): a heap for each of QEMU's threads is 0.3 MB more
+    argv += ["--setenv", "MALLOC_ARENA_MAX", "1"]  # mallopt(3): one heap instead of one per thread saves 0.3 MB
     opened = [path for _, path in (*jail.fd_files, *jail.fd_copies, *jail.fd_writable)]
     for path in _folders([*jail.files, *opened, *jail.devices]):
         argv += ["--perms", "0755", "--dir", path]
@@ -109,7 +103,7 @@ def jail_argv(jail: Jail, command: list[str]) -> list[str]:
 
 
 def probe_argv(files: tuple[str, ...], runner_pid: int, syscalls: dict[str, int], *, nest: bool) -> list[str]:
-    """A command line that says "ok" where a jail with namespaces can be made. files: printf(1) and all it needs."""
+    """Return a command line that prints "ok" if a jail with namespaces works. files: printf(1) and its libraries."""
     argv = [BWRAP, *_namespaces(0 if os.geteuid() == 0 else None), "--die-with-parent", "--new-session"]
     argv += [word for path in files for word in ("--ro-bind", path, path)]
     command = [*argv, "--remount-ro", "/", "--", files[0], "ok"]
@@ -126,10 +120,10 @@ def supervisor_argv(  # noqa: PLR0913 - the supervisor's own arguments
     keep_fd: int | None = None,
     uid: int | None = None,
 ) -> list[str]:
-    """The command line of the supervisor and its command. uid: as whom all of it runs, where root starts it."""
+    """Return the command line of the supervisor and its command. uid: who runs it, if root starts it."""
     kept = -1 if keep_fd is None else keep_fd
     numbers = (deadline_s, runner_pid, kept, int(nest), *(syscalls[name] for name in _CALLS))
-    # Another user may not reach the file where we are installed.
+    # Another user may not be able to read our installation.
     script = [SUPERVISOR] if uid is None else ["-e", Path(SUPERVISOR).read_text(encoding="utf-8"), "--"]
     return [*_as_user(uid), PERL, *script, *map(str, numbers), *command]
 
@@ -152,7 +146,7 @@ def _as_user(uid: int | None) -> list[str]:
 
 
 def _folders(paths: list[str]) -> list[str]:
-    """Every folder on the way to *paths*, parents first."""
+    """Return every folder on the way to *paths*, parents first."""
     found: dict[str, None] = {}
     for path in paths:
         parts = path.split("/")[1:-1]

@@ -1,7 +1,7 @@
-"""Which of the jail's two forms this host allows: with namespaces, else with Landlock and seccomp alone.
+"""The choice between the jail's two forms: with namespaces, else with Landlock and seccomp alone.
 
-The second is taken unasked, where the kernel forbids namespaces, because the tests hold it to the same hostile binary;
-X07_VM_REQUIRE_NAMESPACES=1 refuses it. Namespaces are tried once per boot and per set of rights: the verdict is kept.
+The second form is used without asking if the kernel forbids namespaces: the tests hold it to the same hostile binary.
+X07_VM_REQUIRE_NAMESPACES=1 rejects it. Namespaces are tried once per boot and set of privileges.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from x07_sandbox.errors import HostError, RefusedError, shown
+from x07_sandbox.errors import HostError, RefusedError, printable
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.paths import cache_folder, replace_file
 from x07_sandbox.host.processes import boot_id
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 _PROBE_S: Final = 20.0
 _PRINTF: Final = "/usr/bin/printf"
 _SAID_BYTES: Final = 300
-# What the kernel or bubblewrap says where namespaces are forbidden. Anything else, such as a lack of memory, is no
-# reason to take the second form.
+# Messages of the kernel or bubblewrap that say that namespaces are forbidden. No other error, such as a lack of memory,
+# justifies the second form.
 _FORBIDDEN: Final = (
     *("Operation not permitted", "Permission denied", "Function not implemented", "No permissions to"),
     *("ENOSPC", "No space left on device", "does not support user namespaces", "Invalid argument"),
@@ -48,9 +48,9 @@ FLAGS_FOR_A_USER: Final = "--security-opt seccomp=unconfined --security-opt appa
 
 
 class Form(NamedTuple):
-    """One form of the jail. name: for the result. landlock: the version that it stands on, where it has no namespaces.
+    """One form of the jail. name: for the result. landlock: the kernel's version if there are no namespaces.
 
-    why: what forbids namespaces here; empty where nothing does.
+    why: what forbids namespaces here, "" if nothing does.
     """
 
     name: str
@@ -59,62 +59,59 @@ class Form(NamedTuple):
     why: str = ""
 
     def argv(self, jail: Jail, command: list[str]) -> list[str]:
-        """The command line of *command* in that jail."""
+        """Return the command line of *command* in the jail."""
         if self.namespaces:
             return jail_argv(jail, command)
         from x07_sandbox.jail.landlock import landlock_argv
 
         return landlock_argv(jail, command, self.landlock)
 
-    def gate_message(self, arch: Arch) -> Callable[[int], bytes]:
-        """What lets a jail go, by the number of its first process."""
+    def release_message(self, arch: Arch) -> Callable[[int], bytes]:
+        """Return the function that makes the message to release a jail, from the pid of its first process."""
         if self.namespaces:
             return lambda _pid: vmm_filter(arch)
-        from x07_sandbox.jail.landlock import gate_message
+        from x07_sandbox.jail.landlock import release_message
 
-        return lambda pid: gate_message(arch, pid)
+        return lambda pid: release_message(arch, pid)
 
 
 def jail_form() -> Form:
-    """The form that this host allows. Raises RefusedError where it is refused by the variable, HostError for none."""
+    """Return this host's form. Raises RefusedError if the variable rejects it, HostError if neither works."""
     why = forbidden()
     if not why:
         return Form("namespaces", namespaces=True)
     if flag("X07_VM_REQUIRE_NAMESPACES"):
-        fix = f"To accept a jail without namespaces unset X07_VM_REQUIRE_NAMESPACES, or allow them: {flags()}"
+        fix = f"Unset X07_VM_REQUIRE_NAMESPACES to accept a jail without them, or allow them: {namespace_flags()}"
         raise RefusedError("a jail with namespaces was required", why, fix)
-    return second_form(why, landlock_version(), _missing_capabilities() if os.geteuid() == 0 else [])
+    return landlock_form(why, landlock_version(), _missing_capabilities() if os.geteuid() == 0 else [])
 
 
-def second_form(why: str, version: int, missing: list[str]) -> Form:
-    """The form without namespaces, which *why* forbids. Raises HostError where this host cannot have it either.
+def landlock_form(why: str, version: int, missing: list[str]) -> Form:
+    """Return the form without namespaces, which *why* forbids. Raises HostError if this host cannot have it.
 
-    version: the kernel's Landlock. missing: capabilities that root lacks to give a job a uid of its own.
+    version: the kernel's Landlock. missing: capabilities that root lacks for giving a job its own uid.
     """
     from x07_sandbox.jail.landlock import KERNEL_NEEDED, VERSION_NEEDED
 
     what = "cannot build the jail around the virtual machine"
     if version < VERSION_NEEDED:
         found = f"has version {version}" if version else "has none, or it is switched off"
-        reason = f"{why}; without them it needs Landlock {VERSION_NEEDED} ({KERNEL_NEEDED}), and this kernel {found}"
-        raise HostError(what, reason, f"Allow namespaces here: {flags()}")
+        reason = f"{why}; the other jail needs Landlock {VERSION_NEEDED} ({KERNEL_NEEDED}), and this kernel {found}"
+        raise HostError(what, reason, f"Allow namespaces here: {namespace_flags()}")
     if missing:
-        reason = f"{why}; and root has no {' '.join(missing)} to give the job a uid of its own"
-        fix = f"Run as an ordinary user, allow it to change uids, or allow namespaces: {flags()}"
+        reason = f"{why}; and root lacks {' '.join(missing)}, needed to give the job its own uid"
+        fix = f"Run as an ordinary user, allow it to change uids, or allow namespaces: {namespace_flags()}"
         raise HostError(what, reason, fix)
     return Form("Landlock and seccomp", namespaces=False, landlock=version, why=why)
 
 
-def flags() -> str:
-    """What gives a container the form with namespaces."""
+def namespace_flags() -> str:
+    """Return the flags that give a container the form with namespaces."""
     return f"in a container {FLAGS_FOR_ROOT if os.geteuid() == 0 else FLAGS_FOR_A_USER}, or --privileged"
 
 
 def forbidden() -> str:
-    """Why namespaces cannot be had here, tried once for each boot and set of rights; empty where they can.
-
-    Raises HostError where that could not be tried.
-    """
+    """Return why namespaces cannot be used here, "" if they can. Raises HostError if that could not be tried."""
     record = cache_folder("jail") / "namespaces.json"
     key = _key()
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -127,7 +124,7 @@ def forbidden() -> str:
 
 
 def _key() -> str:
-    """A digest of all that decides about namespaces, as far as it can be read."""
+    """Return a digest of everything known to affect namespaces."""
     info = Path(BWRAP).stat()
     found: list[object] = [boot_id(), os.geteuid(), info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns]
     found += [Path("/proc/self/ns", name).readlink().name for name in ("user", "mnt", "pid", "net")]
@@ -142,29 +139,24 @@ def _key() -> str:
 def _try_namespaces() -> str:
     what = "cannot try the jail around the virtual machine"
     argv = probe_argv(needed_files(_PRINTF), os.getpid(), host_arch().syscalls, nest=may_nest())
+    env, no_input = {"PATH": "/usr/bin:/bin", "LC_ALL": "C"}, subprocess.DEVNULL
     try:
         done = subprocess.run(
-            argv,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            env={"PATH": "/usr/bin:/bin", "LC_ALL": "C"},
-            cwd="/",
-            timeout=_PROBE_S,
-            check=False,
+            argv, stdin=no_input, capture_output=True, env=env, cwd="/", timeout=_PROBE_S, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as exc:
         raise HostError(what, f"{argv[0]}: {exc}", "Run x07 doctor") from exc
     if done.stdout == b"ok":
         return ""
-    said = shown(done.stderr[:_SAID_BYTES].decode(errors="replace").strip()) or f"status {done.returncode}"
+    said = printable(done.stderr[:_SAID_BYTES].decode(errors="replace").strip()) or f"status {done.returncode}"
     if any(words in said for words in _FORBIDDEN):
         return f"namespaces are forbidden here ({said})"
     raise HostError(what, said, "Try again, or run x07 doctor")
 
 
 def landlock_version() -> int:
-    """The kernel's Landlock; 0 for none (landlock_create_ruleset(2))."""
-    import ctypes  # only where namespaces are forbidden
+    """Return the kernel's Landlock version, 0 for none (landlock_create_ruleset(2))."""
+    import ctypes  # rarely needed
 
     libc = ctypes.CDLL(None, use_errno=True)
     libc.syscall.restype, libc.syscall.argtypes = ctypes.c_long, [ctypes.c_long] * 4

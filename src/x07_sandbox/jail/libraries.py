@@ -1,4 +1,4 @@
-"""Which files a dynamically linked program needs: the jail holds these and no others."""
+"""The files of a dynamically linked program, which are all that its jail contains."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _LINE = re.compile(r"^\s*(?:\S+ => )?(/\S+) \(0x[0-9a-f]+\)$")
 
 
 def needed_files(binary: str) -> tuple[str, ...]:
-    """*binary*, its shared libraries and its loader, as absolute paths. Raises HostError.
+    """Return *binary*, its shared libraries and its loader, as absolute paths. Raises HostError.
 
-    Asked of ldd(1), which is slow, once for each state of the binary and the library cache.
+    The answer of ldd(1), which is slow, is cached for each state of the binary and the library cache.
     """
     key = _identity(binary)
     record = cache_folder("libraries") / f"{Path(binary).name}.json"
@@ -26,7 +26,7 @@ def needed_files(binary: str) -> tuple[str, ...]:
         if known["key"] == key:
             return tuple(known["files"])
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # not asked yet, or damaged: ask
+        pass  # not cached, or damaged
     files = _ask(binary)
     replace_file(record, json.dumps({"key": key, "files": files}).encode())
     return tuple(files)

@@ -1,7 +1,7 @@
-"""A host uid of its own for each running job, where we are root.
+"""A host uid of its own for each job of root.
 
-The lock on a uid is a descriptor that bubblewrap keeps open as long as anything of the jail lives, so a uid is
-free again when its last process is gone, whoever died first.
+bubblewrap keeps the uid's lock open as long as any process of the jail lives, so a uid is free only after its last
+process.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _TRIES: Final = 64
 
 
 def _ranges(path: str, first: int, count: int) -> list[tuple[int, int]]:
-    """Ranges (first, count) named in a file of colon-separated fields."""
+    """Return the ranges (first, count) in a file of colon-separated fields."""
     found = []
     with contextlib.suppress(FileNotFoundError), Path(path).open(encoding="utf-8", errors="replace") as file:
         for line in file:
@@ -35,10 +35,7 @@ def _ranges(path: str, first: int, count: int) -> list[tuple[int, int]]:
 
 
 def free_range() -> int:
-    """First of COUNT uids that our user namespace maps and that no passwd, group or subordinate range holds.
-
-    Raises HostError.
-    """
+    """Return the first of COUNT mapped uids that no passwd, group or subordinate range contains. Raises HostError."""
     lines = Path("/proc/self/uid_map").read_text(encoding="ascii").splitlines()
     mapped = [tuple(int(word) for word in line.split()) for line in lines]
     taken = [*_ranges("/etc/passwd", 2, 0), *_ranges("/etc/group", 2, 0)]
@@ -54,7 +51,7 @@ def free_range() -> int:
 
 @contextlib.contextmanager
 def lease_uid() -> Iterator[tuple[int, int]]:
-    """(uid, lock descriptor): a uid that no other job of this machine has; ours to use while the lock is held."""
+    """Yield (uid, lock descriptor) of a uid that no other job on this machine uses while the lock is held."""
     first = free_range()
     for _ in range(_TRIES):
         uid = first + int.from_bytes(os.urandom(4), "big") % COUNT
@@ -73,11 +70,11 @@ def lease_uid() -> Iterator[tuple[int, int]]:
 
 
 def _lock_file(name: str) -> int:
-    """A file for the lock of one uid, opened. All users of uids must meet there, so no setting says another place."""
+    """Open the lock of one uid. Its place is fixed, so that all jobs of the machine share it."""
     try:
         private_dir(_FOLDER.parent)
         return os.open(private_dir(_FOLDER) / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except (HostError, OSError) as exc:
         why = f"{exc.what}: {exc.why}" if isinstance(exc, HostError) else f"{_FOLDER}: {exc.strerror}"
-        fix = "Have a /run that root can write to (in a container: a tmpfs), or run as an ordinary user"
+        fix = "Make /run writable for root (in a container: a tmpfs), or run as an ordinary user"
         raise HostError("no uid for the job", why, fix) from exc

@@ -1,4 +1,4 @@
-"""Which jobs have not ended, by one look at the state folder: all that most starts of a job need to know of others."""
+"""The unfinished jobs, by one listing of the state folder. Few imports, since every start of a job needs it."""
 
 from __future__ import annotations
 
@@ -13,20 +13,12 @@ JOB_NAME: Final = re.compile(r"((\d{1,15})-(\d{1,10})-\d{1,10})-([a-z][a-z0-9-]{
 ENDS: Final[tuple[Literal["done", "reaped"], ...]] = ("done", "reaped")
 
 
-def unended(root: Path, most: int) -> list[str]:
-    """Which of the *most* newest jobs have neither done nor reaped, newest first. One stat(2) for each with done."""
+def unfinished_jobs(root: Path, most: int) -> list[str]:
+    """Return those of the *most* newest jobs that have neither done nor reaped, newest first."""
     try:
         names = [name for name in os.listdir(root) if JOB_NAME.fullmatch(name)]  # noqa: PTH208 - names are wanted
     except OSError:
         return []
-    names.sort(reverse=True)  # they begin with the time of their run
+    names.sort(reverse=True)  # the names start with the run's time
     place = os.fspath(root)
-    return [name for name in names[:most] if not any(_there(f"{place}/{name}/{end}") for end in ENDS)]
-
-
-def _there(path: str) -> bool:
-    try:
-        os.lstat(path)
-    except OSError:
-        return False
-    return True
+    return [name for name in names[:most] if not any(os.path.lexists(f"{place}/{name}/{end}") for end in ENDS)]

@@ -1,11 +1,10 @@
-"""How many machines run at once, over all processes of the user: the rest wait in a queue, first come first served.
+"""Admission: how many machines run at once over all processes of the user, with a first-come first-served queue.
 
-cache/slots/<n>     one file a machine that may run; whoever has it locked (flock(2)) runs one
-cache/slots/turn    locked by the first of the queue while it waits for a slot
-cache/slots/warm-<n>    one file a machine that may wait, warm, in a pool; locked by the process whose pool it is
+cache/slots/<n>     one file per running machine, locked (flock(2)) by its process
+cache/slots/turn    locked by the first in the queue while it waits for a slot
+cache/slots/warm-<n>    one file per waiting machine of a pool, locked by the pool's process
 
-Locks, so that whatever becomes of a process its slot is free with it. The kernel serves those who wait for one lock in
-order, so the queue needs no numbers; only its first looks at the slots.
+A lock ends with its process, and the kernel grants a lock in the order of the waiters.
 """
 
 from __future__ import annotations
@@ -29,61 +28,57 @@ from x07_sandbox.host.paths import cache_folder, open_private_file
 from x07_sandbox.host.variables import number
 
 _VARIABLE: Final = "X07_VM_MAX_RUNNING"
-MEMORY_EACH: Final = 2 * settings.GIB  # of RAM, of which an ordinary machine uses a small part
+MEMORY_PER_MACHINE: Final = 2 * settings.GIB  # of which an ordinary machine uses a small part
 _LOOK_AGAIN_S: Final = 0.003
 _SAY_AFTER_S: Final = 1.0
-_LOOKS: Final = 5
-_BETWEEN_LOOKS_S: Final = 0.05
 
 
 def max_running() -> int:
-    """How many machines may run at once: X07_VM_MAX_RUNNING, else what cores and memory hold. Raises UsageError.
+    """Return how many machines may run at once: X07_VM_MAX_RUNNING, else by cores and memory. Raises UsageError.
 
-    Each counts for 2 GiB of three quarters of the memory; the last quarter is for machines that wait in a pool.
+    Machines get three quarters of the memory; the rest is for machines that wait in a pool.
     """
     if (named := number(_VARIABLE)) is not None:
         return named
-    return max(1, min(cores(), memory_bytes() * 3 // 4 // MEMORY_EACH))
+    return max(1, min(cores(), memory_bytes() * 3 // 4 // MEMORY_PER_MACHINE))
 
 
 @contextlib.contextmanager
 def admitted(
     *, cancel_fd: int, timeout_s: float, progress: Callable[[str], None] = lambda _text: None
 ) -> Iterator[float]:
-    """Around a machine that runs; the seconds that it waited. cancel_fd: ends the wait when it becomes readable.
+    """Wait for a slot, hold it, and yield the seconds waited. cancel_fd: ends the wait once readable.
 
     Raises RefusedError after timeout_s, Cancelled, UsageError.
     """
-    begun = time.monotonic()
+    started_at = time.monotonic()
     place = _Place(cache_folder("slots"), max_running())
     try:
         if not place.take_now():
             place.wait(cancel_fd, timeout_s, progress)
-        yield time.monotonic() - begun
+        yield time.monotonic() - started_at
     finally:
         place.leave()
 
 
 @contextlib.contextmanager
-def kept_warm(count: int, most: int) -> Iterator[None]:
-    """Around a pool in which *count* machines wait, of the *most* for which there is memory. Raises HostError."""
+def warm_slots(count: int, most: int) -> Iterator[None]:
+    """Reserve *count* of the *most* places for waiting machines that memory allows. Raises HostError."""
     folder = cache_folder("slots")
     with contextlib.ExitStack() as stack:
-        had = 0
+        reserved = 0
         for number in range(most):
-            if had == count:
-                break
-            if (fd := _locked(folder / f"warm-{number}")) is not None:
+            if reserved < count and (fd := _locked(folder / f"warm-{number}")) is not None:
                 stack.callback(close_on_fork.unlock, fd)
-                had += 1
-        if had < count:
-            why = f"memory holds {most} machines that wait, and other pools leave {had} of them"
-            raise HostError("cannot keep a pool", why, "Set a smaller size, or end another pool")
+                reserved += 1
+        if reserved < count:
+            why = f"memory allows {most} waiting machines, and other pools leave {reserved} of them"
+            raise HostError("cannot keep a pool", why, "Set a smaller size, or stop another pool")
         yield
 
 
 def _locked(path: Path) -> int | None:
-    """A descriptor that has the file at *path* locked, or None where another has it."""
+    """Return a descriptor that locks the file, None if another process has the lock."""
     fd = _opened(path)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -106,7 +101,7 @@ class _Place:
         self._fd: int | None = None
 
     def take_now(self) -> bool:
-        """A slot without waiting, if nobody waits and one is free."""
+        """Take a free slot if nobody is waiting, and return whether there was one."""
         if (turn := _locked(self._folder / "turn")) is None:
             return False
         try:
@@ -115,40 +110,30 @@ class _Place:
             close_on_fork.unlock(turn)
 
     def wait(self, cancel_fd: int, timeout_s: float, progress: Callable[[str], None]) -> None:
-        """Queue until there is a slot."""
+        """Queue for a slot."""
         deadline = Deadline.after(timeout_s)
         say_at = Deadline.after(_SAY_AFTER_S)
         said = False
         with _Turn(_opened(self._folder / "turn")) as turn:
             while not deadline.passed():
-                # No event tells of several locks at once: the first of the queue looks at them, the others sleep.
+                # There is no event for several locks: the first in the queue polls them, the others sleep.
                 pause_s = _LOOK_AGAIN_S if turn.come else _SAY_AFTER_S
                 if turn.cancelled(cancel_fd, min(deadline.left_s(), pause_s)):
                     raise Cancelled("the run was cancelled", "it was waiting for a machine", "Start it again")
                 if not said and say_at.passed():
-                    progress(f"waiting: {self._slots} machines run, as many as {_VARIABLE} or cores and memory allow")
+                    progress(f"waiting: {self._slots} machines run, the maximum by {_VARIABLE} or cores and memory")
                     said = True
-                if self._take() if turn.come else said and self._nobody_takes():
+                if turn.come and self._take():
                     return
         longer = "" if timeout_s >= settings.QUEUE_S else "a longer --queue-timeout of x07 run, or "
         raise RefusedError(
             "no machine was free in time",
-            f"{self._slots} run, and {timeout_s:.0f} s of waiting are over",
+            f"{self._slots} run, and none ended within {timeout_s:.0f} s",
             f"Set {longer}a larger {_VARIABLE}",
         )
 
-    def _nobody_takes(self) -> bool:
-        """Take a slot that stays free; whether we have one now. A stopped first, by Ctrl-Z say, holds nobody up."""
-        for look in range(_LOOKS):
-            if not self._take():
-                return False
-            if look < _LOOKS - 1:
-                self.leave()
-                time.sleep(_BETWEEN_LOOKS_S)
-        return True
-
     def leave(self) -> None:
-        """Give the slot back."""
+        """Release the slot."""
         if self._fd is not None:
             close_on_fork.unlock(self._fd)
             self._fd = None
@@ -164,8 +149,8 @@ class _Place:
 class _Turn:
     """The lock of the queue's first, and the wait for it.
 
-    Only the end of a process ends its flock(2). So a child waits on our open file, to which the lock then belongs. When
-    we are killed it waits on, and ends at its turn.
+    A waiting flock(2) cannot be cancelled, so a child waits on our open file, which then holds the lock. If this
+    process is killed, the child ends at its turn.
     """
 
     def __init__(self, fd: int) -> None:
@@ -182,13 +167,10 @@ class _Turn:
                     stderr=subprocess.DEVNULL,
                     pass_fds=(fd,),
                     env={},
-                    process_group=0,  # Ctrl-C is for us, and we end it
+                    process_group=0,  # Ctrl-C is handled here
                 )
-            try:
-                self._pidfd = os.pidfd_open(self._child.pid)
-            except ProcessLookupError:
-                self._took()  # it has ended, and nobody waited for it, since SIGCHLD is ignored
-        except BaseException as exc:  # Ctrl-C too: a lock that nobody knows of would hold the queue
+            self._pidfd = os.pidfd_open(self._child.pid)
+        except BaseException as exc:  # also Ctrl-C: a child left behind would block the queue
             self.__exit__()
             if not isinstance(exc, OSError):
                 raise
@@ -200,7 +182,7 @@ class _Turn:
         return self
 
     def cancelled(self, cancel_fd: int, timeout_s: float) -> bool:
-        """Wait until cancel_fd is readable (True), our turn has come, or timeout_s seconds are over."""
+        """Wait for cancel_fd (True), for our turn, or for timeout_s seconds."""
         poll = select.poll()
         poll.register(cancel_fd, select.POLLIN)
         if not self.come:
@@ -212,9 +194,9 @@ class _Turn:
 
     def _took(self) -> None:
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it is ours already, unless the child was killed
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # succeeds unless the child was killed
         except BlockingIOError:
-            raise HostError("cannot wait for a machine", "flock was ended", "Start it again") from None
+            raise HostError("cannot wait for a machine", "flock was killed", "Start it again") from None
         self.come = True
 
     def __exit__(self, *_exc: object) -> None:

@@ -1,7 +1,7 @@
-"""One thread that starts every virtual machine of this process, and lives as long as the process.
+"""The thread that starts every virtual machine of this process.
 
-The kernel's parent-death signal follows the *thread* that started a child (prctl(2)): a short-lived one would take the
-machine with it.
+The kernel sends the parent-death signal when the *thread* that started a child ends (prctl(2)), so it must live as long
+as the process.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _ENVIRONMENT: Final = {"PATH": "/usr/bin:/bin", "LC_ALL": "C"}
 
 
 class Launch(msgspec.Struct, frozen=True, kw_only=True):
-    """A child to start: descriptors are lent and stay the caller's.
+    """A child to start, with lent descriptors.
 
-    stdio_fd: its standard input and output; None for none. env: all of its variables; None for the usual few.
+    stdio_fd: its standard input and output, None: /dev/null. env: all its variables, None: PATH and LC_ALL.
     """
 
     argv: list[str]
@@ -41,13 +41,15 @@ _thread: threading.Thread | None = None
 
 
 def launch(request: Launch) -> subprocess.Popen[bytes]:
-    """Start the child from the launcher thread. Raises HostError, and OSError if it cannot be executed."""
+    """Start the child from the launcher thread. Raises HostError, or OSError if it cannot be executed."""
     if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
-        why = "SIGCHLD is ignored, so nobody would learn how it ended"
-        raise HostError("cannot start a virtual machine", why, "Give that signal back its default: signal.SIG_DFL")
-    global _thread  # noqa: PLW0603 - one thread a process is the point
+        why = "SIGCHLD is ignored, so its exit status would be lost"
+        raise HostError(
+            "cannot start a virtual machine", why, "Restore its default: signal.signal(signal.SIGCHLD, signal.SIG_DFL)"
+        )
+    global _thread  # noqa: PLW0603 - one thread per process
     with _lock:
-        if _thread is None or not _thread.is_alive():  # not alive: after a fork
+        if _thread is None or not _thread.is_alive():  # no thread survives a fork
             _thread = start_thread(threading.Thread(target=_serve, name="x07-launcher", daemon=True))
     answer: _Answer = queue.SimpleQueue()
     _requests.put((request, answer))
@@ -58,7 +60,7 @@ def launch(request: Launch) -> subprocess.Popen[bytes]:
 
 
 def _serve() -> None:
-    # A child inherits the mask of this thread: with SIGALRM blocked its own deadline would never fire.
+    # Children inherit this thread's mask; with SIGALRM blocked their deadline would never fire.
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     while True:
         request, answer = _requests.get()

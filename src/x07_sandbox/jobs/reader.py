@@ -1,7 +1,7 @@
-"""The one reader of a job's folder: what it says, whose it is, and whether the job has ended.
+"""Reading a job's folder: its record, its owner, and whether the job has ended.
 
-Each file is opened beneath the folder, without following links, and read up to a bound. What it says is data from a
-disk that others may have written to: numbers and texts are checked before anybody acts on them.
+Files are opened beneath the folder, without following links, and read up to a limit. Others may have written them, so
+all values are validated.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from x07_sandbox.host.processes import Identity
 from x07_sandbox.jobs.active import ENDS, JOB_NAME
 from x07_sandbox.jobs.record import JOB_SCHEMA, OWNER_SCHEMA, JobRecord, runner_instance
 
-# ours: by its owner.json. unowned: a job.json without one, or an empty folder: a job that was never started, or X07's.
+# ours: by owner.json. unowned: without one, as a job that was never started, or one of X07's tools.
 Standing = Literal["ours", "unowned", "foreign", "newer", "damaged"]
 Ended = Literal["done", "reaped"]
 _RECORD_MAX: Final = 64 * 1024
@@ -30,14 +30,6 @@ _FLAGS: Final = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
 _Ms = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 _Word = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$")]
 _Text = Annotated[str, msgspec.Meta(max_length=4096)]
-
-
-class _Process(msgspec.Struct, frozen=True):
-    pid: Annotated[int, msgspec.Meta(ge=1, le=2**22)]
-    start_ticks: Annotated[int, msgspec.Meta(ge=0, le=2**62)]
-
-    def identity(self) -> Identity:
-        return Identity(pid=self.pid, start_ticks=self.start_ticks)
 
 
 class JobDocument(msgspec.Struct, frozen=True):
@@ -54,44 +46,33 @@ class JobDocument(msgspec.Struct, frozen=True):
     pid: int | None = None
 
 
-class _OwnerDocument(msgspec.Struct, frozen=True):
-    """`owner.json`. Without deadline_boot_ms an earlier version of ours wrote it."""
+class Owner(msgspec.Struct, frozen=True):
+    """`owner.json`: the runner and processes of a job. instance: the job's mark. processes: empty before the start."""
 
     schema_version: str
     run: _Word
     instance: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}$")]
     boot_id: Annotated[str, msgspec.Meta(max_length=64)]
     pid_namespace: Annotated[str, msgspec.Meta(max_length=64)]
-    runner: _Process
-    processes: Annotated[dict[str, _Process], msgspec.Meta(max_length=16)]
+    runner: Identity
+    processes: Annotated[dict[str, Identity], msgspec.Meta(max_length=16)]
     cgroups: Annotated[tuple[_Text, ...], msgspec.Meta(max_length=32)]
     labels: Annotated[dict[str, _Text], msgspec.Meta(max_length=64)]
-    deadline_boot_ms: _Ms = 0
+    deadline_boot_ms: _Ms
 
 
 class _Head(msgspec.Struct, frozen=True):
     schema_version: str
 
 
-_D = TypeVar("_D", JobDocument, _OwnerDocument)
-
-
-class Owner(msgspec.Struct, frozen=True, kw_only=True):
-    """Who runs a job and what was started for it. processes: by name; empty before any was started."""
-
-    boot_id: str
-    pid_namespace: str
-    runner: Identity
-    processes: dict[str, Identity]
-    cgroups: tuple[str, ...]
-    labels: dict[str, str]
+_D = TypeVar("_D", JobDocument, Owner)
 
 
 class StoredJob(msgspec.Struct, frozen=True, kw_only=True):
-    """One job's folder as it was read.
+    """One job's folder.
 
-    why: the reason for every standing but `ours`. ended: which file says that its instance is gone, since ended_info.
-    job: its job.json, where that is sound. record, owner: where it is ours.
+    why: the reason for any standing but `ours`. ended, ended_info: the file that says that the instance is gone.
+    job: its job.json, if valid. record, owner: set if it is ours.
     """
 
     folder: Path
@@ -106,13 +87,13 @@ class StoredJob(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def run(self) -> str:
-        """The run that it belongs to, by the folder's name."""
+        """The job's run, by the folder's name."""
         match = JOB_NAME.fullmatch(self.folder.name)
         return match[1] if match else self.folder.name
 
 
 class _UnreadableError(Exception):
-    """A file that says nothing. standing: what that makes of the job."""
+    """A file cannot be used. standing: that of the job then."""
 
     def __init__(self, standing: Standing, why: str) -> None:
         super().__init__(why)
@@ -121,13 +102,13 @@ class _UnreadableError(Exception):
 
 
 _JOB: Final = msgspec.json.Decoder(JobDocument)
-_OWNER: Final = msgspec.json.Decoder(_OwnerDocument)
+_OWNER: Final = msgspec.json.Decoder(Owner)
 _HEAD: Final = msgspec.json.Decoder(_Head)
 _DAMAGES: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 
 def read_stored(folder: Path, instance: str) -> StoredJob | None:
-    """Read one job's folder. instance: the id of this user's runner. None where there is no such folder."""
+    """Read one job's folder; None if it does not exist. instance: the id of this user's runner."""
     opened = _opened(folder)
     if not isinstance(opened, int):
         return opened
@@ -139,10 +120,7 @@ def read_stored(folder: Path, instance: str) -> StoredJob | None:
 
 @contextlib.contextmanager
 def locked_stored(folder: Path, instance: str) -> Iterator[StoredJob | None]:
-    """Read one job's folder under a lock that a sweep holds while it acts on the job.
-
-    None where another sweep has the lock, or there is no such folder any more.
-    """
+    """Read one job's folder under the lock for sweeps; None if another sweep has it, or the folder is gone."""
     opened = _opened(folder)
     if not isinstance(opened, int):
         yield opened
@@ -160,7 +138,7 @@ def locked_stored(folder: Path, instance: str) -> Iterator[StoredJob | None]:
 
 
 def _opened(folder: Path) -> int | StoredJob | None:
-    """A descriptor of a job's folder, or what is to be said of one that cannot be opened."""
+    """Open a job's folder; return its state if it cannot be opened, None if it does not exist."""
     try:
         info = folder.lstat()
     except OSError:
@@ -190,7 +168,7 @@ def _read(folder: Path, fd: int, instance: str) -> StoredJob:
     except KeyError:
         return StoredJob(**known, standing="damaged", why="its owner.json is damaged")
     if labelled["runner_instance"] != instance:
-        return StoredJob(**known, standing="foreign", why="it is of another runner")
+        return StoredJob(**known, standing="foreign", why="it belongs to another runner")
     record = JobRecord(
         job_id=job.run_id,
         run_id=owner.run,
@@ -203,19 +181,11 @@ def _read(folder: Path, fd: int, instance: str) -> StoredJob:
         deadline_boot_ms=owner.deadline_boot_ms,
         **labelled,
     )
-    known["owner"] = Owner(
-        boot_id=owner.boot_id,
-        pid_namespace=owner.pid_namespace,
-        runner=owner.runner.identity(),
-        processes={name: process.identity() for name, process in owner.processes.items()},
-        cgroups=owner.cgroups,
-        labels=owner.labels,
-    )
-    return StoredJob(**known, standing="ours", record=record)
+    return StoredJob(**known, standing="ours", record=record, owner=owner)
 
 
 def all_stored(root: Path | None = None) -> list[StoredJob]:
-    """Every job's folder below the state root, by name; none where there is no such root. Raises HostError."""
+    """Return all jobs below the state root, sorted by name. Raises HostError."""
     root = root or state_dir()
     try:
         names = sorted(name for name in os.listdir(root) if JOB_NAME.fullmatch(name))  # noqa: PTH208 - names are wanted
@@ -237,22 +207,21 @@ def _regular(folder_fd: int, name: str) -> os.stat_result | None:
 
 
 def _decoded(folder_fd: int, name: str, decoder: msgspec.json.Decoder[_D], schema: str) -> _D:
-    """One file of the folder. Raises _UnreadableError."""
+    """Read one file of the folder. Raises _UnreadableError."""
     damaged = f"its {name} is damaged"
     try:
         fd = os.open(name, _FLAGS, dir_fd=folder_fd)
+        try:
+            data = None if why_not_ours(os.fstat(fd), stat.S_ISREG) else os.read(fd, _RECORD_MAX + 1)
+        finally:
+            os.close(fd)
     except FileNotFoundError:
-        raise _missing(name) from None
+        data = None
     except OSError as exc:
         raise _UnreadableError("damaged", damaged) from exc
-    try:
-        if why_not_ours(os.fstat(fd), stat.S_ISREG):
-            raise _missing(name)
-        data = os.read(fd, _RECORD_MAX + 1)
-    except OSError as exc:
-        raise _UnreadableError("damaged", damaged) from exc
-    finally:
-        os.close(fd)
+    if data is None:
+        why = f"it has no {name} of ours, so x07-sandbox did not make it, or it is damaged"
+        raise _UnreadableError("unowned", why)
     try:
         found = decoder.decode(data)
         version = found.schema_version
@@ -262,11 +231,7 @@ def _decoded(folder_fd: int, name: str, decoder: msgspec.json.Decoder[_D], schem
         except _DAMAGES as exc:
             raise _UnreadableError("damaged", damaged) from exc
     if version != schema:
-        raise _UnreadableError("newer", f"its {name} is of another format: {ascii(version)[:80]}")
+        raise _UnreadableError("newer", f"its {name} has another format: {ascii(version)[:80]}")
     if found is None or len(data) > _RECORD_MAX:
         raise _UnreadableError("damaged", damaged)
     return found
-
-
-def _missing(name: str) -> _UnreadableError:
-    return _UnreadableError("unowned", f"it has no {name} of ours: x07-sandbox did not make it, or it is damaged")

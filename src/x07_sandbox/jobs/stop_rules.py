@@ -1,4 +1,4 @@
-"""Whether a job on record may be ended by somebody who did not start it: a pure rule over what was read."""
+"""The pure rule that decides whether a recorded job may be ended by a process that did not start it."""
 
 from __future__ import annotations
 
@@ -10,33 +10,32 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from x07_sandbox.host.processes import Identity
-    from x07_sandbox.jobs.reader import Owner, StoredJob
+    from x07_sandbox.jobs.reader import StoredJob
 
-# live: its owner may still need it. dead: its owner is provably gone. expired: its time has passed. ended: it is over.
-# kept: it is not ours to judge.
+# live: its owner may still need it. dead: its owner is provably gone. expired: its deadline has passed. ended: it is
+# over. kept: it is not ours to judge.
 Fate = Literal["live", "dead", "expired", "ended", "kept"]
 
 
 class Now(NamedTuple):
-    """When and where the rule is asked. alive: whether that very process lives in this pid namespace."""
+    """The time and place of a judgement. alive: whether a process lives in this pid namespace."""
 
     boot_id: str
     pid_namespace: str
     boot_ms: int
-    unix_ms: int
     alive: Callable[[Identity], bool] = processes.is_alive
 
 
 class Judgement(NamedTuple):
-    """What may be done with a job, and why, as half a sentence about it."""
+    """What may be done with a job, and why, as a clause about it."""
 
     fate: Fate
     why: str
 
 
 def here_and_now() -> Now:
-    """The present moment, in this process. Raises HostError."""
-    return Now(processes.boot_id(), processes.pid_namespace(), clocks.boot_ms(), clocks.unix_ms())
+    """Return the present time and place. Raises HostError."""
+    return Now(processes.boot_id(), processes.pid_namespace(), clocks.boot_ms())
 
 
 def judge(stored: StoredJob, now: Now) -> Judgement:
@@ -48,7 +47,7 @@ def judge(stored: StoredJob, now: Now) -> Judgement:
         return Judgement("kept", stored.why)
     if owner.boot_id != now.boot_id:
         return Judgement("dead", "this host has booted since it was started")
-    # In another pid namespace the runner's number means nothing: there only time tells.
+    # The runner's pid means nothing in another pid namespace, so only the deadline counts there.
     here = owner.pid_namespace == now.pid_namespace
     if here and not now.alive(owner.runner):
         return Judgement("dead", "its runner is dead")
@@ -59,28 +58,18 @@ def judge(stored: StoredJob, now: Now) -> Judgement:
 
 
 def overdue_ms(stored: StoredJob, now: Now) -> int:
-    """How long ago the deadline of a job of this boot was; negative before it.
-
-    By the boot clock, which no step of the wall clock moves; a record of an earlier version has only the other.
-    """
-    if stored.record is None:
-        return 0
-    if stored.record.deadline_boot_ms:
-        return now.boot_ms - stored.record.deadline_boot_ms
-    return now.unix_ms - stored.record.deadline_unix_ms
+    """Return how long ago the deadline of a job of this boot was; negative before it."""
+    return 0 if stored.record is None else now.boot_ms - stored.record.deadline_boot_ms
 
 
 def state_of(stored: StoredJob, now: Now) -> str:
-    """One word on a job, for people: how it stands."""
+    """Return the job's state, one word for people."""
     fate = judge(stored, now).fate
     if fate in {"ended", "dead", "expired"}:
         return stored.ended or {"dead": "orphaned"}.get(fate, fate)
-    if fate == "kept" or stored.owner is None:
+    owner = stored.owner
+    if fate == "kept" or owner is None:
         return stored.standing
-    return _progress(stored.owner, now)
-
-
-def _progress(owner: Owner, now: Now) -> str:
     if not owner.processes:
         return "starting"
     here = owner.pid_namespace == now.pid_namespace

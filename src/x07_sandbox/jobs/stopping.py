@@ -1,4 +1,4 @@
-"""Stop a job by its record, from any process; and which jobs of this user are not recorded as gone."""
+"""Stopping a job by its record, from any process."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _GRACE_S: Final = 2.0
 
 
 def live_records(backend: str) -> list[JobRecord]:
-    """Jobs of this user and of one backend that were started and are not recorded as gone, oldest first."""
+    """Return this user's jobs of one backend that are not recorded as gone, oldest first."""
     records = [stored.record for stored in all_stored() if stored.ended is None and stored.record is not None]
     return sorted((one for one in records if one.backend == backend), key=lambda record: record.created_unix_ms)
 
@@ -39,17 +39,15 @@ def live_records(backend: str) -> list[JobRecord]:
 def stop_recorded(
     record: JobRecord, remove: Callable[[StoredJob], bool] = lambda _stored: True, *, signals: bool = True
 ) -> bool:
-    """Stop the processes of a job: ask, kill, verify, remove, record; whether it is proven gone. Safe to call again.
+    """Ask, kill, verify, clean up and record; return whether the job is proven gone. Can be called again.
 
-    A process is signalled only if its number, start time, boot and our random mark agree.
-    remove: removes what outlives the processes (control groups, folders), and returns whether that is gone.
-    signals: whether its processes are ours to end; those of a container are its engine's.
-    Raises HostError where the job's end cannot be recorded.
+    A process is signalled only if pid, start time, boot and our random mark agree.
+    remove: removes what outlives the processes (control groups, folders) and returns whether that is gone.
+    signals: whether the processes are ours to end; a container's are its engine's.
+    Raises HostError if the job's end cannot be recorded.
     """
     stored = read_stored(record.folder, record.runner_instance)
-    if stored is None:
-        return True  # its record was removed, as only that of a job that is gone is
-    if stored.ended is not None:
+    if stored is None or stored.ended is not None:  # a record is removed only once its job is gone
         return True
     if stored.owner is None or stored.record is None or stored.record.mark != record.mark:
         return False
@@ -60,30 +58,29 @@ def stop_recorded(
 
 
 def _processes_gone(stored: StoredJob, record: JobRecord) -> bool:
-    """End the job's processes; whether they are proven gone."""
+    """End the job's processes and return whether they are proven gone."""
     owner = stored.owner
-    assert owner is not None  # noqa: S101 - the caller has looked
+    assert owner is not None  # noqa: S101 - checked by the caller
     if owner.boot_id != boot_id():
         return True
     processes = list(owner.processes.values())
     if owner.pid_namespace != pid_namespace():
-        # Its numbers mean nothing here. Its supervisor ends it at the deadline; a day later that was long ago.
-        overdue_ms = boot_ms() - record.deadline_boot_ms if record.deadline_boot_ms else 0
-        if not sees_every_process() and overdue_ms < settings.DAY_S * 1000:
+        # Its pids mean nothing here. A day after the deadline its supervisor has surely ended it.
+        if not sees_every_process() and boot_ms() - record.deadline_boot_ms < settings.DAY_S * 1000:
             return False
         processes = []
-    # A runner that was killed before it wrote down what it had started leaves processes that only the mark tells.
+    # If the runner was killed before it recorded its processes, only the mark finds them.
     return _ended(processes or processes_with_mark(record.mark), record.mark)
 
 
 def _ended(processes: list[Identity], mark: str) -> bool:
     deadline, signalled = Deadline.after(_GONE_S), False
-    for identity in processes:  # the supervisor first: it ends all of the jail
+    for identity in processes:  # the supervisor first: it ends the whole jail
         if kill_identity(identity, mark, signal.SIGTERM):
             signalled = True
             wait_gone(identity, min(_GRACE_S, deadline.left_s()))
     for identity in processes:
         signalled |= kill_identity(identity, mark)
-    # A live process without the mark is left alone, and may be the job's: then the job is not proven gone.
+    # A live process without the mark is left alone. It may be the job's, so the job is then not proven gone.
     left_s = deadline.left_s if signalled else lambda: 0.0
     return all(wait_gone(one, left_s()) or not is_alive(one) for one in processes)

@@ -1,4 +1,4 @@
-"""What errors and reasons call the flags of `x07 run`, for callers from Python: by the keyword of `run_program`."""
+"""Replace flags of `x07 run` in error messages by keywords of `run_program`, for callers from Python."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from x07_sandbox.errors import SandboxError
 
-_KEYWORDS: Final = {
+KEYWORDS: Final = {
     "--allow-hidden": "allow_hidden",
     "--allow-symlinks": "allow_symlinks",
     "--build-timeout": "build_timeout_s",
@@ -29,23 +29,25 @@ _KEYWORDS: Final = {
     "--workdir": "workdir",
     "-c": "source",
 }
-_FLAG: Final = re.compile(rf"(?<![\w-])({'|'.join(map(re.escape, _KEYWORDS))})(?![\w-])(?: ([0-9][0-9.]*)\b)?")
-_COMMAND: Final = re.compile(r"\bx07 [^.,;()]*$")  # a command to be typed keeps its flags
+_FLAG: Final = re.compile(rf"(?<![\w-])({'|'.join(map(re.escape, KEYWORDS))})(?![\w-])(?: ([0-9][0-9.]*[KMG]?)\b)?")
+_COMMAND: Final = re.compile(r"\bx07 [^.,;()]*$")  # in a command line, flags stay
 
 
 def in_python(text: str) -> str:
-    """The text with keywords of `run_program` in place of flags."""
+    """Return the text with keywords instead of flags: `--memory 1G` becomes `memory="1G"`."""
     if "-" not in text:
         return text
 
     def keyword(found: re.Match[str]) -> str:
         if _COMMAND.search(text[: found.start()]):
             return found[0]
-        return f"{_KEYWORDS[found[1]]}={found[2]}" if found[2] else _KEYWORDS[found[1]]
+        value = found[2] if not found[2] or found[2][-1].isdigit() else f'"{found[2]}"'
+        return f"{KEYWORDS[found[1]]}={value}" if value else KEYWORDS[found[1]]
 
     return _FLAG.sub(keyword, text)
 
 
 def reword(error: SandboxError) -> None:
-    """Have an error, in its three texts, name keywords."""
+    """Make the texts of an error name keywords."""
     error.args = tuple(in_python(part) if isinstance(part, str) else part for part in error.args)
+    error.what, error.why, error.fix = map(in_python, (error.what, error.why, error.fix))

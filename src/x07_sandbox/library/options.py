@@ -1,4 +1,4 @@
-"""The keywords that every way of running a program from Python takes, for type checkers: those of `run_program`."""
+"""The types of the keywords of `run_program`, for its variants."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from x07_sandbox.policy.model import Policy  # noqa: TC001 - as above
 
 
 class RunOptions(TypedDict, total=False):
-    """All but program, args, input and check, with the meaning that `run_program` gives them."""
+    """All keywords but program, args, input and check."""
 
     source: str | bytes | None
     toolchain: str | None

@@ -1,4 +1,4 @@
-"""Many runs from one Python program: an executor whose workers run programs in warm machines."""
+"""An executor that runs many programs in VMs that are ready."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Unpack
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.threads import start_thread
-from x07_sandbox.library.arguments import check_names, wrong
-from x07_sandbox.library.run import OPTIONS, checked, run_once
+from x07_sandbox.library.arguments import bad_argument, check_names
+from x07_sandbox.library.run import OPTIONS, check_result, run_once
 
 if TYPE_CHECKING:
     import os
@@ -26,26 +26,26 @@ if TYPE_CHECKING:
 
 
 class Pool(Executor):
-    """Runs programs, as many at once as `x07 run` would, each in a warm machine where one waits, else in a clone.
+    """Run programs, as many at once as `x07 run` would, in VMs that are ready.
 
         with Pool(size=4) as pool:
             future = pool.submit("grade.py", b"input", args=["--strict"])
             results = list(pool.map("grade.py", [b"first input", b"second input"], memory="256M", timeout_s=10))
 
-    A `concurrent.futures.Executor` whose callables are paths of programs, and whose results are `Result`s: also for
-    `asyncio.wrap_future(pool.submit(...))`. Thread-safe; a forked child can take nothing. A machine is never used for
-    two programs. Leaving the `with` block waits for all runs; by an exception (Ctrl-C) it cancels them. A pool that is
-    dropped without `shutdown` keeps its machines until the process ends.
+    A `concurrent.futures.Executor` that takes paths of programs instead of callables and returns `Result`s; it also
+    works with `asyncio.wrap_future(pool.submit(...))`. Thread-safe, but not usable in a forked child. No VM is used for
+    two programs. Leaving the `with` block waits for all runs; leaving it by an exception (Ctrl-C) cancels them. A pool
+    that is dropped without `shutdown` keeps its VMs until the process ends.
     """
 
     def __init__(self, size: int = 2, *, image: str | None = None) -> None:
-        """size: how many machines wait, warm, beside those that run. image: name or digest; None for the default.
+        """Start the pool; its VMs start in the background (see `wait_ready`). Raises SandboxError.
 
-        Raises SandboxError. The machines are made in the background: `wait_ready` waits for them.
+        size: number of VMs that wait, besides those that run. image: name or digest; None for the default.
         """
         if not isinstance(image, str | None):
-            raise wrong("image", f"is {type(image).__name__}, not a text", "x07_sandbox.Pool")
-        from x07_sandbox.jobs.admission import max_running  # when there is a pool: importing this costs little
+            raise bad_argument("image", f"is {type(image).__name__}, not str", "x07_sandbox.Pool")
+        from x07_sandbox.jobs.admission import max_running  # imported late: importing this module is cheap
         from x07_sandbox.pool.warm import WarmMachines
 
         workers = max_running()
@@ -58,7 +58,7 @@ class Pool(Executor):
         self._cancelled = False
 
     def wait_ready(self, timeout_s: float = settings.QUEUE_S) -> bool:
-        """Wait until all machines are warm; whether they are. Raises SandboxError if none can be made."""
+        """Wait until all VMs are ready; return whether they are. Raises SandboxError if none can be started."""
         from x07_sandbox.host.clocks import Deadline
 
         return self._machines.wait_ready(Deadline.after(timeout_s))
@@ -72,10 +72,10 @@ class Pool(Executor):
         check: bool = False,
         **options: Unpack[RunOptions],
     ) -> Future[Result]:
-        """Run *program* when there is room, with *input* as its whole input; otherwise as `run_program`.
+        """Run *program* with *input* when there is a free slot. The options are those of `run_program`.
 
-        What `run_program` would raise is raised by the future. Raises SandboxError in a forked child. Cancelling the
-        future of a program that runs does not end it (as with any executor): `shutdown(cancel_futures=True)` does.
+        The future raises what `run_program` would raise. Raises SandboxError in a forked child. Cancelling the future
+        of a running program does not end it (as with any executor): `shutdown(cancel_futures=True)` does.
         """
         check_names("submit", options, OPTIONS)
         self._check_process()
@@ -92,9 +92,9 @@ class Pool(Executor):
         check: bool = False,
         **options: Unpack[RunOptions],
     ) -> Iterator[Result]:
-        """The results of *program* for each of *inputs*, in order; otherwise as `run_program`.
+        """Return the results of *program* for each of *inputs*, in order. The options are those of `run_program`.
 
-        timeout: seconds for all of them together, else TimeoutError; `timeout_s` is for each program.
+        timeout: seconds for all runs together, after which TimeoutError is raised; `timeout_s` is for each run.
         """
         check_names("map", options, OPTIONS - {"input"})
         self._check_process()
@@ -103,8 +103,8 @@ class Pool(Executor):
 
     def _check_process(self) -> None:
         """Raise UsageError in a forked child."""
-        if self._machines.in_a_child():
-            raise UsageError("cannot use this pool", "it is of the process that this one was forked from", "Make one")
+        if self._machines.in_forked_child():
+            raise UsageError("cannot use this pool", "it belongs to the parent process", "Create another one")
 
     def _run(
         self,
@@ -122,7 +122,7 @@ class Pool(Executor):
             stack.enter_context(self._cancellable(cancel))
             options = {"image": self._image} | options
             ended = run_once(cancel, program, args, machines=self._machines, input=data, **options)
-            return checked(*ended, check=check)
+            return check_result(*ended, check=check)
 
     @contextlib.contextmanager
     def _cancellable(self, cancel: Cancel) -> Iterator[None]:
@@ -137,27 +137,27 @@ class Pool(Executor):
                 self._running.discard(cancel)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: FBT001, FBT002 - as the base has it
-        """Take no more programs; end the machines that wait, once all runs have ended.
+        """Accept no more programs; end the waiting VMs once all runs have ended.
 
-        cancel_futures: also those that run are cancelled, not only those that wait.
+        cancel_futures: cancel running programs too, not only queued ones.
         """
-        if self._machines.in_a_child():
-            return  # what runs is the parent's
+        if self._machines.in_forked_child():
+            return  # the runs belong to the parent
         if cancel_futures:
             with self._lock:
                 self._cancelled = True
                 for cancel in self._running:
                     cancel()
         self._workers.shutdown(wait=False, cancel_futures=cancel_futures)
-        # In a thread of its own, which goes on whatever a signal's handler raises here, as Ctrl-C does.
+        # In a thread, which continues if a signal handler raises here (Ctrl-C).
         ending = threading.Thread(target=self._end, name="x07-pool-end")
         try:
             start_thread(ending)
-        except OSError:  # there may be no more
+        except OSError:  # no more threads allowed
             self._end()
             return
         if wait:
-            self._workers.shutdown(wait=True)  # refused to one of them, as with any executor
+            self._workers.shutdown(wait=True)  # raises in a worker, as with any executor
             ending.join()
 
     def _end(self) -> None:

@@ -1,4 +1,4 @@
-"""Running a program from Python: one call, one result."""
+"""Run a program from Python: one call, one result."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import os
 import threading
 from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 
-# What carries runs out is imported when there is one: importing this costs next to nothing.
+# Modules that run programs are imported on the first run, so that importing this one is cheap.
 from x07_sandbox.errors import SandboxError
 from x07_sandbox.host.threads import start_thread
-from x07_sandbox.library.arguments import FILES_BYTES, check_names, input_file, make_request, wrong
+from x07_sandbox.library.arguments import FILES_BYTES, bad_argument, check_names, input_file, make_request
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from x07_sandbox.backends.base import Machines
+    from x07_sandbox.backends.base import MachineSource
     from x07_sandbox.host.cancel import Cancel
     from x07_sandbox.library.options import RunOptions
     from x07_sandbox.policy.model import Policy
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     OnOutput = Callable[[Literal["stdout", "stderr"], bytes], object]
     Ended = tuple[Result, SandboxError | None]
 
-# A program that ends in any other way has been run, whatever became of it.
+# Outcomes of programs that were not run.
 _NOT_RUN = frozenset({"usage-error", "refused", "backend-error", "internal-error"})
 _CHUNK = 64 * 1024
 
 
-def run_program(  # noqa: PLR0913 - what a run may be given, each by its name
+def run_program(  # noqa: PLR0913 - each is a keyword
     program: str | os.PathLike[str] | None = None,
     args: Sequence[str] = (),
     *,
@@ -59,45 +59,46 @@ def run_program(  # noqa: PLR0913 - what a run may be given, each by its name
     on_output: OnOutput | None = None,
     check: bool = False,
 ) -> Result:
-    """Build and run a program in throw-away virtual machines, and return how it ended.
+    """Build and run a program in throw-away VMs and return its result.
 
-    program: path of a source file, an executable, or a project's folder. source: a text instead, in the language of
-    *toolchain* ("python", "c", ...). command: a command of the image and its arguments instead, as `exec_command` has
-    it. files: more files, relative name to content: they lie beside the source and, unless there is a workdir, in the
-    program's working folder, which is private and otherwise empty.
-    workdir: a folder of yours in whose copy it starts; changes come back unless read_only. `x07 run --workdir` says
-    more. Without it `Result.files` has what it left in its working folder, and in /x07/out unless *out* is given:
-    max_files_bytes at most. The rest is thrown away, and counted as `Result.files_discarded`.
-    args: its arguments, a list of texts. input: its whole input. env: variables beside the fixed ones.
-    policy: path of a policy document, `built-in:TEMPLATE`, or a Policy. What is not given (no args, None for input,
-    policy, image) is what the manifest of a project says, as for `x07 run`; give a policy for a project that you did
-    not write. Without one: no input, the built-in policy `default`, the default image.
-    memory, cpu_s, timeout_s, procs, fds: limits in place of the policy's: a size ("1G", or bytes), seconds of CPU time,
-    seconds in all, processes and threads beside the first, open files. They may be above those of a built-in policy,
-    and only below those of any other. build_timeout_s: seconds for the build, 300 for None.
-    scale_limits: whether an emulated machine gets as much more time as it is slower; None leaves it to your settings.
+    program: path of a source file, an executable or a project folder. source: source text instead, in the language of
+    *toolchain* ("python", "c", ...). command: a command of the image with its arguments instead (see `exec_command`).
+    files: more files, by relative name: they are placed beside the source and, without workdir, in the program's
+    working folder, which is otherwise empty.
+    workdir: start in a copy of this folder; changes are copied back unless read_only. Without it, `Result.files` holds
+    the files that the program left in its working folder, and in /x07/out unless *out* is given: at most
+    max_files_bytes. The rest is discarded and counted in `Result.files_discarded`.
+    args: the program's arguments. input: its whole standard input. env: variables besides the fixed ones.
+    policy: path of a policy, `built-in:TEMPLATE`, or a Policy. What is not given (no args, None for input, policy,
+    image) comes from the manifest of a project, as for `x07 run`; pass a policy for a project that you did not write.
+    Otherwise: no input, the built-in policy `default`, the default image.
+    memory, cpu_s, timeout_s, procs, fds: limits instead of the policy's: a size ("1G", or bytes), seconds of CPU time,
+    seconds of wall time, processes and threads besides the first, open files. They may raise the limits of a built-in
+    policy, and only lower those of any other. build_timeout_s: time limit of the build, 300 s by default.
+    scale_limits: under emulation, whether to multiply time limits by its slowdown; None follows your settings.
     image: name or digest of a guest image.
-    changes: what becomes of its changes to the folders that the policy lets it change, when it has ended by itself;
-    `Result.changes` says what it was. "apply" leaves out what may not be done, "all-or-nothing" does nothing then.
-    out: a folder for what it writes to /x07/out. allow_hidden, allow_symlinks: let names that begin with a dot, and
-    symbolic links, in and out; a policy that you give has to allow it itself.
-    max_output_bytes: of each stream, 64 MiB for None. on_output: called with "stdout" or "stderr" and bytes as they
-    come, from another thread; what it raises ends the run, and is raised here.
+    changes: what to do with changes to the folders that the policy lets the program modify, once it has exited;
+    `Result.changes` tells what was done. "apply" leaves out what is not allowed; "all-or-nothing" then applies nothing.
+    out: a folder to copy /x07/out to. allow_hidden, allow_symlinks: copy names that begin with a dot, and symbolic
+    links, in and out; a policy that you pass must allow them itself.
+    max_output_bytes: limit for each output stream, 64 MiB by default. on_output: called from another thread with
+    "stdout" or "stderr" and bytes as they arrive; an exception that it raises ends the run and is raised here.
 
-    The result has the program's output as `stdout.data` (bytes) and `stdout.text` (None unless it is UTF-8). The output
-    of an X07 program is its frame, which starts with four bytes of length (docs/reference/x07.md).
-    A warm machine is taken where `x07 pool` keeps some. Thread-safe; nothing is printed. What a signal's handler raises
-    meanwhile, as Ctrl-C does, ends the run, and is raised when its machine is gone.
+    The result has the output as `stdout.data` (bytes) and `stdout.text` (None unless it is UTF-8). The output of an X07
+    program is a frame, which starts with four bytes of length (docs/reference/x07.md).
+    A VM of `x07 pool` is used if one is ready. Thread-safe; prints nothing. An exception of a signal handler (Ctrl-C)
+    ends the run and is raised once the VM is gone.
 
-    Raises SandboxError if the program could not be run: wrong usage, refused, no machine. Its `result` says more; it
-    is None where the call itself is wrong, such as an argument of another type, since no run began then.
-    A program that was run is a Result however it ended, unless *check*: then SandboxError unless `Result.ok`.
+    Raises SandboxError if the program could not be run: wrong usage, refused, no VM. Its `result` says more, or is None
+    if the call itself is wrong. With *check*, also raises SandboxError unless `Result.ok`.
     """
     options = {name: value for name, value in locals().items() if name not in {"program", "args", "check"}}
     from x07_sandbox.host.cancel import Cancel
 
     with contextlib.closing(Cancel()) as cancel:
-        return checked(*_whole(cancel, lambda: run_once(cancel, program, args, **options)), check=check)
+        return check_result(
+            *_run_uninterrupted(cancel, lambda: run_once(cancel, program, args, **options)), check=check
+        )
 
 
 def exec_command(
@@ -108,49 +109,48 @@ def exec_command(
     check: bool = False,
     **options: Any,  # noqa: ANN401 - those of run_program, by name
 ) -> Result:
-    """Run a command of the guest image, such as `["make", "test"]`, in a copy of a folder; return how it ended.
+    """Run a command of the guest image, such as `["make", "test"]`, in a copy of a folder, and return its result.
 
-    command: its name, looked up in the image, or with a slash a path from workdir; then its arguments.
-    workdir: the folder; changes to it come back as `run_program` has it, unless read_only. None for a private, empty
-    one. The rest, what is returned and what is raised are those of `run_program`; nothing is built. A command that the
-    image does not have ends as "failed" with exit code 127.
+    command: its name, looked up in the image, or, with a slash, a path relative to workdir; then its arguments.
+    workdir: the folder; changes are copied back unless read_only. None for an empty folder.
+    Everything else is as for `run_program`. The outcome is "failed" with exit code 127 if there is no such command.
     """
     check_names("exec_command", options, OPTIONS - {"command", "source", "toolchain"})
     return run_program(command=command, workdir=workdir, read_only=read_only, check=check, **options)
 
 
-def _whole(cancel: Cancel, work: Callable[[], Ended]) -> Ended:
-    """Do *work* so that nothing that a signal's handler raises, as Ctrl-C does, can tear it apart: it ends it.
+def _run_uninterrupted(cancel: Cancel, work: Callable[[], Ended]) -> Ended:
+    """Do *work* in a thread, so that an exception of a signal handler (Ctrl-C) cancels it in good order.
 
-    Handlers run in the main thread, at any line: one in the middle of a start or a stop would leave a machine behind.
+    Handlers run in the main thread, at any line: an exception during a start or stop would leave a VM behind.
     """
     if threading.current_thread() is not threading.main_thread():
         return work()
     ended: list[Ended | BaseException] = []
-    go, waited_for = threading.Event(), False
+    go, is_awaited = threading.Event(), False
 
     def carry_out() -> None:
         go.wait()
-        if not waited_for:
+        if not is_awaited:
             return
         try:
             ended.append(work())
-        except BaseException as exc:  # noqa: BLE001 - raised again where it is waited for
+        except BaseException as exc:  # noqa: BLE001 - raised again in the main thread
             ended.append(exc)
 
     thread = threading.Thread(target=carry_out, name="x07-call", daemon=True)
     try:
         try:
             start_thread(thread)
-        except OSError:  # there may be no more, as whoever needs the next will say
+        except OSError:  # no more threads allowed
             return work()
-        waited_for = True
+        is_awaited = True
         go.set()
         thread.join()
     except BaseException:
         cancel()
         go.set()
-        while waited_for and thread.is_alive():  # also if it comes again: nothing is left running
+        while is_awaited and thread.is_alive():  # also after a second Ctrl-C
             with contextlib.suppress(BaseException):
                 thread.join()
         raise
@@ -168,7 +168,7 @@ async def run_program_async(
     check: bool = False,
     **options: Unpack[RunOptions],
 ) -> Result:
-    """As `run_program`, with its options, beside the event loop. Cancelled, it ends the machine, then raises."""
+    """Run a program as `run_program` does, without blocking the event loop. Cancelling it ends the VM first."""
     check_names("run_program_async", options, OPTIONS)
     import asyncio
 
@@ -178,7 +178,7 @@ async def run_program_async(
     done: asyncio.Future[Ended] = loop.create_future()
     ended = asyncio.Event()
 
-    def tell(result: Ended | None, exc: BaseException | None) -> None:
+    def finish(result: Ended | None, exc: BaseException | None) -> None:
         ended.set()
         if done.cancelled():
             return
@@ -193,25 +193,25 @@ async def run_program_async(
             result = run_once(cancel, program, args, input=input, **options)
         except BaseException as exc:  # noqa: BLE001 - raised again where it is awaited
             problem = exc
-        with contextlib.suppress(RuntimeError):  # the loop was closed under us: nobody waits
-            loop.call_soon_threadsafe(tell, result, problem)
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(finish, result, problem)
 
     with contextlib.closing(Cancel()) as cancel:
-        # A thread of its own: runs that wait for a machine must not hold those of the loop's executor.
+        # Not in the loop's executor: runs that wait for a VM must not take its threads.
         threading.Thread(target=work, name="x07-async", daemon=True).start()
         try:
             ended_as = await done
         except asyncio.CancelledError:
             cancel()
-            while not ended.is_set():  # also if it is cancelled again: nothing is left running
+            while not ended.is_set():  # also if cancelled again
                 with contextlib.suppress(asyncio.CancelledError):
                     await ended.wait()
             raise
-    return checked(*ended_as, check=check)
+    return check_result(*ended_as, check=check)
 
 
 OPTIONS = frozenset(run_program.__kwdefaults__ or ())
-"""Names of what `run_program` takes besides program and args."""
+"""The keywords of `run_program` besides program and args."""
 
 
 def run_once(
@@ -219,37 +219,38 @@ def run_once(
     program: str | os.PathLike[str] | None,
     args: Sequence[str],
     *,
-    machines: Machines | None = None,
+    machines: MachineSource | None = None,
     input: bytes | None = None,  # noqa: A002 - as above
     on_output: OnOutput | None = None,
-    **options: Any,  # noqa: ANN401 - make_request knows them
+    **options: Any,  # noqa: ANN401 - checked by make_request
 ) -> Ended:
-    """One run, and the error from which its result was made, if it was one.
+    """Return the result of a run, and the error behind it, if any. Arguments as for `run_program`.
 
-    machines: warm ones; None for those that `x07 pool` keeps. The rest is as `run_program` has it.
+    machines: VMs that are ready; None for those of `x07 pool`.
     Raises UsageError for a wrong call, and what *on_output* raises.
     """
-    from x07_sandbox.backends.lease import PoolMachines
-    from x07_sandbox.backends.selection import choice_of_variables
+    from x07_sandbox.backends.lease import PoolClient
+    from x07_sandbox.backends.selection import choice_from_environment
     from x07_sandbox.housekeeping.start import sweep_before_start
     from x07_sandbox.runs.run import attempt
 
-    choice = choice_of_variables()
+    choice = choice_from_environment()
     if on_output is not None and not callable(on_output):
-        raise wrong("on_output", f"is {type(on_output).__name__}, not a function")
+        raise bad_argument("on_output", f"is {type(on_output).__name__}, not a function")
     with contextlib.ExitStack() as stack:
         output = stack.enter_context(_Output(on_output, cancel)) if on_output is not None else None
         live = (None, None) if output is None else output.fds
         request = make_request(
             program,
             args,
+            {**(run_program.__kwdefaults__ or {}), **options},
             stdin_fd=input_file(input, stack),
             stdin_default=input is None,
-            machines=machines or PoolMachines(),
+            machines=machines or PoolClient(),
             choice=choice,
             cancel=cancel,
-            live=live,
-            **options,
+            live_stdout=live[0],
+            live_stderr=live[1],
         )
         sweep_before_start()
         ended = attempt(request)
@@ -259,21 +260,21 @@ def run_once(
 
 
 def load_policy(name: str | os.PathLike[str] | Policy | None = None) -> Policy:
-    """The policy at a path, or `built-in:TEMPLATE` (docs/reference/policy.md); None is the built-in `default`.
+    """Return the policy at a path, or `built-in:TEMPLATE` (docs/reference/policy.md); None is `built-in:default`.
 
-    It is frozen: `msgspec.structs.replace(policy, limits=...)` makes another, which is checked where it is used, or
-    here. Raises SandboxError that tells all that is wrong with a document, each with its place.
+    It is frozen: `msgspec.structs.replace(policy, limits=...)` makes another, which is checked when it is used.
+    Raises SandboxError, which lists all errors in a document.
     """
-    from x07_sandbox.library.arguments import policy_given
+    from x07_sandbox.library.arguments import policy_argument
     from x07_sandbox.runs.request import read_policy
 
-    return read_policy(policy_given("name", name, "x07_sandbox.load_policy"))[0]
+    return read_policy(policy_argument("name", name, "x07_sandbox.load_policy"))[0]
 
 
-def checked(result: Result, problem: SandboxError | None, *, check: bool) -> Result:
-    """The result, if the program was run; with *check* only if it ended well. Raises SandboxError, *problem* if any.
+def check_result(result: Result, problem: SandboxError | None, *, check: bool) -> Result:
+    """Return the result. Raise SandboxError, *problem* if any, if the program was not run or, with *check*, failed.
 
-    Its reason, and the error, name the keywords of `run_program` where a command would be told flags.
+    The reason and the error name keywords of `run_program` instead of flags.
     """
     if result.outcome != "ok":
         from msgspec.structs import replace
@@ -294,7 +295,7 @@ def checked(result: Result, problem: SandboxError | None, *, check: bool) -> Res
 
 
 class _Output:
-    """Passes a program's output on to a function, as it comes: two pipes, and a thread that reads them."""
+    """Passes a program's output to a function as it arrives: two pipes with a thread each."""
 
     def __init__(self, on_output: OnOutput, cancel: Cancel) -> None:
         self.problem: BaseException | None = None
@@ -308,7 +309,7 @@ class _Output:
 
     @property
     def fds(self) -> tuple[int, int]:
-        """Where the run writes."""
+        """The descriptors that the run writes to."""
         return self._ends["stdout"][1], self._ends["stderr"][1]
 
     def _read(self, name: Literal["stdout", "stderr"], fd: int) -> None:
@@ -316,7 +317,7 @@ class _Output:
             if self.problem is None:
                 try:
                     self._on_output(name, data)
-                except BaseException as exc:  # noqa: BLE001 - raised again where the caller waits
+                except BaseException as exc:  # noqa: BLE001 - raised again in the caller's thread
                     self.problem = exc
                     self._cancel()
 

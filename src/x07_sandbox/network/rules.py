@@ -16,7 +16,7 @@ from typing import Final, Literal
 import msgspec
 from msgspec.structs import replace
 
-from x07_sandbox.errors import UsageError, shown
+from x07_sandbox.errors import UsageError, printable
 from x07_sandbox.network.blocked_addresses import special, special_within
 from x07_sandbox.network.names import (
     Address,
@@ -30,7 +30,7 @@ from x07_sandbox.network.names import (
     unmapped,
 )
 from x07_sandbox.plan.denials import HowToAllow
-from x07_sandbox.plan.observed import allowing
+from x07_sandbox.plan.observed import advise
 from x07_sandbox.policy.hosts import Addresses
 from x07_sandbox.policy.model import Db, DbNet, Policy
 from x07_sandbox.policy.problems import PolicyError, Problem
@@ -214,11 +214,11 @@ def _switch(allowlist: Allowlist, request: Request) -> Decision | None:
         ("allow_dns", net.allow_dns or not isinstance(request.host, str)),
     ):
         if not on:
-            how = allowing(policy, f"net.{name}", value=True)
+            how = advise(policy, f"net.{name}", value=True)
             return _denied(request, f"net.{name}", f"net.{name} is false in policy {policy.policy_id}", how)
     if not net.allow_hosts:
         also = " (db.net needs it too)" if list(_databases(policy)) else ""
-        return _denied(request, "net.allow_hosts", f"net.allow_hosts is empty{also}", _to_list(policy, request))
+        return _denied(request, "net.allow_hosts", f"net.allow_hosts is empty{also}", _advise_listing(policy, request))
     return None
 
 
@@ -233,7 +233,7 @@ def _listed(allowlist: Allowlist, request: Request) -> Decision:
         if request.port in entry.ports:
             reason = f"{pattern_text(entry.what)} is listed with port {request.port}"
             return Decision(request=request, allowed=True, rule=entry.rule, reason=reason)
-    how = _to_list(allowlist.policy, request)
+    how = _advise_listing(allowlist.policy, request)
     if not found:
         return _denied(request, "net.allow_hosts", f"no entry lists {request.host}", how)
     ports = ", ".join(map(str, sorted(frozenset().union(*(entry.ports for entry in found))))) or "none"
@@ -245,12 +245,12 @@ def _denied(request: Request, rule: str, reason: str, how: HowToAllow | None = N
     return Decision(request=request, allowed=False, rule=rule, reason=reason, how_to_allow=how)
 
 
-def _to_list(policy: Policy, request: Request) -> HowToAllow | None:
+def _advise_listing(policy: Policy, request: Request) -> HowToAllow | None:
     """Return the advice to list the request. The flag works only with allow_tcp."""
     listed = [{"host": entry.host, "ports": list(entry.ports)} for entry in policy.net.allow_hosts]
     more = {"host": str(request.host), "ports": [request.port]}
     flag = f"--allow-host {shlex.quote(str(request))}" if policy.net.allow_tcp else None
-    return allowing(policy, "net.allow_hosts", [*listed, more], flag)
+    return advise(policy, "net.allow_hosts", [*listed, more], flag)
 
 
 def _entries(policy: Policy, problems: list[Problem]) -> Iterator[Entry]:
@@ -267,7 +267,7 @@ def _entries(policy: Policy, problems: list[Problem]) -> Iterator[Entry]:
         try:
             what = parse_pattern(host)
         except UsageError as exc:
-            problems.append(Problem(f"$.{rule}", f"host {shown(host)}: {exc.why}. {exc.fix}"))
+            problems.append(Problem(f"$.{rule}", f"host {printable(host)}: {exc.why}. {exc.fix}"))
         else:
             of_net = rule.startswith("net.")
             yield Entry(rule=rule, ports_rule=ports_rule, what=what, ports=frozenset(ports), udp=of_net)

@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.plan.denials import Hint, HowToAllow
-from x07_sandbox.plan.observed import allowing
+from x07_sandbox.plan.observed import advise
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -68,7 +68,7 @@ def connection_hints(text: str, policy: Policy) -> Iterator[Hint]:
 def _hint(subject: str, host: str, policy: Policy) -> Hint:
     how = HowToAllow(json_path=None, value=None, flag=f"--allow-host {host}")
     if not policy.net.enabled:
-        how = allowing(policy, "net.enabled", value=True) or how
+        how = advise(policy, "net.enabled", value=True) or how
     return Hint(subject=subject, kind="network", how=how)
 
 

@@ -252,8 +252,8 @@ def _threads(given: PlanInput, _field: str) -> Answer:
 
 
 def _within_tasks(given: PlanInput, why: str) -> Answer:
-    held = "limits.procs" in given.features.can_enforce
-    return Answer("enforced", given.own(_CGROUP), why) if held else Answer("enforced", _PLAN, "allowed")
+    limited = "limits.procs" in given.features.can_enforce
+    return Answer("enforced", given.own(_CGROUP), why) if limited else Answer("enforced", _PLAN, "allowed")
 
 
 def _deadline(given: PlanInput, _field: str) -> Answer:

@@ -8,7 +8,7 @@ import msgspec
 Isolation = Literal["vm-hardware", "vm-emulated", "container", "process", "none"]
 
 # What a virtual machine with our agent can enforce; a limit is named after its policy field.
-VM_HOLDS: Final = frozenset(
+VM_CAPABILITIES: Final = frozenset(
     {
         *("limits.cpu_ms", "limits.mem_bytes", "limits.fds", "limits.procs", "limits.core_dumps"),
         *("confinement", "host-files", "no-host-files", "no-host-variables", "no-network"),
@@ -89,9 +89,9 @@ class Features(msgspec.Struct, frozen=True, kw_only=True):
 
 def container_features() -> Features:
     """Return the features of a container with our agent."""
-    return Features(isolation="container", own_kernel=False, can_enforce=VM_HOLDS - {"held-connections"})
+    return Features(isolation="container", own_kernel=False, can_enforce=VM_CAPABILITIES - {"held-connections"})
 
 
 def vm_features(isolation: Isolation) -> Features:
     """Return the features of a virtual machine with our agent."""
-    return Features(isolation=isolation, own_kernel=True, can_enforce=VM_HOLDS)
+    return Features(isolation=isolation, own_kernel=True, can_enforce=VM_CAPABILITIES)

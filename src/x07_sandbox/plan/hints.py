@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from x07_sandbox.plan.connections import connection_hints
 from x07_sandbox.plan.denials import Hint, HowToAllow
 from x07_sandbox.plan.guest_paths import PROGRAM, guest_path, is_below
-from x07_sandbox.plan.observed import allowing, root_to_allow, to_load
+from x07_sandbox.plan.observed import advise, advise_loading, advise_root
 from x07_sandbox.plan.packages import flag_for_module, flag_for_program, is_known_program
 
 if TYPE_CHECKING:
@@ -127,11 +127,11 @@ def _variable(name: str, policy: Policy, host_variables: Collection[str]) -> Hin
     allowed, denied = policy.env.allow_keys, policy.env.deny_keys
     how: HowToAllow | None = HowToAllow(json_path=None, value=None, flag=f"--env {name}=VALUE")
     if not policy.env.enabled:
-        how = allowing(policy, "env.enabled", value=True)
+        how = advise(policy, "env.enabled", value=True)
     elif name in denied:
-        how = allowing(policy, "env.deny_keys", [key for key in denied if key != name])
+        how = advise(policy, "env.deny_keys", [key for key in denied if key != name])
     elif name in host_variables:
-        how = None if name in allowed else allowing(policy, "env.allow_keys", [*allowed, name], f"--env {name}")
+        how = None if name in allowed else advise(policy, "env.allow_keys", [*allowed, name], f"--env {name}")
     if how is None or name.startswith("X07_"):
         return None
     return Hint(subject=f"the variable {name}", kind="variable", how=how)
@@ -141,7 +141,7 @@ def _libraries(text: str, policy: Policy, areas: Sequence[GuestMount], cwd: str)
     for name in dict.fromkeys(_UNLOADED.findall(text)):
         if "/" in name and name.isprintable():
             path = posixpath.normpath(posixpath.join(cwd, name))
-            if how := to_load(path, policy, areas, cwd):
+            if how := advise_loading(path, policy, areas, cwd):
                 yield Hint(subject=f"the library {path}", kind="library", how=how)
 
 
@@ -167,13 +167,13 @@ def _hint(path: str, policy: Policy) -> Hint | None:
     """Return None if no policy provides it."""
     if _hidden(path, policy):
         field, value = ("fs.deny_hidden", False) if policy.fs.enabled else ("fs.enabled", True)
-        how = allowing(policy, field, value)
+        how = advise(policy, field, value)
         return None if how is None else Hint(subject=path, how=how)
     folder = path.rpartition("/")[0]
-    how = root_to_allow(policy, "read_roots", path)
+    how = advise_root(policy, "read_roots", path)
     there = folder and guest_path(folder, PROGRAM, deny_hidden=policy.fs.deny_hidden)[0]
     # The message does not say whether it was to be read or created; to create it, its folder has to be writable.
-    to_write = root_to_allow(policy, "write_roots", folder) if there else None
+    to_write = advise_root(policy, "write_roots", folder) if there else None
     return None if how is None else Hint(subject=path, how=how, to_write=to_write)
 
 

@@ -24,20 +24,19 @@ _SIZE: Final = re.compile(r"([0-9]{1,12})(?:(\.[0-9]{1,6})?([KMG])(?:i?B)?)?", r
 
 
 class Name(msgspec.Struct, frozen=True):
-    """Names of one limit: its flag, the library's keyword, and its words in a message."""
+    """What a limit is called: the flag, and the words of a message."""
 
     flag: str
-    keyword: str
     words: str
 
 
 NAMES: Final[Mapping[str, Name]] = MappingProxyType(
     {
-        "mem_bytes": Name("--memory", "memory", "memory"),
-        "cpu_ms": Name("--cpu-time", "cpu_s", "CPU time"),
-        "wall_ms": Name("--timeout", "timeout_s", "time"),
-        "procs": Name("--procs", "procs", "processes"),
-        "fds": Name("--fds", "fds", "open files"),
+        "mem_bytes": Name("--memory", "memory"),
+        "cpu_ms": Name("--cpu-time", "CPU time"),
+        "wall_ms": Name("--timeout", "time"),
+        "procs": Name("--procs", "processes"),
+        "fds": Name("--fds", "open files"),
     }
 )
 """By policy field."""
@@ -46,8 +45,7 @@ NAMES: Final[Mapping[str, Name]] = MappingProxyType(
 class LimitChanges(msgspec.Struct, frozen=True, kw_only=True):
     """Limits that the caller set; None keeps the policy's.
 
-    by_keyword: errors name them as the library's keywords, not as flags.
-    may_raise: whether they may exceed the policy's; None if the policy's origin decides (runs/request).
+    may_raise: whether they may be above the policy's; None where the policy's origin decides (runs/request).
     """
 
     mem_bytes: int | None = None
@@ -55,19 +53,12 @@ class LimitChanges(msgspec.Struct, frozen=True, kw_only=True):
     wall_ms: int | None = None
     procs: int | None = None
     fds: int | None = None
-    by_keyword: bool = False
+
     may_raise: bool | None = None
 
     def given(self) -> dict[str, int]:
         """Return the limits that are set, by field."""
         return {field: value for field in NAMES if (value := getattr(self, field)) is not None}
-
-    def named(self, field: str, value: int) -> str:
-        """Return a limit as the caller writes it: `--timeout 20` or `timeout_s=20`."""
-        if not self.by_keyword:
-            return flag_text(field, value)
-        quote = '"' if field == "mem_bytes" else ""
-        return f"{NAMES[field].keyword}={quote}{_value(field, value)}{quote}"
 
 
 class FlagReach(msgspec.Struct, frozen=True):
@@ -128,34 +119,34 @@ def change_limits(policy: Policy, changes: LimitChanges, *, may_raise: bool, sou
     limits = policy.limits
     for field, value in given.items():
         if fault := range_fault(field, value):
-            name = NAMES[field].keyword if changes.by_keyword else NAMES[field].flag
-            raise UsageError(f"cannot use {changes.named(field, value)}", f"{name} {fault}", "Use another value")
+            raise UsageError(
+                f"cannot use {flag_text(field, value)}", f"{NAMES[field].flag} {fault}", "Use another value"
+            )
         if value > getattr(limits, field) and not may_raise:
-            raise _too_large(changes, field, value, f"limits.{field}", getattr(limits, field), source)
+            raise _too_large(field, value, f"limits.{field}", getattr(limits, field), source)
     process, procs = policy.process, given.get("procs")
     if procs is not None and process.may_spawn and process.max_live < procs:
         if not may_raise:
-            raise _too_large(changes, "procs", procs, "process.max_live", process.max_live, source)
+            raise _too_large("procs", procs, "process.max_live", process.max_live, source)
         process = replace(process, max_live=procs)
     return replace(policy, limits=replace(limits, **given), process=process)
 
 
-def _too_large(changes: LimitChanges, field: str, value: int, path: str, limit: int, source: str) -> UsageError:
-    """Return the error for a limit above that of a policy that the caller may not raise."""
-    given = "A keyword" if changes.by_keyword else "A flag"
-    allowed = f"{_value(field, limit)}{' s' if field.endswith('_ms') else ''}"
-    why = f"the policy {source} allows {allowed} ({path}). {given} can only lower a limit of that policy"
-    fix = f"Set {path} to {value} in the policy, or use {changes.named(field, limit)}"
-    return UsageError(f"cannot use {changes.named(field, value)}", why, fix).by(path, value)
+def _too_large(field: str, value: int, path: str, held: int, source: str) -> UsageError:
+    """Return the error for a limit above that of a policy that the caller may only lower."""
+    allowed = f"{_value(field, held)}{' s' if field.endswith('_ms') else ''}"
+    why = f"the policy {source} allows at most {allowed} ({path})"
+    fix = f"Set {path} to {value} in the policy, or use {flag_text(field, held)}"
+    return UsageError(f"cannot use {flag_text(field, value)}", why, fix).caused_by(path, value)
 
 
-def flag_reach(own: Limits | None, held: Limits, *, may_raise: bool) -> FlagReach:
-    """Return how far flags can raise the effective limits *held*. own: the unchanged policy's, or None."""
+def flag_reach(own: Limits | None, current: Limits, *, may_raise: bool) -> FlagReach:
+    """Return how far flags can raise the effective limits *current*. own: the unchanged policy's, or None."""
     from x07_sandbox.policy.schema import range_of
 
     if may_raise:
         return FlagReach({f"limits.{field}": range_of(f"limits.{field}")[1] for field in NAMES})
     if own is None:
         return FlagReach()
-    tops = {f"limits.{field}": getattr(own, field) for field in NAMES if getattr(own, field) > getattr(held, field)}
+    tops = {f"limits.{field}": getattr(own, field) for field in NAMES if getattr(own, field) > getattr(current, field)}
     return FlagReach(tops, policy_too=False)

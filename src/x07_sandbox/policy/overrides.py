@@ -147,14 +147,14 @@ def denied_hosts(given: Sequence[str]) -> dict[str, set[int] | None]:
 
 def check_grants(base: Policy, overrides: Overrides, *, built_in: bool) -> None:
     """Raise UsageError if flags grant what only the author of the policy *base* may grant."""
-    for word, field, held, value in (
+    for word, field, current, value in (
         ("hidden", "deny_hidden", not base.fs.deny_hidden, False),
         ("symlinks", "allow_symlinks", base.fs.allow_symlinks, True),
     ):
-        if word in overrides.include and not held and not built_in:
+        if word in overrides.include and not current and not built_in:
             why = f"policy {base.policy_id} does not allow it; flags can relax only built-in policies"
             fix = f"Set fs.{field} to {str(value).lower()} in the policy"
-            raise UsageError(f"cannot use --allow-{word}", why, fix).by(f"fs.{field}", value=value)
+            raise UsageError(f"cannot use --allow-{word}", why, fix).caused_by(f"fs.{field}", value=value)
 
 
 def _need_sections(base: Policy, overrides: Overrides) -> None:
@@ -163,13 +163,13 @@ def _need_sections(base: Policy, overrides: Overrides) -> None:
         needs += [("net.enabled", base.net.enabled, "hosts"), ("net.allow_tcp", base.net.allow_tcp, "hosts")]
     if overrides.allow_read_root or overrides.allow_write_root or overrides.include:
         needs.append(("fs.enabled", base.fs.enabled, "files"))
-    for field, held, what in needs:
-        if not held:
+    for field, current, what in needs:
+        if not current:
             raise UsageError(
                 f"cannot change the {what} of policy {base.policy_id}",
                 f"{field} is false",
                 f"Set {field} to true in the policy, or omit the flags",
-            ).by(field, value=True)
+            ).caused_by(field, value=True)
 
 
 def _specs(

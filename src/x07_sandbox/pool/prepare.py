@@ -1,4 +1,4 @@
-"""Making beforehand what the first run would have to make: a saved machine for each phase."""
+"""Making the saved machines that the first runs would otherwise have to make."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from x07_sandbox.backends.base import MachineKind
 from x07_sandbox.backends.registry import create
-from x07_sandbox.backends.selection import Asked, select, this_platform
+from x07_sandbox.backends.selection import BackendRequest, select, this_platform
 from x07_sandbox.host import settings
 from x07_sandbox.host.cancel import Caller, Cancel
 from x07_sandbox.images.verify import open_image
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 
 def prepare_clones(image: Image, progress: Callable[[str], None]) -> None:
-    """Save the machines for builds and ordinary runs, where the usual backend can clone them. Raises SandboxError."""
-    backend = create(select(this_platform(), Asked()).backend)
+    """Save the machines for builds and ordinary runs, if the default backend can clone. Raises SandboxError."""
+    backend = create(select(this_platform(), BackendRequest()).backend)
     if backend.cloning is None:
         return
     build_ram, run_ram = (

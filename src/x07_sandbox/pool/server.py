@@ -1,9 +1,9 @@
-"""The pool's process: keeps machines warm and gives them to this user's commands over a private socket.
+"""The pool's process, which keeps machines warm and leases them to this user's commands over a private socket.
 
     python -m x07_sandbox.pool.server SIZE IDLE_S IMAGE READY_FD
 
-IMAGE: a name or digest, "" for the default. READY_FD gets one JSON object: {"ready": SIZE}, or what went wrong. It ends
-by SIGTERM or SIGINT, by request, and after IDLE_S seconds without claim or lease. Its machines die with it.
+IMAGE: a name or digest, "" for the default. READY_FD gets JSON lines: {"progress": TEXT}, then {"ready": SIZE} or an
+error. The process ends by SIGTERM, SIGINT, a request, or after IDLE_S seconds without use; its machines end with it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from x07_sandbox.backends import lease
-from x07_sandbox.backends.handshake import polling
-from x07_sandbox.backends.lease import ANSWER_S, GONE_S, PROTOCOL, SOCKET, handed_over, peer_of, pool_dir, receive, send
+from x07_sandbox.backends.handshake import input_poll
+from x07_sandbox.backends.lease import ANSWER_S, GONE_S, PROTOCOL, SOCKET, handover, peer_of, pool_dir, receive, send
 from x07_sandbox.errors import HostError, SandboxError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import Deadline
@@ -49,20 +49,20 @@ _NO_FDS_S: Final = 0.2
 
 
 class Starter:
-    """Tells the process that started this one how the start goes, until it has ended. Owns the descriptor."""
+    """Reports the start to the process that started this one. Owns the descriptor."""
 
     def __init__(self, owned_fd: int) -> None:
         self._fd: int | None = owned_fd
-        self._lock = threading.Lock()  # machines are made in another thread, and on and on
+        self._lock = threading.Lock()  # machines are made in another thread
 
-    def tell(self, value: dict[str, object]) -> None:
-        """One JSON object in a line; nothing once it is closed."""
+    def report(self, value: dict[str, object]) -> None:
+        """Write one JSON object as a line, unless closed."""
         with self._lock, contextlib.suppress(OSError):
             if self._fd is not None:
                 os.write(self._fd, json.dumps(value).encode() + b"\n")
 
     def close(self) -> None:
-        """Tell no more: the number of the descriptor is another's from now on. A second call does nothing."""
+        """Close the descriptor. A second call does nothing."""
         with self._lock:
             if self._fd is not None:
                 os.close(self._fd)
@@ -70,7 +70,7 @@ class Starter:
 
 
 class Server:
-    """Accepts connections; each is served by a thread, for as long as its lease lasts."""
+    """Accepts connections. A thread serves each for as long as its lease lasts."""
 
     def __init__(self, machines: WarmMachines, listener: socket.socket, idle_s: float) -> None:
         self.machines = machines
@@ -84,20 +84,20 @@ class Server:
         self._lock = threading.Lock()
 
     def end(self, *_: object) -> None:
-        """Stop serving. May be called by a signal handler, and again."""
+        """Stop serving. Can be called by a signal handler, and again."""
         self._ended = True
         os.eventfd_write(self._end, 1)
 
     def serve(self) -> None:
-        """Until it is told to end, or nobody has used it for long."""
-        poll = polling(self.listener.fileno(), self._end)
+        """Serve until `end` is called or the pool was idle for too long."""
+        poll = input_poll(self.listener.fileno(), self._end)
         while not self._unused():
             for fd, _ in poll.poll(min(self.idle_s, 1.0) * 1000):
                 if fd == self._end:
                     return
                 try:
                     connection, _ = self.listener.accept()
-                except OSError:  # no descriptor is left: some come back with the leases
+                except OSError:  # out of descriptors until a lease ends
                     wait_readable(self._end, _NO_FDS_S)
                     continue
                 thread = threading.Thread(target=self._serve_one, args=(connection,), name="x07-lease", daemon=True)
@@ -105,7 +105,7 @@ class Server:
                 self._threads = [*(other for other in self._threads if other.is_alive()), thread]
 
     def wait_leases(self) -> None:
-        """Wait until every leased machine has ended, with its record, now that the end has come."""
+        """Wait until every leased machine and its record have ended, after `end`."""
         deadline = Deadline.after(GONE_S)
         while not deadline.passed():
             with self._lock:
@@ -135,18 +135,18 @@ class Server:
                 elif asked[0].get("want") == "stop":
                     self.end()
                     connection.settimeout(None)
-                    connection.recv(1)  # the end of this process is the answer
+                    connection.recv(1)  # this process's end is the answer
 
     def wait_filled(self) -> int:
-        """Wait until all machines are warm; how many are. Its idle time begins then. Raises SandboxError."""
+        """Wait until all machines are warm, start the idle time, and return how many are warm. Raises SandboxError."""
         if not self.machines.wait_ready(Deadline.after(settings.QUEUE_S)) and self._ended:
-            raise HostError("cannot start the pool", "it was told to end while it started", "Start it again")
+            raise HostError("cannot start the pool", "it was stopped during its start", "Start it again")
         self.machines.used_at = time.monotonic()
         self._filled = True
         return self.machines.ready()
 
     def status(self) -> dict[str, object]:
-        """What `x07 pool status` tells."""
+        """Return the values for `x07 pool status`."""
         machines = self.machines
         problem = machines.problem
         return {
@@ -170,10 +170,10 @@ class Server:
             self._leases += 1
         ended = False
         try:
-            message, fds = handed_over(self.machines.backend, machine.instance)
+            message, fds = handover(self.machines.backend, machine.instance)
             send(connection, message, fds)
             connection.settimeout(None)
-            ended = self._wait_for_an_end(connection, machine.instance.pidfd, pid)
+            ended = self._wait_for_end(connection, machine.instance.pidfd, pid)
         finally:
             gone = machine.close()
             with self._lock:
@@ -182,18 +182,18 @@ class Server:
         status = -signal.SIGTERM if ended else machine.instance.exit_status()
         send(connection, {"protocol": PROTOCOL, "status": -9 if status is None else status, "gone": gone})
 
-    def _wait_for_an_end(self, connection: socket.socket, machine_pidfd: int, claimer: int) -> bool:
-        """Until the lease, its claimer or the machine has ended, or this process is to end: whether it was that."""
+    def _wait_for_end(self, connection: socket.socket, machine_pidfd: int, claimer: int) -> bool:
+        """Wait for the end of lease, claimer, machine or server, and return whether it was the server's."""
         with contextlib.ExitStack() as stack:
             fds = [connection.fileno(), machine_pidfd, self._end]
             with contextlib.suppress(OSError):
-                # A child that the claimer forked may hold the connection open when the claimer is dead.
+                # A forked child of a dead claimer may hold the connection open.
                 fds.append(os.pidfd_open(claimer))
                 stack.callback(os.close, fds[-1])
-            return any(fd == self._end for fd, _ in polling(*fds).poll())
+            return any(fd == self._end for fd, _ in input_poll(*fds).poll())
 
     def _taken(self, asked: dict[str, Any], pid: int) -> WarmMachine | None:
-        """The machine that is asked for, already the claimer's by its record; None if there is none."""
+        """Return the requested machine, recorded as the claimer's; None if there is none."""
         ours = (str(state_dir()), self.machines.backend.name, list(self.machines.kind.key))
         runner = identify(pid)
         claim, ram_bytes = _claim(asked), asked.get("ram_bytes")
@@ -205,7 +205,7 @@ class Server:
 
 
 def _claim(asked: dict[str, Any]) -> Claim | None:
-    """What is claimed, if it is well-formed: it becomes the name of a folder."""
+    """Return the claimed job if it is well-formed: its name becomes a folder's."""
     with contextlib.suppress(msgspec.ValidationError):
         claim = msgspec.convert({name: asked.get(name) for name in ("run_id", "phase", "wall_ms")}, prepared(Claim))
         if _JOB_ID.fullmatch(claim.job_id) and 0 < claim.wall_ms <= _WALL_MS_MAX:
@@ -215,15 +215,17 @@ def _claim(asked: dict[str, Any]) -> Claim | None:
 
 @contextlib.contextmanager
 def _listening() -> Iterator[socket.socket]:
-    """The pool's socket, of which this user has one. Raises HostError if another process has it."""
+    """Yield the pool's socket. Raises HostError if this user has a pool already."""
     folder = pool_dir()
 
     def taken() -> None:
-        raise HostError("cannot start the pool", "it runs already", "See x07 pool status, or run x07 pool stop")
+        raise HostError(
+            "cannot start the pool", "this user has one already", "See x07 pool status, or run x07 pool stop"
+        )
 
     with file_lock(folder / "lock", on_wait=taken):
         with contextlib.suppress(OSError):
-            os.ftruncate(sys.stderr.fileno(), 0)  # the log, which is ours now
+            os.ftruncate(sys.stderr.fileno(), 0)  # start a new log
         with contextlib.suppress(FileNotFoundError):
             (folder / SOCKET).unlink()
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
@@ -238,13 +240,13 @@ def _listening() -> Iterator[socket.socket]:
 
 
 def main(words: list[str]) -> int:
-    """Serve until the end."""
+    """Run the pool's process and return its exit status."""
     size, idle_s, image, starter = int(words[0]), float(words[1]), words[2] or None, Starter(int(words[3]))
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a machine takes about ten descriptors
     try:
         with _listening() as listener:
-            machines = WarmMachines(size, image=image, progress=lambda text: starter.tell({"progress": text}))
+            machines = WarmMachines(size, image=image, progress=lambda text: starter.report({"progress": text}))
             server = Server(machines, listener, idle_s)
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, server.end)
@@ -255,25 +257,25 @@ def main(words: list[str]) -> int:
                 announce.start()
                 server.serve()
                 server.wait_leases()
-            announce.join(ANSWER_S)  # it may have to tell of that end
+            announce.join(ANSWER_S)  # it may have to report the end
     except (SandboxError, OSError) as exc:
         if (error := exc if isinstance(exc, SandboxError) else host_error(exc)) is None:
             raise
-        starter.tell(_told(error))
+        starter.report(_error_values(error))
         return 125
     return 0
 
 
-def _told(exc: SandboxError) -> dict[str, object]:
-    """An error for `x07 pool start`. usage: whether it is the user's own."""
+def _error_values(exc: SandboxError) -> dict[str, object]:
+    """Return an error for `x07 pool start`. usage: whether it is a UsageError."""
     return {"what": exc.what, "why": exc.why, "fix": exc.fix, "usage": isinstance(exc, UsageError)}
 
 
 def _announce(server: Server, starter: Starter) -> None:
     try:
-        starter.tell({"ready": server.wait_filled()})
+        starter.report({"ready": server.wait_filled()})
     except SandboxError as exc:
-        starter.tell(_told(exc))
+        starter.report(_error_values(exc))
     starter.close()
 
 

@@ -1,8 +1,8 @@
-"""Warm machines: clones that have run two programs of ours, and wait for one program of a user each.
+"""Warm machines: clones that have run two programs of ours and wait for one program of a user each.
 
-An emulator takes about ten times as long for what it meets first, so each has run a C and a Python program. None is
-used again after a program that is not ours. Each is recorded like any job (`RUN-warm`), with a deadline, and becomes
-its claimer's job in this order: the deadline, the record, the machine.
+An emulator takes about ten times longer for code that it executes first, so each machine has run a C and a Python
+program. Each is recorded as a job (`RUN-warm`) with a deadline, and becomes its claimer's job in this order: deadline,
+record, machine.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import msgspec
 from x07_sandbox.backends.base import Job, MachineKind, NoAnswerError
 from x07_sandbox.backends.handshake import greet
 from x07_sandbox.backends.registry import create
-from x07_sandbox.backends.selection import choice_of_variables
+from x07_sandbox.backends.selection import choice_from_environment
 from x07_sandbox.errors import BackendError, Cancelled, HostError, SandboxError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.cancel import Caller, Cancel
@@ -29,7 +29,7 @@ from x07_sandbox.host.memory import memory_bytes
 from x07_sandbox.host.processes import Identity, own_identity
 from x07_sandbox.images.store import find_image
 from x07_sandbox.images.verify import open_image
-from x07_sandbox.jobs.admission import admitted, kept_warm
+from x07_sandbox.jobs.admission import admitted, warm_slots
 from x07_sandbox.jobs.record import Claim, new_run_id
 from x07_sandbox.plan.outcomes import Outcome, classify
 from x07_sandbox.plan.sizes import ram_class_bytes
@@ -55,12 +55,12 @@ _PROGRAMS: Final = tuple(Path(__file__).parents[1] / "programs" / "data" / name 
 _INPUT: Final = b"hello\n"
 _WALL_MS: Final = 30_000
 _TRY_AGAIN_S: Final = 1.0
-_FAILURES_MAX: Final = 3  # in a row: then the user is told, and it is tried again now and then
+_FAILURES_MAX: Final = 3  # in a row, before the error is reported
 _TRY_LATER_S: Final = 10.0
 
 
 class WarmMachine:
-    """One machine that waits. It is its maker's until it is claimed, and its claimer's from then on."""
+    """One waiting machine. It belongs to the pool until it is claimed, then to its claimer."""
 
     def __init__(self, instance: Instance, stack: contextlib.ExitStack, made_at: float) -> None:
         self.instance = instance
@@ -68,26 +68,26 @@ class WarmMachine:
         self._stack = stack
 
     def close(self) -> bool:
-        """End it, with its record; whether it is proven gone. A second call does nothing."""
+        """End the machine and its record, and return whether it is proven gone. A second call does nothing."""
         self._stack.close()
         return self.instance.stop()
 
 
 class WarmMachines:
-    """Keeps *size* machines warm, in a thread of its own, until it is closed. Thread-safe. image: name or digest."""
+    """Keeps *size* machines warm, in its own thread, until closed. Thread-safe. image: name or digest."""
 
     def __init__(
         self, size: int, *, image: str | None = None, progress: Callable[[str], None] = lambda _text: None
     ) -> None:
-        self._choice = choice_of_variables()
+        self._choice = choice_from_environment()
         memory = memory_bytes()
         most = memory // 4 // settings.WARM_BYTES
         if most < 1:
             each, here = settings.WARM_BYTES >> 20, memory >> 20
-            why = f"one machine takes {each} MiB of a quarter of the memory, of which there are {here} MiB for us"
-            raise HostError("cannot keep a pool", why, "Raise the limit of memory, or run programs without a pool")
+            why = f"one machine takes {each} MiB, more than a quarter of the {here} MiB of memory"
+            raise HostError("cannot keep a pool", why, "Raise the memory limit, or run programs without a pool")
         if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= most:
-            why = f"its size is {size!r}, and must be a whole number from 1 to {most}, which is what memory holds"
+            why = f"its size is {size!r}, but memory allows a whole number from 1 to {most}"
             raise UsageError("cannot keep a pool", why, "Set another size")
         self.size = size
         self._most = most
@@ -106,9 +106,9 @@ class WarmMachines:
         self._thread = threading.Thread(target=self._keep, name="x07-warm", daemon=True)
 
     def start(self) -> None:
-        """Open image and programs, and begin to make machines. Raises SandboxError."""
+        """Open image and programs, and start making machines. Raises SandboxError."""
         try:
-            self._stack.enter_context(kept_warm(self.size, self._most))
+            self._stack.enter_context(warm_slots(self.size, self._most))
             self._image = self._stack.enter_context(open_image(current_image(find_image(self._image_ref))))
             check_pinned(self._image.manifest.digest)
             self.backend = create(self._choice.backend)
@@ -123,7 +123,7 @@ class WarmMachines:
         self._thread.start()
 
     def _spec(self, program: Path) -> PhaseSpec:
-        """The run of a program of ours, which is built now or was before."""
+        """Return the run of a program of ours, after building it if need be."""
         draft = draft_result(new_run_id())
         folder = RunFolder(draft.run, self._stack)
         try:
@@ -150,7 +150,9 @@ class WarmMachines:
                 failures += 1
                 with self._changed:
                     if failures >= _FAILURES_MAX:
-                        self.problem = exc if isinstance(exc, SandboxError) else _no_descriptors(exc)
+                        fix = "Raise the limit on open files: ulimit -n"
+                        hosts = HostError("cannot keep machines warm", str(exc), fix)
+                        self.problem = exc if isinstance(exc, SandboxError) else hosts
                         self._changed.notify_all()
                     if not self._closing:
                         self._changed.wait(_TRY_AGAIN_S if failures < _FAILURES_MAX else _TRY_LATER_S)
@@ -165,7 +167,7 @@ class WarmMachines:
             machine.close()
 
     def _wait_until_wanted(self) -> bool:
-        """Until a machine is missing, or one has waited for so long that its deadline nears; False at the end."""
+        """Wait until a machine is missing; False once closed. Machines near their deadline are ended."""
         while True:
             with self._changed:
                 if self._closing:
@@ -202,7 +204,7 @@ class WarmMachines:
             return WarmMachine(instance, stack.pop_all(), time.monotonic())
 
     def _run(self, instance: Instance, spec: PhaseSpec) -> None:
-        """Have the machine run a program of ours and prepare the next place. Raises BackendError."""
+        """Have the machine run a program of ours and prepare for the next. Raises BackendError."""
         with contextlib.ExitStack() as stack:
             out, err = (
                 Sink(name, keep_fd=memory_file(b"", stack), live_fd=None, max_bytes=settings.MIB)
@@ -218,19 +220,19 @@ class WarmMachines:
 
     def _check_open(self) -> None:
         if self._closing:
-            raise Cancelled("the pool ends", "it was closed", "Start it again")
+            raise Cancelled("the pool has ended", "it was closed", "Start it again")
 
-    def in_a_child(self) -> bool:
-        """Whether this is a process that was forked from the owner's: no machine is its to take, or to end."""
+    def in_forked_child(self) -> bool:
+        """Whether this process was forked from the owner's, and so may neither take nor end machines."""
         return os.getpid() != self._owner_pid
 
     def ready(self) -> int:
-        """How many wait now."""
+        """Return how many machines are waiting."""
         with self._changed:
             return len(self._ready)
 
     def wait_ready(self, deadline: Deadline) -> bool:
-        """Until all are warm; whether they are. Raises SandboxError if none can be made."""
+        """Wait until all machines are warm, and return whether they are. Raises SandboxError if none can be made."""
         with self._changed:
             while len(self._ready) < self.size and not deadline.passed() and not self._closing:
                 if self.problem is not None:
@@ -239,15 +241,15 @@ class WarmMachines:
             return len(self._ready) >= self.size
 
     def serves(self, backend: str, kind: MachineKind) -> bool:
-        """Whether its machines are of that kind."""
+        """Whether the machines are of that kind."""
         return (backend, kind.key) == (self.backend.name, self.kind.key)
 
     def take(self, claim: Claim, runner: Identity, ram_bytes: int) -> WarmMachine | None:
-        """One of them, as the job of *claim*, carried out by *runner*; None if none waits or it could not become it.
+        """Return a machine as the job of *claim*, run by *runner*; None if none is waiting or its adoption fails.
 
-        ram_bytes: the most of the machine's RAM that the job uses.
+        ram_bytes: the most RAM that the job uses.
         """
-        if self.in_a_child():
+        if self.in_forked_child():
             return None
         with self._changed:
             if not self._ready or self._closing:
@@ -265,15 +267,15 @@ class WarmMachines:
         return machine
 
     def claim(self, backend: Backend, job: Job) -> contextlib.AbstractContextManager[Instance] | None:
-        """As `Machines` has it: one for a run of this process."""
+        """Return a machine for a run of this process."""
         if not self.serves(backend.name, job.kind):
             return None
         machine = self.take(job.claim, own_identity(), job.used_ram_bytes)
         return None if machine is None else _claimed(machine, job)
 
     def close(self) -> None:
-        """End those that wait, and make no more. Those that were claimed are their claimers'."""
-        if self.in_a_child():
+        """End the waiting machines and make no more. Claimed ones belong to their claimers."""
+        if self.in_forked_child():
             return
         with self._changed:
             if self._closing:
@@ -300,10 +302,6 @@ def _cloning_of(backend: Backend) -> Cloning:
         why = f"the backend {backend.name} cannot clone machines"
         raise UsageError("cannot keep a pool", why, "Run programs without a pool")
     return backend.cloning
-
-
-def _no_descriptors(exc: OSError) -> HostError:
-    return HostError("cannot keep machines warm", exc.strerror or str(exc), "Raise the limit on open files: ulimit -n")
 
 
 @contextlib.contextmanager

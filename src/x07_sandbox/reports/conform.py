@@ -1,4 +1,4 @@
-"""What `x07 conform --json` prints, `x07.sandbox.conform@0.1.0`."""
+"""The document of `x07 conform`, `x07.sandbox.conform@0.1.0`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from x07_sandbox.conformance.run import Report
 
 
 class ConformReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All of it. good: whether nothing failed; the exit code is 0 then, else 1."""
+    """The document. good: whether nothing failed; the exit code is then 0, else 1."""
 
     schema_version: Literal["x07.sandbox.conform@0.1.0"] = "x07.sandbox.conform@0.1.0"
     good: bool

@@ -1,4 +1,4 @@
-"""What `x07 doctor --json` prints, `x07.sandbox.doctor@0.1.0`."""
+"""The document of `x07 doctor`, `x07.sandbox.doctor@0.1.0`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from x07_sandbox.backends.prerequisites import BackendState
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One thing looked at. good: None where it is neither good nor bad but worth knowing. fix: empty for none."""
+    """The result of one check. good: None if it is neither good nor bad. fix: empty if there is none."""
 
     subject: str
     good: bool | None
@@ -19,7 +19,7 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class DoctorReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All of it. good: whether nothing is bad; the exit code is 0 then, else 1."""
+    """The document. good: whether nothing is bad; the exit code is then 0, else 1."""
 
     schema_version: Literal["x07.sandbox.doctor@0.1.0"] = "x07.sandbox.doctor@0.1.0"
     good: bool

@@ -1,4 +1,4 @@
-"""How every document of ours is written as JSON; and the one that tells of a failure, of every verb but `run`."""
+"""How documents are written as JSON, and the document about an error, for every verb but `run`."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from x07_sandbox.policy.problems import PolicyError, Problem
 
 
 def render_json(document: msgspec.Struct) -> bytes:
-    """One JSON object over several lines, and a line end."""
-    # ASCII only: everything else, control characters of a guest's text above all, is escaped, also on a terminal.
+    """Return a document as JSON over several lines, with a final line end."""
+    # ASCII only, so that control characters in a guest's text are escaped.
     return json.dumps(plain(document), indent=2).encode("ascii") + b"\n"
 
 
 def plain(document: msgspec.Struct) -> Any:  # noqa: ANN401 - what json takes
-    """Its content; what is no Unicode in a name is spelt out.
+    """Return a document's content; bytes in names that are not UTF-8 are escaped.
 
-    Not every reader of JSON makes a text of half a surrogate pair, and some then read none of the document.
+    Some JSON readers reject a whole document for half a surrogate pair.
     """
-    return _spelt(msgspec.to_builtins(document))
+    return _escaped(msgspec.to_builtins(document))
 
 
-def _spelt(value: object) -> object:
+def _escaped(value: object) -> object:
     if isinstance(value, dict):
-        return {key: _spelt(inner) for key, inner in value.items()}
+        return {key: _escaped(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_spelt(inner) for inner in value]
+        return [_escaped(inner) for inner in value]
     return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
 class Error(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What could not be done, why, and what to do."""
+    """What failed, why, and what to do."""
 
     what: str
     why: str
@@ -42,7 +42,7 @@ class Error(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class FailureReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All of it. problems: of the policy, where it is that which is wrong."""
+    """The document. problems: errors in the policy, if it is the cause."""
 
     schema_version: Literal["x07.sandbox.failure@0.1.0"] = "x07.sandbox.failure@0.1.0"
     ok: Literal[False] = False
@@ -51,7 +51,7 @@ class FailureReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 def failure_report(exc: Exception) -> FailureReport:
-    """An error as that document."""
+    """Return the document for an error."""
     if not isinstance(exc, SandboxError):
         bug = Error(what="a bug in x07-sandbox", why=f"{type(exc).__name__}: {exc}", fix="Report it")
         return FailureReport(error=bug)

@@ -1,4 +1,4 @@
-"""What `x07 policy check`, `check --host`, `digest`, `explain` and `diff` print with --json."""
+"""The documents of `x07 policy check`, `check --host`, `digest`, `explain` and `diff`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from x07_sandbox.policy.problems import Problem
 
 
 class CheckedFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One policy. file: as the user named it. policy_id, digest: of a valid one. problems, text: of any other."""
+    """One policy. file: as the user named it. policy_id, digest: if valid. problems, text: otherwise."""
 
     file: str
     status: Literal["valid", "invalid", "unreadable"]
@@ -25,7 +25,7 @@ class CheckedFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class CheckReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All that were named, in that order. ok: whether all are valid."""
+    """All policies, in the order given. ok: whether all are valid."""
 
     schema_version: Literal["x07.sandbox.policy.check@0.1.0"] = "x07.sandbox.policy.check@0.1.0"
     ok: bool
@@ -33,10 +33,10 @@ class CheckReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class HostReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What would become of a connection. policy: as the user named it. host: in its normal form.
+    """Whether a connection is allowed. policy: as the user named it. host: in its normal form.
 
-    rule: the rule that decides, such as `net.allow_hosts[2]` or `deny-floor:private`. how_to_allow: null where it is
-    allowed, or where nothing allows it. resolved_later: whether the addresses of the name are checked at run time.
+    rule: the rule that decides, such as `net.allow_hosts[2]` or `deny-floor:private`. how_to_allow: null if it is
+    allowed or cannot be. resolved_later: whether the addresses of the name are checked at run time.
     """
 
     schema_version: Literal["x07.sandbox.policy.host@0.1.0"] = "x07.sandbox.policy.host@0.1.0"
@@ -53,7 +53,7 @@ class HostReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class DigestReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """digest: the same for all documents that say the same. file_digest: of the document's bytes."""
+    """digest: the same for all equivalent documents. file_digest: of the document's bytes."""
 
     schema_version: Literal["x07.sandbox.policy.digest@0.1.0"] = "x07.sandbox.policy.digest@0.1.0"
     policy_id: str
@@ -62,13 +62,13 @@ class DigestReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class ExplainedControl(Control, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One field of the policy with its value, and who holds it."""
+    """One field of the policy with its value, and what enforces it."""
 
     value: Any
 
 
 class NeverReached(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """An entry for hosts of which something can never be reached. field: its place in the policy."""
+    """An entry for hosts that is at least partly blocked. field: its place in the policy."""
 
     field: str
     host: str
@@ -76,11 +76,11 @@ class NeverReached(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class ExplainReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The plan of a run. policy: as the user named it. isolation: the classes that the backend may have, best first.
+    """The plan of a run. policy: as the user named it. isolation: classes that the backend may provide, best first.
 
-    carried_out: whether a run would start. toolchain: of the program, where one was named.
-    filters: names of the image's seccomp filters that the program would be under.
-    unreachable_entries: hosts that are listed, and that the gate refuses unless the user's own settings open them.
+    carried_out: whether a run would start. toolchain: of the program, if given.
+    filters: names of the image's seccomp filters that would apply.
+    never_reached: allowed hosts that the gate blocks unless the user's settings allow them.
     """
 
     schema_version: Literal["x07.sandbox.policy.explain@0.1.0"] = "x07.sandbox.policy.explain@0.1.0"
@@ -94,7 +94,7 @@ class ExplainReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     filters: tuple[str, ...]
     controls: tuple[ExplainedControl, ...]
     refusals: tuple[Refusal, ...]
-    unreachable_entries: tuple[NeverReached, ...] = ()
+    never_reached: tuple[NeverReached, ...] = ()
 
 
 class DiffReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

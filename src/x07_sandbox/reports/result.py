@@ -1,4 +1,4 @@
-"""A run's result as JSON: in short, as `--json` prints it, or in full, as `--json=full` does."""
+"""A run's result as JSON: short, as `--json` prints it, or full, as `--json=full` does."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 class OmittedControls(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The controls that the short form does not list: those that are as the built-in policy has them in a VM.
+    """The controls that the short form omits: those that are the same under the built-in policy in a VM.
 
-    enforced: how many of them are enforced. advisory: the fields of those that are only advisory.
-    digest: of all of them, as `x07 run --json=full` lists them, in JSON without blanks: `sha256:<hex>`.
+    enforced: number of enforced ones. advisory: fields of the advisory ones.
+    digest: `sha256:<hex>` of all of them, as JSON without blanks in the form of `--json=full`.
     """
 
     enforced: int
@@ -27,7 +27,7 @@ class OmittedControls(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
 
 def render_result(result: Result, *, full: bool) -> bytes:
-    """One JSON object: in full over many lines, in short with one line for each key."""
+    """Return one JSON object: the full one over many lines, the short one with a line for each key."""
     if full:
         return render_json(result)
     document = _short(result)
@@ -52,7 +52,7 @@ def _short(result: Result) -> dict[str, object]:
 
 
 def _usual_controls() -> dict[str, tuple[str, str, str]]:
-    """State, holder and reason of each field of the built-in policy in a virtual machine."""
+    """Return state, enforcer and reason of each field of the built-in policy in a VM."""
     from x07_sandbox.plan.controls import make_plan
     from x07_sandbox.plan.features import vm_features
     from x07_sandbox.policy.default import default_policy

@@ -1,6 +1,6 @@
-"""The published JSON Schemas: of every document that a command prints as JSON, from the types that make them.
+"""The published JSON Schemas of all documents, made from their types.
 
-``python -m x07_sandbox.reports.schemas FOLDER`` writes the files; a unit test holds them to this.
+``python -m x07_sandbox.reports.schemas FOLDER`` writes the files; a unit test compares them.
 """
 
 from __future__ import annotations
@@ -16,31 +16,31 @@ from x07_sandbox.files import changes
 from x07_sandbox.housekeeping import kill, listing, pruner, sweep, usage
 from x07_sandbox.images import manifest
 from x07_sandbox.policy.schema import render_schema
-from x07_sandbox.reports import conform, doctor, document, images, init, policies, policy_init, pool
+from x07_sandbox.reports import conform, doctor, document, policies, verbs
 from x07_sandbox.reports import result as short_result
 from x07_sandbox.runs import preview, result
-from x07_sandbox.x07 import attestation, runner_report, wrapped_report
+from x07_sandbox.x07 import attestation, runner_report
 
 _REF: Final = "#/$defs/{name}"
 _RUNNER: Final = (runner_report.CompileRunReport, runner_report.RunOsReport)
-# File and type of each document that is one type, which has its version as a default.
+# File name and type of each document that is a single type.
 _TABLE: Final[tuple[tuple[str, type[msgspec.Struct]], ...]] = (
     ("x07-runtime.attest", attestation.Attestation),
-    ("x07-policy-init.report", policy_init.PolicyInitReport),
+    ("x07-policy-init.report", verbs.PolicyInitReport),
     ("preview", preview.Preview),
     ("failure", document.FailureReport),
-    ("init.report", init.InitReport),
+    ("init.report", verbs.InitReport),
     ("policy.check", policies.CheckReport),
     ("policy.host", policies.HostReport),
     ("policy.digest", policies.DigestReport),
     ("policy.explain", policies.ExplainReport),
     ("policy.diff", policies.DiffReport),
-    ("image.build", images.BuildReport),
-    ("image.list", images.ListReport),
-    ("image.load", images.LoadReport),
-    ("image.rm", images.RemoveReport),
-    ("image.verify", images.VerifyReport),
-    ("pool", pool.PoolReport),
+    ("image.build", verbs.BuildReport),
+    ("image.list", verbs.ListReport),
+    ("image.load", verbs.LoadReport),
+    ("image.rm", verbs.RemoveReport),
+    ("image.verify", verbs.VerifyReport),
+    ("pool", verbs.PoolReport),
     ("prune", pruner.PruneReport),
     ("sweep", sweep.SweepReport),
     ("kill", kill.KillReport),
@@ -53,11 +53,11 @@ _TABLE: Final[tuple[tuple[str, type[msgspec.Struct]], ...]] = (
 
 
 def schemas() -> dict[str, str]:
-    """Each file's name and text."""
+    """Return the text of each file by name."""
     made = {name: _text(_version(kind), _any_of((kind,))) for name, kind in _TABLE}
     made["image"] = _text(manifest.SCHEMA, _any_of((manifest.Manifest,)))
     made["x07-os-runner.report"] = _text(runner_report.SCHEMA, _any_of(_RUNNER))
-    made["x07-run.report"] = _text(wrapped_report.SCHEMA, _wrapped())
+    made["x07-run.report"] = _text(runner_report.WRAPPED_SCHEMA, _wrapped())
     made["result"] = _text(result.SCHEMA, _result())
     made["changes"] = _text(changes.SCHEMA, _changes())
     made["run-os-policy"] = render_schema().decode()
@@ -76,20 +76,20 @@ def _any_of(types: tuple[type[msgspec.Struct], ...]) -> dict[str, Any]:
 
 
 def _wrapped() -> dict[str, Any]:
-    made = _any_of((wrapped_report.WrappedReport, *_RUNNER))
+    made = _any_of((runner_report.WrappedReport, *_RUNNER))
     made["$defs"]["WrappedReport"]["properties"]["report"] = {"anyOf": made.pop("anyOf")[1:]}
     return {"$ref": _REF.format(name="WrappedReport"), **made}
 
 
 def _changes() -> dict[str, Any]:
-    """Of a set of changes as it is printed: without the place where a content is kept."""
+    """Return the schema of printed changes, which lack the offset of the saved content."""
     made = _any_of((changes.ChangeSet,))
     del made["$defs"]["Node"]["properties"]["at"]
     return made
 
 
 def _result() -> dict[str, Any]:
-    """Of a result, in full or in short."""
+    """Return the schema of a result, full or short."""
     made = _any_of((result.Result, short_result.OmittedControls))
     del made["anyOf"]
     made = {"$ref": _REF.format(name="Result"), **made}
@@ -98,7 +98,7 @@ def _result() -> dict[str, Any]:
 
 
 def _closed(schema: dict[str, Any]) -> dict[str, Any]:
-    """The same, with its version required: the types have it as a default, and the document always has it."""
+    """Make the version required: the types have a default for it, but it is always in the document."""
     if "schema_version" in schema.get("properties", ()):
         schema = schema | {"required": list(dict.fromkeys(["schema_version", *schema.get("required", ())]))}
         schema["properties"]["schema_version"].pop("default", None)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from x07_sandbox.backends.handshake import grace, polling, wait_for_exit
+from x07_sandbox.backends.handshake import input_poll, read_deadline, wait_for_exit
 from x07_sandbox.channel.frames import DATA_MAX, DENIED_MAX, Kind, Stream
 from x07_sandbox.channel.link import Control, Data, Eof, Event, State
 from x07_sandbox.errors import PeerError
@@ -106,7 +106,7 @@ class Phase:
         # Handled in this order: data of the guest before its end.
         fds = self.instance.channel_fd, self.instance.pidfd, self.streams.cancel.fd
         gate = [] if self.streams.gate_fd is None or self.stage is Stage.COLLECT else [self.streams.gate_fd]
-        poll = polling(*fds, *gate, *self.instance.side_fds(), *stdin, *progress)
+        poll = input_poll(*fds, *gate, *self.instance.side_fds(), *stdin, *progress)
         poll.register(self.instance.channel_fd, select.POLLIN | (select.POLLOUT if self.link.pending() else 0))
         return poll
 
@@ -133,7 +133,7 @@ class Phase:
             self.late = None
             return self.over
         wait_s = self.late.left_s() if self.late else 0.0
-        self.late = self.late or grace(self.deadline)
+        self.late = self.late or read_deadline(self.deadline)
         if not self.late.passed() and self._is_pending(wait_s):
             return False
         if self.asked_to_stop:
@@ -146,7 +146,9 @@ class Phase:
         return self.over
 
     def _is_pending(self, wait_s: float) -> bool:
-        return bool(polling(self.instance.channel_fd, self.instance.pidfd, self.streams.cancel.fd).poll(wait_s * 1000))
+        return bool(
+            input_poll(self.instance.channel_fd, self.instance.pidfd, self.streams.cancel.fd).poll(wait_s * 1000)
+        )
 
     def _receive(self) -> None:
         events = self.connection.read()
@@ -315,7 +317,7 @@ class Phase:
 def drain(sinks: tuple[Sink, ...], cancel: Cancel) -> bool:
     """Wait for slow readers to take the rest, without a deadline; return False if cancelled."""
     while fds := [sink.progress_fd for sink in sinks if sink.progress_fd is not None]:
-        for fd, _ in polling(cancel.fd, *fds).poll():
+        for fd, _ in input_poll(cancel.fd, *fds).poll():
             if fd == cancel.fd:
                 return False
             for sink in sinks:

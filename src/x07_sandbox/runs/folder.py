@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from x07_sandbox.errors import HostError, UsageError
 from x07_sandbox.host.locks import lock_shared
 from x07_sandbox.host.paths import open_private_file, private_dir, state_dir
-from x07_sandbox.jobs.record import home_of
+from x07_sandbox.jobs.record import state_home
 from x07_sandbox.runs.result import Output
 from x07_sandbox.runs.streams import OutFile, Sink
 
@@ -80,7 +80,7 @@ def all_runs() -> Path:
 
 def runs_dir(root: Path) -> Path:
     """Return the folder of the runs. root: that of the records."""
-    home = home_of(root)
+    home = state_home(root)
     return home / ("runs" if home != root else ".runs")
 
 

@@ -28,7 +28,7 @@ from x07_sandbox.host.paths import (
     real_path,
     state_dir,
 )
-from x07_sandbox.jobs.record import home_of
+from x07_sandbox.jobs.record import state_home
 from x07_sandbox.plan.denials import GuestMount
 from x07_sandbox.plan.guest_paths import OUT, PROGRAM, WORK
 from x07_sandbox.programs.toolchains import PROJECT_FOLDER
@@ -264,7 +264,7 @@ def effective_roots(request: RunRequest, program: Program, policy: Policy) -> tu
     if not policy.fs.enabled:
         fix = "Set fs.enabled to true in it, or leave --out out"
         why = f"fs.enabled is false in policy {policy.policy_id}"
-        raise RefusedError("cannot use --out", why, fix).by("fs.enabled", value=True)
+        raise RefusedError("cannot use --out", why, fix).caused_by("fs.enabled", value=True)
     out = collapse_leading_slashes(os.path.normpath(real_path(Path()) / request.out))
     if any(root.guest == OUT for root in roots):
         raise RefusedError("cannot use --out", f"the policy has a root at {OUT}", "Use only one of them")
@@ -274,7 +274,7 @@ def effective_roots(request: RunRequest, program: Program, policy: Policy) -> tu
 def _own_places() -> list[str]:
     """Return the places of our records (change sets and journals too) and our cache, all of which is trusted later."""
     root = state_dir()
-    home = home_of(root)
+    home = state_home(root)
     places = (root, runs_dir(root), home / "runner_instance", home / "runner_instance.owner", cache_dir())
     return [str(real_path(path)) for path in places]
 

@@ -122,7 +122,7 @@ def _run_phase(
         from x07_sandbox.runs.execute import PhaseFacts
 
         instance = exc.instance
-        facts = PhaseFacts(evidence=evidence_of(exc.silence, request.cancel.signal), times_ms=exc.times_ms)
+        facts = PhaseFacts(evidence=evidence_of(exc.failure, request.cancel.signal), times_ms=exc.times_ms)
     warnings += instance.notes
     return instance, facts, warnings
 
@@ -148,7 +148,7 @@ def _start(
         except BackendError as exc:
             why = f"{exc.what}: {exc.why}"
             if isinstance(exc, NoAnswerError):
-                if exc.silence.kind == "cancelled":
+                if exc.failure.kind == "cancelled":
                     raise
                 why = "it did not answer"
             warnings.append(f"no pool machine for the {spec.name}: {why}")

@@ -11,8 +11,8 @@ from msgspec.structs import replace
 
 from x07_sandbox.backends.base import Availability, Backend
 from x07_sandbox.backends.registry import create
-from x07_sandbox.backends.selection import Choice, choice_of_variables
-from x07_sandbox.errors import HostError, RefusedError, shown
+from x07_sandbox.backends.selection import Choice, choice_from_environment
+from x07_sandbox.errors import HostError, RefusedError, printable
 from x07_sandbox.host import settings
 from x07_sandbox.host.paths import settings_file
 from x07_sandbox.host.variables import flag, text
@@ -100,10 +100,10 @@ def prepare(
         need_policy(request, protocol)
         request = request if dry else with_framed_input(request, protocol, stack)
     effective_policy = request.effective_policy or effective_policy_of(request)
-    draft = _known(replace(draft, policy=shown(effective_policy.base)), policy=sha256_text(effective_policy.data))
+    draft = _known(replace(draft, policy=printable(effective_policy.base)), policy=sha256_text(effective_policy.data))
     yield draft
     check_variables(request, effective_policy.policy)
-    choice = request.choice or choice_of_variables()
+    choice = request.choice or choice_from_environment()
     backend = create(choice.backend)
     image = None
     if backend.uses_image:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import msgspec
 from msgspec.structs import replace
 
-from x07_sandbox.backends.base import Machines
+from x07_sandbox.backends.base import MachineSource
 from x07_sandbox.backends.selection import Choice
 from x07_sandbox.errors import RefusedError, UsageError
 from x07_sandbox.host import settings
@@ -125,7 +125,7 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
     cold: bool = False
     cache: bool = True
     queue_s: float = settings.QUEUE_S
-    machines: Machines | None = None
+    machines: MachineSource | None = None
     choice: Choice | None = None
     loaded: Program | None = None
     effective_policy: EffectivePolicy | None = None
@@ -269,13 +269,13 @@ def check_variables(request: RunRequest, policy: Policy) -> None:
     if request.env and not policy.env.enabled:
         why = "env.enabled is false in the policy"
         fix = "Set env.enabled to true, or leave them out"
-        raise RefusedError("cannot set variables for the program", why, fix).by("env.enabled", value=True)
+        raise RefusedError("cannot set variables for the program", why, fix).caused_by("env.enabled", value=True)
     for name in request.env:
         if name in policy.env.deny_keys:
             why = "the policy's env.deny_keys names it"
             fix = "Remove it from the list, or leave it out"
             left = [key for key in policy.env.deny_keys if key != name]
-            raise RefusedError(f"cannot set the variable {name}", why, fix).by("env.deny_keys", left)
+            raise RefusedError(f"cannot set the variable {name}", why, fix).caused_by("env.deny_keys", left)
 
 
 def open_input(request: RunRequest, stack: contextlib.ExitStack, *, wait: bool = True) -> int | None:

@@ -156,9 +156,9 @@ def _ended(draft: Result, ending: Verdict, exit_code: int | None = None) -> Resu
 
 
 def _with_cause(draft: Result, exc: SandboxError) -> Result:
-    if exc.refused_by is None:
+    if exc.policy_cause is None:
         return draft
-    field, value = exc.refused_by
+    field, value = exc.policy_cause
     how = None if value is None else HowToAllow(json_path=f"$.{field}", value=value)
     return _more(draft, [_denial(field, f"{exc.what}: {exc.why}", how)])
 
@@ -229,7 +229,7 @@ def _naming_flags(ending: Verdict, prepared: Prepared) -> Verdict:
         from x07_sandbox.policy.limits import NAMES
 
         for field in changes.given():
-            flags[f"limits.{field}"] = NAMES[field].keyword if changes.by_keyword else NAMES[field].flag
+            flags[f"limits.{field}"] = NAMES[field].flag
     if cpu_ms is not None and cpu_ms < prepared.policy.policy.limits.cpu_ms:
         flags["limits.cpu_ms"] = "--cpu-time-limit-seconds"
     return name_flags(ending, flags)

@@ -27,11 +27,12 @@ def workdir_root(request: RunRequest, program: Program, policy: Policy, workdir:
         raise UsageError(what, "an X07 program sees only the folders of its policy", fix)
     if not policy.fs.enabled:
         fix = "Set fs.enabled to true in it, or leave --workdir out"
-        raise RefusedError(what, f"fs.enabled is false in policy {policy.policy_id}", fix).by("fs.enabled", value=True)
+        why = f"fs.enabled is false in policy {policy.policy_id}"
+        raise RefusedError(what, why, fix).caused_by("fs.enabled", value=True)
     if policy.fs.deny_hidden and any(part.startswith(".") and part.strip(".") for part in workdir.parts):
         fix = "Set fs.deny_hidden to false, or change to that folder and use --workdir ."
         why = "it is hidden, and fs.deny_hidden is true"
-        raise RefusedError(what, why, fix).by("fs.deny_hidden", value=False)
+        raise RefusedError(what, why, fix).caused_by("fs.deny_hidden", value=False)
     host = working_folder(workdir)
     if request.files and program.toolchain.build is None:
         why = "`files` go to the private working folder, which workdir replaces"

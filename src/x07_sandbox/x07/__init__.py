@@ -1,1 +1,1 @@
-"""What only callers of X07 need: its programs and projects, its protocol, its reports."""
+"""What only X07's callers need: its programs and projects, its protocol, its reports."""

@@ -1,4 +1,4 @@
-"""X07's attestation of a run, `x07.runtime.attest@0.2.0`: what ran, under which policy, in which image. Pure."""
+"""X07's attestation of a run, `x07.runtime.attest@0.2.0`: what ran, under which policy, in which image. No I/O."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Enforcement = Literal["none", "vm_boundary_allowlist", "guest_allowlist", "unsup
 
 
 class Host(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A host and its ports; of a denied host none stands for all of them."""
+    """A host and its ports. A denied host without ports is denied on all ports."""
 
     host: str
     ports: list[Annotated[int, Meta(ge=1, le=65535)]]
@@ -43,10 +43,7 @@ class AttestedOutcome(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
 
 class Attestation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The file. effective_policy_digest: of the very bytes that the run guest got.
-
-    weaker_isolation: whether it was accepted.
-    """
+    """The file. effective_policy_digest: of the bytes that the guest got. weaker_isolation: whether it was accepted."""
 
     schema_version: Literal["x07.runtime.attest@0.2.0"] = SCHEMA
     world: World
@@ -73,7 +70,7 @@ class Attestation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class Attested(msgspec.Struct, frozen=True, kw_only=True):
-    """What is attested besides the result: as it was given to the run. denied: ports by host, None for all ports."""
+    """What is attested besides the result. denied: ports by host; None for all ports."""
 
     policy: Policy
     policy_bytes: bytes
@@ -85,15 +82,15 @@ class Attested(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def attest(result: Result, solve: SolveReport, given: Attested) -> Attestation:
-    """The attestation of a run that took place. Raises RefusedError for what cannot be attested."""
+    """Return the attestation of a run. Raises RefusedError for what cannot be attested."""
     policy_digest = f"sha256:{hashlib.sha256(given.policy_bytes).hexdigest()}"
     if result.digests.policy != policy_digest:
-        raise _cannot(POLICY_CODE, f"{given.policy_path} changed while the run began", "Leave the policy alone")
+        raise _cannot(POLICY_CODE, f"{given.policy_path} changed during the start", "Do not change the policy file")
     backend = sandbox_backend_of(result)
     if isinstance(backend, UnsetType):
-        raise _cannot(WRITE_CODE, "nothing kept its program apart", "Use --sandbox-backend vm")
+        raise _cannot(WRITE_CODE, "the program was not isolated", "Use --sandbox-backend vm")
     if result.digests.image is None and backend == "vm":
-        raise _cannot(GUEST_CODE, "the digest of the guest image is not known", "Build the image anew")
+        raise _cannot(GUEST_CODE, "the digest of the guest image is unknown", "Rebuild the image: x07 image build")
     net = given.policy.net
     mode = network_mode(given.policy)
     return Attestation(
@@ -105,7 +102,7 @@ def attest(result: Result, solve: SolveReport, given: Attested) -> Attestation:
         guest_image_digest=result.digests.image,
         effective_policy_digest=policy_digest,
         network_mode=mode,
-        # A plan with hosts is carried out only where something on the host's side holds it to them.
+        # A run with hosts starts only if the host side enforces the list.
         network_enforcement="vm_boundary_allowlist" if mode == "allowlist" else "none",
         allow_dns=net.allow_dns,
         allow_tcp=net.allow_tcp,
@@ -124,14 +121,14 @@ def attest(result: Result, solve: SolveReport, given: Attested) -> Attestation:
 
 
 def network_mode(policy: Policy) -> NetworkMode:
-    """What the policy asks of the network, in X07's words."""
+    """Return the policy's network mode in X07's terms."""
     if not policy.net.enabled:
         return "none"
     return "allowlist" if policy.net.allow_hosts else "disabled"
 
 
 def reference(path: str, made: Attestation) -> AttestationReference:
-    """What the report says of the attestation that lies at *path*."""
+    """Return the report's reference to the attestation at *path*."""
     return AttestationReference(
         path=path,
         sandbox_backend=made.sandbox_backend,

@@ -1,4 +1,4 @@
-"""An X07 program or project, read for its compiler."""
+"""Read an X07 program or project for its compiler."""
 
 from __future__ import annotations
 
@@ -36,14 +36,13 @@ def load_x07(
     options: x07.Options = x07.Options(),  # noqa: B008 - it cannot be changed
     profiles: bool = True,
 ) -> tuple[RunRequest, Program] | None:
-    """The program at *path*, and the request with what its profile says where the request is silent.
+    """Return the program at *path*, and the request completed from its profile; None if it is not X07's.
 
-    None if *path* is nothing of X07's. options: what the compiler is told. profiles: whether those of a project count.
-    Raises UsageError.
+    options: for the compiler. profiles: whether to use the profiles of a project. Raises UsageError.
     """
     if not x07.is_x07(path):
         return None
-    reject_overridden_options(request, str(path), "an X07 program says itself what it is")
+    reject_overridden_options(request, str(path), "an X07 program needs no --toolchain")
     request = _with_arguments_as_input(request, path, stack)
     given = replace(
         options,
@@ -53,7 +52,7 @@ def load_x07(
     )
     if path.name.endswith(x07.SOURCE_SUFFIX) and path.name != x07.PROJECT_FILE:
         if request.profile is not None:
-            raise UsageError("cannot use --profile", "a single program has none", "Name a project, or leave it out")
+            raise UsageError("cannot use --profile", "a single program has no profiles", "Name a project, or omit it")
         options = x07.merged(given, None)
         request = replace(request, max_output_bytes=options.max_output_bytes)
         return request, _program(request, path, options, stack)
@@ -63,7 +62,7 @@ def load_x07(
 def load_artifact(
     request: RunRequest, path: Path, stack: contextlib.ExitStack, *, options: x07.Options
 ) -> tuple[RunRequest, Program]:
-    """The executable at *path*, which X07 compiled before, and the request for it. Raises UsageError."""
+    """Return the executable at *path*, which X07 compiled earlier, and its request. Raises UsageError."""
     reject_profile(request, str(path))
     data = read_bounded(path, "artifact", settings.ARTIFACT_MAX_BYTES)
     program = single_file(X07_ARTIFACT, source_name(str(path)), data, request, stack)
@@ -74,12 +73,12 @@ def load_artifact(
 
 
 def _with_arguments_as_input(request: RunRequest, path: Path, stack: contextlib.ExitStack) -> RunRequest:
-    """The request with its arguments, if there are some, packed as the whole input. Raises UsageError."""
+    """Return the request with its arguments, if any, packed as the whole input. Raises UsageError."""
     if not request.args:
         return request
     if request.input is not None or (request.stdin_fd is not None and not request.stdin_default):
-        why = "the arguments of an X07 program are its input, and it has only one"
-        raise UsageError(f"cannot run {path} with arguments and with input", why, "Leave one of them out")
+        why = "the arguments of an X07 program are its input"
+        raise UsageError(f"cannot run {path} with arguments and with input", why, "Omit one of them")
     fd = memory_file(x07.arguments_as_input(request.args), stack)
     return replace(request, args=(), stdin_fd=fd, stdin_default=False)
 
@@ -104,28 +103,28 @@ def _project(
         folder = ProjectFolder(path)
         path /= x07.PROJECT_FILE
         data = folder.read(x07.PROJECT_FILE, x07.PROJECT_FILE, x07.MAX_BYTES)
-    else:  # who names the file itself may name a link
+    else:  # the named file itself may be a link
         folder = ProjectFolder(path.parent)
         data = read_bounded(path, "project", x07.MAX_BYTES)
     project = x07.decode_project(data, source=str(path))
     lock = project.lockfile or x07.LOCK_FILE
     if not folder.has_file(lock):
-        why = f"its lock file {lock[:80]} is not there"
-        raise UsageError(f"cannot run the project {path}", why, "Have X07's own `x07 pkg lock` write it")
+        why = f"its lock file {lock[:80]} is missing"
+        raise UsageError(f"cannot run the project {path}", why, "Write it with X07's own `x07 pkg lock`")
     profile = x07.choose_profile(project, request.profile, source=str(path)) if profiles else None
     if profile is not None:
         if profile.world != x07.WORLD and request.policy is None:
-            why = f"its profile is for the world {profile.world[:80]}, and {x07.WORLD} is the only one here"
-            raise UsageError(f"cannot run the project {path}", why, "Name another with --profile, or a --policy")
+            why = f"its profile is for the world {profile.world[:80]}; only {x07.WORLD} is supported"
+            raise UsageError(f"cannot run the project {path}", why, "Use another --profile, or add --policy FILE")
         request = with_project_files(request, folder, stack, policy=profile.policy, stdin=profile.input)
     options = x07.merged(given, profile)
-    if given.max_output_bytes is None:  # a project may ask for less than anybody gets, never for more
+    if given.max_output_bytes is None:  # a project may lower the limit, not raise it
         most = min(options.max_output_bytes or 0, settings.OUTPUT_MAX_BYTES)
         options = replace(options, max_output_bytes=most)
     request = replace(request, max_output_bytes=options.max_output_bytes)
     words = ["--project", f"{PROJECT_FOLDER}/{path.name}"]
     packed = pack_tree(folder.root, ["**"], check=request.cancel.check)
-    # Everything goes in, so also what an earlier run wrote beside the sources, which the next one may write anew.
+    # Outputs of an earlier run are packed too, but are not sources: the next run may overwrite them.
     sources = (name for name in packed.files if name.endswith(x07.SOURCE_SUFFIX))
     named = (name for each in project.profiles.values() for name in (each.policy, each.input) if name is not None)
     read = (path, *(folder.root / name for name in (lock, *sources, *named)))

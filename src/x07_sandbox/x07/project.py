@@ -1,6 +1,6 @@
-"""X07's project file, and how its compiler is called in the build VM: its own runner with --compile-only.
+"""X07's project file, and the command line of its compiler in the build VM: X07's runner with --compile-only.
 
-Formats and calling rules are X07's (docs/reference/x07.md).
+Formats and command line are X07's (docs/reference/x07.md).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MAX_BYTES: Final = 1 << 20
 RUNNER: Final = "/usr/local/bin/x07-os-runner"
 PROGRAM: Final = "program/main.x07.json"
 WORLD: Final = "run-os-sandboxed"
-_VERSION: Final = "x07.project@0.5.0"  # of those that begin here
+_VERSION: Final = "x07.project@0.5.0"  # of new projects
 _ENTRIES: Final = ("src/main.x07.json", "main.x07.json")
 _PROFILE: Final = "sandbox"
 _VERSIONS: Final = re.compile(r"x07\.project@0\.[2-5]\.0")
@@ -36,10 +36,7 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=_MOST)]
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
-    """What X07's compiler and run time are told; None for what nobody said.
-
-    module_roots: folders of the host. The rest is named as the flags are.
-    """
+    """Options of X07's compiler and runtime, named after the flags; None if not given. module_roots: on the host."""
 
     solve_fuel: int | None = None
     max_memory_bytes: int | None = None
@@ -63,7 +60,7 @@ DEFAULTS: Final[dict[str, Any]] = {
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True):
-    """One profile of a project. policy: a path relative to the project. Other keys are X07's business."""
+    """One profile of a project. policy: a path relative to the project. Other keys are ignored."""
 
     world: str
     policy: str | None = None
@@ -77,7 +74,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Project(msgspec.Struct, frozen=True, kw_only=True):
-    """As much of a project file as a run needs; the rest is for X07's compiler."""
+    """The part of a project file that a run needs; the rest is for X07's compiler."""
 
     schema_version: str
     profiles: dict[str, Profile] = {}
@@ -86,13 +83,13 @@ class Project(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def decode_project(data: bytes, *, source: str) -> Project:
-    """The project file in *data*. Raises UsageError."""
+    """Decode a project file. Raises UsageError."""
     try:
         project = msgspec.json.decode(data, type=prepared(Project))
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
         _wrong(source, str(exc))
     if not _VERSIONS.fullmatch(project.schema_version):
-        _wrong(source, f"its format is {project.schema_version[:80]!r}, and 0.2.0 to 0.5.0 of x07.project are read")
+        _wrong(source, f"its version is {project.schema_version[:80]!r}, not x07.project@0.2.0 to 0.5.0")
     paths = [("lockfile", project.lockfile or None)]
     for name, profile in project.profiles.items():
         paths += [(f"profiles.{name}.policy", profile.policy), (f"profiles.{name}.input", profile.input)]
@@ -100,12 +97,12 @@ def decode_project(data: bytes, *, source: str) -> Project:
         if path is None:
             continue
         if not path.strip() or path.startswith("/") or "\0" in path or ".." in PurePosixPath(path).parts:
-            _wrong(source, f"{key[:80]}: {path[:80]!r} is no path inside the project")
+            _wrong(source, f"{key[:80]}: {path[:80]!r} is not a path inside the project")
     return project
 
 
 def choose_profile(project: Project, name: str | None, *, source: str) -> Profile | None:
-    """The profile of that name, else the default, `dev` or `os`; None if the project has none. Raises UsageError."""
+    """Return the named profile, else the default, `dev` or `os`; None if there are none. Raises UsageError."""
     if not project.profiles and name is None:
         return None
     wanted = [name] if name is not None else [*filter(None, [project.default_profile]), *_CHOICES]
@@ -115,12 +112,12 @@ def choose_profile(project: Project, name: str | None, *, source: str) -> Profil
         if candidate in {name, project.default_profile}:
             break
     known = ", ".join(project.profiles)[:200] or "none"
-    what = f"there is no profile {name!r}" if name is not None else "no profile is the default"
-    raise UsageError(f"cannot run the project {source}", f"{what}; it has {known}", "Name one with --profile")
+    why = f"there is no profile {name!r}" if name is not None else "no profile is the default"
+    raise UsageError(f"cannot run the project {source}", f"{why}; it has {known}", "Choose one with --profile")
 
 
 def merged(options: Options, profile: Profile | None) -> Options:
-    """What the flags say, else the profile, else X07's defaults."""
+    """Return the options: from flags, else from the profile, else X07's defaults."""
     values = DEFAULTS | {"auto_ffi": True}
     for given in (profile, options):
         found = {name: getattr(given, name, None) for name in Options.__struct_fields__}
@@ -129,7 +126,7 @@ def merged(options: Options, profile: Profile | None) -> Options:
 
 
 def compile_argv(options: Options, target: Sequence[str]) -> list[str]:
-    """The build VM's command line. target: --program or --project with its path, and module roots."""
+    """Return the command line for the build VM. target: --program or --project with its path, and module roots."""
     words = [RUNNER, "--cc-profile", str(options.cc_profile), "--world", WORLD]
     words += ["--sandbox-backend", "os", "--i-accept-weaker-isolation"]
     if options.max_c_bytes is not None:
@@ -145,28 +142,28 @@ def compile_argv(options: Options, target: Sequence[str]) -> list[str]:
 
 
 def arguments_as_input(args: Sequence[str]) -> bytes:
-    """Arguments as X07 programs take them, as input (argv_v1): their number, then each with its length before it."""
+    """Return arguments as the input of an X07 program (argv_v1): their number, then each with its length first."""
     encoded = [arg.encode("utf-8", "surrogateescape") for arg in args]
     return struct.pack("<I", len(encoded)) + b"".join(struct.pack("<I", len(arg)) + arg for arg in encoded)
 
 
 def is_x07(path: Path) -> bool:
-    """Whether *path* names a program or a project of X07's."""
+    """Whether *path* is an X07 program or project."""
     if path.name == PROJECT_FILE or path.name.endswith(SOURCE_SUFFIX):
         return True
-    # Whatever they are: who reads them says what is wrong with them.
+    # Of any file type: the reader reports what is wrong.
     return os.path.lexists(path / PROJECT_FILE) and not os.path.lexists(path / "x07-sandbox.toml")
 
 
 def diagnostics_line(messages: Sequence[str]) -> str:
-    """Schema errors of a policy as X07's tools tell them: one line of JSON."""
+    """Return schema errors of a policy in the form of X07's tools: one line of JSON."""
     kind = {"code": "X07-POLICY-SCHEMA-0001", "severity": "error", "stage": "parse"}
     rows = [kind | {"message": message} for message in messages]
     return json.dumps({"schema_version": "x07.x07diag@0.1.0", "ok": False, "diagnostics": rows})
 
 
 def first_project(files: Sequence[str], policy: str) -> bytes:
-    """x07.json with one profile, which has *policy*. Its entry: a usual name, or the only X07 source in *files*."""
+    """Return a new x07.json with one profile for *policy*. Its entry is a usual name, or the only X07 source."""
     sources = [name for name in files if name.endswith(SOURCE_SUFFIX)]
     usual = [name for name in _ENTRIES if name in sources]
     entry = usual[0] if usual else sources[0] if len(sources) == 1 else _ENTRIES[0]
@@ -186,4 +183,4 @@ def first_project(files: Sequence[str], policy: str) -> bytes:
 
 
 def _wrong(source: str, why: str) -> NoReturn:
-    raise UsageError(f"the project file {source} is refused", why, "Correct it; see X07's documentation")
+    raise UsageError(f"cannot read the project file {source}", why, "Correct it; see X07's documentation")

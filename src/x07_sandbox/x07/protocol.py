@@ -1,6 +1,6 @@
-"""X07's protocol: its compiler reads policy and input as files, its programs read one frame and write one.
+"""X07's protocol: its compiler reads policy and input from files; its programs read one frame and write one.
 
-A frame is a length of four bytes, little-endian, then exactly so many bytes.
+A frame is a length of four bytes, little-endian, then the data.
 """
 
 from __future__ import annotations
@@ -22,51 +22,51 @@ if TYPE_CHECKING:
 WORKSPACE: Final = "/usr/local/lib/x07"
 INPUT_MAX_BYTES: Final = 64 << 20
 HEAD_BYTES: Final = 4  # of a frame: its length
-STDERR_MAX_BYTES: Final = 256 << 10  # whatever the limit on a program's output
+STDERR_MAX_BYTES: Final = 256 << 10  # independent of the output limit
 USAGE_EXIT: Final = 2
 _POLICY: Final = f"{SOURCE_FOLDER}/policy.json"
 _INPUT: Final = f"{SOURCE_FOLDER}/input.bin"
 
 
 class X07Protocol:
-    """As a run needs to know it (programs/protocol)."""
+    """The protocol as a run uses it (programs/protocol)."""
 
     input_max_bytes: Final = INPUT_MAX_BYTES
     usage_exit: Final = USAGE_EXIT
 
     def require_policy(self, *, given: bool) -> None:
-        """Raises UsageError: X07's programs run under no policy of ours that nobody asked for."""
+        """Raise UsageError unless a policy is given: X07's programs have no default policy."""
         if not given:
-            why = f"{WORLD} runs nothing of X07's without one"
-            raise UsageError("no policy", why, "Name it with --policy, or in the project's profile")
+            why = f"X07 programs in {WORLD} require one"
+            raise UsageError("no policy given", why, "Add --policy FILE, or set it in the project's profile")
 
     def build_extras(self, policy: bytes) -> BuildExtras:
-        """Its compiler reads the policy, and an input that the artifact does not depend on."""
+        """Return the files that the compiler reads: the policy, and an input that does not affect the artifact."""
         env = {"X07_WORKSPACE_ROOT": WORKSPACE}
         return BuildExtras(files={_POLICY: policy, _INPUT: b""}, env=env, key=(policy,))
 
     def run_files(self, data: bytes) -> Mapping[str, bytes]:
-        """The whole input, also as a file."""
+        """Return the whole input as a file."""
         return {_INPUT: data}
 
     def frame_input(self, data: bytes) -> bytes:
-        """One frame."""
+        """Return the data as one frame."""
         return struct.pack("<I", len(data)) + data
 
     def output_caps(self, most: int) -> tuple[int, int]:
-        """A program's output comes in a frame; its standard error has a fixed limit."""
+        """Return the limits for standard output, which has a frame header, and standard error."""
         return most + HEAD_BYTES, STDERR_MAX_BYTES
 
 
 PROTOCOL: Final[Protocol] = X07Protocol()
-# Chosen by the kind of program only, never by name: it takes projects and policies of X07's own.
+# Chosen by the kind of program only, not by --toolchain.
 X07: Final = Toolchain(
     name="x07",
     suffixes=(),
     build=lambda source: list(source.args),
     needs=("x07",),
     protocol=PROTOCOL,
-    doc="X07, by the toolchain that the image carries.",
+    doc="X07, with the toolchain in the image.",
 )
-# What it made before: nothing is compiled, and it reads and writes frames all the same.
-X07_ARTIFACT: Final = replace(X07, build=None, needs=(), doc="An executable that X07 compiled before.")
+# Compiled earlier: not built, but it reads and writes frames.
+X07_ARTIFACT: Final = replace(X07, build=None, needs=(), doc="An executable that X07 compiled earlier.")

@@ -1,15 +1,27 @@
-"""The report of an X07 program: what its compiler said in the build VM, and how it spoke in the run VM. Pure."""
+"""X07's report of an X07 program: the compiler's report from the build VM, and the program's frames. No I/O.
+
+The program's output is a frame: four bytes of length, little-endian, then the data. The counters of its runtime are in
+the last line of standard error that is a JSON object with a counter. All of it is hostile data.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+import struct
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 from msgspec.structs import replace
 
 from x07_sandbox.host.decoding import prepared
-from x07_sandbox.x07.framed_output import read_protocol
-from x07_sandbox.x07.runner_report import FAILED_EXIT, CompileReport, CompileRunReport, runner_report
+from x07_sandbox.x07.protocol import HEAD_BYTES
+from x07_sandbox.x07.runner_report import (
+    COUNTERS,
+    FAILED_EXIT,
+    CompileReport,
+    CompileRunReport,
+    SolveReport,
+    runner_report,
+)
 
 if TYPE_CHECKING:
     from x07_sandbox.runs.program import Program
@@ -17,49 +29,101 @@ if TYPE_CHECKING:
     from x07_sandbox.x07.runner_report import Built, CompileMode
 
 UNREADABLE: Final = "the compiler's report cannot be read"
+NOT_FRAMED: Final = "stdout is not one complete frame"
+NO_METRICS: Final = "stderr has no line of metrics"
 
 
-class _Said(msgspec.Struct, frozen=True):
-    """The compiler's report, as far as it goes into ours; it comes from a guest, so its every field is checked."""
+# The counters of X07's runtime; None if missing. Other keys are ignored.
+Metrics: Final = msgspec.defstruct(
+    "Metrics",
+    [(field.name, field.type, None) for field in msgspec.structs.fields(SolveReport) if field.name in COUNTERS],
+    frozen=True,
+)
+
+
+def framed_output(stdout: bytes) -> bytes | None:
+    """Return the program's output; None if standard output is not exactly one frame."""
+    if len(stdout) < HEAD_BYTES or struct.unpack_from("<I", stdout)[0] != len(stdout) - HEAD_BYTES:
+        return None
+    return stdout[HEAD_BYTES:]
+
+
+def find_metrics(stderr: bytes) -> dict[str, Any] | None:
+    """Return all counters from the last line that has one."""
+    for line in reversed(stderr.splitlines()):
+        if not line.lstrip().startswith(b"{"):
+            continue
+        try:
+            found = msgspec.json.decode(line, type=prepared(Metrics))
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            continue
+        if found != Metrics():
+            return msgspec.structs.asdict(found)
+    return None
+
+
+def read_protocol(report: CompileRunReport) -> CompileRunReport:
+    """Return the report with the output unpacked and the counters filled in.
+
+    A program that exited with 0 but broke the protocol has failed.
+    """
+    if report.solve is None:
+        return report
+    solve = _read(report.solve)
+    good = report.compile.ok and solve.ok and solve.exit_status == 0
+    return replace(report, solve=solve, exit_code=0 if good else FAILED_EXIT)
+
+
+def _read(solve: SolveReport) -> SolveReport:
+    output = framed_output(solve.stdout_b64)
+    metrics = find_metrics(solve.stderr_b64)
+    trap = solve.trap
+    if trap is None and solve.ok:
+        trap = NOT_FRAMED if output is None else NO_METRICS if metrics is None else None
+    return replace(solve, ok=solve.ok and trap is None, solve_output_b64=output or b"", trap=trap, **(metrics or {}))
+
+
+class _CompilerReport(msgspec.Struct, frozen=True):
+    """The part of the compiler's report that we use; every field is checked, since it comes from a guest."""
 
     compile: CompileReport
 
 
 def x07_report(result: Result, built: Built) -> CompileRunReport:
-    """The report of a run of an X07 program that ended as *result* says."""
+    """Return the report of a run of an X07 program."""
     report = runner_report(result, built)
     if result.outcome != "build-failed" and result.digests.artifact is None:
         return report  # nothing was compiled
     if result.artifact_from == "caller":
-        return read_protocol(report)  # it was compiled before, and who did that has the compiler's word
-    said = result.build.stdout.data if result.build is not None else b""
+        return read_protocol(report)  # compiled earlier, so there is no compiler's report
+    output = result.build.stdout.data if result.build is not None else b""
     try:
-        compiled = msgspec.json.decode(said, type=prepared(_Said)).compile
+        compiled = msgspec.json.decode(output, type=prepared(_CompilerReport)).compile
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
         compiled = replace(report.compile, ok=False, exit_status=report.compile.exit_status or FAILED_EXIT)
         compiled = replace(compiled, compile_error=UNREADABLE, trap=f"{UNREADABLE}: {exc}", compiled_exe=None)
         return replace(report, compile=replace(compiled, compiled_exe_size=None), solve=None, exit_code=FAILED_EXIT)
-    if result.outcome == "build-failed" and compiled.ok:  # it says so, and yet there is no executable
+    if result.outcome == "build-failed" and compiled.ok:  # it reports success without an executable
         compiled = replace(compiled, ok=False, exit_status=FAILED_EXIT, compile_error=result.reason, trap=result.reason)
     return read_protocol(replace(report, compile=compiled))
 
 
 def report_of(result: Result, built: Built, program: Program) -> CompileRunReport:
-    """X07's report of a run of any program."""
+    """Return X07's report of a run of any program."""
     return runner_report(result, built) if program.toolchain.protocol is None else x07_report(result, built)
 
 
 def mode_of(program: Program) -> CompileMode:
-    """What X07 calls the way in which it is built and run."""
+    """Return X07's name for the way a program is built and run."""
     return "project-compile-run" if program.project else "compile-run"
 
 
 def describe_ending(result: Result, report: CompileRunReport) -> list[str]:
-    """What did not end well, as a line, if anything; of changes that were kept back others tell."""
+    """Return a message about what failed, if anything; changes that were not applied are reported elsewhere."""
     if not report.exit_code or (result.ok and result.x07_exit_code):
         return []
     if not result.ok:
         return [f"{result.outcome}: {result.reason}"]
-    # The program's own word is that it ended well; it is X07's protocol that it or its compiler did not keep to.
+    # The program exited with 0, but it or its compiler broke X07's protocol.
     trap = report.compile.trap if report.solve is None else report.solve.trap
     return [f"failed: {result.reason}, but {trap}"]

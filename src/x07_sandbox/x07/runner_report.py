@@ -1,22 +1,29 @@
-"""X07's runner report, `x07-os-runner.report@0.5.0`, made from our result. Pure.
+"""X07's runner report, `x07-os-runner.report@0.5.0`, made from our result, and its wrapped form.
 
-Its shape is X07's, closed: all keys of a mode are there, and no other. What X07's own programs count (fuel, calls,
-statistics) is null for programs of our toolchains.
+Its shape is X07's: all keys of a mode, and no others. The counters of X07's own programs (fuel, calls, statistics) are
+null for programs of our toolchains.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 from msgspec.structs import replace
 
+from x07_sandbox.host.paths import is_folder
 from x07_sandbox.runs.result import EMPTY_OUTPUT, Result
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from x07_sandbox.runs.program import Program
+
 SCHEMA: Final = "x07-os-runner.report@0.5.0"
+WRAPPED_SCHEMA: Final = "x07.run.report@0.3.0"
 NATIVE_REQUIRES: Final = "x07.native-requires@0.1.0"
-FAILED_EXIT: Final = 1  # of the command, and in the report, when anything but everything went well
+FAILED_EXIT: Final = 1  # of the command and in the report, unless everything succeeded
 _TRAP_CHARS: Final = 1000
 
 World = Literal["run-os", "run-os-sandboxed"]
@@ -35,7 +42,7 @@ class NativeRequirement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
 
 
 class NativeRequires(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The native libraries that it needs; none for programs of our toolchains."""
+    """The native libraries that a program needs; none for programs of our toolchains."""
 
     schema_version: Literal["x07.native-requires@0.1.0"] = NATIVE_REQUIRES
     world: World | UnsetType = UNSET
@@ -43,9 +50,9 @@ class NativeRequires(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 class CompileReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How the build went.
+    """The result of the build.
 
-    c_source_size: of the C that X07's compiler makes; 0 for our toolchains. compiled_exe: its path in the build guest.
+    c_source_size: of the C code that X07's compiler generates; 0 for our toolchains. compiled_exe: in the build VM.
     """
 
     ok: bool
@@ -80,7 +87,7 @@ _NOT_BUILT: Final = CompileReport(
 
 
 class SchedStats(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What X07's scheduler counted."""
+    """Counters of X07's scheduler."""
 
     tasks_spawned: Count
     spawn_calls: Count
@@ -97,7 +104,7 @@ class SchedStats(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class MemStats(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What X07's allocator counted."""
+    """Counters of X07's allocator."""
 
     alloc_calls: Count
     realloc_calls: Count
@@ -112,13 +119,13 @@ class MemStats(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class DebugStats(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What X07's checks counted."""
+    """Counters of X07's checks."""
 
     borrow_violations: Count
 
 
 class SolveReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How the program's run went."""
+    """The result of the program's run."""
 
     ok: bool
     exit_status: int
@@ -144,11 +151,11 @@ class SolveReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     trap_help: str | UnsetType | None = UNSET
 
 
-COUNTERS: Final = SolveReport.__struct_fields__[5:-2]  # what stands between the outputs and the trap
+COUNTERS: Final = SolveReport.__struct_fields__[5:-2]  # the fields between the outputs and the trap
 
 
 class AttestationReference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where the attestation of the run lies, and the main of it."""
+    """The path and the main fields of the run's attestation."""
 
     path: str
     sandbox_backend: SandboxBackend
@@ -171,7 +178,7 @@ class CompileRunReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
 
 class RunOsReport(SolveReport, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The report of an artifact that was run: how it went stands at the top level."""
+    """The report of an artifact that was run; its result is at the top level."""
 
     schema_version: Literal["x07-os-runner.report@0.5.0"] = SCHEMA
     mode: Literal["run-os"]
@@ -182,10 +189,7 @@ class RunOsReport(SolveReport, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class Built(msgspec.Struct, frozen=True, kw_only=True):
-    """What a report says besides the result.
-
-    lang_id: the toolchain's name. path, size: of the artifact in the guest.
-    """
+    """What a report contains besides the result. lang_id: the toolchain. path, size: of the artifact in the guest."""
 
     mode: CompileMode
     world: World
@@ -195,7 +199,7 @@ class Built(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def runner_report(result: Result, built: Built) -> CompileRunReport:
-    """The report of a run that ended as *result* says. Usage errors have none: they end the command with exit 2."""
+    """Return the report of a run. Usage errors have none: they end the command with exit code 2."""
     if result.outcome == "build-failed":
         compiled, solve = _failed_build(result, built.lang_id), None
     elif result.digests.artifact is None:
@@ -214,23 +218,23 @@ def runner_report(result: Result, built: Built) -> CompileRunReport:
 
 
 def sandbox_backend_of(result: Result) -> SandboxBackend | UnsetType:
-    """What X07 calls the boundary of a run; its reports have no word for a run without one."""
+    """Return X07's name for the isolation of a run; its reports have none for a run without isolation."""
     if result.isolation == "none":
         return UNSET
     return "os" if result.isolation == "process" else "vm"
 
 
 def failure_report(message: str, *, mode: CompileMode, world: World, lang_id: str) -> CompileRunReport:
-    """The report where no machine could be had for the build, or it was lost."""
-    said = message.encode(errors="backslashreplace")
-    compiled = replace(_NOT_BUILT, lang_id=lang_id, compile_error=message, stderr_b64=said, trap=_lost(message))
+    """Return the report for a build VM that could not be started, or was lost."""
+    stderr = message.encode(errors="backslashreplace")
+    compiled = replace(_NOT_BUILT, lang_id=lang_id, compile_error=message, stderr_b64=stderr, trap=_lost(message))
     return CompileRunReport(
         mode=mode, world=world, sandbox_backend="vm", exit_code=FAILED_EXIT, compile=compiled, solve=None
     )
 
 
 def flat_report(report: CompileRunReport) -> RunOsReport:
-    """The run as X07 reports that of an artifact: mode run-os, all on top. If nothing ran, trap is the reason."""
+    """Return the report in the form for artifacts (mode run-os). If nothing ran, trap is the reason."""
     compiled = report.compile
     solve = report.solve or _uncounted(
         ok=False,
@@ -250,7 +254,7 @@ def flat_report(report: CompileRunReport) -> RunOsReport:
 
 
 def _compiled(result: Result, built: Built) -> CompileReport:
-    """The build's success; one that was kept from before answers as it did then."""
+    """Return the report of a successful build, including a cached one."""
     return replace(
         _NOT_BUILT,
         ok=True,
@@ -271,7 +275,7 @@ def _failed_build(result: Result, lang_id: str) -> CompileReport:
         compile_error=result.reason,
         stdout_b64=result.stdout.data,
         stderr_b64=result.stderr.data,
-        # A compiler that ended by itself has said what is wrong; of one that was ended only the reason tells.
+        # A compiler that exited by itself has printed the errors; one that was killed has only the reason.
         trap=None if result.exit_code else result.reason,
     )
 
@@ -280,14 +284,14 @@ def _solved(result: Result) -> SolveReport:
     stdout, stderr = result.stdout.data, result.stderr.data
     trap = _trap(result, stderr)
     ok = result.outcome == "ok" and trap is None
-    # The program's own status where it chose one; else what `x07 run` ends with, which is never 0 then.
+    # The program's own status if it exited by itself; else the exit code of `x07 run`, which is not 0 then.
     own = result.exit_code if result.outcome in {"ok", "failed"} else None
     status = (result.x07_exit_code or FAILED_EXIT) if own is None else own
     return _uncounted(ok=ok, exit_status=status, stdout=stdout, stderr=stderr, trap=trap)
 
 
 def _uncounted(*, ok: bool, exit_status: int, stdout: bytes, stderr: bytes, trap: str | None) -> SolveReport:
-    """A program's run of which nothing but the kernel's word is known: none of X07's counters."""
+    """Return the report of a run without X07's counters."""
     return SolveReport(
         ok=ok,
         exit_status=exit_status,
@@ -300,9 +304,9 @@ def _uncounted(*, ok: bool, exit_status: int, stdout: bytes, stderr: bytes, trap
 
 
 def _trap(result: Result, stderr: bytes) -> str | None:
-    """What ended the program, in X07's words where it has some; None where it ended well."""
+    """Return what ended the program, in X07's words if it has any; None for success."""
     words = {
-        # The program ended well, and not all of what it did is there: that is no success to a caller.
+        # The program succeeded, but its changes were not all applied: not a success for the caller.
         "ok": f"its changes to files were not applied: {result.changes.reason}" if result.x07_exit_code else None,
         "failed": _last_words(stderr) if result.program_started else result.reason,
         "timeout": "timed out",
@@ -316,7 +320,7 @@ def _trap(result: Result, stderr: bytes) -> str | None:
 
 
 def _last_words(stderr: bytes) -> str | None:
-    """The last line of standard error that is not JSON, as X07 takes it for the trap of a program that failed."""
+    """Return the last line of standard error that is not JSON, which X07 uses as the trap of a failed program."""
     for line in reversed(stderr.decode(errors="replace").splitlines()):
         words = line.strip()
         if words and not _is_json(words):
@@ -336,3 +340,41 @@ def _is_json(words: str) -> bool:
 
 def _lost(message: str) -> str:
     return f"vm backend failure: {message}"
+
+
+class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What was run. resolved_module_roots: empty for our toolchains."""
+
+    kind: Literal["project", "program", "artifact"]
+    path: str
+    project_root: str | None
+    lockfile: str | None
+    resolved_module_roots: list[str]
+
+
+class WrappedReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The wrapped report. report: the runner's, unchanged."""
+
+    schema_version: Literal["x07.run.report@0.3.0"] = WRAPPED_SCHEMA
+    runner: Literal["os", "host"]
+    world: World
+    target: Target
+    repair: dict[str, Any] | UnsetType = UNSET
+    report: dict[str, Any]
+
+
+def wrap(report: CompileRunReport | RunOsReport, target: Target) -> WrappedReport:
+    """Return the runner's report in its envelope."""
+    return WrappedReport(runner="os", world=report.world, target=target, report=msgspec.to_builtins(report))
+
+
+def target_of(program: Program, path: Path | None, report: CompileRunReport | RunOsReport) -> Target:
+    """Return what was run. path: of the program; None for a source without a file, which is named `-`."""
+    root = None if path is None or not program.project else path if is_folder(path) else path.parent
+    return Target(
+        kind="artifact" if isinstance(report, RunOsReport) else "project" if program.project else "program",
+        path="-" if path is None else str(path),
+        project_root=None if root is None else str(root),
+        lockfile=None if root is None or program.lockfile is None else str(root / program.lockfile),
+        resolved_module_roots=[],
+    )

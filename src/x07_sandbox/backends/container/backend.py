@@ -1,4 +1,4 @@
-"""`podman` and `docker` as backends: what an engine offers here, its guest image, and starting jobs in containers."""
+"""The `podman` and `docker` backends."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 _REFERENCE_MAX: Final = 512
 _ORPHANS_MAX: Final = 1000
 _GAPS: Final = {
-    "connect-fails": "the relay accepts a connection before it asks, and resets it then",
-    "damaged-image": "the engine keeps the image, and its id is what is checked",
+    "connect-fails": "the relay accepts a connection before the gate decides, and then resets it",
+    "damaged-image": "the engine stores the image, and only its id is checked",
 }
 
 
@@ -60,56 +60,54 @@ class ContainerBackend:
 
     @property
     def engine_images(self) -> ContainerBackend:
-        """The engine's."""
+        """The engine's image store."""
         return self
 
     def find(self, ref: str | None) -> OpenImage:
-        """The engine's image of that name, or what X07_VM_GUEST_IMAGE names. Raises ImageError, HostError."""
+        """Return the engine's image of that name, else the one in X07_VM_GUEST_IMAGE. Raises ImageError, HostError."""
         wanted = ref or text("X07_VM_GUEST_IMAGE") or DEFAULT_REFERENCE
         if len(wanted) > _REFERENCE_MAX or wanted.startswith("-"):
-            raise ImageError(f"no guest image {wanted[:80]!r}", "it is no name of an image", "Name one: NAME:TAG")
+            raise ImageError(f"no guest image {wanted[:80]!r}", "that is not an image name", "Give a NAME:TAG")
         client = self._engine()
         answer = client.call("image", "inspect", wanted)
-        fix = f"Run x07 image load {self.name}, or scripts/build_guest_runner_image.sh; it is never pulled"
+        fix = f"Run x07 image load {self.name}, or scripts/build_guest_runner_image.sh; x07 never pulls it"
         if answer.status:
             raise ImageError(f"no guest image {wanted}", answer.error or f"{self.name} does not have it", fix)
-        image = answer.only(self.name)
+        image = answer.single_object(self.name)
         if not image.get("Id"):
-            raise ImageError(f"cannot use the image {wanted}", f"{self.name} tells no id of it", fix)
+            raise ImageError(f"cannot use the image {wanted}", f"{self.name} reports no id for it", fix)
         digest = f"sha256:{str(image['Id']).removeprefix('sha256:')}"
         labels = (image.get("Config") or {}).get("Labels") or image.get("Labels")
         label = labels.get(MANIFEST_LABEL) if isinstance(labels, dict) else None
         if not isinstance(label, str):
-            raise ImageError(f"cannot use the image {wanted}", "our agent is not in it: it lacks our label", fix)
+            raise ImageError(f"cannot use the image {wanted}", "it lacks our label, so our agent is not in it", fix)
         found = manifest.decode(label.encode(), f"the guest image {wanted}")
         if found.guest_code != read_guest_code().digest:
-            why = "another version of x07-sandbox made it, and their agents may not understand each other"
+            why = "another version of x07-sandbox made it, so its agent may not be compatible"
             raise ImageError(f"cannot use the image {wanted}", why, fix)
         return OpenImage(fds={}, manifest=msgspec.structs.replace(found, digest=digest))
 
     def probe(self, image: OpenImage | None = None, *, boot: bool = True) -> Availability:  # noqa: ARG002 - nothing boots
-        """What the engine can hold here. Raises HostError where it cannot run, or would ignore a limit."""
-        client = self._engine()
-        told = self._told(client)
-        if gaps := engine_gaps(self._kind, told):
-            why = (
-                f"{self.name} would ignore the limit on {' and '.join(gaps)} here (rootless, or without control groups)"
-            )
+        """Return what the engine can limit here. Raises HostError if it does not work or would ignore a limit."""
+        # Asked each time: whether a rootless podman can hold limits depends on the session that calls it.
+        if gaps := engine_gaps(self._kind, self._info(self._engine())):
+            ignored = f"{self.name} would ignore the limit on {' and '.join(gaps)} here"
+            why = f"{ignored} (rootless, or without control groups)"
             raise HostError(f"cannot use {self.name}", why, "Use control groups of version 2, or run as root")
-        warning = "the program's system calls meet this host's own kernel"
-        proof = f"{self.name} answered, and holds limits on memory and tasks"
+        warning = "the program's system calls reach this host's kernel"
+        proof = f"{self.name} answers and enforces limits on memory and tasks"
         return Availability(features=container_features(), proof=proof, warnings=(warning,))
 
-    def _told(self, client: Engine) -> dict[str, Any]:
+    def _info(self, client: Engine) -> dict[str, Any]:
         answer = client.call("info", "--format", "json" if client.name == "podman" else "{{json .}}")
         try:
-            told: dict[str, Any] = json.loads(answer.text) if not answer.status else {}
+            info: dict[str, Any] = json.loads(answer.text) if not answer.status else {}
         except ValueError:
-            told = {}
-        if not told or told.get("ServerErrors"):
-            why = answer.error or str(told.get("ServerErrors", "it says nothing of itself"))[:300]
-            raise HostError(f"cannot use {self.name}", why, f"See whether it answers: {self.name} info")
-        return told
+            info = {}
+        if not info or info.get("ServerErrors"):
+            why = answer.error or str(info.get("ServerErrors", "it printed no information"))[:300]
+            raise HostError(f"cannot use {self.name}", why, f"Check that it works: {self.name} info")
+        return info
 
     def _engine(self) -> Engine:
         client = engine(self._kind)
@@ -126,11 +124,11 @@ class ContainerBackend:
             yield instance
 
     def list_owned(self) -> Sequence[JobRecord]:
-        """Jobs of this user that are not recorded as gone."""
+        """Return this user's jobs that are not recorded as gone."""
         return live_records(self.name)
 
     def stop(self, record: JobRecord) -> bool:
-        """Remove the container of a record, and what the record's folder holds for it; whether it is proven gone."""
+        """Remove the container of a record, with the files for it, and return whether it is proven gone."""
         return stop_recorded(
             record, lambda _stored: self._removed(record) and remove_files(record.folder), signals=False
         )
@@ -138,17 +136,17 @@ class ContainerBackend:
     def _removed(self, record: JobRecord) -> bool:
         client = self._engine()
         if (other := recorded_engine(record.folder)) not in {"", client.place}:
-            fix = f"Set X07_VM_{self.name.upper()}_BIN and DOCKER_HOST as they were"
+            fix = f"Set X07_VM_{self.name.upper()}_BIN and DOCKER_HOST as they were then"
             raise BackendError("cannot stop the container", f"it was started with another {self.name}: {other}", fix)
         answer = client.call("inspect", "--type", "container", container_name(record))
         if answer.absent:
             return True
-        made = answer.only(self.name)
-        # Whoever may use the engine can call a container as they like.
+        made = answer.single_object(self.name)
+        # Anyone with access to the engine can use that name.
         return labels_of(made).get("io.x07.run_id") == record.job_id and remove(client, str(made.get("Id", "")))
 
     def orphans(self) -> Sequence[Orphan]:
-        """Containers with our label. None of an engine that does not answer: most users have none there."""
+        """Return the containers with our label; none if the engine does not answer, as on most hosts."""
         try:
             client = self._engine()
         except HostError:
@@ -158,18 +156,18 @@ class ContainerBackend:
         if listed.status or not ids:
             return ()
         found = []
-        for one in ids:  # one by one: any of them may go meanwhile, and would fail the call for all
+        for one in ids:  # one by one: a container that just went would fail a call for all
             answer = client.call("inspect", "--type", "container", one)
             if not answer.status:
-                found.append(Orphan(id=one, labels=labels_of(answer.only(self.name))))
+                found.append(Orphan(id=one, labels=labels_of(answer.single_object(self.name))))
         return found
 
     def remove(self, orphan: Orphan) -> bool:
-        """Remove one of them; whether it is proven gone."""
+        """Remove one of them and return whether it is proven gone."""
         return is_id(orphan.id) and remove(self._engine(), orphan.id)
 
 
 def _needs_runc() -> bool:
-    """Whether crun, podman's default, would refuse this host: all of version 1, and one of version 2 beside it."""
+    """Whether crun, podman's default, would refuse this host: a version 1 hierarchy with version 2 beside it."""
     hybrid = all(Path("/sys/fs/cgroup", name).exists() for name in ("memory", "unified/cgroup.procs"))
     return hybrid and any(os.access(path, os.X_OK) for path in ("/usr/sbin/runc", "/usr/bin/runc"))

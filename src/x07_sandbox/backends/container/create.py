@@ -1,4 +1,4 @@
-"""The command line that makes a container for one job, and whether what was made is what was asked for. Pure."""
+"""The command line that creates a job's container, and the check of the result. Pure."""
 
 from __future__ import annotations
 
@@ -16,21 +16,20 @@ if TYPE_CHECKING:
 
     from x07_sandbox.backends.engines import Name
 
-# What the agent needs to become another user, to take that one's rights, and to end it. All of it is taken from the
-# program, with everything else.
+# What the agent needs to become another user and to end its processes. The program gets none of it.
 CAPABILITIES: Final = ("KILL", "SETGID", "SETPCAP", "SETUID")
-NETWORK_CAPABILITY: Final = "NET_ADMIN"  # for the rules around the relay, in the container's own network namespace
+NETWORK_CAPABILITY: Final = "NET_ADMIN"  # for the relay's rules in the container's network namespace
 AGENT_BYTES: Final = 64 * MIB
-AGENT_TASKS: Final = 2  # agent and init; with network, the relay too
+AGENT_TASKS: Final = 2  # agent and init; the relay is added
 _NET_PLACE: Final = "/run/x07-net"
-_FIXED_FDS: Final = 64  # of the agent
+_AGENT_FDS: Final = 64
 _TMPFS: Final = "rw,nosuid,nodev"
 
 
-class Wanted(msgspec.Struct, frozen=True, kw_only=True):
-    """One container. image: its id. name, mark, labels: of the job. net_folder: with the gate's socket; "" for none.
+class ContainerSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """One container. image: its id. name, mark, labels: the job's. resolv_conf: a host file.
 
-    resolv_conf: a file of the host's.
+    net_folder: the folder of the gate's socket, "" for none.
     """
 
     engine: str
@@ -44,21 +43,21 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def capabilities(self) -> tuple[str, ...]:
-        """Those of its first process."""
+        """The capabilities of its first process."""
         return (*CAPABILITIES, NETWORK_CAPABILITY) if self.net_folder else CAPABILITIES
 
     @property
     def memory_bytes(self) -> int:
-        """The limit for all of it: the program's, the agent's, and files that come in, which lie in memory."""
+        """The limit for the program, the agent, and input files, which are in memory."""
         return self.needs.mem_bytes + AGENT_BYTES + 2 * self.needs.files_bytes
 
     @property
     def tasks(self) -> int:
-        """The limit for all of it."""
+        """The limit on processes and threads."""
         return self.needs.tasks + AGENT_TASKS + bool(self.net_folder)
 
     def tmpfs(self) -> dict[str, str]:
-        """Folders in memory by their place, with mount options."""
+        """Return the folders in memory, by path, with their mount options."""
         needs = self.needs
         run = "noexec" if needs.closed else "exec"
         files, program = 3 * needs.files_bytes + 16 * MIB, needs.mem_bytes + needs.files_bytes
@@ -75,40 +74,40 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
         return found
 
 
-def create_argv(wanted: Wanted) -> Iterator[str]:
-    """The words after the engine's name."""
-    podman, needs = wanted.engine == "podman", wanted.needs
-    yield from ("create", "--interactive", "--pull", "never", "--name", wanted.name, "--network", "none")
+def create_argv(spec: ContainerSpec) -> Iterator[str]:
+    """Yield the words after the engine's name."""
+    podman, needs = spec.engine == "podman", spec.needs
+    yield from ("create", "--interactive", "--pull", "never", "--name", spec.name, "--network", "none")
     yield from ("--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--user", "0:0")
-    for capability in wanted.capabilities:
+    for capability in spec.capabilities:
         yield from ("--cap-add", capability)
-    yield from ("--memory", str(wanted.memory_bytes), "--memory-swap", str(wanted.memory_bytes))
-    yield from ("--pids-limit", str(wanted.tasks), "--cpus", "1")
+    yield from ("--memory", str(spec.memory_bytes), "--memory-swap", str(spec.memory_bytes))
+    yield from ("--pids-limit", str(spec.tasks), "--cpus", "1")
     yield from ("--ipc", "private", "--cgroupns", "private", "--hostname", "x07", "--log-driver", "none")
-    yield from ("--ulimit", f"nofile={needs.fds + _FIXED_FDS}:{needs.fds + _FIXED_FDS}", "--ulimit", "core=-1:-1")
+    yield from ("--ulimit", f"nofile={needs.fds + _AGENT_FDS}:{needs.fds + _AGENT_FDS}", "--ulimit", "core=-1:-1")
     yield from ("--restart", "no", "--workdir", "/", "--no-healthcheck")
-    if wanted.net_folder:  # the relay's own ports are low ones, and it has no capability for them; docker has it so
+    if spec.net_folder:  # the relay listens on ports below 1024 without a capability; docker's default
         yield from ("--sysctl", "net.ipv4.ip_unprivileged_port_start=0")
     if podman:
         yield from ("--read-only-tmpfs=false", "--no-hosts", "--http-proxy=false", "--uts", "private")
-    for place, options in wanted.tmpfs().items():
+    for place, options in spec.tmpfs().items():
         yield from ("--tmpfs", f"{place}:{options}{',notmpcopyup' if podman else ''}")
-    for source, place in _binds(wanted).items():
+    for source, place in _binds(spec).items():
         yield from ("--mount", f"type=bind,src={source},dst={place},readonly")
-    for label, value in wanted.labels.items():
+    for label, value in spec.labels.items():
         yield from ("--label", f"{label}={value}")
         if podman:
             yield from ("--annotation", f"{label}={value}")
-    yield from (wanted.image, "container", *(["network"] if wanted.net_folder else []), wanted.mark)
+    yield from (spec.image, "container", *(["network"] if spec.net_folder else []), spec.mark)
 
 
-def _binds(wanted: Wanted) -> dict[str, str]:
-    binds = {wanted.resolv_conf: "/etc/resolv.conf"}
-    return binds | ({wanted.net_folder: _NET_PLACE} if wanted.net_folder else {})
+def _binds(spec: ContainerSpec) -> dict[str, str]:
+    binds = {spec.resolv_conf: "/etc/resolv.conf"}
+    return binds | ({spec.net_folder: _NET_PLACE} if spec.net_folder else {})
 
 
-def differences(wanted: Wanted, made: Mapping[str, Any]) -> list[str]:
-    """What a created container has other than was asked for, by its engine's inspect; each as a short text.
+def differences(spec: ContainerSpec, made: Mapping[str, Any]) -> list[str]:
+    """Return what differs between a created container and *spec*, by its engine's inspect.
 
     An engine's configuration may add mounts, devices or rights to every container.
     """
@@ -117,33 +116,33 @@ def differences(wanted: Wanted, made: Mapping[str, Any]) -> list[str]:
     added = {str(name).upper().removeprefix("CAP_") for name in host.get("CapAdd") or ()}
     options = [str(option) for option in host.get("SecurityOpt") or ()]
     mounts = {posixpath.normpath(str(mount.get("Destination"))) for mount in made.get("Mounts") or ()}
-    ours = set(_binds(wanted).values()) | set(wanted.tmpfs())
+    ours = set(_binds(spec).values()) | set(spec.tmpfs())
     seen = {
-        "its image": str(made.get("Image", "")).removeprefix("sha256:") == wanted.image.removeprefix("sha256:"),
+        "its image": str(made.get("Image", "")).removeprefix("sha256:") == spec.image.removeprefix("sha256:"),
         "its rights (privileged)": not host.get("Privileged"),
         "its network": host.get("NetworkMode") == "none",
-        "its root, which can be written to": bool(host.get("ReadonlyRootfs")),
+        "its writable root": bool(host.get("ReadonlyRootfs")),
         "its namespaces": all(host.get(kind) != "host" for kind in ("PidMode", "IpcMode", "UTSMode", "CgroupnsMode")),
-        "its capabilities": added <= set(wanted.capabilities),
+        "its capabilities": added <= set(spec.capabilities),
         "its devices": not host.get("Devices"),
         "its security options": not any("unconfined" in option or "disable" in option for option in options),
-        "its limit on memory": host.get("Memory") == wanted.memory_bytes,
-        "its limit on tasks": host.get("PidsLimit") == wanted.tasks,
+        "its limit on memory": host.get("Memory") == spec.memory_bytes,
+        "its limit on tasks": host.get("PidsLimit") == spec.tasks,
         "its mounts": mounts <= ours,
-        "its labels": all(labels.get(label) == value for label, value in wanted.labels.items()),
+        "its labels": all(labels.get(label) == value for label, value in spec.labels.items()),
     }
     return [name for name, right in seen.items() if not right]
 
 
-def engine_gaps(name: Name, told: Mapping[str, Any]) -> list[str]:
-    """Which limits this engine would ignore here, by its `info`; each as a short text."""
+def engine_gaps(name: Name, info: Mapping[str, Any]) -> list[str]:
+    """Return the limits that this engine would ignore here, by its `info`."""
     if name == "docker":
-        found = [] if told.get("MemoryLimit") else ["memory"]
-        return found if told.get("PidsLimit") else [*found, "tasks"]
-    host = told.get("host") or {}
+        found = [] if info.get("MemoryLimit") else ["memory"]
+        return found if info.get("PidsLimit") else [*found, "tasks"]
+    host = info.get("host") or {}
     if not (host.get("security") or {}).get("rootless"):
         return []
     if host.get("cgroupVersion") != "v2":
-        return ["memory", "tasks"]  # podman says so on its standard error, and starts the container all the same
+        return ["memory", "tasks"]  # podman only warns about it, and starts the container
     controllers = host.get("cgroupControllers") or ()
     return [word for word, controller in (("memory", "memory"), ("tasks", "pids")) if controller not in controllers]

@@ -1,4 +1,4 @@
-"""A job's container: made, checked, started, and removed."""
+"""A job's container: create, check, start and remove."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 from x07_sandbox.backends.container import reaper
-from x07_sandbox.backends.container.create import Wanted, create_argv, differences
+from x07_sandbox.backends.container.create import ContainerSpec, create_argv, differences
 from x07_sandbox.backends.engines import container_id
-from x07_sandbox.backends.jailed import OwnAgent, error_stream, socket_ends
+from x07_sandbox.backends.jailed import HostAgent, error_stream, socket_ends
+from x07_sandbox.backends.lease import socket_address
 from x07_sandbox.channel.egress import RESOLV_CONF
 from x07_sandbox.errors import BackendError, HostError, UsageError
 from x07_sandbox.host import settings
@@ -45,8 +46,8 @@ _ENGINE: Final = "engine"
 _ENGINE_MAX: Final = 8192
 
 
-class ContainerInstance(OwnAgent):
-    """A started container, as `backends/base.Instance` has it."""
+class ContainerInstance(HostAgent):
+    """A started container."""
 
     channel_fd: int
     net_fd: int | None = None
@@ -62,53 +63,56 @@ class ContainerInstance(OwnAgent):
         self.pidfd = os.pidfd_open(client.pid)
         self._engine = engine
         self._container = container
-        self._client = client
+        self.client = client
         self._errors = errors
         self._gone = False
 
-    @property
-    def client_pid(self) -> int:
-        """The engine's client."""
-        return self._client.pid
-
     def exit_status(self) -> int | None:
-        """How the engine's client ended; it passes on the container's status."""
-        return self._client.poll()
+        """Return the status of the engine's client, which is that of the container."""
+        return self.client.poll()
 
     def stop(self) -> bool:
-        """Remove the container; whether it is proven gone. Safe to call again."""
+        """Remove the container and return whether it is proven gone. Can be called again."""
         if not self._gone:
             self._gone = remove(self._engine, self._container)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._client.wait(_EXIT_S)
-            if self._client.poll() is None:
-                self._client.kill()
-                self._client.wait()
+                self.client.wait(_EXIT_S)
+            if self.client.poll() is None:
+                self.client.kill()
+                self.client.wait()
         return self._gone
 
 
 @contextlib.contextmanager
 def started(engine: Engine, job: Job, image: OpenImage) -> Iterator[ContainerInstance]:
-    """Make and start a container; on the way out it is gone and its record says so. Raises BackendError, HostError."""
+    """Create and start a container; on exit it is gone and recorded as gone. Raises BackendError, HostError."""
     record = create_record(job.claim, backend=engine.name, image_digest=image.manifest.digest)
     with contextlib.ExitStack() as stack:
         stack.callback(drop_unstarted, record)
-        # Before there is anything: whatever is left by a runner killed from here on is found by the record's name.
+        # First of all: if this process is killed, the sweep finds what it left by the record's name.
         write_owner(record, runner=own_identity(), processes={}, cgroups=())
         runner_r, runner_w = os.pipe2(os.O_CLOEXEC)
         given = FdGroup()
         stack.callback(given.close)
         given.add(runner_r)
         stack.callback(os.close, runner_w)
-        instance = watching = None
+        instance = reaper_process = None
         try:
             files = _Files(engine, record, network=job.kind.network, stack=stack)
-            wanted = _wanted(engine, job, record, image, files)
-            watching = _reaper(engine, record, job.claim.deadline_s, runner_r)
-            container = _created(engine, wanted)
-            instance = _running(engine, record, container, stack, given)
+            spec = _spec(engine, job, record, image, files)
+            reaper_process = _start_reaper(engine, record, job.claim.deadline_s, runner_r)
+            container = _created(engine, spec)
+            channel_fd, far_fd = socket_ends(stack, given)
+            errors, stderr_fd = error_stream(stack, given)
+            argv = engine.argv("start", "--attach", "--interactive", container)
+            client = launch(Launch(argv=argv, pass_fds=(), stderr_fd=stderr_fd, stdio_fd=far_fd, env=engine.env))
+            instance = ContainerInstance(engine, record, container, client, errors)
+            instance.channel_fd = channel_fd
             given.close()
-            _record_processes(record, instance, watching)
+            # The job's processes are the engine's; these two only serve it.
+            found = {"client": identify(instance.client.pid), "reaper": identify(reaper_process.pid)}
+            processes = {name: identity for name, identity in found.items() if identity is not None}
+            write_owner(record, runner=own_identity(), processes=processes, cgroups=())
             if files.listener is not None:
                 instance.net_fd = files.accepted(instance, stack)
             yield instance
@@ -118,23 +122,16 @@ def started(engine: Engine, job: Job, image: OpenImage) -> Iterator[ContainerIns
             if gone:
                 with contextlib.suppress(OSError):
                     os.write(runner_w, b"g")
-                with contextlib.suppress(HostError):  # a full disk: the sweep will find that nothing is left
+                with contextlib.suppress(HostError):  # on a full disk the sweep records it later
                     mark_done(record)
-            if gone and watching is not None:
-                watching.wait()
+            if gone and reaper_process is not None:
+                reaper_process.wait()
             if instance is not None:
                 os.close(instance.pidfd)
 
 
-def _record_processes(record: JobRecord, instance: ContainerInstance, watching: subprocess.Popen[bytes]) -> None:
-    """Write down that the job has begun. Its processes are the engine's; these two are only about it."""
-    found = {"client": identify(instance.client_pid), "reaper": identify(watching.pid)}
-    processes = {name: identity for name, identity in found.items() if identity is not None}
-    write_owner(record, runner=own_identity(), processes=processes, cgroups=())
-
-
 class _Files:
-    """What the container has of the record's folder: the gate's socket, and /etc/resolv.conf."""
+    """The container's files in the record's folder: the gate's socket, and /etc/resolv.conf."""
 
     def __init__(self, engine: Engine, record: JobRecord, *, network: bool, stack: contextlib.ExitStack) -> None:
         self.resolv_conf = record.folder / _RESOLV_CONF
@@ -149,29 +146,25 @@ class _Files:
                 self.net.chmod(0o755)
                 self.listener = stack.enter_context(self._listening())
         except OSError as exc:
-            raise HostError(
-                "cannot make the job's files", f"{exc.filename}: {exc.strerror}", "Free space there"
-            ) from exc
+            why = f"{exc.filename}: {exc.strerror}"
+            raise HostError("cannot make the job's files", why, "Free space there") from exc
 
     def _listening(self) -> socket.socket:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        folder_fd = os.open(self.net, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:  # by the descriptor: such a name has room for 107 bytes
-            listener.bind(f"/proc/self/fd/{folder_fd}/relay")
-        finally:
-            os.close(folder_fd)
+        with socket_address(self.net, "relay") as address:
+            listener.bind(address)
         (self.net / "relay").chmod(0o666)
         listener.listen(1)
         return listener
 
     def accepted(self, instance: ContainerInstance, stack: contextlib.ExitStack) -> int:
-        """The agent's connection; nobody else can make one then. Raises BackendError."""
+        """Accept the agent's connection and close the socket. Raises BackendError."""
         assert self.listener is not None  # noqa: S101 - for the type checker
         deadline = Deadline.after(settings.BOOT_S)
         while not wait_readable(self.listener.fileno(), 0.05):
             if instance.exit_status() is not None or deadline.passed():
                 said = " ".join(instance.console_tail().split())[-300:]
-                raise BackendError("the container did not start", said or "its agent never came", "Run x07 doctor")
+                raise BackendError("the container did not start", said or "its agent did not connect", "Run x07 doctor")
         sock, _ = self.listener.accept()
         self.listener.close()
         (self.net / "relay").unlink()
@@ -182,7 +175,7 @@ class _Files:
 
 
 def remove_files(folder: Path) -> bool:
-    """Remove what a record's folder holds for its container; whether it is gone."""
+    """Remove the container's files and return whether they are gone."""
     shutil.rmtree(folder / _NET, ignore_errors=True)
     for name in (_RESOLV_CONF, _ENGINE):
         (folder / name).unlink(missing_ok=True)
@@ -190,16 +183,16 @@ def remove_files(folder: Path) -> bool:
 
 
 def recorded_engine(folder: Path) -> str:
-    """Which engine has the container of a job, by its record's folder; empty where that is not known."""
+    """Return which engine started a job's container, "" if that is unknown."""
     try:
         return read_bounded(folder / _ENGINE, "record", _ENGINE_MAX).decode("utf-8", "replace")
     except (OSError, UsageError):
         return ""
 
 
-def _wanted(engine: Engine, job: Job, record: JobRecord, image: OpenImage, files: _Files) -> Wanted:
-    assert job.needs is not None  # noqa: S101 - runs/job gives them
-    wanted = Wanted(
+def _spec(engine: Engine, job: Job, record: JobRecord, image: OpenImage, files: _Files) -> ContainerSpec:
+    assert job.needs is not None  # noqa: S101 - runs/job sets them
+    spec = ContainerSpec(
         engine=engine.name,
         image=image.manifest.digest,
         name=container_name(record),
@@ -209,41 +202,29 @@ def _wanted(engine: Engine, job: Job, record: JobRecord, image: OpenImage, files
         resolv_conf=str(files.resolv_conf),
         net_folder=str(files.net) if job.kind.network else "",
     )
-    for path in (wanted.resolv_conf, *wanted.tmpfs()):
+    for path in (spec.resolv_conf, *spec.tmpfs()):
         if "," in path or ":" in path:
-            why = f"{path!r} has a comma or a colon, which {engine.name} takes for the end of a name"
+            why = f"{path!r} has a comma or a colon, which {engine.name} cannot take in a path"
             raise HostError("cannot bring a folder into a container", why, "Rename it, or use --sandbox-backend vm")
-    return wanted
+    return spec
 
 
-def _created(engine: Engine, wanted: Wanted) -> str:
-    """The id of a new container, which is what was asked for. Raises BackendError."""
-    answer = engine.call(*create_argv(wanted))
+def _created(engine: Engine, spec: ContainerSpec) -> str:
+    """Create the container, check it against *spec*, and return its id. Raises BackendError."""
+    answer = engine.call(*create_argv(spec))
     container = container_id(answer)
     if not container:
-        raise BackendError("cannot make the container", answer.error or f"status {answer.status}", "Run x07 doctor")
-    made = engine.call("inspect", "--type", "container", container).only(engine.name)
-    if found := differences(wanted, made):
-        why = f"{engine.name} made it other than was asked for: {', '.join(found)}"
-        fix = f"Look at {engine.name}'s configuration: it changes every container"
+        raise BackendError("cannot create the container", answer.error or f"status {answer.status}", "Run x07 doctor")
+    made = engine.call("inspect", "--type", "container", container).single_object(engine.name)
+    if found := differences(spec, made):
+        why = f"{engine.name} changed it: {', '.join(found)}"
+        fix = f"Check {engine.name}'s configuration, which applies to every container"
         raise BackendError("cannot use the container", why, fix)
     return container
 
 
-def _running(
-    engine: Engine, record: JobRecord, container: str, stack: contextlib.ExitStack, given: FdGroup
-) -> ContainerInstance:
-    channel_fd, far_fd = socket_ends(stack, given)
-    errors, stderr_fd = error_stream(stack, given)
-    argv = engine.argv("start", "--attach", "--interactive", container)
-    client = launch(Launch(argv=argv, pass_fds=(), stderr_fd=stderr_fd, stdio_fd=far_fd, env=engine.env))
-    instance = ContainerInstance(engine, record, container, client, errors)
-    instance.channel_fd = channel_fd
-    return instance
-
-
-def _reaper(engine: Engine, record: JobRecord, deadline_s: int, runner_fd: int) -> subprocess.Popen[bytes]:
-    """What removes the container when the time is up or this process is gone. Raises BackendError."""
+def _start_reaper(engine: Engine, record: JobRecord, deadline_s: int, runner_fd: int) -> subprocess.Popen[bytes]:
+    """Start what removes the container after its deadline or this process's end. Raises BackendError."""
     until = time.clock_gettime(time.CLOCK_BOOTTIME) + deadline_s + settings.CLEANUP_MS / 1000
     removing = engine.argv(*_removing(engine, container_name(record)))
     argv = [sys.executable, "-I", "-S", reaper.__file__, str(record.folder), str(until), str(runner_fd), *removing]
@@ -254,7 +235,7 @@ def _reaper(engine: Engine, record: JobRecord, deadline_s: int, runner_fd: int) 
 
 
 def container_name(record: JobRecord) -> str:
-    """Its container's name."""
+    """Return the name of a job's container."""
     return f"x07-{record.job_id}"
 
 
@@ -263,17 +244,17 @@ def _removing(engine: Engine, container: str) -> tuple[str, ...]:
 
 
 def remove(engine: Engine, container: str) -> bool:
-    """Kill and remove a container by its id or name; whether it is proven gone. Raises BackendError."""
+    """Kill and remove a container by id or name and return whether it is proven gone. Raises BackendError."""
     deadline = Deadline.after(_GONE_S)
     while not deadline.passed():
         engine.call(*_removing(engine, container))
         if engine.call("inspect", "--type", "container", container).absent:
             return True
-        time.sleep(_LOOK_AGAIN_S)  # "removal is already in progress", as docker has it
+        time.sleep(_LOOK_AGAIN_S)  # docker: "removal is already in progress"
     return False
 
 
 def labels_of(made: dict[str, Any]) -> dict[str, str]:
-    """The labels of an inspected container, as text."""
+    """Return the labels of an inspected container, as text."""
     labels = (made.get("Config") or {}).get("Labels") or {}
     return {str(key)[:256]: str(value)[:4096] for key, value in labels.items()}

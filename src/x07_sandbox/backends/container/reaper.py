@@ -1,9 +1,9 @@
-"""Ends a container at its deadline, or when its runner has gone, without that runner. A program of its own.
+"""A program that removes a container after its deadline or the end of its runner.
 
     python -I -S reaper.py FOLDER DEADLINE_S RUNNER_FD CLIENT WORD...
 
-DEADLINE_S: on the boot clock. RUNNER_FD: a pipe whose end means that the runner is gone; a byte before it, that the
-container is. CLIENT WORD...: the call that removes the container. Only cheap modules: it lives as long as the job.
+DEADLINE_S: on the boot clock. RUNNER_FD: a pipe that ends with the runner; a byte in it says that the container is
+gone. CLIENT WORD...: the call that removes the container. Few imports, since it lives as long as the job.
 """
 
 import os
@@ -15,10 +15,10 @@ _TRIES = 5
 
 
 def main(folder: str, deadline_s: float, runner_fd: int, removing: list[str]) -> None:
-    """Wait, and remove the container unless its runner has done it."""
+    """Wait, then remove the container unless its runner has."""
     poll = select.poll()
     poll.register(runner_fd, select.POLLIN)
-    # At most an hour at a time: the clock of poll(2) stands still while the machine sleeps.
+    # At most an hour at a time: poll(2) does not count the time in which the machine sleeps.
     while (left_s := deadline_s - time.clock_gettime(time.CLOCK_BOOTTIME)) > 0:
         if poll.poll(min(left_s, 3600) * 1000 + 1):
             if os.read(runner_fd, 1):
@@ -27,19 +27,15 @@ def main(folder: str, deadline_s: float, runner_fd: int, removing: list[str]) ->
     for attempt in range(_TRIES):
         pid = os.posix_spawn(removing[0], removing, os.environ)
         if not os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]):
-            _tidy(folder)
+            _clean_up(folder)
             return
         time.sleep(0.2 * 2**attempt)
 
 
-def _tidy(folder: str) -> None:
-    """Remove what the job's folder held for the container, then write `reaped`; nothing where the folder is gone."""
-    for remove, name in (
-        (os.unlink, "net/relay"),
-        (os.rmdir, "net"),
-        (os.unlink, "resolv.conf"),
-        (os.unlink, "engine"),
-    ):
+def _clean_up(folder: str) -> None:
+    """Remove the container's files from the job's folder, then write `reaped`."""
+    files = ((os.unlink, "net/relay"), (os.rmdir, "net"), (os.unlink, "resolv.conf"), (os.unlink, "engine"))
+    for remove, name in files:
         try:
             remove(f"{folder}/{name}")
         except OSError:

@@ -1,4 +1,4 @@
-"""The agent for this host's own interpreter, made by the same code and scripts as a guest image's, and cached."""
+"""The agent for the host's own interpreter, made from the same code as a guest image's, and cached."""
 
 from __future__ import annotations
 
@@ -16,31 +16,30 @@ from x07_sandbox.host.paths import cache_folder, replace_file
 from x07_sandbox.images.guestcode import FILTERS, PACK, PLACES, GuestCode, read_guest_code
 from x07_sandbox.jail.bwrap import BWRAP
 
-LIBSECCOMP: Final = "libseccomp.so.2"
-_MADE_S: Final = 120
-_KEPT: Final = 8  # another version's may be in use
-# What changes when programs come or go: the package manager's own list, and the folders that it fills.
+_BUILD_S: Final = 120
+_KEEP: Final = 8  # other versions may be in use
+# What changes when programs are installed or removed.
 _CHANGES: Final = ("/var/lib/dpkg/status", "/usr/bin", "/usr/lib", "/usr/local/bin", "/usr/libexec", "/etc/ld.so.cache")
 
 
 def agent_code(*, confined: bool) -> Path:
-    """The agent's zip. confined: with filters, and what else a confined program needs. Raises HostError."""
+    """Return the agent's zip. confined: with the filters that a confined program needs. Raises HostError."""
     code, folder = read_guest_code(), cache_folder("agent")
     key = _key(code, confined=confined)
     for path in folder.glob(f"{key}-*.zip"):
         if path.stem == f"{key}-{hashlib.sha256(path.read_bytes()).hexdigest()}":
             return path
         path.unlink(missing_ok=True)  # damaged
-    data = _made(code, this_system(), confined=confined)
+    data = _build(code, this_system(), confined=confined)
     path = folder / f"{key}-{hashlib.sha256(data).hexdigest()}.zip"
     replace_file(path, data)
-    for old in sorted(folder.glob("*.zip"), key=lambda one: one.stat().st_mtime)[:-_KEPT]:
+    for old in sorted(folder.glob("*.zip"), key=lambda one: one.stat().st_mtime)[:-_KEEP]:
         old.unlink(missing_ok=True)
     return path
 
 
 def _key(code: GuestCode, *, confined: bool) -> str:
-    """What the zip depends on."""
+    """Return a digest of what the zip depends on."""
     parts: list[object] = [code.digest, confined, os.uname().machine]
     for path in (PYTHON, *(_CHANGES if confined else ())):
         try:
@@ -52,7 +51,7 @@ def _key(code: GuestCode, *, confined: bool) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def _made(code: GuestCode, system: System, *, confined: bool) -> bytes:
+def _build(code: GuestCode, system: System, *, confined: bool) -> bytes:
     with tempfile.TemporaryDirectory(prefix="agent-", dir=cache_folder("tmp")) as name:
         work = Path(name)
         data, target = work / "data", work / "agent.zip"
@@ -70,7 +69,7 @@ def _made(code: GuestCode, system: System, *, confined: bool) -> bytes:
 
 
 def _in_view(system: System, work: Path, script: list[str]) -> list[str]:
-    """Run a script of ours as a confined program sees this host; *work* is at /x07 then."""
+    """Return the command that runs a script of ours in a confined program's view, with *work* at /x07."""
     argv = [BWRAP, "--unshare-all", "--die-with-parent", "--new-session", "--clearenv", "--proc", "/proc"]
     argv += ["--dev", "/dev", *view_args(system), "--bind", str(work), "/x07", "--chdir", "/"]
     return [*argv, "--", PYTHON, "-I", "-S", *script]
@@ -79,13 +78,10 @@ def _in_view(system: System, work: Path, script: list[str]) -> list[str]:
 def _run(argv: list[str]) -> None:
     env, no_input = {"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8"}, subprocess.DEVNULL
     try:
-        done = subprocess.run(argv, stdin=no_input, capture_output=True, timeout=_MADE_S, check=False, env=env)
+        done = subprocess.run(argv, stdin=no_input, capture_output=True, timeout=_BUILD_S, check=False, env=env)
     except (OSError, subprocess.TimeoutExpired) as exc:
         raise HostError("cannot prepare the agent", f"{argv[0]}: {exc}", "Run x07 doctor") from exc
     if done.returncode:
         said = " ".join(done.stderr.decode("utf-8", "replace").split())[-300:]
-        if LIBSECCOMP in said:
-            fix = "Run: apt-get install --no-install-recommends libseccomp2"
-            raise HostError("cannot prepare the agent", f"missing: {LIBSECCOMP}", fix)
-        why = said or f"{argv[0]} ended with status {done.returncode}"
+        why = said or f"{argv[0]} exited with status {done.returncode}"
         raise HostError("cannot prepare the agent", why, "Allow user namespaces here, or use another backend")

@@ -1,10 +1,9 @@
-"""`os` and `none` as backends: what this host offers, and starting jobs on it."""
+"""The `os` and `none` backends."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import os
 import re
 import stat
@@ -14,17 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.backends.base import Availability
-from x07_sandbox.backends.handshake import Talk, greet
-from x07_sandbox.backends.process.agentcode import LIBSECCOMP, agent_code
+from x07_sandbox.backends.handshake import Handshake, greet
+from x07_sandbox.backends.process.agentcode import agent_code
 from x07_sandbox.backends.process.start import files_folder, remove_folder, start_confined, start_unconfined
 from x07_sandbox.backends.process.view import PYTHON
-from x07_sandbox.backends.proofs import proof_file
+from x07_sandbox.backends.proofs import proof_file, write_verdict
 from x07_sandbox.channel.link import State
 from x07_sandbox.errors import HostError
 from x07_sandbox.host.clocks import Deadline
-from x07_sandbox.host.paths import replace_file
 from x07_sandbox.jail.bwrap import BWRAP, PERL, SETPRIV
 from x07_sandbox.jail.cgroups import program_groups, remove_groups
+from x07_sandbox.jail.forms import landlock_version
 from x07_sandbox.jobs.record import Claim, create_record, new_run_id
 from x07_sandbox.jobs.stopping import live_records, stop_recorded
 from x07_sandbox.plan.features import Features
@@ -40,27 +39,26 @@ if TYPE_CHECKING:
     from x07_sandbox.jobs.record import JobRecord
 NFT: Final = "/usr/sbin/nft"
 _ANSWER_S: Final = 5.0
+_CANNOT_START: Final = "cannot start a confined process"
 _BWRAP_LEAST: Final = (0, 8)
 _PYTHON_LEAST: Final = (3, 12)  # the agent needs os.unshare and os.setns
 PACKAGES: Final = {BWRAP: "bubblewrap", PYTHON: "python3", PERL: "perl-base", SETPRIV: "util-linux"}
 _WALLS: Final = frozenset({"host-files", "no-host-files", "no-host-variables", "no-network"})
 _PER_PROCESS: Final = frozenset({"limits.fds", "limits.core_dumps"})
 _BY_CONTROLLER: Final = {"memory": "limits.mem_bytes", "pids": "limits.procs", "cpuacct": "limits.cpu_ms"}
-_TASKS_APART: Final = (5, 14)  # from this Linux on a process limit counts a user namespace by itself
-_LANDLOCK: Final = 444  # landlock_create_ruleset: the same number everywhere
-_LANDLOCK_LEAST: Final = 2  # the first version that lets a program move files from folder to folder
-_WHY: Final = "it uses no image: programs are this host's own"
-_RESETS: Final = {"connect-fails": "the relay accepts a connection before it asks, and resets it then"}
-_NO_IMAGE: Final = dict.fromkeys(("image-digest", "damaged-image"), _WHY)
-_NO_COPIES: Final = "an unconfined program cannot be given copies of folders"
+_TASKS_APART: Final = (5, 14)  # since this Linux a process limit counts each user namespace separately
+_LANDLOCK_LEAST: Final = 2  # the first version that allows moving files between folders
+_RESETS: Final = {"connect-fails": "the relay accepts a connection before the gate decides, and then resets it"}
+_NO_IMAGE: Final = dict.fromkeys(("image-digest", "damaged-image"), "it uses no image but this host's programs")
+_NO_COPIES: Final = "an unconfined program cannot get copies of folders"
 _UNCONFINED: Final = {
-    "cpu": "children for whose end nobody waits are not counted",
+    "cpu": "CPU time of children that are not waited for is not counted",
     **dict.fromkeys(("memory", "tasks"), "no control group holds the program and its children together"),
     **dict.fromkeys(("read-root", "write-root", "out-folder"), _NO_COPIES),
     **dict.fromkeys(("no-network", "no-host-servers"), "the program uses this host's network"),
-    **dict.fromkeys(("unlisted-name", "gate-asked", "connect-fails"), "nothing holds a program to a list of hosts"),
-    "no-host-files": "the program has its user's files",
-    "no-host-variables": "the program can read the variables of its user's processes",
+    **dict.fromkeys(("unlisted-name", "gate-asked", "connect-fails"), "nothing limits the program to a list of hosts"),
+    "no-host-files": "the program can use its user's files",
+    "no-host-variables": "the program can read the environment of its user's processes",
     "no-host-processes": "the program is one of its user's processes",
     "no-capabilities": "the program has its user's capabilities",
     **dict.fromkeys(("no-more-tasks", "no-execution"), "nothing filters its system calls"),
@@ -68,7 +66,7 @@ _UNCONFINED: Final = {
 
 
 class _Backend(ABC):
-    """What both have in common."""
+    """The common part of both."""
 
     name: str
     known_gaps: Mapping[str, str]
@@ -78,7 +76,7 @@ class _Backend(ABC):
 
     @abstractmethod
     def _started(self, record: JobRecord, deadline_s: int) -> AbstractContextManager[ProcessInstance]:
-        """An agent that has not been heard of yet. Raises BackendError, HostError."""
+        """Start an agent without its handshake. Raises BackendError, HostError."""
 
     @contextlib.contextmanager
     def start(self, job: Job) -> Iterator[ProcessInstance]:
@@ -89,11 +87,11 @@ class _Backend(ABC):
             yield instance
 
     def list_owned(self) -> Sequence[JobRecord]:
-        """Jobs of this user that are not recorded as gone."""
+        """Return this user's jobs that are not recorded as gone."""
         return live_records(self.name)
 
     def stop(self, record: JobRecord) -> bool:
-        """Stop a job by its record: its supervisor ends all of it, and its control groups and files go."""
+        """Stop a job by its record, and remove its control groups and files."""
 
         def remove(stored: StoredJob) -> bool:
             groups = stored.owner is None or remove_groups(stored.owner.cgroups)
@@ -102,19 +100,19 @@ class _Backend(ABC):
         return stop_recorded(record, remove)
 
     def _prove(self) -> str:
-        """Start an agent, and wait for its answer; why none came, empty where it did. Raises SandboxError."""
+        """Start an agent and return why it did not answer, "" if it did. Raises SandboxError."""
         claim = Claim(run_id=new_run_id(), phase="probe", wall_ms=int(_ANSWER_S * 1000))
         record = create_record(claim, backend=self.name, image_digest="")
         with self._started(record, int(_ANSWER_S) + 5) as instance:
-            silence = Talk(instance, State.WAITING).until(State.GREETED, Deadline.after(_ANSWER_S))
-            if silence is None:
+            failure = Handshake(instance, State.WAITING).until(State.GREETED, Deadline.after(_ANSWER_S))
+            if failure is None:
                 return ""
             said = " ".join(instance.console_tail().split())[-300:]
-            return f"{silence.why}: {said}" if said else silence.why
+            return f"{failure.why}: {said}" if said else failure.why
 
 
 class OsBackend(_Backend):
-    """A confined process of this host: bubblewrap, user namespaces, and the agent's own confinement."""
+    """Confined processes: bubblewrap, user namespaces, and the agent's own confinement."""
 
     name = "os"
     known_gaps = _NO_IMAGE | _RESETS
@@ -123,24 +121,26 @@ class OsBackend(_Backend):
         self._controllers: tuple[str, ...] = ()
 
     def probe(self, _image: OpenImage | None = None, *, boot: bool = True) -> Availability:
-        """What this host can hold; tried once a boot, and again where it failed. Raises HostError where it cannot."""
-        require_tools()
+        """Return what this host can limit, proven once a boot by starting a process. Raises HostError."""
+        _require_tools()
         self._controllers = _controllers()
         features = _confined_features(self._controllers)
         proof = f"our agent answered from a confined process under Linux {os.uname().release}"
-        verdict = _verdict()
+        verdict = proof_file(BWRAP, os.geteuid(), agent_code(confined=True).name)
         known = verdict.exists()
         if not known and boot:
-            require_versions()
+            if _version(BWRAP) < _BWRAP_LEAST:
+                raise HostError(_CANNOT_START, f"{BWRAP} is too old", "Install bubblewrap 0.8 or newer")
+            _require_python()
             if why := self._prove():
                 fix = "Allow user namespaces here (in a container: --privileged), or use another backend"
-                raise HostError("cannot start a confined process", why, fix)
-            replace_file(verdict, json.dumps({"proof": proof}).encode())
+                raise HostError(_CANNOT_START, why, fix)
+            write_verdict(verdict, {"proof": proof})
             known = True
-        warnings = ["the program's system calls meet this host's own kernel"]
+        warnings = ["the program's system calls reach this host's kernel"]
         if missing := sorted(set(_BY_CONTROLLER.values()) - features.can_enforce):
-            warnings.append(f"this host gives no control groups that hold {', '.join(missing)}")
-        proof = proof if known else "no confined process has been tried yet"
+            warnings.append(f"this host provides no control groups for {', '.join(missing)}")
+        proof = proof if known else "no confined process was started yet"
         return Availability(features=features, proof=proof, known=known, warnings=tuple(warnings))
 
     def _started(self, record: JobRecord, deadline_s: int) -> AbstractContextManager[ProcessInstance]:
@@ -148,19 +148,19 @@ class OsBackend(_Backend):
 
 
 class NoneBackend(_Backend):
-    """An ordinary process of the user, without any wall."""
+    """Ordinary processes of the user, without isolation."""
 
     name = "none"
     known_gaps = _NO_IMAGE | _UNCONFINED
 
     def probe(self, _image: OpenImage | None = None, *, boot: bool = True) -> Availability:  # noqa: ARG002 - nothing boots
-        """What this host can hold. Raises HostError where there is no interpreter for the agent."""
-        require_python()
+        """Return what this host can limit. Raises HostError if the agent's interpreter is missing."""
+        _require_python()
         # Root may raise its own limits again.
         held = frozenset() if os.geteuid() == 0 else _PER_PROCESS
         features = Features(isolation="none", own_kernel=False, can_enforce=held)
         whose = "root's" if os.geteuid() == 0 else "this user's"
-        warning = f"nothing keeps the program from {whose} files, processes and network"
+        warning = f"nothing protects {whose} files, processes and network from the program"
         return Availability(features=features, proof="an ordinary process needs no proof", warnings=(warning,))
 
     def _started(self, record: JobRecord, deadline_s: int) -> AbstractContextManager[ProcessInstance]:
@@ -168,7 +168,7 @@ class NoneBackend(_Backend):
 
 
 def _controllers() -> tuple[str, ...]:
-    """Of which control groups this host lets us make."""
+    """Return the controllers for which this host lets us make control groups."""
     groups = program_groups(f"probe-{os.urandom(8).hex()}", uid=os.geteuid())
     groups.remove()
     return groups.holds
@@ -176,9 +176,9 @@ def _controllers() -> tuple[str, ...]:
 
 def _confined_features(controllers: tuple[str, ...]) -> Features:
     held = set(_WALLS | _PER_PROCESS)
-    if os.access(NFT, os.X_OK):  # the agent's, for the rules around the relay
+    if os.access(NFT, os.X_OK):  # needed by the agent for the relay's rules
         held.add("network")
-    if _landlock_version() >= _LANDLOCK_LEAST:
+    if landlock_version() >= _LANDLOCK_LEAST:
         held.add("confinement")
     if _numbers(os.uname().release) >= _TASKS_APART:
         held.add("limits.procs")
@@ -187,41 +187,28 @@ def _confined_features(controllers: tuple[str, ...]) -> Features:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    """The first version number in *text*, (major, minor); () for none."""
+    """Return the first version number in *text* as (major, minor), () for none."""
     found = re.search(r"(\d+)\.(\d+)", text)
     return tuple(int(word) for word in found.groups()) if found else ()
 
 
-def _landlock_version() -> int:
-    return max(0, int(ctypes.CDLL(None).syscall(_LANDLOCK, None, 0, 1)))
-
-
-def require_tools() -> None:
-    """Raises HostError naming what is missing, and what to type."""
+def _require_tools() -> None:
+    """Raise HostError if programs or libraries are missing."""
     missing = [package for path, package in PACKAGES.items() if not os.access(path, os.X_OK)]
     try:
-        ctypes.CDLL(LIBSECCOMP)
+        ctypes.CDLL("libseccomp.so.2")
     except OSError:
         missing.append("libseccomp2")
     if missing:
         names = " ".join(missing)
-        fix = f"Run: apt-get install --no-install-recommends {names}"
-        raise HostError("cannot start a confined process", f"missing: {names}", fix)
+        raise HostError(_CANNOT_START, f"missing: {names}", f"Run: apt-get install --no-install-recommends {names}")
     if Path(BWRAP).stat().st_mode & stat.S_ISUID:
         why, fix = f"{BWRAP} is set-user-ID, which gives it more rights than it needs", f"Run: chmod u-s {BWRAP}"
-        raise HostError("cannot start a confined process", why, fix)
+        raise HostError(_CANNOT_START, why, fix)
 
 
-def require_versions() -> None:
-    """Raises HostError where a program is too old."""
-    if _version(BWRAP) < _BWRAP_LEAST:
-        fix = "Install bubblewrap 0.8 or newer"
-        raise HostError("cannot start a confined process", f"{BWRAP} is too old", fix)
-    require_python()
-
-
-def require_python() -> None:
-    """Raises HostError where there is no interpreter, or an old one."""
+def _require_python() -> None:
+    """Raise HostError if the interpreter is missing or too old."""
     if not os.access(PYTHON, os.X_OK):
         fix = "Run: apt-get install --no-install-recommends python3"
         raise HostError("cannot start the agent", f"missing: {PYTHON}", fix)
@@ -231,15 +218,10 @@ def require_python() -> None:
 
 
 def _version(path: str) -> tuple[int, ...]:
-    """What a program says of its version; nothing where it does not."""
+    """Return the version that a program prints, () if it prints none."""
     argv, env, no_input = [path, "--version"], {"PATH": "/usr/bin:/bin", "LC_ALL": "C"}, subprocess.DEVNULL
     try:
         done = subprocess.run(argv, stdin=no_input, capture_output=True, timeout=30, check=False, env=env)
     except (OSError, subprocess.TimeoutExpired):
         return ()
     return _numbers(done.stdout.decode("ascii", "replace"))
-
-
-def _verdict() -> Path:
-    """Where it is kept that it works: for this boot, kernel, user, bubblewrap and agent. Raises HostError."""
-    return proof_file(BWRAP, os.geteuid(), agent_code(confined=True).name)

@@ -1,4 +1,4 @@
-"""Starting an agent on this host below the supervisor, and ending it with all that it has started."""
+"""Starting and ending an agent on this host, below the supervisor."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.backends.jailed import Jailed, OwnAgent, Start, error_stream, running, socket_ends
+from x07_sandbox.backends.jailed import HostAgent, Jailed, Start, error_stream, memory_file, running, socket_ends
 from x07_sandbox.backends.process.agentcode import agent_code
 from x07_sandbox.backends.process.view import FILES, Sandbox, agent_argv, sandbox_argv, scratch_bytes, this_system
 from x07_sandbox.errors import BackendError, HostError
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
     from x07_sandbox.host.processes import Identity
     from x07_sandbox.jobs.record import JobRecord
 
-_CONFINED_DEPTH: Final = 2  # below the supervisor: bubblewrap, which waits, and the agent
+_CONFINED_DEPTH: Final = 2  # below the supervisor: bubblewrap, then the agent
 _FREE_DEPTH: Final = 1
 
 
 class _Ends:
-    """Channel and error stream of one agent: ours, closed by *stack*, and the child's, which are given to it."""
+    """The streams of one agent: our ends, closed by *stack*, and the child's, in *given*."""
 
     def __init__(self, stack: contextlib.ExitStack) -> None:
         self.given = FdGroup()
@@ -47,27 +47,24 @@ class _Ends:
         self.errors, self.stderr_fd = error_stream(stack, self.given)
 
 
-class ProcessInstance(OwnAgent, Jailed):
+class ProcessInstance(HostAgent, Jailed):
     """An agent on this host. Made by `start_confined` or `start_unconfined`, which also end it."""
 
     notes: tuple[str, ...] = ()
     greeting: Greeting
 
     def __init__(self, start: Start, ends: _Ends, child: subprocess.Popen[bytes], inner: Identity) -> None:
-        super().__init__(child, inner, start.record, start.remove, start.cgroups)
+        super().__init__(start, child, inner)
         self.channel_fd = ends.channel_fd
         self.net_fd: int | None = ends.net_fd
-        self.jail = start.jail
-        self.start_mode = start.start_mode
         self._errors = ends.errors
 
 
 @contextlib.contextmanager
 def start_confined(record: JobRecord, deadline_s: int, controllers: tuple[str, ...] = ()) -> Iterator[ProcessInstance]:
-    """Start a confined agent; on the way out it is gone and its record says so. Raises BackendError, HostError.
+    """Start a confined agent; on exit it is gone and recorded as gone. Raises BackendError, HostError.
 
-    It runs as our own user, or where that is root, as a uid that no other job has.
-    controllers: those that a plan relies on, so it must have a control group of each.
+    It runs as this user, or for root as a uid of its own. controllers: the control groups that the plan relies on.
     """
     with contextlib.ExitStack() as stack:
         stack.callback(drop_unstarted, record)
@@ -79,13 +76,13 @@ def start_confined(record: JobRecord, deadline_s: int, controllers: tuple[str, .
         groups = program_groups(record.job_id, uid=os.geteuid() if uid is None else uid)
         stack.callback(groups.remove)
         if missing := sorted(set(controllers) - set(groups.holds)):
-            why = f"the host gave no control group for {' and '.join(missing)}"
-            raise HostError("cannot limit the process", why, "Try again; x07 doctor shows what this host gives")
+            why = f"the host provides no control group for {' and '.join(missing)}"
+            raise HostError("cannot limit the process", why, "Try again; x07 doctor shows what this host provides")
         sandbox = Sandbox(
             system=this_system(),
             mark=record.mark,
             agent_fd=given.add(os.open(code, os.O_RDONLY | os.O_CLOEXEC)),
-            file_fds={path: given.add(_text(path, content)) for path, content in FILES.items()},
+            file_fds={path: memory_file(Path(path).name, content, given) for path, content in FILES.items()},
             channel_fd=ends.far_fd,
             net_fd=ends.far_net_fd,
             scratch_bytes=scratch_bytes(settings.SCRATCH_BYTES),
@@ -110,7 +107,7 @@ def start_confined(record: JobRecord, deadline_s: int, controllers: tuple[str, .
 
 @contextlib.contextmanager
 def start_unconfined(record: JobRecord, deadline_s: int) -> Iterator[ProcessInstance]:
-    """Start an agent without confinement, with a folder in the record's. Raises BackendError, HostError."""
+    """Start an unconfined agent with a folder in the record's. Raises BackendError, HostError."""
     with contextlib.ExitStack() as stack:
         stack.callback(drop_unstarted, record)
         require_own_proc()
@@ -138,7 +135,7 @@ def _running(
 ) -> AbstractContextManager[ProcessInstance]:
     def not_built(status: int | None) -> BackendError:
         ends.errors.read()
-        said = " ".join(ends.errors.text().split()) or f"it ended with status {status}"
+        said = " ".join(ends.errors.text().split()) or f"it exited with status {status}"
         fix = "Allow user namespaces here (in a container: --privileged), or use another backend"
         return BackendError("cannot start the process", said[:500], fix)
 
@@ -146,24 +143,16 @@ def _running(
     return running(start, request, partial(ProcessInstance, start, ends), not_built)
 
 
-def _text(path: str, content: bytes) -> int:
-    """A descriptor from which *content* can be read."""
-    fd = os.memfd_create(Path(path).name, os.MFD_CLOEXEC)
-    os.write(fd, content)
-    os.lseek(fd, 0, os.SEEK_SET)
-    return fd
-
-
 def files_folder(record: JobRecord) -> Path:
-    """Where an unconfined program has its files."""
+    """Return the folder of an unconfined program's files."""
     return record.folder / "files"
 
 
 def remove_folder(folder: Path) -> bool:
-    """Remove a folder in which a program may have taken rights from its own folders; whether it is gone."""
+    """Remove a folder in which a program may have withdrawn permissions, and return whether it is gone."""
     for place, inner, _ in os.walk(folder):
         for path in (Path(place, name) for name in inner):  # before it is entered
-            # Another process may remove it too: the runner, and whoever stops its job by the record.
+            # The runner and a process that stops its job may both be removing it.
             with contextlib.suppress(FileNotFoundError):
                 if not path.is_symlink():
                     path.chmod(0o700)

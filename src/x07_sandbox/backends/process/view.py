@@ -1,4 +1,4 @@
-"""What a confined process of this host sees: the system's programs, read-only, and nothing of anybody's."""
+"""What a confined process sees of this host: the system's programs, read-only, and no user's files."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ FILES: Final = {
 
 
 class System(msgspec.Struct, frozen=True, kw_only=True):
-    """The system's own folders at the root: links with their targets, and real ones."""
+    """The system folders at the root: links with their targets, and real folders."""
 
     links: dict[str, str]
     folders: tuple[str, ...]
 
 
 def this_system() -> System:
-    """That of this host."""
+    """Return this host's."""
     links = {name: str(Path("/", name).readlink()) for name in _PROGRAMS if Path("/", name).is_symlink()}
     folders = tuple(name for name in _PROGRAMS if name not in links and Path("/", name).is_dir())
     return System(links=links, folders=folders)
@@ -46,10 +46,9 @@ def this_system() -> System:
 class Sandbox(msgspec.Struct, frozen=True, kw_only=True):
     """One confined agent.
 
-    mark: random text that proves, in the arguments, that our launcher started this. agent_fd: its code.
-    file_fds: those of FILES, by path. scratch_bytes: limit for the job's files, which lie in memory.
-    groups: the program's control group folders, by their place below GROUP; "" for the only one.
-    lock_fd: stays open as long as anything of it lives.
+    mark: the random text that identifies the job's processes. agent_fd: its code. file_fds: FILES, by path.
+    scratch_bytes: limit for the job's files, which are in memory. groups: the program's control groups, by their place
+    below GROUP, "" for the only one. lock_fd: stays open as long as any of its processes lives.
     """
 
     system: System
@@ -64,7 +63,7 @@ class Sandbox(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def view_args(system: System) -> list[str]:
-    """Options of bubblewrap for a read-only system without anybody's files."""
+    """Return bubblewrap's options for a read-only system without users' files."""
     args = ["--ro-bind", "/usr", "/usr"]
     for name, target in system.links.items():
         args += ["--symlink", target, f"/{name}"]
@@ -78,9 +77,9 @@ def view_args(system: System) -> list[str]:
 
 
 def sandbox_argv(sandbox: Sandbox) -> list[str]:
-    """The command line of bubblewrap and the agent. The agent needs all capabilities of its own user namespace."""
+    """Return the command line of bubblewrap and the agent, which needs all capabilities in its user namespace."""
     argv = [BWRAP, "--unshare-user", "--uid", "0", "--gid", "0", "--cap-add", "ALL"]
-    # Not the one of control groups: the kernel may let nobody be moved into a group outside of it. Init makes one.
+    # No cgroup namespace: processes could not be moved into a group outside of it. Init makes one later.
     argv += [f"--unshare-{name}" for name in ("ipc", "pid", "net", "uts")]
     argv += ["--hostname", "x07", "--die-with-parent", "--new-session", "--as-pid-1", "--clearenv"]
     for name, value in (("PATH", "/usr/bin:/bin"), ("LC_ALL", "C.UTF-8"), ("X07_INSTANCE", sandbox.mark)):
@@ -94,20 +93,15 @@ def sandbox_argv(sandbox: Sandbox) -> list[str]:
         argv += ["--bind", str(folder), f"{GROUP}/{name}".rstrip("/")]
     if sandbox.lock_fd is not None:
         argv += ["--sync-fd", str(sandbox.lock_fd)]
-    return [
-        *argv,
-        "--chdir",
-        "/",
-        "--",
-        *agent_argv(AGENT, "os", str(sandbox.channel_fd), str(sandbox.net_fd), sandbox.mark),
-    ]
+    words = agent_argv(AGENT, "os", str(sandbox.channel_fd), str(sandbox.net_fd), sandbox.mark)
+    return [*argv, "--chdir", "/", "--", *words]
 
 
 def agent_argv(code: str, *words: str) -> list[str]:
-    """The command line of an agent."""
+    """Return an agent's command line."""
     return [PYTHON, "-I", "-S", "-B", code, *words]
 
 
 def scratch_bytes(most: int) -> int:
-    """How much of this host's memory files of one job may take: at most half of it."""
+    """Return how much of this host's memory a job's files may take: at most half of it."""
     return min(most, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)

@@ -1,10 +1,9 @@
-"""QEMU as a backend: what this host offers, starting jobs on it, and cloning saved machines."""
+"""The QEMU backend: probing, starting jobs, and cloning saved machines."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from msgspec.structs import replace
@@ -14,17 +13,26 @@ from x07_sandbox.backends.handshake import evidence_of, greet
 from x07_sandbox.backends.qemu.bounds import NotStartedError
 from x07_sandbox.backends.qemu.instance import LeasedInstance, QemuInstance
 from x07_sandbox.backends.qemu.proof import known_verdict, kvm_verdict
-from x07_sandbox.backends.qemu.start import Accelerator, QemuJob, check_tools, start_qemu
+from x07_sandbox.backends.qemu.start import (
+    MISCALIBRATED,
+    Accelerator,
+    QemuJob,
+    boot_attempts,
+    check_tools,
+    miscalibrated,
+    start_qemu,
+)
 from x07_sandbox.backends.qemu.template import (
-    LateError,
+    TemplateTimeoutError,
+    clear_suspensions,
     ensure_template,
     lack_of_space,
     opened_template,
+    prunable,
     remove_template,
+    renew,
     template_for,
-    trust_all,
 )
-from x07_sandbox.backends.qemu.timer import MISCALIBRATED, MISCALIBRATED_FIX, boots, miscalibrated
 from x07_sandbox.errors import BackendError, HostError, ImageError
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.os_errors import host_error
@@ -34,9 +42,9 @@ from x07_sandbox.jobs.record import create_record, drop_unstarted
 from x07_sandbox.plan.features import Isolation, vm_features
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from x07_sandbox.backends.base import Instance, Job, Lease, MachineKind, Pruner
+    from x07_sandbox.backends.base import Instance, Job, Lease, MachineKind, Prunable
     from x07_sandbox.backends.qemu.start import Saved
     from x07_sandbox.backends.qemu.template import Template
     from x07_sandbox.host.cancel import Caller
@@ -44,13 +52,13 @@ if TYPE_CHECKING:
     from x07_sandbox.images.verify import OpenImage
     from x07_sandbox.jobs.record import Claim, JobRecord
 
-# Measured on 2 cores (docs/explanation/design.md, "Emulation"): compilers and interpreters take this much longer.
+# Measured on 2 cores (docs/explanation/design.md, "Emulation") with compilers and interpreters.
 SLOWDOWN: Final = "9 to 17 times"
-_ANY_TIMER: Final = "the {} machine may have a timer that is late: each booted before it measured its own wrong"
+_ANY_TIMER: Final = "the {} machine's timer may run late: each machine booted before it measured its timer wrong"
 
 
 class QemuBackend:
-    """The embedded backend of Linux: it needs only packages. `probe` comes before all else."""
+    """The embedded backend of Linux, which needs only packages. `probe` must be called first."""
 
     name = "qemu"
     uses_image = True
@@ -62,15 +70,15 @@ class QemuBackend:
 
     @property
     def cloning(self) -> QemuBackend:
-        """Saved machines are cloned copy-on-write."""
+        """Support for copy-on-write clones of saved machines."""
         return self
 
     def probe(self, image: OpenImage | None, *, boot: bool = True) -> Availability:
-        """Hardware virtualisation if our agent has answered under it, else emulation."""
-        check_tools(host_arch())  # first: what is known of KVM, and each saved machine, is kept by the file of QEMU
+        """Return hardware virtualisation if our agent has answered under it, else emulation."""
+        check_tools(host_arch())  # first: verdicts and templates are stored by the state of QEMU's file
         if flag("X07_VM_REQUIRE_NAMESPACES"):
-            jail_form()  # refuses before anything is made
-        assert image is not None or not boot  # noqa: S101 - the backend says that it uses one
+            jail_form()  # raises RefusedError early
+        assert image is not None or not boot  # noqa: S101 - `uses_image` is set
         verdict = known_verdict() if image is None or not boot else kvm_verdict(image)
         if verdict is None:
             return Availability(features=vm_features("vm-emulated"), proof="no guest has tried KVM yet", known=False)
@@ -81,33 +89,31 @@ class QemuBackend:
         return Availability(features=vm_features(isolation), proof=reason, warnings=warnings)
 
     def list_owned(self) -> Sequence[JobRecord]:
-        """Jobs of this user that are not recorded as gone."""
+        """Return this user's jobs that are not recorded as gone."""
         from x07_sandbox.jobs.stopping import live_records
 
         return live_records(self.name)
 
     def stop(self, record: JobRecord) -> bool:
-        """Stop a job by its record: its supervisor ends all of the jail, and its control groups go."""
+        """Stop a job by its record, and remove its control groups."""
         from x07_sandbox.jail.cgroups import remove_groups
         from x07_sandbox.jobs.stopping import stop_recorded
 
         return stop_recorded(record, lambda stored: stored.owner is None or remove_groups(stored.owner.cgroups))
 
-    # starting
-
     @contextlib.contextmanager
     def start(self, job: Job) -> Iterator[QemuInstance]:
-        """Start a job: a clone where there is a template or one can be made, else cold; by the first that answers."""
+        """Start a job as a clone, making the template if need be, or cold, and yield the first machine that answers."""
         with contextlib.ExitStack() as stack:
             yield self._answering(job, stack)
 
     def _answering(self, job: Job, stack: contextlib.ExitStack) -> QemuInstance:
-        """The first machine for *job* that answers. Raises NoAnswerError: none did, or the caller cancelled."""
+        """Return the first machine that answers. Raises NoAnswerError if none does or the caller cancels."""
         claim, cold, cloned = job.claim, job.cold, False
-        notes: dict[str, str] = {}  # by what they are about: each is told once
+        notes: dict[str, str] = {}  # by subject, so that each appears once
         if cold:
             job.caller.progress(f"booting a machine for the {claim.phase}")
-        tries = enumerate(boots(), 1)
+        tries = enumerate(boot_attempts(), 1)
         number, last = next(tries)
         while True:
             with contextlib.ExitStack() as one:
@@ -123,36 +129,38 @@ class QemuBackend:
                     return instance
                 finally:
                     instance.notes = tuple(notes.values())
-            # It never got to hear of the program, so another machine may take its place.
-            if error.silence.kind == "cancelled":
+            # The machine has not received the program, so another one may take its place.
+            if error.failure.kind == "cancelled":
                 raise error
             if instance.start_mode == "clone" and not cloned:
-                cold, cloned = self._silent_clone(job, error, notes), True
+                cold, cloned = self._clone_failed(job, error, notes), True
                 claim = replace(claim, phase=f"{job.claim.phase}-cold")
                 continue
-            if not miscalibrated(error.silence):
+            if not miscalibrated(error.failure):
                 raise error
             if last:
-                silence = replace(error.silence, kind="failed", why=f"{MISCALIBRATED}; {MISCALIBRATED_FIX}")
-                raise NoAnswerError(instance, silence, error.times_ms)
+                failure = replace(
+                    error.failure, kind="failed", why=f"{MISCALIBRATED}; try again when the host is less busy"
+                )
+                raise NoAnswerError(instance, failure, error.times_ms)
             claim = replace(claim, phase=f"{job.claim.phase}-cold{number}")
             number, last = next(tries)
 
-    def _silent_clone(self, job: Job, error: NoAnswerError, notes: dict[str, str]) -> bool:
-        """Note that a clone did not answer; whether another might, so that the next has to be told to start cold."""
+    def _clone_failed(self, job: Job, error: NoAnswerError, notes: dict[str, str]) -> bool:
+        """Record that a clone did not answer and return whether the retry has to be told to boot."""
         from x07_sandbox.plan.outcomes import classify
 
-        evidence = evidence_of(error.silence)
+        evidence = evidence_of(error.failure)
         why = f"a clone of it did not answer: {classify(evidence).reason}"
         if evidence.killed:
             notes["cold"] = _started_cold(job, why)
         else:
-            template_for(job.kind, self._accelerator).distrust(why, late=error.silence.kind == "late")
+            template_for(job.kind, self._accelerator).suspend(why, late=error.failure.kind == "late")
         return evidence.killed
 
     @contextlib.contextmanager
     def _started(self, job: Job, notes: dict[str, str], *, any_timer: bool) -> Iterator[QemuInstance]:
-        """One machine for *job*, blocked until released. notes: gets what the user should know."""
+        """Yield a blocked machine for *job*. notes: for the user, added to."""
         record = create_record(job.claim, backend=self.name, image_digest=job.kind.image_digest)
         with contextlib.ExitStack() as stack:
             stack.callback(drop_unstarted, record)
@@ -163,88 +171,79 @@ class QemuBackend:
             yield stack.enter_context(start_qemu(machine, self._accelerator, memory=saved))
 
     def _saved(self, job: Job, stack: contextlib.ExitStack, notes: dict[str, str]) -> tuple[Saved | None, str]:
-        """The machine that such jobs are cloned from, or None and why not."""
+        """Return the template's files, made now if need be, or None and the reason for a cold start."""
         template = template_for(job.kind, self._accelerator)
-        if reason := template.bad():
+        if reason := template.suspended():
             return None, reason
         damage = ""
         try:
             if (saved := stack.enter_context(opened_template(template))) is not None:
                 return saved, ""
         except HostError as exc:
-            return None, f"{exc.what}: {exc.why}"  # for now, as below
+            return None, f"{exc.what}: {exc.why}"  # temporary, as below
         except ImageError as exc:
             damage = f"{exc.what}: {exc.why}"
-            job.caller.progress(f"{damage}; making it anew")
+            job.caller.progress(f"{damage}; rebuilding it")
             remove_template(template.folder)
-        begun = time.monotonic()
+        started_at = time.monotonic()
         saved, why_not = self._made(template, job, stack)
         if saved is not None:
-            notes["saved"] = f"a machine for {template.title} was saved first, in {time.monotonic() - begun:.0f} s"
+            notes["saved"] = f"a machine for {template.title} was saved first, in {time.monotonic() - started_at:.0f} s"
         if damage:
-            notes["damage"] = damage if saved is None else f"{damage}; it was made anew"
+            notes["damage"] = damage if saved is None else f"{damage}; it was rebuilt"
         return saved, why_not
 
     def _made(self, template: Template, job: Job, stack: contextlib.ExitStack) -> tuple[Saved | None, str]:
-        """The machine, saved now, or None and why not: whatever prevents that, a job can start cold."""
+        """Make the template and return its files, or None and the reason: a job can always start cold."""
         if short := lack_of_space(job.kind.ram_bytes):
-            return None, short  # for now: nothing is wrong with the template
+            return None, short
         try:
             self._make(template, job.kind, job.caller)
             return stack.enter_context(opened_template(template)), ""
-        except NotStartedError as exc:  # for now: another process may have what this one lacks
+        except NotStartedError as exc:  # temporary: another process may have the limits that this one lacks
             return None, f"{exc.what}: {exc.why}"
         except (BackendError, ImageError) as exc:
-            return None, template.distrust(f"{exc.what}: {exc.why}", late=isinstance(exc, LateError))
-        except (HostError, OSError) as exc:  # as on a full disk; that says nothing of the template, and is tried again
+            return None, template.suspend(f"{exc.what}: {exc.why}", late=isinstance(exc, TemplateTimeoutError))
+        except (HostError, OSError) as exc:  # temporary, as on a full disk
             error = exc if isinstance(exc, HostError) else host_error(exc)
             if error is None:
                 raise
             return None, f"{error.what}: {error.why}"
 
     def _make(self, template: Template, kind: MachineKind, caller: Caller) -> None:
-        from x07_sandbox.backends.qemu.saving import make_template
-
         with caller.cancel.waiting():
-            make = partial(make_template, template, kind, self._accelerator)
-            ensure_template(template, kind.image_digest, make, caller.progress)
-
-    # cloning, as `base.Cloning` has it
+            ensure_template(template, kind, self._accelerator, caller.progress)
 
     def prepare(self, kind: MachineKind, caller: Caller) -> None:
-        """Make the template of this kind now, whatever prevented it before. Raises SandboxError."""
+        """Make the template now, even if it is suspended. Raises SandboxError."""
         template = template_for(kind, self._accelerator)
-        trust_all()
+        clear_suspensions()
         self._make(template, kind, caller)
 
-    def prune(self, pruner: Pruner, images: set[str]) -> None:
-        """Remove templates as making another does."""
-        from x07_sandbox.backends.qemu.template import prune_templates
-
-        prune_templates(pruner, images)
+    def prunable(self, images: set[str], on_wait: Callable[[], None]) -> Iterator[Prunable]:
+        """Yield the templates and leftovers that can go, under their lock."""
+        return prunable(images, on_wait)
 
     def renew(self, instance: Instance, kind: MachineKind) -> None:
-        """Have the agent make a fresh place for the next program. Raises BackendError."""
-        from x07_sandbox.backends.qemu.saving import renew
-
+        """Have the agent prepare for the next program. Raises BackendError."""
         renew(instance, kind)
 
     def adopt(self, instance: Instance, claim: Claim, runner: Identity, ram_bytes: int) -> None:
-        """Make a machine that waited the job of *claim*, which uses at most *ram_bytes* of its RAM."""
+        """Turn a waiting machine into the job of *claim*, which uses at most *ram_bytes* of its RAM."""
         _ours(instance).adopt(claim, runner, ram_bytes)
 
     def descriptors(self, instance: Instance) -> dict[str, int]:
-        """Its streams, and what tells of its processes' end."""
+        """Return the machine's streams and the pidfds of its processes."""
         found = _ours(instance)
         return {**found.ends, "supervisor": found.pidfd, "inner": found.inner_pidfd}
 
     def leased(self, lease: Lease, record: JobRecord, jail: str, owned_fds: Mapping[str, int]) -> LeasedInstance:
-        """A machine that another process started and still watches."""
+        """Return a machine that another process started and still watches."""
         return LeasedInstance(lease, record, jail, owned_fds)
 
 
 def _ours(instance: Instance) -> QemuInstance:
-    assert isinstance(instance, QemuInstance)  # noqa: S101 - whoever has a backend gives it its own instances
+    assert isinstance(instance, QemuInstance)  # noqa: S101 - a backend only gets its own instances
     return instance
 
 

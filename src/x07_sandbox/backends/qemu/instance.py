@@ -1,4 +1,4 @@
-"""A QEMU in its jail, from its release to the proof that it is gone."""
+"""A running QEMU in its jail."""
 
 from __future__ import annotations
 
@@ -26,47 +26,47 @@ if TYPE_CHECKING:
     from x07_sandbox.jail.cgroups import HostGroups
     from x07_sandbox.jobs.record import Claim, JobRecord
 
-_DEADLINE_SIGNAL: Final = 40  # a real-time signal: those queue
+_DEADLINE_SIGNAL: Final = 40  # a real-time signal, since these are queued
 _GONE_S: Final = 10.0
 
 
-class Gate:
-    """Where a jail waits to be let go, for its filter of system calls: see `Jail.filter_fd`. Owns the descriptor.
+class ReleasePipe:
+    """The pipe through which a blocked jail gets its system call filter (`Jail.filter_fd`). Owns the descriptor.
 
-    message: what is written there, by the number of the jail's first process.
+    message: returns what to write, for the pid of the jail's first process.
     """
 
     def __init__(self, owned_fd: int, message: Callable[[int], bytes]) -> None:
-        self.opened = False
-        self._fd: int | None = close_on_fork.add(owned_fd)  # in a forked child it would hold the gate shut
+        self.released = False
+        self._fd: int | None = close_on_fork.add(owned_fd)  # a copy in a forked child would keep the jail blocked
         self._message = message
 
-    def open(self, pid: int) -> None:
-        """Let it go, whose first process is *pid*. A second call does nothing."""
+    def release(self, pid: int) -> None:
+        """Release the jail, whose first process is *pid*. A second call does nothing."""
         if self._fd is not None:
-            self.opened = True
-            with contextlib.suppress(BrokenPipeError):  # it has ended: its descriptors tell
-                os.write(self._fd, self._message(pid))  # less than a pipe takes at once (pipe(7)): whole or not at all
+            self.released = True
+            with contextlib.suppress(BrokenPipeError):  # the jail has ended, which its descriptors show
+                os.write(self._fd, self._message(pid))  # below PIPE_BUF, so written whole or not at all
         self.close()
 
     def close(self) -> None:
-        """Shut it for good: what still waits ends. A second call does nothing."""
+        """End a jail that is still blocked. A second call does nothing."""
         if self._fd is not None:
             close_on_fork.close(self._fd)
             self._fd = None
 
 
-class Held(NamedTuple):
-    """What its starter has of a QEMU. ends: of its streams, lent. paths: where it opens its files."""
+class HostSide(NamedTuple):
+    """The host's side of a QEMU. ends: of its streams, lent. paths: where it opens its files."""
 
     groups: HostGroups
-    gate: Gate
+    release_pipe: ReleasePipe
     ends: dict[str, int]
     paths: Paths
 
 
 class Streams:
-    """What a QEMU says and is told, whoever started it. The descriptors in *ends* are lent."""
+    """The streams of a QEMU. The descriptors in *ends* are lent."""
 
     greeting: Greeting
 
@@ -81,52 +81,51 @@ class Streams:
         self.errors = BoundedStream(ends["stderr"], keep_bytes=settings.STDERR_MAX_BYTES)
         self._side = {stream.fd: stream for stream in (self.console, self.qmp, self.errors)}
 
-    def tell(self, commands: bytes) -> None:
-        """Write to QMP; what it answers is in `qmp`."""
-        with contextlib.suppress(OSError):  # it has ended, as its other streams tell
+    def send_qmp(self, commands: bytes) -> None:
+        """Write to QMP; the replies go to `qmp`."""
+        with contextlib.suppress(OSError):  # QEMU has ended, which its other streams show
             os.write(self._qmp_fd, commands)
 
     def side_fds(self) -> tuple[int, ...]:
-        """Console, QMP replies and the VMM's own messages."""
+        """Return the descriptors of console, QMP replies and the VMM's messages."""
         return tuple(fd for fd, stream in self._side.items() if not stream.ended)
 
     def drain(self, fd: int) -> None:
-        """Read one of them, keeping no more than its bound."""
+        """Read one of them, within its size limit."""
         self._side[fd].read()
 
     def console_tail(self) -> str:
-        """The last of the console and of the VMM's messages, control characters replaced."""
+        """Return the end of console and VMM messages, with control characters replaced."""
         for stream in self._side.values():
             stream.read()
         return self.console.text() + self.errors.text()
 
 
 class QemuInstance(Streams, Jailed):
-    """A QEMU in its jail. Made by `start_qemu`, which also ends it."""
+    """A QEMU that this process started. Made by `start_qemu`, which also ends it."""
 
-    def __init__(self, start: Start, held: Held, child: subprocess.Popen[bytes], inner: Identity) -> None:
-        Streams.__init__(self, held.ends, start.start_mode)
-        Jailed.__init__(self, child, inner, start.record, start.remove, start.cgroups)
-        self.jail = start.jail
-        self.groups = held.groups
-        self.ends = held.ends
-        self.paths = held.paths
-        self._gate = held.gate
+    def __init__(self, start: Start, host: HostSide, child: subprocess.Popen[bytes], inner: Identity) -> None:
+        Streams.__init__(self, host.ends, start.start_mode)
+        Jailed.__init__(self, start, child, inner)
+        self.groups = host.groups
+        self.ends = host.ends
+        self.paths = host.paths
+        self._release_pipe = host.release_pipe
 
     def release(self) -> None:
-        """Let the machine run: its record is written. A second call does nothing."""
-        if self._gate.opened or self.child.poll() is not None:
-            return  # its deadline came first, and nothing would end what is let go now
+        """Let the machine run, after its record was written. A second call does nothing."""
+        if self._release_pipe.released or self.child.poll() is not None:
+            return  # never release a jail whose supervisor has ended: nothing would stop it
         if self.start_mode == "clone":
-            self.tell(qmp_resume(self.paths.state))
-        self._gate.open(self.inner.pid)
+            self.send_qmp(qmp_resume(self.paths.state))
+        self._release_pipe.release(self.inner.pid)
 
     def adopt(self, claim: Claim, runner: Identity, ram_bytes: int) -> None:
-        """Make a machine that waited the job of *claim*, which *runner* carries out. Raises HostError, BackendError.
+        """Turn a waiting machine into the job of *claim*, run by *runner*. Raises HostError, BackendError.
 
-        ram_bytes: the most of its RAM that this job uses.
+        ram_bytes: the most RAM that the job uses.
         """
-        # A failure in between leaves a record that names its processes and an owner that is dead by then.
+        # If this fails halfway, the record names the processes and an owner that is dead by then.
         self.set_deadline(claim.deadline_s)
         try:
             self.groups.limit_memory(ram_bytes + VMM_BYTES)
@@ -137,21 +136,21 @@ class QemuInstance(Streams, Jailed):
         self.record = renamed_record(self.record)
 
     def set_deadline(self, seconds: int) -> None:
-        """Give the supervisor another deadline: it takes a signal with a value (jail/data/supervisor.pl)."""
+        """Set the supervisor's deadline by a signal with a value (jail/data/supervisor.pl)."""
         import ctypes
 
         libc = ctypes.CDLL(None, use_errno=True)
-        if libc.sigqueue(self.child.pid, _DEADLINE_SIGNAL, ctypes.c_void_p(seconds)):  # unreaped: surely ours
+        if libc.sigqueue(self.child.pid, _DEADLINE_SIGNAL, ctypes.c_void_p(seconds)):  # not reaped, so the pid is ours
             raise BackendError("cannot set the deadline", os.strerror(ctypes.get_errno()), "Try again")
 
-    def ends_when_asked(self) -> bool:
-        """Ask QEMU to quit; whether it has."""
-        self.tell(qmp_quit())
-        return self._gate.opened and wait_readable(self.pidfd, 0.05)
+    def quit_gracefully(self) -> bool:
+        """Ask QEMU to quit and return whether it has."""
+        self.send_qmp(qmp_quit())
+        return self._release_pipe.released and wait_readable(self.pidfd, 0.05)
 
 
 class LeasedInstance(Streams):
-    """A machine that the pool's process started and still watches; its descriptors are ours."""
+    """A machine of the pool's process; its descriptors are ours."""
 
     def __init__(self, lease: Lease, record: JobRecord, jail: str, owned_fds: Mapping[str, int]) -> None:
         super().__init__(owned_fds, "pool")
@@ -163,16 +162,16 @@ class LeasedInstance(Streams):
         self._gone: bool | None = None
 
     def release(self) -> None:
-        """It runs already."""
+        """Do nothing: the machine runs already."""
 
     def exit_status(self) -> int | None:
-        """How the machine's process ended: its parent tells, once it has."""
+        """Return the machine's exit status as its owner reports it, None while it lives."""
         return self._lease.exit_status()
 
     def stop(self) -> bool:
-        """Ask QEMU to quit, give the machine back; whether all is proven gone."""
+        """Ask QEMU to quit, end the lease, and return whether everything is proven gone."""
         if self._gone is None:
             if self.exit_status() is None:
-                self.tell(qmp_quit())
-            self._gone = self._lease.give_back() and wait_readable(self._inner_pidfd, _GONE_S)
+                self.send_qmp(qmp_quit())
+            self._gone = self._lease.end_lease() and wait_readable(self._inner_pidfd, _GONE_S)
         return self._gone

@@ -1,11 +1,9 @@
-"""The machine that QEMU is told to be: pure, and final, because a saved machine can only be resumed on the same one.
+"""The virtual machine and QEMU's command line. Pure, and stable: a saved machine resumes only on the same one.
 
-Measured: microvm with the PIT off and a given TSC frequency never failed to boot under emulation; the second
-port `x07.net` needs max_ports=3; nothing that belongs to one job is on this command line but descriptors.
-
-microvm lets an initramfs overlap its firmware's ACPI tables by up to a page: measured, an archive whose size is 3,828
-or 4,028 modulo 4,096 leaves the kernel in an endless sum over a table's length, one of 4 to 1,232 boots. So an image's
-last page is all but empty (`Arch.initrd_tail_bytes`).
+Measured: microvm with the PIT off and a given TSC frequency always booted under emulation; the second port `x07.net`
+needs max_ports=3. An initramfs may overlap microvm's ACPI tables by up to a page: with a size of 3,828 or 4,028 modulo
+4,096, one of 4 to 1,232 boots hung in a checksum loop. So an image's last page is nearly empty
+(`Arch.initrd_tail_bytes`).
 """
 
 from __future__ import annotations
@@ -26,21 +24,21 @@ INITRD: Final = "/img/initrd.cpio"
 ROOT: Final = "/img/root.erofs"
 RAM: Final = "/img/ram"
 STATE: Final = "/img/state"
-OVERCOMMIT: Final = "/proc/sys/vm/overcommit_memory"  # QEMU reads it before it leaves memory unreserved
+OVERCOMMIT: Final = "/proc/sys/vm/overcommit_memory"  # read by QEMU before it leaves memory unreserved
 SCRATCH_SERIAL: Final = "x07scratch"
 ROOT_SERIAL: Final = "x07root"
 
 
 class Origin(enum.Enum):
-    """Where a machine's memory comes from."""
+    """The source of a machine's memory."""
 
-    COLD = "cold"  # it boots, in memory of its own
-    SAVING = "saving"  # it boots, in a file that is kept
-    CLONE = "clone"  # it goes on from such a file, copy-on-write
+    COLD = "cold"  # booted, in anonymous memory
+    SAVING = "saving"  # booted, in a file that is kept
+    CLONE = "clone"  # resumed from such a file, copy-on-write
 
 
 class Paths(msgspec.Struct, frozen=True, kw_only=True):
-    """Where QEMU finds its files: below the jail's own root, or as descriptors in a jail without one."""
+    """Where QEMU finds its files: below the jail's root, or as descriptors in a jail without one."""
 
     kernel: str = KERNEL
     initrd: str = INITRD
@@ -50,12 +48,11 @@ class Paths(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
-    """One machine: sizes, how the processor is provided, and the descriptors that QEMU inherits.
+    """One machine: sizes, processor, and the descriptors that QEMU inherits.
 
-    kvm_fd: an opened /dev/kvm, or None for emulation.
-    reserve: whether QEMU asks the host for all of the RAM at once.
-    any_timer: whether the guest goes on with a timer that its kernel has measured wrong (guest/boot/init.c).
-    tsc_khz: frequency of the host's time stamp counter; None where the guest can find it itself.
+    kvm_fd: an open /dev/kvm, None for emulation. reserve: whether QEMU reserves all RAM on the host at once.
+    any_timer: whether the guest accepts a timer that its kernel calibrated wrong (guest/boot/init.c).
+    tsc_khz: frequency of the host's time stamp counter, None if the guest can measure it.
     """
 
     arch: Arch
@@ -75,15 +72,14 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def kernel_command_line(machine: Machine) -> str:
-    """Nothing that belongs to one job: a machine that was saved and resumed serves any."""
+    """Return the kernel's command line. Nothing in it depends on the job, so a saved machine can serve any."""
     words = ["console=ttyS0" if machine.arch.machine == "microvm" else "console=ttyAMA0", "quiet", "panic=-1"]
     if machine.arch.machine == "microvm":
         words += ["reboot=t", "tsc=reliable", "no_timer_check"]
-    # No statistics of stalls, no groups of sessions, no watchdog, and of the security modules those that hold something
-    # here: the others only lengthen every path.
+    # Of the security modules only those in use: the others lengthen every path.
     words += ["psi=0", "noautogroup", "nowatchdog", "lsm=lockdown,landlock,yama"]
-    # Nor are its ciphers tested, or entropy gathered from the jitter of a clock: no secret is kept here, and the host
-    # gives entropy. Under emulation the two are a quarter of the time until the root file system is mounted.
+    # No cipher tests and no jitter entropy: the host provides entropy, and under emulation the two take a quarter of
+    # the time until the root file system is mounted.
     words += ["cryptomgr.notests", "initcall_blacklist=jent_mod_init"]
     if machine.kvm_fd is None:
         words.append("mitigations=off")  # an emulated processor does not speculate
@@ -95,7 +91,7 @@ def kernel_command_line(machine: Machine) -> str:
 
 
 def qemu_argv(machine: Machine) -> list[str]:
-    """QEMU's command line. Commas cannot occur in any value: all are ours."""
+    """Return QEMU's command line. All values are ours, so none has a comma."""
     megabytes = machine.ram_bytes // (1024 * 1024)
     accel = "tcg,thread=single" if machine.kvm_fd is None else "kvm,device=/dev/fdset/3"
     argv = [machine.arch.qemu_binary, "-name", f"x07-{machine.mark}", "-nodefaults", "-no-user-config"]
@@ -125,34 +121,34 @@ def qemu_argv(machine: Machine) -> list[str]:
 
 
 def _memory(machine: Machine, megabytes: int) -> str:
-    # Memory is taken as the guest touches it. Reserved beforehand, a machine of 8 GiB, of which a build uses a part,
-    # would not start on a host with less RAM and swap (proc(5): vm.overcommit_memory).
+    # Not reserved: an 8 GiB build machine, of which a part is used, would not start on a host with less RAM and swap
+    # (proc(5): vm.overcommit_memory).
     backend = f"id=ram0,size={megabytes}M,reserve={'on' if machine.reserve else 'off'}"
     if machine.origin is Origin.COLD:
         return f"memory-backend-ram,{backend}"
-    # share=on in a clone would ruin the saved machine for all (measured); readonly=on makes that impossible.
+    # share=on in a clone would corrupt the saved machine (measured); readonly=on rules that out.
     sharing = "share=on" if machine.origin is Origin.SAVING else "share=off,readonly=on,rom=off"
     return f"memory-backend-file,{backend},mem-path={machine.paths.ram},{sharing}"
 
 
 def qmp_save(state: str) -> bytes:
-    """Commands that save the device state. Not after `stop`: clones of a stopped machine are stopped too."""
+    """Return the commands that save the device state. Not after `stop`: the clones would be stopped too."""
     return _qmp(_CAPABILITIES, _IGNORE_SHARED, {"execute": "migrate", "arguments": {"uri": f"file:{state}"}})
 
 
 def qmp_resume(state: str) -> bytes:
-    """What makes a clone go on from the state at that path; may be written in one piece, before QEMU reads."""
+    """Return the commands that resume a clone from the state at that path. QEMU need not be ready for them."""
     resume = {"execute": "migrate-incoming", "arguments": {"uri": f"file:{state}"}}
     return _qmp(_CAPABILITIES, _IGNORE_SHARED, resume)
 
 
-def qmp_saved() -> bytes:
-    """The question how far saving is."""
+def qmp_query_save() -> bytes:
+    """Return the query for the progress of saving."""
     return _qmp({"execute": "query-migrate"})
 
 
 def qmp_quit() -> bytes:
-    """What ends QEMU in good order, whether or not it was spoken to before."""
+    """Return the commands that end QEMU, whether or not QMP was negotiated."""
     return _qmp(_CAPABILITIES, {"execute": "quit"})
 
 
@@ -179,6 +175,6 @@ def _disk(path: str, name: str, serial: str, *, read_only: bool) -> list[str]:
     node = f"driver=raw,node-name={name},{mode},file.driver=file,file.filename={path},file.locking=off"
     if not read_only:
         node += ",file.discard=unmap,file.cache.no-flush=on"
-    # A full disk of the host is an error in the guest, not a machine that waits for ever.
+    # A full host disk is an error in the guest; by default the machine would pause.
     device = f"virtio-blk-device,drive={name},serial={serial},werror=report,rerror=report"
     return ["-blockdev", node, "-device", device]

@@ -1,42 +1,45 @@
-"""Whether hardware virtualisation works here: proven only by our own agent answering from a guest.
+"""The proof that hardware virtualisation works: our own agent answers from a guest.
 
-A /dev/kvm that opens and runs an instruction may still boot no stock kernel, or spin for ever. So a guest is booted
-once, under a time limit, and the verdict is remembered for this boot, kernel and QEMU. A guest that was only late
-proves little, since the host may have been busy: that is remembered for minutes, and then a guest is booted again.
+A /dev/kvm that can be opened may still boot no stock kernel, or hang. So one guest is booted with a time limit, and the
+verdict is stored for this boot, kernel and QEMU. If the guest was only late, the host may have been busy: that verdict
+holds for minutes.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from x07_sandbox.backends.base import MachineKind
-from x07_sandbox.backends.proofs import proof_file
-from x07_sandbox.backends.qemu.start import Accelerator, QemuJob, start_qemu
-from x07_sandbox.backends.qemu.timer import MISCALIBRATED, boots, miscalibrated
+from x07_sandbox.backends.handshake import Handshake
+from x07_sandbox.backends.proofs import proof_file, read_verdict, write_verdict
+from x07_sandbox.backends.qemu.start import (
+    MISCALIBRATED,
+    Accelerator,
+    QemuJob,
+    boot_attempts,
+    miscalibrated,
+    start_qemu,
+)
+from x07_sandbox.channel.link import State
 from x07_sandbox.errors import HostError, SandboxError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.clocks import Deadline, boot_ms
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.os_errors import out_of_cpu_time
-from x07_sandbox.host.paths import replace_file
 from x07_sandbox.jail.forms import jail_form
 from x07_sandbox.jobs.record import Claim, create_record, new_run_id
 from x07_sandbox.plan.sizes import RAM_CLASSES
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from x07_sandbox.images.verify import OpenImage
 
 
 class Proof(NamedTuple):
-    """Whether a guest works, and how that is known. late: it had not ended, but did not answer in time."""
+    """Whether a guest works, and the evidence. late: it was still running, but did not answer in time."""
 
     works: bool
     reason: str
@@ -44,80 +47,71 @@ class Proof(NamedTuple):
 
 
 def kvm_verdict(image: OpenImage) -> tuple[bool, str]:
-    """(works, how that is known). Boots a guest where no verdict is remembered, and remembers the new one."""
+    """Return whether KVM works, and the evidence. Boots a guest if there is no stored verdict."""
     if (known := known_verdict()) is not None:
         return known
     record = _record()
-    most_s = settings.BOOTS_MAX * (settings.KVM_PROOF_S + 1)
+    lock = record.parent / ".lock"
+    not_tried = "a guest under KVM could not be tried"  # proves nothing, so it is not stored
     try:
-        with file_lock(record.parent / ".lock", most_s=most_s):
-            if (known := known_verdict()) is not None:  # by now
+        with file_lock(lock, most_s=settings.BOOTS_MAX * (settings.KVM_PROOF_S + 1)):
+            if (known := known_verdict()) is not None:  # stored while we waited
                 return known
             found = prove(image, Accelerator(kvm=True), settings.KVM_PROOF_S)
-            remembered: dict[str, object] = {"works": found.works, "reason": found.reason}
-            if found.late:
-                remembered["retry_at_ms"] = boot_ms() + int(settings.KVM_RETRY_S * 1000)
-            replace_file(record, json.dumps(remembered).encode())
-    except SandboxError as exc:  # that says nothing of KVM, and is not remembered
-        return False, f"a guest under KVM could not be tried: {exc.why}"
-    except TimeoutError as exc:  # it may be stopped, by Ctrl-Z say, and must not hold all others
-        return False, f"a guest under KVM could not be tried: {exc}: the lock {record.parent / '.lock'}"
-    return _told(remembered)
+            values = {"works": found.works, "reason": found.reason}
+            write_verdict(record, values, settings.KVM_RETRY_S if found.late else None)
+    except SandboxError as exc:
+        return False, f"{not_tried}: {exc.why}"
+    except TimeoutError as exc:  # the other process may be stopped
+        return False, f"{not_tried}: {exc}: the lock {lock}"
+    return known_verdict() or (found.works, found.reason)
 
 
 def known_verdict() -> tuple[bool, str] | None:
-    """The same as far as it is known without booting anything; None where a guest has to try."""
+    """Return the verdict if it is known without booting a guest, else None."""
     device = Path("/dev/kvm")
     if not device.exists():
         return False, "there is no /dev/kvm"
     if not os.access(device, os.R_OK | os.W_OK):
         return False, "/dev/kvm cannot be opened by this user (join the group kvm to use it)"
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        known = dict(json.loads(_record().read_text(encoding="utf-8")))
-        if boot_ms() < float(known.get("retry_at_ms", math.inf)):
-            return _told(known)
-    return None
+    stored = read_verdict(_record())
+    return _with_expiry(stored) if {"works", "reason"} <= stored.keys() else None
 
 
-def _told(remembered: Mapping[str, object]) -> tuple[bool, str]:
-    """A remembered verdict, with how long it holds."""
-    works, reason = bool(remembered["works"]), str(remembered["reason"])
-    if "retry_at_ms" in remembered:
-        minutes = math.ceil((float(str(remembered["retry_at_ms"])) - boot_ms()) / 60_000)
+def _with_expiry(stored: dict[str, Any]) -> tuple[bool, str]:
+    works, reason = bool(stored["works"]), str(stored["reason"])
+    if "retry_at_ms" in stored:
+        minutes = math.ceil((float(stored["retry_at_ms"]) - boot_ms()) / 60_000)
         return works, f"{reason}. The host may have been busy: KVM is tried again in {minutes} min"
     return works, reason if works else f"{reason}. KVM is not tried again until this host reboots"
 
 
 def _record() -> Path:
-    """Where the verdict for this boot, kernel, QEMU and form of the jail is kept. Raises HostError, RefusedError."""
+    """Return the file of the verdict for this boot, kernel, QEMU and jail. Raises HostError, RefusedError."""
     form = jail_form()
     return proof_file(host_arch().qemu_binary, *(() if form.namespaces else (form.name,)))
 
 
 def prove(image: OpenImage, accelerator: Accelerator, limit_s: float) -> Proof:
-    """Find out whether an agent answers within *limit_s*. Raises SandboxError if none was tried."""
-    # What follows is not needed where the verdict is known.
-    from x07_sandbox.backends.handshake import Talk
-    from x07_sandbox.channel.link import State
-
+    """Return whether an agent answers within *limit_s* seconds. Raises SandboxError if no guest could be tried."""
     under = " under KVM" if accelerator.kvm else " under emulation"
     kind = MachineKind(image=image, ram_bytes=RAM_CLASSES[0])
-    for last in boots():
+    for last in boot_attempts():
         claim = Claim(run_id=new_run_id(), phase="probe", wall_ms=int(limit_s * 1000))
         record = create_record(claim, backend="qemu", image_digest=image.manifest.digest)
         job = QemuJob(record=record, kind=kind, deadline_s=int(limit_s) + 5, any_timer=last)
         with start_qemu(job, accelerator) as instance:
             instance.release()
-            silence = Talk(instance, State.WAITING).until(State.GREETED, Deadline.after(limit_s))
-            if silence is None:
+            failure = Handshake(instance, State.WAITING).until(State.GREETED, Deadline.after(limit_s))
+            if failure is None:
                 return Proof(works=True, reason=f"our agent answered from a guest{under}")
-            if silence.kind == "late":
+            if failure.kind == "late":
                 return Proof(works=False, reason=f"no answer from a guest{under} within {limit_s:.0f} s", late=True)
-            if silence.exit_status is None:
-                return Proof(works=False, reason=f"a guest{under} failed: {silence.why}")
+            if failure.exit_status is None:
+                return Proof(works=False, reason=f"a guest{under} failed: {failure.why}")
             if spent := out_of_cpu_time(instance.exit_status()):
                 raise HostError("cannot try a guest", f"the machine {spent}", "Raise that limit")
-            if not miscalibrated(silence):
-                said = " ".join(instance.console_tail().split())[-200:] or "it said nothing"
+            if not miscalibrated(failure):
+                said = " ".join(instance.console_tail().split())[-200:] or "no output"
                 return Proof(works=False, reason=f"a guest{under} ended before our agent answered: {said}")
     return Proof(works=False, reason=f"no guest{under} could be booted: {MISCALIBRATED}")

@@ -1,49 +1,47 @@
-"""VM templates: a machine that was booted, prepared and saved once, and from which jobs go on copy-on-write.
+"""VM templates: machines that were booted, prepared and saved once, and are resumed copy-on-write.
 
 cache/templates/<key>/{template.json,ram,state,scratch.head}
-cache/templates/<key>.bad       why this one is not used in this boot of the host
+cache/templates/<key>.bad       why this template is not used until the host reboots or a time has passed
 
-The key is a hash of all that a saved machine depends on: image, QEMU and firmware as files, the whole command line,
-the processor's clock. Measured: QEMU resumes on another root image or another count of processors without a word, and
-hangs on another processor model, so nothing but the key stands between a template and the wrong machine.
+The key is a hash of all that a saved machine depends on: image, QEMU and firmware as files, the command line, the
+processor's clock. Measured: QEMU resumes without an error on another root image or processor count, and hangs on
+another processor model, so only the key prevents that.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
-import json
 import math
 import os
 import stat
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from x07_sandbox.backends.qemu.machine import Machine, Origin, Paths, qemu_argv
-from x07_sandbox.backends.qemu.start import Saved, image_of, tsc_khz
-from x07_sandbox.errors import BackendError, HostError, ImageError, UsageError
+from x07_sandbox.backends.base import Prunable
+from x07_sandbox.backends.handshake import Handshake, input_poll
+from x07_sandbox.backends.proofs import read_verdict, write_verdict
+from x07_sandbox.backends.qemu.machine import Machine, Origin, qemu_argv, qmp_query_save, qmp_save
+from x07_sandbox.backends.qemu.start import QemuJob, Saved, Saving, boot_attempts, miscalibrated, start_qemu, tsc_khz
+from x07_sandbox.channel.frames import Kind
+from x07_sandbox.channel.link import State
+from x07_sandbox.errors import BackendError, HostError, ImageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.cancel import Notice
-from x07_sandbox.host.clocks import boot_ms
+from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.decoding import prepared
 from x07_sandbox.host.locks import file_lock
-from x07_sandbox.host.paths import (
-    cache_dir,
-    cache_folder,
-    least_recently_used,
-    read_bounded,
-    replace_file,
-    why_not_ours,
-)
-from x07_sandbox.host.processes import boot_id
+from x07_sandbox.host.os_errors import out_of_cpu_time
+from x07_sandbox.host.paths import cache_dir, cache_folder, least_recently_used, open_private_file, why_not_ours
 from x07_sandbox.images.manifest import Part, ScratchDisk, canonical
+from x07_sandbox.images.scratch import read_disk
 from x07_sandbox.images.store import list_images
 from x07_sandbox.images.verify import CHUNK_BYTES, Subject, opened_file, opened_folder, opened_parts
+from x07_sandbox.jobs.record import Claim, create_record, new_run_id
 from x07_sandbox.plan.controls import run_limits
 from x07_sandbox.plan.sizes import build_limits, guest_limits
 from x07_sandbox.policy import default_policy
@@ -51,16 +49,13 @@ from x07_sandbox.policy import default_policy
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from x07_sandbox.backends.base import MachineKind, Pruner
+    from x07_sandbox.backends.base import Instance, MachineKind
+    from x07_sandbox.backends.qemu.instance import QemuInstance
     from x07_sandbox.backends.qemu.start import Accelerator
-
-    Maker = Callable[[Path], "TemplateManifest"]
 
 SCHEMA: Final = "x07.sandbox.template@0.2.0"
 MANIFEST: Final = "template.json"
 _MANIFEST_MAX: Final = 1 << 20
-_BAD_MAX: Final = 64 * 1024
-_FULL_BYTES: Final = 32 << 20  # less is left on a full disk, though the machine's scratch disk gave some back
 _ZEROS: Final = bytes(CHUNK_BYTES)
 
 _COMPILE: Final = "echo 'int main(void) { return 0; }' > warm.c && gcc -O2 -o warm warm.c -lm; rm -f warm*"
@@ -68,15 +63,21 @@ _COMMANDS: Final = {
     "run": [["/bin/true"], ["/usr/bin/python3", "-c", "pass"]],
     "build": [["/bin/true"], ["/bin/sh", "-c", _COMPILE]],
 }
-_OF_BUILDS: Final = ["importlib.util", "io", "os", "traceback"]  # what programs/data/build_archive.py imports
+_OF_BUILDS: Final = ["importlib.util", "io", "os", "traceback"]  # imported by programs/data/build_archive.py
+
+_SAVED: Final = '"status": "completed"'
+_NOT_SAVED: Final = '"status": "failed"'
+_ASK_AGAIN_MS: Final = 5
+_FIX: Final = "Jobs start cold until this host reboots or you run: x07 image build"
 
 
-def warm_up(kind: MachineKind) -> dict[str, object]:
-    """The body of WARM: what jobs of this kind need. commands: run before saving, so that the kernel has read them."""
+def warm_frame(kind: MachineKind) -> dict[str, object]:
+    """Return the body of WARM. commands: run before saving, so that their files are in the guest's memory."""
+    assert kind.image is not None  # noqa: S101 - each virtual machine has one
     running = kind.runtime == "run"
     limits = run_limits(default_policy()).for_guest() if running else guest_limits(build_limits(), settings.BUILD_TASKS)
     return {
-        "preload": image_of(kind).manifest.preload if running else _OF_BUILDS,
+        "preload": kind.image.manifest.preload if running else _OF_BUILDS,
         "hostname": settings.GUEST_HOSTNAME,
         "output": not running,
         "network": kind.network,
@@ -86,7 +87,7 @@ def warm_up(kind: MachineKind) -> dict[str, object]:
 
 
 class TemplateManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """template.json. digest: of all the rest. image: digest of the image that it was made from."""
+    """template.json. digest: of everything else. image: the digest of its image."""
 
     schema_version: str
     digest: str = ""
@@ -99,18 +100,18 @@ class TemplateManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
 
 
 def sealed(made: TemplateManifest) -> TemplateManifest:
-    """*made* with its true digest."""
+    """Return *made* with its digest."""
     blank = msgspec.structs.replace(made, digest="")
     digest = hashlib.sha256(canonical(msgspec.to_builtins(blank))).hexdigest()
     return msgspec.structs.replace(made, digest=f"sha256:{digest}")
 
 
-class LateError(BackendError):
-    """A machine that would be saved was not ready in time: the host may have been busy."""
+class TemplateTimeoutError(BackendError):
+    """A machine to be saved was not ready in time: the host may have been busy."""
 
 
 class Template(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a template is, or would be. title: what goes on from it, for people."""
+    """The place of a template, which may not exist yet. title: the jobs that use it, for messages."""
 
     key: str
     folder: Path
@@ -118,88 +119,69 @@ class Template(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def subject(self) -> Subject:
-        """For verification."""
+        """What `images/verify` needs to know of it."""
         return Subject(name=f"VM template {self.key[:12]}", record=self.key, sha256=sparse_sha256)
 
-    def bad(self) -> str:
-        """Why it is not used now, and until when; empty if nothing speaks against it."""
-        try:
-            told = json.loads(read_bounded(self.folder.with_suffix(".bad"), "note", _BAD_MAX))
-            if told["boot_id"] != boot_id() or boot_ms() >= float(told.get("retry_at_ms", math.inf)):
-                return ""
-            return f"{told['reason']}. {_until(late='retry_at_ms' in told)}"
-        except (UsageError, ValueError, RecursionError, KeyError, TypeError):
-            return ""
+    def suspended(self) -> str:
+        """Return why the template is not used now, and until when; "" if it is usable."""
+        note = read_verdict(self.folder.with_suffix(".bad"))
+        return f"{note['reason']}. {_until(late='retry_at_ms' in note)}" if "reason" in note else ""
 
-    def distrust(self, reason: str, *, late: bool) -> str:
-        """Remove it, and make no other until the host reboots; what `bad` says from then on.
+    def suspend(self, reason: str, *, late: bool) -> str:
+        """Remove the template and make no other until the host reboots; return the message of `suspended`.
 
-        late: a machine was too slow, as any is on a busy host; then for some minutes only.
+        late: the machine was only too slow, as on a busy host; then suspend it for minutes.
         """
-        record: dict[str, object] = {"boot_id": boot_id(), "reason": reason[:500]}
-        if late:
-            record["retry_at_ms"] = boot_ms() + int(settings.TEMPLATE_RETRY_S * 1000)
         with contextlib.suppress(OSError):
-            replace_file(self.folder.with_suffix(".bad"), json.dumps(record).encode())
+            retry_s = settings.TEMPLATE_RETRY_S if late else None
+            write_verdict(self.folder.with_suffix(".bad"), {"reason": reason[:500]}, retry_s)
         remove_template(self.folder)
         return f"{reason}. {_until(late=late)}"
 
 
 def _until(*, late: bool) -> str:
-    """How long jobs do without a template."""
     until = f"for {settings.TEMPLATE_RETRY_S / 60:.0f} minutes" if late else "until this host reboots"
-    return f"Jobs like it start cold {until}, or until you run x07 image build for their image"
+    return f"Such jobs start cold {until}, or until you run x07 image build for their image"
 
 
-def trust_all() -> None:
-    """Forget what spoke against any template. Raises HostError."""
+def clear_suspensions() -> None:
+    """Allow all templates again. Raises HostError."""
     for path in templates_dir().glob("*.bad"):
         path.unlink(missing_ok=True)
 
 
 def templates_dir() -> Path:
-    """The folder of all templates. Raises HostError."""
+    """Return the folder of all templates. Raises HostError."""
     return cache_folder("templates")
 
 
 def lack_of_space(ram_bytes: int) -> str:
-    """Why no template of a machine with that RAM can be saved now, if the disk is too full; else empty."""
+    """Return why no template of that RAM size can be saved on this disk, "" if it can."""
     info = os.statvfs(templates_dir())
     free = info.f_bavail * info.f_frsize
     needed_bytes = settings.TEMPLATE_BYTES + ram_bytes // settings.TEMPLATE_SHARE
     if free >= needed_bytes:
         return ""
     needed = needed_bytes >> 20
-    return f"there is no saved machine, and {free >> 20} MiB are too little space for one: {needed} are needed"
+    return f"there is no saved machine, and saving one takes {needed} MiB of disk, of which {free >> 20} MiB are free"
 
 
 def template_for(kind: MachineKind, accelerator: Accelerator) -> Template:
-    """The template that jobs of this kind go on from. Raises HostError."""
+    """Return the template for jobs of this kind. Raises HostError."""
     arch, ram, kvm_fd = host_arch(), kind.ram_bytes, 0 if accelerator.kvm else None
     clock = tsc_khz(arch)
-    fds = dict.fromkeys(("scratch_fd", "channel_fd", "net_fd", "qmp_fd", "console_fd"), 0)
-    machine = Machine(
-        arch=arch,
-        ram_bytes=ram,
-        kvm_fd=kvm_fd,
-        tsc_khz=None,
-        mark="",
-        origin=Origin.SAVING,
-        reserve=False,
-        any_timer=False,
-        paths=Paths(),
-        **fds,
-    )
+    fds: dict[str, Any] = dict.fromkeys(("scratch_fd", "channel_fd", "net_fd", "qmp_fd", "console_fd"), 0)
+    machine = Machine(arch=arch, ram_bytes=ram, kvm_fd=kvm_fd, tsc_khz=None, mark="", origin=Origin.SAVING, **fds)
     files = [(path, Path(path).stat()) for path in (arch.qemu_binary, *arch.firmware)]
     parts = [
         SCHEMA,
         kind.image_digest,
         qemu_argv(machine),
         [[path, i.st_dev, i.st_ino, i.st_size, i.st_mtime_ns, i.st_ctime_ns] for path, i in files],
-        # The clock as steps of 0.1 %: what /proc/cpuinfo says of it moves in the last digits.
+        # The clock in steps of 0.1 %: its last digits in /proc/cpuinfo vary.
         0 if clock is None else round(math.log(clock) * 1000),
         _processor() if accelerator.kvm else "",
-        warm_up(kind),
+        warm_frame(kind),
     ]
     key = hashlib.sha256(canonical(parts)).hexdigest()
     jobs = "builds" if kind.runtime == "build" else "runs with connections" if kind.network else "runs"
@@ -207,7 +189,7 @@ def template_for(kind: MachineKind, accelerator: Accelerator) -> Template:
 
 
 def _processor() -> list[str]:
-    """What of the processor a guest under KVM gets to see."""
+    """Return what a guest under KVM sees of the processor."""
     wanted = ("model name", "flags", "microcode")
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     return sorted({line for line in lines if line.partition("\t")[0] in wanted})
@@ -215,7 +197,7 @@ def _processor() -> list[str]:
 
 @contextlib.contextmanager
 def opened_template(template: Template) -> Iterator[Saved | None]:
-    """Its files, verified; None where there is none. Raises ImageError if it is damaged."""
+    """Yield the template's verified files, None if there is none. Raises ImageError if it is damaged."""
     if not template.folder.is_dir():
         yield None
         return
@@ -227,7 +209,7 @@ def opened_template(template: Template) -> Iterator[Saved | None]:
         parts = (made.ram, made.state, made.scratch)
         ram_fd, state_fd, scratch_fd = opened_parts(folder_fd, parts, subject, stack)
         with contextlib.suppress(OSError):
-            os.utime(template.folder)  # when it was last used: the oldest go first when space runs short
+            os.utime(template.folder)  # the time of last use, by which the oldest are removed
         yield Saved(ram_fd=ram_fd, state_fd=state_fd, scratch_fd=scratch_fd, scratch_disk=made.scratch_disk)
 
 
@@ -245,13 +227,13 @@ def _decode(data: bytes, template: Template) -> TemplateManifest:
 
 
 def sparse_sha256(fd: int, size: int) -> str:
-    """Digest of the parts of a file that are not zero, and where they lie: most of a machine's memory is a hole."""
+    """Return the digest of a file's nonzero chunks and their places: most of a machine's memory is a hole."""
     digest = hashlib.sha256(str(size).encode())
     offset = 0
     while offset < size:
         try:
             offset = os.lseek(fd, offset, os.SEEK_DATA) // CHUNK_BYTES * CHUNK_BYTES
-        except OSError:  # ENXIO: no data behind here
+        except OSError:  # ENXIO: only a hole is left
             break
         data = os.pread(fd, min(CHUNK_BYTES, size - offset), offset)
         if not data:
@@ -263,58 +245,142 @@ def sparse_sha256(fd: int, size: int) -> str:
     return digest.hexdigest()
 
 
-def ensure_template(template: Template, image: str, make: Maker, progress: Callable[[str], None]) -> None:
-    """Make the template if it is not there, under a lock, so that several who want it wait for one.
-
-    image: digest of its image. make: fills a folder. Raises SandboxError; then nothing is there, or another process is
-    still making one: one that is stopped, by Ctrl-Z say, must not block all others.
-    """
+def ensure_template(
+    template: Template, kind: MachineKind, accelerator: Accelerator, progress: Callable[[str], None]
+) -> None:
+    """Make the template under a lock unless it exists, so that concurrent callers make it once. Raises SandboxError."""
     folder = templates_dir()
     with contextlib.ExitStack() as stack:
         try:
-            waits = partial(progress, "waiting for another process that saves a machine")
+            waits = partial(progress, "waiting for another process to save a machine")
             most_s = 2 * settings.TEMPLATE_S + settings.PRELOAD_S
             stack.enter_context(file_lock(folder / ".lock", on_wait=waits, most_s=most_s))
-        except TimeoutError as exc:
-            fix = "Look whether one is stopped, by Ctrl-Z say"
-            raise HostError(f"cannot make {template.subject.name}", f"{exc}: the lock of all templates", fix) from exc
-        _make_alone(template, folder, image, make, progress)
+        except TimeoutError as exc:  # the other process may be stopped, and must not block all others
+            what = f"cannot make {template.subject.name}"
+            raise HostError(what, f"{exc}: the lock of all templates", "Check for a stopped x07: ps ax") from exc
+        _make_alone(template, kind, accelerator, progress)
 
 
-def _make_alone(template: Template, folder: Path, image: str, make: Maker, progress: Callable[[str], None]) -> None:
+def _make_alone(
+    template: Template, kind: MachineKind, accelerator: Accelerator, progress: Callable[[str], None]
+) -> None:
     import shutil
     import tempfile
 
+    folder = template.folder.parent
     if template.folder.is_dir():
         return
-    remove_template(template.folder)  # something that is no folder
+    remove_template(template.folder)  # in case it is no folder
     for path in leftovers(folder):
         shutil.rmtree(path, ignore_errors=True)
     work = Path(tempfile.mkdtemp(prefix=".new-", dir=folder))
     try:
-        work.chmod(0o700)  # whatever the umask took away
+        work.chmod(0o700)  # the umask may have removed some of these bits
         progress(Notice(f"saving a machine for {template.title} of this image; later ones start in 0.1 s"))
-        made = sealed(make(work))
+        made = sealed(make_template(template, kind, accelerator, work))
         path = work / MANIFEST
         path.write_bytes(msgspec.json.format(msgspec.json.encode(made)))
         path.chmod(0o444)
         work.rename(template.folder)
-    except BackendError as exc:  # a machine whose memory is a file ends without a word where that cannot grow
-        info = os.statvfs(work)
-        if info.f_bavail * info.f_frsize >= _FULL_BYTES:
-            raise
-        raise HostError(exc.what, f"{folder}: {os.strerror(errno.ENOSPC)}", "Free space there") from exc
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    images = {image.digest for image in list_images()} | {image}
+    images = {image.digest for image in list_images()} | {kind.image_digest}
     for old, _ in expired_templates(keep=template.key, images=images):
         remove_template(old)
 
 
-def expired_templates(*, keep: str, images: set[str]) -> list[tuple[Path, str]]:
-    """Which templates go, and why: those of images that are gone, and the least recently used above the size limit.
+def make_template(template: Template, kind: MachineKind, accelerator: Accelerator, work: Path) -> TemplateManifest:
+    """Make the template in the folder *work*. Raises SandboxError."""
+    with contextlib.ExitStack() as stack:
+        files = {name: _new_file(work / name, stack) for name in ("ram", "state")}
+        scratch_fd = os.open(work, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        stack.callback(os.close, scratch_fd)
+        saving = Saving(ram_fd=files["ram"], state_fd=files["state"], scratch_fd=scratch_fd)
+        for last in boot_attempts():
+            os.ftruncate(saving.ram_fd, 0)
+            os.ftruncate(saving.ram_fd, kind.ram_bytes)
+            if _booted_and_saved(kind, accelerator, saving, last=last):
+                break
+        head, disk = read_disk(scratch_fd)
+        files["scratch.head"] = _new_file(work / "scratch.head", stack)
+        os.write(files["scratch.head"], head)
+        ram, state, scratch = (_seal(name, fd) for name, fd in files.items())
+        key, image = template.key, kind.image_digest
+        return TemplateManifest(
+            schema_version=SCHEMA, key=key, image=image, ram=ram, state=state, scratch=scratch, scratch_disk=disk
+        )
 
-    keep: the key of one that never goes. images: digests of those that are there.
+
+def _booted_and_saved(kind: MachineKind, accelerator: Accelerator, saving: Saving, *, last: bool) -> bool:
+    """Boot and save one machine; False if another attempt may succeed. Raises SandboxError."""
+    words = warm_frame(kind)
+    limit_s = settings.TEMPLATE_S + (settings.PRELOAD_S if words["preload"] else 0)
+    claim = Claim(run_id=new_run_id(), phase="template", wall_ms=int(limit_s * 1000))
+    record = create_record(claim, backend="qemu", image_digest=kind.image_digest)
+    job = QemuJob(record=record, kind=kind, deadline_s=2 * int(limit_s), any_timer=last)
+    with start_qemu(job, accelerator, memory=saving) as instance:
+        instance.release()
+        deadline = Deadline.after(limit_s)
+        say = {State.GREETED: (Kind.WARM, words)}
+        if failure := Handshake(instance, State.WAITING).until(State.WARM, deadline, say):
+            if miscalibrated(failure) and not last:
+                return False
+            why = failure.why
+            if spent := out_of_cpu_time(instance.exit_status()):
+                raise HostError("cannot make a VM template", f"{why}; it {spent}", "Raise that limit")
+            said = " ".join(instance.console_tail().split())[-200:] if failure.kind == "ended" else ""
+            error = TemplateTimeoutError if failure.kind == "late" else BackendError
+            raise error("cannot make a VM template", f"{why}; {said}" if said else why, _FIX)
+        _save(instance)
+        if not instance.stop():
+            raise BackendError("cannot make a VM template", "its machine did not end", _FIX)
+    return True
+
+
+def renew(instance: Instance, kind: MachineKind) -> None:
+    """Have the agent, which has run a program of ours, prepare for the next one. Raises BackendError."""
+    words = warm_frame(kind) | {"commands": []}
+    limit_s = settings.TEMPLATE_S + (settings.PRELOAD_S if words["preload"] else 0)
+    talk = Handshake(instance, State.COLLECTING)
+    if failure := talk.until(State.WARM, Deadline.after(limit_s), {State.COLLECTING: (Kind.WARM, words)}):
+        raise BackendError("cannot warm a machine", failure.why, "Run x07 doctor")
+    instance.start_mode = "pool"  # from now on its agent waits in the same state as a clone's
+
+
+def _new_file(path: Path, stack: contextlib.ExitStack) -> int:
+    fd = open_private_file(path, os.O_RDWR | os.O_EXCL)
+    stack.callback(os.close, fd)
+    return fd
+
+
+def _seal(name: str, fd: int) -> Part:
+    """Take the file back from the machine's uid, and make it read-only."""
+    os.fchown(fd, os.geteuid(), os.getegid())
+    os.fchmod(fd, 0o444)
+    size = os.fstat(fd).st_size
+    return Part(file=name, bytes=size, sha256=sparse_sha256(fd, size))
+
+
+def _save(instance: QemuInstance) -> None:
+    """Have QEMU write the device state; the memory is in its file already. Raises BackendError."""
+    deadline = Deadline.after(settings.TEMPLATE_S)
+    instance.send_qmp(qmp_save(instance.paths.state))
+    poll = input_poll(instance.pidfd, *instance.side_fds())
+    while _SAVED not in instance.qmp.text():
+        if deadline.passed() or instance.exit_status() is not None or _NOT_SAVED in instance.qmp.text():
+            said = instance.qmp.text()[-300:] + instance.console_tail()[-200:]
+            error = TemplateTimeoutError if deadline.passed() else BackendError
+            raise error("cannot make a VM template", f"QEMU did not save it: {said}", _FIX)
+        instance.send_qmp(qmp_query_save())
+        for fd, _ in poll.poll(_ASK_AGAIN_MS):
+            if fd != instance.pidfd:
+                instance.drain(fd)
+
+
+def expired_templates(*, keep: str, images: set[str]) -> list[tuple[Path, str]]:
+    """Return which templates can go, and why: those without an image, and the least recently used above the size limit.
+
+    keep: the key of one that stays in any case. images: digests of those that exist.
     """
     found: list[tuple[float, int, Path]] = []
     doomed = []
@@ -333,21 +399,21 @@ def expired_templates(*, keep: str, images: set[str]) -> list[tuple[Path, str]]:
         else:
             found.append((folder.stat().st_mtime, _size_bytes(folder), folder))
     oldest = least_recently_used(found, most_bytes)
-    return doomed + [(folder, "there are too many, and it was not used for longest") for folder in oldest]
+    return doomed + [(folder, "templates take too much space, and it is the least recently used") for folder in oldest]
 
 
 def _size_bytes(folder: Path) -> int:
-    return sum(path.stat().st_blocks * 512 for path in folder.iterdir())  # stat(2): of 512 bytes each
+    return sum(path.stat().st_blocks * 512 for path in folder.iterdir())  # stat(2) counts blocks of 512 bytes
 
 
 def remove_template(folder: Path) -> None:
-    """Remove a template if that is possible; machines that go on from it keep what they have opened."""
+    """Remove a template if possible; running clones keep the files that they have open."""
     with contextlib.suppress(OSError):
-        take_template_away(folder)
+        delete_template(folder)
 
 
-def take_template_away(folder: Path) -> None:
-    """Remove a template, which nobody finds any more from then on. Raises OSError."""
+def delete_template(folder: Path) -> None:
+    """Remove a template, atomically for its users. Raises OSError."""
     import shutil
     import tempfile
 
@@ -355,30 +421,30 @@ def take_template_away(folder: Path) -> None:
         return
     doomed = Path(tempfile.mkdtemp(prefix=".old-", dir=folder.parent))
     try:
-        folder.rename(doomed / "old")  # whatever it is
+        folder.rename(doomed / "old")
     finally:
         shutil.rmtree(doomed, ignore_errors=True)
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """What killed processes left; the caller holds the lock, so nobody is making one."""
+    """Return the leftovers of killed processes; the caller holds the lock."""
     return [*folder.glob(".new-*"), *folder.glob(".old-*")]
 
 
-def prune_templates(pruner: Pruner, images: set[str]) -> None:
-    """Remove templates as making another does. images: digests of those that stay. Raises SandboxError."""
+def prunable(images: set[str], on_wait: Callable[[], None]) -> Iterator[Prunable]:
+    """Yield, under the lock, what can go if only *images* (digests) stay. Raises SandboxError."""
     import shutil
 
     if not os.path.lexists(cache_dir() / "templates"):
         return
     folder = templates_dir()
-    with file_lock(folder / ".lock", on_wait=lambda: pruner.progress("waiting for a VM template to be made")):
+    with file_lock(folder / ".lock", on_wait=on_wait):
         for left in leftovers(folder):
             if not why_not_ours(left.lstat(), stat.S_ISDIR):
-                pruner.remove("leftover", left, "a killed process left it", shutil.rmtree)
+                yield Prunable("leftover", left, "a killed process left it", shutil.rmtree)
         for path, why in expired_templates(keep="", images=images):
-            pruner.remove_own("template", path, why, take_template_away)
+            yield Prunable("template", path, why, delete_template)
         for path in folder.glob("*.bad"):
-            heeded = Template(key=path.stem, folder=path.with_suffix("")).bad()
-            if not why_not_ours(path.lstat(), stat.S_ISREG) and not heeded:
-                pruner.remove("leftover", path, "it does not hold any more", Path.unlink)
+            suspended = Template(key=path.stem, folder=path.with_suffix("")).suspended()
+            if not why_not_ours(path.lstat(), stat.S_ISREG) and not suspended:
+                yield Prunable("leftover", path, "it has expired", Path.unlink)

@@ -1,12 +1,9 @@
 /*
- * The initramfs's /init: from kernel to agent, with nothing else in between.
+ * /init of the initramfs: loads the modules for the root disk, mounts the root file system read-only and the virtual
+ * file systems, copies the agent and executes it.
  *
- * Loads the modules that the root disk needs, mounts the root file system read-only, lays the virtual file
- * systems over it, hands over the agent and becomes it. It decides nothing: all that is special to a job
- * comes later over the channel. On any failure it says so on the console and ends, which panics the kernel;
- * with panic=-1 and QEMU's -no-reboot the whole machine is gone, and the host sees that at once.
- *
- * Static, because the initramfs holds no loader. Built by the image's own compiler.
+ * On failure it prints a message and exits, which panics the kernel; with panic=-1 and QEMU's -no-reboot the machine
+ * ends at once. It is linked statically, because the initramfs has no loader, by the image's own compiler.
  */
 
 #define _GNU_SOURCE
@@ -27,7 +24,7 @@
 #define DISK "/dev/vda"
 #define DISK_WAIT_MS 10000
 #define AGENT "/run/x07/agent.zip"
-/* What QEMU's APIC counts in a second, divided as the kernel divides it. */
+/* Frequency of QEMU's APIC timer, after the kernel's divider. */
 #define APIC_HZ 62500000.0
 
 static void die(const char *what, const char *name)
@@ -48,10 +45,7 @@ static void mount_at(const char *source, const char *target, const char *type, u
 		die("mount", target);
 }
 
-/*
- * The agent and Python expect descriptors 0 to 2: without them the first print would kill PID 1. A machine
- * without a console device has no /dev/console that opens, so /dev/null stands in.
- */
+/* Open descriptors 0 to 2, which Python needs. Without a console device, /dev/console cannot be opened. */
 static void open_standard_fds(void)
 {
 	int fd = open("/dev/console", O_RDWR | O_NOCTTY);
@@ -87,13 +81,12 @@ static int command_line_has(const char *word)
 }
 
 /*
- * Where the processor has no deadline timer, as under emulation, the kernel confinement how fast its APIC counts, against
- * the TSC, for a tenth of a second. If the host takes the processor away meanwhile, the result is wrong by as much as
- * it was away: all timers come late, or the kernel finds none that works and stays silent when it first has to wait.
- * No machine should go on so, least of all one that is saved; the host starts another when it reads this line. A timer
- * that comes early is set again until it is time, so that only half the speed is too little.
+ * Without a deadline timer, as under emulation, the kernel calibrates the APIC timer against the TSC for a tenth of a
+ * second. If the host deschedules the machine meanwhile, the result is wrong: all timers fire late, or the kernel finds
+ * no working timer and hangs at its first wait. So verify the calibration, and reboot; the host then starts another
+ * machine. A timer that fires early is set again, so half the frequency is still good enough.
  *
- * Where the host is like that all the time, as under a quota, the last that it tries takes any timer that there is.
+ * If the host is always like that, as under a CPU quota, its last attempt accepts any timer (x07.timer=any).
  */
 static void check_timer(void)
 {
@@ -105,7 +98,7 @@ static void check_timer(void)
 	make_dir("/proc", 0555);
 	mount_at("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL);
 	list = opened("/proc/timer_list");
-	/* The last device in it is the one processor's; one for all may stand before. */
+	/* The last device is the processor's; a global one may precede it. */
 	while (fgets(line, sizeof line, list) != NULL) {
 		sscanf(line, "Clock Event Device: %31s", name);
 		sscanf(line, " mult: %lf", &mult);
@@ -128,7 +121,7 @@ static int is_module(const struct dirent *entry)
 	return length > 3 && strcmp(entry->d_name + length - 3, ".ko") == 0;
 }
 
-/* Name order is loading order: the build numbers the files. A module that is already there is no error. */
+/* Load the modules in name order: the build numbers the files. */
 static void load_modules(void)
 {
 	struct dirent **entries;
@@ -150,7 +143,7 @@ static void load_modules(void)
 	}
 }
 
-/* The disk appears some time after its driver was loaded; nothing announces it without a udev. */
+/* Poll: the disk appears after its driver is loaded, and without udev there is no event. */
 static void mount_root(void)
 {
 	const struct timespec pause = {0, 1000000};
@@ -174,7 +167,7 @@ static void mount_virtual(void)
 	mount_at("sysfs", ROOT "/sys", "sysfs", plain, NULL);
 	mount_at("cgroup2", ROOT "/sys/fs/cgroup", "cgroup2", plain, NULL);
 	mount_at("run", ROOT "/run", "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755,size=64m");
-	/* Small: the agent puts a /tmp of the job's own size over it. */
+	/* Small: the agent mounts a /tmp of the job's size over it. */
 	mount_at("tmp", ROOT "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777,size=16m");
 }
 
@@ -204,8 +197,8 @@ static void copy_file(const char *from, const char *to)
 }
 
 /*
- * The modules for a network policy are not copied: a bind mount keeps that folder of the initramfs in
- * reach after its root is covered. Only a job that has such a policy pays for loading them.
+ * Modules for network policies are not copied: a bind mount keeps that folder of the initramfs reachable after its root
+ * is covered. Only jobs with such a policy load them.
  */
 static void hand_over(void)
 {
@@ -223,7 +216,7 @@ int main(void)
 
 	umask(022);
 	mkdir("/dev", 0755);
-	/* May fail with EBUSY where the kernel has mounted it already; the next open decides. */
+	/* EBUSY if the kernel has mounted it already. */
 	mount("dev", "/dev", "devtmpfs", MS_NOSUID | MS_NOEXEC, "mode=0755");
 	open_standard_fds();
 	check_timer();

@@ -1,24 +1,23 @@
-# Confines this process without namespaces, waits to be let go, and becomes COMMAND (jail/landlock.py says who holds what).
+# Confines this process without namespaces, waits for its release, and becomes COMMAND. See jail/landlock.py.
 #
-#     perl landlock.pl GATE_FD FDS RULESET CLOSE_RANGE MMAP READ EXECVE PRCTL SECCOMP PRLIMIT64 \
+#     perl landlock.pl FILTER_FD FDS RULESET CLOSE_RANGE MMAP READ EXECVE PRCTL SECCOMP PRLIMIT64 \
 #         N (LIMIT SOFT HARD)... N (FILE RIGHTS)... N VARIABLE... COMMAND...
 #
-# FDS: descriptors that stay open besides 0 to 2, with commas between. RULESET: struct landlock_ruleset_attr in
-# hexadecimal digits. Then the numbers of these system calls here. RIGHTS: what Landlock allows on FILE, a path or the
-# number of an open descriptor. LIMIT: one of RLIMIT_*. VARIABLE: NAME=value of the environment.
+# FDS: descriptors to keep besides 0 to 2, separated by commas. RULESET: struct landlock_ruleset_attr in hexadecimal.
+# Then system call numbers. FILE: a path or an open descriptor's number. RIGHTS: Landlock's rights on it. LIMIT: RLIMIT_*.
+# VARIABLE: NAME=value of the environment.
 #
-# GATE_FD is a pipe. What comes from it until its end are three addresses and the length of what follows, eight bytes
-# each, and a filter of system calls; where nothing comes, as when the runner dies, nothing starts. Path, arguments and environment of COMMAND are put
-# at these addresses, and the filter allows execve with them only. COMMAND finds nothing there any more and does not know
-# them, so it can execute nothing, also not itself.
-# Perl without a module, as for the supervisor: it starts in a millisecond, and what follows is system calls.
+# FILTER_FD is a pipe with three addresses and a length, eight bytes each, then a seccomp filter of that length; if it ends
+# empty, as when the runner dies, nothing starts. Path, arguments and environment of COMMAND are placed at the addresses,
+# with which alone the filter allows execve. COMMAND does not know them, so it can execute nothing, not even itself.
+# Perl without modules, as for the supervisor.
 
-my ($gate, $keep, $ruleset) = splice @ARGV, 0, 3;
+my ($filter_fd, $keep, $ruleset) = splice @ARGV, 0, 3;
 my ($close_range, $mmap, $read, $execve, $prctl, $seccomp, $prlimit) = map { $_ + 0 } splice @ARGV, 0, 7;
-my ($create_ruleset, $add_rule, $restrict_self) = (444, 445, 446); # the same everywhere, as seccomp's and these are not
+my ($create_ruleset, $add_rule, $restrict_self) = (444, 445, 446); # the same on every architecture
 my ($NO_NEW_PRIVS, $PATH_BENEATH, $FILTER) = (38, 1, 1);
 my ($READ_WRITE, $AT_THIS_PLACE) = (3, 0x100022); # MAP_FIXED_NOREPLACE | MAP_ANONYMOUS | MAP_PRIVATE
-my $PAGE = 65536; # a multiple of every size of a page
+my $PAGE = 65536; # a multiple of every page size
 
 sub call {
     my ($what, $number, @words) = @_;
@@ -27,7 +26,7 @@ sub call {
     return $result;
 }
 
-# The bytes at an address of their own; read(2) puts them there.
+# Place bytes at an address, by read(2).
 sub put {
     my ($at, $bytes) = @_;
     my $first = $at - $at % $PAGE;
@@ -45,7 +44,7 @@ my %rules = words();
 my @variables = words();
 
 my $next = 3;
-for my $fd (sort { $a <=> $b } $gate, split /,/, $keep) {
+for my $fd (sort { $a <=> $b } $filter_fd, split /,/, $keep) {
     call('close_range', $close_range, $next, $fd - 1, 0) if $next < $fd;
     $next = $fd + 1;
 }
@@ -69,7 +68,7 @@ while (my ($which, $soft, $hard) = splice @limits, 0, 3) {
     call("limit $which", $prlimit, 0, $which + 0, pack('QQ', $soft, $hard), 0);
 }
 
-open my $pipe, '<&=', $gate or die "the gate: $!\n";
+open my $pipe, '<&=', $filter_fd or die "the filter: $!\n";
 my $message = do { local $/; <$pipe> } // '';
 close $pipe;
 my ($path, $arguments, $environment, $length, $filter) = unpack 'Q4 a*', $message;

@@ -1,19 +1,17 @@
-# Runs a jail and outlives it: at the deadline, when the runner ends, or when asked by SIGTERM, it kills all of the jail.
+# Runs a jail and kills all of it at the deadline, when the runner ends, or on SIGTERM.
 #
 #     perl supervisor.pl DEADLINE_S RUNNER_PID KEEP_FD NEST PRCTL SIGPROCMASK SIGTIMEDWAIT CAPSET CLOSE_RANGE UNSHARE \
 #         MOUNT COMMAND...
 #
-# The last seven are the numbers of these system calls here. KEEP_FD stays open (-1: none). It ends as COMMAND ended
-# (128 + N for a signal), or by SIGALRM at the deadline, by SIGTERM when asked or without its runner. Signal 40, when
-# sent with a value, by sigqueue(3), sets another deadline, that many seconds from then; it is a real-time signal, of
-# which none is lost while another waits.
+# The last seven are system call numbers. KEEP_FD stays open (-1: none). Exits with COMMAND's status (128 + N for a
+# signal), by SIGALRM at the deadline, or by SIGTERM. Signal 40 with a value, by sigqueue(3), sets the deadline to that
+# many seconds from now; it is a real-time signal, so none is lost.
 #
-# Why a process, and not the kernel's parent-death signal alone: bubblewrap's inner process asks for that signal late,
-# and one whose parent had died by then would never get it. Here nothing that was started can be lost: orphans become
-# children of this process (a subreaper, prctl(2)), which ends only when it has no child left. And should this process
-# itself be killed, the jail's first process dies with it, and all others with that one, since it is the first of a pid
-# namespace around the jail, with its own /proc (NEST; 0: this host does not let us).
-# Perl, because every Debian has it; no module, because each costs more than the rest of the start.
+# Parent-death signals alone do not suffice: bubblewrap's inner process requests one late, and would miss its parent's
+# death before that. This process is a subreaper (prctl(2)): orphans become its children, and it ends after its last
+# child. If it is killed, the jail's first process dies with it, and with that one a pid namespace around the jail, with
+# its own /proc (NEST; 0: not possible on this host).
+# Perl, because every Debian has it; no modules, because each takes longer than the rest of the start.
 
 my ($deadline, $runner, $keep, $nest, @calls) = map { $_ + 0 } splice @ARGV, 0, 11;
 my ($prctl, $sigprocmask, $sigtimedwait, $capset, $close_range, $unshare, $mount) = @calls;
@@ -36,7 +34,7 @@ sub put {
     syswrite $file, $text or die "$name: $!\n";
 }
 
-# Blocked and then waited for, so that none can come between a look and a wait.
+# Blocked, then waited for, so that none is missed.
 call('rt_sigprocmask', $sigprocmask, $BLOCK, $set, 0, 8);
 call('subreaper', $prctl, $SUBREAPER, 1, 0, 0, 0);
 call('parent-death signal', $prctl, $PDEATHSIG, $TERM, 0, 0, 0);
@@ -45,11 +43,11 @@ my $children = "/proc/$$/task/$$/children"; # proc(5)
 -r $children or die "$children: $!\n";
 alarm $deadline;
 
-my ($uid, $gid) = ($>, $) + 0); # now: in a new user namespace nobody has a name until it is mapped
+my ($uid, $gid) = ($>, $) + 0); # before unshare: a new user namespace maps no ids
 if ($nest && $uid == 0) {
     call('unshare', $unshare, $NEWPID);
 } elsif ($nest) {
-    # Refused where the host lets bubblewrap make user namespaces and not us: the jail then goes without.
+    # Where only bubblewrap may make user namespaces, the jail does without.
     $nest = syscall($unshare, $NEWUSER | $NEWPID) == 0;
     if ($nest) {
         put('setgroups', 'deny');
@@ -57,8 +55,7 @@ if ($nest && $uid == 0) {
         put('gid_map', "$gid $gid 1");
     }
 }
-# The child is let go only after it has asked to die with this process: an answer that lay in the pipe before that could
-# be read after this process was killed.
+# The child continues only once its parent-death signal is set: an earlier answer in the pipe could outlive this process.
 pipe my $asked_r, my $asked_w or die "pipe: $!\n";
 pipe my $alive_r, my $alive_w or die "pipe: $!\n";
 my $jail = fork // die "fork: $!\n";
@@ -71,7 +68,7 @@ if (!$jail) {
         call('/proc', $mount, 'proc', '/proc', 'proc', $NOSUID_NODEV_NOEXEC, 0);
     }
     close $alive_w;
-    sysread($alive_r, my $word, 1) or exit 1; # the supervisor had gone by then
+    sysread($alive_r, my $word, 1) or exit 1; # the supervisor is gone
     call('rt_sigprocmask', $sigprocmask, $SETMASK, $none, 0, 8);
     exec {$ARGV[0]} @ARGV;
     die "$ARGV[0]: $!\n";
@@ -91,7 +88,7 @@ while (($signal == $CHLD || $signal == $DEADLINE) && !defined $status) {
     alarm(unpack 'l', substr $info, 24, 4) if $signal == $DEADLINE && unpack('l', substr $info, 8, 4) == $QUEUED;
     while ((my $ended = waitpid -1, 1) > 0) { $status = $? if $ended == $jail }
 }
-# Each turn kills every child and waits for one. When one has ended, those that it left are children of this process.
+# Kill every child and wait for one; the children that it leaves become ours.
 while (1) {
     my $list;
     kill $KILL, split ' ', <$list> // '' if open $list, '<', $children;

@@ -1,0 +1,129 @@
+"""`x07 sweep`, `x07 df` and `x07 prune`: remove what is no longer needed, and show disk usage."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Final
+
+from x07_sandbox.cli.console import say, show, size
+from x07_sandbox.cli.json_output import print_document
+from x07_sandbox.cli.parser import add_document_flags, switch
+from x07_sandbox.housekeeping.prune import prune
+from x07_sandbox.housekeeping.pruner import PARTS
+from x07_sandbox.housekeeping.sweep import sweep
+from x07_sandbox.housekeeping.usage import disk_usage
+
+if TYPE_CHECKING:
+    import argparse
+
+    from x07_sandbox.housekeeping.pruner import PruneReport
+
+_SWEEP_EPILOG: Final = """what is removed:
+  jobs whose runner is dead, or whose deadline and clean-up time have passed: processes, containers, control groups
+  and files
+  records and folders of runs that ended more than 7 days ago; templates that no image needs
+Changes that were only partly applied are finished or rolled back. Nothing is removed that a live runner uses, or that
+belongs to another user or machine; damaged and newer records are listed. Every run sweeps dead jobs before it starts.
+
+examples:
+  x07 sweep --dry-run
+  x07 sweep
+  x07 sweep --json | jq '.kept[] | .why'
+
+exit code: 0 done; 1 the job of a dead runner could not be ended
+"""
+_DF_EPILOG: Final = """parts:
+  images     guest images and their packages
+  templates  saved VMs, from which runs are cloned
+  cache      built programs, and records of what was verified
+  runs       output, results and changes of runs
+  records    records of jobs
+
+examples:
+  x07 df
+  x07 df --json | jq .prunable_bytes
+  x07 prune                             free what the last column counts
+"""
+_PRUNE_EPILOG: Final = """what is removed (without a switch, all of it):
+  --images  images without a name, with their packages and templates; not the one in X07_VM_GUEST_IMAGE_DIGEST
+  --cache   built programs that were not used for 7 days, and leftovers of killed processes
+  --runs    records of jobs and folders of runs that ended more than 7 days ago, with their saved changes and undo data
+Nothing is removed that a run or build in progress uses, or that belongs to another user; damaged and newer items are
+listed.
+
+examples:
+  x07 prune --dry-run
+  x07 prune --images
+  x07 prune --json | jq .bytes
+
+exit code: 0 done; 1 something could not be removed
+"""
+
+
+def add_sweep(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `x07 sweep`."""
+    parser.epilog = _SWEEP_EPILOG
+    switch(parser, "--dry-run", "show what would be removed, without removing it")
+    add_document_flags(parser)
+    parser.set_defaults(carry_out=_sweep)
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    report = sweep(dry_run=options.dry_run, progress=say)
+    if not print_document(report, options):
+        word = "would remove" if report.dry_run else "removed"
+        for gone in report.removed:
+            show(f"{word} {gone.kind} {gone.id}: {gone.why}")
+        for kept in report.kept:
+            show(f"kept {kept.kind} {kept.id}: {kept.why}")
+        count = len(report.removed)
+        show(f"{word} {count} item{'' if count == 1 else 's'}")
+    return 1 if any(kept.failed for kept in report.kept) else 0
+
+
+def add_df(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `x07 df`."""
+    parser.description = "Show disk usage of images, caches and records, and what x07 prune would free."
+    parser.epilog = _DF_EPILOG
+    add_document_flags(parser)
+    parser.set_defaults(carry_out=_df)
+
+
+def _df(options: argparse.Namespace) -> int:
+    report = disk_usage(say)
+    if print_document(report, options):
+        return 0
+    show(f"{'PART':<10} {'FILES':>7} {'SIZE':>11} {'PRUNABLE':>11}  FOLDER")
+    for part in report.parts:
+        show(f"{part.name:<10} {part.files:>7} {size(part.bytes):>11} {size(part.prunable_bytes):>11}  {part.path}")
+    files = sum(part.files for part in report.parts)
+    show(f"{'all':<10} {files:>7} {size(report.bytes):>11} {size(report.prunable_bytes):>11}")
+    return 0
+
+
+def add_prune(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `x07 prune`."""
+    parser.epilog = _PRUNE_EPILOG
+    for part in PARTS:
+        doc = f"remove only {part}: see below"
+        parser.add_argument(f"--{part}", action="append_const", dest="parts", const=part, help=doc)
+    switch(parser, "--dry-run", "show what would be removed, without removing it")
+    add_document_flags(parser)
+    parser.set_defaults(carry_out=_prune)
+
+
+def _prune(options: argparse.Namespace) -> int:
+    report = prune(options.parts or PARTS, progress=say, dry_run=options.dry_run)
+    if not print_document(report, options):
+        _show_prune(report)
+    return 1 if any(kept.failed for kept in report.kept) else 0
+
+
+def _show_prune(report: PruneReport) -> None:
+    word = "would remove" if report.dry_run else "removed"
+    for gone in report.removed:
+        show(f"{word} {gone.kind} {gone.path} ({size(gone.bytes)}): {gone.why}")
+    for kept in report.kept:
+        show(f"kept {kept.kind} {kept.path}: {kept.why}")
+    count = len(report.removed)
+    show(f"{word} {count} item{'' if count == 1 else 's'}, {size(report.bytes)}")

@@ -1,0 +1,116 @@
+"""`x07 ps`, `x07 inspect` and `x07 kill`: list, show and end jobs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from x07_sandbox.cli.console import say, show
+from x07_sandbox.cli.json_output import print_document
+from x07_sandbox.cli.parser import add_document_flags, nonempty, switch
+from x07_sandbox.host.clocks import unix_ms
+from x07_sandbox.housekeeping.kill import KillReport, kill_run
+from x07_sandbox.housekeeping.listing import inspect_run, list_jobs
+from x07_sandbox.housekeeping.lookup import known_run
+
+if TYPE_CHECKING:
+    import argparse
+
+    from x07_sandbox.housekeeping.listing import JobLine
+
+_PS_EPILOG: Final = """states:
+  starting, running, ending   its runner is alive
+  waiting                     a run without a job yet, e.g. waiting for a free slot
+  orphaned, expired           its runner is dead, or its deadline has passed: the next run or x07 sweep removes it
+  done, reaped                ended by its runner, or by another process (with --all)
+  unowned, foreign, newer, damaged
+                              a record of another user, machine or version, or an unreadable one (with --all)
+
+LEFT is the time until the job's deadline, when it is killed even if its runner is dead. It includes the program's time
+limit and the time to queue, start the VM and copy files.
+
+examples:
+  x07 ps
+  x07 ps --json | jq -r '.jobs[].labels["io.x07.run_id"]'
+  x07 ps --all
+"""
+_HEAD: Final = ("RUN", "PHASE", "BACKEND", "STATE", "STARTED", "LEFT", "PROGRAM")
+_INSPECT_EPILOG: Final = """The object has the run's jobs (record, labels, owner, state), its result and its files.
+
+examples:
+  x07 inspect 1764273600000
+  x07 inspect 1764273600000-4711-0 | jq .result.outcome
+  x07 inspect 1764273600000-4711-0 | jq -r .paths.folder
+"""
+_KILL_EPILOG: Final = """Its VM is ended and removed. The command that started the run then exits with code 125, outcome
+guest-lost. If that command is dead, its run is swept.
+
+examples:
+  x07 ps
+  x07 kill 1764273600000-4711-0
+  x07 kill --json 1764273600000-4711-0 | jq .jobs_ended
+
+exit code: 0 the run has ended; 125 it could not be ended
+"""
+
+
+def add_ps(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `x07 ps`."""
+    parser.epilog = _PS_EPILOG
+    switch(parser, "--all", "show ended jobs and foreign or unreadable records too")
+    add_document_flags(parser, "print one JSON object, with labels and reasons")
+    parser.set_defaults(carry_out=_ps)
+
+
+def _ps(options: argparse.Namespace) -> int:
+    report = list_jobs(everything=options.all)
+    if print_document(report, options):
+        return 0
+    rows = [_HEAD, *map(_row, report.jobs)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEAD) - 1)]
+    for row in rows:
+        show("  ".join([*(text.ljust(width) for text, width in zip(row, widths, strict=False)), row[-1]]).rstrip())
+    return 0
+
+
+def _row(line: JobLine) -> tuple[str, ...]:
+    age = f"{_span((unix_ms() - line.created_unix_ms) / 1000)} ago"
+    left = "-" if line.left_s is None else _span(line.left_s)
+    return line.run, line.phase or "-", line.backend or "-", line.state, age, left, line.program or "-"
+
+
+def _span(seconds: float) -> str:
+    """Return a time in its two largest units: "1h5m"."""
+    sign, whole = "-" if seconds < 0 else "", int(abs(seconds))
+    for unit, smaller, letter, smaller_letter in ((86_400, 3600, "d", "h"), (3600, 60, "h", "m"), (60, 1, "m", "s")):
+        if whole >= unit:
+            return f"{sign}{whole // unit}{letter}{whole % unit // smaller}{smaller_letter}"
+    return f"{sign}{whole}s"
+
+
+def add_inspect(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `x07 inspect`."""
+    parser.epilog = _INSPECT_EPILOG
+    parser.add_argument("run", type=nonempty, metavar="RUN", help="the run's id, or the start of it")
+    add_document_flags(parser, "accepted for symmetry: the output is always JSON")
+    parser.set_defaults(carry_out=_inspect)
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    print_document(inspect_run(known_run(options.run)), options, always=True)
+    return 0
+
+
+def add_kill(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `x07 kill`."""
+    parser.epilog = _KILL_EPILOG
+    parser.add_argument("run", type=nonempty, metavar="RUN", help="the run's id, or the start of it: see x07 ps")
+    add_document_flags(parser)
+    parser.set_defaults(carry_out=_kill)
+
+
+def _kill(options: argparse.Namespace) -> int:
+    run = known_run(options.run)
+    ended = kill_run(run)
+    if not print_document(KillReport(run=run, jobs_ended=ended), options):
+        say(f"run {run} ended" if ended else f"run {run} had already ended")
+    return 0

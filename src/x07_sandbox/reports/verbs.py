@@ -1,0 +1,141 @@
+"""The documents of `x07 init`, `policy init`, `image` and `pool`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Final, Literal
+
+import msgspec
+from msgspec import Meta
+
+from x07_sandbox.host.documents import Status
+from x07_sandbox.programs.new_manifest import ROWS
+
+_TOOLCHAINS: Final = sorted([*(row.name for row in ROWS), "x07"])
+
+
+class InitReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One line, with its keys in this order. out: the file's name in the project's root."""
+
+    schema_version: Literal["x07.sandbox.init.report@0.1.0"] = "x07.sandbox.init.report@0.1.0"
+    toolchain: Annotated[str, Meta(extra_json_schema={"enum": _TOOLCHAINS})]
+    project_root: str
+    out: str
+    status: Status
+
+
+class PolicyInitReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One line, with its keys in this order. out: the policy's path, relative to the project's root if inside it."""
+
+    schema_version: Literal["x07.policy.init.report@0.1.0"] = "x07.policy.init.report@0.1.0"
+    template: Literal[
+        "cli",
+        "default",
+        "fs-tool",
+        "http-client",
+        "postgres-client",
+        "sqlite-app",
+        "web-service",
+        "worker",
+        "worker-parallel",
+    ]
+    project_root: str
+    out: str
+    status: Status
+    policy_id: Annotated[str, Meta(pattern="^[a-zA-Z0-9_.-]{1,64}$")]
+
+
+class BuildReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The image that was built."""
+
+    schema_version: Literal["x07.sandbox.image.build@0.1.0"] = "x07.sandbox.image.build@0.1.0"
+    name: str
+    digest: str
+
+
+class LoadReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What was loaded. digest: the image id in the engines. image: its digest in `image list`.
+
+    engines: those that have it now. archive: the file that was written, or null.
+    """
+
+    schema_version: Literal["x07.sandbox.image.load@0.1.0"] = "x07.sandbox.image.load@0.1.0"
+    reference: str
+    digest: str
+    image: str
+    engines: tuple[str, ...]
+    archive: str | None
+
+
+class ImageRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One image. name: empty if it has none. suite: of its packages; null if its manifest cannot be read.
+
+    pip: Python packages from wheels, "NAME==VERSION". current: whether this version built it. problem, fix: null if it
+    can be used.
+    """
+
+    name: str
+    digest: str
+    suite: str | None
+    pip: tuple[str, ...]
+    current: bool
+    problem: str | None
+    fix: str | None
+
+
+class ListReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All images."""
+
+    schema_version: Literal["x07.sandbox.image.list@0.1.0"] = "x07.sandbox.image.list@0.1.0"
+    images: tuple[ImageRow, ...]
+
+
+class RemovedName(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A removed name, and the digest of its image."""
+
+    name: str
+    digest: str
+
+
+class RemoveReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What was removed. bytes: freed disk space. kept: files that could not be removed, and why."""
+
+    schema_version: Literal["x07.sandbox.image.rm@0.1.0"] = "x07.sandbox.image.rm@0.1.0"
+    images: tuple[RemovedName, ...]
+    bytes: int
+    kept: tuple[str, ...]
+
+
+class VerifyReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Whether an image matches its manifest. problems: a sentence each. fix: what to do; null if it is good."""
+
+    schema_version: Literal["x07.sandbox.image.verify@0.1.0"] = "x07.sandbox.image.verify@0.1.0"
+    digest: str
+    good: bool
+    problems: tuple[str, ...]
+    fix: str | None
+
+
+class PoolStatus(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The status that the pool reports.
+
+    size: VMs that should wait. ready, running: VMs that wait and run now. claimed: VMs used since the start.
+    image: digest. idle_s: seconds without use after which it ends. unused_s: seconds since the last use.
+    problem: why no VM can be started now, or null.
+    """
+
+    pid: int
+    size: int
+    ready: int
+    running: int
+    claimed: int
+    image: str
+    idle_s: float
+    unused_s: float
+    problem: str | None
+
+
+class PoolReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The document. pool: null if none is running."""
+
+    schema_version: Literal["x07.sandbox.pool@0.1.0"] = "x07.sandbox.pool@0.1.0"
+    pool: PoolStatus | None
