@@ -147,6 +147,8 @@ def check_arguments(request: RunRequest) -> None:
     what = f"cannot run {request.program or ''.join(request.command[:1]) or 'the source'} with these arguments"
     total = 0
     for number, arg in enumerate((*request.command[:1], *request.args), start=0 if request.command else 1):
+        if not isinstance(arg, str):
+            raise UsageError(what, f"argument {number} is not a string", "Pass strings")
         size = len(os.fsencode(arg)) + 1
         total += size
         if "\0" in arg:
@@ -161,7 +163,9 @@ def check_arguments(request: RunRequest) -> None:
 
 def _check_environment(request: RunRequest, what: str, total: int) -> None:
     for name, value in request.env.items():
-        if not _VARIABLE.fullmatch(name):
+        if not isinstance(value, str):
+            raise UsageError(what, f"the variable {name} is {type(value).__name__}, not a string", "Pass strings")
+        if not isinstance(name, str) or not _VARIABLE.fullmatch(name):
             raise UsageError(what, f"{name!r} is not a name of a variable", "Use letters, digits and '_'")
         if name.startswith("X07_"):
             raise UsageError(what, f"{name} is reserved for X07", "Use another name")
