@@ -534,7 +534,7 @@ def test_a_dry_run_boots_nothing(tmp_path: Path) -> None:
     [
         ([], {"X07_VM_GUEST_IMAGE": "nothing-such"}, "no guest image 'nothing-such'"),
         ([], {"X07_VM_GUEST_IMAGE_DIGEST": "sha256:" + "0" * 64}, "is not allowed to run"),
-        (["--require-hardware"], {}, "hardware virtualisation was required"),
+        (["--require-hardware"], {}, "hardware virtualisation is required"),
     ],
 )
 def test_a_dry_run_asks_of_image_and_machine_what_a_run_asks(
@@ -560,7 +560,7 @@ def test_a_dry_run_of_an_x07_program_is_refused_as_its_run_is(tmp_path: Path) ->
         done = command("--json", *how, "--policy", "built-in:worker", str(program), stdin=b"")
         told.append((done.returncode, json.loads(done.stdout)["reason"]))
     assert told[0] == told[1]
-    assert (told[0][0], "carries no X07 toolchain" in told[0][1]) == (125, True)
+    assert (told[0][0], "has no X07 toolchain" in told[0][1]) == (125, True)
 
 
 @pytest.mark.parametrize(("name", "why"), [("missing", "there is no "), ("link", " is a link")])
