@@ -468,7 +468,7 @@ def test_a_replaced_file_keeps_its_owner_or_is_not_replaced(tmp_path: Path) -> N
             if path == root:  # which NOBODY may not even make a folder in
                 assert f"'{root}': {os.strerror(errno.EACCES)}" in driven("refused-owner", base, str(NOBODY))
             os.chown(path, NOBODY, NOBODY)
-        fix = "Apply the changes as the owner of the files, on a file system that stores modes"
+        fix = "Apply the changes as the owner of the files, and a member of their groups"
         for owner in (1234, NOBODY):  # of a group that is another's in both cases
             os.chown(root / "f", owner, 4321)
             reported = driven("refused-owner", base, str(NOBODY))
@@ -728,3 +728,37 @@ def test_a_set_for_another_tree_changes_nothing(there: Tree, old: Tree, new: Tre
                 assert all(read(root).get(n) == e for n, e in now.items())
         finally:
             remove(root)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("mode", [0o755, 0o710])
+def test_a_file_system_without_modes_is_supported(tmp_path: Path, mode: int) -> None:
+    """Changes are applied and undone on a file system that gives every file the same mode."""
+    need(os.geteuid() == 0, "root", installable=False)
+    need(shutil.which("bindfs"), "bindfs", installable=True)
+    folder = ("folder", mode, b"")
+    old: Tree = {"": folder, "a": ("file", mode, b"old"), "gone": folder, "gone/b": ("file", mode, b"b")}
+    new: Tree = {"": FOLDER, "a": ("file", 0o644, b"new"), "run": ("file", 0o600, b"new"), "d": ("folder", 0o700, b"")}
+    new["d/c"] = ("file", 0o444, b"c")
+    for name in ("disk", "shown"):
+        (tmp_path / name).mkdir()
+    root = tmp_path / "shown/root"
+    mount = ["bindfs", "--chmod-ignore", f"--perms={mode:04o}", str(tmp_path / "disk"), str(root.parent)]
+    need(subprocess.run(mount, check=False, capture_output=True).returncode == 0, "FUSE", installable=False)
+    try:
+        put(root, old)
+        changes, data = difference(root, old, new)
+        applied(changes, data, tmp_path / "state")
+        assert {name: entry[2] for name, entry in read(root).items()} == {name: entry[2] for name, entry in new.items()}
+        assert applied(changes, data, tmp_path / "state").roots == ()  # already applied
+        undone(tmp_path / "state", tmp_path / "other")
+        assert read(root) == old
+        applied(changes, data, tmp_path / "again")
+        assert (root / "a").read_bytes() == b"new"
+        modes = {name: (kind, 0o700 if kind == "folder" else 0o600, text) for name, (kind, _, text) in old.items()}
+        undone(tmp_path / "again", tmp_path / "more")
+        applied(*difference(root, old, modes), tmp_path / "modes")
+        undone(tmp_path / "modes", tmp_path / "last")
+        assert read(root) == old
+    finally:
+        subprocess.run(["/usr/bin/umount", str(root.parent)], check=True)

@@ -15,13 +15,13 @@ import posixpath
 import secrets
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from x07_sandbox.errors import HostError
 from x07_sandbox.files import apply_steps, journal, undo_data
 from x07_sandbox.files.apply_steps import Site
 from x07_sandbox.files.changes import STAGING, ChangeSet, RootChanges
-from x07_sandbox.files.checks import check_set, compare_root, root_anchor
+from x07_sandbox.files.checks import check_set, compare_root, root_anchor, with_actual_modes
 from x07_sandbox.files.inode import MISSING, ConflictError, conflict_error
 from x07_sandbox.files.journal import Head, Place
 from x07_sandbox.files.staging import Planner, fill, undo_changes
@@ -40,16 +40,25 @@ if TYPE_CHECKING:
 
 __all__ = ["ConflictError", "apply", "recover"]
 
+_PROBE_MODE: Final = 0o710  # a mode that no file system reports by default
 _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FIXES: Final = {
     errno.ENOSPC: "Free space there",
     errno.EDQUOT: "Free space there",
     errno.EROFS: "Make it writable",
     errno.EACCES: "Apply the changes as a user who may write there",
-    errno.EPERM: "Apply the changes as the owner of the files, on a file system that stores modes",
+    errno.EPERM: "Apply the changes as the owner of the files and a member of their groups",
     errno.EXDEV: "Unmount what is mounted there, name it as a root of its own, or leave it out with --skip",
     errno.EBUSY: "Unmount what is mounted there",
 }
+
+
+class _Inverse(NamedTuple):
+    """The changes that undo those of one root. site, prefix: where that root is."""
+
+    root: RootChanges
+    site: Site
+    prefix: str
 
 
 def apply(
@@ -89,7 +98,8 @@ def _apply(changes: ChangeSet, data_fd: int, folder: Path, on_wait: OnWait | Non
     with _sites((path for path, _ in anchors), on_wait) as by_path:
         applied = undo_data.undo_entries(folder)
         states = [
-            compare_root(root, by_path[path].fd, prefix) for root, (path, prefix) in zip(roots, anchors, strict=True)
+            compare_root(root, by_path[path].fd, prefix, applied)
+            for root, (path, prefix) in zip(roots, anchors, strict=True)
         ]
         if all(state.all_applied for state in states):
             nothing = ChangeSet(run=changes.run, roots=())
@@ -103,16 +113,15 @@ def _apply(changes: ChangeSet, data_fd: int, folder: Path, on_wait: OnWait | Non
             raise conflict_error(conflicts)
         sites = list({id(site): site for site in by_path.values()}.values())
         planner = Planner(data_fd)
-        inverse: list[RootChanges] = []
-        for root, state, (path, _) in zip(roots, states, anchors, strict=True):
+        inverse: list[_Inverse] = []
+        for root, state, (path, prefix) in zip(roots, states, anchors, strict=True):
             first = len(planner.steps)
             planner.add(next(i for i, site in enumerate(sites) if site is by_path[path]), state.items)
             undo = tuple(undo_changes(state.items, planner.steps[first:]))
-            inverse.append(RootChanges(root=root.root, guest=root.guest, missing=False, changes=undo))
+            undo_root = RootChanges(root=root.root, guest=root.guest, missing=False, changes=undo)
+            inverse.append(_Inverse(undo_root, by_path[path], prefix))
         head = Head(run=changes.run, places=tuple(site.place for site in sites))
-        undo_set = ChangeSet(run=changes.run, roots=tuple(inverse))
-        _execute(folder, head, sites, planner, undo_set, keeps=keeps)
-        return undo_set
+        return _execute(folder, head, sites, planner, inverse, keeps=keeps)
 
 
 def _check_part(
@@ -133,8 +142,9 @@ def _check_part(
 
 
 def _execute(
-    folder: Path, head: Head, sites: list[Site], planner: Planner, undo_set: ChangeSet, *, keeps: bool
-) -> None:
+    folder: Path, head: Head, sites: list[Site], planner: Planner, inverse: list[_Inverse], *, keeps: bool
+) -> ChangeSet:
+    """Carry out the planned steps and return the set that undoes them."""
     steps, started = planner.steps, 0
     try:
         journal.write_staging(folder, head)
@@ -153,6 +163,11 @@ def _execute(
             apply_steps.apply_step(sites[step.place], step)
         for site in sites:
             beneath.sync(site.fd)
+        roots = (
+            one.root if one.site.keeps_modes else with_actual_modes(one.root, one.site.fd, one.prefix)
+            for one in inverse
+        )
+        undo_set = ChangeSet(run=head.run, roots=tuple(roots))
         if keeps:
             undo_data.prepare(folder, undo_set)
             undo_data.save_displaced(folder, sites, steps)
@@ -164,6 +179,7 @@ def _execute(
             _remove_new(folder, sites, steps if started else None)
         raise
     _finish(folder, sites, steps)
+    return undo_set
 
 
 def _make_staging(site: Site) -> None:
@@ -177,6 +193,12 @@ def _make_staging(site: Site) -> None:
     site.staging_fd = os.open(site.place.staging, _FOLDER, dir_fd=site.fd)
     info = os.fstat(site.staging_fd)
     site.place.staged = (info.st_dev, info.st_ino)
+    with contextlib.suppress(OSError):
+        os.fchmod(site.staging_fd, _PROBE_MODE)
+    site.keeps_modes = os.fstat(site.staging_fd).st_mode & 0o777 == _PROBE_MODE
+    if site.keeps_modes:
+        os.fchmod(site.staging_fd, 0o700)
+        site.keeps_modes = os.fstat(site.staging_fd).st_mode & 0o777 == 0o700  # noqa: PLR2004
 
 
 def _roll_back(sites: list[Site], started: list[Step], *, recovering: bool = False) -> None:

@@ -18,11 +18,15 @@ _CONFLICTS: Final = {*MISSING, errno.EEXIST, errno.ENOTEMPTY}
 
 
 class Site(msgspec.Struct, kw_only=True):
-    """A place, opened and locked. fd: its folder. staging_fd: its staging folder; -1 if there is none."""
+    """A place, opened and locked. fd: its folder. staging_fd: its staging folder; -1 if there is none.
+
+    keeps_modes: whether its file system stores modes, unlike vfat, NTFS and many shares.
+    """
 
     place: Place
     fd: int
     staging_fd: int = -1
+    keeps_modes: bool = True
 
     def path(self, name: str) -> str:
         """Return the path of a name, for messages."""
@@ -34,7 +38,7 @@ def check_step(site: Site, step: Step) -> None:
 
     Undoing a step that was not done would also undo the same change of mode made by somebody else.
     """
-    if step.kind == "mode":
+    if step.kind == "mode" and site.keeps_modes:
         with open_inode(site.fd, step.name) as found:
             if found is None or not _has_old_mode(found, step):
                 raise conflict_error([site.path(step.name)])
@@ -43,7 +47,8 @@ def check_step(site: Site, step: Step) -> None:
 def apply_step(site: Site, step: Step) -> None:
     """Take a step, then compare what it displaced. Raises ConflictError, OSError; the step may then be done."""
     if step.kind == "mode":
-        _apply_mode(site, step)
+        if site.keeps_modes:
+            _apply_mode(site, step)
         return
     try:
         with beneath.parent_of(site.fd, step.name) as (folder, name):

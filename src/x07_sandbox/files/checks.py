@@ -17,6 +17,8 @@ from x07_sandbox.files.changes import STAGING, Change, Node
 from x07_sandbox.files.inode import open_inode
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from x07_sandbox.files.changes import ChangeSet, RootChanges
     from x07_sandbox.files.inode import OpenInode
 
@@ -73,8 +75,12 @@ def root_anchor(root: RootChanges) -> tuple[str, str]:
     return folder, name
 
 
-def compare_root(root: RootChanges, dir_fd: int, prefix: str) -> RootState:
-    """Compare the host with a root's changes. dir_fd, prefix: its anchor. Raises HostError, OSError."""
+def compare_root(root: RootChanges, dir_fd: int, prefix: str, undo: Mapping[tuple[str, str], Change]) -> RootState:
+    """Compare the host with a root's changes. dir_fd, prefix: its anchor. Raises HostError, OSError.
+
+    undo: the changes that undo what is applied, by root and name. They hold the actual modes on file systems that keep
+    none.
+    """
     changes = sorted(root.changes, key=lambda change: change.name)
     conflicts: list[str] = []
     if root.missing:
@@ -89,7 +95,7 @@ def compare_root(root: RootChanges, dir_fd: int, prefix: str) -> RootState:
         try:
             with open_inode(dir_fd, name) as found:
                 good = _fits(found, change.before)
-                if _fits(found, change.after):
+                if _fits(found, change.after) or _is_applied(found, change, undo.get((root.root, change.name))):
                     applied.add(change.name)
                 items.append(Item(name, change, found.info if found else None))
                 if good and found and _kind(change.before) == "folder" != _kind(change.after):
@@ -102,6 +108,18 @@ def compare_root(root: RootChanges, dir_fd: int, prefix: str) -> RootState:
         if not good:
             conflicts.append(posixpath.join(root.root, change.name).rstrip("/"))
     return RootState(items, conflicts, len(applied) == len(changes), applied)
+
+
+def with_actual_modes(root: RootChanges, dir_fd: int, prefix: str) -> RootChanges:
+    """Return the undo changes of a root with the modes that its file system reports. Raises OSError."""
+    changes = []
+    for change in root.changes:
+        before = change.before
+        if before is not None and before.kind != "link":
+            with open_inode(dir_fd, _below(prefix, change.name)) as found:
+                before = msgspec.structs.replace(before, mode=found.mode & 0o777) if found else before
+        changes.append(msgspec.structs.replace(change, before=before))
+    return msgspec.structs.replace(root, changes=tuple(changes))
 
 
 def default_mode() -> int:
@@ -165,6 +183,13 @@ def _check_node(node: Node, where: str) -> None:
         raise ValueError(f"{where} has an invalid target")
     if node.kind == "file" and (node.size < 0 or (node.at or 0) < 0 or not _SHA256.fullmatch(node.sha256)):
         raise ValueError(f"{where} has an invalid content")
+
+
+def _is_applied(found: OpenInode | None, change: Change, undo: Change | None) -> bool:
+    """Return whether *undo*, if there is one, would revert the change from what was found."""
+    if undo is None or not (undo.after is change.before or (undo.after and undo.after.same(change.before))):
+        return False
+    return _fits(found, undo.before)
 
 
 def _same_content(change: Change) -> bool:
