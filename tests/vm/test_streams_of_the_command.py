@@ -202,4 +202,4 @@ def test_a_folder_named_like_a_source_is_a_usage_error(tmp_path: Path, image: Im
     (tmp_path / "folder.py").mkdir()
     done = _shell(tmp_path, f"x07 run '{tmp_path}/folder.py'")
     assert done.returncode == 2
-    assert b"there is no x07-sandbox.toml in it" in done.stderr
+    assert b"it has no x07-sandbox.toml" in done.stderr
