@@ -7,13 +7,13 @@ import gc
 import os
 import signal
 import stat
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from tests.engines import EngineUnderTest
@@ -39,6 +39,16 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
 PACKAGES = ("curl", "git", "lua5.4", "nodejs", "python3-pip", "python3-requests", "redis-tools")
 LASTING_FDS: set[int] = set()
 """Descriptors that outlive a test on purpose, such as those of the launcher thread: a fixture adds them here."""
+
+
+T = TypeVar("T")
+
+
+def sample(cases: Sequence[T], count: int) -> Sequence[T]:
+    """Return all *cases* in full runs (X07_TEST_FULL=1), else *count* of them, spread evenly."""
+    if FULL or count >= len(cases):
+        return cases
+    return [cases[number * len(cases) // count] for number in range(count)]
 
 
 class Need(Protocol):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.conftest import need
+from tests.conftest import FULL, need
 from tests.engines import REFERENCE
 from tests.vm.jail_helpers import temporary_user
 from x07_sandbox import exec_command
@@ -364,6 +364,8 @@ def test_the_script_builds_and_loads_the_image(podman: EngineUnderTest, tmp_path
 
 def test_the_smoke_gate_is_green(engine: EngineUnderTest, tmp_path: Path) -> None:
     """scripts/ci/check_vm_sandbox_smoke.sh passes on a container engine that was named and accepted."""
+    if engine.name == "docker" and not FULL:
+        pytest.skip("full sizes only: podman passes the same gate")
     gate = Path(__file__).parents[2] / "scripts" / "ci" / "check_vm_sandbox_smoke.sh"
     env = {**os.environ, **engine.env, "X07_VM_BACKEND": engine.name, "TMPDIR": str(tmp_path)}
     env["PATH"] = f"{Path(X07).parent}:{env['PATH']}"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.conftest import FULL
 from x07_sandbox.backends.engines import PACKAGES
 from x07_sandbox.backends.registry import built
 from x07_sandbox.conformance.behaviours import BEHAVIOURS, Behaviour
@@ -27,6 +28,8 @@ pytestmark = [pytest.mark.vm, pytest.mark.user]
 @pytest.fixture(scope="module", params=built())
 def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, need: Need) -> Iterator[Bench]:
     """Each backend that can run here, with records of its own."""
+    if request.param == "docker" and not FULL:
+        pytest.skip("full sizes only: podman runs the same code; tests/containers runs both")
     with contextlib.ExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setenv("X07_VM_STATE_DIR", str(tmp_path_factory.mktemp("contract") / "jobs"))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.conftest import sample
 from tests.lab.attacks.rows import (
     ENDS_RELAY,
     FRAME_ROWS,
@@ -146,7 +147,7 @@ def test_nothing_reached_the_outside_after_the_last_request(frames_group: Group)
     assert counted["sent_bytes"] == len("counted")
 
 
-@pytest.mark.parametrize("row", VIOLATIONS, ids=by_id)
+@pytest.mark.parametrize("row", sample(VIOLATIONS, 5), ids=by_id)
 def test_a_guest_that_breaks_the_protocol_loses_its_gate(stage: Stage, row: Row) -> None:
     """An invalid frame closes the gate of that run, and the gate ignores everything after it."""
     group = Group(stage, "frames", [row])
@@ -383,7 +384,7 @@ def test_a_run_that_loses_its_gate_ends_at_once(stage: Stage, what: str) -> None
     assert (at_end.contacts, at_end.packets) == ([], [])
 
 
-@pytest.mark.parametrize("attack", ["resets", "opens", "noise", "killed"])
+@pytest.mark.parametrize("attack", sample(["resets", "opens", "noise", "killed"], 2))
 def test_an_attack_on_one_gate_does_not_disturb_another_run(stage: Stage, attack: str) -> None:
     """A transfer of one run completes while the gate of another run is flooded, broken or killed (23, 72)."""
     stage.lab.names({"other-run.lab.example": [SITE], "attacker.lab.example": [SITE]})

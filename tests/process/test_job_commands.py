@@ -89,10 +89,10 @@ def test_a_killed_run_ends_as_guest_lost() -> None:
     with running() as (runner, run):
         done = x07("kill", run[:-1])
         assert (done.returncode, done.stdout) == (0, b"")
-        assert b"is over" in done.stderr
+        assert b"ended" in done.stderr
         assert runner.wait(WAIT_S) == 125
     assert found("inspect", run)["result"]["outcome"] == "guest-lost"
-    assert b"was over already" in x07("kill", run).stderr
+    assert b"had already ended" in x07("kill", run).stderr
 
 
 def test_a_kill_can_be_told_as_json() -> None:

@@ -1,4 +1,4 @@
-"""Promises of `x07 policy new`."""
+"""`x07 policy new`, and the completing command that `x07 policy check` prints."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import pytest
 from tests.unit.policy_command import policy
 from x07_sandbox.policy.decode import decode_policy
 from x07_sandbox.policy.default import render_policy
-from x07_sandbox.policy.from_flags import NewPolicy, make_policy
 from x07_sandbox.policy.templates import TEMPLATES
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ def made(where: Path, *words: str) -> dict[str, Any]:
 
 
 def test_flags_make_a_complete_policy(tmp_path: Path) -> None:
-    """What is printed is a valid policy that says what the flags say, and the built-in policy's values else."""
+    """`x07 policy new` prints a valid policy with the values of its flags."""
     found = made(tmp_path, *FLAGS, "--write", "build", "--id", "my.policy")
     default = json.loads(render_policy(TEMPLATES["default"]))
     assert found["policy_id"] == "my.policy"
@@ -40,8 +39,8 @@ def test_flags_make_a_complete_policy(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("template", ["cli", "worker"])
-def test_a_closed_template_takes_hosts_and_roots(tmp_path: Path, template: str) -> None:
-    """A root or a host that is named can be used, also where the template has none."""
+def test_a_closed_template_accepts_hosts_and_roots(tmp_path: Path, template: str) -> None:
+    """Named hosts and roots are usable even if the template has none."""
     found = made(tmp_path, "--template", template, *FLAGS)
     assert found["policy_id"] == f"custom.{template}"
     assert found["fs"]["enabled"]
@@ -58,14 +57,8 @@ def test_a_closed_template_takes_hosts_and_roots(tmp_path: Path, template: str) 
         (("--build-timeout", "9"), "unrecognized arguments: --build-timeout"),
     ],
 )
-def test_what_no_policy_can_say_is_refused(tmp_path: Path, words: tuple[str, ...], why: str) -> None:
-    """Wrong values make exit code 2, and nothing is printed that could become a file."""
+def test_invalid_values_are_refused(tmp_path: Path, words: tuple[str, ...], why: str) -> None:
+    """Invalid values end with exit code 2 and print no policy."""
     code, out, err = policy(tmp_path, "new", *words)
     assert (code, out) == (2, "")
     assert why in err
-
-
-def test_the_made_policy_names_its_template() -> None:
-    """Notes and id say where it comes from."""
-    found = make_policy(NewPolicy(template="worker"))
-    assert (found.policy_id, "template worker" in found.notes_in_force) == ("custom.worker", True)

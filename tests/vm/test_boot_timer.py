@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.conftest import FULL
 from x07_sandbox.backends.base import MachineKind
 from x07_sandbox.backends.qemu import machine as machines
 from x07_sandbox.backends.qemu.proof import known_verdict
@@ -112,6 +113,7 @@ def test_a_machine_without_any_timer_is_refused_at_last(sandbox: Sandbox, boots:
     assert ran.seconds < settings.BOOTS_MAX * settings.BOOT_S
 
 
+@pytest.mark.skipif(not FULL, reason="full sizes only: boots machines until one is right")
 def test_a_pool_keeps_no_machine_with_a_wrong_timer(
     image: Image, state: Path, boots: Boots, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -433,7 +433,7 @@ def test_clones_that_never_answer_end_a_run(silent_clones: Sandbox, monkeypatch:
     """Where it cannot be noted that a saved machine is no good a run tries another of its clones once, and no more."""
     monkeypatch.setattr(Template, "suspended", lambda _template: "")
     ran = silent_clones.behave("nothing")
-    assert (ran.outcome, "did not answer" in ran.reason) == ("guest-lost", True), ran.reason
+    assert (ran.outcome, "did not boot in time" in ran.reason) == ("guest-lost", True), ran.reason
     for path in templates_dir().glob("*.bad"):
         path.unlink()
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
+from tests.conftest import sample
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -104,53 +106,56 @@ def until_it_passes(sandbox: Sandbox, text: str, policy: Policy) -> tuple[list[s
 
 @pytest.mark.parametrize(
     ("text", "policy", "said"),
-    [
-        (THREAD, {"threads.enabled": False}, ["threads.enabled"]),
-        (FORK, {"process.allow_spawn": False}, ["process.allow_spawn"]),
-        (EXEC, {"process.allow_exec": False}, ["process.allow_exec"]),
-        (SPAWN, {"process.enabled": False}, ["process.enabled"]),
-        (
-            SPAWN,
-            {"process.allow_execs": ["/usr/bin/env"], "process.allow_exec_prefixes": []},
-            ["process.allow_execs"],
-        ),
-        (
-            LINKED,
-            {"process.allow_execs": ["/usr/bin/env"], "process.allow_exec_prefixes": []},
-            ["process.allow_execs"],
-        ),
-        (
-            MADE,
-            {"process.allow_execs": ["/usr/bin/sh"], "process.allow_exec_prefixes": []},
-            ["process.allow_exec_prefixes"],
-        ),
-        (
-            MADE,
-            {"process.allow_execs": ["/usr/bin/sh"], "process.allow_exec_prefixes": ["/tmp/made/"]},  # noqa: S108
-            ["process.allow_exec_prefixes"],
-        ),
-        (
-            LIBRARY,
-            {"process.allow_execs": ["/usr/bin/env"], "process.allow_exec_prefixes": []},
-            ["process.allow_exec_prefixes"],
-        ),
-        (CHILDREN, {"process.max_live": 2}, ["process.max_live"]),
-        (CHILDREN, {"limits.procs": 2}, ["limits.procs"]),
-        (
-            SCRIPT,
-            {"process.allow_execs": ["/usr/bin/ldd"], "process.allow_exec_prefixes": []},
-            ["process.allow_execs"],
-        ),
-        (FILES, {"limits.fds": 30}, ["limits.fds"]),
-        (DUPLICATES, {"limits.fds": 30}, ["limits.fds"]),
-        (WATCHERS, {"limits.fds": 150}, ["limits.fds"]),
-        (LIMITS, {"limits.fds": 150}, ["limits.fds", "limits.core_dumps"]),
-        (MEMORY, {"limits.mem_bytes": 96 << 20}, ["limits.mem_bytes"]),
-        (TEMPORARY, {"limits.mem_bytes": 96 << 20}, ["limits.mem_bytes"]),
-        (SHARED, {"limits.mem_bytes": 96 << 20}, ["limits.mem_bytes"]),
-        (CPU, {"limits.cpu_ms": 1000}, ["limits.cpu_ms"]),
-        ("import time\ntime.sleep(2.2)\n", {"limits.wall_ms": 2000}, ["limits.wall_ms"]),
-    ],
+    sample(
+        [
+            (THREAD, {"threads.enabled": False}, ["threads.enabled"]),
+            (FORK, {"process.allow_spawn": False}, ["process.allow_spawn"]),
+            (EXEC, {"process.allow_exec": False}, ["process.allow_exec"]),
+            (SPAWN, {"process.enabled": False}, ["process.enabled"]),
+            (
+                SPAWN,
+                {"process.allow_execs": ["/usr/bin/env"], "process.allow_exec_prefixes": []},
+                ["process.allow_execs"],
+            ),
+            (
+                LINKED,
+                {"process.allow_execs": ["/usr/bin/env"], "process.allow_exec_prefixes": []},
+                ["process.allow_execs"],
+            ),
+            (
+                MADE,
+                {"process.allow_execs": ["/usr/bin/sh"], "process.allow_exec_prefixes": []},
+                ["process.allow_exec_prefixes"],
+            ),
+            (
+                MADE,
+                {"process.allow_execs": ["/usr/bin/sh"], "process.allow_exec_prefixes": ["/tmp/made/"]},  # noqa: S108
+                ["process.allow_exec_prefixes"],
+            ),
+            (
+                LIBRARY,
+                {"process.allow_execs": ["/usr/bin/env"], "process.allow_exec_prefixes": []},
+                ["process.allow_exec_prefixes"],
+            ),
+            (CHILDREN, {"process.max_live": 2}, ["process.max_live"]),
+            (CHILDREN, {"limits.procs": 2}, ["limits.procs"]),
+            (
+                SCRIPT,
+                {"process.allow_execs": ["/usr/bin/ldd"], "process.allow_exec_prefixes": []},
+                ["process.allow_execs"],
+            ),
+            (FILES, {"limits.fds": 30}, ["limits.fds"]),
+            (DUPLICATES, {"limits.fds": 30}, ["limits.fds"]),
+            (WATCHERS, {"limits.fds": 150}, ["limits.fds"]),
+            (LIMITS, {"limits.fds": 150}, ["limits.fds", "limits.core_dumps"]),
+            (MEMORY, {"limits.mem_bytes": 96 << 20}, ["limits.mem_bytes"]),
+            (TEMPORARY, {"limits.mem_bytes": 96 << 20}, ["limits.mem_bytes"]),
+            (SHARED, {"limits.mem_bytes": 96 << 20}, ["limits.mem_bytes"]),
+            (CPU, {"limits.cpu_ms": 1000}, ["limits.cpu_ms"]),
+            ("import time\ntime.sleep(2.2)\n", {"limits.wall_ms": 2000}, ["limits.wall_ms"]),
+        ],
+        8,
+    ),
 )
 def test_what_is_said_to_allow_it_allows_it(sandbox: Sandbox, text: str, policy: Policy, said: list[str]) -> None:
     """Whoever does what the result says, again and again, comes to a run that passes, with no more than it needs."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.conftest import sample
 from tests.published import document
 from tests.vm.conftest import left_behind
 from x07_sandbox.policy.default import default_policy, render_policy
@@ -311,7 +312,7 @@ RULES = [
 ]
 
 
-@pytest.mark.parametrize(("fs", "source", "field"), RULES)
+@pytest.mark.parametrize(("fs", "source", "field"), sample(RULES, 3))
 def test_a_rule_of_the_policy_keeps_a_change_back_and_says_what_would_let_it(
     project: Project, fs: dict[str, object], source: str, field: str
 ) -> None:
@@ -338,7 +339,7 @@ COPY_RULES = [
 ]
 
 
-@pytest.mark.parametrize(("fs", "name", "field"), COPY_RULES)
+@pytest.mark.parametrize(("fs", "name", "field"), sample(COPY_RULES, 3))
 def test_a_rule_of_the_policy_leaves_a_file_out_and_says_what_would_let_it_in(
     project: Project, fs: dict[str, object], name: str, field: str
 ) -> None:

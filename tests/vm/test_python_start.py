@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.conftest import sample
 from x07_sandbox import run_program
 
 if TYPE_CHECKING:
@@ -119,22 +120,25 @@ def test_a_variable_that_is_read_early_means_a_fresh_interpreter(sandbox: Sandbo
 
 @pytest.mark.parametrize(
     "text",
-    [
-        "def f():\n    raise ValueError('a\\u00e9')\nf()\n",
-        "import sys\nsys.exit(7)\n",
-        "import sys\nsys.exit('words')\n",
-        "print(1)\nraise SystemExit\n",
-        "raise KeyboardInterrupt\n",
-        "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nwhile True: pass\n",
-        "import os, signal\nos.kill(os.getpid(), signal.SIGTERM)\nwhile True: pass\n",
-        "import atexit\natexit.register(print, 'at exit')\nprint(input())\n",
-        "import threading, time\nthreading.Thread(target=lambda: (time.sleep(0.2), print('thread'))).start()\n",
-        "import os\nos._exit(3)\n",
-        "import warnings\nwarnings.warn('look', stacklevel=1)\nwarnings.warn('look', stacklevel=9)\n",
-        "import sys\nsys.stdout.write('no newline')\nsys.stderr.write('err')\n",
-        "f = lambda: f()\nf()\n",
-        WITH_CHILDREN,
-    ],
+    sample(
+        [
+            "def f():\n    raise ValueError('a\\u00e9')\nf()\n",
+            "import sys\nsys.exit(7)\n",
+            "import sys\nsys.exit('words')\n",
+            "print(1)\nraise SystemExit\n",
+            "raise KeyboardInterrupt\n",
+            "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nwhile True: pass\n",
+            "import os, signal\nos.kill(os.getpid(), signal.SIGTERM)\nwhile True: pass\n",
+            "import atexit\natexit.register(print, 'at exit')\nprint(input())\n",
+            "import threading, time\nthreading.Thread(target=lambda: (time.sleep(0.2), print('thread'))).start()\n",
+            "import os\nos._exit(3)\n",
+            "import warnings\nwarnings.warn('look', stacklevel=1)\nwarnings.warn('look', stacklevel=9)\n",
+            "import sys\nsys.stdout.write('no newline')\nsys.stderr.write('err')\n",
+            "f = lambda: f()\nf()\n",
+            WITH_CHILDREN,
+        ],
+        5,
+    ),
 )
 def test_it_ends_as_in_a_fresh_interpreter(sandbox: Sandbox, text: str) -> None:
     """Output, traceback, exit code and signal are those of a fresh start, however the program ends."""
@@ -148,12 +152,15 @@ def test_it_ends_as_in_a_fresh_interpreter(sandbox: Sandbox, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value", "shown"),
-    [
-        ("HOME", "/tmp", "print(__import__('site').getuserbase())"),  # noqa: S108 - the guest's own
-        ("LD_PRELOAD", "libanl.so.1", "print('libanl.so.1' in open('/proc/self/maps').read())"),
-        ("PYTHONOPTIMIZE", "1", "print(__debug__)"),
-        ("LC_ALL", "C", "print(__import__('locale').setlocale(0))"),
-    ],
+    sample(
+        [
+            ("HOME", "/tmp", "print(__import__('site').getuserbase())"),  # noqa: S108 - the guest's own
+            ("LD_PRELOAD", "libanl.so.1", "print('libanl.so.1' in open('/proc/self/maps').read())"),
+            ("PYTHONOPTIMIZE", "1", "print(__debug__)"),
+            ("LC_ALL", "C", "print(__import__('locale').setlocale(0))"),
+        ],
+        2,
+    ),
 )
 def test_a_variable_that_is_read_early_counts(sandbox: Sandbox, name: str, value: str, shown: str) -> None:
     """What the loader, the C library and Python's start-up read from the environment holds in a clone too."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.conftest import sample
 from x07_sandbox.host import settings
 from x07_sandbox.plan.outcomes import signal_name
 
@@ -20,7 +21,7 @@ ENDING = (*range(1, 17), *range(24, 28), *range(29, 32))
 REAL_TIME = (34, 64)
 
 
-@pytest.mark.parametrize("number", [*ENDING, *REAL_TIME])
+@pytest.mark.parametrize("number", sample([*ENDING, *REAL_TIME], 6))
 def test_a_signal_that_ends_the_program_is_the_one_in_the_result(sandbox: Sandbox, number: int) -> None:
     """A program that ends itself by a signal is `signalled` by exactly that one, with exit code 128 and the number."""
     ran = sandbox.behave("kill", str(number))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
+from tests.conftest import FULL
 from x07_sandbox.images.build import build_image
 
 if TYPE_CHECKING:
@@ -119,6 +120,7 @@ def test_the_gate_passes_on_this_machine(image: Image, tmp_path: Path) -> None:
     assert lines[0] in {"ok: backend: qemu, vm-emulated", "ok: backend: qemu, vm-hardware"}
 
 
+@pytest.mark.skipif(not FULL, reason="full sizes only: another whole gate, with an image of its own")
 def test_the_gate_runs_an_x07_program_where_the_image_can(image: Image, tmp_path: Path) -> None:
     """With X07's toolchain in the image, the gate runs an X07 project with its profile `sandbox`."""
     assert image.digest

@@ -36,7 +36,7 @@ _MORE_EXAMPLES = """  generate | x07 run --toolchain shell -           the sourc
   x07 run --dry-run project/                       show what would be done, without running anything
 """
 _EXITS = """exit code: the program's own; 2 wrong usage, 124 time limit, 125 not run or lost, 126 build failed,
-128+N signal N, 137 out of memory, 153 output limit; scripts read `outcome` of --json (docs/reference/outcomes.md)
+128+N signal N, 137 out of memory, 153 output limit. Scripts should read `outcome` of --json.
 """
 OVERRIDES = (
     ("--allow-host", "HOST:PORT[,PORT...]", "let the program connect to this host"),
@@ -213,7 +213,7 @@ def add_files(parser: argparse.ArgumentParser) -> None:
         choices=("apply", "all-or-nothing", "keep", "discard"),
         default="apply",
         metavar="HOW",
-        help="what to do with changed files: apply (default), all-or-nothing, keep, discard",
+        help="changed files: apply (default), all-or-nothing, keep or discard",
     )
     option(group, "--net-log", "FILE", "write one line of JSON per connection", type=file_path)
     option(group, "--diff", "FILE", "also write the changes as a patch", type=file_path)

@@ -73,7 +73,7 @@ def warm_slots(count: int, most: int) -> Iterator[None]:
                 reserved += 1
         if reserved < count:
             why = f"memory allows {most} waiting machines, and other pools leave {reserved} of them"
-            raise HostError("cannot keep a pool", why, "Set a smaller size, or stop another pool")
+            raise HostError("cannot start a pool", why, "Set a smaller size, or stop another pool")
         yield
 
 

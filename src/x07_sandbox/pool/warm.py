@@ -85,10 +85,10 @@ class WarmMachines:
         if most < 1:
             each, here = settings.WARM_BYTES >> 20, memory >> 20
             why = f"one machine takes {each} MiB, more than a quarter of the {here} MiB of memory"
-            raise HostError("cannot keep a pool", why, "Raise the memory limit, or run programs without a pool")
+            raise HostError("cannot start a pool", why, "Raise the memory limit, or run programs without a pool")
         if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= most:
             why = f"its size is {size!r}, but memory allows a whole number from 1 to {most}"
-            raise UsageError("cannot keep a pool", why, "Set another size")
+            raise UsageError("cannot start a pool", why, "Set another size")
         self.size = size
         self._most = most
         self.claimed = 0
@@ -150,9 +150,8 @@ class WarmMachines:
                 failures += 1
                 with self._changed:
                     if failures >= _FAILURES_MAX:
-                        fix = "Raise the limit on open files: ulimit -n"
-                        hosts = HostError("cannot keep machines warm", str(exc), fix)
-                        self.problem = exc if isinstance(exc, SandboxError) else hosts
+                        what, fix = "cannot keep machines warm", "Raise the limit on open files: ulimit -n"
+                        self.problem = exc if isinstance(exc, SandboxError) else HostError(what, str(exc), fix)
                         self._changed.notify_all()
                     if not self._closing:
                         self._changed.wait(_TRY_AGAIN_S if failures < _FAILURES_MAX else _TRY_LATER_S)
@@ -300,7 +299,7 @@ class WarmMachines:
 def _cloning_of(backend: Backend) -> Cloning:
     if backend.cloning is None:
         why = f"the backend {backend.name} cannot clone machines"
-        raise UsageError("cannot keep a pool", why, "Run programs without a pool")
+        raise UsageError("cannot start a pool", why, "Run programs without a pool")
     return backend.cloning
 
 
