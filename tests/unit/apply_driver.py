@@ -109,7 +109,7 @@ class Case:
         self.changes, self.data = difference(self.root, OLD, NEW)
 
     def begin(self) -> None:
-        """Restore the old tree and remove everything else."""
+        """Mount the old tree with an empty upper layer."""
         for path in (self.root, self.folder):
             if path.exists():
                 remove(path)
@@ -120,7 +120,7 @@ class Case:
         applied(self.changes, self.data, self.folder)
 
     def check(self, when: str) -> str:
-        """Check that the tree is entirely old or new and can become the other one; return which."""
+        """Check folder owners too, including those of replaced folders."""
         now = read(self.root)
         left = sorted(path.name for path in self.folder.iterdir()) if self.folder.exists() else []
         if left not in ([], ["undo"]):
@@ -136,41 +136,6 @@ class Case:
         return "new"
 
 
-class OverlayCase(Case):
-    """A case whose old tree is the lower layer of an overlay, so its folders cannot be renamed."""
-
-    def __init__(self, base: Path) -> None:
-        super().__init__(base)
-        self.layers = base / "layers"
-        for name in ("lower", "merged"):
-            (self.layers / name).mkdir(parents=True)
-        put(self.layers / "lower" / "root", OLD)
-        os.chown(self.layers / "lower" / "root" / "gone" / "deep", 1234, 4321)
-        self.root = self.layers / "merged" / "root"
-        self.changes, self.data = difference(self.root, OLD, NEW)
-        self.tries = 0
-
-    def check(self, when: str) -> str:
-        """Check folder owners too, including those of replaced folders."""
-        deep = self.root / "gone" / "deep"
-        if deep.exists() and (deep.stat().st_uid, deep.stat().st_gid) != (1234, 4321):
-            raise SystemExit(f"{when}: a folder changed hands")
-        return super().check(when)
-
-    def begin(self) -> None:
-        """Mount the old tree with an empty upper layer."""
-        merged = self.layers / "merged"
-        if self.tries:
-            remove(self.folder)
-            subprocess.run(["/usr/bin/umount", merged], check=True)
-        self.tries += 1
-        upper, work = self.layers / f"upper{self.tries}", self.layers / f"work{self.tries}"
-        upper.mkdir()
-        work.mkdir()
-        options = f"lowerdir={self.layers / 'lower'},upperdir={upper},workdir={work}"
-        subprocess.run(["/usr/bin/mount", "-t", "overlay", "overlay", "-o", options, merged], check=True)
-
-
 def killed_on_fuse(base: Path) -> None:
     """Kill the process on a file system that cannot rename without replacing."""
     for name in ("disk", "shown"):
@@ -183,11 +148,6 @@ def killed_on_fuse(base: Path) -> None:
         killed(base, case, STRIDE)
     finally:
         subprocess.run(["/usr/bin/umount", base / "shown"], check=True)
-
-
-def killed_on_overlay(base: Path) -> None:
-    """Kill the process on a file system whose folders cannot be renamed."""
-    killed(base, OverlayCase(base))
 
 
 def killed(base: Path, given: Case | None = None, stride: int = 1) -> None:
@@ -437,7 +397,6 @@ def _filter() -> None:
 
 RUNS = {
     "killed": killed,
-    "killed-on-overlay": killed_on_overlay,
     "killed-on-fuse": killed_on_fuse,
     "recovery-killed": recovery_killed,
     "disturbed": disturbed,

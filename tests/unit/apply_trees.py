@@ -40,7 +40,7 @@ OLD: Tree = {
     "to-file": ("folder", 0o700, b""),
     "to-file/a": ("folder", 0o755, b""),
     "to-file/a/b": ("file", 0o644, b"deep"),
-    "unreadable": ("file", 0o000, b"to nobody"),
+    "read-only": ("file", 0o400, b"to its owner"),
     "\udcff": ("file", 0o644, b"a name in no encoding"),
 }
 NEW: Tree = {
@@ -62,7 +62,7 @@ NEW: Tree = {
     "to-folder/a": ("folder", 0o711, b""),
     "to-folder/a/b": ("file", 0o644, b"deeper"),
     "to-file": ("file", 0o644, b"a file now"),
-    "unreadable": ("file", 0o644, b"to all"),
+    "read-only": ("file", 0o644, b"to all"),
     "\udcfe": ("link", 0, b"\xff"),
 }
 """Between them is every kind of change, and what only a folder's owner can do with its mode."""

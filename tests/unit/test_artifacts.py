@@ -18,10 +18,10 @@ from x07_sandbox.programs.artifacts import (
     HEADER_BYTES,
     NOTES_MAX_BYTES,
     artifact_key,
+    build_lock,
     cached_artifact,
-    drop_artifact,
-    keep_artifact,
-    one_builder,
+    remove_artifact,
+    store_artifact,
 )
 
 DATA = b"\x7fELF" + bytes(range(256)) * 40
@@ -39,7 +39,7 @@ def keep(key: str, data: bytes = DATA, notes: bytes = b"") -> None:
     with tempfile.TemporaryFile() as file:
         file.write(data)
         file.flush()
-        keep_artifact(key, file.fileno(), len(data), hashlib.sha256(data).hexdigest(), notes)
+        store_artifact(key, file.fileno(), len(data), hashlib.sha256(data).hexdigest(), notes)
 
 
 def recalled(key: str) -> bytes | None:
@@ -58,7 +58,7 @@ def test_stored_artifact_is_returned(cache: Path) -> None:
     assert recalled(key) == DATA
     assert recalled(artifact_key("image", "c", ["gcc"], "other")) is None
     assert (cache / key).stat().st_mode & 0o777 == 0o600
-    drop_artifact(key)
+    remove_artifact(key)
     assert recalled(key) is None
 
 
@@ -137,22 +137,22 @@ def test_a_wait_for_another_build_can_be_cancelled_and_times_out() -> None:
     def never() -> None:
         raise Cancelled("x", "y", "z")
 
-    with one_builder("ab" * 32, never, 60) as waited:
+    with build_lock("ab" * 32, never, 60) as waited:
         assert waited is False
-        with pytest.raises(Cancelled), one_builder("ab" * 32, never, 60):
+        with pytest.raises(Cancelled), build_lock("ab" * 32, never, 60):
             pass
-        with one_builder("ab" * 32, lambda: time.sleep(0.01), 0.05) as waited_too:
+        with build_lock("ab" * 32, lambda: time.sleep(0.01), 0.05) as waited_too:
             assert waited_too is True
-    with one_builder("ab" * 32, never, 60) as waited:
+    with build_lock("ab" * 32, never, 60) as waited:
         assert waited is False
 
 
 def test_a_killed_builder_releases_its_waiter() -> None:
     """If a building process is killed, the next waiter continues and knows that it waited."""
-    source = "import sys\nfrom x07_sandbox.programs.artifacts import one_builder\n"
-    source += "with one_builder('cd' * 32, lambda: None, 60):\n    print('builds', flush=True)\n    sys.stdin.read()\n"
+    source = "import sys\nfrom x07_sandbox.programs.artifacts import build_lock\n"
+    source += "with build_lock('cd' * 32, lambda: None, 60):\n    print('builds', flush=True)\n    sys.stdin.read()\n"
     with subprocess.Popen([sys.executable, "-c", source], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as builder:
         assert builder.stdout is not None
         assert builder.stdout.readline() == b"builds\n"
-        with one_builder("cd" * 32, builder.kill, 60) as waited:
+        with build_lock("cd" * 32, builder.kill, 60) as waited:
             assert waited is True

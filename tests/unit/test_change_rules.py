@@ -16,12 +16,11 @@ from tests.conftest import need
 from x07_sandbox.channel.trees import Entry, Kind
 from x07_sandbox.cli.changes import Grants, select_changes
 from x07_sandbox.errors import PeerError, RefusedError
-from x07_sandbox.files.change_rules import Allowed, Judged, judge
+from x07_sandbox.files.change_rules import AllowedActions, CheckedChanges, check_changes
 from x07_sandbox.files.changes import ChangeSet, Node, RootChanges
 from x07_sandbox.files.checks import check_set
-from x07_sandbox.files.collisions import collisions, folds, knows_no_case
-from x07_sandbox.files.copy import Bounds, Stayed, stays_inside
-from x07_sandbox.files.incoming import Incoming, Told
+from x07_sandbox.files.copy import Bounds, Skipped, link_stays_inside
+from x07_sandbox.files.incoming import Incoming, ReportedEntry
 from x07_sandbox.files.protected import Protection, work_trees
 
 if TYPE_CHECKING:
@@ -32,43 +31,43 @@ ROOT = "/home/u/project"
 BOUNDS = Bounds(
     deny_hidden=False, allow_symlinks=True, read_bytes=1 << 20, write_bytes=1 << 20, entries=1 << 20, depth=128
 )
-ALL = Allowed(mkdir=True, remove=True, rename=True)
-NOTHING = Allowed(mkdir=False, remove=False, rename=False)
+ALL = AllowedActions(mkdir=True, remove=True, rename=True)
+NOTHING = AllowedActions(mkdir=False, remove=False, rename=False)
 FOLDER = Node(kind="folder", mode=0o755)
 FILE = Node(kind="file", mode=0o644, size=1, sha256="0" * 64, at=0)
 LINK = Node(kind="link", target="a")
 
 
-def new(*names: str, node: Node = FILE) -> list[Told]:
+def new(*names: str, node: Node = FILE) -> list[ReportedEntry]:
     """Reported files and the folders that contain them."""
     found: dict[str, Node] = {}
     for name in names:
         parts = name.split("/")
         found |= {"/".join(parts[:count]): FOLDER for count in range(1, len(parts))}
         found[name] = node
-    return [Told(root=0, name=name, node=one) for name, one in found.items()]
+    return [ReportedEntry(root=0, name=name, node=one) for name, one in found.items()]
 
 
 def judged(
-    reported: list[Told],
+    reported: list[ReportedEntry],
     before: dict[str, Node] | None = None,
-    allowed: Allowed = ALL,
+    allowed: AllowedActions = ALL,
     bounds: Bounds = BOUNDS,
     own: tuple[str, ...] = (),
-    stayed: dict[str, Stayed] | None = None,
-) -> Judged:
+    skipped: dict[str, Skipped] | None = None,
+) -> CheckedChanges:
     """The verdict on reported changes."""
     before = {"": FOLDER} if before is None else before
-    return judge(before, stayed or {}, reported, bounds, allowed, Protection(ROOT, own))
+    return check_changes(before, skipped or {}, reported, bounds, allowed, Protection(ROOT, own))
 
 
-def as_set(found: Judged) -> ChangeSet:
+def as_set(found: CheckedChanges) -> ChangeSet:
     """The change set that is saved from a verdict."""
     root = RootChanges(root=ROOT, guest="/g", missing=False, changes=found.changes, refused=found.refused)
     return ChangeSet(run="1-1-1", roots=(root,))
 
 
-def refused(found: Judged) -> set[tuple[str, str]]:
+def refused(found: CheckedChanges) -> set[tuple[str, str]]:
     """The refused names and their rules."""
     return {(refusal.name, refusal.rule) for refusal in found.refused}
 
@@ -79,23 +78,23 @@ def refused(found: Judged) -> set[tuple[str, str]]:
 @pytest.mark.parametrize(
     ("before", "reported"),
     [
-        ({"": FOLDER, "a": FILE}, [Told(root=0, name="a"), Told(root=0, name="", node=LINK)]),
-        ({"": FOLDER, "a": FILE}, [Told(root=0, name="", node=LINK)]),
-        ({"": FOLDER}, [Told(root=0, name="", node=FILE)]),
-        ({"": FOLDER}, [Told(root=0, name="")]),
-        ({"": FOLDER}, [Told(root=0, name="", other=stat.S_IFIFO | 0o644)]),
-        ({"": FOLDER}, [Told(root=0, name="", other=stat.S_IFREG | 0o644)]),
-        ({}, [Told(root=0, name="", node=FILE)]),
-        ({}, [Told(root=0, name="", node=LINK), *new("a")]),
-        ({"": FILE}, [Told(root=0, name="", node=LINK)]),
-        ({"": FILE}, [Told(root=0, name="", node=FOLDER)]),
-        ({"": FILE}, [Told(root=0, name="")]),
-        ({"": FILE}, [Told(root=0, name="", other=stat.S_IFCHR | 0o644)]),
-        ({"": FILE}, [Told(root=0, name="", other=stat.S_IFDIR | 0o755)]),
+        ({"": FOLDER, "a": FILE}, [ReportedEntry(root=0, name="a"), ReportedEntry(root=0, name="", node=LINK)]),
+        ({"": FOLDER, "a": FILE}, [ReportedEntry(root=0, name="", node=LINK)]),
+        ({"": FOLDER}, [ReportedEntry(root=0, name="", node=FILE)]),
+        ({"": FOLDER}, [ReportedEntry(root=0, name="")]),
+        ({"": FOLDER}, [ReportedEntry(root=0, name="", other=stat.S_IFIFO | 0o644)]),
+        ({"": FOLDER}, [ReportedEntry(root=0, name="", other=stat.S_IFREG | 0o644)]),
+        ({}, [ReportedEntry(root=0, name="", node=FILE)]),
+        ({}, [ReportedEntry(root=0, name="", node=LINK), *new("a")]),
+        ({"": FILE}, [ReportedEntry(root=0, name="", node=LINK)]),
+        ({"": FILE}, [ReportedEntry(root=0, name="", node=FOLDER)]),
+        ({"": FILE}, [ReportedEntry(root=0, name="")]),
+        ({"": FILE}, [ReportedEntry(root=0, name="", other=stat.S_IFCHR | 0o644)]),
+        ({"": FILE}, [ReportedEntry(root=0, name="", other=stat.S_IFDIR | 0o755)]),
         ({"": FILE}, new("a")),
     ],
 )
-def test_a_root_stays_what_it_is(before: dict[str, Node], reported: list[Told]) -> None:
+def test_a_root_stays_what_it_is(before: dict[str, Node], reported: list[ReportedEntry]) -> None:
     """A guest that reports a root as removed or of another kind breaks the protocol."""
     with pytest.raises(PeerError):
         judged(reported, before)
@@ -104,19 +103,21 @@ def test_a_root_stays_what_it_is(before: dict[str, Node], reported: list[Told]) 
 def test_valid_reports_about_a_root_are_accepted() -> None:
     """A root's mode is recorded, a file root may be written, and extended attributes are refused."""
     other = msgspec.structs.replace(FILE, sha256="1" * 64)
-    moded = judged([Told(root=0, name="", node=Node(kind="folder", mode=0o700)), *new("a")])
-    assert (moded.refused, [change.name for change in moded.changes], moded.root_mode) == ((), ["a"], 0o700)
-    assert judged([Told(root=0, name="", node=FOLDER)]) == Judged(changes=(), refused=())
+    moded = judged([ReportedEntry(root=0, name="", node=Node(kind="folder", mode=0o700)), *new("a")])
+    assert (moded.refused, [change.name for change in moded.changes]) == ((), ["a"])
+    assert judged([ReportedEntry(root=0, name="", node=FOLDER)]) == CheckedChanges(changes=(), refused=())
     assert [change.name for change in judged(new("a"), {}).changes] == ["a"]
-    assert [change.after for change in judged([Told(root=0, name="", node=other)], {"": FILE}).changes] == [other]
-    attributes = judged([Told(root=0, name="", other=stat.S_IFREG | 0o644)], {"": FILE})
+    assert [change.after for change in judged([ReportedEntry(root=0, name="", node=other)], {"": FILE}).changes] == [
+        other
+    ]
+    attributes = judged([ReportedEntry(root=0, name="", other=stat.S_IFREG | 0o644)], {"": FILE})
     assert (attributes.changes, refused(attributes)) == ((), {("", "kind")})
-    attributes = judged([Told(root=0, name="", other=stat.S_IFDIR | 0o755)])
+    attributes = judged([ReportedEntry(root=0, name="", other=stat.S_IFDIR | 0o755)])
     assert (attributes.changes, refused(attributes)) == ((), {("", "kind")})
     assert "a folder with extended attributes" in attributes.refused[0].why
     deep = "/".join(["d" * 255] * 15)
-    reported = [*new(f"{deep}/x", node=FOLDER)[:-1], Told(root=0, name=deep, other=stat.S_IFDIR | 0o755)]
-    assert [refusal.why for refusal in judged(reported).refused] == ["it is too deep to be named"]
+    reported = [*new(f"{deep}/x", node=FOLDER)[:-1], ReportedEntry(root=0, name=deep, other=stat.S_IFDIR | 0o755)]
+    assert [refusal.why for refusal in judged(reported).refused] == ["its path is too long"]
 
 
 @pytest.mark.parametrize("kind", [Kind.FILE, Kind.FOLDER])
@@ -158,12 +159,12 @@ def test_a_host_repository_with_missing_parts_is_protected(missing: str) -> None
     parts = ["HEAD", "objects", "refs", "config"]
     before = {"": FOLDER, "r": FOLDER} | {f"r/{part}": FILE for part in parts}
     reported = new("r/config", node=msgspec.structs.replace(FILE, size=2))[1:]
-    gone = [Told(root=0, name=f"r/{missing}")]
+    gone = [ReportedEntry(root=0, name=f"r/{missing}")]
     assert refused(judged(reported + gone, before)) == {("r/config", "protected")}
     assert refused(judged(gone, before)) == set()
-    stayed = {f"r/{missing}": Stayed("link-out", 0)}
+    skipped = {f"r/{missing}": Skipped("link-out", 0)}
     before.pop(f"r/{missing}")
-    assert refused(judged(reported, before, stayed=stayed)) == {("r/config", "protected")}
+    assert refused(judged(reported, before, skipped=skipped)) == {("r/config", "protected")}
     assert refused(judged(reported, before)) == set()
 
 
@@ -228,7 +229,7 @@ def test_files_that_tools_execute_are_protected(name: str) -> None:
 )
 def test_ci_files_are_protected_at_the_top(name: str) -> None:
     """CI configuration is protected at the top of a write root and of a git work tree."""
-    tree = Protection(ROOT, tops=work_trees(["a", "a/b/.GIT", "c/.gitx"]))
+    tree = Protection(ROOT, work_tree_tops=work_trees(["a", "a/b/.GIT", "c/.gitx"]))
     assert tree.why(name)
     assert tree.why(f"a/b/{name}")
     assert not tree.why(f"a/{name}")
@@ -267,7 +268,7 @@ def test_a_protected_root_needs_its_own_pattern() -> None:
 
 
 @pytest.mark.parametrize(
-    ("patterns", "name", "lets"),
+    ("patterns", "name", "is_allowed"),
     [
         ((".github",), ".github/workflows/x", True),
         ((".github",), ".github/.git/hooks/x", False),
@@ -286,13 +287,13 @@ def test_a_protected_root_needs_its_own_pattern() -> None:
         ((".github/policy.json",), ".github/policy.json", True),
     ],
 )
-def test_a_pattern_allows_no_other_protected_name(patterns: tuple[str, ...], name: str, *, lets: bool) -> None:
+def test_a_pattern_allows_no_other_protected_name(patterns: tuple[str, ...], name: str, *, is_allowed: bool) -> None:
     """A pattern for one part of a path does not allow other protected parts of it."""
     own = (".github/policy.json",)  # the policy in use
-    assert (not Protection(ROOT, own, patterns).why(name)) is lets
+    assert (not Protection(ROOT, own, patterns).why(name)) is is_allowed
     root, _, part = name.partition("/")
     if "/" not in patterns[0]:
-        assert (not Protection(f"/home/u/{root}", (own[0].partition("/")[2],), patterns).why(part)) is lets
+        assert (not Protection(f"/home/u/{root}", (own[0].partition("/")[2],), patterns).why(part)) is is_allowed
 
 
 def test_a_repository_needs_a_pattern_for_its_own_name() -> None:
@@ -307,7 +308,10 @@ def test_a_repository_needs_a_pattern_for_its_own_name() -> None:
 def test_allow_protected_lifts_only_protection() -> None:
     """`--allow-protected` lifts only the protection of the named entries; other rules still apply."""
     found = judged(
-        [Told(root=0, name=".vscode", node=Node(kind="link", target="/home/u/.ssh")), *new(".git/config", "mine.json")],
+        [
+            ReportedEntry(root=0, name=".vscode", node=Node(kind="link", target="/home/u/.ssh")),
+            *new(".git/config", "mine.json"),
+        ],
         allowed=NOTHING,
         own=("mine.json",),
     )
@@ -322,7 +326,7 @@ def test_allow_protected_lifts_only_protection() -> None:
         with pytest.raises(RefusedError, match="leads out") as caught:
             select_changes(kept, [], Grants(tuple(patterns)))
         assert "is protected" not in caught.value.why
-    with pytest.raises(RefusedError, match="policy or the manifest in use"):
+    with pytest.raises(RefusedError, match="policy or manifest in use"):
         select_changes(kept, [".vscode", ".git"], Grants(("Jenkinsfile",)))
     only = select_changes(kept, [".vscode", ".git"], Grants(("mine.json",))).roots[0]
     assert [change.name for change in only.changes] == ["mine.json"]
@@ -330,10 +334,10 @@ def test_allow_protected_lifts_only_protection() -> None:
 
 def test_an_escaping_link_is_always_refused() -> None:
     """A link out of its root is refused, and no policy value allows it."""
-    assert not stays_inside("", "beside")  # a root's own target lies beside it
+    assert not link_stays_inside("", "beside")  # a root's own target lies beside it
     for allow in (True, False):
         bounds = msgspec.structs.replace(BOUNDS, allow_symlinks=allow)
-        reported = [Told(root=0, name="l", node=Node(kind="link", target="../x"))]
+        reported = [ReportedEntry(root=0, name="l", node=Node(kind="link", target="../x"))]
         assert [refusal.value for refusal in judged(reported, bounds=bounds).refused] == [None]
 
 
@@ -354,9 +358,9 @@ def test_an_escaping_link_is_always_refused() -> None:
 )
 def test_a_link_through_a_left_out_entry_is_refused(links: dict[str, str], name: str, out: str) -> None:
     """A link through an entry that was not copied in is refused, also by way of other links."""
-    stayed = {"out": Stayed("link-out", 0), "d/secret": Stayed("secret", 0)}
-    reported = [Told(root=0, name=at, node=Node(kind="link", target=target)) for at, target in links.items()]
-    found = judged([*new("d/x"), *reported], stayed=stayed).refused
+    skipped = {"out": Skipped("link-out", 0), "d/secret": Skipped("secret", 0)}
+    reported = [ReportedEntry(root=0, name=at, node=Node(kind="link", target=target)) for at, target in links.items()]
+    found = judged([*new("d/x"), *reported], skipped=skipped).refused
     assert [refusal.why for refusal in found if refusal.name == name and out not in refusal.why] == []
     assert (name in {refusal.name for refusal in found}) == bool(out)
     assert {refusal.reveal for refusal in found if refusal.rule == "secrets"} <= {"d/secret"}
@@ -365,10 +369,12 @@ def test_a_link_through_a_left_out_entry_is_refused(links: dict[str, str], name:
 def test_each_link_is_resolved_once() -> None:
     """A thousand chained links are each resolved once."""
     reported = [
-        Told(root=0, name=f"l{number}", node=Node(kind="link", target=f"l{number - 1}" if number else "nothing"))
+        ReportedEntry(
+            root=0, name=f"l{number}", node=Node(kind="link", target=f"l{number - 1}" if number else "nothing")
+        )
         for number in range(1000)
     ]
-    work = calls(lambda: judged(reported, stayed={"out": Stayed("link", 0)}))
+    work = calls(lambda: judged(reported, skipped={"out": Skipped("link", 0)}))
     assert work["_follow"] <= len(reported)
 
 
@@ -388,46 +394,17 @@ def test_no_link_escapes_through_an_existing_one(there: dict[str, str], target: 
     """A new link may not leave its root through an existing link."""
     before = {"": FOLDER, "d": FOLDER, "e": FOLDER}
     before |= {name: Node(kind="link", target=where) for name, where in there.items()}
-    found = judged([Told(root=0, name="new", node=Node(kind="link", target=target))], before).refused
+    found = judged([ReportedEntry(root=0, name="new", node=Node(kind="link", target=target))], before).refused
     assert [(refusal.name, refusal.rule) for refusal in found] == [("new", "fs.allow_symlinks")] * out
     assert all("leads out of its root" in refusal.why for refusal in found)
 
 
 def test_an_accepted_set_can_be_applied() -> None:
     """An accepted change set can be applied, and reserved names are refused."""
-    for reported in (new("a/b/c", "d"), [Told(root=0, name="f", node=Node(kind="link", target="a"))], []):
+    for reported in (new("a/b/c", "d"), [ReportedEntry(root=0, name="f", node=Node(kind="link", target="a"))], []):
         check_set(as_set(judged(reported)))
     for name in (".x07-apply-0", "a/.x07-apply-0/b"):
         assert "reserved" in {rule for _, rule in refused(judged(new(name)))}
-
-
-# names that the host would take for one
-
-
-def test_names_that_differ_in_case_only_collide() -> None:
-    """New names that differ only in case or normalization are reported as collisions."""
-    before = {"": FOLDER, "a": FILE, "d": FOLDER, "d/x": FILE}
-    reported = [Told(root=0, name="a"), *new("A", "D/y", "both", "Both", "d/X.txt", "d/\u00c9", "x", "KEY.pem")]
-    changes = judged(reported, before).changes
-    found = {refusal.name: refusal for refusal in collisions(changes, [*before, "d/e\u0301", "key.pem"])}
-    assert sorted(found) == ["A", "Both", "D", "KEY.pem", "both", "d/\u00c9"]
-    assert "would take it for Both: " in found["both"].why
-    check_set(select_changes(ChangeSet(run="1-1-1", roots=(as_set(judged(reported, before)).roots[0],)), sorted(found)))
-    assert list(collisions([change for change in changes if change.name not in found], before)) == []
-
-
-def test_a_case_insensitive_folder_is_detected(tmp_path: Path) -> None:
-    """A case-insensitive folder is detected from its entries."""
-    plain = {"a": 1, "b": 2}
-    assert not folds(plain, plain.get)
-    assert folds(plain, lambda name: plain.get(name.lower()))
-    assert not folds(["1", "\u00df"], lambda _name: 1)
-    assert not folds([], plain.get)
-    both = {"a": 1, "A": 1}
-    assert not folds(both, both.get)
-    (tmp_path / "file").touch()
-    for place in (tmp_path, tmp_path / "file", tmp_path / "new", tmp_path / "no/new"):
-        assert not knows_no_case(str(place))
 
 
 # work
@@ -469,8 +446,11 @@ def test_names_are_compared_once() -> None:
 def test_entries_beyond_the_depth_limit_cost_nothing() -> None:
     """Only the first folder beyond the depth limit is refused, and those below cost nothing."""
     deep = "/".join("a" * 1000)
-    reported = [*new(f"{deep}/x"), *(Told(root=0, name=f"{deep}/{number}", node=FILE) for number in range(1000))]
-    found: list[Judged] = []
+    reported = [
+        *new(f"{deep}/x"),
+        *(ReportedEntry(root=0, name=f"{deep}/{number}", node=FILE) for number in range(1000)),
+    ]
+    found: list[CheckedChanges] = []
     work = calls(lambda: found.append(judged(reported)))
     assert [(refusal.name, refusal.rule, refusal.value) for refusal in found[0].refused] == [
         ("/".join("a" * 129), "fs.max_depth", None)
@@ -482,9 +462,9 @@ def test_deep_moves_take_linear_time() -> None:
     """Moves and removals in deep trees take time linear in their number."""
     deep = "/".join("a" * 120)
     before = {"": FOLDER} | {one.name: one.node for one in new(*(f"{deep}/{n}" for n in range(500))) if one.node}
-    reported = [Told(root=0, name=name) for name in reversed(before) if name]
+    reported = [ReportedEntry(root=0, name=name) for name in reversed(before) if name]
     more = new("r/HEAD", "r/objects", "r/refs", *(f"r/{deep[:200]}/{number}" for number in range(500)))
-    found: list[Judged] = []
+    found: list[CheckedChanges] = []
     work = calls(lambda: found.append(judged(reported + more, before)))
     assert len(found[0].changes) == len(reported) + len(more)
-    assert work.total() < 30 * len(found[0].changes)
+    assert work.total() < 35 * len(found[0].changes)

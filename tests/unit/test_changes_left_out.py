@@ -19,8 +19,7 @@ from x07_sandbox.errors import UsageError
 from x07_sandbox.files.changes import Change, Node
 from x07_sandbox.files.dependencies import with_dependents
 from x07_sandbox.host.paths import private_dir
-from x07_sandbox.runs.saved_changes import find, recover_all
-from x07_sandbox.runs.saved_changes import undo as undo_kept
+from x07_sandbox.runs.saved_changes import find_saved, recover_all, undo_saved
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -118,7 +117,7 @@ def test_applying_twice_adds_one_undo(run: Run, capsys: pytest.CaptureFixture[st
         assert main(["undo"]) == 0
         assert there(run) == expected
     with pytest.raises(UsageError, match="they are not applied"):
-        undo_kept(find(RUN), lambda _path: None)
+        undo_saved(find_saved(RUN), lambda _path: None)
 
 
 def test_flags_that_allow_nothing_are_an_error(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -149,7 +148,7 @@ def test_a_git_folder_comes_in_two_steps(run: Run, capsys: pytest.CaptureFixture
 def test_all_or_nothing_applies_nothing(run: Run) -> None:
     """With `--changes all-or-nothing` one refused entry holds back the whole set."""
     changes, _, _ = run.back(run.files(changes="all-or-nothing"), file("a"), file(".envrc"))
-    assert (changes.state, changes.reason, changes.left_out) == ("kept", "1 of them may not be done", 0)
+    assert (changes.state, changes.reason, changes.left_out) == ("kept", "1 of them not allowed", 0)
     assert there(run) == set()
     assert main(["apply", "--allow-protected", ".envrc"]) == 0
     assert there(run) == {"a", ".envrc"}
@@ -168,7 +167,7 @@ def test_a_change_only_the_policy_can_allow(run: Run) -> None:
     changes, denials, _ = run.back(run.files({"allow_mkdir": False}), folder("d"), file("a"))
     assert changes.apply_left_out == ""
     assert messages(changes, denials) == [
-        "left out: d: it is a new folder. To allow it, set fs.allow_mkdir to true in the policy.",
+        "left out: d: new folder, and fs.allow_mkdir is false. To allow it, set fs.allow_mkdir to true in the policy.",
         "1 added: applied; x07 diff, x07 undo",
     ]
 
@@ -192,8 +191,8 @@ def test_diff_and_its_document_show_both_parts(run: Run, capsys: pytest.CaptureF
     """`x07 diff` shows applied changes first, then left-out ones with their reasons, as does `--json`."""
     files = run.files({"allow_symlinks": True})
     run.back(files, link("l", ".envrc/x"), folder("a"), folder(".envrc"), link(".envrc/x", "y"))
-    text = b"".join(patch_chunks(find(RUN))).decode()
-    assert text.index("new folder: a") < text.index("left out: .envrc: ") < text.index("left out: l: it depends on")
+    text = b"".join(patch_chunks(find_saved(RUN))).decode()
+    assert text.index("new folder: a") < text.index("left out: .envrc: ") < text.index("left out: l: depends on")
     assert main(["diff", "--json"]) == 0
     document = msgspec.json.decode(capsys.readouterr().out)
     (root,) = document["roots"]
@@ -344,13 +343,13 @@ def test_a_kill_of_a_later_apply_or_undo_is_recovered(run: Run, verb: str) -> No
         ended = os.waitpid(pid, 0)[1] == 0
         recover_all(pytest.fail)
         assert there(run) in (first, both)
-        if there(run) == both or len(find(RUN).undos) > 1:
-            undo_kept(find(RUN), lambda _path: None)
+        if there(run) == both or len(find_saved(RUN).undos) > 1:
+            undo_saved(find_saved(RUN), lambda _path: None)
         assert there(run) == first
-        assert find(RUN).applied
+        assert find_saved(RUN).applied
         if ended:
             break
         killed += 1
     assert killed > 10
-    undo_kept(find(RUN), lambda _path: None)
+    undo_saved(find_saved(RUN), lambda _path: None)
     assert there(run) == set()

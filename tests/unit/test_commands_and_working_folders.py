@@ -22,7 +22,7 @@ from x07_sandbox.guest.trees import LOOKED_AT_MAX, Tree, left_files, stream_of
 from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.plan.guest_paths import PROGRAM, WORK, guest_path
 from x07_sandbox.policy import Policy, default_policy
-from x07_sandbox.runs.host_files import roots_in_force
+from x07_sandbox.runs.host_files import effective_roots
 from x07_sandbox.runs.private_files import FILES_MAX, LeftFiles, work_files
 from x07_sandbox.runs.program import load_program
 from x07_sandbox.runs.request import RunRequest
@@ -55,11 +55,11 @@ def roots(policy: Policy | None = None, **words: Any) -> tuple[Root, ...]:  # no
     with contextlib.ExitStack() as stack:
         cancel = stack.enter_context(contextlib.closing(Cancel()))
         request, program = load_program(RunRequest(command=("make",), cancel=cancel, **words), stack)
-        return roots_in_force(request, program, policy or default_policy())
+        return effective_roots(request, program, policy or default_policy())
 
 
-def usage_error(capfd: pytest.CaptureFixture[str], *words: str) -> str:
-    """The error text of a command line with wrong usage."""
+def reported(capfd: pytest.CaptureFixture[str], *words: str) -> str:
+    """What a command that is used wrongly says."""
     assert main(words) == 2
     return capfd.readouterr().err
 
@@ -81,8 +81,8 @@ def test_a_working_folder_is_an_ordinary_root(here: Path) -> None:
         ("../home", "it is your home folder"),
         ("..", "it is your home folder, or holds it"),
         ("to-home", "it is your home folder"),
-        ("nothing", r"there is no such folder.*mkdir -p nothing"),
-        ("file", "there is no such folder"),
+        ("nothing", r"it does not exist.*mkdir -p nothing"),
+        ("file", "it does not exist"),
     ],
 )
 def test_dangerous_working_folders_are_refused(here: Path, name: str, why: str) -> None:
@@ -121,9 +121,9 @@ def test_an_escaping_root_suggests_its_absolute_path() -> None:
 )
 def test_run_suggests_exec_for_a_command(words: list[str], fix: str, capfd: pytest.CaptureFixture[str]) -> None:
     """`x07 run make test` prints the `x07 exec` command to use instead."""
-    errors = usage_error(capfd, "run", *words)
-    assert fix.strip() in errors
-    assert f"there is no file {words[0]} here" in errors
+    said = reported(capfd, "run", *words)
+    assert fix.strip() in said
+    assert f"there is no file {words[0]} here" in said
 
 
 @pytest.mark.parametrize("words", [["prog.py", "--", "x"], ["./make", "x"], ["nothing-of-that-name"]])
@@ -132,7 +132,7 @@ def test_a_program_that_is_missing_is_no_command(
 ) -> None:
     """A misspelt source, a path or an unknown single name is reported as a missing file."""
     assert here.is_dir()
-    assert "exec" not in usage_error(capfd, "run", *words)
+    assert "exec" not in reported(capfd, "run", *words)
 
 
 @pytest.mark.usefixtures("here")
@@ -149,7 +149,7 @@ def test_a_program_that_is_missing_is_no_command(
 )
 def test_wrong_usage_of_exec_is_reported(words: list[str], why: str, capfd: pytest.CaptureFixture[str]) -> None:
     """Invalid arguments of `x07 exec` are a usage error with the reason."""
-    assert why in usage_error(capfd, "exec", *words)
+    assert why in reported(capfd, "exec", *words)
 
 
 @pytest.mark.usefixtures("here")
@@ -278,7 +278,7 @@ def test_any_bytes_are_files_or_an_error_of_the_guests(data: bytes, cut: int) ->
 
 def test_a_result_keeps_its_files_when_it_is_pickled() -> None:
     """A pickled result keeps its files."""
-    result = draft_result("1-2-3").having({"a": b"1"})
+    result = draft_result("1-2-3").with_files({"a": b"1"})
     again = pickle.loads(pickle.dumps(result))  # noqa: S301 - our own
     assert (again, again.files) == (result, {"a": b"1"})
     assert draft_result("1-2-3").files == {}

@@ -27,7 +27,7 @@ from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.plan.outcomes import Stage
 from x07_sandbox.runs import execute
 from x07_sandbox.runs.execute import PhaseFacts
-from x07_sandbox.runs.phase import PhaseSpec, PhaseStreams, carry_out
+from x07_sandbox.runs.phase import PhaseSpec, PhaseStreams, run_phase
 from x07_sandbox.runs.streams import InFile, Sink, memory_file
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ class Run:
             greet(instance, cancel_fd=self.cancel.fd)
         except NoAnswerError as exc:
             return PhaseFacts(evidence=evidence_of(exc.failure, self.cancel.signal))
-        return carry_out(spec, instance, streams)
+        return run_phase(spec, instance, streams)
 
     def begin(self) -> None:
         """Go through the handshake up to START."""

@@ -138,7 +138,7 @@ def test_a_second_part_is_refused(tmp_path: Path, *, missing: bool) -> None:
     applied(*first, state)
     here = read(root)
     for part in (rest, whole):
-        with pytest.raises(ConflictError, match="First x07 undo"):
+        with pytest.raises(ConflictError, match="Run x07 undo"):
             applied(*part, state)
         assert read(root) == here
     assert applied(*first, state).roots == ()
@@ -278,7 +278,7 @@ def test_damaged_content_is_not_written(place: Path, tmp_path: Path, damage: str
     root = make(place / "root", OLD)
     changes, data = difference(root, OLD, NEW)
     wrong = data[:-1] if damage == "short" else data[:-1] + bytes([data[-1] ^ 1])
-    with pytest.raises(HostError, match="is not what the set says"):
+    with pytest.raises(HostError, match="is damaged"):
         applied(changes, wrong, tmp_path / "state")
     assert read(root) == OLD
 
@@ -424,7 +424,7 @@ def test_a_replaced_file_keeps_its_attributes(tmp_path: Path) -> None:
 def test_a_hard_link_is_a_file_of_its_own(place: Path, tmp_path: Path) -> None:
     """Changing one name of a hard-linked file changes no other name."""
     names = ("a", "b", "c", "d", "closed")
-    old: Tree = {"": FOLDER, **dict.fromkeys(names, ("file", 0o000, b"old"))}
+    old: Tree = {"": FOLDER, **dict.fromkeys(names, ("file", 0o400, b"old"))}
     old |= dict.fromkeys(("a", "b", "c", "d"), ("file", 0o644, b"old"))
     root = make(place / "root", {"": FOLDER})
     for name, (_, mode, data) in old.items():
@@ -468,11 +468,11 @@ def test_a_replaced_file_keeps_its_owner_or_is_not_replaced(tmp_path: Path) -> N
             if path == root:  # which NOBODY may not even make a folder in
                 assert f"'{root}': {os.strerror(errno.EACCES)}" in driven("refused-owner", base, str(NOBODY))
             os.chown(path, NOBODY, NOBODY)
-        fix = "Apply them as the owner of the files, and a member of their groups"
+        fix = "Apply the changes as the owner of the files, on a file system that stores modes"
         for owner in (1234, NOBODY):  # of a group that is another's in both cases
             os.chown(root / "f", owner, 4321)
-            output = driven("refused-owner", base, str(NOBODY))
-            assert f"'{root}/f': {os.strerror(errno.EPERM)}. {fix}" in output
+            reported = driven("refused-owner", base, str(NOBODY))
+            assert f"'{root}/f': {os.strerror(errno.EPERM)}. {fix}" in reported
         assert read(root) == old
 
 
@@ -586,47 +586,6 @@ def test_a_root_that_was_exchanged_while_it_waited_is_a_conflict(tmp_path: Path)
     assert read(root) == read(tmp_path / "first") == OLD
 
 
-@pytest.mark.root
-@pytest.mark.parametrize("mode", [0o755, 0o710])
-def test_apply_works_without_modes(tmp_path: Path, mode: int) -> None:
-    """On a file system without modes, sets are applied and undone."""
-    need(os.geteuid() == 0, "root", installable=False)
-    need(shutil.which("bindfs"), "bindfs", installable=True)
-    folder = ("folder", mode, b"")
-    old: Tree = {"": folder, "a": ("file", mode, b"old"), "gone": folder, "gone/b": ("file", mode, b"b")}
-    new: Tree = {"": FOLDER, "a": ("file", 0o644, b"new"), "run": ("file", 0o600, b"new"), "d": ("folder", 0o700, b"")}
-    new["d/c"] = ("file", 0o444, b"c")
-    for name in ("disk", "shown"):
-        (tmp_path / name).mkdir()
-    root = tmp_path / "shown/root"
-    mount = ["bindfs", "--chmod-ignore", f"--perms={mode:04o}", str(tmp_path / "disk"), str(root.parent)]
-    need(subprocess.run(mount, check=False, capture_output=True).returncode == 0, "FUSE", installable=False)
-    try:
-        put(root, old)
-        changes, data = difference(root, old, new)
-        applied(changes, data, tmp_path / "state")
-        assert {name: entry[2] for name, entry in read(root).items()} == {name: entry[2] for name, entry in new.items()}
-        assert applied(changes, data, tmp_path / "state").roots == ()  # already applied
-        undone(tmp_path / "state", tmp_path / "other")
-        assert read(root) == old
-        applied(changes, data, tmp_path / "again")
-        assert (root / "a").read_bytes() == b"new"
-        modes = {name: (kind, 0o700 if kind == "folder" else 0o600, text) for name, (kind, _, text) in old.items()}
-        undone(tmp_path / "again", tmp_path / "more")
-        applied(*difference(root, old, modes), tmp_path / "modes")
-        undone(tmp_path / "modes", tmp_path / "last")
-        assert read(root) == old
-    finally:
-        subprocess.run(["/usr/bin/umount", str(root.parent)], check=True)
-
-
-@pytest.mark.root
-def test_a_mount_point_is_not_crossed(tmp_path: Path) -> None:
-    """A mount point below a root is neither read nor changed."""
-    need(os.geteuid() == 0, "root", installable=False)
-    assert "mount point" in driven("mounted", tmp_path, before=("/usr/bin/unshare", "--mount"))
-
-
 def test_a_kill_at_any_call_leaves_the_old_tree_or_the_new_one(fast: Path) -> None:
     """A kill at any call of apply or recovery leaves the old tree or the new one."""
     old, new = (int(part.split()[0]) for part in driven("killed", fast).split(", "))
@@ -648,13 +607,6 @@ def test_a_root_can_be_closed_to_its_owner(fast: Path) -> None:
     need(os.geteuid() == 0, "root, that can become a user", installable=False)
     os.chown(fast, NOBODY, NOBODY)
     assert int(driven("closed-root", fast, str(NOBODY))) > 20
-
-
-@pytest.mark.root
-def test_a_kill_leaves_one_tree_on_an_overlay(fast: Path) -> None:
-    """A kill at any call leaves the old tree or the new one on overlayfs."""
-    need(os.geteuid() == 0, "root", installable=False)
-    assert driven("killed-on-overlay", fast, before=("/usr/bin/unshare", "--mount"))
 
 
 @pytest.mark.root
@@ -693,7 +645,7 @@ def test_it_works_without_exchange(fast: Path) -> None:
 
 NAMES = st.sampled_from(["a", "b", "c", "a-", "é", "x y", "\udcff", "\n"])
 CONTENTS = st.binary(max_size=20) | st.builds(lambda n: b"long" * n, st.integers(1000, 30_000))
-FILES = st.tuples(st.just("file"), st.sampled_from([0o644, 0o755, 0o600, 0o400, 0o000]), CONTENTS)
+FILES = st.tuples(st.just("file"), st.sampled_from([0o644, 0o755, 0o600, 0o400]), CONTENTS)
 LINKS = st.tuples(st.just("link"), st.just(0), st.sampled_from([b"a", b"/", b"../..", b"\xff"]))
 MODES = st.sampled_from([0o755, 0o700, 0o555, 0o500])
 
@@ -714,12 +666,6 @@ NODES = st.recursive(
     FILES | LINKS, lambda nodes: st.tuples(MODES, st.dictionaries(NAMES, nodes, max_size=4)), max_leaves=12
 )
 TREES = st.builds(flat, st.sampled_from([0o755, 0o700]), st.dictionaries(NAMES, NODES, max_size=5))
-
-
-def _unreadable(old: Tree, new: Tree) -> bool:
-    """Return whether a new file cannot be read by the current user."""
-    changed = [entry for name, entry in new.items() if old.get(name) != entry]
-    return os.geteuid() != 0 and any(kind == "file" and not mode & 0o400 for kind, mode, _ in changed)
 
 
 def _closed(old: Tree, new: Tree) -> bool:
@@ -743,11 +689,7 @@ def test_any_tree_becomes_any_other_and_comes_back(old: Tree, new: Tree) -> None
             changes, data = difference(root, old, new)
             inverse = applied(changes, data, state)
             assert read(root) == new
-            if _unreadable(old, new):  # for an ordinary user: whether it is as it is to be cannot be told
-                with pytest.raises(ConflictError):
-                    applied(changes, data, state)
-            else:
-                assert applied(changes, data, state).roots == ()
+            assert applied(changes, data, state).roots == ()
             if old != new:
                 assert inverse.roots
                 with pytest.raises(ConflictError):

@@ -86,8 +86,8 @@ def huge(path: Path) -> None:
         (lambda root: (root / "x").symlink_to("nowhere"), "No such file"),
         (lambda root: (root / "x").symlink_to("x"), "symbolic links"),
         (lambda root: os.mkfifo(root / "x"), "not a regular file"),
-        (lambda root: (root / "x\n").touch(), "no relative path of plain names"),
-        (lambda root: (root / os.fsdecode(b"x\xff")).touch(), "no relative path of plain names"),
+        (lambda root: (root / "x\n").touch(), "not a relative path of plain names"),
+        (lambda root: (root / os.fsdecode(b"x\xff")).touch(), "not a relative path of plain names"),
         (lambda root: huge(root / "x"), "more than"),
     ],
 )
@@ -149,7 +149,7 @@ def test_an_escaping_pattern_is_refused(tmp_path: Path) -> None:
     (tmp_path / "in" / "lib").symlink_to(tmp_path / "out")
     (tmp_path / "in" / "all").symlink_to("/")
     assert list(pack_tree(tmp_path / "in", ["**/*.c"]).files) == ["a.c"]
-    with pytest.raises(UsageError, match=f"no file matches 'lib/.*lib leads out of it, to {tmp_path}/out"):
+    with pytest.raises(UsageError, match=r"no file matches 'lib/\*\.c'"):
         pack_tree(tmp_path / "in", ["lib/*.c"])
     with pytest.raises(UsageError, match="leads out of it"):
         pack_tree(tmp_path / "in", ["**"])
@@ -175,7 +175,7 @@ def test_a_tree_too_deep_is_refused(tmp_path: Path) -> None:
         os.close(fd)
         fd = inner
     os.close(fd)
-    with pytest.raises(UsageError, match="lies too deep"):
+    with pytest.raises(UsageError, match="is too deep"):
         pack_tree(tmp_path, ["**/*.c"])
 
 
@@ -203,13 +203,13 @@ def test_an_escaping_name_is_refused(name: str) -> None:
 
 def test_a_file_cannot_lie_below_a_file() -> None:
     """A file below another file is refused."""
-    with pytest.raises(UsageError, match="lies below a file"):
+    with pytest.raises(UsageError, match="is below a file"):
         pack_files({"a": b"", "a/b": b""}, "the files")
 
 
 def test_too_many_files_are_refused() -> None:
     """Too many files are refused."""
-    with pytest.raises(UsageError, match="may be"):
+    with pytest.raises(UsageError, match="exceed"):
         pack_files({str(number): b"" for number in range(FILES_MAX + 1)}, "the files")
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tests.conftest import FULL
 from x07_sandbox.channel.trees import Entry, Kind
 from x07_sandbox.files.apply import apply
-from x07_sandbox.files.change_rules import Allowed, Judged, judge
+from x07_sandbox.files.change_rules import AllowedActions, CheckedChanges, check_changes
 from x07_sandbox.files.changes import STAGING, ChangeSet, RootChanges
 from x07_sandbox.files.copy import Bounds, copy_tree
 from x07_sandbox.files.incoming import Incoming
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="the agent is root, and makes files as another user")
 
 BOUNDS = Bounds(deny_hidden=True, allow_symlinks=True, read_bytes=1 << 20, write_bytes=1 << 20, entries=1000, depth=16)
-ALL = Allowed(mkdir=True, remove=True, rename=True)
+ALL = AllowedActions(mkdir=True, remove=True, rename=True)
 
 
 def tree_at(folder: Path, *, write: bool = True, only: str = "") -> Tree:
@@ -67,11 +67,11 @@ class Trip:
     def back(
         self,
         bounds: Bounds = BOUNDS,
-        allowed: Allowed = ALL,
+        allowed: AllowedActions = ALL,
         own: tuple[str, ...] = (),
         letting: tuple[str, ...] = (),
         data_fd: int = -1,
-    ) -> Judged:
+    ) -> CheckedChanges:
         """The verdict on the guest's changes. data_fd: lent, for the contents."""
         assert self.copied is not None
         fd = os.open(tempfile.gettempdir(), os.O_TMPFILE | os.O_RDWR) if data_fd < 0 else os.dup(data_fd)
@@ -83,7 +83,9 @@ class Trip:
             assert incoming.take(Entry(Kind.END, b"").encoded())
             assert incoming.complete
             protection = Protection(str(self.host), own, letting)
-            judged = judge(self.copied.nodes, self.copied.stayed, incoming.told, bounds, allowed, protection)
+            judged = check_changes(
+                self.copied.nodes, self.copied.skipped, incoming.reported, bounds, allowed, protection
+            )
             for change in judged.changes:
                 node = change.after
                 if node is not None and node.kind == "file" and node.at is not None and node.mode & 0o7000 == 0:
@@ -151,7 +153,7 @@ def test_a_copy_has_everything(trip: Trip) -> None:
     assert seen(trip.guest) == seen(trip.host)
     assert {path.lstat().st_uid for path in trip.guest.rglob("*")} == {65532}
     assert (trip.guest / "sparse").stat().st_blocks < 200
-    assert trip.back() == Judged(changes=(), refused=())
+    assert trip.back() == CheckedChanges(changes=(), refused=())
 
 
 def put(path: Path, kind: str) -> None:
@@ -347,9 +349,9 @@ def write(name: str, text: str = "x") -> Callable[[Path], object]:
     return do
 
 
-NO_REMOVE = Allowed(mkdir=True, remove=False, rename=True)
-NO_REMOVE_NO_RENAME = Allowed(mkdir=True, remove=False, rename=False)
-NO_RENAME = Allowed(mkdir=True, remove=True, rename=False)
+NO_REMOVE = AllowedActions(mkdir=True, remove=False, rename=True)
+NO_REMOVE_NO_RENAME = AllowedActions(mkdir=True, remove=False, rename=False)
+NO_RENAME = AllowedActions(mkdir=True, remove=True, rename=False)
 OPEN = msgspec.structs.replace(BOUNDS, deny_hidden=False)
 
 
@@ -367,7 +369,7 @@ OPEN = msgspec.structs.replace(BOUNDS, deny_hidden=False)
         ),
         (lambda folder: (folder / "l").symlink_to("/etc/passwd"), {}, [("l", "fs.allow_symlinks", None)]),
         (lambda folder: (folder / "l").symlink_to("a/../../x"), {}, [("l", "fs.allow_symlinks", None)]),
-        (lambda folder: (folder / "d").mkdir(), {"allowed": Allowed(mkdir=False, remove=True, rename=True)},
+        (lambda folder: (folder / "d").mkdir(), {"allowed": AllowedActions(mkdir=False, remove=True, rename=True)},
             [("d", "fs.allow_mkdir", True)]),
         (lambda folder: (folder / "run.sh").unlink(), {"allowed": NO_REMOVE},
             [("run.sh", "fs.allow_remove", True)]),
@@ -496,7 +498,7 @@ NAMES = st.one_of(
     st.sampled_from(ODD), st.binary(min_size=1, max_size=70).map(lambda name: name.translate(None, b"/\0"))
 )
 NAMES = NAMES.filter(lambda name: name not in {b"", b".", b".."} and not name.startswith(STAGING.encode()))
-MODES = st.integers(0, 0o777)
+MODES = st.integers(0, 0o777).map(lambda mode: mode | 0o400)
 LEAVES = st.one_of(
     st.builds(
         File, st.one_of(st.binary(max_size=50), st.integers(65_000, 70_000).map(lambda size: bytes(size) + b"x")), MODES
@@ -517,12 +519,12 @@ EVERYTHING: AnyTree = {
     **{name: File(name, 0o600) for name in ODD},
     b"links": Folder({b"up": Link(1, b"blank "), b"down": Link(0, b"nothing/" + b"y" * 90)}, 0o500),
     b"empty": Folder({}, 0),
-    b"closed": File(b"none may read it", 0),
+    b"closed": File(b"only its owner may read it", 0o400),
     b"deep": deep(60, {b"last ": File(b"", 0o777)}),
 }
 
 
-def round_trip(tree: AnyTree, place: Path, data_fd: int) -> Judged:
+def round_trip(tree: AnyTree, place: Path, data_fd: int) -> CheckedChanges:
     """The reported changes of a program that creates this tree, after checking the guest's copy of it."""
     here, there, again, back = (place / name for name in ("here", "there", "again", "back"))
     for folder in (here, there, again, back):
@@ -534,7 +536,7 @@ def round_trip(tree: AnyTree, place: Path, data_fd: int) -> Judged:
     assert going.copied is not None
     assert going.copied.left_out == {}
     assert seen(there) == seen(here)
-    assert going.back(ANY, letting=("*",)) == Judged(changes=(), refused=())
+    assert going.back(ANY, letting=("*",)) == CheckedChanges(changes=(), refused=())
     coming = Trip(back, again)
     coming.go(ANY)
     make(tree, again)

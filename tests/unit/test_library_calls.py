@@ -84,7 +84,7 @@ def test_an_input_file_may_not_replace_the_program(tmp_path: Path, *, named: boo
     """An input file with the program's own name is a usage error."""
     (tmp_path / "main.py").touch()
     given: dict[str, Any] = {"program": tmp_path / "main.py"} if named else {"source": "", "toolchain": "python"}
-    with pytest.raises(SandboxError, match=r"cannot run main\.py: `files` has one of that name too"):
+    with pytest.raises(SandboxError, match=r"cannot run main\.py: `files` has a file of the same name"):
         run_program(**given, files={"main.py": b"1"})
 
 

@@ -185,7 +185,7 @@ def test_a_misspelt_variable_is_reported(refused: Refused, monkeypatch: pytest.M
         (("--artifact", "a.out"), "X07's own runner inside a guest"),
         (("--artifact", "a.out", "--i-accept-precompiled-artifact"), "X07's own runner inside a guest"),
         (("--program", "prog.c", "--compile-only"), "--compile-only"),
-        (("--program", "prog.rs"), ".rs names no toolchain"),
+        (("--program", "prog.rs"), "no toolchain takes .rs"),
         (("--program", "prog.zig"), "x07 run --toolchain"),  # a flag that this command has not
         (("--program", "missing.c"), "missing.c"),
         (("--program", "."), "it is a project"),

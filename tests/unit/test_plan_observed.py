@@ -301,6 +301,14 @@ def test_flags_name_folders_as_the_user_did() -> None:
     assert denial.how_to_allow.flag == "--allow-write-root in"
 
 
+def test_a_mount_inside_a_write_root_is_not_advised_as_a_root_again() -> None:
+    """Replacing a mount inside a write root names the field and advises nothing."""
+    areas = (GuestMount(given=".", at=START, write=True), GuestMount(given="k", at=f"{START}/k", write=True))
+    for call, error in (("rename", EBUSY), ("unlink", EACCES)):
+        (denial,) = denials([kernel(call, f"{START}/k", error, write=True)], policy({}), areas, START)
+        assert (denial.field, denial.action, denial.how_to_allow) == ("fs.write_roots", "replace", None)
+
+
 def test_project_folders_are_named_relatively() -> None:
     """Folders of a project are suggested by their relative names."""
     project = "/x07/in/project"

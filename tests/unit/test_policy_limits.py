@@ -19,7 +19,7 @@ from x07_sandbox.plan.controls import run_limits
 from x07_sandbox.policy import default_policy, render_policy
 from x07_sandbox.policy.limits import LimitChanges, change_limits, parse_size, size_text
 from x07_sandbox.policy.templates import TEMPLATES
-from x07_sandbox.runs.request import InForce, ProjectPolicy, RunRequest, policy_in_force
+from x07_sandbox.runs.request import EffectivePolicy, ProjectPolicy, RunRequest, effective_policy_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,16 +28,16 @@ GIB = 1 << 30
 RAISED = LimitChanges(mem_bytes=GIB, cpu_ms=90_000, wall_ms=120_000, procs=128, fds=512)
 
 
-def in_force(policy: Any, **limits: Any) -> InForce:  # noqa: ANN401 - as a request takes them
-    """The policy in force for a request."""
+def effective_policy(policy: Any, **limits: Any) -> EffectivePolicy:  # noqa: ANN401 - as a request takes them
+    """The policy that holds for a request."""
     with contextlib.closing(Cancel()) as cancel:
-        return policy_in_force(RunRequest(source=b"", policy=policy, limits=LimitChanges(**limits), cancel=cancel))
+        return effective_policy_of(RunRequest(source=b"", policy=policy, limits=LimitChanges(**limits), cancel=cancel))
 
 
 @pytest.mark.parametrize("policy", [None, "built-in:default"])
 def test_flags_raise_the_limits_of_a_built_in_policy(policy: str | None) -> None:
     """Flags may raise the limits of a built-in policy."""
-    found = in_force(policy, **RAISED.given())
+    found = effective_policy(policy, **RAISED.given())
     limits = found.policy.limits
     assert (limits.mem_bytes, limits.cpu_ms, limits.wall_ms) == (GIB, 90_000, 120_000)
     assert (limits.procs, limits.fds) == (128, 512)
@@ -47,16 +47,16 @@ def test_flags_raise_the_limits_of_a_built_in_policy(policy: str | None) -> None
 
 def test_more_time_is_more_cpu_time_too() -> None:
     """A longer --timeout raises the CPU time limit too, unless --cpu-time or a policy file sets it."""
-    assert in_force(None, wall_ms=300_000).policy.limits.cpu_ms == 300_000
-    assert in_force(None, wall_ms=300_000, cpu_ms=9000).policy.limits.cpu_ms == 9000
-    assert in_force(None, wall_ms=5000).policy.limits.cpu_ms == default_policy().limits.cpu_ms
-    assert in_force(default_policy(), wall_ms=5000).policy.limits.cpu_ms == default_policy().limits.cpu_ms
+    assert effective_policy(None, wall_ms=300_000).policy.limits.cpu_ms == 300_000
+    assert effective_policy(None, wall_ms=300_000, cpu_ms=9000).policy.limits.cpu_ms == 9000
+    assert effective_policy(None, wall_ms=5000).policy.limits.cpu_ms == default_policy().limits.cpu_ms
+    assert effective_policy(default_policy(), wall_ms=5000).policy.limits.cpu_ms == default_policy().limits.cpu_ms
 
 
 def test_raised_processes_hold_for_children_too() -> None:
     """--procs raises the limit on child processes too."""
-    assert run_limits(in_force(None, procs=128).policy).tasks == 129
-    assert run_limits(in_force("built-in:worker-parallel", procs=32).policy).tasks == 33
+    assert run_limits(effective_policy(None, procs=128).policy).tasks == 129
+    assert run_limits(effective_policy("built-in:worker-parallel", procs=32).policy).tasks == 33
 
 
 @pytest.mark.parametrize(("field", "value"), RAISED.given().items())
@@ -68,11 +68,11 @@ def test_a_given_policy_is_only_lowered(tmp_path: Path, kind: str, field: str, v
     project = ProjectPolicy(place, place.read_bytes(), str(tmp_path))
     policy = {"file": str(place), "project": project, "value": default_policy()}[kind]
     with pytest.raises(UsageError, match="allows at most") as caught:
-        in_force(policy, **{field: value})
+        effective_policy(policy, **{field: value})
     assert f"Set limits.{field} to {value} in the policy" in caught.value.fix
     assert caught.value.policy_cause == (f"limits.{field}", value)
     held = getattr(default_policy().limits, field)
-    lowered = in_force(policy, **{field: held // 2})
+    lowered = effective_policy(policy, **{field: held // 2})
     if field != "procs":
         assert getattr(lowered.policy.limits, field) == held // 2
         assert lowered.reach().tops == {f"limits.{field}": held}
@@ -155,4 +155,4 @@ def test_a_flag_out_of_range_is_refused(words: tuple[str, str], capsys: pytest.C
 def test_templates_can_be_raised_too() -> None:
     """The limits of every template can be raised."""
     for name in TEMPLATES:
-        assert in_force(f"built-in:{name}", **RAISED.given()).policy.limits.mem_bytes == GIB
+        assert effective_policy(f"built-in:{name}", **RAISED.given()).policy.limits.mem_bytes == GIB

@@ -18,9 +18,9 @@ from x07_sandbox.policy import default_policy, render_policy
 from x07_sandbox.policy.limits import LimitChanges
 from x07_sandbox.policy.model import HostPorts
 from x07_sandbox.policy.overrides import Overrides
-from x07_sandbox.runs.host_files import roots_in_force
+from x07_sandbox.runs.host_files import effective_roots
 from x07_sandbox.runs.program import Program, load_program
-from x07_sandbox.runs.request import ProjectPolicy, RunRequest, open_input, policy_in_force, read_policy, read_whole
+from x07_sandbox.runs.request import ProjectPolicy, RunRequest, effective_policy_of, open_input, read_policy, read_whole
 from x07_sandbox.x07.programs import load_x07
 
 if TYPE_CHECKING:
@@ -191,9 +191,9 @@ def test_out_is_refused_where_the_policy_gives_no_files(folder: Path, stack: con
     out = folder.parent / "out"
     request, program = load(stack, folder, out=out)
     policy = default_policy()
-    assert [root.host for root in roots_in_force(request, program, policy)] == [str(out)]
+    assert [root.host for root in effective_roots(request, program, policy)] == [str(out)]
     with pytest.raises(RefusedError, match=r"fs.enabled is false .*Set fs.enabled to true"):
-        roots_in_force(request, program, replace(policy, fs=replace(policy.fs, enabled=False)))
+        effective_roots(request, program, replace(policy, fs=replace(policy.fs, enabled=False)))
 
 
 @pytest.mark.parametrize("field", ["read_roots", "write_roots"])
@@ -212,11 +212,11 @@ def test_a_projects_policy_grants_no_outside_files(
     request, _ = load(stack, folder)
     assert isinstance(request.policy, ProjectPolicy)
     if granted:
-        assert policy_in_force(request)[0].fs == fs
+        assert effective_policy_of(request)[0].fs == fs
     else:
         with pytest.raises(RefusedError, match=f"outside the project. .*--policy {place}"):
-            policy_in_force(request)
-    assert policy_in_force(load(stack, folder, policy=place)[0])[0].fs == fs
+            effective_policy_of(request)
+    assert effective_policy_of(load(stack, folder, policy=place)[0])[0].fs == fs
 
 
 def test_a_projects_policy_grants_no_hosts(folder: Path, stack: contextlib.ExitStack) -> None:
@@ -226,8 +226,8 @@ def test_a_projects_policy_grants_no_hosts(folder: Path, stack: contextlib.ExitS
     net = replace(policy.net, enabled=True, allow_hosts=(HostPorts(host="example.org", ports=(443,)),))
     place.write_bytes(render_policy(replace(policy, net=net)))
     with pytest.raises(RefusedError, match=f"asks for connections. .*--policy {place}"):
-        policy_in_force(load(stack, folder)[0])
-    assert policy_in_force(load(stack, folder, policy=place)[0])[0].net == net
+        effective_policy_of(load(stack, folder)[0])
+    assert effective_policy_of(load(stack, folder, policy=place)[0])[0].net == net
 
 
 @pytest.mark.parametrize(("wall_ms", "own"), [(None, None), (4000, 5000), (5000, None)])
@@ -238,18 +238,20 @@ def test_the_lower_time_limit_applies(tmp_path: Path, wall_ms: int | None, own: 
     place.write_bytes(render_policy(replace(default_policy(), limits=limits)))
     with contextlib.closing(Cancel()) as cancel:
         changes = None if wall_ms is None else LimitChanges(wall_ms=wall_ms)
-        in_force = policy_in_force(RunRequest(source=b"", policy=str(place), limits=changes, cancel=cancel))
-    assert in_force.policy.limits.wall_ms == (wall_ms if own else 5000)
-    assert (in_force.own and in_force.own.wall_ms) == own
+        effective_policy = effective_policy_of(RunRequest(source=b"", policy=str(place), limits=changes, cancel=cancel))
+    assert effective_policy.policy.limits.wall_ms == (wall_ms if own else 5000)
+    assert (effective_policy.own and effective_policy.own.wall_ms) == own
 
 
 def test_with_flags_alone_the_policy_is_still_the_built_in_one() -> None:
     """With flags alone the policy still counts as built-in."""
     overrides = Overrides(allow_read_root=("/data",))
     with contextlib.closing(Cancel()) as cancel:
-        in_force = policy_in_force(RunRequest(overrides=overrides, limits=LimitChanges(wall_ms=20000), cancel=cancel))
-    assert in_force.policy.fs.read_roots == ("/data",)
-    assert (in_force.base, in_force.policy.limits.wall_ms) == ("built-in:default", 20000)
+        effective_policy = effective_policy_of(
+            RunRequest(overrides=overrides, limits=LimitChanges(wall_ms=20000), cancel=cancel)
+        )
+    assert effective_policy.policy.fs.read_roots == ("/data",)
+    assert (effective_policy.base, effective_policy.policy.limits.wall_ms) == ("built-in:default", 20000)
 
 
 @pytest.mark.parametrize(("timeout_ms", "shorter"), [(60_000, False), (3000, True)])
@@ -258,9 +260,9 @@ def test_a_changed_limit_changes_the_digest(tmp_path: Path, timeout_ms: int, *, 
     place = tmp_path / "policy.json"
     place.write_bytes(POLICY.replace(b"\n", b"\n\n"))
     with contextlib.closing(Cancel()) as cancel:
-        in_force = policy_in_force(
+        effective_policy = effective_policy_of(
             RunRequest(source=b"", policy=str(place), limits=LimitChanges(wall_ms=timeout_ms), cancel=cancel)
         )
-    assert in_force.data == (render_policy(in_force.policy) if shorter else place.read_bytes())
-    assert in_force.policy.limits.wall_ms == timeout_ms
-    assert in_force.base == str(place)
+    assert effective_policy.data == (render_policy(effective_policy.policy) if shorter else place.read_bytes())
+    assert effective_policy.policy.limits.wall_ms == timeout_ms
+    assert effective_policy.base == str(place)

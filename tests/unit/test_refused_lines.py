@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from x07_sandbox.cli.denials_text import denial_lines, for_flags, say_denials
 from x07_sandbox.cli.os_runner_options import OPTIONS
 from x07_sandbox.plan.denials import Denial, Hint, HowToAllow
-from x07_sandbox.runs.result import NOTHING, Digests, Outcome, Result
+from x07_sandbox.runs.result import EMPTY_OUTPUT, Digests, Outcome, Result
 
 DEFAULT = "built-in:default"
 
@@ -43,8 +43,8 @@ def result(*denials: Denial, outcome: Outcome = "failed", lost: int = 0, hints: 
         jail=None,
         artifact_from="build",
         build=None,
-        stdout=NOTHING,
-        stderr=NOTHING,
+        stdout=EMPTY_OUTPUT,
+        stderr=EMPTY_OUTPUT,
         phases={},
         digests=Digests(),
         controls=[],

@@ -33,7 +33,7 @@ def test_scaled_limits_stop_at_the_maximum() -> None:
     made, scaling, warnings = scaled_limits(run_limits(default_policy()), 17)
     assert (made.wall_ms, made.cpu_ms, scaling.factor) == (600_000, 600_000, 17)
     assert [text.partition(" ")[0] for text in warnings] == ["limits.wall_ms", "limits.cpu_ms"]
-    assert "not to 1020 s" in warnings[0]
+    assert "instead of 1020 s" in warnings[0]
 
 
 @pytest.mark.parametrize(

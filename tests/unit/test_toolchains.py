@@ -16,7 +16,6 @@ from x07_sandbox.host.arch import ARCHES
 from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.programs.manifest import FILE, SCHEMA, decode_manifest
 from x07_sandbox.programs.new_manifest import sandbox_manifest
-from x07_sandbox.programs.other_languages import interpreter_of
 from x07_sandbox.programs.toolchains import (
     ARTIFACT,
     BY_NAME,
@@ -31,8 +30,10 @@ from x07_sandbox.programs.toolchains import (
     toolchain_for,
     toolchain_named,
 )
-from x07_sandbox.runs.program import load_program
+from x07_sandbox.runs.hint_context import missing_interpreter
+from x07_sandbox.runs.program import Program, load_program
 from x07_sandbox.runs.request import RunRequest
+from x07_sandbox.runs.streams import InFile
 
 ROOT = Path(__file__).resolve().parents[2]
 EACH = pytest.mark.parametrize("row", TOOLCHAINS, ids=lambda row: row.name)
@@ -187,10 +188,10 @@ def test_the_first_line_names_the_shell(head: bytes, shell: list[str], check: li
 )
 def test_another_shell_is_refused_by_name(line: bytes, named: str) -> None:
     """A script for an unsupported shell is refused by name."""
-    fix = "Ask for one of them .*its toolchain executable, and"
+    fix = "Name one of them .*--toolchain executable with"
     with contextlib.ExitStack() as stack, contextlib.closing(Cancel()) as cancel:
         request = RunRequest(source=line + b"\necho\n", toolchain="shell", cancel=cancel)
-        with pytest.raises(UsageError, match=f"asks for ['\"]{named}.*sh, dash, bash are the shells.*{fix}"):
+        with pytest.raises(UsageError, match=f"names ['\"]{named}.*the supported shells are sh, dash, bash.*{fix}"):
             load_program(request, stack)
 
 
@@ -248,9 +249,9 @@ def test_any_first_bytes_are_accepted_or_refused(head: bytes) -> None:
             "x07 image build --name go --include golang-go && x07 exec --image go --workdir src -- go run p.go",
         ),
         ("p.rs", "--include rustc && x07 exec .* -- sh -c 'rustc -o /tmp/program p.rs && /tmp/program'"),
-        ("P.java", "--include openjdk-21-jdk-headless && x07 exec .* -- java P.java"),
+        ("P.java", "--include default-jdk-headless && x07 exec .* -- java P.java"),
         ("p.ts", "--include node-typescript && x07 exec .* -- sh -c 'tsc --outDir /tmp p.ts && node /tmp/p.js'"),
-        ("p.xyz", "or a #! line, or name its toolchain: x07 run --toolchain T"),
+        ("p.xyz", "add a #! line, or name the toolchain: x07 run --toolchain T"),
     ],
 )
 def test_a_source_of_another_language_names_what_runs_it(path: str, fix: str) -> None:
@@ -276,4 +277,9 @@ def test_a_source_of_another_language_names_what_runs_it(path: str, fix: str) ->
 )
 def test_the_interpreter_of_a_script_is_known(head: bytes, found: tuple[str, str] | None) -> None:
     """The hint for a missing interpreter names a valid program and package only."""
-    assert interpreter_of(head) == found
+    source = Source(name="it", head=head)
+    file = InFile(path="", mode=0, kind="file", fd=-1, size=0)
+    program = Program(toolchain=BY_NAME["executable"], source=source, data=b"", file=file, sha256="")
+    hints = [(hint.subject, hint.how.flag) for hint in missing_interpreter(program)]
+    build = "--image mine, after x07 image build --name mine --include"
+    assert hints == ([(f"the program {found[0]}", f"{build} {found[1]}")] if found else [])

@@ -18,7 +18,7 @@ from x07_sandbox.policy import decode_policy, default_policy, render_policy
 from x07_sandbox.reports.document import render_json
 from x07_sandbox.reports.schemas import schemas
 from x07_sandbox.reports.verbs import PolicyInitReport
-from x07_sandbox.runs.result import NOTHING, BuildOutput, Changes, Digests, Output, PhaseReport, Result
+from x07_sandbox.runs.result import EMPTY_OUTPUT, BuildOutput, Changes, Digests, Output, PhaseReport, Result
 from x07_sandbox.x07.attestation import Attestation, Attested, attest, network_mode, reference
 from x07_sandbox.x07.runner_report import (
     Built,
@@ -73,7 +73,7 @@ def ran(*marks: str) -> dict[str, PhaseReport]:
     """The phases of a run with these marks."""
     times = dict.fromkeys(marks, 1.0)
     report: dict[str, Any] = {"job_id": "1-2-3-run", "start": "clone", "outcome": "", "reason": "", "times_ms": times}
-    report |= {"stdout": NOTHING, "stderr": NOTHING, "cpu_ms": 0, "memory_peak_bytes": 0, "tasks_peak": 0}
+    report |= {"stdout": EMPTY_OUTPUT, "stderr": EMPTY_OUTPUT, "cpu_ms": 0, "memory_peak_bytes": 0, "tasks_peak": 0}
     return {"run": PhaseReport(**report)}
 
 
@@ -87,8 +87,8 @@ def ended(outcome: Outcome, *, built: bool = True, **more: Any) -> Result:  # no
         "fault": "none",
         "reason": f"because of {outcome.value}",
         "x07_exit_code": code,
-        "stdout": NOTHING,
-        "stderr": NOTHING,
+        "stdout": EMPTY_OUTPUT,
+        "stderr": EMPTY_OUTPUT,
         "phases": ran("hello", "seeded", "started"),
         "digests": Digests(
             image=SHA, policy=f"sha256:{hashlib.sha256(POLICY_BYTES).hexdigest()}", artifact=SHA if built else None

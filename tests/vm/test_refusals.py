@@ -97,8 +97,8 @@ def test_the_policy_that_overrides_make_is_kept_with_the_run(tmp_path: Path) -> 
     [
         (["x" * 131_072], "more than 131072 bytes"),
         (["x" * 100_000] * 11, "all together more than 1048576"),
-        (["a\0b"], "number 1 contains a zero byte"),
-        (["a", 3], "number 2 is no text"),
+        (["a\0b"], "argument 1 contains a NUL byte"),
+        (["a", 3], "argument 2 is not a string"),
     ],
 )
 def test_arguments_that_no_program_can_have_are_wrong_usage(

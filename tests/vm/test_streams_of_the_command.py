@@ -202,4 +202,4 @@ def test_a_folder_is_no_program(tmp_path: Path, image: Image) -> None:
     (tmp_path / "folder.py").mkdir()
     done = _shell(tmp_path, f"x07 run '{tmp_path}/folder.py'")
     assert done.returncode == 2
-    assert b"there is no x07-sandbox.toml in it" in done.stderr
+    assert b"it has no x07-sandbox.toml" in done.stderr

@@ -141,11 +141,11 @@ def test_make_sees_the_mtimes_of_the_project(sandbox: Sandbox, *, stale: bool) -
 @pytest.mark.parametrize(
     ("rule", "why"),
     [
-        ("out:\n\ttrue\n", "it made no file out"),
-        ("out:\n\tcp /bin/true other\n", "it made the program other"),
+        ("out:\n\ttrue\n", "did not build out"),
+        ("out:\n\tcp /bin/true other\n", "it built the program other"),
         ("out:\n\tln -s /etc/passwd out\n", "is a symbolic link"),
-        ("out:\n\tmkfifo out\n", "no regular file"),
-        ("out:\n\tmkdir out\n", "no regular file"),
+        ("out:\n\tmkfifo out\n", "not a regular file"),
+        ("out:\n\tmkdir out\n", "not a regular file"),
         ("out:\n\ttruncate -s 300M out\n", "over the limit of 268435456"),
         ("out:\n\texit 3\n", "status 2"),
     ],
@@ -298,7 +298,7 @@ def test_many_runs_beside_an_event_loop(state: Path) -> None:
             ticks += 1
             await asyncio.sleep(0.01)
         assert ticks > 5
-        with pytest.raises(SandboxError, match="no toolchain 'rust'"):
+        with pytest.raises(SandboxError, match="the toolchain 'rust'"):
             await run_program_async(source="", toolchain="rust")
         return [result.stdout.text for result in gathered.result()]
 
@@ -369,7 +369,7 @@ def test_a_queued_run_is_cancelled_at_once(state: Path, monkeypatch: pytest.Monk
         ({"source": "x", "args": "abc"}, "args is str, not a list of str"),
         ({"source": "x", "files": ["a"]}, "files is list"),
         ({"source": "x", "policy": {"a": 1}}, "policy is dict"),
-        ({"source": "x", "env": {"A": 1}}, "variable A is int, not text"),
+        ({"source": "x", "env": {"A": 1}}, "variable A is int, not a string"),
         ({"source": "x", "timeout_s": "5"}, "timeout_s is str"),
         ({"source": "x", "timeout_s": True}, "timeout_s is bool"),
         ({"source": "x", "timeout_s": float("nan")}, "timeout_s is nan"),
@@ -413,18 +413,18 @@ def written(path: Path) -> str:
     ("make", "code", "why"),
     [
         (lambda _: ["missing.py"], 2, "No such file"),
-        (lambda at: [str(at)], 2, "there is no x07-sandbox.toml in it"),
-        (lambda _: ["-c", "x"], 2, "does not say what language"),
+        (lambda at: [str(at)], 2, "it has no x07-sandbox.toml"),
+        (lambda _: ["-c", "x"], 2, "its language is unknown"),
         (lambda _: [], 2, "PROGRAM is missing"),
         (lambda _: ["--toolchain", "make", "-c", "x"], 2, "make works on a project"),
         (lambda _: ["a.x07.json"], 2, "cannot read the program a.x07.json"),
-        (lambda at: [pipe(at / "a.py")], 2, "no regular file"),
+        (lambda at: [pipe(at / "a.py")], 2, "not a regular file"),
         (lambda at: [written(at / "-a.py")], 2, "begins with '.' or '-'"),
         (lambda at: [written(at / "a\nb.py")], 2, "control characters"),
-        (lambda at: [written(at / "a.exe")], 2, "names no toolchain"),
+        (lambda at: [written(at / "a.exe")], 2, "no toolchain takes .exe"),
         (lambda at: ["--toolchain", "executable", written(at / "a.exe")], 2, "neither an ELF file nor a script"),
-        (lambda _: ["--env", "A-B=1", "-c", "x", "--toolchain", "c"], 2, "no name of a variable"),
-        (lambda _: ["--env", "X07_WORLD=1", "-c", "x", "--toolchain", "c"], 2, "X07's own"),
+        (lambda _: ["--env", "A-B=1", "-c", "x", "--toolchain", "c"], 2, "not a name of a variable"),
+        (lambda _: ["--env", "X07_WORLD=1", "-c", "x", "--toolchain", "c"], 2, "reserved for X07"),
         (lambda _: ["--env", "NOT_SET_ANYWHERE", "-c", "x", "--toolchain", "c"], 2, "the variable is not set"),
         (lambda _: ["--input-b64", "???", "-c", "x", "--toolchain", "c"], 2, "not base64"),
         (lambda _: ["--input", "missing", "-c", "x", "--toolchain", "c"], 2, "cannot read the input missing"),
@@ -533,8 +533,8 @@ def test_a_dry_run_boots_nothing(tmp_path: Path) -> None:
     ("words", "environment", "why"),
     [
         ([], {"X07_VM_GUEST_IMAGE": "nothing-such"}, "no guest image 'nothing-such'"),
-        ([], {"X07_VM_GUEST_IMAGE_DIGEST": "sha256:" + "0" * 64}, "is not the one that may run"),
-        (["--require-hardware"], {}, "hardware virtualisation was required"),
+        ([], {"X07_VM_GUEST_IMAGE_DIGEST": "sha256:" + "0" * 64}, "is not allowed to run"),
+        (["--require-hardware"], {}, "hardware virtualisation is required"),
     ],
 )
 def test_a_dry_run_asks_of_image_and_machine_what_a_run_asks(
@@ -560,7 +560,7 @@ def test_a_dry_run_of_an_x07_program_is_refused_as_its_run_is(tmp_path: Path) ->
         done = command("--json", *how, "--policy", "built-in:worker", str(program), stdin=b"")
         told.append((done.returncode, json.loads(done.stdout)["reason"]))
     assert told[0] == told[1]
-    assert (told[0][0], "carries no X07 toolchain" in told[0][1]) == (125, True)
+    assert (told[0][0], "has no X07 toolchain" in told[0][1]) == (125, True)
 
 
 @pytest.mark.parametrize(("name", "why"), [("missing", "there is no "), ("link", " is a link")])
