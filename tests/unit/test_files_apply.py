@@ -468,7 +468,7 @@ def test_a_replaced_file_keeps_its_owner_or_is_not_replaced(tmp_path: Path) -> N
             if path == root:  # which NOBODY may not even make a folder in
                 assert f"'{root}': {os.strerror(errno.EACCES)}" in driven("refused-owner", base, str(NOBODY))
             os.chown(path, NOBODY, NOBODY)
-        fix = "Apply the changes as the owner of the files, and a member of their groups"
+        fix = "Apply the changes as the owner of the files and a member of their groups"
         for owner in (1234, NOBODY):  # of a group that is another's in both cases
             os.chown(root / "f", owner, 4321)
             reported = driven("refused-owner", base, str(NOBODY))
