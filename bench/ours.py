@@ -33,7 +33,7 @@ from x07_sandbox.plan.sizes import ram_class_bytes
 from x07_sandbox.policy import default_policy, render_policy
 from x07_sandbox.programs.toolchains import ARTIFACT
 from x07_sandbox.reports.document import render_json
-from x07_sandbox.runs.phase import PhaseSpec, PhaseStreams, carry_out
+from x07_sandbox.runs.phase import PhaseSpec, PhaseStreams, run_phase
 from x07_sandbox.runs.request import in_memory
 from x07_sandbox.runs.streams import Sink, memory_file
 
@@ -181,7 +181,7 @@ class Floor:
         stdin_fd = memory_file(data, stack)
         greet(instance)
         streams = PhaseStreams(stdin_fd=stdin_fd, stdout=stdout, stderr=stderr, cancel=cancel)
-        carry_out(self._spec(stack), instance, streams)
+        run_phase(self._spec(stack), instance, streams)
         return os.pread(keep_fd, 1 << 20, 0)
 
     def _spec(self, stack: contextlib.ExitStack) -> PhaseSpec:
@@ -225,7 +225,7 @@ class Floor:
 
             def carry() -> None:
                 greet(instance)
-                carry_out(spec, instance, streams)
+                run_phase(spec, instance, streams)
 
             thread = threading.Thread(target=carry)
             thread.start()

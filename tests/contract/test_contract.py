@@ -12,7 +12,7 @@ from x07_sandbox.backends.engines import PACKAGES
 from x07_sandbox.backends.registry import built
 from x07_sandbox.conformance.behaviours import BEHAVIOURS, Behaviour
 from x07_sandbox.conformance.harness import open_bench
-from x07_sandbox.conformance.run import judge
+from x07_sandbox.conformance.run import check_behaviour
 from x07_sandbox.errors import SandboxError
 from x07_sandbox.images.build import build_image
 
@@ -47,7 +47,7 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.parametrize("behaviour", BEHAVIOURS, ids=lambda behaviour: behaviour.name)
 def test_the_backend_has_the_behaviour(bench: Bench, behaviour: Behaviour) -> None:
     """A backend has every behaviour of the contract that it does not declare as a known gap."""
-    verdict = judge(behaviour, bench)
+    verdict = check_behaviour(behaviour, bench)
     if verdict.verdict in {"gap", "skipped"}:
         pytest.skip(f"{bench.backend.name}: {verdict.reason}")
     assert verdict.verdict == "passed", verdict.reason

@@ -27,7 +27,7 @@ from x07_sandbox.backends.registry import BackendRow
 from x07_sandbox.conformance import runner
 from x07_sandbox.conformance.behaviours import BEHAVIOURS
 from x07_sandbox.conformance.harness import open_bench
-from x07_sandbox.conformance.run import conform, judge
+from x07_sandbox.conformance.run import check_behaviour, conform
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.close_on_fork import FdGroup
 from x07_sandbox.host.processes import own_identity
@@ -189,7 +189,9 @@ def test_a_backend_in_one_file_passes_the_contract() -> None:
 def test_a_backend_that_does_not_list_its_jobs_fails() -> None:
     """A backend that does not list a live job fails every check of stopping jobs by their records."""
     with registered(ROW, Forgetful), open_bench(NAME, RUNNER) as bench:
-        verdicts = {name: judge(BY_NAME[name], bench) for name in ("listed", "stop-by-record", "killed-runner")}
+        verdicts = {
+            name: check_behaviour(BY_NAME[name], bench) for name in ("listed", "stop-by-record", "killed-runner")
+        }
     assert {(verdict.verdict, verdict.reason) for verdict in verdicts.values()} == {
         ("failed", "jobs listed: expected ['one-file'], got []")
     }
@@ -198,7 +200,7 @@ def test_a_backend_that_does_not_list_its_jobs_fails() -> None:
 def test_a_backend_that_claims_a_known_gap_fails() -> None:
     """A backend cannot both guarantee a limit and declare it as a gap."""
     with registered(ROW, Boastful), open_bench(NAME, RUNNER) as bench:
-        verdict = judge(BY_NAME["honest-plan"], bench)
+        verdict = check_behaviour(BY_NAME["honest-plan"], bench)
     assert (verdict.verdict, verdict.reason) == ("failed", "claim to hold limits.mem_bytes: expected False, got True")
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 from x07_sandbox.channel.trees import check_name
 from x07_sandbox.cli.changes import select_changes
 from x07_sandbox.errors import BackendError, PeerError
-from x07_sandbox.files.change_rules import Allowed, judge
+from x07_sandbox.files.change_rules import AllowedActions, check_changes
 from x07_sandbox.files.changes import ChangeSet, Node, RootChanges, decode, encode
 from x07_sandbox.files.checks import check_set
 from x07_sandbox.files.copy import Bounds
@@ -45,8 +45,8 @@ def one_input(data: bytes) -> None:
         for at in range(1, len(data), size):
             if not incoming.take(data[at : at + size]):
                 break
-        assert len(incoming.told) <= ENTRIES_MAX
-        assert not any(one.node and one.node.mode & ~0o7777 for one in incoming.told)
+        assert len(incoming.reported) <= ENTRIES_MAX
+        assert not any(one.node and one.node.mode & ~0o7777 for one in incoming.reported)
         assert os.fstat(fd).st_size <= BYTES_MAX
         for number in range(2):
             _judge(incoming, number, fd)
@@ -57,9 +57,9 @@ def one_input(data: bytes) -> None:
 
 
 def _judge(incoming: Incoming, number: int, fd: int) -> None:
-    allowed = Allowed(mkdir=number == 0, remove=number == 0, rename=number == 0)
-    reported = [one for one in incoming.told if one.root == number]
-    judged = judge(BEFORE, {}, reported, BOUNDS, allowed, Protection(ROOT))
+    allowed = AllowedActions(mkdir=number == 0, remove=number == 0, rename=number == 0)
+    reported = [one for one in incoming.reported if one.root == number]
+    judged = check_changes(BEFORE, {}, reported, BOUNDS, allowed, Protection(ROOT))
     refused = {refusal.name for refusal in judged.refused}
     for change in judged.changes:
         check_name(os.fsencode(change.name))
@@ -70,7 +70,7 @@ def _judge(incoming: Incoming, number: int, fd: int) -> None:
     made = ChangeSet(run="1-1-1", roots=(root,))
     assert decode(encode(made)) == made
     check_set(select_changes(made, sorted(refused)))
-    split = judge(BEFORE, {}, reported, BOUNDS, allowed, Protection(ROOT), split=True)
+    split = check_changes(BEFORE, {}, reported, BOUNDS, allowed, Protection(ROOT), split=True)
     if not split.is_whole:
         names = {refusal.name for refusal in split.refused}
         assert not names & {change.name for change in split.changes}
@@ -86,7 +86,7 @@ def _check_content(change: Change, fd: int) -> None:
         assert hashlib.sha256(content).hexdigest() == node.sha256
 
 
-def _bad(change: Change, allowed: Allowed) -> bool:
+def _bad(change: Change, allowed: AllowedActions) -> bool:
     """Return whether some rule must reject the change."""
     before, after, parts = change.before, change.after, change.name.split("/")
     if after is None:

@@ -16,7 +16,7 @@ from x07_sandbox.errors import UsageError
 from x07_sandbox.policy import decode_policy, render_policy
 from x07_sandbox.programs.manifest import decode_manifest
 from x07_sandbox.reports.document import render_json
-from x07_sandbox.runs.result import NOTHING, BuildOutput, Changes, Digests, Output, Result
+from x07_sandbox.runs.result import EMPTY_OUTPUT, BuildOutput, Changes, Digests, Output, Result
 from x07_sandbox.x07.project import decode_project
 from x07_sandbox.x07.report import x07_report
 from x07_sandbox.x07.runner_report import Built
@@ -90,7 +90,7 @@ def result(said: bytes, stdout: bytes, stderr: bytes, code: int = 0) -> Result:
         denials=[],
         changes=Changes(),
         warnings=[],
-        build=BuildOutput(stdout=_output(said), stderr=NOTHING),
+        build=BuildOutput(stdout=_output(said), stderr=EMPTY_OUTPUT),
     )
 
 

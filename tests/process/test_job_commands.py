@@ -218,7 +218,7 @@ def test_sweep_reports_what_it_removes(state: Path) -> None:
     assert (dry["dry_run"], [gone["id"] for gone in dry["removed"]]) == (True, [record.job_id])
     done = x07("sweep")
     assert done.returncode == 0
-    assert f"removed job {record.job_id}: its runner is dead\nremoved 1 thing\n" in done.stdout.decode()
+    assert f"removed job {record.job_id}: its runner is dead\nremoved 1 item\n" in done.stdout.decode()
     assert sorted(path.name for path in (state / record.job_id).iterdir()) == ["job.json", "owner.json", "reaped"]
 
 

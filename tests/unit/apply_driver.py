@@ -1,7 +1,7 @@
-"""Applies sets in child processes that are killed, or disturbed, at each of the calls that change something.
+"""Child processes that apply change sets and are killed, or interfered with, at each changing system call.
 
-A process of its own, of one thread, because it forks: `python -m tests.unit.apply_driver WHAT FOLDER [UID]`. It prints
-what it has done, and fails with what is wrong.
+A separate single-threaded process, because it forks: `python -m tests.unit.apply_driver CASE FOLDER [UID]`. It prints
+a summary and fails with a description of the fault.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import os
 import random
-import select
 import signal
 import struct
 import subprocess
@@ -37,7 +36,7 @@ KILLED, FINE, CONFLICT, REFUSED = -signal.SIGKILL, 0, 3, 4
 
 
 def at_call(number: int, act: Callable[[], None]) -> None:
-    """Have *act* called before the call with that number that changes something on a disk, counted from 1."""
+    """Call *act* before the *number*-th call (counted from 1) that changes something on disk."""
     count = 0
 
     def watch(frame: Any, event: str, arg: Any) -> None:  # noqa: ANN401 - what sys.setprofile gives
@@ -53,24 +52,24 @@ def at_call(number: int, act: Callable[[], None]) -> None:
 
 
 def die() -> None:
-    """As if somebody had killed this process."""
+    """Kill this process, as a user or the kernel would."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def in_child(what: Callable[[], object], prepare: Callable[[], object] = lambda: None) -> int:
-    """How a forked process ended that called *what*."""
-    return ended(start(what, prepare))
+def in_child(action: Callable[[], object], prepare: Callable[[], object] = lambda: None) -> int:
+    """Return the exit status of a forked process that called *action*."""
+    return ended(start(action, prepare))
 
 
-def start(what: Callable[[], object], prepare: Callable[[], object] = lambda: None) -> int:
-    """A forked process that calls *what*."""
+def start(action: Callable[[], object], prepare: Callable[[], object] = lambda: None) -> int:
+    """Fork a process that calls *action*; return its pid."""
     pid = os.fork()
     if pid:
         return pid
     code = 1
     try:
         prepare()
-        what()
+        action()
         code = FINE
     except ConflictError:
         code = CONFLICT
@@ -85,12 +84,12 @@ def start(what: Callable[[], object], prepare: Callable[[], object] = lambda: No
 
 
 def ended(pid: int) -> int:
-    """Its exit code, or minus the signal."""
+    """Wait for the process; return its exit code, or minus the signal."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def same(found: Tree, expected: Tree, when: str) -> None:
-    """Fail unless both are the same."""
+    """Exit with the differences unless both trees are equal."""
     if found != expected:
         names = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
         lines = [f"{name!a}: {found.get(name)} instead of {expected.get(name)}" for name in names]
@@ -98,30 +97,30 @@ def same(found: Tree, expected: Tree, when: str) -> None:
 
 
 def say(what: object) -> None:
-    """For a person who runs it."""
+    """Print a summary for the person who runs this."""
     sys.stdout.write(f"{what}\n")
 
 
 class Case:
-    """A tree with a set for it, made anew for each try."""
+    """A tree and a change set for it, rebuilt for each attempt."""
 
     def __init__(self, base: Path) -> None:
         self.root, self.folder = base / "root", base / "state"
         self.changes, self.data = difference(self.root, OLD, NEW)
 
     def begin(self) -> None:
-        """The old tree, and nothing else."""
+        """Mount the old tree with an empty upper layer."""
         for path in (self.root, self.folder):
             if path.exists():
                 remove(path)
         put(self.root, OLD)
 
     def apply(self) -> None:
-        """Bring it to the new one."""
+        """Apply the change set."""
         applied(self.changes, self.data, self.folder)
 
     def check(self, when: str) -> str:
-        """It is one of both, whole; and can be brought to the other."""
+        """Check folder owners too, including those of replaced folders."""
         now = read(self.root)
         left = sorted(path.name for path in self.folder.iterdir()) if self.folder.exists() else []
         if left not in ([], ["undo"]):
@@ -137,43 +136,8 @@ class Case:
         return "new"
 
 
-class OverlayCase(Case):
-    """The old tree is an overlay's lower layer: its folders cannot be renamed. For a mount namespace of its own."""
-
-    def __init__(self, base: Path) -> None:
-        super().__init__(base)
-        self.layers = base / "layers"
-        for name in ("lower", "merged"):
-            (self.layers / name).mkdir(parents=True)
-        put(self.layers / "lower" / "root", OLD)
-        os.chown(self.layers / "lower" / "root" / "gone" / "deep", 1234, 4321)
-        self.root = self.layers / "merged" / "root"
-        self.changes, self.data = difference(self.root, OLD, NEW)
-        self.tries = 0
-
-    def check(self, when: str) -> str:
-        """And its folders have their owners, also those that stand in for others."""
-        deep = self.root / "gone" / "deep"
-        if deep.exists() and (deep.stat().st_uid, deep.stat().st_gid) != (1234, 4321):
-            raise SystemExit(f"{when}: a folder changed hands")
-        return super().check(when)
-
-    def begin(self) -> None:
-        """The old tree, and an upper layer with nothing in it."""
-        merged = self.layers / "merged"
-        if self.tries:
-            remove(self.folder)
-            subprocess.run(["/usr/bin/umount", merged], check=True)
-        self.tries += 1
-        upper, work = self.layers / f"upper{self.tries}", self.layers / f"work{self.tries}"
-        upper.mkdir()
-        work.mkdir()
-        options = f"lowerdir={self.layers / 'lower'},upperdir={upper},workdir={work}"
-        subprocess.run(["/usr/bin/mount", "-t", "overlay", "overlay", "-o", options, merged], check=True)
-
-
 def killed_on_fuse(base: Path) -> None:
-    """Kill it where a file system cannot rename without replacing: the kernel itself says what is there already."""
+    """Kill the process on a file system that cannot rename without replacing."""
     for name in ("disk", "shown"):
         (base / name).mkdir()
     subprocess.run(["/usr/bin/bindfs", base / "disk", base / "shown"], check=True)
@@ -186,13 +150,8 @@ def killed_on_fuse(base: Path) -> None:
         subprocess.run(["/usr/bin/umount", base / "shown"], check=True)
 
 
-def killed_on_overlay(base: Path) -> None:
-    """Kill it on a file system on which folders cannot be renamed."""
-    killed(base, OverlayCase(base))
-
-
 def killed(base: Path, given: Case | None = None, stride: int = 1) -> None:
-    """Kill it at every call, or at each of so many, and its recovery at some."""
+    """Kill the process at every *stride*-th call, and its recovery at random calls."""
     case = given or Case(base)
     results: list[str] = []
     dice = random.Random(7)  # noqa: S311 - nothing secret
@@ -219,7 +178,7 @@ def killed(base: Path, given: Case | None = None, stride: int = 1) -> None:
 
 
 def recovery_killed(base: Path) -> None:
-    """Kill it when half of the steps are done and when the mark is made; kill the recovery at every call."""
+    """Kill the process half-way and after the commit; kill the recovery at every call."""
     case = Case(base)
     case.begin()
     in_child(case.apply, partial(at_call, 10_000, die))
@@ -247,27 +206,8 @@ def recovery_killed(base: Path) -> None:
         say(f"{wanted}: {calls}")
 
 
-def killed_any_time(base: Path) -> None:
-    """Kill it at moments that nobody chose."""
-    case = Case(base)
-    dice = random.Random()  # noqa: S311 - nothing secret
-    results = []
-    for _ in range(30):
-        case.begin()
-        pid = start(case.apply)
-        fd = os.pidfd_open(pid)
-        select.select([fd], [], [], dice.uniform(0, 0.03))
-        signal.pidfd_send_signal(fd, signal.SIGKILL)
-        os.close(fd)
-        code = ended(pid)
-        if in_child(lambda: recover(case.folder)) != FINE:
-            raise SystemExit("it cannot be recovered")
-        results.append(f"{case.check('killed at any time')} {'killed' if code == KILLED else 'done'}")
-    say({result: results.count(result) for result in set(results)})
-
-
 def disturbed(base: Path) -> None:
-    """At every call somebody puts another file where one is to be replaced, and it is never lost."""
+    """Replace a file that is about to change, at every call; the replacement is never lost."""
     case = Case(base)
     foreign = ("file", 0o644, b"somebody else's")
     names = ("changed", "deleted", "to-folder", "open/changed", "added", "to-folder/a/b", "mode")
@@ -309,55 +249,8 @@ def disturbed(base: Path) -> None:
     say({code: codes.count(code) for code in sorted(set(codes))})
 
 
-def disturbed_while_undoing(base: Path) -> None:
-    """It finds a conflict late; at every call of undoing somebody puts a file where the old one has to come back."""
-    case = Case(base)
-    foreign = ("file", 0o644, b"somebody else's")
-    late = "\udcfe"  # the last that is added
-    codes: list[int] = []
-
-    def place(name: str) -> None:
-        (base / "other").write_bytes(foreign[2])
-        (base / "other").chmod(foreign[1])
-        (base / "other").replace(case.root / name)
-        (base / "placed").write_bytes(os.fsencode(name))
-
-    def disturb(number: int) -> None:
-        place(late)
-        at_call(number, partial(place, "changed"))
-
-    # The first call at which the journal is there, and nothing yet of what is to be added.
-    begun, code = 0, KILLED
-    while code == KILLED and not (case.folder / "journal").exists():
-        begun += 1
-        case.begin()
-        code = in_child(case.apply, partial(at_call, begun, die))
-    recover(case.folder)
-    number = 0
-    while True:
-        number += 1
-        case.begin()
-        code = in_child(case.apply, partial(at_call, begun, partial(disturb, number)))
-        when = f"replaced at call {number} after {begun}: it ended with {code}"
-        found = read(case.root)
-        if (base / "placed").read_bytes() != b"changed":
-            same(found, {**OLD, late: foreign}, when)
-            break
-        if code == REFUSED:
-            # It waits where it was put, and the old one in our folder.
-            (case.root / "changed").unlink()
-            recover(case.folder)
-            same(read(case.root), {**OLD, late: foreign}, when)
-        elif code == CONFLICT:
-            same(found, {**OLD, "changed": foreign, late: foreign}, when)
-        else:
-            raise SystemExit(when)
-        codes.append(code)
-    say({code: codes.count(code) for code in sorted(set(codes))})
-
-
 def led_outside(base: Path) -> None:
-    """At every call a folder is swapped for a link to one outside: nothing is ever done there."""
+    """Swap a folder for a link to an outside folder at every call; nothing outside changes."""
     case = Case(base)
     outside, away = base / "outside", base / "away"
     codes: list[int] = []
@@ -399,7 +292,7 @@ def led_outside(base: Path) -> None:
 
 
 def together(base: Path) -> None:
-    """Two processes apply sets that exclude each other, at once: one does, the other finds a conflict."""
+    """Apply two exclusive sets in two processes at once: one succeeds, the other reports a conflict."""
     root = base / "root"
     trees = [{**OLD, f"new-{n}": ("file", 0o644, b"n"), "changed": ("file", 0o644, b"%d" % n)} for n in range(2)]
     for _ in range(20):
@@ -423,7 +316,7 @@ def together(base: Path) -> None:
 
 
 def refused_owner(base: Path) -> None:
-    """An owner may not be given; say what it says."""
+    """Apply a change whose owner cannot be set; print the error."""
     changes, data = difference(base / "root", {"f": ("file", 0o644, b"old")}, {"f": ("file", 0o600, b"new")})
     try:
         applied(changes, data, base / "mine" / "state")
@@ -432,7 +325,7 @@ def refused_owner(base: Path) -> None:
 
 
 def closed_root(base: Path) -> None:
-    """A root that its owner may not write to in the end, killed at every call."""
+    """Kill the process at every call while it makes the root read-only."""
     case = Case(base)
     new = {**OLD, "": ("folder", 0o555, b""), "changed": ("file", 0o644, b"new")}
     # Nothing can be done below the outer one once it has its mode.
@@ -453,7 +346,7 @@ def closed_root(base: Path) -> None:
 
 
 def mounted(base: Path) -> None:
-    """Something is mounted at a folder of the set, or is the place of a file of it; say what it says."""
+    """Mount something over a folder or file of the set; print the error."""
     root = base / "root"
     put(root, OLD)
     put(base / "other", {"": ("folder", 0o755, b""), "deep": ("folder", 0o755, b"")})
@@ -470,7 +363,7 @@ def mounted(base: Path) -> None:
 
 
 def old_system(base: Path) -> None:
-    """A file system without exchange of names and rename without replacing."""
+    """Apply without openat2 and on a file system without RENAME_EXCHANGE and RENAME_NOREPLACE."""
     _filter()
     case = Case(base)
     case.begin()
@@ -483,7 +376,7 @@ def old_system(base: Path) -> None:
 
 
 def _filter() -> None:
-    """Make those calls fail in this process and its children (seccomp(2))."""
+    """Make the kernel reject those calls for this process and its children (seccomp(2))."""
     numbers = {"x86_64": 316, "aarch64": 276}
     load, equal, give = 0x20, 0x15, 0x06
     allow, refuse = 0x7FFF0000, 0x00050000
@@ -504,12 +397,9 @@ def _filter() -> None:
 
 RUNS = {
     "killed": killed,
-    "killed-on-overlay": killed_on_overlay,
     "killed-on-fuse": killed_on_fuse,
     "recovery-killed": recovery_killed,
-    "killed-any-time": killed_any_time,
     "disturbed": disturbed,
-    "disturbed-while-undoing": disturbed_while_undoing,
     "led-outside": led_outside,
     "together": together,
     "closed-root": closed_root,

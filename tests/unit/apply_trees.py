@@ -1,4 +1,4 @@
-"""Trees of files as values, put on a disk and read from it, and the changes between two, for the tests of applying."""
+"""File trees as values: written to disk, read back, and compared into a change set."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ OLD: Tree = {
     "to-file": ("folder", 0o700, b""),
     "to-file/a": ("folder", 0o755, b""),
     "to-file/a/b": ("file", 0o644, b"deep"),
-    "unreadable": ("file", 0o000, b"to nobody"),
+    "read-only": ("file", 0o400, b"to its owner"),
     "\udcff": ("file", 0o644, b"a name in no encoding"),
 }
 NEW: Tree = {
@@ -62,14 +62,14 @@ NEW: Tree = {
     "to-folder/a": ("folder", 0o711, b""),
     "to-folder/a/b": ("file", 0o644, b"deeper"),
     "to-file": ("file", 0o644, b"a file now"),
-    "unreadable": ("file", 0o644, b"to all"),
+    "read-only": ("file", 0o644, b"to all"),
     "\udcfe": ("link", 0, b"\xff"),
 }
 """Between them is every kind of change, and what only a folder's owner can do with its mode."""
 
 
 def put(root: Path, tree: Tree) -> None:
-    """Make the tree where nothing is."""
+    """Create the tree in an empty place."""
     for name, (kind, mode, data) in sorted(tree.items()):
         path = root / name
         if kind == "folder":
@@ -85,7 +85,7 @@ def put(root: Path, tree: Tree) -> None:
 
 
 def read(root: Path) -> Tree:
-    """What is there, whoever may read it."""
+    """Return the tree on disk, including unreadable files."""
     found: Tree = {}
     waiting = [""]
     with contextlib.ExitStack() as opened:  # folders, until all below them is read
@@ -116,7 +116,7 @@ def _opened(path: Path, mode: int, bits: int) -> Iterator[None]:
 
 
 def remove(root: Path) -> None:
-    """All of it."""
+    """Remove the whole tree."""
     for name, (kind, _, _) in sorted(read(root).items()):
         if kind == "folder":
             (root / name).chmod(0o700)
@@ -128,7 +128,7 @@ def remove(root: Path) -> None:
 
 
 def difference(root: Path, old: Tree, new: Tree, *, missing: bool = False) -> tuple[ChangeSet, bytes]:
-    """The set that makes *new* of *old*, and its data."""
+    """Return the change set that turns *old* into *new*, and its data."""
     data = bytearray()
     changes = []
     for name in sorted(old.keys() | new.keys()):
@@ -161,7 +161,7 @@ def applied(changes: ChangeSet, data: bytes, folder: Path) -> ChangeSet:
 
 
 def undone(folder: Path, other: Path | None = None) -> ChangeSet:
-    """Apply what undoes the last set of *folder*, kept in *other* or the same folder."""
+    """Apply the undo set of *folder*, saving it in *other* or the same folder."""
     undoing = decode((folder / "undo" / "changes.json").read_bytes())
     with (folder / "undo" / "data").open("rb") as file:
         return apply(undoing, file.fileno(), other or folder)

@@ -1,4 +1,4 @@
-"""The artifact cache: what comes back is what was kept, or nothing."""
+"""The artifact cache returns exactly what was stored, or nothing."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from x07_sandbox.programs.artifacts import (
     HEADER_BYTES,
     NOTES_MAX_BYTES,
     artifact_key,
+    build_lock,
     cached_artifact,
-    drop_artifact,
-    keep_artifact,
-    one_builder,
+    remove_artifact,
+    store_artifact,
 )
 
 DATA = b"\x7fELF" + bytes(range(256)) * 40
@@ -35,15 +35,15 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def keep(key: str, data: bytes = DATA, notes: bytes = b"") -> None:
-    """Keep *data* as a build's artifact."""
+    """Store *data* as a build's artifact."""
     with tempfile.TemporaryFile() as file:
         file.write(data)
         file.flush()
-        keep_artifact(key, file.fileno(), len(data), hashlib.sha256(data).hexdigest(), notes)
+        store_artifact(key, file.fileno(), len(data), hashlib.sha256(data).hexdigest(), notes)
 
 
 def recalled(key: str) -> bytes | None:
-    """What the cache has, if that is what it says."""
+    """Return the cached artifact if it matches its digest."""
     with cached_artifact(key) as found:
         if found is None:
             return None
@@ -51,25 +51,25 @@ def recalled(key: str) -> bytes | None:
         return data if hashlib.sha256(data).hexdigest() == found.sha256 else None
 
 
-def test_what_was_kept_comes_back(cache: Path) -> None:
-    """An artifact comes back byte for byte under its key, under no other, and no longer once dropped."""
+def test_stored_artifact_is_returned(cache: Path) -> None:
+    """A stored artifact is returned byte for byte under its own key until it is dropped."""
     key = artifact_key("image", "c", ["gcc"], "source")
     keep(key)
     assert recalled(key) == DATA
     assert recalled(artifact_key("image", "c", ["gcc"], "other")) is None
     assert (cache / key).stat().st_mode & 0o777 == 0o600
-    drop_artifact(key)
+    remove_artifact(key)
     assert recalled(key) is None
 
 
 def test_every_part_changes_the_key() -> None:
-    """Image, toolchain, arguments and source each make another key, and none can pass for its neighbour."""
+    """Image, toolchain, arguments and source each change the key, and their boundaries count."""
     keys = {artifact_key(*parts) for parts in (["a", "b"], ["ab", ""], ["a", ["b"]], ["b", "a"], ["a", "b", ""])}
     assert len(keys) == 5
 
 
 def test_notes_about_the_build_come_back_too(cache: Path) -> None:
-    """What was noted about a build comes back as it was given, and is not used when damaged or a part of it."""
+    """Build notes are returned unchanged, and a damaged entry or oversized notes are not used."""
     key, notes = artifact_key("x"), b'{"stderr": "a warning"}'
     keep(key, DATA, notes)
     assert recalled(key) == DATA
@@ -86,7 +86,7 @@ def test_notes_about_the_build_come_back_too(cache: Path) -> None:
 
 @pytest.mark.parametrize("at", [0, 100, HEADER_BYTES - 1, HEADER_BYTES, HEADER_BYTES + 5000, -1])
 def test_damage_is_found(cache: Path, at: int) -> None:
-    """A changed byte anywhere that counts means nothing is taken from the cache."""
+    """A changed byte in a cache entry never yields a wrong artifact."""
     key = artifact_key("x")
     keep(key)
     data = bytearray((cache / key).read_bytes())
@@ -96,18 +96,8 @@ def test_damage_is_found(cache: Path, at: int) -> None:
     assert got is None or (got == DATA and 0 < at < HEADER_BYTES)
 
 
-@pytest.mark.parametrize(("size", "notes_size"), [("1e999", "0"), ("-600", str(len(DATA) + 600)), ("null", "0")])
-def test_sizes_that_no_file_has_are_damage_too(cache: Path, size: str, notes_size: str) -> None:
-    """A header with a size that is no size means that nothing is taken from the cache, also where the sum is right."""
-    key = artifact_key("x")
-    keep(key)
-    header = f'{{"bytes": {size}, "notes_bytes": {notes_size}}}'.encode().ljust(HEADER_BYTES)
-    (cache / key).write_bytes(header + (cache / key).read_bytes()[HEADER_BYTES:])
-    assert recalled(key) is None
-
-
-def test_a_file_cut_short_or_of_another_key_is_nothing(cache: Path) -> None:
-    """What was cut, grew, is a link, or lies under another's name is not used."""
+def test_a_truncated_or_misplaced_entry_is_not_used(cache: Path) -> None:
+    """A truncated, extended, linked or misplaced cache entry is not used."""
     key, other = artifact_key("x"), artifact_key("y")
     keep(key)
     whole = (cache / key).read_bytes()
@@ -122,8 +112,8 @@ def test_a_file_cut_short_or_of_another_key_is_nothing(cache: Path) -> None:
     assert recalled(key) is None
 
 
-def test_the_oldest_goes_first(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Above the size limit the least recently used artifacts are removed; one larger than a quarter is not kept."""
+def test_least_recently_used_artifact_is_evicted(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache evicts the least recently used artifacts and stores none above a quarter of its size."""
     monkeypatch.setattr(settings, "ARTIFACTS_MAX_BYTES", 200_000)
     keys = [artifact_key(number) for number in range(8)]
     for number, key in enumerate(keys):
@@ -141,28 +131,28 @@ def test_the_oldest_goes_first(cache: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert recalled(big) is None
 
 
-def test_who_waits_for_a_build_can_be_cancelled_and_is_not_held_for_ever() -> None:
-    """The wait for another's build ends by what `pause` raises, and after the time that it may take."""
+def test_a_wait_for_another_build_can_be_cancelled_and_times_out() -> None:
+    """A wait for another process's build can be cancelled and has a timeout."""
 
     def never() -> None:
         raise Cancelled("x", "y", "z")
 
-    with one_builder("ab" * 32, never, 60) as waited:
+    with build_lock("ab" * 32, never, 60) as waited:
         assert waited is False
-        with pytest.raises(Cancelled), one_builder("ab" * 32, never, 60):
+        with pytest.raises(Cancelled), build_lock("ab" * 32, never, 60):
             pass
-        with one_builder("ab" * 32, lambda: time.sleep(0.01), 0.05) as waited_too:
+        with build_lock("ab" * 32, lambda: time.sleep(0.01), 0.05) as waited_too:
             assert waited_too is True
-    with one_builder("ab" * 32, never, 60) as waited:
+    with build_lock("ab" * 32, never, 60) as waited:
         assert waited is False
 
 
-def test_a_killed_builder_holds_nobody() -> None:
-    """Where the process that builds is killed, the one that waits for it is next, and knows that another had been."""
-    source = "import sys\nfrom x07_sandbox.programs.artifacts import one_builder\n"
-    source += "with one_builder('cd' * 32, lambda: None, 60):\n    print('builds', flush=True)\n    sys.stdin.read()\n"
+def test_a_killed_builder_releases_its_waiter() -> None:
+    """If a building process is killed, the next waiter continues and knows that it waited."""
+    source = "import sys\nfrom x07_sandbox.programs.artifacts import build_lock\n"
+    source += "with build_lock('cd' * 32, lambda: None, 60):\n    print('builds', flush=True)\n    sys.stdin.read()\n"
     with subprocess.Popen([sys.executable, "-c", source], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as builder:
         assert builder.stdout is not None
         assert builder.stdout.readline() == b"builds\n"
-        with one_builder("cd" * 32, builder.kill, 60) as waited:
+        with build_lock("cd" * 32, builder.kill, 60) as waited:
             assert waited is True

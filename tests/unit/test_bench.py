@@ -1,4 +1,4 @@
-"""The bench believes no timed run without looking, and takes away what it puts among the user's records."""
+"""The bench verifies every timed run and removes the records it adds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OUTPUT = b"got a\n"
 
 @pytest.fixture
 def result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What a run that kept every promise told, in short, with its jobs on record."""
+    """The short result of a valid run, with its jobs on record."""
     monkeypatch.setenv("X07_VM_STATE_DIR", str(tmp_path))
     for name in ("1-1-0-build", "1-1-0-run"):
         (tmp_path / name).mkdir()
@@ -57,7 +57,7 @@ def result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_a_timed_run_that_is_not_what_it_claims_ends_the_bench(
     result: dict[str, Any], place: tuple[str | int, ...], value: object, named: str
 ) -> None:
-    """A result in which a machine, a record, the output or a control is not as it has to be is named and refused."""
+    """The bench stops if a timed run has the wrong VM, record, output or control."""
     good = copy.deepcopy(result)
     check(msgspec.json.encode(good), OUTPUT, start="clone", built="build")
     part: Any = result
@@ -72,7 +72,7 @@ def test_a_timed_run_that_is_not_what_it_claims_ends_the_bench(
 
 
 def test_records_that_the_bench_adds_are_gone_however_it_ends(result: dict[str, Any], tmp_path: Path) -> None:
-    """Jobs that the bench puts on record, to time a run beside many, are whole ones, and go when it is interrupted."""
+    """Job records added by the bench are removed even if it is interrupted."""
     assert result
     before = sorted(tmp_path.iterdir())
     with pytest.raises(KeyboardInterrupt), more_jobs(3):  # noqa: PT012 - the block is what is tried

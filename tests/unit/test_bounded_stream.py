@@ -1,4 +1,4 @@
-"""Promises about what the virtual machine monitor says besides the channel: bounded, harmless, kept for diagnosis."""
+"""Diagnostic output of the VMM: bounded, escaped and kept for error reports."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def pipe() -> Iterator[tuple[int, int]]:
-    """A pipe that does not block; the test may close its second end."""
+    """A non-blocking pipe; the test may close its write end."""
     read_end, write_end = os.pipe2(os.O_NONBLOCK)
     yield read_end, write_end
     os.close(read_end)
@@ -30,7 +30,7 @@ def pipe() -> Iterator[tuple[int, int]]:
 
 
 def test_only_the_last_bytes_of_a_flood_are_kept(pipe: tuple[int, int]) -> None:
-    """A flood is read on and counted, and costs no more memory than its bound."""
+    """A flood of diagnostics is drained and counted, and only its bounded tail is kept."""
     stream = BoundedStream(pipe[0], keep_bytes=100)
     for turn in range(50):
         os.write(pipe[1], b"%02d" % turn * 1000)
@@ -40,8 +40,8 @@ def test_only_the_last_bytes_of_a_flood_are_kept(pipe: tuple[int, int]) -> None:
     assert stream.text() == "49" * 50
 
 
-def test_one_turn_takes_one_chunk(pipe: tuple[int, int]) -> None:
-    """A stream that always has more to say does not hold up the loop that reads it."""
+def test_one_read_takes_at_most_one_chunk(pipe: tuple[int, int]) -> None:
+    """One read of a busy stream takes at most 64 KiB, so it cannot stall the loop."""
     written = os.write(pipe[1], bytes(1 << 20))
     stream = BoundedStream(pipe[0], keep_bytes=10)
     stream.read()
@@ -49,8 +49,8 @@ def test_one_turn_takes_one_chunk(pipe: tuple[int, int]) -> None:
     assert stream.total_bytes <= 64 * 1024
 
 
-def test_nothing_there_is_not_the_end(pipe: tuple[int, int]) -> None:
-    """A read with nothing there returns at once; only a closed writer ends the stream."""
+def test_an_empty_pipe_is_not_the_end(pipe: tuple[int, int]) -> None:
+    """An empty pipe returns at once, and only a closed writer ends the stream."""
     stream = BoundedStream(pipe[0], keep_bytes=10)
     stream.read()
     assert not stream.ended
@@ -66,8 +66,8 @@ def test_nothing_there_is_not_the_end(pipe: tuple[int, int]) -> None:
 @given(st.binary(max_size=300))
 @example(b"\x1b]0;title\x07\x1b[31m\x9b2J\r\x08\x7f")
 @example("\u202e\u200b\u2028\U000e0041".encode())
-def test_text_cannot_speak_to_a_terminal(data: bytes) -> None:
-    """Whatever a guest writes, its text has no control, escape, direction or line separator but tab and newline."""
+def test_guest_text_has_no_control_characters(data: bytes) -> None:
+    """Guest text contains no control, escape, direction or separator characters except tab and newline."""
     read_end, write_end = os.pipe2(os.O_NONBLOCK)
     try:
         os.write(write_end, data)
@@ -83,7 +83,7 @@ def test_text_cannot_speak_to_a_terminal(data: bytes) -> None:
 
 @given(st.text(st.characters(codec="utf-8", categories=["L", "N", "P"]), max_size=50))
 def test_readable_text_stays_as_it_is(text: str) -> None:
-    """Letters, digits and marks of any script come through."""
+    """Letters, digits and punctuation of any script pass unchanged."""
     read_end, write_end = os.pipe2(os.O_NONBLOCK)
     try:
         os.write(write_end, text.encode())

@@ -1,4 +1,4 @@
-"""Signals end what waits, whichever thread the kernel gives them to."""
+"""Signals cancel a waiting run, whichever thread receives them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from x07_sandbox.cli.cancel import cancelled_by_signals
 
 
 def test_a_signal_that_another_thread_gets_ends_the_wait() -> None:
-    """SIGTERM that the kernel delivers to a thread other than the waiting one cancels the run at once all the same."""
+    """SIGTERM cancels a waiting run even if the kernel delivers it to another thread."""
     over = threading.Event()
     other = threading.Thread(target=over.wait, args=(60,))
     other.start()

@@ -1,4 +1,4 @@
-"""Promises of changes that are left out: the rest is applied, they are kept and named, and can be applied later."""
+"""Left-out changes: the rest is applied, they are saved and named, and can be applied later."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ from typing import TYPE_CHECKING
 import msgspec
 import pytest
 
-from tests.unit.test_run_host_files import RUN, Run, die_at, said
+from tests.unit.test_run_host_files import RUN, Run, die_at, messages
 from x07_sandbox.channel.trees import Entry, Kind
 from x07_sandbox.cli.changes_text import patch_chunks
 from x07_sandbox.cli.main import main
 from x07_sandbox.errors import UsageError
-from x07_sandbox.files.changes import Change, Node, decode, encode
+from x07_sandbox.files.changes import Change, Node
 from x07_sandbox.files.dependencies import with_dependents
 from x07_sandbox.host.paths import private_dir
-from x07_sandbox.runs.saved_changes import find, recover_all
-from x07_sandbox.runs.saved_changes import undo as undo_kept
+from x07_sandbox.runs.saved_changes import find_saved, recover_all, undo_saved
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,7 +31,7 @@ EMPTY = Node(kind="file", mode=0o644, size=0, sha256="e" * 64)
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
-    """A run with a state of its own."""
+    """A run with a state folder of its own."""
     monkeypatch.setenv("X07_VM_STATE_DIR", str(tmp_path / "vm" / "jobs"))
     private_dir(tmp_path / "vm")
     with contextlib.ExitStack() as stack:
@@ -40,7 +39,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
 
 
 def folder(name: str) -> Entry:
-    """A new folder that a guest tells of."""
+    """A new folder."""
     return Entry(Kind.FOLDER, name.encode(), mode=0o755)
 
 
@@ -50,7 +49,7 @@ def file(name: str) -> Entry:
 
 
 def gone(name: str) -> Entry:
-    """Something that was removed."""
+    """A removed entry."""
     return Entry(Kind.DELETED, name.encode())
 
 
@@ -65,15 +64,15 @@ def there(run: Run) -> set[str]:
 
 
 def command_of(text: str) -> list[str]:
-    """The arguments of the command that a line ends with."""
+    """The arguments of the command at the end of a line."""
     return shlex.split(text.partition("; to apply: x07 ")[2])
 
 
-# what is left out
+# excluded entries
 
 
-def test_the_rest_is_applied_and_one_line_names_what_is_not(run: Run) -> None:
-    """A protected name stays out with all below it, the others come, and the line's command brings it afterwards."""
+def test_protected_entries_are_left_out_and_named(run: Run) -> None:
+    """Protected entries are left out, the rest is applied, and the printed command applies them later."""
     files = run.files()
     changes, denials, _ = run.back(files, file("appveyor.yml"), folder("src"), folder("src/.envrc"), file("src/a"))
     assert (changes.state, changes.reason, changes.added, changes.left_out) == ("applied", "", 2, 2)
@@ -82,20 +81,20 @@ def test_the_rest_is_applied_and_one_line_names_what_is_not(run: Run) -> None:
         ("protected", "appveyor.yml"),
         ("protected", "src/.envrc"),
     ]
-    left, closing = said(changes, denials)
+    left, closing = messages(changes, denials)
     assert left.startswith("left out: appveyor.yml (protected), src/.envrc (protected); to apply: x07 apply ")
     assert closing == "2 added: applied; x07 diff, x07 undo"
     assert main(command_of(left)) == 0
     assert there(run) == {"src", "src/a", "src/.envrc", "appveyor.yml"}
 
 
-def test_what_was_left_out_has_an_undo_of_its_own(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    """x07 undo takes back what was applied last, and a second one the rest; each can be applied again."""
+def test_each_applied_part_can_be_undone(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each `x07 undo` reverts the last applied part, which can then be applied again."""
     run.back(run.files(), file("a"), file(".envrc"), file("AGENTS.md"))
     assert main(["apply", "--allow-protected", ".envrc"]) == 0
-    said = capsys.readouterr().err
-    assert "1 added: applied; x07 undo" in said
-    assert f"left out: AGENTS.md (protected); to apply: x07 apply {RUN} --allow-protected AGENTS.md" in said
+    printed = capsys.readouterr().err
+    assert "1 added: applied; x07 undo" in printed
+    assert f"left out: AGENTS.md (protected); to apply: x07 apply {RUN} --allow-protected AGENTS.md" in printed
     assert there(run) == {"a", ".envrc"}
     assert main(["undo"]) == 0
     assert "reverted; x07 undo reverts what was applied before" in capsys.readouterr().err
@@ -108,8 +107,8 @@ def test_what_was_left_out_has_an_undo_of_its_own(run: Run, capsys: pytest.Captu
     assert there(run) == set()
 
 
-def test_what_is_applied_already_is_no_second_undo(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    """The command for what was left out can be given twice, and one x07 undo takes back all that it did."""
+def test_applying_twice_adds_one_undo(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """Applying the same left-out changes twice adds one undo step."""
     run.back(run.files(), file("a"), file(".envrc"))
     for _ in range(2):
         assert main(["apply", "--allow-protected", ".envrc"]) == 0
@@ -118,11 +117,11 @@ def test_what_is_applied_already_is_no_second_undo(run: Run, capsys: pytest.Capt
         assert main(["undo"]) == 0
         assert there(run) == expected
     with pytest.raises(UsageError, match="they are not applied"):
-        undo_kept(find(RUN), lambda _path: None)
+        undo_saved(find_saved(RUN), lambda _path: None)
 
 
-def test_flags_that_let_nothing_of_what_was_left_out_are_an_error(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    """A pattern for another name, or for one of two reasons, applies nothing, and says what is against it."""
+def test_flags_that_allow_nothing_are_an_error(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """Flags that allow none of the left-out changes apply nothing and print the remaining reasons."""
     run.back(run.files({"deny_hidden": True}), file("a"), file(".envrc"))
     for words in (["--allow-protected", "b"], ["--allow-protected", ".envrc"], ["--allow-hidden"]):
         assert main(["apply", *words]) == 125
@@ -132,10 +131,10 @@ def test_flags_that_let_nothing_of_what_was_left_out_are_an_error(run: Run, caps
 
 
 def test_a_git_folder_comes_in_two_steps(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    """--allow-protected .git brings no hook; the line then printed brings that, and each step can be undone."""
+    """`--allow-protected .git` applies no hook; the next printed command does, and each step can be undone."""
     entries = [folder(name) for name in (".git", ".git/hooks", ".git/hooks/x", ".git/objects")]
     changes, denials, _ = run.back(run.files(), *entries)
-    lines, states = said(changes, denials), [there(run)]
+    lines, states = messages(changes, denials), [there(run)]
     while command := next(filter(None, map(command_of, lines)), None):
         assert main(command) == 0
         lines = capsys.readouterr().err.splitlines()
@@ -147,34 +146,34 @@ def test_a_git_folder_comes_in_two_steps(run: Run, capsys: pytest.CaptureFixture
 
 
 def test_all_or_nothing_applies_nothing(run: Run) -> None:
-    """With --changes all-or-nothing one refused entry keeps the whole set, as a reason says."""
+    """With `--changes all-or-nothing` one refused entry holds back the whole set."""
     changes, _, _ = run.back(run.files(changes="all-or-nothing"), file("a"), file(".envrc"))
-    assert (changes.state, changes.reason, changes.left_out) == ("kept", "1 of them may not be done", 0)
+    assert (changes.state, changes.reason, changes.left_out) == ("kept", "1 of them not allowed", 0)
     assert there(run) == set()
     assert main(["apply", "--allow-protected", ".envrc"]) == 0
     assert there(run) == {"a", ".envrc"}
 
 
-def test_where_all_is_left_out_nothing_is_said_to_be_changed(run: Run) -> None:
-    """A run of which nothing may be applied keeps it, gives no reason for another exit code, and names it."""
+def test_all_changes_left_out(run: Run) -> None:
+    """A run whose changes are all left out saves and names them without changing its exit code."""
     changes, denials, _ = run.back(run.files(), file(".envrc"))
     assert (changes.state, changes.reason, changes.added, changes.left_out) == ("kept", "", 0, 1)
-    (line,) = said(changes, denials)
+    (line,) = messages(changes, denials)
     assert line.startswith("left out: .envrc (protected)")
 
 
-def test_what_no_flag_of_apply_lets_says_what_would(run: Run) -> None:
-    """A file that is too large has a line with the value of the policy, and no command that could not apply it."""
+def test_a_change_only_the_policy_can_allow(run: Run) -> None:
+    """A change that only the policy can allow names the policy value and no apply command."""
     changes, denials, _ = run.back(run.files({"allow_mkdir": False}), folder("d"), file("a"))
     assert changes.apply_left_out == ""
-    assert said(changes, denials) == [
-        "left out: d: it is a new folder. To allow it, set fs.allow_mkdir to true in the policy.",
+    assert messages(changes, denials) == [
+        "left out: d: new folder, and fs.allow_mkdir is false. To allow it, set fs.allow_mkdir to true in the policy.",
         "1 added: applied; x07 diff, x07 undo",
     ]
 
 
-def test_an_uppermost_entry_has_one_line_with_all_reasons(run: Run) -> None:
-    """Of a hidden, protected folder with links in it there is one denial and one line, and its command applies all."""
+def test_a_refused_folder_is_one_line(run: Run) -> None:
+    """A refused folder yields one denial with all its reasons, and its command applies everything."""
     names = ["HEAD", "objects", "refs", *(f"refs/{number}" for number in range(50))]
     files = run.files({"deny_hidden": True, "allow_symlinks": False})
     entries = [folder(".git"), *(folder(f".git/{name}") for name in sorted(names)), link(".git/refs/z", "1")]
@@ -182,18 +181,18 @@ def test_an_uppermost_entry_has_one_line_with_all_reasons(run: Run) -> None:
     assert (denial.field, denial.subject, denial.count) == ("protected", ".git", 55)
     assert "fs.deny_hidden is true" in denial.reason
     assert "fs.allow_symlinks is false" in denial.reason
-    (line,) = said(changes, [denial])
+    (line,) = messages(changes, [denial])
     assert "left out: .git (protected, hidden, a link)" in line
     assert main(command_of(line)) == 0
     assert (run.root / ".git/refs/z").is_symlink()
 
 
 def test_diff_and_its_document_show_both_parts(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    """A patch has what was applied first, then what was left out, each with its reason; so has --json."""
+    """`x07 diff` shows applied changes first, then left-out ones with their reasons, as does `--json`."""
     files = run.files({"allow_symlinks": True})
     run.back(files, link("l", ".envrc/x"), folder("a"), folder(".envrc"), link(".envrc/x", "y"))
-    text = b"".join(patch_chunks(find(RUN))).decode()
-    assert text.index("new folder: a") < text.index("left out: .envrc: ") < text.index("left out: l: it depends on")
+    text = b"".join(patch_chunks(find_saved(RUN))).decode()
+    assert text.index("new folder: a") < text.index("left out: .envrc: ") < text.index("left out: l: depends on")
     assert main(["diff", "--json"]) == 0
     document = msgspec.json.decode(capsys.readouterr().out)
     (root,) = document["roots"]
@@ -205,7 +204,7 @@ def test_diff_and_its_document_show_both_parts(run: Run, capsys: pytest.CaptureF
 
 
 def test_diff_shows_what_was_applied_later_as_applied(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    """Once x07 apply has brought what was left out, x07 diff calls it left out no more."""
+    """`x07 diff` shows changes that were applied later as applied."""
     run.back(run.files({"allow_symlinks": True}), link("c", "y"), link(".envrc", "x"))
     assert main(["diff"]) == 0
     assert "left out: .envrc" in capsys.readouterr().out
@@ -216,8 +215,8 @@ def test_diff_shows_what_was_applied_later_as_applied(run: Run, capsys: pytest.C
     assert ".envrc" in text
 
 
-def test_a_conflict_applies_nothing_and_what_is_left_out_stays_named(run: Run) -> None:
-    """Where a file of the host's was changed meanwhile, neither part is applied."""
+def test_a_conflict_applies_nothing(run: Run) -> None:
+    """A conflict applies nothing, and the left-out changes remain listed."""
     (run.root / "a").write_text("x")
     files = run.files()
     (run.root / "a").write_text("changed")
@@ -226,22 +225,8 @@ def test_a_conflict_applies_nothing_and_what_is_left_out_stays_named(run: Run) -
     assert there(run) == {"a"}
 
 
-def test_sets_of_before_stay_all_or_nothing(run: Run) -> None:
-    """A set that says nothing of it, as older versions kept it, is applied only as a whole."""
-    run.back(run.files(changes="all-or-nothing"), file("a"), file(".envrc"))
-    document = msgspec.json.decode(encode(find(RUN).changes))
-    del document["all_or_nothing"]
-    for root in document["roots"]:
-        del root["left_out"]
-    place = run.folder.path / "changes/changes.json"
-    place.write_bytes(msgspec.json.encode(document))
-    assert decode(place.read_bytes()).all_or_nothing
-    assert main(["apply"]) == 125
-    assert there(run) == set()
-
-
-def test_a_root_that_is_made_for_the_rest_is_there_for_what_was_left_out(run: Run) -> None:
-    """A missing write root that the first part makes is no conflict for the second, nor for undoing both."""
+def test_a_created_root_is_no_conflict_later(run: Run) -> None:
+    """A write root created by the first part is no conflict for the left-out part or its undo."""
     files = run.files({"write_roots": (f"{run.root}/new",)})
     changes, _, _ = run.back(files, file("a"), file(".envrc"))
     assert (changes.state, there(run)) == ("applied", {"new", "new/a"})
@@ -252,7 +237,7 @@ def test_a_root_that_is_made_for_the_rest_is_there_for_what_was_left_out(run: Ru
     assert there(run) == set()
 
 
-# what depends on what is left out
+# changes that depend on excluded entries
 
 
 def change(name: str, before: Node | None, after: Node | None) -> Change:
@@ -309,15 +294,13 @@ DEPENDING: list[tuple[list[Change], set[str], set[str]]] = [
 
 
 @pytest.mark.parametrize(("changes", "refused", "left"), DEPENDING)
-def test_what_depends_on_a_refused_entry_is_left_out_with_it(
-    changes: list[Change], refused: set[str], left: set[str]
-) -> None:
-    """What lies below it, the other half of a rename, a link through it, and a folder in which it stays; no more."""
+def test_dependents_are_left_out_too(changes: list[Change], refused: set[str], left: set[str]) -> None:
+    """Left-out entries take their dependents along: entries below, links, renames and folders, no others."""
     assert with_dependents(changes, refused) == left
 
 
 def test_a_rename_to_a_protected_name_loses_nothing(run: Run) -> None:
-    """A file that was moved to a name which may not come stays where it was, and moves when that is allowed."""
+    """A file moved to a protected name stays in place until that name is allowed."""
     (run.root / "a").symlink_to("x")
     (run.root / "d").mkdir()
     (run.root / "d/b").symlink_to("y")
@@ -331,7 +314,7 @@ def test_a_rename_to_a_protected_name_loses_nothing(run: Run) -> None:
 
 
 def test_thousands_of_links_and_renames_take_no_time() -> None:
-    """A chain of links and as many renames of one content, of which the first is left out, are followed once each."""
+    """Dependents of thousands of links and renames are found in linear time."""
     many = 5000
     links = [change(f"l{n}", None, Node(kind="link", target=f"l{n + 1}/x")) for n in range(many)]
     moved = [change(f"a{n}", content("1"), None) for n in range(many)]
@@ -343,8 +326,8 @@ def test_thousands_of_links_and_renames_take_no_time() -> None:
 
 
 @pytest.mark.parametrize("verb", ["apply", "undo"])
-def test_a_kill_while_the_second_part_is_applied_or_undone_leaves_one_state_or_the_other(run: Run, verb: str) -> None:
-    """Killed before each name that it removes or changes, the next command has the old or the new, with its undo."""
+def test_a_kill_of_a_later_apply_or_undo_is_recovered(run: Run, verb: str) -> None:
+    """After a kill during apply or undo, the tree is entirely old or new and can be undone."""
     run.back(run.files(), folder("a"), folder("AGENTS.md"), folder("a/.envrc"))
     first, both = {"a"}, {"a", "AGENTS.md", "a/.envrc"}
     every = ["apply", "--allow-protected", "*"]
@@ -360,13 +343,13 @@ def test_a_kill_while_the_second_part_is_applied_or_undone_leaves_one_state_or_t
         ended = os.waitpid(pid, 0)[1] == 0
         recover_all(pytest.fail)
         assert there(run) in (first, both)
-        if there(run) == both or len(find(RUN).undos) > 1:
-            undo_kept(find(RUN), lambda _path: None)
+        if there(run) == both or len(find_saved(RUN).undos) > 1:
+            undo_saved(find_saved(RUN), lambda _path: None)
         assert there(run) == first
-        assert find(RUN).applied
+        assert find_saved(RUN).applied
         if ended:
             break
         killed += 1
     assert killed > 10
-    undo_kept(find(RUN), lambda _path: None)
+    undo_saved(find_saved(RUN), lambda _path: None)
     assert there(run) == set()

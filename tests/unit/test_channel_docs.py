@@ -1,6 +1,6 @@
-"""Promises of docs/guest-channel.md: its tables and its diagram are those of the code.
+"""The tables and the diagram of docs/guest-channel.md match the code.
 
-Run as a program (python -m tests.unit.test_channel_docs) it writes them anew.
+Run as a program (python -m tests.unit.test_channel_docs) to regenerate them.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ SENDS: Final = {Role.HOST: "host", Role.GUEST: "guest"}
 
 
 def table(*rows: tuple[object, ...]) -> str:
-    """A table in Markdown, its first row the head."""
+    """A table in Markdown whose first row is the head."""
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
@@ -134,7 +134,7 @@ def size(count: int) -> str:
 
 
 def number(value: int) -> str:
-    """A bound, as a power of two where it is one, or one less than one."""
+    """A bound, written as a power of two where possible."""
     if value >= 1 << 16 and value & (value - 1) == 0:
         return f"2^{value.bit_length() - 1}"
     if value >= 1 << 16 and value & (value + 1) == 0:
@@ -143,7 +143,7 @@ def number(value: int) -> str:
 
 
 def bounds(shape: Shape) -> str:
-    """What a field may hold, in words."""
+    """The bounds of a field, in words."""
     text = {
         "int": f"whole number, {number(shape.lo)} to {number(shape.hi)}",
         "text": f"text, {shape.lo} to {shape.hi} characters"
@@ -246,12 +246,12 @@ MARKED: Final = re.compile(r"(?s)(<!-- ([a-z]+): made from the code -->\n).*?(\n
 
 
 def renewed(text: str) -> str:
-    """The page with every part made anew."""
+    """The page with every part regenerated."""
     return MARKED.sub(lambda match: match[1] + PARTS[match[2]]() + match[3], text)
 
 
 def test_the_page_shows_the_tables_of_the_code() -> None:
-    """Frames, fields, streams, states, diagram and numbers in docs/guest-channel.md are those of the code."""
+    """The tables and the diagram of docs/guest-channel.md match the code."""
     text = PAGE.read_text(encoding="utf-8")
     assert [match[2] for match in MARKED.finditer(text)] == list(PARTS)
     assert text == renewed(text), "run: python -m tests.unit.test_channel_docs"
@@ -267,14 +267,14 @@ def test_the_page_shows_the_tables_of_the_code() -> None:
     ],
     ids=["frames", "fields", "streams", "states"],
 )
-def test_nothing_goes_without_a_word(described: dict[object, str], there: set[object]) -> None:
-    """Each frame, field, stream and state has its sentence, and there is none for what is gone."""
+def test_every_item_is_described(described: dict[object, str], there: set[object]) -> None:
+    """Each frame, field, stream and state has a description, and none is left over."""
     assert described.keys() == there
     assert all(text.endswith(".") for text in described.values())
 
 
 def test_the_header_is_the_one_that_is_described() -> None:
-    """Length, type, a zero and stream: the header's bytes are those of the page."""
+    """The header bytes of the example on the page are those of the code."""
     assert frames.encode(Kind.DATA, 0x1234, b"abc") == bytes.fromhex("00000003 06 00 1234") + b"abc"
     assert "00 00 00 03  06  00  12 34  61 62 63" in PAGE.read_text(encoding="utf-8")
 

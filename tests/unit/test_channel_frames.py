@@ -1,4 +1,4 @@
-"""Promises of the frames: whole frames or PeerError, whatever the bytes and however they are cut."""
+"""Frames: any bytes, however they are cut, yield whole frames or PeerError."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from x07_sandbox.errors import PeerError
 ROLES = st.sampled_from(Role)
 CONTROL = sorted(SENDER)
 STREAMS = {role: [s for s in range(LAST_FILE + 2) if stream_sender(s) is role] for role in Role}
-DEPTH = 5000  # far past what the decoder follows, and small enough for a control frame
+DEPTH = 5000  # deeper than the decoder accepts, and small enough for a control frame
 HOSTILE = {
     "empty": b"",
     "no text": b"\xff\xfe",
@@ -52,7 +52,7 @@ HOSTILE = {
 
 
 def frames(sender: Role) -> st.SearchStrategy[Frame]:
-    """Any frame that this role may send, its payload not looked at."""
+    """Any frame that this role may send; its payload is arbitrary."""
     control = st.sampled_from([kind for kind in CONTROL if SENDER[kind] is sender]).map(lambda kind: (kind, 0))
     taken = st.sampled_from(STREAMS[Role.GUEST if sender is Role.HOST else Role.HOST])
     sent = st.sampled_from(STREAMS[sender])
@@ -65,7 +65,7 @@ def frames(sender: Role) -> st.SearchStrategy[Frame]:
 
 
 def take_all(stream: bytes, cuts: list[int], sender: Role) -> tuple[list[Frame], PeerError | None, int]:
-    """Frames, fault, and how many bytes are left, when the stream comes in pieces of these sizes."""
+    """Frames, error and number of remaining bytes for a stream that arrives in pieces."""
     buf = bytearray()
     found: list[Frame] = []
     at = 0
@@ -84,7 +84,7 @@ def take_all(stream: bytes, cuts: list[int], sender: Role) -> tuple[list[Frame],
 
 
 def good_body(kind: Kind) -> dict[str, Any]:
-    """A body that the table takes."""
+    """A body that the table accepts."""
     return {
         key: {"text": "x" * shape.lo, "bytes": b"x" * shape.lo, "int": max(shape.lo, 0), "bool": True, "any": []}[
             shape.kind
@@ -94,7 +94,7 @@ def good_body(kind: Kind) -> dict[str, Any]:
 
 
 def values(shape: Shape) -> st.SearchStrategy[object]:
-    """Every value that a shape takes; for "any", some JSON."""
+    """Every value that a shape accepts; for "any", some JSON."""
     taken = {
         "int": st.integers(shape.lo, shape.hi),
         "text": st.text(
@@ -121,7 +121,7 @@ BODY = st.sampled_from(CONTROL).flatmap(
     st.lists(st.integers(1, 90), max_size=4),
 )
 def test_frames_come_out_as_they_went_in_however_they_are_cut(sent: tuple[Role, list[Frame]], cuts: list[int]) -> None:
-    """The frames that are read are those that were written, for any cut of the byte stream."""
+    """Frames survive the channel unchanged, however the byte stream is cut."""
     role, written = sent
     stream = b"".join(encode(frame.kind, frame.stream, frame.payload) for frame in written)
     assert take_all(stream, cuts, role) == (written, None, 0)
@@ -129,7 +129,7 @@ def test_frames_come_out_as_they_went_in_however_they_are_cut(sent: tuple[Role, 
 
 @pytest.mark.parametrize("kind", Kind)
 def test_a_frame_is_read_whole_byte_by_byte_and_with_more_behind_it(kind: Kind) -> None:
-    """A frame comes once all its bytes have, and takes none of those behind it."""
+    """A frame is returned once it is complete and consumes no byte of the next one."""
     stream = 0 if kind in SENDER else Stream.STDOUT
     payload = b"\0" * min(5, payload_max(kind))
     sender = frame_sender(kind, stream)
@@ -151,7 +151,7 @@ def test_a_frame_is_read_whole_byte_by_byte_and_with_more_behind_it(kind: Kind) 
 @given(st.binary(max_size=200), st.lists(st.integers(1, 20), min_size=1, max_size=4), ROLES)
 @example(b"\xff\xff\xff\xff\x04\x00\x00\x00", [1], Role.GUEST)
 def test_junk_gives_frames_or_a_peer_error(junk: bytes, cuts: list[int], sender: Role) -> None:
-    """Any bytes give frames or PeerError, nothing else, and the same ones for any cut."""
+    """Any bytes yield frames or PeerError, and the same ones for any cut."""
     cut, whole = take_all(junk, cuts, sender), take_all(junk, [], sender)
     assert cut[0] == whole[0]
     assert (cut[1] and cut[1].args) == (whole[1] and whole[1].args)
@@ -167,7 +167,7 @@ def test_junk_gives_frames_or_a_peer_error(junk: bytes, cuts: list[int], sender:
     ROLES,
 )
 def test_a_bad_header_is_refused_before_its_payload_comes(header: tuple[int, int, int, int], sender: Role) -> None:
-    """Eight bytes decide whether a frame is taken, so nothing is held of one that is not."""
+    """An invalid header is rejected before any of its payload is buffered."""
     length, number, reserved, stream = header
     good = (
         number in set(Kind)
@@ -190,15 +190,15 @@ def test_a_bad_header_is_refused_before_its_payload_comes(header: tuple[int, int
 
 @pytest.mark.parametrize("kind", Kind)
 def test_a_frame_over_its_bound_is_not_sent(kind: Kind) -> None:
-    """A payload of the largest size is encoded, one byte more is an error on our side."""
+    """Encoding a payload over the limit is an error."""
     most = payload_max(kind)
     assert len(encode(kind, 1, bytes(most))) == HEADER.size + most
     with pytest.raises(ValueError, match="over"):
         encode(kind, 1, bytes(most + 1))
 
 
-def test_what_a_guest_sends_is_small() -> None:
-    """No frame that a guest may send is larger than one of data; only START, which the host sends, is."""
+def test_guest_frames_are_small() -> None:
+    """No frame from the guest is larger than a data frame."""
     assert CONTROL_MAX < DATA_MAX < START_MAX
     large = [kind for kind in Kind if payload_max(kind) > DATA_MAX]
     assert large == [Kind.START]
@@ -206,7 +206,7 @@ def test_what_a_guest_sends_is_small() -> None:
 
 
 def test_every_stream_has_one_sender_or_none() -> None:
-    """Input and files go in, outputs, a file, changes and what was left come out; no other stream is anyone's."""
+    """Each stream has one sender, and unknown streams have none."""
     assert STREAMS[Role.HOST] == [Stream.STDIN, *range(Stream.FIRST_FILE, LAST_FILE + 1)]
     outputs = [Stream.STDOUT, Stream.STDERR, Stream.OUTPUT_FILE]
     assert STREAMS[Role.GUEST] == [*outputs, Stream.CHANGES, Stream.LEFT_FILES]
@@ -215,7 +215,7 @@ def test_every_stream_has_one_sender_or_none() -> None:
 
 @pytest.mark.parametrize("stream", [*range(18), LAST_FILE, LAST_FILE + 1, 2**16 - 1])
 def test_credit_flows_against_the_data(stream: int) -> None:
-    """The one who takes a stream's data is the only one who grants credit for it."""
+    """Only the receiver of a stream may grant credit for it."""
     pair = {frame_sender(Kind.DATA, stream), frame_sender(Kind.CREDIT, stream)}
     assert pair == ({None} if stream_sender(stream) is None else {Role.HOST, Role.GUEST})
     assert frame_sender(Kind.EOF, stream) is stream_sender(stream)
@@ -223,13 +223,13 @@ def test_credit_flows_against_the_data(stream: int) -> None:
 
 @given(BODY)
 def test_control_bodies_come_back_as_they_were(sent: tuple[Kind, dict[str, Any]]) -> None:
-    """Every body that the table allows survives the way over the channel."""
+    """Every valid control body survives encoding and decoding."""
     kind, body = sent
     assert decode_body(kind, encode_body(kind, body)) == body
 
 
 def test_undecodable_arguments_survive() -> None:
-    """Arguments and environment may hold bytes that are no UTF-8, and reach the agent as they were."""
+    """Arguments and environment that are not UTF-8 reach the agent unchanged."""
     argv = [b"\xff\x80".decode("utf-8", "surrogateescape"), "\u00e9\N{PILE OF POO}"]
     body = {**good_body(Kind.START), "argv": argv, "env": {argv[0]: argv[0]}}
     decoded = decode_body(Kind.START, encode_body(Kind.START, body))
@@ -238,7 +238,7 @@ def test_undecodable_arguments_survive() -> None:
 
 @given(st.sampled_from(CONTROL), st.binary(max_size=80))
 def test_any_payload_is_a_body_or_a_peer_error(kind: Kind, payload: bytes) -> None:
-    """Any bytes as control payload give a body with exactly the table's keys, or PeerError."""
+    """Any control payload yields a body with exactly the known keys, or PeerError."""
     try:
         body = decode_body(kind, payload)
     except PeerError:
@@ -248,8 +248,8 @@ def test_any_payload_is_a_body_or_a_peer_error(kind: Kind, payload: bytes) -> No
 
 @pytest.mark.parametrize("name", HOSTILE)
 @pytest.mark.parametrize("kind", [Kind.HELLO, Kind.EXITED])
-def test_what_is_no_flat_json_object_is_refused(kind: Kind, name: str) -> None:
-    """Broken, nested without end, or not an object: a payload is refused, and nothing but PeerError comes of it."""
+def test_malformed_json_is_rejected(kind: Kind, name: str) -> None:
+    """Malformed, deeply nested or non-object JSON is rejected with PeerError."""
     with pytest.raises(PeerError):
         decode_body(kind, HOSTILE[name])
 
@@ -274,7 +274,7 @@ def test_what_is_no_flat_json_object_is_refused(kind: Kind, name: str) -> None:
     ],
 )
 def test_a_number_is_a_whole_number_in_its_range(value: str) -> None:
-    """No float, boolean, NaN, text, or number out of range or of thousands of digits passes for a count."""
+    """Only an integer within its range is accepted as a number."""
     body = {**good_body(Kind.EXITED), "wait_status": 0}
     payload = encode_body(Kind.EXITED, body).replace(b'"wait_status":0', b'"wait_status":' + value.encode())
     assert payload != encode_body(Kind.EXITED, body)
@@ -284,7 +284,7 @@ def test_a_number_is_a_whole_number_in_its_range(value: str) -> None:
 
 @pytest.mark.parametrize("value", [1, None, [], {}, "x" * 65, "\ud800" * 3, "x" + "\udfff", True])
 def test_a_text_is_a_text_of_its_length(value: object) -> None:
-    """No other type, other length or half of a surrogate pair passes for a text."""
+    """Only valid text within its length limits is accepted as text."""
     body = {**good_body(Kind.FAILED), "stage": value}
     with pytest.raises(PeerError, match="stage"):
         decode_body(Kind.FAILED, json.dumps(body).encode())
@@ -292,7 +292,7 @@ def test_a_text_is_a_text_of_its_length(value: object) -> None:
 
 @given(st.sampled_from(sorted(PACKED)), st.binary(max_size=200))
 def test_a_packed_body_has_its_length_and_no_other(kind: Kind, payload: bytes) -> None:
-    """A binary record of another length than the table's is refused; one of that length gives every field."""
+    """A packed body of the wrong length is rejected."""
     if len(payload) == PACKED[kind].size:
         try:
             assert decode_body(kind, payload).keys() == BODIES[kind].keys()
@@ -304,7 +304,7 @@ def test_a_packed_body_has_its_length_and_no_other(kind: Kind, payload: bytes) -
 
 
 def test_a_packed_record_is_as_long_as_its_fields() -> None:
-    """Each field of bytes has just the length that the record gives it, and no packed frame has a field of text."""
+    """The size of a packed record is the sum of its fields."""
     for kind, layout in PACKED.items():
         shapes = list(BODIES[kind].values())
         assert {shape.kind for shape in shapes} <= {"int", "bytes"}
@@ -314,14 +314,14 @@ def test_a_packed_record_is_as_long_as_its_fields() -> None:
 
 @pytest.mark.parametrize("value", [0, 1, "true", None, []])
 def test_a_boolean_is_a_boolean(value: object) -> None:
-    """No number, text or null passes for a boolean."""
+    """Numbers, text and null are not accepted as booleans."""
     with pytest.raises(PeerError, match="stopped"):
         decode_body(Kind.EXITED, encode_body(Kind.EXITED, {**good_body(Kind.EXITED), "stopped": value}))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in CONTROL if kind not in PACKED])
 def test_keys_are_exactly_those_of_the_table(kind: Kind) -> None:
-    """A key too many, one missing, or one twice is refused."""
+    """A body with an extra, missing or duplicate key is rejected."""
     body = good_body(kind)
     assert decode_body(kind, encode_body(kind, body)) == body
     with pytest.raises(PeerError):
@@ -334,8 +334,8 @@ def test_keys_are_exactly_those_of_the_table(kind: Kind) -> None:
             decode_body(kind, twice)
 
 
-def test_what_a_guest_says_has_no_field_without_a_bound() -> None:
-    """Every field of a frame that the guest sends has a type and bounds; "any" is for the host's frames alone."""
+def test_every_guest_field_is_bounded() -> None:
+    """Every field of a guest's frame has a type and bounds."""
     unbounded = {(kind, key) for kind in CONTROL for key, shape in BODIES[kind].items() if shape.kind == "any"}
     assert {kind for kind, _ in unbounded} == {Kind.START, Kind.WARM}
     assert all(SENDER[kind] is Role.HOST for kind, _ in unbounded)
@@ -345,7 +345,7 @@ def test_what_a_guest_says_has_no_field_without_a_bound() -> None:
 
 
 def test_the_largest_honest_body_fits_its_frame() -> None:
-    """Texts of the greatest length, each character escaped to six bytes, leave an agent's report within its frame."""
+    """The largest valid guest report fits into one frame."""
     for kind in CONTROL:
         if SENDER[kind] is Role.GUEST and kind not in PACKED:
             body = {

@@ -1,4 +1,4 @@
-"""Promises of the link: two ends, one table of states, windows that hold, and a fault that is final."""
+"""The link: two ends, one state table, flow-control windows, and final faults."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ CONTROL = sorted(SENDER)
 
 
 def path_to(state: State) -> list[Kind]:
-    """The control frames that lead to a state, the shortest way."""
+    """The shortest sequence of control frames that leads to a state."""
     ways: dict[State, list[Kind]] = {State.WAITING: []}
     while state not in ways:
         ways |= {end: [*ways[begin], kind] for (begin, kind), end in NEXT.items() if begin in ways and end not in ways}
@@ -54,12 +54,12 @@ def path_to(state: State) -> list[Kind]:
 
 
 def control(kind: Kind) -> bytes:
-    """A control frame as bytes."""
+    """An encoded control frame."""
     return encode(kind, 0, encode_body(kind, BODY[kind]))
 
 
 def link_in(state: State, role: Role) -> Link:
-    """One end that has come to a state by the frames of the table."""
+    """One end that has reached a state by frames of the table."""
     link = Link(role)
     for kind in path_to(state):
         if SENDER[kind] is role:
@@ -72,12 +72,12 @@ def link_in(state: State, role: Role) -> Link:
 
 
 def pair_in(state: State) -> dict[Role, Link]:
-    """Both ends, having come to a state together."""
+    """Both ends in the same state."""
     return {role: link_in(state, role) for role in Role}
 
 
 def carry(sender: Link, receiver: Link, most: int = 2**30) -> list[Event]:
-    """Move bytes from one end to the other; the events."""
+    """Move bytes from one end to the other; return the events."""
     data = sender.data_to_send(most)
     sender.sent(len(data))
     return list(receiver.receive(data))
@@ -87,20 +87,20 @@ def carry(sender: Link, receiver: Link, most: int = 2**30) -> list[Event]:
 
 
 def test_every_state_can_be_reached() -> None:
-    """No state is out of reach, and none but the end has no way on."""
+    """Every state is reachable and has a transition."""
     assert {state for state in State if path_to(state)} == set(State) - {State.WAITING}
     assert {state for state, _ in NEXT} == set(State)
 
 
 def test_the_guest_speaks_first() -> None:
-    """Nothing but the guest's HELLO begins a conversation."""
+    """Only the guest's HELLO opens a conversation."""
     assert [(kind, SENDER[kind]) for state, kind in NEXT if state is State.WAITING] == [(Kind.HELLO, Role.GUEST)]
 
 
 @pytest.mark.parametrize("role", Role)
 @pytest.mark.parametrize(("state", "kind"), list(itertools.product(State, CONTROL)))
-def test_a_control_frame_that_comes_is_in_the_table_or_their_fault(state: State, kind: Kind, role: Role) -> None:
-    """Each frame in each state leads where the table says, if it is the peer's to send, and else is a PeerError."""
+def test_received_control_frames_follow_the_table(state: State, kind: Kind, role: Role) -> None:
+    """A received control frame follows the state table, or raises PeerError."""
     link = link_in(state, role)
     if SENDER[kind] is not role and (state, kind) in NEXT:
         assert list(link.receive(control(kind))) == [Control(kind, BODY[kind])]
@@ -113,8 +113,8 @@ def test_a_control_frame_that_comes_is_in_the_table_or_their_fault(state: State,
 
 @pytest.mark.parametrize("role", Role)
 @pytest.mark.parametrize(("state", "kind"), list(itertools.product(State, CONTROL)))
-def test_a_control_frame_that_goes_is_in_the_table_or_our_bug(state: State, kind: Kind, role: Role) -> None:
-    """Each frame in each state is sent, if it is ours and the table has it, and else is a ChannelUsageError."""
+def test_sent_control_frames_follow_the_table(state: State, kind: Kind, role: Role) -> None:
+    """A sent control frame follows the state table, or raises ChannelUsageError."""
     link = link_in(state, role)
     if SENDER[kind] is role and (state, kind) in NEXT:
         link.send(kind, BODY[kind])
@@ -129,8 +129,8 @@ def test_a_control_frame_that_goes_is_in_the_table_or_our_bug(state: State, kind
 @pytest.mark.parametrize("kind", [Kind.DATA, Kind.EOF])
 @pytest.mark.parametrize("role", Role)
 @pytest.mark.parametrize(("state", "stream"), list(itertools.product(State, STREAMS)))
-def test_data_is_in_the_table_or_somebodys_fault(state: State, stream: int, role: Role, kind: Kind) -> None:
-    """Data of a stream is taken and sent in the states of the table by its one sender, and refused else."""
+def test_data_follows_the_table(state: State, stream: int, role: Role, kind: Kind) -> None:
+    """Data is accepted only from its stream's sender and in the states of the table."""
     payload = b"x" if kind is Kind.DATA else b""
     in_order = state in DATA_STATES[min(stream, Stream.FIRST_FILE)]
     link = link_in(state, role)
@@ -151,7 +151,7 @@ def test_data_is_in_the_table_or_somebodys_fault(state: State, stream: int, role
 
 
 def give(link: Link, kind: Kind, stream: int) -> None:
-    """Send a byte, or the end."""
+    """Send one byte, or the end of the stream."""
     if kind is Kind.DATA:
         link.send_data(stream, b"x")
     else:
@@ -160,15 +160,15 @@ def give(link: Link, kind: Kind, stream: int) -> None:
 
 @pytest.mark.parametrize(
     ("state", "last"),
-    # While warming and seeding there is no job yet, and nothing of it that the host could have sent.
+    # While warming and seeding there is no job yet, so the host cannot have sent anything of it.
     [
         (state, kind)
         for state, kind in NEXT
         if kind in {Kind.EXITED, Kind.FAILED} and state not in {State.WARMING, State.SEEDING}
     ],
 )
-def test_what_crosses_the_end_on_the_way_is_in_order(state: State, last: Kind) -> None:
-    """STOP, input and files that the host sent before it could know of the end do not break the conversation."""
+def test_frames_crossing_the_end_are_accepted(state: State, last: Kind) -> None:
+    """STOP, input and files that cross the end of the run on the wire are accepted."""
     ends = pair_in(state)
     host, guest = ends[Role.HOST], ends[Role.GUEST]
     guest.send(last, BODY[last])
@@ -184,17 +184,8 @@ def test_what_crosses_the_end_on_the_way_is_in_order(state: State, last: Kind) -
 # faults
 
 
-def test_events_before_a_fault_are_not_lost() -> None:
-    """What came before a fault is told first, also when both were read at once."""
-    link = link_in(State.RUNNING, Role.HOST)
-    events = link.receive(encode(Kind.DATA, Stream.STDOUT, b"last words") + b"\xff" * 8)
-    assert next(events) == Data(Stream.STDOUT, b"last words")
-    with pytest.raises(PeerError):
-        next(events)
-
-
 def test_a_fault_is_final() -> None:
-    """After a fault the link says the same for ever, whatever good frames come."""
+    """After a fault a link repeats the same error, whatever it receives."""
     link = Link(Role.HOST)
     with pytest.raises(PeerError) as first:
         list(link.receive(control(Kind.STARTED)))
@@ -204,8 +195,8 @@ def test_a_fault_is_final() -> None:
     assert link.state is State.WAITING
 
 
-def test_a_frame_is_judged_after_what_was_done_about_the_one_before() -> None:
-    """An answer that is sent between two events counts for the second, although both came in one piece."""
+def test_a_reply_between_events_counts() -> None:
+    """A reply sent between two events counts for the second one, even if both arrived together."""
     link = Link(Role.HOST)
     seen = []
     for event in link.receive(control(Kind.HELLO) + control(Kind.SEEDED)):
@@ -215,8 +206,8 @@ def test_a_frame_is_judged_after_what_was_done_about_the_one_before() -> None:
     assert [event.kind for event in seen if isinstance(event, Control)] == [Kind.HELLO, Kind.SEEDED]
 
 
-def test_events_that_were_not_asked_for_come_next_time() -> None:
-    """An iteration that is given up loses nothing."""
+def test_leftover_events_are_returned_later() -> None:
+    """Events left over from an abandoned iteration are returned by the next one."""
     link = link_in(State.RUNNING, Role.HOST)
     wire = b"".join(encode(Kind.DATA, Stream.STDOUT, b"%d" % number) for number in range(3))
     assert next(link.receive(wire)) == Data(Stream.STDOUT, b"0")
@@ -225,7 +216,7 @@ def test_events_that_were_not_asked_for_come_next_time() -> None:
 
 @given(st.binary(max_size=300))
 def test_any_bytes_keep_the_promises_of_the_fuzz_target(data: bytes) -> None:
-    """Junk from the first byte on gives events or PeerError, within bounds, moving along the table."""
+    """Junk yields events or PeerError, within bounds and along the state table."""
     one_input(data)
 
 
@@ -247,7 +238,7 @@ def test_any_bytes_keep_the_promises_of_the_fuzz_target(data: bytes) -> None:
     st.sampled_from([0, 0x40, 0x80, 0xC0]),
 )
 def test_any_frames_keep_the_promises_of_the_fuzz_target(parts: list[bytes], sizes: bytes, switches: int) -> None:
-    """Good frames in any order, and junk between them, give events or PeerError, the same for any cut."""
+    """Any sequence of frames and junk yields events or PeerError, the same for any cut."""
     guest_ready = b"".join(control(kind) for kind in (Kind.HELLO, Kind.SEEDED, Kind.STARTED))
     host_ready = control(Kind.SEED) + control(Kind.START)
     head = bytes([switches | len(sizes)]) + sizes
@@ -257,7 +248,7 @@ def test_any_frames_keep_the_promises_of_the_fuzz_target(parts: list[bytes], siz
 
 @pytest.mark.parametrize("step", [1, 7, 4096])
 def test_the_host_holds_no_more_than_one_frame_of_a_guest(step: int) -> None:
-    """A guest that announces large frames, sends them slowly, or such that are not its to send, fills no memory."""
+    """The host buffers at most one frame of a guest."""
     most = HEADER.size + max(CONTROL_MAX, DATA_MAX)
     for wire in (
         encode(Kind.DATA, Stream.STDOUT, bytes(DATA_MAX)),
@@ -279,7 +270,7 @@ def test_the_host_holds_no_more_than_one_frame_of_a_guest(step: int) -> None:
 
 @pytest.mark.parametrize("stream", [Stream.STDOUT, Stream.STDERR])
 def test_a_sender_stops_at_the_window(stream: int) -> None:
-    """Without credit exactly one window of a stream is sent, and a stalled reader holds up no other stream."""
+    """A sender stops at the window, and a stalled stream does not block another."""
     ends = pair_in(State.RUNNING)
     guest, host = ends[Role.GUEST], ends[Role.HOST]
     assert guest.send_data(stream, bytes(WINDOW + 1)) == WINDOW
@@ -291,7 +282,7 @@ def test_a_sender_stops_at_the_window(stream: int) -> None:
 
 
 def test_a_peer_past_its_window_is_at_fault() -> None:
-    """One byte more than the window is a PeerError, and so is an empty data frame."""
+    """Data beyond the window, and an empty data frame, raise PeerError."""
     host = link_in(State.RUNNING, Role.HOST)
     full = encode(Kind.DATA, Stream.STDOUT, bytes(DATA_MAX))
     assert len(list(host.receive(full * (WINDOW // DATA_MAX)))) == WINDOW // DATA_MAX
@@ -302,8 +293,8 @@ def test_a_peer_past_its_window_is_at_fault() -> None:
 
 
 @pytest.mark.parametrize("payload", [b"", b"\0\0\0\1\0"[:3], bytes(4), b"\0\0\0\2", b"\xff" * 4])
-def test_credit_that_was_not_owed_is_a_fault(payload: bytes) -> None:
-    """Credit of another length, of nothing, or for more than was sent is a PeerError."""
+def test_invalid_credit_is_a_fault(payload: bytes) -> None:
+    """Credit of the wrong size, of zero, or beyond the bytes sent raises PeerError."""
     host = link_in(State.RUNNING, Role.HOST)
     host.send_data(Stream.STDIN, b"x")
     with pytest.raises(PeerError):
@@ -311,8 +302,8 @@ def test_credit_that_was_not_owed_is_a_fault(payload: bytes) -> None:
 
 
 @pytest.mark.parametrize("stream", [*STREAMS, 0, 5, LAST_FILE + 1])
-def test_nobody_acknowledges_what_never_came(stream: int) -> None:
-    """To take more of a stream than has come is a bug of ours, not a gift of credit to the peer."""
+def test_acknowledging_unreceived_bytes_is_an_error(stream: int) -> None:
+    """Acknowledging more bytes than arrived raises ChannelUsageError and grants no credit."""
     for role in Role:
         link = link_in(State.RUNNING, role)
         with pytest.raises(ChannelUsageError):
@@ -322,7 +313,7 @@ def test_nobody_acknowledges_what_never_came(stream: int) -> None:
 
 
 def test_a_stream_ends_once() -> None:
-    """The end is sent once however often it is told, nothing is sent after it, and nothing is taken after it."""
+    """A stream ends once: nothing is sent or accepted after its end."""
     host = link_in(State.RUNNING, Role.HOST)
     host.end_stream(Stream.STDIN)
     host.end_stream(Stream.STDIN)
@@ -352,7 +343,7 @@ class Pair(RuleBasedStateMachine):
         self.ends = pair_in(State.RUNNING)
         self.given = {flow: bytearray() for flow in self.FLOWS}
         self.came = {flow: bytearray() for flow in self.FLOWS}
-        self.taken = dict.fromkeys(self.FLOWS, 0)  # of what came, by a reader who may stall
+        self.taken = dict.fromkeys(self.FLOWS, 0)  # received bytes that a possibly stalled reader has read
         self.ended: set[tuple[Role, int]] = set()
         self.seen_end: set[tuple[Role, int]] = set()
         self.pipes = {role: bytearray() for role in Role}  # by its writer
@@ -396,7 +387,7 @@ class Pair(RuleBasedStateMachine):
 
     @rule(flow=st.sampled_from(FLOWS), most=st.integers(1, WINDOW))
     def take(self, flow: tuple[Role, int], most: int) -> None:
-        """The reader of a stream takes some of what has come."""
+        """The reader of a stream consumes some of its bytes."""
         count = min(most, len(self.came[flow]) - self.taken[flow])
         other = Role.GUEST if flow[0] is Role.HOST else Role.HOST
         self.ends[other].consumed(flow[1], count)
@@ -410,19 +401,19 @@ class Pair(RuleBasedStateMachine):
 
     @invariant()
     def in_order(self) -> None:
-        """What came is the beginning of what was given, and nothing comes after the end."""
+        """Received bytes are a prefix of the bytes sent, and nothing follows the end."""
         for flow in self.FLOWS:
             assert self.given[flow].startswith(self.came[flow])
             assert flow not in self.seen_end or self.came[flow] == self.given[flow]
 
     @invariant()
     def within_the_window(self) -> None:
-        """Never more than a window is on the way or with a reader who has not taken it."""
+        """Unconsumed bytes never exceed the window."""
         for flow in self.FLOWS:
             assert len(self.given[flow]) - self.taken[flow] <= WINDOW
 
     def teardown(self) -> None:
-        """Once all readers read, everything arrives: no stall was for ever."""
+        """Once all readers read, every byte arrives."""
         for flow in self.FLOWS:
             rest = bytes(range(256)) * (2 * WINDOW // 256) if flow not in self.ended else b""
             for _ in range(20):
@@ -446,5 +437,5 @@ class Pair(RuleBasedStateMachine):
 
 
 def test_two_ends_deliver_every_byte_in_order() -> None:
-    """Under any interleaving, cut and stall, all streams arrive whole, in order, and never past their windows."""
+    """All streams arrive whole, in order and within their windows, under any interleaving and stall."""
     run_state_machine_as_test(Pair, settings=settings(stateful_step_count=30))

@@ -1,4 +1,4 @@
-"""Promises of the stream that carries trees of files."""
+"""The stream that carries file trees."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from x07_sandbox.channel.trees import NAME_MAX, Entry, FileEnd, Hole, Kind, Piece, Reader, check_name, segment
+from x07_sandbox.channel.trees import NAME_MAX, Entry, Hole, Kind, Piece, Reader, check_name, segment
 from x07_sandbox.errors import PeerError
 
 PARTS = (
@@ -29,8 +29,8 @@ RECORDS = st.lists(
 )
 
 
-def told(kind: Kind, name: bytes, more: object) -> tuple[bytes, list[object]]:
-    """A record's bytes, and what its reader has to say of it."""
+def encoded(kind: Kind, name: bytes, more: object) -> tuple[bytes, list[object]]:
+    """A record's bytes, and the events that its reader must return."""
     if kind is Kind.FILE:
         assert isinstance(more, list)
         size = sum(part if isinstance(part, int) else len(part) for part in more)
@@ -51,8 +51,8 @@ def told(kind: Kind, name: bytes, more: object) -> tuple[bytes, list[object]]:
     return entry.encoded(), [(kind, name, mode, mtime_ns, 0, target)]
 
 
-def heard_by(reader: Reader, data: bytes) -> list[object]:
-    """What it says, pieces of one segment as they come."""
+def events_of(reader: Reader, data: bytes) -> list[object]:
+    """The reader's events, with the pieces of a segment as they arrive."""
     heard: list[object] = []
     for event in reader.feed(data):
         if isinstance(event, Entry):
@@ -65,7 +65,7 @@ def heard_by(reader: Reader, data: bytes) -> list[object]:
 
 
 def joined(heard: list[object]) -> list[object]:
-    """The same with neighbouring pieces in one."""
+    """The same events with adjacent pieces joined."""
     found: list[object] = []
     for event in heard:
         if isinstance(event, bytes) and found and isinstance(found[-1], bytes):
@@ -79,10 +79,10 @@ def joined(heard: list[object]) -> list[object]:
 def test_a_stream_is_read_as_it_was_written_however_it_is_cut(
     records: list[tuple[Kind, bytes, object]], cuts: list[int]
 ) -> None:
-    """What is encoded comes out the same, in pieces of any size, and the end is the end."""
+    """A tree survives encoding and decoding, however its stream is cut."""
     data, expected = b"", []
     for record in records:
-        part, heard = told(*record)
+        part, heard = encoded(*record)
         data += part
         expected += heard
     data += Entry(Kind.END, b"").encoded()
@@ -91,7 +91,7 @@ def test_a_stream_is_read_as_it_was_written_however_it_is_cut(
     found: list[object] = []
     while at < len(data):
         size = cuts[number % len(cuts)]
-        found += heard_by(reader, data[at : at + size])
+        found += events_of(reader, data[at : at + size])
         at, number = at + size, number + 1
     assert joined(found) == joined(expected)
     assert reader.ended
@@ -99,7 +99,7 @@ def test_a_stream_is_read_as_it_was_written_however_it_is_cut(
 
 @given(st.binary(max_size=400), st.integers(1, 30))
 def test_any_bytes_are_events_or_our_error(data: bytes, size: int) -> None:
-    """Whatever a guest sends: events whose names stay in their tree, or PeerError; never more kept than a record."""
+    """Any bytes from a guest yield events with names inside the tree, or PeerError."""
     reader = Reader()
     try:
         for at in range(0, len(data), size):
@@ -114,7 +114,7 @@ def test_any_bytes_are_events_or_our_error(data: bytes, size: int) -> None:
     "name", [b"/etc/passwd", b"..", b"a/../b", b"a//b", b"a/", b".", b"./a", b"a\0b", b"a" * 256, b"a/" * 2048 + b"a"]
 )
 def test_a_name_that_leaves_its_tree_is_refused(name: bytes) -> None:
-    """No name is absolute, goes up, has an empty part, or is longer than Linux takes."""
+    """A name that is absolute, goes up, has an empty part or is too long is rejected."""
     with pytest.raises(PeerError, match="bad file tree"):
         list(Reader().feed(Entry(Kind.FOLDER, name).encoded()))
 
@@ -137,30 +137,23 @@ def test_a_name_that_leaves_its_tree_is_refused(name: bytes) -> None:
     ],
 )
 def test_a_broken_stream_is_refused_with_its_reason(data: bytes, why: str) -> None:
-    """Each rule of the format has its own words."""
+    """Each rule of the tree format has its own error."""
     with pytest.raises(PeerError, match=why):
         list(Reader().feed(data))
 
 
 def test_the_longest_name_is_taken() -> None:
-    """A path as long as Linux has them is no error."""
+    """A path of the maximal length of Linux is accepted."""
     name = b"/".join([b"a" * 255] * 16)[:NAME_MAX]
     (entry,) = list(Reader().feed(Entry(Kind.FOLDER, name, mode=0o755).encoded()))
     assert isinstance(entry, Entry)
     assert entry.name == name
 
 
-def test_an_empty_file_ends_at_once() -> None:
-    """A file without bytes has no segment."""
-    entry, end = list(Reader().feed(Entry(Kind.FILE, b"a").encoded()))
-    assert isinstance(entry, Entry)
-    assert isinstance(end, FileEnd)
-
-
 @pytest.mark.parametrize("kind", [Kind.FOLDER, Kind.FILE, Kind.LINK])
 @pytest.mark.parametrize(("mtime_ns", "carried"), [(1 << 70, (1 << 63) - 1), (-(1 << 70), 1 - (1 << 63)), (-7, -7)])
 def test_an_mtime_beyond_the_format_is_carried_as_the_nearest(kind: Kind, mtime_ns: int, carried: int) -> None:
-    """A program that sets an mtime of the year 2446 cannot make its record fail."""
+    """An mtime outside the format's range is clamped."""
     data = Entry(kind, b"a", mtime_ns=mtime_ns, target=b"x").encoded()
     (entry, *_) = list(Reader().feed(data))
     assert isinstance(entry, Entry)

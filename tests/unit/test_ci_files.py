@@ -1,4 +1,4 @@
-"""The workflow and the composite action: what they name is there, what they use is pinned, and both are valid."""
+"""The workflow and the composite action: existing references, pinned actions, valid syntax."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def steps(document: Any) -> Iterator[dict[str, Any]]:  # noqa: ANN401 - as above
 
 @EACH
 def test_actions_of_others_are_pinned_by_their_commit(path: Path) -> None:
-    """Every action of another repository is pinned by the full hash of its commit, beside which its version stands."""
+    """Every third-party action is pinned by its commit hash, with its version in a comment."""
     used = [step["uses"] for step in steps(load(path)) if "uses" in step]
     assert used
     text = path.read_text(encoding="utf-8")
@@ -46,8 +46,8 @@ def test_actions_of_others_are_pinned_by_their_commit(path: Path) -> None:
 
 
 @EACH
-def test_what_a_ci_file_starts_is_in_the_repository(path: Path) -> None:
-    """Every script and requirements file that a workflow or the action names exists, and scripts can be executed."""
+def test_scripts_named_by_ci_files_exist(path: Path) -> None:
+    """Every script and requirements file named by a workflow or action exists, and scripts are executable."""
     named = set(re.findall(r"(?<![\w.])(?:scripts|requirements)/[\w./-]+", path.read_text(encoding="utf-8")))
     assert named
     for name in named:
@@ -56,7 +56,7 @@ def test_what_a_ci_file_starts_is_in_the_repository(path: Path) -> None:
 
 
 def test_the_workflow_has_the_self_hosted_runners_of_x07() -> None:
-    """The workflow has jobs for both of X07's runner labels, and hosted ones with and without hardware."""
+    """The workflow has jobs for both X07 runner labels and for hosted runners with and without KVM."""
     jobs = load(WORKFLOW)["jobs"]
     labels = {tuple(job["runs-on"]) for job in jobs.values() if not isinstance(job["runs-on"], str)}
     assert labels == {("self-hosted", "x07-vm-linux-firecracker"), ("self-hosted", "x07-vm-macos")}
@@ -65,7 +65,7 @@ def test_the_workflow_has_the_self_hosted_runners_of_x07() -> None:
 
 
 def test_the_workflow_has_few_rights_and_ends() -> None:
-    """No job of the workflow may do more than read the repository, none runs for ever, and none has its token kept."""
+    """Every workflow job has read-only permissions, a timeout and no persisted token."""
     document = load(WORKFLOW)
     assert document["permissions"] == {}
     assert "pull_request_target" not in document["on"]
@@ -77,15 +77,15 @@ def test_the_workflow_has_few_rights_and_ends() -> None:
         assert "checkout" not in step.get("uses", "") or step["with"]["persist-credentials"] is False
 
 
-def test_no_text_of_others_is_put_into_a_shell_text() -> None:
-    """Inputs reach the action's shell texts by variables only, so that none of them is read as shell text."""
+def test_inputs_are_not_expanded_in_shell_steps() -> None:
+    """Inputs reach shell steps only through environment variables."""
     for path in FILES:
         for step in steps(load(path)):
             assert "${{" not in step.get("run", ""), path
 
 
 def test_every_input_of_the_action_is_described_and_used() -> None:
-    """Every input of the action has a description and a default, is used, and stands in the how-to."""
+    """Every input of the action is described, used, and documented in the how-to."""
     action = load(ACTION)
     page = (ROOT / "docs" / "how-to" / "run-in-ci.md").read_text(encoding="utf-8")
     text = ACTION.read_text(encoding="utf-8")
@@ -103,8 +103,8 @@ def test_every_input_of_the_action_is_described_and_used() -> None:
     [("vendor.github-workflows", WORKFLOW), ("vendor.github-actions", ACTION)],
     ids=["workflow", "action"],
 )
-def test_github_would_take_the_file(schema: str, path: Path, tmp_path: Path) -> None:
-    """The workflow and the action are valid by GitHub's own schemas, and a misspelt key in them is not."""
+def test_ci_files_match_githubs_schemas(schema: str, path: Path, tmp_path: Path) -> None:
+    """The workflow and the action are valid by GitHub's schemas, which reject a misspelt key."""
     argv = [str(TOOLS / "check-jsonschema"), "--builtin-schema", schema]
     good = subprocess.run([*argv, path], capture_output=True, text=True, check=False)
     assert good.returncode == 0, good.stdout
@@ -114,7 +114,7 @@ def test_github_would_take_the_file(schema: str, path: Path, tmp_path: Path) -> 
 
 
 def test_zizmor_finds_nothing_unsafe(tmp_path: Path) -> None:
-    """zizmor, offline, finds nothing unsafe in the workflow and the action, and finds an action that is not pinned."""
+    """Zizmor finds nothing unsafe in the CI files, and does report an unpinned action."""
     argv = [str(TOOLS / "zizmor"), "--offline", "--no-progress", "--strict-collection"]
     good = subprocess.run([*argv, ".github", "action.yml"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert good.returncode == 0, good.stdout

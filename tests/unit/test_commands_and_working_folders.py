@@ -1,4 +1,4 @@
-"""Promises of `x07 exec`, --workdir and Result.files that need no machine: refusals, and what a guest may send."""
+"""`x07 exec`, --workdir and Result.files without a VM: refusals, and hostile data from a guest."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from x07_sandbox import SandboxError, exec_command, run_program
+from x07_sandbox import SandboxError, run_program
 from x07_sandbox.channel.trees import Entry, Kind, segment
 from x07_sandbox.cli.main import main
 from x07_sandbox.errors import PeerError, RefusedError, UsageError
@@ -22,7 +22,7 @@ from x07_sandbox.guest.trees import LOOKED_AT_MAX, Tree, left_files, stream_of
 from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.plan.guest_paths import PROGRAM, WORK, guest_path
 from x07_sandbox.policy import Policy, default_policy
-from x07_sandbox.runs.host_files import roots_in_force
+from x07_sandbox.runs.host_files import effective_roots
 from x07_sandbox.runs.private_files import FILES_MAX, LeftFiles, work_files
 from x07_sandbox.runs.program import load_program
 from x07_sandbox.runs.request import RunRequest
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to be in, which is not the home folder, and a place without guest images."""
+    """A current folder that is not the home folder, and an empty image cache."""
     for name in ("here", "home"):
         (tmp_path / name).mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -45,27 +45,27 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def policy_with(**fs: object) -> Policy:
-    """The built-in policy with other rules for files."""
+    """The built-in policy with other file rules."""
     policy = default_policy()
     return replace(policy, fs=replace(policy.fs, **fs))
 
 
 def roots(policy: Policy | None = None, **words: Any) -> tuple[Root, ...]:  # noqa: ANN401 - any of a request's
-    """The roots of a run of a command with these words."""
+    """The roots of a command run with these arguments."""
     with contextlib.ExitStack() as stack:
         cancel = stack.enter_context(contextlib.closing(Cancel()))
         request, program = load_program(RunRequest(command=("make",), cancel=cancel, **words), stack)
-        return roots_in_force(request, program, policy or default_policy())
+        return effective_roots(request, program, policy or default_policy())
 
 
-def told(capfd: pytest.CaptureFixture[str], *words: str) -> str:
+def reported(capfd: pytest.CaptureFixture[str], *words: str) -> str:
     """What a command that is used wrongly says."""
     assert main(words) == 2
     return capfd.readouterr().err
 
 
 def test_a_working_folder_is_an_ordinary_root(here: Path) -> None:
-    """--workdir is a write root, with --read a read root, and relative roots of the policy lie in it."""
+    """--workdir is a write root, or with --read a read root, and relative policy roots lie in it."""
     (here / "proj").mkdir()
     policy = policy_with(write_roots=("build",))
     inner, whole = roots(policy, workdir=Path("proj"), workdir_read=True)
@@ -81,12 +81,12 @@ def test_a_working_folder_is_an_ordinary_root(here: Path) -> None:
         ("../home", "it is your home folder"),
         ("..", "it is your home folder, or holds it"),
         ("to-home", "it is your home folder"),
-        ("nothing", r"there is no such folder.*mkdir -p nothing"),
-        ("file", "there is no such folder"),
+        ("nothing", r"it does not exist.*mkdir -p nothing"),
+        ("file", "it does not exist"),
     ],
 )
-def test_a_working_folder_that_no_one_means_is_refused(here: Path, name: str, why: str) -> None:
-    """The root, the home folder, what holds it, a link to it, and what is no folder are refused with the reason."""
+def test_dangerous_working_folders_are_refused(here: Path, name: str, why: str) -> None:
+    """A --workdir that is `/`, the home folder, one above it or no folder is refused with the reason."""
     (here / "to-home").symlink_to(here.parent / "home")
     (here / "file").touch()
     with pytest.raises(UsageError, match=why):
@@ -94,7 +94,7 @@ def test_a_working_folder_that_no_one_means_is_refused(here: Path, name: str, wh
 
 
 def test_a_policy_decides_about_working_folders_too(here: Path) -> None:
-    """A policy without files takes no --workdir, and a hidden folder needs fs.deny_hidden false."""
+    """--workdir needs fs.enabled, and a hidden folder needs fs.deny_hidden = false."""
     (here / ".hidden").mkdir()
     with pytest.raises(RefusedError, match=r"fs\.enabled is false"):
         roots(policy_with(enabled=False), workdir=Path())
@@ -103,8 +103,8 @@ def test_a_policy_decides_about_working_folders_too(here: Path) -> None:
     assert roots(policy_with(deny_hidden=False), workdir=Path(".hidden"))[0].host == str(here / ".hidden")
 
 
-def test_a_relative_root_that_leads_out_is_told_what_works() -> None:
-    """The refusal of ../dir says that the absolute path is taken."""
+def test_an_escaping_root_suggests_its_absolute_path() -> None:
+    """The refusal of a root such as ../dir suggests its absolute path."""
     where, why = guest_path("../dir", PROGRAM, deny_hidden=True)
     assert where is None
     assert "use an absolute path" in why
@@ -119,11 +119,9 @@ def test_a_relative_root_that_leads_out_is_told_what_works() -> None:
         (["sh"], "x07 exec --workdir . -- sh"),
     ],
 )
-def test_a_command_given_to_run_is_answered_with_the_line_that_works(
-    words: list[str], fix: str, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """`x07 run make test` names the line to type instead, quoted for a shell."""
-    said = told(capfd, "run", *words)
+def test_run_suggests_exec_for_a_command(words: list[str], fix: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """`x07 run make test` prints the `x07 exec` command to use instead."""
+    said = reported(capfd, "run", *words)
     assert fix.strip() in said
     assert f"there is no file {words[0]} here" in said
 
@@ -132,9 +130,9 @@ def test_a_command_given_to_run_is_answered_with_the_line_that_works(
 def test_a_program_that_is_missing_is_no_command(
     here: Path, words: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A misspelt source, a path and a single unknown name are told as missing files."""
+    """A misspelt source, a path or an unknown single name is reported as a missing file."""
     assert here.is_dir()
-    assert "exec" not in told(capfd, "run", *words)
+    assert "exec" not in reported(capfd, "run", *words)
 
 
 @pytest.mark.usefixtures("here")
@@ -149,9 +147,9 @@ def test_a_program_that_is_missing_is_no_command(
         (["ls", "-l"], "arguments after --"),
     ],
 )
-def test_wrong_usage_of_exec_is_told(words: list[str], why: str, capfd: pytest.CaptureFixture[str]) -> None:
-    """A command line that makes no sense is wrong usage, with the reason."""
-    assert why in told(capfd, "exec", *words)
+def test_wrong_usage_of_exec_is_reported(words: list[str], why: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Invalid arguments of `x07 exec` are a usage error with the reason."""
+    assert why in reported(capfd, "exec", *words)
 
 
 @pytest.mark.usefixtures("here")
@@ -168,15 +166,9 @@ def test_wrong_usage_of_exec_is_told(words: list[str], why: str, capfd: pytest.C
     ],
 )
 def test_a_wrong_call_names_its_argument(words: dict[str, Any], why: str) -> None:
-    """A command, a folder or a bound that cannot be used is an error before anything runs."""
+    """An invalid argument of a library call is an error before anything runs."""
     with pytest.raises(SandboxError, match=why):
         run_program(**words)
-
-
-def test_a_command_is_not_given_what_only_programs_have() -> None:
-    """exec_command takes neither a source nor a toolchain."""
-    with pytest.raises(TypeError, match="unexpected keyword argument 'toolchain'"):
-        exec_command(["make"], toolchain="c")
 
 
 # files that go in, and that are left
@@ -184,13 +176,13 @@ def test_a_command_is_not_given_what_only_programs_have() -> None:
 
 @pytest.fixture
 def stack() -> Iterator[contextlib.ExitStack]:
-    """What closes files."""
+    """A stack that closes files."""
     with contextlib.ExitStack() as one:
         yield one
 
 
-def test_files_go_in_and_only_what_became_of_them_comes_out(tmp_path: Path, stack: contextlib.ExitStack) -> None:
-    """Files of a call lie in the working folder; of these only the changed ones, and all new ones, are left."""
+def test_only_new_and_changed_files_come_out(tmp_path: Path, stack: contextlib.ExitStack) -> None:
+    """Result.files holds new and changed files, not input files that stayed the same."""
     file = work_files({"a/b.txt": b"one", "kept": b"", "changed": b"1"}, stack)
     tree = Tree(str(tmp_path), None)
     tree.write(os.pread(file.fd, file.size, 0))
@@ -210,8 +202,8 @@ def test_files_go_in_and_only_what_became_of_them_comes_out(tmp_path: Path, stac
     assert taken.files() == {"a/.x": b"3", "a/new": bytes(70_000), "changed": b"2"}
 
 
-def test_what_is_too_much_is_counted_and_not_sent(tmp_path: Path) -> None:
-    """Files over the bounds are counted with their sizes; those that fit are sent all the same."""
+def test_excess_files_are_counted_but_not_sent(tmp_path: Path) -> None:
+    """Files beyond the size limits are counted but not sent; the others are sent."""
     for name, size in (("a", 10), ("b", 1 << 40), ("c", 10), ("d", 1)):
         (tmp_path / name).touch()
         os.truncate(tmp_path / name, size)
@@ -220,15 +212,15 @@ def test_what_is_too_much_is_counted_and_not_sent(tmp_path: Path) -> None:
     assert [name for _, _, name, _ in left.sent] == [b"a", b"c"]
 
 
-def test_the_agent_does_not_look_at_endless_folders(tmp_path: Path) -> None:
-    """However many files a program makes, a bounded number of them is looked at."""
+def test_the_agent_examines_bounded_files(tmp_path: Path) -> None:
+    """The agent examines a bounded number of files."""
     for number in range(LOOKED_AT_MAX + 5):
         (tmp_path / str(number)).touch()
     assert left_files([str(tmp_path)], None, 0, 0).files == LOOKED_AT_MAX
 
 
-def test_folders_of_the_host_are_not_what_was_left(tmp_path: Path) -> None:
-    """Where folders of the host lie in the working folder, what is in them is no file that was left there."""
+def test_mounted_host_folders_are_not_returned(tmp_path: Path) -> None:
+    """Files in mounted host folders are not in Result.files."""
     (tmp_path / "work/a").mkdir(parents=True)
     for name in ("work/a/b", "work2", "other"):
         (tmp_path / name).write_bytes(b"1")
@@ -237,7 +229,7 @@ def test_folders_of_the_host_are_not_what_was_left(tmp_path: Path) -> None:
 
 
 def sent(*entries: tuple[bytes, bytes], root: bytes = b"0") -> bytes:
-    """A stream of files, as a guest sends it."""
+    """A stream of files from a guest."""
     parts = [Entry(Kind.ROOT, root).encoded()]
     for name, data in entries:
         parts += [Entry(Kind.FILE, name, mode=0o644, size=len(data)).encoded(), segment(len(data)) + data]
@@ -245,29 +237,29 @@ def sent(*entries: tuple[bytes, bytes], root: bytes = b"0") -> bytes:
 
 
 @pytest.mark.parametrize("name", [b"../x", b"/x", b"a//b", b"a/../../x", b"x\0y", b"."])
-def test_a_name_that_leads_out_ends_the_run(name: bytes, stack: contextlib.ExitStack) -> None:
-    """A guest that sends a name outside its folder has broken the protocol."""
+def test_an_escaping_file_name_is_a_violation(name: bytes, stack: contextlib.ExitStack) -> None:
+    """A guest that sends a file name outside its folder breaks the protocol."""
     with pytest.raises(PeerError):
         LeftFiles(stack, 100).take(sent((name, b"1")))
 
 
-def test_more_than_asked_for_is_thrown_away(stack: contextlib.ExitStack) -> None:
-    """A guest that sends more bytes or more files than the caller wants gives the caller none of them."""
+def test_excess_data_is_discarded(stack: contextlib.ExitStack) -> None:
+    """If a guest sends more bytes or files than requested, all are discarded."""
     for data in (sent((b"x", bytes(101))), sent(*[(b"%d" % n, b"1") for n in range(FILES_MAX + 1)])):
         taken = LeftFiles(stack, 100 if len(data) < 1000 else 1 << 20)
         assert not taken.take(data)
         assert taken.files() == {}
 
 
-def test_a_stream_that_stops_gives_nothing(stack: contextlib.ExitStack) -> None:
-    """Files come all or not at all: a machine that ended on the way has left none."""
+def test_an_incomplete_stream_yields_no_files(stack: contextlib.ExitStack) -> None:
+    """An incomplete stream of files yields none."""
     taken = LeftFiles(stack, 100)
     assert taken.take(sent((b"a", b"1"))[:-3])
     assert taken.files() == {}
 
 
-def test_names_that_are_no_text_are_left_out(stack: contextlib.ExitStack) -> None:
-    """Every name in Result.files is Unicode; a file of another name is not handed over."""
+def test_non_utf8_names_are_left_out(stack: contextlib.ExitStack) -> None:
+    """Files whose names are not UTF-8 are left out of Result.files."""
     taken = LeftFiles(stack, 100)
     assert taken.take(sent((b"\xff", b"1"), ("ü".encode(), b"2")))
     assert taken.files() == {"ü": b"2"}
@@ -275,7 +267,7 @@ def test_names_that_are_no_text_are_left_out(stack: contextlib.ExitStack) -> Non
 
 @given(data=st.binary(max_size=200), cut=st.integers(0, 200))
 def test_any_bytes_are_files_or_an_error_of_the_guests(data: bytes, cut: int) -> None:
-    """Whatever a guest sends, the host has files with plain names, or says that the guest broke the protocol."""
+    """Any bytes from a guest yield files with plain names, or PeerError."""
     with contextlib.ExitStack() as stack:
         taken = LeftFiles(stack, 1000)
         with contextlib.suppress(PeerError):
@@ -285,8 +277,8 @@ def test_any_bytes_are_files_or_an_error_of_the_guests(data: bytes, cut: int) ->
 
 
 def test_a_result_keeps_its_files_when_it_is_pickled() -> None:
-    """A result with files goes to another process whole, and its document does not have their contents."""
-    result = draft_result("1-2-3").having({"a": b"1"})
+    """A pickled result keeps its files."""
+    result = draft_result("1-2-3").with_files({"a": b"1"})
     again = pickle.loads(pickle.dumps(result))  # noqa: S301 - our own
     assert (again, again.files) == (result, {"a": b"1"})
     assert draft_result("1-2-3").files == {}

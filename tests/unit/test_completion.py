@@ -1,4 +1,4 @@
-"""Promises of `x07 completion`: a shell completes the words that the parsers read."""
+"""`x07 completion`: shells complete the words that the parsers accept."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ printf '%s\\n' "${COMPREPLY[@]}"
 
 @pytest.fixture(scope="module")
 def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What is printed for bash."""
+    """The completion script for bash."""
     path = tmp_path_factory.mktemp("completion") / "x07.bash"
     path.write_bytes(subprocess.run([*COMMAND, "completion", "bash"], capture_output=True, check=True).stdout)
     return path
 
 
 def completed(script: Path, *words: str) -> set[str]:
-    """What a real bash offers for the last word."""
+    """The words that bash offers for the last word."""
     argv = ["/bin/bash", "--norc", "-c", ASK, "ask", str(script), *words]
     done = subprocess.run(argv, cwd=script.parent, capture_output=True, text=True, check=True)
     return {line.rstrip() for line in done.stdout.splitlines() if line.strip()}
@@ -44,13 +44,13 @@ def completed(script: Path, *words: str) -> set[str]:
 
 @pytest.mark.parametrize("command", ["x07", "x07-sandbox"])
 def test_bash_completes_verbs(script: Path, command: str) -> None:
-    """A bash that read the script offers every verb, by both names of the command."""
+    """Bash completes every verb for both names of the command."""
     assert set(VERBS) <= completed(script, command, "")
     assert completed(script, command, "pru") == {"prune"}
 
 
 def test_bash_completes_options_and_choices(script: Path) -> None:
-    """A verb's options are offered, those of inner verbs too, and the words that an option takes."""
+    """Bash completes options, sub-verbs' options and their choices."""
     assert {"--images", "--cache", "--runs", "--dry-run"} <= completed(script, "x07", "prune", "--")
     assert "--template" in completed(script, "x07", "policy", "init", "--")
     assert completed(script, "x07", "init", "--toolchain", "pyth") == {"python"}
@@ -58,14 +58,14 @@ def test_bash_completes_options_and_choices(script: Path) -> None:
 
 
 def test_bash_completes_files_where_one_is_meant(script: Path) -> None:
-    """Where an option or an argument takes a file, names of files are offered."""
+    """Bash completes file names where a file is expected."""
     (script.parent / "policy one.json").touch()
     assert "policy one.json" in completed(script, "x07", "run", "--policy", "pol")
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
 def test_every_shell_gets_every_verb(shell: str) -> None:
-    """For each shell something is printed that names all verbs, and no path of this machine."""
+    """The script for each shell names all verbs and no path of this machine."""
     done = subprocess.run([*COMMAND, "completion", shell], capture_output=True, text=True, check=True)
     assert done.stderr == ""
     assert all(re.search(rf"\b{verb}\b", done.stdout) for verb in VERBS)
@@ -73,14 +73,7 @@ def test_every_shell_gets_every_verb(shell: str) -> None:
 
 
 def test_another_shell_is_named_as_unknown() -> None:
-    """A shell that is not known is wrong usage, and those that are known are named."""
+    """An unknown shell is a usage error that names the known ones."""
     done = subprocess.run([*COMMAND, "completion", "cmd"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "bash" in done.stderr
-
-
-def test_nothing_else_imports_shtab() -> None:
-    """The library behind it costs no other command anything."""
-    code = "import sys; from x07_sandbox.cli.parser import parser_for; parser_for([]); print('shtab' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "False\n"

@@ -1,4 +1,4 @@
-"""Command lines for container engines, and what is read of their answers: pure."""
+"""Command lines for container engines and the parsing of their answers, all pure."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def after(argv: list[str], flag: str) -> list[str]:
 
 
 @pytest.mark.parametrize("engine_name", ["podman", "docker"])
-def test_a_container_is_made_with_nothing_that_was_not_asked_for(engine_name: str) -> None:
-    """A container has no network, a read-only root, four capabilities, limits, and no log on the host's disk."""
+def test_a_container_is_created_hardened(engine_name: str) -> None:
+    """A container has no network, a read-only root, four capabilities, limits and no log on disk."""
     argv = list(create_argv(replace(WANTED, engine=engine_name)))
     assert argv[0] == "create"
     assert argv[-3:] == [IMAGE, "container", "c0ffee"]
@@ -78,7 +78,7 @@ def test_a_container_is_made_with_nothing_that_was_not_asked_for(engine_name: st
 
 
 def test_only_a_job_with_connections_may_make_rules() -> None:
-    """NET_ADMIN is given with connections only, and the relay's socket with it."""
+    """Only a job with network access gets NET_ADMIN and the relay's socket."""
     argv = list(create_argv(replace(WANTED, net_folder="/state/j/net")))
     assert "NET_ADMIN" in after(argv, "--cap-add")
     assert "type=bind,src=/state/j/net,dst=/run/x07-net,readonly" in after(argv, "--mount")
@@ -86,8 +86,8 @@ def test_only_a_job_with_connections_may_make_rules() -> None:
     assert not any("x07-net" in word for word in create_argv(WANTED))
 
 
-def test_folders_of_the_host_lie_in_memory_and_belong_to_whom_the_policy_says() -> None:
-    """Each root is a tmpfs with a size; only what the policy lets the program write is open to it."""
+def test_roots_are_sized_tmpfs() -> None:
+    """Each root is a sized tmpfs, writable only if the policy allows it."""
     tmpfs = WANTED.tmpfs()
     assert "mode=0755" in tmpfs["/home/u/in"]
     assert "mode=1777" in tmpfs["/home/u/out"]
@@ -98,8 +98,8 @@ def test_folders_of_the_host_lie_in_memory_and_belong_to_whom_the_policy_says() 
     assert "mode=1777" in closed["/x07/out"]
 
 
-def test_what_was_made_as_asked_has_no_differences() -> None:
-    """A container as the engines describe one that was made as asked is taken."""
+def test_a_matching_container_is_accepted() -> None:
+    """A container that matches its request is accepted."""
     assert differences(WANTED, MADE) == []
 
 
@@ -121,10 +121,8 @@ def test_what_was_made_as_asked_has_no_differences() -> None:
         (("HostConfig",), None, "its network"),
     ],
 )
-def test_a_container_that_an_engine_made_otherwise_is_not_used(
-    place: tuple[str, ...], value: object, named: str
-) -> None:
-    """Every difference between what was asked for and what an engine's configuration made of it is found and named."""
+def test_a_different_container_is_rejected(place: tuple[str, ...], value: object, named: str) -> None:
+    """A container that differs from its request is rejected with the difference."""
     made = copy.deepcopy(MADE)
     inner = made
     for name in place[:-1]:
@@ -134,7 +132,7 @@ def test_a_container_that_an_engine_made_otherwise_is_not_used(
 
 
 @pytest.mark.parametrize(
-    ("name", "told", "gaps"),
+    ("name", "answer", "gaps"),
     [
         ("podman", {"host": {"security": {"rootless": False}, "cgroupVersion": "v1"}}, []),
         ("podman", {"host": {"security": {"rootless": True}, "cgroupVersion": "v1"}}, ["memory", "tasks"]),
@@ -153,13 +151,13 @@ def test_a_container_that_an_engine_made_otherwise_is_not_used(
         ("docker", {}, ["memory", "tasks"]),
     ],
 )
-def test_limits_that_an_engine_would_ignore_are_known_before(name: Any, told: dict[str, Any], gaps: list[str]) -> None:  # noqa: ANN401 - a name of an engine
-    """An engine that would start a container without its limits, as podman does rootless on cgroup v1, is found out."""
-    assert engine_gaps(name, told) == gaps
+def test_ignored_limits_are_detected(name: Any, answer: dict[str, Any], gaps: list[str]) -> None:  # noqa: ANN401 - a name of an engine
+    """An engine that would ignore a limit, as rootless podman does on cgroup v1, is detected."""
+    assert engine_gaps(name, answer) == gaps
 
 
-def test_variables_that_lead_to_another_machine_do_not_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Of the caller's variables an engine's client sees no endpoint, context, configuration or storage."""
+def test_variables_cannot_redirect_an_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Environment variables cannot redirect an engine's client, and a remote DOCKER_HOST is refused."""
     client = tmp_path / "client"
     client.write_text("#!/bin/sh\n", encoding="ascii")
     client.chmod(0o755)
@@ -177,8 +175,8 @@ def test_variables_that_lead_to_another_machine_do_not_count(monkeypatch: pytest
         engine("docker")
 
 
-def test_an_engine_that_is_not_here_is_named_with_what_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A client that is no program is refused by the variable's name."""
+def test_a_missing_engine_client_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A missing client named by X07_VM_PODMAN_BIN is an error that names the variable."""
     monkeypatch.setenv("X07_VM_PODMAN_BIN", "/nonexistent/podman")
     with pytest.raises(HostError, match="X07_VM_PODMAN_BIN"):
         engine("podman")
@@ -189,19 +187,19 @@ def test_an_engine_that_is_not_here_is_named_with_what_brings_it(monkeypatch: py
     [("ab" * 32 + "\n", 0, "ab" * 32), ("ab" * 32, 125, ""), ("name\n", 0, ""), ("", 0, ""), ("--rm\n", 0, "")],
 )
 def test_an_id_is_only_what_looks_like_one(text: str, status: int, found: str) -> None:
-    """What an engine prints for a new container is taken only as 64 hexadecimal digits."""
+    """Only 64 hexadecimal digits are accepted as a container id."""
     assert container_id(Answer(status=status, text=text, error="")) == found
 
 
 @pytest.mark.parametrize("name", ["x07-guest-runner:dev", "localhost:5000/a/b:1.0", DEFAULT_REFERENCE])
 def test_names_of_images_that_engines_take(name: str) -> None:
-    """NAME:TAG, with a registry's host or without; the default has this version as its tag."""
+    """An image name is NAME:TAG, with or without a registry; the default tag is this version."""
     assert check_reference(name) == name
     assert DEFAULT_REFERENCE.endswith(f":{__version__}")
 
 
 @pytest.mark.parametrize("name", ["", "x07", "X:1", "-x:1", "a:b c", "a:" + "b" * 200, "../a:b", "a;b:c"])
 def test_names_of_images_that_engines_do_not_take(name: str) -> None:
-    """A name without a tag, with capitals or with anything else in it is refused with an example."""
+    """An invalid image name is a usage error with an example."""
     with pytest.raises(UsageError, match="NAME:TAG"):
         check_reference(name)

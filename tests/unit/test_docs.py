@@ -1,4 +1,4 @@
-"""The documents are true: what is generated is up to date, and what the README tells people to type is tested."""
+"""Generated documents are current, and every command in the README is tested."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def readme_commands() -> list[str]:
-    """The command lines of the README's ``sh`` blocks, without comments, continued lines joined."""
+    """The command lines in the README's ``sh`` blocks, without comments, with continuation lines joined."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"(?ms)^```sh\n(.*?)^```$", text)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
@@ -24,19 +24,19 @@ def readme_commands() -> list[str]:
 
 
 def tested_commands() -> set[str]:
-    """The strings of tests/vm/test_readme.py: a command of the README that is run there stands there as one string."""
+    """The string constants of tests/vm/test_readme.py, which include each README command that it runs."""
     tree = ast.parse((ROOT / "tests" / "vm" / "test_readme.py").read_bytes())
     return {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
 
 
-def test_the_specification_is_what_the_tests_say() -> None:
-    """docs/specification.md lists exactly the promises of the tests there are."""
+def test_the_specification_is_current() -> None:
+    """docs/specification.md lists exactly the promises of the tests."""
     written = (ROOT / "docs" / "specification.md").read_text(encoding="utf-8")
     assert written == render(), "run: python3 scripts/make_specification.py"
 
 
 def test_every_command_of_the_readme_is_tested() -> None:
-    """Every command line in the README's sh blocks is one that a test runs."""
+    """Every command line in the README is run by a test."""
     commands = readme_commands()
     assert commands, "the README shows no command"
     untested = [command for command in commands if command not in tested_commands()]
@@ -44,7 +44,7 @@ def test_every_command_of_the_readme_is_tested() -> None:
 
 
 def test_readme_links_lead_somewhere() -> None:
-    """Every relative link in the project's documents leads to a file that exists."""
+    """Every relative link in the documents leads to an existing file."""
     dead = [
         f"{path.relative_to(ROOT)}: {target}"
         for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")]
@@ -56,7 +56,7 @@ def test_readme_links_lead_somewhere() -> None:
 
 @pytest.mark.parametrize("listed", ["runtime", "dev"])
 def test_every_dependency_has_its_reason(listed: str) -> None:
-    """docs/dependencies.md has a line for every Python package that the project asks for."""
+    """docs/dependencies.md explains every Python dependency."""
     text = (ROOT / "docs" / "dependencies.md").read_text(encoding="utf-8")
     wanted = re.findall(r"(?m)^([a-z][a-z0-9-]+)", (ROOT / "requirements" / f"{listed}.in").read_text(encoding="utf-8"))
     assert wanted
@@ -64,7 +64,7 @@ def test_every_dependency_has_its_reason(listed: str) -> None:
 
 
 def test_every_debian_package_has_its_reason() -> None:
-    """docs/dependencies.md has a line for every Debian package that the scripts install."""
+    """docs/dependencies.md explains every Debian package that the scripts install."""
     text = (ROOT / "docs" / "dependencies.md").read_text(encoding="utf-8")
     ask = ["bash", "-c", "source scripts/lib.sh && runtime_packages && test_packages"]
     names = subprocess.run(ask, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()

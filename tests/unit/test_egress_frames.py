@@ -1,4 +1,4 @@
-"""Promises of the frames between the relay in the guest and the egress gate."""
+"""Frames between the relay in the guest and the egress gate."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HALF: Final = WINDOW // 2
 
 
 def frame(kind: int, stream: int, payload: bytes = b"", *, code: int = 0, zero: int = 0) -> bytes:
-    """A frame, whether or not it is one that anybody may send."""
+    """A frame, valid or not."""
     return HEADER.pack(kind, code, zero, stream, len(payload)) + payload
 
 
@@ -35,7 +35,7 @@ def credit(stream: int, count: int) -> bytes:
 
 
 def taken(link: EgressLink) -> bytes:
-    """All that a link has to send."""
+    """All bytes that a link has to send."""
     out = b""
     while data := link.data_to_send():
         link.sent(len(data))
@@ -44,12 +44,12 @@ def taken(link: EgressLink) -> bytes:
 
 
 def passed(sender: EgressLink, receiver: EgressLink) -> list[Event]:
-    """Deliver all that one end has to send to the other."""
+    """Deliver all pending bytes of one end to the other; return the events."""
     return list(receiver.receive(taken(sender)))
 
 
 def gate_with(*transports: int) -> EgressLink:
-    """The gate's end, with open flows 1, 2 and so on."""
+    """The gate's end, with flows 1, 2 and so on open."""
     gate = EgressLink(guest=False)
     for stream, transport in enumerate(transports, 1):
         list(gate.receive(asking(stream, transport)))
@@ -59,7 +59,7 @@ def gate_with(*transports: int) -> EgressLink:
 
 
 def both(*transports: int) -> tuple[EgressLink, EgressLink]:
-    """Both ends, with open flows 1, 2 and so on."""
+    """Both ends, with flows 1, 2 and so on open."""
     guest, gate = EgressLink(guest=True), EgressLink(guest=False)
     for transport in transports:
         stream = guest.open(transport, b"a.example", 443)
@@ -70,7 +70,7 @@ def both(*transports: int) -> tuple[EgressLink, EgressLink]:
 
 
 def test_a_connection_from_its_opening_to_its_end() -> None:
-    """Host, port, data and ends arrive at the other side as they were sent, and then nothing is kept of the flow."""
+    """Host, port, data and both ends arrive unchanged, and then the flow is forgotten."""
     guest, gate = EgressLink(guest=True), EgressLink(guest=False)
     stream = guest.open(TCP, b"a.example", 443)
     assert passed(guest, gate) == [Event(egress.OPEN, stream, 443, b"a.example", TCP)]
@@ -87,7 +87,7 @@ def test_a_connection_from_its_opening_to_its_end() -> None:
 
 
 def test_datagrams_keep_their_borders() -> None:
-    """Each datagram arrives as one, an empty one and the largest one too; a larger one is dropped."""
+    """Datagrams keep their boundaries, and an oversized one is dropped."""
     guest, gate = both(UDP)
     sent = [b"", b"x", bytes(egress.DATAGRAM_MAX)]
     for data in [*sent, bytes(egress.DATAGRAM_MAX + 1)]:
@@ -97,7 +97,7 @@ def test_datagrams_keep_their_borders() -> None:
 
 @pytest.mark.parametrize("code", range(1, egress.CODE_MAX + 1))
 def test_a_refusal_carries_its_reason(code: int) -> None:
-    """Each code of a refusal or a reset arrives, and the flow is gone at both ends."""
+    """A refusal or reset carries its code and removes the flow at both ends."""
     guest, gate = EgressLink(guest=True), EgressLink(guest=False)
     stream = guest.open(TCP, b"a.example", 443)
     passed(guest, gate)
@@ -112,7 +112,7 @@ def test_a_refusal_carries_its_reason(code: int) -> None:
 
 
 def test_nothing_is_sent_before_the_answer() -> None:
-    """Until its connection is there, a flow takes no bytes."""
+    """A flow accepts no bytes before its connection is open."""
     guest, gate = EgressLink(guest=True), EgressLink(guest=False)
     stream = guest.open(TCP, b"a.example", 443)
     passed(guest, gate)
@@ -122,8 +122,8 @@ def test_nothing_is_sent_before_the_answer() -> None:
         assert taken(link) == b""
 
 
-def test_a_flow_that_is_gone_takes_nothing() -> None:
-    """Whatever is done with a flow that has ended sends nothing and raises nothing."""
+def test_operations_on_an_ended_flow_do_nothing() -> None:
+    """Operations on an ended flow send nothing and raise nothing."""
     _, gate = both(TCP)
     gate.reset(1)
     taken(gate)
@@ -135,7 +135,7 @@ def test_a_flow_that_is_gone_takes_nothing() -> None:
 
 
 def test_only_what_fits_can_be_asked_for() -> None:
-    """A host of no or too many bytes, an end that does not open flows, or a number too much is our own mistake."""
+    """An empty or oversized host name, and an OPEN from the gate, raise ChannelUsageError."""
     guest = EgressLink(guest=True)
     for host in (b"", b"x" * (egress.HOST_MAX + 1)):
         with pytest.raises(ChannelUsageError):
@@ -145,8 +145,8 @@ def test_only_what_fits_can_be_asked_for() -> None:
     assert guest.open(TCP, b"x" * egress.HOST_MAX, 443) == 1
 
 
-def test_the_guest_tells_what_it_refused_itself() -> None:
-    """Host, port and transport of a connection that the guest refused arrive, and open no flow."""
+def test_the_guest_reports_its_own_refusals() -> None:
+    """The guest reports connections that it refused itself, without opening a flow."""
     guest, gate = EgressLink(guest=True), EgressLink(guest=False)
     guest.report_refusal(UDP, b"unlisted.example", 0)
     guest.report_refusal(TCP, b"", 443)
@@ -154,8 +154,8 @@ def test_the_guest_tells_what_it_refused_itself() -> None:
     assert gate.flows == {}
 
 
-def test_what_the_guest_tells_is_dropped_where_too_much_waits() -> None:
-    """However often the guest has something to tell, what it queues is bounded."""
+def test_queued_refusal_reports_are_bounded() -> None:
+    """The queue of refusals to report is bounded."""
     guest = EgressLink(guest=True)
     for _ in range(10_000):
         guest.report_refusal(TCP, b"x" * egress.HOST_MAX, 443)
@@ -163,7 +163,6 @@ def test_what_the_guest_tells_is_dropped_where_too_much_waits() -> None:
 
 
 TOO_MUCH: Final = frame(egress.DATA, 1, bytes(DATA_MAX)) * (WINDOW // DATA_MAX)
-OPEN_FLOW: Final = asking(1)
 # What a guest sends to a gate that has flow 1 (TCP) and flow 2 (UDP) open.
 TO_GATE: Final = {
     "unknown type 0": frame(0, 1),
@@ -237,20 +236,20 @@ TO_GUEST: Final = {
 
 @pytest.mark.parametrize("name", TO_GATE)
 def test_a_violation_of_the_guest_is_an_error(name: str) -> None:
-    """Whatever a guest may not send ends the stream, for good, and nothing of what follows counts."""
+    """An invalid frame from the guest ends the link for good."""
     check_failed(gate_with(TCP, UDP), TO_GATE[name], asking(100))
 
 
 @pytest.mark.parametrize("name", TO_GUEST)
 def test_a_violation_of_the_gate_is_an_error(name: str) -> None:
-    """Whatever a gate may not send ends the stream, for good, and nothing of what follows counts."""
+    """An invalid frame from the gate ends the link for good."""
     guest = EgressLink(guest=True)
     guest.open(TCP, b"a.example", 443)
     check_failed(guest, TO_GUEST[name], frame(egress.RESET, 1))
 
 
 def check_failed(link: EgressLink, data: bytes, good: bytes) -> None:
-    """The end of *data* is refused, and the link stays failed and keeps nothing."""
+    """Check that the end of *data* is rejected, and that the link stays failed and buffers nothing."""
     with pytest.raises(PeerError):
         list(link.receive(data + good))
     for later in (b"", good, bytes(1 << 20), good):
@@ -259,15 +258,8 @@ def check_failed(link: EgressLink, data: bytes, good: bytes) -> None:
     assert not link._in  # noqa: SLF001 - the bound on it is the promise
 
 
-def test_a_bad_header_is_refused_before_its_payload_comes() -> None:
-    """A frame is judged by its header, however much is said to follow."""
-    gate = gate_with(TCP)
-    with pytest.raises(PeerError):
-        list(gate.receive(HEADER.pack(egress.DATA, 0, 0, 1, DATA_MAX + 1)))
-
-
 def test_events_before_a_violation_count() -> None:
-    """What came before a violation in the same read is reported, then the error."""
+    """Valid frames before a violation are reported, then the error."""
     gate = gate_with(TCP)
     events = gate.receive(frame(egress.DATA, 1, b"x") + frame(0, 1))
     assert next(events) == Event(egress.DATA, 1, data=b"x")
@@ -276,7 +268,7 @@ def test_events_before_a_violation_count() -> None:
 
 
 def test_frames_that_cross_an_end_are_ignored() -> None:
-    """What was on its way while a flow ended is dropped without an error, all types of frames."""
+    """Frames that cross the end of their flow on the wire are ignored."""
     late = [frame(egress.DATA, 1, b"x"), credit(1, HALF), frame(egress.FIN, 1), frame(egress.RESET, 1)]
     gate = gate_with(TCP, UDP)
     gate.reset(1)
@@ -293,7 +285,7 @@ def test_frames_that_cross_an_end_are_ignored() -> None:
 
 
 def test_a_pending_connection_can_be_given_up() -> None:
-    """A program that gives up before the answer ends its flow at both sides."""
+    """A guest can cancel a connection before it is answered."""
     guest, gate = EgressLink(guest=True), EgressLink(guest=False)
     stream = guest.open(TCP, b"a.example", 443)
     passed(guest, gate)
@@ -303,8 +295,8 @@ def test_a_pending_connection_can_be_given_up() -> None:
     assert gate.pending() == 0
 
 
-def test_small_frames_overtake_data_and_an_end_does_not() -> None:
-    """Answers, credit and resets come before queued data; the end of a flow comes behind its own data."""
+def test_small_frames_overtake_data() -> None:
+    """Answers, credit and resets overtake queued data; a flow's end does not."""
     guest, gate = both(TCP, TCP, TCP)
     waiting = guest.open(TCP, b"a.example", 443)
     guest.send(3, bytes(HALF))
@@ -319,20 +311,20 @@ def test_small_frames_overtake_data_and_an_end_does_not() -> None:
     assert kinds == [*small, *[(egress.DATA, 1)] * 3, (egress.FIN, 1)]
 
 
-def test_a_frame_that_was_begun_is_finished_first() -> None:
-    """A frame that was written in part is not cut by one that overtakes."""
+def test_a_partly_written_frame_is_completed_first() -> None:
+    """A partly written frame is completed before any other."""
     guest, gate = both(TCP, TCP)
     gate.send(1, b"x" * 100)
-    begun = bytes(gate.data_to_send()[:20])
-    gate.sent(len(begun))
+    beginning = bytes(gate.data_to_send()[:20])
+    gate.sent(len(beginning))
     gate.reset(2)
     assert gate.pending() == 100 - 20 + 2 * HEADER.size
-    events = list(guest.receive(begun + taken(gate)))
+    events = list(guest.receive(beginning + taken(gate)))
     assert [event.kind for event in events] == [egress.DATA, egress.RESET]
 
 
 def test_credit_comes_in_steps_of_half_a_window() -> None:
-    """A reader's small steps cost no frame each, and none is lost."""
+    """Credit is sent in steps of half a window, and none is lost."""
     guest, gate = both(TCP)
     assert guest.send(1, bytes(WINDOW + 1)) == WINDOW
     passed(guest, gate)
@@ -345,18 +337,8 @@ def test_credit_comes_in_steps_of_half_a_window() -> None:
     assert guest.window(1) == HALF
 
 
-def test_no_credit_is_sent_after_the_end() -> None:
-    """Who has said all needs no credit any more."""
-    guest, gate = both(TCP)
-    guest.send(1, bytes(WINDOW))
-    guest.finish(1)
-    passed(guest, gate)
-    gate.consumed(1, WINDOW)
-    assert gate.pending() == 0
-
-
 class Exchange:
-    """Both ends, a pipe in each direction, and what was sent and received on each flow."""
+    """Both ends, a pipe in each direction, and the bytes sent and received on each flow."""
 
     def __init__(self, flows: int) -> None:
         self.ends = dict(zip("gh", both(*[TCP] * flows), strict=True))
@@ -367,7 +349,7 @@ class Exchange:
         self.ended: set[tuple[str, int]] = set()
 
     def write(self, side: str, stream: int, data: bytes) -> None:
-        """Send what the window takes."""
+        """Send as much as the window allows."""
         link = self.ends[side]
         room = link.window(stream)
         count = link.send(stream, data)
@@ -391,13 +373,13 @@ class Exchange:
         del pipe[:count]
 
     def use(self, side: str, stream: int, count: int) -> None:
-        """The reader of *side*'s data takes at most *count* bytes."""
+        """The reader of *side*'s data consumes at most *count* bytes."""
         count = min(count, len(self.got[side, stream]) - self.used[side, stream])
         self.used[side, stream] += count
         self.ends["h" if side == "g" else "g"].consumed(stream, count)
 
     def settle(self) -> None:
-        """Carry, and use, until nothing moves."""
+        """Carry and consume until nothing moves."""
         while any(link.pending() for link in self.ends.values()) or any(self.pipes.values()):
             for side in "gh":
                 self.carry(side, 1 << 20)
@@ -407,7 +389,7 @@ class Exchange:
 
 @given(st.integers(1, 4), st.integers(0, 2**32))
 def test_no_byte_is_lost_in_long_exchanges(flows: int, seed: int) -> None:
-    """However reads, writes and readers interleave, all bytes arrive once, in order, at most a window on the way."""
+    """All bytes arrive once, in order and within the window, under any interleaving."""
     choose = random.Random(seed)  # noqa: S311 - a test's
     exchange = Exchange(flows)
     for _ in range(300):
@@ -430,7 +412,7 @@ def test_no_byte_is_lost_in_long_exchanges(flows: int, seed: int) -> None:
 
 @given(st.integers(1, 3), st.integers(0, 2**32))
 def test_windows_and_credit_add_up(flows: int, seed: int) -> None:
-    """Once all has been read, a sender's window is full but for less than a half, whose credit is still due."""
+    """Window and pending credit always add up to the full window."""
     choose = random.Random(seed)  # noqa: S311 - a test's
     exchange = Exchange(flows)
     for _ in range(40):
@@ -458,7 +440,7 @@ MEANT: Final = [
 
 @given(st.booleans(), st.booleans(), st.binary(max_size=5), st.lists(st.sampled_from(range(len(MEANT))), max_size=12))
 def test_the_cut_of_a_stream_does_not_matter(guest: bool, stalled: bool, sizes: bytes, frames: list[int]) -> None:  # noqa: FBT001 - as hypothesis gives them
-    """The same bytes are the same events and the same error, in whatever pieces they come."""
+    """A byte stream yields the same events and error, however it is cut."""
     first = guest << 7 | stalled << 6 | len(sizes)
     one_input(bytes([first]) + sizes + b"".join(MEANT[number] for number in frames))
 
@@ -471,7 +453,7 @@ def test_any_bytes_are_events_or_an_error(guest: bool, data: bytes) -> None:  # 
 
 @given(st.booleans(), st.lists(st.binary(min_size=1, max_size=1 << 17), max_size=4))
 def test_no_more_than_one_frame_is_held(guest: bool, parts: list[bytes]) -> None:  # noqa: FBT001 - as above
-    """However much comes, valid or not, at most one frame waits for its rest."""
+    """A link buffers at most one incomplete frame."""
     link = EgressLink(guest=guest)
     for part in [HEADER.pack(egress.DATAGRAM, 0, 0, 1, egress.DATAGRAM_MAX), *parts]:
         with contextlib.suppress(PeerError):

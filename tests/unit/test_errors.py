@@ -1,4 +1,4 @@
-"""What errors say: names of files may hold anything, and what is printed must not act on a terminal."""
+"""Errors are printable whatever the names in them contain."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @given(st.text(), st.text(), st.text())
 def test_an_error_can_be_printed_anywhere(what: str, why: str, fix: str) -> None:
-    """No text of an error has control characters, halves of pairs, or lines that are not set in; pickling keeps it."""
+    """An error's text has no control characters or lone surrogates and survives pickling."""
     error = UsageError(what, why, fix)
     for text in (error.what, error.why, error.fix, str(error)):
         assert all(char.isprintable() or char == "\n" for char in text)
@@ -31,7 +31,7 @@ def test_an_error_can_be_printed_anywhere(what: str, why: str, fix: str) -> None
 
 
 def test_plain_texts_are_shown_as_they_are() -> None:
-    """Letters of any language and lines that are set in stay; what does not print becomes an escape."""
+    """Letters of any language and indented lines are kept; unprintable characters are escaped."""
     assert printable("no Zoë\n  and 木\n  end") == "no Zoë\n  and 木\n  end"
     assert printable("a\nx07: ok\t\x1b[31m\0\ud800\x9b") == r"a\nx07: ok\t\x1b[31m\x00\ud800\x9b"
     assert str(SandboxError("a\n", "b", "c")) == r"a\n: b. c."
@@ -50,7 +50,7 @@ def test_plain_texts_are_shown_as_they_are() -> None:
     ],
 )
 def test_a_name_makes_no_line_and_no_control_sequence(tmp_path: Path, words: list[str], where: str) -> None:
-    """A name with a line end and a control sequence is escaped wherever a command prints it."""
+    """A name with a newline and a control sequence is escaped wherever it is printed."""
     name = "a\nx07: b\x1b[31m"
     template = subprocess.run(
         [sys.executable, "-m", "x07_sandbox.cli.main", "policy", "init", "--template", "cli", "--emit", "policy"],

@@ -1,4 +1,4 @@
-"""Promises of --json: what a verb prints, also where it cannot do what it was asked."""
+"""JSON documents of all verbs, including those for errors."""
 
 from __future__ import annotations
 
@@ -25,6 +25,13 @@ if TYPE_CHECKING:
 SCHEMA = json.loads(schemas()["failure.schema.json"])
 
 
+def x07(where: Path, *words: str, places: str = ".") -> subprocess.CompletedProcess[bytes]:
+    """Run a command in *where*, with state and cache below *places*."""
+    folders = {f"X07_VM_{name}_DIR": str(where / places / name.lower()) for name in ("STATE", "CACHE")}
+    argv = [sys.executable, "-m", "x07_sandbox.cli.main", *words]
+    return subprocess.run(argv, cwd=where, env=os.environ | folders, capture_output=True, check=False, timeout=60)
+
+
 @pytest.mark.parametrize(
     ("words", "code", "why"),
     [
@@ -37,13 +44,11 @@ SCHEMA = json.loads(schemas()["failure.schema.json"])
     ],
 )
 def test_an_error_is_one_json_object(tmp_path: Path, words: list[str], code: int, why: str) -> None:
-    """With --json, an error after parsing is one object of schemas/failure.schema.json; the exit code stays."""
+    """With --json an error is one object of schemas/failure.schema.json, with the same exit code."""
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "link").symlink_to("elsewhere")
     (tmp_path / os.fsdecode(b"a\xff")).write_bytes(b"")
-    env = os.environ | {"X07_VM_STATE_DIR": str(tmp_path / "link/s"), "X07_VM_CACHE_DIR": str(tmp_path / "link/c")}
-    argv = [sys.executable, "-m", "x07_sandbox.cli.main", *words, "--json"]
-    done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, check=False, timeout=60)
+    done = x07(tmp_path, *words, "--json", places="link")
     assert done.returncode == code
     assert done.stderr == b""
     found = json.loads(done.stdout)
@@ -53,12 +58,9 @@ def test_an_error_is_one_json_object(tmp_path: Path, words: list[str], code: int
 
 
 @pytest.mark.parametrize("action", ["status", "stop"])
-def test_where_no_pool_runs_that_is_told(tmp_path: Path, action: str) -> None:
-    """x07 pool status and stop say as JSON that there is none."""
-    # Not in the cache of all tests: a pool may be there, and another test's.
-    env = os.environ | {"X07_VM_STATE_DIR": str(tmp_path / "jobs"), "X07_VM_CACHE_DIR": str(tmp_path / "cache")}
-    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "pool", action, "--json"]
-    done = subprocess.run(argv, env=env, capture_output=True, check=True, timeout=60)
+def test_pool_commands_report_a_missing_pool(tmp_path: Path, action: str) -> None:
+    """`x07 pool status` and `stop` report as JSON that no pool runs."""
+    done = x07(tmp_path, "pool", action, "--json")
     assert document(done.stdout) == {"schema_version": "x07.sandbox.pool@0.1.0", "pool": None}
 
 
@@ -92,17 +94,15 @@ def test_where_no_pool_runs_that_is_told(tmp_path: Path, action: str) -> None:
         (["--json", "run", "--toolchain", "shell", "nothing", "--", "--json"], "x07.sandbox.result@0.1.0"),
     ],
 )
-def test_every_verb_prints_what_is_published(tmp_path: Path, words: list[str], name: str) -> None:
-    """With --json, standard output is one document of the version that it names, which keeps to its schema."""
-    env = os.environ | {"X07_VM_STATE_DIR": str(tmp_path / "jobs"), "X07_VM_CACHE_DIR": str(tmp_path / "cache")}
-    argv = [sys.executable, "-m", "x07_sandbox.cli.main", *words]
-    done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, check=False, timeout=60)
+def test_every_verb_prints_its_published_document(tmp_path: Path, words: list[str], name: str) -> None:
+    """With --json every verb prints one document that matches its published schema."""
+    done = x07(tmp_path, *words)
     assert document(done.stdout)["schema_version"] == name
     assert (tmp_path / "p.json").exists() is any("p.json" in word for word in words)
 
 
 def test_json_that_is_off_is_text(capfd: pytest.CaptureFixture[str]) -> None:
-    """--json=off, wherever it stands, asks for no JSON."""
+    """--json=off prints text, wherever it stands."""
     for words in (["--json=off", "policy", "digest"], ["policy", "digest", "--json=off"]):
         assert main.main([*words, "built-in:cli"]) == 0
         assert capfd.readouterr().out.startswith("sha256:")
@@ -132,16 +132,13 @@ def test_json_that_is_off_is_text(capfd: pytest.CaptureFixture[str]) -> None:
         (["undo", "--json"], 2, True),
     ],
 )
-def test_a_report_goes_into_a_file_too(
+def test_report_out_writes_every_document(
     tmp_path: Path, words: list[str], code: int, place: str, *, silent: bool
 ) -> None:
-    """--report-out writes any verb's document, errors too, and --quiet-json prints none, before or after the verb."""
+    """--report-out writes any verb's document, errors included, and --quiet-json prints none."""
     (tmp_path / "bad.json").write_text("{}")
-    env = os.environ | {"X07_VM_STATE_DIR": str(tmp_path / "jobs"), "X07_VM_CACHE_DIR": str(tmp_path / "cache")}
     flags = ["--quiet-json", "--report-out", "r"]
-    argv = [*flags, *words] if place == "before" else [*words, *flags]
-    line = [sys.executable, "-m", "x07_sandbox.cli.main", *argv]
-    done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, check=False, timeout=60)
+    done = x07(tmp_path, *([*flags, *words] if place == "before" else [*words, *flags]))
     assert done.returncode == code, done.stderr
     assert (done.stdout == b"") is silent
     assert done.stderr or code < 2
@@ -162,17 +159,16 @@ def test_a_report_goes_into_a_file_too(
     ],
 )
 def test_a_report_that_cannot_be_written_stops_the_verb(tmp_path: Path, words: list[str], why: str) -> None:
-    """A file of --report-out that cannot be written or is named twice is wrong usage before anything is done."""
+    """An unusable --report-out file is a usage error before anything is done."""
     (tmp_path / "p.json").write_text("{}")
-    line = [sys.executable, "-m", "x07_sandbox.cli.main", *words]
-    done = subprocess.run(line, cwd=tmp_path, capture_output=True, check=False, timeout=60)
+    done = x07(tmp_path, *words)
     assert (done.returncode, done.stdout, why in done.stderr.decode()) == (2, b"", True), done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["p.json"]
     assert (tmp_path / "p.json").read_text() == "{}"
 
 
 def test_an_error_that_ends_a_verb_is_in_its_report(tmp_path: Path) -> None:
-    """An error is in --report-out too; if that file cannot be written, the error is still raised."""
+    """--report-out records an error, and a failure to write it hides no error."""
     raised = UsageError("cannot do it", "b", "c")
 
     def carry_out(options: argparse.Namespace) -> int:
@@ -187,21 +183,17 @@ def test_an_error_that_ends_a_verb_is_in_its_report(tmp_path: Path) -> None:
     assert list((tmp_path / "folder").iterdir()) == []
 
 
-def test_what_the_pools_process_says_keeps_its_exit_code(tmp_path: Path) -> None:
-    """x07 pool start with a name that no image can have is wrong usage, though another process finds it."""
-    env = os.environ | {"X07_VM_STATE_DIR": str(tmp_path / "jobs"), "X07_VM_CACHE_DIR": str(tmp_path / "cache")}
-    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "pool", "start", "--json", "--image"]
+def test_errors_of_the_pool_process_keep_their_exit_code(tmp_path: Path) -> None:
+    """Errors of the pool's own process keep their exit code."""
     for name, code, why in (("a b", 2, "a name has 1 to 64"), ("nothing", 125, "")):
-        done = subprocess.run([*argv, name], env=env, capture_output=True, check=False, timeout=60)
+        done = x07(tmp_path, "pool", "start", "--json", "--image", name)
         assert done.returncode == code
         assert why in document(done.stdout)["error"]["why"]
 
 
-def test_what_prints_no_json_is_not_silent(tmp_path: Path) -> None:
-    """With --quiet-json the result is in the file alone, and what went wrong is told as without --json."""
-    env = os.environ | {"X07_VM_STATE_DIR": str(tmp_path / "jobs"), "X07_VM_CACHE_DIR": str(tmp_path / "cache")}
-    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "run", "--json", "--quiet-json", "--report-out", "r", "a.py"]
-    done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, check=False, timeout=60)
+def test_quiet_json_still_prints_errors(tmp_path: Path) -> None:
+    """With --quiet-json errors are still printed to standard error."""
+    done = x07(tmp_path, "run", "--json", "--quiet-json", "--report-out", "r", "a.py")
     assert (done.returncode, done.stdout) == (2, b"")
     assert document((tmp_path / "r").read_bytes())["reason"] in done.stderr.decode()
 
@@ -210,7 +202,7 @@ def test_what_prints_no_json_is_not_silent(tmp_path: Path) -> None:
 def test_a_signal_before_there_is_a_run_has_its_exit_code(
     capsys: pytest.CaptureFixture[str], number: int, code: int
 ) -> None:
-    """A run that is cancelled while its program is read ends with 130 or 143, and --json says so."""
+    """A run cancelled before it starts ends with 130 or 143, and --json says so."""
     with cancelled_by_signals() as cancel:
         signal.raise_signal(number)
         with pytest.raises(Cancelled) as caught:
@@ -218,10 +210,10 @@ def test_a_signal_before_there_is_a_run_has_its_exit_code(
     for json_wanted in (False, True):
         options = argparse.Namespace(json=json_wanted)
         assert main._failed(caught.value, ["run"], options) == code  # noqa: SLF001 - how main ends on any error
-    said = capsys.readouterr()
-    result = json.loads(said.out)
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
     assert (result["outcome"], result["signal"], result["x07_exit_code"]) == ("cancelled", number, code)
-    assert "a signal was received" in said.err
+    assert "a signal was received" in captured.err
 
 
 @pytest.mark.parametrize(
@@ -232,10 +224,10 @@ def test_a_signal_before_there_is_a_run_has_its_exit_code(
         ("frobnicate", "See x07 --help."),
     ],
 )
-def test_a_word_that_is_no_command_names_what_was_meant(
+def test_an_unknown_command_gets_a_suggestion(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], word: str, fix: str
 ) -> None:
-    """`x07 prog.py` says how to run the program, and a mistyped command names the nearest one."""
+    """An unknown command suggests the nearest one, or how to run that program."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a b.py").touch()
     assert main.main([word]) == 2
@@ -243,11 +235,9 @@ def test_a_word_that_is_no_command_names_what_was_meant(
 
 
 @pytest.mark.parametrize(("word", "near"), [("--mem", "--memory"), ("--timout=3", "--timeout"), ("--zzzzzz", "")])
-def test_a_mistyped_option_names_the_one_that_was_meant(
-    word: str, near: str, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """Options are written out in full, and a shortened or mistyped one is answered with the whole name."""
+def test_a_mistyped_option_gets_a_suggestion(word: str, near: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """A shortened or mistyped option suggests the full name."""
     assert main.main(["run", word, "prog.py"]) == 2
-    said = capfd.readouterr().err
-    assert word in said
-    assert (f"Did you mean {near}?" in said) is bool(near)
+    errors = capfd.readouterr().err
+    assert word in errors
+    assert (f"Did you mean {near}?" in errors) is bool(near)

@@ -1,4 +1,4 @@
-"""Trees that go into a machine: what is chosen, what is refused, and that it arrives as it was."""
+"""Project files packed for the VM: selection, refusals and exact arrival."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NAMES = st.text(st.characters(codec="utf-8", categories=("L", "N", "P")), min_si
 
 
 def unpacked(archive: bytes) -> dict[str, bytes]:
-    """The files of an archive, as the guest unpacks it."""
+    """The files of an archive as the guest unpacks them."""
     with tempfile.TemporaryDirectory() as folder:
         unpack(io.BytesIO(archive), folder, most_bytes=1 << 30)
         root = Path(folder)
@@ -31,15 +31,15 @@ def unpacked(archive: bytes) -> dict[str, bytes]:
 
 
 def tree(root: Path, *names: str) -> None:
-    """Files that hold their own names."""
+    """Files that contain their own names."""
     for name in names:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(name)
 
 
-def test_patterns_choose_and_hidden_files_stay(tmp_path: Path) -> None:
-    """What the patterns name travels, each once; hidden files only where a pattern names them so."""
+def test_patterns_select_files(tmp_path: Path) -> None:
+    """Patterns select files once each, and hidden files only if a pattern names them."""
     tree(tmp_path, "Makefile", "src/a.c", "src/deep/b.c", "src/.secret", ".env", ".git/config", "other.txt")
     packed = pack_tree(tmp_path, ["Makefile", "src/**", "src/a.c"])
     assert sorted(packed.files) == ["Makefile", "src/a.c", "src/deep/b.c"]
@@ -49,7 +49,7 @@ def test_patterns_choose_and_hidden_files_stay(tmp_path: Path) -> None:
 
 
 def test_the_same_tree_is_the_same_archive(tmp_path: Path) -> None:
-    """Order of patterns, times and owners change nothing: what was built before is found again."""
+    """The same files give the same archive, whatever their order, times and owners."""
     tree(tmp_path, "a.c", "b/c.c")
     first = pack_tree(tmp_path, ["a.c", "b/*"])
     os.utime(tmp_path / "a.c", (1, 1))
@@ -62,7 +62,7 @@ def test_the_same_tree_is_the_same_archive(tmp_path: Path) -> None:
     ("mtime_ns", "arrives"), [(1_700_000_000_123_456_789,) * 2, (5,) * 2, (1 << 62, 0xFFFFFFFF * 10**9)]
 )
 def test_an_archive_with_mtimes_is_unpacked_with_them(tmp_path: Path, mtime_ns: int, arrives: int) -> None:
-    """A file keeps its mtime to the nanosecond, up to 2106; the digested archive stays without."""
+    """Files keep their mtimes to the nanosecond, while the digest ignores mtimes."""
     tree(tmp_path / "in", "gen.c")
     os.utime(tmp_path / "in/gen.c", ns=(0, mtime_ns))
     packed = pack_tree(tmp_path / "in", ["**"], mtimes=True)
@@ -73,7 +73,7 @@ def test_an_archive_with_mtimes_is_unpacked_with_them(tmp_path: Path, mtime_ns: 
 
 
 def huge(path: Path) -> None:
-    """A file that is too large, with nothing in it."""
+    """A sparse file above the size limit."""
     with path.open("wb") as file:
         file.truncate(settings.SOURCE_MAX_BYTES + 1)
 
@@ -86,21 +86,21 @@ def huge(path: Path) -> None:
         (lambda root: (root / "x").symlink_to("nowhere"), "No such file"),
         (lambda root: (root / "x").symlink_to("x"), "symbolic links"),
         (lambda root: os.mkfifo(root / "x"), "not a regular file"),
-        (lambda root: (root / "x\n").touch(), "no relative path of plain names"),
-        (lambda root: (root / os.fsdecode(b"x\xff")).touch(), "no relative path of plain names"),
+        (lambda root: (root / "x\n").touch(), "not a relative path of plain names"),
+        (lambda root: (root / os.fsdecode(b"x\xff")).touch(), "not a relative path of plain names"),
         (lambda root: huge(root / "x"), "more than"),
     ],
 )
-def test_what_cannot_travel_is_refused(tmp_path: Path, make: object, why: str) -> None:
-    """Links out of the project, loops, pipes, names that are no text, and too much of it: refused by name."""
+def test_unsupported_entries_are_refused(tmp_path: Path, make: object, why: str) -> None:
+    """Escaping or looping links, pipes, unprintable names and oversized files are refused by name."""
     assert callable(make)
     make(tmp_path)
     with pytest.raises(UsageError, match=why):
         pack_tree(tmp_path, ["x*"])
 
 
-def test_a_link_inside_the_project_is_the_file_it_leads_to(tmp_path: Path) -> None:
-    """A link that stays inside travels as the file's content."""
+def test_an_inner_link_is_packed_as_its_target(tmp_path: Path) -> None:
+    """A link within the project is packed as the file that it points to."""
     tree(tmp_path, "real.txt")
     (tmp_path / "link.txt").symlink_to("real.txt")
     assert pack_tree(tmp_path, ["link.txt"]).files == {"link.txt": b"real.txt"}
@@ -112,7 +112,7 @@ PARTS = ("**", "*", "*.c", "?.c", "[ab].c", "[!a]*", "a*", ".*", ".hid", ".dot",
 
 @given(st.lists(st.lists(st.sampled_from(PARTS), min_size=1, max_size=5).map("/".join), min_size=1, max_size=2))
 def test_patterns_mean_what_glob_means(patterns: list[str]) -> None:
-    """In a tree without links patterns name the files that Python's glob names, or nothing where that names nothing."""
+    """Patterns match the same files as Python's glob."""
     with tempfile.TemporaryDirectory() as folder:
         tree(Path(folder), *PLACES)
         named = [set(glob.glob(pattern, root_dir=folder, recursive=True)) for pattern in patterns]  # noqa: PTH207 - the model
@@ -125,7 +125,7 @@ def test_patterns_mean_what_glob_means(patterns: list[str]) -> None:
 
 
 def test_a_pattern_is_read_as_a_path_is(tmp_path: Path) -> None:
-    """Single dots and repeated slashes change nothing; what ends in a slash names folders, and so no file."""
+    """Patterns ignore single dots and repeated slashes, and a trailing slash matches no file."""
     tree(tmp_path, "a.c", "s/b.c")
     assert sorted(pack_tree(tmp_path, ["./a.c", ".//s/./*.c"]).files) == ["a.c", "s/b.c"]
     for pattern in ("s/", "s/.", "**/", ".", ""):
@@ -133,8 +133,8 @@ def test_a_pattern_is_read_as_a_path_is(tmp_path: Path) -> None:
             pack_tree(tmp_path, [pattern])
 
 
-def test_no_link_leads_round_in_circles(tmp_path: Path) -> None:
-    """A folder that links show inside itself, at any depth and through each other, travels once."""
+def test_a_folder_reached_through_links_is_packed_once(tmp_path: Path) -> None:
+    """A folder reached again through links is packed once."""
     tree(tmp_path, "a/x", "b/y", "real.txt")
     for name, target in {"me": ".", "a/up": "..", "a/b": "../b", "b/a": "../a", "whole": str(tmp_path)}.items():
         (tmp_path / name).symlink_to(target)
@@ -143,20 +143,20 @@ def test_no_link_leads_round_in_circles(tmp_path: Path) -> None:
         assert sorted(pack_tree(tmp_path, patterns).files) == wanted
 
 
-def test_no_pattern_leads_out_of_the_project(tmp_path: Path) -> None:
-    """Through a link to a folder outside nothing is looked at: the pattern is told to name nothing, and why."""
+def test_an_escaping_pattern_is_refused(tmp_path: Path) -> None:
+    """A pattern that leads out of the project through a link is refused with the reason."""
     tree(tmp_path, "in/a.c", "out/b.c")
     (tmp_path / "in" / "lib").symlink_to(tmp_path / "out")
     (tmp_path / "in" / "all").symlink_to("/")
     assert list(pack_tree(tmp_path / "in", ["**/*.c"]).files) == ["a.c"]
-    with pytest.raises(UsageError, match=f"no file matches 'lib/.*lib leads out of it, to {tmp_path}/out"):
+    with pytest.raises(UsageError, match=r"no file matches 'lib/\*\.c'"):
         pack_tree(tmp_path / "in", ["lib/*.c"])
     with pytest.raises(UsageError, match="leads out of it"):
         pack_tree(tmp_path / "in", ["**"])
 
 
-def test_a_tree_without_end_is_refused(tmp_path: Path) -> None:
-    """Links that show one folder in ever more places, and patterns that are all stars, end in an error that says so."""
+def test_an_endless_tree_is_refused(tmp_path: Path) -> None:
+    """Trees expanded by links and patterns with too many stars are refused."""
     tree(tmp_path, *(f"links/wide/{number}" for number in range(1000)), *(f"stars/{n:0120}" for n in range(300)))
     for number in range(ENTRIES_MAX // 1000):
         (tmp_path / f"links/{number}").symlink_to("wide")
@@ -167,7 +167,7 @@ def test_a_tree_without_end_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_tree_too_deep_is_refused(tmp_path: Path) -> None:
-    """Folders in folders deeper than any name that may travel are refused, and end no walk in a recursion."""
+    """A tree that is too deep is refused."""
     fd = os.open(tmp_path, os.O_RDONLY)
     for _ in range(600):
         os.mkdir("d", dir_fd=fd)
@@ -175,12 +175,12 @@ def test_a_tree_too_deep_is_refused(tmp_path: Path) -> None:
         os.close(fd)
         fd = inner
     os.close(fd)
-    with pytest.raises(UsageError, match="lies too deep"):
+    with pytest.raises(UsageError, match="is too deep"):
         pack_tree(tmp_path, ["**/*.c"])
 
 
 def test_packing_ends_when_it_is_cancelled(tmp_path: Path) -> None:
-    """A walk that nobody wants any more ends at the next folder or file, by a signal or by another thread's request."""
+    """Packing can be cancelled by a signal or another thread."""
     tree(tmp_path, "a.c")
     for number in (2, 0):
         cancel = Cancel()
@@ -191,38 +191,32 @@ def test_packing_ends_when_it_is_cancelled(tmp_path: Path) -> None:
         cancel.close()
 
 
-def test_a_pattern_that_names_nothing_is_an_error(tmp_path: Path) -> None:
-    """A pattern without a file is told, since the build would miss it."""
-    with pytest.raises(UsageError, match=r"no file matches 'lib/\*'"):
-        pack_tree(tmp_path, ["lib/*"])
-
-
 @pytest.mark.parametrize(
     "name",
     ["", "/a", "a//b", "../a", "a/..", "./a", "a\0", "a\nb", "a" * 256, "a/" * 600 + "b", "TRAILER!!!", "TRAILER!!!/a"],
 )
-def test_a_name_that_leads_out_is_refused(name: str) -> None:
-    """Files given in memory have relative names of plain parts, none of them the archive's own, or are refused."""
+def test_an_escaping_name_is_refused(name: str) -> None:
+    """Files given in memory need relative, plain names."""
     with pytest.raises(UsageError, match="cannot take the files"):
         pack_files({name: b""}, "the files")
 
 
 def test_a_file_cannot_lie_below_a_file() -> None:
-    """Two names of which one is the other's folder are refused."""
-    with pytest.raises(UsageError, match="lies below a file"):
+    """A file below another file is refused."""
+    with pytest.raises(UsageError, match="is below a file"):
         pack_files({"a": b"", "a/b": b""}, "the files")
 
 
 def test_too_many_files_are_refused() -> None:
-    """The number of files has a bound."""
-    with pytest.raises(UsageError, match="may be"):
+    """Too many files are refused."""
+    with pytest.raises(UsageError, match="exceed"):
         pack_files({str(number): b"" for number in range(FILES_MAX + 1)}, "the files")
 
 
 @example({"TRAILER!!!": b""})
 @given(st.dictionaries(st.lists(NAMES, min_size=1, max_size=3).map("/".join), st.binary(max_size=50), max_size=8))
 def test_any_files_arrive_as_they_were_or_are_refused(files: dict[str, bytes]) -> None:
-    """What is packed is unpacked in the guest to the same names and bytes."""
+    """Any files either arrive unchanged in the guest or are refused."""
     try:
         packed = pack_files(files, "the files")
     except UsageError:

@@ -1,4 +1,4 @@
-"""Promises of the patch that shows changes: it says what was done, and nobody waits for it for long."""
+"""The patch shown by `x07 diff`: exact, and bounded in time."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ MANY = b"".join(b"a\na\n%d\n" % number for number in range(499))
 OTHER = b"".join(b"a\n-%d\na\na\n" % number for number in range(370))
 
 
-def patched(old: bytes, said: list[bytes]) -> bytes:
-    """What becomes of a text by its hunks."""
+def patched(old: bytes, output: list[bytes]) -> bytes:
+    """The text after applying the hunks."""
     one = [line for line in re.split(rb"(?<=\n)", old) if line]
     new: list[bytes] = []
     at = 0
-    for line in said:
+    for line in output:
         if head := HUNK.fullmatch(line):
             start = int(head[1]) - (head[2] != b"0")
             new += one[at:start]
@@ -50,40 +50,40 @@ TEXTS = st.lists(st.sampled_from([b"a\n", b"b\n", b"c\n", b"\n"]), max_size=30).
 @given(TEXTS, TEXTS, st.sampled_from([b"", b"end"]), st.integers(0, 300))
 @example(MANY, OTHER, b"", 3_000_000)
 def test_hunks_make_the_new_text_of_the_old_one(old: bytes, new: bytes, end: bytes, left: int) -> None:
-    """However little may be compared, what is shown makes just the new text of the old one."""
+    """The hunks turn the old text into the new one, however small the comparison budget."""
     work = Work(left)
     assert patched(old, list(hunks(old, new + end, work))) == new + end
     assert 0 <= work.left <= left
 
 
-def test_lines_that_repeat_are_compared_so_often_and_no_more() -> None:
-    """Texts of the same few lines cost a bounded number of comparisons, and others are compared as before."""
+def test_repeated_lines_cost_bounded_comparisons() -> None:
+    """Texts of repeated lines cost a bounded number of comparisons."""
     work = Work(patches.PAIRS_MAX)
     list(hunks(MANY, OTHER, work))
     assert work.left >= patches.PAIRS_MAX - 5_000_000
     source = b"".join(b"def f%d():\n\n    return 1\n\n" % number for number in range(300))
     changed = source.replace(b"f7", b"g7").replace(b"f99():", b"f99(x):")
-    said = b"".join(hunks(source, changed, Work(patches.PAIRS_MAX)))
-    assert said.count(b"\n-") == said.count(b"\n+") == 12
+    output = b"".join(hunks(source, changed, Work(patches.PAIRS_MAX)))
+    assert output.count(b"\n-") == output.count(b"\n+") == 12
 
 
-def test_all_files_of_a_set_share_what_may_be_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many files that cost much cost no more than a few of them: the last are shown as replaced, and are so shown."""
+def test_all_files_share_one_comparison_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All files of a set share one comparison budget."""
     monkeypatch.setattr(patches, "PAIRS_MAX", 1_500_000)
     old = b"".join(b"a\n%d\n" % number for number in range(100))
     new = b"".join(b"a\n-%d\n" % number for number in range(100))
     before: Tree = {f"{number:02}": ("file", 0o644, old) for number in range(30)}
     after: Tree = {f"{number:02}": ("file", 0o644, new) for number in range(30)}
     changes, _ = difference(Path("/r"), before, after)
-    said = b"".join(patch(changes, lambda *_: old, lambda *_: new)).split(b"diff --git ")[1:]
-    assert len(said) == 30
-    kept = [text.count(b"\n a") for text in said]
+    output = b"".join(patch(changes, lambda *_: old, lambda *_: new)).split(b"diff --git ")[1:]
+    assert len(output) == 30
+    kept = [text.count(b"\n a") for text in output]
     assert kept[0] > 50
-    assert kept[-1] == 1  # what both begin with
+    assert kept[-1] == 1  # their common beginning
 
 
-def test_git_makes_the_new_tree_with_the_patch(tmp_path: Path) -> None:
-    """Files and links of any kind of change are as they were made; what git has no words for is a remark to it."""
+def test_git_applies_the_patch(tmp_path: Path) -> None:
+    """`git apply` accepts the patch, and changes that git cannot express are comments."""
     binary = ("file", 0o644, b"\0")
     loose = {name: (kind, mode | 0o600, content) for name, (kind, mode, content) in OLD.items()}  # git is no root
     old, new = {**loose, "binary": binary}, {**NEW, "binary": ("file", 0o644, b"\0\0"), "binary-new": binary}
@@ -92,9 +92,9 @@ def test_git_makes_the_new_tree_with_the_patch(tmp_path: Path) -> None:
     changes, _ = difference(root, old, new)
     (one,) = changes.roots
     assert any(change.after and change.after.mode == 0o600 for change in one.changes)
-    said = b"".join(patch(changes, lambda _root, name, _node: old[name][2], lambda _root, name, _node: new[name][2]))
+    output = b"".join(patch(changes, lambda _root, name, _node: old[name][2], lambda _root, name, _node: new[name][2]))
     argv = ["/usr/bin/env", "git", "-c", "core.fileMode=true", "apply", "--unsafe-paths", "-"]
-    subprocess.run(argv, input=said, cwd=root, check=True, capture_output=True)
+    subprocess.run(argv, input=output, cwd=root, check=True, capture_output=True)
     plain = {name: entry for name, entry in new.items() if entry[0] != "folder" and not name.startswith("binary")}
     for name, (kind, mode, content) in plain.items():
         path = root / name
@@ -107,5 +107,5 @@ def test_git_makes_the_new_tree_with_the_patch(tmp_path: Path) -> None:
         b"# folder: open, mode 0755 -> 0555",
         b"# binary-new: not shown, nothing",
     ):
-        assert line in said
-    assert b"# changed, mode 0644 -> 0600" in said
+        assert line in output
+    assert b"# changed, mode 0644 -> 0600" in output

@@ -1,8 +1,7 @@
-"""Promises of trees on their way: packed on the host, made in the guest, changed, told, and judged on the host."""
+"""File trees packed on the host, recreated in the guest, changed, reported, and judged on the host."""
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import shutil
@@ -18,9 +17,8 @@ from hypothesis import strategies as st
 
 from tests.conftest import FULL
 from x07_sandbox.channel.trees import Entry, Kind
-from x07_sandbox.errors import UsageError
 from x07_sandbox.files.apply import apply
-from x07_sandbox.files.change_rules import Allowed, Judged, judge
+from x07_sandbox.files.change_rules import AllowedActions, CheckedChanges, check_changes
 from x07_sandbox.files.changes import STAGING, ChangeSet, RootChanges
 from x07_sandbox.files.copy import Bounds, copy_tree
 from x07_sandbox.files.incoming import Incoming
@@ -38,17 +36,17 @@ if TYPE_CHECKING:
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="the agent is root, and makes files as another user")
 
 BOUNDS = Bounds(deny_hidden=True, allow_symlinks=True, read_bytes=1 << 20, write_bytes=1 << 20, entries=1000, depth=16)
-ALL = Allowed(mkdir=True, remove=True, rename=True)
+ALL = AllowedActions(mkdir=True, remove=True, rename=True)
 
 
 def tree_at(folder: Path, *, write: bool = True, only: str = "") -> Tree:
-    """A tree of one root."""
+    """A tree with one root."""
     mount = Mount(sub=only, at="/opt/x07", host=str(folder / only), write=write, missing=not folder.exists())
     return Tree(host=str(folder), only=only, mounts=(mount,))
 
 
 class Trip:
-    """A host's folder and a guest's."""
+    """A host folder and its copy in the guest."""
 
     def __init__(self, host: Path, guest: Path) -> None:
         self.host = host
@@ -57,7 +55,7 @@ class Trip:
         self.copied: Copied | None = None
 
     def go(self, bounds: Bounds = BOUNDS, piece: int = 7000) -> None:
-        """Bring the host's folder into the guest."""
+        """Copy the host's folder into the guest."""
         stream = io.BytesIO()
         self.copied = copy_tree(tree_at(self.host), bounds, stream, 1 << 30)
         data = stream.getvalue()
@@ -69,12 +67,12 @@ class Trip:
     def back(
         self,
         bounds: Bounds = BOUNDS,
-        allowed: Allowed = ALL,
+        allowed: AllowedActions = ALL,
         own: tuple[str, ...] = (),
         letting: tuple[str, ...] = (),
         data_fd: int = -1,
-    ) -> Judged:
-        """What was changed, judged. data_fd: lent, for the contents."""
+    ) -> CheckedChanges:
+        """The verdict on the guest's changes. data_fd: lent, for the contents."""
         assert self.copied is not None
         fd = os.open(tempfile.gettempdir(), os.O_TMPFILE | os.O_RDWR) if data_fd < 0 else os.dup(data_fd)
         try:
@@ -85,7 +83,9 @@ class Trip:
             assert incoming.take(Entry(Kind.END, b"").encoded())
             assert incoming.complete
             protection = Protection(str(self.host), own, letting)
-            judged = judge(self.copied.nodes, self.copied.stayed, incoming.told, bounds, allowed, protection)
+            judged = check_changes(
+                self.copied.nodes, self.copied.skipped, incoming.reported, bounds, allowed, protection
+            )
             for change in judged.changes:
                 node = change.after
                 if node is not None and node.kind == "file" and node.at is not None and node.mode & 0o7000 == 0:
@@ -108,7 +108,7 @@ def trip() -> Iterator[Trip]:
 
 
 def seen(folder: Path) -> dict[str, tuple[object, ...]]:
-    """All of a folder: kind, mode, content or target, and time of files."""
+    """All entries of a folder: kind, mode, content or target, and mtime of files."""
     found: dict[str, tuple[object, ...]] = {}
     for path in sorted(folder.rglob("*")):
         info = path.lstat()
@@ -123,7 +123,7 @@ def seen(folder: Path) -> dict[str, tuple[object, ...]]:
 
 
 def fill(folder: Path) -> None:
-    """Something of everything that may travel."""
+    """Create one entry of every kind that can be copied."""
     (folder / "a").mkdir()
     (folder / "a/deep er").mkdir(mode=0o700)
     (folder / "a/empty").write_bytes(b"")
@@ -147,17 +147,17 @@ def fill(folder: Path) -> None:
 
 @needs_root
 def test_a_copy_has_everything(trip: Trip) -> None:
-    """Names, kinds, permission bits, contents, targets and times of files arrive; all of it is the program's own."""
+    """A copy has the same names, kinds, modes, contents, targets and mtimes, owned by the program's user."""
     fill(trip.host)
     trip.go()
     assert seen(trip.guest) == seen(trip.host)
     assert {path.lstat().st_uid for path in trip.guest.rglob("*")} == {65532}
     assert (trip.guest / "sparse").stat().st_blocks < 200
-    assert trip.back() == Judged(changes=(), refused=())
+    assert trip.back() == CheckedChanges(changes=(), refused=())
 
 
 def put(path: Path, kind: str) -> None:
-    """A thing of that kind, in place of whatever is there."""
+    """Replace whatever is at the path by an entry of that kind."""
     if path.is_dir() and not path.is_symlink():
         path.rmdir()
     path.unlink(missing_ok=True)
@@ -171,8 +171,8 @@ def put(path: Path, kind: str) -> None:
         os.mknod(path, stat.S_IFSOCK | 0o600)
 
 
-def put_when_looked_at(path: Path, kinds: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each time that the thing is looked at by its last name, the next of these takes its place."""
+def replace_on_stat(path: Path, kinds: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace the entry by the next of these kinds each time it is examined."""
     look = os.stat
 
     def looked(name: Any, **words: Any) -> os.stat_result:  # noqa: ANN401 - whatever os.stat takes
@@ -186,13 +186,13 @@ def put_when_looked_at(path: Path, kinds: list[str], monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("before", ["file", "folder", "link"])
 @pytest.mark.parametrize("after", ["file", "folder", "link", "socket", "nothing"])
-def test_what_becomes_another_thing_while_it_is_packed_goes_in_as_that(
+def test_an_entry_that_changes_its_kind_is_packed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str, after: str
 ) -> None:
-    """A name that is another thing when it was just looked at goes in as that, if it can, and all else with it."""
+    """An entry that changes its kind while it is packed is packed as its new kind."""
     put(tmp_path / "name", before)
     put(tmp_path / "other", "file")
-    put_when_looked_at(tmp_path / "name", [after], monkeypatch)
+    replace_on_stat(tmp_path / "name", [after], monkeypatch)
     copied = copy_tree(tree_at(tmp_path), BOUNDS, io.BytesIO(), 1 << 30)
     assert copied.nodes["other"].kind == "file"
     came = copied.nodes.get("name")
@@ -200,41 +200,17 @@ def test_what_becomes_another_thing_while_it_is_packed_goes_in_as_that(
     assert list(copied.left_out) == (["special"] if after == "socket" else [])
 
 
-def test_what_is_another_thing_each_time_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name that is never what it just was is left out as one that changes."""
+def test_an_entry_that_keeps_changing_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An entry that keeps changing while it is packed is left out."""
     put(tmp_path / "name", "file")
-    put_when_looked_at(tmp_path / "name", ["link", "file"] * 10, monkeypatch)
+    replace_on_stat(tmp_path / "name", ["link", "file"] * 10, monkeypatch)
     copied = copy_tree(tree_at(tmp_path), BOUNDS, io.BytesIO(), 1 << 30)
     assert (set(copied.nodes), list(copied.left_out)) == ({""}, ["changing"])
 
 
-def test_what_the_disk_cannot_give_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name of which the file system tells nothing, as where a server is gone, is left out as unreadable."""
-    put(tmp_path / "name", "file")
-    look = os.stat
-
-    def broken(name: Any, **words: Any) -> os.stat_result:  # noqa: ANN401 - whatever os.stat takes
-        if name == "name":
-            raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN), name)
-        return look(name, **words)
-
-    monkeypatch.setattr(os, "stat", broken)
-    copied = copy_tree(tree_at(tmp_path), BOUNDS, io.BytesIO(), 1 << 30)
-    assert (set(copied.nodes), list(copied.left_out)) == ({""}, ["unreadable"])
-
-
-def test_a_root_that_is_a_file_which_is_gone_is_named(tmp_path: Path) -> None:
-    """A single file that went away since the roots were chosen is an error about it, and not about the disk."""
-    put(tmp_path / "name", "file")
-    tree = tree_at(tmp_path, only="name")
-    put(tmp_path / "name", "nothing")
-    with pytest.raises(UsageError, match="cannot give the program name: it changes while it is read"):
-        copy_tree(tree, BOUNDS, io.BytesIO(), 1 << 30)
-
-
 @needs_root
-def test_what_may_only_be_read_is_found_by_its_inode(trip: Trip) -> None:
-    """Of folders and files in read roots the inode tells the path as the program knows it, and of no others."""
+def test_a_read_only_entry_is_found_by_inode(trip: Trip) -> None:
+    """The inode of an entry in a read root gives the path that the program sees."""
     fill(trip.host)
     trip.go()
     mounts: list[dict[str, Any]] = [
@@ -269,7 +245,7 @@ def test_what_may_only_be_read_is_found_by_its_inode(trip: Trip) -> None:
 
 @needs_root
 def test_every_kind_of_change_is_found(trip: Trip) -> None:
-    """New, changed, removed, renamed, other modes, other kinds: each is told with what was and what is."""
+    """Every kind of change in the guest is reported."""
     fill(trip.host)
     trip.go()
     guest = trip.guest
@@ -300,8 +276,8 @@ def test_every_kind_of_change_is_found(trip: Trip) -> None:
 
 
 @needs_root
-def test_what_looks_the_same_and_is_not_is_found(trip: Trip) -> None:
-    """A file of the same size and times, files and folders that changed places, and a write through a mapping."""
+def test_hidden_changes_are_found(trip: Trip) -> None:
+    """Changes that keep size and times, swapped files, and writes through mmap are found."""
     import mmap
 
     for name in ("same", "mapped", "one/x", "two/x"):
@@ -321,8 +297,8 @@ def test_what_looks_the_same_and_is_not_is_found(trip: Trip) -> None:
 
 
 @needs_root
-def test_a_hard_link_is_a_file_of_its_own_there(trip: Trip) -> None:
-    """Of two names of one file on the host each is a file in the guest, and what is done to one is done to no other."""
+def test_hard_links_become_separate_files(trip: Trip) -> None:
+    """Hard links on the host become independent files in the guest."""
     (trip.host / "a").write_text("x")
     os.link(trip.host / "a", trip.host / "b")
     trip.go()
@@ -334,7 +310,7 @@ def test_a_hard_link_is_a_file_of_its_own_there(trip: Trip) -> None:
 
 @needs_root
 def test_a_file_that_ends_in_a_hole_comes_back_whole(trip: Trip, tmp_path: Path) -> None:
-    """Where the last of the changed files is a hole, or ends in one, all of them can be applied."""
+    """Files that end in a hole come back whole."""
     trip.go()
     (trip.guest / "a").write_text("data")
     for name in ("b", "c"):
@@ -352,8 +328,8 @@ def test_a_file_that_ends_in_a_hole_comes_back_whole(trip: Trip, tmp_path: Path)
 
 
 @needs_root
-def test_what_was_only_touched_is_no_change(trip: Trip) -> None:
-    """The same bytes under the same name, written anew, are no change; nor is what came and went."""
+def test_a_touched_file_is_no_change(trip: Trip) -> None:
+    """A file rewritten with the same bytes is no change, nor is a temporary one."""
     fill(trip.host)
     trip.go()
     (trip.guest / "run.sh").write_text("#!/bin/sh\n")
@@ -364,7 +340,7 @@ def test_what_was_only_touched_is_no_change(trip: Trip) -> None:
 
 
 def write(name: str, text: str = "x") -> Callable[[Path], object]:
-    """A deed: a file, with its folders."""
+    """An action that writes a file and its folders."""
 
     def do(folder: Path) -> None:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -373,9 +349,9 @@ def write(name: str, text: str = "x") -> Callable[[Path], object]:
     return do
 
 
-NO_REMOVE = Allowed(mkdir=True, remove=False, rename=True)
-NO_REMOVE_NO_RENAME = Allowed(mkdir=True, remove=False, rename=False)
-NO_RENAME = Allowed(mkdir=True, remove=True, rename=False)
+NO_REMOVE = AllowedActions(mkdir=True, remove=False, rename=True)
+NO_REMOVE_NO_RENAME = AllowedActions(mkdir=True, remove=False, rename=False)
+NO_RENAME = AllowedActions(mkdir=True, remove=True, rename=False)
 OPEN = msgspec.structs.replace(BOUNDS, deny_hidden=False)
 
 
@@ -393,7 +369,7 @@ OPEN = msgspec.structs.replace(BOUNDS, deny_hidden=False)
         ),
         (lambda folder: (folder / "l").symlink_to("/etc/passwd"), {}, [("l", "fs.allow_symlinks", None)]),
         (lambda folder: (folder / "l").symlink_to("a/../../x"), {}, [("l", "fs.allow_symlinks", None)]),
-        (lambda folder: (folder / "d").mkdir(), {"allowed": Allowed(mkdir=False, remove=True, rename=True)},
+        (lambda folder: (folder / "d").mkdir(), {"allowed": AllowedActions(mkdir=False, remove=True, rename=True)},
             [("d", "fs.allow_mkdir", True)]),
         (lambda folder: (folder / "run.sh").unlink(), {"allowed": NO_REMOVE},
             [("run.sh", "fs.allow_remove", True)]),
@@ -441,10 +417,10 @@ OPEN = msgspec.structs.replace(BOUNDS, deny_hidden=False)
         (write("a/mine.json"), {"own": ("a/mine.json",)}, [("a/mine.json", "protected", None)]),
     ],
 )  # fmt: skip
-def test_what_may_not_be_done_is_named_with_its_rule(
+def test_a_refused_change_names_its_rule(
     trip: Trip, do: Callable[[Path], object], words: dict[str, Any], expected: list[tuple[str, str, object]]
 ) -> None:
-    """Each rule refuses by the name of the entry, and says what the policy would have to say, where that would do."""
+    """Each refused change names its entry, its rule, and the policy value that would allow it."""
     fill(trip.host)
     trip.go()
     do(trip.guest)
@@ -459,28 +435,28 @@ AnyTree = dict[bytes, "File | Link | Folder"]
 
 
 class File(msgspec.Struct, frozen=True):
-    """A file of that content."""
+    """A file with content and mode."""
 
     content: bytes
     mode: int = 0o644
 
 
 class Link(msgspec.Struct, frozen=True):
-    """A link that goes up so often, as far as there are folders of the tree above it, and then down."""
+    """A link that goes up by at most the depth of its tree, then down."""
 
     up: int
     down: bytes
 
 
 class Folder(msgspec.Struct, frozen=True):
-    """A folder of that content."""
+    """A folder with contents and mode."""
 
     content: AnyTree
     mode: int = 0o755
 
 
 def make(tree: AnyTree, folder: Path, depth: int = 0) -> None:
-    """Make it, in a folder that is so deep in the whole; what would have too long a path is left out."""
+    """Create the tree at that depth, without paths that are too long."""
     for name, what in tree.items():
         path = folder / os.fsdecode(name)
         if len(os.fsencode(path)) > 3000:
@@ -497,7 +473,7 @@ def make(tree: AnyTree, folder: Path, depth: int = 0) -> None:
 
 
 def deep(levels: int, tree: AnyTree) -> Folder:
-    """So many folders in each other, and in the innermost that tree."""
+    """A tree inside *levels* nested folders."""
     folder = Folder(tree)
     for _ in range(levels):
         folder = Folder({b"d": folder})
@@ -522,7 +498,7 @@ NAMES = st.one_of(
     st.sampled_from(ODD), st.binary(min_size=1, max_size=70).map(lambda name: name.translate(None, b"/\0"))
 )
 NAMES = NAMES.filter(lambda name: name not in {b"", b".", b".."} and not name.startswith(STAGING.encode()))
-MODES = st.integers(0, 0o777)
+MODES = st.integers(0, 0o777).map(lambda mode: mode | 0o400)
 LEAVES = st.one_of(
     st.builds(
         File, st.one_of(st.binary(max_size=50), st.integers(65_000, 70_000).map(lambda size: bytes(size) + b"x")), MODES
@@ -543,13 +519,13 @@ EVERYTHING: AnyTree = {
     **{name: File(name, 0o600) for name in ODD},
     b"links": Folder({b"up": Link(1, b"blank "), b"down": Link(0, b"nothing/" + b"y" * 90)}, 0o500),
     b"empty": Folder({}, 0),
-    b"closed": File(b"none may read it", 0),
+    b"closed": File(b"only its owner may read it", 0o400),
     b"deep": deep(60, {b"last ": File(b"", 0o777)}),
 }
 
 
-def told_of(tree: AnyTree, place: Path, data_fd: int) -> Judged:
-    """The changes of a program that makes this tree, once it is sure that the guest has it as the host has."""
+def round_trip(tree: AnyTree, place: Path, data_fd: int) -> CheckedChanges:
+    """The reported changes of a program that creates this tree, after checking the guest's copy of it."""
     here, there, again, back = (place / name for name in ("here", "there", "again", "back"))
     for folder in (here, there, again, back):
         folder.mkdir()
@@ -560,7 +536,7 @@ def told_of(tree: AnyTree, place: Path, data_fd: int) -> Judged:
     assert going.copied is not None
     assert going.copied.left_out == {}
     assert seen(there) == seen(here)
-    assert going.back(ANY, letting=("*",)) == Judged(changes=(), refused=())
+    assert going.back(ANY, letting=("*",)) == CheckedChanges(changes=(), refused=())
     coming = Trip(back, again)
     coming.go(ANY)
     make(tree, again)
@@ -574,17 +550,17 @@ def told_of(tree: AnyTree, place: Path, data_fd: int) -> Judged:
 @needs_root
 @settings(max_examples=400 if FULL else 20)  # each makes four trees on the disk
 @given(tree=TREES)
-def test_any_tree_goes_in_and_comes_back(tree: AnyTree) -> None:
-    """Whatever lies in a folder is in the guest what it is on the host, and made anew there it is told as just that."""
+def test_any_tree_survives_the_round_trip(tree: AnyTree) -> None:
+    """Any tree arrives unchanged in the guest and is reported exactly when created there."""
     with tempfile.TemporaryDirectory() as place, tempfile.TemporaryFile() as data:
-        told_of(tree, Path(place), data.fileno())
+        round_trip(tree, Path(place), data.fileno())
 
 
 @needs_root
 def test_an_odd_tree_is_applied_as_it_was() -> None:
-    """Names of every kind, sixty folders in each other, empty and closed ones, and links within come back as made."""
+    """Odd names, deep nesting, closed folders and links come back exactly."""
     with tempfile.TemporaryDirectory() as place, tempfile.TemporaryFile() as data:
-        judged = told_of(EVERYTHING, Path(place), data.fileno())
+        judged = round_trip(EVERYTHING, Path(place), data.fileno())
         root = RootChanges(root=f"{place}/back", guest="/g", missing=False, changes=judged.changes)
         apply(ChangeSet(run="1-1-1", roots=(root,)), data.fileno(), Path(place, "set"))
         back, here = ({name: what[:3] for name, what in seen(Path(place, at)).items()} for at in ("back", "here"))

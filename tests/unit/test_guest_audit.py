@@ -1,15 +1,14 @@
-"""Promises of the guest's reader of audit records: each refused call once, by name and path, and never more than 64."""
+"""The guest's audit reader: each refused call once, by name and path, at most 64."""
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Final
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from x07_sandbox.guest.audit import _FOLDERS, Audit, Refusal, Refusals
+from x07_sandbox.guest.audit import _FOLDERS, Refusal, Refusals
 from x07_sandbox.guest.boot.filters import AUDITED
 
 if TYPE_CHECKING:
@@ -45,19 +44,19 @@ Record = tuple[int, str]
 
 
 def called(call: int, error: int, *, items: int, a0: str = "ffffffffffffff9c", a1: str = "7f", a2: str = "0") -> Record:
-    """As Linux 6.12 writes it."""
+    """A SYSCALL record as Linux 6.12 writes it."""
     words = f"arch=c000003e syscall={call} success=no exit={-error} a0={a0} a1={a1} a2={a2} a3=0 items={items}"
     return SYSCALL, f"{words} {WHO}"
 
 
 def path(name: str, kind: str = "NORMAL", inode: int = 67, dev: str = "fe:00") -> Record:
-    """One of the paths of a call; the kernel gives no inode where it found none."""
+    """A PATH record; the kernel omits the inode if it found none."""
     found = f"inode={inode} dev={dev} mode=040755 ouid=0 ogid=0 rdev=00:00 " if inode else ""
     return PATH, f"item=0 name={name} {found}nametype={kind} cap_fp=0 cap_fi=0 cap_fe=0 cap_fver=0 cap_frootid=0"
 
 
 def find(device: str, inode: int, given: str) -> str:
-    """Known by inode: a folder of the host's, a file in it, a folder around a root; none where the name says it."""
+    """Return the path of a known inode, unless the name itself says it."""
     if given.startswith("/data"):
         return ""
     known = {("fe:10", 139268): "/data/t", ("fe:10", 139269): "/data/t/f", ("00:20", 9): "/srv/b"}
@@ -68,7 +67,7 @@ ROOTS: Final = ("/opt/x07/conf.json", "/data/out", "/srv/a/tmp", "/srv/b/tmp")
 
 
 def read(*events: Sequence[Record]) -> dict[Refusal, int]:
-    """What is made of these calls' records."""
+    """The refusals found in the records of these calls."""
     refusals = Refusals(CALLS, find, ROOTS)
     for serial, records in enumerate(events, start=40):
         for kind, text in records:
@@ -243,7 +242,7 @@ def read(*events: Sequence[Record]) -> dict[Refusal, int]:
             [called(257, 30, items=1, a2="80241"), (CWD, 'cwd="/data"'), path('"/data"', "PARENT", 139268, "fe:10")],
             Refusal("kernel", "openat", 30, "/data/", write=True),
         ),
-        # Where a new link would lead, or what would get one more name, is not what was refused.
+        # The refused path is that of the new link, not its target.
         (
             [
                 called(88, 30, items=2, a0="7f33aa0193a0"),
@@ -285,13 +284,13 @@ def read(*events: Sequence[Record]) -> dict[Refusal, int]:
         ),
     ],
 )
-def test_a_refused_call_is_told_by_name_and_path(records: list[Record], expected: Refusal) -> None:
-    """Names are put together with the working directory, decoded, and something new is told by its folder."""
+def test_a_refused_call_is_reported_by_name_and_path(records: list[Record], expected: Refusal) -> None:
+    """A refused call is reported by its name and its absolute, decoded path."""
     assert read(records) == {expected: 1}
 
 
 def test_the_same_call_is_counted() -> None:
-    """What is refused again and again is one thing with a count, whatever came in between."""
+    """Repeated refusals are one entry with a count."""
     one = [called(257, 13, items=1), path('"/root/x"')]
     other = [called(257, 13, items=1), path('"/root/y"')]
     assert read(one, other, one, one) == {
@@ -300,20 +299,20 @@ def test_the_same_call_is_counted() -> None:
     }
 
 
-def test_a_call_that_went_well_is_no_refusal() -> None:
-    """The kernel tells of some calls for what they did, of a new login uid for one, and their numbers are no errors."""
+def test_a_successful_call_is_no_refusal() -> None:
+    """Records of successful calls are no refusals."""
     words = f"arch=c000003e syscall=1 success=yes exit=2 a0=3 a1=7f a2=2 a3=0 items=0 {WHO}"
     login = "pid=138 uid=65532 old-auid=4294967295 auid=7 tty=(none) old-ses=4294967295 ses=1 res=1"
     records = [(1006, login), (SYSCALL, words), (SYSCALL, words.replace("exit=2", "exit=0"))]
     assert read(records) == {}
-    # But they use up what the kernel records in a second: then it is asked what else was lost.
+    # But they use up the kernel's rate limit; then the lost records are asked for.
     refusals = Refusals(CALLS)
     refusals.note(records[0][0], f"audit(1.2:3): {login}".encode())
     assert refusals.any_record
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "reported"),
     [
         ("a0=0 a1=7 a2=7ffd0 a3=0", "nofile"),
         ("a0=0 a1=ffffffff00000004 a2=7ffd0 a3=0", "core"),
@@ -323,14 +322,14 @@ def test_a_call_that_went_well_is_no_refusal() -> None:
         ("a0=0 a1=7 a2=0 a3=7ffd0", None),
     ],
 )
-def test_who_raises_a_limit_of_its_own_is_told_which(words: str, told: str | None) -> None:
-    """Reading limits, and those of another process, are no matter of a policy."""
+def test_a_refused_rlimit_is_named(words: str, reported: str | None) -> None:
+    """A refused increase of a program's own resource limit names the limit."""
     found = read([(SYSCALL, f"arch=c000003e syscall=302 success=no exit=-1 {words} items=0 {WHO}")])
-    assert [refusal.path for refusal in found] == ([] if told is None else [told])
+    assert [refusal.path for refusal in found] == ([] if reported is None else [reported])
 
 
 def test_records_of_several_calls_may_be_mixed() -> None:
-    """Each record belongs to the call of its serial number."""
+    """Interleaved records are assigned to their calls by serial number."""
     refusals = Refusals(CALLS)
     mixed = ((7, called(257, 13, items=1)), (8, called(59, 13, items=1)), (8, path('"/b"')), (7, path('"/a"')))
     for serial, (kind, text) in mixed:
@@ -339,7 +338,7 @@ def test_records_of_several_calls_may_be_mixed() -> None:
 
 
 def test_a_flood_is_bounded() -> None:
-    """Of more than 64 different things the first are told and the rest is a number; calls that never end are few."""
+    """At most 64 distinct refusals are reported, and the rest are counted."""
     refusals = Refusals(CALLS)
     for serial in range(5000):
         refusals.note(SYSCALL, f"audit(1.2:{serial}): {called(257, 13, items=1)[1]}".encode())
@@ -353,15 +352,15 @@ def test_a_flood_is_bounded() -> None:
     assert (refusals.found, refusals.uncounted) == ({}, 0)
 
 
-def test_every_call_with_a_folder_of_its_own_is_known() -> None:
-    """Of each recorded call with a folder's descriptor it is known which arguments have it."""
+def test_directory_arguments_of_audited_calls_are_known() -> None:
+    """The directory arguments of every audited call are known."""
     named = {name for name in AUDITED if name.endswith(("at", "at2"))} - {"creat", "stat", "lstat"}
     assert set(_FOLDERS) == named | {"statx"}
 
 
 @given(st.lists(st.tuples(st.sampled_from([SYSCALL, PATH, CWD, SECCOMP, 0]), st.binary(max_size=80)), max_size=20))
 def test_any_bytes_are_read_without_an_error(records: list[tuple[int, bytes]]) -> None:
-    """A record is the kernel's, but names in it are the program's: nothing in one ends the agent."""
+    """Any bytes in a record are read without an error."""
     refusals = Refusals(CALLS)
     for kind, text in records:
         refusals.note(kind, text)
@@ -369,32 +368,3 @@ def test_any_bytes_are_read_without_an_error(records: list[tuple[int, bytes]]) -
     refusals.finish()
     for refusal in refusals.found:
         assert len(refusal.path) <= 1025
-
-
-class Heard(Audit):
-    """An audit that has these records still to read, in a machine that stands still for a second before each."""
-
-    def __init__(self, records: list[Record], monkeypatch: pytest.MonkeyPatch) -> None:
-        self._refusals = Refusals(CALLS, find)
-        self._lost_before = 0
-        self._records = [(kind, f"audit(1764000000.123:40): {text}".encode()) for kind, text in records]
-        self._now = 0.0
-        monkeypatch.setattr(time, "monotonic", lambda: self._now)
-
-    def _next(self) -> tuple[int, bytes] | None:
-        self._now += 1
-        return self._records.pop(0) if self._records else None
-
-    def _status(self) -> tuple[int, ...]:
-        return (0,) * 11
-
-    def take(self) -> None:
-        """Begin to read."""
-        self._refusals.note(*self._records.pop(0))
-
-
-def test_a_machine_that_stood_still_at_its_end_loses_no_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Records that have come are read at the end of the program, however late that is."""
-    records = [called(257, 13, items=1), (CWD, 'cwd="/opt/x07"'), path('"/root/x"', "UNKNOWN")]
-    found, lost = Heard(records, monkeypatch).end()
-    assert (found, lost) == ({Refusal("kernel", "openat", 13, "/root/x", write=False): 1}, 0)

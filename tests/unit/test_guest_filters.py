@@ -1,4 +1,4 @@
-"""Promises of the guest's seccomp filters: what each forbids and lets pass, told from their bytes and by a kernel."""
+"""The guest's seccomp filters: allowed and denied calls, by interpretation and on a real kernel."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Final
 import pytest
 
 from tests.conftest import need
+from tests.unit.test_jail_own_limits import answer as verdict
 from x07_sandbox.guest import filters as guest_filters
 from x07_sandbox.guest.boot import filters
 from x07_sandbox.guest.restrict import TOKEN_BYTES
@@ -32,7 +33,7 @@ NEWUSER: Final = 0x10000000
 
 @pytest.fixture(scope="module")
 def library() -> ctypes.CDLL:
-    """The library that the image has too."""
+    """The libseccomp that the image has too."""
     try:
         return ctypes.CDLL("libseccomp.so.2")
     except OSError:
@@ -42,7 +43,7 @@ def library() -> ctypes.CDLL:
 
 @pytest.fixture(scope="module")
 def codes(library: ctypes.CDLL, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """Every filter's bytes, compiled here as in an image."""
+    """The bytes of every filter, compiled as for an image."""
     assert library is not None
     folder = tmp_path_factory.mktemp("filters")
     filters.main(str(folder))
@@ -50,41 +51,19 @@ def codes(library: ctypes.CDLL, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 
 def number(library: ctypes.CDLL, name: str) -> int:
-    """A call's number here; negative where there is no such call."""
+    """The number of a call; negative if it does not exist."""
     return int(library.seccomp_syscall_resolve_name(name.encode()))
 
 
 def answer(code: bytes, call: int, *args: int, audit: int | None = None) -> int:
-    """The errno with which the filter answers a call; ALLOWED, or an AssertionError for anything else."""
-    words = [call, audit or host_arch().audit, 0, 0]
-    for value in (*args, *[0] * (6 - len(args))):
-        words += [value & 0xFFFFFFFF, value >> 32 & 0xFFFFFFFF]
-    lines = list(LINE.iter_unpack(code))
-    held = at = 0
-    while True:
-        kind, if_true, if_false, value = lines[at]
-        at += 1
-        if kind == 0x20:
-            held = words[value // 4]
-        elif kind == 0x54:
-            held &= value
-        elif kind == 0x05:
-            at += value
-        elif kind == 0x15:
-            at += if_true if held == value else if_false
-        elif kind == 0x25:
-            at += if_true if held > value else if_false
-        elif kind == 0x35:
-            at += if_true if held >= value else if_false
-        elif kind == 0x06:
-            assert value == 0x7FFF0000 or value >> 16 == 5, hex(value)
-            return ALLOWED if value == 0x7FFF0000 else value & 0xFFFF
-        else:
-            raise AssertionError(hex(kind))
+    """The errno of the filter's verdict on a call, or ALLOWED."""
+    found = verdict(code, call, audit or host_arch().audit, args)
+    assert found == 0x7FFF0000 or found >> 16 == 5, hex(found)
+    return ALLOWED if found == 0x7FFF0000 else found & 0xFFFF
 
 
 def test_every_combination_has_its_filter(codes: dict[str, bytes]) -> None:
-    """For whatever a policy forbids there is a filter of the name that plan and guest ask for, and no other."""
+    """Every combination of policy restrictions has exactly one filter."""
     asked = set()
     for threads, spawn, execute in itertools.product((False, True), repeat=3):
         names = Confinement(threads=threads, spawn=spawn, execute=execute).filters
@@ -95,7 +74,7 @@ def test_every_combination_has_its_filter(codes: dict[str, bytes]) -> None:
 
 
 def test_the_base_filter_refuses_what_it_lists(codes: dict[str, bytes], library: ctypes.CDLL) -> None:
-    """Each listed call is EPERM whatever its arguments; calls that programs live from pass."""
+    """The base filter denies every listed call and allows the calls that programs need."""
     for name in filters.DENIED:
         if (call := number(library, name)) >= 0:
             assert answer(codes["base"], call) == errno.EPERM, name
@@ -142,12 +121,12 @@ def test_the_base_filter_refuses_what_it_lists(codes: dict[str, bytes], library:
 def test_the_base_filter_looks_at_arguments_as_the_kernel_does(
     codes: dict[str, bytes], library: ctypes.CDLL, name: str, args: tuple[int, ...], expected: int
 ) -> None:
-    """Flags, families and requests decide, and high bits that the kernel drops change nothing."""
+    """The base filter checks arguments as the kernel does, ignoring high bits that the kernel drops."""
     assert answer(codes["base"], number(library, name), *args) == expected
 
 
 def test_calls_of_another_architecture_do_not_exist(codes: dict[str, bytes], library: ctypes.CDLL) -> None:
-    """A call with another numbering (32 bits, or x32's) is ENOSYS in every filter."""
+    """Calls of another architecture or ABI get ENOSYS."""
     for code in codes.values():
         assert answer(code, number(library, "getpid"), audit=0x40000003) == errno.ENOSYS
         if host_arch().name == "x86_64":
@@ -157,10 +136,10 @@ def test_calls_of_another_architecture_do_not_exist(codes: dict[str, bytes], lib
 @pytest.mark.parametrize(
     ("threads", "spawn", "execute"), [made for made in itertools.product((False, True), repeat=3) if not all(made)]
 )
-def test_a_filter_forbids_what_its_name_says(
+def test_filters_match_their_names(
     codes: dict[str, bytes], library: ctypes.CDLL, *, threads: bool, spawn: bool, execute: bool
 ) -> None:
-    """Threads, children and executing are EPERM where forbidden, and pass where not, independently of each other."""
+    """Filters restrict threads, child processes and execve independently."""
     code = codes[guest_filters.filter_name(threads=threads, spawn=spawn, execute=execute)]
     expected = {True: ALLOWED, False: errno.EPERM}
     assert answer(code, number(library, "clone"), THREAD | 0x3D0F00) == expected[threads]
@@ -176,8 +155,8 @@ def test_a_filter_forbids_what_its_name_says(
 
 
 @pytest.mark.parametrize("name", ["no-exec", "no-spawn-no-exec", "no-threads-no-exec", "no-threads-no-spawn-no-exec"])
-def test_only_the_secret_lets_one_program_start(codes: dict[str, bytes], library: ctypes.CDLL, name: str) -> None:
-    """With the secret in its arguments execve passes; with any bit of it wrong, or as the file stands, it does not."""
+def test_only_the_secret_allows_one_start(codes: dict[str, bytes], library: ctypes.CDLL, name: str) -> None:
+    """Only an execve with the secret in its arguments passes the one-start filter."""
     call = number(library, "execve")
     code = with_token(codes[f"{name}-once"])
     assert answer(code, call, 1, 2, 3, *WORDS) == ALLOWED
@@ -189,8 +168,8 @@ def test_only_the_secret_lets_one_program_start(codes: dict[str, bytes], library
     assert answer(code, call, 1, 2, 3, *filters.MARKERS) == errno.EPERM
 
 
-def test_a_filter_without_its_markers_takes_no_secret(codes: dict[str, bytes]) -> None:
-    """A filter without each marker once is not used: it would let everything pass, or nothing."""
+def test_a_filter_without_markers_is_rejected(codes: dict[str, bytes]) -> None:
+    """A filter without its markers is not used."""
     once = codes["no-exec-once"]
     for code in (codes["no-exec"], b"", once + LINE.pack(6, 0, 0, 0x5AFE7011)):
         with pytest.raises(ValueError, match="marker"):
@@ -198,12 +177,12 @@ def test_a_filter_without_its_markers_takes_no_secret(codes: dict[str, bytes]) -
 
 
 def with_token(code: bytes) -> bytes:
-    """A filter with the tests' secret in it."""
+    """A filter with the tests' secret."""
     return guest_filters.with_token(*guest_filters.split_at_token(code), TOKEN)
 
 
 def run_under(code: bytes, token: bytes, words: list[str]) -> subprocess.CompletedProcess[str]:
-    """Have a Python process put itself under the filter and execute a command."""
+    """Run a Python process that loads the filter and executes a command."""
     program = (
         "from x07_sandbox.guest import restrict, system; system.prctl(38, 1)\n"
         "restrict_self, execute = restrict.exec_functions()\n"
@@ -216,8 +195,8 @@ def run_under(code: bytes, token: bytes, words: list[str]) -> subprocess.Complet
 SHELL: Final = ["/bin/sh", "-c", 'echo "$0 $A"; /bin/true || echo refused', "started"]
 
 
-def test_a_kernel_lets_the_program_start_and_nothing_after_it(codes: dict[str, bytes]) -> None:
-    """Under a kernel the program starts with its arguments and variables, and cannot execute another."""
+def test_a_kernel_allows_exactly_one_start(codes: dict[str, bytes]) -> None:
+    """On a real kernel the program starts with its arguments and variables but cannot execute another."""
     ended = run_under(with_token(codes["no-exec-once"]), TOKEN, SHELL)
     assert ended.stdout == "started b\nrefused\n", ended.stderr
     assert "Operation not permitted" in ended.stderr
@@ -225,21 +204,21 @@ def test_a_kernel_lets_the_program_start_and_nothing_after_it(codes: dict[str, b
 
 @pytest.mark.parametrize("words", [["", "b c", "\N{SNOWMAN}", "\udcff"], ["x" * 50_000], ["y"] * 5_000])
 def test_arguments_of_such_a_start_arrive_whole(codes: dict[str, bytes], words: list[str]) -> None:
-    """Empty, odd, long and many arguments of a program that may execute no other arrive as they were given."""
-    told = [sys.executable, "-c", "import sys; print(ascii(sys.argv[1:]))", *words]
-    ended = run_under(with_token(codes["no-exec-once"]), TOKEN, told)
+    """Empty, odd, long and many arguments reach a program that may execute no other."""
+    argv = [sys.executable, "-c", "import sys; print(ascii(sys.argv[1:]))", *words]
+    ended = run_under(with_token(codes["no-exec-once"]), TOKEN, argv)
     assert ended.stdout == f"{words!a}\n", ended.stderr
 
 
 def test_a_kernel_refuses_a_program_with_another_secret(codes: dict[str, bytes]) -> None:
-    """With a secret that is not the filter's even the first execution is EPERM."""
+    """With a wrong secret the first execve fails with EPERM."""
     ended = run_under(with_token(codes["no-exec-once"]), TOKEN[::-1], SHELL)
     assert ended.stdout == ""
     assert "PermissionError: [Errno 1]" in ended.stderr
 
 
-def test_a_kernel_takes_every_filter(codes: dict[str, bytes]) -> None:
-    """Each of them is a program that the kernel accepts, the base filter below each."""
+def test_a_kernel_accepts_every_filter(codes: dict[str, bytes]) -> None:
+    """The kernel accepts every filter on top of the base filter."""
     for name, code in codes.items():
         program = (
             "from x07_sandbox.guest import restrict, system; system.prctl(38, 1)\n"

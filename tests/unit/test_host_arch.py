@@ -1,4 +1,4 @@
-"""The one table of what depends on the architecture: what the guest knows of it by itself is the same."""
+"""The architecture table and the guest's own constants agree."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from x07_sandbox.host.arch import ARCHES
 
 @pytest.mark.parametrize("name", ARCHES)
 def test_the_guest_has_the_numbers_and_paths_of_the_table(name: str) -> None:
-    """The guest, which imports nothing of the host's, has for each architecture the table's calls and its loader."""
+    """The guest's system call numbers and loader paths match the host's architecture table."""
     row = ARCHES[name]
     assert system._PIVOT_ROOT[name] == row.syscalls["pivot_root"]  # noqa: SLF001 - held to the table here
     assert row.loader in confine._LOADERS  # noqa: SLF001 - as above

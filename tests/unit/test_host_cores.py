@@ -1,4 +1,4 @@
-"""How many cores there are, where control groups may allow fewer than the host has."""
+"""The number of usable cores under CPU affinity and cgroup quotas."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ HERE = 8
 def test_a_control_group_may_allow_fewer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: str, limits: dict[str, str], expected: int
 ) -> None:
-    """The least of our affinity and the quotas of our groups and those above, in both versions, counts."""
+    """The usable cores are the minimum of affinity and all cgroup quotas, v1 and v2."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(HERE)))
     for name, text in ({"proc/self/cgroup": groups} | {f"sys/fs/cgroup/{n}": t for n, t in limits.items()}).items():
         path = tmp_path / name

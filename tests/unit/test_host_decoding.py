@@ -31,7 +31,7 @@ assert len(read) == 8
 
 
 def test_threads_may_be_the_first_to_decode(tmp_path: Path) -> None:
-    """Threads that decode the first data of a type at the same time all get it, and none ends the process."""
+    """Several threads may decode a type for the first time at once."""
     path = tmp_path / "policy.json"
     path.write_bytes(render_policy(default_policy()))
     for _ in range(5):

@@ -1,4 +1,4 @@
-"""Promises of the locks between processes."""
+"""Locks between processes and threads."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def holder(path: Path) -> subprocess.Popen[bytes]:
     return child
 
 
-def test_a_free_lock_is_taken_without_waiting(tmp_path: Path) -> None:
-    """Nobody is told to wait for a lock that nobody holds; its file is made, private, and stays."""
+def test_a_free_lock_needs_no_wait(tmp_path: Path) -> None:
+    """A free lock is taken without a wait, and its file is private and stays."""
     waits: list[str] = []
     for _ in range(2):
         with file_lock(tmp_path / "lock", on_wait=lambda: waits.append("wait")):
@@ -42,24 +42,24 @@ def test_a_free_lock_is_taken_without_waiting(tmp_path: Path) -> None:
     assert (tmp_path / "lock").exists()
 
 
-def test_another_process_waits_and_is_told_so_once(tmp_path: Path) -> None:
-    """While another process holds the lock, we wait, say so once, and have it when that one lets go."""
+def test_a_waiter_reports_once(tmp_path: Path) -> None:
+    """A waiter reports once that it waits, and gets the lock when the holder releases it."""
     path = tmp_path / "lock"
     waits: list[int | None] = []
     with holder(path) as child:
 
-        def let_go() -> None:
+        def release() -> None:
             waits.append(child.poll())
             assert child.stdin is not None
             child.stdin.close()
 
-        with file_lock(path, on_wait=let_go):
+        with file_lock(path, on_wait=release):
             assert child.wait(30) == 0
     assert waits == [None], "told when the other process still held it"
 
 
-def test_a_killed_holder_holds_nothing(tmp_path: Path) -> None:
-    """The kernel takes a lock from a process that was killed: no stale lock is ever left."""
+def test_a_killed_holder_releases_its_lock(tmp_path: Path) -> None:
+    """A killed holder releases its lock."""
     path = tmp_path / "lock"
     with holder(path) as child:
         child.kill()
@@ -71,7 +71,7 @@ def test_a_killed_holder_holds_nothing(tmp_path: Path) -> None:
 
 
 def test_threads_exclude_each_other_too(tmp_path: Path) -> None:
-    """Two threads of one process do not hold one lock at once."""
+    """Two threads of one process cannot hold a lock at once."""
     path = tmp_path / "lock"
     inside: list[str] = []
     waiting = threading.Event()
@@ -90,24 +90,15 @@ def test_threads_exclude_each_other_too(tmp_path: Path) -> None:
 
 
 def test_a_link_is_not_a_lock(tmp_path: Path) -> None:
-    """A lock's file is never opened through a link."""
+    """A lock file is never opened through a link."""
     (tmp_path / "lock").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(OSError, match="symbolic links"), file_lock(tmp_path / "lock"):
         pass
     assert not (tmp_path / "elsewhere").exists()
 
 
-def test_the_lock_is_let_go_when_the_work_fails(tmp_path: Path) -> None:
-    """An error inside releases the lock and comes out."""
-    with pytest.raises(KeyError), file_lock(tmp_path / "lock"):
-        raise KeyError("work")
-    waits: list[str] = []
-    with file_lock(tmp_path / "lock", on_wait=lambda: waits.append("wait")):
-        assert waits == []
-
-
-def test_a_wait_can_have_an_end(tmp_path: Path) -> None:
-    """Who does not want to wait for ever for a process that may be stopped says how long, and is told."""
+def test_a_wait_can_time_out(tmp_path: Path) -> None:
+    """A wait for a lock can have a timeout."""
     path = tmp_path / "lock"
     child = holder(path)
     waits: list[str] = []

@@ -1,4 +1,4 @@
-"""How much memory there is, where control groups may allow less than the host has."""
+"""The usable memory under cgroup limits."""
 
 from __future__ import annotations
 
@@ -32,15 +32,9 @@ MIB = 1 << 20
     ],
 )
 def test_a_control_group_may_allow_less(tmp_path: Path, groups: str, limits: dict[str, str], expected: int) -> None:
-    """The least of the host's memory and the limits of our groups and those above, in both versions, counts."""
+    """The usable memory is the minimum of the host's memory and all cgroup limits, v1 and v2."""
     for name, text in ({"proc/self/cgroup": groups} | {f"sys/fs/cgroup/{n}": t for n, t in limits.items()}).items():
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     assert memory_bytes(tmp_path) == expected
-
-
-def test_the_host_has_memory(tmp_path: Path) -> None:
-    """Without any control groups it is the host's."""
-    assert memory_bytes(tmp_path) == ALL
-    assert 0 < memory_bytes() <= ALL

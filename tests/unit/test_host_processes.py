@@ -1,4 +1,4 @@
-"""Promises about processes: a number that came back is another process, and only ours are killed."""
+"""Process identity: a reused pid is another process, and only our processes are killed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ WAIT = "import sys; print('up', flush=True); sys.stdin.read()"
 
 
 def start(*marks: str) -> subprocess.Popen[bytes]:
-    """A process that waits for the end of its input, with these words among its arguments."""
+    """A process with these arguments that waits for the end of its input."""
     child = subprocess.Popen([sys.executable, "-c", WAIT, *marks], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert child.stdout is not None
     assert child.stdout.readline() == b"up\n"
@@ -44,7 +44,7 @@ def start(*marks: str) -> subprocess.Popen[bytes]:
 
 
 def identity_of(pid: int) -> Identity:
-    """The identity of a process that is there."""
+    """The identity of an existing process."""
     found = identify(pid)
     assert found is not None
     return found
@@ -65,15 +65,15 @@ def child(mark: str) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def test_a_process_keeps_its_identity(child: subprocess.Popen[bytes]) -> None:
-    """Asked twice, a live process is the same; it is alive, and another one is another."""
+    """A live process keeps its identity, which differs from that of any other."""
     identity = identity_of(child.pid)
     assert identity == identify(child.pid)
     assert is_alive(identity)
     assert identity != identify(os.getpid())
 
 
-def test_what_is_gone_has_no_identity(child: subprocess.Popen[bytes]) -> None:
-    """A process that was reaped is not there, not alive, has no mark and no time, and cannot be killed."""
+def test_a_reaped_process_has_no_identity(child: subprocess.Popen[bytes]) -> None:
+    """A reaped process has no identity, no mark and is not alive."""
     identity = identity_of(child.pid)
     child.kill()
     child.wait()
@@ -85,7 +85,7 @@ def test_what_is_gone_has_no_identity(child: subprocess.Popen[bytes]) -> None:
 
 
 def test_a_zombie_is_not_alive(child: subprocess.Popen[bytes], mark: str) -> None:
-    """A process that has ended and waits to be reaped counts as gone and is not signalled."""
+    """A zombie counts as gone."""
     identity = identity_of(child.pid)
     child.kill()
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
@@ -96,8 +96,8 @@ def test_a_zombie_is_not_alive(child: subprocess.Popen[bytes], mark: str) -> Non
 
 
 @pytest.mark.parametrize("name", ["a) R 1 2 3 4", "((", ") Z ", "a\nb", "\x80\xff"])
-def test_a_process_cannot_lie_by_its_name(name: str) -> None:
-    """The name of a process, which it may set to anything, does not shift the fields behind it."""
+def test_a_process_name_shifts_no_fields(name: str) -> None:
+    """A process name cannot shift the other fields of its status."""
     libc = ctypes.CDLL(None, use_errno=True)
     identity = identity_of(os.getpid())
     comm = Path(f"/proc/self/task/{threading.get_native_id()}/comm")
@@ -112,7 +112,7 @@ def test_a_process_cannot_lie_by_its_name(name: str) -> None:
 
 
 def test_another_start_is_another_process(child: subprocess.Popen[bytes], mark: str) -> None:
-    """A number whose process started at another time is not ours: it is gone, and who has the number now lives on."""
+    """A process with another start time is another process."""
     identity = identity_of(child.pid)
     earlier = Identity(pid=identity.pid, start_ticks=identity.start_ticks - 1)
     assert not is_alive(earlier)
@@ -122,7 +122,7 @@ def test_another_start_is_another_process(child: subprocess.Popen[bytes], mark: 
 
 
 def can_choose_numbers() -> bool:
-    """Whether we may say which number the next process gets; the file's mode does not tell."""
+    """Return whether this process may choose the next pid."""
     try:
         LAST_PID.write_text(LAST_PID.read_text(encoding="ascii"), encoding="ascii")
     except OSError:
@@ -131,8 +131,8 @@ def can_choose_numbers() -> bool:
 
 
 @pytest.mark.root
-def test_a_number_that_came_back_is_another_process(mark: str, need: Need) -> None:
-    """A new process under the number of an old one, with the same arguments, is not taken for it and not killed."""
+def test_a_reused_pid_is_another_process(mark: str, need: Need) -> None:
+    """A new process with a reused pid and the same arguments is not taken for the old one."""
     need(can_choose_numbers(), "needs root and a kernel with ns_last_pid", installable=False)
     with start(mark) as old:
         identity = identity_of(old.pid)
@@ -163,15 +163,15 @@ def test_a_number_that_came_back_is_another_process(mark: str, need: Need) -> No
 
 @pytest.mark.parametrize("wrong", ["0" * 32, "{mark}0", "X{mark}"])
 def test_nothing_is_killed_without_the_mark(wrong: str, child: subprocess.Popen[bytes], mark: str) -> None:
-    """A process without the mark among its arguments is never signalled, though number and start time agree."""
+    """A process without the mark among its arguments is never signalled."""
     identity = identity_of(child.pid)
     assert not has_mark(child.pid, wrong.format(mark=mark))
     assert not kill_identity(identity, wrong.format(mark=mark))
     assert is_alive(identity)
 
 
-def test_what_is_ours_is_killed(child: subprocess.Popen[bytes], mark: str) -> None:
-    """Number, start time and mark agree: that process is killed, and is gone."""
+def test_a_matching_process_is_killed(child: subprocess.Popen[bytes], mark: str) -> None:
+    """A process whose pid, start time and mark match is killed."""
     identity = identity_of(child.pid)
     assert has_mark(child.pid, mark)
     assert kill_identity(identity, mark)
@@ -180,21 +180,21 @@ def test_what_is_ours_is_killed(child: subprocess.Popen[bytes], mark: str) -> No
 
 
 def test_a_mark_is_found_within_an_argument(mark: str) -> None:
-    """The mark may be part of an argument, as in the name that the virtual machine is given."""
+    """The mark may be part of an argument."""
     with start(f"x07-{mark}", "more") as child:
         assert has_mark(child.pid, mark)
         child.kill()
 
 
-def test_an_empty_mark_is_nobodys(child: subprocess.Popen[bytes]) -> None:
-    """A record whose mark is empty kills nothing."""
+def test_an_empty_mark_matches_nothing(child: subprocess.Popen[bytes]) -> None:
+    """An empty mark matches no process."""
     identity = identity_of(child.pid)
     assert not kill_identity(identity, "")
     assert is_alive(identity)
 
 
-def test_waiting_ends_with_the_time_that_was_given(child: subprocess.Popen[bytes]) -> None:
-    """A process that lives on is not gone after the time, and is afterwards when it has ended."""
+def test_a_wait_times_out(child: subprocess.Popen[bytes]) -> None:
+    """Waiting for a process to end has a timeout."""
     identity = identity_of(child.pid)
     assert not wait_gone(identity, 0)
     assert not wait_gone(identity, 0.01)
@@ -203,8 +203,8 @@ def test_waiting_ends_with_the_time_that_was_given(child: subprocess.Popen[bytes
     assert wait_gone(identity, 30)
 
 
-def test_a_number_that_came_back_as_a_thread_is_gone(mark: str) -> None:
-    """Numbers are shared with threads: one that a thread has now is no process, cannot be killed, and is gone."""
+def test_a_pid_reused_by_a_thread_is_gone(mark: str) -> None:
+    """A pid that is now a thread id counts as gone."""
     end = threading.Event()
     thread = threading.Thread(target=end.wait)
     thread.start()
@@ -219,7 +219,7 @@ def test_a_number_that_came_back_as_a_thread_is_gone(mark: str) -> None:
 
 
 def test_boot_and_namespace_have_names() -> None:
-    """Boot and pid namespace have names that stay the same, and that a child shares."""
+    """Boot id and pid namespace are stable and shared with child processes."""
     assert re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", boot_id())
     assert re.fullmatch(r"pid:\[\d+\]", pid_namespace())
     code = "from x07_sandbox.host.processes import boot_id, pid_namespace; print(boot_id(), pid_namespace())"

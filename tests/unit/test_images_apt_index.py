@@ -1,4 +1,4 @@
-"""Names of Debian packages are looked up in the host's lists before anything is fetched."""
+"""Debian package names are checked against the host's package lists before a build."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KNOWN = ("python3-numpy", "python3-numpydoc", "python3-sunpy", "nodejs", "libfoo
 
 
 def test_near_names_are_found() -> None:
-    """Somebody who types a Python package's own name, or mistypes a name, is told of the package."""
+    """A mistyped package name, or a Python project's name, suggests the Debian package."""
     assert apt_index.near_names("numpy", KNOWN)[0] == "python3-numpy"
     assert apt_index.near_names("nodejss", KNOWN) == ["nodejs"]
     assert apt_index.near_names("foo", KNOWN) == ["libfoo-dev"]
@@ -29,34 +29,34 @@ def test_near_names_are_found() -> None:
 
 @pytest.fixture
 def lists(tmp_path: Path, need: Need) -> Path:
-    """The file that names the sources of an image, of which this host has the lists."""
+    """The sources file of an image whose package lists this host has."""
     file = apt_index.write_sources(tmp_path, sources.release_codename(), host_arch().deb, lambda _note: None)
     need(bool(apt_index.package_names(file)), "package lists of this host (apt-get update)", installable=False)
     return file
 
 
 def test_an_unknown_package_is_named_at_once(lists: Path) -> None:
-    """A name that no source has is refused before the build, with the package that was probably meant."""
+    """An unknown package is refused before the build, with a suggestion."""
     with pytest.raises(UsageError, match="no package with this name") as caught:
         apt_index.check_known(lists, ["zip", "numpy"], "trixie")
     assert "python3-numpy" in caught.value.fix
     assert "--pip numpy" in caught.value.fix
 
 
-def test_known_and_virtual_packages_are_taken(lists: Path) -> None:
-    """A package, and a name that several packages provide, need no further word."""
+def test_known_and_virtual_packages_are_accepted(lists: Path) -> None:
+    """Known and virtual packages are accepted."""
     apt_index.check_known(lists, ["zip", "awk"], "trixie")
 
 
 def test_the_versions_of_a_new_image_are_known(lists: Path) -> None:
-    """The Python that a new image will have is known before it is made."""
+    """The Python version of a new image is known before the build."""
     found = apt_index.versions(lists, ("python3", "libc6", "no-such-package"))
     assert sorted(found) == ["libc6", "python3"]
     assert found["python3"].startswith("3.")
 
 
 def test_a_host_without_lists_refuses_nothing(tmp_path: Path) -> None:
-    """Where the host has no lists of an image's sources, names are left to the build itself."""
+    """A host without package lists leaves the check to the build."""
     file = tmp_path / "build.sources"
     file.write_text("Types: deb\nURIs: http://x.invalid/debian\nSuites: sid\nComponents: main\n")
     apt_index.check_known(file, ["no-such-package"], "sid")

@@ -1,7 +1,7 @@
-"""What a build does with what is there already: verified, reused only where it is whole, and with its packages.
+"""Image builds reuse verified images and bases, rebuild damaged ones, and remember packages.
 
-The images are made up; the real mending is in tests/vm/test_image_build.py. No outside command is found here, so a
-build that has to make something ends at the first one that it needs.
+The images are fakes; tests/vm/test_image_build.py rebuilds real ones. No outside command is found here, so a build
+that has to create something ends at the first command that it needs.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _base_folder(include: Sequence[str]) -> Path:
 
 
 def _make(include: Sequence[str]) -> str:
-    """A base and an image of it in the store, as a build leaves them; the image's digest in hex."""
+    """Create a base and an image of it in the store; return the image's digest in hex."""
     folder = _base_folder(include)
     folder.mkdir(mode=0o700)
     base = bases.Base(
@@ -92,42 +92,42 @@ def science(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> store.Image:
     return store.find_image("science")
 
 
-def test_a_whole_image_is_taken_as_it_is(science: store.Image) -> None:
-    """A build that finds what it would make, whole, makes nothing and needs no outside command."""
-    said: list[str] = []
-    assert build.build_image(name="science", include=PACKAGES, progress=said.append) == science
-    assert said == []
+def test_an_intact_image_is_reused(science: store.Image) -> None:
+    """A build reuses an intact image without running any command."""
+    output: list[str] = []
+    assert build.build_image(name="science", include=PACKAGES, progress=output.append) == science
+    assert output == []
 
 
 @pytest.mark.parametrize("name", [*SHARED, "initrd.cpio", "notes.txt"])
-def test_a_damaged_image_is_never_called_ready(science: store.Image, name: str) -> None:
-    """With one byte of any part changed, its times put back, or a foreign file in it, an image is made anew."""
+def test_a_damaged_image_is_rebuilt(science: store.Image, name: str) -> None:
+    """An image with a changed byte or a foreign file is rebuilt."""
     if name == "notes.txt":
         (science.folder / name).write_bytes(b"x")
     else:
         overwrite(science.folder / name)
-    said: list[str] = []
+    output: list[str] = []
     with pytest.raises(HostError, match="is missing"):
-        build.build_image(name="science", include=PACKAGES, progress=said.append)
-    assert name in said[0]
-    assert said[0].endswith(": rebuilding the image")
+        build.build_image(name="science", include=PACKAGES, progress=output.append)
+    assert name in output[0]
+    assert output[0].endswith(": rebuilding the image")
     # The base holds the same file by a link: it is damaged too, and of no use.
-    assert any("downloading" in line for line in said) == (name in SHARED)
+    assert any("downloading" in line for line in output) == (name in SHARED)
 
 
-def test_a_damaged_base_is_fetched_anew(science: store.Image) -> None:
-    """A base of which only a module is damaged is fetched anew when an image has to be made from it."""
+def test_a_damaged_base_is_fetched_again(science: store.Image) -> None:
+    """A damaged base is fetched again when an image needs it."""
     overwrite(_base_folder(PACKAGES) / "00-erofs.ko")
     assert build.build_image(name="science", include=PACKAGES, progress=print) == science  # it needs no module
     (science.folder / "initrd.cpio").unlink()
-    said: list[str] = []
+    output: list[str] = []
     with pytest.raises(HostError, match="mmdebstrap is missing"):
-        build.build_image(name="science", include=PACKAGES, progress=said.append)
-    assert any("the content of 00-erofs.ko has changed" in line and "downloading it again" in line for line in said)
+        build.build_image(name="science", include=PACKAGES, progress=output.append)
+    assert any("the content of 00-erofs.ko has changed" in line and "downloading it again" in line for line in output)
 
 
-def test_a_build_looks_for_room_first(science: store.Image, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a kept base cannot be unpacked for want of space the build says how much it needs, and what to set."""
+def test_a_build_checks_disk_space_first(science: store.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build without enough disk space fails early, with the needed size and the variable to set."""
     overwrite(science.folder / "initrd.cpio")
     monkeypatch.setattr(boot, "UNPACKED_MAX", 1 << 40)
     with pytest.raises(HostError, match=r"has \d+ MiB free, but a build needs \d+") as caught:
@@ -136,7 +136,7 @@ def test_a_build_looks_for_room_first(science: store.Image, monkeypatch: pytest.
 
 
 def test_a_build_hashes_large_parts_once(science: store.Image, monkeypatch: pytest.MonkeyPatch, need: Need) -> None:
-    """A second build with nothing changed reads no large part again, on file systems where that is safe."""
+    """A second build does not hash large unchanged parts again."""
     monkeypatch.setattr(verify, "SETTLED_NS", 0)
     with (science.folder / "root.erofs").open("rb") as file:
         kind = verify.filesystem(file.fileno())
@@ -156,28 +156,28 @@ def test_a_build_hashes_large_parts_once(science: store.Image, monkeypatch: pyte
 
 
 def test_a_named_image_keeps_its_packages(science: store.Image) -> None:
-    """Built again without a word on packages, an image keeps those that it has, and it is said which."""
-    said: list[str] = []
-    assert build.build_image(name="science", progress=said.append) == science
-    assert said == ["keeping the packages: hello, netbase"]
+    """A rebuild without package flags keeps the image's packages and names them."""
+    output: list[str] = []
+    assert build.build_image(name="science", progress=output.append) == science
+    assert output == ["keeping the packages: hello, netbase"]
     assert store.find_image("science").manifest.include == list(PACKAGES)
 
 
 def test_packages_are_dropped_only_when_asked(science: store.Image, capsys: pytest.CaptureFixture[str]) -> None:
-    """`--no-include` builds an image without further packages; with --include it is wrong usage."""
+    """`--no-include` drops packages; with --include it is a usage error."""
     plain = _make(())
     assert build.build_image(name="science", include=(), progress=print).digest == f"sha256:{plain}"
     store.set_name("science", science.folder.name)
     (store.images_dir() / plain / "initrd.cpio").unlink()
     assert main(["image", "build", "--name", "science", "--no-include"]) == 125  # it would make the plain one anew
-    said = capsys.readouterr().err
-    assert "rebuilding the image" in said
-    assert "keeping the packages" not in said
+    output = capsys.readouterr().err
+    assert "rebuilding the image" in output
+    assert "keeping the packages" not in output
     assert main(["image", "build", "--no-include", "--include", "hello"]) == 2
 
 
 def test_packages_that_cannot_be_known_are_not_dropped(science: store.Image) -> None:
-    """Where the manifest that tells an image's packages is damaged, a build without a word on them is refused."""
+    """A rebuild without package flags is refused if the image's manifest is damaged."""
     overwrite(science.folder / "manifest.json")
     with pytest.raises(ImageError) as caught:
         build.build_image(name="science", progress=print)
@@ -187,7 +187,7 @@ def test_packages_that_cannot_be_known_are_not_dropped(science: store.Image) -> 
 
 
 def test_an_image_is_removed_by_its_name(science: store.Image, capsys: pytest.CaptureFixture[str]) -> None:
-    """`x07 image rm` removes a name, and the files and packages of the image once no other name leads to it."""
+    """`x07 image rm` removes a name, and its files once no other name refers to them."""
     store.set_name("second", science.folder.name)
     plain = _make(())
     store.set_name("default", plain)
@@ -205,36 +205,36 @@ def test_an_image_is_removed_by_its_name(science: store.Image, capsys: pytest.Ca
 
 
 def test_a_damaged_image_can_be_removed(science: store.Image) -> None:
-    """An image whose manifest cannot be read goes like any other."""
+    """An image with a damaged manifest can be removed."""
     overwrite(science.folder / "manifest.json")
     assert main(["image", "rm", "science"]) == 0
     assert not science.folder.exists()
 
 
 def test_a_pinned_image_stays(science: store.Image, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The image that X07_VM_GUEST_IMAGE_DIGEST names loses its name, and stays."""
+    """The image pinned by X07_VM_GUEST_IMAGE_DIGEST loses its name but is kept."""
     monkeypatch.setenv("X07_VM_GUEST_IMAGE_DIGEST", science.digest)
     assert main(["image", "rm", "science"]) == 0
     assert store.find_image(science.digest).digest == science.digest
 
 
-def test_nothing_is_removed_where_a_name_is_wrong(science: store.Image, capsys: pytest.CaptureFixture[str]) -> None:
-    """One unknown name is an error that lists the images, and all of them stay."""
+def test_an_unknown_name_removes_nothing(science: store.Image, capsys: pytest.CaptureFixture[str]) -> None:
+    """`x07 image rm` with an unknown name removes nothing and lists the images."""
     assert main(["image", "rm", "science", "sience"]) == 2
     assert "Name one of: science" in capsys.readouterr().err
     assert store.find_image("science").digest == science.digest
 
 
 def test_an_engines_image_is_no_image_of_ours() -> None:
-    """A reference such as NAME:TAG is refused with the backend that takes it, and the command that makes an image."""
+    """A container reference NAME:TAG is refused with the backends that accept it."""
     for ref in ("ghcr.io/x07lang/runner:1", "runner:dev"):
         with pytest.raises(UsageError, match="only podman and docker use") as caught:
             store.find_image(ref)
         assert "x07 image build" in caught.value.fix
 
 
-def test_the_wheels_of_an_image_make_it_another(science: store.Image, capsys: pytest.CaptureFixture[str]) -> None:
-    """Other wheels make another base; without a word on them an image keeps its own, and `image list` names them."""
+def test_other_wheels_make_another_image(science: store.Image, capsys: pytest.CaptureFixture[str]) -> None:
+    """Other wheels make another image, and a rebuild keeps the image's own wheels."""
     wheel = manifest.Wheel(name="six", version="1.16.0", sha256="ab" * 32)
     more = build.Extras(include=PACKAGES, pip=(wheel,))
     assert more.base_spec().key != build.Extras(include=PACKAGES).base_spec().key
@@ -245,18 +245,18 @@ def test_the_wheels_of_an_image_make_it_another(science: store.Image, capsys: py
     bases.put(place, "manifest.json", manifest.encode(made))
     place.rename(store.images_dir() / made.digest.removeprefix("sha256:"))
     store.set_name("wheels", made.digest.removeprefix("sha256:"))
-    said: list[str] = []
+    output: list[str] = []
     with pytest.raises(HostError):
-        build.build_image(name="wheels", progress=said.append)
-    assert "keeping the Python packages: six" in said
+        build.build_image(name="wheels", progress=output.append)
+    assert "keeping the Python packages: six" in output
     assert build.build_image(name="wheels", pip=(), progress=print).digest == science.digest
     store.set_name("wheels", made.digest.removeprefix("sha256:"))
     assert main(["image", "list"]) == 0
     assert "trixie  pip: six==1.16.0" in capsys.readouterr().out.replace(sources.release_codename(), "trixie")
 
 
-def test_a_base_goes_with_the_last_image_that_is_made_of_it(science: store.Image) -> None:
-    """`x07 prune` keeps the packages of a named image, and removes them once no name leads to any image of them."""
+def test_an_unused_base_is_pruned(science: store.Image) -> None:
+    """`x07 prune` removes a base once no named image uses it."""
 
     def gone() -> set[str]:
         report = prune(["images"], progress=lambda _text: None, dry_run=False)

@@ -1,4 +1,4 @@
-"""Outside commands of the build: bounded, explained, and never left running."""
+"""External commands of image builds: bounded, explained and never left running."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ def _sh(script: str) -> list[str]:
 
 
 def test_error_shows_the_last_lines(tmp_path: Path) -> None:
-    """When a command fails, the user sees what it said last."""
+    """The error of a failed command shows its last lines of output."""
     with pytest.raises(ImageError, match=r"sh exited with status 3: \n  first\n  second"):
         commands.run(_sh("echo first; echo second >&2; exit 3"), cwd=tmp_path, timeout_s=10)
 
 
 def test_an_error_far_above_the_end_is_shown(tmp_path: Path) -> None:
-    """The line that says which package failed is shown, however much was printed after it."""
+    """The error of a failed command shows the line with the cause, however early it was printed."""
     script = "echo 'update-alternatives: error: no such folder'; seq 100; exit 1"
     with pytest.raises(ImageError, match=r"update-alternatives: error: no such folder\n  89\n  90"):
         commands.run(_sh(script), cwd=tmp_path, timeout_s=10)
 
 
 def test_lines_come_whole_and_endless_output_is_bounded(tmp_path: Path) -> None:
-    """Progress gets whole lines; a command that talks without end costs no memory."""
+    """Progress is reported in whole lines, and endless output uses bounded memory."""
     lines: list[str] = []
     commands.run(
         _sh("printf 'a b\\nc'; sleep 0.1; printf 'd\\nrest'"), cwd=tmp_path, timeout_s=10, on_line=lines.append
@@ -43,7 +43,7 @@ def test_lines_come_whole_and_endless_output_is_bounded(tmp_path: Path) -> None:
 
 
 def test_command_past_its_time_is_ended_with_its_children(tmp_path: Path) -> None:
-    """A command that hangs is ended, and so is what it started."""
+    """A command that times out is killed with its children."""
     for timeout_s in (0.5, 5, 30):  # a busy host may take long to start it
         with pytest.raises(ImageError, match="timed out after"):
             commands.run(_sh("sleep 1000 & echo $! > new; mv new child; wait"), cwd=tmp_path, timeout_s=timeout_s)
@@ -65,7 +65,7 @@ def _runs(pid: int) -> bool:
 
 
 def test_environment_is_explicit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands see proxies and nothing else of the user's environment."""
+    """Commands see only proxy settings of the user's environment."""
     monkeypatch.setenv("http_proxy", "http://proxy.example:3128")
     monkeypatch.setenv("SECRET_TOKEN", "x")
     commands.run(_sh("env > out"), cwd=tmp_path, timeout_s=10, extra_env={"TMPDIR": "/x"})
@@ -75,7 +75,7 @@ def test_environment_is_explicit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_missing_command_names_its_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A tool that is not installed is an error with the package to install."""
+    """A missing tool is an error that names the package to install."""
     monkeypatch.setattr(commands, "SEARCH", (str(tmp_path),))
     with pytest.raises(HostError, match="apt install erofs-utils"):
         commands.tool("mkfs.erofs")
@@ -83,18 +83,18 @@ def test_missing_command_names_its_package(monkeypatch: pytest.MonkeyPatch, tmp_
 
 @pytest.mark.parametrize("name", ["", "Gcc", "-o", "gcc=1", "a b", "gcc,make", "../x", "$(id)"])
 def test_odd_package_names_are_refused(name: str) -> None:
-    """Only names of packages reach apt."""
+    """Only valid package names reach apt."""
     with pytest.raises(UsageError, match="not a valid Debian package name"):
         recipe.check_packages([name])
 
 
 def test_packages_are_sorted_and_counted_once() -> None:
-    """The order in which packages are named makes no other image."""
+    """The order of packages does not change the image."""
     assert recipe.check_packages(["zip", "jq", "gcc", "zip"]) == ("jq", "zip")
 
 
 def test_command_line_names_no_architecture_but_the_tables() -> None:
-    """Every name that depends on the architecture comes from the one table."""
+    """Build commands name only the chosen architecture."""
     options = "\n".join(recipe.mmdebstrap_options(ARCHES["aarch64"], (), "/k d.deb", "/s"))
     assert "arm64" in options
     assert "aarch64-linux-gnu" in options
@@ -104,7 +104,7 @@ def test_command_line_names_no_architecture_but_the_tables() -> None:
 
 
 def test_guest_code_is_the_guests_rooms_and_no_more() -> None:
-    """The agent's zip gets guest, channel and errors, an empty package file, and nothing of the host's side."""
+    """The agent archive contains only guest, channel and errors."""
     code = guestcode.read_guest_code()
     assert code.agent["__init__.py"] == b""
     assert "errors.py" in code.agent
@@ -114,7 +114,7 @@ def test_guest_code_is_the_guests_rooms_and_no_more() -> None:
 
 
 def test_every_guest_file_counts_for_the_digest(tmp_path: Path) -> None:
-    """A change in any guest file, or a new one, makes an image out of date; a change elsewhere does not."""
+    """A change in any guest file changes the guest code digest; other changes do not."""
     boot = [f"guest/boot/{name}" for name in ("init.c", "pack.py", "filters.py", "places.py")]
     names = [*boot, "guest/agent.py", "channel/frames.py", "errors.py"]
     for name in names:
@@ -133,7 +133,7 @@ def test_every_guest_file_counts_for_the_digest(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", "a-b", "1a", "a..b", "os;x", "a b", "é", "x" * 201, ".a"])
 def test_only_names_of_modules_are_preloaded(name: str) -> None:
-    """What Python's import would not take as a name is refused before anything is built."""
+    """Only valid module names can be preloaded."""
     with pytest.raises(UsageError, match="not a valid Python module name"):
         recipe.check_modules([name])
     assert recipe.check_modules(["numpy", "a.b", "numpy"]) == ("a.b", "numpy")

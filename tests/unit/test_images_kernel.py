@@ -1,4 +1,4 @@
-"""Taking a kernel package apart: bzImage header, module information, loading order."""
+"""Kernel packages: bzImage header, module information and load order."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _unzstd(data: bytes) -> bytes:
 
 @pytest.mark.parametrize("sectors", [0, 4, 27])
 def test_elf_is_found_behind_the_header(sectors: int) -> None:
-    """The ELF kernel comes out of a bzImage, without the size field behind the compressed stream."""
+    """The ELF kernel is extracted from a bzImage."""
     assert kernel.vmlinux(_bzimage(_zstd(ELF), sectors=sectors), _unzstd) == ELF
 
 
@@ -54,14 +54,14 @@ def test_elf_is_found_behind_the_header(sectors: int) -> None:
     ],
 )
 def test_damaged_image_is_refused(image: bytes, why: str) -> None:
-    """What is not the kernel that the header promises is an error that says so."""
+    """A kernel image that contradicts its header is rejected with the reason."""
     with pytest.raises(ImageError, match=why):
         kernel.vmlinux(image, _unzstd)
 
 
 @given(st.binary(max_size=2000), st.booleans())
 def test_any_bytes_give_a_payload_or_an_error(data: bytes, header: bool) -> None:  # noqa: FBT001 - hypothesis names it
-    """Junk never raises anything but our error."""
+    """Any bytes give a payload or ImageError."""
     image = data[:0x202] + b"HdrS" + data[0x206:] if header else data
     with contextlib.suppress(ImageError):
         kernel.payload(image)
@@ -82,32 +82,32 @@ def _module(info: bytes) -> bytes:
 
 
 def test_modinfo_is_read() -> None:
-    """What a module needs is read from the module itself."""
+    """A module's dependencies are read from the module."""
     module = _module(b"license=GPL\0depends=libcrc32c,nfnetlink\0\0name=x\0")
     assert kernel.modinfo(module) == {"license": "GPL", "depends": "libcrc32c,nfnetlink", "name": "x"}
 
 
 @given(st.binary(max_size=300), st.integers(0, 400))
 def test_damaged_module_gives_an_error(junk: bytes, cut: int) -> None:
-    """A cut or foreign file raises our error, nothing else."""
+    """A damaged module raises ImageError and nothing else."""
     for data in (junk, b"\x7fELF\x02\x01" + junk, _module(b"depends=\0")[:cut]):
         with contextlib.suppress(ImageError):
             kernel.modinfo(data)
 
 
 def test_modules_come_after_what_they_need() -> None:
-    """Loading in the order given never misses a symbol, and the order is fixed."""
+    """Modules are loaded after their dependencies, in a fixed order."""
     depends = {"erofs": ["libcrc32c"], "libcrc32c": [], "overlay": [], "nft": ["nf", "libcrc32c"], "nf": ["libcrc32c"]}
     assert kernel.load_order(["nft", "erofs", "overlay"], depends) == ["libcrc32c", "nf", "nft", "erofs", "overlay"]
 
 
 def test_built_in_modules_are_left_out() -> None:
-    """What the kernel has built in needs no file, alone or as a need of another."""
+    """Built-in modules are left out of the load order."""
     assert kernel.load_order(["ext4", "a"], {"a": ["virtio"]}, frozenset({"ext4", "virtio"})) == ["a"]
 
 
 def test_missing_module_and_circle_are_errors() -> None:
-    """A kernel without a module that the guest needs is refused when the image is built, not when it boots."""
+    """A missing module or a dependency cycle fails the build."""
     with pytest.raises(ImageError, match="there is no module erofs"):
         kernel.load_order(["erofs"], {})
     with pytest.raises(ImageError, match="depend on each other: a b a"):
@@ -116,7 +116,7 @@ def test_missing_module_and_circle_are_errors() -> None:
 
 @given(st.dictionaries(st.sampled_from("abcdefgh"), st.sets(st.sampled_from("abcdefgh"), max_size=3), max_size=8))
 def test_any_order_holds_each_module_once_and_after_its_needs(graph: dict[str, set[str]]) -> None:
-    """For any graph: an order in which every module stands once and behind its needs, or an error."""
+    """Any dependency graph gives a valid load order or an error."""
     try:
         order = kernel.load_order(sorted(graph), graph)
     except ImageError:
@@ -126,5 +126,5 @@ def test_any_order_holds_each_module_once_and_after_its_needs(graph: dict[str, s
 
 
 def test_file_names_give_the_kernels_names() -> None:
-    """Files may have dashes and be compressed; the kernel's names have underscores."""
+    """Module file names are mapped to kernel module names."""
     assert kernel.module_name("kernel/drivers/char/hw_random/virtio-rng.ko.xz") == "virtio_rng"

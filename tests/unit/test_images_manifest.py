@@ -1,4 +1,4 @@
-"""The manifest: one encoding, one digest, nothing unknown accepted."""
+"""The image manifest: one encoding, one digest, nothing unknown accepted."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ MANIFEST = manifest.sealed(
 
 
 def _resealed(**changes: Any) -> bytes:  # noqa: ANN401 - any JSON value
-    """The manifest as JSON with other fields, and a digest that is right for them."""
+    """The manifest as JSON with changed fields and a matching digest."""
     fields = json.loads(manifest.encode(MANIFEST)) | changes
     del fields["digest"]
     fields["digest"] = "sha256:" + hashlib.sha256(manifest.canonical(fields)).hexdigest()
@@ -54,14 +54,14 @@ def _resealed(**changes: Any) -> bytes:  # noqa: ANN401 - any JSON value
 
 
 def test_manifest_reads_back() -> None:
-    """What is written is what is read, byte for byte the same when written again."""
+    """A manifest survives encoding and decoding byte for byte."""
     data = manifest.encode(MANIFEST)
     assert manifest.decode(data, "x") == MANIFEST
     assert manifest.encode(manifest.decode(data, "x")) == data
 
 
 def test_unknown_field_is_refused() -> None:
-    """A field that this x07 does not know is an error: it may matter."""
+    """An unknown field is an error."""
     with pytest.raises(ImageError, match="unknown field `extra`"):
         manifest.decode(_resealed(extra=1), "x")
     with pytest.raises(ImageError, match="unknown field"):
@@ -69,13 +69,13 @@ def test_unknown_field_is_refused() -> None:
 
 
 def test_newer_schema_is_refused_before_anything_else() -> None:
-    """An image of a newer format is named as such, whatever else is in it."""
+    """An image of a newer format is refused by its format version."""
     with pytest.raises(ImageError, match=r"its format is 'x07.sandbox.image@0.2.0'"):
         manifest.decode(_resealed(schema_version="x07.sandbox.image@0.2.0", extra=1), "x")
 
 
 def test_changed_content_does_not_fit_the_digest() -> None:
-    """No field can be changed without changing the digest."""
+    """No field can change without changing the digest."""
     data = manifest.encode(MANIFEST).replace(b'"suite": "trixie"', b'"suite": "forky"')
     with pytest.raises(ImageError, match="its digest does not match its content"):
         manifest.decode(data, "x")
@@ -85,7 +85,7 @@ def test_changed_content_does_not_fit_the_digest() -> None:
     "name", ["../root", "/etc/passwd", "a/b", "", ".hidden", "A", "a\n", "manifest.json", "vmlinux"]
 )
 def test_file_names_lead_nowhere_else(name: str) -> None:
-    """A part is a plain file of its own in the image's folder."""
+    """A part must be a plain file in the image's folder."""
     parts = json.loads(manifest.encode(MANIFEST))["parts"]
     parts["root"]["file"] = name
     with pytest.raises(ImageError):
@@ -93,19 +93,19 @@ def test_file_names_lead_nowhere_else(name: str) -> None:
 
 
 def test_scratch_pieces_must_add_up() -> None:
-    """The pieces of the scratch disk are exactly its part."""
+    """The pieces of the scratch disk must match its part exactly."""
     with pytest.raises(ImageError, match="do not add up"):
         manifest.decode(_resealed(scratch_disk={"bytes": 1 << 33, "pieces": [{"offset": 0, "bytes": 8192}]}), "x")
 
 
 def test_large_manifest_is_refused() -> None:
-    """A manifest has a bound."""
+    """An oversized manifest is rejected."""
     with pytest.raises(ImageError, match="more than"):
         manifest.decode(b" " * (manifest.MAX_BYTES + 1), "x")
 
 
 @given(st.one_of(st.binary(max_size=200), st.integers(0, 3000).map(lambda cut: manifest.encode(MANIFEST)[:cut])))
 def test_any_bytes_give_a_manifest_or_an_error(data: bytes) -> None:
-    """Junk and cut files raise our error, nothing else."""
+    """Any bytes give a manifest or ImageError."""
     with contextlib.suppress(ImageError):
         manifest.decode(data, "x")

@@ -1,4 +1,4 @@
-"""Python packages of an image: what may be asked for, how wheels are unpacked, and what is never taken."""
+"""Python packages of an image: allowed requirements, unpacking of wheels, and refusals."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from x07_sandbox.errors import HostError, ImageError, UsageError
-from x07_sandbox.images import manifest, pip, wheels
+from x07_sandbox.images import pip, wheels
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,7 +22,7 @@ PYTHON = pip.GuestPython(version="3.13", glibc=41, machine="x86_64")
 
 
 def _wheel(folder: Path, files: Mapping[str, bytes], *, name: str = "tiny-1.0") -> Path:
-    """Make a wheel with *files* and a RECORD."""
+    """A wheel with *files*, and a valid RECORD if *record* is None."""
     made = folder / f"{name}-py3-none-any.whl"
     everything = {f"{name}.dist-info/METADATA": b"Name: tiny\n", **files}
     rows = [f"{file},sha256={_digest(data)},{len(data)}" for file, data in everything.items()]
@@ -50,7 +50,7 @@ def _unpack(folder: Path, *made: Path) -> Path:
     "text",
     ["numpy", "NumPy", "ruamel.yaml", "pandas[excel, test]>=2,<3", "a==1.*", "b ~= 1.0", "c; python_version>'3'"],
 )
-def test_names_with_versions_and_extras_are_taken(text: str) -> None:
+def test_requirements_are_accepted(text: str) -> None:
     """A requirement is a name with optional extras, versions and a condition."""
     assert pip.check_requirements([text]) == (text,)
 
@@ -65,19 +65,19 @@ def test_names_with_versions_and_extras_are_taken(text: str) -> None:
     ],
 )
 def test_options_addresses_and_paths_never_reach_pip(text: str) -> None:
-    """Whatever is no name with versions is refused before anything is fetched."""
+    """Options, URLs and paths are refused before anything is fetched."""
     with pytest.raises(UsageError, match="cannot add"):
         pip.check_requirements([text])
 
 
 def test_commas_part_names_but_not_versions_and_extras() -> None:
-    """A list may hold version ranges and extras, which have commas of their own."""
+    """A list of requirements may contain version ranges and extras."""
     asked = pip.split_list("numpy, pandas[excel,test]>=2,<3,,six==1.*, !=1.5,file:req.txt")
     assert asked == ["numpy", "pandas[excel,test]>=2,<3", "six==1.*, !=1.5", "file:req.txt"]
 
 
 def test_a_requirements_file_gives_names_and_hashes(tmp_path: Path) -> None:
-    """Comments, blank lines and continued lines are understood, and hashes are handed to pip."""
+    """A requirements file may have comments, continued lines and hashes."""
     digest = "sha256:" + "ab" * 32
     file = tmp_path / "requirements.txt"
     file.write_text(
@@ -92,7 +92,7 @@ def test_a_requirements_file_gives_names_and_hashes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("line", ["-r other.txt", "-e .", "--index-url http://x", "x @ http://y", "./x.whl"])
 def test_a_refused_line_of_a_file_is_named(tmp_path: Path, line: str) -> None:
-    """What a requirements file may not hold is refused with its line number."""
+    """A forbidden line of a requirements file is refused with its line number."""
     file = tmp_path / "requirements.txt"
     file.write_text(f"six\n# x\n{line}\n")
     with pytest.raises(UsageError, match="line 3"):
@@ -100,7 +100,7 @@ def test_a_refused_line_of_a_file_is_named(tmp_path: Path, line: str) -> None:
 
 
 def test_a_missing_requirements_file_is_named(tmp_path: Path) -> None:
-    """A file that cannot be read, or is no text, is an error with its name."""
+    """An unreadable requirements file is an error that names it."""
     with pytest.raises(UsageError, match=r"none\.txt"):
         pip.check_requirements([f"file:{tmp_path}/none.txt"])
     (tmp_path / "odd").write_bytes(b"\xff\xfe")
@@ -109,7 +109,7 @@ def test_a_missing_requirements_file_is_named(tmp_path: Path) -> None:
 
 
 def test_wheels_fit_the_guest_and_not_the_host() -> None:
-    """Pip is asked for the Python, the C library and the processor of the image, and never for those of this host."""
+    """Pip selects wheels for the image's Python, C library and architecture, not the host's."""
     versions = {"python3": "3.11.2-1+b1", "libc6": "2.36-9+deb12u4"}
     python = pip.guest_python(versions, "aarch64")
     assert python == pip.GuestPython(version="3.11", glibc=36, machine="aarch64")
@@ -122,14 +122,8 @@ def test_wheels_fit_the_guest_and_not_the_host() -> None:
         pip.guest_python({}, "x86_64")
 
 
-def test_a_kept_image_gets_the_very_same_wheels_again() -> None:
-    """The wheels of an image that is made anew are asked for by their digests."""
-    wheel = manifest.Wheel(name="six", version="1.16.0", sha256="ab" * 32)
-    assert pip.pinned([wheel]) == (f"six==1.16.0 --hash=sha256:{'ab' * 32}",)
-
-
 def test_a_wheel_is_unpacked_where_python_looks(tmp_path: Path) -> None:
-    """Modules, data and programs of a wheel lie where Debian's Python and the shell find them."""
+    """Modules, data and scripts of a wheel are installed where Debian's Python and the shell find them."""
     made = _wheel(
         tmp_path,
         {
@@ -161,14 +155,14 @@ def test_a_wheel_is_unpacked_where_python_looks(tmp_path: Path) -> None:
     "name", ["../x.py", "/etc/x", "a/../../x", "a//b", "./a", "a\\b", "a\x01b", "x" * 300, "tiny-1.0.data/odd/x"]
 )
 def test_no_file_of_a_wheel_leaves_its_folder(tmp_path: Path, name: str) -> None:
-    """A wheel with an absolute path, `..`, or an unknown kind of data is refused, and nothing lies outside."""
+    """A wheel with an absolute path, `..` or unknown data is refused, and nothing is written outside."""
     with pytest.raises(ImageError, match="cannot use the wheel tiny"):
         _unpack(tmp_path, _wheel(tmp_path, {name: b"x"}))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["root", "tiny-1.0-py3-none-any.whl"]
 
 
-def test_what_is_no_wheel_is_refused(tmp_path: Path) -> None:
-    """Garbage, an archive without .dist-info, and a program without a function are errors that name the file."""
+def test_an_invalid_wheel_is_refused(tmp_path: Path) -> None:
+    """A file that is no valid wheel is an error that names it."""
     garbage = tmp_path / "bad-1.0-py3-none-any.whl"
     garbage.write_bytes(b"PK\x03\x04 no archive")
     with pytest.raises(ImageError, match="the archive is damaged"):
@@ -184,15 +178,15 @@ def test_what_is_no_wheel_is_refused(tmp_path: Path) -> None:
         pip.wheel_of(tmp_path / "tiny-1.0.tar.gz")
 
 
-def test_a_wheel_that_grows_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What in total unpack to is bounded, whatever their headers say."""
+def test_the_unpacked_size_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The unpacked size of all wheels is bounded."""
     monkeypatch.setattr(wheels, "MAX_BYTES", 100_000)
     with pytest.raises(ImageError, match="in total"):
         _unpack(tmp_path, _wheel(tmp_path, {"tiny.py": bytes(200_000)}))
 
 
 def test_a_file_in_place_of_a_folder_is_an_error(tmp_path: Path) -> None:
-    """Two wheels of which one has a file where the other has a folder cannot be in one image."""
+    """Two wheels with a file and a folder of the same name are refused."""
     first = _wheel(tmp_path, {"both": b"x"})
     second = _wheel(tmp_path, {"both/x.py": b"x"}, name="other-1.0")
     with pytest.raises(ImageError, match="folder in another wheel"):
@@ -200,7 +194,7 @@ def test_a_file_in_place_of_a_folder_is_an_error(tmp_path: Path) -> None:
 
 
 def test_the_layer_of_an_image_depends_on_the_wheels_alone(tmp_path: Path) -> None:
-    """The files of an image's Python packages have one owner, one date, plain modes and one order."""
+    """The layer of Python packages is reproducible."""
     made = _wheel(tmp_path, {"tiny/__init__.py": b"x = 1\n", "tiny-1.0.data/scripts/go": b"#!/bin/sh\n"})
     root = _unpack(tmp_path, made)
     tars = [tmp_path / "one.tar", tmp_path / "two.tar"]
@@ -217,7 +211,7 @@ def test_the_layer_of_an_image_depends_on_the_wheels_alone(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("said", "expected"),
+    ("output", "expected"),
     [
         (["ERROR: No matching distribution found for nunpy"], "no wheel with this name for Python 3.13"),
         (
@@ -239,17 +233,17 @@ def test_the_layer_of_an_image_depends_on_the_wheels_alone(tmp_path: Path) -> No
         (["ERROR: Cannot install a and b because they conflict"], "conflict"),
     ],
 )
-def test_what_pip_says_becomes_one_line(tmp_path: Path, said: list[str], expected: str) -> None:
-    """An unknown name, an unknown version, a wrong hash and a dead network are told apart."""
+def test_pip_errors_become_one_line(tmp_path: Path, output: list[str], expected: str) -> None:
+    """Pip's errors become one line each: unknown name, unknown version, wrong hash, no network."""
     (tmp_path / "build.sources").write_text("")
-    problem = pip.failure(said, PYTHON, tmp_path / "build.sources")
+    problem = pip.failure(output, PYTHON, tmp_path / "build.sources")
     assert problem is not None
     assert expected in problem.why
     assert pip.failure(["Collecting six"], PYTHON, tmp_path / "build.sources") is None
 
 
-def test_nothing_of_a_package_is_built_on_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wheel that needs a package by its address, which pip would build from source, is refused and nothing runs."""
+def test_no_package_is_built_on_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wheel whose dependency would be built from source is refused, and nothing runs on the host."""
     ran = tmp_path / "ran"
     index, source, evil = tmp_path / "index", tmp_path / "evil-1.0", tmp_path / "evil.tar.gz"
     for folder in (index, source):
@@ -272,7 +266,7 @@ def test_nothing_of_a_package_is_built_on_the_host(tmp_path: Path, monkeypatch: 
 
 
 def test_pip_fetches_a_wheel_and_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The wheels of a package and of its dependencies come from the index that pip's own settings name."""
+    """Wheels of a package and its dependencies come from pip's configured index."""
     index = tmp_path / "index"
     index.mkdir()
     for name, needs in (("good", "Requires-Dist: other\n"), ("other", "")):

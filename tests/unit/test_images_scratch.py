@@ -1,4 +1,4 @@
-"""The scratch disk: a sound ext4, in a few pages, the same each time."""
+"""The scratch disk: a valid ext4 file system, small and reproducible."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def test_disk_from_the_head_is_a_sound_file_system(tmp_path: Path, need: Need) -> None:
-    """The disk that a job gets passes e2fsck, and two builds of its head are bit-identical."""
+    """The scratch disk passes e2fsck and is reproducible."""
     need(shutil.which("mke2fs", path="/usr/sbin:/sbin"), "mke2fs (package e2fsprogs)", installable=True)
     head, disk = scratch.make_head(tmp_path)
     assert (head, disk) == scratch.make_head(tmp_path)

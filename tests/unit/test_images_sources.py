@@ -1,4 +1,4 @@
-"""The host's apt sources: only signed ones of its own release on http or https get into a guest image."""
+"""The host's apt sources: an image uses only signed http or https sources of the host's release."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def _read(apt: Path) -> tuple[list[sources.Source], list[str]]:
     return sources.host_sources("trixie", "amd64", note=notes.append, apt=apt), notes
 
 
-def test_deb822_sources_are_taken_with_their_keys(tmp_path: Path) -> None:
-    """Suites of the host's own release stay, others go, and a key written into the file stays whole."""
+def test_deb822_sources_are_read_with_their_keys(tmp_path: Path) -> None:
+    """A .sources file is read with its inline key, and suites of other releases are left out."""
     found, notes = _read(_apt(tmp_path / "apt", {"sources.list.d/debian.sources": DEB822}))
     assert [source.suites for source in found] == [("trixie", "trixie-updates"), ("trixie-security",)]
     assert notes == []
@@ -57,8 +57,8 @@ def test_deb822_sources_are_taken_with_their_keys(tmp_path: Path) -> None:
     assert "deb-src" not in found[0].stanza()
 
 
-def test_one_line_sources_are_taken_with_their_options(tmp_path: Path) -> None:
-    """A .list file works like a .sources file."""
+def test_one_line_sources_are_read_with_their_options(tmp_path: Path) -> None:
+    """A .list file is read with its options."""
     text = (
         "deb [arch=amd64,arm64 signed-by=/k.gpg] http://mirror.example/debian trixie main contrib # best\n"
         "deb-src http://x y z\n"
@@ -80,7 +80,7 @@ def test_one_line_sources_are_taken_with_their_options(tmp_path: Path) -> None:
     ],
 )
 def test_other_sources_are_left_out_with_a_note(tmp_path: Path, line: str, note: str) -> None:
-    """Local, unsigned and foreign sources never feed an image, and the user is told so."""
+    """Local, unsigned and foreign sources are left out with a note."""
     good = "deb http://mirror.example/debian trixie main\n"
     found, notes = _read(_apt(tmp_path / "apt", {"sources.list": good, "sources.list.d/other.list": line + "\n"}))
     assert len(found) == 1
@@ -94,8 +94,8 @@ def test_other_sources_are_left_out_with_a_note(tmp_path: Path, line: str, note:
     ["Enabled: no\nTypes: deb", "Types: deb-src", "Types: deb\nArchitectures: arm64"],
     ids=["off", "src", "arch"],
 )
-def test_what_apt_skips_is_skipped_without_a_note(tmp_path: Path, stanza: str) -> None:
-    """Sources that are switched off, hold source code or serve another architecture are nobody's surprise."""
+def test_sources_that_apt_skips_are_skipped(tmp_path: Path, stanza: str) -> None:
+    """Disabled, source-only and foreign-architecture sources are skipped silently."""
     text = f"{stanza}\nURIs: http://a.example/\nSuites: trixie\nComponents: main\n"
     files = {"sources.list": "deb http://b.example/ trixie main\n", "sources.list.d/a.sources": text}
     found, notes = _read(_apt(tmp_path / "apt", files))
@@ -104,13 +104,13 @@ def test_what_apt_skips_is_skipped_without_a_note(tmp_path: Path, stanza: str) -
 
 
 def test_no_usable_source_is_an_error(tmp_path: Path) -> None:
-    """Without a source for the release nothing is built, and the error says what to add."""
+    """No usable source is an error."""
     with pytest.raises(ImageError, match="no signed http or https source"):
         _read(_apt(tmp_path / "apt", {"sources.list": "deb http://m.example/ stable main\n"}))
 
 
 def test_only_files_that_apt_reads_are_read(tmp_path: Path) -> None:
-    """Switched-off files and backups in sources.list.d do not count."""
+    """Only the files that apt reads are read."""
     text = "deb http://m.example/ trixie main\n"
     files = {"sources.list": text, "sources.list.d/x.list.save": text, "sources.list.d/y.disabled": text}
     apt = _apt(tmp_path / "apt", files)
@@ -118,7 +118,7 @@ def test_only_files_that_apt_reads_are_read(tmp_path: Path) -> None:
 
 
 def test_fetch_settings_are_kept_and_nothing_else() -> None:
-    """Proxies of the host's apt.conf keep working; settings on what to install or to trust are not taken over."""
+    """Proxy and retry settings of apt.conf are kept; trust and install settings are not."""
     dump = """APT::Install-Recommends "1";
 Acquire "";
 Acquire::http "";
@@ -137,7 +137,7 @@ Dir::Etc "etc/apt";
 
 
 def test_release_is_read_from_os_release(tmp_path: Path) -> None:
-    """The image is of the host's own release."""
+    """The image uses the host's release."""
     path = tmp_path / "os-release"
     path.write_text('ID=debian\nVERSION_CODENAME="trixie"\n')
     assert sources.release_codename(path) == "trixie"
@@ -148,7 +148,7 @@ def test_release_is_read_from_os_release(tmp_path: Path) -> None:
 
 @given(st.text(max_size=300))
 def test_any_text_is_read_without_a_crash(text: str) -> None:
-    """Junk in a sources file gives no source, or one that is checked like any other; never a crash."""
+    """Any text in a sources file is parsed without a crash."""
     for parse in (sources.parse_deb822, sources.parse_one_line):
         for stanza in parse(text):
             source, reason = sources.select(stanza, "trixie", "amd64")

@@ -1,4 +1,4 @@
-"""Promises of the jail's command line: both forms of it, what each holds, and what it ends in."""
+"""The jail's command line in both forms."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WITH_TWO = {"--setenv", "--ro-bind", "--ro-bind-fd", "--dev-bind", "--file"}
 
 
 def jail(uid: int | None) -> Jail:
-    """A jail as for a virtual machine."""
+    """A jail as for a VM."""
     return Jail(
         files=("/usr/bin/qemu", "/lib64/ld.so", "/usr/share/seabios/bios.bin"),
         fd_files=((11, "/img/vmlinux"), (12, "/img/initrd.cpio")),
@@ -53,7 +53,7 @@ def options(made: Jail) -> list[tuple[str, ...]]:
 
 
 def inside(made: Jail) -> list[str]:
-    """What bubblewrap executes."""
+    """The command that bubblewrap executes."""
     argv = jail_argv(made, COMMAND)
     return argv[argv.index("--", argv.index(BWRAP)) + 1 :]
 
@@ -63,20 +63,20 @@ BOTH = pytest.mark.parametrize("uid", [None, UID], ids=["user", "root"])
 
 @BOTH
 def test_a_supervisor_comes_first(uid: int | None) -> None:
-    """Deadline and runner are the supervisor's, which starts all the rest, and keeps nothing but the uid's lock."""
+    """The supervisor is started first, with deadline, runner and the uid's lock."""
     argv = jail_argv(jail(uid), COMMAND)
     assert argv[:6] == [PERL, SUPERVISOR, "815", "4242", "-1" if uid is None else "23", "1"]
     assert argv.index(BWRAP) == 13
 
 
 def starter(made: Jail, command: list[str]) -> list[str]:
-    """The part of the command line before bubblewrap, before another command."""
+    """The command line up to bubblewrap, followed by another command."""
     argv = jail_argv(made, COMMAND)
     return argv[: argv.index(BWRAP)] + command
 
 
 def test_the_timer_ends_what_follows_it() -> None:
-    """At the deadline the command is killed, and the supervisor ends by the signal of its timer."""
+    """At the deadline the command is killed, and the supervisor ends by SIGALRM."""
     made = msgspec.structs.replace(jail(None), deadline_s=1, runner_pid=os.getpid())
     child = subprocess.Popen(starter(made, ["/bin/sleep", "60"]))
     try:
@@ -86,8 +86,8 @@ def test_the_timer_ends_what_follows_it() -> None:
         child.wait()
 
 
-def test_nothing_is_started_for_a_runner_that_is_gone() -> None:
-    """Where the starter is not the runner any more, the command is not executed at all."""
+def test_no_jail_starts_without_its_runner() -> None:
+    """The jail executes nothing if its runner is gone."""
     made = msgspec.structs.replace(jail(None), runner_pid=os.getppid())
     done = subprocess.run(starter(made, ["/bin/echo", "started"]), capture_output=True, text=True, check=False)
     assert done.returncode != 0
@@ -95,7 +95,7 @@ def test_nothing_is_started_for_a_runner_that_is_gone() -> None:
 
 
 def test_the_jail_dies_with_a_runner_that_is_killed() -> None:
-    """A runner that is killed takes with it what it has started, without any process of ours left to do so."""
+    """A killed runner takes the jail and everything in it along."""
     words = starter(jail(None), ["/bin/sleep", "60"])
     words[words.index("4242")] = "RUNNER"
     read_end, write_end = os.pipe()
@@ -112,14 +112,14 @@ def test_the_jail_dies_with_a_runner_that_is_killed() -> None:
         assert runner.stdout is not None
         assert runner.stdout.readline() == b"started\n"
         runner.kill()
-        # The pipe ends when all who hold it are gone.
+        # The pipe ends when its last holder has exited.
         assert select.select([pipe], [], [], 30)[0]
         assert pipe.read() == b""
 
 
 @BOTH
 def test_the_jail_dies_with_its_starter_and_inherits_nothing(uid: int | None) -> None:
-    """No environment but the mark and how its memory is kept, no terminal, and an end when the starter ends."""
+    """The jail has no inherited environment and no terminal, and dies with its parent."""
     found = options(jail(uid))
     assert {("--die-with-parent",), ("--new-session",), ("--clearenv",)} <= set(found)
     given = {option[1]: option[2] for option in found if option[0] == "--setenv"}
@@ -129,7 +129,7 @@ def test_the_jail_dies_with_its_starter_and_inherits_nothing(uid: int | None) ->
 
 
 def test_the_user_form_has_all_namespaces_and_a_uid_that_is_not_0() -> None:
-    """An ordinary user's jail has every namespace, is not root inside, and holds no capability."""
+    """An ordinary user's jail has every namespace, a non-root uid and no capability."""
     found = options(jail(None))
     assert ("--unshare-all",) in found
     assert int(str(INNER_UID)) > 0
@@ -139,7 +139,7 @@ def test_the_user_form_has_all_namespaces_and_a_uid_that_is_not_0() -> None:
 
 
 def test_the_root_form_has_no_user_namespace_and_keeps_what_changing_uid_needs() -> None:
-    """Root's jail has all other namespaces, and only the capabilities to become another uid."""
+    """Root's jail has all other namespaces and only the capabilities to change its uid."""
     found = options(jail(UID))
     unshared = {option[0] for option in found if option[0].startswith("--unshare")}
     assert unshared == {f"--unshare-{name}" for name in ("ipc", "pid", "net", "uts", "cgroup-try")}
@@ -150,7 +150,7 @@ def test_the_root_form_has_no_user_namespace_and_keeps_what_changing_uid_needs()
 
 
 def test_the_root_form_ends_in_setpriv_which_clears_everything() -> None:
-    """The last step before the command gives up uid, groups, every set of capabilities, and the way to new ones."""
+    """Before the command starts, setpriv drops uid, groups and all capabilities for good."""
     words = inside(jail(UID))
     assert words[0] == SETPRIV
     assert words[words.index("--") + 1 :] == COMMAND
@@ -162,7 +162,7 @@ def test_the_root_form_ends_in_setpriv_which_clears_everything() -> None:
 
 @BOTH
 def test_files_are_bound_read_only_and_nothing_else_is(uid: int | None) -> None:
-    """Exactly the named files appear, read-only, under their own paths; opened ones by descriptor."""
+    """The jail contains exactly the named files, read-only."""
     made = jail(uid)
     binds = [option for option in options(made) if "bind" in option[0]]
     assert [option for option in binds if option[0] == "--ro-bind"] == [
@@ -176,8 +176,8 @@ def test_files_are_bound_read_only_and_nothing_else_is(uid: int | None) -> None:
 
 
 @BOTH
-def test_what_is_copied_in_can_be_read_and_not_written(uid: int | None) -> None:
-    """A copy in the jail's own root is readable for the job's user, and sealed with that root."""
+def test_copied_files_are_read_only(uid: int | None) -> None:
+    """Files copied into the jail are readable and cannot be written."""
     words = options(msgspec.structs.replace(jail(uid), fd_copies=((13, "/proc/sys/vm/overcommit_memory"),)))
     at = words.index(("--file", "13", "/proc/sys/vm/overcommit_memory"))
     assert words[at - 1] == ("--perms", "0444")
@@ -187,7 +187,7 @@ def test_what_is_copied_in_can_be_read_and_not_written(uid: int | None) -> None:
 
 @BOTH
 def test_there_is_no_proc_and_nothing_to_write(uid: int | None) -> None:
-    """The root is sealed after it was filled, and holds no /proc, /dev, tmpfs or overlay."""
+    """The jail has no /proc, /dev or tmpfs, and its root is read-only."""
     found = options(jail(uid))
     names = {option[0] for option in found}
     assert not {"--proc", "--dev", "--tmpfs", "--mqueue", "--bind", "--bind-fd", "--overlay", "--file"} & names
@@ -198,27 +198,21 @@ def test_there_is_no_proc_and_nothing_to_write(uid: int | None) -> None:
 
 @BOTH
 def test_it_starts_blocked(uid: int | None) -> None:
-    """The first process waits for its filter; --block-fd would go on at the end of a dead runner."""
+    """The jail's first process waits for its seccomp filter."""
     found = options(jail(uid))
     assert ("--seccomp", "24") in found
     assert not {"--block-fd", "--info-fd"} & {option[0] for option in found}
 
 
-@BOTH
-def test_a_filter_of_system_calls_is_loaded(uid: int | None) -> None:
-    """Both forms load the filter that closes what namespaces and capabilities leave open."""
-    assert [option for option in options(jail(uid)) if option[0] == "--seccomp"] == [("--seccomp", "24")]
-
-
 def test_the_lock_on_the_uid_stays_as_long_as_the_jail() -> None:
-    """Bubblewrap holds the lock of the job's uid open; the user form, which has none, needs none."""
+    """The lock on the job's uid is held as long as the jail lives."""
     assert ("--sync-fd", "23") in options(jail(UID))
     assert not any(option[0] == "--sync-fd" for option in options(jail(None)))
 
 
 @BOTH
-def test_what_the_command_says_is_no_option_of_the_jail(uid: int | None) -> None:
-    """Words of the command that look like options of bubblewrap or setpriv stay the command's."""
+def test_command_arguments_are_no_jail_options(uid: int | None) -> None:
+    """Arguments of the command are never read as options of bubblewrap or setpriv."""
     assert jail_argv(jail(uid), COMMAND)[-len(COMMAND) :] == COMMAND
     assert not any(option[0] == "--bind" for option in options(jail(uid)))
 
@@ -230,7 +224,7 @@ PATHS = st.lists(st.text("ab.-", min_size=1, max_size=4), min_size=1, max_size=4
 
 @given(st.lists(PATHS, max_size=4, unique=True), st.sampled_from([None, UID]))
 def test_every_folder_is_made_once_parents_first(paths: list[str], uid: int | None) -> None:
-    """Each folder on the way to a file is made before what lies in it, once, and open to read for the job's uid."""
+    """Each parent folder is created once, before its contents, and readable."""
     made = msgspec.structs.replace(jail(uid), files=tuple(paths))
     found = options(made)
     folders = [found[at + 1][1] for at, option in enumerate(found) if option == ("--perms", "0755")]

@@ -1,4 +1,4 @@
-"""Promises of the host's control groups around a job: real groups, real processes, and none left behind."""
+"""Host cgroups around a job, with real groups and processes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ VALUES = {"memory.max": MEMORY, "memory.limit_in_bytes": MEMORY, "pids.max": TAS
 
 @pytest.fixture
 def groups(need: Need) -> Iterator[HostGroups]:
-    """The groups of a job, if this host lets us make any."""
+    """The cgroups of a job, if this host allows any."""
     made = make_groups(f"test-{secrets.token_hex(8)}", memory_bytes=MEMORY, tasks=TASKS)
     need(made.folders, "this host gives us no control groups", installable=False)
     try:
@@ -37,8 +37,8 @@ def groups(need: Need) -> Iterator[HostGroups]:
             assert time.monotonic() < deadline
 
 
-def test_groups_hold_what_they_say(groups: HostGroups) -> None:
-    """Each limit that is said to be held is in the kernel's own file."""
+def test_declared_limits_are_set(groups: HostGroups) -> None:
+    """Each declared limit is set in the kernel."""
     found = {
         path.name: int(path.read_text(encoding="ascii"))
         for folder in groups.folders
@@ -51,8 +51,8 @@ def test_groups_hold_what_they_say(groups: HostGroups) -> None:
     assert all(name in groups.describe() for name in groups.holds)
 
 
-def test_the_limit_on_memory_can_be_set_anew(groups: HostGroups, need: Need) -> None:
-    """A machine that waits in a pool gets the limit of the job that claims it, be it higher or lower."""
+def test_a_pooled_vm_gets_a_new_memory_limit(groups: HostGroups, need: Need) -> None:
+    """A pooled VM gets the memory limit of the job that claims it."""
     need("memory" in groups.holds, "this host gives us no memory group", installable=False)
     for limit in (2 * MEMORY, MEMORY // 2):
         groups.limit_memory(limit)
@@ -61,7 +61,7 @@ def test_the_limit_on_memory_can_be_set_anew(groups: HostGroups, need: Need) -> 
 
 
 def test_a_process_is_moved_into_all_of_them(groups: HostGroups) -> None:
-    """A process that was added is in every group of the job, and its group cannot be removed while it lives."""
+    """An added process is in every cgroup of the job, which cannot be removed while it lives."""
     with subprocess.Popen(["/bin/cat"], stdin=subprocess.PIPE) as child:
         groups.add(child.pid)
         for folder in groups.folders:
@@ -75,7 +75,7 @@ def test_a_process_is_moved_into_all_of_them(groups: HostGroups) -> None:
 
 
 def test_the_limit_on_tasks_is_real(groups: HostGroups, need: Need) -> None:
-    """A process in the groups cannot have more tasks than the limit, whatever it tries."""
+    """A process cannot exceed the limit on tasks."""
     need("pids" in groups.holds, "this host gives us no pids group", installable=False)
     code = "read x; for i in 1 2 3 4 5 6 7 8 9; do sleep 60 & done"
     with subprocess.Popen(
@@ -93,23 +93,9 @@ def test_the_limit_on_tasks_is_real(groups: HostGroups, need: Need) -> None:
         assert 0 < len(left) <= TASKS
 
 
-def test_removing_is_safe_to_repeat(groups: HostGroups) -> None:
-    """Groups that are gone are gone, however often one asks."""
-    assert groups.remove()
-    assert groups.remove()
-
-
-def test_a_host_without_groups_is_told_apart() -> None:
-    """No group at all is an answer, not an error: it holds nothing, says so, and has nothing to remove."""
-    none = HostGroups(folders=(), holds=())
-    none.add(1)
-    assert none.remove()
-    assert none.describe() == "no host control groups"
-
-
-def test_a_name_that_is_taken_is_not_shared(groups: HostGroups) -> None:
-    """A second job of one name gets no groups, and does not change those of the first."""
+def test_a_used_name_is_not_shared(groups: HostGroups) -> None:
+    """A second job with the same name gets no cgroups and does not change the first ones."""
     name = Path(groups.folders[0]).name
     second = make_groups(name, memory_bytes=1 << 30, tasks=1000)
     assert second.folders == ()
-    test_groups_hold_what_they_say(groups)
+    test_declared_limits_are_set(groups)

@@ -1,4 +1,4 @@
-"""Promises of the jail's second form: its filter, worked out without a kernel, its Landlock rules and command line."""
+"""The jail's second form: its seccomp filter by interpretation, its Landlock rules and command line."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ HEADER = struct.Struct("=QQQQ")
 
 
 def ask(arch: Arch, name: str, *arguments: int) -> int:
-    """The filter's answer to a call by its name."""
+    """The filter's verdict on a call by name."""
     return answer(landlock_filter(arch, PID, DRAWN), arch.syscalls[name], arch.audit, arguments)
 
 
 @each_arch
 def test_every_call_that_the_vmm_may_make_has_a_number(arch: Arch) -> None:
-    """The filter allows the same calls on every architecture, but for older forms that a newer one does not have."""
+    """The filter allows the same calls on every architecture, apart from legacy ones."""
     assert {*CALLS, *call_rules(PID, DRAWN)} - {"open"} <= set(arch.syscalls)
     assert len({*CALLS_OLD, "open"} & set(arch.syscalls)) == (7 if arch.name == "x86_64" else 0)
 
 
 @each_arch
 def test_a_call_that_is_not_listed_is_refused(arch: Arch) -> None:
-    """A call that nobody thought of, such as one of a later kernel, is refused, and another numbering ends the VMM."""
+    """An unlisted call is denied, and a call of another architecture kills the VMM."""
     program = landlock_filter(arch, PID, DRAWN)
     listed = {*CALLS, *CALLS_OLD, *call_rules(PID, DRAWN), "clone3", "socket", "kill"}
     known = {number for name, number in arch.syscalls.items() if name in listed}
@@ -61,7 +61,7 @@ def test_a_call_that_is_not_listed_is_refused(arch: Arch) -> None:
 
 @each_arch
 def test_the_command_is_executed_once(arch: Arch) -> None:
-    """The filter allows execve with the three addresses that were drawn and with no others."""
+    """The filter allows execve only with the three secret addresses."""
     drawn = msgspec.structs.astuple(DRAWN)
     assert ask(arch, "execve", *drawn) == ALLOW
     for at in range(3):
@@ -70,7 +70,7 @@ def test_the_command_is_executed_once(arch: Arch) -> None:
 
 
 def test_the_addresses_cannot_be_guessed() -> None:
-    """Each job draws its own three addresses, on which a pointer may lie, from more than 2**43 each."""
+    """The secret addresses of each job are random and cannot be guessed."""
     drawn = [place for _ in range(200) for place in msgspec.structs.astuple(random_addresses())]
     assert len(set(drawn)) == len(drawn)
     assert all(place % 8 == 0 and 1 << 44 <= place < 5 << 44 for place in drawn)
@@ -80,7 +80,7 @@ def test_the_addresses_cannot_be_guessed() -> None:
 
 @each_arch
 def test_only_the_vmm_s_own_process_is_signalled(arch: Arch) -> None:
-    """The VMM may wake its own threads; to kill it hears that there is no such process, whichever it is."""
+    """The VMM may signal only its own threads."""
     assert ask(arch, "tgkill", PID, PID + 1, 6) == ALLOW
     assert ask(arch, "tgkill", PID + 1, PID + 1, 9) == REFUSED
     assert ask(arch, "kill", PID, 9) == ask(arch, "kill", 1, 0) == 0x00050000 | errno.ESRCH
@@ -88,7 +88,7 @@ def test_only_the_vmm_s_own_process_is_signalled(arch: Arch) -> None:
 
 @each_arch
 def test_threads_may_be_started_and_processes_not(arch: Arch) -> None:
-    """The VMM starts threads, and neither processes nor namespaces."""
+    """The VMM may start threads, but no processes or namespaces."""
     thread = 0x003D0F00
     assert ask(arch, "clone", thread) == ALLOW
     assert ask(arch, "clone", thread | 0x10000000) == REFUSED
@@ -98,14 +98,14 @@ def test_threads_may_be_started_and_processes_not(arch: Arch) -> None:
 
 @each_arch
 def test_no_socket_is_made(arch: Arch) -> None:
-    """No socket of any family can be made, and none can be connected or given a name."""
+    """The VMM can create, connect or bind no socket."""
     assert {ask(arch, "socket", family, 1) for family in range(46)} == {0x00050000 | errno.EAFNOSUPPORT}
     assert {ask(arch, name) for name in ("connect", "bind", "socketpair")} == {REFUSED}
 
 
 @each_arch
-def test_what_a_call_is_asked_for_is_looked_at(arch: Arch) -> None:
-    """KVM's requests pass and those that name a process for signals do not; a parent-death signal cannot be changed."""
+def test_arguments_are_checked(arch: Arch) -> None:
+    """Dangerous arguments of allowed calls are denied."""
     assert ask(arch, "ioctl", 3, 0xAE80) == ALLOW
     assert {ask(arch, "ioctl", 3, request) for request in (0x8901, 0x8902, 0x40086602, 0x5412)} == {REFUSED}
     assert {ask(arch, "fcntl", 3, command) for command in (5, 6, 8, 36, 1024, 1026, 1036)} == {REFUSED}
@@ -117,8 +117,8 @@ def test_what_a_call_is_asked_for_is_looked_at(arch: Arch) -> None:
     assert ask(arch, "openat", 0, 0, 0x410000) == REFUSED  # a file without a name
 
 
-def test_the_gate_s_message_is_whole() -> None:
-    """What lets the jail go fits into a pipe at once and tells its length, so that no part of it passes for all."""
+def test_the_release_message_is_atomic() -> None:
+    """The message that releases the jail is written atomically and states its length."""
     message = release_message(host_arch(), PID)
     path, arguments, environment, length = HEADER.unpack_from(message)
     assert message[HEADER.size :] == landlock_filter(host_arch(), PID, ExecAddresses(path, arguments, environment))
@@ -127,21 +127,15 @@ def test_the_gate_s_message_is_whole() -> None:
 
 @pytest.mark.parametrize(
     ("version", "wanted"),
-    [
-        (3, (0x7FFF, 0, 0)),
-        (4, (0x7FFF, 3, 0)),
-        (5, (0xFFFF, 3, 0)),
-        (6, (0xFFFF, 3, 3)),
-        (9, (0xFFFF, 3, 3)),
-    ],
+    [(3, (0x7FFF, 0, 0)), (4, (0x7FFF, 3, 0)), (5, (0xFFFF, 3, 0)), (6, (0xFFFF, 3, 3)), (9, (0xFFFF, 3, 3))],
 )
-def test_landlock_is_asked_for_all_that_its_version_can(version: int, wanted: tuple[int, int, int]) -> None:
-    """Landlock decides about files, from version 4 on about TCP, from 6 on about signals and abstract sockets too."""
+def test_landlock_uses_all_of_its_version(version: int, wanted: tuple[int, int, int]) -> None:
+    """Landlock restricts everything that its version supports."""
     assert struct.unpack("=QQQ", ruleset(version)) == wanted
 
 
 def test_files_have_no_more_rights_than_they_need() -> None:
-    """Files are read; only the VMM is executed, and only descriptors given for it are written."""
+    """Files are readable; only the VMM is executable, and only given descriptors are writable."""
     made = msgspec.structs.replace(jail(UID), fd_writable=((13, "/proc/self/fd/13"),))
     assert file_rights(made, COMMAND[0]) == {
         "/usr/bin/qemu": READ | EXECUTE,
@@ -156,7 +150,7 @@ def test_files_have_no_more_rights_than_they_need() -> None:
 
 @pytest.mark.parametrize("uid", [UID, None], ids=["root", "user"])
 def test_all_of_it_runs_under_the_job_s_uid(uid: int | None) -> None:
-    """As root the supervisor already runs under the job's uid; the script comes as text then, as that uid needs it."""
+    """As root the whole jail, including its supervisor, runs under the job's uid."""
     argv = landlock_argv(jail(uid), COMMAND, 7)
     assert argv[-len(COMMAND) :] == COMMAND
     assert BWRAP not in argv
@@ -173,7 +167,7 @@ def test_all_of_it_runs_under_the_job_s_uid(uid: int | None) -> None:
 
 @pytest.mark.parametrize("version", [0, 1, 2])
 def test_a_kernel_with_too_old_a_landlock_is_refused(version: int) -> None:
-    """Without namespaces and with a Landlock that cannot forbid truncating, nothing runs; the message names both."""
+    """Without namespaces and with a Landlock older than version 3, nothing runs."""
     with pytest.raises(HostError) as caught:
         landlock_form("namespaces are forbidden here", version, [])
     assert "needs Landlock 3 (Linux 6.2)" in caught.value.why
@@ -181,7 +175,7 @@ def test_a_kernel_with_too_old_a_landlock_is_refused(version: int) -> None:
 
 
 def test_root_without_the_rights_for_a_uid_is_refused() -> None:
-    """Root that cannot give a job a uid of its own runs nothing without namespaces, and hears which rights it lacks."""
+    """Without namespaces, root that cannot change its uid runs nothing."""
     with pytest.raises(HostError, match="root lacks CAP_SETUID"):
         landlock_form("namespaces are forbidden here", 7, ["CAP_SETUID"])
     assert landlock_form("why", 7, []).landlock == 7

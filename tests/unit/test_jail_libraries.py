@@ -1,4 +1,4 @@
-"""Promises about the files that a program needs in its jail: all of them, and no others."""
+"""The files that a program needs in its jail: all of them and no others."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_program_needs_itself_its_loader_and_its_libraries() -> None:
-    """The list begins with the program, holds the loader and the C library, and each file once, and all exist."""
+    """A program's files are itself, its loader and its libraries, once each."""
     files = needed_files(SETPRIV)
     assert files[0] == SETPRIV
     assert host_arch().loader in files
@@ -33,8 +33,8 @@ def test_a_program_needs_itself_its_loader_and_its_libraries() -> None:
     assert all(Path(path).is_absolute() and Path(path).is_file() for path in files)
 
 
-def test_what_is_remembered_is_what_was_found(cache: Path) -> None:
-    """The second answer, from the cache, is the first one; the cache is private."""
+def test_the_cached_list_is_correct(cache: Path) -> None:
+    """The cached list equals the computed one, and the cache is private."""
     first = needed_files(SETPRIV)
     (record,) = (cache / "libraries").iterdir()
     assert needed_files(SETPRIV) == first
@@ -45,8 +45,8 @@ def test_what_is_remembered_is_what_was_found(cache: Path) -> None:
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"[]", b"null", b'{"key":[]}', b'{"key":[],"files":["/etc/shadow"]}', b"\xff"]
 )
-def test_a_damaged_memory_is_asked_anew(content: bytes, cache: Path) -> None:
-    """What is not the record of this very program is thrown away, never believed."""
+def test_a_damaged_cache_entry_is_recomputed(content: bytes, cache: Path) -> None:
+    """A damaged cache entry is discarded and recomputed."""
     first = needed_files(SETPRIV)
     (record,) = (cache / "libraries").iterdir()
     record.write_bytes(content)
@@ -54,8 +54,8 @@ def test_a_damaged_memory_is_asked_anew(content: bytes, cache: Path) -> None:
     assert json.loads(record.read_bytes())["files"] == list(first)
 
 
-def test_a_new_version_of_a_program_is_asked_anew(tmp_path: Path) -> None:
-    """The memory belongs to one state of the file: another file of that name is looked at again."""
+def test_a_changed_program_is_examined_again(tmp_path: Path) -> None:
+    """The cached list is recomputed when the program changes."""
     program = tmp_path / "program"
     program.write_bytes(Path(SETPRIV).read_bytes())
     program.chmod(0o755)
@@ -69,14 +69,14 @@ def test_a_new_version_of_a_program_is_asked_anew(tmp_path: Path) -> None:
 
 
 def test_a_program_that_is_not_there_is_an_error() -> None:
-    """A missing program is told by name, with what to do."""
+    """A missing program is an error that names it."""
     with pytest.raises(HostError, match="/nowhere/qemu") as caught:
         needed_files("/nowhere/qemu")
     assert "x07 doctor" in caught.value.fix
 
 
-def test_nothing_of_the_environment_leads_the_loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A library path or preload of the user's is not followed into the jail."""
+def test_the_environment_does_not_affect_the_loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LD_LIBRARY_PATH and LD_PRELOAD do not affect the jail's files."""
     expected = needed_files(SETPRIV)
     libc = next(path for path in expected if Path(path).name.startswith("libc.so"))
     (tmp_path / "evil").mkdir()

@@ -1,4 +1,4 @@
-"""The filters of the gate and the resolver as programs: what they answer to a call, worked out without a kernel."""
+"""The seccomp filters of the gate and the resolver, by interpretation."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Filter = Callable[[Arch], bytes]
 
 
 def answer(program: bytes, number: int, audit: int, arguments: tuple[int, ...] = ()) -> int:
-    """What a filter returns for a call."""
+    """The filter's verdict on a call."""
     data = DATA.pack(number, audit, 0, *(*arguments, 0, 0, 0, 0, 0, 0)[:6])
     lines = list(LINE.iter_unpack(program))
     at = held = 0
@@ -48,6 +48,10 @@ def answer(program: bytes, number: int, audit: int, arguments: tuple[int, ...] =
                 (held,) = struct.unpack_from("=I", data, value)
             case 0x54:
                 held &= value
+            case 0x05:
+                at += value
+            case 0x25:
+                at += if_true if held > value else if_false
             case 0x15:
                 at += if_true if held == value else if_false
             case 0x35:
@@ -59,13 +63,13 @@ def answer(program: bytes, number: int, audit: int, arguments: tuple[int, ...] =
 
 
 def ask(make: Filter, arch: Arch, name: str, *arguments: int) -> int:
-    """The answer to a call by its name."""
+    """The verdict on a call by name."""
     return answer(make(arch), arch.syscalls[name], arch.audit, arguments)
 
 
 @each_arch
 def test_every_call_that_a_helper_may_make_has_a_number(arch: Arch) -> None:
-    """The filters allow the same calls on every architecture, but for older forms that a newer one does not have."""
+    """The filters allow the same calls on every architecture, apart from legacy ones."""
     assert {*BOTH, *RESOLVER_ONLY} <= set(arch.syscalls)
     assert {*GATE_RULES, *RESOLVER_RULES} - {"open"} <= set(arch.syscalls)
     old = {*BOTH_OLD, *RESOLVER_OLD, "open"} & set(arch.syscalls)
@@ -75,7 +79,7 @@ def test_every_call_that_a_helper_may_make_has_a_number(arch: Arch) -> None:
 @each_arch
 @each_filter
 def test_the_filter_refuses_every_call_that_it_does_not_list(make: Filter, arch: Arch) -> None:
-    """A call that nobody thought of, such as one of a later kernel, is refused."""
+    """Unlisted calls are denied."""
     program = make(arch)
     known = {number for name, number in arch.syscalls.items() if name in {*BOTH, *RESOLVER_ONLY}}
     known |= {number for name, number in arch.syscalls.items() if name in {*BOTH_OLD, *RESOLVER_OLD}}
@@ -87,8 +91,8 @@ def test_the_filter_refuses_every_call_that_it_does_not_list(make: Filter, arch:
 
 @each_arch
 @each_filter
-def test_calls_of_another_architecture_are_not_let_through(make: Filter, arch: Arch) -> None:
-    """A call by another architecture's numbers ends the process; x86-64's second numbering does not exist."""
+def test_calls_of_another_architecture_are_denied(make: Filter, arch: Arch) -> None:
+    """A call of another architecture kills the process, and x32 calls get ENOSYS."""
     assert answer(make(arch), arch.syscalls["read"], 0x40000003) == KILL
     assert answer(make(arch), arch.syscalls["read"] | 0x40000000, arch.audit) == LACKING
 
@@ -104,13 +108,13 @@ def test_calls_of_another_architecture_are_not_let_through(make: Filter, arch: A
     ],
 )
 def test_no_helper_may_make_a_dangerous_call(make: Filter, arch: Arch, name: str) -> None:
-    """Programs, other processes, mounts, keys and the large parts of the kernel are refused to both helpers."""
+    """Dangerous calls are denied to both helpers."""
     assert ask(make, arch, name) == REFUSED
 
 
 @each_arch
 def test_only_the_resolver_may_start_threads(arch: Arch) -> None:
-    """The gate starts nothing; the resolver starts threads, and neither processes nor namespaces."""
+    """The gate starts no threads; the resolver starts threads, but no processes or namespaces."""
     thread, new_user = 0x003D0F00, 0x10000000
     assert ask(gate_filter, arch, "clone", thread) == REFUSED
     assert ask(gate_filter, arch, "clone3") == REFUSED
@@ -122,7 +126,7 @@ def test_only_the_resolver_may_start_threads(arch: Arch) -> None:
 
 @each_arch
 def test_only_the_resolver_may_open_files_and_only_to_read(arch: Arch) -> None:
-    """The gate opens no file; the resolver opens none to write, create, truncate or make one without a name."""
+    """The gate opens no files, and the resolver opens them only for reading."""
     # Numbers, not names: those that differ between architectures are not among them.
     writing = [os.O_WRONLY, os.O_RDWR, os.O_CREAT, os.O_TRUNC, 0x400000 | os.O_RDWR, 0x400000, 3]
     assert ask(gate_filter, arch, "openat", 0, 0, 0) == REFUSED
@@ -151,7 +155,7 @@ def test_only_the_resolver_may_open_files_and_only_to_read(arch: Arch) -> None:
 def test_each_helper_has_its_families_of_sockets(
     arch: Arch, words: tuple[int, int, int], gate: int, resolver: int
 ) -> None:
-    """The gate makes TCP and UDP sockets; the resolver also those to name services and to the kernel's addresses."""
+    """The gate may create TCP and UDP sockets; the resolver also netlink sockets."""
     assert ask(gate_filter, arch, "socket", *words) == gate
     assert ask(resolver_filter, arch, "socket", *words) == resolver
 
@@ -190,12 +194,12 @@ def test_each_helper_has_its_families_of_sockets(
 def test_a_call_is_allowed_for_what_a_helper_needs_it_for(
     make: Filter, arch: Arch, name: str, words: tuple[int, ...], expected: int
 ) -> None:
-    """Calls that can do much more than a helper needs are allowed with the arguments that it needs."""
+    """Powerful calls are allowed only with the arguments that the helpers need."""
     assert ask(make, arch, name, *words) == expected
 
 
 @each_arch
 def test_only_the_resolver_maps_libraries(arch: Arch) -> None:
-    """The gate loads no further code; the resolver maps libraries, which it cannot write to at the same time."""
+    """The gate maps no code; the resolver maps libraries without write access."""
     assert ask(gate_filter, arch, "mmap", 0, 0, 5) == REFUSED
     assert ask(resolver_filter, arch, "mmap", 0, 0, 5) == ALLOW

@@ -1,4 +1,4 @@
-"""Promises about the uid that each running job of root's has to itself."""
+"""The uid that each running job of root has to itself."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ LEASE = (
 
 @pytest.fixture
 def as_root(need: Need) -> None:
-    """Uids are leased by root alone."""
+    """Only root leases uids."""
     need(os.geteuid() == 0, "needs root", installable=False)
 
 
 def in_use(uid: int) -> bool:
-    """Whether a job holds the lock of this uid."""
+    """Return whether a job holds the lock of this uid."""
     fd = os.open(Path("/run/x07-sandbox/uids") / str(uid), os.O_RDWR | os.O_CLOEXEC)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -45,8 +45,8 @@ def in_use(uid: int) -> bool:
     return False
 
 
-def test_the_range_belongs_to_nobody() -> None:
-    """No user, group or subordinate range of the machine holds a uid that a job may get, and 0 is none of them."""
+def test_the_uid_range_is_unused() -> None:
+    """No user, group or subordinate range of the host overlaps the uids for jobs."""
     first = free_range()
     uids = range(first, first + COUNT)
     assert 0 not in uids
@@ -59,7 +59,7 @@ def test_the_range_belongs_to_nobody() -> None:
 
 
 def test_the_range_exists_in_our_user_namespace() -> None:
-    """Every uid of the range is one that a process here can have."""
+    """Every uid for jobs exists in the current user namespace."""
     lines = Path("/proc/self/uid_map").read_text(encoding="ascii").splitlines()
     mapped = [range(int(start), int(start) + int(size)) for start, _, size in (line.split() for line in lines)]
     first = free_range()
@@ -69,7 +69,7 @@ def test_the_range_exists_in_our_user_namespace() -> None:
 @pytest.mark.root
 @pytest.mark.usefixtures("as_root")
 def test_two_jobs_never_share_a_uid() -> None:
-    """Uids that are leased at the same time differ, and lie in the range."""
+    """Jobs that run at the same time have different uids."""
     with lease_uid() as (one, _), lease_uid() as (two, _), lease_uid() as (three, _):
         assert len({one, two, three}) == 3
         assert {one, two, three} <= set(range(free_range(), free_range() + COUNT))
@@ -78,17 +78,8 @@ def test_two_jobs_never_share_a_uid() -> None:
 
 @pytest.mark.root
 @pytest.mark.usefixtures("as_root")
-def test_a_uid_is_free_again_after_its_job() -> None:
-    """The lock ends with the lease, also when the job failed."""
-    with pytest.raises(KeyError), lease_uid() as (uid, _):
-        raise KeyError("job")
-    assert not in_use(uid)
-
-
-@pytest.mark.root
-@pytest.mark.usefixtures("as_root")
 def test_the_uid_of_a_killed_runner_is_free() -> None:
-    """A runner that was killed leaves no lock behind, where nothing that it started holds it."""
+    """A killed runner releases its uid."""
     with subprocess.Popen([sys.executable, "-c", LEASE], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as runner:
         assert runner.stdout is not None
         uid = int(runner.stdout.readline())
@@ -100,8 +91,8 @@ def test_the_uid_of_a_killed_runner_is_free() -> None:
 
 @pytest.mark.root
 @pytest.mark.usefixtures("as_root")
-def test_the_uid_stays_taken_while_anything_of_the_job_lives() -> None:
-    """The lock is one open file: a process that inherited it holds the uid though the runner let go."""
+def test_a_uid_stays_leased_while_its_job_lives() -> None:
+    """A uid stays leased as long as any process of its job lives."""
     with lease_uid() as (uid, fd):
         child = subprocess.Popen(["/bin/cat"], stdin=subprocess.PIPE, pass_fds=[fd])
     with child:

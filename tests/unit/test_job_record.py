@@ -1,4 +1,4 @@
-"""Promises of a job's record: upstream's format to the letter, ours beside it, and ids that are never given twice."""
+"""Job records: X07's exact format, our own data beside it, and unique ids."""
 
 from __future__ import annotations
 
@@ -52,19 +52,19 @@ INSTANCE = re.compile(r"ri-[0-9a-f]{32}")
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The state root, not made yet."""
+    """The state root, which does not exist yet."""
     monkeypatch.setenv("X07_VM_STATE_DIR", str(tmp_path / "vm" / "jobs"))
     return tmp_path / "vm" / "jobs"
 
 
 def create(phase: str = "run", wall_ms: int = 60_000) -> JobRecord:
-    """A record as for a virtual machine."""
+    """A record as for a VM."""
     return create_record(Claim(run_id=new_run_id(), phase=phase, wall_ms=wall_ms), backend="qemu", image_digest=DIGEST)
 
 
 @pytest.mark.usefixtures("root")
 def test_job_json_has_exactly_upstreams_keys() -> None:
-    """The file has the keys of x07.vm.job@0.1.0, all of them and no other, each with its type."""
+    """job.json has exactly the keys and types of x07.vm.job@0.1.0."""
     record = create()
     text = (record.folder / "job.json").read_text(encoding="ascii")
     job = json.loads(text)
@@ -79,7 +79,7 @@ def test_job_json_has_exactly_upstreams_keys() -> None:
 @pytest.mark.usefixtures("root")
 @pytest.mark.parametrize("phase", ["build", "run"])
 def test_names_fit_upstreams_patterns(phase: str) -> None:
-    """A container's name is x07- and the job's id, made of what every runtime takes, and short enough for all."""
+    """A container's name is x07- and the job id, valid for every runtime."""
     record = create(phase)
     job = json.loads((record.folder / "job.json").read_bytes())
     assert re.fullmatch(rf"\d+-{os.getpid()}-\d+-{phase}", record.job_id)
@@ -92,7 +92,7 @@ def test_names_fit_upstreams_patterns(phase: str) -> None:
 @pytest.mark.usefixtures("root")
 @pytest.mark.parametrize(("wall_ms", "grace_ms"), [(1, 1), (500, 50), (60_000, 1000), (600_000, 1000)])
 def test_times_are_those_of_one_clock(wall_ms: int, grace_ms: int) -> None:
-    """The deadline is the creation, plus the allowance, plus the program's own time; the grace is a tenth of that."""
+    """The deadline is the creation time plus the allowance and the wall time."""
     before = unix_ms()
     record = create(wall_ms=wall_ms)
     job = json.loads((record.folder / "job.json").read_bytes())
@@ -103,7 +103,7 @@ def test_times_are_those_of_one_clock(wall_ms: int, grace_ms: int) -> None:
 
 @pytest.mark.usefixtures("root")
 def test_labels_are_upstreams() -> None:
-    """An instance carries upstream's labels, with values that agree with job.json."""
+    """An instance carries X07's labels, consistent with job.json."""
     record = create()
     job = json.loads((record.folder / "job.json").read_bytes())
     labels = record.labels()
@@ -125,10 +125,8 @@ def test_labels_are_upstreams() -> None:
     backend=st.sampled_from(["qemu", "firecracker-ctr", "apple-container", "vz", "podman", "docker", "os", "none"]),
     deadline=st.integers(1, 2**53),
 )
-def test_labels_hold_only_what_every_runtime_takes(
-    run_ms: int, pid: int, number: int, phase: str, backend: str, deadline: int
-) -> None:
-    """Keys, values and lengths of all labels are within upstream's bounds, for any job."""
+def test_labels_stay_within_bounds(run_ms: int, pid: int, number: int, phase: str, backend: str, deadline: int) -> None:
+    """Labels of any job stay within X07's bounds."""
     record = JobRecord(
         job_id=f"{run_ms}-{pid}-{number}-{phase}",
         run_id=f"{run_ms}-{pid}-{number}",
@@ -149,7 +147,7 @@ def test_labels_hold_only_what_every_runtime_takes(
 
 
 def test_everything_is_private(root: Path) -> None:
-    """Folders have mode 0700 and files 0600, under any umask, and nothing half-written is left beside them."""
+    """Folders have mode 0700 and files 0600 under any umask, and no temporary file is left."""
     before = os.umask(0)
     try:
         record = create()
@@ -166,8 +164,8 @@ def test_everything_is_private(root: Path) -> None:
 
 
 @pytest.mark.usefixtures("root")
-def test_the_owner_is_told_by_more_than_a_number() -> None:
-    """What is needed to act on a job stands in owner.json: boot, namespace, start time of each process, mark."""
+def test_owner_processes_are_fully_identified() -> None:
+    """owner.json identifies processes by boot, namespace, start time and mark, not by pid alone."""
     record = create()
     runner = identify(os.getpid())
     assert runner is not None
@@ -184,8 +182,8 @@ def test_the_owner_is_told_by_more_than_a_number() -> None:
 
 
 @pytest.mark.usefixtures("root")
-def test_done_is_written_last_and_says_so() -> None:
-    """A job that is not proven gone has no `done`; one that is has upstream's."""
+def test_done_marks_a_job_as_gone() -> None:
+    """A job has a `done` file only once it is proven gone."""
     record = create()
     assert not (record.folder / "done").exists()
     mark_done(record)
@@ -194,14 +192,14 @@ def test_done_is_written_last_and_says_so() -> None:
 
 @pytest.mark.usefixtures("root")
 def test_marks_cannot_be_guessed() -> None:
-    """Each job has a mark of its own, of 128 random bits."""
+    """Each job has a random mark of 128 bits."""
     marks = {create().mark for _ in range(5)}
     assert len(marks) == 5
     assert all(re.fullmatch(r"[0-9a-f]{32}", mark) for mark in marks)
 
 
-def test_one_record_is_not_written_over_another(root: Path) -> None:
-    """A second job of the same id is an error that names the folder, and the first record stays."""
+def test_a_record_is_not_overwritten(root: Path) -> None:
+    """A second job with the same id is an error, and the first record is kept."""
     record = create()
     before = (record.folder / "job.json").read_bytes()
     with pytest.raises(HostError, match=record.job_id):
@@ -210,7 +208,7 @@ def test_one_record_is_not_written_over_another(root: Path) -> None:
 
 
 def test_run_ids_are_never_given_twice() -> None:
-    """Threads of one process that ask at the same moment get different ids."""
+    """Concurrent threads get different run ids."""
     threads, each = 8, 500
     barrier = threading.Barrier(threads)
     found: list[list[str]] = [[] for _ in range(threads)]
@@ -234,7 +232,7 @@ def test_run_ids_are_never_given_twice() -> None:
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    """A state root whose parent is ours alone."""
+    """A state root in a private folder."""
     folder = tmp_path / "vm" / "jobs"
     folder.mkdir(parents=True, mode=0o700)
     (tmp_path / "vm").chmod(0o700)
@@ -242,7 +240,7 @@ def home(tmp_path: Path) -> Path:
 
 
 def test_the_runner_has_one_id_beside_its_state(home: Path) -> None:
-    """The id is made once, lies beside the state root as upstream's does, and stays."""
+    """The runner's id is created once, next to the state root as in X07."""
     first = runner_instance(home)
     assert INSTANCE.fullmatch(first)
     assert (home.parent / "runner_instance").read_text(encoding="ascii") == first + "\n"
@@ -250,14 +248,14 @@ def test_the_runner_has_one_id_beside_its_state(home: Path) -> None:
     assert sorted(path.name for path in home.parent.iterdir()) == ["jobs", *INSTANCE_FILES]
 
 
-def test_an_id_of_upstreams_is_taken(home: Path) -> None:
-    """Where X07 has made its id already, ours is the same."""
+def test_an_id_of_x07_is_reused(home: Path) -> None:
+    """An id created by X07 is reused."""
     (home.parent / "runner_instance").write_text("ri-" + "ab" * 16 + "\n", encoding="ascii")
     assert runner_instance(home) == "ri-" + "ab" * 16
 
 
 def test_two_machines_that_share_a_home_are_two_owners(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where machines share a home folder each has an id of its own, which stays the same; the file keeps its format."""
+    """Machines that share a home folder have different ids."""
     machine = home.parent / "machine-id"
     machine.write_text("a" * 32 + "\n")
     monkeypatch.setattr(records, "_MACHINE_ID", machine)
@@ -273,7 +271,7 @@ def test_two_machines_that_share_a_home_are_two_owners(home: Path, monkeypatch: 
 
 
 def test_two_users_of_one_home_are_two_owners(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another uid in the same home, as in another container, has another id."""
+    """Users that share a home folder have different ids."""
     first = runner_instance(home)
     monkeypatch.setattr(records, "state_home", lambda _root: home.parent)
     uid = os.geteuid()
@@ -282,8 +280,8 @@ def test_two_users_of_one_home_are_two_owners(home: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("bits", [0o770, 0o702, 0o1777])
-def test_beside_what_others_can_write_the_id_lies_inside(bits: int, home: Path) -> None:
-    """Where others could have put a file in its place, the id is kept inside the state root."""
+def test_the_id_is_stored_in_a_private_folder(bits: int, home: Path) -> None:
+    """If others can write next to the state root, the id is stored inside it."""
     home.parent.chmod(bits)
     (home.parent / "runner_instance").write_text("ri-" + "0" * 32 + "\n", encoding="ascii")
     found = runner_instance(home)
@@ -296,7 +294,7 @@ def test_beside_what_others_can_write_the_id_lies_inside(bits: int, home: Path) 
     [b"", b"ri-", b"x" * 35, b"ri-" + b"A" * 32, b"ri-" + b"0" * 33, b"\xff\xfe", b"ri-" + b"0" * 32 + b"\n\n"],
 )
 def test_a_damaged_id_is_an_error(content: bytes, home: Path) -> None:
-    """What is no id is neither used nor replaced: the error names the file."""
+    """A damaged id is an error that names the file, and is not replaced."""
     path = home.parent / "runner_instance"
     path.write_bytes(content)
     with pytest.raises(HostError, match="runner_instance"):
@@ -304,28 +302,8 @@ def test_a_damaged_id_is_an_error(content: bytes, home: Path) -> None:
     assert path.read_bytes() == content
 
 
-def test_threads_that_start_together_agree_on_one_id(home: Path) -> None:
-    """First runs at the same moment in one process get the same id, and leave one file."""
-    threads = 8
-    barrier = threading.Barrier(threads)
-    found: list[str] = []
-
-    def ask() -> None:
-        barrier.wait(30)
-        found.append(runner_instance(home))
-
-    workers = [threading.Thread(target=ask) for _ in range(threads)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert len(found) == threads
-    assert len(set(found)) == 1
-    assert sorted(path.name for path in home.parent.iterdir()) == ["jobs", *INSTANCE_FILES]
-
-
 def test_processes_that_start_together_agree_on_one_id(home: Path) -> None:
-    """First runs at the same moment in several processes get the same id."""
+    """Processes that start at the same time agree on one id."""
     code = (
         "import pathlib, sys\n"
         "from x07_sandbox.jobs.record import runner_instance\n"

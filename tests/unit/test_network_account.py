@@ -1,4 +1,4 @@
-"""Promises of the account of a run's connections: bounded whatever a guest does, in plain text, and complete."""
+"""The account of a run's connections: bounded, plain text and complete."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LINE_MAX: Final = 16 * 1024  # with all texts at their longest, each character e
 
 
 class Log:
-    """A ledger, its lines, and a clock that a test sets."""
+    """A ledger, its lines, and a clock that a test advances."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -37,18 +37,18 @@ class Log:
         return True
 
     def events(self) -> list[dict[str, Any]]:
-        """The lines, read."""
+        """The parsed lines."""
         return [json.loads(line) for line in self.lines]
 
 
 def contact(host: str = "a.example", **more: Any) -> Contact:  # noqa: ANN401 - as Contact has them
-    """A contact; only what matters is named."""
+    """A contact with defaults."""
     words: dict[str, Any] = {"port": 443, "transport": "tcp", "rule": "net.allow_hosts[0]"}
     return Contact(**(words | more), host=host)
 
 
 def test_a_connection_is_counted_with_its_bytes() -> None:
-    """Connections of one kind are one row, with their number and their bytes; the log has a line for each event."""
+    """Connections of one kind form one row with count and bytes, and each event is one log line."""
     log = Log()
     for _ in range(2):
         counters = log.ledger.allowed(contact(address="93.184.215.14"))
@@ -67,8 +67,8 @@ def test_a_connection_is_counted_with_its_bytes() -> None:
     assert [(row.host, row.rule, row.count) for row in use.denied] == [("b.example", "net.allow_hosts", 1)]
     assert [(row.host, row.rule, row.count) for row in use.failed] == [("a.example", "dial:failed", 1)]
     assert (use.more, use.log_dropped) == (0, 0)
-    said = [(line["ms"], line["event"], line["host"]) for line in log.events()]
-    assert said == [
+    lines = [(line["ms"], line["event"], line["host"]) for line in log.events()]
+    assert lines == [
         *((0, "open", "a.example"), (500, "closed", "a.example"), (500, "open", "a.example")),
         *((1000, "closed", "a.example"), (1000, "denied", "b.example"), (1000, "failed", "a.example")),
     ]
@@ -87,7 +87,7 @@ def test_a_connection_is_counted_with_its_bytes() -> None:
 
 @pytest.mark.parametrize("table", ["allowed", "denied", "failed"])
 def test_rows_are_bounded_and_the_rest_is_counted(table: str) -> None:
-    """Each table has at most 256 rows; what came beyond them is counted, and known rows go on counting."""
+    """Each table has at most 256 rows, and the rest is counted."""
     log = Log()
     count: Callable[[Contact], object] = getattr(log.ledger, table)
     for _ in range(2):
@@ -101,7 +101,7 @@ def test_rows_are_bounded_and_the_rest_is_counted(table: str) -> None:
 
 
 def test_lines_are_bounded_in_time() -> None:
-    """100,000 denials are at most 20 lines a second after a first burst, and the log says how many it left out."""
+    """The log is limited to 20 lines a second after a burst, and states how many it dropped."""
     log = Log()
     for _ in range(100):
         for _ in range(1000):
@@ -122,7 +122,7 @@ def test_lines_are_bounded_in_time() -> None:
 
 
 def test_the_log_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The log of a run never has much more than 8 MiB, however long it runs."""
+    """The log of a run is limited to about 8 MiB."""
     assert LOG_MAX_BYTES == 8 << 20
     monkeypatch.setattr(ledger, "LOG_MAX_BYTES", 100_000)
     log = Log()
@@ -137,7 +137,7 @@ HOSTILE: Final = 'a\n{"event":"open"}\x1b[2J\u202e\u2028\x7f\x85\0"\\\r'
 
 
 def test_hostile_text_stays_in_its_line() -> None:
-    """A name with line ends, control sequences or bidirectional marks is one line of ASCII, with the text escaped."""
+    """A hostile name stays within one line of escaped ASCII."""
     log = Log()
     log.ledger.denied(contact(HOSTILE, reason=HOSTILE, tls_name=HOSTILE))
     (line,) = log.lines
@@ -149,7 +149,7 @@ def test_hostile_text_stays_in_its_line() -> None:
 
 @given(st.lists(st.tuples(st.text(max_size=400), st.text(max_size=700), st.text(max_size=400)), max_size=30))
 def test_any_text_is_one_bounded_line(texts: list[tuple[str, str, str]]) -> None:
-    """Whatever a guest names, each event is one printable line of bounded length, and the account can be written."""
+    """Any text gives one printable log line of bounded length."""
     log = Log()
     for host, reason, tls_name in texts:
         log.ledger.denied(contact(host, reason=reason, tls_name=tls_name))
@@ -169,7 +169,7 @@ EVENTS: Final = st.lists(
 
 @given(EVENTS, st.integers(1, 5))
 def test_numbers_add_up(events: list[tuple[str, int, int]], most: int) -> None:
-    """Rows, what is counted beyond them, lines and lines left out are together exactly what happened."""
+    """Rows, excess counts, lines and dropped lines add up to the number of events."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ledger, "ROWS_MAX", most)
         log = Log()
@@ -184,7 +184,7 @@ def test_numbers_add_up(events: list[tuple[str, int, int]], most: int) -> None:
 
 
 def test_a_flood_of_refusals_hides_no_connection() -> None:
-    """A connection is in the log however many refusals there were, and the log ends with how many lines it lacks."""
+    """A flood of refusals hides no connection from the log."""
     log = Log()
     for number in range(1000):
         log.ledger.denied(contact(f"n{number}.example"))
@@ -199,14 +199,14 @@ def test_a_flood_of_refusals_hides_no_connection() -> None:
 
 
 def test_a_line_that_is_not_written_is_counted() -> None:
-    """Lines that a full disk takes away are counted like those that are left out."""
+    """Lines lost to a full disk are counted."""
     ledger = Ledger(lambda _: False, lambda: 0.0)
     ledger.allowed(contact())
     assert ledger.use().log_dropped == 1
 
 
-def test_what_is_left_out_of_denials_is_counted() -> None:
-    """A result has 64 refused connections at most, those with a port first, and the number of all others."""
+def test_excess_denials_are_counted() -> None:
+    """A result lists at most 64 refused connections and counts the rest."""
     log = Log()
     for number in range(300):
         log.ledger.denied(contact(f"n{number}.example", port=0, rule="net.allow_hosts"))
@@ -215,8 +215,8 @@ def test_what_is_left_out_of_denials_is_counted() -> None:
     assert (found[0].subject, len(found), len(found) + more) == ("real.example:443", 64, 301)
 
 
-def test_a_refusal_names_the_setting_that_would_let_it() -> None:
-    """What only the user's settings open says so, with the line to write; what nothing opens says why."""
+def test_a_refusal_names_the_setting_that_allows_it() -> None:
+    """A refusal that only the user's settings can allow names the line to add."""
     log = Log()
     rules = {"10.0.0.1": "private", "169.254.169.254": "metadata"}
     for host, rule in (*((host, f"deny-floor:{kind}") for host, kind in rules.items()), ("a.example", "tls:not-tls")):

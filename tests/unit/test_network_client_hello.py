@@ -1,4 +1,4 @@
-"""Promises of the ClientHello parser: what it finds in real hellos, and what it refuses."""
+"""The TLS ClientHello parser."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PADDING: Final = 21
 
 
 def real_hello(name: str | None, *, most: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3) -> bytes:
-    """What this Python sends first."""
+    """The first bytes of this Python's TLS client."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.maximum_version = most
@@ -30,7 +30,7 @@ def real_hello(name: str | None, *, most: ssl.TLSVersion = ssl.TLSVersion.TLSv1_
 
 
 def read(data: bytes, size: int = 1 << 20) -> ClientHello | None:
-    """Give the bytes to a reader in pieces of *size*, until it has the hello."""
+    """Feed the bytes to a reader in pieces of *size* until it returns the hello."""
     reader = HelloReader()
     for piece in pieces(data, size):
         if (found := reader.feed(piece)) is not None:
@@ -39,7 +39,7 @@ def read(data: bytes, size: int = 1 << 20) -> ClientHello | None:
 
 
 def rule_of(data: bytes, size: int = 1 << 20) -> str:
-    """The id of the rule that refuses the bytes; "" if none does."""
+    """The rule that refuses the bytes, or ""."""
     try:
         read(data, size)
     except HelloError as exc:
@@ -50,7 +50,7 @@ def rule_of(data: bytes, size: int = 1 << 20) -> str:
 @pytest.mark.parametrize("most", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
 @pytest.mark.parametrize("name", ["a.example", "A.Example", "xn--fa-hia.example", None])
 def test_real_hellos_are_read(name: str | None, most: ssl.TLSVersion) -> None:
-    """The server name of a hello from a real TLS library is found, as it was sent."""
+    """The server name in a real ClientHello is found."""
     found = read(real_hello(name, most=most))
     assert found == ClientHello(None if name is None else name.encode())
 
@@ -58,24 +58,24 @@ def test_real_hellos_are_read(name: str | None, most: ssl.TLSVersion) -> None:
 @pytest.mark.parametrize("record", [1, 2, 3, 7, 100, 1 << 14])
 @pytest.mark.parametrize("size", [1, 5, 4096])
 def test_a_split_hello_is_judged_like_a_whole_one(record: int, size: int) -> None:
-    """A ClientHello split over any number of records and reads is judged like a whole one (attack 51)."""
+    """A ClientHello split over records and reads is treated like a whole one (attack 51)."""
     assert read(records(real_hello("a.example")[5:], record), size) == ClientHello(b"a.example")
     assert rule_of(records(message(body(sni(b"a.example", b"b.example"))), record), size) == "tls:two-names"
 
 
 @pytest.mark.parametrize("end", range(len(hello(sni(b"a.example")))))
 def test_part_of_a_hello_is_no_verdict(end: int) -> None:
-    """No part of a good hello is refused or accepted: the rest is waited for."""
+    """An incomplete ClientHello gives no verdict."""
     assert read(hello(sni(b"a.example"))[:end]) is None
 
 
 def test_ech_is_seen() -> None:
-    """An encrypted ClientHello inside does not hide the outer name, and is reported."""
+    """An encrypted ClientHello is reported, and the outer name is read."""
     assert read(hello(sni(b"a.example"), extension(0xFE0D, bytes(8)))) == ClientHello(b"a.example")
 
 
 def test_a_hello_without_extensions_is_read() -> None:
-    """A hello of an old client without any extensions is a hello without a name."""
+    """A ClientHello without extensions has no name."""
     assert read(records(message(GOOD[: 34 + 1 + 4 + 2]))) == ClientHello(None)
 
 
@@ -113,13 +113,13 @@ def test_a_hello_without_extensions_is_read() -> None:
     ],
 )
 @pytest.mark.parametrize("size", [1, 1 << 20])
-def test_what_is_not_exactly_one_hello_is_refused(data: bytes, rule: str, size: int) -> None:
-    """Other protocols, other messages, trailing bytes, doubled extensions and second names are refused, however cut."""
+def test_anything_but_one_hello_is_refused(data: bytes, rule: str, size: int) -> None:
+    """Anything but exactly one ClientHello with at most one name is refused, however it is cut."""
     assert rule_of(data, size) == rule
 
 
 def test_a_hello_has_a_limit() -> None:
-    """A hello of up to 64 KiB, records included, is read; one byte more, or a promise of more, is refused."""
+    """A ClientHello is limited to 64 KiB, including its records."""
     most = HELLO_MAX - 4 * 5  # in four records
     room = most - len(message(body(sni(b"a.example"), extension(PADDING, b""))))
     largest = records(message(body(sni(b"a.example"), extension(PADDING, bytes(room)))))
@@ -135,7 +135,7 @@ def test_a_hello_has_a_limit() -> None:
 @given(data=st.binary(max_size=200), at=st.integers(0, 200), size=st.integers(1, 80))
 @example(data=b"", at=0, size=1)
 def test_broken_hellos_give_a_verdict_for_every_cut(data: bytes, at: int, size: int) -> None:
-    """Random bytes in a hello give a hello, a wait or HelloError, nothing else, and the same for every cut."""
+    """A damaged ClientHello gives the same verdict for every cut."""
     whole = hello(sni(b"a.example"), extension(PADDING, bytes(9)))
     broken = whole[:at] + data + whole[at + len(data) :]
     assert rule_of(broken) == rule_of(broken, size)

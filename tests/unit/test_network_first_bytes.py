@@ -1,4 +1,4 @@
-"""Promises of the inspection of first bytes: which names pass, and which protocols are recognised."""
+"""Inspection of a connection's first bytes: allowed names and recognized protocols."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ BIG: Final = 1 << 20
 
 
 def verdict(mode: Mode, data: bytes, name: str | None = NAME, size: int = BIG) -> tuple[str, bytes]:
-    """The rule that refuses some bytes ("" if none does), and what was forwarded."""
+    """The rule that refuses the bytes, or "", and the bytes forwarded."""
     found = run(mode, name, pieces(data, size))
     return found.rule, found.forwarded
 
 
 def test_a_hello_with_the_name_opens_the_connection() -> None:
-    """A hello with the listed name passes with all that follows it, and then nothing is inspected any more."""
+    """A ClientHello with the listed name opens the connection, which is then transparent."""
     inspected = Inspector("tls", NAME, denied)
     early = b"\x17\x03\x03\x00\x01x"
     assert inspected.from_client(GOOD[:50]) == b""
@@ -55,7 +55,7 @@ def test_a_hello_with_the_name_opens_the_connection() -> None:
 
 @pytest.mark.parametrize("name", [b"A.EXAMPLE", b"a.example.", b"A.Example."])
 def test_case_and_a_final_dot_do_not_matter(name: bytes) -> None:
-    """A name in upper case or with a final dot is the same name (attack 50)."""
+    """Upper case and a final dot do not change a name (attack 50)."""
     assert verdict("tls", hello(sni(name))) == ("", hello(sni(name)))
 
 
@@ -86,22 +86,22 @@ def test_case_and_a_final_dot_do_not_matter(name: bytes) -> None:
 )
 @pytest.mark.parametrize("record", [0, 1])
 @pytest.mark.parametrize("size", [1, BIG])
-def test_a_tls_port_takes_only_the_listed_name(data: bytes, rule: str, record: int, size: int) -> None:
-    """Other names, no name, two names, addresses and other protocols pass no byte of a TLS port (attacks 46 to 53)."""
+def test_a_tls_port_accepts_only_the_listed_name(data: bytes, rule: str, record: int, size: int) -> None:
+    """A TLS port forwards only a ClientHello with the listed name (attacks 46 to 53)."""
     if record and data.startswith(b"\x16") and len(data) < 1000:
         data = records(data[5:], record)
     assert verdict("tls", data, size=size) == (rule, b"")
 
 
 def test_a_stalled_hello_is_held() -> None:
-    """A hello that never ends stays undecided and held, so that the gate's timer can end it (attack 52)."""
+    """An unfinished ClientHello is held until the gate's timeout (attack 52)."""
     inspected = Inspector("tls", NAME, denied)
     inspected.from_client(GOOD[:-1])
     assert (inspected.decided, inspected.held) == (False, len(GOOD) - 1)
 
 
 def test_ech_passes_under_the_listed_name_only() -> None:
-    """An encrypted ClientHello passes if the outer name is the listed one, and the inspector reports it."""
+    """An encrypted ClientHello passes only under the listed outer name, and is reported."""
     ech = extension(0xFE0D, bytes(8))
     good = run("tls", NAME, [hello(sni(b"a.example"), ech)])
     assert good.rule == ""
@@ -110,15 +110,15 @@ def test_ech_passes_under_the_listed_name_only() -> None:
 
 
 def test_literal_addresses_need_no_name() -> None:
-    """A connection to a literal address may be without a name, and may not name what is denied, or an address."""
+    """A TLS connection to a literal address needs no name, but may not name a denied host."""
     for data in (NAMELESS, hello(sni(b"b.example"))):
         assert verdict("tls", data, None) == ("", data)
     assert verdict("tls", hello(sni(DENIED.upper().encode())), None) == ("name:denied", b"")
     assert verdict("tls", hello(sni(b"192.0.2.7")), None) == ("tls:malformed", b"")
 
 
-def test_an_error_tells_rule_reason_and_name() -> None:
-    """A refusal names its rule and the name that was seen, with every odd character escaped, and it is final."""
+def test_an_error_has_rule_reason_and_name() -> None:
+    """A refusal is final and names its rule and the escaped name."""
     inspected = Inspector("tls", NAME, denied)
     with pytest.raises(InspectionError) as caught:
         inspected.from_client(hello(sni(b"B.example")))
@@ -135,7 +135,7 @@ def test_an_error_tells_rule_reason_and_name() -> None:
 
 @pytest.mark.parametrize("name", [NAME, None])
 def test_real_hellos_pass_on_every_port(name: str | None) -> None:
-    """What this Python's TLS library sends first passes on a TLS port and on a port of any protocol."""
+    """A real ClientHello passes on TLS ports and on ports of any protocol."""
     outgoing = ssl.MemoryBIO()
     context = ssl.create_default_context()
     connection = context.wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname=NAME)
@@ -167,7 +167,7 @@ def test_real_hellos_pass_on_every_port(name: str | None) -> None:
 )
 @pytest.mark.parametrize("size", [1, BIG])
 def test_other_protocols_pass_at_once_on_their_ports(data: bytes, size: int) -> None:
-    """On a port of any protocol everything but TLS and HTTP passes, as soon as it can be neither."""
+    """On a port of any protocol, bytes that are neither TLS nor HTTP pass at once."""
     inspected = Inspector("any", NAME, denied)
     out = b"".join(inspected.from_client(piece) for piece in pieces(data, size))
     assert out == data
@@ -176,7 +176,7 @@ def test_other_protocols_pass_at_once_on_their_ports(data: bytes, size: int) -> 
 
 @pytest.mark.parametrize("data", [b"GET ", b"hello", b"\x16", b"\x00\x00\x00\x08\x04", b"\r\n", b"EHLO a b c"])
 def test_an_open_start_waits_and_passes_at_its_end(data: bytes) -> None:
-    """Bytes that can still become TLS or HTTP are held; if the client stops there, they are neither, and pass."""
+    """Bytes that may become TLS or HTTP are held, and pass if the client stops there."""
     inspected = Inspector("any", NAME, denied)
     assert inspected.from_client(data) == b""
     assert (inspected.decided, inspected.held) == (False, len(data))
@@ -188,7 +188,7 @@ def test_an_open_start_waits_and_passes_at_its_end(data: bytes) -> None:
 @pytest.mark.parametrize("prelude", [b"", SSL_REQUEST, GSS_REQUEST, GSS_REQUEST + SSL_REQUEST])
 @pytest.mark.parametrize("size", [1, BIG])
 def test_tls_is_checked_on_every_port(prelude: bytes, size: int) -> None:
-    """On a port of any protocol a hello with another name does not pass, also after PostgreSQL's SSLRequest."""
+    """TLS names are checked on every port, also after PostgreSQL's SSLRequest."""
     assert verdict("any", prelude + GOOD, size=size) == ("", prelude + GOOD)
     assert verdict("any", prelude + NAMELESS, size=size) == ("", prelude + NAMELESS)
     rule, out = verdict("any", prelude + hello(sni(b"b.example")), size=size)
@@ -197,7 +197,7 @@ def test_tls_is_checked_on_every_port(prelude: bytes, size: int) -> None:
 
 
 def test_an_ssl_request_is_forwarded_at_once() -> None:
-    """PostgreSQL's SSLRequest gets its answer; what the client says then is judged as the first bytes are."""
+    """PostgreSQL's SSLRequest is forwarded at once, and the bytes after it are inspected."""
     inspected = Inspector("any", NAME, denied)
     assert inspected.from_client(SSL_REQUEST) == SSL_REQUEST
     assert (inspected.decided, inspected.transparent) == (False, False)
@@ -227,15 +227,15 @@ def test_an_ssl_request_is_forwarded_at_once() -> None:
 )
 @pytest.mark.parametrize("size", [1, BIG])
 def test_http_is_checked_on_every_port(data: bytes, rule: str, size: int) -> None:
-    """On a port of any protocol requests for another host do not pass, nor requests in an odd form."""
+    """HTTP hosts are checked on every port, and malformed requests are refused."""
     found, out = verdict("any", data, size=size)
     assert found == rule
     assert b"b.example" not in out
     assert rule or out == data
 
 
-def test_an_unfinished_line_may_go_ahead() -> None:
-    """Text that waits for its line to end can be released, each byte once, and other protocols lose nothing by it."""
+def test_an_unfinished_line_can_be_released() -> None:
+    """Text of an unfinished line can be released early, each byte once."""
     inspected = Inspector("any", NAME, denied)
     assert (inspected.from_client(b"HE"), inspected.release(), inspected.release()) == (b"", b"HE", b"")
     assert (inspected.held, inspected.decided) == (0, False)
@@ -245,8 +245,8 @@ def test_an_unfinished_line_may_go_ahead() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 3, 7])
-def test_a_request_that_went_ahead_is_judged(size: int) -> None:
-    """A request whose line was released is judged like any other: nothing of its head passes with another Host."""
+def test_a_released_request_is_checked(size: int) -> None:
+    """A request whose first line was released early is still checked."""
     for data, rule in ((GET, ""), (GET.replace(b"a.example", b"b.example"), "http:other-host")):
         inspected, forwarded, found = Inspector("any", NAME, denied), b"", ""
         try:
@@ -259,8 +259,8 @@ def test_a_request_that_went_ahead_is_judged(size: int) -> None:
         assert forwarded == data if not rule else data.startswith(forwarded) and len(forwarded) <= line + 1
 
 
-def test_a_byte_that_may_begin_anything_goes_ahead() -> None:
-    """One byte of a start that is still open is released; the hello or SSLRequest that follows is judged as ever."""
+def test_an_ambiguous_first_byte_is_released() -> None:
+    """A released first byte does not prevent the check of the ClientHello that follows."""
     for start in (GOOD, SSL_REQUEST + GOOD):
         inspected = Inspector("any", NAME, denied)
         assert inspected.from_client(start[:1]) + inspected.release() == start[:1]
@@ -273,26 +273,26 @@ def test_a_byte_that_may_begin_anything_goes_ahead() -> None:
         inspected.from_client(GOOD[1:])
 
 
-def test_a_rewritten_request_cannot_follow_what_went_ahead() -> None:
-    """A released beginning that is not how the request is written again ends the connection."""
+def test_a_request_must_match_its_released_start() -> None:
+    """A request that contradicts its released beginning ends the connection."""
     inspected = Inspector("any", NAME, denied)
     absolute = b"GET http://a.example/x HTTP/1.1\r\nHost: a.example\r\n\r\n"
     assert inspected.from_client(absolute[:8]) + inspected.release() == b"GET http"
-    with pytest.raises(InspectionError) as told:
+    with pytest.raises(InspectionError) as caught:
         inspected.from_client(absolute[8:])
-    assert told.value.rule == "http:malformed"
+    assert caught.value.rule == "http:malformed"
 
 
 @pytest.mark.parametrize(("mode", "data"), [("any", GOOD[:20]), ("tls", GOOD[:9]), ("http", GET[:9])])
-def test_only_text_of_no_known_protocol_goes_ahead(mode: Mode, data: bytes) -> None:
-    """Nothing of a hello, or of a port that has to be TLS or HTTP, is released before it is judged."""
+def test_known_protocols_are_never_released(mode: Mode, data: bytes) -> None:
+    """Bytes of TLS, and of TLS or HTTP ports, are never released early."""
     inspected = Inspector(mode, NAME, denied)
     assert (inspected.from_client(data), inspected.release()) == (b"", b"")
     assert inspected.held == len(data)
 
 
-def test_a_long_text_is_not_held_for_ever() -> None:
-    """A first line of more than 8 KiB that has no target of HTTP passes."""
+def test_a_long_text_is_released() -> None:
+    """A first line above 8 KiB that is no HTTP request passes."""
     data = b"word " * 1640
     assert verdict("any", data + b"x" * 10) == ("", data + b"x" * 10)
     inspected = Inspector("any", NAME, denied)
@@ -300,7 +300,7 @@ def test_a_long_text_is_not_held_for_ever() -> None:
 
 
 def test_a_websocket_works_on_every_port() -> None:
-    """A WebSocket handshake on a port of any protocol is checked, and becomes transparent, as on an HTTP port."""
+    """A WebSocket handshake works on a port of any protocol."""
     inspected = Inspector("any", NAME, denied)
     handshake = GET[:-2] + b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
     assert inspected.from_client(handshake + b"x") == handshake
@@ -310,21 +310,21 @@ def test_a_websocket_works_on_every_port() -> None:
 
 
 @pytest.mark.parametrize("mode", ["tls", "http", "any"])
-def test_a_client_that_says_nothing_is_fine(mode: Mode) -> None:
-    """A connection on which the client sends nothing can end without an error."""
+def test_a_silent_client_is_accepted(mode: Mode) -> None:
+    """A connection on which the client sends nothing ends without an error."""
     assert verdict(mode, b"") == ("", b"")
 
 
 @given(mode=st.sampled_from(["tls", "http", "any"]), data=st.binary(max_size=300), size=st.integers(1, 300))
 def test_random_bytes_give_bytes_or_an_error(mode: Mode, data: bytes, size: int) -> None:
-    """Random bytes give bytes or InspectionError, nothing else."""
+    """Random bytes are forwarded or raise InspectionError."""
     run(mode, NAME, pieces(data, size))
 
 
 @pytest.mark.parametrize("mode", ["tls", "http", "any"])
 @pytest.mark.parametrize("data", [b"\x16\x03\x01\x40\x00" * BIG, b"GET /" * BIG, b"\x16\x03\x01\x00\x01\x01" * 100_000])
 def test_endless_first_bytes_are_bounded(mode: Mode, data: bytes) -> None:
-    """However much a client sends without a verdict, no more than 64 KiB and one read are held."""
+    """At most 64 KiB and one read are held without a verdict."""
     inspected, rule = Inspector(mode, NAME, denied), ""
     try:
         for piece in pieces(data, 4096):
@@ -350,5 +350,5 @@ def test_endless_first_bytes_are_bounded(mode: Mode, data: bytes) -> None:
     data=st.binary(max_size=20),
 )
 def test_any_bytes_keep_the_promises(switches: int, start: bytes, at: int, data: bytes) -> None:
-    """Random bytes in first bytes, cut anywhere, give the same verdict."""
+    """The verdict on any first bytes does not depend on how they are cut."""
     one_input(bytes([switches]) + start[:at] + data + start[at + len(data) :])

@@ -1,4 +1,4 @@
-"""Promises of what a guest's relay is told of a policy: which names have addresses, and what it may ask for."""
+"""The guest relay's view of a policy: which names have addresses, and what it may request."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from x07_sandbox.network.rules import make_allowlist
 from x07_sandbox.policy.default import default_policy
 from x07_sandbox.policy.model import Db, DbNet, Drivers, HostPorts, Policy
 
-SYNTHETIC: Final = IPv4Network("198.18.0.0/15")  # what the guest's own routes lead to its relay
+SYNTHETIC: Final = IPv4Network("198.18.0.0/15")  # routed to the relay in the guest
 PROGRAM: Final = IPv4Address("198.18.0.1")  # where a program's connections come from
 
 
 def policy_with(*hosts: tuple[str, tuple[int, ...]], db: Db | None = None, **net: bool) -> Policy:
-    """The built-in default with hosts, UDP, and databases."""
+    """The default policy with hosts, UDP and databases."""
     base = default_policy()
     entries = tuple(HostPorts(host=host, ports=ports) for host, ports in hosts)
     policy = replace(base, net=replace(base.net, **({"allow_udp": True} | net), allow_hosts=entries))
@@ -29,18 +29,18 @@ def policy_with(*hosts: tuple[str, tuple[int, ...]], db: Db | None = None, **net
 
 
 def view(*hosts: tuple[str, tuple[int, ...]], **more: Any) -> dict[str, Any]:  # noqa: ANN401 - as policy_with has them
-    """What the relay is told of these hosts."""
+    """The relay's view of these hosts."""
     return guest_view(make_allowlist(policy_with(*hosts, **more)))
 
 
 def ports(rows: list[list[Any]], address: str) -> set[int]:
-    """The ports of an address, by all rows that hold it."""
+    """The ports of an address in all rows."""
     at = IPv4Address(address)
     return {port for first, last, listed in rows if IPv4Address(first) <= at <= IPv4Address(last) for port in listed}
 
 
 def test_each_name_has_an_address_of_its_own() -> None:
-    """Each listed name has one address and its ports, whatever its spelling; the same list gives the same addresses."""
+    """Each listed name has a stable address of its own, with its ports."""
     hosts = (("b.example", (443,)), ("A.example.", (80,)), ("faß.example", (22,)), ("a.example", (443,)))
     found = view(*hosts)
     assert found["names"] == {
@@ -59,7 +59,7 @@ def test_each_name_has_an_address_of_its_own() -> None:
 
 
 def test_ports_of_all_entries_that_match_a_name_are_united() -> None:
-    """A name has the ports of its own entries and of the wildcards above it; their blocks have only their own."""
+    """A name has the ports of all entries that match it."""
     found = view(("a.w.x.example", (22,)), ("*.w.x.example", (80,)), ("*.x.example", (443,)), ("A.w.x.example", (25,)))
     assert ports(found["tcp"], found["names"]["a.w.x.example"]) == {22, 25, 80, 443}
     blocks = dict(found["wildcards"])
@@ -68,7 +68,7 @@ def test_ports_of_all_entries_that_match_a_name_are_united() -> None:
 
 
 def test_wildcards_have_blocks_that_do_not_meet() -> None:
-    """Each wildcard has 256 addresses of its own; one below another has the ports of both."""
+    """Each wildcard has a block of 256 addresses of its own."""
     found = view(("*.b.a.example", (22,)), ("*.a.example", (80,)), ("*.xa.example", (443,)))
     assert found["wildcards"] == [
         ["a.example", "198.18.4.0"],
@@ -79,7 +79,7 @@ def test_wildcards_have_blocks_that_do_not_meet() -> None:
 
 
 def test_addresses_networks_and_ranges_have_their_ports() -> None:
-    """Addresses that a policy lists have exactly their ports, up to the ends of a network or range."""
+    """Listed addresses, networks and ranges have exactly their ports."""
     found = view(
         *(("93.184.215.14", (443,)), ("93.184.215.0/28", (80,)), ("93.184.216.3-93.184.216.9", (22,))),
         ("93.184.215.14", (25,)),
@@ -96,7 +96,7 @@ def test_addresses_networks_and_ranges_have_their_ports() -> None:
 
 
 def test_ipv6_addresses_have_rows_of_their_own() -> None:
-    """Listed IPv6 addresses make rows that do not overlap; an IPv4 address in IPv6's form makes an IPv4 row."""
+    """Listed IPv6 addresses form non-overlapping rows, and mapped IPv4 addresses IPv4 rows."""
     found = view(("2606:4700::1", (443,)), ("2606:4700::/126", (80,)), ("::ffff:93.184.215.14", (443,)))
     assert found["tcp"] == [
         ["93.184.215.14", "93.184.215.14", [443]],
@@ -106,8 +106,8 @@ def test_ipv6_addresses_have_rows_of_their_own() -> None:
     ]
 
 
-def test_the_switches_of_a_policy_take_away() -> None:
-    """Without allow_dns there are no names, without allow_tcp and allow_udp nothing to ask for over TCP or UDP."""
+def test_policy_switches_restrict_the_view() -> None:
+    """allow_dns, allow_tcp and allow_udp each remove what they forbid."""
     hosts = (("a.example", (443,)), ("*.w.example", (443,)), ("93.184.215.14", (443,)))
     no_dns = view(*hosts, allow_dns=False)
     assert (no_dns["names"], no_dns["wildcards"]) == ({}, [])
@@ -120,7 +120,7 @@ def test_the_switches_of_a_policy_take_away() -> None:
 
 
 def test_database_servers_are_reached_over_tcp_only() -> None:
-    """Servers of db.net have their ports for TCP, and none for UDP."""
+    """Servers of db.net are reachable over TCP only."""
     servers = DbNet(allow_dns=("db.example",), allow_cidrs=("93.184.215.0/24",), allow_ports=(5432,))
     db = Db(enabled=True, drivers=Drivers(sqlite=False, postgres=True, mysql=False), net=servers)
     found = view(("a.example", (443,)), db=db)
@@ -130,7 +130,7 @@ def test_database_servers_are_reached_over_tcp_only() -> None:
 
 
 def test_an_entry_without_ports_makes_no_row() -> None:
-    """A host without ports has an address, so that it can be looked up, and nothing to ask for."""
+    """A host without ports can be looked up but not connected to."""
     found = view(("a.example", ()))
     assert found["names"] == {"a.example": "198.18.0.16"}
     assert found["tcp"] == found["udp"] == []
@@ -148,13 +148,13 @@ NETWORKS: Final = st.one_of(
 @example([("93.184.215.0/24", (443,)), ("93.184.215.14", (443,))])
 @example([("93.184.215.0-93.184.215.9", (443,)), ("93.184.215.5-93.184.215.20", (443,))])
 def test_no_two_rows_hold_one_address_and_port(hosts: list[tuple[str, tuple[int, ...]]]) -> None:
-    """Networks of a policy may overlap; rows do not, since the guest's kernel refuses a set with elements that do."""
+    """Rows never overlap, even if networks of the policy do."""
     found = sorted((IPv4Address(first), IPv4Address(last)) for first, last, _ in view(*hosts)["tcp"])
     assert all(one[1] < other[0] for one, other in itertools.pairwise(found))
 
 
 def test_a_network_opens_no_ports_of_names() -> None:
-    """An entry for all addresses gives no name a port, since names stand for themselves."""
+    """A listed network adds no ports to names."""
     found = view(("a.example", (443,)), ("0.0.0.0/0", (22,)))
     assert ports(found["tcp"], found["names"]["a.example"]) == {443}
 
@@ -166,7 +166,7 @@ HOSTS: Final = st.lists(st.tuples(NAME | NAME.map(lambda name: f"*.{name}"), st.
 
 @given(HOSTS)
 def test_no_two_names_share_an_address(hosts: list[tuple[str, tuple[int, ...]]]) -> None:
-    """Names and blocks of wildcards have addresses apart from each other, inside the guest's own network."""
+    """Names and wildcard blocks have distinct addresses within the guest's network."""
     found = view(*hosts)
     names = [IPv4Address(address) for address in found["names"].values()]
     blocks = [IPv4Network(f"{first}/24") for _, first in found["wildcards"]]
@@ -177,7 +177,7 @@ def test_no_two_names_share_an_address(hosts: list[tuple[str, tuple[int, ...]]])
 
 
 def test_the_longest_list_fits() -> None:
-    """256 names, or 256 wildcards, all have addresses inside the guest's own network."""
+    """256 names or 256 wildcards fit into the guest's network."""
     names = view(*((f"n{number}.example", (443,)) for number in range(256)))["names"]
     assert max(map(IPv4Address, names.values())) == IPv4Address("198.18.1.15")
     wildcards = view(*((f"*.n{number}.example", (443,)) for number in range(256)))["wildcards"]

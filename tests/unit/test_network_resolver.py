@@ -1,4 +1,4 @@
-"""Promises of the resolver: what it answers, and what the gate takes for an answer."""
+"""The resolver's answers, and how the gate parses them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ADDRESSES: Final = st.lists(st.ip_addresses(), max_size=ADDRESSES_MAX + 4)
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([FOUND, NO_NAME, FAILED]), ADDRESSES)
 def test_an_answer_is_read_as_it_was_written(number: int, status: int, addresses: list[Address]) -> None:
-    """Number, status and the first 16 addresses arrive, in their order, and no answer is longer than the most."""
+    """Number, status and the first 16 addresses survive encoding and decoding."""
     data = encode_answer(number, status, addresses)
     assert len(data) <= ANSWER_MAX
     assert decode_answer(data) == (number, status, addresses[:ADDRESSES_MAX])
@@ -58,14 +58,14 @@ WHOLE: Final = encode_answer(7, FOUND, [IPv4Address("93.184.215.14"), IPv6Addres
     ],
 )
 def test_a_malformed_answer_is_an_error(data: bytes) -> None:
-    """An answer that is cut, has an unknown status or version, or too much in it, is no answer."""
+    """A malformed answer is an error."""
     with pytest.raises(ValueError, match="not an"):
         decode_answer(data)
 
 
 @given(st.binary(max_size=ANSWER_MAX + 10))
 def test_any_bytes_are_an_answer_or_an_error(data: bytes) -> None:
-    """Whatever the resolver's process says, it is an answer with at most so many addresses, or a ValueError."""
+    """Any bytes from the resolver give a bounded answer or ValueError."""
     try:
         _, status, addresses = decode_answer(data)
     except ValueError:
@@ -76,15 +76,15 @@ def test_any_bytes_are_an_answer_or_an_error(data: bytes) -> None:
 
 
 @pytest.mark.parametrize("name", ["no-such-name.invalid", "a.b.invalid"])
-def test_a_name_that_nobody_has_is_not_found(name: str) -> None:
-    """A name that exists nowhere has no addresses, with or without a network."""
+def test_a_missing_name_is_not_found(name: str) -> None:
+    """A name that does not exist has no addresses."""
     status, addresses = look_up(name)
     assert status in {NO_NAME, FAILED}
     assert addresses == []
 
 
-def test_each_address_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The host's resolver is asked for the name with its final dot; each address comes once, in the host's order."""
+def test_each_address_is_returned_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host's resolver is asked for the absolute name, and each address is returned once."""
     asked: list[object] = []
 
     def host_s(name: bytes, *args: object, **_: object) -> list[tuple[int, int, int, str, tuple[object, ...]]]:
@@ -108,10 +108,8 @@ def test_each_address_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
         (OSError(24, "Too many open files"), FAILED),
     ],
 )
-def test_an_error_of_the_host_s_resolver_is_told_apart(
-    error: OSError, status: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A name that does not exist is another answer than a resolver that fails."""
+def test_missing_names_and_failures_differ(error: OSError, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A missing name and a failing resolver have different statuses."""
 
     def fails(*_: object, **__: object) -> None:
         raise error
@@ -121,7 +119,7 @@ def test_an_error_of_the_host_s_resolver_is_told_apart(
 
 
 def test_requests_are_answered_by_number_until_the_gate_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each request gets one answer with its number; when the gate closes its end, the resolver ends."""
+    """Each request gets one answer with its number, and the resolver ends with the gate."""
 
     def host_s(name: bytes, *_: object, **__: object) -> list[tuple[int, int, int, str, tuple[object, ...]]]:
         return [(socket.AF_INET, 1, 6, "", (f"93.184.215.{name[1:2].decode()}", 0))]

@@ -1,4 +1,4 @@
-"""All that judge a connection agree: the decision, what the guest is told, `x07 policy check`, and a run's denials."""
+"""Decision, guest view, `x07 policy check` and the denials of a run agree."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from x07_sandbox.runs.egress import denials
 if TYPE_CHECKING:
     from x07_sandbox.network.rules import DeniedHosts, Transport
 
-OF_NAMES: Final = IPv4Network("198.18.0.0/15")  # whoever asks for one of these, the relay asks for its name
+OF_NAMES: Final = IPv4Network("198.18.0.0/15")  # the relay asks the gate by the name of such an address
 PORTS: Final = st.sampled_from([22, 80, 443])
 LABEL: Final = st.sampled_from(["a", "b", "faß", "x-1"])
 NAME: Final = st.lists(LABEL, min_size=1, max_size=3).map(lambda labels: ".".join([*labels, "example"]))
@@ -59,7 +59,7 @@ def pattern_text(host: str) -> st.SearchStrategy[str]:
 
 
 def policy_with(hosts: Any, net: dict[str, bool], databases: DbNet | None) -> Policy:  # noqa: ANN401 - as hypothesis makes them
-    """The built-in default with these hosts."""
+    """The default policy with these hosts."""
     base = default_policy()
     entries = tuple(HostPorts(host=host, ports=ports) for host, ports in hosts)
     db = base.db
@@ -73,17 +73,17 @@ OTHER_HOST: Final = st.one_of(NAME, ADDRESS, SPECIAL, LOCAL, IPV6, st.just("198.
 
 
 def transport() -> st.SearchStrategy[Transport]:
-    """One of both."""
+    """TCP or UDP."""
     return st.sampled_from(["tcp", "udp"])
 
 
 def endpoint(host: str, port: int) -> str:
-    """As `x07 policy check --host` takes it."""
+    """An argument for `x07 policy check --host`."""
     return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
 
 
 def request_for(host: str, port: int, transport: Transport) -> Request:
-    """The request that a program makes."""
+    """The request of a program."""
     return parse_request(endpoint(host, port), transport)
 
 
@@ -91,7 +91,7 @@ REQUEST: Final = st.builds(request_for, OTHER_HOST, PORTS, transport())
 
 
 def asked_by_guest(view: dict[str, Any], request: Request) -> bool:
-    """Whether the relay asks the gate, by the rules that the guest makes of the view."""
+    """Return whether the relay asks the gate, by the rules that the guest derives from its view."""
     host = request.host
     if isinstance(host, str):
         names = NameTable(view["names"], [(suffix, first) for suffix, first in view["wildcards"]])
@@ -117,7 +117,7 @@ def test_an_entry_adds_its_own_traffic_and_nothing_else(
     databases: DbNet | None,
     request: Request,
 ) -> None:
-    """An entry more allows what it allows alone, takes nothing away, and opens nothing else, on the host and inside."""
+    """An added entry allows its own traffic and nothing else, on the host and in the guest."""
     without = make_allowlist(policy_with(hosts, net, databases))
     alone = make_allowlist(policy_with([new], net, None))
     together = make_allowlist(policy_with([*hosts, new], net, databases))
@@ -131,35 +131,43 @@ def test_an_entry_adds_its_own_traffic_and_nothing_else(
 def test_the_guest_may_ask_for_what_is_allowed(
     policy: Policy, denied: DeniedHosts, host: str, port: int, transport: Transport
 ) -> None:
-    """The guest may ask for all that is allowed, and for nothing that the list itself refuses."""
+    """The guest may request everything that is allowed and nothing that the list refuses."""
     request = request_for(host, port, transport)
     allowlist = make_allowlist(policy, denied)
     decision = decide(allowlist, request)
     inside = asked_by_guest(guest_view(allowlist), request)
     if decision.allowed:
         assert inside
-    elif inside:  # what lies beside the list, the guest is not told; the gate refuses it
+    elif inside:  # the guest does not know the rules beside the list; the gate refuses such a destination
         beside = ("deny-floor:", "local-name:", "deny-host:", "udp-443")
         assert decision.rule.startswith(beside), decision
 
 
 @given(POLICY, OTHER_HOST, PORTS, transport(), st.data())
-def test_policy_check_says_what_the_gate_decides(
+def test_policy_check_agrees_with_the_gate(
     policy: Policy, host: str, port: int, transport: Transport, data: st.DataObject
 ) -> None:
-    """`x07 policy check --host` gives the decision, rule, reason and advice that the gate's decision has."""
+    """`x07 policy check --host` reports the gate's decision, rule, reason and advice."""
     decision = decide(make_allowlist(policy), request_for(host, port, transport))
     report = host_report(policy, "p.json", endpoint(data.draw(pattern_text(host)), port), transport)
-    said = (report.host, report.port, report.transport, report.allowed, report.rule, report.reason, report.how_to_allow)
+    found = (
+        report.host,
+        report.port,
+        report.transport,
+        report.allowed,
+        report.rule,
+        report.reason,
+        report.how_to_allow,
+    )
     request = decision.request
-    assert said == (
+    assert found == (
         *(str(request.host), port, transport, decision.allowed),
         *(decision.rule, decision.reason, decision.how_to_allow),
     )
 
 
 def recorded(allowlist: Allowlist, decision: Decision) -> Any:  # noqa: ANN401 - a denial
-    """The one denial of a run in which this decision was made."""
+    """The single denial of a run with this decision."""
     ledger = Ledger(lambda _: True, lambda: 0.0)
     request = decision.request
     ledger.denied(
@@ -180,7 +188,7 @@ def recorded(allowlist: Allowlist, decision: Decision) -> Any:  # noqa: ANN401 -
 def test_a_run_s_denial_names_the_rule_of_the_decision(
     policy: Policy, denied: DeniedHosts, host: str, port: int, transport: Transport
 ) -> None:
-    """A denied connection is in the run's result with the rule of the decision, and its advice or a setting."""
+    """A run's denial names the rule and the advice of the gate's decision."""
     allowlist = make_allowlist(policy, denied)
     decision = decide(allowlist, request_for(host, port, transport))
     assume(not decision.allowed)
@@ -196,7 +204,7 @@ def test_a_run_s_denial_names_the_rule_of_the_decision(
 def test_spellings_of_one_host_are_judged_alike(
     policy: Policy, denied: DeniedHosts, host: str, port: int, transport: Transport, data: st.DataObject
 ) -> None:
-    """Two spellings of one host, in a request, the list or a denial, get the same decision everywhere."""
+    """All spellings of a host get the same decision."""
     allowlist = make_allowlist(policy, denied)
     decision = decide(allowlist, request_for(host, port, transport))
     other = data.draw(pattern_text(host))

@@ -1,4 +1,4 @@
-"""x07-os-runner before any machine: what it takes, what it refuses, and that a refusal leaves standard output empty."""
+"""x07-os-runner before any VM starts: accepted arguments and refusals."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SANDBOXED = ("--world", "run-os-sandboxed")
 
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a program and a policy, and an environment without variables of ours."""
+    """A folder with a program and a policy, and an environment without X07 variables."""
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("X07_VM_STATE_DIR", str(tmp_path / "jobs"))
@@ -41,24 +41,24 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def refused(capfd: pytest.CaptureFixture[str]) -> Refused:
-    """The command's words when it refuses."""
+    """The error text of the command when it refuses."""
     return Refused(capfd)
 
 
 class Refused:
-    """Runs the command, and holds it to the rule of exit 2: nothing on standard output, the reason on the other."""
+    """Run the command and check the rule of exit 2: an empty standard output and a reason."""
 
     def __init__(self, capfd: pytest.CaptureFixture[str]) -> None:
         self._capfd = capfd
 
     def __call__(self, *words: str) -> str:
-        """What it said."""
+        """Return the error text."""
         assert main(words) == 2
-        told = self._capfd.readouterr()
-        assert told.out == ""
-        assert told.err.startswith("x07-os-runner: ")
-        assert "Traceback" not in told.err
-        return told.err
+        output = self._capfd.readouterr()
+        assert output.out == ""
+        assert output.err.startswith("x07-os-runner: ")
+        assert "Traceback" not in output.err
+        return output.err
 
 
 @pytest.mark.parametrize(
@@ -70,20 +70,20 @@ class Refused:
         ("--project", "x07.json", "--artifact", "a.out"),
     ],
 )
-def test_exactly_one_thing_is_run(refused: Refused, words: tuple[str, ...]) -> None:
-    """Exactly one of --program, --project and --artifact is wanted."""
-    told = refused(*SANDBOXED, "--policy", "policy.json", *words)
-    assert "exactly one of --program, --project, --artifact" in told
+def test_exactly_one_program_is_required(refused: Refused, words: tuple[str, ...]) -> None:
+    """Exactly one of --program, --project and --artifact is required."""
+    output = refused(*SANDBOXED, "--policy", "policy.json", *words)
+    assert "exactly one of --program, --project, --artifact" in output
 
 
 @pytest.mark.parametrize("world", ["solve-pure", "solve-fs", "solve-", "run", "RUN-OS", "run-os-sandbox"])
 def test_other_worlds_are_refused(refused: Refused, world: str) -> None:
-    """X07's deterministic worlds and unknown ones are refused by name."""
+    """Deterministic and unknown worlds are refused by name."""
     assert repr(world) in refused("--world", world, "--program", "prog.c")
 
 
 def test_the_sandboxed_world_needs_a_policy(refused: Refused) -> None:
-    """Without --policy nothing runs in run-os-sandboxed."""
+    """run-os-sandboxed requires --policy."""
     assert "--policy" in refused(*SANDBOXED, "--program", "prog.c")
 
 
@@ -107,22 +107,22 @@ def test_the_other_world_has_no_policy(refused: Refused, flag: str) -> None:
 def test_weaker_isolation_fails_closed(
     refused: Refused, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], variables: dict[str, str]
 ) -> None:
-    """Without acceptance, run-os too, the refusal says that the isolation is weaker and names what works."""
+    """Weaker isolation without acceptance is refused, in run-os too, and the refusal names what works."""
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    told = refused(*words)
-    assert "weaker isolation" in told
-    assert "--world run-os-sandboxed --policy FILE --sandbox-backend vm" in told
+    output = refused(*words)
+    assert "weaker isolation" in output
+    assert "--world run-os-sandboxed --policy FILE --sandbox-backend vm" in output
 
 
 @pytest.mark.parametrize("variables", [("os", None), ("os", "os"), (None, "docker"), ("vm", "firecracker-ctr")])
-def test_what_a_refusal_names_works_beside_any_variable(
+def test_suggested_flags_work_with_any_variable(
     refused: Refused,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
     variables: tuple[str | None, str | None],
 ) -> None:
-    """Whatever the variables asked for, the flags that a refusal names get past them, once it is done as it says."""
+    """The flags named by a refusal work whatever the variables say."""
     for name, value in zip(("X07_SANDBOX_BACKEND", "X07_VM_BACKEND"), variables, strict=True):
         if value is not None:
             monkeypatch.setenv(name, value)
@@ -136,18 +136,18 @@ def test_what_a_refusal_names_works_beside_any_variable(
 
 @pytest.mark.parametrize("by", ["flag", "variable"])
 @pytest.mark.parametrize("backend", ["os", "none"])
-def test_an_accepted_backend_is_taken_without_an_image(
+def test_an_accepted_backend_needs_no_image(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], backend: str, by: str
 ) -> None:
-    """With acceptance by flag or variable a weaker backend is looked at, and asks for no guest image."""
+    """An accepted weaker backend needs no guest image."""
     accept = ("--i-accept-weaker-isolation",) if by == "flag" else ()
     if by == "variable":
         monkeypatch.setenv("X07_I_ACCEPT_WEAKER_ISOLATION", "yes")
     monkeypatch.setattr(process, "PYTHON", str(tmp_path / "none"))  # nothing is started
     words = (*SANDBOXED, "--policy", "policy.json", "--program", "prog.c", "--sandbox-backend", backend)
     assert main((*words, *accept)) == 1
-    said = capfd.readouterr().err
-    assert f"missing: {tmp_path}/none" in said or "missing: python3" in said
+    errors = capfd.readouterr().err
+    assert f"missing: {tmp_path}/none" in errors or "missing: python3" in errors
 
 
 @pytest.mark.parametrize(
@@ -160,17 +160,17 @@ def test_an_accepted_backend_is_taken_without_an_image(
         ("X07_VM_MAX_RUNNING", "many"),
     ],
 )
-def test_a_bad_variable_is_an_error_also_where_a_flag_wins(
+def test_an_overridden_invalid_variable_is_an_error(
     refused: Refused, monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
-    """An invalid value ends the command with its variable's name, whatever flags say."""
+    """An invalid variable is an error even if a flag overrides it."""
     monkeypatch.setenv(name, value)
     words = ("--sandbox-backend", "vm", "--i-accept-weaker-isolation")
     assert name in refused(*SANDBOXED, "--policy", "policy.json", "--program", "prog.c", *words)
 
 
-def test_a_variable_that_is_none_is_told(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A misspelt variable is a warning with a suggestion, whatever becomes of the command."""
+def test_a_misspelt_variable_is_reported(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A misspelt variable gives a warning with a suggestion."""
     monkeypatch.setenv("X07_SANDBOX_BACKENDS", "vm")
     assert "did you mean X07_SANDBOX_BACKEND?" in refused()
 
@@ -185,7 +185,7 @@ def test_a_variable_that_is_none_is_told(refused: Refused, monkeypatch: pytest.M
         (("--artifact", "a.out"), "X07's own runner inside a guest"),
         (("--artifact", "a.out", "--i-accept-precompiled-artifact"), "X07's own runner inside a guest"),
         (("--program", "prog.c", "--compile-only"), "--compile-only"),
-        (("--program", "prog.rs"), ".rs names no toolchain"),
+        (("--program", "prog.rs"), "no toolchain takes .rs"),
         (("--program", "prog.zig"), "x07 run --toolchain"),  # a flag that this command has not
         (("--program", "missing.c"), "missing.c"),
         (("--program", "."), "it is a project"),
@@ -195,10 +195,8 @@ def test_a_variable_that_is_none_is_told(refused: Refused, monkeypatch: pytest.M
     ],
 )
 @pytest.mark.timeout(60)
-def test_what_cannot_be_built_is_refused_by_name(
-    refused: Refused, place: Path, words: tuple[str, ...], named: str
-) -> None:
-    """Programs that are not there, pipes, artifacts and unknown languages are refused before anything starts."""
+def test_unbuildable_programs_are_refused(refused: Refused, place: Path, words: tuple[str, ...], named: str) -> None:
+    """Missing programs, pipes, artifacts and unknown languages are refused before anything starts."""
     os.mkfifo(place / "pipe")
     (place / "prog.x07.json").write_text("{}")
     (place / "prog.rs").touch()
@@ -218,7 +216,7 @@ def test_what_cannot_be_built_is_refused_by_name(
     ],
 )
 def test_an_invalid_policy_ends_in_two(refused: Refused, place: Path, text: str | None, named: str) -> None:
-    """Schema and extra rules both hold, stricter than X07's runner: a text that names the place, and no report."""
+    """An invalid policy ends with exit code 2 and names the place."""
     good = json.loads(render_policy(default_policy()))
     if text == "schema":
         good["limits"]["cpu_mss"] = good["limits"].pop("cpu_ms")
@@ -237,7 +235,7 @@ def test_an_invalid_policy_ends_in_two(refused: Refused, place: Path, text: str 
 
 
 def test_input_is_read_whole_or_refused(refused: Refused, place: Path) -> None:
-    """An input that is missing, a folder, or larger than the bound is refused."""
+    """A missing or oversized input is refused."""
     words = (*SANDBOXED, "--policy", "policy.json", "--program", "prog.c", "--input")
     assert "nowhere" in refused(*words, "nowhere")
     assert "cannot read the input" in refused(*words, str(place))
@@ -248,7 +246,7 @@ def test_input_is_read_whole_or_refused(refused: Refused, place: Path) -> None:
 
 @pytest.mark.timeout(60)
 def test_input_may_come_from_a_device_or_a_pipe(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """--input /dev/null is an empty input and a pipe is read to its end, as `x07 run` does."""
+    """--input accepts /dev/null and pipes."""
     words = (*SANDBOXED, "--policy", "policy.json", "--program", "prog.c", "--input")
     os.mkfifo(place / "pipe")
     writer = threading.Thread(target=(place / "pipe").write_bytes, args=(b"in",))
@@ -261,7 +259,7 @@ def test_input_may_come_from_a_device_or_a_pipe(place: Path, capfd: pytest.Captu
 
 @pytest.mark.parametrize("flag", ["--compiled-out", "--attest-runtime"])
 def test_places_for_files_are_checked_before_anything_starts(refused: Refused, place: Path, flag: str) -> None:
-    """A link, a folder, a device or a missing folder where a file is to go is refused."""
+    """An unusable output path is refused before anything starts."""
     (place / "link").symlink_to("policy.json")
     words = (*SANDBOXED, "--policy", "policy.json", "--program", "prog.c", flag)
     for where in ("link", str(place), "/dev/null", "nowhere/file"):
@@ -270,17 +268,17 @@ def test_places_for_files_are_checked_before_anything_starts(refused: Refused, p
 
 
 def test_a_script_has_no_executable(refused: Refused) -> None:
-    """--compiled-out is refused for a language whose programs are no executables."""
+    """--compiled-out is refused for languages without executables."""
     words = (*SANDBOXED, "--policy", "policy.json", "--program", "prog.py", "--compiled-out", "out")
     assert "python makes no executable" in refused(*words)
 
 
 @pytest.mark.parametrize("how", [[], ["--report", "runner"]])
 @pytest.mark.parametrize("words", [["prog.py"], ["-c", "true", "--toolchain", "shell"]])
-def test_nor_has_one_for_the_other_command(
+def test_run_refuses_compiled_out_of_a_script(
     place: Path, capfd: pytest.CaptureFixture[str], how: list[str], words: list[str]
 ) -> None:
-    """`x07 run --compiled-out` of a Python or shell program is refused before anything starts, and writes nothing."""
+    """`x07 run --compiled-out` of a script is refused before anything starts."""
     assert x07(["run", *how, "--compiled-out", "out", *words]) == 2
     assert "makes no executable" in capfd.readouterr().err
     assert not (place / "out").exists()
@@ -301,37 +299,37 @@ def test_nor_has_one_for_the_other_command(
     ],
 )
 def test_flags_are_written_out_and_checked(refused: Refused, words: tuple[str, ...]) -> None:
-    """No abbreviation, no further word, no value outside its kind."""
+    """Abbreviated flags, extra words and invalid values are usage errors."""
     assert "wrong usage" in refused(*SANDBOXED, "--policy", "policy.json", *words)
 
 
 @pytest.mark.parametrize(
     "flag", ["--program", "--project", "--artifact", "--policy", "--input", "--compiled-out", "--attest-runtime"]
 )
-def test_an_empty_name_is_told_as_that(refused: Refused, flag: str) -> None:
-    """An empty name, as an unset variable of a shell makes it, is wrong usage, and not taken for the current folder."""
+def test_an_empty_path_is_refused(refused: Refused, flag: str) -> None:
+    """An empty path is a usage error."""
     assert f"argument {flag}: the name is empty" in refused(*SANDBOXED, flag, "")
 
 
 @pytest.mark.parametrize("flag", ["--input", "--diff", "--compiled-out", "--attest-runtime", "--report-out"])
-def test_an_empty_name_is_told_by_the_other_command_too(capfd: pytest.CaptureFixture[str], flag: str) -> None:
-    """So it is with the files that `x07 run` reads and writes."""
+def test_run_refuses_an_empty_path(capfd: pytest.CaptureFixture[str], flag: str) -> None:
+    """An empty path is a usage error of `x07 run` too."""
     assert x07(["run", flag, "", "prog.py"]) == 2
     assert f"argument {flag}: the name is empty" in capfd.readouterr().err
 
 
-def test_run_os_in_a_vm_is_a_report_of_a_failure(capfd: pytest.CaptureFixture[str]) -> None:
-    """With backend vm only run-os-sandboxed is legal: anything else is X07's failure report, with exit 1."""
+def test_run_os_in_a_vm_gives_a_failure_report(capfd: pytest.CaptureFixture[str]) -> None:
+    """run-os with backend vm gives X07's failure report and exit code 1."""
     assert main(["--program", "prog.c", "--sandbox-backend", "vm"]) == 1
-    told = capfd.readouterr()
-    report = json.loads(told.out)
+    output = capfd.readouterr()
+    report = json.loads(output.out)
     jsonschema.validate(report, json.loads(schemas()["x07-os-runner.report.schema.json"]))
     assert (report["world"], report["exit_code"], report["solve"]) == ("run-os", 1, None)
     assert "run-os-sandboxed only" in report["compile"]["compile_error"]
 
 
 def test_defaults_are_x07s() -> None:
-    """What holds while a flag is not given is what X07's runner has."""
+    """The defaults are those of X07's runner."""
     defaults = {option.flag: option.default for option in OPTIONS if option.default is not None}
     assert defaults == {
         "--world": "run-os",
@@ -344,7 +342,7 @@ def test_defaults_are_x07s() -> None:
 
 
 def test_every_flag_of_x07s_runner_is_known() -> None:
-    """A command line that X07's own tools write for the runner is understood."""
+    """Every flag of X07's runner is accepted."""
     line = (
         "--cc-profile size --world run-os-sandboxed --sandbox-backend vm --i-accept-weaker-isolation --max-c-bytes 1 "
         "--policy p --input i --solve-fuel 1 --max-memory-bytes 1 --max-output-bytes 1 --cpu-time-limit-seconds 1 "
@@ -360,28 +358,18 @@ def test_every_flag_of_x07s_runner_is_known() -> None:
 
 
 def test_the_command_line_describes_itself(capfd: pytest.CaptureFixture[str]) -> None:
-    """--cli-specrows prints one JSON object that lists every flag, and ends with 0, also without anything to run."""
+    """--cli-specrows lists every flag as one JSON object."""
     assert main(["--cli-specrows"]) == 0
-    told = json.loads(capfd.readouterr().out)
-    assert told["schema_version"] == "x07cli.specrows@0.1.0"
-    assert told["app"]["name"] == "x07-os-runner"
-    named = {row[3] for row in told["rows"]}
+    output = json.loads(capfd.readouterr().out)
+    assert output["schema_version"] == "x07cli.specrows@0.1.0"
+    assert output["app"]["name"] == "x07-os-runner"
+    named = {row[3] for row in output["rows"]}
     assert named == {"--help", "--version", *(option.flag for option in OPTIONS if not option.hidden)}
-    assert {row[1] for row in told["rows"]} == {"help", "version", "opt", "flag"}
-
-
-def test_too_little_memory_to_read_the_program_is_no_bug() -> None:
-    """Where a limit of the shell leaves no memory to read the program, that is told, with exit 2."""
-    words = [sys.executable, "-m", "x07_sandbox.cli.os_runner", *SANDBOXED, "--policy", "policy.json"]
-    limited = ["/bin/bash", "-c", 'ulimit -v 150000 && exec "$@"', "limited", *words, "--program", "prog.py"]
-    done = subprocess.run(limited, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "ulimit -v" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert {row[1] for row in output["rows"]} == {"help", "version", "opt", "flag"}
 
 
 def test_standard_output_that_cannot_be_written_ends_in_two() -> None:
-    """A full disk behind standard output is told on standard error, with exit 2."""
+    """A standard output that cannot be written ends with exit code 2 and a reason."""
     argv = [sys.executable, "-m", "x07_sandbox.cli.os_runner", "--cli-specrows"]
     with Path("/dev/full").open("wb") as full:
         done = subprocess.run(argv, stdout=full, stderr=subprocess.PIPE, text=True, check=False)

@@ -1,4 +1,4 @@
-"""docs/reference/outcomes.md and the help say what the table of outcomes says."""
+"""docs/reference/outcomes.md and the help match the table of outcomes."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ HELP = [sys.executable, "-m", "x07_sandbox.cli.main", "run", "--help-all"]
 
 
 def test_its_tables_are_those_of_the_source() -> None:
-    """Every outcome stands there with its exit code and meaning, as the runner's own table has them."""
+    """docs/reference/outcomes.md lists every outcome with its exit code and meaning."""
     text = PAGE.read_text(encoding="utf-8")
     assert render() == text, "run: python -m scripts.make_outcomes_page"
     assert all(f"| `{outcome}` | {row.exit} | `{row.fault}` | {row.doc} |" in text for outcome, row in OUTCOMES.items())
 
 
 def test_each_outcome_has_one_exit_code() -> None:
-    """By exit code each outcome is there just once, none is forgotten."""
+    """Each outcome has exactly one exit code."""
     found = [outcome for outcomes in outcomes_by_exit().values() for outcome in outcomes]
     assert sorted(found) == sorted(OUTCOMES)
     assert set(outcomes_by_exit()) >= set(ExitRule)
 
 
 def test_the_help_of_a_run_has_the_same_exit_codes() -> None:
-    """`x07 run --help-all` names every exit code with its outcomes."""
+    """`x07 run --help-all` lists every exit code with its outcomes."""
     shown = subprocess.run(HELP, capture_output=True, text=True, check=True).stdout
     for code, outcomes in outcomes_by_exit().items():
         assert f"\n  {code}: {', '.join(outcomes)}\n" in shown

@@ -1,4 +1,4 @@
-"""A plan grants nothing that its policy does not, whatever the policy says."""
+"""A plan grants nothing that its policy does not."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
 
 @st.composite
 def policies(draw: st.DrawFn) -> Policy:
-    """Any values; rules between fields need not hold, since the plan must not depend on them."""
+    """Policies with any values, even if rules between fields are broken."""
     document = msgspec.to_builtins(default_policy())
     for name, values in FIELDS.items():
         section, _, key = name.partition(".")
@@ -53,21 +53,21 @@ def policies(draw: st.DrawFn) -> Policy:
 
 
 @given(policies())
-def test_the_guest_is_told_no_more_than_the_policy_says(policy: Policy) -> None:
-    """Threads, children, executing and the lists of it, and every limit, are at most what the policy says."""
-    process, told = policy.process, confinement(policy, PROGRAM)
-    assert not told.threads or policy.threads_in_force.enabled
-    assert not told.spawn or (process.enabled and process.allow_spawn)
-    assert not told.execute or (process.enabled and process.allow_exec)
-    if told.execute and "/" not in process.allow_exec_prefixes:
-        assert told.programs is not None
+def test_the_guest_gets_no_more_than_the_policy(policy: Policy) -> None:
+    """The guest's confinement and limits never exceed the policy."""
+    process, granted = policy.process, confinement(policy, PROGRAM)
+    assert not granted.threads or policy.threads_in_force.enabled
+    assert not granted.spawn or (process.enabled and process.allow_spawn)
+    assert not granted.execute or (process.enabled and process.allow_exec)
+    if granted.execute and "/" not in process.allow_exec_prefixes:
+        assert granted.programs is not None
         own = {posixpath.normpath(posixpath.join(PROGRAM, path)) for path in process.allow_execs}
-        assert {posixpath.normpath(path) for path in told.programs} <= own
+        assert {posixpath.normpath(path) for path in granted.programs} <= own
         begins = {posixpath.normpath(posixpath.join(PROGRAM, path)) for path in process.allow_exec_prefixes}
-        assert {posixpath.normpath(path) for path in told.prefixes} <= begins
-    names = {"threads": told.threads, "spawn": told.spawn, "exec": told.execute}
+        assert {posixpath.normpath(path) for path in granted.prefixes} <= begins
+    names = {"threads": granted.threads, "spawn": granted.spawn, "exec": granted.execute}
     assert {word for word, allowed in names.items() if not allowed} == {
-        word for word in names if any(f"no-{word}" in name for name in told.filters)
+        word for word in names if any(f"no-{word}" in name for name in granted.filters)
     }
     limits, held = policy.limits, run_limits(policy)
     assert (held.wall_ms, held.cpu_ms, held.mem_bytes) == (limits.wall_ms, limits.cpu_ms, limits.mem_bytes)
@@ -77,7 +77,7 @@ def test_the_guest_is_told_no_more_than_the_policy_says(policy: Policy) -> None:
 
 @given(policies())
 def test_no_folder_is_opened_that_the_policy_does_not_name(policy: Policy) -> None:
-    """No root without fs.enabled; each is one that the policy names, and only a write root can be changed."""
+    """Only roots named by the policy go in, and only write roots are writable."""
     roots = roots_of(policy, Path("/home/u/work"), PROGRAM)
     assert not roots or policy.fs.enabled
     for root in roots:
@@ -88,7 +88,7 @@ def test_no_folder_is_opened_that_the_policy_does_not_name(policy: Policy) -> No
 
 @given(policies())
 def test_every_field_has_one_answer(policy: Policy) -> None:
-    """Each field of the policy has just one control; what cannot be given is refused, and then nothing runs."""
+    """For any policy each field has one control, and refused fields stop the run."""
     plan = make_plan(policy, vm_features("vm-emulated"))
     assert [control.field for control in plan.controls] == list(leaf_values(policy))
     refused = {control.field for control in plan.controls if control.state == "refused"}

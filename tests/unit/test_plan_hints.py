@@ -1,4 +1,4 @@
-"""Hints to what a failed program missed: network, Python modules, programs, each with a line that can be pasted."""
+"""Hints for a failed program: missing network, modules or programs, with a line to paste."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ POLICY = default_policy()
 
 
 def found(text: str) -> list[tuple[str, str | None]]:
-    """Subject and flag of each hint to the end of a program's errors, under the built-in policy."""
+    """Subject and flag of each hint for a program's last errors."""
     return [(hint.subject, hint.how.flag) for hint in hints(text.encode(), POLICY, (), START)]
 
 
@@ -22,10 +22,7 @@ def found(text: str) -> list[tuple[str, str | None]]:
     ("text", "host"),
     [
         ("curl: (6) Could not resolve host: example.org\n", "example.org:443"),
-        (
-            "curl: (7) Failed to connect to example.org port 8080 after 1 ms: no server\n",
-            "example.org:8080",
-        ),
+        ("curl: (7) Failed to connect to example.org port 8080 after 1 ms: no server\n", "example.org:8080"),
         ("wget: unable to resolve host address \u2018example.org\u2019\n", "example.org:443"),
         (
             "fatal: unable to access 'https://github.com/a/b.git/': Could not resolve host: github.com\n",
@@ -64,7 +61,7 @@ def found(text: str) -> list[tuple[str, str | None]]:
     ],
 )
 def test_a_failed_connection_names_the_flag(text: str, host: str) -> None:
-    """Python, curl, wget, git, Node, Go and Rust without network: the flag that allows the host and port is named."""
+    """A failed connection names the flag that allows its host and port."""
     assert found(text) == [(f"the connection to {host}", f"--allow-host {host}")]
 
 
@@ -77,8 +74,8 @@ def test_a_failed_connection_names_the_flag(text: str, host: str) -> None:
         "curl: (6) Could not resolve host: intranet\n",
     ],
 )
-def test_a_host_that_is_not_known_is_left_open(text: str) -> None:
-    """Where no valid host is named, the form of the flag is told, and nothing of the program's stands in it."""
+def test_an_unknown_host_gives_the_flags_form(text: str) -> None:
+    """If no valid host is named, the hint gives the form of the flag."""
     assert found(text) == [("a connection", "--allow-host HOST:PORT")]
 
 
@@ -92,13 +89,13 @@ def test_a_host_that_is_not_known_is_left_open(text: str) -> None:
         "Error: connect ENETUNREACH 192.0.2.7:99999\n",
     ],
 )
-def test_local_servers_and_mere_addresses_are_no_hint(text: str) -> None:
-    """A server of the machine's own that is not there, an address in a text and a wrong port ask for no network."""
+def test_local_servers_and_urls_give_no_hint(text: str) -> None:
+    """A missing local server, a URL in a text and an invalid port give no hint."""
     assert found(text) == []
 
 
 def test_a_run_with_network_has_no_such_hint() -> None:
-    """Where hosts are allowed, the gate tells of each connection; where the policy has no network, it comes first."""
+    """A run with allowed hosts gets no network hint."""
     text = b"curl: (6) Could not resolve host: example.org\n"
     allowed = replace(POLICY.net, allow_hosts=(HostPorts(host="a.example", ports=(443,)),))
     assert hints(text, replace(POLICY, net=allowed), (), START) == []
@@ -124,6 +121,6 @@ def test_a_run_with_network_has_no_such_hint() -> None:
         ("Error: spawn git ENOENT\n", "the program git", "--include git"),
     ],
 )
-def test_what_an_image_lacks_names_the_command_that_builds_one(text: str, subject: str, flags: str) -> None:
-    """Modules by Debian's package where it is known, else from PyPI; programs by package; pip by packages of PyPI."""
+def test_a_missing_package_names_the_build_command(text: str, subject: str, flags: str) -> None:
+    """A missing module or program names the command that builds an image with it."""
     assert found(text) == [(subject, f"--image mine, after x07 image build --name mine {flags}")]

@@ -1,4 +1,4 @@
-"""Promises of what a result says of refusals: whose field it was, and what would allow it."""
+"""Denials in a result: the field, and what would allow it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LISTED: Final = {"process.allow_exec_prefixes": [], "process.allow_execs": ["/us
 
 
 def policy(changes: Mapping[str, object]) -> Policy:
-    """The default one, with these fields, named by their paths."""
+    """The default policy with these fields, named by path."""
     document = msgspec.to_builtins(default_policy())
     for name, value in changes.items():
         section, _, key = name.partition(".")
@@ -40,12 +40,12 @@ def policy(changes: Mapping[str, object]) -> Policy:
 
 
 def kernel(call: str, path: str, error: int, *, write: bool = False) -> dict[str, object]:
-    """What the guest says of a call that the kernel refused."""
+    """A guest's report of a call that the kernel refused."""
     return {"by": "kernel", "call": call, "errno": error, "path": path, "write": write, "count": 1}
 
 
 def seccomp(call: str) -> dict[str, object]:
-    """What it says of a call that a filter refused."""
+    """A guest's report of a call that a filter refused."""
     return {"by": "seccomp", "call": call, "errno": EPERM, "path": "", "write": False, "count": 2}
 
 
@@ -85,13 +85,8 @@ def seccomp(call: str) -> dict[str, object]:
         (LISTED, kernel("execve", "/usr/bin/env", EACCES), "permissions", None),
         (LISTED, kernel("openat", "/usr/bin/env", EACCES), "permissions", None),
         ({"process.allow_exec_prefixes": ["/tmp/"]}, kernel("execve", "/tmp/a.txt", EACCES), "permissions", None),  # noqa: S108
-        (
-            {"process.allow_exec_prefixes": ["../x07/"]},
-            kernel("execve", "/opt/x07/a.txt", EACCES),
-            "permissions",
-            None,
-        ),
-        # on the list, but made by the program: an entry counts for what was there before
+        ({"process.allow_exec_prefixes": ["../x07/"]}, kernel("execve", "/opt/x07/a.txt", EACCES), "permissions", None),
+        # on the list, but made by the program: an entry counts only for files that existed before
         (
             {"process.allow_exec_prefixes": ["/opt/x07/bin/"]},
             kernel("execve", "/opt/x07/bin/made", EACCES),
@@ -174,19 +169,14 @@ def seccomp(call: str) -> dict[str, object]:
             ("$.fs.write_roots", ["in"]),
         ),
         ({"fs.enabled": True}, kernel("openat", "/data/out/locked", EACCES, write=True), "permissions", None),
-        # what lies around a relative root is of it
+        # the folders around a relative root belong to it
         (
             {"fs.write_roots": ["rr/one.txt"]},
             kernel("openat", "/opt/x07/rr/", EACCES, write=True),
             "fs.write_roots",
             ("$.fs.write_roots", ["rr/one.txt", "rr"]),
         ),
-        (
-            {},
-            kernel("mkdir", "/opt/x07/rr/a/", EROFS, write=True),
-            "fs.write_roots",
-            ("$.fs.write_roots", ["rr/a"]),
-        ),
+        ({}, kernel("mkdir", "/opt/x07/rr/a/", EROFS, write=True), "fs.write_roots", ("$.fs.write_roots", ["rr/a"])),
         ({"fs.deny_hidden": True}, kernel("mkdir", "/opt/x07/.rr/", EACCES, write=True), "permissions", None),
         # a root stays where it is, but for one around it
         ({}, kernel("rename", "/opt/x07/in", EBUSY, write=True), "fs.write_roots", ("$.fs.write_roots", ["."])),
@@ -200,7 +190,7 @@ def seccomp(call: str) -> dict[str, object]:
 def test_a_refusal_names_the_field_and_what_would_allow_it(
     changes: dict[str, object], body: dict[str, object], field: str, how: tuple[str | None, object] | None
 ) -> None:
-    """The smallest change of the policy that would let it pass, or none where none would."""
+    """A denial names its field and the smallest policy change that would allow it."""
     (denial,) = denials([body], policy(changes), AREAS, START)
     assert denial.field == field
     allowing = denial.how_to_allow
@@ -223,15 +213,15 @@ REFUSED: Final = (
 
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("body", REFUSED, ids=lambda body: f"{body['call']} {body['path'][:20]}")
-def test_what_is_advised_makes_no_invalid_policy(template: str, body: dict[str, object]) -> None:
-    """Whoever does what is said, again and again, has a valid policy at each step, and at the end what was wanted."""
-    made, said = TEMPLATES[template], []
+def test_advice_keeps_the_policy_valid(template: str, body: dict[str, object]) -> None:
+    """Following the advice keeps the policy valid and finally allows the call."""
+    made, advised = TEMPLATES[template], []
     for _ in range(10):
         (denial,) = denials([body], made, (), START)
         how = denial.how_to_allow
-        if how is None or how.json_path is None or how in said:
+        if how is None or how.json_path is None or how in advised:
             break
-        said.append(how)
+        advised.append(how)
         document = msgspec.to_builtins(made)
         section, key = how.json_path.removeprefix("$.").split(".")
         document[section][key] = how.value
@@ -243,21 +233,21 @@ def test_what_is_advised_makes_no_invalid_policy(template: str, body: dict[str, 
         assert made.process.allow_exec
 
 
-def test_what_a_mode_closes_is_told_by_what_was_to_be_done() -> None:
-    """A file that is closed by its mode was to be written; what only its owner may do has its call's name."""
+def test_a_denial_by_mode_names_the_action() -> None:
+    """A denial by file mode names the attempted action."""
     closed = [kernel("openat", "/data/out/x", EACCES, write=True), kernel("chmod", "/etc/x", EPERM, write=True)]
     assert [denial.action for denial in denials(closed, policy({}), AREAS, START)] == ["write", "chmod"]
 
 
-def test_counts_stay_what_json_can_say() -> None:
-    """However often the guest says that it was refused, the sum can be written."""
+def test_counts_stay_within_json_range() -> None:
+    """Huge counts from a guest stay within JSON's range."""
     body = kernel("openat", "/root/x", EACCES) | {"count": 2**63 - 1}
     (denial,) = denials([body, body, body], policy({}), (), START)
     assert b'"count":9223372036854775807' in msgspec.json.encode(denial)
 
 
-def test_what_is_advised_is_one_word_to_a_shell() -> None:
-    """Names are the program's: in flags they are quoted, as values they stand as they are."""
+def test_advice_is_quoted_for_a_shell() -> None:
+    """Names in suggested flags are quoted for a shell."""
     name = "/srv/$(id) 'b'"
     (denial,) = denials([kernel("mkdir", f"{name}/", EROFS, write=True)], policy({}), (), START)
     (hint,) = hints(b"cat: /d/$(id>&2): No such file or directory\n", policy({}), (), START)
@@ -274,58 +264,53 @@ def test_what_is_advised_is_one_word_to_a_shell() -> None:
 
 
 @pytest.mark.parametrize("folder", ["/", "/opt/"])
-def test_a_new_folder_where_no_root_can_be_is_one_itself(folder: str) -> None:
-    """What was to be made in a folder that the machine needs itself can be a root, and the flag says so."""
+def test_a_new_system_folder_can_be_a_root(folder: str) -> None:
+    """A new folder in a system folder can itself become a write root, and the flag says so."""
     (denial,) = denials([kernel("mkdir", folder, EROFS, write=True)], policy({}), (), START)
     flag = f"--allow-write-root {folder}FOLDER"
     assert denial.how_to_allow == HowToAllow(json_path=None, value=None, flag=flag)
 
 
-def test_a_missing_path_is_hinted_at_to_be_written_too() -> None:
-    """Nothing says what it was opened for: its folder as a write root is told, where it may be one."""
-    told = "FileNotFoundError: [Errno 2] No such file or directory: '{}'"
+def test_a_missing_path_suggests_a_write_root() -> None:
+    """A missing path suggests its folder as a write root too."""
+    message = "FileNotFoundError: [Errno 2] No such file or directory: '{}'"
     found = {}
     for path in ("/data/out.txt", "/top.txt", "out/result.txt"):
-        (hint,) = hints(told.format(path).encode(), policy({}), (), START)
+        (hint,) = hints(message.format(path).encode(), policy({}), (), START)
         found[path] = hint.to_write and hint.to_write.flag
     assert found == {
         "/data/out.txt": "--allow-write-root /data",
         "/top.txt": None,
         "out/result.txt": "--allow-write-root out",
     }
-    (hint,) = hints(told.format("/data/x").encode(), policy({"fs.enabled": False}), (), START)
+    (hint,) = hints(message.format("/data/x").encode(), policy({"fs.enabled": False}), (), START)
     assert hint.how == HowToAllow(json_path="$.fs.enabled", value=True)
-    assert hints(told.format("/data/a;b").encode(), policy({}), (), START) == []
+    assert hints(message.format("/data/a;b").encode(), policy({}), (), START) == []
 
 
-def test_what_is_the_same_to_the_policy_is_told_once() -> None:
-    """A fork and a vfork are one thing that was refused, and their counts are added."""
+def test_equal_denials_are_merged() -> None:
+    """Calls that are the same to the policy form one denial with added counts."""
     (denial,) = denials([seccomp("clone"), seccomp("vfork")], policy({"process.allow_spawn": False}), (), START)
     assert (denial.subject, denial.count) == ("a new process", 4)
 
 
-def test_flags_name_the_folder_as_the_user_did() -> None:
-    """For files there is a flag, which does all that the policy would need."""
+def test_flags_name_folders_as_the_user_did() -> None:
+    """Suggested flags name folders as the user did."""
     (denial,) = denials([kernel("openat", "/opt/x07/in/", EROFS, write=True)], policy({}), AREAS, START)
     assert denial.how_to_allow is not None
     assert denial.how_to_allow.flag == "--allow-write-root in"
 
 
-def test_a_root_that_one_around_it_left_out_is_replaced_once_it_joins_that() -> None:
-    """No root that is there already is advised for a mount in it: what joins the two is, if anything does."""
-    reveal = HowToAllow(json_path=None, value=None, flag="--reveal k.pem")
-    for joins in (reveal, None):
-        areas = (
-            GuestMount(given=".", at=START, write=True),
-            GuestMount(given="k", at=f"{START}/k", write=True, joins=joins),
-        )
-        for call, error in (("rename", EBUSY), ("unlink", EACCES)):
-            (denial,) = denials([kernel(call, f"{START}/k", error, write=True)], policy({}), areas, START)
-            assert (denial.field, denial.action, denial.how_to_allow) == ("fs.write_roots", "replace", joins)
+def test_a_mount_inside_a_write_root_is_not_advised_as_a_root_again() -> None:
+    """Replacing a mount inside a write root names the field and advises nothing."""
+    areas = (GuestMount(given=".", at=START, write=True), GuestMount(given="k", at=f"{START}/k", write=True))
+    for call, error in (("rename", EBUSY), ("unlink", EACCES)):
+        (denial,) = denials([kernel(call, f"{START}/k", error, write=True)], policy({}), areas, START)
+        assert (denial.field, denial.action, denial.how_to_allow) == ("fs.write_roots", "replace", None)
 
 
-def test_a_project_is_opened_to_be_written_by_its_relative_name() -> None:
-    """Where a project starts a program, its folders are named from there, and the project itself by a dot."""
+def test_project_folders_are_named_relatively() -> None:
+    """Folders of a project are suggested by their relative names."""
     project = "/x07/in/project"
     for folder, given in ((f"{project}/", "."), (f"{project}/src/a b/", "src/a b")):
         (denial,) = denials([kernel("openat", folder, EROFS, write=True)], policy({}), (), project)
@@ -342,8 +327,8 @@ def test_a_project_is_opened_to_be_written_by_its_relative_name() -> None:
         ("oom", "$.limits.mem_bytes", 2 * 512 * 1024**2),
     ],
 )
-def test_a_limit_that_ended_the_program_is_a_refusal_too(outcome: str, path: str, value: int) -> None:
-    """It names the field, and a value twice as large."""
+def test_a_reached_limit_is_a_denial(outcome: str, path: str, value: int) -> None:
+    """A limit that ended the program is a denial with twice the value."""
     denial = limit_hit(outcome, policy({}))
     assert denial is not None
     assert denial.how_to_allow == HowToAllow(json_path=path, value=value)
@@ -361,10 +346,10 @@ def test_a_limit_that_ended_the_program_is_a_refusal_too(outcome: str, path: str
         ("cpu-limit", {"limits.cpu_ms": 3000}, {"limits.cpu_ms": 3000, "limits.wall_ms": 90_000}, 3000, None),
     ],
 )
-def test_a_tighter_limit_of_the_call_is_what_is_to_be_raised(
+def test_a_limiting_flag_is_suggested(
     outcome: str, held: dict[str, Any], own: dict[str, Any], cpu_ms: int | None, flag: str | None
 ) -> None:
-    """Where a flag held the program the advice is that flag: a change of the policy would do nothing."""
+    """If a flag set the limit, the advice is that flag."""
     reach = flag_reach(policy(own).limits, policy(held).limits, may_raise=False)
     denial = limit_hit(outcome, policy(held), reach, cpu_ms=cpu_ms)
     assert denial is not None
@@ -381,7 +366,7 @@ def test_a_tighter_limit_of_the_call_is_what_is_to_be_raised(
     ],
 )
 def test_the_flag_that_raises_a_limit_is_named(outcome: str, flag: str, path: str, value: int) -> None:
-    """With a built-in policy the advice is the flag that raises the limit, beside the field of the policy."""
+    """With a built-in policy the advice names the flag and the policy field."""
     reach = flag_reach(None, policy({}).limits, may_raise=True)
     denial = limit_hit(outcome, policy({}), reach)
     assert denial is not None
@@ -389,7 +374,7 @@ def test_the_flag_that_raises_a_limit_is_named(outcome: str, flag: str, path: st
 
 
 def test_more_processes_and_open_files_have_flags_too() -> None:
-    """With a built-in policy tasks and descriptors that were refused name `--procs` and `--fds`."""
+    """Refused processes and descriptors suggest `--procs` and `--fds`."""
     reach = flag_reach(None, policy({}).limits, may_raise=True)
     tasks = more_tasks(policy({"process.max_live": 8}), 8, 1, reach)
     assert tasks.how_to_allow == HowToAllow(json_path="$.process.max_live", value=16, flag="--procs 16")
@@ -398,15 +383,15 @@ def test_more_processes_and_open_files_have_flags_too() -> None:
 
 
 @pytest.mark.parametrize(("most", "flag"), [(1000, "2000"), (0, "1"), (None, None)])
-def test_too_much_output_names_the_flag_that_lets_more(most: int | None, flag: str | None) -> None:
-    """A stream that passed the output limit is a refusal, with a limit twice as large where a flag sets it."""
+def test_too_much_output_names_the_flag(most: int | None, flag: str | None) -> None:
+    """Exceeding the output limit suggests --max-output-bytes with twice the value."""
     denial = too_much_output("stdout", most)
     assert (denial.field, denial.subject, denial.observed_by) == ("output", "more to stdout", "host")
     assert (denial.how_to_allow and denial.how_to_allow.flag) == (flag and f"--max-output-bytes {flag}")
 
 
-def test_what_is_at_its_most_cannot_be_allowed() -> None:
-    """Where no policy can say more there is nothing to advise."""
+def test_a_maximal_limit_gets_no_advice() -> None:
+    """A limit at its maximum gets no advice."""
     denial = limit_hit("timeout", policy({"limits.wall_ms": 600_000}))
     assert denial is not None
     assert denial.how_to_allow is None
@@ -439,15 +424,15 @@ def test_what_is_at_its_most_cannot_be_allowed() -> None:
         ),
     ],
 )
-def test_what_a_failed_program_missed_is_hinted_at(text: str, subject: str, flag: str) -> None:
-    """A path or a module that its last words name is told with the flag that would bring it in."""
+def test_a_missing_path_gives_a_hint(text: str, subject: str, flag: str) -> None:
+    """A missing path or module suggests the flag that provides it."""
     (hint,) = hints(text.encode(), policy({}), (), "/opt/x07")
     assert hint.subject == subject
     assert flag in (hint.how.flag or "")
 
 
-def test_a_module_that_lies_beside_the_program_needs_a_project() -> None:
-    """It is no package of an image: what makes a project of the folder is told, and for another module still that."""
+def test_a_local_module_suggests_a_project() -> None:
+    """A missing module next to the program suggests running the folder as a project."""
     text = b"ModuleNotFoundError: No module named '%s'\n"
     beside = LocalModules({"helper"}, "x07 run .")
     ((own,), (other,)) = (hints(text % name, policy({}), (), START, beside) for name in (b"helper", b"numpy"))
@@ -455,17 +440,19 @@ def test_a_module_that_lies_beside_the_program_needs_a_project() -> None:
     assert "--include python3-numpy" in (other.how.flag or "")
 
 
-@pytest.mark.parametrize("said", ["No such file or directory: '{}' -> b'{}'", "No such file or directory [{}] [{}]\n"])
-def test_of_two_names_both_are_hinted_at(said: str) -> None:
-    """A file that is to be copied, or to get another name: either may be missing, or the folder of the second."""
-    found = hints(said.format("/tmp/a", "/srv/out/b").encode(), policy({}), (), START)  # noqa: S108 - a text
+@pytest.mark.parametrize(
+    "message", ["No such file or directory: '{}' -> b'{}'", "No such file or directory [{}] [{}]\n"]
+)
+def test_two_paths_give_two_hints(message: str) -> None:
+    """An error with two paths gives a hint for each."""
+    found = hints(message.format("/tmp/a", "/srv/out/b").encode(), policy({}), (), START)  # noqa: S108 - a text
     assert [hint.subject for hint in found] == ["/tmp/a", "/srv/out/b"]  # noqa: S108 - a text
     assert found[1].to_write is not None
     assert found[1].to_write.flag == "--allow-write-root /srv/out"
 
 
 @pytest.mark.parametrize(
-    "said",
+    "message",
     [
         """    print(os.environ["{}"])
           ~~~~~~~~~~^^^^^^^^
@@ -486,12 +473,12 @@ KeyError: b'{}'
         "it.sh: 3: {}: parameter not set or null\n",
     ],
 )
-def test_a_variable_that_is_missed_is_hinted_at(said: str) -> None:
-    """One of ours goes in by its name, another with a value, and where the policy forbids it that comes first."""
+def test_a_missing_variable_gives_a_hint(message: str) -> None:
+    """A missing environment variable suggests --env, or the policy field that forbids it."""
 
     def hint(name: str, ours: tuple[str, ...] = (), **env: object) -> Hint | None:
         values = {f"env.{key}": value for key, value in env.items()}
-        found = hints(said.format(name, name).encode(), policy(values), (), START, host_variables=ours)
+        found = hints(message.format(name, name).encode(), policy(values), (), START, host_variables=ours)
         assert [(one.subject, one.kind) for one in found] in ([], [(f"the variable {name}", "variable")])
         return found[0] if found else None
 
@@ -509,14 +496,14 @@ def test_a_variable_that_is_missed_is_hinted_at(said: str) -> None:
     assert hint("TOKEN", ("TOKEN",), allow_keys=["TOKEN"]) is None
 
 
-def test_a_key_that_no_environment_has_is_no_hint() -> None:
-    """A dictionary of the program's own that has not a key says so in the same words, from another line."""
+def test_a_missing_dictionary_key_gives_no_hint() -> None:
+    """A missing key of the program's own dictionary gives no hint."""
     for where in ('File "it.py", line 2, in __getitem__\n', 'File "<frozen os>", line 717, in get\n', "\n"):
         assert hints(f"  {where}KeyError: 'TOKEN'\n".encode(), policy({}), (), START) == []
 
 
-def test_a_program_that_is_missed_is_hinted_at() -> None:
-    """What Python's subprocess did not find needs an image; a bare name is no file to bring in."""
+def test_a_missing_program_gives_a_hint() -> None:
+    """A program missing for Python's subprocess suggests an image with it."""
     raised = """Traceback (most recent call last):
   File "/usr/lib/python3.13/subprocess.py", line 1972, in _execute_child
     raise child_exception_type(errno_num, err_msg, err_filename)
@@ -540,14 +527,14 @@ FileNotFoundError: [Errno 2] No such file or directory: '{}'
         "",
         "No such file or directory: '/usr/lib/x'",  # the machine's own
         "No such file or directory: '/opt/x07/made-by-me'",
-        "No such file or directory: '/data/missing'",  # a root: what is not there is not on the host either
+        "No such file or directory: '/data/missing'",  # a root: missing here, so missing on the host too
         "No such file or directory: '../../etc/shadow'",
         "No such file or directory: '/srv/\x1b[31mred'",
         "/srv/x: Permission denied",
     ],
 )
-def test_what_no_flag_would_bring_is_no_hint(text: str) -> None:
-    """Paths of the machine, of its own folders, in a root, outside of everything, or that cannot be printed."""
+def test_an_unavailable_path_gives_no_hint(text: str) -> None:
+    """A missing path that no flag can provide gives no hint."""
     assert hints(text.encode(), policy({}), AREAS, "/opt/x07") == []
 
 
@@ -571,8 +558,8 @@ def test_what_no_flag_would_bring_is_no_hint(text: str) -> None:
         ),
     ],
 )
-def test_a_library_that_cannot_be_loaded_is_hinted_at(text: str, path: str, how: tuple[str, object]) -> None:
-    """What the loader says of a folder without execution is told with what would let it be loaded from there."""
+def test_an_unloadable_library_gives_a_hint(text: str, path: str, how: tuple[str, object]) -> None:
+    """A library that cannot be loaded suggests the policy change that allows it."""
     (hint,) = hints(text.encode(), policy(LISTED), AREAS, START)
     assert (hint.subject, hint.kind) == (f"the library {path}", "library")
     assert (hint.how.json_path, hint.how.value) == how
@@ -582,8 +569,8 @@ def test_a_library_that_cannot_be_loaded_is_hinted_at(text: str, path: str, how:
 
 
 @pytest.mark.parametrize("path", ["in/.cfg", "/data/.cfg", "/srv/.cfg", ".cfg"])
-def test_a_hidden_file_that_is_missed_is_hinted_at(path: str) -> None:
-    """In a root or outside of all of them: first fs.deny_hidden must let it."""
+def test_a_missing_hidden_file_gives_a_hint(path: str) -> None:
+    """A missing hidden file suggests fs.deny_hidden = false."""
     text = f"FileNotFoundError: [Errno 2] No such file or directory: '{path}'"
     (hint,) = hints(text.encode(), policy({"fs.deny_hidden": True}), AREAS, START)
     assert hint.subject == (path if "/" in path else f"./{path}")
@@ -593,7 +580,7 @@ def test_a_hidden_file_that_is_missed_is_hinted_at(path: str) -> None:
 
 
 def test_hints_are_few_however_long_the_text() -> None:
-    """Three at most, each once."""
+    """At most three hints are given."""
     text = "".join(f"cat: /srv/{number % 5}: No such file or directory\n" for number in range(1300))
     assert len(hints(text.encode(), policy({}), (), "/opt/x07")) == 3
     assert hints(b"\xff'/" * 20_000, policy({}), (), "/opt/x07") == []

@@ -1,4 +1,4 @@
-"""Promises of `x07 policy check` (also of a connection), `digest` and `schema`: verdicts, exit codes, bad files."""
+"""`x07 policy check`, `digest` and `schema`: verdicts, exit codes and unreadable files."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 GOOD = render_policy(TEMPLATES["cli"])
 
 
-def test_good_policies_are_told_to_be_valid(tmp_path: Path) -> None:
-    """Valid policies, and templates by their name, make exit code 0 and a line each."""
+def test_valid_policies_are_reported(tmp_path: Path) -> None:
+    """`x07 policy check` reports valid policies and templates with one line each and exit code 0."""
     (tmp_path / "p.json").write_bytes(GOOD)
     assert policy(tmp_path, "check", "p.json", "built-in:default") == (
         0,
@@ -61,7 +61,7 @@ def test_good_policies_are_told_to_be_valid(tmp_path: Path) -> None:
     ],
 )
 def test_an_invalid_policy_has_an_exit_code_of_its_own(tmp_path: Path, data: bytes, why: str) -> None:
-    """What can be read and is no valid policy makes exit code 3 and the reason, with its JSON path and a suggestion."""
+    """An invalid policy ends with exit code 3 and its reasons, with JSON path and suggestion."""
     (tmp_path / "p.json").write_bytes(data)
     code, out, err = policy(tmp_path, "check", "p.json")
     assert (code, out) == (3, "")
@@ -73,8 +73,8 @@ def test_an_invalid_policy_has_an_exit_code_of_its_own(tmp_path: Path, data: byt
     assert [policy(tmp_path, verb, "p.json")[0] for verb in ("digest", "check")] == [3, 3]
 
 
-def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
-    """One call names every problem of every file, each with its place."""
+def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
+    """`x07 policy check` reports every problem of every file at once."""
     (tmp_path / "a.json").write_bytes(GOOD.replace(b'"fds": 128', b'"fds": -1').replace(b'"enabled"', b'"enable"'))
     (tmp_path / "b.json").write_bytes(GOOD.replace(b'"wall_ms"', b'"wal_ms"'))
     _, found = as_json(tmp_path, "check", "a.json", "b.json")
@@ -84,8 +84,8 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["missing.json", ".", "pipe", "/dev/zero", "large.json", "built-in:nope", "loop"])
-def test_what_cannot_be_read_is_told_apart_from_what_is_invalid(tmp_path: Path, name: str) -> None:
-    """A missing file, a folder, a pipe, an endless device, 100 MB: exit code 2 at once, also beside an invalid one."""
+def test_unreadable_and_invalid_policies_differ(tmp_path: Path, name: str) -> None:
+    """An unreadable policy ends with exit code 2, even next to an invalid one."""
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "bad.json").write_bytes(b"{}")
@@ -101,17 +101,18 @@ def test_what_cannot_be_read_is_told_apart_from_what_is_invalid(tmp_path: Path, 
 
 
 @pytest.mark.parametrize(
-    ("name", "told"), [("worker", "or built-in:worker"), ("", "its name is empty"), ("other", "Name a readable file.")]
+    ("name", "suggestion"),
+    [("worker", "or built-in:worker"), ("", "its name is empty"), ("other", "Name a readable file.")],
 )
-def test_a_name_that_is_no_files_is_told_with_what_was_meant(tmp_path: Path, name: str, told: str) -> None:
-    """The mere name of a template is told with the one that it has here, and an empty name as what it is."""
+def test_a_template_name_gets_a_suggestion(tmp_path: Path, name: str, suggestion: str) -> None:
+    """A bare template name or an empty file name is an error with a suggestion."""
     code, out, err = policy(tmp_path, "check", name)
     assert (code, out) == (2, "")
-    assert told in err
+    assert suggestion in err
 
 
 def test_a_digest_is_one_line(tmp_path: Path) -> None:
-    """`x07 policy digest` prints the canonical digest; with --json the digest of the bytes too, as a result has it."""
+    """`x07 policy digest` prints the canonical digest, with --json the digest of the file too."""
     (tmp_path / "p.json").write_bytes(json.dumps(json.loads(GOOD)).encode())
     digest = policy_digest(TEMPLATES["cli"])
     assert policy(tmp_path, "digest", "p.json") == (0, f"{digest}\n", "")
@@ -120,8 +121,8 @@ def test_a_digest_is_one_line(tmp_path: Path) -> None:
     assert found["file_digest"] == f"sha256:{sha256((tmp_path / 'p.json').read_bytes()).hexdigest()}"
 
 
-def test_a_file_whose_name_is_no_text_is_checked_as_any_other(tmp_path: Path) -> None:
-    """A name that is no UTF-8 is printed as it is."""
+def test_a_file_with_a_non_utf8_name_is_checked(tmp_path: Path) -> None:
+    """A policy file whose name is not UTF-8 can be checked."""
     name = os.fsdecode(b"p\xff.json")
     (tmp_path / name).write_bytes(GOOD)
     argv = [sys.executable, "-m", "x07_sandbox.cli.main", "policy", "check", name]
@@ -132,8 +133,8 @@ def test_a_file_whose_name_is_no_text_is_checked_as_any_other(tmp_path: Path) ->
 @pytest.mark.parametrize(
     "words", [("check", "--json"), ("explain", "--json"), ("init", "--json", "--template", "cli", "--project")]
 )
-def test_a_name_that_is_no_text_is_spelt_out_in_a_document(tmp_path: Path, words: tuple[str, ...]) -> None:
-    """No document has half a surrogate pair in it, which strict readers of JSON refuse: such a name is spelt out."""
+def test_documents_escape_non_utf8_names(tmp_path: Path, words: tuple[str, ...]) -> None:
+    """JSON documents contain no lone surrogates; such file names are escaped."""
     folder = tmp_path / os.fsdecode(b"f\xff")
     folder.mkdir()
     (folder / "policy.json").write_bytes(GOOD)
@@ -144,14 +145,8 @@ def test_a_name_that_is_no_text_is_spelt_out_in_a_document(tmp_path: Path, words
 
 
 def test_the_schema_is_printed_as_it_is_published(tmp_path: Path) -> None:
-    """`x07 policy schema` prints the bytes of schemas/run-os-policy.schema.json."""
+    """`x07 policy schema` prints the published schema."""
     assert policy(tmp_path, "schema") == (0, render_schema().decode(), "")
-
-
-def test_wrong_words_are_one_json_object_too(tmp_path: Path) -> None:
-    """With --json a usage error is one JSON object, exit code 2."""
-    code, found = as_json(tmp_path, "check")
-    assert (code, found["error"]["what"]) == (2, "wrong usage")
 
 
 WITH_HOST = render_policy(TEMPLATES["http-client"]).replace(
@@ -159,8 +154,8 @@ WITH_HOST = render_policy(TEMPLATES["http-client"]).replace(
 )
 
 
-def test_a_connection_can_be_asked_about(tmp_path: Path) -> None:
-    """`x07 policy check --host` names the rule that would allow a connection, exit 0."""
+def test_check_host_names_the_allowing_rule(tmp_path: Path) -> None:
+    """`x07 policy check --host` names the rule that allows a connection."""
     (tmp_path / "p.json").write_bytes(WITH_HOST)
     code, out, err = policy(tmp_path, "check", "--host", "A.example.org.:443", "p.json")
     assert (code, err) == (0, "")
@@ -174,8 +169,8 @@ def test_a_connection_can_be_asked_about(tmp_path: Path) -> None:
     assert found["how_to_allow"] is None
 
 
-def test_a_denied_connection_says_what_would_allow_it(tmp_path: Path) -> None:
-    """`x07 policy check --host` ends with 1 for a denied connection, and names what allows it, if anything does."""
+def test_check_host_says_what_would_allow_it(tmp_path: Path) -> None:
+    """`x07 policy check --host` ends with 1 for a denied connection and says what would allow it."""
     code, out, err = policy(tmp_path, "check", "--host", "example.org:443")
     assert (code, err) == (1, "")
     assert 'add {"host": "example.org", "ports": [443]} to net.allow_hosts in the policy' in out
@@ -201,8 +196,8 @@ def test_a_denied_connection_says_what_would_allow_it(tmp_path: Path) -> None:
         ("b.example.org:*", "net.allow_hosts[0]"),
     ],
 )
-def test_a_connection_can_be_asked_about_with_a_denial(tmp_path: Path, denied: str, rule: str) -> None:
-    """`x07 policy check --host` with --deny-host decides as a run with that flag does."""
+def test_check_host_accepts_deny_host(tmp_path: Path, denied: str, rule: str) -> None:
+    """`x07 policy check --host` with --deny-host decides as a run does."""
     (tmp_path / "p.json").write_bytes(WITH_HOST)
     code, found = as_json(tmp_path, "check", "--host", "a.example.org:443", "--deny-host", denied, "p.json")
     assert (code, found["rule"]) == (0 if rule.startswith("net.") else 1, rule)
@@ -221,17 +216,17 @@ def test_a_connection_can_be_asked_about_with_a_denial(tmp_path: Path, denied: s
         (("--host", "a.org:1", "bad.json"), 3, "$.net.allow_hosts[0]: host *.org: '*' must be"),
     ],
 )
-def test_a_wrong_question_about_a_connection_is_told(
+def test_invalid_arguments_of_check_host_are_reported(
     tmp_path: Path, words: tuple[str, ...], code: int, why: str
 ) -> None:
-    """A bad host, port or number of policies is wrong usage, and a policy whose hosts mean nothing is invalid."""
+    """An invalid host, port or policy of `x07 policy check --host` is an error."""
     (tmp_path / "bad.json").write_bytes(WITH_HOST.replace(b"*.Example.org", b"*.org"))
     found = policy(tmp_path, "check", *words)
     assert (found[0], found[1], why in found[2]) == (code, "", True)
 
 
-def test_a_host_that_means_nothing_is_invalid(tmp_path: Path) -> None:
-    """`x07 policy check` says of a host that no run could use that the policy is invalid, and why."""
+def test_a_meaningless_host_is_invalid(tmp_path: Path) -> None:
+    """A policy with a meaningless host is invalid."""
     document = json.loads(WITH_HOST)
     document["net"]["allow_hosts"][0]["host"] = "*.com"
     (tmp_path / "p.json").write_text(json.dumps(document), encoding="utf-8")

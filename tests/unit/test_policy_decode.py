@@ -1,4 +1,4 @@
-"""Promises of the policy decoder: a valid policy or one error with all problems, whatever the bytes."""
+"""The policy decoder: a valid policy, or one error with all problems, for any bytes."""
 
 import copy
 import json
@@ -31,7 +31,7 @@ JSON = st.recursive(
 
 
 def document() -> dict[str, Any]:
-    """The default policy as plain JSON, with every optional section present."""
+    """The default policy as JSON, with every optional section."""
     plain: dict[str, Any] = json.loads(DEFAULT)
     plain["db"] = {
         "enabled": False,
@@ -49,7 +49,7 @@ def encode(value: object) -> bytes:
 
 
 def problems_of(data: bytes) -> tuple[Problem, ...]:
-    """The problems for which *data* is refused."""
+    """The problems of an invalid document."""
     with pytest.raises(PolicyError) as caught:
         decode_policy(data, source="p.json")
     return caught.value.problems
@@ -66,7 +66,7 @@ def places(value: object, at: tuple[str | int, ...] = ()) -> list[tuple[str | in
 
 
 def changed(value: object, place: tuple[str | int, ...], new: object, *, how: str) -> object:
-    """A copy of a document with one value replaced, removed, or given a neighbour."""
+    """A copy of a document with one value replaced, removed or added."""
     if not place:
         return new
     made = copy.deepcopy(value)
@@ -96,7 +96,7 @@ def nearly_valid(draw: st.DrawFn) -> object:
 
 
 def test_a_valid_document_becomes_the_policy_that_it_describes() -> None:
-    """What a policy file says is what the policy holds."""
+    """A valid document decodes to the policy that it describes."""
     policy = decode_policy(DEFAULT, source="default")
     assert policy == default_policy()
     assert policy.limits.wall_ms == 60_000
@@ -107,7 +107,7 @@ def test_a_valid_document_becomes_the_policy_that_it_describes() -> None:
 @given(nearly_valid())
 @example(document())
 def test_fast_and_slow_way_agree(value: object) -> None:
-    """A document is accepted exactly when nothing is wrong with it."""
+    """The fast decoder accepts exactly the documents in which the checker finds no problem."""
     parsed = parse(encode(value), source="p")
     assert (accept(parsed) is not None) == (find_problems(parsed) == ())
 
@@ -121,7 +121,7 @@ def test_fast_and_slow_way_agree(value: object) -> None:
 @example(b"[" * 100_000)
 @example(b'{"a":' * 100_000)
 def test_any_bytes_give_a_policy_or_a_policy_error(data: bytes) -> None:
-    """No bytes whatever make the decoder fail in another way than by its own error."""
+    """Any bytes give a policy or PolicyError."""
     try:
         assert isinstance(decode_policy(data, source="p"), Policy)
     except PolicyError as error:
@@ -131,7 +131,7 @@ def test_any_bytes_give_a_policy_or_a_policy_error(data: bytes) -> None:
 @settings(deadline=None)
 @given(nearly_valid(), st.data())
 def test_any_cut_of_a_document_gives_a_policy_or_a_policy_error(value: object, data: st.DataObject) -> None:
-    """A file that was cut or joined anywhere is refused by our own error."""
+    """A truncated or joined document gives a policy or PolicyError."""
     whole = encode(value)
     cut = data.draw(st.integers(0, len(whole)))
     for part in (whole[:cut], whole[cut:], whole[:cut] + b"\0" + whole[cut:]):
@@ -153,13 +153,13 @@ def test_any_cut_of_a_document_gives_a_policy_or_a_policy_error(value: object, d
         (b"[" * 40 + b"]" * 40, "is nested deeper than 32 levels"),
     ],
 )
-def test_what_cannot_be_read_is_refused_at_the_root(data: bytes, message: str) -> None:
-    """A document that is no JSON, too large or too deep is refused as a whole, and the reason says why."""
+def test_unreadable_documents_are_refused(data: bytes, message: str) -> None:
+    """A document that is not JSON, too large or too deep is refused as a whole."""
     assert problems_of(data) == (Problem("$", message),)
 
 
 def test_a_repeated_key_is_refused_with_its_place() -> None:
-    """A key that stands twice is refused even where both values are good, beside everything else that is wrong."""
+    """A duplicate key is refused with its path."""
     data = DEFAULT.replace(b'"cpu_ms": 60000,', b'"cpu_ms": 60000, "cpu_ms": 60000, "cpu_ms": 1,').replace(
         b'"procs": 64', b'"procs": -1'
     )
@@ -170,14 +170,14 @@ def test_a_repeated_key_is_refused_with_its_place() -> None:
 
 
 def test_half_a_unicode_pair_is_refused() -> None:
-    """A text that no UTF-8 can hold is refused, so that a policy can always be written and exported."""
+    """A lone surrogate is refused."""
     data = DEFAULT.replace(b'"read_roots": []', b'"read_roots": ["a\\ud800"]')
     assert problems_of(data) == (Problem("$.fs.read_roots[0]", "is not valid Unicode (an unpaired \\u surrogate)"),)
 
 
 @pytest.mark.parametrize("value", [True, False, 60000.0, 1e3, "60000", None, [], {}])
 def test_a_number_is_a_whole_number_and_nothing_else(value: object) -> None:
-    """A limit is a whole number: true is not 1, 1.0 is not 1, "1" is not 1."""
+    """A limit must be an integer, not a boolean, float or text."""
     made = changed(document(), ("limits", "cpu_ms"), value, how="replace")
     (problem,) = problems_of(encode(made))
     assert problem.json_path == "$.limits.cpu_ms"
@@ -186,7 +186,7 @@ def test_a_number_is_a_whole_number_and_nothing_else(value: object) -> None:
 
 @pytest.mark.parametrize("digits", ["0", "-1", "600001", "1" + "0" * 25, "-" + "9" * 100_000])
 def test_a_number_out_of_range_is_refused_however_long_it_is(digits: str) -> None:
-    """A limit outside its range is refused, also one with a hundred thousand digits."""
+    """A number out of range is refused, however long it is."""
     data = DEFAULT.replace(b'"cpu_ms": 60000', f'"cpu_ms": {digits}'.encode())
     (problem,) = problems_of(data)
     assert problem.json_path == "$.limits.cpu_ms"
@@ -196,13 +196,13 @@ def test_a_number_out_of_range_is_refused_however_long_it_is(digits: str) -> Non
 
 @pytest.mark.parametrize("section", ["db", "language", "threads", "notes"])
 def test_an_optional_part_is_absent_but_never_null(section: str) -> None:
-    """A section is left out by leaving it out; null is refused."""
+    """An optional section may be absent but not null."""
     (problem,) = problems_of(encode({**document(), section: None}))
     assert problem.json_path == f"$.{section}"
 
 
 def test_all_errors_come_at_once_each_with_its_path() -> None:
-    """One look at the message is enough to repair a document, however much is wrong with it."""
+    """All errors of a policy are reported at once, each with its path."""
     made = document()
     del made["env"]
     made["limits"]["cpu_m"] = made["limits"].pop("cpu_ms")
@@ -241,7 +241,7 @@ def test_all_errors_come_at_once_each_with_its_path() -> None:
     ],
 )
 def test_a_misspelt_key_gets_a_suggestion(place: tuple[str | int, ...], key: str, meant: str | None) -> None:
-    """An unknown field is refused with the one that was probably meant, in its section or elsewhere."""
+    """A misspelt key is refused with the nearest valid one."""
     made: Any = document()
     holder = made
     for step in place:
@@ -253,7 +253,7 @@ def test_a_misspelt_key_gets_a_suggestion(place: tuple[str | int, ...], key: str
 
 
 def test_a_strange_key_cannot_disturb_a_terminal() -> None:
-    """A key is shown escaped and cut."""
+    """Keys in errors are escaped and shortened."""
     made = {**document(), "\x1b[2J" + "k" * 500: 1}
     (problem,) = problems_of(encode(made))
     assert problem.json_path.isascii()
@@ -262,7 +262,7 @@ def test_a_strange_key_cannot_disturb_a_terminal() -> None:
 
 
 def test_the_format_is_exactly_one() -> None:
-    """Another schema_version is refused with the right one; blanks around it are dropped, as upstream does."""
+    """Only schema_version x07.run-os-policy@0.1.0 is accepted."""
     padded = decode_policy(encode({**document(), "schema_version": " x07.run-os-policy@0.1.0\n"}), source="p")
     assert padded.schema_version == "x07.run-os-policy@0.1.0"
     for other in ("x07.run-os-policy@0.2.0", "x07.arch.rr.policy@0.1.0", "", 1):
@@ -272,7 +272,7 @@ def test_the_format_is_exactly_one() -> None:
 
 
 def test_the_list_of_problems_is_bounded() -> None:
-    """A large document with a fault in every entry gives a message of bounded size."""
+    """The number of reported problems is bounded."""
     made = document()
     made["process"]["allow_execs"] = [7] * 50_000
     found = problems_of(encode(made))
@@ -281,7 +281,7 @@ def test_the_list_of_problems_is_bounded() -> None:
 
 
 def test_the_error_is_a_usage_error_and_survives_pickling() -> None:
-    """A policy error crosses process borders with all its problems."""
+    """A policy error survives pickling with all its problems."""
     with pytest.raises(PolicyError) as caught:
         decode_policy(b"{}", source="p.json")
     again = pickle.loads(pickle.dumps(caught.value))  # noqa: S301 - our own bytes
@@ -293,14 +293,14 @@ def test_the_error_is_a_usage_error_and_survives_pickling() -> None:
 
 @pytest.mark.parametrize("value", [None, True, 1, "x", [], [[]]])
 def test_a_document_that_is_no_object_is_refused(value: object) -> None:
-    """Only an object is a policy."""
+    """Only a JSON object is a policy."""
     (problem,) = problems_of(encode(value))
     assert problem.json_path == "$"
     assert problem.message.startswith("must be an object, not ")
 
 
 def test_a_good_policy_costs_no_slow_import() -> None:
-    """Reading a good policy imports neither jsonschema nor difflib."""
+    """Decoding a valid policy imports neither jsonschema nor difflib."""
     code = (
         "import sys; from x07_sandbox.policy import *; "
         "decode_policy(render_policy(default_policy()), source='p'); "

@@ -1,4 +1,4 @@
-"""Promises of `x07 policy diff`: every field has its direction, and nothing that differs goes untold."""
+"""`x07 policy diff`: every difference with its direction."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OPPOSITE: dict[Effect, Effect] = {"granted": "withdrawn", "withdrawn": "granted"
 
 
 def changed(**values: object) -> Policy:
-    """The built-in default with values set by path (dots written as two underscores)."""
+    """The default policy with values set by path (two underscores for a dot)."""
     made: dict[str, Any] = json.loads(render_policy(default_policy()))
     made["db"] = {"enabled": False, "drivers": {"sqlite": False, "postgres": False, "mysql": False}}
     made["db"]["net"] = {"require_tls": False, "require_verify": False}
@@ -38,12 +38,12 @@ def changed(**values: object) -> Policy:
 
 
 def test_the_exceptions_are_fields() -> None:
-    """The lists of fields that restrict, or neither grant nor restrict, name fields of the model."""
+    """Every policy field has a direction."""
     assert {field.path for field in fields()} >= _NEUTRAL | _RESTRICTS
 
 
-def test_an_absent_section_is_what_stands_for_it() -> None:
-    """Sections that say what counts in their absence make no difference."""
+def test_an_absent_section_equals_its_defaults() -> None:
+    """An absent section equals its defaults."""
     assert differences(default_policy(), changed()) == ()
 
 
@@ -66,15 +66,15 @@ def test_an_absent_section_is_what_stands_for_it() -> None:
         ("notes", "other", "changed"),
     ],
 )
-def test_a_value_is_told_by_what_it_does(field: str, value: object, effect: str) -> None:
-    """A larger limit is granted, a restriction switched on is withdrawn, a name is only changed."""
+def test_a_changed_value_has_a_direction(field: str, value: object, effect: str) -> None:
+    """A changed value is reported as granted, withdrawn or changed."""
     before = leaf_values(changed())[field]
     (change,) = differences(changed(), changed(**{field.replace(".", "__"): value}))
     assert (change.field, change.effect, change.before, change.after) == (field, effect, before, value)
 
 
-def test_lists_are_told_entry_by_entry() -> None:
-    """Each root, each key and each port of a host is told alone; order, case of hosts and repetition do not count."""
+def test_lists_are_compared_by_entry() -> None:
+    """Lists are compared entry by entry, ignoring order and repetition."""
     hosts = [{"host": "A.example", "ports": [2, 1]}, {"host": "b.example", "ports": [3]}]
     more = [{"host": "b.example", "ports": [3, 4]}, {"host": "a.example", "ports": [1]}]
     first = changed(fs__read_roots=["a", "b"], env__deny_keys=["K"], net__allow_hosts=hosts)
@@ -89,8 +89,8 @@ def test_lists_are_told_entry_by_entry() -> None:
     ]
 
 
-def test_a_number_that_stands_for_another_is_compared_as_that_one() -> None:
-    """0 bytes to read is X07's own 16 MiB: the same as writing that, and more than 1 MiB."""
+def test_zero_is_compared_as_its_meaning() -> None:
+    """0 for fs.max_read_bytes is compared as the 16 MiB that it stands for."""
     none = changed(fs__max_read_bytes=0)
     assert differences(none, changed(fs__max_read_bytes=16 << 20)) == ()
     (change,) = differences(none, changed(fs__max_read_bytes=1 << 20))
@@ -109,8 +109,8 @@ POLICIES = st.builds(
 
 
 @given(POLICIES, POLICIES)
-def test_the_way_back_is_the_opposite(first: Policy, second: Policy) -> None:
-    """Nothing differs from itself, and what one way grants the other way withdraws."""
+def test_the_reverse_diff_is_the_opposite(first: Policy, second: Policy) -> None:
+    """The reverse comparison reports the opposite."""
     assert differences(first, first) == ()
     there = [(change.field, change.effect, change.before, change.after) for change in differences(first, second)]
     back = [
@@ -119,8 +119,8 @@ def test_the_way_back_is_the_opposite(first: Policy, second: Policy) -> None:
     assert sorted(there, key=repr) == sorted(back, key=repr)
 
 
-def test_the_command_says_it_in_words_and_as_json(tmp_path: Path) -> None:
-    """`x07 policy diff` groups what is granted, withdrawn and changed, and its exit code says whether anything is."""
+def test_diff_reports_as_text_and_json(tmp_path: Path) -> None:
+    """`x07 policy diff` reports differences as text and JSON, and by its exit code."""
     assert policy(tmp_path, "diff", "built-in:cli", "built-in:cli") == (0, "", "")
     code, out, err = policy(tmp_path, "diff", "built-in:worker", "built-in:worker-parallel")
     assert (code, err) == (1, "")
@@ -137,8 +137,8 @@ def test_the_command_says_it_in_words_and_as_json(tmp_path: Path) -> None:
     assert as_json(tmp_path, "diff", "built-in:cli", "built-in:cli")[1]["same"] is True
 
 
-def test_what_cannot_be_compared_has_its_exit_code(tmp_path: Path) -> None:
-    """A file that cannot be read ends `x07 policy diff` with 2, an invalid policy with 3."""
+def test_diff_has_exit_codes_for_errors(tmp_path: Path) -> None:
+    """`x07 policy diff` ends with 2 for an unreadable and with 3 for an invalid policy."""
     (tmp_path / "bad.json").write_bytes(b"{}")
     assert policy(tmp_path, "diff", "built-in:cli", "missing.json")[0] == 2
     assert policy(tmp_path, "diff", "bad.json", "built-in:cli")[0] == 3

@@ -1,4 +1,4 @@
-"""Promises of limits that a caller sets beside the policy: whose policy may be raised, and that nothing is cut."""
+"""Limits set by flags: which policies they may raise, and how they are parsed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from x07_sandbox.plan.controls import run_limits
 from x07_sandbox.policy import default_policy, render_policy
 from x07_sandbox.policy.limits import LimitChanges, change_limits, parse_size, size_text
 from x07_sandbox.policy.templates import TEMPLATES
-from x07_sandbox.runs.request import InForce, ProjectPolicy, RunRequest, policy_in_force
+from x07_sandbox.runs.request import EffectivePolicy, ProjectPolicy, RunRequest, effective_policy_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,16 +28,16 @@ GIB = 1 << 30
 RAISED = LimitChanges(mem_bytes=GIB, cpu_ms=90_000, wall_ms=120_000, procs=128, fds=512)
 
 
-def in_force(policy: Any, **limits: Any) -> InForce:  # noqa: ANN401 - as a request takes them
+def effective_policy(policy: Any, **limits: Any) -> EffectivePolicy:  # noqa: ANN401 - as a request takes them
     """The policy that holds for a request."""
     with contextlib.closing(Cancel()) as cancel:
-        return policy_in_force(RunRequest(source=b"", policy=policy, limits=LimitChanges(**limits), cancel=cancel))
+        return effective_policy_of(RunRequest(source=b"", policy=policy, limits=LimitChanges(**limits), cancel=cancel))
 
 
 @pytest.mark.parametrize("policy", [None, "built-in:default"])
 def test_flags_raise_the_limits_of_a_built_in_policy(policy: str | None) -> None:
-    """Whoever names no policy file may give a program more, and the document says what holds."""
-    found = in_force(policy, **RAISED.given())
+    """Flags may raise the limits of a built-in policy."""
+    found = effective_policy(policy, **RAISED.given())
     limits = found.policy.limits
     assert (limits.mem_bytes, limits.cpu_ms, limits.wall_ms) == (GIB, 90_000, 120_000)
     assert (limits.procs, limits.fds) == (128, 512)
@@ -46,40 +46,40 @@ def test_flags_raise_the_limits_of_a_built_in_policy(policy: str | None) -> None
 
 
 def test_more_time_is_more_cpu_time_too() -> None:
-    """`--timeout 300` lets a program compute for as long, unless --cpu-time says otherwise or the policy is given."""
-    assert in_force(None, wall_ms=300_000).policy.limits.cpu_ms == 300_000
-    assert in_force(None, wall_ms=300_000, cpu_ms=9000).policy.limits.cpu_ms == 9000
-    assert in_force(None, wall_ms=5000).policy.limits.cpu_ms == default_policy().limits.cpu_ms
-    assert in_force(default_policy(), wall_ms=5000).policy.limits.cpu_ms == default_policy().limits.cpu_ms
+    """A longer --timeout raises the CPU time limit too, unless --cpu-time or a policy file sets it."""
+    assert effective_policy(None, wall_ms=300_000).policy.limits.cpu_ms == 300_000
+    assert effective_policy(None, wall_ms=300_000, cpu_ms=9000).policy.limits.cpu_ms == 9000
+    assert effective_policy(None, wall_ms=5000).policy.limits.cpu_ms == default_policy().limits.cpu_ms
+    assert effective_policy(default_policy(), wall_ms=5000).policy.limits.cpu_ms == default_policy().limits.cpu_ms
 
 
 def test_raised_processes_hold_for_children_too() -> None:
-    """`--procs 128` allows 128 tasks, though the built-in policy limits children separately."""
-    assert run_limits(in_force(None, procs=128).policy).tasks == 129
-    assert run_limits(in_force("built-in:worker-parallel", procs=32).policy).tasks == 33
+    """--procs raises the limit on child processes too."""
+    assert run_limits(effective_policy(None, procs=128).policy).tasks == 129
+    assert run_limits(effective_policy("built-in:worker-parallel", procs=32).policy).tasks == 33
 
 
 @pytest.mark.parametrize(("field", "value"), RAISED.given().items())
 @pytest.mark.parametrize("kind", ["file", "project", "value"])
 def test_a_given_policy_is_only_lowered(tmp_path: Path, kind: str, field: str, value: int) -> None:
-    """A value above that of a policy file, a project's policy or a Policy is an error that names the field to edit."""
+    """Flags can only lower the limits of a user's policy, and the error names the field to edit."""
     place = tmp_path / "strict.json"
     place.write_bytes(render_policy(default_policy()))
     project = ProjectPolicy(place, place.read_bytes(), str(tmp_path))
     policy = {"file": str(place), "project": project, "value": default_policy()}[kind]
     with pytest.raises(UsageError, match="allows at most") as caught:
-        in_force(policy, **{field: value})
+        effective_policy(policy, **{field: value})
     assert f"Set limits.{field} to {value} in the policy" in caught.value.fix
     assert caught.value.policy_cause == (f"limits.{field}", value)
     held = getattr(default_policy().limits, field)
-    lowered = in_force(policy, **{field: held // 2})
+    lowered = effective_policy(policy, **{field: held // 2})
     if field != "procs":
         assert getattr(lowered.policy.limits, field) == held // 2
         assert lowered.reach().tops == {f"limits.{field}": held}
 
 
 def test_a_smaller_number_of_children_is_not_passed_over() -> None:
-    """In a given policy process.max_live holds children tighter than limits.procs, and so it is what is named."""
+    """A tighter process.max_live limits --procs and is named in the error."""
     base = replace(default_policy(), process=replace(default_policy().process, max_live=4))
     with pytest.raises(UsageError, match=r"allows at most 4 \(process\.max_live\)"):
         change_limits(base, LimitChanges(procs=32), may_raise=False, source="strict.json")
@@ -95,8 +95,8 @@ def test_a_smaller_number_of_children_is_not_passed_over() -> None:
         ("procs", 2000, "--procs 2000", "procs=2000"),
     ],
 )
-def test_no_flag_goes_beyond_what_a_policy_can_say(field: str, value: int, flag: str, keyword: str) -> None:
-    """A value outside the schema's range is an error that names the flag, and the keyword for callers from Python."""
+def test_no_flag_exceeds_the_policys_range(field: str, value: int, flag: str, keyword: str) -> None:
+    """A limit outside the policy's range is an error that names the flag or keyword."""
     changes = LimitChanges(**{field: value})  # type: ignore[arg-type]  # of ints
     with pytest.raises(UsageError, match="must be at least") as caught:
         change_limits(default_policy(), changes, may_raise=True, source="built-in:default")
@@ -109,31 +109,31 @@ def test_no_flag_goes_beyond_what_a_policy_can_say(field: str, value: int, flag:
     [("512M", 512 << 20), ("1G", GIB), ("1.5g", GIB * 3 // 2), ("2GiB", 2 * GIB), ("64mb", 64 << 20), ("4096", 4096)],
 )
 def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
-    """Units are powers of 1024, in any case."""
+    """Sizes accept binary units in any case."""
     assert parse_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "G", "-1G", "1.5", "1e9", "1 G B", "1T", "0x10", "\u0661G", "nan"])
-def test_what_is_no_size_is_not_guessed(text: str) -> None:
+def test_other_texts_are_no_size(text: str) -> None:
     """Anything else is no size."""
     assert parse_size(text) is None
 
 
 @given(st.integers(0, 1 << 34))
-def test_a_size_that_is_shown_can_be_given_back(size: int) -> None:
-    """Each advice can be pasted."""
+def test_printed_sizes_can_be_parsed(size: int) -> None:
+    """Every printed size can be pasted as a value."""
     assert parse_size(size_text(size)) == size
 
 
 def flags(*words: str) -> dict[str, Any]:
-    """What a request has of the flags of `x07 run`."""
+    """The request's limits from flags of `x07 run`."""
     parser = argparse.ArgumentParser()
     add_options(parser)
     return limits_of(parser.parse_args([*words, "prog.py"]))
 
 
 def test_flags_become_limits() -> None:
-    """Each flag sets its own limit and no other; without one nothing is set."""
+    """Each flag sets exactly its own limit."""
     assert flags() == {}
     assert flags("--memory", "1G", "--cpu-time", "2.5") == {"limits": LimitChanges(mem_bytes=GIB, cpu_ms=2500)}
     words = ("--timeout", "0.0001", "--procs", "0", "--fds", "12")
@@ -146,13 +146,13 @@ def test_flags_become_limits() -> None:
     [("--memory", "lots"), ("--memory", "1K"), ("--memory", "17G"), ("--procs", "1025"), ("--build-timeout", "3601")],
 )
 def test_a_flag_out_of_range_is_refused(words: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
-    """A value that no policy can say is wrong usage, before anything is read."""
+    """A flag out of range is a usage error."""
     with pytest.raises(SystemExit):
         flags(*words)
     assert words[0] in capsys.readouterr().err
 
 
 def test_templates_can_be_raised_too() -> None:
-    """Every built-in template takes every limit."""
+    """The limits of every template can be raised."""
     for name in TEMPLATES:
-        assert in_force(f"built-in:{name}", **RAISED.given()).policy.limits.mem_bytes == GIB
+        assert effective_policy(f"built-in:{name}", **RAISED.given()).policy.limits.mem_bytes == GIB

@@ -1,4 +1,4 @@
-"""Promises of the override flags: what they add, what they take away, and that the same flags give the same bytes."""
+"""Override flags: what they add and remove, with reproducible results."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ def derive(
     flags: Overrides | None = None,
     **words: tuple[str, ...],
 ) -> Derived:
-    """What comes of *base* (the built-in default) and *flags*, or *words*; *files* holds the files of specs."""
+    """The policy derived from *base* and *flags* or *words*; *files* holds the host files."""
     base = base or default_policy()
     wanted = flags or Overrides(**words)
     return derive_policy(base, render_policy(base), path, wanted, read_spec_file=(files or {}).__getitem__)
 
 
 def with_hosts(*hosts: tuple[str, tuple[int, ...]], **changes: object) -> Policy:
-    """The built-in default with hosts."""
+    """The default policy with hosts."""
     base = default_policy()
     entries = tuple(HostPorts(host=host, ports=ports) for host, ports in hosts)
     return replace(base, net=replace(base.net, allow_hosts=entries, **changes))
 
 
 def hosts_of(derived: Derived) -> list[tuple[str, tuple[int, ...]]]:
-    """Hosts and ports in their order."""
+    """Hosts and ports in order."""
     return [(entry.host, entry.ports) for entry in derived.policy.net.allow_hosts]
 
 
@@ -60,13 +60,13 @@ def hosts_of(derived: Derived) -> list[tuple[str, tuple[int, ...]]]:
     ],
 )
 def test_the_digest_is_upstreams(flags: dict[str, tuple[str, ...]], digest: str) -> None:
-    """Both vectors of the format page: base bytes and flags give upstream's eight digits."""
+    """The digest of base and flags equals X07's."""
     derived = derive_policy(default_policy(), b"{}\n", BUILT_IN, Overrides(**flags), read_spec_file=str.encode)
     assert derived.digest == digest
 
 
-def test_a_derived_policy_says_where_it_came_from() -> None:
-    """Name, file name and notes of a derived policy bear the digest; a long name is cut, the file's name is not."""
+def test_a_derived_policy_names_its_origin() -> None:
+    """Id, file name and notes of a derived policy contain the digest."""
     derived = derive(allow_host=("example.org:443",))
     mark = f".g{derived.digest}"
     assert derived.policy.policy_id == f"sandbox.default.base{mark}"
@@ -81,7 +81,7 @@ def test_a_derived_policy_says_where_it_came_from() -> None:
 
 
 def test_notes_get_their_line_only_where_there_is_room() -> None:
-    """The line about the origin is left out where the notes would become too long, and made where there were none."""
+    """The line about the origin is added to the notes if there is room."""
     full = replace(default_policy(), notes="x" * 4090)
     assert derive(full, allow_read_root=("a",)).policy.notes == "x" * 4090
     none = decode_policy(render_policy({k: v for k, v in document().items() if k != "notes"}), source="p")
@@ -90,13 +90,13 @@ def test_notes_get_their_line_only_where_there_is_room() -> None:
 
 
 def document() -> dict[str, Any]:
-    """The built-in default as plain JSON."""
+    """The default policy as JSON."""
     found: dict[str, Any] = json.loads(render_policy(default_policy()))
     return found
 
 
 def test_hosts_are_joined_and_keep_their_order() -> None:
-    """Hosts of the base come first, in lower case and each once, then new ones: files before flags, in their order."""
+    """Hosts are merged in order: base, files, flags."""
     base = with_hosts(("B.example", (443,)), ("a.example", (80,)), ("b.EXAMPLE", (22,)))
     files = {"more.txt": b"\xef\xbb\xbf# all of ours\n\n z.example : 1 , 2 # one\r\n[::1]:5\ny.example:7"}
     derived = derive(base, files, allow_host_file=("more.txt",), allow_host=("x.example:9", "a.example:8,80"))
@@ -110,8 +110,8 @@ def test_hosts_are_joined_and_keep_their_order() -> None:
     ]
 
 
-def test_a_denied_host_is_gone_whatever_allows_it() -> None:
-    """Denies come last: ports go, a host without ports goes, and case, a final dot or brackets do not hide one."""
+def test_a_denied_host_is_removed() -> None:
+    """A denied host or port is removed whatever allows it, in any spelling."""
     base = with_hosts(("a.example", (1, 2)), ("b.example.", (3,)), ("[2001:db8::1]", (4,)), ("10.1.2.3", (5, 6)))
     derived = derive(
         base,
@@ -123,8 +123,8 @@ def test_a_denied_host_is_gone_whatever_allows_it() -> None:
     assert hosts_of(derived) == [("a.example", (1,)), ("10.1.2.3", (5,))]
 
 
-def test_a_gate_holds_what_a_policy_cannot_say() -> None:
-    """For a run, whose gate knows all denials, part of an allowed network may be denied: the policy keeps it all."""
+def test_a_run_can_deny_part_of_a_network() -> None:
+    """A run can deny part of an allowed network, because the gate enforces it."""
     base = with_hosts(("10.0.0.0/8", (443, 80)))
     overrides = Overrides(deny_host=("10.1.2.3:443",))
     derived = derive_policy(base, render_policy(base), "p", overrides, read_spec_file=lambda _: b"", gate=True)
@@ -132,8 +132,8 @@ def test_a_gate_holds_what_a_policy_cannot_say() -> None:
     assert derived.denied == {"10.1.2.3": {443}}
 
 
-def test_what_a_policy_cannot_deny_is_refused() -> None:
-    """An address cannot be taken out of an allowed network: that is an error, never a deny that does not hold."""
+def test_a_policy_cannot_deny_part_of_a_network() -> None:
+    """A policy cannot deny part of an allowed network, so that is an error."""
     base = with_hosts(("10.0.0.0/8", (443, 80)))
     with pytest.raises(UsageError, match=r"is only part of 10\.0\.0\.0/8"):
         derive(base, deny_host=("10.1.2.3:443",))
@@ -156,7 +156,7 @@ def test_what_a_policy_cannot_deny_is_refused() -> None:
     ],
 )
 def test_only_names_need_name_resolution(host: str, dns: object) -> None:
-    """allow_dns becomes true when a name is among the hosts, and no letter of an IPv6 address counts as a name."""
+    """allow_dns is enabled only if a name is among the hosts."""
     base = with_hosts(allow_dns=False)
     derived = derive(base, allow_host=(host,))
     assert derived.policy.net.allow_dns is dns
@@ -164,13 +164,13 @@ def test_only_names_need_name_resolution(host: str, dns: object) -> None:
 
 
 def test_a_deny_switches_nothing_on() -> None:
-    """Where hosts are only denied, allow_dns stays as it was."""
+    """Denying hosts enables nothing."""
     base = with_hosts(("a.example", (1,)), ("b.example", (2,)), allow_dns=False)
     assert derive(base, deny_host=("a.example:*",)).policy.net.allow_dns is False
 
 
 def test_roots_are_added_once() -> None:
-    """Roots are trimmed and added behind those of the base, each once."""
+    """Roots are trimmed and added once."""
     derived = derive(TEMPLATES["cli"], allow_read_root=(" data ", ".", "data"), allow_write_root=("out", "tmp"))
     assert derived.policy.fs.read_roots == (".", "data")
     assert derived.policy.fs.write_roots == ("out", "tmp")
@@ -202,7 +202,7 @@ def test_roots_are_added_once() -> None:
     ],
 )
 def test_a_bad_host_is_wrong_usage(spec: str) -> None:
-    """What is no host with ports is refused in either flag and in a file, with the form that it has to have."""
+    """A malformed host is a usage error in flags and files."""
     for flags in ({"allow_host": (spec,)}, {"deny_host": (spec,)}):
         with pytest.raises(UsageError, match=r"cannot use --(allow|deny)-host .* Write HOST:PORT"):
             derive(flags=Overrides(**flags))
@@ -213,7 +213,7 @@ def test_a_bad_host_is_wrong_usage(spec: str) -> None:
 
 
 def test_all_ports_can_only_be_denied() -> None:
-    """'*' as ports stands for all ports in --deny-host, and is refused in --allow-host."""
+    """'*' as ports is accepted only in --deny-host."""
     with pytest.raises(UsageError, match="only with --deny-host"):
         derive(allow_host=("example.org:*",))
     with pytest.raises(UsageError, match="a number from 1 to 65535"):
@@ -223,13 +223,13 @@ def test_all_ports_can_only_be_denied() -> None:
 
 @pytest.mark.parametrize("root", ["", "  ", "x" * 4097, "a;b", "a\0b", "a\udcff"])
 def test_a_bad_root_is_wrong_usage(root: str) -> None:
-    """A root that no policy can hold is refused by its flag."""
+    """A malformed root is a usage error."""
     with pytest.raises(UsageError, match="cannot use --allow-write-root"):
         derive(allow_write_root=(root,))
 
 
 def test_a_section_that_is_off_is_not_changed() -> None:
-    """Host flags, denies too, need net with TCP in the base, and roots need fs; the field to change is named."""
+    """Flags for a disabled section are an error that names the field."""
     for flags in ({"allow_host": ("a:1",)}, {"deny_host": ("a:1",)}, {"allow_host_file": ("f",)}):
         with pytest.raises(UsageError, match=r"net\.enabled is false"):
             derive(TEMPLATES["cli"], flags=Overrides(**flags))
@@ -240,7 +240,7 @@ def test_a_section_that_is_off_is_not_changed() -> None:
 
 
 def test_a_policy_holds_only_so_much() -> None:
-    """256 hosts, 64 ports a host and 128 roots are the most; one more is refused."""
+    """Too many hosts, ports or roots are refused."""
     hosts = tuple(f"h{number}.example:1" for number in range(257))
     assert len(hosts_of(derive(allow_host=hosts[:256]))) == 256
     with pytest.raises(UsageError, match="257 hosts"):
@@ -251,12 +251,6 @@ def test_a_policy_holds_only_so_much() -> None:
         derive(allow_host=(f"a:{ports}", "a:65"))
     with pytest.raises(UsageError, match="129 roots"):
         derive(allow_read_root=tuple(map(str, range(129))))
-
-
-def test_whether_there_are_overrides_can_be_asked() -> None:
-    """`any` is true as soon as one flag was given."""
-    assert not Overrides().any
-    assert all(Overrides(**{name: ("x",)}).any for name in Overrides.__struct_fields__)
 
 
 # properties
@@ -284,7 +278,7 @@ BASES = st.lists(st.tuples(HOSTS, PORTS.map(tuple)), max_size=4).map(lambda host
 def test_any_flags_give_a_valid_policy_and_always_the_same_or_wrong_usage(
     base: Policy, flags: dict[str, tuple[str, ...]]
 ) -> None:
-    """Whatever the flags: a policy that decodes, the same bytes again, every deny held; or an error of usage."""
+    """Any flags give a valid, reproducible policy in which every denial holds, or a usage error."""
     try:
         derived = derive(base, flags=Overrides(**flags))
     except UsageError:
@@ -302,7 +296,7 @@ def test_any_flags_give_a_valid_policy_and_always_the_same_or_wrong_usage(
 
 @given(st.text(max_size=20) | st.builds("{}:{}".format, st.text(max_size=8), st.text(max_size=4)))
 def test_any_text_is_a_host_or_wrong_usage(spec: str) -> None:
-    """No text whatever, as a flag or in a file, fails in another way than by our own error."""
+    """Any text as a host gives a policy or a usage error."""
     for flags in ({"allow_host": (spec,)}, {"deny_host": (spec,)}, {"allow_read_root": (spec,)}):
         try:
             derive(flags=Overrides(**flags))
@@ -315,22 +309,22 @@ def test_any_text_is_a_host_or_wrong_usage(spec: str) -> None:
 
 
 @given(HOSTS, HOSTS)
-def test_covering_goes_by_addresses(mine: str, theirs: str) -> None:
-    """A token covers itself whole; two that touch each other say so from both sides."""
+def test_overlapping_hosts_are_recognized(mine: str, theirs: str) -> None:
+    """Overlapping hosts are recognized from both sides."""
     one, other = meaning(mine), meaning(theirs)
     assert covers(one, one) == "whole"
     assert (covers(one, other) == "none") == (covers(other, one) == "none")
 
 
 @pytest.mark.parametrize("host", ["1", "10.0.0.9-10.0.0.1", "10.0.0.1-::1", "a-b.example", "a/8", "10.0.0.0/33", "[a]"])
-def test_what_is_no_address_is_no_address(host: str) -> None:
-    """Malformed networks and ranges stand for no address; only what has a letter is a name."""
+def test_malformed_networks_are_no_addresses(host: str) -> None:
+    """A malformed network or range is no address."""
     assert addresses(host) is None
     assert is_name(host) == any(char.isalpha() for char in host)
 
 
-def test_names_that_stay_out_are_let_in_by_flags_of_built_in_policies_only() -> None:
-    """Hidden names and links are allowed in the built-in policy; another has to allow them itself."""
+def test_allow_flags_change_only_built_in_policies() -> None:
+    """--allow-hidden and --allow-symlinks change only built-in policies."""
     derived = derive(include=("hidden", "symlinks")).policy
     assert (derived.fs.deny_hidden, derived.fs.allow_symlinks) == (False, True)
     assert derived.policy_id != derive(include=("hidden",)).policy.policy_id

@@ -1,4 +1,4 @@
-"""What the pool's process tells whoever started it."""
+"""Messages from the pool's process to its starter."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def test_nothing_is_told_once_the_start_is_over() -> None:
-    """Progress after the start is written nowhere, whatever has the descriptor's number by then."""
+def test_nothing_is_written_after_the_start() -> None:
+    """The pool's process writes nothing to its starter's descriptor after the start."""
     read_fd, write_fd = os.pipe()
     starter = Starter(write_fd)
     starter.report({"progress": "making"})
     starter.close()
-    with os.fdopen(read_fd, "rb") as told:
-        assert [json.loads(line) for line in told] == [{"progress": "making"}]
+    with os.fdopen(read_fd, "rb") as pipe:
+        assert [json.loads(line) for line in pipe] == [{"progress": "making"}]
     other_r, other_w = os.pipe()
     assert write_fd in {other_r, other_w}
     starter.report({"progress": "making another"})
@@ -31,8 +31,8 @@ def test_nothing_is_told_once_the_start_is_over() -> None:
     os.close(other_r)
 
 
-def test_a_start_that_the_system_hinders_says_so(tmp_path: Path) -> None:
-    """What stands in the way of the pool's process is told by `x07 pool start`, with what to do about it."""
+def test_a_failed_start_gives_the_reason(tmp_path: Path) -> None:
+    """`x07 pool start` reports why the pool's process cannot start."""
     cache = tmp_path / "cache"
     (cache / "pool" / "socket").mkdir(parents=True)
     for folder in (cache, cache / "pool"):

@@ -1,4 +1,4 @@
-"""What `x07 doctor` says of backends: every one by name on any machine, and three things to do where one fails."""
+"""`x07 doctor` about backends: all of them on any host, with three remedies for a failure."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def facts(
     without: tuple[str, ...] = (),
     environ: Mapping[str, str] | None = None,
 ) -> Facts:
-    """A machine that has everything *without* a few."""
+    """A host that has everything except *without*."""
     seen: dict[tuple[str, str], Seen] = {}
     for name in BY_NAME:
         for need in needs_of(name, machine):
@@ -57,20 +57,20 @@ def facts(
 
 
 def proofs(proof: Proof | None) -> dict[str, Proof]:
-    """What became of starting a machine with QEMU, by the backend's name."""
+    """The results of starting a VM, by backend."""
     return {} if proof is None else {"qemu": proof}
 
 
 def state(name: str, found: Facts, proof: Proof | None = HERE) -> BackendState:
-    """What is said of one backend."""
+    """The state of one backend."""
     return next(state for state in backend_states(found, proofs(proof)) if state.name == name)
 
 
 @pytest.mark.parametrize("machine", [*ARCHES, "riscv64"])
 @pytest.mark.parametrize("platform", PLATFORMS, ids=str)
 @pytest.mark.parametrize("proof", [None, HERE, BROKEN])
-def test_every_backend_is_named_on_any_machine(platform: Platform, machine: str, proof: Proof | None) -> None:
-    """On each platform and architecture every backend is listed, with a reason, and with remedies unless proven."""
+def test_every_backend_is_listed_on_any_host(platform: Platform, machine: str, proof: Proof | None) -> None:
+    """`x07 doctor` lists every backend on any host, with a reason, and remedies unless it is proven."""
     states = backend_states(facts(platform, machine), proofs(proof))
     assert [state.name for state in states] == list(BY_NAME)
     for found in states:
@@ -81,16 +81,16 @@ def test_every_backend_is_named_on_any_machine(platform: Platform, machine: str,
         assert not found.looks or found.state != "not-here"
 
 
-def test_only_what_has_started_a_machine_is_proven() -> None:
-    """All pieces of QEMU being there proves nothing; a machine that answered does."""
+def test_only_a_started_vm_proves_a_backend() -> None:
+    """A backend is proven only by a VM that answered."""
     assert state("qemu", facts(), None).state == "failed"
     assert state("qemu", facts(), BROKEN).state == "failed"
     assert state("qemu", facts(), HERE).state == "proven"
     assert [found.name for found in backend_states(facts(), proofs(HERE)) if found.state == "proven"] == ["qemu"]
 
 
-def test_a_weaker_backend_is_no_failure_where_nothing_was_started_on_it() -> None:
-    """A backend that needs acceptance is not tried, so it is neither good nor bad, and nothing is to be mended."""
+def test_an_untried_weaker_backend_is_no_failure() -> None:
+    """An untried weaker backend is neither good nor bad."""
     found = next(
         state for state in backend_states(facts(), {"os": Proof(good=None, text="all is here")}) if state.name == "os"
     )
@@ -98,7 +98,7 @@ def test_a_weaker_backend_is_no_failure_where_nothing_was_started_on_it() -> Non
 
 
 def test_a_missing_program_is_named_with_its_package() -> None:
-    """Where a program of QEMU's is missing, the first remedy installs just its package."""
+    """A missing program is reported with the package to install."""
     for path, package in required_tools(ARCHES["x86_64"]).items():
         found = state("qemu", facts(without=(path,)), BROKEN)
         assert path in found.text
@@ -106,25 +106,25 @@ def test_a_missing_program_is_named_with_its_package() -> None:
 
 
 def test_the_fix_of_what_failed_comes_first() -> None:
-    """What is known of a failed start leads the remedies."""
+    """The fix for a failed start comes first."""
     found = state("qemu", facts(), BROKEN)
     assert (found.text, found.remedies[0]) == ("it ended", "Give it rights")
 
 
 def test_missing_hardware_virtualisation_is_no_fault_of_qemu() -> None:
-    """QEMU emulates without /dev/kvm, so its absence is neither good nor bad."""
+    """A missing /dev/kvm is no fault for qemu."""
     found = facts(without=("/dev/kvm",))
     assert {look.good for look in state("qemu", found).looks if look.what == "/dev/kvm"} == {None}
 
 
-def test_variables_say_where_to_look() -> None:
-    """Every variable of a prerequisite is one of ours, and the place that it names replaces the usual one."""
+def test_variables_override_locations() -> None:
+    """Variables override where prerequisites are looked for."""
     assert {need.variable for needs in NEEDS.values() for need in needs if need.variable} <= VARIABLES.keys()
     looks = state("podman", facts(environ={"X07_VM_PODMAN_BIN": "/elsewhere"})).looks
     assert [look.what for look in looks] == ["/elsewhere"]
 
 
-def test_looking_finds_what_is_there(tmp_path: Path) -> None:
+def test_a_program_must_be_executable(tmp_path: Path) -> None:
     """A program is found only if it can be executed."""
     program = tmp_path / "podman"
     program.write_text("#!/bin/sh\n")
@@ -135,13 +135,13 @@ def test_looking_finds_what_is_there(tmp_path: Path) -> None:
 
 
 def test_a_platform_without_a_backend_is_bad() -> None:
-    """Where this version has no backend at all, the doctor says so and ends with 1."""
+    """A platform without any backend is reported as bad."""
     assert [platform_finding(platform).good for platform in PLATFORMS] == [True, False, False, False, False]
     assert all("Linux" in platform_finding(platform).fix for platform in PLATFORMS[1:])
 
 
-def test_the_first_fault_speaks_against_the_machine() -> None:
-    """Anything bad about image or start is what the backend's state says; nothing tried is no proof."""
+def test_the_first_fault_is_the_backends_state() -> None:
+    """The first fault of image or start determines the backend's state."""
     started = Finding(subject=START, good=True, text="answered")
     bad = Finding(subject="no guest image", good=False, text="none was built", fix="Run x07 image build")
     assert proof_among([started]) == Proof(good=True, text="answered")

@@ -1,4 +1,4 @@
-"""Promises of the command lines of `os` and `none`, and of how an unconfined program finds its files."""
+"""Command lines of `os` and `none`, and path adaptation for unconfined programs."""
 
 from __future__ import annotations
 
@@ -43,36 +43,36 @@ def sandbox(**changed: Any) -> list[str]:  # noqa: ANN401 - fields of Sandbox
 
 
 def shown(argv: list[str]) -> set[str]:
-    """Paths of the host that bubblewrap is told to show."""
+    """The host paths that bubblewrap mounts."""
     options = ("--ro-bind", "--bind", "--dev-bind", "--ro-bind-try", "--bind-try")
     return {argv[at + 1] for at, word in enumerate(argv) if word in options}
 
 
 def test_only_the_system_is_shown() -> None:
-    """A confined agent sees the system's programs and three files of /etc: no home folder, no /run, no socket."""
+    """A confined agent sees only system folders and three files of /etc."""
     assert shown(sandbox()) == {"/usr", "/lib64", "/etc/alternatives", "/etc/ld.so.cache", "/etc/localtime"}
 
 
 def test_control_groups_are_shown_where_there_are_any(tmp_path: Any) -> None:  # noqa: ANN401 - only passed on
-    """The program's groups lie where the agent looks for them."""
+    """The program's cgroups are mounted where the agent expects them."""
     argv = sandbox(groups={"memory": tmp_path})
     assert argv[argv.index(str(tmp_path)) + 1] == "/run/x07/cgroup/memory"
 
 
 @pytest.mark.parametrize("word", ["--unshare-user", "--unshare-net", "--unshare-pid", "--unshare-ipc", "--clearenv"])
 def test_nothing_is_shared(word: str) -> None:
-    """The network, processes, and environment of the caller are not the agent's."""
+    """The agent shares no network, processes or environment with the caller."""
     assert word in sandbox()
 
 
 def test_the_agent_carries_the_mark() -> None:
-    """The agent's own arguments have the mark, by which it is known as ours."""
+    """The agent's arguments contain the mark."""
     argv = sandbox()
     assert argv[argv.index("--") + 1 :][-5:] == [AGENT, "os", "12", "13", "0123"]
 
 
 def test_root_runs_all_of_it_as_another_user() -> None:
-    """With a uid the supervisor itself runs as that, from its text: that user may not reach our files."""
+    """With a uid the supervisor runs as that user too."""
     numbers = {"deadline_s": 5, "runner_pid": 1, "syscalls": host_arch().syscalls, "nest": True}
     plain = supervisor_argv(["it"], **numbers)  # type: ignore[arg-type] # the words of a call, together
     assert plain[:2] == [PERL, SUPERVISOR]
@@ -83,8 +83,8 @@ def test_root_runs_all_of_it_as_another_user() -> None:
     assert other[-len(plain) + 2 :] == plain[2:]
 
 
-def test_an_unconfined_program_finds_its_files() -> None:
-    """Words that are one of our paths, or lie below one, lead to the job's own folder; no other word changes."""
+def test_unconfined_paths_are_mapped() -> None:
+    """An unconfined program's paths are mapped to the job's folder."""
     adapted = Unconfined(3, "/state/files").adapt(BODY)
     assert adapted["argv"] == ["/state/files/in/a", "/x07/input", "x/x07/in", "/state/files/out"]
     assert (adapted["env"], adapted["cwd"]) == ({"HOME": "/state/files/work"}, "/state/files/work")
@@ -92,27 +92,27 @@ def test_an_unconfined_program_finds_its_files() -> None:
 
 
 def test_an_unconfined_program_gets_no_folder_of_the_host() -> None:
-    """Folders of the host cannot be brought in without confinement: the job fails."""
+    """An unconfined program gets no host folder."""
     with pytest.raises(JobError):
         Unconfined(3, "/state/files").adapt(BODY | {"mounts": [{"tree": 128, "at": "/data"}]})
 
 
 def test_a_project_of_an_unconfined_program_lies_in_the_work_folder() -> None:
-    """A mount without a folder of the host becomes the job's own folder, and nothing is mounted."""
+    """An unconfined project lies in the job's work folder."""
     mounts = [{"tree": None, "at": "/project"}]
     adapted = Unconfined(3, "/state/files").adapt(BODY | {"mounts": mounts, "cwd": "/project"})
     assert (adapted["mounts"], adapted["cwd"]) == ([], "/state/files/work")
 
 
 @given(st.text())
-def test_words_without_our_paths_stay(word: str) -> None:
-    """Any other word is passed on as it is."""
+def test_other_arguments_are_unchanged(word: str) -> None:
+    """Arguments without our paths are passed unchanged."""
     if not word.startswith(("/x07", "/opt/x07")):
         assert Unconfined(3, "/f").adapt(BODY | {"argv": [word]})["argv"] == [word]
 
 
 def test_the_agent_refuses_a_platform_that_it_does_not_know() -> None:
-    """A command line that says nothing known starts nothing."""
+    """The agent starts nothing on an unknown platform."""
     assert isinstance(platform_from_args(["os", "3", "4", "mark"]), Confined)
     assert isinstance(platform_from_args(["none", "3", "/f", "mark"]), Unconfined)
     for words in (["os"], ["vm", "3", "mark"], ["none", "3", "mark"]):
@@ -120,8 +120,8 @@ def test_the_agent_refuses_a_platform_that_it_does_not_know() -> None:
             platform_from_args(words)
 
 
-def test_a_confined_process_takes_its_own_steps() -> None:
-    """Where a process of the host cannot take a step of a virtual machine, it takes another, and leaves none out."""
+def test_a_confined_process_replaces_vm_steps() -> None:
+    """A confined process replaces the steps of a VM that it cannot take, and omits none."""
     machine = {step.name: step for step in (*MACHINE.world, *MACHINE.rights)}
     confined = {step.name: step for step in (*CONFINED.world, *CONFINED.rights)}
     assert machine.keys() - confined.keys() == {"no capabilities"}  # a part of its own user

@@ -1,4 +1,4 @@
-"""The library's public names can be found, and their types catch a mistake before anything runs."""
+"""The library's public names and their types."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ bad = result.outcome == "timed-out"
 
 
 def test_help_lists_the_public_functions() -> None:
-    """`help(x07_sandbox)` names every public function and class, and has the arguments of each function."""
+    """`help(x07_sandbox)` lists every public name with its arguments."""
     text = pydoc.plain(pydoc.render_doc(x07_sandbox))
     named = {name for name in x07_sandbox.__all__ if not name.startswith("_")}
     top = text.partition("PACKAGE CONTENTS")[0]
@@ -35,13 +35,13 @@ def test_help_lists_the_public_functions() -> None:
     assert set(x07_sandbox.__all__) <= set(dir(x07_sandbox))
 
 
-def test_the_words_of_an_outcome_are_those_of_the_table() -> None:
-    """`Outcome` takes exactly the outcomes that a run can have."""
+def test_outcome_lists_all_outcomes() -> None:
+    """`Outcome` lists exactly the possible outcomes."""
     assert list(get_args(x07_sandbox.Outcome)) == [outcome.value for outcome in OUTCOMES]
 
 
 def test_a_type_checker_finds_a_wrong_outcome(tmp_path: Path) -> None:
-    """A type checker refuses a word that no run ends with, and takes those that runs end with."""
+    """A type checker rejects an impossible outcome."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT, encoding="utf-8")
     argv = [sys.executable, "-m", "mypy", "--strict", "--no-error-summary", str(script)]

@@ -1,4 +1,4 @@
-"""How long a verdict on hardware virtualisation is remembered."""
+"""The cached verdict on hardware virtualisation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from x07_sandbox.host.clocks import boot_ms
 
 @pytest.fixture
 def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where a verdict is remembered, on a host whose /dev/kvm can be opened."""
+    """The file of the cached verdict, on a host with an accessible /dev/kvm."""
     path = tmp_path / "proof.json"
     monkeypatch.setattr(proof, "_record", lambda: path)
     monkeypatch.setattr(Path, "exists", lambda _path: True)
@@ -24,7 +24,7 @@ def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_late_guest_is_tried_again_minutes_later(record: Path) -> None:
-    """A guest that did not answer on a busy host costs KVM for minutes, and the verdict says for how many."""
+    """After a timeout of a test guest, KVM is retried minutes later."""
     found = {"works": False, "reason": "no answer", "retry_at_ms": boot_ms() + 290_000}
     record.write_text(json.dumps(found))
     known = known_verdict()
@@ -35,7 +35,7 @@ def test_a_late_guest_is_tried_again_minutes_later(record: Path) -> None:
 
 
 def test_a_guest_that_ended_is_evidence_until_the_host_reboots(record: Path) -> None:
-    """What a guest that ended, or one that answered, has proven holds for this boot of the host."""
+    """The verdict of a test guest that ended or answered holds until the host reboots."""
     record.write_text(json.dumps({"works": False, "reason": "a guest ended"}))
     assert known_verdict() == (False, "a guest ended. KVM is not tried again until this host reboots")
     record.write_text(json.dumps({"works": True, "reason": "our agent answered"}))
@@ -44,6 +44,6 @@ def test_a_guest_that_ended_is_evidence_until_the_host_reboots(record: Path) -> 
 
 @pytest.mark.parametrize("left", ["", "[]", '{"works": true}', '{"works": false, "reason": "x", "retry_at_ms": "y"}'])
 def test_a_damaged_verdict_is_none(record: Path, left: str) -> None:
-    """A record that cannot be read has a guest tried again."""
+    """A damaged verdict is ignored."""
     record.write_text(left)
     assert known_verdict() is None

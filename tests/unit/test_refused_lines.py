@@ -1,4 +1,4 @@
-"""Promises of the lines about refusals: the first few, what can be allowed first, short, harmless to a terminal."""
+"""Lines about denials: the most useful first, few, short and safe for a terminal."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from msgspec.structs import replace
 from x07_sandbox.cli.denials_text import denial_lines, for_flags, say_denials
 from x07_sandbox.cli.os_runner_options import OPTIONS
 from x07_sandbox.plan.denials import Denial, Hint, HowToAllow
-from x07_sandbox.runs.result import NOTHING, Digests, Outcome, Result
+from x07_sandbox.runs.result import EMPTY_OUTPUT, Digests, Outcome, Result
 
 DEFAULT = "built-in:default"
 
 
 def denial(subject: str, how: HowToAllow | None = None, *, action: str = "read", count: int = 1) -> Denial:
-    """One of the guest's."""
+    """A denial reported by the guest."""
     return Denial(
         field="permissions",
         action=action,
@@ -29,7 +29,7 @@ def denial(subject: str, how: HowToAllow | None = None, *, action: str = "read",
 
 
 def result(*denials: Denial, outcome: Outcome = "failed", lost: int = 0, hints: tuple[Hint, ...] = ()) -> Result:
-    """A run that ended so."""
+    """A run with this outcome."""
     return Result(
         run="1-1-1",
         outcome=outcome,
@@ -43,8 +43,8 @@ def result(*denials: Denial, outcome: Outcome = "failed", lost: int = 0, hints: 
         jail=None,
         artifact_from="build",
         build=None,
-        stdout=NOTHING,
-        stderr=NOTHING,
+        stdout=EMPTY_OUTPUT,
+        stderr=EMPTY_OUTPUT,
         phases={},
         digests=Digests(),
         controls=[],
@@ -55,8 +55,8 @@ def result(*denials: Denial, outcome: Outcome = "failed", lost: int = 0, hints: 
     )
 
 
-def test_the_first_few_are_told_and_the_rest_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
-    """Four lines, those that something would allow first, and one line about all others."""
+def test_four_denials_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    """Four denials are printed, those that something would allow first, and the rest is counted."""
     flag = HowToAllow(json_path="$.fs.write_roots", value=["/data"], flag="--allow-write-root /data")
     line = HowToAllow(json_path="$.limits.fds", value=60)
     say_denials(
@@ -72,7 +72,7 @@ def test_the_first_few_are_told_and_the_rest_is_counted(capsys: pytest.CaptureFi
 
 
 def test_a_template_without_processes_names_one_with_them() -> None:
-    """A shell that could start nothing under built-in:cli is told which policy lets it, with the same folders."""
+    """The hint for a shell under built-in:cli names a policy that allows processes."""
     how = HowToAllow(json_path="$.process.allow_spawn", value=True)
     ended = result(replace(denial("a new process", how, action="start"), field="process.allow_spawn"))
     advice = (
@@ -85,7 +85,7 @@ def test_a_template_without_processes_names_one_with_them() -> None:
 
 
 def test_paths_that_one_flag_allows_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    """Of sixty folders of one read root that could not be written, one line has the folder that they lie in."""
+    """Paths that one flag would allow share one line with their common folder."""
     flag = HowToAllow(json_path="$.fs.write_roots", value=["/p"], flag="--allow-write-root /p")
     other = HowToAllow(json_path="$.fs.write_roots", value=["/q"], flag="--allow-write-root /q")
     many = [denial(f"/p/pkg/{number}/__pycache__/", flag, action="write") for number in range(60)]
@@ -100,8 +100,8 @@ def test_paths_that_one_flag_allows_are_one_line(capsys: pytest.CaptureFixture[s
     ]
 
 
-def test_what_one_change_allows_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
-    """A program that a shell could neither execute nor read is one line; what nothing allows stands there as it was."""
+def test_equal_advice_is_printed_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """A file that could neither be executed nor read is one line."""
     programs = [HowToAllow(json_path="$.process.allow_execs", value=[f"/bin/{name}"]) for name in "abc"]
     tried = [denial(how.value[0], how, action=action) for how in programs for action in ("execute", "read")]
     say_denials(result(*tried, *(denial("/z", action=action) for action in ("read", "write"))))
@@ -112,22 +112,22 @@ def test_what_one_change_allows_is_told_once(capsys: pytest.CaptureFixture[str])
     ]
 
 
-def test_lines_are_short_and_act_on_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    """Of a long list only what is added is shown; names and hints come without control characters."""
+def test_lines_are_short_and_escaped(capsys: pytest.CaptureFixture[str]) -> None:
+    """Long lists are shortened to what is added, and control characters are escaped."""
     how = HowToAllow(json_path="$.process.allow_execs", value=[f"/bin/{number}" for number in range(100)])
     flags = [HowToAllow(json_path=None, value=None, flag=f"--allow-{name}-root /a") for name in ("read", "write")]
     hint = Hint(subject="the program x\x1b[2J", how=flags[0], to_write=flags[1])
     say_denials(result(denial("/bin/\x1b[2J99", how), hints=(hint,)))
-    said = capsys.readouterr().err
-    assert 'set process.allow_execs to [..., "/bin/99"] in the policy.' in said
-    assert r"the program x\x1b[2J is missing. To add it, use --allow-read-root /a" in said
-    assert "\x1b" not in said
+    errors = capsys.readouterr().err
+    assert 'set process.allow_execs to [..., "/bin/99"] in the policy.' in errors
+    assert r"the program x\x1b[2J is missing. To add it, use --allow-read-root /a" in errors
+    assert "\x1b" not in errors
     say_denials(result(hints=(Hint(subject="the library /tmp/a.so", kind="library", how=how),)))
     assert "x07: the library /tmp/a.so cannot be loaded from there. To allow it, set process" in capsys.readouterr().err
 
 
-def test_what_has_to_come_first_is_not_said_to_let_it(capsys: pytest.CaptureFixture[str]) -> None:
-    """A value of another field than the one that refused it is called what it is: a first step."""
+def test_a_first_step_is_called_one(capsys: pytest.CaptureFixture[str]) -> None:
+    """A change that is only a first step is called one."""
     files = HowToAllow(json_path="$.fs.enabled", value=True)
     spawn = Denial(
         field="process.allow_spawn",
@@ -145,35 +145,35 @@ def test_what_has_to_come_first_is_not_said_to_let_it(capsys: pytest.CaptureFixt
     ]
 
 
-def test_who_has_no_policy_yet_is_told_how_to_get_one(capsys: pytest.CaptureFixture[str]) -> None:
-    """Where the built-in policy is to be changed, also for changes, what writes it is named; a flag needs none."""
+def test_the_command_to_write_a_policy_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    """If the built-in policy must change, the command that writes it is named."""
     line = HowToAllow(json_path="$.limits.fds", value=512)
     flag = HowToAllow(json_path="$.fs.read_roots", value=["/d"], flag="--allow-read-root /d")
-    said = []
+    suggested = []
     denials: list[tuple[Denial, Outcome]] = [(denial("in the policy", how), "failed") for how in (line, line, flag)]
     denials.append((denial("link", line, action="change"), "ok"))
     for (tried, outcome), policy in zip(denials, (DEFAULT, "own.json", DEFAULT, DEFAULT), strict=True):
         say_denials(replace(result(tried, outcome=outcome), policy=policy))
-        said.append('x07 policy init --template default --out "$PWD/policy.json"' in capsys.readouterr().err)
-    assert said == [True, False, False, True]
+        suggested.append('x07 policy init --template default --out "$PWD/policy.json"' in capsys.readouterr().err)
+    assert suggested == [True, False, False, True]
 
 
-def test_the_template_in_use_is_the_one_to_begin_with() -> None:
-    """Who names another built-in policy is told of that one; where there is no policy, of none."""
+def test_the_template_in_use_is_named() -> None:
+    """The command to write a policy names the template in use."""
     tried = result(denial("x", HowToAllow(json_path="$.fs.deny_hidden", value=False)))
     assert "x07 policy init --template worker --out" in denial_lines(replace(tried, policy="built-in:worker"))[-1]
     assert len(denial_lines(replace(tried, policy=None))) == 1
 
 
-def test_what_others_say_is_not_said_twice(capsys: pytest.CaptureFixture[str]) -> None:
-    """Nothing of a program that ended well, of a plan that was refused, or of changes that were kept back."""
+def test_nothing_is_reported_twice(capsys: pytest.CaptureFixture[str]) -> None:
+    """Denials that are reported elsewhere are not printed again."""
     say_denials(result(denial("/a"), outcome="ok"))
     say_denials(result(denial("/a", action="plan"), denial("/b", action="change")))
     assert capsys.readouterr().err == ""
 
 
-def test_another_command_is_told_what_it_can_do() -> None:
-    """What x07-os-runner says names no flag that it lacks: the policy's field instead, else that x07 run has it."""
+def test_os_runner_suggests_only_its_own_flags() -> None:
+    """x07-os-runner suggests only flags that it has."""
     root = HowToAllow(json_path="$.fs.write_roots", value=["/d"], flag="--allow-write-root /d")
     reveal = HowToAllow(json_path=None, value=None, flag="--reveal x.pem")
     output = HowToAllow(json_path=None, value=None, flag="--max-output-bytes 4")
@@ -189,7 +189,7 @@ def test_another_command_is_told_what_it_can_do() -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "action", "value", "said"),
+    ("field", "action", "value", "expected"),
     [
         (
             "limits.cpu_ms",
@@ -207,16 +207,16 @@ def test_another_command_is_told_what_it_can_do() -> None:
         ("limits.procs", "start", 8, "process limit reached. To allow more, set limits.procs to 8 in the policy."),
     ],
 )
-def test_a_limit_that_was_reached_is_named(field: str, action: str, value: int, said: str) -> None:
-    """The limit, and what raises it: the policy's value, or the flag where there is one."""
+def test_a_limit_that_was_reached_is_named(field: str, action: str, value: int, expected: str) -> None:
+    """A limit that was reached is named with the value or flag that raises it."""
     tried = replace(denial("more", HowToAllow(json_path=f"$.{field}", value=value), action=action), field=field)
-    assert denial_lines(result(tried)) == [f"denied: {said}"]
+    assert denial_lines(result(tried)) == [f"denied: {expected}"]
     flagged = replace(tried, how_to_allow=HowToAllow(json_path=None, value=None, flag="--timeout 9"))
-    assert denial_lines(result(flagged)) == [f"denied: {said.partition('set limits')[0]}use --timeout 9"]
+    assert denial_lines(result(flagged)) == [f"denied: {expected.partition('set limits')[0]}use --timeout 9"]
 
 
-def test_a_failed_connection_is_told_with_its_flag() -> None:
-    """A run without network says so, and the flag stands last, to be copied."""
+def test_a_failed_connection_ends_with_its_flag() -> None:
+    """A failed connection in a run without network ends with the flag to paste."""
     how = HowToAllow(json_path=None, value=None, flag="--allow-host example.org:443")
     hint = Hint(subject="the connection to example.org:443", kind="network", how=how)
     assert denial_lines(result(hints=(hint,))) == [

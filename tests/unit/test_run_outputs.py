@@ -1,4 +1,4 @@
-"""Files that the flags of a run name: what the project holds is not written over, what was done is told in any case."""
+"""Output files named by flags of a run: never over the project's files, and written whatever happens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 from tests.published import document
 from x07_sandbox.cli import os_runner
-from x07_sandbox.cli.atomic_output import artifact_file, write_all, write_atomically
+from x07_sandbox.cli.atomic_output import artifact_file
 from x07_sandbox.cli.main import main
 from x07_sandbox.cli.run_outputs import write_files
 from x07_sandbox.errors import UsageError
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder to work in, and a host without guest images."""
+    """An empty current folder, and a host without guest images."""
     monkeypatch.setenv("X07_VM_STATE_DIR", str(tmp_path / "jobs"))
     monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "cache"))
     work = tmp_path / "work"
@@ -37,7 +37,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def x07(*words: str, module: str = "main", most_bytes: int | None = None) -> subprocess.CompletedProcess[bytes]:
-    """A command of ours. most_bytes: how large a file it may write, so that a larger one meets the end of a disk."""
+    """Run one of our commands. most_bytes: the largest file it may write, like a full disk."""
 
     def limit() -> None:
         if most_bytes is not None:
@@ -47,11 +47,11 @@ def x07(*words: str, module: str = "main", most_bytes: int | None = None) -> sub
     return subprocess.run(argv, input=b"", capture_output=True, check=False, timeout=60, preexec_fn=limit)
 
 
-# what cannot be written
+# unwritable outputs
 
 
-def test_a_file_that_cannot_be_written_loses_nothing_else(place: Path) -> None:
-    """Where one file cannot be written, the others are, and the result stays, with a warning and exit code 125."""
+def test_an_unwritable_file_loses_nothing_else(place: Path) -> None:
+    """A file that cannot be written gives a warning and exit code 125; the others are written."""
     options = argparse.Namespace(
         json=False, compiled_out=place / "gone/prog", diff=place / "gone/d", report_out=place / "r", net_log=None
     )
@@ -60,18 +60,18 @@ def test_a_file_that_cannot_be_written_loses_nothing_else(place: Path) -> None:
         artifact = artifact_file(stack)
         assert artifact.take(b"\x7fELF")
         artifact.complete = True
-        told, unwritten = write_files(options, result, artifact)
+        written, unwritten = write_files(options, result, artifact)
     assert [line.partition(": ")[0] for line in unwritten] == [
         f"cannot write {place}/gone/{name}" for name in ("prog", "d")
     ]
-    assert (told.run, told.outcome, told.x07_exit_code) == (result.run, result.outcome, 125)
-    assert told.warnings == [*result.warnings, *unwritten]
-    assert document((place / "r").read_bytes())["warnings"] == told.warnings
+    assert (written.run, written.outcome, written.x07_exit_code) == (result.run, result.outcome, 125)
+    assert written.warnings == [*result.warnings, *unwritten]
+    assert document((place / "r").read_bytes())["warnings"] == written.warnings
 
 
 @pytest.mark.parametrize("words", [(), ("--json",), ("--report", "runner")])
-def test_a_report_that_cannot_be_written_leaves_the_result(words: tuple[str, ...]) -> None:
-    """A full disk under --report-out is told beside how the run ended, not in place of it."""
+def test_an_unwritable_report_keeps_the_result(words: tuple[str, ...]) -> None:
+    """A full disk for --report-out is reported next to the result."""
     done = x07("run", *words, "--report-out", "r", "--toolchain", "shell", "-c", "true", most_bytes=100)
     assert done.returncode == 125
     if "--report" in words:
@@ -86,14 +86,7 @@ def test_a_report_that_cannot_be_written_leaves_the_result(words: tuple[str, ...
         assert b"x07: cannot write r: File too large" in done.stderr
 
 
-def test_any_name_that_a_file_may_have_is_written(place: Path) -> None:
-    """A file whose name is as long as names may be is written like any other, and nothing else is left there."""
-    name = "\U0001f600" * 63 + "abc"  # 255 bytes
-    write_atomically(place / name, lambda fd: write_all(fd, b"x"))
-    assert [(path.name, path.read_bytes()) for path in place.iterdir()] == [(name, b"x")]
-
-
-# what the run reads
+# files that the run reads
 
 MANIFEST = """schema_version = "x07.sandbox.project@0.1.0"
 toolchain = "python"
@@ -106,7 +99,7 @@ input = "in.txt"
 
 
 def project(place: Path, kind: str) -> None:
-    """The folder as a project of X07's, or of ours."""
+    """Make the folder a project of X07 or of ours."""
     (place / "src").mkdir()
     for name, text in (("main.py", "pass\n"), ("src/main.x07.json", "{}"), ("in.txt", "in"), ("x07.lock.json", "{}")):
         (place / name).write_text(text)
@@ -130,10 +123,10 @@ def project(place: Path, kind: str) -> None:
     ],
 )
 @pytest.mark.parametrize("flag", ["--report-out", "--diff", "--attest-runtime"])
-def test_nothing_that_a_project_consists_of_is_written_over(
+def test_project_files_are_not_overwritten(
     place: Path, kind: str, words: tuple[str, ...], own: tuple[str, ...], flag: str
 ) -> None:
-    """What a project consists of is refused as an output, be it named or not, also where flags or profiles win."""
+    """An output over a file of the project is refused."""
     project(place, kind)
     (place / "given.json").write_bytes(render_policy(default_policy()))
     before = {name: (place / name).read_bytes() for name in own}
@@ -144,7 +137,7 @@ def test_nothing_that_a_project_consists_of_is_written_over(
 
 @pytest.mark.parametrize("flag", ["--report-out", "--compiled-out"])
 def test_a_source_on_standard_input_is_not_written_over(place: Path, flag: str) -> None:
-    """A file that PROGRAM `-` is read from is refused as an output."""
+    """An output over the source on standard input is refused."""
     (place / "a.c").write_text("int main(void) {}")
     argv = [sys.executable, "-m", "x07_sandbox.cli.main", "run", "--toolchain", "c", flag, "a.c", "-"]
     with (place / "a.c").open() as source:
@@ -155,8 +148,8 @@ def test_a_source_on_standard_input_is_not_written_over(place: Path, flag: str) 
 
 @pytest.mark.parametrize("text", ["", '{"schema_version": "x07.sandbox.result@0.1.0"}'])
 @pytest.mark.parametrize("words", [(), ("--attest-runtime", "policy.json"), ("--diff", "in.txt")])
-def test_a_refused_report_is_not_written_all_the_same(place: Path, text: str, words: tuple[str, ...]) -> None:
-    """A project's file that is empty, or an earlier document, is not replaced by the error that it may not be."""
+def test_a_refused_report_is_not_written(place: Path, text: str, words: tuple[str, ...]) -> None:
+    """A refused --report-out is not written with the error either."""
     project(place, "x07-sandbox.toml")
     for name in ("empty.py", "in.txt"):
         (place / name).write_text(text)
@@ -165,7 +158,7 @@ def test_a_refused_report_is_not_written_all_the_same(place: Path, text: str, wo
 
 
 def test_a_built_program_replaces_no_source(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """--compiled-out with a file of an X07 project is refused by both commands."""
+    """--compiled-out over a file of an X07 project is refused by both commands."""
     project(place, "x07.json")
     runner = ["--world", "run-os-sandboxed", "--policy", "policy.json", "--project", "x07.json"]
     for name in ("src/main.x07.json", "policy.json", "other.json"):
@@ -175,7 +168,7 @@ def test_a_built_program_replaces_no_source(place: Path, capfd: pytest.CaptureFi
 
 
 def test_the_derived_policy_stays(place: Path) -> None:
-    """The policy that override flags make of an X07 project's is refused as an output of the same run."""
+    """An output over the derived policy is refused."""
     project(place, "x07.json")
     words = ["run", "--allow-read-root", "src"]
     assert main([*words, "--json"]) == 125  # for want of an image
@@ -186,8 +179,8 @@ def test_the_derived_policy_stays(place: Path) -> None:
 
 
 @pytest.mark.parametrize("flag", ["--compiled-out", "--attest-runtime"])
-def test_nothing_replaces_a_module(place: Path, flag: str, capfd: pytest.CaptureFixture[str]) -> None:
-    """A module that x07-os-runner takes along for a single program is refused as an output."""
+def test_modules_are_not_overwritten(place: Path, flag: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """An output over a module of x07-os-runner is refused."""
     (place / "lib/a").mkdir(parents=True)
     for name in ("main.x07.json", "lib/a/b.x07.json"):
         (place / name).write_text("{}")
@@ -198,8 +191,8 @@ def test_nothing_replaces_a_module(place: Path, flag: str, capfd: pytest.Capture
     assert (place / "lib/a/b.x07.json").read_text() == "{}"
 
 
-def test_what_a_run_wrote_into_its_project_is_written_anew(place: Path) -> None:
-    """A report inside an X07 project, all of which goes into the machine, is replaced by the next one."""
+def test_an_earlier_report_is_replaced(place: Path) -> None:
+    """A report inside an X07 project is replaced by the next run."""
     project(place, "x07.json")
     runs = set()
     for _ in range(2):
@@ -212,7 +205,7 @@ def test_what_a_run_wrote_into_its_project_is_written_anew(place: Path) -> None:
 def test_an_empty_name_is_not_this_folder(
     place: Path, words: tuple[str, ...], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A folder without a name, as of an unset variable of a shell, opens no folder to a program, and begins none."""
+    """An empty folder name is a usage error."""
     assert main([*words]) == 2
     assert "the name of the folder is empty" in capfd.readouterr().err
     assert list(place.iterdir()) == []
@@ -227,8 +220,8 @@ def test_an_empty_name_is_not_this_folder(
         ("init",),
     ],
 )
-def test_a_folder_that_is_gone_is_told(place: Path, words: tuple[str, ...], capfd: pytest.CaptureFixture[str]) -> None:
-    """Where the current folder was removed a relative name is wrong usage that says so, whatever it was to be."""
+def test_a_removed_folder_is_reported(place: Path, words: tuple[str, ...], capfd: pytest.CaptureFixture[str]) -> None:
+    """A removed current folder is a usage error that says so."""
     place.rmdir()
     assert main([*words]) == 2
     assert "the current folder does not exist" in capfd.readouterr().err
@@ -239,12 +232,12 @@ def test_a_folder_that_is_gone_is_told(place: Path, words: tuple[str, ...], capf
 def test_a_pattern_that_could_match_no_name_is_refused(
     flag: str, pattern: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A path in place of a name's pattern would hide nothing, so it is wrong usage before anything is copied."""
+    """A path as a --hide or --reveal pattern is a usage error."""
     assert main(["run", flag, pattern, "prog.py"]) == 2
     assert f"argument {flag}: {pattern!r} is not a pattern for a name" in capfd.readouterr().err
 
 
-# what is told of an error
+# reports of errors
 
 
 @pytest.mark.parametrize(
@@ -264,7 +257,7 @@ def test_a_pattern_that_could_match_no_name_is_refused(
 def test_an_error_before_a_run_replaces_the_last_report(
     place: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], code: int, why: str
 ) -> None:
-    """Whatever ends `x07 run` before there is a run is in --report-out, so that no earlier report is taken for new."""
+    """An error before a run replaces an earlier --report-out."""
     (place / "p.py").write_text("pass\n")
     (place / "p.c").write_text("int main(void) {}\n")
     (place / "b.x07.json").write_text("{}")

@@ -1,4 +1,4 @@
-"""Promises of limits under emulation that need no machine: how far they grow, who may ask, and the time of a build."""
+"""Limits scaled under emulation, and the time limit of builds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def test_time_and_cpu_time_are_multiplied_and_nothing_else() -> None:
-    """A factor of 8 makes 480 s of 60 s; memory, processes and files stay."""
+    """Scaling multiplies wall and CPU time only."""
     limits = run_limits(default_policy())
     made, scaling, warnings = scaled_limits(limits, 8)
     assert (made.wall_ms, made.cpu_ms, warnings) == (480_000, 480_000, ())
@@ -28,12 +28,12 @@ def test_time_and_cpu_time_are_multiplied_and_nothing_else() -> None:
     assert (made.mem_bytes, made.procs, made.fds) == (limits.mem_bytes, limits.procs, limits.fds)
 
 
-def test_no_factor_goes_beyond_what_a_policy_can_say() -> None:
-    """Limits stop at 600 s, and a warning says so for each that did."""
+def test_scaled_limits_stop_at_the_maximum() -> None:
+    """Scaled limits stop at 600 s with a warning."""
     made, scaling, warnings = scaled_limits(run_limits(default_policy()), 17)
     assert (made.wall_ms, made.cpu_ms, scaling.factor) == (600_000, 600_000, 17)
     assert [text.partition(" ")[0] for text in warnings] == ["limits.wall_ms", "limits.cpu_ms"]
-    assert "not to 1020 s" in warnings[0]
+    assert "instead of 1020 s" in warnings[0]
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_no_factor_goes_beyond_what_a_policy_can_say() -> None:
 def test_the_settings_file_may_ask_for_scaled_limits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, *, wanted: bool
 ) -> None:
-    """Limits are scaled only where the user's own file says "auto"."""
+    """Limits are scaled only if the user's settings say "auto"."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     if text is not None:
         (tmp_path / "x07").mkdir()
@@ -65,8 +65,8 @@ def test_the_settings_file_may_ask_for_scaled_limits(
         ("[limits\n", "it is not TOML"),
     ],
 )
-def test_a_setting_that_is_wrong_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, why: str) -> None:
-    """A mistake in the file is an error, and never taken for "never"."""
+def test_an_invalid_setting_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, why: str) -> None:
+    """An invalid setting is an error."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     (tmp_path / "x07").mkdir()
     (tmp_path / "x07" / "sandbox.toml").write_text(text)
@@ -77,15 +77,15 @@ def test_a_setting_that_is_wrong_is_told(tmp_path: Path, monkeypatch: pytest.Mon
         scale_when_emulated()
 
 
-def test_a_build_has_the_time_that_was_asked_for() -> None:
-    """`--build-timeout` sets the time of a build and its CPU time; without it both are the usual 300 s."""
+def test_build_timeout_sets_the_build_limits() -> None:
+    """`--build-timeout` sets wall and CPU time of a build; the default is 300 s."""
     assert (build_limits().cpu_ms, build_limits().wall_ms) == (300_000, 300_000)
     assert (build_limits(900_000).cpu_ms, build_limits(900_000).wall_ms) == (900_000, 900_000)
 
 
 @pytest.mark.parametrize(("wall_ms", "more"), [(300_000, "--build-timeout 600"), (2_000_000, "--build-timeout 3600")])
 def test_a_build_that_took_too_long_names_its_flag(wall_ms: int, more: str) -> None:
-    """A build that ended at its time limit says which flag gives it more, as long as there is more."""
+    """A build that timed out names the flag that gives it more time."""
     late = classify(Evidence(stage=Stage.RUN, deadline_passed=True), limits=build_limits(wall_ms))
     found = build_verdict(late, wall_ms)
     assert (found.outcome, more in found.reason) == (Outcome.BUILD_FAILED, True)

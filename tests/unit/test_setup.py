@@ -1,4 +1,4 @@
-"""The set-up scripts' own functions."""
+"""Functions of the set-up scripts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_set_up_compiles_the_modules(tmp_path: Path) -> None:
-    """The set-up leaves compiled modules, also where PYTHONDONTWRITEBYTECODE keeps a start from writing them."""
+    """The set-up compiles modules even with PYTHONDONTWRITEBYTECODE."""
     (tmp_path / "src/package").mkdir(parents=True)
     (tmp_path / "src/package/module.py").write_text("x = 1\n")
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}

@@ -1,4 +1,4 @@
-"""`x07 run --json` prints a short result; `--json=full` prints every control."""
+"""`x07 run --json` prints a short result, `--json=full` every control."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CHANGED = "limits.cpu_ms"
 
 
 def _with_controls(*, isolation: Isolation = "vm-emulated", spawn: bool = True) -> Result:
-    """A result with the controls of a run under the built-in policy, or under one without child processes."""
+    """A result with the controls of the built-in policy, or of one without child processes."""
     policy = default_policy()
     policy = replace(policy, process=replace(policy.process, allow_spawn=spawn))
     plan = make_plan(policy, container_features() if isolation == "container" else vm_features(isolation))
@@ -31,7 +31,7 @@ def _with_controls(*, isolation: Isolation = "vm-emulated", spawn: bool = True) 
 
 @pytest.mark.parametrize("isolation", ["vm-emulated", "vm-hardware", "container"])
 def test_the_short_result_accounts_for_every_control(isolation: Isolation) -> None:
-    """Listed, named as advisory, or counted: no control of a run is missing from the short form."""
+    """The short result lists, names or counts every control."""
     result = _with_controls(isolation=isolation)
     short, full = (document(render_result(result, full=full)) for full in (False, True))
     omitted = short["controls_omitted"]
@@ -44,7 +44,7 @@ def test_the_short_result_accounts_for_every_control(isolation: Isolation) -> No
 
 
 def test_a_control_that_differs_from_the_built_in_policy_is_listed() -> None:
-    """What another policy or a refusal changes stands in the short form with its reason."""
+    """The short result lists every control that differs from the built-in policy."""
     result = _with_controls(spawn=False)
     usual = {control.field: control for control in _with_controls().controls}
     changed = {control.field for control in result.controls if control != usual[control.field]}
@@ -57,7 +57,7 @@ def test_a_control_that_differs_from_the_built_in_policy_is_listed() -> None:
 
 
 def test_the_full_result_is_the_library_s() -> None:
-    """`--json=full` lists every control that `Result.controls` has, and omits none."""
+    """`--json=full` lists every control."""
     result = _with_controls()
     full = document(render_result(result, full=True))
     assert [control["field"] for control in full["controls"]] == [control.field for control in result.controls]
@@ -76,14 +76,14 @@ def test_the_full_result_is_the_library_s() -> None:
         (["run", "prog.py", "--", "--json=full"], False, "prog.py"),
     ],
 )
-def test_json_takes_no_word_that_follows_it(words: list[str], json_value: object, program: str) -> None:
-    """`--json prog.py` runs prog.py, and `--json=full` is the only way to ask for the full form."""
+def test_json_consumes_no_further_word(words: list[str], json_value: object, program: str) -> None:
+    """`--json` never consumes the next word."""
     words = main._verb_first(words)  # noqa: SLF001 - what main does with them first
     options = parser_for(words).parse_args(words)
     assert (options.json, options.program) == (json_value, program)
 
 
 def test_an_error_with_json_full_is_one_json_object(capfd: pytest.CaptureFixture[str]) -> None:
-    """A usage error under `--json=full` is printed as a result, like one under `--json`."""
+    """A usage error under `--json=full` is one JSON object."""
     assert main.main(["run", "--json=full", "no-such-file.py"]) == 2
     assert document(capfd.readouterr().out)["outcome"] == "usage-error"

@@ -1,4 +1,4 @@
-"""What the smoke gate reads from records and reports: it sees wrong labels, living remains, an unnamed orphan."""
+"""The smoke gate's checks: wrong labels, remaining processes and unreported orphans."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def host(*words: str | Path) -> tuple[int, str]:
 
 
 def plant(state: Path, *, labels: dict[str, str] | None = None, **owner: Any) -> None:  # noqa: ANN401 - as in JSON
-    """The record of a job, as x07 writes it, with these changes."""
+    """Write a job's record with these changes."""
     right = {"schema": "1", "run_id": JOB, "runner_instance": "ri-1", "deadline_unix_ms": "1700000090000"}
     shown = {f"io.x07.{name}": text for name, text in (right | (labels or {})).items()}
     folder = state / JOB
@@ -34,7 +34,7 @@ def plant(state: Path, *, labels: dict[str, str] | None = None, **owner: Any) ->
 
 
 def test_right_labels_are_right(tmp_path: Path) -> None:
-    """Labels that agree with the record of their job pass."""
+    """Labels that match their job's record pass."""
     plant(tmp_path)
     assert host("labels", tmp_path, JOB) == (0, "")
 
@@ -43,21 +43,21 @@ def test_right_labels_are_right(tmp_path: Path) -> None:
     ("name", "text"), [("schema", "2"), ("run_id", "another"), ("deadline_unix_ms", "1"), ("runner_instance", "")]
 )
 def test_a_wrong_label_is_named(tmp_path: Path, name: str, text: str) -> None:
-    """A label that is missing, or that disagrees with the record, fails the gate and is named."""
+    """A missing or wrong label fails and is named."""
     plant(tmp_path, labels={name: text})
-    code, said = host("labels", tmp_path, JOB)
+    code, output = host("labels", tmp_path, JOB)
     assert code == 0
-    assert f"io.x07.{name}" in said
+    assert f"io.x07.{name}" in output
 
 
 def test_a_missing_record_fails(tmp_path: Path) -> None:
-    """A job without a record has no labels to check, which fails the gate in one line."""
-    code, said = host("labels", tmp_path, JOB)
-    assert (code, said.count("\n")) == (1, 1)
+    """A missing record fails."""
+    code, output = host("labels", tmp_path, JOB)
+    assert (code, output.count("\n")) == (1, 1)
 
 
 def test_a_living_process_of_a_job_is_seen(tmp_path: Path) -> None:
-    """A recorded process that lives is seen as a remainder, one of another start time or none at all is not."""
+    """A recorded process that is alive is found, and a reused pid is not."""
     ticks = int(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
     plant(tmp_path, processes={"inner": {"pid": os.getpid(), "start_ticks": ticks}})
     assert host("remains", tmp_path, JOB) == (0, f"its inner process {os.getpid()} is alive\n")
@@ -67,15 +67,15 @@ def test_a_living_process_of_a_job_is_seen(tmp_path: Path) -> None:
 
 
 def test_a_process_with_the_mark_and_a_control_group_are_seen(tmp_path: Path) -> None:
-    """A process that carries the job's mark and a control group that is there are seen as remainders."""
+    """A process with the job's mark and an existing cgroup are found."""
     mark = f"x07-test-{os.getpid()}"
     plant(tmp_path, instance=mark, cgroups=[str(tmp_path), str(tmp_path / "gone")])
     argv = [sys.executable, "-c", "input()", mark]
     with subprocess.Popen(argv, stdin=subprocess.PIPE) as process:
-        code, said = host("remains", tmp_path, JOB)
+        code, output = host("remains", tmp_path, JOB)
         process.kill()
     assert code == 0
-    assert said.splitlines() == [
+    assert output.splitlines() == [
         f"process {process.pid} carries its mark",
         f"its control group {tmp_path} still exists",
     ]
@@ -83,7 +83,7 @@ def test_a_process_with_the_mark_and_a_control_group_are_seen(tmp_path: Path) ->
 
 @pytest.mark.parametrize(("removed", "code"), [([{"kind": "job", "id": JOB, "why": "its runner is dead"}], 0), ([], 1)])
 def test_an_orphan_has_to_be_named_as_removed(tmp_path: Path, removed: list[dict[str, str]], code: int) -> None:
-    """A sweep passes only if its report names the orphan among what it removed, not among what it kept."""
+    """A sweep passes only if it reports the orphan as removed."""
     report = {"removed": removed, "kept": [{"kind": "job", "id": JOB, "why": "it is alive"}]}
     (tmp_path / "sweep.json").write_text(json.dumps(report))
     assert host("removed", tmp_path / "sweep.json", JOB) == (code, "")

@@ -1,4 +1,4 @@
-"""The rule by which a job on record may be ended by somebody else: only if its owner is gone, or its time is up."""
+"""When a recorded job may be ended by another process: its owner is gone or it has expired."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 GONE = Identity(pid=2**22 - 1, start_ticks=1)
-ALLOWANCE_MS = 750_000
 CLEANUP_MS = 30_000
 WALL_MS = 10_000
 GRACE_MS = 1000
@@ -36,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("state")
 
 
 def recorded(runner: Identity | None = None, **processes: Identity) -> JobRecord:
-    """A job on record that has not ended."""
+    """A recorded job that has not ended."""
     claim = Claim(run_id=new_run_id(), phase="run", wall_ms=WALL_MS)
     record = create_record(claim, backend="none", image_digest="")
     write_owner(record, runner=runner or own_identity(), processes=processes, cgroups=())
@@ -44,45 +43,45 @@ def recorded(runner: Identity | None = None, **processes: Identity) -> JobRecord
 
 
 def edit(record: JobRecord, name: str = "owner.json", **values: Any) -> None:  # noqa: ANN401 - JSON
-    """Change fields of one of its files; None removes one."""
+    """Change fields of one of the record's files; None removes a field."""
     path = record.folder / name
     document = json.loads(path.read_bytes()) | values
     path.write_text(json.dumps({key: value for key, value in document.items() if value is not None}))
 
 
 def stored(record: JobRecord) -> StoredJob:
-    """What its folder says."""
+    """The record as stored."""
     found = read_stored(record.folder, runner_instance(record.folder.parent))
     assert found is not None
     return found
 
 
 def fate(record: JobRecord, **now: Any) -> str:  # noqa: ANN401 - as above
-    """What the rule says, here and now but for what *now* names."""
+    """The rule's verdict, now or at the given times."""
     return judge(stored(record), here_and_now()._replace(**now)).fate
 
 
 def test_a_live_owner_inside_its_deadline_is_left_alone() -> None:
-    """A job whose runner lives and whose time has not passed is never touched, and one whose runner died is at once."""
+    """A job with a live runner and time left is never touched; one with a dead runner is."""
     assert fate(recorded()) == "live"
     assert fate(recorded(GONE)) == "dead"
 
 
-def test_a_reused_process_number_is_a_dead_owner() -> None:
-    """A process that has the number of a dead runner, and another start time, is not that runner."""
+def test_a_reused_pid_is_a_dead_owner() -> None:
+    """A reused pid counts as a dead owner."""
     me = own_identity()
     assert fate(recorded(Identity(pid=me.pid, start_ticks=me.start_ticks - 1))) == "dead"
 
 
 def test_another_boot_means_that_the_owner_is_dead() -> None:
-    """Whoever ran a job before the host was booted is dead, also where a live process has its number and start time."""
+    """After a reboot every owner counts as dead."""
     record = recorded()
     edit(record, boot_id="0" * 36)
     assert fate(record) == "dead"
 
 
 def test_in_another_pid_namespace_only_the_deadline_counts() -> None:
-    """A runner of another pid namespace cannot be seen: its job goes when its time has passed, not before."""
+    """A job of another pid namespace goes only when it has expired."""
     record = recorded(GONE)
     edit(record, pid_namespace="pid:[1]")
     assert fate(record) == "live"
@@ -91,14 +90,14 @@ def test_in_another_pid_namespace_only_the_deadline_counts() -> None:
 
 @pytest.mark.parametrize(("late_ms", "expected"), [(0, "live"), (GRACE_MS + CLEANUP_MS, "live"), (31_001, "expired")])
 def test_a_job_expires_after_deadline_grace_and_clean_up(late_ms: int, expected: str) -> None:
-    """A live owner keeps its job through its deadline, the grace and the time for cleaning up, and no longer."""
+    """A job expires after deadline, grace and clean-up time."""
     record = recorded()
     assert fate(record, boot_ms=record.deadline_boot_ms + late_ms) == expected
 
 
 @pytest.mark.parametrize("step_ms", [-(10**12), 10**12])
 def test_a_step_of_the_wall_clock_changes_nothing(monkeypatch: pytest.MonkeyPatch, step_ms: int) -> None:
-    """A wall clock that jumps, forward or back, neither expires a job nor keeps one that is overdue."""
+    """A jump of the wall clock changes no verdict."""
     record, now = recorded(), time.time_ns()
     monkeypatch.setattr(time, "time_ns", lambda: now + step_ms * 1_000_000)
     assert fate(record) == "live"
@@ -106,8 +105,8 @@ def test_a_step_of_the_wall_clock_changes_nothing(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("end", ["done", "reaped"])
-def test_what_has_ended_is_not_judged_again(end: str) -> None:
-    """A job with done or reaped is over, whoever ran it."""
+def test_an_ended_job_is_over(end: str) -> None:
+    """A job with done or reaped is over."""
     record = recorded(GONE)
     mark_done(record) if end == "done" else mark_reaped(record)
     assert fate(record) == "ended"
@@ -135,8 +134,8 @@ def test_what_has_ended_is_not_judged_again(end: str) -> None:
         ("job.json", {"padding": "x" * 70_000}, "damaged"),
     ],
 )
-def test_what_is_not_ours_to_judge_is_kept(name: str, values: dict[str, Any], standing: str) -> None:
-    """A record that is damaged, newer or another runner's is kept, whatever else it says."""
+def test_foreign_and_damaged_records_are_kept(name: str, values: dict[str, Any], standing: str) -> None:
+    """A damaged, newer or foreign record is kept."""
     record = recorded(GONE)
     edit(record, name, **values)
     assert stored(record).standing == standing
@@ -144,7 +143,7 @@ def test_what_is_not_ours_to_judge_is_kept(name: str, values: dict[str, Any], st
 
 
 def test_a_record_of_x07_is_kept() -> None:
-    """A job.json alone, as X07's own tools write it, is never acted on, whatever process or container it names."""
+    """A record of X07's own tools is never acted on."""
     record = recorded(GONE)
     (record.folder / "owner.json").unlink()
     edit(record, "job.json", pid=os.getpid(), container_id="x07-1-2-3")
@@ -153,7 +152,7 @@ def test_a_record_of_x07_is_kept() -> None:
 
 
 def test_a_link_is_no_record(tmp_path: Path) -> None:
-    """Neither a folder nor a file of a record is reached through a link."""
+    """A record is never reached through a symbolic link."""
     record, other = recorded(GONE), recorded(GONE)
     record.folder.rename(tmp_path / "moved")
     record.folder.symlink_to(tmp_path / "moved")
@@ -163,16 +162,16 @@ def test_a_link_is_no_record(tmp_path: Path) -> None:
     assert stored(other).owner is None
 
 
-def test_a_pipe_in_place_of_a_record_stops_nobody() -> None:
-    """Reading a record never waits, whatever lies in its place."""
+def test_a_pipe_in_place_of_a_record_does_not_block() -> None:
+    """A pipe in place of a record does not block."""
     record = recorded(GONE)
     (record.folder / "owner.json").unlink()
     os.mkfifo(record.folder / "owner.json")
     assert stored(record).owner is None
 
 
-def test_states_are_words_for_people() -> None:
-    """Each job has one word on how it stands."""
+def test_each_job_has_a_state() -> None:
+    """Each job has one state word."""
     me = own_identity()
     now = Now(boot_id(), pid_namespace(), here_and_now().boot_ms)
     expected = {

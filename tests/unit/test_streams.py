@@ -1,4 +1,4 @@
-"""Sinks: caps, slow readers, and what a terminal gets."""
+"""Output sinks: caps, slow readers and terminal filtering."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def keep_fd() -> Iterator[int]:
-    """A file for a sink to keep its stream in."""
+    """A file in which a sink saves its stream."""
     with tempfile.TemporaryFile() as file:
         yield file.fileno()
 
 
 def settled(sink: Sink) -> int:
-    """How many bytes are done with once nothing is on its way any more."""
+    """The number of bytes delivered once nothing is pending."""
     done = 0
     while (fd := sink.progress_fd) is not None:
         assert select.select([fd], [], [], 60)[0]
@@ -40,7 +40,7 @@ def settled(sink: Sink) -> int:
 
 @given(st.lists(st.binary(max_size=64), max_size=20))
 def test_a_terminal_never_gets_a_control_sequence(chunks: list[bytes]) -> None:
-    """Whatever bytes come, cut anywhere, only line ends, tabs and carriage returns pass of all control characters."""
+    """A terminal gets no control characters but newline, tab and carriage return."""
     shown = TerminalFilter()
     text = b"".join(shown(chunk) for chunk in chunks).decode()
     controls = {chr(code) for code in [*range(32), *range(0x7F, 0xA0)]} - {"\n", "\t", "\r"}
@@ -49,13 +49,13 @@ def test_a_terminal_never_gets_a_control_sequence(chunks: list[bytes]) -> None:
 
 @given(st.text(alphabet=st.characters(exclude_categories=["C"]), max_size=50), st.integers(1, 7))
 def test_ordinary_text_passes_the_filter_however_it_is_cut(text: str, cut: int) -> None:
-    """Text without control characters reaches a terminal unchanged, also when a character is cut in two."""
+    """Ordinary text reaches a terminal unchanged, however it is cut."""
     shown, data = TerminalFilter(), text.encode()
     assert b"".join(shown(data[at : at + cut]) for at in range(0, len(data), cut)) == data
 
 
-def test_the_line_about_what_is_done_has_no_control_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Names that a stranger chose cannot move a terminal's cursor, in the line that shows what takes long either."""
+def test_the_progress_line_has_no_control_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The progress line contains no control sequences of hostile names."""
     ours, theirs = pty.openpty()
     with os.fdopen(theirs, "w", encoding="utf-8") as terminal:
         monkeypatch.setattr(sys, "stderr", terminal)
@@ -71,7 +71,7 @@ def test_the_line_about_what_is_done_has_no_control_sequence(monkeypatch: pytest
 
 
 def test_a_sink_keeps_exactly_its_cap(keep_fd: int) -> None:
-    """A stream past its cap is marked as overflown, and exactly the cap is kept."""
+    """A sink saves exactly its cap and marks the overflow."""
     sink = Sink("stdout", keep_fd=keep_fd, live_fd=None, max_bytes=10)
     seen = [(sink.take(data), sink.overflow) for data in (b"12345678", b"abcdefgh")]
     assert seen == [(8, False), (8, True)]
@@ -79,7 +79,7 @@ def test_a_sink_keeps_exactly_its_cap(keep_fd: int) -> None:
 
 
 def test_a_sink_to_a_terminal_filters_and_settles_every_byte(keep_fd: int) -> None:
-    """A terminal gets filtered text and the file raw bytes, all of them done with once the terminal took it."""
+    """A terminal gets filtered text, and the file gets the raw bytes."""
     main, terminal = pty.openpty()
     try:
         sink = Sink("stdout", keep_fd=keep_fd, live_fd=terminal, max_bytes=1000)
@@ -95,8 +95,8 @@ def test_a_sink_to_a_terminal_filters_and_settles_every_byte(keep_fd: int) -> No
         os.close(terminal)
 
 
-def test_a_reader_who_has_gone_does_not_stop_the_stream(keep_fd: int) -> None:
-    """When the live reader closes, the rest is kept and counted as done with."""
+def test_a_stream_survives_its_reader(keep_fd: int) -> None:
+    """A stream continues after its live reader has gone."""
     read, write = os.pipe()
     try:
         sink = Sink("stdout", keep_fd=keep_fd, live_fd=write, max_bytes=1000)
@@ -114,8 +114,8 @@ def test_a_reader_who_has_gone_does_not_stop_the_stream(keep_fd: int) -> None:
 
 
 @pytest.mark.parametrize("chunk", [4095, 4096, 65536])
-def test_nothing_waits_for_readers_of_one_pipe(keep_fd: int, chunk: int) -> None:
-    """Two streams into one pipe that nobody reads take what they are given without waiting, until it is read."""
+def test_full_pipes_never_block(keep_fd: int, chunk: int) -> None:
+    """Streams into a full pipe never block."""
     read, write = os.pipe()
     with tempfile.TemporaryFile() as other:
         sinks = [
@@ -138,8 +138,8 @@ def test_nothing_waits_for_readers_of_one_pipe(keep_fd: int, chunk: int) -> None
     os.close(write)
 
 
-def test_what_is_not_there_yet_is_not_the_end() -> None:
-    """Input on a descriptor with O_NONBLOCK is waited for to its end; more than is asked for is not read to its end."""
+def test_non_blocking_input_is_read_to_its_end() -> None:
+    """Input on a non-blocking descriptor is read to its end, within the limit."""
     theirs, ours = os.pipe()
     os.set_blocking(theirs, False)
     with ThreadPoolExecutor(1) as threads:

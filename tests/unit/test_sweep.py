@@ -1,4 +1,4 @@
-"""What a sweep removes and what it leaves alone: it never touches a live job, or anything that is not ours."""
+"""The sweep: what it removes and what it leaves alone."""
 
 from __future__ import annotations
 
@@ -40,28 +40,28 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def swept(*, dry_run: bool = False) -> SweepReport:
-    """A whole sweep."""
+    """A complete sweep."""
     return sweep(dry_run=dry_run, progress=lambda _text: None)
 
 
 def names(report: SweepReport, kind: str = "job") -> list[str]:
-    """What went."""
+    """The ids of what was removed."""
     return [gone.id for gone in report.removed if gone.kind == kind]
 
 
 def reason_kept(report: SweepReport, record: JobRecord) -> str:
-    """Why a job stayed; empty if it was not told of."""
+    """The reason why a job was kept, or ""."""
     return "".join(kept.why for kept in report.kept if kept.id == record.job_id)
 
 
 def ended(record: JobRecord) -> bool:
-    """Whether it is recorded as gone."""
+    """Return whether the job is recorded as reaped."""
     return (record.folder / "reaped").exists()
 
 
 @contextlib.contextmanager
 def sleeper(*words: str) -> Iterator[Identity]:
-    """A live process of this user with these words among its arguments."""
+    """A live process of this user with these arguments."""
     argv = [sys.executable, "-c", "import sys; print(flush=True); sys.stdin.read()", *words]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
@@ -75,15 +75,15 @@ def sleeper(*words: str) -> Iterator[Identity]:
 
 
 def alive(identity: Identity) -> bool:
-    """Whether that process still runs."""
+    """Return whether that process still runs."""
     return (
         identify(identity.pid) == identity
         and os.waitid(os.P_PID, identity.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
     )
 
 
-def test_a_dead_runners_job_is_reaped_and_a_live_ones_stays() -> None:
-    """The job of a dead runner is ended and recorded as reaped; the one of a live runner beside it is untouched."""
+def test_only_jobs_of_dead_runners_are_reaped() -> None:
+    """A sweep reaps the job of a dead runner and leaves that of a live one untouched."""
     dead, live = recorded(GONE), recorded()
     before = {path.name: path.read_bytes() for path in live.folder.iterdir()}
     assert names(swept()) == [dead.job_id]
@@ -93,8 +93,8 @@ def test_a_dead_runners_job_is_reaped_and_a_live_ones_stays() -> None:
     assert swept().removed == ()
 
 
-def test_a_process_that_carries_the_jobs_mark_is_ended() -> None:
-    """What a dead runner started, and wrote down, is ended by its pid, start time and mark."""
+def test_recorded_processes_are_killed() -> None:
+    """A sweep kills the recorded processes of a dead runner."""
     record = recorded(GONE)
     with sleeper(record.mark) as identity:
         edit(record, processes={"inner": {"pid": identity.pid, "start_ticks": identity.start_ticks}})
@@ -102,8 +102,8 @@ def test_a_process_that_carries_the_jobs_mark_is_ended() -> None:
         assert not alive(identity)
 
 
-def test_a_process_that_was_not_written_down_is_found_by_its_mark() -> None:
-    """A runner that was killed just after it started something left a process that is found by the job's mark."""
+def test_unrecorded_processes_are_found() -> None:
+    """A sweep finds unrecorded processes of a dead runner by their mark."""
     record = recorded(GONE)
     with sleeper(record.mark) as identity:
         assert names(swept()) == [record.job_id]
@@ -111,8 +111,8 @@ def test_a_process_that_was_not_written_down_is_found_by_its_mark() -> None:
 
 
 @pytest.mark.parametrize("role", ["processes", "runner"])
-def test_a_planted_record_cannot_have_a_process_killed(role: str) -> None:
-    """A record that names a live process of the user exactly has it not signalled: it does not carry the job's mark."""
+def test_a_forged_record_kills_no_process(role: str) -> None:
+    """A forged record cannot make a sweep kill a foreign process."""
     record = recorded(GONE)
     with sleeper("no mark") as identity:
         exact = {"pid": identity.pid, "start_ticks": identity.start_ticks}
@@ -127,16 +127,16 @@ def test_a_planted_record_cannot_have_a_process_killed(role: str) -> None:
             assert not ended(record)
 
 
-def test_an_expired_job_of_a_live_runner_goes() -> None:
-    """Past deadline, grace and clean-up time a job is ended although its runner lives, as one that is stopped does."""
+def test_an_expired_job_is_ended() -> None:
+    """An expired job is ended even if its runner lives."""
     record = recorded(own_identity())
     edit(record, deadline_boot_ms=1)
     assert names(swept()) == [record.job_id]
     assert ended(record)
 
 
-def test_a_job_that_another_sweep_works_on_is_left_to_it() -> None:
-    """Of two sweeps at once one acts on a job; the other skips it, and waits for nothing."""
+def test_a_job_of_another_sweep_is_skipped() -> None:
+    """A sweep skips a job on which another sweep works."""
     record = recorded(GONE)
     fd = os.open(record.folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -148,7 +148,7 @@ def test_a_job_that_another_sweep_works_on_is_left_to_it() -> None:
 
 
 def test_sweeps_at_once_report_each_job_once() -> None:
-    """Several sweeps at the same time end every job of a dead runner exactly once, and no live one."""
+    """Concurrent sweeps end each dead job exactly once."""
     dead, live = [recorded(GONE) for _ in range(40)], [recorded() for _ in range(10)]
     reports: list[SweepReport] = []
     threads = [threading.Thread(target=lambda: reports.append(swept())) for _ in range(4)]
@@ -161,8 +161,8 @@ def test_sweeps_at_once_report_each_job_once() -> None:
     assert not any(map(ended, live))
 
 
-def test_a_dry_run_changes_nothing_and_says_the_same() -> None:
-    """A dry run reports what a sweep then does."""
+def test_a_dry_run_reports_the_same() -> None:
+    """A dry run changes nothing and reports what a sweep would do."""
     record = recorded(GONE)
     dry = swept(dry_run=True)
     assert not ended(record)
@@ -178,8 +178,8 @@ def test_a_dry_run_changes_nothing_and_says_the_same() -> None:
         ("job.json", {"backend": "podman-of-the-future"}, "no backend 'podman-of-the-future'"),
     ],
 )
-def test_what_cannot_be_judged_is_kept_and_reported(name: str, values: dict[str, object], why: str) -> None:
-    """Damaged, newer and foreign records, and those of an unknown backend, stay and are named with the reason."""
+def test_unreadable_records_are_kept_and_reported(name: str, values: dict[str, object], why: str) -> None:
+    """Damaged, newer and foreign records, and unknown backends, are kept and reported."""
     record = recorded(GONE)
     edit(record, name, **values)
     report = swept()
@@ -189,7 +189,7 @@ def test_what_cannot_be_judged_is_kept_and_reported(name: str, values: dict[str,
 
 
 def test_a_record_of_x07_is_reported_and_kept() -> None:
-    """A record of X07's own tools stays, and neither the process nor the program that it names is touched."""
+    """A record of X07's own tools is kept, and its process is untouched."""
     with sleeper("x07-1-2-3") as identity:
         folder = recorded(GONE).folder
         (folder / "owner.json").unlink()
@@ -205,7 +205,7 @@ def test_a_record_of_x07_is_reported_and_kept() -> None:
 
 
 def test_another_users_job_stays(need: Need) -> None:
-    """The folder of another user's job is left alone, whatever its files say."""
+    """A job folder of another user is left alone."""
     need(os.geteuid() == 0, "only root can give a folder to another user", installable=False)
     record = recorded(GONE)
     os.chown(record.folder, 65534, 65534)
@@ -219,7 +219,7 @@ def test_another_users_job_stays(need: Need) -> None:
 
 
 def unstarted(*, phase: str = "run", backend: str = "qemu", pid: int = GONE.pid, age_s: int = 120) -> JobRecord:
-    """The folder of a job whose runner was killed before it wrote who it was."""
+    """The folder of a job whose runner was killed before it recorded itself."""
     run_id = new_run_id().split("-")
     claim = Claim(run_id=f"{run_id[0]}-{pid}-{run_id[2]}", phase=phase, wall_ms=1000)
     record = create_record(claim, backend=backend, image_digest="")
@@ -228,8 +228,8 @@ def unstarted(*, phase: str = "run", backend: str = "qemu", pid: int = GONE.pid,
     return record
 
 
-def test_a_folder_of_a_job_that_never_began_goes() -> None:
-    """A runner that was killed before it started anything leaves a folder, which goes once it is a minute old."""
+def test_an_unstarted_job_is_removed() -> None:
+    """The folder of a job that never started is removed after a minute."""
     old, young, owned = unstarted(), unstarted(age_s=10), unstarted(pid=os.getpid())
     assert names(swept(), "unstarted") == [old.job_id]
     assert not old.folder.exists()
@@ -237,8 +237,8 @@ def test_a_folder_of_a_job_that_never_began_goes() -> None:
     assert owned.folder.exists()
 
 
-def test_a_run_under_way_keeps_the_folders_of_its_jobs() -> None:
-    """While a run holds its folder, a job that it has not started yet is left alone, however old it looks."""
+def test_a_running_run_keeps_its_unstarted_jobs() -> None:
+    """A running run keeps the folders of its unstarted jobs."""
     record = unstarted(age_s=100_000)
     with contextlib.ExitStack() as stack:
         RunFolder(record.run_id, stack)
@@ -246,8 +246,8 @@ def test_a_run_under_way_keeps_the_folders_of_its_jobs() -> None:
     assert names(swept(), "unstarted") == [record.job_id]
 
 
-def test_what_may_be_x07s_is_no_job_that_never_began() -> None:
-    """A job.json for an engine that X07's tools use too goes only if there is a run of ours of that name."""
+def test_a_possible_x07_job_is_kept() -> None:
+    """A folder that may belong to X07's tools is kept unless it is of a run of ours."""
     record = unstarted(backend="podman")
     assert names(swept(), "unstarted") == []
     with contextlib.ExitStack() as stack:
@@ -255,8 +255,8 @@ def test_what_may_be_x07s_is_no_job_that_never_began() -> None:
     assert names(swept(), "unstarted") == [record.job_id]
 
 
-def test_an_empty_folder_of_ours_goes_and_one_with_files_stays() -> None:
-    """A folder is that of a job that never began only if it holds nothing that anybody else has put there."""
+def test_an_unstarted_job_with_files_is_kept() -> None:
+    """An unstarted job's folder with foreign files is kept."""
     empty, full = unstarted(phase="warm"), unstarted()
     (empty.folder / "job.json").unlink()
     (full.folder / "in").mkdir()
@@ -292,30 +292,30 @@ LABELS = {
         ({"io.x07.deadline_unix_ms": "1e3"}, (), 9_999_999, "damaged"),
     ],
 )
-def test_an_instance_without_a_record_goes_only_if_it_is_ours_and_overdue(
+def test_only_expired_own_instances_are_removed(
     labels: dict[str, str], live: tuple[str, ...], now: int, why: str
 ) -> None:
-    """An engine's instance goes only with our labels, past its deadline, and without a live job of that name."""
+    """An unrecorded instance is removed only if it is ours, expired and not live."""
     found = why_kept(LABELS | labels, instance=OURS, live=live, now_unix_ms=now)
     assert (why in found) if why else found == ""
 
 
 class Engine(NoneBackend):
-    """A backend whose instances are held by something that outlives us: here a table."""
+    """A backend whose instances outlive the process; here, a table."""
 
     held: ClassVar[dict[str, dict[str, str]]] = {}
 
     def orphans(self) -> list[Orphan]:
-        """All of them."""
+        """Return all instances."""
         return [Orphan(id=name, labels=labels) for name, labels in self.held.items()]
 
     def remove(self, orphan: Orphan) -> bool:
-        """Forget it."""
+        """Remove the instance."""
         return self.held.pop(orphan.id, None) is not None
 
 
-def test_instances_without_a_record_are_asked_of_the_backend(state: Path) -> None:
-    """What an engine holds with our labels past its deadline is removed; a live job's and others' instances stay."""
+def test_unrecorded_instances_are_found(state: Path) -> None:
+    """A sweep removes expired, unrecorded instances of ours from an engine and no others."""
     live, dead = recorded(), recorded(GONE)
     ours = dead.labels() | {"io.x07.job_id": f"1-{GONE.pid}-3-run", "io.x07.run_id": f"1-{GONE.pid}-3-run"}
     expired = {"io.x07.deadline_unix_ms": "1"}
@@ -335,21 +335,21 @@ def test_instances_without_a_record_are_asked_of_the_backend(state: Path) -> Non
 # the places around
 
 
-def test_where_nothing_ever_ran_a_sweep_makes_nothing(state: Path) -> None:
-    """On a machine without records a sweep removes nothing, and makes no folder."""
+def test_a_sweep_on_an_unused_host_creates_nothing(state: Path) -> None:
+    """On an unused host a sweep removes and creates nothing."""
     assert swept() == SweepReport(dry_run=False, removed=(), kept=())
     assert not state.exists()
 
 
 def test_a_sweep_ends_with_its_budget() -> None:
-    """A sweep with a budget begins with no other job once the time is up, and the next one goes on."""
+    """A sweep ends with its time budget, and the next one continues."""
     record = recorded(GONE)
     assert sweep(dry_run=False, progress=lambda _text: None, budget_s=0).removed == ()
     assert names(sweep(dry_run=False, progress=lambda _text: None, budget_s=60)) == [record.job_id]
 
 
-def test_the_runner_of_another_machine_is_another() -> None:
-    """A job of a machine that shares the home is foreign to this one, and stays."""
+def test_a_job_of_another_machine_is_kept() -> None:
+    """A job of another machine that shares the home folder is kept."""
     record = recorded(GONE)
     (record.folder.parent.parent / "runner_instance.owner").write_text("0" * 64 + "\n")
     assert runner_instance(record.folder.parent) != record.runner_instance
@@ -360,14 +360,14 @@ def test_the_runner_of_another_machine_is_another() -> None:
 
 
 def run_here(code: str = "pass") -> subprocess.CompletedProcess[str]:
-    """`x07 run` of a Python program without a machine."""
+    """`x07 run` of a Python program without a VM."""
     argv = [sys.executable, "-m", "x07_sandbox.cli.main", "run", "--sandbox-backend", "none"]
     argv += ["--i-accept-weaker-isolation", "--toolchain", "python", "-c", code]
     return subprocess.run(argv, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
 
 
-def test_a_run_sweeps_first_and_says_what_went() -> None:
-    """A run removes what dead runners left before it starts, and says so in one line; else it is silent."""
+def test_a_run_sweeps_first() -> None:
+    """A run sweeps first and reports what it removed."""
     dead, live = recorded(GONE), recorded()
     dead.folder.rename(dead.folder.with_name(f"1-{GONE.pid}-0-run"))
     assert "removed 1 job that dead runners left\n" in run_here().stderr
@@ -376,8 +376,8 @@ def test_a_run_sweeps_first_and_says_what_went() -> None:
     assert "dead runners" not in run_here().stderr
 
 
-def test_a_sweep_before_a_run_never_keeps_it_from_starting() -> None:
-    """A run starts whatever lies among the records."""
+def test_damaged_records_never_prevent_a_run() -> None:
+    """Damaged records never prevent a run."""
     record = recorded(GONE)
     folder = record.folder.rename(record.folder.with_name(f"1-{GONE.pid}-0-run"))
     (folder / "owner.json").write_bytes(b"[" * 60_000)

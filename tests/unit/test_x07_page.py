@@ -1,4 +1,4 @@
-"""docs/reference/x07.md says what the source says, and shows only commands that a test runs."""
+"""docs/reference/x07.md matches the source, and its commands are tested."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ TEXT = PAGE.read_text(encoding="utf-8")
 
 
 def test_its_tables_are_those_of_the_source() -> None:
-    """Flags and backends stand there as their tables have them."""
+    """The page lists every flag and backend."""
     assert render() == TEXT, "run: python -m scripts.make_x07_page"
     assert all(f"`{option.flag}" in TEXT for option in OPTIONS if not option.hidden)
 
 
 def test_it_names_the_versions_and_codes_that_are_made() -> None:
-    """Every version and error code that the reports hold is on the page."""
+    """The page names every version and error code of the reports."""
     made = (runner_report.SCHEMA, runner_report.WRAPPED_SCHEMA, attestation.SCHEMA)
     assert all(
         name in TEXT for name in (*made, attestation.POLICY_CODE, attestation.GUEST_CODE, attestation.WRITE_CODE)
@@ -30,7 +30,7 @@ def test_it_names_the_versions_and_codes_that_are_made() -> None:
 
 
 def test_every_command_of_the_page_is_run_by_a_test() -> None:
-    """Each line of its sh block stands, as one string, in the test that runs it."""
+    """Every command on the page is run by a test."""
     (block,) = re.findall(r"(?ms)^```sh\n(.*?)^```$", TEXT)
     lines = block.splitlines()
     tree = ast.parse((ROOT / "tests" / "vm" / "test_x07_page.py").read_bytes())
@@ -40,6 +40,6 @@ def test_every_command_of_the_page_is_run_by_a_test() -> None:
 
 
 def test_the_example_policy_is_valid() -> None:
-    """examples/policy.json passes schema and rules."""
+    """examples/policy.json is a valid policy."""
     data = (ROOT / "examples" / "policy.json").read_bytes()
     assert decode_policy(data, source="examples/policy.json").policy_id == "example.strict"

@@ -1,4 +1,4 @@
-"""How X07's compiled programs speak: frames on standard input and output, counters on standard error."""
+"""The protocol of compiled X07 programs: framed input and output, counters on standard error."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from x07_sandbox.x07.report import (
     framed_output,
     read_protocol,
 )
-from x07_sandbox.x07.runner_report import CompileRunReport, failure_report, runner_report
+from x07_sandbox.x07.runner_report import CompileRunReport, runner_report
 
 COUNTED = b'{"fuel_used": 12, "heap_used": 3, "debug_stats": {"borrow_violations": 0}, "later": [1]}'
 VALIDATOR = Draft202012Validator(json.loads(schemas()["x07-os-runner.report.schema.json"]))
 
 
 def report(stdout: bytes, stderr: bytes, code: int = 0) -> CompileRunReport:
-    """The report of a built program that ended by itself with these streams."""
+    """The report of a program that ended with these streams."""
     return runner_report(result(b"", stdout, stderr, code), BUILT)
 
 
-def told(made: CompileRunReport) -> dict[str, Any]:
-    """The report as a caller reads it, after the schema."""
+def checked(made: CompileRunReport) -> dict[str, Any]:
+    """The report as JSON, checked against the schema."""
     document: dict[str, Any] = json.loads(render_json(made))
     VALIDATOR.validate(document)
     return document
@@ -41,7 +41,7 @@ def told(made: CompileRunReport) -> dict[str, Any]:
 
 @given(st.binary(max_size=300), st.binary(max_size=5))
 def test_a_frame_is_exactly_its_length(data: bytes, more: bytes) -> None:
-    """What was framed comes out again; one byte more or less, and nothing does."""
+    """A frame of exactly its length is decoded; any other is not."""
     frame = PROTOCOL.frame_input(data)
     assert framed_output(frame) == data
     assert framed_output(frame + more) == (data if not more else None)
@@ -51,7 +51,7 @@ def test_a_frame_is_exactly_its_length(data: bytes, more: bytes) -> None:
 
 @given(st.lists(st.sampled_from([COUNTED, b"talk", b"{", b"[1]", b"{}", b'{"fuel_used": -1}', b"\xff{", b'{"x":1}'])))
 def test_the_last_line_with_a_counter_holds_the_metrics(lines: list[bytes]) -> None:
-    """Whatever stands around it, the last good line counts; without one there are no metrics."""
+    """The last valid line of counters holds the metrics."""
     found = find_metrics(b"\n".join(lines))
     assert (found is not None) is (COUNTED in lines)
     assert found is None or (found["fuel_used"], found["heap_used"], found["kv_get_calls"]) == (12, 3, None)
@@ -59,8 +59,8 @@ def test_the_last_line_with_a_counter_holds_the_metrics(lines: list[bytes]) -> N
 
 @given(st.binary(max_size=400), st.binary(max_size=400), st.sampled_from([0, 3]))
 def test_any_program_gets_a_valid_report(stdout: bytes, stderr: bytes, code: int) -> None:
-    """Whatever a program writes, its report keeps to the schema, and only a whole protocol is a success."""
-    document = told(read_protocol(report(stdout, stderr, code)))
+    """Any output gives a valid report, and only a complete protocol is a success."""
+    document = checked(read_protocol(report(stdout, stderr, code)))
     good = code == 0 and framed_output(stdout) is not None and find_metrics(stderr) is not None
     assert (document["exit_code"] == 0) is document["solve"]["ok"] is good
 
@@ -75,19 +75,13 @@ def test_any_program_gets_a_valid_report(stdout: bytes, stderr: bytes, code: int
     ],
 )
 def test_a_program_that_breaks_the_protocol_is_trapped(stdout: bytes, stderr: bytes, trap: str | None) -> None:
-    """A status of 0 is a success only with a whole frame and with metrics; the trap says which is missing."""
-    document = told(read_protocol(report(stdout, stderr)))
+    """A program that breaks the protocol fails with a trap that says why."""
+    document = checked(read_protocol(report(stdout, stderr)))
     assert document["solve"]["trap"] == trap
     assert document["solve"]["fuel_used"] == (12 if stderr == COUNTED else None)
 
 
-def test_a_report_without_a_run_stays_as_it_is() -> None:
-    """Where nothing was run there is nothing to unpack."""
-    failed = failure_report("no", mode="compile-run", world="run-os-sandboxed", lang_id="x07")
-    assert read_protocol(failed) == failed
-
-
 def test_deep_nesting_is_no_metrics() -> None:
-    """A line that is nested without end is a line like any other."""
+    """A deeply nested line is no metrics."""
     assert find_metrics(b'{"fuel_used":' + b"[" * 100_000 + b"\n" + COUNTED) is not None
     assert find_metrics(COUNTED + b"\n" + b'{"fuel_used":' + b"[" * 100_000) is not None

@@ -1,4 +1,4 @@
-"""X07's documents, made from our results: their closed schemas, and what each ending becomes in them."""
+"""X07's documents made from our results: closed schemas, and each outcome in them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from x07_sandbox.policy import decode_policy, default_policy, render_policy
 from x07_sandbox.reports.document import render_json
 from x07_sandbox.reports.schemas import schemas
 from x07_sandbox.reports.verbs import PolicyInitReport
-from x07_sandbox.runs.result import NOTHING, BuildOutput, Changes, Digests, Output, PhaseReport, Result
+from x07_sandbox.runs.result import EMPTY_OUTPUT, BuildOutput, Changes, Digests, Output, PhaseReport, Result
 from x07_sandbox.x07.attestation import Attestation, Attested, attest, network_mode, reference
 from x07_sandbox.x07.runner_report import (
     Built,
@@ -70,10 +70,10 @@ def output(data: bytes = b"", *, truncated: bool = False) -> Output:
 
 
 def ran(*marks: str) -> dict[str, PhaseReport]:
-    """The phases of a run that came so far."""
+    """The phases of a run with these marks."""
     times = dict.fromkeys(marks, 1.0)
     report: dict[str, Any] = {"job_id": "1-2-3-run", "start": "clone", "outcome": "", "reason": "", "times_ms": times}
-    report |= {"stdout": NOTHING, "stderr": NOTHING, "cpu_ms": 0, "memory_peak_bytes": 0, "tasks_peak": 0}
+    report |= {"stdout": EMPTY_OUTPUT, "stderr": EMPTY_OUTPUT, "cpu_ms": 0, "memory_peak_bytes": 0, "tasks_peak": 0}
     return {"run": PhaseReport(**report)}
 
 
@@ -87,8 +87,8 @@ def ended(outcome: Outcome, *, built: bool = True, **more: Any) -> Result:  # no
         "fault": "none",
         "reason": f"because of {outcome.value}",
         "x07_exit_code": code,
-        "stdout": NOTHING,
-        "stderr": NOTHING,
+        "stdout": EMPTY_OUTPUT,
+        "stderr": EMPTY_OUTPUT,
         "phases": ran("hello", "seeded", "started"),
         "digests": Digests(
             image=SHA, policy=f"sha256:{hashlib.sha256(POLICY_BYTES).hexdigest()}", artifact=SHA if built else None
@@ -102,7 +102,7 @@ def ended(outcome: Outcome, *, built: bool = True, **more: Any) -> Result:  # no
 
 
 def document(report: CompileRunReport) -> dict[str, Any]:
-    """The report as a caller reads it, found to be whole, closed, and of the right shape."""
+    """The report as JSON, checked to be complete and valid."""
     text = render_json(report)
     assert text.endswith(b"}\n")
     assert text.startswith(b'{\n  "')
@@ -125,7 +125,7 @@ def document(report: CompileRunReport) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_published_schemas_are_those_of_the_types(name: str) -> None:
-    """Each file in schemas/ is generated from the types that make its documents, is a sound schema, and none is old."""
+    """Every file in schemas/ is generated from its type and valid."""
     renew = "run: python -m x07_sandbox.reports.schemas schemas"
     assert {path.name for path in (ROOT / "schemas").iterdir()} == set(PUBLISHED), renew
     assert (ROOT / "schemas" / name).read_text(encoding="utf-8") == schemas()[name], renew
@@ -134,14 +134,14 @@ def test_the_published_schemas_are_those_of_the_types(name: str) -> None:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_published_schemas_are_closed(name: str) -> None:
-    """No object of ours takes a key that is not named, and every document must name its version."""
+    """Published schemas allow no unknown keys and require the version."""
     for title, schema in PUBLISHED[name]["$defs"].items():
         assert schema["additionalProperties"] is False, title
         assert "schema_version" not in schema["properties"] or "schema_version" in schema["required"], title
 
 
 def test_a_program_that_ended_well() -> None:
-    """Ok: exit code 0, both parts there, the program's output where X07 puts a program's output."""
+    """A successful program gives X07's success report with its output."""
     data = b"\x00\xff three\n"
     result = ended(Outcome.OK, exit_code=0, stdout=output(data), stderr=output(b"talk"))
     made = document(runner_report(result, BUILT))
@@ -159,18 +159,18 @@ def test_a_program_that_ended_well() -> None:
     assert compiled["native_requires"] == {"schema_version": "x07.native-requires@0.1.0", "requires": []}
 
 
-def test_a_build_kept_from_before_answers_as_it_did_then() -> None:
-    """What the compiler printed comes with the report also when the program was built by an earlier run."""
+def test_a_cached_build_reports_its_output() -> None:
+    """A cached build reports the compiler's original output."""
     printed = BuildOutput(stdout=output(), stderr=output(b"prog.c:1: warning: unused\n"))
     now = ended(Outcome.OK, exit_code=0, artifact_from="build", build=printed)
     kept = ended(Outcome.OK, exit_code=0, artifact_from="cache", build=printed)
     assert document(runner_report(now, BUILT))["compile"] == document(runner_report(kept, BUILT))["compile"]
-    told = document(runner_report(kept, BUILT))["compile"]["stderr_b64"]
-    assert base64.b64decode(told) == b"prog.c:1: warning: unused\n"
+    encoded = document(runner_report(kept, BUILT))["compile"]["stderr_b64"]
+    assert base64.b64decode(encoded) == b"prog.c:1: warning: unused\n"
 
 
-def test_a_failed_build_says_so_under_a_vm() -> None:
-    """A compile error: not ok, the compiler's own words and status, nothing solved, and still `sandbox_backend: vm`."""
+def test_a_failed_build_is_reported() -> None:
+    """A compile error is reported with the compiler's output and status."""
     result = ended(Outcome.BUILD_FAILED, built=False, exit_code=1, stderr=output(b"prog.c:3: error: expected ';'\n"))
     made = document(runner_report(result, BUILT))
     assert made["exit_code"] == 1
@@ -184,7 +184,7 @@ def test_a_failed_build_says_so_under_a_vm() -> None:
 
 
 def test_a_compiler_that_was_ended_has_a_trap() -> None:
-    """A build without a status of its own (too long, too large) has a trap and a status that is not 0."""
+    """A compiler that was killed is reported with a trap."""
     made = document(runner_report(ended(Outcome.BUILD_FAILED, built=False), BUILT))
     assert made["compile"]["trap"] == "because of build-failed"
     assert made["compile"]["exit_status"] != 0
@@ -208,10 +208,10 @@ def test_a_compiler_that_was_ended_has_a_trap() -> None:
         (Outcome.CANCELLED, {"signal": 2}, 130, "because of cancelled"),
     ],
 )
-def test_every_end_of_a_built_program_is_told(
+def test_every_outcome_has_a_status_and_trap(
     outcome: Outcome, more: dict[str, Any], status: int, trap: str | None
 ) -> None:
-    """A program that was built and did not end well keeps its compile part, and has X07's word for its end."""
+    """Every outcome of a built program has X07's status and trap."""
     made = document(runner_report(ended(outcome, **more), BUILT))
     assert made["exit_code"] == 1
     assert made["compile"]["ok"] is True
@@ -221,29 +221,29 @@ def test_every_end_of_a_built_program_is_told(
 @pytest.mark.parametrize(
     "outcome", [Outcome.REFUSED, Outcome.BACKEND_ERROR, Outcome.GUEST_LOST, Outcome.INTERNAL_ERROR, Outcome.CANCELLED]
 )
-def test_a_machine_that_could_not_be_had_is_a_setup_failure(outcome: Outcome) -> None:
-    """Without an artifact the message is told as the error, as stderr and in the trap, and nothing was solved."""
+def test_a_missing_vm_is_a_setup_failure(outcome: Outcome) -> None:
+    """A VM that could not start is reported as a set-up failure."""
     result = ended(outcome, built=False, reason="no machine \udc80 for you")
     made = document(runner_report(result, BUILT))
     compiled = made["compile"]
     assert made["solve"] is None
     assert (made["exit_code"], compiled["ok"], compiled["exit_status"]) == (1, False, 1)
-    said = r"no machine \udc80 for you"  # spelt out: half of a pair is no text
-    assert compiled["compile_error"] == said
-    assert base64.b64decode(compiled["stderr_b64"]) == said.encode()
-    assert compiled["trap"] == f"vm backend failure: {said}"
+    message = r"no machine \udc80 for you"  # spelt out: half of a pair is no text
+    assert compiled["compile_error"] == message
+    assert base64.b64decode(compiled["stderr_b64"]) == message.encode()
+    assert compiled["trap"] == f"vm backend failure: {message}"
 
 
 def test_no_outcome_but_ok_is_a_success() -> None:
-    """Over the whole table of outcomes, exit code 0 and ok are told of `ok` alone."""
+    """Only `ok` is reported as a success."""
     for outcome in Outcome:
         made = document(runner_report(ended(outcome, exit_code=0 if outcome is Outcome.OK else None), BUILT))
         assert (made["exit_code"] == 0) is (outcome is Outcome.OK), outcome
         assert (made["solve"] is not None and made["solve"]["ok"]) is (outcome is Outcome.OK), outcome
 
 
-def test_changes_that_were_kept_back_are_no_success() -> None:
-    """A program that ended well and whose changes to files may not be done has a report of a failure, and says why."""
+def test_unapplied_changes_are_no_success() -> None:
+    """A run whose changes were not applied is reported as a failure with the reason."""
     changes = Changes(state="conflict", reason="data/in.txt is another", added=1)
     result = ended(Outcome.OK, exit_code=0, x07_exit_code=125, changes=changes)
     made = document(runner_report(result, BUILT))
@@ -251,8 +251,8 @@ def test_changes_that_were_kept_back_are_no_success() -> None:
     assert made["solve"]["trap"] == "its changes to files were not applied: data/in.txt is another"
 
 
-def test_the_schema_takes_no_other_key() -> None:
-    """A key more, or one less, at any level is against the schema."""
+def test_the_schema_is_closed() -> None:
+    """The report schema rejects any extra or missing key."""
     good = document(runner_report(ended(Outcome.OK, exit_code=0), BUILT))
     for place in ((), ("compile",), ("solve",), ("compile", "native_requires")):
         for change in ("add", *sorted(_at(good, place))):
@@ -274,7 +274,7 @@ def _at(made: dict[str, Any], place: tuple[str, ...]) -> dict[str, Any]:
 
 
 def test_a_report_of_an_artifact_is_flat() -> None:
-    """Mode run-os has the fields of `solve` at the top level, whether or not the program was run, and is closed too."""
+    """The report of an artifact has the fields of `solve` at the top level."""
     flat: dict[str, Any] = {}
     for outcome, built in ((Outcome.REFUSED, False), (Outcome.TIMEOUT, True), (Outcome.OK, True)):
         report = runner_report(ended(outcome, built=built, exit_code=0 if outcome is Outcome.OK else None), BUILT)
@@ -290,7 +290,7 @@ def test_a_report_of_an_artifact_is_flat() -> None:
 
 
 def test_wrapped_holds_the_report_unchanged() -> None:
-    """The wrapped report keeps to its schema, and holds the runner's report as it was, unless that is none."""
+    """The wrapped report contains the runner's report unchanged."""
     report = runner_report(ended(Outcome.FAILED, exit_code=3), BUILT)
     target = Target(kind="program", path="prog.c", project_root=None, lockfile=None, resolved_module_roots=[])
     made = json.loads(render_json(wrap(report, target)))
@@ -303,14 +303,14 @@ def test_wrapped_holds_the_report_unchanged() -> None:
 
 
 def solved(result: Result) -> SolveReport:
-    """The `solve` of a result that has one."""
+    """The `solve` part of a result."""
     solve = runner_report(result, BUILT).solve
     assert solve is not None
     return solve
 
 
 def given(**changes: Any) -> Attested:  # noqa: ANN401 - any field
-    """What was given to a run under the default policy."""
+    """The inputs of a run under the default policy."""
     fields: dict[str, Any] = {
         "policy": default_policy(),
         "policy_bytes": POLICY_BYTES,
@@ -323,7 +323,7 @@ def given(**changes: Any) -> Attested:  # noqa: ANN401 - any field
 
 
 def test_an_attestation_names_denied_hosts() -> None:
-    """What --deny-host denied is attested, sorted ports by host; no ports stand for all of them."""
+    """An attestation lists hosts denied by --deny-host."""
     result = ended(Outcome.OK)
     attested = attest(result, solved(result), given(denied={"b.example": {443, 80}, "a.example": None}))
     made = json.loads(render_json(attested))
@@ -336,7 +336,7 @@ def test_an_attestation_names_denied_hosts() -> None:
 
 @pytest.mark.parametrize(("outcome", "code"), [(Outcome.OK, 0), (Outcome.FAILED, 3)])
 def test_an_attestation_names_what_ran(outcome: Outcome, code: int) -> None:
-    """It keeps to its schema with every key of X07's, and has the digests of image, policy bytes and executable."""
+    """An attestation has the digests of image, policy and executable."""
     result = ended(outcome, exit_code=code, stderr=output(b"sorry\n"))
     attested = attest(result, solved(result), given())
     made = json.loads(render_json(attested))
@@ -348,11 +348,7 @@ def test_an_attestation_names_what_ran(outcome: Outcome, code: int) -> None:
     assert (
         made["outcome"] == {"ok": True, "exit_status": 0}
         if code == 0
-        else {
-            "ok": False,
-            "exit_status": 3,
-            "trap": "sorry",
-        }
+        else {"ok": False, "exit_status": 3, "trap": "sorry"}
     )
     report = msgspec.structs.replace(
         runner_report(result, BUILT), runtime_attestation=reference("attest.json", attested)
@@ -367,14 +363,14 @@ def test_an_attestation_names_what_ran(outcome: Outcome, code: int) -> None:
 
 
 def test_a_policy_that_changed_is_not_attested() -> None:
-    """A policy that is not the one of the run has X07's error code for it."""
+    """A changed policy is not attested, with X07's error code."""
     result = ended(Outcome.OK, exit_code=0)
     with pytest.raises(RefusedError, match="X07RA_EPOLICY_DIGEST"):
         attest(result, solved(result), given(policy_bytes=POLICY_BYTES + b"\n"))
 
 
 def test_an_unknown_image_is_not_attested() -> None:
-    """A run whose image has no known digest has X07's error code for it."""
+    """An unknown image is not attested, with X07's error code."""
     result = ended(Outcome.OK, exit_code=0)
     nameless = msgspec.structs.replace(result, digests=msgspec.structs.replace(result.digests, image=None))
     with pytest.raises(RefusedError, match="X07RA_EGUEST_DIGEST"):
@@ -390,8 +386,8 @@ def test_an_unknown_image_is_not_attested() -> None:
         (False, [{"host": "example.org", "ports": [443]}], "none"),
     ],
 )
-def test_the_network_has_x07s_word(enabled: bool, hosts: list[object], mode: str) -> None:  # noqa: FBT001 - a row
-    """Off is `none`, on without hosts `disabled`, with hosts `allowlist`."""
+def test_the_network_mode_is_x07s(enabled: bool, hosts: list[object], mode: str) -> None:  # noqa: FBT001 - a row
+    """The network mode is X07's: `none`, `disabled` or `allowlist`."""
     document = msgspec.to_builtins(default_policy())
     document["net"] |= {"enabled": enabled, "allow_hosts": hosts}
     policy = decode_policy(render_policy(document), source="test")
@@ -403,7 +399,7 @@ def test_the_network_has_x07s_word(enabled: bool, hosts: list[object], mode: str
 
 
 def test_the_report_of_policy_init_has_x07s_keys_in_x07s_order() -> None:
-    """Its schema takes X07's eight templates and ours, and nothing else."""
+    """The report of `x07 policy init` has X07's keys in X07's order."""
     report = PolicyInitReport(
         template="worker-parallel", project_root="/p", out="policy.json", status="created", policy_id="a.b"
     )
@@ -416,6 +412,6 @@ def test_the_report_of_policy_init_has_x07s_keys_in_x07s_order() -> None:
 
 
 def test_a_failure_without_a_result_has_the_same_shape() -> None:
-    """What is known to fail before any run is told as a report too."""
+    """A failure before any run gives a valid report."""
     made = document(failure_report("no", mode="project-compile-run", world="run-os", lang_id="x07"))
     assert (made["mode"], made["world"], made["exit_code"]) == ("project-compile-run", "run-os", 1)

@@ -37,7 +37,7 @@ from x07_sandbox.images.store import find_image
 from x07_sandbox.images.verify import open_image
 from x07_sandbox.jobs.record import Claim, create_record, new_run_id
 from x07_sandbox.plan.outcomes import classify
-from x07_sandbox.runs.phase import PhaseSpec, PhaseStreams, carry_out
+from x07_sandbox.runs.phase import PhaseSpec, PhaseStreams, run_phase
 from x07_sandbox.runs.streams import Sink
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ def phase(order: dict[str, Any]) -> None:
         clock = Deadline.after(0)
         try:
             greet(instance)
-            evidence = carry_out(spec, instance, streams).evidence
+            evidence = run_phase(spec, instance, streams).evidence
         except NoAnswerError as exc:
             evidence = evidence_of(exc.failure)
         verdict = classify(evidence)

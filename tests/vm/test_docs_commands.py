@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import pytest
 
 from tests.conftest import FULL
-from x07_sandbox.runs.run import SCALABLE
+from x07_sandbox.runs.run import SCALING_HINT
 
 if TYPE_CHECKING:
     from x07_sandbox.images.store import Image
@@ -93,7 +93,7 @@ def test_the_commands_of_a_page_work(page: Path, image: Image, state: Path, tmp_
         check=False,
         timeout=600,
     )
-    said = done.stdout.replace(f" ({SCALABLE})", "").split("\0")  # only an emulated machine says it
+    said = done.stdout.replace(f" ({SCALING_HINT})", "").split("\0")  # only an emulated machine says it
     for one, output in zip(found, said, strict=False):
         if one.output is not None:
             assert prints(one.output).fullmatch(output), f"{one.text}{output}"

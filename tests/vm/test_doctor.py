@@ -119,7 +119,7 @@ def test_doctor_reports_variables_that_refuse_every_run(tmp_path: Path, image: I
     """An unavailable backend or an image pin that does not match is BAD with a run's message and exit code 1."""
     env = os.environ | {"X07_VM_STATE_DIR": str(tmp_path / "jobs"), "X07_SANDBOX_BACKEND": "os"}
     code, findings = _findings(env | {"X07_VM_GUEST_IMAGE_DIGEST": "sha256:" + "a" * 64})
-    wish, pinned = findings["requested backend"], findings["the guest image is not the one that may run"]
+    wish, pinned = findings["requested backend"], findings["this guest image is not allowed to run"]
     assert (code, wish["good"], pinned["good"]) == (1, False, False)
     assert "cannot use the backend os: it runs programs in" in wish["text"]
     assert wish["fix"] == "Use X07_SANDBOX_BACKEND=vm, or unset it, or set X07_I_ACCEPT_WEAKER_ISOLATION=1"

@@ -177,8 +177,8 @@ def test_report_works_with_changes(project: Project) -> None:
     assert done.stderr.endswith("x07: 4 added, 1 changed, 2 deleted: applied; x07 diff, x07 undo\n")
     assert (project.folder.parent / "p").read_text() == project.x07("diff").stdout
     done = project.x07("run", "--changes", "all-or-nothing", *words[1:], 'open("Jenkinsfile", "w")', code=1)
-    assert "x07: may not be done: Jenkinsfile" in done.stderr
-    assert "1 of them may not be done" in json.loads(done.stdout)["solve"]["trap"]
+    assert "x07: not allowed: Jenkinsfile" in done.stderr
+    assert "1 of them not allowed" in json.loads(done.stdout)["solve"]["trap"]
 
 
 def test_a_run_whose_attestation_fails_is_reported(project: Project) -> None:

@@ -258,7 +258,7 @@ def test_a_silent_build_machine_ends_at_its_limit(
     [
         ("longer", "guest-lost", "larger than announced"),
         ("endless", "guest-lost", "larger than announced"),
-        ("shorter", "build-failed", "did not arrive whole"),
+        ("shorter", "build-failed", "is incomplete"),
         ("panic", "guest-lost", "kernel panicked"),
     ],
 )

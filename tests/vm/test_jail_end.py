@@ -1,4 +1,4 @@
-"""How a machine ends: floods and failure, its deadline without a runner, the death of its runner."""
+"""How a machine ends: after floods and failures, at its deadline without a runner, and when its runner dies."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from x07_sandbox.host.arch import host_arch
 pytestmark = pytest.mark.vm
 
 BOOT_S = 2.0
-NEVER_S = 60.0  # for what ends by itself: a busy host, or one that stands still, must not be what ends it
+NEVER_S = 60.0  # for a VMM that ends by itself: a busy or suspended host must not cause a timeout
 SLACK_S = 30.0
 BOOT_REASON = "the guest did not boot in time"
 SIGSYS = 31
 
 
 def _phase(account: Account, mode: str, boot_s: float) -> dict[str, object]:
-    """The verdict on a phase with that program; nothing of it is left afterwards."""
+    """Run a phase with a VMM that behaves as *mode* says; assert that nothing is left and return the verdict."""
     with Runner(account, mode=mode, do="phase", boot_s=boot_s) as runner:
         verdict = runner.hear("verdict")
         assert runner.hear("gone")["done"]
@@ -51,7 +51,7 @@ def _phase(account: Account, mode: str, boot_s: float) -> dict[str, object]:
 
 
 def test_floods_are_bounded(account: Account) -> None:
-    """A VMM that floods QMP, console and standard error at once is drained in bounded memory and ends in time."""
+    """A VMM that floods QMP, console and stderr at once is drained in bounded memory and ends in time."""
     verdict = _phase(account, "flood", 4 * BOOT_S)
     assert verdict["reason"] == BOOT_REASON
     said = verdict["said"]
@@ -73,20 +73,20 @@ def test_floods_are_bounded(account: Account) -> None:
     ],
 )
 def test_every_misbehaviour_has_its_verdict(account: Account, mode: str, reason: str) -> None:
-    """A VMM that is silent, deaf to signals, ends, hangs up or talks garbage ends in time with a reason of its own."""
+    """A VMM that stays silent, ignores signals, exits, hangs up or sends garbage ends in time with its own reason."""
     verdict = _phase(account, mode, BOOT_S if reason == BOOT_REASON else NEVER_S)
     assert reason in str(verdict["reason"])
     assert int(str(verdict["grown_kib"])) < 20 * 1024
 
 
-def test_another_numbering_of_system_calls_kills(each_form: Account) -> None:
-    """A system call by x86's 32-bit numbers, which the filter's table does not know, kills the VMM."""
+def test_an_x32_system_call_kills_the_vmm(each_form: Account) -> None:
+    """The seccomp filter kills a VMM that makes an x32 system call."""
     need(host_arch().name == "x86_64", "only x86-64 has a second numbering", installable=False)
     assert f"exited with status {128 + SIGSYS}" in str(_phase(each_form, "abi", NEVER_S)["reason"])
 
 
 def test_a_memory_hog_is_bounded(each_form: Account) -> None:
-    """A VMM that takes memory without end is stopped by the host's control group or by its address space's limit."""
+    """A control group or the address space limit stops a VMM that allocates memory without end."""
     available = next(
         int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines() if "MemAvailable" in line
     )
@@ -95,7 +95,7 @@ def test_a_memory_hog_is_bounded(each_form: Account) -> None:
         runner.say(json.dumps(""))
         message = runner.hear("findings")
         if "memory" in runner.started["holds"]:
-            # The kernel's out-of-memory killer, as bubblewrap tells it; it says nothing itself.
+            # The out-of-memory killer ended it, so it reported nothing.
             assert message["text"] == ""
         else:
             assert [finding.err for finding in parse(message["text"])] == [errno.ENOMEM, 0]
@@ -105,7 +105,7 @@ def test_a_memory_hog_is_bounded(each_form: Account) -> None:
 
 
 def test_the_deadline_needs_no_runner(each_form: Account) -> None:
-    """A machine that ignores every signal is gone at its deadline although its runner is stopped."""
+    """A machine that ignores every signal ends at its deadline even if its runner is stopped."""
     began = time.monotonic()
     with contextlib.ExitStack() as stack:
         runner = stack.enter_context(Runner(each_form, mode="stubborn", do="hold", deadline_s=10))
@@ -118,7 +118,7 @@ def test_the_deadline_needs_no_runner(each_form: Account) -> None:
 
 
 def test_the_deadline_holds_before_release(account: Account) -> None:
-    """A machine whose deadline comes before it was let go never runs, and is gone as soon as its runner goes on."""
+    """A machine whose deadline passes before its release never runs, and is reaped when its runner continues."""
     with contextlib.ExitStack() as stack:
         runner = stack.enter_context(Runner(account, mode="mute", do="hold", deadline_s=10))
         pidfds = [os.pidfd_open(pid) for pid in (runner.supervisor, runner.inner)]
@@ -139,7 +139,7 @@ def test_the_deadline_holds_before_release(account: Account) -> None:
 
 
 def test_the_machine_dies_with_its_runner(each_form: Account) -> None:
-    """A killed runner takes its machine along, one that ignores every signal too."""
+    """A machine dies with its killed runner, even if it ignores every signal."""
     with contextlib.ExitStack() as stack:
         runner = stack.enter_context(Runner(each_form, mode="stubborn", do="hold"))
         runner.say("release")
@@ -150,8 +150,8 @@ def test_the_machine_dies_with_its_runner(each_form: Account) -> None:
         assert [line for line in runner.left() if line.startswith("process")] == []
 
 
-def test_a_machine_that_was_not_let_go_dies_with_its_runner(each_form: Account) -> None:
-    """A runner killed before it has let its machine go leaves nothing that runs."""
+def test_an_unreleased_machine_dies_with_its_runner(each_form: Account) -> None:
+    """A runner killed before it releases its machine leaves no process behind."""
     with contextlib.ExitStack() as stack:
         runner = stack.enter_context(Runner(each_form, mode="mute", do="hold"))
         runner.wait_at_the_gate()
@@ -164,8 +164,8 @@ def test_a_machine_that_was_not_let_go_dies_with_its_runner(each_form: Account) 
 
 
 @pytest.mark.parametrize("do", ["die", "die-early"])
-def test_no_moment_of_a_runner_s_death_leaves_a_process(each_form: Account, do: str) -> None:
-    """A runner killed at any moment of a start, or just after it has let its machine go, leaves no process behind."""
+def test_a_runner_killed_during_a_start_leaves_no_process(each_form: Account, do: str) -> None:
+    """A runner killed at any moment of a start, or just after the release, leaves no process behind."""
     step_us = 100 if do == "die" else 1500
     for turn in sample(range(24), 8):
         order = json.dumps({"binary": str(each_form.hostile("stubborn")), "do": do, "after_us": turn * step_us})
@@ -176,12 +176,12 @@ def test_no_moment_of_a_runner_s_death_leaves_a_process(each_form: Account, do: 
     assert marks
     deadline = time.monotonic() + SLACK_S
     while (alive := [pid for mark in marks for pid in marked(mark)]) and time.monotonic() < deadline:
-        select.select([], [], [], 0.01)  # they are nobody's children here: no event tells of their end
+        select.select([], [], [], 0.01)  # they are not our children: no event reports their exit
     assert alive == []
 
 
 def test_the_machine_dies_with_runner_and_supervisor(each_form: Account) -> None:
-    """Runner and supervisor killed together, at any moment after the record is there, leave no process behind."""
+    """Killing the runner and the supervisor together leaves no process behind, at any moment after the release."""
     for turn in sample(range(24), 8):
         with Runner(each_form, mode="stubborn", do="hold") as runner:
             runner.say("release")
@@ -193,11 +193,11 @@ def test_the_machine_dies_with_runner_and_supervisor(each_form: Account) -> None
             deadline = time.monotonic() + SLACK_S
             while left := [line for line in runner.left() if line.startswith("process")]:
                 assert time.monotonic() < deadline, left
-                select.select([], [], [], 0.01)  # they are nobody's children here: no event tells of their end
+                select.select([], [], [], 0.01)  # they are not our children: no event reports their exit
 
 
-def test_the_machine_does_not_die_with_a_thread(account: Account) -> None:
-    """A machine started from a thread that has ended lives on, and still dies with the process."""
+def test_a_machine_outlives_the_thread_that_started_it(account: Account) -> None:
+    """A machine outlives the thread that started it, and dies with the process."""
     with contextlib.ExitStack() as stack:
         runner = stack.enter_context(Runner(account, mode="mute", do="thread"))
         runner.hear("thread-ended")

@@ -1,4 +1,4 @@
-"""The filter of system calls: its table, and a real machine behind it."""
+"""The seccomp filter's table and program."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ JUMPS = {0x15, 0x35, 0x45}
 
 @pytest.fixture
 def libseccomp() -> ctypes.CDLL:
-    """The library that comes with QEMU and knows every machine's numbers."""
+    """libseccomp, which QEMU's package depends on and which has every architecture's system call numbers."""
     try:
         return ctypes.CDLL(LIBSECCOMP)
     except OSError:
@@ -29,16 +29,16 @@ def libseccomp() -> ctypes.CDLL:
 
 
 @pytest.mark.parametrize("arch", ARCHES.values(), ids=lambda arch: arch.name)
-def test_numbers_are_those_of_libseccomp(arch: Arch, libseccomp: ctypes.CDLL) -> None:
-    """Each number in the table is the one that libseccomp knows, and a call that is missing there does not exist."""
+def test_system_call_numbers_match_libseccomp(arch: Arch, libseccomp: ctypes.CDLL) -> None:
+    """Each system call number in the table matches libseccomp's, and a call without a number does not exist there."""
     for name in {*DENIED, *arch.syscalls}:
         known = libseccomp.seccomp_syscall_resolve_name_arch(ctypes.c_uint32(arch.audit), name.encode())
         assert arch.syscalls.get(name, -1) == max(known, -1), name
 
 
 @pytest.mark.parametrize("arch", ARCHES.values(), ids=lambda arch: arch.name)
-def test_the_filter_is_a_program_that_ends(arch: Arch) -> None:
-    """Every jump stays inside the program, whose last line allows, and a pipe takes it at once."""
+def test_the_filter_is_well_formed(arch: Arch) -> None:
+    """Every jump stays inside the filter, its last instruction allows, and the filter fits one atomic pipe write."""
     program = vmm_filter(arch)
     lines = list(LINE.iter_unpack(program))
     for at, (code, if_true, if_false, _value) in enumerate(lines):

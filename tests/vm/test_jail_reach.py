@@ -1,4 +1,4 @@
-"""What a VMM that was taken over can reach: a hostile program in QEMU's place, through the same launcher."""
+"""What a compromised VMM can reach: a hostile program in QEMU's place, started by the same launcher."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ URANDOM = "/dev/urandom"  # everybody may write to it
 CAP_SETS = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
 
 
-class HostThings:
-    """What the test puts on the host for the program to find: sockets, queues, a process, a file with a secret."""
+class HostTargets:
+    """Targets that the test puts on the host for the program to find: sockets, queues, a process, a secret file."""
 
     def __init__(self, stack: contextlib.ExitStack) -> None:
         token = secrets.token_hex(4)
@@ -85,8 +85,8 @@ class HostThings:
         listener.listen()
         return listener
 
-    def facts(self, account: Account, other: Runner, mine: Runner) -> tuple[str, list[str]]:
-        """What the program is told, and the paths among it."""
+    def probe_script(self, account: Account, other: Runner, mine: Runner) -> tuple[str, list[str]]:
+        """Return the probes for the program to try, one a line, and the paths among them."""
         folders = [Path(runner.started["folder"]) for runner in (other, mine)]
         paths = [
             "/dev/shm",  # noqa: S108 - it must not be there
@@ -111,7 +111,7 @@ class HostThings:
         ]
         pids = [self.process.pid, os.getpid(), other.process.pid, *other.processes().values()]
         pids += [getattr(mine, name) for name in account.outer if name != "inner"]
-        # The program's own user may change these: no permission of theirs keeps it out.
+        # The program's own user may change these: file permissions do not protect them.
         for path in (self.folder, self.secret):
             os.chown(path, account.uid, account.uid)
         files = [str(self.secret), *sorted(own_files(account, mine) - {URANDOM}), "/usr/bin/env", "/dev/null"]
@@ -124,15 +124,15 @@ class HostThings:
         lines += [f"shm {self.key}", f"shm-id {self.shm}", f"mq {self.queue}"]
         return "".join(f"{line}\n" for line in lines), paths
 
-    def touched(self) -> list[str]:
-        """What of the folder and the file of theirs is not as it was."""
+    def modified(self) -> list[str]:
+        """Return the names in the target folder that were added or modified."""
         found = [name for name in os.listdir(self.folder) if name not in {"secret", "socket"}]  # noqa: PTH208 - names
         info = self.secret.stat()
         whole = self.secret.read_text(encoding="ascii") == "secret" and info.st_mode & 0o777 == self.mode
         return found + ([] if whole and info.st_mtime > 1 else ["secret"])
 
     def reached(self) -> list[str]:
-        """Which of them somebody has reached."""
+        """Return the targets that were reached."""
         found = []
         for listener in self.listeners:
             with contextlib.suppress(BlockingIOError):
@@ -147,16 +147,16 @@ class HostThings:
 
 
 def own_files(account: Account, mine: Runner) -> set[str]:
-    """What the jail holds for the program."""
+    """Return the files that the jail holds for the program."""
     return {str(account.hostile("look")), *mine.image_files(), URANDOM}
 
 
 @pytest.fixture(scope="session")
 def look(each_form: Account) -> Look:
-    """One hostile program beside another job; both are gone when the tests look at what was found."""
+    """The findings of one hostile program that ran beside another job; both jobs have ended."""
     account = each_form
     with contextlib.ExitStack() as stack:
-        host = HostThings(stack)
+        host = HostTargets(stack)
         image = find_image(None) if not account.command else None
         folder = image.folder if image else next(account.cache.glob("images/[0-9a-f]*"))
         before = (folder / "root.erofs").stat()
@@ -164,8 +164,8 @@ def look(each_form: Account) -> Look:
         other.say("release")
         other.vmm()
         mine = stack.enter_context(Runner(account, mode="look", do="talk"))
-        facts, paths = host.facts(account, other, mine)
-        mine.say(json.dumps(f"{facts}go\n"))
+        probe_script, paths = host.probe_script(account, other, mine)
+        mine.say(json.dumps(f"{probe_script}go\n"))
         message = mine.hear("findings")
         findings = parse(message["text"])
         assert findings, message
@@ -180,7 +180,7 @@ def look(each_form: Account) -> Look:
             paths=paths,
             own=own_files(account, mine),
             image=(before, (folder / "root.erofs").stat()),
-            touched=host.touched(),
+            touched=host.modified(),
             reached=host.reached() + ([] if other.process.poll() is None else ["the other job's runner"]),
         )
         for runner in (mine, other):
@@ -194,21 +194,21 @@ def look(each_form: Account) -> Look:
 
 
 def test_no_file_of_the_host_can_be_opened(look: Look) -> None:
-    """Nothing of the host's can be opened from inside the jail: no system file, home, /proc, /sys, record or cache."""
+    """The jail can open none of the host's system files, homes, /proc, /sys, job records or caches."""
     tried = look.of("read")
     assert {finding.arg for finding in tried} == set(look.paths)
-    # Where the host's files are not there, or may not be opened.
+    # Without namespaces the host's files exist, but may not be opened.
     refused = {errno.ENOENT} if look.account.namespaces else {errno.ENOENT, errno.EACCES}
     assert [finding for finding in tried if finding.err not in refused] == []
 
 
 def test_the_jail_holds_only_what_the_vmm_needs(look: Look) -> None:
-    """The jail holds the VMM, its libraries, the image's files and /dev/urandom; without a root nothing is listed."""
+    """The jail holds the VMM, its libraries, image files and /dev/urandom; without a private root it lists nothing."""
     assert [finding for finding in look.of("own") if finding.err] == []
     if not look.account.namespaces:
         assert [(finding.arg, finding.err) for finding in look.of("list")] == [("/", errno.EACCES)]
         return
-    files = look.own | {OVERCOMMIT}  # a copy of ours, no file of the host's /proc
+    files = look.own | {OVERCOMMIT}  # our own copy, not a file of the host's /proc
     if look.account.form == "root":
         files |= {str(Path(path)) for path in needed_files(SETPRIV)}
     assert {finding.arg for finding in look.of("file")} == files
@@ -216,15 +216,15 @@ def test_the_jail_holds_only_what_the_vmm_needs(look: Look) -> None:
     assert {finding.arg for finding in look.of("folder")} == folders
 
 
-def test_nothing_can_be_written_or_made(look: Look) -> None:
-    """No file in the jail can be written, removed or given other rights, and none can be made anywhere in it."""
+def test_no_file_can_be_modified_or_created(look: Look) -> None:
+    """The VMM can modify, remove or chmod no file in the jail, and create none."""
     probes = ("write-file", "chmod-path", "unlink", "chmod-fd", "times-fd", "create", "make-folder", "make-device")
     assert look.worked(*probes, "make-fifo", "make-link", "temporary", "chmod-folder") == []
     assert look.touched == []
 
 
-def test_the_image_stays_as_it_is(look: Look) -> None:
-    """The VMM can change the image's bytes, mode and times by no means, and has no descriptor of it, or one to read."""
+def test_the_image_cannot_be_changed(look: Look) -> None:
+    """The VMM cannot change the image's content, mode or times, and holds at most a read-only descriptor of it."""
     inode = look.started["root_inode"]
     held = [finding.arg.split()[1:] for finding in look.of("descriptor") if finding.value == inode]
     assert held == ([] if look.account.namespaces else [["regular", "read"]])
@@ -241,14 +241,14 @@ def test_the_image_stays_as_it_is(look: Look) -> None:
 
 
 def test_exactly_the_given_descriptors_are_open(look: Look) -> None:
-    """The VMM has two null streams, its errors, channel, network port, QMP, console, disk; without a root its files."""
+    """The VMM has exactly the descriptors it was given: two null streams, stderr, disk, sockets and its files."""
     kinds = sorted(finding.arg.split(maxsplit=1)[1] for finding in look.of("descriptor"))
     files = [] if look.account.namespaces else ["regular read"] * 3
     assert kinds == ["device write"] * 2 + files + ["regular write"] + ["socket write"] * 5
 
 
 def test_the_scratch_disk_has_its_size(look: Look) -> None:
-    """The scratch disk takes 8 GiB and not a byte more, and cannot be given a name."""
+    """The scratch disk takes 8 GiB and not a byte more, and cannot be linked to a name."""
     results = {finding.arg: finding for finding in look.of("scratch")}
     assert results["last byte"].err == 0
     assert results["size"].value == settings.SCRATCH_BYTES
@@ -261,7 +261,7 @@ def test_the_scratch_disk_has_its_size(look: Look) -> None:
 
 
 def test_no_other_process_is_seen_or_signalled(look: Look) -> None:
-    """The VMM sees no process but the jail's own first one, and signals none of the host's or of another job's."""
+    """The VMM sees only the jail's init, and can signal no process of the host or of another job."""
     assert [finding.value for finding in look.findings if finding.probe == "sees-process"] == []
     assert [finding.err for finding in look.of("kill-all")] == [errno.ESRCH]
     assert look.worked("signal", "ptrace", "pidfd", "reach-process") == []
@@ -270,19 +270,19 @@ def test_no_other_process_is_seen_or_signalled(look: Look) -> None:
     assert all(name in jail for jail in look.statuses for name in (*look.account.outer, "vmm"))
 
 
-def test_the_first_process_of_the_jail_cannot_be_taken_over(look: Look) -> None:
-    """The VMM cannot trace, read or take descriptors from the first process that it sees, which no filter holds."""
+def test_the_jail_init_cannot_be_taken_over(look: Look) -> None:
+    """The VMM cannot trace the jail's unfiltered init, read its memory or take its descriptors."""
     assert look.worked("ptrace-init", "ptrace-me", "read-init", "descriptor-of-init") == []
 
 
 def test_no_process_can_be_started(look: Look) -> None:
-    """The VMM can start threads only, so no child can outlive it or have its bounds a second time."""
+    """The VMM can start threads but no process."""
     assert len(look.of("fork")) >= 4
     assert look.worked("fork", "execute") == []
 
 
 def test_the_vmm_cannot_outlive_its_supervisor(look: Look) -> None:
-    """Without a pid namespace the VMM cannot give up the signal that ends it with its supervisor."""
+    """Without a pid namespace, the VMM cannot clear its parent-death signal."""
     kept = look.worked("outlive") == []
     assert kept or look.account.namespaces  # there the namespace ends it
 
@@ -291,31 +291,31 @@ def test_the_vmm_cannot_outlive_its_supervisor(look: Look) -> None:
 
 
 def test_no_socket_of_the_host_is_reached(look: Look) -> None:
-    """TCP, UDP, abstract and named sockets of the host cannot be reached, and nothing arrives at them."""
+    """The VMM cannot reach the host's TCP, UDP, abstract or named Unix sockets."""
     assert look.worked("tcp", "udp", "abstract", "unix") == []
     assert look.reached == []
 
 
-def test_no_family_of_sockets_but_unix(look: Look) -> None:
-    """No socket can be made but a Unix one: also none of the families that namespaces do not part, such as vsock."""
+def test_only_unix_sockets_can_be_created(look: Look) -> None:
+    """The VMM can create only Unix sockets: no other family, not even those outside namespaces, such as vsock."""
     assert {finding.err for finding in look.of("family")} == {errno.EAFNOSUPPORT}
 
 
 def test_no_ipc_of_the_host_is_reached(look: Look) -> None:
-    """System V objects and message queues of the host, open to all there, cannot be found from inside."""
+    """The VMM cannot reach the host's System V shared memory or message queues, even if their mode allows everyone."""
     assert look.worked("host-shm", "host-mq") == []
 
 
 def test_no_keyring_is_reached(look: Look) -> None:
-    """The session keyring, which a child inherits from the user's login, can be neither read nor written."""
+    """The VMM can neither read nor write the session keyring that it inherits from the user's login."""
     assert {finding.err for finding in look.of("keyring")} == {errno.EPERM}
 
 
 # --- rights ----------------------------------------------------------------------------------------------------------
 
 
-def test_no_capability_from_inside(look: Look) -> None:
-    """The VMM finds no capability in any of its five sets, before and after it has tried to get some."""
+def test_the_vmm_cannot_gain_capabilities(look: Look) -> None:
+    """The VMM has no capability in any of its five sets, before and after it tries to gain some."""
     found = look.of("caps")
     assert len(found) == 10
     assert {finding.value for finding in found} == {0}
@@ -323,32 +323,32 @@ def test_no_capability_from_inside(look: Look) -> None:
 
 
 def test_no_namespace_can_be_made(look: Look) -> None:
-    """No namespace can be made by clone, clone3 or unshare, so no user namespace gives capabilities anew."""
+    """The VMM can create no namespace with clone, clone3 or unshare."""
     assert look.worked("clone", "unshare") == []
     assert {finding.arg for finding in look.of("unshare")} >= {"user", "mount", "net", "user and mount"}
 
 
-def test_no_root_no_mount_no_device(look: Look) -> None:
-    """The VMM cannot become root, change group or name, mount, or make a device node."""
+def test_the_vmm_cannot_become_root_mount_or_make_a_device(look: Look) -> None:
+    """The VMM cannot become root, change its groups or host name, mount, or create a device node."""
     assert look.worked("become-root", "mount", "hostname", "make-device") == []
     assert 0 not in {finding.value for finding in look.of("uid", "gid")}
-    # The kernel lets nobody but root leave a group: an ordinary user's VMM keeps the user's own.
+    # Only root may leave a group: an ordinary user's VMM keeps the user's groups.
     kept = len(os.getgroups()) if os.geteuid() else 0
     assert [finding.value for finding in look.of("groups")] == [kept]
 
 
-def test_large_parts_of_the_kernel_are_closed(look: Look) -> None:
-    """Calls that a VMM does without (bpf, perf, userfaultfd, io_uring, x86's second numbering) are refused."""
+def test_unneeded_system_calls_are_denied(look: Look) -> None:
+    """System calls that a VMM does not need (bpf, perf, userfaultfd, io_uring, x32) are denied."""
     assert look.worked("kernel") == []
 
 
-def test_the_host_s_pool_of_asynchronous_io_cannot_be_used_up(look: Look) -> None:
-    """No context for asynchronous I/O can be made: all users of a host, root included, share one number of events."""
+def test_the_host_wide_aio_limit_cannot_be_exhausted(look: Look) -> None:
+    """The VMM cannot create an AIO context, so it cannot exhaust the host-wide limit on AIO events."""
     assert {finding.err for finding in look.of("aio")} == {errno.EPERM}
 
 
-def test_the_shared_image_file_carries_no_words_between_jobs(look: Look) -> None:
-    """On the image's files, which jobs share, no lock, lease, hint or notice can be set: no job signals another so."""
+def test_jobs_cannot_signal_each_other_through_the_image(look: Look) -> None:
+    """The VMM can set no lock, lease, write hint or notification on the image files that jobs share."""
     (opened,) = look.of("shared")
     assert opened.err == 0
     tried = look.of("lock", "notice")
@@ -357,9 +357,9 @@ def test_the_shared_image_file_carries_no_words_between_jobs(look: Look) -> None
 
 
 def test_capabilities_and_uids_from_outside(look: Look) -> None:
-    """Seen from the host the VMM has no capability in any set, no-new-privileges, and a uid of its own, never 0."""
+    """The host sees the VMM with no capability in any set, with no-new-privileges, and with a uid that is never 0."""
     vmms = [jail["vmm"] for jail in look.statuses]
-    # An ordinary user may not empty the bounding set; without new privileges nothing comes of what is in it.
+    # An ordinary user may not empty the bounding set; no-new-privileges makes it harmless.
     sets = CAP_SETS if look.account.namespaces or look.account.form == "root" else CAP_SETS[:3]
     for vmm in vmms:
         assert {vmm[name] for name in sets} == {"0" * 16}
@@ -369,7 +369,7 @@ def test_capabilities_and_uids_from_outside(look: Look) -> None:
         assert "0" not in vmm["Uid"].split() + vmm["Gid"].split()
     uids = [int(vmm["Uid"].split()[0]) for vmm in vmms]
     if look.account.form == "user":
-        assert set(uids) == {look.account.uid}  # a user has no other; what parts two jobs is the namespaces
+        assert set(uids) == {look.account.uid}  # a user has only this uid; namespaces separate two jobs
         assert {finding.value for finding in look.of("uid")} == {64000 if look.account.namespaces else look.account.uid}
         return
     first = free_range()
@@ -384,8 +384,8 @@ def _uid(pid: int) -> int | None:
     return None
 
 
-def test_the_outer_processes_hold_nothing(look: Look) -> None:
-    """Supervisor and bubblewrap hold no effective or permitted capability, no descriptor of channel, QMP or disk."""
+def test_supervisor_and_bubblewrap_hold_no_resources(look: Look) -> None:
+    """The supervisor and bubblewrap hold no capability and no descriptor of channel, QMP or disk."""
     given = {finding.arg.split()[0]: finding.value for finding in look.of("descriptor") if "socket" in finding.arg}
     errors = f"socket:[{given['2']}]"
     for jail, links in zip(look.statuses, look.links, strict=True):
@@ -406,13 +406,13 @@ def test_the_outer_processes_hold_nothing(look: Look) -> None:
 # --- bounds ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_name_of_the_host_is_not_known(look: Look) -> None:
-    """The VMM sees a name that every jail has, or none, not the host's."""
+def test_the_host_name_is_hidden(look: Look) -> None:
+    """The VMM does not see the host's name."""
     assert [finding.arg for finding in look.of("nodename")] == ["x07" if look.account.namespaces else ""]
 
 
 def test_limits_hold_and_cannot_be_raised(look: Look) -> None:
-    """File size, address space, descriptors, tasks and core files are limited, and no limit can be raised."""
+    """File size, address space, descriptors, tasks and core files are limited, and the VMM can raise no limit."""
     limits = {int(finding.arg): finding.value for finding in look.of("limit")}
     assert limits[1] == settings.SCRATCH_BYTES  # RLIMIT_FSIZE
     assert limits[2] == limits[9]  # RLIMIT_DATA
@@ -420,31 +420,31 @@ def test_limits_hold_and_cannot_be_raised(look: Look) -> None:
     if look.account.namespaces or look.account.form == "root":
         assert limits[6] == 96  # RLIMIT_NPROC
     else:
-        assert limits[6] >= 96  # and what the user has besides, which is counted too
+        assert limits[6] >= 96  # plus the user's other processes, which count too
     assert limits[7] == 64  # RLIMIT_NOFILE
     assert limits[9] == (512 * settings.MIB) + 3 * settings.GIB  # RLIMIT_AS
-    # What is counted for all of a user's processes together.
+    # These limits count all of a user's processes together.
     assert limits[11] == 64  # RLIMIT_SIGPENDING
     assert limits[12] == 0  # RLIMIT_MSGQUEUE
     assert look.worked("raise-limit") == []
 
 
 def test_threads_are_bounded(look: Look) -> None:
-    """A bomb of threads ends at 96 tasks, with the host's control groups or, without any, by the jail's own limit."""
+    """A thread bomb stops at 96 tasks, with or without the host's control groups."""
     (bomb,) = look.of("threads")
     assert bomb.err == errno.EAGAIN
     assert bomb.value < 96
 
 
 def test_memory_is_bounded(look: Look) -> None:
-    """The address space ends 3 GiB above the machine's RAM, and memory outside of it cannot be had."""
+    """The VMM's address space is limited to its RAM plus 3 GiB, and no memory is available outside it."""
     results = {finding.arg: finding for finding in look.of("memory")}
     assert results.pop("mapped").value <= 512 * settings.MIB + 3 * settings.GIB
     assert {finding.err for finding in results.values()} == {errno.EPERM}
 
 
-def test_the_result_tells_which_groups_hold(look: Look) -> None:
-    """The result's word on the jail names the form, and says truthfully whether control groups of the host hold it."""
+def test_the_result_names_the_jail_and_its_control_groups(look: Look) -> None:
+    """The result names the jail's form and the host control groups that hold it, if any."""
     jail, holds = look.started["jail"], look.started["holds"]
     assert jail.startswith(look.account.jail)
     assert jail.endswith(f"hold {' and '.join(holds)}" if holds else "no host control groups")

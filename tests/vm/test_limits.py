@@ -1,4 +1,4 @@
-"""Limits that the caller sets, in real machines: they hold, record and result have them, and advice is a flag."""
+"""Limits that the caller sets, in real machines: they hold, are recorded, and the advice names a flag."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ SPIN = "import time\nend = time.process_time() + {}\nwhile time.process_time() <
 
 
 def advised(result: Result, field: str) -> str | None:
-    """The flag that the result advises for a field."""
+    """Return the flag that the result advises for a field."""
     (found,) = (denial.how_to_allow for denial in result.denials if denial.field == field)
     return None if found is None else found.flag
 
 
 def test_memory_and_processes_are_raised_by_keywords() -> None:
-    """600 MiB end a program under the built-in policy, with the flag as advice, and are there with `memory="1G"`."""
+    """A program over the default memory limit ends as `oom` with advice to use --memory; `memory="1G"` lets it run."""
     result = run_program(source=TOUCH, toolchain="python")
     assert (result.outcome, advised(result, "limits.mem_bytes")) == ("oom", "--memory 1G")
     result = run_program(source=TOUCH, toolchain="python", memory="1G", procs=100, check=True)
@@ -42,7 +42,7 @@ def test_memory_and_processes_are_raised_by_keywords() -> None:
 
 
 def test_a_lowered_limit_is_recorded_and_named(state: Path) -> None:
-    """A run's record is made for the time that the flag sets, and its reason and advice name the flag."""
+    """A job's deadline follows --timeout, and the reason and advice name the flag whose limit was reached."""
     words = ("run", "--json", "--timeout", "90", "--cpu-time", "1", "--toolchain", "python", "-c", SPIN.format(30))
     done = subprocess.run([*COMMAND, *words], capture_output=True, check=False, stdin=subprocess.DEVNULL)
     found = json.loads(done.stdout)
@@ -57,7 +57,7 @@ def test_a_lowered_limit_is_recorded_and_named(state: Path) -> None:
 
 
 def test_a_policy_file_is_never_exceeded(tmp_path: Path) -> None:
-    """With a policy file a larger value is an error that names the field, and nothing runs."""
+    """A flag above the policy file's limit is an error that names the field, and nothing runs."""
     (tmp_path / "strict.json").write_bytes(render_policy(load_policy()))
     words = ("run", "--policy", "strict.json", "--memory", "1G", "-c", "1", "--toolchain", "python")
     done = subprocess.run([*COMMAND, *words], cwd=tmp_path, capture_output=True, check=False, stdin=subprocess.DEVNULL)
@@ -67,7 +67,7 @@ def test_a_policy_file_is_never_exceeded(tmp_path: Path) -> None:
 
 
 def test_a_pool_takes_policy_and_limits(tmp_path: Path) -> None:
-    """`Pool.map` runs each input under the policy and the limits that it was given."""
+    """`Pool.map` runs each input under the given policy and limits."""
     program = tmp_path / "prog.py"
     program.write_text("import resource, sys\nprint(sys.stdin.read(), resource.getrlimit(resource.RLIMIT_NOFILE)[0])\n")
     with Pool(size=1) as pool:
@@ -78,7 +78,7 @@ def test_a_pool_takes_policy_and_limits(tmp_path: Path) -> None:
 
 
 def test_a_build_has_a_time_limit_of_its_own(tmp_path: Path) -> None:
-    """A build that takes longer than `--build-timeout` is ended, and told with the flag that gives it more."""
+    """A build that exceeds `build_timeout_s` fails, and the reason says how to allow more."""
     (tmp_path / "Makefile").write_text("out:\n\tsleep 1000\n")
     text = 'schema_version = "x07.sandbox.project@0.1.0"\ntoolchain = "make"\nfiles = ["Makefile"]\nartifact = "out"\n'
     (tmp_path / "x07-sandbox.toml").write_text(text)
@@ -88,8 +88,8 @@ def test_a_build_has_a_time_limit_of_its_own(tmp_path: Path) -> None:
     assert "build_timeout_s=4" in result.reason
 
 
-def test_limits_grow_with_the_slowness_of_an_emulated_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With `scale_limits` an emulated machine gets as much more time as it is slower; the settings can ask for it."""
+def test_scale_limits_extends_time_limits_under_emulation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`scale_limits`, or the setting, multiplies time limits by the measured slowdown of an emulated machine."""
     copy_cache(tmp_path / "cache")
     monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "cache"))
     spin = SPIN.format(2.5)

@@ -1,4 +1,4 @@
-"""Hosts and shells in odd states: an error that says what is wrong there, never a hang or a wrong word."""
+"""Hosts and shells in unusual states: a run works, or an error names the cause; it never hangs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.vm, pytest.mark.timeout(180), pytest.mark.usefixtures(
 
 
 def run(*words: str, before: tuple[str, ...] = (), state: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """`x07` with these words, started through the command *before*."""
+    """Run `x07` with *words*, started by the command *before*."""
     env = os.environ | ({} if state is None else {"X07_VM_STATE_DIR": str(state)})
     return subprocess.run(
         [*before, *X07, *words], env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
@@ -38,12 +38,12 @@ def run(*words: str, before: tuple[str, ...] = (), state: Path | None = None) ->
 
 
 def shell(limit: str) -> tuple[str, ...]:
-    """A command that sets a limit and goes on as the rest of the words."""
+    """Return a command prefix that sets a limit in a shell and executes the command that follows."""
     return ("/bin/bash", "-c", f'{limit} && exec "$@"', "limited")
 
 
 def test_a_foreign_proc_is_refused(state: Path) -> None:
-    """In a pid namespace with the /proc of another a run is refused with what to do, and ends."""
+    """A run is refused, with a fix, if /proc belongs to another pid namespace."""
     need(os.geteuid() == 0, "needs root, to make a pid namespace", installable=False)
     done = run("run", *HELLO, before=("unshare", "--pid", "--fork"), state=state)
     assert done.returncode == 125
@@ -55,18 +55,18 @@ def test_a_foreign_proc_is_refused(state: Path) -> None:
 
 @pytest.mark.parametrize("words", [("run", *HELLO), ("run", "--dry-run", *HELLO), ("image", "build"), ("doctor",)])
 def test_without_proc_every_command_says_so(state: Path, words: tuple[str, ...]) -> None:
-    """Where /proc is not mounted, as in a bare chroot, that is what is told, and no bug."""
+    """Every command reports that /proc is not mounted, without a traceback."""
     need(os.geteuid() == 0, "needs root, to unmount", installable=False)
     before = ("unshare", "--mount", "/bin/sh", "-c", 'umount --recursive /proc && exec "$@"', "without")
     done = run(*words, before=before, state=state)
-    assert done.returncode == (1 if words == ("doctor",) else 125)  # that one goes on, to tell of all the rest
-    told = re.sub(r"[.\n ]+", " ", done.stdout + done.stderr)
-    assert "cannot inspect processes: /proc: No such file or directory Mount /proc" in told
+    assert done.returncode == (1 if words == ("doctor",) else 125)  # doctor goes on, to report all findings
+    output = re.sub(r"[.\n ]+", " ", done.stdout + done.stderr)
+    assert "cannot inspect processes: /proc: No such file or directory Mount /proc" in output
     assert "Traceback" not in done.stderr
 
 
 def test_an_ignored_sigchld_changes_no_verdict(state: Path) -> None:
-    """Started by a shell that ignores SIGCHLD, a killed machine is still told as killed, and so the host's fault."""
+    """A killed machine is reported as `guest-lost`, the host's fault, even if the shell ignored SIGCHLD."""
     env = os.environ | {"X07_VM_STATE_DIR": str(state)}
     report = state.parent / "report.json"
     words = ["/usr/bin/env", "--ignore-signal=CHLD", *X07, "run", "--report-out", str(report), "--toolchain", "shell"]
@@ -81,8 +81,8 @@ def test_an_ignored_sigchld_changes_no_verdict(state: Path) -> None:
     assert "monitor ended" in result["reason"]
 
 
-def test_time_in_which_the_machine_stood_still_is_not_the_programs(state: Path, tmp_path: Path) -> None:
-    """A program whose machine the host has left standing for longer than limits.cpu_ms has not used that time."""
+def test_stopped_time_does_not_count_as_cpu_time(state: Path, tmp_path: Path) -> None:
+    """The time for which the host stops a machine does not count towards limits.cpu_ms."""
     document = msgspec.to_builtins(default_policy())
     document["limits"]["cpu_ms"] = 10_000
     (tmp_path / "policy.json").write_bytes(render_policy(document))
@@ -96,14 +96,14 @@ def test_time_in_which_the_machine_stood_still_is_not_the_programs(state: Path, 
         assert child.stdout.readline() == b"on\n"
         machine = _machine_of_the_run(state)
         os.kill(machine, signal.SIGSTOP)
-        time.sleep(11)  # that it stands still is what is tried
+        time.sleep(11)  # the test needs real stopped time
         os.kill(machine, signal.SIGCONT)
         said = child.communicate(b"go\n", timeout=60)[1]
     assert (child.returncode, said) == (0, b"")
 
 
 def _machine_of_the_run(state: Path) -> int:
-    """The VMM of the run job, whose program runs."""
+    """Return the pid of the VMM of the run job."""
     (found,) = [
         int(name)
         for path in state.glob("*-run*/owner.json")
@@ -125,7 +125,7 @@ IN_THE_BACKGROUND = """
 import fcntl, os, pty, signal, subprocess, sys, termios, time
 ours, theirs = pty.openpty()
 if os.fork() == 0:
-    os.setsid()  # the shell, in whose turn the terminal is
+    os.setsid()  # the shell, in the terminal's foreground
     fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
     command = subprocess.Popen(sys.argv[1:], stdin=theirs, process_group=0)
     print(os.waitstatus_to_exitcode(os.waitpid(command.pid, os.WUNTRACED)[1]), flush=True)
@@ -133,14 +133,14 @@ if os.fork() == 0:
     os._exit(0)
 typed = 0
 while not os.waitpid(-1, os.WNOHANG)[0]:
-    if typed < 1000:  # for more there may be no room
+    if typed < 1000:  # the terminal's buffer may hold no more
         typed += os.write(ours, b"next command\\n")
     time.sleep(0.1)
 """
 
 
-def test_a_run_in_the_background_of_a_terminal_goes_on(state: Path) -> None:
-    """What is typed for another does not stop a run that a shell has in the background; for its program input ends."""
+def test_a_background_run_does_not_read_the_terminal(state: Path) -> None:
+    """Terminal input does not stop a background run; its program reads end of file."""
     source = "import sys, time; time.sleep(1); print('read', sys.stdin.read())"
     command = [sys.executable, "-c", IN_THE_BACKGROUND, *X07, "run", "--toolchain", "python", "-c", source]
     env = os.environ | {"X07_VM_STATE_DIR": str(state)}
@@ -149,7 +149,7 @@ def test_a_run_in_the_background_of_a_terminal_goes_on(state: Path) -> None:
 
 
 def test_a_library_call_says_that_sigchld_is_ignored(state: Path) -> None:
-    """A Python program that ignores SIGCHLD is told so, instead of getting wrong verdicts."""
+    """A library call from a process that ignores SIGCHLD raises an error that says so."""
     code = "import signal, x07_sandbox\nsignal.signal(signal.SIGCHLD, signal.SIG_IGN)\n"
     code += "x07_sandbox.run_program(source='true', toolchain='shell')\n"
     env = os.environ | {"X07_VM_STATE_DIR": str(state)}
@@ -158,7 +158,7 @@ def test_a_library_call_says_that_sigchld_is_ignored(state: Path) -> None:
 
 
 def test_a_program_with_many_descriptors_may_call_the_library(state: Path) -> None:
-    """In a process that has more than 1024 descriptors open, as servers do, runs and pools work like anywhere."""
+    """Runs and pools work in a process with more than 1024 open descriptors."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     need(hard == resource.RLIM_INFINITY or hard >= 2048, "needs 2048 descriptors", installable=False)
     code = f"import os, resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (2048, {hard}))\n"
@@ -181,7 +181,7 @@ def test_a_program_with_many_descriptors_may_call_the_library(state: Path) -> No
     ],
 )
 def test_a_limit_of_the_shell_is_named(state: Path, tmp_path: Path, limit: str, why: str, fix: str) -> None:
-    """Too low a limit of the shell ends a run as refused, with the limit that has to be raised."""
+    """A shell limit that is too low fails the run, and the reason names the limit to raise."""
     program = tmp_path / "hello.sh"
     program.write_text("echo hello\n")
     done = run("run", "--json", str(program), before=shell(limit), state=state)
@@ -202,14 +202,14 @@ def test_a_limit_of_the_shell_is_named(state: Path, tmp_path: Path, limit: str, 
     ],
 )
 def test_hard_limits_below_those_of_the_jail_are_named(state: Path, limit: str, fix: str) -> None:
-    """Hard limits of the shell below what the jail's must be are named, each with the least that it must be."""
+    """Hard shell limits below the jail's requirements are named, each with its minimum."""
     lowered = shell(limit)
     need(
         "-u" not in limit or os.geteuid() == 0,
         "needs root, whose processes that limit does not count",
         installable=False,
     )
-    if os.geteuid() == 0:  # one with that capability may raise them
+    if os.geteuid() == 0:  # root with CAP_SYS_RESOURCE may raise hard limits
         lowered = ("setpriv", "--bounding-set=-sys_resource", "--inh-caps=-sys_resource", *lowered)
     result = json.loads(run("run", "--json", *HELLO, before=lowered, state=state).stdout)
     assert (result["outcome"], result["fault"]) == ("backend-error", "host"), result["reason"]
@@ -223,15 +223,15 @@ def test_hard_limits_below_those_of_the_jail_are_named(state: Path, limit: str, 
 def test_a_limit_on_cpu_time_of_the_shell_is_named(
     state: Path, tmp_path: Path, limit: str, seconds: int, outcome: str, why: str
 ) -> None:
-    """A soft limit of the shell on CPU time does not end a machine; the hard one does, and the reason names it."""
+    """A soft CPU time limit of the shell does not end a machine; the hard limit does, and the reason names it."""
     program = tmp_path / "spin.py"
     program.write_text(f"import time\nwhile time.process_time() < {seconds}:\n    pass\n")
     result = json.loads(run("run", "--json", str(program), before=shell(limit), state=state).stdout)
     assert (result["outcome"], why in result["reason"]) == (outcome, True), result["reason"]
 
 
-def test_too_little_address_space_is_no_bug(state: Path, tmp_path: Path) -> None:
-    """Where a limit of the shell leaves no memory to read the program a run is refused, with the limit to raise."""
+def test_too_little_address_space_refuses_the_run(state: Path, tmp_path: Path) -> None:
+    """A run is refused, and the reason names the limit to raise, if there is no memory to read the program."""
     program = tmp_path / "hello.sh"
     program.write_text("echo hello\n", encoding="ascii")
     done = run("run", "--json", str(program), before=shell("ulimit -v 150000"), state=state)
@@ -242,8 +242,8 @@ def test_too_little_address_space_is_no_bug(state: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("words", [("run", *HELLO), ("doctor",), ("pool", "start"), ("image", "build")])
-def test_a_cache_that_cannot_be_written_is_told(tmp_path: Path, words: tuple[str, ...]) -> None:
-    """On a read-only cache every command says so, doctor too; none shows a traceback."""
+def test_every_command_reports_a_read_only_cache(tmp_path: Path, words: tuple[str, ...]) -> None:
+    """Every command reports a read-only cache, without a traceback."""
     need(os.geteuid() == 0, "needs root, to mount", installable=False)
     cache = tmp_path / "cache"
     cache.mkdir(mode=0o700)
@@ -255,14 +255,14 @@ def test_a_cache_that_cannot_be_written_is_told(tmp_path: Path, words: tuple[str
     assert "Traceback" not in done.stderr
 
 
-def test_a_strict_umask_takes_nothing_from_our_folders(tmp_path: Path) -> None:
-    """Whatever the umask, folders of ours are their owner's to use."""
+def test_folders_are_usable_under_a_strict_umask(tmp_path: Path) -> None:
+    """The owner can use the folders that a run creates, whatever the umask."""
     done = run("run", *HELLO, before=shell("umask 777"), state=tmp_path / "state" / "jobs")
     assert (done.returncode, done.stdout) == (0, "hello\n"), done.stderr
 
 
-def test_a_strict_umask_of_a_caller_takes_nothing_from_our_files(state: Path, tmp_path: Path) -> None:
-    """Nor does that of a Python program that calls the library: our files stay their owner's, for later runs too."""
+def test_files_are_readable_under_a_strict_umask(state: Path, tmp_path: Path) -> None:
+    """The owner can read the files that a library call creates, whatever the caller's umask."""
     cache = tmp_path / "cache"
     for name in ("images", "templates"):
         subprocess.run(["/bin/mkdir", "-p", "-m", "0700", cache, cache / name], check=True)
@@ -276,8 +276,8 @@ def test_a_strict_umask_of_a_caller_takes_nothing_from_our_files(state: Path, tm
     assert locked == []
 
 
-def test_a_proc_that_shows_processes_only_is_told(state: Path) -> None:
-    """Where /proc shows processes and nothing else, as for a hardened service, that is told and is no bug."""
+def test_a_proc_with_subset_pid_is_refused(state: Path) -> None:
+    """A run is refused, with a fix, if /proc is mounted with subset=pid, as in a hardened service."""
     need(os.geteuid() == 0, "needs root, to mount", installable=False)
     script = 'mount -t proc -o subset=pid proc /proc && exec "$@"'
     done = run(
@@ -290,7 +290,7 @@ def test_a_proc_that_shows_processes_only_is_told(state: Path) -> None:
 
 
 def test_a_missing_tool_leaves_no_record(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that is refused since a tool is missing leaves no record of a job behind."""
+    """A run refused because a tool is missing leaves no job record."""
     from x07_sandbox import SandboxError, run_program
     from x07_sandbox.backends.qemu import start
 
@@ -316,34 +316,34 @@ def test_a_missing_tool_leaves_no_record(state: Path, monkeypatch: pytest.Monkey
 )
 @pytest.mark.parametrize("words", [("run", *HELLO), ("run", "--dry-run", *HELLO), ("doctor",), ("image", "build")])
 @pytest.mark.usefixtures("state")
-def test_a_host_without_qemu_is_told_what_to_install(
+def test_missing_qemu_names_the_package_to_install(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
     words: tuple[str, ...],
     changes: dict[str, Any],
     fix: str,
 ) -> None:
-    """Where QEMU or its firmware is not there, what needs it names the package to install, and shows no traceback."""
+    """Each command that needs QEMU or its firmware names the package to install if it is missing."""
     from x07_sandbox.cli.main import main
     from x07_sandbox.host.arch import ARCHES, host_arch
 
     monkeypatch.setitem(ARCHES, os.uname().machine, replace(host_arch(), **changes))
     main(list(words))
-    told = "".join(capfd.readouterr())
-    assert fix in told
-    assert "Traceback" not in told
+    output = "".join(capfd.readouterr())
+    assert fix in output
+    assert "Traceback" not in output
 
 
-def test_names_of_files_send_no_control_sequences(tmp_path: Path) -> None:
-    """A hostile name of a file reaches the terminal without its control characters."""
+def test_file_names_send_no_control_sequences(tmp_path: Path) -> None:
+    """Messages escape the control characters of a hostile file name."""
     for name in ("a\x1b]0;x\x07.txt", "b\x1b[31m.p\x1b[5my", "c\x1b[31m/p.py"):
         done = run("run", str(tmp_path / name))
         assert done.returncode == 2
         assert done.stderr.replace("\n", "").isprintable(), done.stderr
 
 
-def test_a_user_without_a_name_is_told_whom_to_be() -> None:
-    """To a user whom the passwd file does not know the quick start says why it stops, and who can go on."""
+def test_quickstart_explains_a_uid_without_a_passwd_entry() -> None:
+    """The quickstart script stops with an explanation if the uid has no passwd entry."""
     need(os.geteuid() == 0, "needs root to become such a user", installable=False)
     code = (ROOT / "scripts" / "lib.sh").read_text(encoding="utf-8") + "\nensure_subids"
     words = ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups", "bash", "-euo", "pipefail", "-c", code]
@@ -354,8 +354,8 @@ def test_a_user_without_a_name_is_told_whom_to_be() -> None:
 
 
 @pytest.mark.parametrize("name", ["a:b", "a $b", "{a}", "a`b", 'a"b', "a\nb"])
-def test_a_folder_that_pythons_tools_do_not_take_is_refused_at_once(tmp_path: Path, name: str) -> None:
-    """Where .venv could not be made, or its commands would not start, set-up says so before it installs anything."""
+def test_setup_rejects_a_folder_name_that_breaks_venv(tmp_path: Path, name: str) -> None:
+    """Setup rejects a folder name in which .venv would not work, before it installs anything."""
     shutil.copytree(ROOT / "scripts", tmp_path / name / "scripts")
     done = subprocess.run([tmp_path / name / "scripts/setup.sh"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")
@@ -363,8 +363,8 @@ def test_a_folder_that_pythons_tools_do_not_take_is_refused_at_once(tmp_path: Pa
 
 
 @pytest.mark.parametrize("script", ["quickstart.sh", "setup.sh", "test.sh", "fresh_root_check.sh"])
-def test_scripts_find_their_folder_whatever_cdpath_says(script: str) -> None:
-    """CDPATH in the environment does not lead the scripts astray."""
+def test_scripts_ignore_cdpath(script: str) -> None:
+    """The scripts find their folder whatever CDPATH is set to."""
     bash = shutil.which("bash")
     assert bash is not None
     lines = (ROOT / "scripts" / script).read_text(encoding="utf-8").splitlines()

@@ -1,4 +1,4 @@
-"""State, cache and project in odd places: refused with what to do, nothing of anybody's lost, or the run just works."""
+"""State, cache and project in unusual places: a run works or is refused with a fix, and no data is lost."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ X07 = [sys.executable, "-m", "x07_sandbox.cli.main"]
 HELLO = ["run", "--json", "-c", "print('hello')", "--toolchain", "python"]
 NOBODY = 65534
 VARIABLES = ("X07_VM_STATE_DIR", "X07_VM_CACHE_DIR")
-# Makes "$1" a mount of its own that cannot be written, and goes on as the other words.
+# Mounts "$1" read-only, then executes the remaining words.
 READ_ONLY = 'mount --bind "$1" "$1" && mount -o remount,ro,bind "$1" && shift && exec "$@"'
 SMALL = 'mount -t tmpfs -o size=16k,mode=0700 none "$1" && shift && exec "$@"'
 
@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.vm, pytest.mark.timeout(240), pytest.mark.usefixtures(
 
 
 def mounted(script: str, place: Path) -> list[str]:
-    """The start of a command that changes *place* for itself alone."""
+    """Return a command prefix that runs *script*, which mounts at *place*, in a mount namespace of its own."""
     need(os.geteuid() == 0, "needs root, to mount", installable=False)
     return ["unshare", "--mount", "/bin/bash", "-c", script, "mounted", str(place)]
 
@@ -39,7 +39,7 @@ def mounted(script: str, place: Path) -> list[str]:
 def x07(
     *words: str, env: dict[str, str] | None = None, before: list[str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """A command with *env* beside what is set, started by way of *before*."""
+    """Run `x07` with *env* added to the environment, started by the command *before*."""
     done = subprocess.run(
         [*(before or []), *X07, *words],
         env=os.environ | (env or {}),
@@ -53,7 +53,7 @@ def x07(
 
 
 def refused(done: subprocess.CompletedProcess[str]) -> str:
-    """Why a run was refused, as the host's fault."""
+    """Assert that the run was refused as the host's fault, and return the reason."""
     result: dict[str, Any] = json.loads(done.stdout)
     assert (done.returncode, result["outcome"], result["fault"]) == (125, "refused", "host"), result["reason"]
     return str(result["reason"])
@@ -61,7 +61,7 @@ def refused(done: subprocess.CompletedProcess[str]) -> str:
 
 @pytest.mark.parametrize("variable", VARIABLES)
 def test_a_folder_of_another_user_is_refused(tmp_path: Path, variable: str) -> None:
-    """A state or cache folder that is another user's is named, with whose it is, and nothing is put there."""
+    """A state or cache folder of another user is refused with its owner named, and nothing is written to it."""
     need(os.geteuid() == 0, "needs root to make a folder that is another user's", installable=False)
     place = tmp_path / "theirs"
     place.mkdir(mode=0o700)
@@ -73,8 +73,8 @@ def test_a_folder_of_another_user_is_refused(tmp_path: Path, variable: str) -> N
 
 
 @pytest.mark.parametrize("words", [("image", "build"), ("image", "list"), ("pool", "start"), HELLO])
-def test_a_cache_that_others_may_read_is_refused_before_anything_is_made(tmp_path: Path, words: list[str]) -> None:
-    """A cache folder that others may read is refused by every command alike, before an image is built there."""
+def test_a_cache_that_others_may_read_is_refused(tmp_path: Path, words: list[str]) -> None:
+    """Every command refuses a cache folder that others may read, before it writes anything."""
     place = tmp_path / "cache"
     place.mkdir()
     place.chmod(0o755)
@@ -87,7 +87,7 @@ def test_a_cache_that_others_may_read_is_refused_before_anything_is_made(tmp_pat
 @pytest.mark.parametrize("variable", VARIABLES)
 @pytest.mark.parametrize("below", ["", "jobs"])
 def test_a_planted_link_is_refused(tmp_path: Path, variable: str, below: str) -> None:
-    """A link in the place of a state or cache folder, or above it, is refused, and nothing appears behind it."""
+    """A symbolic link at or above the state or cache folder is refused, and nothing is written through it."""
     (tmp_path / "real").mkdir(mode=0o700)
     (tmp_path / "link").symlink_to(tmp_path / "real")
     place = tmp_path / "link" / below
@@ -98,7 +98,7 @@ def test_a_planted_link_is_refused(tmp_path: Path, variable: str, below: str) ->
 
 @pytest.mark.parametrize("variable", VARIABLES)
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, variable: str) -> None:
-    """A state or cache folder on a read-only file system is refused with the variable to set."""
+    """A state or cache folder on a read-only file system is refused, and the reason names the variable to set."""
     place = tmp_path / "readonly"
     place.mkdir(mode=0o700)
     env = {"X07_VM_STATE_DIR": str(tmp_path / "state"), variable: str(place)}
@@ -108,8 +108,8 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, variable: st
 
 
 @pytest.mark.parametrize("name", [b"plain", b"two words", b"tab\tand\\", b"no utf-8 \xff"])
-def test_what_is_mounted_in_the_way_is_never_removed(tmp_path: Path, name: bytes) -> None:
-    """Whatever a cache is called, what a killed build left there is not removed while something is mounted in it."""
+def test_cleanup_never_removes_a_mounted_folder(tmp_path: Path, name: bytes) -> None:
+    """Cleanup after a killed build removes no folder with something mounted in it, whatever the cache's name."""
     cache = tmp_path / os.fsdecode(name)
     place = cache / "tmp" / "image-left" / "tree"
     for folder in (cache, cache / "tmp", cache / "tmp/image-left", place):
@@ -122,15 +122,15 @@ def test_what_is_mounted_in_the_way_is_never_removed(tmp_path: Path, name: bytes
     assert (place / "kept").exists()
 
 
-def test_a_run_folder_that_cannot_be_written_is_told_as_that(tmp_path: Path) -> None:
-    """Where root has no /run to write to the error says so, and does not send to variables that have no part in it."""
+def test_a_read_only_run_folder_is_named(tmp_path: Path) -> None:
+    """A read-only /run is named as the cause, and no unrelated variable is suggested."""
     reason = refused(x07(*HELLO, env={"X07_VM_STATE_DIR": str(tmp_path)}, before=mounted(READ_ONLY, Path("/run"))))
     assert "Read-only file system. Have a /run that root can write to" in reason
     assert "X07_VM_STATE_DIR" not in reason
 
 
 def test_without_home_the_variables_to_set_are_named(tmp_path: Path) -> None:
-    """Without HOME, and without variables that say where, a run is refused; with them it works."""
+    """Without HOME a run is refused and names the variables to set; with them set, it works."""
     bare = ["/usr/bin/env", "-u", "HOME", "-u", "XDG_CACHE_HOME"]
     reason = refused(x07(*HELLO, before=[*bare, "-u", "X07_VM_STATE_DIR", "-u", "X07_VM_CACHE_DIR"]))
     assert "HOME is not set" in reason
@@ -141,7 +141,7 @@ def test_without_home_the_variables_to_set_are_named(tmp_path: Path) -> None:
 
 
 def test_a_read_only_checkout_is_enough(tmp_path: Path) -> None:
-    """Project and x07-sandbox itself may lie where nothing can be written: runs work, and what writes there says no."""
+    """Runs work from a read-only checkout, and commands that write there fail with a clear error."""
     env = {"X07_VM_STATE_DIR": str(tmp_path / "state"), "X07_VM_CACHE_DIR": str(cache_dir())}
     checkout = mounted(READ_ONLY, ROOT)
     inside = ["/bin/bash", "-c", f'cd "{ROOT}/examples" && exec "$@"', "inside"]
@@ -154,12 +154,12 @@ def test_a_read_only_checkout_is_enough(tmp_path: Path) -> None:
 
 
 def test_a_clock_in_1970_changes_no_verdict(sandbox: Sandbox, state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a host whose clock was never set a program runs to its end, in about that time, and its records are whole."""
+    """A program runs normally on a host whose clock is in 1970, and its records are complete."""
     real = time.time_ns()
     monkeypatch.setattr(time, "time_ns", lambda: 5_000_000_000)
     ran = sandbox.run_text("clock.py", "import time\nprint(int(time.time()))\n")
     assert ran.outcome == "ok", ran.reason
-    assert 5 <= int(ran.stdout) < 3600  # a guest's clock cannot stand before its own boot
+    assert 5 <= int(ran.stdout) < 3600  # a guest's clock cannot be before its own boot
     for path in state.glob("*/job.json"):
         job = json.loads(path.read_bytes())
         assert job["created_unix_ms"] == 5_000
@@ -168,7 +168,7 @@ def test_a_clock_in_1970_changes_no_verdict(sandbox: Sandbox, state: Path, monke
 
 
 def test_a_full_disk_under_the_cache_costs_only_the_cache(tmp_path: Path) -> None:
-    """Where what was built cannot be kept, the program runs all the same, and the next time it is built again."""
+    """A program still runs if the cache's disk is full; the next run builds it again."""
     artifacts = cache_dir() / "artifacts"
     artifacts.mkdir(mode=0o700, exist_ok=True)
     program = tmp_path / "hello.c"
@@ -181,7 +181,7 @@ def test_a_full_disk_under_the_cache_costs_only_the_cache(tmp_path: Path) -> Non
 
 
 def test_a_full_disk_under_the_saved_machines_means_a_cold_start(tmp_path: Path) -> None:
-    """Where no machine can be saved, the program runs in one that was booted anew, and the result says why."""
+    """A program starts cold if the snapshot's disk is full, and a warning says why."""
     env = {"X07_VM_STATE_DIR": str(tmp_path / "state")}
     done = x07(*HELLO, env=env, before=mounted(SMALL, cache_dir() / "templates"))
     result = json.loads(done.stdout)
@@ -200,10 +200,10 @@ def test_a_full_disk_under_the_saved_machines_means_a_cold_start(tmp_path: Path)
         ("policy", "schema"),
     ],
 )
-def test_output_that_nobody_takes_is_told(tmp_path: Path, words: tuple[str, ...]) -> None:
-    """With standard output closed a command ends as ever; where it cannot be written it says why, and ends with 125."""
+def test_a_failed_write_to_stdout_exits_with_125(tmp_path: Path, words: tuple[str, ...]) -> None:
+    """A command ignores a closed stdout; if writing fails, it reports the error and exits with 125."""
     env = {"X07_VM_STATE_DIR": str(tmp_path / "state")}
-    if words[0] == "prune":  # in the cache of all tests it may have to wait for one that saves a machine, and says so
+    if words[0] == "prune":  # in the shared cache it may wait for another test's snapshot, and report that
         env["X07_VM_CACHE_DIR"] = str(tmp_path / "cache")
     closed = x07(*words, env=env, before=["/bin/sh", "-c", 'exec "$@" >&-', "closed"])
     assert (closed.returncode, closed.stderr) == (0, "")

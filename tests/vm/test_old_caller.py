@@ -1,4 +1,4 @@
-"""A caller that knows X07's runner and nothing of ours, line by line of what such callers rely on."""
+"""A caller written for X07's own runner, and everything such callers rely on."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ JOB_KEYS = {
     "cleanup_ms",
     "ctr",
 }
-# Prints OK if the guest is laid out as X07 lays it out, and else what is amiss.
+# Prints OK if the guest is laid out as X07 lays it out, or else the differences.
 LOOK = """\
 import hashlib, os, socket, sys
 wrong = [path for path in ("/x07/in/policy.json", "/x07/in/program") if not os.path.exists(path)]
@@ -49,11 +49,11 @@ print(" ".join(wrong) or "OK", end="")
 
 @pytest.fixture
 def called(image: Image, state: Path, tmp_path: Path) -> tuple[subprocess.CompletedProcess[bytes], Path]:
-    """One call as an old script makes it: variables choose the wall, logs are kept apart, the report is read."""
+    """One call as an existing script makes it: variables choose the backend, and stderr is separate."""
     assert image.digest
     policy = render_policy(default_policy())
     (tmp_path / "policy.json").write_bytes(policy)
-    (tmp_path / "look.py").write_text(f"{LOOK}# {os.urandom(4).hex()}\n")  # no build of it is kept from before
+    (tmp_path / "look.py").write_text(f"{LOOK}# {os.urandom(4).hex()}\n")  # not in the build cache
     (tmp_path / "input.bin").write_text(hashlib.sha256(policy).hexdigest())
     line = "--world run-os-sandboxed --policy policy.json --program look.py --input input.bin --attest-runtime att.json"
     done = subprocess.run(
@@ -67,8 +67,8 @@ def called(image: Image, state: Path, tmp_path: Path) -> tuple[subprocess.Comple
     return done, state
 
 
-def test_an_old_caller_is_served(called: tuple[subprocess.CompletedProcess[bytes], Path]) -> None:
-    """Report, output, versions, guest paths, attestation and job records are what a caller of X07's runner expects."""
+def test_an_existing_x07_caller_is_served(called: tuple[subprocess.CompletedProcess[bytes], Path]) -> None:
+    """Report, versions, guest paths, attestation and job records match what a caller of X07's runner expects."""
     done, state = called
     assert done.returncode == 0, done.stderr.decode()
     report: dict[str, Any] = json.loads(done.stdout)
@@ -89,7 +89,7 @@ def test_an_old_caller_is_served(called: tuple[subprocess.CompletedProcess[bytes
         assert job["schema_version"] == "x07.vm.job@0.1.0"
         assert (folder / "done").read_bytes() == b"done\n"
         assert folder.name == job["run_id"]
-        # Another test's pool may have been asked first, and not have answered in time.
+        # The run may first have asked another test's pool, which did not answer in time.
         phases.add(folder.name.removesuffix("-clone").rpartition("-")[2])
-    # A saved machine of that size is made by whoever needs it first.
+    # The first run that needs a snapshot of that size creates it.
     assert phases - {"template"} == {"build", "run"}

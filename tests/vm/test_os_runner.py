@@ -1,4 +1,4 @@
-"""x07-os-runner as a caller sees it who knows only X07's own runner."""
+"""x07-os-runner from the view of a caller that knows only X07's own runner."""
 
 from __future__ import annotations
 
@@ -43,21 +43,21 @@ int main(void) {
 
 
 class Caller:
-    """Calls the command in a folder of its own, and reads its report as X07's tools do."""
+    """Calls the command in its own folder, and reads the report as X07's tools do."""
 
     def __init__(self, place: Path, state: Path) -> None:
         self.place = place
         self.state = state
-        self.policy({})
+        self.write_policy({})
 
-    def policy(self, limits: dict[str, int]) -> None:
-        """The built-in policy with other limits, as policy.json."""
+    def write_policy(self, limits: dict[str, int]) -> None:
+        """Write the built-in policy with other limits to policy.json."""
         document = msgspec.to_builtins(default_policy())
         document["limits"] |= limits
         (self.place / "policy.json").write_bytes(render_policy(document))
 
     def call(self, name: str, text: str, *words: str) -> subprocess.CompletedProcess[bytes]:
-        """Run a program; its machines are gone afterwards."""
+        """Run a program, and assert that its machines are gone."""
         (self.place / name).write_text(text, encoding="utf-8")
         done = subprocess.run(
             [*COMMAND, "--program", name, *words],
@@ -70,14 +70,14 @@ class Caller:
         return done
 
     def report(self, name: str, text: str, *words: str, code: int = 0) -> dict[str, Any]:
-        """Run a program that has a report: one pretty object with a line end, after the schema."""
+        """Run a program, and return its report."""
         done = self.call(name, text, *words)
         assert done.returncode == code, done.stderr.decode()
         return parsed(done.stdout, code)
 
 
 def parsed(stdout: bytes, code: int) -> dict[str, Any]:
-    """The one object on standard output."""
+    """Return the report on standard output, validated against the schema."""
     report: dict[str, Any] = json.loads(stdout)
     assert stdout == json.dumps(report, indent=2).encode() + b"\n"
     jsonschema.validate(report, RUNNER_SCHEMA)
@@ -88,20 +88,20 @@ def parsed(stdout: bytes, code: int) -> dict[str, Any]:
 
 
 def decoded(part: dict[str, Any], key: str) -> bytes:
-    """A stream of a report."""
+    """Return a base64 field of a report, decoded."""
     return base64.b64decode(part[key], validate=True)
 
 
 @pytest.fixture
 def caller(image: Image, state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Caller:
-    """A caller with the test's own records."""
+    """A caller with its own job records."""
     assert image.digest
     monkeypatch.delenv("X07_VM_GUEST_IMAGE_DIGEST", raising=False)
     return Caller(tmp_path, state)
 
 
 def test_a_program_runs_with_executable_and_attestation(caller: Caller, image: Image) -> None:
-    """Input in, output out, an ELF executable as --compiled-out, and an attestation of exactly these digests."""
+    """A run returns its output, writes an ELF executable to --compiled-out, and attests exactly these digests."""
     data = bytes(range(256))
     (caller.place / "input.bin").write_bytes(data)
     words = ("--input", "input.bin", "--compiled-out", "echo", "--attest-runtime", "attest.json")
@@ -139,8 +139,8 @@ def test_a_program_runs_with_executable_and_attestation(caller: Caller, image: I
     }
 
 
-def test_a_kept_build_answers_with_its_recorded_compile(caller: Caller) -> None:
-    """The second run of a source that the compiler warned about has the very same `compile`, warning included."""
+def test_a_cached_build_returns_its_recorded_compile(caller: Caller) -> None:
+    """A cached build reports the same `compile` as the original one, with the compiler's warning."""
     source = f"#warning careful {os.urandom(4).hex()}\nint main(void) {{ return 0; }}\n"
     first = caller.report("warned.c", source)
     built = set(caller.state.glob("*-build/job.json"))
@@ -150,8 +150,8 @@ def test_a_kept_build_answers_with_its_recorded_compile(caller: Caller) -> None:
     assert b"careful" in decoded(second["compile"], "stderr_b64")
 
 
-def test_a_failing_program_has_its_status_and_its_last_words(caller: Caller) -> None:
-    """A program that fails: exit 1, its own status, and the last line of its standard error as the trap."""
+def test_a_failing_program_reports_its_status_and_last_stderr_line(caller: Caller) -> None:
+    """A failing program exits with 1, reports its own status, and its last stderr line is the trap."""
     report = caller.report("fail.py", 'import sys\nprint("half")\nsys.exit("no more\\n")\n', code=1)
     assert report["compile"]["ok"] is True
     solve = report["solve"]
@@ -159,8 +159,8 @@ def test_a_failing_program_has_its_status_and_its_last_words(caller: Caller) -> 
     assert decoded(solve, "solve_output_b64") == b"half\n"
 
 
-def test_a_compile_error_comes_back(caller: Caller) -> None:
-    """The compiler's own text is in the report, nothing was solved, and nothing is attested or left as executable."""
+def test_a_compile_error_is_reported(caller: Caller) -> None:
+    """A compile error is reported with the compiler's text; no executable or attestation is left."""
     (caller.place / "attest.json").write_text("of an earlier run")
     words = ("--compiled-out", "broken", "--attest-runtime", "attest.json")
     report = caller.report("broken.c", "int main(void) { return x; }\n", *words, code=1)
@@ -174,8 +174,8 @@ def test_a_compile_error_comes_back(caller: Caller) -> None:
 
 
 def test_a_program_that_does_not_end_is_timed_out(caller: Caller) -> None:
-    """At limits.wall_ms of the policy the trap is X07's `timed out`, with what was written until then."""
-    caller.policy({"wall_ms": 5000})
+    """A program that exceeds limits.wall_ms has X07's trap `timed out` and its output until then."""
+    caller.write_policy({"wall_ms": 5000})
     report = caller.report("hang.py", 'import time\nprint("begun", flush=True)\ntime.sleep(60)\n', code=1)
     solve = report["solve"]
     assert (solve["ok"], solve["trap"]) == (False, "timed out")
@@ -184,7 +184,7 @@ def test_a_program_that_does_not_end_is_timed_out(caller: Caller) -> None:
 
 
 def test_output_is_capped(caller: Caller) -> None:
-    """At --max-output-bytes the program is ended; the trap says which stream, stderr what would let it write more."""
+    """A program ends at --max-output-bytes; the trap names the stream, and stderr says how to allow more."""
     done = caller.call("loud.py", 'print("x" * 100_000)\n', "--max-output-bytes", "1000")
     assert b"output limit reached. To allow more, use --max-output-bytes 2000" in done.stderr
     solve = parsed(done.stdout, done.returncode)["solve"]
@@ -192,8 +192,8 @@ def test_output_is_capped(caller: Caller) -> None:
     assert decoded(solve, "solve_output_b64") == b"x" * 1000
 
 
-def test_changes_that_may_not_be_done_are_told(caller: Caller) -> None:
-    """A program that ended well and changed a protected name is ok: the name is left out, and stderr says so."""
+def test_a_protected_name_is_left_out_of_the_changes(caller: Caller) -> None:
+    """A successful program that changed a protected name is ok; the change is left out, and stderr says so."""
     document = msgspec.to_builtins(default_policy())
     document["fs"]["write_roots"] = ["."]
     (caller.place / "policy.json").write_bytes(render_policy(document))
@@ -204,8 +204,8 @@ def test_changes_that_may_not_be_done_are_told(caller: Caller) -> None:
     assert not (caller.place / "Jenkinsfile").exists()
 
 
-def test_changes_are_told_where_the_attestation_cannot_be_written(caller: Caller) -> None:
-    """A run whose attestation could not be written ends with 2, and says of changed files that they were changed."""
+def test_applied_changes_are_reported_if_the_attestation_fails(caller: Caller) -> None:
+    """A run that cannot write its attestation exits with 2, and reports the changes it applied."""
     document = msgspec.to_builtins(default_policy())
     document["fs"]["write_roots"] = ["."]
     (caller.place / "policy.json").write_bytes(render_policy(document))
@@ -218,8 +218,8 @@ def test_changes_are_told_where_the_attestation_cannot_be_written(caller: Caller
     assert b"1 added, 1 deleted: applied; x07 diff, x07 undo" in done.stderr
 
 
-def test_a_policy_that_cannot_be_carried_out_is_a_setup_failure(caller: Caller) -> None:
-    """What this version cannot enforce is refused before any machine, as X07's failure of the backend."""
+def test_an_unenforceable_policy_is_a_setup_failure(caller: Caller) -> None:
+    """A policy that cannot be enforced is refused before any machine starts, as X07's backend failure."""
     document = msgspec.to_builtins(default_policy())
     document["fs"]["read_roots"] = ["/usr"]
     (caller.place / "policy.json").write_bytes(render_policy(document))
@@ -232,8 +232,8 @@ def test_a_policy_that_cannot_be_carried_out_is_a_setup_failure(caller: Caller) 
 
 
 def test_an_invalid_policy_starts_nothing(caller: Caller) -> None:
-    """A policy that breaks a rule: exit 2, an empty standard output, and no job on record."""
-    caller.policy({"wall_ms": 0})
+    """An invalid policy exits with 2, an empty stdout and no job record."""
+    caller.write_policy({"wall_ms": 0})
     done = caller.call("quiet.py", "pass\n")
     assert (done.returncode, done.stdout) == (2, b"")
     assert b"$.limits.wall_ms" in done.stderr
@@ -243,7 +243,7 @@ def test_an_invalid_policy_starts_nothing(caller: Caller) -> None:
 def test_another_image_than_the_pinned_one_is_refused(
     caller: Caller, image: Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """X07_VM_GUEST_IMAGE_DIGEST holds, whatever was accepted: a mismatch starts nothing and names both digests."""
+    """An image other than X07_VM_GUEST_IMAGE_DIGEST is refused, even if weaker isolation is accepted."""
     pinned = "sha256:" + "0" * 64
     monkeypatch.setenv("X07_VM_GUEST_IMAGE_DIGEST", pinned)
     report = caller.report("quiet.py", "pass\n", "--i-accept-weaker-isolation", code=1)
@@ -254,8 +254,8 @@ def test_another_image_than_the_pinned_one_is_refused(
     assert caller.report("quiet.py", "pass\n")["solve"]["ok"] is True
 
 
-def test_a_projects_own_input_is_for_x07_run(caller: Caller) -> None:
-    """Of a project this command takes its arguments, and no input but that of --input."""
+def test_a_projects_input_is_ignored(caller: Caller) -> None:
+    """x07-os-runner takes a project's arguments, and its input only from --input."""
     (caller.place / "main.py").write_text("import sys; print(sys.argv[1:], sys.stdin.read())\n")
     (caller.place / "own.txt").write_text("own")
     (caller.place / "x07-sandbox.toml").write_text(
@@ -271,8 +271,8 @@ def test_a_projects_own_input_is_for_x07_run(caller: Caller) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_machine_in_good_order(caller: Caller, number: signal.Signals) -> None:
-    """SIGINT and SIGTERM end the run at once, with a report of how far it came, and nothing left on the host."""
+def test_a_signal_ends_the_run_with_a_report(caller: Caller, number: signal.Signals) -> None:
+    """SIGINT and SIGTERM end the run at once with a report, and leave nothing on the host."""
     (caller.place / "wait.py").write_text(
         'import sys, time\nprint("begun", file=sys.stderr, flush=True)\ntime.sleep(60)\n'
     )
@@ -295,8 +295,8 @@ def test_a_signal_ends_the_machine_in_good_order(caller: Caller, number: signal.
     assert left_behind(caller.state) == []
 
 
-def test_it_is_the_same_run_as_that_of_the_library(caller: Caller) -> None:
-    """Report and result of one program agree on output, status and digests."""
+def test_report_and_library_result_agree(caller: Caller) -> None:
+    """The report and the library's result of one program agree on output, status and digests."""
     source = "import sys\nprint(sum(range(1000)))\nsys.exit(7)\n"
     report = caller.report("sum.py", source, "--attest-runtime", "attest.json", code=1)
     result = run_program(caller.place / "sum.py", policy=caller.place / "policy.json")
@@ -327,7 +327,7 @@ sys.exit(main({words}))
     ],
 )
 def test_program_and_policy_are_read_once(caller: Caller, module: str, words: list[str]) -> None:
-    """What a report tells of is what ran, also where somebody changes the file meanwhile: each file is read once."""
+    """Each run reads the program and the policy exactly once, so its report describes the files that ran."""
     (caller.place / "hi.py").write_text("print('hi')\n", encoding="utf-8")
     done = subprocess.run(
         [sys.executable, "-c", WATCHED.format(module=module, words=words)],

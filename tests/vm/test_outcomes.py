@@ -1,4 +1,4 @@
-"""What a program sees, gets and gives back; and what becomes of a run that is ended from outside."""
+"""What a program sees, receives and returns, and how a run ends that is ended from outside."""
 
 from __future__ import annotations
 
@@ -45,23 +45,23 @@ EVERY_BYTE = bytes(range(256))
 
 
 @pytest.mark.parametrize(("code", "outcome"), [(0, "ok"), (3, "failed"), (255, "failed")])
-def test_the_programs_own_exit_code_is_the_runs(sandbox: Sandbox, code: int, outcome: str) -> None:
-    """A program that ends by itself gives its own exit code, 0 as `ok`, others as `failed`."""
+def test_a_run_returns_the_programs_exit_code(sandbox: Sandbox, code: int, outcome: str) -> None:
+    """A run returns the program's own exit code: 0 as `ok`, any other as `failed`."""
     ran = sandbox.behave("exit", str(code))
     assert (ran.outcome, ran.result.exit_code, ran.result.x07_exit_code) == (outcome, code, code)
     assert ran.result.signal is None
     assert ran.result.fault == ("none" if code == 0 else "program")
 
 
-def test_both_outputs_arrive_apart_and_unchanged(sandbox: Sandbox) -> None:
-    """Standard output and standard error are kept apart, and carry every byte value unchanged."""
+def test_stdout_and_stderr_are_separate_and_unchanged(sandbox: Sandbox) -> None:
+    """Standard output and standard error stay separate, and carry every byte value unchanged."""
     ran = sandbox.behave("both")
     assert (ran.outcome, ran.stdout, ran.stderr) == ("ok", EVERY_BYTE, EVERY_BYTE[::-1])
     assert not ran.result.stdout.truncated
 
 
 def test_a_mebibyte_goes_both_ways_unchanged(sandbox: Sandbox) -> None:
-    """1 MiB of random bytes goes in and comes out with the same sha256, which is also the result's digest."""
+    """1 MiB of random input comes back unchanged, and the result has its sha256 digest."""
     data = random.Random(7).randbytes(MIB)  # noqa: S311 - test data
     ran = sandbox.behave("echo", stdin=data)
     digest = hashlib.sha256(data).hexdigest()
@@ -70,7 +70,7 @@ def test_a_mebibyte_goes_both_ways_unchanged(sandbox: Sandbox) -> None:
 
 
 def test_arguments_arrive_byte_for_byte(sandbox: Sandbox) -> None:
-    """Arguments with blanks, quotes, line ends, any script, undecodable bytes, or nothing at all reach the program."""
+    """Arguments arrive byte for byte: blanks, quotes, newlines, any script, undecodable bytes, or empty."""
     args = [
         "two words",
         "",
@@ -87,7 +87,7 @@ def test_arguments_arrive_byte_for_byte(sandbox: Sandbox) -> None:
 
 
 def test_no_arguments_and_no_input(sandbox: Sandbox) -> None:
-    """A program without arguments and without standard input has none, and an input at its end."""
+    """A program started without arguments and input has no arguments, and reads end of file."""
     ran = sandbox.behave("args", stdin=None)
     assert (ran.outcome, ran.stdout) == ("ok", b"")
     ran = sandbox.behave("echo", stdin=None)
@@ -99,7 +99,7 @@ def test_no_arguments_and_no_input(sandbox: Sandbox) -> None:
 
 @pytest.fixture(scope="module")
 def looked(artifacts: Artifacts, tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    """One program's look around, which the tests below read."""
+    """One program's view of its machine, which the tests below read."""
     place = tmp_path_factory.mktemp("looked")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("X07_VM_STATE_DIR", str(place / "jobs"))
@@ -109,7 +109,7 @@ def looked(artifacts: Artifacts, tmp_path_factory: pytest.TempPathFactory) -> Ra
     return ran
 
 
-def _told(ran: Ran, key: str) -> list[str]:
+def _values(ran: Ran, key: str) -> list[str]:
     return [line.removeprefix(f"{key} ") for line in ran.lines() if line.startswith(f"{key} ")]
 
 
@@ -118,9 +118,9 @@ def _status(ran: Ran) -> dict[str, str]:
     return {name: value.strip() for name, value in lines}
 
 
-def test_no_variable_of_the_host_goes_in(looked: Ran) -> None:
-    """The environment holds the fixed variables and X07's own, and nothing of the caller's."""
-    given = dict(line.split("=", 1) for line in _told(looked, "env"))
+def test_the_host_environment_stays_outside(looked: Ran) -> None:
+    """The program's environment holds the fixed variables and X07's own, and none of the caller's."""
+    given = dict(line.split("=", 1) for line in _values(looked, "env"))
     fixed = {name: value for name, value in given.items() if not name.startswith("X07_")}
     assert fixed == {
         "PATH": "/usr/local/bin:/usr/bin:/bin",
@@ -134,91 +134,91 @@ def test_no_variable_of_the_host_goes_in(looked: Ran) -> None:
     assert not any(name.startswith("X07_VM") for name in given)
 
 
-def test_every_advisory_field_is_told_and_arrives(looked: Ran) -> None:
-    """Of each field that binds only X07's libraries the plan names the variable, and the program finds its value."""
-    given = dict(line.split("=", 1) for line in _told(looked, "env"))
+def test_every_advisory_field_is_passed_to_the_program(looked: Ran) -> None:
+    """The plan names a variable for each field that X07's libraries enforce, and the program finds its value."""
+    given = dict(line.split("=", 1) for line in _values(looked, "env"))
     values = leaf_values(default_policy())
     advisory = [control for control in looked.result.controls if control.state == "advisory"]
-    told = {control.field: control.why for control in advisory if control.by == "X07's libraries"}
-    assert len(told) > 40
+    reasons = {control.field: control.why for control in advisory if control.by == "X07's libraries"}
+    assert len(reasons) > 40
     assert {control.by for control in advisory} == {"X07's libraries", "X07's compiler", "people"}
     for variable, field in VARIABLES:
         value = values[field]
-        if field in told and "passed to the program" in told.pop(field):
+        if field in reasons and "passed to the program" in reasons.pop(field):
             shown = value if not isinstance(value, tuple) else ";".join(map(str, value))
             assert given[variable] == str(int(shown) if isinstance(shown, bool) else shown), field
-    assert set(told) <= {"process.kill_on_drop", "process.kill_tree"}
+    assert set(reasons) <= {"process.kill_on_drop", "process.kill_tree"}
 
 
 def test_the_working_directory_is_private_and_writable(looked: Ran) -> None:
-    """The program starts in /opt/x07, which is its own and which it can write."""
-    assert _told(looked, "cwd") == ["/opt/x07"]
-    assert _told(looked, "cwd-mode") == ["755 65532"]
-    assert "cwd OK" in _told(looked, "make")
+    """The program starts in /opt/x07, which it owns and can write."""
+    assert _values(looked, "cwd") == ["/opt/x07"]
+    assert _values(looked, "cwd-mode") == ["755 65532"]
+    assert "cwd OK" in _values(looked, "make")
 
 
-def test_the_program_is_nobody(looked: Ran) -> None:
-    """Uid and gid 65532, no further groups, no capability in any of the five sets, no way to new privileges."""
+def test_the_program_is_unprivileged(looked: Ran) -> None:
+    """The program has uid and gid 65532, no other groups, no capability, and no-new-privileges."""
     status = _status(looked)
-    assert _told(looked, "ids") == ["65532 65532 65532 65532 groups 0"]
+    assert _values(looked, "ids") == ["65532 65532 65532 65532 groups 0"]
     assert {int(status[name], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {0}
     assert status["NoNewPrivs"] == "1"
     assert set(status["Uid"].split()) == {"65532"}
 
 
 def test_the_program_is_alone_and_not_pid_1(looked: Ran) -> None:
-    """It has a pid namespace of its own, is not its first process, and sees itself only."""
+    """The program has its own pid namespace, sees no other process, and is not PID 1."""
     pid = _status(looked)["Pid"]
     assert pid != "1"
-    assert _told(looked, "process") == [pid]
-    assert _told(looked, "session") == [pid]
+    assert _values(looked, "process") == [pid]
+    assert _values(looked, "session") == [pid]
 
 
-def test_signals_are_as_a_program_expects_them(looked: Ran) -> None:
-    """No signal is ignored, caught or blocked from the start."""
+def test_all_signals_have_their_default_action(looked: Ran) -> None:
+    """At its start, a program ignores, catches and blocks no signal."""
     status = _status(looked)
     assert {int(status[name], 16) for name in ("SigBlk", "SigIgn", "SigCgt")} == {0}
-    assert _told(looked, "not-default") == []
+    assert _values(looked, "not-default") == []
 
 
-def test_the_machine_has_one_name_and_no_network(looked: Ran) -> None:
-    """The host name is x07, and the only interface is lo."""
-    assert _told(looked, "hostname") == ["x07"]
+def test_the_machine_has_a_fixed_name_and_no_network(looked: Ran) -> None:
+    """The host name is x07, and the only network interface is lo."""
+    assert _values(looked, "hostname") == ["x07"]
     lines = [line.removeprefix("/proc/net/dev: ") for line in looked.lines() if line.startswith("/proc/net/dev: ")]
     assert [line.split(":")[0].strip() for line in lines if ":" in line and "|" not in line] == ["lo"]
 
 
-def test_nothing_of_the_agent_is_visible(looked: Ran) -> None:
-    """Agent, channel, disks, console, other processes and other control groups are not there for the program."""
-    seen = dict(line.split() for line in _told(looked, "see"))
+def test_the_agent_is_invisible(looked: Ran) -> None:
+    """The program sees no agent, channel, disk, console, other process or other control group."""
+    seen = dict(line.split() for line in _values(looked, "see"))
     assert seen == dict.fromkeys(seen, "ENOENT")
     assert {"/run/x07", "/proc/1", "/dev/vport0p1", "/sys/fs/cgroup/x07"} < set(seen)
     assert "/run/x07" not in "".join(line for line in looked.lines() if line.startswith("/proc/self/mounts"))
     assert "hidepid=invisible" in looked.stdout.decode()
-    assert _told(looked, "/proc/self/cgroup:") == ["0::/"]
+    assert _values(looked, "/proc/self/cgroup:") == ["0::/"]
 
 
 def test_the_system_is_read_only(looked: Ran) -> None:
-    """No place but the working directory, /tmp and /dev/shm takes a file."""
-    made = dict(line.split() for line in _told(looked, "make"))
+    """The program can create files only in its working directory, /tmp and /dev/shm."""
+    made = dict(line.split() for line in _values(looked, "make"))
     assert made.pop("cwd") == "OK"
     assert made.pop("/proc") == "ENOENT"
     assert set(made.values()) <= {"EROFS", "EACCES"}
     assert {made["/"], made["/x07/in"], made["/x07/out"]} == {"EROFS"}
 
 
-def test_what_came_in_cannot_be_changed(looked: Ran) -> None:
-    """Its own artifact, the policy, the kernel's settings and its memory score are out of its reach."""
-    tried = dict(line.split() for line in _told(looked, "write"))
+def test_artifact_policy_and_kernel_settings_cannot_be_changed(looked: Ran) -> None:
+    """The program cannot change its artifact, its policy, kernel settings or its OOM score."""
+    tried = dict(line.split() for line in _values(looked, "write"))
     assert "OK" not in tried.values()
     assert tried["/x07/in/artifact"] in {"EROFS", "ETXTBSY", "EACCES"}
     assert tried["/proc/self/oom_score_adj"] == "EACCES"
-    assert _told(looked, "chmod") == ["artifact EROFS"]
-    assert _told(looked, "unlink") == ["artifact EROFS"]
+    assert _values(looked, "chmod") == ["artifact EROFS"]
+    assert _values(looked, "unlink") == ["artifact EROFS"]
 
 
-def test_the_program_has_no_power_over_others(looked: Ran) -> None:
-    """It can neither signal nor trace PID 1, nor mount, change its root or its user, nor raise its priority."""
+def test_the_program_cannot_use_privileged_calls(looked: Ran) -> None:
+    """The program cannot signal or trace PID 1, mount, chroot, change its user or host name, or raise its priority."""
     for action in (
         "signal",
         "trace",
@@ -231,16 +231,16 @@ def test_the_program_has_no_power_over_others(looked: Ran) -> None:
         "sethostname",
         "nice",
     ):
-        answers = {line.split()[1] for line in _told(looked, action)}
+        answers = {line.split()[1] for line in _values(looked, action)}
         assert answers <= {"EPERM", "EACCES"}, action
         assert answers, action
-    assert _told(looked, "mknod") == ["/tmp/disk EPERM"]  # noqa: S108 - the guest's
-    assert _told(looked, "unshare") == ["mount EPERM"]
+    assert _values(looked, "mknod") == ["/tmp/disk EPERM"]  # noqa: S108 - the guest's
+    assert _values(looked, "unshare") == ["mount EPERM"]
 
 
 def test_a_user_namespace_reaches_nothing_new(looked: Ran) -> None:
-    """Whoever makes a user namespace inside gets no mount undone, no disk, no sysctl and no view of PID 1."""
-    tried = dict(line.split() for line in _told(looked, "userns"))
+    """A user namespace gives the program no unmount, no disk, no sysctl and no view of PID 1."""
+    tried = dict(line.split() for line in _values(looked, "userns"))
     if tried["unshare"] == "OK":
         reached = {name for name, answer in tried.items() if answer == "OK"} - {"unshare", "mount-namespace"}
         assert reached == set(), tried
@@ -248,10 +248,11 @@ def test_a_user_namespace_reaches_nothing_new(looked: Ran) -> None:
         assert tried["unshare"] in {"EPERM", "ENOSPC", "EUSERS"}
 
 
-def test_limits_of_resources_are_set(looked: Ran) -> None:
-    """limits.fds and the fixed bounds on cores, locked memory and message queues hold as hard limits."""
+def test_resource_limits_are_set(looked: Ran) -> None:
+    """limits.fds and the fixed limits on core files and locked memory are hard limits."""
     limits = {
-        int(number): (int(soft), int(hard)) for number, soft, hard in (line.split() for line in _told(looked, "rlimit"))
+        int(number): (int(soft), int(hard))
+        for number, soft, hard in (line.split() for line in _values(looked, "rlimit"))
     }
     assert limits[resource.RLIMIT_NOFILE] == (256, 256)
     assert limits[resource.RLIMIT_CORE] == (0, 0)
@@ -259,7 +260,7 @@ def test_limits_of_resources_are_set(looked: Ran) -> None:
 
 
 def test_exactly_three_descriptors_go_in(sandbox: Sandbox) -> None:
-    """The program has descriptors 0, 1 and 2, all pipes, and none of init or agent."""
+    """The program has exactly three descriptors, 0 to 2, and all are pipes."""
     ran = sandbox.behave("fds")
     assert ran.lines() == [f"fd {number} pipe" for number in range(3)]
 
@@ -268,7 +269,7 @@ def test_exactly_three_descriptors_go_in(sandbox: Sandbox) -> None:
 
 
 def test_input_is_streamed_while_the_program_runs(sandbox: Sandbox, threads: ThreadPoolExecutor) -> None:
-    """A line sent is answered before the input ends: stdin and stdout are streams, no batches."""
+    """Input and output are streamed: a program answers a line before the input ends."""
     with contextlib.ExitStack() as stack:
         ours, theirs = (stack.enter_context(end) for end in socket.socketpair())
         heard, out = os.pipe()
@@ -277,15 +278,15 @@ def test_input_is_streamed_while_the_program_runs(sandbox: Sandbox, threads: Thr
         running = threads.submit(sandbox.behave, "lines", stdin=theirs.fileno(), live_stdout=out)
         for word in (b"one", b"two"):
             ours.sendall(word + b"\n")
-            assert _until(heard, b"\n", 60) == b"got " + word + b"\n"
+            assert _read_until(heard, b"\n", 60) == b"got " + word + b"\n"
         assert not running.done()
         ours.shutdown(socket.SHUT_WR)
         ran = running.result(60)
         assert (ran.outcome, ran.lines()) == ("ok", ["got one", "got two", "end"])
-        assert _until(heard, b"\n", 10) == b"end\n"
+        assert _read_until(heard, b"\n", 10) == b"end\n"
 
 
-def _until(fd: int, end: bytes, timeout_s: float) -> bytes:
+def _read_until(fd: int, end: bytes, timeout_s: float) -> bytes:
     """Read up to and including *end*."""
     data = b""
     deadline = time.monotonic() + timeout_s
@@ -295,25 +296,23 @@ def _until(fd: int, end: bytes, timeout_s: float) -> bytes:
     return data
 
 
-def test_input_that_nobody_reads_holds_nothing(sandbox: Sandbox) -> None:
-    """A program that never reads its 5 MB of input ends when it wants to."""
+def test_unread_input_does_not_delay_the_end(sandbox: Sandbox) -> None:
+    """A program that never reads its 5 MB of input ends normally."""
     ran = sandbox.behave("ignore-input", "500", stdin=bytes(5_000_000), policy={"limits.wall_ms": 60_000})
     assert (ran.outcome, ran.lines()) == ("ok", ["never read a byte"])
     assert ran.program_ms < 45_000
 
 
 def test_slow_reading_loses_nothing(sandbox: Sandbox) -> None:
-    """A program that takes its input in small bites, with pauses, gets all of it."""
+    """A program that reads its input slowly gets all of it."""
     data = random.Random(8).randbytes(600_000)  # noqa: S311 - test data
     ran = sandbox.behave("echo", "5", stdin=data)
     assert (ran.outcome, ran.stdout) == ("ok", data)
 
 
 @pytest.mark.parametrize("kind", ["pipe", "terminal"])
-def test_a_reader_who_stalls_stalls_the_program_and_not_the_deadline(
-    sandbox: Sandbox, threads: ThreadPoolExecutor, kind: str
-) -> None:
-    """When nobody takes the output of both streams, the program waits, and its machine still ends at its deadline."""
+def test_the_deadline_holds_if_the_reader_stalls(sandbox: Sandbox, threads: ThreadPoolExecutor, kind: str) -> None:
+    """A stalled reader of the output blocks the program, and the machine still ends at its deadline."""
     with contextlib.ExitStack() as stack:
         heard, out = os.pipe() if kind == "pipe" else pty.openpty()
         stack.callback(os.close, out)
@@ -324,7 +323,7 @@ def test_a_reader_who_stalls_stalls_the_program_and_not_the_deadline(
         try:
             wait_done(sandbox.state, 60)
         finally:
-            os.close(heard)  # the run itself waits for its reader, as any program does
+            os.close(heard)  # the run itself waits for its reader
         ran = running.result(60)
         assert ran.outcome == "timeout"
         assert ran.program_ms < 30_000
@@ -336,7 +335,7 @@ def test_a_reader_who_stalls_stalls_the_program_and_not_the_deadline(
 
 
 def test_a_cancel_ends_the_run(sandbox: Sandbox, threads: ThreadPoolExecutor) -> None:
-    """A request to cancel ends a run at once, as `cancelled`, and nothing is left."""
+    """Cancelling ends a run at once, as `cancelled`, and leaves nothing behind."""
     cancel = Cancel()
     with contextlib.closing(cancel):
         running = threads.submit(sandbox.behave, "sleep", cancel=cancel)
@@ -349,7 +348,7 @@ def test_a_cancel_ends_the_run(sandbox: Sandbox, threads: ThreadPoolExecutor) ->
 
 @contextlib.contextmanager
 def command(args: Sequence[str], **options: object) -> Iterator[subprocess.Popen[bytes]]:
-    """The real `x07` with *args*, killed at the latest at the end."""
+    """Run the real `x07` with *args*, and kill it on exit."""
     argv = [sys.executable, "-m", "x07_sandbox.cli.main", *args]
     child = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)  # type: ignore[call-overload]
     with child:
@@ -360,17 +359,17 @@ def command(args: Sequence[str], **options: object) -> Iterator[subprocess.Popen
 
 
 def _started(state: Path, child: subprocess.Popen[bytes]) -> dict[str, object]:
-    """The record of the run phase's job, once its program runs, as its first output shows."""
+    """Wait until the program runs, and return the owner record of the run phase's job."""
     assert child.stdout is not None
-    assert _until(child.stdout.fileno(), b"sleeping\n", 60).endswith(b"sleeping\n")
-    # Where a pool of another test's was about to end, it is a clone that came in a warm machine's place.
+    assert _read_until(child.stdout.fileno(), b"sleeping\n", 60).endswith(b"sleeping\n")
+    # If another test's pool was about to end, a clone replaced its warm machine.
     (owner,) = [owner for owner in owners(state) if re.search("-run(-clone)?'", str(owner["labels"]))]
     return owner
 
 
 @pytest.fixture
 def sleeper(state: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], dict[str, object]]]:
-    """The command line while its program sleeps, and the record of that job."""
+    """A command whose program sleeps, and the owner record of that job."""
     source = tmp_path / "sleeper.c"
     source.write_text(
         "#include <stdio.h>\n#include <unistd.h>\n"
@@ -385,7 +384,7 @@ Sleeper = tuple[subprocess.Popen[bytes], dict[str, object]]
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_to_the_command_cancels_the_run(sleeper: Sleeper, state: Path, number: int, code: int) -> None:
-    """SIGINT ends `x07 run` with 130 and SIGTERM with 143, with one line that says so, and nothing is left."""
+    """`x07 run` exits with 130 on SIGINT and 143 on SIGTERM, prints one line, and leaves nothing behind."""
     child, _ = sleeper
     child.send_signal(number)
     _, said = child.communicate(timeout=60)
@@ -396,13 +395,13 @@ def test_a_signal_to_the_command_cancels_the_run(sleeper: Sleeper, state: Path, 
 
 
 def test_the_machine_dies_with_its_runner(sleeper: Sleeper) -> None:
-    """SIGKILL to the command ends the machine long before its deadline; the record stays, for a later sweep."""
+    """SIGKILL of the command ends its machine long before the deadline; the record stays for a later sweep."""
     child, owner = sleeper
     mark = str(owner["instance"])
     pidfds = [os.pidfd_open(pid) for pid in marked(mark)]
     assert len(pidfds) >= 2, "supervisor and inner process of the jail, at least"
     child.kill()
-    deadline = time.monotonic() + 30  # its own is some minutes away
+    deadline = time.monotonic() + 30  # the job's own deadline is minutes away
     try:
         for fd in pidfds:
             assert select.select([fd], [], [], max(0.0, deadline - time.monotonic()))[0], "still there after 30 s"
@@ -413,14 +412,14 @@ def test_the_machine_dies_with_its_runner(sleeper: Sleeper) -> None:
     groups = owner["cgroups"]
     assert isinstance(groups, list)
     for group in map(Path, groups):
-        # Nobody is left to remove it; that it is empty means that nothing of the job lives.
+        # No process is left to remove the group; an empty group proves that nothing of the job runs.
         assert (group / "cgroup.procs").read_text() == ""
-        while not HostGroups(folders=(group,), holds=()).remove():  # busy until all are reaped, by another's init
+        while not HostGroups(folders=(group,), holds=()).remove():  # busy until init has reaped all of them
             assert time.monotonic() < deadline, group
 
 
-def stopped_while_it_runs(seconds: float, monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Have a runner stand still for so long once its program runs; what is given back is empty when it has."""
+def stop_runner_during_run(seconds: float, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Make the runner sleep for *seconds* once its program runs; the returned list is empty once it has."""
     stops = [seconds]
     poll = Phase._poll  # noqa: SLF001 - where it waits
 
@@ -433,31 +432,29 @@ def stopped_while_it_runs(seconds: float, monkeypatch: pytest.MonkeyPatch) -> li
     return stops
 
 
-def test_what_a_program_said_in_time_counts_though_nobody_listened(
-    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A program that ended in time while its runner was stopped past the deadline, by Ctrl-Z say, is no timeout."""
+def test_a_stopped_runner_causes_no_timeout(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that ends in time is no timeout, even if its runner was stopped past the deadline."""
     text = "print('x' * 240_000)\n"
     assert sandbox.run_text("talk.py", text, cache=True).outcome == "ok"
-    stops = stopped_while_it_runs(7.0, monkeypatch)
+    stops = stop_runner_during_run(7.0, monkeypatch)
     ran = sandbox.run_text("talk.py", text, cache=True, policy={"limits.wall_ms": 6000})
     assert (ran.outcome, len(ran.stdout), stops) == ("ok", 240_001, []), ran.reason
 
 
-def test_a_program_does_not_gain_by_a_stopped_runner(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that still runs when a stopped runner goes on past the deadline is ended soon, as a timeout."""
-    stops = stopped_while_it_runs(3.0, monkeypatch)
+def test_a_stopped_runner_still_enforces_the_timeout(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that still runs when its stopped runner continues past the deadline ends soon, as a timeout."""
+    stops = stop_runner_during_run(3.0, monkeypatch)
     ran = sandbox.behave("sleep", policy={"limits.wall_ms": 2000})
     assert (ran.outcome, stops) == ("timeout", []), ran.reason
     assert ran.program_ms < 30_000
 
 
 def test_the_deadline_holds_without_a_live_runner(state: Path, image: Image) -> None:
-    """A machine whose runner is stopped ends at the job's deadline all the same: the timer is the jail's own."""
+    """A machine whose runner is stopped still ends at its deadline, by the jail's own timer."""
     script = PROGRAMS / "hold_machine.py"
     env = {**os.environ, "X07_VM_STATE_DIR": str(state)}
     argv = [sys.executable, str(script), image.digest, "6"]
-    began = time.monotonic()  # the timer is set after this, however late we read of it
+    began = time.monotonic()  # the timer is set after this
     with subprocess.Popen(argv, stdout=subprocess.PIPE, env=env) as child:
         try:
             assert child.stdout is not None
@@ -471,11 +468,11 @@ def test_the_deadline_holds_without_a_live_runner(state: Path, image: Image) -> 
                     os.close(pidfd)
             assert time.monotonic() - began >= 6
             (owner,) = owners(state)
-            # The supervisor is a zombie until its parent goes on; nothing that carries the mark runs any more.
+            # The supervisor is a zombie until its parent continues; no other marked process may run.
             limit = time.monotonic() + 30
             while alive := [pid for pid in marked(str(owner["instance"])) if _state_of(pid) != "Z"]:
                 assert time.monotonic() < limit, alive
-                time.sleep(0.01)  # the supervisor ends right after what it waited for
+                time.sleep(0.01)  # the supervisor ends right after its child
             assert _state_of(child.pid) == "T"
         finally:
             child.send_signal(signal.SIGCONT)
@@ -491,7 +488,7 @@ def _state_of(pid: int) -> str:
 
 
 def test_the_command_streams_and_ends_as_the_program(state: Path, tmp_path: Path) -> None:
-    """`x07 run` passes input, both outputs and the exit code through, and adds nothing of its own."""
+    """`x07 run` passes input, both outputs and the exit code through, and adds nothing."""
     source = tmp_path / "through.c"
     source.write_text(
         "#include <stdio.h>\nint main(void) { int c; while ((c = getchar()) != EOF) putchar(c ^ 1);\n"
@@ -505,10 +502,10 @@ def test_the_command_streams_and_ends_as_the_program(state: Path, tmp_path: Path
 
 
 def test_a_result_as_json_is_one_object(state: Path) -> None:
-    """`x07 run --json` prints exactly one JSON object, with outcome and both phases, and ends with the same code."""
+    """`x07 run --json` prints exactly one JSON object with both phases, and exits with the program's code."""
     with command(["run", "--no-cache", "--json", str(BEHAVE), "--", "exit", "9"], stdin=subprocess.DEVNULL) as child:
         out, err = child.communicate(timeout=60)
-    told = json.loads(out)
-    assert (child.returncode, err) == (9, b""), told["reason"]
-    assert (told["outcome"], told["exit_code"], sorted(told["phases"])) == ("failed", 9, ["build", "run"])
+    result = json.loads(out)
+    assert (child.returncode, err) == (9, b""), result["reason"]
+    assert (result["outcome"], result["exit_code"], sorted(result["phases"])) == ("failed", 9, ["build", "run"])
     assert left_behind(state) == []

@@ -1,4 +1,4 @@
-"""What was explained before a run is what the run's result says of it."""
+"""`x07 policy explain` agrees with the result of a run."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def _json(where: Path, *words: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("template", ["default", "worker", "cli", "postgres-client"])
-def test_what_is_explained_is_what_runs(tmp_path: Path, image: Image, template: str) -> None:
-    """The controls of a result are those that `x07 policy explain` told, and what it refuses is refused."""
+def test_explained_controls_match_the_run(tmp_path: Path, image: Image, template: str) -> None:
+    """A run has the controls that `x07 policy explain` showed, and refuses what it showed as refused."""
     assert image.digest
     _json(tmp_path, "policy", "init", "--json", "--template", template, "--out", "policy.json")
-    told = _json(tmp_path, "policy", "explain", "policy.json", "--json")
+    explained = _json(tmp_path, "policy", "explain", "policy.json", "--json")
     result = _json(tmp_path, "run", "--json=full", "--policy", "policy.json", PROGRAM)
-    for row in told["controls"]:
+    for row in explained["controls"]:
         del row["value"]
-    assert result["controls"] == told["controls"]
-    assert result["isolation"] in told["isolation"]
-    assert result["backend"] == told["backend"]
-    assert (result["outcome"] == "refused") == (not told["carried_out"])
-    assert [denial["field"] for denial in result["denials"]] == [refusal["field"] for refusal in told["refusals"]]
+    assert result["controls"] == explained["controls"]
+    assert result["isolation"] in explained["isolation"]
+    assert result["backend"] == explained["backend"]
+    assert (result["outcome"] == "refused") == (not explained["carried_out"])
+    assert [denial["field"] for denial in result["denials"]] == [refusal["field"] for refusal in explained["refusals"]]

@@ -1,4 +1,4 @@
-"""Warm machines: what a run gets from a pool, and that nothing is left of one, whoever is killed when."""
+"""Warm machines: what a run gets from a pool, and that no machine is left behind, whichever process is killed."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]
 
 COMMAND = (sys.executable, "-m", "x07_sandbox.cli.main")
 ECHO = "import sys\nprint('got', sys.stdin.read())\n"
-# What a program finds in its machine that one before it could have left, or that would tell it from the first.
+# Prints traces that an earlier program could have left in the machine.
 TRACES = """
 import json, os
 print(json.dumps({
@@ -72,12 +72,12 @@ print(json.dumps({
 
 
 def x07(*words: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-    """One command of ours."""
+    """Run one `x07` command."""
     return subprocess.run([*COMMAND, *words], input=stdin, capture_output=True, check=False, timeout=300)
 
 
 def ran(*words: str, stdin: bytes = b"") -> dict[str, Any]:
-    """The result of `x07 run --json`."""
+    """Run `x07 run --json` successfully and return its result."""
     done = x07("run", "--json", *words, stdin=stdin)
     result: dict[str, Any] = json.loads(done.stdout)
     assert result["outcome"] == "ok", (result["reason"], done.stderr)
@@ -85,16 +85,16 @@ def ran(*words: str, stdin: bytes = b"") -> dict[str, Any]:
 
 
 def status() -> dict[str, Any] | None:
-    """What `x07 pool status` tells."""
+    """Return the pool's status as `x07 pool status` reports it, or None without a pool."""
     deadline = time.monotonic() + 60
-    while (done := x07("pool", "status", "--json")).returncode != 0:  # it could not answer in time
+    while (done := x07("pool", "status", "--json")).returncode != 0:  # it did not answer in time
         assert time.monotonic() < deadline, done.stderr
-    told: dict[str, Any] | None = document(done.stdout)["pool"]
-    return told
+    reported: dict[str, Any] | None = document(done.stdout)["pool"]
+    return reported
 
 
 def wait_for(holds: Callable[[], bool], seconds: float) -> None:
-    """Wait until something in another process holds, of which no event tells."""
+    """Poll until a condition in another process holds, for which there is no event."""
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline
@@ -103,7 +103,7 @@ def wait_for(holds: Callable[[], bool], seconds: float) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def own_cache(image: Image, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A cache with a pool of this file's own: a user has one, and every run asks it, those of other tests too."""
+    """A cache of this file's own, since a pool serves every run of its user, other tests' included."""
     del image
     place = tmp_path_factory.mktemp("pool") / "cache"
     copy_cache(place)
@@ -114,22 +114,22 @@ def own_cache(image: Image, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @contextlib.contextmanager
 def pool_process(size: int) -> Iterator[int]:
-    """The pool's process, all its machines warm."""
+    """Start a pool with all machines warm, yield its process's pid, and stop it."""
     started = x07("pool", "start", "--size", str(size))
     assert started.returncode == 0, started.stderr
-    told = status()
-    assert told is not None
+    reported = status()
+    assert reported is not None
     try:
-        yield told["pid"]
+        yield reported["pid"]
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(told["pid"], signal.SIGCONT)
+            os.kill(reported["pid"], signal.SIGCONT)
         assert x07("pool", "stop").returncode == 0
 
 
 @pytest.fixture
 def echo(tmp_path: Path, state: Path) -> str:
-    """A program, built before, whose runs need one machine only."""
+    """A program in the build cache, so that its runs need one machine only."""
     del state
     path = tmp_path / "echo.py"
     path.write_text(ECHO)
@@ -139,18 +139,18 @@ def echo(tmp_path: Path, state: Path) -> str:
 
 @pytest.fixture
 def kind(image: Image) -> Iterator[MachineKind]:
-    """The kind of machines that a pool keeps."""
+    """The kind of machine that a pool holds."""
     with open_image(image) as opened:
         yield MachineKind(image=opened, ram_bytes=ram_class_bytes(default_policy().limits.mem_bytes))
 
 
 def claim() -> Claim:
-    """One for a job of a run of its own."""
+    """Return a claim for the job of a new run."""
     return Claim(run_id=new_run_id(), phase="run", wall_ms=1000)
 
 
 def test_a_run_takes_a_warm_machine_and_leaves_nothing(echo: str, state: Path) -> None:
-    """With `x07 pool` a run's machine is a warm one, under the run's own name and record; stopped, all is gone."""
+    """A run takes a warm machine under its own name and record, and nothing is left once the pool stops."""
     with pool_process(2) as pid:
         result = ran(echo, stdin=b"hello")
         assert (result["stdout"]["text"], result["phases"]["run"]["start"]) == ("got hello\n", "pool")
@@ -165,16 +165,16 @@ def test_a_run_takes_a_warm_machine_and_leaves_nothing(echo: str, state: Path) -
             assert ran(echo, "--cold")["phases"]["run"]["start"] == "cold"
         again = x07("pool", "start")
         assert (again.returncode, b"has one already" in again.stderr) == (125, True)
-        told = status()
-        assert told is not None
-        assert (told["claimed"], told["problem"]) == (1, None)
+        reported = status()
+        assert reported is not None
+        assert (reported["claimed"], reported["problem"]) == (1, None)
     assert status() is None
     assert left_behind(state) == []
     assert ran(echo)["phases"]["run"]["start"] == "clone"
 
 
 def test_a_pool_serves_small_policies(echo: str, state: Path, tmp_path: Path) -> None:
-    """A run with a policy of 48 MiB takes a warm machine as the default does, and is still `oom` at 48 MiB."""
+    """A run with a 48 MiB policy takes a warm machine, and still ends as `oom` at 48 MiB."""
     values = msgspec.to_builtins(default_policy())
     values["limits"]["mem_bytes"] = 48 << 20
     policy, hog = tmp_path / "small.json", tmp_path / "hog.py"
@@ -190,7 +190,7 @@ def test_a_pool_serves_small_policies(echo: str, state: Path, tmp_path: Path) ->
 
 
 def test_a_claimed_machine_is_held_to_the_memory_of_its_job(state: Path, need: Need) -> None:
-    """While it waits a warm machine has the limit of the default policy, and from the claim on that of its job."""
+    """A claimed machine has the memory limit of its job."""
     machines = WarmMachines(1)
     machines.start()
     with contextlib.closing(machines):
@@ -209,7 +209,7 @@ def test_a_claimed_machine_is_held_to_the_memory_of_its_job(state: Path, need: N
 
 
 def test_a_warm_machine_is_as_new(state: Path, tmp_path: Path) -> None:
-    """A program finds in a warm machine what it finds in a clone; no random value is another's, the clock is right."""
+    """A warm machine looks like a clone to a program, with unique random values and the right time."""
     traces, random = tmp_path / "traces.py", tmp_path / "random_values.py"
     traces.write_text(TRACES)
     random.write_text(RANDOM)
@@ -235,8 +235,8 @@ def test_no_machine_is_served_twice(
     full: bool,  # noqa: FBT001 - a fixture
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Many claims of a few warm machines at once: each machine is one claimer's, and the rest go without."""
-    monkeypatch.setattr(lease, "ANSWER_S", 60.0)  # a pool that is busy is asked on
+    """Each warm machine serves one claimer only, even with many claims at once; the other claims get none."""
+    monkeypatch.setattr(lease, "ANSWER_S", 60.0)  # wait for a busy pool
     size, claims = (10, 100) if full else (3, 30)
     held = contextlib.ExitStack()
     cancel = held.enter_context(contextlib.closing(Cancel()))
@@ -267,7 +267,7 @@ def test_no_machine_is_served_twice(
 
 
 def test_a_claimed_machine_has_its_jobs_deadline(state: Path) -> None:
-    """The kernel ends a warm machine at the deadline that its claim has set, without anybody's help."""
+    """The kernel ends a claimed machine at its job's deadline, without help from any process."""
     machines = WarmMachines(1)
     machines.start()
     with contextlib.closing(machines):
@@ -282,39 +282,39 @@ def test_a_claimed_machine_has_its_jobs_deadline(state: Path) -> None:
 
 
 def alive(state: Path) -> set[str]:
-    """The marks of all machines recorded below *state* that live."""
+    """Return the marks of all live machines recorded below *state*."""
     return {str(owner["instance"]) for owner in owners(state) if marked(str(owner["instance"]))}
 
 
 @pytest.mark.parametrize("killed", sample(["claimer", "pool", "both"], 1))
-def test_nothing_is_left_of_a_claim_that_was_killed(echo: str, state: Path, killed: str, full: bool) -> None:  # noqa: FBT001
-    """SIGKILL of claimer, pool's process, or both, at any moment of a run: no machine of theirs lives on."""
+def test_killing_claimer_or_pool_leaves_no_machine(echo: str, state: Path, killed: str, full: bool) -> None:  # noqa: FBT001
+    """SIGKILL of the claimer, the pool or both, at any moment of a run, leaves no machine behind."""
     moments = range(40, 400, 15) if full else (60, 140, 260)
     argv = [*COMMAND, "run", "--json", echo]
     kept = 1 if killed == "claimer" else 0
 
     def at_rest() -> bool:
-        told = status()
-        return told is None or (told["ready"], told["running"]) == (kept, 0)
+        reported = status()
+        return reported is None or (reported["ready"], reported["running"]) == (kept, 0)
 
     for moment in moments:
         with pool_process(1) as pool:
             child = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            time.sleep(moment / 1000)  # the moment is what is tried
+            time.sleep(moment / 1000)  # the test needs this exact moment
             if killed != "pool":
                 child.kill()
             if killed != "claimer":
                 os.kill(pool, signal.SIGKILL)
             child.communicate(b"late\n", timeout=120)
-            # What waits is made anew after a claim: when that is done, it is all that may live.
+            # The pool replaces a claimed machine; after that only its warm machines may live.
             wait_for(at_rest, 120)
-            # A pool that was killed says nothing from then on; its machines follow it within moments.
+            # A killed pool's machines end moments after it.
             wait_for(lambda: len(alive(state)) <= kept, 60)
         wait_for(lambda: alive(state) == set(), 60)
 
 
-def test_a_pool_that_does_not_answer_costs_a_clone(echo: str) -> None:
-    """A pool's process that is stopped, which is told, or has died and left its socket: runs go on with clones."""
+def test_runs_fall_back_to_clones_without_an_answer(echo: str) -> None:
+    """Runs fall back to clones if the pool is stopped or dead, with a warning if it does not answer."""
     with pool_process(1) as pid:
         os.kill(pid, signal.SIGSTOP)
         result = ran(echo)
@@ -328,10 +328,8 @@ def test_a_pool_that_does_not_answer_costs_a_clone(echo: str) -> None:
         assert ran(echo)["phases"]["run"]["start"] == "clone"
 
 
-def test_a_warm_machine_that_does_not_answer_costs_a_clone_and_is_told(
-    echo: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A claimed machine that has ended before it heard of the program is replaced by a clone, with a warning."""
+def test_a_clone_replaces_a_warm_machine_that_died(echo: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clone replaces a claimed machine that died before it got the program, with a warning."""
     leased = QemuBackend.leased
 
     def dead(
@@ -349,13 +347,13 @@ def test_a_warm_machine_that_does_not_answer_costs_a_clone_and_is_told(
     assert "the run had no warm machine: the one it took did not answer" in result.warnings
 
 
-def test_a_pool_that_waits_for_its_machines_says_so_and_can_be_ended(
+def test_a_pool_start_that_waits_reports_it_and_can_be_stopped(
     echo: str, state: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While as many machines run as may, the start of a pool tells that it waits; one that is ended then has failed."""
+    """A pool start reports that it waits if too many machines run, and fails if the pool is stopped meanwhile."""
     del echo
     monkeypatch.setenv("X07_VM_MAX_RUNNING", "1")
-    with pool_process(1):  # its own programs are built now
+    with pool_process(1):  # fills the build cache
         pass
     with (
         contextlib.closing(Cancel()) as cancel,
@@ -370,8 +368,8 @@ def test_a_pool_that_waits_for_its_machines_says_so_and_can_be_ended(
     assert left_behind(state) == []
 
 
-def test_a_pool_ends_when_nobody_uses_it(state: Path) -> None:
-    """A pool's process ends, with its machines, once it has not been used for its idle time."""
+def test_an_idle_pool_ends(state: Path) -> None:
+    """A pool and its machines end after the idle time."""
     started = x07("pool", "start", "--size", "1", "--idle", "2")
     assert started.returncode == 0, started.stderr
     try:
@@ -382,7 +380,7 @@ def test_a_pool_ends_when_nobody_uses_it(state: Path) -> None:
 
 
 def test_programs_run_from_short_lived_threads_and_from_asyncio(state: Path, echo: str, full: bool) -> None:  # noqa: FBT001
-    """One pool serves threads that end at once and coroutines, each with its own program's output."""
+    """One pool serves short-lived threads and coroutines, and each gets its own program's output."""
     count = 50 if full else 3
     with Pool(size=2) as pool:
         futures: list[tuple[bytes, Future[Result]]] = []
@@ -401,7 +399,7 @@ def test_programs_run_from_short_lived_threads_and_from_asyncio(state: Path, ech
         async def main() -> list[str | None]:
             loop = asyncio.get_running_loop()
             runs: list[asyncio.Future[Result]] = [
-                loop.run_in_executor(pool, echo, b"%d" % number)  # type: ignore[arg-type] # programs are the point
+                loop.run_in_executor(pool, echo, b"%d" % number)  # type: ignore[arg-type] # the test submits programs
                 for number in range(count)
             ]
             return [result.stdout.text for result in await asyncio.gather(*runs)]
@@ -412,7 +410,7 @@ def test_programs_run_from_short_lived_threads_and_from_asyncio(state: Path, ech
 
 
 def test_a_pool_takes_what_run_program_takes(state: Path, echo: str, tmp_path: Path) -> None:
-    """Output comes as it is printed, a project has its own input, and an option that is not known is named at once."""
+    """`Pool.submit` streams output, uses a project's input, and rejects an unknown option at once."""
     project = tmp_path / "project"
     project.mkdir()
     (project / "main.py").write_text(ECHO)
@@ -433,20 +431,20 @@ def test_a_pool_takes_what_run_program_takes(state: Path, echo: str, tmp_path: P
     assert left_behind(state) == []
 
 
-def test_an_exception_cancels_what_a_pool_runs(state: Path, tmp_path: Path) -> None:
-    """Leaving a pool by an exception ends its runs as cancelled, and does not wait for their limits."""
+def test_an_exception_cancels_a_pools_runs(state: Path, tmp_path: Path) -> None:
+    """An exception that leaves the `with` block cancels the pool's runs without waiting for their limits."""
     sleeper = tmp_path / "sleeper.py"
     sleeper.write_text("import time\nprint('up', flush=True)\ntime.sleep(500)\n")
-    with pytest.raises(KeyboardInterrupt), Pool(size=1) as pool:  # noqa: PT012 - the block is what is tried
+    with pytest.raises(KeyboardInterrupt), Pool(size=1) as pool:  # noqa: PT012 - the test needs the whole block
         future = pool.submit(sleeper)
         wait_for(lambda: any(path.stat().st_size for path in state.parent.rglob("runs/*/stdout")), 60)
         raise KeyboardInterrupt
-    assert future.result().outcome == "cancelled"  # and so before limits.wall_ms
+    assert future.result().outcome == "cancelled"  # and not a timeout
     assert left_behind(state) == []
 
 
-def test_a_forked_child_has_no_part_in_its_parents_pool(state: Path, echo: str) -> None:
-    """A child that was forked from a pool's owner takes no machine and ends none, whatever it does with the pool."""
+def test_a_forked_child_cannot_use_its_parents_pool(state: Path, echo: str) -> None:
+    """A forked child can neither take nor end a machine of its parent's pool."""
     machines = WarmMachines(1)
     machines.start()
     with contextlib.closing(machines):
@@ -465,8 +463,8 @@ def test_a_forked_child_has_no_part_in_its_parents_pool(state: Path, echo: str) 
     assert echo
 
 
-def test_a_forked_child_cannot_give_a_pool_programs(state: Path, echo: str) -> None:
-    """A child that was forked from a pool's owner gets an error when it submits a program, and no endless wait."""
+def test_a_forked_child_cannot_submit_programs(state: Path, echo: str) -> None:
+    """A forked child that submits a program to its parent's pool gets an error instead of hanging."""
     with Pool(size=1) as pool:
         child = os.fork()
         if child == 0:
@@ -479,8 +477,8 @@ def test_a_forked_child_cannot_give_a_pool_programs(state: Path, echo: str) -> N
     assert left_behind(state) == []
 
 
-def test_a_pool_that_cannot_be_made_keeps_nothing(state: Path) -> None:
-    """A pool on an image that is not there is an error, and holds no descriptor afterwards."""
+def test_a_failed_pool_leaks_no_descriptor(state: Path) -> None:
+    """A pool on an unknown image raises an error and leaks no descriptor."""
     del state
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - numbers
     for _ in range(5):
@@ -489,16 +487,16 @@ def test_a_pool_that_cannot_be_made_keeps_nothing(state: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208 - numbers
 
 
-def test_leaving_a_pool_that_ends_already_waits_for_its_end(state: Path) -> None:
-    """After the `with` block every machine is gone, also if somebody has begun to shut the pool down before."""
+def test_leaving_a_pool_waits_for_its_machines(state: Path) -> None:
+    """Leaving the `with` block waits until every machine is gone, even after `shutdown(wait=False)`."""
     with Pool(size=1) as pool:
         pool.wait_ready(120)
         pool.shutdown(wait=False)
     assert left_behind(state) == []
 
 
-def test_a_pool_that_ends_under_a_run_ends_it_on_record(state: Path, tmp_path: Path, echo: str) -> None:
-    """`x07 pool stop` while a program runs in one of its machines: the run is lost, and its job is recorded as done."""
+def test_stopping_a_pool_ends_its_runs(state: Path, tmp_path: Path, echo: str) -> None:
+    """`x07 pool stop` ends a run in one of its machines as lost, and its job is recorded as done."""
     assert echo
     sleeper = tmp_path / "sleeper.py"
     sleeper.write_text("print('up', flush=True)\nimport time\ntime.sleep(50)\n")
@@ -513,8 +511,8 @@ def test_a_pool_that_ends_under_a_run_ends_it_on_record(state: Path, tmp_path: P
     assert left_behind(state) == []
 
 
-def test_a_pool_of_no_size_is_refused(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pool of no machine, or of more than memory holds, is refused with the bound, or where memory holds none."""
+def test_a_pool_size_out_of_bounds_is_refused(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pool with no machines, or with more than memory allows, is refused with the bound."""
     del state
     for size in (0, 100_000):
         with pytest.raises(UsageError, match="whole number from 1 to"):

@@ -1,4 +1,4 @@
-"""What runtimes and tools look for in a machine: memory limit, terminals, Python's defaults, times of files."""
+"""What runtimes and tools look for in a machine: memory limit, terminals, Python's defaults, file times."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MIB = 1 << 20
 
 
 def seen(sandbox: Sandbox, text: str, **options: object) -> object:
-    """What a Python program prints as JSON."""
+    """Run a Python program and return what it prints as JSON."""
     ran = sandbox.run_text("look.py", text, cache=True, **options)
     assert ran.outcome == "ok", (ran.reason, ran.stderr)
     return json.loads(ran.stdout)
@@ -45,7 +45,7 @@ print(json.dumps({
 
 
 def test_a_runtime_finds_the_memory_limit_of_the_policy(sandbox: Sandbox) -> None:
-    """The program's control group is at /sys/fs/cgroup, with the limits of the policy, and nothing else of /sys."""
+    """The program finds its control group with the policy's limits at /sys/fs/cgroup, and nothing else in /sys."""
     policy = {"limits.mem_bytes": 512 * MIB, "limits.procs": 7}
     assert seen(sandbox, GROUP, policy=policy) == {
         "own": "0::/",
@@ -95,7 +95,7 @@ print(json.dumps([done, tried > 200]))
 
 
 def test_the_control_group_cannot_be_changed_or_left(sandbox: Sandbox) -> None:
-    """No file of it opens for writing, no group can be made, none mounted or remounted, no namespace entered."""
+    """The program cannot change, create, remount or leave a control group."""
     assert seen(sandbox, GROUP_ATTACKS) == [[], True]
 
 
@@ -143,8 +143,8 @@ print(json.dumps(found))
 """
 
 
-def test_a_program_has_terminals_of_its_own(sandbox: Sandbox) -> None:
-    """Up to 64 pseudoterminals can be opened; the program has no terminal until it opens one, and types into none."""
+def test_a_program_can_open_pseudoterminals(sandbox: Sandbox) -> None:
+    """A program starts without a terminal, can open 64 pseudoterminals, and cannot inject input into one."""
     assert seen(sandbox, TERMINALS) == {
         "child": [["/dev/pts/0", "True"], 3],
         "most": 64,
@@ -156,7 +156,7 @@ def test_a_program_has_terminals_of_its_own(sandbox: Sandbox) -> None:
 
 
 def test_script_records_a_session(sandbox: Sandbox) -> None:
-    """script(1) runs a command on a terminal of its own."""
+    """script(1) runs a command on its own terminal."""
     ran = sandbox.run_text("session.sh", "script -qec 'tty; exit 4' /dev/null </dev/null\n", cache=True)
     assert (ran.result.exit_code, ran.stdout) == (4, b"/dev/pts/0\r\n"), ran.stderr
 
@@ -165,7 +165,7 @@ def test_script_records_a_session(sandbox: Sandbox) -> None:
 
 
 def test_python_output_before_a_timeout_is_kept(sandbox: Sandbox) -> None:
-    """What a Python program printed before its time was up is in the result, without a flush of its own."""
+    """The result holds what a Python program printed before its timeout, even without a flush."""
     ran = sandbox.run_text(
         "slow.py", "import time\nprint('here')\ntime.sleep(100)\n", policy={"limits.wall_ms": 8000}, cache=True
     )
@@ -183,7 +183,7 @@ def test_python_output_before_a_timeout_is_kept(sandbox: Sandbox) -> None:
 def test_the_defaults_of_python_can_be_overridden(
     sandbox: Sandbox, policy: Mapping[str, object], env: Mapping[str, str], left: list[str | None]
 ) -> None:
-    """A variable of --env replaces one of ours, and deny_keys takes it away, for Python's own start-up too."""
+    """--env overrides our Python defaults, and deny_keys removes them, for Python's start-up too."""
     text = (
         "import json, os, sys\n"
         "names = ('PYTHONUNBUFFERED', 'PYTHONDONTWRITEBYTECODE')\n"
@@ -192,8 +192,8 @@ def test_the_defaults_of_python_can_be_overridden(
     assert seen(sandbox, text, policy=policy, env=env) == [left, left[0] == "1"]
 
 
-def test_a_package_in_a_read_root_is_imported_without_refusals(sandbox: Sandbox, tmp_path: Path) -> None:
-    """Importing a package that may only be read reports no attempt to write its byte code."""
+def test_importing_from_a_read_root_reports_no_denials(sandbox: Sandbox, tmp_path: Path) -> None:
+    """Importing a package from a read root reports no denied write of byte code."""
     package = tmp_path / "lib/pkg"
     package.mkdir(parents=True)
     for name in ("__init__", "a", "b"):
@@ -205,7 +205,7 @@ def test_a_package_in_a_read_root_is_imported_without_refusals(sandbox: Sandbox,
 
 
 def test_many_short_writes_arrive_whole_and_in_order(sandbox: Sandbox) -> None:
-    """What a program writes in thousands of short pieces, to both outputs, comes out as it was written."""
+    """Thousands of short writes to both outputs arrive complete and in order."""
     text = "import sys\nfor n in range(5000):\n    print('line', n)\n    n % 7 or print('odd', n, file=sys.stderr)\n"
     ran = sandbox.run_text("lines.py", text, cache=True)
     assert ran.outcome == "ok", ran.reason
@@ -217,7 +217,7 @@ def test_many_short_writes_arrive_whole_and_in_order(sandbox: Sandbox) -> None:
 
 
 def test_files_folders_and_links_keep_their_mtimes_on_the_way_in(sandbox: Sandbox, tmp_path: Path) -> None:
-    """A program finds the mtimes of the host in read and write roots, to the nanosecond, before 1970 too."""
+    """Files, folders and links in roots keep their mtimes to the nanosecond, even before 1970."""
     wanted = {}
     for root, base in (("in", 1_700_000_000_123_456_789), ("out", -86_400_000_000_001)):
         (tmp_path / root / "d/e").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The proof that a guest boots: the same for any way to provide its processor."""
+"""The proof that a guest boots, with or without KVM."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.vm
 
 
 def test_an_agent_that_answers_is_the_proof(image: Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where our agent answers from a guest in time, the proof holds; tried with emulation, which works everywhere."""
+    """The proof succeeds if the guest's agent answers in time."""
     monkeypatch.setenv("X07_VM_STATE_DIR", str(tmp_path / "jobs"))
     with open_image(image) as opened:
         found = prove(opened, Accelerator(kvm=False), settings.BOOT_S)
@@ -33,8 +33,8 @@ def test_an_agent_that_answers_is_the_proof(image: Image, tmp_path: Path, monkey
     assert "agent answered" in found.reason
 
 
-def test_a_late_guest_is_no_lasting_evidence(image: Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A guest that does not answer in time is told apart from one that ended, and a verdict on it is short-lived."""
+def test_a_late_guest_is_reported_as_late(image: Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The proof distinguishes a guest that does not answer in time from one that ended."""
     monkeypatch.setenv("X07_VM_STATE_DIR", str(tmp_path / "jobs"))
     with open_image(image) as opened:
         found = prove(opened, Accelerator(kvm=False), 0.2)
@@ -57,18 +57,18 @@ with open_image(find_image(None)) as opened:
 """
 
 
-def test_a_guest_without_cpu_time_enough_proves_nothing(
+def test_a_cpu_time_limit_of_the_shell_makes_the_proof_fail(
     image: Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where a limit of the shell on CPU time ends the guest that is error enough, and no verdict to be remembered."""
+    """A guest ended by the shell's CPU time limit is an error, and no verdict is recorded."""
     assert image.digest
     monkeypatch.setenv("X07_VM_STATE_DIR", str(tmp_path / "jobs"))
     done = subprocess.run([sys.executable, "-c", TRY], capture_output=True, text=True, check=False)
     assert done.stdout.startswith("cannot try a guest: the machine used all the CPU time"), done.stderr
 
 
-def test_a_stopped_proof_does_not_hold_others(image: Image, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While another process tries KVM one waits, and one that is stopped meanwhile, by Ctrl-Z say, holds nobody."""
+def test_a_stopped_proof_does_not_block_others(image: Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that is stopped during its proof does not block other processes for ever."""
     monkeypatch.setattr(proof, "known_verdict", lambda: None)
     monkeypatch.setattr(settings, "BOOTS_MAX", 0)
     with open_image(image) as opened, file_lock(cache_folder("proofs") / ".lock"):

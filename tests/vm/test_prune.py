@@ -1,4 +1,4 @@
-"""`x07 prune` beside a real run: the run loses nothing, and once it is over and old its records go."""
+"""`x07 prune` beside a real run: it removes nothing of the run until the run is over and old."""
 
 from __future__ import annotations
 
@@ -23,36 +23,36 @@ SLEEP = "import sys, time\nsys.stdin.read()\nprint('awake')\n"
 
 
 def make_old(place: Path) -> None:
-    """Let all of it look as if it were 400 days old."""
+    """Set all file times below *place* to 400 days ago."""
     then = unix_ms() / 1000 - 400 * 86_400
     for folder, _, names in os.walk(place, topdown=False):
-        for path in [*(os.path.join(folder, name) for name in names), folder]:  # noqa: PTH118 - as walk has them
+        for path in [*(os.path.join(folder, name) for name in names), folder]:  # noqa: PTH118 - names from os.walk
             os.utime(path, (then, then))
 
 
-def swept() -> PruneReport:
-    """What goes of the records."""
+def prune_runs() -> PruneReport:
+    """Prune the run records."""
     return prune(["runs"], progress=lambda _text: None, dry_run=False)
 
 
-def test_a_run_under_way_keeps_its_records(
+def test_prune_keeps_the_records_of_an_active_run(
     sandbox: Sandbox, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between the jobs of a run, whose clock stood in 1970 and whose files look old, prune removes nothing of it."""
-    sandbox.run_text("sleep.py", SLEEP)  # saved machines, which are jobs too, are made by whoever needs them first
+    """`x07 prune` removes no record of an active run, even if the clock and the file times look old."""
+    sandbox.run_text("sleep.py", SLEEP)  # creates the snapshots, which are jobs too
     make_old(sandbox.state.parent)
-    swept()
+    prune_runs()
     monkeypatch.setattr("x07_sandbox.jobs.record.unix_ms", lambda: 1_000)
     ours, theirs = os.pipe()
-    with os.fdopen(ours, "rb") as given, os.fdopen(theirs, "wb") as ending:
-        going = threads.submit(sandbox.run_text, "sleep.py", SLEEP, stdin=given.fileno())
-        wait_done(sandbox.state, 60)  # the build is over, the program is about to read
+    with os.fdopen(ours, "rb") as stdin_read, os.fdopen(theirs, "wb") as stdin_write:
+        running = threads.submit(sandbox.run_text, "sleep.py", SLEEP, stdin=stdin_read.fileno())
+        wait_done(sandbox.state, 60)  # the build is over, and the program waits for input
         make_old(sandbox.state.parent)
-        assert swept().removed == ()
-        ending.close()
-        ran = going.result(timeout=60)
+        assert prune_runs().removed == ()
+        stdin_write.close()
+        ran = running.result(timeout=60)
     assert (ran.outcome, ran.stdout) == ("ok", b"awake\n"), ran.reason
     assert len(owners(sandbox.state)) == 2
     make_old(sandbox.state.parent)
-    assert sorted(removed.kind for removed in swept().removed) == ["job", "job", "run"]
+    assert sorted(removed.kind for removed in prune_runs().removed) == ["job", "job", "run"]
     assert owners(sandbox.state) == []

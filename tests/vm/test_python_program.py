@@ -1,4 +1,4 @@
-"""Sources as they travel: Python and C, good and bad, under any name, and nothing else of the host beside them."""
+"""Python and C sources in the machine: valid or broken, under any name, and without the host's other files."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ FOLDER = "/x07/in/program"
 
 
 def shows_no_host_path(ran: Ran, folder: Path) -> bool:
-    """Whether nothing that the run gave back names a folder of the host."""
+    """Return whether no output, reason or phase of the run names a folder of the host."""
     shown = repr((ran.stdout, ran.stderr, ran.reason, ran.result.phases))
     return not any(path in shown for path in (str(folder), folder.name, str(Path(__file__).parents[2])))
 
 
 @pytest.fixture(scope="module")
-def told(artifacts: Artifacts, tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    """One run of programs/facts.py under a name with blanks, dots and umlauts, which the tests below read."""
-    place = tmp_path_factory.mktemp("told")
+def facts_run(artifacts: Artifacts, tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    """One run of programs/facts.py, under a name with blanks, dots and umlauts, for the tests below."""
+    place = tmp_path_factory.mktemp("facts")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("X07_VM_STATE_DIR", str(place / "jobs"))
         text = (PROGRAMS / "facts.py").read_bytes()
@@ -47,45 +47,47 @@ def _facts(ran: Ran) -> dict[str, object]:
     return facts
 
 
-def test_a_python_program_lies_in_its_own_folder(told: Ran) -> None:
-    """`__file__` and argv[0] are /x07/in/program and the file's own name, whatever characters it has."""
-    facts = _facts(told)
+def test_a_python_program_lies_in_its_own_folder(facts_run: Ran) -> None:
+    """`__file__` and argv[0] are the program's own name in /x07/in/program, whatever characters it has."""
+    facts = _facts(facts_run)
     assert facts["file"] == f"{FOLDER}/{NAME}"
     assert facts["argv"] == [f"{FOLDER}/{NAME}", "an argument"]
     assert facts["path"] == FOLDER
 
 
-def test_only_the_one_file_travels(told: Ran) -> None:
-    """Beside the program lies its byte code, and nothing of what lay beside its source on the host."""
-    facts = _facts(told)
+def test_only_the_program_file_is_copied_in(facts_run: Ran) -> None:
+    """Only the program and its byte code enter the machine, not the files beside it on the host."""
+    facts = _facts(facts_run)
     assert facts["beside"] == sorted(["__pycache__", NAME])
     assert facts["in"] == ["policy.json", "program"]
 
 
-def test_its_byte_code_is_unchecked_and_loads(told: Ran) -> None:
-    """The byte code lies where Python looks for it, is never compared with the source, and names the guest's path."""
-    facts = _facts(told)
+def test_python_loads_the_precompiled_byte_code(facts_run: Ran) -> None:
+    """Python loads the precompiled byte code without checking it against the source; it names the guest's path."""
+    facts = _facts(facts_run)
     assert str(facts["cached"]).startswith(NAME.removesuffix(".py") + ".cpython-")
     assert facts["flags"] == 1  # PEP 552: hash-based, check_source off
     assert facts["from_byte_code"] == f"{FOLDER}/{NAME}"
 
 
-def test_the_program_can_read_the_policy_that_holds_for_it(told: Ran) -> None:
-    """/x07/in/policy.json is the policy of the run, byte for byte."""
-    assert told.result.digests.policy == f"sha256:{_facts(told)['policy']}"
+def test_the_program_can_read_its_policy(facts_run: Ran) -> None:
+    """/x07/in/policy.json is the run's policy, byte for byte."""
+    assert facts_run.result.digests.policy == f"sha256:{_facts(facts_run)['policy']}"
 
 
-def test_a_traceback_shows_the_source(told: Ran) -> None:
-    """An exception that nobody catches shows guest path, line and source text, and ends the program with 1."""
+def test_a_traceback_shows_the_source(facts_run: Ran) -> None:
+    """An uncaught exception shows guest path, line and source text, and exits with 1."""
     text = (PROGRAMS / "facts.py").read_text().splitlines()
     line = next(number for number, line in enumerate(text, start=1) if "on purpose" in line)
-    assert (told.outcome, told.result.exit_code) == ("failed", 1)
-    assert f'  File "{FOLDER}/{NAME}", line {line}, in fail\n    {text[line - 1].strip()}\n' in told.stderr.decode()
-    assert told.stderr.endswith(b"ValueError: on purpose\n")
+    assert (facts_run.outcome, facts_run.result.exit_code) == ("failed", 1)
+    assert (
+        f'  File "{FOLDER}/{NAME}", line {line}, in fail\n    {text[line - 1].strip()}\n' in facts_run.stderr.decode()
+    )
+    assert facts_run.stderr.endswith(b"ValueError: on purpose\n")
 
 
 def test_a_syntax_error_fails_the_build(sandbox: Sandbox, tmp_path: Path) -> None:
-    """A Python source with a syntax error is `build-failed`, exit code 126, with the error as Python shows it."""
+    """A Python syntax error is `build-failed` with exit code 126 and Python's own message."""
     ran = sandbox.run_text("broken.py", "print('never')\nif True\n    pass\n")
     assert (ran.outcome, ran.result.x07_exit_code, ran.result.fault) == ("build-failed", 126, "program")
     assert f'File "{FOLDER}/broken.py", line 2\n    if True\n' in ran.stderr.decode()
@@ -95,7 +97,7 @@ def test_a_syntax_error_fails_the_build(sandbox: Sandbox, tmp_path: Path) -> Non
 
 
 def test_a_compile_error_fails_the_build(sandbox: Sandbox, tmp_path: Path) -> None:
-    """A C source that does not compile is `build-failed`, with the compiler's words on the guest's path."""
+    """A C compile error is `build-failed` with exit code 126 and the compiler's message, with the guest's path."""
     ran = sandbox.run_text("broken.c", "int main(void) { return missing; }\n")
     assert (ran.outcome, ran.result.x07_exit_code, ran.result.fault) == ("build-failed", 126, "program")
     assert "broken.c:1:25: error: " in ran.stderr.decode()
@@ -104,7 +106,7 @@ def test_a_compile_error_fails_the_build(sandbox: Sandbox, tmp_path: Path) -> No
 
 
 def test_a_source_reads_only_the_guests_files(sandbox: Sandbox, tmp_path: Path) -> None:
-    """What a source includes comes from the build machine: its own /etc/passwd, no policy, no file of the host."""
+    """A source can include only the build machine's files: not the host's, and not the policy."""
     secret = tmp_path / "secret"
     secret.write_text("#define SECRET 1\n")
     ran = sandbox.run_text(
@@ -125,13 +127,13 @@ def test_a_source_reads_only_the_guests_files(sandbox: Sandbox, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", ["driver.py", "traceback.py"])
-def test_a_source_may_have_a_name_of_the_builds_own(sandbox: Sandbox, name: str) -> None:
-    """A program that is called as the build's script is, or as a module that this one imports, is built and run."""
+def test_a_source_may_share_a_name_with_the_build_script(sandbox: Sandbox, name: str) -> None:
+    """A program runs even if it is named like the build script or like a module that the script imports."""
     assert sandbox.run_text(name, "print(__file__)\n").stdout == f"/x07/in/program/{name}\n".encode()
 
 
-def test_what_is_too_much_for_the_compiler_names_the_file(sandbox: Sandbox) -> None:
-    """A source that the compiler gives up on is a failed build that names it, without frames of ours."""
+def test_a_source_that_is_too_complex_fails_the_build(sandbox: Sandbox) -> None:
+    """A source that is too complex for the compiler is a failed build that names the file, without a traceback."""
     ran = sandbox.run_text("deep.py", "x = " + "-" * 100_000 + "1\n")
     assert ran.outcome == "build-failed"
     assert ran.stderr.startswith(b"/x07/in/program/deep.py: ")
@@ -143,15 +145,15 @@ def test_what_is_too_much_for_the_compiler_names_the_file(sandbox: Sandbox) -> N
     [".hidden.py", "-x.py", "two\nlines.py", "raw\udcff.py", "prog.rb", "prog"],
     ids=["hidden", "option", "line end", "undecodable", "unknown", "no suffix"],  # xdist hangs on a raw surrogate
 )
-def test_a_name_that_could_mislead_is_a_usage_error(sandbox: Sandbox, name: str) -> None:
-    """A source whose name is hidden, an option, unprintable, or of no known language is refused before any machine."""
+def test_an_invalid_source_name_is_a_usage_error(sandbox: Sandbox, name: str) -> None:
+    """A source name that is hidden, option-like, unprintable or of unknown language is rejected before any machine."""
     ran = sandbox.run_text(name, "print('never')\n")
     assert (ran.outcome, ran.result.x07_exit_code) == ("usage-error", 2)
     assert ran.result.phases == {}
 
 
-def test_a_program_is_told_its_policy(state: Path, tmp_path: Path) -> None:
-    """Every field that has a variable arrives in the machine by X07's name for it, and none of X07's besides."""
+def test_a_program_finds_its_policy_in_x07_variables(state: Path, tmp_path: Path) -> None:
+    """A program's X07 variables are exactly the policy fields that have one."""
     assert state.parent.is_dir()
     for name in ("given", "also given", "written"):
         (tmp_path / name).mkdir()

@@ -1,4 +1,4 @@
-"""A Python program in a clone is run by an interpreter that was started before: it must not see a difference."""
+"""A clone runs a Python program in a pre-started interpreter, and the program sees no difference."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ if __name__ == "__main__":
 """
 
 
-def both(sandbox: Sandbox, name: str, text: str, *args: str) -> tuple[Ran, Ran]:
-    """The same program in a clone, and in a machine and an interpreter that were started for it."""
+def clone_and_cold(sandbox: Sandbox, name: str, text: str, *args: str) -> tuple[Ran, Ran]:
+    """Run a program in a clone, and in a cold machine with a fresh interpreter."""
     cloned, cold = [sandbox.run_text(name, text, *args, cold=cold, stdin=b"in", cache=True) for cold in (False, True)]
     for one in (cloned, cold):
         assert "run" in one.result.phases, one.reason
@@ -98,8 +98,8 @@ def both(sandbox: Sandbox, name: str, text: str, *args: str) -> tuple[Ran, Ran]:
 
 
 def test_a_program_sees_what_it_would_in_a_fresh_interpreter(sandbox: Sandbox) -> None:
-    """Modules, arguments, paths, environment, streams, signals, limits, stack and `__main__` are a fresh start's."""
-    ran = both(sandbox, "look around.py", LOOK, "one", "tw\u00f6", "", "-x")
+    """A program in a clone sees the modules, arguments, streams, signals and limits of a fresh interpreter."""
+    ran = clone_and_cold(sandbox, "look around.py", LOOK, "one", "tw\u00f6", "", "-x")
     seen: list[dict[str, Any]] = [json.loads(one.stdout) for one in ran]
     assert seen[0].keys() == seen[1].keys()
     for key in seen[0]:
@@ -108,11 +108,11 @@ def test_a_program_sees_what_it_would_in_a_fresh_interpreter(sandbox: Sandbox) -
     assert seen[0]["depth"] == 1
 
 
-FRESH = {"PYTHONVERBOSE": ""}  # says nothing to Python, and is a variable that it reads early
+FRESH = {"PYTHONVERBOSE": ""}  # has no effect, but Python reads it at start-up
 
 
-def test_a_variable_that_is_read_early_means_a_fresh_interpreter(sandbox: Sandbox) -> None:
-    """What the test below compares are two ways: /proc/self/cmdline, which nobody can change, tells them apart."""
+def test_a_startup_variable_starts_a_fresh_interpreter(sandbox: Sandbox) -> None:
+    """A variable that Python reads at start-up makes the run start a fresh interpreter."""
     text = "print('x' * 200 in open('/proc/self/cmdline').read())\n"
     ran = [sandbox.run_text("prog.py", text, cache=True, env=env) for env in ({}, FRESH)]
     assert [one.stdout for one in ran] == [b"True\n", b"False\n"]
@@ -140,9 +140,9 @@ def test_a_variable_that_is_read_early_means_a_fresh_interpreter(sandbox: Sandbo
         5,
     ),
 )
-def test_it_ends_as_in_a_fresh_interpreter(sandbox: Sandbox, text: str) -> None:
-    """Output, traceback, exit code and signal are those of a fresh start, however the program ends."""
-    # In a clone of the same machine; the first test compares with one that was booted for it.
+def test_a_program_ends_as_in_a_fresh_interpreter(sandbox: Sandbox, text: str) -> None:
+    """A program in a clone has the output, traceback, exit code and signal of a fresh interpreter."""
+    # Both run in a clone; the first test compares with a cold machine.
     ran = [sandbox.run_text("prog.py", text, cache=True, stdin=b"in", env=env) for env in ({}, FRESH)]
     for one in ran:
         assert one.outcome in {"ok", "failed", "signalled"}, one.reason
@@ -162,8 +162,8 @@ def test_it_ends_as_in_a_fresh_interpreter(sandbox: Sandbox, text: str) -> None:
         2,
     ),
 )
-def test_a_variable_that_is_read_early_counts(sandbox: Sandbox, name: str, value: str, shown: str) -> None:
-    """What the loader, the C library and Python's start-up read from the environment holds in a clone too."""
+def test_a_startup_variable_takes_effect_in_a_clone(sandbox: Sandbox, name: str, value: str, shown: str) -> None:
+    """Variables for the loader, the C library and Python's start-up take effect in a clone."""
     program = sandbox.work / "shown.py"
     program.write_text(shown + "\n")
     seen = []
@@ -176,7 +176,7 @@ def test_a_variable_that_is_read_early_counts(sandbox: Sandbox, name: str, value
 
 
 def test_a_users_own_modules_are_found(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Modules below .local in the home folder, which a policy's root brings there, are found as by a fresh start."""
+    """A program in a clone finds modules in the user's .local, as a fresh interpreter does."""
     monkeypatch.chdir(sandbox.work)
     for minor in range(11, 20):
         own = sandbox.work / f".local/lib/python3.{minor}/site-packages/ours.py"

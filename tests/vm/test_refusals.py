@@ -1,4 +1,4 @@
-"""What is refused before any machine exists, and how that is said."""
+"""Runs refused before any machine starts, and their messages."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("image")]
 
 
 def _run(tmp_path: Path, *words: str, **environment: str) -> tuple[int, dict[str, Any]]:
-    """`x07 run --json`, with a state folder of its own: exit code and result."""
+    """Run `x07 run --json` with its own state folder, and return exit code and result."""
     done = subprocess.run(
         [sys.executable, "-m", "x07_sandbox.cli.main", "run", "--json", *words],
         env=os.environ | {"X07_VM_STATE_DIR": str(tmp_path / "jobs")} | environment,
@@ -49,7 +49,7 @@ def _policy(tmp_path: Path, change: Callable[[dict[str, Any]], None]) -> str:
 
 
 def _no_machine(tmp_path: Path) -> bool:
-    """Whether no job was made: a refusal comes before any machine."""
+    """Return whether no job was created."""
     jobs = tmp_path / "jobs"
     return not [path for path in jobs.iterdir() if (path / "job.json").exists()] if jobs.exists() else True
 
@@ -73,10 +73,10 @@ PROGRAM = str(ROOT / "examples/jsonl_to_csv.py")
         ),
     ],
 )
-def test_a_policy_that_asks_for_what_is_missing_is_refused(
+def test_an_unsatisfiable_policy_is_refused(
     tmp_path: Path, field: str, change: Callable[[dict[str, Any]], None]
 ) -> None:
-    """A root without a place, a database server without hosts: refused, and the result names the field."""
+    """A policy with a root or database access that cannot be provided is refused, and the result names the field."""
     code, result = _run(tmp_path, "--policy", _policy(tmp_path, change), PROGRAM)
     assert (code, result["outcome"]) == (125, "refused")
     assert field in result["reason"]
@@ -84,8 +84,8 @@ def test_a_policy_that_asks_for_what_is_missing_is_refused(
     assert _no_machine(tmp_path)
 
 
-def test_the_policy_that_overrides_make_is_kept_with_the_run(tmp_path: Path) -> None:
-    """What flags make of a policy lies in the run's folder, as policy.json, with the digest that the result names."""
+def test_the_derived_policy_is_saved_with_the_run(tmp_path: Path) -> None:
+    """A run saves the policy derived from its flags as policy.json, and the result has its digest."""
     _, result = _run(tmp_path, "--allow-host", "example.org:443", PROGRAM)
     kept = (runs_dir(tmp_path / "jobs") / result["run"] / "policy.json").read_bytes()
     assert result["digests"]["policy"] == f"sha256:{hashlib.sha256(kept).hexdigest()}"
@@ -97,14 +97,14 @@ def test_the_policy_that_overrides_make_is_kept_with_the_run(tmp_path: Path) -> 
     [
         (["x" * 131_072], "more than 131072 bytes"),
         (["x" * 100_000] * 11, "all together more than 1048576"),
-        (["a\0b"], "number 1 contains a zero byte"),
-        (["a", 3], "number 2 is no text"),
+        (["a\0b"], "argument 1 contains a NUL byte"),
+        (["a", 3], "argument 2 is not a string"),
     ],
 )
-def test_arguments_that_no_program_can_have_are_wrong_usage(
+def test_arguments_that_execve_rejects_are_a_usage_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, args: list[str], why: str
 ) -> None:
-    """Arguments that execve(2) does not take are wrong usage, told before any machine exists."""
+    """Arguments that execve(2) does not accept are a usage error, before any machine starts."""
     monkeypatch.setenv("X07_VM_STATE_DIR", str(tmp_path / "jobs"))
     with pytest.raises(SandboxError, match=why) as caught:
         run_program(PROGRAM, args)
@@ -112,28 +112,28 @@ def test_arguments_that_no_program_can_have_are_wrong_usage(
     assert _no_machine(tmp_path)
 
 
-def test_a_negative_output_limit_is_wrong_usage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An output limit below 0 is wrong usage."""
+def test_a_negative_output_limit_is_a_usage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A negative output limit is a usage error."""
     monkeypatch.setenv("X07_VM_STATE_DIR", str(tmp_path / "jobs"))
     with pytest.raises(SandboxError, match="negative"):
         run_program(PROGRAM, max_output_bytes=-1)
 
 
-def test_an_unknown_option_names_the_verbs_own_help(tmp_path: Path) -> None:
-    """What is no option of `x07 run` is wrong usage, and the help that lists them is named."""
+def test_an_unknown_option_names_the_commands_help(tmp_path: Path) -> None:
+    """An unknown option of `x07 run` is a usage error that names `x07 run --help`."""
     code, result = _run(tmp_path, PROGRAM, "--bogus")
     assert (code, result["outcome"]) == (2, "usage-error")
     assert "See x07 run --help" in result["reason"]
 
 
-def test_a_name_that_is_no_utf_8_is_told_as_such(tmp_path: Path) -> None:
-    """A source whose name is no UTF-8 is refused for that reason."""
+def test_a_source_name_that_is_not_utf_8_is_rejected(tmp_path: Path) -> None:
+    """A source name that is not UTF-8 is rejected for that reason."""
     with pytest.raises(SandboxError, match="no UTF-8"):
         run_program(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.py"))
 
 
 def test_a_policy_with_a_misspelt_key_is_refused(tmp_path: Path) -> None:
-    """A policy with an unknown key is refused, exit 125, with its path and a suggestion."""
+    """A policy with an unknown key is refused with the key's path and a suggestion."""
     path = _policy(tmp_path, lambda p: p["limits"].update(wall_mss=1))
     code, result = _run(tmp_path, "--policy", path, PROGRAM)
     assert (code, result["outcome"]) == (125, "refused")
@@ -142,31 +142,31 @@ def test_a_policy_with_a_misspelt_key_is_refused(tmp_path: Path) -> None:
     assert _no_machine(tmp_path)
 
 
-def test_without_an_image_the_one_line_to_type_is_said(tmp_path: Path) -> None:
-    """With no image and no terminal a run is refused, and says what to type."""
+def test_without_an_image_the_command_to_build_one_is_named(tmp_path: Path) -> None:
+    """A run without an image and a terminal is refused, and names the command that builds one."""
     code, result = _run(tmp_path, PROGRAM, X07_VM_CACHE_DIR=str(tmp_path / "cache"))
     assert (code, result["outcome"]) == (125, "refused")
     assert "x07 image build" in result["reason"]
 
 
 def test_an_unknown_image_is_refused(tmp_path: Path) -> None:
-    """An image name that nothing has is refused with what there is to do."""
+    """An unknown image name is refused, with the command that builds it."""
     code, result = _run(tmp_path, "--image", "nobody-made-this", PROGRAM)
     assert (code, result["outcome"]) == (125, "refused")
     assert "Run x07 image build --name nobody-made-this" in result["reason"]
 
 
 def test_an_image_is_found_by_its_digest(tmp_path: Path, image: Image) -> None:
-    """`--image` takes a digest, and the result names the digest of the image that ran."""
+    """`--image` accepts a digest, and the result names the digest of the image that ran."""
     code, result = _run(tmp_path, "--image", image.digest, PROGRAM)
     assert (code, result["outcome"]) == (0, "ok")
     assert result["digests"]["image"] == image.digest
 
 
-def test_a_pool_has_no_other_image_than_the_pinned_one(
+def test_a_pool_refuses_an_image_that_is_not_pinned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, image: Image
 ) -> None:
-    """X07_VM_GUEST_IMAGE_DIGEST holds for warm machines too: with another image a pool is refused and boots nothing."""
+    """A pool refuses an image other than X07_VM_GUEST_IMAGE_DIGEST, and boots nothing."""
     monkeypatch.setenv("X07_VM_STATE_DIR", str(tmp_path / "jobs"))
     monkeypatch.setenv("X07_VM_GUEST_IMAGE_DIGEST", pinned := "sha256:" + "a" * 64)
     with pytest.raises(RefusedError, match=f"is {pinned}, and the image has {image.digest}"):
@@ -174,8 +174,8 @@ def test_a_pool_has_no_other_image_than_the_pinned_one(
     assert _no_machine(tmp_path)
 
 
-def test_hardware_can_be_demanded(tmp_path: Path) -> None:
-    """With X07_VM_REQUIRE_HARDWARE=1 a run has vm-hardware or is refused with what to unset, and never emulated."""
+def test_hardware_can_be_required(tmp_path: Path) -> None:
+    """With X07_VM_REQUIRE_HARDWARE=1 a run has vm-hardware or is refused; it is never emulated."""
     code, result = _run(tmp_path, PROGRAM, X07_VM_REQUIRE_HARDWARE="1")
     if result["isolation"] == "vm-hardware":
         assert result["outcome"] == "ok"
@@ -185,7 +185,7 @@ def test_hardware_can_be_demanded(tmp_path: Path) -> None:
 
 
 def test_a_malformed_switch_is_an_error(tmp_path: Path) -> None:
-    """A switch that is neither 1 nor 0 is wrong usage that names it, and never weakens the promise."""
+    """A switch variable that is neither 1 nor 0 is a usage error that names it."""
     code, result = _run(tmp_path, PROGRAM, X07_VM_REQUIRE_HARDWARE="True")
     assert (code, result["outcome"]) == (2, "usage-error")
     assert "X07_VM_REQUIRE_HARDWARE" in result["reason"]

@@ -1,4 +1,4 @@
-"""Scripts in JavaScript, Perl and Lua, checked and run for real on an image that has their packages."""
+"""Scripts in JavaScript, Perl and Lua, checked and run on an image with their packages."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
 class Language(msgspec.Struct, frozen=True, kw_only=True):
     """Sources in one language.
 
-    name: of a program. hello: prints its arguments and its input in capitals, and exits with 3.
-    wrong: has a syntax error in line 2. said: the message of the language's tool about it.
-    main: prints 42, which it imports from *beside*, the name and content of a module.
+    name: the program's file name. hello: prints arguments and upper-case input, and exits with 3.
+    wrong: has a syntax error in line 2. message: the language's own message about it.
+    main: prints 42 from the module *beside*, a file name and its content.
     """
 
     name: str
     hello: str
     wrong: str
-    said: str
+    message: str
     main: str
     beside: tuple[str, str]
 
@@ -45,7 +45,7 @@ LANGUAGES = {
             process.stdin.on("end", () => { process.stdout.write(text.toUpperCase()); process.exitCode = 3 })
         """,
         wrong='console.log("before")\nlet x = ;\n',
-        said="main.js:2\nlet x = ;\n        ^\n\nSyntaxError: Unexpected token ';'",
+        message="main.js:2\nlet x = ;\n        ^\n\nSyntaxError: Unexpected token ';'",
         main="import { n } from './near.mjs'\nconsole.log(n)\n",
         beside=("near.mjs", "export const n = 42\n"),
     ),
@@ -53,7 +53,7 @@ LANGUAGES = {
         name="main.pl",
         hello='use strict; use warnings;\nprint "@ARGV\\n";\nprint uc while <STDIN>;\nexit 3;\n',
         wrong='print "before\\n";\nmy $x = ;\n',
-        said='syntax error at /x07/in/main.pl line 2, near "= ;"',
+        message='syntax error at /x07/in/main.pl line 2, near "= ;"',
         main='use strict;\nuse Near;\nprint $Near::n, "\\n";\n',
         beside=("lib/Near.pm", "package Near;\nour $n = 42;\n1;\n"),
     ),
@@ -61,7 +61,7 @@ LANGUAGES = {
         name="main.lua",
         hello='print(table.concat(arg, " "))\nio.write(io.read("a"):upper())\nos.exit(3)\n',
         wrong='print("before")\nx = = 1\n',
-        said="main.lua:2: unexpected symbol near '='",
+        message="main.lua:2: unexpected symbol near '='",
         main='print(require("near").n)\n',
         beside=("near/init.lua", "return { n = 42 }\n"),
     ),
@@ -79,7 +79,7 @@ def languages(with_packages: str) -> str:
 def test_a_script_gets_arguments_and_input_and_gives_its_exit_code(
     sandbox: Sandbox, languages: str, toolchain: str
 ) -> None:
-    """A script runs under the built-in policy with its arguments and input, and is refused nothing that it needs."""
+    """A script runs under the built-in policy with arguments, input and exit code, and without any denial."""
     language = LANGUAGES[toolchain]
     ran = sandbox.run_text(language.name, language.hello, "one", "two", stdin=b"some words\n", image=languages)
     assert (ran.outcome, ran.result.exit_code) == ("failed", 3), ran.stderr
@@ -89,17 +89,17 @@ def test_a_script_gets_arguments_and_input_and_gives_its_exit_code(
 
 @EACH
 def test_a_script_with_a_syntax_error_is_a_failed_build(sandbox: Sandbox, languages: str, toolchain: str) -> None:
-    """A script that its language cannot read is not started; what is shown is the language's own message."""
+    """A script with a syntax error fails the build with the language's own message, and does not start."""
     language = LANGUAGES[toolchain]
     ran = sandbox.run_text(language.name, language.wrong, image=languages)
     assert (ran.outcome, ran.stdout) == ("build-failed", b"")
-    assert language.said in ran.stderr.decode()
+    assert language.message in ran.stderr.decode()
 
 
 @EACH
 @pytest.mark.usefixtures("state")
 def test_a_script_finds_a_module_beside_it(languages: str, toolchain: str) -> None:
-    """A source text that is given with a module beside it imports that module."""
+    """A source text imports a module that is passed beside it."""
     language = LANGUAGES[toolchain]
     name, text = language.beside
     files = {name: text.encode()}
@@ -111,7 +111,7 @@ def test_a_script_finds_a_module_beside_it(languages: str, toolchain: str) -> No
 def test_a_project_of_scripts_runs_from_the_manifest_that_init_writes(
     sandbox: Sandbox, languages: str, toolchain: str
 ) -> None:
-    """A project in each language runs from its folder with the manifest that `x07 init --toolchain` makes of it."""
+    """A script project runs with the manifest that `x07 init --toolchain` writes."""
     language = LANGUAGES[toolchain]
     name, text = language.beside
     folder = sandbox.work / "project"
@@ -123,8 +123,8 @@ def test_a_project_of_scripts_runs_from_the_manifest_that_init_writes(
     assert (ran.outcome, ran.stdout) == ("ok", b"42\n"), ran.stderr
 
 
-def test_an_interpreter_that_the_image_lacks_is_named(image: Image) -> None:
-    """A script whose interpreter is not in the image ends with 127, and a hint names the package to include."""
+def test_a_missing_interpreter_is_named(image: Image) -> None:
+    """A script exits with 127 if its interpreter is not in the image, and a hint names the package to include."""
     result = run_program(source="#!/usr/bin/ruby\nputs 1\n", toolchain="executable", image=image.digest)
     assert (result.outcome, result.exit_code) == ("failed", 127)
     (hint,) = result.hints

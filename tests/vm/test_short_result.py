@@ -23,7 +23,7 @@ MOST_BYTES = 4096
 
 
 def test_the_json_of_a_trivial_run_is_short(image: Image, tmp_path: Path) -> None:
-    """`x07 run --json` of a program that is built and run prints at most 4 KiB; its result.json has every control."""
+    """`x07 run --json` prints at most 4 KiB for a trivial program; result.json has every control."""
     assert image.digest
     program = tmp_path / "one.py"
     program.write_text(f"print(1)  # {tmp_path}\n", encoding="utf-8")  # never built before

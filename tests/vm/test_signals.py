@@ -1,4 +1,4 @@
-"""A program that ends by a signal gets exactly that signal in the result."""
+"""Signals that end or stop a program, and what the result says."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ REAL_TIME = (34, 64)
 
 
 @pytest.mark.parametrize("number", sample([*ENDING, *REAL_TIME], 6))
-def test_a_signal_that_ends_the_program_is_the_one_in_the_result(sandbox: Sandbox, number: int) -> None:
-    """A program that ends itself by a signal is `signalled` by exactly that one, with exit code 128 and the number."""
+def test_the_result_names_the_signal_that_ended_the_program(sandbox: Sandbox, number: int) -> None:
+    """A program ended by a signal is `signalled` with that signal, and the exit code is 128 plus its number."""
     ran = sandbox.behave("kill", str(number))
     assert ran.outcome == "signalled", ran.reason
     assert ran.result.signal == number
@@ -35,7 +35,7 @@ def test_a_signal_that_ends_the_program_is_the_one_in_the_result(sandbox: Sandbo
 
 
 def test_abort_is_sigabrt(sandbox: Sandbox) -> None:
-    """abort() gives SIGABRT, and never a core that nobody asked for."""
+    """abort() ends a program with SIGABRT and without a core dump."""
     ran = sandbox.behave("abort")
     assert (ran.outcome, ran.result.signal, ran.result.x07_exit_code) == ("signalled", signal.SIGABRT, 134)
     assert "core" not in ran.reason
@@ -48,14 +48,14 @@ def test_signals_that_are_ignored_by_default_leave_the_program_running(sandbox: 
 
 
 def test_a_terminals_stop_signals_leave_the_program_running(sandbox: Sandbox) -> None:
-    """SIGTSTP, SIGTTIN and SIGTTOU do not stop it, since POSIX drops them in an orphaned process group, as its is."""
+    """SIGTSTP, SIGTTIN and SIGTTOU do not stop a program, since its process group is orphaned (POSIX)."""
     ran = sandbox.behave("kill", "20", "21", "22")
     assert (ran.outcome, ran.lines()) == ("ok", ["alive"])
 
 
 def test_a_program_that_stops_itself_times_out_as_stopped(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SIGSTOP leads to `timeout`, and the reason says that the program had been stopped."""
-    monkeypatch.setattr(settings, "STOPPED_S", 30.0)  # the guest's word on it is what is looked at
+    """A program that stops itself ends as `timeout`, and the reason says that it was stopped."""
+    monkeypatch.setattr(settings, "STOPPED_S", 30.0)  # the test checks the guest's report
     ran = sandbox.behave("kill", "19", policy={"limits.wall_ms": 4000})
     assert (ran.outcome, ran.result.x07_exit_code, ran.result.fault) == ("timeout", 124, "policy")
     assert "stopped by a signal" in ran.reason

@@ -1,4 +1,4 @@
-"""The VM smoke gate: green where the promises hold, red where one is broken or nothing was checked."""
+"""The VM smoke gate: it passes if the promises hold, and fails if one is broken or none was checked."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ CHECKS: Final = [
     "bundle",
 ]
 
-# A stand-in for a broken x07: it runs the program on this host, under no policy and without a record, and says that all
-# is well in a result like the real one. It knows no other command, so that the checks of those are skipped.
+# A stand-in for a broken x07: it runs the program on this host without policy or record, and reports success in a
+# result like the real one. It has no other command, so their checks are skipped.
 LYING: Final = """#!{python}
 import json, os, re, subprocess, sys
 
@@ -69,7 +69,7 @@ pytestmark = [pytest.mark.vm, pytest.mark.timeout(400)]
 def gate(
     tmp_path: Path, *words: str, env: Mapping[str, str] | None = None, path: Path | None = None
 ) -> tuple[int, list[str]]:
-    """Exit code and lines of the gate, with its temporary files in *tmp_path* and *path* first in PATH."""
+    """Run the gate with temporary files in *tmp_path* and *path* first in PATH; return exit code and lines."""
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     before = [str(path)] if path else []
@@ -93,13 +93,13 @@ def gate(
 
 
 def states(lines: list[str]) -> dict[str, str]:
-    """What each check came to, by its name: ok, skip or fail."""
+    """Return the state of each check by name: ok, skip or fail."""
     found = (re.match(r"(ok|skip|fail): ([a-z0-9-]+): ", line) for line in lines)
     return {match[2]: match[1] for match in found if match}
 
 
 def stand_in(tmp_path: Path, text: str) -> Path:
-    """A folder with an executable x07 of this text, which stands in for the real one."""
+    """Write an executable x07 with this text that replaces the real one, and return its folder."""
     folder = tmp_path / "bin"
     folder.mkdir()
     (folder / "x07").write_text(text)
@@ -108,7 +108,7 @@ def stand_in(tmp_path: Path, text: str) -> Path:
 
 
 def test_the_gate_passes_on_this_machine(image: Image, tmp_path: Path) -> None:
-    """The smoke gate prints one line per check and ends with `ok: VM sandbox smoke passed` and exit code 0."""
+    """The smoke gate prints one line per check, ends with `ok: VM sandbox smoke passed`, and exits with 0."""
     assert image.digest
     code, lines = gate(tmp_path)
     assert (code, lines[-1]) == (0, PASSED), "\n".join(lines)
@@ -121,16 +121,16 @@ def test_the_gate_passes_on_this_machine(image: Image, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not FULL, reason="full sizes only: another whole gate, with an image of its own")
-def test_the_gate_runs_an_x07_program_where_the_image_can(image: Image, tmp_path: Path) -> None:
-    """With X07's toolchain in the image, the gate runs an X07 project with its profile `sandbox`."""
+def test_the_gate_runs_an_x07_program(image: Image, tmp_path: Path) -> None:
+    """The gate runs an X07 project with its profile `sandbox` if the image has X07's toolchain."""
     assert image.digest
     build_image(name="x07-tests", x07=Path(__file__).parent / "x07_toolchain", progress=lambda _text: None)
     code, lines = gate(tmp_path, env={"X07_VM_GUEST_IMAGE": "x07-tests"})
     assert (code, states(lines)["x07-program"]) == (0, "ok"), "\n".join(lines)
 
 
-def test_the_gate_fails_where_promises_are_broken(tmp_path: Path) -> None:
-    """The gate fails, and names each broken promise, with an x07 that runs programs on the host and claims a VM."""
+def test_the_gate_fails_if_promises_are_broken(tmp_path: Path) -> None:
+    """The gate fails, and names each broken promise, if x07 runs programs on the host and claims a VM."""
     code, lines = gate(tmp_path, path=stand_in(tmp_path, LYING.format(python=sys.executable)))
     text = "\n".join(lines)
     assert code == 1, text
@@ -151,15 +151,15 @@ def test_the_gate_fails_where_promises_are_broken(tmp_path: Path) -> None:
 
 
 def test_the_gate_fails_if_nothing_was_checked(tmp_path: Path) -> None:
-    """A gate whose checks are all skipped fails."""
+    """A gate with all checks skipped fails."""
     code, lines = gate(tmp_path, path=stand_in(tmp_path, "#!/bin/sh\necho 'usage: x07'\n"))
     assert code == 1
     assert set(states(lines).values()) == {"skip"}
     assert lines[-1] == "fail: VM sandbox smoke: no check ran"
 
 
-def test_a_backend_that_is_named_and_cannot_run_fails_the_gate(tmp_path: Path) -> None:
-    """The gate fails for a container engine that nobody has accepted, whatever else works on this machine."""
+def test_a_selected_backend_that_cannot_run_fails_the_gate(tmp_path: Path) -> None:
+    """The gate fails if the selected backend needs an acceptance that was not given."""
     code, lines = gate(tmp_path, env={"X07_VM_BACKEND": "docker"})
     assert code == 1
     assert states(lines)["backend"] == "fail"
@@ -170,14 +170,14 @@ def test_a_backend_that_is_named_and_cannot_run_fails_the_gate(tmp_path: Path) -
     ("words", "env"), [(["--quick"], {}), ([], {"X07_SANDBOX_BACKEND": "none"}), ([], {"X07_SANDBOX_BACKEND": "os"})]
 )
 def test_the_gate_checks_virtual_machines_only(tmp_path: Path, words: list[str], env: dict[str, str]) -> None:
-    """The gate refuses arguments, and a sandbox backend that is no virtual machine, before any check."""
+    """The gate rejects arguments, and a sandbox backend that is not a VM, before any check."""
     code, lines = gate(tmp_path, *words, env=env)
     assert code == 1
     assert states(lines) == {}
 
 
 def test_the_how_to_shows_the_output_of_the_gate() -> None:
-    """docs/how-to/run-in-ci.md shows a line for each check of the gate, in its order, and the last line."""
+    """docs/how-to/run-in-ci.md shows a line for each check of the gate in order, and the last line."""
     page = (ROOT / "docs" / "how-to" / "run-in-ci.md").read_text(encoding="utf-8")
     block = re.search(r"(?s)```console\n\$ scripts/ci/check_vm_sandbox_smoke\.sh\n(.*?)```", page)
     assert block

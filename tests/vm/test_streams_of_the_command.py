@@ -1,4 +1,4 @@
-"""The command's own standard streams: closed, broken, or a terminal."""
+"""The command's own standard streams: closed, broken or non-blocking."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
 
 
 def _shell(tmp_path: Path, line: str) -> subprocess.CompletedProcess[bytes]:
-    """Run a line of shell in which x07 is the command and $PROGRAM a program that prints two control characters."""
+    """Run a shell line with x07 as the command and $PROGRAM as a program that prints two control characters."""
     program = tmp_path / "program.py"
     program.write_text('print("early \\x9b31m \\u202e")\n', encoding="utf-8")
     names = {"PYTHON": sys.executable, "PROGRAM": str(program)}
@@ -37,23 +37,23 @@ def _shell(tmp_path: Path, line: str) -> subprocess.CompletedProcess[bytes]:
     )
 
 
-def test_a_closed_standard_output_is_never_mistaken(tmp_path: Path, image: Image) -> None:
-    """With standard output, or all three streams, closed, the program runs to its end and nothing is cancelled."""
+def test_closed_streams_cancel_nothing(tmp_path: Path, image: Image) -> None:
+    """A program runs to its end with all three standard streams closed."""
     assert image.digest
     done = _shell(tmp_path, 'x07 run "$PROGRAM" <&- >&- 2>&-; echo $?')
     assert done.stdout == b"0\n"
 
 
 def test_json_holds_no_control_character(tmp_path: Path, image: Image) -> None:
-    """The JSON result is ASCII: control characters of a guest's text are escaped, and the value is the program's."""
+    """The JSON result is ASCII: control characters of the program's output are escaped and decode unchanged."""
     assert image.digest
     done = _shell(tmp_path, 'x07 run --json "$PROGRAM"')
     assert done.stdout.isascii()
     assert json.loads(done.stdout)["stdout"]["text"] == "early \x9b31m \u202e\n"
 
 
-def test_output_that_cannot_be_passed_on_is_said(tmp_path: Path, image: Image) -> None:
-    """A full disk behind standard output is told on standard error, and ends with 125 where the program's is 0."""
+def test_a_full_disk_behind_stdout_is_reported(tmp_path: Path, image: Image) -> None:
+    """A full disk behind stdout is reported on stderr, and a successful run exits with 125."""
     assert image.digest
     done = _shell(tmp_path, 'x07 run "$PROGRAM" >/dev/full')
     assert done.returncode == 125
@@ -77,8 +77,8 @@ def _started(
         (("run", "--json", "-c", "exit 3", "--toolchain", "shell"), 3),
     ],
 )
-def test_a_reader_who_has_gone_wanted_no_more(tmp_path: Path, image: Image, words: tuple[str, ...], code: int) -> None:
-    """Where nobody reads standard output any more a command ends as ever, and says nothing about it."""
+def test_a_closed_pipe_is_no_error(tmp_path: Path, image: Image, words: tuple[str, ...], code: int) -> None:
+    """A command ends normally and silently if nobody reads its output any more."""
     assert image.digest
     heard, out = os.pipe()
     os.close(heard)
@@ -95,10 +95,10 @@ def test_a_reader_who_has_gone_wanted_no_more(tmp_path: Path, image: Image, word
         ("x07_sandbox.cli.os_runner", ("--world", "run-os-sandboxed", "--policy", "{policy}", "--program", "{x}"), 0),
     ],
 )
-def test_a_document_is_whole_on_a_descriptor_that_does_not_block(
+def test_json_is_complete_on_a_non_blocking_pipe(
     tmp_path: Path, image: Image, command: str, words: tuple[str, ...], code: int
 ) -> None:
-    """Through a pipe with O_NONBLOCK, which a slow reader lets fill up, a JSON document arrives whole."""
+    """A JSON document arrives complete through a non-blocking pipe with a slow reader."""
     assert image.digest
     program = tmp_path / "long.py"
     program.write_text("print('x' * 9000)\n", encoding="ascii")
@@ -109,13 +109,13 @@ def test_a_document_is_whole_on_a_descriptor_that_does_not_block(
     with _started(tmp_path, out, words, command) as started, os.fdopen(heard, "rb") as pipe:
         os.close(out)
         select.select([pipe], [], [])
-        time.sleep(0.3)  # until it has found the pipe full, which nothing tells of
+        time.sleep(0.3)  # until it has found the pipe full, for which there is no event
         assert isinstance(json.loads(pipe.read()), dict)
         assert (started.communicate()[1], started.returncode) == (b"", code)
 
 
-def test_a_source_is_waited_for_to_its_end(tmp_path: Path, image: Image) -> None:
-    """A source that comes piece by piece through a pipe with O_NONBLOCK runs whole, and not only what came first."""
+def test_a_source_from_a_non_blocking_pipe_is_read_to_its_end(tmp_path: Path, image: Image) -> None:
+    """A source that arrives in pieces through a non-blocking pipe runs complete."""
     assert image.digest
     program, out = os.pipe()
     os.set_blocking(program, False)
@@ -124,14 +124,14 @@ def test_a_source_is_waited_for_to_its_end(tmp_path: Path, image: Image) -> None
     os.write(out, b"echo one\n")
     with subprocess.Popen(argv, env=env, stdin=program, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as command:
         os.close(program)
-        time.sleep(1)  # until it has found the pipe empty, which nothing tells of
+        time.sleep(1)  # until it has found the pipe empty, for which there is no event
         os.write(out, b"echo two\n")
         os.close(out)
         assert (command.communicate(), command.returncode) == ((b"one\ntwo\n", b""), 0)
 
 
-def test_input_that_cannot_be_read_is_said(tmp_path: Path, image: Image) -> None:
-    """Input that breaks off in an error is a warning, and has no digest."""
+def test_a_read_error_on_the_input_is_a_warning(tmp_path: Path, image: Image) -> None:
+    """A read error on the input is a warning, and the result has no input digest."""
     assert image.digest
     done = _shell(tmp_path, 'x07 run --json "$PROGRAM" </proc/self/mem')
     result = json.loads(done.stdout)
@@ -142,15 +142,15 @@ def test_input_that_cannot_be_read_is_said(tmp_path: Path, image: Image) -> None
 @pytest.mark.parametrize(
     ("words", "code"), [("run --json", 2), ("run --json --bogus x.py", 2), ("run --json /dev/null/x.py", 2)]
 )
-def test_wrong_usage_with_json_is_one_object(tmp_path: Path, words: str, code: int) -> None:
-    """With --json wrong usage, too, is exactly one JSON object on standard output, and exit 2."""
+def test_a_usage_error_with_json_is_one_object(tmp_path: Path, words: str, code: int) -> None:
+    """A usage error with --json prints exactly one JSON object and exits with 2."""
     done = _shell(tmp_path, f"x07 {words}")
     assert (done.returncode, json.loads(done.stdout)["outcome"]) == (code, "usage-error")
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 143)])
-def test_a_signal_while_modules_load_is_a_cancelled_command(name: str, code: int) -> None:
-    """A signal before the command has read its words ends it as cancelled: one JSON object, one line, no traceback."""
+def test_a_signal_during_import_cancels_the_command(name: str, code: int) -> None:
+    """A signal while modules load cancels the command: one JSON object, one line, no traceback."""
     program = (
         "import signal, sys\n"
         "class Interrupt:\n"
@@ -176,30 +176,30 @@ def test_a_signal_while_modules_load_is_a_cancelled_command(name: str, code: int
         ("x07 run --help >/dev/full", 125),
     ],
 )
-def test_a_full_disk_behind_our_own_words_changes_no_exit_code(tmp_path: Path, line: str, code: int) -> None:
-    """Where our own messages cannot be written the exit code is what it would be; where help cannot, it says so."""
+def test_an_unwritable_stderr_changes_no_exit_code(tmp_path: Path, line: str, code: int) -> None:
+    """An unwritable stderr does not change the exit code; help that cannot be written exits with 125."""
     assert _shell(tmp_path, line).returncode == code
 
 
-def test_a_policy_that_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
-    """A named pipe as a policy is wrong usage: reading it might never end."""
+def test_a_named_pipe_as_policy_is_a_usage_error(tmp_path: Path) -> None:
+    """A named pipe as a policy is a usage error, since reading it might never end."""
     os.mkfifo(tmp_path / "policy.json")
     done = _shell(tmp_path, f"x07 run --policy '{tmp_path}/policy.json' \"$PROGRAM\"")
     assert done.returncode == 2
     assert b"no regular file" in done.stderr
 
 
-def test_a_signal_that_is_ignored_stays_so(tmp_path: Path, image: Image) -> None:
-    """Started with SIGHUP ignored, as by nohup, the command goes on when its terminal goes."""
+def test_an_ignored_sighup_stays_ignored(tmp_path: Path, image: Image) -> None:
+    """A command started with SIGHUP ignored, as by nohup, survives the end of its terminal."""
     assert image.digest
     done = _shell(tmp_path, "trap '' HUP; x07 run \"$PROGRAM\" & sleep 1.5; kill -HUP $!; wait $!; echo $?")
     assert done.stdout.endswith(b"\n0\n"), done.stderr
 
 
-def test_a_folder_is_no_program(tmp_path: Path, image: Image) -> None:
-    """A folder with the name of a source is wrong usage, not a bug."""
+def test_a_folder_named_like_a_source_is_a_usage_error(tmp_path: Path, image: Image) -> None:
+    """A folder named like a source is a usage error."""
     assert image.digest
     (tmp_path / "folder.py").mkdir()
     done = _shell(tmp_path, f"x07 run '{tmp_path}/folder.py'")
     assert done.returncode == 2
-    assert b"there is no x07-sandbox.toml in it" in done.stderr
+    assert b"it has no x07-sandbox.toml" in done.stderr

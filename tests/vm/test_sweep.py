@@ -1,4 +1,4 @@
-"""Sweep and kill over real virtual machines: nothing of a dead runner's machine stays, and a live one goes on."""
+"""Sweep and kill with real virtual machines: dead runners' machines are reaped, and live ones stay."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WAIT_S = 120
 
 @contextlib.contextmanager
 def running() -> Iterator[subprocess.Popen[bytes]]:
-    """A run whose program has printed a line."""
+    """Start a run, and yield its runner once the program has printed a line."""
     argv = [*X07, "run", "--no-pool", "--timeout", "500", "--toolchain", "python", "-c", LONG]
     with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as runner:
         try:
@@ -40,14 +40,14 @@ def running() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def document(*words: str) -> dict[str, Any]:
-    """The JSON document of a command."""
+    """Run a command and return its JSON document."""
     done = subprocess.run([*X07, *words], stdin=subprocess.DEVNULL, capture_output=True, check=True, timeout=WAIT_S)
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 
 
 def test_a_sweep_leaves_nothing_of_a_killed_runners_machine(state: Path) -> None:
-    """After SIGKILL of `x07 run` one sweep leaves no process and no control group, and a live run beside it goes on."""
+    """One sweep after SIGKILL of a runner leaves no process or control group, and a live run stays."""
     with running() as live:
         before = {str(owner["instance"]) for owner in owners(state)}
         with running() as dead:
@@ -67,7 +67,7 @@ def test_a_sweep_leaves_nothing_of_a_killed_runners_machine(state: Path) -> None
 
 
 def test_a_run_in_a_machine_can_be_killed_by_name(state: Path) -> None:
-    """`x07 kill` ends the machine of a run; the command ends with guest-lost, and nothing is left."""
+    """`x07 kill` ends a run's machine; the run ends as guest-lost and leaves nothing behind."""
     with running() as runner:
         (job,) = document("ps", "--json")["jobs"]
         assert (job["backend"], job["state"]) == ("qemu", "running")
@@ -78,7 +78,7 @@ def test_a_run_in_a_machine_can_be_killed_by_name(state: Path) -> None:
 
 
 def test_a_stopped_runner_keeps_its_machine(state: Path, image: Image) -> None:
-    """A runner under SIGSTOP is alive: before its deadline no sweep takes its machine."""
+    """A sweep leaves the machine of a stopped runner alone before its deadline."""
     assert image.digest
     with running() as runner:
         os.kill(runner.pid, signal.SIGSTOP)

@@ -1,4 +1,4 @@
-"""Programs of every toolchain, built and run for real: from files, texts, projects; and what is wrong with them."""
+"""Programs of every toolchain, built and run from files, texts and projects; and their errors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MAKE = HEAD + 'toolchain = "make"\nfiles = ["Makefile", "*.c"]\nartifact = "out"
 
 
 def project(folder: Path, **files: str) -> Path:
-    """A folder with these files; "_" in a name stands for ".", "__" for "/"."""
+    """Write a project with these files; "_" in a name stands for ".", "__" for "/"."""
     folder.mkdir()
     for name, text in files.items():
         path = folder / name.replace("__", "/").replace("_", ".")
@@ -44,7 +44,7 @@ def project(folder: Path, **files: str) -> Path:
 
 
 def command(*words: str, stdin: bytes = b"", **environment: str) -> subprocess.CompletedProcess[bytes]:
-    """`x07 run` with these words."""
+    """Run `x07 run` with *words*."""
     return subprocess.run(
         [sys.executable, "-m", "x07_sandbox.cli.main", "run", *words],
         input=stdin,
@@ -59,7 +59,7 @@ def command(*words: str, stdin: bytes = b"", **environment: str) -> subprocess.C
 
 
 def test_a_cpp_program_is_built_and_run(sandbox: Sandbox) -> None:
-    """C++20 with the standard library: without its larger headers, which take an emulated compiler seconds."""
+    """A C++20 program with the standard library is built and run."""
     source = """
         #include <cstdio>
         #include <exception>
@@ -73,7 +73,7 @@ def test_a_cpp_program_is_built_and_run(sandbox: Sandbox) -> None:
 
 @pytest.mark.parametrize(("first", "shell", "options"), [("#!/bin/sh -u", "dash", "u"), ("", "bash", "hB")])
 def test_a_shell_script_runs_in_its_shell(sandbox: Sandbox, first: str, shell: str, options: str) -> None:
-    """A pipeline, in the shell and with the options of the first line, with its arguments and under its own name."""
+    """A shell script runs in the shell and with the options of its first line, with its own name and arguments."""
     text = f'{first}\nreadlink /proc/$$/exe\necho "$- $0 $1"; tr a-z A-Z | sort\n'
     ran = sandbox.run_text("do.sh", text, "one", stdin=b"b\na\n")
     assert ran.outcome == "ok", ran.reason
@@ -81,15 +81,15 @@ def test_a_shell_script_runs_in_its_shell(sandbox: Sandbox, first: str, shell: s
 
 
 def test_a_shell_script_is_checked_before_it_runs(sandbox: Sandbox) -> None:
-    """A script that its shell cannot read is a failed build, with the shell's own words."""
+    """A shell script with a syntax error fails the build with the shell's message."""
     ran = sandbox.run_text("bad.sh", "echo before\nif then\n")
     assert ran.outcome == "build-failed"
     assert b"line 2: syntax error" in ran.stderr
     assert ran.stdout == b""
 
 
-def test_a_ready_executable_runs_as_it_is(sandbox: Sandbox, artifacts: Any) -> None:  # noqa: ANN401 - the fixture's
-    """An executable is not built: its digest is the source's, and only one machine is started."""
+def test_an_executable_runs_without_a_build(sandbox: Sandbox, artifacts: Any) -> None:  # noqa: ANN401 - the fixture's
+    """An executable runs unchanged in a single machine, without a build."""
     path = sandbox.work / "ready"
     path.write_bytes(artifacts.built(Path(__file__).parent / "programs/behave.c"))
     ran = sandbox.run(path, "nothing")
@@ -100,7 +100,7 @@ def test_a_ready_executable_runs_as_it_is(sandbox: Sandbox, artifacts: Any) -> N
 
 
 def test_a_script_may_name_its_interpreter(sandbox: Sandbox) -> None:
-    """A file without a known suffix that begins with #! is started as the kernel starts it."""
+    """A file without a known suffix runs with the interpreter of its #! line."""
     ran = sandbox.run_text("tool", "#!/usr/bin/python3 -I\nimport sys\nprint(sys.flags.isolated)\n")
     assert (ran.outcome, ran.stdout) == ("ok", b"1\n"), ran.reason
 
@@ -109,7 +109,7 @@ def test_a_script_may_name_its_interpreter(sandbox: Sandbox) -> None:
 
 
 def test_a_make_project_is_built_from_its_files(sandbox: Sandbox) -> None:
-    """Make runs on a copy of the listed files, parallel as asked; its artifact runs with the manifest's words."""
+    """Make builds a copy of the listed files, and its artifact runs with the manifest's arguments."""
     folder = project(
         sandbox.work / "p",
         Makefile="out: a.c b.c\n\t$(CC) -o $@ $^\n",
@@ -124,7 +124,7 @@ def test_a_make_project_is_built_from_its_files(sandbox: Sandbox) -> None:
 
 @pytest.mark.parametrize("stale", [False, True])
 def test_make_sees_the_mtimes_of_the_project(sandbox: Sandbox, *, stale: bool) -> None:
-    """A generated file is made again only if it is older than what it is made from, by however little."""
+    """Make rebuilds a generated file only if it is older than its source, even by a nanosecond."""
     folder = project(
         sandbox.work / "p",
         Makefile="out: gen.c\n\t$(CC) -o $@ gen.c\ngen.c: a.c\n\tsed s/old/new/ gen.c > g && mv g gen.c\n",
@@ -141,17 +141,17 @@ def test_make_sees_the_mtimes_of_the_project(sandbox: Sandbox, *, stale: bool) -
 @pytest.mark.parametrize(
     ("rule", "why"),
     [
-        ("out:\n\ttrue\n", "it made no file out"),
-        ("out:\n\tcp /bin/true other\n", "it made the program other"),
+        ("out:\n\ttrue\n", "did not build out"),
+        ("out:\n\tcp /bin/true other\n", "it built the program other"),
         ("out:\n\tln -s /etc/passwd out\n", "is a symbolic link"),
-        ("out:\n\tmkfifo out\n", "no regular file"),
-        ("out:\n\tmkdir out\n", "no regular file"),
+        ("out:\n\tmkfifo out\n", "not a regular file"),
+        ("out:\n\tmkdir out\n", "not a regular file"),
         ("out:\n\ttruncate -s 300M out\n", "over the limit of 268435456"),
         ("out:\n\texit 3\n", "status 2"),
     ],
 )
-def test_an_artifact_that_is_none_is_a_failed_build(sandbox: Sandbox, rule: str, why: str) -> None:
-    """Missing, a link, a pipe, a folder, too large: the build fails, and says so with all that make printed."""
+def test_a_missing_or_invalid_artifact_fails_the_build(sandbox: Sandbox, rule: str, why: str) -> None:
+    """A missing artifact, or one that is a link, pipe, folder or too large, fails the build with make's output."""
     folder = project(sandbox.work / "p", Makefile=rule, a_c="")
     (folder / "x07-sandbox.toml").write_text(MAKE)
     ran = sandbox.run(folder)
@@ -168,8 +168,10 @@ def test_an_artifact_that_is_none_is_a_failed_build(sandbox: Sandbox, rule: str,
     ],
 )
 @pytest.mark.usefixtures("image")
-def test_what_cannot_be_executed_is_the_programs_own_failure(tmp_path: Path, made: str, code: int, why: str) -> None:
-    """An artifact that the kernel does not execute ends as a shell has it, and the command says why."""
+def test_an_artifact_that_cannot_be_executed_fails_as_in_a_shell(
+    tmp_path: Path, made: str, code: int, why: str
+) -> None:
+    """An artifact that the kernel cannot execute exits with 126 or 127, as in a shell, and the command says why."""
     folder = project(tmp_path / "p", Makefile=f"out:\n{made}\n", a_c="")
     (folder / "x07-sandbox.toml").write_text(MAKE)
     done = command("--report-out", str(tmp_path / "result"), str(folder))
@@ -181,7 +183,7 @@ def test_what_cannot_be_executed_is_the_programs_own_failure(tmp_path: Path, mad
 
 
 def test_a_python_project_imports_its_own_modules(sandbox: Sandbox) -> None:
-    """Modules and data beside the entry are there, byte-compiled; its input, variables and policy come from it."""
+    """A Python project imports its byte-compiled modules, and has the manifest's input and variables."""
     folder = project(
         sandbox.work / "p",
         main_py="import os, sys\nfrom pkg import m\nprint(m.up(sys.stdin.read()), os.environ['A'], m.__cached__)\n",
@@ -201,7 +203,7 @@ def test_a_python_project_imports_its_own_modules(sandbox: Sandbox) -> None:
 
 
 def test_an_entry_in_a_folder_finds_its_neighbours(sandbox: Sandbox) -> None:
-    """A Python entry in a folder of the project begins its search for modules there, in a clone and (--full) cold."""
+    """A Python entry in a project's folder imports modules beside it, in a clone and cold."""
     folder = project(
         sandbox.work / "p", src__main_py="import near, sys\nprint(near.X, sys.path[0])\n", src__near_py="X = 1\n"
     )
@@ -213,8 +215,8 @@ def test_an_entry_in_a_folder_finds_its_neighbours(sandbox: Sandbox) -> None:
         assert (ran.outcome, ran.stdout) == ("ok", b"1 /x07/in/program/src\n"), ran.stderr
 
 
-def test_every_error_of_a_project_comes_back(sandbox: Sandbox) -> None:
-    """A Python project with two files that do not compile names both."""
+def test_every_syntax_error_of_a_project_is_reported(sandbox: Sandbox) -> None:
+    """A Python project's build reports every file with a syntax error."""
     folder = project(sandbox.work / "p", main_py="x = (\n", other_py="y = )\n")
     (folder / "x07-sandbox.toml").write_text(HEAD + 'toolchain = "python"\nentry = "main.py"\nfiles = ["*.py"]\n')
     ran = sandbox.run(folder)
@@ -227,7 +229,7 @@ def test_every_error_of_a_project_comes_back(sandbox: Sandbox) -> None:
 
 
 def test_a_source_may_come_as_a_text() -> None:
-    """-c CODE, and - for standard input: both with arguments; with -c standard input is the program's."""
+    """A source from -c or from standard input runs with its arguments."""
     done = command("-c", "import sys; print(sys.argv[1:], sys.stdin.read())", "--toolchain", "python", "a", stdin=b"in")
     assert (done.returncode, done.stdout) == (0, b"['a'] in\n"), done.stderr
     done = command("--toolchain", "shell", "-", "--", "a b", stdin=b'echo "$1"; cat\n')
@@ -235,14 +237,14 @@ def test_a_source_may_come_as_a_text() -> None:
 
 
 def test_standard_input_is_the_source_or_the_input() -> None:
-    """With - for a source from standard input --stdin is wrong usage, as nothing would be left for the program."""
+    """A source from standard input with --stdin is a usage error."""
     done = command("--toolchain", "shell", "--stdin", "-", stdin=b"cat\n")
     assert (done.returncode, done.stdout) == (2, b"")
     assert b"Omit --stdin" in done.stderr
 
 
 def test_a_library_call_takes_texts_files_and_more(state: Path) -> None:
-    """run_program with a source, files beside it, variables, a time limit and output as it comes."""
+    """`run_program` takes a source text, files beside it, variables and a time limit, and streams output."""
     seen: list[tuple[str, bytes]] = []
     result = run_program(
         source="import helper, os\nprint(helper.NAME, os.environ['A'])\n",
@@ -259,7 +261,7 @@ def test_a_library_call_takes_texts_files_and_more(state: Path) -> None:
 
 
 def test_a_policy_may_be_a_value() -> None:
-    """load_policy reads a document or a template; a changed one holds, and an invalid one is refused."""
+    """`run_program` takes a changed policy from `load_policy`, and rejects an invalid one."""
     policy = load_policy("built-in:worker")
     tight = replace(policy, limits=replace(policy.limits, wall_ms=300))
     assert run_program(source="while True: pass", toolchain="python", policy=tight).outcome == "timeout"
@@ -270,14 +272,14 @@ def test_a_policy_may_be_a_value() -> None:
 
 
 def test_check_raises_for_a_program_that_fails() -> None:
-    """With check=True a program that ends with another status is an error that carries its result."""
+    """With check=True a failing program raises an error that carries its result."""
     with pytest.raises(SandboxError, match="failed") as caught:
         run_program(source="exit 3", toolchain="shell", check=True)
     assert caught.value.result.exit_code == 3
 
 
-def test_what_on_output_raises_ends_the_run(state: Path) -> None:
-    """An exception of the caller's function ends the machine, and is raised where the caller waits."""
+def test_an_exception_in_on_output_ends_the_run(state: Path) -> None:
+    """An exception in `on_output` ends the machine, and propagates to the caller."""
 
     def refuse(_name: str, _data: bytes) -> None:
         raise KeyError("enough")
@@ -288,7 +290,7 @@ def test_what_on_output_raises_ends_the_run(state: Path) -> None:
 
 
 def test_many_runs_beside_an_event_loop(state: Path) -> None:
-    """run_program_async gives results without holding the loop, several at once, and raises as run_program does."""
+    """`run_program_async` runs several programs at once, without blocking the loop, and raises like `run_program`."""
 
     async def several() -> list[str | None]:
         ticks = 0
@@ -298,7 +300,7 @@ def test_many_runs_beside_an_event_loop(state: Path) -> None:
             ticks += 1
             await asyncio.sleep(0.01)
         assert ticks > 5
-        with pytest.raises(SandboxError, match="no toolchain 'rust'"):
+        with pytest.raises(SandboxError, match="the toolchain 'rust'"):
             await run_program_async(source="", toolchain="rust")
         return [result.stdout.text for result in gathered.result()]
 
@@ -307,7 +309,7 @@ def test_many_runs_beside_an_event_loop(state: Path) -> None:
 
 
 def test_cancelling_ends_the_machine(state: Path) -> None:
-    """A cancelled run_program_async raises only when its machine is gone, also if it is cancelled twice."""
+    """A cancelled `run_program_async` raises only after its machine is gone, even if cancelled twice."""
 
     async def cancelled(times: int) -> None:
         started = asyncio.Event()
@@ -332,7 +334,7 @@ def test_cancelling_ends_the_machine(state: Path) -> None:
 
 
 def test_a_queued_run_is_cancelled_at_once(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cancelling a run that waits for a machine raises soon, and the loop's own threads stay free meanwhile."""
+    """Cancelling a queued run raises soon, and queued runs do not occupy the loop's threads."""
     monkeypatch.setenv("X07_VM_MAX_RUNNING", "1")
 
     async def crowded() -> float:
@@ -356,7 +358,7 @@ def test_a_queued_run_is_cancelled_at_once(state: Path, monkeypatch: pytest.Monk
         return loop.time() - began
 
     assert asyncio.run(crowded()) < 60
-    assert len(list(state.glob("*/job.json"))) < 10  # none of the forty has had its turn meanwhile
+    assert len(list(state.glob("*/job.json"))) < 10  # none of the forty has started meanwhile
     assert left_behind(state) == []
 
 
@@ -369,7 +371,7 @@ def test_a_queued_run_is_cancelled_at_once(state: Path, monkeypatch: pytest.Monk
         ({"source": "x", "args": "abc"}, "args is str, not a list of str"),
         ({"source": "x", "files": ["a"]}, "files is list"),
         ({"source": "x", "policy": {"a": 1}}, "policy is dict"),
-        ({"source": "x", "env": {"A": 1}}, "variable A is int, not text"),
+        ({"source": "x", "env": {"A": 1}}, "variable A is int, not a string"),
         ({"source": "x", "timeout_s": "5"}, "timeout_s is str"),
         ({"source": "x", "timeout_s": True}, "timeout_s is bool"),
         ({"source": "x", "timeout_s": float("nan")}, "timeout_s is nan"),
@@ -380,31 +382,31 @@ def test_a_queued_run_is_cancelled_at_once(state: Path, monkeypatch: pytest.Monk
     ],
 )
 def test_a_value_of_the_wrong_type_is_named(state: Path, words: dict[str, Any], why: str) -> None:
-    """Whatever is given to the library in place of what it takes, the error names it; nothing else is raised."""
+    """A library argument of the wrong type raises an error that names it."""
     del state
     with pytest.raises(SandboxError, match=why):
         run_program(**({"toolchain": "shell"} if "source" in words else {}) | words)
 
 
-def test_an_error_of_the_library_is_the_error_itself() -> None:
-    """What could not be run is told by the error that says so, a refused policy with all its problems."""
+def test_the_library_raises_specific_errors() -> None:
+    """The library raises a specific error with its result; a rejected policy carries all its problems."""
     with pytest.raises(PolicyError) as caught:
         run_program(source="true", toolchain="shell", policy=ROOT / "pyproject.toml")
     assert caught.value.problems
     assert caught.value.result.outcome == "refused"
 
 
-# wrong programs
+# usage mistakes
 
 
 def pipe(path: Path) -> str:
-    """A pipe with a source's name, which nobody writes to."""
+    """Create a named pipe with a source's name, without a writer."""
     os.mkfifo(path)
     return str(path)
 
 
 def written(path: Path) -> str:
-    """A file that holds nothing of use."""
+    """Write a file with meaningless content."""
     path.write_text("nothing\n")
     return str(path)
 
@@ -413,18 +415,18 @@ def written(path: Path) -> str:
     ("make", "code", "why"),
     [
         (lambda _: ["missing.py"], 2, "No such file"),
-        (lambda at: [str(at)], 2, "there is no x07-sandbox.toml in it"),
-        (lambda _: ["-c", "x"], 2, "does not say what language"),
+        (lambda at: [str(at)], 2, "it has no x07-sandbox.toml"),
+        (lambda _: ["-c", "x"], 2, "its language is unknown"),
         (lambda _: [], 2, "PROGRAM is missing"),
         (lambda _: ["--toolchain", "make", "-c", "x"], 2, "make works on a project"),
         (lambda _: ["a.x07.json"], 2, "cannot read the program a.x07.json"),
-        (lambda at: [pipe(at / "a.py")], 2, "no regular file"),
+        (lambda at: [pipe(at / "a.py")], 2, "not a regular file"),
         (lambda at: [written(at / "-a.py")], 2, "begins with '.' or '-'"),
         (lambda at: [written(at / "a\nb.py")], 2, "control characters"),
-        (lambda at: [written(at / "a.exe")], 2, "names no toolchain"),
+        (lambda at: [written(at / "a.exe")], 2, "no toolchain takes .exe"),
         (lambda at: ["--toolchain", "executable", written(at / "a.exe")], 2, "neither an ELF file nor a script"),
-        (lambda _: ["--env", "A-B=1", "-c", "x", "--toolchain", "c"], 2, "no name of a variable"),
-        (lambda _: ["--env", "X07_WORLD=1", "-c", "x", "--toolchain", "c"], 2, "X07's own"),
+        (lambda _: ["--env", "A-B=1", "-c", "x", "--toolchain", "c"], 2, "not a name of a variable"),
+        (lambda _: ["--env", "X07_WORLD=1", "-c", "x", "--toolchain", "c"], 2, "reserved for X07"),
         (lambda _: ["--env", "NOT_SET_ANYWHERE", "-c", "x", "--toolchain", "c"], 2, "the variable is not set"),
         (lambda _: ["--input-b64", "???", "-c", "x", "--toolchain", "c"], 2, "not base64"),
         (lambda _: ["--input", "missing", "-c", "x", "--toolchain", "c"], 2, "cannot read the input missing"),
@@ -435,10 +437,10 @@ def written(path: Path) -> str:
         ),
     ],
 )
-def test_a_program_that_cannot_be_run_is_told_why(
+def test_each_usage_mistake_has_its_own_error(
     tmp_path: Path, make: Callable[[Path], list[str]], code: int, why: str
 ) -> None:
-    """Each mistake in naming a program, its input or its variables has its own error and its exit code."""
+    """Each mistake in naming a program, its input or its variables has its own error and exit code."""
     jobs = tmp_path / "home" / "jobs"
     jobs.parent.mkdir(mode=0o700)
     folder = tmp_path / "work"
@@ -473,8 +475,8 @@ def test_a_program_that_cannot_be_run_is_told_why(
         (["a.sh", "--top", "10"], "arguments after --"),
     ],
 )
-def test_nothing_that_a_run_reads_is_written_over(tmp_path: Path, words: list[str], why: str) -> None:
-    """A file to be written that is an input, another output, a link, a pipe or nowhere is refused before the run."""
+def test_an_output_file_never_overwrites_an_input(tmp_path: Path, words: list[str], why: str) -> None:
+    """An output file that is an input, another output, a link, a pipe or nowhere is rejected before the run."""
     work = tmp_path / "files"
     work.mkdir()
     (work / "a.sh").write_text("echo on\n")
@@ -490,15 +492,15 @@ def test_nothing_that_a_run_reads_is_written_over(tmp_path: Path, words: list[st
 
 
 def test_a_time_limit_of_the_command_line_holds() -> None:
-    """--timeout is a tighter limit than the policy's, and what is said to raise is that."""
+    """--timeout tightens the policy's limit, and the advice names it."""
     done = command("--timeout", "0.5", "-c", "sleep 20", "--toolchain", "shell")
     assert done.returncode == 124
     assert b"0.5 s (--timeout)" in done.stderr
     assert b"To allow more, use --timeout 1" in done.stderr
 
 
-def test_waiting_for_a_pipes_writer_can_be_ended(tmp_path: Path) -> None:
-    """A run whose input is a pipe that nobody writes to ends by SIGTERM, as cancelled."""
+def test_waiting_for_a_pipes_writer_can_be_cancelled(tmp_path: Path) -> None:
+    """SIGTERM cancels a run that waits for a writer of its input pipe."""
     os.mkfifo(tmp_path / "pipe")
     argv = [sys.executable, "-m", "x07_sandbox.cli.main", "run", "--input", str(tmp_path / "pipe")]
     with subprocess.Popen([*argv, "-c", "cat", "--toolchain", "shell"], stderr=subprocess.PIPE) as child:
@@ -506,13 +508,13 @@ def test_waiting_for_a_pipes_writer_can_be_ended(tmp_path: Path) -> None:
         deadline = time.monotonic() + 60
         while "wait_for_partner" not in wanted.read_text() and "fifo_open" not in wanted.read_text():
             assert time.monotonic() < deadline
-            time.sleep(0.05)  # another process's state: nothing tells
+            time.sleep(0.05)  # another process's state has no event
         child.terminate()
         assert child.wait(60) == 143
 
 
 def test_a_dry_run_boots_nothing(tmp_path: Path) -> None:
-    """--dry-run says how a program would be built, started and held, and starts no machine."""
+    """--dry-run shows how a program would be built, run and limited, and starts no machine."""
     jobs = tmp_path / "jobs"
     done = command("--dry-run", "--json", "-c", "int main(void) {}", "--toolchain", "c", X07_VM_STATE_DIR=str(jobs))
     assert done.returncode == 0, done.stderr
@@ -521,69 +523,69 @@ def test_a_dry_run_boots_nothing(tmp_path: Path) -> None:
     assert {control["field"] for control in shown["plan"]["controls"]} >= {"limits.wall_ms", "net.enabled"}
     assert b"build in a VM without network" in command("--dry-run", "-c", "x", "--toolchain", "c").stdout
     assert not jobs.exists()
-    told = command("--dry-run", "--allow-read-root", str(tmp_path), "-c", "x", "--toolchain", "c").stdout.decode()
-    assert f"folder {tmp_path}: copied to {tmp_path}, read-only\n" in told
-    assert "network: none\n" in told
+    text = command("--dry-run", "--allow-read-root", str(tmp_path), "-c", "x", "--toolchain", "c").stdout.decode()
+    assert f"folder {tmp_path}: copied to {tmp_path}, read-only\n" in text
+    assert "network: none\n" in text
     hosts = ("--allow-host", "example.org:443,80", "--deny-host", "a.example.org:*")
-    told = command("--dry-run", *hosts, "-c", "x", "--toolchain", "c").stdout.decode()
-    assert "network: example.org:80,443 (denied: a.example.org:*)\n" in told
+    text = command("--dry-run", *hosts, "-c", "x", "--toolchain", "c").stdout.decode()
+    assert "network: example.org:80,443 (denied: a.example.org:*)\n" in text
 
 
 @pytest.mark.parametrize(
     ("words", "environment", "why"),
     [
         ([], {"X07_VM_GUEST_IMAGE": "nothing-such"}, "no guest image 'nothing-such'"),
-        ([], {"X07_VM_GUEST_IMAGE_DIGEST": "sha256:" + "0" * 64}, "is not the one that may run"),
-        (["--require-hardware"], {}, "hardware virtualisation was required"),
+        ([], {"X07_VM_GUEST_IMAGE_DIGEST": "sha256:" + "0" * 64}, "is not allowed to run"),
+        (["--require-hardware"], {}, "hardware virtualisation is required"),
     ],
 )
-def test_a_dry_run_asks_of_image_and_machine_what_a_run_asks(
+def test_a_dry_run_checks_image_and_hardware_as_a_run_does(
     words: list[str], environment: dict[str, str], why: str
 ) -> None:
-    """Another image than the pinned one, and hardware that is not there, are refused in the same words by both."""
-    told = []
+    """--dry-run refuses a wrong image or missing hardware in the same words as a run."""
+    results = []
     for how in ([], ["--dry-run"]):
         done = command("--json", *how, *words, "-c", "true", "--toolchain", "shell", stdin=b"", **environment)
         if "--require-hardware" in words and done.returncode == 0:
             pytest.skip("needs a host without KVM")
-        told.append((done.returncode, json.loads(done.stdout)["reason"]))
-    assert told[0] == told[1]
-    assert (told[0][0], why in told[0][1]) == (125, True)
+        results.append((done.returncode, json.loads(done.stdout)["reason"]))
+    assert results[0] == results[1]
+    assert (results[0][0], why in results[0][1]) == (125, True)
 
 
 def test_a_dry_run_of_an_x07_program_is_refused_as_its_run_is(tmp_path: Path) -> None:
-    """An image that lacks what an X07 program needs ends --json with the same exit code in --dry-run as in the run."""
+    """--dry-run refuses an image without X07's toolchain as a run does."""
     program = tmp_path / "main.x07.json"
     program.write_text("{}")
-    told = []
+    results = []
     for how in ([], ["--dry-run"]):
         done = command("--json", *how, "--policy", "built-in:worker", str(program), stdin=b"")
-        told.append((done.returncode, json.loads(done.stdout)["reason"]))
-    assert told[0] == told[1]
-    assert (told[0][0], "carries no X07 toolchain" in told[0][1]) == (125, True)
+        results.append((done.returncode, json.loads(done.stdout)["reason"]))
+    assert results[0] == results[1]
+    assert (results[0][0], "has no X07 toolchain" in results[0][1]) == (125, True)
 
 
 @pytest.mark.parametrize(("name", "why"), [("missing", "there is no "), ("link", " is a link")])
-def test_a_dry_run_looks_at_the_roots_as_a_run_does(tmp_path: Path, name: str, why: str) -> None:
-    """A root that is not there, or that is a link, ends --dry-run with the words and the exit code of the run."""
+def test_a_dry_run_checks_the_roots_as_a_run_does(tmp_path: Path, name: str, why: str) -> None:
+    """--dry-run refuses a root that is missing or a link in the same words as a run."""
     (tmp_path / "link").symlink_to("/etc")
-    told = []
+    results = []
     for how in ([], ["--dry-run"]):
         words = ["--allow-read-root", str(tmp_path / name), "-c", "true", "--toolchain", "shell"]
         done = command("--json", *how, *words, stdin=b"")
-        told.append((done.returncode, str(document(done.stdout).get("reason"))))
-    assert told[0] == told[1]
-    assert (told[0][0], why in told[0][1]) == (2, True)
+        results.append((done.returncode, str(document(done.stdout).get("reason"))))
+    assert results[0] == results[1]
+    assert (results[0][0], why in results[0][1]) == (2, True)
 
 
-def test_a_dry_run_names_the_image_that_is_taken(image: Image) -> None:
-    """The image of X07_VM_GUEST_IMAGE is shown by the name that it is given there."""
+def test_a_dry_run_names_the_selected_image(image: Image) -> None:
+    """--dry-run shows the image by the name that X07_VM_GUEST_IMAGE gives it."""
     done = command("--dry-run", "-c", "true", "--toolchain", "shell", X07_VM_GUEST_IMAGE=image.digest)
     assert f"image {image.digest}: {image.digest}\n" in done.stdout.decode()
 
 
 def test_a_dry_run_shows_no_control_sequence(sandbox: Sandbox) -> None:
-    """What a stranger's manifest holds reaches a terminal only with control sequences taken out."""
+    """--dry-run escapes the control characters of a hostile manifest."""
     folder = project(sandbox.work / "p", main_py="")
     text = HEAD + 'toolchain = "python"\nfiles = ["*.py"]\nentry = "main.py"\n[run]\nargs = ["\\u001b[2J\\u009bé"]\n'
     (folder / "x07-sandbox.toml").write_text(text)
@@ -593,8 +595,8 @@ def test_a_dry_run_shows_no_control_sequence(sandbox: Sandbox) -> None:
     assert "main.py '\\x1b[2J\\x9bé'" in done.stdout.decode()
 
 
-def test_what_was_built_and_the_report_can_be_kept(tmp_path: Path) -> None:
-    """--compiled-out keeps the executable, --report-out the result; --quiet-json prints none."""
+def test_artifact_and_report_can_be_saved(tmp_path: Path) -> None:
+    """--compiled-out saves the executable, --report-out saves the result, and --quiet-json prints none."""
     out, report = tmp_path / "prog", tmp_path / "result.json"
     words = ["--json", "--quiet-json", "--report-out", str(report), "--compiled-out", str(out)]
     done = command(*words, "-c", "int main(void) { return 3; }", "--toolchain", "c")
@@ -615,8 +617,8 @@ def test_what_was_built_and_the_report_can_be_kept(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["prog", "result.json"]
 
 
-def test_x07s_report_instead_of_the_output(tmp_path: Path) -> None:
-    """--report runner and wrapped print X07's report and end with its exit code; the attestation goes with it."""
+def test_a_run_can_print_x07s_report(tmp_path: Path) -> None:
+    """--report prints X07's report, exits with its code, and allows an attestation."""
     attested = tmp_path / "attest.json"
     words = ["--attest-runtime", str(attested), "-c", "cat; exit 3", "--toolchain", "shell"]
     done = command("--report", "runner", *words, stdin=b"in")
@@ -650,23 +652,23 @@ def test_x07s_report_instead_of_the_output(tmp_path: Path) -> None:
         (["--profile", "dev"], {}, 2, "an x07.json"),
     ],
 )
-def test_backends_and_worlds_are_taken_or_refused(
+def test_backends_and_worlds_are_accepted_or_refused(
     words: list[str], environment: dict[str, str], code: int, why: str
 ) -> None:
-    """A wall, a backend or a world that is named by flag or variable is taken, or refused by its name."""
+    """A backend or world named by flag or variable is accepted, or refused by name."""
     done = command("--json", *words, "-c", "true", "--toolchain", "shell", stdin=b"", **environment)
     assert (done.returncode, why in json.loads(done.stdout)["reason"]) == (code, True), done.stdout
 
 
-def test_a_misspelt_variable_is_told() -> None:
-    """A variable that looks like ours and is none is told, with the one that was probably meant."""
+def test_a_misspelt_variable_is_reported() -> None:
+    """A misspelt variable is reported with the one that was probably meant."""
     done = command("-c", "true", "--toolchain", "shell", X07_VM_BACKENT="qemu")
     assert done.returncode == 0
     assert b"X07_VM_BACKENT is not a variable of x07-sandbox; did you mean X07_VM_BACKEND?" in done.stderr
 
 
 def test_variables_that_a_policy_denies_are_refused(sandbox: Sandbox) -> None:
-    """env.deny_keys and env.enabled false hold for variables that the caller names, and are told as denials."""
+    """Variables that env.deny_keys or env.enabled forbid are refused, and reported as denials."""
     for changes, value in (({"env.deny_keys": ["B", "A"]}, ["B"]), ({"env.enabled": False}, True)):
         policy = str(sandbox.policy(changes))
         done = command("--json", "--policy", policy, "--env", "A=1", "-c", "true", "--toolchain", "shell")
@@ -678,11 +680,11 @@ def test_variables_that_a_policy_denies_are_refused(sandbox: Sandbox) -> None:
         assert denial["how_to_allow"] == {"json_path": f"$.{field}", "value": value, "flag": None, "setting": None}
 
 
-# builds that do not end well
+# failing builds
 
 
-def test_a_build_that_never_ends_is_ended(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A build that goes on for ever is ended at its own time limit, and is a failed build that says so."""
+def test_an_endless_build_is_ended(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An endless build ends at its time limit as a failed build that says so."""
     monkeypatch.setattr(settings, "BUILD_WALL_MS", 2000)
     folder = project(sandbox.work / "p", Makefile="out:\n\tsleep 1000\n", a_c="")
     (folder / "x07-sandbox.toml").write_text(MAKE)
@@ -691,8 +693,8 @@ def test_a_build_that_never_ends_is_ended(sandbox: Sandbox, monkeypatch: pytest.
     assert "2 s" in ran.reason
 
 
-def test_a_compiler_that_eats_all_memory_is_ended(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A source that makes its compiler take memory without end is a failed build that says so."""
+def test_a_compiler_that_exhausts_memory_is_ended(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A source that exhausts the compiler's memory is a failed build that says so."""
     monkeypatch.setattr(settings, "BUILD_MEM_BYTES", 96 << 20)
     ran = sandbox.run_text("eat.c", '#include "/dev/zero"\nint main(void) { return 0; }\n')
     assert ran.outcome == "build-failed"
@@ -700,8 +702,8 @@ def test_a_compiler_that_eats_all_memory_is_ended(sandbox: Sandbox, monkeypatch:
     assert ran.result.phases["build"].reason == ran.reason
 
 
-def test_the_compilers_own_words_come_back(sandbox: Sandbox) -> None:
-    """What the compiler says of a wrong program is the run's output, with its line."""
+def test_the_compilers_message_is_shown(sandbox: Sandbox) -> None:
+    """A compile error shows the compiler's message with its line."""
     ran = sandbox.run_text("wrong.c", "int main(void) {\n    return x;\n}\n")
     assert ran.outcome == "build-failed"
     assert b"wrong.c:2" in ran.stderr
@@ -709,8 +711,8 @@ def test_the_compilers_own_words_come_back(sandbox: Sandbox) -> None:
     assert "undeclared" in (ran.result.build.stderr.text or "")
 
 
-def test_a_compilers_words_come_back_whatever_the_sources_encoding(sandbox: Sandbox) -> None:
-    """Of a source that is no UTF-8, which the compiler quotes as it is, `x07 run` shows the compiler's words too."""
+def test_a_compile_error_in_a_non_utf_8_source_is_shown(sandbox: Sandbox) -> None:
+    """A compile error in a source that is not UTF-8 still shows the compiler's message."""
     path = sandbox.work / "latin.c"
     path.write_bytes(b"int main(void) { return x; } // \xfc\n")
     done = command(str(path))

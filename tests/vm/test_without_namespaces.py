@@ -1,4 +1,4 @@
-"""x07 on hosts that forbid namespaces: the jail's second form is taken unasked, named, and can be refused."""
+"""Hosts that forbid namespaces: the jail without namespaces is used automatically, reported, and can be refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.vm
 
 WRAPPER = HERE / "without_namespaces.py"
-# What Docker gives root in a container, as bits of capabilities(7) by setpriv's names.
+# Docker's default capabilities of root in a container, by setpriv's names.
 IN_A_CONTAINER = (
     *("chown", "dac_override", "fowner", "fsetid", "kill", "setgid", "setuid", "setpcap"),
     *("net_bind_service", "net_raw", "sys_chroot", "mknod", "audit_write", "setfcap"),
@@ -50,8 +50,8 @@ def _run(account: Account, *words: str, inside: tuple[str, ...] = (), **env: str
 
 
 @pytest.mark.parametrize(("words", "start"), [((), "clone"), (("--cold",), "cold")], ids=["clone", "cold"])
-def test_a_run_takes_the_second_form_and_names_it(bare: Account, words: tuple[str, ...], start: str) -> None:
-    """Where namespaces are forbidden a program runs all the same, in a clone or cold, and the result names the jail."""
+def test_a_run_without_namespaces_uses_landlock(bare: Account, words: tuple[str, ...], start: str) -> None:
+    """A run without namespaces is jailed by Landlock and seccomp, and the result says so."""
     code, result = _run(bare, *words)
     assert (code, result["outcome"], result["stdout"]["text"]) == (0, "ok", "42\n"), result["reason"]
     assert result["jail"].startswith(bare.jail)
@@ -59,16 +59,16 @@ def test_a_run_takes_the_second_form_and_names_it(bare: Account, words: tuple[st
     assert {phase["start"] for phase in result["phases"].values()} == {start}
 
 
-def test_namespaces_can_be_demanded(bare: Account) -> None:
-    """With X07_VM_REQUIRE_NAMESPACES=1 a run without them is refused with the flags that a container needs."""
+def test_namespaces_can_be_required(bare: Account) -> None:
+    """X07_VM_REQUIRE_NAMESPACES=1 refuses a run without namespaces, and names the container flags it needs."""
     code, result = _run(bare, X07_VM_REQUIRE_NAMESPACES="1")
     assert (code, result["outcome"], result["jail"]) == (125, "refused", None)
     assert "a jail with namespaces was required" in result["reason"]
     assert (FLAGS_FOR_ROOT if bare.form == "root" else FLAGS_FOR_A_USER) in result["reason"]
 
 
-def test_what_is_demanded_and_there_is_not_refused(account: Account) -> None:
-    """Where namespaces are allowed X07_VM_REQUIRE_NAMESPACES=1 changes nothing."""
+def test_required_namespaces_that_exist_change_nothing(account: Account) -> None:
+    """X07_VM_REQUIRE_NAMESPACES=1 changes nothing if namespaces are allowed."""
     code, result = _run(account, X07_VM_REQUIRE_NAMESPACES="1")
     assert (code, result["outcome"]) == (0, "ok"), result["reason"]
     assert result["jail"].startswith("namespaces, ")
@@ -83,7 +83,7 @@ def test_without_landlock_nothing_runs(account: Account) -> None:
 
 
 def test_doctor_names_the_form_and_the_flags(bare: Account) -> None:
-    """The doctor says which form of the jail a run has here, and the container flags that give the full one."""
+    """`x07 doctor` names the jail's form and the container flags for the form with namespaces."""
     done = bare.x07("doctor", "--json")
     findings = {finding["subject"]: finding for finding in json.loads(done.stdout)["findings"]}
     jail = findings["jail"]
@@ -93,8 +93,8 @@ def test_doctor_names_the_form_and_the_flags(bare: Account) -> None:
     assert findings["VM start"]["good"] is True, findings
 
 
-def test_namespaces_are_tried_once_for_the_same_rights(tmp_path: Path) -> None:
-    """The verdict on namespaces is kept for this boot and set of rights; with other rights they are tried again."""
+def test_the_namespace_verdict_is_cached(tmp_path: Path) -> None:
+    """The verdict on namespaces is cached for one boot and set of privileges."""
     env = os.environ | {"X07_VM_CACHE_DIR": str(tmp_path / "cache")}
     record = tmp_path / "cache" / "jail" / "namespaces.json"
     code = "from x07_sandbox.jail.forms import forbidden; print(bool(forbidden()))"
@@ -116,8 +116,8 @@ def test_namespaces_are_tried_once_for_the_same_rights(tmp_path: Path) -> None:
     [(("sys_admin", "net_admin"), "namespaces"), ((), "Landlock and seccomp")],
     ids=["with the flags", "without"],
 )
-def test_the_flags_give_the_form_with_namespaces(tmp_path: Path, more: tuple[str, ...], form: str) -> None:
-    """Root with a container's capabilities and those of the flags that doctor prints has the form with namespaces."""
+def test_the_suggested_flags_allow_namespaces(tmp_path: Path, more: tuple[str, ...], form: str) -> None:
+    """Root in a container with the flags that doctor suggests gets the jail with namespaces."""
     need(os.geteuid() == 0, "needs root, to take rights away from it", installable=False)
     assert all(f"--cap-add {capability.upper()}" in FLAGS_FOR_ROOT for capability in more)
     kept = "-all," + ",".join(f"+{name}" for name in (*IN_A_CONTAINER, *more))

@@ -1,4 +1,4 @@
-"""X07's own programs: an image with a toolchain that stands in for X07's, called by the real rules, real machines."""
+"""X07's own programs, on an image with a stand-in for X07's toolchain."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
 
 @pytest.fixture(scope="session")
 def x07_image(image: Image) -> Image:
-    """An image with the toolchain that stands in for X07's."""
-    del image  # one build after the other
+    """An image with the stand-in for X07's toolchain."""
+    del image  # builds must not run in parallel
     return build_image(name="x07-tests", x07=TOOLCHAIN, progress=lambda _text: None)
 
 
@@ -73,7 +73,7 @@ def project(tmp_path: Path) -> Path:
 def command(
     *words: str, image: str, stdin: bytes = b"", module: str = "main", cwd: Path | None = None
 ) -> subprocess.CompletedProcess[bytes]:
-    """`x07 run` or `x07-os-runner` with these words, on that image."""
+    """Run `x07 run` or `x07-os-runner` with *words* on that image."""
     verb = ["run"] if module == "main" else []
     return subprocess.run(
         [sys.executable, "-m", f"x07_sandbox.cli.{module}", *verb, *words],
@@ -87,26 +87,26 @@ def command(
 
 
 def report_of(done: subprocess.CompletedProcess[bytes]) -> dict[str, Any]:
-    """The report, which keeps to X07's schema."""
+    """Return the report, validated against X07's schema."""
     report: dict[str, Any] = json.loads(done.stdout)
     jsonschema.validate(report, json.loads(SCHEMAS["x07-os-runner.report.schema.json"]))
     return report
 
 
 def output(report: dict[str, Any]) -> bytes:
-    """What the program gave back."""
+    """Return the program's output."""
     return base64.b64decode(report["solve"]["solve_output_b64"])
 
 
 def program(folder: Path, **values: object) -> str:
-    """A program in a file."""
+    """Write a program to a file, and return its path."""
     path = folder / "main.x07.json"
     path.write_text(json.dumps(values))
     return str(path)
 
 
-def test_a_program_is_compiled_and_run_by_x07s_rules(tmp_path: Path, x07_image: Image, state: Path) -> None:
-    """A *.x07.json is compiled by the image's toolchain in one machine, and runs framed in another."""
+def test_an_x07_program_is_compiled_and_run(tmp_path: Path, x07_image: Image, state: Path) -> None:
+    """The image's toolchain compiles a *.x07.json in one machine, and the program runs in another."""
     policy = tmp_path / "policy.json"
     policy.write_bytes(render_policy(TEMPLATES["worker"]))
     words = ("--policy", str(policy), program(tmp_path, c=UPPER))
@@ -114,7 +114,7 @@ def test_a_program_is_compiled_and_run_by_x07s_rules(tmp_path: Path, x07_image: 
     report = report_of(done)
     assert (done.returncode, report["mode"], report["compile"]["lang_id"]) == (0, "compile-run", "x07-core@0.4.0")
     assert (output(report), report["solve"]["fuel_used"], report["sandbox_backend"]) == (b"HELLO", 5, "vm")
-    # A pool of another test may be asked first, and not answer in time: then there is one more job, of a clone.
+    # If another test's pool does not answer in time, there is one more job, for a clone.
     names = [path.parent.name.removesuffix("-clone").rpartition("-")[2] for path in state.glob("*/job.json")]
     # An earlier run of the tests may have built it.
     assert sorted({*names} - {"template"}) in (["build", "run"], ["run"])
@@ -123,7 +123,7 @@ def test_a_program_is_compiled_and_run_by_x07s_rules(tmp_path: Path, x07_image: 
 
 
 def test_x07_os_runner_takes_x07s_programs_and_projects(project: Path, x07_image: Image) -> None:
-    """x07-os-runner runs *.x07.json and x07.json with its own flags, attests the run, and what it keeps runs again."""
+    """x07-os-runner runs *.x07.json and x07.json, attests the run, and its saved artifact runs again."""
     attested = project / "attest.json"
     words = ["--world", "run-os-sandboxed", "--policy", str(project / "policy.json")]
     words += ["--input", str(project / "given.txt"), "--attest-runtime", str(attested)]
@@ -143,14 +143,14 @@ def test_x07_os_runner_takes_x07s_programs_and_projects(project: Path, x07_image
     jsonschema.validate(json.loads(attested.read_bytes()), json.loads(SCHEMAS["x07-runtime.attest.schema.json"]))
 
 
-def test_a_project_has_its_profiles(project: Path, x07_image: Image) -> None:
-    """Policy and input come from the default profile; --profile takes another, flags win."""
+def test_a_project_runs_with_its_profile(project: Path, x07_image: Image) -> None:
+    """An X07 project takes policy and input from its default profile; --profile and flags override it."""
     done = command(str(project), image=x07_image.name, stdin=b"ours")
     assert (done.returncode, output(report_of(done))) == (0, b"FROM THE PROFILE"), done.stderr
     done = command("--stdin", "--project", str(project / "x07.json"), image=x07_image.name, stdin=b"ours")
     assert output(report_of(done)) == b"OURS"
     done = command("--stdin", "--max-output-bytes", "4", str(project), image=x07_image.name, stdin=b"ours")
-    assert output(report_of(done)) == b"OURS"  # the frame's head does not count
+    assert output(report_of(done)) == b"OURS"  # the frame's header does not count
     done = command("--stdin", "--max-output-bytes", "3", str(project), image=x07_image.name, stdin=b"ours")
     assert (done.returncode, report_of(done)["solve"]["trap"]) == (1, "stdout exceeded cap")
     done = command(str(project), "--", "a", "bc", image=x07_image.name)
@@ -164,8 +164,8 @@ def test_a_project_has_its_profiles(project: Path, x07_image: Image) -> None:
     assert b"there is no profile 'nobody'; it has sandbox, os" in done.stderr
 
 
-def test_overrides_make_a_file_of_the_project(project: Path, x07_image: Image) -> None:
-    """With override flags the derived policy lies in the project, and standard error says where, as X07 does."""
+def test_overrides_write_a_derived_policy_into_the_project(project: Path, x07_image: Image) -> None:
+    """Override flags write a derived policy into the project, and stderr names the file, as with X07."""
     (project / "policy.json").write_bytes(render_policy(TEMPLATES["default"]))
     done = command("--deny-host", "example.org:*", "x07.json", image=x07_image.name, cwd=project)
     assert done.returncode == 0, done.stderr
@@ -183,10 +183,10 @@ def test_overrides_make_a_file_of_the_project(project: Path, x07_image: Image) -
         (lambda p: p["process"].update(allow_spawn=True, allow_execs=["x"]), 2, "max_live"),
     ],
 )
-def test_a_bad_policy_ends_with_x07s_codes(
+def test_an_invalid_policy_exits_with_x07s_codes(
     project: Path, x07_image: Image, change: Callable[[dict[str, Any]], None], code: int, why: str
 ) -> None:
-    """For X07's programs a policy outside the schema is exit 3 with a line of diagnostics, outside the rules exit 2."""
+    """An X07 program's policy that breaks the schema exits with 3, and one that breaks a rule exits with 2."""
     document = json.loads((project / "policy.json").read_bytes())
     change(document)
     (project / "policy.json").write_text(json.dumps(document))
@@ -195,8 +195,8 @@ def test_a_bad_policy_ends_with_x07s_codes(
     assert why in done.stderr.decode()
 
 
-def test_what_cannot_be_had_for_a_program_is_told(tmp_path: Path, x07_image: Image, image: Image) -> None:
-    """No policy, no acceptance, no toolchain in the image: each is told, with X07's exit codes."""
+def test_a_missing_policy_or_toolchain_is_reported(tmp_path: Path, x07_image: Image, image: Image) -> None:
+    """A missing policy, or an image without the toolchain, is reported with X07's exit codes."""
     source = program(tmp_path, c=UPPER)
     done = command(source, image=x07_image.name)
     assert (done.returncode, done.stdout) == (2, b"")
@@ -207,8 +207,8 @@ def test_what_cannot_be_had_for_a_program_is_told(tmp_path: Path, x07_image: Ima
     assert "--x07-toolchain DIR" in report["compile"]["compile_error"]
 
 
-def test_what_the_compiler_refuses_is_its_own_report(tmp_path: Path, x07_image: Image) -> None:
-    """A compiler that says no is reported in its own words; a program that breaks the protocol, as that."""
+def test_compiler_and_protocol_errors_are_reported(tmp_path: Path, x07_image: Image) -> None:
+    """A compile error is reported in the compiler's words, and a protocol violation of the program as such."""
     done = command("--policy", "built-in:worker", program(tmp_path, c="", unsafe=True), image=x07_image.name)
     report = report_of(done)
     assert (done.returncode, report["sandbox_backend"], report["solve"]) == (1, "vm", None)
@@ -232,8 +232,8 @@ def test_what_the_compiler_refuses_is_its_own_report(tmp_path: Path, x07_image: 
         (lambda at: (at / "a\nb").touch(), "no plain text"),
     ],
 )
-def test_a_toolchain_that_is_none_is_refused(tmp_path: Path, spoil: Callable[[Path], object], why: str) -> None:
-    """A folder without the runner, with links out of it, pipes or odd names goes into no image."""
+def test_an_invalid_toolchain_folder_is_rejected(tmp_path: Path, spoil: Callable[[Path], object], why: str) -> None:
+    """A toolchain folder without the runner, or with outside links, pipes or odd names, is rejected."""
     source = tmp_path / "x07"
     shutil.copytree(TOOLCHAIN, source)
     spoil(source)
@@ -241,8 +241,8 @@ def test_a_toolchain_that_is_none_is_refused(tmp_path: Path, spoil: Callable[[Pa
         snapshot(source, tmp_path / "copy")
 
 
-def test_a_toolchains_digest_is_its_content(tmp_path: Path) -> None:
-    """The same content is the same digest, whatever the times; another byte, mode or name is another."""
+def test_a_toolchains_digest_depends_on_its_content_only(tmp_path: Path) -> None:
+    """A toolchain's digest depends on content, modes and names, not on times."""
     source = tmp_path / "x07"
     shutil.copytree(TOOLCHAIN, source)
     (source / "link").symlink_to("stdlib/README")
@@ -256,7 +256,7 @@ def test_a_toolchains_digest_is_its_content(tmp_path: Path) -> None:
 
 
 def test_a_read_only_toolchain_leaves_a_copy_that_can_be_removed(tmp_path: Path) -> None:
-    """The copy of a toolchain whose folders are read-only is its maker's to read and to remove."""
+    """The owner can read and remove the copy of a toolchain with read-only folders."""
     source = tmp_path / "x07"
     shutil.copytree(TOOLCHAIN, source)
     (source / "stdlib/README").chmod(0o444)
@@ -272,8 +272,8 @@ def test_a_read_only_toolchain_leaves_a_copy_that_can_be_removed(tmp_path: Path)
     assert modes == {"copy": 0o700, "bin": 0o700, "stdlib": 0o700, "x07-os-runner": 0o700, "README": 0o600}
 
 
-def test_a_toolchain_is_not_blamed_for_a_full_disk(tmp_path: Path) -> None:
-    """Where the copy of a toolchain finds no room the error says where, and what to set."""
+def test_a_full_disk_while_copying_a_toolchain_is_reported(tmp_path: Path) -> None:
+    """A full disk while copying a toolchain is reported with the place and the fix."""
     need(os.geteuid() == 0, "only root can mount a small file system", installable=False)
     source, disk = tmp_path / "x07", tmp_path / "disk"
     shutil.copytree(TOOLCHAIN, source)
@@ -287,8 +287,8 @@ def test_a_toolchain_is_not_blamed_for_a_full_disk(tmp_path: Path) -> None:
         subprocess.run(["/usr/bin/umount", disk], check=True)
 
 
-def test_x07s_limit_of_cpu_time_holds_where_it_is_the_tighter(tmp_path: Path, x07_image: Image) -> None:
-    """--cpu-time-limit-seconds ends an X07 program, below the policy's limits.cpu_ms, and the result names the flag."""
+def test_cpu_time_limit_seconds_tightens_the_policy(tmp_path: Path, x07_image: Image) -> None:
+    """--cpu-time-limit-seconds tightens limits.cpu_ms, and the result names the flag."""
     words = ("--policy", "built-in:worker", program(tmp_path, c="for (;;) {}"))
     done = command("--json", "--cpu-time-limit-seconds", "1", *words, image=x07_image.name)
     result = json.loads(done.stdout)
@@ -300,7 +300,7 @@ def test_x07s_limit_of_cpu_time_holds_where_it_is_the_tighter(tmp_path: Path, x0
 
 
 def listed(image: Image, folder: Path) -> dict[str, tuple[int, int, int, str, bytes]]:
-    """Mode, time, links, target and digest of everything in an image's root file system."""
+    """Return mode, time, links, target and digest of every entry in an image's root file system."""
     argv = ["fsck.erofs", f"--extract={folder}", "--no-preserve-owner", str(image.folder / "root.erofs")]
     subprocess.run(argv, check=True, capture_output=True)
     found = {}
@@ -313,8 +313,8 @@ def listed(image: Image, folder: Path) -> dict[str, tuple[int, int, int, str, by
     return found
 
 
-def test_the_toolchain_is_all_that_is_added(image: Image, x07_image: Image, tmp_path: Path) -> None:
-    """An image with X07's toolchain has all of the one without it, unchanged, and of one date its programs on PATH."""
+def test_the_toolchain_is_the_only_addition(image: Image, x07_image: Image, tmp_path: Path) -> None:
+    """An image with X07's toolchain adds only the toolchain, with fixed times, to the same image without it."""
     assert x07_image.manifest.packages == image.manifest.packages
     before, after = listed(image, tmp_path / "plain"), listed(x07_image, tmp_path / "x07")
     new = {name: after.pop(name) for name in [*after] if name not in before}

@@ -21,12 +21,12 @@ from x07_sandbox.cli.console import say
 from x07_sandbox.cli.json_output import deliver, document_wanted
 from x07_sandbox.cli.parser import add_document_flags, nonempty, repeated, switch
 from x07_sandbox.errors import RefusedError, UsageError
-from x07_sandbox.files.changes import called, folders_above, path_of
-from x07_sandbox.files.dependencies import taken
+from x07_sandbox.files.changes import display_name, parent_folders, path_of
+from x07_sandbox.files.dependencies import applicable
 from x07_sandbox.files.protected import Protection
-from x07_sandbox.runs.refusals import command, told
+from x07_sandbox.runs.refusals import apply_command, denials_and_entries
 from x07_sandbox.runs.result import Changes
-from x07_sandbox.runs.saved_changes import do, find, undo
+from x07_sandbox.runs.saved_changes import apply_saved, find_saved, undo_saved
 
 if TYPE_CHECKING:
     import argparse
@@ -80,13 +80,13 @@ def add_apply(parser: argparse.ArgumentParser) -> None:
 
 
 def _apply(options: argparse.Namespace) -> int:
-    kept = find(options.run)
+    kept = find_saved(options.run)
     flags = {flag for flag in ("--allow-hidden", "--allow-symlinks") if getattr(options, flag[2:].replace("-", "_"))}
     grants = Grants(protected=tuple(options.allow_protected), flags=frozenset(flags))
     before = set[tuple[str, str]]() if kept.changes.all_or_nothing else kept.done()
     changes = select_changes(kept.changes, options.skip, grants, applied=before if kept.applied else None)
     later = kept.applied and any(root.left_out for root in kept.changes.roots) and grants.any
-    done = do(kept, changes, lambda path: say(f"waiting: another command is changing {path}"), later=later)
+    done = apply_saved(kept, changes, lambda path: say(f"waiting: another command is changing {path}"), later=later)
     if document_wanted(options) and deliver(changes_json(changes if done.roots else done), options):
         return 0
     if done.roots:
@@ -108,13 +108,13 @@ class Grants(NamedTuple):
         """Whether anything is allowed."""
         return bool(self.protected or self.flags)
 
-    def lets(self, root: str) -> Callable[[Refused], bool]:
+    def is_allowed(self, root: str) -> Callable[[Refused], bool]:
         """Return a function that tells whether a refusal in that root is overruled."""
         protection = Protection(root, allowed=self.protected)
 
         def is_let(refusal: Refused) -> bool:
             if refusal.rule == "protected":
-                return protection.lets(refusal.name)
+                return protection.is_allowed(refusal.name)
             return bool(refusal.flag) and refusal.flag in self.flags
 
         return is_let
@@ -142,7 +142,7 @@ def select_changes(
         was_left_out = any(root.left_out for root in changes.roots)
         if grants.any and was_left_out and not any(root.left_out for root in roots):
             raise _nothing_allowed(changes, grants)
-    parts = [_without(root, skip, grants, of_several=changes.of_several) for root in roots]
+    parts = [_without(root, skip, grants, several_roots=changes.several_roots) for root in roots]
     out = [(root.root, one.name) for root in changes.roots for one in root.left_out]
     out += [(root.root, one.name) for root in changes.roots for one in root.refused]
     unused = {word for word in skip if not any(_covers(word, root, name) for root, name in out)}
@@ -153,8 +153,8 @@ def select_changes(
 
 def _with_left_out(root: RootChanges, grants: Grants, applied: AbstractSet[tuple[str, str]] | None) -> RootChanges:
     """Return the root without refusals, and with the allowed part of what was left out as changes."""
-    lets, done = grants.lets(root.root), applied or set()
-    more = taken(root, lambda one: (root.root, one.name) in done or lets(one)) if grants.any else ()
+    is_allowed, done = grants.is_allowed(root.root), applied or set()
+    more = applicable(root, lambda one: (root.root, one.name) in done or is_allowed(one)) if grants.any else ()
     alone = applied is not None and grants.any
     every = [*more] if alone else sorted((*root.changes, *more), key=lambda change: change.name)
     changes = [change for change in every if not (alone and (root.root, change.name) in done)]
@@ -165,10 +165,10 @@ def _with_left_out(root: RootChanges, grants: Grants, applied: AbstractSet[tuple
 def _nothing_allowed(changes: ChangeSet, grants: Grants) -> RefusedError:
     """Return the error for flags that allow nothing of what was left out."""
     left = [
-        f"{called(root.root, refusal.name, of_several=changes.of_several)}: {refusal.why}"
+        f"{display_name(root.root, refusal.name, several_roots=changes.several_roots)}: {refusal.why}"
         for root in changes.roots
         for refusal in root.refused
-        if not grants.lets(root.root)(refusal)
+        if not grants.is_allowed(root.root)(refusal)
     ]
     return _refused(left, "See x07 diff, and give a flag for each reason")
 
@@ -186,13 +186,13 @@ def _say_left_out(kept: ChangeSet, applied: AbstractSet[tuple[str, str]]) -> Non
         replace(root, refused=tuple(one for one in root.refused if (root.root, one.name) not in applied))
         for root in kept.roots
     ]
-    _, entries = told(replace(kept, roots=tuple(roots)), built_in=True)
-    for line in left_out(Changes(left_out_entries=entries, apply_left_out=command(kept.run, entries))):
+    _, entries = denials_and_entries(replace(kept, roots=tuple(roots)), built_in=True)
+    for line in left_out(Changes(left_out_entries=entries, apply_left_out=apply_command(kept.run, entries))):
         say(line)
 
 
 def _without(
-    root: RootChanges, skip: Sequence[str], grants: Grants, *, of_several: bool
+    root: RootChanges, skip: Sequence[str], grants: Grants, *, several_roots: bool
 ) -> tuple[RootChanges, set[str]]:
     """Return the root without what is skipped, and the entries of *skip* that matched something."""
     names = {change.name for change in root.changes} | {refusal.name for refusal in root.refused}
@@ -200,15 +200,17 @@ def _without(
     skipped = set[str]().union(*by_word.values())
     # Skipped files that exist stay, copied in or not, and so do the folders around them.
     staying = [change.name for change in root.changes if change.name in skipped and change.before is not None]
-    words = {word: folders_above([word.rstrip("/").removeprefix(f"{root.root}/")]) for word in skip}
-    holding = folders_above(staying).union(*words.values()) & _removed_folders(root) - skipped
-    lets = grants.lets(root.root)
-    left = [refusal for refusal in root.refused if refusal.name not in skipped | holding and not lets(refusal)]
+    words = {word: parent_folders([word.rstrip("/").removeprefix(f"{root.root}/")]) for word in skip}
+    holding = parent_folders(staying).union(*words.values()) & _removed_folders(root) - skipped
+    is_allowed = grants.is_allowed(root.root)
+    left = [refusal for refusal in root.refused if refusal.name not in skipped | holding and not is_allowed(refusal)]
     if left:
-        why = [f"{called(root.root, refusal.name, of_several=of_several)}: {refusal.why}" for refusal in left]
+        why = [
+            f"{display_name(root.root, refusal.name, several_roots=several_roots)}: {refusal.why}" for refusal in left
+        ]
         raise _refused(why, "Leave them out with --skip PATH")
     for name in sorted(holding):
-        say(f"kept because it contains skipped files: {called(root.root, name, of_several=of_several)}")
+        say(f"kept because it contains skipped files: {display_name(root.root, name, several_roots=several_roots)}")
     changes = [change for change in root.changes if change.name not in skipped | holding]
     used = {word for word in skip if by_word[word] or words[word] & holding}
     return replace(root, changes=tuple(changes), refused=()), used
@@ -242,7 +244,7 @@ def add_diff(parser: argparse.ArgumentParser) -> None:
 
 
 def _diff(options: argparse.Namespace) -> int:
-    kept = include_applied(find(options.run))
+    kept = include_applied(find_saved(options.run))
     if document_wanted(options) and deliver(changes_json(kept.changes), options):
         return 0
     for chunk in patch_chunks(kept):
@@ -259,8 +261,8 @@ def add_undo(parser: argparse.ArgumentParser) -> None:
 
 
 def _undo(options: argparse.Namespace) -> int:
-    kept = find(options.run)
-    changes = undo(kept, lambda path: say(f"waiting: another command is changing {path}"))
+    kept = find_saved(options.run)
+    changes = undo_saved(kept, lambda path: say(f"waiting: another command is changing {path}"))
     if document_wanted(options) and deliver(changes_json(changes), options):
         return 0
     say_deleted(changes, back=True)

@@ -16,10 +16,10 @@ import msgspec
 from x07_sandbox.cli.console import say, write_stdout
 from x07_sandbox.cli.denials_text import how_to_allow_text
 from x07_sandbox.cli.parser import nonempty
-from x07_sandbox.files.changes import ChangeSet, called, decode, path_of, shown
-from x07_sandbox.files.dependencies import with_applied
+from x07_sandbox.files.changes import ChangeSet, decode, display_name, path_of, printable
+from x07_sandbox.files.dependencies import with_later_applied
 from x07_sandbox.files.patch import TEXT_MAX, patch
-from x07_sandbox.runs.saved_changes import KeptChanges, find
+from x07_sandbox.runs.saved_changes import SavedChanges, find_saved
 
 if TYPE_CHECKING:
     import argparse
@@ -56,8 +56,10 @@ def change_lines(result: Result) -> list[str]:
     if (
         len(changes.names) < changes.added + changes.changed + changes.deleted
     ):  # the list is cut: there may be more roots
-        several = find(result.run).changes.of_several
-    deleted = [called(one.root, one.name, of_several=several) for one in changes.names if one.action == "deleted"]
+        several = find_saved(result.run).changes.several_roots
+    deleted = [
+        display_name(one.root, one.name, several_roots=several) for one in changes.names if one.action == "deleted"
+    ]
     gone = "deleted" if changes.state == "applied" else "would be deleted"
     applicable = {entry.name for entry in changes.left_out_entries if entry.take}
     word = "left out" if changes.left_out else "not allowed"
@@ -110,20 +112,20 @@ def _in_words(counts: dict[str, int]) -> str:
 
 def say_deleted(changes: ChangeSet, *, back: bool = False) -> None:
     """Print every name that is deleted. back: the changes are being reverted."""
-    action, several = "added" if back else "deleted", changes.of_several
+    action, several = "added" if back else "deleted", changes.several_roots
     for root in changes.roots:
         for change in root.changes:
-            if change.action == action and not change.of_root:
-                say(f"deleted: {called(root.root, change.name, of_several=several)}")
+            if change.action == action and not change.is_root_folder:
+                say(f"deleted: {display_name(root.root, change.name, several_roots=several)}")
 
 
-def include_applied(kept: KeptChanges) -> KeptChanges:
+def include_applied(kept: SavedChanges) -> SavedChanges:
     """Count what was left out and applied later among the changes. Raises HostError."""
     done = kept.done() if any(root.left_out for root in kept.changes.roots) else None
-    return kept if not done else kept._replace(changes=with_applied(kept.changes, done))
+    return kept if not done else kept._replace(changes=with_later_applied(kept.changes, done))
 
 
-def patch_chunks(kept: KeptChanges) -> Iterator[bytes]:
+def patch_chunks(kept: SavedChanges) -> Iterator[bytes]:
     """Yield the patch of a run's changes in chunks of many lines."""
     chunk = bytearray()
     for line in patch(kept.changes, _Before(kept), partial(_after, kept.folder / "data")):
@@ -146,7 +148,7 @@ def _after(path: Path, _root: str, _name: str, node: Node) -> bytes | None:
 class _Before:
     """Old contents of files: from the host if unchanged there, else from the undo data."""
 
-    def __init__(self, kept: KeptChanges) -> None:
+    def __init__(self, kept: SavedChanges) -> None:
         self._at: dict[tuple[str, str], tuple[Path, int]] = {}
         for place in kept.undos:
             with contextlib.suppress(OSError, ValueError):  # no undo data
@@ -189,7 +191,7 @@ def changes_json(changes: ChangeSet) -> bytes:
             return {key: plain_names(inner) for key, inner in value.items() if key != "at"}
         if isinstance(value, (list, tuple)):
             return [plain_names(inner) for inner in value]
-        return shown(value) if isinstance(value, str) else value
+        return printable(value) if isinstance(value, str) else value
 
     return json.dumps(plain_names(msgspec.to_builtins(changes)), indent=2).encode() + b"\n"
 

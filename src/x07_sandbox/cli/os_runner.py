@@ -32,7 +32,7 @@ from x07_sandbox.housekeeping.start import sweep_before_start
 from x07_sandbox.programs.manifest import FILE
 from x07_sandbox.reports.document import render_json
 from x07_sandbox.runs.program import load_program
-from x07_sandbox.runs.request import RunRequest, open_input, policy_in_force, read_whole
+from x07_sandbox.runs.request import RunRequest, effective_policy_of, open_input, read_whole
 from x07_sandbox.x07.programs import load_x07
 from x07_sandbox.x07.project import PROJECT_FILE, Options
 from x07_sandbox.x07.protocol import INPUT_MAX_BYTES
@@ -180,7 +180,7 @@ def _wanted(
     options: argparse.Namespace, request: RunRequest, program: Program, stack: contextlib.ExitStack, *, accepted: bool
 ) -> ReportRequest:
     """Read and check the files that flags name besides the program. Raises UsageError."""
-    policy = policy_in_force(request)
+    policy = effective_policy_of(request)
     compiled_out, attest_runtime = _path(options.compiled_out), _path(options.attest_runtime)
     read = [request.program, Path(options.policy), request.input, *files_read(request, program)]
     check_outputs({"--compiled-out": compiled_out, "--attest-runtime": attest_runtime}, read)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
 from x07_sandbox.cli import policy_explain, policy_init, policy_new
@@ -12,9 +14,12 @@ from x07_sandbox.cli.console import say, show
 from x07_sandbox.cli.json_output import deliver, print_document, print_failure
 from x07_sandbox.cli.parser import add_document_flags, option, repeated, switch
 from x07_sandbox.errors import UsageError
+from x07_sandbox.host.paths import read_bounded
 from x07_sandbox.network.rules import NetSettings, decide, make_allowlist, parse_request
 from x07_sandbox.policy.canonical import policy_digest
-from x07_sandbox.policy.problems import PolicyError
+from x07_sandbox.policy.complete import completion
+from x07_sandbox.policy.decode import MAX_BYTES
+from x07_sandbox.policy.problems import MISSING, PolicyError
 from x07_sandbox.policy.schema import fields, render_schema
 from x07_sandbox.policy.templates import BUILT_IN
 from x07_sandbox.reports.policies import CheckedFile, CheckReport, DiffReport, DigestReport, HostReport
@@ -182,6 +187,7 @@ def _host_lines(report: HostReport) -> list[str]:
 
 
 _CHECK_CODES: Final = {"valid": 0, "invalid": INVALID, "unreadable": UNREADABLE}
+_LEFT_OUT: Final = 10  # fields listed
 _SEVERITY: Final = (0, INVALID, UNREADABLE)  # the last is the worst
 
 
@@ -190,10 +196,25 @@ def _checked(name: str) -> CheckedFile:
         policy, _ = read_policy(name)
         make_allowlist(policy)
     except PolicyError as exc:
-        return CheckedFile(file=name, status="invalid", problems=exc.problems, text=str(exc))
+        return CheckedFile(file=name, status="invalid", problems=exc.problems, **_completed(name, exc))
     except UsageError as exc:
         return CheckedFile(file=name, status="unreadable", problems=(), text=str(exc))
     return CheckedFile(file=name, status="valid", policy_id=policy.policy_id, digest=policy_digest(policy))
+
+
+def _completed(name: str, exc: PolicyError) -> dict[str, str]:
+    """Return the text for an invalid file, with the command that completes it if fields are missing."""
+    text, found = str(exc), None
+    if name.isprintable() and all(problem.message == MISSING for problem in exc.problems):
+        with contextlib.suppress(UsageError):
+            found = completion(read_bounded(Path(name), "policy", MAX_BYTES))
+    if found is None:
+        return {"text": text}
+    command = found.line(f"{name.removesuffix('.json')}.complete.json")
+    text += f"\n  To write a complete policy: {command}"
+    if found.left_out:
+        text += f"\n  No flag sets {', '.join(found.left_out[:_LEFT_OUT])}"
+    return {"text": text, "completed_by": command}
 
 
 def _digest(options: argparse.Namespace) -> int:

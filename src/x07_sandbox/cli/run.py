@@ -478,6 +478,6 @@ def _explain(result: Result) -> None:
     for name, stream in (("standard output", result.stdout), ("standard error", result.stderr)):
         if stream.undelivered:
             say(f"could not write the program's {name}: {stream.undelivered}")
-    if result.outcome == "ok" or (result.outcome == "failed" and result.began):
+    if result.outcome == "ok" or (result.outcome == "failed" and result.program_started):
         return
     say(f"{result.outcome}: {result.reason}", bad=f"{result.outcome}:")

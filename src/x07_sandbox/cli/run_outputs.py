@@ -17,7 +17,7 @@ from x07_sandbox.cli.changes_text import changes_json, patch_chunks
 from x07_sandbox.files.changes import ChangeSet
 from x07_sandbox.reports.result import render_result
 from x07_sandbox.runs.folder import NET_LOG, all_runs
-from x07_sandbox.runs.saved_changes import KeptChanges, find
+from x07_sandbox.runs.saved_changes import SavedChanges, find_saved
 
 if TYPE_CHECKING:
     import argparse
@@ -58,9 +58,9 @@ def _write_net_log(path: Path, result: Result) -> None:
 
 def write_diff(path: Path, result: Result) -> None:
     """Write a run's changes as a patch, and as JSON with digests to FILE.json. Raises OSError, SandboxError."""
-    kept = KeptChanges(run=result.run, folder=path.parent, changes=ChangeSet(run=result.run, roots=()))
+    kept = SavedChanges(run=result.run, folder=path.parent, changes=ChangeSet(run=result.run, roots=()))
     if result.changes.state not in {"none", "discarded"}:
-        kept = find(result.run)
+        kept = find_saved(result.run)
 
     def fill(fd: int) -> None:
         for chunk in patch_chunks(kept):

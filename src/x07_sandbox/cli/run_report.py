@@ -21,11 +21,11 @@ from x07_sandbox.policy.overrides import check_grants, derive_policy
 from x07_sandbox.policy.problems import PolicyError
 from x07_sandbox.reports.document import render_json
 from x07_sandbox.runs.request import (
+    effective_policy_of,
     is_built_in,
     name_of_policy,
     need_policy,
     open_input,
-    policy_in_force,
     read_policy,
     read_spec_file,
     read_whole,
@@ -84,7 +84,7 @@ def run_with_report(
     request: RunRequest, program: Program, options: argparse.Namespace, stack: contextlib.ExitStack
 ) -> int:
     """Run the program, print X07's report and return its exit code. Raises SandboxError before the run."""
-    policy = request.in_force or policy_in_force(request)
+    policy = request.effective_policy or effective_policy_of(request)
     with request.cancel.waiting():
         data = read_whole(open_input(request, stack), INPUT_MAX_BYTES)
     wanted = ReportRequest(
@@ -138,4 +138,4 @@ def with_derived_file(request: RunRequest, program: Program, protocol: Protocol)
     if limits is not None:  # the derived file has the same author
         limits = replace(limits, may_raise=is_built_in(request.policy))
     request = replace(request, policy=place, overrides=None, limits=limits)
-    return replace(request, in_force=policy_in_force(request)._replace(denied=derived.denied))
+    return replace(request, effective_policy=effective_policy_of(request)._replace(denied=derived.denied))

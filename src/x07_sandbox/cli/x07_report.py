@@ -14,7 +14,7 @@ from x07_sandbox.errors import SandboxError, UsageError
 from x07_sandbox.programs.toolchains import ARTIFACT, OUTPUT, PROGRAM_FOLDER
 from x07_sandbox.reports.document import render_json
 from x07_sandbox.runs.program import Program
-from x07_sandbox.runs.request import InForce
+from x07_sandbox.runs.request import EffectivePolicy
 from x07_sandbox.runs.run import attempt
 from x07_sandbox.runs.streams import memory_file
 from x07_sandbox.x07.attestation import WRITE_CODE, Attested, attest, reference
@@ -39,7 +39,7 @@ class ReportRequest(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     program: Program
-    policy: InForce
+    policy: EffectivePolicy
     policy_path: str | None
     data: bytes
     compiled_out: Path | None
@@ -67,7 +67,7 @@ def run_and_report(
         live_stderr=2,
         artifact=artifact,
     )
-    result, error = attempt(replace(request, loaded=wanted.program, in_force=wanted.policy))
+    result, error = attempt(replace(request, loaded=wanted.program, effective_policy=wanted.policy))
     request.progress("")
     if isinstance(error, UsageError):
         raise error

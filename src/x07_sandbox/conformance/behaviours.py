@@ -1,6 +1,6 @@
-"""What every backend does, and the programs and observations that show it.
+"""The behaviours of every backend, with the programs and observations that prove them.
 
-An observation runs a program as any user's, once for all behaviours that it shows, and returns facts by name.
+An observation runs a program as any user would, once for all behaviours that it shows, and returns facts by name.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from x07_sandbox.backends.base import Job, MachineKind, Needs
 from x07_sandbox.conformance.harness import ANSWER_S, Bench, expect, policy_with, remaining
 from x07_sandbox.host import settings
 from x07_sandbox.host.cancel import Caller, Cancel
-from x07_sandbox.host.paths import cache_folder, state_dir
+from x07_sandbox.host.paths import cache_folder
 from x07_sandbox.host.processes import own_identity
 from x07_sandbox.images.store import find_image
 from x07_sandbox.jobs.record import Claim, new_run_id
@@ -38,11 +38,10 @@ if TYPE_CHECKING:
 Group = Literal["channel", "files", "outcome", "deadline", "stop", "limits", "isolation", "network", "images", "roots"]
 Facts = dict[str, Any]
 Check = Callable[[Bench], None]
-WITHOUT_GAPS: Final[frozenset[Group]] = frozenset({"channel", "files", "outcome", "deadline", "stop"})
 
 
 class Behaviour(msgspec.Struct, frozen=True, kw_only=True):
-    """One thing that a backend does: a promise, and its check, which raises BrokenError.
+    """One behaviour: a promise, and its check, which raises BrokenError.
 
     needs: a capability (plan/features) without which the check is skipped.
     """
@@ -54,15 +53,14 @@ class Behaviour(msgspec.Struct, frozen=True, kw_only=True):
     needs: str = ""
 
 
-# Programs run below bench.LAUNCHER, which gives them json, os, signal, sys, time and tried().
+# Programs are run by harness.LAUNCHER, which gives them json, os, signal, sys, time and tried().
 
 
 def _fact(observe: Callable[[Bench], Facts], name: str, expected: object = True) -> Check:  # noqa: FBT002 - of any type
-    return lambda bench: expect(name, expected, bench.once(observe)[name])
+    return lambda bench: expect(name, expected, bench.cached(observe)[name])
 
 
 def _ends(outcome: str, exit_code: int, code: str, **limits: int) -> Check:
-    """A check that a program under these limits has that outcome, and the command that exit code."""
     end = outcome, exit_code
     return lambda bench: expect(_END, end, _end(bench.run(code, policy=policy_with(limits=limits))))
 
@@ -74,11 +72,9 @@ def _end(result: Result) -> tuple[str, int | None]:
     return result.outcome, result.x07_exit_code
 
 
-# What a program sees.
-
 _ARGS: Final = ("", "-x", "two words", "line\nend", "\N{SNOWMAN}")
 _ENV: Final = {"CONFORMANCE": "a word, \N{SNOWMAN}"}
-_PYTHON_VARIABLES: Final = ("PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE")  # set for every program
+_PYTHON_VARIABLES: Final = ("PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE")
 _OWN_VARIABLES: Final = frozenset({"PATH", "HOME", "LANG", "LC_CTYPE", *_PYTHON_VARIABLES, *_ENV})
 _LOOK: Final = """
 import socket
@@ -89,12 +85,12 @@ open("made", "w").write("made")
 print(json.dumps({
     "arguments": args,
     "variables": dict(os.environ),
-    "its file is there": "made" in os.listdir("."),
+    "its file exists": "made" in os.listdir("."),
     "capabilities": int(status["CapEff"], 16),
     "interfaces": [name for _, name in socket.if_nameindex() if name != "lo"],
-    "a server of the host answers": tried(socket.create_connection, ("127.0.0.1", int(port)), 5) is not None,
-    "a file of the host opens": tried(open, secret) is not None,
-    "its caller is in /proc": bool(stat) and stat.read().rpartition(")")[2].split()[19] == ticks,
+    "host server answers": tried(socket.create_connection, ("127.0.0.1", int(port)), 5) is not None,
+    "host file opens": tried(open, secret) is not None,
+    "caller in /proc": bool(stat) and stat.read().rpartition(")")[2].split()[19] == ticks,
 }))
 """
 _ECHO: Final = """
@@ -153,15 +149,13 @@ def _artifact(bench: Bench) -> None:
     expect("where the program came from", "build", bench.build.artifact_from)
     data = os.pread(bench.artifact.fd, bench.artifact.size + 1, 0)
     expect("digest of what came back", f"sha256:{hashlib.sha256(data).hexdigest()}", bench.build.digests.artifact)
-    expect("digest of what was run", bench.build.digests.artifact, bench.once(_echoed)["artifact"])
+    expect("digest of what was run", bench.build.digests.artifact, bench.cached(_echoed)["artifact"])
 
 
 def _beside(bench: Bench) -> None:
     files = {"beside.py": b"print('beside')\n"}
     expect("output", "beside\n", bench.output("", source=b"import beside", files=files, artifact=None))
 
-
-# How it ends.
 
 _ABORT: Final = "os.kill(os.getpid(), signal.SIGABRT)"
 _STAND: Final = "os.kill(os.getpid(), signal.SIGSTOP)"
@@ -187,7 +181,7 @@ if os.fork() == 0:
 time.sleep(1000)
 """
 _WALL_MS: Final = 700
-_GRACE_MS: Final = int(settings.STOPPED_S * 1000) + 1000  # to ask how the program stood; the rest is for a busy host
+_GRACE_MS: Final = int(settings.STOPPED_S * 1000) + 1000  # STOP and its answer, and 1 s for a busy host
 
 
 def _flooded(bench: Bench) -> None:
@@ -206,8 +200,8 @@ def _late(bench: Bench) -> Facts:
     result = bench.run(_DEAF, mark, policy=policy_with(limits={"wall_ms": _WALL_MS}))
     times = result.phases["run"].times_ms
     over_ms = times["end"] - times["started"] - _WALL_MS
-    grace = "kept" if 0 <= over_ms <= _GRACE_MS else f"ended {over_ms:.0f} ms after its deadline"
-    return {_END: _end(result), "grace": grace, "processes left": remaining(mark)}
+    read_deadline = "met" if 0 <= over_ms <= _GRACE_MS else f"ended {over_ms:.0f} ms after its deadline"
+    return {_END: _end(result), "grace": read_deadline, "processes left": remaining(mark)}
 
 
 def _cancelled(bench: Bench) -> None:
@@ -219,14 +213,14 @@ def _cancelled(bench: Bench) -> None:
     expect("processes left", [], remaining(mark))
 
 
-_ENDS: Final = {"done", "reaped"}  # by the runner, and by any other process that stopped the job
+_ENDS: Final = {"done", "reaped"}  # written by the runner, or by another process that stopped the job
 _RECORD: Final = {"job.json", "owner.json", *_ENDS}
 
 
-def _elsewhere(bench: Bench, *, kill: bool) -> Facts:
-    """Start a run in another process and stop its job by its record, or kill that process first."""
+def _other_process(bench: Bench, *, kill: bool) -> Facts:
+    """Start a run in another process and stop its job by its record; with *kill*, kill that process first."""
     mark = secrets.token_hex(16)
-    with bench.elsewhere(_LONG, mark) as (runner, line):
+    with bench.in_process(_LONG, mark) as (runner, line):
         line()
         records = bench.owned_by(runner.pid)
         expect("jobs listed", [bench.backend.name], [record.backend for record in records])
@@ -240,7 +234,7 @@ def _elsewhere(bench: Bench, *, kill: bool) -> Facts:
         runner.wait(ANSWER_S)
         return {
             "outcome": outcome,
-            "stop said": stopped,
+            "stop returned": stopped,
             "processes left": left or remaining(mark, records[0].mark),
             "recorded as gone": any((records[0].folder / end).exists() for end in _ENDS),
             "files left": sorted({path.name for path in records[0].folder.iterdir()} - _RECORD),
@@ -248,12 +242,12 @@ def _elsewhere(bench: Bench, *, kill: bool) -> Facts:
         }
 
 
-_stopped: Final = partial(_elsewhere, kill=False)
-_killed: Final = partial(_elsewhere, kill=True)
+_stopped: Final = partial(_other_process, kill=False)
+_killed: Final = partial(_other_process, kill=True)
 
 
 def _gone_when_stopped(bench: Bench) -> None:
-    facts = bench.once(_stopped)
+    facts = bench.cached(_stopped)
     expect("what is left", ([], []), (facts["processes left"], facts["files left"]))
     expect("recorded as gone", "yes", "yes" if facts["recorded as gone"] else "no")
     expect("outcome", "guest-lost", facts["outcome"])
@@ -271,8 +265,6 @@ def _unused(bench: Bench) -> None:
         found = alive, remaining(record.mark), (record.folder / "done").exists()
     expect("alive, left, done", (True, [], True), found)
 
-
-# What it is held to.
 
 _FDS: Final = 64
 _PROCS: Final = 8
@@ -305,7 +297,7 @@ tried(child)
 print(json.dumps(done), flush=True)
 tried(os.execv, "/bin/echo", ["echo", "executed"])
 """
-_FIELDS: Final = {  # that stand for a capability which is no field itself
+_FIELDS: Final = {  # the policy fields of capabilities that are not fields themselves
     "no-network": "net.enabled",
     "network": "net.allow_hosts",
     "no-host-files": "fs.enabled",
@@ -342,7 +334,6 @@ print(json.dumps(said))
 
 
 def _connected(bench: Bench) -> Facts:
-    """A name that no address has, a name that no policy lists, and a listed address that the gate refuses."""
     hosts = tuple(HostPorts(host=host, ports=(80,)) for host in ("x07-conform.invalid", "10.255.255.1"))
     result = bench.run(_CONNECT, policy=policy_with(net={"allow_hosts": hosts}))
     expect(_END, ("ok", 0), _end(result))
@@ -361,8 +352,6 @@ def _honest_plan(bench: Bench) -> None:
             expect(f"claim to hold {behaviour.needs}", expected=False, found=claimed)
 
 
-# Images and folders.
-
 _FOLDERS: Final = """
 read, write = sys.argv[2:]
 print(open(f"{read}/given").read())
@@ -373,14 +362,6 @@ open(f"{write}/added", "w").write("new")
 os.remove(f"{write}/deleted")
 open("/x07/out/report", "w").write("report")
 """
-
-
-def _expect_refused(bench: Bench, reason: str, env: Mapping[str, str]) -> None:
-    """Expect that a run with these variables is refused for that reason before anything starts."""
-    with bench.elsewhere("print('it ran')", env=env) as (runner, line):
-        outcome, _, said = line().partition(":")
-        expect(f"outcome ({said}), for the right reason", ("refused", True), (outcome, reason in said))
-        expect("jobs", [], [path.name for path in state_dir().glob(f"*-{runner.pid}-*-*")])
 
 
 def _damaged(bench: Bench) -> None:
@@ -395,7 +376,7 @@ def _damaged(bench: Bench) -> None:
             byte = os.pread(file.fileno(), 1, middle)[0]
             os.pwrite(file.fileno(), bytes([byte ^ 1]), middle)
         largest.chmod(mode)
-        _expect_refused(bench, largest.name, {"X07_VM_CACHE_DIR": cache, "X07_VM_GUEST_IMAGE": digest})
+        bench.expect_refused(largest.name, {"X07_VM_CACHE_DIR": cache, "X07_VM_GUEST_IMAGE": digest})
 
 
 def _folders(bench: Bench) -> Facts:
@@ -413,53 +394,53 @@ def _folders(bench: Bench) -> Facts:
 _WRITTEN: Final = {"same": "before", "changed": "after", "added": "new"}
 _TABLE: Final[Mapping[Group, tuple[tuple[str, str, Check], ...]]] = {
     "channel": (
-        ("arguments", "The program gets its arguments as they were given.", _fact(_seen, "arguments", list(_ARGS))),
-        ("variables", "The program gets the variables named for it.",
+        ("arguments", "The program gets its arguments unchanged.", _fact(_seen, "arguments", list(_ARGS))),
+        ("variables", "The program gets the variables that the user named.",
             _fact(_seen, "its named variable", _ENV["CONFORMANCE"])),
-        ("input", "Input arrives whole, in order, and then ends.",
+        ("input", "Input arrives complete and in order, and then ends.",
             _fact(_echoed, "digests of the input", (_SHA256, f"sha256:{_SHA256}"))),
-        ("outputs", "Both outputs arrive whole, and apart.", _fact(_echoed, "both outputs are whole")),
-        ("streaming", "Input and output are carried while the program runs.",
+        ("outputs", "Both outputs arrive complete and separate.", _fact(_echoed, "both outputs are whole")),
+        ("streaming", "Input and output are streamed while the program runs.",
             _fact(_talked, "lines", ["ready", "ONE", "TWO"])),
         ("end-of-input", "The program sees the end of streamed input.", _fact(_talked, "outcome", "ok")),
-        ("unread-input", "A program that reads no input ends, though its input does not.", _unread),
+        ("unread-input", "A program that reads no input ends although its input does not.", _unread),
     ),
     "files": (
-        ("artifact", "What a build makes arrives unchanged, and is what runs.", _artifact),
-        ("files-beside", "Files given with the program lie beside it.", _beside),
-        ("work-folder", "The program can write files where it starts.", _fact(_seen, "its file is there")),
-        ("fresh-folder", "A run finds no file of an earlier one.",
+        ("artifact", "The output of a build arrives unchanged and is what runs.", _artifact),
+        ("files-beside", "Files passed with the program are beside it.", _beside),
+        ("work-folder", "The program can write files where it starts.", _fact(_seen, "its file exists")),
+        ("fresh-folder", "A run finds no files of an earlier run.",
             _fact(_seen, "the next run finds its file", expected=False)),
     ),
     "outcome": (
         ("exit-status", "The program's exit status is reported.", _ends("failed", 7, "sys.exit(7)")),
-        ("status-137", "An exit status of 137 is not taken for a kill.", _ends("failed", 137, "sys.exit(137)")),
+        ("status-137", "An exit status of 137 is not mistaken for a kill.", _ends("failed", 137, "sys.exit(137)")),
         ("signal", "The signal that ended a program is reported.", _ends("signalled", 128 + signal.SIGABRT, _ABORT)),
-        ("output-limit", "Output is kept up to its limit, at which the program ends.", _flooded),
-        ("left-status", "A program that leaves processes behind ends with its own status.",
+        ("output-limit", "Output is stored up to its limit, and then the program is ended.", _flooded),
+        ("left-status", "The exit status counts even if the program leaves processes behind.",
             _fact(_left, _END, ("failed", 5))),
-        ("left-processes", "Processes that a program leaves behind end with it.", _fact(_left, "processes left", [])),
+        ("left-processes", "Processes that a program leaves behind are killed.", _fact(_left, "processes left", [])),
     ),
     "deadline": (
-        ("deadline", "A program that ignores signals ends at its deadline.", _fact(_late, _END, ("timeout", 124))),
-        ("deadline-of-children", "What that program has started ends with it.", _fact(_late, "processes left", [])),
-        ("grace", "A program is ended at its deadline, at most the grace later.", _fact(_late, "grace", "kept")),
-        ("stopped-program", "A program stopped by a signal ends at its deadline.",
+        ("deadline", "A program that ignores signals is ended at its deadline.", _fact(_late, _END, ("timeout", 124))),
+        ("deadline-of-children", "Its child processes are ended too.", _fact(_late, "processes left", [])),
+        ("grace", "A program is ended at its deadline, or at most a grace period later.", _fact(_late, "grace", "met")),
+        ("stopped-program", "A program stopped by a signal is ended at its deadline.",
             _ends("timeout", 124, _STAND, wall_ms=_WALL_MS)),
     ),
     "stop": (
-        ("cancel", "A cancelled run ends, and nothing of it is left.", _cancelled),
-        ("listed", "A job is listed while it lives, and not afterwards.", _fact(_stopped, "jobs listed afterwards", 0)),
-        ("stop-by-record", "Another process stops a job by its record, and nothing is left.", _gone_when_stopped),
-        ("stop-again", "Stopping a job that is gone succeeds.", _fact(_stopped, "stop said", [True, True])),
+        ("cancel", "A cancelled run ends and leaves nothing behind.", _cancelled),
+        ("listed", "A job is listed while it lives and not afterwards.", _fact(_stopped, "jobs listed afterwards", 0)),
+        ("stop-by-record", "Another process can stop a job by its record, which leaves nothing.", _gone_when_stopped),
+        ("stop-again", "Stopping a job again succeeds.", _fact(_stopped, "stop returned", [True, True])),
         ("killed-runner", "The job of a killed runner ends.", _fact(_killed, "processes left", [])),
-        ("killed-record", "Stopping the job of a killed runner by its record takes it off the list.",
+        ("killed-record", "Stopping the job of a killed runner by its record removes it from the list.",
             _fact(_killed, "jobs listed afterwards", 0)),
-        ("unused-instance", "An instance that was never used ends with its caller.", _unused),
+        ("unused-instance", "An unused instance ends with its caller.", _unused),
     ),
     "limits": (
         ("cpu", "A program and its children end at their CPU time limit.", _ends("cpu-limit", 124, _BURN, cpu_ms=500)),
-        ("memory", "A program over its memory limit is killed, and reported as `oom`.",
+        ("memory", "A program over its memory limit is killed and reported as `oom`.",
             _ends("oom", 137, _EAT, mem_bytes=64 * settings.MIB)),
         ("descriptors", "A process has no more open descriptors than allowed.", _fact(_counted, "descriptors", _FDS)),
         ("tasks", "A program has no more processes than allowed.", _fact(_counted, "children", _PROCS)),
@@ -467,37 +448,37 @@ _TABLE: Final[Mapping[Group, tuple[tuple[str, str, Check], ...]]] = {
     ),
     "isolation": (
         ("no-network", "The program has no network interface.", _fact(_seen, "interfaces", [])),
-        ("no-host-servers", "The program reaches no server of the host.",
-            _fact(_seen, "a server of the host answers", expected=False)),
+        ("no-host-servers", "The program reaches no server on the host.",
+            _fact(_seen, "host server answers", expected=False)),
         ("no-host-files", "The program cannot open a file of the host.",
-            _fact(_seen, "a file of the host opens", expected=False)),
+            _fact(_seen, "host file opens", expected=False)),
         ("no-host-variables", "The program gets no variable of its caller.", _fact(_seen, "other variables", [])),
         ("no-host-processes", "The program sees no process of the host.",
-            _fact(_seen, "its caller is in /proc", expected=False)),
+            _fact(_seen, "caller in /proc", expected=False)),
         ("no-capabilities", "The program has no capabilities.", _fact(_seen, "capabilities", 0)),
-        ("no-more-tasks", "A policy without threads and children is kept.", _fact(_dared, "tasks started", [])),
-        ("no-execution", "A policy without execution is kept.", _fact(_dared, "programs executed", [])),
-        ("honest-plan", "The plan does not say `enforced` of a known gap.", _honest_plan),
+        ("no-more-tasks", "A policy without threads and children is enforced.", _fact(_dared, "tasks started", [])),
+        ("no-execution", "A policy without execution is enforced.", _fact(_dared, "programs executed", [])),
+        ("honest-plan", "The plan does not report a known gap as `enforced`.", _honest_plan),
     ),
     "network": (
-        ("unlisted-name", "A name that no policy lists is unknown.", _fact(_connected, "unlisted", "unknown")),
-        ("gate-asked", "The gate hears of each connection, refused ones too.",
+        ("unlisted-name", "A name not in the policy does not resolve.", _fact(_connected, "unlisted", "unknown")),
+        ("gate-asked", "The gate sees each connection, also refused ones.",
             _fact(_connected, "the gate saw", ["10.255.255.1", "unlisted.example", "x07-conform.invalid"])),
-        ("connect-fails", "A program's connect() fails where the gate refuses.",
+        ("connect-fails", "A program's connect() fails if the gate refuses the connection.",
             _fact(_connected, "special", "refused")),
     ),
     "images": (
         ("image-digest", "The result names the image by its digest.",
-            lambda bench: expect("digest", bench.image_digest, bench.once(_echoed)["image"])),
+            lambda bench: expect("digest", bench.image_digest, bench.cached(_echoed)["image"])),
         ("pinned-image", "An image other than the pinned one is refused.",
-            lambda bench: _expect_refused(bench, "not the one", {"X07_VM_GUEST_IMAGE_DIGEST": f"sha256:{'0' * 64}"})),
+            lambda bench: bench.expect_refused("not allowed", {"X07_VM_GUEST_IMAGE_DIGEST": f"sha256:{'0' * 64}"})),
         ("damaged-image", "An image with one changed bit is refused.", _damaged),
     ),
     "roots": (
-        ("read-root", "The program reads a copy of a folder, and cannot change it.",
+        ("read-root", "The program can read a copy of a folder and not change it.",
             _fact(_folders, "printed", ["before", "read-only"])),
-        ("write-root", "Changes in a write root come back, and nothing else.", _fact(_folders, "write", _WRITTEN)),
-        ("out-folder", "Files in `/x07/out` come back.", _fact(_folders, "out", {"report": "report"})),
+        ("write-root", "Only changes in a write root are copied back.", _fact(_folders, "write", _WRITTEN)),
+        ("out-folder", "Files in `/x07/out` are copied back.", _fact(_folders, "out", {"report": "report"})),
     ),
 }  # fmt: skip
 _NEEDS: Final = {

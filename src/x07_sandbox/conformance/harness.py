@@ -1,4 +1,4 @@
-"""What checks of behaviours use: runs of small programs on one backend, in this process and in another."""
+"""The test bench for behaviours: runs of small programs on one backend, in this process and in another."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from x07_sandbox.backends.registry import BY_NAME, create
 from x07_sandbox.backends.selection import Choice
 from x07_sandbox.host import settings
 from x07_sandbox.host.cancel import Cancel
+from x07_sandbox.host.paths import state_dir
 from x07_sandbox.host.poll import wait_readable
 from x07_sandbox.host.processes import has_mark
 from x07_sandbox.images.store import find_image
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from x07_sandbox.runs.result import Result
 
 _T = TypeVar("_T")
-# The one program that is built: a check's own code is its first argument, so that all runs share one artifact.
+# The only program that is built. Its first argument is the code of a check, so that all runs share one artifact.
 LAUNCHER: Final = b"""import json, os, signal, sys, time
 def tried(act, *words):
     try: return act(*words)
@@ -45,23 +46,23 @@ def tried(act, *words):
 exec(sys.argv[1])
 """
 RUNNER: Final = (sys.executable, "-P", "-m", "x07_sandbox.conformance.runner")
-ANSWER_S: Final = 30.0  # for what takes well under a second on an idle host
-_LOOK_AGAIN_S: Final = 0.02
+ANSWER_S: Final = 30.0  # timeout for what takes well under a second on an idle host
+_POLL_S: Final = 0.02
 _LINE_MAX: Final = 4096
 
 
 class BrokenError(Exception):
-    """A behaviour that a backend does not have: what was expected, and what came."""
+    """A behaviour that a backend does not have: what was expected, and what was found."""
 
 
 def expect(what: str, expected: object, found: object) -> None:
-    """Raise BrokenError unless both are equal."""
+    """Raise BrokenError unless both values are equal."""
     if found != expected:
         raise BrokenError(f"{what}: expected {str(expected)[:300]}, got {str(found)[:300]}")
 
 
 def policy_with(*, limits: Mapping[str, Any] | None = None, **sections: Mapping[str, Any]) -> Policy:
-    """The built-in policy with small limits and with these fields changed, by section."""
+    """Return the built-in policy with small limits and with these fields changed, by section."""
     policy = default_policy()
     small = {"wall_ms": 30_000, "cpu_ms": 30_000, "mem_bytes": 256 * settings.MIB}
     changed = {"limits": small | dict(limits or {})} | sections
@@ -69,7 +70,7 @@ def policy_with(*, limits: Mapping[str, Any] | None = None, **sections: Mapping[
 
 
 def request(backend: str, *args: str, **fields: Any) -> RunRequest:  # noqa: ANN401 - fields of a request
-    """A run of LAUNCHER with these arguments, of which the first is code."""
+    """Return a request to run LAUNCHER with these arguments, the first of which is code."""
     fields.setdefault("source", LAUNCHER)
     fields.setdefault("policy", policy_with())
     choice = Choice(backend=backend, sandbox_backend=BY_NAME[backend].sandbox_class)
@@ -77,7 +78,7 @@ def request(backend: str, *args: str, **fields: Any) -> RunRequest:  # noqa: ANN
 
 
 class Running(NamedTuple):
-    """A program that runs. line: waits for a line of its output. cancel: ends it. result: waits for its end."""
+    """A running program. line: waits for a line of output. cancel: ends it. result: waits for its end."""
 
     stdin: Any
     line: Callable[[], str]
@@ -86,10 +87,9 @@ class Running(NamedTuple):
 
 
 class Bench:
-    """A backend under test, made by `open_bench`.
+    """A backend under test, made by `open_bench`. artifact: the built LAUNCHER; build: the result of building it.
 
-    image: None where the backend uses none. artifact: the built LAUNCHER. build: the result of the run that built it.
-    runner: the command that carries out a run in another process.
+    image: None if the backend uses none. runner: the command that carries out a run in another process.
     """
 
     def __init__(
@@ -105,11 +105,11 @@ class Bench:
         self._made: dict[object, object] = {}
         self.build = self.run("", cache=False)
 
-    def once(self, make: Callable[[Bench], _T]) -> _T:
-        """What *make* returns; it is called once, so that several checks share a run."""
+    def cached(self, make: Callable[[Bench], _T]) -> _T:
+        """Return the value of *make*, which is called only once, so that several checks share a run."""
         if make not in self._made:
             self._made[make] = make(self)
-        return self._made[make]  # type: ignore[return-value]  # as it was put there
+        return self._made[make]  # type: ignore[return-value]
 
     def run(self, code: str, *args: str, stdin: bytes | None = None, **fields: Any) -> Result:  # noqa: ANN401 - fields of a request
         """Run a program to its end."""
@@ -120,15 +120,15 @@ class Bench:
             return run(request(self.backend.name, code, *args, stdin_fd=stdin_fd, cancel=cancel, **fields))
 
     def output(self, code: str, *args: str, **fields: Any) -> str:  # noqa: ANN401 - as above
-        """What a program that ends well printed. Raises BrokenError where it does not."""
+        """Return the output of a program that must succeed. Raises BrokenError."""
         result = self.run(code, *args, **fields)
         said = result.stderr.data[-200:].decode(errors="replace")
-        expect("how a program ended", "ok", "ok" if result.ok else f"{result.outcome}: {result.reason}; {said}")
+        expect("outcome of a program", "ok", "ok" if result.ok else f"{result.outcome}: {result.reason}; {said}")
         return result.stdout.data.decode(errors="replace")
 
     @contextlib.contextmanager
     def running(self, code: str, *args: str) -> Iterator[Running]:
-        """A program that runs while the caller talks to it; on the way out it is cancelled."""
+        """Run a program while the caller talks to it; cancel it on exit."""
         with contextlib.ExitStack() as stack:
             cancel = stack.enter_context(contextlib.closing(Cancel()))
             input_fd, near_fd = os.pipe()
@@ -138,16 +138,16 @@ class Bench:
             stack.callback(os.close, output_fd)
             stack.callback(os.close, far_fd)
             pool = stack.enter_context(ThreadPoolExecutor(1))
-            stack.callback(cancel)  # on the way out first, so that the pool's end need not wait
+            stack.callback(cancel)  # called first, so that closing the pool does not block
             fields = {"stdin_fd": input_fd, "live_stdout": far_fd, "cancel": cancel, "artifact": self.artifact}
             result = pool.submit(run, request(self.backend.name, code, *args, **fields))
             yield Running(near, partial(read_line, output_fd), cancel, partial(result.result, ANSWER_S))
 
     @contextlib.contextmanager
-    def elsewhere(
+    def in_process(
         self, code: str, *args: str, env: Mapping[str, str] | None = None
     ) -> Iterator[tuple[subprocess.Popen[bytes], Callable[[], str]]]:
-        """A process that carries out a run (conformance/runner), and its next line; on the way out it is killed."""
+        """Start a process that carries out a run (conformance/runner); yield it and a reader of its lines."""
         argv = [*self._runner, self.backend.name, code, *args]
         environment = {**os.environ, **(env or {})}
         with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=environment) as runner:
@@ -157,33 +157,40 @@ class Bench:
             finally:
                 runner.kill()
 
+    def expect_refused(self, reason: str, env: Mapping[str, str]) -> None:
+        """Expect that a run with these variables is refused for that reason before anything starts."""
+        with self.in_process("print('it ran')", env=env) as (runner, line):
+            outcome, _, said = line().partition(":")
+            expect(f"outcome ({said}), for the right reason", ("refused", True), (outcome, reason in said))
+            expect("jobs", [], [path.name for path in state_dir().glob(f"*-{runner.pid}-*-*")])
+
     def owned_by(self, pid: int) -> list[JobRecord]:
-        """The jobs of that process which the backend lists."""
+        """Return the jobs of that process which the backend lists."""
         return [record for record in self.backend.list_owned() if record.run_id.split("-")[1] == str(pid)]
 
 
 def read_line(fd: int) -> str:
-    """One line of a pipe. Raises BrokenError where none comes in time."""
+    """Return one line from a pipe. Raises BrokenError after a timeout."""
     line = b""
     deadline = time.monotonic() + ANSWER_S
     while not line.endswith(b"\n") and len(line) < _LINE_MAX:
         if not wait_readable(fd, deadline - time.monotonic()):
             raise BrokenError(f"expected a line of output, got none in {ANSWER_S:.0f} s")
         if not (byte := os.read(fd, 1)):
-            raise BrokenError("expected a line of output, got its end")
+            raise BrokenError("expected a line of output, got the end of the stream")
         line += byte
     return line.decode(errors="replace").strip()
 
 
 def remaining(*marks: str) -> list[int]:
-    """Wait until no process of this host has one of these texts in its arguments; those that still do at the end."""
+    """Wait until no process of this host has one of these texts in its arguments; return those that still have."""
     deadline = time.monotonic() + ANSWER_S
     while True:
         pids = [int(entry.name) for entry in os.scandir("/proc") if entry.name.isdigit()]
         found = [pid for pid in pids if any(has_mark(pid, mark) for mark in marks)]
         if not found or time.monotonic() > deadline:
             return found
-        time.sleep(_LOOK_AGAIN_S)  # no event tells of the end of somebody else's process
+        time.sleep(_POLL_S)
 
 
 def _image(backend: Backend, stack: contextlib.ExitStack) -> OpenImage | None:
@@ -196,7 +203,7 @@ def _image(backend: Backend, stack: contextlib.ExitStack) -> OpenImage | None:
 
 @contextlib.contextmanager
 def open_bench(name: str, runner: Sequence[str] = RUNNER) -> Iterator[Bench]:
-    """The backend *name*, ready for checks. Raises SandboxError where it cannot run here."""
+    """Open a bench for the backend *name*. Raises SandboxError if it cannot run here."""
     with contextlib.ExitStack() as stack:
         image = _image(create(name), stack)
         artifact = OutFile(path=OUTPUT, fd=memory_file(b"", stack), max_bytes=settings.ARTIFACT_MAX_BYTES)

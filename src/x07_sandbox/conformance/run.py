@@ -1,23 +1,22 @@
-"""Running the list of behaviours on a backend, and its report."""
+"""Running the list of behaviours on a backend, and the report about it."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
 
 import msgspec
 
-from x07_sandbox.backends.registry import create
-from x07_sandbox.conformance.behaviours import BEHAVIOURS, WITHOUT_GAPS, Behaviour
+from x07_sandbox.conformance.behaviours import BEHAVIOURS, Behaviour
 from x07_sandbox.conformance.harness import RUNNER, Bench, BrokenError, open_bench
 from x07_sandbox.errors import printable
 from x07_sandbox.plan.features import Isolation
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One behaviour of one backend. reason: empty where it passed. seconds: what the check took."""
+    """One behaviour of one backend. reason: empty if it passed. seconds: duration of the check."""
 
     name: str
     group: str
@@ -35,37 +34,27 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     verdicts: tuple[Verdict, ...]
 
 
-def wrong_gaps(gaps: Mapping[str, str]) -> list[str]:
-    """What is wrong with a backend's known gaps: one sentence each."""
-    groups = {behaviour.name: behaviour.group for behaviour in BEHAVIOURS}
-    found = [f"there is no behaviour {name}" for name in gaps if name not in groups]
-    found += [f"{name} is in {groups[name]}, which has no gaps" for name in gaps if groups.get(name) in WITHOUT_GAPS]
-    return found + [f"{name} has no reason" for name, reason in gaps.items() if not reason]
-
-
 def conform(
     name: str, *, runner: Sequence[str] = RUNNER, on_verdict: Callable[[Verdict], object] = lambda _verdict: None
 ) -> Report:
-    """Run the list on the backend *name*. runner: as Bench has it. Raises SandboxError where it cannot run here."""
-    if wrong := wrong_gaps(create(name).known_gaps):
-        raise ValueError(f"known_gaps of {name}: {'; '.join(wrong)}")
+    """Run the list on the backend *name*. runner: see Bench. Raises SandboxError if it cannot run here."""
     verdicts = []
     with open_bench(name, runner) as bench:
         for behaviour in BEHAVIOURS:
-            verdicts.append(judge(behaviour, bench))
+            verdicts.append(check_behaviour(behaviour, bench))
             on_verdict(verdicts[-1])
         return Report(backend=name, isolation=bench.features.isolation, verdicts=tuple(verdicts))
 
 
-def judge(behaviour: Behaviour, bench: Bench) -> Verdict:
-    """Check one behaviour, unless it is a known gap or this host does not give what it needs."""
+def check_behaviour(behaviour: Behaviour, bench: Bench) -> Verdict:
+    """Check one behaviour, unless it is a known gap or this host lacks what it needs."""
     known = Verdict(name=behaviour.name, group=behaviour.group, promise=behaviour.promise, verdict="passed")
     verdict = partial(msgspec.structs.replace, known)
     if reason := bench.backend.known_gaps.get(behaviour.name):
         return verdict(verdict="gap", reason=reason)
     if behaviour.needs and behaviour.needs not in bench.features.can_enforce:
-        return verdict(verdict="skipped", reason=f"on this host the backend does not hold {behaviour.needs}")
-    begun = time.monotonic()
+        return verdict(verdict="skipped", reason=f"the backend cannot enforce {behaviour.needs} on this host")
+    started = time.monotonic()
     failed = {}
     try:
         behaviour.check(bench)
@@ -73,4 +62,4 @@ def judge(behaviour: Behaviour, bench: Bench) -> Verdict:
         failed = {"verdict": "failed", "reason": printable(str(exc))}
     except Exception as exc:  # noqa: BLE001 - whatever a backend does wrong is a verdict on it
         failed = {"verdict": "failed", "reason": printable(f"{type(exc).__name__}: {exc}")}
-    return verdict(seconds=round(time.monotonic() - begun, 2), **failed)
+    return verdict(seconds=round(time.monotonic() - started, 2), **failed)

@@ -1,6 +1,6 @@
-"""Carries out one long run in a process of its own, so that a check can stop it by its record or kill this process.
+"""Carries out one long run in its own process, so that a check can stop it by its record or kill this process.
 
-Words: BACKEND CODE [ARGUMENTS]. The program's output comes first; the last line is the run's outcome and its reason.
+Arguments: BACKEND CODE [ARGUMENTS]. The program's output comes first; the last line is the outcome and the reason.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from x07_sandbox.runs.run import run
 
 
 def main(words: list[str]) -> None:
-    """Carry it out and print how it ended."""
+    """Carry out the run and print how it ended."""
     with contextlib.closing(Cancel()) as cancel:
         result = run(request(*words, live_stdout=1, cancel=cancel))
     sys.stdout.write(f"{result.outcome}: {printable(result.reason)}\n")

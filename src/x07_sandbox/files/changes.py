@@ -1,7 +1,6 @@
-"""Changes of a tree of files, as data: what was there, what is there now, and where the new content lies.
+"""The data model of change sets. A set is stored as `changes.json` (a `ChangeSet`) and `data` (the contents).
 
-A set of changes is kept as two files: `changes.json`, this module's `ChangeSet`, and `data`, the contents of all new
-files one after the other, with holes where they have holes. Applying one makes another, which undoes it.
+Contents follow one another in `data`, holes kept. Applying a set produces another one that undoes it.
 """
 
 from __future__ import annotations
@@ -19,14 +18,13 @@ if TYPE_CHECKING:
 
 SCHEMA: Final = "x07.sandbox.changes@0.1.0"
 STAGING: Final = ".x07-apply-"
-"""What the names of our own folders in a root begin with, while a set is applied."""
+"""Prefix of the staging folders that exist in a root while a set is applied."""
 
 
 class Node(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """What may be under a name. mode: permission bits of a file or folder.
+    """A file, folder or link. mode: permission bits of a file or folder. target: of a link, decoded by os.fsdecode.
 
-    size, sha256 (64 hex digits): of a file's bytes. at: where they begin in `data`, if they are there.
-    target: of a link, as the bytes that os.fsencode gives.
+    size, sha256 (64 hex digits): of a file's content. at: offset of the content in `data`, if it is there.
     """
 
     kind: Literal["file", "folder", "link"]
@@ -37,14 +35,14 @@ class Node(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid
     target: str = ""
 
     def same(self, other: Node | None) -> bool:
-        """Whether both are the same thing; wherever a content lies."""
+        """Return whether both are equal apart from where the content is stored."""
         return other is not None and msgspec.structs.replace(self, at=None) == msgspec.structs.replace(other, at=None)
 
 
 class Change(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One name below a root, parts divided by '/'; bytes that are no UTF-8 as os.fsdecode makes them.
+    """One name below a root: parts separated by '/', decoded by os.fsdecode.
 
-    before: what was copied into the machine there, None for nothing. after: what is to be there.
+    before: what was copied into the machine, None for nothing. after: what it becomes, None for nothing.
     """
 
     name: str
@@ -53,14 +51,14 @@ class Change(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @property
     def action(self) -> Literal["added", "changed", "deleted"]:
-        """In a word."""
+        """The change as one word."""
         if self.before is None:
             return "added"
         return "changed" if self.after is not None else "deleted"
 
     @property
-    def of_root(self) -> bool:
-        """Whether it is about the folder whose entries all others are."""
+    def is_root_folder(self) -> bool:
+        """Whether the change concerns the root itself, as a folder."""
         return not self.name and any(node is not None and node.kind == "folder" for node in (self.before, self.after))
 
 
@@ -83,10 +81,10 @@ Flag = Literal["", "--allow-protected", "--allow-hidden", "--allow-symlinks"]
 
 
 class Refused(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One reason why a change may not be done.
+    """One reason why a change is not allowed.
 
-    value: what would have to stand in the policy, None where nothing would do. reveal: a name that was taken for one of
-    a secret, and lies there; empty for none. flag: of `x07 apply`, which applies the change in spite of this reason.
+    value: the value of the policy field that would allow it, None if none would. reveal: the existing name that
+    --reveal would have to name; empty for none. flag: the flag of `x07 apply` that overrides this reason.
     """
 
     name: str
@@ -98,11 +96,10 @@ class Refused(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class RootChanges(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Changes below one folder of the host.
+    """The changes below one folder of the host, sorted by name. root: its absolute path, free of links.
 
-    root: its absolute path, without a link on the way. missing: it was not there, and is made if it is to hold
-    something. changes: sorted by name. left_out: changes that are kept for review and not applied with the others.
-    refused: why some may not be done, sorted by name, all reasons of each; what only depends on one has none.
+    missing: it does not exist, and is created if it is to hold something. left_out: saved for review but not applied.
+    refused: why changes are not allowed; changes that only depend on refused ones have no reason.
     """
 
     root: str
@@ -114,7 +111,7 @@ class RootChanges(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class ChangeSet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All of a run, or what undoes it. all_or_nothing: while anything is refused, nothing is applied."""
+    """All changes of a run, or the set that undoes them. all_or_nothing: apply nothing while anything is refused."""
 
     schema_version: Literal["x07.sandbox.changes@0.1.0"] = SCHEMA
     run: str
@@ -122,37 +119,39 @@ class ChangeSet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     all_or_nothing: bool = True
 
     @property
-    def of_several(self) -> bool:
-        """Whether something of more than one root is told of."""
+    def several_roots(self) -> bool:
+        """Whether the set mentions more than one root."""
         return sum(bool(root.changes or root.left_out or root.refused) for root in self.roots) > 1
 
     def count(self, action: str) -> int:
-        """How many there are of one action. That a root itself is made, or goes again, is none."""
-        return sum(change.action == action and not change.of_root for root in self.roots for change in root.changes)
+        """Return the number of changes of one action, without those that create or remove a root."""
+        return sum(
+            change.action == action and not change.is_root_folder for root in self.roots for change in root.changes
+        )
 
 
 def encode(changes: ChangeSet) -> bytes:
-    """As `changes.json`, in ASCII: names need not be UTF-8, and msgspec writes no lone surrogates."""
+    """Return the content of `changes.json`. It is ASCII, since names need not be UTF-8."""
     return json.dumps(msgspec.to_builtins(changes), separators=(",", ":")).encode("ascii")
 
 
 def decode(data: bytes) -> ChangeSet:
-    """The way back. Raises ValueError (msgspec.ValidationError is one)."""
+    """Return the set in a `changes.json`. Raises ValueError."""
     return msgspec.convert(json.loads(data), prepared(ChangeSet))
 
 
-def called(root: str, name: str, *, of_several: bool) -> str:
-    """A name for people: below its root, or the whole path where it is the root, or several roots are told of."""
-    return shown(name if name and not of_several else path_of(root, name))
+def display_name(root: str, name: str, *, several_roots: bool) -> str:
+    """Return a name for messages: relative to its root, or absolute for a root itself or if there are several roots."""
+    return printable(name if name and not several_roots else path_of(root, name))
 
 
 def path_of(root: str, name: str) -> str:
-    """The absolute path of a name below a root, or of the root itself."""
+    """Return the absolute path of a name below a root, or of the root itself."""
     return posixpath.join(root, name) if name else root
 
 
-def folders_above(names: Iterable[str]) -> set[str]:
-    """All folders above these, the root left out; each is met once."""
+def parent_folders(names: Iterable[str]) -> set[str]:
+    """Return all folders above *names*, without the root."""
     found: set[str] = set()
     for name in names:
         above = name.rpartition("/")[0]
@@ -162,6 +161,6 @@ def folders_above(names: Iterable[str]) -> set[str]:
     return found
 
 
-def shown(name: str) -> str:
-    """A name as text that can be written anywhere: bytes that are no UTF-8 as escapes."""
+def printable(name: str) -> str:
+    """Return a name as text that is safe to write anywhere: bytes that are not UTF-8 become escapes."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -1,4 +1,4 @@
-"""Contents of files: copied with their holes, and hashed on the way."""
+"""Copying and hashing of file contents; holes stay holes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _ZEROS: Final = bytes(_PIECE)
 
 
 def digest(fd: int, size: int) -> str:
-    """SHA-256, as hex digits, of the first *size* bytes, or of what there is if it is less. Raises OSError."""
+    """Return the SHA-256 in hex of the first *size* bytes, or of the whole file if it is shorter. Raises OSError."""
     total, at = hashlib.sha256(), 0
     while at < size and (data := os.pread(fd, min(_PIECE, size - at), at)):
         total.update(data)
@@ -22,10 +22,9 @@ def digest(fd: int, size: int) -> str:
 
 
 def copy(source: int, at: int, size: int, target: int, to: int) -> str:
-    """Copy *size* bytes that begin at *at* to where *to* says, and give their SHA-256.
+    """Copy *size* bytes from offset *at* of *source* to *to* of *target*, skipping holes; return their SHA-256.
 
-    A hole stays one: nothing is written there, so the target must have nothing there either; the caller sets its
-    length at the end. Raises OSError, EOFError if there are fewer bytes.
+    The caller must set the target's length. Raises OSError; EOFError if the source is too short.
     """
     if at + size > os.fstat(source).st_size:
         raise EOFError
@@ -46,7 +45,7 @@ def copy(source: int, at: int, size: int, target: int, to: int) -> str:
 
 
 def write(target: int, data: bytes, to: int) -> int:
-    """Write all of it there, and give where it ends. Raises OSError."""
+    """Write all of *data* at offset *to* and return the end offset. Raises OSError."""
     view = memoryview(data)
     while view:
         done = os.pwrite(target, view, to)
@@ -55,7 +54,7 @@ def write(target: int, data: bytes, to: int) -> int:
 
 
 def add_zeros(digest: hashlib._Hash, count: int) -> None:
-    """Update a digest by so many zeros."""
+    """Update a digest with *count* zero bytes."""
     while count > 0:
         digest.update(_ZEROS[:count])
         count -= _PIECE

@@ -1,8 +1,7 @@
-"""A tree of the host's, read once and packed for the guest, within what the policy and the host's owner allow.
+"""Packing of a host tree for the guest, within what the policy and the user's settings allow.
 
-No link is followed, no other file system entered, nothing read twice: the digests are of the very bytes that travel.
-What may not travel is left out and told. For the program it is not there, but for empty folders on the way to a root
-below it, which is a tree of its own. A root that is missing in a folder that may be changed is made, for the program.
+Links are not followed, other file systems not entered, files read once. What is left out is reported; the program does
+not see it, except for empty folders on the way to a root below. A missing root in a writable folder is created.
 """
 
 from __future__ import annotations
@@ -10,9 +9,7 @@ from __future__ import annotations
 import errno
 import fnmatch
 import hashlib
-import itertools
 import os
-import posixpath
 import re
 import shlex
 import stat
@@ -24,11 +21,11 @@ import msgspec
 from x07_sandbox.channel.contents import parts
 from x07_sandbox.channel.trees import NAME_MAX, Entry, Kind, segment
 from x07_sandbox.errors import RefusedError, UsageError
-from x07_sandbox.files.changes import Node, folders_above
+from x07_sandbox.files.changes import Node, parent_folders
 from x07_sandbox.files.contents import add_zeros
 from x07_sandbox.files.roots import Mount
-from x07_sandbox.host import beneath
-from x07_sandbox.plan.guest_paths import OUT, is_below
+from x07_sandbox.host import beneath, settings
+from x07_sandbox.plan.guest_paths import is_below
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -38,19 +35,18 @@ if TYPE_CHECKING:
     from x07_sandbox.files.roots import Tree
     from x07_sandbox.policy.model import Policy
 
-# What X07's runtime takes where a policy says 0.
+# X07's own limits where a policy says 0.
 READ_BYTES: Final = 16 << 20
 WRITE_BYTES: Final = 16 << 20
 ENTRIES: Final = 10_000
 DEPTH: Final = 64
-DEPTH_MAX: Final = 256  # one open folder for each
+DEPTH_MAX: Final = 256  # one open folder each
 NUMBER_MAX: Final = (1 << 32) - 1  # of a policy's fields
 _TRIES: Final = 3
-# What is said of a name that has become something else since it was looked at: nothing, a link, a folder, a socket.
+# Errors about a name that was replaced after its stat: by nothing, a link, a folder, a socket.
 _CHANGED: Final = {errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.EINVAL, errno.ENXIO}
-_TOLD: Final = 5
-_LOOKED_AT: Final = 1000
-# Names under which people keep secrets: left out wherever they lie, unless the host's owner says otherwise.
+_NAMES_MAX: Final = 5
+# Names that usually hold secrets: left out everywhere, unless --reveal names them.
 SECRETS: Final = (
     *(".env", ".env.*", ".netrc", ".npmrc", ".pypirc", ".git-credentials", ".aws", ".azure", ".gnupg", ".kube"),
     *(".ssh", "id_rsa", "id_dsa", "id_ecdsa", "id_ed25519", "*.pem", "*.key", "*.p12", "*.pfx", "*.jks"),
@@ -63,14 +59,13 @@ Reason = Literal[
 
 
 class EntriesError(RefusedError):
-    """A tree has more entries than a policy lets go in (fs.max_entries)."""
+    """A tree has more entries than the policy allows (fs.max_entries)."""
 
 
 class Bounds(msgspec.Struct, frozen=True, kw_only=True):
-    """What may travel. read_bytes, write_bytes: of one file.
+    """What may travel. read_bytes, write_bytes: per file. secrets, hide (of --hide): patterns of names to leave out.
 
-    secrets, hide: patterns (fnmatch(3)) of names that stay, in any case of letters, unless one of reveal matches them
-    too; hide: those of --hide.
+    The patterns (fnmatch(3), any case) do not apply to names that match one in *reveal*.
     """
 
     deny_hidden: bool
@@ -85,7 +80,7 @@ class Bounds(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def bounds_of(policy: Policy, hide: Sequence[str] = (), reveal: Sequence[str] = ()) -> Bounds:
-    """Those of a policy; 0 stands for X07's defaults. hide, reveal: patterns of names."""
+    """Return the bounds of a policy, with X07's defaults for 0. hide, reveal: patterns of names."""
     fs = policy.fs
     return Bounds(
         deny_hidden=fs.deny_hidden,
@@ -100,43 +95,38 @@ def bounds_of(policy: Policy, hide: Sequence[str] = (), reveal: Sequence[str] = 
 
 
 class LeftOut(msgspec.Struct):
-    """What was left out for one reason. names: the first few. most: the largest, in bytes, or the deepest, in parts.
-
-    links: whether one is a folder with links in it, which stay out even if it is let in.
-    """
+    """Entries left out for one reason. names: the first few. most: the largest in bytes, or the deepest in parts."""
 
     count: int = 0
     names: list[str] = msgspec.field(default_factory=list)
     most: int = 0
-    links: bool = False
 
 
-class Stayed(msgspec.Struct, frozen=True):
-    """One thing that was left out. most: as LeftOut has it, 0 where that says nothing."""
+class Skipped(msgspec.Struct, frozen=True):
+    """One entry that was left out. most: its bytes or parts as in `LeftOut`, else 0."""
 
     reason: Reason
     most: int
 
 
 class Copied(msgspec.Struct):
-    """What was packed. entries, size: of all.
+    """The outcome of packing a tree. nodes: writable entries, by name in the tree; created: those not on the host.
 
-    nodes: of what the program may change, by the name in its tree; made: those that are not there. stayed: what was
-    left out of that, with all below it. A name in both is a folder on the way to another tree's place. apart: mounts
-    for which the tree has nothing, since they are missing or were left out: they travel alone.
+    skipped: writable entries that were left out; one that is also in nodes is a folder on the way to another tree.
+    separate: mounts for which the tree holds nothing; they travel alone. entries, size: totals.
     """
 
     nodes: dict[str, Node] = msgspec.field(default_factory=dict)
-    stayed: dict[str, Stayed] = msgspec.field(default_factory=dict)
-    made: set[str] = msgspec.field(default_factory=set)
+    skipped: dict[str, Skipped] = msgspec.field(default_factory=dict)
+    created: set[str] = msgspec.field(default_factory=set)
     left_out: dict[Reason, LeftOut] = msgspec.field(default_factory=dict)
-    apart: list[Mount] = msgspec.field(default_factory=list)
+    separate: list[Mount] = msgspec.field(default_factory=list)
     entries: int = 0
     size: int = 0
 
 
 def copy_tree(tree: Tree, bounds: Bounds, out: BinaryIO, most_bytes: int) -> Copied:
-    """Write the stream of *tree* (channel/trees) to the seekable *out*. most_bytes: all contents together.
+    """Write the stream of *tree* (channel/trees) to the seekable *out*. most_bytes: limit for all contents together.
 
     Raises EntriesError, RefusedError, UsageError, OSError (of *out*).
     """
@@ -154,11 +144,11 @@ class _Walk:
         self._left = most_bytes
         self._written = [mount.sub for mount in tree.mounts if mount.write]
         self._subs = {mount.sub for mount in tree.mounts if mount.sub}
-        self._ways = self._subs | folders_above(self._subs)
-        self._there: set[str] = set()  # of these ways
-        self._secret = _one_of(bounds.secrets)
-        self._chosen = _one_of(bounds.hide)
-        self._revealed = _one_of(bounds.reveal)
+        self._ways = self._subs | parent_folders(self._subs)
+        self._present: set[str] = set()  # those of _ways that are in the stream
+        self._secret = _any_of(bounds.secrets)
+        self._chosen = _any_of(bounds.hide)
+        self._revealed = _any_of(bounds.reveal)
 
     def run(self) -> None:
         fd = self._open()
@@ -167,7 +157,7 @@ class _Walk:
                 info = os.fstat(fd)
                 if self._tree.only:
                     only = self._tree.only
-                    self._tried(lambda: self._file(fd, only, only, info.st_dev), only)
+                    self._retried(lambda: self._file(fd, only, only, info.st_dev), only)
                 else:
                     self._put(Entry(Kind.FOLDER, b"", mode=info.st_mode & 0o777, mtime_ns=info.st_mtime_ns), "")
                     self._folders(fd, info.st_dev)
@@ -177,60 +167,57 @@ class _Walk:
         self._out.write(Entry(Kind.END, b"").encoded())
 
     def _places(self) -> None:
-        """Make places for mounts of which nothing was met: what is missing, and what was left out."""
+        """Create the mount points that were not met during the walk: missing ones, and those left out."""
         mounts = sorted(self._tree.mounts, key=lambda mount: mount.sub)
         for mount in mounts:
-            if mount.missing and self._may_make(mount):
-                self._make(mount.sub)
-        met = [mount.at for mount in mounts if mount.sub in {"", self._tree.only} or mount.sub in self._there]
-        self.copied.apart = [mount for mount in mounts if mount.at not in met]
-        for mount in self.copied.apart:
+            if mount.missing and self._may_create(mount):
+                self._create(mount.sub)
+        met = [mount.at for mount in mounts if mount.sub in {"", self._tree.only} or mount.sub in self._present]
+        self.copied.separate = [mount for mount in mounts if mount.at not in met]
+        for mount in self.copied.separate:
             if any(is_below(mount.at, at) for at in met):
                 self._way_to(mount)
 
-    def _may_make(self, mount: Mount) -> bool:
-        """Whether it lies in a write root: there it is replaced and removed as anything, and is one wherever shown."""
+    def _may_create(self, mount: Mount) -> bool:
         folder, _, part = mount.sub.rpartition("/")
-        if mount.sub in self._there or (folder and folder not in self._there) or self._stays(part, mount.sub):
+        if mount.sub in self._present or (folder and folder not in self._present) or self._why_skip(part, mount.sub):
             return False
         around = [other.sub for other in self._tree.mounts if other.write and is_below(mount.host, other.host)]
-        return any(not sub or sub in self._there for sub in around)
+        return any(not sub or sub in self._present for sub in around)
 
-    def _make(self, name: str) -> None:
-        from x07_sandbox.files.checks import default_mode  # seldom needed
+    def _create(self, name: str) -> None:
+        from x07_sandbox.files.checks import default_mode  # rarely needed
 
         mode = default_mode()
         self._out.write(Entry(Kind.FOLDER, os.fsencode(name), mode=mode, mtime_ns=time.time_ns()).encoded())
         self.copied.nodes[name] = Node(kind="folder", mode=mode)
-        self.copied.made.add(name)
-        self._there.add(name)
+        self.copied.created.add(name)
+        self._present.add(name)
 
     def _way_to(self, mount: Mount) -> None:
-        """The empty folders on the way to another tree's place in this one, and what it will lie over."""
-        for name in [*sorted(folders_above([mount.sub]), key=len), mount.sub]:  # outer ones first
-            if name in self._there:
+        """Create the empty folders on the way to another tree's mount point in this one, and the mount point."""
+        for name in [*sorted(parent_folders([mount.sub]), key=len), mount.sub]:
+            if name in self._present:
                 continue
-            self._there.add(name)
+            self._present.add(name)
             if name == mount.sub and mount.single:
                 self._out.write(Entry(Kind.FILE, os.fsencode(name), mode=0o644).encoded())
-                # As of a folder, it is known here that it was there: it may go with the folder that it lies in.
+                # Counted as present, so that it may be removed together with the folder around it.
                 self._count(name, Node(kind="file", mode=0o644, sha256=hashlib.sha256().hexdigest()))
             else:
                 self._put(Entry(Kind.FOLDER, os.fsencode(name), mode=0o755, mtime_ns=time.time_ns()), name)
 
     def _open(self) -> int | None:
-        """The folder of the tree; None for a write root that is not there yet. No part of the way may be a link."""
         host = self._tree.host
         try:
             return beneath.open_root(host)
         except OSError as exc:
             if isinstance(exc, FileNotFoundError) and any(mount.missing for mount in self._tree.mounts):
                 return None
-            fix = "Name a folder that stays there, and that you may read"
+            fix = "Name an existing folder that you may read"
             raise UsageError(f"cannot give the program {host}", exc.strerror or str(exc), fix) from exc
 
     def _folders(self, top: int, device: int) -> None:
-        """All below *top*, folders before what is in them. Their descriptors are open only while they are walked."""
         stack: list[tuple[int, str, Iterator[str]]] = [(top, "", iter(self._names(top, "")))]
         try:
             while stack:
@@ -253,35 +240,33 @@ class _Walk:
         try:
             return sorted(os.listdir(fd))
         except FileNotFoundError:
-            return []  # it was removed meanwhile
+            return []  # it was just removed
         except OSError:
-            self._leave("unreadable", name)
+            self._skip("unreadable", name)
             return []
 
     def _entry(self, folder: int, part: str, name: str, device: int) -> int | None:
-        """Pack one entry; the descriptor of a folder whose entries follow."""
-        if reason := self._stays(part, name):
-            self._leave(reason, name, name.count("/") + 1 if reason == "deep" else 0)
-            left = self.copied.left_out.get(reason)
-            if left is not None and reason == "hidden" and not (self._bounds.allow_symlinks or left.links):
-                left.links = _holds_links(folder, part, name)
+        if reason := self._why_skip(part, name):
+            self._skip(reason, name, name.count("/") + 1 if reason == "deep" else 0)
             return None
-        return self._tried(lambda: self._packed(folder, part, name, device), name)
+        return self._retried(lambda: self._packed(folder, part, name, device), name)
 
-    def _tried(self, pack: Callable[[], int | None], name: str) -> int | None:
-        """Pack one entry, anew where it became something else meanwhile."""
+    def _retried(self, pack: Callable[[], int | None], name: str) -> int | None:
         for _ in range(_TRIES):
+            start = self._out.tell()
             try:
                 return pack()
             except OSError as exc:
-                if exc.filename is None:  # of the stream that is written
+                if exc.filename is None:  # the error is about the stream
                     raise
                 if exc.errno == errno.ENOENT and not self._tree.only:
-                    return None  # it went away meanwhile
+                    return None  # it was just removed
                 if exc.errno not in _CHANGED:
-                    self._leave("unreadable", name)
+                    self._skip("unreadable", name)
                     return None
-        self._leave("changing", name)
+                self._out.seek(start)
+                self._out.truncate()
+        self._skip("changing", name)
         return None
 
     def _packed(self, folder: int, part: str, name: str, device: int) -> int | None:
@@ -293,10 +278,10 @@ class _Walk:
         elif stat.S_ISREG(info.st_mode):
             self._file(folder, part, name, device)
         else:
-            self._leave("special", name)
+            self._skip("special", name)
         return None
 
-    def _stays(self, part: str, name: str) -> Reason | None:
+    def _why_skip(self, part: str, name: str) -> Reason | None:
         bounds = self._bounds
         if bounds.deny_hidden and part.startswith("."):
             return "hidden"
@@ -315,7 +300,7 @@ class _Walk:
         info = os.fstat(fd)
         if info.st_dev != device:
             os.close(fd)
-            self._leave("other-disk", name)
+            self._skip("other-disk", name)
             return None
         mode, mtime_ns = info.st_mode & 0o777, info.st_mtime_ns
         self._put(Entry(Kind.FOLDER, os.fsencode(name), mode=mode, mtime_ns=mtime_ns), name)
@@ -323,43 +308,37 @@ class _Walk:
 
     def _link(self, folder: int, part: str, name: str, mtime_ns: int) -> None:
         target = os.readlink(part, dir_fd=folder)
-        if not stays_inside(name, target):
-            self._leave("link-out", name)
+        if not link_stays_inside(name, target):
+            self._skip("link-out", name)
             return
         if not self._bounds.allow_symlinks:
-            self._leave("link", name)
+            self._skip("link", name)
             return
         self._put(Entry(Kind.LINK, os.fsencode(name), mtime_ns=mtime_ns, target=os.fsencode(target)), name)
 
     def _file(self, folder: int, part: str, name: str, device: int) -> None:
-        """A regular file, read anew where it changed meanwhile."""
-        for _ in range(_TRIES):
-            start = self._out.tell()
-            fd = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, dir_fd=folder)
-            try:
-                before = os.fstat(fd)
-                if not stat.S_ISREG(before.st_mode):  # as it was when it was looked at
-                    raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), part)
-                if before.st_size > self._bounds.read_bytes:
-                    self._leave("large", name, before.st_size)
-                    return
-                if before.st_dev != device:
-                    self._leave("other-disk", name)
-                    return
-                try:
-                    sha256 = self._content(fd, before, name)
-                except OSError:  # it became shorter
-                    sha256 = None
-                after = os.fstat(fd)
-            finally:
-                os.close(fd)
-            if sha256 is not None and _state(before) == _state(after):
-                node = Node(kind="file", mode=before.st_mode & 0o777, size=before.st_size, sha256=sha256)
-                self._count(name, node)
+        fd = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, dir_fd=folder)
+        try:
+            before = os.fstat(fd)
+            if not stat.S_ISREG(before.st_mode):  # it was replaced after its stat
+                raise _changed(part)
+            if before.st_size > self._bounds.read_bytes:
+                self._skip("large", name, before.st_size)
                 return
-            self._out.seek(start)
-            self._out.truncate()
-        self._leave("changing", name)
+            if before.st_dev != device:
+                self._skip("other-disk", name)
+                return
+            try:
+                sha256 = self._content(fd, before, name)
+            except OSError as exc:
+                if exc.errno != errno.EIO:  # EIO: the file became shorter
+                    raise
+                raise _changed(part) from exc
+            if _state(before) != _state(os.fstat(fd)):
+                raise _changed(part)
+        finally:
+            os.close(fd)
+        self._count(name, Node(kind="file", mode=before.st_mode & 0o777, size=before.st_size, sha256=sha256))
 
     def _content(self, fd: int, info: os.stat_result, name: str) -> str:
         size = info.st_size
@@ -373,8 +352,8 @@ class _Walk:
             else:
                 self._left -= len(part)
                 if self._left < 0:
-                    why = "what it names has more bytes than a machine takes"
-                    raise RefusedError("the program cannot be given its files", why, "Name smaller roots")
+                    why = f"they have more than {settings.COPY_IN_MAX_BYTES >> 20} MiB"
+                    raise RefusedError("cannot copy the files in", why, "Name smaller roots")
                 self._out.write(segment(len(part)) + part)
                 digest.update(part)
         return digest.hexdigest()
@@ -389,54 +368,46 @@ class _Walk:
     def _count(self, name: str, node: Node) -> None:
         copied = self.copied
         if name in self._ways:
-            self._there.add(name)
-        copied.entries += bool(name)  # the root itself is none
+            self._present.add(name)
+        copied.entries += bool(name)  # the root itself does not count
         copied.size += node.size
         if copied.entries > self._bounds.entries:
             why = f"{self._tree.host} has more than {self._bounds.entries} entries (fs.max_entries)"
-            raise EntriesError("the program cannot be given its files", why, "Raise fs.max_entries, or name less")
+            raise EntriesError("cannot copy the files in", why, "Raise fs.max_entries, or name fewer files")
         if self._is_written(name):
             copied.nodes[name] = node
 
     def _is_written(self, name: str) -> bool:
         return any(not sub or name == sub or name.startswith(f"{sub}/") for sub in self._written)
 
-    def _has_places(self, name: str) -> bool:
-        """Whether a root of that name lies wherever one around it would have shown it, or where --out always does."""
-        mounts = self._tree.mounts
-        places = {mount.at for mount in mounts if mount.sub == name}
-        around = [mount for mount in mounts if not mount.sub or name.startswith(f"{mount.sub}/")]
-        shown = {posixpath.join(mount.at, posixpath.relpath(name, mount.sub or ".")) for mount in around}
-        return OUT in places or shown <= places
-
-    def _leave(self, reason: Reason, name: str, size: int = 0) -> None:
+    def _skip(self, reason: Reason, name: str, size: int = 0) -> None:
         if self._tree.only:
             why = why_left_out(reason, self._bounds)
             error = UsageError(f"cannot give the program {name}", why, "Leave it out, or see docs/reference/policy.md")
             raise error.caused_by(FIELDS[reason], value_for(reason, size, self._bounds))
         if self._is_written(name):
-            self.copied.stayed[name] = Stayed(reason, size)
-        if name in self._subs and self._has_places(name):
-            return  # it travels by itself
+            self.copied.skipped[name] = Skipped(reason, size)
+        if name in self._subs:
+            return  # it travels separately
         left = self.copied.left_out.setdefault(reason, LeftOut())
         left.count += 1
         left.most = max(left.most, size)
-        if len(left.names) < _TOLD:
+        if len(left.names) < _NAMES_MAX:
             left.names.append(name)
 
 
 _WORDS: Final[dict[Reason, str]] = {
-    "hidden": "its name begins with a dot (fs.deny_hidden)",
+    "hidden": "hidden name (fs.deny_hidden)",
     "chosen": "hidden by --hide",
-    "secret": "its name looks like a secret's",
-    "link": "it is a link (fs.allow_symlinks)",
-    "link-out": "it is a link that leads out of its root",
-    "large": "it is larger than fs.max_read_bytes",
-    "deep": "it lies deeper than fs.max_depth",
-    "special": "it is neither a file nor a folder nor a link",
-    "other-disk": "it is on another file system",
-    "unreadable": "it may not be read",
-    "changing": "it changes while it is read",
+    "secret": "looks like a secret",
+    "link": "symbolic link (fs.allow_symlinks)",
+    "link-out": "link that leads out of its root",
+    "large": "larger than fs.max_read_bytes",
+    "deep": "deeper than fs.max_depth",
+    "special": "not a file, folder or link",
+    "other-disk": "on another file system",
+    "unreadable": "not readable",
+    "changing": "changes while it is read",
 }
 FIELDS: Final[dict[Reason, Rule]] = {
     "hidden": "fs.deny_hidden",
@@ -448,17 +419,17 @@ FIELDS: Final[dict[Reason, Rule]] = {
     "deep": "fs.max_depth",
     **dict.fromkeys(("special", "other-disk", "unreadable", "changing"), "fs.read_roots"),
 }
-"""Under which field of a policy each is told; `secrets` is none."""
+"""The policy field of each reason; `secrets` is not a field."""
 
 
 def why_left_out(reason: Reason, bounds: Bounds) -> str:
-    """Why something was left out, as a clause; of what --hide names with its patterns, as a shell takes them."""
+    """Return why something was left out, with the patterns of --hide quoted for a shell."""
     patterns = map(shlex.quote, bounds.hide if reason == "chosen" else ())
     return " ".join([_WORDS[reason], *patterns])
 
 
 def value_for(reason: Reason, most: int, bounds: Bounds) -> int | bool | None:
-    """The value of that field that lets in what was left out; None where none does. most: as LeftOut has it."""
+    """Return the value of the policy field that would let an entry in; None if none would. most: as in `LeftOut`."""
     if reason == "hidden":
         return False
     if reason == "link":
@@ -470,38 +441,22 @@ def value_for(reason: Reason, most: int, bounds: Bounds) -> int | bool | None:
     return None
 
 
-def stays_inside(name: str, target: str) -> bool:
-    """Whether a link of that name below a root leads to a place below the same root. Only names are looked at.
+def link_stays_inside(name: str, target: str) -> bool:
+    """Return whether the link *name* leads to a place below the same root. Only names are looked at.
 
-    It may go up, from where it lies, and then down; up again not, since a part of the way down may be a link itself.
+    The target may go up first and then down. It may not go up again, since a part of the way down may be a link.
     """
     way = [part for part in target.split("/") if part not in {"", "."}]
     up = next((count for count, part in enumerate(way) if part != ".."), len(way))
     return bool(name) and not target.startswith("/") and up <= name.count("/") and ".." not in way[up:]
 
 
-def _holds_links(folder: int, part: str, name: str) -> bool:
-    """Whether links that stay inside are among the first entries of the folder *part*; of what is none, false."""
-    try:
-        fd = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
-    except OSError:
-        return False
-    try:
-        with os.scandir(fd) as entries:
-            return any(
-                stays_inside(f"{name}/{entry.name}", os.readlink(entry.name, dir_fd=fd))
-                for entry in itertools.islice(entries, _LOOKED_AT)
-                if entry.is_symlink()
-            )
-    except OSError:
-        return False
-    finally:
-        os.close(fd)
-
-
-def _one_of(patterns: Sequence[str]) -> re.Pattern[str] | None:
-    """What matches a name in lower case that one of them does; None for no pattern."""
+def _any_of(patterns: Sequence[str]) -> re.Pattern[str] | None:
     return re.compile("|".join(fnmatch.translate(pattern.lower()) for pattern in patterns)) if patterns else None
+
+
+def _changed(part: str) -> OSError:
+    return OSError(errno.EINVAL, os.strerror(errno.EINVAL), part)
 
 
 def _state(info: os.stat_result) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Which changes depend on others that are left out: those that could not be applied, or would lose something."""
+"""The dependencies among changes: which ones must stay out together with others."""
 
 from __future__ import annotations
 
@@ -21,10 +21,9 @@ if TYPE_CHECKING:
 
 
 def with_dependents(changes: Sequence[Change], refused: Iterable[str]) -> set[str]:
-    """Return *refused* and the names of all changes that depend on one of these.
+    """Return *refused* and the names of all changes that depend on one of them.
 
-    What lies below one depends on it; so does the other half of a rename, and a link that leads through it. A folder
-    that was to be removed stays for what stays in it; whatever else was removed from it is still removed.
+    A change depends on folders above it, the other half of a rename, and for a link what is on its path.
     """
     refused = set(refused)
     by_name = {change.name: change for change in changes}
@@ -39,7 +38,7 @@ def with_dependents(changes: Sequence[Change], refused: Iterable[str]) -> set[st
         todo += dependents[name] + below[name]
         there = by_name.get(name)
         for folder in _above(name) if there is not None and there.before is not None else ():
-            if folder not in staying and folder in by_name and _ends(by_name[folder]):
+            if folder not in staying and folder in by_name and _removes_folder(by_name[folder]):
                 staying.add(folder)
                 todo += dependents[folder]
     return left | staying
@@ -48,28 +47,30 @@ def with_dependents(changes: Sequence[Change], refused: Iterable[str]) -> set[st
 def _dependents(
     changes: Sequence[Change], names: AbstractSet[str]
 ) -> tuple[defaultdict[str, list[str]], defaultdict[str, list[str]]]:
-    """Which changes depend on each of *names*: by a rename or a link, and since they lie below it."""
     dependents, below = defaultdict[str, list[str]](list), defaultdict[str, list[str]](list)
-    for name, other in _renames(changes):
+    for name, other in renames(changes):
         dependents[name].append(other)
     for change in changes:
         for folder in filter(names.__contains__, _above(change.name)):
             below[folder].append(change.name)
         if change.after is not None and change.after.kind == "link":
-            for part in filter(names.__contains__, _way(change.name, change.after.target)):
+            for part in filter(names.__contains__, _link_path(change.name, change.after.target)):
                 dependents[part].append(change.name)
     return dependents, below
 
 
-def taken(root: RootChanges, lets: Callable[[Refused], bool]) -> tuple[Change, ...]:
-    """Return the changes left out of *root* that may be done if *lets* overrules the reasons for which it is true."""
-    refused = {refusal.name for refusal in root.refused if not lets(refusal)}
-    still = with_dependents((*root.changes, *root.left_out), refused)
-    return tuple(change for change in root.left_out if change.name not in still)
+def applicable(root: RootChanges, is_overridden: Callable[[Refused], bool]) -> tuple[Change, ...]:
+    """Return the changes left out of *root* that are allowed once the overridden reasons are ignored."""
+    refused = {refusal.name for refusal in root.refused if not is_overridden(refusal)}
+    left_out = with_dependents((*root.changes, *root.left_out), refused)
+    return tuple(change for change in root.left_out if change.name not in left_out)
 
 
-def with_applied(changes: ChangeSet, done: AbstractSet[tuple[str, str]]) -> ChangeSet:
-    """Return the set with what was left out and is *done* by now, by root and name, among its other changes."""
+def with_later_applied(changes: ChangeSet, done: AbstractSet[tuple[str, str]]) -> ChangeSet:
+    """Return the set with those left-out changes that are applied by now moved to its other changes.
+
+    done: the applied changes, by root and name.
+    """
     roots = []
     for root in changes.roots:
         now = [change for change in root.left_out if (root.root, change.name) in done]
@@ -86,21 +87,19 @@ def with_applied(changes: ChangeSet, done: AbstractSet[tuple[str, str]]) -> Chan
 
 
 def _above(name: str) -> Iterator[str]:
-    """The folders above a name, without the root, which is there whatever is said of it."""
     while name := name.rpartition("/")[0]:
         yield name
 
 
-def _ends(change: Change) -> bool:
-    """Whether a folder that was there is to be none any more."""
+def _removes_folder(change: Change) -> bool:
     before, after = change.before, change.after
     return before is not None and before.kind == "folder" and (after is None or after.kind != "folder")
 
 
-def _renames(changes: Iterable[Change]) -> Iterator[tuple[str, str]]:
-    """Both ways, a name that is gone and one that has its content now.
+def renames(changes: Iterable[Change]) -> Iterator[tuple[str, str]]:
+    """Yield, in both directions, a removed name and a new name with the same content.
 
-    Folders and files without content are taken for renamed only where the last part of the name stays.
+    Folders and empty files count as renamed only if the last part of the name is the same.
     """
     gone: dict[tuple[str, ...], list[str]] = defaultdict(list)
     new: dict[tuple[str, ...], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
@@ -113,7 +112,7 @@ def _renames(changes: Iterable[Change]) -> Iterator[tuple[str, str]]:
     for content, names in gone.items():
         found = new[content]
         others = []
-        for name in names:  # in a folder that was renamed its files have the names that they had
+        for name in names:  # files in a renamed folder keep their names
             if same := found[posixpath.basename(name)]:
                 other = same.pop()
                 yield from ((name, other), (other, name))
@@ -131,9 +130,8 @@ def _content(node: Node | None) -> tuple[str, ...] | None:
     return node.kind, node.sha256, node.target
 
 
-def _way(name: str, target: str) -> Iterator[str]:
-    """Where a link leads, by names alone, and all folders on the way there."""
+def _link_path(name: str, target: str) -> Iterator[str]:
     end = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
-    parts = end.split("/")[:DEPTH_MAX]  # nothing that is judged lies deeper
+    parts = end.split("/")[:DEPTH_MAX]  # no entry that is checked lies deeper
     for count in range(1, len(parts) + 1):
         yield "/".join(parts[:count])

@@ -1,6 +1,6 @@
-"""What a guest says that its program has changed: taken as it comes, bounded, and not believed.
+"""Receives the changes that a guest reports: bounded, stored, and not trusted.
 
-Contents go to one file, what else is said to a list. Whether any of it may be done is for `judge` to say.
+Contents go to one file, everything else to a list; `check_changes` decides what is allowed.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 _PERMISSIONS: Final = 0o7777
 
 
-class Told(msgspec.Struct, frozen=True, kw_only=True):
-    """One thing that the guest said of the root with that number. node: what is there now, None for nothing more.
+class ReportedEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """One reported entry of the root with that number. node: what is there now, None if it was removed.
 
     other: the mode (inode(7)) of something that no tree can hold.
     """
@@ -37,15 +37,14 @@ class Told(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Incoming:
-    """Takes the stream. data_fd: lent. roots: how many there are.
+    """Takes the stream. data_fd: lent. roots: their number. most_entries, most_bytes: limits for all of them.
 
-    problem: why not all of it was taken, else empty. too_many: whether that is for the number of its entries.
-    most_entries, most_bytes: of all together; the bytes are those that the files claim to have, holes included, so that
-    nobody makes us count zeros for hours.
+    problem: why part of it was rejected, else empty. too_many: whether that was for the number of entries. Holes count
+    as bytes, which limits the time for hashing.
     """
 
     def __init__(self, data_fd: int, *, roots: int, most_entries: int, most_bytes: int) -> None:
-        self.told: list[Told] = []
+        self.reported: list[ReportedEntry] = []
         self.problem = ""
         self.too_many = False
         self.size = 0
@@ -62,18 +61,18 @@ class Incoming:
 
     @property
     def complete(self) -> bool:
-        """Whether all has come."""
+        """Whether the whole stream was accepted."""
         return self._reader.ended and not self.problem
 
     def take(self, data: bytes) -> bool:
-        """Take bytes of the stream; False once there is a problem. Raises PeerError, BackendError."""
+        """Take bytes of the stream; return False once there is a problem. Raises PeerError, BackendError."""
         if self.problem:
             return False
         try:
             self._take(self._reader.feed(data))
         except OSError as exc:
             fix = "Free space there, or set X07_VM_STATE_DIR to a larger disk"
-            raise BackendError("cannot keep the program's changes", exc.strerror or str(exc), fix) from exc
+            raise BackendError("cannot save the program's changes", exc.strerror or str(exc), fix) from exc
         return not self.problem
 
     def _take(self, events: Iterable[Event]) -> None:
@@ -94,40 +93,40 @@ class Incoming:
     def _begin(self, entry: Entry) -> None:
         name = os.fsdecode(entry.name)
         if entry.kind is Kind.END:
-            os.ftruncate(self._data_fd, self._position)  # with a hole there, if the last file ends in a hole
+            os.ftruncate(self._data_fd, self._position)  # the last file may end in a hole
             return
         if entry.kind is Kind.ROOT:
             self._enter(int(name))
             return
         if self._root < 0:
-            raise PeerError("bad changes", "something stands before the first root")
+            raise PeerError("bad changes", "there is an entry before the first root")
         self._entries_left -= 1
         if entry.mode & ~_PERMISSIONS and entry.kind is not Kind.UNSUPPORTED:
-            raise PeerError("bad changes", "something has a mode with more than permission bits")
+            raise PeerError("bad changes", "a mode has more than permission bits")
         if self._entries_left < 0:
             self.too_many = True
-            self.problem = "it has changed more entries than its policy lets it have (fs.max_entries)"
+            self.problem = "the program changed more entries than the policy allows (fs.max_entries)"
             return
         if entry.kind is Kind.FILE:
             self.size += entry.size
             if self.size > self._most_bytes:
-                self.problem = f"what it has changed has more than {self._most_bytes >> 20} MiB"
+                self.problem = f"the changed files have more than {self._most_bytes >> 20} MiB"
                 return
             self._entry, self._hash, self._at = entry, hashlib.sha256(), self._position
             return
         other = entry.mode if entry.kind is Kind.UNSUPPORTED else None
-        self.told.append(Told(root=self._root, name=name, node=_node(entry), other=other))
+        self.reported.append(ReportedEntry(root=self._root, name=name, node=_node(entry), other=other))
 
     def _enter(self, number: int) -> None:
         if not self._root < number < self._roots:
-            raise PeerError("bad changes", f"root {number} is not one, or out of order")
+            raise PeerError("bad changes", f"root {number} does not exist or is out of order")
         self._root = number
 
     def _end_file(self) -> None:
         entry = self._entry
         assert entry is not None  # noqa: S101 - for the type checker
         node = Node(kind="file", mode=entry.mode, size=entry.size, sha256=self._hash.hexdigest(), at=self._at)
-        self.told.append(Told(root=self._root, name=os.fsdecode(entry.name), node=node))
+        self.reported.append(ReportedEntry(root=self._root, name=os.fsdecode(entry.name), node=node))
 
 
 def _node(entry: Entry) -> Node | None:

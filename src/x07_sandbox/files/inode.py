@@ -1,4 +1,4 @@
-"""What lies on the host under a name, held open while it is looked at and compared with what should be there."""
+"""Open inodes of the host, their comparison with the nodes of a change set, and the error about a mismatch."""
 
 from __future__ import annotations
 
@@ -19,39 +19,39 @@ if TYPE_CHECKING:
     from x07_sandbox.files.changes import Node
 
 Ident = tuple[int, int]
-"""Device and inode."""
+"""Device and inode number."""
 
 NAMES_MAX: Final = 100
 _SHOWN: Final = 5
-# Something on the way is missing, is no folder, or is a link.
-NOTHING: Final = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
+# A part of the path is missing, is not a folder, or is a link.
+MISSING: Final = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
 _KINDS: Final = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFLNK: "link"}
 
 
 class ConflictError(SandboxError):
-    """The host is not as it was when it was copied, and nothing of the set was applied.
+    """The host differs from what was copied; nothing of the set was applied.
 
-    names: absolute paths that are not as the set says they were, at most NAMES_MAX. count: of all.
+    names: absolute paths that differ, at most NAMES_MAX. count: the number of all of them.
     """
 
     names: tuple[str, ...] = ()
     count: int = 0
 
 
-def conflict(names: Sequence[str]) -> ConflictError:
-    """The error about these paths."""
-    why = f"the host has changed since it was copied: {_some(names, len(names))}"
-    error = ConflictError("cannot apply the changes", why, "Look at the changes, and run the program again")
+def conflict_error(names: Sequence[str]) -> ConflictError:
+    """Return the error about these absolute paths."""
+    why = f"these changed on the host since they were copied: {_some(names, len(names))}"
+    error = ConflictError("cannot apply the changes", why, "Review the changes with x07 diff, or run the program again")
     error.names, error.count = tuple(names[:NAMES_MAX]), len(names)
     return error
 
 
-def undo_conflict(error: ConflictError, what: str) -> ConflictError:
-    """The same error about changes that were to be taken back. what: what cannot be done."""
-    why = f"the host has changed since they were applied: {_some(error.names, error.count)}"
-    other = ConflictError(what, why, "Change by hand what you want back: x07 diff shows what was there")
-    other.names, other.count = error.names, error.count
-    return other
+def undo_conflict_error(error: ConflictError, what: str) -> ConflictError:
+    """Return *error* worded for an undo. what: the summary of the new error."""
+    why = f"these changed on the host since the changes were applied: {_some(error.names, error.count)}"
+    undo_error = ConflictError(what, why, "Restore what you need by hand; x07 diff shows the earlier content")
+    undo_error.names, undo_error.count = error.names, error.count
+    return undo_error
 
 
 def _some(names: Sequence[str], count: int) -> str:
@@ -59,8 +59,8 @@ def _some(names: Sequence[str], count: int) -> str:
     return f"{', '.join(ascii(name) for name in names[:_SHOWN])}{more}"
 
 
-class Thing:
-    """What an O_PATH descriptor leads to. info: as it was when it was opened."""
+class OpenInode:
+    """An inode held by an O_PATH descriptor. info: its status at the time of opening."""
 
     __slots__ = ("_digest", "fd", "info")
 
@@ -71,29 +71,26 @@ class Thing:
 
     @property
     def ident(self) -> Ident:
-        """Device and inode."""
+        """Device and inode number."""
         return self.info.st_dev, self.info.st_ino
 
     @property
     def mode(self) -> int:
-        """All twelve bits."""
+        """All twelve mode bits."""
         return stat.S_IMODE(self.info.st_mode)
 
     @property
     def kind(self) -> str | None:
-        """As a Node has it; None for what no set can hold."""
+        """The kind as in `Node`; None for kinds that no change set can hold."""
         return _KINDS.get(stat.S_IFMT(self.info.st_mode))
 
     @property
-    def place(self) -> str:
-        """A name that leads to this very inode, whatever happens to its other names."""
+    def proc_path(self) -> str:
+        """A path that reaches this inode whatever happens to its names."""
         return f"/proc/self/fd/{self.fd}"
 
-    def is_(self, node: Node, *, blind: bool = False) -> bool:
-        """Whether it is what *node* says. blind: a file that we must not read counts by size and mode.
-
-        Raises OSError.
-        """
+    def matches(self, node: Node) -> bool:
+        """Return whether the inode is what *node* describes. Raises OSError."""
         if self.kind != node.kind:
             return False
         if node.kind == "link":
@@ -102,24 +99,23 @@ class Thing:
             return False
         if node.kind == "folder":
             return True
-        try:
-            return self.info.st_size == node.size and self._sha256(node.size) == node.sha256
-        except PermissionError:
-            if blind:
-                return True
-            raise
+        return self.info.st_size == node.size and self._sha256(node.size) == node.sha256
 
     def names(self) -> list[str]:
-        """What is in a folder. Raises OSError."""
-        return os.listdir(self.place)  # noqa: PTH208 - it has no path of its own
+        """Return the names in a folder. Raises OSError."""
+        return os.listdir(self.proc_path)  # noqa: PTH208 - it has no path of its own
 
     def set_mode(self, mode: int) -> None:
-        """Of a file or folder. Raises OSError."""
-        Path(self.place).chmod(mode)
+        """Set the mode of a file or folder. Raises OSError."""
+        Path(self.proc_path).chmod(mode)
+
+    def open_file(self) -> int:
+        """Return a new descriptor for reading the file. Raises OSError."""
+        return os.open(self.proc_path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
 
     def _sha256(self, size: int) -> str:
         if not self._digest:
-            fd = os.open(self.place, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            fd = self.open_file()
             try:
                 self._digest = contents.digest(fd, size)
             finally:
@@ -128,28 +124,23 @@ class Thing:
 
 
 @contextlib.contextmanager
-def thing(dir_fd: int, name: str) -> Iterator[Thing | None]:
-    """What is under a name below an opened folder; None if there is nothing. Raises OSError."""
+def open_inode(dir_fd: int, name: str) -> Iterator[OpenInode | None]:
+    """Open a name below a folder; None if it does not exist. Raises OSError."""
     try:
         fd = beneath.look(dir_fd, name)
     except OSError as exc:
-        if exc.errno not in NOTHING:
+        if exc.errno not in MISSING:
             raise
         fd = -1
     try:
-        yield Thing(fd) if fd >= 0 else None
+        yield OpenInode(fd) if fd >= 0 else None
     finally:
         if fd >= 0:
             os.close(fd)
 
 
-def listed(fd: int) -> list[str]:
-    """Names in an opened folder. Raises OSError."""
-    return os.listdir(fd)
-
-
 def ident_of(dir_fd: int, name: str) -> Ident | None:
-    """Device and inode of a name in an opened folder; None if there is nothing. Raises OSError."""
+    """Return device and inode number of a name in a folder; None if it does not exist. Raises OSError."""
     try:
         info = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
     except FileNotFoundError:

@@ -1,12 +1,8 @@
-"""The journal of applying a set of changes: what is about to be done, so that a killed run can be undone or finished.
+"""The journal of an application: the steps to take, so that a killed run can be rolled back or finished.
 
-It is one of three files in a private folder, and which one says how far it came:
-
-    staging    folders for new content are being made and filled; nothing else was touched
-    journal    all steps are known, and some of them may be done: they are to be undone
-    committed  all are done: what they displaced is to be kept for undo, then removed
-
-The first line is a Head, each other one a Step.
+It is one of three files in the private folder of a set: `staging` while staging folders are filled (nothing else was
+touched), `journal` once all steps are known (roll back), and `committed` once all are done (publish the undo set, then
+remove what was displaced). The first line is a `Head`, every other one a `Step`.
 """
 
 from __future__ import annotations
@@ -26,14 +22,17 @@ from x07_sandbox.files.inode import Ident
 from x07_sandbox.host.decoding import prepared
 
 Phase = Literal["staging", "journal", "committed"]
-Doing = Literal["mode", "remove", "replace", "add"]
+StepKind = Literal["mode", "remove", "replace", "add"]
 _PHASES: Final[tuple[Phase, ...]] = ("committed", "journal", "staging")  # the later one counts
 _PART: Final = ".part"
 _VERSION: Final = 1
 
 
 class Place(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """A folder of the host in which steps are done. staging: the name of ours in it; staged: which one that is."""
+    """A folder of the host in which steps are done.
+
+    staging: the name of the staging folder in it. staged: the inode of that folder.
+    """
 
     path: str
     ident: Ident
@@ -42,7 +41,7 @@ class Place(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class Head(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the steps are about."""
+    """The run and the places of its steps."""
 
     version: Literal[1] = _VERSION
     run: str
@@ -50,18 +49,16 @@ class Head(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class Step(msgspec.Struct, kw_only=True, array_like=True, forbid_unknown_fields=True):
-    """One thing to do under one name.
+    """One operation on one name.
 
-    kind: mode   the thing old gets new_mode
-          remove what is there goes to slot
-          replace what is there changes places with what is in slot
-          add    what is in slot goes there
-    place: which of Head.places. name: relative to it, "." for itself. slot: a name in its staging folder.
-    new: what is staged; new_folder: whether it is one. old, old_mode, before: what was there.
-    undo_at: where its content goes in the data of what undoes it; -1 if it has none.
+    kind: mode (the inode old gets new_mode), remove (what is there moves to slot), replace (it changes places with what
+        is in slot), or add (what is in slot moves there).
+    place: index into Head.places. name: relative to it, "." for itself. slot: a name in its staging folder.
+    new: the staged inode; new_folder: whether it is a folder. old, old_mode, before: what was there.
+    undo_at: offset of its content in the data of the undo set; -1 for none.
     """
 
-    kind: Doing
+    kind: StepKind
     place: int
     name: str
     slot: str = ""
@@ -77,49 +74,49 @@ class Step(msgspec.Struct, kw_only=True, array_like=True, forbid_unknown_fields=
 _Line = TypeVar("_Line", Head, Step)
 
 
-def announce(folder: Path, head: Head) -> None:
-    """Say which folders for staging are about to be made, or, with `staged`, which they are. Raises OSError."""
+def write_staging(folder: Path, head: Head) -> None:
+    """Record the names of the staging folders, and once they exist their inodes. Raises OSError."""
     _write(folder, "staging", head, ())
 
 
-def write(folder: Path, head: Head, steps: Iterable[Step]) -> None:
-    """Say what is about to be done. Raises OSError."""
+def write_steps(folder: Path, head: Head, steps: Iterable[Step]) -> None:
+    """Record the steps, before the first one is taken. Raises OSError."""
     _write(folder, "journal", head, steps)
 
 
 def commit(folder: Path) -> None:
-    """All is done. Raises OSError, after which it is as if this had not been called."""
+    """Mark all steps as done. Nothing is committed if it raises OSError."""
     (folder / "journal").rename(folder / "committed")
-    # The mark is there: that it may be gone after a power cut, and all be undone then, is no reason to undo it now.
+    # A power cut may lose the rename, and then all is rolled back. That is no reason to roll back now.
     with contextlib.suppress(OSError):
         _sync_folder(folder)
 
 
 def committed(folder: Path) -> bool:
-    """Whether commit() did its work."""
+    """Return whether the steps are committed."""
     return (folder / "committed").exists()
 
 
 def pending(folder: Path) -> bool:
-    """Whether there is something to undo or to finish."""
+    """Return whether there is something to roll back or to finish."""
     return any((folder / phase).exists() for phase in _PHASES)
 
 
-def forget(folder: Path) -> None:
-    """There is nothing left to undo or to finish. Raises OSError."""
+def remove(folder: Path) -> None:
+    """Remove the journal. Raises OSError."""
     for phase in reversed(_PHASES):
         for name in (phase, phase + _PART):
             (folder / name).unlink(missing_ok=True)
 
 
 def read(folder: Path) -> tuple[Phase, Head, list[Step]] | None:
-    """What was written last. Raises HostError if it cannot be understood, OSError."""
+    """Return the latest phase, and what was written for it. Raises HostError if it is invalid, OSError."""
     for phase in _PHASES:
         with contextlib.suppress(FileNotFoundError), (folder / phase).open("rb") as file:
             try:
                 return phase, _decode(next(file), Head), [_decode(line, Step) for line in file]
             except (ValueError, StopIteration) as exc:
-                fix = "Look at the folders that it names for one called .x07-apply-*, then remove it"
+                fix = "Look for folders called .x07-apply-* in the places that it names, then remove the journal"
                 raise HostError(f"cannot read the journal {folder / phase}", str(exc), fix) from exc
     return None
 
@@ -142,7 +139,7 @@ def _write(folder: Path, phase: Phase, head: Head, steps: Iterable[Step]) -> Non
 
 
 def _encode(value: msgspec.Struct) -> bytes:
-    """A line in ASCII: names need not be UTF-8, and msgspec writes no lone surrogates."""
+    """Return one line in ASCII, since names need not be UTF-8."""
     return json.dumps(msgspec.to_builtins(value), separators=(",", ":")).encode("ascii") + b"\n"
 
 

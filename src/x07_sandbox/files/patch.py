@@ -1,8 +1,4 @@
-"""Changes as a patch that people and tools read: git's extended form of the unified diff.
-
-Lines that both ends share are taken off first, and only what is left in the middle is compared, within bounds for each
-file and for all: a program that nobody trusts has written one side of it.
-"""
+"""Change sets as a patch in git's extended unified format, with limits on the work because one side is hostile."""
 
 from __future__ import annotations
 
@@ -21,12 +17,12 @@ if TYPE_CHECKING:
 
     from x07_sandbox.files.changes import Change, ChangeSet, Node
 
-    Content = Callable[[str, str, Node], bytes | None]  # root, name, what is wanted: its bytes, or None if not there
+    Content = Callable[[str, str, Node], bytes | None]  # of a root's name: the bytes of that node, None if not there
 
 TEXT_MAX: Final = 1 << 20
-_COMPARED_MAX: Final = 1500  # lines of either side: no list of pairs is long then
-# Pairs of equal lines that are looked at, of all files and of one: of lines that repeat there are millions, and difflib
-# looks at them again for each block that it finds, which took minutes. 10 million take a second.
+_COMPARED_MAX: Final = 1500  # lines of either side
+# Limits for visited pairs of equal lines, in all files and in one. Repeated lines make millions of pairs, and difflib
+# visits them again for each block, which took minutes. 10 million take a second.
 PAIRS_MAX: Final = 20_000_000
 _PAIRS_OF_ONE_MAX: Final = 5_000_000
 _CONTEXT: Final = 3
@@ -35,20 +31,20 @@ _MODES: Final = {"file": 0o100000, "link": 0o120000}
 
 
 def patch(changes: ChangeSet, before: Content, after: Content) -> Iterator[bytes]:
-    """The patch in pieces, root by root: deletions first, what is left out last.
+    """Yield the patch in pieces, root by root: deletions first, left-out changes last.
 
-    before, after: where contents come from.
+    before, after: sources of the contents.
     """
     work = Work(PAIRS_MAX)
     for root in changes.roots:
         if not (root.changes or root.left_out or root.refused):
             continue
         yield b"# in " + _quoted(os.fsencode(root.root)) + b"\n"
-        word = b"may not be done" if changes.all_or_nothing else b"left out"
+        word = b"not allowed" if changes.all_or_nothing else b"left out"
         refused: dict[str, str] = {}
         for refusal in root.refused:
             refused[refusal.name] = "; ".join(filter(None, (refused.get(refusal.name), refusal.why)))
-        depends = dict.fromkeys((change.name for change in root.left_out), "it depends on what is left out")
+        depends = dict.fromkeys((change.name for change in root.left_out), "depends on what is left out")
         every = [*sorted(root.changes, key=_deletions_first), *sorted(root.left_out, key=_deletions_first)]
         for change in every:
             why = refused.get(change.name) or depends.get(change.name)
@@ -68,7 +64,7 @@ def _note(word: bytes, root: str, name: str, why: bytes) -> bytes:
 
 
 def _one(root: str, change: Change, before: Content, after: Content, work: Work) -> Iterator[bytes]:
-    """One name. What git has no words for is a remark, which it passes over: it would make files of new folders."""
+    """Yield the patch of one name. Folders, which git would turn into files, are comments."""
     old, new = change.before, change.after
     if old is not None and new is not None and old.kind != new.kind:
         for part in (msgspec.structs.replace(change, after=None), msgspec.structs.replace(change, before=None)):
@@ -96,7 +92,6 @@ def _one(root: str, change: Change, before: Content, after: Content, work: Work)
 
 
 def _text(root: str, name: str, node: Node | None, content: Content) -> bytes | None:
-    """What there is to compare; None where it cannot be shown as lines."""
     if node is None:
         return b""
     data = os.fsencode(node.target) if node.kind == "link" else content(root, name, node)
@@ -112,14 +107,12 @@ def _head(old: Node | None, new: Node | None) -> bytes:
 
 
 def _modes(old: Node | None, new: Node | None) -> bytes:
-    """The permission bits of both, if they are others."""
     if old is None or new is None or old.mode == new.mode:
         return b""
     return b", mode %04o -> %04o" % (old.mode, new.mode)
 
 
 def _summary(old: Node | None, new: Node | None) -> bytes:
-    """In place of lines, where there are none to show."""
     sides = [
         "nothing" if node is None else f"{node.size} bytes, sha256 {node.sha256}" if node.kind == "file" else node.kind
         for node in (old, new)
@@ -128,21 +121,21 @@ def _summary(old: Node | None, new: Node | None) -> bytes:
 
 
 def _mode(node: Node) -> int:
-    # Git keeps of a file's mode whether its owner may execute it; the rest is in the machine form.
+    # Git stores only whether the owner may execute a file.
     if node.kind == "file":
         return _MODES["file"] | (0o755 if node.mode & 0o100 else 0o644)
     return _MODES[node.kind]
 
 
 class Work:
-    """What may still be done to compare files. left: pairs of equal lines that may be looked at."""
+    """The remaining budget for comparing files. left: pairs of equal lines."""
 
     def __init__(self, left: int) -> None:
         self.left = left
 
 
 class _Bounded(difflib.SequenceMatcher[bytes]):
-    """Finds nothing more once its work is done: what is not compared then is one block that was replaced."""
+    """Finds no further match once the budget is used up; the rest is then one replaced block."""
 
     def __init__(self, one: list[bytes], two: list[bytes], work: Work) -> None:
         super().__init__(None, one, two, autojunk=False)
@@ -163,7 +156,7 @@ class _Bounded(difflib.SequenceMatcher[bytes]):
 
 
 def hunks(old: bytes, new: bytes, work: Work) -> Iterator[bytes]:
-    """The hunks of a unified diff. work: what is done is taken from it."""
+    """Yield the hunks of a unified diff. work: the budget to charge."""
     one, two = _lines(old), _lines(new)
     start = 0
     while start < min(len(one), len(two)) and one[start] == two[start]:
@@ -181,14 +174,13 @@ def hunks(old: bytes, new: bytes, work: Work) -> Iterator[bytes]:
 
 
 def _lines(data: bytes) -> list[bytes]:
-    """Lines with their ends; unlike bytes.splitlines only a line feed ends one."""
+    """Return lines with their ends. Unlike with bytes.splitlines, only a line feed ends a line."""
     found = [line + b"\n" for line in data.split(b"\n")]
     last = found.pop().removesuffix(b"\n")
     return [*found, last] if last else found
 
 
 def _grouped(blocks: list[tuple[int, int, int, int]]) -> Iterator[list[tuple[int, int, int, int]]]:
-    """Blocks whose context would touch, together."""
     group: list[tuple[int, int, int, int]] = []
     for block in blocks:
         if group and block[0] - group[-1][1] > 2 * _CONTEXT:
@@ -225,7 +217,6 @@ def _range(start: int, size: int) -> bytes:
 
 
 def _quoted(name: bytes) -> bytes:
-    """As git quotes names: plain where it can be."""
     if _PLAIN.fullmatch(name):
         return name
     return b'"' + b"".join(map(_escaped, name)) + b'"'

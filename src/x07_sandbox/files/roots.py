@@ -1,9 +1,8 @@
-"""Which folders of the host a policy opens, and which of them travel together; plan/guest_paths says where to."""
+"""The folders of the host that a policy opens, and how they are grouped for copying."""
 
 from __future__ import annotations
 
 import os
-import posixpath
 import stat
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -17,12 +16,11 @@ from x07_sandbox.plan.guest_paths import guest_path, is_below
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from x07_sandbox.plan.confinement import Confinement
     from x07_sandbox.policy.model import Policy
 
 
 class Root(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One root. field: of the policy, or the flag, that names it. given: as it stands there. host, guest: its place."""
+    """One root. field: the policy field or flag that names it. given: as written there. host, guest: absolute paths."""
 
     field: str
     given: str
@@ -32,9 +30,9 @@ class Root(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class Mount(msgspec.Struct, frozen=True, kw_only=True):
-    """A part of a tree in the guest. sub: the part, "" for all of it. at: its place there. host: on the host.
+    """A part of a tree in the guest. sub: the part, "" for all of it. at, host: its paths in the guest and on the host.
 
-    missing: it is not there on the host. single: it is a file.
+    missing: it does not exist on the host. single: it is a file.
     """
 
     sub: str
@@ -46,7 +44,10 @@ class Mount(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Tree(msgspec.Struct, frozen=True, kw_only=True):
-    """What travels as one. host: the folder from which names go. only: the name there of a root that is one file."""
+    """A tree that is copied in one piece. host: its folder.
+
+    only: the file's name in that folder, for a root that is a single file.
+    """
 
     host: str
     only: str
@@ -54,7 +55,7 @@ class Tree(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def roots_of(policy: Policy, base: Path, start: str) -> tuple[Root, ...]:
-    """The roots that a policy opens, relative ones below *base*. The plan refuses what has no place in the guest."""
+    """Return the roots that a policy opens; relative ones are below *base*. The plan refuses those without a place."""
     if not policy.fs.enabled:
         return ()
     found = []
@@ -68,10 +69,9 @@ def roots_of(policy: Policy, base: Path, start: str) -> tuple[Root, ...]:
 
 
 def trees_of(roots: Sequence[Root]) -> tuple[Tree, ...]:
-    """The roots as trees: what lies in another travels with it, once, and write wins. Raises UsageError.
+    """Group the roots into trees: a root inside another is copied once, and write access wins. Raises UsageError.
 
-    Every folder on the way to a root must be a real one: a link would lead wherever whoever can change it wants. A
-    write root need not be there, if the folder that it is to lie in is.
+    No part of a path may be a link, which could be redirected. A write root may be missing if its parent exists.
     """
     states = {root.host: _look(root) for root in roots}
     tops: list[str] = []
@@ -99,26 +99,14 @@ def _mounts(roots: Iterable[Root], base: str, states: dict[str, str]) -> tuple[M
     return tuple(found.values())
 
 
-def mounts_of(trees: Sequence[Tree], listed: Confinement) -> list[tuple[int, Mount]]:
-    """What is to be mounted, outer ones first, so that none covers another, with the number of its tree.
+def mounts_of(trees: Sequence[Tree]) -> list[tuple[int, Mount]]:
+    """Return the mounts and the indexes of their trees, outer ones first, so that none covers another.
 
-    What lies where another one shows it anyway is none: the program could neither replace nor remove it (EBUSY). A file
-    that a list of programs names is one: in a mount of its own it can be written and executed.
+    A root that another mount shows anyway gets no mount: the program could not replace or remove a mount point (EBUSY).
     """
     every = [(number, mount) for number, tree in enumerate(trees) for mount in tree.mounts]
     every.sort(key=lambda one: (one[1].at.count("/"), one[1].at))
-    return [one for one in every if _is_listed(one[1], listed) or not _is_shown(one, every)]
-
-
-def _is_listed(mount: Mount, listed: Confinement) -> bool:
-    """Whether an entry names a file that may be written, and not a folder that it lies in: that is open anyway."""
-    if not mount.single or not mount.write:
-        return False
-    folder, part = posixpath.split(mount.at)
-    starts = (posixpath.split(prefix) for prefix in listed.prefixes)
-    return mount.at in (listed.programs or ()) or any(
-        start and at == folder and part.startswith(start) for at, start in starts
-    )
+    return [one for one in every if not _is_shown(one, every)]
 
 
 def _is_shown(one: tuple[int, Mount], every: Sequence[tuple[int, Mount]]) -> bool:
@@ -132,7 +120,7 @@ def _is_shown(one: tuple[int, Mount], every: Sequence[tuple[int, Mount]]) -> boo
 
 
 def change_roots(trees: Sequence[Tree]) -> list[tuple[int, Mount]]:
-    """The mounts whose changes come back, each host folder once, with the number of its tree."""
+    """Return the mounts whose changes come back, each host folder once, and the indexes of their trees."""
     found: list[tuple[int, Mount]] = []
     for number, tree in enumerate(trees):
         hosts: set[str] = set()
@@ -144,7 +132,7 @@ def change_roots(trees: Sequence[Tree]) -> list[tuple[int, Mount]]:
 
 
 def _look(root: Root) -> str:
-    """What is there: `folder`, `file` or `missing`. Raises UsageError for all else, and for a link on the way."""
+    """Return `folder`, `file` or `missing`. Raises UsageError for anything else, and for a link on the path."""
     what = f"cannot give the program {root.given}"
     parts = PurePosixPath(root.host).parts[1:]
     mode = stat.S_IFDIR
@@ -156,7 +144,7 @@ def _look(root: Root) -> str:
             except FileNotFoundError as exc:
                 if root.write and number == len(parts) - 1:
                     return "missing"
-                raise UsageError(what, f"there is no {root.host}", "Make it, or leave it out") from exc
+                raise UsageError(what, f"{root.host} does not exist", "Create it, or leave it out") from exc
             except OSError as exc:
                 raise UsageError(what, f"{root.host}: {exc.strerror}", "Name a folder that you may read") from exc
             os.close(fd)
@@ -164,13 +152,14 @@ def _look(root: Root) -> str:
             mode = os.fstat(fd).st_mode
             if stat.S_ISLNK(mode):
                 link = "/" + "/".join(parts[: number + 1])
-                raise UsageError(what, f"{link} is a link", f"Name the place itself: {os.path.realpath(root.host)}")
+                raise UsageError(what, f"{link} is a link", f"Name its target: {os.path.realpath(root.host)}")
         if stat.S_ISDIR(mode):
             return "folder"
         if stat.S_ISREG(mode):
-            if root.field == "--out":  # its place is a folder
-                raise UsageError(what, f"{root.host} is a file", "Name a folder by --out, a file by --allow-write-root")
+            if root.field == "--out":
+                fix = "Use --out with a folder, or --allow-write-root with a file"
+                raise UsageError(what, f"{root.host} is a file", fix)
             return "file"
-        raise UsageError(what, f"{root.host} is neither a file nor a folder", "Name one")
+        raise UsageError(what, f"{root.host} is neither a file nor a folder", "Name a file or folder")
     finally:
         os.close(fd)

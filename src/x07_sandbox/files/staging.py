@@ -1,4 +1,4 @@
-"""New content is made beside the old, on the same file system, in a private folder, before any name changes."""
+"""Planning the steps of a set and writing its new content to private staging folders on the same file system."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import msgspec
 from x07_sandbox.errors import HostError
 from x07_sandbox.files import contents
 from x07_sandbox.files.checks import only_mode
-from x07_sandbox.files.inode import thing
-from x07_sandbox.files.journal import Doing, Step
+from x07_sandbox.files.inode import open_inode
+from x07_sandbox.files.journal import Step, StepKind
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -22,27 +22,27 @@ if TYPE_CHECKING:
     from x07_sandbox.files.changes import Change, Node
     from x07_sandbox.files.checks import Item
 
-# A folder must have both of its owner, or nothing in it can be made or removed, and it cannot go elsewhere.
+# The owner needs both bits to create or remove anything in a folder and to move it.
 _OPEN: Final = 0o300
 _ACL: Final = "system.posix_acl_access"
 
 
 class Planner:
-    """Makes the steps of all roots. undo_size: the bytes of the contents that are to be kept."""
+    """Plans the steps of all roots. data_fd: the contents of the set. content: the new nodes, by slot."""
 
-    def __init__(self) -> None:
+    def __init__(self, data_fd: int) -> None:
+        self.data_fd = data_fd
         self.steps: list[Step] = []
-        self.content: dict[str, Node] = {}  # of slots
-        self.undo_size = 0
+        self.content: dict[str, Node] = {}
+        self._undo_size = 0
         self._slots = 0
 
     def add(self, place: int, items: Iterable[Item]) -> None:
-        """The steps of one root. items: each folder before what is in it.
+        """Add the steps of one root. items: each folder before what is in it.
 
-        Folders closed to their owner are opened first; the deepest goes first, the uppermost comes first; folders get
-        their modes at the end.
+        Removals go from the deepest up, additions from the top down; modes of folders are set last.
         """
-        opening, going, coming, closing = list[Step](), list[Step](), list[Step](), list[Step]()
+        opening, removing, adding, closing = list[Step](), list[Step](), list[Step](), list[Step]()
         for item in items:
             before, after = item.change.before, item.change.after
             mode = stat.S_IMODE(item.info.st_mode) if item.info else 0
@@ -51,19 +51,18 @@ class Planner:
                 mode |= 0o700
             if only_mode(item.change) and not _has_other_names(item):
                 assert after is not None  # noqa: S101 - for the type checker
-                # The group that a folder hands on, and who may delete in it, are the host's; what a changed program
-                # may become is nobody's to say.
+                # A folder keeps its setgid and sticky bits; a changed file loses its special bits.
                 wanted = after.mode | (mode & 0o7000 if after.kind == "folder" else 0)
                 if wanted != mode:
-                    (closing if after.kind == "folder" else coming).append(self._mode(place, item, mode, wanted))
+                    (closing if after.kind == "folder" else adding).append(self._mode(place, item, mode, wanted))
             elif after is None:
-                going.append(self._swap(place, item, mode))
+                removing.append(self._swap(place, item, mode))
             else:
-                coming.append(self._swap(place, item, mode))
+                adding.append(self._swap(place, item, mode))
                 if after.kind == "folder" and after.mode | 0o700 != after.mode:
-                    closing.append(Step(kind="mode", place=place, name=item.name, slot=coming[-1].slot))
+                    closing.append(Step(kind="mode", place=place, name=item.name, slot=adding[-1].slot))
                     closing[-1].old_mode, closing[-1].new_mode = after.mode | 0o700, after.mode
-        self.steps += [*opening, *reversed(going), *coming, *reversed(closing)]
+        self.steps += [*opening, *reversed(removing), *adding, *reversed(closing)]
 
     def _mode(self, place: int, item: Item, mode: int, wanted: int) -> Step:
         step = Step(kind="mode", place=place, name=item.name, old_mode=mode, new_mode=wanted, before=item.change.before)
@@ -73,7 +72,7 @@ class Planner:
 
     def _swap(self, place: int, item: Item, mode: int) -> Step:
         before, after = item.change.before, item.change.after
-        kind: Doing = "add" if before is None else "remove" if after is None else "replace"
+        kind: StepKind = "add" if before is None else "remove" if after is None else "replace"
         step = Step(kind=kind, place=place, name=item.name, slot=str(self._slots), old_mode=mode, before=before)
         self._slots += 1
         if after:
@@ -82,37 +81,37 @@ class Planner:
         if item.info:
             step.old = item.info.st_dev, item.info.st_ino
         if before and before.kind == "file":
-            step.undo_at = self.undo_size
-            self.undo_size += before.size
+            step.undo_at = self._undo_size
+            self._undo_size += before.size
         return step
 
 
 def _has_other_names(item: Item) -> bool:
-    """Whether another mode would be that of other names too. In the machine each was a file of its own."""
+    """Return whether a new mode would affect other names (hard links). In the machine each name was a separate file."""
     return item.info is not None and stat.S_ISREG(item.info.st_mode) and item.info.st_nlink > 1
 
 
-def fill(site: Site, steps: Iterable[Step], content: dict[str, Node], data_fd: int) -> None:
-    """Make what the steps of one place put there, and tell them which that is. Raises HostError, OSError."""
-    made = dict[str, Step]()
+def fill(site: Site, steps: Iterable[Step], planner: Planner) -> None:
+    """Create the new inodes of one place in its staging folder and set `Step.new`. Raises HostError, OSError."""
+    created = dict[str, Step]()
     for step in steps:
         if step.kind == "mode":
             if step.slot:
-                step.old = made[step.slot].new
+                step.old = created[step.slot].new
             continue
-        node = content.get(step.slot)
+        node = planner.content.get(step.slot)
         if node is None:
             continue
         try:
-            info = _make(site, step, node, data_fd)
+            info = _create(site, step, node, planner.data_fd)
         except OSError as exc:
-            exc.filename = site.path(step.name)  # the name of a slot tells nobody anything
+            exc.filename = site.path(step.name)  # the name of a slot would mean nothing to the user
             raise
         step.new = info.st_dev, info.st_ino
-        made[step.slot] = step
+        created[step.slot] = step
 
 
-def _make(site: Site, step: Step, node: Node, data_fd: int) -> os.stat_result:
+def _create(site: Site, step: Step, node: Node, data_fd: int) -> os.stat_result:
     staging_fd = site.staging_fd
     if node.kind == "link":
         os.symlink(node.target, step.slot, dir_fd=staging_fd)
@@ -120,11 +119,11 @@ def _make(site: Site, step: Step, node: Node, data_fd: int) -> os.stat_result:
         os.mkdir(step.slot, 0o700, dir_fd=staging_fd)
         os.chmod(step.slot, node.mode | 0o700, dir_fd=staging_fd)
     else:
-        return _make_file(site, step, node, data_fd)
+        return _create_file(site, step, node, data_fd)
     return os.stat(step.slot, dir_fd=staging_fd, follow_symlinks=False)
 
 
-def _make_file(site: Site, step: Step, node: Node, data_fd: int) -> os.stat_result:
+def _create_file(site: Site, step: Step, node: Node, data_fd: int) -> os.stat_result:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     fd = os.open(step.slot, flags, 0o600, dir_fd=site.staging_fd)
     try:
@@ -134,8 +133,8 @@ def _make_file(site: Site, step: Step, node: Node, data_fd: int) -> os.stat_resu
         except EOFError:
             found = ""
         if found != node.sha256:
-            why = f"the content of {site.path(step.name)!a} is not what the set says"
-            raise HostError("cannot apply the changes", why, "Run the program again: its changes were damaged")
+            why = f"the saved content of {site.path(step.name)!a} is damaged"
+            raise HostError("cannot apply the changes", why, "Run the program again")
         os.ftruncate(fd, node.size)
         if step.kind == "replace" and step.before and step.before.kind == "file":
             _inherit(site.fd, step, fd)
@@ -147,14 +146,13 @@ def _make_file(site: Site, step: Step, node: Node, data_fd: int) -> os.stat_resu
 
 @contextlib.contextmanager
 def _source(dir_fd: int, step: Step, node: Node, data_fd: int) -> Iterator[int]:
-    """Where its bytes are: what is there has them, where the set only has its mode. Raises EOFError if it is gone."""
     if node.at is not None:
         yield data_fd
         return
-    with thing(dir_fd, step.name) as old:
+    with open_inode(dir_fd, step.name) as old:
         if old is None or old.ident != step.old:
             raise EOFError
-        fd = os.open(old.place, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        fd = old.open_file()
         try:
             yield fd
         finally:
@@ -162,22 +160,21 @@ def _source(dir_fd: int, step: Step, node: Node, data_fd: int) -> Iterator[int]:
 
 
 def _inherit(dir_fd: int, step: Step, fd: int) -> None:
-    """Give a file the owner, the group and the attributes of that which it replaces."""
-    with thing(dir_fd, step.name) as old:
+    with open_inode(dir_fd, step.name) as old:
         if old is None or old.ident != step.old:
-            return  # the step itself will find that, and undo all
+            return  # the step itself will find the conflict
         mine = os.fstat(fd)
         if (mine.st_uid, mine.st_gid) != (old.info.st_uid, old.info.st_gid):
             os.fchown(fd, old.info.st_uid, old.info.st_gid)
         with contextlib.suppress(OSError):
-            for name in os.listxattr(old.place):
+            for name in os.listxattr(old.proc_path):
                 if name.startswith("user.") or name == _ACL:
                     with contextlib.suppress(OSError):
-                        os.setxattr(fd, name, os.getxattr(old.place, name))
+                        os.setxattr(fd, name, os.getxattr(old.proc_path, name))
 
 
 def undo_changes(items: Iterable[Item], steps: Iterable[Step]) -> Iterator[Change]:
-    """What brings a root back, by the names that its items have. steps: those of its place."""
+    """Yield the changes that undo the items of a root. steps: those of its place."""
     at = {step.name: step.undo_at for step in steps if step.undo_at >= 0}
     for item in items:
         before, after = item.change.before, item.change.after

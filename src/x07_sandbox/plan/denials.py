@@ -62,12 +62,8 @@ class Hint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class GuestMount(msgspec.Struct, frozen=True, kw_only=True):
-    """A host folder in the guest. given: its name in the policy or flag. at: its path in the guest.
-
-    joins: what would include it in the root around it, which left it out.
-    """
+    """A host folder in the guest. given: its name in the policy or flag. at: its path in the guest."""
 
     given: str
     at: str
     write: bool
-    joins: HowToAllow | None = None

@@ -96,8 +96,8 @@ def hints(
     executed |= dict.fromkeys(name for name in tools.values() if is_known_program(name))
     paths = {path: None for path in paths if tools[path] not in executed}
     modules = (_module(name, local) for name in dict.fromkeys(_MODULE.findall(text)))
-    programs = map(_program, executed)
-    commands = (_program(name) for name in dict.fromkeys(_COMMAND.findall(text)) if name not in executed)
+    programs = map(program_hint, executed)
+    commands = (program_hint(name) for name in dict.fromkeys(_COMMAND.findall(text)) if name not in executed)
     missing = (_hint(path, policy) for path in paths)
     # A script that continues may lack many programs, so commands come last.
     names = dict.fromkeys(name for pattern in _VARIABLES for name in pattern.findall(text))
@@ -112,7 +112,8 @@ def _names(pattern: re.Pattern[str], text: str) -> Iterator[str]:
         yield next(name for name in match.groups() if name)
 
 
-def _program(name: str) -> Hint:
+def program_hint(name: str) -> Hint:
+    """Return a hint to a program that the image does not have."""
     return Hint(subject=f"the program {name}", how=_by_image(flag_for_program(name)))
 
 

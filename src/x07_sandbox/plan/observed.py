@@ -304,7 +304,7 @@ def _advise_replacing(path: str, areas: Sequence[GuestMount], policy: Policy, cw
     if area is None or area.at != path or path == OUT:
         return None
     if any(other.write and is_below(path, other.at) for other in areas):  # there already is one
-        return area.joins
+        return None
     given = posixpath.normpath(area.given)
     folder = posixpath.dirname(given) or "."
     if given == "." or guest_path(folder, cwd, deny_hidden=policy.fs.deny_hidden)[0] is None:

@@ -4,10 +4,28 @@ from typing import Final
 
 # Programs so well known that a missing file of that name means the program. The first have packages of the same name.
 _SAME_NAME: Final = (
-    *("cargo", "cmake", "curl", "ffmpeg", "g++", "gcc", "git", "jq", "less", "make", "npm", "perl", "ruby", "rustc"),
-    *("sqlite3", "unzip", "vim", "wget", "zip"),
+    *(
+        "cargo",
+        "cmake",
+        "curl",
+        "ffmpeg",
+        "fish",
+        "g++",
+        "gawk",
+        "gcc",
+        "git",
+        "jq",
+        "less",
+        "make",
+        "npm",
+        "perl",
+        "ruby",
+        "rustc",
+    ),
+    *("lua5.4", "sqlite3", "unzip", "vim", "wget", "zip", "zsh"),
 )
 _PROGRAMS: Final = dict(zip(_SAME_NAME, _SAME_NAME, strict=True)) | {
+    "Rscript": "r-base-core",
     "cc": "gcc",
     "convert": "imagemagick",
     "go": "golang-go",
@@ -22,6 +40,8 @@ _PROGRAMS: Final = dict(zip(_SAME_NAME, _SAME_NAME, strict=True)) | {
     "pytest": "python3-pytest",
     "rg": "ripgrep",
     "ssh": "openssh-client",
+    "tclsh": "tcl",
+    "tsc": "node-typescript",
     "xz": "xz-utils",
 }
 _PIP: Final = frozenset({"pip", "pip3"})

@@ -35,11 +35,11 @@ from x07_sandbox.plan.outcomes import Outcome, classify
 from x07_sandbox.plan.sizes import ram_class_bytes
 from x07_sandbox.policy import default_policy
 from x07_sandbox.programs.toolchains import OUTPUT
-from x07_sandbox.runs.artifact import artifact_of
+from x07_sandbox.runs.artifact import obtain_artifact
 from x07_sandbox.runs.folder import RunFolder
-from x07_sandbox.runs.phase import PhaseStreams, carry_out, needs_of
+from x07_sandbox.runs.phase import PhaseStreams, needs_of, run_phase
 from x07_sandbox.runs.phase_specs import run_spec
-from x07_sandbox.runs.prepare import check_pinned, current_image, last_of, prepare
+from x07_sandbox.runs.prepare import check_pinned, current_image, final_value, prepare
 from x07_sandbox.runs.request import RunRequest
 from x07_sandbox.runs.result import draft_result
 from x07_sandbox.runs.streams import Sink, memory_file
@@ -129,9 +129,9 @@ class WarmMachines:
         try:
             image, cancel, progress = self._image_ref, self._cancel, self._caller.progress
             request = RunRequest(program=program, image=image, cancel=cancel, progress=progress, choice=self._choice)
-            prepared, draft = last_of(prepare(request, draft, self._stack))
+            prepared, draft = final_value(prepare(request, draft, self._stack))
             artifact = folder.out_file(OUTPUT, settings.ARTIFACT_MAX_BYTES)
-            ending, _ = last_of(artifact_of(prepared, draft, folder, artifact))
+            ending, _ = final_value(obtain_artifact(prepared, draft, folder, artifact))
             if ending is not None:
                 raise BackendError("cannot warm a machine", f"{program.name}: {ending.reason}", "Run x07 doctor")
             spec = run_spec(prepared, artifact, self._stack)
@@ -211,7 +211,7 @@ class WarmMachines:
             )
             stdin_fd = memory_file(_INPUT, stack)
             streams = PhaseStreams(stdin_fd=stdin_fd, stdout=out, stderr=err, cancel=self._cancel)
-            ending = classify(carry_out(spec, instance, streams).evidence)
+            ending = classify(run_phase(spec, instance, streams).evidence)
         self._check_open()
         if ending.outcome is not Outcome.OK:
             raise BackendError("cannot warm a machine", ending.reason, "Run x07 doctor")

@@ -1,8 +1,7 @@
-"""The artifact cache: what was built before from the same source, by the same tools, in the same image.
+"""The artifact cache: built programs by source, tools and image.
 
-cache/building/<xx>: locked by whoever builds one whose key begins so, that others may wait for it.
-cache/artifacts/<key>: one line of JSON, padded to HEADER_BYTES, then the artifact, then notes about its build. It is
-one file, so that it is there whole or not at all. Whoever uses an artifact hashes it again while copying it.
+cache/artifacts/<key>: one line of JSON, padded to HEADER_BYTES, then the artifact, then notes about its build. Users of
+an artifact hash it again while they copy it. cache/building/<xx>: a lock for builders of keys that start so.
 """
 
 from __future__ import annotations
@@ -30,9 +29,9 @@ NOTES_MAX_BYTES: Final = settings.MIB
 
 
 class CachedArtifact(msgspec.Struct, frozen=True, kw_only=True):
-    """An artifact that is there. fd: lent, its content starts at HEADER_BYTES. sha256: what it must hash to.
+    """A cached artifact. fd: lent; its content starts at HEADER_BYTES.
 
-    notes: what was noted about its build, as it was given.
+    sha256: its expected digest. notes: about its build, as they were stored.
     """
 
     fd: int
@@ -42,13 +41,13 @@ class CachedArtifact(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def artifact_key(*parts: object) -> str:
-    """The name of an artifact: a hash of everything that what a build makes depends on."""
+    """Return the name of an artifact: a hash of everything that its build depends on."""
     return hashlib.sha256(json.dumps([SCHEMA, *parts], sort_keys=True).encode()).hexdigest()
 
 
 @contextlib.contextmanager
 def cached_artifact(key: str) -> Iterator[CachedArtifact | None]:
-    """The artifact *key*, or None where there is none that can be used."""
+    """Open the artifact *key*; None if there is no valid one."""
     try:
         fd = os.open(_folder() / key, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError:
@@ -65,26 +64,26 @@ def _described(fd: int, key: str) -> CachedArtifact | None:
     if not stat.S_ISREG(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o077:
         return None
     try:
-        told = json.loads(os.pread(fd, HEADER_BYTES, 0))
-        size, count = int(told["bytes"]), int(told["notes_bytes"])
+        header = json.loads(os.pread(fd, HEADER_BYTES, 0))
+        size, count = int(header["bytes"]), int(header["notes_bytes"])
         if info.st_size != HEADER_BYTES + size + count or size < 0 or not 0 <= count <= NOTES_MAX_BYTES:
             return None
         notes = os.pread(fd, count, HEADER_BYTES + size)
-        found = CachedArtifact(fd=fd, size=size, sha256=str(told["sha256"]), notes=notes)
-        good = told["schema_version"] == SCHEMA and told["key"] == key and told["notes_sha256"] == _sha256(notes)
-    except (ValueError, KeyError, TypeError, OverflowError):  # the last: of 1e999
-        return None
-    if not good:
+        found = CachedArtifact(fd=fd, size=size, sha256=str(header["sha256"]), notes=notes)
+        valid = header["schema_version"] == SCHEMA and header["key"] == key
+        if not valid or header["notes_sha256"] != _sha256(notes):
+            return None
+    except (ValueError, KeyError, TypeError, OverflowError):  # the last one for 1e999
         return None
     with contextlib.suppress(OSError):
-        os.utime(fd)  # when it was last used: the oldest go first when space runs short
+        os.utime(fd)  # the least recently used artifacts are removed first
     return found
 
 
-def keep_artifact(key: str, fd: int, size: int, sha256: str, notes: bytes = b"") -> None:
-    """Keep what was built; fd: its content from offset 0. Where that cannot be written the next run builds again.
+def store_artifact(key: str, fd: int, size: int, sha256: str, notes: bytes = b"") -> None:
+    """Store what was built, best effort. fd: its content from offset 0.
 
-    What is very large is not kept, nor what has more than NOTES_MAX_BYTES of notes: a part of them would be no record.
+    Very large artifacts are not stored, nor those with more than NOTES_MAX_BYTES of notes.
     """
     if size > settings.ARTIFACTS_MAX_BYTES // 4 or len(notes) > NOTES_MAX_BYTES:
         return
@@ -109,28 +108,34 @@ def keep_artifact(key: str, fd: int, size: int, sha256: str, notes: bytes = b"")
 
 
 @contextlib.contextmanager
-def one_builder(key: str, pause: Callable[[], None], most_s: float) -> Iterator[bool]:
-    """Let one process at a time build *key*; yields whether another built it before.
+def build_lock(
+    key: str, pause: Callable[[], None], most_s: float, progress: Callable[[str], None] = lambda _text: None
+) -> Iterator[bool]:
+    """Let one process at a time build *key*; yield whether it had to wait. If locking fails, all processes build.
 
-    pause: called repeatedly during the wait; what it raises ends it. most_s: seconds after which the wait ends anyway,
-    since the other may be stopped (Ctrl-Z). Where nothing can be locked, all build.
+    pause: called repeatedly during the wait; its exceptions end it. most_s: timeout, for a stopped builder (Ctrl-Z).
     """
-    waits: list[str] = []
+    mostly_waited = False
+
+    def on_wait() -> None:
+        nonlocal mostly_waited
+        mostly_waited = True
+        progress("waiting: another run builds the same program")
+
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
-            # A few files, so that they need not be removed; two keys that share one are only built one after the other.
+            # At most 256 lock files, so that none has to be removed; keys that share one are built one after the other.
             place = cache_folder("building") / key[:2]
-            stack.enter_context(file_lock(place, on_wait=lambda: waits.append(key), most_s=most_s, pause=pause))
-        yield bool(waits)
+            stack.enter_context(file_lock(place, on_wait=on_wait, most_s=most_s, pause=pause))
+        yield mostly_waited
 
 
-def drop_artifact(key: str) -> None:
-    """Forget one that is not what it should be."""
+def remove_artifact(key: str) -> None:
+    """Remove an artifact."""
     (_folder() / key).unlink(missing_ok=True)
 
 
 def _make_room(folder: Path) -> None:
-    """Remove the least recently used above the size limit, and what killed processes left half written."""
     found = []
     for path in folder.iterdir():
         with contextlib.suppress(OSError):

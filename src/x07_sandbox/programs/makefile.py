@@ -1,4 +1,4 @@
-"""Find the program that a Makefile makes. Pure, and bounded: nobody knows who wrote the Makefile."""
+"""Guessing the program that a Makefile builds. Pure, with bounds, because Makefiles are hostile data."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from x07_sandbox.programs.toolchains import MAKEFILES
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
 
-_LINE_MAX: Final = 4096  # characters of a line that are looked at, and of what its variables expand to
-_EXPANDED_MAX: Final = 1 << 20  # characters that all variables of a file may expand to
+_LINE_MAX: Final = 4096  # characters of a line, before and after expansion
+_EXPANDED_MAX: Final = 1 << 20  # total characters of expanded variables
 _NESTED_MAX: Final = 8  # variables within variables
-_VISITS_MAX: Final = 1000  # targets that are followed, and what one needs
-_TARGETS_MAX: Final = 32  # of a rule
+_VISITS_MAX: Final = 1000  # targets, and prerequisites of one
+_TARGETS_MAX: Final = 32  # per rule
 _RECIPE_MAX: Final = 64  # lines
 _NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _VARIABLE: Final = re.compile(r"\$[({](\w+)[)}]")
 _PLAIN: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./+-]{0,1023}")
 _OUTPUT: Final = re.compile(r"\s-o\s+(\S+)")
 _CONDITIONAL: Final = re.compile(r"\s*(ifeq|ifneq|ifdef|ifndef|endif)\b")
-# What is made on the way, or for other programs, and cannot be started.
+# Suffixes of files that cannot be started.
 _NO_PROGRAM: Final = (".a", ".o", ".so", ".la", ".lo", ".dylib", ".dll", ".h", ".hpp", ".c", ".cpp", ".d", ".pc", ".1")
-_SOURCES: Final = (".c", ".cpp", ".cc", ".C")  # of make's own rules for programs
-# Names that make no file by convention, also where .PHONY does not list them.
+_SOURCES: Final = (".c", ".cpp", ".cc", ".C")  # of make's built-in rules for programs
+# Targets that by convention make no file, even if .PHONY does not list them.
 _PHONY: Final = frozenset(
     {"all", "build", "check", "clean", "debug", "default", "dist", "distclean", "doc", "docs", "help", "install", "lib"}
     | {"libs", "release", "run", "shared", "static", "test", "tests", "uninstall"}
@@ -34,28 +34,25 @@ _PHONY: Final = frozenset(
 
 
 class _Rule:
-    """A target: what it needs, and the lines of its recipe."""
-
     def __init__(self) -> None:
-        self.needs: list[str] = []
+        self.prerequisites: list[str] = []
         self.recipe: list[str] = []
 
-    def add(self, needs: list[str], command: str) -> None:
-        """Add what another line says, within bounds."""
-        self.needs += needs[: _VISITS_MAX - len(self.needs)]
+    def add(self, prerequisites: list[str], command: str) -> None:
+        """Add prerequisites and a line of the recipe, within bounds."""
+        self.prerequisites += prerequisites[: _VISITS_MAX - len(self.prerequisites)]
         if command.strip() and len(self.recipe) < _RECIPE_MAX:
             self.recipe.append(command)
 
     def makes(self, target: str) -> bool:
-        """Whether the rule makes a file of the target's name: by a built-in rule, or its recipe names the file."""
+        """Return whether the rule makes a file called *target*: a built-in rule, or a recipe that names it."""
         return not self.recipe or any("$@" in line or target in line for line in self.recipe)
 
 
 class _Makefile:
-    """What is understood of one file: its variables, rules in their order, and the targets that are no files."""
+    """The variables, rules and phony targets of one Makefile. files: names of the files in its folder."""
 
     def __init__(self, text: str, files: Collection[str] = ()) -> None:
-        """files: names of what lies in its folder."""
         self._files = files
         self.rules: dict[str, _Rule] = {}
         self.phony = set(_PHONY)
@@ -72,7 +69,7 @@ class _Makefile:
             if found := _CONDITIONAL.match(line):
                 depth += -1 if found[1] == "endif" else 1
             elif pair := _assignment(line):
-                if depth > 0:  # perhaps for another system
+                if depth > 0:  # it may not apply
                     self._variables.setdefault(*pair)
                 else:
                     self._variables[pair[0]] = pair[1]
@@ -87,19 +84,19 @@ class _Makefile:
             if (parts := _rule(line)) is None:
                 continue
             targets, needs, command = parts
-            needed = self.expanded(needs).split()
+            prerequisites = self.expanded(needs).split()
             if targets.strip() == ".PHONY":
-                self.phony.update(needed)
+                self.phony.update(prerequisites)
                 continue
             names = [] if targets[0] == "." else self.expanded(targets).split()
             current = [self.rules.setdefault(name, _Rule()) for name in names[:_TARGETS_MAX]]
             for rule in current:
-                rule.add(needed, self.expanded(command))
+                rule.add(prerequisites, self.expanded(command))
             if self._left <= 0:
                 return
 
     def expanded(self, text: str) -> str:
-        """The text with the variables put in that the file sets; others stay as they are."""
+        """Return the text with the file's variables expanded; others stay as they are."""
         for _ in range(_NESTED_MAX):
             if "$" not in text or self._left <= 0:
                 break
@@ -115,7 +112,7 @@ class _Makefile:
         return value if self._left > 0 else ""
 
     def _rule_of(self, name: str) -> _Rule | None:
-        """The rule that makes *name*: one for it, or for a pattern, or make's own for a program of one source."""
+        """Return the rule for *name*: its own, a pattern's, or make's built-in one for a program of one source."""
         if name in self.rules:
             return self.rules[name]
         for pattern, rule in self._patterns:
@@ -125,11 +122,11 @@ class _Makefile:
         return _Rule() if any(f"{name}{suffix}" in self._files for suffix in _SOURCES) else None
 
     def programs(self) -> Iterator[str]:
-        """Targets that are programs, those first that plain `make` makes first."""
+        """Yield the targets that are programs, those first that plain `make` makes first."""
         seen: set[str] = set()
         for root in [*list(self.rules)[:1], "all"]:
             yield from self._below(root, seen)
-        # A recipe may make a program without a target of its own: `all:` with `cc -o prog prog.c`.
+        # A recipe may make a program that is not a target: `all:` with `cc -o prog prog.c`.
         recipes = (
             line for name in (*list(self.rules)[:1], "all") if name in self.rules for line in self.rules[name].recipe
         )
@@ -140,26 +137,26 @@ class _Makefile:
     def _below(self, target: str, seen: set[str]) -> Iterator[str]:
         waiting = [(target, False)]
         while waiting and len(seen) < _VISITS_MAX:
-            name, after_needs = waiting.pop()
+            name, second_visit = waiting.pop()
             rule = self._rule_of(name)
-            if rule is None or (name in seen and not after_needs):
+            if rule is None or (name in seen and not second_visit):
                 continue
             seen.add(name)
             program = name not in self.phony and rule.makes(name) and _PLAIN.fullmatch(name) is not None
-            if program and (rule.recipe or after_needs):
+            if program and (rule.recipe or second_visit):
                 if not name.endswith(_NO_PROGRAM):
                     yield name
                 continue
-            if program:  # no recipe: perhaps only a name for what it needs
+            if program:  # without a recipe it may only group its prerequisites: visit those first
                 waiting.append((name, True))
-            waiting += [(need, False) for need in reversed(rule.needs)]
+            waiting += [(other, False) for other in reversed(rule.prerequisites)]
 
 
 def program_of(makefiles: Mapping[str, str], files: Collection[str]) -> str:
-    """The program that `make` makes in a project's folder: a path in it. Raises UsageError.
+    """Return the path of the program that `make` builds in a project's folder. Raises UsageError.
 
-    makefiles: texts, by path. Where the uppermost one makes no program itself, those in folders that it names are read.
-    files: names of all files of the project.
+    makefiles: texts by path; if the top one makes no program, those in folders that it names are tried. files: names of
+    all files of the project.
     """
     top = next((name for name in MAKEFILES if name in makefiles), "")
     text = makefiles.get(top, "")
@@ -175,20 +172,18 @@ def program_of(makefiles: Mapping[str, str], files: Collection[str]) -> str:
             if below is not None:
                 return posixpath.normpath(f"{folder}/{below}")
     why = "no target of the Makefile is clearly a program" if read.rules else "the Makefile has no plain first target"
-    fix = "Name the file with --artifact. To run make in the folder instead, as for a library's tests: "
+    fix = "Name the file with --artifact. Or run make in the folder: "
     command = "sh -c './configure && make'" if "configure" in files else "make test"
-    raise UsageError("cannot tell which program make makes", why, f"{fix}x07 exec --workdir . -- {command}")
+    raise UsageError("cannot tell which program make builds", why, f"{fix}x07 exec --workdir . -- {command}")
 
 
 def _assignment(line: str) -> tuple[str, str] | None:
-    """The variable that a line sets, and its value."""
     name, equals, value = line.partition("=")
     name = name.rstrip(":? \t").lstrip(" ")
     return (name, value.partition("#")[0].strip()) if equals and _NAME.fullmatch(name) else None
 
 
 def _rule(line: str) -> tuple[str, str, str] | None:
-    """The targets of a rule's line, what they need, and a command on the same line."""
     targets, colon, needs = line.partition(":")
     if not colon or not targets.strip() or needs[:1] == "=" or {"=", "#"} & set(targets):
         return None

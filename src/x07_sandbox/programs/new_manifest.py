@@ -1,7 +1,4 @@
-"""The first version of a project's manifest, from the names of the files that are there.
-
-Pure. What is made here is read back by the decoder that a run uses before anybody writes it.
-"""
+"""Writing the first manifest of a project from the names of its files. Pure; the result is decoded as a check."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ if TYPE_CHECKING:
     from x07_sandbox.programs.toolchains import Toolchain
 
 ROWS: Final = tuple(row for row in TOOLCHAINS if row.project_files)
-# What a build leaves beside the sources, and what names files of the machine that it ran on.
+# Files that a build leaves beside the sources, which may name paths of another machine.
 _LEFT_BY_BUILDS: Final = frozenset({".d", ".gch", ".la", ".lo", ".pyc"})
 
 
@@ -33,7 +30,7 @@ def sandbox_manifest(
     artifact: str | None = None,
     makefiles: Mapping[str, str] | None = None,
 ) -> bytes:
-    """x07-sandbox.toml for *files* (relative names). makefiles: texts of make's, by name. Raises UsageError."""
+    """Return x07-sandbox.toml for *files* (relative names). makefiles: their texts, by name. Raises UsageError."""
     row = toolchain_named(toolchain)
     lines = [f"schema_version = {_text(manifest.SCHEMA)}", f"toolchain = {_text(toolchain)}"]
     lines.append(f"files = [{', '.join(map(_text, _patterns(row, files)))}]")
@@ -47,9 +44,9 @@ def sandbox_manifest(
 
 
 def _patterns(row: Toolchain, files: Sequence[str]) -> list[str]:
-    """One pattern for each folder and suffix that is there, so that a file added later is taken too.
+    """Return a pattern for each folder and suffix, so that files added later match too.
 
-    make may need any file: sub-Makefiles, configure's inputs, data of tests.
+    make may need any file: sub-Makefiles, inputs of configure, test data.
     """
     found = []
     for name in files:
@@ -68,33 +65,28 @@ def _patterns(row: Toolchain, files: Sequence[str]) -> list[str]:
         if "configure" in files:
             why = "there is no Makefile; ./configure makes it"
             fix = "Build it in the folder: x07 exec --workdir . -- sh -c './configure && make'"
-        raise UsageError("cannot begin a make project", why, fix)
+        raise UsageError("cannot create a make project", why, fix)
     if not found:
         why = f"there is no file that ends in {', '.join(row.project_files)}"
-        raise UsageError(f"cannot begin a {row.name} project", why, "Put one there, or name another --toolchain")
+        raise UsageError(f"cannot create a {row.name} project", why, "Add one, or name another --toolchain")
     patterns = list(dict.fromkeys(found))
     if row.artifact and (len(patterns) > manifest.FILES_MAX or len(str(patterns)) > manifest.MAX_BYTES // 2):
         folders = (glob.escape(str(PurePosixPath(name).parent)) for name in files)
         patterns = list(dict.fromkeys("*" if folder == "." else f"{folder}/*" for folder in folders))
-    if len(patterns) > manifest.FILES_MAX:
-        why = f"they are in more than {manifest.FILES_MAX} folders"
-        fix = f"Begin it in a folder with its sources alone, or write {manifest.FILE} with patterns like **/*.py"
-        raise UsageError(f"cannot list the sources of a {row.name} project", why, fix)
     return patterns
 
 
 def _entry(row: Toolchain, files: Sequence[str]) -> str:
-    """The file that is started: one with the usual name, or the only one at the top. Raises UsageError."""
     for name in row.entries or ():
         if name in files:
             return name
     top = [name for name in files if "/" not in name and PurePosixPath(name).suffix in row.suffixes]
     if len(top) != 1:
         why = f"it could be any of {', '.join(top[:5])}" if top else "there is none at the top"
-        raise UsageError("cannot tell which file is started", why, "Name it with --entry")
+        raise UsageError("cannot tell which file to start", why, "Name it with --entry")
     return top[0]
 
 
 def _text(value: str) -> str:
-    """A basic string of TOML; what JSON writes is one, but for DEL."""
+    """Return a TOML string. JSON's form is the same except for DEL."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

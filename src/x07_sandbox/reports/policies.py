@@ -14,7 +14,10 @@ from x07_sandbox.policy.problems import Problem
 
 
 class CheckedFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One policy. file: as the user named it. policy_id, digest: if valid. problems, text: otherwise."""
+    """One policy. file: as the user named it. policy_id, digest: if valid. problems, text: otherwise.
+
+    completed_by: the command that makes a complete policy from an incomplete one.
+    """
 
     file: str
     status: Literal["valid", "invalid", "unreadable"]
@@ -22,6 +25,7 @@ class CheckedFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     digest: str | UnsetType = UNSET
     problems: tuple[Problem, ...] | UnsetType = UNSET
     text: str | UnsetType = UNSET
+    completed_by: str | UnsetType = UNSET
 
 
 class CheckReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -1,4 +1,4 @@
-"""The artifact of a run: given by the caller, kept from an earlier build of the same, or built now."""
+"""The artifact of a run: provided by the caller, taken from the cache, or built now."""
 
 from __future__ import annotations
 
@@ -10,48 +10,47 @@ import msgspec
 from msgspec.structs import replace
 
 from x07_sandbox.host import settings
-from x07_sandbox.host.clocks import Deadline
-from x07_sandbox.host.decoding import prepared
+from x07_sandbox.host.decoding import prepared as prepared_model
 from x07_sandbox.programs import artifacts
 from x07_sandbox.programs.toolchains import build_driver
-from x07_sandbox.runs.job import carry_out_job
+from x07_sandbox.runs.job import run_job
 from x07_sandbox.runs.phase_specs import build_spec
 from x07_sandbox.runs.request import sha256_text
 from x07_sandbox.runs.result import BuildOutput
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from x07_sandbox.plan.outcomes import Verdict
     from x07_sandbox.runs.folder import RunFolder
     from x07_sandbox.runs.prepare import Prepared, Step
-    from x07_sandbox.runs.request import RunRequest
     from x07_sandbox.runs.result import Result
     from x07_sandbox.runs.streams import OutFile
 
     Built = tuple[Verdict | None, Result]
 
 
-def artifact_of(prepared: Prepared, draft: Result, folder: RunFolder, artifact: OutFile) -> Step[Built]:
-    """Fill *artifact*; None if there is one now, else how the build ended, and the draft. Raises SandboxError."""
+def obtain_artifact(prepared: Prepared, draft: Result, folder: RunFolder, artifact: OutFile) -> Step[Built]:
+    """Fill *artifact*; return None if that succeeded, else the verdict on the build; and the draft.
+
+    Raises SandboxError.
+    """
     program, toolchain = prepared.program, prepared.program.toolchain
     if artifact.complete or toolchain.build is None:
         if not artifact.complete:
             artifact.complete = artifact.take(program.data)
         return None, replace(draft, artifact_from="caller")
-    # Without an image nothing says by which compiler an artifact was made, so none is kept.
+    # Without an image the compiler is unknown, so nothing is cached.
     if prepared.image is None or not prepared.request.cache:
         return (yield from _build(prepared, draft, folder, artifact))
     key = _key(prepared, prepared.image.manifest.digest)
     if (build := _recall(key, artifact)) is not None:
         return None, replace(draft, artifact_from="cache", build=build)
     most_s = min((prepared.request.build_wall_ms or settings.BUILD_WALL_MS) / 1000, prepared.request.queue_s)
-    with artifacts.one_builder(key, _pause_for_another(prepared.request), most_s) as waited:
-        if waited and (build := _recall(key, artifact)) is not None:
+    with artifacts.build_lock(key, prepared.request.cancel.pause, most_s, prepared.request.progress) as mostly_waited:
+        if mostly_waited and (build := _recall(key, artifact)) is not None:
             return None, replace(draft, artifact_from="cache", build=build)
         ending, draft = yield from _build(prepared, draft, folder, artifact)
         if ending is None:
-            artifacts.keep_artifact(
+            artifacts.store_artifact(
                 key, artifact.fd, artifact.size, artifact.sha256(), msgspec.json.encode(draft.build)
             )
         return ending, draft
@@ -66,30 +65,16 @@ def _key(prepared: Prepared, image_digest: str) -> str:
     return artifacts.artifact_key(image_digest, toolchain.name, toolchain.build(program.source), program.sha256, *more)
 
 
-def _pause_for_another(request: RunRequest) -> Callable[[], None]:
-    """What `one_builder` does while another builds: it says so, once that takes long, and can be cancelled."""
-    say_at = [Deadline.after(1.0)]
-
-    def pause() -> None:
-        request.cancel.pause()
-        if say_at and say_at[0].passed():
-            say_at.clear()
-            request.progress("waiting: another run builds the same program")
-
-    return pause
-
-
 def _build(prepared: Prepared, draft: Result, folder: RunFolder, artifact: OutFile) -> Step[Built]:
-    """Build in a machine of its own."""
     from x07_sandbox.plan.outcomes import Outcome, build_verdict, verdict
 
     draft = replace(draft, artifact_from="build")
     yield draft
-    prepared.request.progress(f"building {prepared.program.source.name or 'the project'} in a machine of its own")
+    prepared.request.progress(f"building {prepared.program.source.name or 'the project'} in a separate machine")
     with contextlib.ExitStack() as stack:
-        end = carry_out_job(prepared, build_spec(prepared, artifact, stack), draft.run, folder)
+        end = run_job(prepared, build_spec(prepared, artifact, stack), draft.run, folder)
     ending = build_verdict(end.ending, prepared.request.build_wall_ms or settings.BUILD_WALL_MS)
-    if prepared.program.toolchain.archive:  # of a language that is not compiled
+    if prepared.program.toolchain.archive:  # the language is not compiled
         ending = replace(ending, reason=ending.reason.replace("the compiler", "the check of the source", 1))
     report = replace(end.report, reason=ending.reason)
     build, phases = BuildOutput(stdout=report.stdout, stderr=report.stderr), {**draft.phases, "build": report}
@@ -99,12 +84,11 @@ def _build(prepared: Prepared, draft: Result, folder: RunFolder, artifact: OutFi
     draft = replace(draft, stdout=report.stdout, stderr=report.stderr)
     if ending.outcome is not Outcome.OK:
         return ending, draft
-    problem = end.facts.usage.get("output_problem") or "did not arrive whole"
-    return verdict(Outcome.BUILD_FAILED, f"the build ended well, but what it made {problem}", fault="program"), draft
+    problem = end.facts.usage.get("output_problem") or "is incomplete"
+    return verdict(Outcome.BUILD_FAILED, f"the build succeeded, but its output {problem}", fault="program"), draft
 
 
 def _recall(key: str, artifact: OutFile) -> BuildOutput | None:
-    """Copy the cached artifact *key* into *artifact*, hashing what is copied; what its build printed if it is good."""
     with artifacts.cached_artifact(key) as found:
         if found is None or found.size > artifact.max_bytes:
             return None
@@ -114,9 +98,9 @@ def _recall(key: str, artifact: OutFile) -> BuildOutput | None:
                 break
         if artifact.sha256() == found.sha256:
             with contextlib.suppress(msgspec.MsgspecError):
-                build = msgspec.json.decode(found.notes, type=prepared(BuildOutput))
+                build = msgspec.json.decode(found.notes, type=prepared_model(BuildOutput))
                 artifact.complete = True
                 return build
     artifact.clear()
-    artifacts.drop_artifact(key)
+    artifacts.remove_artifact(key)
     return None

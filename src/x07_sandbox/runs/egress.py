@@ -1,4 +1,4 @@
-"""The connections of a run: its gate, and what the gate has to say of them."""
+"""The connections of a run: its egress gate and the denials that the gate reports."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from x07_sandbox.network.processes import GateProcess
     from x07_sandbox.network.summary import Contact, NetworkUse
-    from x07_sandbox.runs.request import InForce
+    from x07_sandbox.runs.request import EffectivePolicy
 
 _DENIALS_MAX: Final = 64
 _LIKELY_PORT: Final = 443
@@ -37,17 +37,17 @@ class Egress(msgspec.Struct, frozen=True, kw_only=True):
     view: dict[str, Any]
 
 
-def egress_of(in_force: InForce) -> Egress:
-    """Read and check all that decides about a run's connections. Raises SandboxError."""
+def egress_of(effective_policy: EffectivePolicy) -> Egress:
+    """Return the checked configuration of a run's connections. Raises SandboxError."""
     settings = read_settings()
-    allowlist = make_allowlist(in_force.policy, in_force.denied, settings)
-    config = GateConfig(policy=in_force.data, denied=in_force.denied, settings=settings)
+    allowlist = make_allowlist(effective_policy.policy, effective_policy.denied, settings)
+    config = GateConfig(policy=effective_policy.data, denied=effective_policy.denied, settings=settings)
     return Egress(allowlist=allowlist, config=config, view=guest_view(allowlist))
 
 
 @contextlib.contextmanager
 def gate_of(egress: Egress, folder: Path) -> Iterator[GateProcess]:
-    """Start the gate of a run, which logs to a file in *folder*. Raises HostError."""
+    """Run the gate of a run, which logs to a file in *folder*. Raises HostError."""
     log_fd = os.open(folder / NET_LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         with gate_running(egress.config, log_fd) as gate:
@@ -57,7 +57,7 @@ def gate_of(egress: Egress, folder: Path) -> Iterator[GateProcess]:
 
 
 def denials(net: NetworkUse, allowlist: Allowlist) -> tuple[list[Denial], int]:
-    """What the gate has refused, each with what would allow it, and how many refusals are not among them.
+    """Return the denials of the gate with what would allow each, and the number of those that are not among them.
 
     Connections come before names that were only looked up.
     """
@@ -85,19 +85,17 @@ def _denial(contact: Contact, allowlist: Allowlist) -> Denial:
 
 
 def _how(contact: Contact, allowlist: Allowlist) -> HowToAllow | None:
-    """What would allow it: the list, or a setting of the user's."""
     if setting := _setting(contact):
         return HowToAllow(json_path=None, value=None, setting=setting)
-    # A host that is not even a host has nothing that allows it; nor has one that the list allows.
+    # Nothing allows an invalid host, or one that the list allows already.
     with contextlib.suppress(UsageError):
-        port = contact.port or _LIKELY_PORT  # a name that was looked up has none
+        port = contact.port or _LIKELY_PORT  # a lookup has no port
         request = Request(host=parse_host(contact.host), port=port, transport=contact.transport)
         return decide(allowlist, request).how_to_allow
     return None
 
 
 def _setting(contact: Contact) -> str:
-    """The line of [net] in the user's settings that would let it, if one does."""
     kind, _, what = contact.rule.partition(":")
     if kind in {"tls", "http", "first-bytes", "udp-443"}:
         return f"opaque_ports = [{contact.port}]"

@@ -1,8 +1,4 @@
-"""One phase of a run: the conversation with the agent, and the only place where output caps and deadlines are kept.
-
-The loop waits for the channel, the machine's own streams and end, the program's input, slow readers of its output,
-and a request to cancel. Nothing in it blocks on any of them.
-"""
+"""The conversation with the agent during one phase: one loop, which also enforces output limits and deadlines."""
 
 from __future__ import annotations
 
@@ -28,14 +24,14 @@ if TYPE_CHECKING:
     from x07_sandbox.runs.phase import PhaseSpec, PhaseStreams
     from x07_sandbox.runs.streams import Sink
 
-_FILL: Final = 256 * 1024  # bytes queued for the guest at most, besides the windows
+_FILL: Final = 256 * 1024  # limit for bytes queued for the guest
 
 
 class PhaseFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """What is known after a phase. usage: the guest's own counters. refused: bodies of DENIED.
+    """What is known after a phase. usage: the guest's counters. refused: bodies of DENIED.
 
-    times_ms: from the release of the instance to hello, seeded, started, exited and end.
-    input_sha256: None if the input was not read to its end. input_problem: why reading it failed.
+    times_ms: from the release of the instance to hello, seeded, started, exited and end. input_sha256: None if the
+    input was not read to its end. input_problem: why reading it failed.
     """
 
     evidence: Evidence
@@ -47,7 +43,7 @@ class PhaseFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Phase:
-    """The loop of one phase. Made, run once, and thrown away."""
+    """The loop of one phase; used once."""
 
     def __init__(self, spec: PhaseSpec, instance: Instance, streams: PhaseStreams) -> None:
         self.spec = spec
@@ -58,7 +54,7 @@ class Phase:
         self.stage = Stage.SETUP
         self.deadline = Deadline.after(settings.COPY_IN_S)
         self.times_ms = dict(instance.greeting.times_ms)
-        self.seen: dict[str, Any] = {}  # evidence so far, under the names of `Evidence`
+        self.seen: dict[str, Any] = {}  # fields of `Evidence`
         self.usage: dict[str, Any] = {}
         self.refused: list[dict[str, Any]] = []
         self.over = False
@@ -69,11 +65,11 @@ class Phase:
         self.input_hash = hashlib.sha256()
         self.input_problem = ""
         self.input_done = streams.stdin_fd is None
-        self.to_come: set[int] = set()  # streams, once the program has ended
+        self.to_come: set[int] = set()  # streams still expected after the program's end
         self.sinks = {Stream.STDOUT: streams.stdout, Stream.STDERR: streams.stderr}
 
     def run(self) -> PhaseFacts:
-        """Run to the end, whatever it is."""
+        """Run the loop to the end of the phase."""
         self._start()
         while not self.over:
             try:
@@ -93,7 +89,7 @@ class Phase:
         )
 
     def _turn(self) -> None:
-        self._fill()  # first: that there is room for more is progress, by which a deadline moves
+        self._fill()  # first, since progress of a copy extends the deadline
         if self._time_is_up():
             return
         if not self.connection.flush():
@@ -107,7 +103,7 @@ class Phase:
     def _poll(self) -> select.poll:
         progress = [sink.progress_fd for sink in self.sinks.values() if sink.progress_fd is not None]
         stdin = [self.streams.stdin_fd or 0] if self._wants_input() else []
-        # In the order in which they are heard: what the guest has said comes before its end.
+        # Handled in this order: data of the guest before its end.
         fds = self.instance.channel_fd, self.instance.pidfd, self.streams.cancel.fd
         gate = [] if self.streams.gate_fd is None or self.stage is Stage.COLLECT else [self.streams.gate_fd]
         poll = input_poll(*fds, *gate, *self.instance.side_fds(), *stdin, *progress)
@@ -132,26 +128,24 @@ class Phase:
             self.instance.drain(fd)
 
     def _time_is_up(self) -> bool:
-        """Act on a deadline that has passed; whether this is the end."""
-        # What had come by then is taken first: it may be we who are late, stopped by Ctrl-Z say, or on a busy host.
+        # Pending events are handled first: this process may be late, because of Ctrl-Z or a busy host.
         if self.over or not self.deadline.passed():
             self.late = None
             return self.over
         wait_s = self.late.left_s() if self.late else 0.0
         self.late = self.late or read_deadline(self.deadline)
-        if not self.late.passed() and self._has_come(wait_s):
+        if not self.late.passed() and self._is_pending(wait_s):
             return False
         if self.asked_to_stop:
             self._end()
         elif self.stage is Stage.RUN:
-            # The deadline is ours and has passed, whatever the guest says from here on; it may still tell how it stood.
+            # The verdict is a timeout whatever the guest reports from here on, but it may add details.
             self._stop(deadline_passed=True)
         else:
             self._end(deadline_passed=True)
         return self.over
 
-    def _has_come(self, wait_s: float) -> bool:
-        """Whether a word of the guest's, of the machine's end or of the caller's is there, or comes in that time."""
+    def _is_pending(self, wait_s: float) -> bool:
         return bool(
             input_poll(self.instance.channel_fd, self.instance.pidfd, self.streams.cancel.fd).poll(wait_s * 1000)
         )
@@ -225,12 +219,12 @@ class Phase:
         if event.stream == Stream.OUTPUT_FILE:
             output = self.spec.output
             if output is None or not output.take(event.payload):
-                raise PeerError("bad data", "an output file that was not asked for, or is larger than announced")
+                raise PeerError("bad data", "an output file was not requested or is larger than announced")
             self.link.consumed(event.stream, len(event.payload))
             return
         if event.stream in {Stream.CHANGES, Stream.LEFT_FILES}:
             if event.stream not in self.to_come:
-                raise PeerError("bad data", "changes that were not asked for")
+                raise PeerError("bad data", "changes were not requested")
             self.link.consumed(event.stream, len(event.payload))
             taker = self.spec.changes if event.stream == Stream.CHANGES else self.spec.left_files
             if not taker.take(event.payload):
@@ -238,7 +232,6 @@ class Phase:
             return
         sink = self.sinks[Stream(event.stream)]
         self.link.consumed(event.stream, sink.take(event.payload))
-        # What still comes of a program that is to end is counted no more.
         if sink.overflow and not self.asked_to_stop:
             if self.spec.changes is None:
                 self._end(output_overflow=sink.name)
@@ -250,14 +243,13 @@ class Phase:
         self.usage = body
         self.seen |= {name: body[name] for name in ("wait_status", "oom_kills", "cpu_exceeded", "cpu_us")}
         if self.asked_to_stop:
-            # What the guest says after our STOP tells how things stood; the end itself was our doing.
             self.seen["stopped"] = body["stopped"]
         else:
             self.stage = Stage.COLLECT
         self.deadline = Deadline.after(settings.CHANGES_OUT_S)
         output = self.spec.output
         if output is not None and body["output_bytes"] is not None and not self.asked_to_stop:
-            output.max_bytes = min(output.max_bytes, body["output_bytes"])  # it is held to what it announced
+            output.max_bytes = min(output.max_bytes, body["output_bytes"])
             self.to_come.add(Stream.OUTPUT_FILE)
         if self.spec.changes is not None:
             self.to_come.add(Stream.CHANGES)
@@ -267,7 +259,6 @@ class Phase:
             self._end()
 
     def _fill(self) -> None:
-        """Queue as much for the guest as its windows take."""
         if self.link.state not in {State.PREPARING, State.RUNNING}:
             return
         for index, file in enumerate(self.spec.files):
@@ -276,10 +267,10 @@ class Phase:
                 most = min(DATA_MAX, self.link.window(stream), file.size - self.sent[index])
                 data = os.pread(file.fd, most, self.sent[index])
                 if not data:
-                    self._end(setup_failure=f"{file.path} became shorter while it was read")
+                    self._end(setup_failure=f"{file.path} was truncated while it was read")
                     return
                 self.sent[index] += self.link.send_data(stream, data)
-                if self.stage is Stage.SETUP:  # it takes what comes, however much that is
+                if self.stage is Stage.SETUP:
                     self.deadline = Deadline.after(settings.COPY_IN_S)
             if self.sent[index] == file.size:
                 self.link.end_stream(stream)
@@ -299,18 +290,17 @@ class Phase:
             return
         except OSError as exc:
             data = b""
-            if not os.isatty(self.streams.stdin_fd or 0):  # a terminal that hung up has ended, and that is all
+            if not os.isatty(self.streams.stdin_fd or 0):  # for a terminal it is a hangup, which is a normal end
                 self.input_problem = exc.strerror or str(exc)
         self.input += data
         self.input_hash.update(data)
         self.input_done = not data
 
     def _lost(self) -> None:
-        """The channel or the machine has ended: give it a moment to say how."""
         self._end(instance_status=wait_for_exit(self.instance))
 
     def _stop(self, **seen: object) -> None:
-        """Have the program ended; the guest may still say how things stood, and hand over what was changed."""
+        """Ask the guest to end the program; it may still report details and changes."""
         self.seen.update(seen)
         self.asked_to_stop = True
         self.link.send(Kind.STOP, {})
@@ -325,7 +315,7 @@ class Phase:
 
 
 def drain(sinks: tuple[Sink, ...], cancel: Cancel) -> bool:
-    """Give slow readers the rest, at most one window a stream, without a deadline; False if a cancel came first."""
+    """Wait for slow readers to take the rest, without a deadline; return False if cancelled."""
     while fds := [sink.progress_fd for sink in sinks if sink.progress_fd is not None]:
         for fd, _ in input_poll(cancel.fd, *fds).poll():
             if fd == cancel.fd:

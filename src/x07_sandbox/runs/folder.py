@@ -1,4 +1,4 @@
-"""The folder of a run: what is kept of it besides the records of its jobs."""
+"""The folder of a run, with everything that is stored about it except the records of its jobs."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from x07_sandbox.runs.streams import OutFile, Sink
 if TYPE_CHECKING:
     import contextlib
 
-NET_LOG = "net.jsonl"  # the egress gate's
-REQUEST = "request.json"  # what was asked for, while nothing else tells of the run
+NET_LOG = "net.jsonl"  # of the egress gate
+REQUEST = "request.json"  # identifies the run until there is a result
 RUN_NAME = re.compile(r"\d{1,15}-\d{1,10}-\d{1,10}")
-APPLYING = ".applying"  # among the folders of runs: what is applied right now (runs/saved_changes)
+APPLYING = ".applying"  # a folder beside those of the runs (runs/saved_changes)
 
 
 class RunFolder:
-    """`runs/RUN/`, beside the state root where that folder is ours, else inside it as `.runs/RUN/`."""
+    """`runs/RUN/`, beside the state root if that folder is ours, else inside it as `.runs/RUN/`."""
 
     def __init__(self, run_id: str, stack: contextlib.ExitStack) -> None:
         self.path = private_dir(private_dir(runs_dir(private_dir(state_dir()))) / run_id)
         self._stack = stack
         try:
-            stack.callback(os.close, lock_shared(self.path))  # however old it looks, as after a wrong clock
+            stack.callback(os.close, lock_shared(self.path))  # keeps it from being pruned
         except OSError as exc:
             why = exc.strerror or str(exc)
             raise HostError(f"cannot use the run's folder {self.path}", why, "Start the run again") from exc
 
     def sink(self, name: str, *, live_fd: int | None, max_bytes: int, raw: bool = False) -> tuple[Sink, int]:
-        """A sink that keeps its stream in this folder, and the descriptor of that file."""
+        """Return a sink that stores its stream in this folder, and the descriptor of the file. Raises HostError."""
         path = self.path / name
         try:
             fd = open_private_file(path, os.O_RDWR | os.O_EXCL)
@@ -49,27 +49,27 @@ class RunFolder:
         return sink, fd
 
     def out_file(self, guest_path: str, max_bytes: int) -> OutFile:
-        """A file without a name for what comes out of the guest: bound by its descriptor, gone with it."""
+        """Return an unnamed file for what comes out of the guest."""
         return unnamed_file(self.path, guest_path, max_bytes, self._stack)
 
 
-def find_run(run: str | None, holds: str, what: str, fix: str) -> Path:
-    """Return the folder of the run of that name, or whose name begins so; None for the latest. Raises UsageError.
+def find_run(run: str | None, file: str, what: str, fix: str) -> Path:
+    """Return the folder of the run with that id or prefix of an id; None for the latest. Raises UsageError.
 
-    holds: only runs with that file count. what, fix: what the file stands for, and how to get one, for messages.
+    file: consider only runs that have this file. what, fix: its meaning and how to get one, for messages.
     """
     root = all_runs()
     found = [path.name for path in root.iterdir() if RUN_NAME.fullmatch(path.name)]
     found.sort(key=lambda name: [int(part) for part in name.split("-")])
-    names = [name for name in found if (run is None or name.startswith(run)) and (root / name / holds).is_file()]
+    names = [name for name in found if (run is None or name.startswith(run)) and (root / name / file).is_file()]
     if run in names:
         names = [run]
     if not names:
-        why = f"no run has {what}" if run is None else "no run of such a name has any"
+        why = f"no run has {what}" if run is None else f"no run whose id starts with {run} has any"
         raise UsageError(f"cannot find {what}", why, fix)
     if run is not None and len(names) > 1:
-        why = f"{len(names)} runs have names that begin so: {names[0]} and others"
-        raise UsageError(f"cannot tell which run {run} is", why, "Give more of its name")
+        why = f"{len(names)} ids start with it: {names[0]} and others"
+        raise UsageError(f"run {run} is ambiguous", why, "Give more digits")
     return root / names[-1]
 
 
@@ -79,26 +79,26 @@ def all_runs() -> Path:
 
 
 def runs_dir(root: Path) -> Path:
-    """Where the folders of runs lie. root: of the records."""
+    """Return the folder of the runs. root: that of the records."""
     home = state_home(root)
     return home / ("runs" if home != root else ".runs")
 
 
 def unnamed_file(folder: Path, guest_path: str, max_bytes: int, stack: contextlib.ExitStack) -> OutFile:
-    """A file without a name on the disk of *folder*, for a file of the guest. *stack* closes it. Raises HostError."""
+    """Return a file without a name on the disk of *folder*, which *stack* closes. Raises HostError."""
     try:
         fd = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except OSError as exc:
         from x07_sandbox.host.os_errors import fix_for
 
         fix = fix_for(exc, "Set X07_VM_STATE_DIR to a folder on ext4, xfs or btrfs")
-        raise HostError("cannot keep the built program", f"{folder}: {exc.strerror}", fix) from exc
+        raise HostError("cannot create a temporary file", f"{folder}: {exc.strerror}", fix) from exc
     stack.callback(os.close, fd)
     return OutFile(path=guest_path, fd=fd, max_bytes=max_bytes)
 
 
 def output_of(sink: Sink, fd: int) -> Output:
-    """What a sink kept, as the result shows it."""
+    """Return what a sink stored, for the result."""
     data = b""
     while chunk := os.pread(fd, 1 << 20, len(data)):
         data += chunk

@@ -1,13 +1,14 @@
-"""What a program that failed seems to have missed of the host: its own words, and what lies where it came from."""
+"""Hints for a failed program, from its error output and the files beside it."""
 
 from __future__ import annotations
 
 import itertools
 import os
+import re
 import shlex
 from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.plan.hints import LocalModules, hints
+from x07_sandbox.plan.hints import LocalModules, hints, program_hint
 from x07_sandbox.programs.manifest import FILE
 
 if TYPE_CHECKING:
@@ -17,34 +18,27 @@ if TYPE_CHECKING:
     from x07_sandbox.runs.program import Program
     from x07_sandbox.runs.request import RunRequest
 
-_BESIDE_MAX: Final = 10_000  # names of the folder that a program lies in
+_BESIDE_MAX: Final = 10_000  # names in the program's folder that are looked at
+_FIRST_LINE: Final = re.compile(rb"#!\s*(?:/usr)?/bin/(?:env\s+(?:-S\s*)?)?([A-Za-z0-9][\w.+-]{0,63})\s")
 
 
-def missed(tail: bytes, policy: Policy, spec: PhaseSpec, request: RunRequest, program: Program) -> list[Hint]:
-    """Hints to what it missed. tail: the end of its error output. spec: how it was run."""
+def hints_for(tail: bytes, policy: Policy, spec: PhaseSpec, request: RunRequest, program: Program) -> list[Hint]:
+    """Return hints to what a program missed. tail: the end of its error output."""
     return hints(tail, policy, spec.areas, spec.cwd, _beside(request, program), os.environ)
 
 
 def missing_interpreter(program: Program) -> list[Hint]:
-    """A hint to the interpreter of a script that the guest could not find."""
-    from x07_sandbox.plan.denials import Hint, HowToAllow
-    from x07_sandbox.programs.other_languages import interpreter_of
-
-    found = interpreter_of(program.source.head) if program.toolchain.build is None else None
-    if found is None:
-        return []
-    name, package = found
-    flag = f"--image NAME, after x07 image build --name NAME --include {package},"
-    return [Hint(subject=f"the program {name}", how=HowToAllow(json_path=None, value=None, flag=flag))]
+    """Return a hint to the interpreter of a script if the guest could not find it."""
+    found = _FIRST_LINE.match(program.source.head) if program.toolchain.build is None else None
+    return [] if found is None else [program_hint(found[1].decode())]
 
 
 def _beside(request: RunRequest, program: Program) -> LocalModules | None:
-    """The modules that lie beside a program of one file, for a hint to one that it missed."""
     if request.program is None or program.project or program.toolchain.name != "python":
         return None
     folder, name = request.program.parent, request.program.name
     where = str(folder) if not str(folder).startswith("-") else f"./{folder}"
-    if not (where + name).isprintable():  # not to be pasted, and a name that is no UTF-8 not to be written
+    if not (where + name).isprintable():  # it could not be pasted
         return None
     try:
         with os.scandir(folder) as entries:

@@ -1,4 +1,4 @@
-"""The host's files of one run: copied in before it, and what the program changed of them after it."""
+"""The host files of one run: copied in before it; its changes to them checked and applied after it."""
 
 from __future__ import annotations
 
@@ -12,19 +12,9 @@ import msgspec
 from x07_sandbox.backends.base import RootPlace
 from x07_sandbox.channel.frames import Stream
 from x07_sandbox.errors import BackendError, HostError, RefusedError
-from x07_sandbox.files.change_rules import Allowed, judge
-from x07_sandbox.files.changes import ChangeSet, RootChanges, encode, folders_above, shown
-from x07_sandbox.files.collisions import collisions, knows_no_case
-from x07_sandbox.files.copy import (
-    FIELDS,
-    NUMBER_MAX,
-    LeftOut,
-    Reason,
-    bounds_of,
-    copy_tree,
-    value_for,
-    why_left_out,
-)
+from x07_sandbox.files.change_rules import AllowedActions, check_changes
+from x07_sandbox.files.changes import ChangeSet, RootChanges, encode, printable
+from x07_sandbox.files.copy import FIELDS, NUMBER_MAX, LeftOut, Reason, bounds_of, copy_tree, value_for, why_left_out
 from x07_sandbox.files.incoming import Incoming
 from x07_sandbox.files.protected import Protection, repository_around, work_trees
 from x07_sandbox.files.roots import Root, change_roots, mounts_of, roots_of, trees_of
@@ -39,12 +29,11 @@ from x07_sandbox.host.paths import (
     state_dir,
 )
 from x07_sandbox.jobs.record import state_home
-from x07_sandbox.plan.confinement import confinement
 from x07_sandbox.plan.denials import GuestMount
 from x07_sandbox.plan.guest_paths import OUT, PROGRAM, WORK
 from x07_sandbox.programs.toolchains import PROJECT_FOLDER
 from x07_sandbox.runs.folder import runs_dir
-from x07_sandbox.runs.refusals import command, denial, flag_for, told
+from x07_sandbox.runs.refusals import apply_command, denial, denials_and_entries, flag_for
 from x07_sandbox.runs.request import ProjectPolicy, is_built_in
 from x07_sandbox.runs.result import ChangedName, Changes
 from x07_sandbox.runs.streams import ROOM, InFile
@@ -55,7 +44,7 @@ if TYPE_CHECKING:
 
     from x07_sandbox.files.copy import Bounds, Copied
     from x07_sandbox.files.roots import Mount, Tree
-    from x07_sandbox.plan.denials import Denial, HowToAllow
+    from x07_sandbox.plan.denials import Denial
     from x07_sandbox.policy.model import Policy
     from x07_sandbox.runs.folder import RunFolder
     from x07_sandbox.runs.program import Program
@@ -63,55 +52,47 @@ if TYPE_CHECKING:
     from x07_sandbox.runs.result import LeftOutEntry
 
 _T = TypeVar("_T")
-_NAMES_MAX: Final = 1000  # of a result, but for deletions; all are in the run's folder
+_NAMES_MAX: Final = 1000  # in a result, deletions excepted; all names are in the run's folder
 _DENIALS_MAX: Final = 100
 _LETS_IN: Final[dict[Reason, str]] = {"hidden": "--allow-hidden", "link": "--allow-symlinks"}
-_LINKS_TOO: Final = ", and links are in it (fs.allow_symlinks)"
 _LINKS_MAX: Final = 40  # path_resolution(7): the kernel follows no more
 
 
 class HostFiles:
-    """The host's files of one run: copied in before its machine starts, settled after it has ended."""
+    """The host files of one run: copied in before its machine starts, settled after it has ended."""
 
     def __init__(
         self, request: RunRequest, program: Program, policy: Policy, folder: RunFolder, stack: contextlib.ExitStack
     ) -> None:
-        """Copy in. Raises SandboxError: EntriesError, of which too_many() tells."""
+        """Copy the files in. Raises SandboxError, for example EntriesError."""
         self._request = request
         self._policy = policy
         self._built_in = is_built_in(request.policy)
         self._place = folder.path / "changes"
         self._bounds = bounds_of(policy, request.hide, request.reveal)
-        roots = roots_in_force(request, program, policy)
+        roots = effective_roots(request, program, policy)
         self.trees: list[Tree] = []
         self.copied: list[Copied] = []
         self.files: list[InFile] = []
         left = settings.COPY_IN_MAX_BYTES
-        joins: dict[str, HowToAllow] = {}
         waiting = list(trees_of(roots))
         while waiting:
             tree = waiting.pop(0)
             request.progress(f"copying {tree.host} in")
             copied = self._copy(tree, left, folder)
             left -= copied.size
-            apart = {mount.host for mount in copied.apart}
-            mounts = tuple(mount for mount in tree.mounts if mount.host not in apart)
+            separate = {mount.host for mount in copied.separate}
+            mounts = tuple(mount for mount in tree.mounts if mount.host not in separate)
             self.trees.append(msgspec.structs.replace(tree, mounts=mounts))
-            joins |= {mount.at: how for mount in copied.apart if (how := self._joining(copied, mount))}
-            # What lies in another root, and that did not take it along.
-            waiting += trees_of([root for root in roots if root.host in apart])
+            # Roots inside another root that did not take them along.
+            waiting += trees_of([root for root in roots if root.host in separate])
         writable = change_roots(self.trees)
-        self._mounts = mounts_of(self.trees, confinement(policy, _start(request, program)))
+        self._mounts = mounts_of(self.trees)
         given = {root.guest: root.given for root in roots}
         if request.workdir is not None and not program.project:
-            given[WORK] = "."  # as --allow-write-root has it
-        # What is in force: of what lies in a write root all can be written, whatever else names it.
-        self.areas = [
-            GuestMount(given=given[mount.at], at=mount.at, write=mount.write, joins=joins.get(mount.at))
-            for _, mount in self._mounts
-        ]
+            given[WORK] = "."  # as in --allow-write-root
+        self.areas = [GuestMount(given=given[mount.at], at=mount.at, write=mount.write) for _, mount in self._mounts]
         self._roots = [one for one in self._mounts if one in writable]
-        self._moded: list[str] = []  # roots that were given another mode
         self.incoming: Incoming | None = None
         if self._roots and request.changes != "discard":
             private_dir(self._place)
@@ -128,23 +109,13 @@ class HostFiles:
                 copied = copy_tree(tree, self._bounds, out, left)
                 size = out.tell()
         except OSError as exc:
-            raise HostError("cannot keep a copy of the program's files", exc.strerror or str(exc), ROOM) from exc
+            raise HostError("cannot store a copy of the program's files", exc.strerror or str(exc), ROOM) from exc
         self.copied.append(copied)
         self.files.append(InFile(path=tree.host, mode=0, kind="tree", fd=packed.fd, size=size))
         return copied
 
-    def _joining(self, copied: Copied, mount: Mount) -> HowToAllow | None:
-        """What would have let it travel with the tree that left it, or a folder around it, out."""
-        for name in {mount.sub} | folders_above([mount.sub]):
-            if (stayed := copied.stayed.get(name)) is not None:
-                how = _to_let_in(
-                    stayed.reason, LeftOut(names=[name], most=stayed.most), self._bounds, built_in=self._built_in
-                )
-                return denial(FIELDS[stayed.reason], "", "", "", 1, how).how_to_allow
-        return None
-
     def mounts(self, first: int) -> list[dict[str, Any]]:
-        """Where they go, as START has it. first: number of the first tree among the files of START."""
+        """Return the mounts for START. first: index of the first tree among the files of START."""
         return [
             {
                 "tree": Stream.FIRST_FILE + first + number,
@@ -157,115 +128,102 @@ class HostFiles:
         ]
 
     def places(self) -> tuple[RootPlace, ...]:
-        """The folders that these are in the program's view, outer ones first; of a file, the folder around it."""
+        """Return the mounted folders, outer ones first; for a file, the folder around it."""
         found: dict[str, bool] = {}
         for _, mount in self._mounts:
             at = posixpath.dirname(mount.at) if mount.single else mount.at
             found[at] = mount.write or found.get(at, False)
         return tuple(RootPlace(at=at, write=write) for at, write in sorted(found.items()))
 
-    # what was left out
-
     def denials(self) -> list[Denial]:
-        """What was not copied in, one entry a reason."""
+        """Return one denial for each reason why entries were not copied in."""
         found = []
         for copied in self.copied:
             for reason, left in copied.left_out.items():
                 more = f" and {left.count - len(left.names)} more" if left.count > len(left.names) else ""
                 why = why_left_out(reason, self._bounds)
-                subject = f"{', '.join(map(shown, left.names))}{more}: {why}{_LINKS_TOO if left.links else ''}"
+                subject = f"{', '.join(map(printable, left.names))}{more}: {why}"
                 how = _to_let_in(reason, left, self._bounds, built_in=self._built_in)
                 found.append(denial(FIELDS[reason], "copy", subject, "copying in", left.count, how))
         return found
 
-    # what came back
-
     def settle(self, *, ended_well: bool) -> tuple[Changes, list[Denial], str]:
-        """Apply or keep the changes: the state, what was refused, and a warning. Raises PeerError, BackendError."""
-        changes, refused, warning = self._settle(ended_well=ended_well)
-        why = "what may be changed is what lies below a root, so its own mode stays as it was"
-        moded = f"{', '.join(self._moded)}: {why}" if self._moded else ""
-        return changes, refused, "; ".join(filter(None, (warning, moded)))
-
-    def _settle(self, *, ended_well: bool) -> tuple[Changes, list[Denial], str]:
+        """Apply or save the changes; return their state, denials and a warning. Raises PeerError, BackendError."""
         incoming = self.incoming
         if incoming is None:
             return Changes(state="discarded" if self._roots else "none"), [], ""
         if not incoming.complete:
-            self._forget()
-            why = incoming.problem or "its machine ended before they came"
+            self._discard()
+            why = incoming.problem or "the machine ended before they arrived"
             refused = [too_many(self._policy, "change", why)] if incoming.too_many else []
             return Changes(state="discarded", reason=why), refused, f"the program's changes to files are lost: {why}"
-        changes = self._judged(incoming)
+        changes = self._checked(incoming)
         if not any(root.changes or root.left_out or root.refused for root in changes.roots):
-            self._forget()
+            self._discard()
             return Changes(), [], ""
-        self._keep(changes)
-        denials, entries = told(changes, built_in=self._built_in)
+        self._save(changes)
+        denials, entries = denials_and_entries(changes, built_in=self._built_in)
         denials = denials[:_DENIALS_MAX]
         if changes.all_or_nothing and any(root.refused for root in changes.roots):
-            return _summed(changes, "kept", _why_kept(changes)), denials, ""
-        settled, warning = self._carried_out(changes, ended_well=ended_well)
+            return _summarize(changes, "kept", _why_saved(changes)), denials, ""
+        settled, warning = self._apply(changes, ended_well=ended_well)
         return _with_left_out(settled, changes, entries), denials, warning
 
-    def _carried_out(self, changes: ChangeSet, *, ended_well: bool) -> tuple[Changes, str]:
-        if self._request.changes == "keep" or not ended_well:
-            return _summed(changes, "kept", "" if ended_well else "the program did not end by itself"), ""
-        if not any(root.changes for root in changes.roots):
-            return _summed(changes, "kept", ""), ""
-        return self._applied(changes)
-
-    def _applied(self, changes: ChangeSet) -> tuple[Changes, str]:
+    def _apply(self, changes: ChangeSet, *, ended_well: bool) -> tuple[Changes, str]:
+        if not ended_well:
+            return _summarize(changes, "kept", "the program did not end by itself"), ""
+        if self._request.changes == "keep" or not any(root.changes for root in changes.roots):
+            return _summarize(changes, "kept", ""), ""
         from x07_sandbox.files.apply import ConflictError
-        from x07_sandbox.runs.saved_changes import KeptChanges, do
+        from x07_sandbox.runs.saved_changes import SavedChanges, apply_saved
 
-        kept = KeptChanges(run=changes.run, folder=self._place, changes=changes)
+        saved = SavedChanges(run=changes.run, folder=self._place, changes=changes)
         try:
-            do(kept, changes, lambda path: self._request.progress(f"waiting: another command changes {path}"))
+            apply_saved(saved, changes, lambda path: self._request.progress(f"waiting: another command changes {path}"))
         except ConflictError as exc:
-            return _summed(changes, "conflict", exc.why), ""
+            return _summarize(changes, "conflict", exc.why), ""
         except HostError as exc:
-            return _summed(changes, "kept", f"{exc.what}: {exc.why}"), str(exc)
-        return _summed(changes, "applied", ""), ""
+            return _summarize(changes, "kept", f"{exc.what}: {exc.why}"), str(exc)
+        return _summarize(changes, "applied", ""), ""
 
-    def _judged(self, incoming: Incoming) -> ChangeSet:
+    def _checked(self, incoming: Incoming) -> ChangeSet:
         fs = self._policy.fs
-        allowed = Allowed(mkdir=fs.allow_mkdir, remove=fs.allow_remove, rename=fs.allow_rename)
-        kept = _kept_by_us()
+        allowed = AllowedActions(mkdir=fs.allow_mkdir, remove=fs.allow_remove, rename=fs.allow_rename)
+        reserved = _own_places()
         roots = []
         whole = self._request.changes == "all-or-nothing"
         for number, (tree, mount) in enumerate(self._roots):
             before = _below(self.copied[tree].nodes, mount.sub)
-            made = _below(dict.fromkeys(self.copied[tree].made), mount.sub)
-            allowed = msgspec.structs.replace(allowed, made=frozenset(made))
-            found = [one for one in incoming.told if one.root == number]
-            stayed = _below(self.copied[tree].stayed, mount.sub)
+            created = _below(dict.fromkeys(self.copied[tree].created), mount.sub)
+            allowed = msgspec.structs.replace(allowed, created=frozenset(created))
+            reported = [one for one in incoming.reported if one.root == number]
+            skipped = _below(self.copied[tree].skipped, mount.sub)
             around, let_go = repository_around(mount.host), self._request.allow_protected
-            tops = work_trees([*before, *stayed])
-            protection = Protection(mount.host, self._own(mount), let_go, repository=around, kept=kept, tops=tops)
-            judged = judge(before, stayed, found, self._bounds, allowed, protection, split=not whole)
-            if judged.root_mode is not None:
-                self._moded.append(f"{shown(mount.host)} was given mode {judged.root_mode:04o}")
-            refused = list(judged.refused)
-            if judged.changes and knows_no_case(mount.host):
-                refused += collisions((*judged.changes, *judged.left_out), {*before, *stayed})
-            # Of names that would be one on the host, neither is more right than the other.
-            whole = whole or len(refused) > len(judged.refused) or judged.is_whole
+            work_tree_tops = work_trees([*before, *skipped])
+            protection = Protection(
+                mount.host,
+                self._own(mount),
+                let_go,
+                repository=around,
+                reserved=reserved,
+                work_tree_tops=work_tree_tops,
+            )
+            checked = check_changes(before, skipped, reported, self._bounds, allowed, protection, split=not whole)
+            whole = whole or checked.is_whole
             roots.append(
                 RootChanges(
                     root=mount.host,
                     guest=mount.at,
                     missing=mount.missing,
-                    changes=judged.changes,
-                    refused=tuple(sorted(refused, key=lambda refusal: refusal.name)),
-                    left_out=judged.left_out,
+                    changes=checked.changes,
+                    refused=checked.refused,
+                    left_out=checked.left_out,
                 )
             )
         every = tuple(map(_joined, roots)) if whole else tuple(roots)
         return ChangeSet(run=self._place.parent.name, roots=every, all_or_nothing=whole)
 
     def _own(self, mount: Mount) -> list[str]:
-        """Names below a root of what the run itself was told by."""
         policy = self._request.policy
         if not isinstance(policy, (str, Path, ProjectPolicy)):
             return []
@@ -275,29 +233,29 @@ class HostFiles:
             if path == mount.host or path.startswith(f"{mount.host}/")
         ]
 
-    def _keep(self, changes: ChangeSet) -> None:
+    def _save(self, changes: ChangeSet) -> None:
         place = self._place / "changes.json"
         try:
             place.write_bytes(encode(changes))
         except OSError as exc:
             place.unlink(missing_ok=True)
-            raise BackendError("cannot keep the program's changes", exc.strerror or str(exc), ROOM) from exc
+            raise BackendError("cannot save the program's changes", exc.strerror or str(exc), ROOM) from exc
 
-    def _forget(self) -> None:
+    def _discard(self) -> None:
         (self._place / "data").unlink(missing_ok=True)
         self._place.rmdir()
 
 
 def base_folder(request: RunRequest, program: Program) -> Path:
-    """The folder that relative roots are below: the project's, else that of --workdir, else ours. Raises UsageError."""
+    """Return the folder for relative roots: the project's, else --workdir, else the current one. Raises UsageError."""
     if program.project and request.program is not None:
         path = Path(request.program)
         return real_path(path if is_folder(path) else path.parent)
     return real_path(Path()) if request.workdir is None else working_folder(request.workdir)
 
 
-def roots_in_force(request: RunRequest, program: Program, policy: Policy) -> tuple[Root, ...]:
-    """The folders of the host that a run opens to its program. Raises RefusedError, UsageError."""
+def effective_roots(request: RunRequest, program: Program, policy: Policy) -> tuple[Root, ...]:
+    """Return the folders of the host that a run opens to its program. Raises RefusedError, UsageError."""
     roots = roots_of(policy, base_folder(request, program), _start(request, program))
     if request.workdir is not None:
         roots = (*roots, workdir_root(request, program, policy, request.workdir))
@@ -309,27 +267,26 @@ def roots_in_force(request: RunRequest, program: Program, policy: Policy) -> tup
         raise RefusedError("cannot use --out", why, fix).caused_by("fs.enabled", value=True)
     out = collapse_leading_slashes(os.path.normpath(real_path(Path()) / request.out))
     if any(root.guest == OUT for root in roots):
-        raise RefusedError("cannot use --out", f"the policy has a root at {OUT}", "Leave one of them out")
+        raise RefusedError("cannot use --out", f"the policy has a root at {OUT}", "Use only one of them")
     return (*roots, Root(field="--out", given=str(request.out), host=out, guest=OUT, write=True))
 
 
-def _kept_by_us() -> list[str]:
-    """Where our records lie, sets of changes and journals among them, and our cache: all of it is believed later."""
+def _own_places() -> list[str]:
+    """Return the places of our records (change sets and journals too) and our cache, all of which is trusted later."""
     root = state_dir()
     home = state_home(root)
     places = (root, runs_dir(root), home / "runner_instance", home / "runner_instance.owner", cache_dir())
-    return [str(real_path(path)) for path in places]  # as roots are known
+    return [str(real_path(path)) for path in places]
 
 
 def _start(request: RunRequest, program: Program) -> str:
-    """The folder below which relative roots lie in the machine."""
     if program.project:
         return PROJECT_FOLDER
     return PROGRAM if request.workdir is None else WORK
 
 
 def _way_to(path: str) -> set[str]:
-    """The absolute paths that decide which file *path* is: its real one, and every link on the way to it."""
+    """Return the absolute paths that decide which file *path* is: its real path and every link on the way."""
     found: set[str] = set()
     here = Path("/") if path.startswith("/") else real_path(Path())
     left = path.split("/")[::-1]
@@ -360,7 +317,6 @@ def _below(nodes: dict[str, _T], sub: str) -> dict[str, _T]:
 
 
 def _joined(root: RootChanges) -> RootChanges:
-    """The same with nothing left out."""
     every = sorted((*root.changes, *root.left_out), key=lambda change: change.name)
     return msgspec.structs.replace(root, changes=tuple(every), left_out=())
 
@@ -369,43 +325,39 @@ def _with_left_out(settled: Changes, changes: ChangeSet, entries: tuple[LeftOutE
     names = {(root.root, one.name) for root in changes.roots for one in root.left_out}
     names |= {(root.root, one.name) for root in changes.roots for one in root.refused}
     return msgspec.structs.replace(
-        settled, left_out=len(names), left_out_entries=entries, apply_left_out=command(changes.run, entries)
+        settled, left_out=len(names), left_out_entries=entries, apply_left_out=apply_command(changes.run, entries)
     )
 
 
-def _summed(changes: ChangeSet, state: Any, reason: str) -> Changes:  # noqa: ANN401 - Changes knows its states
+def _summarize(changes: ChangeSet, state: Any, reason: str) -> Changes:  # noqa: ANN401 - Changes knows its states
     every = [(root.root, change) for root in changes.roots for change in root.changes]
     every.sort(key=lambda one: one[1].action != "deleted")
     deletions = sum(change.action == "deleted" for _, change in every)
     names = tuple(
-        ChangedName(root=shown(root), name=shown(change.name), action=change.action)
+        ChangedName(root=printable(root), name=printable(change.name), action=change.action)
         for root, change in every[: max(_NAMES_MAX, deletions)]
     )
     added, changed, deleted = map(changes.count, ("added", "changed", "deleted"))
     return Changes(state=state, reason=reason, names=names, added=added, changed=changed, deleted=deleted)
 
 
-def _why_kept(changes: ChangeSet) -> str:
-    """How many may not be done; what was not even taken is not among the changes that are counted."""
+def _why_saved(changes: ChangeSet) -> str:
     names = {(root.root, refusal.name) for root in changes.roots for refusal in root.refused}
     counted = {(root.root, change.name) for root in changes.roots for change in root.changes}
-    some = [f"{len(names & counted)} of them may not be done"] if names & counted else []
-    more = [f"{len(names - counted)} more may not be brought back"] if names - counted else []
-    return ", and ".join(some + more)
+    some = [f"{len(names & counted)} of them not allowed"] if names & counted else []
+    more = [f"{len(names - counted)} more cannot be copied back"] if names - counted else []
+    return ", ".join(some + more)
 
 
 def too_many(policy: Policy, action: str, subject: str) -> Denial:
-    """There were more entries than fs.max_entries, going in ("copy") or coming back ("change")."""
+    """Return the denial for more entries than fs.max_entries, going in ("copy") or coming back ("change")."""
     value = min(2 * bounds_of(policy).entries, NUMBER_MAX)
     by = "copying in" if action == "copy" else "the check of changes"
     return denial("fs.max_entries", action, subject, by, 1, (value, None))
 
 
 def _to_let_in(reason: Reason, left: LeftOut, bounds: Bounds, *, built_in: bool) -> tuple[object, str | None]:
-    """The field's value, or the flag, that would let in what was left out; None for either that would not do."""
     if reason in {"chosen", "secret"}:
         names = dict.fromkeys(Path(name).name for name in left.names)
         return None, " ".join(filter(None, (flag_for("--reveal", name) for name in names))) or None
-    flags = [_LETS_IN[reason]] if built_in and reason in _LETS_IN else []
-    flags += [_LETS_IN["link"]] if flags and left.links else []
-    return value_for(reason, left.most, bounds), " ".join(flags) or None
+    return value_for(reason, left.most, bounds), _LETS_IN.get(reason) if built_in else None

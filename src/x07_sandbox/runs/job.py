@@ -1,4 +1,4 @@
-"""One job of a run: an instance that answers, the phase that it carries out, and the report on it."""
+"""One job of a run: an instance that answers, the phase that it runs, and the report on it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from x07_sandbox.host import settings
 from x07_sandbox.host.cancel import Caller
 from x07_sandbox.jobs.admission import admitted
 from x07_sandbox.jobs.record import Claim
-from x07_sandbox.runs.phase import PhaseStreams, carry_out, load_loop, needs_of
+from x07_sandbox.runs.phase import PhaseStreams, needs_of, preload_phase, run_phase
 from x07_sandbox.runs.prepare import output_caps
 from x07_sandbox.runs.result import PhaseReport
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class JobEnd(NamedTuple):
-    """How a job ended. output_sha256: of its standard output. stderr_fd: what is kept of the other, lent."""
+    """How a job ended. output_sha256: of its standard output. stderr_fd: its stored error output, lent."""
 
     ending: Verdict
     facts: PhaseFacts
@@ -43,8 +43,8 @@ class JobEnd(NamedTuple):
     net: NetworkUse | None = None
 
 
-def carry_out_job(prepared: Prepared, spec: PhaseSpec, run_id: str, folder: RunFolder) -> JobEnd:
-    """Carry out one phase in an instance of its own. Raises SandboxError where there was none."""
+def run_job(prepared: Prepared, spec: PhaseSpec, run_id: str, folder: RunFolder) -> JobEnd:
+    """Run one phase in its own instance. Raises SandboxError if there was no instance."""
     request, raw = prepared.request, prepared.request.raw
     if spec.name == "run":
         caps, prefix = output_caps(request, prepared.program.toolchain), ""
@@ -57,7 +57,7 @@ def carry_out_job(prepared: Prepared, spec: PhaseSpec, run_id: str, folder: RunF
         admitted(cancel_fd=request.cancel.fd, timeout_s=request.queue_s, progress=request.progress),
         _gate(prepared, spec, folder) as gate,
     ):
-        instance, facts, warnings = _conversed(prepared, spec, run_id, (stdout, stderr), gate)
+        instance, facts, warnings = _run_phase(prepared, spec, run_id, (stdout, stderr), gate)
         net = None if gate is None else gate.account()
     from x07_sandbox.plan.outcomes import classify
     from x07_sandbox.runs.execute import drain
@@ -67,7 +67,7 @@ def carry_out_job(prepared: Prepared, spec: PhaseSpec, run_id: str, folder: RunF
     if gate is not None and net is None:
         evidence = replace(evidence, gate_lost=True)
         if said := gate.last_message():
-            warnings.append(f"the egress gate said: {said}")
+            warnings.append(f"the egress gate reported: {said}")
     if not drain((stdout, stderr), request.cancel):
         evidence = replace(evidence, cancelled_by=request.cancel.signal or 0)
     ending = classify(evidence, features=prepared.availability.features, limits=spec.limits_shown)
@@ -92,7 +92,6 @@ def carry_out_job(prepared: Prepared, spec: PhaseSpec, run_id: str, folder: RunF
 def _gate(
     prepared: Prepared, spec: PhaseSpec, folder: RunFolder
 ) -> contextlib.AbstractContextManager[GateProcess | None]:
-    """The egress gate of a phase; None for one without connections."""
     if prepared.egress is None or spec.network is None:
         return contextlib.nullcontext()
     from x07_sandbox.runs.egress import gate_of
@@ -100,10 +99,9 @@ def _gate(
     return gate_of(prepared.egress, folder.path)
 
 
-def _conversed(
+def _run_phase(
     prepared: Prepared, spec: PhaseSpec, run_id: str, sinks: tuple[Sink, Sink], gate: GateProcess | None
 ) -> tuple[Instance, PhaseFacts, list[str]]:
-    """The instance, which is gone by then, what is known of its phase, and what the user should know of its start."""
     request, live = prepared.request, spec.name == "run"
     warnings: list[str] = []
     streams = PhaseStreams(
@@ -116,10 +114,10 @@ def _conversed(
     )
     try:
         with contextlib.ExitStack() as stack:
-            instance = _answering(prepared, spec, run_id, stack, warnings)
+            instance = _start(prepared, spec, run_id, stack, warnings)
             if gate is not None:
                 gate.send_stream(instance.net_fd)
-            facts = carry_out(spec, instance, streams)
+            facts = run_phase(spec, instance, streams)
     except NoAnswerError as exc:
         from x07_sandbox.runs.execute import PhaseFacts
 
@@ -129,10 +127,9 @@ def _conversed(
     return instance, facts, warnings
 
 
-def _answering(
+def _start(
     prepared: Prepared, spec: PhaseSpec, run_id: str, stack: contextlib.ExitStack, warnings: list[str]
 ) -> Instance:
-    """An instance that has answered: one that waits, warm, else one that the backend starts. Raises NoAnswerError."""
     request, backend = prepared.request, prepared.backend
     job = Job(
         claim=Claim(run_id=run_id, phase=spec.name, wall_ms=spec.wall_ms),
@@ -142,7 +139,7 @@ def _answering(
         caller=Caller(cancel=request.cancel, progress=request.progress),
         needs=needs_of(spec),
         cold=request.cold,
-        meanwhile=load_loop,
+        meanwhile=preload_phase,
     )
     if request.machines is not None and not request.cold:
         try:
@@ -153,8 +150,8 @@ def _answering(
             if isinstance(exc, NoAnswerError):
                 if exc.failure.kind == "cancelled":
                     raise
-                why = "the one it took did not answer"
-            warnings.append(f"the {spec.name} had no warm machine: {why}")
-            # That job is over, and stays on record.
+                why = "it did not answer"
+            warnings.append(f"no pool machine for the {spec.name}: {why}")
+            # The failed job stays on record.
             job = replace(job, claim=replace(job.claim, phase=f"{spec.name}-clone"))
     return stack.enter_context(backend.start(job))

@@ -1,4 +1,4 @@
-"""One phase of a run: everything known beforehand, and carrying it out on an instance that has answered."""
+"""One phase of a run: its description, and running it on an instance that has answered."""
 
 from __future__ import annotations
 
@@ -21,14 +21,11 @@ CWD = "/opt/x07"
 
 
 class PhaseSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """One phase. Descriptors are lent.
+    """The description of one phase. Descriptors are lent.
 
-    limits, mounts: as START carries them (plan/sizes). limits_shown: those of the policy, for reasons.
-    network: what the guest's relay is told, as START carries it (network/guest_view); None without connections.
-    places: of these mounts, as a backend may need them beforehand.
-    areas: of the host, for reports of refusals. changes: takes changes to the trees (files/incoming.Incoming), or None.
-    left: what is wanted of the files in the program's private folders, as START carries it; None where they are not
-    looked at. left_files: takes them (runs/private_files.LeftFiles), or None.
+    limits, mounts, left, network: as in START. limits_shown: those of the policy, for messages. places: of the mounts.
+    areas: of the host, for denials. changes: takes changes to the trees (files/incoming.Incoming), or None. left_files:
+    takes files in the program's private folders (runs/private_files.LeftFiles), or None.
     """
 
     name: Literal["build", "run"]
@@ -52,7 +49,7 @@ class PhaseSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def needs_of(spec: PhaseSpec) -> Needs:
-    """What a backend may have to know of it beforehand."""
+    """Return what a backend may have to know in advance."""
     limits, confine = spec.limits, spec.confine
     return Needs(
         mem_bytes=limits["mem_bytes"],
@@ -68,9 +65,9 @@ def needs_of(spec: PhaseSpec) -> Needs:
 
 
 class PhaseStreams(msgspec.Struct, frozen=True, kw_only=True):
-    """What a phase is connected to; all lent.
+    """The connections of a phase; all lent.
 
-    stdin_fd: the program's input. on_started: called when it runs. gate_fd: readable when the egress gate has ended.
+    stdin_fd: the program's input. on_started: called when it runs. gate_fd: readable once the egress gate has ended.
     """
 
     stdin_fd: int | None
@@ -81,13 +78,13 @@ class PhaseStreams(msgspec.Struct, frozen=True, kw_only=True):
     gate_fd: int | None = None
 
 
-def load_loop() -> None:
-    """Import what carries a phase out: while the instance comes up there is nothing else to do."""
+def preload_phase() -> None:
+    """Import the module that runs a phase, while the instance boots."""
     import x07_sandbox.runs.execute  # noqa: F401
 
 
-def carry_out(spec: PhaseSpec, instance: Instance, streams: PhaseStreams) -> PhaseFacts:
-    """Have the instance carry out a phase, whatever becomes of it."""
+def run_phase(spec: PhaseSpec, instance: Instance, streams: PhaseStreams) -> PhaseFacts:
+    """Run a phase on the instance to its end."""
     from x07_sandbox.runs.execute import Phase
 
     return Phase(spec, instance, streams).run()

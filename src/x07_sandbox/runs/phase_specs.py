@@ -1,4 +1,4 @@
-"""The phases of a run, each as everything that is known of it beforehand."""
+"""The descriptions of a run's phases."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from x07_sandbox.runs.program import Program
     from x07_sandbox.runs.streams import OutFile
 
-# Python writes its output at once, so that a timeout loses none, and no byte code into folders that it may only read.
+# Python writes its output at once, so that a timeout loses none, and does not write byte code into read-only folders.
 _ENVIRONMENT: Final = {
     "PATH": "/usr/local/bin:/usr/bin:/bin",
     "HOME": "/opt/x07",
@@ -42,12 +42,12 @@ _ENVIRONMENT: Final = {
     "PYTHONUNBUFFERED": "1",
     "PYTHONDONTWRITEBYTECODE": "1",
 }
-# Where a program with a manifest starts: the same private folder, under the name that relative roots have.
+# The private folder of a program with a manifest, at the path for relative roots.
 _PROJECT_MOUNT: Final[dict[str, Any]] = {"tree": None, "sub": "", "at": PROJECT_FOLDER, "write": True, "changes": False}
 
 
 def run_environment(policy: Policy, named: Mapping[str, str], ours: Mapping[str, str]) -> dict[str, str]:
-    """All variables of a program: fixed ones, those of *ours* that the policy lets in, those that were named, X07's."""
+    """Return the variables of a program: fixed ones, those of *ours* that the policy allows, *named* ones, X07's."""
     env = dict(_ENVIRONMENT)
     if policy.env.enabled:
         env |= {key: ours[key] for key in policy.env.allow_keys if key in ours and not key.startswith("X07_")}
@@ -57,7 +57,7 @@ def run_environment(policy: Policy, named: Mapping[str, str], ours: Mapping[str,
 
 
 def build_spec(prepared: Prepared, artifact: OutFile, stack: contextlib.ExitStack) -> PhaseSpec:
-    """The build of a program, which makes *artifact*."""
+    """Return the build of a program, which fills *artifact*."""
     program, toolchain = prepared.program, prepared.program.toolchain
     assert toolchain.build is not None  # noqa: S101 - for the type checker
     files, env = [program.file], dict(_ENVIRONMENT)
@@ -85,7 +85,7 @@ def build_spec(prepared: Prepared, artifact: OutFile, stack: contextlib.ExitStac
 def run_spec(
     prepared: Prepared, artifact: OutFile, stack: contextlib.ExitStack, host_files: HostFiles | None = None
 ) -> PhaseSpec:
-    """The run of an artifact."""
+    """Return the run of an artifact."""
     request, program, limits = prepared.request, prepared.program, prepared.plan.limits
     policy, archive, protocol = prepared.policy.policy, program.toolchain.archive, program.toolchain.protocol
     path, kind = (PROGRAM_FOLDER, "archive") if archive else (ARTIFACT, "file")
@@ -97,7 +97,7 @@ def run_spec(
         files += [in_memory(data, path, 0o644, stack) for path, data in more.items()]
     cwd = PROJECT_FOLDER if program.project else CWD
     if request.workdir is not None:
-        from x07_sandbox.plan.guest_paths import WORK  # not on the way of a run without files
+        from x07_sandbox.plan.guest_paths import WORK  # imported only for runs with files
 
         cwd = WORK
     left, left_files = _left(prepared, stack)
@@ -133,7 +133,6 @@ def run_spec(
 
 
 def _start(program: Program, cwd: str) -> list[str]:
-    """What starts the program; a command with a slash in its name is found from its working folder."""
     start = program.toolchain.start(program.source)
     if program.toolchain is COMMAND and "/" in start[0]:
         start[0] = posixpath.normpath(posixpath.join(cwd, start[0]))
@@ -141,13 +140,12 @@ def _start(program: Program, cwd: str) -> list[str]:
 
 
 def _left(prepared: Prepared, stack: contextlib.ExitStack) -> tuple[dict[str, int] | None, LeftFiles | None]:
-    """What is wanted of the files that the program leaves in its private folders, and what takes them."""
     request = prepared.request
     if prepared.program.toolchain.protocol is not None:
         return None, None
-    if not request.max_files_bytes:  # they are only counted; beside a folder of the user's nobody looks for them
+    if not request.max_files_bytes:  # only counted; with --workdir not even that
         return None if request.workdir is not None else {"files": 0, "bytes": 0}, None
-    from x07_sandbox.runs.private_files import LeftFiles
+    from x07_sandbox.runs.private_files import FILES_MAX, LeftFiles
 
-    left_files = LeftFiles(stack, request.max_files_bytes)
-    return left_files.wanted(), left_files
+    limits = {"files": FILES_MAX, "bytes": request.max_files_bytes}
+    return limits, LeftFiles(stack, request.max_files_bytes)

@@ -1,4 +1,4 @@
-"""From a request to what can be run: all that it names is read, checked and planned, and nothing is started."""
+"""Preparation of a run: everything that the request names is read, checked and planned; nothing is started."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from x07_sandbox.backends.base import Availability, Backend
 from x07_sandbox.backends.registry import create
 from x07_sandbox.backends.selection import Choice, choice_from_environment
-from x07_sandbox.errors import HostError, RefusedError, UsageError, printable
+from x07_sandbox.errors import HostError, RefusedError, printable
 from x07_sandbox.host import settings
 from x07_sandbox.host.paths import settings_file
 from x07_sandbox.host.variables import flag, text
@@ -22,13 +22,13 @@ from x07_sandbox.plan.controls import Plan, make_plan
 from x07_sandbox.programs.toolchains import COMMAND, require_packages
 from x07_sandbox.runs.program import Program, load_program
 from x07_sandbox.runs.request import (
-    InForce,
+    EffectivePolicy,
     RunRequest,
     check_arguments,
     check_variables,
+    effective_policy_of,
     need_policy,
     open_input,
-    policy_in_force,
     sha256_text,
     with_framed_input,
 )
@@ -44,19 +44,19 @@ else:
     Egress = object  # msgspec reads annotations; its module is loaded where it is needed
 
 _T = TypeVar("_T")
-# A step of a run: yields a draft of the result whenever it knows more, and returns what the next step needs.
+# A step of a run: yields drafts of the result, and returns what the next step needs.
 Step = Generator[Result, None, _T]
 
 
 class Prepared(msgspec.Struct, frozen=True):
-    """A request that only its plan can refuse.
+    """A checked request, which only its plan can still refuse.
 
-    image: None where the backend uses none; image_name: for messages. egress: None for a run without connections.
+    image: None if the backend uses none; image_name: for messages. egress: None for a run without connections.
     """
 
     request: RunRequest
     program: Program
-    policy: InForce
+    policy: EffectivePolicy
     image: OpenImage | None
     image_name: str
     backend: Backend
@@ -66,13 +66,13 @@ class Prepared(msgspec.Struct, frozen=True):
 
 
 def output_caps(request: RunRequest, toolchain: Toolchain) -> tuple[int, int]:
-    """How many bytes of standard output and of standard error a run may write."""
+    """Return the limits in bytes for standard output and standard error of a run."""
     most = settings.OUTPUT_MAX_BYTES if request.max_output_bytes is None else request.max_output_bytes
     return (most, most) if toolchain.protocol is None else toolchain.protocol.output_caps(most)
 
 
-def last_of(step: Step[_T]) -> _T:
-    """What a step returns, where nobody wants its drafts."""
+def final_value(step: Step[_T]) -> _T:
+    """Run a step without its drafts and return its value."""
     while True:
         try:
             next(step)
@@ -84,9 +84,9 @@ def last_of(step: Step[_T]) -> _T:
 def prepare(
     request: RunRequest, draft: Result, stack: contextlib.ExitStack, *, dry: bool = False
 ) -> Step[tuple[Prepared, Result]]:
-    """Read and check all that a request names, before anything is booted. Raises SandboxError.
+    """Read and check everything that a request names, before anything is started. Raises SandboxError.
 
-    dry: nothing will be run, so input is not read, the image is not renewed, and no guest is booted.
+    dry: nothing will be run, so input is not read, the image is not updated, and no guest is booted.
     """
     program = request.loaded
     if program is None:
@@ -94,16 +94,15 @@ def prepare(
     draft = _known(draft, source=program.sha256)
     yield draft
     check_arguments(request)
-    with request.cancel.waiting():  # for whoever opens the other end of a pipe
+    with request.cancel.waiting():  # opening a pipe may block
         request = replace(request, stdin_fd=open_input(request, stack, wait=not dry))
     if (protocol := program.toolchain.protocol) is not None:
         need_policy(request, protocol)
         request = request if dry else with_framed_input(request, protocol, stack)
-    in_force = request.in_force or policy_in_force(request)
-    _check_cpu_time(request, program)
-    draft = _known(replace(draft, policy=printable(in_force.base)), policy=sha256_text(in_force.data))
+    effective_policy = request.effective_policy or effective_policy_of(request)
+    draft = _known(replace(draft, policy=printable(effective_policy.base)), policy=sha256_text(effective_policy.data))
     yield draft
-    check_variables(request, in_force.policy)
+    check_variables(request, effective_policy.policy)
     choice = request.choice or choice_from_environment()
     backend = create(choice.backend)
     image = None
@@ -119,7 +118,7 @@ def prepare(
         if folder is not None and "host-files" not in availability.features.can_enforce:
             why = f"the backend {backend.name} cannot bring files back"
             raise RefusedError(f"cannot use {flag_name}", why, "Leave it out, or use --sandbox-backend vm")
-    plan = make_plan(in_force.policy, availability.features, cpu_ms=program.cpu_ms)
+    plan = make_plan(effective_policy.policy, availability.features, cpu_ms=program.cpu_ms)
     draft = replace(
         draft,
         isolation=availability.features.isolation,
@@ -129,26 +128,20 @@ def prepare(
     )
     yield draft
     egress = None
-    if in_force.policy.net.may_connect and not plan.refusals:
-        from x07_sandbox.runs.egress import egress_of  # not on the way of a run without connections
+    if effective_policy.policy.net.may_connect and not plan.refusals:
+        from x07_sandbox.runs.egress import egress_of  # imported only for runs with connections
 
-        egress = egress_of(in_force)
-    return Prepared(request, program, in_force, image, _image_name(request), backend, availability, plan, egress), draft
-
-
-def _check_cpu_time(request: RunRequest, program: Program) -> None:
-    """Raise UsageError for a CPU limit that the tighter one of an X07 program would cut."""
-    limits, own_ms = request.limits, program.cpu_ms
-    if limits is not None and limits.cpu_ms is not None and own_ms is not None and own_ms < limits.cpu_ms:
-        from x07_sandbox.policy.limits import flag_text  # only for the error
-
-        why = f"X07's own limit for the program is {own_ms / 1000:g} s"
-        fix = f"Raise that with --cpu-time-limit-seconds {-(-limits.cpu_ms // 1000)}, or its profile"
-        raise UsageError(f"cannot use {flag_text('cpu_ms', limits.cpu_ms)}", why, fix)
+        egress = egress_of(effective_policy)
+    return Prepared(
+        request, program, effective_policy, image, _image_name(request), backend, availability, plan, egress
+    ), draft
 
 
 def wants_scaling(prepared: Prepared) -> bool:
-    """Whether the user wants limits scaled, and the machine is emulated. Raises SandboxError for unusable settings."""
+    """Return whether the machine is emulated and the user wants scaled limits.
+
+    Raises SandboxError for invalid settings.
+    """
     asked = prepared.request.scale_limits
     if not prepared.availability.features.emulated or asked is False:
         return False
@@ -159,7 +152,7 @@ def wants_scaling(prepared: Prepared) -> bool:
             return False
     except HostError:  # without a home there are no settings
         return False
-    from x07_sandbox.host.user_settings import scale_when_emulated  # few have settings
+    from x07_sandbox.host.user_settings import scale_when_emulated  # few users have settings
 
     return scale_when_emulated()
 
@@ -188,30 +181,27 @@ def _image_name(request: RunRequest) -> str:
 
 
 def _refuse_image(request: RunRequest, choice: Choice) -> None:
-    """Refuse what is asked of a guest image where none is used. Raises RefusedError."""
     why = f"the backend {choice.backend} uses no guest image"
     if request.image is not None:
         raise RefusedError(f"cannot use the image {request.image}", why, "Leave it out, or use --sandbox-backend vm")
     if text("X07_VM_GUEST_IMAGE_DIGEST") is not None:
         fix = "Unset X07_VM_GUEST_IMAGE_DIGEST, or use --sandbox-backend vm"
-        raise RefusedError("the guest image is not the one that may run", why, fix)
+        raise RefusedError("this guest image is not allowed to run", why, fix)
 
 
 def _require_programs(program: Program, choice: Choice) -> None:
-    """Refuse a toolchain whose programs this host lacks. Raises RefusedError."""
     toolchain, source = program.toolchain, program.source
-    if toolchain is COMMAND:  # looked up where it is run
+    if toolchain is COMMAND:  # looked up in PATH when it runs
         return
     argvs = [toolchain.start(source), *([] if toolchain.build is None else [toolchain.build(source)])]
     for path in (argv[0] for argv in argvs):
         if not path.startswith("/x07/") and not os.access(path, os.X_OK):
-            why = f"it uses this host's own programs, and there is no {path}"
+            why = f"it uses this host's programs, and {path} does not exist"
             fix = f"Run apt-get install {' '.join(toolchain.needs)}, or use --sandbox-backend vm"
             raise RefusedError(f"the backend {choice.backend} cannot run {toolchain.name} programs", why, fix)
 
 
 def _require_hardware(request: RunRequest, availability: Availability) -> None:
-    """Raises RefusedError if hardware virtualisation was demanded and is known not to be used."""
     by_variable = flag("X07_VM_REQUIRE_HARDWARE")
     if not (by_variable or request.require_hardware) or not availability.known:
         return
@@ -220,21 +210,21 @@ def _require_hardware(request: RunRequest, availability: Availability) -> None:
     steps = ["leave out --require-hardware"] * request.require_hardware
     steps += ["unset X07_VM_REQUIRE_HARDWARE"] * by_variable
     what = "emulation" if availability.features.emulated else "that"
-    fix = f"To accept {what} {' and '.join(steps)}, or run where KVM works"
-    raise RefusedError("hardware virtualisation was required", availability.proof, fix)
+    fix = f"To accept {what} {' and '.join(steps)}, or run on a machine with KVM"
+    raise RefusedError("hardware virtualisation is required", availability.proof, fix)
 
 
 def check_pinned(digest: str) -> None:
-    """Raises RefusedError if another image is the only one that may run."""
+    """Raise RefusedError if X07_VM_GUEST_IMAGE_DIGEST names another image."""
     pinned = text("X07_VM_GUEST_IMAGE_DIGEST")
     if pinned not in {None, digest}:
         why = f"X07_VM_GUEST_IMAGE_DIGEST is {pinned}, and the image has {digest}"
-        fix = "Name the right image, or set the variable to the image that you trust"
-        raise RefusedError("the guest image is not the one that may run", why, fix)
+        fix = "Name the right image, or set the variable to the digest that you trust"
+        raise RefusedError("this guest image is not allowed to run", why, fix)
 
 
 def current_image(image: Image) -> Image:
-    """The image with our own guest code: the cheap part of a named image is made anew when that has changed."""
+    """Return a named image with the current guest code, rebuilding that part if it has changed."""
     if not image.name or image_is_current(image):
         return image
     from x07_sandbox.images.build import build_image

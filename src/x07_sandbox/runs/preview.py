@@ -1,4 +1,4 @@
-"""What a run would do, told without booting anything."""
+"""A preview of a run, made without booting anything."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from x07_sandbox.files.roots import Root, trees_of
 from x07_sandbox.jobs.record import new_run_id
 from x07_sandbox.plan.controls import Plan
 from x07_sandbox.programs.toolchains import COMMAND
-from x07_sandbox.runs.host_files import roots_in_force
-from x07_sandbox.runs.prepare import last_of, prepare, wants_scaling
+from x07_sandbox.runs.host_files import effective_roots
+from x07_sandbox.runs.prepare import final_value, prepare, wants_scaling
 from x07_sandbox.runs.result import Scaling, draft_result
 
 if TYPE_CHECKING:
@@ -24,12 +24,10 @@ SCHEMA: Final = "x07.sandbox.preview@0.1.0"
 
 
 class Preview(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What would be done.
+    """What a run would do. build: argv in the build VM, or null if nothing is built. run: argv in the run VM.
 
-    toolchain: its name. build: argv in the build VM, or None where nothing is built. run: argv in the run VM.
-    roots: folders of the host that it gets copies of. digests: of image, policy and source. The isolation class is not
-    known before something has booted. scaling: of the limits, where the factor was measured already.
-    hosts: HOST:PORTS to which it may connect; denied_hosts: what flags deny.
+    roots: folders of the host that are copied in. digests: of image, policy and source. scaling: if its factor is
+    known. hosts: HOST:PORTS to which it may connect; denied_hosts: what flags deny.
     """
 
     schema_version: Literal["x07.sandbox.preview@0.1.0"] = SCHEMA
@@ -47,13 +45,13 @@ class Preview(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 def preview(request: RunRequest) -> Preview:
-    """The plan of *request*. Raises SandboxError for everything that a run would refuse before it copies or boots."""
+    """Return the preview of *request*. Raises SandboxError for what a run would refuse before copying files."""
     with contextlib.ExitStack() as stack:
-        ready, draft = last_of(prepare(request, draft_result(new_run_id()), stack, dry=True))
+        ready, draft = final_value(prepare(request, draft_result(new_run_id()), stack, dry=True))
         request, program, toolchain = ready.request, ready.program, ready.program.toolchain
-        roots = roots_in_force(request, program, ready.policy.policy)
+        roots = effective_roots(request, program, ready.policy.policy)
         if not ready.plan.refusals:
-            trees_of(roots)  # a run looks at each of them before it copies any
+            trees_of(roots)  # checks them
         ready, scaling = _scaled(ready)
         digests = {name: digest for name, digest in msgspec.structs.asdict(draft.digests).items() if digest}
         return Preview(
@@ -72,7 +70,6 @@ def preview(request: RunRequest) -> Preview:
 
 
 def _scaled(ready: Prepared) -> tuple[Prepared, Scaling | None]:
-    """Time and CPU limits as they would be scaled; not before the factor was measured."""
     from x07_sandbox.runs.scaling import known_factor, scale
 
     factor = known_factor() if wants_scaling(ready) else None
@@ -80,7 +77,6 @@ def _scaled(ready: Prepared) -> tuple[Prepared, Scaling | None]:
 
 
 def _endpoint(entry: Entry | Denied) -> str:
-    """A line of the list as `--allow-host` and `--deny-host` take it."""
     from x07_sandbox.network.names import pattern_text
 
     host = pattern_text(entry.what)

@@ -1,4 +1,4 @@
-"""Files of a program's private folders: those that it finds there, and those that it leaves there for its caller."""
+"""Files in a program's private folders: those it gets, and those it leaves for its caller."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.channel.trees import Entry, Kind, segment
-from x07_sandbox.files.changes import folders_above
+from x07_sandbox.files.changes import parent_folders, printable
 from x07_sandbox.files.incoming import Incoming
 from x07_sandbox.files.pack import pack_files
 from x07_sandbox.plan.guest_paths import PROGRAM
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 FILES_MAX: Final = 10_000
-_FOLDERS: Final = 2  # of the guest: the working folder, and /x07/out
+_FOLDERS: Final = 2  # the working folder and /x07/out
 
 
 class LeftFiles:
-    """Takes the files that the guest sends, as much as was asked for."""
+    """Takes the files that the guest sends, within the requested limits."""
 
     def __init__(self, stack: contextlib.ExitStack, max_bytes: int) -> None:
         self._stack = stack
@@ -30,44 +30,38 @@ class LeftFiles:
         self._fd = -1
         self._incoming: Incoming | None = None
 
-    def wanted(self) -> dict[str, int]:
-        """What START says of them."""
-        return {"files": FILES_MAX, "bytes": self._max_bytes}
-
     def take(self, data: bytes) -> bool:
-        """Take bytes of the stream; False once they are more than was asked for. Raises PeerError, BackendError."""
+        """Take bytes of the stream; return False once a limit is exceeded. Raises PeerError, BackendError."""
         if self._incoming is None:
             self._fd = memory_file(b"", self._stack)
             self._incoming = Incoming(self._fd, roots=_FOLDERS, most_entries=FILES_MAX, most_bytes=self._max_bytes)
         return self._incoming.take(data)
 
     def files(self) -> dict[str, bytes]:
-        """Regular files by their names, where all has come; those of /x07/out come before those of the same name."""
+        """Return regular files by name, if all have arrived; those of /x07/out win over others of the same name."""
         if self._incoming is None or not self._incoming.complete:
             return {}
         found = {}
-        for told in self._incoming.told:
-            node = told.node
-            if node is not None and node.kind == "file" and node.at is not None and told.name and _is_text(told.name):
-                found[told.name] = os.pread(self._fd, node.size, node.at)
+        for reported in self._incoming.reported:
+            node = reported.node
+            if (
+                node is not None
+                and node.kind == "file"
+                and node.at is not None
+                and reported.name
+                and printable(reported.name) == reported.name
+            ):
+                found[reported.name] = os.pread(self._fd, node.size, node.at)
         return found
 
 
 def work_files(files: Mapping[str, bytes], stack: contextlib.ExitStack) -> InFile:
-    """*files* as a tree that lies in the program's private working folder. Raises UsageError."""
+    """Return *files* as a tree for the program's private working folder. Raises UsageError."""
     packed = pack_files(files, "the files of the program").files
     now = time.time_ns()
-    entries = [Entry(Kind.FOLDER, os.fsencode(name), mode=0o755).encoded() for name in sorted(folders_above(packed))]
+    entries = [Entry(Kind.FOLDER, os.fsencode(name), mode=0o755).encoded() for name in sorted(parent_folders(packed))]
     for name, data in packed.items():
         head = Entry(Kind.FILE, os.fsencode(name), mode=0o644, mtime_ns=now, size=len(data)).encoded()
         entries += [head, segment(len(data)) + data] if data else [head]
     tree = b"".join([*entries, Entry(Kind.END, b"").encoded()])
     return InFile(path=PROGRAM, mode=0, kind="tree", fd=memory_file(tree, stack), size=len(tree))
-
-
-def _is_text(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

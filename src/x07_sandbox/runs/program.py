@@ -1,4 +1,4 @@
-"""What is to be run, read once: a source file, a text, files in memory, or a project with a manifest."""
+"""The program of a run, read once: a source file, a text, files in memory, or a project with a manifest."""
 
 from __future__ import annotations
 
@@ -37,11 +37,10 @@ _HEAD_BYTES = 256
 
 
 class Program(msgspec.Struct, frozen=True, kw_only=True):
-    """A program that was read. data: the source's bytes (for a tree its archive); file: the same, for the build VM.
+    """A program that was read. data: the source's bytes (an archive for a tree); file: the same, for the build VM.
 
-    project: whether a manifest said what belongs to it. lockfile: an X07 project's, by name; else None.
-    cpu_ms: CPU time limit of its own options, None for none; the policy may give less.
-    read: its files on the host, over which nothing of the run may be written.
+    project: it has a manifest. lockfile: name of an X07 project's lockfile. cpu_ms: CPU time limit of its own options.
+    read: its files on the host, which the run must not overwrite.
     """
 
     toolchain: Toolchain
@@ -56,13 +55,13 @@ class Program(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def load_program(request: RunRequest, stack: contextlib.ExitStack) -> tuple[RunRequest, Program]:
-    """The program, and the request completed from the program's manifest. Raises UsageError."""
+    """Return the request, completed from the program's manifest, and the program. Raises UsageError."""
     request, program = _load(request, stack)
-    program.toolchain.start(program.source)  # refuses a script that asks for a shell that there is not
+    program.toolchain.start(program.source)  # rejects a script for an unknown shell
     if request.executable and program.toolchain.archive:
-        what = f"cannot keep what is built of {'the source' if request.program is None else request.program}"
+        what = f"cannot save what is built of {'the source' if request.program is None else request.program}"
         why = f"{program.toolchain.name} makes no executable"
-        raise UsageError(what, why, "Leave --compiled-out away")
+        raise UsageError(what, why, "Leave --compiled-out out")
     return request, program
 
 
@@ -70,15 +69,15 @@ def _load(request: RunRequest, stack: contextlib.ExitStack) -> tuple[RunRequest,
     if request.command:
         return _from_command(request, stack)
     if request.source is not None:
-        refuse_profile(request, "the source")
+        reject_profile(request, "the source")
         return request, _from_text(request, request.source, stack)
     path = request.program
     if path is None:
-        raise UsageError("no program given", "there is neither a program nor a source", "Name a file, or give a source")
+        raise UsageError("there is no program to run", "neither a program nor a source is given", "Name a file")
     for loader in request.loaders:
         if (loaded := loader(request, path, stack)) is not None:
             return loaded
-    refuse_profile(request, str(path))
+    reject_profile(request, str(path))
     if path.name == "x07-sandbox.toml" or is_folder(path):
         return _from_project(request, path, stack)
     name = source_name(str(path))
@@ -92,23 +91,22 @@ def _load(request: RunRequest, stack: contextlib.ExitStack) -> tuple[RunRequest,
 
 
 def _from_command(request: RunRequest, stack: contextlib.ExitStack) -> tuple[RunRequest, Program]:
-    """A command of the image: there is nothing of it to read or build."""
     name, *args = request.command
     if not name or "\0" in name:
-        raise UsageError("cannot run the command", "its name is empty or holds a zero byte", "Name one: make, sh")
+        raise UsageError("cannot run the command", "its name is empty or contains a NUL byte", "Name one: make, sh")
     file = in_memory(b"", f"{SOURCE_FOLDER}/command", 0o644, stack)
     program = Program(toolchain=COMMAND, source=Source(name=name), data=b"", file=file, sha256=sha256_text(b""))
     return replace(request, args=(*args, *request.args)), program
 
 
-def refuse_profile(request: RunRequest, what: str) -> None:
-    """Raise UsageError where a profile is named for what has none."""
+def reject_profile(request: RunRequest, what: str) -> None:
+    """Raise UsageError for --profile with a program that has none."""
     if request.profile is not None:
-        raise UsageError(f"cannot run {what} with --profile", "profiles are in an x07.json", "Leave it out")
+        raise UsageError(f"cannot run {what} with --profile", "only an x07.json has profiles", "Leave it out")
 
 
-def refuse_what_it_says_itself(request: RunRequest, what: str, why: str) -> None:
-    """Raise UsageError where the request says what the program is made of and the program says it itself."""
+def reject_overridden_options(request: RunRequest, what: str, why: str) -> None:
+    """Raise UsageError for options that the program's own manifest decides."""
     given = [name for name, value in (("--toolchain", request.toolchain), ("`files`", request.files)) if value]
     if given:
         raise UsageError(f"cannot run {what}", why, f"Leave {' and '.join(given)} out")
@@ -116,8 +114,7 @@ def refuse_what_it_says_itself(request: RunRequest, what: str, why: str) -> None
 
 def _from_text(request: RunRequest, text: bytes, stack: contextlib.ExitStack) -> Program:
     if not request.toolchain:
-        why = "a source without a file's name does not say what language it is"
-        raise UsageError("cannot run the source", why, "Name its --toolchain")
+        raise UsageError("cannot run the source", "its language is unknown", "Name its --toolchain")
     toolchain = toolchain_named(request.toolchain)
     if len(text) > settings.SOURCE_MAX_BYTES:
         raise UsageError("cannot run the source", f"it has more than {settings.SOURCE_MAX_BYTES} bytes", "Shorten it")
@@ -127,7 +124,7 @@ def _from_text(request: RunRequest, text: bytes, stack: contextlib.ExitStack) ->
 def single_file(
     toolchain: Toolchain, name: str, data: bytes, request: RunRequest, stack: contextlib.ExitStack
 ) -> Program:
-    """A program of one file, or of one file and others that were given with it."""
+    """Return a program of one file, with the other files of the request. Raises UsageError."""
     if toolchain.artifact:
         what = "the source" if request.program is None else name
         raise UsageError(f"cannot run {what}", f"{toolchain.name} works on a project", "Name a folder with a manifest")
@@ -139,8 +136,7 @@ def single_file(
         from x07_sandbox.files.pack import pack_files
 
         if name in request.files:
-            why = f"`files` has one of that name too, and the program is called {name} in the machine"
-            raise UsageError(f"cannot run {name}", why, "Give that file another name")
+            raise UsageError(f"cannot run {name}", "`files` has a file of the same name", "Rename that file")
         packed = pack_files({**request.files, name: data}, "the files beside the program")
         return _tree(toolchain, source, packed, stack)
     file = in_memory(data, f"{SOURCE_FOLDER}/{name}", 0o644, stack)
@@ -148,12 +144,11 @@ def single_file(
 
 
 def _tree(toolchain: Toolchain, source: Source, packed: Packed, stack: contextlib.ExitStack) -> Program:
-    """A program of more files. Raises UsageError where no command line could name them all."""
     source = replace(source, folder=PROJECT_FOLDER, files=tuple(packed.files))
     words = [] if toolchain.build is None else toolchain.build(source)
     if sum(len(os.fsencode(word)) + 1 for word in words) > ARGUMENTS_MAX_BYTES:
-        why = f"its {len(packed.files)} files have names that are too long, together, for a command line"
-        raise UsageError(f"cannot build it with {toolchain.name}", why, "Name fewer files, or have make build it")
+        why = f"the names of its {len(packed.files)} files do not fit on a command line"
+        raise UsageError(f"cannot build it with {toolchain.name}", why, "Name fewer files, or build it with make")
     data = packed.archive
     file = replace(in_memory(packed.timed or data, PROJECT_FOLDER, 0o755, stack), kind="archive")
     return Program(toolchain=toolchain, source=source, data=data, file=file, sha256=sha256_text(data))
@@ -163,9 +158,9 @@ def _from_project(request: RunRequest, path: Path, stack: contextlib.ExitStack) 
     from x07_sandbox.files.pack import pack_tree
     from x07_sandbox.host.project import ProjectFolder
     from x07_sandbox.programs.manifest import MAX_BYTES, decode_manifest, find_manifest
-    from x07_sandbox.runs.project import with_own_files
+    from x07_sandbox.runs.project import with_project_files
 
-    refuse_what_it_says_itself(request, f"the project {path}", "its manifest says what it is")
+    reject_overridden_options(request, f"the project {path}", "its manifest decides that")
     place = find_manifest(path)
     assert place is not None  # noqa: S101 - for the type checker: a folder, or that name
     folder = ProjectFolder(place.parent)
@@ -179,10 +174,10 @@ def _from_project(request: RunRequest, path: Path, stack: contextlib.ExitStack) 
     if entry and entry not in packed.files:
         why = f"its entry {entry} is not among its files"
         raise UsageError(f"cannot run the project {path}", why, "Add it to `files` in its manifest")
-    request = with_own_files(request, folder, stack, policy=manifest.policy, stdin=manifest.run.input)
+    request = with_project_files(request, folder, stack, policy=manifest.policy, stdin=manifest.run.input)
     args, env = request.args or manifest.run.args, {**manifest.run.env, **request.env}
     merged = replace(request, args=args, image=request.image or manifest.image, env=env)
-    # The manifest's policy and input belong to the project even where a flag replaces them for this run.
+    # The manifest's policy and input belong to the project even if a flag replaces them.
     own = (*packed.files, *filter(None, (manifest.policy, manifest.run.input)))
     read = (place, *(place.parent / name for name in own))
     head = packed.files.get(entry, b"")[:_HEAD_BYTES]

@@ -1,4 +1,4 @@
-"""What a project says about its own run, where the request is silent."""
+"""A project's own policy and input, where the request names none."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from x07_sandbox.runs.request import RunRequest
 
 
-def with_own_files(
+def with_project_files(
     request: RunRequest, folder: ProjectFolder, stack: contextlib.ExitStack, *, policy: str | None, stdin: str | None
 ) -> RunRequest:
-    """The request with the project's policy and input, names in *folder* or None. Raises UsageError.
+    """Return the request with the project's policy and input, names in *folder* or None. Raises UsageError.
 
-    Both are opened here, where it is checked that they lie in the project, and closed by *stack*.
+    Both are opened here, which checks that they are in the project, and closed by *stack*.
     """
     if request.policy is None and policy is not None:
         data = folder.read(policy, f"its policy {policy}", MAX_BYTES)

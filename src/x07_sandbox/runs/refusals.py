@@ -1,4 +1,4 @@
-"""What a result says of changes that were refused: one denial and one line for each uppermost entry."""
+"""Denials and result entries for refused changes: one of each for every uppermost entry."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.files.changes import called
+from x07_sandbox.files.changes import display_name
 from x07_sandbox.plan.denials import Denial, HowToAllow
 from x07_sandbox.runs.result import LeftOutEntry
 
@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     from x07_sandbox.files.changes import ChangeSet, Refused, RootChanges
 
 _ENTRIES_MAX: Final = 100
-_PATTERNS_MAX: Final = 8  # of a line to paste
+_PATTERNS_MAX: Final = 8  # in a line to paste
+_CHECK: Final = "the check of changes"
 
 
 def denial(field: str, action: str, subject: str, by: str, count: int, how: tuple[object, str | None]) -> Denial:
-    """Make one. how: a value of the policy's field, and a flag; None for either that would not do."""
-    json_path = f"$.{field}" if "." in field else None  # the others are no fields: no policy decides them
+    """Return a denial. how: the value of the policy field and the flag that would allow it; None for neither."""
+    json_path = f"$.{field}" if "." in field else None  # others are not fields of a policy
     value, flag = how
     allow = None if how == (None, None) else HowToAllow(json_path=json_path, value=value, flag=flag)
     return Denial(
@@ -32,25 +33,25 @@ def denial(field: str, action: str, subject: str, by: str, count: int, how: tupl
 
 
 def flag_for(flag: str, name: str) -> str:
-    """*flag* with a pattern for just this name, as a shell takes it; empty where the name cannot be written."""
+    """Return *flag* with a pattern for just this name, quoted for a shell; empty if the name is not printable."""
     if not name.isprintable():
         return ""
     pattern = glob.escape(name)
     if pattern.startswith("-"):
-        pattern = f"[-]{pattern[1:]}"  # else it would be a flag
+        pattern = f"[-]{pattern[1:]}"  # so that it is not a flag
     return f"{flag} {shlex.quote(pattern)}"
 
 
-def told(changes: ChangeSet, *, built_in: bool) -> tuple[list[Denial], tuple[LeftOutEntry, ...]]:
-    """Return a denial and an entry for each uppermost name that was refused, in the same order.
+def denials_and_entries(changes: ChangeSet, *, built_in: bool) -> tuple[list[Denial], tuple[LeftOutEntry, ...]]:
+    """Return a denial and an entry for each uppermost refused name, in the same order.
 
-    built_in: the policy is one of ours, of which flags may change what another policy's author decides.
+    built_in: the policy is a built-in one, which flags may change.
     """
     denials: list[Denial] = []
     entries: list[LeftOutEntry] = []
     for root in changes.roots:
         for name, reasons in list(_uppermost(root).items())[: _ENTRIES_MAX - len(denials)]:
-            subject = called(root.root, name, of_several=changes.of_several)
+            subject = display_name(root.root, name, several_roots=changes.several_roots)
             own = [one for one in reasons if one.name == name]
             by_rule: dict[str, Refused] = {}
             for one in [*own, *reasons]:
@@ -61,13 +62,12 @@ def told(changes: ChangeSet, *, built_in: bool) -> tuple[list[Denial], tuple[Lef
             rules = tuple(one.rule for one in one_of_each)
             field = "protected" if "protected" in rules else rules[0]
             how = _how(root, name, own, one_of_each, built_in=built_in)
-            by = "the check of changes"
             denials.append(
                 Denial(
                     field=field,
                     action="change",
                     subject=subject,
-                    enforced_by=by,
+                    enforced_by=_CHECK,
                     observed_by="host",
                     count=count,
                     how_to_allow=how,
@@ -75,31 +75,18 @@ def told(changes: ChangeSet, *, built_in: bool) -> tuple[list[Denial], tuple[Lef
                 )
             )
             take = _flags(root, name, one_of_each) if all(one.flag for one in own) else []
-            take = take if all(take) else []  # a name that cannot be written is in no line to paste
+            take = take if all(take) else []  # a name is not printable
             entries.append(LeftOutEntry(name=subject, rules=rules, entries=count, take=" ".join(take)))
     return denials, tuple(entries)
 
 
-def command(run: str, entries: Iterable[LeftOutEntry]) -> str:
-    """Return the line that applies what was left out, as far as flags can; empty where none can."""
-    flags = [entry.take for entry in entries if entry.take][:_PATTERNS_MAX]
-    every = dict.fromkeys(_split_flags(" ".join(flags)))
-    return shlex.join(["x07", "apply", run]) + "".join(f" {flag}" for flag in every) if flags else ""
-
-
-def _split_flags(flags: str) -> list[str]:
-    """Each flag with its value, if it has one."""
-    found: list[str] = []
-    for word in map(shlex.quote, shlex.split(flags)):
-        if word.startswith("--"):
-            found.append(word)
-        else:
-            found[-1] += f" {word}"
-    return found
+def apply_command(run: str, entries: Iterable[LeftOutEntry]) -> str:
+    """Return the command that applies what flags can allow of the left-out entries; empty if that is nothing."""
+    flags = dict.fromkeys([entry.take for entry in entries if entry.take][:_PATTERNS_MAX])
+    return " ".join(["x07 apply", run, *flags]) if flags else ""
 
 
 def _uppermost(root: RootChanges) -> dict[str, list[Refused]]:
-    """The reasons by the uppermost refused folder that a name lies in, or by the name itself."""
     names = {refusal.name for refusal in root.refused}
     found: defaultdict[str, list[Refused]] = defaultdict(list)
     for refusal in root.refused:
@@ -111,13 +98,16 @@ def _uppermost(root: RootChanges) -> dict[str, list[Refused]]:
 
 
 def _why(root: RootChanges, top: str, refusal: Refused) -> str:
-    return refusal.why if refusal.name == top else f"{called(root.root, refusal.name, of_several=False)}: {refusal.why}"
+    return (
+        refusal.why
+        if refusal.name == top
+        else f"{display_name(root.root, refusal.name, several_roots=False)}: {refusal.why}"
+    )
 
 
 def _how(
     root: RootChanges, top: str, own: Sequence[Refused], reasons: Sequence[Refused], *, built_in: bool
 ) -> HowToAllow | None:
-    """What would allow an entry in the next run. own: its own reasons; reasons: one of each rule, of all below too."""
     if any(not one.flag and not one.reveal and one.value is None for one in own):
         return None
     if edits := [one for one in reasons if one.value is not None and not (built_in and one.flag)]:
@@ -132,7 +122,6 @@ def _how(
 
 
 def _flags(root: RootChanges, top: str, reasons: Iterable[Refused]) -> list[str]:
-    """The flags of `x07 apply` and `x07 run` for an entry."""
     flags: set[str] = {one.flag for one in reasons if one.flag}
     named = "--allow-protected"
     found = sorted(flags - {named})

@@ -1,4 +1,4 @@
-"""What a run is asked to do, and reading what it names: each once, so that what is digested is what is used."""
+"""The request for a run, and reading what it names: each file once, so that what is hashed is what is used."""
 
 from __future__ import annotations
 
@@ -39,14 +39,17 @@ else:
         object  # msgspec reads annotations; their modules are loaded where needed
     )
 
-# MAX_ARG_STRLEN: 32 pages, NUL included. All arguments share a quarter of the stack's 8 MiB with the environment.
+# MAX_ARG_STRLEN is 32 pages, NUL included. All arguments and the environment share a quarter of the 8 MiB stack.
 _ARGUMENT_MAX_BYTES = 131_072
 ARGUMENTS_MAX_BYTES = 1 << 20
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}")
 
 
 class ProjectPolicy(msgspec.Struct, frozen=True):
-    """A project's own policy, as read with the project. base: the project's real folder; it grants nothing outside."""
+    """A project's own policy, as read with the project.
+
+    base: the project's real folder; such a policy grants nothing outside it.
+    """
 
     path: Path
     data: bytes
@@ -56,12 +59,10 @@ class ProjectPolicy(msgspec.Struct, frozen=True):
         return str(self.path)
 
 
-class InForce(NamedTuple):
-    """The policy that holds for a run.
+class EffectivePolicy(NamedTuple):
+    """The policy that applies to a run. base: the name of its source. own: its limits before the request changed them.
 
-    base: names what it was made from. denied: ports by host, as `--deny-host` has them; None stands for all ports.
-    own: the policy's limits before the request's `limits` changed them; None where they did not.
-    may_raise: whether the request may raise limits above the policy's.
+    denied: ports by host, as in `--deny-host`; None stands for all. may_raise: the request may raise limits.
     """
 
     policy: Policy
@@ -72,37 +73,27 @@ class InForce(NamedTuple):
     may_raise: bool = False
 
     def reach(self) -> FlagReach:
-        """How far flags can raise the limits."""
-        from x07_sandbox.policy.limits import flag_reach  # for advice, which few runs need
+        """Return how far flags can raise the limits."""
+        from x07_sandbox.policy.limits import flag_reach  # few runs need it
 
         return flag_reach(self.own, self.policy.limits, may_raise=self.may_raise)
 
 
 class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """What is asked for.
+    """A request for one run. Descriptors are lent.
 
-    program: path of a source, a project's folder, or its manifest. command: a command of the image and its arguments
-    instead. source: a text instead, in the language of
-    toolchain, which for a file overrides its name. files: more files beside it, and in its private working folder, by
-    relative name. workdir: a folder whose copy it starts in; workdir_read: it cannot be changed.
-    max_files_bytes: of what it leaves in its private folders and is handed over as `Result.files`; 0 for none.
-    policy: as read_policy takes it; None leaves it to the project. overrides: hosts and roots that flags add or remove;
-    override_flags: these flags, for advice. limits: what the caller set of the policy's limits. build_wall_ms: time for
-    the build, None for the usual. scale_limits: whether time and CPU limits grow with the slowness of an emulated
-    machine (runs/scaling); None leaves it to the user's settings. env: variables besides the fixed ones.
-    input: path of the program's input; else stdin_fd, lent; None for none. stdin_default: a project's own input goes
-    before stdin_fd. raw: a terminal gets control sequences too. live_*: where output is streamed as it comes, or None.
-    max_output_bytes: of each stream; None for the project's limit, else the default.
-    artifact: where the built program goes, lent; a complete one is run without a build. executable: it is kept for
-    others to run, so it has to be an executable. cold: boot machines instead of cloning saved ones.
-    cache: use and keep what was built from the same source. queue_s: how long each machine may wait for others.
-    machines: warm ones, or None. choice: the backend, None for the environment's. require_hardware: refuse emulation.
-    loaded, in_force: the program and the policy, where the caller has read them already.
-    profile: of an X07 project, None for its own choice. loaders: read programs of other kinds than our own; each gets
-    the path and returns None for what is not of its kind. whole_input: of a program with a protocol, set when read.
-    changes: what becomes of the program's changes to files when it has ended by itself. out: a folder for its /x07/out.
-    allow_protected: patterns of names that may change (files/protected). hide, reveal: more patterns of names not to
-    copy in, and exceptions from them. progress: told of what takes seconds; "" when that is over.
+    program: path of a source file, project folder or manifest. command: a command of the image instead.
+        source: its text. toolchain: overrides the suffix. loaded: a program that was read before.
+    files: more files beside the program, by relative name. workdir: a folder in whose copy it starts.
+    max_files_bytes: limit for `Result.files`; 0 for none. executable: the artifact must be an executable.
+    policy: see read_policy; None leaves it to the project. overrides, override_flags: what flags add, and the flags.
+    limits: set by the caller. scale_limits: see runs/scaling; None leaves it to the user's settings.
+    input: path of the program's input; else stdin_fd. stdin_default: a project's own input wins over stdin_fd.
+    raw: do not filter control sequences. artifact: file for the built program; a complete one is not built again.
+    cold: boot machines instead of cloning. queue_s: timeout for admission of each machine. machines: a pool, or None.
+    choice: the backend, None for the environment's. loaders: return None for programs that are not of their kind.
+    whole_input: set when the input of a program with a protocol was read. changes: what to do with changes to files.
+    hide, reveal, allow_protected: patterns of names. progress: called with a text, and "" when that is over.
     """
 
     program: Path | None = None
@@ -137,7 +128,7 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
     machines: MachineSource | None = None
     choice: Choice | None = None
     loaded: Program | None = None
-    in_force: InForce | None = None
+    effective_policy: EffectivePolicy | None = None
     require_hardware: bool = False
     profile: str | None = None
     loaders: tuple[Loader, ...] = ()
@@ -152,46 +143,48 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def check_arguments(request: RunRequest) -> None:
-    """Refuse what no program could be started with (execve(2)), before anything is built. Raises UsageError."""
+    """Raise UsageError for arguments and variables that execve(2) would reject."""
     what = f"cannot run {request.program or ''.join(request.command[:1]) or 'the source'} with these arguments"
     total = 0
     for number, arg in enumerate((*request.command[:1], *request.args), start=0 if request.command else 1):
         if not isinstance(arg, str):
-            raise UsageError(what, f"number {number} is no text", "Give texts")
+            raise UsageError(what, f"argument {number} is not a string", "Pass strings")
         size = len(os.fsencode(arg)) + 1
         total += size
         if "\0" in arg:
-            raise UsageError(what, f"number {number} holds a zero byte", "Pass such data by standard input")
+            raise UsageError(what, f"argument {number} contains a NUL byte", "Pass such data on standard input")
         if size > _ARGUMENT_MAX_BYTES or total > ARGUMENTS_MAX_BYTES:
             why = f"one has more than {_ARGUMENT_MAX_BYTES} bytes, or all together more than {ARGUMENTS_MAX_BYTES}"
-            raise UsageError(what, why, "Pass long data by standard input")
+            raise UsageError(what, why, "Pass long data on standard input")
     _check_environment(request, what, total)
     if request.max_output_bytes is not None and request.max_output_bytes < 0:
         raise UsageError(what, f"the output limit of {request.max_output_bytes} bytes is negative", "Give 0 or more")
 
 
 def _check_environment(request: RunRequest, what: str, total: int) -> None:
-    """Check the variables. total: bytes of the arguments, with which they share their room. Raises UsageError."""
     for name, value in request.env.items():
         if not isinstance(value, str):
-            raise UsageError(what, f"the variable {name} is {type(value).__name__}, not text", "Give texts")
+            raise UsageError(what, f"the variable {name} is {type(value).__name__}, not a string", "Pass strings")
         if not isinstance(name, str) or not _VARIABLE.fullmatch(name):
-            raise UsageError(what, f"{name!r} is no name of a variable", "Use letters, digits and '_'")
+            raise UsageError(what, f"{name!r} is not a name of a variable", "Use letters, digits and '_'")
         if name.startswith("X07_"):
-            raise UsageError(what, f"{name} is X07's own", "Use another name")
+            raise UsageError(what, f"{name} is reserved for X07", "Use another name")
         total += len(name) + len(os.fsencode(value)) + 2
         if "\0" in value or total > ARGUMENTS_MAX_BYTES or len(value) > _ARGUMENT_MAX_BYTES - len(name) - 2:
-            why = f"the variable {name} is too long, or holds a zero byte"
-            raise UsageError(what, why, "Pass it by standard input")
+            why = f"the variable {name} is too long or contains a NUL byte"
+            raise UsageError(what, why, "Pass it on standard input")
 
 
 def is_built_in(given: str | Path | Policy | ProjectPolicy | None) -> bool:
-    """Whether read_policy takes one of our own policies, which the user's flags may change freely."""
+    """Return whether read_policy takes a built-in policy, which flags may change freely."""
     return given is None or (isinstance(given, str) and given.startswith("built-in:"))
 
 
 def read_policy(given: str | Path | Policy | ProjectPolicy | None) -> tuple[Policy, bytes]:
-    """A policy and its bytes; None is the default. A text is `built-in:TEMPLATE` or a path. Raises SandboxError."""
+    """Return a policy and its bytes; None stands for the default, a string is `built-in:TEMPLATE` or a path.
+
+    Raises SandboxError.
+    """
     if isinstance(given, str) and given.startswith("built-in:"):
         from x07_sandbox.policy.templates import built_in
 
@@ -209,13 +202,12 @@ def read_policy(given: str | Path | Policy | ProjectPolicy | None) -> tuple[Poli
     try:
         data = render_policy(given)
     except (TypeError, ValueError, RecursionError) as exc:
-        raise UsageError("cannot use the policy", f"no document can hold it: {exc}", "Correct its values") from exc
+        raise UsageError("cannot use the policy", f"it cannot be encoded: {exc}", "Correct its values") from exc
     return decode_policy(data, source=str(given.policy_id)), data
 
 
 def _policy_file(given: str | Path) -> bytes:
-    """The bytes of a policy's file. Raises UsageError, which tells a template's mere name with what would name it."""
-    if given == "":  # what an unset variable of a shell makes
+    if given == "":  # from an unset shell variable
         raise UsageError("cannot read the policy", "its name is empty", "Name a file")
     try:
         return read_bounded(Path(given), "policy", MAX_BYTES)
@@ -228,8 +220,8 @@ def _policy_file(given: str | Path) -> bytes:
 
 
 def _check_own(policy: Policy, given: ProjectPolicy) -> None:
-    """Raise RefusedError where a project's own policy, written by the program's author, grants what is the user's."""
-    by_name = f"Read it, and if you grant that, name it yourself: --policy {given.path.absolute()}"
+    """Raise RefusedError if a project's own policy, written by the program's author, asks for what only users grant."""
+    by_name = f"Read it. To grant that, pass --policy {given.path.absolute()}"
     if policy.net.enabled and policy.net.allow_hosts:
         raise RefusedError("cannot use the project's own policy", f"{given} asks for connections", by_name)
     for root in (*policy.fs.read_roots, *policy.fs.write_roots) if policy.fs.enabled else ():
@@ -238,8 +230,8 @@ def _check_own(policy: Policy, given: ProjectPolicy) -> None:
             raise RefusedError("cannot use the project's own policy", why, by_name)
 
 
-def policy_in_force(request: RunRequest) -> InForce:
-    """The policy with overrides and the caller's limits. Raises UsageError, PolicyError, RefusedError."""
+def effective_policy_of(request: RunRequest) -> EffectivePolicy:
+    """Return the policy with overrides and the caller's limits. Raises UsageError, PolicyError, RefusedError."""
     policy, data = read_policy(request.policy)
     base = name_of_policy(request.policy)
     denied: Mapping[str, set[int] | None] = {}
@@ -251,7 +243,7 @@ def policy_in_force(request: RunRequest) -> InForce:
         policy, data, denied = derived.policy, derived.data, derived.denied
     may_raise = is_built_in(request.policy)
     if request.limits is None:
-        return InForce(policy, data, base, denied, may_raise=may_raise)
+        return EffectivePolicy(policy, data, base, denied, may_raise=may_raise)
     from x07_sandbox.policy.limits import change_limits
 
     if request.limits.may_raise is not None:
@@ -259,44 +251,44 @@ def policy_in_force(request: RunRequest) -> InForce:
     own = policy.limits
     changed = change_limits(policy, request.limits, may_raise=may_raise, source=base)
     if changed == policy:
-        return InForce(policy, data, base, denied, may_raise=may_raise)
+        return EffectivePolicy(policy, data, base, denied, may_raise=may_raise)
     data = render_policy(changed)
-    return InForce(decode_policy(data, source="with changed limits"), data, base, denied, own, may_raise)
+    return EffectivePolicy(decode_policy(data, source="with changed limits"), data, base, denied, own, may_raise)
 
 
 def name_of_policy(given: str | Path | Policy | ProjectPolicy | None) -> str:
-    """What read_policy takes, as a user names it; a value by its id."""
+    """Return the name of what read_policy takes; the id of a policy value."""
     if isinstance(given, Policy):
         return given.policy_id
     return "built-in:default" if given is None else str(given)
 
 
 def read_spec_file(name: str) -> bytes:
-    """A file of host specs. Raises UsageError."""
+    """Return a file of host specs. Raises UsageError."""
     return read_bounded(Path(name), "list of hosts", MAX_BYTES)
 
 
 def check_variables(request: RunRequest, policy: Policy) -> None:
-    """Refuse variables that the policy forbids. Raises RefusedError."""
+    """Raise RefusedError for variables that the policy forbids."""
     if request.env and not policy.env.enabled:
-        why = "the policy has env.enabled false"
+        why = "env.enabled is false in the policy"
         fix = "Set env.enabled to true, or leave them out"
-        raise RefusedError("the program cannot be given variables", why, fix).caused_by("env.enabled", value=True)
+        raise RefusedError("cannot set variables for the program", why, fix).caused_by("env.enabled", value=True)
     for name in request.env:
         if name in policy.env.deny_keys:
             why = "the policy's env.deny_keys names it"
-            fix = "Take it off the list, or leave it out"
+            fix = "Remove it from the list, or leave it out"
             left = [key for key in policy.env.deny_keys if key != name]
-            raise RefusedError(f"the program cannot be given {name}", why, fix).caused_by("env.deny_keys", left)
+            raise RefusedError(f"cannot set the variable {name}", why, fix).caused_by("env.deny_keys", left)
 
 
 def open_input(request: RunRequest, stack: contextlib.ExitStack, *, wait: bool = True) -> int | None:
-    """The descriptor of the program's input, or None. wait: else a pipe is not opened. Raises UsageError."""
+    """Return the descriptor of the program's input, or None. Raises UsageError. wait: if false, do not open pipes."""
     path = request.input
     if path is None:
         return request.stdin_fd
     what = f"cannot read the input {path}"
-    fix = "Name a readable file" + ", or /dev/stdin" * (path == Path("-"))  # as many commands call standard input
+    fix = "Name a readable file" + ", or /dev/stdin" * (path == Path("-"))
     try:
         if not wait and stat.S_ISFIFO(path.stat().st_mode):
             return None
@@ -307,42 +299,37 @@ def open_input(request: RunRequest, stack: contextlib.ExitStack, *, wait: bool =
     mode = os.fstat(fd).st_mode
     if stat.S_ISDIR(mode):
         raise UsageError(what, "it is a folder", fix)
-    try:
-        if stat.S_ISREG(mode):
-            os.pread(fd, 1, 0)  # some can be opened and not be read
-    except OSError as exc:
-        raise UsageError(what, exc.strerror or str(exc), fix) from exc
     return fd
 
 
 def need_policy(request: RunRequest, protocol: Protocol) -> None:
-    """Raise UsageError if there is no policy and *protocol* needs one. Overrides go on from the built-in one."""
+    """Raise UsageError if *protocol* needs a policy and there is none. Overrides start from the built-in one."""
     protocol.require_policy(given=request.policy is not None or request.overrides is not None)
 
 
 def with_framed_input(request: RunRequest, protocol: Protocol, stack: contextlib.ExitStack) -> RunRequest:
-    """The request with its whole input, which goes to the program as *protocol* frames it. Raises UsageError."""
+    """Return the request with its whole input, framed by *protocol*. Raises UsageError."""
     with request.cancel.waiting():
         data = read_whole(request.stdin_fd, protocol.input_max_bytes)
     return replace(request, whole_input=data, stdin_fd=memory_file(protocol.frame_input(data), stack))
 
 
 def read_whole(fd: int | None, most: int) -> bytes:
-    """All of an input whose length has to be known. Raises UsageError."""
+    """Read all of an input whose length must be known. Raises UsageError."""
     try:
         data = b"" if fd is None else read_all(fd, most)
     except OSError as exc:
         raise UsageError("cannot read the input", exc.strerror or str(exc), "Name a file with --input") from exc
     if len(data) > most:
-        raise UsageError("cannot read the input", f"it has more than {most} bytes", "Give less")
+        raise UsageError("cannot read the input", f"it has more than {most} bytes", "Shorten it")
     return data
 
 
 def in_memory(data: bytes, path: str, mode: int, stack: contextlib.ExitStack) -> InFile:
-    """A file for the guest that holds *data*; *stack* closes it."""
+    """Return a file for the guest with content *data*; *stack* closes it."""
     return InFile(path=path, mode=mode, kind="file", fd=memory_file(data, stack), size=len(data))
 
 
 def sha256_text(data: bytes) -> str:
-    """A digest as results show it."""
+    """Return a digest as results show it."""
     return f"sha256:{hashlib.sha256(data).hexdigest()}"

@@ -1,6 +1,6 @@
 """The result of a run: one frozen value, from which text, JSON and reports are made.
 
-Schema `x07.sandbox.result@0.1.0`: `schemas/result.schema.json` is generated from these types.
+`schemas/result.schema.json` (`x07.sandbox.result@0.1.0`) is generated from these types.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from x07_sandbox.policy.model import Limits
 
 SCHEMA: Final = "x07.sandbox.result@0.1.0"
 
-# The words of plan/outcomes, which is not loaded here, since its table would cost every start.
+# The names in plan/outcomes, which is not imported because its table would slow every start.
 Outcome = Literal[
     "ok",
     "failed",
@@ -55,7 +55,7 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forb
 
     @property
     def data(self) -> builtins.bytes:
-        """The stream itself."""
+        """The bytes of the stream."""
         if self.base64 is None:
             return (self.text or "").encode()
         from base64 import b64decode
@@ -209,7 +209,7 @@ class Scaling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, dict=True):
-    """How one run ended.
+    """The result of one run.
 
     run: the name of the run, for `x07 diff`, `x07 logs` and others.
     schema_version: the version of this format.
@@ -275,25 +275,25 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @property
     def ok(self) -> bool:
-        """Whether the program ended by itself with status 0."""
+        """Whether the program exited with status 0."""
         return self.outcome == "ok"
 
     @property
-    def began(self) -> bool:
-        """Whether the program itself was ever executed."""
+    def program_started(self) -> bool:
+        """Whether the program itself was executed."""
         return "run" in self.phases and "started" in self.phases["run"].times_ms
 
     @property
     def files(self) -> dict[str, builtins.bytes]:
-        """Files that the program left in its private working folder or in /x07/out, by relative name.
+        """Files that the program left in its private working folder or /x07/out, by relative name.
 
-        Only calls from Python take them (`max_files_bytes`), and no document of a result has them.
+        Only the Python API collects them (`max_files_bytes`); documents do not include them.
         """
         found: dict[str, builtins.bytes] = vars(self).get("files_left", {})
         return found
 
-    def having(self, files: dict[str, builtins.bytes]) -> Self:
-        """The same result, with these as its `files`."""
+    def with_files(self, files: dict[str, builtins.bytes]) -> Self:
+        """Return this result with *files* as its `files`."""
         vars(self)["files_left"] = files
         return self
 
@@ -302,23 +302,22 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 def _with_files(kind: type[Result], fields: dict[str, Any], files: dict[str, bytes]) -> Result:
-    """Undo Result.__reduce__: a pickled result keeps its files."""
-    return kind(**fields).having(files)
+    return kind(**fields).with_files(files)
 
 
-NOTHING = Output(bytes=0, truncated=False, text="")
+EMPTY_OUTPUT = Output(bytes=0, truncated=False, text="")
 
 
 def draft_result(run: str) -> Result:
-    """The result of a run of which nothing is known yet: what is learned replaces its fields, one after another."""
+    """Return the result of a run of which nothing is known yet; the run replaces its fields."""
     return Result(
         run=run,
         outcome="internal-error",
         fault="host",
         reason="",
         x07_exit_code=125,
-        stdout=NOTHING,
-        stderr=NOTHING,
+        stdout=EMPTY_OUTPUT,
+        stderr=EMPTY_OUTPUT,
         phases={},
         digests=Digests(),
         controls=[],

@@ -1,6 +1,6 @@
 """One run from request to result: prepare, build, run, settle.
 
-Each step replaces the draft of the result by one that knows more; whatever ends the run, the last draft is the result.
+Each step replaces the draft of the result; however the run ends, the last draft becomes the result.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from x07_sandbox.plan.controls import run_limits
 from x07_sandbox.plan.denials import Denial, HowToAllow
 from x07_sandbox.policy import PolicyError
 from x07_sandbox.programs.toolchains import COMMAND, OUTPUT
-from x07_sandbox.runs.artifact import artifact_of
+from x07_sandbox.runs.artifact import obtain_artifact
 from x07_sandbox.runs.folder import REQUEST, RunFolder
-from x07_sandbox.runs.job import carry_out_job
+from x07_sandbox.runs.job import run_job
 from x07_sandbox.runs.phase_specs import run_spec
 from x07_sandbox.runs.prepare import output_caps, prepare, wants_scaling
 from x07_sandbox.runs.result import Discarded, Result, draft_result
@@ -42,11 +42,11 @@ if TYPE_CHECKING:
     from x07_sandbox.runs.program import Program
     from x07_sandbox.runs.request import RunRequest
 
-_TAIL_BYTES = 64 * 1024  # of its error output, in which a failed program may have said what it missed
+_TAIL_BYTES = 64 * 1024  # of a failed program's error output, for hints
 
-SCALABLE = "the machine is emulated; --scale-limits gives it as much more time as it is slower"
+SCALING_HINT = "the machine is emulated; --scale-limits multiplies the time limits by its slowdown"
 
-# By the value of their outcome: its table is loaded only while a machine comes up, or where one of these is raised.
+# Values of plan/outcomes.Outcome, whose table is imported only when needed.
 _KNOWN_OUTCOMES: tuple[tuple[type[SandboxError], str], ...] = (
     (PolicyError, "refused"),
     (UsageError, "usage-error"),
@@ -63,15 +63,15 @@ def run(request: RunRequest) -> Result:
 
 
 def attempt(request: RunRequest) -> tuple[Result, SandboxError | None]:
-    """Carry out one run; the result, and the error that it was made from, where it was one."""
+    """Carry out one run; return the result, and the error that it was made from, if any."""
     draft = draft_result(new_run_id())
     try:
         with contextlib.ExitStack() as stack:
             folder = RunFolder(draft.run, stack)
-            _keep(folder.path / REQUEST, _asked(request))
+            _store(folder.path / REQUEST, _request_document(request))
             for known in _steps(request, draft, folder, stack):
                 draft = known
-            _keep(folder.path / "result.json", msgspec.json.encode(draft))
+            _store(folder.path / "result.json", msgspec.json.encode(draft))
             return draft, None
     except SandboxError as exc:
         return _ended(_with_cause(draft, exc), _verdict_of(exc, request.cancel.signal)), exc
@@ -84,31 +84,30 @@ def attempt(request: RunRequest) -> tuple[Result, SandboxError | None]:
 
 
 def failure(exc: Exception, signalled: int | None = None) -> Result:
-    """The result of a run that never began, or that met a bug of ours. signalled: the signal that cancelled it."""
+    """Return the result of a run that never started, or that hit a bug. signalled: the signal that cancelled it."""
     from x07_sandbox.plan.outcomes import Outcome, verdict
 
     draft = draft_result(new_run_id())
     if isinstance(exc, SandboxError):
         return _ended(_with_cause(draft, exc), _verdict_of(exc, signalled))
-    return _ended(draft, verdict(Outcome.INTERNAL_ERROR, f"a bug in x07-sandbox: {type(exc).__name__}: {exc}"))
+    return _ended(draft, verdict(Outcome.INTERNAL_ERROR, f"bug in x07-sandbox: {type(exc).__name__}: {exc}"))
 
 
 def _steps(request: RunRequest, draft: Result, folder: RunFolder, stack: contextlib.ExitStack) -> Iterator[Result]:
-    """The run: drafts of its result, of which the last is the result."""
     prepared, draft = yield from prepare(request, draft, stack)
     if request.overrides is not None:
-        _keep(folder.path / "policy.json", prepared.policy.data)
+        _store(folder.path / "policy.json", prepared.policy.data)
     refusals = [_denial(refusal.field, refusal.why, refusal.how_to_allow) for refusal in prepared.plan.refusals]
     draft = _more(draft, refusals)
     yield draft
     prepared.plan.require(request.override_flags)
     policy = prepared.policy.policy
-    host_files, draft = yield from copied_in(prepared.request, prepared.program, policy, draft, folder, stack)
+    host_files, draft = yield from copy_in(prepared.request, prepared.program, policy, draft, folder, stack)
     prepared, draft = _scaled(prepared, draft)
     draft = replace(draft, limits=prepared.plan.limits.of_policy())
     yield draft
     artifact = request.artifact or folder.out_file(OUTPUT, settings.ARTIFACT_MAX_BYTES)
-    failed, draft = yield from artifact_of(prepared, draft, folder, artifact)
+    failed, draft = yield from obtain_artifact(prepared, draft, folder, artifact)
     if failed is not None:
         yield _ended(draft, failed)
         return
@@ -118,15 +117,15 @@ def _steps(request: RunRequest, draft: Result, folder: RunFolder, stack: context
         digests, draft = replace(digests, source=None, artifact=None), replace(draft, artifact_from=None)
     draft = replace(draft, digests=digests, filters=_filters(prepared, spec))
     yield draft
-    end = carry_out_job(prepared, spec, draft.run, folder)
-    ending = _without_command(_by_whose_limit(end.ending, prepared), end, prepared)
+    end = run_job(prepared, spec, draft.run, folder)
+    ending = _without_command(_naming_flags(end.ending, prepared), end, prepared)
     draft = _with_run(draft, end._replace(ending=ending))
     draft = _with_denials(draft, prepared, spec, end)
     left = {} if spec.left_files is None else spec.left_files.files()
     draft = replace(draft, files_discarded=_discarded(end.facts.usage, left))
     yield draft
     ended = _ended(draft, ending) if host_files is None else _settled(draft, host_files, ending)
-    yield ended.having(left)
+    yield ended.with_files(left)
 
 
 def _more(draft: Result, denials: list[Denial]) -> Result:
@@ -144,7 +143,7 @@ def _verdict_of(exc: SandboxError, signalled: int | None = None) -> Verdict:
 
 
 def _ended(draft: Result, ending: Verdict, exit_code: int | None = None) -> Result:
-    """The draft with how it ended. exit_code: of the command, where it is another than the verdict's."""
+    """Return the draft with the verdict. exit_code: of the command, if it differs from the verdict's."""
     return replace(
         draft,
         outcome=ending.outcome.value,
@@ -157,7 +156,6 @@ def _ended(draft: Result, ending: Verdict, exit_code: int | None = None) -> Resu
 
 
 def _with_cause(draft: Result, exc: SandboxError) -> Result:
-    """The draft with what a field of the policy refused, before there was a machine."""
     if exc.policy_cause is None:
         return draft
     field, value = exc.policy_cause
@@ -165,19 +163,19 @@ def _with_cause(draft: Result, exc: SandboxError) -> Result:
     return _more(draft, [_denial(field, f"{exc.what}: {exc.why}", how)])
 
 
-def copied_in(
+def copy_in(
     request: RunRequest, program: Program, policy: Policy, draft: Result, folder: RunFolder, stack: contextlib.ExitStack
 ) -> Step[tuple[HostFiles | None, Result]]:
-    """The host's files of a run, or None where it has none; what did not go in is noted. Raises SandboxError."""
+    """Copy the host files of a run in; None if it has none. What was left out is a denial. Raises SandboxError."""
     roots = policy.fs.enabled and (policy.fs.read_roots or policy.fs.write_roots)
     if request.out is None and request.workdir is None and not roots:
         return None, draft
-    # Not on the way of a run without files.
+    # Imported only for runs with files.
     from x07_sandbox.files.copy import EntriesError
     from x07_sandbox.runs.host_files import HostFiles, too_many
     from x07_sandbox.runs.saved_changes import recover_all
 
-    recover_all(request.progress)  # a caller of the library has no command that did it
+    recover_all(request.progress)  # for library callers; commands did it at their start
     with request.cancel.waiting():
         try:
             host_files = HostFiles(request, program, policy, folder, stack)
@@ -212,7 +210,6 @@ def _with_run(draft: Result, end: JobEnd) -> Result:
 
 
 def _scaled(prepared: Prepared, draft: Result) -> tuple[Prepared, Result]:
-    """Time and CPU limits as the user wants them on an emulated machine; where that cannot be, the policy's hold."""
     if not wants_scaling(prepared):
         return prepared, draft
     from x07_sandbox.runs.scaling import measured_factor, scale  # most runs are not scaled
@@ -224,8 +221,7 @@ def _scaled(prepared: Prepared, draft: Result) -> tuple[Prepared, Result]:
     return prepared, replace(draft, scaling=scaling, warnings=[*draft.warnings, *warnings])
 
 
-def _by_whose_limit(ending: Verdict, prepared: Prepared) -> Verdict:
-    """The verdict with the flags in its reason that set the limit."""
+def _naming_flags(ending: Verdict, prepared: Prepared) -> Verdict:
     from x07_sandbox.plan.outcomes import name_flags
 
     flags, cpu_ms, changes = {}, prepared.program.cpu_ms, prepared.request.limits
@@ -240,27 +236,24 @@ def _by_whose_limit(ending: Verdict, prepared: Prepared) -> Verdict:
 
 
 def _discarded(usage: dict[str, Any], taken: dict[str, bytes]) -> Discarded:
-    """What the guest counted in the program's private folders, but for what was taken."""
     count = usage.get("left_files", 0) - len(taken)
     size = usage.get("left_bytes", 0) - sum(map(len, taken.values()))
     return Discarded(count=max(0, count), bytes=max(0, size))
 
 
 def _without_command(ending: Verdict, end: JobEnd, prepared: Prepared) -> Verdict:
-    """The verdict, which says so where the image has no such command."""
     if prepared.program.toolchain is not COMMAND or end.facts.evidence.exec_errno != errno.ENOENT:
         return ending
     name, image = ascii(prepared.program.source.name)[1:-1], prepared.image_name
     if prepared.image is None:
-        return replace(ending, reason=f"there is no command {name} on this host")
+        return replace(ending, reason=f"command {name} not found on this host")
     if "/" in name:
-        return replace(ending, reason=f"there is no {name} in the machine, or no interpreter that it names")
+        return replace(ending, reason=f"{name} or its interpreter does not exist in the machine")
     fix = f"x07 image build --name {image} --include PACKAGE adds the Debian package that has it"
-    return replace(ending, reason=f"there is no command {name} in the image {image}; {fix}")
+    return replace(ending, reason=f"command {name} not found in the image {image}; {fix}")
 
 
 def _with_denials(draft: Result, prepared: Prepared, spec: PhaseSpec, end: JobEnd) -> Result:
-    """The draft with what the program was refused, and what it seems to have missed."""
     usage, refused, outcome = end.facts.usage, end.facts.refused, end.ending.outcome.value
     draft = replace(draft, denials_lost=int(usage.get("denials_lost", 0)))
     tasks = int(usage.get("tasks_refused", 0))
@@ -268,11 +261,10 @@ def _with_denials(draft: Result, prepared: Prepared, spec: PhaseSpec, end: JobEn
     denied = end.net is not None and end.net.denied
     if outcome == "ok" and not (refused or tasks or disk or memory or denied):
         return draft
-    from x07_sandbox.plan import observed  # not on the way of a program that ends well
+    from x07_sandbox.plan import observed  # imported only for programs that were denied something
     from x07_sandbox.plan.outcomes import mostly_waited
 
     policy, program = prepared.policy.policy, prepared.program
-    # Before what was not copied in: what it tried comes first.
     reach = prepared.policy.reach()
     denials = [*observed.denials(refused, policy, spec.areas, spec.cwd, reach), *draft.denials]
     if end.net is not None and prepared.egress is not None:
@@ -291,7 +283,7 @@ def _with_denials(draft: Result, prepared: Prepared, spec: PhaseSpec, end: JobEn
         scalable = outcome in {"timeout", "cpu-limit"} and prepared.availability.features.emulated
         scalable = scalable and not (outcome == "timeout" and mostly_waited(end.facts.evidence, spec.limits_shown))
         if scalable and draft.scaling is None and prepared.request.scale_limits is not False:
-            limit = replace(limit, reason=SCALABLE)
+            limit = replace(limit, reason=SCALING_HINT)
         denials.append(limit)
     if outcome == "output-limit":
         stream = str(end.facts.evidence.output_overflow)
@@ -302,12 +294,11 @@ def _with_denials(draft: Result, prepared: Prepared, spec: PhaseSpec, end: JobEn
 
 
 def _hints(outcome: str, prepared: Prepared, spec: PhaseSpec, end: JobEnd) -> list[Hint]:
-    """What a failed program seems to have missed, by what it said or by how its start failed."""
     begin = max(0, os.fstat(end.stderr_fd).st_size - _TAIL_BYTES)
     if outcome != "ok" and (tail := os.pread(end.stderr_fd, _TAIL_BYTES, begin)):
-        from x07_sandbox.runs.hint_context import missed
+        from x07_sandbox.runs.hint_context import hints_for
 
-        return missed(tail, prepared.policy.policy, spec, prepared.request, prepared.program)
+        return hints_for(tail, prepared.policy.policy, spec, prepared.request, prepared.program)
     if end.facts.evidence.exec_errno == errno.ENOENT:
         from x07_sandbox.runs.hint_context import missing_interpreter
 
@@ -316,21 +307,21 @@ def _hints(outcome: str, prepared: Prepared, spec: PhaseSpec, end: JobEnd) -> li
 
 
 def _settled(draft: Result, host_files: HostFiles, ending: Verdict) -> Result:
-    """The result, when it is known what became of the changes to files: what the guest says of them may undo it."""
+    """Return the result after settling the changes to files; an invalid report of the guest replaces its verdict."""
     from x07_sandbox.errors import PeerError
     from x07_sandbox.plan.outcomes import REFUSED_EXIT, Outcome, verdict
 
-    well = ending.outcome in {Outcome.OK, Outcome.FAILED}
     try:
-        changes, refused, warning = host_files.settle(ended_well=well)
+        ended_well = ending.outcome in {Outcome.OK, Outcome.FAILED}
+        changes, refused, warning = host_files.settle(ended_well=ended_well)
     except PeerError as exc:
         reason = f"the guest broke the channel's protocol: {exc.why}"
         return _ended(draft, verdict(Outcome.GUEST_LOST, reason, fault="program"))
     draft = replace(_more(draft, refused), changes=changes)
     if warning:
         draft = replace(draft, warnings=[*draft.warnings, warning])
-    kept_back = ending.outcome is Outcome.OK and changes.reason  # changes that were to be applied and were not
-    return _ended(draft, ending, REFUSED_EXIT if kept_back else None)
+    not_applied = ending.outcome is Outcome.OK and changes.reason
+    return _ended(draft, ending, REFUSED_EXIT if not_applied else None)
 
 
 def _denial(field: str, why: str, how: HowToAllow | None) -> Denial:
@@ -339,15 +330,14 @@ def _denial(field: str, why: str, how: HowToAllow | None) -> Denial:
     )
 
 
-def _asked(request: RunRequest) -> bytes:
-    """What `x07 ps` shows of a run: the program's name, without arguments, which may hold secrets."""
+def _request_document(request: RunRequest) -> bytes:
+    """Return what `x07 ps` shows of a run: the program's name, without arguments, which may hold secrets."""
     named = request.program or "".join(request.command[:1])
     program = os.fsencode(named).decode("utf-8", "backslashreplace") if named else None
     return msgspec.json.encode({"schema_version": "x07.sandbox.request@0.1.0", "program": program})
 
 
-def _keep(path: Path, data: bytes) -> None:
-    """Write a file to the run's folder, where that is possible; the run does not depend on it."""
+def _store(path: Path, data: bytes) -> None:
     with contextlib.suppress(OSError):
         path.write_bytes(data)
         path.chmod(0o600)

@@ -1,7 +1,6 @@
-"""Time and CPU limits under emulation: multiplied by how much slower the emulated machine is, where the user wants it.
+"""Scaling of time and CPU limits by the slowdown of an emulated machine, if the user (not a policy) asked for it.
 
-The factor is measured once per boot of the host, QEMU and processor: a piece of CPU work of ours in a guest and on the
-host. Neither a policy nor a project can ask for it.
+The factor is measured once per boot: the same CPU work runs in a guest and on the host.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ from x07_sandbox.backends.proofs import proof_file
 from x07_sandbox.errors import BackendError, HostError, SandboxError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
-from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import replace_file
 from x07_sandbox.jobs.record import new_run_id
 from x07_sandbox.plan.controls import make_plan
@@ -30,47 +28,45 @@ from x07_sandbox.policy.default import default_policy, render_policy
 from x07_sandbox.policy.schema import largest
 from x07_sandbox.programs.toolchains import OUTPUT
 from x07_sandbox.runs.folder import RunFolder
-from x07_sandbox.runs.job import carry_out_job
+from x07_sandbox.runs.job import run_job
 from x07_sandbox.runs.phase_specs import run_spec
 from x07_sandbox.runs.program import load_program
-from x07_sandbox.runs.request import InForce, RunRequest
+from x07_sandbox.runs.request import EffectivePolicy, RunRequest
 from x07_sandbox.runs.result import Scaling
 
 if TYPE_CHECKING:
     from x07_sandbox.plan.controls import RunLimits
     from x07_sandbox.runs.prepare import Prepared
 
-# Prints the CPU time of its fastest round in milliseconds: other rounds may have shared the processor, and in a guest
-# that counts as its own time.
+# Prints the CPU time of its fastest round in milliseconds. A guest also counts time in which others had the processor.
 _WORK: Final = b"""#!/usr/bin/python3 -I
 import json, re, time
 text = json.dumps(sorted((i * 7919) % 10007 for i in range(20000)))
 rounds = []
 for _ in range(8):
-    begun = time.process_time()
+    start = time.process_time()
     for _ in range(5):
         total = sum(int(word) % 97 for word in re.findall("[0-9]+", text))
-    rounds.append(time.process_time() - begun)
+    rounds.append(time.process_time() - start)
 print(1000 * min(rounds))
 """
 _FACTOR_MAX: Final = 64
 _WORK_S: Final = 60
 _PRINTED_MAX: Final = 32
-_LOCK_S: Final = 180.0
 
 
 def scale(prepared: Prepared, factor: int) -> tuple[Prepared, Scaling, tuple[str, ...]]:
-    """Return what is to be run with its time and CPU limits multiplied, what they are now, and warnings."""
+    """Return the run with its time and CPU limits multiplied, the scaled limits, and warnings."""
     limits, scaling, warnings = scaled_limits(prepared.plan.limits, factor)
     return replace(prepared, plan=replace(prepared.plan, limits=limits)), scaling, warnings
 
 
 def scaled_limits(limits: RunLimits, factor: int) -> tuple[RunLimits, Scaling, tuple[str, ...]]:
-    """Return the limits multiplied, up to what a policy can say; what they are now, and a warning for each cut one."""
+    """Return the limits multiplied, but at most the largest that a policy can hold; also the scaling, and warnings."""
     wanted = {field: getattr(limits, field) * factor for field in ("wall_ms", "cpu_ms")}
     given = {field: min(value, largest(f"limits.{field}")) for field, value in wanted.items()}
     warnings = tuple(
-        f"limits.{field} was scaled to {given[field] / 1000:g} s, the largest value, and not to {value / 1000:g} s"
+        f"limits.{field} was scaled to {given[field] / 1000:g} s, the largest value, instead of {value / 1000:g} s"
         for field, value in wanted.items()
         if given[field] < value
     )
@@ -78,28 +74,20 @@ def scaled_limits(limits: RunLimits, factor: int) -> tuple[RunLimits, Scaling, t
 
 
 def measured_factor(prepared: Prepared) -> int:
-    """Return how many times slower than this host the emulated machine is; measured where it is not known.
+    """Return how many times slower than this host the emulated machine is, measuring it if it is unknown.
 
-    Raises SandboxError where it cannot be measured.
+    Raises SandboxError.
     """
     if (known := known_factor()) is not None:
         return known
-    record = _record()
-    request = prepared.request
-    try:
-        with file_lock(record.with_name(".slowness-lock"), most_s=_LOCK_S, pause=request.cancel.pause):
-            if (known := known_factor()) is not None:  # by now
-                return known
-            request.progress("measuring how much slower than this host the emulated machine is")
-            factor = min(_FACTOR_MAX, max(1, math.ceil(_guest_ms(prepared) / _host_ms())))
-            replace_file(record, json.dumps({"factor": factor}).encode())
-    except TimeoutError as exc:
-        raise HostError("cannot measure the emulated machine", str(exc), "Try again") from exc
+    prepared.request.progress("measuring how much slower than this host the emulated machine is")
+    factor = min(_FACTOR_MAX, max(1, math.ceil(_guest_ms(prepared) / _host_ms())))
+    replace_file(_record(), json.dumps({"factor": factor}).encode())
     return factor
 
 
 def known_factor() -> int | None:
-    """Return the factor that was measured since this host booted; None if there is none yet."""
+    """Return the factor that was measured since this host booted; None if there is none."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, SandboxError):
         factor = json.loads(_record().read_text(encoding="utf-8"))["factor"]
         if type(factor) is int and 1 <= factor <= _FACTOR_MAX:
@@ -108,13 +96,11 @@ def known_factor() -> int | None:
 
 
 def _record() -> Path:
-    """Where the factor for this boot, QEMU and processor is kept. Raises HostError."""
     found = re.search(r"^(?:model name|CPU part)\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text("utf-8"), re.MULTILINE)
     return proof_file(host_arch().qemu_binary, "slowness", found[1] if found else "")
 
 
 def _guest_ms(prepared: Prepared) -> float:
-    """Return the CPU time of the work in a guest, which runs nothing else. Raises SandboxError."""
     policy, asked = default_policy(), prepared.request
     with contextlib.ExitStack() as stack:
         request = RunRequest(
@@ -122,35 +108,34 @@ def _guest_ms(prepared: Prepared) -> float:
         )
         request, program = load_program(request, stack)
         plan = make_plan(policy, prepared.availability.features)
-        in_force = InForce(policy, render_policy(policy), "built-in:default")
-        work = replace(prepared, request=request, program=program, policy=in_force, plan=plan, egress=None)
+        effective_policy = EffectivePolicy(policy, render_policy(policy), "built-in:default")
+        work = replace(prepared, request=request, program=program, policy=effective_policy, plan=plan, egress=None)
         folder = RunFolder(new_run_id(), stack)
         stack.callback(shutil.rmtree, folder.path, ignore_errors=True)
         artifact = folder.out_file(OUTPUT, settings.ARTIFACT_MAX_BYTES)
         artifact.complete = artifact.take(program.data)
-        end = carry_out_job(work, run_spec(work, artifact, stack), folder.path.name, folder)
+        end = run_job(work, run_spec(work, artifact, stack), folder.path.name, folder)
     asked.cancel.check()
     if end.ending.outcome == "ok" and (found := _printed(end.report.stdout.data)) is not None:
         return found
-    why = f"a piece of CPU work of ours ended as {end.ending.outcome}: {end.ending.reason}"
+    why = f"the test program ended as {end.ending.outcome}: {end.ending.reason}"
     raise BackendError("cannot measure the emulated machine", why, "See x07 doctor")
 
 
 def _host_ms() -> float:
-    """Return the CPU time of the same work on the host. Raises HostError."""
     what, fix = "cannot measure this host", "Run x07 doctor again"
     argv = [sys.executable, "-I", "-"]
     try:
         done = subprocess.run(argv, input=_WORK, capture_output=True, check=True, timeout=_WORK_S)
     except (OSError, subprocess.SubprocessError) as exc:
-        raise HostError(what, f"{sys.executable} did not do a piece of CPU work: {exc}", fix) from exc
+        raise HostError(what, f"{sys.executable} did not run the test program: {exc}", fix) from exc
     if (found := _printed(done.stdout)) is None:
         raise HostError(what, f"{sys.executable} printed no time", fix)
     return found
 
 
 def _printed(output: bytes) -> float | None:
-    """Return the milliseconds that the work printed; None for anything else, which a guest might say."""
+    """Return the printed milliseconds; None for invalid output, which is hostile if it is a guest's."""
     try:
         value = float(output[:_PRINTED_MAX])
     except ValueError:

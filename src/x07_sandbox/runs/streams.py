@@ -1,4 +1,4 @@
-"""What flows between a job and the outside: bytes that go in, and sinks that take what comes out."""
+"""Streams of a job: files that go in, and sinks for what comes out."""
 
 from __future__ import annotations
 
@@ -21,10 +21,9 @@ ROOM: Final = "Free space there, or set X07_VM_STATE_DIR to a larger disk"
 
 
 class InFile(msgspec.Struct, frozen=True, kw_only=True):
-    """A file that goes into the guest.
+    """A file that goes into the guest. path: its path there. kind: "file", "archive" or "tree" (channel/trees).
 
-    path: where it lies there. kind: "file", "archive" to be unpacked there, or "tree" (channel/trees).
-    fd: open for reading, lent; read from offset 0, so that one descriptor serves several jobs.
+    fd: lent; read from offset 0, so that one descriptor serves several jobs.
     """
 
     path: str
@@ -35,13 +34,13 @@ class InFile(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TerminalFilter:
-    """Replaces control characters, on which a terminal would act, but for line ends, tabs and carriage returns."""
+    """Replaces control characters that a terminal would act on, except line feeds, tabs and carriage returns."""
 
     def __init__(self) -> None:
         self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
 
     def __call__(self, data: bytes) -> bytes:
-        """What the terminal gets for *data*; a character may be cut anywhere between two calls."""
+        """Return the filtered *data*; a character may be split between two calls."""
         return "".join(
             char
             if char in "\n\t\r" or unicodedata.category(char) not in {"Cc", "Cf", "Cs"}
@@ -51,10 +50,9 @@ class TerminalFilter:
 
 
 class _Writer:
-    """Writes to a lent descriptor in a thread of its own, so that its reader stalls nothing else.
+    """Writes to a lent descriptor in a thread, because a poll does not ensure that a write does not block.
 
-    Polling before each write would not do: another writer may fill the same pipe in between, and a terminal may expand
-    what it gets. O_NONBLOCK is shared with others and stays. progress_fd: readable when something was written or lost.
+    O_NONBLOCK is shared with other processes and is not set. progress_fd: readable after a write or an error.
     """
 
     def __init__(self, fd: int) -> None:
@@ -65,7 +63,7 @@ class _Writer:
         self._written = 0
         self._changed = threading.Condition()
         self._closed = False
-        # A daemon: a reader who never reads again must not hold the process.
+        # A daemon, so that a reader that stopped reading does not keep the process alive.
         self._thread = start_thread(threading.Thread(target=self._serve, name="x07-output", daemon=True))
 
     def put(self, data: bytes) -> None:
@@ -75,7 +73,7 @@ class _Writer:
             self._changed.notify()
 
     def take_written(self) -> tuple[int, int]:
-        """(bytes written since the last call, bytes still queued)."""
+        """Return (bytes written since the last call, bytes still queued)."""
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self.progress_fd)
         with self._changed:
@@ -83,7 +81,7 @@ class _Writer:
             return count, len(self._queue)
 
     def close(self) -> None:
-        """Let the thread end once it has nothing to write; wait for that only if it has nothing now."""
+        """Let the thread end once its queue is empty; wait for that only if it is empty now."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -102,7 +100,7 @@ class _Writer:
                 chunk = bytes(self._queue[:_CHUNK])
             try:
                 count = os.write(self._fd, chunk)
-            except BlockingIOError:  # it was given to us with O_NONBLOCK
+            except BlockingIOError:  # the descriptor has O_NONBLOCK
                 wait_writable(self._fd)
                 continue
             except OSError as exc:
@@ -118,10 +116,10 @@ class _Writer:
 
 
 class Sink:
-    """Takes one output stream: counts, caps, keeps it in a file, and passes it on to a reader who may be slow.
+    """Takes one output stream, up to *max_bytes*: stores it in *keep_fd* and passes it on to *live_fd*.
 
-    keep_fd: a file that gets everything up to the cap. live_fd: where it is streamed as well, or None. Both are lent.
-    raw: a terminal gets the bytes as they are. `progress_fd` says when the live reader, who never blocks us, took some.
+    Both are lent; the live reader may be slow. raw: do not filter for a terminal. `progress_fd` becomes readable when
+    the reader has taken some.
     """
 
     def __init__(self, name: str, *, keep_fd: int, live_fd: int | None, max_bytes: int, raw: bool = False) -> None:
@@ -134,12 +132,12 @@ class Sink:
         self._live_fd = live_fd
         self._max_bytes = max_bytes
         self._writer: _Writer | None = None
-        self._owed = 0  # bytes as they came that are not done with: a terminal may get more or fewer
+        self._owed = 0  # incoming bytes not yet written live; filtering may change their number
         self._filter = TerminalFilter() if live_fd is not None and not raw and os.isatty(live_fd) else None
         self._hash = hashlib.sha256()
 
     def take(self, data: bytes) -> int:
-        """Take bytes; how many of them are done with at once. The rest is done when `pump` says so. Raises OSError."""
+        """Take bytes; return how many are done with at once. `pump` returns the rest later. Raises BackendError."""
         allowed = data[: self._max_bytes - self.total_bytes]
         self.overflow = self.overflow or len(allowed) < len(data)
         self.total_bytes += len(allowed)
@@ -147,7 +145,7 @@ class Sink:
         try:
             _write_all(self._keep_fd, allowed)
         except OSError as exc:
-            raise BackendError(f"cannot keep the program's {self.name}", exc.strerror or str(exc), ROOM) from exc
+            raise BackendError(f"cannot store the program's {self.name}", exc.strerror or str(exc), ROOM) from exc
         if self._live_fd is None or self.reader_gone or not allowed:
             return len(data)
         if self._writer is None:
@@ -158,17 +156,17 @@ class Sink:
 
     @property
     def progress_fd(self) -> int | None:
-        """The descriptor to poll for reading while something is on its way to the live reader, or None."""
+        """The descriptor to poll for reading while the live reader has something to take, or None."""
         return self._writer.progress_fd if self._writer is not None and self._owed else None
 
     def pump(self) -> int:
-        """How many bytes the live reader has taken, or never will, since the last call."""
+        """Return how many bytes the live reader has taken, or never will, since the last call."""
         if self._writer is None:
             return 0
         written, queued = self._writer.take_written()
         problem = self._writer.problem
         if problem is not None:
-            # Gone, or a full disk behind it: what follows is kept all the same, and the result says so.
+            # The reader is gone or its disk is full. The output is still stored, and the result says so.
             self.reader_gone = True
             self.reader_problem = "" if isinstance(problem, BrokenPipeError) else problem.strerror or str(problem)
         done = self._owed if not queued else 0 if self._filter else min(written, self._owed)
@@ -176,18 +174,18 @@ class Sink:
         return done
 
     def close(self) -> None:
-        """Nothing more comes. What is still on its way goes on without anybody waiting for it."""
+        """Close the sink without waiting for what is still being written."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None
 
     def sha256(self) -> str:
-        """Digest of what was taken."""
+        """Return the digest of what was taken."""
         return self._hash.hexdigest()
 
 
 class OutFile(msgspec.Struct):
-    """A file that comes out of the guest: written to *fd* (lent), never more than *max_bytes*, hashed on the way."""
+    """A file that comes out of the guest: written to *fd* (lent), at most *max_bytes*, hashed on the way."""
 
     path: str
     fd: int
@@ -197,30 +195,30 @@ class OutFile(msgspec.Struct):
     _hash: hashlib._Hash = msgspec.field(default_factory=hashlib.sha256)
 
     def take(self, data: bytes) -> bool:
-        """Append; False if it would pass the bound."""
+        """Append data; return False if that would exceed the limit. Raises BackendError."""
         if self.size + len(data) > self.max_bytes:
             return False
         try:
             _write_all(self.fd, data)
         except OSError as exc:
-            raise BackendError("cannot keep the built program", exc.strerror or str(exc), ROOM) from exc
+            raise BackendError("cannot store the built program", exc.strerror or str(exc), ROOM) from exc
         self._hash.update(data)
         self.size += len(data)
         return True
 
     def sha256(self) -> str:
-        """Digest of what came."""
+        """Return the digest of the content."""
         return self._hash.hexdigest()
 
     def clear(self) -> None:
-        """Back to nothing."""
+        """Remove the content."""
         os.ftruncate(self.fd, 0)
         os.lseek(self.fd, 0, os.SEEK_SET)
         self.size, self.complete, self._hash = 0, False, hashlib.sha256()
 
 
 def read_all(fd: int, most: int) -> bytes:
-    """Read *fd* to its end, or until it is more than *most* bytes; O_NONBLOCK does not end it. Raises OSError."""
+    """Read *fd* to its end or until there are more than *most* bytes, also if it is non-blocking. Raises OSError."""
     data = bytearray()
     while len(data) <= most:
         try:
@@ -235,7 +233,7 @@ def read_all(fd: int, most: int) -> bytes:
 
 
 def memory_file(data: bytes, stack: contextlib.ExitStack) -> int:
-    """A file in memory that holds *data*, at its beginning; *stack* closes it."""
+    """Return a file in memory with content *data*, at offset 0; *stack* closes it."""
     fd = os.memfd_create("x07", os.MFD_CLOEXEC)
     stack.callback(os.close, fd)
     _write_all(fd, data)

@@ -14,8 +14,8 @@ from x07_sandbox.host.paths import is_folder, read_bounded
 from x07_sandbox.host.project import ProjectFolder
 from x07_sandbox.host.variables import number, text
 from x07_sandbox.programs.toolchains import PROJECT_FOLDER, SOURCE_FOLDER, Source, source_name
-from x07_sandbox.runs.program import Program, refuse_profile, refuse_what_it_says_itself, single_file
-from x07_sandbox.runs.project import with_own_files
+from x07_sandbox.runs.program import Program, reject_overridden_options, reject_profile, single_file
+from x07_sandbox.runs.project import with_project_files
 from x07_sandbox.runs.request import in_memory, sha256_text
 from x07_sandbox.runs.streams import memory_file
 from x07_sandbox.x07 import project as x07
@@ -42,7 +42,7 @@ def load_x07(
     """
     if not x07.is_x07(path):
         return None
-    refuse_what_it_says_itself(request, str(path), "an X07 program needs no --toolchain")
+    reject_overridden_options(request, str(path), "an X07 program needs no --toolchain")
     request = _with_arguments_as_input(request, path, stack)
     given = replace(
         options,
@@ -63,7 +63,7 @@ def load_artifact(
     request: RunRequest, path: Path, stack: contextlib.ExitStack, *, options: x07.Options
 ) -> tuple[RunRequest, Program]:
     """Return the executable at *path*, which X07 compiled earlier, and its request. Raises UsageError."""
-    refuse_profile(request, str(path))
+    reject_profile(request, str(path))
     data = read_bounded(path, "artifact", settings.ARTIFACT_MAX_BYTES)
     program = single_file(X07_ARTIFACT, source_name(str(path)), data, request, stack)
     request = _with_arguments_as_input(request, path, stack)
@@ -116,7 +116,7 @@ def _project(
         if profile.world != x07.WORLD and request.policy is None:
             why = f"its profile is for the world {profile.world[:80]}; only {x07.WORLD} is supported"
             raise UsageError(f"cannot run the project {path}", why, "Use another --profile, or add --policy FILE")
-        request = with_own_files(request, folder, stack, policy=profile.policy, stdin=profile.input)
+        request = with_project_files(request, folder, stack, policy=profile.policy, stdin=profile.input)
     options = x07.merged(given, profile)
     if given.max_output_bytes is None:  # a project may lower the limit, not raise it
         most = min(options.max_output_bytes or 0, settings.OUTPUT_MAX_BYTES)

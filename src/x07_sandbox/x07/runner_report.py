@@ -13,7 +13,7 @@ from msgspec import UNSET, Meta, UnsetType
 from msgspec.structs import replace
 
 from x07_sandbox.host.paths import is_folder
-from x07_sandbox.runs.result import NOTHING, Result
+from x07_sandbox.runs.result import EMPTY_OUTPUT, Result
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -262,8 +262,8 @@ def _compiled(result: Result, built: Built) -> CompileReport:
         lang_id=built.lang_id,
         compiled_exe=built.path,
         compiled_exe_size=built.size,
-        stdout_b64=(result.build.stdout if result.build else NOTHING).data,
-        stderr_b64=(result.build.stderr if result.build else NOTHING).data,
+        stdout_b64=(result.build.stdout if result.build else EMPTY_OUTPUT).data,
+        stderr_b64=(result.build.stderr if result.build else EMPTY_OUTPUT).data,
     )
 
 
@@ -308,7 +308,7 @@ def _trap(result: Result, stderr: bytes) -> str | None:
     words = {
         # The program succeeded, but its changes were not all applied: not a success for the caller.
         "ok": f"its changes to files were not applied: {result.changes.reason}" if result.x07_exit_code else None,
-        "failed": _last_words(stderr) if result.began else result.reason,
+        "failed": _last_words(stderr) if result.program_started else result.reason,
         "timeout": "timed out",
         "output-limit": f"{'stdout' if result.stdout.truncated else 'stderr'} exceeded cap",
         "signalled": f"terminated by signal {result.signal}",

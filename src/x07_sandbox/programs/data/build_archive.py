@@ -1,13 +1,13 @@
-"""Runs in the build VM: check a script or a tree of them, and pack it as a newc archive (cpio(5)).
+"""Runs in the build VM: checks a script or a tree of them, and packs it as a newc archive (cpio(5)).
 
-Arguments: "file" or "tree", the source's folder, the file that is started, the folder it will lie in, the output, then
-the command that checks the file named after it; without one that file is Python. Every Python file is byte-compiled;
-exit 1 with the errors as Python, or that command, shows them.
+Arguments: "file" or "tree", the source's folder, the file that is started, its future folder, the output, then the
+command that checks that file; without one it is Python. Every Python file is byte-compiled. Errors go to standard error
+and make the exit status 1.
 """
 
 import sys
 
-del sys.path[0]  # the folder of this script, where the source may lie too, under a name like traceback.py
+del sys.path[0]  # the folder of this script, where the source may be too, under a name like traceback.py
 
 import importlib.util
 import io
@@ -28,7 +28,7 @@ def compiled(path: str, text: bytes) -> None:
     except (SyntaxError, ValueError) as exc:
         wrong.append("".join(traceback.format_exception_only(exc)))
         return
-    except (MemoryError, OverflowError, RecursionError) as exc:  # of the compiler; these name no file
+    except (MemoryError, OverflowError, RecursionError) as exc:  # these name no file
         wrong.append(f"{target}/{path}: " + "".join(traceback.format_exception_only(exc)))
         return
     at, _, base = path.rpartition("/")
@@ -49,10 +49,10 @@ def take(path: str) -> None:
 
 
 def walk(below: str) -> None:
-    """Add what lies in a folder."""
+    """Add the files of a folder."""
     for found in sorted(os.listdir(f"{folder}/{below}")):
         path = f"{below}/{found}" if below else found
-        if found == "__pycache__":  # of another Python, if anything
+        if found == "__pycache__":
             continue
         if os.path.isdir(f"{folder}/{path}"):
             entries.setdefault(path, (0o040755, b""))

@@ -1,4 +1,4 @@
-"""Run once in a machine before it waits in a pool: what most programs do, so that its processor has met it."""
+"""Runs once in a machine before it waits in a pool, to warm up what most programs use."""
 
 import json
 import sys
