@@ -1,1 +1,1 @@
-"""The host: architecture, paths, clocks, locks, processes."""
+"""Facts about the host: architecture, paths, clocks, locks, processes."""

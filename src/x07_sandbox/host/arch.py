@@ -10,10 +10,10 @@ from x07_sandbox.errors import HostError
 class Arch(msgspec.Struct, frozen=True, kw_only=True):
     """Names and settings of one architecture.
 
-    firmware: files that the machine type reads at start, from firmware_packages.
-    emulated_cpu: QEMU's CPU model. QEMU emulates `rep movsb` byte by byte; without erms and fsrm the guest's kernel
+    firmware: files from firmware_packages that the machine type reads at start.
+    emulated_cpu: QEMU's CPU model. QEMU emulates `rep movsb` byte by byte. Without erms and fsrm, the guest's kernel
         copies by words, which is three to five times faster (docs/explanation/performance.md).
-    initrd_tail_bytes: how much of its last page an initramfs must fill (backends/qemu/machine); None for any.
+    initrd_tail_bytes: how much of its last page an initramfs must fill (backends/qemu/machine); None for any amount.
     """
 
     name: str  # uname -m
@@ -127,7 +127,7 @@ ARCHES: dict[str, Arch] = {
 
 
 def host_arch() -> Arch:
-    """Return the row of this machine. Raises HostError if there is none."""
+    """Return this machine's architecture. Raises HostError if it is not supported."""
     name = os.uname().machine
     try:
         return ARCHES[name]

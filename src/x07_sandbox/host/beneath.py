@@ -25,7 +25,10 @@ class _How(ctypes.Structure):
 
 
 def open_root(path: str) -> int:
-    """Open a folder by an absolute path without links. Raises OSError: ELOOP or ENOTDIR if there is a link."""
+    """Open a folder by an absolute path that contains no links.
+
+    Raises OSError: ELOOP or ENOTDIR if the path contains a link.
+    """
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
     top = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -35,8 +38,9 @@ def open_root(path: str) -> int:
 
 
 def look(dir_fd: int, name: str) -> int:
-    """Return an O_PATH descriptor of a relative name ("." is the folder); of a link, that of the link itself.
+    """Return an O_PATH descriptor of a relative name ("." is the folder).
 
+    If the name is a link, the descriptor is the link's own.
     Raises OSError: ELOOP or ENOTDIR if a parent is not a folder, EXDEV at a mount point.
     """
     flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -45,7 +49,7 @@ def look(dir_fd: int, name: str) -> int:
 
 @contextlib.contextmanager
 def parent_of(dir_fd: int, name: str) -> Iterator[tuple[int, str]]:
-    """Yield the parent folder of *name* and the last part. Raises OSError like look()."""
+    """Yield the parent folder of *name*, and the last part of *name*. Raises OSError like look()."""
     folder, _, last = name.rpartition("/")
     if not folder:
         yield dir_fd, last
@@ -58,7 +62,7 @@ def parent_of(dir_fd: int, name: str) -> Iterator[tuple[int, str]]:
 
 
 def exchange(fd: int, name: str, other_fd: int, other: str) -> bool:
-    """Exchange two names atomically; return False if the file system cannot. Raises OSError."""
+    """Exchange two names atomically. Return False if the file system cannot. Raises OSError for other errors."""
     code = _renameat2(fd, name, other_fd, other, _EXCHANGE)
     if code and code not in _UNSUPPORTED:
         raise OSError(code, os.strerror(code), name)
@@ -66,7 +70,7 @@ def exchange(fd: int, name: str, other_fd: int, other: str) -> bool:
 
 
 def move(fd: int, name: str, to_fd: int, to: str) -> None:
-    """Rename without overwriting. Raises OSError: FileExistsError if the new name exists."""
+    """Rename without overwriting. Raises OSError; the error is FileExistsError if the new name exists."""
     code = _renameat2(fd, name, to_fd, to, _NOREPLACE)
     # The new name may be a link that a killed process of ours made in _move_by_link.
     if code in _UNSUPPORTED or (code == errno.EEXIST and _same_inode(fd, name, to_fd, to)):

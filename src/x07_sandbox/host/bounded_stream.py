@@ -1,4 +1,4 @@
-"""Bounded hostile streams of the VMM besides the channel: console, QMP replies, standard error."""
+"""Size-limited hostile streams of the VMM other than the channel: console, QMP replies, standard error."""
 
 import os
 from typing import Final
@@ -8,7 +8,7 @@ _PRINTABLE: Final = {"\n", "\t"}
 
 
 class BoundedStream:
-    """Keeps the last *keep_bytes* of a non-blocking descriptor, which is lent."""
+    """Keeps the last *keep_bytes* bytes read from a non-blocking descriptor, which is lent."""
 
     def __init__(self, fd: int, *, keep_bytes: int) -> None:
         self.fd = fd
@@ -35,7 +35,7 @@ class BoundedStream:
         del self._kept[: -self._keep_bytes]
 
     def text(self) -> str:
-        """Return the kept text; characters that are not printable, tabs or newlines are replaced."""
+        """Return the kept text. Characters other than printable ones, tabs and newlines are replaced."""
         text = self._kept.decode("utf-8", errors="replace").replace("\r", "")
         return "".join(
             char if char.isprintable() or char in _PRINTABLE else "\N{REPLACEMENT CHARACTER}" for char in text

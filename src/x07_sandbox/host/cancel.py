@@ -12,7 +12,7 @@ from x07_sandbox.host.poll import wait_readable
 
 
 class Cancel:
-    """A cancellation request, made by a signal handler or another thread; the event loop polls its descriptor."""
+    """A cancellation request. A signal handler or another thread makes it, and the event loop polls its descriptor."""
 
     def __init__(self) -> None:
         self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -21,7 +21,10 @@ class Cancel:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """During the context, which waits without polling the descriptor, let a signal raise Cancelled."""
+        """Make a signal raise Cancelled during the context.
+
+        Use this around a wait that does not poll the descriptor.
+        """
         self.check()
         self._waiting = True
         try:
@@ -30,7 +33,7 @@ class Cancel:
             self._waiting = False
 
     def check(self) -> None:
-        """Raise Cancelled if it was requested."""
+        """Raise Cancelled if cancellation was requested."""
         if self.signal is not None:
             why = "a signal was received" if self.signal else "it was requested"
             cancelled = Cancelled("the run was cancelled", why, "Start it again")
@@ -38,7 +41,7 @@ class Cancel:
             raise cancelled
 
     def pause(self) -> None:
-        """Wait for a polling interval. Raises Cancelled if it was requested."""
+        """Wait for a polling interval. Raises Cancelled if cancellation was requested."""
         wait_readable(self.fd, LOOK_AGAIN_S)
         self.check()
 
@@ -49,7 +52,7 @@ class Cancel:
             self.check()
 
     def __call__(self, signal: int = 0) -> None:
-        """Request cancellation. signal: the received one, 0 for a request without one."""
+        """Request cancellation. signal: the received signal; 0 if no signal made the request."""
         if self.signal is None:
             self.signal = signal
         os.eventfd_write(self.fd, 1)
@@ -60,13 +63,16 @@ class Cancel:
 
 
 class Notice(str):
-    """A progress line that is printed even without a terminal, because it announces a long one-time step."""
+    """A progress line that announces a long one-time step. Unlike others, it is printed even without a terminal."""
 
     __slots__ = ()
 
 
 class Caller(msgspec.Struct, frozen=True, kw_only=True):
-    """The caller of a job. progress: called with a line before a step that takes seconds, and "" after it."""
+    """The caller of a job.
+
+    progress: called with a line before a step that takes seconds, and with "" after the step.
+    """
 
     cancel: Cancel
     progress: Callable[[str], None] = lambda _text: None

@@ -1,4 +1,4 @@
-"""Time: deadlines on a monotonic clock, wall time for records only."""
+"""Deadlines on a monotonic clock. Wall time is for records only."""
 
 import time
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def unix_ns() -> int:
 
 
 class Deadline(msgspec.Struct, frozen=True):
-    """A deadline shared by nested calls. at: seconds on the clock's scale."""
+    """A deadline that nested calls share. at: seconds on the scale of *clock*."""
 
     at: float
     clock: Callable[[], float] = time.monotonic
@@ -36,17 +36,17 @@ class Deadline(msgspec.Struct, frozen=True):
         return cls(time.monotonic() + seconds)
 
     def left_s(self) -> float:
-        """Return the seconds left, 0.0 after it has passed."""
+        """Return the seconds left; 0.0 once the deadline has passed."""
         return max(0.0, self.at - self.clock())
 
     def late_s(self) -> float:
-        """Return the seconds since the deadline, 0.0 before it."""
+        """Return the seconds since the deadline; 0.0 before the deadline."""
         return max(0.0, self.clock() - self.at)
 
     def missed_while_stopped(self) -> bool:
-        """Return whether it passed while this process itself was stopped, for example by Ctrl-Z."""
+        """Return whether the deadline passed while this process itself was stopped, for example by Ctrl-Z."""
         return self.late_s() > _STOPPED_S
 
     def passed(self) -> bool:
-        """Return whether it has passed."""
+        """Return whether the deadline has passed."""
         return self.clock() >= self.at

@@ -1,7 +1,7 @@
 """Descriptors that a forked child must not keep open.
 
-A lock (flock(2)), connection or pipe lasts as long as any copy of its descriptor. O_CLOEXEC does not help for a child
-that never calls exec, such as one of multiprocessing, which would keep a dead parent's locks.
+A lock (flock(2)), connection or pipe lasts as long as any copy of its descriptor. O_CLOEXEC does not close the copy of
+a child that never calls exec, such as a multiprocessing child. That child would keep a dead parent's locks.
 """
 
 import contextlib
@@ -14,31 +14,31 @@ _starting = threading.RLock()  # only its owner can release it, even if a signal
 
 
 def add(fd: int) -> int:
-    """Replace *fd* by /dev/null in forked children from now on; return it."""
+    """Make every child forked from now on replace *fd* by /dev/null. Return *fd*."""
     _ours.add(fd)
     return fd
 
 
 def unlock(fd: int) -> None:
-    """Release the lock of a descriptor and close it, even if a forked child still has a copy."""
+    """Release the lock of a descriptor and close the descriptor, even if a forked child still has a copy."""
     _ours.discard(fd)
     fcntl.flock(fd, fcntl.LOCK_UN)
     os.close(fd)
 
 
 def close(fd: int) -> None:
-    """Close a descriptor; its lock stays with other holders of a copy."""
+    """Close a descriptor. Its lock stays if another process has a copy of the descriptor."""
     _ours.discard(fd)
     os.close(fd)
 
 
 def discard(fd: int) -> None:
-    """Forget a descriptor, which its owner closes."""
+    """Remove a descriptor from the list of those that forked children close. The caller closes it."""
     _ours.discard(fd)
 
 
 class FdGroup:
-    """Descriptors that are closed together, exactly once, and not kept by forked children."""
+    """Descriptors that are closed together, exactly once. Forked children do not keep them open."""
 
     def __init__(self) -> None:
         self._fds: list[int] = []
@@ -55,7 +55,10 @@ class FdGroup:
 
 
 def no_fork() -> contextlib.AbstractContextManager[object]:
-    """Return a context without forks: subprocess.Popen waits for a pipe that a forked child would keep open."""
+    """Return a context in which this process does not fork.
+
+    subprocess.Popen needs it: Popen waits for a pipe to close, and a forked child would keep the pipe open.
+    """
     return _starting
 
 

@@ -1,4 +1,4 @@
-"""Available cores: the host's, or fewer by affinity or a cgroup of this process."""
+"""Available cores: the host's, or fewer if a CPU affinity or a cgroup limits this process."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ _ROOT: Final = Path("/")
 
 
 def cores(root: Path = _ROOT) -> int:
-    """Return the number of cores, rounded up. root: the parent of proc and sys."""
+    """Return the number of cores, rounded up. root: the folder that contains proc and sys."""
     found = len(os.sched_getaffinity(0))
     for path in group_files(root, "cpu", "cpu.max", "cpu.cfs_quota_us"):
         with contextlib.suppress(OSError, ValueError):  # no such cgroup, or "max"

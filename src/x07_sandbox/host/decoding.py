@@ -13,7 +13,8 @@ _prepared: Final[set[object]] = set()
 def prepared(model: type[_Model]) -> type[_Model]:
     """Return *model* after msgspec has analyzed it.
 
-    msgspec 0.22 analyzes a type on first use; a second thread that uses it meanwhile crashes with SIGSEGV.
+    msgspec 0.22 analyzes a type on first use. If a second thread uses the type during the analysis, the process crashes
+    with SIGSEGV.
     """
     if model not in _prepared:
         with _lock:

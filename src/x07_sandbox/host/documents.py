@@ -1,4 +1,4 @@
-"""A project's root folder, and atomic writing of documents into it without following links."""
+"""Look-up of a project's root folder, and atomic writing of documents into it without following links."""
 
 import contextlib
 import errno
@@ -19,7 +19,7 @@ Status = Literal["created", "unchanged", "overwritten", "exists_different"]
 def project_root(project: Path | None) -> Path:
     """Return the folder of the file *project*, else the nearest parent with x07.json, else the current folder.
 
-    Raises UsageError if *project* is not a file, or the current folder does not exist.
+    Raises UsageError if *project* is not a file or the current folder does not exist.
     """
     if project is not None:
         if not is_file(project):
@@ -34,10 +34,11 @@ def project_root(project: Path | None) -> Path:
 def write_document(
     root: Path, parts: tuple[str, ...], data: bytes, *, overwrite: bool, fix: str = "Choose another place"
 ) -> Status:
-    """Write *data* atomically to the file *parts* below *root*; create missing folders.
+    """Write *data* atomically to the file *parts* below *root*, and create missing folders.
 
-    A link below *root* is an error, because a hostile project could lead out of it. A file with other content is kept
-    unless *overwrite*. fix: what to do if it cannot be written. Raises UsageError.
+    A link below *root* is an error, because a hostile project could use it to redirect the write outside *root*. An
+    existing file with other content is kept unless *overwrite* is true. fix: advice for the error if the file cannot be
+    written. Raises UsageError if it cannot.
     """
     path = root.joinpath(*parts)
     *folders, name = parts
@@ -53,7 +54,7 @@ def write_document(
 
 @contextlib.contextmanager
 def _folder(root: Path, folders: list[str]) -> Iterator[int]:
-    """Yield the folder below *root*, created if it is missing. Raises OSError."""
+    """Yield a descriptor of the folder below *root*. Missing folders are created. Raises OSError."""
     fd = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         for name in folders:
@@ -94,7 +95,7 @@ def _put(folder: int, name: str, data: bytes, *, overwrite: bool) -> Status:
 
 
 def _present(folder: int, name: str, most: int) -> tuple[bytes, int] | None:
-    """Return the first *most* bytes of a file and its mode; None if it is missing. Raises OSError."""
+    """Return the first *most* bytes of a file, and the file's mode; None if the file is missing. Raises OSError."""
     try:
         fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
     except FileNotFoundError:

@@ -32,7 +32,7 @@ def file_lock(
     """Hold an exclusive flock(2) on *path*, which is created if missing and never removed.
 
     on_wait: called once before waiting. most_s: timeout, after which TimeoutError is raised. pause: waits for a polling
-    interval; its exceptions end the wait.
+    interval; an exception from it ends the wait.
     """
     fd = close_on_fork.add(open_private_file(path, os.O_RDWR))
     try:
@@ -44,7 +44,7 @@ def file_lock(
 
 @contextlib.contextmanager
 def lock_fd_held(owned_fd: int, *, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
-    """Hold an exclusive flock(2) on an open descriptor, which is closed at the end."""
+    """Hold an exclusive flock(2) on an open descriptor. The descriptor is closed at the end of the context."""
     close_on_fork.add(owned_fd)
     try:
         _take(owned_fd, on_wait)
@@ -54,9 +54,9 @@ def lock_fd_held(owned_fd: int, *, on_wait: Callable[[], None] | None = None) ->
 
 
 def lock_shared(path: Path) -> int:
-    """Return a descriptor of a folder with a shared flock(2), which prevents its removal.
+    """Open a folder, take a shared flock(2) on it, and return the descriptor. The lock prevents the folder's removal.
 
-    Raises OSError; BlockingIOError while it is being removed.
+    Raises OSError if the folder cannot be opened, and BlockingIOError while another process is removing the folder.
     """
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
@@ -76,7 +76,10 @@ def lock_shared(path: Path) -> int:
 
 @contextlib.contextmanager
 def lock_for_removal(path: Path) -> Iterator[bool]:
-    """Yield whether the folder could be locked against lock_shared(). Raises OSError."""
+    """Try to lock a folder exclusively during the context. Yield False if a process holds a lock from lock_shared().
+
+    Raises OSError if the folder cannot be opened.
+    """
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         try:

@@ -1,4 +1,4 @@
-"""Available memory: the host's, or the limit of a cgroup of this process."""
+"""Available memory: the host's, or the limit of this process's cgroup if that is smaller."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ _GROUPS: Final = "sys/fs/cgroup"
 
 
 def memory_bytes(root: Path = _ROOT) -> int:
-    """Return the available bytes. root: the parent of proc and sys."""
+    """Return the available memory in bytes. root: the folder that contains proc and sys."""
     found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for path in group_files(root, "memory", "memory.max", "memory.limit_in_bytes"):
         with contextlib.suppress(OSError, ValueError):  # no such cgroup, or "max"
@@ -20,7 +20,10 @@ def memory_bytes(root: Path = _ROOT) -> int:
 
 
 def group_files(root: Path, controller: str, name: str, old_name: str) -> Iterator[Path]:
-    """Yield files that may contain a limit, of all cgroups of this process. old_name: the file in cgroup v1."""
+    """Yield files that may contain a memory or CPU limit, from all cgroups of this process.
+
+    name: the file's name in cgroup v2. old_name: the file's name in cgroup v1.
+    """
     try:
         lines = (root / "proc/self/cgroup").read_text("utf-8", "surrogateescape").splitlines()
     except OSError:

@@ -30,7 +30,7 @@ _SIGXCPU: Final = {-24, 128 + 24}  # as status of subprocess, and of a shell
 
 
 def host_error(exc: OSError | MemoryError) -> HostError | None:
-    """Return the error for the user; None if *exc* is a bug."""
+    """Return the error to show to the user; None if *exc* is a bug."""
     if isinstance(exc, MemoryError):  # Python's form of ENOMEM
         exc = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
     fix = _FIXES.get(exc.errno or 0)
@@ -45,12 +45,12 @@ def host_error(exc: OSError | MemoryError) -> HostError | None:
 
 
 def out_of_cpu_time(status: int | None) -> str:
-    """Return what happened to a machine that was killed by the shell's CPU time limit; else an empty string."""
+    """Return a clause if *status* shows that the shell's CPU time limit ended a machine; "" if it does not."""
     return "reached the CPU time limit of this shell (ulimit -H -t)" if status in _SIGXCPU else ""
 
 
 def fix_for(exc: OSError, otherwise: str) -> str:
-    """Return the fix for a full or read-only file system, else *otherwise*."""
+    """Return the fix for a full or read-only file system; for other errors return *otherwise*."""
     return _FIXES[exc.errno] if exc.errno in {errno.ENOSPC, errno.EDQUOT, errno.EROFS} else otherwise
 
 

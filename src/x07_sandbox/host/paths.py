@@ -36,7 +36,7 @@ def _absolute(value: str, name: str) -> Path:
 
 
 def collapse_leading_slashes(path: str) -> str:
-    """Return *path* with a single leading slash: to Linux, unlike POSIX, two mean the same."""
+    """Return *path* with a single leading slash. POSIX treats exactly two leading slashes specially; Linux does not."""
     return f"/{path.lstrip('/')}" if path.startswith("//") else path
 
 
@@ -49,10 +49,12 @@ def _home() -> Path:
 
 
 def private_dir(path: Path) -> Path:
-    """Create *path* and missing parents with mode 0700, and check that it is private. Raises HostError.
+    """Create *path* and missing parents with mode 0700, and check that the folder is private.
 
-    No link is followed. The folder must belong to the effective uid and be closed to group and others; its parents must
-    belong to that uid or root and not be writable by others, except sticky ones like /tmp.
+    Raises HostError if it is not.
+
+    No link is followed. The folder must belong to the effective uid and be closed to group and others. Its parents must
+    belong to that uid or root and must not be writable by others, except sticky folders like /tmp.
     """
     if not path.is_absolute() or ".." in path.parts or len(path.parts) == 1:
         why = "it is not an absolute path without '..'"
@@ -72,7 +74,10 @@ def private_dir(path: Path) -> Path:
 
 
 def settings_file() -> Path:
-    """Return the user's settings file: x07/sandbox.toml in XDG_CONFIG_HOME, else ~/.config. Raises HostError."""
+    """Return the path of the user's settings file: x07/sandbox.toml in XDG_CONFIG_HOME, else in ~/.config.
+
+    Raises HostError if neither XDG_CONFIG_HOME nor HOME can be used.
+    """
     config = os.environ.get("XDG_CONFIG_HOME", "")
     if config.startswith("/"):  # XDG: a relative path is ignored
         return Path(config) / "x07" / "sandbox.toml"
@@ -83,12 +88,15 @@ def settings_file() -> Path:
 
 
 def cache_folder(name: str) -> Path:
-    """Return a private folder of the cache, created if missing. Raises HostError."""
+    """Return a private folder of the cache, created if missing. Raises HostError if it cannot be made private."""
     return private_dir(private_dir(cache_dir()) / name)
 
 
 def least_recently_used(found: Iterable[tuple[float, int, Path]], most_bytes: int) -> list[Path]:
-    """Return the paths of (last use, size in bytes, path) to remove so that the rest is at most *most_bytes*."""
+    """Return the least recently used paths to remove so that the remaining ones take at most *most_bytes*.
+
+    found: the last use, the size in bytes and the path of each file.
+    """
     doomed = []
     for _, size, path in sorted(found, reverse=True):
         most_bytes -= size
@@ -107,17 +115,20 @@ def real_path(path: Path) -> Path:
 
 
 def is_file(path: Path) -> bool:
-    """Return whether a file exists; False if it may not be inspected."""
+    """Return whether a file exists; False if this user may not look."""
     return os.path.isfile(path)  # noqa: PTH113 - Path.is_file() raises PermissionError
 
 
 def is_folder(path: Path) -> bool:
-    """Return whether a folder exists; False if it may not be inspected."""
+    """Return whether a folder exists; False if this user may not look."""
     return os.path.isdir(path)  # noqa: PTH112 - as above
 
 
 def read_bounded(path: Path, what: str, max_bytes: int) -> bytes:
-    """Return the content of a regular file of at most *max_bytes*. what: its kind, for errors. Raises UsageError."""
+    """Return the content of a regular file of at most *max_bytes*. Raises UsageError if it cannot be read or is larger.
+
+    what: the kind of file, for the error.
+    """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
@@ -138,7 +149,7 @@ def read_bounded(path: Path, what: str, max_bytes: int) -> bytes:
 
 
 def open_private_file(path: Path, flags: int) -> int:
-    """Open a file of ours, created with mode 0600 if missing. Raises OSError."""
+    """Open a private file of this user, created with mode 0600 if missing. Raises OSError."""
     fd = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, _OWN)
     try:
         if os.fstat(fd).st_mode & _OWN != _OWN:  # a umask may remove the owner's rights
@@ -150,7 +161,10 @@ def open_private_file(path: Path, flags: int) -> int:
 
 
 def replace_file(path: Path, data: bytes, *, sync: bool = False) -> None:
-    """Replace *path* atomically, with mode 0600. sync: also atomic if the machine crashes. Raises OSError."""
+    """Replace the file *path* atomically, with mode 0600. Raises OSError.
+
+    sync: whether the replacement is also atomic if the machine crashes.
+    """
     temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
     try:
         fd = open_private_file(temporary, os.O_WRONLY | os.O_EXCL)
@@ -200,7 +214,7 @@ def _check_owner(info: os.stat_result, here: Path, *, last: bool, made: bool) ->
 
 
 def _others_can_change(info: os.stat_result) -> bool:
-    """Return whether users other than us and root could replace a folder in it."""
+    """Whether a user other than this one and root could replace a folder whose parent has this stat."""
     theirs = info.st_uid not in {0, os.geteuid()}
     return theirs or bool(info.st_mode & 0o022 and not info.st_mode & stat.S_ISVTX)
 
@@ -217,7 +231,10 @@ def _how_to_be_private(info: os.stat_result, here: Path) -> str:
 
 
 def why_not_ours(info: os.stat_result, kind: Callable[[int], bool]) -> str:
-    """Return why something is not ours to remove; empty if it is. kind: S_ISDIR or S_ISREG, which exclude links."""
+    """Return why this user must not remove a file or folder; "" if this user may.
+
+    kind: S_ISDIR or S_ISREG, the expected type; links never match.
+    """
     if not kind(info.st_mode):
         return "it is a link or another type of file"
     return "" if info.st_uid == os.geteuid() else f"it belongs to uid {info.st_uid}"

@@ -4,14 +4,17 @@ import select
 
 
 def wait_readable(fd: int, timeout_s: float | None = None) -> bool:
-    """Wait until a descriptor is readable or at its end; return False on timeout. None: no timeout."""
+    """Wait until a descriptor is readable or at its end. Return False on timeout.
+
+    A timeout_s of None waits without limit.
+    """
     poll = select.poll()
     poll.register(fd, select.POLLIN)
     return bool(poll.poll(None if timeout_s is None else max(0, int(timeout_s * 1000))))
 
 
 def wait_writable(fd: int) -> None:
-    """Wait until a non-blocking descriptor is writable or its reader is gone."""
+    """Wait until a non-blocking descriptor is writable or its reader has closed it."""
     poll = select.poll()
     poll.register(fd, select.POLLOUT)
     poll.poll()

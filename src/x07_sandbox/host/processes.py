@@ -1,4 +1,4 @@
-"""Processes by identity: pid, start time and boot, since a pid alone is reused."""
+"""Processes identified by pid, start time and boot, since a pid alone is reused."""
 
 import contextlib
 import errno
@@ -39,14 +39,17 @@ def sees_every_process() -> bool:
 
 
 class Identity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A process of this boot. start_ticks: field 22 of proc(5) stat, clock ticks since boot. Decoding checks both."""
+    """A process of this boot. start_ticks: field 22 of proc(5) stat, in clock ticks since boot.
+
+    Decoding checks both fields.
+    """
 
     pid: Annotated[int, msgspec.Meta(ge=1, le=2**22)]
     start_ticks: Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 
 
 def identify(pid: int) -> Identity | None:
-    """Return the identity of a process; None if there is no such pid."""
+    """Return the identity of a process; None if no process has this pid."""
     fields = _stat_fields(pid)
     return None if fields is None else Identity(pid=pid, start_ticks=int(fields[19]))
 
@@ -68,7 +71,10 @@ def children_of(pid: int) -> list[int]:
 
 
 def _stat_fields(pid: int) -> list[str] | None:
-    """Return the fields of /proc/PID/stat from the third on; the name before them may contain anything."""
+    """Return the fields of /proc/PID/stat from the third on.
+
+    The command name before them may contain any characters.
+    """
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except (FileNotFoundError, ProcessLookupError):
@@ -77,7 +83,7 @@ def _stat_fields(pid: int) -> list[str] | None:
 
 
 def has_mark(pid: int, mark: str) -> bool:
-    """Return whether a process has *mark*, which only our launcher sets, in its arguments; False for an empty mark."""
+    """Return whether a process has *mark* in its arguments. Only our launcher sets marks. False for an empty mark."""
     try:
         return bool(mark) and mark.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
@@ -96,13 +102,13 @@ def processes_with_mark(mark: str) -> list[Identity]:
 
 
 def is_alive(identity: Identity) -> bool:
-    """Return whether this process still exists and is not a zombie."""
+    """Return whether the process still exists and is not a zombie."""
     fields = _stat_fields(identity.pid)
     return fields is not None and int(fields[19]) == identity.start_ticks and fields[0] not in {"Z", "X"}
 
 
 def kill_identity(identity: Identity, mark: str, number: int = signal.SIGKILL) -> bool:
-    """Signal a process through a pidfd if pid, start time and mark match; return whether it was signalled."""
+    """Send signal *number* through a pidfd if pid, start time and mark match. Return whether the signal was sent."""
     pidfd = _pidfd(identity.pid)
     if pidfd is None:
         return False
@@ -130,7 +136,7 @@ def _pidfd(pid: int) -> int | None:
 
 
 def wait_gone(identity: Identity, timeout_s: float) -> bool:
-    """Wait until a process has ended, at most *timeout_s*; return whether it has."""
+    """Wait at most *timeout_s* until a process has ended. Return whether it has."""
     pidfd = _pidfd(identity.pid)
     if pidfd is None:
         return True

@@ -1,4 +1,4 @@
-"""A hostile project folder: names in its files are opened only inside it, and never block."""
+"""Access to a hostile project folder: file names are opened only inside it, and opening never blocks."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ from x07_sandbox.errors import UsageError
 
 
 class ProjectFolder:
-    """The project at *root*. Names are relative to it; links are followed if their target is inside it.
+    """The project at *root*. File names are relative to *root*. A link is followed only if its target is inside *root*.
 
     base: the real path of *root*. what: the first part of errors.
     """
@@ -23,9 +23,9 @@ class ProjectFolder:
 
     @contextlib.contextmanager
     def look(self, name: str, shown: str = "") -> Iterator[tuple[int, os.stat_result]]:
-        """Yield an O_PATH descriptor, which never blocks, of what *name* refers to, and its stat.
+        """Yield an O_PATH descriptor of the file or folder *name*, and its stat. Opening it never blocks.
 
-        shown: the name in errors. Raises UsageError if it is missing or outside.
+        shown: the name in errors. Raises UsageError if *name* is missing or leads out of the project.
         """
         shown = shown or name
         with self._readable(shown):
@@ -42,7 +42,7 @@ class ProjectFolder:
             os.close(fd)
 
     def open(self, name: str, shown: str = "") -> int:
-        """Return an owned descriptor of a regular file for reading. Raises UsageError."""
+        """Return an owned descriptor of a regular file, open for reading. Raises UsageError if it cannot be opened."""
         with self.look(name, shown) as (fd, info):
             if not stat.S_ISREG(info.st_mode):
                 raise self.refused(f"{shown or name} is not a regular file", "Replace it by a file, or remove it")
@@ -59,13 +59,16 @@ class ProjectFolder:
             return False
 
     def content(self, name: str, most: int) -> tuple[bytes, os.stat_result]:
-        """Return the first *most* + 1 bytes of a regular file, and its stat. Raises UsageError."""
+        """Return the first *most* + 1 bytes of a regular file, and its stat. Raises UsageError if it cannot be read."""
         fd = self.open(name)
         with self._readable(name), os.fdopen(fd, "rb") as file:
             return file.read(most + 1), os.fstat(fd)
 
     def read(self, name: str, shown: str, most: int) -> bytes:
-        """Return the content of a regular file of at most *most* bytes. Raises UsageError."""
+        """Return the content of a regular file of at most *most* bytes.
+
+        Raises UsageError if it cannot be read or is larger.
+        """
         fd = self.open(name, shown)
         with self._readable(shown), os.fdopen(fd, "rb") as file:
             data = file.read(most + 1)

@@ -1,4 +1,4 @@
-"""All constants that a policy does not control."""
+"""Constants that a policy does not control."""
 
 from typing import Final
 
@@ -55,10 +55,10 @@ TMP_SHARE: Final = 4  # /tmp gets a quarter of the memory limit
 
 
 def allowance_ms() -> int:
-    """Return the time of a job besides its program's: queue, boot, copy in, changes out."""
+    """Return the time of a job besides its program's own: queue, boot, copying in, copying changes out."""
     return int((QUEUE_S + BOOT_S + COPY_IN_S + CHANGES_OUT_S) * 1000)
 
 
 def grace_ms(wall_ms: int) -> int:
-    """Return the time between SIGTERM and SIGKILL, as in X07's runner."""
+    """Return the time between SIGTERM and SIGKILL. X07's own runner uses the same time."""
     return min(1000, max(1, wall_ms // 10))

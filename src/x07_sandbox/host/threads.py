@@ -1,4 +1,4 @@
-"""Starting a thread that a resource limit may forbid."""
+"""Start of a thread, with a clear error if a resource limit forbids it."""
 
 import errno
 import os

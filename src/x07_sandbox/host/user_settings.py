@@ -1,4 +1,4 @@
-"""The user's settings, ~/.config/x07/sandbox.toml, which no policy or project can override."""
+"""The user's settings file, ~/.config/x07/sandbox.toml. No policy or project can override it."""
 
 import os
 import stat
@@ -12,7 +12,7 @@ _MAX_BYTES: Final = 1 << 20
 
 
 class Setting(NamedTuple):
-    """One key of the file, as docs/reference/settings.md shows it. default: as TOML."""
+    """One key of the file, shown in docs/reference/settings.md. default: the default value in TOML."""
 
     table: str
     key: str
@@ -57,7 +57,10 @@ def settings_bytes(path: Path) -> bytes | None:
 
 
 def settings_table(data: bytes, name: str, source: str) -> dict[str, Any]:
-    """Return the table [*name*] of a settings file. Raises UsageError that names *source*."""
+    """Return the table [*name*] of a settings file. Raises UsageError if the file is invalid.
+
+    source: its path in the error.
+    """
     import tomllib
 
     keys = {row.key for row in SETTINGS if row.table == name}
@@ -76,7 +79,10 @@ def settings_table(data: bytes, name: str, source: str) -> dict[str, Any]:
 
 
 def scale_when_emulated() -> bool:
-    """Return whether `[limits] scale_when_emulated = "auto"` is set. Raises HostError, UsageError."""
+    """Return whether the settings contain `[limits] scale_when_emulated = "auto"`.
+
+    Raises HostError if the file cannot be used, and UsageError if it is invalid.
+    """
     path = settings_file()
     if (data := settings_bytes(path)) is None:
         return False

@@ -1,7 +1,7 @@
-"""The table of environment variables of X07's VM sandbox and of ours, and their parsing.
+"""Table of environment variables of X07's own VM sandbox and of this tool, and their parsing.
 
-An invalid value is an error even if a flag overrides it, because a typo must never weaken isolation. Blank means unset.
-Unknown names with our prefixes give a warning.
+An invalid value is an error even if a flag overrides the variable, because a typo must never weaken isolation. A blank
+value means unset. Unknown names with one of the prefixes give a warning.
 """
 
 import os
@@ -40,9 +40,10 @@ Kind = Literal["flag", "choice", "number", "folder", "digest", "text"]
 
 
 class Variable(msgspec.Struct, frozen=True):
-    """One variable. choices: of a choice, accepted words in any case and their meaning. lo, hi: of a number.
+    """One variable. choices: the accepted words, in any case, and their meanings. lo, hi: the range of a number.
 
-    default: the behaviour while it is unset, in words. effect: when it has an effect; "now" means always.
+    default: the behaviour while the variable is unset, in words. effect: when the variable has an effect; "now" means
+    always.
     """
 
     name: str
@@ -115,25 +116,31 @@ VARIABLES: Final[dict[str, Variable]] = {variable.name: variable for variable in
 
 
 def check_environment(environ: Mapping[str, str]) -> tuple[str, ...]:
-    """Check all known variables; return warnings about unknown names with our prefixes. Raises UsageError."""
+    """Check all known variables. Return warnings about unknown names with one of the prefixes.
+
+    Raises UsageError if a value is invalid.
+    """
     for name in environ.keys() & VARIABLES.keys():
         _read(VARIABLES[name], environ)
     return tuple(_unknown(name) for name in sorted(environ) if name.startswith(PREFIXES) and name not in VARIABLES)
 
 
 def flag(name: str, environ: Mapping[str, str] | None = None) -> bool:
-    """Return a switch; False while unset. Raises UsageError."""
+    """Return a switch; False while it is unset. Raises UsageError if its value is invalid."""
     return _read(_of(name, "flag"), environ) is True
 
 
 def number(name: str, environ: Mapping[str, str] | None = None) -> int | None:
-    """Return a number; None while unset. Raises UsageError."""
+    """Return a number; None while it is unset. Raises UsageError if its value is invalid."""
     value = _read(_of(name, "number"), environ)
     return value if isinstance(value, int) else None
 
 
 def text(name: str, environ: Mapping[str, str] | None = None) -> str | None:
-    """Return the meaning of a choice, a folder, a digest or a text; None while unset. Raises UsageError."""
+    """Return a choice's meaning, a folder, a digest or a text; None while it is unset.
+
+    Raises UsageError if its value is invalid.
+    """
     value = _read(_of(name, "choice", "folder", "digest", "text"), environ)
     return value if isinstance(value, str) else None
 
@@ -146,7 +153,7 @@ def _of(name: str, *kinds: Kind) -> Variable:
 
 
 def _read(variable: Variable, environ: Mapping[str, str] | None) -> bool | int | str | None:
-    """Return a variable's value; None while unset. Raises UsageError."""
+    """Return a variable's value; None while it is unset. Raises UsageError if its value is invalid."""
     raw = (os.environ if environ is None else environ).get(variable.name, "")
     value = raw.strip()
     if not value:
@@ -162,7 +169,7 @@ def _read(variable: Variable, environ: Mapping[str, str] | None) -> bool | int |
 
 
 def _parsed(variable: Variable, value: str) -> tuple[bool | int | str | None, str]:
-    """Return the meaning of *value*, None if it is invalid, and what is expected."""
+    """Return the meaning of *value* (None if it is invalid), and a description of valid values."""
     if variable.kind == "flag":
         return (True if value in _YES else False if value in _NO else None), "1 or 0"
     if variable.kind == "choice":

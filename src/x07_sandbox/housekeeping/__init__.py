@@ -1,1 +1,1 @@
-"""What may be removed of state and cache, and its removal."""
+"""Listing and removal of unused state and cache files."""

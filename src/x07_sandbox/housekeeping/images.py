@@ -1,4 +1,4 @@
-"""Removing images without a name, unused bases, saved machines without an image, and leftovers of killed builds."""
+"""Removal of images without a name, unused bases, saved VMs without an image, and leftovers of killed builds."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _BASE = re.compile(r"base-[0-9a-f]{32}")
 
 
 def prune_images(pruner: Pruner) -> set[str]:
-    """Remove what can go from the store, and return the digests of those images. Raises SandboxError."""
+    """Remove unused images, and return their digests. Raises SandboxError if the image store cannot be used."""
     if not os.path.lexists(cache_dir() / "images"):
         return set()
     folder = images_dir()
@@ -52,7 +52,10 @@ def prune_images(pruner: Pruner) -> set[str]:
 
 
 def prune_saved(pruner: Pruner, gone: set[str]) -> None:
-    """Remove saved machines of images that are gone or among *gone* (digests). Raises SandboxError."""
+    """Remove saved VMs of missing images and of the images *gone* (digests).
+
+    Raises SandboxError if the cache cannot be used.
+    """
     if not os.path.lexists(cache_dir()):
         return
     images = {image.digest for image in list_images()} - gone
@@ -65,10 +68,11 @@ def prune_saved(pruner: Pruner, gone: set[str]) -> None:
 
 
 def remove_images(names: Collection[str], pruner: Pruner) -> dict[str, str]:
-    """Remove the images *names* and what only they need, and return the digest of each.
+    """Remove the images called *names* and everything that only they use, and return the digest of each image.
 
-    An image stays if it has another name or X07_VM_GUEST_IMAGE_DIGEST pins it. Runs keep the files that they have open.
-    Raises UsageError, before any removal, if there is no image of a name; SandboxError.
+    An image stays if it has another name or X07_VM_GUEST_IMAGE_DIGEST refers to it. Current runs keep the files that
+    they have open. Raises UsageError before any removal if an image does not exist, and SandboxError if the store
+    cannot be used.
     """
     folder = images_dir()
     with file_lock(folder / ".lock", on_wait=lambda: pruner.progress("waiting for an image build to end")):

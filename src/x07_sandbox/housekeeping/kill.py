@@ -28,7 +28,7 @@ _ALL: Final = 1 << 30
 
 
 class KillReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A run that is over. jobs_ended: how many of its jobs were ended; 0 if it was over before."""
+    """A run that has ended. jobs_ended: the number of jobs that this command ended; 0 if the run had already ended."""
 
     schema_version: Literal["x07.sandbox.kill@0.1.0"] = "x07.sandbox.kill@0.1.0"
     run: str
@@ -36,10 +36,11 @@ class KillReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 def kill_run(run: str) -> int:
-    """End every job of a run until the run is over, and return how many were ended. Raises HostError on failure.
+    """End every job of a run until the run is over, and return how many jobs were ended.
 
-    The runner is not signalled, since it may be any program; it ends the run once its job is gone. Jobs that it starts
-    meanwhile (a retry, the next phase) are ended too.
+    The x07 process that started the run is not signalled, since it may be any program that uses the library. It ends
+    the run once its job is gone. Jobs that it starts meanwhile (a retry, the next phase) are ended too. Raises
+    HostError if the run does not end.
     """
     deadline, ended = Deadline.after(_GONE_S), 0
     while True:
@@ -65,7 +66,7 @@ def _open_jobs(run: str) -> list[StoredJob]:
 
 
 def _stopped(stored: StoredJob) -> bool:
-    """Stop one job, unless it is about to start, and return whether it is proven gone."""
+    """Stop one job, unless it is about to start. Return whether its machine is proven gone."""
     record = stored.record
     if record is None or record.backend not in built():
         return False

@@ -1,4 +1,4 @@
-"""The runs and jobs that exist, for `x07 ps` and `x07 inspect`."""
+"""Reports on runs and jobs, for `x07 ps` and `x07 inspect`."""
 
 from __future__ import annotations
 
@@ -35,10 +35,11 @@ _WAITING_MAX: Final = 512  # the newest runs are checked for being in progress
 class JobLine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One job.
 
-    state: starting, running, ending, orphaned (its runner is dead), expired, done, reaped; waiting for a run without a
-    job; unowned, why_not_ours, newer or damaged for a record that is not ours to judge. why: the reason for the state.
-    left_s: time until its deadline, negative after it; null if it has ended or that is unknown.
-    program: the requested program; null if it was given as text, or is unknown.
+    state: starting, running, ending, orphaned (the x07 process that started it is dead), expired, done or reaped. A run
+    without a job has the state waiting. A record that this user's x07 cannot use has the state unowned, foreign, newer
+    or damaged. why: the reason for the state.
+    left_s: seconds until the job's deadline, negative after it; null if the job has ended or the deadline is unknown.
+    program: the requested program; null if it was given as source text or is unknown.
     """
 
     run: str
@@ -55,18 +56,18 @@ class JobLine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class PsReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The output of `x07 ps --json`, oldest first."""
+    """The output of `x07 ps --json`. The oldest job comes first."""
 
     schema_version: Literal["x07.sandbox.ps@0.1.0"] = "x07.sandbox.ps@0.1.0"
     jobs: tuple[JobLine, ...]
 
 
 class RecordReport(JobDocument, frozen=True, forbid_unknown_fields=True):
-    """A job's job.json."""
+    """The content of a job's job.json."""
 
 
 class OwnerReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The runner of a job, and what was started for it."""
+    """The x07 process that started a job, and the processes and groups that it started for the job."""
 
     boot_id: str
     pid_namespace: str
@@ -76,7 +77,7 @@ class OwnerReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class JobReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One job of a run. record: its job.json; owner: from its owner.json; null if that cannot be read."""
+    """One job of a run. record: its job.json. owner: from its owner.json; null if that file cannot be read."""
 
     job_id: str
     state: str
@@ -88,7 +89,7 @@ class JobReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class _Ending(msgspec.Struct, frozen=True, kw_only=True):
-    """The fields of `ResultSummary`, among others."""
+    """The fields of result.json that `ResultSummary` needs."""
 
     outcome: str
     fault: str
@@ -105,7 +106,10 @@ class ResultSummary(_Ending, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class InspectReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The output of `x07 inspect RUN`. live: whether the run is in progress. paths: its files, by name."""
+    """The output of `x07 inspect RUN`. live: whether the run is in progress.
+
+    paths: the paths of its files, by file name.
+    """
 
     schema_version: Literal["x07.sandbox.inspect@0.1.0"] = "x07.sandbox.inspect@0.1.0"
     run: str
@@ -121,7 +125,10 @@ class _Request(msgspec.Struct, frozen=True):
 
 
 def list_jobs(*, everything: bool = False) -> PsReport:
-    """Return this user's live jobs; with *everything* also finished ones, and records that are not ours."""
+    """Return this user's live jobs.
+
+    With *everything*, also return finished jobs and records of other users or machines.
+    """
     now = here_and_now()
     lines = [_line(stored, now) for stored in all_stored()]
     jobs = [line for line in lines if everything or line.state in _LIVE]
@@ -149,7 +156,7 @@ def _line(stored: StoredJob, now: Now) -> JobLine:
 
 
 def _waiting(run: str) -> JobLine:
-    """Return the line for a run in progress without a job."""
+    """Return the line for a run in progress that has no job."""
     return JobLine(
         run=run,
         job_id=run,

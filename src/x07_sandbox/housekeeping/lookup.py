@@ -1,4 +1,4 @@
-"""Looking up runs by name or a unique prefix, among the folders of runs and the records of jobs."""
+"""Look-up of runs by name or a unique prefix, among the folders of runs and the records of jobs."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ if TYPE_CHECKING:
 
 
 def run_folder(run: str) -> Path:
-    """Return the folder of a run's files, which may not exist."""
+    """Return the folder of a run's files. The folder may not exist."""
     return runs_dir(state_dir()) / run
 
 
 def known_run(word: str) -> str:
-    """Return the run with this name or prefix; a job's name means its run. Raises UsageError."""
+    """Return the name of the run with this name or prefix. A job's name selects its run.
+
+    Raises UsageError if no run or more than one matches.
+    """
     job = JOB_NAME.fullmatch(word)
     wanted = job[1] if job else word
     names = set()
@@ -37,7 +40,7 @@ def known_run(word: str) -> str:
 
 
 def listed(folder: Path) -> list[str]:
-    """Return the names in a folder; none if it does not exist."""
+    """Return the names in a folder; an empty list if the folder does not exist."""
     try:
         return os.listdir(folder)  # noqa: PTH208 - names are wanted
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Pruning: remove what is not used any more from images, cache and records."""
+"""Pruning: removal of unused images, cache files and records."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _WITH_TEMPORARIES: Final = ("artifacts", "libraries", "proofs", "verified")
 
 
 def prune(parts: Collection[Part], *, progress: Callable[[str], None], dry_run: bool) -> PruneReport:
-    """Remove what can go from *parts*. Raises SandboxError if a folder of ours cannot be used."""
+    """Remove unused files of the given *parts*. Raises SandboxError if a folder of this tool cannot be used."""
     pruner = Pruner(progress, dry_run=dry_run)
     gone: set[str] = set()
     if "images" in parts:
@@ -38,7 +38,7 @@ def prune(parts: Collection[Part], *, progress: Callable[[str], None], dry_run: 
 
 
 def _prune_cache(pruner: Pruner, gone: set[str]) -> None:
-    """Remove unused artifacts, and verifications of missing files. gone: digests of removed images."""
+    """Remove unused artifacts, and verifications of missing files. gone: digests of the removed images."""
     cache = cache_dir()
     if not os.path.lexists(cache):
         return

@@ -1,4 +1,4 @@
-"""The common part of pruning: remove, count and report. What cannot be judged is kept and reported."""
+"""Common part of pruning: remove, count and report. A file or folder whose use is unclear is kept and reported."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _BLOCK: Final = 512  # stat(2): st_blocks
 
 
 class Removed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A file or folder that was or would be removed. bytes: the space that this frees."""
+    """A file or folder that was removed, or would be removed in a dry run. bytes: the disk space that this frees."""
 
     kind: Kind
     path: str
@@ -37,7 +37,7 @@ class Removed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class Kept(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """An old or unowned file or folder that stays, and why. failed: removing it failed."""
+    """An old file or folder that was not removed, and why. failed: whether an attempt to remove it failed."""
 
     kind: Kind
     path: str
@@ -46,7 +46,7 @@ class Kept(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class PruneReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The output of `x07 prune --json`. dry_run: nothing was removed. bytes: the sum."""
+    """The output of `x07 prune --json`. dry_run: whether nothing was removed. bytes: the total disk space freed."""
 
     schema_version: Literal["x07.sandbox.prune@0.1.0"] = "x07.sandbox.prune@0.1.0"
     dry_run: bool
@@ -56,7 +56,7 @@ class PruneReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class Pruner:
-    """Removes files and folders, or only counts them. now_ms: the wall clock at the start."""
+    """Removes files and folders, or only counts them in a dry run. now_ms: the wall clock at the start."""
 
     def __init__(self, progress: Callable[[str], None], *, dry_run: bool) -> None:
         self.progress = progress
@@ -67,7 +67,7 @@ class Pruner:
         self._links: dict[tuple[int, int], int] = {}  # names that a file would still have
 
     def remove(self, kind: Kind, path: Path, why: str, how: Callable[[Path], None]) -> None:
-        """Remove *path* by *how*; a failure is reported."""
+        """Remove *path* by calling *how*. A failure is reported, not raised."""
         size = sum(self._freed(info) for info in _everything(path))
         if not self._dry_run:
             try:
@@ -81,7 +81,7 @@ class Pruner:
         self._removed.append(Removed(kind=kind, path=str(path), bytes=size, why=why))
 
     def remove_own(self, kind: Kind, path: Path, why: str, how: Callable[[Path], None]) -> None:
-        """Remove a folder or an artifact's file as `remove` does, unless it is not ours."""
+        """Remove a folder or an artifact's file like `remove`, but only if it belongs to this user."""
         if problem := why_not_ours(path.lstat(), stat.S_ISREG if kind == "artifact" else stat.S_ISDIR):
             self.keep(kind, path, problem)
         else:
@@ -92,7 +92,10 @@ class Pruner:
         self._kept.append(Kept(kind=kind, path=str(path), why=why))
 
     def old(self, info: os.stat_result, limit_s: float = settings.RETENTION_S) -> bool:
-        """Whether a file was last changed longer ago, by the wall clock: no other clock spans boots."""
+        """Whether a file was last changed more than limit_s ago.
+
+        The wall clock is used, since no other clock spans boots.
+        """
         return self.now_ms - info.st_mtime_ns // 1_000_000 > limit_s * 1000
 
     def report(self) -> PruneReport:
@@ -101,7 +104,7 @@ class Pruner:
         return PruneReport(dry_run=self._dry_run, bytes=size, removed=tuple(self._removed), kept=tuple(self._kept))
 
     def _freed(self, info: os.stat_result) -> int:
-        """Return the space that removing this name frees: images share files by hard links."""
+        """Return the disk space that removing this name frees: images share files by hard links."""
         file = info.st_dev, info.st_ino
         left = self._links.get(file, info.st_nlink) - 1
         self._links[file] = left
@@ -121,7 +124,7 @@ def sweep_temporaries(folder: Path, pruner: Pruner) -> None:
 
 
 def entries(folder: Path) -> list[Path]:
-    """Return a folder's entries, sorted; none if it does not exist."""
+    """Return a folder's entries, sorted; an empty list if the folder does not exist."""
     try:
         with os.scandir(folder) as found:
             return sorted(folder / entry.name for entry in found)
@@ -130,7 +133,7 @@ def entries(folder: Path) -> list[Path]:
 
 
 def _everything(path: Path) -> Iterator[os.stat_result]:
-    """Yield the state of *path* and everything below it, without following links."""
+    """Yield the stat of *path* and of everything below it, without following links."""
     with contextlib.suppress(OSError):
         info = path.lstat()
         yield info

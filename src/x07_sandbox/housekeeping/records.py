@@ -1,7 +1,7 @@
-"""Pruning records of jobs and folders of runs past their retention.
+"""Pruning of job records and run folders that are older than the retention time.
 
-A record goes only if its owner.json is ours, it says that its machine is gone, and none of its processes lives. A run
-in progress shares a lock on its folder.
+A record is removed only if its owner.json is valid for this user, its machine is recorded as gone, and no process in it
+lives. A run in progress holds a shared lock on its folder.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _DOOMED: Final = ".pruned-"  # no name of a record
 
 
 def prune_records(pruner: Pruner) -> None:
-    """Remove the records that can go. Raises SandboxError."""
+    """Remove the records that are no longer needed. Raises SandboxError if the state folder cannot be used."""
     if not os.path.lexists(state_dir()):
         return
     root = private_dir(state_dir())
@@ -69,7 +69,7 @@ def _jobs(root: Path, pruner: Pruner) -> list[StoredJob]:
 
 
 def _prune_runs(runs: Path, busy: set[str], pruner: Pruner) -> None:
-    """Remove runs' folders. busy: runs in progress, or with a job's record that stays."""
+    """Remove old run folders. busy: the runs that are in progress or have a job record that stays."""
     for path in entries(runs):
         if not RUN_NAME.fullmatch(path.name) or path.name in busy:
             continue
@@ -79,12 +79,12 @@ def _prune_runs(runs: Path, busy: set[str], pruner: Pruner) -> None:
 
 
 def _ended_long_ago(job: StoredJob, pruner: Pruner) -> bool:
-    """Whether its end was recorded longer ago than the retention."""
+    """Whether the job's end was recorded longer ago than the retention time."""
     return job.ended_info is not None and pruner.old(job.ended_info) and pruner.old(job.info)
 
 
 def _doubt(job: StoredJob) -> str:
-    """Return why a record stays, "" if it can go."""
+    """Return why a job's record stays, "" if it can be removed."""
     if job.owner is None:
         return job.why
     if job.owner.boot_id != boot_id() or job.owner.pid_namespace != pid_namespace():
@@ -93,12 +93,15 @@ def _doubt(job: StoredJob) -> str:
 
 
 def doomed_name(folder: Path) -> Path:
-    """Return the name for a folder during its removal, which no reader takes for a job or run."""
+    """Return the name for a folder during its removal. Readers do not take this name for a job or run."""
     return folder.with_name(f"{_DOOMED}{folder.name}")
 
 
 def remove_record(folder: Path) -> None:
-    """Remove a record without leaving one that lacks its `done`. Raises OSError."""
+    """Remove a record. An interrupted removal never leaves a readable record without its `done` or `reaped` file.
+
+    Raises OSError if a file cannot be removed.
+    """
     doomed = doomed_name(folder)
     folder.rename(doomed)
     (doomed / "job.json").unlink(missing_ok=True)

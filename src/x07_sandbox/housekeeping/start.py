@@ -1,4 +1,7 @@
-"""The small sweep before each run: with nothing to do, one listing of the state folder and a few calls of stat(2)."""
+"""The small sweep before each run.
+
+If there is nothing to remove, it costs one listing of the state folder and a few calls of stat(2).
+"""
 
 from __future__ import annotations
 
@@ -24,9 +27,9 @@ _not_before = 0.0  # on the monotonic clock
 
 
 def sweep_before_start(say: Callable[[str], None] = lambda _text: None) -> None:
-    """Remove what dead runners left, within a fifth of a second. Errors are ignored.
+    """Remove jobs of dead x07 processes, within a fifth of a second. Errors are ignored.
 
-    say: gets one line if anything was removed.
+    say: called with one line if anything was removed.
     """
     global _not_before  # noqa: PLW0603 - one time per process
     started_at = time.monotonic()
@@ -44,6 +47,6 @@ def sweep_before_start(say: Callable[[str], None] = lambda _text: None) -> None:
 
 
 def _surely_lives(name: str) -> bool:
-    """Whether a job is young and its runner's pid is in use, so that its record need not be read now."""
+    """Whether a job is young and the pid in its name is in use. Its record is then not read now."""
     match = JOB_NAME.fullmatch(name)
     return match is not None and unix_ms() - int(match[2]) < _RECENT_MS and os.path.exists(f"/proc/{int(match[3])}")  # noqa: PTH110

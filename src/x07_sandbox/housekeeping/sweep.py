@@ -1,10 +1,11 @@
-"""Sweep: end and remove what dead runners left, and nothing else.
+"""Sweep: end and remove what dead x07 processes left, and nothing else.
 
-It ends jobs of ours whose owner is provably dead or whose deadline has passed (jobs/stop_rules). It removes folders of
-jobs that never started, an engine's instances without a record, folders past their retention and templates
-without an image, and rolls back incomplete file changes. Everything else stays and is reported.
+It ends this user's jobs whose owner is provably dead or whose deadline has passed (jobs/stop_rules). It removes folders
+of jobs that never started, an engine's containers without a record, folders past their retention time and saved VMs
+without an image. It rolls back incomplete file changes. Everything else stays and is reported.
 
-Sweeps and runners may work concurrently: a sweep judges and ends a job under a lock on its folder, without waiting.
+Sweeps and running x07 processes may work concurrently. A sweep locks a job's folder while it decides about the job and
+ends it. If the folder is already locked, the sweep skips the job.
 """
 
 from __future__ import annotations
@@ -54,9 +55,10 @@ _SURELY_MS: Final = 3_600_000  # far longer than a runner takes to write owner.j
 
 
 class Swept(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """An object that was removed or stays, and why. id: a job's or run's name, an engine's, or a path.
+    """An object that was removed or kept, and why.
 
-    failed: removing it failed.
+    id: the name of a job or run, an engine's id of a container, or a path. failed: whether an attempt to remove it
+    failed.
     """
 
     kind: Kind
@@ -66,7 +68,7 @@ class Swept(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbi
 
 
 class SweepReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The output of `x07 sweep --json`. dry_run: nothing was removed."""
+    """The output of `x07 sweep --json`. dry_run: whether nothing was removed."""
 
     schema_version: Literal["x07.sandbox.sweep@0.1.0"] = "x07.sandbox.sweep@0.1.0"
     dry_run: bool
@@ -85,15 +87,15 @@ class Sweeper:
         self._kept: dict[tuple[str, str], Swept] = {}
 
     def removed(self, kind: Kind, name: str, why: str) -> None:
-        """Report a removal, done or planned."""
+        """Report a removal. In a dry run, the removal is only planned."""
         self._removed.setdefault((kind, name), Swept(kind=kind, id=name, why=why))
 
     def kept(self, kind: Kind, name: str, why: str, *, failed: bool = False) -> None:
-        """Report what stays. failed: removing it failed."""
+        """Report an object that stays. failed: whether an attempt to remove it failed."""
         self._kept.setdefault((kind, name), Swept(kind=kind, id=name, why=why, failed=failed))
 
     def backend(self, name: str) -> Backend | None:
-        """Return the backend of that name, None if this version lacks it."""
+        """Return the backend called *name*, or None if this version lacks it."""
         return create(name) if name in built() else None
 
     def report(self) -> SweepReport:
@@ -102,9 +104,10 @@ class Sweeper:
 
 
 def sweep(*, dry_run: bool, progress: Callable[[str], None], budget_s: float | None = None) -> SweepReport:
-    """Remove what dead runners left. Raises SandboxError if a folder of ours cannot be used.
+    """Remove what dead x07 processes left. Raises SandboxError if a folder of this tool cannot be used.
 
-    budget_s: sweep only jobs, newest first, and start with no other after that time; None: sweep everything.
+    budget_s: if set, sweep only jobs, newest first, and start with no further job after that time. None sweeps
+    everything.
     """
     sweeper = Sweeper(progress, dry_run=dry_run, budget_s=budget_s)
     if os.path.lexists(state_dir()):
@@ -117,7 +120,7 @@ def sweep(*, dry_run: bool, progress: Callable[[str], None], budget_s: float | N
 
 
 def sweep_jobs(sweeper: Sweeper, most: int) -> set[str]:
-    """End every job that may be ended and return the names of those that live. Raises SandboxError."""
+    """End every job that may be ended, and return the names of the jobs that live. Raises SandboxError."""
     root = private_dir(state_dir())
     instance, now, live = runner_instance(root), here_and_now(), set()
     for name in unfinished_jobs(root, most):
@@ -130,7 +133,7 @@ def sweep_jobs(sweeper: Sweeper, most: int) -> set[str]:
 
 
 def _settled(sweeper: Sweeper, stored: StoredJob, now: Now) -> bool:
-    """Handle one job, whose folder is locked, and return whether it is surely not alive."""
+    """Handle one job, whose folder is locked, and return whether the job is surely not alive."""
     judgement = judge(stored, now)
     name = stored.folder.name
     if judgement.fate == "kept":
@@ -150,7 +153,7 @@ def _settled(sweeper: Sweeper, stored: StoredJob, now: Now) -> bool:
 
 
 def _not_stopped(sweeper: Sweeper, stored: StoredJob) -> str:
-    """Stop a job by its record and return why it is not proven gone, "" if it is."""
+    """Stop a job by its record. Return why it is not proven gone, "" if it is."""
     assert stored.record is not None  # noqa: S101 - the job is ours
     backend = sweeper.backend(stored.record.backend)
     if backend is None:
@@ -164,10 +167,11 @@ def _not_stopped(sweeper: Sweeper, stored: StoredJob) -> str:
 
 
 def _why_unstarted(stored: StoredJob) -> str:
-    """Return why a folder without an owner can go, "" if it must stay.
+    """Return why a folder without an owner can be removed, "" if it must stay.
 
-    It must be ours, since X07's tools write a job.json alone. And nobody may be about to start the job: a run in
-    progress locks its folder; any other creator, such as a probe, is a live process, or was a moment ago.
+    The record must be this tool's, since X07's own tools write a job.json without an owner. And nobody may be about to
+    start the job: a run in progress locks its folder. Any other creator of a job, such as a probe, must be dead and the
+    folder must not be new.
     """
     match = JOB_NAME.fullmatch(stored.folder.name)
     if match is None or stored.standing != "unowned" or os.path.lexists(stored.folder / "owner.json"):
@@ -187,7 +191,7 @@ def _why_unstarted(stored: StoredJob) -> str:
 
 
 def _holds_nothing(folder: Path) -> bool:
-    """Whether a folder only has files that a runner writes before it starts anything."""
+    """Whether a folder contains only files that x07 writes before it starts anything."""
     try:
         names = os.listdir(folder)  # noqa: PTH208 - names are wanted
     except OSError:
@@ -196,7 +200,10 @@ def _holds_nothing(folder: Path) -> bool:
 
 
 def _remove_unstarted(folder: Path) -> bool:
-    """Remove such a folder and return whether it is gone. A runner that lives after all fails without it."""
+    """Remove the folder of an unstarted job and return whether it is gone.
+
+    If its x07 process lives after all, its start fails.
+    """
     doomed = doomed_name(folder)
     try:
         folder.rename(doomed)
@@ -210,9 +217,10 @@ def _remove_unstarted(folder: Path) -> bool:
 
 
 def why_kept(labels: Mapping[str, str], *, instance: str, live: Collection[str], now_unix_ms: int) -> str:
-    """Return why an instance with these labels stays, "" if it can go. live: the names of live recorded jobs.
+    """Return why a container with these labels stays, "" if it can be removed.
 
-    Anyone with access to the engine can set these labels.
+    Anyone with access to the engine can set these labels, so they are not trusted.
+    live: the names of recorded jobs that are live.
     """
     if labels.get("io.x07.schema") != "1":
         return "it has no io.x07.schema label of this version"
@@ -229,7 +237,7 @@ def why_kept(labels: Mapping[str, str], *, instance: str, live: Collection[str],
 
 
 def _runner_lives(labels: Mapping[str, str]) -> bool:
-    """Whether there is a process with the pid in the run's name; the instance then stays."""
+    """Whether a process has the pid in the run's name. The container then stays."""
     runner = labels.get("io.x07.run_id", "").split("-")[1:2]
     return (
         bool(runner) and runner[0].isdigit() and len(runner[0]) <= _PID_DIGITS and identify(int(runner[0])) is not None
@@ -237,7 +245,10 @@ def _runner_lives(labels: Mapping[str, str]) -> bool:
 
 
 def _sweep_orphans(sweeper: Sweeper, live: Collection[str]) -> None:
-    """Remove the instances with our labels that can go, from every backend with an engine."""
+    """Remove containers with this tool's labels that can be removed, from every backend with an engine.
+
+    live: the names of recorded jobs that are live.
+    """
     instance = runner_instance(state_dir())
     for name in built():
         backend: object = sweeper.backend(name)
@@ -276,7 +287,7 @@ def _sweep_changes(sweeper: Sweeper) -> None:
 
 
 def _sweep_leftovers(sweeper: Sweeper) -> None:
-    """Remove folders past their retention, saved machines without an image, and control groups of dead runners."""
+    """Remove expired folders, saved VMs without an image, and control groups of dead x07 processes."""
     from x07_sandbox.housekeeping.images import prune_saved
     from x07_sandbox.housekeeping.pruner import Pruner
     from x07_sandbox.housekeeping.records import prune_records

@@ -1,4 +1,4 @@
-"""The disk space of state and cache, and what pruning would free: for `x07 df`."""
+"""Disk space of state and cache, and how much of it pruning would free, for `x07 df`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Name = Literal["images", "templates", "cache", "runs", "records"]
 
 
 class PartUsage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One part of state and cache. bytes: on disk. prunable_bytes: what `x07 prune` would free."""
+    """One part of state and cache. bytes: its size on disk. prunable_bytes: the bytes that `x07 prune` would free."""
 
     name: Name
     path: str
@@ -32,7 +32,7 @@ class PartUsage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class DfReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The output of `x07 df --json`. bytes, prunable_bytes: the sums."""
+    """The output of `x07 df --json`. bytes, prunable_bytes: the sums over all parts."""
 
     schema_version: Literal["x07.sandbox.df@0.1.0"] = "x07.sandbox.df@0.1.0"
     parts: tuple[PartUsage, ...]
@@ -41,7 +41,7 @@ class DfReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 def disk_usage(progress: Callable[[str], None]) -> DfReport:
-    """Measure all parts. Raises SandboxError."""
+    """Measure all parts. Raises SandboxError if a folder cannot be used."""
     places: dict[Name, Path] = {
         "images": cache_dir() / "images",
         "templates": cache_dir() / "templates",

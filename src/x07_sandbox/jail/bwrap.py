@@ -1,11 +1,13 @@
-"""The jail around a host process by bubblewrap, as a command line. Pure.
+"""Command line of the bubblewrap jail around a host process. Pure.
 
-root   Without a user namespace. Supervisor and bubblewrap keep uid 0 but drop every capability, and every descriptor
-       except the lock of the job's uid; setpriv inside changes to that uid and clears all capabilities.
+root   Without a user namespace. The supervisor and bubblewrap keep uid 0 but drop every capability. They close every
+       descriptor except the lock of the job's uid. Inside the jail, setpriv changes to that uid and clears all
+       capabilities.
 user   In a user namespace, under a uid that is not 0, without capabilities.
 
-Both have their own mount, pid, ipc, uts, net and cgroup namespaces, a read-only root of just the named files, no /proc,
-and a system call filter that is loaded last before the program (or setpriv). docs/explanation/design.md, "The jail".
+Both forms have their own mount, pid, ipc, uts, net and cgroup namespaces. Their read-only root contains only the listed
+files, and no /proc. bubblewrap loads a system call filter as its last step before it executes the program (or setpriv).
+See docs/explanation/design.md, "The jail".
 """
 
 from __future__ import annotations
@@ -32,16 +34,18 @@ _CALLS: Final = ("prctl", "rt_sigprocmask", "rt_sigtimedwait", "capset", "close_
 class Jail(msgspec.Struct, frozen=True, kw_only=True):
     """What one confined process may use.
 
-    files: host paths, read-only, under the same path inside.
+    files: host paths, read-only, under the same path inside the jail.
     fd_files: (descriptor, path inside) of opened files, read-only. fd_copies: files to copy into the jail's root.
-    fd_writable: writable files; only a machine that is being saved has any.
+    fd_writable: writable files. Only a machine that is being saved has any.
     fds: other inherited descriptors. limits: (soft, hard) by RLIMIT number, if the jail sets its own limits.
-    devices: device nodes of the host, under the same path. uid: the host uid in the root form, else None.
+    devices: device nodes of the host, under the same path inside the jail. uid: the host uid in the root form, else
+    None.
     mark: the random text that identifies the job's processes. deadline_s: when the kernel ends the jail.
-    runner_pid: the process with which the jail ends. syscalls: the numbers of the system calls here.
-    nest: add a pid namespace around the jail, so that it ends even if its supervisor is killed (`may_nest`).
-    filter_fd: the pipe from which bubblewrap, as its last step, reads the system call filter; the jail waits there. If
-        it ends empty, as when the runner dies, the kernel rejects that and the jail ends. (--block-fd would continue.)
+    runner_pid: the x07 process; the jail ends when it ends. syscalls: system call numbers of this architecture.
+    nest: whether to add a pid namespace around the jail, so that it ends even if its supervisor is killed (`may_nest`).
+    filter_fd: the pipe from which bubblewrap, as its last step, reads the system call filter. The jail waits for it. If
+        the pipe ends without data, for example because x07 died, the kernel rejects the empty filter and the jail ends.
+        (With --block-fd the jail would continue.)
     """
 
     files: tuple[str, ...]
@@ -62,9 +66,9 @@ class Jail(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def may_nest() -> bool:
-    """Whether this process may mount its own /proc, as a pid namespace around bubblewrap requires.
+    """Whether this process may mount its own /proc, which a pid namespace around bubblewrap requires.
 
-    An ordinary user may only if /proc is fully visible; containers hide parts of it.
+    An ordinary user may mount it only if /proc is fully visible. Containers hide parts of it.
     """
     if os.geteuid() == 0:
         return True
@@ -120,7 +124,7 @@ def supervisor_argv(  # noqa: PLR0913 - the supervisor's own arguments
     keep_fd: int | None = None,
     uid: int | None = None,
 ) -> list[str]:
-    """Return the command line of the supervisor and its command. uid: who runs it, if root starts it."""
+    """Return the command line of the supervisor and its command. uid: the user who runs both, if root starts them."""
     kept = -1 if keep_fd is None else keep_fd
     numbers = (deadline_s, runner_pid, kept, int(nest), *(syscalls[name] for name in _CALLS))
     # Another user may not be able to read our installation.

@@ -1,7 +1,8 @@
-"""Control groups around a job, if the host has them and this user may make them.
+"""Control groups around a job, if the host has them and this user may create them.
 
-Version 2: a group below our own, if memory and pids are delegated. Version 1: as root, a group per hierarchy. Otherwise
-the guest's fixed RAM size and rlimits bound the process, and the result says so.
+With cgroup version 2, the job's group is a child of this process's parent group, if memory and pids are delegated to
+this user. With version 1, root creates a group in each hierarchy. Otherwise only the guest's fixed RAM size and rlimits
+limit the process, and the result says so.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _SWEPT_AT_ONCE: Final = 256
 
 
 class HostGroups(msgspec.Struct, frozen=True, kw_only=True):
-    """The groups of one job. holds: the limits that they enforce."""
+    """The groups of one job. holds: the names of the limits that they enforce."""
 
     folders: tuple[Path, ...]
     holds: tuple[str, ...]
@@ -39,7 +40,7 @@ class HostGroups(msgspec.Struct, frozen=True, kw_only=True):
         return f"host control groups hold {' and '.join(self.holds)}" if self.holds else "no host control groups"
 
     def names(self) -> tuple[str, ...]:
-        """Return the groups' folders, for the record."""
+        """Return the groups' folders, for the job's record."""
         return tuple(str(folder) for folder in self.folders)
 
     def add(self, pid: int) -> None:
@@ -54,12 +55,12 @@ class HostGroups(msgspec.Struct, frozen=True, kw_only=True):
                 path.write_text(str(memory_bytes), encoding="ascii")
 
     def remove(self) -> bool:
-        """Remove the groups, whose processes are gone, and return whether they are gone."""
+        """Remove the groups of processes that have ended, and return whether the groups are gone."""
         return _all_removed(self.folders)
 
 
 def remove_groups(names: Iterable[str]) -> bool:
-    """Remove a job's groups by the names in its record, and return whether they are gone. Groups in use stay."""
+    """Remove a job's groups by the paths in its record, and return whether they are gone. Groups in use stay."""
     places = [Path(name) for name in names]
     # The record may be damaged, so only what can be a job's group is removed, and only by rmdir.
     return _all_removed(one for one in places if one.is_relative_to(_ROOT) and ".." not in one.parts and _is_jobs(one))
@@ -71,7 +72,10 @@ def _is_jobs(folder: Path) -> bool:
 
 
 def make_groups(name: str, *, memory_bytes: int, tasks: int) -> HostGroups:
-    """Make groups called *name* with these limits; no folders if the host provides none."""
+    """Create groups called *name* with these limits.
+
+    The returned object has no folders if the host provides no groups.
+    """
     remove_abandoned_groups()
     if (_ROOT / "cgroup.controllers").exists():
         with contextlib.suppress(OSError):
@@ -89,9 +93,10 @@ def make_groups(name: str, *, memory_bytes: int, tasks: int) -> HostGroups:
 
 
 class ProgramGroups(HostGroups, frozen=True, kw_only=True):
-    """Groups that the agent puts a program into and limits itself, so its user may write to them.
+    """Groups into which the agent puts a program. The agent sets their limits itself, so its user may write to them.
 
-    places: their folders, by controller of version 1, "" for version 2. agent: the agent's own group of version 2.
+    places: the groups' folders, by controller for version 1, under "" for version 2. agent: the agent's own group of
+    version 2.
     """
 
     places: dict[str, Path]
@@ -117,9 +122,11 @@ _DELEGATED_2: Final = (
 
 
 def program_groups(name: str, *, uid: int) -> ProgramGroups:
-    """Make groups called *name*, without limits, for *uid*; none if the host provides none.
+    """Create groups called *name*, without limits, for *uid*.
 
-    In version 1 only for root: an ordinary user cannot move processes between groups of others.
+    The returned object has no folders if the host provides no groups.
+
+    Version 1 works only for root: an ordinary user cannot move processes between groups of other users.
     """
     remove_abandoned_groups()
     if (_ROOT / "cgroup.controllers").exists():
@@ -133,7 +140,7 @@ def program_groups(name: str, *, uid: int) -> ProgramGroups:
 
 
 def _program_group_2(name: str, uid: int) -> ProgramGroups:
-    """Make a group that contains two: moving a process requires write access to a group above both."""
+    """Create a group with two child groups: moving a process requires write access to a common parent group."""
     nothing = ProgramGroups(folders=(), holds=(), places={})
     if (parent := _parent_2()) is None:
         return nothing
@@ -164,7 +171,7 @@ def _delegate(folder: Path, files: tuple[str, ...], uid: int) -> None:
 
 
 def _parent_2() -> Path | None:
-    """Return the version 2 group below which we may make groups, with controllers enabled; None without one."""
+    """Return the version 2 group in which this process may create groups, with controllers enabled, or None."""
     parent = _ROOT / _PARENT if os.geteuid() == 0 else _own_group()
     try:
         if os.geteuid() == 0:
@@ -181,7 +188,10 @@ def _parent_2() -> Path | None:
 
 
 def _own_group() -> Path:
-    """Return the parent of our version 2 group: a group with processes cannot enable controllers for children."""
+    """Return the parent of this process's version 2 group.
+
+    A group that contains processes cannot enable controllers for its children.
+    """
     for line in Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines():
         if line.startswith("0::"):
             return (_ROOT / line[3:].lstrip("/")).parent
@@ -189,7 +199,7 @@ def _own_group() -> Path:
 
 
 def _made_1(controller: str, name: str) -> Path | None:
-    """Make a group of version 1; None if it is not ours to make, or another job has the name."""
+    """Create a group of version 1; return None if this user may not create it, or another job uses the name."""
     folder = _ROOT / controller / _PARENT / name
     with contextlib.suppress(OSError):
         if (_ROOT / controller / "cgroup.procs").exists():
@@ -199,7 +209,7 @@ def _made_1(controller: str, name: str) -> Path | None:
 
 
 def _limited(folder: Path, limits: dict[str, int]) -> bool:
-    """Limit a new group; if the kernel refuses, remove it and return False."""
+    """Limit a new group. If the kernel refuses, remove the group and return False."""
     try:
         for file, value in limits.items():
             (folder / file).write_text(str(value), encoding="ascii")
@@ -229,7 +239,7 @@ def _removed(folder: Path) -> bool:
 
 
 def remove_abandoned_groups() -> None:
-    """Remove the empty groups that killed runners left, except those about to be filled."""
+    """Remove the empty groups that killed x07 processes left, except groups that may still be filled."""
     for parent in (_ROOT / _PARENT, *(_ROOT / controller / _PARENT for controller in _DELEGATED)):
         with contextlib.suppress(OSError):
             for folder in list(parent.iterdir())[:_SWEPT_AT_ONCE]:
@@ -240,7 +250,7 @@ def remove_abandoned_groups() -> None:
 
 
 def _abandoned(folder: Path) -> bool:
-    """Whether the runner that made a group is dead, by the job's name, or had a minute to fill it."""
+    """Whether a group is abandoned: the x07 process in its name is dead, or had a minute to fill the group."""
     runner = folder.name.split("-")[1:2]
     if sees_every_process() and runner and runner[0].isdigit() and identify(int(runner[0])) is None:
         return True

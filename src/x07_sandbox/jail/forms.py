@@ -1,7 +1,8 @@
-"""The choice between the jail's two forms: with namespaces, else with Landlock and seccomp alone.
+"""Choice between the jail's two forms: with namespaces, or with Landlock and seccomp alone.
 
-The second form is used without asking if the kernel forbids namespaces: the tests hold it to the same hostile binary.
-X07_VM_REQUIRE_NAMESPACES=1 rejects it. Namespaces are tried once per boot and set of privileges.
+If the kernel forbids namespaces, the second form is used without asking the user. The tests run the same hostile binary
+in both forms. X07_VM_REQUIRE_NAMESPACES=1 forbids the second form. Namespaces are tried once per boot and set of
+privileges.
 """
 
 from __future__ import annotations
@@ -48,9 +49,9 @@ FLAGS_FOR_A_USER: Final = "--security-opt seccomp=unconfined --security-opt appa
 
 
 class Form(NamedTuple):
-    """One form of the jail. name: for the result. landlock: the kernel's version if there are no namespaces.
+    """One form of the jail. name: its name in the result. landlock: Landlock's version in the form without namespaces.
 
-    why: what forbids namespaces here, "" if nothing does.
+    why: why namespaces cannot be used here, "" if they can.
     """
 
     name: str
@@ -67,7 +68,7 @@ class Form(NamedTuple):
         return landlock_argv(jail, command, self.landlock)
 
     def release_message(self, arch: Arch) -> Callable[[int], bytes]:
-        """Return the function that makes the message to release a jail, from the pid of its first process."""
+        """Return a function that turns the pid of the jail's first process into the message that releases the jail."""
         if self.namespaces:
             return lambda _pid: vmm_filter(arch)
         from x07_sandbox.jail.landlock import release_message
@@ -76,7 +77,10 @@ class Form(NamedTuple):
 
 
 def jail_form() -> Form:
-    """Return this host's form. Raises RefusedError if the variable rejects it, HostError if neither works."""
+    """Return the form that this host supports.
+
+    Raises RefusedError if X07_VM_REQUIRE_NAMESPACES forbids that form, and HostError if neither form works.
+    """
     why = forbidden()
     if not why:
         return Form("namespaces", namespaces=True)
@@ -87,9 +91,10 @@ def jail_form() -> Form:
 
 
 def landlock_form(why: str, version: int, missing: list[str]) -> Form:
-    """Return the form without namespaces, which *why* forbids. Raises HostError if this host cannot have it.
+    """Return the form without namespaces. Raises HostError if this host does not support it either.
 
-    version: the kernel's Landlock. missing: capabilities that root lacks for giving a job its own uid.
+    why: why namespaces cannot be used. version: the kernel's Landlock version. missing: the capabilities that root
+    lacks for giving a job its own uid.
     """
     from x07_sandbox.jail.landlock import KERNEL_NEEDED, VERSION_NEEDED
 
@@ -106,12 +111,12 @@ def landlock_form(why: str, version: int, missing: list[str]) -> Form:
 
 
 def namespace_flags() -> str:
-    """Return the flags that give a container the form with namespaces."""
+    """Return the container flags that allow the form with namespaces."""
     return f"in a container {FLAGS_FOR_ROOT if os.geteuid() == 0 else FLAGS_FOR_A_USER}, or --privileged"
 
 
 def forbidden() -> str:
-    """Return why namespaces cannot be used here, "" if they can. Raises HostError if that could not be tried."""
+    """Return why namespaces cannot be used here, "" if they can. Raises HostError if the test itself fails."""
     record = cache_folder("jail") / "namespaces.json"
     key = _key()
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):

@@ -1,14 +1,15 @@
-"""The jail without namespaces, by Landlock and seccomp: command line and filter. Pure.
+"""Command line and filter of the jail without namespaces: Landlock and seccomp. Pure.
 
-data/landlock.pl sets both up in the process that becomes the VMM (docs/explanation/design.md, "The jail"):
+data/landlock.pl sets up both in the process that becomes the VMM (docs/explanation/design.md, "The jail"):
 
 Landlock   The VMM can open only its own file, its libraries and firmware, and the files it was given, each with the
            rights that it needs.
-seccomp    Only the system calls that QEMU makes are allowed, with no pid but the VMM's own. None makes a socket or a
-           process, changes a file's mode, owner or times, or executes anything once the VMM has started.
+seccomp    Only the system calls that QEMU makes are allowed, and they accept no pid but the VMM's own. No allowed call
+           makes a socket or a process, changes a file's mode, owner or times, or executes a program once the VMM has
+           started.
 
-Without a root of its own, the VMM opens files that come as descriptors by way of /proc/self/fd. For root, all of the
-jail, the supervisor too, runs under the job's uid.
+This form has no root of its own, so the VMM opens files that come as descriptors through /proc/self/fd. If root starts
+the jail, the whole jail, including the supervisor, runs under the job's uid.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def random_addresses() -> ExecAddresses:
 
 
 def landlock_argv(jail: Jail, command: list[str], version: int) -> list[str]:
-    """Return the command line: supervisor, confining script, *command*. version: the kernel's Landlock."""
+    """Return the command line: supervisor, confining script, *command*. version: the kernel's Landlock version."""
     kept = [fd for fd, _ in (*jail.fd_files, *jail.fd_writable)] + list(jail.fds)
     numbers = (str(jail.syscalls[name]) for name in _SETUP_CALLS)
     rules = [word for file, rights in file_rights(jail, command[0]).items() for word in (file, str(rights))]
@@ -119,7 +120,7 @@ def landlock_argv(jail: Jail, command: list[str], version: int) -> list[str]:
 
 
 def ruleset(version: int) -> bytes:
-    """Return all that this version can restrict, as a struct landlock_ruleset_attr."""
+    """Return everything that this Landlock version can restrict, as a struct landlock_ruleset_attr."""
     files = max(rights for since, rights in _FILE_RIGHTS.items() if since <= version)
     return struct.pack("=QQQ", files, _TCP if version >= _TCP_SINCE else 0, _SCOPES if version >= _SCOPES_SINCE else 0)
 
@@ -151,7 +152,7 @@ def landlock_filter(arch: Arch, pid: int, addresses: ExecAddresses) -> bytes:
 
 
 def call_rules(pid: int, addresses: ExecAddresses) -> Rules:
-    """Return conditions on calls that are allowed in part."""
+    """Return conditions for calls that are allowed only with certain arguments."""
     halves = [half for place in msgspec.structs.astuple(addresses) for half in (place & 0xFFFFFFFF, place >> 32)]
     return {
         **COMMON_RULES,

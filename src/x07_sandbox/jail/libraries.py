@@ -1,4 +1,4 @@
-"""The files of a dynamically linked program, which are all that its jail contains."""
+"""Files of a dynamically linked program: its jail contains only these."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ _LINE = re.compile(r"^\s*(?:\S+ => )?(/\S+) \(0x[0-9a-f]+\)$")
 
 
 def needed_files(binary: str) -> tuple[str, ...]:
-    """Return *binary*, its shared libraries and its loader, as absolute paths. Raises HostError.
+    """Return the absolute paths of *binary*, its shared libraries and its loader.
 
-    The answer of ldd(1), which is slow, is cached for each state of the binary and the library cache.
+    ldd(1) is slow, so the result is cached until the binary or the library cache (ld.so.cache) changes. Raises
+    HostError if *binary* is missing or not a dynamic executable.
     """
     key = _identity(binary)
     record = cache_folder("libraries") / f"{Path(binary).name}.json"

@@ -3,12 +3,13 @@
 gate      Opens TCP and UDP sockets and forwards data. It has one thread and can open no file.
 resolver  Looks up host names with the C library, in threads. It can read the files needed for that.
 
-Most of it is a seccomp filter that lists the allowed system calls, and Landlock, which restricts files. What remains:
+The confinement is mostly a seccomp filter that lists the allowed system calls. Landlock restricts files. What remains
+possible:
 
-* Neither separates processes of one user. As root a helper gets its own uid; an ordinary user's helper relies on the
-  filter, which allows no call that reaches another process.
-* The resolver may connect to every Unix stream socket that its uid may: name services use such sockets.
-* A Unix datagram socket can be connected again. So give a helper stream or seqpacket sockets only.
+* Neither measure separates processes of one user. As root, a helper gets its own uid. An ordinary user's helper relies
+  on the filter, which allows no call that reaches another process.
+* The resolver may connect to every Unix stream socket that its uid may use, because name services use such sockets.
+* A Unix datagram socket can be connected again. Therefore give a helper only stream or seqpacket sockets.
 """
 
 from __future__ import annotations
@@ -180,8 +181,8 @@ _RUN: Final = Path("/run")
 def _readable() -> Iterator[str]:
     """Yield the files and folders that the resolver may read, whether or not they exist.
 
-    Once a settings file is replaced, it cannot be read any more. So where it is a link below /run, the whole folder is
-    allowed: its manager may replace files at any time.
+    Landlock rules apply to inodes, so a replaced settings file becomes unreadable. If the file is a link to a place
+    below /run, the whole target folder is allowed, because its manager may replace files at any time.
     """
     for name in _SETTINGS:
         path = Path("/etc", name)
@@ -209,7 +210,7 @@ def _allow_reading(ruleset: int, path: str) -> None:
 
 
 def _landlock(kind: Kind) -> int:
-    """Restrict this thread to the files that *kind* needs; return Landlock's version, 0 for none."""
+    """Restrict this thread to the files that *kind* needs. Return Landlock's version, or 0 if Landlock is missing."""
     try:
         found = _call(_LANDLOCK_CREATE_RULESET, 0, 0, _CREATE_RULESET_VERSION)
     except OSError:
@@ -252,10 +253,12 @@ _libc.prctl.restype, _libc.prctl.argtypes = ctypes.c_int, [ctypes.c_int, *[ctype
 def confine(kind: Kind, *, uid: int | None) -> tuple[str, ...]:
     """Drop all rights of this process that *kind* does not need, and return the names of the measures.
 
-    uid: as root, a uid and gid of its own; None: stay this user. Call it after all imports, before any thread starts.
-    The process is killed when the thread that started it ends, unless that lacks CAP_KILL for another uid or is in a
-    Landlock domain.
-    Raises OSError, or HostError on an unsupported architecture; the process must then end, since it is half confined.
+    uid: as root, a uid and gid for this process alone; None keeps the current user. Call this after all imports and
+    before any thread starts. The kernel kills the process when the thread that started it ends, unless that thread may
+    not signal the
+    process: it lacks CAP_KILL for another uid, or is in a Landlock domain.
+    Raises OSError if a measure fails, or HostError on an unsupported architecture. The process must then exit, since it
+    is only partly confined.
     """
     _require_one_thread()
     program = (gate_filter if kind == "gate" else resolver_filter)(host_arch())
@@ -281,7 +284,7 @@ def confine(kind: Kind, *, uid: int | None) -> tuple[str, ...]:
 
 
 def _require_one_thread() -> None:
-    """Raise OSError if there are several threads: Landlock binds only the calling one."""
+    """Raise OSError if there are several threads: Landlock restricts only the calling thread."""
     with contextlib.suppress(FileNotFoundError):  # no /proc
         if len(list(Path("/proc/self/task").iterdir())) > 1:
             raise OSError(errno.EBUSY, "a helper confines itself before it starts threads")
@@ -328,7 +331,7 @@ def _limit(kind: Kind) -> None:
 
 
 def _install(program: bytes) -> None:
-    """Put all threads of this process under a filter."""
+    """Apply a filter to all threads of this process."""
     code = ctypes.create_string_buffer(program, len(program))
     described = ctypes.create_string_buffer(struct.pack("@HP", len(program) // 8, ctypes.addressof(code)))
     number = host_arch().syscalls["seccomp"]

@@ -1,14 +1,14 @@
-"""The seccomp filter around a VMM, and the building blocks of the other filters. Pure.
+"""Seccomp filter around a VMM, and the building blocks of the other filters. Pure.
 
-Beside capabilities and namespaces it closes in both forms of the jail:
+Capabilities and namespaces leave these gaps, which the filter closes in both forms of the jail:
 
 * new user namespaces, in which a process has every capability and reaches more of the kernel;
-* other processes: bubblewrap's first one could be traced, and with several processes a VMM would multiply each limit
-  per process; so it may only start threads;
+* other processes: bubblewrap's first process could be traced, and several processes would multiply each limit per
+  process. So a VMM may only start threads;
 * what namespaces do not separate: the session keyring, sockets beyond the network namespace (vsock), files by handle;
 * what all jobs of a host share: the pool of asynchronous I/O (fs.aio-max-nr), which a loop of io_setup exhausts for
-  root too, and locks, leases and notices on the image's files. SECURITY.md has the rest under side channels: which
-  pages of these files are in memory, futexes on a shared mapping of them;
+  root too, and locks, leases and notifications on the image's files. SECURITY.md lists the other shared things under
+  side channels: which pages of these files are in memory, and futexes on a shared mapping of the files;
 * memory that belongs to no process (memfd, System V): without a control group only the address space is limited.
 """
 
@@ -51,7 +51,7 @@ ALL_BITS: Final = 0xFFFFFFFF
 
 
 class Check(NamedTuple):
-    """A condition on half an argument: its bits in *mask* equal one of *values*.
+    """A condition on one half of a system call's argument: its bits in *mask* equal one of *values*.
 
     word: twice the argument's number, plus one for the upper half. The kernel ignores the upper half of most arguments.
     """
@@ -93,7 +93,7 @@ def vmm_filter(arch: Arch) -> bytes:
 
 
 def prologue(arch: Arch) -> list[bytes]:
-    """Return a filter's first lines: kill other architectures, refuse x32, load the call's number."""
+    """Return a filter's first lines: kill the process on another architecture, refuse x32, load the call's number."""
     lines = [line(LOAD, _ARCH), line(JEQ, arch.audit, 1, 0), line(RETURN, _KILL), line(LOAD, _NR)]
     return [*lines, line(_JGE, _X32, 0, 1), line(RETURN, ERRNO | errno.ENOSYS)]
 
@@ -104,7 +104,10 @@ def line(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
 
 
 def allowlist_filter(arch: Arch, names: tuple[str, ...], rules: Rules, errors: dict[str, int]) -> bytes:
-    """Return a filter that allows *names*, and *rules* under conditions. Other calls fail by *errors*, else EPERM."""
+    """Return a filter that allows the calls *names*, and the calls in *rules* under their conditions.
+
+    Every other call fails with its error in *errors*, or with EPERM.
+    """
     numbers = arch.syscalls
     lines = prologue(arch)
     for name, code in errors.items():
@@ -119,7 +122,7 @@ def allowlist_filter(arch: Arch, names: tuple[str, ...], rules: Rules, errors: d
 
 
 def _rule(number: int, conditions: tuple[tuple[Check, ...], ...], error: int) -> list[bytes]:
-    """Return the lines that allow a call under any of *conditions*, and let it fail otherwise."""
+    """Return the lines that allow a call under any of *conditions*. Otherwise the call fails with *error*."""
     body = [instruction for checks in conditions for instruction in _condition(checks)]
     body.append(line(RETURN, ERRNO | error))
     return [line(JEQ, number, 0, len(body)), *body]

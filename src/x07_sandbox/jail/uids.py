@@ -1,7 +1,7 @@
-"""A host uid of its own for each job of root.
+"""A separate host uid for each job that root starts.
 
-bubblewrap keeps the uid's lock open as long as any process of the jail lives, so a uid is free only after its last
-process.
+bubblewrap keeps the uid's lock open while any process of the jail lives. So a uid becomes free only after its last
+process ends.
 """
 
 from __future__ import annotations
@@ -51,7 +51,10 @@ def free_range() -> int:
 
 @contextlib.contextmanager
 def lease_uid() -> Iterator[tuple[int, int]]:
-    """Yield (uid, lock descriptor) of a uid that no other job on this machine uses while the lock is held."""
+    """Yield (uid, lock descriptor) of a uid that no other job on this machine uses while the lock is held.
+
+    Raises HostError if no uid is free.
+    """
     first = free_range()
     for _ in range(_TRIES):
         uid = first + int.from_bytes(os.urandom(4), "big") % COUNT
@@ -70,7 +73,7 @@ def lease_uid() -> Iterator[tuple[int, int]]:
 
 
 def _lock_file(name: str) -> int:
-    """Open the lock of one uid. Its place is fixed, so that all jobs of the machine share it."""
+    """Open the lock file of one uid. Its path is fixed, so that all jobs of the machine share it."""
     try:
         private_dir(_FOLDER.parent)
         return os.open(private_dir(_FOLDER) / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)

@@ -1,1 +1,1 @@
-"""Job records, labels, launching, stopping."""
+"""Job records, labels, launching and stopping."""

@@ -1,4 +1,7 @@
-"""The unfinished jobs, by one listing of the state folder. Few imports, since every start of a job needs it."""
+"""Unfinished jobs, found by one listing of the state folder.
+
+Every start of a job needs this module, so it has few imports.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ ENDS: Final[tuple[Literal["done", "reaped"], ...]] = ("done", "reaped")
 
 
 def unfinished_jobs(root: Path, most: int) -> list[str]:
-    """Return those of the *most* newest jobs that have neither done nor reaped, newest first."""
+    """Return those of the *most* newest jobs that have neither a `done` nor a `reaped` file, newest first."""
     try:
         names = [name for name in os.listdir(root) if JOB_NAME.fullmatch(name)]  # noqa: PTH208 - names are wanted
     except OSError:

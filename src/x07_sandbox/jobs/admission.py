@@ -1,10 +1,10 @@
-"""Admission: how many machines run at once over all processes of the user, with a first-come first-served queue.
+"""Admission: how many machines of the user run at once, in all processes, with a first-come first-served queue.
 
-cache/slots/<n>     one file per running machine, locked (flock(2)) by its process
-cache/slots/turn    locked by the first in the queue while it waits for a slot
+cache/slots/<n>     one file per running machine, locked (flock(2)) by the machine's x07 process
+cache/slots/turn    locked by the first process in the queue while it waits for a slot
 cache/slots/warm-<n>    one file per waiting machine of a pool, locked by the pool's process
 
-A lock ends with its process, and the kernel grants a lock in the order of the waiters.
+A lock ends with the process that holds it. The kernel grants a lock in the order in which processes asked for it.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ _SAY_AFTER_S: Final = 1.0
 
 
 def max_running() -> int:
-    """Return how many machines may run at once: X07_VM_MAX_RUNNING, else by cores and memory. Raises UsageError.
+    """Return how many machines may run at once: X07_VM_MAX_RUNNING, else a number derived from cores and memory.
 
-    Machines get three quarters of the memory; the rest is for machines that wait in a pool.
+    Machines get three quarters of the memory; the rest is for machines that wait in a pool. Raises UsageError if the
+    variable is invalid.
     """
     if (named := number(_VARIABLE)) is not None:
         return named
@@ -47,9 +48,10 @@ def max_running() -> int:
 def admitted(
     *, cancel_fd: int, timeout_s: float, progress: Callable[[str], None] = lambda _text: None
 ) -> Iterator[float]:
-    """Wait for a slot, hold it, and yield the seconds waited. cancel_fd: ends the wait once readable.
+    """Wait for a slot, hold it during the context, and yield the seconds waited.
 
-    Raises RefusedError after timeout_s, Cancelled, UsageError.
+    cancel_fd: a descriptor that ends the wait once it is readable. Raises RefusedError after timeout_s, Cancelled if
+    cancel_fd ended the wait, and UsageError if X07_VM_MAX_RUNNING is invalid.
     """
     started_at = time.monotonic()
     place = _Place(cache_folder("slots"), max_running())
@@ -63,7 +65,7 @@ def admitted(
 
 @contextlib.contextmanager
 def warm_slots(count: int, most: int) -> Iterator[None]:
-    """Reserve *count* of the *most* places for waiting machines that memory allows. Raises HostError."""
+    """Reserve *count* of the *most* waiting machines that memory allows. Raises HostError if too few are left."""
     folder = cache_folder("slots")
     with contextlib.ExitStack() as stack:
         reserved = 0
@@ -78,7 +80,7 @@ def warm_slots(count: int, most: int) -> Iterator[None]:
 
 
 def _locked(path: Path) -> int | None:
-    """Return a descriptor that locks the file, None if another process has the lock."""
+    """Return a descriptor that locks the file, or None if another process has the lock."""
     fd = _opened(path)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -93,7 +95,7 @@ def _opened(path: Path) -> int:
 
 
 class _Place:
-    """A place in the queue, then a slot."""
+    """A place in the queue and, after the wait, a slot."""
 
     def __init__(self, folder: Path, slots: int) -> None:
         self._folder = folder
@@ -101,7 +103,7 @@ class _Place:
         self._fd: int | None = None
 
     def take_now(self) -> bool:
-        """Take a free slot if nobody is waiting, and return whether there was one."""
+        """Take a free slot if nobody is waiting. Return whether a slot was taken."""
         if (turn := _locked(self._folder / "turn")) is None:
             return False
         try:
@@ -147,10 +149,10 @@ class _Place:
 
 
 class _Turn:
-    """The lock of the queue's first, and the wait for it.
+    """The lock of the queue's first process, and the wait for that lock.
 
-    A waiting flock(2) cannot be cancelled, so a child waits on our open file, which then holds the lock. If this
-    process is killed, the child ends at its turn.
+    A waiting flock(2) cannot be cancelled. So a child process waits on this process's open file, which then holds the
+    lock. If this process is killed, the child ends when it gets the lock.
     """
 
     def __init__(self, fd: int) -> None:
@@ -182,7 +184,10 @@ class _Turn:
         return self
 
     def cancelled(self, cancel_fd: int, timeout_s: float) -> bool:
-        """Wait for cancel_fd (True), for our turn, or for timeout_s seconds."""
+        """Wait until cancel_fd is readable, until this process gets the lock, or for timeout_s seconds.
+
+        Return whether cancel_fd became readable.
+        """
         poll = select.poll()
         poll.register(cancel_fd, select.POLLIN)
         if not self.come:

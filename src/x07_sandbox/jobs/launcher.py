@@ -1,7 +1,7 @@
 """The thread that starts every virtual machine of this process.
 
-The kernel sends the parent-death signal when the *thread* that started a child ends (prctl(2)), so it must live as long
-as the process.
+The kernel sends the parent-death signal when the *thread* that started a child ends (prctl(2)), so this thread must
+live as long as the process.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ _ENVIRONMENT: Final = {"PATH": "/usr/bin:/bin", "LC_ALL": "C"}
 
 
 class Launch(msgspec.Struct, frozen=True, kw_only=True):
-    """A child to start, with lent descriptors.
+    """A child process to start. Its descriptors are lent.
 
-    stdio_fd: its standard input and output, None: /dev/null. env: all its variables, None: PATH and LC_ALL.
+    stdio_fd: its standard input and output; None uses /dev/null. env: all its variables; None sets only PATH and
+    LC_ALL.
     """
 
     argv: list[str]
@@ -41,7 +42,10 @@ _thread: threading.Thread | None = None
 
 
 def launch(request: Launch) -> subprocess.Popen[bytes]:
-    """Start the child from the launcher thread. Raises HostError, or OSError if it cannot be executed."""
+    """Start the child process from the launcher thread.
+
+    Raises HostError, or OSError if the program cannot be executed.
+    """
     if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
         why = "SIGCHLD is ignored, so its exit status would be lost"
         raise HostError(

@@ -1,7 +1,7 @@
-"""Reading a job's folder: its record, its owner, and whether the job has ended.
+"""Reader of a job's folder: its record, its owner, and whether the job has ended.
 
-Files are opened beneath the folder, without following links, and read up to a limit. Others may have written them, so
-all values are validated.
+Files are opened beneath the folder, without following links, and read up to a limit. Other users may have written
+them, so all values are validated.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _Text = Annotated[str, msgspec.Meta(max_length=4096)]
 
 
 class JobDocument(msgspec.Struct, frozen=True):
-    """`job.json`: the format of X07's tools."""
+    """`job.json`: the format that the X07 language's own tools use."""
 
     schema_version: str
     run_id: _Word
@@ -47,7 +47,10 @@ class JobDocument(msgspec.Struct, frozen=True):
 
 
 class Owner(msgspec.Struct, frozen=True):
-    """`owner.json`: the runner and processes of a job. instance: the job's mark. processes: empty before the start."""
+    """`owner.json`: the x07 process that started a job, and the job's processes.
+
+    instance: the job's mark. processes: empty before the start.
+    """
 
     schema_version: str
     run: _Word
@@ -71,8 +74,8 @@ _D = TypeVar("_D", JobDocument, Owner)
 class StoredJob(msgspec.Struct, frozen=True, kw_only=True):
     """One job's folder.
 
-    why: the reason for any standing but `ours`. ended, ended_info: the file that says that the instance is gone.
-    job: its job.json, if valid. record, owner: set if it is ours.
+    why: the reason for every standing except `ours`. ended, ended_info: name and stat of the file that says that the
+    job's machine is gone. job: the content of job.json, if it is valid. record, owner: set if the standing is `ours`.
     """
 
     folder: Path
@@ -87,13 +90,13 @@ class StoredJob(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def run(self) -> str:
-        """The job's run, by the folder's name."""
+        """The name of the job's run, from the folder's name."""
         match = JOB_NAME.fullmatch(self.folder.name)
         return match[1] if match else self.folder.name
 
 
 class _UnreadableError(Exception):
-    """A file cannot be used. standing: that of the job then."""
+    """A file of a job cannot be used. standing: the standing that the job gets for this reason."""
 
     def __init__(self, standing: Standing, why: str) -> None:
         super().__init__(why)
@@ -108,7 +111,7 @@ _DAMAGES: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 
 def read_stored(folder: Path, instance: str) -> StoredJob | None:
-    """Read one job's folder; None if it does not exist. instance: the id of this user's runner."""
+    """Read one job's folder; return None if it does not exist. instance: this user's `runner_instance` id."""
     opened = _opened(folder)
     if not isinstance(opened, int):
         return opened
@@ -120,7 +123,7 @@ def read_stored(folder: Path, instance: str) -> StoredJob | None:
 
 @contextlib.contextmanager
 def locked_stored(folder: Path, instance: str) -> Iterator[StoredJob | None]:
-    """Read one job's folder under the lock for sweeps; None if another sweep has it, or the folder is gone."""
+    """Read one job's folder under the sweep lock; return None if another sweep has the lock or the folder is gone."""
     opened = _opened(folder)
     if not isinstance(opened, int):
         yield opened
@@ -138,7 +141,7 @@ def locked_stored(folder: Path, instance: str) -> Iterator[StoredJob | None]:
 
 
 def _opened(folder: Path) -> int | StoredJob | None:
-    """Open a job's folder; return its state if it cannot be opened, None if it does not exist."""
+    """Open a job's folder. Return its descriptor, a StoredJob if it cannot be opened, or None if it does not exist."""
     try:
         info = folder.lstat()
     except OSError:

@@ -1,7 +1,7 @@
-"""The record of a job on disk: `job.json` for X07's tools, and `owner.json` for ours. jobs/reader reads it.
+"""Record of a job on disk: `job.json` for the X07 language's tools, `owner.json` for this tool. jobs/reader reads both.
 
-`job.json` has exactly X07's keys. The last file says that the instance is proven gone: `done` by the job's runner,
-`reaped` by any other process that stopped it.
+`job.json` has exactly the keys that X07's tools use. A last file says that the job's machine is proven gone: the job's
+x07 process writes `done`; any other process that stopped the job writes `reaped`.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def new_run_id() -> str:
 class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
     """The fixed facts about a job.
 
-    mark: the random text that identifies its processes, among their arguments. deadline_boot_ms: the deadline on the
-    boot clock (host/clocks.boot_ms), which does not jump.
+    mark: the random text among the arguments of the job's processes, which identifies them. deadline_boot_ms: the
+    deadline on the boot clock (host/clocks.boot_ms), which does not jump.
     """
 
     job_id: str
@@ -58,7 +58,7 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
     deadline_boot_ms: int
 
     def labels(self) -> dict[str, str]:
-        """Return the `io.x07.*` labels of the job's instance."""
+        """Return the `io.x07.*` labels of the job's machine or container."""
         return {
             "io.x07.schema": "1",
             "io.x07.run_id": self.job_id,
@@ -124,7 +124,10 @@ def record_from(values: dict[str, object]) -> JobRecord:
 
 
 def renewed_record(record: JobRecord, claim: Claim) -> JobRecord:
-    """Return a waiting machine's record as that of *claim*, with its mark and folder. Raises HostError."""
+    """Return a waiting machine's record rewritten for the job of *claim*, with the same mark and folder.
+
+    Raises HostError.
+    """
     renewed = replace(record, **_claimed(claim))
     _write_job(renewed)
     return renewed
@@ -160,7 +163,7 @@ def _write_job(record: JobRecord) -> None:
 
 
 def drop_unstarted(record: JobRecord) -> None:
-    """Remove the folder of a job if it has no owner, so nothing was started for it."""
+    """Remove the folder of a job if it has no owner, because then nothing was started for the job."""
     if not (record.folder / "owner.json").exists():
         import shutil
 
@@ -170,7 +173,7 @@ def drop_unstarted(record: JobRecord) -> None:
 def write_owner(
     record: JobRecord, *, runner: Identity, processes: dict[str, Identity], cgroups: tuple[str, ...]
 ) -> None:
-    """Record the job's runner and processes, before any of them is released."""
+    """Record the job's x07 process, its other processes and control groups, before any process is released."""
     _write_json(
         record.folder / "owner.json",
         {
@@ -189,27 +192,31 @@ def write_owner(
 
 
 def mark_done(record: JobRecord) -> None:
-    """Record, as the job's runner, that its instance is proven gone. Raises HostError."""
+    """Record, in the job's x07 process, that the job's machine is proven gone. Raises HostError if that fails."""
     _write(record.folder / "done", b"done\n")
 
 
 def mark_reaped(record: JobRecord) -> None:
-    """Record, as any other process, that the job's instance is proven gone. Raises HostError."""
+    """Record, in any other process, that the job's machine is proven gone. Raises HostError if that fails."""
     _write(record.folder / "reaped", b"reaped\n")
 
 
 def state_home(root: Path) -> Path:
-    """Return the folder for files beside the state root: its parent if only we can write there, else the root."""
+    """Return the folder for files beside the state root.
+
+    It is the root's parent if only this user can write there, else the root.
+    """
     info = root.parent.stat()
     return root.parent if info.st_uid == os.geteuid() and not info.st_mode & 0o022 else root
 
 
 def runner_instance(root: Path) -> str:
-    """Return the stable id of this user's runner on this machine. Raises HostError for a damaged file.
+    """Return the stable `runner_instance` id of this user on this machine. Raises HostError for a damaged file.
 
-    Machines or users may share a home folder (NFS, a container's volume), but a pid of one means nothing on another.
-    The file `runner_instance` has X07's format; `runner_instance.owner` names its machine and uid. Every other machine
-    or uid derives its own id from both, so that nobody takes another's jobs for its own.
+    Machines or users may share a home folder (NFS, a container's volume), but a pid on one machine means nothing on
+    another. The file `runner_instance` has the format of X07's tools. `runner_instance.owner` records the machine and
+    uid to which it belongs. Every other machine or uid derives its own id from both files, so that nobody takes another
+    machine's jobs for its own.
     """
     path = state_home(root) / "runner_instance"
     try:
@@ -228,7 +235,7 @@ def runner_instance(root: Path) -> str:
 
 
 def _machine_and_user() -> str:
-    """Return a digest of this machine's id, which machine-id(5) wants hidden, and our uid."""
+    """Return a digest of this machine's id and uid. machine-id(5) asks programs not to reveal the id itself."""
     try:
         machine = _MACHINE_ID.read_text(encoding="ascii", errors="replace").strip()
     except OSError:
@@ -241,7 +248,10 @@ def _sha256(*words: str) -> str:
 
 
 def _made_once(path: Path, content: str) -> str:
-    """Return the start of a small file, made with *content* if missing. Raises OSError, HostError."""
+    """Return the start of a small file, which is made with *content* if missing.
+
+    Raises OSError, or HostError if the file is not a regular file of this user.
+    """
     if not path.exists():
         temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
         _write(temporary, content.encode())

@@ -1,4 +1,4 @@
-"""The pure rule that decides whether a recorded job may be ended by a process that did not start it."""
+"""Rule that decides whether a process that did not start a recorded job may end it. Pure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Fate = Literal["live", "dead", "expired", "ended", "kept"]
 
 
 class Now(NamedTuple):
-    """The time and place of a judgement. alive: whether a process lives in this pid namespace."""
+    """Time, boot and pid namespace of a decision. alive: tells whether a process of this pid namespace lives."""
 
     boot_id: str
     pid_namespace: str
@@ -27,19 +27,19 @@ class Now(NamedTuple):
 
 
 class Judgement(NamedTuple):
-    """What may be done with a job, and why, as a clause about it."""
+    """What may be done with a job, and the reason as a clause about the job."""
 
     fate: Fate
     why: str
 
 
 def here_and_now() -> Now:
-    """Return the present time and place. Raises HostError."""
+    """Return the current time, boot and pid namespace. Raises HostError if /proc does not show them."""
     return Now(processes.boot_id(), processes.pid_namespace(), clocks.boot_ms())
 
 
 def judge(stored: StoredJob, now: Now) -> Judgement:
-    """Judge one job. A live owner inside its deadline is never touched, whatever else is wrong."""
+    """Decide about one job. A job with a live owner before its deadline is never touched, whatever else is wrong."""
     if stored.ended is not None:
         return Judgement("ended", f"it has {stored.ended}")
     owner, record = stored.owner, stored.record
@@ -58,12 +58,12 @@ def judge(stored: StoredJob, now: Now) -> Judgement:
 
 
 def overdue_ms(stored: StoredJob, now: Now) -> int:
-    """Return how long ago the deadline of a job of this boot was; negative before it."""
+    """Return the milliseconds since the deadline of a job of this boot; negative before the deadline."""
     return 0 if stored.record is None else now.boot_ms - stored.record.deadline_boot_ms
 
 
 def state_of(stored: StoredJob, now: Now) -> str:
-    """Return the job's state, one word for people."""
+    """Return the job's state as one word for users."""
     fate = judge(stored, now).fate
     if fate in {"ended", "dead", "expired"}:
         return stored.ended or {"dead": "orphaned"}.get(fate, fate)

@@ -39,11 +39,12 @@ def live_records(backend: str) -> list[JobRecord]:
 def stop_recorded(
     record: JobRecord, remove: Callable[[StoredJob], bool] = lambda _stored: True, *, signals: bool = True
 ) -> bool:
-    """Ask, kill, verify, clean up and record; return whether the job is proven gone. Can be called again.
+    """Stop a recorded job, record that it is gone, and return whether that is proven. May be called again.
 
-    A process is signalled only if pid, start time, boot and our random mark agree.
-    remove: removes what outlives the processes (control groups, folders) and returns whether that is gone.
-    signals: whether the processes are ours to end; a container's are its engine's.
+    A process is signalled only if its pid, start time, boot and random mark match the record.
+    remove: a function that removes what outlives the processes (control groups, folders) and returns whether all of it
+    is gone.
+    signals: whether this process may signal the job's processes. A container's processes belong to its engine.
     Raises HostError if the job's end cannot be recorded.
     """
     stored = read_stored(record.folder, record.runner_instance)

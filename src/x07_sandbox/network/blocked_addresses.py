@@ -1,6 +1,6 @@
 """Addresses and names that no policy can allow: those of this host, its networks and cloud, and reserved ones.
 
-``is_global`` and ``is_private`` of ``ipaddress`` are not used: they differ between Python versions, and treat
+``is_global`` and ``is_private`` of ``ipaddress`` are not used. They differ between Python versions, and treat
 multicast, 6to4 and a cloud's metadata service as global.
 """
 
@@ -50,7 +50,7 @@ _LOCAL_SUFFIXES: Final = ("localhost", "local", "internal", "home.arpa", "onion"
 
 
 def special(host: Host) -> tuple[str, str] | None:
-    """Return rule id and reason if *host* is always denied; None otherwise."""
+    """Return the rule id and the reason if *host* is always denied; None if it is not."""
     if isinstance(host, str):
         return _local_name(host)
     kind, what = _kind(host)
@@ -58,7 +58,7 @@ def special(host: Host) -> tuple[str, str] | None:
 
 
 def special_within(addresses: Addresses) -> tuple[str, ...]:
-    """Return the parts of a range that are always denied, as clauses."""
+    """Return a clause for each part of an address range that is always denied."""
     found = []
     for _, what, networks in _FLOOR:
         for network in networks:

@@ -1,7 +1,7 @@
 """Parser for a TLS ClientHello in hostile bytes.
 
-Only the server name (SNI) is extracted. Everything else must be well-formed to the last byte, so that no other parser
-can find another name in the same bytes.
+Only the server name (SNI) is extracted. Every other field must be well-formed up to the last byte, so that no other
+parser can find another name in the same bytes.
 """
 
 import struct
@@ -39,7 +39,7 @@ class ClientHello(NamedTuple):
 class HelloReader:
     """Collects a ClientHello from any number of reads and TLS records.
 
-    held: all bytes received, including record headers; fewer than HELLO_MAX while the hello is incomplete.
+    held: all bytes received, including record headers. It has fewer than HELLO_MAX bytes while the hello is incomplete.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class HelloReader:
         self._message = bytearray()
 
     def feed(self, data: bytes) -> ClientHello | None:
-        """Take bytes; return the hello once it is complete. Raises HelloError."""
+        """Add bytes, and return the hello once it is complete. Raises HelloError if the bytes are not a valid hello."""
         self.held += data
         while self._take_record():
             if (hello := self._whole()) is not None:
@@ -56,7 +56,7 @@ class HelloReader:
         return None
 
     def _take_record(self) -> bool:
-        """Move the next record's content to the message; return whether the record was complete."""
+        """Move the next record's content to the message, and return whether the record was complete."""
         header = self.held[self._record_at : self._record_at + _RECORD.size]
         if header[:1] not in (b"", bytes([_HANDSHAKE])) or header[1:2] not in (b"", bytes([_MAJOR])):
             if not self._record_at:
@@ -130,7 +130,7 @@ def _host_name(data: bytes) -> bytes:
 
 
 class _Cursor:
-    """Reads fields from bytes; raises HelloError for a read past their end."""
+    """Reads fields from bytes. Raises HelloError for a read past the end of the bytes."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data

@@ -1,4 +1,4 @@
-"""Dialling: resolve a name, check its addresses, and connect to them in order."""
+"""Dialling: resolve a name, check the resolved addresses, and connect to them in order."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _CODES: Final = {
 
 
 class NotDialledError(Exception):
-    """No connection was made. code: for the guest. rule, reason: for the record. address: the last one tried."""
+    """No connection was made. code: sent to the guest. rule, reason: recorded. address: the last address tried."""
 
     def __init__(self, code: int, rule: str, reason: str, address: str = "") -> None:
         super().__init__(reason)
@@ -49,7 +49,7 @@ class NotDialledError(Exception):
 
 
 class Dialled(NamedTuple):
-    """A connected socket and its address."""
+    """A connected socket and the server's address."""
 
     sock: socket.socket
     address: str
@@ -124,7 +124,7 @@ class ResolverClient:
 
 
 class Dialler:
-    """Makes the connections of one gate. own_by_bind: result of `bind_reveals_own`."""
+    """Makes the connections of one gate. own_by_bind: the result of `bind_reveals_own`."""
 
     def __init__(
         self, allowlist: Allowlist, names: ResolverClient, loop: asyncio.AbstractEventLoop, *, own_by_bind: bool = True
@@ -145,7 +145,7 @@ class Dialler:
             raise NotDialledError(egress.TIMED_OUT, "dial:timeout", "no address answered in time") from None
 
     async def _addresses(self, decision: Decision) -> list[Address]:
-        """Return the addresses that may be dialled. Raises NotDialledError if there is none."""
+        """Return the addresses that may be dialled. Raises NotDialledError if no address is left."""
         host = decision.request.host
         if not isinstance(host, str):
             self._check_own(decision, host)
@@ -171,9 +171,9 @@ class Dialler:
             raise NotDialledError(egress.POLICY, found.rule, found.reason, str(address))
 
     def _check_own(self, decision: Decision, address: Address, *, known: bool = False) -> None:
-        """Raise NotDialledError for this host's own addresses, also public ones, unless the settings allow it.
+        """Raise NotDialledError for this host's own addresses, even public ones, unless the settings allow them.
 
-        known: the address is known to be one.
+        known: whether the address is already known to be this host's own.
         """
         opened = (address, decision.request.port) in self._allowlist.settings.allow_local
         if not opened and (known or (self._own_by_bind and _is_own(address))):
@@ -252,7 +252,7 @@ def bind_reveals_own() -> bool:
 
 
 def _is_own(address: Address) -> bool:
-    """Return whether an address is one of this host's, to which a socket can be bound."""
+    """Return whether an address is one of this host's own: a socket can be bound to it."""
     family = socket.AF_INET6 if address.version == _V6 else socket.AF_INET
     try:
         with socket.socket(family, socket.SOCK_DGRAM) as sock:

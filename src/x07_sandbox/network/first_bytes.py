@@ -1,10 +1,11 @@
-"""Inspection of a client's first bytes: they must name the host for which the connection was opened.
+"""Inspection of a client's first bytes: the host in them must be the host for which the connection was opened.
 
-No I/O: bytes in, bytes to forward out. Mode ``tls`` requires a ClientHello with that name, ``http`` checks every
-request, ``any`` checks both if it recognises them and passes everything else. The server's bytes are not inspected.
+No I/O: the inspector takes bytes and returns the bytes to forward. Mode ``tls`` requires a ClientHello with the
+connection's name. Mode ``http`` checks every request. Mode ``any`` applies both checks where it recognises the
+protocol, and passes everything else. The server's bytes are not inspected.
 
 Known limits: the content of TLS is invisible, including a ClientHello after a HelloRetryRequest. ``any`` is best effort
-against mistakes and plain fronting, since an unknown protocol can name any host.
+against mistakes and plain fronting, since an unknown protocol can contain any host name.
 """
 
 import re
@@ -31,10 +32,10 @@ _TARGET: Final = re.compile(rb"[\r\n\t\x0b\x0c ]*%b%b+(?:[/*]|https?:)" % (_WORD
 
 
 class InspectionError(Exception):
-    """A connection must be closed.
+    """The inspected bytes are not allowed, and the connection must be closed.
 
     rule: a stable id, such as ``tls:no-sni``. reason: a clause with the client's text escaped and truncated.
-    name: the name that the client sent, in normal form or else escaped; "" without a name.
+    name: the name that the client sent, in normal form if it is valid, else escaped; "" if the client sent no name.
     """
 
     def __init__(self, rule: str, reason: str, name: str = "") -> None:
@@ -61,7 +62,7 @@ class _Stage(Protocol):
 
 
 class _NameCheck:
-    """Checks the names that a client sends, and remembers that of its ClientHello."""
+    """Checks the names that a client sends, and remembers the name in its ClientHello."""
 
     def __init__(self, name: str | None, denied: Callable[[str], str | None]) -> None:
         self._name = name
@@ -69,11 +70,14 @@ class _NameCheck:
         self.tls_name = ""
 
     def check_host(self, host: Host) -> None:
-        """Check the host of a request. Raises InspectionError."""
+        """Check the host of a request. Raises InspectionError if it is not allowed."""
         self._check("http:other-host", "the request", host)
 
     def check_hello(self, hello: ClientHello, *, need_name: bool) -> None:
-        """Check the server name of a hello. Raises InspectionError."""
+        """Check the server name of a hello.
+
+        Raises InspectionError if it is not allowed, or missing while need_name is true.
+        """
         if hello.server_name is None:
             if need_name and self._name is not None:
                 raise InspectionError("tls:no-sni", "the TLS ClientHello has no server name")
@@ -98,12 +102,12 @@ class _NameCheck:
 
 
 class Inspector:
-    """Inspects the client's bytes of one connection.
+    """Inspector of the client's bytes of one connection.
 
-    name: the connection's destination, in normal form; None for a literal address. denied: why a name is denied, if it
-    is; called only for literal addresses.
+    name: the host name of the connection's destination, in normal form; None for a literal address. denied: returns why
+    a name is denied, or None; called only for literal addresses.
 
-    After `from_server` and `client_eof`, ``from_client(b"")`` returns the bytes that they released. Once an
+    Bytes that `from_server` and `client_eof` release are returned by the next ``from_client(b"")``. Once an
     InspectionError was raised, every later call raises it again.
     """
 
@@ -122,7 +126,7 @@ class Inspector:
 
     @property
     def held(self) -> int:
-        """Number of bytes held back: at most 64 KiB and one read."""
+        """Number of bytes held back: at most 64 KiB plus one read."""
         return self._stage.held
 
     @property
@@ -132,7 +136,7 @@ class Inspector:
 
     @property
     def transparent(self) -> bool:
-        """Whether nothing is held, and further bytes may bypass the inspector in both directions."""
+        """Whether no bytes are held, and further bytes may bypass the inspector in both directions."""
         return self._error is None and self._stage.transparent
 
     @property
@@ -146,7 +150,10 @@ class Inspector:
         return self._names.tls_name
 
     def from_client(self, data: bytes) -> bytes:
-        """Take bytes from the client; return those to forward now. Raises InspectionError."""
+        """Add bytes from the client, and return the bytes to forward now.
+
+        Raises InspectionError if the bytes are not allowed.
+        """
         self._raise_again()
         try:
             return self._stage.feed(data)
@@ -154,12 +161,12 @@ class Inspector:
             self._fail(exc)
 
     def from_server(self, data: bytes) -> None:
-        """Take bytes from the server."""
+        """Add bytes from the server."""
         self._raise_again()
         self._stage.server(data)
 
     def client_eof(self) -> None:
-        """Take the end of the client's bytes. Raises InspectionError if an inspected message is incomplete."""
+        """Handle the end of the client's bytes. Raises InspectionError if an inspected message is incomplete."""
         self._raise_again()
         try:
             self._stage.eof()
@@ -167,9 +174,10 @@ class Inspector:
             self._fail(exc)
 
     def release(self) -> bytes:
-        """Return held first bytes of a protocol that is not known yet: the client may be waiting for an answer.
+        """Return the held first bytes while the protocol is still unknown: the client may be waiting for an answer.
 
-        They are inspected nevertheless, with what follows. A ClientHello and bytes that must be TLS or HTTP stay held.
+        The released bytes are still inspected, together with those that follow. A ClientHello and bytes that must be
+        TLS or HTTP stay held.
         """
         return self._stage.release() if isinstance(self._stage, _Any) else b""
 
@@ -236,7 +244,7 @@ class _Raw:
         """Ignore the server's bytes."""
 
     def eof(self) -> None:
-        """Accept any end."""
+        """Accept any end of the client's bytes."""
 
 
 class _Any:
@@ -283,7 +291,7 @@ class _Any:
         return released
 
     def _rest(self, out: bytes) -> bytes:
-        """Return *out* without the prefix that was already forwarded."""
+        """Return *out* without the first bytes that were already forwarded."""
         if not out or not self._released:
             return out
         if not out.startswith(self._released):
@@ -321,7 +329,7 @@ class _Any:
 def _is_request_line(text: bytearray, *, ended: bool) -> bool | None:
     """Return whether a server could accept *text* as an HTTP request; None while its first line is incomplete.
 
-    ended: no more bytes will follow.
+    ended: whether no more bytes will follow.
     """
     found = _OPEN_LINE.match(text, 0, _LINE_MAX)
     end = found.end() if found else 0

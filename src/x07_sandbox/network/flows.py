@@ -1,4 +1,4 @@
-"""One connection of a guest through the gate: server socket, inspection of first bytes, windows, close."""
+"""One connection of a guest through the gate: server socket, inspection, flow-control windows, closing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ _BUFFER: Final = memoryview(bytearray(egress.DATA_MAX))
 
 
 class Flow(ABC):
-    """Base of all flows. counters: the ledger's. touched: time of the last data. lost: the server side is closed."""
+    """Base of all flows. counters: the ledger's counters for this flow. touched: time of the last data.
+
+    lost: whether the server side is closed.
+    """
 
     def __init__(self, stream: int, contact: Contact, counters: list[int], now: float) -> None:
         self.stream = stream
@@ -53,7 +56,10 @@ class Flow(ABC):
 
 
 class TcpFlow(Flow, asyncio.BufferedProtocol):
-    """A TCP connection. held_since: since when first bytes are held. half_closed_at: when one side finished."""
+    """A TCP connection. held_since: when the first held bytes arrived.
+
+    half_closed_at: when one side finished sending.
+    """
 
     transport: asyncio.Transport
 
@@ -104,7 +110,7 @@ class TcpFlow(Flow, asyncio.BufferedProtocol):
         self._send(out)
 
     def _release(self) -> None:
-        """Forward bytes before their inspection is complete: the program may be waiting for an answer."""
+        """Forward bytes before their inspection is complete, because the program may be waiting for an answer."""
         if not self.lost and self.held_since is not None and (out := self._inspector.release()):
             self.held_since = None
             self._send(out)
@@ -149,12 +155,12 @@ class TcpFlow(Flow, asyncio.BufferedProtocol):
         transport.set_write_buffer_limits(high=0, low=0)  # resume_writing() is called when the buffer is empty
 
     def resume_writing(self) -> None:
-        """Acknowledge what the server has taken."""
+        """Acknowledge the bytes that the server has accepted."""
         self._acknowledge()
         self._gate.flush()
 
     def get_buffer(self, _sizehint: int) -> memoryview:
-        """Return a buffer of this flow's share of a read."""
+        """Return a buffer of the size that this flow may read at a time."""
         return _BUFFER[: self._gate.share()]
 
     def buffer_updated(self, nbytes: int) -> None:
@@ -174,14 +180,14 @@ class TcpFlow(Flow, asyncio.BufferedProtocol):
         self._gate.flush()
 
     def eof_received(self) -> bool:
-        """Handle the end of the server's data; keep the connection open for the program's."""
+        """Handle the end of the server's data. The connection stays open for the program's data."""
         self._server_ended = True
         self.pump()
         self._gate.flush()
         return True
 
     def pump(self) -> None:
-        """Send the guest what its window allows; read from the server only while nothing is left over."""
+        """Send the guest as much as its window allows. Read from the server only while no received bytes are left."""
         if self._rest:
             self._rest = self._rest[self._link.send(self.stream, self._rest) :]
         hold = bool(self._rest) or self._gate.busy() or not self._link.window(self.stream)
@@ -227,7 +233,7 @@ class UdpFlow(Flow, asyncio.DatagramProtocol):
         self.transport = transport
 
     def from_guest(self, data: bytes) -> None:
-        """Send a datagram of the program; drop it while the socket is congested."""
+        """Send a datagram of the program. Drop the datagram while the socket is congested."""
         self.touched = self._gate.now()
         if not self._full:
             self.count(sent=len(data))
@@ -242,7 +248,7 @@ class UdpFlow(Flow, asyncio.DatagramProtocol):
         self._full = False
 
     def datagram_received(self, data: bytes, _address: object) -> None:
-        """Forward a datagram; drop it if the guest does not keep up."""
+        """Forward a datagram. Drop the datagram if the guest does not keep up."""
         self.touched = self._gate.now()
         if not self._gate.busy():
             self.count(received=len(data))
@@ -262,7 +268,7 @@ class UdpFlow(Flow, asyncio.DatagramProtocol):
 
 
 class Gatekeeper(Protocol):
-    """What a flow needs from its gate."""
+    """The operations that a flow needs from its gate."""
 
     @property
     def now(self) -> Callable[[], float]:
@@ -272,13 +278,13 @@ class Gatekeeper(Protocol):
         """Write queued data to the guest."""
 
     def busy(self) -> bool:
-        """Return whether too much is queued for the guest to read from servers."""
+        """Return whether the queue to the guest is too long for further reads from servers."""
 
     def share(self) -> int:
         """Return how many bytes one flow may read at a time."""
 
     def refuse(self, flow: TcpFlow, problem: InspectionError) -> None:
-        """Deny a flow because of its first bytes."""
+        """Deny a flow because of the client's first bytes."""
 
     def ended(self, flow: Flow, *, clean: bool) -> None:
-        """Forget a flow whose server side is closed. clean: both sides had finished."""
+        """Forget a flow whose server side is closed. clean: whether both sides had finished sending."""

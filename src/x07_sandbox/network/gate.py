@@ -1,7 +1,9 @@
-"""The egress gate, the guest's only network access: it decides on each connection (rules.py), dials and carries it.
+"""The egress gate, the guest's only network access.
 
-It runs in one unprivileged process per job (jail/own_limits) and owns the stream from the guest's relay. Everything on
-that stream is hostile.
+It decides on each connection (rules.py), dials it and forwards its data.
+
+The gate runs in one unprivileged process per job (jail/own_limits) and owns the stream from the guest's relay.
+Everything on that stream is hostile.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ _HTTP_PORTS: Final = frozenset({80, 8080})
 
 
 class Gate(asyncio.BufferedProtocol):
-    """Protocol of the stream from the relay; owns the guest's connections."""
+    """asyncio protocol of the stream from the relay. Owns the guest's connections."""
 
     transport: asyncio.Transport
 
@@ -100,11 +102,11 @@ class Gate(asyncio.BufferedProtocol):
         return False
 
     def connection_lost(self, _exc: Exception | None) -> None:
-        """Close everything that the guest had open."""
+        """Close all connections of the guest."""
         self.close()
 
     def resume_writing(self) -> None:
-        """Write more to the guest."""
+        """Write more queued data to the guest."""
         self.flush()
 
     def close(self) -> None:
@@ -124,17 +126,23 @@ class Gate(asyncio.BufferedProtocol):
         return self._link.pending() + self.transport.get_write_buffer_size()
 
     def busy(self) -> bool:
-        """Return whether too much is queued for the guest to read from servers; `flush` resumes them."""
+        """Return whether the queue to the guest is too long for further reads from servers.
+
+        `flush` resumes the reads.
+        """
         busy = self._queued() > _QUEUED_MAX
         self._was_busy |= busy
         return busy
 
     def share(self) -> int:
-        """Return how many bytes one flow may read at a time: all ready flows read before anything is written."""
+        """Return how many bytes one flow may read at a time.
+
+        The limit exists because all ready flows read before anything is written.
+        """
         return min(egress.DATA_MAX, _ROUND_MAX // max(1, len(self._flows)))
 
     def flush(self) -> None:
-        """Write queued data to the guest, and resume flows that waited for it."""
+        """Write queued data to the guest, and resume the flows that waited for that."""
         if self._tick is None or self.over.is_set():
             return
         self._write()
@@ -175,7 +183,7 @@ class Gate(asyncio.BufferedProtocol):
                 flow.pump()
 
     def _request(self, event: Event) -> None:
-        """Decide on a connection that the guest requests, or record one that it denied itself."""
+        """Decide on a connection that the guest requests, or record a connection that the guest itself denied."""
         transport: Transport = "udp" if event.transport == egress.UDP else "tcp"
         try:
             request = Request(host=parse_guest_host(event.data), port=event.value, transport=transport)
@@ -201,7 +209,7 @@ class Gate(asyncio.BufferedProtocol):
         self._link.opened(stream, code)
 
     def _limit(self, decision: Decision) -> str:
-        """Return which limit another connection would exceed; empty for none."""
+        """Return the limit that another connection would exceed; "" if it exceeds none."""
         now = self.now()
         self._opens = min(_OPENS_BURST, self._opens + (now - self._opens_at) * _OPENS_S)
         self._opens_at = now
@@ -231,7 +239,7 @@ class Gate(asyncio.BufferedProtocol):
         return ""
 
     async def _open(self, stream: int, decision: Decision) -> None:
-        """Resolve, check and dial, then answer."""
+        """Resolve the name, check the addresses and dial them, then answer the guest."""
         dialled: Dialled | None = None
         try:
             dialled = await self._dialler.dial(decision)
@@ -288,7 +296,7 @@ class Gate(asyncio.BufferedProtocol):
     # ends
 
     def refuse(self, flow: TcpFlow, problem: InspectionError) -> None:
-        """Deny a flow because of its first bytes."""
+        """Deny a flow because of the client's first bytes."""
         contact = replace(flow.contact, rule=problem.rule, reason=problem.reason, tls_name=problem.name)
         self._ledger.denied(contact)
         self._link.reset(flow.stream, egress.POLICY)
@@ -296,7 +304,7 @@ class Gate(asyncio.BufferedProtocol):
         self.flush()
 
     def ended(self, flow: Flow, *, clean: bool) -> None:
-        """Forget a flow whose server side is closed. clean: both sides had finished."""
+        """Forget a flow whose server side is closed. clean: whether both sides had finished sending."""
         flow.lost = True
         if self._flows.pop(flow.stream, None) is None:
             return

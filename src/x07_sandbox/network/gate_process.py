@@ -2,8 +2,8 @@
 
     python -I -S -c CODE CONTROL_FD CONFIG_FD LOG_FD ACCOUNT_FD RESOLVER_FD UID
 
-CONTROL_FD: a packet socket, on which the gate reports its confinement and receives the guest's stream; it exits when
-the other end is closed. UID: the uid to switch to if it was started by root, else -1.
+CONTROL_FD: a packet socket. The gate reports its confinement on it and receives the guest's stream from it. The gate
+exits when the other end is closed. UID: the uid to switch to if root started the process, else -1.
 """
 
 import array
@@ -35,14 +35,17 @@ _MESSAGE_MAX: Final = 4096
 
 
 def allowlist_of(config: dict[str, Any]) -> Allowlist:
-    """Return the allowlist of the runner's configuration. Raises SandboxError."""
+    """Return the allowlist in the configuration from the x07 process.
+
+    Raises SandboxError if the configuration is invalid.
+    """
     policy = decode_policy(config["policy"].encode(), source="the policy")
     denied = {host: None if ports is None else frozenset(ports) for host, ports in config["denied"].items()}
     return make_allowlist(policy, denied, settings_from_json(config["settings"]))
 
 
 class Ends(NamedTuple):
-    """Descriptors from the runner. control, names: packet sockets; names is the resolver's."""
+    """Descriptors from the x07 process. control, names: packet sockets to the x07 process and to the resolver."""
 
     control: socket.socket
     names: socket.socket
@@ -69,14 +72,14 @@ async def _serve(allowlist: Allowlist, ends: Ends, *, own_by_bind: bool) -> Ledg
 
 
 def _fail(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Exit at an unhandled exception, which asyncio would only log: a faulty gate must not decide."""
+    """Exit on an unhandled exception. asyncio would only log the exception, but a faulty gate must not decide."""
     exc = context.get("exception")
     os.write(2, f"{context['message']}: {type(exc).__name__}: {exc}\n".encode("ascii", "backslashreplace"))
     os._exit(BUG)
 
 
 def _write(fd: int, line: bytes) -> bool:
-    """Append to the log; return whether it succeeded. A full disk only loses lines."""
+    """Append a line to the log. Return whether that succeeded; a full disk only loses log lines."""
     try:
         return os.write(fd, line) == len(line)
     except OSError:
@@ -84,7 +87,7 @@ def _write(fd: int, line: bytes) -> bool:
 
 
 def _hear(control: socket.socket, gate: Gate, finished: asyncio.Event) -> None:
-    """Receive the guest's stream, or the end of the control socket."""
+    """Receive the guest's stream, or notice that the control socket was closed."""
     loop = asyncio.get_running_loop()
     fds = array.array("i")
     data, rights, _, _ = control.recvmsg(_MESSAGE_MAX, socket.CMSG_SPACE(4 * fds.itemsize), socket.MSG_CMSG_CLOEXEC)

@@ -1,7 +1,7 @@
-"""The network configuration of the guest's relay: synthetic addresses of names, and allowed addresses and ports.
+"""Network configuration of the guest's relay: synthetic addresses for names, and allowed addresses and ports.
 
-It is computed on the host, where names are normalized (names.py). The guest's rules are a second line of defense: the
-gate decides again on every connection.
+The host computes the configuration, because it normalizes names (names.py). The guest's rules are a second line of
+defence: the gate decides again on every connection.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ _V6: Final = 6
 
 
 def guest_view(allowlist: Allowlist) -> dict[str, Any]:
-    """Return `network` of START (docs/guest-channel.md). Raises UsageError for too many names."""
+    """Return the `network` field of START (docs/guest-channel.md).
+
+    Raises UsageError if the allowlist has too many names.
+    """
     net = allowlist.policy.net
     names = sorted({entry.what for entry in allowlist.entries if isinstance(entry.what, str)})
     suffixes = sorted({entry.what.suffix for entry in allowlist.entries if isinstance(entry.what, Wildcard)})
@@ -57,7 +60,7 @@ def guest_view(allowlist: Allowlist) -> dict[str, Any]:
 
 
 def _covers(entry: Entry, suffix: str) -> bool:
-    """Return whether an entry applies to all names below a suffix."""
+    """Return whether an entry applies to all names below *suffix*."""
     return isinstance(entry.what, Wildcard) and f".{suffix}".endswith(f".{entry.what.suffix}")
 
 
@@ -72,7 +75,10 @@ class _Ports:
             self._given.append((addresses, ports))
 
     def rows(self) -> list[list[Any]]:
-        """Return first address, last address and ports of disjoint ranges, as the kernel's sets require."""
+        """Return rows of first address, last address and ports.
+
+        The ranges are disjoint, as the kernel's sets require.
+        """
         return [row for version in (_V4, _V6) for row in self._rows(version)]
 
     def _rows(self, version: int) -> Iterator[list[Any]]:

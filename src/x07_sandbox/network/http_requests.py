@@ -1,8 +1,8 @@
-"""Parses every HTTP/1.x request of a client and re-serializes it in one strict form.
+"""Parser of every HTTP/1.x request of a client, which also re-serializes the request in one strict form.
 
-The client's own bytes are never forwarded, so the server cannot interpret a request differently. h11 parses; what it
-tolerates is rejected here first: bare line feeds, folded lines, control characters, ambiguous body lengths, CONNECT,
-HTTP/2, and an absolute target that differs from Host.
+The client's own bytes are never forwarded, so the server cannot interpret a request differently. h11 parses. Before
+that, this module rejects what h11 tolerates: bare line feeds, folded lines, control characters, ambiguous body lengths,
+CONNECT, HTTP/2, and an absolute target that differs from Host.
 
 After a WebSocket handshake that the server accepts (status 101), bytes are forwarded unchanged.
 """
@@ -55,8 +55,8 @@ def escaped(text: bytes | str) -> str:
 class RequestStream:
     """The client's half of one HTTP/1.x connection.
 
-    check_host: raises its own error for a host that is not allowed.
-    decided: the first request's head was accepted. watches_server: `server` needs the server's bytes.
+    check_host: a function that raises an error for a host that is not allowed.
+    decided: whether the first request's head was accepted. watches_server: whether `server` needs the server's bytes.
     """
 
     def __init__(self, check_host: Callable[[Host], None]) -> None:
@@ -74,16 +74,16 @@ class RequestStream:
 
     @property
     def held(self) -> int:
-        """Number of received bytes that were not forwarded yet."""
+        """Number of received bytes that are not forwarded yet."""
         return len(self._pending) + (len(self._body.trailing_data[0]) if self._body else 0)
 
     @property
     def transparent(self) -> bool:
-        """Whether the connection left HTTP, and nothing is held."""
+        """Whether the connection no longer uses HTTP, and no bytes are held."""
         return self._raw and not self._pending
 
     def feed(self, data: bytes) -> bytes:
-        """Take bytes from the client; return those to forward. Raises RequestError, and errors of check_host."""
+        """Add bytes from the client, and return the bytes to forward. Raises RequestError, and errors of check_host."""
         out = bytearray()
         for at in range(0, len(data) or 1, _PIECE):
             self._pending += data[at : at + _PIECE]
@@ -91,7 +91,10 @@ class RequestStream:
         return bytes(out)
 
     def server(self, data: bytes) -> None:
-        """Take the server's bytes while watches_server; then feed(b"") returns the released bytes."""
+        """Add the server's bytes while watches_server is true.
+
+        After that, feed(b"") returns the bytes that became free.
+        """
         if not self.watches_server:
             return
         self._answer += data[: _STATUS_SIZE - len(self._answer)]
@@ -123,7 +126,7 @@ class RequestStream:
                 return
 
     def _take_head(self) -> bytes | None:
-        """Remove and return the next head once it is complete; check each line on arrival."""
+        """Remove and return the next request head once it is complete. Each line is checked when it arrives."""
         if not _WORD_START.match(self._pending, 0, 1):
             _malformed("the first bytes are not an HTTP/1 request")
         while (end := self._pending.find(b"\n", self._searched, HEAD_MAX) + 1) > 0:
@@ -174,7 +177,7 @@ class RequestStream:
                 _malformed("the request's body is not complete")
 
     def _check_host(self, request: h11.Request, text: bytes) -> bytes:
-        """Check the request's host; return its target without scheme and host."""
+        """Check the request's host. Return the request's target without scheme and host."""
         if not text:
             raise RequestError("http:no-host", "the request has an empty Host")
         host = _parse_authority(text)
@@ -214,7 +217,7 @@ def _check_field(line: bytes) -> None:
 
 
 def _check_counts(head: bytes) -> None:
-    """Check for missing and duplicate headers, which h11 would merge or report without a rule id."""
+    """Check for missing and duplicate headers. h11 would merge these, or report them without a rule id."""
     request_line, *lines = head[:-4].split(b"\r\n")
     count = Counter(line.partition(b":")[0].lower() for line in lines)
     if count[b"host"] != 1:

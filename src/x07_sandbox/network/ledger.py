@@ -1,7 +1,7 @@
-"""Record of a gate's decisions and traffic: counters for the result, and a log with one JSON line per event.
+"""Ledger of a gate's decisions and traffic: counters for the result, and a log with one JSON line per event.
 
-A guest cannot exceed their bounds: the number of counters, and the rate and total size of lines. Texts that a guest
-chose are truncated, and escaped by JSON.
+The number of counters and the rate and total size of log lines are limited, so a guest cannot flood them. Texts that a
+guest chose are truncated, and escaped by JSON.
 """
 
 import json
@@ -23,9 +23,10 @@ _Table = dict[Contact, list[int]]
 
 
 class Ledger:
-    """The ledger of one gate. now: a monotonic clock, in seconds. write: takes a line; returns whether it succeeded.
+    """The ledger of one gate. now: a monotonic clock, in seconds.
 
-    Denials have their own rate limit, so that a flood of them does not hide connections in the log.
+    write: a function that takes a log line and returns whether it could write the line. Denials have their own rate
+    limit, so that a flood of denials does not hide connections in the log.
     """
 
     def __init__(self, write: Callable[[bytes], bool], now: Callable[[], float]) -> None:
@@ -43,7 +44,10 @@ class Ledger:
         self._more = 0
 
     def allowed(self, contact: Contact) -> list[int]:
-        """Count a connection; return its counters, which the caller updates: connections, bytes sent and received."""
+        """Count a connection, and return its counters.
+
+        The caller updates them: connections, bytes sent and bytes received.
+        """
         counters = self._count(self._allowed, contact)
         self._line("open", contact)
         return counters
@@ -63,7 +67,7 @@ class Ledger:
         self._line("closed", contact, sent_bytes=sent_bytes, received_bytes=received_bytes)
 
     def use(self) -> NetworkUse:
-        """Finish the log and return the counters."""
+        """Finish the log, and return the counters."""
         self._log_dropped()
         return NetworkUse(
             allowed=_rows(self._allowed),

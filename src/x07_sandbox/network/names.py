@@ -1,8 +1,8 @@
 """Normal form of hosts from policies, flags and guests.
 
-A name is lower case, without final dot, with international labels in ASCII form (UTS 46). An IPv4-mapped IPv6 address
-becomes the IPv4 address. A text that some programs parse as an address and others as a name (``127.1``, ``0x7f.1``,
-``017700000001``) is an error.
+A name becomes lower case, without a final dot, with international labels in ASCII form (UTS 46). An IPv4-mapped IPv6
+address becomes the IPv4 address. If some programs parse a text as an address and others as a name (``127.1``,
+``0x7f.1``, ``017700000001``), the text is an error.
 """
 
 import re
@@ -39,7 +39,7 @@ _FIX_PATTERN: Final = f"{_FIX}, a network (192.0.2.0/24), a range (192.0.2.1-192
 
 
 def parse_host(text: str) -> Host:
-    """Return the normal form of a name or an address. Raises UsageError for anything else."""
+    """Return the normal form of a name or an address. Raises UsageError for any other text."""
     if len(text) > _TEXT_MAX:
         _refuse(text, f"it has more than {_TEXT_MAX} characters")
     if ":" in text or text.startswith("["):
@@ -51,7 +51,10 @@ def parse_host(text: str) -> Host:
 
 
 def parse_guest_host(data: bytes) -> Host:
-    """Return the normal form of a host in a guest's request, which must be ASCII. Raises UsageError."""
+    """Return the normal form of a host in a guest's request.
+
+    Raises UsageError if it is not an ASCII name or address.
+    """
     try:
         text = data[: _TEXT_MAX + 1].decode("ascii")
     except UnicodeDecodeError:
@@ -81,7 +84,7 @@ def unmapped(address: Address) -> Address:
 
 
 def matches(pattern: Pattern, host: Host) -> bool:
-    """Return whether *host* matches. Names never match addresses, nor addresses names."""
+    """Return whether *host* matches *pattern*. Names never match addresses, and addresses never match names."""
     if isinstance(pattern, Addresses):
         same = not isinstance(host, str) and host.version == pattern.version
         return same and pattern.first <= int(host) <= pattern.last

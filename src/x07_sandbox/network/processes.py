@@ -38,7 +38,7 @@ _NEEDED: Final = ("x07_sandbox", "msgspec", "idna", "h11")
 
 
 class GateConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Configuration of a gate. policy: the effective document."""
+    """Configuration of a gate. policy: the effective policy document."""
 
     policy: bytes
     denied: DeniedHosts
@@ -56,7 +56,7 @@ class GateConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GateProcess:
-    """A running gate. pidfd: readable when it has exited. walls: its confinement."""
+    """A running gate. pidfd: readable once the gate has exited. walls: the names of its confinement measures."""
 
     def __init__(self, child: subprocess.Popen[bytes], control: socket.socket, account_fd: int, stderr_fd: int) -> None:
         self._child = child
@@ -67,7 +67,7 @@ class GateProcess:
         self.walls: tuple[str, ...] = ()
 
     def _wait_ready(self) -> None:
-        """Wait until the gate is confined and listens. Raises HostError."""
+        """Wait until the gate is confined and ready for the stream. Raises HostError if it does not answer."""
         answer = b""
         if wait_readable(self._control.fileno(), READY_S):
             with contextlib.suppress(OSError):
@@ -79,7 +79,10 @@ class GateProcess:
             raise HostError("cannot start the egress gate", why, "Run x07 doctor") from exc
 
     def send_stream(self, stream_fd: int | None) -> None:
-        """Pass the stream from the guest's relay to the gate and replace ours by /dev/null. Raises HostError."""
+        """Pass the stream from the guest's relay to the gate. Replace this process's copy by /dev/null.
+
+        Raises HostError.
+        """
         if stream_fd is None:
             raise HostError("cannot use the network", "the backend has no network stream", "Use another backend")
         self._wait_ready()
@@ -95,7 +98,7 @@ class GateProcess:
         os.close(null)
 
     def last_message(self) -> str:
-        """Return the last line of its standard error."""
+        """Return the last line of the gate's standard error."""
         with contextlib.suppress(OSError):
             lines = os.pread(self._stderr_fd, 1 << 16, 0).decode("ascii", "replace").split("\n")
             return next((line for line in reversed(lines) if line.strip()), "")[:_MESSAGE_MAX]
@@ -113,7 +116,7 @@ class GateProcess:
             return self._child.wait()
 
     def account(self) -> NetworkUse | None:
-        """Stop the gate and return its record; None if it failed."""
+        """Stop the gate and return its record of the network use; None if the gate failed."""
         if self.end():
             return None
         data = os.pread(self._account_fd, _ACCOUNT_MAX, 0)
@@ -125,7 +128,10 @@ class GateProcess:
 
 @contextlib.contextmanager
 def gate_running(config: GateConfig, log_fd: int) -> Iterator[GateProcess]:
-    """Run a gate and its resolver during the context. log_fd: for its log, lent. Raises HostError."""
+    """Run a gate and its resolver during the context. log_fd: a lent descriptor for the gate's log.
+
+    Raises HostError.
+    """
     with contextlib.ExitStack() as stack:
         uid, lock_fd = stack.enter_context(lease_uid()) if os.geteuid() == 0 else (-1, None)
         locks = () if lock_fd is None else (lock_fd,)
@@ -171,7 +177,7 @@ def _end_resolver(child: subprocess.Popen[bytes]) -> None:
 
 
 def _paths() -> list[str]:
-    """Return sys.path for the two processes: the standard library and the folders of a few packages."""
+    """Return sys.path for gate and resolver: the standard library and the folders of a few packages."""
     folders = [str(Path(os.__file__).parent), *(path for path in sys.path if path.endswith("lib-dynload"))]
     for name in _NEEDED:
         spec = importlib.util.find_spec(name)

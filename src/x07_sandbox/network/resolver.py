@@ -1,8 +1,8 @@
-"""The resolver: a separate process that resolves names as this host does.
+"""The resolver: a separate process that resolves names with this host's own configuration.
 
-It reads names, which passed the gate's strict parser, from a packet socket and returns addresses. The gate checks every
-answer. A request is a number (u32) and the name; an answer is the number, a status byte, and for each address a byte
-with its version and its 4 or 16 bytes.
+It reads names from a packet socket and returns addresses. The names have passed the gate's strict parser, and the gate
+checks every answer. A request is a number (u32) and the name. An answer is the number, a status byte, and for each
+address one byte for the IP version and the 4 or 16 bytes of the address.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def decode_answer(data: bytes) -> tuple[int, int, list[Address]]:
 
 
 def look_up(name: str) -> tuple[int, list[Address]]:
-    """Return status and addresses of a name, in this host's order of preference."""
+    """Return the status and the addresses of a name, in this host's order of preference."""
     try:
         # The final dot disables the search list, and single-label names of the hosts file.
         rows = socket.getaddrinfo(f"{name}.".encode("ascii"), None, type=socket.SOCK_STREAM)

@@ -2,7 +2,7 @@
 
     python -I -S -c CODE GATE_FD UID
 
-UID: the uid to switch to if it was started by root, else -1.
+UID: the uid to switch to if root started the process, else -1.
 """
 
 import ctypes

@@ -1,7 +1,8 @@
 """Decisions on connections: an allowlist made from policy and denials, and its evaluation. No I/O.
 
-Each connection is decided twice: by `decide` when it is requested, by name or address, and by `decide_address` for each
-address to which its name resolves. Checks, in this order; the first denial counts:
+Each connection is decided twice. `decide` checks its name or address when the program requests the connection.
+`decide_address` checks each address to which the name resolves. The checks run in this order, and the first denial
+counts:
 
 1. special names and addresses (blocked_addresses.py), unless the user's settings allow them, and QUIC;
 2. ``--deny-host``;
@@ -49,13 +50,16 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     transport: Transport = "tcp"
 
     def __str__(self) -> str:
-        """Return the form of ``--allow-host``."""
+        """Return the request in the form that ``--allow-host`` takes."""
         host = f"[{self.host}]" if ":" in str(self.host) else self.host
         return f"{host}:{self.port}"
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
-    """An allowlist entry. rule, ports_rule: the policy fields of its host and ports. udp: whether it includes UDP."""
+    """An allowlist entry. rule, ports_rule: the policy fields that contain its host and its ports.
+
+    udp: whether UDP is allowed.
+    """
 
     rule: str
     ports_rule: str
@@ -65,7 +69,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Denied(msgspec.Struct, frozen=True):
-    """A ``--deny-host`` entry. ports: None for all."""
+    """A ``--deny-host`` entry. ports: the denied ports; None for all."""
 
     what: Pattern
     ports: frozenset[int] | None
@@ -82,7 +86,7 @@ class NetSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Allowlist(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that decides. entries: exact names and addresses first, then wildcards."""
+    """All data that a decision needs. entries: exact names and addresses first, then wildcards."""
 
     policy: Policy
     entries: tuple[Entry, ...]
@@ -93,7 +97,7 @@ class Allowlist(msgspec.Struct, frozen=True, kw_only=True):
 class Decision(msgspec.Struct, frozen=True, kw_only=True):
     """The decision on a request. rule: a stable id. reason: a sentence without full stop.
 
-    how_to_allow: None if it is allowed, or if nothing allows it.
+    how_to_allow: advice for a denied request; None if the request is allowed, or if nothing can allow it.
     """
 
     request: Request
@@ -116,7 +120,7 @@ def parse_request(text: str, transport: Transport = "tcp") -> Request:
 
 
 def make_allowlist(policy: Policy, denied: DeniedHosts | None = None, settings: NetSettings | None = None) -> Allowlist:
-    """Return the allowlist of a policy. denied: ports by host from ``--deny-host``; None means all ports.
+    """Return the allowlist of a policy. denied: the ports that ``--deny-host`` denies, by host; None means all ports.
 
     Raises PolicyError with all invalid hosts of the policy, or UsageError for an invalid denial.
     """
@@ -136,7 +140,7 @@ def make_allowlist(policy: Policy, denied: DeniedHosts | None = None, settings: 
 
 
 def decide(allowlist: Allowlist, request: Request) -> Decision:
-    """Decide on a connection request. Before a name is dialled, `decide_address` decides again."""
+    """Decide on a connection request. Before a name's addresses are dialled, `decide_address` checks each of them."""
     for check in (_special, _denial, _switch):
         if (denial := check(allowlist, request)) is not None:
             return denial
@@ -144,9 +148,11 @@ def decide(allowlist: Allowlist, request: Request) -> Decision:
 
 
 def decide_address(allowlist: Allowlist, decision: Decision, address: Address) -> Decision:
-    """Decide on an address to which the name of an allowed *decision* resolved. A denied decision stays denied.
+    """Decide on an address to which the name of an allowed *decision* resolved.
 
-    The address needs no entry of its own, because its name is listed.
+    A denied *decision* is returned unchanged.
+
+    The address needs no allowlist entry of its own, because its name is listed.
     """
     if not decision.allowed:
         return decision
@@ -161,7 +167,7 @@ def decide_address(allowlist: Allowlist, decision: Decision, address: Address) -
 
 
 def unreachable_entries(allowlist: Allowlist) -> Iterator[tuple[Entry, str]]:
-    """Yield each entry that is at least partly unreachable, and why, as a clause."""
+    """Yield each entry of which at least a part is unreachable, and the reason as a clause."""
     for entry in allowlist.entries:
         if isinstance(entry.what, Addresses):
             if found := special_within(entry.what):
@@ -172,7 +178,10 @@ def unreachable_entries(allowlist: Allowlist) -> Iterator[tuple[Entry, str]]:
 
 
 def denied_name(allowlist: Allowlist, name: str, port: int) -> str | None:
-    """Return why *name*, sent on a connection to an address, is denied; None if it is not."""
+    """Return why a name is denied on a connection to an address; None if it is allowed.
+
+    name: the name that the client sent in its first bytes.
+    """
     request = Request(host=name, port=port)
     for check in (_special, _denial):
         if (denial := check(allowlist, request)) is not None:
@@ -189,7 +198,11 @@ def _special(allowlist: Allowlist, request: Request) -> Decision | None:
 
 
 def _opened(allowlist: Allowlist, request: Request) -> bool:
-    """Return whether the user's settings allow a special address, or one that a special name may resolve to."""
+    """Return whether the user's settings allow the requested special host.
+
+    A special name is allowed if the settings list any address with the requested port. `decide_address` later checks
+    the addresses to which the name resolves.
+    """
     local = allowlist.settings.allow_local
     if isinstance(request.host, str):
         return any(port == request.port for _, port in local)
@@ -205,7 +218,7 @@ def _denial(allowlist: Allowlist, request: Request) -> Decision | None:
 
 
 def _switch(allowlist: Allowlist, request: Request) -> Decision | None:
-    """Deny what a switch of ``net`` disables, or an empty list."""
+    """Deny a request that a switch of ``net`` or an empty ``net.allow_hosts`` excludes."""
     policy = allowlist.policy
     net = policy.net
     for name, on in (
@@ -246,7 +259,7 @@ def _denied(request: Request, rule: str, reason: str, how: HowToAllow | None = N
 
 
 def _advise_listing(policy: Policy, request: Request) -> HowToAllow | None:
-    """Return the advice to list the request. The flag works only with allow_tcp."""
+    """Return the advice to list the request. The flag helps only if allow_tcp is true."""
     listed = [{"host": entry.host, "ports": list(entry.ports)} for entry in policy.net.allow_hosts]
     more = {"host": str(request.host), "ports": [request.port]}
     flag = f"--allow-host {shlex.quote(str(request))}" if policy.net.allow_tcp else None
@@ -254,7 +267,7 @@ def _advise_listing(policy: Policy, request: Request) -> HowToAllow | None:
 
 
 def _entries(policy: Policy, problems: list[Problem]) -> Iterator[Entry]:
-    """Yield all entries in the policy's order; append invalid hosts to *problems*."""
+    """Yield all entries in the policy's order. Append invalid hosts to *problems*."""
     net = policy.net
     if not net.enabled or not net.allow_hosts:
         return

@@ -15,14 +15,20 @@ _OPENED_BY: Final = {"loopback": "allow_loopback", "metadata": "allow_metadata"}
 
 
 def read_settings(path: Path | None = None) -> NetSettings:
-    """Return the settings of the file; defaults without one. Raises UsageError, HostError."""
+    """Return the settings in the file; the defaults if the file is missing.
+
+    Raises UsageError if the file is invalid, and HostError if it cannot be used.
+    """
     path = path or settings_file()
     data = settings_bytes(path)
     return NetSettings() if data is None else parse_settings(data, str(path))
 
 
 def parse_settings(data: bytes, source: str) -> NetSettings:
-    """Return the settings in a file's content. source: its name in errors. Raises UsageError."""
+    """Return the settings in a file's content. source: the file's name in errors.
+
+    Raises UsageError if the content is invalid.
+    """
     what = f"cannot use {source}"
     net = settings_table(data, "net", source)
     for key in _OPENED_BY.values():
@@ -43,7 +49,7 @@ def _list(net: dict[str, Any], key: str, kind: type, what: str) -> list[Any]:
 
 
 def _local(text: str, net: dict[str, Any], what: str) -> tuple[Any, int]:
-    """Return an entry of allow_local as address and port. Raises UsageError."""
+    """Return an entry of allow_local as address and port. Raises UsageError if the entry is invalid or not allowed."""
     try:
         request: Request = parse_request(text)
     except UsageError as exc:

@@ -6,16 +6,16 @@ import msgspec
 
 
 class Contact(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Connections, or datagrams, to one place that had the same fate.
+    """Connections or datagrams to one destination that had the same result.
 
     host: the name or address that the program asked for.
-    port: the port.
+    port: the destination port.
     transport: TCP or UDP.
     rule: the id of the rule that decided.
-    reason: why they were denied or failed; empty for the others.
-    address: the address that was dialed or would have been; empty if nothing was resolved.
-    tls_name: the name in TLS or HTTP, if that decided.
-    count: how many.
+    reason: why the connections were denied or failed; empty if they were made.
+    address: the address that was dialled or would have been dialled; empty if nothing was resolved.
+    tls_name: the name in TLS or HTTP, if that name caused the decision.
+    count: the number of connections or datagrams.
     sent_bytes: bytes from the program.
     received_bytes: bytes to the program.
     """
@@ -36,10 +36,10 @@ class NetworkUse(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """All connections of a run.
 
     allowed: connections that were made.
-    denied: connections that were refused.
-    failed: connections that were allowed and failed, because the far end refused them, for example.
-    more: how many more rows there were.
-    log_dropped: how many lines were left out of the log.
+    denied: connections that were denied.
+    failed: connections that were allowed but failed, for example because the server refused them.
+    more: the number of rows that were left out.
+    log_dropped: the number of lines that were left out of the log.
     """
 
     allowed: list[Contact] = []

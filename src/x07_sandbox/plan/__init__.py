@@ -1,1 +1,1 @@
-"""Pure answers: controls, refusals, outcomes."""
+"""Pure functions that decide on controls, refusals and outcomes."""

@@ -1,4 +1,4 @@
-"""What a policy forbids the program inside the machine, besides limits: `confine` of START."""
+"""Restrictions of the program inside the machine that are not limits: the field `confine` of START."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ BASE_FILTERS: Final = ("base", "quiet")
 class Confinement(msgspec.Struct, frozen=True, kw_only=True):
     """What the program may do.
 
-    programs, prefixes: normalized absolute paths, and path prefixes, of programs that it may execute. programs is None
-    if it may execute any program or none. alone: its folder contains only the program and the policy.
+    programs, prefixes: the programs that it may execute, as normalized absolute paths and path prefixes. programs is
+    None if the program may execute any other program, or none. alone: whether its folder contains only the program and
+    the policy.
     """
 
     threads: bool
@@ -34,7 +35,7 @@ class Confinement(msgspec.Struct, frozen=True, kw_only=True):
     def filters(self) -> tuple[str, ...]:
         """Names of the image's seccomp filters for the program (guest/boot/filters.py).
 
-        The guest uses a filter that ends in -once while it executes the program itself.
+        A filter whose name ends in -once still allows the guest to execute the program itself.
         """
         words = (not self.threads and "no-threads", not self.spawn and "no-spawn", not self.execute and "no-exec")
         name = "-".join(word for word in words if word)
@@ -42,7 +43,7 @@ class Confinement(msgspec.Struct, frozen=True, kw_only=True):
         return tuple(name for name in names if name)
 
     def for_guest(self) -> dict[str, Any]:
-        """Return `confine` of START."""
+        """Return the field `confine` of START."""
         programs = None if self.programs is None else list(self.programs)
         return msgspec.structs.asdict(self) | {"programs": programs, "prefixes": list(self.prefixes)}
 
@@ -51,7 +52,7 @@ UNCONFINED: Final = Confinement(threads=True, spawn=True, execute=True)
 
 
 def confinement(policy: Policy, cwd: str, *, alone: bool = False) -> Confinement:
-    """Return the confinement of a run with *policy*. cwd: the guest folder to which relative paths refer."""
+    """Return the confinement of a run with *policy*. cwd: the guest folder that relative paths start from."""
     process = policy.process
     listed = process.may_execute and not names_everything(process.allow_exec_prefixes)
     return Confinement(
@@ -65,19 +66,19 @@ def confinement(policy: Policy, cwd: str, *, alone: bool = False) -> Confinement
 
 
 def names_everything(prefixes: Iterable[object]) -> bool:
-    """Return whether one of allow_exec_prefixes is the root, in any spelling."""
+    """Return whether one of allow_exec_prefixes is the root folder, in any spelling."""
     return any(str(prefix).startswith("/") and entry_path(str(prefix), "/") == EVERYTHING for prefix in prefixes)
 
 
 def entry_path(entry: str, cwd: str) -> str:
-    """Return an entry as a normalized absolute path, with its final slash if it names a folder."""
+    """Return an entry as a normalized absolute path. A final slash is kept if the entry is a folder."""
     path = "/" + posixpath.normpath(posixpath.join(cwd, entry)).lstrip("/")
     folder = entry.endswith(("/", "/.", "/..")) or entry in {".", ".."}
     return path if path == EVERYTHING or not folder else f"{path}/"
 
 
 def prefixes_into(entries: Iterable[str], folders: Sequence[str], cwd: str) -> list[str]:
-    """Return the prefixes *entries* that match paths in one of the normalized *folders*."""
+    """Return those prefixes in *entries* that match paths in one of the normalized *folders*."""
     found = []
     for entry in entries:
         path = entry_path(entry, cwd)

@@ -1,4 +1,7 @@
-"""Hints on connections that a program without network tried, from its error output, which is hostile."""
+"""Hints on connections that a program without network tried.
+
+They are derived from its error output, which is hostile.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,7 @@ _MOST: Final = 2
 
 
 def connection_hints(text: str, policy: Policy) -> Iterator[Hint]:
-    """Yield hints on at most two unreachable hosts, or one hint without a host if none is named."""
+    """Yield hints on at most two unreachable hosts, or one hint without a host if the text contains none."""
     if policy.net.may_connect:  # the gate reports each denied connection
         return
     failed = _FAILED.search(text)
@@ -73,7 +76,10 @@ def _hint(subject: str, host: str, policy: Policy) -> Hint:
 
 
 def _hosts(text: str, *, nearby: bool) -> Iterator[tuple[str, int]]:
-    """Yield hosts and ports that are safe to paste. nearby: also those in other text than a failure message."""
+    """Yield hosts and ports that are safe to paste.
+
+    nearby: whether to search other text than a failure message, too.
+    """
     ports = {match["host"].lower(): _port(match) for match in _URLS.finditer(text)}
     for pattern in (*_NAMED, *(_NEARBY if nearby else ())):
         for match in pattern.finditer(text):
@@ -84,7 +90,7 @@ def _hosts(text: str, *, nearby: bool) -> Iterator[tuple[str, int]]:
 
 
 def _port(match: re.Match[str], otherwise: int = 443) -> int:
-    """Return the named port, else that of the scheme, else *otherwise*; 0 for an invalid one."""
+    """Return the port in the match, else the scheme's port, else *otherwise*; 0 for an invalid port."""
     parts = match.groupdict()
     if parts.get("port"):
         number = int(parts["port"])

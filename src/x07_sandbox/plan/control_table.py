@@ -1,8 +1,8 @@
-"""The table behind the controls: for every field of a policy, whether it is enforced, by what, and why.
+"""Table behind the controls: for every field of a policy, whether it is enforced, by what, and why.
 
-``enforced``: the run behaves as the policy says, also for a field that permits or restricts nothing. ``refused``: this
-backend cannot provide or enforce the value, so nothing runs. ``advisory``: X07's own libraries get the value in a
-variable; other programs ignore it.
+``enforced``: the run behaves as the policy says. This includes fields that permit or restrict nothing. ``refused``:
+this backend cannot provide or enforce the value, so nothing runs. ``advisory``: X07's own libraries get the value in a
+variable; other programs ignore the variable.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,7 +19,10 @@ State = Literal["enforced", "advisory", "refused"]
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """What a row says about a value. instead: another field and value to change in place of this field."""
+    """A row's answer for a value.
+
+    instead: another field and value, if that field must be changed in place of this one.
+    """
 
     state: State
     by: str
@@ -28,7 +31,7 @@ class Answer(msgspec.Struct, frozen=True):
 
 
 class PlanInput(msgspec.Struct, frozen=True, kw_only=True):
-    """Input of the rows: the policy, its effective values (leaf_values), and the backend's features."""
+    """Input of the table's rows: the policy, its effective values (leaf_values), and the backend's features."""
 
     policy: Policy
     values: Mapping[str, object]
@@ -36,11 +39,11 @@ class PlanInput(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def boundary(self) -> str:
-        """What separates the program."""
+        """The name of the boundary between the program and the host."""
         return self.features.words.boundary
 
     def own(self, what: str) -> str:
-        """Return *what* with its owner: "the guest's cgroup"."""
+        """Return *what* with its owner, such as "the guest's cgroup"."""
         return f"{self.features.words.inside} {what}"
 
     def entries(self, field: str) -> tuple[object, ...]:
@@ -120,7 +123,7 @@ def _limit(by: str, why: str) -> Row:
 
 
 def _not_enforced(given: PlanInput, why: str) -> Answer:
-    """Answer for what this backend cannot enforce: refused, unless the user accepted weaker isolation."""
+    """Return the answer for an unenforceable value: refused, unless the user accepted weaker isolation."""
     return (
         Answer("advisory", "nobody", why)
         if given.features.weaker_isolation_accepted
@@ -160,7 +163,7 @@ def _roots(given: PlanInput, field: str) -> Answer:
 
 
 def _copied(given: PlanInput, field: str) -> Answer:
-    """Answer for the fields that control what is copied in and back."""
+    """Return the answer for fields that control which files are copied in and back."""
     if not given.files:
         return _no_files(given, field)
     by = _CHANGES if field in _CHANGE_FIELDS else _COPY
@@ -295,9 +298,10 @@ def _execs(given: PlanInput, _field: str) -> Answer:
 
 
 def _writable_entries(given: PlanInput) -> list[str]:
-    """Return entries of the lists that lead to files which the program can write.
+    """Return the entries of fs.read_roots and fs.write_roots that lead to files which the program can write.
 
-    An absolute read root may be the same host folder as a relative write root, and vice versa, so it counts too.
+    An absolute read root may be the same host folder as a relative write root, and vice versa. Such a read root counts
+    too.
     """
     from x07_sandbox.plan.guest_paths import PROGRAM, WRITABLE, guest_path  # slow; not needed without a list
 

@@ -31,7 +31,11 @@ _FLAGS: Final = {
 
 
 class Control(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One field in the plan. field: its path, like "limits.wall_ms". by: what enforces it, or is advised of it."""
+    """How the plan handles one field.
+
+    field: the field's path, such as "limits.wall_ms". by: what enforces the field, or what gets its value if it is
+    advisory.
+    """
 
     field: str
     state: State
@@ -40,7 +44,7 @@ class Control(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class Refusal(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Why a policy cannot be enforced here. field: a path, like "fs.read_roots"."""
+    """Why a policy cannot be enforced here. field: the path of the field that is refused, such as "fs.read_roots"."""
 
     field: str
     why: str
@@ -48,34 +52,34 @@ class Refusal(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class RunLimits(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Limits of the run job: the policy's, and the machine's RAM that follows from them."""
+    """Limits of the run job: the policy's limits, and the machine's RAM, which follows from them."""
 
     ram_bytes: int
     max_live: int | None = None  # if it is less than procs, and children are allowed
 
     @property
     def tasks(self) -> int:
-        """Maximum of processes and threads, including the program's first thread."""
+        """Maximum number of processes and threads, including the program's first thread."""
         return (self.procs if self.max_live is None else self.max_live) + 1
 
     def of_policy(self) -> Limits:
-        """Return the limits in the form of a policy."""
+        """Return the limits in the form that a policy has."""
         return Limits(**{field: getattr(self, field) for field in Limits.__struct_fields__})
 
     def for_guest(self) -> dict[str, int]:
-        """Return `limits` of START."""
+        """Return the field `limits` of START."""
         return guest_limits(self, self.tasks)
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The plan; a job may start only if there are no refusals."""
+    """The plan. A job may start only if the plan contains no refusals."""
 
     controls: tuple[Control, ...]
     refusals: tuple[Refusal, ...]
     limits: RunLimits
 
     def require(self, given: Collection[str] = ()) -> None:
-        """Raise RefusedError with all refusals, if any. given: the flags that changed the policy."""
+        """Raise RefusedError with all refusals, if there are any. given: the flags that changed the policy."""
         if self.refusals:
             why = "; ".join(refusal.why for refusal in self.refusals)
             fields = dict.fromkeys(refusal.field for refusal in self.refusals)
@@ -87,7 +91,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 def make_plan(policy: Policy, features: Features, *, cpu_ms: int | None = None) -> Plan:
-    """Return the plan for *policy* on a backend with *features*. cpu_ms: an additional limit of CPU time."""
+    """Return the plan for *policy* on a backend with *features*. cpu_ms: an additional limit on CPU time."""
     given = PlanInput(policy=policy, values=leaf_values(policy), features=features)
     answers = {field: TABLE[field](given, field) for field in given.values}
     controls = tuple(Control(field=field, state=to.state, by=to.by, why=to.why) for field, to in answers.items())
@@ -96,7 +100,7 @@ def make_plan(policy: Policy, features: Features, *, cpu_ms: int | None = None) 
 
 
 def run_limits(policy: Policy, cpu_ms: int | None = None) -> RunLimits:
-    """Return the limits of a run with *policy*. cpu_ms: as in make_plan."""
+    """Return the limits of a run with *policy*. cpu_ms: an additional limit on CPU time."""
     limits, process = policy.limits, policy.process
     if cpu_ms is not None:
         limits = msgspec.structs.replace(limits, cpu_ms=min(limits.cpu_ms, cpu_ms))

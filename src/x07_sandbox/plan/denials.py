@@ -1,4 +1,4 @@
-"""Denials and hints of a result, and what would allow them. `plan/observed` makes most of them."""
+"""Denials and hints of a result, and advice on how to allow what was denied. `plan/observed` makes most of them."""
 
 from typing import Any, Literal
 
@@ -6,12 +6,12 @@ import msgspec
 
 
 class HowToAllow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What would allow something that was refused.
+    """The change that would allow something that was denied.
 
-    json_path: the field of the policy; null if no field does.
-    value: the value to set it to.
-    flag: the flag that does the same, if there is one.
-    setting: a line of the user's own settings, if only that allows it (docs/explanation/network.md).
+    json_path: the policy field to change; null if no field allows it.
+    value: the value to set the field to.
+    flag: the flag that has the same effect, if such a flag exists.
+    setting: a line for the user's own settings, if only the settings can allow it (docs/explanation/network.md).
     """
 
     json_path: str | None
@@ -21,18 +21,18 @@ class HowToAllow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class Denial(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Something that the program tried, or the policy asked for, and that was denied.
+    """Something that the program tried or the policy asked for, and that was denied.
 
-    field: the field of the policy; or `permissions`, `system-calls`, `scratch`, `output`, `secrets`, `protected`,
-        `kind` or `reserved`, which no policy decides; for a connection, the id of the rule that refused it.
+    field: the field of the policy. If no policy field decides, it is `permissions`, `system-calls`, `scratch`,
+    `output`, `secrets`, `protected`, `kind` or `reserved`. For a connection, it is the id of the rule that denied it.
     action: what was tried.
-    subject: the path, host or limit concerned. A path that ends in a slash is the folder in which something was to be
-        made.
-    enforced_by: who refused it.
-    observed_by: where it was seen.
+    subject: the path, host or limit concerned. A path with a trailing slash is the folder in which the program tried to
+        create something.
+    enforced_by: the component that denied it.
+    observed_by: the component that saw the denial.
     count: how often it was seen.
-    how_to_allow: what would allow it; null if nothing does.
-    reason: why it was refused, as a clause; empty if the field says so.
+    how_to_allow: the change that would allow it; null if no change can.
+    reason: why it was denied, as a clause; empty if the field already says so.
     """
 
     field: str
@@ -46,13 +46,13 @@ class Denial(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Hint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Something that the program seems to miss, and what would provide it.
+    """Something that the program seems to lack, and what would provide it.
 
     subject: the path, module, command, variable or host.
-    kind: whether it is not there, is a library in a place it cannot be loaded from, a variable that is not set, or a
-        connection of a run without network.
-    how: what lets the program read or load it.
-    to_write: what lets the program create a file of that name; null if nothing does.
+    kind: the problem: the subject is missing, is a library in a folder from which it cannot be loaded, is a variable
+    that is not set, or is a connection in a run without network.
+    how: the change that lets the program read or load it.
+    to_write: the change that lets the program create a file of that name; null if no change can.
     """
 
     subject: str
@@ -62,7 +62,7 @@ class Hint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class GuestMount(msgspec.Struct, frozen=True, kw_only=True):
-    """A host folder in the guest. given: its name in the policy or flag. at: its path in the guest."""
+    """A host folder in the guest. given: the folder as written in the policy or flag. at: its path in the guest."""
 
     given: str
     at: str

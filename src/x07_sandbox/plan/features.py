@@ -18,10 +18,10 @@ VM_CAPABILITIES: Final = frozenset(
 
 
 class Words(msgspec.Struct, frozen=True, kw_only=True):
-    """Wording of plans and verdicts for a kind of isolation.
+    """Wording of plans and outcomes for one kind of isolation.
 
-    boundary: what separates the program. inside: the owner of its limits. supervisor: the host process whose end ends
-    the job. no_network, no_files: why the program has no network and no host files.
+    boundary: what separates the program from the host. inside: the owner of the limits inside the boundary. supervisor:
+    the host process whose end ends the job. no_network, no_files: why the program has no network and no host files.
     """
 
     boundary: str
@@ -55,11 +55,12 @@ WORDS: Final[dict[Isolation, Words]] = {
 
 
 class Features(msgspec.Struct, frozen=True, kw_only=True):
-    """A backend on this host.
+    """Features of a backend on this host.
 
-    own_kernel: system calls do not reach the host's kernel. can_enforce: limits by field name, "host-files" (copies in,
-    changes back), "confinement" (of tasks and execution), isolation "no-...", "network" (connections through the egress
-    gate) and "held-connections" (a denial is an error of connect() in the program).
+    own_kernel: whether system calls do not reach the host's kernel. can_enforce: the limits, by field name, and other
+    abilities: "host-files" (copies in, changes back), "confinement" (of tasks and execution), isolation "no-...",
+    "network" (connections through the egress gate) and "held-connections" (the program sees a denial as an error of
+    connect()).
     """
 
     isolation: Isolation
@@ -68,12 +69,12 @@ class Features(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def words(self) -> Words:
-        """Its wording."""
+        """The wording for this kind of isolation."""
         return WORDS[self.isolation]
 
     @property
     def emulated(self) -> bool:
-        """Whether the CPU is emulated, which is many times slower."""
+        """Whether the CPU is emulated, which is many times slower than hardware."""
         return self.isolation == "vm-emulated"
 
     @property
@@ -83,15 +84,15 @@ class Features(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def weaker_isolation_accepted(self) -> bool:
-        """Whether the user accepted weaker isolation: what it cannot enforce is advisory."""
+        """Whether the user accepted weaker isolation. Values that the backend cannot enforce are then advisory."""
         return self.isolation in {"process", "none"}
 
 
 def container_features() -> Features:
-    """Return the features of a container with our agent."""
+    """Return the features of a container that runs our agent."""
     return Features(isolation="container", own_kernel=False, can_enforce=VM_CAPABILITIES - {"held-connections"})
 
 
 def vm_features(isolation: Isolation) -> Features:
-    """Return the features of a virtual machine with our agent."""
+    """Return the features of a virtual machine that runs our agent."""
     return Features(isolation=isolation, own_kernel=True, can_enforce=VM_CAPABILITIES)

@@ -1,6 +1,6 @@
-"""Guest paths of host folders, as X07 has them.
+"""Guest paths of host folders, by the X07 language's rules.
 
-An absolute root has the same path in the guest; a relative one is below the folder where the program starts.
+An absolute root has the same path in the guest. A relative root is below the folder where the program starts.
 """
 
 import os
@@ -19,7 +19,7 @@ _NOT_ON_TOP: Final = ("/tmp", "/opt")  # noqa: S108 - host folders may be inside
 
 
 def guest_path(given: str, start: str, *, deny_hidden: bool) -> tuple[str | None, str]:
-    """Return the normalized guest path of a root, or None and the reason why it cannot have one.
+    """Return the normalized guest path of a root, or None and the reason why no guest path is possible.
 
     start: PROGRAM, WORK, or the start folder of a project.
     """

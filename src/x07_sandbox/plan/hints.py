@@ -1,7 +1,7 @@
-"""Hints on what a failed program lacked, from the end of its standard error.
+"""Hints on what a failed program lacked, derived from the end of its standard error.
 
-A missing file, package or variable is not a denial, because most programs probe for many. The text is hostile: nothing
-on the host is looked up by it.
+A missing file, package or variable is not a denial, because most programs look for many. The text is hostile, so no
+host file or program is looked up by a name in it.
 """
 
 from __future__ import annotations
@@ -73,7 +73,10 @@ _VARIABLES: Final = tuple(
 
 
 class LocalModules(NamedTuple):
-    """Python modules beside a single-file program on the host, which are not copied in. flag: copies the project."""
+    """Python modules beside a single-file program on the host. They are not copied in.
+
+    flag: the flag that copies the project.
+    """
 
     modules: Collection[str]
     flag: str
@@ -87,7 +90,10 @@ def hints(
     local: LocalModules | None = None,
     host_variables: Collection[str] = (),
 ) -> list[Hint]:
-    """Return at most three hints. tail: of standard error. host_variables: names of the host's variables."""
+    """Return at most three hints. tail: the end of standard error.
+
+    host_variables: names of the host's environment variables.
+    """
     text = tail.decode("utf-8", "replace")
     executed = dict.fromkeys(name for pattern in (_PROGRAM, _SPAWNED) for name in _names(pattern, text))
     paths = dict.fromkeys(_paths(text, policy, areas, cwd))
@@ -113,17 +119,20 @@ def _names(pattern: re.Pattern[str], text: str) -> Iterator[str]:
 
 
 def program_hint(name: str) -> Hint:
-    """Return a hint to a program that the image does not have."""
+    """Return a hint about a program that is not installed in the image."""
     return Hint(subject=f"the program {name}", how=_by_image(flag_for_program(name)))
 
 
 def _by_image(flag: str) -> HowToAllow:
-    """Return the advice to build an image with what is missing."""
+    """Return the advice to build an image that contains the missing program or module."""
     return HowToAllow(json_path=None, value=None, flag=f"--image mine, after x07 image build --name mine {flag}")
 
 
 def _variable(name: str, policy: Policy, host_variables: Collection[str]) -> Hint | None:
-    """Return None if nothing provides it: X07's own, and one that was passed in but the program removed."""
+    """Return a hint about a variable that is not set; None if no change would provide it.
+
+    No change provides X07's own variables, or a variable that was passed in and then removed by the program.
+    """
     allowed, denied = policy.env.allow_keys, policy.env.deny_keys
     how: HowToAllow | None = HowToAllow(json_path=None, value=None, flag=f"--env {name}=VALUE")
     if not policy.env.enabled:
@@ -156,7 +165,7 @@ def _paths(text: str, policy: Policy, areas: Sequence[GuestMount], cwd: str) -> 
 
 
 def _hidden(path: str, policy: Policy) -> bool:
-    """Return whether only fs.deny_hidden keeps it out."""
+    """Return whether fs.deny_hidden is the only reason why the path is missing."""
     return (
         guest_path(path, PROGRAM, deny_hidden=policy.fs.deny_hidden)[0]
         != guest_path(path, PROGRAM, deny_hidden=False)[0]
@@ -164,7 +173,7 @@ def _hidden(path: str, policy: Policy) -> bool:
 
 
 def _hint(path: str, policy: Policy) -> Hint | None:
-    """Return None if no policy provides it."""
+    """Return a hint about a missing path; None if no policy provides it."""
     if _hidden(path, policy):
         field, value = ("fs.deny_hidden", False) if policy.fs.enabled else ("fs.enabled", True)
         how = advise(policy, field, value)

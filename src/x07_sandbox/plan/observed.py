@@ -1,6 +1,6 @@
-"""Observed denials of a program: the policy field, what enforced it, and what would allow it.
+"""Denials observed in a run: the policy field, what enforced it, and advice on how to allow the action.
 
-The guest reports them in bodies of DENIED (docs/guest-channel.md), which are hostile data.
+The guest reports denials in bodies of DENIED (docs/guest-channel.md), which are hostile data.
 """
 
 from __future__ import annotations
@@ -64,7 +64,11 @@ def denials(
     cwd: str,
     reach: FlagReach = _NO_FLAGS,
 ) -> list[Denial]:
-    """Return distinct denials. refused: bodies of DENIED. cwd: the program's start folder. reach: of flags."""
+    """Return distinct denials.
+
+    refused: bodies of DENIED. areas: the host folders in the guest. cwd: the program's start folder.
+    reach: how far flags can raise limits.
+    """
     found: dict[tuple[str, str, str], Denial] = {}
     for body in refused:
         if body["by"] == "seccomp":
@@ -85,7 +89,10 @@ def denials(
 
 
 def advise(policy: Policy, field: str, value: object, flag: str | None = None) -> HowToAllow | None:
-    """Return the advice to set *field* to *value*, or to what a rule requires first; None if no policy allows it."""
+    """Return the advice to set *field* to *value*, or to first set a field that a rule requires.
+
+    None if no policy allows the value.
+    """
     document = msgspec.json.decode(msgspec.json.encode(policy))  # rules expect lists
     section, _, name = field.partition(".")
     document.setdefault(section, {})[name] = value
@@ -102,7 +109,7 @@ def advise(policy: Policy, field: str, value: object, flag: str | None = None) -
 
 
 def more_tasks(policy: Policy, max_live: int | None, count: int, reach: FlagReach = _NO_FLAGS) -> Denial:
-    """Return the denial of new tasks at the limit. max_live: the policy's, if that is the limit."""
+    """Return the denial of new tasks at the limit. max_live: the policy's process.max_live, if that is the limit."""
     field, current = ("limits.procs", policy.limits.procs) if max_live is None else ("process.max_live", max_live)
     return _denial(field, "start", "a new task", _CGROUP, count, _advise_higher(policy, field, current, reach))
 
@@ -112,7 +119,8 @@ def limit_hit(
 ) -> Denial | None:
     """Return the denial behind an outcome; None if no limit ended the program.
 
-    reach: how far flags can raise the limit. cpu_ms: X07's own limit, which applies if it is below the policy's.
+    reach: how far flags can raise the limit. cpu_ms: X07's own CPU time limit, which applies if it is below the
+    policy's.
     """
     if outcome not in _LIMITS:
         return None
@@ -134,24 +142,24 @@ def too_much_output(stream: str, most: int | None) -> Denial:
 
 
 def disk_full() -> Denial:
-    """Return the denial for a scratch disk that was full at the end."""
+    """Return the denial for a scratch disk that was full at the end of the run."""
     return _denial("scratch", "write", "the scratch disk (8 GiB) is full", "the size of the disk", 1, None)
 
 
 def memory_full(policy: Policy, reach: FlagReach = _NO_FLAGS) -> Denial:
-    """Return the denial for a /tmp or /dev/shm that was full at the end."""
+    """Return the denial for a /tmp or /dev/shm that was full at the end of the run."""
     what = "an in-memory folder (/tmp or /dev/shm) is full; its size is a quarter of limits.mem_bytes"
     how = _advise_higher(policy, "limits.mem_bytes", policy.limits.mem_bytes, reach)
     return _denial("limits.mem_bytes", "write", what, "the size of the in-memory folders", 1, how)
 
 
 def _advise_flag(flag: str) -> HowToAllow:
-    """Return the advice to use a flag, if no policy field controls it."""
+    """Return the advice to use a flag, for what no policy field controls."""
     return HowToAllow(json_path=None, value=None, flag=flag)
 
 
 def _advise_higher(policy: Policy, field: str, current: int, reach: FlagReach) -> HowToAllow | None:
-    """Return the advice to raise a limit: by its flag if that is possible, else in the policy; None at the maximum."""
+    """Return the advice to raise a limit by its flag or, if the flag cannot, in the policy; None at the maximum."""
     named = "limits.procs" if field == "process.max_live" else field  # --procs raises both
     most, top = largest(field), reach.tops.get(named, 0)
     if current >= most:
@@ -170,7 +178,7 @@ def _denial(field: str, action: str, subject: str, by: str, count: int, how: How
 
 
 def _call(body: Mapping[str, Any], policy: Policy) -> Denial:
-    """Return the denial of a call by a seccomp filter, which does not report arguments."""
+    """Return the denial of a system call by a seccomp filter. The filter does not report the call's arguments."""
     process, count = policy.process, body["count"]
     # The base filter, which every program has, denies execveat of a bare descriptor.
     if body["call"] in _EXECUTES and not process.may_execute:
@@ -236,7 +244,10 @@ def _execution(body: Mapping[str, Any], policy: Policy, areas: Sequence[GuestMou
 
 
 def advise_loading(path: str, policy: Policy, areas: Sequence[GuestMount], cwd: str) -> HowToAllow | None:
-    """Return what would allow a library at an absolute path to be loaded: that which allows it to be executed."""
+    """Return the advice to allow a library at an absolute path to be loaded.
+
+    The same change allows the file to be executed.
+    """
     if not policy.process.may_execute:
         return _advise_process(policy, "allow_exec")
     return _execution({"path": path, "errno": errno.EACCES, "count": 1}, policy, areas, cwd).how_to_allow
@@ -247,7 +258,7 @@ def _advise_entry(policy: Policy, path: str) -> HowToAllow | None:
 
 
 def _is_unlisted(path: str, policy: Policy, cwd: str) -> bool:
-    """Return whether programs are listed and this one is not."""
+    """Return whether the policy lists programs, but not this one."""
     lists = confinement(policy, cwd)
     return lists.programs is not None and path not in lists.programs and not path.startswith(lists.prefixes)
 
@@ -277,7 +288,10 @@ def _file(body: Mapping[str, Any], policy: Policy, areas: Sequence[GuestMount], 
 def _write_denial(
     path: str, area: GuestMount | None, policy: Policy, cwd: str, *, folder: bool
 ) -> tuple[str, HowToAllow | None]:
-    """Return the field that denies it, and what would allow it. area: its read root. folder: mkdir was called."""
+    """Return the field that denies a write, and the advice to allow it.
+
+    area: the read root that contains the path. folder: whether the program called mkdir.
+    """
     if f"{path}/".startswith(f"{OUT}/"):
         out = _advise_flag("--out DIR")
         return "fs.write_roots", out if policy.fs.enabled else advise(policy, "fs.enabled", value=True)
@@ -299,7 +313,7 @@ def _write_denial(
 
 
 def _advise_replacing(path: str, areas: Sequence[GuestMount], policy: Policy, cwd: str) -> HowToAllow | None:
-    """Return what would allow a mount to be replaced or removed: its parent folder as a root."""
+    """Return the advice to make a mount's parent folder a root, so that the program may replace or remove the mount."""
     area = _root_of(path, areas)
     if area is None or area.at != path or path == OUT:
         return None
@@ -319,7 +333,10 @@ def _root_of(path: str, areas: Sequence[GuestMount]) -> GuestMount | None:
 
 
 def advise_root(policy: Policy, name: Literal["read_roots", "write_roots"], given: str) -> HowToAllow | None:
-    """Return what would make *given*, which may be a hostile name, a root. The flag is safe to paste."""
+    """Return the advice to add the path *given* as a root. The path may be hostile, so the flag is quoted for pasting.
+
+    name: the policy field, "read_roots" or "write_roots".
+    """
     if not policy.fs.enabled:
         return advise(policy, "fs.enabled", value=True)
     word = f"./{given}" if given.startswith("-") else given

@@ -1,9 +1,9 @@
-"""The table of outcomes, and the classifier from the evidence about a finished phase to an outcome and a reason.
+"""Table of outcomes, and the classifier that derives outcome and reason from the evidence about a finished phase.
 
-Only evidence of the host or the kernel's counters is used, since a program may choose an exit status of 137.
+Only evidence from the host or the kernel's counters is used, since a program may choose an exit status of 137.
 
 Precedence: cancelled, refused, output-limit, timeout, guest-lost, cpu-limit, oom, signalled, failed, ok. The host
-causes the first four, so whatever the guest reports afterwards follows from them.
+causes the first four, so they explain whatever the guest reports afterwards.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class ExitRule(StrEnum):
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """One outcome. fault: the default; a verdict may differ."""
+    """One outcome. fault: the default fault; a verdict may have another."""
 
     fault: Fault
     exit: int | ExitRule
@@ -116,9 +116,10 @@ OUTCOMES: Final[dict[Outcome, Row]] = {
 
 
 def exit_code(outcome: Outcome, *, program_exit: int | None, signal: int | None) -> int:
-    """Return the exit code of ``x07 run``. Raises ValueError if the status or signal that it needs is missing.
+    """Return the exit code of ``x07 run``. Raises ValueError if the exit code depends on a missing status or signal.
 
-    program_exit: the program's status. signal: the program's; for cancelled the one that x07 received.
+    program_exit: the program's exit status. signal: the signal that killed the program or, for cancelled, the signal
+    that x07 received.
     """
     rule = OUTCOMES[outcome].exit
     match rule:
@@ -137,7 +138,7 @@ def exit_code(outcome: Outcome, *, program_exit: int | None, signal: int | None)
 
 
 def outcomes_by_exit() -> dict[str, list[Outcome]]:
-    """Return the outcomes by exit code, or rule in words, in the order of the table."""
+    """Return the outcomes by exit code, in the order of the table. A code that is not fixed is described in words."""
     found: dict[str, list[Outcome]] = {}
     for outcome, row in OUTCOMES.items():
         found.setdefault(str(row.exit), []).append(outcome)
@@ -145,12 +146,12 @@ def outcomes_by_exit() -> dict[str, list[Outcome]]:
 
 
 def describe_exits() -> str:
-    """Return the exit codes for a command's help, one line each."""
+    """Return the exit codes for a command's help, one per line."""
     return "".join(f"  {code}: {', '.join(outcomes)}\n" for code, outcomes in outcomes_by_exit().items())
 
 
 class Stage(StrEnum):
-    """Stage of a job."""
+    """A stage of a job."""
 
     START = "start"  # the instance was being started
     BOOT = "boot"  # until the agent answered
@@ -176,22 +177,22 @@ _BUILDING: Final = {  # the same for a build
 class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     """Evidence about a finished phase.
 
-    stage: the stage in which it ended.
+    stage: the stage in which the phase ended.
     wait_status: the program's status from waitpid in the guest's init; None if it was not received.
-    deadline_passed: the host's deadline for the stage expired first.
-    stopped: the program's processes were stopped by a signal at the deadline.
-    cpu_exceeded: the cgroup's counter exceeded limits.cpu_ms.
+    deadline_passed: whether the host's deadline for the stage expired first.
+    stopped: whether the program's processes were stopped by a signal at the deadline.
+    cpu_exceeded: whether the cgroup's counter exceeded limits.cpu_ms.
     cpu_us: the cgroup's final counter, in microseconds; None if it was not received.
     oom_kills: the cgroup's counter of processes killed for memory.
     output_overflow: the stream that exceeded its limit: "stdout" or "stderr".
-    channel_error: how the guest violated the protocol; the end of the stream alone is no violation.
-    instance_status: return code of the instance's process (-N for signal N); None while it runs.
-    console_tail: the end of the console; hostile text, used only if the guest was lost.
-    cancelled_by: the signal that cancelled the run (0: a request without one).
-    setup_failure: what the agent or the host could not do for the job.
-    exec_errno: the error of execve in the guest; 0 if there was none.
-    boot_timeout: the agent did not answer in time.
-    gate_lost: the egress gate ended before the program did.
+    channel_error: how the guest violated the protocol. A stream that merely ends is no violation.
+    instance_status: return code of the machine's or container's process (-N for signal N); None while it runs.
+    console_tail: the end of the console output; hostile text, used only if the guest was lost.
+    cancelled_by: the signal that cancelled the run; 0 for a cancellation without a signal.
+    setup_failure: the step that the agent or the host could not do for the job.
+    exec_errno: the error of execve in the guest; 0 if execve succeeded.
+    boot_timeout: whether the agent did not answer in time.
+    gate_lost: whether the egress gate ended before the program did.
     """
 
     stage: Stage
@@ -213,7 +214,10 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def killed(self) -> bool:
-        """Whether the instance was killed from outside, which says nothing about the machine itself."""
+        """Whether the machine's process was killed from outside.
+
+        That says nothing about a fault of the machine itself.
+        """
         status = self.instance_status
         return status in {-_SIGKILL, SIGNAL_BASE + _SIGKILL} or bool(out_of_cpu_time(status))
 
@@ -221,7 +225,8 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     """How a phase ended. exit_code: the program's own status, if it exited.
 
-    signal: what killed the program; for cancelled the one that x07 received. reason: a sentence without full stop.
+    signal: the signal that killed the program or, for cancelled, the signal that x07 received. reason: a sentence
+    without full stop.
     """
 
     outcome: Outcome
@@ -238,12 +243,15 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def verdict(outcome: Outcome, reason: str, *, fault: Fault | None = None) -> Verdict:
-    """Return a verdict without a program's status. fault: None for the table's."""
+    """Return a verdict that has no program status. fault: None for the outcome's default fault."""
     return Verdict(outcome=outcome, fault=fault or OUTCOMES[outcome].fault, reason=reason)
 
 
 def classify(evidence: Evidence, *, features: Features | None = None, limits: Limits | None = None) -> Verdict:
-    """Return the verdict on *evidence*. features: the backend's, if known. limits: for figures in the reason."""
+    """Return the verdict on *evidence*. features: the backend's features, if known.
+
+    limits: the limits to show in the reason.
+    """
     features = features or vm_features("vm-hardware")
     if evidence.gate_lost and evidence.cancelled_by is None:
         return verdict(Outcome.GATE_LOST, f"the egress gate exited while the guest was {_DOING[evidence.stage]}")
@@ -255,7 +263,10 @@ def classify(evidence: Evidence, *, features: Features | None = None, limits: Li
 
 
 def build_verdict(found: Verdict, wall_ms: int = settings.BUILD_WALL_MS) -> Verdict:
-    """Return the verdict on a build phase: whatever ended the compiler, the build failed. wall_ms: its time limit."""
+    """Return the verdict on a build phase. Whatever ended the compiler, the outcome is a failed build.
+
+    wall_ms: the time limit.
+    """
     compiler_ended = {
         Outcome.FAILED,
         Outcome.SIGNALLED,
@@ -278,7 +289,10 @@ def build_verdict(found: Verdict, wall_ms: int = settings.BUILD_WALL_MS) -> Verd
 
 
 def name_flags(found: Verdict, flags: Mapping[str, str]) -> Verdict:
-    """Return the verdict with limits named by the flags that set them. flags: by field."""
+    """Return the verdict with limits replaced in its reason by the flags that set them.
+
+    flags: the flag of each field.
+    """
     reason = found.reason
     for field, flag in flags.items():
         reason = reason.replace(f"({field})", f"({flag})")
@@ -286,7 +300,7 @@ def name_flags(found: Verdict, flags: Mapping[str, str]) -> Verdict:
 
 
 def signal_name(number: int) -> str:
-    """Return Linux's name of a signal: SIGSEGV, SIGRTMIN+1."""
+    """Return the Linux name of a signal, such as SIGSEGV or SIGRTMIN+1."""
     if 1 <= number <= len(_SIGNALS):
         return _SIGNALS[number - 1]
     return f"SIGRTMIN+{number - 34}" if 34 <= number <= _LAST_SIGNAL else f"signal {number}"  # noqa: PLR2004 - glibc's
@@ -319,7 +333,7 @@ def _not_executed(number: int) -> Verdict:
 
 
 def mostly_waited(evidence: Evidence, limits: Limits | None) -> bool:
-    """Return whether the program was idle most of the time, so that a slow CPU was not the cause."""
+    """Return whether the program was idle most of the time. A slow CPU was then not the cause of a timeout."""
     return limits is not None and evidence.cpu_us is not None and evidence.cpu_us < limits.wall_ms * 1000 // 2
 
 
@@ -333,7 +347,7 @@ def _timeout_reason(evidence: Evidence, *, emulated: bool, limits: Limits | None
 
 
 def _lost(evidence: Evidence, supervisor: str) -> Verdict | None:
-    """Return the verdict if the program's status is unknown or not credible; None otherwise."""
+    """Return the verdict if the program's status is unknown or not credible; None if the status can be used."""
     status_known = evidence.wait_status is not None and _is_an_end(evidence.wait_status)
     late = evidence.boot_timeout or evidence.deadline_passed
     if status_known and evidence.channel_error is None and evidence.setup_failure is None and not late:
@@ -412,7 +426,7 @@ def _as(end: Verdict, outcome: Outcome, reason: str, warnings: tuple[str, ...] =
 
 
 def _is_an_end(status: int) -> bool:
-    """Return whether a wait status is that of an ended process: not stopped, continued or invalid."""
+    """Return whether a wait status means that the process ended: it is valid, and not "stopped" or "continued"."""
     signal = status & 0x7F
     if not 0 <= status <= 0xFFFF:  # noqa: PLR2004 - 16 bits
         return False

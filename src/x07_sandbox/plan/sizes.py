@@ -1,4 +1,4 @@
-"""RAM sizes of virtual machines: only a few, so that one prepared machine can serve many jobs.
+"""RAM sizes of virtual machines. There are only a few sizes, so that one prepared machine can serve many jobs.
 
 | RAM of the machine | largest limits.mem_bytes |
 |---|---|
@@ -6,9 +6,10 @@
 | 8 GiB | 7788 MiB |
 | 17 GiB | 16 GiB, the maximum of a policy |
 
-A cgroup in the guest enforces limits.mem_bytes. The machine has 160 MiB more for kernel, agent and image, and 1/32 for
-the kernel's bookkeeping: if it were too small, the guest's kernel would choose a victim and the outcome would not be a
-true `oom`. The host allocates RAM as the guest touches it, so a large machine costs a small program nothing.
+A cgroup in the guest enforces limits.mem_bytes. The machine needs 160 MiB more for kernel, agent and image, and 1/32
+for the kernel's bookkeeping. If the machine were too small, the guest's kernel would choose a process to kill, and the
+outcome `oom` would be wrong. The host allocates RAM only when the guest touches it, so a small program in a large
+machine costs no extra memory.
 """
 
 from typing import Final
@@ -26,7 +27,10 @@ OVERHEAD_DIVISOR: Final = 32
 
 
 def guest_limits(limits: Limits, tasks: int) -> dict[str, int]:
-    """Return `limits` of START: what the agent enforces. tasks: maximum of processes and threads."""
+    """Return the field `limits` of START, which the agent enforces.
+
+    tasks: the maximum number of processes and threads.
+    """
     return {
         "mem_bytes": limits.mem_bytes,
         "tasks": tasks,
@@ -38,7 +42,7 @@ def guest_limits(limits: Limits, tasks: int) -> dict[str, int]:
 
 
 def build_limits(wall_ms: int | None = None) -> Limits:
-    """Return the limits of a build. wall_ms: its time limit, also for CPU time; None for the default."""
+    """Return the limits of a build. wall_ms: the time limit, which also limits CPU time; None for the default."""
     return Limits(
         cpu_ms=wall_ms or settings.BUILD_CPU_MS,
         wall_ms=wall_ms or settings.BUILD_WALL_MS,
@@ -49,7 +53,7 @@ def build_limits(wall_ms: int | None = None) -> Limits:
 
 
 def ram_class_bytes(mem_bytes: int) -> int:
-    """Return the smallest machine size for a program with *mem_bytes*. Raises ValueError if none is large enough."""
+    """Return the smallest machine size for a program with *mem_bytes*. Raises ValueError if no size is large enough."""
     needed = _with_overhead(mem_bytes)
     for size in RAM_CLASSES:
         if size >= needed:
@@ -58,9 +62,10 @@ def ram_class_bytes(mem_bytes: int) -> int:
 
 
 def used_ram_bytes(ram_bytes: int, mem_bytes: int, cached_bytes: int) -> int:
-    """Return the most RAM of a machine that one job uses: program memory, overhead and page cache.
+    """Return the most RAM that one job uses in a machine: program memory, overhead and page cache.
 
-    cached_bytes: of files that the agent reads or writes for the job; no cgroup in the guest accounts for them.
+    cached_bytes: the size of files that the agent reads or writes for the job. No cgroup in the guest limits their
+    cache.
     """
     return min(ram_bytes, _with_overhead(mem_bytes) + cached_bytes)
 

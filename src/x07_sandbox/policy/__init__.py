@@ -1,4 +1,4 @@
-"""The policy document: model, decoding, the built-in default."""
+"""The policy document: its model, its decoder and the built-in default policy."""
 
 from x07_sandbox.policy.decode import decode_policy
 from x07_sandbox.policy.default import default_policy, render_policy

@@ -9,13 +9,18 @@ from x07_sandbox.policy.model import Policy
 
 
 def canonical_json(value: object) -> bytes:
-    """Return JSON without whitespace or final newline, keys sorted at all levels, characters unescaped."""
+    """Return JSON without whitespace or final newline.
+
+    Keys are sorted at all levels, and characters are not escaped.
+    """
     return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def policy_digest(policy: Policy) -> str:
-    """Return `sha256:` and the digest of the canonical JSON, with the defaults of every present section filled in.
+    """Return `sha256:` and the digest of the canonical JSON.
 
-    `digests.policy` in the result of a run is another digest: that of the file's bytes.
+    Every section of the policy is first completed with its defaults.
+
+    The field `digests.policy` in a run's result is a different digest: that of the policy file's bytes.
     """
     return f"sha256:{hashlib.sha256(canonical_json(msgspec.to_builtins(policy))).hexdigest()}"

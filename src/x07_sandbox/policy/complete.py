@@ -22,13 +22,16 @@ _SWITCHES: Final = frozenset({"fs.enabled", "net.enabled", "net.allow_tcp"})  # 
 
 
 class Completion(msgspec.Struct, frozen=True):
-    """words: arguments of `x07 policy new`. left_out: fields that no flag can set."""
+    """A command that completes a document. words: arguments of `x07 policy new`.
+
+    left_out: fields that no flag can set.
+    """
 
     words: tuple[str, ...]
     left_out: tuple[str, ...]
 
     def line(self, file: str) -> str:
-        """Return the command as a shell line that writes *file*."""
+        """Return the command as a shell line that writes its output to *file*."""
         return f"x07 policy new {' '.join(map(shlex.quote, self.words))}{' ' * bool(self.words)}> {shlex.quote(file)}"
 
 
@@ -68,7 +71,7 @@ def completion(data: bytes) -> Completion | None:
 
 
 def _flags(document: dict[str, Any]) -> Iterator[tuple[str, list[str], NewPolicy]]:
-    """Yield each field that a flag can set: its path, the flag, and the same for `make_policy`."""
+    """Yield the path of each field that a flag can set, the flag with its values, and the keyword of `make_policy`."""
     if isinstance(name := document.get("policy_id"), str):
         yield "policy_id", ["--id", name], NewPolicy(policy_id=name)
     limits, fs, net = (
@@ -91,7 +94,7 @@ def _flags(document: dict[str, Any]) -> Iterator[tuple[str, list[str], NewPolicy
 
 
 def _texts(value: object) -> list[str]:
-    """Return the strings of a list that can follow a flag."""
+    """Return those strings of a list that can be a flag's value."""
     found = value if isinstance(value, list) else []
     return [text for text in found if isinstance(text, str) and not text.startswith("-")]
 
@@ -107,7 +110,7 @@ def _is_valid(path: str, wanted: NewPolicy) -> bool:
 
 
 def _values(document: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield the fields by path, two levels deep; tuples as lists."""
+    """Yield the fields with their paths, two levels deep. Lists are returned as tuples."""
     for section, found in document.items():
         for name, value in found.items() if isinstance(found, dict) else [("", found)]:
             yield f"{section}.{name}".rstrip("."), list(value) if isinstance(value, tuple) else value

@@ -1,7 +1,7 @@
-"""Decode bytes to a valid Policy, or raise one error that lists every problem.
+"""Decoder from bytes to a valid Policy. On failure, it raises one error that lists every problem.
 
 A valid document takes the fast path: one parse, one msgspec conversion, the rules. If that fails, the slow path
-(explain.py, with jsonschema) collects all problems. If the two disagree, the fast path decides.
+(explain.py, with jsonschema) collects all problems. If the two paths disagree, the fast path decides.
 """
 
 import json
@@ -26,15 +26,15 @@ _BLANKS = " \t\r\n"
 
 
 class _Repeated(dict[str, object]):
-    """An object with repeated keys: the last value of each, and the names of the repeated keys."""
+    """An object in which a key is repeated: the last value of each key, and the names of the repeated keys."""
 
     names: tuple[str, ...] = ()
 
 
 def decode_policy(data: bytes, *, source: str) -> Policy:
-    """Return the policy in *data*, checked against the schema and every rule. source: its name in errors.
+    """Return the policy in *data*, checked against the schema and every rule. source: the document's name in errors.
 
-    Raises PolicyError with all problems (at most MAX_PROBLEMS).
+    Raises PolicyError with all problems (at most MAX_PROBLEMS) if the document is invalid.
     """
     document = parse(data, source=source)
     policy = accept(document)
@@ -45,9 +45,9 @@ def decode_policy(data: bytes, *, source: str) -> Policy:
 
 
 def parse(data: bytes, *, source: str) -> object:
-    """Return the JSON value in *data*. Raises PolicyError if it is not JSON.
+    """Return the JSON value in *data*. Raises PolicyError if the data is not JSON.
 
-    Whitespace around schema_version is stripped, as upstream's runner does.
+    Whitespace around schema_version is stripped, because X07's own runner strips it too.
     """
     if len(data) > MAX_BYTES:
         _unreadable(source, f"has {len(data)} bytes; the maximum is {MAX_BYTES}")
@@ -68,7 +68,7 @@ def parse(data: bytes, *, source: str) -> object:
 
 
 def accept(document: object) -> Policy | None:
-    """Return the policy by the fast path; None if anything is wrong."""
+    """Return the policy by the fast path; None if the document is invalid."""
     if any(_text_problems(document)):
         return None
     try:
@@ -79,7 +79,10 @@ def accept(document: object) -> Policy | None:
 
 
 def find_problems(document: object) -> tuple[Problem, ...]:
-    """Return all problems by the slow path, each place once per kind of check; empty for a valid document."""
+    """Return all problems by the slow path; an empty tuple for a valid document.
+
+    Each kind of check reports a place only once.
+    """
     # jsonschema takes longer to import than a valid document to decode.
     from x07_sandbox.policy.explain import schema_problems
 
@@ -126,7 +129,7 @@ def _bounded_int(digits: str) -> int:
 
 
 def _text_problems(document: object) -> Iterator[Problem]:
-    """Yield repeated keys, strings that are not valid Unicode, and too deep nesting. Not recursive."""
+    """Yield repeated keys, strings that are not valid Unicode, and nesting that is too deep. Not recursive."""
     waiting: list[tuple[tuple[str | int, ...], object]] = [((), document)]
     while waiting:
         place, value = waiting.pop()

@@ -1,4 +1,4 @@
-"""The built-in default policy, and how a policy is written to a file."""
+"""The built-in default policy, and the rendering of a policy as a file."""
 
 import json
 from collections.abc import Mapping
@@ -24,8 +24,8 @@ _MIB = 1 << 20
 def default_policy() -> Policy:
     """Return the built-in default: one minute, 512 MiB, 64 processes, no host files, no network hosts.
 
-    Processes may be started because the machine is thrown away. fs and net are enabled with empty lists so that a flag
-    can add a root or a host without a policy file.
+    Processes may be started because the machine is thrown away after the run. fs and net are enabled with empty lists
+    so that a flag can add a folder or a host without a policy file.
     """
     return Policy(
         schema_version=SCHEMA_VERSION,

@@ -1,4 +1,4 @@
-"""What one policy grants or withdraws compared to another, field by field and list entry by list entry.
+"""Differences between two policies: what the second grants or withdraws, field by field and list entry by list entry.
 
 Effective values are compared, regardless of the order of a list and the case of a host. A change is ``granted`` if the
 second policy allows more, ``withdrawn`` if it allows less, else ``changed``.
@@ -17,7 +17,11 @@ _MIB: Final = 1 << 20
 
 
 class Change(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One difference. field: its path. before, after: values; for a list one entry, None on the side without it."""
+    """One difference. field: its path.
+
+    before, after: the field's values in the two policies. For a list field, each change is about one entry: both values
+    hold that entry, or None for the policy that lacks it.
+    """
 
     field: str
     effect: Effect
@@ -45,7 +49,10 @@ _ZERO_MEANS: Final[dict[str, int | None]] = {
 
 
 def differences(first: Policy, second: Policy) -> tuple[Change, ...]:
-    """Return what *second* grants, withdraws or changes, in the model's order; empty if both allow the same."""
+    """Return what *second* grants, withdraws or changes, in the model's order.
+
+    The result is empty if both policies allow the same.
+    """
     after = leaf_values(second)
     return tuple(
         change for field, before in leaf_values(first).items() for change in _changes(field, before, after[field])
@@ -75,12 +82,15 @@ def _effect(field: str, *, more: bool) -> Effect:
 
 
 def _size(field: str, value: object) -> object:
-    """Return the effective value: a number is ordered, anything else only equal or different."""
+    """Return the effective value in a form for comparison.
+
+    The form is a number if a larger value allows more. Other forms are only equal or different.
+    """
     return _ZERO_MEANS[field] if value == 0 and field in _ZERO_MEANS else value
 
 
 def _entries(values: tuple[object, ...]) -> dict[object, None]:
-    """Return the distinct entries of a list in order; a host gives one entry per port."""
+    """Return the distinct entries of a list in order. A host becomes one entry per port."""
     found: dict[object, None] = {}
     for value in values:
         if isinstance(value, HostPorts):

@@ -1,4 +1,4 @@
-"""The X07_OS_* variables that pass a policy to X07's runtime libraries; other programs ignore them."""
+"""The X07_OS_* variables, which pass a policy to the X07 language's runtime libraries. Other programs ignore them."""
 
 from x07_sandbox.policy.default import default_policy
 from x07_sandbox.policy.model import HostPorts, Policy, leaf_values
@@ -26,7 +26,7 @@ VARIABLES: tuple[tuple[str, str], ...] = tuple(
 
 
 def program_environment(policy: Policy) -> dict[str, str]:
-    """Return all X07 variables of a sandboxed program, none of which comes from the host's environment."""
+    """Return all X07 variables of a sandboxed program. None of them comes from the host's environment."""
     values = leaf_values(policy)
     carried = {variable: _text(values[field]) for variable, field in VARIABLES}
     return {"X07_WORLD": "run-os-sandboxed", "X07_OS_SANDBOXED": "1", **carried}

@@ -1,4 +1,7 @@
-"""Schema violations in words. Imported only after a document was rejected, because jsonschema is slow to import."""
+"""Descriptions of schema violations.
+
+Imported only after a document was rejected, because jsonschema is slow to import.
+"""
 
 import difflib
 import json
@@ -74,7 +77,7 @@ def _problem(error: ValidationError) -> Problem:
 def _violation(  # noqa: PLR0911 - one return for each keyword of the schema
     keyword: str, schema: Mapping[str, Any], value: object
 ) -> str:
-    """Say what the schema requires and what the value is instead."""
+    """Return what the schema requires and what the value is instead."""
     match keyword:
         case "type":
             return f"must be {_TYPES[schema['type']]}, not {_shown(value)}"
@@ -98,7 +101,7 @@ def _length(value: object) -> int:
 
 
 def _shown(value: object) -> str:
-    """Return a value as escaped, truncated JSON; a container by its kind only."""
+    """Return a value as escaped, truncated JSON. For a list or object, return only its kind."""
     if isinstance(value, dict):
         return "an object"
     if isinstance(value, list):
@@ -111,7 +114,7 @@ def _shown(value: object) -> str:
 
 
 def _suggest(name: str, here: list[str]) -> str | None:
-    """Return the field that was probably meant: from the same section, else from another."""
+    """Return the field that the author probably meant: from the same section if possible, else from another."""
     name = name[:_KEY_CHARS].lower()
     if close := difflib.get_close_matches(name, here, n=1):
         return close[0]

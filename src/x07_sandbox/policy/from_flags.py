@@ -1,4 +1,4 @@
-"""A complete policy made from a template and a few flags (`x07 policy new`)."""
+"""A complete policy made from a policy template and a few flags (`x07 policy new`)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ID_MAX: Final = 64
 
 
 class NewPolicy(msgspec.Struct, frozen=True, kw_only=True):
-    """What the flags ask for; the rest comes from *template*."""
+    """The fields that the flags set. All other fields come from the policy template called *template*."""
 
     template: str = "default"
     policy_id: str | None = None
@@ -31,7 +31,7 @@ class NewPolicy(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def make_policy(wanted: NewPolicy) -> Policy:
-    """Return the policy. Raises UsageError for a value that no policy can hold."""
+    """Return the policy. Raises UsageError if a policy cannot hold one of the values."""
     base = TEMPLATES[wanted.template]
     policy = change_limits(base, wanted.limits, may_raise=True, source=f"{BUILT_IN}{wanted.template}")
     if wanted.hosts:

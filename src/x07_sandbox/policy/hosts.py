@@ -1,4 +1,4 @@
-"""Meaning of the host of an allowlist entry: one name, or a range of addresses."""
+"""Meaning of the host of an allowlist entry: one name or a range of addresses."""
 
 from ipaddress import ip_address, ip_network
 from typing import Literal
@@ -12,7 +12,7 @@ _V4_IN_V6 = 0xFFFF  # ::ffff:0:0/96: the IPv4-mapped addresses
 
 
 class Addresses(msgspec.Struct, frozen=True):
-    """All addresses of one IP version from *first* to *last*, as numbers."""
+    """All addresses of one IP version from *first* to *last*, both as numbers."""
 
     version: int
     first: int
@@ -20,7 +20,10 @@ class Addresses(msgspec.Struct, frozen=True):
 
 
 def addresses(host: str) -> Addresses | None:
-    """Return the addresses of an address (also in brackets), a CIDR network or a range; None for a name."""
+    """Return the address range that *host* describes; None if *host* is a name.
+
+    host: an address, also in brackets, a CIDR network or a range.
+    """
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
     try:

@@ -1,6 +1,6 @@
 """Limits that a caller sets in addition to the policy, such as `--memory 1G` or `memory="1G"`.
 
-The author of a policy may raise its limits up to the maximum of the schema; everybody else may only lower them. A value
+The author of a policy may raise its limits up to the schema's maximum. Everybody else may only lower them. A value
 out of range is an error and is never clamped.
 """
 
@@ -24,7 +24,7 @@ _SIZE: Final = re.compile(r"([0-9]{1,12})(?:(\.[0-9]{1,6})?([KMG])(?:i?B)?)?", r
 
 
 class Name(msgspec.Struct, frozen=True):
-    """What a limit is called: the flag, and the words of a message."""
+    """How messages call a limit: its flag, and its description."""
 
     flag: str
     words: str
@@ -43,9 +43,10 @@ NAMES: Final[Mapping[str, Name]] = MappingProxyType(
 
 
 class LimitChanges(msgspec.Struct, frozen=True, kw_only=True):
-    """Limits that the caller set; None keeps the policy's.
+    """Limits that the caller set; None keeps the policy's limit.
 
-    may_raise: whether they may be above the policy's; None where the policy's origin decides (runs/request).
+    may_raise: whether these limits may be above the policy's. If it is None, the policy's origin decides
+    (runs/request).
     """
 
     mem_bytes: int | None = None
@@ -64,7 +65,8 @@ class LimitChanges(msgspec.Struct, frozen=True, kw_only=True):
 class FlagReach(msgspec.Struct, frozen=True):
     """How far flags can raise the effective limits.
 
-    tops: by path ("limits.fds"), the largest value that a flag can set. policy_too: the policy could raise them too.
+    tops: the largest value that a flag can set, by field path ("limits.fds"). policy_too: whether a change of the
+    policy could also raise the limits.
     """
 
     tops: Mapping[str, int] = MappingProxyType({})
@@ -72,7 +74,7 @@ class FlagReach(msgspec.Struct, frozen=True):
 
 
 def parse_size(text: str) -> int | None:
-    """Return the bytes of a size such as 512M, 1.5G or a plain number; None for any other text."""
+    """Return the number of bytes of a size such as 512M, 1.5G or a plain number; None for any other text."""
     found = _SIZE.fullmatch(text.strip())
     if found is None:
         return None
@@ -81,13 +83,13 @@ def parse_size(text: str) -> int | None:
 
 
 def size_text(size: int) -> str:
-    """Return a size as a flag takes it: 1536M for 1.5 GiB."""
+    """Return a size in the form that flags accept: 1536M for 1.5 GiB."""
     unit = next(unit for unit in ("G", "M", "K", "") if size % _UNITS[unit] == 0)
     return f"{size // _UNITS[unit]}{unit}"
 
 
 def flag_text(field: str, value: int) -> str:
-    """Return a limit as a flag: `--cpu-time 2.5`."""
+    """Return the flag that sets a limit to *value*, such as `--cpu-time 2.5`."""
     return f"{NAMES[field].flag} {_value(field, value)}"
 
 
@@ -98,7 +100,7 @@ def _value(field: str, value: int) -> str:
 
 
 def range_fault(field: str, value: int) -> str:
-    """Return what is wrong with a limit that is out of range; empty for a valid one."""
+    """Return what is wrong with a limit that is out of range; "" for a valid limit."""
     from x07_sandbox.policy.schema import range_of  # slow to import, and most runs set no limit
 
     least, most = range_of(f"limits.{field}")
@@ -109,9 +111,12 @@ def range_fault(field: str, value: int) -> str:
 
 
 def change_limits(policy: Policy, changes: LimitChanges, *, may_raise: bool, source: str) -> Policy:
-    """Return *policy* with the caller's limits. source: the policy's name in errors. Raises UsageError.
+    """Return *policy* with the caller's limits. source: the policy's name in errors.
 
-    If limits may be raised, procs also raises a smaller process.max_live, and wall_ms a smaller cpu_ms.
+    Raises UsageError if a limit is not allowed.
+
+    If limits may be raised, a new procs limit also raises a smaller process.max_live, and a new wall_ms also raises a
+    smaller cpu_ms.
     """
     given = changes.given()
     if may_raise and "cpu_ms" not in given and given.get("wall_ms", 0) > policy.limits.cpu_ms:
@@ -133,7 +138,7 @@ def change_limits(policy: Policy, changes: LimitChanges, *, may_raise: bool, sou
 
 
 def _too_large(field: str, value: int, path: str, held: int, source: str) -> UsageError:
-    """Return the error for a limit above that of a policy that the caller may only lower."""
+    """Return the error for a limit above the limit *held* of a policy, if the caller may only lower limits."""
     allowed = f"{_value(field, held)}{' s' if field.endswith('_ms') else ''}"
     why = f"the policy {source} allows at most {allowed} ({path})"
     fix = f"Set {path} to {value} in the policy, or use {flag_text(field, held)}"
@@ -141,7 +146,10 @@ def _too_large(field: str, value: int, path: str, held: int, source: str) -> Usa
 
 
 def flag_reach(own: Limits | None, current: Limits, *, may_raise: bool) -> FlagReach:
-    """Return how far flags can raise the effective limits *current*. own: the unchanged policy's, or None."""
+    """Return how far flags can raise the effective limits *current*.
+
+    own: the limits of the unchanged policy, or None.
+    """
     from x07_sandbox.policy.schema import range_of
 
     if may_raise:

@@ -1,8 +1,8 @@
 """The policy document x07.run-os-policy@0.1.0 as one typed model.
 
-Ranges, defaults and one-line docs are defined here; the decoder, schemas/run-os-policy.schema.json and
-docs/reference/policy.md are made from them. Rules that a schema cannot express are in rules.py. An absent section is
-``UNSET``; OPTIONAL_SECTIONS and the ``*_in_force`` properties give its effective values.
+Ranges, defaults and one-line descriptions are defined here. The decoder, schemas/run-os-policy.schema.json and
+docs/reference/policy.md are made from them. rules.py contains the rules that a schema cannot express. An absent section
+is ``UNSET``. OPTIONAL_SECTIONS and the ``*_in_force`` properties give the effective values of absent sections.
 """
 
 from typing import Annotated, Literal
@@ -29,7 +29,7 @@ Names = Annotated[tuple[Name, ...], Meta(max_length=256)]
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of every object in the document: immutable, no unknown fields."""
+    """Base of every object in the document. It is immutable and rejects unknown fields."""
 
 
 class Limits(Section, frozen=True, kw_only=True):
@@ -48,7 +48,7 @@ class Limits(Section, frozen=True, kw_only=True):
 
 
 class Fs(Section, frozen=True, kw_only=True):
-    """Host files. The program gets copies; changes come back after the run."""
+    """Host files. The program works on copies. Changes are copied back after the run."""
 
     enabled: Annotated[bool, Meta(description="Whether the program gets host files at all.")]
     read_roots: Annotated[Roots, Meta(description="Files and folders that the program may read.")]
@@ -82,7 +82,7 @@ class HostPorts(Section, frozen=True, kw_only=True):
 
 
 class Net(Section, frozen=True, kw_only=True):
-    """Network connections. The guest has no network card: the host decides on each connection."""
+    """Network connections. The guest has no network card, and the host decides on each connection."""
 
     enabled: Annotated[bool, Meta(description="Whether the program may use the network at all.")]
     allow_dns: Annotated[bool, Meta(description="Whether names may be resolved.")]
@@ -100,7 +100,7 @@ class Net(Section, frozen=True, kw_only=True):
 
 
 class Env(Section, frozen=True, kw_only=True):
-    """Environment variables that an X07 program may read. Only those in allow_keys are passed from the host."""
+    """Environment variables that an X07 program may read. Only the variables in allow_keys are passed from the host."""
 
     enabled: Annotated[bool, Meta(description="Whether environment variables may be read.")]
     allow_keys: Annotated[EnvKeys, Meta(description="Variables that may be read.")]
@@ -119,7 +119,7 @@ class Time(Section, frozen=True, kw_only=True):
 
 
 class Language(Section, frozen=True, kw_only=True):
-    """What X07's compiler accepts."""
+    """Language features that X07's compiler accepts."""
 
     allow_unsafe: Annotated[bool, Meta(description="Whether unsafe code compiles.")]
     allow_ffi: Annotated[bool, Meta(description="Whether calls into foreign code compile.")]
@@ -230,7 +230,7 @@ class Db(Section, frozen=True, kw_only=True):
 
 
 class Policy(Section, frozen=True, kw_only=True):
-    """What a program may access and use."""
+    """What a program may access, and its limits."""
 
     schema_version: Annotated[
         Literal["x07.run-os-policy@0.1.0"], Meta(description="Format of the document; exactly this value.")
@@ -251,17 +251,17 @@ class Policy(Section, frozen=True, kw_only=True):
 
     @property
     def notes_in_force(self) -> str:
-        """The notes, or an empty string."""
+        """The notes; "" if there are none."""
         return "" if isinstance(self.notes, UnsetType) else self.notes
 
     @property
     def language_in_force(self) -> Language:
-        """The section; if it is absent, unsafe code and foreign calls are forbidden."""
+        """The language section. If the section is absent, unsafe code and foreign calls are forbidden."""
         return ABSENT_LANGUAGE if isinstance(self.language, UnsetType) else self.language
 
     @property
     def threads_in_force(self) -> Threads:
-        """The section; if it is absent, threads are allowed."""
+        """The threads section. If the section is absent, threads are allowed."""
         return ABSENT_THREADS if isinstance(self.threads, UnsetType) else self.threads
 
 
@@ -279,7 +279,7 @@ OPTIONAL_SECTIONS = {
 
 
 def paths(section: str, names: str) -> tuple[str, ...]:
-    """Return the paths of fields of a section. names: separated by blanks."""
+    """Return the paths of fields of a section. names: the fields' names, separated by blanks."""
     return tuple(f"{section}.{name}" for name in names.split())
 
 

@@ -1,6 +1,7 @@
-"""Flags that add hosts and roots to a policy or remove hosts, such as `--allow-host`.
+"""Flags that add hosts and folders to a policy or remove hosts, such as `--allow-host`.
 
-The result is deterministic: entries of the base first, then new ones in the order given, files before flags.
+The result is deterministic. The policy's own entries come first, then new entries in the order given, files before
+flags.
 """
 
 import hashlib
@@ -34,7 +35,7 @@ ReadFile = Callable[[str], bytes]
 
 
 class Overrides(msgspec.Struct, frozen=True, kw_only=True):
-    """The flags as given; files are paths. include: "hidden", "symlinks" (see check_grants)."""
+    """The flags as given. Values of file flags are paths. include: "hidden", "symlinks" (see check_grants)."""
 
     allow_host: tuple[str, ...] = ()
     allow_host_file: tuple[str, ...] = ()
@@ -61,9 +62,10 @@ class Overrides(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Derived(msgspec.Struct, frozen=True, kw_only=True):
-    """A policy derived from a base by overrides. data: the document. file_name: its usual name.
+    """A policy derived from a base policy by overrides. data: the document's bytes. file_name: its usual file name.
 
-    digest: 8 hexadecimal digits of base and overrides. denied: ports by denied host; None means all ports.
+    digest: 8 hexadecimal digits of a hash of base and overrides. denied: the denied ports of each host; None means all
+    ports.
     """
 
     policy: Policy
@@ -74,7 +76,7 @@ class Derived(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Asked(msgspec.Struct, frozen=True, kw_only=True):
-    """The parsed flags. allow, deny: ports by host, in the order given; None means all ports."""
+    """The parsed flags. allow, deny: the ports of each host, in the order given; None means all ports."""
 
     allow: Mapping[str, set[int]]
     deny: Mapping[str, set[int] | None]
@@ -105,11 +107,11 @@ def derive_policy(
     read_spec_file: ReadFile,
     gate: bool = False,
 ) -> Derived:
-    """Return *base* with *overrides* applied; a denied host stays denied even if something allows it.
+    """Return *base* with *overrides* applied. A denied host stays denied even if another flag allows it.
 
-    base_bytes: the base as read. base_path: its name in the notes. read_spec_file: returns the bounded content of a
-    file of specs, or raises UsageError. gate: whether an egress gate enforces denials too, so that a part of a network
-    may be denied. Raises UsageError for the first flag that cannot be applied.
+    base_bytes: the base policy's bytes as read. base_path: its name in the notes. read_spec_file: returns the bounded
+    content of a file of host specs, or raises UsageError. gate: whether an egress gate also enforces denials, so that a
+    part of a network may be denied. Raises UsageError for the first flag that cannot be applied.
     """
     _need_sections(base, overrides)
     asked = _Asked(
@@ -141,12 +143,18 @@ def derive_policy(
 
 
 def denied_hosts(given: Sequence[str]) -> dict[str, set[int] | None]:
-    """Return what `--deny-host` flags deny: ports by host; None means all ports. Raises UsageError."""
+    """Return the ports that `--deny-host` flags deny, by host; None means all ports.
+
+    Raises UsageError for an invalid flag.
+    """
     return _denied(_specs("--deny-host", (), given, lambda _name: b""))
 
 
 def check_grants(base: Policy, overrides: Overrides, *, built_in: bool) -> None:
-    """Raise UsageError if flags grant what only the author of the policy *base* may grant."""
+    """Raise UsageError if flags grant something that only the author of the policy *base* may grant.
+
+    built_in: whether *base* is a built-in policy, which flags may relax.
+    """
     for word, field, current, value in (
         ("hidden", "deny_hidden", not base.fs.deny_hidden, False),
         ("symlinks", "allow_symlinks", base.fs.allow_symlinks, True),
@@ -175,7 +183,7 @@ def _need_sections(base: Policy, overrides: Overrides) -> None:
 def _specs(
     flag: str, files: Iterable[str], given: Iterable[str], read: ReadFile
 ) -> Iterator[tuple[str, str, set[int] | None]]:
-    """Yield each spec as its place, host and ports: files first, then flags."""
+    """Yield the origin (for errors), host and ports of each spec. Files come first, then flags."""
     for name in files:
         try:
             text = read(name).decode("utf-8-sig")
@@ -192,7 +200,10 @@ def _specs(
 
 
 def _parsed(where: str, spec: str, *, deny: bool) -> tuple[str, set[int] | None]:
-    """Return the lower-case host without brackets and the ports of a spec; None for all ports."""
+    """Return the host and ports of a spec.
+
+    The host is in lower case, without brackets; the ports are None for all ports.
+    """
 
     def refuse(why: str) -> NoReturn:
         raise UsageError(f"cannot use {where}", why, _DENY_FORM if deny else _ALLOW_FORM)
@@ -217,7 +228,7 @@ def _parsed(where: str, spec: str, *, deny: bool) -> tuple[str, set[int] | None]
 
 
 def _host_problem(host: str) -> str:
-    """Return what is wrong with a host; empty for a valid one."""
+    """Return what is wrong with a host; "" for a valid host."""
     if any("\ud800" <= char <= "\udfff" for char in host):
         return "it is not UTF-8 text"
     if "://" in host:
@@ -272,7 +283,10 @@ def _net(net: Net, asked: _Asked, *, raise_dns: bool, gate: bool) -> Net:
 
 
 def _deny(hosts: dict[str, set[int]], deny: Mapping[str, set[int] | None], *, gate: bool) -> None:
-    """Remove denied ports from *hosts*. Raises UsageError if only a gate could enforce the rest."""
+    """Remove denied ports from *hosts*.
+
+    Raises UsageError if a denial covers part of an entry and there is no gate to enforce it.
+    """
     names: dict[Addresses | str, list[str]] = {}
     for host in hosts:
         names.setdefault(meaning(host), []).append(host)
@@ -297,7 +311,7 @@ def _deny(hosts: dict[str, set[int]], deny: Mapping[str, set[int] | None], *, ga
 
 
 def _roots(flag: str, given: Iterable[str]) -> Iterator[str]:
-    """Yield the distinct roots in the order given."""
+    """Yield the distinct folders in the order given."""
     seen = set()
     for text in given:
         root = text.strip()
@@ -328,7 +342,7 @@ def _too_many(what: str, count: int, most: int) -> NoReturn:
 
 
 def _notes(base: Policy, base_path: str, digest: str) -> str | msgspec.UnsetType:
-    """Return the base's notes with a line on the origin of this policy, if there is room for it."""
+    """Return the base's notes with a line on the origin of this policy, if there is room for the line."""
     path = base_path.encode("utf-8", "replace").decode()
     line = f"Derived from {path} by overrides {digest}."
     notes = f"{base.notes_in_force}\n{line}" if base.notes_in_force else line

@@ -1,4 +1,4 @@
-"""Problems of a policy document, and the error that lists them all."""
+"""Problems of a policy document, and the error that lists them."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -15,10 +15,10 @@ _SHOWN_CHARS = 80  # of an untrusted key, in a message
 
 
 class Problem(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One problem at one place.
+    """One problem at one place of the document.
 
-    json_path: like ``$.limits.cpu_ms`` or ``$.net.allow_hosts[2].ports``. message: without a full stop.
-    suggestion: the key or value that was probably meant.
+    json_path: the place, such as ``$.limits.cpu_ms`` or ``$.net.allow_hosts[2].ports``. message: without a full stop.
+    suggestion: the key or value that the author probably meant.
     """
 
     json_path: str
@@ -26,13 +26,16 @@ class Problem(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     suggestion: str | None = None
 
     def __str__(self) -> str:
-        """Return one line: place, problem, suggestion."""
+        """Return one line: place, message, suggestion."""
         hint = f"; did you mean {self.suggestion}?" if self.suggestion else ""
         return f"{self.json_path}: {self.message}{hint}"
 
 
 class PolicyError(UsageError):
-    """A policy document was rejected for its ``problems``. in_schema: it violates only rules beyond the schema."""
+    """A policy document is invalid. ``problems`` lists all its problems.
+
+    in_schema: whether the document matches the schema and violates only rules that a schema cannot express.
+    """
 
     def __init__(
         self, what: str, why: str, fix: str, problems: Iterable[Problem] = (), *, in_schema: bool = False
@@ -44,7 +47,7 @@ class PolicyError(UsageError):
 
     @classmethod
     def of(cls, source: str, problems: Sequence[Problem], *, in_schema: bool = False) -> "PolicyError":
-        """Return the error for *problems* (at least one) in the document from *source*."""
+        """Return the error for *problems* (at least one) in the document called *source*."""
         lines = [str(problem) for problem in problems]
         why = lines[0] if len(lines) == 1 else "\n".join([f"{len(lines)} problems", *(f"  {line}" for line in lines)])
         fix = "Correct the document; docs/reference/policy.md lists every field"
@@ -54,7 +57,7 @@ class PolicyError(UsageError):
 
 
 def json_path(parts: Iterable[str | int]) -> str:
-    """Return a path like ``$.a.b[3]``; a key that is not an identifier is quoted, escaped and truncated."""
+    """Return a path like ``$.a.b[3]``. A key that is not an identifier is quoted, escaped and truncated."""
     text = "$"
     for part in parts:
         if isinstance(part, int):

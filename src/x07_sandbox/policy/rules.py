@@ -1,7 +1,7 @@
-"""Rules that the schema cannot express: upstream's ``validate_basic``, and two of our own, marked so.
+"""Rules that the schema cannot express: ``validate_basic`` of X07's own runner, and two of this tool, marked so.
 
-They apply even if their section is disabled. Both decoding paths check them on the plain document; values of the wrong
-type are left to the schema.
+The rules apply even if their section is disabled. Both decoding paths check them on the plain document. Values of the
+wrong type are left to the schema.
 """
 
 import re
@@ -36,7 +36,7 @@ def rule_problems(document: object) -> Iterator[Problem]:
 
 
 def spawn_needs_limits(document: object) -> Iterator[Problem]:
-    """Check that ``allow_spawn`` comes with a program to start and limits above zero."""
+    """Check that ``allow_spawn`` is combined with at least one program and with limits above zero."""
     if _get(document, "process", "allow_spawn") is not True:
         return
     execs = [_get(document, "process", name) for name in ("allow_execs", "allow_exec_prefixes")]
@@ -49,14 +49,14 @@ def spawn_needs_limits(document: object) -> Iterator[Problem]:
 
 
 def cwd_needs_roots(document: object) -> Iterator[Problem]:
-    """Check that ``allow_cwd`` comes with a folder to start in."""
+    """Check that ``allow_cwd`` is combined with at least one folder to start in."""
     roots = _get(document, "process", "allow_cwd_roots")
     if _get(document, "process", "allow_cwd") is True and (roots is None or roots == []):
         yield Problem("$.process.allow_cwd_roots", "must name a folder while allow_cwd is true")
 
 
 def db_needs_driver(document: object) -> Iterator[Problem]:
-    """Check that ``db.enabled`` comes with a driver."""
+    """Check that ``db.enabled`` is combined with at least one driver."""
     drivers = _get(document, "db", "drivers")
     if _get(document, "db", "enabled") is not True or not isinstance(drivers, dict):
         return
@@ -84,7 +84,7 @@ def hosts_are_plain(document: object) -> Iterator[Problem]:
 
 
 def lists_can_be_joined(document: object) -> Iterator[Problem]:
-    """Check that no entry of a list that is joined with ``;`` contains one."""
+    """Check that no entry contains ``;`` in a list whose entries X07 joins with ``;``."""
     for place in _JOINED:
         for index, entry in _strings(document, place):
             if ";" in entry:
@@ -99,7 +99,7 @@ def patterns_are_regex_lite(document: object) -> Iterator[Problem]:
 
 
 def regex_lite_fault(pattern: str) -> str | None:
-    """Return what is wrong with a pattern of X07's regex-lite; None for a valid one."""
+    """Return what is wrong with a pattern of X07's regex-lite; None for a valid pattern."""
     if not pattern:
         return "must not be empty"
     if ";" in pattern:
@@ -113,14 +113,20 @@ def regex_lite_fault(pattern: str) -> str | None:
 
 
 def id_is_one_line(document: object) -> Iterator[Problem]:
-    r"""Check the id (our rule): in Python, among others, ``$`` in the schema's pattern accepts "name\n"."""
+    r"""Check that the id is one line. In Python and others, ``$`` in the schema's pattern also accepts "name\n".
+
+    This rule is not in X07's own runner.
+    """
     policy_id = _get(document, "policy_id")
     if isinstance(policy_id, str) and not re.fullmatch(r"[a-zA-Z0-9_.-]{1,64}", policy_id):
         yield Problem("$.policy_id", "must be 1 to 64 letters, digits, '_', '.' or '-'")
 
 
 def lists_hold_no_nul(document: object) -> Iterator[Problem]:
-    """Check for NUL in lists that become variables (our rule), since no variable can contain one."""
+    """Check for NUL in lists that become environment variables, since no variable can contain NUL.
+
+    This rule is not in X07's own runner.
+    """
     for place in (*_JOINED, _PATTERNS):
         for index, entry in _strings(document, place):
             if "\0" in entry:

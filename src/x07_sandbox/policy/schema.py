@@ -31,7 +31,10 @@ class Field:
 
 @cache
 def policy_schema() -> dict[str, Any]:
-    """Return the document's JSON Schema (draft 2020-12), closed at every level. Do not modify it."""
+    """Return the document's JSON Schema (draft 2020-12). It allows no unknown fields.
+
+    Do not modify the returned value.
+    """
     made = msgspec.json.schema(Policy)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": SCHEMA_VERSION, **made}
 
@@ -42,12 +45,12 @@ def fields() -> tuple[Field, ...]:
 
 
 def largest(path: str) -> int:
-    """Return the maximum of the field at *path*, like "limits.fds"."""
+    """Return the maximum of the field at *path*, such as "limits.fds"."""
     return range_of(path)[1]
 
 
 def range_of(path: str) -> tuple[int, int]:
-    """Return minimum and maximum of the field at *path*, which must have both."""
+    """Return the minimum and the maximum of the field at *path*. The field must have both."""
     low, high = next((field.minimum, field.maximum) for field in fields() if field.path == path)
     if low is None or high is None:
         raise ValueError(f"{path} has no range")
@@ -79,7 +82,7 @@ def _fields(section: str, prefix: str) -> Iterator[Field]:
 
 
 def _bounds(schema: Mapping[str, Any]) -> str:
-    """Return the range of a value in words; empty if it has none."""
+    """Return the range of a value in words; "" if it has no range."""
     if "enum" in schema:
         return ", ".join(f"`{choice}`" for choice in schema["enum"])
     if "maximum" in schema:

@@ -1,6 +1,6 @@
-"""The policies that `x07 policy init` writes: the eight of X07, and our default.
+"""The policies that `x07 policy init` writes: the X07 language's eight policy templates, and this tool's default.
 
-All values are upstream's; a test compares them with the checksums of its documents.
+All values come from X07. A test compares them with the checksums of X07's own documents.
 """
 
 from collections.abc import Mapping
@@ -149,7 +149,10 @@ BUILT_IN: Final = "built-in:"
 
 
 def built_in(name: str) -> Policy | None:
-    """Return the policy `built-in:TEMPLATE`; None for any other name. Raises UsageError for an unknown template."""
+    """Return the policy `built-in:TEMPLATE`; None if *name* has another form.
+
+    Raises UsageError for an unknown policy template.
+    """
     if not name.startswith(BUILT_IN):
         return None
     try:

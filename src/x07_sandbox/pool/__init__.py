@@ -1,1 +1,1 @@
-"""Prepared machines that wait: kept warm, handed out, and made into an executor."""
+"""Prepared machines that wait for a run: how they are kept warm, handed out, and used by an executor."""

@@ -1,4 +1,4 @@
-"""Making the saved machines that the first runs would otherwise have to make."""
+"""Creation of the saved VMs that the first runs would otherwise have to create."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 
 def prepare_clones(image: Image, progress: Callable[[str], None]) -> None:
-    """Save the machines for builds and ordinary runs, if the default backend can clone. Raises SandboxError."""
+    """Save the VMs for builds and ordinary runs, if the default backend can clone.
+
+    Raises SandboxError if that fails.
+    """
     backend = create(select(this_platform(), BackendRequest()).backend)
     if backend.cloning is None:
         return

@@ -2,8 +2,9 @@
 
     python -m x07_sandbox.pool.server SIZE IDLE_S IMAGE READY_FD
 
-IMAGE: a name or digest, "" for the default. READY_FD gets JSON lines: {"progress": TEXT}, then {"ready": SIZE} or an
-error. The process ends by SIGTERM, SIGINT, a request, or after IDLE_S seconds without use; its machines end with it.
+IMAGE: a name or digest, "" for the default image. READY_FD gets JSON lines: {"progress": TEXT}, then {"ready": SIZE} or
+an error. The process ends on SIGTERM, SIGINT or a request, or after IDLE_S seconds without use. Its machines end with
+it.
 """
 
 from __future__ import annotations
@@ -49,14 +50,14 @@ _NO_FDS_S: Final = 0.2
 
 
 class Starter:
-    """Reports the start to the process that started this one. Owns the descriptor."""
+    """Reports on the pool's start, sent to the process that started the pool. Owns the descriptor."""
 
     def __init__(self, owned_fd: int) -> None:
         self._fd: int | None = owned_fd
         self._lock = threading.Lock()  # machines are made in another thread
 
     def report(self, value: dict[str, object]) -> None:
-        """Write one JSON object as a line, unless closed."""
+        """Write one JSON object as a line. Do nothing if the descriptor is closed."""
         with self._lock, contextlib.suppress(OSError):
             if self._fd is not None:
                 os.write(self._fd, json.dumps(value).encode() + b"\n")
@@ -70,7 +71,7 @@ class Starter:
 
 
 class Server:
-    """Accepts connections. A thread serves each for as long as its lease lasts."""
+    """Accepts connections. A separate thread serves each connection until its lease ends."""
 
     def __init__(self, machines: WarmMachines, listener: socket.socket, idle_s: float) -> None:
         self.machines = machines
@@ -84,12 +85,12 @@ class Server:
         self._lock = threading.Lock()
 
     def end(self, *_: object) -> None:
-        """Stop serving. Can be called by a signal handler, and again."""
+        """Stop serving. A signal handler may call this, and more than one call is allowed."""
         self._ended = True
         os.eventfd_write(self._end, 1)
 
     def serve(self) -> None:
-        """Serve until `end` is called or the pool was idle for too long."""
+        """Serve until `end` is called or the pool has been idle for too long."""
         poll = input_poll(self.listener.fileno(), self._end)
         while not self._unused():
             for fd, _ in poll.poll(min(self.idle_s, 1.0) * 1000):
@@ -105,7 +106,7 @@ class Server:
                 self._threads = [*(other for other in self._threads if other.is_alive()), thread]
 
     def wait_leases(self) -> None:
-        """Wait until every leased machine and its record have ended, after `end`."""
+        """Wait, after `end`, until every leased machine has ended and its record says so."""
         deadline = Deadline.after(GONE_S)
         while not deadline.passed():
             with self._lock:
@@ -138,7 +139,10 @@ class Server:
                     connection.recv(1)  # this process's end is the answer
 
     def wait_filled(self) -> int:
-        """Wait until all machines are warm, start the idle time, and return how many are warm. Raises SandboxError."""
+        """Wait until all machines are warm, start the idle time, and return how many are warm.
+
+        Raises SandboxError if no machine can be made or the pool is stopped meanwhile.
+        """
         if not self.machines.wait_ready(Deadline.after(settings.QUEUE_S)) and self._ended:
             raise HostError("cannot start the pool", "it was stopped during its start", "Start it again")
         self.machines.used_at = time.monotonic()
@@ -183,7 +187,7 @@ class Server:
         send(connection, {"protocol": PROTOCOL, "status": -9 if status is None else status, "gone": gone})
 
     def _wait_for_end(self, connection: socket.socket, machine_pidfd: int, claimer: int) -> bool:
-        """Wait for the end of lease, claimer, machine or server, and return whether it was the server's."""
+        """Wait until the lease, claimer, machine or server ends. Return whether it was the server that ended."""
         with contextlib.ExitStack() as stack:
             fds = [connection.fileno(), machine_pidfd, self._end]
             with contextlib.suppress(OSError):
@@ -193,7 +197,7 @@ class Server:
             return any(fd == self._end for fd, _ in input_poll(*fds).poll())
 
     def _taken(self, asked: dict[str, Any], pid: int) -> WarmMachine | None:
-        """Return the requested machine, recorded as the claimer's; None if there is none."""
+        """Return the requested machine, recorded as the claimer's; None if no machine is available."""
         ours = (str(state_dir()), self.machines.backend.name, list(self.machines.kind.key))
         runner = identify(pid)
         claim, ram_bytes = _claim(asked), asked.get("ram_bytes")
@@ -205,7 +209,10 @@ class Server:
 
 
 def _claim(asked: dict[str, Any]) -> Claim | None:
-    """Return the claimed job if it is well-formed: its name becomes a folder's."""
+    """Return the claimed job, or None if it is not well-formed.
+
+    The check matters because its name becomes a folder's name.
+    """
     with contextlib.suppress(msgspec.ValidationError):
         claim = msgspec.convert({name: asked.get(name) for name in ("run_id", "phase", "wall_ms")}, prepared(Claim))
         if _JOB_ID.fullmatch(claim.job_id) and 0 < claim.wall_ms <= _WALL_MS_MAX:
@@ -215,7 +222,7 @@ def _claim(asked: dict[str, Any]) -> Claim | None:
 
 @contextlib.contextmanager
 def _listening() -> Iterator[socket.socket]:
-    """Yield the pool's socket. Raises HostError if this user has a pool already."""
+    """Yield the pool's socket. Raises HostError if this user already has a pool."""
     folder = pool_dir()
 
     def taken() -> None:
@@ -267,7 +274,7 @@ def main(words: list[str]) -> int:
 
 
 def _error_values(exc: SandboxError) -> dict[str, object]:
-    """Return an error for `x07 pool start`. usage: whether it is a UsageError."""
+    """Return an error as JSON values for `x07 pool start`. usage: whether the error is a UsageError."""
     return {"what": exc.what, "why": exc.why, "fix": exc.fix, "usage": isinstance(exc, UsageError)}
 
 

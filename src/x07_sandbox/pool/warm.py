@@ -1,8 +1,8 @@
-"""Warm machines: clones that have run two programs of ours and wait for one program of a user each.
+"""Warm machines: clones that have run two of this tool's own programs, each waiting to run one user program.
 
-An emulator takes about ten times longer for code that it executes first, so each machine has run a C and a Python
-program. Each is recorded as a job (`RUN-warm`) with a deadline, and becomes its claimer's job in this order: deadline,
-record, machine.
+An emulator takes about ten times longer for code that it executes for the first time. So each machine runs a C and a
+Python program before it waits. Each machine is recorded as a job (`RUN-warm`) with a deadline. When it is claimed, its
+deadline, its record and the machine itself become the claimer's, in this order.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ _TRY_LATER_S: Final = 10.0
 
 
 class WarmMachine:
-    """One waiting machine. It belongs to the pool until it is claimed, then to its claimer."""
+    """One waiting machine. It belongs to the pool until a run claims it, then to that run."""
 
     def __init__(self, instance: Instance, stack: contextlib.ExitStack, made_at: float) -> None:
         self.instance = instance
@@ -68,13 +68,13 @@ class WarmMachine:
         self._stack = stack
 
     def close(self) -> bool:
-        """End the machine and its record, and return whether it is proven gone. A second call does nothing."""
+        """End the machine and its record, and return whether the machine is proven gone. A second call does nothing."""
         self._stack.close()
         return self.instance.stop()
 
 
 class WarmMachines:
-    """Keeps *size* machines warm, in its own thread, until closed. Thread-safe. image: name or digest."""
+    """Keeps *size* machines warm until closed. It has its own thread and is thread-safe. image: name or digest."""
 
     def __init__(
         self, size: int, *, image: str | None = None, progress: Callable[[str], None] = lambda _text: None
@@ -106,7 +106,7 @@ class WarmMachines:
         self._thread = threading.Thread(target=self._keep, name="x07-warm", daemon=True)
 
     def start(self) -> None:
-        """Open image and programs, and start making machines. Raises SandboxError."""
+        """Open the image and the warm-up programs, and start making machines. Raises SandboxError if a step fails."""
         try:
             self._stack.enter_context(warm_slots(self.size, self._most))
             self._image = self._stack.enter_context(open_image(current_image(find_image(self._image_ref))))
@@ -123,7 +123,7 @@ class WarmMachines:
         self._thread.start()
 
     def _spec(self, program: Path) -> PhaseSpec:
-        """Return the run of a program of ours, after building it if need be."""
+        """Return the run of one of the warm-up programs, which is built first if needed."""
         draft = draft_result(new_run_id())
         folder = RunFolder(draft.run, self._stack)
         try:
@@ -166,7 +166,10 @@ class WarmMachines:
             machine.close()
 
     def _wait_until_wanted(self) -> bool:
-        """Wait until a machine is missing; False once closed. Machines near their deadline are ended."""
+        """Wait until a machine is missing. Return False once closed.
+
+        Meanwhile, end machines that are near their deadline.
+        """
         while True:
             with self._changed:
                 if self._closing:
@@ -203,7 +206,10 @@ class WarmMachines:
             return WarmMachine(instance, stack.pop_all(), time.monotonic())
 
     def _run(self, instance: Instance, spec: PhaseSpec) -> None:
-        """Have the machine run a program of ours and prepare for the next. Raises BackendError."""
+        """Run one of the warm-up programs in the machine, and prepare the machine for the next.
+
+        Raises BackendError if it fails.
+        """
         with contextlib.ExitStack() as stack:
             out, err = (
                 Sink(name, keep_fd=memory_file(b"", stack), live_fd=None, max_bytes=settings.MIB)
@@ -222,7 +228,10 @@ class WarmMachines:
             raise Cancelled("the pool has ended", "it was closed", "Start it again")
 
     def in_forked_child(self) -> bool:
-        """Whether this process was forked from the owner's, and so may neither take nor end machines."""
+        """Whether this process was forked from the owner's process.
+
+        Such a process may neither take nor end machines.
+        """
         return os.getpid() != self._owner_pid
 
     def ready(self) -> int:
@@ -231,7 +240,10 @@ class WarmMachines:
             return len(self._ready)
 
     def wait_ready(self, deadline: Deadline) -> bool:
-        """Wait until all machines are warm, and return whether they are. Raises SandboxError if none can be made."""
+        """Wait until all machines are warm, and return whether they are.
+
+        Raises SandboxError if no machine can be made.
+        """
         with self._changed:
             while len(self._ready) < self.size and not deadline.passed() and not self._closing:
                 if self.problem is not None:
@@ -240,13 +252,14 @@ class WarmMachines:
             return len(self._ready) >= self.size
 
     def serves(self, backend: str, kind: MachineKind) -> bool:
-        """Whether the machines are of that kind."""
+        """Whether the machines belong to that backend and are of that kind."""
         return (backend, kind.key) == (self.backend.name, self.kind.key)
 
     def take(self, claim: Claim, runner: Identity, ram_bytes: int) -> WarmMachine | None:
-        """Return a machine as the job of *claim*, run by *runner*; None if none is waiting or its adoption fails.
+        """Return a machine as the job of *claim*, run by *runner*.
 
-        ram_bytes: the most RAM that the job uses.
+        Return None if no machine is waiting or its take-over fails.
+        runner: identity of the claiming process. ram_bytes: the most RAM that the job uses.
         """
         if self.in_forked_child():
             return None
@@ -273,7 +286,7 @@ class WarmMachines:
         return None if machine is None else _claimed(machine, job)
 
     def close(self) -> None:
-        """End the waiting machines and make no more. Claimed ones belong to their claimers."""
+        """End the waiting machines and make no more. Claimed machines belong to their claimers and stay."""
         if self.in_forked_child():
             return
         with self._changed:
