@@ -32,6 +32,8 @@ class SandboxError(Exception):
     result: Any = None
     # The policy field that is the cause, and the value that would allow it; None if another value would not help.
     policy_cause: tuple[str, Any] | None = None
+    # What separates the fix from the cause: a blank, or a line break and two blanks.
+    before_fix: str = " "
 
     def __init__(self, what: str, why: str, fix: str) -> None:
         super().__init__(what, why, fix)  # all arguments, so that the error survives pickling
@@ -44,7 +46,7 @@ class SandboxError(Exception):
 
     def __str__(self) -> str:
         end = "" if ": x07 " in self.fix else "."  # so that a command at the end can be pasted
-        return f"{self.what}: {self.why}{'' if self.why.endswith('?') else '.'} {self.fix}{end}"
+        return f"{self.what}: {self.why}{'' if self.why.endswith('?') else '.'}{self.before_fix}{self.fix}{end}"
 
 
 class UsageError(SandboxError):

@@ -148,7 +148,7 @@ def test_a_run_name_must_be_unique(verb: str) -> None:
     unknown, shared = x07(verb, "9-9-9"), x07(verb, first.run_id[:5])
     assert (unknown.returncode, shared.returncode) == (2, 2)
     assert b"x07 ps --all" in unknown.stderr
-    assert b"Give more of its name" in shared.stderr
+    assert b"Type more of the name" in shared.stderr
 
 
 def test_logs_prints_what_a_run_printed() -> None:
@@ -218,7 +218,10 @@ def test_sweep_reports_what_it_removes(state: Path) -> None:
     assert (dry["dry_run"], [gone["id"] for gone in dry["removed"]]) == (True, [record.job_id])
     done = x07("sweep")
     assert done.returncode == 0
-    assert f"removed job {record.job_id}: its runner is dead\nremoved 1 item\n" in done.stdout.decode()
+    assert (
+        f"removed job {record.job_id}: the x07 process that started it is dead\nremoved 1 item\n"
+        in done.stdout.decode()
+    )
     assert sorted(path.name for path in (state / record.job_id).iterdir()) == ["job.json", "owner.json", "reaped"]
 
 

@@ -81,8 +81,8 @@ def huge(path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "why"),
     [
-        (lambda root: (root / "x").symlink_to("/etc/passwd"), "leads out of it, to /etc/passwd"),
-        (lambda root: (root / "x").symlink_to("/etc"), "leads out of it, to /etc"),
+        (lambda root: (root / "x").symlink_to("/etc/passwd"), "leads out of the project, to /etc/passwd"),
+        (lambda root: (root / "x").symlink_to("/etc"), "leads out of the project, to /etc"),
         (lambda root: (root / "x").symlink_to("nowhere"), "No such file"),
         (lambda root: (root / "x").symlink_to("x"), "symbolic links"),
         (lambda root: os.mkfifo(root / "x"), "not a regular file"),

@@ -1002,7 +1002,7 @@ async def test_a_guest_that_never_reads_stops_its_own_gate_only() -> None:
 
 @on_a_loop
 async def test_guest_refusals_are_recorded() -> None:
-    """A connection refused inside the guest is recorded with the deciding rule."""
+    """A connection denied inside the guest is recorded with the deciding rule."""
     async with lab() as it:
         for host, port in ((b"unlisted.example", 443), (b"10.0.0.1", 80), (b"127.1", 443), (b"lookup.example", 0)):
             it.relay.link.report_refusal(TCP, host, port)

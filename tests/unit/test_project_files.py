@@ -100,11 +100,11 @@ def test_a_projects_policy_and_input_are_read(folder: Path, stack: contextlib.Ex
 @pytest.mark.parametrize(
     ("make", "why"),
     [
-        (lambda place: place.symlink_to("/proc/self/environ"), "leads out of it, to /proc/"),
-        (lambda place: place.symlink_to("../../other.txt"), "leads out of it, to .*/other.txt"),
+        (lambda place: place.symlink_to("/proc/self/environ"), "leads out of the project, to /proc/"),
+        (lambda place: place.symlink_to("../../other.txt"), "leads out of the project, to .*/other.txt"),
         (os.mkfifo, "is not a regular file"),
         (Path.mkdir, "is not a regular file"),
-        (lambda place: place.symlink_to("/dev/zero"), "leads out of it, to /dev/zero"),
+        (lambda place: place.symlink_to("/dev/zero"), "leads out of the project, to /dev/zero"),
         (lambda place: place.symlink_to(place.name), "symbolic links"),
         (lambda _: None, "No such file"),
     ],

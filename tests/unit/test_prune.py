@@ -124,7 +124,7 @@ def test_a_job_of_a_live_process_stays() -> None:
     record = job(400, runner=own_identity())
     report = swept("runs")
     assert report.removed == ()
-    assert "a process of it lives" in why_kept(report, record.folder)
+    assert "one of its processes is alive" in why_kept(report, record.folder)
 
 
 def test_a_run_with_half_applied_changes_is_kept() -> None:

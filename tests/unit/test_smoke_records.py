@@ -81,7 +81,9 @@ def test_a_process_with_the_mark_and_a_control_group_are_seen(tmp_path: Path) ->
     ]
 
 
-@pytest.mark.parametrize(("removed", "code"), [([{"kind": "job", "id": JOB, "why": "its runner is dead"}], 0), ([], 1)])
+@pytest.mark.parametrize(
+    ("removed", "code"), [([{"kind": "job", "id": JOB, "why": "the x07 process that started it is dead"}], 0), ([], 1)]
+)
 def test_an_orphan_has_to_be_named_as_removed(tmp_path: Path, removed: list[dict[str, str]], code: int) -> None:
     """A sweep passes only if it reports the orphan as removed."""
     report = {"removed": removed, "kept": [{"kind": "job", "id": JOB, "why": "it is alive"}]}

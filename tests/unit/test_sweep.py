@@ -370,7 +370,7 @@ def test_a_run_sweeps_first() -> None:
     """A run sweeps first and reports what it removed."""
     dead, live = recorded(GONE), recorded()
     dead.folder.rename(dead.folder.with_name(f"1-{GONE.pid}-0-run"))
-    assert "removed 1 job that dead runners left\n" in run_here().stderr
+    assert "removed 1 job of dead x07 processes\n" in run_here().stderr
     assert (dead.folder.with_name(f"1-{GONE.pid}-0-run") / "reaped").exists()
     assert not ended(live)
     assert "dead runners" not in run_here().stderr

@@ -55,7 +55,7 @@ def test_a_sweep_leaves_nothing_of_a_killed_runners_machine(state: Path) -> None
             dead.wait()
             report = document("sweep", "--json")
         (job,) = report["removed"]
-        assert (job["kind"], job["why"]) == ("job", "its runner is dead")
+        assert (job["kind"], job["why"]) == ("job", "the x07 process that started it is dead")
         assert (state / job["id"] / "reaped").read_bytes() == b"reaped\n"
         gone = {str(owner["instance"]) for owner in owners(state)} - before
         assert not [pid for mark in gone for pid in marked(mark)]

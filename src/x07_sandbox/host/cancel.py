@@ -35,7 +35,7 @@ class Cancel:
     def check(self) -> None:
         """Raise Cancelled if cancellation was requested."""
         if self.signal is not None:
-            why = "a signal was received" if self.signal else "it was requested"
+            why = "a signal was received" if self.signal else "cancellation was requested"
             cancelled = Cancelled("the run was cancelled", why, "Start it again")
             cancelled.signal = self.signal
             raise cancelled

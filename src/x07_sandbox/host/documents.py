@@ -24,7 +24,9 @@ def project_root(project: Path | None) -> Path:
     if project is not None:
         if not is_file(project):
             raise UsageError(
-                f"cannot use the project {project}", "it is not a readable file", f"Name the project's {MANIFEST}"
+                f"cannot use the project {project}",
+                "it is not a readable file",
+                f"Give the path of the project's {MANIFEST}",
             )
         return real_path(project.parent)
     here = real_path(Path())

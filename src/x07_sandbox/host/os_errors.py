@@ -18,8 +18,8 @@ _FIXES: Final = {
     errno.ENOSPC: "Free space there, or set X07_VM_STATE_DIR and X07_VM_CACHE_DIR",
     errno.EDQUOT: "Free space there, or set X07_VM_STATE_DIR and X07_VM_CACHE_DIR",
     errno.EROFS: "Set X07_VM_STATE_DIR and X07_VM_CACHE_DIR to folders that can be written",
-    errno.EACCES: "Make it yours with mode 0700, or set X07_VM_STATE_DIR and X07_VM_CACHE_DIR",
-    errno.EPERM: "Make it yours with mode 0700, or set X07_VM_STATE_DIR and X07_VM_CACHE_DIR",
+    errno.EACCES: "Change its owner to yourself and its mode to 0700, or set X07_VM_STATE_DIR and X07_VM_CACHE_DIR",
+    errno.EPERM: "Change its owner to yourself and its mode to 0700, or set X07_VM_STATE_DIR and X07_VM_CACHE_DIR",
     errno.EIO: "Check the system log; the disk may be failing",
     errno.ENOMEM: "Close programs, or raise the limit on memory: ulimit -v",
     errno.ENOSYS: "Use Linux 5.6 or newer",
@@ -62,4 +62,4 @@ def require_own_proc() -> None:
         raise HostError("cannot inspect processes", f"/proc: {exc.strerror}", "Mount /proc") from exc
     if number != str(os.getpid()):
         why = "/proc belongs to another pid namespace"
-        raise HostError("cannot inspect processes", why, "Mount the right one: unshare --mount-proc")
+        raise HostError("cannot inspect processes", why, "Mount this namespace's own /proc: unshare --mount-proc")

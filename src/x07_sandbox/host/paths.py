@@ -142,7 +142,7 @@ def read_bounded(path: Path, what: str, max_bytes: int) -> bytes:
             os.close(fd)
     except (OSError, ValueError) as exc:  # ValueError: a zero byte in the name
         why = getattr(exc, "strerror", None) or str(exc)
-        raise UsageError(f"cannot read the {what} {path}", why, "Name a readable file") from exc
+        raise UsageError(f"cannot read the {what} {path}", why, "Use a readable file") from exc
     if len(data) > max_bytes:
         raise UsageError(f"cannot read the {what} {path}", f"it has more than {max_bytes} bytes", "Use a smaller file")
     return data
@@ -206,11 +206,11 @@ def _open_folder(dir_fd: int, part: str, here: Path) -> int:
 def _check_owner(info: os.stat_result, here: Path, *, last: bool, made: bool) -> None:
     what, uid, mode = f"cannot use folder {here}", info.st_uid, f"{stat.S_IMODE(info.st_mode):04o}"
     if last and not made and (uid != os.geteuid() or info.st_mode & 0o077):
-        why = f"it belongs to uid {uid} with mode {mode}; it must be yours with mode 0700"
+        why = f"it belongs to uid {uid} with mode {mode}; it must belong to you and have mode 0700"
         raise HostError(what, why, _how_to_be_private(info, here))
     if _others_can_change(info):
         fix = "Set X07_VM_STATE_DIR or X07_VM_CACHE_DIR to a folder whose parents only you or root can write"
-        raise HostError(what, f"others can change it (uid {uid}, mode {mode})", fix)
+        raise HostError(what, f"other users can change it (uid {uid}, mode {mode})", fix)
 
 
 def _others_can_change(info: os.stat_result) -> bool:

@@ -36,7 +36,7 @@ class ProjectFolder:
                 place = os.readlink(f"/proc/self/fd/{fd}")  # noqa: PTH115 - called very often
                 info = os.fstat(fd)
             if place != self.base and not place.startswith(self._below):
-                raise self.refused(f"{shown} leads out of it, to {place}", "Copy it into the project")
+                raise self.refused(f"{shown} leads out of the project, to {place}", "Copy it into the project")
             yield fd, info
         finally:
             os.close(fd)

@@ -26,16 +26,26 @@ SETTINGS: Final = (
         "net", "allow_local", "list of `ADDRESS:PORT`", "`[]`", "Special addresses to open, if a policy lists them too."
     ),
     Setting(
-        "net", "allow_loopback", "true or false", "`false`", "Let `allow_local` name loopback addresses of this host."
+        "net",
+        "allow_loopback",
+        "true or false",
+        "`false`",
+        "Let `allow_local` contain loopback addresses of this host.",
     ),
-    Setting("net", "allow_metadata", "true or false", "`false`", "Let `allow_local` name a cloud's metadata service."),
+    Setting(
+        "net",
+        "allow_metadata",
+        "true or false",
+        "`false`",
+        "Let `allow_local` contain the address of a cloud's metadata service.",
+    ),
     Setting("net", "opaque_ports", "list of ports", "`[]`", "Ports whose connections need not be TLS or HTTP."),
     Setting(
         "limits",
         "scale_when_emulated",
         '`"auto"`, `"never"`',
         '`"never"`',
-        "Scale time limits of all runs on emulated machines, as `--scale-limits` does for one.",
+        "Scale time limits of all runs on emulated machines, as `--scale-limits` does for one run.",
     ),
 )
 

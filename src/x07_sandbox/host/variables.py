@@ -67,11 +67,24 @@ def _text(name: str, doc: str, default: str = "unset", effect: str = "now") -> V
 
 _ROWS: Final = (
     Variable(
-        "X07_SANDBOX_BACKEND", "choice", "Isolation class; --sandbox-backend wins.", "auto", choices=SANDBOX_BACKENDS
+        "X07_SANDBOX_BACKEND",
+        "choice",
+        "Isolation class. The flag --sandbox-backend overrides it.",
+        "auto",
+        choices=SANDBOX_BACKENDS,
     ),
-    Variable("X07_I_ACCEPT_WEAKER_ISOLATION", "flag", "Allow a named backend that is not a virtual machine.", "0"),
     Variable(
-        "X07_VM_BACKEND", "choice", "Backend by name; --backend wins.", "the platform's default", choices=BACKENDS
+        "X07_I_ACCEPT_WEAKER_ISOLATION",
+        "flag",
+        "Allow a backend that is selected by name and is not a virtual machine.",
+        "0",
+    ),
+    Variable(
+        "X07_VM_BACKEND",
+        "choice",
+        "Name of the backend. The flag --backend overrides it.",
+        "the platform's default",
+        choices=BACKENDS,
     ),
     Variable("X07_VM_STATE_DIR", "folder", "Folder of job records.", "`$HOME/.x07/vm/jobs`"),
     Variable(
@@ -91,7 +104,11 @@ _ROWS: Final = (
     Variable(
         "X07_VM_MAX_RUNNING", "number", "Maximum of concurrent machines.", "by cores and memory", lo=1, hi=MOST_RUNNING
     ),
-    _text("X07_VM_GUEST_IMAGE", "Guest image; with qemu a local name or digest (--image wins).", "`default`"),
+    _text(
+        "X07_VM_GUEST_IMAGE",
+        "Guest image; with qemu, a local name or digest. The flag --image overrides it.",
+        "`default`",
+    ),
     Variable("X07_VM_GUEST_IMAGE_DIGEST", "digest", "Digest of the only allowed guest image; no flag overrides it."),
     _text("X07_VM_VZ_GUEST_BUNDLE", "Folder with kernel and root disk for vz.", effect=_OF_VZ),
     _text("X07_VM_VZ_HELPER_BIN", "Helper for macOS's Virtualization framework.", "`x07-vz-helper`", _OF_VZ),
@@ -107,8 +124,14 @@ _ROWS: Final = (
     _text("X07_VM_FIRECRACKER_SNAPSHOTTER", "Snapshotter of firecracker-containerd.", "`devmapper`", _OF_FIRECRACKER),
     _text("X07_VM_CONTAINERD_NAMESPACE", "Containerd namespace of our containers.", "`x07`", _OF_FIRECRACKER),
     _text("X07_WORKSPACE_ROOT", "Folder of X07's library.", "`/usr/local/lib/x07` in the guest", _NO_EFFECT),
-    _text("X07_COMPAT", "X07 version for the compiler's compatibility mode; --compat wins."),
-    Variable("X07_MAX_C_BYTES", "number", "Maximum of C code, in bytes; --max-c-bytes wins.", lo=0, hi=2**48),
+    _text("X07_COMPAT", "X07 version for the compiler's compatibility mode. The flag --compat overrides it."),
+    Variable(
+        "X07_MAX_C_BYTES",
+        "number",
+        "Maximum size of the C code, in bytes. The flag --max-c-bytes overrides it.",
+        lo=0,
+        hi=2**48,
+    ),
     _text("X07_OFFLINE", "Do not fetch X07 packages.", effect=_NO_EFFECT),
     _text("X07_NATIVE_CACHE_DIR", "X07's cache of native libraries.", effect=_NO_EFFECT),
 )

@@ -40,7 +40,7 @@ def prune_images(pruner: Pruner) -> set[str]:
         remove = partial(remove_from_store, progress=pruner.progress)
         for image in images:
             if not image.name and image.digest == text("X07_VM_GUEST_IMAGE_DIGEST"):
-                pruner.keep("image", image.folder, "X07_VM_GUEST_IMAGE_DIGEST names it")
+                pruner.keep("image", image.folder, "X07_VM_GUEST_IMAGE_DIGEST refers to it")
             elif not image.name:
                 doomed.add(image.digest)
                 pruner.remove_own("image", image.folder, "it has no name", remove)
@@ -62,7 +62,9 @@ def prune_saved(pruner: Pruner, gone: set[str]) -> None:
     for backend in map(create, built()):
         if backend.cloning is None:
             continue
-        for one in backend.cloning.prunable(images, lambda: pruner.progress("waiting for a VM template to be made")):
+        for one in backend.cloning.prunable(
+            images, lambda: pruner.progress("waiting until another process has saved a VM")
+        ):
             remove = pruner.remove if one.kind == "leftover" else pruner.remove_own
             remove(one.kind, one.path, one.why, one.remove)
 
@@ -79,7 +81,7 @@ def remove_images(names: Collection[str], pruner: Pruner) -> dict[str, str]:
         known = all_names()
         for name in names:
             if check_name(name) not in known:
-                here = f"Name one of: {', '.join(sorted(known))}" if known else "See x07 image list"
+                here = f"Use one of:  {', '.join(sorted(known))}" if known else "See x07 image list"
                 raise UsageError(f"cannot remove the image {name!r}", "there is no such image", here)
         removed = {name: known.pop(name) for name in dict.fromkeys(names)}
         for name in removed:
@@ -106,7 +108,7 @@ def _prune_bases(folder: Path, needed: set[str], pruner: Pruner) -> None:
             continue
         base = read_base(path)
         if base is None:
-            pruner.keep("base", path, "it is damaged or has another format; x07 image build replaces it if needed")
+            pruner.keep("base", path, "it is damaged or has an unknown format. x07 image build replaces it if needed")
         elif base.digest not in needed:
             remove = partial(remove_from_store, progress=pruner.progress)
             pruner.remove_own("base", path, "no image uses it", remove)

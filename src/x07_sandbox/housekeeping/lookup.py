@@ -35,7 +35,7 @@ def known_run(word: str) -> str:
         raise UsageError(f"cannot find run {word}", "no run's name starts with that", "List all runs: x07 ps --all")
     if len(found) > 1:
         why = f"the names of {len(found)} runs start with that: {found[0]} and others"
-        raise UsageError(f"cannot tell which run {word} is", why, "Give more of its name")
+        raise UsageError(f"cannot tell which run {word} is", why, "Type more of the name")
     return found[0]
 
 

@@ -55,4 +55,4 @@ def _prune_cache(pruner: Pruner, gone: set[str]) -> None:
     for path in entries(cache / "verified"):
         known = path.suffix == ".json" and not path.name.startswith(".")
         if known and path.stem not in there and not why_not_ours(path.lstat(), stat.S_ISREG):
-            pruner.remove("verification", path, "its subject is gone", Path.unlink)
+            pruner.remove("verification", path, "the image or VM that it verified is missing", Path.unlink)

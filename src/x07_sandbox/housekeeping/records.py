@@ -38,7 +38,7 @@ def prune_records(pruner: Pruner) -> None:
         private_dir(runs)
     for path in (*entries(root), *entries(runs)):
         if path.name.startswith(_DOOMED) and not why_not_ours(path.lstat(), stat.S_ISDIR):
-            pruner.remove("leftover", path, "a killed removal left it", shutil.rmtree)
+            pruner.remove("leftover", path, "an interrupted removal left it", shutil.rmtree)
     jobs = _jobs(root, pruner)
     busy: set[str] = {job.run for job in jobs if job.ended is None}
     known = {job.run for job in jobs} | {path.name for path in entries(runs)}
@@ -48,7 +48,7 @@ def prune_records(pruner: Pruner) -> None:
     for job in jobs:
         if job.run in busy or not _ended_long_ago(job, pruner):
             if job.ended is None and pruner.old(job.info):
-                pruner.keep("job", job.folder, "it has neither done nor reaped, so its machine may exist")
+                pruner.keep("job", job.folder, "its machine is not recorded as gone, so it may still exist")
         elif problem := _doubt(job):
             busy.add(job.run)
             pruner.keep("job", job.folder, problem)
@@ -89,7 +89,7 @@ def _doubt(job: StoredJob) -> str:
         return job.why
     if job.owner.boot_id != boot_id() or job.owner.pid_namespace != pid_namespace():
         return ""  # its pids mean nothing here, and `done` proves that they are gone
-    return "a process of it lives" if any(map(is_alive, job.owner.processes.values())) else ""
+    return "one of its processes is alive" if any(map(is_alive, job.owner.processes.values())) else ""
 
 
 def doomed_name(folder: Path) -> Path:

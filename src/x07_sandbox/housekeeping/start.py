@@ -41,7 +41,7 @@ def sweep_before_start(say: Callable[[str], None] = lambda _text: None) -> None:
 
             report = sweep(dry_run=False, progress=say, budget_s=_BUDGET_S)
             if count := len(report.removed):
-                say(f"removed {count} job{'' if count == 1 else 's'} that dead runners left")
+                say(f"removed {count} job{'' if count == 1 else 's'} of dead x07 processes")
     now = time.monotonic()
     _not_before = now + _SHARE * (now - started_at)
 

@@ -182,11 +182,11 @@ def _why_unstarted(stored: StoredJob) -> str:
     if not ours or is_locked(run) or not _holds_nothing(stored.folder):
         return ""
     if run.is_dir():  # jobs of a run exist only while it is locked
-        return "it was never started, and its runner is gone"
+        return "it was never started, and the x07 process that created it is gone"
     age_ms = unix_ms() - stored.info.st_mtime_ns // 1_000_000
     creator_lives = os.path.exists(f"/proc/{int(match[3])}")  # noqa: PTH110 - in /proc
     if age_ms > (_SURELY_MS if creator_lives else _SETTLED_MS):
-        return "it was never started, and its runner is gone"
+        return "it was never started, and the x07 process that created it is gone"
     return ""
 
 
@@ -225,7 +225,7 @@ def why_kept(labels: Mapping[str, str], *, instance: str, live: Collection[str],
     if labels.get("io.x07.schema") != "1":
         return "it has no io.x07.schema label of this version"
     if labels.get("io.x07.runner_instance") != instance:
-        return "it belongs to another runner"
+        return "it belongs to another user or machine"
     if labels.get("io.x07.job_id") in live or labels.get("io.x07.run_id") in live:
         return "its job is recorded as live"
     deadline = labels.get("io.x07.deadline_unix_ms", "")
@@ -260,7 +260,11 @@ def _sweep_orphans(sweeper: Sweeper, live: Collection[str]) -> None:
                 if problem := why_kept(orphan.labels, instance=instance, live=live, now_unix_ms=unix_ms()):
                     sweeper.kept("instance", called, problem)
                 elif _runner_lives(orphan.labels):
-                    sweeper.kept("instance", called, "its runner may be alive, and its record in another folder")
+                    sweeper.kept(
+                        "instance",
+                        called,
+                        "the x07 process that started it may be alive, with its record in another folder",
+                    )
                 elif sweeper.dry_run or backend.remove(orphan):
                     sweeper.removed("instance", called, "it has no record, and its deadline has passed")
                 else:

@@ -85,7 +85,7 @@ def jail_form() -> Form:
     if not why:
         return Form("namespaces", namespaces=True)
     if flag("X07_VM_REQUIRE_NAMESPACES"):
-        fix = f"Unset X07_VM_REQUIRE_NAMESPACES to accept a jail without them, or allow them: {namespace_flags()}"
+        fix = f"Unset X07_VM_REQUIRE_NAMESPACES to accept a jail without namespaces, or allow namespaces: {namespace_flags()}"
         raise RefusedError("a jail with namespaces was required", why, fix)
     return landlock_form(why, landlock_version(), _missing_capabilities() if os.geteuid() == 0 else [])
 
@@ -100,8 +100,9 @@ def landlock_form(why: str, version: int, missing: list[str]) -> Form:
 
     what = "cannot build the jail around the virtual machine"
     if version < VERSION_NEEDED:
-        found = f"has version {version}" if version else "has none, or it is switched off"
-        reason = f"{why}; the other jail needs Landlock {VERSION_NEEDED} ({KERNEL_NEEDED}), and this kernel {found}"
+        found = f"has Landlock {version}" if version else "has no Landlock, or Landlock is switched off"
+        needed = f"Landlock {VERSION_NEEDED} ({KERNEL_NEEDED})"
+        reason = f"{why}; the jail without namespaces needs {needed}, but the kernel {found}"
         raise HostError(what, reason, f"Allow namespaces here: {namespace_flags()}")
     if missing:
         reason = f"{why}; and root lacks {' '.join(missing)}, needed to give the job its own uid"

@@ -255,8 +255,7 @@ def confine(kind: Kind, *, uid: int | None) -> tuple[str, ...]:
 
     uid: as root, a uid and gid for this process alone; None keeps the current user. Call this after all imports and
     before any thread starts. The kernel kills the process when the thread that started it ends, unless that thread may
-    not signal the
-    process: it lacks CAP_KILL for another uid, or is in a Landlock domain.
+    not signal the process: the thread lacks CAP_KILL for another uid, or is in a Landlock domain.
     Raises OSError if a measure fails, or HostError on an unsupported architecture. The process must then exit, since it
     is only partly confined.
     """

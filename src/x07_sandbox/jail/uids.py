@@ -46,7 +46,7 @@ def free_range() -> int:
         if inside and not clash:
             return first
     fix = "Run as an ordinary user, or map more uids into this container"
-    raise HostError("no uid for the job", "no free range of 4096 uids is mapped here", fix)
+    raise HostError("cannot assign a uid to the job", "no free range of 4096 uids is mapped here", fix)
 
 
 @contextlib.contextmanager
@@ -69,7 +69,9 @@ def lease_uid() -> Iterator[tuple[int, int]]:
         finally:
             close_on_fork.close(fd)
         return
-    raise HostError("no uid for the job", f"{_TRIES} random uids were all in use", "Wait for other jobs to end")
+    raise HostError(
+        "cannot assign a uid to the job", f"{_TRIES} random uids were all in use", "Wait for other jobs to end"
+    )
 
 
 def _lock_file(name: str) -> int:
@@ -80,4 +82,4 @@ def _lock_file(name: str) -> int:
     except (HostError, OSError) as exc:
         why = f"{exc.what}: {exc.why}" if isinstance(exc, HostError) else f"{_FOLDER}: {exc.strerror}"
         fix = "Make /run writable for root (in a container: a tmpfs), or run as an ordinary user"
-        raise HostError("no uid for the job", why, fix) from exc
+        raise HostError("cannot assign a uid to the job", why, fix) from exc

@@ -74,7 +74,7 @@ def warm_slots(count: int, most: int) -> Iterator[None]:
                 stack.callback(close_on_fork.unlock, fd)
                 reserved += 1
         if reserved < count:
-            why = f"memory allows {most} waiting machines, and other pools leave {reserved} of them"
+            why = f"memory allows {most} waiting machines, and other pools leave only {reserved}"
             raise HostError("cannot start a pool", why, "Set a smaller size, or stop another pool")
         yield
 
@@ -123,14 +123,14 @@ class _Place:
                 if turn.cancelled(cancel_fd, min(deadline.left_s(), pause_s)):
                     raise Cancelled("the run was cancelled", "it was waiting for a machine", "Start it again")
                 if not said and say_at.passed():
-                    progress(f"waiting: {self._slots} machines run, the maximum by {_VARIABLE} or cores and memory")
+                    progress(f"waiting: {self._slots} machines are running, as many as {_VARIABLE} or this host allows")
                     said = True
                 if turn.come and self._take():
                     return
         longer = "" if timeout_s >= settings.QUEUE_S else "a longer --queue-timeout of x07 run, or "
         raise RefusedError(
             "no machine was free in time",
-            f"{self._slots} run, and none ended within {timeout_s:.0f} s",
+            f"{self._slots} machines are running, and none ended within {timeout_s:.0f} s",
             f"Set {longer}a larger {_VARIABLE}",
         )
 

@@ -171,7 +171,7 @@ def _read(folder: Path, fd: int, instance: str) -> StoredJob:
     except KeyError:
         return StoredJob(**known, standing="damaged", why="its owner.json is damaged")
     if labelled["runner_instance"] != instance:
-        return StoredJob(**known, standing="foreign", why="it belongs to another runner")
+        return StoredJob(**known, standing="foreign", why="it belongs to another user or machine")
     record = JobRecord(
         job_id=job.run_id,
         run_id=owner.run,
@@ -223,7 +223,7 @@ def _decoded(folder_fd: int, name: str, decoder: msgspec.json.Decoder[_D], schem
     except OSError as exc:
         raise _UnreadableError("damaged", damaged) from exc
     if data is None:
-        why = f"it has no {name} of ours, so x07-sandbox did not make it, or it is damaged"
+        why = f"it has no usable {name}: x07-sandbox did not create it, or it is damaged"
         raise _UnreadableError("unowned", why)
     try:
         found = decoder.decode(data)
@@ -234,7 +234,7 @@ def _decoded(folder_fd: int, name: str, decoder: msgspec.json.Decoder[_D], schem
         except _DAMAGES as exc:
             raise _UnreadableError("damaged", damaged) from exc
     if version != schema:
-        raise _UnreadableError("newer", f"its {name} has another format: {ascii(version)[:80]}")
+        raise _UnreadableError("newer", f"its {name} has an unknown format: {ascii(version)[:80]}")
     if found is None or len(data) > _RECORD_MAX:
         raise _UnreadableError("damaged", damaged)
     return found

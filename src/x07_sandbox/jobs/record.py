@@ -222,7 +222,7 @@ def runner_instance(root: Path) -> str:
     try:
         made = _made_once(path, f"ri-{os.urandom(16).hex()}\n")
         if not _INSTANCE_ID.fullmatch(made):
-            raise HostError(f"cannot use {path}", "it does not hold a runner id", "Remove it; x07 makes a new one")
+            raise HostError(f"cannot use {path}", "it contains no valid id", "Remove the file. x07 creates a new one")
         made, ours = made.strip(), _machine_and_user()
         if _made_once(path.with_name("runner_instance.owner"), f"{ours}\n").strip() == ours:
             return made
@@ -230,7 +230,7 @@ def runner_instance(root: Path) -> str:
     except OSError as exc:
         from x07_sandbox.host.os_errors import fix_for
 
-        fix = fix_for(exc, "Remove it; x07 makes a new one")
+        fix = fix_for(exc, "Remove the file. x07 creates a new one")
         raise HostError(f"cannot use {path}", exc.strerror or str(exc), fix) from exc
 
 

@@ -41,20 +41,20 @@ def here_and_now() -> Now:
 def judge(stored: StoredJob, now: Now) -> Judgement:
     """Decide about one job. A job with a live owner before its deadline is never touched, whatever else is wrong."""
     if stored.ended is not None:
-        return Judgement("ended", f"it has {stored.ended}")
+        return Judgement("ended", f"its folder contains the file {stored.ended}")
     owner, record = stored.owner, stored.record
     if owner is None or record is None or stored.job is None:
         return Judgement("kept", stored.why)
     if owner.boot_id != now.boot_id:
-        return Judgement("dead", "this host has booted since it was started")
+        return Judgement("dead", "this host was rebooted after the job started")
     # The runner's pid means nothing in another pid namespace, so only the deadline counts there.
     here = owner.pid_namespace == now.pid_namespace
     if here and not now.alive(owner.runner):
-        return Judgement("dead", "its runner is dead")
+        return Judgement("dead", "the x07 process that started it is dead")
     allowed_ms = stored.job.grace_ms + settings.CLEANUP_MS
     if overdue_ms(stored, now) > allowed_ms:
         return Judgement("expired", f"its deadline passed {overdue_ms(stored, now) // 1000} s ago")
-    return Judgement("live", "its runner is alive" if here else "its runner is in another pid namespace")
+    return Judgement("live", f"the x07 process that started it is {'alive' if here else 'in another pid namespace'}")
 
 
 def overdue_ms(stored: StoredJob, now: Now) -> int:

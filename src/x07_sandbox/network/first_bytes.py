@@ -88,17 +88,19 @@ class _NameCheck:
             host = None
         if not isinstance(host, str):
             text = escaped(hello.server_name)
-            raise InspectionError("tls:malformed", f"the TLS ClientHello names {text}, which is not a valid name", text)
+            raise InspectionError(
+                "tls:malformed", f"the TLS ClientHello asks for {text}, which is not a valid name", text
+            )
         self.tls_name = host
         self._check("tls:other-name", "the TLS ClientHello", host)
 
     def _check(self, rule: str, what: str, host: Host) -> None:
         if self._name is not None:
             if host != self._name:
-                why = f"{what} names {host}, but the connection was opened for {self._name}"
+                why = f"{what} asks for {host}, but the connection was opened for {self._name}"
                 raise InspectionError(rule, why, str(host))
         elif isinstance(host, str) and (reason := self._denied(host)) is not None:
-            raise InspectionError("name:denied", f"{what} names {host}: {reason}", host)
+            raise InspectionError("name:denied", f"{what} asks for {host}: {reason}", host)
 
 
 class Inspector:

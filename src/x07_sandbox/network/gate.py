@@ -193,7 +193,7 @@ class Gate(asyncio.BufferedProtocol):
             return
         decision = decide(self._allowlist, request)
         if event.kind == egress.REFUSAL:
-            reason = decision.reason if not decision.allowed else "refused inside the guest"
+            reason = decision.reason if not decision.allowed else "denied inside the guest"
             self._ledger.denied(_of(decision, reason=reason))
             return
         if not decision.allowed:
@@ -253,7 +253,9 @@ class Gate(asyncio.BufferedProtocol):
         except asyncio.CancelledError:
             if dialled is not None:
                 dialled.sock.close()
-            self._ledger.failed(_of(decision, rule="dial:given-up", reason="the program closed it before the answer"))
+            self._ledger.failed(
+                _of(decision, rule="dial:given-up", reason="the program closed the connection before it was made")
+            )
         else:
             self._answer(stream, flow)
         finally:
@@ -333,7 +335,9 @@ class Gate(asyncio.BufferedProtocol):
 
     def _check_tcp_timeouts(self, flow: TcpFlow, now: float) -> None:
         if flow.held_since is not None and now - flow.held_since > _FIRST_BYTES_S:
-            self.refuse(flow, InspectionError("first-bytes:timeout", "its first bytes are not a complete message"))
+            self.refuse(
+                flow, InspectionError("first-bytes:timeout", "the client's first bytes are not a complete message")
+            )
             return
         half = flow.half_closed_at is not None and now - max(flow.half_closed_at, flow.touched) > _HALF_CLOSED_S
         if half or now - flow.touched > _IDLE_S:

@@ -185,7 +185,7 @@ class RequestStream:
         if absolute := _ABSOLUTE.fullmatch(target):
             authority, path = absolute.groups()
             if _parse_authority(authority) != host:
-                why = f"the request's target names {escaped(authority)}, and its Host {escaped(text)}"
+                why = f"the request's target has the host {escaped(authority)}, but its Host header is {escaped(text)}"
                 raise RequestError("http:other-host", why, str(host[0]))
             target = path if path.startswith(b"/") else b"/" + path
         elif not target.startswith(b"/") and (target, request.method) != (b"*", b"OPTIONS"):

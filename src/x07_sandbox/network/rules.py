@@ -112,8 +112,10 @@ def parse_request(text: str, transport: Transport = "tcp") -> Request:
     host, colon, port = text.rpartition(":")
     number = int(port) if port.isascii() and port.isdigit() and len(port) <= len(str(_PORT_LAST)) else 0
     fix = "Write HOST:PORT, such as example.org:443 or [2001:db8::1]:443"
-    if not colon or not 1 <= number <= _PORT_LAST:
-        raise UsageError(f"cannot use {text!r}", f"it does not end in ':' and a port from 1 to {_PORT_LAST}", fix)
+    if not colon or not port or text.endswith("]"):
+        raise UsageError(f"cannot use {text!r}", "the port is missing", fix)
+    if not 1 <= number <= _PORT_LAST:
+        raise UsageError(f"cannot use {text!r}", f"the port is not a number from 1 to {_PORT_LAST}", fix)
     if ":" in host and not host.startswith("["):
         raise UsageError(f"cannot use {text!r}", "an IPv6 address with a port needs brackets", fix)
     return Request(host=parse_host(host), port=number, transport=transport)

@@ -56,7 +56,7 @@ def _local(text: str, net: dict[str, Any], what: str) -> tuple[Any, int]:
         raise UsageError(what, f"net.allow_local: {exc.what}: {exc.why}", exc.fix) from exc
     found = None if isinstance(request.host, str) else special(request.host)
     if found is None:
-        fix = "Use addresses of your own network; others need only the policy"
+        fix = "Use an address of your own network. Other addresses need only a policy entry"
         raise UsageError(what, f"net.allow_local: {text!r} is not a special address with a port", fix)
     kind = found[0].partition(":")[2]
     if (word := _OPENED_BY.get(kind)) is not None:

@@ -98,10 +98,10 @@ _CHANGE_FIELDS: Final = frozenset({"fs.allow_mkdir", "fs.allow_remove", "fs.allo
 _FILE_RULES: Final = {
     "fs.enabled": "only the roots are visible",
     "fs.deny_hidden": "if true, hidden names are copied neither in nor back",
-    "fs.allow_symlinks": "if false, links are copied neither in nor back; a link out of its root never is",
-    "fs.allow_mkdir": "checked against what is new when the program has ended",
-    "fs.allow_remove": "checked against what is missing when the program has ended",
-    "fs.allow_rename": "checked against what has another name when the program has ended",
+    "fs.allow_symlinks": "if false, links are copied neither in nor back; a link out of its root is never copied",
+    "fs.allow_mkdir": "new folders are detected when the program has ended",
+    "fs.allow_remove": "removed files and folders are detected when the program has ended",
+    "fs.allow_rename": "renamed files and folders are detected when the program has ended",
     "fs.max_read_bytes": "larger files are not copied in; 0 means 16 MiB",
     "fs.max_write_bytes": "larger files are not copied back; 0 means 16 MiB",
     "fs.max_entries": "further entries are copied neither in nor back; 0 means 10,000",
@@ -291,7 +291,7 @@ def _execs(given: PlanInput, _field: str) -> Answer:
         return _UNCONFINED
     if not given.policy.process.may_execute:
         return Answer("enforced", given.own(_SECCOMP), "nothing may be executed")
-    why = "unlisted programs cannot be executed, nor those of the image be read (EACCES)"
+    why = "unlisted programs cannot be executed, and unlisted programs of the image cannot be read (EACCES)"
     if entries := ", ".join(ascii(entry)[1:-1] for entry in _writable_entries(given)):
         why += f"; the program may write and then execute files below: {entries}"
     return Answer("enforced", given.own("Landlock rules, noexec"), why)

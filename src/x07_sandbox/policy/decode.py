@@ -14,14 +14,14 @@ import msgspec
 
 from x07_sandbox.host.decoding import prepared
 from x07_sandbox.policy.model import Policy
-from x07_sandbox.policy.problems import HUGE, PolicyError, Problem, json_path
+from x07_sandbox.policy.problems import ADVICE, HUGE, PolicyError, Problem, json_path
 from x07_sandbox.policy.rules import rule_problems
 
 MAX_BYTES = 1 << 20
 MAX_PROBLEMS = 100
 _MAX_DEPTH = 32  # the model itself is five levels deep
 _INT_CHARS = len(str(HUGE)) - 1  # Python refuses to convert very long ones
-_TOO_DEEP = f"is nested deeper than {_MAX_DEPTH} levels"
+_TOO_DEEP = f"is nested too deeply: the maximum is {_MAX_DEPTH} levels"
 _BLANKS = " \t\r\n"
 
 
@@ -50,16 +50,16 @@ def parse(data: bytes, *, source: str) -> object:
     Whitespace around schema_version is stripped, because X07's own runner strips it too.
     """
     if len(data) > MAX_BYTES:
-        _unreadable(source, f"has {len(data)} bytes; the maximum is {MAX_BYTES}")
+        _unreadable(source, f"is too large: it has {len(data)} bytes, and the maximum is {MAX_BYTES}")
     try:
         text = data.decode("utf-8")
         value = json.loads(text, object_pairs_hook=_make_object, parse_int=_bounded_int, parse_constant=_no_constant)
     except UnicodeDecodeError as exc:
-        _unreadable(source, f"is not UTF-8 text (byte {exc.start})")
+        _unreadable(source, f"is not UTF-8 text: byte {exc.start} is invalid")
     except json.JSONDecodeError as exc:
-        _unreadable(source, f"is not JSON: {exc.msg} (line {exc.lineno}, column {exc.colno})")
+        _unreadable(source, f"is not valid JSON: {exc.msg} (line {exc.lineno}, column {exc.colno})")
     except ValueError as exc:
-        _unreadable(source, f"is not JSON: {exc}")
+        _unreadable(source, f"is not valid JSON: {exc}")
     except RecursionError:
         _unreadable(source, _TOO_DEEP)
     if isinstance(value, dict) and isinstance(version := value.get("schema_version"), str):
@@ -106,7 +106,9 @@ def _matches_schema(document: object) -> bool:
 
 def _unreadable(source: str, message: str) -> NoReturn:
     # The message says where; a chained RecursionError would only add a huge traceback.
-    raise PolicyError.of(source, (Problem("$", message),)) from None
+    problem = Problem("$", message)
+    fault, _, why = message.partition(": ")
+    raise PolicyError(f"policy {source} {fault}", why, ADVICE, (problem,)) from None
 
 
 def _make_object(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -49,7 +49,7 @@ def make_policy(wanted: NewPolicy) -> Policy:
 
 
 def _no_file(name: str) -> bytes:
-    raise UsageError(f"cannot read {name}", "host files are not supported here", "Name the hosts")
+    raise UsageError(f"cannot read {name}", "host files are not supported here", "Give the hosts as flags")
 
 
 def is_policy_id(text: str) -> bool:

@@ -236,7 +236,11 @@ class Policy(Section, frozen=True, kw_only=True):
         Literal["x07.run-os-policy@0.1.0"], Meta(description="Format of the document; exactly this value.")
     ]
     policy_id: Annotated[
-        str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,64}$", description="A name for records: letters, digits, '_', '.', '-'.")
+        str,
+        Meta(
+            pattern=r"^[a-zA-Z0-9_.-]{1,64}$",
+            description="An id that appears in records: letters, digits, '_', '.', '-'.",
+        ),
     ]
     notes: Annotated[str, Meta(max_length=4096, description="Free text.")] | UnsetType = UNSET
     limits: Limits

@@ -212,8 +212,10 @@ def _parsed(where: str, spec: str, *, deny: bool) -> tuple[str, set[int] | None]
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
     host, ports = host.strip(), ports.strip()
-    if not colon or not host or not ports:
-        refuse("it is not HOST:PORTS")
+    if not colon or not ports or spec.endswith("]"):
+        refuse("the port is missing")
+    if not host:
+        refuse("the host is missing")
     if problem := _host_problem(host):
         refuse(problem)
     host = host.encode().lower().decode()  # bytes.lower() changes ASCII letters only
@@ -221,7 +223,7 @@ def _parsed(where: str, spec: str, *, deny: bool) -> tuple[str, set[int] | None]
         return (host, None) if deny else refuse("'*' for all ports is valid only with --deny-host")
     found = {_port(text.strip()) for text in ports.split(",")}
     if None in found:
-        refuse(f"a port is a number from 1 to {_PORT_LAST}")
+        refuse(f"a port must be a number from 1 to {_PORT_LAST}")
     if len(found) > _PORTS_MAX:
         refuse(f"it lists more than {_PORTS_MAX} ports")
     return host, {port for port in found if port is not None}
@@ -324,7 +326,7 @@ def _roots(flag: str, given: Iterable[str]) -> Iterator[str]:
             why = "a path must be valid UTF-8"
         if why:
             shown = root if len(root) <= _HOST_MAX_BYTES else root[:_HOST_MAX_BYTES] + "..."
-            raise UsageError(f"cannot use {flag} {shown!r}", why, "Name a file or folder")
+            raise UsageError(f"cannot use {flag} {shown!r}", why, "Use the path of a file or folder")
         if root not in seen:
             seen.add(root)
             yield root

@@ -11,6 +11,8 @@ HUGE: int = 10**20
 """Replaces every larger number in a document; outside every range."""
 MISSING = "is missing"
 """The message for a required field that is absent."""
+ADVICE = "Correct the document. docs/reference/policy.md describes every field"
+"""What to do about an invalid document."""
 _SHOWN_CHARS = 80  # of an untrusted key, in a message
 
 
@@ -28,7 +30,8 @@ class Problem(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def __str__(self) -> str:
         """Return one line: place, message, suggestion."""
         hint = f"; did you mean {self.suggestion}?" if self.suggestion else ""
-        return f"{self.json_path}: {self.message}{hint}"
+        place = "the document" if self.json_path == "$" else f"{self.json_path}:"
+        return f"{place} {self.message}{hint}"
 
 
 class PolicyError(UsageError):
@@ -36,6 +39,8 @@ class PolicyError(UsageError):
 
     in_schema: whether the document matches the schema and violates only rules that a schema cannot express.
     """
+
+    before_fix = "\n  "
 
     def __init__(
         self, what: str, why: str, fix: str, problems: Iterable[Problem] = (), *, in_schema: bool = False
@@ -50,9 +55,9 @@ class PolicyError(UsageError):
         """Return the error for *problems* (at least one) in the document called *source*."""
         lines = [str(problem) for problem in problems]
         why = lines[0] if len(lines) == 1 else "\n".join([f"{len(lines)} problems", *(f"  {line}" for line in lines)])
-        fix = "Correct the document; docs/reference/policy.md lists every field"
+        fix = ADVICE
         if any(problem.message == MISSING for problem in problems):
-            fix += ". x07 policy new writes a complete one"
+            fix += ". To write a complete policy, run: x07 policy new"
         return cls(f"policy {source} is invalid", why, fix, problems, in_schema=in_schema)
 
 

@@ -41,7 +41,10 @@ def spawn_needs_limits(document: object) -> Iterator[Problem]:
         return
     execs = [_get(document, "process", name) for name in ("allow_execs", "allow_exec_prefixes")]
     if all(names is None or names == [] for names in execs):
-        yield Problem("$.process.allow_execs", "must name a program (or allow_exec_prefixes) while allow_spawn is true")
+        yield Problem(
+            "$.process.allow_execs",
+            "must list a program while allow_spawn is true, unless allow_exec_prefixes lists a prefix",
+        )
     for name in ("max_live", "max_spawns", "max_runtime_ms"):
         value = _get(document, "process", name)
         if value is None or (value == 0 and not isinstance(value, bool)):
@@ -52,7 +55,7 @@ def cwd_needs_roots(document: object) -> Iterator[Problem]:
     """Check that ``allow_cwd`` is combined with at least one folder to start in."""
     roots = _get(document, "process", "allow_cwd_roots")
     if _get(document, "process", "allow_cwd") is True and (roots is None or roots == []):
-        yield Problem("$.process.allow_cwd_roots", "must name a folder while allow_cwd is true")
+        yield Problem("$.process.allow_cwd_roots", "must list a folder while allow_cwd is true")
 
 
 def db_needs_driver(document: object) -> Iterator[Problem]:
@@ -72,7 +75,7 @@ def hosts_are_plain(document: object) -> Iterator[Problem]:
             continue
         place = (*_HOSTS, index)
         if entry.get("ports") == []:
-            yield Problem(json_path((*place, "ports")), "must name at least one port")
+            yield Problem(json_path((*place, "ports")), "must list at least one port")
         host = entry.get("host")
         if not isinstance(host, str):
             continue

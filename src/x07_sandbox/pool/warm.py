@@ -87,7 +87,7 @@ class WarmMachines:
             why = f"one machine takes {each} MiB, more than a quarter of the {here} MiB of memory"
             raise HostError("cannot start a pool", why, "Raise the memory limit, or run programs without a pool")
         if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= most:
-            why = f"its size is {size!r}, but memory allows a whole number from 1 to {most}"
+            why = f"the size is {size!r}, but memory allows only a whole number from 1 to {most}"
             raise UsageError("cannot start a pool", why, "Set another size")
         self.size = size
         self._most = most
