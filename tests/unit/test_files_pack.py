@@ -151,7 +151,7 @@ def test_an_escaping_pattern_is_refused(tmp_path: Path) -> None:
     assert list(pack_tree(tmp_path / "in", ["**/*.c"]).files) == ["a.c"]
     with pytest.raises(UsageError, match=r"no file matches 'lib/\*\.c'"):
         pack_tree(tmp_path / "in", ["lib/*.c"])
-    with pytest.raises(UsageError, match="leads out of it"):
+    with pytest.raises(UsageError, match="leads out of the project"):
         pack_tree(tmp_path / "in", ["**"])
 
 

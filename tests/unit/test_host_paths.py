@@ -96,7 +96,7 @@ def test_a_folder_that_is_open_to_others_is_refused(bits: int, tmp_path: Path) -
     folder = tmp_path / "open"
     folder.mkdir()
     folder.chmod(bits)
-    with pytest.raises(HostError, match="must be yours with mode 0700"):
+    with pytest.raises(HostError, match="it must belong to you and have mode 0700"):
         private_dir(folder)
     assert mode(folder) == bits
 
@@ -106,7 +106,7 @@ def test_a_folder_below_one_that_others_can_change_is_refused(bits: int, tmp_pat
     """A folder below one that others can write is refused, unless that one is sticky like /tmp."""
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared").chmod(bits)
-    with pytest.raises(HostError, match="others can change it"):
+    with pytest.raises(HostError, match="other users can change it"):
         private_dir(tmp_path / "shared" / "mine")
     (tmp_path / "shared").chmod(0o1777)
     private_dir(tmp_path / "shared" / "mine")
@@ -168,7 +168,7 @@ def test_no_error_suggests_to_change_a_system_folder(bits: int, tmp_path: Path, 
     assert "chmod" not in caught.value.fix
     swapped = bits == 0o775  # others could replace the entries
     assert (str(folder / "x07-sandbox") in caught.value.fix) is not swapped
-    with pytest.raises(HostError, match="others can change it") if swapped else contextlib.nullcontext():
+    with pytest.raises(HostError, match="other users can change it") if swapped else contextlib.nullcontext():
         private_dir(folder / "x07-sandbox")
 
 

@@ -221,7 +221,7 @@ def test_a_pinned_image_stays(science: store.Image, monkeypatch: pytest.MonkeyPa
 def test_an_unknown_name_removes_nothing(science: store.Image, capsys: pytest.CaptureFixture[str]) -> None:
     """`x07 image rm` with an unknown name removes nothing and lists the images."""
     assert main(["image", "rm", "science", "sience"]) == 2
-    assert "Name one of: science" in capsys.readouterr().err
+    assert "Use one of: science" in capsys.readouterr().err
     assert store.find_image("science").digest == science.digest
 
 

@@ -156,7 +156,7 @@ def test_no_makefile_outside_is_read(tmp_path: Path) -> None:
     (tmp_path / "in/Makefile").symlink_to("../outside")
     code, out, err = x07(tmp_path, "init", "--toolchain", "make", "in")
     assert (code, out, "secret" in err) == (2, b"", False)
-    assert "Makefile leads out of it" in err
+    assert "Makefile leads out of the project" in err
 
 
 def test_a_folder_that_is_named_is_made(tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def test_an_error_has_rule_reason_and_name() -> None:
         inspected.from_client(hello(sni(b"B.example")))
     assert caught.value.rule == "tls:other-name"
     assert caught.value.name == inspected.tls_name == "b.example"
-    assert caught.value.reason == "the TLS ClientHello names b.example, but the connection was opened for a.example"
+    assert caught.value.reason == "the TLS ClientHello asks for b.example, but the connection was opened for a.example"
     with pytest.raises(InspectionError) as again:
         inspected.from_client(GOOD)
     assert again.value is caught.value

@@ -72,7 +72,7 @@ def test_nothing_is_open_by_default(text: bytes) -> None:
         ("[net]\nopaque_ports = [true]", "invalid port"),
         ('[net]\nallow_local = "10.0.0.1:80"', "net.allow_local is not a list of strings"),
         ("[net]\nallow_local = [80]", "net.allow_local is not a list of strings"),
-        ('[net]\nallow_local = ["10.0.0.1"]', "net.allow_local: cannot use '10.0.0.1': it does not end in ':'"),
+        ('[net]\nallow_local = ["10.0.0.1"]', "net.allow_local: cannot use '10.0.0.1': the port is missing"),
         ('[net]\nallow_local = ["10.0.0.0/8:80"]', "net.allow_local: cannot use the host"),
         ('[net]\nallow_local = ["nas.local:80"]', "is not a special address"),
         ('[net]\nallow_local = ["93.184.215.14:80"]', "is not a special address"),

@@ -46,10 +46,10 @@ def test_valid_policies_are_reported(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "why"),
     [
-        (b"", "is not JSON"),
-        (b"not JSON", "is not JSON"),
+        (b"", "is not valid JSON"),
+        (b"not JSON", "is not valid JSON"),
         (b'{"limits": NaN}', "NaN is not a JSON number"),
-        (b"[" * 100_000, "nested deeper"),
+        (b"[" * 100_000, "nested too deeply"),
         (GOOD.replace(b'"procs": 16', b'"procs": 16, "procs": 16'), "$.limits.procs: appears more than once"),
         (
             GOOD.replace(b'"procs": 16', b'"procss": 16'),
@@ -102,7 +102,7 @@ def test_unreadable_and_invalid_policies_differ(tmp_path: Path, name: str) -> No
 
 @pytest.mark.parametrize(
     ("name", "suggestion"),
-    [("worker", "or built-in:worker"), ("", "its name is empty"), ("other", "Name a readable file.")],
+    [("worker", "or built-in:worker"), ("", "its name is empty"), ("other", "Use a readable file.")],
 )
 def test_a_template_name_gets_a_suggestion(tmp_path: Path, name: str, suggestion: str) -> None:
     """A bare template name or an empty file name is an error with a suggestion."""
@@ -209,7 +209,7 @@ def test_check_host_accepts_deny_host(tmp_path: Path, denied: str, rule: str) ->
         (("--deny-host", "a.org:*", "built-in:cli"), 2, "--deny-host requires --host"),
         (("--host", "a.org:1", "--deny-host", "a.org"), 2, "cannot use --deny-host 'a.org'"),
         (("--host", "127.1:80"), 2, "looks like an address"),
-        (("--host", "example.org"), 2, "a port from 1 to 65535"),
+        (("--host", "example.org"), 2, "the port is"),
         (("--host", "a.org:1", "a.json", "b.json"), 2, "--host accepts one policy"),
         (("--udp", "built-in:cli"), 2, "--udp requires --host"),
         (("--host", "a.org:1", "missing.json"), 2, "missing.json"),

@@ -138,19 +138,19 @@ def test_any_cut_of_a_document_gives_a_policy_or_a_policy_error(value: object, d
         try:
             decode_policy(part, source="p")
         except PolicyError as error:
-            assert str(error).startswith("policy p is invalid: ")  # noqa: PT017 - either end is right
+            assert str(error).startswith("policy p is ")  # noqa: PT017 - either end is right
 
 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b'{"a": NaN}', "is not JSON: NaN is not a JSON number"),
-        (b'{"a": -Infinity}', "is not JSON: -Infinity is not a JSON number"),
-        (b'{"a": "\xff"}', "is not UTF-8 text (byte 7)"),
-        (b'{"a": }', "is not JSON: Expecting value (line 1, column 7)"),
-        (b" " * (MAX_BYTES + 1), f"has {MAX_BYTES + 1} bytes; the maximum is {MAX_BYTES}"),
-        (b"[" * 500_000, "is nested deeper than 32 levels"),
-        (b"[" * 40 + b"]" * 40, "is nested deeper than 32 levels"),
+        (b'{"a": NaN}', "is not valid JSON: NaN is not a JSON number"),
+        (b'{"a": -Infinity}', "is not valid JSON: -Infinity is not a JSON number"),
+        (b'{"a": "\xff"}', "is not UTF-8 text: byte 7 is invalid"),
+        (b'{"a": }', "is not valid JSON: Expecting value (line 1, column 7)"),
+        (b" " * (MAX_BYTES + 1), f"is too large: it has {MAX_BYTES + 1} bytes, and the maximum is {MAX_BYTES}"),
+        (b"[" * 500_000, "is nested too deeply: the maximum is 32 levels"),
+        (b"[" * 40 + b"]" * 40, "is nested too deeply: the maximum is 32 levels"),
     ],
 )
 def test_unreadable_documents_are_refused(data: bytes, message: str) -> None:

@@ -57,7 +57,7 @@ def test_a_closed_template_accepts_hosts_and_roots(tmp_path: Path, template: str
     ("words", "why"),
     [
         (("--memory", "99G"), "must be at least 1M and at most 16G"),
-        (("--allow-host", "example.org"), "it is not HOST:PORTS"),
+        (("--allow-host", "example.org"), "the port is missing"),
         (("--id", "a b"), "an id has 1 to 64 letters"),
         (("--build-timeout", "9"), "unrecognized arguments: --build-timeout"),
     ],

@@ -113,7 +113,7 @@ def test_an_unfinished_job_is_kept() -> None:
     record = job(400, done=False)
     report = swept("runs")
     assert report.removed == ()
-    assert "neither done nor reaped" in why_kept(report, record.folder)
+    assert "not recorded as gone" in why_kept(report, record.folder)
     (record.folder / "reaped").write_bytes(b"reaped\n")
     age(record.folder, 400)
     assert paths(swept("runs")) == {str(record.folder), str(run_folder(record))}
@@ -153,14 +153,14 @@ def test_a_running_run_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     ("name", "content", "why"),
     [
         ("job.json", b"{", "damaged"),
-        ("job.json", b'{"schema_version": "x07.vm.job@0.2.0"}', "another format: 'x07.vm.job@0.2.0'"),
+        ("job.json", b'{"schema_version": "x07.vm.job@0.2.0"}', "an unknown format: 'x07.vm.job@0.2.0'"),
         ("job.json", b"[" * 100_000, "damaged"),
         ("owner.json", b"\xff", "damaged"),
         ("owner.json", b"[]", "damaged"),
         ("owner.json", b'{"schema_version": "x07.sandbox.owner@0.1.0"}', "damaged"),
-        ("owner.json", b'{"schema_version": "x07.sandbox.owner@9.0.0"}', "another format"),
-        ("owner.json", None, "did not make it"),
-        ("job.json", None, "did not make it"),
+        ("owner.json", b'{"schema_version": "x07.sandbox.owner@9.0.0"}', "an unknown format"),
+        ("owner.json", None, "did not create it"),
+        ("job.json", None, "did not create it"),
     ],
 )
 def test_unreadable_records_are_kept_and_reported(name: str, content: bytes | None, why: str) -> None:
@@ -183,7 +183,7 @@ def test_a_record_of_another_runner_stays() -> None:
     owner["labels"]["io.x07.runner_instance"] = "ri-" + "0" * 32
     (record.folder / "owner.json").write_text(json.dumps(owner))
     age(record.folder, 400)
-    assert "another runner" in why_kept(swept("runs"), record.folder)
+    assert "another user or machine" in why_kept(swept("runs"), record.folder)
 
 
 def test_no_link_is_followed(tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_no_link_is_followed(tmp_path: Path) -> None:
     assert (tmp_path / "moved" / "job.json").is_file()
     assert "link" in why_kept(report, record.folder)
     assert "link" in why_kept(report, run_folder(other))
-    assert "neither done nor reaped" in why_kept(report, third.folder)
+    assert "not recorded as gone" in why_kept(report, third.folder)
     assert not run_folder(record).exists()
 
 

@@ -273,7 +273,7 @@ def test_an_invalid_policy_has_one_exit_code(
         (["--input", ".", "tool"], 2, "it is a folder"),
         (["--policy", "missing", "tool"], 2, "cannot read the policy missing: "),
         (["--env", "X07_A=1", "tool"], 2, "reserved for X07"),
-        (["--allow-host", "example.org", "tool"], 2, "it is not HOST:PORTS"),
+        (["--allow-host", "example.org", "tool"], 2, "the port is missing"),
         (["--max-output-bytes", "9", "tool"], 125, "no guest image"),
     ],
 )

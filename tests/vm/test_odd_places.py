@@ -80,7 +80,7 @@ def test_a_cache_that_others_may_read_is_refused(tmp_path: Path, words: list[str
     place.chmod(0o755)
     done = x07(*words, env={"X07_VM_STATE_DIR": str(tmp_path / "state"), "X07_VM_CACHE_DIR": str(place)})
     assert done.returncode == 125
-    assert "must be yours with mode 0700" in done.stdout + done.stderr
+    assert "it must belong to you and have mode 0700" in done.stdout + done.stderr
     assert list(place.iterdir()) == []
 
 

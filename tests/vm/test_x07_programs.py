@@ -226,8 +226,8 @@ def test_compiler_and_protocol_errors_are_reported(tmp_path: Path, x07_image: Im
     [
         (lambda at: shutil.rmtree(at / "bin"), "bin/x07-os-runner is no program"),
         (lambda at: (at / "bin/x07-os-runner").chmod(0o644), "bin/x07-os-runner is no program"),
-        (lambda at: (at / "link").symlink_to("/etc/passwd"), "leads out of it"),
-        (lambda at: (at / "link").symlink_to("../../x"), "leads out of it"),
+        (lambda at: (at / "link").symlink_to("/etc/passwd"), "leads out of the project"),
+        (lambda at: (at / "link").symlink_to("../../x"), "leads out of the project"),
         (lambda at: os.mkfifo(at / "pipe"), "neither file nor folder"),
         (lambda at: (at / "a\nb").touch(), "no plain text"),
     ],

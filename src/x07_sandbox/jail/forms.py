@@ -85,7 +85,7 @@ def jail_form() -> Form:
     if not why:
         return Form("namespaces", namespaces=True)
     if flag("X07_VM_REQUIRE_NAMESPACES"):
-        fix = f"Unset X07_VM_REQUIRE_NAMESPACES to accept a jail without namespaces, or allow namespaces: {namespace_flags()}"
+        fix = f"Unset X07_VM_REQUIRE_NAMESPACES, which forbids other jails, or allow namespaces: {namespace_flags()}"
         raise RefusedError("a jail with namespaces was required", why, fix)
     return landlock_form(why, landlock_version(), _missing_capabilities() if os.geteuid() == 0 else [])
 
@@ -105,8 +105,8 @@ def landlock_form(why: str, version: int, missing: list[str]) -> Form:
         reason = f"{why}; the jail without namespaces needs {needed}, but the kernel {found}"
         raise HostError(what, reason, f"Allow namespaces here: {namespace_flags()}")
     if missing:
-        reason = f"{why}; and root lacks {' '.join(missing)}, needed to give the job its own uid"
-        fix = f"Run as an ordinary user, allow it to change uids, or allow namespaces: {namespace_flags()}"
+        reason = f"{why}, and root lacks {' '.join(missing)}, which it needs to give the job its own uid"
+        fix = f"Run as an ordinary user, grant these capabilities to root, or allow namespaces: {namespace_flags()}"
         raise HostError(what, reason, fix)
     return Form("Landlock and seccomp", namespaces=False, landlock=version, why=why)
 
