@@ -139,7 +139,7 @@ def test_a_project_of_ours_is_not_run_without_its_name(
     monkeypatch.chdir(tmp_path)
     Path("x07-sandbox.toml").touch()
     assert main(["run", "--dry-run"]) == 2
-    assert "To run the project of x07-sandbox.toml: x07 run ." in capfd.readouterr().err
+    assert "To run the project in this folder: x07 run ." in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("place", [".", "src/deep"])
