@@ -18,6 +18,7 @@ import pytest
 
 from tests.conftest import need
 from tests.unit.test_jail_own_limits import answer as verdict
+from x07_sandbox.guest import environment
 from x07_sandbox.guest import filters as guest_filters
 from x07_sandbox.guest.boot import filters, places
 from x07_sandbox.guest.restrict import TOKEN_BYTES
@@ -251,3 +252,10 @@ def test_unreadable_folders_are_left_out_of_the_readable_paths() -> None:
         os.close(write)
         with os.fdopen(read, "rb") as pipe:
             assert json.loads(pipe.read()) == [False, [f"{folder}/open"]]
+
+
+def test_a_slow_preload_names_the_module_and_the_times_of_the_others() -> None:
+    """If preloading times out, the error names the slow module and how long each other module took."""
+    assert environment.preload_timeout(["numpy", "scipy"], ["numpy 3.2"]) == (
+        f"scipy was not imported within {environment.PRELOAD_S:.0f} s for all; numpy took 3.2 s"
+    )
