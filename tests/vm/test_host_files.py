@@ -402,7 +402,7 @@ except OSError as exc:
 
 def test_a_missing_root(project: Project) -> None:
     """A missing read root is an error; a missing write root is an empty folder, created when it gets content."""
-    assert "there is no" in project.run("pass", "--allow-read-root", "nowhere", code=2)["reason"]
+    assert "does not exist" in project.run("pass", "--allow-read-root", "nowhere", code=2)["reason"]
     source = 'import os; print(os.listdir("results")); {}'
     assert project.run(source.format(""), "--allow-write-root", "results")["changes"]["state"] == "none"
     assert not (project.folder / "results").exists()
@@ -540,4 +540,4 @@ def test_a_program_cannot_change_its_policy_file(project: Project) -> None:
     result = project.run(source, "--policy", "policy.json")
     assert (result["changes"]["state"], result["changes"]["left_out"]) == ("kept", 2)
     refused = [(denial["subject"], denial["reason"]) for denial in result["denials"] if denial["action"] == "change"]
-    assert refused == [(name, "it is the policy or the manifest in use") for name in ("policy.json", "real.json")]
+    assert refused == [(name, "the policy or manifest in use") for name in ("policy.json", "real.json")]
