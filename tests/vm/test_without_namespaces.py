@@ -79,7 +79,7 @@ def test_without_landlock_nothing_runs(account: Account) -> None:
     code, result = _run(account, inside=(sys.executable, str(WRAPPER), "--nor-landlock"))
     assert (code, result["jail"]) == (125, None)
     assert "namespaces are forbidden here" in result["reason"]
-    assert "needs Landlock 3 (Linux 6.2), and this kernel has none" in result["reason"]
+    assert "needs Landlock 3 (Linux 6.2), but the kernel has no Landlock" in result["reason"]
 
 
 def test_doctor_names_the_form_and_the_flags(bare: Account) -> None:

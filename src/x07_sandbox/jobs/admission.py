@@ -123,7 +123,9 @@ class _Place:
                 if turn.cancelled(cancel_fd, min(deadline.left_s(), pause_s)):
                     raise Cancelled("the run was cancelled", "it was waiting for a machine", "Start it again")
                 if not said and say_at.passed():
-                    progress(f"waiting: {self._slots} machines are running, as many as {_VARIABLE} or this host allows")
+                    progress(
+                        f"waiting for a free machine: at most {self._slots} may run at once, by {_VARIABLE} or cores and memory"
+                    )
                     said = True
                 if turn.come and self._take():
                     return
