@@ -180,7 +180,7 @@ def test_pools_share_the_memory_for_machines_that_wait() -> None:
         assert other.stdout.readline() == b"kept\n"
         with pytest.raises(HostError, match="other pools leave only 3"), warm_slots(4, 5):
             pass
-        with warm_slots(3, 5), pytest.raises(HostError, match="leave 0 of them"), warm_slots(1, 5):
+        with warm_slots(3, 5), pytest.raises(HostError, match="leave only 0"), warm_slots(1, 5):
             pass
         other.kill()
     with warm_slots(5, 5):

@@ -81,7 +81,7 @@ def remove_images(names: Collection[str], pruner: Pruner) -> dict[str, str]:
         known = all_names()
         for name in names:
             if check_name(name) not in known:
-                here = f"Use one of:  {', '.join(sorted(known))}" if known else "See x07 image list"
+                here = f"Use one of: {', '.join(sorted(known))}" if known else "See x07 image list"
                 raise UsageError(f"cannot remove the image {name!r}", "there is no such image", here)
         removed = {name: known.pop(name) for name in dict.fromkeys(names)}
         for name in removed:
