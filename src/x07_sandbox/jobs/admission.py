@@ -123,9 +123,8 @@ class _Place:
                 if turn.cancelled(cancel_fd, min(deadline.left_s(), pause_s)):
                     raise Cancelled("the run was cancelled", "it was waiting for a machine", "Start it again")
                 if not said and say_at.passed():
-                    progress(
-                        f"waiting for a free machine: at most {self._slots} may run at once, by {_VARIABLE} or cores and memory"
-                    )
+                    limit = f"at most {self._slots} may run at once, by {_VARIABLE} or cores and memory"
+                    progress(f"waiting for a free machine: {limit}")
                     said = True
                 if turn.come and self._take():
                     return

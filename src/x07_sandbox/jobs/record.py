@@ -126,7 +126,7 @@ def record_from(values: dict[str, object]) -> JobRecord:
 def renewed_record(record: JobRecord, claim: Claim) -> JobRecord:
     """Return a waiting machine's record rewritten for the job of *claim*, with the same mark and folder.
 
-    Raises HostError.
+    Raises HostError if the record cannot be written.
     """
     renewed = replace(record, **_claimed(claim))
     _write_job(renewed)

@@ -81,7 +81,7 @@ class GateProcess:
     def send_stream(self, stream_fd: int | None) -> None:
         """Pass the stream from the guest's relay to the gate. Replace this process's copy by /dev/null.
 
-        Raises HostError.
+        Raises HostError if the gate has exited.
         """
         if stream_fd is None:
             raise HostError("cannot use the network", "the backend has no network stream", "Use another backend")
@@ -130,7 +130,7 @@ class GateProcess:
 def gate_running(config: GateConfig, log_fd: int) -> Iterator[GateProcess]:
     """Run a gate and its resolver during the context. log_fd: a lent descriptor for the gate's log.
 
-    Raises HostError.
+    Raises HostError if a process does not start.
     """
     with contextlib.ExitStack() as stack:
         uid, lock_fd = stack.enter_context(lease_uid()) if os.geteuid() == 0 else (-1, None)
