@@ -45,7 +45,7 @@ class MachineKind(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def image_digest(self) -> str:
-        """The image's digest, "" without an image."""
+        """The image's digest, or "" without an image."""
         return "" if self.image is None else self.image.manifest.digest
 
     @property
@@ -247,7 +247,7 @@ class Backend(Protocol):
 
     @property
     def engine_images(self) -> EngineImages | None:
-        """The engine's image store, None if the backend uses ours."""
+        """The engine's image store, or None if the backend uses ours."""
 
     @property
     def cloning(self) -> Cloning | None:

@@ -118,7 +118,7 @@ def engine(name: Name) -> Engine:
 
 
 def container_id(answer: Answer) -> str:
-    """Return the id printed by a create call, "" if there is none."""
+    """Return the id printed by a create call, or "" if there is none."""
     last = answer.text.strip().rpartition("\n")[2].strip()
     return last if not answer.status and is_id(last) else ""
 

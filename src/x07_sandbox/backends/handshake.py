@@ -162,7 +162,7 @@ def input_poll(*fds: int) -> select.poll:
 
 
 def wait_for_exit(instance: Instance) -> int | None:
-    """Return the exit status of an instance whose channel or process just ended, None if it takes too long."""
+    """Return the exit status of an instance whose channel or process just ended, or None if it takes too long."""
     limit = Deadline.after(_EXIT_S)
     poll = input_poll(instance.pidfd, *instance.side_fds())
     while instance.exit_status() is None and not limit.passed():

@@ -40,7 +40,7 @@ class BackendRow(msgspec.Struct, frozen=True):
     """One backend.
 
     sandbox_class: its name for --sandbox-backend. isolation: the classes it can provide, best first.
-    macos_from: the first macOS that it supports, 0 for none. auto: whether `auto` may select it.
+    macos_from: the first macOS that it supports, or 0 for none. auto: whether `auto` may select it.
     factory: makes it from its name; None if this version lacks it. tools: the programs that it needs on a machine
     (uname -m), by path, with Debian's package of each.
     """

@@ -20,7 +20,7 @@ ACCEPT_VARIABLE: Final = "X07_I_ACCEPT_WEAKER_ISOLATION"
 
 
 class BackendRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """The requested class and backend by their canonical names (host/variables), None for none.
+    """The requested class and backend by their canonical names (host/variables), or None for none.
 
     accepted: whether weaker isolation was. auto: the class that `auto` stands for.
     flags: the caller's, for advice; () if it only has variables.

@@ -150,7 +150,7 @@ class Audit:
     # netlink
 
     def _next(self) -> tuple[int, bytes] | None:
-        """Return type and text of the next record, None if there is none."""
+        """Return type and text of the next record, or None if there is none."""
         # Poll first: the error path would run for the first time in a fresh clone, which is slow.
         if not self._poll.poll(0):
             return None

@@ -63,7 +63,7 @@ class NoGroup:
         return _cpu_ticks(init) * 1_000_000 // os.sysconf("SC_CLK_TCK")
 
     def count(self, name: str) -> int:
-        """Return a counter of `HostGroup.COUNTERS`, 0 if there is none."""
+        """Return a counter of `HostGroup.COUNTERS`, or 0 if there is none."""
         if name not in self.COUNTERS:
             return 0
         file, *keys = self.COUNTERS[name]

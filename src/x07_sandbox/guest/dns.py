@@ -59,7 +59,7 @@ class NameTable:
         self.on_unlisted: Callable[[str], object] = lambda _name: None
 
     def address_of(self, name: str) -> str | None:
-        """Return the address of a name, None if it is unlisted or its wildcard has no addresses left."""
+        """Return the address of a name, or None if it is unlisted or its wildcard has no addresses left."""
         return self._addresses.get(name) or self._assign(name)
 
     def host_at(self, address: str) -> str | None:
@@ -83,7 +83,7 @@ class NameTable:
 
 
 def answer(query: bytes, names: NameTable) -> bytes | None:
-    """Return the answer to one DNS message, None if the message must be dropped."""
+    """Return the answer to one DNS message, or None if the message must be dropped."""
     if len(query) < _HEADER.size:
         return None
     ident, flags, question_count, *_ = _HEADER.unpack_from(query)
@@ -129,7 +129,7 @@ def _look_up(labels: list[bytes], kind: int, in_class: int, names: NameTable) ->
 
 
 def _labels(query: bytes) -> list[bytes] | None:
-    """Return the labels of the first question's name, None if it is malformed or compressed."""
+    """Return the labels of the first question's name, or None if it is malformed or compressed."""
     labels: list[bytes] = []
     at, stop = _HEADER.size, min(len(query), _HEADER.size + _WIRE_NAME_MAX)
     while at < stop:

@@ -160,7 +160,7 @@ class Job:
         )
 
     def _execution(self) -> ExecutionRules | None:
-        """Return the execution rules, None if everything may be executed."""
+        """Return the execution rules, or None if everything may be executed."""
         confined = self.confined
         if confined.execute and confined.programs is None:
             return None
@@ -225,7 +225,7 @@ class Job:
         return max(0.0, self.paused_until - time.monotonic())
 
     def _relay_fd(self) -> int:
-        """Return the descriptor that signals the relay's end, -1 if not needed."""
+        """Return the descriptor that signals the relay's end, or -1 if not needed."""
         relay = self.environment.relay
         return relay.status_fd if relay is not None and self.started and self.link.state is State.RUNNING else -1
 

@@ -105,7 +105,7 @@ def _text(path: str) -> str:
 
 
 def _below(name: str, sub: str) -> str | None:
-    """Return *name* relative to the folder *sub*, None if it is not below it."""
+    """Return *name* relative to the folder *sub*, or None if it is not below it."""
     if not sub or name == sub:
         return "" if name == sub else name
     return name[len(sub) + 1 :] if name.startswith(f"{sub}/") else None

@@ -197,7 +197,7 @@ class Relay:
         self._watch(flow)
 
     def _give(self, flow: _Flow, sock: socket.socket, data: bytes | bytearray) -> int | None:
-        """Send bytes to the program. Return how many it accepted, None if the connection failed and was ended."""
+        """Send bytes to the program. Return how many it accepted, or None if the connection failed and was ended."""
         try:
             count = sock.send(data)
         except BlockingIOError:

@@ -126,7 +126,7 @@ def drop_capabilities() -> None:
 
 
 def landlock_version() -> int:
-    """Return the kernel's Landlock version, 0 for none."""
+    """Return the kernel's Landlock version, or 0 for none."""
     version: int = _libc.syscall(_LANDLOCK_CREATE_RULESET, None, 0, 1)
     return max(0, version)
 

@@ -260,7 +260,7 @@ def left_files(
 
 
 def _next(entries: Iterator[T]) -> T | None:
-    """Return the next item, None at the end or if it cannot be read: not every agent is root."""
+    """Return the next item, or None at the end or if it cannot be read: not every agent is root."""
     try:
         return next(entries, None)
     except OSError:

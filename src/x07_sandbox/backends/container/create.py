@@ -29,7 +29,7 @@ _TMPFS: Final = "rw,nosuid,nodev"
 class ContainerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """One container. image: its id. name, mark, labels: the job's. resolv_conf: a host file.
 
-    net_folder: the folder of the gate's socket, "" for none.
+    net_folder: the folder of the gate's socket, or "" for none.
     """
 
     engine: str

@@ -183,7 +183,7 @@ def remove_files(folder: Path) -> bool:
 
 
 def recorded_engine(folder: Path) -> str:
-    """Return which engine started a job's container, "" if that is unknown."""
+    """Return which engine started a job's container, or "" if that is unknown."""
     try:
         return read_bounded(folder / _ENGINE, "record", _ENGINE_MAX).decode("utf-8", "replace")
     except (OSError, UsageError):

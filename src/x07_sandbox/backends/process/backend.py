@@ -100,7 +100,7 @@ class _Backend(ABC):
         return stop_recorded(record, remove)
 
     def _prove(self) -> str:
-        """Start an agent and return why it did not answer, "" if it did. Raises SandboxError."""
+        """Start an agent and return why it did not answer, or "" if it did. Raises SandboxError."""
         claim = Claim(run_id=new_run_id(), phase="probe", wall_ms=int(_ANSWER_S * 1000))
         record = create_record(claim, backend=self.name, image_digest="")
         with self._started(record, int(_ANSWER_S) + 5) as instance:

@@ -48,7 +48,7 @@ class Sandbox(msgspec.Struct, frozen=True, kw_only=True):
 
     mark: the random text that identifies the job's processes. agent_fd: its code. file_fds: FILES, by path.
     scratch_bytes: limit for the job's files, which are in memory. groups: the program's control groups, by their place
-    below GROUP, "" for the only one. lock_fd: stays open as long as any of its processes lives.
+    below GROUP, or "" for the only one. lock_fd: stays open as long as any of its processes lives.
     """
 
     system: System

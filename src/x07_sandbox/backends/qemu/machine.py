@@ -50,9 +50,9 @@ class Paths(msgspec.Struct, frozen=True, kw_only=True):
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
     """One machine: sizes, processor, and the descriptors that QEMU inherits.
 
-    kvm_fd: an open /dev/kvm, None for emulation. reserve: whether QEMU reserves all RAM on the host at once.
+    kvm_fd: an open /dev/kvm, or None for emulation. reserve: whether QEMU reserves all RAM on the host at once.
     any_timer: whether the guest accepts a timer that its kernel calibrated wrong (guest/boot/init.c).
-    tsc_khz: frequency of the host's time stamp counter, None if the guest can measure it.
+    tsc_khz: frequency of the host's time stamp counter, or None if the guest can measure it.
     """
 
     arch: Arch

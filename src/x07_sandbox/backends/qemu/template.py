@@ -156,7 +156,7 @@ def templates_dir() -> Path:
 
 
 def lack_of_space(ram_bytes: int) -> str:
-    """Return why no template of that RAM size can be saved on this disk, "" if it can."""
+    """Return why no template of that RAM size can be saved on this disk, or "" if it can."""
     info = os.statvfs(templates_dir())
     free = info.f_bavail * info.f_frsize
     needed_bytes = settings.TEMPLATE_BYTES + ram_bytes // settings.TEMPLATE_SHARE
@@ -197,7 +197,7 @@ def _processor() -> list[str]:
 
 @contextlib.contextmanager
 def opened_template(template: Template) -> Iterator[Saved | None]:
-    """Yield the template's verified files, None if there is none. Raises ImageError if it is damaged."""
+    """Yield the template's verified files, or None if there is none. Raises ImageError if it is damaged."""
     if not template.folder.is_dir():
         yield None
         return
