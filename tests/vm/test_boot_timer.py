@@ -102,7 +102,7 @@ def test_the_reason_for_cold_starts_is_reported_once(
     monkeypatch.setattr(settings, "TEMPLATE_BYTES", 1 << 62)
     ran = sandbox.behave("nothing")
     assert (ran.outcome, len(booted) >= 2) == ("ok", True), ran.reason  # a busy host can have one more boot
-    assert len([text for text in ran.result.warnings if "started cold" in text]) == 1
+    assert len([text for text in ran.result.warnings if "booted without a saved VM" in text]) == 1
 
 
 def test_a_host_without_a_timer_is_refused(sandbox: Sandbox, boots: Boots) -> None:
@@ -110,7 +110,7 @@ def test_a_host_without_a_timer_is_refused(sandbox: Sandbox, boots: Boots) -> No
     booted = boots(*[NONE] * settings.BOOTS_MAX)
     ran = sandbox.behave("nothing", cold=True)
     assert (ran.outcome, len(booted)) == ("refused", settings.BOOTS_MAX)
-    assert "its kernel measured its timer wrong" in ran.reason
+    assert "its kernel calibrated its timer wrong" in ran.reason
     assert ran.reason.endswith("; try again with less beside it")
     assert ran.seconds < settings.BOOTS_MAX * settings.BOOT_S
 
@@ -133,7 +133,7 @@ def test_a_pool_accepts_a_wrong_timer_only_on_the_last_attempt(
     boots(*[NONE] * 100)
     with contextlib.closing(WarmMachines(1)) as hopeless:
         hopeless.start()
-        with pytest.raises(BackendError, match="its kernel measured its timer wrong"):
+        with pytest.raises(BackendError, match="its kernel calibrated its timer wrong"):
             hopeless.wait_ready(Deadline.after(120))
 
 
@@ -146,7 +146,7 @@ def test_the_doctor_reports_a_host_without_a_timer(
     findings = {found["subject"]: found for found in json.loads(capsys.readouterr().out)["findings"]}
     started = findings["VM start"]
     assert (started["good"], len(booted)) == (False, settings.BOOTS_MAX)
-    assert "its kernel measured its timer wrong" in started["text"]
+    assert "its kernel calibrated its timer wrong" in started["text"]
     assert "try again with less beside it" in started["text"]
     assert all((path.parent / "done").is_file() for path in state.glob("*/job.json"))
 

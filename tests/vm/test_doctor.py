@@ -62,7 +62,7 @@ def test_doctor_starts_a_machine(working_host: tuple[int, dict[str, Any], bytes]
     """On a working host the doctor starts a jailed machine, gets the agent's answer, and reports it."""
     code, found, shown = working_host
     assert (code, found["good"]) == (0, True)
-    assert "our agent answered" in found["text"]
+    assert "x07's agent answered" in found["text"]
     assert b"starting a machine" in shown
 
 

@@ -319,7 +319,7 @@ def test_runs_fall_back_to_clones_without_an_answer(echo: str) -> None:
         os.kill(pid, signal.SIGSTOP)
         result = ran(echo)
         assert result["phases"]["run"]["start"] == "clone"
-        assert [text for text in result["warnings"] if "it did not answer" in text]
+        assert [text for text in result["warnings"] if "the pool did not answer" in text]
         asked = x07("pool", "status")
         assert (asked.returncode, asked.stdout) == (125, b"")
         assert f"its process {pid} does not answer".encode() in asked.stderr
