@@ -81,7 +81,7 @@ def test_a_machine_with_a_wrong_timer_is_booted_again(
 ) -> None:
     """A kernel whose timer is missing, late or far too early runs nothing: another one is booted."""
     assert sandbox.run_text("sleep.py", SLEEP, cache=True).outcome == "ok"  # it is built
-    monkeypatch.setattr(Template, "bad", lambda _template: "it is not to be used")
+    monkeypatch.setattr(Template, "suspended", lambda _template: "it is not to be used")
     booted = boots(NONE, LATE, EARLY)
     ran = sandbox.run_text("sleep.py", SLEEP, cache=True)
     assert ran.outcome == "ok", ran.reason
@@ -124,7 +124,7 @@ def test_a_pool_accepts_a_wrong_timer_only_on_the_last_attempt(
     with contextlib.closing(WarmMachines(1)) as first:  # the program is built, by saved machines
         first.start()
         assert first.wait_ready(Deadline.after(120))
-    monkeypatch.setattr(Template, "bad", lambda _template: "it is not to be used")
+    monkeypatch.setattr(Template, "suspended", lambda _template: "it is not to be used")
     booted = boots(NONE, LATE, EARLY)
     with contextlib.closing(WarmMachines(1)) as warmed:
         warmed.start()

@@ -1,7 +1,8 @@
 """The guest agent. It receives one job from the host, runs the job's program and reports the result.
 
 The agent runs on a `Platform`. On all platforms but that of the `none` backend, the program can see neither the channel
-nor the agent's process. That process is not in the program's control group.
+nor the agent's process. In VMs and with the `os` backend, that process is
+outside the program's control group.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Denied system calls of the program, from the kernel's audit subsystem (netlink, without auditd).
 
-One rule per errno records each listed system call of the program's user that fails with it; The kernel
-records seccomp refusals without a rule. Auditing must start before the program's first process, since tasks get their
-audit context when they are created. The kernel's rate limit bounds a flood, and lost records are counted. Nothing but
-the report depends on the records.
+One rule per errno records each listed system call of the program's user that fails with it. The kernel records
+seccomp refusals without a rule. Auditing must start before the program's first process, since tasks get their audit
+context when they are created. The kernel's rate limit bounds a flood, and lost records are counted. The records are
+used for the report only.
 """
 
 from __future__ import annotations
