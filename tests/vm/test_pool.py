@@ -344,7 +344,7 @@ def test_a_clone_replaces_a_warm_machine_that_died(echo: str, monkeypatch: pytes
     with pool_process(1), contextlib.closing(cancel):
         result = run(RunRequest(program=Path(echo), machines=PoolClient(), cancel=cancel))
     assert (result.outcome, result.phases["run"].start) == ("ok", "clone"), result.reason
-    assert "the run had no warm machine: the one it took did not answer" in result.warnings
+    assert "no pool machine for the run: it did not answer" in result.warnings
 
 
 def test_a_pool_start_that_waits_reports_it_and_can_be_stopped(

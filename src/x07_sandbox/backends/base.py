@@ -117,8 +117,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 class Greeting(NamedTuple):
     """A ready agent: it has answered, clock and entropy are set, and START is the next frame.
 
-    released_at: when the instance was released, in seconds on the monotonic clock. times_ms: time from the release to
-    each of "hello" and "seeded".
+    released_at: when the instance was released, in seconds on the monotonic clock. times_ms: how long after that HELLO
+    and SEEDED arrived.
     """
 
     connection: Connection
@@ -284,7 +284,10 @@ class Backend(Protocol):
         """Support for cloning saved VMs, if there is any."""
 
     def probe(self, image: OpenImage | None, *, boot: bool = True) -> Availability:
-        """Return what this host offers; cheap once it is proven. Raises HostError if the backend cannot run here."""
+        """Return what this host offers; cheap once it is proven. Raises HostError if the backend cannot run here.
+
+        boot: whether a guest may be booted to find out.
+        """
 
     def start(self, job: Job) -> AbstractContextManager[Instance]:
         """Start a job and wait until its agent has answered. At the end the job is gone, and recorded as gone.

@@ -72,7 +72,7 @@ class HostAgent:
         """Do nothing, since the agent waits for the channel anyway."""
 
     def side_fds(self) -> tuple[int, ...]:
-        """Return the error stream's descriptor, the only one besides the channel."""
+        """Return a tuple with the descriptor of the error stream."""
         return () if self._errors.ended else (self._errors.fd,)
 
     def drain(self, _fd: int) -> None:
@@ -154,7 +154,10 @@ def running(
 
 
 def inner_process(child: subprocess.Popen[bytes], depth: int) -> Identity:
-    """Wait for the process *depth* generations below the supervisor. Raises ProcessLookupError if it never appears."""
+    """Wait for the process *depth* generations below the supervisor, and return its identity.
+
+    Raises ProcessLookupError if the process never appears.
+    """
     # By /proc: bubblewrap's --info-fd reports numbers of its own pid namespace.
     deadline = Deadline.after(_SETUP_S)
     pidfd = os.pidfd_open(child.pid)

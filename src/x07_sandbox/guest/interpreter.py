@@ -6,7 +6,7 @@ it removes itself, writes the real script name where the interpreter will read i
 with none of x07's code on the stack. If the program is not a suitable Python script, the module executes the program
 instead.
 
-Differences from a fresh start: docs/explanation/design.md, "VM templates".
+Differences from a fresh start: docs/explanation/design.md, "Saved VMs".
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def _check(result: int, subject: str) -> None:
 
 
 def mount(source: str, target: str, kind: str, flags: int = 0, options: str = "") -> None:
-    """Mount a file system. Raises OSError naming the target."""
+    """Mount a file system. Raises OSError with the target as its file name."""
     _check(_libc.mount(os.fsencode(source), os.fsencode(target), kind.encode(), flags, options.encode()), target)
 
 
@@ -105,7 +105,7 @@ def change_mount(mount: int | str, flags: int, *, below: bool = False) -> None:
 
 
 def move_mount(fd: int, target: str) -> None:
-    """Attach a detached mount. Raises OSError naming the target."""
+    """Attach a detached mount. Raises OSError with the target as its file name."""
     _check(_libc.syscall(_MOVE_MOUNT, fd, b"", _AT_FDCWD, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH), target)
 
 

@@ -60,7 +60,7 @@ class Base(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
     @property
     def digest(self) -> str:
-        """The digest of the base, as in image manifests."""
+        """The digest of the base, which image manifests contain."""
         return hashlib.sha256(manifest.canonical(msgspec.to_builtins(self))).hexdigest()
 
 

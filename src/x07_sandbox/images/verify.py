@@ -202,7 +202,7 @@ def sha256_of(fd: int, size: int) -> str:
 
 
 def filesystem(fd: int) -> str:
-    """Return the file system type of *fd*, as in mountinfo; empty if unknown."""
+    """Return the file system type of *fd* by its name in mountinfo; empty if unknown."""
     try:
         with Path(f"/proc/self/fdinfo/{fd}").open("rb") as file:
             number = next(int(line.split()[1]) for line in file if line.startswith(b"mnt_id:"))

@@ -268,7 +268,7 @@ def ensure_template(
             most_s = 2 * settings.TEMPLATE_S + settings.PRELOAD_S
             stack.enter_context(file_lock(folder / ".lock", on_wait=waits, most_s=most_s))
         except TimeoutError as exc:  # the other process may be stopped, and must not block all others
-            what = f"cannot make {template.subject.name}"
+            what = "cannot save a VM"
             raise HostError(what, f"{exc}: the lock of all saved VMs", "Check for a stopped x07: ps ax") from exc
         _make_alone(template, kind, accelerator, progress)
 
@@ -358,7 +358,7 @@ def renew(instance: Instance, kind: MachineKind) -> None:
     limit_s = settings.TEMPLATE_S + (settings.PRELOAD_S if words["preload"] else 0)
     talk = Handshake(instance, State.COLLECTING)
     if failure := talk.until(State.WARM, Deadline.after(limit_s), {State.COLLECTING: (Kind.WARM, words)}):
-        raise BackendError("cannot prepare a VM", failure.why, "Run x07 doctor")
+        raise BackendError("cannot prepare a VM for the pool", failure.why, "Run x07 doctor")
     instance.start_mode = "pool"  # from now on its agent waits in the same state as a clone's
 
 
