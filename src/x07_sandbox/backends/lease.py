@@ -94,7 +94,7 @@ def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]] | Non
 
 
 def connect_to_pool() -> socket.socket | None:
-    """Connect to this user's pool process; None if there is none. Raises HostError."""
+    """Connect to this user's pool process. Return None if there is no such process. Raises HostError."""
     folder = pool_dir()
     if not (folder / SOCKET).exists():
         return None

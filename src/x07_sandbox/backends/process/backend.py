@@ -220,7 +220,7 @@ def _require_python() -> None:
 
 
 def _version(path: str) -> tuple[int, ...]:
-    """Return the version that a program prints, () if it prints none."""
+    """Return the version that a program prints, or () if it prints none."""
     argv, env, no_input = [path, "--version"], {"PATH": "/usr/bin:/bin", "LC_ALL": "C"}, subprocess.DEVNULL
     try:
         done = subprocess.run(argv, stdin=no_input, capture_output=True, timeout=30, check=False, env=env)

@@ -74,7 +74,7 @@ class QemuBackend:
         return self
 
     def probe(self, image: OpenImage | None, *, boot: bool = True) -> Availability:
-        """Return the features with hardware virtualisation if x07's agent has answered under it, else of emulation."""
+        """Return the features with KVM if x07's agent has answered under it, or else those of emulation."""
         check_tools(host_arch())  # first: verdicts and templates are stored by the state of QEMU's file
         if flag("X07_VM_REQUIRE_NAMESPACES"):
             jail_form()  # raises RefusedError early

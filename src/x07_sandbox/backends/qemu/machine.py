@@ -132,7 +132,10 @@ def _memory(machine: Machine, megabytes: int) -> str:
 
 
 def qmp_save(state: str) -> bytes:
-    """Return the commands that save the device state. The VM must not be stopped first: its clones would be too."""
+    """Return the commands that save the device state.
+
+    The VM must not be stopped before, since its clones would then be stopped too.
+    """
     return _qmp(_CAPABILITIES, _IGNORE_SHARED, {"execute": "migrate", "arguments": {"uri": f"file:{state}"}})
 
 

@@ -76,7 +76,7 @@ class QemuJob(NamedTuple):
 
 
 class Accelerator(msgspec.Struct, frozen=True, kw_only=True):
-    """Whether the guest's processor is emulated."""
+    """What runs the guest's processor: KVM or emulation."""
 
     kvm: bool
 
