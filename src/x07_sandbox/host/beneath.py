@@ -112,7 +112,7 @@ def _same_inode(fd: int, name: str, to_fd: int, to: str) -> bool:
 
 
 def sync(fd: int) -> None:
-    """Flush the file system of *fd* to disk: syncfs(2). Raises OSError."""
+    """Flush the file system of *fd* to disk: syncfs(2). Raises OSError if that fails."""
     if _libc.syncfs(fd):
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))

@@ -17,7 +17,7 @@ class Mounted(NamedTuple):
 
 
 def mounts() -> Iterator[Mounted]:
-    """Yield all mounts. Of several mounts on one mount point, the lowest comes first. Raises OSError."""
+    """Yield all mounts. Mounts on one mount point come lowest first. Raises OSError if /proc is missing."""
     with Path("/proc/self/mountinfo").open("rb") as file:
         for line in file:
             before, _, after = line.partition(b" - ")

@@ -149,7 +149,7 @@ def read_bounded(path: Path, what: str, max_bytes: int) -> bytes:
 
 
 def open_private_file(path: Path, flags: int) -> int:
-    """Open a private file of this user, created with mode 0600 if missing. Raises OSError."""
+    """Open a private file of this user, created with mode 0600 if missing. Raises OSError if that fails."""
     fd = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, _OWN)
     try:
         if os.fstat(fd).st_mode & _OWN != _OWN:  # a umask may remove the owner's rights
@@ -161,7 +161,7 @@ def open_private_file(path: Path, flags: int) -> int:
 
 
 def replace_file(path: Path, data: bytes, *, sync: bool = False) -> None:
-    """Replace the file *path* atomically, with mode 0600. Raises OSError.
+    """Replace the file *path* atomically, with mode 0600. Raises OSError if that fails.
 
     sync: whether the replacement is also atomic if the machine crashes.
     """

@@ -16,7 +16,7 @@ from x07_sandbox.host.poll import wait_readable
 
 @cache
 def boot_id() -> str:
-    """Return the id of this boot (random(4): boot_id). Raises HostError."""
+    """Return the id of this boot (random(4): boot_id). Raises HostError if /proc does not show it."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError as exc:

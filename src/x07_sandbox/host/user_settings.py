@@ -51,7 +51,7 @@ SETTINGS: Final = (
 
 
 def settings_bytes(path: Path) -> bytes | None:
-    """Return the content of a settings file; None if it is missing. Raises HostError."""
+    """Return the content of a settings file; None if it is missing. Raises HostError if it cannot be used."""
     try:
         with path.open("rb") as file:
             info = os.fstat(file.fileno())

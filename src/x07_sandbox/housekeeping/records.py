@@ -109,7 +109,7 @@ def remove_record(folder: Path) -> None:
 
 
 def _remove_run(folder: Path) -> None:
-    """Remove the folder of a run that is not in progress. Raises OSError."""
+    """Remove the folder of a run that is not in progress. Raises OSError if that fails."""
     with lock_for_removal(folder) as free:
         if not free:
             raise BlockingIOError(0, "the run is in progress")

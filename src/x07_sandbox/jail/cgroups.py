@@ -44,7 +44,7 @@ class HostGroups(msgspec.Struct, frozen=True, kw_only=True):
         return tuple(str(folder) for folder in self.folders)
 
     def add(self, pid: int) -> None:
-        """Move a process into the groups. Raises OSError."""
+        """Move a process into the groups. Raises OSError if the kernel refuses."""
         for folder in self.folders:
             (folder / "cgroup.procs").write_text(str(pid), encoding="ascii")
 
@@ -103,7 +103,7 @@ class ProgramGroups(HostGroups, frozen=True, kw_only=True):
     agent: Path | None = None
 
     def add(self, pid: int) -> None:
-        """Move the agent to a group from which it can move the program. Raises OSError."""
+        """Move the agent to a group from which it can move the program. Raises OSError if the kernel refuses."""
         if self.agent is not None:
             (self.agent / "cgroup.procs").write_text(str(pid), encoding="ascii")
 

@@ -339,7 +339,7 @@ def _install(program: bytes) -> None:
 
 
 def _call(number: int, *words: int) -> int:
-    """Make a system call that has no function in the C library. Raises OSError."""
+    """Make a system call that has no function in the C library. Raises OSError if the call fails."""
     return _checked(int(_libc.syscall(number, *[*words, 0, 0, 0, 0, 0][:5])), f"system call {number}")
 
 

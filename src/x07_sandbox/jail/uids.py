@@ -35,7 +35,10 @@ def _ranges(path: str, first: int, count: int) -> list[tuple[int, int]]:
 
 
 def free_range() -> int:
-    """Return the first of COUNT mapped uids that no passwd, group or subordinate range contains. Raises HostError."""
+    """Return the first of COUNT mapped uids that no passwd, group or subordinate range contains.
+
+    Raises HostError if no such range is mapped.
+    """
     lines = Path("/proc/self/uid_map").read_text(encoding="ascii").splitlines()
     mapped = [tuple(int(word) for word in line.split()) for line in lines]
     taken = [*_ranges("/etc/passwd", 2, 0), *_ranges("/etc/group", 2, 0)]

@@ -188,7 +188,7 @@ def _read(folder: Path, fd: int, instance: str) -> StoredJob:
 
 
 def all_stored(root: Path | None = None) -> list[StoredJob]:
-    """Return all jobs below the state root, sorted by name. Raises HostError."""
+    """Return all jobs below the state root, sorted by name. Raises HostError if it cannot be listed."""
     root = root or state_dir()
     try:
         names = sorted(name for name in os.listdir(root) if JOB_NAME.fullmatch(name))  # noqa: PTH208 - names are wanted

@@ -90,7 +90,7 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def create_record(claim: Claim, *, backend: str, image_digest: str) -> JobRecord:
-    """Make the job's folder and write `job.json`. Raises HostError."""
+    """Make the job's folder and write `job.json`. Raises HostError if that fails."""
     root = private_dir(state_dir())
     record = JobRecord(
         backend=backend,
@@ -119,7 +119,7 @@ def record_values(record: JobRecord) -> dict[str, object]:
 
 
 def record_from(values: dict[str, object]) -> JobRecord:
-    """Return the record with these values. Raises TypeError."""
+    """Return the record with these values. Raises TypeError if one is missing or unknown."""
     return JobRecord(**(values | {"folder": Path(str(values["folder"]))}))  # type: ignore[arg-type]  # as written
 
 
@@ -147,7 +147,7 @@ def _claimed(claim: Claim) -> dict[str, Any]:
 
 
 def renamed_record(record: JobRecord) -> JobRecord:
-    """Rename the record's folder after its job. Raises HostError."""
+    """Rename the record's folder after its job. Raises HostError if that fails."""
     try:
         folder = record.folder.rename(record.folder.with_name(record.job_id))
     except OSError as exc:

@@ -90,7 +90,7 @@ class HelloReader:
 
 
 def parse(body: bytes) -> ClientHello:
-    """Parse a ClientHello without its four-byte header. Raises HelloError."""
+    """Parse a ClientHello without its four-byte header. Raises HelloError if it is not well-formed."""
     hello = _Cursor(body)
     if hello.number(1) != _MAJOR:
         _malformed("has an unknown version")

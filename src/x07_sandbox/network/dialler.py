@@ -83,7 +83,7 @@ class ResolverClient:
             waits.set_result((status, addresses))
 
     async def look_up(self, name: str) -> list[Address]:
-        """Return the addresses of a name. Raises NotDialledError."""
+        """Return the addresses of a name. Raises NotDialledError if there are none."""
         known = self._cache.get(name)
         if known is not None and self._loop.time() < known[0]:
             return known[1]
@@ -136,7 +136,7 @@ class Dialler:
         self._nat64: list[IPv6Network] | None = None
 
     async def dial(self, decision: Decision) -> Dialled:
-        """Connect to the destination of an allowed request. Raises NotDialledError."""
+        """Connect to the destination of an allowed request. Raises NotDialledError if no address answers."""
         try:
             addresses = await self._addresses(decision)
             async with asyncio.timeout(_ALL_TRIES_S):

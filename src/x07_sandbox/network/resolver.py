@@ -38,7 +38,7 @@ def encode_answer(number: int, status: int, addresses: list[Address]) -> bytes:
 
 
 def decode_answer(data: bytes) -> tuple[int, int, list[Address]]:
-    """Return number, status and addresses of an answer. Raises ValueError."""
+    """Return number, status and addresses of an answer. Raises ValueError if it is malformed."""
     if not NUMBER.size < len(data) <= ANSWER_MAX or data[NUMBER.size] > FAILED:
         raise ValueError("not an answer")
     addresses: list[Address] = []

@@ -108,7 +108,7 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def parse_request(text: str, transport: Transport = "tcp") -> Request:
-    """Parse ``HOST:PORT``, with an IPv6 address in brackets. Raises UsageError."""
+    """Parse ``HOST:PORT``, with an IPv6 address in brackets. Raises UsageError for any other text."""
     host, colon, port = text.rpartition(":")
     number = int(port) if port.isascii() and port.isdigit() and len(port) <= len(str(_PORT_LAST)) else 0
     fix = "Write HOST:PORT, such as example.org:443 or [2001:db8::1]:443"

@@ -74,7 +74,7 @@ def settings_to_json(settings: NetSettings) -> dict[str, list[Any]]:
 
 
 def settings_from_json(words: dict[str, list[Any]]) -> NetSettings:
-    """Return the settings from `settings_to_json`. Raises UsageError."""
+    """Return the settings from `settings_to_json`. Raises UsageError if they are invalid."""
     local = [parse_request(text) for text in words["allow_local"]]
     return NetSettings(
         allow_local=frozenset((request.host, request.port) for request in local if not isinstance(request.host, str)),

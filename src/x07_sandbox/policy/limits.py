@@ -39,7 +39,7 @@ NAMES: Final[Mapping[str, Name]] = MappingProxyType(
         "fds": Name("--fds", "open files"),
     }
 )
-"""By policy field."""
+"""Flag and wording of each limit, by policy field."""
 
 
 class LimitChanges(msgspec.Struct, frozen=True, kw_only=True):

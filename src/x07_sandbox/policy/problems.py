@@ -8,7 +8,7 @@ import msgspec
 from x07_sandbox.errors import UsageError
 
 HUGE: int = 10**20
-"""Replaces every larger number in a document; outside every range."""
+"""Value that replaces every larger number in a document. It is outside the range of every field."""
 MISSING = "is missing"
 """The message for a required field that is absent."""
 ADVICE = "Correct the document. docs/reference/policy.md describes every field"
