@@ -202,7 +202,7 @@ def _holds_nothing(folder: Path) -> bool:
 def _remove_unstarted(folder: Path) -> bool:
     """Remove the folder of an unstarted job and return whether it is gone.
 
-    If its x07 process lives after all, its start fails.
+    If an x07 process is about to start the job after all, that start fails.
     """
     doomed = doomed_name(folder)
     try:

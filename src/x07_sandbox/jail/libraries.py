@@ -18,7 +18,7 @@ def needed_files(binary: str) -> tuple[str, ...]:
     """Return the absolute paths of *binary*, its shared libraries and its loader.
 
     ldd(1) is slow, so the result is cached until the binary or the library cache (ld.so.cache) changes. Raises
-    HostError if *binary* is missing or not a dynamic executable.
+    HostError if *binary* is missing or ldd fails.
     """
     key = _identity(binary)
     record = cache_folder("libraries") / f"{Path(binary).name}.json"

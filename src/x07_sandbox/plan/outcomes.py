@@ -138,7 +138,7 @@ def exit_code(outcome: Outcome, *, program_exit: int | None, signal: int | None)
 
 
 def outcomes_by_exit() -> dict[str, list[Outcome]]:
-    """Return the outcomes by exit code, in the order of the table. A code that is not fixed is described in words."""
+    """Return the outcomes by exit code, in the order of the table. Words describe a code that is not fixed."""
     found: dict[str, list[Outcome]] = {}
     for outcome, row in OUTCOMES.items():
         found.setdefault(str(row.exit), []).append(outcome)

@@ -19,8 +19,8 @@ _MIB: Final = 1 << 20
 class Change(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One difference. field: its path.
 
-    before, after: the field's values in the two policies. For a list field, each change is about one entry: both values
-    hold that entry, or None for the policy that lacks it.
+    before, after: the field's values in the two policies. For a list field, each change is about one entry. Its
+    value is None for the policy that lacks the entry.
     """
 
     field: str
@@ -82,9 +82,9 @@ def _effect(field: str, *, more: bool) -> Effect:
 
 
 def _size(field: str, value: object) -> object:
-    """Return the effective value in a form for comparison.
+    """Return the value for comparison: a 0 with a special meaning is replaced by what X07 uses in its place.
 
-    The form is a number if a larger value allows more. Other forms are only equal or different.
+    Numbers are ordered. Other values are only equal or different.
     """
     return _ZERO_MEANS[field] if value == 0 and field in _ZERO_MEANS else value
 
