@@ -84,7 +84,7 @@ def attempt(request: RunRequest) -> tuple[Result, SandboxError | None]:
 
 
 def failure(exc: Exception, signalled: int | None = None) -> Result:
-    """Return the result of a run that did not start, or that hit a bug. signalled: the signal that cancelled the run."""
+    """Return the result of a run that did not start or hit a bug. signalled: the signal that cancelled the run."""
     from x07_sandbox.plan.outcomes import Outcome, verdict
 
     draft = draft_result(new_run_id())
