@@ -79,7 +79,7 @@ def test_a_working_folder_is_an_ordinary_root(here: Path) -> None:
     [
         ("/", "it is the root of the file system"),
         ("../home", "it is your home folder"),
-        ("..", "it is your home folder, or holds it"),
+        ("..", "it is or contains your home folder"),
         ("to-home", "it is your home folder"),
         ("nothing", r"it does not exist.*mkdir -p nothing"),
         ("file", "it does not exist"),

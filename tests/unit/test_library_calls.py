@@ -84,7 +84,7 @@ def test_an_input_file_may_not_replace_the_program(tmp_path: Path, *, named: boo
     """An input file with the program's own name is a usage error."""
     (tmp_path / "main.py").touch()
     given: dict[str, Any] = {"program": tmp_path / "main.py"} if named else {"source": "", "toolchain": "python"}
-    with pytest.raises(SandboxError, match=r"cannot run main\.py: `files` has a file of the same name"):
+    with pytest.raises(SandboxError, match=r"cannot run main\.py: `files` contains a file of the same name"):
         run_program(**given, files={"main.py": b"1"})
 
 
@@ -256,9 +256,9 @@ def test_the_variables_of_the_command_count_for_the_library_too(
             "the program reached its time limit of 4 s (--timeout)",
             "the program reached its time limit of 4 s (timeout_s)",
         ),
-        ("Name a file with --input", "Name a file with input"),
+        ("Use --input FILE", "Use input FILE"),
         ("Give it more with --timeout 4.5", "Give it more with timeout_s=4.5"),
-        ("Leave it out, or use --sandbox-backend vm", "Leave it out, or use X07_SANDBOX_BACKEND=vm"),
+        ("Remove --image, or use --sandbox-backend vm", "Remove image, or use X07_SANDBOX_BACKEND=vm"),
         ("Write one (x07 init --toolchain T)", "Write one (x07 init --toolchain T)"),
         ("Use --timeout-like and --outer", "Use --timeout-like and --outer"),
     ],

@@ -47,7 +47,7 @@ def test_all_keys_are_read() -> None:
         (PYTHON + 'policy = "/etc/p.json"', "policy: .* not a path inside"),
         (MAKE.replace("bin/prog", "./"), "artifact: './' is not a path inside"),
         (PYTHON + '[run]\ninput = "../x"', r"run.input: .* not a path inside"),
-        (PYTHON + 'artifact = "x"', "has no `artifact`"),
+        (PYTHON + 'artifact = "x"', "cannot have `artifact`"),
         (PYTHON + '[build]\nargs = ["x"]', r"has no \[build\] args"),
         (MAKE.replace('artifact = "bin/prog"', ""), "needs `artifact`"),
         (MAKE + 'entry = "x"', "has no `entry`"),

@@ -90,7 +90,7 @@ def test_every_toolchain_runs_a_text_or_needs_a_project(row: Toolchain) -> None:
     with contextlib.ExitStack() as stack, contextlib.closing(Cancel()) as cancel:
         request = RunRequest(source=text, toolchain=row.name, cancel=cancel)
         if row.artifact:
-            with pytest.raises(UsageError, match=f"{row.name} works on a project"):
+            with pytest.raises(UsageError, match=f"the toolchain {row.name} needs a project"):
                 load_program(request, stack)
             return
         _, program = load_program(request, stack)
@@ -251,7 +251,7 @@ def test_any_first_bytes_are_accepted_or_refused(head: bytes) -> None:
         ("p.rs", "--include rustc && x07 exec .* -- sh -c 'rustc -o /tmp/program p.rs && /tmp/program'"),
         ("P.java", "--include default-jdk-headless && x07 exec .* -- java P.java"),
         ("p.ts", "--include node-typescript && x07 exec .* -- sh -c 'tsc --outDir /tmp p.ts && node /tmp/p.js'"),
-        ("p.xyz", "add a #! line, or name the toolchain: x07 run --toolchain T"),
+        ("p.xyz", "add a #! line, or choose the toolchain: x07 run --toolchain T p.xyz"),
     ],
 )
 def test_a_source_of_another_language_names_what_runs_it(path: str, fix: str) -> None:

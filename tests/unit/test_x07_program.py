@@ -298,7 +298,7 @@ def test_arguments_and_input_are_alternatives(
     """An X07 program with both arguments and input is a usage error."""
     assert main(["run", *how, *given, str(project), "--", "a", "bc"]) == 2
     output = capsys.readouterr()
-    assert "with arguments and with input" in (output.err or document(output.out)["reason"])
+    assert "with arguments and input" in (output.err or document(output.out)["reason"])
     with loaded(program=project, args=("a", "bc"), stdin_fd=0, stdin_default=True) as (request, _):
         assert (request.args, request.stdin_fd == 0) == ((), False)
         assert os.pread(request.stdin_fd or 0, 99, 0) == b"\2\0\0\0\1\0\0\0a\2\0\0\0bc"
@@ -317,7 +317,7 @@ def test_a_missing_lock_file_is_x07s_own_to_write(project: Path, capfd: pytest.C
     for lock in project.rglob("*.lock.json"):
         lock.unlink()
     assert main(["run", str(project)]) == 2
-    assert "Write it with X07's own `x07 pkg lock`" in capfd.readouterr().err
+    assert "Create it with `x07 pkg lock` of the X07 toolchain" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("words", [(), ("--json",)])

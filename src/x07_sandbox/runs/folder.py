@@ -26,8 +26,8 @@ APPLYING = ".applying"  # a folder beside those of the runs (runs/saved_changes)
 class RunFolder:
     """The folder `runs/RUN/`.
 
-    It is beside the state folder if this user owns the parent folder; otherwise it is in `.runs/` inside the state
-    folder.
+    It is beside the state folder if only this user can write to the parent folder. Otherwise it is in `.runs/` inside
+    the state folder.
     """
 
     def __init__(self, run_id: str, stack: contextlib.ExitStack) -> None:
@@ -73,7 +73,7 @@ def find_run(run: str | None, file: str, what: str, fix: str, *, action: str = "
         why = f"no run{f' with an id that starts with {run}' if run else ''} has {action or what}"
         raise UsageError(f"cannot find {what}", why, fix)
     if run is not None and len(names) > 1:
-        why = f"{len(names)} run ids start with these digits, such as {names[0]}"
+        why = f"{len(names)} run ids start with it, such as {names[0]}"
         raise UsageError(f"run {run} is ambiguous", why, "Use more digits of the id")
     return root / names[-1]
 

@@ -351,7 +351,7 @@ def _why_saved(changes: ChangeSet) -> str:
     names = {(root.root, refusal.name) for root in changes.roots for refusal in root.refused}
     counted = {(root.root, change.name) for root in changes.roots for change in root.changes}
     some = [f"{len(names & counted)} of them not allowed"] if names & counted else []
-    more = [f"{len(names - counted)} others cannot be copied back"] if names - counted else []
+    more = [f"{len(names - counted)} more cannot be copied back"] if names - counted else []
     return ", ".join(some + more)
 
 

@@ -206,10 +206,10 @@ def _require_hardware(request: RunRequest, availability: Availability) -> None:
         return
     if availability.features.isolation == "vm-hardware":
         return
-    steps = ["leave out --require-hardware"] * request.require_hardware
+    steps = ["remove --require-hardware"] * request.require_hardware
     steps += ["unset X07_VM_REQUIRE_HARDWARE"] * by_variable
     what = "emulation" if availability.features.emulated else "that"
-    fix = f"To accept {what} {' and '.join(steps)}, or run on a machine with KVM"
+    fix = f"To accept {what}, {' and '.join(steps)}, or run on a machine with KVM"
     raise RefusedError("hardware virtualisation is required", availability.proof, fix)
 
 
