@@ -62,11 +62,11 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"program": ""}, "program is empty"),
         ({"policy": 5}, "policy is int, not a path or a Policy"),
         ({"memory": "lots"}, "memory is 'lots', which is not a size"),
-        ({"memory": 5}, "memory is 5, and must be at least 1M and at most 16G"),
+        ({"memory": 5}, "memory is 5, but must be at least 1M and at most 16G"),
         ({"memory": True}, "memory is bool, not a size"),
-        ({"cpu_s": 0}, "cpu_s is 0, and must be above 0"),
-        ({"timeout_s": 601}, "timeout_s is 601, and must be at least 0.001 and at most 600 seconds"),
-        ({"procs": -1}, "procs is -1, and must be at least 0"),
+        ({"cpu_s": 0}, "cpu_s is 0, but must be above 0"),
+        ({"timeout_s": 601}, "timeout_s is 601, but must be at least 0.001 and at most 600 seconds"),
+        ({"procs": -1}, "procs is -1, but must be at least 0"),
         ({"fds": 1.5}, "fds is float, not int"),
         ({"build_timeout_s": 5000}, "build_timeout_s is 5000"),
     ],
@@ -92,9 +92,9 @@ def test_an_input_file_may_not_replace_the_program(tmp_path: Path, *, named: boo
 @pytest.mark.parametrize(
     ("given", "fix"),
     [
-        ({"files": {"a": b""}}, "Leave `files` out"),
-        ({"toolchain": "c"}, "Leave toolchain out"),
-        ({"toolchain": "c", "files": {"a": b""}}, "Leave toolchain and `files` out"),
+        ({"files": {"a": b""}}, "Remove `files`"),
+        ({"toolchain": "c"}, "Remove toolchain"),
+        ({"toolchain": "c", "files": {"a": b""}}, "Remove toolchain and `files`"),
     ],
 )
 def test_projects_accept_no_files_or_toolchain(tmp_path: Path, manifest: str, given: dict[str, Any], fix: str) -> None:

@@ -176,9 +176,7 @@ def test_paths_of_a_policy_begin_in_the_project(
     (project / "policy.json").write_text(json.dumps(policy))
     capsys.readouterr()
     assert main(["run", program]) == 2
-    assert (
-        f"To grant that, pass --policy {project}/policy.json" in capsys.readouterr().err
-    )  # right wherever it is typed
+    assert f"To accept it, add --policy {project}/policy.json" in capsys.readouterr().err  # right wherever it is typed
     assert main(["run", "--policy", str(project.parent / "here.json"), program]) == 1
 
 
@@ -272,7 +270,7 @@ def test_an_invalid_policy_has_one_exit_code(
         (["--input", "missing", "tool"], 2, "cannot read the input missing: "),
         (["--input", ".", "tool"], 2, "it is a folder"),
         (["--policy", "missing", "tool"], 2, "cannot read the policy missing: "),
-        (["--env", "X07_A=1", "tool"], 2, "reserved for X07"),
+        (["--env", "X07_A=1", "tool"], 2, "names that start with X07_ are reserved"),
         (["--allow-host", "example.org", "tool"], 2, "it is not HOST:PORTS"),
         (["--max-output-bytes", "9", "tool"], 125, "no guest image"),
     ],

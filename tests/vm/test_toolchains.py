@@ -426,7 +426,7 @@ def written(path: Path) -> str:
         (lambda at: [written(at / "a.exe")], 2, "no toolchain handles .exe files"),
         (lambda at: ["--toolchain", "executable", written(at / "a.exe")], 2, "neither an ELF file nor a script"),
         (lambda _: ["--env", "A-B=1", "-c", "x", "--toolchain", "c"], 2, "not a name of a variable"),
-        (lambda _: ["--env", "X07_WORLD=1", "-c", "x", "--toolchain", "c"], 2, "reserved for X07"),
+        (lambda _: ["--env", "X07_WORLD=1", "-c", "x", "--toolchain", "c"], 2, "that start with X07_ are reserved"),
         (lambda _: ["--env", "NOT_SET_ANYWHERE", "-c", "x", "--toolchain", "c"], 2, "the variable is not set"),
         (lambda _: ["--input-b64", "???", "-c", "x", "--toolchain", "c"], 2, "not base64"),
         (lambda _: ["--input", "missing", "-c", "x", "--toolchain", "c"], 2, "cannot read the input missing"),

@@ -110,14 +110,14 @@ def _check(manifest: Manifest, toolchain: Toolchain, source: str) -> None:
         if path.startswith("/") or "\0" in path or ".." in parts or not parts:
             _wrong(source, f"{key}: {path!r} is not a path inside the project")
     if toolchain.entries is not None and manifest.entry is None:
-        _wrong(source, f"a {toolchain.name} project needs `entry`: the file that is started")
+        _wrong(source, f"{toolchain.name} projects need `entry`: the file that is started")
     if toolchain.entries is None and manifest.entry is not None:
-        _wrong(source, f"a {toolchain.name} project compiles its `files` and cannot have `entry`")
+        _wrong(source, f"{toolchain.name} projects compile their `files` and cannot have `entry`")
     if toolchain.artifact != (manifest.artifact is not None):
-        needs = "needs `artifact`: the file that its build creates" if toolchain.artifact else "cannot have `artifact`"
-        _wrong(source, f"a {toolchain.name} project {needs}")
+        needs = "need `artifact`: the file that the build creates" if toolchain.artifact else "cannot have `artifact`"
+        _wrong(source, f"{toolchain.name} projects {needs}")
     if manifest.build.args and (toolchain.archive or toolchain.build is None):
-        _wrong(source, f"a {toolchain.name} project cannot have [build] args")
+        _wrong(source, f"{toolchain.name} projects cannot have [build] args")
 
 
 def find_manifest(program: Path) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -157,8 +158,8 @@ def _shell(source: Source) -> list[str]:
         return [f"/bin/{name}", *words[1:]]
     raise UsageError(
         f"cannot run {source.name} as a shell script",
-        f"its first line starts {' '.join(words)!r}, but the supported shells are {', '.join(_SHELLS)}",
-        "Use a supported shell (with options: env -S), or --toolchain executable and an image with that shell",
+        f"the interpreter in its first line is {' '.join(words)!r}; the supported shells are {', '.join(_SHELLS)}",
+        "Use one of them (with options: env -S), or --toolchain executable with an image that has that shell",
     )
 
 
@@ -320,7 +321,8 @@ def toolchain_for(path: str, head: bytes = b"") -> Toolchain:
         f"no toolchain handles {f'{suffix} files' if suffix else 'files without a suffix'}, and the file is neither "
         "an ELF executable nor a script with a #! line",
         advice(path)
-        or f"Use one of the suffixes {known}, add a #! line, or choose the toolchain: x07 run --toolchain T {path}",
+        or f"Use one of the suffixes {known}, add a #! line, or choose a toolchain: "
+        f"x07 run --toolchain T {shlex.quote(path)}",
     )
 
 
