@@ -17,8 +17,8 @@ HEAD = """\
 
 `scripts/make_backends_page.py` generates this page from the list of behaviours
 (`src/x07_sandbox/conformance/behaviours.py`) and the gaps that each backend declares. `tests/contract` checks the list
-on every backend that the test machine can run; `x07 conform` checks it on your machine. A behaviour that needs
-a missing host feature, such as control groups, is skipped.
+on every backend that the test host can run; `x07 conform` checks it on your host. If a behaviour needs a host feature
+that is missing, such as control groups, the check is skipped.
 """
 
 

@@ -83,7 +83,7 @@ def test_protected_entries_are_left_out_and_named(run: Run) -> None:
     ]
     left, closing = messages(changes, denials)
     assert left.startswith("left out: appveyor.yml (protected), src/.envrc (protected); to apply: x07 apply ")
-    assert closing == "2 added: applied; x07 diff, x07 undo"
+    assert closing == "2 added: applied; see x07 diff, revert with x07 undo"
     assert main(command_of(left)) == 0
     assert there(run) == {"src", "src/a", "src/.envrc", "appveyor.yml"}
 
@@ -93,7 +93,7 @@ def test_each_applied_part_can_be_undone(run: Run, capsys: pytest.CaptureFixture
     run.back(run.files(), file("a"), file(".envrc"), file("AGENTS.md"))
     assert main(["apply", "--allow-protected", ".envrc"]) == 0
     printed = capsys.readouterr().err
-    assert "1 added: applied; x07 undo" in printed
+    assert "1 added: applied; revert with x07 undo" in printed
     assert f"left out: AGENTS.md (protected); to apply: x07 apply {RUN} --allow-protected AGENTS.md" in printed
     assert there(run) == {"a", ".envrc"}
     assert main(["undo"]) == 0
@@ -168,7 +168,7 @@ def test_a_change_only_the_policy_can_allow(run: Run) -> None:
     assert changes.apply_left_out == ""
     assert messages(changes, denials) == [
         "left out: d: new folder, and fs.allow_mkdir is false. To allow it, set fs.allow_mkdir to true in the policy.",
-        "1 added: applied; x07 diff, x07 undo",
+        "1 added: applied; see x07 diff, revert with x07 undo",
     ]
 
 

@@ -123,7 +123,7 @@ def test_run_suggests_exec_for_a_command(words: list[str], fix: str, capfd: pyte
     """`x07 run make test` prints the `x07 exec` command to use instead."""
     said = reported(capfd, "run", *words)
     assert fix.strip() in said
-    assert f"there is no file {words[0]} here" in said
+    assert f"there is no file named {words[0]!r} in this folder" in said
 
 
 @pytest.mark.parametrize("words", [["prog.py", "--", "x"], ["./make", "x"], ["nothing-of-that-name"]])

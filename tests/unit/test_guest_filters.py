@@ -5,10 +5,12 @@ from __future__ import annotations
 import ctypes
 import errno
 import itertools
+import json
 import os
 import struct
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Final
 
@@ -16,8 +18,9 @@ import pytest
 
 from tests.conftest import need
 from tests.unit.test_jail_own_limits import answer as verdict
+from x07_sandbox.guest import environment
 from x07_sandbox.guest import filters as guest_filters
-from x07_sandbox.guest.boot import filters
+from x07_sandbox.guest.boot import filters, places
 from x07_sandbox.guest.restrict import TOKEN_BYTES
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.plan.confinement import Confinement
@@ -228,3 +231,31 @@ def test_a_kernel_accepts_every_filter(codes: dict[str, bytes]) -> None:
         env = {**os.environ, "PYTHONPATH": str(SOURCES)}
         ended = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=False)
         assert ended.stdout == "under it\n", (name, ended.stderr)
+
+
+@pytest.mark.root
+def test_unreadable_folders_are_left_out_of_the_readable_paths() -> None:
+    """A folder that an ordinary user cannot read is left out of the readable paths; the others stay."""
+    need(os.geteuid() == 0, "root, to become another user", installable=False)
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        for name, mode in (("closed", 0o700), ("open", 0o755)):
+            (Path(folder) / name).mkdir()
+            (Path(folder) / name).chmod(mode)
+        read, write = os.pipe()
+        if not (pid := os.fork()):
+            os.setresgid(65534, 65534, 65534)
+            os.setresuid(65534, 65534, 65534)
+            os.write(write, json.dumps(places.readable(folder, programs=False)).encode())
+            os._exit(0)
+        os.waitpid(pid, 0)
+        os.close(write)
+        with os.fdopen(read, "rb") as pipe:
+            assert json.loads(pipe.read()) == [False, [f"{folder}/open"]]
+
+
+def test_a_slow_preload_names_the_module_and_the_times_of_the_others() -> None:
+    """If preloading times out, the error names the slow module and how long each other module took."""
+    assert environment.preload_timeout(["numpy", "scipy"], ["numpy 3.2"]) == (
+        f"scipy was not imported within {environment.PRELOAD_S:.0f} s for all; numpy took 3.2 s"
+    )

@@ -739,7 +739,7 @@ def test_apply_distinguishes_skipped_and_applied(run: Run, capsys: pytest.Captur
         printed.append(capsys.readouterr().err)
     assert printed == [
         "x07: nothing to apply\n",
-        "x07: 1 added: applied; x07 undo\n",
+        "x07: 1 added: applied; revert with x07 undo\n",
         "x07: already applied\n",
     ]
 
@@ -766,7 +766,7 @@ def test_undo_lists_deletions(run: Run, capsys: pytest.CaptureFixture[str]) -> N
     capsys.readouterr()
     assert main(["undo"]) == 0
     reported = [f"x07: deleted: {change.name}" for change in made]
-    assert capsys.readouterr().err.splitlines() == [*reported, "x07: 3 added: reverted; x07 apply"]
+    assert capsys.readouterr().err.splitlines() == [*reported, "x07: 3 added: reverted; apply again with x07 apply"]
 
 
 ROOTS: list[tuple[list[str], list[str], set[str]]] = [

@@ -139,7 +139,7 @@ def test_a_project_of_ours_is_not_run_without_its_name(
     monkeypatch.chdir(tmp_path)
     Path("x07-sandbox.toml").touch()
     assert main(["run", "--dry-run"]) == 2
-    assert "To run the project of x07-sandbox.toml: x07 run ." in capfd.readouterr().err
+    assert "To run the project in this folder: x07 run ." in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("place", [".", "src/deep"])
@@ -404,3 +404,11 @@ def test_os_runner_refuses_a_repeated_option(words: tuple[str, ...], capfd: pyte
     """x07-os-runner refuses an option that is given twice."""
     assert os_runner.main(words) == 2
     assert f"argument {words[0]}: given more than once" in capfd.readouterr().err
+
+
+def test_a_cpu_limit_above_the_programs_own_is_an_error(project: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """`--cpu-time` above an X07 program's own CPU limit is an error; the smaller limit does not win silently."""
+    (project.parent / "tool").write_bytes(Path("/bin/true").read_bytes())
+    words = ["run", "--report", "runner", "--policy", "built-in:worker", "--cpu-time-limit-seconds", "7"]
+    assert main([*words, "--cpu-time", "9", "--artifact", str(project.parent / "tool")]) == 2
+    assert "cannot use --cpu-time 9: the X07 program's own limit is 7 s" in capfd.readouterr().err

@@ -81,7 +81,7 @@ def test_a_machine_with_a_wrong_timer_is_booted_again(
 ) -> None:
     """A kernel whose timer is missing, late or far too early runs nothing: another one is booted."""
     assert sandbox.run_text("sleep.py", SLEEP, cache=True).outcome == "ok"  # it is built
-    monkeypatch.setattr(Template, "bad", lambda _template: "it is not to be used")
+    monkeypatch.setattr(Template, "suspended", lambda _template: "it is not to be used")
     booted = boots(NONE, LATE, EARLY)
     ran = sandbox.run_text("sleep.py", SLEEP, cache=True)
     assert ran.outcome == "ok", ran.reason
@@ -110,7 +110,7 @@ def test_a_host_without_a_timer_is_refused(sandbox: Sandbox, boots: Boots) -> No
     booted = boots(*[NONE] * settings.BOOTS_MAX)
     ran = sandbox.behave("nothing", cold=True)
     assert (ran.outcome, len(booted)) == ("refused", settings.BOOTS_MAX)
-    assert "its kernel measured its timer wrong" in ran.reason
+    assert "its kernel calibrated its timer wrong" in ran.reason
     assert ran.reason.endswith("; try again with less beside it")
     assert ran.seconds < settings.BOOTS_MAX * settings.BOOT_S
 
@@ -124,7 +124,7 @@ def test_a_pool_accepts_a_wrong_timer_only_on_the_last_attempt(
     with contextlib.closing(WarmMachines(1)) as first:  # the program is built, by saved machines
         first.start()
         assert first.wait_ready(Deadline.after(120))
-    monkeypatch.setattr(Template, "bad", lambda _template: "it is not to be used")
+    monkeypatch.setattr(Template, "suspended", lambda _template: "it is not to be used")
     booted = boots(NONE, LATE, EARLY)
     with contextlib.closing(WarmMachines(1)) as warmed:
         warmed.start()
@@ -133,7 +133,7 @@ def test_a_pool_accepts_a_wrong_timer_only_on_the_last_attempt(
     boots(*[NONE] * 100)
     with contextlib.closing(WarmMachines(1)) as hopeless:
         hopeless.start()
-        with pytest.raises(BackendError, match="its kernel measured its timer wrong"):
+        with pytest.raises(BackendError, match="its kernel calibrated its timer wrong"):
             hopeless.wait_ready(Deadline.after(120))
 
 
@@ -146,7 +146,7 @@ def test_the_doctor_reports_a_host_without_a_timer(
     findings = {found["subject"]: found for found in json.loads(capsys.readouterr().out)["findings"]}
     started = findings["VM start"]
     assert (started["good"], len(booted)) == (False, settings.BOOTS_MAX)
-    assert "its kernel measured its timer wrong" in started["text"]
+    assert "its kernel calibrated its timer wrong" in started["text"]
     assert "try again with less beside it" in started["text"]
     assert all((path.parent / "done").is_file() for path in state.glob("*/job.json"))
 

@@ -62,7 +62,7 @@ def test_doctor_starts_a_machine(working_host: tuple[int, dict[str, Any], bytes]
     """On a working host the doctor starts a jailed machine, gets the agent's answer, and reports it."""
     code, found, shown = working_host
     assert (code, found["good"]) == (0, True)
-    assert "our agent answered" in found["text"]
+    assert "the guest agent answered" in found["text"]
     assert b"starting a machine" in shown
 
 
@@ -70,8 +70,8 @@ def test_doctor_starts_a_machine(working_host: tuple[int, dict[str, Any], bytes]
 @pytest.mark.parametrize(
     ("missing", "text", "fix"),
     [
-        ("all", "root has no CAP_KILL CAP_SETGID CAP_SETUID CAP_SETPCAP", "allow it to change uids"),
-        ("setuid", "setresuid failed", "allow it to change uids"),
+        ("all", "root lacks CAP_KILL CAP_SETGID CAP_SETUID CAP_SETPCAP", "allow changing uids"),
+        ("setuid", "setresuid failed", "allow changing uids"),
     ],
 )
 @pytest.mark.usefixtures("working_host")
@@ -102,7 +102,7 @@ def test_doctor_names_another_x07_on_path(tmp_path: Path) -> None:
     assert "x07-sandbox" in findings["x07 on PATH"]["fix"]
     assert not (tmp_path / "started").exists()
     _code, findings = _findings(env | {"PATH": "/nowhere"})
-    assert (findings["x07 on PATH"]["good"], findings["x07 on PATH"]["text"]) == (None, "there is none")
+    assert (findings["x07 on PATH"]["good"], findings["x07 on PATH"]["text"]) == (None, "not found")
 
 
 def test_doctor_shows_our_variables_and_no_secret(tmp_path: Path) -> None:

@@ -194,35 +194,3 @@ def wait_gone(state: Path) -> None:
     while alive := [what for what in left_behind(state) if "done" not in what and "control group" not in what]:
         assert time.monotonic() < deadline, alive
         time.sleep(0.1)  # as above
-
-
-@pytest.mark.usefixtures("_own_cache")
-def test_a_stopped_waiter_does_not_block_the_queue(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stopped first waiter in the queue does not keep a free slot from the next one."""
-    monkeypatch.setenv("X07_VM_MAX_RUNNING", "1")
-    del state
-    code = "import os, sys\nfrom x07_sandbox.jobs.admission import admitted\n"
-    code += "sys.stdout.write('w'); sys.stdout.flush()\nwith admitted(cancel_fd=os.eventfd(0), timeout_s=150): pass\n"
-    cancel = os.eventfd(0)
-    entered, leave = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        with admitted(cancel_fd=cancel, timeout_s=60):
-            entered.set()
-            leave.wait(60)
-
-    holder = threading.Thread(target=hold)
-    holder.start()
-    assert entered.wait(30)
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as first:
-        assert first.stdout is not None
-        first.stdout.read(1)
-        time.sleep(1)  # until it is the first in the queue: no event announces it
-        first.send_signal(signal.SIGSTOP)
-        leave.set()
-        holder.join()
-        with admitted(cancel_fd=cancel, timeout_s=60):
-            pass
-        first.send_signal(signal.SIGCONT)
-        assert first.wait(60) == 0
-    os.close(cancel)

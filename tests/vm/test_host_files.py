@@ -130,7 +130,7 @@ def test_changes_can_be_applied_and_undone(project: Project) -> None:
     done = project.x07("run", "--allow-write-root", ".", "-c", CHANGE, "--toolchain", "python")
     assert done.stderr == (
         "x07: deleted: data/gone.txt\nx07: deleted: run.sh\n"
-        "x07: 4 added, 1 changed, 2 deleted: applied; x07 diff, x07 undo\n"
+        "x07: 4 added, 1 changed, 2 deleted: applied; see x07 diff, revert with x07 undo\n"
     )
     after = project.seen()
     assert after == {
@@ -149,10 +149,10 @@ def test_changes_can_be_applied_and_undone(project: Project) -> None:
     assert [change["name"] for change in machine["roots"][0]["changes"]] == sorted(
         ["data/gone.txt", "data/in.txt", "go.sh", "new", "new/deep", "new/deep/file", "run.sh"]
     )
-    assert "reverted; x07 apply" in project.x07("undo").stderr
+    assert "reverted; apply again with x07 apply" in project.x07("undo").stderr
     assert project.seen() == before
     assert "they are not applied" in project.x07("undo", code=2).stderr
-    assert "applied; x07 undo" in project.x07("apply").stderr
+    assert "applied; revert with x07 undo" in project.x07("apply").stderr
     assert project.seen() == after
     assert "already applied" in project.x07("apply").stderr
 
@@ -174,7 +174,7 @@ def test_report_works_with_changes(project: Project) -> None:
     """With --report, standard error reports changes, --diff is written, and a rejected set is a failure."""
     words = ["run", "--report", "runner", "--allow-write-root", ".", "--toolchain", "python", "--diff", "../p", "-c"]
     done = project.x07(*words, CHANGE)
-    assert done.stderr.endswith("x07: 4 added, 1 changed, 2 deleted: applied; x07 diff, x07 undo\n")
+    assert done.stderr.endswith("x07: 4 added, 1 changed, 2 deleted: applied; see x07 diff, revert with x07 undo\n")
     assert (project.folder.parent / "p").read_text() == project.x07("diff").stdout
     done = project.x07("run", "--changes", "all-or-nothing", *words[1:], 'open("Jenkinsfile", "w")', code=1)
     assert "x07: not allowed: Jenkinsfile" in done.stderr
@@ -402,7 +402,7 @@ except OSError as exc:
 
 def test_a_missing_root(project: Project) -> None:
     """A missing read root is an error; a missing write root is an empty folder, created when it gets content."""
-    assert "there is no" in project.run("pass", "--allow-read-root", "nowhere", code=2)["reason"]
+    assert "does not exist" in project.run("pass", "--allow-read-root", "nowhere", code=2)["reason"]
     source = 'import os; print(os.listdir("results")); {}'
     assert project.run(source.format(""), "--allow-write-root", "results")["changes"]["state"] == "none"
     assert not (project.folder / "results").exists()
@@ -540,4 +540,4 @@ def test_a_program_cannot_change_its_policy_file(project: Project) -> None:
     result = project.run(source, "--policy", "policy.json")
     assert (result["changes"]["state"], result["changes"]["left_out"]) == ("kept", 2)
     refused = [(denial["subject"], denial["reason"]) for denial in result["denials"] if denial["action"] == "change"]
-    assert refused == [(name, "it is the policy or the manifest in use") for name in ("policy.json", "real.json")]
+    assert refused == [(name, "the policy or manifest of this run") for name in ("policy.json", "real.json")]

@@ -24,9 +24,9 @@ pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("state")]
 OURS: Final = """
 backends.base backends.handshake backends.jailed backends.lease backends.proofs backends.qemu.backend
 backends.qemu.bounds backends.qemu.instance backends.qemu.machine backends.qemu.proof backends.qemu.start
-backends.qemu.template backends.qemu.timer backends.registry backends.selection
+backends.qemu.template backends.registry backends.selection
 channel.connection channel.frames channel.link
-cli.cancel cli.console cli.main cli.run cli.run_options cli.streams cli.usage
+cli.cancel cli.console cli.main cli.parser cli.run cli.run_options cli.std_streams
 errors
 host.arch host.bounded_stream host.cancel host.clocks host.close_on_fork host.cores host.decoding host.locks
 host.memory host.mounts host.os_errors host.paths host.poll host.processes host.settings host.threads host.variables
@@ -40,7 +40,7 @@ plan.confinement plan.control_table plan.controls plan.denials plan.features pla
 policy.decode policy.default policy.environment policy.model policy.problems policy.rules
 programs.artifacts programs.toolchains
 runs.artifact runs.execute runs.folder runs.job runs.phase runs.prepare runs.program runs.request runs.result runs.run
-runs.spec runs.streams
+runs.phase_specs runs.streams
 """
 # Beyond what a bare interpreter has. Absent because costly: dataclasses (with inspect, ast, dis), asyncio, logging,
 # tempfile, shutil, random, http, ssl.

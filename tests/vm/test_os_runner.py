@@ -215,7 +215,7 @@ def test_applied_changes_are_reported_if_the_attestation_fails(caller: Caller) -
     assert (done.returncode, done.stdout) == (2, b"")
     assert b"X07RA_EWRITE: cannot write gone/attest.json" in done.stderr
     assert (caller.place / "new").exists()
-    assert b"1 added, 1 deleted: applied; x07 diff, x07 undo" in done.stderr
+    assert b"1 added, 1 deleted: applied; see x07 diff, revert with x07 undo" in done.stderr
 
 
 def test_an_unenforceable_policy_is_a_setup_failure(caller: Caller) -> None:

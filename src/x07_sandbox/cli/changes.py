@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 _LISTED: Final = 10
 _APPLY_EPILOG: Final = """Applies everything or nothing: if a file has changed since it was copied into the VM,
-nothing is changed. If the command is killed, the next x07 command finishes it or rolls it back. What the run left out
-needs the flag for its reason: see x07 diff. To apply a different selection, first run x07 undo.
+nothing is changed. If the command is killed, the next x07 command finishes it or rolls it back. Changes that the run
+left out need a flag, such as --allow-hidden; x07 diff shows which. To apply a different selection, first run x07 undo.
 
 examples:
   x07 apply                        the changes of the latest run
@@ -46,7 +46,7 @@ examples:
   x07 apply --skip /home/me/project/notes.txt
   x07 apply --allow-protected Jenkinsfile
 
-exit code: 0 applied, now or before; 125 a conflict, or changes that are not allowed; 2 no such run
+exit code: 0 applied, or already applied; 125 a conflict, or changes that are not allowed; 2 no such run
 """
 _DIFF_EPILOG: Final = """Prints a patch in git's format, deletions first.
 Changes that are not allowed are marked, with the reason.
@@ -55,9 +55,9 @@ examples:
   x07 diff | less
   x07 diff --json | jq '.roots[].changes[] | .name'
 """
-_UNDO_EPILOG: Final = """Reverts everything or nothing: if a file has changed since, nothing is changed.
-Reverted changes can be
-applied again. Changes that were applied in a second step are reverted first, alone.
+_UNDO_EPILOG: Final = """Reverts everything or nothing: if a file was changed after the changes were applied, nothing is
+reverted. Reverted changes can be applied again. If x07 apply added changes that the run had left out, the first
+x07 undo reverts only those; a second x07 undo reverts the rest.
 
 examples:
   x07 undo
@@ -71,10 +71,10 @@ def add_apply(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `x07 apply`."""
     parser.epilog = _APPLY_EPILOG
     add_run_argument(parser)
-    repeated(parser, "--skip", "PATH", "leave out this file or folder: a name below a root, or an absolute path")
+    repeated(parser, "--skip", "PATH", "leave out PATH: absolute, or relative to a folder that the run could change")
     repeated(parser, "--allow-protected", "PATTERN", "allow protected names such as .git or Jenkinsfile", type=nonempty)
-    switch(parser, "--allow-hidden", "apply names that begin with a dot too")
-    switch(parser, "--allow-symlinks", "apply symbolic links too")
+    switch(parser, "--allow-hidden", "also apply changes to dotfiles")
+    switch(parser, "--allow-symlinks", "also apply symbolic links")
     add_document_flags(parser, "print what was done, or the error, as one JSON object")
     parser.set_defaults(carry_out=_apply)
 
@@ -92,7 +92,7 @@ def _apply(options: argparse.Namespace) -> int:
     if done.roots:
         say_deleted(changes)
     nothing = "already applied" if any(root.changes for root in changes.roots) else "nothing to apply"
-    say(summary(changes, "applied; x07 undo") if done.roots else nothing)
+    say(summary(changes, "applied; revert with x07 undo") if done.roots else nothing)
     _say_left_out(kept.changes, before | {(root.root, one.name) for root in changes.roots for one in root.changes})
     return 0
 
@@ -266,6 +266,6 @@ def _undo(options: argparse.Namespace) -> int:
     if document_wanted(options) and deliver(changes_json(changes), options):
         return 0
     say_deleted(changes, back=True)
-    then = "x07 undo reverts what was applied before" if kept.undos else "x07 apply"
+    then = "x07 undo reverts what was applied before" if kept.undos else "apply again with x07 apply"
     say(summary(changes, f"reverted; {then}"))
     return 0

@@ -37,7 +37,7 @@ _RETURN: Final = re.compile(rb"\r(?!\n)")
 
 def add_run_argument(parser: argparse.ArgumentParser) -> None:
     """Add the argument RUN."""
-    doc = "the run's id, or the start of it (default: the latest run with changes)"
+    doc = "the run's id, or its first characters (default: the latest run with changes)"
     parser.add_argument("run", nargs="?", type=nonempty, metavar="RUN", help=doc)
 
 
@@ -92,9 +92,9 @@ def _closing(changes: Changes) -> str:
     text = _in_words(_counts(changes)) or "changes"
     why = f" ({changes.reason})" if changes.reason else ""
     after = {
-        "applied": "; x07 diff, x07 undo",
-        "kept": "; x07 diff, x07 apply",
-        "conflict": ", nothing was changed; x07 diff, x07 apply",
+        "applied": "; see x07 diff, revert with x07 undo",
+        "kept": "; see x07 diff, apply with x07 apply",
+        "conflict": ", nothing was changed; see x07 diff, apply with x07 apply",
         "discarded": "",
     }
     return f"{text}: {changes.state}{why}{after[changes.state]}"

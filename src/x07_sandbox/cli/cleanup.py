@@ -19,37 +19,38 @@ if TYPE_CHECKING:
     from x07_sandbox.housekeeping.pruner import PruneReport
 
 _SWEEP_EPILOG: Final = """what is removed:
-  jobs whose runner is dead, or whose deadline and clean-up time have passed: processes, containers, control groups
-  and files
-  records and folders of runs that ended more than 7 days ago; templates that no image needs
-Changes that were only partly applied are finished or rolled back. Nothing is removed that a live runner uses, or that
-belongs to another user or machine; damaged and newer records are listed. Every run sweeps dead jobs before it starts.
+  processes, containers, control groups and files of runs whose x07 process is dead, or whose deadline has passed
+  records and folders of runs that ended more than 7 days ago
+  saved VMs that no image needs
+Changes that were only partly applied are finished or rolled back. Nothing is removed that a live x07 process uses, or
+that belongs to another user or machine. Damaged records, and records of a newer x07 version, are only listed.
+Every run cleans up after killed x07 processes before it starts.
 
 examples:
   x07 sweep --dry-run
   x07 sweep
   x07 sweep --json | jq '.kept[] | .why'
 
-exit code: 0 done; 1 the job of a dead runner could not be ended
+exit code: 0 done; 1 something could not be ended
 """
 _DF_EPILOG: Final = """parts:
   images     guest images and their packages
   templates  saved VMs, from which runs are cloned
-  cache      built programs, and records of what was verified
+  cache      built programs, and the results of completed image checks
   runs       output, results and changes of runs
   records    records of jobs
 
 examples:
   x07 df
   x07 df --json | jq .prunable_bytes
-  x07 prune                             free what the last column counts
+  x07 prune                             free the space in the column PRUNABLE
 """
-_PRUNE_EPILOG: Final = """what is removed (without a switch, all of it):
-  --images  images without a name, with their packages and templates; not the one in X07_VM_GUEST_IMAGE_DIGEST
+_PRUNE_EPILOG: Final = """what is removed (default: all three):
+  --images  images that have no name, with their packages and saved VMs; the image in X07_VM_GUEST_IMAGE_DIGEST is kept
   --cache   built programs that were not used for 7 days, and leftovers of killed processes
   --runs    records of jobs and folders of runs that ended more than 7 days ago, with their saved changes and undo data
-Nothing is removed that a run or build in progress uses, or that belongs to another user; damaged and newer items are
-listed.
+Nothing is removed that a run or build in progress uses, or that belongs to another user. Damaged items, and items of
+a newer x07 version, are only listed.
 
 examples:
   x07 prune --dry-run

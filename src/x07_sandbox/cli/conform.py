@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from x07_sandbox.conformance.run import Verdict
 
 _WORDS: Final = {"passed": "ok", "failed": "FAILED", "gap": "gap", "skipped": "skipped"}
-_EPILOG: Final = """Each behaviour is ok, FAILED, a known gap of the backend, or skipped if this host lacks the means.
-See docs/backends/README.md for all of them.
+_EPILOG: Final = """Each behaviour is ok, FAILED, a known gap of the backend, or skipped if this machine cannot test it.
+All behaviours are listed in docs/backends/README.md.
 
 examples:
   x07 conform
@@ -40,7 +40,12 @@ def add_conform(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend", action=Once, metavar="B", help="the backend (default: every VM backend that can run here)"
     )
-    parser.add_argument("--sandbox-backend", action=Once, choices=tuple(SANDBOX_BACKENDS), help="as for x07 run")
+    parser.add_argument(
+        "--sandbox-backend",
+        action=Once,
+        choices=tuple(SANDBOX_BACKENDS),
+        help="kind of isolation (default: X07_SANDBOX_BACKEND, else auto)",
+    )
     parser.add_argument(
         "--i-accept-weaker-isolation", action="store_true", help="allow a backend that is not a virtual machine"
     )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.cli.console import Progress, say, show, size
 from x07_sandbox.cli.json_output import deliver, print_document
-from x07_sandbox.cli.parser import add_document_flags, folder_path, switch
+from x07_sandbox.cli.parser import add_document_flags, folder_path, inner_verb, switch
 from x07_sandbox.errors import SandboxError, UsageError
 from x07_sandbox.images.build import build_image
 from x07_sandbox.images.store import (
@@ -41,19 +41,19 @@ if TYPE_CHECKING:
 
 _PIP_SHOWN: Final = 5
 _EXAMPLES: Final = """examples:
-  x07 image build                                build or update the image `default`
+  x07 image build                                build the image named default, or update it
   x07 image build --name science --include python3-numpy,python3-pandas
   x07 image build --name science --pip 'numpy,pandas>=2' --preload numpy,pandas
-  x07 image build --name science                 update or repair it; its packages stay
+  x07 image build --name science                 update or repair it; it keeps its packages
   x07 image build --name x07 --x07-toolchain x07-linux
   x07 image load                                 load it into podman and docker
   x07 image rm science
   x07 image verify                               compare every byte with the manifest
 """
-_LOAD: Final = """Load an image into podman and docker, for --backend podman|docker. Its id there is the same on every
-machine with the same image; X07_VM_GUEST_IMAGE_DIGEST can name it."""
-_RM: Final = """Remove images by name, with their templates and the packages that no other image needs. An image with
-another name stays. Running programs are not affected."""
+_LOAD: Final = """Load an image into podman and docker, for --backend podman|docker. The image has the same id in both,
+on every machine. Set X07_VM_GUEST_IMAGE_DIGEST to this id to accept only this image."""
+_RM: Final = """Remove images by name, with their saved VMs and the packages that no other image needs. An image that
+also has another name is kept. Running programs are not affected."""
 
 
 def add_image(parser: argparse.ArgumentParser) -> None:
@@ -61,36 +61,52 @@ def add_image(parser: argparse.ArgumentParser) -> None:
     parser.description = "Manage guest images. They are built from this host's package sources."
     parser.epilog = _EXAMPLES
     inner = parser.add_subparsers(metavar="ACTION", required=True)
-    build = inner.add_parser("build", help="build, update or repair an image")
+    build = inner_verb(inner, "build", "build, update or repair an image")
     build.add_argument("--name", default="default", help="name of the image (default: default)")
     for flag, metavar, what, none in (
-        ("include", "PKG,...", "extra Debian packages", "no more Debian packages"),
-        ("pip", "PKG,...", "Python packages from wheels; also file:requirements.txt", "no Python packages from wheels"),
-        ("preload", "MODULE,...", "Python modules to import before programs start", "preload no modules"),
+        ("include", "PKG,...", "extra Debian packages", "remove the extra Debian packages from the image"),
+        (
+            "pip",
+            "PKG,...",
+            "Python packages to install from wheels, or file:requirements.txt",
+            "remove the Python packages that --pip added",
+        ),
+        (
+            "preload",
+            "MODULE,...",
+            "Python modules to import before programs start",
+            "import no modules before programs start",
+        ),
     ):
         group = build.add_mutually_exclusive_group()
-        doc = f"{what} (default: those of the image with this name)"
+        doc = f"{what} (default: those that the image already has)"
         group.add_argument(f"--{flag}", action="append", metavar=metavar, help=doc)
         switch(group, f"--no-{flag}", none)
-    doc = "X07's Linux build (bin/x07-os-runner and what it needs), for X07 programs; later builds keep it"
+    doc = "folder with the X07 language's Linux build (bin/x07-os-runner and what it needs); later builds keep it"
     build.add_argument("--x07-toolchain", type=folder_path, metavar="DIR", help=doc)
-    switch(build, "--fresh", "fetch all packages again, to get updates")
-    listing = inner.add_parser("list", help="list images")
+    switch(build, "--fresh", "download all packages again, to get newer versions")
+    listing = inner_verb(inner, "list", "list images")
     load = inner.add_parser("load", help="load an image into podman and docker", description=_LOAD)
     load.add_argument("engines", nargs="*", metavar="ENGINE", help="podman or docker (default: those installed)")
-    load.add_argument("--image", metavar="NAME|DIGEST", help="which image (default: default)")
-    load.add_argument("--tag", metavar="NAME:TAG", help="its name there (default: the one that the backends use)")
+    load.add_argument("--image", metavar="NAME|DIGEST", help="which image (default: the one named default)")
+    load.add_argument(
+        "--tag",
+        metavar="NAME:TAG",
+        help="name of the image in podman and docker (default: the name that the backends look for)",
+    )
     load.add_argument("--archive", type=Path, metavar="FILE", help="also write the image to this archive")
     remove = inner.add_parser("rm", help="remove images by name", description=_RM)
     remove.add_argument("names", nargs="+", metavar="NAME", help="as shown by x07 image list")
-    inspect = inner.add_parser("inspect", help="print the manifest of an image")
-    verify = inner.add_parser("verify", help="compare every byte of an image with its manifest")
+    inspect = inner_verb(inner, "inspect", "print the manifest of an image")
+    verify = inner_verb(inner, "verify", "compare every byte of an image with its manifest")
     for sub, action in (
         *((build, _build), (listing, _list), (load, _load), (remove, _remove)),
         *((inspect, _inspect), (verify, _verify)),
     ):
         if sub in {inspect, verify}:
-            sub.add_argument("image", nargs="?", metavar="NAME|DIGEST", help="which image (default: default)")
+            sub.add_argument(
+                "image", nargs="?", metavar="NAME|DIGEST", help="which image (default: the one named default)"
+            )
         add_document_flags(sub)
         sub.set_defaults(carry_out=action)
 

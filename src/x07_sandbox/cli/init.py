@@ -36,8 +36,9 @@ _DEPTH_MAX: Final = 256  # os.walk of Python 3.11 calls itself for each level
 # Folders of builds and tools, which hold no sources.
 _NO_SOURCES: Final = frozenset({"__pycache__", "bin", "build", "deps", "dist", "node_modules", "out", "target", "venv"})
 _EPILOG: Final = f"""With --toolchain: write an {FILE} that lists the sources in DIR (docs/reference/programs.md).
-Without it: write an {MANIFEST} for an X07 project with one profile, `sandbox`, whose policy x07 policy init writes.
-X07's own `x07 pkg lock` writes the lock file that it needs.
+Without it: write an {MANIFEST} for a project in the X07 language. The file has one profile, `sandbox`; x07 policy init
+writes the policy of this profile. The project also needs a lock file: the X07 language's own tool, which is also called
+x07, writes the lock file (x07 pkg lock).
 
 examples:
   x07 init --toolchain python
@@ -54,12 +55,12 @@ def add_init(parser: argparse.ArgumentParser) -> None:
     doc = "the project's folder (default: the current one)"
     parser.add_argument("folder", nargs="?", type=folder_path, default=Path(), metavar="DIR", help=doc)
     names = tuple(row.name for row in ROWS)
-    parser.add_argument("--toolchain", choices=names, metavar="T", help=f"one of {', '.join(names)}")
+    parser.add_argument("--toolchain", choices=names, metavar="T", help=f"language or build tool: {', '.join(names)}")
     started, made = ", ".join(_WITH_ENTRY), ", ".join(_WITH_ARTIFACT)
     doc = f"{started}: the file to start (default: main)"
     parser.add_argument("--entry", type=nonempty, metavar="FILE", help=doc)
     parser.add_argument("--artifact", metavar="FILE", help=f"{made}: the file it builds (default: from the Makefile)")
-    doc = "X07 projects: template of the policy (default: default)"
+    doc = "for X07 projects: template of the policy (default: the one named default)"
     parser.add_argument("--template", choices=tuple(TEMPLATES), metavar="T", help=doc)
     add_document_flags(parser, "print one line of JSON")
     parser.set_defaults(carry_out=_init)

@@ -17,16 +17,19 @@ if TYPE_CHECKING:
 
     from x07_sandbox.housekeeping.listing import JobLine
 
-_PS_EPILOG: Final = """states:
-  starting, running, ending   its runner is alive
-  waiting                     a run without a job yet, e.g. waiting for a free slot
-  orphaned, expired           its runner is dead, or its deadline has passed: the next run or x07 sweep removes it
-  done, reaped                ended by its runner, or by another process (with --all)
-  unowned, foreign, newer, damaged
-                              a record of another user, machine or version, or an unreadable one (with --all)
+_PS_EPILOG: Final = """A run is one x07 command. Each VM or container that the run starts, to build or to run, is a job.
 
-LEFT is the time until the job's deadline, when it is killed even if its runner is dead. It includes the program's time
-limit and the time to queue, start the VM and copy files.
+states:
+  waiting                     the run has no job yet, e.g. because it waits for a free slot
+  starting, running, ending   the x07 process that started the job is alive
+  orphaned                    that x07 process is dead: the next run or x07 sweep removes the job
+  expired                     the deadline has passed: the next run or x07 sweep removes the job
+  done, reaped                ended by that x07 process, or by another process (with --all)
+  unowned, foreign, newer     the record is another user's, another machine's, or a newer x07 version's (with --all)
+  damaged                     the record cannot be read (with --all)
+
+LEFT is the time until the job's deadline. At the deadline the job is killed, even if the x07 process that started it
+is dead. The deadline includes the program's time limit and the time to queue, start the VM and copy files.
 
 examples:
   x07 ps
@@ -34,15 +37,16 @@ examples:
   x07 ps --all
 """
 _HEAD: Final = ("RUN", "PHASE", "BACKEND", "STATE", "STARTED", "LEFT", "PROGRAM")
-_INSPECT_EPILOG: Final = """The object has the run's jobs (record, labels, owner, state), its result and its files.
+_INSPECT_EPILOG: Final = """The object has the run's jobs (record, labels, owner, state), its result,
+and the paths of its files.
 
 examples:
   x07 inspect 1764273600000
   x07 inspect 1764273600000-4711-0 | jq .result.outcome
   x07 inspect 1764273600000-4711-0 | jq -r .paths.folder
 """
-_KILL_EPILOG: Final = """Its VM is ended and removed. The command that started the run then exits with code 125, outcome
-guest-lost. If that command is dead, its run is swept.
+_KILL_EPILOG: Final = """Ends and removes the VM of a run. The command that started the run then exits with code 125 and
+the outcome guest-lost. If that command is no longer running, x07 kill cleans up as x07 sweep does.
 
 examples:
   x07 ps
@@ -56,7 +60,7 @@ exit code: 0 the run has ended; 125 it could not be ended
 def add_ps(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `x07 ps`."""
     parser.epilog = _PS_EPILOG
-    switch(parser, "--all", "show ended jobs and foreign or unreadable records too")
+    switch(parser, "--all", "also show ended jobs, and records in the states below that need --all")
     add_document_flags(parser, "print one JSON object, with labels and reasons")
     parser.set_defaults(carry_out=_ps)
 
@@ -90,8 +94,8 @@ def _span(seconds: float) -> str:
 def add_inspect(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `x07 inspect`."""
     parser.epilog = _INSPECT_EPILOG
-    parser.add_argument("run", type=nonempty, metavar="RUN", help="the run's id, or the start of it")
-    add_document_flags(parser, "accepted for symmetry: the output is always JSON")
+    parser.add_argument("run", type=nonempty, metavar="RUN", help="the run's id, or its first characters")
+    add_document_flags(parser, "no effect: the output is always JSON")
     parser.set_defaults(carry_out=_inspect)
 
 
@@ -103,7 +107,7 @@ def _inspect(options: argparse.Namespace) -> int:
 def add_kill(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `x07 kill`."""
     parser.epilog = _KILL_EPILOG
-    parser.add_argument("run", type=nonempty, metavar="RUN", help="the run's id, or the start of it: see x07 ps")
+    parser.add_argument("run", type=nonempty, metavar="RUN", help="the run's id, or its first characters: see x07 ps")
     add_document_flags(parser)
     parser.set_defaults(carry_out=_kill)
 

@@ -40,11 +40,11 @@ _LOOK_AGAIN_S: Final = 0.05
 def add_logs(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `x07 logs`."""
     parser.epilog = _EPILOG
-    doc = "the run's id, or the start of it (default: the latest run with such a log)"
+    doc = "the run's id, or its first characters (default: the latest run that has the requested log)"
     parser.add_argument("run", nargs="?", type=nonempty, metavar="RUN", help=doc)
     which = parser.add_mutually_exclusive_group()
-    switch(which, "--build", "print the output of the build instead")
-    switch(which, "--net", "print the connections that the program requested instead")
+    switch(which, "--build", "instead, print the output of the build")
+    switch(which, "--net", "instead, print the connections that the program requested")
     switch(parser, "--follow", "keep printing until the run ends")
     parser.set_defaults(carry_out=_logs)
 

@@ -18,24 +18,24 @@ if TYPE_CHECKING:
 
 VERBS: Final = {
     "run": "run a program in a throw-away virtual machine",
-    "exec": "run a command of the image in a copy of a folder",
+    "exec": "run a command installed in the guest image, in a copy of a folder",
     "diff": "show what a run changed",
     "apply": "apply a run's saved changes",
     "undo": "revert a run's applied changes",
-    "ps": "list running jobs",
+    "ps": "list runs in progress",
     "inspect": "print everything about one run as JSON",
     "logs": "print a run's output, or its connections",
-    "kill": "end a running job",
-    "init": "write the first file of a project",
+    "kill": "end a run",
+    "init": "create the project file (x07-sandbox.toml or x07.json)",
     "policy": "write, check, explain and compare policies",
     "image": "build, list, load, remove and verify guest images",
-    "pool": "keep VMs ready, so that runs start at once",
-    "sweep": "remove what dead runners left behind",
+    "pool": "keep VMs ready, so that runs start immediately",
+    "sweep": "clean up after x07 processes that were killed",
     "df": "show disk usage of images, caches and records",
     "prune": "remove images, caches and records that are no longer needed",
     "completion": "print shell completion",
     "doctor": "check this machine and say what to fix",
-    "conform": "run the conformance tests of a backend",
+    "conform": "check that a backend behaves as documented",
 }
 _MODULES: Final = {  # modules that have several verbs
     "exec": "run",
@@ -47,7 +47,7 @@ _EXAMPLES: Final = """examples:
   x07 image build                         make the guest image (once)
   x07 run prog.py -- --verbose            run a Python program in a throw-away VM
   x07 run --input data.txt prog.c         compile in one VM, run in another
-  x07 exec --workdir . -- make test       run a command of the image in a copy of this folder
+  x07 exec --workdir . -- make test       run an installed command in a copy of this folder
   x07 run --json prog.py | jq .outcome    print everything about the run as one JSON object
 """
 _NUMBER_CHARS: Final = 32
@@ -59,7 +59,9 @@ def whole_number(lo: int, hi: int, what: str) -> Callable[[str], int]:
 
     def read(text: str) -> int:
         if not (text.isascii() and text.isdigit() and len(text) <= len(str(hi)) and lo <= int(text) <= hi):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {what} from {lo} to {hi}")
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is out of range: give a whole number of {what} from {lo} to {hi}"
+            )
         return int(text)
 
     return read
@@ -74,7 +76,7 @@ def seconds(most: int) -> Callable[[str], float]:
         except ValueError:
             value = 0.0
         if not 0 < value <= most:  # NaN is not
-            raise argparse.ArgumentTypeError(f"{text!r} is not a time above 0 and up to {most} seconds")
+            raise argparse.ArgumentTypeError(f"{text!r} is out of range: give more than 0 and at most {most} seconds")
         return value
 
     return read
@@ -161,11 +163,16 @@ def add_help_levels(parser: argparse._ActionsContainer, rest: str, *names: str) 
         parser.add_argument(f"--help-{name}", help=doc, dest=argparse.SUPPRESS, **words)
 
 
+def inner_verb(inner: argparse._SubParsersAction[Any], name: str, doc: str) -> Any:  # noqa: ANN401 - as argparse has it
+    """Add the parser of an inner verb, such as `check` of `x07 policy`; *doc* is its help and its description."""
+    return inner.add_parser(name, help=doc, description=f"{doc[0].upper()}{doc[1:]}.")
+
+
 def add_document_flags(parser: argparse._ActionsContainer, json_help: str = "print one JSON object") -> None:
     """Add the flags of a verb that can print a JSON document (cli/json_output)."""
     switch(parser, "--json", json_help)
     option(parser, "--report-out", "FILE", "write the JSON object to this file, with or without --json", type=file_path)
-    switch(parser, "--quiet-json", "with --report-out: print no JSON")
+    switch(parser, "--quiet-json", "with --json and --report-out: write the JSON object only to the file")
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):

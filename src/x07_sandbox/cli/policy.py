@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, Literal
 from x07_sandbox.cli import policy_explain, policy_init, policy_new
 from x07_sandbox.cli.console import say, show
 from x07_sandbox.cli.json_output import deliver, print_document, print_failure
-from x07_sandbox.cli.parser import add_document_flags, option, repeated, switch
+from x07_sandbox.cli.parser import add_document_flags, inner_verb, option, repeated, switch
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.paths import read_bounded
 from x07_sandbox.network.rules import NetSettings, decide, make_allowlist, parse_request
@@ -39,15 +39,18 @@ INVALID: Final = 3
 REFUSED: Final = 125
 # Shown by each action's help and by docs/reference/policy.md.
 EXIT_CODES: Final = (
-    ("new", "0 printed; 2 a value that no policy can hold"),
+    ("new", "0 printed; 2 a value is out of range"),
     ("init", "0 the file was written or is up to date; 2 a different file exists and was not changed, or an error"),
     ("check", "0 all valid; 3 one is invalid; 2 one cannot be read; with --host: 0 allowed, 1 denied"),
     ("digest", "0 printed; 3 invalid; 2 cannot be read"),
-    ("explain", "0 a run can start (its roots must exist); 125 a run would be refused; 3 invalid; 2 cannot be read"),
+    (
+        "explain",
+        "0 a run could start, if its folders exist; 125 a run would be refused; 3 invalid; 2 cannot be read",
+    ),
     ("diff", "0 no difference; 1 they differ; 3 one is invalid; 2 one cannot be read"),
     ("schema", "0 printed"),
 )
-_EPILOG: Final = """A policy is the name of a file, or built-in:NAME for a template.
+_EPILOG: Final = """POLICY and FILE are the path of a file, or built-in:NAME for a template.
 exit code: 0 success; 2 wrong usage, or a file that cannot be read; 3 an invalid policy; see also each action's help.
 
 examples:
@@ -72,24 +75,24 @@ def add_policy(parser: argparse.ArgumentParser) -> None:
     inner = parser.add_subparsers(metavar="ACTION", required=True)
     policy_new.add_parser(inner)
     policy_init.add_parser(inner)
-    check = inner.add_parser("check", help="report all errors in policies")
+    check = inner_verb(inner, "check", "report all errors in policies")
     doc = "a policy (with --host: at most one; default: built-in:default)"
     check.add_argument("files", nargs="*", metavar="FILE", help=doc)
     option(check, "--host", "HOST:PORT", "show whether the policy allows this connection, and by which rule")
-    repeated(check, "--deny-host", "HOST:PORT|HOST:*", "with --host: apply this flag of x07 run (repeatable)")
+    repeated(check, "--deny-host", "HOST:PORT|HOST:*", "with --host: test as if x07 run had this flag (repeatable)")
     switch(check, "--udp", "with --host: use UDP instead of TCP")
     check.epilog = _CHECK_EPILOG
-    digest = inner.add_parser("digest", help="print a digest that is the same for all equivalent documents")
+    digest = inner_verb(inner, "digest", "print a digest that is the same for all equivalent policies")
     digest.add_argument("file", metavar="FILE", help="a policy")
     policy_explain.add_parser(inner)
-    diff = inner.add_parser("diff", help="show what the second policy grants or withdraws")
+    diff = inner_verb(inner, "diff", "show what the second policy grants or withdraws")
     diff.add_argument("first", metavar="A", help="a policy")
     diff.add_argument("second", metavar="B", help="another policy")
-    inner.add_parser("schema", help="print the JSON Schema of a policy")
+    inner_verb(inner, "schema", "print the JSON Schema of a policy")
     acts = (policy_new.new, policy_init.init, _check, _digest, _explain, _diff, _schema)
     for (name, codes), act in zip(EXIT_CODES, acts, strict=True):
         action = inner.choices[name]
-        add_document_flags(action, "print one JSON object; errors too")
+        add_document_flags(action, "print one JSON object, also for errors")
         action.set_defaults(carry_out=partial(_guarded, act))
         action.epilog = "\n\n".join(filter(None, (f"exit code: {codes}", action.epilog)))
 

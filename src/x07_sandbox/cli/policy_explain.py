@@ -31,8 +31,8 @@ _GROUPS: Final = {
 }
 _SHOWN_CHARS: Final = 40
 
-_EPILOG: Final = """Nothing is started or probed, so isolation is what the backend may provide. A run's result lists
-the same controls.
+_EPILOG: Final = """Nothing is started or tested, so the isolation shown is the best that the backend can provide. The
+result of a run has the same list.
 
 examples:
   x07 policy explain                      the built-in default

@@ -44,7 +44,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     parser.add_argument("--project", type=file_path, metavar="FILE", help=doc)
     parser.add_argument("--policy-id", metavar="ID", help="policy_id of the policy (default: sandbox.T.base)")
     switch(parser, "--force", "overwrite a file with different content")
-    doc = "print a line of JSON about the file, or the policy itself (default: text)"
+    doc = "report: print one line of JSON about the file; policy: print the policy (default: a message)"
     emitted = ("report", "policy")
     parser.add_argument("--emit", choices=emitted, metavar="|".join(emitted), help=doc)
     parser.add_argument("--out", type=file_path, metavar="PATH", help="file to write, relative to the project")

@@ -15,7 +15,7 @@ import msgspec
 from x07_sandbox.backends.lease import GONE_S, PROTOCOL, connect_to_pool, peer_of, pool_dir, receive, send
 from x07_sandbox.cli.console import Progress, show
 from x07_sandbox.cli.json_output import document_wanted, print_document
-from x07_sandbox.cli.parser import add_document_flags, whole_number
+from x07_sandbox.cli.parser import add_document_flags, inner_verb, whole_number
 from x07_sandbox.errors import HostError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.decoding import prepared
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from typing import IO
 
 _EPILOG: Final = """`x07 run` takes a waiting VM if there is one, and the pool makes another. No VM is used for two
-programs. A waiting VM takes memory and almost no CPU time. The pool ends when it was unused for a while.
+programs. A waiting VM takes memory and almost no CPU time. The pool stops after --idle seconds without use.
 
 examples:
   x07 pool start --size 4 --idle 3600
@@ -39,14 +39,16 @@ def add_pool(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `x07 pool`."""
     parser.epilog = _EPILOG
     inner = parser.add_subparsers(metavar="ACTION", required=True)
-    start = inner.add_parser("start", help="start the pool")
+    start = inner_verb(inner, "start", "start the pool")
     size, idle = whole_number(1, 4096, "VMs"), whole_number(1, 86_400, "seconds")
     start.add_argument("--size", type=size, default=2, metavar="N", help="number of waiting VMs (default: 2)")
     doc = "stop after S seconds without use (default: 600)"
     start.add_argument("--idle", type=idle, default=settings.POOL_IDLE_S, metavar="S", help=doc)
-    start.add_argument("--image", default="", metavar="NAME|DIGEST", help="guest image (default: default)")
-    stop = inner.add_parser("stop", help="stop the pool and all its VMs, also those that run a program")
-    status = inner.add_parser("status", help="show how many VMs wait and run")
+    start.add_argument(
+        "--image", default="", metavar="NAME|DIGEST", help="guest image (default: the one named default)"
+    )
+    stop = inner_verb(inner, "stop", "stop the pool and all its VMs, including those that run a program")
+    status = inner_verb(inner, "status", "show how many VMs are waiting, and how many are running a program")
     for action, carry_out in ((start, _start), (stop, _stop), (status, _status)):
         add_document_flags(action, "print the pool's status as one JSON object")
         action.set_defaults(carry_out=carry_out)

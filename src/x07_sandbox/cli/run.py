@@ -1,4 +1,4 @@
-"""`x07 run` and `x07 exec`: run a program or a command of the image, and exit as it did."""
+"""`x07 run` and `x07 exec`: run a program or an installed command, and exit with its exit code."""
 
 from __future__ import annotations
 
@@ -53,9 +53,10 @@ _EXEC_EXAMPLES: Final = """examples:
   x07 exec --workdir . --timeout 600 --memory 1G -- make -j2
   x07 exec -- python3 --version                  without --workdir: start in an empty folder
 
-A command without a slash is looked up in the image (x07 image build --include adds Debian packages),
-one with a slash, such as ./configure, in DIR. Relative paths of --allow-read-root and --allow-write-root
-start in DIR. The exit code is the command's own, or 127 if there is no such command. See docs/how-to/run-a-command.md.
+A command without a slash is looked up in the image. A command with a slash, such as ./configure, is looked up in DIR.
+To add Debian packages to the image: x07 image build --include. Relative paths in --allow-read-root and
+--allow-write-root are relative to DIR. The exit code is the command's own, or 127 if there is no such command.
+See docs/how-to/run-a-command.md.
 """
 
 
@@ -71,7 +72,7 @@ def add_run(parser: Parser) -> None:
 
 def add_exec(parser: Parser) -> None:
     """Add the arguments of `x07 exec`."""
-    parser.description = "Run a command of the guest image in a throw-away VM, in a copy of DIR."
+    parser.description = "Run a command installed in the guest image in a throw-away VM, in a copy of DIR."
     parser.usage = "x07 exec [--workdir DIR [--read]] [OPTIONS] -- COMMAND [ARGS]"
     parser.late_epilog = lambda _level: _EXEC_EXAMPLES
     parser.level_of = help_level
@@ -365,8 +366,8 @@ def _refuse_command(options: argparse.Namespace) -> None:
         return
     from shlex import join
 
-    fix = f"To run a command of the image: x07 exec --workdir . -- {join([program, *words])}"
-    raise UsageError(f"cannot run {program}", f"there is no file {program} here", fix)
+    fix = f"To run a command installed in the image: x07 exec --workdir . -- {join([program, *words])}"
+    raise UsageError(f"cannot run {program}", f"there is no file named {program!r} in this folder", fix)
 
 
 def _project_here() -> str | None:
@@ -415,8 +416,8 @@ def _no_program() -> UsageError:
 
     fix = "For example: x07 run prog.py"
     if os.path.lexists(FILE):
-        fix = f"To run the project of {FILE}: x07 run ."
-    return UsageError("no program given", "PROGRAM is missing, and there is no x07.json here", fix)
+        fix = "To run the project in this folder: x07 run ."
+    return UsageError("no program given", "PROGRAM is missing", fix)
 
 
 def _source_from_stdin() -> bytes:

@@ -35,14 +35,14 @@ _MORE_EXAMPLES = """  generate | x07 run --toolchain shell -           the sourc
   while read -r name; do x07 run --input /dev/null "$name"; done < list
   x07 run --dry-run project/                       show what would be done, without running anything
 """
-_EXITS = """exit code: the program's own; 2 wrong usage, 124 time limit, 125 not run or lost, 126 build failed,
-128+N signal N, 137 out of memory, 153 output limit. Scripts should read `outcome` of --json.
+_EXITS = """exit code: the program's own; 2 wrong usage, 124 time limit, 125 not run, or the VM was lost,
+126 build failed, 128+N signal N, 137 out of memory, 153 output limit. Scripts should read --json `outcome`.
 """
 OVERRIDES = (
-    ("--allow-host", "HOST:PORT[,PORT...]", "let the program connect to this host"),
-    ("--allow-host-file", "FILE", "the same for each line of a file"),
-    ("--deny-host", "HOST:PORT|HOST:*", "deny this host, even if something else allows it"),
-    ("--deny-host-file", "FILE", "the same for each line of a file"),
+    ("--allow-host", "HOST:PORT[,PORT...]", "let the program connect to HOST"),
+    ("--allow-host-file", "FILE", "--allow-host for each line of FILE"),
+    ("--deny-host", "HOST:PORT|HOST:*", "deny connections to HOST, even if the policy or a flag allows them"),
+    ("--deny-host-file", "FILE", "--deny-host for each line of FILE"),
     ("--allow-read-root", "PATH", "let the program read this folder"),
     ("--allow-write-root", "PATH", "let the program modify this folder (changes are copied back)"),
 )
@@ -74,7 +74,7 @@ def epilog(level: str) -> str:
             "See docs/reference/x07.md for the reports and the command x07-os-runner.\n"
         )
     languages = ", ".join(row.name for row in TOOLCHAINS)
-    return f"toolchains: {languages}, or a folder with x07-sandbox.toml\n{_EXITS}\n{_EXAMPLES}"
+    return f"toolchains: {languages}; a folder needs x07-sandbox.toml\n{_EXITS}\n{_EXAMPLES}"
 
 
 def _full_epilog() -> str:
@@ -144,7 +144,7 @@ def add_program(parser: argparse.ArgumentParser, *, built: bool = True) -> None:
     what = "policy file or built-in:NAME (default: no network or files, 60 s, 512 MiB)"
     option(group, "--policy", "FILE", what)
     add_limits(group, built=built)
-    repeated(group, "--env", "NAME=VALUE", "set a variable; NAME alone copies yours")
+    repeated(group, "--env", "NAME=VALUE", "set a variable; NAME alone copies the value from your environment")
     for name, form, meaning in OVERRIDES:
         repeated(group, name, form, meaning)
 
@@ -163,7 +163,7 @@ def add_limits(to: argparse._ActionsContainer, *, of_policy: bool = False, built
     if built:
         build = "time limit of the build in seconds (default: 300)"
         option(to, "--build-timeout", "S", build, type=seconds(settings.BUILD_S_MAX))
-    switch(to, "--scale-limits", "under emulation: multiply time limits by its slowdown")
+    switch(to, "--scale-limits", "under emulation: multiply time limits by the measured slowdown")
 
 
 def limits_of(options: argparse.Namespace) -> dict[str, Any]:
@@ -205,7 +205,9 @@ def add_files(parser: argparse.ArgumentParser) -> None:
     """Add the options for input, for files that go in, and for changed files."""
     group = parser.add_argument_group("files")
     given = group.add_mutually_exclusive_group()
-    option(given, "--input", "FILE", "read standard input from this file (default: yours)", type=file_path)
+    option(
+        given, "--input", "FILE", "standard input of the program (default: the standard input of x07)", type=file_path
+    )
     switch(given, "--stdin", "pass your standard input even if the project names a file")
     option(given, "--input-b64", "TEXT", "use these bytes as standard input, in base64")
     group.add_argument(
@@ -213,23 +215,29 @@ def add_files(parser: argparse.ArgumentParser) -> None:
         choices=("apply", "all-or-nothing", "keep", "discard"),
         default="apply",
         metavar="HOW",
-        help="changed files: apply (default), all-or-nothing, keep or discard",
+        help="changed files: apply those allowed, all-or-nothing, keep or discard",
     )
     option(group, "--net-log", "FILE", "write one line of JSON per connection", type=file_path)
     option(group, "--diff", "FILE", "also write the changes as a patch", type=file_path)
-    option(group, "--out", "DIR", "copy what the program writes to /x07/out to this folder", type=folder_path)
-    switch(group, "--allow-hidden", "copy names that begin with a dot in and out")
-    switch(group, "--allow-symlinks", "copy symbolic links in and out")
+    option(group, "--out", "DIR", "copy the contents of /x07/out to DIR after the run", type=folder_path)
+    switch(group, "--allow-hidden", "also copy dotfiles, in both directions")
+    switch(group, "--allow-symlinks", "also copy symbolic links, in both directions")
     doc = "let the program change protected names such as .git or Jenkinsfile"
     repeated(group, "--allow-protected", "PATTERN", doc, type=nonempty)
-    repeated(group, "--hide", "PATTERN", "do not copy files of this name in, e.g. '*.csv'", type=name_pattern)
-    repeated(group, "--reveal", "PATTERN", "copy in names that look like secrets, e.g. '*.pem'", type=name_pattern)
+    repeated(group, "--hide", "PATTERN", "do not copy matching files into the VM, e.g. '*.csv'", type=name_pattern)
+    repeated(
+        group,
+        "--reveal",
+        "PATTERN",
+        "copy matching files into the VM even if they look like secrets, e.g. '*.pem'",
+        type=name_pattern,
+    )
 
 
 def add_machine(parser: argparse.ArgumentParser, *, built: bool = True) -> None:
     """Add the options for the guest image and the backend."""
     group = parser.add_argument_group("virtual machine")
-    option(group, "--image", "NAME|DIGEST", "guest image (default: default)")
+    option(group, "--image", "NAME|DIGEST", "guest image (default: the one named default)")
     switch(group, "--require-hardware", "refuse emulation; run only with hardware virtualisation")
     option(group, "--backend", "B", "backend (default: X07_VM_BACKEND, else qemu)")
     isolation = "kind of isolation (default: X07_SANDBOX_BACKEND, else auto)"
@@ -240,15 +248,15 @@ def add_machine(parser: argparse.ArgumentParser, *, built: bool = True) -> None:
     group.add_argument("--queue-timeout", type=queue, default=settings.QUEUE_S, metavar="S", help=doc)
     switch(group, "--no-pool", "do not use a VM of x07 pool")
     if built:
-        switch(group, "--no-cache", "build again even if the same source was built before")
-    switch(group, "--cold", "boot the VMs instead of cloning templates")
+        switch(group, "--no-cache", "build again, even if the same source was built before")
+    switch(group, "--cold", "boot the VMs instead of cloning saved VMs")
 
 
 def add_output(parser: argparse.ArgumentParser, *, built: bool = True) -> None:
     """Add the options for output."""
     group = parser.add_argument_group("output")
     add_document_flags(group, "print the result as one JSON object instead of the program's output")
-    doc = "the same with every control of the policy"
+    doc = "like --json, with every control of the policy"
     group.add_argument("--json=full", dest="json", action="store_const", const="full", help=doc)
     switch(group, "--raw", "pass the program's control sequences to the terminal unfiltered")
     most = "limit for each output stream (default: 64 MiB)"
@@ -260,7 +268,7 @@ def add_output(parser: argparse.ArgumentParser, *, built: bool = True) -> None:
 
 def add_x07(parser: argparse.ArgumentParser) -> None:
     """Add the options for X07's own programs, and for scripts that call X07's command."""
-    group = parser.add_argument_group("for X07's own programs, and scripts that call X07's command")
+    group = parser.add_argument_group("for programs in the X07 language, and scripts that call its command")
     for kind, dest in (("program", "program_flag"), ("project", "project"), ("artifact", "artifact")):
         option(group, f"--{kind}", "F", f"the {kind}, instead of PROGRAM", dest=dest)
     group.add_argument("--world", metavar="W", default="run-os-sandboxed", help="must be run-os-sandboxed")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import fnmatch
 import hashlib
+import itertools
 import os
 import re
 import shlex
@@ -102,11 +103,13 @@ class LeftOut(msgspec.Struct):
 
     names: the first few names.
     most: the size of the largest entry in bytes, or the number of parts in the deepest path.
+    links: whether one entry is a folder that contains symbolic links, such as node_modules/.bin.
     """
 
     count: int = 0
     names: list[str] = msgspec.field(default_factory=list)
     most: int = 0
+    links: bool = False
 
 
 class Skipped(msgspec.Struct, frozen=True):
@@ -258,6 +261,9 @@ class _Walk:
     def _entry(self, folder: int, part: str, name: str, device: int) -> int | None:
         if reason := self._why_skip(part, name):
             self._skip(reason, name, name.count("/") + 1 if reason == "deep" else 0)
+            left = self.copied.left_out.get(reason)
+            if left is not None and reason == "hidden" and not (self._bounds.allow_symlinks or left.links):
+                left.links = _holds_links(folder, part)
             return None
         return self._retried(lambda: self._packed(folder, part, name, device), name)
 
@@ -452,6 +458,19 @@ def value_for(reason: Reason, most: int, bounds: Bounds) -> int | bool | None:
     if reason == "deep" and bounds.depth < min(most, DEPTH_MAX):
         return min(most, DEPTH_MAX)
     return None
+
+
+def _holds_links(folder: int, part: str) -> bool:
+    """Return whether symbolic links are among the first entries of the folder *part*; False if it is not a folder."""
+    try:
+        fd = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+    except OSError:
+        return False
+    try:
+        with os.scandir(fd) as entries:
+            return any(entry.is_symlink() for entry in itertools.islice(entries, 100))
+    finally:
+        os.close(fd)
 
 
 def link_stays_inside(name: str, target: str) -> bool:

@@ -8,6 +8,7 @@ import marshal
 import os
 import select
 import signal
+import time
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from x07_sandbox.guest import confine, filters, init, interpreter, restrict, system
@@ -147,11 +148,25 @@ class Environment:
             self.in_memory_fds = [os.open(f"{view}{name}", os.O_PATH | os.O_CLOEXEC) for name in confine.IN_MEMORY]
 
     def _first_status(self) -> bytes:
-        """Return the first status byte of the waiting process. Raises JobError if its imports time out."""
-        if self._preload and not select.select([self.status_fd], [], [], PRELOAD_S)[0]:
-            modules = ", ".join(self._preload)
-            raise JobError("preload", 0, f"timeout: {modules[:500]} could not be imported within {PRELOAD_S:.0f} s")
-        return os.read(self.status_fd, 1)
+        """Return the first status byte of the waiting process. Raises JobError if its imports time out.
+
+        For each imported module, the process writes a line: "M", the name, a space, the seconds it took.
+        """
+        if not self._preload:
+            return os.read(self.status_fd, 1)
+        until, status = time.monotonic() + PRELOAD_S, b""
+        imported: list[str] = []
+        while True:
+            left_s = until - time.monotonic()
+            if left_s <= 0 or not select.select([self.status_fd], [], [], left_s)[0]:
+                raise JobError("preload", 0, preload_timeout(self._preload, imported))
+            chunk = os.read(self.status_fd, 4096)
+            status += chunk
+            while status[:1] == b"M" and b"\n" in status:
+                line, _, status = status.partition(b"\n")
+                imported.append(line[1:].decode("ascii", "replace"))
+            if not chunk or status[:1] not in {b"", b"M"}:
+                return status
 
     def measure(self) -> None:
         """Measure the memory of the waiting process, which the job's limit must not go below before the start."""
@@ -231,6 +246,13 @@ def failure(report: bytes) -> JobError:
         return JobError("init", 0, "init ended without a report")
     error = json.loads(report[1:])
     return JobError(error["stage"], error["errno"], error["message"])
+
+
+def preload_timeout(preload: list[str], imported: list[str]) -> str:
+    """Return which module was too slow, and how long each of the others took."""
+    done = "; ".join(f"{line.replace(' ', ' took ')} s" for line in imported)
+    slow = preload[len(imported)] if len(imported) < len(preload) else "Python itself"
+    return f"{slow} was not imported within {PRELOAD_S:.0f} s for all" + (f"; {done}" if done else "")
 
 
 def exec_failure(status: bytes) -> JobError:

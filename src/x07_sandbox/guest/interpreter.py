@@ -119,12 +119,15 @@ def _import_all(preload: list[str]) -> None:
     null = os.open("/dev/null", os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
+    clock = __import__("time").monotonic  # built in
     for name in preload:
+        begin = clock()
         try:
             __import__(name)
         except BaseException as exc:  # noqa: BLE001 - a module may raise anything
             os.write(STATUS_FD, f"0 cannot preload {name}: {exc!r}".encode("utf-8", "backslashreplace")[:1000])
             os._exit(127)
+        os.write(STATUS_FD, f"M{name} {clock() - begin:.1f}\n".encode())
     for stream in sys.__stdout__, sys.__stderr__, sys.stdout, sys.stderr:
         try:  # noqa: SIM105 - contextlib would be one more module
             stream.flush()  # type: ignore[union-attr]

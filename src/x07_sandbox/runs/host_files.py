@@ -142,7 +142,8 @@ class HostFiles:
             for reason, left in copied.left_out.items():
                 more = f" and {left.count - len(left.names)} more" if left.count > len(left.names) else ""
                 why = why_left_out(reason, self._bounds)
-                subject = f"{', '.join(map(printable, left.names))}{more}: {why}"
+                links = ", and it holds links (fs.allow_symlinks)" if left.links else ""
+                subject = f"{', '.join(map(printable, left.names))}{more}: {why}{links}"
                 how = _to_let_in(reason, left, self._bounds, built_in=self._built_in)
                 found.append(denial(FIELDS[reason], "copy", subject, "copying in", left.count, how))
         return found
@@ -369,4 +370,6 @@ def _to_let_in(reason: Reason, left: LeftOut, bounds: Bounds, *, built_in: bool)
     if reason in {"chosen", "secret"}:
         names = dict.fromkeys(Path(name).name for name in left.names)
         return None, " ".join(filter(None, (flag_for("--reveal", name) for name in names))) or None
-    return value_for(reason, left.most, bounds), _LETS_IN.get(reason) if built_in else None
+    flags = [_LETS_IN[reason]] if built_in and reason in _LETS_IN else []
+    flags += [_LETS_IN["link"]] if flags and left.links else []
+    return value_for(reason, left.most, bounds), " ".join(flags) or None

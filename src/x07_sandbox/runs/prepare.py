@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from x07_sandbox.backends.base import Availability, Backend
 from x07_sandbox.backends.registry import create
 from x07_sandbox.backends.selection import Choice, choice_from_environment
-from x07_sandbox.errors import HostError, RefusedError, printable
+from x07_sandbox.errors import HostError, RefusedError, UsageError, printable
 from x07_sandbox.host import settings
 from x07_sandbox.host.paths import settings_file
 from x07_sandbox.host.variables import flag, text
@@ -102,6 +102,7 @@ def prepare(
         need_policy(request, protocol)
         request = request if dry else with_framed_input(request, protocol, stack)
     effective_policy = request.effective_policy or effective_policy_of(request)
+    _check_cpu_time(request, program)
     draft = _known(replace(draft, policy=printable(effective_policy.base)), policy=sha256_text(effective_policy.data))
     yield draft
     check_variables(request, effective_policy.policy)
@@ -137,6 +138,17 @@ def prepare(
     return Prepared(
         request, program, effective_policy, image, _image_name(request), backend, availability, plan, egress
     ), draft
+
+
+def _check_cpu_time(request: RunRequest, program: Program) -> None:
+    """Raise UsageError for a CPU limit above the X07 program's own, which would cut it."""
+    limits, own_ms = request.limits, program.cpu_ms
+    if limits is not None and limits.cpu_ms is not None and own_ms is not None and own_ms < limits.cpu_ms:
+        from x07_sandbox.policy.limits import flag_text  # imported only for this error
+
+        why = f"the X07 program's own limit is {own_ms / 1000:g} s"
+        fix = f"Raise its limit with --cpu-time-limit-seconds {-(-limits.cpu_ms // 1000)}, or in its profile"
+        raise UsageError(f"cannot use {flag_text('cpu_ms', limits.cpu_ms)}", why, fix)
 
 
 def wants_scaling(prepared: Prepared) -> bool:

@@ -45,6 +45,9 @@ def readable(folder: str, *, programs: bool) -> tuple[bool, list[str]]:
     found: list[str] = []
     whole = True
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if not entry.is_symlink() and not os.access(entry.path, os.R_OK):  # on a host, as an ordinary user
+            whole = False
+            continue
         if entry.is_dir(follow_symlinks=False):
             inner, paths = readable(entry.path, programs=programs or entry.name in PROGRAM_FOLDERS)
             whole &= inner
