@@ -142,7 +142,7 @@ class HostFiles:
             for reason, left in copied.left_out.items():
                 more = f" and {left.count - len(left.names)} more" if left.count > len(left.names) else ""
                 why = why_left_out(reason, self._bounds)
-                links = ", and it holds links (fs.allow_symlinks)" if left.links else ""
+                links = ", and contains links (fs.allow_symlinks)" if left.links else ""
                 subject = f"{', '.join(map(printable, left.names))}{more}: {why}{links}"
                 how = _to_let_in(reason, left, self._bounds, built_in=self._built_in)
                 found.append(denial(FIELDS[reason], "copy", subject, "copying in", left.count, how))

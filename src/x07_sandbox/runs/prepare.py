@@ -141,13 +141,13 @@ def prepare(
 
 
 def _check_cpu_time(request: RunRequest, program: Program) -> None:
-    """Raise UsageError for a CPU limit above the X07 program's own, which would cut it."""
+    """Raise UsageError if the CPU limit is above the X07 program's own limit, which would still apply."""
     limits, own_ms = request.limits, program.cpu_ms
     if limits is not None and limits.cpu_ms is not None and own_ms is not None and own_ms < limits.cpu_ms:
         from x07_sandbox.policy.limits import flag_text  # imported only for this error
 
         why = f"the X07 program's own limit is {own_ms / 1000:g} s"
-        fix = f"Raise its limit with --cpu-time-limit-seconds {-(-limits.cpu_ms // 1000)}, or in its profile"
+        fix = f"Add --cpu-time-limit-seconds {-(-limits.cpu_ms // 1000)}, or raise the limit in the program's profile"
         raise UsageError(f"cannot use {flag_text('cpu_ms', limits.cpu_ms)}", why, fix)
 
 
