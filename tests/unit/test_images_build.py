@@ -181,7 +181,9 @@ def test_packages_that_cannot_be_known_are_not_dropped(science: store.Image) -> 
     overwrite(science.folder / "manifest.json")
     with pytest.raises(ImageError) as caught:
         build.build_image(name="science", progress=print)
-    assert caught.value.fix == ("Run x07 image build --name science --no-include, or with --include and its packages")
+    assert caught.value.fix == (
+        "Run x07 image build --name science --no-include, or use --include with the packages that it had"
+    )
     with pytest.raises(HostError, match=r"fsck\.erofs is missing"):  # so far it comes: the image is made anew
         build.build_image(name="science", include=PACKAGES, progress=print)
 

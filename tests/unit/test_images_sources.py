@@ -72,8 +72,8 @@ def test_one_line_sources_are_read_with_their_options(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "note"),
     [
-        ("deb file:/srv/repository trixie main", "not on http"),
-        ("deb cdrom:[Debian]/ trixie main", "not on http"),
+        ("deb file:/srv/repository trixie main", "does not use http"),
+        ("deb cdrom:[Debian]/ trixie main", "does not use http"),
         ("deb [trusted=yes] http://mirror.example/d trixie main", "signatures are not verified"),
         ("deb http://mirror.example/d bookworm main", "not for trixie"),
         ("deb http://mirror.example/d ./", "not for trixie"),

@@ -331,7 +331,7 @@ def test_a_missing_default_image_names_the_others(image: store.Image) -> None:
     for name in ("science", "extra"):
         store.set_name(name, image.digest.removeprefix("sha256:"))
     (store.images_dir() / "names" / "default").unlink()
-    with pytest.raises(ImageError, match="no guest image: there is none with the name default") as caught:
+    with pytest.raises(ImageError, match="there is no guest image: the existing images have other names") as caught:
         store.find_image(None)
     assert caught.value.fix == "Run x07 image build, or use one of these: extra, science"
 
@@ -392,7 +392,7 @@ def test_the_list_shows_damaged_images(image: store.Image, capsys: pytest.Captur
     assert main(["image", "list"]) == 0
     captured = capsys.readouterr()
     assert "no images yet" not in captured.err
-    fix = "Run x07 image build --name science --no-include, or with --include and its packages"
+    fix = "Run x07 image build --name science --no-include, or use --include with the packages that it had"
     assert captured.out.startswith(f"science          {image.digest}  damaged  (")
     assert captured.out.endswith(f". {fix}.)\n")
     assert main(["image", "list", "--json"]) == 0

@@ -57,7 +57,7 @@ def test_distrust_of_templates_can_be_reset(tmp_path: Path, monkeypatch: pytest.
     for template in templates:
         template.suspend("a clone of it ended", late=False)
     for template in templates:
-        assert template.suspended().startswith("a clone of it ended. Such jobs start cold until this host reboots")
+        assert template.suspended().startswith("a clone of it ended. Such jobs boot a new VM until this host reboots")
     clear_suspensions()
     assert [template.suspended() for template in templates] == ["", ""]
 
@@ -67,7 +67,7 @@ def test_a_late_clone_distrusts_its_template_for_minutes(tmp_path: Path, monkeyp
     monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "cache"))
     late, ended = (Template(key=key, folder=templates_dir() / key) for key in ("a" * 64, "b" * 64))
     reason = late.suspend("a clone of it did not answer in time", late=True)
-    assert "start cold for 5 minutes" in reason
+    assert "boot a new VM for 5 minutes" in reason
     assert late.suspended() == reason
     ended.suspend("a clone of it ended", late=False)
     now_ms = boot_ms()

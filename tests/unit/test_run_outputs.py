@@ -75,14 +75,14 @@ def test_an_unwritable_report_keeps_the_result(words: tuple[str, ...]) -> None:
     done = x07("run", *words, "--report-out", "r", "--toolchain", "shell", "-c", "true", most_bytes=100)
     assert done.returncode == 125
     if "--report" in words:
-        assert document(done.stdout)["compile"]["compile_error"].startswith("no guest image")
+        assert document(done.stdout)["compile"]["compile_error"].startswith("there is no guest image")
         assert b"x07: cannot write r: File too large" in done.stderr
     elif words:
         result = document(done.stdout)
         assert result["digests"]["source"]
         assert "cannot write r: File too large" in result["warnings"][0]
     else:
-        assert b"x07: refused: no guest image" in done.stderr
+        assert b"x07: refused: there is no guest image" in done.stderr
         assert b"x07: cannot write r: File too large" in done.stderr
 
 

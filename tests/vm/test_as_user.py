@@ -40,7 +40,7 @@ def ran(ordinary: Account) -> subprocess.CompletedProcess[bytes]:
 
 def test_an_ordinary_user_runs_the_example(ran: subprocess.CompletedProcess[bytes]) -> None:
     """An ordinary user runs the Python example with their own image and gets the CSV."""
-    assert all(b"saving a machine for" in line for line in ran.stderr.splitlines())  # as for every new image
+    assert all(b"saving a VM for" in line for line in ran.stderr.splitlines())  # as for every new image
     result = json.loads(ran.stdout)
     assert (ran.returncode, result["outcome"]) == (0, "ok"), result["reason"]
     assert result["stdout"]["text"].startswith("id,customer.name,")

@@ -102,7 +102,7 @@ def test_the_reason_for_cold_starts_is_reported_once(
     monkeypatch.setattr(settings, "TEMPLATE_BYTES", 1 << 62)
     ran = sandbox.behave("nothing")
     assert (ran.outcome, len(booted) >= 2) == ("ok", True), ran.reason  # a busy host can have one more boot
-    assert len([text for text in ran.result.warnings if "started cold" in text]) == 1
+    assert len([text for text in ran.result.warnings if "booted without a saved VM" in text]) == 1
 
 
 def test_a_host_without_a_timer_is_refused(sandbox: Sandbox, boots: Boots) -> None:

@@ -219,7 +219,7 @@ def test_a_damaged_machine_is_saved_again(saved: Sandbox) -> None:
     damaged = sha256(template_folder() / "ram")
     ran = saved.behave("nothing")
     assert (ran.outcome, starts(ran)) == ("ok", {"run": "clone"})
-    assert [text for text in ran.result.warnings if "it was rebuilt" in text]
+    assert [text for text in ran.result.warnings if "it was saved again" in text]
     made = json.loads((template_folder() / MANIFEST).read_bytes())
     assert sha256(template_folder() / "ram") == made["ram"]["sha256"] != damaged
 
@@ -285,7 +285,11 @@ def test_a_clone_that_does_not_answer_is_replaced_by_a_cold_start(
     for _ in range(2 if name == "state" else 1):  # the second does not try it again
         ran = saved.behave("nothing")
         assert (ran.outcome, starts(ran)) == ("ok", {"run": "cold"}), ran.reason
-        warnings = [text for text in ran.result.warnings if "started cold: a clone of it did not answer" in text]
+        warnings = [
+            text
+            for text in ran.result.warnings
+            if "booted without a saved VM: a clone of the saved VM did not answer" in text
+        ]
         assert len(warnings) == 1, warnings
         assert "or until you run x07 image build" in warnings[0]
     assert list(templates_dir().glob("*.bad"))
@@ -300,7 +304,11 @@ def test_a_pool_boots_cold_if_a_clone_does_not_answer(saved: Sandbox, monkeypatc
     machines.start()
     with contextlib.closing(machines):
         assert machines.wait_ready(clocks.Deadline.after(120))
-    assert [text for text in said if text.startswith("the warm machine started cold: a clone of it did not answer")]
+    assert [
+        text
+        for text in said
+        if text.startswith("the warm VM booted without a saved VM: a clone of the saved VM did not answer")
+    ]
     assert left_behind(saved.state) == []
 
 
@@ -438,7 +446,11 @@ def test_another_processor_under_a_saved_machine_costs_a_cold_start(silent_clone
     """A clone on another processor than the saved machine's stays silent: the job starts cold and says why."""
     ran = silent_clones.behave("nothing")
     assert (ran.outcome, starts(ran)) == ("ok", {"run": "cold"}), ran.reason
-    assert [text for text in ran.result.warnings if "started cold: a clone of it did not answer" in text]
+    assert [
+        text
+        for text in ran.result.warnings
+        if "booted without a saved VM: a clone of the saved VM did not answer" in text
+    ]
     for path in templates_dir().glob("*.bad"):
         path.unlink()
 
@@ -456,7 +468,11 @@ def test_a_killed_clone_costs_only_a_cold_start(saved: Sandbox, monkeypatch: pyt
     monkeypatch.setattr(QemuInstance, "release", killed)
     ran = saved.behave("nothing")
     assert (ran.outcome, starts(ran)) == ("ok", {"run": "cold"}), ran.reason
-    assert [text for text in ran.result.warnings if "started cold: a clone of it did not answer" in text]
+    assert [
+        text
+        for text in ran.result.warnings
+        if "booted without a saved VM: a clone of the saved VM did not answer" in text
+    ]
     assert starts(saved.behave("nothing")) == {"run": "clone"}
 
 

@@ -67,7 +67,7 @@ def test_an_example_without_an_image_fails_with_one_line(name: str, tmp_path: Pa
         check=False,
     )
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == f"{name}: no guest image: none has been built. Run x07 image build.\n"
+    assert done.stderr == f"{name}: there is no guest image: no guest image has been built yet. Run x07 image build.\n"
 
 
 @pytest.mark.timeout(400)

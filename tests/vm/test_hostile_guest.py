@@ -131,7 +131,7 @@ def test_an_agent_that_never_answers_is_lost_at_the_boot_limit(
         [
             pytest.param("protocol", "uses protocol 2", marks=ALSO_LATER),
             pytest.param("garbage", "violated the channel protocol while booting", marks=ALSO_LATER),
-            ("nonce", "its nonce is not ours"),
+            ("nonce", "its nonce is not the one that was sent"),
             ("panic", "kernel panicked while booting"),
             pytest.param("off", "exited without an error while the guest was booting", marks=ALSO_LATER),
         ],

@@ -319,7 +319,7 @@ def test_runs_fall_back_to_clones_without_an_answer(echo: str) -> None:
         os.kill(pid, signal.SIGSTOP)
         result = ran(echo)
         assert result["phases"]["run"]["start"] == "clone"
-        assert [text for text in result["warnings"] if "it did not answer" in text]
+        assert [text for text in result["warnings"] if "the pool did not answer" in text]
         asked = x07("pool", "status")
         assert (asked.returncode, asked.stdout) == (125, b"")
         assert f"its process {pid} does not answer".encode() in asked.stderr
@@ -344,7 +344,7 @@ def test_a_clone_replaces_a_warm_machine_that_died(echo: str, monkeypatch: pytes
     with pool_process(1), contextlib.closing(cancel):
         result = run(RunRequest(program=Path(echo), machines=PoolClient(), cancel=cancel))
     assert (result.outcome, result.phases["run"].start) == ("ok", "clone"), result.reason
-    assert "the run had no warm machine: the one it took did not answer" in result.warnings
+    assert "no pool machine for the run: it did not answer" in result.warnings
 
 
 def test_a_pool_start_that_waits_reports_it_and_can_be_stopped(

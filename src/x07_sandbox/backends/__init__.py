@@ -1,1 +1,1 @@
-"""Ways to start a job: the contract, one folder per backend, selection."""
+"""Backends, which start jobs: their contract, one folder for each, and the selection."""

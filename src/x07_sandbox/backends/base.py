@@ -1,4 +1,4 @@
-"""The backend contract. Code above `backends` uses this module and the registry, and no backend by name."""
+"""The backend contract. Code above `backends` uses this module and the registry, and refers to no backend by name."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ FailureKind = Literal["ended", "late", "protocol", "failed", "cancelled"]
 
 
 class Availability(msgspec.Struct, frozen=True, kw_only=True):
-    """What a backend offers here. proof: the evidence. known: whether it was tried; else features are the weakest."""
+    """What a backend offers on this host.
+
+    proof: the evidence. known: whether the backend was tried; if not, *features* are those of its weakest class.
+    """
 
     features: Features
     proof: str
@@ -36,7 +39,10 @@ class Availability(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class MachineKind(msgspec.Struct, frozen=True, kw_only=True):
-    """The properties that decide which saved machine a job can be cloned from. runtime: "build" or "run"."""
+    """The properties that decide from which saved VM a job can be cloned.
+
+    runtime: "build" or "run".
+    """
 
     image: OpenImage | None
     ram_bytes: int
@@ -45,17 +51,20 @@ class MachineKind(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def image_digest(self) -> str:
-        """The image's digest, "" without an image."""
+        """The image's digest, or "" if there is no image."""
         return "" if self.image is None else self.image.manifest.digest
 
     @property
     def key(self) -> tuple[str, int, str, bool]:
-        """The kind's identity in every process."""
+        """A value that identifies this kind in every process."""
         return self.image_digest, self.ram_bytes, self.runtime, self.network
 
 
 class RootPlace(msgspec.Struct, frozen=True, kw_only=True):
-    """A folder in the program's view that holds host files. write: whether the program may write there."""
+    """A folder in the program's view that holds host files.
+
+    at: its path. write: whether the program may write there.
+    """
 
     at: str
     write: bool
@@ -64,8 +73,9 @@ class RootPlace(msgspec.Struct, frozen=True, kw_only=True):
 class Needs(msgspec.Struct, frozen=True, kw_only=True):
     """What a container's create call must know about the job. The limits are those of the START frame.
 
-    files_bytes: size of all input files. out: whether a file is expected in /x07/out. places: host folders, outer ones
-    first. closed: nothing that the program can write may be executed. alone: as in `Confinement`.
+    files_bytes: size of all input files. out: whether the program is expected to write a file in /x07/out. places: host
+    folders, outer ones first. closed: True if nothing that the program can write may be executed. alone: True if the
+    input folder contains only the program and the policy.
     """
 
     mem_bytes: int
@@ -82,7 +92,8 @@ class Needs(msgspec.Struct, frozen=True, kw_only=True):
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """What a backend needs to start one job. The program itself follows over the channel.
 
-    needs: for container backends. cold: boot, never clone. meanwhile: called once while the instance comes up.
+    needs: set for container backends. cold: boot a VM, never clone one. meanwhile: called once while the instance
+    starts.
     """
 
     claim: Claim
@@ -94,7 +105,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def used_ram_bytes(self) -> int:
-        """The most RAM that the job uses: all of the machine's if its needs are unknown."""
+        """The most RAM that the job can use. Without *needs*, this is all RAM of the machine."""
         ram, needs = self.kind.ram_bytes, self.needs
         if needs is None:
             return ram
@@ -104,9 +115,10 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Greeting(NamedTuple):
-    """A ready agent: it has answered and has clock and entropy, and START is the next frame.
+    """A ready agent: it has answered, clock and entropy are set, and START is the next frame.
 
-    released_at: when the instance was released, on the monotonic clock. times_ms: from then to hello and seeded.
+    released_at: when the instance was released, in seconds on the monotonic clock. times_ms: how long after that HELLO
+    and SEEDED arrived.
     """
 
     connection: Connection
@@ -115,10 +127,10 @@ class Greeting(NamedTuple):
 
 
 class HandshakeFailure(msgspec.Struct, frozen=True, kw_only=True):
-    """Why an agent did not become ready.
+    """The reason why an agent did not become ready.
 
-    kind: "ended" (the instance or its channel), "late", "protocol" (the agent violated it), "failed" (the agent
-    reported a failure) or "cancelled" (by the caller). exit_status, console_tail: set if the instance ended.
+    kind: "ended" (the instance or its channel ended), "late", "protocol" (the agent violated the protocol), "failed"
+    (the agent reported a failure) or "cancelled" (by the caller). exit_status, console_tail: set if the instance ended.
     """
 
     kind: FailureKind
@@ -128,7 +140,10 @@ class HandshakeFailure(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NoAnswerError(BackendError):
-    """An instance was started and stopped again because its agent did not answer. times_ms: as in `Greeting`."""
+    """The agent of a started instance did not answer, and the instance was stopped.
+
+    times_ms: see `Greeting`.
+    """
 
     def __init__(self, instance: Instance, failure: HandshakeFailure, times_ms: dict[str, float]) -> None:
         said = " ".join(failure.console_tail.split())[-200:] if failure.kind == "ended" else ""
@@ -140,10 +155,10 @@ class NoAnswerError(BackendError):
 
 
 class Instance(Protocol):
-    """A started job, which owns its descriptors.
+    """A started job. It owns its descriptors.
 
-    net_fd: the egress relay's stream, if it is separate. notes: for the user, about the start. greeting: set by
-    `start`.
+    net_fd: the stream of the egress relay, if that does not share the channel. notes: remarks about the start, for the
+    user. greeting: set by `start`.
     """
 
     channel_fd: int
@@ -156,32 +171,32 @@ class Instance(Protocol):
     greeting: Greeting
 
     def release(self) -> None:
-        """Let the instance run, after its record was written. A second call does nothing."""
+        """Let the instance run, once its record is written. A second call does nothing."""
 
     def side_fds(self) -> tuple[int, ...]:
         """Return the descriptors to read besides the channel."""
 
     def drain(self, fd: int) -> None:
-        """Read one of them, within its size limit."""
+        """Read one of the `side_fds`, within its size limit."""
 
     def console_tail(self) -> str:
         """Return the end of the console output, safe to print."""
 
     def exit_status(self) -> int | None:
-        """Return how the instance's process ended (subprocess convention), None while it lives."""
+        """Return how the instance's process ended (subprocess convention), or None while it runs."""
 
     def stop(self) -> bool:
-        """Kill the instance, clean up, and return whether it is proven gone. Can be called again."""
+        """Kill the instance, clean up, and return whether it is proven gone. May be called again."""
 
 
 class Lease(Protocol):
-    """The connection to the process that owns a leased instance. The instance ends with it."""
+    """The connection to the process that owns a leased instance. The instance ends with the connection."""
 
     def exit_status(self) -> int | None:
-        """Return how the instance ended according to its owner, None while it lives."""
+        """Return how the instance ended, as its owner reports it, or None while it runs."""
 
     def end_lease(self) -> bool:
-        """Return the instance to its owner, wait, and return whether the owner proved it gone."""
+        """Return the instance to its owner, and wait. Return whether the owner proved that the instance is gone."""
 
 
 class Prunable(NamedTuple):
@@ -194,83 +209,104 @@ class Prunable(NamedTuple):
 
 
 class Cloning(Protocol):
-    """Cloning prepared machines. The pool uses nothing else of a backend."""
+    """Cloning of saved VMs. The pool uses no other part of a backend."""
 
     def prepare(self, kind: MachineKind, caller: Caller) -> None:
-        """Save a machine of this kind now, even if saving is suspended. Raises SandboxError."""
+        """Save a VM of this kind now, even if saving is suspended. Raises SandboxError."""
 
     def prunable(self, images: set[str], on_wait: Callable[[], None]) -> Iterator[Prunable]:
-        """Yield, under the lock of the saved machines, what can go if only *images* (digests) stay.
+        """Yield, under the lock of the saved VMs, what can be removed if only *images* (digests) stay.
 
         on_wait: called before waiting for the lock. Raises SandboxError.
         """
 
     def renew(self, instance: Instance, kind: MachineKind) -> None:
-        """Have the agent prepare for another program after one of our own. Raises BackendError."""
+        """Make an instance that has run programs of x07 itself ready for one user program.
+
+        The pool does this before it offers a VM. Raises BackendError.
+        """
 
     def adopt(self, instance: Instance, claim: Claim, runner: Identity, ram_bytes: int) -> None:
-        """Turn a waiting instance into the job of *claim*, run by *runner*. Raises HostError, BackendError.
+        """Turn a waiting instance into the job of *claim*, started by the process *runner*.
 
-        ram_bytes: the most RAM that the job uses.
+        ram_bytes: the most RAM that the job uses. Raises HostError, BackendError.
         """
 
     def descriptors(self, instance: Instance) -> dict[str, int]:
-        """Return the descriptors that another process needs to use the instance, by name; lent."""
+        """Return the descriptors that another process needs to use the instance, by name.
+
+        The instance keeps owning them.
+        """
 
     def leased(self, lease: Lease, record: JobRecord, jail: str, owned_fds: Mapping[str, int]) -> Instance:
-        """Return the instance for such descriptors, in the process that received them. Raises KeyError."""
+        """Return the instance for the descriptors of `descriptors`, in the process that received them.
+
+        Raises KeyError if a descriptor is missing.
+        """
 
 
 class EngineImages(Protocol):
     """The guest images of a container engine."""
 
     def find(self, ref: str | None) -> OpenImage:
-        """Return the image *ref*, or for None the one in X07_VM_GUEST_IMAGE. Raises ImageError, HostError."""
+        """Return the image *ref*; for None, the image in X07_VM_GUEST_IMAGE. Raises ImageError, HostError."""
 
 
 class MachineSource(Protocol):
-    """A source of prepared machines: a pool in this process or in another."""
+    """A source of ready VMs: a pool in this process or in another."""
 
     def claim(self, backend: Backend, job: Job) -> AbstractContextManager[Instance] | None:
-        """Return a greeted machine for *job*, None if there is none. Raises BackendError; the job may be recorded."""
+        """Return a VM for *job*, whose agent has answered, or None if there is none.
+
+        Raises BackendError; the job may then be recorded.
+        """
 
 
 class Backend(Protocol):
-    """One way to start a job. uses_image: whether it runs a guest image, else the host's own programs."""
+    """One way to start a job.
+
+    uses_image: True if it runs a guest image, False if it runs the host's own programs.
+    """
 
     name: str
     uses_image: bool
 
     @property
     def known_gaps(self) -> Mapping[str, str]:
-        """Behaviours of the contract (conformance/behaviours) that the backend lacks, by name, with the reason."""
+        """The behaviours of the contract (conformance/behaviours) that the backend lacks: reasons by name."""
 
     @property
     def engine_images(self) -> EngineImages | None:
-        """The engine's image store, None if the backend uses ours."""
+        """The image store of the backend's engine, or None if the backend uses x07's store."""
 
     @property
     def cloning(self) -> Cloning | None:
-        """Support for cloning prepared machines, if any."""
+        """Support for cloning saved VMs, if there is any."""
 
     def probe(self, image: OpenImage | None, *, boot: bool = True) -> Availability:
-        """Return what this host offers; cheap once it was proven. Raises HostError if the backend cannot run here.
+        """Return what this host offers; cheap once it is proven. Raises HostError if the backend cannot run here.
 
         boot: whether a guest may be booted to find out.
         """
 
     def start(self, job: Job) -> AbstractContextManager[Instance]:
-        """Start a job, greeted; on exit it is gone and recorded so. Raises NoAnswerError, BackendError, HostError."""
+        """Start a job and wait until its agent has answered. At the end the job is gone, and recorded as gone.
+
+        Raises NoAnswerError, BackendError, HostError.
+        """
 
     def list_owned(self) -> Sequence[JobRecord]:
         """Return this user's jobs on this backend that are not recorded as gone."""
 
     def stop(self, record: JobRecord) -> bool:
-        """Stop a job from any process and return whether it is proven and recorded as gone. Raises SandboxError."""
+        """Stop a job from any process. Return whether it is proven and recorded as gone. Raises SandboxError."""
 
 
 class Orphan(msgspec.Struct, frozen=True, kw_only=True):
-    """An instance in an engine. id: the engine's name for it. labels: as reported by the engine."""
+    """An instance that an engine holds.
+
+    id: the engine's name for it. labels: as reported by the engine.
+    """
 
     id: str
     labels: Mapping[str, str]
@@ -278,10 +314,13 @@ class Orphan(msgspec.Struct, frozen=True, kw_only=True):
 
 @runtime_checkable
 class HoldsInstances(Protocol):
-    """A backend whose instances belong to a daemon or engine and can outlive their record."""
+    """A backend whose instances belong to a daemon or engine, and so can outlive their record."""
 
     def orphans(self) -> Sequence[Orphan]:
-        """Return the instances with our labels, which anybody can set (see housekeeping/sweep). Raises SandboxError."""
+        """Return the instances with x07's labels. Anybody can set these labels; see housekeeping/sweep.
+
+        Raises SandboxError.
+        """
 
     def remove(self, orphan: Orphan) -> bool:
-        """Remove one of them and return whether it is proven gone. Raises SandboxError."""
+        """Remove one of the orphans and return whether it is proven gone. Raises SandboxError."""

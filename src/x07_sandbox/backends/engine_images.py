@@ -30,17 +30,19 @@ _LOAD_S: Final = 600.0
 def check_reference(reference: str) -> str:
     """Return *reference* if it is a valid image name. Raises UsageError."""
     if len(reference) > _REFERENCE_MAX or not _REFERENCE.fullmatch(reference):
-        fix = "Give a NAME:TAG in lower case, such as x07-guest-runner:dev"
-        raise UsageError(f"cannot name an image {reference[:80]!r}", "engines do not accept that name", fix)
+        fix = "Use NAME:TAG in lower case, such as x07-guest-runner:dev"
+        why = "container engines do not accept this name"
+        raise UsageError(f"cannot use {reference[:80]!r} as an image name", why, fix)
     return reference
 
 
 def load(
     image: Image, reference: str, names: Sequence[Name], progress: Callable[[str], None], archive: Path | None = None
 ) -> tuple[str, tuple[Name, ...]]:
-    """Load *image* as *reference* into engines, and write it to *archive*. Return its id and the engines that have it.
+    """Load *image* as *reference* into engines. Return its id, and the engines that have it now.
 
-    names: () for all engines of this host. Raises HostError, ImageError, BackendError.
+    names: the engines; () for all engines of this host. archive: a file to write the image to as well. Raises
+    HostError, ImageError, BackendError.
     """
     engines = [engine(name) for name in names]
     for name in () if names else PACKAGES:
@@ -59,7 +61,7 @@ def load(
         except OSError as exc:
             raise HostError(f"cannot write {file}", exc.strerror or str(exc), "Free space there") from exc
         for one in engines:
-            progress(f"loading it into {one.name}")
+            progress(f"loading the image into {one.name}")
             answer = one.call("load", "--quiet", "--input", str(file.absolute()), timeout_s=_LOAD_S)
             if answer.status:
                 fix = f"Check that {one.name} works: {one.name} info"

@@ -1,4 +1,4 @@
-"""The client of a container engine: its program, its environment, and the meaning of its answers."""
+"""The client of a container engine: its program and environment, and the meaning of its output."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ _KEPT: Final = ("HOME", "XDG_RUNTIME_DIR", "DBUS_SESSION_BUS_ADDRESS")
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """The result of a call. text, error: its standard output and error, decoded and bounded."""
+    """The result of a call.
+
+    text, error: standard output and standard error, decoded and bounded.
+    """
 
     status: int
     text: str
@@ -36,7 +39,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
         return self.status != 0 and any(word in self.error.lower() for word in _GONE)
 
     def single_object(self, engine: str) -> dict[str, Any]:
-        """Return the one object that an inspecting call printed. Raises BackendError."""
+        """Return the one object that an `inspect` call printed. Raises BackendError."""
         try:
             (made,) = msgspec.json.decode(self.text, type=list[dict[str, Any]])
         except (msgspec.DecodeError, ValueError) as exc:
@@ -45,7 +48,10 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Engine(msgspec.Struct, frozen=True, kw_only=True):
-    """podman or docker. binary: its client. env: the client's variables. options: precede the command."""
+    """podman or docker.
+
+    binary: its client program. env: environment variables of the client. options: these precede the command.
+    """
 
     name: Name
     binary: str
@@ -54,7 +60,7 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def place(self) -> str:
-        """Identifies the engine among several on one host: its client, and its socket if that was named."""
+        """Text that identifies the engine among several on one host: its client, and its socket if one was chosen."""
         return " ".join((self.binary, *(self.env[key] for key in ("DOCKER_HOST",) if key in self.env)))
 
     def argv(self, *words: str) -> list[str]:
@@ -88,7 +94,7 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def engine(name: Name) -> Engine:
-    """Return the engine of this host. Raises HostError if there is none, or DOCKER_HOST is on another machine."""
+    """Return the engine of this host. Raises HostError if there is none, or if DOCKER_HOST is another machine."""
     variable = f"X07_VM_{name.upper()}_BIN"
     binary = text(variable) or next(
         (path for folder in _SEARCH if os.access(path := f"{folder}/{name}", os.X_OK)), None
@@ -107,7 +113,7 @@ def engine(name: Name) -> Engine:
     if name == "docker":
         if host := os.environ.get("DOCKER_HOST", ""):
             if not host.startswith("unix://"):
-                why = f"DOCKER_HOST is {host[:200]}, but our folders and sockets are on this machine"
+                why = f"DOCKER_HOST is {host[:200]}, but x07's folders and sockets are on this machine"
                 raise HostError(
                     "cannot use docker", why, "Unset DOCKER_HOST, or set it to a local socket: unix:///path"
                 )
@@ -118,11 +124,11 @@ def engine(name: Name) -> Engine:
 
 
 def container_id(answer: Answer) -> str:
-    """Return the id printed by a create call, "" if there is none."""
+    """Return the id printed by a create call, or "" if there is none."""
     last = answer.text.strip().rpartition("\n")[2].strip()
     return last if not answer.status and is_id(last) else ""
 
 
 def is_id(word: str) -> bool:
-    """Whether *word* is a full container id."""
+    """Return whether *word* is a full container id."""
     return _ID.fullmatch(word) is not None

@@ -1,4 +1,4 @@
-"""The handshake with an agent: until it answers, and until it is ready for a program."""
+"""The handshake with an agent: first until it answers, then until it is ready for a program."""
 
 from __future__ import annotations
 
@@ -30,14 +30,17 @@ _LATE_S: Final = 0.2  # for data that was sent before a deadline to arrive after
 
 
 def read_deadline(deadline: Deadline) -> Deadline:
-    """Return until when to read data sent before *deadline*, which has passed: longer if we were stopped meanwhile."""
+    """Return a deadline for reading what the peer sent before *deadline*, which has passed.
+
+    It is later if this process was stopped in between.
+    """
     return Deadline.after(settings.STOPPED_S if deadline.missed_while_stopped() else _LATE_S)
 
 
 def greet(instance: Instance, *, cancel_fd: int | None = None, meanwhile: Callable[[], object] | None = None) -> None:
     """Release the instance, wait for its agent, send clock and entropy, and set `Instance.greeting`.
 
-    cancel_fd: ends the wait once readable. meanwhile: called while the instance comes up.
+    cancel_fd: the wait ends once it is readable. meanwhile: called while the instance starts.
     Raises NoAnswerError; the caller stops the instance.
     """
     cold = instance.start_mode == "cold"  # the agent of any other start has sent HELLO already
@@ -66,7 +69,10 @@ def greet(instance: Instance, *, cancel_fd: int | None = None, meanwhile: Callab
 
 
 class Handshake:
-    """One handshake. reached: when HELLO and SEEDED arrived, on the monotonic clock."""
+    """One handshake.
+
+    reached: when HELLO and SEEDED arrived, in seconds on the monotonic clock.
+    """
 
     def __init__(self, instance: Instance, begin: State, cancel_fd: int | None = None) -> None:
         self.connection = Connection(instance.channel_fd, Role.HOST, begin)
@@ -76,12 +82,15 @@ class Handshake:
         self._nonce = os.urandom(16)
 
     def seed(self) -> None:
-        """Queue clock, entropy and a nonce, which the answer must repeat."""
+        """Queue clock, entropy, and a nonce that the answer must repeat."""
         seed = {"unix_ns": unix_ns(), "entropy": os.urandom(64), "nonce": self._nonce, "machine_id": os.urandom(16)}
         self.connection.link.send(Kind.SEED, seed)
 
     def until(self, wanted: State, deadline: Deadline, say: Say | None = None) -> HandshakeFailure | None:
-        """Talk until the state *wanted* is reached; otherwise return the failure. say: frames to send, by state."""
+        """Exchange frames until the state *wanted* is reached. Return None, or the failure.
+
+        say: frames to send, by the state in which they are sent.
+        """
         link, late = self.connection.link, None
         while link.state is not wanted:
             if say and (frame := say.get(link.state)):
@@ -142,7 +151,7 @@ class Handshake:
             self.reached["hello"] = time.monotonic()
         elif event.kind is Kind.SEEDED:
             if body["nonce"] != self._nonce:
-                raise PeerError("bad SEEDED frame", "its nonce is not ours")
+                raise PeerError("bad SEEDED frame", "its nonce is not the one that was sent")
             self.reached["seeded"] = time.monotonic()
 
     def _ended(self, why: str) -> HandshakeFailure:
@@ -162,7 +171,7 @@ def input_poll(*fds: int) -> select.poll:
 
 
 def wait_for_exit(instance: Instance) -> int | None:
-    """Return the exit status of an instance whose channel or process just ended, None if it takes too long."""
+    """Return the exit status of an instance whose channel or process just ended, or None if it takes too long."""
     limit = Deadline.after(_EXIT_S)
     poll = input_poll(instance.pidfd, *instance.side_fds())
     while instance.exit_status() is None and not limit.passed():
@@ -175,7 +184,10 @@ def wait_for_exit(instance: Instance) -> int | None:
 
 
 def evidence_of(failure: HandshakeFailure, cancelled_by: int | None = None) -> Evidence:
-    """Return the evidence for a verdict on the job. cancelled_by: the signal of the caller that cancelled it."""
+    """Return the evidence from which the job's outcome is classified.
+
+    cancelled_by: the signal that made the caller cancel the job.
+    """
     from x07_sandbox.plan.outcomes import Evidence, Stage  # only imported after a failure
 
     found = Evidence(stage=Stage.BOOT, instance_status=failure.exit_status, console_tail=failure.console_tail)

@@ -1,4 +1,4 @@
-"""A job's processes below a supervisor (jail/data/supervisor.pl): start, record, stop, and proof that they are gone."""
+"""A job's processes below a supervisor (jail/data/supervisor.pl): starting, recording, stopping, proving them gone."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ _GONE_S: Final = 10.0
 
 
 def socket_ends(stack: contextlib.ExitStack, given: FdGroup) -> tuple[int, int]:
-    """Return our end of a new stream, non-blocking and closed by *stack*, and the child's end."""
+    """Make a stream. Return this process's end, non-blocking and closed by *stack*, and the child's end.
+
+    given: closes the child's end.
+    """
     near, far = socket.socketpair()
     fd = near.detach()
     stack.callback(os.close, fd)
@@ -42,7 +45,10 @@ def socket_ends(stack: contextlib.ExitStack, given: FdGroup) -> tuple[int, int]:
 
 
 def error_stream(stack: contextlib.ExitStack, given: FdGroup) -> tuple[BoundedStream, int]:
-    """Return a child's standard error, closed by *stack*, and the child's end of it."""
+    """Make a stream for a child's standard error. Return it, closed by *stack*, and the child's end.
+
+    given: closes the child's end.
+    """
     fd, theirs = os.pipe2(os.O_CLOEXEC)
     stack.callback(os.close, fd)
     os.set_blocking(fd, False)
@@ -58,15 +64,15 @@ def memory_file(name: str, data: bytes, given: FdGroup) -> int:
 
 
 class HostAgent:
-    """The part of an instance whose agent runs on the host: it starts nothing unasked and has one stream of errors."""
+    """The part of an instance whose agent runs on the host. The agent does nothing before it gets a frame."""
 
     _errors: BoundedStream
 
     def release(self) -> None:
-        """Do nothing: the agent waits for the channel anyway."""
+        """Do nothing, since the agent waits for the channel anyway."""
 
     def side_fds(self) -> tuple[int, ...]:
-        """Return the error stream's descriptor."""
+        """Return a tuple with the descriptor of the error stream."""
         return () if self._errors.ended else (self._errors.fd,)
 
     def drain(self, _fd: int) -> None:
@@ -80,11 +86,11 @@ class HostAgent:
 
 
 class Start(NamedTuple):
-    """How to start a job.
+    """The description of a job to start.
 
-    jail: a description. given: descriptors to close once the child has them. depth: see `inner_process`.
-    remove: removes what outlives the processes (control groups, folders), and returns whether that is gone.
-    bound: limits the first process, by pid, while it is blocked. name, error: for messages.
+    jail: a text for the record. given: descriptors to close once the child has them. depth: see `inner_process`.
+    remove: removes what outlives the processes (control groups, folders), and returns whether all of it is gone. bound:
+    sets limits on the first process, by pid, while that process is blocked. name, error: for messages.
     """
 
     record: JobRecord
@@ -106,9 +112,10 @@ def running(
     make: Callable[[subprocess.Popen[bytes], Identity], _J],
     not_built: Callable[[int | None], BackendError],
 ) -> Iterator[_J]:
-    """Launch, record and yield a job; on exit it is gone and recorded as gone. Raises BackendError, HostError.
+    """Launch, record and yield a job. At the end it is gone, and recorded as gone. Raises BackendError, HostError.
 
-    not_built: makes the error for a supervisor that ended with this status before the job's first process existed.
+    make: makes the instance. not_built: makes the error if the supervisor ended, with this status, before the job's
+    first process existed.
     """
     child = instance = None
     gone = False
@@ -147,7 +154,10 @@ def running(
 
 
 def inner_process(child: subprocess.Popen[bytes], depth: int) -> Identity:
-    """Wait for the process *depth* generations below the supervisor. Raises ProcessLookupError if it never appears."""
+    """Wait for the process *depth* generations below the supervisor, and return its identity.
+
+    Raises ProcessLookupError if the process never appears.
+    """
     # By /proc: bubblewrap's --info-fd reports numbers of its own pid namespace.
     deadline = Deadline.after(_SETUP_S)
     pidfd = os.pidfd_open(child.pid)
@@ -170,7 +180,7 @@ def inner_process(child: subprocess.Popen[bytes], depth: int) -> Identity:
 
 
 def _end_supervisor(child: subprocess.Popen[bytes]) -> None:
-    """End a supervisor without an instance; killing it kills its processes."""
+    """End a supervisor that has no instance. Its processes are killed with it."""
     child.terminate()
     try:
         child.wait(_SETUP_S)
@@ -180,7 +190,7 @@ def _end_supervisor(child: subprocess.Popen[bytes]) -> None:
 
 
 class Jailed:
-    """A supervisor and the job's first process, with which all others end."""
+    """A supervisor, and the first process of its job. All other processes of the job end with that process."""
 
     def __init__(self, start: Start, child: subprocess.Popen[bytes], inner: Identity) -> None:
         self.child = child
@@ -203,15 +213,18 @@ class Jailed:
         write_owner(self.record, runner=runner, processes=processes, cgroups=self._start.cgroups)
 
     def exit_status(self) -> int | None:
-        """Return the supervisor's exit status, which is that of its command."""
+        """Return the exit status of the supervisor, which is that of its command."""
         return self.child.poll()
 
     def quit_gracefully(self) -> bool:
-        """Ask the job to quit by itself, if there is a way, and return whether it has."""
+        """Ask the job to end by itself, if it supports that. Return whether it has ended."""
         return False
 
     def stop(self) -> bool:
-        """Ask, kill, wait, clean up, and return whether everything is proven gone. Can be called again."""
+        """Ask the job to end, kill it, wait, and clean up.
+
+        Return whether everything is proven gone. May be called again.
+        """
         if self.gone or self._closed:
             return self.gone
         if not self.quit_gracefully():

@@ -1,7 +1,8 @@
-"""The pool's private socket: its messages, and the claimer's side.
+"""The private socket of the pool's process: its messages, and the side of the process that claims a VM.
 
-One connection is one claim: a JSON request, answered by JSON and the machine's descriptors. From then on the connection
-is the lease: when it ends, the pool ends the machine and confirms that. Both sides check the other's uid.
+One connection is one claim. The claimer sends a JSON request; the pool answers with JSON and the VM's descriptors. From
+then on the connection is the lease: when it ends, the pool ends the VM and confirms that. Each side checks the uid of
+the other.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def pool_dir() -> Path:
 
 @contextlib.contextmanager
 def socket_address(folder: Path, name: str = SOCKET) -> Iterator[str]:
-    """Yield a socket's address by way of a descriptor, since an address holds at most 107 bytes."""
+    """Yield an address of a socket that goes through a descriptor, since an address holds at most 107 bytes."""
     fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         yield f"/proc/self/fd/{fd}/{name}"
@@ -59,13 +60,19 @@ def peer_of(connection: socket.socket) -> tuple[int, int]:
 
 
 def send(connection: socket.socket, message: Mapping[str, object], fds: Sequence[int] = ()) -> None:
-    """Send one message with descriptors, which stay ours. Raises OSError."""
+    """Send one message with descriptors. Raises OSError.
+
+    The caller keeps and must close the descriptors.
+    """
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
     connection.sendmsg([json.dumps(message).encode()], rights)
 
 
 def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
-    """Receive one message and its descriptors, now ours; None at the end or for a malformed message."""
+    """Receive one message and its descriptors. Return None at the end or for a malformed message.
+
+    The caller must close the descriptors.
+    """
     fds = array.array("i")
     room = socket.CMSG_SPACE(_FDS_MAX * fds.itemsize)
     try:
@@ -87,7 +94,7 @@ def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]] | Non
 
 
 def connect_to_pool() -> socket.socket | None:
-    """Connect to this user's pool process; None if there is none. Raises HostError."""
+    """Connect to this user's pool process. Return None if there is no such process. Raises HostError."""
     folder = pool_dir()
     if not (folder / SOCKET).exists():
         return None
@@ -132,10 +139,10 @@ class _Lease:
 
 
 class PoolClient:
-    """The pool process of this user, a `MachineSource`."""
+    """The pool process of this user, as a `MachineSource`."""
 
     def claim(self, backend: Backend, job: Job) -> contextlib.AbstractContextManager[Instance] | None:
-        """Return one of its machines for *job*. Raises BackendError; the pool may have recorded the job by then."""
+        """Return a VM of the pool for *job*, or None. Raises BackendError; the pool may then have recorded the job."""
         connection = None if backend.cloning is None else connect_to_pool()
         if connection is None:
             return None
@@ -152,7 +159,7 @@ class PoolClient:
             return _leased(backend, job, connection, *answer)
         connection.close()
         if answer is None:
-            raise BackendError("cannot take a machine from the pool", "it did not answer", "See x07 pool status")
+            raise BackendError("cannot take a VM from the pool", "the pool did not answer", "See x07 pool status")
         return None
 
 
@@ -179,13 +186,15 @@ def _instance_of(backend: Backend, connection: socket.socket, answer: dict[str, 
         instance = backend.cloning.leased(_Lease(connection), record_from(answer["record"]), str(answer["jail"]), fds)
         instance.notes = tuple(map(str, answer["notes"]))
     except (KeyError, ValueError, TypeError) as exc:
-        what = "cannot take a machine from the pool"
-        raise BackendError(what, f"its answer is malformed ({exc})", "Run x07 pool stop, then try again") from exc
+        what = "cannot take a VM from the pool"
+        raise BackendError(
+            what, f"the answer of the pool is malformed ({exc})", "Run x07 pool stop, then try again"
+        ) from exc
     return instance
 
 
 def handover(backend: Backend, instance: Instance) -> tuple[dict[str, object], list[int]]:
-    """Return what the claimer of a machine receives: the answer, and descriptors, which stay the pool's."""
+    """Return what the claimer of a VM receives: the answer, and descriptors. The pool keeps owning these."""
     assert backend.cloning is not None  # noqa: S101 - else there is no pool
     fds = backend.cloning.descriptors(instance)
     message = {"protocol": PROTOCOL, "jail": instance.jail, "notes": instance.notes, "fds": list(fds)}

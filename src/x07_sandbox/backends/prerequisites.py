@@ -1,6 +1,6 @@
 """The prerequisites of each backend, whether they are met, and what to do otherwise: for `x07 doctor`.
 
-`gather` looks at the machine without starting anything; `backend_states` is pure.
+`gather` inspects the machine without starting anything. `backend_states` does no I/O.
 """
 
 from __future__ import annotations
@@ -26,7 +26,11 @@ _KVM: Final = "/dev/kvm"
 
 
 class Need(msgspec.Struct, frozen=True):
-    """One prerequisite. variable: may name another place. optional: the backend works without it, but worse."""
+    """One prerequisite.
+
+    variable: an environment variable that can set another place. optional: without it, the backend works, but less
+    well.
+    """
 
     kind: Kind
     name: str
@@ -42,7 +46,10 @@ class Seen(msgspec.Struct, frozen=True):
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
-    """A machine as backends see it. machine: from uname -m. seen: by (kind, place)."""
+    """A machine, as far as backends depend on it.
+
+    machine: from uname -m. seen: by (kind, place).
+    """
 
     platform: Platform
     machine: str
@@ -51,7 +58,10 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Proof(msgspec.Struct, frozen=True, kw_only=True):
-    """The result of starting a machine as a run does. good: None if none was started. fixes: after a failure."""
+    """The result of starting a machine as a run does.
+
+    good: None if none was started. fixes: what to do after a failure.
+    """
 
     good: bool | None
     text: str
@@ -59,7 +69,10 @@ class Proof(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Look(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One prerequisite on this machine. good: null if it is missing but optional."""
+    """One prerequisite on this machine.
+
+    good: null if the prerequisite is missing but optional.
+    """
 
     what: str
     good: bool | None
@@ -69,9 +82,9 @@ class Look(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class BackendState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One backend on this machine.
 
-    state: proven (it has started a machine here), untried (its prerequisites are met), failed, later (not in this
-    version), not-here (not for this platform). needs_acceptance: whether its isolation is weaker than a virtual
-    machine's. looks: its prerequisites. remedies: what to do; empty if the state is proven or untried.
+    state: "proven" (it has started a machine here), "untried" (its prerequisites are met), "failed", "later" (not in
+    this version), "not-here" (not for this platform). needs_acceptance: whether its isolation is weaker than a virtual
+    machine's. looks: its prerequisites. remedies: what to do; empty if the state is "proven" or "untried".
     """
 
     name: str
@@ -103,12 +116,12 @@ _NO_START: Final = (
 
 
 def needs_of(name: str, machine: str) -> tuple[Need, ...]:
-    """Return the prerequisites of the backend *name*: its tools on that architecture, then NEEDS."""
+    """Return the prerequisites of the backend *name*: the programs that it needs on *machine*, then those in NEEDS."""
     return (*(Need("program", path) for path in BY_NAME[name].tools(machine)), *NEEDS.get(name, ()))
 
 
 def place_of(need: Need, environ: Mapping[str, str]) -> str:
-    """Return where to look: the place in its variable, else its usual one."""
+    """Return where to look for a prerequisite: the value of its variable, or else its usual place."""
     return environ.get(need.variable, "").strip() or need.name
 
 
@@ -136,7 +149,7 @@ def _device(path: str) -> Seen:
 
 
 def _namespaces(_name: str) -> Seen:
-    """Check the kernel's settings; only a start proves more."""
+    """Check the kernel's settings. They can rule namespaces out; only a start proves that namespaces work."""
     for path, forbids in (
         ("/proc/sys/user/max_user_namespaces", "0"),
         ("/proc/sys/kernel/unprivileged_userns_clone", "0"),
@@ -153,7 +166,10 @@ _CHECKS = {"program": _program, "device": _device, "namespaces": _namespaces}
 
 
 def backend_states(facts: Facts, proofs: Mapping[str, Proof]) -> tuple[BackendState, ...]:
-    """Return the state of every backend, preferred ones first. proofs: by backend, for those that were tried."""
+    """Return the state of every backend, preferred ones first.
+
+    proofs: by backend, for those that were tried.
+    """
     return tuple(_state(row, facts, proofs.get(row.name)) for row in BY_NAME.values())
 
 
@@ -202,9 +218,9 @@ def _failure(
 
 
 def advice(platform: Platform) -> tuple[str, str]:
-    """Return two things to do instead of using a backend that is not available."""
+    """Return two alternatives to a backend that is not available."""
     if words := " ".join(usable_flags(platform)):
-        return f"Use {words}", "Leave out --backend and X07_VM_BACKEND, and x07 takes a backend that works"
+        return f"Use {words}", "Leave out --backend and X07_VM_BACKEND; x07 then selects a backend that works"
     return (
         f"Run x07 on Linux with {' '.join(usable_flags(Platform(system='linux')))}",
         "Run x07 in a Linux virtual machine here",

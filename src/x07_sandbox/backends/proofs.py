@@ -1,4 +1,4 @@
-"""Stored verdicts about this host, which hold until it reboots or for a limited time."""
+"""Stored results of tests of this host. They are valid until the host reboots, or for a limited time."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def proof_file(program: str, *parts: object) -> Path:
 
 
 def write_verdict(path: Path, values: Mapping[str, object], retry_s: float | None = None) -> None:
-    """Store *values* for this boot, or only for *retry_s* seconds. Raises OSError."""
+    """Store *values* until the host reboots, or only for *retry_s* seconds. Raises OSError."""
     stored = dict(values) | {"boot_id": boot_id()}
     if retry_s is not None:
         stored["retry_at_ms"] = boot_ms() + int(retry_s * 1000)
@@ -37,7 +37,7 @@ def write_verdict(path: Path, values: Mapping[str, object], retry_s: float | Non
 
 
 def read_verdict(path: Path) -> dict[str, Any]:
-    """Return the values stored in *path*; empty if there are none, or they have expired."""
+    """Return the values stored in *path*; empty if there are none or if they have expired."""
     with contextlib.suppress(UsageError, ValueError, RecursionError, AttributeError, TypeError):
         stored = json.loads(read_bounded(path, "verdict", _MAX))
         if stored.get("boot_id", boot_id()) == boot_id() and boot_ms() < float(stored.get("retry_at_ms", math.inf)):

@@ -1,4 +1,4 @@
-"""The registry of backends: one row each. No other module imports them."""
+"""The registry of backends, one row for each. No other module imports the backends."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ _WEAKER: Final = frozenset({"container", "process", "none"})
 
 
 class Platform(msgspec.Struct, frozen=True, kw_only=True):
-    """The system that x07 runs on. macos_major: the major version of macOS, 0 elsewhere."""
+    """The system that x07 runs on.
+
+    macos_major: the major version of macOS, 0 on other systems.
+    """
 
     system: System
     macos_major: int = 0
@@ -39,10 +42,10 @@ class Platform(msgspec.Struct, frozen=True, kw_only=True):
 class BackendRow(msgspec.Struct, frozen=True):
     """One backend.
 
-    sandbox_class: its name for --sandbox-backend. isolation: the classes it can provide, best first.
-    macos_from: the first macOS that it supports, 0 for none. auto: whether `auto` may select it.
-    factory: makes it from its name; None if this version lacks it. tools: the programs that it needs on a machine
-    (uname -m), by path, with Debian's package of each.
+    sandbox_class: its class for --sandbox-backend. isolation: the isolation classes that it can provide, best first.
+    macos_from: the first version of macOS that it supports, or 0 for none. auto: whether `auto` may select it. factory:
+    makes the backend from its name; None if this version lacks it. tools: the programs that it needs on a machine
+    (uname -m), by path, with the Debian package of each.
     """
 
     name: str
@@ -56,16 +59,16 @@ class BackendRow(msgspec.Struct, frozen=True):
 
     @property
     def built(self) -> bool:
-        """Whether this version has it."""
+        """Whether this version contains the backend."""
         return self.factory is not None
 
     @property
     def weaker(self) -> bool:
-        """Whether its isolation is weaker than a virtual machine's, so that the user must accept it."""
+        """Whether its isolation is weaker than a virtual machine's. The user must then accept it."""
         return self.isolation[0] in _WEAKER
 
     def runs_on(self, platform: Platform) -> bool:
-        """Whether it supports that platform."""
+        """Return whether the backend supports this platform."""
         if platform.system == "linux":
             return self.linux
         return platform.system == "macos" and 0 < self.macos_from <= platform.macos_major
@@ -116,14 +119,17 @@ BY_NAME: Final = {row.name: row for row in _ROWS}
 
 
 def create(name: str) -> Backend:
-    """Return a new instance of that backend, without probing it."""
+    """Return a new instance of the backend *name*, without probing it."""
     factory = BY_NAME[name].factory
     assert factory is not None  # noqa: S101 - only built backends are selected
     return factory(name)
 
 
 def features_of(row: BackendRow) -> Features:
-    """Return the features that a backend has even in its weakest class, without starting anything. Raises HostError."""
+    """Return the features that a backend has even in its weakest isolation class. Raises HostError.
+
+    Nothing is started.
+    """
     backend = create(row.name)
     if backend.engine_images is not None:
         return container_features()
@@ -131,5 +137,5 @@ def features_of(row: BackendRow) -> Features:
 
 
 def built() -> tuple[str, ...]:
-    """Return the names of this version's backends."""
+    """Return the names of the backends in this version."""
     return tuple(row.name for row in BY_NAME.values() if row.built)

@@ -1,6 +1,7 @@
-"""The selection of a backend: pure, from the platform and the request made by flags and variables.
+"""The selection of a backend, from the platform and from the request made by flags and variables. No I/O.
 
-What is requested is used or refused, never replaced. Isolation weaker than a virtual machine needs the user's consent.
+The requested backend is used or refused, but never replaced by another. Isolation weaker than a virtual machine needs
+the user's consent.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ ACCEPT_VARIABLE: Final = "X07_I_ACCEPT_WEAKER_ISOLATION"
 
 
 class BackendRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """The requested class and backend by their canonical names (host/variables), None for none.
+    """The requested class and backend by their canonical names (host/variables); None if not requested.
 
-    accepted: whether weaker isolation was. auto: the class that `auto` stands for.
-    flags: the caller's, for advice; () if it only has variables.
+    accepted: whether the user accepted weaker isolation. auto: the class that `auto` stands for. flags: the caller's
+    flags, for advice; () if the caller has only variables.
     """
 
     sandbox_flag: str | None = None
@@ -36,14 +37,20 @@ class BackendRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
-    """The selected backend. sandbox_backend: its class."""
+    """The selected backend.
+
+    sandbox_backend: its class.
+    """
 
     backend: str
     sandbox_backend: Class
 
 
 def select(platform: Platform, request: BackendRequest) -> Choice:
-    """Select the backend. Raises UsageError for a contradiction, RefusedError if it is not available."""
+    """Select the backend.
+
+    Raises UsageError if the request contradicts itself. Raises RefusedError if the backend is not available.
+    """
     wanted_class, name = _wanted(platform, request)
     if name is None and wanted_class in {"os", "none"}:
         name = wanted_class
@@ -52,7 +59,7 @@ def select(platform: Platform, request: BackendRequest) -> Choice:
     row = BY_NAME[name]
     named = row.sandbox_class in {"vm", request.sandbox_flag or request.sandbox_variable}
     if row.weaker and not (named and request.accepted):
-        walls = {"container": "a container", "process": "a confined process of this system"}
+        walls = {"container": "a container", "process": "a confined process on this system"}
         wall = walls.get(row.isolation[0], "no sandbox at all")
         why = f"it runs programs in {wall}; that is weaker isolation than a virtual machine and needs your consent"
         fix = _instead(platform, request, row, named=named)
@@ -60,7 +67,7 @@ def select(platform: Platform, request: BackendRequest) -> Choice:
     if not (row.runs_on(platform) and row.built):
         why = f"not supported on {platform}" if row.built else "not supported in this version"
         if not (row.built or row.runs_on(platform)):
-            why += f", and it is for {'Linux' if row.linux else f'macOS {row.macos_from} and later'}"
+            why += f", and it needs {'Linux' if row.linux else f'macOS {row.macos_from} or later'}"
         raise RefusedError(f"cannot use the backend {row.name}", why, _instead(platform, request))
     return Choice(backend=row.name, sandbox_backend=row.sandbox_class)
 
@@ -86,7 +93,10 @@ def backend_request(
 
 
 def choice_from_environment() -> Choice:
-    """Return the choice of the environment. Raises RefusedError; UsageError for any invalid variable of ours."""
+    """Return the choice made by environment variables.
+
+    Raises RefusedError. Raises UsageError if any variable of x07 is invalid.
+    """
     check_environment(os.environ)
     return select(this_platform(), backend_request(flags=()))
 
@@ -96,13 +106,13 @@ def backend_named(word: str) -> BackendRow:
     word = word.strip().lower()
     name = BACKENDS.get(word, word)
     if name not in BY_NAME:
-        fix = f"Name one of: {', '.join(BY_NAME)}"
+        fix = f"Choose one of: {', '.join(BY_NAME)}"
         raise UsageError(f"cannot use backend {word!r}", "there is no such backend", fix)
     return BY_NAME[name]
 
 
 def usable_flags(platform: Platform) -> tuple[str, ...]:
-    """Return flags that select a backend on that platform without consent to weaker isolation; () if there is none."""
+    """Return flags that select a backend on *platform* without consent to weaker isolation; () if none can."""
     for row in BY_NAME.values():
         if row.built and row.runs_on(platform) and not row.weaker:
             return "--sandbox-backend", row.sandbox_class, "--backend", row.name
@@ -110,14 +120,17 @@ def usable_flags(platform: Platform) -> tuple[str, ...]:
 
 
 def _wanted(platform: Platform, request: BackendRequest) -> tuple[str, str | None]:
-    """Return (class, backend or None): the command line before the environment. Raises UsageError."""
+    """Return the wanted class, and the backend or None.
+
+    The command line precedes the environment. Raises UsageError.
+    """
     by_variable = (request.sandbox_variable, "X07_SANDBOX_BACKEND", request.backend_variable, "X07_VM_BACKEND")
     for wanted, origin, name, name_origin, caller in (
         (request.sandbox_flag, "--sandbox-backend", request.backend_flag, "--backend", request),
         (*by_variable, replace(request, flags=())),
     ):
         if name is not None and _contradict(wanted, name):
-            why = f"{name} is of the class {BY_NAME[name].sandbox_class}, not {wanted}"
+            why = f"{name} belongs to the class {BY_NAME[name].sandbox_class}, not {wanted}"
             raise UsageError(f"{origin} and {name_origin} contradict each other", why, _instead(platform, caller))
     if request.backend_flag is not None:
         return BY_NAME[request.backend_flag].sandbox_class, request.backend_flag
@@ -137,14 +150,17 @@ def _automatic(platform: Platform, request: BackendRequest) -> Choice:
         if row.built:
             return Choice(backend=row.name, sandbox_backend=row.sandbox_class)
     names = " and ".join(row.name for row in candidates)
-    why = f"this version has none for {platform} yet ({names})" if names else f"there is none for {platform}"
-    raise RefusedError("no virtual machine backend", why, _instead(platform, request))
+    why = f"the backends for {platform} are not in this version ({names})" if names else f"none supports {platform}"
+    raise RefusedError("there is no virtual machine backend", why, _instead(platform, request))
 
 
 def _instead(
     platform: Platform, request: BackendRequest, weaker: BackendRow | None = None, *, named: bool = True
 ) -> str:
-    """Return what to do. weaker: the requested backend if consent would help. named: its class was requested too."""
+    """Return what the user can do instead.
+
+    weaker: the requested backend, if consent would allow it. named: whether its class was requested too.
+    """
     here = usable_flags(platform)
     words = _by_caller(request, here or usable_flags(Platform(system="linux")))
     parts = [f"Use {words}" if here else f"Run x07 on Linux with {words}"]
@@ -159,7 +175,7 @@ def _instead(
 
 
 def _by_caller(request: BackendRequest, flags: tuple[str, ...]) -> str:
-    """Render `usable_flags` in the caller's own flags, else in the variables that are set."""
+    """Return `usable_flags` in the form of the caller's own flags, or else of the variables that are set."""
     found = dict(zip(flags[::2], flags[1::2], strict=True))
     if request.flags:
         return " ".join(f"{flag} {found[flag]}" for flag in request.flags)

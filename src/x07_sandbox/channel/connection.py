@@ -17,7 +17,10 @@ WRITE_SIZE: Final = 64 * 1024
 
 
 class Connection:
-    """A `Link` and the descriptor that carries it, which stays the caller's. out_fd: a separate one for writing."""
+    """A `Link` and the descriptor that carries it. The caller keeps the descriptor and must close it.
+
+    out_fd: a separate descriptor for writing, if there is one.
+    """
 
     def __init__(self, fd: int, role: Role, state: State = State.WAITING, *, out_fd: int | None = None) -> None:
         self.fd = fd
@@ -36,7 +39,10 @@ class Connection:
             poll.register(self._out_fd, out)
 
     def read(self) -> Iterable[Event] | None:
-        """Read once. Return an iterator of events, or None if the peer has closed. Iterating raises PeerError."""
+        """Read once. Return an iterator over the events, or None if the peer has closed the channel.
+
+        Raises PeerError on iteration.
+        """
         try:
             data = os.read(self.fd, READ_SIZE)
         except BlockingIOError:
@@ -46,7 +52,7 @@ class Connection:
         return self.link.receive(data) if data else None
 
     def flush(self) -> bool:
-        """Write queued bytes until the descriptor would block. Return False if the peer has closed."""
+        """Write queued bytes until the descriptor would block. Return False if the peer has closed the channel."""
         while self.link.pending():
             try:
                 self.link.sent(os.write(self._out_fd, self.link.data_to_send(WRITE_SIZE)))

@@ -11,7 +11,10 @@ READ: Final = 128 * 1024  # files up to this size are read whole, holes included
 
 
 def parts(fd: int, size: int) -> Iterator[bytes | int]:
-    """Yield the file's bytes up to *size*, and an int for each hole of that length. Raises OSError if it shrinks."""
+    """Yield the content of a file up to *size*: bytes for data, and an int, the length, for each hole.
+
+    Raises OSError if the file shrinks meanwhile.
+    """
     position = 0
     while position < size:
         start, end = (0, size) if size <= READ else next_data(fd, position, size)
@@ -27,7 +30,7 @@ def parts(fd: int, size: int) -> Iterator[bytes | int]:
 
 
 def next_data(fd: int, position: int, end: int) -> tuple[int, int]:
-    """Return start and end of the next data segment (lseek(2)); both are *end* if only a hole follows."""
+    """Return start and end of the next data segment (lseek(2)). Both are *end* if only a hole follows."""
     try:
         start = min(end, os.lseek(fd, position, os.SEEK_DATA))
         return start, min(end, os.lseek(fd, start, os.SEEK_HOLE)) if start < end else end

@@ -9,8 +9,11 @@ A frame is a 12-byte header, `HEADER`, and a payload:
     length   u32; of the payload
 
 Integers are big endian. The guest opens a flow, the gate answers with OPENED. Each direction has a window of `WINDOW`
-bytes, which the reader refills with CREDIT. Datagrams have no window and may be dropped. REFUSAL, on stream 0 and with
-the payload of OPEN, reports a connection that the guest refused by itself; port 0 stands for a name lookup.
+bytes, which the reader refills with CREDIT. Datagrams have no window and may be dropped.
+
+With REFUSAL the guest reports a connection that it refused itself. The frame uses stream 0 and the payload of OPEN.
+Port 0 stands for a name lookup.
+
 The guest is hostile: every length, count and order below is bounded.
 """
 
@@ -71,7 +74,10 @@ _SHAPES: Final = {
 
 
 class Event(NamedTuple):
-    """A verified frame. value: a code, or the port of OPEN. data: a payload, or the host of OPEN."""
+    """A verified frame.
+
+    value: the code, or the port of OPEN and REFUSAL. data: the payload, or the host of OPEN and REFUSAL.
+    """
 
     kind: int
     stream: int
@@ -81,7 +87,7 @@ class Event(NamedTuple):
 
 
 class _Flow:
-    """The remaining windows of a flow, and which directions have ended."""
+    """A flow: how much each direction may still send, and which directions have ended."""
 
     __slots__ = ("ended_in", "ended_out", "opened", "receive_window", "send_window", "transport", "unacknowledged")
 
@@ -94,7 +100,10 @@ class _Flow:
 
 
 class EgressLink:
-    """One end of the egress stream; not thread-safe. guest: whether it is the guest's end."""
+    """One end of the egress stream; not thread-safe.
+
+    guest: True for the guest's end.
+    """
 
     def __init__(self, *, guest: bool) -> None:
         self.guest = guest
@@ -110,7 +119,10 @@ class EgressLink:
     # incoming
 
     def receive(self, data: bytes | memoryview) -> Iterator[Event]:
-        """Take bytes from the peer and yield their events. Raises PeerError; after that, every call does."""
+        """Take bytes from the peer and yield their events.
+
+        Raises PeerError. After an error, every further call raises it too.
+        """
         if not self._failed:
             self._in += data
         return self._events()
@@ -163,7 +175,7 @@ class EgressLink:
         if not flow.opened:
             raise PeerError("bad frame", f"type {kind} before stream {stream} was opened")
         if (kind == DATAGRAM) != (flow.transport == UDP):
-            raise PeerError("bad frame", f"type {kind} on stream {stream} of another transport")
+            raise PeerError("bad frame", f"type {kind} does not fit the transport of stream {stream}")
         if kind == CREDIT:
             return self._credit(stream, flow, _CREDIT.unpack(payload)[0])
         return Event(DATAGRAM, stream, data=payload) if kind == DATAGRAM else self._data(kind, stream, flow, payload)
@@ -218,7 +230,7 @@ class EgressLink:
         return self._last
 
     def report_refusal(self, transport: int, host: bytes, port: int) -> None:
-        """Report a connection that was refused in the guest, unless too much is queued already."""
+        """Report a connection that was refused in the guest. Skip the report if too much is queued already."""
         if self.pending() < WINDOW and 0 < len(host) <= HOST_MAX:
             self._queue(REFUSAL, 0, _TARGET.pack(transport, port) + host)
 
@@ -232,7 +244,7 @@ class EgressLink:
         self._queue(OPENED, stream, code=code)
 
     def window(self, stream: int) -> int:
-        """Number of bytes the peer accepts now; 0 for an unknown flow."""
+        """Return the number of bytes that the peer accepts now; 0 for an unknown flow."""
         flow = self.flows.get(stream)
         return flow.send_window if flow is not None and flow.opened and not flow.ended_out else 0
 
@@ -287,7 +299,7 @@ class EgressLink:
         return len(self._partial) + len(self._urgent) + self._bulk
 
     def data_to_send(self) -> memoryview:
-        """Return the next bytes to write: the rest of a frame, else control frames, else one data frame."""
+        """Return the next bytes to write: the rest of a started frame, or control frames, or one data frame."""
         if not self._partial:
             if self._urgent:
                 self._partial = memoryview(bytes(self._urgent))

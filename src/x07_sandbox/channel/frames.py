@@ -7,8 +7,9 @@ A frame is an 8-byte header and a payload (docs/guest-channel.md):
     reserved        u8, always 0
     stream          u16, big endian; 0 for control frames
 
-Control payloads have closed schemas (`BODIES`): fixed binary records for the kinds in `PACKED` (a fresh clone runs code
-that it executes for the first time about ten times slower), JSON objects for the others. Data payloads are raw bytes.
+Control payloads have closed schemas (`BODIES`). The kinds in `PACKED` are fixed binary records, since code that a fresh
+clone executes for the first time is about ten times slower. The other kinds are JSON objects. Data payloads are raw
+bytes.
 The guest is hostile: every length, count, number and text below is bounded.
 """
 
@@ -146,7 +147,7 @@ SENDER: Final[dict[Kind, Role]] = {
 
 
 def stream_sender(stream: int) -> Role | None:
-    """Return the role that may send data on *stream*, None if neither may."""
+    """Return the role that may send data on *stream*, or None if neither may."""
     if stream == Stream.STDIN or Stream.FIRST_FILE <= stream <= LAST_FILE:
         return Role.HOST
     if Stream.STDOUT <= stream <= Stream.LEFT_FILES:
@@ -183,7 +184,7 @@ def encode(kind: Kind, stream: int = 0, payload: bytes = b"") -> bytes:
 
 
 def frame_sender(kind: Kind, stream: int) -> Role | None:
-    """Return the role that may send this frame, None if neither may. The receiver of a stream sends its credit."""
+    """Return the role that may send this frame, or None if neither may. The receiver of a stream sends its credit."""
     if kind in SENDER:
         return SENDER[kind] if stream == 0 else None
     sender = stream_sender(stream)
@@ -193,9 +194,9 @@ def frame_sender(kind: Kind, stream: int) -> Role | None:
 
 
 def take_frame(buf: bytearray, sender: Role) -> Frame | None:
-    """Remove and return the first frame from *sender* in *buf*, None if more bytes are needed.
+    """Remove and return the first frame from *sender* in *buf*, or None if more bytes are needed.
 
-    Raises PeerError as soon as a header is invalid, and leaves *buf* unchanged; so at most one payload is buffered.
+    Raises PeerError as soon as a header is invalid; *buf* is then unchanged. So at most one payload is buffered.
     """
     if len(buf) < HEADER.size:
         return None
@@ -218,7 +219,7 @@ def take_frame(buf: bytearray, sender: Role) -> Frame | None:
 
 
 def encode_body(kind: Kind, body: Mapping[str, object]) -> bytes:
-    """Encode a control body. Lone surrogates of undecodable arguments become JSON escapes."""
+    """Encode a control body. Lone surrogates, which stand for undecodable bytes in arguments, become JSON escapes."""
     if kind in PACKED:
         return PACKED[kind].pack(*[body[name] for name in BODIES[kind]])
     return _ENCODER.encode(body).encode("ascii")

@@ -1,7 +1,9 @@
 """One end of the channel as a state machine without I/O.
 
 `NEXT` is the protocol: the state after each control frame. `DATA_STATES` lists the states in which data may flow.
-Anything else raises PeerError (the peer's fault) or ChannelUsageError (ours). Both ends run the same table.
+Anything else raises PeerError (the peer's fault) or ChannelUsageError (this side's fault).
+
+Both ends use the same table.
 """
 
 from __future__ import annotations
@@ -112,7 +114,10 @@ Event = Control | Data | Eof | Credit
 
 
 class Link:
-    """One end of the conversation; not thread-safe. state: the initial state, which is WARM for a clone."""
+    """One end of the conversation; not thread-safe.
+
+    state: the initial state; WARM for a clone.
+    """
 
     def __init__(self, role: Role, state: State = State.WAITING) -> None:
         self.role = role
@@ -128,7 +133,7 @@ class Link:
         self._ended_in: set[int] = set()
 
     def _reset_streams(self) -> None:
-        """Start a new job's streams; nothing of the previous ones is in flight."""
+        """Reset the streams for a new job. No data of the previous job is in flight."""
         windows = self._send_window, self._receive_window, self._unacknowledged
         for collection in (*windows, self._ended_out, self._ended_in):
             collection.clear()
@@ -138,7 +143,8 @@ class Link:
     def receive(self, data: bytes) -> Iterator[Event]:
         """Take bytes from the peer and return a lazy iterator over their events.
 
-        An abandoned iteration is continued by the next call. Iterating raises PeerError; after that, every call does.
+        If the caller stops iterating, the next call continues there. The iterator raises PeerError. After an error,
+        every further call raises it too.
         """
         self._in += data
         return self._events()
@@ -204,7 +210,7 @@ class Link:
         self.state = following
 
     def window(self, stream: int) -> int:
-        """Number of bytes of *stream* the peer accepts now."""
+        """Return the number of bytes of *stream* that the peer accepts now."""
         return self._send_window.get(stream, WINDOW)
 
     def send_data(self, stream: int, data: bytes | bytearray | memoryview) -> int:
@@ -231,9 +237,9 @@ class Link:
             raise ChannelUsageError(f"the {self.role.value} cannot send on stream {stream} while {state}")
 
     def consumed(self, stream: int, count: int) -> None:
-        """Record that *count* bytes of *stream* were processed; grant credit in steps of a quarter window.
+        """Record that *count* bytes of *stream* were processed, and grant credit in steps of a quarter window.
 
-        Raises ChannelUsageError if more than was received.
+        Raises ChannelUsageError if fewer bytes were received.
         """
         unacknowledged = self._unacknowledged.get(stream, 0) + count
         window = self._receive_window.get(stream, WINDOW)
@@ -250,7 +256,7 @@ class Link:
         return len(self._out)
 
     def data_to_send(self, most: int) -> bytes:
-        """Return the next bytes to write, at most *most*."""
+        """Return the next bytes to write, at most *most* of them."""
         return bytes(self._out[:most])
 
     def sent(self, count: int) -> None:

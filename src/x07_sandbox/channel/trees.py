@@ -9,13 +9,13 @@ A stream is a sequence of records; numbers are big endian:
                  the rest: length) and, unless it is a hole, that many bytes
     LINK         mtime i64, u16 length, then the target
     DELETED      nothing
-    UNSUPPORTED  mode u16, with the file type: device, socket, pipe, anything with extended attributes, or a folder
-                 nested too deep
+    UNSUPPORTED  mode u16 with the file type. It stands for a device, socket or pipe, for anything with extended
+                 attributes, or for a folder that is nested too deep
     ROOT         nothing; its name is the decimal number of the tree that the following records belong to
     END          nothing; the last record
 
 The guest is hostile: names, numbers and counts are bounded here, and no name leaves its tree. The caller decides which
-kinds it accepts.
+kinds of records it accepts.
 """
 
 from __future__ import annotations
@@ -54,7 +54,10 @@ class Kind(enum.IntEnum):
 
 
 class Entry(NamedTuple):
-    """One record. mode: permission bits; for UNSUPPORTED with the file type."""
+    """One record.
+
+    mode: permission bits; for UNSUPPORTED, the file type too.
+    """
 
     kind: Kind
     name: bytes
@@ -176,7 +179,10 @@ class Reader:
 
 
 def _head(view: memoryview, at: int) -> tuple[Kind, bytes, int] | None:
-    """Return kind, verified name and offset of the rest of the record at *at*, None if it is incomplete."""
+    """Return the kind and verified name of the record at *at*, and the offset of its other fields.
+
+    Return None if the record is incomplete.
+    """
     if len(view) - at < _HEAD.size:
         return None
     number, length = _HEAD.unpack_from(view, at)
@@ -232,7 +238,7 @@ def check_name(name: bytes) -> bytes:
 
 
 def can_hold_names(name: bytes) -> bool:
-    """Whether entries of the folder *name* fit a stream and the kernel's path limit."""
+    """Return whether names of entries in the folder *name* fit a stream and the kernel's path limit."""
     return len(name) + PART_MAX + 1 < NAME_MAX - 256 and name.count(b"/") + 2 < DEPTH_MAX
 
 

@@ -1,1 +1,1 @@
-"""Code that runs inside the guest: agent, init, confinement; standard library only."""
+"""Code that runs inside the guest: the agent, init and confinement. It uses only the standard library."""

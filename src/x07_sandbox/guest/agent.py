@@ -1,7 +1,8 @@
-"""The guest agent: receives one job from the host, runs its program and reports the result.
+"""The guest agent. It receives one job from the host, runs the job's program and reports the result.
 
-It runs on a `Platform`. On all but the `none` backend the program can see neither the channel nor this process, which
-is outside the program's control group.
+The agent runs on a `Platform`. On all platforms but that of the `none` backend, the program can see neither the channel
+nor the agent's process. In VMs and with the `os` backend, that process is
+outside the program's control group.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    """Serve one conversation, then end. A VM passes no arguments, other platforms those of `platform_from_args`."""
+    """Serve one conversation, then end. A VM passes no arguments. For other platforms see `platform_from_args`."""
     platform: Platform
     if args := sys.argv[1:]:
         platform = platform_from_args(args)
@@ -39,9 +40,9 @@ def main() -> None:
 
 
 def platform_from_args(args: list[str]) -> Platform:
-    """Return the platform of the arguments `os FD NET_FD`, `none FD FOLDER` or `container [network]`.
+    """Return the platform for the arguments `os FD NET_FD`, `none FD FOLDER` or `container [network]`.
 
-    A last, unused argument marks the process's owner. Raises JobError.
+    A further last argument marks the process's owner, and is not used. Raises JobError.
     """
     from x07_sandbox.guest.process import Confined, Unconfined
 
@@ -59,7 +60,7 @@ def platform_from_args(args: list[str]) -> Platform:
 
 
 class Agent:
-    """The event loop of the conversation."""
+    """The event loop of the conversation with the host."""
 
     def __init__(self, channel_fd: int, platform: Platform) -> None:
         self.platform = platform
@@ -130,10 +131,10 @@ class Agent:
             self.job.take(event)
 
     def _warm(self, body: dict[str, Any]) -> None:
-        """Prepare the parts that do not depend on the job; the host takes the snapshot after the answer.
+        """Prepare the parts that do not depend on the job, and answer. The host saves the VM after the answer.
 
-        limits, hostname, output: the likely values of START. commands: programs of the image, run as root while nothing
-        hostile is here, so that they are in the page cache.
+        limits, hostname, output: the values that START will probably have. commands: programs installed in the image.
+        They run as root, while nothing hostile is in the guest, so that their files are in the page cache.
         """
         first = self.environment is None
         if self.environment is not None:  # a warm-up program of the host's own has run in it
@@ -162,7 +163,7 @@ class Agent:
 
 
 def _run_quietly(argv: list[str]) -> None:
-    """Run a program of the image without output, and ignore its exit status."""
+    """Run a program installed in the image without output, and ignore its exit status."""
     if pid := os.fork():
         os.waitpid(pid, 0)
         return

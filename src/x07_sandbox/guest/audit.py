@@ -1,8 +1,9 @@
 """Denied system calls of the program, from the kernel's audit subsystem (netlink, without auditd).
 
-One rule per errno records each listed system call of the program's user that fails with it; seccomp refusals are
-recorded without a rule. Auditing must start before the program's first process, since tasks get their audit context
-when they are created. The kernel's rate limit bounds a flood; lost records are counted. The records are only reported.
+One rule per errno records each listed system call of the program's user that fails with it. The kernel records
+seccomp refusals without a rule. Auditing must start before the program's first process, since tasks get their audit
+context when they are created. The kernel's rate limit bounds a flood, and lost records are counted. The records are
+used for the report only.
 """
 
 from __future__ import annotations
@@ -70,10 +71,10 @@ Find = Callable[[str, int, str], str]
 
 
 class Refusal(NamedTuple):
-    """One kind of denied call. by: `kernel` or `seccomp`.
+    """One kind of denied call.
 
-    path: empty if the call has none; with a trailing slash, the folder in which an entry was to be created; for a call
-    that raises a limit, `core`, `cpu` or `nofile`.
+    by: `kernel` or `seccomp`. path: empty if the call has none. If an entry was to be created: the path of its folder,
+    with a trailing slash. For a call that raises a limit: `core`, `cpu` or `nofile`.
     """
 
     by: str
@@ -84,10 +85,16 @@ class Refusal(NamedTuple):
 
 
 class Audit:
-    """The audit of this machine. fd: readable when there are records to `take`."""
+    """The audit of this machine.
+
+    fd: readable when there are records to `take`.
+    """
 
     def __init__(self, audited: dict[str, int], refused: dict[str, int]) -> None:
-        """Set up auditing. audited, refused: numbers by name of the calls to record, and that filters refuse."""
+        """Set up auditing.
+
+        audited: numbers, by name, of the calls to record. refused: numbers, by name, of the calls that filters refuse.
+        """
         self._refusals = Refusals(refused | audited)
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_AUDIT)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", 1, 0))
@@ -108,12 +115,15 @@ class Audit:
         self._lost_before = 0
 
     def settle(self) -> None:
-        """Discard all records and lost counts; called before the snapshot."""
+        """Discard all records and lost counts. Called before the VM is saved."""
         self.begin()
         self._lost_before = self._status()[_LOST]
 
     def begin(self, find: Find | None = None, roots: Sequence[str] = ()) -> None:
-        """Discard all records: the following ones are the program's. find, roots: see `Refusals`."""
+        """Discard all records. The records after this call are the program's.
+
+        find, roots: see `Refusals`.
+        """
         while self._next() is not None:
             pass
         self._refusals.reset(find, roots)
@@ -126,7 +136,10 @@ class Audit:
             self._refusals.note(*record)
 
     def end(self) -> tuple[dict[Refusal, int], int]:
-        """Return how often each call was denied since `begin`, and how many records were lost or not counted."""
+        """Return how often each call was denied since `begin`, and how many denials are missing from that.
+
+        Missing are those whose records the kernel lost, and those beyond `DENIED_MAX` kinds.
+        """
         deadline = time.monotonic() + _LAST_S
         # Give the kernel's audit thread a chance to run. Without any record none was lost either, and asking the kernel
         # would cost most programs milliseconds.
@@ -150,7 +163,7 @@ class Audit:
     # netlink
 
     def _next(self) -> tuple[int, bytes] | None:
-        """Return type and text of the next record, None if there is none."""
+        """Return type and text of the next record, or None if there is no record."""
         # Poll first: the error path would run for the first time in a fresh clone, which is slow.
         if not self._poll.poll(0):
             return None
@@ -163,14 +176,14 @@ class Audit:
         return _HEADER.unpack_from(data)[1], data[_HEADER.size :].rstrip(b"\0")
 
     def _status(self) -> tuple[int, ...]:
-        """The audit's own counters; zeros where it does not answer."""
+        """Return the kernel's audit counters; zeros if the kernel does not answer."""
         answer = b""
         with contextlib.suppress(OSError):
             answer = self._ask(_GET, b"")
         return _STATUS.unpack_from(answer.ljust(_STATUS.size, b"\0"))
 
     def _ask(self, kind: int, body: bytes) -> bytes:
-        """Send a request; its answer, which for all but a question is nothing. Raises OSError."""
+        """Send a request and return the answer, which is empty except for queries. Raises OSError."""
         self._sequence += 1
         # A question has no acknowledgement: that may come before the answer, which a thread of its own sends.
         flags = _REQUEST if kind == _GET else _REQUEST | _ACK
@@ -191,7 +204,10 @@ class Audit:
 
 
 class NoAudit:
-    """Stand-in on a shared kernel, whose audit is the host's. fd: never readable."""
+    """A stand-in for `Audit` on a shared kernel, whose audit belongs to the host.
+
+    fd: never readable.
+    """
 
     def __init__(self) -> None:
         self.fd, self._other_end = os.pipe2(os.O_CLOEXEC)
@@ -207,13 +223,18 @@ class NoAudit:
 
 
 class Refusals:
-    """Denials put together from records. found: count of each. uncounted: number beyond `DENIED_MAX` kinds."""
+    """Denials put together from audit records.
+
+    found: how often each was seen. uncounted: how many were not counted, since they were beyond `DENIED_MAX` kinds.
+    """
 
     def __init__(self, calls: dict[str, int], find: Find | None = None, roots: Sequence[str] = ()) -> None:
-        """calls: system call numbers by name. roots: mount points of host folders.
+        """Begin with no denials.
 
-        find(device, inode, name): returns the path of an inode, empty if unknown or not better than *name*, which is
-            the call's own name for it: possibly a link, or empty if it was relative to a descriptor.
+        calls: system call numbers by name. roots: mount points of host folders.
+        find(device, inode, name): returns the path of an inode. It returns "" if the path is unknown or no better than
+        *name*. That is the name which the call used: possibly of a link, or "" if the call's name was relative to a
+        descriptor.
         """
         self._names = {number: name for name, number in calls.items()}
         self._pending: dict[bytes, _Call] = {}
@@ -230,13 +251,13 @@ class Refusals:
         self.any_record = False
 
     def finish(self) -> None:
-        """Count the calls whose records are incomplete."""
+        """Count the calls of which some records are missing."""
         for call in self._pending.values():
             self._count(call)
         self._pending.clear()
 
     def note(self, kind: int, text: bytes) -> None:
-        """Process a record: its type, and its text from "audit(" on."""
+        """Process a record, given its type and the part of its text that begins with "audit("."""
         self.any_record = True
         serial, _, rest = text.partition(b": ")
         if kind == _SECCOMP:
@@ -305,7 +326,10 @@ class Refusals:
             call.path = call.path or self._path(call, name, values)
 
     def _path(self, call: _Call, name: str, values: dict[bytes, bytes]) -> str:
-        """Return the path of a record's inode if it is known and better than the record's name, else that name."""
+        """Return the path of the record's inode, if it is known and better than the name in the record.
+
+        Otherwise, return that name.
+        """
         if self._find is None:
             return name
         vague = not name or (call.by_descriptor and not name.startswith("/"))
@@ -316,7 +340,7 @@ class Refusals:
         return self._find(device, _number(values.get(b"inode", b"")), known_name) or name
 
     def _root(self, call: _Call, name: str) -> str:
-        """Return the root with this path, or the only one with this base name; else an empty string."""
+        """Return the root with this path, or the only root with the same base name, or ""."""
         path = posixpath.normpath(posixpath.join(call.cwd, name))
         if path in self._roots:
             return path
@@ -355,7 +379,7 @@ class _Call:
         self.path = ""
 
     def refusal(self) -> Refusal:
-        """Return the denial; the path of a new entry is its folder's, with a trailing slash."""
+        """Return the denial. For a new entry, its path is that of the entry's folder with a trailing slash."""
         path = self.path or self.folder
         if path and not path.startswith("/"):
             path = posixpath.join("..." if self.by_descriptor else self.cwd, path)
@@ -392,7 +416,7 @@ def _number(text: bytes, base: int = 10) -> int:
 
 
 def _text(record: bytes, key: bytes) -> str:
-    """Decode a string field: quoted, or in hexadecimal if it has special characters."""
+    """Decode a string field, which is quoted, or in hexadecimal if it has special characters."""
     _, _, rest = record.partition(key)
     if rest.startswith(b'"'):
         return rest[1:].partition(b'"')[0].decode("utf-8", "backslashreplace")

@@ -1,7 +1,8 @@
-"""The program's control group: limits that only the kernel can enforce, and the counters that prove an outcome.
+"""The program's control group: limits that only the kernel can enforce, and counters that prove an outcome.
 
-`RootGroup` is a version 2 group made by this process, `HostGroup` one made by the host, `HostGroupsV1` a set of version
-1 groups made by the host, one per controller. `NoGroup` enforces nothing and reads CPU time from /proc.
+`RootGroup` is a version 2 group made by this process. `HostGroup` is a version 2 group made by the host. `HostGroupsV1`
+is a set of version 1 groups made by the host, one per controller. `NoGroup` enforces nothing and reads CPU time from
+/proc.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ _GONE_S: Final = 5.0
 
 
 class NoGroup:
-    """No group: no limits, and CPU time from /proc, which lacks children reaped with SIGCHLD ignored.
+    """No group: no limits, and CPU time from /proc, without that of children reaped with SIGCHLD ignored.
 
-    A group contains the program and its children, but neither our init (whose process id is *init*) nor the agent.
-    KILLS: whether the group can kill all its processes; otherwise init does.
-    COUNTERS: by counter name, the control file and the keys of its relevant lines, if it has several lines.
-    SHOWN: the group's folder that the program may read, empty for none.
+    Subclasses are groups that contain the program and its children, but neither init (whose process id is *init*) nor
+    the agent.
+    KILLS: whether the group can kill all its processes. If not, init kills them.
+    COUNTERS: by counter name, the control file, and the keys of the relevant lines if the file has several lines.
+    SHOWN: the group's folder that the program may read, or "" if there is none.
     """
 
     KILLS: ClassVar[bool] = False
@@ -38,10 +40,10 @@ class NoGroup:
         self._limits = (0, 0)
 
     def remove(self) -> None:
-        """Remove the group if it is ours. Raises OSError."""
+        """Remove the group if this process made it. Raises OSError."""
 
     def limit(self, *, mem_bytes: int, tasks: int) -> None:
-        """Set the limits if they changed."""
+        """Set the limits if they differ from the last ones."""
         if self._limits != (mem_bytes, tasks):
             self._limits = (mem_bytes, tasks)
             self._set_limits(mem_bytes, tasks)
@@ -59,18 +61,18 @@ class NoGroup:
             os.kill(init, signal.SIGTERM)
 
     def cpu_us(self, init: int) -> int:
-        """Return the CPU time of all its processes, in microseconds."""
+        """Return the CPU time of all processes of the group, in microseconds."""
         return _cpu_ticks(init) * 1_000_000 // os.sysconf("SC_CLK_TCK")
 
     def count(self, name: str) -> int:
-        """Return a counter of `HostGroup.COUNTERS`, 0 if there is none."""
+        """Return the counter *name* (a key of COUNTERS), or 0 if the group lacks it."""
         if name not in self.COUNTERS:
             return 0
         file, *keys = self.COUNTERS[name]
         return counter(f"{self._folder}/{file}", keys)
 
     def program_stopped(self, init: int) -> bool:
-        """Return whether the program itself, regardless of its children, is stopped by a signal."""
+        """Return whether a signal has stopped the program itself. Its children do not matter."""
         for pid in children_of(init)[:1]:
             if fields := _stat(pid):
                 return fields[0] in {"T", "t"}
@@ -78,7 +80,7 @@ class NoGroup:
 
 
 class HostGroup(NoGroup):
-    """A version 2 group at *folder*, made by the host with the controllers available there."""
+    """A version 2 group at *folder*, made by the host, with the controllers that are available there."""
 
     KILLS = True
     COUNTERS: ClassVar[dict[str, tuple[str, ...]]] = {
@@ -109,7 +111,7 @@ class HostGroup(NoGroup):
             self._write("pids.max", str(tasks))
 
     def open_procs(self) -> tuple[int, ...]:
-        """Open the file through which a process joins."""
+        """Open the file through which a process joins the group."""
         return (_open_procs(self._folder),)
 
     def kill(self, init: int) -> None:  # noqa: ARG002
@@ -121,7 +123,7 @@ class HostGroup(NoGroup):
         return counter(f"{self._folder}/cpu.stat", ["usage_usec"])
 
     def program_stopped(self, init: int) -> bool:  # noqa: ARG002
-        """Return whether the program is stopped by a signal."""
+        """Return whether a signal has stopped the program itself."""
         for pid in read_file(f"{self._folder}/cgroup.procs").decode().split():
             # The program is most likely first; reading all processes of a fork bomb would exceed the host's timeout.
             if state := _state_of_program(pid):
@@ -155,7 +157,7 @@ class RootGroup(HostGroup):
 
 
 class HostGroupsV1(NoGroup):
-    """Version 1 groups below *folder*, made by the host for memory, pids and cpuacct, as available."""
+    """Version 1 groups below *folder*, made by the host for those of memory, pids and cpuacct that exist."""
 
     COUNTERS: ClassVar[dict[str, tuple[str, ...]]] = {
         "tasks_refused": ("pids/pids.events", "max"),
@@ -182,7 +184,7 @@ class HostGroupsV1(NoGroup):
             write_file(f"{self._folder}/pids/pids.max", str(tasks))
 
     def open_procs(self) -> tuple[int, ...]:
-        """Open the files through which a process joins."""
+        """Open the files through which a process joins the groups."""
         return tuple(_open_procs(f"{self._folder}/{name}") for name in self._names)
 
     def cpu_us(self, init: int) -> int:
@@ -193,7 +195,7 @@ class HostGroupsV1(NoGroup):
 
 
 def host_group(folder: str) -> NoGroup:
-    """Return the group that the host has made at *folder*, of either version, else a `NoGroup`."""
+    """Return the group of either version that the host has made at *folder*, or a `NoGroup` if there is none."""
     if os.path.exists(f"{folder}/cgroup.procs"):
         return HostGroup(folder)
     return HostGroupsV1(folder) if os.path.isdir(folder) else NoGroup()
@@ -204,7 +206,10 @@ def _open_procs(folder: str) -> int:
 
 
 def counter(path: str, keys: list[str]) -> int:
-    """Return the number in a control file, or the largest one after one of *keys*; 0 if there is none."""
+    """Return the number in a control file; with *keys*, the largest number after one of these keys.
+
+    Return 0 if there is none.
+    """
     most = 0
     try:
         for line in read_file(path).decode().splitlines():
@@ -217,7 +222,7 @@ def counter(path: str, keys: list[str]) -> int:
 
 
 def _stat(pid: int) -> list[str]:
-    """Return fields 3 and up of /proc/PID/stat (proc(5)), none if the process is gone."""
+    """Return fields 3 and up of /proc/PID/stat (proc(5)), or an empty list if the process is gone."""
     try:
         return read_file(f"/proc/{pid}/stat").decode("utf-8", "replace").rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
@@ -236,7 +241,10 @@ def _cpu_ticks(init: int) -> int:
 
 
 def _state_of_program(pid: str) -> str:
-    """Return the state (proc(5)) of a process if it is the program (PID 2 of its namespace), else an empty string."""
+    """Return the state (proc(5)) of the process if it is the program, else "".
+
+    The program is PID 2 of its namespace.
+    """
     try:
         text = read_file(f"/proc/{pid}/status").decode("utf-8", "replace")
     except (FileNotFoundError, ProcessLookupError):

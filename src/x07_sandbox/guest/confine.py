@@ -1,8 +1,8 @@
-"""Confinement of the program as lists of steps, each naming its requirements. A failing step ends the job.
+"""Confinement of the program as lists of steps, which state their requirements. A failing step ends the job.
 
 `Confinement.world`: init, still root, builds the program's view. `Confinement.rights`: the program's process drops its
-rights. Neither depends on the job, so both are done before the snapshot. `Confinement.job`: init, still root, applies
-the job's settings. The order matters: a step may need a right that a later one drops.
+rights. Neither depends on the job, so both are done before the VM is saved. `Confinement.job`: init, still root,
+applies the job's settings. The order matters: a step may need a right that a later step drops.
 
 `MACHINE` is for VMs; `guest/process.py` and `guest/container.py` define the weaker platforms.
 """
@@ -40,12 +40,12 @@ class World(NamedTuple):
     """Input of the steps before the job.
 
     netns_fd: the program's network namespace.
-    procs_fds: files to write to in order to join the control groups. group_kills: see `NoGroup.KILLS`.
+    procs_fds: files through which a process joins the control groups. group_kills: see `NoGroup.KILLS`.
     namespaces: whether the program has its own namespaces.
     interpreter: whether a started Python interpreter waits to become the program. preload: modules that it imports.
-    base_filter, quiet_filter: seccomp filters for every program. readable: paths of the image without programs.
+    base_filter, quiet_filter: seccomp filters for every program. readable: paths in the image without programs.
     network: whether the relay resolves names.
-    group_folder: the control group that the program can read at CGROUP_VIEW; empty for none.
+    group_folder: the control group that the program can read at CGROUP_VIEW, or "" if there is none.
     """
 
     netns_fd: int
@@ -62,10 +62,11 @@ class World(NamedTuple):
 
 
 class JobSettings(NamedTuple):
-    """Settings of the job. execution: an `execution.ExecutionRules` as a plain tuple, for marshal.
+    """Settings of the job.
 
     tmp_bytes: size of /tmp and of /dev/shm. cpu_s: RLIMIT_CPU, a backstop for the agent's own CPU limit.
-    inputs_on_disk: whether the input files are too large for memory.
+    inputs_on_disk: whether the input files are too large for memory. execution: an `execution.ExecutionRules` as a
+    plain tuple, for marshal.
     """
 
     hostname: str
@@ -80,11 +81,11 @@ class JobSettings(NamedTuple):
 
 
 class StepError(Exception):
-    """A confinement step failed: its name, errno or 0, and a message, as args."""
+    """A confinement step failed. The args are the step's name, the errno or 0, and a message."""
 
 
 class Step(NamedTuple, Generic[T]):
-    """One step: its name in reports, its requirements, its function, and the job settings that it depends on."""
+    """One step: its name in reports, its requirements, its function, and the job settings on which it depends."""
 
     name: str
     needs: str
@@ -150,8 +151,8 @@ def _devices(_world: World) -> None:
 def devices(make: Callable[[str, str], None]) -> None:
     """Mount /dev with the devices that every program may use, and private pseudoterminals.
 
-    make(name, path): creates a device. /dev/tty is harmless: the program's session has no controlling terminal until it
-    opens one of its own.
+    make(name, path): creates a device. /dev/tty is harmless, since the program's session has no controlling terminal
+    until the program opens one of its own.
     """
     dev = f"{ROOT}/dev"
     system.mount("tmpfs", dev, "tmpfs", system.MS_NOSUID, "mode=0755,size=64k,nr_inodes=64")
@@ -173,7 +174,7 @@ def _remount(path: str, flags: int) -> None:
 
 
 def _tmpfs(path: str) -> None:
-    """Mount a tmpfs for the program; `_sizes` sets its size later."""
+    """Mount a tmpfs for the program. `_sizes` sets the size of it later."""
     system.mount("tmpfs", path, "tmpfs", system.MS_NOSUID | system.MS_NODEV, "mode=1777,size=4k,nr_inodes=16")
 
 
@@ -191,7 +192,10 @@ def _temporary(world: World) -> None:
 
 
 def _kernel_state(world: World) -> None:
-    """Mount an empty /sys, with the program's own control group read-only: node, the JVM and Go read limits there."""
+    """Mount an empty /sys, with the program's own control group in it, read-only.
+
+    Node, the JVM and Go read limits there.
+    """
     system.mount("tmpfs", f"{ROOT}/sys", "tmpfs", system.MS_NOSUID | system.MS_NODEV, "mode=0755,size=4k")
     if world.group_folder:
         os.makedirs(f"{ROOT}{CGROUP_VIEW}")
@@ -218,9 +222,10 @@ def _enter(_world: World) -> None:
 
 
 def rules(world: World) -> None:
-    """Create the Landlock ruleset for programs with an execution list; in a clone, each rule would cost time.
+    """Create the Landlock ruleset for programs with an execution list, with the rules that no job changes.
 
-    `_programs` adds the job's rules. `restrict` enforces the ruleset if the job has such a list.
+    This is done before the VM is saved, since each rule would cost a clone time. `_programs` adds the job's rules.
+    `restrict` enforces the ruleset if the job has an execution list.
     """
     fd = system.landlock_ruleset(files=system.FS_EXECUTE | system.FS_READ_FILE | system.FS_REFER)
     os.dup2(fd, interpreter.RULES_FD, inheritable=world.interpreter)
@@ -324,7 +329,7 @@ def _control_group(world: World) -> None:
 
 
 def no_capabilities(_world: World) -> None:
-    """Drop the bounding and ambient sets: nothing this process executes will have capabilities."""
+    """Drop the bounding and ambient sets, so that nothing that this process executes has capabilities."""
     last = int(system.read_file("/proc/sys/kernel/cap_last_cap"))
     for cap in range(last + 1):
         system.prctl(system.PR_CAPBSET_DROP, cap)
@@ -342,7 +347,7 @@ def _no_new_privileges(_world: World) -> None:
 
 
 def scopes(_world: World) -> None:
-    """Forbid signals and abstract sockets to outer processes; a second barrier besides the namespaces."""
+    """Forbid signals and abstract sockets to outer processes. The namespaces already do; this is a second barrier."""
     scopes = system.SCOPE_SIGNAL | system.SCOPE_ABSTRACT_UNIX_SOCKET
     # Measured: if a later ruleset handles files, this one must allow moving them too.
     fd = system.landlock_ruleset(files=system.FS_REFER, scopes=scopes)
@@ -406,7 +411,10 @@ def _unchanged(step: Step[T], before: T, value: T) -> bool:
 
 
 def apply(steps: tuple[Step[T], ...], value: T, before: T | None = None) -> None:
-    """Apply the steps in order, except those whose fields are equal in *before*. Raises StepError."""
+    """Apply the steps in order. Raises StepError.
+
+    before: the settings that were applied last. Steps whose fields are the same in *before* are skipped.
+    """
     for step in steps:
         if before is not None and _unchanged(step, before, value):
             continue

@@ -1,7 +1,7 @@
 """The agent as PID 1 of a container made by an engine: root with four capabilities.
 
-It cannot mount anything, so the engine mounts every folder. The program is another user in the same namespaces, and
-reaches neither agent nor channel; folders that it may not write belong to root.
+The agent cannot mount anything, so the engine mounts every folder. The program is another user in the same namespaces,
+and reaches neither agent nor channel. Folders that the program may not write belong to root.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ CONTAINED: Final = confine.Confinement(
 
 
 class ContainerGroup(NoGroup):
-    """The container's control group, read-only: the engine sets the limits, and the agent is in it too."""
+    """The container's control group, read-only. The engine sets the limits, and the agent is in the group too."""
 
     KILLS = True
 
@@ -102,9 +102,9 @@ class ContainerGroup(NoGroup):
 
 
 class ContainerTree(Tree):
-    """A tree on the engine's mounts: the program owns the parts that it may write, root owns the rest.
+    """A tree on the engine's mounts: the program owns the parts that it may write, and root owns the rest.
 
-    mounts: mount points below *folder*, and whether the program may write there.
+    mounts: for each mount point below *folder*, whether the program may write there.
     """
 
     def __init__(self, folder: str, mounts: dict[bytes, bool]) -> None:
@@ -141,7 +141,10 @@ def _below(base: str, sub: bytes) -> bytes:
 
 
 class Contained(OnSharedKernel):
-    """A container. network: whether the engine mounted the gate's socket."""
+    """A container.
+
+    network: whether the engine mounted the gate's socket.
+    """
 
     confinement = CONTAINED
     program_uid = confine.UID
@@ -158,7 +161,7 @@ class Contained(OnSharedKernel):
         self._trees: dict[int, tuple[str, dict[bytes, bool]]] = {}
 
     def open_channel(self) -> int:
-        """Connect to the gate before anything hostile runs."""
+        """Connect to the gate, before anything hostile runs, and open the channel."""
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # PID 1 ignores signals without a handler
         if self._network:
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -168,11 +171,11 @@ class Contained(OnSharedKernel):
         return super().open_channel()
 
     def make_folders(self) -> None:
-        """Make the folder of the machine id; the engine mounted all others."""
+        """Make the folder of the machine id. The engine has mounted all other folders."""
         os.makedirs(os.path.dirname(self.machine_id), exist_ok=True)
 
     def make_resolv_conf(self) -> None:
-        """Do nothing: the engine mounts it."""
+        """Do nothing, since the engine mounts the file."""
 
     def folder(self, name: str) -> str:
         """Return the path of a job folder."""
@@ -188,7 +191,7 @@ class Contained(OnSharedKernel):
         return ContainerGroup()
 
     def adapt(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Record the mount points of trees, which are unpacked right there."""
+        """Record the mount points of trees. Trees are unpacked directly at their mount points."""
         for mount in body["mounts"]:
             if mount["tree"] is None:
                 self._work = mount["at"]
@@ -213,7 +216,7 @@ class Contained(OnSharedKernel):
         return ContainerTree(self.folder("work"), {b"": True})
 
     def mount(self, init: int, mounts: Sequence[tuple[str, str, bool]]) -> None:
-        """Do nothing: the engine has mounted them."""
+        """Do nothing, since the engine has mounted the folders."""
 
     def reading(self) -> AbstractContextManager[None]:
         """Switch to the program's user: without CAP_DAC_OVERRIDE, root cannot read its files."""

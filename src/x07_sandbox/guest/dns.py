@@ -1,7 +1,7 @@
 """DNS server for programs in the guest, without I/O: bytes in, bytes out. No query leaves the guest.
 
-It knows only the names that the policy lists. Each has a synthetic IPv4 address, which the relay translates back to the
-name (`NameTable.host_at`); the host decides whether that name may be reached.
+The server knows only the names that the policy lists. Each has a synthetic IPv4 address. The relay translates the
+address back to the name (`NameTable.host_at`), and the host decides whether that name may be reached.
 
 It is a minimal server: UDP only, no EDNS, no reverse lookups. Every answer fits into the 512 bytes that any client
 accepts.
@@ -43,8 +43,8 @@ _LOCALHOST: Final = {_A: inet_pton(AF_INET, "127.0.0.1"), _AAAA: bytes(15) + b"\
 class NameTable:
     """Synthetic IPv4 addresses of the names that a policy lists.
 
-    exact: address by name. wildcards: suffixes, each with the first of 256 addresses for names below it; the first and
-    last of these stay unused. Names are lower case, without a trailing dot.
+    exact: address by name. wildcards: by suffix, the first of 256 addresses for names below it; the first and last of
+    these addresses stay unused. Names are lower case, without a trailing dot.
     on_unlisted: called with an unlisted name whose IPv4 address was requested.
     Raises OSError for an invalid address.
     """
@@ -59,7 +59,7 @@ class NameTable:
         self.on_unlisted: Callable[[str], object] = lambda _name: None
 
     def address_of(self, name: str) -> str | None:
-        """Return the address of a name, None if it is unlisted or its wildcard has no addresses left."""
+        """Return the address of a name. Return None if the name is unlisted or its wildcard has no addresses left."""
         return self._addresses.get(name) or self._assign(name)
 
     def host_at(self, address: str) -> str | None:
@@ -83,7 +83,7 @@ class NameTable:
 
 
 def answer(query: bytes, names: NameTable) -> bytes | None:
-    """Return the answer to one DNS message, None if the message must be dropped."""
+    """Return the answer to one DNS message, or None if the message must be dropped."""
     if len(query) < _HEADER.size:
         return None
     ident, flags, question_count, *_ = _HEADER.unpack_from(query)
@@ -106,7 +106,7 @@ def answer(query: bytes, names: NameTable) -> bytes | None:
 
 
 def _look_up(labels: list[bytes], kind: int, in_class: int, names: NameTable) -> tuple[int, bytes]:
-    """Return the response code, and the record of this type, empty if there is none."""
+    """Return the response code, and the record of this type, or an empty record if there is none."""
     if any(label.translate(None, _LABEL_BYTES) for label in labels):
         return _FORMERR, b""
     if in_class != _IN:
@@ -129,7 +129,7 @@ def _look_up(labels: list[bytes], kind: int, in_class: int, names: NameTable) ->
 
 
 def _labels(query: bytes) -> list[bytes] | None:
-    """Return the labels of the first question's name, None if it is malformed or compressed."""
+    """Return the labels of the first question's name, or None if it is malformed or compressed."""
     labels: list[bytes] = []
     at, stop = _HEADER.size, min(len(query), _HEADER.size + _WIRE_NAME_MAX)
     while at < stop:

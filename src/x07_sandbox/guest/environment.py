@@ -29,8 +29,8 @@ PRELOAD_S: Final = 180.0  # timeout of all imports; the host's is longer (host/s
 class Limits(NamedTuple):
     """The `confine` field of START.
 
-    programs: paths of programs that may be executed; None without a list. prefixes: path prefixes of further ones.
-    alone: whether the inputs contain nothing else that could be executed.
+    programs: paths of programs that may be executed; None if there is no list. prefixes: path prefixes of further
+    programs that may be executed. alone: whether the inputs contain nothing else that could be executed.
     """
 
     threads: bool
@@ -42,13 +42,14 @@ class Limits(NamedTuple):
 
 
 class Environment:
-    """One prepared environment. Its descriptors are the agent's ends, all close-on-exec.
+    """One prepared environment. Its descriptors are the agent's ends, and all are close-on-exec.
 
-    first: whether it is the first of this machine; a previous one must be closed before.
+    first: whether it is the first in this machine. Before another one is made, the previous one must be closed.
     interpreter: whether the waiting process is a started Python. preload: modules that it imports.
     network: whether there is a relay for connections.
     init: process id of init. report_fd: init's reports.
-    status_fd: messages of the program's process before it executes the program; end of file means that it did.
+    status_fd: messages of the program's process before it executes the program. End of file means that the program was
+    executed.
     in_memory_fds: the program's tmpfs folders, once `prepare` has returned.
     """
 
@@ -117,7 +118,7 @@ class Environment:
             os.close(world.netns_fd)
 
     def admit(self, network: dict[str, Any] | None) -> None:
-        """Send START's `network` to the relay; `start` waits for it. Raises JobError."""
+        """Send START's field `network` to the relay. `start` waits for the relay. Raises JobError."""
         if (network is None) != (self.relay is None):
             raise JobError("relay", 0, "the job's network setting differs from the environment's")
         if self.relay is not None and network is not None:
@@ -125,9 +126,9 @@ class Environment:
             self.relay.admit(network)
 
     def prepare(self, settings: confine.JobSettings) -> None:
-        """Wait until the program's process is ready, and have init apply the job's settings. Raises JobError.
+        """Wait until the program's process is ready, and make init apply the job's settings. Raises JobError.
 
-        A further call applies what changed.
+        A further call applies the settings that have changed.
         """
         if self._settings == settings:
             return
@@ -169,21 +170,21 @@ class Environment:
                 return status
 
     def measure(self) -> None:
-        """Measure the memory of the waiting process, which the job's limit must not go below before the start."""
+        """Measure the memory of the waiting process. Before the start, the job's memory limit must not be below it."""
         self.waiting_bytes = max(WAITING_BYTES, 2 * self.group.count("memory_bytes"))
 
     def baseline_cpu_us(self) -> int:
-        """Return the CPU time used before the job, in microseconds, as measured by the first call."""
+        """Return the CPU time used before the job, in microseconds. Only the first call measures it."""
         if self._cpu_us is None:
             self._cpu_us = self.group.cpu_us(self.init)
         return self._cpu_us
 
     def name(self, machine_id: bytes) -> None:
-        """Fill in /etc/machine-id."""
+        """Write /etc/machine-id."""
         os.pwrite(self._machine_id_fd, machine_id.hex().encode() + b"\n", 0)
 
     def mounted(self) -> None:
-        """Check whether the mounted folders contain user site-packages for the waiting interpreter."""
+        """Check whether the mounted folders contain user site-packages, which the waiting interpreter lacks."""
         self._own_modules = os.path.lexists(f"/proc/{self.init}/root{interpreter.OWN_MODULES}")
 
     def becomes(self, argv: list[str], env: dict[str, str], limits: Limits) -> bool:
@@ -195,7 +196,7 @@ class Environment:
         )
 
     def start(self, argv: list[str], env: dict[str, str], cwd: str, limits: Limits) -> None:
-        """Start the program; `status_fd` and `report_fd` carry the result. Raises JobError."""
+        """Start the program. `status_fd` and `report_fd` then carry the result. Raises JobError."""
         if self.relay is not None:
             self.relay.wait_admitted()
         os.close(self._settings_fd)
@@ -220,7 +221,7 @@ class Environment:
         self.group.kill(self.init)
 
     def close(self) -> None:
-        """Kill init and the relay and remove all files, so that another environment can be made in this machine."""
+        """Kill init and the relay, and remove all files, so that another environment can be made in this machine."""
         import shutil
 
         if self.relay is not None:
@@ -256,7 +257,7 @@ def preload_timeout(preload: list[str], imported: list[str]) -> str:
 
 
 def exec_failure(status: bytes) -> JobError:
-    """Decode a failure status of the program's process: the errno of execve, else 0, a space and a message."""
+    """Decode a failure status of the program's process: the errno of execve or 0, a space, and a message."""
     number, _, message = status.decode("utf-8", "replace").partition(" ")
     return JobError("exec", int(number) if number.isdigit() else 0, message)
 

@@ -12,9 +12,10 @@ from x07_sandbox.guest import interpreter, system
 class ExecutionRules(NamedTuple):
     """The programs that the job may execute.
 
-    programs: paths of allowed programs, None if the policy has no list; other programs of the image become unreadable.
-    prefixes: path prefixes of further allowed programs. program: the one executed first, None for the waiting Python.
-    alone: whether the inputs contain nothing else that could be executed. mounts: mount points of host folders.
+    programs: paths of allowed programs; None if the policy has no list. With a list, other programs in the image become
+    unreadable. prefixes: path prefixes of further allowed programs. program: the program executed first; None if the
+    waiting Python becomes the program. alone: whether the inputs contain nothing else that could be executed. mounts:
+    mount points of host folders.
     """
 
     programs: list[str] | None
@@ -25,7 +26,7 @@ class ExecutionRules(NamedTuple):
 
 
 def allow(rules: ExecutionRules) -> None:
-    """Add the listed files, as they are now, and folders named by a prefix to the Landlock ruleset."""
+    """Add listed files, as they are now, and listed folders to the Landlock ruleset. A prefix is a listed folder."""
     if rules.programs is None:
         return
     for at in rules.mounts:
@@ -61,7 +62,10 @@ def _with_prefix(prefix: str) -> list[str]:
 
 @functools.cache
 def link_targets(folder: str) -> tuple[str, ...]:
-    """Return the files outside a folder to which its links lead: a Landlock rule for the folder misses them."""
+    """Return the files outside a folder to which links in the folder lead.
+
+    A Landlock rule for the folder does not cover them.
+    """
     try:
         found = [os.path.realpath(entry.path) for entry in os.scandir(folder) if entry.is_symlink()]
     except OSError:
@@ -71,9 +75,10 @@ def link_targets(folder: str) -> tuple[str, ...]:
 
 
 def forbid_elsewhere(rules: ExecutionRules, writable: list[str], inputs: str) -> None:
-    """Mount everything noexec that is neither of the image nor listed: the loader runs any file that it can map.
+    """Mount every folder noexec that is neither part of the image nor listed.
 
-    writable: folders of the guest that the program can write. inputs: the folder of its input files.
+    Without noexec, the loader could run any file that it can map. writable: folders of the guest that the program can
+    write. inputs: the folder of its input files.
     """
     closed = [*writable, *rules.mounts]
     if not rules.alone:
@@ -89,7 +94,10 @@ def forbid_elsewhere(rules: ExecutionRules, writable: list[str], inputs: str) ->
 
 
 def _keep_listed(listed: list[str], places: list[str]) -> list[str]:
-    """Turn listed paths in these mounts into mounts of their own. Return the mounts that must become noexec."""
+    """Turn each listed path inside these mounts into a mount of its own.
+
+    Return the mounts that must become noexec.
+    """
     listed = sorted(os.path.realpath(path) for path in listed)
     places = list(places)
     closed = [place for place in places if not any(_within(place, path) for path in listed)]
@@ -106,7 +114,7 @@ def _keep_listed(listed: list[str], places: list[str]) -> list[str]:
 
 
 def _aliases(path: str, holding: str, places: list[str]) -> list[str]:
-    """Return the other paths of a file in the mount *holding*: the same folder may be mounted twice."""
+    """Return the other paths of a file in the mount *holding*. It has some if the same folder is mounted twice."""
     sources = _sources()
     disk, top = sources[holding]
     source = top.rstrip("/") + path[len(holding) :]
@@ -119,7 +127,7 @@ def _aliases(path: str, holding: str, places: list[str]) -> list[str]:
 
 
 def _sources() -> dict[str, tuple[str, str]]:
-    """Return, by mount point, the device and the mounted folder of it (proc(5): mountinfo)."""
+    """Return, by mount point, the device and the folder on the device that is mounted (proc(5): mountinfo)."""
     found = {}
     with open("/proc/self/mountinfo", "rb") as file:
         for line in file:

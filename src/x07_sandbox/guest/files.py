@@ -21,10 +21,10 @@ _FOLDER: Final = "/x07/in/"
 
 
 class IncomingFiles:
-    """The files of START: trees are unpacked while they arrive, archives once they are complete.
+    """The files of START. Trees are unpacked while they arrive, and archives once they are complete.
 
-    trees: by stream. work: the tree of the private working folder, if any.
-    on_disk: whether the files lie on the scratch disk; memory is far cheaper for a fresh clone.
+    trees: by stream. work: the tree of the private working folder, if there is one. on_disk: whether the files are on
+    the scratch disk. Memory is far faster for a fresh clone.
     """
 
     def __init__(self, entries: list[dict[str, Any]], environment: Environment) -> None:

@@ -1,4 +1,4 @@
-"""Data files of the image for confinement: seccomp filters (`guest/boot/filters`) and always readable paths."""
+"""Files of the image for confinement: seccomp filters (`guest/boot/filters`), and paths that are always readable."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MARKERS: Final = (0x5AFE7012, 0x5AFE7011, 0x5AFE7014, 0x5AFE7013, 0x5AFE7016, 0
 
 
 def filter_name(*, threads: bool, spawn: bool, execute: bool) -> str:
-    """Return the name of the filter that forbids what is False, empty for none."""
+    """Return the name of the filter that forbids each of these that is False, or "" if none is."""
     words = (not threads and "no-threads", not spawn and "no-spawn", not execute and NO_EXEC)
     return "-".join(word for word in words if word)
 
@@ -33,26 +33,26 @@ def all_filters() -> dict[str, bytes]:
 
 
 def readable_places() -> list[str]:
-    """Return the folders and files of the image that contain no program."""
+    """Return the folders and files in the image that contain no program."""
     places: list[str] = json.loads(_data("places.json"))
     return places
 
 
 def call_numbers() -> tuple[dict[str, int], dict[str, int]]:
-    """Return system call numbers by name: of audited calls, and of calls that filters refuse."""
+    """Return system call numbers by name: first those of audited calls, then those of calls that filters refuse."""
     numbers = json.loads(_data("calls.json"))
     return numbers["audited"], numbers["refused"]
 
 
 def split_at_token(code: bytes) -> tuple[list[bytes], list[int]]:
-    """Split a filter at its markers. Return the pieces, and the index of the piece for each word of the token.
+    """Split a filter at its markers. Return the pieces, and for each word of the token its piece's index.
 
-    Raises ValueError unless each marker is there once.
+    Raises ValueError unless each marker occurs exactly once.
     """
     values = [value for *_, value in _LINE.iter_unpack(code)]
     found = sorted((values.index(marker), number) for number, marker in enumerate(_MARKERS) if marker in values)
     if len(found) != len(_MARKERS) or sum(value in _MARKERS for value in values) != len(_MARKERS):
-        raise ValueError("the filter does not have each marker once")
+        raise ValueError("the filter does not contain each marker exactly once")
     pieces: list[bytes] = []
     done = 0
     places = [0] * len(_MARKERS)

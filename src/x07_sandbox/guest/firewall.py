@@ -1,7 +1,7 @@
-"""The program's network namespace: routes that keep every packet local, and rules that direct it to the relay.
+"""The program's network namespace: routes that keep every packet local, and rules that direct packets to the relay.
 
-The boundary is the missing network card and the gate on the host; these rules are a second barrier, and make denials
-immediate.
+The boundary is the gate on the host, and that the guest has no network card. These rules are a second barrier, and make
+denials immediate.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Family(NamedTuple):
     """The parameters of one version of IP.
 
     number: AF_INET or AF_INET6. source: address of the program's connections. unlisted: an address that no policy can
-    list. name, address, own, relay, unreachable: parts of the rules. level, transparent, original: socket options
-    (linux/in.h, linux/in6.h). sockaddr: port and address of a sockaddr, after its family.
+    list. name, address, own, relay, unreachable: texts used in the rules. level, transparent, original: socket options
+    (linux/in.h, linux/in6.h). sockaddr: the part of a sockaddr after its family, which is port and address.
     """
 
     number: int
@@ -135,10 +135,10 @@ def families() -> tuple[Family, ...]:
 
 
 def build(*, hold: bool) -> None:
-    """Set up routes and rules; nothing is reachable yet. Raises OSError, JobError.
+    """Set up routes and rules. No target is reachable yet. Raises OSError, JobError.
 
-    hold: whether first packets wait, which needs nfnetlink_queue. Otherwise the relay accepts every connection, then
-    asks the gate, and the sets of allowed targets are not used.
+    hold: whether the first packet of a connection waits for the gate, which needs nfnetlink_queue. Otherwise the relay
+    accepts every connection and then asks the gate, and the sets of allowed targets are not used.
     """
     found = families()
     deliver_locally(family.source for family in found)
@@ -154,7 +154,7 @@ def _rules(family: Family, *, hold: bool) -> str:
 
 
 def admit(network: dict[str, Any], sockets: Sockets) -> None:
-    """Allow the targets of START's `network` field, and verify the rules. Raises OSError, JobError."""
+    """Allow the targets of START's field `network`, and verify the rules. Raises OSError, JobError."""
     found = families()
     for family in found:
         for name in ("tcp", "udp"):
@@ -212,9 +212,9 @@ def _verify(sockets: Sockets, family: Family) -> None:
 
 
 class Sockets:
-    """The relay's bound sockets in the current network namespace. held: None if packets are not held.
+    """The relay's bound sockets in the current network namespace.
 
-    tcp, udp: one for each version of IP. Raises OSError.
+    tcp, udp: one for each version of IP. held: None if packets are not held. Raises OSError.
     """
 
     def __init__(self, *, hold: bool) -> None:
@@ -230,7 +230,7 @@ class Sockets:
 
 
 def transparent(kind: int, address: str, port: int) -> socket.socket:
-    """Return a socket bound to any, also a foreign, address. kind: SOCK_STREAM or SOCK_DGRAM. Raises OSError."""
+    """Return a socket bound to *address*, which need not be local. kind: SOCK_STREAM or SOCK_DGRAM. Raises OSError."""
     family = V6 if ":" in address else V4
     sock = socket.socket(family.number, kind | socket.SOCK_NONBLOCK)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,7 +1,7 @@
-"""Init of the program's namespaces: builds the program's view, starts it, reaps processes and reports its wait status.
+"""Init of the program's namespaces: it builds the program's view, starts the program, reaps processes and reports.
 
-The program is not PID 1 itself, since the kernel protects PID 1 from its own signals. Reports go over a pipe that the
-program never has.
+The program is not PID 1 itself, since the kernel protects PID 1 from its own signals. Reports go over a pipe to which
+the program never has access.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _STATUS = struct.Struct(">I")
 
 
 class Pipes(NamedTuple):
-    """The pipe ends of init and of the program's process; the agent has the other ends.
+    """The pipe ends of init and of the program's process. The agent has the other ends.
 
-    streams: the program's standard streams. start_fd: the start message. status_fd: READY, then a failure, or closed by
-    execve. settings_fd: job settings for init. report_fd: init's reports.
+    streams: the program's standard streams. start_fd: the start message. status_fd: READY, then a failure message;
+    execve closes it. settings_fd: job settings for init. report_fd: init's reports.
     """
 
     streams: tuple[int, int, int]
@@ -76,7 +76,7 @@ def run_init(world: confine.World, pipes: Pipes, confinement: confine.Confinemen
 
 
 def _apply_settings(world: confine.World, pipes: Pipes, confinement: confine.Confinement) -> None:
-    """Apply job settings until the pipe ends, and confirm each with READY."""
+    """Apply job settings until the pipe ends. Confirm each with READY."""
     before: confine.JobSettings | None = None
     data = b""
     while chunk := os.read(pipes.settings_fd, 65536):
@@ -105,9 +105,9 @@ def _kill_on_sigterm(program: int) -> None:
 
 
 def _wait_for_program(program: int, *, namespace: bool) -> int:
-    """Wait for the program, then kill and reap what it left running. Return its wait status.
+    """Wait for the program, then kill and reap the processes that it left. Return the program's wait status.
 
-    namespace: whether this process is PID 1 of a namespace; otherwise it is a subreaper (prctl(2)).
+    namespace: whether this process is PID 1 of a namespace. Otherwise it is a subreaper (prctl(2)).
     """
     while True:
         pid, status = os.wait()

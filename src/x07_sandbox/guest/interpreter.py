@@ -1,11 +1,12 @@
 """A Python interpreter that is started before the job, and becomes the program when the job arrives.
 
-It is started with a placeholder as script name, and stops in its start-up, where Python imports `sitecustomize`. That
-module is `hook`: it imports the preloaded modules and waits for the start message. Then it removes itself, writes the
-real script name where the interpreter will read it, and returns, so that the script runs with nothing of ours on the
-stack. If the program is not a suitable Python script, it executes that program instead.
+The interpreter is started with a placeholder as script name, and stops in its start-up, where Python imports
+`sitecustomize`. That module comes from `hook`. It imports the preloaded modules and waits for the start message. Then
+it removes itself, writes the real script name where the interpreter will read it, and returns, so that the script runs
+with none of x07's code on the stack. If the program is not a suitable Python script, the module executes the program
+instead.
 
-Differences from a fresh start: docs/explanation/design.md, "VM templates".
+Differences from a fresh start: docs/explanation/design.md, "Saved VMs".
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ _DEBIANS: Final = frozenset({"apport_python_hook", "ImportError", "install"})
 def hook(preload: list[str]) -> str:
     """Return the source of the `sitecustomize` module. preload: modules to import.
 
-    It cannot import our modules, so it contains the code of the functions in _HOOK, with _HOOK_GLOBALS as globals.
+    The module cannot import x07's modules, so it contains the code of the functions in _HOOK, with _HOOK_GLOBALS as
+    their globals.
     """
     codes = {function.__name__: marshal.dumps(function.__code__) for function in _HOOK}
     return f"""import marshal
@@ -140,9 +142,10 @@ def _import_all(preload: list[str]) -> None:
 
 
 def _import_system_sitecustomize() -> Any:  # noqa: ANN401 - a module
-    """Import and return the system's sitecustomize if it is Debian's, which does not depend on the job; else None.
+    """Import the system's sitecustomize if it is Debian's, which does not depend on the job.
 
-    If there is no usercustomize, make Python skip looking for it: a failing import costs a fresh clone milliseconds.
+    Return the module, or None. If there is no usercustomize, make Python skip looking for it, since a failing import
+    costs a fresh clone milliseconds.
     """
     import site
     import sys
@@ -226,7 +229,10 @@ def _set_environment(old_env: dict[str, str], env: dict[str, str]) -> None:
 
 
 def _become(argv: list[str], buffers: list[memoryview], known: set[str], importers: set[str]) -> None:
-    """Set the script's name and remove our traces. known, importers: the modules and path importers before us."""
+    """Set the script's name, and remove all traces of this hook.
+
+    known, importers: the modules and path importers that existed before the hook.
+    """
     import sys
 
     name = argv[1].encode("utf-32-le", "surrogatepass") + bytes(4)
@@ -243,7 +249,7 @@ def _become(argv: list[str], buffers: list[memoryview], known: set[str], importe
 
 
 def _reseed(known: set[str]) -> None:
-    """Replace the random state of preloaded modules, which all clones share."""
+    """Replace the random state of preloaded modules. Otherwise all clones would share it."""
     import os
     import sys
 
@@ -274,8 +280,8 @@ _HOOK_GLOBALS: Final = {
 def can_become(argv: list[str], env: dict[str, str], *, preload: bool, alone: bool, own_modules: bool) -> bool:
     """Return whether the waiting interpreter is equivalent to a fresh start of this command.
 
-    preload: whether it has imported modules, which may have read any variable and started threads. alone: whether it
-    must not have other threads. own_modules: whether OWN_MODULES exists.
+    preload: whether the interpreter has imported modules, which may have read any variable and started threads. alone:
+    whether the interpreter must not have other threads. own_modules: whether OWN_MODULES exists.
     """
     return (
         len(argv) > 1

@@ -1,4 +1,4 @@
-"""One job: the program's files, limits, streams and end."""
+"""One job: the program's files, limits and streams, and how the program ends."""
 
 from __future__ import annotations
 
@@ -51,7 +51,10 @@ def job_settings(
     inputs_on_disk: bool = False,
     execution: tuple[Any, ...] | None = None,
 ) -> confine.JobSettings:
-    """Return init's settings for a job with these limits. spare_cpu_s: CPU time used before the job."""
+    """Return init's settings for a job with these limits.
+
+    spare_cpu_s: CPU time used before the job, in seconds.
+    """
     cpu_s = limits["cpu_ms"] // 1000 + spare_cpu_s
     tmp_bytes, fds, core_bytes, tasks = limits["tmp_bytes"], limits["fds"], limits["core_bytes"], limits["tasks"]
     return confine.JobSettings(
@@ -160,7 +163,7 @@ class Job:
         )
 
     def _execution(self) -> ExecutionRules | None:
-        """Return the execution rules, None if everything may be executed."""
+        """Return the execution rules, or None if everything may be executed."""
         confined = self.confined
         if confined.execute and confined.programs is None:
             return None
@@ -176,7 +179,7 @@ class Job:
         return self.left is not None and self.left["files"] > 0
 
     def _find_command(self) -> None:
-        """Resolve a command without a slash in PATH. Raises JobError."""
+        """Look up a command without a slash in PATH. Raises JobError."""
         name = self.argv[0]
         if "/" in name:
             return
@@ -196,7 +199,7 @@ class Job:
         self.environment.mounted()
 
     def _source(self, mount: dict[str, Any]) -> str:
-        """Return the path of a mount's source in our view."""
+        """Return the path of a mount's source as the agent sees it."""
         if mount["tree"] is None:
             return self.environment.platform.folder("work")
         folder = os.fsdecode(self.files.trees[mount["tree"]].folder)
@@ -219,13 +222,13 @@ class Job:
             poll.register(self.stdin_fd, select.POLLOUT)
 
     def paused_s(self) -> float:
-        """Return for how long not to read output."""
+        """Return for how many seconds the agent must not read output."""
         if self.short_reads < _SHORT_READS or self.wait_status is not None:
             return 0.0
         return max(0.0, self.paused_until - time.monotonic())
 
     def _relay_fd(self) -> int:
-        """Return the descriptor that signals the relay's end, -1 if not needed."""
+        """Return the descriptor that signals the relay's end, or -1 if it does not matter now."""
         relay = self.environment.relay
         return relay.status_fd if relay is not None and self.started and self.link.state is State.RUNNING else -1
 
@@ -266,7 +269,7 @@ class Job:
         self.read_at, self.paused_until = now, now + _PAUSE_S
 
     def _feed(self, *, broken: bool = False) -> None:
-        """Write held input to the program; if it has closed its end, discard the rest."""
+        """Write held input to the program. If the program has closed its end, discard the input."""
         if not self.started:
             return
         while self.held and self.stdin_fd >= 0 and not broken:
@@ -287,7 +290,7 @@ class Job:
             self.held.clear()
 
     def _take_status(self) -> None:
-        """Read the status pipe; its end without a message means that the program was executed."""
+        """Read the status pipe. If it ends without a message, the program was executed."""
         if data := os.read(self.status_fd, 8192):
             self.status += data
             return
@@ -311,7 +314,7 @@ class Job:
             self.fail(failure(report))
 
     def tick(self) -> None:
-        """Do whatever is due after events or time."""
+        """Do whatever is due after events, or because time has passed."""
         if not self.started or self.link.state is State.FAILED:
             return
         if self.link.state is State.RUNNING and self.wait_status is None and not self.cpu_exceeded:
@@ -327,9 +330,9 @@ class Job:
                 self._send_trees()
 
     def _end_streams(self) -> None:
-        """End drained outputs once all processes have ended.
+        """End the outputs that are drained, once all processes have ended.
 
-        A descriptor in flight over a socket keeps a pipe open without any process.
+        A pipe can stay open without any process, if one of its descriptors is in flight over a socket.
         """
         for fd in list(self.fds):
             poll = select.poll()
@@ -342,7 +345,7 @@ class Job:
         os.close(fd)
 
     def stop(self) -> None:
-        """Kill the program at the host's request; record whether it was stopped by a signal."""
+        """Kill the program at the host's request. Record whether a signal had stopped it before."""
         if self.started and self.wait_status is None:
             self.stopped = self.group.program_stopped(self.environment.init)
             self.environment.kill()
@@ -402,7 +405,7 @@ class Job:
         )
 
     def _count_left_files(self) -> tuple[int, int]:
-        """Return number and size of the files left in private folders; queue them if the host wants them."""
+        """Return number and size of the files left in private folders. If the host wants the files, queue them."""
         if self.left is None:
             return 0, 0
         # On some platforms, host folders lie inside these; their files are among the changes.

@@ -43,7 +43,7 @@ _NO_BACKGROUND_WORK: Final = (
 
 
 class Machine(Platform):
-    """A virtual machine with a kernel of its own."""
+    """A virtual machine, which has a kernel of its own."""
 
     confinement = confine.MACHINE
     program_uid = confine.UID
@@ -77,7 +77,7 @@ class Machine(Platform):
         confine.mount_memory()
 
     def relay(self, netns_fd: int) -> RelayProcess:
-        """Start a relay that opens a virtio port of its own, and holds first packets."""
+        """Start a relay that opens a virtio port of its own, and that holds the first packets of connections."""
         from x07_sandbox.guest.relay import RelayProcess
 
         for name in sorted(os.listdir(_NET_MODULES)):  # the names are numbered in loading order
@@ -85,11 +85,11 @@ class Machine(Platform):
         return RelayProcess(netns_fd, partial(open_port, NET_PORT), hold=True)
 
     def audit(self) -> Audit:
-        """Return this kernel's audit."""
+        """Return the audit of this kernel."""
         return Audit(*filters.call_numbers())
 
     def group(self) -> RootGroup:
-        """Create a group."""
+        """Make a control group."""
         return RootGroup()
 
     def seed(self, body: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Mounting folders of the scratch disk in the program's view, and reporting paths as the program sees them."""
+"""Mounting folders from the scratch disk in the program's view, and reporting paths as the program sees them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def mount_all(init: int, mounts: Sequence[tuple[str, str, bool]]) -> None:
-    """Mount (source, mount point, writable) in init's namespace, outer ones first. Raises JobError, OSError."""
+    """Mount (source, mount point, writable) in init's namespace, outer folders first. Raises JobError, OSError."""
     trees = []
     for source, at, writable in mounts:
         fd = system.open_tree(source)
@@ -36,10 +36,13 @@ def mount_all(init: int, mounts: Sequence[tuple[str, str, bool]]) -> None:
 
 
 class ProgramPaths:
-    """Paths as the program sees them, for denials; the tables are built on first use, which is rare."""
+    """Paths as the program sees them, for denials. The tables are built on first use, which is rare."""
 
     def __init__(self, trees: Mapping[int, Tree], mounts: Sequence[Mapping[str, Any]], view: str) -> None:
-        """trees: by stream. mounts: as in START. view: the program's root folder, in our view."""
+        """Store the arguments.
+
+        trees: by stream. mounts: the field of START. view: the program's root folder, as the agent sees it.
+        """
         self._trees = trees
         self._mounts = mounts
         self._view = view
@@ -51,9 +54,10 @@ class ProgramPaths:
         return [_text(mount["at"]) for mount in self._mounts]
 
     def path(self, device: str, inode: int, name: str = "") -> str:
-        """Return the path of an inode; empty if unknown, or if *name* already lies in a read-only root.
+        """Return the path of an inode. Return "" if it is unknown, or if *name* already is in a read-only root.
 
-        device: major and minor number in hexadecimal, as in audit records. name: a path of it, possibly of a link.
+        device: major and minor number in hexadecimal, the form of audit records. name: a known path of the inode, or of
+        a link to it.
         """
         if self._parents is None:
             self._parents = dict(self._parent_folders())
@@ -100,12 +104,12 @@ def _device(path: str | bytes) -> str:
 
 
 def _text(path: str) -> str:
-    """Decode a path as audit records are decoded."""
+    """Decode a path in the same way as paths in audit records."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _below(name: str, sub: str) -> str | None:
-    """Return *name* relative to the folder *sub*, None if it is not below it."""
+    """Return *name* relative to the folder *sub*, or None if *name* is not below it."""
     if not sub or name == sub:
         return "" if name == sub else name
     return name[len(sub) + 1 :] if name.startswith(f"{sub}/") else None

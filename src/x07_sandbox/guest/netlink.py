@@ -75,7 +75,7 @@ def _check_answer(answer: bytes) -> None:
 def deliver_locally(sources: Iterable[str]) -> None:
     """Add addresses to `lo`, and deliver all packets of their families to the local stack. Raises OSError.
 
-    sources: one per family; programs send from these. The current network namespace is changed.
+    sources: one address per family, from which programs send. The current network namespace is changed.
     """
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0) as sock:
         lo = socket.if_nametoindex("lo")
@@ -97,7 +97,7 @@ def packed_address(address: str) -> tuple[int, bytes]:
 def add_elements(table: str, name: str, elements: list[tuple[str, str, int]]) -> None:
     """Add (first address, last address, port) elements to a set. Raises OSError.
 
-    All addresses are of the table's family. Starting nft would cost a clone a tenth of a second.
+    All addresses belong to the table's family. Starting nft would cost a clone a tenth of a second.
     """
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETFILTER) as sock:
         for at in range(0, len(elements), _ELEMENTS_A_MESSAGE):
@@ -122,9 +122,9 @@ def _element(first: str, last: str, port: int) -> bytes:
 
 
 class Held(NamedTuple):
-    """A packet that waits for a verdict. queue, number: its id. transport: IP protocol number.
+    """A packet that waits for a decision.
 
-    source, target: address and port.
+    queue, number: its id. transport: IP protocol number. source, target: address and port.
     """
 
     queue: int
@@ -135,7 +135,7 @@ class Held(NamedTuple):
 
 
 class HeldPackets:
-    """The packets in some queues of the current network namespace."""
+    """The packets held in some queues of the current network namespace."""
 
     def __init__(self, *queues: int) -> None:
         """Bind to these queue numbers. Raises OSError."""
@@ -170,7 +170,7 @@ class HeldPackets:
             at += length + -length % 4
 
     def release(self, queue: int, number: int, mark: int) -> None:
-        """Release a packet with a mark for the following rules. Raises OSError if it no longer waits."""
+        """Release a packet, with a mark for the rules that follow. Raises OSError if the packet no longer waits."""
         body = struct.pack(">BBH", socket.AF_UNSPEC, 0, queue)
         body += _attribute(_VERDICT_HEADER, struct.pack(">II", _ACCEPT, number))
         body += _attribute(_MARK, struct.pack(">I", mark))
@@ -195,7 +195,7 @@ def _held(message: bytes) -> Held | None:
 
 
 def _ends(packet: bytes) -> tuple[int, tuple[str, int], tuple[str, int]] | None:
-    """Return transport, source and target of an IP packet; None if it is neither TCP nor UDP."""
+    """Return transport, source and target of an IP packet. Return None if it is neither TCP nor UDP."""
     if packet[:1] and packet[0] >> 4 == _V6:
         size, family = _IPV6_HEADER, socket.AF_INET6
         transport, addresses = packet[6:7], packet[8:_IPV6_HEADER]

@@ -1,4 +1,4 @@
-"""The platform that the agent runs on: a virtual machine (`machine`), or a shared kernel (`process`, `container`)."""
+"""The platform on which the agent runs: a virtual machine (`machine`), or a shared kernel (`process`, `container`)."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Platform(ABC):
     """One kind of platform.
 
     program_uid: owner of the program's files; None if agent and program are the same user to the kernel.
-    scratch: folder for files of any size. memory: folder for small files; may be the same.
+    scratch: folder for files of any size. memory: folder for small files; this may be the same folder.
     machine_id: path of the file that the program sees as /etc/machine-id.
-    channel_out_fd: a separate descriptor for writing to the channel, if any.
-    filtered: whether programs run under seccomp filters. namespaces: whether they have their own namespaces.
+    channel_out_fd: a separate descriptor for writing to the channel, or None.
+    filtered: whether programs run under seccomp filters. namespaces: whether programs have their own namespaces.
     """
 
     confinement: Confinement
@@ -51,7 +51,10 @@ class Platform(ABC):
         return f"{self.scratch}/{name}"
 
     def make_job_folder(self, name: str, *, of_program: bool) -> None:
-        """Make a job folder; of_program: owned by the program's user. Raises OSError."""
+        """Make a job folder. Raises OSError.
+
+        of_program: whether the program's user owns it.
+        """
         path = self.folder(name)
         os.mkdir(path, 0o755)
         if of_program and self.program_uid is not None:
@@ -64,11 +67,11 @@ class Platform(ABC):
         return Tree(self.folder(name), self.program_uid)
 
     def work_tree(self) -> Tree:
-        """Return the tree of the private working folder, for its input files. Raises OSError."""
+        """Return a tree in the private working folder, for the input files there. Raises OSError."""
         return Tree(self.folder("work"), self.program_uid)
 
     def mount(self, init: int, mounts: Sequence[tuple[str, str, bool]]) -> None:
-        """Mount (source, mount point, writable) in init's namespace, outer ones first. Raises JobError, OSError."""
+        """Mount (source, mount point, writable) in init's namespace, outer folders first. Raises JobError, OSError."""
         mount_all(init, mounts)
 
     def reading(self) -> AbstractContextManager[None]:
@@ -80,7 +83,7 @@ class Platform(ABC):
         """Start the relay in a network namespace. Raises OSError, JobError."""
 
     def make_resolv_conf(self) -> None:
-        """Write the /etc/resolv.conf of programs with connections. Raises OSError."""
+        """Write the /etc/resolv.conf that programs with connections see. Raises OSError."""
         from x07_sandbox.channel.egress import RESOLV_CONF
         from x07_sandbox.guest import confine
 
@@ -97,10 +100,13 @@ class Platform(ABC):
 
     @abstractmethod
     def seed(self, body: dict[str, Any]) -> None:
-        """Apply time and entropy of a SEED frame. Raises OSError."""
+        """Apply the time and the entropy from a SEED frame. Raises OSError."""
 
     def adapt(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Return the body of START adapted to this platform. Raises JobError if it cannot be carried out."""
+        """Return the body of START, adapted to this platform.
+
+        Raises JobError if the platform cannot do what it asks for.
+        """
         return body
 
     @abstractmethod

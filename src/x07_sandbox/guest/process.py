@@ -1,8 +1,8 @@
 """The agent as a process on a shared kernel: inside bubblewrap (`Confined`), or unconfined (`Unconfined`).
 
-`Confined` is uid 0 of a user namespace made by bubblewrap, and the calling user to the kernel. Its init builds the
-program's view as in a VM. The program then enters a nested user namespace: the same user to the kernel, but without
-rights over processes outside that namespace, and over mounts.
+To its user namespace, which bubblewrap made, `Confined` is uid 0; to the kernel it is the calling user. Its init builds
+the program's view in the same way as in a VM. The program then enters a nested user namespace. To the kernel it is
+still the same user, but it has no rights over mounts or over processes outside that namespace.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _scopes(world: confine.World) -> None:
 
 
 def limit(pid: int, limits: tuple[tuple[int, int], ...]) -> None:
-    """Set resource limits, but no higher than the hard limits."""
+    """Set resource limits, but none above its hard limit."""
     for which, wanted in limits:
         value = max(wanted, _CORE_NONE) if which == resource.RLIMIT_CORE else wanted
         _, hard = resource.prlimit(pid, which)
@@ -94,7 +94,7 @@ CONFINED: Final = confine.Confinement(
 
 
 class OnSharedKernel(Platform):
-    """Common parts of the platforms that share the host's kernel."""
+    """The common part of the platforms that share the host's kernel."""
 
     program_uid: int | None = None
 
@@ -103,14 +103,14 @@ class OnSharedKernel(Platform):
         self._net_fd = net_fd
 
     def open_channel(self) -> int:
-        """Make the inherited channel close-on-exec."""
+        """Make the inherited channel close-on-exec, and return it."""
         for fd in (self._channel_fd, self._net_fd):
             if fd >= 0:
                 os.set_inheritable(fd, False)  # noqa: FBT003
         return self._channel_fd
 
     def relay(self, netns_fd: int) -> RelayProcess:
-        """Start a relay on the inherited stream. It does not hold packets: the host's kernel may not support that."""
+        """Start a relay on the inherited stream. It holds no packets, which the host's kernel may not support."""
         from x07_sandbox.guest.relay import RelayProcess
 
         if self._net_fd < 0:
@@ -119,11 +119,11 @@ class OnSharedKernel(Platform):
         return RelayProcess(netns_fd, lambda: self._net_fd, (self._net_fd,), hold=False)
 
     def audit(self) -> NoAudit:
-        """Return a stand-in: the kernel's audit is the host's."""
+        """Return a stand-in, since the kernel's audit belongs to the host."""
         return NoAudit()
 
     def seed(self, body: dict[str, Any]) -> None:
-        """Do nothing: clock and entropy are the host's."""
+        """Do nothing, since clock and entropy are the host's."""
 
     def end(self) -> None:
         """End this process."""
@@ -141,21 +141,21 @@ class Confined(OnSharedKernel):
     namespaces = True
 
     def open_channel(self) -> int:
-        """Limit user namespaces to one more, the program's, so that it cannot create any."""
+        """Allow only one more user namespace, the program's, so that the program cannot make any."""
         write_file("/proc/sys/user/max_user_namespaces", "1")
         return super().open_channel()
 
     def make_folders(self) -> None:
-        """Mount a tmpfs for small files; the scratch folder exists."""
+        """Mount a tmpfs for small files. The scratch folder exists already."""
         confine.mount_memory()
 
     def group(self) -> NoGroup:
-        """Return the group made by the host."""
+        """Return the group that the host made."""
         return host_group(GROUP)
 
 
 def _own_init(world: confine.World) -> None:
-    """Become a subreaper, so that the program's orphans are init's children, and end with the agent."""
+    """Become a subreaper, so that the program's orphans are children of init, and end when the agent ends."""
     system.prctl(system.PR_SET_CHILD_SUBREAPER, 1)
     _end_with_parent(world)
 
@@ -193,10 +193,10 @@ class Unconfined(OnSharedKernel):
         self._replacements: tuple[tuple[str, str], ...] = _REPLACEMENTS
 
     def make_folders(self) -> None:
-        """Do nothing: the host has made the only folder."""
+        """Do nothing, since the host has made the only folder."""
 
     def group(self) -> NoGroup:
-        """Return no group."""
+        """Return a group that enforces nothing."""
         return NoGroup()
 
     def adapt(self, body: dict[str, Any]) -> dict[str, Any]:

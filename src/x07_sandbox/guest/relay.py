@@ -1,7 +1,7 @@
 """The relay: terminates the program's connections on the guest's stack, and requests each from the gate on the host.
 
-It runs as root in the program's network namespace, and makes no decisions: the gate does. If packets are held, the
-first one of a connection waits for the gate's answer, so that connect() returns the far end's result. Otherwise the
+The relay runs as root in the program's network namespace. It leaves all decisions to the gate. If packets are held, the
+first packet of a connection waits for the gate's answer, so that connect() returns the far end's result. Otherwise the
 relay accepts the connection first, and resets it if the gate refuses.
 """
 
@@ -55,8 +55,8 @@ _Endpoints = tuple[tuple[str, int], tuple[str, int]]  # source and target
 class _Flow:
     """One connection, or the datagrams between two endpoints.
 
-    held: the packet that waits for the gate's answer. sock: the program's connection, once accepted.
-    out: bytes for the program. waiting: datagrams sent before the gate's answer.
+    held: the packet that waits for the gate's answer. sock: the program's connection, once accepted. out: bytes to be
+    written to the program. waiting: datagrams sent before the gate's answer.
     """
 
     def __init__(self, stream: int, endpoints: _Endpoints, transport: int) -> None:
@@ -72,9 +72,9 @@ class _Flow:
 
 
 class Watcher:
-    """Call a descriptor's callback when it is ready.
+    """A poll loop that calls a descriptor's callback when the descriptor is ready.
 
-    A descriptor without wanted events is not registered: epoll would report a hangup on it again and again.
+    A descriptor without wanted events is not registered, since epoll would report a hangup on it again and again.
     """
 
     def __init__(self) -> None:
@@ -83,7 +83,7 @@ class Watcher:
         self._wanted: dict[int, int] = {}
 
     def watch(self, fd: int, call: Callable[[int], object], wanted: int = select.EPOLLIN) -> None:
-        """Set a descriptor's callback and the events to wait for; 0 for none."""
+        """Set a descriptor's callback, and the events to wait for; 0 for none."""
         before = self._wanted.get(fd, 0)
         self._calls[fd] = call
         self._wanted[fd] = wanted
@@ -109,7 +109,10 @@ class Watcher:
 
 
 class Relay:
-    """The relay's event loop. port_fd: the stream to the gate."""
+    """The relay's event loop.
+
+    port_fd: the stream to the gate.
+    """
 
     def __init__(self, port_fd: int, names: NameTable, sockets: Sockets) -> None:
         self._port_fd = port_fd
@@ -197,7 +200,7 @@ class Relay:
         self._watch(flow)
 
     def _give(self, flow: _Flow, sock: socket.socket, data: bytes | bytearray) -> int | None:
-        """Send bytes to the program. Return how many it accepted, None if the connection failed and was ended."""
+        """Send bytes to the program. Return how many it accepted, or None if the connection failed and was ended."""
         try:
             count = sock.send(data)
         except BlockingIOError:
@@ -223,7 +226,7 @@ class Relay:
         self._watch(flow)
 
     def _ask(self, transport: int, endpoints: _Endpoints) -> _Flow | None:
-        """Request a connection from the gate; None if there are too many flows."""
+        """Request a connection from the gate. Return its flow, or None if there are too many flows."""
         address, port = endpoints[1]
         if len(self._flows) >= _FLOWS_MAX:
             return None
@@ -264,7 +267,7 @@ class Relay:
                 self._sockets.held.release(held.queue, held.number, mark)
 
     def _report_name(self, name: str) -> None:
-        """Report the lookup of an unlisted name. A name without a dot is no outside host."""
+        """Report the lookup of an unlisted name. A name without a dot is not reported, since it is no outside host."""
         if "." in name:
             self._link.report_refusal(egress.TCP, name.encode("ascii"), 0)
 
@@ -336,7 +339,7 @@ class Relay:
             self._watch(flow)
 
     def _watch(self, flow: _Flow) -> None:
-        """Watch a flow's socket for the events that can be handled now."""
+        """Watch a flow's socket for the events that can be handled at the moment."""
         if flow.sock is None:
             return
         if flow.transport == egress.UDP:
@@ -356,7 +359,7 @@ class Relay:
         self._by_endpoints.pop((flow.transport, flow.endpoints), None)
 
     def _end_stale(self) -> None:
-        """End opened flows that the program no longer wants."""
+        """End flows that the gate has opened but that the program no longer wants."""
         latest = time.monotonic() - _ACCEPT_S
         for flow in list(self._flows.values()):
             if flow.open and flow.sock is None and flow.opened_at < latest:
@@ -372,7 +375,7 @@ class Relay:
                 self._sockets.dns.sendto(reply, source)
 
     def _take_first_datagram(self, listener: socket.socket, _mask: int) -> None:
-        """Handle the first datagram between two endpoints; later ones arrive at the socket created here."""
+        """Handle the first datagram between two endpoints. The socket made here gets all later ones."""
         try:
             data, ancillary, _, source = listener.recvmsg(egress.DATAGRAM_MAX, 256)
         except OSError:
@@ -416,12 +419,15 @@ def _close(sock: socket.socket, *, reset: bool) -> None:
 
 
 class RelayProcess:
-    """The relay's process. status_fd: readable when it has ended, which ends the job too."""
+    """The relay's process.
+
+    status_fd: readable when the process has ended. The job then ends too.
+    """
 
     def __init__(self, netns_fd: int, open_port: Callable[[], int], keep: tuple[int, ...] = (), *, hold: bool) -> None:
-        """Start it in a network namespace; -1: the current one.
+        """Start the process in a network namespace; -1 stands for the current one.
 
-        open_port: opens the stream to the gate. keep: descriptors needed for that. hold: see `firewall.build`.
+        open_port: opens the stream to the gate. keep: descriptors that *open_port* needs. hold: see `firewall.build`.
         """
         self._built = False
         settings_r, self._settings_fd = os.pipe2(os.O_CLOEXEC)
@@ -434,7 +440,7 @@ class RelayProcess:
         os.close(status_w)
 
     def wait_built(self) -> None:
-        """Wait until the parts that do not depend on the policy are ready. Raises JobError."""
+        """Wait until everything is ready that does not depend on the policy. Raises JobError."""
         if not self._built:
             self.wait_admitted()
         self._built = True
@@ -445,17 +451,17 @@ class RelayProcess:
             raise JobError("relay", 0, (status + os.read(self.status_fd, 4096)).decode("utf-8", "replace")[:1000])
 
     def admit(self, network: dict[str, Any]) -> None:
-        """Send START's `network` field."""
+        """Send START's field `network` to the process."""
         with contextlib.suppress(BrokenPipeError):  # it has ended; `wait_admitted` raises
             write_all(self._settings_fd, marshal.dumps(network))
         os.close(self._settings_fd)
 
     def end_reason(self) -> str:
-        """Return why it has ended, once `status_fd` is readable."""
+        """Return why the process has ended, once `status_fd` is readable."""
         return os.read(self.status_fd, 4096).decode("utf-8", "replace")[:1000] or "it was killed"
 
     def close(self) -> None:
-        """Kill it."""
+        """Kill the process."""
         os.kill(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
         os.close(self.status_fd)

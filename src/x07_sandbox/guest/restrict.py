@@ -1,7 +1,8 @@
-"""Restricting a process as the policy says, and executing the program in it.
+"""Restricting a process as the policy requires, and executing the program in it.
 
-The code of `exec_functions` also runs in the waiting interpreter (`guest/interpreter`), which has none of our modules:
-it imports what it needs and uses no global of this module. It allocates in advance, for the sake of fresh clones.
+The code of `exec_functions` also runs in the waiting interpreter (`guest/interpreter`), which has none of x07's
+modules. So it imports what it needs and uses no global of this module. It allocates in advance, since that is slow in a
+fresh clone.
 """
 
 from __future__ import annotations

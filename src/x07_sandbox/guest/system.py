@@ -67,7 +67,7 @@ def _check(result: int, subject: str) -> None:
 
 
 def mount(source: str, target: str, kind: str, flags: int = 0, options: str = "") -> None:
-    """Mount a file system. Raises OSError naming the target."""
+    """Mount a file system. Raises OSError with the target as its file name."""
     _check(_libc.mount(os.fsencode(source), os.fsencode(target), kind.encode(), flags, options.encode()), target)
 
 
@@ -95,8 +95,8 @@ def open_tree(path: str) -> int:
 def change_mount(mount: int | str, flags: int, *, below: bool = False) -> None:
     """Add MS_NOSUID, MS_NODEV and *flags* (MS_RDONLY, MS_NOEXEC) to a mount. Raises OSError.
 
-    mount: its path, or a descriptor of a detached mount. below: apply recursively.
-    Flags are only added: in a user namespace, flags set by the host cannot be cleared.
+    mount: its path, or a descriptor of a detached mount. below: include all mounts below it. Flags are only added,
+    since in a user namespace the flags that the host set cannot be cleared.
     """
     fd, path, how = (mount, b"", _AT_EMPTY_PATH) if isinstance(mount, int) else (_AT_FDCWD, os.fsencode(mount), 0)
     attributes = struct.pack("=4Q", MS_NOSUID | MS_NODEV | flags, 0, 0, 0)  # the first four bits are those of mount(2)
@@ -105,7 +105,7 @@ def change_mount(mount: int | str, flags: int, *, below: bool = False) -> None:
 
 
 def move_mount(fd: int, target: str) -> None:
-    """Attach a detached mount. Raises OSError naming the target."""
+    """Attach a detached mount. Raises OSError with the target as its file name."""
     _check(_libc.syscall(_MOVE_MOUNT, fd, b"", _AT_FDCWD, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH), target)
 
 
@@ -126,13 +126,16 @@ def drop_capabilities() -> None:
 
 
 def landlock_version() -> int:
-    """Return the kernel's Landlock version, 0 for none."""
+    """Return the kernel's Landlock version, or 0 if it has no Landlock."""
     version: int = _libc.syscall(_LANDLOCK_CREATE_RULESET, None, 0, 1)
     return max(0, version)
 
 
 def landlock_ruleset(*, files: int = 0, scopes: int = 0) -> int:
-    """Create a ruleset that forbids *files* accesses without a rule, and *scopes*. Return its descriptor."""
+    """Make a ruleset and return its descriptor. Raises OSError.
+
+    files: kinds of file access that need a rule. scopes: scopes to forbid.
+    """
     attributes = struct.pack("=QQQ", files, 0, scopes)
     fd: int = _libc.syscall(_LANDLOCK_CREATE_RULESET, attributes, len(attributes), 0)
     _check(fd, "landlock_create_ruleset")
@@ -140,7 +143,7 @@ def landlock_ruleset(*, files: int = 0, scopes: int = 0) -> int:
 
 
 def landlock_allow(ruleset_fd: int, path: str, files: int) -> None:
-    """Allow *files* accesses at *path*, resolved now, and below. Raises OSError."""
+    """Allow *files* accesses at and below *path*. The path is resolved now. Raises OSError."""
     fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
         rule = struct.pack("=Qi", files, fd)
@@ -150,7 +153,7 @@ def landlock_allow(ruleset_fd: int, path: str, files: int) -> None:
 
 
 def load_module(path: str) -> None:
-    """Load a kernel module unless it is loaded. Raises OSError."""
+    """Load a kernel module, unless it is already loaded. Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         result = _libc.syscall(_FINIT_MODULE[os.uname().machine], fd, b"", 0)
@@ -161,7 +164,10 @@ def load_module(path: str) -> None:
 
 
 def add_entropy(random_fd: int, seed: bytes) -> None:
-    """Add *seed* to the kernel's pool, credit it, and reseed (random(4)). random_fd: /dev/urandom."""
+    """Add *seed* to the kernel's pool, credit the entropy, and reseed (random(4)).
+
+    random_fd: /dev/urandom. Raises OSError.
+    """
     fcntl.ioctl(random_fd, _RNDADDENTROPY, struct.pack("ii", len(seed) * 8, len(seed)) + seed)
     fcntl.ioctl(random_fd, _RNDRESEEDCRNG)
 
@@ -202,7 +208,7 @@ def read_all(fd: int) -> bytes:
 
 
 def children_of(pid: int) -> list[int]:
-    """Return the children of all threads of a process (proc(5)), none if it is gone."""
+    """Return the children of all threads of a process (proc(5)); empty if the process is gone."""
     found: list[int] = []
     try:
         for thread in os.listdir(f"/proc/{pid}/task"):
@@ -213,7 +219,7 @@ def children_of(pid: int) -> list[int]:
 
 
 def close_descriptors_except(*keep: int) -> None:
-    """Close all descriptors except *keep*; standard descriptors become /dev/null."""
+    """Close all descriptors except *keep*. Standard descriptors become /dev/null."""
     null = os.open("/dev/null", os.O_RDWR)
     for target in (0, 1, 2):
         if target not in keep:

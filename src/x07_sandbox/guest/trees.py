@@ -1,7 +1,8 @@
 """Trees of host files: creating them as they arrive, and reporting what the program changed or left behind.
 
-Files are created as the program's user. Changes are detected by inode and ctime, which only the kernel sets: the
-program starts at least one clock tick after its last file was created. The host then compares contents.
+Files are created as the program's user. Changes are detected by inode and ctime, which only the kernel sets. So that
+every change gets a later ctime, the program starts at least one clock tick after its last file was created. The host
+then compares contents.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ LOOKED_AT_MAX: Final = 100_000  # entries; further ones are neither counted nor 
 
 @contextlib.contextmanager
 def as_program_user(uid: int | None) -> Iterator[None]:
-    """Switch to the program's user (None: stay) with umask 0."""
+    """Switch to the program's user with umask 0. None: keep the current user."""
     mask = os.umask(0)
     if uid is not None:
         os.setegid(uid)
@@ -43,9 +44,9 @@ def as_program_user(uid: int | None) -> Iterator[None]:
 
 
 class Tree:
-    """One tree in the empty folder *folder*. uid: see `as_program_user`.
+    """One tree, unpacked in the empty folder *folder*.
 
-    names: inode of each file and link. folders: mode of each folder.
+    uid: see `as_program_user`. names: inode of each file and link, by name. folders: mode of each folder, by name.
     """
 
     def __init__(self, folder: str, uid: int | None) -> None:
@@ -63,7 +64,7 @@ class Tree:
         self._position = 0
 
     def write(self, data: bytes) -> None:
-        """Decode stream data and create its entries. Raises JobError, OSError."""
+        """Decode stream data, and create the entries in it. Raises JobError, OSError."""
         try:
             with as_program_user(self._uid):
                 for event in self._reader.feed(data):
@@ -91,12 +92,12 @@ class Tree:
         self.made_at_ns = time.clock_gettime_ns(time.CLOCK_REALTIME)  # some timestamps use the fine clock
 
     def wait(self) -> None:
-        """Wait until any later change will have a later ctime than all entries of the tree."""
+        """Wait until any later change gets a later ctime than all entries of the tree have."""
         while time.clock_gettime_ns(_COARSE) <= self.made_at_ns:
             time.sleep(0.001)  # a kernel tick takes 4 ms
 
     def inodes(self) -> Iterator[tuple[int, str]]:
-        """Yield inode and relative name of every entry that still exists."""
+        """Yield the inode and the relative name of every entry that still exists."""
         for name, inode in self.names.items():
             yield inode, os.fsdecode(name)
         for name in self.folders:
@@ -144,7 +145,7 @@ class Tree:
 
 
 def changes(tree: Tree, sub: bytes) -> Iterator[bytes]:
-    """Yield the changes of *tree* below *sub* as records with names relative to it. Raises OSError."""
+    """Yield the changes of *tree* below *sub* as records. Their names are relative to *sub*. Raises OSError."""
     prefix = sub + b"/" if sub else b""
     top = tree.folder + b"/" + sub if sub else tree.folder
     info = os.lstat(top)
@@ -167,7 +168,7 @@ def changes(tree: Tree, sub: bytes) -> Iterator[bytes]:
 
 
 def is_modified(tree: Tree, name: bytes, info: os.stat_result) -> bool:
-    """Return whether a file or link differs from the one that arrived under that name."""
+    """Return whether a file or link differs from what arrived under the same name."""
     return tree.names.get(name) != info.st_ino or info.st_ctime_ns > tree.made_at_ns
 
 
@@ -182,7 +183,7 @@ def _changed_folder(tree: Tree, name: bytes, path: bytes, below: bytes, mode: in
 def walk(
     top: bytes, *, hidden: bool = True, skipped: Collection[bytes] = ()
 ) -> Iterator[tuple[bytes, bytes, os.stat_result]]:
-    """Yield path, relative name and state of every entry, folders before their entries.
+    """Yield path, relative name and state of every entry, and each folder before its entries.
 
     hidden: whether to include top-level names that begin with a dot. skipped: names to leave out.
     """
@@ -204,7 +205,7 @@ def walk(
 
 
 def content(path: bytes, name: bytes, info: os.stat_result) -> Iterator[bytes]:
-    """Yield the records of a regular file or link; UNSUPPORTED for anything else."""
+    """Yield the records of a regular file or a link. For anything else, yield UNSUPPORTED."""
     if stat.S_ISLNK(info.st_mode):
         yield Entry(Kind.LINK, name, target=os.readlink(path)).encoded()
         return
@@ -222,7 +223,11 @@ def content(path: bytes, name: bytes, info: os.stat_result) -> Iterator[bytes]:
 
 
 class Left(NamedTuple):
-    """The counted files, their size in bytes, and the files to send as (folder number, path, name, state)."""
+    """The files that a program left.
+
+    files, size: number, and total size in bytes, of all files. sent: the files to send, as (folder number, path, name,
+    state).
+    """
 
     files: int
     size: int
@@ -232,11 +237,11 @@ class Left(NamedTuple):
 def left_files(
     folders: Sequence[str], inputs: Tree | None, most_files: int, most_bytes: int, roots: Collection[bytes] = ()
 ) -> Left:
-    """Count files in *folders*, the first of which is the working folder.
+    """Count the files in *folders*, the first of which is the working folder, and choose those to send.
 
-    inputs: the input tree of the working folder; its files count only if they were modified. Top-level dot files of the
-    working folder, which is also the home folder, do not count. roots: mount points in the working folder, skipped.
-    Regular files are sent while they fit into most_files and most_bytes.
+    Regular files are sent as long as they fit into most_files and most_bytes. Top-level dot files in the working
+    folder, which is also the home folder, do not count. inputs: the input tree of the working folder; files in it count
+    only if they were modified. roots: mount points in the working folder, which are skipped.
     """
     count = size = sent_size = looked_at = 0
     sent: list[tuple[int, bytes, bytes, os.stat_result]] = []
@@ -260,7 +265,7 @@ def left_files(
 
 
 def _next(entries: Iterator[T]) -> T | None:
-    """Return the next item, None at the end or if it cannot be read: not every agent is root."""
+    """Return the next item. Return None at the end, or if the item cannot be read, since not every agent is root."""
     try:
         return next(entries, None)
     except OSError:

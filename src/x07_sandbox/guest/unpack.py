@@ -1,7 +1,7 @@
 """Unpacking newc cpio archives (cpio(5)) of regular files and folders.
 
 The archive may come from a hostile build, so every name is verified. The standard library's tarfile is ten times slower
-here (measured) and supports more than is safe.
+for this purpose (measured), and supports more than is safe.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ class ArchiveError(Exception):
 
 
 def unpack(source: BinaryIO, target: str, *, most_bytes: int) -> int:
-    """Unpack into the empty folder *target*. Return the number of entries. Raises ArchiveError, OSError."""
+    """Unpack an archive into the empty folder *target*. Return the number of entries.
+
+    Raises ArchiveError, OSError.
+    """
     total = 0
     for count in range(ENTRIES_MAX + 1):
         header = _exactly(source, _HEADER)

@@ -1,6 +1,6 @@
 """The host's apt package lists: known package names and versions.
 
-A host without lists is not queried: mmdebstrap downloads its own, and reports unknown packages.
+On a host without package lists, nothing is looked up: mmdebstrap downloads lists, and reports unknown packages.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _PYTHON = "python3-"
 
 
 def write_sources(work: Path, suite: str, deb_arch: str, note: Callable[[str], None]) -> Path:
-    """Write the apt sources of an image to a file in *work*, and return its path. Raises ImageError."""
+    """Write the apt sources of an image to a file in *work*, and return the file's path. Raises ImageError."""
     file = work / "build.sources"
     found = sources.host_sources(suite, deb_arch, note=note)
     file.write_text("\n".join(source.stanza() for source in found))
@@ -30,7 +30,7 @@ def write_sources(work: Path, suite: str, deb_arch: str, note: Callable[[str], N
 
 
 def check_known(file: Path, include: Sequence[str], suite: str) -> None:
-    """Raise UsageError, with near matches, for the first package that no source in *file* has."""
+    """Raise UsageError for the first package that no source in *file* has. The error suggests similar names."""
     known = package_names(file) if include else frozenset()
     if not known:
         return
@@ -47,7 +47,7 @@ def check_known(file: Path, include: Sequence[str], suite: str) -> None:
 
 
 def package_names(file: Path) -> frozenset[str]:
-    """Return all package names in the host's lists for the sources in *file*; empty without lists."""
+    """Return all package names in the host's lists for the sources in *file*; empty if the host has no lists."""
     return frozenset(_cache(file, "pkgnames").split())
 
 
@@ -61,7 +61,7 @@ def versions(file: Path, names: Sequence[str]) -> dict[str, str]:
 
 
 def near_names(name: str, known: Iterable[str]) -> list[str]:
-    """Return the known packages closest to *name*, the likeliest first."""
+    """Return the names in *known* that are closest to *name*, the most likely first."""
     known = set(known)
     likely = [each for each in (f"{_PYTHON}{name}", f"lib{name}-dev", f"lib{name}") if each in known]
     # Comparing all 70,000 names would be slow.
@@ -71,7 +71,7 @@ def near_names(name: str, known: Iterable[str]) -> list[str]:
 
 
 def near_projects(name: str, known: Iterable[str], *, prefix: str = "") -> list[str]:
-    """Return the Python projects in Debian closest to *name*, each with *prefix* before it."""
+    """Return the Python projects packaged in Debian that are closest to *name*, each with *prefix* before it."""
     name = re.sub(r"[-_.]+", "-", name).lower()
     projects = sorted(each.removeprefix(_PYTHON) for each in known if each.startswith(_PYTHON))
     near = difflib.get_close_matches(name, projects, NEAR_MAX, _NEAR)
@@ -79,7 +79,7 @@ def near_projects(name: str, known: Iterable[str], *, prefix: str = "") -> list[
 
 
 def _has_provider(file: Path, name: str) -> bool:
-    """Return whether *name* is a virtual package that others provide."""
+    """Return whether *name* is a virtual package that another package provides."""
     return bool(_cache(file, "showpkg", name).partition("Reverse Provides:")[2].strip())
 
 

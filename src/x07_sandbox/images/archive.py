@@ -1,7 +1,7 @@
 """A guest image as an archive for podman, docker and ctr: OCI layout (image-spec 1.1) and docker's manifest.json.
 
-It has two layers: the root file system, shared by all images of one base, and our own code. It is reproducible, so the
-image id (the config's digest) is too.
+The archive has two layers: the root file system, shared by all images with the same base, and x07's own code. The
+archive is reproducible, and so is the image id (the config's digest).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _LINKS: Final = {"etc/machine-id": "/run/x07/machine-id"}
 
 
 def write_archive(image: Image, reference: str, target: IO[bytes], work: Path, progress: Callable[[str], None]) -> str:
-    """Write the archive of *image* under the name *reference* (NAME:TAG). Return the image id, "sha256:<hex>".
+    """Write an archive of *image*, tagged *reference* (NAME:TAG). Return the image id, "sha256:<hex>".
 
     work: an empty folder. Raises ImageError, HostError, OSError.
     """

@@ -1,7 +1,8 @@
-"""The first stage of an image: root file system, kernel and modules, from the host's package sources.
+"""The first stage of an image, its base: root file system, kernel and modules, from the host's package sources.
 
-It takes half a minute and the network, so images with the same recipe, architecture, suite and packages share a cached
-base. X07's toolchain and Python packages are appended to a base; the second stage (boot.py) adds our code.
+Making a base takes half a minute and needs the network. So images with the same recipe, architecture, suite and
+packages share a cached base. The X07 toolchain and Python packages are appended to a copy of a base. The second stage
+(boot.py) adds x07's own code.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ TAR_FILE = "root.tar"
 
 
 class Base(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
-    """base.json. boot, net: module files in loading order. x07: digest of X07's toolchain, empty for none."""
+    """The content of base.json.
+
+    boot, net: files of kernel modules in loading order. x07: digest of the X07 toolchain; empty without it.
+    """
 
     schema_version: str
     kernel_release: str
@@ -51,17 +55,20 @@ class Base(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     x07: str = ""
 
     def parts(self) -> list[manifest.Part]:
-        """Return all files."""
+        """Return all files of the base."""
         return [self.kernel, self.root, self.scratch, *self.boot, *self.net]
 
     @property
     def digest(self) -> str:
-        """The digest of the base, as in image manifests."""
+        """The digest of the base, which image manifests contain."""
         return hashlib.sha256(manifest.canonical(msgspec.to_builtins(self))).hexdigest()
 
 
 class BaseSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """The inputs of a base. x07: digest of X07's toolchain, empty for none. pip: digests of wheels."""
+    """The inputs of a base.
+
+    x07: digest of the X07 toolchain; empty without it. pip: digests of wheels.
+    """
 
     arch: Arch
     suite: str
@@ -71,7 +78,7 @@ class BaseSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def key(self) -> str:
-        """The unique part of its folder name."""
+        """The unique part of the name of the base's folder."""
         words = [recipe.RECIPE, self.arch.deb, self.suite, list(self.include)]
         words += [self.x07, commands.EPOCH] if self.x07 else []
         words += [{"pip": sorted(self.pip), "layout": recipe.PIP_LAYOUT}] if self.pip else []
@@ -79,7 +86,10 @@ class BaseSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_base(folder: Path) -> Base | None:
-    """Return the base in *folder*, None if it is missing, of another format, or a file is missing or truncated."""
+    """Return the base in *folder*.
+
+    Return None if base.json is missing or has another format, or if a file of the base is missing or truncated.
+    """
     try:
         with (folder / "base.json").open("rb") as file:
             base = msgspec.json.decode(file.read(manifest.MAX_BYTES), type=prepared(Base))
@@ -90,7 +100,7 @@ def read_base(folder: Path) -> Base | None:
 
 
 def check_base(folder: Path, base: Base) -> None:
-    """Verify all files of *base*, hashing those that changed since the last time. Raises ImageError."""
+    """Verify all files of *base*. Hash those that changed since the last time. Raises ImageError."""
     fix = "Run x07 image build, which downloads it again"
     subject = verify.Subject("the cached base of guest images", folder.name, verify.sha256_of, fix)
     with contextlib.ExitStack() as stack:
@@ -99,7 +109,7 @@ def check_base(folder: Path, base: Base) -> None:
 
 
 def make_base(work: Path, spec: BaseSpec, progress: Callable[[str], None]) -> Path:
-    """Make a base from packages in a folder below *work*, and return that folder. Raises SandboxError."""
+    """Make a base from Debian packages in a folder below *work*, and return that folder. Raises SandboxError."""
     for name in ("mmdebstrap", "mkfs.erofs", "mke2fs", "dpkg-deb", "zstd", "apt-config", "bwrap"):
         commands.tool(name)
     file = apt_index.write_sources(work, spec.suite, spec.arch.deb, progress)
@@ -133,9 +143,10 @@ def make_base(work: Path, spec: BaseSpec, progress: Callable[[str], None]) -> Pa
 
 
 def add_layer(work: Path, folder: Path, base: Base, tar: Path, *, x07: str = "") -> Path:
-    """Make a copy of *base* with the files of *tar* appended to its root file system; *tar* is removed.
+    """Copy *base*, append the files of *tar* to the copy's root file system, and return the copy's folder.
 
-    x07: digest of X07's toolchain if *tar* contains it. Raises SandboxError.
+    *tar* is removed. folder: the folder of *base*. x07: digest of the X07 toolchain if *tar* contains it. Raises
+    SandboxError.
     """
     made = Path(tempfile.mkdtemp(prefix="base-", dir=work))
     for part in base.parts():
@@ -192,10 +203,11 @@ def _mmdebstrap(work: Path, spec: BaseSpec, progress: Callable[[str], None]) -> 
 
 
 def own_namespaces() -> list[str]:
-    """Return a command prefix: the command is root in its own namespaces, and all its processes die with it.
+    """Return a command prefix that runs a command as root in namespaces of its own.
 
-    mmdebstrap's own modes leave things behind: as root, mounts visible to the whole host; in unshare mode, workers that
-    outlive it and wait forever. So every user runs it in mode "root" behind this prefix.
+    All processes of the command end with it. mmdebstrap's own isolation leaves things behind: in mode "root", mounts
+    that the whole host sees; in mode "unshare", workers that outlive mmdebstrap and wait forever. So every user runs
+    mmdebstrap in mode "root" behind this prefix.
     """
     argv = [commands.tool("unshare"), "--mount", "--pid", "--fork", "--mount-proc", "--kill-child"]
     if os.geteuid() != 0:
@@ -224,7 +236,7 @@ def _check_sub_uids() -> None:
 
 
 def remove_work(work: Path, progress: Callable[[str], None]) -> None:
-    """Remove a build's folder, also that of a killed build, once all its processes have ended."""
+    """Remove the folder of a finished or killed build, once all processes of that build have ended."""
     with file_lock(work / TAR_FILE, on_wait=lambda: progress("waiting for the processes of a killed build")):
         tree = work / TREE
         if tree.exists() and os.geteuid() != 0:
@@ -271,7 +283,7 @@ def _packages(work: Path) -> list[manifest.Package]:
 
 
 def put(folder: Path, name: str, data: bytes) -> manifest.Part:
-    """Write a new file of an image: synced and read-only."""
+    """Write a new read-only file of an image, and sync it."""
     with (folder / name).open("xb") as file:
         file.write(data)
     return part_of(folder, name)

@@ -1,7 +1,7 @@
 """The second stage of an image: the initramfs with init, modules and agent.
 
-The image's own Python and compiler make it, in the built root under bubblewrap without network: byte code of another
-Python would not load in the guest, and the host need not have a compiler.
+The image's own Python and compiler make the initramfs. They run in the built root, under bubblewrap without network.
+Byte code of another Python would not load in the guest, and the host need not have a compiler.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ FILTER_SUFFIX = ".bpf"
 def make_initrd(
     work: Path, base_folder: Path, base: Base, code: GuestCode, progress: Callable[[str], None]
 ) -> tuple[bytes, dict[str, bytes]]:
-    """Return the initramfs with *code*, and the seccomp filters in it, by file name.
+    """Return the initramfs with *code*, and the contents of its seccomp filters by file name.
 
     work: an empty private folder. Raises ImageError, HostError.
     """
@@ -68,7 +68,7 @@ def bwrap_argv(root: Path, source: Path, target: Path, command: tuple[str, ...])
 
 
 def pack(init: bytes, agent: bytes, base_folder: Path, base: Base) -> bytes:
-    """Return the initramfs. Module file names are numbered in loading order."""
+    """Return the initramfs. The file names of kernel modules are numbered in loading order."""
     entries = [
         cpio.file("init", init, 0o500),
         cpio.file("agent.zip", agent, AGENT_MODE),

@@ -31,7 +31,8 @@ SOURCES = "pip-sources"
 class Extras(msgspec.Struct, frozen=True, kw_only=True):
     """The optional contents of an image.
 
-    include: Debian packages. preload: Python modules. x07: digest of X07's toolchain. pip: Python packages from wheels.
+    include: Debian packages. preload: Python modules. x07: digest of the X07 toolchain. pip: Python packages from
+    wheels.
     """
 
     include: tuple[str, ...] = ()
@@ -57,12 +58,12 @@ def build_image(  # noqa: PLR0913 - one keyword per ingredient
     fresh: bool = False,
     code: guestcode.GuestCode | None = None,
 ) -> Image:
-    """Build the image called *name*, or reuse an intact one with the same contents.
+    """Build the image called *name*, or reuse an intact image with the same contents.
 
-    include: further Debian packages. preload: Python modules to import in VM templates. pip: Python packages (see
-    pip.check_requirements). x07: folder of X07's toolchain. None keeps what the image of this name has. fresh: download
-    the packages again. code: the guest code, by default this installation's. progress: called with lines of text.
-    Raises SandboxError; then nothing has changed.
+    include: further Debian packages. preload: Python modules to import in saved VMs. pip: Python packages (see
+    pip.check_requirements). x07: folder of the X07 toolchain. For each of these, None keeps what the image called
+    *name* has. fresh: download the packages again. code: the guest code, by default this installation's. progress:
+    called with lines of text. Raises SandboxError; no image or name is then changed.
     """
     store.check_name(name)
     packages = None if include is None else recipe.check_packages(include)
@@ -98,7 +99,10 @@ def _extras(
     *,
     keeps_pip: bool,
 ) -> Extras:
-    """Combine the requested contents with those of the image called *name*. Raises ImageError if these are unknown."""
+    """Combine the requested contents with those of the image called *name*.
+
+    Raises ImageError if the contents of that image are unknown.
+    """
     try:
         image = store.named(name)
     except ImageError as exc:
@@ -192,7 +196,7 @@ class _Builder:
         return self._images / f"base-{extras.base_spec().key}"
 
     def _existing(self, base: bases.Base, extras: Extras) -> str:
-        """Return the digest (hex) of an intact image with these contents, empty if there is none."""
+        """Return the digest (hex) of an intact image with these contents, or "" if there is none."""
         wanted = base.digest, self._code.digest, list(extras.preload)
         for image in store.list_images():
             made = image.manifest
@@ -204,7 +208,10 @@ class _Builder:
         return ""
 
     def _base(self, extras: Extras) -> tuple[Path, bases.Base]:
-        """Return the base of the image and its folder; make it if it is missing or damaged. Raises SandboxError."""
+        """Return the folder of the image's base, and the base.
+
+        A missing or damaged base is made first. Raises SandboxError.
+        """
         folder = self._base_folder(extras)
         base = None if self._fresh else bases.read_base(folder)
         if base is not None:
@@ -223,14 +230,14 @@ class _Builder:
         return folder, base
 
     def _new_base(self, extras: Extras) -> Path:
-        """Make a base in the work folder: from packages, or by adding the last ingredient to another base."""
+        """Make a base in the work folder: from Debian packages, or by adding one more part to another base."""
         work = self._work
         if extras.pip:
             return self._with_wheels(extras)
         if not extras.x07:
             return bases.make_base(work, extras.base_spec(), self._progress)
         if not (work / X07_COPY).exists():
-            why = "its X07 toolchain is not available"
+            why = "this host has no copy of the image's X07 toolchain"
             raise ImageError("cannot rebuild the image", why, "Add --x07-toolchain DIR")
         below, base = self._base(msgspec.structs.replace(extras, x07=""))
         self._progress("adding the X07 toolchain")
@@ -257,7 +264,7 @@ class _Builder:
         return bases.add_layer(work, below, base, tar)
 
     def _second_stage(self, made: Path, folder: Path, base: bases.Base, draft: manifest.Manifest) -> manifest.Manifest:
-        """Make the image in the folder *made*: links to files of the base, the initramfs, the manifest."""
+        """Make the image in the folder *made*: links to the base's files, the initramfs, and the manifest."""
         made.mkdir(mode=0o700)
         boot_work = made.with_name("boot")
         boot_work.mkdir(mode=0o700)

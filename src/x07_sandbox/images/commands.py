@@ -1,4 +1,4 @@
-"""External commands of the image build: explicit environment, bounded log, killed as a group."""
+"""External commands for the image build, with an explicit environment and a bounded log. Each is killed as a group."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def tool(name: str) -> str:
 
 
 def missing_tools() -> dict[str, str]:
-    """Return the missing commands of PACKAGES, with the Debian package of each."""
+    """Return the missing commands of PACKAGES, and for each of them the Debian package that contains it."""
     return {name: package for name, package in PACKAGES.items() if not _found(name)}
 
 
@@ -59,7 +59,7 @@ def _found(name: str) -> str | None:
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return the environment of a build command; only HOME and proxies are inherited."""
+    """Return the environment of a build command. It inherits only HOME and the proxy variables."""
     env = {"PATH": ":".join(SEARCH), "LC_ALL": "C.UTF-8", "SOURCE_DATE_EPOCH": str(EPOCH)}
     env |= {name: os.environ[name] for name in ("HOME", *PROXIES) if name in os.environ}
     return env | dict(extra or {})
@@ -74,10 +74,11 @@ def run(
     stdout_fd: int | None = None,
     on_line: Callable[[str], None] | None = None,
 ) -> None:
-    """Run *argv*; kill it if the calling thread dies. Raises ImageError, with its last lines, on failure or timeout.
+    """Run *argv*, and kill it if the calling thread dies.
 
-    stdout_fd: destination of standard output; None: the log, with standard error.
+    stdout_fd: destination of standard output. None: the log, which also gets standard error.
     on_line: called with each line of the log.
+    Raises ImageError, with the last lines of the log, on failure or timeout.
     """
     proc = subprocess.Popen(
         [tool("setpriv"), "--pdeathsig", "KILL", "--", *argv],
@@ -148,7 +149,10 @@ def _end(proc: subprocess.Popen[bytes]) -> None:
 
 
 def capture(argv: Sequence[str], *, data: bytes | None = None, max_bytes: int = 64 * 1024 * 1024) -> bytes:
-    """Return standard output of a short command. Raises ImageError if it fails or exceeds max_bytes."""
+    """Return the standard output of a short command.
+
+    Raises ImageError if the command fails or prints more than *max_bytes*.
+    """
     what = f"cannot build the guest image with {Path(argv[0]).name}"
     try:
         done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Our own files that go into the guest, and their digest, which tells whether an image is current."""
+"""The files of x07-sandbox that go into the guest. Their digest shows whether an image is current."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ PLACES = "guest/boot/places.py"
 
 
 class GuestCode(msgspec.Struct, frozen=True, kw_only=True):
-    """Contents by path below the package. agent: Python code of the guest. tools: inputs of the second stage."""
+    """The contents of these files, by path below the package.
+
+    agent: Python code that runs in the guest. tools: files that only the second stage of an image build needs.
+    """
 
     agent: dict[str, bytes]
     tools: dict[str, bytes]
@@ -30,7 +33,10 @@ class GuestCode(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_guest_code(root: Path | None = None) -> GuestCode:
-    """Read the files of this installation; the package's own __init__ is empty in the guest. root: the package."""
+    """Read the files of this installation. In the guest, the package's own __init__ is empty.
+
+    root: the folder of the package, by default this installation's.
+    """
     root = root or Path(__file__).parents[1]
     paths = [root / "errors.py", *root.glob("channel/**/*.py"), *root.glob("guest/**/*.py")]
     boot = root / "guest" / "boot"

@@ -183,8 +183,8 @@ def _unxz(data: bytes) -> bytes:
 
 
 def _bad(why: str, what: str = "the kernel package") -> ImageError:
-    return ImageError(f"cannot use {what}", why, "Build the image on a Debian release that x07 knows (13)")
+    return ImageError(f"cannot use {what}", why, "Build the image on a Debian release that x07 supports (13)")
 
 
 def _bad_module(why: str) -> ImageError:
-    return _bad(why, "a kernel module of the package")
+    return _bad(why, "a kernel module in the package")

@@ -1,6 +1,6 @@
 """manifest.json of a guest image: model, encoding and digest.
 
-It contains no name, host or time, so that builds from the same inputs are identical.
+The manifest contains no name, host or time, so that builds from the same inputs are identical.
 """
 
 from __future__ import annotations
@@ -48,21 +48,21 @@ class Parts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
 
 class Piece(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The next *bytes* of the scratch part belong at *offset* of the disk."""
+    """A piece of the scratch part: its next *bytes* bytes, which belong at *offset* of the disk."""
 
     offset: Size
     bytes: Size
 
 
 class ScratchDisk(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """How a scratch disk is made: *bytes* of zeros, with the pieces of the scratch part written into them."""
+    """The recipe of a scratch disk: *bytes* zero bytes, into which the pieces of the scratch part are written."""
 
     bytes: Size
     pieces: list[Piece]
 
 
 class Package(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """An installed Debian package, or the kernel's."""
+    """A Debian package in the image: an installed one, or the kernel's."""
 
     name: str
     version: str
@@ -81,11 +81,11 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """The manifest of an image.
 
     digest: "sha256:" and the sha256 of the canonical JSON of all other fields.
-    base: digest of the first stage (root file system, kernel, modules). guest_code: digest of our code.
+    base: digest of the first stage (root file system, kernel, modules). guest_code: digest of x07's own code.
     filters: seccomp filters by name.
-    preload: Python modules imported in advance in VM templates; absent if none.
-    x07: sha256 of X07's toolchain; absent if none.
-    pip: Python packages installed from wheels, with dependencies; absent if none.
+    preload: Python modules imported in advance in saved VMs; absent if there are none.
+    x07: sha256 of the X07 toolchain; absent without it.
+    pip: Python packages installed from wheels, with dependencies; absent if there are none.
     """
 
     schema_version: str
@@ -106,7 +106,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     pip: list[Wheel] = []
 
     def holds(self) -> set[str]:
-        """Return the names of its packages, and "x07" for X07's toolchain."""
+        """Return the names of the image's Debian packages, and "x07" if the image has the X07 toolchain."""
         return {package.name for package in self.packages} | ({"x07"} if self.x07 else set())
 
 

@@ -1,7 +1,7 @@
 """Python packages for an image: validating requirements, and downloading wheels with the host's pip.
 
-pip uses the user's settings (configuration files, PIP_* variables), and so their index. It downloads wheels only: no
-code of a package runs on the host.
+pip uses the user's settings (configuration files, PIP_* variables), and so the user's package index. It downloads only
+wheels, so no code of a package runs on the host.
 """
 
 from __future__ import annotations
@@ -55,7 +55,10 @@ _FORM: Final = "Use a name with optional extras and versions, such as pandas[exc
 
 
 class GuestPython(msgspec.Struct, frozen=True, kw_only=True):
-    """The Python that wheels must fit. version: "3.13". glibc: minor version of the C library."""
+    """The Python and C library that wheels must fit.
+
+    version: such as "3.13". glibc: minor version of the C library.
+    """
 
     version: str
     glibc: int
@@ -67,7 +70,7 @@ class GuestPython(msgspec.Struct, frozen=True, kw_only=True):
         return "cp" + self.version.replace(".", "")
 
     def options(self) -> list[str]:
-        """Return the pip options that select wheels for it."""
+        """Return the pip options that select wheels for this Python."""
         options = ["--python-version", self.version, "--implementation", "cp"]
         for abi in (self.tag, "abi3", "none"):
             options += ["--abi", abi]
@@ -78,11 +81,11 @@ class GuestPython(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def guest_python(versions: Mapping[str, str], machine: str) -> GuestPython:
-    """Return the Python of an image with these package versions (python3, libc6). Raises HostError."""
+    """Return the Python of an image that has these package versions (python3, libc6). Raises HostError."""
     python = re.match(r"(3\.\d+)[.-]", versions.get("python3", ""))
     glibc = re.match(r"2\.(\d+)", versions.get("libc6", ""))
     if python is None or glibc is None:
-        why = "this host has no package lists, which contain the image's version of Python"
+        why = "this host has no package lists, which x07 needs to find the image's Python version"
         raise HostError("cannot choose wheels for the image", why, "As root, run apt-get update")
     return GuestPython(version=python[1], glibc=int(glibc[1]), machine=machine)
 
@@ -100,7 +103,11 @@ def split_list(text: str) -> list[str]:
 
 
 def check_requirements(asked: Sequence[str]) -> tuple[str, ...]:
-    """Return lines for pip from requirements and "file:PATH". Raises UsageError for anything but names and versions."""
+    """Return requirement lines for pip.
+
+    asked: requirements, or "file:PATH" for the requirements in a file. Raises UsageError unless each is a name with
+    optional extras and versions.
+    """
     lines: list[str] = []
     for each in asked:
         if each.startswith(FILE_PREFIX):
@@ -142,7 +149,7 @@ def _check_one(text: str, where: str, *, hashes: bool = False) -> str:
         if line.startswith("-") or " --" in line:
             why = "options are not supported"
         elif re.search(r"[@/\\:]", line):
-            why = "only packages of an index are supported, not URLs and paths"
+            why = "only packages from a package index are supported, not URLs or paths"
         else:
             why = "it is not a Python requirement"
         raise UsageError(f"cannot add {text[:80]!r} ({where})", why, _FORM)
@@ -150,7 +157,7 @@ def _check_one(text: str, where: str, *, hashes: bool = False) -> str:
 
 
 def pinned(wheels: Sequence[manifest.Wheel]) -> tuple[str, ...]:
-    """Return lines for pip that only exactly these wheels satisfy."""
+    """Return requirement lines for pip that only these exact wheels satisfy."""
     return tuple(f"{wheel.name}=={wheel.version} --hash=sha256:{wheel.sha256}" for wheel in wheels)
 
 
@@ -191,7 +198,7 @@ def download(
 
 
 def failure(output: list[str], python: GuestPython, sources_file: Path) -> UsageError | ImageError | None:
-    """Return the error that pip's output describes, None if there is no known reason."""
+    """Return the error that pip's output describes, or None if there is no known reason."""
     what = "pip cannot download the wheels"
     if any(_NO_BUILDS in line for line in output):
         collected = (found[1] for line in reversed(output) if (found := re.match(r"\s*Collecting (\S+)", line)))
@@ -212,7 +219,7 @@ def failure(output: list[str], python: GuestPython, sources_file: Path) -> Usage
     name = match[1]
     if any("Retrying" in line for line in output):
         fix = "Check the network and pip's settings: pip config list"
-        return ImageError(f"pip cannot download {name!r}", f"its package index does not answer: {text}", fix)
+        return ImageError(f"pip cannot download {name!r}", f"the package index does not answer: {text}", fix)
     what = f"cannot add {name!r} to an image"
     if versions := re.search(r"\(from versions: (?!none\))([^)]*)\)", " ".join(errors)):
         newest = versions[1].split(", ")[-1][:80]
@@ -226,7 +233,7 @@ def _alternative(name: str, known: frozenset[str]) -> str:
     if f"python3-{name.lower()}" in known:
         return f"Use Debian's package: --include python3-{name.lower()}"
     if near := apt_index.near_projects(name, known):
-        return f"Use one of these: {', '.join(near)}. Debian has it too: --include python3-{near[0]}"
+        return f"Use one of these: {', '.join(near)}. Or use Debian's package: --include python3-{near[0]}"
     return "Check its name; packages without wheels cannot be added"
 
 
@@ -241,7 +248,7 @@ def wheel_of(path: Path) -> manifest.Wheel:
 
 
 def find_pip_interpreter() -> list[str]:
-    """Return the command of a Python with pip: the current one, else python3. Raises HostError."""
+    """Return the command of a Python that has pip: the current one, or else python3. Raises HostError."""
     for program in (sys.executable, shutil.which("python3"), "/usr/bin/python3"):
         if program and os.access(program, os.X_OK) and _has_pip(program):
             return [program]

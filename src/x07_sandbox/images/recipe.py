@@ -80,7 +80,7 @@ def check_modules(preload: Sequence[str]) -> tuple[str, ...]:
     """Return *preload* sorted, without duplicates. Raises UsageError for an invalid name."""
     for name in preload:
         if len(name) > MODULE_NAME_MAX or not all(part.isidentifier() and part.isascii() for part in name.split(".")):
-            why, fix = "it is not a valid Python module name", "Use names as in Python's import statement"
+            why, fix = "it is not a valid Python module name", "Use module names that Python's import statement accepts"
             raise UsageError(f"cannot preload {name!r}", why, fix)
     return tuple(sorted(set(preload)))
 

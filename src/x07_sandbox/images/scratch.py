@@ -1,7 +1,7 @@
 """The scratch disk: an empty ext4 file system, stored as its few non-zero blocks.
 
-A job's disk is a sparse file with these blocks. It has no journal, since it never outlives its VM, and nothing that the
-kernel would initialize in the background.
+A job's disk is a sparse file with these blocks. The file system has no journal, since the disk never outlives its VM.
+Nothing in it is left for the kernel to initialize in the background.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ EXTENDED = (
 
 
 def make_head(folder: Path) -> tuple[bytes, ScratchDisk]:
-    """Return the blocks of an empty scratch disk, and their places. folder: for a temporary file. Raises ImageError."""
+    """Return the non-zero blocks of an empty scratch disk, and the places where they belong.
+
+    folder: where to make a temporary file. Raises ImageError.
+    """
     import tempfile
 
     from x07_sandbox.images import commands
@@ -60,7 +63,7 @@ def make_head(folder: Path) -> tuple[bytes, ScratchDisk]:
 
 
 def read_disk(fd: int) -> tuple[bytes, ScratchDisk]:
-    """Return the contents of the disk *fd* for `write_disk`. Raises ImageError if there is too much data."""
+    """Return the contents of the disk *fd* for `write_disk`. Raises ImageError if the disk has too much data."""
     head = bytearray()
     pieces: list[Piece] = []
     for offset in _data_blocks(fd):
@@ -98,14 +101,14 @@ def write_disk(scratch_fd: int, disk: ScratchDisk, fd: int) -> None:
     try:
         os.ftruncate(fd, disk.bytes)
     except OSError as exc:  # a file size limit
-        fix = "Raise it with ulimit -f, or set X07_VM_STATE_DIR to a folder on ext4, xfs or btrfs"
+        fix = "Raise the file size limit with ulimit -f, or set X07_VM_STATE_DIR to a folder on ext4, xfs or btrfs"
         raise HostError("cannot make a scratch disk", exc.strerror or str(exc), fix) from exc
     position = 0
     for piece in disk.pieces:
         data = os.pread(scratch_fd, piece.bytes, position)
         if len(data) != piece.bytes:
             why = "the scratch part of the image was truncated"
-            raise ImageError("cannot make a scratch disk", why, "Try again, which verifies it")
+            raise ImageError("cannot make a scratch disk", why, "Try again: x07 then verifies the image")
         position += piece.bytes
         written = 0
         try:

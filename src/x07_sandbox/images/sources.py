@@ -1,7 +1,7 @@
 """The host's apt sources and settings, restricted to those that may be used for a guest image.
 
-These are signed `deb` sources over http or https for the host's release, its updates and its security suite. Others are
-skipped with a note, since they would add packages of this one machine. Pins are ignored.
+These are signed `deb` sources over http or https for the host's release, its updates and its security suite. All other
+sources are skipped with a note, since their packages would depend on this one machine. Pins are ignored.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ PASSED_ON = ("Signed-By", "Check-Valid-Until", "Check-Date", "By-Hash")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """One stanza. fields: further deb822 fields, passed on as they are."""
+    """One stanza of apt sources.
+
+    fields: further deb822 fields, passed on unchanged.
+    """
 
     uris: tuple[str, ...]
     suites: tuple[str, ...]
@@ -59,7 +62,10 @@ def release_codename(os_release: Path = Path("/etc/os-release")) -> str:
 def host_sources(
     codename: str, deb_arch: str, *, note: Callable[[str], None], apt: Path = Path("/etc/apt")
 ) -> list[Source]:
-    """Return the usable sources below *apt*, in apt's order. Raises ImageError if none serves *codename* itself."""
+    """Return the usable sources below *apt*, in apt's order.
+
+    Raises ImageError if no source serves the suite *codename* itself.
+    """
     usable: list[Source] = []
     for path in source_files(apt):
         text = _text(path)
@@ -68,7 +74,7 @@ def host_sources(
             source, reason = select(stanza, codename, deb_arch)
             if source is None:
                 if reason:
-                    note(f"skipping a source of {path.name}: {reason}")
+                    note(f"skipping a source in {path.name}: {reason}")
             elif source not in usable:
                 usable.append(source)
     if not any(codename in source.suites for source in usable):
@@ -92,7 +98,10 @@ def source_files(apt: Path) -> list[Path]:
 
 
 def select(stanza: dict[str, str], codename: str, deb_arch: str) -> tuple[Source | None, str]:
-    """Return the usable part of *stanza*, or None and the reason, which is empty if apt would skip it too."""
+    """Return the usable part of *stanza* and an empty text, or None and the reason why it is unusable.
+
+    The reason is empty if apt would skip the stanza too.
+    """
     if (
         stanza.get("Enabled", "yes").lower() in {"no", "false", "off", "0", "without", "disable"}
         or "deb" not in stanza.get("Types", "").split()
@@ -105,7 +114,7 @@ def select(stanza: dict[str, str], codename: str, deb_arch: str) -> tuple[Source
         return None, ""
     uris = tuple(uri for uri in stanza.get("URIs", "").split() if re.match(r"https?://", uri))
     if not uris:
-        return None, "it is not on http or https"
+        return None, "it does not use http or https"
     wanted = {codename, f"{codename}-updates", f"{codename}-security"}
     suites = tuple(suite for suite in stanza.get("Suites", "").split() if suite in wanted)
     components = tuple(stanza.get("Components", "").split())
@@ -152,7 +161,7 @@ def parse_one_line(text: str) -> Iterator[dict[str, str]]:
 
 
 def fetch_settings(dump: str) -> list[str]:
-    """Return the lines of `apt-config dump` about downloading (proxies, retries), for --aptopt."""
+    """Return the download settings (proxies, retries) in the output of `apt-config dump`, for --aptopt."""
     found = ((line, re.fullmatch(r'(\S+) "(.+)";', line)) for line in dump.splitlines())
     return [line for line, match in found if match and SETTINGS.fullmatch(match[1])]
 

@@ -32,7 +32,10 @@ SEE_LIST = "See x07 image list"
 
 
 class Image(msgspec.Struct, frozen=True, kw_only=True):
-    """A built image. name: the name it was found by, else one that points to it, else empty."""
+    """A built image.
+
+    name: the name by which it was found. If it was found otherwise: a name that points to it, or empty.
+    """
 
     name: str
     digest: str
@@ -41,7 +44,10 @@ class Image(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DamagedImage(msgspec.Struct, frozen=True, kw_only=True):
-    """An image with an unusable manifest. name: one that points to it, else empty."""
+    """An image with an unusable manifest.
+
+    name: a name that points to it, or empty.
+    """
 
     name: str
     digest: str
@@ -57,12 +63,12 @@ def repair_hint(image: Image) -> str:
     """Return the fix for an image with damaged parts."""
     name = image.name or _name_of(image.digest.removeprefix("sha256:"))
     if not name:
-        return "It has no name and cannot be repaired: use another image of x07 image list"
+        return "It has no name and cannot be repaired: use another image from x07 image list"
     return f"Run {build_command(name)}, and if it happens again check the disk"
 
 
 def images_dir() -> Path:
-    """Return the store's folder; create it if missing."""
+    """Return the store's folder. Create it if it is missing."""
     return cache_folder("images")
 
 
@@ -79,10 +85,11 @@ def check_name(name: str) -> str:
 
 
 def find_image(ref: str | None) -> Image:
-    """Return the image *ref*: a name, "sha256:<hex>", or a unique prefix of at least 12 hex digits.
+    """Return the image that *ref* refers to.
 
-    None: the value of X07_VM_GUEST_IMAGE, else "default".
-    Raises ImageError if it is missing, damaged or of another format.
+    ref: a name, "sha256:<hex>", or a unique prefix of a digest, with at least 12 hex digits. None stands for the value
+    of X07_VM_GUEST_IMAGE, or else "default".
+    Raises ImageError if the image is missing, damaged or of another format.
     """
     ref = text("X07_VM_GUEST_IMAGE") if ref is None else ref
     wanted = DEFAULT if ref is None else ref
@@ -90,11 +97,11 @@ def find_image(ref: str | None) -> Image:
     if wanted.startswith("sha256:") or PREFIX.fullmatch(wanted):
         if not PREFIX.fullmatch(hexes):
             why = f"a digest needs at least {PREFIX_DIGITS} lower-case hex digits"
-            raise ImageError(f"no guest image {wanted[:80]}", why, SEE_LIST)
+            raise ImageError(f"there is no guest image {wanted[:80]}", why, SEE_LIST)
         return load(_by_prefix(hexes))
     image = named(wanted)
     if image is None:
-        raise _missing(wanted, f"no guest image {wanted!r}" if ref else "no guest image")
+        raise _missing(wanted, f"there is no guest image {wanted!r}" if ref else "there is no guest image")
     return image
 
 
@@ -102,27 +109,30 @@ def _missing(name: str, what: str) -> ImageError:
     names = all_names()
     digest = names.get(name)
     if digest is not None:
-        return ImageError(what, "its folder is missing", _rebuild_hint(digest, name))
+        return ImageError(what, "the folder of the image is missing", _rebuild_hint(digest, name))
     command = f"Run {build_command(name)}"
     if names:
         fix = f"{command}, or use one of these: {', '.join(sorted(names))}"
-        return ImageError(what, f"there is none with the name {name}", fix)
-    return ImageError(what, "none has been built", command)
+        return ImageError(what, "the existing images have other names", fix)
+    return ImageError(what, "no guest image has been built yet", command)
 
 
 def named(name: str) -> Image | None:
-    """Return the image called *name*, None if there is none. Raises ImageError if it is damaged."""
+    """Return the image called *name*, or None if there is none. Raises ImageError if it is damaged."""
     digest = all_names().get(check_name(name))
     return None if digest is None or not (images_dir() / digest).is_dir() else load(digest, name)
 
 
 def list_images() -> list[Image]:
-    """Return all readable images: by name, then nameless ones by digest. One with two names appears twice."""
+    """Return all readable images: first those with a name, by name, then the others by digest.
+
+    An image with two names appears twice.
+    """
     return [image for image in _all() if isinstance(image, Image)]
 
 
 def damaged_images() -> list[DamagedImage]:
-    """Return all images with an unusable manifest, in the same order."""
+    """Return all images with an unusable manifest, in the order of `list_images`."""
     return [image for image in _all() if isinstance(image, DamagedImage)]
 
 
@@ -137,7 +147,7 @@ def _all() -> Iterator[Image | DamagedImage]:
 
 
 def image_is_current(image: Image) -> bool:
-    """Return whether the image contains this installation's guest code; otherwise, a build takes seconds."""
+    """Return whether the image contains this installation's guest code. If not, rebuilding takes seconds."""
     return image.manifest.guest_code == guestcode.read_guest_code().digest
 
 
@@ -155,9 +165,9 @@ def load(digest: str, name: str = "") -> Image:
 
 
 def _rebuild_hint(digest: str, name: str) -> str:
-    """Return the fix for an image with an unusable manifest, whose list of packages is lost."""
+    """Return the fix for an image whose manifest is unusable, so that its list of packages is lost."""
     if name := name or _name_of(digest):
-        return f"Run {build_command(name)} --no-include, or with --include and its packages"
+        return f"Run {build_command(name)} --no-include, or use --include with the packages that it had"
     return f"It has no name: remove {images_dir() / digest}"
 
 
@@ -195,9 +205,11 @@ def _digests() -> list[str]:
 
 def _by_prefix(hexes: str) -> str:
     found = [digest for digest in _digests() if digest.startswith(hexes)]
-    if len(found) != 1:
-        why = "several images have this prefix" if found else "there is none with this digest"
-        raise ImageError(f"no guest image {hexes}", why, SEE_LIST)
+    if not found:
+        raise ImageError(f"there is no guest image {hexes}", "no image has this digest", SEE_LIST)
+    if len(found) > 1:
+        why = "the digests of several images begin like this"
+        raise ImageError(f"cannot choose guest image {hexes}", why, SEE_LIST)
     return found[0]
 
 
@@ -207,7 +219,9 @@ def _read(path: Path) -> bytes:
         with os.fdopen(fd, "rb") as file:
             info = os.fstat(fd)
             if not stat.S_ISREG(info.st_mode) or info.st_uid != os.geteuid():
-                raise ImageError(f"cannot use {path}", "it is not a regular file of yours", "Remove it, then try again")
+                raise ImageError(
+                    f"cannot use {path}", "it is not a regular file that you own", "Remove it, then try again"
+                )
             return file.read(manifest.MAX_BYTES + 1)
     except OSError as exc:
         raise ImageError(f"cannot read {path}", exc.strerror or str(exc), "Remove it, then try again") from exc

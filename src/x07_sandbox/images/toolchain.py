@@ -1,4 +1,4 @@
-"""X07's own toolchain in an image: a host folder copied to /usr/local/lib/x07, with its programs on PATH."""
+"""The X07 language's toolchain in an image: a host folder copied to /usr/local/lib/x07, with its programs on PATH."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 PLACE: Final = "usr/local/lib/x07"
 ENTRIES_MAX: Final = 100_000
 MAX_BYTES: Final = 2 * 1024**3
-_FIX: Final = "Name a folder with X07's Linux build: bin/x07-os-runner and what it needs"
+_FIX: Final = "Choose a folder with the X07 toolchain for Linux: bin/x07-os-runner and the files it needs"
 
 
 def snapshot(source: Path, target: Path) -> str:
@@ -60,9 +60,9 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def pack(folder: Path, target: Path) -> None:
-    """Write the result of `snapshot` as an archive to be unpacked at the root of an image.
+    """Write the copy that `snapshot` made as a tar archive, to be unpacked at the root of an image.
 
-    It contains the parent folders too: mkfs.erofs would give missing ones the mode 0777.
+    The archive contains the parent folders too, since mkfs.erofs would give missing ones the mode 0777.
     """
     with tarfile.open(target, "x", format=tarfile.PAX_FORMAT) as archive:
         for name in (".", "usr", "usr/local", "usr/local/bin", "usr/local/lib", PLACE):

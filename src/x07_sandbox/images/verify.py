@@ -1,10 +1,10 @@
 """Opening and verifying an image's files.
 
-Each file is opened once, without following links, below the image folder's descriptor; the virtual machine gets that
-descriptor, so a path swapped later changes nothing. Its sha256 is computed once per boot of the host, and again if
-fstat shows a difference; small files are hashed each time.
+Each file is opened once, without following links, below the image folder's descriptor. The virtual machine gets the
+file's descriptor, so replacing the file later has no effect. A large file is hashed once per boot of the host, and
+again if fstat shows a change. Small files are hashed each time.
 
-This protects against accidents and other users, not against the user's own processes.
+This protects against accidents and other users, but not against the user's own processes.
 """
 
 from __future__ import annotations
@@ -57,14 +57,17 @@ Identity = tuple[int, int, int, int, int, int, int]
 
 
 class OpenImage(msgspec.Struct, frozen=True, kw_only=True):
-    """Verified files of an image. fds: read-only, by part (manifest.Parts); open_image closes them."""
+    """Verified files of an image.
+
+    fds: read-only descriptors by name of the part (manifest.Parts). `open_image` closes them.
+    """
 
     fds: dict[str, int]
     manifest: Manifest
 
 
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """verified/<hex>.json: the identity of large files when their sha256 was verified."""
+    """The content of verified/<hex>.json: the identity of each large file at the time its sha256 was verified."""
 
     schema_version: str
     boot_id: str
@@ -72,7 +75,7 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 class Subject(msgspec.Struct, frozen=True):
-    """The object to verify: its name in errors, the name of its record, its hash function, and the fix in errors."""
+    """An object to verify: its name in errors, the name of its record, its hash function, and the fix in errors."""
 
     name: str
     record: str
@@ -82,7 +85,11 @@ class Subject(msgspec.Struct, frozen=True):
 
 @contextlib.contextmanager
 def open_image(image: Image) -> Iterator[OpenImage]:
-    """Open and verify the image's files. Raises ImageError if anything differs from the manifest, HostError."""
+    """Open and verify the image's files, and close them at the end.
+
+    Raises ImageError if anything differs from the manifest. Raises HostError if the host lacks descriptors, memory or
+    space.
+    """
     subject = _subject(image)
     with contextlib.ExitStack() as stack:
         folder_fd = stack.enter_context(opened_folder(image.folder, subject))
@@ -101,7 +108,7 @@ def _subject(image: Image) -> Subject:
 
 
 def opened_parts(folder_fd: int, parts: Sequence[Part], subject: Subject, stack: contextlib.ExitStack) -> list[int]:
-    """Open and verify files below a folder; *stack* closes the descriptors. Raises ImageError, HostError."""
+    """Open and verify files below a folder. *stack* closes the descriptors. Raises ImageError, HostError."""
     before = _recorded(subject)
     fresh: dict[str, Identity] = {}
     fds = []
@@ -117,7 +124,10 @@ def opened_parts(folder_fd: int, parts: Sequence[Part], subject: Subject, stack:
 
 
 def verify_image(image: Image, *, use_record: bool = False) -> list[str]:
-    """Hash all files (use_record: only changed ones). Return a sentence for each problem."""
+    """Hash all files of an image. Return a sentence for each problem.
+
+    use_record: hash only the files that have changed since the last verification.
+    """
     problems: list[str] = []
     subject = _subject(image)
     recorded = _recorded(subject) if use_record else {}
@@ -148,7 +158,10 @@ def _parts(image: Image) -> list[Part]:
 
 
 def check_part(fd: int, part: Part, earlier: Identity | None, subject: Subject) -> Identity:
-    """Verify that *fd* is *part*, and return its identity. earlier: the recorded identity. Raises ImageError."""
+    """Verify that the file *fd* is *part*, and return its identity.
+
+    earlier: its recorded identity, or None. Raises ImageError if the file differs.
+    """
     before = os.fstat(fd)
     if before.st_size != part.bytes:
         raise _bad(subject, f"{part.file} has {before.st_size} bytes instead of {part.bytes}")
@@ -167,15 +180,15 @@ def check_part(fd: int, part: Part, earlier: Identity | None, subject: Subject) 
 
 
 def identity_of(info: os.stat_result) -> Identity:
-    """Return the fstat fields that change when a file is written, replaced or given away.
+    """Return the fstat fields that change when a file is written, replaced, or given to another user.
 
-    The link count is not among them: builds link the files of a base into new images.
+    The link count is left out, since builds link the files of a base into new images.
     """
     return (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_mode, info.st_uid)
 
 
 def sha256_of(fd: int, size: int) -> str:
-    """Return the digest of the first *size* bytes; the offset stays."""
+    """Return the digest of the first *size* bytes. The file offset does not change."""
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(CHUNK_BYTES))
     offset = 0
@@ -189,7 +202,7 @@ def sha256_of(fd: int, size: int) -> str:
 
 
 def filesystem(fd: int) -> str:
-    """Return the file system type of *fd*, as in mountinfo; empty if unknown."""
+    """Return the file system type of *fd* by its name in mountinfo; empty if unknown."""
     try:
         with Path(f"/proc/self/fdinfo/{fd}").open("rb") as file:
             number = next(int(line.split()[1]) for line in file if line.startswith(b"mnt_id:"))
@@ -209,7 +222,7 @@ def opened_folder(folder: Path, subject: Subject) -> Iterator[int]:
     try:
         info = os.fstat(fd)
         if info.st_uid != os.geteuid() or stat.S_IMODE(info.st_mode) != FOLDER_MODE:
-            raise _bad(subject, "its folder must be yours with mode 0700")
+            raise _bad(subject, "its folder must belong to you and have mode 0700")
         yield fd
     finally:
         os.close(fd)
@@ -217,7 +230,7 @@ def opened_folder(folder: Path, subject: Subject) -> Iterator[int]:
 
 @contextlib.contextmanager
 def opened_file(folder_fd: int, name: str, subject: Subject) -> Iterator[int]:
-    """Open a read-only regular file of ours. Raises ImageError, HostError."""
+    """Open a read-only regular file of this user. Raises ImageError, HostError."""
     try:
         # O_NONBLOCK: a FIFO in its place must not block.
         fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=folder_fd)
@@ -229,7 +242,7 @@ def opened_file(folder_fd: int, name: str, subject: Subject) -> Iterator[int]:
             raise _bad(subject, f"{name} is not a regular file")
         if stat.S_IMODE(info.st_mode) != FILE_MODE or info.st_uid != os.geteuid():
             has = f"mode {stat.S_IMODE(info.st_mode):04o} and uid {info.st_uid}"
-            raise _bad(subject, f"{name} has {has}, but must be yours with mode {FILE_MODE:04o}")
+            raise _bad(subject, f"{name} has {has}, but must belong to you and have mode {FILE_MODE:04o}")
         os.set_blocking(fd, True)
         yield fd
     finally:
@@ -250,7 +263,10 @@ def _record_path(subject: Subject) -> Path:
 
 
 def _recorded(subject: Subject) -> dict[str, Identity]:
-    """Return the identities recorded since boot; empty, so that everything is hashed, if there is no valid record."""
+    """Return the identities recorded since the host booted.
+
+    Without a valid record the result is empty, so that all files are hashed.
+    """
     try:
         fd = os.open(_record_path(subject), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError:

@@ -71,7 +71,7 @@ class Unpacker:
             self._launchers(_text(archive, files[points], wheel), wheel)
 
     def _place(self, name: str, data: str, wheel: str) -> str | None:
-        """Return the path of a file below the root, None to skip it."""
+        """Return the path of a file below the root, or None to skip it."""
         parts = name.split("/")
         if not name.isprintable() or "\\" in name or {"", ".", ".."} & set(parts) or max(map(len, parts)) > _NAME_MAX:
             raise _bad(wheel, f"its file {name[:100]!r} has an invalid path")
@@ -86,7 +86,7 @@ class Unpacker:
             return f"usr/local/{rest}"
         if scheme == "headers":
             return None
-        raise _bad(wheel, f"its file {name[:100]!r} has an unknown kind")
+        raise _bad(wheel, f"its file {name[:100]!r} has an unknown type")
 
     def _write(self, archive: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path, wheel: str) -> None:
         self._entries += 1

@@ -133,7 +133,9 @@ class WarmMachines:
             artifact = folder.out_file(OUTPUT, settings.ARTIFACT_MAX_BYTES)
             ending, _ = final_value(obtain_artifact(prepared, draft, folder, artifact))
             if ending is not None:
-                raise BackendError("cannot warm a machine", f"{program.name}: {ending.reason}", "Run x07 doctor")
+                raise BackendError(
+                    "cannot prepare a VM for the pool", f"{program.name}: {ending.reason}", "Run x07 doctor"
+                )
             spec = run_spec(prepared, artifact, self._stack)
         finally:
             shutil.rmtree(folder.path, ignore_errors=True)
@@ -193,7 +195,7 @@ class WarmMachines:
                 instance = stack.enter_context(self.backend.start(job))
             except NoAnswerError as exc:
                 self._check_open()
-                raise BackendError("cannot warm a machine", exc.why, "Run x07 doctor") from exc
+                raise BackendError("cannot prepare a VM for the pool", exc.why, "Run x07 doctor") from exc
             for note in instance.notes:
                 progress(note)
             for number, spec in enumerate(self._specs):
@@ -214,7 +216,7 @@ class WarmMachines:
             ending = classify(run_phase(spec, instance, streams).evidence)
         self._check_open()
         if ending.outcome is not Outcome.OK:
-            raise BackendError("cannot warm a machine", ending.reason, "Run x07 doctor")
+            raise BackendError("cannot prepare a VM for the pool", ending.reason, "Run x07 doctor")
         self._cloning.renew(instance, self.kind)
 
     def _check_open(self) -> None:

@@ -1,1 +1,1 @@
-"""podman and docker: a job in a container of the host's kernel."""
+"""podman and docker: jobs in containers, which use the host's kernel."""

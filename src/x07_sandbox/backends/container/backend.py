@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 _REFERENCE_MAX: Final = 512
 _ORPHANS_MAX: Final = 1000
 _GAPS: Final = {
-    "connect-fails": "the relay accepts a connection before the gate decides, and then resets it",
+    "connect-fails": "the relay accepts a connection before the gate decides, and resets it if the gate refuses",
     "damaged-image": "the engine stores the image, and only its id is checked",
 }
 
@@ -64,15 +64,15 @@ class ContainerBackend:
         return self
 
     def find(self, ref: str | None) -> OpenImage:
-        """Return the engine's image of that name, else the one in X07_VM_GUEST_IMAGE. Raises ImageError, HostError."""
+        """Return the engine's image *ref*; for None, the image in X07_VM_GUEST_IMAGE. Raises ImageError, HostError."""
         wanted = ref or text("X07_VM_GUEST_IMAGE") or DEFAULT_REFERENCE
         if len(wanted) > _REFERENCE_MAX or wanted.startswith("-"):
-            raise ImageError(f"no guest image {wanted[:80]!r}", "that is not an image name", "Give a NAME:TAG")
+            raise ImageError(f"there is no guest image {wanted[:80]!r}", "this is not an image name", "Use NAME:TAG")
         client = self._engine()
         answer = client.call("image", "inspect", wanted)
-        fix = f"Run x07 image load {self.name}, or scripts/build_guest_runner_image.sh; x07 never pulls it"
+        fix = f"Run x07 image load {self.name}, or scripts/build_guest_runner_image.sh; x07 never pulls an image"
         if answer.status:
-            raise ImageError(f"no guest image {wanted}", answer.error or f"{self.name} does not have it", fix)
+            raise ImageError(f"there is no guest image {wanted}", answer.error or f"{self.name} does not have it", fix)
         image = answer.single_object(self.name)
         if not image.get("Id"):
             raise ImageError(f"cannot use the image {wanted}", f"{self.name} reports no id for it", fix)
@@ -80,7 +80,7 @@ class ContainerBackend:
         labels = (image.get("Config") or {}).get("Labels") or image.get("Labels")
         label = labels.get(MANIFEST_LABEL) if isinstance(labels, dict) else None
         if not isinstance(label, str):
-            raise ImageError(f"cannot use the image {wanted}", "it lacks our label, so our agent is not in it", fix)
+            raise ImageError(f"cannot use the image {wanted}", "it lacks x07's label, so x07's agent is not in it", fix)
         found = manifest.decode(label.encode(), f"the guest image {wanted}")
         if found.guest_code != read_guest_code().digest:
             why = "another version of x07-sandbox made it, so its agent may not be compatible"
@@ -117,7 +117,7 @@ class ContainerBackend:
 
     @contextlib.contextmanager
     def start(self, job: Job) -> Iterator[ContainerInstance]:
-        """Start a job, greeted. Raises NoAnswerError, BackendError, HostError."""
+        """Start a job and wait until its agent has answered. Raises NoAnswerError, BackendError, HostError."""
         assert job.kind.image is not None  # noqa: S101 - for the type checker
         with started(self._engine(), job, job.kind.image) as instance:
             greet(instance, cancel_fd=job.caller.cancel.fd, meanwhile=job.meanwhile)
@@ -128,7 +128,7 @@ class ContainerBackend:
         return live_records(self.name)
 
     def stop(self, record: JobRecord) -> bool:
-        """Remove the container of a record, with the files for it, and return whether it is proven gone."""
+        """Remove a recorded job's container and files. Return whether the container is proven gone."""
         return stop_recorded(
             record, lambda _stored: self._removed(record) and remove_files(record.folder), signals=False
         )
@@ -136,7 +136,7 @@ class ContainerBackend:
     def _removed(self, record: JobRecord) -> bool:
         client = self._engine()
         if (other := recorded_engine(record.folder)) not in {"", client.place}:
-            fix = f"Set X07_VM_{self.name.upper()}_BIN and DOCKER_HOST as they were then"
+            fix = f"Set X07_VM_{self.name.upper()}_BIN and DOCKER_HOST to the values that they had when it was started"
             raise BackendError("cannot stop the container", f"it was started with another {self.name}: {other}", fix)
         answer = client.call("inspect", "--type", "container", container_name(record))
         if answer.absent:
@@ -146,7 +146,7 @@ class ContainerBackend:
         return labels_of(made).get("io.x07.run_id") == record.job_id and remove(client, str(made.get("Id", "")))
 
     def orphans(self) -> Sequence[Orphan]:
-        """Return the containers with our label; none if the engine does not answer, as on most hosts."""
+        """Return the containers with x07's label; none if the engine does not answer, as on most hosts."""
         try:
             client = self._engine()
         except HostError:
@@ -163,11 +163,14 @@ class ContainerBackend:
         return found
 
     def remove(self, orphan: Orphan) -> bool:
-        """Remove one of them and return whether it is proven gone."""
+        """Remove one of the orphans and return whether it is proven gone."""
         return is_id(orphan.id) and remove(self._engine(), orphan.id)
 
 
 def _needs_runc() -> bool:
-    """Whether crun, podman's default, would refuse this host: a version 1 hierarchy with version 2 beside it."""
+    """Return whether crun, podman's default runtime, would refuse this host.
+
+    It refuses a version 1 control group hierarchy with version 2 beside it.
+    """
     hybrid = all(Path("/sys/fs/cgroup", name).exists() for name in ("memory", "unified/cgroup.procs"))
     return hybrid and any(os.access(path, os.X_OK) for path in ("/usr/sbin/runc", "/usr/bin/runc"))

@@ -1,4 +1,4 @@
-"""The command line that creates a job's container, and the check of the result. Pure."""
+"""The command line that creates a job's container, and the check of the created container. No I/O."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ _TMPFS: Final = "rw,nosuid,nodev"
 
 
 class ContainerSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """One container. image: its id. name, mark, labels: the job's. resolv_conf: a host file.
+    """One container.
 
-    net_folder: the folder of the gate's socket, "" for none.
+    image: the id of its image. name, mark, labels: those of the job. resolv_conf: a host file. net_folder: the folder
+    with the gate's socket, or "" if there is none.
     """
 
     engine: str
@@ -43,12 +44,12 @@ class ContainerSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def capabilities(self) -> tuple[str, ...]:
-        """The capabilities of its first process."""
+        """The capabilities of the container's first process."""
         return (*CAPABILITIES, NETWORK_CAPABILITY) if self.net_folder else CAPABILITIES
 
     @property
     def memory_bytes(self) -> int:
-        """The limit for the program, the agent, and input files, which are in memory."""
+        """The memory limit, for the program, the agent and the input files, which are in memory."""
         return self.needs.mem_bytes + AGENT_BYTES + 2 * self.needs.files_bytes
 
     @property
@@ -57,7 +58,7 @@ class ContainerSpec(msgspec.Struct, frozen=True, kw_only=True):
         return self.needs.tasks + AGENT_TASKS + bool(self.net_folder)
 
     def tmpfs(self) -> dict[str, str]:
-        """Return the folders in memory, by path, with their mount options."""
+        """Return the mount options of the folders in memory, by path."""
         needs = self.needs
         run = "noexec" if needs.closed else "exec"
         files, program = 3 * needs.files_bytes + 16 * MIB, needs.mem_bytes + needs.files_bytes
@@ -75,7 +76,7 @@ class ContainerSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def create_argv(spec: ContainerSpec) -> Iterator[str]:
-    """Yield the words after the engine's name."""
+    """Yield the words of the command line after the engine's name."""
     podman, needs = spec.engine == "podman", spec.needs
     yield from ("create", "--interactive", "--pull", "never", "--name", spec.name, "--network", "none")
     yield from ("--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--user", "0:0")
@@ -107,9 +108,10 @@ def _binds(spec: ContainerSpec) -> dict[str, str]:
 
 
 def differences(spec: ContainerSpec, made: Mapping[str, Any]) -> list[str]:
-    """Return what differs between a created container and *spec*, by its engine's inspect.
+    """Return how a created container differs from *spec*.
 
-    An engine's configuration may add mounts, devices or rights to every container.
+    made: the engine's description of the container (inspect). An engine's configuration may add mounts, devices or
+    rights to every container.
     """
     host, config = made.get("HostConfig") or {}, made.get("Config") or {}
     labels = config.get("Labels") or {}
@@ -135,7 +137,7 @@ def differences(spec: ContainerSpec, made: Mapping[str, Any]) -> list[str]:
 
 
 def engine_gaps(name: Name, info: Mapping[str, Any]) -> list[str]:
-    """Return the limits that this engine would ignore here, by its `info`."""
+    """Return the limits that this engine would ignore on this host. info: the output of its `info` command."""
     if name == "docker":
         found = [] if info.get("MemoryLimit") else ["memory"]
         return found if info.get("PidsLimit") else [*found, "tasks"]

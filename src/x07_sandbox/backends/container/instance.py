@@ -68,11 +68,11 @@ class ContainerInstance(HostAgent):
         self._gone = False
 
     def exit_status(self) -> int | None:
-        """Return the status of the engine's client, which is that of the container."""
+        """Return the exit status of the engine's client, which is that of the container."""
         return self.client.poll()
 
     def stop(self) -> bool:
-        """Remove the container and return whether it is proven gone. Can be called again."""
+        """Remove the container and return whether it is proven gone. May be called again."""
         if not self._gone:
             self._gone = remove(self._engine, self._container)
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -85,7 +85,7 @@ class ContainerInstance(HostAgent):
 
 @contextlib.contextmanager
 def started(engine: Engine, job: Job, image: OpenImage) -> Iterator[ContainerInstance]:
-    """Create and start a container; on exit it is gone and recorded as gone. Raises BackendError, HostError."""
+    """Create and start a container. At the end it is gone, and recorded as gone. Raises BackendError, HostError."""
     record = create_record(job.claim, backend=engine.name, image_digest=image.manifest.digest)
     with contextlib.ExitStack() as stack:
         stack.callback(drop_unstarted, record)
@@ -131,7 +131,7 @@ def started(engine: Engine, job: Job, image: OpenImage) -> Iterator[ContainerIns
 
 
 class _Files:
-    """The container's files in the record's folder: the gate's socket, and /etc/resolv.conf."""
+    """The container's files in the folder of the job's record: the gate's socket, and /etc/resolv.conf."""
 
     def __init__(self, engine: Engine, record: JobRecord, *, network: bool, stack: contextlib.ExitStack) -> None:
         self.resolv_conf = record.folder / _RESOLV_CONF
@@ -183,7 +183,7 @@ def remove_files(folder: Path) -> bool:
 
 
 def recorded_engine(folder: Path) -> str:
-    """Return which engine started a job's container, "" if that is unknown."""
+    """Return the engine that started a job's container, or "" if that is unknown."""
     try:
         return read_bounded(folder / _ENGINE, "record", _ENGINE_MAX).decode("utf-8", "replace")
     except (OSError, UsageError):
@@ -204,8 +204,9 @@ def _spec(engine: Engine, job: Job, record: JobRecord, image: OpenImage, files: 
     )
     for path in (spec.resolv_conf, *spec.tmpfs()):
         if "," in path or ":" in path:
-            why = f"{path!r} has a comma or a colon, which {engine.name} cannot take in a path"
-            raise HostError("cannot bring a folder into a container", why, "Rename it, or use --sandbox-backend vm")
+            why = f"{path!r} has a comma or a colon, which {engine.name} does not accept in a path"
+            fix = "Rename the folder, or use --sandbox-backend vm"
+            raise HostError("cannot mount a folder in the container", why, fix)
     return spec
 
 
@@ -224,7 +225,10 @@ def _created(engine: Engine, spec: ContainerSpec) -> str:
 
 
 def _start_reaper(engine: Engine, record: JobRecord, deadline_s: int, runner_fd: int) -> subprocess.Popen[bytes]:
-    """Start what removes the container after its deadline or this process's end. Raises BackendError."""
+    """Start the process that removes the container after its deadline or after this process ends.
+
+    Raises BackendError.
+    """
     until = time.clock_gettime(time.CLOCK_BOOTTIME) + deadline_s + settings.CLEANUP_MS / 1000
     removing = engine.argv(*_removing(engine, container_name(record)))
     argv = [sys.executable, "-I", "-S", reaper.__file__, str(record.folder), str(until), str(runner_fd), *removing]
@@ -255,6 +259,6 @@ def remove(engine: Engine, container: str) -> bool:
 
 
 def labels_of(made: dict[str, Any]) -> dict[str, str]:
-    """Return the labels of an inspected container, as text."""
+    """Return the labels of an inspected container as text."""
     labels = (made.get("Config") or {}).get("Labels") or {}
     return {str(key)[:256]: str(value)[:4096] for key, value in labels.items()}

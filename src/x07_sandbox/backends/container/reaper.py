@@ -1,9 +1,10 @@
-"""A program that removes a container after its deadline or the end of its runner.
+"""A program that removes a container after its deadline, or after the x07 process that started it (the runner) ended.
 
     python -I -S reaper.py FOLDER DEADLINE_S RUNNER_FD CLIENT WORD...
 
-DEADLINE_S: on the boot clock. RUNNER_FD: a pipe that ends with the runner; a byte in it says that the container is
-gone. CLIENT WORD...: the call that removes the container. Few imports, since it lives as long as the job.
+DEADLINE_S: on the boot clock. RUNNER_FD: a pipe that ends with the runner. A byte in the pipe means that the container
+is gone. CLIENT WORD...: the command that removes the container. The program imports little, since it lives as long as
+the job.
 """
 
 import os
@@ -15,7 +16,7 @@ _TRIES = 5
 
 
 def main(folder: str, deadline_s: float, runner_fd: int, removing: list[str]) -> None:
-    """Wait, then remove the container unless its runner has."""
+    """Wait, then remove the container unless the runner has removed it."""
     poll = select.poll()
     poll.register(runner_fd, select.POLLIN)
     # At most an hour at a time: poll(2) does not count the time in which the machine sleeps.

@@ -1,1 +1,1 @@
-"""The two backends without a virtual machine: a confined process of this host, and an unconfined one."""
+"""The two backends without a virtual machine: a confined process on this host, and an unconfined process."""

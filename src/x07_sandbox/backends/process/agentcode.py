@@ -23,7 +23,10 @@ _CHANGES: Final = ("/var/lib/dpkg/status", "/usr/bin", "/usr/lib", "/usr/local/b
 
 
 def agent_code(*, confined: bool) -> Path:
-    """Return the agent's zip. confined: with the filters that a confined program needs. Raises HostError."""
+    """Return the path of the agent's zip. Raises HostError.
+
+    confined: whether the zip includes the seccomp filters for a confined program.
+    """
     code, folder = read_guest_code(), cache_folder("agent")
     key = _key(code, confined=confined)
     for path in folder.glob(f"{key}-*.zip"):
@@ -39,7 +42,7 @@ def agent_code(*, confined: bool) -> Path:
 
 
 def _key(code: GuestCode, *, confined: bool) -> str:
-    """Return a digest of what the zip depends on."""
+    """Return a digest of everything that the zip depends on."""
     parts: list[object] = [code.digest, confined, os.uname().machine]
     for path in (PYTHON, *(_CHANGES if confined else ())):
         try:
@@ -69,7 +72,7 @@ def _build(code: GuestCode, system: System, *, confined: bool) -> bytes:
 
 
 def _in_view(system: System, work: Path, script: list[str]) -> list[str]:
-    """Return the command that runs a script of ours in a confined program's view, with *work* at /x07."""
+    """Return the command that runs a script of x07 in a confined program's view, with *work* at /x07."""
     argv = [BWRAP, "--unshare-all", "--die-with-parent", "--new-session", "--clearenv", "--proc", "/proc"]
     argv += ["--dev", "/dev", *view_args(system), "--bind", str(work), "/x07", "--chdir", "/"]
     return [*argv, "--", PYTHON, "-I", "-S", *script]

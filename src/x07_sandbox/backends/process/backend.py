@@ -48,8 +48,10 @@ _PER_PROCESS: Final = frozenset({"limits.fds", "limits.core_dumps"})
 _BY_CONTROLLER: Final = {"memory": "limits.mem_bytes", "pids": "limits.procs", "cpuacct": "limits.cpu_ms"}
 _TASKS_APART: Final = (5, 14)  # since this Linux a process limit counts each user namespace separately
 _LANDLOCK_LEAST: Final = 2  # the first version that allows moving files between folders
-_RESETS: Final = {"connect-fails": "the relay accepts a connection before the gate decides, and then resets it"}
-_NO_IMAGE: Final = dict.fromkeys(("image-digest", "damaged-image"), "it uses no image but this host's programs")
+_RESETS: Final = {
+    "connect-fails": "the relay accepts a connection before the gate decides, and resets it if the gate refuses"
+}
+_NO_IMAGE: Final = dict.fromkeys(("image-digest", "damaged-image"), "it uses this host's programs instead of an image")
 _NO_COPIES: Final = "an unconfined program cannot get copies of folders"
 _UNCONFINED: Final = {
     "cpu": "CPU time of children that are not waited for is not counted",
@@ -66,7 +68,7 @@ _UNCONFINED: Final = {
 
 
 class _Backend(ABC):
-    """The common part of both."""
+    """The common part of the `os` and `none` backends."""
 
     name: str
     known_gaps: Mapping[str, str]
@@ -76,11 +78,11 @@ class _Backend(ABC):
 
     @abstractmethod
     def _started(self, record: JobRecord, deadline_s: int) -> AbstractContextManager[ProcessInstance]:
-        """Start an agent without its handshake. Raises BackendError, HostError."""
+        """Start an agent, without the handshake. Raises BackendError, HostError."""
 
     @contextlib.contextmanager
     def start(self, job: Job) -> Iterator[ProcessInstance]:
-        """Start a job, greeted. Raises NoAnswerError, BackendError, HostError."""
+        """Start a job and wait until its agent has answered. Raises NoAnswerError, BackendError, HostError."""
         record = create_record(job.claim, backend=self.name, image_digest="")
         with self._started(record, job.claim.deadline_s) as instance:
             greet(instance, cancel_fd=job.caller.cancel.fd, meanwhile=job.meanwhile)
@@ -91,7 +93,7 @@ class _Backend(ABC):
         return live_records(self.name)
 
     def stop(self, record: JobRecord) -> bool:
-        """Stop a job by its record, and remove its control groups and files."""
+        """Stop a recorded job, and remove its control groups and files."""
 
         def remove(stored: StoredJob) -> bool:
             groups = stored.owner is None or remove_groups(stored.owner.cgroups)
@@ -100,7 +102,7 @@ class _Backend(ABC):
         return stop_recorded(record, remove)
 
     def _prove(self) -> str:
-        """Start an agent and return why it did not answer, "" if it did. Raises SandboxError."""
+        """Start an agent and return why it did not answer, or "" if it did. Raises SandboxError."""
         claim = Claim(run_id=new_run_id(), phase="probe", wall_ms=int(_ANSWER_S * 1000))
         record = create_record(claim, backend=self.name, image_digest="")
         with self._started(record, int(_ANSWER_S) + 5) as instance:
@@ -121,11 +123,11 @@ class OsBackend(_Backend):
         self._controllers: tuple[str, ...] = ()
 
     def probe(self, _image: OpenImage | None = None, *, boot: bool = True) -> Availability:
-        """Return what this host can limit, proven once a boot by starting a process. Raises HostError."""
+        """Return what this host can limit, proven once per boot by starting a process. Raises HostError."""
         _require_tools()
         self._controllers = _controllers()
         features = _confined_features(self._controllers)
-        proof = f"our agent answered from a confined process under Linux {os.uname().release}"
+        proof = f"x07's agent answered from a confined process under Linux {os.uname().release}"
         verdict = proof_file(BWRAP, os.geteuid(), agent_code(confined=True).name)
         known = verdict.exists()
         if not known and boot:
@@ -168,7 +170,7 @@ class NoneBackend(_Backend):
 
 
 def _controllers() -> tuple[str, ...]:
-    """Return the controllers for which this host lets us make control groups."""
+    """Return the controllers for which this host lets this process make control groups."""
     groups = program_groups(f"probe-{os.urandom(8).hex()}", uid=os.geteuid())
     groups.remove()
     return groups.holds
@@ -187,7 +189,7 @@ def _confined_features(controllers: tuple[str, ...]) -> Features:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    """Return the first version number in *text* as (major, minor), () for none."""
+    """Return the first version number in *text* as (major, minor), or () if there is none."""
     found = re.search(r"(\d+)\.(\d+)", text)
     return tuple(int(word) for word in found.groups()) if found else ()
 
@@ -218,7 +220,7 @@ def _require_python() -> None:
 
 
 def _version(path: str) -> tuple[int, ...]:
-    """Return the version that a program prints, () if it prints none."""
+    """Return the version that a program prints, or () if it prints none."""
     argv, env, no_input = [path, "--version"], {"PATH": "/usr/bin:/bin", "LC_ALL": "C"}, subprocess.DEVNULL
     try:
         done = subprocess.run(argv, stdin=no_input, capture_output=True, timeout=30, check=False, env=env)

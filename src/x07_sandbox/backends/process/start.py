@@ -1,4 +1,4 @@
-"""Starting and ending an agent on this host, below the supervisor."""
+"""Starting and ending an agent on this host, below a supervisor."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _FREE_DEPTH: Final = 1
 
 
 class _Ends:
-    """The streams of one agent: our ends, closed by *stack*, and the child's, in *given*."""
+    """The streams of one agent: this process's ends, closed by *stack*, and the child's ends, in *given*."""
 
     def __init__(self, stack: contextlib.ExitStack) -> None:
         self.given = FdGroup()
@@ -48,7 +48,7 @@ class _Ends:
 
 
 class ProcessInstance(HostAgent, Jailed):
-    """An agent on this host. Made by `start_confined` or `start_unconfined`, which also end it."""
+    """An agent on this host. `start_confined` and `start_unconfined` make it, and end it."""
 
     notes: tuple[str, ...] = ()
     greeting: Greeting
@@ -62,9 +62,10 @@ class ProcessInstance(HostAgent, Jailed):
 
 @contextlib.contextmanager
 def start_confined(record: JobRecord, deadline_s: int, controllers: tuple[str, ...] = ()) -> Iterator[ProcessInstance]:
-    """Start a confined agent; on exit it is gone and recorded as gone. Raises BackendError, HostError.
+    """Start a confined agent. At the end it is gone, and recorded as gone. Raises BackendError, HostError.
 
-    It runs as this user, or for root as a uid of its own. controllers: the control groups that the plan relies on.
+    It runs as this user; if this user is root, it runs with a uid of its own. controllers: the control groups that the
+    plan relies on.
     """
     with contextlib.ExitStack() as stack:
         stack.callback(drop_unstarted, record)
@@ -107,7 +108,10 @@ def start_confined(record: JobRecord, deadline_s: int, controllers: tuple[str, .
 
 @contextlib.contextmanager
 def start_unconfined(record: JobRecord, deadline_s: int) -> Iterator[ProcessInstance]:
-    """Start an unconfined agent with a folder in the record's. Raises BackendError, HostError."""
+    """Start an unconfined agent, with a folder of its own in the record's folder.
+
+    Raises BackendError, HostError.
+    """
     with contextlib.ExitStack() as stack:
         stack.callback(drop_unstarted, record)
         require_own_proc()
@@ -149,7 +153,7 @@ def files_folder(record: JobRecord) -> Path:
 
 
 def remove_folder(folder: Path) -> bool:
-    """Remove a folder in which a program may have withdrawn permissions, and return whether it is gone."""
+    """Remove a folder and return whether it is gone. A program may have removed permissions in it."""
     for place, inner, _ in os.walk(folder):
         for path in (Path(place, name) for name in inner):  # before it is entered
             # The runner and a process that stops its job may both be removing it.

@@ -37,7 +37,7 @@ class System(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def this_system() -> System:
-    """Return this host's."""
+    """Return the system folders of this host."""
     links = {name: str(Path("/", name).readlink()) for name in _PROGRAMS if Path("/", name).is_symlink()}
     folders = tuple(name for name in _PROGRAMS if name not in links and Path("/", name).is_dir())
     return System(links=links, folders=folders)
@@ -46,9 +46,10 @@ def this_system() -> System:
 class Sandbox(msgspec.Struct, frozen=True, kw_only=True):
     """One confined agent.
 
-    mark: the random text that identifies the job's processes. agent_fd: its code. file_fds: FILES, by path.
-    scratch_bytes: limit for the job's files, which are in memory. groups: the program's control groups, by their place
-    below GROUP, "" for the only one. lock_fd: stays open as long as any of its processes lives.
+    mark: the random text that identifies the job's processes. agent_fd: the agent's code. file_fds: descriptors of
+    FILES, by path. scratch_bytes: limit for the job's files, which are in memory. groups: the program's control groups,
+    by their place below GROUP; the place is "" if there is only one. lock_fd: stays open as long as any process of the
+    agent lives.
     """
 
     system: System
@@ -63,7 +64,7 @@ class Sandbox(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def view_args(system: System) -> list[str]:
-    """Return bubblewrap's options for a read-only system without users' files."""
+    """Return bubblewrap's options for a read-only system without the users' files."""
     args = ["--ro-bind", "/usr", "/usr"]
     for name, target in system.links.items():
         args += ["--symlink", target, f"/{name}"]
@@ -77,7 +78,7 @@ def view_args(system: System) -> list[str]:
 
 
 def sandbox_argv(sandbox: Sandbox) -> list[str]:
-    """Return the command line of bubblewrap and the agent, which needs all capabilities in its user namespace."""
+    """Return the command line of bubblewrap with the agent, which has all capabilities in its user namespace."""
     argv = [BWRAP, "--unshare-user", "--uid", "0", "--gid", "0", "--cap-add", "ALL"]
     # No cgroup namespace: processes could not be moved into a group outside of it. Init makes one later.
     argv += [f"--unshare-{name}" for name in ("ipc", "pid", "net", "uts")]
@@ -103,5 +104,5 @@ def agent_argv(code: str, *words: str) -> list[str]:
 
 
 def scratch_bytes(most: int) -> int:
-    """Return how much of this host's memory a job's files may take: at most half of it."""
+    """Return how much memory the files of a job may take: *most*, but at most half of this host's."""
     return min(most, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)

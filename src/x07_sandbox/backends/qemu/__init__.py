@@ -1,1 +1,1 @@
-"""The embedded Linux backend: QEMU with hardware virtualisation or emulated."""
+"""The embedded Linux backend: QEMU, with hardware virtualisation or with emulation."""

@@ -1,4 +1,4 @@
-"""The QEMU backend: probing, starting jobs, and cloning saved machines."""
+"""The QEMU backend: probing, starting jobs, and cloning saved VMs."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ if TYPE_CHECKING:
 
 # Measured on 2 cores (docs/explanation/design.md, "Emulation") with compilers and interpreters.
 SLOWDOWN: Final = "9 to 17 times"
-_ANY_TIMER: Final = "the {} machine's timer may run late: each machine booted before it measured its timer wrong"
+_ANY_TIMER: Final = "timers in the {} VM may run late: its kernel measured the timer wrong, as in each earlier attempt"
 
 
 class QemuBackend:
-    """The embedded backend of Linux, which needs only packages. `probe` must be called first."""
+    """The embedded backend of Linux, which needs only packages. Call `probe` first."""
 
     name = "qemu"
     uses_image = True
@@ -70,11 +70,11 @@ class QemuBackend:
 
     @property
     def cloning(self) -> QemuBackend:
-        """Support for copy-on-write clones of saved machines."""
+        """Support for copy-on-write clones of saved VMs."""
         return self
 
     def probe(self, image: OpenImage | None, *, boot: bool = True) -> Availability:
-        """Return hardware virtualisation if our agent has answered under it, else emulation."""
+        """Return the features with KVM if x07's agent has answered under it, or else those of emulation."""
         check_tools(host_arch())  # first: verdicts and templates are stored by the state of QEMU's file
         if flag("X07_VM_REQUIRE_NAMESPACES"):
             jail_form()  # raises RefusedError early
@@ -95,7 +95,7 @@ class QemuBackend:
         return live_records(self.name)
 
     def stop(self, record: JobRecord) -> bool:
-        """Stop a job by its record, and remove its control groups."""
+        """Stop a recorded job, and remove its control groups."""
         from x07_sandbox.jail.cgroups import remove_groups
         from x07_sandbox.jobs.stopping import stop_recorded
 
@@ -103,16 +103,22 @@ class QemuBackend:
 
     @contextlib.contextmanager
     def start(self, job: Job) -> Iterator[QemuInstance]:
-        """Start a job as a clone, making the template if need be, or cold, and yield the first machine that answers."""
+        """Start a job and yield the first VM whose agent answers: a clone of a saved VM, or a newly booted one.
+
+        A missing saved VM is made first.
+        """
         with contextlib.ExitStack() as stack:
             yield self._answering(job, stack)
 
     def _answering(self, job: Job, stack: contextlib.ExitStack) -> QemuInstance:
-        """Return the first machine that answers. Raises NoAnswerError if none does or the caller cancels."""
+        """Return the first VM whose agent answers.
+
+        Raises NoAnswerError if no agent answers or if the caller cancels.
+        """
         claim, cold, cloned = job.claim, job.cold, False
         notes: dict[str, str] = {}  # by subject, so that each appears once
         if cold:
-            job.caller.progress(f"booting a machine for the {claim.phase}")
+            job.caller.progress(f"booting a VM for the {claim.phase}")
         tries = enumerate(boot_attempts(), 1)
         number, last = next(tries)
         while True:
@@ -147,11 +153,11 @@ class QemuBackend:
             number, last = next(tries)
 
     def _clone_failed(self, job: Job, error: NoAnswerError, notes: dict[str, str]) -> bool:
-        """Record that a clone did not answer and return whether the retry has to be told to boot."""
+        """Record that a clone did not answer. Return whether the caller must boot a VM in the next attempt."""
         from x07_sandbox.plan.outcomes import classify
 
         evidence = evidence_of(error.failure)
-        why = f"a clone of it did not answer: {classify(evidence).reason}"
+        why = f"a clone of the saved VM did not answer: {classify(evidence).reason}"
         if evidence.killed:
             notes["cold"] = _started_cold(job, why)
         else:
@@ -160,7 +166,7 @@ class QemuBackend:
 
     @contextlib.contextmanager
     def _started(self, job: Job, notes: dict[str, str], *, any_timer: bool) -> Iterator[QemuInstance]:
-        """Yield a blocked machine for *job*. notes: for the user, added to."""
+        """Yield a blocked VM for *job*. notes: remarks for the user, which this function adds to."""
         record = create_record(job.claim, backend=self.name, image_digest=job.kind.image_digest)
         with contextlib.ExitStack() as stack:
             stack.callback(drop_unstarted, record)
@@ -171,7 +177,7 @@ class QemuBackend:
             yield stack.enter_context(start_qemu(machine, self._accelerator, memory=saved))
 
     def _saved(self, job: Job, stack: contextlib.ExitStack, notes: dict[str, str]) -> tuple[Saved | None, str]:
-        """Return the template's files, made now if need be, or None and the reason for a cold start."""
+        """Return the files of the saved VM, making them if necessary, or None and the reason for booting instead."""
         template = template_for(job.kind, self._accelerator)
         if reason := template.suspended():
             return None, reason
@@ -183,18 +189,18 @@ class QemuBackend:
             return None, f"{exc.what}: {exc.why}"  # temporary, as below
         except ImageError as exc:
             damage = f"{exc.what}: {exc.why}"
-            job.caller.progress(f"{damage}; rebuilding it")
+            job.caller.progress(f"{damage}; saving it again")
             remove_template(template.folder)
         started_at = time.monotonic()
         saved, why_not = self._made(template, job, stack)
         if saved is not None:
-            notes["saved"] = f"a machine for {template.title} was saved first, in {time.monotonic() - started_at:.0f} s"
+            notes["saved"] = f"a VM for {template.title} was saved first, in {time.monotonic() - started_at:.0f} s"
         if damage:
-            notes["damage"] = damage if saved is None else f"{damage}; it was rebuilt"
+            notes["damage"] = damage if saved is None else f"{damage}; it was saved again"
         return saved, why_not
 
     def _made(self, template: Template, job: Job, stack: contextlib.ExitStack) -> tuple[Saved | None, str]:
-        """Make the template and return its files, or None and the reason: a job can always start cold."""
+        """Save a VM and return its files, or None and the reason. A failure does not end the job, which can boot."""
         if short := lack_of_space(job.kind.ram_bytes):
             return None, short
         try:
@@ -215,30 +221,30 @@ class QemuBackend:
             ensure_template(template, kind, self._accelerator, caller.progress)
 
     def prepare(self, kind: MachineKind, caller: Caller) -> None:
-        """Make the template now, even if it is suspended. Raises SandboxError."""
+        """Save a VM now, even if saving is suspended. Raises SandboxError."""
         template = template_for(kind, self._accelerator)
         clear_suspensions()
         self._make(template, kind, caller)
 
     def prunable(self, images: set[str], on_wait: Callable[[], None]) -> Iterator[Prunable]:
-        """Yield the templates and leftovers that can go, under their lock."""
+        """Yield, under the lock of the saved VMs, the saved VMs and leftovers that can be removed."""
         return prunable(images, on_wait)
 
     def renew(self, instance: Instance, kind: MachineKind) -> None:
-        """Have the agent prepare for the next program. Raises BackendError."""
+        """Make an instance that has run programs of x07 itself ready for one user program. Raises BackendError."""
         renew(instance, kind)
 
     def adopt(self, instance: Instance, claim: Claim, runner: Identity, ram_bytes: int) -> None:
-        """Turn a waiting machine into the job of *claim*, which uses at most *ram_bytes* of its RAM."""
+        """Turn a waiting VM into the job of *claim*, which uses at most *ram_bytes* of RAM."""
         _ours(instance).adopt(claim, runner, ram_bytes)
 
     def descriptors(self, instance: Instance) -> dict[str, int]:
-        """Return the machine's streams and the pidfds of its processes."""
+        """Return the VM's streams, and the pidfds of its processes."""
         found = _ours(instance)
         return {**found.ends, "supervisor": found.pidfd, "inner": found.inner_pidfd}
 
     def leased(self, lease: Lease, record: JobRecord, jail: str, owned_fds: Mapping[str, int]) -> LeasedInstance:
-        """Return a machine that another process started and still watches."""
+        """Return a VM that another process started and still watches."""
         return LeasedInstance(lease, record, jail, owned_fds)
 
 
@@ -248,4 +254,4 @@ def _ours(instance: Instance) -> QemuInstance:
 
 
 def _started_cold(job: Job, why: str) -> str:
-    return f"the {job.claim.phase.partition('-')[0]} machine started cold: {why}"
+    return f"the {job.claim.phase.partition('-')[0]} VM booted without a saved VM: {why}"

@@ -36,11 +36,11 @@ Limits = dict[int, tuple[int, int]]
 
 
 class NotStartedError(BackendError):
-    """The virtual machine could not be started because of the host or the caller's limits, not of its contents."""
+    """The virtual machine could not be started because of the host or of the caller's limits, not of its files."""
 
 
 def limits_of(ram_bytes: int, *, namespaces: bool) -> Limits:
-    """Return (soft, hard) by limit. Raises NotStartedError if this shell's own limits are lower."""
+    """Return (soft, hard) by limit. Raises NotStartedError if this process's own limits are lower."""
     most = {
         resource.RLIMIT_FSIZE: settings.SCRATCH_BYTES,
         resource.RLIMIT_AS: ram_bytes + _AS_ABOVE_RAM,
@@ -67,7 +67,7 @@ def limits_of(ram_bytes: int, *, namespaces: bool) -> Limits:
 
 
 def bound(limits: Limits, groups: HostGroups, pid: int) -> None:
-    """Limit the still blocked process, whose children inherit that. Raises NotStartedError."""
+    """Limit the process *pid*, which is still blocked. Its children inherit the limits. Raises NotStartedError."""
     try:
         for which, values in limits.items():
             resource.prlimit(pid, which, values)
@@ -87,17 +87,17 @@ def _not_bounded(limits: Limits, why: str) -> NotStartedError:
         if which in limits and limits[which][1] > _hard_limit(which)
     ]
     fix = f"Raise the hard limits of this shell: {', '.join(needed) or 'ulimit -H -a shows them'}"
-    return NotStartedError("cannot bound the virtual machine", why, fix)
+    return NotStartedError("cannot set the limits of the virtual machine", why, fix)
 
 
 def _hard_limit(which: int) -> float:
-    """Return the hard limit of this process, infinity for none."""
+    """Return this process's hard limit, or infinity if there is none."""
     hard = resource.getrlimit(which)[1]
     return math.inf if hard == resource.RLIM_INFINITY else hard
 
 
 def _tasks_are_counted_apart() -> bool:
-    """Whether RLIMIT_NPROC counts only the jail's tasks."""
+    """Return whether RLIMIT_NPROC counts only the tasks in the jail."""
     # It does in a user namespace (Linux 5.14), and for a uid of its own if bubblewrap runs as real root.
     mapped = Path("/proc/self/uid_map").read_text(encoding="ascii").split()
     return os.geteuid() != 0 or mapped == ["0", "0", "4294967295"]

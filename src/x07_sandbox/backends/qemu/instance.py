@@ -31,9 +31,9 @@ _GONE_S: Final = 10.0
 
 
 class ReleasePipe:
-    """The pipe through which a blocked jail gets its system call filter (`Jail.filter_fd`). Owns the descriptor.
+    """The pipe through which a blocked jail gets its system call filter (`Jail.filter_fd`).
 
-    message: returns what to write, for the pid of the jail's first process.
+    It owns the descriptor. message: returns the bytes to write, for the pid of the jail's first process.
     """
 
     def __init__(self, owned_fd: int, message: Callable[[int], bytes]) -> None:
@@ -50,14 +50,17 @@ class ReleasePipe:
         self.close()
 
     def close(self) -> None:
-        """End a jail that is still blocked. A second call does nothing."""
+        """End the jail if it is still blocked. A second call does nothing."""
         if self._fd is not None:
             close_on_fork.close(self._fd)
             self._fd = None
 
 
 class HostSide(NamedTuple):
-    """The host's side of a QEMU. ends: of its streams, lent. paths: where it opens its files."""
+    """The host's side of a QEMU process.
+
+    ends: this process's ends of its streams; the caller keeps owning them. paths: where QEMU opens its files.
+    """
 
     groups: HostGroups
     release_pipe: ReleasePipe
@@ -66,7 +69,7 @@ class HostSide(NamedTuple):
 
 
 class Streams:
-    """The streams of a QEMU. The descriptors in *ends* are lent."""
+    """The streams of a QEMU process. The caller keeps owning the descriptors in *ends*."""
 
     greeting: Greeting
 
@@ -82,27 +85,27 @@ class Streams:
         self._side = {stream.fd: stream for stream in (self.console, self.qmp, self.errors)}
 
     def send_qmp(self, commands: bytes) -> None:
-        """Write to QMP; the replies go to `qmp`."""
+        """Write to QMP. The replies go to `qmp`."""
         with contextlib.suppress(OSError):  # QEMU has ended, which its other streams show
             os.write(self._qmp_fd, commands)
 
     def side_fds(self) -> tuple[int, ...]:
-        """Return the descriptors of console, QMP replies and the VMM's messages."""
+        """Return the descriptors of the console, the QMP replies and QEMU's messages."""
         return tuple(fd for fd, stream in self._side.items() if not stream.ended)
 
     def drain(self, fd: int) -> None:
-        """Read one of them, within its size limit."""
+        """Read one of the `side_fds`, within its size limit."""
         self._side[fd].read()
 
     def console_tail(self) -> str:
-        """Return the end of console and VMM messages, with control characters replaced."""
+        """Return the end of the console output and QEMU's messages, with control characters replaced."""
         for stream in self._side.values():
             stream.read()
         return self.console.text() + self.errors.text()
 
 
 class QemuInstance(Streams, Jailed):
-    """A QEMU that this process started. Made by `start_qemu`, which also ends it."""
+    """A QEMU process that this process started. `start_qemu` makes it, and ends it."""
 
     def __init__(self, start: Start, host: HostSide, child: subprocess.Popen[bytes], inner: Identity) -> None:
         Streams.__init__(self, host.ends, start.start_mode)
@@ -113,7 +116,7 @@ class QemuInstance(Streams, Jailed):
         self._release_pipe = host.release_pipe
 
     def release(self) -> None:
-        """Let the machine run, after its record was written. A second call does nothing."""
+        """Let the VM run, once its record is written. A second call does nothing."""
         if self._release_pipe.released or self.child.poll() is not None:
             return  # never release a jail whose supervisor has ended: nothing would stop it
         if self.start_mode == "clone":
@@ -121,9 +124,9 @@ class QemuInstance(Streams, Jailed):
         self._release_pipe.release(self.inner.pid)
 
     def adopt(self, claim: Claim, runner: Identity, ram_bytes: int) -> None:
-        """Turn a waiting machine into the job of *claim*, run by *runner*. Raises HostError, BackendError.
+        """Turn a waiting VM into the job of *claim*, started by the process *runner*.
 
-        ram_bytes: the most RAM that the job uses.
+        ram_bytes: the most RAM that the job uses. Raises HostError, BackendError.
         """
         # If this fails halfway, the record names the processes and an owner that is dead by then.
         self.set_deadline(claim.deadline_s)
@@ -136,7 +139,7 @@ class QemuInstance(Streams, Jailed):
         self.record = renamed_record(self.record)
 
     def set_deadline(self, seconds: int) -> None:
-        """Set the supervisor's deadline by a signal with a value (jail/data/supervisor.pl)."""
+        """Set the supervisor's deadline, with a signal that carries a value (jail/data/supervisor.pl)."""
         import ctypes
 
         libc = ctypes.CDLL(None, use_errno=True)
@@ -150,7 +153,7 @@ class QemuInstance(Streams, Jailed):
 
 
 class LeasedInstance(Streams):
-    """A machine of the pool's process; its descriptors are ours."""
+    """A VM that the pool's process owns. The descriptors belong to this process."""
 
     def __init__(self, lease: Lease, record: JobRecord, jail: str, owned_fds: Mapping[str, int]) -> None:
         super().__init__(owned_fds, "pool")
@@ -162,10 +165,10 @@ class LeasedInstance(Streams):
         self._gone: bool | None = None
 
     def release(self) -> None:
-        """Do nothing: the machine runs already."""
+        """Do nothing, since the VM runs already."""
 
     def exit_status(self) -> int | None:
-        """Return the machine's exit status as its owner reports it, None while it lives."""
+        """Return the VM's exit status as its owner reports it, or None while it runs."""
         return self._lease.exit_status()
 
     def stop(self) -> bool:

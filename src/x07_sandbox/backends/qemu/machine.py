@@ -1,4 +1,4 @@
-"""The virtual machine and QEMU's command line. Pure, and stable: a saved machine resumes only on the same one.
+"""The virtual machine and QEMU's command line, without I/O. It is stable: a saved VM resumes only on the same machine.
 
 Measured: microvm with the PIT off and a given TSC frequency always booted under emulation; the second port `x07.net`
 needs max_ports=3. An initramfs may overlap microvm's ACPI tables by up to a page: with a size of 3,828 or 4,028 modulo
@@ -30,7 +30,7 @@ ROOT_SERIAL: Final = "x07root"
 
 
 class Origin(enum.Enum):
-    """The source of a machine's memory."""
+    """Where a machine's memory comes from."""
 
     COLD = "cold"  # booted, in anonymous memory
     SAVING = "saving"  # booted, in a file that is kept
@@ -38,7 +38,7 @@ class Origin(enum.Enum):
 
 
 class Paths(msgspec.Struct, frozen=True, kw_only=True):
-    """Where QEMU finds its files: below the jail's root, or as descriptors in a jail without one."""
+    """Where QEMU finds its files: below the jail's root, or as descriptors if the jail has no root of its own."""
 
     kernel: str = KERNEL
     initrd: str = INITRD
@@ -50,9 +50,9 @@ class Paths(msgspec.Struct, frozen=True, kw_only=True):
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
     """One machine: sizes, processor, and the descriptors that QEMU inherits.
 
-    kvm_fd: an open /dev/kvm, None for emulation. reserve: whether QEMU reserves all RAM on the host at once.
+    kvm_fd: an open /dev/kvm, or None for emulation. reserve: whether QEMU reserves all RAM on the host at once.
     any_timer: whether the guest accepts a timer that its kernel calibrated wrong (guest/boot/init.c).
-    tsc_khz: frequency of the host's time stamp counter, None if the guest can measure it.
+    tsc_khz: frequency of the host's time stamp counter, or None if the guest can measure it.
     """
 
     arch: Arch
@@ -72,7 +72,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def kernel_command_line(machine: Machine) -> str:
-    """Return the kernel's command line. Nothing in it depends on the job, so a saved machine can serve any."""
+    """Return the kernel's command line. It does not depend on the job, so a saved VM can serve any job."""
     words = ["console=ttyS0" if machine.arch.machine == "microvm" else "console=ttyAMA0", "quiet", "panic=-1"]
     if machine.arch.machine == "microvm":
         words += ["reboot=t", "tsc=reliable", "no_timer_check"]
@@ -91,7 +91,7 @@ def kernel_command_line(machine: Machine) -> str:
 
 
 def qemu_argv(machine: Machine) -> list[str]:
-    """Return QEMU's command line. All values are ours, so none has a comma."""
+    """Return QEMU's command line. All values come from x07, so none contains a comma."""
     megabytes = machine.ram_bytes // (1024 * 1024)
     accel = "tcg,thread=single" if machine.kvm_fd is None else "kvm,device=/dev/fdset/3"
     argv = [machine.arch.qemu_binary, "-name", f"x07-{machine.mark}", "-nodefaults", "-no-user-config"]
@@ -132,18 +132,24 @@ def _memory(machine: Machine, megabytes: int) -> str:
 
 
 def qmp_save(state: str) -> bytes:
-    """Return the commands that save the device state. Not after `stop`: the clones would be stopped too."""
+    """Return the commands that save the device state.
+
+    The VM must not be stopped before, since its clones would then be stopped too.
+    """
     return _qmp(_CAPABILITIES, _IGNORE_SHARED, {"execute": "migrate", "arguments": {"uri": f"file:{state}"}})
 
 
 def qmp_resume(state: str) -> bytes:
-    """Return the commands that resume a clone from the state at that path. QEMU need not be ready for them."""
+    """Return the commands that resume a clone from the state at the path *state*.
+
+    They may be written before QEMU is ready.
+    """
     resume = {"execute": "migrate-incoming", "arguments": {"uri": f"file:{state}"}}
     return _qmp(_CAPABILITIES, _IGNORE_SHARED, resume)
 
 
 def qmp_query_save() -> bytes:
-    """Return the query for the progress of saving."""
+    """Return the command that asks for the progress of saving."""
     return _qmp({"execute": "query-migrate"})
 
 

@@ -1,8 +1,8 @@
-"""The proof that hardware virtualisation works: our own agent answers from a guest.
+"""The proof that hardware virtualisation works: x07's agent answers from a guest.
 
 A /dev/kvm that can be opened may still boot no stock kernel, or hang. So one guest is booted with a time limit, and the
-verdict is stored for this boot, kernel and QEMU. If the guest was only late, the host may have been busy: that verdict
-holds for minutes.
+result is stored for this boot, kernel and QEMU. If the guest was only late, the host may have been busy, so the result
+is valid for minutes only.
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ if TYPE_CHECKING:
 
 
 class Proof(NamedTuple):
-    """Whether a guest works, and the evidence. late: it was still running, but did not answer in time."""
+    """Whether a guest works, and the evidence.
+
+    late: the guest was still running, but its agent did not answer in time.
+    """
 
     works: bool
     reason: str
@@ -47,7 +50,7 @@ class Proof(NamedTuple):
 
 
 def kvm_verdict(image: OpenImage) -> tuple[bool, str]:
-    """Return whether KVM works, and the evidence. Boots a guest if there is no stored verdict."""
+    """Return whether KVM works, and the evidence. Without a stored result, a guest is booted."""
     if (known := known_verdict()) is not None:
         return known
     record = _record()
@@ -68,7 +71,7 @@ def kvm_verdict(image: OpenImage) -> tuple[bool, str]:
 
 
 def known_verdict() -> tuple[bool, str] | None:
-    """Return the verdict if it is known without booting a guest, else None."""
+    """Return the result if it is known without booting a guest, else None."""
     device = Path("/dev/kvm")
     if not device.exists():
         return False, "there is no /dev/kvm"
@@ -87,13 +90,16 @@ def _with_expiry(stored: dict[str, Any]) -> tuple[bool, str]:
 
 
 def _record() -> Path:
-    """Return the file of the verdict for this boot, kernel, QEMU and jail. Raises HostError, RefusedError."""
+    """Return the file of the result for this boot, kernel, QEMU and jail. Raises HostError, RefusedError."""
     form = jail_form()
     return proof_file(host_arch().qemu_binary, *(() if form.namespaces else (form.name,)))
 
 
 def prove(image: OpenImage, accelerator: Accelerator, limit_s: float) -> Proof:
-    """Return whether an agent answers within *limit_s* seconds. Raises SandboxError if no guest could be tried."""
+    """Return whether an agent answers within *limit_s* seconds.
+
+    Raises SandboxError if no guest could be booted.
+    """
     under = " under KVM" if accelerator.kvm else " under emulation"
     kind = MachineKind(image=image, ram_bytes=RAM_CLASSES[0])
     for last in boot_attempts():
@@ -104,7 +110,7 @@ def prove(image: OpenImage, accelerator: Accelerator, limit_s: float) -> Proof:
             instance.release()
             failure = Handshake(instance, State.WAITING).until(State.GREETED, Deadline.after(limit_s))
             if failure is None:
-                return Proof(works=True, reason=f"our agent answered from a guest{under}")
+                return Proof(works=True, reason=f"x07's agent answered from a guest{under}")
             if failure.kind == "late":
                 return Proof(works=False, reason=f"no answer from a guest{under} within {limit_s:.0f} s", late=True)
             if failure.exit_status is None:
@@ -113,5 +119,5 @@ def prove(image: OpenImage, accelerator: Accelerator, limit_s: float) -> Proof:
                 raise HostError("cannot try a guest", f"the machine {spent}", "Raise that limit")
             if not miscalibrated(failure):
                 said = " ".join(instance.console_tail().split())[-200:] or "no output"
-                return Proof(works=False, reason=f"a guest{under} ended before our agent answered: {said}")
+                return Proof(works=False, reason=f"a guest{under} ended before x07's agent answered: {said}")
     return Proof(works=False, reason=f"no guest{under} could be booted: {MISCALIBRATED}")

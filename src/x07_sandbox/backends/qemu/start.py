@@ -1,4 +1,4 @@
-"""Starting QEMU in its jail: created blocked, recorded, released, killed and proven gone."""
+"""Starting QEMU in its jail. It is started blocked, recorded and released, and at the end killed and proven gone."""
 
 from __future__ import annotations
 
@@ -42,7 +42,10 @@ _DEPTH: Final = {True: 2, False: 1}
 
 
 class Saving(msgspec.Struct, frozen=True, kw_only=True):
-    """Empty files for a machine to be saved, lent and writable. ram_fd: of the machine's RAM size."""
+    """Empty files into which a VM is saved. They are writable, and the caller keeps owning them.
+
+    ram_fd: has the size of the VM's RAM.
+    """
 
     ram_fd: int
     state_fd: int
@@ -50,7 +53,7 @@ class Saving(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Saved(msgspec.Struct, frozen=True, kw_only=True):
-    """The files of a saved machine, lent and readable, and the content of its scratch disk."""
+    """The readable files of a saved VM, which the caller keeps owning, and the content of its scratch disk."""
 
     ram_fd: int
     state_fd: int
@@ -59,10 +62,10 @@ class Saved(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class QemuJob(NamedTuple):
-    """One machine to start.
+    """One VM to start.
 
-    deadline_s: when its supervisor ends it. any_timer: accept a wrong timer. ram_bytes: how much of its RAM it may use,
-    to which the control group's limit adds QEMU's own memory; None for all.
+    deadline_s: when its supervisor ends it. any_timer: whether the guest accepts a wrongly calibrated timer. ram_bytes:
+    how much of its RAM the VM may use, or None for all. The control group's limit is this plus QEMU's own memory.
     """
 
     record: JobRecord
@@ -73,7 +76,7 @@ class QemuJob(NamedTuple):
 
 
 class Accelerator(msgspec.Struct, frozen=True, kw_only=True):
-    """Whether the guest's processor is emulated."""
+    """What runs the guest's processor: KVM or emulation."""
 
     kvm: bool
 
@@ -82,10 +85,10 @@ class Accelerator(msgspec.Struct, frozen=True, kw_only=True):
 def start_qemu(
     job: QemuJob, accelerator: Accelerator, arch: Arch | None = None, memory: Saving | Saved | None = None
 ) -> Iterator[QemuInstance]:
-    """Start a QEMU, blocked until released; on exit it is gone and recorded as gone.
+    """Start a QEMU process, which is blocked until it is released. At the end it is gone, and recorded as gone.
 
-    memory: a saved machine to clone, or files to save this one in; None: boot in anonymous memory.
-    arch: the VMM and its needs, this host's by default. Raises BackendError (NotStartedError among them), HostError.
+    memory: a saved VM to clone, or files into which this VM is saved. None: boot in anonymous memory. arch: the machine
+    type and its needs, by default those of this host. Raises BackendError (including NotStartedError), HostError.
     """
     arch, record, image = arch or host_arch(), job.record, job.kind.image
     assert image is not None  # noqa: S101 - each virtual machine has one
@@ -165,7 +168,7 @@ def start_qemu(
 
 
 def _no_jail(stderr_fd: int, form: Form, status: int | None) -> NotStartedError:
-    """Return the error for a jail that could not be built, with what it wrote to standard error."""
+    """Return the error for a jail that could not be built. It contains what the jail wrote to standard error."""
     stream = BoundedStream(stderr_fd, keep_bytes=4096)
     stream.read()
     said = stream.text().strip() or f"it exited with status {status}"
@@ -184,7 +187,7 @@ def boot_attempts() -> Iterator[bool]:
 
 
 def miscalibrated(failure: HandshakeFailure) -> bool:
-    """Whether an emulated machine gave up booting because of its timer (guest/boot/init.c)."""
+    """Return whether an emulated VM gave up booting because of its timer (guest/boot/init.c)."""
     return "x07 init: the timer was measured wrong" in failure.console_tail
 
 
@@ -193,10 +196,10 @@ _Files = dict[str, tuple[int, str]]
 
 
 def _fd_files(image: OpenImage, memory: Saving | Saved | None, given: FdGroup, form: Form) -> _Files:
-    """Return the files that the machine reads. A clone has kernel and initramfs in its memory.
+    """Return the files that the VM reads. A clone has kernel and initramfs in its memory.
 
-    They appear on a read-only mount: through a descriptor, a VMM under the owner's uid could change an image's mode and
-    times, and so damage it for later runs.
+    They appear on a read-only mount. Through a plain descriptor, a QEMU that runs as the owner of an image could change
+    the image's mode and times, and so damage it for later runs.
     """
     root = image.fds["root"]
     if isinstance(memory, Saved):
@@ -205,7 +208,10 @@ def _fd_files(image: OpenImage, memory: Saving | Saved | None, given: FdGroup, f
 
 
 def _overcommit(given: FdGroup, form: Form) -> tuple[tuple[int, str], ...]:
-    """Return our copy of the file that tells QEMU to leave memory unreserved, since the jail has no /proc."""
+    """Return a file that makes QEMU leave memory unreserved.
+
+    It replaces the file in /proc that QEMU reads, since the jail has no /proc.
+    """
     if not form.namespaces:
         return ()
     # "always" in proc(5), for QEMU only: the kernel uses the host's setting.
@@ -222,7 +228,7 @@ def _writable(memory: Saving | Saved | None, uid: int | None, given: FdGroup, fo
 
 
 def _placed(fds: dict[str, int], given: FdGroup, form: Form, flags: int = os.O_RDONLY) -> _Files:
-    """Return the files' places: below the jail's root, or reopened, so that each has an offset of its own."""
+    """Return the files' places: below the jail's root, or reopened, so that each has a file offset of its own."""
     if form.namespaces:
         return {name: (fd, getattr(Paths(), name)) for name, fd in fds.items()}
     found = {}
@@ -233,7 +239,7 @@ def _placed(fds: dict[str, int], given: FdGroup, form: Form, flags: int = os.O_R
 
 
 def _scratch_disk(given: FdGroup, image: OpenImage, record: JobRecord, memory: Saving | Saved | None) -> int:
-    """Make the job's disk, an unnamed file. A clone's has the content of when its machine was saved."""
+    """Make the job's disk, an unnamed file. The disk of a clone has the content saved with its VM."""
     if isinstance(memory, Saving):
         write_disk(image.fds["scratch"], image.manifest.scratch_disk, memory.scratch_fd)
         return memory.scratch_fd
@@ -249,7 +255,7 @@ def _scratch_disk(given: FdGroup, image: OpenImage, record: JobRecord, memory: S
 
 
 def required_tools(arch: Arch) -> dict[str, str]:
-    """Return the programs that a start needs, with Debian's package of each."""
+    """Return the programs that a start needs, and for each the Debian package that contains it."""
     return {BWRAP: "bubblewrap", SETPRIV: "util-linux", PERL: "perl-base", arch.qemu_binary: arch.qemu_package}
 
 
@@ -265,7 +271,10 @@ def check_tools(arch: Arch) -> None:
 
 
 def tsc_khz(arch: Arch) -> int | None:
-    """Return the host's time stamp counter in kHz: an emulated guest shares it and cannot measure it reliably."""
+    """Return the frequency of the host's time stamp counter in kHz, for emulated guests.
+
+    An emulated guest shares the counter, and cannot measure its frequency reliably.
+    """
     if arch.machine != "microvm":
         return None
     for line in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines():

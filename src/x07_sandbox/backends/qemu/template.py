@@ -1,11 +1,11 @@
-"""VM templates: machines that were booted, prepared and saved once, and are resumed copy-on-write.
+"""VM templates ("saved VMs" in messages): VMs that were booted, prepared and saved once. Clones resume copy-on-write.
 
 cache/templates/<key>/{template.json,ram,state,scratch.head}
 cache/templates/<key>.bad       why this template is not used until the host reboots or a time has passed
 
-The key is a hash of all that a saved machine depends on: image, QEMU and firmware as files, the command line, the
+The key is a hash of everything that a template depends on: image, QEMU and firmware as files, the command line, and the
 processor's clock. Measured: QEMU resumes without an error on another root image or processor count, and hangs on
-another processor model, so only the key prevents that.
+another processor model. Only the key prevents that.
 """
 
 from __future__ import annotations
@@ -68,11 +68,14 @@ _OF_BUILDS: Final = ["importlib.util", "io", "os", "traceback"]  # imported by p
 _SAVED: Final = '"status": "completed"'
 _NOT_SAVED: Final = '"status": "failed"'
 _ASK_AGAIN_MS: Final = 5
-_FIX: Final = "Jobs start cold until this host reboots or you run: x07 image build"
+_FIX: Final = "Jobs boot a new VM until this host reboots or you run: x07 image build"
 
 
 def warm_frame(kind: MachineKind) -> dict[str, object]:
-    """Return the body of WARM. commands: run before saving, so that their files are in the guest's memory."""
+    """Return the body of a WARM frame.
+
+    commands: programs to run before saving, so that their files are in the guest's memory.
+    """
     assert kind.image is not None  # noqa: S101 - each virtual machine has one
     running = kind.runtime == "run"
     limits = run_limits(default_policy()).for_guest() if running else guest_limits(build_limits(), settings.BUILD_TASKS)
@@ -87,7 +90,10 @@ def warm_frame(kind: MachineKind) -> dict[str, object]:
 
 
 class TemplateManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """template.json. digest: of everything else. image: the digest of its image."""
+    """The content of template.json.
+
+    digest: digest of all other fields. image: digest of the template's image.
+    """
 
     schema_version: str
     digest: str = ""
@@ -100,18 +106,21 @@ class TemplateManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
 
 
 def sealed(made: TemplateManifest) -> TemplateManifest:
-    """Return *made* with its digest."""
+    """Return *made* with its digest set."""
     blank = msgspec.structs.replace(made, digest="")
     digest = hashlib.sha256(canonical(msgspec.to_builtins(blank))).hexdigest()
     return msgspec.structs.replace(made, digest=f"sha256:{digest}")
 
 
 class TemplateTimeoutError(BackendError):
-    """A machine to be saved was not ready in time: the host may have been busy."""
+    """A VM to be saved was not ready in time. The host may have been busy."""
 
 
 class Template(msgspec.Struct, frozen=True, kw_only=True):
-    """The place of a template, which may not exist yet. title: the jobs that use it, for messages."""
+    """The place of a template, which may not exist yet.
+
+    title: the jobs that use the template, for messages.
+    """
 
     key: str
     folder: Path
@@ -119,18 +128,18 @@ class Template(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def subject(self) -> Subject:
-        """What `images/verify` needs to know of it."""
-        return Subject(name=f"VM template {self.key[:12]}", record=self.key, sha256=sparse_sha256)
+        """The description of this template for `images/verify`."""
+        return Subject(name=f"saved VM {self.key[:12]}", record=self.key, sha256=sparse_sha256)
 
     def suspended(self) -> str:
-        """Return why the template is not used now, and until when; "" if it is usable."""
+        """Return why the template is not used now, and until when. Return "" if it is usable."""
         note = read_verdict(self.folder.with_suffix(".bad"))
         return f"{note['reason']}. {_until(late='retry_at_ms' in note)}" if "reason" in note else ""
 
     def suspend(self, reason: str, *, late: bool) -> str:
-        """Remove the template and make no other until the host reboots; return the message of `suspended`.
+        """Remove the template, and make no other until the host reboots. Return the message of `suspended`.
 
-        late: the machine was only too slow, as on a busy host; then suspend it for minutes.
+        late: the VM was only too slow, as on a busy host. The suspension then lasts minutes.
         """
         with contextlib.suppress(OSError):
             retry_s = settings.TEMPLATE_RETRY_S if late else None
@@ -141,7 +150,7 @@ class Template(msgspec.Struct, frozen=True, kw_only=True):
 
 def _until(*, late: bool) -> str:
     until = f"for {settings.TEMPLATE_RETRY_S / 60:.0f} minutes" if late else "until this host reboots"
-    return f"Such jobs start cold {until}, or until you run x07 image build for their image"
+    return f"Such jobs boot a new VM {until}, or until you run x07 image build for their image"
 
 
 def clear_suspensions() -> None:
@@ -156,14 +165,14 @@ def templates_dir() -> Path:
 
 
 def lack_of_space(ram_bytes: int) -> str:
-    """Return why no template of that RAM size can be saved on this disk, "" if it can."""
+    """Return why no template with this much RAM can be saved on this disk, or "" if it can."""
     info = os.statvfs(templates_dir())
     free = info.f_bavail * info.f_frsize
     needed_bytes = settings.TEMPLATE_BYTES + ram_bytes // settings.TEMPLATE_SHARE
     if free >= needed_bytes:
         return ""
     needed = needed_bytes >> 20
-    return f"there is no saved machine, and saving one takes {needed} MiB of disk, of which {free >> 20} MiB are free"
+    return f"there is no saved VM, and saving one takes {needed} MiB of disk space, but {free >> 20} MiB are free"
 
 
 def template_for(kind: MachineKind, accelerator: Accelerator) -> Template:
@@ -197,7 +206,7 @@ def _processor() -> list[str]:
 
 @contextlib.contextmanager
 def opened_template(template: Template) -> Iterator[Saved | None]:
-    """Yield the template's verified files, None if there is none. Raises ImageError if it is damaged."""
+    """Open the template's verified files, or yield None if there are none. Raises ImageError if it is damaged."""
     if not template.folder.is_dir():
         yield None
         return
@@ -220,14 +229,14 @@ def _decode(data: bytes, template: Template) -> TemplateManifest:
     except msgspec.MsgspecError as exc:
         raise ImageError(what, f"its {MANIFEST} is damaged", "Try again") from exc
     if (made.schema_version, made.key) != (SCHEMA, template.key):
-        raise ImageError(what, f"its {MANIFEST} belongs to another", "Try again")
+        raise ImageError(what, f"its {MANIFEST} belongs to another saved VM", "Try again")
     if made != sealed(made):
         raise ImageError(what, f"its {MANIFEST} has changed", "Try again")
     return made
 
 
 def sparse_sha256(fd: int, size: int) -> str:
-    """Return the digest of a file's nonzero chunks and their places: most of a machine's memory is a hole."""
+    """Return the digest of a file's non-zero chunks and their offsets. Most of a VM's memory is a hole."""
     digest = hashlib.sha256(str(size).encode())
     offset = 0
     while offset < size:
@@ -248,16 +257,19 @@ def sparse_sha256(fd: int, size: int) -> str:
 def ensure_template(
     template: Template, kind: MachineKind, accelerator: Accelerator, progress: Callable[[str], None]
 ) -> None:
-    """Make the template under a lock unless it exists, so that concurrent callers make it once. Raises SandboxError."""
+    """Make the template unless it exists. Raises SandboxError.
+
+    A lock ensures that concurrent callers make it only once.
+    """
     folder = templates_dir()
     with contextlib.ExitStack() as stack:
         try:
-            waits = partial(progress, "waiting for another process to save a machine")
+            waits = partial(progress, "waiting for another process to save a VM")
             most_s = 2 * settings.TEMPLATE_S + settings.PRELOAD_S
             stack.enter_context(file_lock(folder / ".lock", on_wait=waits, most_s=most_s))
         except TimeoutError as exc:  # the other process may be stopped, and must not block all others
-            what = f"cannot make {template.subject.name}"
-            raise HostError(what, f"{exc}: the lock of all templates", "Check for a stopped x07: ps ax") from exc
+            what = "cannot save a VM"
+            raise HostError(what, f"{exc}: the lock of all saved VMs", "Check for a stopped x07: ps ax") from exc
         _make_alone(template, kind, accelerator, progress)
 
 
@@ -276,7 +288,7 @@ def _make_alone(
     work = Path(tempfile.mkdtemp(prefix=".new-", dir=folder))
     try:
         work.chmod(0o700)  # the umask may have removed some of these bits
-        progress(Notice(f"saving a machine for {template.title} of this image; later ones start in 0.1 s"))
+        progress(Notice(f"saving a VM for {template.title} with this image; later ones start in 0.1 s"))
         made = sealed(make_template(template, kind, accelerator, work))
         path = work / MANIFEST
         path.write_bytes(msgspec.json.format(msgspec.json.encode(made)))
@@ -312,7 +324,7 @@ def make_template(template: Template, kind: MachineKind, accelerator: Accelerato
 
 
 def _booted_and_saved(kind: MachineKind, accelerator: Accelerator, saving: Saving, *, last: bool) -> bool:
-    """Boot and save one machine; False if another attempt may succeed. Raises SandboxError."""
+    """Boot and save one VM. Return False if another attempt may succeed. Raises SandboxError."""
     words = warm_frame(kind)
     limit_s = settings.TEMPLATE_S + (settings.PRELOAD_S if words["preload"] else 0)
     claim = Claim(run_id=new_run_id(), phase="template", wall_ms=int(limit_s * 1000))
@@ -327,23 +339,26 @@ def _booted_and_saved(kind: MachineKind, accelerator: Accelerator, saving: Savin
                 return False
             why = failure.why
             if spent := out_of_cpu_time(instance.exit_status()):
-                raise HostError("cannot make a VM template", f"{why}; it {spent}", "Raise that limit")
+                raise HostError("cannot save a VM", f"{why}; it {spent}", "Raise that limit")
             said = " ".join(instance.console_tail().split())[-200:] if failure.kind == "ended" else ""
             error = TemplateTimeoutError if failure.kind == "late" else BackendError
-            raise error("cannot make a VM template", f"{why}; {said}" if said else why, _FIX)
+            raise error("cannot save a VM", f"{why}; {said}" if said else why, _FIX)
         _save(instance)
         if not instance.stop():
-            raise BackendError("cannot make a VM template", "its machine did not end", _FIX)
+            raise BackendError("cannot save a VM", "the VM did not end", _FIX)
     return True
 
 
 def renew(instance: Instance, kind: MachineKind) -> None:
-    """Have the agent, which has run a program of ours, prepare for the next one. Raises BackendError."""
+    """Make an instance ready for one user program. Raises BackendError.
+
+    Before this, the pool has run programs of x07 itself in the instance, to bring their files into its memory.
+    """
     words = warm_frame(kind) | {"commands": []}
     limit_s = settings.TEMPLATE_S + (settings.PRELOAD_S if words["preload"] else 0)
     talk = Handshake(instance, State.COLLECTING)
     if failure := talk.until(State.WARM, Deadline.after(limit_s), {State.COLLECTING: (Kind.WARM, words)}):
-        raise BackendError("cannot warm a machine", failure.why, "Run x07 doctor")
+        raise BackendError("cannot prepare a VM for the pool", failure.why, "Run x07 doctor")
     instance.start_mode = "pool"  # from now on its agent waits in the same state as a clone's
 
 
@@ -354,7 +369,7 @@ def _new_file(path: Path, stack: contextlib.ExitStack) -> int:
 
 
 def _seal(name: str, fd: int) -> Part:
-    """Take the file back from the machine's uid, and make it read-only."""
+    """Make a file of the template read-only and owned by this user again. While saving, the VM's uid owned it."""
     os.fchown(fd, os.geteuid(), os.getegid())
     os.fchmod(fd, 0o444)
     size = os.fstat(fd).st_size
@@ -362,7 +377,7 @@ def _seal(name: str, fd: int) -> Part:
 
 
 def _save(instance: QemuInstance) -> None:
-    """Have QEMU write the device state; the memory is in its file already. Raises BackendError."""
+    """Make QEMU write the device state. The memory is in its file already. Raises BackendError."""
     deadline = Deadline.after(settings.TEMPLATE_S)
     instance.send_qmp(qmp_save(instance.paths.state))
     poll = input_poll(instance.pidfd, *instance.side_fds())
@@ -370,7 +385,7 @@ def _save(instance: QemuInstance) -> None:
         if deadline.passed() or instance.exit_status() is not None or _NOT_SAVED in instance.qmp.text():
             said = instance.qmp.text()[-300:] + instance.console_tail()[-200:]
             error = TemplateTimeoutError if deadline.passed() else BackendError
-            raise error("cannot make a VM template", f"QEMU did not save it: {said}", _FIX)
+            raise error("cannot save a VM", f"QEMU did not save it: {said}", _FIX)
         instance.send_qmp(qmp_query_save())
         for fd, _ in poll.poll(_ASK_AGAIN_MS):
             if fd != instance.pidfd:
@@ -378,9 +393,10 @@ def _save(instance: QemuInstance) -> None:
 
 
 def expired_templates(*, keep: str, images: set[str]) -> list[tuple[Path, str]]:
-    """Return which templates can go, and why: those without an image, and the least recently used above the size limit.
+    """Return the templates that can be removed, each with the reason.
 
-    keep: the key of one that stays in any case. images: digests of those that exist.
+    These are templates without an image, and those used least recently if all take too much space. keep: the key of a
+    template that stays in any case. images: digests of the existing images.
     """
     found: list[tuple[float, int, Path]] = []
     doomed = []
@@ -399,7 +415,8 @@ def expired_templates(*, keep: str, images: set[str]) -> list[tuple[Path, str]]:
         else:
             found.append((folder.stat().st_mtime, _size_bytes(folder), folder))
     oldest = least_recently_used(found, most_bytes)
-    return doomed + [(folder, "templates take too much space, and it is the least recently used") for folder in oldest]
+    why = "saved VMs take too much space, and this one was used least recently"
+    return doomed + [(folder, why) for folder in oldest]
 
 
 def _size_bytes(folder: Path) -> int:
@@ -407,13 +424,13 @@ def _size_bytes(folder: Path) -> int:
 
 
 def remove_template(folder: Path) -> None:
-    """Remove a template if possible; running clones keep the files that they have open."""
+    """Remove a template if possible. Running clones keep the files that they have open."""
     with contextlib.suppress(OSError):
         delete_template(folder)
 
 
 def delete_template(folder: Path) -> None:
-    """Remove a template, atomically for its users. Raises OSError."""
+    """Remove a template, atomically for processes that use it. Raises OSError."""
     import shutil
     import tempfile
 
@@ -427,12 +444,12 @@ def delete_template(folder: Path) -> None:
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """Return the leftovers of killed processes; the caller holds the lock."""
+    """Return what killed processes left in *folder*. The caller holds the lock."""
     return [*folder.glob(".new-*"), *folder.glob(".old-*")]
 
 
 def prunable(images: set[str], on_wait: Callable[[], None]) -> Iterator[Prunable]:
-    """Yield, under the lock, what can go if only *images* (digests) stay. Raises SandboxError."""
+    """Yield, under the lock, what can be removed if only *images* (digests) stay. Raises SandboxError."""
     import shutil
 
     if not os.path.lexists(cache_dir() / "templates"):

@@ -1,1 +1,1 @@
-"""Programs that the image build runs or compiles inside the built root; never imported."""
+"""Programs that the image build compiles or runs inside the built root. No module imports them."""

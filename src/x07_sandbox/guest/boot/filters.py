@@ -2,10 +2,12 @@
 
     python3 -I -S filters.py TARGET
 
-Writes to the folder TARGET: one BPF file per filter, `base` and `quiet` for every program, and one for each combination
-of what a policy may forbid; and calls.json, the numbers of audited and refused system calls. For each filter that
-forbids execve there is a variant "-once": it allows the call with a 24-byte secret in three arguments that the kernel
-ignores. The process that becomes the program puts the secret in place of `MARKERS`.
+The program writes one BPF file per filter to the folder TARGET. The filters `base` and `quiet` are for every program.
+Of the others, there is one for each combination of what a policy may forbid. The file calls.json has the numbers of
+audited and of refused system calls.
+
+Each filter that forbids execve also has a variant "-once". It allows an execve call that has a 24-byte secret in three
+arguments which the kernel ignores. The process that becomes the program writes the secret over `MARKERS`.
 """
 
 import ctypes
@@ -92,16 +94,19 @@ def base_rules() -> list[Rule]:
 
 
 def quiet_rules() -> list[Rule]:
-    """Return the rules for calls that are refused without an audit record, since ordinary programs have a fallback.
+    """Return the rules for calls that are refused without an audit record.
 
-    A filter cannot see the flags of clone3, which are in memory; the C library falls back to clone. libuv (node) falls
-    back from io_uring to epoll.
+    Ordinary programs try these calls and have a fallback. A filter cannot see the flags of clone3, which are in memory;
+    the C library falls back to clone. libuv (node) falls back from io_uring to epoll.
     """
     return [("clone3", ENOSYS, ()), ("io_uring_setup", EPERM, ())]
 
 
 def forbidding(*, threads: bool, spawn: bool, execute: bool, once: bool) -> list[Rule]:
-    """Return the rules that forbid what is True; once: except the execve with the secret."""
+    """Return the rules that forbid each of these that is True.
+
+    once: still allow the execve call with the secret.
+    """
     rules: list[Rule] = []
     if threads:
         rules.append(("clone", EPERM, ((0, MASKED_EQ, CLONE_THREAD, CLONE_THREAD),)))
@@ -138,7 +143,7 @@ def _check(result: int, what: str) -> None:
 
 
 def compile_filter(rules: list[Rule], fd: int) -> None:
-    """Write the BPF code of *rules* to *fd*, without calls that this architecture lacks. Raises OSError."""
+    """Write the BPF code of *rules* to *fd*. Calls that this architecture lacks are left out. Raises OSError."""
     library = ctypes.CDLL("libseccomp.so.2")
     library.seccomp_init.restype = ctypes.c_void_p
     types = (ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int, ctypes.c_uint, ctypes.POINTER(_Compare))

@@ -2,8 +2,8 @@
 
     python3 -I -S pack.py SOURCE DATA TARGET
 
-SOURCE contains the folder x07_sandbox, DATA the data files. The byte code is "unchecked", so that Python does not look
-for source files. The zip is reproducible: sorted names, a fixed date.
+SOURCE contains the folder x07_sandbox, and DATA the data files. The byte code is "unchecked", so that Python does not
+look for source files. The zip is reproducible: it has sorted names and a fixed date.
 """
 
 import importlib.util

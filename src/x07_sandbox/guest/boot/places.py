@@ -1,10 +1,10 @@
-"""List the paths of the image that stay readable under an execution list; run by the image's own interpreter.
+"""List the paths in the image that stay readable under an execution list; run by the image's own interpreter.
 
     python3 -I -S places.py TARGET
 
-Writes a JSON list: the largest folders without programs, and single files beside programs. A program is an executable
-file in a program folder, or an executable ELF program anywhere, since the loader could run it without the kernel's
-check. Scripts elsewhere are data: running them takes an interpreter, which is a program.
+The program writes a JSON list of the topmost folders without programs, and of single files beside programs. A program
+is an executable file in a program folder, or an executable ELF program anywhere: the loader could run the latter
+without the kernel's check. Scripts elsewhere are data, since running them takes an interpreter, which is a program.
 """
 
 import json
@@ -23,7 +23,7 @@ _INTERP = 3  # PT_INTERP
 
 
 def is_elf_program(path: str) -> bool:
-    """Return whether a file is an ELF program, not a library."""
+    """Return whether a file is an ELF program, and not a library."""
     if ".so" in os.path.basename(path):
         return False
     with Path(path).open("rb") as file:
@@ -41,7 +41,10 @@ def is_elf_program(path: str) -> bool:
 
 
 def readable(folder: str, *, programs: bool) -> tuple[bool, list[str]]:
-    """Return whether *folder* is free of programs, and its readable paths. programs: whether it is a program folder."""
+    """Return whether *folder* contains no programs, and the paths in it that stay readable.
+
+    programs: whether it is a program folder.
+    """
     found: list[str] = []
     whole = True
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
