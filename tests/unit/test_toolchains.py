@@ -253,7 +253,7 @@ def test_any_first_bytes_are_accepted_or_refused(head: bytes) -> None:
         ("p.rs", "--include rustc && x07 exec .* -- sh -c 'rustc -o /tmp/program p.rs && /tmp/program'"),
         ("P.java", "--include default-jdk-headless && x07 exec .* -- java P.java"),
         ("p.ts", "--include node-typescript && x07 exec .* -- sh -c 'tsc --outDir /tmp p.ts && node /tmp/p.js'"),
-        ("p.xyz", "add a #! line, or choose the toolchain: x07 run --toolchain T p.xyz"),
+        ("p.xyz", "add a #! line, or choose a toolchain: x07 run --toolchain T p.xyz"),
     ],
 )
 def test_a_source_of_another_language_names_what_runs_it(path: str, fix: str) -> None:
