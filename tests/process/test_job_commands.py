@@ -148,7 +148,7 @@ def test_a_run_name_must_be_unique(verb: str) -> None:
     unknown, shared = x07(verb, "9-9-9"), x07(verb, first.run_id[:5])
     assert (unknown.returncode, shared.returncode) == (2, 2)
     assert b"x07 ps --all" in unknown.stderr
-    assert b"Type more of the name" in shared.stderr
+    assert b"Use more digits of the id" in shared.stderr
 
 
 def test_logs_prints_what_a_run_printed() -> None:

@@ -326,7 +326,7 @@ def test_allow_protected_lifts_only_protection() -> None:
         with pytest.raises(RefusedError, match="leads out") as caught:
             select_changes(kept, [], Grants(tuple(patterns)))
         assert "is protected" not in caught.value.why
-    with pytest.raises(RefusedError, match="policy or manifest in use"):
+    with pytest.raises(RefusedError, match="policy or manifest of this run"):
         select_changes(kept, [".vscode", ".git"], Grants(("Jenkinsfile",)))
     only = select_changes(kept, [".vscode", ".git"], Grants(("mine.json",))).roots[0]
     assert [change.name for change in only.changes] == ["mine.json"]

@@ -353,3 +353,16 @@ def test_a_kill_of_a_later_apply_or_undo_is_recovered(run: Run, verb: str) -> No
     assert killed > 10
     undo_saved(find_saved(RUN), lambda _path: None)
     assert there(run) == set()
+
+
+@pytest.mark.usefixtures("run")
+def test_without_changes_the_error_names_the_command_that_makes_some() -> None:
+    """x07 diff, apply and undo say how to let a program change files if no run has changed any."""
+    with pytest.raises(UsageError) as caught:
+        find_saved(None)
+    assert str(caught.value) == (
+        "cannot find changes to files: no run has changed any files. "
+        "To let a program change a folder: x07 run --workdir DIR ..."
+    )
+    with pytest.raises(UsageError, match="no run with an id that starts with 123 has changed any files"):
+        find_saved("123")

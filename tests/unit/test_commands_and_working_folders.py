@@ -78,9 +78,9 @@ def test_a_working_folder_is_an_ordinary_root(here: Path) -> None:
     ("name", "why"),
     [
         ("/", "it is the root of the file system"),
-        ("../home", "it is your home folder"),
-        ("..", "it is your home folder, or holds it"),
-        ("to-home", "it is your home folder"),
+        ("../home", "it is or contains your home folder"),
+        ("..", "it is or contains your home folder"),
+        ("to-home", "it is or contains your home folder"),
         ("nothing", r"it does not exist.*mkdir -p nothing"),
         ("file", "it does not exist"),
     ],

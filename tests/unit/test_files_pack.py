@@ -86,8 +86,8 @@ def huge(path: Path) -> None:
         (lambda root: (root / "x").symlink_to("nowhere"), "No such file"),
         (lambda root: (root / "x").symlink_to("x"), "symbolic links"),
         (lambda root: os.mkfifo(root / "x"), "not a regular file"),
-        (lambda root: (root / "x\n").touch(), "not a relative path of plain names"),
-        (lambda root: (root / os.fsdecode(b"x\xff")).touch(), "not a relative path of plain names"),
+        (lambda root: (root / "x\n").touch(), "not a plain relative path"),
+        (lambda root: (root / os.fsdecode(b"x\xff")).touch(), "not a plain relative path"),
         (lambda root: huge(root / "x"), "more than"),
     ],
 )
@@ -197,7 +197,7 @@ def test_packing_ends_when_it_is_cancelled(tmp_path: Path) -> None:
 )
 def test_an_escaping_name_is_refused(name: str) -> None:
     """Files given in memory need relative, plain names."""
-    with pytest.raises(UsageError, match="cannot take the files"):
+    with pytest.raises(UsageError, match="cannot use the files"):
         pack_files({name: b""}, "the files")
 
 

@@ -62,11 +62,11 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"program": ""}, "program is empty"),
         ({"policy": 5}, "policy is int, not a path or a Policy"),
         ({"memory": "lots"}, "memory is 'lots', which is not a size"),
-        ({"memory": 5}, "memory is 5, and must be at least 1M and at most 16G"),
+        ({"memory": 5}, "memory is 5, but must be at least 1M and at most 16G"),
         ({"memory": True}, "memory is bool, not a size"),
-        ({"cpu_s": 0}, "cpu_s is 0, and must be above 0"),
-        ({"timeout_s": 601}, "timeout_s is 601, and must be at least 0.001 and at most 600 seconds"),
-        ({"procs": -1}, "procs is -1, and must be at least 0"),
+        ({"cpu_s": 0}, "cpu_s is 0, but must be above 0"),
+        ({"timeout_s": 601}, "timeout_s is 601, but must be at least 0.001 and at most 600 seconds"),
+        ({"procs": -1}, "procs is -1, but must be at least 0"),
         ({"fds": 1.5}, "fds is float, not int"),
         ({"build_timeout_s": 5000}, "build_timeout_s is 5000"),
     ],
@@ -84,7 +84,7 @@ def test_an_input_file_may_not_replace_the_program(tmp_path: Path, *, named: boo
     """An input file with the program's own name is a usage error."""
     (tmp_path / "main.py").touch()
     given: dict[str, Any] = {"program": tmp_path / "main.py"} if named else {"source": "", "toolchain": "python"}
-    with pytest.raises(SandboxError, match=r"cannot run main\.py: `files` has a file of the same name"):
+    with pytest.raises(SandboxError, match=r"cannot run main\.py: `files` contains a file of the same name"):
         run_program(**given, files={"main.py": b"1"})
 
 
@@ -92,9 +92,9 @@ def test_an_input_file_may_not_replace_the_program(tmp_path: Path, *, named: boo
 @pytest.mark.parametrize(
     ("given", "fix"),
     [
-        ({"files": {"a": b""}}, "Leave `files` out"),
-        ({"toolchain": "c"}, "Leave toolchain out"),
-        ({"toolchain": "c", "files": {"a": b""}}, "Leave toolchain and `files` out"),
+        ({"files": {"a": b""}}, "Remove `files`"),
+        ({"toolchain": "c"}, "Remove toolchain"),
+        ({"toolchain": "c", "files": {"a": b""}}, "Remove toolchain and `files`"),
     ],
 )
 def test_projects_accept_no_files_or_toolchain(tmp_path: Path, manifest: str, given: dict[str, Any], fix: str) -> None:
@@ -256,9 +256,9 @@ def test_the_variables_of_the_command_count_for_the_library_too(
             "the program reached its time limit of 4 s (--timeout)",
             "the program reached its time limit of 4 s (timeout_s)",
         ),
-        ("Name a file with --input", "Name a file with input"),
+        ("Use --input FILE", "Use input FILE"),
         ("Give it more with --timeout 4.5", "Give it more with timeout_s=4.5"),
-        ("Leave it out, or use --sandbox-backend vm", "Leave it out, or use X07_SANDBOX_BACKEND=vm"),
+        ("Remove --image, or use --sandbox-backend vm", "Remove image, or use X07_SANDBOX_BACKEND=vm"),
         ("Write one (x07 init --toolchain T)", "Write one (x07 init --toolchain T)"),
         ("Use --timeout-like and --outer", "Use --timeout-like and --outer"),
     ],

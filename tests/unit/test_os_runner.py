@@ -185,13 +185,13 @@ def test_a_misspelt_variable_is_reported(refused: Refused, monkeypatch: pytest.M
         (("--artifact", "a.out"), "X07's own runner inside a guest"),
         (("--artifact", "a.out", "--i-accept-precompiled-artifact"), "X07's own runner inside a guest"),
         (("--program", "prog.c", "--compile-only"), "--compile-only"),
-        (("--program", "prog.rs"), "no toolchain takes .rs"),
+        (("--program", "prog.rs"), "no toolchain handles .rs files"),
         (("--program", "prog.zig"), "x07 run --toolchain"),  # a flag that this command has not
         (("--program", "missing.c"), "missing.c"),
         (("--program", "."), "it is a project"),
         (("--program", "x07-sandbox.toml"), "it is a project"),
         (("--program", "pipe"), "it is not a regular file"),
-        (("--program", "prog.x07.json", "--module-root", "nowhere"), "cannot take the module root nowhere: "),
+        (("--program", "prog.x07.json", "--module-root", "nowhere"), "cannot use the module root nowhere: "),
     ],
 )
 @pytest.mark.timeout(60)

@@ -102,7 +102,7 @@ def test_unreadable_and_invalid_policies_differ(tmp_path: Path, name: str) -> No
 
 @pytest.mark.parametrize(
     ("name", "suggestion"),
-    [("worker", "or built-in:worker"), ("", "its name is empty"), ("other", "Use a readable file.")],
+    [("worker", "or built-in:worker"), ("", "the path is empty"), ("other", "Use a readable file.")],
 )
 def test_a_template_name_gets_a_suggestion(tmp_path: Path, name: str, suggestion: str) -> None:
     """A bare template name or an empty file name is an error with a suggestion."""

@@ -80,7 +80,7 @@ def replaced(place: Path, make: Callable[[Path], object]) -> None:
 def test_a_dash_as_input_suggests_dev_stdin(stack: contextlib.ExitStack) -> None:
     """An input named `-` is an error that suggests /dev/stdin."""
     cancel = stack.enter_context(contextlib.closing(Cancel()))
-    with pytest.raises(UsageError, match="or /dev/stdin"):
+    with pytest.raises(UsageError, match="or use /dev/stdin"):
         open_input(RunRequest(cancel=cancel, input=Path("-")), stack)
 
 
@@ -225,7 +225,7 @@ def test_a_projects_policy_grants_no_hosts(folder: Path, stack: contextlib.ExitS
     policy = default_policy()
     net = replace(policy.net, enabled=True, allow_hosts=(HostPorts(host="example.org", ports=(443,)),))
     place.write_bytes(render_policy(replace(policy, net=net)))
-    with pytest.raises(RefusedError, match=f"asks for connections. .*--policy {place}"):
+    with pytest.raises(RefusedError, match=f"asks for network access. .*--policy {place}"):
         effective_policy_of(load(stack, folder)[0])
     assert effective_policy_of(load(stack, folder, policy=place)[0])[0].net == net
 

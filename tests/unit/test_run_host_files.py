@@ -948,5 +948,5 @@ def test_a_swapped_link_ends_the_run(run: Run, monkeypatch: pytest.MonkeyPatch) 
             outer.symlink_to(other)
 
     monkeypatch.chdir(run.root)
-    with pytest.raises(UsageError, match="cannot give the program"):
+    with pytest.raises(UsageError, match="cannot copy in"):
         run.files({"write_roots": (str(outer / "in"),)}, progress=exchange)

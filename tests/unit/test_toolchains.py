@@ -90,7 +90,7 @@ def test_every_toolchain_runs_a_text_or_needs_a_project(row: Toolchain) -> None:
     with contextlib.ExitStack() as stack, contextlib.closing(Cancel()) as cancel:
         request = RunRequest(source=text, toolchain=row.name, cancel=cancel)
         if row.artifact:
-            with pytest.raises(UsageError, match=f"{row.name} works on a project"):
+            with pytest.raises(UsageError, match=f"the toolchain {row.name} needs a project"):
                 load_program(request, stack)
             return
         _, program = load_program(request, stack)
@@ -111,7 +111,7 @@ def test_every_toolchain_has_a_manifest(row: Toolchain) -> None:
     assert found is row
     assert (manifest.entry is None, manifest.artifact is None) == (row.entries is None, not row.artifact)
     takes_args = not (row.archive or row.build is None)
-    with contextlib.nullcontext() if takes_args else pytest.raises(UsageError, match=r"no \[build\] args"):
+    with contextlib.nullcontext() if takes_args else pytest.raises(UsageError, match=r"cannot have \[build\] args"):
         decode_manifest(data + b'[build]\nargs = ["-g"]\n', source=FILE)
 
 
@@ -188,10 +188,12 @@ def test_the_first_line_names_the_shell(head: bytes, shell: list[str], check: li
 )
 def test_another_shell_is_refused_by_name(line: bytes, named: str) -> None:
     """A script for an unsupported shell is refused by name."""
-    fix = "Name one of them .*--toolchain executable with"
+    fix = "Use one of them .*--toolchain executable with"
     with contextlib.ExitStack() as stack, contextlib.closing(Cancel()) as cancel:
         request = RunRequest(source=line + b"\necho\n", toolchain="shell", cancel=cancel)
-        with pytest.raises(UsageError, match=f"names ['\"]{named}.*the supported shells are sh, dash, bash.*{fix}"):
+        with pytest.raises(
+            UsageError, match=f"first line is ['\"]{named}.*; the supported shells are sh, dash, bash.*{fix}"
+        ):
             load_program(request, stack)
 
 
@@ -242,8 +244,8 @@ def test_any_first_bytes_are_accepted_or_refused(head: bytes) -> None:
 @pytest.mark.parametrize(
     ("path", "fix"),
     [
-        ("p.rb", "#!/usr/bin/ruby its first line.* --name ruby --include ruby && x07 run --image ruby p.rb"),
-        ("a b.php", "#!/usr/bin/php its first line.* --include php-cli && x07 run --image php 'a b.php'"),
+        ("p.rb", "Add #!/usr/bin/ruby as its first line.* --name ruby --include ruby && x07 run --image ruby p.rb"),
+        ("a b.php", "Add #!/usr/bin/php as its first line.* --include php-cli && x07 run --image php 'a b.php'"),
         (
             "src/p.go",
             "x07 image build --name go --include golang-go && x07 exec --image go --workdir src -- go run p.go",
@@ -251,7 +253,7 @@ def test_any_first_bytes_are_accepted_or_refused(head: bytes) -> None:
         ("p.rs", "--include rustc && x07 exec .* -- sh -c 'rustc -o /tmp/program p.rs && /tmp/program'"),
         ("P.java", "--include default-jdk-headless && x07 exec .* -- java P.java"),
         ("p.ts", "--include node-typescript && x07 exec .* -- sh -c 'tsc --outDir /tmp p.ts && node /tmp/p.js'"),
-        ("p.xyz", "add a #! line, or name the toolchain: x07 run --toolchain T"),
+        ("p.xyz", "add a #! line, or choose a toolchain: x07 run --toolchain T p.xyz"),
     ],
 )
 def test_a_source_of_another_language_names_what_runs_it(path: str, fix: str) -> None:

@@ -176,9 +176,7 @@ def test_paths_of_a_policy_begin_in_the_project(
     (project / "policy.json").write_text(json.dumps(policy))
     capsys.readouterr()
     assert main(["run", program]) == 2
-    assert (
-        f"To grant that, pass --policy {project}/policy.json" in capsys.readouterr().err
-    )  # right wherever it is typed
+    assert f"To accept it, add --policy {project}/policy.json" in capsys.readouterr().err  # right wherever it is typed
     assert main(["run", "--policy", str(project.parent / "here.json"), program]) == 1
 
 
@@ -272,7 +270,9 @@ def test_an_invalid_policy_has_one_exit_code(
         (["--input", "missing", "tool"], 2, "cannot read the input missing: "),
         (["--input", ".", "tool"], 2, "it is a folder"),
         (["--policy", "missing", "tool"], 2, "cannot read the policy missing: "),
-        (["--env", "X07_A=1", "tool"], 2, "reserved for X07"),
+        (["--env", "X07_A=1", "tool"], 2, "names that start with X07_ are reserved"),
+        (["--env", "=1", "tool"], 2, "cannot use --env '=1': the variable name is empty"),
+        (["-c", "x", "main.x07.json"], 2, "only one program may be given"),
         (["--allow-host", "example.org", "tool"], 2, "the port is missing"),
         (["--max-output-bytes", "9", "tool"], 125, "no guest image"),
     ],
@@ -298,7 +298,7 @@ def test_arguments_and_input_are_alternatives(
     """An X07 program with both arguments and input is a usage error."""
     assert main(["run", *how, *given, str(project), "--", "a", "bc"]) == 2
     output = capsys.readouterr()
-    assert "with arguments and with input" in (output.err or document(output.out)["reason"])
+    assert "with arguments and input" in (output.err or document(output.out)["reason"])
     with loaded(program=project, args=("a", "bc"), stdin_fd=0, stdin_default=True) as (request, _):
         assert (request.args, request.stdin_fd == 0) == ((), False)
         assert os.pread(request.stdin_fd or 0, 99, 0) == b"\2\0\0\0\1\0\0\0a\2\0\0\0bc"
@@ -317,7 +317,7 @@ def test_a_missing_lock_file_is_x07s_own_to_write(project: Path, capfd: pytest.C
     for lock in project.rglob("*.lock.json"):
         lock.unlink()
     assert main(["run", str(project)]) == 2
-    assert "Write it with X07's own `x07 pkg lock`" in capfd.readouterr().err
+    assert "Create it with `x07 pkg lock` of the X07 toolchain" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("words", [(), ("--json",)])

@@ -107,7 +107,7 @@ def test_exec_exits_with_the_commands_code(project: Path) -> None:
     assert "x07 image build" in done.stderr
     done = x07(project, "exec", "--json", "--workdir", ".", "--", "./missing")
     assert (done.returncode, result(done)["outcome"]) == (127, "failed")
-    assert "./missing or its interpreter does not exist in the machine" in result(done)["reason"]
+    assert "./missing or its interpreter does not exist in the VM" in result(done)["reason"]
 
 
 def test_a_command_is_under_the_policy(project: Path) -> None:

@@ -49,7 +49,7 @@ def test_the_advice_for_a_full_disk_is_to_free_space(small_disk: SmallDisk, file
     """Whichever file of a job does not fit, the only advice is to free space."""
     ran = small_disk(f"1m,nr_inodes={files}").behave("nothing")
     assert (ran.outcome, ran.result.fault) == ("refused", "host")
-    assert "No space left on device. Free space there, or set X07_VM_STATE_DIR" in ran.reason
+    assert "No space left on device. Free disk space, or set X07_VM_STATE_DIR" in ran.reason
 
 
 def test_a_program_that_fills_the_disk_gets_an_error(small_disk: SmallDisk) -> None:

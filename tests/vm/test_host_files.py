@@ -540,4 +540,4 @@ def test_a_program_cannot_change_its_policy_file(project: Project) -> None:
     result = project.run(source, "--policy", "policy.json")
     assert (result["changes"]["state"], result["changes"]["left_out"]) == ("kept", 2)
     refused = [(denial["subject"], denial["reason"]) for denial in result["denials"] if denial["action"] == "change"]
-    assert refused == [(name, "the policy or manifest in use") for name in ("policy.json", "real.json")]
+    assert refused == [(name, "the policy or manifest of this run") for name in ("policy.json", "real.json")]

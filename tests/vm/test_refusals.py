@@ -169,7 +169,7 @@ def test_a_pool_refuses_an_image_that_is_not_pinned(
     """A pool refuses an image other than X07_VM_GUEST_IMAGE_DIGEST, and boots nothing."""
     monkeypatch.setenv("X07_VM_STATE_DIR", str(tmp_path / "jobs"))
     monkeypatch.setenv("X07_VM_GUEST_IMAGE_DIGEST", pinned := "sha256:" + "a" * 64)
-    with pytest.raises(RefusedError, match=f"is {pinned}, and the image has {image.digest}"):
+    with pytest.raises(RefusedError, match=f"is {pinned}, but the image's digest is {image.digest}"):
         Pool(size=1)
     assert _no_machine(tmp_path)
 

@@ -59,7 +59,7 @@ def load(
             with file.open("wb") as target:
                 digest = write_archive(image, reference, target, Path(folder), progress)
         except OSError as exc:
-            raise HostError(f"cannot write {file}", exc.strerror or str(exc), "Free space there") from exc
+            raise HostError(f"cannot write {file}", exc.strerror or str(exc), "Free disk space") from exc
         for one in engines:
             progress(f"loading the image into {one.name}")
             answer = one.call("load", "--quiet", "--input", str(file.absolute()), timeout_s=_LOAD_S)

@@ -237,6 +237,13 @@ def _is_x07(path: Path) -> bool:
     return is_x07(path)
 
 
+def _require_one_program(program: str | None, toolchain: str | None) -> None:
+    """Raise UsageError if -c is used together with a file that was probably meant as the program."""
+    if toolchain is None and program is not None and Path(program).is_file():
+        why = f"-c and the file {program} are two programs, and only one program may be given"
+        raise UsageError("wrong usage", why, f"Remove one of them, or add --toolchain to pass {program} as an argument")
+
+
 def _is_x07_artifact(options: argparse.Namespace) -> bool:
     """Whether to run an executable that X07 compiled, with X07's report."""
     return options.artifact is not None and bool(options.report or options.attest_runtime)
@@ -265,6 +272,7 @@ def _request(
             raise UsageError("wrong usage", why, "Omit --toolchain, or give the program without --artifact")
         toolchain = "executable"
     if options.code is not None:
+        _require_one_program(program, toolchain)
         words = [*([program] if program is not None else []), *words]
         program, source = None, options.code.encode("utf-8", "surrogateescape")
     elif program == "-":

@@ -1,1 +1,1 @@
-"""One list of behaviours that every backend is held to, and running it."""
+"""The list of behaviours that every backend must have, and the code that checks them."""

@@ -1,6 +1,6 @@
 """The behaviours of every backend, with the programs and observations that prove them.
 
-An observation runs a program as any user would, once for all behaviours that it shows, and returns facts by name.
+An observation runs a program as a user would and returns facts by name. It runs once for all behaviours that use it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Check = Callable[[Bench], None]
 class Behaviour(msgspec.Struct, frozen=True, kw_only=True):
     """One behaviour: a promise, and its check, which raises BrokenError.
 
-    needs: a capability (plan/features) without which the check is skipped.
+    needs: a capability (plan/features); the check is skipped if the backend does not have it.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Behaviour(msgspec.Struct, frozen=True, kw_only=True):
     needs: str = ""
 
 
-# Programs are run by harness.LAUNCHER, which gives them json, os, signal, sys, time and tried().
+# harness.LAUNCHER runs these programs. It provides the names json, os, signal, sys, time and tried().
 
 
 def _fact(observe: Callable[[Bench], Facts], name: str, expected: object = True) -> Check:  # noqa: FBT002 - of any type
@@ -218,7 +218,7 @@ _RECORD: Final = {"job.json", "owner.json", *_ENDS}
 
 
 def _other_process(bench: Bench, *, kill: bool) -> Facts:
-    """Start a run in another process and stop its job by its record; with *kill*, kill that process first."""
+    """Start a run in another process and stop its job by its record. kill: first kill that process."""
     mark = secrets.token_hex(16)
     with bench.in_process(_LONG, mark) as (runner, line):
         line()
@@ -403,12 +403,12 @@ _TABLE: Final[Mapping[Group, tuple[tuple[str, str, Check], ...]]] = {
         ("streaming", "Input and output are streamed while the program runs.",
             _fact(_talked, "lines", ["ready", "ONE", "TWO"])),
         ("end-of-input", "The program sees the end of streamed input.", _fact(_talked, "outcome", "ok")),
-        ("unread-input", "A program that reads no input ends although its input does not.", _unread),
+        ("unread-input", "A program that reads no input can end before its input does.", _unread),
     ),
     "files": (
         ("artifact", "The output of a build arrives unchanged and is what runs.", _artifact),
-        ("files-beside", "Files passed with the program are beside it.", _beside),
-        ("work-folder", "The program can write files where it starts.", _fact(_seen, "its file exists")),
+        ("files-beside", "Files passed with the program are in the program's folder.", _beside),
+        ("work-folder", "The program can write files in the folder where it starts.", _fact(_seen, "its file exists")),
         ("fresh-folder", "A run finds no files of an earlier run.",
             _fact(_seen, "the next run finds its file", expected=False)),
     ),
@@ -416,25 +416,27 @@ _TABLE: Final[Mapping[Group, tuple[tuple[str, str, Check], ...]]] = {
         ("exit-status", "The program's exit status is reported.", _ends("failed", 7, "sys.exit(7)")),
         ("status-137", "An exit status of 137 is not mistaken for a kill.", _ends("failed", 137, "sys.exit(137)")),
         ("signal", "The signal that ended a program is reported.", _ends("signalled", 128 + signal.SIGABRT, _ABORT)),
-        ("output-limit", "Output is stored up to its limit, and then the program is ended.", _flooded),
+        ("output-limit", "Output is stored up to its limit. Then the program is ended.", _flooded),
         ("left-status", "The exit status counts even if the program leaves processes behind.",
             _fact(_left, _END, ("failed", 5))),
         ("left-processes", "Processes that a program leaves behind are killed.", _fact(_left, "processes left", [])),
     ),
     "deadline": (
         ("deadline", "A program that ignores signals is ended at its deadline.", _fact(_late, _END, ("timeout", 124))),
-        ("deadline-of-children", "Its child processes are ended too.", _fact(_late, "processes left", [])),
-        ("grace", "A program is ended at its deadline, or at most a grace period later.", _fact(_late, "grace", "met")),
+        ("deadline-of-children", "Child processes of such a program are ended too.",
+         _fact(_late, "processes left", [])),
+        ("grace", "A program is ended within a grace period after its deadline.", _fact(_late, "grace", "met")),
         ("stopped-program", "A program stopped by a signal is ended at its deadline.",
             _ends("timeout", 124, _STAND, wall_ms=_WALL_MS)),
     ),
     "stop": (
         ("cancel", "A cancelled run ends and leaves nothing behind.", _cancelled),
-        ("listed", "A job is listed while it lives and not afterwards.", _fact(_stopped, "jobs listed afterwards", 0)),
-        ("stop-by-record", "Another process can stop a job by its record, which leaves nothing.", _gone_when_stopped),
+        ("listed", "A job is listed only while it is alive.", _fact(_stopped, "jobs listed afterwards", 0)),
+        ("stop-by-record", "Another process can stop a job by its record. Nothing is left behind.", _gone_when_stopped),
         ("stop-again", "Stopping a job again succeeds.", _fact(_stopped, "stop returned", [True, True])),
-        ("killed-runner", "The job of a killed runner ends.", _fact(_killed, "processes left", [])),
-        ("killed-record", "Stopping the job of a killed runner by its record removes it from the list.",
+        ("killed-runner", "If the x07 process that started a job is killed, the job ends.",
+         _fact(_killed, "processes left", [])),
+        ("killed-record", "A job of a killed x07 process is no longer listed once it is stopped.",
             _fact(_killed, "jobs listed afterwards", 0)),
         ("unused-instance", "An unused instance ends with its caller.", _unused),
     ),
@@ -462,20 +464,20 @@ _TABLE: Final[Mapping[Group, tuple[tuple[str, str, Check], ...]]] = {
     ),
     "network": (
         ("unlisted-name", "A name not in the policy does not resolve.", _fact(_connected, "unlisted", "unknown")),
-        ("gate-asked", "The gate sees each connection, also refused ones.",
+        ("gate-asked", "The gate sees each connection, including refused ones.",
             _fact(_connected, "the gate saw", ["10.255.255.1", "unlisted.example", "x07-conform.invalid"])),
         ("connect-fails", "A program's connect() fails if the gate refuses the connection.",
             _fact(_connected, "special", "refused")),
     ),
     "images": (
-        ("image-digest", "The result names the image by its digest.",
+        ("image-digest", "The result contains the digest of the image.",
             lambda bench: expect("digest", bench.image_digest, bench.cached(_echoed)["image"])),
         ("pinned-image", "An image other than the pinned one is refused.",
             lambda bench: bench.expect_refused("not allowed", {"X07_VM_GUEST_IMAGE_DIGEST": f"sha256:{'0' * 64}"})),
         ("damaged-image", "An image with one changed bit is refused.", _damaged),
     ),
     "roots": (
-        ("read-root", "The program can read a copy of a folder and not change it.",
+        ("read-root", "The program can read a copy of a folder but not change it.",
             _fact(_folders, "printed", ["before", "read-only"])),
         ("write-root", "Only changes in a write root are copied back.", _fact(_folders, "write", _WRITTEN)),
         ("out-folder", "Files in `/x07/out` are copied back.", _fact(_folders, "out", {"report": "report"})),

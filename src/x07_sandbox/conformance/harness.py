@@ -1,4 +1,4 @@
-"""The test bench for behaviours: runs of small programs on one backend, in this process and in another."""
+"""The test bench for behaviours: runs small programs on one backend, in this process or in another one."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from x07_sandbox.runs.result import Result
 
 _T = TypeVar("_T")
-# The only program that is built. Its first argument is the code of a check, so that all runs share one artifact.
+# The only program that is built. Its first argument is a check's code, so all runs share one artifact.
 LAUNCHER: Final = b"""import json, os, signal, sys, time
 def tried(act, *words):
     try: return act(*words)
@@ -52,7 +52,7 @@ _LINE_MAX: Final = 4096
 
 
 class BrokenError(Exception):
-    """A behaviour that a backend does not have: what was expected, and what was found."""
+    """A backend does not have a behaviour. The message says what was expected and what was found."""
 
 
 def expect(what: str, expected: object, found: object) -> None:
@@ -62,7 +62,7 @@ def expect(what: str, expected: object, found: object) -> None:
 
 
 def policy_with(*, limits: Mapping[str, Any] | None = None, **sections: Mapping[str, Any]) -> Policy:
-    """Return the built-in policy with small limits and with these fields changed, by section."""
+    """Return the built-in policy with small limits and the given fields changed, by section."""
     policy = default_policy()
     small = {"wall_ms": 30_000, "cpu_ms": 30_000, "mem_bytes": 256 * settings.MIB}
     changed = {"limits": small | dict(limits or {})} | sections
@@ -70,7 +70,7 @@ def policy_with(*, limits: Mapping[str, Any] | None = None, **sections: Mapping[
 
 
 def request(backend: str, *args: str, **fields: Any) -> RunRequest:  # noqa: ANN401 - fields of a request
-    """Return a request to run LAUNCHER with these arguments, the first of which is code."""
+    """Return a request to run LAUNCHER with these arguments. The first argument is Python code."""
     fields.setdefault("source", LAUNCHER)
     fields.setdefault("policy", policy_with())
     choice = Choice(backend=backend, sandbox_backend=BY_NAME[backend].sandbox_class)
@@ -78,7 +78,13 @@ def request(backend: str, *args: str, **fields: Any) -> RunRequest:  # noqa: ANN
 
 
 class Running(NamedTuple):
-    """A running program. line: waits for a line of output. cancel: ends it. result: waits for its end."""
+    """A running program.
+
+    stdin: its input.
+    line: waits for a line of output.
+    cancel: ends the program.
+    result: waits until the program ends.
+    """
 
     stdin: Any
     line: Callable[[], str]
@@ -87,9 +93,12 @@ class Running(NamedTuple):
 
 
 class Bench:
-    """A backend under test, made by `open_bench`. artifact: the built LAUNCHER; build: the result of building it.
+    """A backend under test, made by `open_bench`.
 
-    image: None if the backend uses none. runner: the command that carries out a run in another process.
+    artifact: the built LAUNCHER.
+    build: the result of building it.
+    image: None if the backend uses no image.
+    runner: the command that carries out a run in another process.
     """
 
     def __init__(
@@ -106,7 +115,7 @@ class Bench:
         self.build = self.run("", cache=False)
 
     def cached(self, make: Callable[[Bench], _T]) -> _T:
-        """Return the value of *make*, which is called only once, so that several checks share a run."""
+        """Return the value of *make*. It is called only once, so that several checks share a run."""
         if make not in self._made:
             self._made[make] = make(self)
         return self._made[make]  # type: ignore[return-value]
@@ -120,7 +129,7 @@ class Bench:
             return run(request(self.backend.name, code, *args, stdin_fd=stdin_fd, cancel=cancel, **fields))
 
     def output(self, code: str, *args: str, **fields: Any) -> str:  # noqa: ANN401 - as above
-        """Return the output of a program that must succeed. Raises BrokenError."""
+        """Return the output of a program. Raises BrokenError if the program does not succeed."""
         result = self.run(code, *args, **fields)
         said = result.stderr.data[-200:].decode(errors="replace")
         expect("outcome of a program", "ok", "ok" if result.ok else f"{result.outcome}: {result.reason}; {said}")
@@ -128,7 +137,7 @@ class Bench:
 
     @contextlib.contextmanager
     def running(self, code: str, *args: str) -> Iterator[Running]:
-        """Run a program while the caller talks to it; cancel it on exit."""
+        """Run a program while the caller communicates with it. Cancel the program on exit."""
         with contextlib.ExitStack() as stack:
             cancel = stack.enter_context(contextlib.closing(Cancel()))
             input_fd, near_fd = os.pipe()
@@ -147,7 +156,7 @@ class Bench:
     def in_process(
         self, code: str, *args: str, env: Mapping[str, str] | None = None
     ) -> Iterator[tuple[subprocess.Popen[bytes], Callable[[], str]]]:
-        """Start a process that carries out a run (conformance/runner); yield it and a reader of its lines."""
+        """Start a process that carries out a run (conformance/runner); yield it and a function that reads a line."""
         argv = [*self._runner, self.backend.name, code, *args]
         environment = {**os.environ, **(env or {})}
         with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=environment) as runner:
@@ -158,19 +167,22 @@ class Bench:
                 runner.kill()
 
     def expect_refused(self, reason: str, env: Mapping[str, str]) -> None:
-        """Expect that a run with these variables is refused for that reason before anything starts."""
+        """Raise BrokenError unless a run with these environment variables is refused before anything starts.
+
+        reason: a text that the reason must contain.
+        """
         with self.in_process("print('it ran')", env=env) as (runner, line):
             outcome, _, said = line().partition(":")
-            expect(f"outcome ({said}), for the right reason", ("refused", True), (outcome, reason in said))
+            expect(f"outcome ({said}), and whether the reason is right", ("refused", True), (outcome, reason in said))
             expect("jobs", [], [path.name for path in state_dir().glob(f"*-{runner.pid}-*-*")])
 
     def owned_by(self, pid: int) -> list[JobRecord]:
-        """Return the jobs of that process which the backend lists."""
+        """Return the jobs of that process that the backend lists."""
         return [record for record in self.backend.list_owned() if record.run_id.split("-")[1] == str(pid)]
 
 
 def read_line(fd: int) -> str:
-    """Return one line from a pipe. Raises BrokenError after a timeout."""
+    """Return one line from a pipe. Raises BrokenError after a timeout or at the end of the stream."""
     line = b""
     deadline = time.monotonic() + ANSWER_S
     while not line.endswith(b"\n") and len(line) < _LINE_MAX:
@@ -183,7 +195,10 @@ def read_line(fd: int) -> str:
 
 
 def remaining(*marks: str) -> list[int]:
-    """Wait until no process of this host has one of these texts in its arguments; return those that still have."""
+    """Wait until no process of this host has one of these texts in its arguments.
+
+    After a timeout, return the processes that still have one.
+    """
     deadline = time.monotonic() + ANSWER_S
     while True:
         pids = [int(entry.name) for entry in os.scandir("/proc") if entry.name.isdigit()]
@@ -203,7 +218,7 @@ def _image(backend: Backend, stack: contextlib.ExitStack) -> OpenImage | None:
 
 @contextlib.contextmanager
 def open_bench(name: str, runner: Sequence[str] = RUNNER) -> Iterator[Bench]:
-    """Open a bench for the backend *name*. Raises SandboxError if it cannot run here."""
+    """Open a bench for the backend called *name*. Raises SandboxError if the backend cannot run here."""
     with contextlib.ExitStack() as stack:
         image = _image(create(name), stack)
         artifact = OutFile(path=OUTPUT, fd=memory_file(b"", stack), max_bytes=settings.ARTIFACT_MAX_BYTES)

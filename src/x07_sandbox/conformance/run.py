@@ -1,4 +1,4 @@
-"""Running the list of behaviours on a backend, and the report about it."""
+"""Checking a backend for all behaviours, and the report about it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from x07_sandbox.plan.features import Isolation
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One behaviour of one backend. reason: empty if it passed. seconds: duration of the check."""
+    """The outcome of checking one behaviour. reason: empty if it passed. seconds: duration of the check."""
 
     name: str
     group: str
@@ -27,7 +27,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All behaviours of one backend."""
+    """The outcomes of all behaviours of one backend."""
 
     backend: str
     isolation: Isolation
@@ -37,7 +37,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 def conform(
     name: str, *, runner: Sequence[str] = RUNNER, on_verdict: Callable[[Verdict], object] = lambda _verdict: None
 ) -> Report:
-    """Run the list on the backend *name*. runner: see Bench. Raises SandboxError if it cannot run here."""
+    """Check all behaviours of the backend *name*. Raises SandboxError if it cannot run here. runner: see Bench."""
     verdicts = []
     with open_bench(name, runner) as bench:
         for behaviour in BEHAVIOURS:
@@ -47,7 +47,7 @@ def conform(
 
 
 def check_behaviour(behaviour: Behaviour, bench: Bench) -> Verdict:
-    """Check one behaviour, unless it is a known gap or this host lacks what it needs."""
+    """Check one behaviour, unless it is a known gap of the backend or this host lacks a requirement."""
     known = Verdict(name=behaviour.name, group=behaviour.group, promise=behaviour.promise, verdict="passed")
     verdict = partial(msgspec.structs.replace, known)
     if reason := bench.backend.known_gaps.get(behaviour.name):

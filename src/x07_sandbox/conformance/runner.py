@@ -1,6 +1,6 @@
-"""Carries out one long run in its own process, so that a check can stop it by its record or kill this process.
+"""Carries out one long run in a separate process, so that a check can stop the run by its record or kill the process.
 
-Arguments: BACKEND CODE [ARGUMENTS]. The program's output comes first; the last line is the outcome and the reason.
+Arguments: BACKEND CODE [ARGUMENTS]. It prints the program's output, then a line with the outcome and the reason.
 """
 
 from __future__ import annotations

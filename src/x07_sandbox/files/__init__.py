@@ -1,1 +1,1 @@
-"""Files that go into a machine, as copies, and come out of it as changes."""
+"""Copying of files into a VM, and the changes that come back."""

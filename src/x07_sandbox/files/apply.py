@@ -1,9 +1,9 @@
 """Atomic application of a change set: a kill at any point leaves the old tree or the new one.
 
-After all checks, new content is staged beside the old, and a journal records the steps. Then names change one by one;
-each displaced inode is compared again and saved for undo. Renaming the journal commits. The private folder of a set
-holds the journal (files/journal) while there is something to roll back or finish, and `undo/changes.json` and
-`undo/data`, the set that undoes the last one applied.
+After all checks, the new content is staged beside the old content, and a journal records the steps. Then names change
+one by one; each replaced or removed inode is compared again and saved for undo. Renaming the journal commits. A set has
+a private folder. It holds the journal (files/journal) while there is something to roll back or finish. It also holds
+`undo/changes.json` and `undo/data`, the undo set of the last application.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ __all__ = ["ConflictError", "apply", "recover"]
 _PROBE_MODE: Final = 0o710  # a mode that no file system reports by default
 _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FIXES: Final = {
-    errno.ENOSPC: "Free space there",
-    errno.EDQUOT: "Free space there",
-    errno.EROFS: "Make it writable",
-    errno.EACCES: "Apply the changes as a user who may write there",
+    errno.ENOSPC: "Free disk space",
+    errno.EDQUOT: "Free disk space",
+    errno.EROFS: "Mount that file system writable",
+    errno.EACCES: "Apply the changes as a user who may write to that folder",
     errno.EPERM: "Apply the changes as the owner of the files and a member of their groups",
-    errno.EXDEV: "Unmount what is mounted there, name it as a root of its own, or leave it out with --skip",
-    errno.EBUSY: "Unmount what is mounted there",
+    errno.EXDEV: "Unmount that file system, list it as a separate root, or add --skip",
+    errno.EBUSY: "Unmount that file system",
 }
 
 
 class _Inverse(NamedTuple):
-    """The changes that undo those of one root. site, prefix: where that root is."""
+    """The changes that undo those of one root. site, prefix: the anchor of the root, and the root's name below it."""
 
     root: RootChanges
     site: Site
@@ -70,12 +70,15 @@ def apply(
     keeps: bool = True,
     around: AbstractContextManager[None] | None = None,
 ) -> ChangeSet:
-    """Apply a set to the host and return the set that undoes it, which is empty if nothing had to be done.
+    """Apply a set to the host and return the undo set, which is empty if everything was already in effect.
 
-    data_fd: the contents. folder: the private folder of the set, created if missing. on_wait: called with a path before
-    waiting for a lock. keeps: save the undo set. around: entered once the folder is locked and recovered. Raises
-    ValueError for an invalid set, ConflictError, HostError; then nothing has changed, unless the rollback failed too,
-    which recover() retries.
+    data_fd: descriptor of the file with the contents.
+    folder: the private folder of the set; it is created if missing.
+    on_wait: called with a path before the call waits for a lock.
+    keeps: whether to save the undo set.
+    around: a context that is entered once the folder is locked and recovered.
+    Raises ValueError for an invalid set, ConflictError, HostError. Nothing has changed then, unless the rollback failed
+    too; recover() retries it.
     """
     check_set(changes)
     with _locked(folder, on_wait), around or contextlib.nullcontext():
@@ -85,7 +88,7 @@ def apply(
 
 
 def recover(folder: Path, *, on_wait: OnWait | None = None) -> None:
-    """Roll back or finish what a killed apply() left behind. Raises HostError."""
+    """Roll back or finish an application that was killed. Raises HostError."""
     if not folder.exists():
         return
     with _locked(folder, on_wait):
@@ -127,9 +130,9 @@ def _apply(changes: ChangeSet, data_fd: int, folder: Path, on_wait: OnWait | Non
 def _check_part(
     applied: set[tuple[str, str]], compared: list[tuple[RootChanges, RootState]], conflicts: list[str]
 ) -> None:
-    """Raise ConflictError if the set is one part of changes of which another part is applied: its undo would be lost.
+    """Raise ConflictError if another part of the same changes is already applied, because its undo set would be lost.
 
-    An undo set whose names all have their old content again, changed by hand, is of no use and may be lost.
+    An undo set may be lost if all its names already have their old content again.
     """
     mine = {(root.root, item.change.name) for root, state in compared for item in state.items}
     done = {(root.root, name) for root, state in compared for name in state.applied}
@@ -137,20 +140,20 @@ def _check_part(
     done_paths = {posixpath.join(*name).rstrip("/") for name in done}
     if done_paths.issuperset(conflicts) if conflicts else not applied <= mine:
         why = "another part of them is already applied, and one x07 undo cannot revert both"
-        fix = "Run x07 undo first, then apply all that you want at once"
+        fix = "Run x07 undo first, then apply all the parts that you want in one command"
         raise ConflictError("cannot apply the changes", why, fix)
 
 
 def _execute(
     folder: Path, head: Head, sites: list[Site], planner: Planner, inverse: list[_Inverse], *, keeps: bool
 ) -> ChangeSet:
-    """Carry out the planned steps and return the set that undoes them."""
+    """Carry out the planned steps and return the undo set."""
     steps, started = planner.steps, 0
     try:
         journal.write_staging(folder, head)
         for site in sites:
             _make_staging(site)
-            # Another set may have removed the folder as part of a root around it. From here on that set would find our
+            # Another set may have removed the folder as part of an outer root. From here on that set would find our
             # staging folder in it.
             _check_unmoved(site.place.path, site, None)
         journal.write_staging(folder, head)
@@ -202,9 +205,9 @@ def _make_staging(site: Site) -> None:
 
 
 def _roll_back(sites: list[Site], started: list[Step], *, recovering: bool = False) -> None:
-    """Undo the started steps, last one first, and retry for SETTLE_S while something is in the way.
+    """Undo the started steps, last one first. Retry for SETTLE_S seconds while something blocks a step.
 
-    recovering: ignore steps that cannot be undone and displaced nothing.
+    recovering: ignore steps that cannot be undone and have not replaced or removed anything.
     """
     for site in sites:
         if site.staging_fd < 0:  # interrupted right after the folder was made
@@ -218,12 +221,12 @@ def _roll_back(sites: list[Site], started: list[Step], *, recovering: bool = Fal
     if stuck := [step for step in todo if not recovering or apply_steps.holds_displaced(sites[step.place], step)]:
         names = ", ".join(ascii(sites[step.place].path(step.name)) for step in stuck[:5])
         saved = ", ".join(ascii(sites[index].path(sites[index].place.staging)) for index in {s.place for s in stuck})
-        why = f"{names} cannot be restored, because something was moved; the earlier content is in {saved}"
-        raise HostError("cannot undo the changes", why, "Move it back or away, then try again")
+        why = f"{names} cannot be restored, because files were moved; the earlier content is in {saved}"
+        raise HostError("cannot undo the changes", why, "Move these files back or away, then try again")
 
 
 def _remove_new(folder: Path, sites: list[Site], steps: list[Step] | None) -> None:
-    """Remove the staged content. steps: None if none was started: then everything with a slot's name is new."""
+    """Remove the staged content. steps: None if no step was started; then all entries named like a slot are new."""
     for index, site in enumerate(sites):
         # Nothing is staged before the journal names the staging folder.
         known = apply_steps.staged_inodes(steps, index) if steps is not None else None if site.place.staged else {}
@@ -264,7 +267,7 @@ def _recover(folder: Path, on_wait: OnWait | None) -> None:
 
 
 def _open_staging(site: Site) -> None:
-    """Open the staging folder; leave staging_fd at -1 if it is missing or not the one in the journal."""
+    """Open the staging folder of a site. Leave staging_fd at -1 if it is missing or not the one in the journal."""
     try:
         fd = os.open(site.place.staging, _FOLDER, dir_fd=site.fd)
     except OSError as exc:
@@ -282,9 +285,9 @@ def _open_staging(site: Site) -> None:
 def _sites(
     paths: Iterable[str], on_wait: OnWait | None, recorded: dict[str, Place] | None = None
 ) -> Iterator[dict[str, Site]]:
-    """Open all folders and lock them in the order of their inodes. recorded: the places in the journal.
+    """Open all folders and lock them in the order of their inodes. Raises ConflictError, HostError.
 
-    Raises ConflictError, HostError.
+    recorded: the places in the journal, by path.
     """
     with contextlib.ExitStack() as stack:
         by_path: dict[str, Site] = {}
@@ -336,9 +339,9 @@ def _check_unmoved(path: str, site: Site, recorded: dict[str, Place] | None) -> 
 def _moved(path: str, recorded: dict[str, Place] | None) -> Exception:
     if recorded is None:
         return conflict_error([path])
-    why = f"{path!a} is not the folder where applying them started, or a link leads to it"
+    why = f"{path!a} is not the folder that the journal recorded, or a link leads to it"
     staging = recorded[path].staging
-    fix = f"Move that folder back. Or take what you need from {staging} in it, then remove the journal"
+    fix = f"Move that folder back. Or save the files that you need from {staging} in it, then remove the journal"
     return HostError("cannot recover the changes", why, fix)
 
 
@@ -358,5 +361,5 @@ def _os_errors(folder: Path) -> Iterator[None]:
         place = exc.filename if isinstance(exc.filename, str) else os.fspath(exc.filename or folder)
         why = f"{place!a}: {exc.strerror or exc}"
         raise HostError(
-            "cannot apply the changes", why, _FIXES.get(exc.errno or 0, "Correct that, then try again")
+            "cannot apply the changes", why, _FIXES.get(exc.errno or 0, "Correct the problem, then try again")
         ) from exc

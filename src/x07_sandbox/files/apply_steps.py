@@ -1,4 +1,4 @@
-"""Applying and undoing one step. The state of a step is read from inodes, never remembered."""
+"""Applying and undoing one step. The state of a step is always read from inodes."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ _CONFLICTS: Final = {*MISSING, errno.EEXIST, errno.ENOTEMPTY}
 
 
 class Site(msgspec.Struct, kw_only=True):
-    """A place, opened and locked. fd: its folder. staging_fd: its staging folder; -1 if there is none.
+    """A place (journal.Place) that is open and locked.
 
-    keeps_modes: whether its file system stores modes, unlike vfat, NTFS and many shares.
+    fd: descriptor of the place's folder.
+    staging_fd: descriptor of its staging folder; -1 if there is none.
+    keeps_modes: whether the file system stores modes. FAT, NTFS and many network file systems do not.
     """
 
     place: Place
@@ -34,9 +36,9 @@ class Site(msgspec.Struct, kw_only=True):
 
 
 def check_step(site: Site, step: Step) -> None:
-    """Raise ConflictError if a mode has changed, before the step counts as started.
+    """Raise ConflictError if a step would change a mode that has changed since the copy.
 
-    Undoing a step that was not done would also undo the same change of mode made by somebody else.
+    Called before the step counts as started. Otherwise a rollback would revert the same change made by another process.
     """
     if step.kind == "mode" and site.keeps_modes:
         with open_inode(site.fd, step.name) as found:
@@ -45,7 +47,10 @@ def check_step(site: Site, step: Step) -> None:
 
 
 def apply_step(site: Site, step: Step) -> None:
-    """Take a step, then compare what it displaced. Raises ConflictError, OSError; the step may then be done."""
+    """Apply a step, then check that it replaced or removed the expected inode. Raises ConflictError, OSError.
+
+    The step may be done even if this raises.
+    """
     if step.kind == "mode":
         if site.keeps_modes:
             _apply_mode(site, step)
@@ -72,14 +77,14 @@ def _displace(site: Site, step: Step, folder: int, name: str) -> str:
         return step.slot
     if beneath.exchange(staging, step.slot, folder, name):
         return step.slot
-    # A link and a rename over the name would never leave it empty, but lose what another process creates in between.
+    # A link and a rename would never leave the name empty, but could lose a file that another process makes meanwhile.
     beneath.move(folder, name, staging, step.slot + OLD)
     beneath.move(staging, step.slot, folder, name)
     return step.slot + OLD
 
 
 def undo_step(site: Site, step: Step) -> bool:
-    """Undo a step, whether it was done or not; return False while something is in the way. Raises OSError."""
+    """Undo a step, whether or not it was done; return False while something blocks it. Raises OSError."""
     if step.kind == "mode":
         return _undo_mode(site, step)
     try:
@@ -90,14 +95,14 @@ def undo_step(site: Site, step: Step) -> bool:
     except OSError as exc:
         if exc.errno not in MISSING:
             raise
-        # The parent folder is gone, and with it our new inode, or the place for the displaced one.
+        # The parent folder was removed: with our new inode in it, or with no place left for the old inode.
         return not holds_displaced(site, step) and (
             step.new is None or ident_of(site.staging_fd, step.slot) == step.new
         )
 
 
 def displaced_slot(site: Site, step: Step) -> str:
-    """Return the slot of what a done step displaced. Raises OSError."""
+    """Return the slot that holds the inode which a done step replaced or removed. Raises OSError."""
     return step.slot if ident_of(site.staging_fd, step.slot + OLD) is None else step.slot + OLD
 
 
@@ -123,7 +128,7 @@ def _is_expected(site: Site, step: Step, slot: str) -> bool:
 
 
 def _has_old_mode(found: OpenInode, step: Step) -> bool:
-    """Return whether the inode and its mode are unchanged and it has no second name."""
+    """Return whether the inode and its mode are unchanged and the inode has no second name."""
     same = found.ident == step.old and found.mode == step.old_mode
     return same and not (found.kind == "file" and found.info.st_nlink > 1)
 
@@ -131,7 +136,7 @@ def _has_old_mode(found: OpenInode, step: Step) -> bool:
 def _undo_mode(site: Site, step: Step) -> bool:
     with open_inode(site.fd, step.name) as found:
         if found is None or found.ident != step.old:
-            # Our new folder, already removed or never moved in; or a file of somebody else's with the old mode.
+            # Our new folder was removed or never moved in, or another process made a file with the old mode.
             return step.before is None or (found is not None and found.mode == step.old_mode)
         if found.mode == step.new_mode:
             found.set_mode(step.old_mode)
@@ -158,14 +163,14 @@ def _take_back(site: Site, step: Step, folder: int, name: str) -> bool:
 
 
 def _holds_new(site: Site, step: Step) -> bool:
-    """Return whether the slot holds our new inode, and not one of somebody else or a folder that was filled."""
+    """Return whether the slot holds our new inode: not another process's file, and no folder that has been filled."""
     with open_inode(site.staging_fd, step.slot) as found:
         return found is not None and found.ident == step.new and not (found.kind == "folder" and found.names())
 
 
 def _put_back(site: Site, step: Step, folder: int, name: str) -> bool:
     if not holds_displaced(site, step):
-        # Somebody may have replaced a new file. A new folder still exists, with what we put in it.
+        # Another process may have replaced a new file. A new folder still exists, with the entries that we put into it.
         return not step.new_folder or ident_of(site.staging_fd, step.slot) == step.new
     try:
         beneath.move(site.staging_fd, displaced_slot(site, step), folder, name)
@@ -175,7 +180,7 @@ def _put_back(site: Site, step: Step, folder: int, name: str) -> bool:
 
 
 def holds_displaced(site: Site, step: Step) -> bool:
-    """Return whether staging holds something that the step displaced. Raises OSError."""
+    """Return whether the staging folder holds an inode that the step replaced or removed. Raises OSError."""
     if step.kind == "mode":
         return False
     found = ident_of(site.staging_fd, displaced_slot(site, step))
@@ -183,12 +188,12 @@ def holds_displaced(site: Site, step: Step) -> bool:
 
 
 def staged_inodes(steps: list[Step], index: int) -> dict[str, Ident]:
-    """Return what the staging folder of a place holds, by slot, while no step is done."""
+    """Return the inodes in the staging folder of a place, by slot, while no step is done."""
     return {step.slot: step.new for step in steps if step.place == index and step.kind != "mode" and step.new}
 
 
 def displaced_inodes(steps: list[Step], index: int) -> dict[str, Ident]:
-    """Return what the staging folder of a place holds, by slot, once all steps are done."""
+    """Return the inodes in the staging folder of a place, by slot, after all steps are done."""
     found: dict[str, Ident] = {}
     for step in steps:
         if step.place == index and step.kind != "mode" and step.old is not None:

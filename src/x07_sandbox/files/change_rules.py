@@ -1,4 +1,4 @@
-"""The rules for changes that a guest reports; pure. They judge the net difference, by names and digests."""
+"""The rules for changes that a guest reports, without I/O. They compare the trees before and after the run."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _SPLITS_MAX: Final = 8
 
 
 class AllowedActions(msgspec.Struct, frozen=True, kw_only=True):
-    """What a policy allows to do with folders and names.
+    """The actions that a policy allows on folders and names.
 
-    created: roots that exist for the program only; they are created on the host once they hold something.
+    created: roots that exist only for the program; a root is created on the host once it holds something.
     """
 
     mkdir: bool
@@ -39,11 +39,11 @@ class AllowedActions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CheckedChanges(msgspec.Struct, frozen=True, kw_only=True):
-    """The changes of a root, and the reasons why some are forbidden, all sorted by name.
+    """The changes of a root, and the reasons why some are forbidden. All are sorted by name.
 
-    left_out: the refused changes and their dependents, which are not in *changes*. is_whole: nothing could be left out,
-    so nothing may be applied while anything is refused. Entries that are too deep or of an unknown kind are refused but
-    are no changes.
+    left_out: the refused changes and the changes that depend on them. They are not in *changes*.
+    is_whole: no change can be left out, so nothing may be applied while anything is refused.
+    Entries that are too deep or of an unknown kind are refused but are not listed as changes.
     """
 
     changes: tuple[Change, ...]
@@ -62,9 +62,11 @@ def check_changes(  # noqa: PLR0913 - the tree, the reported entries, and what i
     *,
     split: bool = False,
 ) -> CheckedChanges:
-    """Check what the guest reported about one root. before, skipped: what was and was not copied in, by name.
+    """Check the entries that the guest reported for one root. Raises PeerError for an impossible report.
 
-    split: leave out refused changes with their dependents, and check the rest again. Raises PeerError.
+    before: the entries that were copied in, by name.
+    skipped: the entries that were not copied in, by name.
+    split: whether to leave out refused changes and those that depend on them, and then check the remaining ones again.
     """
     near, refused = _near(reported, bounds.depth)
     after, others = _after(before, near)
@@ -131,7 +133,7 @@ class _Check:
             refused += _by_action(change, self._allowed, moved)
         protected = {refusal.name for refusal in refused if refusal.rule == "protected"}
         written = [change.name for change in changes if change.after is not None]
-        # Removed parts of a repository count, and so do those that were not copied in.
+        # Removed parts of a repository count. Parts that were not copied in count too.
         for name, why in protection.repositories({**before, **after, **skipped}, written).items():
             if name not in protected:
                 refused.append(_protected(name, why))
@@ -160,7 +162,7 @@ def _near(reported: Iterable[ReportedEntry], most: int) -> tuple[list[ReportedEn
             continue
         top = "/".join(one.name.split("/", most + 1)[: most + 1])
         deep[top] = max(depth, deep.get(top, 0))
-    why = "too deep (fs.max_depth), with everything below it"
+    why = "deeper than fs.max_depth, like everything below it"
     return near, [
         Refused(name=name, rule="fs.max_depth", why=why, value=depth if depth <= DEPTH_MAX else None)
         for name, depth in deep.items()
@@ -168,7 +170,7 @@ def _near(reported: Iterable[ReportedEntry], most: int) -> tuple[list[ReportedEn
 
 
 def _after(before: Mapping[str, Node], reported: Iterable[ReportedEntry]) -> tuple[dict[str, Node], list[Refused]]:
-    """Return the new tree, and refusals for entries that no tree can hold. Raises PeerError."""
+    """Return the new tree, and refusals for entries that a tree cannot hold. Raises PeerError."""
     after = dict(before)
     refused: list[Refused] = []
     seen: set[str] = set()
@@ -197,7 +199,7 @@ def _after(before: Mapping[str, Node], reported: Iterable[ReportedEntry]) -> tup
 def _without_made(
     before: Mapping[str, Node], after: dict[str, Node], created: frozenset[str]
 ) -> tuple[Mapping[str, Node], dict[str, Node]]:
-    """Return both trees without the folders created for the program; *after* keeps those that are in use."""
+    """Return both trees without the unused folders that were created for the program. *after* keeps the used ones."""
     unused = {name for name in created - parent_folders(after) if _same(before[name], after.get(name))}
     return (
         {name: node for name, node in before.items() if name not in created},
@@ -249,14 +251,14 @@ def _by_kind(change: Change, bounds: Bounds) -> Iterator[Refused]:
     if node.mode & _SPECIAL_BITS:
         yield Refused(name=name, rule="kind", why="set-id or sticky bit")
     if node.kind == "file" and not node.mode & 0o400:
-        yield Refused(name=name, rule="kind", why="its owner could not read it, so it could not be undone")
+        yield Refused(name=name, rule="kind", why="its owner could not read the file, so undo would fail")
     if node.kind == "file" and node.size > bounds.write_bytes:
         value = node.size if node.size <= NUMBER_MAX else None
         yield Refused(name=name, rule="fs.max_write_bytes", why="larger than fs.max_write_bytes", value=value)
 
 
 def _by_path(change: Change, links: Links, skipped: Mapping[str, Skipped], bounds: Bounds) -> Iterator[Refused]:
-    """Refuse a link whose target stays inside by itself, but leads elsewhere through other links."""
+    """Refuse a link whose target is inside the root by name, but outside of it through other links."""
     name, node = change.name, change.after
     if node is None or node.kind != "link" or not link_stays_inside(name, node.target):
         return
@@ -273,7 +275,7 @@ def _by_path(change: Change, links: Links, skipped: Mapping[str, Skipped], bound
 def _by_way_to_a_root(
     changes: Iterable[Change], before: Mapping[str, Node], skipped: Mapping[str, Skipped], bounds: Bounds
 ) -> Iterator[Refused]:
-    """Refuse changes in a skipped folder that exists in the machine only as the way to another root."""
+    """Refuse changes in a skipped folder that exists in the VM only because another root is below it."""
     ways = [name for name in skipped if name in before]
     for change in changes if ways else ():
         for way in ways:
@@ -282,11 +284,11 @@ def _by_way_to_a_root(
 
 
 def _by_place(changes: Iterable[Change], skipped: Mapping[str, Skipped], bounds: Bounds) -> Iterator[Refused]:
-    """Refuse to replace an entry that was not copied in, and to remove a folder that holds one."""
+    """Refuse to replace an entry that was not copied in, and to remove a folder that contains one."""
     folders: set[str] = set()
     for change in changes:
         there = skipped.get(change.name)
-        # A hidden one is refused by its name already.
+        # A hidden entry is already refused because of its name.
         if there is not None and change.after is not None and there.reason != "hidden":
             yield _by_skipped(change.name, "replaces an existing entry", change.name, there, bounds)
         if _is_folder(change.before) and not _is_folder(change.after):
@@ -329,7 +331,7 @@ def _by_action(change: Change, allowed: AllowedActions, moved: set[str]) -> Iter
 
 
 def _moved(changes: Sequence[Change]) -> set[str]:
-    """Return the removed names whose content is now under another name, and removed folders without other losses."""
+    """Return the removed names whose content now has another name, and removed folders that lost nothing else."""
     removed = {change.name: change.before for change in changes if change.before is not None and change.after is None}
     moved = {name for name, _ in renames(changes) if name in removed}
     lost = {name for name, node in removed.items() if name not in moved and not _is_folder(node)}

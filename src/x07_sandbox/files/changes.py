@@ -1,6 +1,6 @@
 """The data model of change sets. A set is stored as `changes.json` (a `ChangeSet`) and `data` (the contents).
 
-Contents follow one another in `data`, holes kept. Applying a set produces another one that undoes it.
+Contents follow each other in `data`, including holes. Applying a set produces another set that undoes it.
 """
 
 from __future__ import annotations
@@ -22,9 +22,12 @@ STAGING: Final = ".x07-apply-"
 
 
 class Node(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """A file, folder or link. mode: permission bits of a file or folder. target: of a link, decoded by os.fsdecode.
+    """A file, folder or link.
 
-    size, sha256 (64 hex digits): of a file's content. at: offset of the content in `data`, if it is there.
+    mode: permission bits of a file or folder.
+    target: target of a link, decoded by os.fsdecode.
+    size, sha256: length and digest (64 hex digits) of a file's content.
+    at: offset of the content in `data`; None if the content is not stored.
     """
 
     kind: Literal["file", "folder", "link"]
@@ -35,14 +38,15 @@ class Node(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid
     target: str = ""
 
     def same(self, other: Node | None) -> bool:
-        """Return whether both are equal apart from where the content is stored."""
+        """Return whether both nodes are equal, regardless of where their contents are stored."""
         return other is not None and msgspec.structs.replace(self, at=None) == msgspec.structs.replace(other, at=None)
 
 
 class Change(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One name below a root: parts separated by '/', decoded by os.fsdecode.
+    """The change of one name below a root. The name's parts are separated by '/' and decoded by os.fsdecode.
 
-    before: what was copied into the machine, None for nothing. after: what it becomes, None for nothing.
+    before: the node that was copied into the VM; None if there was none.
+    after: the node after the change; None if the name is removed.
     """
 
     name: str
@@ -51,14 +55,14 @@ class Change(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @property
     def action(self) -> Literal["added", "changed", "deleted"]:
-        """The change as one word."""
+        """The kind of change, as one word."""
         if self.before is None:
             return "added"
         return "changed" if self.after is not None else "deleted"
 
     @property
     def is_root_folder(self) -> bool:
-        """Whether the change concerns the root itself, as a folder."""
+        """Whether the change creates or removes the root itself, or changes its mode."""
         return not self.name and any(node is not None and node.kind == "folder" for node in (self.before, self.after))
 
 
@@ -83,8 +87,9 @@ Flag = Literal["", "--allow-protected", "--allow-hidden", "--allow-symlinks"]
 class Refused(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One reason why a change is not allowed.
 
-    value: the value of the policy field that would allow it, None if none would. reveal: the existing name that
-    --reveal would have to name; empty for none. flag: the flag of `x07 apply` that overrides this reason.
+    value: the value of the policy field that would allow the change; None if no value would.
+    reveal: the existing name that would need --reveal; empty if there is none.
+    flag: the flag of `x07 apply` that overrides this reason.
     """
 
     name: str
@@ -96,10 +101,12 @@ class Refused(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class RootChanges(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The changes below one folder of the host, sorted by name. root: its absolute path, free of links.
+    """The changes below one folder of the host, sorted by name.
 
-    missing: it does not exist, and is created if it is to hold something. left_out: saved for review but not applied.
-    refused: why changes are not allowed; changes that only depend on refused ones have no reason.
+    root: the absolute path of the folder, without links.
+    missing: the folder does not exist; it is created when something is put into it.
+    refused: the reasons why changes are not allowed. Changes that only depend on refused ones have no reason.
+    left_out: changes that are saved for review but not applied.
     """
 
     root: str
@@ -111,7 +118,7 @@ class RootChanges(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class ChangeSet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All changes of a run, or the set that undoes them. all_or_nothing: apply nothing while anything is refused."""
+    """All changes of a run, or the undo set for them. all_or_nothing: apply nothing while any change is refused."""
 
     schema_version: Literal["x07.sandbox.changes@0.1.0"] = SCHEMA
     run: str
@@ -120,38 +127,38 @@ class ChangeSet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     @property
     def several_roots(self) -> bool:
-        """Whether the set mentions more than one root."""
+        """Whether the set has changes for more than one root."""
         return sum(bool(root.changes or root.left_out or root.refused) for root in self.roots) > 1
 
     def count(self, action: str) -> int:
-        """Return the number of changes of one action, without those that create or remove a root."""
+        """Return how many changes have this action, without those that create or remove a root."""
         return sum(
             change.action == action and not change.is_root_folder for root in self.roots for change in root.changes
         )
 
 
 def encode(changes: ChangeSet) -> bytes:
-    """Return the content of `changes.json`. It is ASCII, since names need not be UTF-8."""
+    """Return the content of `changes.json`. The text is ASCII, because names may be invalid UTF-8."""
     return json.dumps(msgspec.to_builtins(changes), separators=(",", ":")).encode("ascii")
 
 
 def decode(data: bytes) -> ChangeSet:
-    """Return the set in a `changes.json`. Raises ValueError."""
+    """Decode the content of a `changes.json`. Raises ValueError."""
     return msgspec.convert(json.loads(data), prepared(ChangeSet))
 
 
 def display_name(root: str, name: str, *, several_roots: bool) -> str:
-    """Return a name for messages: relative to its root, or absolute for a root itself or if there are several roots."""
+    """Return a name for messages: relative to its root, or absolute if it is the root or there are several roots."""
     return printable(name if name and not several_roots else path_of(root, name))
 
 
 def path_of(root: str, name: str) -> str:
-    """Return the absolute path of a name below a root, or of the root itself."""
+    """Return the absolute path of a name below a root. The empty name is the root itself."""
     return posixpath.join(root, name) if name else root
 
 
 def parent_folders(names: Iterable[str]) -> set[str]:
-    """Return all folders above *names*, without the root."""
+    """Return all parent folders of *names*, without the root."""
     found: set[str] = set()
     for name in names:
         above = name.rpartition("/")[0]
@@ -162,5 +169,5 @@ def parent_folders(names: Iterable[str]) -> set[str]:
 
 
 def printable(name: str) -> str:
-    """Return a name as text that is safe to write anywhere: bytes that are not UTF-8 become escapes."""
+    """Return a name as text that is safe to print anywhere. Bytes that are not UTF-8 become escapes."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

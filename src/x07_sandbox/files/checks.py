@@ -1,4 +1,4 @@
-"""Checks before anything is touched: the set is valid, and the host is still what was copied."""
+"""Checks before an application changes anything: the set is valid, and the host still has the state that was copied."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _TARGET_MAX: Final = 4095
 
 
 class Item(NamedTuple):
-    """A change and the current status of its name. name: relative to the anchor of its root."""
+    """A change, and the current status of the file or folder. name: relative to the anchor of its root."""
 
     name: str
     change: Change
@@ -35,9 +35,11 @@ class Item(NamedTuple):
 
 
 class RootState(NamedTuple):
-    """The state of a root on the host. conflicts: absolute paths that differ from what was copied.
+    """The state of a root on the host.
 
-    all_applied: every change is already in effect. applied: names of the changes that are.
+    conflicts: absolute paths whose state differs from what was copied.
+    all_applied: whether every change is already in effect.
+    applied: names of the changes that are in effect.
     """
 
     items: list[Item]
@@ -47,7 +49,7 @@ class RootState(NamedTuple):
 
 
 def check_set(changes: ChangeSet) -> None:
-    """Raise ValueError for a set that describes an impossible tree or a forbidden change."""
+    """Raise ValueError if a set describes an impossible tree or a forbidden change."""
     roots = sorted(root.root for root in changes.roots if root.changes)
     for path in roots:
         if posixpath.normpath(path) != path or not path.startswith("/") or path.startswith("//") or "\0" in path:
@@ -61,9 +63,10 @@ def check_set(changes: ChangeSet) -> None:
 
 
 def root_anchor(root: RootChanges) -> tuple[str, str]:
-    """Return the folder to open for a root, and the root's name in it.
+    """Return the folder to open for a root (its anchor), and the root's name in that folder.
 
-    That is the root itself and "", or its parent folder if the root may be created or removed.
+    The anchor is the parent folder if the root may be created or removed. Otherwise it is the root itself, with the
+    name "".
     """
     whole = next((change for change in root.changes if not change.name), None)
     stays = whole is None or (_kind(whole.before) == _kind(whole.after) == "folder")
@@ -76,10 +79,12 @@ def root_anchor(root: RootChanges) -> tuple[str, str]:
 
 
 def compare_root(root: RootChanges, dir_fd: int, prefix: str, undo: Mapping[tuple[str, str], Change]) -> RootState:
-    """Compare the host with a root's changes. dir_fd, prefix: its anchor. Raises HostError, OSError.
+    """Compare the host with the changes of a root. Raises HostError, OSError.
 
-    undo: the changes that undo what is applied, by root and name. They hold the actual modes on file systems that keep
-    none.
+    dir_fd, prefix: the open anchor of the root, and the root's name in it.
+    undo: the changes that undo the applied ones, by root and name. They hold the actual modes of file systems that do
+    not
+    store modes.
     """
     changes = sorted(root.changes, key=lambda change: change.name)
     conflicts: list[str] = []
@@ -111,7 +116,7 @@ def compare_root(root: RootChanges, dir_fd: int, prefix: str, undo: Mapping[tupl
 
 
 def with_actual_modes(root: RootChanges, dir_fd: int, prefix: str) -> RootChanges:
-    """Return the undo changes of a root with the modes that its file system reports. Raises OSError."""
+    """Return the undo changes of a root with the modes that the root's file system reports. Raises OSError."""
     changes = []
     for change in root.changes:
         before = change.before
@@ -123,7 +128,7 @@ def with_actual_modes(root: RootChanges, dir_fd: int, prefix: str) -> RootChange
 
 
 def default_mode() -> int:
-    """Return the mode of a new folder. Reads /proc, since umask(2) would set the mask of all threads."""
+    """Return the mode of a new folder. It reads /proc, because umask(2) would change the mask of all threads."""
     for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
         if line.startswith("Umask:"):
             return 0o755 & ~int(line.split()[1], 8)
@@ -131,7 +136,7 @@ def default_mode() -> int:
 
 
 def _as_missing(changes: list[Change], dir_fd: int, prefix: str) -> tuple[list[Change], bool]:
-    """Return the changes with the one that creates the root; and whether the root is missing or an empty folder."""
+    """Return the changes, with one added that creates the root, and whether the root is missing or an empty folder."""
     whole, rest = (changes[0], changes[1:]) if changes and not changes[0].name else (None, changes)
     with open_inode(dir_fd, prefix) as found:
         if found is None:
@@ -186,7 +191,7 @@ def _check_node(node: Node, where: str) -> None:
 
 
 def _is_applied(found: OpenInode | None, change: Change, undo: Change | None) -> bool:
-    """Return whether *undo*, if there is one, would revert the change from what was found."""
+    """Return whether *undo*, if it is not None, would revert the change on the entry that was found."""
     if undo is None or not (undo.after is change.before or (undo.after and undo.after.same(change.before))):
         return False
     return _fits(found, undo.before)
@@ -200,7 +205,7 @@ def _same_content(change: Change) -> bool:
 
 
 def only_mode(change: Change) -> bool:
-    """Return whether a change affects at most the mode."""
+    """Return whether a change affects only the mode."""
     return _same_content(change) or _kind(change.before) == _kind(change.after) == "folder"
 
 
@@ -229,7 +234,7 @@ def _has_parent(name: str, folders: set[str], dir_fd: int, prefix: str) -> bool:
 
 def _unreadable(exc: OSError, path: str) -> HostError:
     if exc.errno == errno.EXDEV:
-        fix = "Unmount it, or name what is mounted as a root of its own"
-        return HostError("cannot apply the changes", f"there is a mount point on the way to {path!a}", fix)
-    fix = "Make it readable"
+        fix = "Unmount that file system, or list it as a separate root"
+        return HostError("cannot apply the changes", f"a mount point is on the path {path!a}", fix)
+    fix = "Make the file readable"
     return HostError("cannot apply the changes", f"{path!a}: {exc.strerror or exc}", fix)

@@ -22,9 +22,9 @@ def digest(fd: int, size: int) -> str:
 
 
 def copy(source: int, at: int, size: int, target: int, to: int) -> str:
-    """Copy *size* bytes from offset *at* of *source* to *to* of *target*, skipping holes; return their SHA-256.
+    """Copy *size* bytes from offset *at* of *source* to offset *to* of *target*, skipping holes; return their SHA-256.
 
-    The caller must set the target's length. Raises OSError; EOFError if the source is too short.
+    The caller must set the length of *target*. Raises OSError, and EOFError if the source is too short.
     """
     if at + size > os.fstat(source).st_size:
         raise EOFError

@@ -1,7 +1,8 @@
-"""Packing of a host tree for the guest, within what the policy and the user's settings allow.
+"""Packing of a host tree for the guest, within the limits of the policy and the user's settings.
 
-Links are not followed, other file systems not entered, files read once. What is left out is reported; the program does
-not see it, except for empty folders on the way to a root below. A missing root in a writable folder is created.
+Links are not followed, other file systems are not entered, and files are read once. Entries that are left out are
+reported and do not exist for the program, except for empty folders above another root. A missing root in a writable
+folder is created.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from x07_sandbox.files.roots import Tree
     from x07_sandbox.policy.model import Policy
 
-# X07's own limits where a policy says 0.
+# x07's own limits, used if the policy has 0.
 READ_BYTES: Final = 16 << 20
 WRITE_BYTES: Final = 16 << 20
 ENTRIES: Final = 10_000
@@ -44,7 +45,7 @@ DEPTH: Final = 64
 DEPTH_MAX: Final = 256  # one open folder each
 NUMBER_MAX: Final = (1 << 32) - 1  # of a policy's fields
 _TRIES: Final = 3
-# Errors about a name that was replaced after its stat: by nothing, a link, a folder, a socket.
+# Errors if a name was removed after its stat, or replaced by a link, a folder or a socket.
 _CHANGED: Final = {errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.EINVAL, errno.ENXIO}
 _NAMES_MAX: Final = 5
 # Names that usually hold secrets: left out everywhere, unless --reveal names them.
@@ -64,9 +65,11 @@ class EntriesError(RefusedError):
 
 
 class Bounds(msgspec.Struct, frozen=True, kw_only=True):
-    """What may travel. read_bytes, write_bytes: per file. secrets, hide (of --hide): patterns of names to leave out.
+    """The limits for copying.
 
-    The patterns (fnmatch(3), any case) do not apply to names that match one in *reveal*.
+    read_bytes, write_bytes: maximum size of one file.
+    secrets, hide (--hide): patterns of names to leave out (fnmatch(3), ignoring case).
+    reveal (--reveal): patterns of names to which secrets and hide do not apply.
     """
 
     deny_hidden: bool
@@ -81,7 +84,7 @@ class Bounds(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def bounds_of(policy: Policy, hide: Sequence[str] = (), reveal: Sequence[str] = ()) -> Bounds:
-    """Return the bounds of a policy, with X07's defaults for 0. hide, reveal: patterns of names."""
+    """Return the limits of a policy, with x07's defaults for 0. hide, reveal: patterns of names."""
     fs = policy.fs
     return Bounds(
         deny_hidden=fs.deny_hidden,
@@ -96,9 +99,11 @@ def bounds_of(policy: Policy, hide: Sequence[str] = (), reveal: Sequence[str] = 
 
 
 class LeftOut(msgspec.Struct):
-    """Entries left out for one reason. names: the first few. most: the largest in bytes, or the deepest in parts.
+    """The entries that were left out for one reason.
 
-    links: whether one is a folder that holds symbolic links, such as node_modules/.bin.
+    names: the first few names.
+    most: the size of the largest entry in bytes, or the number of parts in the deepest path.
+    links: whether one entry is a folder that contains symbolic links, such as node_modules/.bin.
     """
 
     count: int = 0
@@ -108,17 +113,20 @@ class LeftOut(msgspec.Struct):
 
 
 class Skipped(msgspec.Struct, frozen=True):
-    """One entry that was left out. most: its bytes or parts as in `LeftOut`, else 0."""
+    """One entry that was left out. most: its size in bytes or the number of parts in its path; 0 if neither matters."""
 
     reason: Reason
     most: int
 
 
 class Copied(msgspec.Struct):
-    """The outcome of packing a tree. nodes: writable entries, by name in the tree; created: those not on the host.
+    """The outcome of packing a tree.
 
-    skipped: writable entries that were left out; one that is also in nodes is a folder on the way to another tree.
-    separate: mounts for which the tree holds nothing; they travel alone. entries, size: totals.
+    nodes: writable entries by name.
+    created: names in *nodes* that do not exist on the host.
+    skipped: writable entries that were left out. An entry in both *nodes* and *skipped* is a folder above another tree.
+    separate: mounts for which the tree holds nothing; they are copied separately.
+    entries, size: number and total size of all entries.
     """
 
     nodes: dict[str, Node] = msgspec.field(default_factory=dict)
@@ -133,7 +141,7 @@ class Copied(msgspec.Struct):
 def copy_tree(tree: Tree, bounds: Bounds, out: BinaryIO, most_bytes: int) -> Copied:
     """Write the stream of *tree* (channel/trees) to the seekable *out*. most_bytes: limit for all contents together.
 
-    Raises EntriesError, RefusedError, UsageError, OSError (of *out*).
+    Raises EntriesError, RefusedError and UsageError, and OSError if *out* cannot be written.
     """
     walk = _Walk(tree, bounds, out, most_bytes)
     walk.run()
@@ -172,7 +180,7 @@ class _Walk:
         self._out.write(Entry(Kind.END, b"").encoded())
 
     def _places(self) -> None:
-        """Create the mount points that were not met during the walk: missing ones, and those left out."""
+        """Create the mount points that the walk did not find: roots that are missing, and roots in folders left out."""
         mounts = sorted(self._tree.mounts, key=lambda mount: mount.sub)
         for mount in mounts:
             if mount.missing and self._may_create(mount):
@@ -200,14 +208,14 @@ class _Walk:
         self._present.add(name)
 
     def _way_to(self, mount: Mount) -> None:
-        """Create the empty folders on the way to another tree's mount point in this one, and the mount point."""
+        """Create the mount point of another tree in this one, and the empty folders above that mount point."""
         for name in [*sorted(parent_folders([mount.sub]), key=len), mount.sub]:
             if name in self._present:
                 continue
             self._present.add(name)
             if name == mount.sub and mount.single:
                 self._out.write(Entry(Kind.FILE, os.fsencode(name), mode=0o644).encoded())
-                # Counted as present, so that it may be removed together with the folder around it.
+                # Counted as present, so that the file may be removed together with its folder.
                 self._count(name, Node(kind="file", mode=0o644, sha256=hashlib.sha256().hexdigest()))
             else:
                 self._put(Entry(Kind.FOLDER, os.fsencode(name), mode=0o755, mtime_ns=time.time_ns()), name)
@@ -219,8 +227,8 @@ class _Walk:
         except OSError as exc:
             if isinstance(exc, FileNotFoundError) and any(mount.missing for mount in self._tree.mounts):
                 return None
-            fix = "Name an existing folder that you may read"
-            raise UsageError(f"cannot give the program {host}", exc.strerror or str(exc), fix) from exc
+            fix = "Check the path and its permissions"
+            raise UsageError(f"cannot copy in {host}", exc.strerror or str(exc), fix) from exc
 
     def _folders(self, top: int, device: int) -> None:
         stack: list[tuple[int, str, Iterator[str]]] = [(top, "", iter(self._names(top, "")))]
@@ -360,8 +368,8 @@ class _Walk:
             else:
                 self._left -= len(part)
                 if self._left < 0:
-                    why = f"they have more than {settings.COPY_IN_MAX_BYTES >> 20} MiB"
-                    raise RefusedError("cannot copy the files in", why, "Name smaller roots")
+                    why = f"they are larger than {settings.COPY_IN_MAX_BYTES >> 20} MiB"
+                    raise RefusedError("cannot copy the files in", why, "Use smaller folders")
                 self._out.write(segment(len(part)) + part)
                 digest.update(part)
         return digest.hexdigest()
@@ -381,7 +389,7 @@ class _Walk:
         copied.size += node.size
         if copied.entries > self._bounds.entries:
             why = f"{self._tree.host} has more than {self._bounds.entries} entries (fs.max_entries)"
-            raise EntriesError("cannot copy the files in", why, "Raise fs.max_entries, or name fewer files")
+            raise EntriesError("cannot copy the files in", why, "Raise fs.max_entries, or use a smaller folder")
         if self._is_written(name):
             copied.nodes[name] = node
 
@@ -391,7 +399,7 @@ class _Walk:
     def _skip(self, reason: Reason, name: str, size: int = 0) -> None:
         if self._tree.only:
             why = why_left_out(reason, self._bounds)
-            error = UsageError(f"cannot give the program {name}", why, "Leave it out, or see docs/reference/policy.md")
+            error = UsageError(f"cannot copy in {name}", why, "Remove that root, or see docs/reference/policy.md")
             raise error.caused_by(FIELDS[reason], value_for(reason, size, self._bounds))
         if self._is_written(name):
             self.copied.skipped[name] = Skipped(reason, size)
@@ -431,13 +439,16 @@ FIELDS: Final[dict[Reason, Rule]] = {
 
 
 def why_left_out(reason: Reason, bounds: Bounds) -> str:
-    """Return why something was left out, with the patterns of --hide quoted for a shell."""
+    """Return why entries were left out. For --hide, the text contains the patterns, quoted for a shell."""
     patterns = map(shlex.quote, bounds.hide if reason == "chosen" else ())
     return " ".join([_WORDS[reason], *patterns])
 
 
 def value_for(reason: Reason, most: int, bounds: Bounds) -> int | bool | None:
-    """Return the value of the policy field that would let an entry in; None if none would. most: as in `LeftOut`."""
+    """Return the value of the policy field that would allow the entry; None if no value would.
+
+    most: its size in bytes, or the number of parts in its path.
+    """
     if reason == "hidden":
         return False
     if reason == "link":
@@ -463,9 +474,9 @@ def _holds_links(folder: int, part: str) -> bool:
 
 
 def link_stays_inside(name: str, target: str) -> bool:
-    """Return whether the link *name* leads to a place below the same root. Only names are looked at.
+    """Return whether the link *name* leads to a name below the same root. Only the text is checked.
 
-    The target may go up first and then down. It may not go up again, since a part of the way down may be a link.
+    The target may start with `..` parts, but may not contain `..` later, because a part before it may be a link.
     """
     way = [part for part in target.split("/") if part not in {"", "."}]
     up = next((count for count, part in enumerate(way) if part != ".."), len(way))

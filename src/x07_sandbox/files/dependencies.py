@@ -1,4 +1,4 @@
-"""The dependencies among changes: which ones must stay out together with others."""
+"""The dependencies among changes: which changes must be left out together."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 def with_dependents(changes: Sequence[Change], refused: Iterable[str]) -> set[str]:
     """Return *refused* and the names of all changes that depend on one of them.
 
-    A change depends on folders above it, the other half of a rename, and for a link what is on its path.
+    A change depends on the folders above it and on the other half of a rename. A link also depends on its target's
+    path.
     """
     refused = set(refused)
     by_name = {change.name: change for change in changes}
@@ -60,16 +61,16 @@ def _dependents(
 
 
 def applicable(root: RootChanges, is_overridden: Callable[[Refused], bool]) -> tuple[Change, ...]:
-    """Return the changes left out of *root* that are allowed once the overridden reasons are ignored."""
+    """Return the left-out changes of *root* that are allowed if the overridden reasons are ignored."""
     refused = {refusal.name for refusal in root.refused if not is_overridden(refusal)}
     left_out = with_dependents((*root.changes, *root.left_out), refused)
     return tuple(change for change in root.left_out if change.name not in left_out)
 
 
 def with_later_applied(changes: ChangeSet, done: AbstractSet[tuple[str, str]]) -> ChangeSet:
-    """Return the set with those left-out changes that are applied by now moved to its other changes.
+    """Return the set, with left-out changes that have been applied since moved to the regular changes.
 
-    done: the applied changes, by root and name.
+    done: root and name of each applied change.
     """
     roots = []
     for root in changes.roots:
@@ -97,9 +98,9 @@ def _removes_folder(change: Change) -> bool:
 
 
 def renames(changes: Iterable[Change]) -> Iterator[tuple[str, str]]:
-    """Yield, in both directions, a removed name and a new name with the same content.
+    """Yield each pair of a removed name and a new name with the same content, in both directions.
 
-    Folders and empty files count as renamed only if the last part of the name is the same.
+    A folder or an empty file counts as renamed only if the last part of the name is the same.
     """
     gone: dict[tuple[str, ...], list[str]] = defaultdict(list)
     new: dict[tuple[str, ...], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))

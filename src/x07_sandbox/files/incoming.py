@@ -1,6 +1,6 @@
-"""Receives the changes that a guest reports: bounded, stored, and not trusted.
+"""Receiver of the changes that a guest reports. The changes are bounded and stored, but not trusted.
 
-Contents go to one file, everything else to a list; `check_changes` decides what is allowed.
+Contents go to one file and everything else to a list. `check_changes` decides which changes are allowed.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ _PERMISSIONS: Final = 0o7777
 
 
 class ReportedEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """One reported entry of the root with that number. node: what is there now, None if it was removed.
+    """One reported entry. root: the number of its root.
 
-    other: the mode (inode(7)) of something that no tree can hold.
+    node: the new file, folder or link; None if the entry was removed.
+    other: the mode (inode(7)) of an entry that a tree cannot hold; else None.
     """
 
     root: int
@@ -37,10 +38,13 @@ class ReportedEntry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Incoming:
-    """Takes the stream. data_fd: lent. roots: their number. most_entries, most_bytes: limits for all of them.
+    """Receiver of the stream of changes.
 
-    problem: why part of it was rejected, else empty. too_many: whether that was for the number of entries. Holes count
-    as bytes, which limits the time for hashing.
+    data_fd: receives the contents; the caller owns it.
+    roots: the number of roots.
+    most_entries, most_bytes: limits for all roots together. Holes count as bytes, which limits the time for hashing.
+    problem: why a part of the stream was rejected; else empty.
+    too_many: whether the stream was rejected because it has too many entries.
     """
 
     def __init__(self, data_fd: int, *, roots: int, most_entries: int, most_bytes: int) -> None:
@@ -65,13 +69,13 @@ class Incoming:
         return self._reader.ended and not self.problem
 
     def take(self, data: bytes) -> bool:
-        """Take bytes of the stream; return False once there is a problem. Raises PeerError, BackendError."""
+        """Take the next bytes of the stream; return False once there is a problem. Raises PeerError, BackendError."""
         if self.problem:
             return False
         try:
             self._take(self._reader.feed(data))
         except OSError as exc:
-            fix = "Free space there, or set X07_VM_STATE_DIR to a larger disk"
+            fix = "Free disk space, or set X07_VM_STATE_DIR to a folder on a larger disk"
             raise BackendError("cannot save the program's changes", exc.strerror or str(exc), fix) from exc
         return not self.problem
 
@@ -110,7 +114,7 @@ class Incoming:
         if entry.kind is Kind.FILE:
             self.size += entry.size
             if self.size > self._most_bytes:
-                self.problem = f"the changed files have more than {self._most_bytes >> 20} MiB"
+                self.problem = f"the changed files are larger than {self._most_bytes >> 20} MiB"
                 return
             self._entry, self._hash, self._at = entry, hashlib.sha256(), self._position
             return

@@ -1,4 +1,4 @@
-"""Open inodes of the host, their comparison with the nodes of a change set, and the error about a mismatch."""
+"""Open inodes of the host, their comparison with nodes of a change set, and the error for a conflict."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ Ident = tuple[int, int]
 
 NAMES_MAX: Final = 100
 _SHOWN: Final = 5
-# A part of the path is missing, is not a folder, or is a link.
+# Errors for a path of which a part is missing, not a folder, or a link.
 MISSING: Final = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
 _KINDS: Final = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFLNK: "link"}
 
 
 class ConflictError(SandboxError):
-    """The host differs from what was copied; nothing of the set was applied.
+    """The host differs from the state that was copied in. Nothing of the set was applied.
 
-    names: absolute paths that differ, at most NAMES_MAX. count: the number of all of them.
+    names: absolute paths that differ, at most NAMES_MAX.
+    count: how many paths differ.
     """
 
     names: tuple[str, ...] = ()
@@ -39,17 +40,17 @@ class ConflictError(SandboxError):
 
 
 def conflict_error(names: Sequence[str]) -> ConflictError:
-    """Return the error about these absolute paths."""
-    why = f"these changed on the host since they were copied: {_some(names, len(names))}"
+    """Return the error for these absolute paths."""
+    why = f"these files changed on the host since they were copied: {_some(names, len(names))}"
     error = ConflictError("cannot apply the changes", why, "Review the changes with x07 diff, or run the program again")
     error.names, error.count = tuple(names[:NAMES_MAX]), len(names)
     return error
 
 
 def undo_conflict_error(error: ConflictError, what: str) -> ConflictError:
-    """Return *error* worded for an undo. what: the summary of the new error."""
-    why = f"these changed on the host since the changes were applied: {_some(error.names, error.count)}"
-    undo_error = ConflictError(what, why, "Restore what you need by hand; x07 diff shows the earlier content")
+    """Return *error*, reworded for an undo. what: the first part of the new message."""
+    why = f"these files changed on the host since the changes were applied: {_some(error.names, error.count)}"
+    undo_error = ConflictError(what, why, "Restore files by hand. To see the earlier content: x07 diff")
     undo_error.names, undo_error.count = error.names, error.count
     return undo_error
 
@@ -60,7 +61,7 @@ def _some(names: Sequence[str], count: int) -> str:
 
 
 class OpenInode:
-    """An inode held by an O_PATH descriptor. info: its status at the time of opening."""
+    """An inode, open as an O_PATH descriptor. info: its status when it was opened."""
 
     __slots__ = ("_digest", "fd", "info")
 
@@ -81,16 +82,16 @@ class OpenInode:
 
     @property
     def kind(self) -> str | None:
-        """The kind as in `Node`; None for kinds that no change set can hold."""
+        """The kind, as in `Node.kind`; None for a kind that no change set can hold."""
         return _KINDS.get(stat.S_IFMT(self.info.st_mode))
 
     @property
     def proc_path(self) -> str:
-        """A path that reaches this inode whatever happens to its names."""
+        """A path that reaches this inode even after its names change."""
         return f"/proc/self/fd/{self.fd}"
 
     def matches(self, node: Node) -> bool:
-        """Return whether the inode is what *node* describes. Raises OSError."""
+        """Return whether the inode is equal to *node*. Raises OSError."""
         if self.kind != node.kind:
             return False
         if node.kind == "link":
@@ -102,15 +103,15 @@ class OpenInode:
         return self.info.st_size == node.size and self._sha256(node.size) == node.sha256
 
     def names(self) -> list[str]:
-        """Return the names in a folder. Raises OSError."""
+        """Return the names in this folder. Raises OSError."""
         return os.listdir(self.proc_path)  # noqa: PTH208 - it has no path of its own
 
     def set_mode(self, mode: int) -> None:
-        """Set the mode of a file or folder. Raises OSError."""
+        """Set the mode of this file or folder. Raises OSError."""
         Path(self.proc_path).chmod(mode)
 
     def open_file(self) -> int:
-        """Return a new descriptor for reading the file. Raises OSError."""
+        """Open this file for reading and return the new descriptor. Raises OSError."""
         return os.open(self.proc_path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
 
     def _sha256(self, size: int) -> str:
@@ -125,7 +126,7 @@ class OpenInode:
 
 @contextlib.contextmanager
 def open_inode(dir_fd: int, name: str) -> Iterator[OpenInode | None]:
-    """Open a name below a folder; None if it does not exist. Raises OSError."""
+    """Open a name below a folder; yield None if it does not exist. Raises OSError."""
     try:
         fd = beneath.look(dir_fd, name)
     except OSError as exc:
@@ -140,7 +141,7 @@ def open_inode(dir_fd: int, name: str) -> Iterator[OpenInode | None]:
 
 
 def ident_of(dir_fd: int, name: str) -> Ident | None:
-    """Return device and inode number of a name in a folder; None if it does not exist. Raises OSError."""
+    """Return the device and inode number of a name in a folder; None if the name does not exist. Raises OSError."""
     try:
         info = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
     except FileNotFoundError:

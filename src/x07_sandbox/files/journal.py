@@ -1,8 +1,9 @@
-"""The journal of an application: the steps to take, so that a killed run can be rolled back or finished.
+"""The journal of an application: its steps, so that a killed application can be rolled back or finished.
 
-It is one of three files in the private folder of a set: `staging` while staging folders are filled (nothing else was
-touched), `journal` once all steps are known (roll back), and `committed` once all are done (publish the undo set, then
-remove what was displaced). The first line is a `Head`, every other one a `Step`.
+The journal is one of three files in the private folder of a set. `staging` is written while staging folders are filled,
+before anything else changes. `journal` is written once all steps are known; recovery then rolls back. `committed` is
+written once all steps are done; recovery then publishes the undo set and removes the staged old content. The first line
+of each file is a `Head`, every other line a `Step`.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ _VERSION: Final = 1
 
 
 class Place(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """A folder of the host in which steps are done.
+    """A folder of the host in which steps are carried out.
 
-    staging: the name of the staging folder in it. staged: the inode of that folder.
+    staging: the name of its staging folder.
+    staged: the inode of the staging folder.
     """
 
     path: str
@@ -41,7 +43,7 @@ class Place(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class Head(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The run and the places of its steps."""
+    """The first line of a journal: the run, and the folders in which its steps are carried out."""
 
     version: Literal[1] = _VERSION
     run: str
@@ -51,11 +53,15 @@ class Head(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 class Step(msgspec.Struct, kw_only=True, array_like=True, forbid_unknown_fields=True):
     """One operation on one name.
 
-    kind: mode (the inode old gets new_mode), remove (what is there moves to slot), replace (it changes places with what
-        is in slot), or add (what is in slot moves there).
-    place: index into Head.places. name: relative to it, "." for itself. slot: a name in its staging folder.
-    new: the staged inode; new_folder: whether it is a folder. old, old_mode, before: what was there.
-    undo_at: offset of its content in the data of the undo set; -1 for none.
+    kind: what is done with the name. mode: the inode *old* gets new_mode. remove: the old inode moves to the slot.
+    replace: the old inode and the inode in the slot change places. add: the inode in the slot moves to the name.
+    place: index into Head.places.
+    name: relative to the place; "." is the place itself.
+    slot: a name in the staging folder of the place.
+    new: the staged inode.
+    new_folder: whether the staged inode is a folder.
+    old, old_mode, before: the inode, mode and node that the name had before the step.
+    undo_at: offset of the old content in the data of the undo set; -1 if it is not saved.
     """
 
     kind: StepKind
@@ -75,19 +81,19 @@ _Line = TypeVar("_Line", Head, Step)
 
 
 def write_staging(folder: Path, head: Head) -> None:
-    """Record the names of the staging folders, and once they exist their inodes. Raises OSError."""
+    """Record the names of the staging folders and, once these exist, their inodes. Raises OSError."""
     _write(folder, "staging", head, ())
 
 
 def write_steps(folder: Path, head: Head, steps: Iterable[Step]) -> None:
-    """Record the steps, before the first one is taken. Raises OSError."""
+    """Record the steps. Called before the first step. Raises OSError."""
     _write(folder, "journal", head, steps)
 
 
 def commit(folder: Path) -> None:
-    """Mark all steps as done. Nothing is committed if it raises OSError."""
+    """Mark all steps as done. If it raises OSError, nothing is committed."""
     (folder / "journal").rename(folder / "committed")
-    # A power cut may lose the rename, and then all is rolled back. That is no reason to roll back now.
+    # If a power cut loses the rename, recovery rolls everything back. That is no reason to roll back now.
     with contextlib.suppress(OSError):
         _sync_folder(folder)
 
@@ -98,7 +104,7 @@ def committed(folder: Path) -> bool:
 
 
 def pending(folder: Path) -> bool:
-    """Return whether there is something to roll back or to finish."""
+    """Return whether the folder has a journal, so that a rollback or the end of an application is pending."""
     return any((folder / phase).exists() for phase in _PHASES)
 
 
@@ -110,13 +116,16 @@ def remove(folder: Path) -> None:
 
 
 def read(folder: Path) -> tuple[Phase, Head, list[Step]] | None:
-    """Return the latest phase, and what was written for it. Raises HostError if it is invalid, OSError."""
+    """Return the latest phase and the content of its file; None without a journal. Raises OSError.
+
+    Raises HostError if the content is invalid.
+    """
     for phase in _PHASES:
         with contextlib.suppress(FileNotFoundError), (folder / phase).open("rb") as file:
             try:
                 return phase, _decode(next(file), Head), [_decode(line, Step) for line in file]
             except (ValueError, StopIteration) as exc:
-                fix = "Look for folders called .x07-apply-* in the places that it names, then remove the journal"
+                fix = "Check the folders .x07-apply-* at the paths in the journal, then remove the journal"
                 raise HostError(f"cannot read the journal {folder / phase}", str(exc), fix) from exc
     return None
 
@@ -139,7 +148,7 @@ def _write(folder: Path, phase: Phase, head: Head, steps: Iterable[Step]) -> Non
 
 
 def _encode(value: msgspec.Struct) -> bytes:
-    """Return one line in ASCII, since names need not be UTF-8."""
+    """Return one line of ASCII, because names may be invalid UTF-8."""
     return json.dumps(msgspec.to_builtins(value), separators=(",", ":")).encode("ascii") + b"\n"
 
 

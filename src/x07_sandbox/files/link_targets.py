@@ -1,4 +1,4 @@
-"""Resolution of links within a tree. Entries that were not copied in may lead anywhere."""
+"""Resolution of links within a tree. An entry that was not copied in may be a link to anywhere."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ _NESTED_MAX: Final = 40  # path_resolution(7): the kernel follows no more
 
 
 class Links:
-    """The links of one tree. nodes: all its entries. skipped: names of entries that exist too but are unknown.
+    """The links of one tree.
 
-    Each link is resolved once, so the total cost is bounded by the length of the targets.
+    nodes: all entries of the tree.
+    skipped: names of entries that exist too, but whose content is unknown.
+    Each link is resolved once, so the length of all targets limits the total cost.
     """
 
     def __init__(self, nodes: Mapping[str, Node], skipped: Container[str]) -> None:
@@ -25,14 +27,14 @@ class Links:
         self._ends: dict[str, tuple[str | None, str]] = {}
 
     def through(self, name: str) -> str:
-        """Return the skipped entry that the link *name* leads through or to; empty for none.
+        """Return the skipped entry that the link *name* leads through or to; empty if there is none.
 
-        OUT if the path leaves the tree, even if it would return. Another name if too many links are on the path.
+        Return OUT if the path leaves the tree, even if it returns. If the path has too many links, return another name.
         """
         return self._end(name, 0)[1]
 
     def _end(self, name: str, nested: int) -> tuple[str | None, str]:
-        """Return where a link ends, None for nowhere; and the result of through()."""
+        """Return where a link ends (None for nowhere) and the value that through() returns for the link."""
         if nested > _NESTED_MAX:
             return None, name
         if name not in self._ends:

@@ -1,4 +1,4 @@
-"""Packing of chosen files of the host as one archive. Links out of the tree are not followed."""
+"""Packing of selected host files as one archive. Links that lead out of the tree are not followed."""
 
 from __future__ import annotations
 
@@ -23,9 +23,11 @@ _PATH_MAX: Final = 1024
 
 
 class Packed(msgspec.Struct, frozen=True, kw_only=True):
-    """An archive (newc, cpio(5)) and the files in it: content by relative name.
+    """An archive (newc, cpio(5)) and its content.
 
-    archive: without mtimes, so that equal files have equal digests. timed: with mtimes, if requested.
+    archive: the archive without mtimes, so that equal files have equal digests.
+    files: contents by relative name.
+    timed: the archive with mtimes, if requested.
     """
 
     archive: bytes
@@ -43,8 +45,10 @@ def pack_tree(
 ) -> Packed:
     """Pack the files below *root* that match *patterns* (glob(7), and `**` for any folders). Raises UsageError.
 
-    Hidden files match only patterns that start with a dot. A link counts as its target if that lies below *root*. what:
-    the start of error messages. check: called repeatedly; raises to cancel. mtimes: also fill `Packed.timed`.
+    Hidden files match only patterns that start with a dot. A link to a file below *root* is packed as that file.
+    what: the first part of error messages.
+    check: called repeatedly; it raises an exception to cancel.
+    mtimes: whether to fill `Packed.timed`.
     """
     folder = ProjectFolder(root, what)
     found: dict[str, tuple[bytes, int, int]] = {}
@@ -57,7 +61,7 @@ def pack_tree(
         found[name] = data, 0o755 if info.st_mode & 0o100 else 0o644, info.st_mtime_ns
         if left < 0 or len(found) > FILES_MAX:
             many = f"are more than {FILES_MAX}" if left >= 0 else f"have more than {settings.SOURCE_MAX_BYTES} bytes"
-            raise folder.refused(f"its files {many}", "Name fewer files, or remove what is not needed")
+            raise folder.refused(f"its files {many}", "List fewer files, or remove files that are not needed")
     ordered = dict(sorted(found.items()))
     return Packed(
         archive=_archive({name: (data, mode, 0) for name, (data, mode, _) in ordered.items()}),
@@ -67,34 +71,34 @@ def pack_tree(
 
 
 def pack_files(files: Mapping[str, bytes], what: str) -> Packed:
-    """Pack files from memory. what: names them in errors. Raises UsageError."""
+    """Pack files from memory. Raises UsageError. what: what the files are, for messages."""
     total = sum(map(len, files.values()))
     if len(files) > FILES_MAX or total > settings.SOURCE_MAX_BYTES:
-        why = f"{len(files)} files with {total} bytes exceed the limit ({FILES_MAX}, {settings.SOURCE_MAX_BYTES})"
-        raise UsageError(f"cannot take {what}", why, "Give fewer or smaller files")
+        why = f"{len(files)} files of {total} bytes exceed a limit ({FILES_MAX}, {settings.SOURCE_MAX_BYTES} bytes)"
+        raise UsageError(f"cannot use {what}", why, "Use fewer or smaller files")
     for name, data in files.items():
         if not isinstance(data, bytes):
-            raise UsageError(f"cannot take {what}", f"the content of {name!r} is not bytes", "Encode it")
+            raise UsageError(f"cannot use {what}", f"the content of {name!r} is not bytes", "Encode the content")
         check_name(name, what)
     names = set(files)
     for name in files:
         if any(str(parent) in names for parent in PurePosixPath(name).parents):
-            raise UsageError(f"cannot take {what}", f"{name!r} is below a file", "Rename one of them")
+            raise UsageError(f"cannot use {what}", f"{name!r} is below a file", "Rename one of them")
     ordered = dict(sorted(files.items()))
     return Packed(archive=_archive({name: (data, 0o644, 0) for name, data in ordered.items()}), files=ordered)
 
 
 def check_name(name: str, what: str) -> None:
-    """Raise UsageError for a relative name that leads out of its folder or is not plain text."""
+    """Raise UsageError if a relative name leads out of its folder or is not plain text."""
     parts = name.split("/") if isinstance(name, str) else [""]
     sizes = [len(part.encode("utf-8", "surrogatepass")) for part in parts]
-    # The surrogates by which os.fsdecode stands for bytes that are not UTF-8 are not printable.
+    # os.fsdecode replaces bytes that are not UTF-8 by surrogates, which are not printable.
     plain = all(part not in {"", ".", ".."} and part.isprintable() for part in parts)
     if parts[0] == TRAILER:
-        raise UsageError(f"cannot take {what}", f"{TRAILER} is the end mark of an archive", "Give it another name")
+        raise UsageError(f"cannot use {what}", f"the name {TRAILER} marks the end of an archive", "Rename that file")
     if not plain or max(sizes) > _PART_MAX or sum(sizes) + len(sizes) > _PATH_MAX:
-        why = f"{name!r} is not a relative path of plain names"
-        raise UsageError(f"cannot take {what}", why, "Use names without '..', '//' and control characters")
+        why = f"{name!r} is not a plain relative path"
+        raise UsageError(f"cannot use {what}", why, "Use names without '..', '//' and control characters")
 
 
 def _archive(files: Mapping[str, tuple[bytes, int, int]]) -> bytes:

@@ -1,4 +1,4 @@
-"""Change sets as a patch in git's extended unified format, with limits on the work because one side is hostile."""
+"""Change sets as patches in git's extended unified format. The work is limited, because the new content is hostile."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 TEXT_MAX: Final = 1 << 20
 _COMPARED_MAX: Final = 1500  # lines of either side
-# Limits for visited pairs of equal lines, in all files and in one. Repeated lines make millions of pairs, and difflib
+# Limits for visited pairs of equal lines, in all files and in one. Repeated lines cause millions of pairs, and difflib
 # visits them again for each block, which took minutes. 10 million take a second.
 PAIRS_MAX: Final = 20_000_000
 _PAIRS_OF_ONE_MAX: Final = 5_000_000
@@ -33,7 +33,7 @@ _MODES: Final = {"file": 0o100000, "link": 0o120000}
 def patch(changes: ChangeSet, before: Content, after: Content) -> Iterator[bytes]:
     """Yield the patch in pieces, root by root: deletions first, left-out changes last.
 
-    before, after: sources of the contents.
+    before, after: functions that return the old and the new content of a node, given its root and name.
     """
     work = Work(PAIRS_MAX)
     for root in changes.roots:
@@ -44,7 +44,7 @@ def patch(changes: ChangeSet, before: Content, after: Content) -> Iterator[bytes
         refused: dict[str, str] = {}
         for refusal in root.refused:
             refused[refusal.name] = "; ".join(filter(None, (refused.get(refusal.name), refusal.why)))
-        depends = dict.fromkeys((change.name for change in root.left_out), "depends on what is left out")
+        depends = dict.fromkeys((change.name for change in root.left_out), "depends on a change that is left out")
         every = [*sorted(root.changes, key=_deletions_first), *sorted(root.left_out, key=_deletions_first)]
         for change in every:
             why = refused.get(change.name) or depends.get(change.name)
@@ -64,7 +64,7 @@ def _note(word: bytes, root: str, name: str, why: bytes) -> bytes:
 
 
 def _one(root: str, change: Change, before: Content, after: Content, work: Work) -> Iterator[bytes]:
-    """Yield the patch of one name. Folders, which git would turn into files, are comments."""
+    """Yield the patch for one name. Folders become comments, because git would create files for them."""
     old, new = change.before, change.after
     if old is not None and new is not None and old.kind != new.kind:
         for part in (msgspec.structs.replace(change, after=None), msgspec.structs.replace(change, before=None)):
@@ -128,14 +128,14 @@ def _mode(node: Node) -> int:
 
 
 class Work:
-    """The remaining budget for comparing files. left: pairs of equal lines."""
+    """The remaining budget for comparing files. left: how many more pairs of equal lines may be visited."""
 
     def __init__(self, left: int) -> None:
         self.left = left
 
 
 class _Bounded(difflib.SequenceMatcher[bytes]):
-    """Finds no further match once the budget is used up; the rest is then one replaced block."""
+    """Matcher that stops once the budget is used up. The remaining lines then form one replaced block."""
 
     def __init__(self, one: list[bytes], two: list[bytes], work: Work) -> None:
         super().__init__(None, one, two, autojunk=False)
@@ -156,7 +156,7 @@ class _Bounded(difflib.SequenceMatcher[bytes]):
 
 
 def hunks(old: bytes, new: bytes, work: Work) -> Iterator[bytes]:
-    """Yield the hunks of a unified diff. work: the budget to charge."""
+    """Yield the hunks of a unified diff. work: the budget, from which visited pairs are subtracted."""
     one, two = _lines(old), _lines(new)
     start = 0
     while start < min(len(one), len(two)) and one[start] == two[start]:
@@ -174,7 +174,7 @@ def hunks(old: bytes, new: bytes, work: Work) -> Iterator[bytes]:
 
 
 def _lines(data: bytes) -> list[bytes]:
-    """Return lines with their ends. Unlike with bytes.splitlines, only a line feed ends a line."""
+    """Return the lines of *data* with their line ends. Unlike in bytes.splitlines, only a line feed ends a line."""
     found = [line + b"\n" for line in data.split(b"\n")]
     last = found.pop().removesuffix(b"\n")
     return [*found, last] if last else found

@@ -1,4 +1,4 @@
-"""Finding the files of a project by its patterns: one bounded walk for all of them, safe against loops of links."""
+"""Search for the files of a project by its patterns: one bounded walk for all patterns, safe against link loops."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from x07_sandbox.host.project import ProjectFolder
 
 ENTRIES_MAX: Final = 50_000
-# Comparisons of a name with a star of a pattern. This many take about a second.
+# Limit for comparisons of a name with a star in a pattern. This many take about a second.
 _STEPS_MAX: Final = 1_000_000
 _DEPTH_MAX: Final = 512
 _ANY: Final = "**"
@@ -26,7 +26,11 @@ _State = tuple[int, int]  # indexes of a pattern and of its part that a name in 
 
 
 class _Part(NamedTuple):
-    """A pattern between two slashes. regex: None for a plain name and for `**`. cost: of a comparison, in steps."""
+    """The part of a pattern between two slashes.
+
+    regex: None for a plain name and for `**`.
+    cost: the cost of one comparison, in steps.
+    """
 
     text: str
     regex: re.Pattern[str] | None
@@ -44,7 +48,7 @@ class _Part(NamedTuple):
 class Walk:
     """A walk through *folder* by *patterns* (glob(7), and `**` for any number of folders).
 
-    Hidden names match only parts that start with a dot. check: called repeatedly; raises to cancel.
+    Hidden names match only parts that start with a dot. check: called repeatedly; it raises an exception to cancel.
     """
 
     def __init__(self, folder: ProjectFolder, patterns: Sequence[str], check: Callable[[], None]) -> None:
@@ -60,9 +64,10 @@ class Walk:
         self._steps = 0
 
     def files(self) -> Iterator[str]:
-        """Yield the names of matching files, each once, in no order.
+        """Yield the name of each matching file once, in no order.
 
-        Raises UsageError for a pattern without a match, which a build would miss later, and beyond a limit.
+        Raises UsageError if a limit is exceeded or a pattern matches nothing; such a file would be missing in the
+        build.
         """
         waiting: list[tuple[str, set[_State], tuple[tuple[int, int], ...]]] = []
         waiting.append(("", {state for states in self._states for state in states[0]}, ()))
@@ -70,10 +75,10 @@ class Walk:
             self._check()
             name, states, above = waiting.pop()
             if len(above) >= _DEPTH_MAX:
-                raise self._folder.refused(f"{name[:64]}... is too deep", "Remove it from the project")
+                raise self._folder.refused(f"{name[:64]}... is too deep", "Remove that folder from the project")
             with self._folder.look(name or ".", name or "the folder itself") as (fd, info):
                 key = info.st_dev, info.st_ino
-                # A folder that a link shows inside itself is skipped; shown elsewhere it is walked again.
+                # Skip a folder that a link shows inside itself. If a link shows it elsewhere, walk it again.
                 found = [] if key in above or not stat.S_ISDIR(info.st_mode) else self._found(fd, name, states)
             below = (*above, key)
             waiting.extend((inner, left, below) for inner, _, left in found if left)
@@ -81,10 +86,10 @@ class Walk:
         for number, pattern in enumerate(self._patterns):
             if number not in self._matched:
                 why = f"no file matches {pattern!r}"
-                raise self._folder.refused(why, "Correct `files` in its manifest")
+                raise self._folder.refused(why, "Correct `files` in the manifest")
 
     def _found(self, fd: int, folder: str, states: set[_State]) -> list[tuple[str, bool, set[_State]]]:
-        """Return the relevant names in a folder: path, whether it is a matching file, the states for its entries."""
+        """Return the relevant names in a folder: path, whether it is a matching file, and states for entries below."""
         plain: dict[str, list[_State]] = {}
         others: list[_State] = []
         for state in states:
@@ -109,7 +114,7 @@ class Walk:
         return found
 
     def _listed(self, fd: int, folder: str, plain: Iterable[str] | None) -> Iterator[tuple[str, int]]:
-        """Yield the names in a folder and their types, without following links. plain: look up only these names."""
+        """Yield the names in a folder and their types, without following links. plain: check only these names."""
         try:
             if plain is None:
                 inner = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -129,7 +134,7 @@ class Walk:
                     continue
         except OSError as exc:
             why = f"{folder or 'the folder itself'}: {exc.strerror or exc}"
-            raise self._folder.refused(why, "Make it readable, or remove it from the project") from exc
+            raise self._folder.refused(why, "Make that folder readable, or remove it from the project") from exc
 
     def _step(self, name: str, states: Sequence[_State]) -> tuple[set[int], set[_State]]:
         matched: set[int] = set()
@@ -147,7 +152,7 @@ class Walk:
             else:
                 inner.update(self._states[number][at + 1])
         if self._steps > _STEPS_MAX:
-            why = "its patterns have too many stars for so many names"
+            why = "its patterns have too many stars for its number of files"
             raise self._folder.refused(why, "Use fewer and simpler patterns")
         return matched, inner
 
@@ -163,7 +168,7 @@ class Walk:
         self._entries += 1
         if self._entries > ENTRIES_MAX:
             why = f"the search for its files visits more than {ENTRIES_MAX} names"
-            raise self._folder.refused(why, "Remove what does not belong to it, or name files without '**'")
+            raise self._folder.refused(why, "Remove unneeded files from the project, or avoid '**' in patterns")
 
 
 def _parts(pattern: str) -> list[_Part]:
@@ -180,7 +185,7 @@ def _parts(pattern: str) -> list[_Part]:
 
 
 def _states(number: int, at: int, parts: Sequence[_Part]) -> tuple[_State, ...]:
-    """Return the states of a pattern at a part: the next part is also tried if this one may match no folder."""
+    """Return the states of a pattern at one part. They include the next part if this part may match no folder."""
     here = (number, at)
     return (here, (number, at + 1)) if parts[at].text == _ANY and at + 1 < len(parts) else (here,)
 

@@ -1,6 +1,6 @@
-"""Names that no program may change, whatever its policy says, because other tools run, obey or trust them.
+"""Names that no program may change, whatever its policy allows, because other tools execute, obey or trust such files.
 
-Only --allow-protected allows them.
+Only --allow-protected allows such changes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from x07_sandbox.files.changes import printable
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-# Patterns for a part of the path, in any case. `git~1` is `.git` on FAT and NTFS.
+# Patterns for one part of the path, ignoring case. `git~1` is `.git` on FAT and NTFS.
 _PARTS: Final = (
     *(".git", "git~1", ".gitmodules", ".gitattributes", ".gitconfig", ".hg", ".svn", ".jj"),
     *(".x07", "x07.json", "x07-sandbox.toml"),
@@ -55,7 +55,7 @@ _CI_PARTS: Final = (
     *(".builds", ".cirrus.star", ".zuul.yaml", ".zuul.d", "zuul.yaml", "zuul.d", ".tekton"),
     *("buildspec.yml", "buildspec.yaml", "cloudbuild.yaml", "cloudbuild.yml", "cloudbuild.json"),
 )
-# What git runs or takes settings from, directly or indirectly, in a `.git`.
+# The files in a `.git` that git executes or reads settings from, directly or indirectly.
 _GIT_OBEYS: Final = frozenset(
     {
         *("hooks", "config", "config.worktree", "info", "modules", "commondir", "worktrees", "remotes"),
@@ -66,7 +66,7 @@ _GIT: Final = ".git"
 _GIT_NEEDS: Final = frozenset({"objects", "refs"})
 _GIT_NAMES: Final = frozenset({"head", "commondir", *_GIT_NEEDS})
 _GIT_FILES: Final = ("HEAD", "commondir", *_GIT_NEEDS)
-# Some file systems ignore these characters, so that a name with them is `.git` to git (CVE-2014-9390).
+# Some file systems ignore these characters, so that git accepts a name with them as `.git` (CVE-2014-9390).
 _RANGES: Final = ((0x200C, 0x200F), (0x202A, 0x202E), (0x206A, 0x206F), (0xFEFF, 0xFEFF))
 _IGNORED: Final = frozenset(chr(number) for low, high in _RANGES for number in range(low, high + 1))
 
@@ -79,21 +79,25 @@ def folded(text: str) -> str:
 
 @functools.cache
 def _any_of(patterns: tuple[str, ...]) -> re.Pattern[str]:
-    """Return one pattern with a group for each of *patterns*: separate ones take minutes for a large tree."""
+    """Return one expression with a group for each of *patterns*. Separate ones take minutes for a large tree."""
     return re.compile("|".join(f"({fnmatch.translate(pattern)})" for pattern in patterns))
 
 
 def work_trees(names: Iterable[str]) -> set[str]:
-    """Return the folders among *names*, relative to a root, that are the top of a git work tree."""
+    """Return those folders in *names*, relative to a root, that are the top of a git work tree."""
     return {folder for folder, _, part in (name.rpartition("/") for name in names) if folded(part) == _GIT}
 
 
 class Protection:
-    """The protected names below one root. Everything below a protected folder is protected.
+    """The protected names below one root. Everything below a protected folder is protected too.
 
-    root: its path on the host. own: further protected names, such as the policy in use. repository: the git repository
-    around the root, if any. allowed: patterns of --allow-protected for a path or a part of it; all protected parts of a
-    path must be allowed. reserved: x07's own paths, which cannot be allowed. work_tree_tops: see work_trees().
+    root: the path of the root on the host.
+    own: more protected names, such as the policy file of the run.
+    repository: the git repository that contains the root; empty if there is none.
+    allowed: patterns of --allow-protected. Each is compared with the whole path and with each part of it. A path with
+    several protected parts needs a pattern for each of them.
+    reserved: x07's own paths, which cannot be allowed.
+    work_tree_tops: the folders that work_trees() returns for the root.
     """
 
     def __init__(
@@ -106,7 +110,7 @@ class Protection:
         reserved: Iterable[str] = (),
         work_tree_tops: Iterable[str] = (),
     ) -> None:
-        # Parts repeat in many names. The caches die with this object, since the names come from a guest.
+        # The same parts occur in many names. The names come from a guest, so the caches must not outlive this object.
         self._folded = functools.cache(folded)
         self._part = functools.cache(lambda part: self._why_part(part, _PARTS))
         self._ci_part = functools.cache(lambda part: self._why_part(part, _CI_PARTS))
@@ -126,11 +130,11 @@ class Protection:
         self._root_is_protected = not all(allows)
 
     def why(self, name: str) -> str:
-        """Return why *name* must not be changed; empty if it may."""
+        """Return why *name* must not be changed; empty if changing it is allowed."""
         if self._is_named(name) and not self._obeyed(name):
             return ""
         if self._own and self._whole(name) in self._own:
-            return "the policy or manifest in use"
+            return "the policy or manifest of this run"
         if self.is_allowed(name):
             return ""
         if self._allowed and (obeyed := self._obeyed(name)):
@@ -140,18 +144,18 @@ class Protection:
         return self._root or above or self._part(part) or (self._ci_part(part) if folder in self._tops else "")
 
     def is_reserved(self, name: str) -> bool:
-        """Return whether *name* holds x07's own data, such as a change set that waits to be applied."""
+        """Return whether *name* holds x07's own data, such as changes that have not been applied yet."""
         path = f"{self._place}/{self._whole(name)}/" if name else f"{self._place}/"
         return any(path.startswith(reserved) for reserved in self._reserved)
 
     def is_allowed(self, name: str) -> bool:
-        """Return whether --allow-protected allows *name*."""
+        """Return whether --allow-protected allows changes of *name*."""
         if not self._allowed:
             return False
         if self._is_named(name) and not self._obeyed(name):
             return True
         parts = (name or self._name).split("/")
-        # A pattern for one part, such as a folder of CI tasks, does not allow a `.git` that a program puts into it.
+        # A pattern for one part, such as a folder of CI tasks, does not allow a `.git` that a program puts there.
         named = next((count for count in range(len(parts), 0, -1) if self._is_named("/".join(parts[:count]))), 0)
         if self._root_is_protected or any(
             self._any_part(part) and not self._allows_part(part) for part in parts[named:]
@@ -161,21 +165,21 @@ class Protection:
         return matched and not self._obeyed(name)
 
     def _obeyed(self, name: str) -> str:
-        """Return the path that git runs or obeys, if *name* is or lies in one and no pattern names it; else empty."""
+        """Return the path that git runs or obeys if *name* is or is below it and no pattern allows it; else ""."""
         if not self._allowed:
             return ""
         parts = [*([self._name] if self._is_git else []), *name.split("/")]
         for at, (part, below) in enumerate(itertools.pairwise(parts)):
             if self._folded(part) == _GIT and self._folded(below) in _GIT_OBEYS:
                 starts, ends = {0, at, int(self._is_git)}, range(at + 2, len(parts) + 1)
-                # A pattern such as `.git*` does not count: the name itself must be in the pattern.
+                # A pattern such as `.git*` does not count: the pattern must contain the name itself.
                 own = self._folded(below)
                 if not any(self._is_named("/".join(parts[start:end]), own) for start in starts for end in ends):
                     return "/".join(parts[at : at + 2])
         return ""
 
     def repositories(self, nodes: Iterable[str], changed: Sequence[str]) -> dict[str, str]:
-        """Return those of *changed* in a folder that git treats as a repository, and why each is refused.
+        """Return the names in *changed* that are in a folder which git treats as a repository, and why each is refused.
 
         nodes: all names before and after the run. See gitrepository-layout(5).
         """
@@ -199,7 +203,7 @@ class Protection:
         return refused
 
     def _is_named(self, name: str, part: str = "") -> bool:
-        """Return whether a pattern matches the whole *name*. part: a part that the pattern must contain, if any."""
+        """Return whether a pattern matches the whole *name*. part: a text that the pattern must contain too, if any."""
         return self._matches(name, self._whole(name), part=part)
 
     def _whole(self, name: str) -> str:
@@ -228,9 +232,9 @@ def _of_repository(where: str) -> str:
 
 
 def repository_around(root: str) -> str:
-    """Return the folder around *root* that git treats as a repository, or "".
+    """Return the folder at or above *root* that git treats as a repository, or "".
 
-    The search stops at a `.git`, as git's does.
+    The search stops at a `.git`, like git's own search.
     """
     here = root
     while here.strip("/") and not os.path.lexists(f"{here}/.git"):
@@ -242,7 +246,7 @@ def repository_around(root: str) -> str:
 
 
 def _inherited(folder: str, known: dict[str, str | None], own: Callable[[str], str | None]) -> str | None:
-    """Return the result of *own* for the uppermost folder, *folder* or above, that has one. known: a cache."""
+    """Return the result of *own* for the topmost of *folder* and its parents that has one. known: a cache."""
     path = []
     while folder not in known:
         path.append(folder)

@@ -1,4 +1,4 @@
-"""The folders of the host that a policy opens, and how they are grouped for copying."""
+"""The folders of the host that a policy opens (roots), and their groups for copying."""
 
 from __future__ import annotations
 
@@ -20,7 +20,12 @@ if TYPE_CHECKING:
 
 
 class Root(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One root. field: the policy field or flag that names it. given: as written there. host, guest: absolute paths."""
+    """One folder or file of the host that the program may use.
+
+    field: the policy field or flag that contains it.
+    given: the path as written there.
+    host, guest: absolute paths.
+    """
 
     field: str
     given: str
@@ -30,9 +35,12 @@ class Root(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class Mount(msgspec.Struct, frozen=True, kw_only=True):
-    """A part of a tree in the guest. sub: the part, "" for all of it. at, host: its paths in the guest and on the host.
+    """A mount in the guest: a tree or a part of it.
 
-    missing: it does not exist on the host. single: it is a file.
+    sub: the name of the part in the tree; "" for the whole tree.
+    at, host: path in the guest and on the host.
+    missing: whether it does not exist on the host.
+    single: whether it is a file.
     """
 
     sub: str
@@ -44,9 +52,10 @@ class Mount(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Tree(msgspec.Struct, frozen=True, kw_only=True):
-    """A tree that is copied in one piece. host: its folder.
+    """A folder tree that is copied in one piece.
 
-    only: the file's name in that folder, for a root that is a single file.
+    host: the path of the folder.
+    only: the only file to copy from that folder; "" for the whole folder.
     """
 
     host: str
@@ -55,7 +64,10 @@ class Tree(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def roots_of(policy: Policy, base: Path, start: str) -> tuple[Root, ...]:
-    """Return the roots that a policy opens; relative ones are below *base*. The plan refuses those without a place."""
+    """Return the roots that a policy opens; relative paths are below *base*.
+
+    Roots that have no path in the guest are included. The plan refuses them.
+    """
     if not policy.fs.enabled:
         return ()
     found = []
@@ -69,9 +81,10 @@ def roots_of(policy: Policy, base: Path, start: str) -> tuple[Root, ...]:
 
 
 def trees_of(roots: Sequence[Root]) -> tuple[Tree, ...]:
-    """Group the roots into trees: a root inside another is copied once, and write access wins. Raises UsageError.
+    """Group the roots into trees. A root inside another one is copied once, and write access wins. Raises UsageError.
 
-    No part of a path may be a link, which could be redirected. A write root may be missing if its parent exists.
+    No part of a path may be a link, because links can be redirected. A missing write root needs an existing parent
+    folder.
     """
     states = {root.host: _look(root) for root in roots}
     tops: list[str] = []
@@ -100,9 +113,9 @@ def _mounts(roots: Iterable[Root], base: str, states: dict[str, str]) -> tuple[M
 
 
 def mounts_of(trees: Sequence[Tree]) -> list[tuple[int, Mount]]:
-    """Return the mounts and the indexes of their trees, outer ones first, so that none covers another.
+    """Return the mounts and the indexes of their trees. Outer ones come first, so that no mount covers another.
 
-    A root that another mount shows anyway gets no mount: the program could not replace or remove a mount point (EBUSY).
+    A root that is visible through another mount gets no mount: a mount point cannot be replaced or removed (EBUSY).
     """
     every = [(number, mount) for number, tree in enumerate(trees) for mount in tree.mounts]
     every.sort(key=lambda one: (one[1].at.count("/"), one[1].at))
@@ -120,7 +133,7 @@ def _is_shown(one: tuple[int, Mount], every: Sequence[tuple[int, Mount]]) -> boo
 
 
 def change_roots(trees: Sequence[Tree]) -> list[tuple[int, Mount]]:
-    """Return the mounts whose changes come back, each host folder once, and the indexes of their trees."""
+    """Return the mounts whose changes are copied back, each host folder once, and the indexes of their trees."""
     found: list[tuple[int, Mount]] = []
     for number, tree in enumerate(trees):
         hosts: set[str] = set()
@@ -132,8 +145,8 @@ def change_roots(trees: Sequence[Tree]) -> list[tuple[int, Mount]]:
 
 
 def _look(root: Root) -> str:
-    """Return `folder`, `file` or `missing`. Raises UsageError for anything else, and for a link on the path."""
-    what = f"cannot give the program {root.given}"
+    """Return `folder`, `file` or `missing`. Raises UsageError for other kinds, and if the path contains a link."""
+    what = f"cannot copy in {root.given}"
     parts = PurePosixPath(root.host).parts[1:]
     mode = stat.S_IFDIR
     fd = os.open("/", os.O_PATH | os.O_CLOEXEC)
@@ -144,15 +157,15 @@ def _look(root: Root) -> str:
             except FileNotFoundError as exc:
                 if root.write and number == len(parts) - 1:
                     return "missing"
-                raise UsageError(what, f"{root.host} does not exist", "Create it, or leave it out") from exc
+                raise UsageError(what, f"{root.host} does not exist", "Create the folder, or remove that root") from exc
             except OSError as exc:
-                raise UsageError(what, f"{root.host}: {exc.strerror}", "Name a folder that you may read") from exc
+                raise UsageError(what, f"{root.host}: {exc.strerror}", "Check the path and its permissions") from exc
             os.close(fd)
             fd = inner
             mode = os.fstat(fd).st_mode
             if stat.S_ISLNK(mode):
                 link = "/" + "/".join(parts[: number + 1])
-                raise UsageError(what, f"{link} is a link", f"Name its target: {os.path.realpath(root.host)}")
+                raise UsageError(what, f"{link} is a link", f"Use its target: {os.path.realpath(root.host)}")
         if stat.S_ISDIR(mode):
             return "folder"
         if stat.S_ISREG(mode):
@@ -160,6 +173,6 @@ def _look(root: Root) -> str:
                 fix = "Use --out with a folder, or --allow-write-root with a file"
                 raise UsageError(what, f"{root.host} is a file", fix)
             return "file"
-        raise UsageError(what, f"{root.host} is neither a file nor a folder", "Name a file or folder")
+        raise UsageError(what, f"{root.host} is neither a file nor a folder", "Use the path of a file or folder")
     finally:
         os.close(fd)

@@ -1,4 +1,4 @@
-"""Planning the steps of a set and writing its new content to private staging folders on the same file system."""
+"""Planning of the steps of a set, and staging: new content is written to private folders on the same file system."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from x07_sandbox.files.changes import Change, Node
     from x07_sandbox.files.checks import Item
 
-# The owner needs both bits to create or remove anything in a folder and to move it.
+# The owner needs both bits to create or remove entries in a folder and to move the folder.
 _OPEN: Final = 0o300
 _ACL: Final = "system.posix_acl_access"
 
 
 class Planner:
-    """Plans the steps of all roots. data_fd: the contents of the set. content: the new nodes, by slot."""
+    """The plan of the steps for all roots. data_fd: contents of the set. content: the new nodes, by slot."""
 
     def __init__(self, data_fd: int) -> None:
         self.data_fd = data_fd
@@ -38,9 +38,9 @@ class Planner:
         self._slots = 0
 
     def add(self, place: int, items: Iterable[Item]) -> None:
-        """Add the steps of one root. items: each folder before what is in it.
+        """Add the steps of one root. items: the changes; each folder comes before its entries.
 
-        Removals go from the deepest up, additions from the top down; modes of folders are set last.
+        Removals go from the deepest name up, additions from the top down. Modes of folders are set last.
         """
         opening, removing, adding, closing = list[Step](), list[Step](), list[Step](), list[Step]()
         for item in items:
@@ -87,7 +87,7 @@ class Planner:
 
 
 def _has_other_names(item: Item) -> bool:
-    """Return whether a new mode would affect other names (hard links). In the machine each name was a separate file."""
+    """Return whether a new mode would affect other names (hard links). In the VM each name was a separate file."""
     return item.info is not None and stat.S_ISREG(item.info.st_mode) and item.info.st_nlink > 1
 
 
@@ -174,7 +174,7 @@ def _inherit(dir_fd: int, step: Step, fd: int) -> None:
 
 
 def undo_changes(items: Iterable[Item], steps: Iterable[Step]) -> Iterator[Change]:
-    """Yield the changes that undo the items of a root. steps: those of its place."""
+    """Yield the changes that undo the items of a root. steps: the steps of the root's place."""
     at = {step.name: step.undo_at for step in steps if step.undo_at >= 0}
     for item in items:
         before, after = item.change.before, item.change.after

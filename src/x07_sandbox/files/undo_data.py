@@ -1,4 +1,4 @@
-"""The set that undoes the last application: what was displaced is saved in it, then removed from staging."""
+"""The undo set of the last application. It saves replaced and removed content, which then leaves the staging folder."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _OPEN: Final = 0o300
 
 
 def undo_entries(folder: Path) -> dict[tuple[str, str], Change]:
-    """Return the changes that an undo would make, by root and name. Raises ValueError if damaged, OSError."""
+    """Return the changes that an undo would make, by root and name. Raises OSError, and ValueError for damaged data."""
     try:
         undo_set = data_model.decode((folder / "undo" / _CHANGES).read_bytes())
     except FileNotFoundError:
@@ -38,7 +38,7 @@ def undo_entries(folder: Path) -> dict[tuple[str, str], Change]:
 
 
 def prepare(folder: Path, undo_set: ChangeSet) -> None:
-    """Write the undo set, unpublished. Raises OSError."""
+    """Write the undo set without publishing it. Raises OSError."""
     _remove(folder / _NEXT)
     (folder / _NEXT).mkdir(0o700)
     replace_file(folder / _NEXT / _PLANNED, data_model.encode(undo_set), sync=True)
@@ -50,7 +50,7 @@ def drop_prepared(folder: Path) -> None:
 
 
 def publish_empty(folder: Path, undo_set: ChangeSet) -> None:
-    """Publish an undo set without content, unless there is one already. Raises OSError."""
+    """Publish an undo set without content, unless an undo set exists already. Raises OSError."""
     if not (folder / "undo").exists():
         prepare(folder, undo_set)
         (folder / _NEXT / _DATA).touch(0o600)
@@ -59,7 +59,7 @@ def publish_empty(folder: Path, undo_set: ChangeSet) -> None:
 
 
 def save_displaced(folder: Path, sites: list[Site], steps: list[Step]) -> None:
-    """Copy all displaced contents into the prepared undo set. Raises OSError, HostError."""
+    """Copy the content of every replaced or removed file into the prepared undo set. Raises OSError, HostError."""
     prepared = folder / _NEXT
     fd = os.open(prepared / _DATA, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
@@ -90,17 +90,19 @@ def remove_undo(folder: Path) -> None:
 
 
 def remove_staging(site: Site, known: dict[str, Ident] | None, mode: int | None = None) -> None:
-    """Remove a staging folder and in it the *known* inodes, or if that is None everything with a slot's name.
+    """Remove a staging folder together with the *known* inodes in it. Raises OSError.
 
-    mode: the final mode of its place, if we have set one. Raises OSError; HostError if the folder holds anything else.
+    known: None to remove everything that is named like a slot.
+    mode: the final mode of the folder that contains the staging folder, if x07 has set one.
+    Raises HostError if the staging folder holds anything else.
     """
     if site.staging_fd >= 0:
         names = os.listdir(site.staging_fd)  # noqa: PTH208 - it is a descriptor
         left = [name for name in names if not _remove_slot(site.staging_fd, name, known)]
         if left:
             shown = ", ".join(map(ascii, sorted(left)[:5]))
-            why = f"{site.path(site.place.staging)!a} holds {shown}, which x07 did not put there"
-            raise HostError("cannot clean up after the changes", why, "Move that away, then try again")
+            why = f"{site.path(site.place.staging)!a} holds {shown}, which x07 did not create"
+            raise HostError("cannot clean up after the changes", why, "Move these files away, then try again")
         if mode is not None and stat.S_IMODE(os.fstat(site.fd).st_mode) == mode:
             os.fchmod(site.fd, mode | _OPEN)  # else we could not remove anything from it
         os.rmdir(site.place.staging, dir_fd=site.fd)
@@ -109,7 +111,7 @@ def remove_staging(site: Site, known: dict[str, Ident] | None, mode: int | None 
 
 
 def _copy_displaced(fd: int, site: Site, step: Step, before: Node) -> None:
-    why = f"{site.path(step.name)!a} changed or was removed while they were applied"
+    why = f"{site.path(step.name)!a} changed or was removed while the changes were applied"
     lost = HostError("cannot apply the changes", why, "Try again")
     if site.staging_fd < 0:
         raise lost
@@ -142,7 +144,7 @@ def _remove_slot(staging_fd: int, name: str, known: dict[str, Ident] | None) -> 
 
 
 def _remove(folder: Path) -> None:
-    """Remove an undo set, parts of which may be missing. `changes.json` goes first, so that no half counts as one."""
+    """Remove an undo set, which may be incomplete. `changes.json` goes first, so that a partial set is never used."""
     with contextlib.suppress(FileNotFoundError):
         for path in sorted(folder.iterdir(), key=lambda path: path.name != _CHANGES):
             path.unlink()  # including what a killed replace_file() left behind

@@ -32,10 +32,12 @@ def known_run(word: str) -> str:
         names |= {name for name in listed(runs_dir(state_dir())) if RUN_NAME.fullmatch(name)}
     found = [wanted] if wanted in names else sorted(name for name in names if name.startswith(wanted))
     if not found:
-        raise UsageError(f"cannot find run {word}", "no run's name starts with that", "List all runs: x07 ps --all")
+        raise UsageError(
+            f"cannot find run {word}", f"no run has an id that starts with {word}", "To list all runs: x07 ps --all"
+        )
     if len(found) > 1:
-        why = f"the names of {len(found)} runs start with that: {found[0]} and others"
-        raise UsageError(f"cannot tell which run {word} is", why, "Type more of the name")
+        why = f"{len(found)} run ids start with it, such as {found[0]}"
+        raise UsageError(f"cannot tell which run {word} is", why, "Use more digits of the id")
     return found[0]
 
 

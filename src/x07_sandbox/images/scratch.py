@@ -115,5 +115,5 @@ def write_disk(scratch_fd: int, disk: ScratchDisk, fd: int) -> None:
             while written < len(data):  # a full disk accepts a part before it fails
                 written += os.pwrite(fd, data[written:], piece.offset + written)
         except OSError as exc:
-            fix = "Free space there, or set X07_VM_STATE_DIR"
+            fix = "Free disk space, or set X07_VM_STATE_DIR"
             raise HostError("cannot make a scratch disk", exc.strerror or str(exc), fix) from exc

@@ -33,7 +33,7 @@ def snapshot(source: Path, target: Path) -> str:
         _copy(source, target)
     except OSError as exc:
         if exc.errno in {errno.ENOSPC, errno.EDQUOT}:
-            fix = "Free space there, or set X07_VM_CACHE_DIR to a larger disk"
+            fix = "Free disk space, or set X07_VM_CACHE_DIR to a folder on a larger disk"
             raise HostError("cannot copy the X07 toolchain", f"{target.parent}: {exc.strerror}", fix) from exc
         raise UsageError(f"cannot read the X07 toolchain {source}", str(exc)[:300], _FIX) from exc
     return _digest(target)

@@ -151,7 +151,7 @@ def renamed_record(record: JobRecord) -> JobRecord:
     try:
         folder = record.folder.rename(record.folder.with_name(record.job_id))
     except OSError as exc:
-        raise HostError(f"cannot rename {record.folder}", exc.strerror or str(exc), "Free space there") from exc
+        raise HostError(f"cannot rename {record.folder}", exc.strerror or str(exc), "Free disk space") from exc
     return replace(record, folder=folder)
 
 
@@ -274,4 +274,4 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _unwritable(what: str, exc: OSError) -> HostError:
-    return HostError(what, exc.strerror or str(exc), "Free space there, or set X07_VM_STATE_DIR")
+    return HostError(what, exc.strerror or str(exc), "Free disk space, or set X07_VM_STATE_DIR")

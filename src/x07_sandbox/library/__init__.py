@@ -1,1 +1,1 @@
-"""Running programs from Python."""
+"""The Python API: runs of programs, and pools."""

@@ -1,4 +1,4 @@
-"""Check the arguments of a call from Python; an error names the argument."""
+"""Checks of the arguments of a call from Python. Each error mentions the argument."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ _WHAT: Final = {
 
 
 def check_names(function: str, options: Iterable[str], known: Collection[str]) -> None:
-    """Raise TypeError, in Python's words, for an option that *function* does not have."""
+    """Raise TypeError, worded like Python's own, for an option that *function* does not have."""
     for name in options:
         if name not in known:
             raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
 
 
 def input_file(data: bytes | None, stack: contextlib.ExitStack) -> int:
-    """Return the input as a file in memory, empty for None; *stack* closes it. Raises UsageError."""
+    """Return the input as a file in memory, which is empty for None. *stack* closes it. Raises UsageError."""
     from x07_sandbox.runs.streams import memory_file
 
     if not isinstance(data, bytes | bytearray | memoryview | None):
@@ -54,9 +54,10 @@ def make_request(
     given: Mapping[str, Any],
     **unchecked: Any,  # noqa: ANN401 - fields of RunRequest
 ) -> RunRequest:
-    """Return the request for a call. given: the keywords of `run_program`, with defaults. Raises UsageError.
+    """Return the request for a call. Raises UsageError.
 
-    unchecked: further fields of the request.
+    given: the keyword arguments of `run_program`, including defaults.
+    unchecked: other fields of the request.
     """
     _check_types({"args": args, **given})
     from x07_sandbox.runs.request import RunRequest
@@ -86,7 +87,7 @@ def make_request(
 
 
 def _overrides(**allowed: bool) -> Overrides | None:
-    """Return the changes to the policy, if any. Raises UsageError."""
+    """Return the changes to the policy, or None if there are none. Raises UsageError."""
     for word, value in allowed.items():
         if not isinstance(value, bool):
             raise bad_argument(f"allow_{word}", f"is {type(value).__name__}, not a bool")
@@ -98,7 +99,7 @@ def _overrides(**allowed: bool) -> Overrides | None:
 
 
 def _loaders(path: Path | None) -> tuple[Loader, ...]:
-    """Return the loader of X07 programs if the name may be one's; other programs do not pay for the import."""
+    """Return the loader of X07 programs if the file's name may be one of theirs. Other programs need not import it."""
     from x07_sandbox.host.paths import is_folder
 
     if path is None or not (path.name.endswith("x07.json") or is_folder(path)):
@@ -109,7 +110,10 @@ def _loaders(path: Path | None) -> tuple[Loader, ...]:
 
 
 def policy_argument(name: str, value: object, function: str = _RUN) -> str | Policy | None:
-    """Check an argument that names a policy or is one. name: of the argument of *function*. Raises UsageError."""
+    """Check an argument that is a policy or the name of one. Raises UsageError.
+
+    name: name of the argument of *function*.
+    """
     from x07_sandbox.policy.model import Policy
 
     if value is None or isinstance(value, Policy):
@@ -155,17 +159,17 @@ def _check_types(given: Mapping[str, Any]) -> None:
 
 
 def _check_values(program: object, given: Mapping[str, Any]) -> None:
-    """Raise UsageError for values that their type allows but a run does not."""
+    """Raise UsageError for values of the right type that a run does not allow."""
     command, build_timeout_s = given["command"], given["build_timeout_s"]
     if (program is not None) + (given["source"] is not None) + bool(command) != 1:
         why = "exactly one of program, source and command is required"
-        raise UsageError(_WHAT[_RUN], why, "Pass one of them")
+        raise UsageError(_WHAT[_RUN], why, "Pass only one of them")
     if not all(isinstance(word, str) for word in command):
         raise bad_argument("command", "is not a list of str")
     if given["changes"] not in _CHANGES:
         raise UsageError(_WHAT[_RUN], f"changes is {given['changes']!r}", f"Use one of {', '.join(_CHANGES)}")
     if build_timeout_s is not None and not 0 < build_timeout_s <= BUILD_S_MAX:
-        why = f"build_timeout_s is {build_timeout_s!r}, and must be above 0 and at most {BUILD_S_MAX}"
+        why = f"build_timeout_s is {build_timeout_s!r}, but must be above 0 and at most {BUILD_S_MAX}"
         raise UsageError(_WHAT[_RUN], why, "Use another time limit")
     if given["read_only"] and given["workdir"] is None:
         raise UsageError(_WHAT[_RUN], "read_only requires workdir", "Pass workdir too")
@@ -174,7 +178,7 @@ def _check_values(program: object, given: Mapping[str, Any]) -> None:
 
 
 def _limits(given: Mapping[str, Any]) -> LimitChanges | None:
-    """Return the limits that a call sets, or None. Raises UsageError."""
+    """Return the limits that a call sets, or None if it sets none. Raises UsageError."""
     memory = given["memory"]
     if all(given[name] is None for name in ("memory", "cpu_s", "timeout_s", "procs", "fds")):
         return None
@@ -187,13 +191,13 @@ def _limits(given: Mapping[str, Any]) -> LimitChanges | None:
     for name in ("cpu_s", "timeout_s"):
         value = given[name]
         if value is not None and not 0 < value < _SECONDS_BOUND:  # rejects NaN
-            raise bad_argument(name, f"is {value!r}, and must be above 0 and at most 600")
+            raise bad_argument(name, f"is {value!r}, but must be above 0 and at most 600")
     cpu_ms, wall_ms = _milliseconds(given["cpu_s"]), _milliseconds(given["timeout_s"])
     changes = LimitChanges(mem_bytes=size, cpu_ms=cpu_ms, wall_ms=wall_ms, procs=given["procs"], fds=given["fds"])
     for field, number in changes.given().items():
         if fault := range_fault(field, number):
             keyword = KEYWORDS[NAMES[field].flag]
-            raise bad_argument(keyword, f"is {given[keyword]!r}, and {fault}")
+            raise bad_argument(keyword, f"is {given[keyword]!r}, but {fault}")
     return changes
 
 
@@ -214,5 +218,5 @@ def _path_text(name: str, value: object, expected: str = "a path", function: str
 
 
 def bad_argument(name: str, why: str, function: str = _RUN) -> UsageError:
-    """Return the error for an argument. why: follows its name."""
+    """Return the error for an argument. why: the text after the argument's name."""
     return UsageError(_WHAT[function], f"{name} {why}", f"See help({function})")

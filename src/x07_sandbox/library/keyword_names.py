@@ -1,4 +1,4 @@
-"""Replace flags of `x07 run` in error messages by keywords of `run_program`, for callers from Python."""
+"""Replace flags of `x07 run` in error messages by keyword arguments of `run_program`, for callers from Python."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _COMMAND: Final = re.compile(r"\bx07 [^.,;()]*$")  # in a command line, flags st
 
 
 def in_python(text: str) -> str:
-    """Return the text with keywords instead of flags: `--memory 1G` becomes `memory="1G"`."""
+    """Return the text with keyword arguments instead of flags: `--memory 1G` becomes `memory="1G"`."""
     if "-" not in text:
         return text
 
@@ -48,6 +48,6 @@ def in_python(text: str) -> str:
 
 
 def reword(error: SandboxError) -> None:
-    """Make the texts of an error name keywords."""
+    """Replace flags in the texts of an error by keyword arguments."""
     error.args = tuple(in_python(part) if isinstance(part, str) else part for part in error.args)
     error.what, error.why, error.fix = map(in_python, (error.what, error.why, error.fix))

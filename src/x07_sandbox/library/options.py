@@ -1,4 +1,4 @@
-"""The types of the keywords of `run_program`, for its variants."""
+"""The types of the keyword arguments of `run_program`, shared by all functions that accept them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from x07_sandbox.policy.model import Policy  # noqa: TC001 - as above
 
 
 class RunOptions(TypedDict, total=False):
-    """All keywords but program, args, input and check."""
+    """All keyword arguments except program, args, input and check."""
 
     source: str | bytes | None
     toolchain: str | None

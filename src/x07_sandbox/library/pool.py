@@ -1,4 +1,4 @@
-"""An executor that runs many programs in VMs that are ready."""
+"""An executor that runs many programs in VMs that are kept ready."""
 
 from __future__ import annotations
 
@@ -26,22 +26,23 @@ if TYPE_CHECKING:
 
 
 class Pool(Executor):
-    """Run programs, as many at once as `x07 run` would, in VMs that are ready.
+    """Run programs in VMs that are kept ready, as many at the same time as `x07 run` allows.
 
         with Pool(size=4) as pool:
             future = pool.submit("grade.py", b"input", args=["--strict"])
             results = list(pool.map("grade.py", [b"first input", b"second input"], memory="256M", timeout_s=10))
 
-    A `concurrent.futures.Executor` that takes paths of programs instead of callables and returns `Result`s; it also
-    works with `asyncio.wrap_future(pool.submit(...))`. Thread-safe, but not usable in a forked child. No VM is used for
-    two programs. Leaving the `with` block waits for all runs; leaving it by an exception (Ctrl-C) cancels them. A pool
-    that is dropped without `shutdown` keeps its VMs until the process ends.
+    This `concurrent.futures.Executor` takes paths of programs instead of callables, and its futures return `Result`s.
+    It also works with `asyncio.wrap_future(pool.submit(...))`. It is thread-safe, but a forked child cannot use it. No
+    VM is used for two programs. Leaving the `with` block waits for all runs; leaving the block by an exception (Ctrl-C)
+    cancels them. A pool that is dropped without `shutdown` keeps its VMs until the process ends.
     """
 
     def __init__(self, size: int = 2, *, image: str | None = None) -> None:
-        """Start the pool; its VMs start in the background (see `wait_ready`). Raises SandboxError.
+        """Start the pool. Its VMs start in the background (see `wait_ready`). Raises SandboxError.
 
-        size: number of VMs that wait, besides those that run. image: name or digest; None for the default.
+        size: number of VMs that are kept ready, in addition to those that run a program.
+        image: name or digest of a guest image; None for the default image.
         """
         if not isinstance(image, str | None):
             raise bad_argument("image", f"is {type(image).__name__}, not str", "x07_sandbox.Pool")
@@ -58,7 +59,7 @@ class Pool(Executor):
         self._cancelled = False
 
     def wait_ready(self, timeout_s: float = settings.QUEUE_S) -> bool:
-        """Wait until all VMs are ready; return whether they are. Raises SandboxError if none can be started."""
+        """Wait until all VMs are ready; return False after a timeout. Raises SandboxError if no VM can be started."""
         from x07_sandbox.host.clocks import Deadline
 
         return self._machines.wait_ready(Deadline.after(timeout_s))
@@ -72,10 +73,11 @@ class Pool(Executor):
         check: bool = False,
         **options: Unpack[RunOptions],
     ) -> Future[Result]:
-        """Run *program* with *input* when there is a free slot. The options are those of `run_program`.
+        """Run *program* with *input* as soon as a VM is free. The options are those of `run_program`.
 
-        The future raises what `run_program` would raise. Raises SandboxError in a forked child. Cancelling the future
-        of a running program does not end it (as with any executor): `shutdown(cancel_futures=True)` does.
+        The future raises the exceptions of `run_program`. This method raises SandboxError in a forked child.
+        As with any executor, cancelling the future of a running program does not end the program;
+        `shutdown(cancel_futures=True)` does.
         """
         check_names("submit", options, OPTIONS)
         self._check_process()
@@ -92,9 +94,9 @@ class Pool(Executor):
         check: bool = False,
         **options: Unpack[RunOptions],
     ) -> Iterator[Result]:
-        """Return the results of *program* for each of *inputs*, in order. The options are those of `run_program`.
+        """Return an iterator over the results of *program* for each of *inputs*, in order. Options: see `run_program`.
 
-        timeout: seconds for all runs together, after which TimeoutError is raised; `timeout_s` is for each run.
+        timeout: seconds for all runs together, after which TimeoutError is raised. `timeout_s` limits each single run.
         """
         check_names("map", options, OPTIONS - {"input"})
         self._check_process()
@@ -104,7 +106,7 @@ class Pool(Executor):
     def _check_process(self) -> None:
         """Raise UsageError in a forked child."""
         if self._machines.in_forked_child():
-            raise UsageError("cannot use this pool", "it belongs to the parent process", "Create another one")
+            raise UsageError("cannot use this pool", "it belongs to the parent process", "Create a new pool")
 
     def _run(
         self,
@@ -137,9 +139,9 @@ class Pool(Executor):
                 self._running.discard(cancel)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: FBT001, FBT002 - as the base has it
-        """Accept no more programs; end the waiting VMs once all runs have ended.
+        """Accept no more programs. Once all runs have ended, end the VMs that are ready.
 
-        cancel_futures: cancel running programs too, not only queued ones.
+        cancel_futures: cancel running programs too, not only waiting ones.
         """
         if self._machines.in_forked_child():
             return  # the runs belong to the parent
@@ -149,7 +151,7 @@ class Pool(Executor):
                 for cancel in self._running:
                     cancel()
         self._workers.shutdown(wait=False, cancel_futures=cancel_futures)
-        # In a thread, which continues if a signal handler raises here (Ctrl-C).
+        # The work is done in a thread, which continues if a signal handler (Ctrl-C) raises an exception here.
         ending = threading.Thread(target=self._end, name="x07-pool-end")
         try:
             start_thread(ending)

@@ -1,4 +1,4 @@
-"""Run a program from Python: one call, one result."""
+"""Functions that run a program from Python: one call, one result."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     OnOutput = Callable[[Literal["stdout", "stderr"], bytes], object]
     Ended = tuple[Result, SandboxError | None]
 
-# Outcomes of programs that were not run.
+# Outcomes of runs in which the program did not start.
 _NOT_RUN = frozenset({"usage-error", "refused", "backend-error", "internal-error"})
 _CHUNK = 64 * 1024
 
@@ -61,36 +61,41 @@ def run_program(  # noqa: PLR0913 - each is a keyword
 ) -> Result:
     """Build and run a program in throw-away VMs and return its result.
 
-    program: path of a source file, an executable or a project folder. source: source text instead, in the language of
-    *toolchain* ("python", "c", ...). command: a command of the image with its arguments instead (see `exec_command`).
-    files: more files, by relative name: they are placed beside the source and, without workdir, in the program's
+    program: path of a source file, an executable or a project folder.
+    source: source text to run instead of a program. *toolchain* is its language ("python", "c", ...).
+    command: a command installed in the image, with its arguments, to run instead of a program (see `exec_command`).
+    files: more files, by relative name. They are placed beside the source and, without workdir, in the program's
     working folder, which is otherwise empty.
-    workdir: start in a copy of this folder; changes are copied back unless read_only. Without it, `Result.files` holds
-    the files that the program left in its working folder, and in /x07/out unless *out* is given: at most
-    max_files_bytes. The rest is discarded and counted in `Result.files_discarded`.
-    args: the program's arguments. input: its whole standard input. env: variables besides the fixed ones.
-    policy: path of a policy, `built-in:TEMPLATE`, or a Policy. What is not given (no args, None for input, policy,
-    image) comes from the manifest of a project, as for `x07 run`; pass a policy for a project that you did not write.
-    Otherwise: no input, the built-in policy `default`, the default image.
-    memory, cpu_s, timeout_s, procs, fds: limits instead of the policy's: a size ("1G", or bytes), seconds of CPU time,
-    seconds of wall time, processes and threads besides the first, open files. They may raise the limits of a built-in
-    policy, and only lower those of any other. build_timeout_s: time limit of the build, 300 s by default.
-    scale_limits: under emulation, whether to multiply time limits by its slowdown; None follows your settings.
+    workdir: the program starts in a copy of this folder. Changes are copied back unless read_only. Without workdir,
+    `Result.files` contains the files that the program left in its working folder and, without *out*, in /x07/out: at
+    most max_files_bytes. Other files are discarded and counted in `Result.files_discarded`.
+    args: the program's arguments. input: its whole standard input. env: additional environment variables.
+    policy: path of a policy, `built-in:TEMPLATE`, or a Policy. If args, input, policy or image are not given, the
+    values in the project's manifest apply, as for `x07 run`. Pass a policy for a project that you did not write.
+    Without a manifest, there is no input, the policy is the built-in `default`, and the image is the default image.
+    memory, cpu_s, timeout_s, procs, fds: limits that replace those of the policy: a size ("1G", or bytes), seconds of
+    CPU time, seconds of wall time, further processes and threads, open files. They may raise
+    the limits of a built-in policy, but only lower those of any other policy.
+    build_timeout_s: time limit of the build, 300 s by default.
+    scale_limits: whether to multiply time limits by the slowdown of emulation; None follows your settings.
     image: name or digest of a guest image.
-    changes: what to do with changes to the folders that the policy lets the program modify, once it has exited;
-    `Result.changes` tells what was done. "apply" leaves out what is not allowed; "all-or-nothing" then applies nothing.
-    out: a folder to copy /x07/out to. allow_hidden, allow_symlinks: copy names that begin with a dot, and symbolic
-    links, in and out; a policy that you pass must allow them itself.
-    max_output_bytes: limit for each output stream, 64 MiB by default. on_output: called from another thread with
-    "stdout" or "stderr" and bytes as they arrive; an exception that it raises ends the run and is raised here.
+    changes: what to do after the program's exit with its changes to folders that the policy lets it modify. "apply"
+    leaves out changes that are not allowed; "all-or-nothing" applies nothing if there are any. "keep" saves the changes
+    for `x07 apply`, and "discard" deletes them. `Result.changes` describes what was done.
+    out: a folder to which /x07/out is copied.
+    allow_hidden, allow_symlinks: whether to copy names that begin with a dot, and symbolic links, in and out. If you
+    pass a policy, set this in the policy instead.
+    max_output_bytes: limit for each output stream, 64 MiB by default.
+    on_output: a function that is called from another thread with "stdout" or "stderr" and bytes as they arrive. If it
+    raises an exception, the run ends and this call raises the exception.
 
     The result has the output as `stdout.data` (bytes) and `stdout.text` (None unless it is UTF-8). The output of an X07
     program is a frame, which starts with four bytes of length (docs/reference/x07.md).
-    A VM of `x07 pool` is used if one is ready. Thread-safe; prints nothing. An exception of a signal handler (Ctrl-C)
-    ends the run and is raised once the VM is gone.
+    A VM of `x07 pool` is used if one is ready. This function is thread-safe and prints nothing. If a signal handler
+    raises an exception (Ctrl-C), the run ends, and the exception is raised after the VM has ended.
 
-    Raises SandboxError if the program could not be run: wrong usage, refused, no VM. Its `result` says more, or is None
-    if the call itself is wrong. With *check*, also raises SandboxError unless `Result.ok`.
+    Raises SandboxError if the program could not be run: wrong usage, refused, no VM. The `result` of the error
+    says more; it is None if the call itself is wrong. With *check*, also raises SandboxError unless `Result.ok`.
     """
     options = {name: value for name, value in locals().items() if name not in {"program", "args", "check"}}
     from x07_sandbox.host.cancel import Cancel
@@ -109,20 +114,23 @@ def exec_command(
     check: bool = False,
     **options: Any,  # noqa: ANN401 - those of run_program, by name
 ) -> Result:
-    """Run a command of the guest image, such as `["make", "test"]`, in a copy of a folder, and return its result.
+    """Run a command installed in the guest image, such as `["make", "test"]`, in a copy of a folder; return its result.
 
-    command: its name, looked up in the image, or, with a slash, a path relative to workdir; then its arguments.
-    workdir: the folder; changes are copied back unless read_only. None for an empty folder.
-    Everything else is as for `run_program`. The outcome is "failed" with exit code 127 if there is no such command.
+    command: the command and its arguments. A command with a slash is a path relative to workdir; any other command is
+    looked up in the image.
+    workdir: the folder; changes are copied back unless read_only. None stands for an empty folder.
+    All other arguments are those of `run_program`. If there is no such command, the outcome is "failed" with exit code
+    127.
     """
     check_names("exec_command", options, OPTIONS - {"command", "source", "toolchain"})
     return run_program(command=command, workdir=workdir, read_only=read_only, check=check, **options)
 
 
 def _run_uninterrupted(cancel: Cancel, work: Callable[[], Ended]) -> Ended:
-    """Do *work* in a thread, so that an exception of a signal handler (Ctrl-C) cancels it in good order.
+    """Do *work* in a thread, so that an exception of a signal handler (Ctrl-C) cancels it in an orderly way.
 
-    Handlers run in the main thread, at any line: an exception during a start or stop would leave a VM behind.
+    Handlers run in the main thread and may interrupt any line. An exception during a start or stop would leave a VM
+    behind.
     """
     if threading.current_thread() is not threading.main_thread():
         return work()
@@ -168,7 +176,7 @@ async def run_program_async(
     check: bool = False,
     **options: Unpack[RunOptions],
 ) -> Result:
-    """Run a program as `run_program` does, without blocking the event loop. Cancelling it ends the VM first."""
+    """Run a program like `run_program`, without blocking the event loop. If cancelled, it first ends the VM."""
     check_names("run_program_async", options, OPTIONS)
     import asyncio
 
@@ -197,7 +205,7 @@ async def run_program_async(
             loop.call_soon_threadsafe(finish, result, problem)
 
     with contextlib.closing(Cancel()) as cancel:
-        # Not in the loop's executor: runs that wait for a VM must not take its threads.
+        # This does not use the loop's executor: runs that wait for a VM must not take its threads.
         threading.Thread(target=work, name="x07-async", daemon=True).start()
         try:
             ended_as = await done
@@ -224,10 +232,10 @@ def run_once(
     on_output: OnOutput | None = None,
     **options: Any,  # noqa: ANN401 - checked by make_request
 ) -> Ended:
-    """Return the result of a run, and the error behind it, if any. Arguments as for `run_program`.
+    """Return the result of a run, and the error that caused it, if any. Arguments: see `run_program`.
 
     machines: VMs that are ready; None for those of `x07 pool`.
-    Raises UsageError for a wrong call, and what *on_output* raises.
+    Raises UsageError for a wrong call, and any exception that *on_output* raises.
     """
     from x07_sandbox.backends.lease import PoolClient
     from x07_sandbox.backends.selection import choice_from_environment
@@ -260,10 +268,11 @@ def run_once(
 
 
 def load_policy(name: str | os.PathLike[str] | Policy | None = None) -> Policy:
-    """Return the policy at a path, or `built-in:TEMPLATE` (docs/reference/policy.md); None is `built-in:default`.
+    """Return the policy at a path, or a built-in policy: `built-in:TEMPLATE` (docs/reference/policy.md).
 
-    It is frozen: `msgspec.structs.replace(policy, limits=...)` makes another, which is checked when it is used.
-    Raises SandboxError, which lists all errors in a document.
+    None stands for `built-in:default`. Policies are frozen: `msgspec.structs.replace(policy, limits=...)` returns a
+    changed
+    copy, which is checked when it is used. Raises SandboxError with all errors in the document.
     """
     from x07_sandbox.library.arguments import policy_argument
     from x07_sandbox.runs.request import read_policy
@@ -272,9 +281,10 @@ def load_policy(name: str | os.PathLike[str] | Policy | None = None) -> Policy:
 
 
 def check_result(result: Result, problem: SandboxError | None, *, check: bool) -> Result:
-    """Return the result. Raise SandboxError, *problem* if any, if the program was not run or, with *check*, failed.
+    """Return the result, or raise SandboxError if the program was not run or, with *check*, if it failed.
 
-    The reason and the error name keywords of `run_program` instead of flags.
+    problem: the error to raise, if there is one. The texts of the result and the error use keyword arguments, not
+    flags.
     """
     if result.outcome != "ok":
         from msgspec.structs import replace
@@ -295,7 +305,7 @@ def check_result(result: Result, problem: SandboxError | None, *, check: bool) -
 
 
 class _Output:
-    """Passes a program's output to a function as it arrives: two pipes with a thread each."""
+    """Passes a program's output to a function as it arrives. It uses two pipes with a thread each."""
 
     def __init__(self, on_output: OnOutput, cancel: Cancel) -> None:
         self.problem: BaseException | None = None
@@ -309,7 +319,7 @@ class _Output:
 
     @property
     def fds(self) -> tuple[int, int]:
-        """The descriptors that the run writes to."""
+        """The descriptors to which the run writes."""
         return self._ends["stdout"][1], self._ends["stderr"][1]
 
     def _read(self, name: Literal["stdout", "stderr"], fd: int) -> None:

@@ -1,1 +1,1 @@
-"""Toolchains and artifacts."""
+"""Toolchains, project manifests and the artifact cache."""

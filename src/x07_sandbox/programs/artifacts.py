@@ -1,7 +1,9 @@
-"""The artifact cache: built programs by source, tools and image.
+"""The artifact cache: built programs, identified by their source, tools and image.
 
-cache/artifacts/<key>: one line of JSON, padded to HEADER_BYTES, then the artifact, then notes about its build. Users of
-an artifact hash it again while they copy it. cache/building/<xx>: a lock for builders of keys that start so.
+The file cache/artifacts/<key> consists of one line of JSON, padded to HEADER_BYTES, then the artifact, then notes about
+its build. Whoever copies an artifact from the cache checks its hash again. cache/building/<xx> is the lock for builds
+of
+all keys that start with <xx>.
 """
 
 from __future__ import annotations
@@ -29,9 +31,11 @@ NOTES_MAX_BYTES: Final = settings.MIB
 
 
 class CachedArtifact(msgspec.Struct, frozen=True, kw_only=True):
-    """A cached artifact. fd: lent; its content starts at HEADER_BYTES.
+    """A cached artifact.
 
-    sha256: its expected digest. notes: about its build, as they were stored.
+    fd: descriptor of the file; the caller must not close it. The artifact starts at HEADER_BYTES.
+    sha256: the digest that the artifact must have.
+    notes: the stored notes about its build.
     """
 
     fd: int
@@ -41,13 +45,13 @@ class CachedArtifact(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def artifact_key(*parts: object) -> str:
-    """Return the name of an artifact: a hash of everything that its build depends on."""
+    """Return the key of an artifact: a hash of everything that its build depends on."""
     return hashlib.sha256(json.dumps([SCHEMA, *parts], sort_keys=True).encode()).hexdigest()
 
 
 @contextlib.contextmanager
 def cached_artifact(key: str) -> Iterator[CachedArtifact | None]:
-    """Open the artifact *key*; None if there is no valid one."""
+    """Open the artifact with that key; yield None if there is no valid one."""
     try:
         fd = os.open(_folder() / key, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError:
@@ -81,9 +85,9 @@ def _described(fd: int, key: str) -> CachedArtifact | None:
 
 
 def store_artifact(key: str, fd: int, size: int, sha256: str, notes: bytes = b"") -> None:
-    """Store what was built, best effort. fd: its content from offset 0.
+    """Store a built artifact, best effort. fd: a file with the artifact at offset 0.
 
-    Very large artifacts are not stored, nor those with more than NOTES_MAX_BYTES of notes.
+    Very large artifacts and artifacts with more than NOTES_MAX_BYTES of notes are not stored.
     """
     if size > settings.ARTIFACTS_MAX_BYTES // 4 or len(notes) > NOTES_MAX_BYTES:
         return
@@ -111,9 +115,10 @@ def store_artifact(key: str, fd: int, size: int, sha256: str, notes: bytes = b""
 def build_lock(
     key: str, pause: Callable[[], None], most_s: float, progress: Callable[[str], None] = lambda _text: None
 ) -> Iterator[bool]:
-    """Let one process at a time build *key*; yield whether it had to wait. If locking fails, all processes build.
+    """Let one process at a time build *key*; yield whether this process had to wait. If locking fails, all may build.
 
-    pause: called repeatedly during the wait; its exceptions end it. most_s: timeout, for a stopped builder (Ctrl-Z).
+    pause: called repeatedly while waiting; it raises an exception to end the wait.
+    most_s: timeout in seconds, because the other builder may be stopped (Ctrl-Z).
     """
     mostly_waited = False
 
@@ -124,14 +129,14 @@ def build_lock(
 
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
-            # At most 256 lock files, so that none has to be removed; keys that share one are built one after the other.
+            # There are at most 256 lock files, so none is removed. Keys with the same lock are built one by one.
             place = cache_folder("building") / key[:2]
             stack.enter_context(file_lock(place, on_wait=on_wait, most_s=most_s, pause=pause))
         yield mostly_waited
 
 
 def remove_artifact(key: str) -> None:
-    """Remove an artifact."""
+    """Remove an artifact from the cache."""
     (_folder() / key).unlink(missing_ok=True)
 
 

@@ -1,4 +1,4 @@
-"""Guessing the program that a Makefile builds. Pure, with bounds, because Makefiles are hostile data."""
+"""Guess which program a Makefile builds. No I/O. The work is limited, because Makefiles are hostile data."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _CONDITIONAL: Final = re.compile(r"\s*(ifeq|ifneq|ifdef|ifndef|endif)\b")
 # Suffixes of files that cannot be started.
 _NO_PROGRAM: Final = (".a", ".o", ".so", ".la", ".lo", ".dylib", ".dll", ".h", ".hpp", ".c", ".cpp", ".d", ".pc", ".1")
 _SOURCES: Final = (".c", ".cpp", ".cc", ".C")  # of make's built-in rules for programs
-# Targets that by convention make no file, even if .PHONY does not list them.
+# Targets that by convention create no file, even if .PHONY does not list them.
 _PHONY: Final = frozenset(
     {"all", "build", "check", "clean", "debug", "default", "dist", "distclean", "doc", "docs", "help", "install", "lib"}
     | {"libs", "release", "run", "shared", "static", "test", "tests", "uninstall"}
@@ -39,18 +39,18 @@ class _Rule:
         self.recipe: list[str] = []
 
     def add(self, prerequisites: list[str], command: str) -> None:
-        """Add prerequisites and a line of the recipe, within bounds."""
+        """Add prerequisites and a line of the recipe, unless a limit is reached."""
         self.prerequisites += prerequisites[: _VISITS_MAX - len(self.prerequisites)]
         if command.strip() and len(self.recipe) < _RECIPE_MAX:
             self.recipe.append(command)
 
     def makes(self, target: str) -> bool:
-        """Return whether the rule makes a file called *target*: a built-in rule, or a recipe that names it."""
+        """Return whether the rule creates a file *target*, by a built-in recipe or one that contains that name."""
         return not self.recipe or any("$@" in line or target in line for line in self.recipe)
 
 
 class _Makefile:
-    """The variables, rules and phony targets of one Makefile. files: names of the files in its folder."""
+    """The variables, rules and phony targets of one Makefile. files: names of all files in its folder."""
 
     def __init__(self, text: str, files: Collection[str] = ()) -> None:
         self._files = files
@@ -96,7 +96,7 @@ class _Makefile:
                 return
 
     def expanded(self, text: str) -> str:
-        """Return the text with the file's variables expanded; others stay as they are."""
+        """Return the text with the Makefile's own variables expanded. References to other variables stay unchanged."""
         for _ in range(_NESTED_MAX):
             if "$" not in text or self._left <= 0:
                 break
@@ -112,7 +112,7 @@ class _Makefile:
         return value if self._left > 0 else ""
 
     def _rule_of(self, name: str) -> _Rule | None:
-        """Return the rule for *name*: its own, a pattern's, or make's built-in one for a program of one source."""
+        """Return the rule for *name*: its own, a pattern rule, or make's built-in rule for a program of one source."""
         if name in self.rules:
             return self.rules[name]
         for pattern, rule in self._patterns:
@@ -122,11 +122,11 @@ class _Makefile:
         return _Rule() if any(f"{name}{suffix}" in self._files for suffix in _SOURCES) else None
 
     def programs(self) -> Iterator[str]:
-        """Yield the targets that are programs, those first that plain `make` makes first."""
+        """Yield the targets that are programs. Those that plain `make` builds first come first."""
         seen: set[str] = set()
         for root in [*list(self.rules)[:1], "all"]:
             yield from self._below(root, seen)
-        # A recipe may make a program that is not a target: `all:` with `cc -o prog prog.c`.
+        # A recipe may build a program that is not a target: `all:` with `cc -o prog prog.c`.
         recipes = (
             line for name in (*list(self.rules)[:1], "all") if name in self.rules for line in self.rules[name].recipe
         )
@@ -155,8 +155,8 @@ class _Makefile:
 def program_of(makefiles: Mapping[str, str], files: Collection[str]) -> str:
     """Return the path of the program that `make` builds in a project's folder. Raises UsageError.
 
-    makefiles: texts by path; if the top one makes no program, those in folders that it names are tried. files: names of
-    all files of the project.
+    makefiles: texts by path. If the top one builds no program, the Makefiles in folders that it mentions are tried.
+    files: names of all files of the project.
     """
     top = next((name for name in MAKEFILES if name in makefiles), "")
     text = makefiles.get(top, "")
@@ -172,7 +172,7 @@ def program_of(makefiles: Mapping[str, str], files: Collection[str]) -> str:
             if below is not None:
                 return posixpath.normpath(f"{folder}/{below}")
     why = "no target of the Makefile is clearly a program" if read.rules else "the Makefile has no plain first target"
-    fix = "Name the file with --artifact. Or run make in the folder: "
+    fix = "Add --artifact FILE, or run make in the folder: "
     command = "sh -c './configure && make'" if "configure" in files else "make test"
     raise UsageError("cannot tell which program make builds", why, f"{fix}x07 exec --workdir . -- {command}")
 

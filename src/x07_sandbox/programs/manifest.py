@@ -1,4 +1,4 @@
-"""x07-sandbox.toml: the files of a project, and how it is built and run."""
+"""The manifest x07-sandbox.toml: the files of a project, and how to build and run it."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ Word = Annotated[str, msgspec.Meta(max_length=131_072)]
 
 
 class BuildTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`[build]`. args: for make, or for the compiler before the sources."""
+    """The table `[build]`. args: arguments for make, or for the compiler before the sources."""
 
     args: Annotated[tuple[Word, ...], msgspec.Meta(max_length=256)] = ()
 
 
 class RunTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`[run]`: defaults for a run. input: a file of the project."""
+    """The table `[run]`: defaults for a run. input: a file of the project."""
 
     args: Annotated[tuple[Word, ...], msgspec.Meta(max_length=1024)] = ()
     input: RelativePath | None = None
@@ -38,9 +38,11 @@ class RunTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The manifest. Paths are relative to its folder. files: names, or patterns with *, ?, [] and **.
+    """A project's manifest. Paths are relative to its folder.
 
-    entry: the file that is started (scripts, executables). artifact: the file that make builds.
+    files: names of files, or patterns with *, ?, [] and **.
+    entry: the file to start, for scripts and executables.
+    artifact: the file that make builds.
     """
 
     schema_version: str
@@ -55,9 +57,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 def decode_manifest(data: bytes, *, source: str) -> tuple[Manifest, Toolchain]:
-    """Return the manifest in *data* and its toolchain. source: names it in errors. Raises UsageError."""
+    """Decode a manifest; return it and its toolchain. Raises UsageError. source: the manifest's name, for messages."""
     if len(data) > MAX_BYTES:
-        _wrong(source, f"it has more than {MAX_BYTES} bytes")
+        _wrong(source, f"it is larger than {MAX_BYTES} bytes")
     try:
         value = tomllib.loads(data.decode("utf-8"))
     except UnicodeDecodeError as exc:
@@ -69,7 +71,7 @@ def decode_manifest(data: bytes, *, source: str) -> tuple[Manifest, Toolchain]:
     found = value.get("schema_version")
     if found != SCHEMA:
         shown = repr(found[:64]) if isinstance(found, str) else "missing" if found is None else type(found).__name__
-        _wrong(source, f"schema_version is {shown}, and this version reads {SCHEMA!r}")
+        _wrong(source, f"schema_version is {shown}, but this version supports {SCHEMA!r}")
     _check_keys(value, source)
     try:
         manifest = msgspec.convert(value, prepared(Manifest))
@@ -77,7 +79,7 @@ def decode_manifest(data: bytes, *, source: str) -> tuple[Manifest, Toolchain]:
         _wrong(source, str(exc))
     toolchain = toolchain_named(manifest.toolchain)
     _check(manifest, toolchain, source)
-    # As the files are called: without `./` and `//`.
+    # In the form that names of files have: without `./` and `//`.
     paths = {"entry": manifest.entry, "artifact": manifest.artifact}
     normal = {key: str(PurePosixPath(path)) for key, path in paths.items() if path is not None}
     return msgspec.structs.replace(manifest, **normal), toolchain
@@ -108,14 +110,14 @@ def _check(manifest: Manifest, toolchain: Toolchain, source: str) -> None:
         if path.startswith("/") or "\0" in path or ".." in parts or not parts:
             _wrong(source, f"{key}: {path!r} is not a path inside the project")
     if toolchain.entries is not None and manifest.entry is None:
-        _wrong(source, f"a {toolchain.name} project needs `entry`: the file that is started")
+        _wrong(source, f"{toolchain.name} projects need `entry`: the file that is started")
     if toolchain.entries is None and manifest.entry is not None:
-        _wrong(source, f"a {toolchain.name} project has no `entry`; its `files` are compiled")
+        _wrong(source, f"{toolchain.name} projects compile their `files` and cannot have `entry`")
     if toolchain.artifact != (manifest.artifact is not None):
-        needs = "needs `artifact`: the file that its build makes" if toolchain.artifact else "has no `artifact`"
-        _wrong(source, f"a {toolchain.name} project {needs}")
+        needs = "need `artifact`: the file that the build creates" if toolchain.artifact else "cannot have `artifact`"
+        _wrong(source, f"{toolchain.name} projects {needs}")
     if manifest.build.args and (toolchain.archive or toolchain.build is None):
-        _wrong(source, f"a {toolchain.name} project has no [build] args")
+        _wrong(source, f"{toolchain.name} projects cannot have [build] args")
 
 
 def find_manifest(program: Path) -> Path | None:
@@ -130,7 +132,7 @@ def find_manifest(program: Path) -> Path | None:
     manifest = program / FILE
     if os.path.lexists(manifest):
         return manifest
-    fix = f"Create one (x07 init --toolchain T), or name a source file in it: x07 run {program}/FILE"
+    fix = f"Create one (x07 init --toolchain T), or run a source file: x07 run {program}/FILE"
     raise UsageError(f"cannot run the folder {program}", f"it has no {FILE}", fix)
 
 

@@ -1,4 +1,4 @@
-"""Writing the first manifest of a project from the names of its files. Pure; the result is decoded as a check."""
+"""Writes the first manifest of a project, based on the names of its files. No I/O. The result is decoded as a check."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from x07_sandbox.programs.toolchains import Toolchain
 
 ROWS: Final = tuple(row for row in TOOLCHAINS if row.project_files)
-# Files that a build leaves beside the sources, which may name paths of another machine.
+# Files that a build leaves beside the sources. They may contain paths of another machine.
 _LEFT_BY_BUILDS: Final = frozenset({".d", ".gch", ".la", ".lo", ".pyc"})
 
 
@@ -30,7 +30,7 @@ def sandbox_manifest(
     artifact: str | None = None,
     makefiles: Mapping[str, str] | None = None,
 ) -> bytes:
-    """Return x07-sandbox.toml for *files* (relative names). makefiles: their texts, by name. Raises UsageError."""
+    """Return a x07-sandbox.toml for *files* (relative names). Raises UsageError. makefiles: their texts by name."""
     row = toolchain_named(toolchain)
     lines = [f"schema_version = {_text(manifest.SCHEMA)}", f"toolchain = {_text(toolchain)}"]
     lines.append(f"files = [{', '.join(map(_text, _patterns(row, files)))}]")
@@ -44,9 +44,9 @@ def sandbox_manifest(
 
 
 def _patterns(row: Toolchain, files: Sequence[str]) -> list[str]:
-    """Return a pattern for each folder and suffix, so that files added later match too.
+    """Return one pattern for each folder and suffix, so that files that are added later match too.
 
-    make may need any file: sub-Makefiles, inputs of configure, test data.
+    A make project gets all its files, because make may need sub-Makefiles, inputs of configure and test data.
     """
     found = []
     for name in files:
@@ -61,14 +61,14 @@ def _patterns(row: Toolchain, files: Sequence[str]) -> list[str]:
             found.append(glob.escape(name))
     if row.artifact and not any(name in MAKEFILES for name in files):
         why = "there is no Makefile at the top"
-        fix = "Write one, or name another --toolchain"
+        fix = "Write a Makefile, or use another --toolchain"
         if "configure" in files:
-            why = "there is no Makefile; ./configure makes it"
-            fix = "Build it in the folder: x07 exec --workdir . -- sh -c './configure && make'"
+            why = "there is no Makefile before ./configure has created it"
+            fix = "To build it in the folder: x07 exec --workdir . -- sh -c './configure && make'"
         raise UsageError("cannot create a make project", why, fix)
     if not found:
-        why = f"there is no file that ends in {', '.join(row.project_files)}"
-        raise UsageError(f"cannot create a {row.name} project", why, "Add one, or name another --toolchain")
+        why = f"no file ends in {', '.join(row.project_files)}"
+        raise UsageError(f"cannot create a {row.name} project", why, "Add such a file, or use another --toolchain")
     patterns = list(dict.fromkeys(found))
     if row.artifact and (len(patterns) > manifest.FILES_MAX or len(str(patterns)) > manifest.MAX_BYTES // 2):
         folders = (glob.escape(str(PurePosixPath(name).parent)) for name in files)
@@ -82,11 +82,11 @@ def _entry(row: Toolchain, files: Sequence[str]) -> str:
             return name
     top = [name for name in files if "/" not in name and PurePosixPath(name).suffix in row.suffixes]
     if len(top) != 1:
-        why = f"it could be any of {', '.join(top[:5])}" if top else "there is none at the top"
-        raise UsageError("cannot tell which file to start", why, "Name it with --entry")
+        why = f"it could be any of {', '.join(top[:5])}" if top else "no such file is in the top folder"
+        raise UsageError("cannot tell which file to start", why, "Add --entry FILE")
     return top[0]
 
 
 def _text(value: str) -> str:
-    """Return a TOML string. JSON's form is the same except for DEL."""
+    """Return a TOML string. Its form differs from a JSON string only in the character DEL."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

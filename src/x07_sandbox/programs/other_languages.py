@@ -1,4 +1,4 @@
-"""Advice for source files of languages without a toolchain. Loaded only for the error about such a file."""
+"""Advice for source files in languages without a toolchain. Imported only for the error about such a file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Final
 
 from x07_sandbox.plan.packages import flag_for_program
 
-# By suffix: the interpreter for the first line.
+# The interpreter for the first line, by suffix.
 _SCRIPTS: Final = {
     ".rb": "/usr/bin/ruby",
     ".php": "/usr/bin/php",
@@ -16,7 +16,7 @@ _SCRIPTS: Final = {
     ".tcl": "/usr/bin/tclsh",
     ".awk": "/usr/bin/gawk -f",
 }
-# By suffix: the program, and the shell line that builds and runs a file; {file} is its name, {stem} without suffix.
+# The program, and the shell line that builds and runs a file, by suffix. {file}: its name; {stem}: without suffix.
 _COMMANDS: Final = {
     ".go": ("go", "go run {file}"),
     ".rs": ("rustc", "rustc -o /tmp/program {file} && /tmp/program"),
@@ -26,14 +26,14 @@ _COMMANDS: Final = {
 
 
 def advice(path: str) -> str | None:
-    """Return how to run a source file of another language, with lines to paste; None for an unknown one."""
+    """Return how to run a source file of another language, as commands to paste; None for an unknown language."""
     suffix = PurePosixPath(path).suffix.lower()
     if suffix in _SCRIPTS:
         interpreter = _SCRIPTS[suffix]
         program = PurePosixPath(interpreter.partition(" ")[0]).name
         image = program.lower()
         run = f"x07 run --image {image} {shlex.quote(path)}"
-        return f"Make #!{interpreter} its first line, then run {_build(image, program)} && {run}"
+        return f"Add #!{interpreter} as its first line, then run {_build(image, program)} && {run}"
     if suffix in _COMMANDS:
         image, (program, line) = suffix[1:], _COMMANDS[suffix]
         name, folder = PurePosixPath(path), shlex.quote(str(PurePosixPath(path).parent))

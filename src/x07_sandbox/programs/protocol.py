@@ -9,9 +9,11 @@ import msgspec
 
 
 class BuildExtras(msgspec.Struct, frozen=True, kw_only=True):
-    """What the compiler gets besides the source.
+    """Data that the compiler gets in addition to the source.
 
-    files: contents by path in the build VM. env: more variables. key: the parts that make a different artifact.
+    files: contents by path in the build VM.
+    env: additional environment variables.
+    key: data that changes the artifact, for its cache key.
     """
 
     files: Mapping[str, bytes]
@@ -24,23 +26,23 @@ class Protocol(typing.Protocol):
 
     @property
     def input_max_bytes(self) -> int:
-        """The limit for the input, which is read whole before the run."""
+        """The size limit for the input. The whole input is read before the run."""
 
     @property
     def usage_exit(self) -> int:
-        """The exit code of a command for a usage error."""
+        """The exit code of a command after a usage error."""
 
     def require_policy(self, *, given: bool) -> None:
-        """Raise UsageError if such a program needs an explicit policy. given: whether there is one."""
+        """Raise UsageError if such a program needs an explicit policy and *given* is false."""
 
     def build_extras(self, policy: bytes) -> BuildExtras:
-        """Return what goes into the build VM. policy: the document of the run."""
+        """Return the data that the compiler gets. policy: the policy document of the run."""
 
     def run_files(self, data: bytes) -> Mapping[str, bytes]:
-        """Return contents by path in the run VM. data: the whole input."""
+        """Return the files for the run VM: contents by path. data: the whole input."""
 
     def frame_input(self, data: bytes) -> bytes:
-        """Return the input in the form for standard input."""
+        """Return the input in the form that the program reads from standard input."""
 
     def output_caps(self, most: int) -> tuple[int, int]:
-        """Return limits for standard output, if the program's output is limited to *most*, and for standard error."""
+        """Return the limits for standard output and standard error. most: limit for the program's output in bytes."""

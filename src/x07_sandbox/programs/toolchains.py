@@ -1,7 +1,8 @@
-"""The table of toolchains: how a source becomes an artifact in the build VM, and how that is started in the run VM."""
+"""The table of toolchains: how a source is built in the build VM, and how the artifact is started in the run VM."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -35,10 +36,13 @@ _ELF: Final = b"\x7fELF"
 
 
 class Source(msgspec.Struct, frozen=True, kw_only=True):
-    """A source in the build VM. name: the file that is started, relative to the folder; "" if there is none (make).
+    """A source in the build VM.
 
-    files: all files below the folder, sorted; () for a single file. head: the first bytes of *name*. args: for the
-    build tool. artifact: what make builds, relative to the folder.
+    name: the file to start, relative to the folder; "" if there is none (make).
+    files: all files below the folder, sorted; () for a single file.
+    head: the first bytes of the file to start.
+    args: arguments for the build tool.
+    artifact: the file that make builds, relative to the folder.
     """
 
     name: str
@@ -50,16 +54,16 @@ class Source(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def path(self) -> str:
-        """The path of the file that is started."""
+        """The path of the file to start."""
         return f"{self.folder}/{self.name}"
 
     @property
     def driver(self) -> str:
-        """The path of the build driver, if the toolchain has one: beside the source."""
+        """The path of the build driver, beside the source, if the toolchain has one."""
         return f"{SOURCE_FOLDER}/{'driver.py' if self.name != 'driver.py' else 'build.py'}"
 
     def with_suffixes(self, suffixes: tuple[str, ...]) -> list[str]:
-        """Return the paths of the files with these suffixes."""
+        """Return the paths of the files that have one of these suffixes."""
         if not self.files:
             return [self.path]
         return [f"{self.folder}/{name}" for name in self.files if PurePosixPath(name).suffix.lower() in suffixes]
@@ -68,13 +72,15 @@ class Source(msgspec.Struct, frozen=True, kw_only=True):
 class Toolchain(msgspec.Struct, frozen=True, kw_only=True):
     """One language, or one way to build.
 
-    suffixes: of source files, lower case. beside: suffixes and names of other files for `x07 init`.
-    build: argv of the build, starting with a path; None if the source is the artifact. start: argv of the program.
-    archive: the build is `build_driver()`, whose artifact is unpacked to PROGRAM_FOLDER; else it is at ARTIFACT.
-    needs: Debian packages that the image must have; "x07" stands for X07's own toolchain.
-    protocol: for programs that need more than bytes and arguments.
-    entries: usual names of the file that is started, in order of preference; None if a project does not name it.
-    artifact: a project names the file that its build makes; such a toolchain builds projects only.
+    suffixes: suffixes of source files, in lower case.
+    beside: suffixes and names of other files that `x07 init` includes.
+    build: returns the build's command line, which starts with a path; None if the source is the artifact.
+    archive: whether `build_driver()` builds. Its artifact is unpacked to PROGRAM_FOLDER; others are at ARTIFACT.
+    start: returns the program's command line.
+    needs: Debian packages that the image must contain; "x07" stands for X07's own toolchain.
+    protocol: hooks for programs that need more than bytes and arguments.
+    entries: usual names of the file to start, the preferred one first; None if a project does not specify that file.
+    artifact: whether a project specifies the file that its build creates. Such a toolchain builds only projects.
     """
 
     name: str
@@ -91,12 +97,12 @@ class Toolchain(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def driver(self) -> bool:
-        """Whether the build is a Python script of ours, at Source.driver in the build VM."""
+        """Whether the build is x07's own Python script, which is at Source.driver in the build VM."""
         return self.archive
 
     @property
     def project_files(self) -> tuple[str, ...]:
-        """Suffixes and names of the files that its projects consist of; () where it has no projects of sources."""
+        """Suffixes and names of the files in its projects; () if it has no projects of source files."""
         return self.suffixes + self.beside
 
 
@@ -132,11 +138,11 @@ def _started_by(*interpreter: str) -> Callable[[Source], list[str]]:
 
 
 def _first_line(head: bytes) -> list[str]:
-    """Return the interpreter and options of a #! line as the kernel and env(1) read them; empty for none."""
+    """Return the interpreter and options of a #! line as the kernel and env(1) read it; empty without a #! line."""
     line = head.partition(b"\n")[0].decode("utf-8", "surrogateescape").strip()
     words = line[2:].split(None, 1) if line.startswith("#!") else []
     if len(words) > 1 and words[0] in _ENV:
-        # The kernel passes the rest as one word: for env a program, or after -S a line of words.
+        # The kernel passes the rest of the line as one word. For env that is a program, or after -S a line of words.
         rest = words[1]
         split = rest.startswith("-S") and not set(rest) & _ENV_SYNTAX
         return (rest[2:].split() if split else None) or [rest]
@@ -152,8 +158,8 @@ def _shell(source: Source) -> list[str]:
         return [f"/bin/{name}", *words[1:]]
     raise UsageError(
         f"cannot run {source.name} as a shell script",
-        f"its first line names {' '.join(words)!r}; the supported shells are {', '.join(_SHELLS)}",
-        "Name one of them (for options use env -S), or use --toolchain executable with an image that has that shell",
+        f"the interpreter in its first line is {' '.join(words)!r}; the supported shells are {', '.join(_SHELLS)}",
+        "Use one of them (with options: env -S), or --toolchain executable with an image that has that shell",
     )
 
 
@@ -164,8 +170,8 @@ def _shell_check(source: Source) -> list[str]:
     return [shell, *options[:long], "-n", *options[long:]]
 
 
-# The read-only tree is copied with its mtimes, which make depends on. The artifact is moved, not copied: a link or a
-# fifo stays one, and is checked outside.
+# The read-only tree is copied with its mtimes, because make needs them. The artifact is moved, not copied: a link or a
+# fifo stays what it is, and is checked outside the VM.
 _MAKE: Final = (
     "/bin/sh",
     "-c",
@@ -191,7 +197,7 @@ mv -T -- "$artifact" "$output"
 
 @cache
 def build_driver() -> bytes:
-    """Return the driver of builds that make an archive."""
+    """Return the driver script for builds that create an archive."""
     return (Path(__file__).parent / "data" / "build_archive.py").read_bytes()
 
 
@@ -271,7 +277,7 @@ TOOLCHAINS: Final = (
         build=lambda source: [*_MAKE, source.folder, source.artifact, OUTPUT, "/x07/out/tree", *source.args],
         needs=("make",),
         artifact=True,
-        doc="A project with a Makefile: built by make, starts the artifact that the manifest names.",
+        doc="A project with a Makefile: built by make; starts the artifact that the manifest specifies.",
     ),
     Toolchain(
         name="executable",
@@ -282,21 +288,25 @@ TOOLCHAINS: Final = (
     ),
 )
 BY_NAME: Final = {toolchain.name: toolchain for toolchain in TOOLCHAINS}
-# For `x07 exec`; users cannot name it. A name without a slash is looked up in the guest.
+# For `x07 exec`; users cannot select it. A command without a slash is looked up in the guest.
 COMMAND: Final = Toolchain(
-    name="command", suffixes=(), build=None, start=lambda source: [source.name], doc="A command of the guest image."
+    name="command",
+    suffixes=(),
+    build=None,
+    start=lambda source: [source.name],
+    doc="A command installed in the guest image.",
 )
 
 
 def toolchain_named(name: str) -> Toolchain:
-    """Return the toolchain of that name. Raises UsageError."""
+    """Return the toolchain called *name*. Raises UsageError."""
     if name not in BY_NAME:
         raise UsageError(f"cannot use the toolchain {name!r}", "it does not exist", f"Use one of {', '.join(BY_NAME)}")
     return BY_NAME[name]
 
 
 def toolchain_for(path: str, head: bytes = b"") -> Toolchain:
-    """Return the toolchain of a source file, by its suffix, else by its first bytes. Raises UsageError."""
+    """Return the toolchain for a source file, by its suffix or else by its first bytes. Raises UsageError."""
     suffix = PurePosixPath(path).suffix.lower()
     for toolchain in TOOLCHAINS:
         if suffix in toolchain.suffixes:
@@ -308,22 +318,27 @@ def toolchain_for(path: str, head: bytes = b"") -> Toolchain:
     known = ", ".join(suffix for toolchain in TOOLCHAINS for suffix in toolchain.suffixes)
     raise UsageError(
         f"cannot run {path}",
-        f"no toolchain takes {suffix or 'a name without suffix'}, and the file has neither ELF nor a #! line",
-        advice(path) or f"Use one of the suffixes {known}, add a #! line, or name the toolchain: x07 run --toolchain T",
+        f"no toolchain handles {f'{suffix} files' if suffix else 'files without a suffix'}, and the file is neither "
+        "an ELF executable nor a script with a #! line",
+        advice(path)
+        or f"Use one of the suffixes {known}, add a #! line, or choose a toolchain: "
+        f"x07 run --toolchain T {shlex.quote(path)}",
     )
 
 
 def require_packages(
     toolchain: Toolchain, installed: Collection[str], image: str, included: Sequence[str] = ()
 ) -> None:
-    """Raise RefusedError if an image lacks what *toolchain* needs.
+    """Raise RefusedError if an image lacks packages that *toolchain* needs.
 
-    image: its name. included: packages that were added to it, which the command in the error keeps.
+    image: the name of the image.
+    installed: the packages in the image.
+    included: packages that were added to the image; the command in the message adds them again.
     """
     missing = [name for name in toolchain.needs if name not in installed]
     build = f"Run x07 image build --name {image}"
     if missing == ["x07"]:
-        fix = f"{build} --x07-toolchain DIR, with X07's Linux build in DIR"
+        fix = f"{build} --x07-toolchain DIR, where DIR contains X07's Linux build"
         raise RefusedError("cannot run an X07 program", f"the image {image} has no X07 toolchain", fix)
     if missing:
         what, why = f"the image {image} cannot run {toolchain.name} programs", f"it lacks {', '.join(missing)}"
@@ -331,19 +346,21 @@ def require_packages(
 
 
 def check_executable(path: str, head: bytes, machine: str, elf_machine: int) -> None:
-    """Raise UsageError for an executable of another machine. elf_machine: e_machine of the guest's (elf(5))."""
+    """Raise UsageError if a file is no executable for the guest's *machine*. elf_machine: its e_machine (elf(5))."""
     if not head.startswith(_ELF):
         if head.startswith(b"#!"):
             return
         why = "it is neither an ELF file nor a script"
-        raise UsageError(f"cannot run {path}", why, "Name its language with --toolchain")
-    # 64 bits, little endian; e_machine is at 18 (elf(5)).
+        raise UsageError(f"cannot run {path}", why, "Add --toolchain with its language")
+    # 64 bits, little endian; e_machine is at offset 18 (elf(5)).
     if head[4:6] != b"\x02\x01" or head[18:20] != elf_machine.to_bytes(2, "little"):
-        raise UsageError(f"cannot run {path}", f"it is not an executable for {machine}", "Build it for that machine")
+        raise UsageError(
+            f"cannot run {path}", f"it is not an executable for {machine}", "Build it for Linux on that machine"
+        )
 
 
 def source_name(path: str) -> str:
-    """Return the name of a source file in the guest: its own. Raises UsageError for an unsafe one."""
+    """Return the name of a source file in the guest, which is its own name. Raises UsageError for an unsafe name."""
     what, fix, name = f"cannot run {path!r}", "Rename the file", PurePosixPath(path).name
     if any("\udc80" <= char <= "\udcff" for char in name):
         raise UsageError(what, "its name is not UTF-8", fix)
@@ -354,6 +371,6 @@ def source_name(path: str) -> str:
 
 
 def describe(rows: Sequence[Toolchain] = TOOLCHAINS) -> str:
-    """Return one line for each toolchain, for help texts."""
+    """Return one line of text for each toolchain."""
     names = {row.name: f" ({', '.join(row.suffixes)})" if row.suffixes else "" for row in rows}
     return "\n".join(f"  {row.name}{names[row.name]}: {row.doc}" for row in rows)

@@ -1,1 +1,1 @@
-"""Result documents: our JSON result, later X07's reports."""
+"""JSON documents: the result of a run, and the reports of other commands."""

@@ -10,7 +10,7 @@ from x07_sandbox.backends.prerequisites import BackendState
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The result of one check. good: None if it is neither good nor bad. fix: empty if there is none."""
+    """The result of one check. good: null if it is neither good nor bad. fix: empty if nothing needs to be fixed."""
 
     subject: str
     good: bool | None
@@ -19,7 +19,7 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class DoctorReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The document. good: whether nothing is bad; the exit code is then 0, else 1."""
+    """The document. good: whether no finding is bad. The exit code is 0 if it is true, else 1."""
 
     schema_version: Literal["x07.sandbox.doctor@0.1.0"] = "x07.sandbox.doctor@0.1.0"
     good: bool

@@ -1,4 +1,4 @@
-"""How documents are written as JSON, and the document about an error, for every verb but `run`."""
+"""Writing of documents as JSON, and the document about an error of any command except `run`."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from x07_sandbox.policy.problems import PolicyError, Problem
 
 
 def render_json(document: msgspec.Struct) -> bytes:
-    """Return a document as JSON over several lines, with a final line end."""
-    # ASCII only, so that control characters in a guest's text are escaped.
+    """Return a document as JSON on several lines, with a line feed at the end."""
+    # The output is ASCII, so that control characters in a guest's text are escaped.
     return json.dumps(plain(document), indent=2).encode("ascii") + b"\n"
 
 
 def plain(document: msgspec.Struct) -> Any:  # noqa: ANN401 - what json takes
-    """Return a document's content; bytes in names that are not UTF-8 are escaped.
+    """Return the content of a document. Bytes in names that are not UTF-8 are escaped.
 
-    Some JSON readers reject a whole document for half a surrogate pair.
+    Otherwise some JSON readers would reject the whole document because of an unpaired surrogate.
     """
     return _escaped(msgspec.to_builtins(document))
 
@@ -42,7 +42,7 @@ class Error(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class FailureReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The document. problems: errors in the policy, if it is the cause."""
+    """The document. problems: errors in the policy, if they are the cause."""
 
     schema_version: Literal["x07.sandbox.failure@0.1.0"] = "x07.sandbox.failure@0.1.0"
     ok: Literal[False] = False
@@ -53,7 +53,7 @@ class FailureReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 def failure_report(exc: Exception) -> FailureReport:
     """Return the document for an error."""
     if not isinstance(exc, SandboxError):
-        bug = Error(what="a bug in x07-sandbox", why=f"{type(exc).__name__}: {exc}", fix="Report it")
+        bug = Error(what="a bug in x07-sandbox", why=f"{type(exc).__name__}: {exc}", fix="Report this bug")
         return FailureReport(error=bug)
     problems = exc.problems if isinstance(exc, PolicyError) else ()
     return FailureReport(error=Error(what=exc.what, why=exc.why, fix=exc.fix), problems=problems)

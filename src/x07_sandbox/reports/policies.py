@@ -14,8 +14,11 @@ from x07_sandbox.policy.problems import Problem
 
 
 class CheckedFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One policy. file: as the user named it. policy_id, digest: if valid. problems, text: otherwise.
+    """One policy.
 
+    file: the path or name that the user gave.
+    policy_id, digest: present if the policy is valid.
+    problems, text: present if it is not.
     completed_by: the command that makes a complete policy from an incomplete one.
     """
 
@@ -29,7 +32,7 @@ class CheckedFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class CheckReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All policies, in the order given. ok: whether all are valid."""
+    """All policies, in the order in which the user gave them. ok: whether all are valid."""
 
     schema_version: Literal["x07.sandbox.policy.check@0.1.0"] = "x07.sandbox.policy.check@0.1.0"
     ok: bool
@@ -37,10 +40,13 @@ class CheckReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class HostReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Whether a connection is allowed. policy: as the user named it. host: in its normal form.
+    """Whether a connection is allowed.
 
-    rule: the rule that decides, such as `net.allow_hosts[2]` or `deny-floor:private`. how_to_allow: null if it is
-    allowed or cannot be. resolved_later: whether the addresses of the name are checked at run time.
+    policy: the path or name that the user gave.
+    host: the host in its normal form.
+    rule: the rule that decides, such as `net.allow_hosts[2]` or `deny-floor:private`.
+    how_to_allow: null if the connection is allowed or nothing can allow it.
+    resolved_later: whether the addresses of the host are checked when a program connects.
     """
 
     schema_version: Literal["x07.sandbox.policy.host@0.1.0"] = "x07.sandbox.policy.host@0.1.0"
@@ -57,7 +63,7 @@ class HostReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class DigestReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """digest: the same for all equivalent documents. file_digest: of the document's bytes."""
+    """Digests of a policy. digest: equal for all equivalent documents. file_digest: digest of the document's bytes."""
 
     schema_version: Literal["x07.sandbox.policy.digest@0.1.0"] = "x07.sandbox.policy.digest@0.1.0"
     policy_id: str
@@ -66,13 +72,13 @@ class DigestReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class ExplainedControl(Control, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One field of the policy with its value, and what enforces it."""
+    """One field of the policy, its value, and what enforces it."""
 
     value: Any
 
 
 class NeverReached(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """An entry for hosts that is at least partly blocked. field: its place in the policy."""
+    """An entry for hosts that is blocked completely or in part. field: the position of the entry in the policy."""
 
     field: str
     host: str
@@ -80,11 +86,14 @@ class NeverReached(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class ExplainReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The plan of a run. policy: as the user named it. isolation: classes that the backend may provide, best first.
+    """The plan of a run.
 
-    carried_out: whether a run would start. toolchain: of the program, if given.
+    policy: the path or name that the user gave.
+    isolation: classes of isolation that the backend may provide, best first.
+    carried_out: whether a run would start.
+    toolchain: the program's toolchain, if given.
     filters: names of the image's seccomp filters that would apply.
-    never_reached: allowed hosts that the gate blocks unless the user's settings allow them.
+    never_reached: allowed hosts that the egress gate blocks unless the user's settings allow them.
     """
 
     schema_version: Literal["x07.sandbox.policy.explain@0.1.0"] = "x07.sandbox.policy.explain@0.1.0"
@@ -102,7 +111,7 @@ class ExplainReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 class DiffReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the second policy grants, withdraws or changes."""
+    """The differences between two policies: what the second one grants, withdraws or changes."""
 
     schema_version: Literal["x07.sandbox.policy.diff@0.1.0"] = "x07.sandbox.policy.diff@0.1.0"
     same: bool

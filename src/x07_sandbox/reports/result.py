@@ -1,4 +1,4 @@
-"""A run's result as JSON: short, as `--json` prints it, or full, as `--json=full` does."""
+"""A run's result as JSON: the short form (`--json`) or the full form (`--json=full`)."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 class OmittedControls(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The controls that the short form omits: those that are as the built-in policy has them in a VM.
+    """The controls that the short form omits, because they are the same for the built-in policy in a VM.
 
-    enforced: how many of them are enforced.
+    enforced: how many of these controls are enforced.
     advisory: the fields of those that are only advisory.
-    digest: `sha256:<hex>` of all controls as `x07 run --json=full` lists them, as JSON without blanks.
+    digest: `sha256:<hex>` of all controls in the form of `x07 run --json=full`, as JSON without blanks.
     """
 
     enforced: int
@@ -28,7 +28,7 @@ class OmittedControls(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
 
 def render_result(result: Result, *, full: bool) -> bytes:
-    """Return one JSON object: the full one over many lines, the short one with a line for each key."""
+    """Return one JSON object. The full form has many lines, the short form one line for each key."""
     if full:
         return render_json(result)
     document = _short(result)
@@ -53,7 +53,7 @@ def _short(result: Result) -> dict[str, object]:
 
 
 def _usual_controls() -> dict[str, tuple[str, str, str]]:
-    """Return state, enforcer and reason of each field of the built-in policy in a VM."""
+    """Return the state, enforcer and reason of each field of the built-in policy in a VM."""
     from x07_sandbox.plan.controls import make_plan
     from x07_sandbox.plan.features import vm_features
     from x07_sandbox.policy.default import default_policy

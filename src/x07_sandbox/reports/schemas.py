@@ -1,6 +1,6 @@
-"""The published JSON Schemas of all documents, made from their types.
+"""The published JSON Schemas of all documents, generated from their types.
 
-``python -m x07_sandbox.reports.schemas FOLDER`` writes the files; a unit test compares them.
+``python -m x07_sandbox.reports.schemas FOLDER`` writes the files. A unit test compares them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from x07_sandbox.x07 import attestation, runner_report
 
 _REF: Final = "#/$defs/{name}"
 _RUNNER: Final = (runner_report.CompileRunReport, runner_report.RunOsReport)
-# File name and type of each document that is a single type.
+# The file name and type of each document that has only one type.
 _TABLE: Final[tuple[tuple[str, type[msgspec.Struct]], ...]] = (
     ("x07-runtime.attest", attestation.Attestation),
     ("x07-policy-init.report", verbs.PolicyInitReport),
@@ -53,7 +53,7 @@ _TABLE: Final[tuple[tuple[str, type[msgspec.Struct]], ...]] = (
 
 
 def schemas() -> dict[str, str]:
-    """Return the text of each file by name."""
+    """Return the text of each schema file by file name."""
     made = {name: _text(_version(kind), _any_of((kind,))) for name, kind in _TABLE}
     made["image"] = _text(manifest.SCHEMA, _any_of((manifest.Manifest,)))
     made["x07-os-runner.report"] = _text(runner_report.SCHEMA, _any_of(_RUNNER))
@@ -82,7 +82,7 @@ def _wrapped() -> dict[str, Any]:
 
 
 def _changes() -> dict[str, Any]:
-    """Return the schema of printed changes, which lack the offset of the saved content."""
+    """Return the schema of printed changes, which do not contain offsets of saved content."""
     made = _any_of((changes.ChangeSet,))
     del made["$defs"]["Node"]["properties"]["at"]
     return made
@@ -94,14 +94,14 @@ def _result() -> dict[str, Any]:
     del made["anyOf"]
     made = {"$ref": _REF.format(name="Result"), **made}
     made["$defs"]["Result"]["properties"]["controls_omitted"] = {
-        "description": "With plain `--json`: a summary of the controls that it does not list.",
+        "description": "Only with plain `--json`: a summary of the controls that the document does not list.",
         "$ref": _REF.format(name="OmittedControls"),
     }
     return made
 
 
 def _closed(schema: dict[str, Any]) -> dict[str, Any]:
-    """Make the version required: the types have a default for it, but it is always in the document."""
+    """Make the version a required key. The types have a default for it, but every document contains it."""
     if "schema_version" in schema.get("properties", ()):
         schema = schema | {"required": list(dict.fromkeys(["schema_version", *schema.get("required", ())]))}
         schema["properties"]["schema_version"].pop("default", None)

@@ -14,7 +14,7 @@ _TOOLCHAINS: Final = sorted([*(row.name for row in ROWS), "x07"])
 
 
 class InitReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One line, with its keys in this order. out: the file's name in the project's root."""
+    """The document, on one line, with its keys in this order. out: name of the file in the project's folder."""
 
     schema_version: Literal["x07.sandbox.init.report@0.1.0"] = "x07.sandbox.init.report@0.1.0"
     toolchain: Annotated[str, Meta(extra_json_schema={"enum": _TOOLCHAINS})]
@@ -24,7 +24,10 @@ class InitReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class PolicyInitReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One line, with its keys in this order. out: the policy's path, relative to the project's root if inside it."""
+    """The document, on one line, with its keys in this order.
+
+    out: the policy's path, relative to the project's folder if it is inside that folder.
+    """
 
     schema_version: Literal["x07.policy.init.report@0.1.0"] = "x07.policy.init.report@0.1.0"
     template: Literal[
@@ -53,9 +56,12 @@ class BuildReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class LoadReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What was loaded. digest: the image id in the engines. image: its digest in `image list`.
+    """The image that was loaded.
 
-    engines: those that have it now. archive: the file that was written, or null.
+    digest: the image id in the container engines.
+    image: the image's digest in `x07 image list`.
+    engines: the container engines that have the image now.
+    archive: the file that was written, or null.
     """
 
     schema_version: Literal["x07.sandbox.image.load@0.1.0"] = "x07.sandbox.image.load@0.1.0"
@@ -67,10 +73,13 @@ class LoadReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class ImageRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One image. name: empty if it has none. suite: of its packages; null if its manifest cannot be read.
+    """One image.
 
-    pip: Python packages from wheels, "NAME==VERSION". current: whether this version built it. problem, fix: null if it
-    can be used.
+    name: empty if the image has no name.
+    suite: the Debian suite of its packages; null if its manifest cannot be read.
+    pip: Python packages that were installed from wheels, as "NAME==VERSION".
+    current: whether this version of x07 built the image.
+    problem, fix: null if the image can be used.
     """
 
     name: str
@@ -90,14 +99,18 @@ class ListReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class RemovedName(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A removed name, and the digest of its image."""
+    """A removed name, and the digest of the image that had this name."""
 
     name: str
     digest: str
 
 
 class RemoveReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What was removed. bytes: freed disk space. kept: files that could not be removed, and why."""
+    """What was removed.
+
+    bytes: freed disk space.
+    kept: files that could not be removed, each with the reason.
+    """
 
     schema_version: Literal["x07.sandbox.image.rm@0.1.0"] = "x07.sandbox.image.rm@0.1.0"
     images: tuple[RemovedName, ...]
@@ -106,7 +119,11 @@ class RemoveReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class VerifyReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Whether an image matches its manifest. problems: a sentence each. fix: what to do; null if it is good."""
+    """Whether an image matches its manifest.
+
+    problems: the differences, each as a sentence.
+    fix: what to do; null if the image is good.
+    """
 
     schema_version: Literal["x07.sandbox.image.verify@0.1.0"] = "x07.sandbox.image.verify@0.1.0"
     digest: str
@@ -118,8 +135,12 @@ class VerifyReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 class PoolStatus(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The status that the pool reports.
 
-    size: VMs that should wait. ready, running: VMs that wait and run now. claimed: VMs used since the start.
-    image: digest. idle_s: seconds without use after which it ends. unused_s: seconds since the last use.
+    size: how many VMs should be ready.
+    ready, running: how many VMs are ready and how many run a program now.
+    claimed: how many VMs have been used since the pool started.
+    image: digest of the image.
+    idle_s: the pool ends after this many seconds without use.
+    unused_s: seconds since the last use.
     problem: why no VM can be started now, or null.
     """
 
@@ -135,7 +156,7 @@ class PoolStatus(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class PoolReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The document. pool: null if none is running."""
+    """The document. pool: null if no pool is running."""
 
     schema_version: Literal["x07.sandbox.pool@0.1.0"] = "x07.sandbox.pool@0.1.0"
     pool: PoolStatus | None

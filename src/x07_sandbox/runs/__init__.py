@@ -1,1 +1,1 @@
-"""Request, build, execute, result: the only room that sees all below it."""
+"""Runs of programs, from the request to the result."""

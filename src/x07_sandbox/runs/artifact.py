@@ -1,4 +1,4 @@
-"""The artifact of a run: provided by the caller, taken from the cache, or built now."""
+"""The artifact of a run: given by the caller, taken from the cache, or built now."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ if TYPE_CHECKING:
 
 
 def obtain_artifact(prepared: Prepared, draft: Result, folder: RunFolder, artifact: OutFile) -> Step[Built]:
-    """Fill *artifact*; return None if that succeeded, else the verdict on the build; and the draft.
+    """Fill *artifact* and return None, or return the verdict on a failed build.
 
-    Raises SandboxError.
+    Also returns the updated draft of the result. Raises SandboxError.
     """
     program, toolchain = prepared.program, prepared.program.toolchain
     if artifact.complete or toolchain.build is None:
         if not artifact.complete:
             artifact.complete = artifact.take(program.data)
         return None, replace(draft, artifact_from="caller")
-    # Without an image the compiler is unknown, so nothing is cached.
+    # The compiler is unknown without an image, so nothing is cached.
     if prepared.image is None or not prepared.request.cache:
         return (yield from _build(prepared, draft, folder, artifact))
     key = _key(prepared, prepared.image.manifest.digest)
@@ -70,7 +70,7 @@ def _build(prepared: Prepared, draft: Result, folder: RunFolder, artifact: OutFi
 
     draft = replace(draft, artifact_from="build")
     yield draft
-    prepared.request.progress(f"building {prepared.program.source.name or 'the project'} in a separate machine")
+    prepared.request.progress(f"building {prepared.program.source.name or 'the project'} in a separate VM")
     with contextlib.ExitStack() as stack:
         end = run_job(prepared, build_spec(prepared, artifact, stack), draft.run, folder)
     ending = build_verdict(end.ending, prepared.request.build_wall_ms or settings.BUILD_WALL_MS)

@@ -1,4 +1,4 @@
-"""The connections of a run: its egress gate and the denials that the gate reports."""
+"""The network connections of a run: the egress gate and the denials that it reports."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _LIKELY_PORT: Final = 443
 
 
 class Egress(msgspec.Struct, frozen=True, kw_only=True):
-    """What a run with connections needs before it starts. view: `network` of START."""
+    """The data that a run with network access needs before it starts. view: `network` in the START frame."""
 
     allowlist: Allowlist
     config: GateConfig
@@ -38,7 +38,7 @@ class Egress(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def egress_of(effective_policy: EffectivePolicy) -> Egress:
-    """Return the checked configuration of a run's connections. Raises SandboxError."""
+    """Check and return the network settings of a run. Raises SandboxError."""
     settings = read_settings()
     allowlist = make_allowlist(effective_policy.policy, effective_policy.denied, settings)
     config = GateConfig(policy=effective_policy.data, denied=effective_policy.denied, settings=settings)
@@ -47,7 +47,7 @@ def egress_of(effective_policy: EffectivePolicy) -> Egress:
 
 @contextlib.contextmanager
 def gate_of(egress: Egress, folder: Path) -> Iterator[GateProcess]:
-    """Run the gate of a run, which logs to a file in *folder*. Raises HostError."""
+    """Run the egress gate of a run; its log file is in *folder*. Raises HostError."""
     log_fd = os.open(folder / NET_LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         with gate_running(egress.config, log_fd) as gate:
@@ -57,9 +57,9 @@ def gate_of(egress: Egress, folder: Path) -> Iterator[GateProcess]:
 
 
 def denials(net: NetworkUse, allowlist: Allowlist) -> tuple[list[Denial], int]:
-    """Return the denials of the gate with what would allow each, and the number of those that are not among them.
+    """Return the denials of the gate and the number of further denials that were not listed.
 
-    Connections come before names that were only looked up.
+    Each denial says what would allow it. Denied connections come before denied name lookups.
     """
     found = sorted(net.denied, key=lambda contact: contact.port == 0)
     return [_denial(contact, allowlist) for contact in found[:_DENIALS_MAX]], len(found[_DENIALS_MAX:]) + net.more
@@ -87,7 +87,7 @@ def _denial(contact: Contact, allowlist: Allowlist) -> Denial:
 def _how(contact: Contact, allowlist: Allowlist) -> HowToAllow | None:
     if setting := _setting(contact):
         return HowToAllow(json_path=None, value=None, setting=setting)
-    # Nothing allows an invalid host, or one that the list allows already.
+    # No setting allows an invalid host or one that is already in the list.
     with contextlib.suppress(UsageError):
         port = contact.port or _LIKELY_PORT  # a lookup has no port
         request = Request(host=parse_host(contact.host), port=port, transport=contact.transport)

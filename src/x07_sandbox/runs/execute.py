@@ -1,4 +1,4 @@
-"""The conversation with the agent during one phase: one loop, which also enforces output limits and deadlines."""
+"""The conversation with the guest agent during one phase. One loop also enforces output limits and deadlines."""
 
 from __future__ import annotations
 
@@ -28,10 +28,14 @@ _FILL: Final = 256 * 1024  # limit for bytes queued for the guest
 
 
 class PhaseFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """What is known after a phase. usage: the guest's counters. refused: bodies of DENIED.
+    """The facts that are known after a phase.
 
-    times_ms: from the release of the instance to hello, seeded, started, exited and end. input_sha256: None if the
-    input was not read to its end. input_problem: why reading it failed.
+    usage: counters that the guest reported.
+    refused: contents of the DENIED frames.
+    times_ms: milliseconds from the release of the instance until the events `hello`, `seeded`, `started`, `exited`,
+    `end`.
+    input_sha256: digest of the input; None if the input was not read to its end.
+    input_problem: why the input could not be read.
     """
 
     evidence: Evidence
@@ -43,7 +47,7 @@ class PhaseFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Phase:
-    """The loop of one phase; used once."""
+    """The event loop of one phase. An object is used only once."""
 
     def __init__(self, spec: PhaseSpec, instance: Instance, streams: PhaseStreams) -> None:
         self.spec = spec
@@ -69,7 +73,7 @@ class Phase:
         self.sinks = {Stream.STDOUT: streams.stdout, Stream.STDERR: streams.stderr}
 
     def run(self) -> PhaseFacts:
-        """Run the loop to the end of the phase."""
+        """Run the loop until the phase ends."""
         self._start()
         while not self.over:
             try:
@@ -103,7 +107,7 @@ class Phase:
     def _poll(self) -> select.poll:
         progress = [sink.progress_fd for sink in self.sinks.values() if sink.progress_fd is not None]
         stdin = [self.streams.stdin_fd or 0] if self._wants_input() else []
-        # Handled in this order: data of the guest before its end.
+        # The order matters: handle data from the guest before the end of its stream.
         fds = self.instance.channel_fd, self.instance.pidfd, self.streams.cancel.fd
         gate = [] if self.streams.gate_fd is None or self.stage is Stage.COLLECT else [self.streams.gate_fd]
         poll = input_poll(*fds, *gate, *self.instance.side_fds(), *stdin, *progress)
@@ -139,7 +143,7 @@ class Phase:
         if self.asked_to_stop:
             self._end()
         elif self.stage is Stage.RUN:
-            # The verdict is a timeout whatever the guest reports from here on, but it may add details.
+            # The verdict stays a timeout whatever the guest reports now, but the report may add details.
             self._stop(deadline_passed=True)
         else:
             self._end(deadline_passed=True)
@@ -300,7 +304,7 @@ class Phase:
         self._end(instance_status=wait_for_exit(self.instance))
 
     def _stop(self, **seen: object) -> None:
-        """Ask the guest to end the program; it may still report details and changes."""
+        """Ask the guest to end the program. The guest may still report details and changes."""
         self.seen.update(seen)
         self.asked_to_stop = True
         self.link.send(Kind.STOP, {})
@@ -315,7 +319,7 @@ class Phase:
 
 
 def drain(sinks: tuple[Sink, ...], cancel: Cancel) -> bool:
-    """Wait for slow readers to take the rest, without a deadline; return False if cancelled."""
+    """Wait without a deadline until slow readers have taken the remaining output; return False if cancelled."""
     while fds := [sink.progress_fd for sink in sinks if sink.progress_fd is not None]:
         for fd, _ in input_poll(cancel.fd, *fds).poll():
             if fd == cancel.fd:

@@ -1,4 +1,4 @@
-"""The folder of a run, with everything that is stored about it except the records of its jobs."""
+"""The folder of a run. It holds everything that is stored about the run except the records of its jobs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,11 @@ APPLYING = ".applying"  # a folder beside those of the runs (runs/saved_changes)
 
 
 class RunFolder:
-    """`runs/RUN/`, beside the state root if that folder is ours, else inside it as `.runs/RUN/`."""
+    """The folder `runs/RUN/`.
+
+    It is beside the state folder if only this user can write to the parent folder. Otherwise it is in `.runs/` inside
+    the state folder.
+    """
 
     def __init__(self, run_id: str, stack: contextlib.ExitStack) -> None:
         self.path = private_dir(private_dir(runs_dir(private_dir(state_dir()))) / run_id)
@@ -36,12 +40,12 @@ class RunFolder:
             raise HostError(f"cannot use the run's folder {self.path}", why, "Start the run again") from exc
 
     def sink(self, name: str, *, live_fd: int | None, max_bytes: int, raw: bool = False) -> tuple[Sink, int]:
-        """Return a sink that stores its stream in this folder, and the descriptor of the file. Raises HostError."""
+        """Return a sink that stores a stream in this folder, and the file's descriptor. Raises HostError."""
         path = self.path / name
         try:
             fd = open_private_file(path, os.O_RDWR | os.O_EXCL)
         except OSError as exc:
-            fix = "Free space there, or set X07_VM_STATE_DIR"
+            fix = "Free disk space, or set X07_VM_STATE_DIR to a folder on a larger disk"
             raise HostError(f"cannot write {path}", exc.strerror or str(exc), fix) from exc
         self._stack.callback(os.close, fd)
         sink = Sink(name.rpartition("-")[2], keep_fd=fd, live_fd=live_fd, max_bytes=max_bytes, raw=raw)
@@ -49,14 +53,15 @@ class RunFolder:
         return sink, fd
 
     def out_file(self, guest_path: str, max_bytes: int) -> OutFile:
-        """Return an unnamed file for what comes out of the guest."""
+        """Return an unnamed file that receives a file from the guest."""
         return unnamed_file(self.path, guest_path, max_bytes, self._stack)
 
 
-def find_run(run: str | None, file: str, what: str, fix: str) -> Path:
-    """Return the folder of the run with that id or prefix of an id; None for the latest. Raises UsageError.
+def find_run(run: str | None, file: str, what: str, fix: str, *, action: str = "") -> Path:
+    """Return the folder of the run whose id is or starts with *run*; None stands for the latest run.
 
-    file: consider only runs that have this file. what, fix: its meaning and how to get one, for messages.
+    Only runs that have *file* count. Raises UsageError if none or several match.
+    what, action, fix: parts of the message: what the file holds, what such a run did, and what to do.
     """
     root = all_runs()
     found = [path.name for path in root.iterdir() if RUN_NAME.fullmatch(path.name)]
@@ -65,27 +70,27 @@ def find_run(run: str | None, file: str, what: str, fix: str) -> Path:
     if run in names:
         names = [run]
     if not names:
-        why = f"no run has {what}" if run is None else f"no run whose id starts with {run} has any"
+        why = f"no run{f' with an id that starts with {run}' if run else ''} has {action or what}"
         raise UsageError(f"cannot find {what}", why, fix)
     if run is not None and len(names) > 1:
-        why = f"{len(names)} ids start with it: {names[0]} and others"
-        raise UsageError(f"run {run} is ambiguous", why, "Give more digits")
+        why = f"{len(names)} run ids start with it, such as {names[0]}"
+        raise UsageError(f"run {run} is ambiguous", why, "Use more digits of the id")
     return root / names[-1]
 
 
 def all_runs() -> Path:
-    """Return the folder of all runs of this user. Raises HostError."""
+    """Return the folder that contains the folders of all this user's runs. Raises HostError."""
     return private_dir(runs_dir(private_dir(state_dir())))
 
 
 def runs_dir(root: Path) -> Path:
-    """Return the folder of the runs. root: that of the records."""
+    """Return the folder for all runs. root: the state folder, which holds the job records."""
     home = state_home(root)
     return home / ("runs" if home != root else ".runs")
 
 
 def unnamed_file(folder: Path, guest_path: str, max_bytes: int, stack: contextlib.ExitStack) -> OutFile:
-    """Return a file without a name on the disk of *folder*, which *stack* closes. Raises HostError."""
+    """Create a file without a name on the disk of *folder*. *stack* closes it. Raises HostError."""
     try:
         fd = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except OSError as exc:
@@ -98,7 +103,7 @@ def unnamed_file(folder: Path, guest_path: str, max_bytes: int, stack: contextli
 
 
 def output_of(sink: Sink, fd: int) -> Output:
-    """Return what a sink stored, for the result."""
+    """Return the output that a sink stored, for the result."""
     data = b""
     while chunk := os.pread(fd, 1 << 20, len(data)):
         data += chunk

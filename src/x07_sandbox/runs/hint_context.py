@@ -23,12 +23,12 @@ _FIRST_LINE: Final = re.compile(rb"#!\s*(?:/usr)?/bin/(?:env\s+(?:-S\s*)?)?([A-Z
 
 
 def hints_for(tail: bytes, policy: Policy, spec: PhaseSpec, request: RunRequest, program: Program) -> list[Hint]:
-    """Return hints to what a program missed. tail: the end of its error output."""
+    """Return hints about what a program lacks. tail: the end of the program's error output."""
     return hints(tail, policy, spec.areas, spec.cwd, _beside(request, program), os.environ)
 
 
 def missing_interpreter(program: Program) -> list[Hint]:
-    """Return a hint to the interpreter of a script if the guest could not find it."""
+    """Return a hint if the guest could not find the interpreter of a script."""
     found = _FIRST_LINE.match(program.source.head) if program.toolchain.build is None else None
     return [] if found is None else [program_hint(found[1].decode())]
 

@@ -1,4 +1,4 @@
-"""The host files of one run: copied in before it; its changes to them checked and applied after it."""
+"""The host files of one run: copied in before the run; changes are checked and applied after the run."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ _LINKS_MAX: Final = 40  # path_resolution(7): the kernel follows no more
 
 
 class HostFiles:
-    """The host files of one run: copied in before its machine starts, settled after it has ended."""
+    """The host files of one run: copied in before the VM starts, and settled after the VM has ended."""
 
     def __init__(
         self, request: RunRequest, program: Program, policy: Policy, folder: RunFolder, stack: contextlib.ExitStack
     ) -> None:
-        """Copy the files in. Raises SandboxError, for example EntriesError."""
+        """Copy the files in. Raises SandboxError, such as EntriesError for too many entries."""
         self._request = request
         self._policy = policy
         self._built_in = is_built_in(request.policy)
@@ -84,7 +84,7 @@ class HostFiles:
             separate = {mount.host for mount in copied.separate}
             mounts = tuple(mount for mount in tree.mounts if mount.host not in separate)
             self.trees.append(msgspec.structs.replace(tree, mounts=mounts))
-            # Roots inside another root that did not take them along.
+            # Roots inside another root whose copy does not include them.
             waiting += trees_of([root for root in roots if root.host in separate])
         writable = change_roots(self.trees)
         self._mounts = mounts_of(self.trees)
@@ -115,7 +115,7 @@ class HostFiles:
         return copied
 
     def mounts(self, first: int) -> list[dict[str, Any]]:
-        """Return the mounts for START. first: index of the first tree among the files of START."""
+        """Return the mounts for the START frame. first: index of the first file tree among the files of START."""
         return [
             {
                 "tree": Stream.FIRST_FILE + first + number,
@@ -128,7 +128,7 @@ class HostFiles:
         ]
 
     def places(self) -> tuple[RootPlace, ...]:
-        """Return the mounted folders, outer ones first; for a file, the folder around it."""
+        """Return the mounted folders, outer ones before inner ones. A file is represented by its parent folder."""
         found: dict[str, bool] = {}
         for _, mount in self._mounts:
             at = posixpath.dirname(mount.at) if mount.single else mount.at
@@ -142,20 +142,23 @@ class HostFiles:
             for reason, left in copied.left_out.items():
                 more = f" and {left.count - len(left.names)} more" if left.count > len(left.names) else ""
                 why = why_left_out(reason, self._bounds)
-                links = ", and it holds links (fs.allow_symlinks)" if left.links else ""
+                links = ", and contains links (fs.allow_symlinks)" if left.links else ""
                 subject = f"{', '.join(map(printable, left.names))}{more}: {why}{links}"
                 how = _to_let_in(reason, left, self._bounds, built_in=self._built_in)
                 found.append(denial(FIELDS[reason], "copy", subject, "copying in", left.count, how))
         return found
 
     def settle(self, *, ended_well: bool) -> tuple[Changes, list[Denial], str]:
-        """Apply or save the changes; return their state, denials and a warning. Raises PeerError, BackendError."""
+        """Apply or save the changes; return their state, denials and a warning.
+
+        Raises PeerError for an invalid report of the guest, and BackendError if the changes cannot be saved.
+        """
         incoming = self.incoming
         if incoming is None:
             return Changes(state="discarded" if self._roots else "none"), [], ""
         if not incoming.complete:
             self._discard()
-            why = incoming.problem or "the machine ended before they arrived"
+            why = incoming.problem or "the VM ended before they arrived"
             refused = [too_many(self._policy, "change", why)] if incoming.too_many else []
             return Changes(state="discarded", reason=why), refused, f"the program's changes to files are lost: {why}"
         changes = self._checked(incoming)
@@ -248,7 +251,7 @@ class HostFiles:
 
 
 def base_folder(request: RunRequest, program: Program) -> Path:
-    """Return the folder for relative roots: the project's, else --workdir, else the current one. Raises UsageError."""
+    """Return the folder for relative roots: the project's, that of --workdir, or the current one. Raises UsageError."""
     if program.project and request.program is not None:
         path = Path(request.program)
         return real_path(path if is_folder(path) else path.parent)
@@ -256,24 +259,27 @@ def base_folder(request: RunRequest, program: Program) -> Path:
 
 
 def effective_roots(request: RunRequest, program: Program, policy: Policy) -> tuple[Root, ...]:
-    """Return the folders of the host that a run opens to its program. Raises RefusedError, UsageError."""
+    """Return the host folders that a run opens to its program. Raises RefusedError, UsageError."""
     roots = roots_of(policy, base_folder(request, program), _start(request, program))
     if request.workdir is not None:
         roots = (*roots, workdir_root(request, program, policy, request.workdir))
     if request.out is None:
         return roots
     if not policy.fs.enabled:
-        fix = "Set fs.enabled to true in it, or leave --out out"
+        fix = "Set fs.enabled to true in the policy, or remove --out"
         why = f"fs.enabled is false in policy {policy.policy_id}"
         raise RefusedError("cannot use --out", why, fix).caused_by("fs.enabled", value=True)
     out = collapse_leading_slashes(os.path.normpath(real_path(Path()) / request.out))
     if any(root.guest == OUT for root in roots):
-        raise RefusedError("cannot use --out", f"the policy has a root at {OUT}", "Use only one of them")
+        raise RefusedError("cannot use --out", f"the policy already has a root at {OUT}", "Remove that root or --out")
     return (*roots, Root(field="--out", given=str(request.out), host=out, guest=OUT, write=True))
 
 
 def _own_places() -> list[str]:
-    """Return the places of our records (change sets and journals too) and our cache, all of which is trusted later."""
+    """Return the folders that hold x07's own records and cache, including saved changes and journals.
+
+    Programs must not change these folders, because x07 trusts their content later.
+    """
     root = state_dir()
     home = state_home(root)
     places = (root, runs_dir(root), home / "runner_instance", home / "runner_instance.owner", cache_dir())
@@ -287,7 +293,7 @@ def _start(request: RunRequest, program: Program) -> str:
 
 
 def _way_to(path: str) -> set[str]:
-    """Return the absolute paths that decide which file *path* is: its real path and every link on the way."""
+    """Return the absolute paths that decide which file *path* refers to: its real path and every link on the way."""
     found: set[str] = set()
     here = Path("/") if path.startswith("/") else real_path(Path())
     left = path.split("/")[::-1]
@@ -351,7 +357,10 @@ def _why_saved(changes: ChangeSet) -> str:
 
 
 def too_many(policy: Policy, action: str, subject: str) -> Denial:
-    """Return the denial for more entries than fs.max_entries, going in ("copy") or coming back ("change")."""
+    """Return the denial for more entries than fs.max_entries.
+
+    action: "copy" when copying in, "change" when copying back.
+    """
     value = min(2 * bounds_of(policy).entries, NUMBER_MAX)
     by = "copying in" if action == "copy" else "the check of changes"
     return denial("fs.max_entries", action, subject, by, 1, (value, None))

@@ -1,4 +1,4 @@
-"""One job of a run: an instance that answers, the phase that it runs, and the report on it."""
+"""One job of a run: an instance whose agent answers, the phase that it runs, and the report about it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,11 @@ if TYPE_CHECKING:
 
 
 class JobEnd(NamedTuple):
-    """How a job ended. output_sha256: of its standard output. stderr_fd: its stored error output, lent."""
+    """The end of a job.
+
+    output_sha256: digest of the standard output.
+    stderr_fd: descriptor of the stored error output; the caller must not close it.
+    """
 
     ending: Verdict
     facts: PhaseFacts
@@ -44,7 +48,7 @@ class JobEnd(NamedTuple):
 
 
 def run_job(prepared: Prepared, spec: PhaseSpec, run_id: str, folder: RunFolder) -> JobEnd:
-    """Run one phase in its own instance. Raises SandboxError if there was no instance."""
+    """Run one phase in a new instance. Raises SandboxError if no instance could be started."""
     request, raw = prepared.request, prepared.request.raw
     if spec.name == "run":
         caps, prefix = output_caps(request, prepared.program.toolchain), ""
@@ -150,8 +154,8 @@ def _start(
             if isinstance(exc, NoAnswerError):
                 if exc.failure.kind == "cancelled":
                     raise
-                why = "it did not answer"
-            warnings.append(f"no pool machine for the {spec.name}: {why}")
-            # The failed job stays on record.
+                why = "the VM did not answer"
+            warnings.append(f"no VM of the pool was used for the {spec.name}: {why}")
+            # The record of the failed job is kept.
             job = replace(job, claim=replace(job.claim, phase=f"{spec.name}-clone"))
     return stack.enter_context(backend.start(job))

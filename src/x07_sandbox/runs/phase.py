@@ -1,4 +1,4 @@
-"""One phase of a run: its description, and running it on an instance that has answered."""
+"""One phase of a run: its description, and how it runs on an instance whose agent has answered."""
 
 from __future__ import annotations
 
@@ -21,11 +21,15 @@ CWD = "/opt/x07"
 
 
 class PhaseSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """The description of one phase. Descriptors are lent.
+    """The description of one phase. The caller owns the descriptors.
 
-    limits, mounts, left, network: as in START. limits_shown: those of the policy, for messages. places: of the mounts.
-    areas: of the host, for denials. changes: takes changes to the trees (files/incoming.Incoming), or None. left_files:
-    takes files in the program's private folders (runs/private_files.LeftFiles), or None.
+    limits, mounts, left, network: values of the START frame.
+    limits_shown: the policy's limits, for messages.
+    places: folders of the mounts.
+    areas: folders of the host, for denials.
+    changes: a files/incoming.Incoming that takes changes to the trees; None to ignore changes.
+    left_files: a runs/private_files.LeftFiles that takes the files in the program's private folders; None to ignore
+    them.
     """
 
     name: Literal["build", "run"]
@@ -49,7 +53,7 @@ class PhaseSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def needs_of(spec: PhaseSpec) -> Needs:
-    """Return what a backend may have to know in advance."""
+    """Return what a backend may need to know before it starts an instance."""
     limits, confine = spec.limits, spec.confine
     return Needs(
         mem_bytes=limits["mem_bytes"],
@@ -65,9 +69,11 @@ def needs_of(spec: PhaseSpec) -> Needs:
 
 
 class PhaseStreams(msgspec.Struct, frozen=True, kw_only=True):
-    """The connections of a phase; all lent.
+    """The streams of a phase. The caller owns all of them.
 
-    stdin_fd: the program's input. on_started: called when it runs. gate_fd: readable once the egress gate has ended.
+    stdin_fd: the program's input.
+    on_started: called when the program runs.
+    gate_fd: becomes readable when the egress gate has ended.
     """
 
     stdin_fd: int | None
@@ -79,12 +85,12 @@ class PhaseStreams(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def preload_phase() -> None:
-    """Import the module that runs a phase, while the instance boots."""
+    """Import the module that runs a phase. Called while the instance boots, to save time."""
     import x07_sandbox.runs.execute  # noqa: F401
 
 
 def run_phase(spec: PhaseSpec, instance: Instance, streams: PhaseStreams) -> PhaseFacts:
-    """Run a phase on the instance to its end."""
+    """Run a phase on an instance until the phase ends."""
     from x07_sandbox.runs.execute import Phase
 
     return Phase(spec, instance, streams).run()

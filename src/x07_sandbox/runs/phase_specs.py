@@ -1,4 +1,4 @@
-"""The descriptions of a run's phases."""
+"""The descriptions of a run's two phases: build and run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from x07_sandbox.runs.program import Program
     from x07_sandbox.runs.streams import OutFile
 
-# Python writes its output at once, so that a timeout loses none, and does not write byte code into read-only folders.
+# Python does not buffer its output, which a timeout would lose, and writes no byte code into read-only folders.
 _ENVIRONMENT: Final = {
     "PATH": "/usr/local/bin:/usr/bin:/bin",
     "HOME": "/opt/x07",
@@ -42,12 +42,15 @@ _ENVIRONMENT: Final = {
     "PYTHONUNBUFFERED": "1",
     "PYTHONDONTWRITEBYTECODE": "1",
 }
-# The private folder of a program with a manifest, at the path for relative roots.
+# A program with a manifest has its private folder at the path for relative roots.
 _PROJECT_MOUNT: Final[dict[str, Any]] = {"tree": None, "sub": "", "at": PROJECT_FOLDER, "write": True, "changes": False}
 
 
 def run_environment(policy: Policy, named: Mapping[str, str], ours: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables of a program: fixed ones, those of *ours* that the policy allows, *named* ones, X07's."""
+    """Return the environment of a program.
+
+    It consists of fixed variables, those of *ours* that the policy allows, those of *named*, and the variables for X07.
+    """
     env = dict(_ENVIRONMENT)
     if policy.env.enabled:
         env |= {key: ours[key] for key in policy.env.allow_keys if key in ours and not key.startswith("X07_")}
@@ -57,7 +60,7 @@ def run_environment(policy: Policy, named: Mapping[str, str], ours: Mapping[str,
 
 
 def build_spec(prepared: Prepared, artifact: OutFile, stack: contextlib.ExitStack) -> PhaseSpec:
-    """Return the build of a program, which fills *artifact*."""
+    """Return the description of the build phase, which fills *artifact*."""
     program, toolchain = prepared.program, prepared.program.toolchain
     assert toolchain.build is not None  # noqa: S101 - for the type checker
     files, env = [program.file], dict(_ENVIRONMENT)
@@ -85,7 +88,7 @@ def build_spec(prepared: Prepared, artifact: OutFile, stack: contextlib.ExitStac
 def run_spec(
     prepared: Prepared, artifact: OutFile, stack: contextlib.ExitStack, host_files: HostFiles | None = None
 ) -> PhaseSpec:
-    """Return the run of an artifact."""
+    """Return the description of the run phase, which executes *artifact*."""
     request, program, limits = prepared.request, prepared.program, prepared.plan.limits
     policy, archive, protocol = prepared.policy.policy, program.toolchain.archive, program.toolchain.protocol
     path, kind = (PROGRAM_FOLDER, "archive") if archive else (ARTIFACT, "file")

@@ -1,4 +1,4 @@
-"""Preparation of a run: everything that the request names is read, checked and planned; nothing is started."""
+"""Preparation of a run: read, check and plan everything in the request. Nothing is started."""
 
 from __future__ import annotations
 
@@ -44,14 +44,16 @@ else:
     Egress = object  # msgspec reads annotations; its module is loaded where it is needed
 
 _T = TypeVar("_T")
-# A step of a run: yields drafts of the result, and returns what the next step needs.
+# A step of a run: it yields drafts of the result and returns the data for the next step.
 Step = Generator[Result, None, _T]
 
 
 class Prepared(msgspec.Struct, frozen=True):
-    """A checked request, which only its plan can still refuse.
+    """A checked request. Only its plan may still be refused.
 
-    image: None if the backend uses none; image_name: for messages. egress: None for a run without connections.
+    image: None if the backend uses no image.
+    image_name: the image's name, for messages.
+    egress: None for a run without network access.
     """
 
     request: RunRequest
@@ -66,13 +68,13 @@ class Prepared(msgspec.Struct, frozen=True):
 
 
 def output_caps(request: RunRequest, toolchain: Toolchain) -> tuple[int, int]:
-    """Return the limits in bytes for standard output and standard error of a run."""
+    """Return the limits in bytes for a run's standard output and standard error."""
     most = settings.OUTPUT_MAX_BYTES if request.max_output_bytes is None else request.max_output_bytes
     return (most, most) if toolchain.protocol is None else toolchain.protocol.output_caps(most)
 
 
 def final_value(step: Step[_T]) -> _T:
-    """Run a step without its drafts and return its value."""
+    """Run a step to its end, ignore the drafts that it yields, and return its value."""
     while True:
         try:
             next(step)
@@ -84,9 +86,9 @@ def final_value(step: Step[_T]) -> _T:
 def prepare(
     request: RunRequest, draft: Result, stack: contextlib.ExitStack, *, dry: bool = False
 ) -> Step[tuple[Prepared, Result]]:
-    """Read and check everything that a request names, before anything is started. Raises SandboxError.
+    """Read and check everything that a request refers to, before anything is started. Raises SandboxError.
 
-    dry: nothing will be run, so input is not read, the image is not updated, and no guest is booted.
+    dry: for a preview: do not read input, update the image or boot a guest.
     """
     program = request.loaded
     if program is None:
@@ -118,7 +120,7 @@ def prepare(
     for flag_name, folder in (("--out", request.out), ("--workdir", request.workdir)):
         if folder is not None and "host-files" not in availability.features.can_enforce:
             why = f"the backend {backend.name} cannot bring files back"
-            raise RefusedError(f"cannot use {flag_name}", why, "Leave it out, or use --sandbox-backend vm")
+            raise RefusedError(f"cannot use {flag_name}", why, f"Remove {flag_name}, or use --sandbox-backend vm")
     plan = make_plan(effective_policy.policy, availability.features, cpu_ms=program.cpu_ms)
     draft = replace(
         draft,
@@ -139,21 +141,18 @@ def prepare(
 
 
 def _check_cpu_time(request: RunRequest, program: Program) -> None:
-    """Raise UsageError for a CPU limit above the X07 program's own, which would cut it."""
+    """Raise UsageError if the CPU limit is above the X07 program's own limit, which would still apply."""
     limits, own_ms = request.limits, program.cpu_ms
     if limits is not None and limits.cpu_ms is not None and own_ms is not None and own_ms < limits.cpu_ms:
         from x07_sandbox.policy.limits import flag_text  # imported only for this error
 
         why = f"the X07 program's own limit is {own_ms / 1000:g} s"
-        fix = f"Raise its limit with --cpu-time-limit-seconds {-(-limits.cpu_ms // 1000)}, or in its profile"
+        fix = f"Add --cpu-time-limit-seconds {-(-limits.cpu_ms // 1000)}, or raise the limit in the program's profile"
         raise UsageError(f"cannot use {flag_text('cpu_ms', limits.cpu_ms)}", why, fix)
 
 
 def wants_scaling(prepared: Prepared) -> bool:
-    """Return whether the machine is emulated and the user wants scaled limits.
-
-    Raises SandboxError for invalid settings.
-    """
+    """Return whether the VM is emulated and the user wants scaled limits. Raises SandboxError for invalid settings."""
     asked = prepared.request.scale_limits
     if not prepared.availability.features.emulated or asked is False:
         return False
@@ -195,7 +194,7 @@ def _image_name(request: RunRequest) -> str:
 def _refuse_image(request: RunRequest, choice: Choice) -> None:
     why = f"the backend {choice.backend} uses no guest image"
     if request.image is not None:
-        raise RefusedError(f"cannot use the image {request.image}", why, "Leave it out, or use --sandbox-backend vm")
+        raise RefusedError(f"cannot use the image {request.image}", why, "Remove --image, or use --sandbox-backend vm")
     if text("X07_VM_GUEST_IMAGE_DIGEST") is not None:
         fix = "Unset X07_VM_GUEST_IMAGE_DIGEST, or use --sandbox-backend vm"
         raise RefusedError("this guest image is not allowed to run", why, fix)
@@ -219,24 +218,24 @@ def _require_hardware(request: RunRequest, availability: Availability) -> None:
         return
     if availability.features.isolation == "vm-hardware":
         return
-    steps = ["leave out --require-hardware"] * request.require_hardware
+    steps = ["remove --require-hardware"] * request.require_hardware
     steps += ["unset X07_VM_REQUIRE_HARDWARE"] * by_variable
     what = "emulation" if availability.features.emulated else "that"
-    fix = f"To accept {what} {' and '.join(steps)}, or run on a machine with KVM"
+    fix = f"To accept {what}, {' and '.join(steps)}, or run on a machine with KVM"
     raise RefusedError("hardware virtualisation is required", availability.proof, fix)
 
 
 def check_pinned(digest: str) -> None:
-    """Raise RefusedError if X07_VM_GUEST_IMAGE_DIGEST names another image."""
+    """Raise RefusedError if X07_VM_GUEST_IMAGE_DIGEST is set and *digest* differs from it."""
     pinned = text("X07_VM_GUEST_IMAGE_DIGEST")
     if pinned not in {None, digest}:
-        why = f"X07_VM_GUEST_IMAGE_DIGEST is {pinned}, and the image has {digest}"
-        fix = "Name the right image, or set the variable to the digest that you trust"
+        why = f"X07_VM_GUEST_IMAGE_DIGEST is {pinned}, but the image's digest is {digest}"
+        fix = "Choose another image, or set the variable to the digest that you trust"
         raise RefusedError("this guest image is not allowed to run", why, fix)
 
 
 def current_image(image: Image) -> Image:
-    """Return a named image with the current guest code, rebuilding that part if it has changed."""
+    """Return a named image that contains the current guest code. Rebuild the part for that code if it is old."""
     if not image.name or image_is_current(image):
         return image
     from x07_sandbox.images.build import build_image

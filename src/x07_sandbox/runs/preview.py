@@ -1,4 +1,4 @@
-"""A preview of a run, made without booting anything."""
+"""A preview of a run. No VM is booted for it."""
 
 from __future__ import annotations
 
@@ -24,10 +24,15 @@ SCHEMA: Final = "x07.sandbox.preview@0.1.0"
 
 
 class Preview(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a run would do. build: argv in the build VM, or null if nothing is built. run: argv in the run VM.
+    """A description of what a run would do.
 
-    roots: folders of the host that are copied in. digests: of image, policy and source. scaling: if its factor is
-    known. hosts: HOST:PORTS to which it may connect; denied_hosts: what flags deny.
+    build: command line in the build VM; null if nothing is built.
+    run: command line in the run VM.
+    roots: folders of the host that are copied in.
+    digests: digests of the image, the policy and the source.
+    scaling: scaled limits, if the slowdown of emulation is known.
+    hosts: HOST:PORTS to which the program may connect.
+    denied_hosts: hosts that flags deny.
     """
 
     schema_version: Literal["x07.sandbox.preview@0.1.0"] = SCHEMA
@@ -45,7 +50,7 @@ class Preview(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 def preview(request: RunRequest) -> Preview:
-    """Return the preview of *request*. Raises SandboxError for what a run would refuse before copying files."""
+    """Return the preview of a request. Raises SandboxError if a run would be refused before files are copied."""
     with contextlib.ExitStack() as stack:
         ready, draft = final_value(prepare(request, draft_result(new_run_id()), stack, dry=True))
         request, program, toolchain = ready.request, ready.program, ready.program.toolchain

@@ -1,4 +1,4 @@
-"""Files in a program's private folders: those it gets, and those it leaves for its caller."""
+"""Files in a program's private folders: files that the program gets, and files that it leaves for its caller."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _FOLDERS: Final = 2  # the working folder and /x07/out
 
 
 class LeftFiles:
-    """Takes the files that the guest sends, within the requested limits."""
+    """Receiver of the files that the guest sends, within the requested limits."""
 
     def __init__(self, stack: contextlib.ExitStack, max_bytes: int) -> None:
         self._stack = stack
@@ -31,14 +31,14 @@ class LeftFiles:
         self._incoming: Incoming | None = None
 
     def take(self, data: bytes) -> bool:
-        """Take bytes of the stream; return False once a limit is exceeded. Raises PeerError, BackendError."""
+        """Take the next bytes of the stream; return False once a limit is exceeded. Raises PeerError, BackendError."""
         if self._incoming is None:
             self._fd = memory_file(b"", self._stack)
             self._incoming = Incoming(self._fd, roots=_FOLDERS, most_entries=FILES_MAX, most_bytes=self._max_bytes)
         return self._incoming.take(data)
 
     def files(self) -> dict[str, bytes]:
-        """Return regular files by name, if all have arrived; those of /x07/out win over others of the same name."""
+        """Return the regular files by name, if all have arrived. Files of /x07/out replace others of the same name."""
         if self._incoming is None or not self._incoming.complete:
             return {}
         found = {}
@@ -56,7 +56,7 @@ class LeftFiles:
 
 
 def work_files(files: Mapping[str, bytes], stack: contextlib.ExitStack) -> InFile:
-    """Return *files* as a tree for the program's private working folder. Raises UsageError."""
+    """Return *files* as a file tree for the program's private working folder. Raises UsageError."""
     packed = pack_files(files, "the files of the program").files
     now = time.time_ns()
     entries = [Entry(Kind.FOLDER, os.fsencode(name), mode=0o755).encoded() for name in sorted(parent_folders(packed))]

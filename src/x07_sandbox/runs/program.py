@@ -1,4 +1,4 @@
-"""The program of a run, read once: a source file, a text, files in memory, or a project with a manifest."""
+"""The program of a run, which is read only once: a source file, a text, files in memory, or a project."""
 
 from __future__ import annotations
 
@@ -37,10 +37,14 @@ _HEAD_BYTES = 256
 
 
 class Program(msgspec.Struct, frozen=True, kw_only=True):
-    """A program that was read. data: the source's bytes (an archive for a tree); file: the same, for the build VM.
+    """A program that was read.
 
-    project: it has a manifest. lockfile: name of an X07 project's lockfile. cpu_ms: CPU time limit of its own options.
-    read: its files on the host, which the run must not overwrite.
+    data: the source's bytes; an archive for a project.
+    file: the same bytes as a file for the build VM.
+    project: whether the program has a manifest.
+    lockfile: name of the lock file of an X07 project.
+    cpu_ms: CPU time limit from the program's own options.
+    read: the program's files on the host, which the run must not overwrite.
     """
 
     toolchain: Toolchain
@@ -55,13 +59,13 @@ class Program(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def load_program(request: RunRequest, stack: contextlib.ExitStack) -> tuple[RunRequest, Program]:
-    """Return the request, completed from the program's manifest, and the program. Raises UsageError."""
+    """Read the program. Return it, and the request with the settings of its manifest added. Raises UsageError."""
     request, program = _load(request, stack)
     program.toolchain.start(program.source)  # rejects a script for an unknown shell
     if request.executable and program.toolchain.archive:
-        what = f"cannot save what is built of {'the source' if request.program is None else request.program}"
-        why = f"{program.toolchain.name} makes no executable"
-        raise UsageError(what, why, "Leave --compiled-out out")
+        what = f"cannot save the compiled program of {request.program or 'the source'}"
+        why = f"the toolchain {program.toolchain.name} makes no executable"
+        raise UsageError(what, why, "Remove --compiled-out")
     return request, program
 
 
@@ -73,7 +77,7 @@ def _load(request: RunRequest, stack: contextlib.ExitStack) -> tuple[RunRequest,
         return request, _from_text(request, request.source, stack)
     path = request.program
     if path is None:
-        raise UsageError("there is no program to run", "neither a program nor a source is given", "Name a file")
+        raise UsageError("there is no program to run", "neither a program nor a source is given", "Add a program")
     for loader in request.loaders:
         if (loaded := loader(request, path, stack)) is not None:
             return loaded
@@ -86,35 +90,38 @@ def _load(request: RunRequest, stack: contextlib.ExitStack) -> tuple[RunRequest,
     toolchain = toolchain_named(request.toolchain) if request.toolchain else toolchain_for(str(path), head)
     if toolchain.build is not None and len(data) > settings.SOURCE_MAX_BYTES:
         why = f"it has more than {settings.SOURCE_MAX_BYTES} bytes"
-        raise UsageError(f"cannot run {path}", why, "Name a smaller source file")
+        raise UsageError(f"cannot run {path}", why, "Use a smaller source file")
     return request, single_file(toolchain, name, data, request, stack)
 
 
 def _from_command(request: RunRequest, stack: contextlib.ExitStack) -> tuple[RunRequest, Program]:
     name, *args = request.command
     if not name or "\0" in name:
-        raise UsageError("cannot run the command", "its name is empty or contains a NUL byte", "Name one: make, sh")
+        raise UsageError(
+            "cannot run the command", "its name is empty or contains a NUL byte", "Use a name such as make"
+        )
     file = in_memory(b"", f"{SOURCE_FOLDER}/command", 0o644, stack)
     program = Program(toolchain=COMMAND, source=Source(name=name), data=b"", file=file, sha256=sha256_text(b""))
     return replace(request, args=(*args, *request.args)), program
 
 
 def reject_profile(request: RunRequest, what: str) -> None:
-    """Raise UsageError for --profile with a program that has none."""
+    """Raise UsageError if --profile is used with a program that has no profiles."""
     if request.profile is not None:
-        raise UsageError(f"cannot run {what} with --profile", "only an x07.json has profiles", "Leave it out")
+        raise UsageError(f"cannot run {what} with --profile", "only an x07.json has profiles", "Remove --profile")
 
 
 def reject_overridden_options(request: RunRequest, what: str, why: str) -> None:
-    """Raise UsageError for options that the program's own manifest decides."""
+    """Raise UsageError if the request has options that the program's own manifest sets. what, why: for the message."""
     given = [name for name, value in (("--toolchain", request.toolchain), ("`files`", request.files)) if value]
     if given:
-        raise UsageError(f"cannot run {what}", why, f"Leave {' and '.join(given)} out")
+        raise UsageError(f"cannot run {what}", why, f"Remove {' and '.join(given)}")
 
 
 def _from_text(request: RunRequest, text: bytes, stack: contextlib.ExitStack) -> Program:
     if not request.toolchain:
-        raise UsageError("cannot run the source", "its language is unknown", "Name its --toolchain")
+        fix = "Add --toolchain, such as --toolchain python"
+        raise UsageError("cannot run the source", "its language is unknown", fix)
     toolchain = toolchain_named(request.toolchain)
     if len(text) > settings.SOURCE_MAX_BYTES:
         raise UsageError("cannot run the source", f"it has more than {settings.SOURCE_MAX_BYTES} bytes", "Shorten it")
@@ -124,10 +131,11 @@ def _from_text(request: RunRequest, text: bytes, stack: contextlib.ExitStack) ->
 def single_file(
     toolchain: Toolchain, name: str, data: bytes, request: RunRequest, stack: contextlib.ExitStack
 ) -> Program:
-    """Return a program of one file, with the other files of the request. Raises UsageError."""
+    """Return a program that consists of one file and the request's other files. Raises UsageError."""
     if toolchain.artifact:
         what = "the source" if request.program is None else name
-        raise UsageError(f"cannot run {what}", f"{toolchain.name} works on a project", "Name a folder with a manifest")
+        why = f"the toolchain {toolchain.name} needs a project"
+        raise UsageError(f"cannot run {what}", why, "Use the path of a folder with a manifest")
     if toolchain.build is None:
         arch = host_arch()
         check_executable(name, data[:_HEAD_BYTES], arch.name, arch.elf_machine)
@@ -136,7 +144,7 @@ def single_file(
         from x07_sandbox.files.pack import pack_files
 
         if name in request.files:
-            raise UsageError(f"cannot run {name}", "`files` has a file of the same name", "Rename that file")
+            raise UsageError(f"cannot run {name}", "`files` contains a file of the same name", "Rename that file")
         packed = pack_files({**request.files, name: data}, "the files beside the program")
         return _tree(toolchain, source, packed, stack)
     file = in_memory(data, f"{SOURCE_FOLDER}/{name}", 0o644, stack)
@@ -147,8 +155,9 @@ def _tree(toolchain: Toolchain, source: Source, packed: Packed, stack: contextli
     source = replace(source, folder=PROJECT_FOLDER, files=tuple(packed.files))
     words = [] if toolchain.build is None else toolchain.build(source)
     if sum(len(os.fsencode(word)) + 1 for word in words) > ARGUMENTS_MAX_BYTES:
-        why = f"the names of its {len(packed.files)} files do not fit on a command line"
-        raise UsageError(f"cannot build it with {toolchain.name}", why, "Name fewer files, or build it with make")
+        why = f"the names of the project's {len(packed.files)} files do not fit on a command line"
+        fix = "List fewer files, or use the toolchain make"
+        raise UsageError(f"cannot build the project with {toolchain.name}", why, fix)
     data = packed.archive
     file = replace(in_memory(packed.timed or data, PROJECT_FOLDER, 0o755, stack), kind="archive")
     return Program(toolchain=toolchain, source=source, data=data, file=file, sha256=sha256_text(data))
@@ -160,7 +169,7 @@ def _from_project(request: RunRequest, path: Path, stack: contextlib.ExitStack) 
     from x07_sandbox.programs.manifest import MAX_BYTES, decode_manifest, find_manifest
     from x07_sandbox.runs.project import with_project_files
 
-    reject_overridden_options(request, f"the project {path}", "its manifest decides that")
+    reject_overridden_options(request, f"the project {path}", "its manifest sets these options")
     place = find_manifest(path)
     assert place is not None  # noqa: S101 - for the type checker: a folder, or that name
     folder = ProjectFolder(place.parent)
@@ -172,8 +181,8 @@ def _from_project(request: RunRequest, path: Path, stack: contextlib.ExitStack) 
     packed = pack_tree(place.parent, manifest.files, check=request.cancel.check, mtimes=toolchain.artifact)
     entry = manifest.entry or ""
     if entry and entry not in packed.files:
-        why = f"its entry {entry} is not among its files"
-        raise UsageError(f"cannot run the project {path}", why, "Add it to `files` in its manifest")
+        why = f"its entry {entry} is not one of its files"
+        raise UsageError(f"cannot run the project {path}", why, "Add the entry to `files` in the manifest")
     request = with_project_files(request, folder, stack, policy=manifest.policy, stdin=manifest.run.input)
     args, env = request.args or manifest.run.args, {**manifest.run.env, **request.env}
     merged = replace(request, args=args, image=request.image or manifest.image, env=env)
@@ -187,6 +196,6 @@ def _from_project(request: RunRequest, path: Path, stack: contextlib.ExitStack) 
     source = Source(name=entry, head=head, args=manifest.build.args, artifact=manifest.artifact or "")
     program = _tree(toolchain, source, packed, stack)
     if not entry and toolchain.suffixes and not program.source.with_suffixes(toolchain.suffixes):
-        why = f"none of its files is {' or '.join(toolchain.suffixes)}"
-        raise UsageError(f"cannot run the project {path}", why, "Add sources to `files` in its manifest")
+        why = f"none of its files ends in {' or '.join(toolchain.suffixes)}"
+        raise UsageError(f"cannot run the project {path}", why, "Add source files to `files` in the manifest")
     return merged, replace(program, project=True, read=read)

@@ -1,4 +1,4 @@
-"""A project's own policy and input, where the request names none."""
+"""A project's own policy and input, used if the request has none."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 def with_project_files(
     request: RunRequest, folder: ProjectFolder, stack: contextlib.ExitStack, *, policy: str | None, stdin: str | None
 ) -> RunRequest:
-    """Return the request with the project's policy and input, names in *folder* or None. Raises UsageError.
+    """Return the request with the project's policy and input added. Raises UsageError.
 
-    Both are opened here, which checks that they are in the project, and closed by *stack*.
+    policy, stdin: names of files in *folder*, or None. Both are opened here, which checks that they are in the project;
+    *stack* closes them.
     """
     if request.policy is None and policy is not None:
         data = folder.read(policy, f"its policy {policy}", MAX_BYTES)

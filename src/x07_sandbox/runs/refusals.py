@@ -1,4 +1,4 @@
-"""Denials and result entries for refused changes: one of each for every uppermost entry."""
+"""Denials and result entries for refused changes. A refused folder and all that is below it make one of each."""
 
 from __future__ import annotations
 
@@ -23,7 +23,12 @@ _CHECK: Final = "the check of changes"
 
 
 def denial(field: str, action: str, subject: str, by: str, count: int, how: tuple[object, str | None]) -> Denial:
-    """Return a denial. how: the value of the policy field and the flag that would allow it; None for neither."""
+    """Return a denial.
+
+    by: what enforces the denied field.
+    how: the value of the policy field that would allow the action, and the flag that would; None for what does not
+    exist.
+    """
     json_path = f"$.{field}" if "." in field else None  # others are not fields of a policy
     value, flag = how
     allow = None if how == (None, None) else HowToAllow(json_path=json_path, value=value, flag=flag)
@@ -33,7 +38,7 @@ def denial(field: str, action: str, subject: str, by: str, count: int, how: tupl
 
 
 def flag_for(flag: str, name: str) -> str:
-    """Return *flag* with a pattern for just this name, quoted for a shell; empty if the name is not printable."""
+    """Return *flag* with a pattern that matches only *name*, quoted for a shell; empty if the name is not printable."""
     if not name.isprintable():
         return ""
     pattern = glob.escape(name)
@@ -43,9 +48,9 @@ def flag_for(flag: str, name: str) -> str:
 
 
 def denials_and_entries(changes: ChangeSet, *, built_in: bool) -> tuple[list[Denial], tuple[LeftOutEntry, ...]]:
-    """Return a denial and an entry for each uppermost refused name, in the same order.
+    """Return two lists in the same order: a denial and a result entry for each uppermost refused name.
 
-    built_in: the policy is a built-in one, which flags may change.
+    built_in: whether the policy is a built-in one, which flags may change.
     """
     denials: list[Denial] = []
     entries: list[LeftOutEntry] = []
@@ -81,7 +86,7 @@ def denials_and_entries(changes: ChangeSet, *, built_in: bool) -> tuple[list[Den
 
 
 def apply_command(run: str, entries: Iterable[LeftOutEntry]) -> str:
-    """Return the command that applies what flags can allow of the left-out entries; empty if that is nothing."""
+    """Return the command that applies the left-out entries that flags can allow; empty if there are none."""
     flags = dict.fromkeys([entry.take for entry in entries if entry.take][:_PATTERNS_MAX])
     return " ".join(["x07 apply", run, *flags]) if flags else ""
 

@@ -1,4 +1,4 @@
-"""The request for a run, and reading what it names: each file once, so that what is hashed is what is used."""
+"""The request for a run, and functions that read its files. Each file is read once, so its digest is always right."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}")
 
 
 class ProjectPolicy(msgspec.Struct, frozen=True):
-    """A project's own policy, as read with the project.
+    """A project's own policy, read together with the project.
 
-    base: the project's real folder; such a policy grants nothing outside it.
+    base: the project's real folder. Such a policy grants nothing outside that folder.
     """
 
     path: Path
@@ -60,9 +60,12 @@ class ProjectPolicy(msgspec.Struct, frozen=True):
 
 
 class EffectivePolicy(NamedTuple):
-    """The policy that applies to a run. base: the name of its source. own: its limits before the request changed them.
+    """The policy that applies to a run.
 
-    denied: ports by host, as in `--deny-host`; None stands for all. may_raise: the request may raise limits.
+    base: the name of the policy's source.
+    own: the policy's limits before the request changed them.
+    denied: denied ports by host, from --deny-host; None stands for all ports.
+    may_raise: whether the request may raise limits.
     """
 
     policy: Policy
@@ -80,20 +83,34 @@ class EffectivePolicy(NamedTuple):
 
 
 class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """A request for one run. Descriptors are lent.
+    """A request for one run. The caller owns the descriptors.
 
-    program: path of a source file, project folder or manifest. command: a command of the image instead.
-        source: its text. toolchain: overrides the suffix. loaded: a program that was read before.
-    files: more files beside the program, by relative name. workdir: a folder in whose copy it starts.
-    max_files_bytes: limit for `Result.files`; 0 for none. executable: the artifact must be an executable.
-    policy: see read_policy; None leaves it to the project. overrides, override_flags: what flags add, and the flags.
-    limits: set by the caller. scale_limits: see runs/scaling; None leaves it to the user's settings.
-    input: path of the program's input; else stdin_fd. stdin_default: a project's own input wins over stdin_fd.
-    raw: do not filter control sequences. artifact: file for the built program; a complete one is not built again.
-    cold: boot machines instead of cloning. queue_s: timeout for admission of each machine. machines: a pool, or None.
-    choice: the backend, None for the environment's. loaders: return None for programs that are not of their kind.
-    whole_input: set when the input of a program with a protocol was read. changes: what to do with changes to files.
-    hide, reveal, allow_protected: patterns of names. progress: called with a text, and "" when that is over.
+    program: path of a source file, project folder or manifest.
+    command: a command installed in the image, instead of a program.
+    source: source text, instead of a program.
+    toolchain: used instead of the one for the file's suffix.
+    loaded: a program that has already been read.
+    files: further files beside the program, by relative name.
+    workdir: a folder; the program starts in a copy of it.
+    max_files_bytes: limit for `Result.files`; 0 for none.
+    executable: whether the artifact must be an executable.
+    policy: a value for read_policy; None stands for the project's policy.
+    overrides, override_flags: changes to the policy, and the flags that cause them.
+    limits: limits set by the caller.
+    scale_limits: whether to scale limits (runs/scaling); None follows the user's settings.
+    input: path of the program's input, which replaces stdin_fd.
+    stdin_default: whether a project's own input replaces stdin_fd.
+    raw: do not filter control sequences.
+    artifact: file for the built program; a complete file is not built again.
+    cold: boot VMs instead of cloning them.
+    queue_s: how long each VM may wait for its start, in seconds.
+    machines: a pool of VMs, or None.
+    choice: the backend; None stands for the one that the environment selects.
+    loaders: readers of special programs; each returns None for a program of another kind.
+    whole_input: whether the input of a program with a protocol has been read.
+    changes: what to do with changes to files.
+    hide, reveal, allow_protected: patterns of names.
+    progress: called with a text when the run waits for something, and with "" when that is over.
     """
 
     program: Path | None = None
@@ -154,36 +171,39 @@ def check_arguments(request: RunRequest) -> None:
         if "\0" in arg:
             raise UsageError(what, f"argument {number} contains a NUL byte", "Pass such data on standard input")
         if size > _ARGUMENT_MAX_BYTES or total > ARGUMENTS_MAX_BYTES:
-            why = f"one has more than {_ARGUMENT_MAX_BYTES} bytes, or all together more than {ARGUMENTS_MAX_BYTES}"
+            why = f"one is over {_ARGUMENT_MAX_BYTES} bytes, or all together are over {ARGUMENTS_MAX_BYTES} bytes"
             raise UsageError(what, why, "Pass long data on standard input")
-    _check_environment(request, what, total)
+    _check_environment(request, total)
     if request.max_output_bytes is not None and request.max_output_bytes < 0:
-        raise UsageError(what, f"the output limit of {request.max_output_bytes} bytes is negative", "Give 0 or more")
+        raise UsageError(what, f"the output limit of {request.max_output_bytes} bytes is negative", "Use 0 or more")
 
 
-def _check_environment(request: RunRequest, what: str, total: int) -> None:
+def _check_environment(request: RunRequest, total: int) -> None:
     for name, value in request.env.items():
+        what = f"cannot use --env {name!r}"
+        if not name:
+            raise UsageError(f"cannot use --env {f'={value}'!r}", "the variable name is empty", "Add a name before '='")
         if not isinstance(value, str):
-            raise UsageError(what, f"the variable {name} is {type(value).__name__}, not a string", "Pass strings")
+            raise UsageError(what, f"the value is {type(value).__name__}, not a string", "Pass strings")
         if not isinstance(name, str) or not _VARIABLE.fullmatch(name):
-            raise UsageError(what, f"{name!r} is not a name of a variable", "Use letters, digits and '_'")
+            raise UsageError(what, "it is not a valid variable name", "Use letters, digits and '_'")
         if name.startswith("X07_"):
-            raise UsageError(what, f"{name} is reserved for X07", "Use another name")
+            raise UsageError(what, "names that start with X07_ are reserved", "Use another name")
         total += len(name) + len(os.fsencode(value)) + 2
         if "\0" in value or total > ARGUMENTS_MAX_BYTES or len(value) > _ARGUMENT_MAX_BYTES - len(name) - 2:
-            why = f"the variable {name} is too long or contains a NUL byte"
-            raise UsageError(what, why, "Pass it on standard input")
+            why = "the value is too long or contains a NUL byte"
+            raise UsageError(what, why, "Pass the value on standard input")
 
 
 def is_built_in(given: str | Path | Policy | ProjectPolicy | None) -> bool:
-    """Return whether read_policy takes a built-in policy, which flags may change freely."""
+    """Return whether the value selects a built-in policy, which flags may change freely."""
     return given is None or (isinstance(given, str) and given.startswith("built-in:"))
 
 
 def read_policy(given: str | Path | Policy | ProjectPolicy | None) -> tuple[Policy, bytes]:
-    """Return a policy and its bytes; None stands for the default, a string is `built-in:TEMPLATE` or a path.
+    """Return a policy and its bytes.
 
-    Raises SandboxError.
+    given: a path, `built-in:TEMPLATE`, a policy, or None for the default policy. Raises SandboxError.
     """
     if isinstance(given, str) and given.startswith("built-in:"):
         from x07_sandbox.policy.templates import built_in
@@ -202,13 +222,14 @@ def read_policy(given: str | Path | Policy | ProjectPolicy | None) -> tuple[Poli
     try:
         data = render_policy(given)
     except (TypeError, ValueError, RecursionError) as exc:
-        raise UsageError("cannot use the policy", f"it cannot be encoded: {exc}", "Correct its values") from exc
+        fix = "Correct the values of the policy"
+        raise UsageError("cannot use the policy", f"it cannot be encoded: {exc}", fix) from exc
     return decode_policy(data, source=str(given.policy_id)), data
 
 
 def _policy_file(given: str | Path) -> bytes:
     if given == "":  # from an unset shell variable
-        raise UsageError("cannot read the policy", "its name is empty", "Name a file")
+        raise UsageError("cannot read the policy", "the path is empty", "Use the path of a policy file")
     try:
         return read_bounded(Path(given), "policy", MAX_BYTES)
     except UsageError as exc:
@@ -216,14 +237,17 @@ def _policy_file(given: str | Path) -> bytes:
 
         if not isinstance(given, str) or given not in TEMPLATES:
             raise
-        raise UsageError(exc.what, exc.why, f"Name a readable file, or {BUILT_IN}{given}") from exc
+        raise UsageError(exc.what, exc.why, f"Use the path of a policy file, or {BUILT_IN}{given}") from exc
 
 
 def _check_own(policy: Policy, given: ProjectPolicy) -> None:
-    """Raise RefusedError if a project's own policy, written by the program's author, asks for what only users grant."""
-    by_name = f"Read it. To grant that, pass --policy {given.path.absolute()}"
+    """Raise RefusedError if a project's own policy asks for something that only the user may grant.
+
+    The author of the program wrote that policy, so it is not trusted.
+    """
+    by_name = f"Read the policy. To accept it, add --policy {given.path.absolute()}"
     if policy.net.enabled and policy.net.allow_hosts:
-        raise RefusedError("cannot use the project's own policy", f"{given} asks for connections", by_name)
+        raise RefusedError("cannot use the project's own policy", f"{given} asks for network access", by_name)
     for root in (*policy.fs.read_roots, *policy.fs.write_roots) if policy.fs.enabled else ():
         if root.startswith("/") and not f"{os.path.normpath(root)}/".startswith(f"{given.base.rstrip('/')}/"):
             why = f"{given} asks for {root[:256]}, which is outside the project"
@@ -231,7 +255,7 @@ def _check_own(policy: Policy, given: ProjectPolicy) -> None:
 
 
 def effective_policy_of(request: RunRequest) -> EffectivePolicy:
-    """Return the policy with overrides and the caller's limits. Raises UsageError, PolicyError, RefusedError."""
+    """Return the policy with all changes of the request applied. Raises UsageError, PolicyError, RefusedError."""
     policy, data = read_policy(request.policy)
     base = name_of_policy(request.policy)
     denied: Mapping[str, set[int] | None] = {}
@@ -257,38 +281,38 @@ def effective_policy_of(request: RunRequest) -> EffectivePolicy:
 
 
 def name_of_policy(given: str | Path | Policy | ProjectPolicy | None) -> str:
-    """Return the name of what read_policy takes; the id of a policy value."""
+    """Return the name of a policy for messages and results: its path, `built-in:TEMPLATE` or id."""
     if isinstance(given, Policy):
         return given.policy_id
     return "built-in:default" if given is None else str(given)
 
 
 def read_spec_file(name: str) -> bytes:
-    """Return a file of host specs. Raises UsageError."""
+    """Read a file with a list of hosts. Raises UsageError."""
     return read_bounded(Path(name), "list of hosts", MAX_BYTES)
 
 
 def check_variables(request: RunRequest, policy: Policy) -> None:
-    """Raise RefusedError for variables that the policy forbids."""
+    """Raise RefusedError if the request sets variables that the policy forbids."""
     if request.env and not policy.env.enabled:
         why = "env.enabled is false in the policy"
-        fix = "Set env.enabled to true, or leave them out"
+        fix = "Set env.enabled to true in the policy, or remove the variables"
         raise RefusedError("cannot set variables for the program", why, fix).caused_by("env.enabled", value=True)
     for name in request.env:
         if name in policy.env.deny_keys:
-            why = "the policy's env.deny_keys names it"
-            fix = "Remove it from the list, or leave it out"
+            why = "env.deny_keys in the policy contains its name"
+            fix = "Remove the name from env.deny_keys, or do not set the variable"
             left = [key for key in policy.env.deny_keys if key != name]
             raise RefusedError(f"cannot set the variable {name}", why, fix).caused_by("env.deny_keys", left)
 
 
 def open_input(request: RunRequest, stack: contextlib.ExitStack, *, wait: bool = True) -> int | None:
-    """Return the descriptor of the program's input, or None. Raises UsageError. wait: if false, do not open pipes."""
+    """Return a descriptor of the program's input, or None. Raises UsageError. wait: whether to open named pipes too."""
     path = request.input
     if path is None:
         return request.stdin_fd
     what = f"cannot read the input {path}"
-    fix = "Name a readable file" + ", or /dev/stdin" * (path == Path("-"))
+    fix = "Check the path and its permissions" + ", or use /dev/stdin" * (path == Path("-"))
     try:
         if not wait and stat.S_ISFIFO(path.stat().st_mode):
             return None
@@ -303,33 +327,36 @@ def open_input(request: RunRequest, stack: contextlib.ExitStack, *, wait: bool =
 
 
 def need_policy(request: RunRequest, protocol: Protocol) -> None:
-    """Raise UsageError if *protocol* needs a policy and there is none. Overrides start from the built-in one."""
+    """Raise UsageError if *protocol* requires a policy and the request has none.
+
+    A request that changes the policy has one: its changes start from the built-in policy.
+    """
     protocol.require_policy(given=request.policy is not None or request.overrides is not None)
 
 
 def with_framed_input(request: RunRequest, protocol: Protocol, stack: contextlib.ExitStack) -> RunRequest:
-    """Return the request with its whole input, framed by *protocol*. Raises UsageError."""
+    """Return the request with its whole input, in the form that *protocol* requires. Raises UsageError."""
     with request.cancel.waiting():
         data = read_whole(request.stdin_fd, protocol.input_max_bytes)
     return replace(request, whole_input=data, stdin_fd=memory_file(protocol.frame_input(data), stack))
 
 
 def read_whole(fd: int | None, most: int) -> bytes:
-    """Read all of an input whose length must be known. Raises UsageError."""
+    """Read the whole input, of at most *most* bytes. Raises UsageError."""
     try:
         data = b"" if fd is None else read_all(fd, most)
     except OSError as exc:
-        raise UsageError("cannot read the input", exc.strerror or str(exc), "Name a file with --input") from exc
+        raise UsageError("cannot read the input", exc.strerror or str(exc), "Use --input FILE") from exc
     if len(data) > most:
-        raise UsageError("cannot read the input", f"it has more than {most} bytes", "Shorten it")
+        raise UsageError("cannot read the input", f"it has more than {most} bytes", "Shorten the input")
     return data
 
 
 def in_memory(data: bytes, path: str, mode: int, stack: contextlib.ExitStack) -> InFile:
-    """Return a file for the guest with content *data*; *stack* closes it."""
+    """Return a file for the guest with the content *data*. *stack* closes it."""
     return InFile(path=path, mode=mode, kind="file", fd=memory_file(data, stack), size=len(data))
 
 
 def sha256_text(data: bytes) -> str:
-    """Return a digest as results show it."""
+    """Return the digest of *data* in the form that results use, `sha256:<hex>`."""
     return f"sha256:{hashlib.sha256(data).hexdigest()}"

@@ -1,4 +1,4 @@
-"""The result of a run: one frozen value, from which text, JSON and reports are made.
+"""The result of a run: one immutable value. Text, JSON and reports are made from it.
 
 `schemas/result.schema.json` (`x07.sandbox.result@0.1.0`) is generated from these types.
 """
@@ -17,7 +17,7 @@ from x07_sandbox.policy.model import Limits
 
 SCHEMA: Final = "x07.sandbox.result@0.1.0"
 
-# The names in plan/outcomes, which is not imported because its table would slow every start.
+# The same names as in plan/outcomes, which is not imported because its table would slow down every start.
 Outcome = Literal[
     "ok",
     "failed",
@@ -44,7 +44,9 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forb
     truncated: whether the program wrote more than the limit.
     text: the stream, if it is UTF-8.
     base64: the stream, if it is not UTF-8.
-    undelivered: why not all of it could be passed on, such as a full disk. A reader that went away is not a reason.
+    undelivered: why part of the stream could not be passed on, such as a full disk. It is null if the reader only
+    closed
+    the stream.
     """
 
     bytes: int
@@ -64,14 +66,15 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forb
 
 
 class PhaseReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What one machine did: the build, or the run.
+    """What one VM did during the build or the run.
 
-    job_id: the name of its job: the run and the phase.
-    start: how the machine started: booted (`cold`), cloned from a saved one, or taken from a pool.
-    outcome: how the phase ended, as for the run.
-    reason: the same as one sentence.
-    times_ms: milliseconds from the machine's start to `hello`, `seeded`, `started`, `exited` and `end`. A clone has no
-        `hello`.
+    job_id: the id of the job: the id of the run, and the phase.
+    start: how the VM started: booted (`cold`), cloned from a saved VM (`clone`), or taken from a pool (`pool`).
+    outcome: how the phase ended. The words are those of the run's outcome.
+    reason: how the phase ended, as one sentence.
+    times_ms: milliseconds from the VM's start to the events `hello`, `seeded`, `started`, `exited` and `end`. A clone
+    has
+    no `hello`.
     stdout, stderr: what the phase printed.
     cpu_ms: CPU time used.
     memory_peak_bytes: peak memory use.
@@ -103,10 +106,10 @@ class BuildOutput(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 class ControlReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One field of the policy, and who enforces it.
 
-    field: the field.
-    state: whether it is enforced, only advisory, or could not be granted.
-    by: who enforces it.
-    why: how, or why not.
+    field: the policy field.
+    state: whether the field is enforced, is only advisory, or was refused.
+    by: who enforces the field.
+    why: how the field is enforced, or why it is not.
     """
 
     field: str
@@ -119,8 +122,8 @@ class ChangedName(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """One name that the program changed.
 
     root: the folder on the host.
-    name: the name below it.
-    action: what happened to it.
+    name: the name, relative to that folder.
+    action: what happened to the file, folder or link.
     """
 
     root: str
@@ -129,12 +132,12 @@ class ChangedName(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class LeftOutEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """An entry that may not be applied. It is kept for review with everything below it.
+    """An entry that may not be applied. It is kept for review, together with everything below it.
 
-    name: its path.
-    rules: the rules that refuse it.
-    entries: how many names they refuse there.
-    take: flags of `x07 apply` that apply it, quoted for a shell; empty if none does.
+    name: the path of the entry.
+    rules: the rules that refuse the entry.
+    entries: how many refused names the entry stands for.
+    take: flags of `x07 apply` that apply the entry, quoted for a shell; empty if no flag does.
     """
 
     name: str
@@ -144,15 +147,15 @@ class LeftOutEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class Changes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What became of the program's changes to folders.
+    """What happened to the program's changes to folders.
 
-    state: whether they were applied, kept for `x07 apply`, not applied because of a conflict, or discarded.
-    reason: why they were not applied.
-    added, changed, deleted: how many names, without those left out.
-    names: at most 1000 of these names, deletions first.
-    left_out: how many names were left out, because they are refused or depend on one that is.
-    left_out_entries: the topmost refused entries, at most 100.
-    apply_left_out: the command that applies what can be applied of them.
+    state: whether the changes were applied, kept for `x07 apply`, not applied because of a conflict, or discarded.
+    reason: why the changes were not applied.
+    added, changed, deleted: the number of names, without those that were left out.
+    names: the changed names, deletions first; at most 1000.
+    left_out: how many names were left out because they are refused or depend on a refused name.
+    left_out_entries: the topmost refused entries; at most 100.
+    apply_left_out: the command that applies those left-out entries that can be applied.
     """
 
     state: Literal["none", "applied", "kept", "conflict", "discarded"] = "none"
@@ -167,10 +170,10 @@ class Changes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class Discarded(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Files that were thrown away with the machine.
+    """Files that were deleted together with the VM.
 
-    count: how many.
-    bytes: their size.
+    count: the number of files.
+    bytes: the total size of the files.
     """
 
     count: int = 0
@@ -181,7 +184,7 @@ class Digests(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Digests of inputs and outputs as `sha256:<hex>`; null for those that the run did not have.
 
     image: the guest image.
-    policy: the policy in force.
+    policy: the policy that applied to the run.
     source: the program's source files.
     artifact: the file that was executed.
     input: standard input.
@@ -197,10 +200,10 @@ class Digests(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class Scaling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Limits that were multiplied because the machine was emulated and the user asked for it.
+    """Limits that were multiplied, because the VM was emulated and the user asked for scaling.
 
-    factor: how much slower than the host the machine was measured to be.
-    wall_ms, cpu_ms: the limits that were in force.
+    factor: how many times slower than the host the VM was measured to be.
+    wall_ms, cpu_ms: the limits that applied to the run.
     """
 
     factor: int
@@ -211,11 +214,11 @@ class Scaling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, dict=True):
     """The result of one run.
 
-    run: the name of the run, for `x07 diff`, `x07 logs` and others.
+    run: the id of the run, which commands such as `x07 diff` and `x07 logs` take.
     schema_version: the version of this format.
-    outcome: how it ended, in one word (docs/reference/outcomes.md).
+    outcome: how the run ended, in one word (docs/reference/outcomes.md).
     fault: who is responsible: the program, the policy (a limit, a refusal, a wrong request), the host, or nobody.
-    reason: how it ended, in one sentence.
+    reason: how the run ended, in one sentence.
     x07_exit_code: the exit code of `x07 run`.
     exit_code: the exit status of the program, or of the compiler after a failed build; null if it did not exit by
         itself.
@@ -223,24 +226,24 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     stdout, stderr: what the program printed; after a failed build, what the compiler printed.
     isolation: the class of isolation that was used.
     backend: the backend that was used.
-    jail: how QEMU was confined; null for other backends.
-    phases: what each machine did, by name: `build`, `run`.
-    policy: the policy in force: a path, `built-in:TEMPLATE`, or its id; null if the run ended before it was read.
+    jail: how the QEMU process was confined; null for other backends.
+    phases: what each VM did, by phase: `build`, `run`.
+    policy: the policy that applied: a path, `built-in:TEMPLATE` or an id; null if the run ended before it was read.
     digests: digests of inputs and outputs.
     controls: who enforces each field of the policy.
-    denials: what was refused.
-    denials_lost: how many more refusals were not recorded, because there were too many.
-    hints: what the program seems to miss, according to its error output. These are not refusals.
-    changes: what became of its changes to folders.
-    files_discarded: files in its private folders that nobody took (see `--workdir` and `--out`).
+    denials: actions of the program that were denied.
+    denials_lost: how many more denials there were than the result can list.
+    hints: what the program seems to lack, according to its error output. Hints are not denials.
+    changes: what happened to the program's changes to folders.
+    files_discarded: deleted files of the program's private folders. To keep such files, use `--workdir` or `--out`.
     warnings: warnings, each a sentence.
-    artifact_from: whether the program was built now, taken from the cache, or given.
-    build: what its build printed, now or when it was cached; null if nothing was built.
-    filters: digests of the seccomp filters the program was under, by name. A name that ends in `-once` is the variant
-        that lets the agent execute the program itself.
-    net: connections; null if the program could have none.
+    artifact_from: whether the program was built by this run, taken from the cache, or given by the caller.
+    build: what the build printed, in this run or when its result was cached; null if nothing was built.
+    filters: digests of the seccomp filters that applied to the program, by name. A name that ends in `-once` is a
+        variant that lets the guest agent execute the program.
+    net: the program's connections; null if it had no network access.
     scaling: how time limits were scaled; null if they were not.
-    limits: the limits in force; null if there was no plan.
+    limits: the limits that applied; null if the run ended before it was planned.
     """
 
     run: str
@@ -285,9 +288,9 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @property
     def files(self) -> dict[str, builtins.bytes]:
-        """Files that the program left in its private working folder or /x07/out, by relative name.
+        """Files that the program left in its private working folder or in /x07/out, by relative name.
 
-        Only the Python API collects them (`max_files_bytes`); documents do not include them.
+        Only the Python API collects them (`max_files_bytes`). JSON documents do not include them.
         """
         found: dict[str, builtins.bytes] = vars(self).get("files_left", {})
         return found
@@ -309,7 +312,7 @@ EMPTY_OUTPUT = Output(bytes=0, truncated=False, text="")
 
 
 def draft_result(run: str) -> Result:
-    """Return the result of a run of which nothing is known yet; the run replaces its fields."""
+    """Return the first draft of the result, without any facts. The run replaces its fields."""
     return Result(
         run=run,
         outcome="internal-error",

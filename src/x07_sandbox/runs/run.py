@@ -1,6 +1,6 @@
 """One run from request to result: prepare, build, run, settle.
 
-Each step replaces the draft of the result; however the run ends, the last draft becomes the result.
+Each step replaces the draft of the result. However the run ends, the last draft becomes the result.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 _TAIL_BYTES = 64 * 1024  # of a failed program's error output, for hints
 
-SCALING_HINT = "the machine is emulated; --scale-limits multiplies the time limits by its slowdown"
+SCALING_HINT = "the VM is emulated; --scale-limits multiplies the time limits by its slowdown"
 
 # Values of plan/outcomes.Outcome, whose table is imported only when needed.
 _KNOWN_OUTCOMES: tuple[tuple[type[SandboxError], str], ...] = (
@@ -58,12 +58,12 @@ _KNOWN_OUTCOMES: tuple[tuple[type[SandboxError], str], ...] = (
 
 
 def run(request: RunRequest) -> Result:
-    """Carry out one run. Every ending is a result; only a bug raises."""
+    """Carry out one run. Every way to end is a result; only a bug raises."""
     return attempt(request)[0]
 
 
 def attempt(request: RunRequest) -> tuple[Result, SandboxError | None]:
-    """Carry out one run; return the result, and the error that it was made from, if any."""
+    """Carry out one run; return the result and the error that caused it, if any."""
     draft = draft_result(new_run_id())
     try:
         with contextlib.ExitStack() as stack:
@@ -84,7 +84,7 @@ def attempt(request: RunRequest) -> tuple[Result, SandboxError | None]:
 
 
 def failure(exc: Exception, signalled: int | None = None) -> Result:
-    """Return the result of a run that never started, or that hit a bug. signalled: the signal that cancelled it."""
+    """Return the result of a run that did not start or hit a bug. signalled: the signal that cancelled the run."""
     from x07_sandbox.plan.outcomes import Outcome, verdict
 
     draft = draft_result(new_run_id())
@@ -143,7 +143,7 @@ def _verdict_of(exc: SandboxError, signalled: int | None = None) -> Verdict:
 
 
 def _ended(draft: Result, ending: Verdict, exit_code: int | None = None) -> Result:
-    """Return the draft with the verdict. exit_code: of the command, if it differs from the verdict's."""
+    """Return the draft with the verdict filled in. exit_code: the command's exit code, if not the verdict's."""
     return replace(
         draft,
         outcome=ending.outcome.value,
@@ -166,7 +166,10 @@ def _with_cause(draft: Result, exc: SandboxError) -> Result:
 def copy_in(
     request: RunRequest, program: Program, policy: Policy, draft: Result, folder: RunFolder, stack: contextlib.ExitStack
 ) -> Step[tuple[HostFiles | None, Result]]:
-    """Copy the host files of a run in; None if it has none. What was left out is a denial. Raises SandboxError."""
+    """Copy the host files of a run in; return None if the run has none. Raises SandboxError.
+
+    Entries that were left out become denials in the draft.
+    """
     roots = policy.fs.enabled and (policy.fs.read_roots or policy.fs.write_roots)
     if request.out is None and request.workdir is None and not roots:
         return None, draft
@@ -248,7 +251,7 @@ def _without_command(ending: Verdict, end: JobEnd, prepared: Prepared) -> Verdic
     if prepared.image is None:
         return replace(ending, reason=f"command {name} not found on this host")
     if "/" in name:
-        return replace(ending, reason=f"{name} or its interpreter does not exist in the machine")
+        return replace(ending, reason=f"{name} or its interpreter does not exist in the VM")
     fix = f"x07 image build --name {image} --include PACKAGE adds the Debian package that has it"
     return replace(ending, reason=f"command {name} not found in the image {image}; {fix}")
 
@@ -307,7 +310,7 @@ def _hints(outcome: str, prepared: Prepared, spec: PhaseSpec, end: JobEnd) -> li
 
 
 def _settled(draft: Result, host_files: HostFiles, ending: Verdict) -> Result:
-    """Return the result after settling the changes to files; an invalid report of the guest replaces its verdict."""
+    """Return the result after the changes to files are settled. An invalid report of the guest replaces the verdict."""
     from x07_sandbox.errors import PeerError
     from x07_sandbox.plan.outcomes import REFUSED_EXIT, Outcome, verdict
 
@@ -331,7 +334,7 @@ def _denial(field: str, why: str, how: HowToAllow | None) -> Denial:
 
 
 def _request_document(request: RunRequest) -> bytes:
-    """Return what `x07 ps` shows of a run: the program's name, without arguments, which may hold secrets."""
+    """Return the data about a run that `x07 ps` shows. It omits the program's arguments, which may hold secrets."""
     named = request.program or "".join(request.command[:1])
     program = os.fsencode(named).decode("utf-8", "backslashreplace") if named else None
     return msgspec.json.encode({"schema_version": "x07.sandbox.request@0.1.0", "program": program})

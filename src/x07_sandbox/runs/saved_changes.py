@@ -1,8 +1,8 @@
-"""Saved changes of runs: finding, applying and undoing them, and recovery after a kill.
+"""Saved changes of runs: how they are found, applied and undone, and recovery after a kill.
 
-`runs/RUN/changes/` holds `changes.json` and `data` (files/changes) as the guest reported them. While they are applied,
-`runs/.applying/` holds a file named after the run. Left-out changes that are applied later have a folder of their own,
-`changes/later-N/`, with a journal and an undo set; the last one is undone first.
+`runs/RUN/changes/` holds `changes.json` and `data` (see files/changes) as the guest reported them. While they are
+applied, `runs/.applying/` contains a file named after the run. If left-out changes are applied later, they get a folder
+`changes/later-N/` with a journal and an undo set; the last such folder is undone first.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _SAVED: Final = "changes/changes.json"
 _LATER: Final = "later-"
+_FIX: Final = "To let a program change a folder: x07 run --workdir DIR ..."
+_RUN_AGAIN: Final = "Run the program again"
 _CHANGES_MAX: Final = 1 << 30
 
 
@@ -36,16 +38,16 @@ class SavedChanges(NamedTuple):
 
     @property
     def applied(self) -> bool:
-        """Whether the changes are applied."""
+        """Whether the changes of the run, apart from those left out, are applied."""
         return (self.folder / "undo").is_dir()
 
     @property
     def undos(self) -> list[Path]:
-        """The folders with a current undo set, the first applied first."""
+        """The folders with a current undo set, in the order in which they were applied."""
         return [place for place in (self.folder, *_later(self.folder)) if (place / "undo").is_dir()]
 
     def done(self) -> set[tuple[str, str]]:
-        """Return what is applied, by root and name. Raises HostError."""
+        """Return the root and name of each applied change. Raises HostError."""
         from x07_sandbox.files.undo_data import undo_entries
 
         with _validated(self.run):
@@ -57,24 +59,24 @@ def _later(folder: Path) -> list[Path]:
 
 
 def find_saved(run: str | None) -> SavedChanges:
-    """Return the changes of the run with that id or prefix of an id; None for the latest. Raises UsageError."""
+    """Return the changes of the run whose id is or starts with *run*; None stands for the latest. Raises UsageError."""
     from x07_sandbox.files.changes import decode
 
-    path = find_run(run, _SAVED, "changes to files", "Run something with a folder that it may change")
+    path = find_run(run, _SAVED, "changes to files", _FIX, action="changed any files")
     name, folder = path.name, path / "changes"
     try:
         changes = decode(read_bounded(folder / "changes.json", "list of changes", _CHANGES_MAX))
     except ValueError as exc:
-        raise UsageError(f"cannot use the changes of run {name}", f"they are damaged: {exc}", "Run it again") from exc
+        raise UsageError(f"cannot use the changes of run {name}", f"they are damaged: {exc}", _RUN_AGAIN) from exc
     return SavedChanges(run=name, folder=folder, changes=changes)
 
 
 def apply_saved(
     saved: SavedChanges, changes: ChangeSet, on_wait: Callable[[str], None], *, later: bool = False
 ) -> ChangeSet:
-    """Apply *changes*, all or part of the saved ones. Raises ConflictError, HostError.
+    """Apply *changes*, all or some of the saved ones. Raises ConflictError, HostError.
 
-    later: they were left out and the others are applied, so they get their own undo set.
+    later: whether these were left out and the others are already applied. They then get their own undo set.
     """
     from x07_sandbox.files.apply import apply
 
@@ -90,7 +92,7 @@ def apply_saved(
 
 
 def undo_saved(saved: SavedChanges, on_wait: Callable[[str], None]) -> ChangeSet:
-    """Undo applied changes, or the part that was applied last. Raises UsageError, ConflictError, HostError."""
+    """Undo the changes that were applied last. Raises UsageError, ConflictError, HostError."""
     import shutil
 
     from x07_sandbox.files.apply import apply
@@ -101,19 +103,19 @@ def undo_saved(saved: SavedChanges, on_wait: Callable[[str], None]) -> ChangeSet
     what, run = f"cannot undo the changes of run {saved.run}", saved.run
     with _locked(saved.folder, on_wait), _validated(run), applying(run), contextlib.ExitStack() as stack:
         if not saved.undos:  # checked under the lock
-            raise UsageError(what, "they are not applied", "See x07 diff")
+            raise UsageError(what, "they are not applied", f"To see them: x07 diff {run}")
         folder = saved.undos[-1]
         place = folder / "undo"
         data = stack.enter_context((place / "data").open("rb"))
         changes = decode(read_bounded(place / "changes.json", "list of changes", _CHANGES_MAX))
         try:
-            # What is displaced is saved already, so no undo set is needed, and a full disk does not matter.
+            # The replaced content is saved already, so no undo set is needed, and a full disk does not matter.
             done = apply(changes, data.fileno(), folder / "undoing", on_wait=on_wait, keeps=False)
         except ConflictError as exc:
             raise (undo_conflict_error(exc, what) if exc.names else exc) from None
         except HostError as exc:
             raise HostError(what, exc.why, exc.fix) from exc
-        # In this order, so that after a kill the next undo finds everything done and finishes.
+        # The order matters: after a kill, the next undo finds everything done and finishes.
         shutil.rmtree(folder / "undoing")
         remove_undo(folder)
     return done
@@ -131,12 +133,12 @@ def _validated(run: str) -> Iterator[None]:
     try:
         yield
     except ValueError as exc:
-        raise HostError(f"cannot use the changes of run {run}", f"they are damaged: {exc}", "Run it again") from exc
+        raise HostError(f"cannot use the changes of run {run}", f"they are damaged: {exc}", _RUN_AGAIN) from exc
 
 
 @contextlib.contextmanager
 def applying(run: str) -> Iterator[None]:
-    """Mark that a run's changes are being applied, so that `recover_all` finds what is left. The folder is locked."""
+    """Mark a run's changes as being applied, so that `recover_all` finds them after a kill. Needs the folder's lock."""
     marker = private_dir(all_runs() / APPLYING) / run
     marker.touch(mode=0o600)
     try:
@@ -160,7 +162,7 @@ def _pending(folder: Path) -> bool:
 
 
 def recover_all(progress: Callable[[str], None]) -> None:
-    """Roll back or finish what killed commands left; failures are reported to *progress* and retried next time."""
+    """Roll back or finish the work of killed commands. Failures are reported to *progress* and retried next time."""
     root = runs_dir(state_dir())
     try:
         names = [path.name for path in (root / APPLYING).iterdir()]

@@ -1,6 +1,6 @@
-"""Scaling of time and CPU limits by the slowdown of an emulated machine, if the user (not a policy) asked for it.
+"""Scaling of time and CPU limits by the slowdown of an emulated VM, if the user (not a policy) asked for it.
 
-The factor is measured once per boot: the same CPU work runs in a guest and on the host.
+The factor is measured once per boot of the host: the same CPU work runs in a guest and on the host.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from x07_sandbox.plan.controls import RunLimits
     from x07_sandbox.runs.prepare import Prepared
 
-# Prints the CPU time of its fastest round in milliseconds. A guest also counts time in which others had the processor.
+# Prints the CPU time of its fastest round in milliseconds. A guest's clock also counts time of other processes.
 _WORK: Final = b"""#!/usr/bin/python3 -I
 import json, re, time
 text = json.dumps(sorted((i * 7919) % 10007 for i in range(20000)))
@@ -62,7 +62,7 @@ def scale(prepared: Prepared, factor: int) -> tuple[Prepared, Scaling, tuple[str
 
 
 def scaled_limits(limits: RunLimits, factor: int) -> tuple[RunLimits, Scaling, tuple[str, ...]]:
-    """Return the limits multiplied, but at most the largest that a policy can hold; also the scaling, and warnings."""
+    """Return the multiplied limits, the scaling, and warnings. No limit exceeds the largest that a policy can hold."""
     wanted = {field: getattr(limits, field) * factor for field in ("wall_ms", "cpu_ms")}
     given = {field: min(value, largest(f"limits.{field}")) for field, value in wanted.items()}
     warnings = tuple(
@@ -74,20 +74,20 @@ def scaled_limits(limits: RunLimits, factor: int) -> tuple[RunLimits, Scaling, t
 
 
 def measured_factor(prepared: Prepared) -> int:
-    """Return how many times slower than this host the emulated machine is, measuring it if it is unknown.
+    """Return how many times slower than this host the emulated VM is; measure that if it is unknown.
 
     Raises SandboxError.
     """
     if (known := known_factor()) is not None:
         return known
-    prepared.request.progress("measuring how much slower than this host the emulated machine is")
+    prepared.request.progress("measuring how much slower the emulated VM is than this host")
     factor = min(_FACTOR_MAX, max(1, math.ceil(_guest_ms(prepared) / _host_ms())))
     replace_file(_record(), json.dumps({"factor": factor}).encode())
     return factor
 
 
 def known_factor() -> int | None:
-    """Return the factor that was measured since this host booted; None if there is none."""
+    """Return the factor that was measured since this host booted, or None."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, SandboxError):
         factor = json.loads(_record().read_text(encoding="utf-8"))["factor"]
         if type(factor) is int and 1 <= factor <= _FACTOR_MAX:
@@ -119,11 +119,11 @@ def _guest_ms(prepared: Prepared) -> float:
     if end.ending.outcome == "ok" and (found := _printed(end.report.stdout.data)) is not None:
         return found
     why = f"the test program ended as {end.ending.outcome}: {end.ending.reason}"
-    raise BackendError("cannot measure the emulated machine", why, "See x07 doctor")
+    raise BackendError("cannot measure the speed of the emulated VM", why, "To check this host: x07 doctor")
 
 
 def _host_ms() -> float:
-    what, fix = "cannot measure this host", "Run x07 doctor again"
+    what, fix = "cannot measure the speed of this host", "Try again"
     argv = [sys.executable, "-I", "-"]
     try:
         done = subprocess.run(argv, input=_WORK, capture_output=True, check=True, timeout=_WORK_S)
@@ -135,7 +135,7 @@ def _host_ms() -> float:
 
 
 def _printed(output: bytes) -> float | None:
-    """Return the printed milliseconds; None for invalid output, which is hostile if it is a guest's."""
+    """Return the printed number of milliseconds, or None for invalid output. A guest's output is hostile data."""
     try:
         value = float(output[:_PRINTED_MAX])
     except ValueError:

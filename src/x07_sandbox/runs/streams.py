@@ -1,4 +1,4 @@
-"""Streams of a job: files that go in, and sinks for what comes out."""
+"""Streams of a job: files that go into the guest, and sinks that take its output."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ from x07_sandbox.host.poll import wait_readable, wait_writable
 from x07_sandbox.host.threads import start_thread
 
 _CHUNK: Final = 64 * 1024
-ROOM: Final = "Free space there, or set X07_VM_STATE_DIR to a larger disk"
+ROOM: Final = "Free disk space, or set X07_VM_STATE_DIR to a folder on a larger disk"
 
 
 class InFile(msgspec.Struct, frozen=True, kw_only=True):
-    """A file that goes into the guest. path: its path there. kind: "file", "archive" or "tree" (channel/trees).
+    """A file that goes into the guest.
 
-    fd: lent; read from offset 0, so that one descriptor serves several jobs.
+    path: the file's path in the guest.
+    kind: "file", "archive" or "tree" (channel/trees).
+    fd: read from offset 0, so that one descriptor serves several jobs. The caller owns it.
     """
 
     path: str
@@ -34,13 +36,13 @@ class InFile(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TerminalFilter:
-    """Replaces control characters that a terminal would act on, except line feeds, tabs and carriage returns."""
+    """Filter that replaces all control characters that a terminal obeys, except line feed, tab and carriage return."""
 
     def __init__(self) -> None:
         self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
 
     def __call__(self, data: bytes) -> bytes:
-        """Return the filtered *data*; a character may be split between two calls."""
+        """Return the filtered *data*. A character may be split between two calls."""
         return "".join(
             char
             if char in "\n\t\r" or unicodedata.category(char) not in {"Cc", "Cf", "Cs"}
@@ -50,9 +52,9 @@ class TerminalFilter:
 
 
 class _Writer:
-    """Writes to a lent descriptor in a thread, because a poll does not ensure that a write does not block.
+    """Writer to a descriptor in a thread, because even a descriptor that is ready may block a write.
 
-    O_NONBLOCK is shared with other processes and is not set. progress_fd: readable after a write or an error.
+    O_NONBLOCK is not set, because other processes share that flag. progress_fd: readable after a write or an error.
     """
 
     def __init__(self, fd: int) -> None:
@@ -63,7 +65,7 @@ class _Writer:
         self._written = 0
         self._changed = threading.Condition()
         self._closed = False
-        # A daemon, so that a reader that stopped reading does not keep the process alive.
+        # A daemon thread, so that a reader that stopped reading does not keep this process alive.
         self._thread = start_thread(threading.Thread(target=self._serve, name="x07-output", daemon=True))
 
     def put(self, data: bytes) -> None:
@@ -81,7 +83,7 @@ class _Writer:
             return count, len(self._queue)
 
     def close(self) -> None:
-        """Let the thread end once its queue is empty; wait for that only if it is empty now."""
+        """End the thread once its queue is empty. Wait for the thread only if the queue is empty now."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -116,10 +118,11 @@ class _Writer:
 
 
 class Sink:
-    """Takes one output stream, up to *max_bytes*: stores it in *keep_fd* and passes it on to *live_fd*.
+    """Sink for one output stream, up to *max_bytes*: stores it in *keep_fd* and passes it on to *live_fd*.
 
-    Both are lent; the live reader may be slow. raw: do not filter for a terminal. `progress_fd` becomes readable when
-    the reader has taken some.
+    The caller owns both descriptors. The reader of *live_fd* may be slow; `progress_fd` becomes readable when it has
+    taken
+    some bytes. raw: do not filter the output for a terminal.
     """
 
     def __init__(self, name: str, *, keep_fd: int, live_fd: int | None, max_bytes: int, raw: bool = False) -> None:
@@ -137,7 +140,10 @@ class Sink:
         self._hash = hashlib.sha256()
 
     def take(self, data: bytes) -> int:
-        """Take bytes; return how many are done with at once. `pump` returns the rest later. Raises BackendError."""
+        """Take bytes and return how many of them need no more work. Raises BackendError.
+
+        Later calls of `pump` count the others.
+        """
         allowed = data[: self._max_bytes - self.total_bytes]
         self.overflow = self.overflow or len(allowed) < len(data)
         self.total_bytes += len(allowed)
@@ -156,17 +162,17 @@ class Sink:
 
     @property
     def progress_fd(self) -> int | None:
-        """The descriptor to poll for reading while the live reader has something to take, or None."""
+        """The descriptor to poll for reading while *live_fd*'s reader still has bytes to take; else None."""
         return self._writer.progress_fd if self._writer is not None and self._owed else None
 
     def pump(self) -> int:
-        """Return how many bytes the live reader has taken, or never will, since the last call."""
+        """Return how many bytes have been taken by the reader, or dropped, since the last call."""
         if self._writer is None:
             return 0
         written, queued = self._writer.take_written()
         problem = self._writer.problem
         if problem is not None:
-            # The reader is gone or its disk is full. The output is still stored, and the result says so.
+            # The reader is gone or its disk is full. The output is still stored, and the result reports the problem.
             self.reader_gone = True
             self.reader_problem = "" if isinstance(problem, BrokenPipeError) else problem.strerror or str(problem)
         done = self._owed if not queued else 0 if self._filter else min(written, self._owed)
@@ -174,18 +180,18 @@ class Sink:
         return done
 
     def close(self) -> None:
-        """Close the sink without waiting for what is still being written."""
+        """Close the sink without waiting for bytes that are still being written."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None
 
     def sha256(self) -> str:
-        """Return the digest of what was taken."""
+        """Return the digest of all bytes that were taken."""
         return self._hash.hexdigest()
 
 
 class OutFile(msgspec.Struct):
-    """A file that comes out of the guest: written to *fd* (lent), at most *max_bytes*, hashed on the way."""
+    """A file that comes out of the guest: at most *max_bytes*, written to *fd* and hashed. The caller owns *fd*."""
 
     path: str
     fd: int
@@ -218,7 +224,7 @@ class OutFile(msgspec.Struct):
 
 
 def read_all(fd: int, most: int) -> bytes:
-    """Read *fd* to its end or until there are more than *most* bytes, also if it is non-blocking. Raises OSError."""
+    """Read *fd*, blocking or not, to its end or until more than *most* bytes are read. Raises OSError."""
     data = bytearray()
     while len(data) <= most:
         try:
@@ -233,7 +239,7 @@ def read_all(fd: int, most: int) -> bytes:
 
 
 def memory_file(data: bytes, stack: contextlib.ExitStack) -> int:
-    """Return a file in memory with content *data*, at offset 0; *stack* closes it."""
+    """Return a file in memory with the content *data*, at offset 0. *stack* closes it."""
     fd = os.memfd_create("x07", os.MFD_CLOEXEC)
     stack.callback(os.close, fd)
     _write_all(fd, data)

@@ -1,4 +1,4 @@
-"""The folder of `--workdir`: checks, and its root."""
+"""The folder of `--workdir`: its checks, and its root."""
 
 from __future__ import annotations
 
@@ -20,41 +20,44 @@ if TYPE_CHECKING:
 
 
 def workdir_root(request: RunRequest, program: Program, policy: Policy, workdir: Path) -> Root:
-    """Return the root of the folder in whose copy the program starts. Raises RefusedError, UsageError."""
+    """Return the root for the folder in whose copy the program starts. Raises RefusedError, UsageError."""
     what = f"cannot use --workdir {printable(str(workdir))}"
     if program.toolchain.protocol is not None:
         fix = "Use --allow-read-root or --allow-write-root"
         raise UsageError(what, "an X07 program sees only the folders of its policy", fix)
     if not policy.fs.enabled:
-        fix = "Set fs.enabled to true in it, or leave --workdir out"
+        fix = "Set fs.enabled to true in the policy, or remove --workdir"
         why = f"fs.enabled is false in policy {policy.policy_id}"
         raise RefusedError(what, why, fix).caused_by("fs.enabled", value=True)
     if policy.fs.deny_hidden and any(part.startswith(".") and part.strip(".") for part in workdir.parts):
-        fix = "Set fs.deny_hidden to false, or change to that folder and use --workdir ."
+        fix = "Set fs.deny_hidden to false in the policy, or change to that folder and use --workdir ."
         why = "it is hidden, and fs.deny_hidden is true"
         raise RefusedError(what, why, fix).caused_by("fs.deny_hidden", value=False)
     host = working_folder(workdir)
     if request.files and program.toolchain.build is None:
-        why = "`files` go to the private working folder, which workdir replaces"
-        raise UsageError(what, why, "Write the files to that folder, or leave workdir out")
+        why = "`files` are placed in the private working folder, which workdir replaces"
+        raise UsageError(what, why, "Write the files to the folder of workdir, or do not use workdir")
     return Root(field="--workdir", given=str(workdir), host=str(host), guest=WORK, write=not request.workdir_read)
 
 
 def working_folder(workdir: Path) -> Path:
-    """Return the path of that folder. Raises UsageError if it does not exist or holds the user's home folder."""
+    """Return the real path of *workdir*.
+
+    Raises UsageError if the folder does not exist, contains the user's home folder, or belongs to the system or to x07.
+    """
     what = f"cannot use --workdir {printable(str(workdir))}"
     folder = real_path(Path()) / workdir
     if not is_folder(folder):
-        raise UsageError(what, "it does not exist", f"Create it: mkdir -p {shlex.quote(printable(str(workdir)))}")
+        raise UsageError(what, "it does not exist", f"To create it: mkdir -p {shlex.quote(printable(str(workdir)))}")
     real = real_path(folder)
     home = real_path(Path(os.path.expanduser("~")))  # noqa: PTH111 - Path's own raises where there is none
     if real == home or real in home.parents:
-        why = "it is the root of the file system" if real == Path("/") else "it is your home folder, or holds it"
-        raise UsageError(what, f"{why}, and all of it would be copied", "Name the folder of one project")
+        why = "it is the root of the file system" if real == Path("/") else "it is or contains your home folder"
+        raise UsageError(what, f"{why}, and all of it would be copied", "Use the folder of one project")
     ours = next((place for place in _not_copied() if real == place or place in real.parents), None)
     if ours is not None:
-        why = f"{ours} belongs to the system or holds x07's own records"
-        raise UsageError(what, why, "Name the folder of one project")
+        why = f"{ours} belongs to the system or contains x07's own records"
+        raise UsageError(what, why, "Use the folder of one project")
     return Path(collapse_leading_slashes(os.path.normpath(folder)))
 
 

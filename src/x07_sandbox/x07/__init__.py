@@ -1,1 +1,1 @@
-"""What only X07's callers need: its programs and projects, its protocol, its reports."""
+"""Support for callers of X07, the language: its programs and projects, its protocol and its reports."""

@@ -1,4 +1,4 @@
-"""X07's attestation of a run, `x07.runtime.attest@0.2.0`: what ran, under which policy, in which image. No I/O."""
+"""X07's attestation of a run, `x07.runtime.attest@0.2.0`: what ran, with which policy, in which image. No I/O."""
 
 from __future__ import annotations
 
@@ -43,7 +43,11 @@ class AttestedOutcome(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
 
 class Attestation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The file. effective_policy_digest: of the bytes that the guest got. weaker_isolation: whether it was accepted."""
+    """The attestation file.
+
+    effective_policy_digest: digest of the policy document that the guest got.
+    weaker_isolation: whether the user accepted weaker isolation.
+    """
 
     schema_version: Literal["x07.runtime.attest@0.2.0"] = SCHEMA
     world: World
@@ -70,7 +74,7 @@ class Attestation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class Attested(msgspec.Struct, frozen=True, kw_only=True):
-    """What is attested besides the result. denied: ports by host; None for all ports."""
+    """Facts for the attestation that the result does not contain. denied: ports by host; None stands for all ports."""
 
     policy: Policy
     policy_bytes: bytes
@@ -82,15 +86,17 @@ class Attested(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def attest(result: Result, solve: SolveReport, given: Attested) -> Attestation:
-    """Return the attestation of a run. Raises RefusedError for what cannot be attested."""
+    """Return the attestation of a run. Raises RefusedError if the run cannot be attested."""
     policy_digest = f"sha256:{hashlib.sha256(given.policy_bytes).hexdigest()}"
     if result.digests.policy != policy_digest:
-        raise _cannot(POLICY_CODE, f"{given.policy_path} changed during the start", "Do not change the policy file")
+        raise _cannot(
+            POLICY_CODE, f"{given.policy_path} changed while the run started", "Try again without changing that file"
+        )
     backend = sandbox_backend_of(result)
     if isinstance(backend, UnsetType):
         raise _cannot(WRITE_CODE, "the program was not isolated", "Use --sandbox-backend vm")
     if result.digests.image is None and backend == "vm":
-        raise _cannot(GUEST_CODE, "the digest of the guest image is unknown", "Rebuild the image: x07 image build")
+        raise _cannot(GUEST_CODE, "the digest of the guest image is unknown", "To rebuild the image: x07 image build")
     net = given.policy.net
     mode = network_mode(given.policy)
     return Attestation(
@@ -102,7 +108,7 @@ def attest(result: Result, solve: SolveReport, given: Attested) -> Attestation:
         guest_image_digest=result.digests.image,
         effective_policy_digest=policy_digest,
         network_mode=mode,
-        # A run with hosts starts only if the host side enforces the list.
+        # A run with allowed hosts starts only if the host enforces the list.
         network_enforcement="vm_boundary_allowlist" if mode == "allowlist" else "none",
         allow_dns=net.allow_dns,
         allow_tcp=net.allow_tcp,
@@ -121,14 +127,14 @@ def attest(result: Result, solve: SolveReport, given: Attested) -> Attestation:
 
 
 def network_mode(policy: Policy) -> NetworkMode:
-    """Return the policy's network mode in X07's terms."""
+    """Return the policy's network mode, as X07's attestation calls it."""
     if not policy.net.enabled:
         return "none"
     return "allowlist" if policy.net.allow_hosts else "disabled"
 
 
 def reference(path: str, made: Attestation) -> AttestationReference:
-    """Return the report's reference to the attestation at *path*."""
+    """Return the entry in the runner report that refers to the attestation at *path*."""
     return AttestationReference(
         path=path,
         sandbox_backend=made.sandbox_backend,

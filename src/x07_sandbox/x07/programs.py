@@ -1,4 +1,4 @@
-"""Read an X07 program or project for its compiler."""
+"""Read a program or project in the X07 language for its compiler."""
 
 from __future__ import annotations
 
@@ -36,9 +36,11 @@ def load_x07(
     options: x07.Options = x07.Options(),  # noqa: B008 - it cannot be changed
     profiles: bool = True,
 ) -> tuple[RunRequest, Program] | None:
-    """Return the program at *path*, and the request completed from its profile; None if it is not X07's.
+    """Return the program at *path* and the request with its profile's settings; None if it is not in the X07 language.
 
-    options: for the compiler. profiles: whether to use the profiles of a project. Raises UsageError.
+    options: options for the compiler.
+    profiles: whether to use the profiles of a project.
+    Raises UsageError.
     """
     if not x07.is_x07(path):
         return None
@@ -52,7 +54,9 @@ def load_x07(
     )
     if path.name.endswith(x07.SOURCE_SUFFIX) and path.name != x07.PROJECT_FILE:
         if request.profile is not None:
-            raise UsageError("cannot use --profile", "a single program has no profiles", "Name a project, or omit it")
+            raise UsageError(
+                "cannot use --profile", "a single program has no profiles", "Remove --profile, or run a project"
+            )
         options = x07.merged(given, None)
         request = replace(request, max_output_bytes=options.max_output_bytes)
         return request, _program(request, path, options, stack)
@@ -62,7 +66,7 @@ def load_x07(
 def load_artifact(
     request: RunRequest, path: Path, stack: contextlib.ExitStack, *, options: x07.Options
 ) -> tuple[RunRequest, Program]:
-    """Return the executable at *path*, which X07 compiled earlier, and its request. Raises UsageError."""
+    """Return the executable at *path*, which X07's compiler made, and the request for it. Raises UsageError."""
     reject_profile(request, str(path))
     data = read_bounded(path, "artifact", settings.ARTIFACT_MAX_BYTES)
     program = single_file(X07_ARTIFACT, source_name(str(path)), data, request, stack)
@@ -73,12 +77,12 @@ def load_artifact(
 
 
 def _with_arguments_as_input(request: RunRequest, path: Path, stack: contextlib.ExitStack) -> RunRequest:
-    """Return the request with its arguments, if any, packed as the whole input. Raises UsageError."""
+    """Return the request with its arguments, if any, encoded as the program's whole input. Raises UsageError."""
     if not request.args:
         return request
     if request.input is not None or (request.stdin_fd is not None and not request.stdin_default):
-        why = "the arguments of an X07 program are its input"
-        raise UsageError(f"cannot run {path} with arguments and with input", why, "Omit one of them")
+        why = "an X07 program receives its arguments as input"
+        raise UsageError(f"cannot run {path} with arguments and input", why, "Remove the arguments or the input")
     fd = memory_file(x07.arguments_as_input(request.args), stack)
     return replace(request, args=(), stdin_fd=fd, stdin_default=False)
 
@@ -88,7 +92,7 @@ def _program(request: RunRequest, path: Path, options: x07.Options, stack: conte
     words = ["--program", f"{SOURCE_FOLDER}/{x07.PROGRAM}"]
     read: list[Path] = []
     for index, root in enumerate(options.module_roots):
-        packed = pack_tree(Path(root), ["**"], what=f"cannot take the module root {root}", check=request.cancel.check)
+        packed = pack_tree(Path(root), ["**"], what=f"cannot use the module root {root}", check=request.cancel.check)
         files |= {f"module_roots/{index}/{name}": data for name, data in packed.files.items()}
         read += [Path(root) / name for name in packed.files]
         words += ["--module-root", f"{SOURCE_FOLDER}/program/module_roots/{index}"]
@@ -110,7 +114,7 @@ def _project(
     lock = project.lockfile or x07.LOCK_FILE
     if not folder.has_file(lock):
         why = f"its lock file {lock[:80]} is missing"
-        raise UsageError(f"cannot run the project {path}", why, "Write it with X07's own `x07 pkg lock`")
+        raise UsageError(f"cannot run the project {path}", why, "Create it with `x07 pkg lock` of the X07 toolchain")
     profile = x07.choose_profile(project, request.profile, source=str(path)) if profiles else None
     if profile is not None:
         if profile.world != x07.WORLD and request.policy is None:
@@ -124,7 +128,7 @@ def _project(
     request = replace(request, max_output_bytes=options.max_output_bytes)
     words = ["--project", f"{PROJECT_FOLDER}/{path.name}"]
     packed = pack_tree(folder.root, ["**"], check=request.cancel.check)
-    # Outputs of an earlier run are packed too, but are not sources: the next run may overwrite them.
+    # Outputs of an earlier run are packed too. They are not sources, so the next run may overwrite them.
     sources = (name for name in packed.files if name.endswith(x07.SOURCE_SUFFIX))
     named = (name for each in project.profiles.values() for name in (each.policy, each.input) if name is not None)
     read = (path, *(folder.root / name for name in (lock, *sources, *named)))

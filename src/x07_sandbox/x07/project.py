@@ -1,6 +1,6 @@
-"""X07's project file, and the command line of its compiler in the build VM: X07's runner with --compile-only.
+"""The project file of the X07 language, and the command line of its compiler (x07-os-runner --compile-only).
 
-Formats and command line are X07's (docs/reference/x07.md).
+docs/reference/x07.md describes these formats.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=_MOST)]
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
-    """Options of X07's compiler and runtime, named after the flags; None if not given. module_roots: on the host."""
+    """Options of X07's compiler and runtime, named after flags; None if not given.
+
+    module_roots: folders on the host.
+    """
 
     solve_fuel: int | None = None
     max_memory_bytes: int | None = None
@@ -60,7 +63,7 @@ DEFAULTS: Final[dict[str, Any]] = {
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True):
-    """One profile of a project. policy: a path relative to the project. Other keys are ignored."""
+    """One profile of a project. policy: a path relative to the project. Other keys of the file are ignored."""
 
     world: str
     policy: str | None = None
@@ -74,7 +77,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Project(msgspec.Struct, frozen=True, kw_only=True):
-    """The part of a project file that a run needs; the rest is for X07's compiler."""
+    """The part of a project file that a run needs. The compiler reads the other parts."""
 
     schema_version: str
     profiles: dict[str, Profile] = {}
@@ -102,7 +105,10 @@ def decode_project(data: bytes, *, source: str) -> Project:
 
 
 def choose_profile(project: Project, name: str | None, *, source: str) -> Profile | None:
-    """Return the named profile, else the default, `dev` or `os`; None if there are none. Raises UsageError."""
+    """Return the profile *name*, or else the default profile, `dev` or `os`; None if there are no profiles.
+
+    Raises UsageError.
+    """
     if not project.profiles and name is None:
         return None
     wanted = [name] if name is not None else [*filter(None, [project.default_profile]), *_CHOICES]
@@ -117,7 +123,7 @@ def choose_profile(project: Project, name: str | None, *, source: str) -> Profil
 
 
 def merged(options: Options, profile: Profile | None) -> Options:
-    """Return the options: from flags, else from the profile, else X07's defaults."""
+    """Return the options to use: those of the flags, then of the profile, then X07's defaults."""
     values = DEFAULTS | {"auto_ffi": True}
     for given in (profile, options):
         found = {name: getattr(given, name, None) for name in Options.__struct_fields__}
@@ -126,7 +132,7 @@ def merged(options: Options, profile: Profile | None) -> Options:
 
 
 def compile_argv(options: Options, target: Sequence[str]) -> list[str]:
-    """Return the command line for the build VM. target: --program or --project with its path, and module roots."""
+    """Return the compiler's command line. target: --program or --project with its path, and module roots."""
     words = [RUNNER, "--cc-profile", str(options.cc_profile), "--world", WORLD]
     words += ["--sandbox-backend", "os", "--i-accept-weaker-isolation"]
     if options.max_c_bytes is not None:
@@ -142,28 +148,28 @@ def compile_argv(options: Options, target: Sequence[str]) -> list[str]:
 
 
 def arguments_as_input(args: Sequence[str]) -> bytes:
-    """Return arguments as the input of an X07 program (argv_v1): their number, then each with its length first."""
+    """Return arguments as the input of an X07 program (argv_v1): their number, then each one after its length."""
     encoded = [arg.encode("utf-8", "surrogateescape") for arg in args]
     return struct.pack("<I", len(encoded)) + b"".join(struct.pack("<I", len(arg)) + arg for arg in encoded)
 
 
 def is_x07(path: Path) -> bool:
-    """Whether *path* is an X07 program or project."""
+    """Return whether *path* is a program or project in the X07 language."""
     if path.name == PROJECT_FILE or path.name.endswith(SOURCE_SUFFIX):
         return True
-    # Of any file type: the reader reports what is wrong.
+    # The file may be of any type. The reader reports an error if it is wrong.
     return os.path.lexists(path / PROJECT_FILE) and not os.path.lexists(path / "x07-sandbox.toml")
 
 
 def diagnostics_line(messages: Sequence[str]) -> str:
-    """Return schema errors of a policy in the form of X07's tools: one line of JSON."""
+    """Return schema errors of a policy as one line of JSON, in the form of X07's tools."""
     kind = {"code": "X07-POLICY-SCHEMA-0001", "severity": "error", "stage": "parse"}
     rows = [kind | {"message": message} for message in messages]
     return json.dumps({"schema_version": "x07.x07diag@0.1.0", "ok": False, "diagnostics": rows})
 
 
 def first_project(files: Sequence[str], policy: str) -> bytes:
-    """Return a new x07.json with one profile for *policy*. Its entry is a usual name, or the only X07 source."""
+    """Return a new x07.json with one profile for *policy*. Its entry has a usual name or is the only X07 source."""
     sources = [name for name in files if name.endswith(SOURCE_SUFFIX)]
     usual = [name for name in _ENTRIES if name in sources]
     entry = usual[0] if usual else sources[0] if len(sources) == 1 else _ENTRIES[0]
@@ -183,4 +189,4 @@ def first_project(files: Sequence[str], policy: str) -> bytes:
 
 
 def _wrong(source: str, why: str) -> NoReturn:
-    raise UsageError(f"cannot read the project file {source}", why, "Correct it; see X07's documentation")
+    raise UsageError(f"cannot read the project file {source}", why, "Correct the file; see X07's documentation")

@@ -1,6 +1,6 @@
-"""X07's protocol: its compiler reads policy and input from files; its programs read one frame and write one.
+"""The protocol of X07 programs. Their compiler reads the policy and the input from files.
 
-A frame is a length of four bytes, little-endian, then the data.
+A program reads one frame and writes one. A frame is a length of four bytes, little-endian, then the data.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ _INPUT: Final = f"{SOURCE_FOLDER}/input.bin"
 
 
 class X07Protocol:
-    """The protocol as a run uses it (programs/protocol)."""
+    """The protocol, in the form that a run uses (programs/protocol)."""
 
     input_max_bytes: Final = INPUT_MAX_BYTES
     usage_exit: Final = USAGE_EXIT
 
     def require_policy(self, *, given: bool) -> None:
-        """Raise UsageError unless a policy is given: X07's programs have no default policy."""
+        """Raise UsageError unless a policy is given: X07 programs have no default policy."""
         if not given:
-            why = f"X07 programs in {WORLD} require one"
+            why = f"X07 programs in {WORLD} require a policy"
             raise UsageError("no policy given", why, "Add --policy FILE, or set it in the project's profile")
 
     def build_extras(self, policy: bytes) -> BuildExtras:
@@ -59,14 +59,14 @@ class X07Protocol:
 
 
 PROTOCOL: Final[Protocol] = X07Protocol()
-# Chosen by the kind of program only, not by --toolchain.
+# Selected only by the kind of program, not by --toolchain.
 X07: Final = Toolchain(
     name="x07",
     suffixes=(),
     build=lambda source: list(source.args),
     needs=("x07",),
     protocol=PROTOCOL,
-    doc="X07, with the toolchain in the image.",
+    doc="The X07 language, compiled by the X07 toolchain in the image.",
 )
-# Compiled earlier: not built, but it reads and writes frames.
-X07_ARTIFACT: Final = replace(X07, build=None, needs=(), doc="An executable that X07 compiled earlier.")
+# An executable that was compiled earlier. It is not built, but it reads and writes frames.
+X07_ARTIFACT: Final = replace(X07, build=None, needs=(), doc="An executable that X07's compiler made earlier.")

@@ -1,7 +1,7 @@
-"""X07's report of an X07 program: the compiler's report from the build VM, and the program's frames. No I/O.
+"""X07's report of an X07 program, made from the compiler's report in the build VM and the program's frames. No I/O.
 
-The program's output is a frame: four bytes of length, little-endian, then the data. The counters of its runtime are in
-the last line of standard error that is a JSON object with a counter. All of it is hostile data.
+The program's output is a frame: a length of four bytes, little-endian, then the data. The counters of the X07 runtime
+are in the last line of standard error that is a JSON object with a counter. All of this is hostile data.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ NOT_FRAMED: Final = "stdout is not one complete frame"
 NO_METRICS: Final = "stderr has no line of metrics"
 
 
-# The counters of X07's runtime; None if missing. Other keys are ignored.
+# The counters of the X07 runtime; None if missing. Other keys are ignored.
 Metrics: Final = msgspec.defstruct(
     "Metrics",
     [(field.name, field.type, None) for field in msgspec.structs.fields(SolveReport) if field.name in COUNTERS],
@@ -49,7 +49,7 @@ def framed_output(stdout: bytes) -> bytes | None:
 
 
 def find_metrics(stderr: bytes) -> dict[str, Any] | None:
-    """Return all counters from the last line that has one."""
+    """Return the counters in the last line of standard error that has any."""
     for line in reversed(stderr.splitlines()):
         if not line.lstrip().startswith(b"{"):
             continue
@@ -65,7 +65,7 @@ def find_metrics(stderr: bytes) -> dict[str, Any] | None:
 def read_protocol(report: CompileRunReport) -> CompileRunReport:
     """Return the report with the output unpacked and the counters filled in.
 
-    A program that exited with 0 but broke the protocol has failed.
+    A program that exited with status 0 but broke the protocol is reported as failed.
     """
     if report.solve is None:
         return report
@@ -84,7 +84,7 @@ def _read(solve: SolveReport) -> SolveReport:
 
 
 class _CompilerReport(msgspec.Struct, frozen=True):
-    """The part of the compiler's report that we use; every field is checked, since it comes from a guest."""
+    """The part of the compiler's report that is used. Every field is checked, because the report comes from a guest."""
 
     compile: CompileReport
 
@@ -114,12 +114,12 @@ def report_of(result: Result, built: Built, program: Program) -> CompileRunRepor
 
 
 def mode_of(program: Program) -> CompileMode:
-    """Return X07's name for the way a program is built and run."""
+    """Return the mode in X07's report: how a program is built and run."""
     return "project-compile-run" if program.project else "compile-run"
 
 
 def describe_ending(result: Result, report: CompileRunReport) -> list[str]:
-    """Return a message about what failed, if anything; changes that were not applied are reported elsewhere."""
+    """Return a message about what failed, if anything did. Changes that were not applied are reported elsewhere."""
     if not report.exit_code or (result.ok and result.x07_exit_code):
         return []
     if not result.ok:

@@ -1,7 +1,7 @@
-"""X07's runner report, `x07-os-runner.report@0.5.0`, made from our result, and its wrapped form.
+"""X07's runner report, `x07-os-runner.report@0.5.0`, made from a run's result, and its wrapped form.
 
-Its shape is X07's: all keys of a mode, and no others. The counters of X07's own programs (fuel, calls, statistics) are
-null for programs of our toolchains.
+X07 defines its shape: all keys of a mode, and no others. Counters that only X07 programs have (fuel, calls, statistics)
+are null for programs of other toolchains.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class NativeRequirement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
 
 
 class NativeRequires(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The native libraries that a program needs; none for programs of our toolchains."""
+    """The native libraries that a program needs; none for programs of other toolchains than X07's."""
 
     schema_version: Literal["x07.native-requires@0.1.0"] = NATIVE_REQUIRES
     world: World | UnsetType = UNSET
@@ -52,7 +52,8 @@ class NativeRequires(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 class CompileReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The result of the build.
 
-    c_source_size: of the C code that X07's compiler generates; 0 for our toolchains. compiled_exe: in the build VM.
+    c_source_size: size of the C code that X07's compiler generates; 0 for other toolchains.
+    compiled_exe: path in the build VM.
     """
 
     ok: bool
@@ -119,7 +120,7 @@ class MemStats(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class DebugStats(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Counters of X07's checks."""
+    """Counters of X07's run-time checks."""
 
     borrow_violations: Count
 
@@ -165,7 +166,7 @@ class AttestationReference(msgspec.Struct, frozen=True, kw_only=True, forbid_unk
 
 
 class CompileRunReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The report of a program that was built and run. solve: null when it was not run."""
+    """The report of a program that was built and run. solve: null if the program was not run."""
 
     schema_version: Literal["x07-os-runner.report@0.5.0"] = SCHEMA
     mode: CompileMode
@@ -178,7 +179,7 @@ class CompileRunReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
 
 class RunOsReport(SolveReport, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The report of an artifact that was run; its result is at the top level."""
+    """The report of an artifact that was run. Its result is at the top level."""
 
     schema_version: Literal["x07-os-runner.report@0.5.0"] = SCHEMA
     mode: Literal["run-os"]
@@ -189,7 +190,11 @@ class RunOsReport(SolveReport, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class Built(msgspec.Struct, frozen=True, kw_only=True):
-    """What a report contains besides the result. lang_id: the toolchain. path, size: of the artifact in the guest."""
+    """Facts for a report that the result does not contain.
+
+    lang_id: the toolchain.
+    path, size: path and size of the artifact in the guest.
+    """
 
     mode: CompileMode
     world: World
@@ -199,7 +204,7 @@ class Built(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def runner_report(result: Result, built: Built) -> CompileRunReport:
-    """Return the report of a run. Usage errors have none: they end the command with exit code 2."""
+    """Return the report of a run. A usage error has no report; it ends the command with exit code 2."""
     if result.outcome == "build-failed":
         compiled, solve = _failed_build(result, built.lang_id), None
     elif result.digests.artifact is None:
@@ -218,14 +223,14 @@ def runner_report(result: Result, built: Built) -> CompileRunReport:
 
 
 def sandbox_backend_of(result: Result) -> SandboxBackend | UnsetType:
-    """Return X07's name for the isolation of a run; its reports have none for a run without isolation."""
+    """Return X07's name for the isolation of a run. X07's reports omit it for a run without isolation."""
     if result.isolation == "none":
         return UNSET
     return "os" if result.isolation == "process" else "vm"
 
 
 def failure_report(message: str, *, mode: CompileMode, world: World, lang_id: str) -> CompileRunReport:
-    """Return the report for a build VM that could not be started, or was lost."""
+    """Return the report for a build VM that could not be started, or that was lost."""
     stderr = message.encode(errors="backslashreplace")
     compiled = replace(_NOT_BUILT, lang_id=lang_id, compile_error=message, stderr_b64=stderr, trap=_lost(message))
     return CompileRunReport(
@@ -234,7 +239,7 @@ def failure_report(message: str, *, mode: CompileMode, world: World, lang_id: st
 
 
 def flat_report(report: CompileRunReport) -> RunOsReport:
-    """Return the report in the form for artifacts (mode run-os). If nothing ran, trap is the reason."""
+    """Return the report in the form for artifacts (mode run-os). If nothing ran, its trap is the reason."""
     compiled = report.compile
     solve = report.solve or _uncounted(
         ok=False,
@@ -275,7 +280,7 @@ def _failed_build(result: Result, lang_id: str) -> CompileReport:
         compile_error=result.reason,
         stdout_b64=result.stdout.data,
         stderr_b64=result.stderr.data,
-        # A compiler that exited by itself has printed the errors; one that was killed has only the reason.
+        # A compiler that exited by itself has printed its errors. For a killed compiler only the reason is known.
         trap=None if result.exit_code else result.reason,
     )
 
@@ -284,7 +289,7 @@ def _solved(result: Result) -> SolveReport:
     stdout, stderr = result.stdout.data, result.stderr.data
     trap = _trap(result, stderr)
     ok = result.outcome == "ok" and trap is None
-    # The program's own status if it exited by itself; else the exit code of `x07 run`, which is not 0 then.
+    # The program's own status if it exited by itself. Otherwise the exit code of `x07 run`, which is not 0 then.
     own = result.exit_code if result.outcome in {"ok", "failed"} else None
     status = (result.x07_exit_code or FAILED_EXIT) if own is None else own
     return _uncounted(ok=ok, exit_status=status, stdout=stdout, stderr=stderr, trap=trap)
@@ -304,9 +309,9 @@ def _uncounted(*, ok: bool, exit_status: int, stdout: bytes, stderr: bytes, trap
 
 
 def _trap(result: Result, stderr: bytes) -> str | None:
-    """Return what ended the program, in X07's words if it has any; None for success."""
+    """Return what ended the program, in X07's words if X07 has any for it; None for success."""
     words = {
-        # The program succeeded, but its changes were not all applied: not a success for the caller.
+        # The program succeeded, but not all its changes were applied, so the run is no success for the caller.
         "ok": f"its changes to files were not applied: {result.changes.reason}" if result.x07_exit_code else None,
         "failed": _last_words(stderr) if result.program_started else result.reason,
         "timeout": "timed out",
@@ -320,7 +325,7 @@ def _trap(result: Result, stderr: bytes) -> str | None:
 
 
 def _last_words(stderr: bytes) -> str | None:
-    """Return the last line of standard error that is not JSON, which X07 uses as the trap of a failed program."""
+    """Return the last line of standard error that is not JSON. X07 uses that line as the trap of a failed program."""
     for line in reversed(stderr.decode(errors="replace").splitlines()):
         words = line.strip()
         if words and not _is_json(words):
@@ -343,7 +348,7 @@ def _lost(message: str) -> str:
 
 
 class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What was run. resolved_module_roots: empty for our toolchains."""
+    """The program that was run. resolved_module_roots: empty for other toolchains than X07's."""
 
     kind: Literal["project", "program", "artifact"]
     path: str
@@ -353,7 +358,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class WrappedReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The wrapped report. report: the runner's, unchanged."""
+    """The wrapped report. report: the unchanged runner report."""
 
     schema_version: Literal["x07.run.report@0.3.0"] = WRAPPED_SCHEMA
     runner: Literal["os", "host"]
@@ -364,12 +369,12 @@ class WrappedReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 def wrap(report: CompileRunReport | RunOsReport, target: Target) -> WrappedReport:
-    """Return the runner's report in its envelope."""
+    """Return the wrapped form of a runner report."""
     return WrappedReport(runner="os", world=report.world, target=target, report=msgspec.to_builtins(report))
 
 
 def target_of(program: Program, path: Path | None, report: CompileRunReport | RunOsReport) -> Target:
-    """Return what was run. path: of the program; None for a source without a file, which is named `-`."""
+    """Return the target of a run. path: path of the program; None for a source without a file, whose path is `-`."""
     root = None if path is None or not program.project else path if is_folder(path) else path.parent
     return Target(
         kind="artifact" if isinstance(report, RunOsReport) else "project" if program.project else "program",

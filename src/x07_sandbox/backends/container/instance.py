@@ -147,7 +147,7 @@ class _Files:
                 self.listener = stack.enter_context(self._listening())
         except OSError as exc:
             why = f"{exc.filename}: {exc.strerror}"
-            raise HostError("cannot make the job's files", why, "Free space there") from exc
+            raise HostError("cannot make the job's files", why, "Free disk space") from exc
 
     def _listening(self) -> socket.socket:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)

@@ -121,7 +121,7 @@ def start_unconfined(record: JobRecord, deadline_s: int) -> Iterator[ProcessInst
             folder.mkdir(mode=0o700)
         except OSError as exc:
             why = f"{folder}: {exc.strerror}"
-            raise HostError("cannot make the job's folder", why, "Free space there") from exc
+            raise HostError("cannot make the job's folder", why, "Free disk space") from exc
         ends = _Ends(stack)
         argv = supervisor_argv(
             agent_argv(str(code), "none", str(ends.far_fd), str(folder), record.mark),
