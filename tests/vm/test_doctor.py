@@ -63,14 +63,14 @@ def test_doctor_starts_a_machine(working_host: tuple[int, dict[str, Any], bytes]
     code, found, shown = working_host
     assert (code, found["good"]) == (0, True)
     assert "the guest agent answered" in found["text"]
-    assert b"starting a machine" in shown
+    assert b"starting a VM as a run does" in shown
 
 
 @pytest.mark.root
 @pytest.mark.parametrize(
     ("missing", "text", "fix"),
     [
-        ("all", "root lacks CAP_KILL CAP_SETGID CAP_SETUID CAP_SETPCAP", "allow changing uids"),
+        ("all", "root lacks CAP_KILL CAP_SETGID CAP_SETUID CAP_SETPCAP", "allow it to change uids"),
         ("setuid", "setresuid failed", "allow changing uids"),
     ],
 )
