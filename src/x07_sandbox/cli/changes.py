@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 _LISTED: Final = 10
 _APPLY_EPILOG: Final = """Applies everything or nothing: if a file has changed since it was copied into the VM,
-nothing is changed. If the command is killed, the next x07 command finishes it or rolls it back. Changes that the run
-left out need a flag, such as --allow-hidden; x07 diff shows which. To apply a different selection, first run x07 undo.
+nothing is changed. If the command is killed, the next x07 command finishes it or rolls it back. x07 diff marks
+the changes that the run left out, and the flag that each one needs. To apply a different selection, first run x07 undo.
 
 examples:
   x07 apply                        the changes of the latest run
@@ -56,8 +56,8 @@ examples:
   x07 diff --json | jq '.roots[].changes[] | .name'
 """
 _UNDO_EPILOG: Final = """Reverts everything or nothing: if a file was changed after the changes were applied, nothing is
-reverted. Reverted changes can be applied again. If x07 apply added changes that the run had left out, the first
-x07 undo reverts only those; a second x07 undo reverts the rest.
+reverted. Reverted changes can be applied again. If the run applied some changes and x07 apply added others
+later, x07 undo first reverts those of x07 apply. Run x07 undo again to revert those of the run.
 
 examples:
   x07 undo
@@ -71,7 +71,7 @@ def add_apply(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `x07 apply`."""
     parser.epilog = _APPLY_EPILOG
     add_run_argument(parser)
-    repeated(parser, "--skip", "PATH", "leave out PATH: absolute, or relative to a folder that the run could change")
+    repeated(parser, "--skip", "PATH", "do not apply changes to PATH: absolute, or relative to a folder of the run")
     repeated(parser, "--allow-protected", "PATTERN", "allow protected names such as .git or Jenkinsfile", type=nonempty)
     switch(parser, "--allow-hidden", "also apply changes to dotfiles")
     switch(parser, "--allow-symlinks", "also apply symbolic links")

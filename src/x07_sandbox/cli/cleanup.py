@@ -48,7 +48,7 @@ examples:
 _PRUNE_EPILOG: Final = """what is removed (default: all three):
   --images  images that have no name, with their packages and saved VMs; the image in X07_VM_GUEST_IMAGE_DIGEST is kept
   --cache   built programs that were not used for 7 days, and leftovers of killed processes
-  --runs    records of jobs and folders of runs that ended more than 7 days ago, with their saved changes and undo data
+  --runs    what is kept of runs that ended more than 7 days ago: job records, output, saved changes and undo data
 Nothing is removed that a run or build in progress uses, or that belongs to another user. Damaged items, and items of
 a newer x07 version, are only listed.
 

@@ -43,7 +43,7 @@ def say_denials(result: Result) -> None:
 
 
 def for_flags(result: Result, flags: Collection[str]) -> Result:
-    """Return the result with advice for a command that has only these flags; other flags are given for x07 run."""
+    """Return the result with advice for a command that has only *flags*; other advice says to use x07 run."""
 
     def adapted(allowing: HowToAllow | None) -> HowToAllow | None:
         if allowing is None or not allowing.flag or allowing.flag.partition(" ")[0] in {*flags, "x07"}:

@@ -52,8 +52,8 @@ _EXAMPLES: Final = """examples:
 """
 _LOAD: Final = """Load an image into podman and docker, for --backend podman|docker. The image has the same id in both,
 on every machine. Set X07_VM_GUEST_IMAGE_DIGEST to this id to accept only this image."""
-_RM: Final = """Remove images by name, with their saved VMs and the packages that no other image needs. An image that
-also has another name is kept. Running programs are not affected."""
+_RM: Final = """Remove images by name, with their saved VMs and the packages that no other image needs. If an image
+also has another name, only the name is removed. Running programs are not affected."""
 
 
 def add_image(parser: argparse.ArgumentParser) -> None:
@@ -68,7 +68,7 @@ def add_image(parser: argparse.ArgumentParser) -> None:
         (
             "pip",
             "PKG,...",
-            "Python packages to install from wheels, or file:requirements.txt",
+            "Python packages to install from wheels, or file:PATH for a requirements file",
             "remove the Python packages that --pip added",
         ),
         (

@@ -36,16 +36,16 @@ _DEPTH_MAX: Final = 256  # os.walk of Python 3.11 calls itself for each level
 # Folders of builds and tools, which hold no sources.
 _NO_SOURCES: Final = frozenset({"__pycache__", "bin", "build", "deps", "dist", "node_modules", "out", "target", "venv"})
 _EPILOG: Final = f"""With --toolchain: write an {FILE} that lists the sources in DIR (docs/reference/programs.md).
-Without it: write an {MANIFEST} for a project in the X07 language. The file has one profile, `sandbox`; x07 policy init
-writes the policy of this profile. The project also needs a lock file: the X07 language's own tool, which is also called
-x07, writes the lock file (x07 pkg lock).
+Without it: write an {MANIFEST} for a project in the X07 language. The file has one profile, `sandbox`, which refers to
+a policy file; x07 policy init creates the policy file. The project also needs a lock file: the X07 language's own tool,
+which is also called x07, writes the lock file (x07 pkg lock).
 
 examples:
   x07 init --toolchain python
   x07 init --toolchain make --artifact bin/prog project
   x07 init && x07 policy init --template default
 
-exit code: 0 the file was created or is up to date; 2 a different file exists and was not changed, or an error
+exit code: 0 the file was created or is up to date; 2 the file exists with other content (it is kept), or another error
 """
 
 
@@ -57,7 +57,7 @@ def add_init(parser: argparse.ArgumentParser) -> None:
     names = tuple(row.name for row in ROWS)
     parser.add_argument("--toolchain", choices=names, metavar="T", help=f"language or build tool: {', '.join(names)}")
     started, made = ", ".join(_WITH_ENTRY), ", ".join(_WITH_ARTIFACT)
-    doc = f"{started}: the file to start (default: main)"
+    doc = f"{started}: the file to start (default: main with the suffix of the language)"
     parser.add_argument("--entry", type=nonempty, metavar="FILE", help=doc)
     parser.add_argument("--artifact", metavar="FILE", help=f"{made}: the file it builds (default: from the Makefile)")
     doc = "for X07 projects: template of the policy (default: the one named default)"

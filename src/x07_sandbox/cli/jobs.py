@@ -17,15 +17,18 @@ if TYPE_CHECKING:
 
     from x07_sandbox.housekeeping.listing import JobLine
 
-_PS_EPILOG: Final = """A run is one x07 command. Each VM or container that the run starts, to build or to run, is a job.
+_PS_EPILOG: Final = """A run is one call of x07 run or x07 exec. Each VM or container that a run starts is a job.
 
 states:
   waiting                     the run has no job yet, e.g. because it waits for a free slot
   starting, running, ending   the x07 process that started the job is alive
-  orphaned                    that x07 process is dead: the next run or x07 sweep removes the job
+  orphaned                    the x07 process that started the job is dead: the next run or x07 sweep removes the job
   expired                     the deadline has passed: the next run or x07 sweep removes the job
-  done, reaped                ended by that x07 process, or by another process (with --all)
-  unowned, foreign, newer     the record is another user's, another machine's, or a newer x07 version's (with --all)
+  done                        ended by the x07 process that started the job (with --all)
+  reaped                      ended by another x07 process (with --all)
+  unowned                     the record is another user's (with --all)
+  foreign                     the record is another machine's (with --all)
+  newer                       the record is a newer x07 version's (with --all)
   damaged                     the record cannot be read (with --all)
 
 LEFT is the time until the job's deadline. At the deadline the job is killed, even if the x07 process that started it
@@ -60,8 +63,8 @@ exit code: 0 the run has ended; 125 it could not be ended
 def add_ps(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `x07 ps`."""
     parser.epilog = _PS_EPILOG
-    switch(parser, "--all", "also show ended jobs, and records in the states below that need --all")
-    add_document_flags(parser, "print one JSON object, with labels and reasons")
+    switch(parser, "--all", "also show jobs in the states marked (with --all) below")
+    add_document_flags(parser, "print one JSON object, with each job's labels and the reason for its state")
     parser.set_defaults(carry_out=_ps)
 
 

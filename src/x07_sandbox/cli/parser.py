@@ -172,7 +172,7 @@ def add_document_flags(parser: argparse._ActionsContainer, json_help: str = "pri
     """Add the flags of a verb that can print a JSON document (cli/json_output)."""
     switch(parser, "--json", json_help)
     option(parser, "--report-out", "FILE", "write the JSON object to this file, with or without --json", type=file_path)
-    switch(parser, "--quiet-json", "with --json and --report-out: write the JSON object only to the file")
+    switch(parser, "--quiet-json", "do not print the JSON object, only write it to the file of --report-out")
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):

@@ -40,12 +40,15 @@ REFUSED: Final = 125
 # Shown by each action's help and by docs/reference/policy.md.
 EXIT_CODES: Final = (
     ("new", "0 printed; 2 a value is out of range"),
-    ("init", "0 the file was written or is up to date; 2 a different file exists and was not changed, or an error"),
+    (
+        "init",
+        "0 the file was written or is up to date; 2 the file exists with other content (it is kept), or another error",
+    ),
     ("check", "0 all valid; 3 one is invalid; 2 one cannot be read; with --host: 0 allowed, 1 denied"),
     ("digest", "0 printed; 3 invalid; 2 cannot be read"),
     (
         "explain",
-        "0 a run could start, if its folders exist; 125 a run would be refused; 3 invalid; 2 cannot be read",
+        "0 a run could start (its folders are not checked); 125 a run would be refused; 3 invalid; 2 cannot be read",
     ),
     ("diff", "0 no difference; 1 they differ; 3 one is invalid; 2 one cannot be read"),
     ("schema", "0 printed"),
@@ -76,7 +79,7 @@ def add_policy(parser: argparse.ArgumentParser) -> None:
     policy_new.add_parser(inner)
     policy_init.add_parser(inner)
     check = inner_verb(inner, "check", "report all errors in policies")
-    doc = "a policy (with --host: at most one; default: built-in:default)"
+    doc = "policies to check; with --host: at most one (default then: built-in:default)"
     check.add_argument("files", nargs="*", metavar="FILE", help=doc)
     option(check, "--host", "HOST:PORT", "show whether the policy allows this connection, and by which rule")
     repeated(check, "--deny-host", "HOST:PORT|HOST:*", "with --host: test as if x07 run had this flag (repeatable)")

@@ -51,9 +51,11 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     )
     doc = "a policy (default: built-in:default)"
     parser.add_argument("policy", nargs="?", default="built-in:default", metavar="POLICY", help=doc)
-    parser.add_argument("--backend", metavar="B", help=f"one of {', '.join(BY_NAME)} (default: that of a run)")
+    parser.add_argument(
+        "--backend", metavar="B", help=f"one of {', '.join(BY_NAME)} (default: the one that x07 run would use)"
+    )
     toolchains = tuple(toolchain.name for toolchain in (*TOOLCHAINS, X07))
-    doc = f"the program's toolchain, one of {', '.join(toolchains)}; language.* applies to x07 only"
+    doc = f"the program's toolchain, one of {', '.join(toolchains)}; the policy fields language.* apply to x07 only"
     parser.add_argument("--toolchain", choices=toolchains, metavar="T", help=doc)
 
 

@@ -36,7 +36,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     parser = verbs.add_parser(
         "init",
         help="write a policy from a template",
-        description="Write a policy from a template, by default to .x07/policies/base in the project.",
+        description="Write a policy from a template, by default into the folder .x07/policies/base of the project.",
         epilog=_EPILOG,
     )
     parser.add_argument("--template", required=True, choices=tuple(TEMPLATES), metavar="T", help="see below")
@@ -44,7 +44,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     parser.add_argument("--project", type=file_path, metavar="FILE", help=doc)
     parser.add_argument("--policy-id", metavar="ID", help="policy_id of the policy (default: sandbox.T.base)")
     switch(parser, "--force", "overwrite a file with different content")
-    doc = "report: print one line of JSON about the file; policy: print the policy (default: a message)"
+    doc = "also print: report (one line of JSON about the file) or policy (its content)"
     emitted = ("report", "policy")
     parser.add_argument("--emit", choices=emitted, metavar="|".join(emitted), help=doc)
     parser.add_argument("--out", type=file_path, metavar="PATH", help="file to write, relative to the project")

@@ -49,7 +49,7 @@ _EXEC_EXAMPLES: Final = """examples:
   x07 exec --workdir . -- make test              run the project's tests; changes are copied back
   x07 exec --workdir proj --read -- grep -rn main src
   x07 exec --workdir . --changes keep -- sh -c './configure && make'
-  x07 diff                                       show what it changed; x07 apply applies it
+  x07 diff                                       show what the last command changed
   x07 exec --workdir . --timeout 600 --memory 1G -- make -j2
   x07 exec -- python3 --version                  without --workdir: start in an empty folder
 
@@ -72,7 +72,7 @@ def add_run(parser: Parser) -> None:
 
 def add_exec(parser: Parser) -> None:
     """Add the arguments of `x07 exec`."""
-    parser.description = "Run a command installed in the guest image in a throw-away VM, in a copy of DIR."
+    parser.description = "In a throw-away VM, run a command installed in the guest image. It works in a copy of DIR."
     parser.usage = "x07 exec [--workdir DIR [--read]] [OPTIONS] -- COMMAND [ARGS]"
     parser.late_epilog = lambda _level: _EXEC_EXAMPLES
     parser.level_of = help_level
@@ -240,8 +240,10 @@ def _is_x07(path: Path) -> bool:
 def _require_one_program(program: str | None, toolchain: str | None) -> None:
     """Raise UsageError if -c is used together with a file that was probably meant as the program."""
     if toolchain is None and program is not None and Path(program).is_file():
-        why = f"-c and the file {program} are two programs, and only one program may be given"
-        raise UsageError("wrong usage", why, f"Remove one of them, or add --toolchain to pass {program} as an argument")
+        why = f"-c and {program} both give a program"
+        raise UsageError(
+            "wrong usage", why, f"Remove one of them. If {program} is an argument of the -c program, add --toolchain"
+        )
 
 
 def _is_x07_artifact(options: argparse.Namespace) -> bool:

@@ -154,7 +154,7 @@ def add_limits(to: argparse._ActionsContainer, *, of_policy: bool = False, built
     option(to, "--memory", "SIZE", "memory limit, such as 512M or 1G", type=memory_size)
     option(to, "--cpu-time", "S", "CPU time limit in seconds", type=seconds(600))
     option(to, "--timeout", "S", "time limit in seconds", type=seconds(600))
-    procs = "limit of processes and threads, not counting the first"
+    procs = "number of processes and threads that the program may start"
     option(to, "--procs", "N", procs, type=whole_number(0, 1024, "processes"))
     option(to, "--fds", "N", "limit of open files per process", type=whole_number(0, 1024, "open files"))
     if of_policy:
@@ -191,7 +191,11 @@ def memory_size(text: str) -> int:
     from x07_sandbox.policy.limits import parse_size, range_fault
 
     size = parse_size(text)
-    fault = "is not a size: write 512M, 1G or a number of bytes" if size is None else range_fault("mem_bytes", size)
+    fault = (
+        "is not a size: write a number of bytes, or a number with K, M or G, such as 512M"
+        if size is None
+        else range_fault("mem_bytes", size)
+    )
     if size is None or fault:
         raise argparse.ArgumentTypeError(f"{text!r} {fault}")
     return size
@@ -215,7 +219,7 @@ def add_files(parser: argparse.ArgumentParser) -> None:
         choices=("apply", "all-or-nothing", "keep", "discard"),
         default="apply",
         metavar="HOW",
-        help="changed files: apply those allowed, all-or-nothing, keep or discard",
+        help="what to do with changes: apply (if allowed), all-or-nothing, keep, discard",
     )
     option(group, "--net-log", "FILE", "write one line of JSON per connection", type=file_path)
     option(group, "--diff", "FILE", "also write the changes as a patch", type=file_path)
@@ -267,7 +271,7 @@ def add_output(parser: argparse.ArgumentParser, *, built: bool = True) -> None:
 
 
 def add_x07(parser: argparse.ArgumentParser) -> None:
-    """Add the options for X07's own programs, and for scripts that call X07's command."""
+    """Add the options for programs in the X07 language, and for scripts that call its command."""
     group = parser.add_argument_group("for programs in the X07 language, and scripts that call its command")
     for kind, dest in (("program", "program_flag"), ("project", "project"), ("artifact", "artifact")):
         option(group, f"--{kind}", "F", f"the {kind}, instead of PROGRAM", dest=dest)

@@ -27,7 +27,7 @@ class Node(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid
     mode: permission bits of a file or folder.
     target: target of a link, decoded by os.fsdecode.
     size, sha256: length and digest (64 hex digits) of a file's content.
-    at: offset of the content in `data`; None if the content is not stored.
+    at: offset of the content in the change set's `data`; None if the content is not stored.
     """
 
     kind: Literal["file", "folder", "link"]
@@ -118,7 +118,7 @@ class RootChanges(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class ChangeSet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All changes of a run, or the undo set for them. all_or_nothing: apply nothing while any change is refused."""
+    """All changes of a run, or the undo set for them. all_or_nothing: apply nothing if any change is refused."""
 
     schema_version: Literal["x07.sandbox.changes@0.1.0"] = SCHEMA
     run: str

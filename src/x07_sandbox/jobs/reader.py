@@ -74,8 +74,9 @@ _D = TypeVar("_D", JobDocument, Owner)
 class StoredJob(msgspec.Struct, frozen=True, kw_only=True):
     """One job's folder.
 
-    why: the reason for every standing except `ours`. ended, ended_info: name and stat of the file that says that the
-    job's machine is gone. job: the content of job.json, if it is valid. record, owner: set if the standing is `ours`.
+    why: the reason for the standing; empty if it is `ours`.
+    ended, ended_info: name and stat of the marker file that exists if the job's machine is gone.
+    job: the content of job.json, if it is valid. record, owner: set if the standing is `ours`.
     """
 
     folder: Path

@@ -187,7 +187,7 @@ def _limits(given: Mapping[str, Any]) -> LimitChanges | None:
 
     size = parse_size(memory) if isinstance(memory, str) else memory
     if memory is not None and size is None:
-        raise bad_argument("memory", f"is {memory!r}, which is not a size: write '512M', '1G' or a number of bytes")
+        raise bad_argument("memory", f"is {memory!r}, which is not a size: use bytes, or a text such as '512M'")
     for name in ("cpu_s", "timeout_s"):
         value = given[name]
         if value is not None and not 0 < value < _SECONDS_BOUND:  # rejects NaN

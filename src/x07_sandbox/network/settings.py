@@ -17,7 +17,7 @@ _OPENED_BY: Final = {"loopback": "allow_loopback", "metadata": "allow_metadata"}
 def read_settings(path: Path | None = None) -> NetSettings:
     """Return the settings in the file; the defaults if the file is missing.
 
-    Raises UsageError if the file is invalid, and HostError if it cannot be used.
+    Raises UsageError if its content is invalid, and HostError if it cannot be read or has unsafe permissions.
     """
     path = path or settings_file()
     data = settings_bytes(path)

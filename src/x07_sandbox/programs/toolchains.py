@@ -321,7 +321,7 @@ def toolchain_for(path: str, head: bytes = b"") -> Toolchain:
         f"no toolchain handles {f'{suffix} files' if suffix else 'files without a suffix'}, and the file is neither "
         "an ELF executable nor a script with a #! line",
         advice(path)
-        or f"Use one of the suffixes {known}, add a #! line, or choose a toolchain: "
+        or f"Rename the file (known suffixes: {known}), add a #! line, or choose a toolchain: "
         f"x07 run --toolchain T {shlex.quote(path)}",
     )
 

@@ -66,7 +66,7 @@ def load_x07(
 def load_artifact(
     request: RunRequest, path: Path, stack: contextlib.ExitStack, *, options: x07.Options
 ) -> tuple[RunRequest, Program]:
-    """Return the executable at *path*, which X07's compiler made, and the request for it. Raises UsageError."""
+    """Return the executable at *path*, made by X07's compiler, and *request* adapted to it. Raises UsageError."""
     reject_profile(request, str(path))
     data = read_bounded(path, "artifact", settings.ARTIFACT_MAX_BYTES)
     program = single_file(X07_ARTIFACT, source_name(str(path)), data, request, stack)
