@@ -79,7 +79,7 @@ class Cancelled(SandboxError):  # noqa: N818 - not an error
 
 
 class PeerError(SandboxError):
-    """The peer broke the channel protocol."""
+    """The peer violated the channel protocol."""
 
     def __init__(self, what: str, why: str, fix: str = "The connection is of no more use") -> None:
         super().__init__(what, why, fix)

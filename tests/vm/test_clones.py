@@ -135,15 +135,20 @@ def test_a_program_cannot_change_the_saved_machine(sandbox: Sandbox) -> None:
 def own_cache(image: Image, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A cache beside the user's, with the same packages and no saved machine."""
     cache = tmp_path_factory.mktemp("clones") / "cache"
-    shutil.copytree(
-        image.folder.parents[1], cache, ignore=shutil.ignore_patterns("templates", "verified", "pool", "*.lock")
-    )
+    unused = shutil.ignore_patterns("templates", "verified", "pool", "*.lock")
+
+    def ignored(folder: str, names: list[str]) -> set[str]:
+        others = {name for name in names if len(name) == 64 and name != image.folder.name}
+        return {*unused(folder, names), *(others if folder == str(image.folder.parent) else ())}
+
+    shutil.copytree(image.folder.parents[1], cache, ignore=ignored)
     for folder in (cache, *(path for path in cache.rglob("*") if path.is_dir())):
         folder.chmod(0o700)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("X07_VM_CACHE_DIR", str(cache))
         build_image(progress=lambda _text: None)
         yield cache
+    shutil.rmtree(cache, ignore_errors=True)
 
 
 @pytest.fixture

@@ -72,4 +72,4 @@ def test_output_that_cannot_be_kept_ends_the_run(small_disk: SmallDisk) -> None:
     """If the program's output does not fit on the host's disk, the run ends as `backend-error` and says why."""
     ran = small_disk("8m").behave("flood", "1")
     assert (ran.outcome, ran.result.x07_exit_code) == ("backend-error", 125), ran.reason
-    assert "cannot keep the program's stdout: No space left on device" in ran.reason
+    assert "cannot store the program's stdout: No space left on device" in ran.reason

@@ -39,7 +39,7 @@ def patch() -> Iterator[pytest.MonkeyPatch]:
 
 
 @pytest.fixture(scope="module")
-def killed(image: Image, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def killed(image: Image, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The cache folder of a build that was killed while it installed packages."""
     del image  # built in the user's cache before this module sets its own
     cache = tmp_path_factory.mktemp("killed") / "a cache"  # the space: a path is no shell text
@@ -51,7 +51,8 @@ def killed(image: Image, tmp_path_factory: pytest.TempPathFactory) -> Path:
                 break
         running.send_signal(signal.SIGKILL)
     assert running.returncode == -signal.SIGKILL
-    return cache
+    yield cache
+    shutil.rmtree(cache, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")

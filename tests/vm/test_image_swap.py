@@ -83,7 +83,7 @@ def test_nothing_runs_if_the_checked_files_are_gone(copied: tuple[Account, Path]
         # Bubblewrap finds out while it makes the jail: before or after we have set our limits on it.
         if runner.started["event"] == "refused":
             text = str(runner.started["text"])
-            assert "A file that it needs was replaced or removed meanwhile" in text
+            assert "A file that it needs was just replaced or removed" in text
         else:
             runner.say(json.dumps("0"))
             message = runner.hear("findings")

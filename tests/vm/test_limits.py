@@ -62,7 +62,7 @@ def test_a_policy_file_is_never_exceeded(tmp_path: Path) -> None:
     words = ("run", "--policy", "strict.json", "--memory", "1G", "-c", "1", "--toolchain", "python")
     done = subprocess.run([*COMMAND, *words], cwd=tmp_path, capture_output=True, check=False, stdin=subprocess.DEVNULL)
     assert done.returncode == 2
-    assert b"cannot use --memory 1G: the policy strict.json allows 512M (limits.mem_bytes)" in done.stderr
+    assert b"cannot use --memory 1G: the policy strict.json allows at most 512M (limits.mem_bytes)" in done.stderr
     assert b"Set limits.mem_bytes to 1073741824" in done.stderr
 
 
@@ -84,7 +84,7 @@ def test_a_build_has_a_time_limit_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "x07-sandbox.toml").write_text(text)
     result = run_program(tmp_path, build_timeout_s=2)
     assert (result.outcome, result.x07_exit_code) == ("build-failed", 126)
-    assert "after 2 s" in result.reason
+    assert "time limit of 2 s" in result.reason
     assert "build_timeout_s=4" in result.reason
 
 

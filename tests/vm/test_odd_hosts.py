@@ -78,7 +78,7 @@ def test_an_ignored_sigchld_changes_no_verdict(state: Path) -> None:
         child.communicate(timeout=60)
     result = json.loads(report.read_bytes())
     assert (result["outcome"], result["fault"]) == ("guest-lost", "host"), result["reason"]
-    assert "monitor ended" in result["reason"]
+    assert "virtual machine monitor exited" in result["reason"]
 
 
 def test_stopped_time_does_not_count_as_cpu_time(state: Path, tmp_path: Path) -> None:
@@ -350,7 +350,7 @@ def test_quickstart_explains_a_uid_without_a_passwd_entry() -> None:
     done = subprocess.run([*words, "quickstart.sh"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")
     assert "quickstart.sh: uid 54321 has no entry in the passwd file" in done.stderr
-    assert "start quickstart.sh as a user who has a name, or as root" in done.stderr
+    assert "run quickstart.sh as a named user or as root" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["a:b", "a $b", "{a}", "a`b", 'a"b', "a\nb"])
@@ -359,7 +359,7 @@ def test_setup_rejects_a_folder_name_that_breaks_venv(tmp_path: Path, name: str)
     shutil.copytree(ROOT / "scripts", tmp_path / name / "scripts")
     done = subprocess.run([tmp_path / name / "scripts/setup.sh"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")
-    assert "Move it to a folder without." in done.stderr
+    assert "Move the project to another folder." in done.stderr
 
 
 @pytest.mark.parametrize("script", ["quickstart.sh", "setup.sh", "test.sh", "fresh_root_check.sh"])

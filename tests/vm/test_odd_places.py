@@ -118,14 +118,14 @@ def test_cleanup_never_removes_a_mounted_folder(tmp_path: Path, name: bytes) -> 
     env = {"X07_VM_STATE_DIR": str(tmp_path / "state"), "X07_VM_CACHE_DIR": str(cache)}
     done = x07("image", "build", env=env, before=mounted('mount --bind "$1" "$1" && shift && exec "$@"', place))
     assert done.returncode == 125
-    assert "something is still mounted below it" in done.stderr
+    assert "a file system is mounted below it" in done.stderr
     assert (place / "kept").exists()
 
 
 def test_a_read_only_run_folder_is_named(tmp_path: Path) -> None:
     """A read-only /run is named as the cause, and no unrelated variable is suggested."""
     reason = refused(x07(*HELLO, env={"X07_VM_STATE_DIR": str(tmp_path)}, before=mounted(READ_ONLY, Path("/run"))))
-    assert "Read-only file system. Have a /run that root can write to" in reason
+    assert "Read-only file system. Make /run writable for root" in reason
     assert "X07_VM_STATE_DIR" not in reason
 
 
@@ -187,7 +187,7 @@ def test_a_full_disk_under_the_saved_machines_means_a_cold_start(tmp_path: Path)
     result = json.loads(done.stdout)
     assert (done.returncode, result["stdout"]["text"]) == (0, "hello\n"), result["reason"]
     assert {phase["start"] for phase in result["phases"].values()} == {"cold"}
-    assert [warning for warning in result["warnings"] if "too little space" in warning], result["warnings"]
+    assert [warning for warning in result["warnings"] if "of disk space, but" in warning], result["warnings"]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -110,6 +111,7 @@ def own_cache(image: Image, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("X07_VM_CACHE_DIR", str(place))
         yield
+    shutil.rmtree(place, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -344,7 +346,7 @@ def test_a_clone_replaces_a_warm_machine_that_died(echo: str, monkeypatch: pytes
     with pool_process(1), contextlib.closing(cancel):
         result = run(RunRequest(program=Path(echo), machines=PoolClient(), cancel=cancel))
     assert (result.outcome, result.phases["run"].start) == ("ok", "clone"), result.reason
-    assert "no pool machine for the run: it did not answer" in result.warnings
+    assert "no VM of the pool was used for the run: the VM did not answer" in result.warnings
 
 
 def test_a_pool_start_that_waits_reports_it_and_can_be_stopped(
@@ -471,7 +473,7 @@ def test_a_forked_child_cannot_submit_programs(state: Path, echo: str) -> None:
             try:
                 pool.submit(echo)
             except SandboxError as exc:
-                os._exit(0 if "forked" in exc.why else 2)
+                os._exit(0 if "parent process" in exc.why else 2)
             os._exit(1)
         assert os.waitpid(child, 0)[1] == 0
     assert left_behind(state) == []
@@ -518,5 +520,5 @@ def test_a_pool_size_out_of_bounds_is_refused(state: Path, monkeypatch: pytest.M
         with pytest.raises(UsageError, match="whole number from 1 to"):
             Pool(size=size)
     monkeypatch.setattr(warm, "memory_bytes", lambda: 1000 * settings.MIB)
-    with pytest.raises(HostError, match="there are 1000 MiB for us"):
+    with pytest.raises(HostError, match="more than a quarter of the 1000 MiB"):
         Pool(size=1)

@@ -95,8 +95,8 @@ def test_the_derived_policy_is_saved_with_the_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "why"),
     [
-        (["x" * 131_072], "more than 131072 bytes"),
-        (["x" * 100_000] * 11, "all together more than 1048576"),
+        (["x" * 131_072], "one is over 131072 bytes"),
+        (["x" * 100_000] * 11, "all together are over 1048576"),
         (["a\0b"], "argument 1 contains a NUL byte"),
         (["a", 3], "argument 2 is not a string"),
     ],
@@ -128,7 +128,7 @@ def test_an_unknown_option_names_the_commands_help(tmp_path: Path) -> None:
 
 def test_a_source_name_that_is_not_utf_8_is_rejected(tmp_path: Path) -> None:
     """A source name that is not UTF-8 is rejected for that reason."""
-    with pytest.raises(SandboxError, match="no UTF-8"):
+    with pytest.raises(SandboxError, match="not UTF-8"):
         run_program(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.py"))
 
 
@@ -181,7 +181,7 @@ def test_hardware_can_be_required(tmp_path: Path) -> None:
         assert result["outcome"] == "ok"
     else:
         assert (code, result["outcome"]) == (125, "refused")
-        assert "To accept emulation unset X07_VM_REQUIRE_HARDWARE, or" in result["reason"]
+        assert "To accept emulation, unset X07_VM_REQUIRE_HARDWARE, or" in result["reason"]
 
 
 def test_a_malformed_switch_is_an_error(tmp_path: Path) -> None:

@@ -371,7 +371,7 @@ def test_a_queued_run_is_cancelled_at_once(state: Path, monkeypatch: pytest.Monk
         ({"source": "x", "args": "abc"}, "args is str, not a list of str"),
         ({"source": "x", "files": ["a"]}, "files is list"),
         ({"source": "x", "policy": {"a": 1}}, "policy is dict"),
-        ({"source": "x", "env": {"A": 1}}, "variable A is int, not a string"),
+        ({"source": "x", "env": {"A": 1}}, "the value is int, not a string"),
         ({"source": "x", "timeout_s": "5"}, "timeout_s is str"),
         ({"source": "x", "timeout_s": True}, "timeout_s is bool"),
         ({"source": "x", "timeout_s": float("nan")}, "timeout_s is nan"),
@@ -425,7 +425,7 @@ def written(path: Path) -> str:
         (lambda at: [written(at / "a\nb.py")], 2, "control characters"),
         (lambda at: [written(at / "a.exe")], 2, "no toolchain handles .exe files"),
         (lambda at: ["--toolchain", "executable", written(at / "a.exe")], 2, "neither an ELF file nor a script"),
-        (lambda _: ["--env", "A-B=1", "-c", "x", "--toolchain", "c"], 2, "not a name of a variable"),
+        (lambda _: ["--env", "A-B=1", "-c", "x", "--toolchain", "c"], 2, "not a valid variable name"),
         (lambda _: ["--env", "X07_WORLD=1", "-c", "x", "--toolchain", "c"], 2, "that start with X07_ are reserved"),
         (lambda _: ["--env", "NOT_SET_ANYWHERE", "-c", "x", "--toolchain", "c"], 2, "the variable is not set"),
         (lambda _: ["--input-b64", "???", "-c", "x", "--toolchain", "c"], 2, "not base64"),
@@ -470,8 +470,8 @@ def test_each_usage_mistake_has_its_own_error(
         (["a.sh", "--diff", "x", "--report-out", "x.json"], "it is named twice"),
         (["a.sh", "--diff", ""], "the name is empty"),
         (["a.sh", "--dry-run", "--report-out", "x"], "--dry-run writes nothing"),
-        (["a.sh", "--timeout", "0"], "is not a time above 0"),
-        (["a.sh", "--timeout", "nan"], "is not a time above 0"),
+        (["a.sh", "--timeout", "0"], "give more than 0"),
+        (["a.sh", "--timeout", "nan"], "give more than 0"),
         (["a.sh", "--top", "10"], "arguments after --"),
     ],
 )
@@ -565,7 +565,7 @@ def test_a_dry_run_of_an_x07_program_is_refused_as_its_run_is(tmp_path: Path) ->
     assert (results[0][0], "has no X07 toolchain" in results[0][1]) == (125, True)
 
 
-@pytest.mark.parametrize(("name", "why"), [("missing", "there is no "), ("link", " is a link")])
+@pytest.mark.parametrize(("name", "why"), [("missing", "does not exist"), ("link", " is a link")])
 def test_a_dry_run_checks_the_roots_as_a_run_does(tmp_path: Path, name: str, why: str) -> None:
     """--dry-run refuses a root that is missing or a link in the same words as a run."""
     (tmp_path / "link").symlink_to("/etc")
@@ -698,7 +698,7 @@ def test_a_compiler_that_exhausts_memory_is_ended(sandbox: Sandbox, monkeypatch:
     monkeypatch.setattr(settings, "BUILD_MEM_BYTES", 96 << 20)
     ran = sandbox.run_text("eat.c", '#include "/dev/zero"\nint main(void) { return 0; }\n')
     assert ran.outcome == "build-failed"
-    assert "killed at 96 MiB (fixed for builds)" in ran.reason
+    assert "killed at its memory limit of 96 MiB (fixed for builds)" in ran.reason
     assert ran.result.phases["build"].reason == ran.reason
 
 

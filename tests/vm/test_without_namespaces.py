@@ -88,7 +88,7 @@ def test_doctor_names_the_form_and_the_flags(bare: Account) -> None:
     findings = {finding["subject"]: finding for finding in json.loads(done.stdout)["findings"]}
     jail = findings["jail"]
     assert (jail["good"], "without namespaces, by Landlock" in jail["text"]) == (None, True)
-    assert "X07_VM_REQUIRE_NAMESPACES=1 refuses it" in jail["text"]
+    assert "X07_VM_REQUIRE_NAMESPACES=1 rejects this" in jail["text"]
     assert (FLAGS_FOR_ROOT if bare.form == "root" else FLAGS_FOR_A_USER) in jail["fix"]
     assert findings["VM start"]["good"] is True, findings
 

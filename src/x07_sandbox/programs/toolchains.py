@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -316,13 +315,15 @@ def toolchain_for(path: str, head: bytes = b"") -> Toolchain:
     from x07_sandbox.programs.other_languages import advice
 
     known = ", ".join(suffix for toolchain in TOOLCHAINS for suffix in toolchain.suffixes)
+    from shlex import quote  # imported only for this error
+
     raise UsageError(
         f"cannot run {path}",
         f"no toolchain handles {f'{suffix} files' if suffix else 'files without a suffix'}, and the file is neither "
         "an ELF executable nor a script with a #! line",
         advice(path)
         or f"Rename the file (known suffixes: {known}), add a #! line, or choose a toolchain: "
-        f"x07 run --toolchain T {shlex.quote(path)}",
+        f"x07 run --toolchain T {quote(path)}",
     )
 
 

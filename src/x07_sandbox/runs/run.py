@@ -318,7 +318,7 @@ def _settled(draft: Result, host_files: HostFiles, ending: Verdict) -> Result:
         ended_well = ending.outcome in {Outcome.OK, Outcome.FAILED}
         changes, refused, warning = host_files.settle(ended_well=ended_well)
     except PeerError as exc:
-        reason = f"the guest broke the channel's protocol: {exc.why}"
+        reason = f"the guest violated the channel protocol: {exc.why}"
         return _ended(draft, verdict(Outcome.GUEST_LOST, reason, fault="program"))
     draft = replace(_more(draft, refused), changes=changes)
     if warning:
