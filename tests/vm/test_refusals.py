@@ -119,11 +119,12 @@ def test_a_negative_output_limit_is_a_usage_error(tmp_path: Path, monkeypatch: p
         run_program(PROGRAM, max_output_bytes=-1)
 
 
-def test_an_unknown_option_names_the_commands_help(tmp_path: Path) -> None:
+def test_an_unknown_option_names_the_commands_help() -> None:
     """An unknown option of `x07 run` is a usage error that names `x07 run --help`."""
-    code, result = _run(tmp_path, PROGRAM, "--bogus")
-    assert (code, result["outcome"]) == (2, "usage-error")
-    assert "See x07 run --help" in result["reason"]
+    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "run", "--json", PROGRAM, "--bogus"]
+    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert b"See x07 run --help" in done.stderr
 
 
 def test_a_source_name_that_is_not_utf_8_is_rejected(tmp_path: Path) -> None:

@@ -34,6 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         prepare_streams()
         _import_msgspec()
         options = _parse(words)
+        from x07_sandbox.host.variables import check_environment
+
+        for warning in check_environment(os.environ):
+            _say(warning)
         _recover()
         if words[0] in _RUNS or getattr(options, "report_out", None) is None:  # a run writes its report itself
             code: int = options.carry_out(options)
@@ -92,13 +96,10 @@ def _install_signal_handlers() -> None:
 
 
 def _parse(words: list[str]) -> argparse.Namespace:
-    """Parse the command line and check our environment variables. Raises UsageError."""
+    """Parse the command line. Raises UsageError."""
     from x07_sandbox.cli.parser import VERBS, parser_for
     from x07_sandbox.errors import UsageError
-    from x07_sandbox.host.variables import check_environment
 
-    for warning in check_environment(os.environ):
-        _say(warning)
     if words and words[0] not in VERBS and not words[0].startswith("-"):
         raise _unknown_verb(words[0], VERBS)
     options, unknown = parser_for(words).parse_known_args(words)

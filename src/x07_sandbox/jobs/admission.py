@@ -24,6 +24,7 @@ from x07_sandbox.host import close_on_fork, settings
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.cores import cores
 from x07_sandbox.host.memory import memory_bytes
+from x07_sandbox.host.os_errors import fix_for
 from x07_sandbox.host.paths import cache_folder, open_private_file
 from x07_sandbox.host.variables import number
 
@@ -178,7 +179,7 @@ class _Turn:
             if not isinstance(exc, OSError):
                 raise
             missing = isinstance(exc, FileNotFoundError)
-            fix = "Install util-linux" if missing else "Raise the limits of this shell: ulimit -a shows them"
+            fix = "Install util-linux" if missing else fix_for(exc, "Raise the limits of this shell: ulimit -a")
             raise HostError("cannot wait for a machine", f"flock: {exc.strerror or exc}", fix) from exc
 
     def __enter__(self) -> Self:
