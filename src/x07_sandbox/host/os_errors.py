@@ -50,8 +50,9 @@ def out_of_cpu_time(status: int | None) -> str:
 
 
 def fix_for(exc: OSError, otherwise: str) -> str:
-    """Return the fix for a full or read-only file system; for other errors return *otherwise*."""
-    return _FIXES[exc.errno] if exc.errno in {errno.ENOSPC, errno.EDQUOT, errno.EROFS} else otherwise
+    """Return the fix for a full or read-only file system or too many open files; otherwise return *otherwise*."""
+    known = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE}
+    return _FIXES[exc.errno] if exc.errno in known else otherwise
 
 
 def require_own_proc() -> None:
