@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import shutil
@@ -209,6 +210,22 @@ def test_an_entry_that_keeps_changing_is_left_out(tmp_path: Path, monkeypatch: p
 
 
 @needs_root
+@pytest.mark.parametrize("call", ["stat", "pread"])
+def test_a_file_with_read_errors_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    """A file that cannot be read, as on a network share without its server, is left out; the others are copied."""
+    put(tmp_path / "name", "file")
+    working = getattr(os, call)
+
+    def broken(what: Any, *words: Any, **more: Any) -> Any:  # noqa: ANN401 - as the call has them
+        if call == "pread" or what == "name":
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), *(["name"] if call == "stat" else []))
+        return working(what, *words, **more)
+
+    monkeypatch.setattr(os, call, broken)
+    copied = copy_tree(tree_at(tmp_path), BOUNDS, io.BytesIO(), 1 << 30)
+    assert (set(copied.nodes), list(copied.left_out)) == ({""}, ["unreadable" if call == "stat" else "changing"])
+
+
 def test_a_read_only_entry_is_found_by_inode(trip: Trip) -> None:
     """The inode of an entry in a read root gives the path that the program sees."""
     fill(trip.host)
@@ -244,6 +261,16 @@ def test_a_read_only_entry_is_found_by_inode(trip: Trip) -> None:
 
 
 @needs_root
+def test_a_link_that_a_program_made_is_resolved_for_denials(tmp_path: Path) -> None:
+    """A denied execution of a link that the program made names the target; a loop of links has none."""
+    (tmp_path / "tmp").mkdir()
+    for name, target in (("bin", "/usr/bin"), ("made", "bin/nl"), ("loop", "loop")):
+        (tmp_path / "tmp" / name).symlink_to(target)
+    paths = ProgramPaths({}, [], str(tmp_path))
+    given = ("/tmp/made", "/tmp/loop", "/usr/bin/nl")  # noqa: S108 - the guest's
+    assert [paths.link_target(path) for path in given] == ["/usr/bin/nl", "", ""]
+
+
 def test_every_kind_of_change_is_found(trip: Trip) -> None:
     """Every kind of change in the guest is reported."""
     fill(trip.host)

@@ -24,6 +24,12 @@ THREAD: Final = "import threading\nthreading.Thread(target=int).start()\n"
 FORK: Final = "import os\npid = os.fork()\nif not pid: os._exit(0)\nos.waitpid(pid, 0)\n"
 EXEC: Final = "import os\nos.execv('/usr/bin/true', ['true'])\n"
 SPAWN: Final = "import subprocess\nsubprocess.run(['/usr/bin/env', 'true'], check=True)\n"
+LINKED: Final = """
+import os, subprocess
+os.symlink("/usr/bin", "/tmp/bin")
+os.symlink("bin/nl", "/tmp/made")
+subprocess.run(["/tmp/made", "/dev/null"], check=True)
+"""
 MADE: Final = """
 import os, subprocess
 os.mkdir("/tmp/made")
@@ -108,6 +114,11 @@ def until_it_passes(sandbox: Sandbox, text: str, policy: Policy) -> tuple[list[s
             (SPAWN, {"process.enabled": False}, ["process.enabled"]),
             (
                 SPAWN,
+                {"process.allow_execs": ["/usr/bin/env"], "process.allow_exec_prefixes": []},
+                ["process.allow_execs"],
+            ),
+            (
+                LINKED,
                 {"process.allow_execs": ["/usr/bin/env"], "process.allow_exec_prefixes": []},
                 ["process.allow_execs"],
             ),

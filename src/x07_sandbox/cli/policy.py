@@ -19,7 +19,7 @@ from x07_sandbox.network.rules import NetSettings, decide, make_allowlist, parse
 from x07_sandbox.policy.canonical import policy_digest
 from x07_sandbox.policy.complete import completion
 from x07_sandbox.policy.decode import MAX_BYTES
-from x07_sandbox.policy.problems import MISSING, PolicyError
+from x07_sandbox.policy.problems import GENERAL, MISSING, PolicyError
 from x07_sandbox.policy.schema import fields, render_schema
 from x07_sandbox.policy.templates import BUILT_IN
 from x07_sandbox.reports.policies import CheckedFile, CheckReport, DiffReport, DigestReport, HostReport
@@ -217,7 +217,7 @@ def _completed(name: str, exc: PolicyError) -> dict[str, str]:
     if found is None:
         return {"text": text}
     command = found.line(f"{name.removesuffix('.json')}.complete.json")
-    text += f"\n  To write a complete policy: {command}"
+    text = f"{text.removesuffix(GENERAL)}\n  To write a complete policy: {command}"
     if found.left_out:
         text += f"\n  No flag sets {', '.join(found.left_out[:_LEFT_OUT])}"
     return {"text": text, "completed_by": command}

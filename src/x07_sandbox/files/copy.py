@@ -47,6 +47,7 @@ NUMBER_MAX: Final = (1 << 32) - 1  # of a policy's fields
 _TRIES: Final = 3
 # Errors if a name was removed after its stat, or replaced by a link, a folder or a socket.
 _CHANGED: Final = {errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.EINVAL, errno.ENXIO}
+_FULL: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NAMES_MAX: Final = 5
 # Names that usually hold secrets: left out everywhere, unless --reveal names them.
 SECRETS: Final = (
@@ -347,7 +348,7 @@ class _Walk:
             try:
                 sha256 = self._content(fd, before, name)
             except OSError as exc:
-                if exc.errno != errno.EIO:  # EIO: the file became shorter
+                if exc.errno in _FULL:  # of the stream; other errors are of the file, as EIO if it became shorter
                     raise
                 raise _changed(part) from exc
             if _state(before) != _state(os.fstat(fd)):

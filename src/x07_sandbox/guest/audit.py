@@ -68,6 +68,7 @@ _READS_ONLY: Final = frozenset(
 )
 
 Find = Callable[[str, int, str], str]
+Resolve = Callable[[str], str]
 
 
 class Refusal(NamedTuple):
@@ -119,14 +120,14 @@ class Audit:
         self.begin()
         self._lost_before = self._status()[_LOST]
 
-    def begin(self, find: Find | None = None, roots: Sequence[str] = ()) -> None:
+    def begin(self, find: Find | None = None, roots: Sequence[str] = (), resolve: Resolve | None = None) -> None:
         """Discard all records. The records after this call are the program's.
 
-        find, roots: see `Refusals`.
+        find, roots, resolve: see `Refusals`.
         """
         while self._next() is not None:
             pass
-        self._refusals.reset(find, roots)
+        self._refusals.reset(find, roots, resolve)
 
     def take(self) -> None:
         """Read at most _READS records."""
@@ -228,23 +229,31 @@ class Refusals:
     found: how often each was seen. uncounted: how many were not counted, since they were beyond `DENIED_MAX` kinds.
     """
 
-    def __init__(self, calls: dict[str, int], find: Find | None = None, roots: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        calls: dict[str, int],
+        find: Find | None = None,
+        roots: Sequence[str] = (),
+        resolve: Resolve | None = None,
+    ) -> None:
         """Begin with no denials.
 
         calls: system call numbers by name. roots: mount points of host folders.
         find(device, inode, name): returns the path of an inode. It returns "" if the path is unknown or no better than
         *name*. That is the name which the call used: possibly of a link, or "" if the call's name was relative to a
         descriptor.
+        resolve(path): returns the target of a path whose links the program may have made, else "".
         """
         self._names = {number: name for name, number in calls.items()}
         self._pending: dict[bytes, _Call] = {}
         self.found: dict[Refusal, int] = {}
-        self.reset(find, roots)
+        self.reset(find, roots, resolve)
 
-    def reset(self, find: Find | None = None, roots: Sequence[str] = ()) -> None:
+    def reset(self, find: Find | None = None, roots: Sequence[str] = (), resolve: Resolve | None = None) -> None:
         """Discard everything recorded."""
         self._find = find
         self._roots = roots
+        self._resolve = resolve
         self._pending.clear()
         self.found.clear()
         self.uncounted = 0
@@ -307,7 +316,7 @@ class Refusals:
             call.folder = call.folder or call.folders[0]
         elif call.name in _EXECUTES:
             # A script, then its interpreter: the last one was denied.
-            call.path = name or call.path
+            call.path = self._executed(call, name) or call.path
         elif call.name in _REPLACES:
             self._note_replaced(call, name, values)
         elif not unrelated:
@@ -338,6 +347,12 @@ class Refusals:
         known_name = "" if vague else posixpath.normpath(posixpath.join(call.cwd, name))
         device = values.get(b"dev", b"").decode("ascii", "replace")
         return self._find(device, _number(values.get(b"inode", b"")), known_name) or name
+
+    def _executed(self, call: _Call, name: str) -> str:
+        """Return the name of a program; for a link that the program made, its target, which a policy can list."""
+        if not name or self._resolve is None or (call.by_descriptor and not name.startswith("/")):
+            return name
+        return self._resolve(posixpath.join(call.cwd, name)) or name
 
     def _root(self, call: _Call, name: str) -> str:
         """Return the root with this path, or the only root with the same base name, or ""."""

@@ -144,7 +144,7 @@ class Job:
         self.cpu_checked_at = time.monotonic()
         self.started = True
         names = ProgramPaths(self.files.trees, self.mounts, f"/proc/{environment.init}/root")
-        self.audit.begin(names.path if self.mounts else None, names.roots())
+        self.audit.begin(names.path if self.mounts else None, names.roots(), names.link_target)
         environment.start(self.argv, self.env, self.cwd, self.confined)
         self.report_fd, self.status_fd = environment.report_fd, environment.status_fd
         self.fds = {environment.stdout_fd: Stream.STDOUT, environment.stderr_fd: Stream.STDERR}

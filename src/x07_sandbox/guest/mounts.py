@@ -6,13 +6,16 @@ import contextlib
 import os
 import posixpath
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
+from x07_sandbox.channel.frames import DENIED_MAX
 from x07_sandbox.guest import confine, system
 from x07_sandbox.guest.errors import JobError
 
 if TYPE_CHECKING:
     from x07_sandbox.guest.trees import Tree
+
+_STEPS_MAX: Final = 256  # folders and links on the way to one file
 
 
 def mount_all(init: int, mounts: Sequence[tuple[str, str, bool]]) -> None:
@@ -48,6 +51,7 @@ class ProgramPaths:
         self._view = view
         self._parents: dict[tuple[str, int], str] | None = None
         self._paths: dict[tuple[str, int], str] | None = None
+        self._targets: dict[str, str] = {}
 
     def roots(self) -> list[str]:
         """Return the mount points."""
@@ -69,6 +73,42 @@ class ProgramPaths:
         if self._paths is None:
             self._paths = dict(self._read_only_paths())
         return self._paths.get((device, inode), "")
+
+    def link_target(self, path: str) -> str:
+        """Return the target of a path whose links the program may have made; "" for any other path.
+
+        The target may have changed since. It is only reported. At most DENIED_MAX paths are resolved.
+        """
+        if path not in self._targets:
+            if len(self._targets) >= DENIED_MAX:
+                return ""
+            self._targets[path] = self._resolve(path)
+        return self._targets[path]
+
+    def _resolve(self, path: str) -> str:
+        writable = [*confine.IN_MEMORY, confine.CWD, "/x07/out"]
+        writable += [_text(mount["at"]) for mount in self._mounts if mount["write"]]
+        if all(_below(path.strip("/"), folder.strip("/")) is None for folder in writable):
+            return ""
+        at, is_link, names = "", False, path.split("/")[::-1]
+        for _ in range(_STEPS_MAX):
+            if not names:
+                return _text(at) if is_link else ""
+            if len(names) > _STEPS_MAX:
+                return ""
+            name = names.pop()
+            if name == "..":
+                at = at.rpartition("/")[0]
+            elif name not in {"", "."}:
+                try:
+                    target = os.readlink(f"{self._view}{at}/{name}")
+                except OSError:  # not a link, or removed
+                    at = f"{at}/{name}"
+                    continue
+                is_link = True
+                names += target.split("/")[::-1]
+                at = "" if target.startswith("/") else at
+        return ""
 
     def _parent_folders(self) -> Iterator[tuple[tuple[str, int], str]]:
         for mount in self._mounts:
