@@ -8,7 +8,6 @@ import json
 import os
 import re
 import select
-import shutil
 import signal
 import subprocess
 import sys
@@ -111,7 +110,6 @@ def own_cache(image: Image, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("X07_VM_CACHE_DIR", str(place))
         yield
-    shutil.rmtree(place, ignore_errors=True)
 
 
 @contextlib.contextmanager
