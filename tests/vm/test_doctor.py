@@ -70,7 +70,7 @@ def test_doctor_starts_a_machine(working_host: tuple[int, dict[str, Any], bytes]
 @pytest.mark.parametrize(
     ("missing", "text", "fix"),
     [
-        ("all", "root lacks CAP_KILL CAP_SETGID CAP_SETUID CAP_SETPCAP", "allow it to change uids"),
+        ("all", "root lacks CAP_KILL CAP_SETGID CAP_SETUID CAP_SETPCAP", "grant these capabilities"),
         ("setuid", "setresuid failed", "allow changing uids"),
     ],
 )
