@@ -355,7 +355,7 @@ def test_an_omitted_file_gets_advice_that_works(project: Project, fs: dict[str, 
 
 
 def test_secrets_go_in_only_if_their_pattern_is_named(project: Project) -> None:
-    """A key file is left out whatever the policy says; the flag that the result advises lets it in."""
+    """A key file is left out whatever the policy says; the flag in the advice includes it."""
     source = 'print(open("key.pem").read())'
     result = project.run(source, "--allow-read-root", ".", code=1)
     (denial,) = [denial for denial in result["denials"] if "key.pem" in denial["subject"]]

@@ -34,7 +34,7 @@ def advised(result: Result, field: str) -> str | None:
 
 
 def test_memory_and_processes_are_raised_by_keywords() -> None:
-    """A program over the default memory limit ends as `oom` with advice to use --memory; `memory="1G"` lets it run."""
+    """A program over the default memory limit ends as `oom` with advice to use --memory, and completes with it."""
     result = run_program(source=TOUCH, toolchain="python")
     assert (result.outcome, advised(result, "limits.mem_bytes")) == ("oom", "--memory 1G")
     result = run_program(source=TOUCH, toolchain="python", memory="1G", procs=100, check=True)

@@ -19,7 +19,7 @@ from x07_sandbox.network.rules import NetSettings, decide, make_allowlist, parse
 from x07_sandbox.policy.canonical import policy_digest
 from x07_sandbox.policy.complete import completion
 from x07_sandbox.policy.decode import MAX_BYTES
-from x07_sandbox.policy.problems import GENERAL, MISSING, PolicyError
+from x07_sandbox.policy.problems import ADVICE, MISSING, PolicyError
 from x07_sandbox.policy.schema import fields, render_schema
 from x07_sandbox.policy.templates import BUILT_IN
 from x07_sandbox.reports.policies import CheckedFile, CheckReport, DiffReport, DigestReport, HostReport
@@ -210,14 +210,15 @@ def _checked(name: str) -> CheckedFile:
 
 def _completed(name: str, exc: PolicyError) -> dict[str, str]:
     """Return the text for an invalid file, with the command that completes it if fields are missing."""
-    text, found = str(exc), None
+    found = None
     if name.isprintable() and all(problem.message == MISSING for problem in exc.problems):
         with contextlib.suppress(UsageError):
             found = completion(read_bounded(Path(name), "policy", MAX_BYTES))
     if found is None:
-        return {"text": text}
+        return {"text": str(exc)}
     command = found.line(f"{name.removesuffix('.json')}.complete.json")
-    text = f"{text.removesuffix(GENERAL)}\n  To write a complete policy: {command}"
+    exc.fix = f"{ADVICE}\n  To write a complete policy: {command}"
+    text = str(exc)
     if found.left_out:
         text += f"\n  No flag sets {', '.join(found.left_out[:_LEFT_OUT])}"
     return {"text": text, "completed_by": command}

@@ -83,8 +83,7 @@ def compare_root(root: RootChanges, dir_fd: int, prefix: str, undo: Mapping[tupl
 
     dir_fd, prefix: the open anchor of the root, and the root's name in it.
     undo: the changes that undo the applied ones, by root and name. They hold the actual modes of file systems that do
-    not
-    store modes.
+    not store modes.
     """
     changes = sorted(root.changes, key=lambda change: change.name)
     conflicts: list[str] = []

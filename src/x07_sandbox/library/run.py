@@ -271,8 +271,7 @@ def load_policy(name: str | os.PathLike[str] | Policy | None = None) -> Policy:
     """Return the policy at a path, or a built-in policy: `built-in:TEMPLATE` (docs/reference/policy.md).
 
     None stands for `built-in:default`. Policies are frozen: `msgspec.structs.replace(policy, limits=...)` returns a
-    changed
-    copy, which is checked when it is used. Raises SandboxError with all errors in the document.
+    changed copy, which is checked when it is used. Raises SandboxError with all errors in the document.
     """
     from x07_sandbox.library.arguments import policy_argument
     from x07_sandbox.runs.request import read_policy

@@ -10,7 +10,6 @@ from x07_sandbox.errors import UsageError
 HUGE: int = 10**20
 """Value that replaces every larger number in a document. It is outside the range of every field."""
 MISSING = "is missing"
-GENERAL = ". To write a complete policy, run: x07 policy new"
 """The message for a required field that is absent."""
 ADVICE = "Correct the document. docs/reference/policy.md describes every field"
 """What to do about an invalid document."""
@@ -58,7 +57,7 @@ class PolicyError(UsageError):
         why = lines[0] if len(lines) == 1 else "\n".join([f"{len(lines)} problems", *(f"  {line}" for line in lines)])
         fix = ADVICE
         if any(problem.message == MISSING for problem in problems):
-            fix += GENERAL
+            fix += ". To write a complete policy, run: x07 policy new"
         return cls(f"policy {source} is invalid", why, fix, problems, in_schema=in_schema)
 
 

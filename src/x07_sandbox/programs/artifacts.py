@@ -2,8 +2,7 @@
 
 The file cache/artifacts/<key> consists of one line of JSON, padded to HEADER_BYTES, then the artifact, then notes about
 its build. Whoever copies an artifact from the cache checks its hash again. cache/building/<xx> is the lock for builds
-of
-all keys that start with <xx>.
+of all keys that start with <xx>.
 """
 
 from __future__ import annotations

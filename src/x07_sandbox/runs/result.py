@@ -45,8 +45,7 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forb
     text: the stream, if it is UTF-8.
     base64: the stream, if it is not UTF-8.
     undelivered: why part of the stream could not be passed on, such as a full disk. It is null if the reader only
-    closed
-    the stream.
+        closed the stream.
     """
 
     bytes: int
@@ -73,8 +72,7 @@ class PhaseReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     outcome: how the phase ended. The words are those of the run's outcome.
     reason: how the phase ended, as one sentence.
     times_ms: milliseconds from the VM's start to the events `hello`, `seeded`, `started`, `exited` and `end`. A clone
-    has
-    no `hello`.
+        has no `hello`.
     stdout, stderr: what the phase printed.
     cpu_ms: CPU time used.
     memory_peak_bytes: peak memory use.

@@ -121,8 +121,7 @@ class Sink:
     """Sink for one output stream, up to *max_bytes*: stores it in *keep_fd* and passes it on to *live_fd*.
 
     The caller owns both descriptors. The reader of *live_fd* may be slow; `progress_fd` becomes readable when it has
-    taken
-    some bytes. raw: do not filter the output for a terminal.
+    taken some bytes. raw: do not filter the output for a terminal.
     """
 
     def __init__(self, name: str, *, keep_fd: int, live_fd: int | None, max_bytes: int, raw: bool = False) -> None:
