@@ -79,10 +79,7 @@ def files_read(request: RunRequest, program: Program) -> list[Path]:
 
 
 def write_atomically(path: Path, fill: Callable[[int], None], *, mode: int = 0o666, code: str = "") -> None:
-    """Have *fill* write a new file, then rename it to *path*. Raises RefusedError.
-
-    mode: as for open(2), so the user's umask applies. code: printed before the error.
-    """
+    """Have *fill* write a new file, then rename it to *path*. mode: see open(2). Raises RefusedError, after *code*."""
     temporary = path.with_name(f".x07-{os.urandom(8).hex()}")  # no longer than the longest name
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)

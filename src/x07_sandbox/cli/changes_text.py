@@ -53,9 +53,7 @@ def change_lines(result: Result) -> list[str]:
     if changes.state == "none":
         return []
     several = len({one.root for one in changes.names}) > 1
-    if (
-        len(changes.names) < changes.added + changes.changed + changes.deleted
-    ):  # the list is cut: there may be more roots
+    if len(changes.names) < changes.added + changes.changed + changes.deleted:  # cut: there may be more roots
         several = find_saved(result.run).changes.several_roots
     deleted = [
         display_name(one.root, one.name, several_roots=several) for one in changes.names if one.action == "deleted"

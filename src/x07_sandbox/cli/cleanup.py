@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.cli.console import say, show, size
@@ -15,8 +14,6 @@ from x07_sandbox.housekeeping.usage import disk_usage
 
 if TYPE_CHECKING:
     import argparse
-
-    from x07_sandbox.housekeeping.pruner import PruneReport
 
 _SWEEP_EPILOG: Final = """what is removed:
   processes, containers, control groups and files of runs whose x07 process is dead, or whose deadline has passed
@@ -116,15 +113,11 @@ def add_prune(parser: argparse.ArgumentParser) -> None:
 def _prune(options: argparse.Namespace) -> int:
     report = prune(options.parts or PARTS, progress=say, dry_run=options.dry_run)
     if not print_document(report, options):
-        _show_prune(report)
+        word = "would remove" if report.dry_run else "removed"
+        for gone in report.removed:
+            show(f"{word} {gone.kind} {gone.path} ({size(gone.bytes)}): {gone.why}")
+        for kept in report.kept:
+            show(f"kept {kept.kind} {kept.path}: {kept.why}")
+        count = len(report.removed)
+        show(f"{word} {count} item{'' if count == 1 else 's'}, {size(report.bytes)}")
     return 1 if any(kept.failed for kept in report.kept) else 0
-
-
-def _show_prune(report: PruneReport) -> None:
-    word = "would remove" if report.dry_run else "removed"
-    for gone in report.removed:
-        show(f"{word} {gone.kind} {gone.path} ({size(gone.bytes)}): {gone.why}")
-    for kept in report.kept:
-        show(f"kept {kept.kind} {kept.path}: {kept.why}")
-    count = len(report.removed)
-    show(f"{word} {count} item{'' if count == 1 else 's'}, {size(report.bytes)}")

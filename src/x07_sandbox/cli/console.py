@@ -34,10 +34,7 @@ def painted(text: str, mark: str, stream: IO[str]) -> str:
 
 
 def say(text: str, command: str = "x07", *, bad: str = "") -> None:
-    """Print one line to standard error; if that fails (full disk, closed pipe), the exit code must do.
-
-    bad: the start of the text that names a failure; a terminal shows it in red.
-    """
+    """Print one line to standard error, if possible. bad: the start of the text, which a terminal shows in red."""
     line, head = f"{command}: {printable(text)}", f"{command}: {printable(bad)}"
     if bad and line.startswith(head):
         line = painted(head, "BAD", sys.stderr) + line[len(head) :]
@@ -50,10 +47,7 @@ def _print(line: str, end: str = "\n") -> None:
 
 
 def show(line: str, mark: str = "") -> None:
-    """Print one line of a result to standard output; a name that is not UTF-8 keeps its bytes. Raises OutputError.
-
-    mark: "good", "BAD" or "note", printed first in its colour.
-    """
+    """Print one line of a result, after a coloured *mark*. Names that are not UTF-8 stay as is. Raises OutputError."""
     text = "".join(char if "\udc80" <= char <= "\udcff" else printable(char) for char in line)
     if mark:
         text = f"{painted(mark, mark, sys.stdout)}{' ' * (6 - len(mark))}{text}"

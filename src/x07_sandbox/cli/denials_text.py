@@ -56,10 +56,7 @@ def for_flags(result: Result, flags: Collection[str]) -> Result:
 
 
 def denial_lines(result: Result, command: str = "") -> list[str]:
-    """Return the messages. command: the prefix of --json if another command has it.
-
-    They include how to make a policy file, also for changes that were left out.
-    """
+    """Return the messages, with how to make a policy file. command: the prefix of --json if another command has it."""
     lines = [] if result.outcome == "ok" else _of_program(result, command)
     policy = result.policy or ""
     if policy.startswith(BUILT_IN) and _needs_policy_file(result):
@@ -155,10 +152,7 @@ def _line(denial: Denial) -> str:
 
 
 def how_to_allow_text(allowing: HowToAllow | None, field: str = "", *, purpose: str = "allow it") -> str:
-    """Return the remedy as the end of a message; a flag comes last, so that it can be copied.
-
-    field: the policy field that denied it, if known.
-    """
+    """Return the remedy as the end of a message; a flag comes last, to copy it. field: the policy field at fault."""
     if allowing is None:
         return ". It cannot be allowed."
     if allowing.setting:

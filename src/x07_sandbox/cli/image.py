@@ -120,10 +120,7 @@ def build_with_progress(
     x07: Path | None = None,
     fresh: bool = False,
 ) -> Image:
-    """Build an image and print progress. Raises SandboxError.
-
-    include, preload, pip: None for those of the image with this name.
-    """
+    """Build an image. include, preload, pip: None for those of the image with this name. Raises SandboxError."""
     progress = Progress(f"image {name}")
     before = None
     with contextlib.suppress(SandboxError):  # no image with this name, or an unreadable one
@@ -173,16 +170,10 @@ def _load(options: argparse.Namespace) -> int:
     progress = Progress(f"image {reference}")
     digest, engines = load(image, reference, options.engines, progress, options.archive)
     progress.done(f"ready: {digest}")
-    report = LoadReport(
-        reference=reference,
-        digest=digest,
-        image=image.digest,
-        engines=engines,
-        archive=None if options.archive is None else str(options.archive),
-    )
+    archive = None if options.archive is None else str(options.archive)
+    report = LoadReport(reference=reference, digest=digest, image=image.digest, engines=engines, archive=archive)
     if not print_document(report, options):
-        places = [*engines, *([] if options.archive is None else [str(options.archive)])]
-        show(f"{reference} {digest} in {', '.join(places)}")
+        show(f"{reference} {digest} in {', '.join(filter(None, (*engines, archive)))}")
     return 0
 
 

@@ -66,11 +66,6 @@ def add_init(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(carry_out=_init)
 
 
-def _name(options: argparse.Namespace) -> str:
-    """Return the name of the file to write."""
-    return MANIFEST if options.toolchain is None else FILE
-
-
 def _init(options: argparse.Namespace) -> int:
     folder: Path = options.folder
     _check_options(options)
@@ -91,7 +86,7 @@ def _init(options: argparse.Namespace) -> int:
         )
     with _usable(folder):
         folder.mkdir(parents=True, exist_ok=True)  # only now: an error above leaves no empty folder
-    root, name = real_path(folder), _name(options)
+    root, name = real_path(folder), MANIFEST if options.toolchain is None else FILE
     status = write_document(root, (name,), data, overwrite=False)
     report = InitReport(toolchain=options.toolchain or "x07", project_root=str(root), out=name, status=status)
     silent = print_line(report, options) or options.quiet_json
@@ -131,10 +126,7 @@ def _check_options(options: argparse.Namespace) -> None:
 
 
 def _files_below(folder: Path) -> list[str]:
-    """Return the sorted names of a project's files, without hidden ones, build folders, and files behind links.
-
-    Raises OSError, and UsageError for too large a tree.
-    """
+    """Return a project's files, sorted: none hidden, in build folders or behind links. Raises OSError, UsageError."""
     found: list[str] = []
     seen = 0
     for place, folders, names in os.walk(folder, onerror=_raise):

@@ -60,15 +60,13 @@ def _logs(options: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         for stream in streams:
             stack.callback(stream.close)
-        live = options.follow
+        live = True
         while live:
-            live = is_locked(folder)  # checked first, so that the last output is read below
+            live = options.follow and is_locked(folder)  # checked first, so that the last output is read below
             for stream in streams:
                 stream.pass_on()
             if live:
                 time.sleep(_LOOK_AGAIN_S)
-        for stream in streams:
-            stream.pass_on()
     return 0
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, NoReturn
@@ -232,4 +231,4 @@ def entry() -> NoReturn:
 
 
 if __name__ == "__main__":
-    sys.exit(entry())
+    entry()

@@ -21,9 +21,8 @@ _PATHS: Final = frozenset({"F", "D"})  # metavars of files and folders
 
 
 class Option(msgspec.Struct, frozen=True):
-    """One flag. metavar: of its value; empty for a switch.
+    """One flag. metavar: empty for a switch. number: the unit of its whole number, if it takes one.
 
-    number: the unit of its whole number; empty if it takes none. choices: its allowed values.
     x07_only: it has an effect on X07 programs only. hidden: not in help and documentation.
     """
 

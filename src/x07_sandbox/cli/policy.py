@@ -147,10 +147,7 @@ def _check_host(options: argparse.Namespace) -> int:
 def host_report(
     policy: Policy, source: str, endpoint: str, transport: Transport, denied: Sequence[str] = ()
 ) -> HostReport:
-    """Decide about a connection as the gate does. Raises UsageError, PolicyError.
-
-    source: the policy as the user named it. denied: hosts in the form of `--deny-host`.
-    """
+    """Decide about a connection as the gate does. source: name of the policy. Raises UsageError, PolicyError."""
     from x07_sandbox.network.settings import read_settings
     from x07_sandbox.policy.overrides import denied_hosts
 

@@ -62,10 +62,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 def explanation(
     policy: Policy, source: str, backend_name: str | None = None, toolchain: str | None = None
 ) -> ExplainReport:
-    """Return the document of --json. source: the policy as the user named it. backend_name: None for that of a run.
-
-    Raises UsageError, and RefusedError for a backend that cannot be used here.
-    """
+    """Return the document. source: name of the policy. Raises UsageError, RefusedError if the backend is not usable."""
     backend = None if backend_name is None else backend_named(backend_name)
     if backend is None or not (backend.built and backend.runs_on(this_platform())):
         backend = BY_NAME[select(this_platform(), backend_request(backend=backend_name, flags=("--backend",))).backend]

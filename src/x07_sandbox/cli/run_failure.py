@@ -37,10 +37,10 @@ def print_failure(exc: Exception, code: int | None = None) -> int:
 
 
 def write_failure(options: argparse.Namespace, exc: Exception, code: int | None = None) -> None:
-    """Write such an error to the file of --report-out, so that an earlier report is not mistaken for a new one.
+    """Write an error that ended the command to the file of --report-out, so that no earlier report stays there.
 
-    The program may not have been read, so its files are not known yet: only a new or empty file, or an earlier report
-    that the command line does not name otherwise, is written. The file is skipped if it cannot be written.
+    The program's files may still be unknown. To overwrite none of them, this writes only a file that is new, empty or
+    an earlier report, and that the command line does not name for something else. A failure to write is ignored.
     """
     path: Path | None = options.report_out
     if path is None or options.dry_run or (isinstance(exc, UnwritableError) and exc.path == path):

@@ -27,10 +27,7 @@ if TYPE_CHECKING:
 
 
 def write_files(options: argparse.Namespace, result: Result, artifact: OutFile | None) -> tuple[Result, list[str]]:
-    """Write the files that flags name, the result last. Return the result and a line for each failure.
-
-    Each failure becomes a warning of the result, whose exit code is then 125.
-    """
+    """Write the files that flags name. Return a line for each failure, and the result with these lines as warnings."""
     write_errors: list[str] = []
     if artifact is not None and artifact.complete:
         with collect_error(write_errors):

@@ -46,10 +46,7 @@ def prepare_streams() -> None:
 
 
 def _open_closed_streams() -> None:
-    """Open /dev/null where a standard descriptor is closed.
-
-    Otherwise the next file that we open would become descriptor 1 and receive a program's output.
-    """
+    """Open /dev/null where a standard descriptor is closed: else the next file that we open would receive output."""
     for fd, name in enumerate(_NAMES):
         try:
             os.fstat(fd)
@@ -76,10 +73,7 @@ def _retry_writes() -> None:
 
 
 def exit_with(code: int) -> NoReturn:
-    """End the process with exactly that code.
-
-    Python's own exit would flush both streams again and turn a full disk behind them into exit code 120.
-    """
+    """End the process with that code. Python's own exit flushes again, and turns a full disk into exit code 120."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()

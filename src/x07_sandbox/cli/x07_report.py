@@ -33,9 +33,8 @@ if TYPE_CHECKING:
 class ReportRequest(msgspec.Struct, frozen=True, kw_only=True):
     """What is needed for the report besides the result.
 
-    policy_path: as the user named it; None for a built-in policy. data: the whole input.
-    compiled_out, attest_runtime: files to write, or None. accepted: whether weaker isolation was accepted.
-    flags: the flags of the command if it has fewer than `x07 run`.
+    policy_path: as the user named it; None for a built-in policy. data: the whole input. accepted: whether weaker
+    isolation was accepted. flags: the flags of the command if it has fewer than `x07 run`.
     """
 
     program: Program
@@ -51,10 +50,7 @@ class ReportRequest(msgspec.Struct, frozen=True, kw_only=True):
 def run_and_report(
     request: RunRequest, wanted: ReportRequest, stack: contextlib.ExitStack, say: Callable[[str], None]
 ) -> tuple[Result, CompileRunReport]:
-    """Run the request and write the files; *say* gets the messages.
-
-    Raises UsageError for a wrong request, and RefusedError, with the result, if a file cannot be written.
-    """
+    """Run the request and write the files; *say* gets the messages. Raises UsageError, RefusedError with a result."""
     artifact = artifact_file(stack)
     if wanted.attest_runtime is not None:
         wanted.attest_runtime.unlink(missing_ok=True)  # it attests an earlier run

@@ -35,14 +35,10 @@ _SAY_AFTER_S: Final = 1.0
 
 
 def max_running() -> int:
-    """Return how many machines may run at once: X07_VM_MAX_RUNNING, else a number derived from cores and memory.
-
-    Machines get three quarters of the memory; the rest is for machines that wait in a pool. Raises UsageError if the
-    variable is invalid.
-    """
+    """Return how many machines may run at once: X07_VM_MAX_RUNNING, else by cores and memory. Raises UsageError."""
     if (named := number(_VARIABLE)) is not None:
         return named
-    return max(1, min(cores(), memory_bytes() * 3 // 4 // MEMORY_PER_MACHINE))
+    return max(1, min(cores(), memory_bytes() * 3 // 4 // MEMORY_PER_MACHINE))  # the last quarter is for waiting ones
 
 
 @contextlib.contextmanager
@@ -51,8 +47,7 @@ def admitted(
 ) -> Iterator[float]:
     """Wait for a slot, hold it during the context, and yield the seconds waited.
 
-    cancel_fd: a descriptor that ends the wait once it is readable. Raises RefusedError after timeout_s, Cancelled if
-    cancel_fd ended the wait, and UsageError if X07_VM_MAX_RUNNING is invalid.
+    Raises RefusedError after timeout_s, Cancelled once cancel_fd is readable, UsageError for a bad X07_VM_MAX_RUNNING.
     """
     started_at = time.monotonic()
     place = _Place(cache_folder("slots"), max_running())
@@ -186,10 +181,7 @@ class _Turn:
         return self
 
     def cancelled(self, cancel_fd: int, timeout_s: float) -> bool:
-        """Wait until cancel_fd is readable, until this process gets the lock, or for timeout_s seconds.
-
-        Return whether cancel_fd became readable.
-        """
+        """Wait up to timeout_s for the lock or until cancel_fd is readable. Return whether cancel_fd is readable."""
         poll = select.poll()
         poll.register(cancel_fd, select.POLLIN)
         if not self.come:

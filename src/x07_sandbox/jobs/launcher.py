@@ -22,10 +22,9 @@ _ENVIRONMENT: Final = {"PATH": "/usr/bin:/bin", "LC_ALL": "C"}
 
 
 class Launch(msgspec.Struct, frozen=True, kw_only=True):
-    """A child process to start. Its descriptors are lent.
+    """A child process to start, with descriptors lent by the caller.
 
-    stdio_fd: its standard input and output; None uses /dev/null. env: all its variables; None sets only PATH and
-    LC_ALL.
+    stdio_fd: its standard input and output; None stands for /dev/null. env: None sets only PATH and LC_ALL.
     """
 
     argv: list[str]
@@ -42,15 +41,11 @@ _thread: threading.Thread | None = None
 
 
 def launch(request: Launch) -> subprocess.Popen[bytes]:
-    """Start the child process from the launcher thread.
-
-    Raises HostError, or OSError if the program cannot be executed.
-    """
+    """Start the child process from the launcher thread. Raises HostError, or OSError if it cannot be executed."""
     if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
         why = "SIGCHLD is ignored, so the machine's exit status would be lost"
-        raise HostError(
-            "cannot start a virtual machine", why, "Restore its default: signal.signal(signal.SIGCHLD, signal.SIG_DFL)"
-        )
+        fix = "Restore its default: signal.signal(signal.SIGCHLD, signal.SIG_DFL)"
+        raise HostError("cannot start a virtual machine", why, fix)
     global _thread  # noqa: PLW0603 - one thread per process
     with _lock:
         if _thread is None or not _thread.is_alive():  # no thread survives a fork

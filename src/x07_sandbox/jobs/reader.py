@@ -47,10 +47,7 @@ class JobDocument(msgspec.Struct, frozen=True):
 
 
 class Owner(msgspec.Struct, frozen=True):
-    """`owner.json`: the x07 process that started a job, and the job's processes.
-
-    instance: the job's mark. processes: empty before the start.
-    """
+    """`owner.json`: a job's x07 process and its other processes (none before the start). instance: the job's mark."""
 
     schema_version: str
     run: _Word

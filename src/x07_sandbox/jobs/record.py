@@ -124,10 +124,7 @@ def record_from(values: dict[str, object]) -> JobRecord:
 
 
 def renewed_record(record: JobRecord, claim: Claim) -> JobRecord:
-    """Return a waiting machine's record rewritten for the job of *claim*, with the same mark and folder.
-
-    Raises HostError if the record cannot be written.
-    """
+    """Rewrite a waiting machine's record for the job of *claim*. Its mark and folder stay. Raises HostError."""
     renewed = replace(record, **_claimed(claim))
     _write_job(renewed)
     return renewed
@@ -202,10 +199,7 @@ def mark_reaped(record: JobRecord) -> None:
 
 
 def state_home(root: Path) -> Path:
-    """Return the folder for files beside the state root.
-
-    It is the root's parent if only this user can write there, else the root.
-    """
+    """Return the folder for files beside the state root: its parent if only this user can write there, else itself."""
     info = root.parent.stat()
     return root.parent if info.st_uid == os.geteuid() and not info.st_mode & 0o022 else root
 
@@ -248,10 +242,7 @@ def _sha256(*words: str) -> str:
 
 
 def _made_once(path: Path, content: str) -> str:
-    """Return the start of a small file, which is made with *content* if missing.
-
-    Raises OSError, or HostError if the file is not a regular file of this user.
-    """
+    """Return the start of a small file, which is made with *content* if missing. Raises OSError, HostError."""
     if not path.exists():
         temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
         _write(temporary, content.encode())

@@ -41,11 +41,10 @@ def stop_recorded(
 ) -> bool:
     """Stop a recorded job, record that it is gone, and return whether that is proven. May be called again.
 
-    A process is signalled only if its pid, start time, boot and random mark match the record.
-    remove: a function that removes what outlives the processes (control groups, folders) and returns whether all of it
-    is gone.
+    A process is signalled only if its pid, start time, boot and random mark match the record. Raises HostError if the
+    job's end cannot be recorded.
+    remove: removes what outlives the processes (control groups, folders); returns whether all of it is gone.
     signals: whether this process may signal the job's processes. A container's processes belong to its engine.
-    Raises HostError if the job's end cannot be recorded.
     """
     stored = read_stored(record.folder, record.runner_instance)
     if stored is None or stored.ended is not None:  # a record is removed only once its job is gone

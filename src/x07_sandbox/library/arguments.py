@@ -54,11 +54,7 @@ def make_request(
     given: Mapping[str, Any],
     **unchecked: Any,  # noqa: ANN401 - fields of RunRequest
 ) -> RunRequest:
-    """Return the request for a call. Raises UsageError.
-
-    given: the keyword arguments of `run_program`, including defaults.
-    unchecked: other fields of the request.
-    """
+    """Return the request for a call. given: all keyword arguments of `run_program`. Raises UsageError."""
     _check_types({"args": args, **given})
     from x07_sandbox.runs.request import RunRequest
 
@@ -110,10 +106,7 @@ def _loaders(path: Path | None) -> tuple[Loader, ...]:
 
 
 def policy_argument(name: str, value: object, function: str = _RUN) -> str | Policy | None:
-    """Check an argument that is a policy or the name of one. Raises UsageError.
-
-    name: name of the argument of *function*.
-    """
+    """Check the argument *name* of *function*, which is a policy or the name of one. Raises UsageError."""
     from x07_sandbox.policy.model import Policy
 
     if value is None or isinstance(value, Policy):

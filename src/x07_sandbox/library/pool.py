@@ -119,9 +119,7 @@ class Pool(Executor):
     ) -> Result:
         from x07_sandbox.host.cancel import Cancel
 
-        with contextlib.ExitStack() as stack:
-            cancel = stack.enter_context(contextlib.closing(Cancel()))
-            stack.enter_context(self._cancellable(cancel))
+        with contextlib.closing(Cancel()) as cancel, self._cancellable(cancel):
             options = {"image": self._image} | options
             ended = run_once(cancel, program, args, machines=self._machines, input=data, **options)
             return check_result(*ended, check=check)
@@ -139,10 +137,7 @@ class Pool(Executor):
                 self._running.discard(cancel)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: FBT001, FBT002 - as the base has it
-        """Accept no more programs. Once all runs have ended, end the VMs that are ready.
-
-        cancel_futures: cancel running programs too, not only waiting ones.
-        """
+        """Accept no more programs; end the VMs after the last run. cancel_futures: also cancel running programs."""
         if self._machines.in_forked_child():
             return  # the runs belong to the parent
         if cancel_futures:

@@ -74,8 +74,8 @@ def run_program(  # noqa: PLR0913 - each is a keyword
     values in the project's manifest apply, as for `x07 run`. Pass a policy for a project that you did not write.
     Without a manifest, there is no input, the policy is the built-in `default`, and the image is the default image.
     memory, cpu_s, timeout_s, procs, fds: limits that replace those of the policy: a size ("1G", or bytes), seconds of
-    CPU time, seconds of wall time, further processes and threads, open files. They may raise
-    the limits of a built-in policy, but only lower those of any other policy.
+    CPU time, seconds of wall time, further processes and threads, open files. They may raise the limits of a built-in
+    policy, but only lower those of any other policy.
     build_timeout_s: time limit of the build, 300 s by default.
     scale_limits: whether to multiply time limits by the slowdown of emulation; None follows your settings.
     image: name or digest of a guest image.
@@ -116,11 +116,10 @@ def exec_command(
 ) -> Result:
     """Run a command installed in the guest image, such as `["make", "test"]`, in a copy of a folder; return its result.
 
-    command: the command and its arguments. A command with a slash is a path relative to workdir; any other command is
-    looked up in the image.
+    A command with a slash is a path relative to workdir; any other command is looked up in the image. If there is no
+    such command, the outcome is "failed" with exit code 127.
     workdir: the folder; changes are copied back unless read_only. None stands for an empty folder.
-    All other arguments are those of `run_program`. If there is no such command, the outcome is "failed" with exit code
-    127.
+    All other arguments are those of `run_program`.
     """
     check_names("exec_command", options, OPTIONS - {"command", "source", "toolchain"})
     return run_program(command=command, workdir=workdir, read_only=read_only, check=check, **options)
@@ -129,8 +128,7 @@ def exec_command(
 def _run_uninterrupted(cancel: Cancel, work: Callable[[], Ended]) -> Ended:
     """Do *work* in a thread, so that an exception of a signal handler (Ctrl-C) cancels it in an orderly way.
 
-    Handlers run in the main thread and may interrupt any line. An exception during a start or stop would leave a VM
-    behind.
+    Handlers may interrupt the main thread at any line. During a VM's start or stop, that would leave the VM behind.
     """
     if threading.current_thread() is not threading.main_thread():
         return work()
@@ -282,8 +280,7 @@ def load_policy(name: str | os.PathLike[str] | Policy | None = None) -> Policy:
 def check_result(result: Result, problem: SandboxError | None, *, check: bool) -> Result:
     """Return the result, or raise SandboxError if the program was not run or, with *check*, if it failed.
 
-    problem: the error to raise, if there is one. The texts of the result and the error use keyword arguments, not
-    flags.
+    problem: the error to raise, if any. The texts of the result and the error name keyword arguments, not flags.
     """
     if result.outcome != "ok":
         from msgspec.structs import replace

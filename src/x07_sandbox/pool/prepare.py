@@ -21,16 +21,12 @@ if TYPE_CHECKING:
 
 
 def prepare_clones(image: Image, progress: Callable[[str], None]) -> None:
-    """Save the VMs for builds and ordinary runs, if the default backend can clone.
-
-    Raises SandboxError if that fails.
-    """
+    """Save the VMs for builds and ordinary runs, if the default backend can clone VMs. Raises SandboxError."""
     backend = create(select(this_platform(), BackendRequest()).backend)
     if backend.cloning is None:
         return
-    build_ram, run_ram = (
-        ram_class_bytes(size) for size in (settings.BUILD_MEM_BYTES, default_policy().limits.mem_bytes)
-    )
+    build_ram = ram_class_bytes(settings.BUILD_MEM_BYTES)
+    run_ram = ram_class_bytes(default_policy().limits.mem_bytes)
     with open_image(image) as opened, contextlib.closing(Cancel()) as cancel:
         backend.probe(opened)
         for kind in (

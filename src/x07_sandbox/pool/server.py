@@ -139,10 +139,7 @@ class Server:
                     connection.recv(1)  # this process's end is the answer
 
     def wait_filled(self) -> int:
-        """Wait until all machines are warm, start the idle time, and return how many are warm.
-
-        Raises SandboxError if no machine can be made or the pool is stopped meanwhile.
-        """
+        """Wait until all machines are warm, start the idle time, and return their number. Raises SandboxError."""
         if not self.machines.wait_ready(Deadline.after(settings.QUEUE_S)) and self._ended:
             raise HostError("cannot start the pool", "it was stopped during its start", "Start it again")
         self.machines.used_at = time.monotonic()
@@ -209,10 +206,7 @@ class Server:
 
 
 def _claim(asked: dict[str, Any]) -> Claim | None:
-    """Return the claimed job, or None if it is not well-formed.
-
-    The check matters because its name becomes a folder's name.
-    """
+    """Return the claimed job; None if it is malformed, since its name becomes a folder's name."""
     with contextlib.suppress(msgspec.ValidationError):
         claim = msgspec.convert({name: asked.get(name) for name in ("run_id", "phase", "wall_ms")}, prepared(Claim))
         if _JOB_ID.fullmatch(claim.job_id) and 0 < claim.wall_ms <= _WALL_MS_MAX:

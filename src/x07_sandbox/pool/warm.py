@@ -168,10 +168,7 @@ class WarmMachines:
             machine.close()
 
     def _wait_until_wanted(self) -> bool:
-        """Wait until a machine is missing. Return False once closed.
-
-        Meanwhile, end machines that are near their deadline.
-        """
+        """Wait until a machine is missing, and end machines near their deadline meanwhile. Return False once closed."""
         while True:
             with self._changed:
                 if self._closing:
@@ -208,10 +205,7 @@ class WarmMachines:
             return WarmMachine(instance, stack.pop_all(), time.monotonic())
 
     def _run(self, instance: Instance, spec: PhaseSpec) -> None:
-        """Run one of the warm-up programs in the machine, and prepare the machine for the next.
-
-        Raises BackendError if it fails.
-        """
+        """Run a warm-up program in the machine, then prepare the machine for the next. Raises BackendError."""
         with contextlib.ExitStack() as stack:
             out, err = (
                 Sink(name, keep_fd=memory_file(b"", stack), live_fd=None, max_bytes=settings.MIB)
@@ -230,10 +224,7 @@ class WarmMachines:
             raise Cancelled("the pool has ended", "it was closed", "Start it again")
 
     def in_forked_child(self) -> bool:
-        """Whether this process was forked from the owner's process.
-
-        Such a process may neither take nor end machines.
-        """
+        """Whether this process was forked from the pool's process: it may neither take nor end machines."""
         return os.getpid() != self._owner_pid
 
     def ready(self) -> int:
@@ -242,10 +233,7 @@ class WarmMachines:
             return len(self._ready)
 
     def wait_ready(self, deadline: Deadline) -> bool:
-        """Wait until all machines are warm, and return whether they are.
-
-        Raises SandboxError if no machine can be made.
-        """
+        """Wait until all machines are warm; return whether they are. Raises SandboxError if none can be made."""
         with self._changed:
             while len(self._ready) < self.size and not deadline.passed() and not self._closing:
                 if self.problem is not None:
@@ -253,16 +241,8 @@ class WarmMachines:
                 self._changed.wait(deadline.left_s())
             return len(self._ready) >= self.size
 
-    def serves(self, backend: str, kind: MachineKind) -> bool:
-        """Whether the machines belong to that backend and are of that kind."""
-        return (backend, kind.key) == (self.backend.name, self.kind.key)
-
     def take(self, claim: Claim, runner: Identity, ram_bytes: int) -> WarmMachine | None:
-        """Return a machine as the job of *claim*, run by *runner*.
-
-        Return None if no machine is waiting or its take-over fails.
-        runner: identity of the claiming process. ram_bytes: the most RAM that the job uses.
-        """
+        """Hand a machine over to the process *runner* for *claim*, with at most ram_bytes; None if there is none."""
         if self.in_forked_child():
             return None
         with self._changed:
@@ -281,8 +261,8 @@ class WarmMachines:
         return machine
 
     def claim(self, backend: Backend, job: Job) -> contextlib.AbstractContextManager[Instance] | None:
-        """Return a machine for a run of this process."""
-        if not self.serves(backend.name, job.kind):
+        """Return a machine for a run of this process; None if none of its backend and kind is ready."""
+        if (backend.name, job.kind.key) != (self.backend.name, self.kind.key):
             return None
         machine = self.take(job.claim, own_identity(), job.used_ram_bytes)
         return None if machine is None else _claimed(machine, job)

@@ -18,10 +18,7 @@ def render_json(document: msgspec.Struct) -> bytes:
 
 
 def plain(document: msgspec.Struct) -> Any:  # noqa: ANN401 - what json takes
-    """Return the content of a document. Bytes in names that are not UTF-8 are escaped.
-
-    Otherwise some JSON readers would reject the whole document because of an unpaired surrogate.
-    """
+    """Return a document's content. Bytes that are not UTF-8 are escaped: many JSON readers reject lone surrogates."""
     return _escaped(msgspec.to_builtins(document))
 
 

@@ -16,9 +16,7 @@ from x07_sandbox.policy.problems import Problem
 class CheckedFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One policy.
 
-    file: the path or name that the user gave.
-    policy_id, digest: present if the policy is valid.
-    problems, text: present if it is not.
+    file: the path or name that the user gave. policy_id, digest: if the policy is valid. problems, text: if it is not.
     completed_by: the command that makes a complete policy from an incomplete one.
     """
 
@@ -42,8 +40,7 @@ class CheckReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 class HostReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Whether a connection is allowed.
 
-    policy: the path or name that the user gave.
-    host: the host in its normal form.
+    policy: the path or name that the user gave. host: the host in its normal form.
     rule: the rule that decides, such as `net.allow_hosts[2]` or `deny-floor:private`.
     how_to_allow: null if the connection is allowed or nothing can allow it.
     resolved_later: whether the addresses of the host are checked when a program connects.
@@ -88,10 +85,8 @@ class NeverReached(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 class ExplainReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The plan of a run.
 
-    policy: the path or name that the user gave.
+    policy: the path or name that the user gave. carried_out: whether a run would start.
     isolation: classes of isolation that the backend may provide, best first.
-    carried_out: whether a run would start.
-    toolchain: the program's toolchain, if given.
     filters: names of the image's seccomp filters that would apply.
     never_reached: allowed hosts that the egress gate blocks unless the user's settings allow them.
     """

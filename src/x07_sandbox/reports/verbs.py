@@ -24,10 +24,7 @@ class InitReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class PolicyInitReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The document, on one line, with its keys in this order.
-
-    out: the policy's path, relative to the project's folder if it is inside that folder.
-    """
+    """The document, on one line, with its keys in this order. out: the path, relative to project_root if inside it."""
 
     schema_version: Literal["x07.policy.init.report@0.1.0"] = "x07.policy.init.report@0.1.0"
     template: Literal[
@@ -56,12 +53,9 @@ class BuildReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class LoadReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The image that was loaded.
+    """The image that was loaded, and the container engines that have it now.
 
-    digest: the image id in the container engines.
-    image: the image's digest in `x07 image list`.
-    engines: the container engines that have the image now.
-    archive: the file that was written, or null.
+    digest: the image id in the engines. image: the digest in `x07 image list`. archive: the file written, or null.
     """
 
     schema_version: Literal["x07.sandbox.image.load@0.1.0"] = "x07.sandbox.image.load@0.1.0"
@@ -106,11 +100,7 @@ class RemovedName(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class RemoveReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What was removed.
-
-    bytes: freed disk space.
-    kept: files that could not be removed, each with the reason.
-    """
+    """What was removed. bytes: freed disk space. kept: files that could not be removed, each with the reason."""
 
     schema_version: Literal["x07.sandbox.image.rm@0.1.0"] = "x07.sandbox.image.rm@0.1.0"
     images: tuple[RemovedName, ...]
@@ -119,11 +109,7 @@ class RemoveReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class VerifyReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Whether an image matches its manifest.
-
-    problems: the differences, each as a sentence.
-    fix: what to do; null if the image is good.
-    """
+    """Whether an image matches its manifest. problems: the differences as sentences. fix: null if the image is good."""
 
     schema_version: Literal["x07.sandbox.image.verify@0.1.0"] = "x07.sandbox.image.verify@0.1.0"
     digest: str

@@ -43,11 +43,7 @@ class AttestedOutcome(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
 
 class Attestation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The attestation file.
-
-    effective_policy_digest: digest of the policy document that the guest got.
-    weaker_isolation: whether the user accepted weaker isolation.
-    """
+    """The attestation. effective_policy_digest: of the guest's policy. weaker_isolation: whether it was accepted."""
 
     schema_version: Literal["x07.runtime.attest@0.2.0"] = SCHEMA
     world: World

@@ -38,9 +38,7 @@ def load_x07(
 ) -> tuple[RunRequest, Program] | None:
     """Return the program at *path* and the request with its profile's settings; None if it is not in the X07 language.
 
-    options: options for the compiler.
-    profiles: whether to use the profiles of a project.
-    Raises UsageError.
+    options: options for the compiler. profiles: whether to use a project's profiles. Raises UsageError.
     """
     if not x07.is_x07(path):
         return None

@@ -36,10 +36,7 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=_MOST)]
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
-    """Options of X07's compiler and runtime, named after flags; None if not given.
-
-    module_roots: folders on the host.
-    """
+    """Options of X07's compiler and runtime, named after flags; None if not given. module_roots: host folders."""
 
     solve_fuel: int | None = None
     max_memory_bytes: int | None = None
@@ -105,10 +102,7 @@ def decode_project(data: bytes, *, source: str) -> Project:
 
 
 def choose_profile(project: Project, name: str | None, *, source: str) -> Profile | None:
-    """Return the profile *name*, or else the default profile, `dev` or `os`; None if there are no profiles.
-
-    Raises UsageError.
-    """
+    """Return the profile *name*, else the default profile, `dev` or `os`; None without profiles. Raises UsageError."""
     if not project.profiles and name is None:
         return None
     wanted = [name] if name is not None else [*filter(None, [project.default_profile]), *_CHOICES]

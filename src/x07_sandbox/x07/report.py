@@ -63,10 +63,7 @@ def find_metrics(stderr: bytes) -> dict[str, Any] | None:
 
 
 def read_protocol(report: CompileRunReport) -> CompileRunReport:
-    """Return the report with the output unpacked and the counters filled in.
-
-    A program that exited with status 0 but broke the protocol is reported as failed.
-    """
+    """Fill in the program's output and counters. A program that broke the protocol is reported as failed."""
     if report.solve is None:
         return report
     solve = _read(report.solve)

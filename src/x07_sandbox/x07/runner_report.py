@@ -50,11 +50,7 @@ class NativeRequires(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 class CompileReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The result of the build.
-
-    c_source_size: size of the C code that X07's compiler generates; 0 for other toolchains.
-    compiled_exe: path in the build VM.
-    """
+    """The result of the build. c_source_size: of X07's generated C code, else 0. compiled_exe: path in the build VM."""
 
     ok: bool
     exit_status: int
@@ -190,11 +186,7 @@ class RunOsReport(SolveReport, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class Built(msgspec.Struct, frozen=True, kw_only=True):
-    """Facts for a report that the result does not contain.
-
-    lang_id: the toolchain.
-    path, size: path and size of the artifact in the guest.
-    """
+    """Facts for a report that the result lacks. lang_id: the toolchain. path, size: of the artifact in the guest."""
 
     mode: CompileMode
     world: World
