@@ -49,28 +49,21 @@ __all__ = [
     "run_program_async",
 ]
 
-_EXPORTS = {
-    "Limits": "x07_sandbox.policy.model",
-    "Outcome": "x07_sandbox.runs.result",
-    "Output": "x07_sandbox.runs.result",
-    "Policy": "x07_sandbox.policy.model",
-    "Pool": "x07_sandbox.library.pool",
-    "Result": "x07_sandbox.runs.result",
-    "SandboxError": "x07_sandbox.errors",
-    "__version__": "x07_sandbox.host.version",
-    "exec_command": "x07_sandbox.library.run",
-    "load_policy": "x07_sandbox.library.run",
-    "run_program": "x07_sandbox.library.run",
-    "run_program_async": "x07_sandbox.library.run",
+_NAMES_BY_MODULE = {
+    "errors": ("SandboxError",),
+    "host.version": ("__version__",),
+    "library.pool": ("Pool",),
+    "library.run": ("exec_command", "load_policy", "run_program", "run_program_async"),
+    "policy.model": ("Limits", "Policy"),
+    "runs.result": ("Outcome", "Output", "Result"),
 }
 
 
 def __getattr__(name: str) -> object:
-    try:
-        module = _EXPORTS[name]
-    except KeyError:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
-    return getattr(import_module(module), name)
+    for module, names in _NAMES_BY_MODULE.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -23,10 +23,7 @@ def printable(text: str) -> str:
 
 
 class SandboxError(Exception):
-    """Base of all errors raised on purpose. Its texts are printable.
-
-    what: what failed; why: the cause; fix: what to do. None of them ends with a full stop.
-    """
+    """Base of all errors raised on purpose: what failed, why, and a fix. All are printable, without a full stop."""
 
     # The run's Result, if there is one; typed Any, since this module imports no other.
     result: Any = None
@@ -70,10 +67,7 @@ class BackendError(SandboxError):
 
 
 class Cancelled(SandboxError):  # noqa: N818 - not an error
-    """The user cancelled before the run started (exit 130 after Ctrl-C, else 143).
-
-    signal: the signal that cancelled it; 0 or None without one.
-    """
+    """The user cancelled before the run started (exit 130 after Ctrl-C, else 143). signal: 0 or None without one."""
 
     signal: int | None = None
 

@@ -1,4 +1,4 @@
-"""Files that a command writes because the user named them: complete, or not at all."""
+"""The output files that the user names: each is written completely, or not at all."""
 
 from __future__ import annotations
 

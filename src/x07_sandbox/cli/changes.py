@@ -165,17 +165,19 @@ def _with_left_out(root: RootChanges, grants: Grants, applied: AbstractSet[tuple
 def _nothing_allowed(changes: ChangeSet, grants: Grants) -> RefusedError:
     """Return the error for flags that allow nothing of what was left out."""
     left = [
-        f"{display_name(root.root, refusal.name, several_roots=changes.several_roots)}: {refusal.why}"
+        (root.root, refusal)
         for root in changes.roots
         for refusal in root.refused
         if not grants.is_allowed(root.root)(refusal)
     ]
-    return _refused(left, "See x07 diff, and give a flag for each reason")
+    return _refused(left, "See x07 diff, and give a flag for each reason", several_roots=changes.several_roots)
 
 
-def _refused(left: list[str], fix: str) -> RefusedError:
+def _refused(left: Sequence[tuple[str, Refused]], fix: str, *, several_roots: bool) -> RefusedError:
+    """Return the error for changes that are not allowed, given as pairs of a root and a refusal."""
+    lines = [f"{display_name(root, one.name, several_roots=several_roots)}: {one.why}" for root, one in left[:_LISTED]]
     more = f", and {len(left) - _LISTED} more" if len(left) > _LISTED else ""
-    return RefusedError("cannot apply the changes", "; ".join(left[:_LISTED]) + more, fix)
+    return RefusedError("cannot apply the changes", "; ".join(lines) + more, fix)
 
 
 def _say_left_out(kept: ChangeSet, applied: AbstractSet[tuple[str, str]]) -> None:
@@ -203,12 +205,9 @@ def _without(
     words = {word: parent_folders([word.rstrip("/").removeprefix(f"{root.root}/")]) for word in skip}
     holding = parent_folders(staying).union(*words.values()) & _removed_folders(root) - skipped
     is_allowed = grants.is_allowed(root.root)
-    left = [refusal for refusal in root.refused if refusal.name not in skipped | holding and not is_allowed(refusal)]
+    left = [(root.root, one) for one in root.refused if one.name not in skipped | holding and not is_allowed(one)]
     if left:
-        why = [
-            f"{display_name(root.root, refusal.name, several_roots=several_roots)}: {refusal.why}" for refusal in left
-        ]
-        raise _refused(why, "Leave them out with --skip PATH")
+        raise _refused(left, "Leave them out with --skip PATH", several_roots=several_roots)
     for name in sorted(holding):
         say(f"kept because it contains skipped files: {display_name(root.root, name, several_roots=several_roots)}")
     changes = [change for change in root.changes if change.name not in skipped | holding]

@@ -81,13 +81,11 @@ def left_out(changes: Changes) -> list[str]:
     return [f"left out: {', '.join(names[:_NAMED])}{more}; to apply: {changes.apply_left_out}"]
 
 
-def _counts(changes: Changes) -> dict[str, int]:
-    counts = {"added": changes.added, "changed": changes.changed, "deleted": changes.deleted}
-    return {word: count for word, count in counts.items() if count}
+def _counts(changes: Changes) -> str:
+    return _in_words({"added": changes.added, "changed": changes.changed, "deleted": changes.deleted})
 
 
 def _closing(changes: Changes) -> str:
-    text = _in_words(_counts(changes)) or "changes"
     why = f" ({changes.reason})" if changes.reason else ""
     after = {
         "applied": "; see x07 diff, revert with x07 undo",
@@ -95,7 +93,7 @@ def _closing(changes: Changes) -> str:
         "conflict": ", nothing was changed; see x07 diff, apply with x07 apply",
         "discarded": "",
     }
-    return f"{text}: {changes.state}{why}{after[changes.state]}"
+    return f"{_counts(changes) or 'changes'}: {changes.state}{why}{after[changes.state]}"
 
 
 def summary(changes: ChangeSet, done: str) -> str:

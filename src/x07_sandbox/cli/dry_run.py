@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.cli.console import say, show
@@ -40,9 +41,8 @@ def show_plan(request: RunRequest, options: argparse.Namespace) -> int:
 
 def _lines(found: Preview) -> list[str]:
     limits = found.plan.limits
-    states: dict[str, int] = {}
-    for control in found.plan.controls:
-        states[control.state] = states.get(control.state, 0) + 1
+    states = Counter(control.state for control in found.plan.controls)
+    denied = f" (denied: {_listed(found.denied_hosts)})" if found.denied_hosts else ""
     built = "nothing to build" if found.build is None else f"build in a VM without network: {_short(found.build)}"
     values = (
         f"{limits.wall_ms} ms",
@@ -57,15 +57,11 @@ def _lines(found: Preview) -> list[str]:
         f"run in another VM: {_short(found.run)}",
         f"limits: {', '.join(values)}",
         *([] if found.scaling is None else [f"scaled for emulation: time limits times {found.scaling.factor}"]),
-        f"network: {_listed(found.hosts) or 'none'}{_denied(found)}",
+        f"network: {_listed(found.hosts) or 'none'}{denied}",
         *([f"image {found.image}: {found.digests['image']}"] if "image" in found.digests else []),
         f"policy: {', '.join(f'{count} {state}' for state, count in sorted(states.items()))} (x07 policy explain)",
         *(f"refused: {refusal.why}" for refusal in found.plan.refusals),
     ]
-
-
-def _denied(found: Preview) -> str:
-    return f" (denied: {_listed(found.denied_hosts)})" if found.denied_hosts else ""
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -80,10 +80,7 @@ def deliver(document: bytes, options: argparse.Namespace, *, always: bool = Fals
 
 
 def carry_out_with_report(options: argparse.Namespace) -> int:
-    """Carry out a verb with --report-out; write an error that ends it to that file too. Return the exit code.
-
-    Raises what the verb raises, and UsageError at the start if the file cannot be written or has another use.
-    """
+    """Carry out a verb with --report-out; write its error to that file, too. Raises that error, or UsageError."""
     from x07_sandbox.cli.atomic_output import check_outputs, write_bytes
 
     others = [getattr(options, name, None) for name in _FILES]

@@ -59,9 +59,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     parser.add_argument("--toolchain", choices=toolchains, metavar="T", help=doc)
 
 
-def explanation(
-    policy: Policy, source: str, backend_name: str | None = None, toolchain: str | None = None
-) -> ExplainReport:
+def explanation(policy: Policy, source: str, backend_name: str | None, toolchain: str | None) -> ExplainReport:
     """Return the document. source: name of the policy. Raises UsageError, RefusedError if the backend is not usable."""
     backend = None if backend_name is None else backend_named(backend_name)
     if backend is None or not (backend.built and backend.runs_on(this_platform())):

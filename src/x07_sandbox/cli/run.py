@@ -206,13 +206,6 @@ def _loaded(
 
 def _checked_outputs(options: argparse.Namespace) -> dict[str, Path | None]:
     """Return the output files by flag. Raises UsageError for one that cannot be written or that the run reads."""
-    files = options.report_out, options.compiled_out, options.attest_runtime, options.diff, options.net_log
-    if all(path is None for path in files):
-        return {}
-    from x07_sandbox.cli.atomic_output import check_outputs
-
-    if options.dry_run:
-        raise UsageError("wrong usage", "--dry-run writes nothing", "Omit the flags that name output files")
     outputs = {
         "--report-out": options.report_out,  # first: an error about another file is written there
         "--compiled-out": options.compiled_out,
@@ -221,6 +214,12 @@ def _checked_outputs(options: argparse.Namespace) -> dict[str, Path | None]:
         "for --diff": options.diff and Path(f"{options.diff}.json"),
         "--net-log": options.net_log,
     }
+    if not any(outputs.values()):
+        return {}
+    from x07_sandbox.cli.atomic_output import check_outputs
+
+    if options.dry_run:
+        raise UsageError("wrong usage", "--dry-run writes nothing", "Omit the flags that name output files")
     program = _named(options)[0] if options.code is None else None
     named = ["/dev/stdin" if program == "-" else program, options.policy]
     named += [*options.allow_host_file, *options.deny_host_file]

@@ -1,4 +1,4 @@
-"""The JSON document of `x07 run`: a run's result, or an error that ended the command, in the form of one."""
+"""The JSON document of `x07 run`: the result of a run, or an error that ended the command, in the same form."""
 
 from __future__ import annotations
 

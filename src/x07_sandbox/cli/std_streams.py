@@ -1,4 +1,4 @@
-"""Our own standard streams: the caller may have closed them or made them non-blocking."""
+"""Repair of our own standard streams, which the caller may have closed or made non-blocking."""
 
 from __future__ import annotations
 

@@ -50,13 +50,14 @@ def admitted(
     Raises RefusedError after timeout_s, Cancelled once cancel_fd is readable, UsageError for a bad X07_VM_MAX_RUNNING.
     """
     started_at = time.monotonic()
-    place = _Place(cache_folder("slots"), max_running())
+    folder, most = cache_folder("slots"), max_running()
+    slot = _free_slot_if_nobody_waits(folder, most)
+    if slot is None:
+        slot = _slot_after_waiting(folder, most, cancel_fd, timeout_s, progress)
     try:
-        if not place.take_now():
-            place.wait(cancel_fd, timeout_s, progress)
         yield time.monotonic() - started_at
     finally:
-        place.leave()
+        close_on_fork.unlock(slot)
 
 
 @contextlib.contextmanager
@@ -90,59 +91,45 @@ def _opened(path: Path) -> int:
     return close_on_fork.add(open_private_file(path, os.O_RDWR))
 
 
-class _Place:
-    """A place in the queue and, after the wait, a slot."""
+def _free_slot(folder: Path, most: int) -> int | None:
+    """Lock the first free slot and return its descriptor; None if all *most* slots are taken."""
+    return next((fd for number in range(most) if (fd := _locked(folder / str(number))) is not None), None)
 
-    def __init__(self, folder: Path, slots: int) -> None:
-        self._folder = folder
-        self._slots = slots
-        self._fd: int | None = None
 
-    def take_now(self) -> bool:
-        """Take a free slot if nobody is waiting. Return whether a slot was taken."""
-        if (turn := _locked(self._folder / "turn")) is None:
-            return False
-        try:
-            return self._take()
-        finally:
-            close_on_fork.unlock(turn)
+def _free_slot_if_nobody_waits(folder: Path, most: int) -> int | None:
+    if (turn := _locked(folder / "turn")) is None:
+        return None
+    try:
+        return _free_slot(folder, most)
+    finally:
+        close_on_fork.unlock(turn)
 
-    def wait(self, cancel_fd: int, timeout_s: float, progress: Callable[[str], None]) -> None:
-        """Queue for a slot."""
-        deadline = Deadline.after(timeout_s)
-        say_at = Deadline.after(_SAY_AFTER_S)
-        said = False
-        with _Turn(_opened(self._folder / "turn")) as turn:
-            while not deadline.passed():
-                # There is no event for several locks: the first in the queue polls them, the others sleep.
-                pause_s = _LOOK_AGAIN_S if turn.come else _SAY_AFTER_S
-                if turn.cancelled(cancel_fd, min(deadline.left_s(), pause_s)):
-                    raise Cancelled("the run was cancelled", "it was waiting for a machine", "Start it again")
-                if not said and say_at.passed():
-                    limit = f"at most {self._slots} may run at once, by {_VARIABLE} or cores and memory"
-                    progress(f"waiting for a free machine: {limit}")
-                    said = True
-                if turn.come and self._take():
-                    return
-        longer = "" if timeout_s >= settings.QUEUE_S else "a longer --queue-timeout of x07 run, or "
-        raise RefusedError(
-            "no machine was free in time",
-            f"{self._slots} machines are running, and none ended within {timeout_s:.0f} s",
-            f"Set {longer}a larger {_VARIABLE}",
-        )
 
-    def leave(self) -> None:
-        """Release the slot."""
-        if self._fd is not None:
-            close_on_fork.unlock(self._fd)
-            self._fd = None
-
-    def _take(self) -> bool:
-        for slot in range(self._slots):
-            if (fd := _locked(self._folder / str(slot))) is not None:
-                self._fd = fd
-                return True
-        return False
+def _slot_after_waiting(
+    folder: Path, most: int, cancel_fd: int, timeout_s: float, progress: Callable[[str], None]
+) -> int:
+    """Queue for a slot. Raises RefusedError, Cancelled."""
+    deadline = Deadline.after(timeout_s)
+    say_at = Deadline.after(_SAY_AFTER_S)
+    said = False
+    with _Turn(_opened(folder / "turn")) as turn:
+        while not deadline.passed():
+            # There is no event for several locks: the first in the queue polls them, the others sleep.
+            pause_s = _LOOK_AGAIN_S if turn.come else _SAY_AFTER_S
+            if turn.cancelled(cancel_fd, min(deadline.left_s(), pause_s)):
+                raise Cancelled("the run was cancelled", "it was waiting for a machine", "Start it again")
+            if not said and say_at.passed():
+                limit = f"at most {most} may run at once, by {_VARIABLE} or cores and memory"
+                progress(f"waiting for a free machine: {limit}")
+                said = True
+            if turn.come and (slot := _free_slot(folder, most)) is not None:
+                return slot
+    longer = "" if timeout_s >= settings.QUEUE_S else "a longer --queue-timeout of x07 run, or "
+    raise RefusedError(
+        "no machine was free in time",
+        f"{most} machines are running, and none ended within {timeout_s:.0f} s",
+        f"Set {longer}a larger {_VARIABLE}",
+    )
 
 
 class _Turn:

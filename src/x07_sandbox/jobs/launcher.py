@@ -65,7 +65,7 @@ def _serve() -> None:
         request, answer = _requests.get()
         try:
             with close_on_fork.no_fork():
-                child = subprocess.Popen(
+                child: subprocess.Popen[bytes] | OSError = subprocess.Popen(
                     request.argv,
                     stdin=subprocess.DEVNULL if request.stdio_fd is None else request.stdio_fd,
                     stdout=subprocess.DEVNULL if request.stdio_fd is None else request.stdio_fd,
@@ -76,6 +76,5 @@ def _serve() -> None:
                     start_new_session=True,
                 )
         except OSError as exc:
-            answer.put(exc)
-        else:
-            answer.put(child)
+            child = exc
+        answer.put(child)

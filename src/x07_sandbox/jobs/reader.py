@@ -21,7 +21,8 @@ from x07_sandbox.host.processes import Identity
 from x07_sandbox.jobs.active import ENDS, JOB_NAME
 from x07_sandbox.jobs.record import JOB_SCHEMA, OWNER_SCHEMA, JobRecord, runner_instance
 
-# ours: by owner.json. unowned: without one, as a job that was never started, or one of X07's tools.
+# ours: owner.json names this user and machine. unowned: there is no owner.json, since the job was never started or is
+# one of X07's tools.
 Standing = Literal["ours", "unowned", "foreign", "newer", "damaged"]
 Ended = Literal["done", "reaped"]
 _RECORD_MAX: Final = 64 * 1024

@@ -1,7 +1,7 @@
-"""Record of a job on disk: `job.json` for the X07 language's tools, `owner.json` for this tool. jobs/reader reads both.
+"""The record of a job: files in the job's folder, which jobs/reader reads.
 
-`job.json` has exactly the keys that X07's tools use. A last file says that the job's machine is proven gone: the job's
-x07 process writes `done`; any other process that stopped the job writes `reaped`.
+`job.json` has exactly the keys that the X07 language's tools use; `owner.json` is for this tool only. The last file
+means that the job's machine is proven gone. The job's x07 process writes `done`; any other process writes `reaped`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from x07_sandbox.host.processes import Identity, boot_id, pid_namespace
 JOB_SCHEMA: Final = "x07.vm.job@0.1.0"
 OWNER_SCHEMA: Final = "x07.sandbox.owner@0.1.0"
 _MACHINE_ID: Final = Path("/etc/machine-id")
-_SMALL: Final = 256
 _INSTANCE_ID: Final = re.compile(r"ri-[0-9a-f]{32}\n?")
 
 _counter = itertools.count()
@@ -250,7 +249,7 @@ def _made_once(path: Path, content: str) -> str:
             os.link(temporary, path)
         temporary.unlink()
     with path.open(encoding="ascii", errors="replace") as file:
-        return file.read(_SMALL)
+        return file.read(256)
 
 
 def _write_json(path: Path, value: dict[str, object]) -> None:

@@ -1,4 +1,4 @@
-"""Rule that decides whether a process that did not start a recorded job may end it. Pure."""
+"""Rules that decide whether a job may be ended by a process that did not start the job."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Fate = Literal["live", "dead", "expired", "ended", "kept"]
 
 
 class Now(NamedTuple):
-    """Time, boot and pid namespace of a decision. alive: tells whether a process of this pid namespace lives."""
+    """The time, boot and pid namespace in which `judge` decides. alive: whether a process of this namespace lives."""
 
     boot_id: str
     pid_namespace: str

@@ -41,8 +41,7 @@ class Pool(Executor):
     def __init__(self, size: int = 2, *, image: str | None = None) -> None:
         """Start the pool. Its VMs start in the background (see `wait_ready`). Raises SandboxError.
 
-        size: number of VMs that are kept ready, in addition to those that run a program.
-        image: name or digest of a guest image; None for the default image.
+        size: number of VMs kept ready, besides those that run a program. image: name or digest; None for the default.
         """
         if not isinstance(image, str | None):
             raise bad_argument("image", f"is {type(image).__name__}, not str", "x07_sandbox.Pool")
@@ -75,9 +74,8 @@ class Pool(Executor):
     ) -> Future[Result]:
         """Run *program* with *input* as soon as a VM is free. The options are those of `run_program`.
 
-        The future raises the exceptions of `run_program`. This method raises SandboxError in a forked child.
-        As with any executor, cancelling the future of a running program does not end the program;
-        `shutdown(cancel_futures=True)` does.
+        The future raises what `run_program` raises; this method raises SandboxError in a forked child. As with any
+        executor, cancelling the future of a running program has no effect; `shutdown(cancel_futures=True)` ends it.
         """
         check_names("submit", options, OPTIONS)
         self._check_process()

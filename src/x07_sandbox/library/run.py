@@ -232,8 +232,7 @@ def run_once(
 ) -> Ended:
     """Return the result of a run, and the error that caused it, if any. Arguments: see `run_program`.
 
-    machines: VMs that are ready; None for those of `x07 pool`.
-    Raises UsageError for a wrong call, and any exception that *on_output* raises.
+    machines: VMs that are ready; None for those of `x07 pool`. Raises UsageError, and what *on_output* raises.
     """
     from x07_sandbox.backends.lease import PoolClient
     from x07_sandbox.backends.selection import choice_from_environment

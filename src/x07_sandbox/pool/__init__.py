@@ -1,1 +1,1 @@
-"""Prepared machines that wait for a run: how they are kept warm, handed out, and used by an executor."""
+"""Machines that are started in advance and wait for a run."""

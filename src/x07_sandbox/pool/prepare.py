@@ -1,4 +1,4 @@
-"""Creation of the saved VMs that the first runs would otherwise have to create."""
+"""Save VMs in advance, so that the first runs need not do it."""
 
 from __future__ import annotations
 

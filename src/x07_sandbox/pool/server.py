@@ -123,17 +123,16 @@ class Server:
         with connection:
             connection.settimeout(ANSWER_S)
             pid, uid = peer_of(connection)
-            asked = receive(connection) if uid == os.geteuid() else None
-            for fd in asked[1] if asked is not None else ():
+            message, fds = (receive(connection) if uid == os.geteuid() else None) or ({}, [])
+            for fd in fds:
                 os.close(fd)
-            if asked is None or asked[1]:
-                return
+            want = None if fds else message.get("want")
             with contextlib.suppress(OSError):
-                if asked[0].get("want") == "claim":
-                    self._lend(connection, asked[0], pid)
-                elif asked[0].get("want") == "status":
+                if want == "claim":
+                    self._lend(connection, message, pid)
+                elif want == "status":
                     send(connection, {"protocol": PROTOCOL, **self.status()})
-                elif asked[0].get("want") == "stop":
+                elif want == "stop":
                     self.end()
                     connection.settimeout(None)
                     connection.recv(1)  # this process's end is the answer

@@ -1,8 +1,8 @@
-"""Warm machines: clones that have run two of this tool's own programs, each waiting to run one user program.
+"""Warm machines: cloned VMs that have run two warm-up programs. Each waits for one program of the user.
 
 An emulator takes about ten times longer for code that it executes for the first time. So each machine runs a C and a
-Python program before it waits. Each machine is recorded as a job (`RUN-warm`) with a deadline. When it is claimed, its
-deadline, its record and the machine itself become the claimer's, in this order.
+Python program before it waits. Each machine is recorded as a job (`RUN-warm`) with a deadline. A run that claims a
+machine takes over its deadline, its record and the machine itself, in this order.
 """
 
 from __future__ import annotations

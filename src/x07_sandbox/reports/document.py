@@ -1,4 +1,4 @@
-"""Writing of documents as JSON, and the document about an error of any command except `run`."""
+"""Documents as JSON text, and the document for an error of any command except `run`."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from x07_sandbox.host.documents import Status
+from x07_sandbox.policy.templates import TEMPLATES
 from x07_sandbox.programs.new_manifest import ROWS
 
 _TOOLCHAINS: Final = sorted([*(row.name for row in ROWS), "x07"])
@@ -27,17 +28,7 @@ class PolicyInitReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """The document, on one line, with its keys in this order. out: the path, relative to project_root if inside it."""
 
     schema_version: Literal["x07.policy.init.report@0.1.0"] = "x07.policy.init.report@0.1.0"
-    template: Literal[
-        "cli",
-        "default",
-        "fs-tool",
-        "http-client",
-        "postgres-client",
-        "sqlite-app",
-        "web-service",
-        "worker",
-        "worker-parallel",
-    ]
+    template: Annotated[str, Meta(extra_json_schema={"enum": sorted(TEMPLATES)})]
     project_root: str
     out: str
     status: Status

@@ -64,20 +64,15 @@ def find_metrics(stderr: bytes) -> dict[str, Any] | None:
 
 def read_protocol(report: CompileRunReport) -> CompileRunReport:
     """Fill in the program's output and counters. A program that broke the protocol is reported as failed."""
-    if report.solve is None:
+    solve = report.solve
+    if solve is None:
         return report
-    solve = _read(report.solve)
-    good = report.compile.ok and solve.ok and solve.exit_status == 0
-    return replace(report, solve=solve, exit_code=0 if good else FAILED_EXIT)
-
-
-def _read(solve: SolveReport) -> SolveReport:
-    output = framed_output(solve.stdout_b64)
-    metrics = find_metrics(solve.stderr_b64)
-    trap = solve.trap
+    output, metrics, trap = framed_output(solve.stdout_b64), find_metrics(solve.stderr_b64), solve.trap
     if trap is None and solve.ok:
         trap = NOT_FRAMED if output is None else NO_METRICS if metrics is None else None
-    return replace(solve, ok=solve.ok and trap is None, solve_output_b64=output or b"", trap=trap, **(metrics or {}))
+    solve = replace(solve, ok=solve.ok and trap is None, solve_output_b64=output or b"", trap=trap, **(metrics or {}))
+    good = report.compile.ok and solve.ok and solve.exit_status == 0
+    return replace(report, solve=solve, exit_code=0 if good else FAILED_EXIT)
 
 
 class _CompilerReport(msgspec.Struct, frozen=True):

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 SCHEMA: Final = "x07-os-runner.report@0.5.0"
 WRAPPED_SCHEMA: Final = "x07.run.report@0.3.0"
-NATIVE_REQUIRES: Final = "x07.native-requires@0.1.0"
 FAILED_EXIT: Final = 1  # of the command and in the report, unless everything succeeded
 _TRAP_CHARS: Final = 1000
 
@@ -44,7 +43,7 @@ class NativeRequirement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
 class NativeRequires(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The native libraries that a program needs; none for programs of other toolchains than X07's."""
 
-    schema_version: Literal["x07.native-requires@0.1.0"] = NATIVE_REQUIRES
+    schema_version: Literal["x07.native-requires@0.1.0"] = "x07.native-requires@0.1.0"
     world: World | UnsetType = UNSET
     requires: list[NativeRequirement]
 
