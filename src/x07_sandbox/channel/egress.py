@@ -74,10 +74,7 @@ _SHAPES: Final = {
 
 
 class Event(NamedTuple):
-    """A verified frame.
-
-    value: the code, or the port of OPEN and REFUSAL. data: the payload, or the host of OPEN and REFUSAL.
-    """
+    """A verified frame. value and data are port and host in OPEN and REFUSAL, else code and payload."""
 
     kind: int
     stream: int
@@ -100,10 +97,7 @@ class _Flow:
 
 
 class EgressLink:
-    """One end of the egress stream; not thread-safe.
-
-    guest: True for the guest's end.
-    """
+    """The end of the egress stream in the guest, or in the gate; not thread-safe."""
 
     def __init__(self, *, guest: bool) -> None:
         self.guest = guest
@@ -119,10 +113,7 @@ class EgressLink:
     # incoming
 
     def receive(self, data: bytes | memoryview) -> Iterator[Event]:
-        """Take bytes from the peer and yield their events.
-
-        Raises PeerError. After an error, every further call raises it too.
-        """
+        """Take bytes from the peer and yield their events. Raises PeerError, and again on every later call."""
         if not self._failed:
             self._in += data
         return self._events()

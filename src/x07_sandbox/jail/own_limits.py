@@ -175,7 +175,6 @@ _FOLDERS: Final = (
     *("/run/systemd/resolve", "/run/nscd", "/run/resolvconf"),
     *("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/dev/urandom"),
 )
-_RUN: Final = Path("/run")
 
 
 def _readable() -> Iterator[str]:
@@ -188,7 +187,7 @@ def _readable() -> Iterator[str]:
         path = Path("/etc", name)
         yield str(path)
         folder = path.resolve().parent
-        if _RUN in folder.parents:
+        if Path("/run") in folder.parents:
             yield str(folder)
     yield from _FOLDERS
     prefixes = {sys.base_prefix, sys.base_exec_prefix, sys.prefix, sys.exec_prefix}
@@ -253,11 +252,10 @@ _libc.prctl.restype, _libc.prctl.argtypes = ctypes.c_int, [ctypes.c_int, *[ctype
 def confine(kind: Kind, *, uid: int | None) -> tuple[str, ...]:
     """Drop all rights of this process that *kind* does not need, and return the names of the measures.
 
-    uid: as root, a uid and gid for this process alone; None keeps the current user. Call this after all imports and
-    before any thread starts. The kernel kills the process when the thread that started it ends, unless that thread may
-    not signal the process: the thread lacks CAP_KILL for another uid, or is in a Landlock domain.
-    Raises OSError if a measure fails, or HostError on an unsupported architecture. The process must then exit, since it
-    is only partly confined.
+    Call this after all imports and before any thread starts. uid: as root, a uid and gid for this process alone. The
+    kernel kills the process when the thread that started it ends, if that thread may signal it: not if it lacks
+    CAP_KILL for another uid, or is in a Landlock domain. Raises OSError if a measure fails, or HostError on an
+    unsupported architecture. The process must then exit, since it is only partly confined.
     """
     _require_one_thread()
     program = (gate_filter if kind == "gate" else resolver_filter)(host_arch())
