@@ -8,13 +8,14 @@ A frame is a 12-byte header, `HEADER`, and a payload:
     stream   u32; chosen by the guest, in increasing order
     length   u32; of the payload
 
-Integers are big endian. The guest opens a flow, the gate answers with OPENED. Each direction has a window of `WINDOW`
-bytes, which the reader refills with CREDIT. Datagrams have no window and may be dropped.
+Integers are big endian. A stream carries one flow: a connection, or the datagrams between two endpoints. The guest
+opens it, and the gate answers with OPENED. Each direction has a window of `WINDOW` bytes, which the reader refills with
+CREDIT. Datagrams have no window and may be dropped.
 
 With REFUSAL the guest reports a connection that it refused itself. The frame uses stream 0 and the payload of OPEN.
 Port 0 stands for a name lookup.
 
-The guest is hostile: every length, count and order below is bounded.
+The guest is hostile, so every length, count and order is verified.
 """
 
 from __future__ import annotations

@@ -122,10 +122,7 @@ def _element(first: str, last: str, port: int) -> bytes:
 
 
 class Held(NamedTuple):
-    """A packet that waits for a decision.
-
-    queue, number: its id. transport: IP protocol number. source, target: address and port.
-    """
+    """A packet that waits for a decision: its id (two numbers), its IP protocol, and address and port of both ends."""
 
     queue: int
     number: int

@@ -51,10 +51,7 @@ class Platform(ABC):
         return f"{self.scratch}/{name}"
 
     def make_job_folder(self, name: str, *, of_program: bool) -> None:
-        """Make a job folder. Raises OSError.
-
-        of_program: whether the program's user owns it.
-        """
+        """Make a job folder, which the program's user owns if *of_program*. Raises OSError."""
         path = self.folder(name)
         os.mkdir(path, 0o755)
         if of_program and self.program_uid is not None:
@@ -103,10 +100,7 @@ class Platform(ABC):
         """Apply the time and the entropy from a SEED frame. Raises OSError."""
 
     def adapt(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Return the body of START, adapted to this platform.
-
-        Raises JobError if the platform cannot do what it asks for.
-        """
+        """Return the body of START, adapted to this platform. Raises JobError if the platform does not support it."""
         return body
 
     @abstractmethod

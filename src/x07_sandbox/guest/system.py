@@ -95,8 +95,7 @@ def open_tree(path: str) -> int:
 def change_mount(mount: int | str, flags: int, *, below: bool = False) -> None:
     """Add MS_NOSUID, MS_NODEV and *flags* (MS_RDONLY, MS_NOEXEC) to a mount. Raises OSError.
 
-    mount: its path, or a descriptor of a detached mount. below: include all mounts below it. Flags are only added,
-    since in a user namespace the flags that the host set cannot be cleared.
+    mount: a path, or a detached mount. below: include mounts below it. A user namespace cannot clear the host's flags.
     """
     fd, path, how = (mount, b"", _AT_EMPTY_PATH) if isinstance(mount, int) else (_AT_FDCWD, os.fsencode(mount), 0)
     attributes = struct.pack("=4Q", MS_NOSUID | MS_NODEV | flags, 0, 0, 0)  # the first four bits are those of mount(2)
@@ -132,10 +131,7 @@ def landlock_version() -> int:
 
 
 def landlock_ruleset(*, files: int = 0, scopes: int = 0) -> int:
-    """Make a ruleset and return its descriptor. Raises OSError.
-
-    files: kinds of file access that need a rule. scopes: scopes to forbid.
-    """
+    """Return the descriptor of a new ruleset: *files* accesses need a rule, *scopes* are forbidden. Raises OSError."""
     attributes = struct.pack("=QQQ", files, 0, scopes)
     fd: int = _libc.syscall(_LANDLOCK_CREATE_RULESET, attributes, len(attributes), 0)
     _check(fd, "landlock_create_ruleset")
@@ -164,10 +160,7 @@ def load_module(path: str) -> None:
 
 
 def add_entropy(random_fd: int, seed: bytes) -> None:
-    """Add *seed* to the kernel's pool, credit the entropy, and reseed (random(4)).
-
-    random_fd: /dev/urandom. Raises OSError.
-    """
+    """Add *seed* to the kernel's pool (random(4)) over /dev/urandom, credit it, and reseed. Raises OSError."""
     fcntl.ioctl(random_fd, _RNDADDENTROPY, struct.pack("ii", len(seed) * 8, len(seed)) + seed)
     fcntl.ioctl(random_fd, _RNDRESEEDCRNG)
 
