@@ -22,7 +22,7 @@ _GONE_S: Final = 5.0
 
 
 class NoGroup:
-    """No group: no limits, and CPU time from /proc, without that of children reaped with SIGCHLD ignored.
+    """No group: no limits. CPU time is read from /proc, which omits children reaped while SIGCHLD was ignored.
 
     Subclasses are groups that contain the program and its children, but neither init (whose process id is *init*) nor
     the agent.

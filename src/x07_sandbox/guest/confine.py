@@ -147,12 +147,10 @@ def _devices(_world: World) -> None:
 
 
 def devices(make: Callable[[str, str], None]) -> None:
-    """Mount /dev with the devices that every program may use, and private pseudoterminals.
-
-    make(name, path): creates a device. /dev/tty is harmless: the program has no terminal, except one that it opened.
-    """
+    """Mount /dev with devices that *make*(name, path) creates, and private pseudoterminals."""
     dev = f"{ROOT}/dev"
     system.mount("tmpfs", dev, "tmpfs", system.MS_NOSUID, "mode=0755,size=64k,nr_inodes=64")
+    # /dev/tty is harmless: the program's session has no terminal until the program opens one of its own.
     for name in ("null", "zero", "full", "random", "urandom", "tty"):
         make(name, f"{dev}/{name}")
     for name, target in (("fd", ""), ("stdin", "/0"), ("stdout", "/1"), ("stderr", "/2")):

@@ -45,10 +45,7 @@ def call_numbers() -> tuple[dict[str, int], dict[str, int]]:
 
 
 def split_at_token(code: bytes) -> tuple[list[bytes], list[int]]:
-    """Split a filter at its markers. Return the pieces, and for each word of the token its piece's index.
-
-    Raises ValueError unless each marker occurs exactly once.
-    """
+    """Split a filter at its markers. Return the pieces, and each token word's index in them. Raises ValueError."""
     values = [value for *_, value in _LINE.iter_unpack(code)]
     found = sorted((values.index(marker), number) for number, marker in enumerate(_MARKERS) if marker in values)
     if len(found) != len(_MARKERS) or sum(value in _MARKERS for value in values) != len(_MARKERS):

@@ -71,10 +71,7 @@ class ProgramPaths:
         return self._paths.get((device, inode), "")
 
     def link_target(self, path: str) -> str:
-        """Return the target of a path whose links the program may have made; "" for any other path.
-
-        The target may have changed since. It is only reported. At most DENIED_MAX paths are resolved.
-        """
+        """Return the target of a path whose links the program may have made, for reports only; else ""."""
         if path not in self._targets:
             if len(self._targets) >= DENIED_MAX:
                 return ""

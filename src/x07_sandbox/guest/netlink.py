@@ -1,7 +1,4 @@
-"""Netlink for the relay: routes (rtnetlink(7)), nftables set elements and held packets (nfnetlink_queue).
-
-Numbers are those of linux/rtnetlink.h and linux/netfilter/nfnetlink_queue.h.
-"""
+"""Netlink for the relay: routes (rtnetlink(7)), nftables set elements and held packets (nfnetlink_queue)."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ _ERROR_TYPE: Final = 2
 _REQUEST_ACK: Final = 0x1 | 0x4
 _CREATE: Final = 0x400
 
-_NEW_ADDRESS: Final = 20
+_NEW_ADDRESS: Final = 20  # linux/rtnetlink.h, from here on
 _NEW_ROUTE: Final = 24
 _IFA_LOCAL: Final = 2
 _NO_DUPLICATES: Final = 2  # IFA_F_NODAD: use an IPv6 address at once, without duplicate detection
@@ -29,7 +26,7 @@ _STATIC: Final = 4
 _SCOPE_HOST: Final = 254
 _LOCAL: Final = 2
 
-_NETFILTER: Final = 12
+_NETFILTER: Final = 12  # linux/netfilter/nfnetlink_queue.h, from here on
 _QUEUE: Final = 3 << 8
 _TABLES: Final = 10 << 8  # nf_tables; linux/netfilter/nf_tables.h
 _NEW_ELEMENT: Final = 12
@@ -73,10 +70,7 @@ def _check_answer(answer: bytes) -> None:
 
 
 def deliver_locally(sources: Iterable[str]) -> None:
-    """Add addresses to `lo`, and deliver all packets of their families to the local stack. Raises OSError.
-
-    sources: one address per family, from which programs send. The current network namespace is changed.
-    """
+    """Add one address per family to `lo` in this network namespace, and deliver all packets here. Raises OSError."""
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0) as sock:
         lo = socket.if_nametoindex("lo")
         for source in sources:
@@ -95,10 +89,8 @@ def packed_address(address: str) -> tuple[int, bytes]:
 
 
 def add_elements(table: str, name: str, elements: list[tuple[str, str, int]]) -> None:
-    """Add (first address, last address, port) elements to a set. Raises OSError.
-
-    All addresses belong to the table's family. Starting nft would cost a clone a tenth of a second.
-    """
+    """Add (first address, last address, port) elements to a set of the addresses' family. Raises OSError."""
+    # Starting nft would cost a clone a tenth of a second.
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETFILTER) as sock:
         for at in range(0, len(elements), _ELEMENTS_A_MESSAGE):
             body = struct.pack(">BBH", packed_address(elements[0][0])[0], 0, 0)

@@ -54,7 +54,7 @@ _Endpoints = tuple[tuple[str, int], tuple[str, int]]  # source and target
 class _Flow:
     """One connection, or the datagrams between two endpoints.
 
-    held: the packet that waits for the gate. sock: the program's end. out: bytes for it. waiting: early datagrams.
+    held: the packet that waits for the gate. sock: the program's end. out: bytes for *sock*. waiting: early datagrams.
     """
 
     def __init__(self, stream: int, endpoints: _Endpoints, transport: int) -> None:
@@ -70,10 +70,7 @@ class _Flow:
 
 
 class Watcher:
-    """A poll loop that calls a descriptor's callback when the descriptor is ready.
-
-    A descriptor without wanted events is not registered, since epoll would report a hangup on it again and again.
-    """
+    """A poll loop that calls a descriptor's callback when the descriptor is ready."""
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
@@ -92,7 +89,7 @@ class Watcher:
         elif wanted:
             self._epoll.modify(fd, wanted)
         else:
-            self._epoll.unregister(fd)
+            self._epoll.unregister(fd)  # else epoll would report a hangup on it again and again
 
     def forget(self, fd: int) -> None:
         """Stop watching a descriptor; call this before closing it."""

@@ -252,10 +252,10 @@ _libc.prctl.restype, _libc.prctl.argtypes = ctypes.c_int, [ctypes.c_int, *[ctype
 def confine(kind: Kind, *, uid: int | None) -> tuple[str, ...]:
     """Drop all rights of this process that *kind* does not need, and return the names of the measures.
 
-    Call this after all imports and before any thread starts. uid: as root, a uid and gid for this process alone. The
-    kernel kills the process when the thread that started it ends, if that thread may signal it: not if it lacks
-    CAP_KILL for another uid, or is in a Landlock domain. Raises OSError if a measure fails, or HostError on an
-    unsupported architecture. The process must then exit, since it is only partly confined.
+    Call this after all imports and before any thread starts. uid: as root, a uid and gid for this process alone. When
+    the thread that started the process ends, the kernel kills the process, unless that thread may not signal it: the
+    thread lacks CAP_KILL for another uid, or is in a Landlock domain. Raises OSError if a measure fails, or HostError
+    on an unsupported architecture. The process must then exit, since it is only partly confined.
     """
     _require_one_thread()
     program = (gate_filter if kind == "gate" else resolver_filter)(host_arch())
