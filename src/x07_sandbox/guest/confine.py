@@ -31,7 +31,6 @@ MEMORY: Final = "/run/x07/memory"
 _ENTRIES: Final = 4096  # more than fit into a small archive (IN_MEMORY_BYTES), in which each has a 110-byte header
 CWD: Final = "/opt/x07"
 IN_MEMORY: Final = ("/tmp", "/dev/shm")  # noqa: S108 - the program's tmpfs folders
-_INPUTS: Final = "/x07/in"
 CGROUP_VIEW: Final = "/sys/fs/cgroup"
 _PTYS_MAX: Final = 64  # their kernel buffers are not charged to the program
 
@@ -296,7 +295,7 @@ def _programs(settings: JobSettings) -> None:
 def _no_execution(settings: JobSettings) -> None:
     if settings.execution is not None:
         rules = execution.ExecutionRules(*settings.execution)
-        execution.forbid_elsewhere(rules, [*IN_MEMORY, "/x07/out", CWD], _INPUTS)
+        execution.forbid_elsewhere(rules, [*IN_MEMORY, "/x07/out", CWD], "/x07/in")
 
 
 # A remount by another step clears the flag again.

@@ -11,8 +11,9 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from x07_sandbox.channel.trees import Entry, Kind
 from x07_sandbox.guest import confine, system
@@ -22,11 +23,7 @@ from x07_sandbox.guest.process import FREE_INIT, RULES, SCOPES, OnSharedKernel, 
 from x07_sandbox.guest.system import write_file
 from x07_sandbox.guest.trees import Tree, as_program_user
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
 NET_SOCKET: Final = "/run/x07-net/relay"
-_SCRATCH: Final = "/x07"
 _CGROUP: Final = "/sys/fs/cgroup"
 _READ_AND_ENTER: Final = 0o500
 _KILLS: Final = 1000  # attempts: a zombie counts as a process until init reaps it
@@ -132,7 +129,7 @@ class Contained(OnSharedKernel):
 
     confinement = CONTAINED
     program_uid = confine.UID
-    scratch = memory = _SCRATCH
+    scratch = memory = "/x07"
     machine_id = confine.MACHINE_ID
     channel_out_fd = 1
     filtered = True

@@ -10,7 +10,6 @@ from typing import Any, Final
 
 BASE: Final = "base"
 QUIET: Final = "quiet"  # its refusals are not audited
-NO_EXEC: Final = "no-exec"
 ONCE: Final = "-once"  # suffix of a filter that allows one execve
 _LINE: Final = struct.Struct("=HBBI")
 _WORD: Final = 4
@@ -19,7 +18,7 @@ _MARKERS: Final = (0x5AFE7012, 0x5AFE7011, 0x5AFE7014, 0x5AFE7013, 0x5AFE7016, 0
 
 def filter_name(*, threads: bool, spawn: bool, execute: bool) -> str:
     """Return the name of the filter that forbids each of these that is False, or "" if none is."""
-    words = (not threads and "no-threads", not spawn and "no-spawn", not execute and NO_EXEC)
+    words = (not threads and "no-threads", not spawn and "no-spawn", not execute and "no-exec")
     return "-".join(word for word in words if word)
 
 

@@ -26,8 +26,6 @@ from x07_sandbox.guest.trees import changes, left_files, stream_of
 if TYPE_CHECKING:
     from x07_sandbox.guest.audit import Audit, NoAudit
 
-    Fail = Callable[[JobError], None]
-
 _READ: Final = 32 * 1024
 _PROJECT: Final = "/x07/in/project"
 _OUT: Final = "/x07/out"
@@ -69,7 +67,7 @@ class Job:
         body: dict[str, Any],
         environment: Environment,
         audit: Audit | NoAudit,
-        fail: Fail,
+        fail: Callable[[JobError], None],
     ) -> None:
         self.link = link
         self.audit = audit

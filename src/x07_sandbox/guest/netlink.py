@@ -10,7 +10,6 @@ from typing import Final, NamedTuple
 
 _HEADER: Final = struct.Struct("=IHHII")  # length, type, flags, sequence, port
 _ATTRIBUTE: Final = struct.Struct("=HH")  # length, type
-_ERROR: Final = struct.Struct("=i")
 _ERROR_TYPE: Final = 2
 _REQUEST_ACK: Final = 0x1 | 0x4
 _CREATE: Final = 0x400
@@ -45,8 +44,6 @@ _HELD_MAX: Final = 512
 _READ: Final = 65536
 _ACCEPT: Final = 1
 _NETFILTER_HEADER: Final = 4  # family, version, number of the queue
-_TCP: Final = 6
-_UDP: Final = 17
 _V6: Final = 6
 _IPV4_HEADER: Final = 20
 _IPV6_HEADER: Final = 40
@@ -64,7 +61,7 @@ def _request(sock: socket.socket, kind: int, flags: int, body: bytes) -> None:
 
 def _check_answer(answer: bytes) -> None:
     """Raise OSError unless the answer is an acknowledgement without error."""
-    number = -_ERROR.unpack_from(answer, _HEADER.size)[0]
+    number = -struct.unpack_from("=i", answer, _HEADER.size)[0]
     if _HEADER.unpack_from(answer)[1] != _ERROR_TYPE or number:
         raise OSError(number, os.strerror(number), "netlink")
 
@@ -191,7 +188,9 @@ def _ends(packet: bytes) -> tuple[int, tuple[str, int], tuple[str, int]] | None:
     else:
         size, family = (packet[0] & 15) * 4 if packet else 0, socket.AF_INET
         transport, addresses = packet[9:10], packet[12:_IPV4_HEADER]
-    if size < _IPV4_HEADER or len(packet) < size + _PORTS or transport[0] not in {_TCP, _UDP}:
+    if size < _IPV4_HEADER or len(packet) < size + _PORTS:
+        return None
+    if transport[0] not in {socket.IPPROTO_TCP, socket.IPPROTO_UDP}:
         return None
     ports = struct.unpack_from(">HH", packet, size)
     half = len(addresses) // 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,6 @@ from x07_sandbox.guest.mounts import mount_all
 from x07_sandbox.guest.trees import Tree
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from x07_sandbox.guest.audit import Audit, NoAudit
     from x07_sandbox.guest.cgroup import NoGroup
     from x07_sandbox.guest.confine import Confinement

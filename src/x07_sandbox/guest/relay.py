@@ -15,6 +15,7 @@ import signal
 import socket
 import struct
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
@@ -26,8 +27,6 @@ from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.system import read_all, write_all
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from x07_sandbox.guest.firewall import Sockets
     from x07_sandbox.guest.netlink import Held, HeldPackets
 

@@ -60,10 +60,11 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
 
 
-def _check(result: int, subject: str) -> None:
+def _check(result: int, subject: str) -> int:
     if result < 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code), subject)
+    return result
 
 
 def mount(source: str, target: str, kind: str, flags: int = 0, options: str = "") -> None:
@@ -87,9 +88,7 @@ def pivot_root(new_root: str) -> None:
 
 def open_tree(path: str) -> int:
     """Return a detached copy of the mount at *path*. Raises OSError."""
-    fd: int = _libc.syscall(_OPEN_TREE, _AT_FDCWD, os.fsencode(path), _OPEN_TREE_CLONE | os.O_CLOEXEC)
-    _check(fd, path)
-    return fd
+    return _check(_libc.syscall(_OPEN_TREE, _AT_FDCWD, os.fsencode(path), _OPEN_TREE_CLONE | os.O_CLOEXEC), path)
 
 
 def change_mount(mount: int | str, flags: int, *, below: bool = False) -> None:
@@ -133,9 +132,7 @@ def landlock_version() -> int:
 def landlock_ruleset(*, files: int = 0, scopes: int = 0) -> int:
     """Return the descriptor of a new ruleset: *files* accesses need a rule, *scopes* are forbidden. Raises OSError."""
     attributes = struct.pack("=QQQ", files, 0, scopes)
-    fd: int = _libc.syscall(_LANDLOCK_CREATE_RULESET, attributes, len(attributes), 0)
-    _check(fd, "landlock_create_ruleset")
-    return fd
+    return _check(_libc.syscall(_LANDLOCK_CREATE_RULESET, attributes, len(attributes), 0), "landlock_create_ruleset")
 
 
 def landlock_allow(ruleset_fd: int, path: str, files: int) -> None:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -24,8 +25,6 @@ from x07_sandbox.jail.libraries import needed_files
 from x07_sandbox.jail.seccomp import vmm_filter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from x07_sandbox.host.arch import Arch
 
 _PROBE_S: Final = 20.0

@@ -24,6 +24,7 @@ import socket
 import stat
 import struct
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -45,8 +46,6 @@ from x07_sandbox.jail.seccomp import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from x07_sandbox.host.arch import Arch
 
 Kind = Literal["gate", "resolver"]
@@ -77,10 +76,9 @@ BOTH_OLD: Final = ("epoll_wait", "poll", "select")
 RESOLVER_OLD: Final = ("stat", "lstat", "access", "readlink")
 
 _TYPE: Final = ~(socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC) & ALL_BITS
-_INTERNET: Final = (socket.AF_INET, socket.AF_INET6)
 # No other protocol, such as ICMP, MPTCP or SCTP: each is another part of the kernel.
 _INTERNET_SOCKET: Final = (
-    Check(ARG0, _INTERNET),
+    Check(ARG0, (socket.AF_INET, socket.AF_INET6)),
     Check(ARG1, (socket.SOCK_STREAM, socket.SOCK_DGRAM), _TYPE),
     Check(ARG2, (0, socket.IPPROTO_TCP, socket.IPPROTO_UDP)),
 )
