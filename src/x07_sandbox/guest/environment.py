@@ -44,7 +44,7 @@ class Environment:
     """One prepared environment. Its descriptors are the agent's ends, and all are close-on-exec.
 
     first: whether it is the first in this machine. Before another one is made, the previous one must be closed.
-    preload: modules that the waiting process, a started Python, imports; None if it is not one.
+    preload: modules that the waiting process imports, which is a started Python; None if no Python is to wait.
     network: whether there is a relay for connections. init: process id of init. report_fd: init's reports.
     status_fd: messages of the program's process before it executes the program; then the pipe ends.
     in_memory_fds: the program's tmpfs folders, once `prepare` has returned.
@@ -120,7 +120,7 @@ class Environment:
             self.relay.admit(network)
 
     def prepare(self, settings: confine.JobSettings) -> None:
-        """Wait for the program's process, and make init apply the job's settings, or changed ones. Raises JobError."""
+        """Wait for the program's process, and make init apply the settings that have changed. Raises JobError."""
         if self._settings == settings:
             return
         if self._settings is None and (status := self._first_status()) != init.READY:

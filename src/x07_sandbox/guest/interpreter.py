@@ -227,7 +227,7 @@ def _set_environment(old_env: dict[str, str], env: dict[str, str]) -> None:
 
 
 def _become(argv: list[str], buffers: list[memoryview], known: set[str], importers: set[str]) -> None:
-    """Set the script's name, and remove all traces of this hook: modules and importers that were not there before."""
+    """Set the script's name, and remove this hook's traces: all modules but *known*, path importers but *importers*."""
     import sys
 
     name = argv[1].encode("utf-32-le", "surrogatepass") + bytes(4)

@@ -66,7 +66,7 @@ class Jail(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def may_nest() -> bool:
-    """Whether this process may mount its own /proc, for `Jail.nest`. A user may not where a container hides parts."""
+    """Whether this process may mount its own /proc, for `Jail.nest`. Users may not if a container hides parts of it."""
     if os.geteuid() == 0:
         return True
     return all(mounted.place == _EMPTY_IN_PROC or not mounted.place.startswith(b"/proc/") for mounted in mounts())

@@ -92,7 +92,7 @@ def make_groups(name: str, *, memory_bytes: int, tasks: int) -> HostGroups:
 class ProgramGroups(HostGroups, frozen=True, kw_only=True):
     """Groups into which the agent puts a program. The agent sets their limits itself, so its user may write to them.
 
-    places: the groups' folders, by controller for version 1, under "" for version 2. agent: its own group (version 2).
+    places: the groups' folders, by controller in version 1, under "" in version 2. agent: the agent's (version 2).
     """
 
     places: dict[str, Path]

@@ -34,7 +34,7 @@ def _ranges(path: str, first: int, count: int) -> list[tuple[int, int]]:
 
 
 def free_range() -> int:
-    """Return the first of COUNT mapped uids outside passwd, group, subuid and subgid. Raises HostError if none is."""
+    """Return the first of COUNT mapped uids that are not in passwd, group, subuid or subgid. Raises HostError."""
     lines = Path("/proc/self/uid_map").read_text(encoding="ascii").splitlines()
     mapped = [tuple(int(word) for word in line.split()) for line in lines]
     taken = [*_ranges("/etc/passwd", 2, 0), *_ranges("/etc/group", 2, 0)]
@@ -50,7 +50,7 @@ def free_range() -> int:
 
 @contextlib.contextmanager
 def lease_uid() -> Iterator[tuple[int, int]]:
-    """Yield a uid that no other job here uses, and its lock's descriptor. Raises HostError if no uid is free."""
+    """Yield a uid that no other job on this machine uses, and its lock's descriptor. Raises HostError."""
     first = free_range()
     for _ in range(_TRIES):
         uid = first + int.from_bytes(os.urandom(4), "big") % COUNT
