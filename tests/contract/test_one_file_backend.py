@@ -28,7 +28,6 @@ from x07_sandbox.conformance import runner
 from x07_sandbox.conformance.behaviours import BEHAVIOURS
 from x07_sandbox.conformance.harness import open_bench
 from x07_sandbox.conformance.run import check_behaviour, conform
-from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.close_on_fork import FdGroup
 from x07_sandbox.host.processes import own_identity
 from x07_sandbox.jail.bwrap import supervisor_argv
@@ -116,7 +115,6 @@ class OneFile:
                 agent,
                 deadline_s=job.claim.deadline_s,
                 runner_pid=os.getpid(),
-                syscalls=host_arch().syscalls,
                 nest=False,
             )
             child = launch(Launch(argv=argv, pass_fds=(far.fileno(),), stderr_fd=nowhere.fileno()))

@@ -68,7 +68,8 @@ ROOTS: Final = ("/opt/x07/conf.json", "/data/out", "/srv/a/tmp", "/srv/b/tmp")
 
 def read(*events: Sequence[Record]) -> dict[Refusal, int]:
     """The refusals found in the records of these calls."""
-    refusals = Refusals(CALLS, find, ROOTS)
+    refusals = Refusals(CALLS)
+    refusals.reset(find, ROOTS)
     for serial, records in enumerate(events, start=40):
         for kind, text in records:
             refusals.note(kind, f"audit(1764000000.123:{serial}): {text}".encode())

@@ -13,7 +13,6 @@ from x07_sandbox.guest.agent import platform_from_args
 from x07_sandbox.guest.confine import MACHINE
 from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.process import CONFINED, Confined, Unconfined
-from x07_sandbox.host.arch import host_arch
 from x07_sandbox.jail.bwrap import PERL, SETPRIV, SUPERVISOR, supervisor_argv
 
 SYSTEM = System(links={"bin": "usr/bin", "lib": "usr/lib"}, folders=("lib64",))
@@ -73,7 +72,7 @@ def test_the_agent_carries_the_mark() -> None:
 
 def test_root_runs_all_of_it_as_another_user() -> None:
     """With a uid the supervisor runs as that user too."""
-    numbers = {"deadline_s": 5, "runner_pid": 1, "syscalls": host_arch().syscalls, "nest": True}
+    numbers = {"deadline_s": 5, "runner_pid": 1, "nest": True}
     plain = supervisor_argv(["it"], **numbers)  # type: ignore[arg-type] # the words of a call, together
     assert plain[:2] == [PERL, SUPERVISOR]
     other = supervisor_argv(["it"], uid=60000, **numbers)  # type: ignore[arg-type] # as above

@@ -17,10 +17,7 @@ WRITE_SIZE: Final = 64 * 1024
 
 
 class Connection:
-    """A `Link` and the descriptor that carries it. The caller keeps the descriptor and must close it.
-
-    out_fd: a separate descriptor for writing, if there is one.
-    """
+    """A `Link` and the descriptor that carries it, or one for each direction. The caller must close them."""
 
     def __init__(self, fd: int, role: Role, state: State = State.WAITING, *, out_fd: int | None = None) -> None:
         self.fd = fd
@@ -39,10 +36,7 @@ class Connection:
             poll.register(self._out_fd, out)
 
     def read(self) -> Iterable[Event] | None:
-        """Read once. Return an iterator over the events, or None if the peer has closed the channel.
-
-        Raises PeerError on iteration.
-        """
+        """Read once. Return an iterator over events, which may raise PeerError, or None if the peer has closed."""
         try:
             data = os.read(self.fd, READ_SIZE)
         except BlockingIOError:

@@ -11,10 +11,7 @@ READ: Final = 128 * 1024  # files up to this size are read whole, holes included
 
 
 def parts(fd: int, size: int) -> Iterator[bytes | int]:
-    """Yield the content of a file up to *size*: bytes for data, and an int, the length, for each hole.
-
-    Raises OSError if the file shrinks meanwhile.
-    """
+    """Yield a file's content up to *size*: data as bytes, a hole as its length. Raises OSError if the file shrinks."""
     position = 0
     while position < size:
         start, end = (0, size) if size <= READ else next_data(fd, position, size)

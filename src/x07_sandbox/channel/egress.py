@@ -8,13 +8,14 @@ A frame is a 12-byte header, `HEADER`, and a payload:
     stream   u32; chosen by the guest, in increasing order
     length   u32; of the payload
 
-Integers are big endian. The guest opens a flow, the gate answers with OPENED. Each direction has a window of `WINDOW`
-bytes, which the reader refills with CREDIT. Datagrams have no window and may be dropped.
+Integers are big endian. A stream carries one flow: a connection, or the datagrams between two endpoints. The guest
+opens it, and the gate answers with OPENED. Each direction has a window of `WINDOW` bytes, which the reader refills with
+CREDIT. Datagrams have no window and may be dropped.
 
 With REFUSAL the guest reports a connection that it refused itself. The frame uses stream 0 and the payload of OPEN.
 Port 0 stands for a name lookup.
 
-The guest is hostile: every length, count and order below is bounded.
+The guest is hostile, so every length, count and order is verified.
 """
 
 from __future__ import annotations
@@ -74,10 +75,7 @@ _SHAPES: Final = {
 
 
 class Event(NamedTuple):
-    """A verified frame.
-
-    value: the code, or the port of OPEN and REFUSAL. data: the payload, or the host of OPEN and REFUSAL.
-    """
+    """A verified frame. value and data are port and host in OPEN and REFUSAL, else code and payload."""
 
     kind: int
     stream: int
@@ -100,10 +98,7 @@ class _Flow:
 
 
 class EgressLink:
-    """One end of the egress stream; not thread-safe.
-
-    guest: True for the guest's end.
-    """
+    """The end of the egress stream in the guest, or in the gate; not thread-safe."""
 
     def __init__(self, *, guest: bool) -> None:
         self.guest = guest
@@ -119,10 +114,7 @@ class EgressLink:
     # incoming
 
     def receive(self, data: bytes | memoryview) -> Iterator[Event]:
-        """Take bytes from the peer and yield their events.
-
-        Raises PeerError. After an error, every further call raises it too.
-        """
+        """Take bytes from the peer and yield their events. Raises PeerError, and again on every later call."""
         if not self._failed:
             self._in += data
         return self._events()

@@ -7,10 +7,9 @@ A frame is an 8-byte header and a payload (docs/guest-channel.md):
     reserved        u8, always 0
     stream          u16, big endian; 0 for control frames
 
-Control payloads have closed schemas (`BODIES`). The kinds in `PACKED` are fixed binary records, since code that a fresh
-clone executes for the first time is about ten times slower. The other kinds are JSON objects. Data payloads are raw
-bytes.
-The guest is hostile: every length, count, number and text below is bounded.
+Control payloads have closed schemas (`BODIES`). They are JSON objects, except for the fixed binary records in `PACKED`:
+the JSON code would run for the first time in a fresh clone, where it is about ten times slower. Data payloads are raw
+bytes. The guest is hostile, so every length, count, number and text is bounded.
 """
 
 from __future__ import annotations
@@ -140,6 +139,9 @@ PACKED: Final[dict[Kind, struct.Struct]] = {
     Kind.SEED: struct.Struct(">Q64s16s16s"),
     Kind.SEEDED: struct.Struct("16s"),
 }
+_PAYLOAD_MAX: Final = {Kind.DATA: DATA_MAX, Kind.CREDIT: 4, Kind.EOF: 0, Kind.START: START_MAX} | {
+    kind: layout.size for kind, layout in PACKED.items()
+}
 # DATA, EOF and CREDIT go both ways: see `frame_sender`.
 SENDER: Final[dict[Kind, Role]] = {
     kind: Role.HOST if kind in {Kind.WARM, Kind.SEED, Kind.START, Kind.STOP} else Role.GUEST for kind in BODIES
@@ -165,15 +167,7 @@ class Frame(NamedTuple):
 
 def payload_max(kind: Kind) -> int:
     """Return the maximum payload size of a kind, in bytes."""
-    if kind is Kind.DATA:
-        return DATA_MAX
-    if kind is Kind.CREDIT:
-        return 4
-    if kind is Kind.EOF:
-        return 0
-    if kind in PACKED:
-        return PACKED[kind].size
-    return START_MAX if kind is Kind.START else CONTROL_MAX
+    return _PAYLOAD_MAX.get(kind, CONTROL_MAX)
 
 
 def encode(kind: Kind, stream: int = 0, payload: bytes = b"") -> bytes:

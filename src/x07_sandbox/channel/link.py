@@ -1,9 +1,7 @@
-"""One end of the channel as a state machine without I/O.
+"""The channel as a state machine without I/O, which host and guest share.
 
 `NEXT` is the protocol: the state after each control frame. `DATA_STATES` lists the states in which data may flow.
 Anything else raises PeerError (the peer's fault) or ChannelUsageError (this side's fault).
-
-Both ends use the same table.
 """
 
 from __future__ import annotations
@@ -114,10 +112,7 @@ Event = Control | Data | Eof | Credit
 
 
 class Link:
-    """One end of the conversation; not thread-safe.
-
-    state: the initial state; WARM for a clone.
-    """
+    """One end of the conversation; not thread-safe. Its initial state is WARM for a clone."""
 
     def __init__(self, role: Role, state: State = State.WAITING) -> None:
         self.role = role
@@ -141,10 +136,9 @@ class Link:
     # incoming
 
     def receive(self, data: bytes) -> Iterator[Event]:
-        """Take bytes from the peer and return a lazy iterator over their events.
+        """Take bytes from the peer and return a lazy iterator over all events that were not iterated yet.
 
-        If the caller stops iterating, the next call continues there. The iterator raises PeerError. After an error,
-        every further call raises it too.
+        The iterator raises PeerError. After an error, every later iterator raises it too.
         """
         self._in += data
         return self._events()
@@ -237,10 +231,7 @@ class Link:
             raise ChannelUsageError(f"the {self.role.value} cannot send on stream {stream} while {state}")
 
     def consumed(self, stream: int, count: int) -> None:
-        """Record that *count* bytes of *stream* were processed, and grant credit in steps of a quarter window.
-
-        Raises ChannelUsageError if fewer bytes were received.
-        """
+        """Grant credit for *count* processed bytes, in quarter windows. Raises ChannelUsageError if it is too much."""
         unacknowledged = self._unacknowledged.get(stream, 0) + count
         window = self._receive_window.get(stream, WINDOW)
         if count < 0 or unacknowledged > WINDOW - window:

@@ -54,10 +54,7 @@ class Kind(enum.IntEnum):
 
 
 class Entry(NamedTuple):
-    """One record.
-
-    mode: permission bits; for UNSUPPORTED, the file type too.
-    """
+    """One record. Its mode has the permission bits; for UNSUPPORTED, the file type too."""
 
     kind: Kind
     name: bytes
@@ -179,10 +176,7 @@ class Reader:
 
 
 def _head(view: memoryview, at: int) -> tuple[Kind, bytes, int] | None:
-    """Return the kind and verified name of the record at *at*, and the offset of its other fields.
-
-    Return None if the record is incomplete.
-    """
+    """Return a record's kind, its verified name and the offset of its other fields, or None if it is incomplete."""
     if len(view) - at < _HEAD.size:
         return None
     number, length = _HEAD.unpack_from(view, at)

@@ -1,8 +1,7 @@
 """The guest agent. It receives one job from the host, runs the job's program and reports the result.
 
-The agent runs on a `Platform`. On all platforms but that of the `none` backend, the program can see neither the channel
-nor the agent's process. In VMs and with the `os` backend, that process is
-outside the program's control group.
+The agent runs on a `Platform`. Except with the `none` backend, the program can see neither the channel nor the agent's
+process. In VMs and with the `os` backend, the agent's process is outside the program's control group.
 """
 
 from __future__ import annotations
@@ -40,10 +39,8 @@ def main() -> None:
 
 
 def platform_from_args(args: list[str]) -> Platform:
-    """Return the platform for the arguments `os FD NET_FD`, `none FD FOLDER` or `container [network]`.
-
-    A further last argument marks the process's owner, and is not used. Raises JobError.
-    """
+    """Return the platform for `os FD NET_FD`, `none FD FOLDER` or `container [network]`. Raises JobError."""
+    # A further last argument, which is not used here, marks the process's owner.
     from x07_sandbox.guest.process import Confined, Unconfined
 
     match args:
@@ -142,7 +139,7 @@ class Agent:
             self.environment.close()
         limits = body["limits"]
         self.environment = environment = Environment(
-            self.platform, first=first, interpreter=True, preload=body["preload"], network=body["network"]
+            self.platform, first=first, preload=body["preload"], network=body["network"]
         )
         spare_cpu_s = environment.spare_cpu_s
         environment.prepare(job_settings(limits, body["hostname"], spare_cpu_s, out_writable=body["output"]))

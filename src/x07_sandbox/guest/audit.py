@@ -86,16 +86,10 @@ class Refusal(NamedTuple):
 
 
 class Audit:
-    """The audit of this machine.
-
-    fd: readable when there are records to `take`.
-    """
+    """The audit of this machine. Its descriptor *fd* is readable when there are records to `take`."""
 
     def __init__(self, audited: dict[str, int], refused: dict[str, int]) -> None:
-        """Set up auditing.
-
-        audited: numbers, by name, of the calls to record. refused: numbers, by name, of the calls that filters refuse.
-        """
+        """Set up auditing. Both arguments are call numbers by name: calls to record, and calls that filters refuse."""
         self._refusals = Refusals(refused | audited)
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_AUDIT)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", 1, 0))
@@ -121,10 +115,7 @@ class Audit:
         self._lost_before = self._status()[_LOST]
 
     def begin(self, find: Find | None = None, roots: Sequence[str] = (), resolve: Resolve | None = None) -> None:
-        """Discard all records. The records after this call are the program's.
-
-        find, roots, resolve: see `Refusals`.
-        """
+        """Discard all records. Later ones are the program's. find, roots, resolve: see `Refusals.reset`."""
         while self._next() is not None:
             pass
         self._refusals.reset(find, roots, resolve)
@@ -137,10 +128,7 @@ class Audit:
             self._refusals.note(*record)
 
     def end(self) -> tuple[dict[Refusal, int], int]:
-        """Return how often each call was denied since `begin`, and how many denials are missing from that.
-
-        Missing are those whose records the kernel lost, and those beyond `DENIED_MAX` kinds.
-        """
+        """Return how often each call was denied since `begin`, and how many denials were lost or over `DENIED_MAX`."""
         deadline = time.monotonic() + _LAST_S
         # Give the kernel's audit thread a chance to run. Without any record none was lost either, and asking the kernel
         # would cost most programs milliseconds.
@@ -186,7 +174,7 @@ class Audit:
     def _ask(self, kind: int, body: bytes) -> bytes:
         """Send a request and return the answer, which is empty except for queries. Raises OSError."""
         self._sequence += 1
-        # A question has no acknowledgement: that may come before the answer, which a thread of its own sends.
+        # Request no acknowledgement for a query: it may come before the answer, which another kernel thread sends.
         flags = _REQUEST if kind == _GET else _REQUEST | _ACK
         header = _HEADER.pack(_HEADER.size + len(body), kind, flags, self._sequence, 0)
         self._socket.sendto(header + body, (0, 0))
@@ -205,10 +193,7 @@ class Audit:
 
 
 class NoAudit:
-    """A stand-in for `Audit` on a shared kernel, whose audit belongs to the host.
-
-    fd: never readable.
-    """
+    """A stand-in for `Audit` on a shared kernel, whose audit belongs to the host. *fd* is never readable."""
 
     def __init__(self) -> None:
         self.fd, self._other_end = os.pipe2(os.O_CLOEXEC)
@@ -224,33 +209,22 @@ class NoAudit:
 
 
 class Refusals:
-    """Denials put together from audit records.
+    """Denials from audit records. found: how often each was seen. uncounted: those beyond `DENIED_MAX` kinds."""
 
-    found: how often each was seen. uncounted: how many were not counted, since they were beyond `DENIED_MAX` kinds.
-    """
-
-    def __init__(
-        self,
-        calls: dict[str, int],
-        find: Find | None = None,
-        roots: Sequence[str] = (),
-        resolve: Resolve | None = None,
-    ) -> None:
-        """Begin with no denials.
-
-        calls: system call numbers by name. roots: mount points of host folders.
-        find(device, inode, name): returns the path of an inode. It returns "" if the path is unknown or no better than
-        *name*. That is the name which the call used: possibly of a link, or "" if the call's name was relative to a
-        descriptor.
-        resolve(path): returns the target of a path whose links the program may have made, else "".
-        """
+    def __init__(self, calls: dict[str, int]) -> None:
         self._names = {number: name for name, number in calls.items()}
         self._pending: dict[bytes, _Call] = {}
         self.found: dict[Refusal, int] = {}
-        self.reset(find, roots, resolve)
+        self.reset()
 
     def reset(self, find: Find | None = None, roots: Sequence[str] = (), resolve: Resolve | None = None) -> None:
-        """Discard everything recorded."""
+        """Discard everything recorded.
+
+        find(device, inode, name): returns the path of an inode, or "" if it is unknown or no better than *name*. The
+        call used *name*, which may be a link's; it is "" if the call's name was relative to a descriptor.
+        roots: mount points of host folders.
+        resolve(path): returns the target of a path whose links the program may have made, else "".
+        """
         self._find = find
         self._roots = roots
         self._resolve = resolve
@@ -335,10 +309,7 @@ class Refusals:
             call.path = call.path or self._path(call, name, values)
 
     def _path(self, call: _Call, name: str, values: dict[bytes, bytes]) -> str:
-        """Return the path of the record's inode, if it is known and better than the name in the record.
-
-        Otherwise, return that name.
-        """
+        """Return the path of the record's inode if it is known and better than *name*, the record's; else *name*."""
         if self._find is None:
             return name
         vague = not name or (call.by_descriptor and not name.startswith("/"))

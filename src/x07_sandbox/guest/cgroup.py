@@ -22,7 +22,7 @@ _GONE_S: Final = 5.0
 
 
 class NoGroup:
-    """No group: no limits, and CPU time from /proc, without that of children reaped with SIGCHLD ignored.
+    """No group: no limits. CPU time is read from /proc, which omits children reaped while SIGCHLD was ignored.
 
     Subclasses are groups that contain the program and its children, but neither init (whose process id is *init*) nor
     the agent.
@@ -37,6 +37,7 @@ class NoGroup:
 
     def __init__(self, folder: str = "") -> None:
         self._folder = folder
+        self._counters = self.COUNTERS
         self._limits = (0, 0)
 
     def remove(self) -> None:
@@ -66,9 +67,9 @@ class NoGroup:
 
     def count(self, name: str) -> int:
         """Return the counter *name* (a key of COUNTERS), or 0 if the group lacks it."""
-        if name not in self.COUNTERS:
+        if name not in self._counters:
             return 0
-        file, *keys = self.COUNTERS[name]
+        file, *keys = self._counters[name]
         return counter(f"{self._folder}/{file}", keys)
 
     def program_stopped(self, init: int) -> bool:
@@ -206,10 +207,7 @@ def _open_procs(folder: str) -> int:
 
 
 def counter(path: str, keys: list[str]) -> int:
-    """Return the number in a control file; with *keys*, the largest number after one of these keys.
-
-    Return 0 if there is none.
-    """
+    """Return the number in a control file, or with *keys* the largest one after any of these keys; 0 if none."""
     most = 0
     try:
         for line in read_file(path).decode().splitlines():
@@ -241,10 +239,7 @@ def _cpu_ticks(init: int) -> int:
 
 
 def _state_of_program(pid: str) -> str:
-    """Return the state (proc(5)) of the process if it is the program, else "".
-
-    The program is PID 2 of its namespace.
-    """
+    """Return the state (proc(5)) of the process if it is the program, PID 2 of its namespace. Otherwise, return ""."""
     try:
         text = read_file(f"/proc/{pid}/status").decode("utf-8", "replace")
     except (FileNotFoundError, ProcessLookupError):

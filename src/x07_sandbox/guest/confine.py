@@ -28,10 +28,9 @@ MACHINE_ID: Final = "/run/x07/machine-id"
 RESOLV_CONF: Final = "/run/x07/resolv.conf"
 SCRATCH: Final = "/run/x07/scratch"
 MEMORY: Final = "/run/x07/memory"
-_ENTRIES: Final = 4096  # a small archive has at most so many entries: a header has 110 bytes
+_ENTRIES: Final = 4096  # more than fit into a small archive (IN_MEMORY_BYTES), in which each has a 110-byte header
 CWD: Final = "/opt/x07"
 IN_MEMORY: Final = ("/tmp", "/dev/shm")  # noqa: S108 - the program's tmpfs folders
-_INPUTS: Final = "/x07/in"
 CGROUP_VIEW: Final = "/sys/fs/cgroup"
 _PTYS_MAX: Final = 64  # their kernel buffers are not charged to the program
 
@@ -39,10 +38,9 @@ _PTYS_MAX: Final = 64  # their kernel buffers are not charged to the program
 class World(NamedTuple):
     """Input of the steps before the job.
 
-    netns_fd: the program's network namespace.
+    netns_fd: the program's network namespace. namespaces: whether the program has its own namespaces.
     procs_fds: files through which a process joins the control groups. group_kills: see `NoGroup.KILLS`.
-    namespaces: whether the program has its own namespaces.
-    interpreter: whether a started Python interpreter waits to become the program. preload: modules that it imports.
+    preload: modules imported by a Python interpreter that waits to become the program; None for no interpreter.
     base_filter, quiet_filter: seccomp filters for every program. readable: paths in the image without programs.
     network: whether the relay resolves names.
     group_folder: the control group that the program can read at CGROUP_VIEW, or "" if there is none.
@@ -50,8 +48,7 @@ class World(NamedTuple):
 
     netns_fd: int
     procs_fds: tuple[int, ...]
-    interpreter: bool
-    preload: list[str]
+    preload: list[str] | None
     base_filter: bytes
     quiet_filter: bytes
     readable: list[str]
@@ -149,13 +146,10 @@ def _devices(_world: World) -> None:
 
 
 def devices(make: Callable[[str, str], None]) -> None:
-    """Mount /dev with the devices that every program may use, and private pseudoterminals.
-
-    make(name, path): creates a device. /dev/tty is harmless, since the program's session has no controlling terminal
-    until the program opens one of its own.
-    """
+    """Mount /dev with devices that *make*(name, path) creates, and private pseudoterminals."""
     dev = f"{ROOT}/dev"
     system.mount("tmpfs", dev, "tmpfs", system.MS_NOSUID, "mode=0755,size=64k,nr_inodes=64")
+    # /dev/tty is harmless: the program's session has no terminal until the program opens one of its own.
     for name in ("null", "zero", "full", "random", "urandom", "tty"):
         make(name, f"{dev}/{name}")
     for name, target in (("fd", ""), ("stdin", "/0"), ("stdout", "/1"), ("stderr", "/2")):
@@ -181,7 +175,7 @@ def _tmpfs(path: str) -> None:
 def _temporary(world: World) -> None:
     _tmpfs(f"{ROOT}/tmp")  # noqa: S108 - in the guest
     system.mount("tmpfs", f"{ROOT}/run", "tmpfs", system.MS_NOSUID | system.MS_NODEV, "mode=0755,size=64k")
-    if world.interpreter:
+    if world.preload is not None:
         os.mkdir(f"{ROOT}{interpreter.FOLDER}")
         with open(f"{ROOT}{interpreter.FOLDER}/sitecustomize.py", "x", encoding="utf-8") as file:
             file.write(interpreter.hook(world.preload))
@@ -192,10 +186,7 @@ def _temporary(world: World) -> None:
 
 
 def _kernel_state(world: World) -> None:
-    """Mount an empty /sys, with the program's own control group in it, read-only.
-
-    Node, the JVM and Go read limits there.
-    """
+    """Mount an empty /sys, read-only, with the program's own control group: Node, the JVM and Go read limits there."""
     system.mount("tmpfs", f"{ROOT}/sys", "tmpfs", system.MS_NOSUID | system.MS_NODEV, "mode=0755,size=4k")
     if world.group_folder:
         os.makedirs(f"{ROOT}{CGROUP_VIEW}")
@@ -228,7 +219,7 @@ def rules(world: World) -> None:
     `restrict` enforces the ruleset if the job has an execution list.
     """
     fd = system.landlock_ruleset(files=system.FS_EXECUTE | system.FS_READ_FILE | system.FS_REFER)
-    os.dup2(fd, interpreter.RULES_FD, inheritable=world.interpreter)
+    os.dup2(fd, interpreter.RULES_FD, inheritable=world.preload is not None)
     os.close(fd)
     # Do not forbid moving files between folders.
     system.landlock_allow(interpreter.RULES_FD, "/", system.FS_REFER)
@@ -304,7 +295,7 @@ def _programs(settings: JobSettings) -> None:
 def _no_execution(settings: JobSettings) -> None:
     if settings.execution is not None:
         rules = execution.ExecutionRules(*settings.execution)
-        execution.forbid_elsewhere(rules, [*IN_MEMORY, "/x07/out", CWD], _INPUTS)
+        execution.forbid_elsewhere(rules, [*IN_MEMORY, "/x07/out", CWD], "/x07/in")
 
 
 # A remount by another step clears the flag again.
@@ -330,8 +321,7 @@ def _control_group(world: World) -> None:
 
 def no_capabilities(_world: World) -> None:
     """Drop the bounding and ambient sets, so that nothing that this process executes has capabilities."""
-    last = int(system.read_file("/proc/sys/kernel/cap_last_cap"))
-    for cap in range(last + 1):
+    for cap in range(int(system.read_file("/proc/sys/kernel/cap_last_cap")) + 1):
         system.prctl(system.PR_CAPBSET_DROP, cap)
     system.prctl(system.PR_CAP_AMBIENT, system.PR_CAP_AMBIENT_CLEAR_ALL)
 
@@ -348,9 +338,8 @@ def _no_new_privileges(_world: World) -> None:
 
 def scopes(_world: World) -> None:
     """Forbid signals and abstract sockets to outer processes. The namespaces already do; this is a second barrier."""
-    scopes = system.SCOPE_SIGNAL | system.SCOPE_ABSTRACT_UNIX_SOCKET
     # Measured: if a later ruleset handles files, this one must allow moving them too.
-    fd = system.landlock_ruleset(files=system.FS_REFER, scopes=scopes)
+    fd = system.landlock_ruleset(files=system.FS_REFER, scopes=system.SCOPE_SIGNAL | system.SCOPE_ABSTRACT_UNIX_SOCKET)
     system.landlock_allow(fd, "/", system.FS_REFER)
     restrict.exec_functions()[0](b"", fd)
     os.close(fd)
@@ -411,10 +400,7 @@ def _unchanged(step: Step[T], before: T, value: T) -> bool:
 
 
 def apply(steps: tuple[Step[T], ...], value: T, before: T | None = None) -> None:
-    """Apply the steps in order. Raises StepError.
-
-    before: the settings that were applied last. Steps whose fields are the same in *before* are skipped.
-    """
+    """Apply the steps in order. Skip those whose fields are as in *before*, the last settings. Raises StepError."""
     for step in steps:
         if before is not None and _unchanged(step, before, value):
             continue

@@ -11,22 +11,19 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from x07_sandbox.channel.trees import Entry, Kind
 from x07_sandbox.guest import confine, system
 from x07_sandbox.guest.cgroup import HostGroup, HostGroupsV1, NoGroup, counter
 from x07_sandbox.guest.errors import JobError
-from x07_sandbox.guest.process import FREE_INIT, RULES, SCOPES, OnSharedKernel, limit
+from x07_sandbox.guest.process import FREE_INIT, RULES, SCOPES, OnSharedKernel, limits_of_child
 from x07_sandbox.guest.system import write_file
 from x07_sandbox.guest.trees import Tree, as_program_user
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
 NET_SOCKET: Final = "/run/x07-net/relay"
-_SCRATCH: Final = "/x07"
 _CGROUP: Final = "/sys/fs/cgroup"
 _READ_AND_ENTER: Final = 0o500
 _KILLS: Final = 1000  # attempts: a zombie counts as a process until init reaps it
@@ -50,8 +47,7 @@ def _program_user() -> Iterator[None]:
 
 def _resource_limits(settings: confine.JobSettings) -> None:
     with _program_user():  # another user's process would need CAP_SYS_RESOURCE (prlimit(2))
-        for pid in system.children_of(os.getpid())[:1]:
-            limit(pid, confine.resource_limits(settings))
+        limits_of_child(settings)
 
 
 _MACHINE_STEPS: Final = {step.name: step for step in confine.MACHINE.rights}
@@ -79,14 +75,9 @@ class ContainerGroup(NoGroup):
     def __init__(self) -> None:
         super().__init__(_CGROUP)
         unified = os.path.exists(f"{_CGROUP}/cgroup.controllers")
-        self._counters: dict[str, tuple[str, ...]] = (HostGroup if unified else HostGroupsV1).COUNTERS
+        self._counters = (HostGroup if unified else HostGroupsV1).COUNTERS
         self._cpu = ("cpu.stat", "usage_usec") if unified else ("cpuacct/cpuacct.usage",)
         self._unit = 1 if unified else 1000
-
-    def count(self, name: str) -> int:
-        """Return a counter; see `NoGroup.count`."""
-        file, *keys = self._counters[name]
-        return counter(f"{_CGROUP}/{file}", keys)
 
     def cpu_us(self, init: int) -> int:  # noqa: ARG002
         """Return the CPU time of the container, in microseconds."""
@@ -102,10 +93,7 @@ class ContainerGroup(NoGroup):
 
 
 class ContainerTree(Tree):
-    """A tree on the engine's mounts: the program owns the parts that it may write, and root owns the rest.
-
-    mounts: for each mount point below *folder*, whether the program may write there.
-    """
+    """A tree on the engine's mounts. The program owns those that are True in *mounts*, and root owns the rest."""
 
     def __init__(self, folder: str, mounts: dict[bytes, bool]) -> None:
         super().__init__(folder, None)
@@ -136,19 +124,12 @@ class ContainerTree(Tree):
             super()._finish_folder(folder, mode, mtime_ns)
 
 
-def _below(base: str, sub: bytes) -> bytes:
-    return os.fsencode(base) + b"/" + sub
-
-
 class Contained(OnSharedKernel):
-    """A container.
-
-    network: whether the engine mounted the gate's socket.
-    """
+    """A container. network: whether the engine mounted the gate's socket."""
 
     confinement = CONTAINED
     program_uid = confine.UID
-    scratch = memory = _SCRATCH
+    scratch = memory = "/x07"
     machine_id = confine.MACHINE_ID
     channel_out_fd = 1
     filtered = True
@@ -206,7 +187,8 @@ class Contained(OnSharedKernel):
     def tree(self, number: int) -> Tree:
         """Return a tree on the engine's mounts."""
         base, mounts = self._trees[number]
-        mounted = {sub: write for sub, write in mounts.items() if not sub or os.path.ismount(_below(base, sub))}
+        top = os.fsencode(base)
+        mounted = {sub: write for sub, write in mounts.items() if not sub or os.path.ismount(top + b"/" + sub)}
         # For a root that is a single file, the engine mounts its folder.
         mounted.setdefault(b"", any(mounts.values()))
         return ContainerTree(base, mounted)

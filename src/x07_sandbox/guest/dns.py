@@ -10,11 +10,9 @@ accepts.
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from socket import AF_INET, inet_ntop, inet_pton
-from typing import TYPE_CHECKING, Final
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from typing import Final
 
 TTL_S: Final = 30
 

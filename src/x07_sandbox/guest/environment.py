@@ -29,8 +29,7 @@ PRELOAD_S: Final = 180.0  # timeout of all imports; the host's is longer (host/s
 class Limits(NamedTuple):
     """The `confine` field of START.
 
-    programs: paths of programs that may be executed; None if there is no list. prefixes: path prefixes of further
-    programs that may be executed. alone: whether the inputs contain nothing else that could be executed.
+    programs: allowed paths; None for no list. prefixes: of more allowed paths. alone: no other input can be executed.
     """
 
     threads: bool
@@ -45,11 +44,9 @@ class Environment:
     """One prepared environment. Its descriptors are the agent's ends, and all are close-on-exec.
 
     first: whether it is the first in this machine. Before another one is made, the previous one must be closed.
-    interpreter: whether the waiting process is a started Python. preload: modules that it imports.
-    network: whether there is a relay for connections.
-    init: process id of init. report_fd: init's reports.
-    status_fd: messages of the program's process before it executes the program. End of file means that the program was
-    executed.
+    preload: modules that the waiting process imports, which is a started Python; None if no Python is to wait.
+    network: whether there is a relay for connections. init: process id of init. report_fd: init's reports.
+    status_fd: messages of the program's process before it executes the program; then the pipe ends.
     in_memory_fds: the program's tmpfs folders, once `prepare` has returned.
     """
 
@@ -58,7 +55,6 @@ class Environment:
         platform: Platform,
         *,
         first: bool = True,
-        interpreter: bool = False,
         preload: list[str] | None = None,
         network: bool = False,
     ) -> None:
@@ -70,8 +66,7 @@ class Environment:
             if network:
                 platform.make_resolv_conf()
         self.group = platform.group()
-        self._interpreter = interpreter
-        self._preload = preload or []
+        self._preload = preload
         self._filters = known = filters.all_filters() if platform.filtered else {}
         self._split = {name: filters.split_at_token(known[name]) for name in known if name.endswith(filters.ONCE)}
         self.waiting_bytes = WAITING_BYTES
@@ -93,8 +88,7 @@ class Environment:
         world = confine.World(
             netns_fd=_network_namespace() if platform.namespaces else -1,
             procs_fds=self.group.open_procs(),
-            interpreter=interpreter,
-            preload=preload or [],
+            preload=preload,
             base_filter=self._filters.get(filters.BASE, b""),
             quiet_filter=self._filters.get(filters.QUIET, b""),
             readable=filters.readable_places() if platform.filtered else [],
@@ -103,7 +97,7 @@ class Environment:
             network=network,
             group_folder=self.group.SHOWN,
         )
-        self.relay = None if not network else platform.relay(world.netns_fd)
+        self.relay = platform.relay(world.netns_fd) if network else None
         own = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
         if platform.namespaces:
             os.unshare(os.CLONE_NEWPID)  # the next child becomes PID 1 of the program's namespace
@@ -126,10 +120,7 @@ class Environment:
             self.relay.admit(network)
 
     def prepare(self, settings: confine.JobSettings) -> None:
-        """Wait until the program's process is ready, and make init apply the job's settings. Raises JobError.
-
-        A further call applies the settings that have changed.
-        """
+        """Wait for the program's process, and make init apply the settings that have changed. Raises JobError."""
         if self._settings == settings:
             return
         if self._settings is None and (status := self._first_status()) != init.READY:
@@ -191,7 +182,7 @@ class Environment:
         """Return whether the waiting interpreter can run this command itself."""
         # Landlock binds only the calling thread, and a filter does not end existing threads.
         alone = limits.programs is not None or not limits.threads
-        return self._interpreter and interpreter.can_become(
+        return self._preload is not None and interpreter.can_become(
             argv, env, preload=bool(self._preload), alone=alone, own_modules=self._own_modules
         )
 
@@ -215,10 +206,6 @@ class Environment:
     def folder(self, *, on_disk: bool) -> str:
         """Return the folder that the program sees as /x07/in."""
         return f"{self.platform.scratch if on_disk else self.platform.memory}/in"
-
-    def kill(self) -> None:
-        """Kill the program and all its children."""
-        self.group.kill(self.init)
 
     def close(self) -> None:
         """Kill init and the relay, and remove all files, so that another environment can be made in this machine."""

@@ -12,10 +12,9 @@ from x07_sandbox.guest import interpreter, system
 class ExecutionRules(NamedTuple):
     """The programs that the job may execute.
 
-    programs: paths of allowed programs; None if the policy has no list. With a list, other programs in the image become
-    unreadable. prefixes: path prefixes of further allowed programs. program: the program executed first; None if the
-    waiting Python becomes the program. alone: whether the inputs contain nothing else that could be executed. mounts:
-    mount points of host folders.
+    programs: allowed paths; None if the policy has no list. With a list, other programs in the image are unreadable.
+    prefixes: prefixes of further allowed paths. program: the program executed first; None if it is the waiting Python.
+    alone: whether the inputs contain nothing else that could be executed. mounts: mount points of host folders.
     """
 
     programs: list[str] | None
@@ -62,10 +61,7 @@ def _with_prefix(prefix: str) -> list[str]:
 
 @functools.cache
 def link_targets(folder: str) -> tuple[str, ...]:
-    """Return the files outside a folder to which links in the folder lead.
-
-    A Landlock rule for the folder does not cover them.
-    """
+    """Return the files outside a folder to which its links lead. A Landlock rule for the folder does not cover them."""
     try:
         found = [os.path.realpath(entry.path) for entry in os.scandir(folder) if entry.is_symlink()]
     except OSError:
@@ -77,8 +73,7 @@ def link_targets(folder: str) -> tuple[str, ...]:
 def forbid_elsewhere(rules: ExecutionRules, writable: list[str], inputs: str) -> None:
     """Mount every folder noexec that is neither part of the image nor listed.
 
-    Without noexec, the loader could run any file that it can map. writable: folders of the guest that the program can
-    write. inputs: the folder of its input files.
+    Otherwise the loader could run any file there. writable: the guest's writable folders. inputs: the input folder.
     """
     closed = [*writable, *rules.mounts]
     if not rules.alone:
@@ -94,10 +89,7 @@ def forbid_elsewhere(rules: ExecutionRules, writable: list[str], inputs: str) ->
 
 
 def _keep_listed(listed: list[str], places: list[str]) -> list[str]:
-    """Turn each listed path inside these mounts into a mount of its own.
-
-    Return the mounts that must become noexec.
-    """
+    """Turn each listed path inside these mounts into a mount of its own. Return the mounts that must become noexec."""
     listed = sorted(os.path.realpath(path) for path in listed)
     places = list(places)
     closed = [place for place in places if not any(_within(place, path) for path in listed)]

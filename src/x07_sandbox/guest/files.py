@@ -23,8 +23,7 @@ _FOLDER: Final = "/x07/in/"
 class IncomingFiles:
     """The files of START. Trees are unpacked while they arrive, and archives once they are complete.
 
-    trees: by stream. work: the tree of the private working folder, if there is one. on_disk: whether the files are on
-    the scratch disk. Memory is far faster for a fresh clone.
+    trees: by stream. work: the working folder's tree, or None. on_disk: not in memory, which is faster for a clone.
     """
 
     def __init__(self, entries: list[dict[str, Any]], environment: Environment) -> None:

@@ -10,7 +10,6 @@ from typing import Any, Final
 
 BASE: Final = "base"
 QUIET: Final = "quiet"  # its refusals are not audited
-NO_EXEC: Final = "no-exec"
 ONCE: Final = "-once"  # suffix of a filter that allows one execve
 _LINE: Final = struct.Struct("=HBBI")
 _WORD: Final = 4
@@ -19,7 +18,7 @@ _MARKERS: Final = (0x5AFE7012, 0x5AFE7011, 0x5AFE7014, 0x5AFE7013, 0x5AFE7016, 0
 
 def filter_name(*, threads: bool, spawn: bool, execute: bool) -> str:
     """Return the name of the filter that forbids each of these that is False, or "" if none is."""
-    words = (not threads and "no-threads", not spawn and "no-spawn", not execute and NO_EXEC)
+    words = (not threads and "no-threads", not spawn and "no-spawn", not execute and "no-exec")
     return "-".join(word for word in words if word)
 
 
@@ -45,10 +44,7 @@ def call_numbers() -> tuple[dict[str, int], dict[str, int]]:
 
 
 def split_at_token(code: bytes) -> tuple[list[bytes], list[int]]:
-    """Split a filter at its markers. Return the pieces, and for each word of the token its piece's index.
-
-    Raises ValueError unless each marker occurs exactly once.
-    """
+    """Split a filter at its markers. Return the pieces, and each token word's index in them. Raises ValueError."""
     values = [value for *_, value in _LINE.iter_unpack(code)]
     found = sorted((values.index(marker), number) for number, marker in enumerate(_MARKERS) if marker in values)
     if len(found) != len(_MARKERS) or sum(value in _MARKERS for value in values) != len(_MARKERS):

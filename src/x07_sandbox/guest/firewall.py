@@ -1,7 +1,6 @@
 """The program's network namespace: routes that keep every packet local, and rules that direct packets to the relay.
 
-The boundary is the gate on the host, and that the guest has no network card. These rules are a second barrier, and make
-denials immediate.
+The boundary is the gate on the host: the guest has no network card. These rules are a second barrier that denies fast.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import socket
 import struct
 from typing import Any, Final, NamedTuple
 
-from x07_sandbox.channel.egress import DNS
+from x07_sandbox.channel import egress
 from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.netlink import HeldPackets, add_elements, deliver_locally
 from x07_sandbox.guest.system import read_all, write_all
@@ -24,13 +23,7 @@ UDP_PORT: Final = 2
 TO_ASK: Final = 0  # queue of first packets that wait for the gate's answer
 TO_REFUSE: Final = 1  # queue of packets that the policy does not allow: reported, then refused
 
-# Marks of released packets, evaluated by the chain "verdict".
-PASSED: Final = 0x100
-CONNECTION_REFUSED: Final = 1
-HOST_UNREACHABLE: Final = 2
-NET_UNREACHABLE: Final = 3
-TIMED_OUT: Final = 4
-PROHIBITED: Final = 5
+PASSED: Final = 0x100  # mark of an allowed packet; the other marks in the chain "verdict" are codes of channel/egress
 
 NFT: Final = "/usr/sbin/nft"
 _BACKLOG: Final = 512
@@ -105,11 +98,11 @@ HOLD
   }}
   chain verdict {{
     type filter hook output priority 0; policy accept;
-    meta mark {CONNECTION_REFUSED} reject with tcp reset
-    meta mark {HOST_UNREACHABLE} reject with UNREACHABLE_HOST
-    meta mark {NET_UNREACHABLE} reject with UNREACHABLE_NET
-    meta mark {TIMED_OUT} drop
-    meta mark {PROHIBITED} reject with UNREACHABLE_POLICY
+    meta mark {egress.REFUSED} reject with tcp reset
+    meta mark {egress.HOST_UNREACHABLE} reject with UNREACHABLE_HOST
+    meta mark {egress.NET_UNREACHABLE} reject with UNREACHABLE_NET
+    meta mark {egress.TIMED_OUT} drop
+    meta mark {egress.POLICY} reject with UNREACHABLE_POLICY
   }}
   chain deliver {{
     type filter hook prerouting priority -150; policy drop;
@@ -205,17 +198,14 @@ def _verify(sockets: Sockets, family: Family) -> None:
         else:
             held = list(sockets.held.read())
             for one in held:
-                sockets.held.release(one.queue, one.number, PROHIBITED)
+                sockets.held.release(one.queue, one.number, egress.POLICY)
             refused = [(one.queue, one.target) for one in held] == [(TO_REFUSE, unlisted)]
     if not refused:
         raise JobError("firewall", 0, "the rules allow a test connection to an unlisted address")
 
 
 class Sockets:
-    """The relay's bound sockets in the current network namespace.
-
-    tcp, udp: one for each version of IP. held: None if packets are not held. Raises OSError.
-    """
+    """The relay's bound sockets in this network namespace: TCP and UDP for each version of IP. Raises OSError."""
 
     def __init__(self, *, hold: bool) -> None:
         found = families()
@@ -223,7 +213,7 @@ class Sockets:
         self.udp = [transparent(socket.SOCK_DGRAM, family.relay, UDP_PORT) for family in found]
         for family, sock in zip(found, self.udp, strict=True):
             sock.setsockopt(family.level, family.original, 1)
-        self.dns = transparent(socket.SOCK_DGRAM, DNS, DNS_PORT)
+        self.dns = transparent(socket.SOCK_DGRAM, egress.DNS, DNS_PORT)
         for sock in self.tcp:
             sock.listen(_BACKLOG)
         self.held = HeldPackets(TO_ASK, TO_REFUSE) if hold else None

@@ -1,7 +1,6 @@
 """Init of the program's namespaces: it builds the program's view, starts the program, reaps processes and reports.
 
-The program is not PID 1 itself, since the kernel protects PID 1 from its own signals. Reports go over a pipe to which
-the program never has access.
+The program is not PID 1, which the kernel protects from its own signals. It never has access to the report pipe.
 """
 
 from __future__ import annotations
@@ -87,7 +86,7 @@ def _apply_settings(world: confine.World, pipes: Pipes, confinement: confine.Con
             continue
         data = b""
         confine.apply(confinement.job, settings, before)
-        if before is None and world.interpreter:
+        if before is None and world.preload is not None:
             confine.forget_interpreter()
         before = settings
         os.write(pipes.report_fd, READY)
@@ -136,7 +135,7 @@ def _become(world: confine.World, pipes: Pipes, confinement: confine.Confinement
                 os.dup2(fd, target)
             confine.apply(confinement.rights, world)
             os.umask(0o022)
-            if world.interpreter:
+            if world.preload is not None:
                 # Move both out of the way first, so that neither dup2 overwrites the other.
                 start_fd, status_fd = (fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 16) for fd in (start_fd, status_fd))
                 os.dup2(start_fd, interpreter.START_FD)

@@ -47,10 +47,9 @@ _DEBIANS: Final = frozenset({"apport_python_hook", "ImportError", "install"})
 
 
 def hook(preload: list[str]) -> str:
-    """Return the source of the `sitecustomize` module. preload: modules to import.
+    """Return the source of a `sitecustomize` module that imports the modules *preload*.
 
-    The module cannot import x07's modules, so it contains the code of the functions in _HOOK, with _HOOK_GLOBALS as
-    their globals.
+    It cannot import x07's modules, so it contains the code of the functions in _HOOK, and their globals _HOOK_GLOBALS.
     """
     codes = {function.__name__: marshal.dumps(function.__code__) for function in _HOOK}
     return f"""import marshal
@@ -144,8 +143,7 @@ def _import_all(preload: list[str]) -> None:
 def _import_system_sitecustomize() -> Any:  # noqa: ANN401 - a module
     """Import the system's sitecustomize if it is Debian's, which does not depend on the job.
 
-    Return the module, or None. If there is no usercustomize, make Python skip looking for it, since a failing import
-    costs a fresh clone milliseconds.
+    Return the module, or None. Without a usercustomize, make Python skip its import, which costs a clone milliseconds.
     """
     import site
     import sys
@@ -229,10 +227,7 @@ def _set_environment(old_env: dict[str, str], env: dict[str, str]) -> None:
 
 
 def _become(argv: list[str], buffers: list[memoryview], known: set[str], importers: set[str]) -> None:
-    """Set the script's name, and remove all traces of this hook.
-
-    known, importers: the modules and path importers that existed before the hook.
-    """
+    """Set the script's name, and remove this hook's traces: all modules but *known*, path importers but *importers*."""
     import sys
 
     name = argv[1].encode("utf-32-le", "surrogatepass") + bytes(4)
@@ -280,8 +275,7 @@ _HOOK_GLOBALS: Final = {
 def can_become(argv: list[str], env: dict[str, str], *, preload: bool, alone: bool, own_modules: bool) -> bool:
     """Return whether the waiting interpreter is equivalent to a fresh start of this command.
 
-    preload: whether the interpreter has imported modules, which may have read any variable and started threads. alone:
-    whether the interpreter must not have other threads. own_modules: whether OWN_MODULES exists.
+    preload: modules were imported, which may have read variables and started threads. alone: threads are forbidden.
     """
     return (
         len(argv) > 1

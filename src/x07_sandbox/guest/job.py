@@ -26,16 +26,14 @@ from x07_sandbox.guest.trees import changes, left_files, stream_of
 if TYPE_CHECKING:
     from x07_sandbox.guest.audit import Audit, NoAudit
 
-    Fail = Callable[[JobError], None]
-
 _READ: Final = 32 * 1024
 _PROJECT: Final = "/x07/in/project"
 _OUT: Final = "/x07/out"
 _FULL_BLOCKS: Final = 256  # a disk with fewer free blocks (4 KiB) counts as full
 _FULL_SHARE: Final = 64  # a tmpfs with less than 1/64 free counts as full
 TICK_S: Final = 0.1  # interval of CPU limit checks
-# After so many short reads in a row without input in between, pause reading: a program that writes line by line should
-# not be interrupted for every line.
+# After _SHORT_READS short reads in a row without input in between, pause reading, so that a program that writes line by
+# line is not interrupted for every line.
 _SHORT: Final = 2048
 _SHORT_READS: Final = 4
 _PAUSE_S: Final = 0.005
@@ -51,10 +49,7 @@ def job_settings(
     inputs_on_disk: bool = False,
     execution: tuple[Any, ...] | None = None,
 ) -> confine.JobSettings:
-    """Return init's settings for a job with these limits.
-
-    spare_cpu_s: CPU time used before the job, in seconds.
-    """
+    """Return init's settings for a job with these limits. spare_cpu_s: CPU time used before the job, in seconds."""
     cpu_s = limits["cpu_ms"] // 1000 + spare_cpu_s
     tmp_bytes, fds, core_bytes, tasks = limits["tmp_bytes"], limits["fds"], limits["core_bytes"], limits["tasks"]
     return confine.JobSettings(
@@ -72,7 +67,7 @@ class Job:
         body: dict[str, Any],
         environment: Environment,
         audit: Audit | NoAudit,
-        fail: Fail,
+        fail: Callable[[JobError], None],
     ) -> None:
         self.link = link
         self.audit = audit
@@ -325,15 +320,12 @@ class Job:
                 self._exited()
         if self.link.state is State.COLLECTING:
             if self.output_file is not None:
-                self._send_output()
+                self._send_output(self.output_file)
             if self.trees and self.output_file is None:
                 self._send_trees()
 
     def _end_streams(self) -> None:
-        """End the outputs that are drained, once all processes have ended.
-
-        A pipe can stay open without any process, if one of its descriptors is in flight over a socket.
-        """
+        """End drained outputs after the last process: a descriptor in flight over a socket can keep a pipe open."""
         for fd in list(self.fds):
             poll = select.poll()
             poll.register(fd, select.POLLIN)
@@ -348,7 +340,7 @@ class Job:
         """Kill the program at the host's request. Record whether a signal had stopped it before."""
         if self.started and self.wait_status is None:
             self.stopped = self.group.program_stopped(self.environment.init)
-            self.environment.kill()
+            self.group.kill(self.environment.init)
 
     def _check_cpu(self) -> None:
         now = time.monotonic()
@@ -366,7 +358,7 @@ class Job:
         self.cpu_seen_us = used_us
         if used_us > self.limits["cpu_ms"] * 1000:
             self.cpu_exceeded = True
-            self.environment.kill()
+            self.group.kill(self.environment.init)
 
     def _cpu_us(self) -> int:
         return self.group.cpu_us(self.environment.init) - self.cpu_before_us
@@ -375,7 +367,6 @@ class Job:
 
     def _exited(self) -> None:
         group = self.group
-        assert self.wait_status is not None  # noqa: S101 - for the type checker
         size, problem = self._open_output()
         refused, lost = self.audit.end()
         for refusal, count in refused.items():
@@ -452,13 +443,12 @@ class Job:
         self.output_file = os.fdopen(fd, "rb", buffering=0)
         return info.st_size, None
 
-    def _send_output(self) -> None:
-        assert self.output_file is not None  # noqa: S101 - for the type checker
+    def _send_output(self, file: BinaryIO) -> None:
         while (window := self.link.window(Stream.OUTPUT_FILE)) and self.link.pending() < 4 * _READ:
-            data = self.output_file.read(min(window, _READ))
+            data = file.read(min(window, _READ))
             if not data:
                 self.link.end_stream(Stream.OUTPUT_FILE)
-                self.output_file.close()
+                file.close()
                 self.output_file = None
                 return
             self.link.send_data(Stream.OUTPUT_FILE, data)

@@ -65,9 +65,8 @@ class Machine(Platform):
         write_file("/proc/sys/vm/overcommit_memory", "1")
         # Let the policy's descriptor limit apply, not the kernel's 128 instances.
         write_file("/proc/sys/fs/inotify/max_user_instances", "1048576")
-        channel_fd = open_port(PORT)
         self._random_fd = os.open("/dev/urandom", os.O_WRONLY | os.O_CLOEXEC)
-        return channel_fd
+        return open_port(PORT)
 
     def make_folders(self) -> None:
         """Mount the scratch disk, and a tmpfs for small files."""

@@ -42,10 +42,7 @@ class ProgramPaths:
     """Paths as the program sees them, for denials. The tables are built on first use, which is rare."""
 
     def __init__(self, trees: Mapping[int, Tree], mounts: Sequence[Mapping[str, Any]], view: str) -> None:
-        """Store the arguments.
-
-        trees: by stream. mounts: the field of START. view: the program's root folder, as the agent sees it.
-        """
+        """Store the trees by stream, START's field `mounts`, and the program's root folder as the agent sees it."""
         self._trees = trees
         self._mounts = mounts
         self._view = view
@@ -60,8 +57,7 @@ class ProgramPaths:
     def path(self, device: str, inode: int, name: str = "") -> str:
         """Return the path of an inode. Return "" if it is unknown, or if *name* already is in a read-only root.
 
-        device: major and minor number in hexadecimal, the form of audit records. name: a known path of the inode, or of
-        a link to it.
+        device: "major:minor" in hexadecimal, as in audit records. name: a known path of the inode, or of a link to it.
         """
         if self._parents is None:
             self._parents = dict(self._parent_folders())
@@ -75,10 +71,7 @@ class ProgramPaths:
         return self._paths.get((device, inode), "")
 
     def link_target(self, path: str) -> str:
-        """Return the target of a path whose links the program may have made; "" for any other path.
-
-        The target may have changed since. It is only reported. At most DENIED_MAX paths are resolved.
-        """
+        """Return the target of a path whose links the program may have made, for reports only; else ""."""
         if path not in self._targets:
             if len(self._targets) >= DENIED_MAX:
                 return ""

@@ -1,7 +1,4 @@
-"""Netlink for the relay: routes (rtnetlink(7)), nftables set elements and held packets (nfnetlink_queue).
-
-Numbers are those of linux/rtnetlink.h and linux/netfilter/nfnetlink_queue.h.
-"""
+"""Netlink for the relay: routes (rtnetlink(7)), nftables set elements and held packets (nfnetlink_queue)."""
 
 from __future__ import annotations
 
@@ -13,12 +10,11 @@ from typing import Final, NamedTuple
 
 _HEADER: Final = struct.Struct("=IHHII")  # length, type, flags, sequence, port
 _ATTRIBUTE: Final = struct.Struct("=HH")  # length, type
-_ERROR: Final = struct.Struct("=i")
 _ERROR_TYPE: Final = 2
 _REQUEST_ACK: Final = 0x1 | 0x4
 _CREATE: Final = 0x400
 
-_NEW_ADDRESS: Final = 20
+_NEW_ADDRESS: Final = 20  # linux/rtnetlink.h, from here on
 _NEW_ROUTE: Final = 24
 _IFA_LOCAL: Final = 2
 _NO_DUPLICATES: Final = 2  # IFA_F_NODAD: use an IPv6 address at once, without duplicate detection
@@ -29,7 +25,7 @@ _STATIC: Final = 4
 _SCOPE_HOST: Final = 254
 _LOCAL: Final = 2
 
-_NETFILTER: Final = 12
+_NETFILTER: Final = 12  # linux/netfilter/nfnetlink_queue.h, from here on
 _QUEUE: Final = 3 << 8
 _TABLES: Final = 10 << 8  # nf_tables; linux/netfilter/nf_tables.h
 _NEW_ELEMENT: Final = 12
@@ -48,8 +44,6 @@ _HELD_MAX: Final = 512
 _READ: Final = 65536
 _ACCEPT: Final = 1
 _NETFILTER_HEADER: Final = 4  # family, version, number of the queue
-_TCP: Final = 6
-_UDP: Final = 17
 _V6: Final = 6
 _IPV4_HEADER: Final = 20
 _IPV6_HEADER: Final = 40
@@ -67,16 +61,13 @@ def _request(sock: socket.socket, kind: int, flags: int, body: bytes) -> None:
 
 def _check_answer(answer: bytes) -> None:
     """Raise OSError unless the answer is an acknowledgement without error."""
-    number = -_ERROR.unpack_from(answer, _HEADER.size)[0]
+    number = -struct.unpack_from("=i", answer, _HEADER.size)[0]
     if _HEADER.unpack_from(answer)[1] != _ERROR_TYPE or number:
         raise OSError(number, os.strerror(number), "netlink")
 
 
 def deliver_locally(sources: Iterable[str]) -> None:
-    """Add addresses to `lo`, and deliver all packets of their families to the local stack. Raises OSError.
-
-    sources: one address per family, from which programs send. The current network namespace is changed.
-    """
+    """Add one address per family to `lo` in this network namespace, and deliver all packets here. Raises OSError."""
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0) as sock:
         lo = socket.if_nametoindex("lo")
         for source in sources:
@@ -95,10 +86,8 @@ def packed_address(address: str) -> tuple[int, bytes]:
 
 
 def add_elements(table: str, name: str, elements: list[tuple[str, str, int]]) -> None:
-    """Add (first address, last address, port) elements to a set. Raises OSError.
-
-    All addresses belong to the table's family. Starting nft would cost a clone a tenth of a second.
-    """
+    """Add (first address, last address, port) elements to a set of the addresses' family. Raises OSError."""
+    # Starting nft would cost a clone a tenth of a second.
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETFILTER) as sock:
         for at in range(0, len(elements), _ELEMENTS_A_MESSAGE):
             body = struct.pack(">BBH", packed_address(elements[0][0])[0], 0, 0)
@@ -122,10 +111,7 @@ def _element(first: str, last: str, port: int) -> bytes:
 
 
 class Held(NamedTuple):
-    """A packet that waits for a decision.
-
-    queue, number: its id. transport: IP protocol number. source, target: address and port.
-    """
+    """A packet that waits for a decision: its id (two numbers), its IP protocol, and address and port of both ends."""
 
     queue: int
     number: int
@@ -202,7 +188,9 @@ def _ends(packet: bytes) -> tuple[int, tuple[str, int], tuple[str, int]] | None:
     else:
         size, family = (packet[0] & 15) * 4 if packet else 0, socket.AF_INET
         transport, addresses = packet[9:10], packet[12:_IPV4_HEADER]
-    if size < _IPV4_HEADER or len(packet) < size + _PORTS or transport[0] not in {_TCP, _UDP}:
+    if size < _IPV4_HEADER or len(packet) < size + _PORTS:
+        return None
+    if transport[0] not in {socket.IPPROTO_TCP, socket.IPPROTO_UDP}:
         return None
     ports = struct.unpack_from(">HH", packet, size)
     half = len(addresses) // 2

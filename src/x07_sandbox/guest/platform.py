@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,6 @@ from x07_sandbox.guest.mounts import mount_all
 from x07_sandbox.guest.trees import Tree
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from x07_sandbox.guest.audit import Audit, NoAudit
     from x07_sandbox.guest.cgroup import NoGroup
     from x07_sandbox.guest.confine import Confinement
@@ -51,10 +50,7 @@ class Platform(ABC):
         return f"{self.scratch}/{name}"
 
     def make_job_folder(self, name: str, *, of_program: bool) -> None:
-        """Make a job folder. Raises OSError.
-
-        of_program: whether the program's user owns it.
-        """
+        """Make a job folder, which the program's user owns if *of_program*. Raises OSError."""
         path = self.folder(name)
         os.mkdir(path, 0o755)
         if of_program and self.program_uid is not None:
@@ -103,10 +99,7 @@ class Platform(ABC):
         """Apply the time and the entropy from a SEED frame. Raises OSError."""
 
     def adapt(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Return the body of START, adapted to this platform.
-
-        Raises JobError if the platform cannot do what it asks for.
-        """
+        """Return the body of START, adapted to this platform. Raises JobError if the platform does not support it."""
         return body
 
     @abstractmethod

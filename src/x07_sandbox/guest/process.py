@@ -59,7 +59,7 @@ def _scopes(world: confine.World) -> None:
         confine.scopes(world)
 
 
-def limit(pid: int, limits: tuple[tuple[int, int], ...]) -> None:
+def _limit(pid: int, limits: tuple[tuple[int, int], ...]) -> None:
     """Set resource limits, but none above its hard limit."""
     for which, wanted in limits:
         value = max(wanted, _CORE_NONE) if which == resource.RLIMIT_CORE else wanted
@@ -71,7 +71,7 @@ def limit(pid: int, limits: tuple[tuple[int, int], ...]) -> None:
 
 def _resource_limits(settings: confine.JobSettings) -> None:
     # Tasks are counted per user namespace (Linux 5.14), and the program is the only user of its own.
-    limit(confine.PROGRAM_PID, (*confine.resource_limits(settings), (resource.RLIMIT_NPROC, settings.tasks)))
+    _limit(confine.PROGRAM_PID, (*confine.resource_limits(settings), (resource.RLIMIT_NPROC, settings.tasks)))
 
 
 RULES: Final = confine.Step[confine.World]("rules about programs", "Landlock 2, where the kernel has it", _rules)
@@ -164,16 +164,17 @@ def _end_with_parent(_world: confine.World) -> None:
     system.prctl(system.PR_SET_PDEATHSIG, 9)
 
 
-def _limits_of_child(settings: confine.JobSettings) -> None:
+def limits_of_child(settings: confine.JobSettings) -> None:
+    """Set the resource limits of the program, which is the first child of this process."""
     for pid in children_of(os.getpid())[:1]:
-        limit(pid, confine.resource_limits(settings))
+        _limit(pid, confine.resource_limits(settings))
 
 
 FREE_INIT: Final = confine.Step[confine.World]("reaper", "", _own_init)
 UNCONFINED: Final = confine.Confinement(
     world=(FREE_INIT,),
     rights=(confine.Step("end with init", "", _end_with_parent), confine.FRESH_SIGNALS),
-    job=(confine.Step("resource limits", "", _limits_of_child, confine.RESOURCES),),
+    job=(confine.Step("resource limits", "", limits_of_child, confine.RESOURCES),),
 )
 # The guest paths that the host uses, and the folders below `scratch` that replace them.
 _REPLACEMENTS: Final = (("/x07/in", "in"), ("/x07/out", "out"), (confine.CWD, "work"))

@@ -15,6 +15,7 @@ import signal
 import socket
 import struct
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
@@ -26,10 +27,8 @@ from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.system import read_all, write_all
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from x07_sandbox.guest.firewall import Sockets
-    from x07_sandbox.guest.netlink import Held
+    from x07_sandbox.guest.netlink import Held, HeldPackets
 
 _READ: Final = 128 * 1024
 _PORT_READ: Final = 4096  # the console driver fills at most this much of each buffer, so pass many (measured)
@@ -42,12 +41,11 @@ _ACCEPT_S: Final = 10.0  # how long an opened flow waits for the program's conne
 _TICK_S: Final = 1.0
 _READY: Final = b"R"
 _LINGER: Final = struct.pack("ii", 1, 0)  # reset on close
+# Marks of the codes for which firewall's chain "verdict" has no rule.
 _MARKS: Final = {
     egress.OK: firewall.PASSED,
-    egress.REFUSED: firewall.CONNECTION_REFUSED,
-    egress.NET_UNREACHABLE: firewall.NET_UNREACHABLE,
-    egress.TIMED_OUT: firewall.TIMED_OUT,
-    egress.POLICY: firewall.PROHIBITED,
+    egress.LIMIT: egress.HOST_UNREACHABLE,
+    egress.NO_NAME: egress.HOST_UNREACHABLE,
 }
 _Endpoints = tuple[tuple[str, int], tuple[str, int]]  # source and target
 
@@ -55,8 +53,7 @@ _Endpoints = tuple[tuple[str, int], tuple[str, int]]  # source and target
 class _Flow:
     """One connection, or the datagrams between two endpoints.
 
-    held: the packet that waits for the gate's answer. sock: the program's connection, once accepted. out: bytes to be
-    written to the program. waiting: datagrams sent before the gate's answer.
+    held: the packet that waits for the gate. sock: the program's end. out: bytes for *sock*. waiting: early datagrams.
     """
 
     def __init__(self, stream: int, endpoints: _Endpoints, transport: int) -> None:
@@ -72,10 +69,7 @@ class _Flow:
 
 
 class Watcher:
-    """A poll loop that calls a descriptor's callback when the descriptor is ready.
-
-    A descriptor without wanted events is not registered, since epoll would report a hangup on it again and again.
-    """
+    """A poll loop that calls a descriptor's callback when the descriptor is ready."""
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
@@ -94,7 +88,7 @@ class Watcher:
         elif wanted:
             self._epoll.modify(fd, wanted)
         else:
-            self._epoll.unregister(fd)
+            self._epoll.unregister(fd)  # else epoll would report a hangup on it again and again
 
     def forget(self, fd: int) -> None:
         """Stop watching a descriptor; call this before closing it."""
@@ -109,10 +103,7 @@ class Watcher:
 
 
 class Relay:
-    """The relay's event loop.
-
-    port_fd: the stream to the gate.
-    """
+    """The relay's event loop. port_fd: the stream to the gate."""
 
     def __init__(self, port_fd: int, names: NameTable, sockets: Sockets) -> None:
         self._port_fd = port_fd
@@ -131,7 +122,7 @@ class Relay:
         for sock in sockets.udp:
             watcher.watch(sock.fileno(), partial(self._take_first_datagram, sock))
         if sockets.held is not None:
-            watcher.watch(sockets.held.fileno(), self._take_held)
+            watcher.watch(sockets.held.fileno(), partial(self._take_held, sockets.held))
         names.on_unlisted = self._report_name
         watcher.watch(sockets.dns.fileno(), self._answer_dns)
 
@@ -213,7 +204,7 @@ class Relay:
         return count
 
     def _opened(self, flow: _Flow, code: int) -> None:
-        self._release(flow.held, _MARKS.get(code, firewall.HOST_UNREACHABLE))
+        self._release(flow.held, _MARKS.get(code, code))
         flow.held = None
         if code != egress.OK:
             self._end(flow, reset=True)
@@ -237,28 +228,29 @@ class Relay:
 
     # connections of the program
 
-    def _take_held(self, _mask: int) -> None:
-        assert self._sockets.held is not None  # noqa: S101 - for the type checker
-        for held in self._sockets.held.read():
+    def _take_held(self, packets: HeldPackets, _mask: int) -> None:
+        for held in packets.read():
             self._hold(held)
 
     def _hold(self, held: Held) -> None:
         endpoints = held.source, held.target
         if held.queue == firewall.TO_REFUSE:
-            self._release(held, firewall.PROHIBITED)
-            self._report_refusal(held.transport, *held.target)
+            self._release(held, egress.POLICY)
+            address, port = held.target
+            host = self._names.host_at(address) or address
+            self._link.report_refusal(held.transport, host.encode("ascii"), port)
             return
         flow = self._by_endpoints.get((egress.TCP, endpoints))
         if flow is None:
             if (flow := self._ask(egress.TCP, endpoints)) is None:
-                self._release(held, firewall.HOST_UNREACHABLE)
+                self._release(held, egress.HOST_UNREACHABLE)
             else:
                 flow.held = held
         elif flow.open:
             self._release(held, firewall.PASSED)
         else:
             # A retransmission: hold it instead of the first packet.
-            self._release(flow.held, firewall.TIMED_OUT)
+            self._release(flow.held, egress.TIMED_OUT)
             flow.held = held
 
     def _release(self, held: Held | None, mark: int) -> None:
@@ -270,10 +262,6 @@ class Relay:
         """Report the lookup of an unlisted name. A name without a dot is not reported, since it is no outside host."""
         if "." in name:
             self._link.report_refusal(egress.TCP, name.encode("ascii"), 0)
-
-    def _report_refusal(self, transport: int, address: str, port: int) -> None:
-        host = self._names.host_at(address) or address
-        self._link.report_refusal(transport, host.encode("ascii"), port)
 
     def _accept(self, listener: socket.socket, _mask: int) -> None:
         try:
@@ -298,14 +286,13 @@ class Relay:
         if mask & select.EPOLLOUT:
             self._write(flow)
         if mask & ~select.EPOLLOUT and flow.sock is not None:
-            self._read(flow)
+            self._read(flow, flow.sock)
 
-    def _read(self, flow: _Flow) -> None:
-        assert flow.sock is not None  # noqa: S101 - for the type checker
+    def _read(self, flow: _Flow, sock: socket.socket) -> None:
         room = min(_CHUNK, self._link.window(flow.stream))
         if room and self._link.pending() <= _QUEUED_MAX:
             try:
-                data = flow.sock.recv(room)
+                data = sock.recv(room)
             except BlockingIOError:
                 return
             except OSError:
@@ -343,7 +330,7 @@ class Relay:
         if flow.sock is None:
             return
         if flow.transport == egress.UDP:
-            self._watcher.watch(flow.sock.fileno(), partial(self._take_datagram, flow))
+            self._watcher.watch(flow.sock.fileno(), partial(self._take_datagram, flow, flow.sock))
             return
         wanted = select.EPOLLOUT if flow.out else 0
         if not flow.from_program_ended and self._link.window(flow.stream) and self._link.pending() <= _QUEUED_MAX:
@@ -398,10 +385,9 @@ class Relay:
             self._watch(flow)
         self._pass_on(flow, data)
 
-    def _take_datagram(self, flow: _Flow, _mask: int) -> None:
-        assert flow.sock is not None  # noqa: S101 - for the type checker
+    def _take_datagram(self, flow: _Flow, sock: socket.socket, _mask: int) -> None:
         with contextlib.suppress(OSError):
-            self._pass_on(flow, flow.sock.recv(egress.DATAGRAM_MAX))
+            self._pass_on(flow, sock.recv(egress.DATAGRAM_MAX))
 
     def _pass_on(self, flow: _Flow, data: bytes) -> None:
         if not flow.open:
@@ -419,10 +405,7 @@ def _close(sock: socket.socket, *, reset: bool) -> None:
 
 
 class RelayProcess:
-    """The relay's process.
-
-    status_fd: readable when the process has ended. The job then ends too.
-    """
+    """The relay's process. When it ends, *status_fd* becomes readable and the job ends too."""
 
     def __init__(self, netns_fd: int, open_port: Callable[[], int], keep: tuple[int, ...] = (), *, hold: bool) -> None:
         """Start the process in a network namespace; -1 stands for the current one.

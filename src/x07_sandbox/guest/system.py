@@ -60,10 +60,11 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
 
 
-def _check(result: int, subject: str) -> None:
+def _check(result: int, subject: str) -> int:
     if result < 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code), subject)
+    return result
 
 
 def mount(source: str, target: str, kind: str, flags: int = 0, options: str = "") -> None:
@@ -87,16 +88,13 @@ def pivot_root(new_root: str) -> None:
 
 def open_tree(path: str) -> int:
     """Return a detached copy of the mount at *path*. Raises OSError."""
-    fd: int = _libc.syscall(_OPEN_TREE, _AT_FDCWD, os.fsencode(path), _OPEN_TREE_CLONE | os.O_CLOEXEC)
-    _check(fd, path)
-    return fd
+    return _check(_libc.syscall(_OPEN_TREE, _AT_FDCWD, os.fsencode(path), _OPEN_TREE_CLONE | os.O_CLOEXEC), path)
 
 
 def change_mount(mount: int | str, flags: int, *, below: bool = False) -> None:
     """Add MS_NOSUID, MS_NODEV and *flags* (MS_RDONLY, MS_NOEXEC) to a mount. Raises OSError.
 
-    mount: its path, or a descriptor of a detached mount. below: include all mounts below it. Flags are only added,
-    since in a user namespace the flags that the host set cannot be cleared.
+    mount: a path, or a detached mount. below: include mounts below it. A user namespace cannot clear the host's flags.
     """
     fd, path, how = (mount, b"", _AT_EMPTY_PATH) if isinstance(mount, int) else (_AT_FDCWD, os.fsencode(mount), 0)
     attributes = struct.pack("=4Q", MS_NOSUID | MS_NODEV | flags, 0, 0, 0)  # the first four bits are those of mount(2)
@@ -132,14 +130,9 @@ def landlock_version() -> int:
 
 
 def landlock_ruleset(*, files: int = 0, scopes: int = 0) -> int:
-    """Make a ruleset and return its descriptor. Raises OSError.
-
-    files: kinds of file access that need a rule. scopes: scopes to forbid.
-    """
+    """Return the descriptor of a new ruleset: *files* accesses need a rule, *scopes* are forbidden. Raises OSError."""
     attributes = struct.pack("=QQQ", files, 0, scopes)
-    fd: int = _libc.syscall(_LANDLOCK_CREATE_RULESET, attributes, len(attributes), 0)
-    _check(fd, "landlock_create_ruleset")
-    return fd
+    return _check(_libc.syscall(_LANDLOCK_CREATE_RULESET, attributes, len(attributes), 0), "landlock_create_ruleset")
 
 
 def landlock_allow(ruleset_fd: int, path: str, files: int) -> None:
@@ -164,10 +157,7 @@ def load_module(path: str) -> None:
 
 
 def add_entropy(random_fd: int, seed: bytes) -> None:
-    """Add *seed* to the kernel's pool, credit the entropy, and reseed (random(4)).
-
-    random_fd: /dev/urandom. Raises OSError.
-    """
+    """Add *seed* to the kernel's pool (random(4)) over /dev/urandom, credit it, and reseed. Raises OSError."""
     fcntl.ioctl(random_fd, _RNDADDENTROPY, struct.pack("ii", len(seed) * 8, len(seed)) + seed)
     fcntl.ioctl(random_fd, _RNDRESEEDCRNG)
 

@@ -44,10 +44,7 @@ def as_program_user(uid: int | None) -> Iterator[None]:
 
 
 class Tree:
-    """One tree, unpacked in the empty folder *folder*.
-
-    uid: see `as_program_user`. names: inode of each file and link, by name. folders: mode of each folder, by name.
-    """
+    """One tree, unpacked by *uid* in an empty folder. names: inode of each file and link. folders: mode of each."""
 
     def __init__(self, folder: str, uid: int | None) -> None:
         self._uid = uid
@@ -223,11 +220,7 @@ def content(path: bytes, name: bytes, info: os.stat_result) -> Iterator[bytes]:
 
 
 class Left(NamedTuple):
-    """The files that a program left.
-
-    files, size: number, and total size in bytes, of all files. sent: the files to send, as (folder number, path, name,
-    state).
-    """
+    """The files that a program left: number, bytes, and the files to send as (folder number, path, name, state)."""
 
     files: int
     size: int

@@ -1,7 +1,6 @@
 """Unpacking newc cpio archives (cpio(5)) of regular files and folders.
 
-The archive may come from a hostile build, so every name is verified. The standard library's tarfile is ten times slower
-for this purpose (measured), and supports more than is safe.
+A hostile build may have made the archive, so names are verified. tarfile is ten times slower (measured), and less safe.
 """
 
 from __future__ import annotations
@@ -24,10 +23,7 @@ class ArchiveError(Exception):
 
 
 def unpack(source: BinaryIO, target: str, *, most_bytes: int) -> int:
-    """Unpack an archive into the empty folder *target*. Return the number of entries.
-
-    Raises ArchiveError, OSError.
-    """
+    """Unpack an archive into the empty folder *target*. Return the number of entries. Raises ArchiveError, OSError."""
     total = 0
     for count in range(ENTRIES_MAX + 1):
         header = _exactly(source, _HEADER)

@@ -18,6 +18,7 @@ from typing import Final
 
 import msgspec
 
+from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.mounts import mounts
 
 BWRAP: Final = "/usr/bin/bwrap"
@@ -41,7 +42,7 @@ class Jail(msgspec.Struct, frozen=True, kw_only=True):
     devices: device nodes of the host, under the same path inside the jail. uid: the host uid in the root form, else
     None.
     mark: the random text that identifies the job's processes. deadline_s: when the kernel ends the jail.
-    runner_pid: the x07 process; the jail ends when it ends. syscalls: system call numbers of this architecture.
+    runner_pid: the x07 process; the jail ends when it ends.
     nest: whether to add a pid namespace around the jail, so that it ends even if its supervisor is killed (`may_nest`).
     filter_fd: the pipe from which bubblewrap, as its last step, reads the system call filter. The jail waits for it. If
         the pipe ends without data, for example because x07 died, the kernel rejects the empty filter and the jail ends.
@@ -55,7 +56,6 @@ class Jail(msgspec.Struct, frozen=True, kw_only=True):
     mark: str
     deadline_s: int
     runner_pid: int
-    syscalls: dict[str, int]
     filter_fd: int
     nest: bool
     lock_fd: int | None = None
@@ -66,10 +66,7 @@ class Jail(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def may_nest() -> bool:
-    """Whether this process may mount its own /proc, which a pid namespace around bubblewrap requires.
-
-    An ordinary user may mount it only if /proc is fully visible. Containers hide parts of it.
-    """
+    """Whether this process may mount its own /proc, for `Jail.nest`. Users may not if a container hides parts of it."""
     if os.geteuid() == 0:
         return True
     return all(mounted.place == _EMPTY_IN_PROC or not mounted.place.startswith(b"/proc/") for mounted in mounts())
@@ -100,32 +97,31 @@ def jail_argv(jail: Jail, command: list[str]) -> list[str]:
         [*argv, "--", *_as_user(jail.uid), *command],
         deadline_s=jail.deadline_s,
         runner_pid=jail.runner_pid,
-        syscalls=jail.syscalls,
         nest=jail.nest,
         keep_fd=jail.lock_fd,
     )
 
 
-def probe_argv(files: tuple[str, ...], runner_pid: int, syscalls: dict[str, int], *, nest: bool) -> list[str]:
+def probe_argv(files: tuple[str, ...]) -> list[str]:
     """Return a command line that prints "ok" if a jail with namespaces works. files: printf(1) and its libraries."""
     argv = [BWRAP, *_namespaces(0 if os.geteuid() == 0 else None), "--die-with-parent", "--new-session"]
     argv += [word for path in files for word in ("--ro-bind", path, path)]
     command = [*argv, "--remount-ro", "/", "--", files[0], "ok"]
-    return supervisor_argv(command, deadline_s=_PROBE_S, runner_pid=runner_pid, syscalls=syscalls, nest=nest)
+    return supervisor_argv(command, deadline_s=_PROBE_S, runner_pid=os.getpid(), nest=may_nest())
 
 
-def supervisor_argv(  # noqa: PLR0913 - the supervisor's own arguments
+def supervisor_argv(
     command: list[str],
     *,
     deadline_s: int,
     runner_pid: int,
-    syscalls: dict[str, int],
     nest: bool,
     keep_fd: int | None = None,
     uid: int | None = None,
 ) -> list[str]:
     """Return the command line of the supervisor and its command. uid: the user who runs both, if root starts them."""
     kept = -1 if keep_fd is None else keep_fd
+    syscalls = host_arch().syscalls
     numbers = (deadline_s, runner_pid, kept, int(nest), *(syscalls[name] for name in _CALLS))
     # Another user may not be able to read our installation.
     script = [SUPERVISOR] if uid is None else ["-e", Path(SUPERVISOR).read_text(encoding="utf-8"), "--"]

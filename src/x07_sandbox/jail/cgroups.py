@@ -72,10 +72,7 @@ def _is_jobs(folder: Path) -> bool:
 
 
 def make_groups(name: str, *, memory_bytes: int, tasks: int) -> HostGroups:
-    """Create groups called *name* with these limits.
-
-    The returned object has no folders if the host provides no groups.
-    """
+    """Create groups called *name* with these limits. If the host provides none, the result has no folders."""
     remove_abandoned_groups()
     if (_ROOT / "cgroup.controllers").exists():
         with contextlib.suppress(OSError):
@@ -95,8 +92,7 @@ def make_groups(name: str, *, memory_bytes: int, tasks: int) -> HostGroups:
 class ProgramGroups(HostGroups, frozen=True, kw_only=True):
     """Groups into which the agent puts a program. The agent sets their limits itself, so its user may write to them.
 
-    places: the groups' folders, by controller for version 1, under "" for version 2. agent: the agent's own group of
-    version 2.
+    places: the groups' folders, by controller in version 1, under "" in version 2. agent: the agent's (version 2).
     """
 
     places: dict[str, Path]
@@ -122,9 +118,7 @@ _DELEGATED_2: Final = (
 
 
 def program_groups(name: str, *, uid: int) -> ProgramGroups:
-    """Create groups called *name*, without limits, for *uid*.
-
-    The returned object has no folders if the host provides no groups.
+    """Create groups called *name*, without limits, for *uid*. If the host provides none, the result has no folders.
 
     Version 1 works only for root: an ordinary user cannot move processes between groups of other users.
     """
@@ -188,10 +182,7 @@ def _parent_2() -> Path | None:
 
 
 def _own_group() -> Path:
-    """Return the parent of this process's version 2 group.
-
-    A group that contains processes cannot enable controllers for its children.
-    """
+    """Return the parent of this process's version 2 group. A group with processes cannot limit its children."""
     for line in Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines():
         if line.startswith("0::"):
             return (_ROOT / line[3:].lstrip("/")).parent

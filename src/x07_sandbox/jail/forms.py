@@ -12,21 +12,19 @@ import hashlib
 import json
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from x07_sandbox.errors import HostError, RefusedError, printable
-from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.paths import cache_folder, replace_file
 from x07_sandbox.host.processes import boot_id
 from x07_sandbox.host.variables import flag
-from x07_sandbox.jail.bwrap import BWRAP, Jail, jail_argv, may_nest, probe_argv
+from x07_sandbox.jail.bwrap import BWRAP, Jail, jail_argv, probe_argv
 from x07_sandbox.jail.libraries import needed_files
 from x07_sandbox.jail.seccomp import vmm_filter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from x07_sandbox.host.arch import Arch
 
 _PROBE_S: Final = 20.0
@@ -77,10 +75,7 @@ class Form(NamedTuple):
 
 
 def jail_form() -> Form:
-    """Return the form that this host supports.
-
-    Raises RefusedError if X07_VM_REQUIRE_NAMESPACES forbids that form, and HostError if neither form works.
-    """
+    """Return the form that this host supports. Raises RefusedError if it is forbidden, HostError if neither works."""
     why = forbidden()
     if not why:
         return Form("namespaces", namespaces=True)
@@ -93,8 +88,7 @@ def jail_form() -> Form:
 def landlock_form(why: str, version: int, missing: list[str]) -> Form:
     """Return the form without namespaces. Raises HostError if this host does not support it either.
 
-    why: why namespaces cannot be used. version: the kernel's Landlock version. missing: the capabilities that root
-    lacks for giving a job its own uid.
+    why: why namespaces cannot be used. version: the kernel's Landlock version. missing: capabilities that root lacks.
     """
     from x07_sandbox.jail.landlock import KERNEL_NEEDED, VERSION_NEEDED
 
@@ -144,7 +138,7 @@ def _key() -> str:
 
 def _try_namespaces() -> str:
     what = "cannot try the jail around the virtual machine"
-    argv = probe_argv(needed_files(_PRINTF), os.getpid(), host_arch().syscalls, nest=may_nest())
+    argv = probe_argv(needed_files(_PRINTF))
     env, no_input = {"PATH": "/usr/bin:/bin", "LC_ALL": "C"}, subprocess.DEVNULL
     try:
         done = subprocess.run(

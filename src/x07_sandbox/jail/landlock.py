@@ -101,7 +101,7 @@ def random_addresses() -> ExecAddresses:
 def landlock_argv(jail: Jail, command: list[str], version: int) -> list[str]:
     """Return the command line: supervisor, confining script, *command*. version: the kernel's Landlock version."""
     kept = [fd for fd, _ in (*jail.fd_files, *jail.fd_writable)] + list(jail.fds)
-    numbers = (str(jail.syscalls[name]) for name in _SETUP_CALLS)
+    numbers = (str(host_arch().syscalls[name]) for name in _SETUP_CALLS)
     rules = [word for file, rights in file_rights(jail, command[0]).items() for word in (file, str(rights))]
     variables = [f"X07_INSTANCE={jail.mark}", "MALLOC_ARENA_MAX=1"]  # as in jail_argv
     script = [str(CONFINER)] if jail.uid is None else ["-e", CONFINER.read_text(encoding="utf-8"), "--"]
@@ -112,7 +112,6 @@ def landlock_argv(jail: Jail, command: list[str], version: int) -> list[str]:
         argv,
         deadline_s=jail.deadline_s,
         runner_pid=jail.runner_pid,
-        syscalls=jail.syscalls,
         nest=False,
         keep_fd=jail.lock_fd,
         uid=jail.uid,

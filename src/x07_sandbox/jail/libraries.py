@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import subprocess
@@ -15,19 +16,16 @@ _LINE = re.compile(r"^\s*(?:\S+ => )?(/\S+) \(0x[0-9a-f]+\)$")
 
 
 def needed_files(binary: str) -> tuple[str, ...]:
-    """Return the absolute paths of *binary*, its shared libraries and its loader.
+    """Return the absolute paths of *binary*, its shared libraries and its loader. Raises HostError.
 
-    ldd(1) is slow, so the result is cached until the binary or the library cache (ld.so.cache) changes. Raises
-    HostError if *binary* is missing or ldd fails.
+    ldd(1) is slow, so the result is cached until the binary or the library cache (ld.so.cache) changes.
     """
     key = _identity(binary)
     record = cache_folder("libraries") / f"{Path(binary).name}.json"
-    try:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not cached, or damaged
         known = json.loads(record.read_text(encoding="utf-8"))
         if known["key"] == key:
             return tuple(known["files"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # not cached, or damaged
     files = _ask(binary)
     replace_file(record, json.dumps({"key": key, "files": files}).encode())
     return tuple(files)

@@ -24,6 +24,7 @@ import socket
 import stat
 import struct
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -45,8 +46,6 @@ from x07_sandbox.jail.seccomp import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from x07_sandbox.host.arch import Arch
 
 Kind = Literal["gate", "resolver"]
@@ -77,10 +76,9 @@ BOTH_OLD: Final = ("epoll_wait", "poll", "select")
 RESOLVER_OLD: Final = ("stat", "lstat", "access", "readlink")
 
 _TYPE: Final = ~(socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC) & ALL_BITS
-_INTERNET: Final = (socket.AF_INET, socket.AF_INET6)
 # No other protocol, such as ICMP, MPTCP or SCTP: each is another part of the kernel.
 _INTERNET_SOCKET: Final = (
-    Check(ARG0, _INTERNET),
+    Check(ARG0, (socket.AF_INET, socket.AF_INET6)),
     Check(ARG1, (socket.SOCK_STREAM, socket.SOCK_DGRAM), _TYPE),
     Check(ARG2, (0, socket.IPPROTO_TCP, socket.IPPROTO_UDP)),
 )
@@ -175,7 +173,6 @@ _FOLDERS: Final = (
     *("/run/systemd/resolve", "/run/nscd", "/run/resolvconf"),
     *("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/dev/urandom"),
 )
-_RUN: Final = Path("/run")
 
 
 def _readable() -> Iterator[str]:
@@ -188,7 +185,7 @@ def _readable() -> Iterator[str]:
         path = Path("/etc", name)
         yield str(path)
         folder = path.resolve().parent
-        if _RUN in folder.parents:
+        if Path("/run") in folder.parents:
             yield str(folder)
     yield from _FOLDERS
     prefixes = {sys.base_prefix, sys.base_exec_prefix, sys.prefix, sys.exec_prefix}
@@ -253,11 +250,10 @@ _libc.prctl.restype, _libc.prctl.argtypes = ctypes.c_int, [ctypes.c_int, *[ctype
 def confine(kind: Kind, *, uid: int | None) -> tuple[str, ...]:
     """Drop all rights of this process that *kind* does not need, and return the names of the measures.
 
-    uid: as root, a uid and gid for this process alone; None keeps the current user. Call this after all imports and
-    before any thread starts. The kernel kills the process when the thread that started it ends, unless that thread may
-    not signal the process: the thread lacks CAP_KILL for another uid, or is in a Landlock domain.
-    Raises OSError if a measure fails, or HostError on an unsupported architecture. The process must then exit, since it
-    is only partly confined.
+    Call this after all imports and before any thread starts. uid: as root, a uid and gid for this process alone. When
+    the thread that started the process ends, the kernel kills the process, unless that thread may not signal it: the
+    thread lacks CAP_KILL for another uid, or is in a Landlock domain. Raises OSError if a measure fails, or HostError
+    on an unsupported architecture. The process must then exit, since it is only partly confined.
     """
     _require_one_thread()
     program = (gate_filter if kind == "gate" else resolver_filter)(host_arch())

@@ -1,7 +1,6 @@
 """A separate host uid for each job that root starts.
 
-bubblewrap keeps the uid's lock open while any process of the jail lives. So a uid becomes free only after its last
-process ends.
+bubblewrap keeps the uid's lock open until the last process of the jail has ended. Only then is the uid free again.
 """
 
 from __future__ import annotations
@@ -35,10 +34,7 @@ def _ranges(path: str, first: int, count: int) -> list[tuple[int, int]]:
 
 
 def free_range() -> int:
-    """Return the first of COUNT mapped uids that no passwd, group or subordinate range contains.
-
-    Raises HostError if no such range is mapped.
-    """
+    """Return the first of COUNT mapped uids that are not in passwd, group, subuid or subgid. Raises HostError."""
     lines = Path("/proc/self/uid_map").read_text(encoding="ascii").splitlines()
     mapped = [tuple(int(word) for word in line.split()) for line in lines]
     taken = [*_ranges("/etc/passwd", 2, 0), *_ranges("/etc/group", 2, 0)]
@@ -54,10 +50,7 @@ def free_range() -> int:
 
 @contextlib.contextmanager
 def lease_uid() -> Iterator[tuple[int, int]]:
-    """Yield (uid, lock descriptor) of a uid that no other job on this machine uses while the lock is held.
-
-    Raises HostError if no uid is free.
-    """
+    """Yield a uid that no other job on this machine uses, and its lock's descriptor. Raises HostError."""
     first = free_range()
     for _ in range(_TRIES):
         uid = first + int.from_bytes(os.urandom(4), "big") % COUNT

@@ -15,7 +15,6 @@ from x07_sandbox.backends.process.agentcode import agent_code
 from x07_sandbox.backends.process.view import FILES, Sandbox, agent_argv, sandbox_argv, scratch_bytes, this_system
 from x07_sandbox.errors import BackendError, HostError
 from x07_sandbox.host import settings
-from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.close_on_fork import FdGroup
 from x07_sandbox.host.os_errors import require_own_proc
 from x07_sandbox.jail.bwrap import may_nest, supervisor_argv
@@ -94,7 +93,6 @@ def start_confined(record: JobRecord, deadline_s: int, controllers: tuple[str, .
             sandbox_argv(sandbox),
             deadline_s=deadline_s,
             runner_pid=os.getpid(),
-            syscalls=host_arch().syscalls,
             nest=may_nest(),
             keep_fd=lock_fd,
             uid=uid,
@@ -127,7 +125,6 @@ def start_unconfined(record: JobRecord, deadline_s: int) -> Iterator[ProcessInst
             agent_argv(str(code), "none", str(ends.far_fd), str(folder), record.mark),
             deadline_s=deadline_s,
             runner_pid=os.getpid(),
-            syscalls=host_arch().syscalls,
             nest=False,
         )
         start = Start(record, "none", ends.given, _FREE_DEPTH, partial(remove_folder, folder))

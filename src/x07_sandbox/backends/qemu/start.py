@@ -138,7 +138,6 @@ def start_qemu(
             mark=record.mark,
             deadline_s=job.deadline_s,
             runner_pid=os.getpid(),
-            syscalls=arch.syscalls,
             nest=may_nest(),
             filter_fd=filter_fd,
             lock_fd=lock_fd,

@@ -103,10 +103,7 @@ def quiet_rules() -> list[Rule]:
 
 
 def forbidding(*, threads: bool, spawn: bool, execute: bool, once: bool) -> list[Rule]:
-    """Return the rules that forbid each of these that is True.
-
-    once: still allow the execve call with the secret.
-    """
+    """Return the rules that forbid each of these that is True. once: still allow the execve call with the secret."""
     rules: list[Rule] = []
     if threads:
         rules.append(("clone", EPERM, ((0, MASKED_EQ, CLONE_THREAD, CLONE_THREAD),)))

@@ -41,10 +41,7 @@ def is_elf_program(path: str) -> bool:
 
 
 def readable(folder: str, *, programs: bool) -> tuple[bool, list[str]]:
-    """Return whether *folder* contains no programs, and the paths in it that stay readable.
-
-    programs: whether it is a program folder.
-    """
+    """Return whether *folder* has no programs, and its paths that stay readable. programs: it is a program folder."""
     found: list[str] = []
     whole = True
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
