@@ -55,14 +55,6 @@ def error_stream(stack: contextlib.ExitStack, given: FdGroup) -> tuple[BoundedSt
     return BoundedStream(fd, keep_bytes=settings.STDERR_MAX_BYTES), given.add(theirs)
 
 
-def memory_file(name: str, data: bytes, given: FdGroup) -> int:
-    """Return a descriptor from which a child can read *data*; *given* closes it."""
-    fd = given.add(os.memfd_create(name, os.MFD_CLOEXEC))
-    os.write(fd, data)
-    os.lseek(fd, 0, os.SEEK_SET)
-    return fd
-
-
 class HostAgent:
     """The part of an instance whose agent runs on the host. The agent does nothing before it gets a frame."""
 

@@ -10,13 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.backends.jailed import HostAgent, Jailed, Start, error_stream, memory_file, running, socket_ends
+from x07_sandbox.backends.jailed import HostAgent, Jailed, Start, error_stream, running, socket_ends
 from x07_sandbox.backends.process.agentcode import agent_code
 from x07_sandbox.backends.process.view import FILES, Sandbox, agent_argv, sandbox_argv, scratch_bytes, this_system
 from x07_sandbox.errors import BackendError, HostError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.close_on_fork import FdGroup
+from x07_sandbox.host.memory import memory_file
 from x07_sandbox.host.os_errors import require_own_proc
 from x07_sandbox.jail.bwrap import may_nest, supervisor_argv
 from x07_sandbox.jail.cgroups import program_groups
@@ -83,7 +84,7 @@ def start_confined(record: JobRecord, deadline_s: int, controllers: tuple[str, .
             system=this_system(),
             mark=record.mark,
             agent_fd=given.add(os.open(code, os.O_RDONLY | os.O_CLOEXEC)),
-            file_fds={path: memory_file(Path(path).name, content, given) for path, content in FILES.items()},
+            file_fds={path: given.add(memory_file(content)) for path, content in FILES.items()},
             channel_fd=ends.far_fd,
             net_fd=ends.far_net_fd,
             scratch_bytes=scratch_bytes(settings.SCRATCH_BYTES),

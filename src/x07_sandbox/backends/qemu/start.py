@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
 
-from x07_sandbox.backends.jailed import Start, memory_file, running, socket_ends
+from x07_sandbox.backends.jailed import Start, running, socket_ends
 from x07_sandbox.backends.qemu.bounds import TASKS, VMM_BYTES, NotStartedError, bound, limits_of
 from x07_sandbox.backends.qemu.instance import HostSide, QemuInstance, ReleasePipe
 from x07_sandbox.backends.qemu.machine import OVERCOMMIT, Machine, Origin, Paths, qemu_argv
@@ -20,6 +20,7 @@ from x07_sandbox.host import settings
 from x07_sandbox.host.arch import Arch, host_arch
 from x07_sandbox.host.bounded_stream import BoundedStream
 from x07_sandbox.host.close_on_fork import FdGroup
+from x07_sandbox.host.memory import memory_file
 from x07_sandbox.host.os_errors import fix_for, require_own_proc
 from x07_sandbox.images.manifest import ScratchDisk
 from x07_sandbox.images.scratch import write_disk
@@ -215,7 +216,7 @@ def _overcommit(given: FdGroup, form: Form) -> tuple[tuple[int, str], ...]:
     if not form.namespaces:
         return ()
     # "always" in proc(5), for QEMU only: the kernel uses the host's setting.
-    return ((memory_file("overcommit_memory", b"1\n", given), OVERCOMMIT),)
+    return ((given.add(memory_file(b"1\n")), OVERCOMMIT),)
 
 
 def _writable(memory: Saving | Saved | None, uid: int | None, given: FdGroup, form: Form) -> _Files:
