@@ -24,10 +24,7 @@ _KEPT: Final = ("HOME", "XDG_RUNTIME_DIR", "DBUS_SESSION_BUS_ADDRESS")
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """The result of a call.
-
-    text, error: standard output and standard error, decoded and bounded.
-    """
+    """The result of a call. text, error: standard output and standard error, decoded and bounded."""
 
     status: int
     text: str
@@ -48,10 +45,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Engine(msgspec.Struct, frozen=True, kw_only=True):
-    """podman or docker.
-
-    binary: its client program. env: environment variables of the client. options: these precede the command.
-    """
+    """podman or docker. binary: its client program. env: for the client. options: words that precede the command."""
 
     name: Name
     binary: str

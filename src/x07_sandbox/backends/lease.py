@@ -60,19 +60,13 @@ def peer_of(connection: socket.socket) -> tuple[int, int]:
 
 
 def send(connection: socket.socket, message: Mapping[str, object], fds: Sequence[int] = ()) -> None:
-    """Send one message with descriptors. Raises OSError.
-
-    The caller keeps and must close the descriptors.
-    """
+    """Send one message with descriptors, which the caller keeps and must close. Raises OSError."""
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
     connection.sendmsg([json.dumps(message).encode()], rights)
 
 
 def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
-    """Receive one message and its descriptors. Return None at the end or for a malformed message.
-
-    The caller must close the descriptors.
-    """
+    """Receive a message and its descriptors, which the caller must close. None: the end, or a malformed message."""
     fds = array.array("i")
     room = socket.CMSG_SPACE(_FDS_MAX * fds.itemsize)
     try:

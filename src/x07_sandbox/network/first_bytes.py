@@ -74,10 +74,7 @@ class _NameCheck:
         self._check("http:other-host", "the request", host)
 
     def check_hello(self, hello: ClientHello, *, need_name: bool) -> None:
-        """Check the server name of a hello.
-
-        Raises InspectionError if it is not allowed, or missing while need_name is true.
-        """
+        """Check a hello's name, required only if *need_name*. Raises InspectionError if it is missing or denied."""
         if hello.server_name is None:
             if need_name and self._name is not None:
                 raise InspectionError("tls:no-sni", "the TLS ClientHello has no server name")
@@ -152,10 +149,7 @@ class Inspector:
         return self._names.tls_name
 
     def from_client(self, data: bytes) -> bytes:
-        """Add bytes from the client, and return the bytes to forward now.
-
-        Raises InspectionError if the bytes are not allowed.
-        """
+        """Add bytes from the client, and return the bytes to forward now. Raises InspectionError."""
         self._raise_again()
         try:
             return self._stage.feed(data)
@@ -329,10 +323,7 @@ class _Any:
 
 
 def _is_request_line(text: bytearray, *, ended: bool) -> bool | None:
-    """Return whether a server could accept *text* as an HTTP request; None while its first line is incomplete.
-
-    ended: whether no more bytes will follow.
-    """
+    """Return whether a server could take *text* as an HTTP request; None: unknown yet. ended: no bytes will follow."""
     found = _OPEN_LINE.match(text, 0, _LINE_MAX)
     end = found.end() if found else 0
     if end == _LINE_MAX:  # too long for a normal request line, but not for some servers

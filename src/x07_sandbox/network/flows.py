@@ -26,10 +26,7 @@ _BUFFER: Final = memoryview(bytearray(egress.DATA_MAX))
 
 
 class Flow(ABC):
-    """Base of all flows. counters: the ledger's counters for this flow. touched: time of the last data.
-
-    lost: whether the server side is closed.
-    """
+    """Base of all flows. counters: in the ledger. touched: time of the last data. lost: the server side is closed."""
 
     def __init__(self, stream: int, contact: Contact, counters: list[int], now: float) -> None:
         self.stream = stream
@@ -56,10 +53,7 @@ class Flow(ABC):
 
 
 class TcpFlow(Flow, asyncio.BufferedProtocol):
-    """A TCP connection. held_since: when the first held bytes arrived.
-
-    half_closed_at: when one side finished sending.
-    """
+    """A TCP connection. held_since: arrival of the first held bytes. half_closed_at: when one side finished sending."""
 
     transport: asyncio.Transport
 

@@ -126,19 +126,13 @@ class Gate(asyncio.BufferedProtocol):
         return self._link.pending() + self.transport.get_write_buffer_size()
 
     def busy(self) -> bool:
-        """Return whether the queue to the guest is too long for further reads from servers.
-
-        `flush` resumes the reads.
-        """
+        """Return whether the queue to the guest is too long for more reads from servers. `flush` resumes them."""
         busy = self._queued() > _QUEUED_MAX
         self._was_busy |= busy
         return busy
 
     def share(self) -> int:
-        """Return how many bytes one flow may read at a time.
-
-        The limit exists because all ready flows read before anything is written.
-        """
+        """Return how many bytes one flow may read at a time: all ready flows read before anything is written."""
         return min(egress.DATA_MAX, _ROUND_MAX // max(1, len(self._flows)))
 
     def flush(self) -> None:

@@ -35,10 +35,7 @@ _MESSAGE_MAX: Final = 4096
 
 
 def allowlist_of(config: dict[str, Any]) -> Allowlist:
-    """Return the allowlist in the configuration from the x07 process.
-
-    Raises SandboxError if the configuration is invalid.
-    """
+    """Return the allowlist in the configuration from the x07 process. Raises SandboxError if it is invalid."""
     policy = decode_policy(config["policy"].encode(), source="the policy")
     denied = {host: None if ports is None else frozenset(ports) for host, ports in config["denied"].items()}
     return make_allowlist(policy, denied, settings_from_json(config["settings"]))

@@ -28,10 +28,7 @@ _V6: Final = 6
 
 
 def guest_view(allowlist: Allowlist) -> dict[str, Any]:
-    """Return the `network` field of START (docs/guest-channel.md).
-
-    Raises UsageError if the allowlist has too many names.
-    """
+    """Return the `network` field of START (docs/guest-channel.md). Raises UsageError if there are too many names."""
     net = allowlist.policy.net
     names = sorted({entry.what for entry in allowlist.entries if isinstance(entry.what, str)})
     suffixes = sorted({entry.what.suffix for entry in allowlist.entries if isinstance(entry.what, Wildcard)})
@@ -75,10 +72,7 @@ class _Ports:
             self._given.append((addresses, ports))
 
     def rows(self) -> list[list[Any]]:
-        """Return rows of first address, last address and ports.
-
-        The ranges are disjoint, as the kernel's sets require.
-        """
+        """Return rows of first address, last address and ports, with disjoint ranges as the kernel requires."""
         return [row for version in (_V4, _V6) for row in self._rows(version)]
 
     def _rows(self, version: int) -> Iterator[list[Any]]:

@@ -91,10 +91,7 @@ class RequestStream:
         return bytes(out)
 
     def server(self, data: bytes) -> None:
-        """Add the server's bytes while watches_server is true.
-
-        After that, feed(b"") returns the bytes that became free.
-        """
+        """Add the server's bytes while watches_server is true. feed(b"") then returns bytes that became free."""
         if not self.watches_server:
             return
         self._answer += data[: _STATUS_SIZE - len(self._answer)]

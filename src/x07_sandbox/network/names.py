@@ -51,10 +51,7 @@ def parse_host(text: str) -> Host:
 
 
 def parse_guest_host(data: bytes) -> Host:
-    """Return the normal form of a host in a guest's request.
-
-    Raises UsageError if it is not an ASCII name or address.
-    """
+    """Return the normal form of a host in a guest's request. Raises UsageError if it is no ASCII name or address."""
     try:
         text = data[: _TEXT_MAX + 1].decode("ascii")
     except UnicodeDecodeError:

@@ -75,10 +75,7 @@ class GateProcess:
             raise HostError("cannot start the egress gate", why, "Run x07 doctor") from exc
 
     def send_stream(self, stream_fd: int | None) -> None:
-        """Pass the stream from the guest's relay to the gate. Replace this process's copy by /dev/null.
-
-        Raises HostError if the gate has exited.
-        """
+        """Pass the relay's stream to the gate, and replace this process's copy by /dev/null. Raises HostError."""
         if stream_fd is None:
             raise HostError("cannot use the network", "the backend has no network stream", "Use another backend")
         self._wait_ready()
@@ -123,10 +120,7 @@ class GateProcess:
 
 @contextlib.contextmanager
 def gate_running(config: GateConfig, log_fd: int) -> Iterator[GateProcess]:
-    """Run a gate and its resolver during the context. log_fd: a lent descriptor for the gate's log.
-
-    Raises HostError if a process does not start.
-    """
+    """Run a gate and its resolver. log_fd: for the gate's log, lent. Raises HostError if a process does not start."""
     with contextlib.ExitStack() as stack:
         uid, lock_fd = stack.enter_context(lease_uid()) if os.geteuid() == 0 else (-1, None)
         locks = () if lock_fd is None else (lock_fd,)

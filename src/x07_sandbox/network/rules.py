@@ -56,10 +56,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
-    """An allowlist entry. rule, ports_rule: the policy fields that contain its host and its ports.
-
-    udp: whether UDP is allowed.
-    """
+    """An allowlist entry. rule, ports_rule: the policy fields of its host and ports. udp: whether UDP is allowed."""
 
     rule: str
     ports_rule: str
@@ -180,10 +177,7 @@ def unreachable_entries(allowlist: Allowlist) -> Iterator[tuple[Entry, str]]:
 
 
 def denied_name(allowlist: Allowlist, name: str, port: int) -> str | None:
-    """Return why a name is denied on a connection to an address; None if it is allowed.
-
-    name: the name that the client sent in its first bytes.
-    """
+    """Return why a name in the first bytes of a connection to an address is denied; None if it is allowed."""
     request = Request(host=name, port=port)
     for check in (_special, _denial):
         if (denial := check(allowlist, request)) is not None:

@@ -15,20 +15,14 @@ _OPENED_BY: Final = {"loopback": "allow_loopback", "metadata": "allow_metadata"}
 
 
 def read_settings(path: Path | None = None) -> NetSettings:
-    """Return the settings in the file; the defaults if the file is missing.
-
-    Raises UsageError if its content is invalid, and HostError if it cannot be read or has unsafe permissions.
-    """
+    """Return the settings in the file, or the defaults if it is missing. Raises UsageError, HostError."""
     path = path or settings_file()
     data = settings_bytes(path)
     return NetSettings() if data is None else parse_settings(data, str(path))
 
 
 def parse_settings(data: bytes, source: str) -> NetSettings:
-    """Return the settings in a file's content. source: the file's name in errors.
-
-    Raises UsageError if the content is invalid.
-    """
+    """Return the settings in a file's content. source: the file's name in errors. Raises UsageError."""
     what = f"cannot use {source}"
     net = settings_table(data, "net", source)
     for key in _OPENED_BY.values():

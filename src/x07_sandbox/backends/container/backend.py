@@ -168,9 +168,6 @@ class ContainerBackend:
 
 
 def _needs_runc() -> bool:
-    """Return whether crun, podman's default runtime, would refuse this host.
-
-    It refuses a version 1 control group hierarchy with version 2 beside it.
-    """
+    """Return whether crun, podman's default, would refuse this host: it refuses mixed versions of control groups."""
     hybrid = all(Path("/sys/fs/cgroup", name).exists() for name in ("memory", "unified/cgroup.procs"))
     return hybrid and any(os.access(path, os.X_OK) for path in ("/usr/sbin/runc", "/usr/bin/runc"))

@@ -23,10 +23,7 @@ _CHANGES: Final = ("/var/lib/dpkg/status", "/usr/bin", "/usr/lib", "/usr/local/b
 
 
 def agent_code(*, confined: bool) -> Path:
-    """Return the path of the agent's zip. Raises HostError.
-
-    confined: whether the zip includes the seccomp filters for a confined program.
-    """
+    """Return the path of the agent's zip. confined: whether to include its seccomp filters. Raises HostError."""
     code, folder = read_guest_code(), cache_folder("agent")
     key = _key(code, confined=confined)
     for path in folder.glob(f"{key}-*.zip"):

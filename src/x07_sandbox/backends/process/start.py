@@ -109,10 +109,7 @@ def start_confined(record: JobRecord, deadline_s: int, controllers: tuple[str, .
 
 @contextlib.contextmanager
 def start_unconfined(record: JobRecord, deadline_s: int) -> Iterator[ProcessInstance]:
-    """Start an unconfined agent, with a folder of its own in the record's folder.
-
-    Raises BackendError, HostError.
-    """
+    """Start an unconfined agent, with a folder of its own in the record's folder. Raises BackendError, HostError."""
     with contextlib.ExitStack() as stack:
         stack.callback(drop_unstarted, record)
         require_own_proc()

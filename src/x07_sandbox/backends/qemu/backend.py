@@ -103,18 +103,12 @@ class QemuBackend:
 
     @contextlib.contextmanager
     def start(self, job: Job) -> Iterator[QemuInstance]:
-        """Start a job and yield the first VM whose agent answers: a clone of a saved VM, or a newly booted one.
-
-        A missing saved VM is made first.
-        """
+        """Start a job and yield the first VM whose agent answers: a clone of a saved VM, or a booted one."""
         with contextlib.ExitStack() as stack:
             yield self._answering(job, stack)
 
     def _answering(self, job: Job, stack: contextlib.ExitStack) -> QemuInstance:
-        """Return the first VM whose agent answers.
-
-        Raises NoAnswerError if no agent answers or if the caller cancels.
-        """
+        """Return the first VM whose agent answers. Raises NoAnswerError if none does, or if the caller cancels."""
         claim, cold, cloned = job.claim, job.cold, False
         notes: dict[str, str] = {}  # by subject, so that each appears once
         if cold:

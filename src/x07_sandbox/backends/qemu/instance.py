@@ -124,10 +124,7 @@ class QemuInstance(Streams, Jailed):
         self._release_pipe.release(self.inner.pid)
 
     def adopt(self, claim: Claim, runner: Identity, ram_bytes: int) -> None:
-        """Turn a waiting VM into the job of *claim*, started by the process *runner*.
-
-        ram_bytes: the most RAM that the job uses. Raises HostError, BackendError.
-        """
+        """Turn a waiting VM into the job of *claim*, which uses at most *ram_bytes* of RAM. Raises SandboxError."""
         # If this fails halfway, the record names the processes and an owner that is dead by then.
         self.set_deadline(claim.deadline_s)
         try:

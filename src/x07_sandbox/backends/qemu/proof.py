@@ -39,10 +39,7 @@ if TYPE_CHECKING:
 
 
 class Proof(NamedTuple):
-    """Whether a guest works, and the evidence.
-
-    late: the guest was still running, but its agent did not answer in time.
-    """
+    """Whether a guest works, and the evidence. late: it was still running, but its agent did not answer in time."""
 
     works: bool
     reason: str
@@ -96,10 +93,7 @@ def _record() -> Path:
 
 
 def prove(image: OpenImage, accelerator: Accelerator, limit_s: float) -> Proof:
-    """Return whether an agent answers within *limit_s* seconds.
-
-    Raises SandboxError if no guest could be booted.
-    """
+    """Return whether an agent answers within *limit_s* seconds. Raises SandboxError if no guest could be booted."""
     under = " under KVM" if accelerator.kvm else " under emulation"
     kind = MachineKind(image=image, ram_bytes=RAM_CLASSES[0])
     for last in boot_attempts():

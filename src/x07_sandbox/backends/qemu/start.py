@@ -43,10 +43,7 @@ _DEPTH: Final = {True: 2, False: 1}
 
 
 class Saving(msgspec.Struct, frozen=True, kw_only=True):
-    """Empty files into which a VM is saved. They are writable, and the caller keeps owning them.
-
-    ram_fd: has the size of the VM's RAM.
-    """
+    """Empty writable files, which the caller keeps owning, for saving a VM. ram_fd: has the size of the VM's RAM."""
 
     ram_fd: int
     state_fd: int
@@ -209,10 +206,7 @@ def _fd_files(image: OpenImage, memory: Saving | Saved | None, given: FdGroup, f
 
 
 def _overcommit(given: FdGroup, form: Form) -> tuple[tuple[int, str], ...]:
-    """Return a file that makes QEMU leave memory unreserved.
-
-    It replaces the file in /proc that QEMU reads, since the jail has no /proc.
-    """
+    """Return a replacement for a file in /proc, which the jail lacks. It makes QEMU leave memory unreserved."""
     if not form.namespaces:
         return ()
     # "always" in proc(5), for QEMU only: the kernel uses the host's setting.
@@ -272,10 +266,7 @@ def check_tools(arch: Arch) -> None:
 
 
 def tsc_khz(arch: Arch) -> int | None:
-    """Return the frequency of the host's time stamp counter in kHz, for emulated guests.
-
-    An emulated guest shares the counter, and cannot measure its frequency reliably.
-    """
+    """Return the frequency in kHz of the host's time stamp counter, which an emulated guest cannot measure reliably."""
     if arch.machine != "microvm":
         return None
     for line in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines():
