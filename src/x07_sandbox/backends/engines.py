@@ -55,7 +55,7 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def place(self) -> str:
         """Text that identifies the engine among several on one host: its client, and its socket if one was chosen."""
-        return " ".join((self.binary, *(self.env[key] for key in ("DOCKER_HOST",) if key in self.env)))
+        return f"{self.binary} {self.env.get('DOCKER_HOST', '')}".rstrip()
 
     def argv(self, *words: str) -> list[str]:
         """Return the command line of a call."""
@@ -90,9 +90,8 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
 def engine(name: Name) -> Engine:
     """Return the engine of this host. Raises HostError if there is none, or if DOCKER_HOST is another machine."""
     variable = f"X07_VM_{name.upper()}_BIN"
-    binary = text(variable) or next(
-        (path for folder in _SEARCH if os.access(path := f"{folder}/{name}", os.X_OK)), None
-    )
+    found = (path for folder in _SEARCH if os.access(path := f"{folder}/{name}", os.X_OK))
+    binary = text(variable) or next(found, None)
     if binary is None:
         fix = f"Run: apt-get install --no-install-recommends {PACKAGES[name]}, or set {variable}"
         raise HostError(f"cannot use {name}", f"missing: {name}", fix)
@@ -108,9 +107,8 @@ def engine(name: Name) -> Engine:
         if host := os.environ.get("DOCKER_HOST", ""):
             if not host.startswith("unix://"):
                 why = f"DOCKER_HOST is {host[:200]}, but x07's folders and sockets are on this machine"
-                raise HostError(
-                    "cannot use docker", why, "Unset DOCKER_HOST, or set it to a local socket: unix:///path"
-                )
+                fix = "Unset DOCKER_HOST, or set it to a local socket: unix:///path"
+                raise HostError("cannot use docker", why, fix)
             env["DOCKER_HOST"] = host
         # The user's may add variables to containers or lead to another machine.
         env["DOCKER_CONFIG"] = "/nonexistent"

@@ -10,11 +10,12 @@ against mistakes and plain fronting, since an unknown protocol can contain any h
 
 import re
 from collections.abc import Callable
-from typing import Final, Literal, NoReturn, Protocol
+from typing import Final, Literal, Protocol
 
 from x07_sandbox.errors import UsageError
-from x07_sandbox.network.client_hello import ClientHello, HelloError, HelloReader
-from x07_sandbox.network.http_requests import RequestError, RequestStream, escaped
+from x07_sandbox.network.client_hello import ClientHello, HelloReader
+from x07_sandbox.network.http_requests import RequestStream, escaped
+from x07_sandbox.network.inspection_error import InspectionError
 from x07_sandbox.network.names import Host, parse_guest_host
 
 _LINE_MAX: Final = 8 * 1024
@@ -29,20 +30,6 @@ _SPACE: Final = rb"[\t\x0b\x0c ]"
 _OPEN_LINE: Final = re.compile(rb"[\r\n\t\x0b\x0c ]*(?:%b(?:%b[\t\x0b\x0c\r\x20-\x7e\x80-\xff]*)?)?" % (_WORD, _SPACE))
 _VERSION: Final = re.compile(rb"%bHTTP/[0-9][0-9.]*[\t\x0b\x0c\r ]*\Z" % _SPACE, re.IGNORECASE)
 _TARGET: Final = re.compile(rb"[\r\n\t\x0b\x0c ]*%b%b+(?:[/*]|https?:)" % (_WORD, _SPACE), re.IGNORECASE)
-
-
-class InspectionError(Exception):
-    """The inspected bytes are not allowed, and the connection must be closed.
-
-    rule: a stable id, such as ``tls:no-sni``. reason: a clause with the client's text escaped and truncated.
-    name: the name that the client sent, in normal form if it is valid, else escaped; "" if the client sent no name.
-    """
-
-    def __init__(self, rule: str, reason: str, name: str = "") -> None:
-        super().__init__(rule, reason, name)
-        self.rule = rule
-        self.reason = reason
-        self.name = name
 
 
 class _Stage(Protocol):
@@ -85,9 +72,8 @@ class _NameCheck:
             host = None
         if not isinstance(host, str):
             text = escaped(hello.server_name)
-            raise InspectionError(
-                "tls:malformed", f"the TLS ClientHello asks for {text}, which is not a valid name", text
-            )
+            why = f"the TLS ClientHello asks for {text}, which is not a valid name"
+            raise InspectionError("tls:malformed", why, text)
         self.tls_name = host
         self._check("tls:other-name", "the TLS ClientHello", host)
 
@@ -153,8 +139,9 @@ class Inspector:
         self._raise_again()
         try:
             return self._stage.feed(data)
-        except (HelloError, RequestError, InspectionError) as exc:
-            self._fail(exc)
+        except InspectionError as exc:
+            self._error = exc
+            raise
 
     def from_server(self, data: bytes) -> None:
         """Add bytes from the server."""
@@ -166,8 +153,9 @@ class Inspector:
         self._raise_again()
         try:
             self._stage.eof()
-        except (HelloError, RequestError, InspectionError) as exc:
-            self._fail(exc)
+        except InspectionError as exc:
+            self._error = exc
+            raise
 
     def release(self) -> bytes:
         """Return the held first bytes while the protocol is still unknown: the client may be waiting for an answer.
@@ -180,11 +168,6 @@ class Inspector:
     def _raise_again(self) -> None:
         if self._error is not None:
             raise self._error
-
-    def _fail(self, exc: HelloError | RequestError | InspectionError) -> NoReturn:
-        name = "" if isinstance(exc, HelloError) else exc.name
-        self._error = exc if isinstance(exc, InspectionError) else InspectionError(exc.rule, exc.reason, name)
-        raise self._error from None
 
 
 class _Tls:
@@ -222,7 +205,7 @@ class _Tls:
 
     def eof(self) -> None:
         if self.held:
-            raise HelloError("tls:malformed", "the connection ends inside the ClientHello")
+            raise InspectionError("tls:malformed", "the connection ends inside the ClientHello")
 
 
 class _Raw:
@@ -291,7 +274,7 @@ class _Any:
         if not out or not self._released:
             return out
         if not out.startswith(self._released):
-            raise RequestError("http:malformed", "the request line is not in canonical form")
+            raise InspectionError("http:malformed", "the request line is not in canonical form")
         out, self._released = out[len(self._released) :], b""
         return out
 

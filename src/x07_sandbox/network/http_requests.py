@@ -15,6 +15,7 @@ from typing import Final, NoReturn
 import h11
 
 from x07_sandbox.errors import UsageError
+from x07_sandbox.network.inspection_error import InspectionError
 from x07_sandbox.network.names import Host, parse_guest_host
 
 HEAD_MAX: Final = 64 * 1024
@@ -36,16 +37,6 @@ _SWITCHED: Final = re.compile(rb"HTTP/1\.1 101[ \r\n]")
 _HEAD_ONLY: Final = frozenset({b"connection", b"content-length", b"host", b"te", b"transfer-encoding", b"upgrade"})
 
 
-class RequestError(Exception):
-    """A request is denied. rule: a stable id. reason: a clause with the client's text escaped and truncated."""
-
-    def __init__(self, rule: str, reason: str, name: str = "") -> None:
-        super().__init__(rule, reason, name)
-        self.rule = rule
-        self.reason = reason
-        self.name = name
-
-
 def escaped(text: bytes | str) -> str:
     """Return a client's text for a message: quoted ASCII on one line, at most 253 characters."""
     shown = ascii(text.decode("latin-1") if isinstance(text, bytes) else text)
@@ -53,9 +44,8 @@ def escaped(text: bytes | str) -> str:
 
 
 class RequestStream:
-    """The client's half of one HTTP/1.x connection.
+    """The client's half of one HTTP/1.x connection. check_host: raises InspectionError for a denied host.
 
-    check_host: a function that raises an error for a host that is not allowed.
     decided: whether the first request's head was accepted. watches_server: whether `server` needs the server's bytes.
     """
 
@@ -83,7 +73,7 @@ class RequestStream:
         return self._raw and not self._pending
 
     def feed(self, data: bytes) -> bytes:
-        """Add bytes from the client, and return the bytes to forward. Raises RequestError, and errors of check_host."""
+        """Add bytes from the client, and return the bytes to forward. Raises InspectionError."""
         out = bytearray()
         for at in range(0, len(data) or 1, _PIECE):
             self._pending += data[at : at + _PIECE]
@@ -100,7 +90,7 @@ class RequestStream:
             self._raw = _SWITCHED.fullmatch(self._answer) is not None
 
     def eof(self) -> None:
-        """Raise RequestError if the client stopped inside a request."""
+        """Raise InspectionError if the client stopped inside a request."""
         if not self._raw and (self._pending or self._body):
             _malformed("the connection ends inside a request")
 
@@ -111,7 +101,7 @@ class RequestStream:
                 self._pending.clear()
             elif self.watches_server:
                 if len(self._pending) > HEAD_MAX:
-                    raise RequestError("http:too-large", "too much data follows an unanswered WebSocket handshake")
+                    raise InspectionError("http:too-large", "too much data follows an unanswered WebSocket handshake")
                 return
             elif self._body is not None:
                 self._body.receive_data(bytes(self._pending))
@@ -140,7 +130,7 @@ class RequestStream:
                 return head
         self._searched = len(self._pending)
         if len(self._pending) >= HEAD_MAX:
-            raise RequestError("http:too-large", f"the head of a request has more than {HEAD_MAX} bytes")
+            raise InspectionError("http:too-large", f"the head of a request has more than {HEAD_MAX} bytes")
         return None
 
     def _take_request(self, head: bytes, out: bytearray) -> None:
@@ -176,14 +166,14 @@ class RequestStream:
     def _check_host(self, request: h11.Request, text: bytes) -> bytes:
         """Check the request's host. Return the request's target without scheme and host."""
         if not text:
-            raise RequestError("http:no-host", "the request has an empty Host")
+            raise InspectionError("http:no-host", "the request has an empty Host")
         host = _parse_authority(text)
         target = request.target
         if absolute := _ABSOLUTE.fullmatch(target):
             authority, path = absolute.groups()
             if _parse_authority(authority) != host:
                 why = f"the request's target has the host {escaped(authority)}, but its Host header is {escaped(text)}"
-                raise RequestError("http:other-host", why, str(host[0]))
+                raise InspectionError("http:other-host", why, str(host[0]))
             target = path if path.startswith(b"/") else b"/" + path
         elif not target.startswith(b"/") and (target, request.method) != (b"*", b"OPTIONS"):
             _malformed(f"the request has the target {escaped(target)}, which is neither a path nor an http:// URL")
@@ -197,11 +187,11 @@ def _check_request_line(line: bytes) -> None:
         _malformed("the first line is not an HTTP/1 request line")
     method, _, version = match.groups()
     if method == b"PRI" or version.startswith(b"2"):
-        raise RequestError("http:upgrade", "HTTP/2 without TLS is not supported")
+        raise InspectionError("http:upgrade", "HTTP/2 without TLS is not supported")
     if version not in {b"1.0", b"1.1"}:
         _malformed(f"HTTP/{version.decode()} is not supported")
     if method.upper() == b"CONNECT":
-        raise RequestError("http:connect", "the request asks for a tunnel (CONNECT)")
+        raise InspectionError("http:connect", "the request asks for a tunnel (CONNECT)")
 
 
 def _check_field(line: bytes) -> None:
@@ -220,26 +210,26 @@ def _check_counts(head: bytes) -> None:
     if count[b"host"] != 1:
         if count[b"host"]:
             _malformed("the request has more than one Host")
-        raise RequestError("http:no-host", "the request has no Host")
+        raise InspectionError("http:no-host", "the request has no Host")
     lengths = count[b"transfer-encoding"] + count[b"content-length"]
     if lengths > 1 or (count[b"transfer-encoding"] and request_line.endswith(b"1.0")):
-        raise RequestError("http:ambiguous-length", "the length of the request's body is ambiguous")
+        raise InspectionError("http:ambiguous-length", "the length of the request's body is ambiguous")
     if count[b"http2-settings"]:
-        raise RequestError("http:upgrade", "HTTP/2 without TLS is not supported")
+        raise InspectionError("http:upgrade", "HTTP/2 without TLS is not supported")
 
 
 def _is_handshake(request: h11.Request, fields: dict[bytes, bytes], *, first: bool) -> bool:
-    """Return whether this is a WebSocket handshake. Raises RequestError for other upgrades."""
+    """Return whether this is a WebSocket handshake. Raises InspectionError for other upgrades."""
     if b"upgrade" not in fields:
         return False
     values = [value for name, value in request.headers if name == b"upgrade"]
     if [value.lower() for value in values] != [b"websocket"]:
-        raise RequestError("http:upgrade", f"an upgrade to {escaped(values[0])} is not supported")
+        raise InspectionError("http:upgrade", f"an upgrade to {escaped(values[0])} is not supported")
     if not first:
-        raise RequestError("http:upgrade", "a WebSocket handshake must be the first request of its connection")
+        raise InspectionError("http:upgrade", "a WebSocket handshake must be the first request of its connection")
     body = b"transfer-encoding" in fields or fields.get(b"content-length", b"0").strip(b"0")
     if request.method != b"GET" or request.http_version != b"1.1" or body:
-        raise RequestError("http:upgrade", "a WebSocket handshake must be an HTTP/1.1 GET without a body")
+        raise InspectionError("http:upgrade", "a WebSocket handshake must be an HTTP/1.1 GET without a body")
     return True
 
 
@@ -258,7 +248,7 @@ def _next_event(connection: h11.Connection) -> object:
         return connection.next_event()
     except h11.RemoteProtocolError as exc:
         if exc.error_status_hint == 431:  # noqa: PLR2004 - h11's status for a full buffer
-            raise RequestError("http:too-large", "a line of the request's body is too long") from None
+            raise InspectionError("http:too-large", "a line of the request's body is too long") from None
         _malformed(f"the request is not well-formed: {escaped(str(exc))}")
 
 
@@ -272,4 +262,4 @@ def _end(event: h11.EndOfMessage) -> bytes:
 
 
 def _malformed(why: str) -> NoReturn:
-    raise RequestError("http:malformed", why) from None
+    raise InspectionError("http:malformed", why) from None

@@ -140,16 +140,12 @@ def make_allowlist(policy: Policy, denied: DeniedHosts | None = None, settings: 
 
 def decide(allowlist: Allowlist, request: Request) -> Decision:
     """Decide on a connection request. Before a name's addresses are dialled, `decide_address` checks each of them."""
-    for check in (_special, _denial, _switch):
-        if (denial := check(allowlist, request)) is not None:
-            return denial
-    return _listed(allowlist, request)
+    blocked = _special(allowlist, request) or _denial(allowlist, request) or _switch(allowlist, request)
+    return blocked or _listed(allowlist, request)
 
 
 def decide_address(allowlist: Allowlist, decision: Decision, address: Address) -> Decision:
-    """Decide on an address to which the name of an allowed *decision* resolved.
-
-    A denied *decision* is returned unchanged.
+    """Decide on an address to which the name of an allowed *decision* resolved. Return a denied one unchanged.
 
     The address needs no allowlist entry of its own, because its name is listed.
     """
@@ -159,9 +155,8 @@ def decide_address(allowlist: Allowlist, decision: Decision, address: Address) -
     by_address = replace(asked, host=unmapped(address))
     if isinstance(asked.host, str) and (local := special(asked.host)) and not _opened(allowlist, by_address):
         return _denied(asked, *local)
-    for check in (_special, _denial):
-        if (denial := check(allowlist, by_address)) is not None:
-            return replace(denial, request=asked, reason=f"{asked.host} resolves to {address}: {denial.reason}")
+    if denial := _special(allowlist, by_address) or _denial(allowlist, by_address):
+        return replace(denial, request=asked, reason=f"{asked.host} resolves to {address}: {denial.reason}")
     return decision
 
 
@@ -179,10 +174,8 @@ def unreachable_entries(allowlist: Allowlist) -> Iterator[tuple[Entry, str]]:
 def denied_name(allowlist: Allowlist, name: str, port: int) -> str | None:
     """Return why a name in the first bytes of a connection to an address is denied; None if it is allowed."""
     request = Request(host=name, port=port)
-    for check in (_special, _denial):
-        if (denial := check(allowlist, request)) is not None:
-            return denial.reason
-    return None
+    denial = _special(allowlist, request) or _denial(allowlist, request)
+    return denial.reason if denial else None
 
 
 def _special(allowlist: Allowlist, request: Request) -> Decision | None:

@@ -139,10 +139,8 @@ class QemuBackend:
             if not miscalibrated(error.failure):
                 raise error
             if last:
-                failure = replace(
-                    error.failure, kind="failed", why=f"{MISCALIBRATED}; try again when the host is less busy"
-                )
-                raise NoAnswerError(instance, failure, error.times_ms)
+                why = f"{MISCALIBRATED}; try again when the host is less busy"
+                raise NoAnswerError(instance, replace(error.failure, kind="failed", why=why), error.times_ms)
             claim = replace(claim, phase=f"{job.claim.phase}-cold{number}")
             number, last = next(tries)
 
