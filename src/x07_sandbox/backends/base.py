@@ -86,8 +86,7 @@ class Needs(msgspec.Struct, frozen=True, kw_only=True):
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """What a backend needs to start one job. The program itself follows over the channel.
 
-    needs: set for container backends. cold: boot a VM, never clone one. meanwhile: called once while the instance
-    starts.
+    needs: for container backends. cold: boot a VM, never clone one. meanwhile: called once while the instance starts.
     """
 
     claim: Claim
@@ -111,8 +110,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 class Greeting(NamedTuple):
     """A ready agent: it has answered, clock and entropy are set, and START is the next frame.
 
-    released_at: when the instance was released, in seconds on the monotonic clock. times_ms: how long after that HELLO
-    and SEEDED arrived.
+    released_at: on the monotonic clock, in seconds. times_ms: from the release until HELLO and SEEDED arrived.
     """
 
     connection: Connection

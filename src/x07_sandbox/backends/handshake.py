@@ -34,7 +34,7 @@ def read_deadline(deadline: Deadline) -> Deadline:
     return Deadline.after(settings.STOPPED_S if deadline.missed_while_stopped() else _LATE_S)
 
 
-def greet(instance: Instance, *, cancel_fd: int | None = None, meanwhile: Callable[[], object] | None = None) -> None:
+def greet(instance: Instance, *, cancel_fd: int | None = None, meanwhile: Callable[[], object] = lambda: None) -> None:
     """Release the instance, wait for its agent, send clock and entropy, and set `Instance.greeting`.
 
     cancel_fd: the wait ends once it is readable. meanwhile: called while the instance starts.
@@ -48,8 +48,7 @@ def greet(instance: Instance, *, cancel_fd: int | None = None, meanwhile: Callab
     if not cold:
         talk.seed()
         talk.connection.flush()
-    if meanwhile is not None:
-        meanwhile()
+    meanwhile()
     failure = talk.until(State.GREETED, deadline) if cold else None
     if failure is None:
         if cold:

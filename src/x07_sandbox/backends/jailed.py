@@ -100,8 +100,7 @@ def running(
 ) -> Iterator[_J]:
     """Launch, record and yield a job. At the end it is gone, and recorded as gone. Raises BackendError, HostError.
 
-    make: makes the instance. not_built: makes the error if the supervisor ended, with this status, before the job's
-    first process existed.
+    make: makes the instance. not_built: makes the error for a supervisor that ended early, from its exit status.
     """
     child = instance = None
     gone = False

@@ -145,10 +145,7 @@ def _automatic(platform: Platform, request: BackendRequest) -> Choice:
 def _instead(
     platform: Platform, request: BackendRequest, weaker: BackendRow | None = None, *, named: bool = True
 ) -> str:
-    """Return what the user can do instead.
-
-    weaker: the requested backend, if consent would allow it. named: whether its class was requested too.
-    """
+    """Return what the user can do instead. weaker: allowed after consent. named: its class was requested too."""
     here = usable_flags(platform)
     words = _by_caller(request, here or usable_flags(Platform(system="linux")))
     parts = [f"Use {words}" if here else f"Run x07 on Linux with {words}"]

@@ -14,7 +14,7 @@ from typing import Final, Literal, Protocol
 
 from x07_sandbox.errors import UsageError
 from x07_sandbox.network.client_hello import ClientHello, HelloReader
-from x07_sandbox.network.http_requests import RequestStream, escaped
+from x07_sandbox.network.http_requests import WORD, RequestStream, escaped
 from x07_sandbox.network.inspection_error import InspectionError
 from x07_sandbox.network.names import Host, parse_guest_host
 
@@ -25,11 +25,10 @@ _POSTGRES: Final = (bytes.fromhex("00000008 04d2162f"), bytes.fromhex("00000008 
 _POSTGRES_SIZE: Final = 8
 # More tolerant than HTTP's grammar, as servers are; the request parser then rejects what is not strict.
 _LINE_FEED: Final = ord("\n")
-_WORD: Final = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _SPACE: Final = rb"[\t\x0b\x0c ]"
-_OPEN_LINE: Final = re.compile(rb"[\r\n\t\x0b\x0c ]*(?:%b(?:%b[\t\x0b\x0c\r\x20-\x7e\x80-\xff]*)?)?" % (_WORD, _SPACE))
+_OPEN_LINE: Final = re.compile(rb"[\r\n\t\x0b\x0c ]*(?:%b(?:%b[\t\x0b\x0c\r\x20-\x7e\x80-\xff]*)?)?" % (WORD, _SPACE))
 _VERSION: Final = re.compile(rb"%bHTTP/[0-9][0-9.]*[\t\x0b\x0c\r ]*\Z" % _SPACE, re.IGNORECASE)
-_TARGET: Final = re.compile(rb"[\r\n\t\x0b\x0c ]*%b%b+(?:[/*]|https?:)" % (_WORD, _SPACE), re.IGNORECASE)
+_TARGET: Final = re.compile(rb"[\r\n\t\x0b\x0c ]*%b%b+(?:[/*]|https?:)" % (WORD, _SPACE), re.IGNORECASE)
 
 
 class _Stage(Protocol):

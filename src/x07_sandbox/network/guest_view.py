@@ -24,7 +24,6 @@ _FIRST_BLOCK: Final = int(IPv4Address("198.18.4.0"))
 _BLOCK: Final = 256
 _SYNTHETIC: Final = tuple(int(IPv4Network("198.18.0.0/15")[at]) for at in (0, -1))
 _V4: Final = 4
-_V6: Final = 6
 
 
 def guest_view(allowlist: Allowlist) -> dict[str, Any]:
@@ -73,7 +72,7 @@ class _Ports:
 
     def rows(self) -> list[list[Any]]:
         """Return rows of first address, last address and ports, with disjoint ranges as the kernel requires."""
-        return [row for version in (_V4, _V6) for row in self._rows(version)]
+        return [row for version in (4, 6) for row in self._rows(version)]
 
     def _rows(self, version: int) -> Iterator[list[Any]]:
         given = [(one.first, one.last + 1, ports) for one, ports in self._given if one.version == version]

@@ -16,19 +16,18 @@ import h11
 
 from x07_sandbox.errors import UsageError
 from x07_sandbox.network.inspection_error import InspectionError
-from x07_sandbox.network.names import Host, parse_guest_host
+from x07_sandbox.network.names import PORT_LAST, Host, parse_guest_host
 
 HEAD_MAX: Final = 64 * 1024
 """Maximum bytes of a request's head, of chunk headers and trailers, and of data after an unanswered handshake."""
 
 _PIECE: Final = 16 * 1024  # limits the copying for pipelined requests
 _TEXT_MAX: Final = 253
-_WORD: Final = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-_WORD_START: Final = re.compile(_WORD)
-_REQUEST_LINE: Final = re.compile(rb"(%b) ([\x21-\x7e]+) HTTP/([0-9]\.[0-9])\r\n" % _WORD)
-_FIELD: Final = re.compile(rb"%b:[^\x00-\x08\x0a-\x1f\x7f]*\r\n" % _WORD)
+WORD: Final = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_WORD_START: Final = re.compile(WORD)
+_REQUEST_LINE: Final = re.compile(rb"(%b) ([\x21-\x7e]+) HTTP/([0-9]\.[0-9])\r\n" % WORD)
+_FIELD: Final = re.compile(rb"%b:[^\x00-\x08\x0a-\x1f\x7f]*\r\n" % WORD)
 _HOST: Final = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[^:\[\]]+)(?::([0-9]{1,5}))?")
-_PORT_LAST: Final = 65_535
 _PORT_DEFAULT: Final = 80
 _ABSOLUTE: Final = re.compile(rb"http://([^/?#]*)([^#]*)", re.IGNORECASE)
 _STATUS_SIZE: Final = len(b"HTTP/1.1 101 ")
@@ -235,7 +234,7 @@ def _is_handshake(request: h11.Request, fields: dict[bytes, bytes], *, first: bo
 
 def _parse_authority(text: bytes) -> tuple[Host, int]:
     match = _HOST.fullmatch(text)
-    if match is None or not 0 < int(match[2] or _PORT_DEFAULT) <= _PORT_LAST:
+    if match is None or not 0 < int(match[2] or _PORT_DEFAULT) <= PORT_LAST:
         _malformed(f"the request has the host {escaped(text)}, which is not NAME or NAME:PORT")
     try:
         return parse_guest_host(match[1]), int(match[2] or _PORT_DEFAULT)

@@ -20,6 +20,7 @@ from msgspec.structs import replace
 from x07_sandbox.errors import UsageError, printable
 from x07_sandbox.network.blocked_addresses import special, special_within
 from x07_sandbox.network.names import (
+    PORT_LAST,
     Address,
     Host,
     Pattern,
@@ -38,7 +39,6 @@ from x07_sandbox.policy.problems import PolicyError, Problem
 
 Transport = Literal["tcp", "udp"]
 DeniedHosts = Mapping[str, Collection[int] | None]
-_PORT_LAST: Final = 65_535
 _QUIC: Final = 443
 
 
@@ -73,10 +73,7 @@ class Denied(msgspec.Struct, frozen=True):
 
 
 class NetSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """Exceptions in the user's settings (settings.py). allow_local: special addresses, each with one port.
-
-    opaque_ports: ports on which a connection may use any protocol.
-    """
+    """Exceptions in the user's settings. allow_local: special addresses with a port. opaque_ports: for any protocol."""
 
     allow_local: frozenset[tuple[Address, int]] = frozenset()
     opaque_ports: frozenset[int] = frozenset()
@@ -107,12 +104,12 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
 def parse_request(text: str, transport: Transport = "tcp") -> Request:
     """Parse ``HOST:PORT``, with an IPv6 address in brackets. Raises UsageError for any other text."""
     host, colon, port = text.rpartition(":")
-    number = int(port) if port.isascii() and port.isdigit() and len(port) <= len(str(_PORT_LAST)) else 0
+    number = int(port) if port.isascii() and port.isdigit() and len(port) <= len(str(PORT_LAST)) else 0
     fix = "Write HOST:PORT, such as example.org:443 or [2001:db8::1]:443"
     if not colon or not port or text.endswith("]"):
         raise UsageError(f"cannot use {text!r}", "the port is missing", fix)
-    if not 1 <= number <= _PORT_LAST:
-        raise UsageError(f"cannot use {text!r}", f"the port is not a number from 1 to {_PORT_LAST}", fix)
+    if not 1 <= number <= PORT_LAST:
+        raise UsageError(f"cannot use {text!r}", f"the port is not a number from 1 to {PORT_LAST}", fix)
     if ":" in host and not host.startswith("["):
         raise UsageError(f"cannot use {text!r}", "an IPv6 address with a port needs brackets", fix)
     return Request(host=parse_host(host), port=number, transport=transport)

@@ -7,9 +7,9 @@ from x07_sandbox.errors import UsageError
 from x07_sandbox.host.paths import settings_file
 from x07_sandbox.host.user_settings import settings_bytes, settings_table
 from x07_sandbox.network.blocked_addresses import special
+from x07_sandbox.network.names import PORT_LAST
 from x07_sandbox.network.rules import NetSettings, Request, parse_request
 
-_PORT_LAST: Final = 65_535
 _OPENED: Final = frozenset({"private", "shared", "link-local"})  # kinds that allow_local alone allows
 _OPENED_BY: Final = {"loopback": "allow_loopback", "metadata": "allow_metadata"}
 
@@ -29,8 +29,8 @@ def parse_settings(data: bytes, source: str) -> NetSettings:
         if not isinstance(net.get(key, False), bool):
             raise UsageError(what, f"net.{key} is not true or false", f"Set {key} = true or {key} = false")
     ports = _list(net, "opaque_ports", int, what)
-    if any(isinstance(port, bool) or not 1 <= port <= _PORT_LAST for port in ports):
-        raise UsageError(what, "net.opaque_ports contains an invalid port", f"Use ports from 1 to {_PORT_LAST}")
+    if any(isinstance(port, bool) or not 1 <= port <= PORT_LAST for port in ports):
+        raise UsageError(what, "net.opaque_ports contains an invalid port", f"Use ports from 1 to {PORT_LAST}")
     local = frozenset(_local(text, net, what) for text in _list(net, "allow_local", str, what))
     return NetSettings(allow_local=local, opaque_ports=frozenset(ports))
 

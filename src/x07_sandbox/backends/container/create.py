@@ -29,8 +29,7 @@ _TMPFS: Final = "rw,nosuid,nodev"
 class ContainerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """One container.
 
-    image: the id of its image. name, mark, labels: those of the job. resolv_conf: a host file. net_folder: the folder
-    with the gate's socket, or "" if there is none.
+    image: its image's id. name, mark, labels: the job's. resolv_conf: a host file. net_folder: has the gate's socket.
     """
 
     engine: str

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.backends.jailed import HostAgent, Jailed, Start, error_stream, running, socket_ends
 from x07_sandbox.backends.process.agentcode import agent_code
-from x07_sandbox.backends.process.view import FILES, Sandbox, agent_argv, sandbox_argv, scratch_bytes, this_system
+from x07_sandbox.backends.process.view import FILES, Sandbox, agent_argv, sandbox_argv, this_system
 from x07_sandbox.errors import BackendError, HostError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
@@ -65,8 +65,7 @@ class ProcessInstance(HostAgent, Jailed):
 def start_confined(record: JobRecord, deadline_s: int, controllers: tuple[str, ...] = ()) -> Iterator[ProcessInstance]:
     """Start a confined agent. At the end it is gone, and recorded as gone. Raises BackendError, HostError.
 
-    It runs as this user; if this user is root, it runs with a uid of its own. controllers: the control groups that the
-    plan relies on.
+    It runs as this user, or for root with a uid of its own. controllers: the control groups that the plan relies on.
     """
     with contextlib.ExitStack() as stack:
         stack.callback(drop_unstarted, record)
@@ -87,7 +86,8 @@ def start_confined(record: JobRecord, deadline_s: int, controllers: tuple[str, .
             file_fds={path: given.add(memory_file(content)) for path, content in FILES.items()},
             channel_fd=ends.far_fd,
             net_fd=ends.far_net_fd,
-            scratch_bytes=scratch_bytes(settings.SCRATCH_BYTES),
+            # The files are in memory: they may take at most half of this host's.
+            scratch_bytes=min(settings.SCRATCH_BYTES, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2),
             groups=groups.places,
             lock_fd=lock_fd,
         )

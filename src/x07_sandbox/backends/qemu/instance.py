@@ -57,10 +57,7 @@ class ReleasePipe:
 
 
 class HostSide(NamedTuple):
-    """The host's side of a QEMU process.
-
-    ends: this process's ends of its streams; the caller keeps owning them. paths: where QEMU opens its files.
-    """
+    """The host's side of a QEMU process. ends: this process's ends of its streams, lent. paths: of QEMU's files."""
 
     groups: HostGroups
     release_pipe: ReleasePipe
