@@ -110,7 +110,7 @@ def engine(name: Name) -> Engine:
                 fix = "Unset DOCKER_HOST, or set it to a local socket: unix:///path"
                 raise HostError("cannot use docker", why, fix)
             env["DOCKER_HOST"] = host
-        # The user's may add variables to containers or lead to another machine.
+        # The user's configuration may add variables to containers or lead to another machine.
         env["DOCKER_CONFIG"] = "/nonexistent"
     return Engine(name=name, binary=binary, env=env)
 

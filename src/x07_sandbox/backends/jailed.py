@@ -140,7 +140,7 @@ def running(
 
 def inner_process(child: subprocess.Popen[bytes], depth: int) -> Identity:
     """Return the process *depth* generations below the supervisor once it exists. Raises ProcessLookupError."""
-    # By /proc: bubblewrap's --info-fd reports numbers of its own pid namespace.
+    # Found in /proc, since bubblewrap's --info-fd reports numbers of its own pid namespace.
     deadline = Deadline.after(_SETUP_S)
     pidfd = os.pidfd_open(child.pid)
     try:

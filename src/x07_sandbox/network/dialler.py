@@ -233,7 +233,7 @@ class Dialler:
 
 def _failed(exc: OSError, address: Address) -> NotDialledError:
     code = _CODES.get(exc.errno or 0, egress.HOST_UNREACHABLE)
-    # Not its own text, which asyncio replaces.
+    # strerror, since asyncio replaces the exception's own text.
     return NotDialledError(code, "dial:failed", os.strerror(exc.errno or 0), str(address))
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from x07_sandbox.backends.engines import Name
 
-# What the agent needs to become another user and to end its processes. The program gets none of it.
+# The agent needs these to become another user and to end its processes. The program gets none of them.
 CAPABILITIES: Final = ("KILL", "SETGID", "SETPCAP", "SETUID")
 NETWORK_CAPABILITY: Final = "NET_ADMIN"  # for the relay's rules in the container's network namespace
 AGENT_BYTES: Final = 64 * MIB

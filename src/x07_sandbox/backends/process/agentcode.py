@@ -18,7 +18,7 @@ from x07_sandbox.jail.bwrap import BWRAP
 
 _BUILD_S: Final = 120
 _KEEP: Final = 8  # other versions may be in use
-# What changes when programs are installed or removed.
+# Paths that change when programs are installed or removed.
 _CHANGES: Final = ("/var/lib/dpkg/status", "/usr/bin", "/usr/lib", "/usr/local/bin", "/usr/libexec", "/etc/ld.so.cache")
 
 

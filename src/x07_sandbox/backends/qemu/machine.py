@@ -76,7 +76,7 @@ def kernel_command_line(machine: Machine) -> str:
     words = ["console=ttyS0" if machine.arch.machine == "microvm" else "console=ttyAMA0", "quiet", "panic=-1"]
     if machine.arch.machine == "microvm":
         words += ["reboot=t", "tsc=reliable", "no_timer_check"]
-    # Of the security modules only those in use: the others lengthen every path.
+    # Only the security modules in use: the others lengthen every path.
     words += ["psi=0", "noautogroup", "nowatchdog", "lsm=lockdown,landlock,yama"]
     # No cipher tests and no jitter entropy: the host provides entropy, and under emulation the two take a quarter of
     # the time until the root file system is mounted.

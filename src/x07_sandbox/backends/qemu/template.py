@@ -270,7 +270,7 @@ def _make_alone(
     folder = template.folder.parent
     if template.folder.is_dir():
         return
-    remove_template(template.folder)  # in case it is no folder
+    remove_template(template.folder)  # in case it is not a folder
     for path in leftovers(folder):
         shutil.rmtree(path, ignore_errors=True)
     work = Path(tempfile.mkdtemp(prefix=".new-", dir=folder))
