@@ -20,7 +20,8 @@ from __future__ import annotations
 import struct
 from typing import Final, Literal, NamedTuple
 
-from x07_sandbox.network.first_bytes import InspectionError, Inspector
+from x07_sandbox.network.first_bytes import Inspector
+from x07_sandbox.network.inspection_error import InspectionError
 
 NAME: Final = "a.example"
 DENIED: Final = "denied.example"

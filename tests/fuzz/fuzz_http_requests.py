@@ -22,7 +22,8 @@ import re
 from typing import Final, NamedTuple
 
 from tests.fuzz.fuzz_client_hello import HELD_MAX, NAME, check_sticky, denied, pieces
-from x07_sandbox.network.first_bytes import InspectionError, Inspector
+from x07_sandbox.network.first_bytes import Inspector
+from x07_sandbox.network.inspection_error import InspectionError
 
 LINE: Final = re.compile(rb"([!-~]+) (/[!-~]*|\*) HTTP/1\.[01]")
 FIELD: Final = re.compile(rb"([!-9;-~]+): ([^\x00-\x08\x0a-\x1f\x7f]*)")

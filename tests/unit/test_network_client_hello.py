@@ -11,7 +11,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.fuzz.fuzz_client_hello import body, extension, hello, message, pieces, records, sni
-from x07_sandbox.network.client_hello import HELLO_MAX, ClientHello, HelloError, HelloReader
+from x07_sandbox.network.client_hello import HELLO_MAX, ClientHello, HelloReader
+from x07_sandbox.network.inspection_error import InspectionError
 
 GOOD: Final = body(sni(b"a.example"))
 PADDING: Final = 21
@@ -42,7 +43,7 @@ def rule_of(data: bytes, size: int = 1 << 20) -> str:
     """The rule that refuses the bytes, or ""."""
     try:
         read(data, size)
-    except HelloError as exc:
+    except InspectionError as exc:
         return exc.rule
     return ""
 

@@ -24,7 +24,8 @@ from tests.fuzz.fuzz_client_hello import (
     run,
     sni,
 )
-from x07_sandbox.network.first_bytes import InspectionError, Inspector
+from x07_sandbox.network.first_bytes import Inspector
+from x07_sandbox.network.inspection_error import InspectionError
 
 Mode = Literal["tls", "http", "any"]
 GOOD: Final = hello(sni(b"a.example"))

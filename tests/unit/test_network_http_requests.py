@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from tests.fuzz.fuzz_client_hello import denied, pieces
 from tests.fuzz.fuzz_http_requests import one_input, parse
-from x07_sandbox.network.first_bytes import InspectionError, Inspector
+from x07_sandbox.network.first_bytes import Inspector
 from x07_sandbox.network.http_requests import HEAD_MAX
+from x07_sandbox.network.inspection_error import InspectionError
 
 NAME: Final = "a.example"
 HOST: Final = b" HTTP/1.1\r\nHost: a.example\r\n"

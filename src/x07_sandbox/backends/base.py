@@ -39,10 +39,7 @@ class Availability(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class MachineKind(msgspec.Struct, frozen=True, kw_only=True):
-    """The properties that decide from which saved VM a job can be cloned.
-
-    runtime: "build" or "run".
-    """
+    """The properties that decide from which saved VM a job can be cloned. runtime: "build" or "run"."""
 
     image: OpenImage | None
     ram_bytes: int
@@ -61,10 +58,7 @@ class MachineKind(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RootPlace(msgspec.Struct, frozen=True, kw_only=True):
-    """A folder in the program's view that holds host files.
-
-    at: its path. write: whether the program may write there.
-    """
+    """A folder of host files in the program's view. at: its path there. write: whether the program may write to it."""
 
     at: str
     write: bool
@@ -92,8 +86,7 @@ class Needs(msgspec.Struct, frozen=True, kw_only=True):
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """What a backend needs to start one job. The program itself follows over the channel.
 
-    needs: set for container backends. cold: boot a VM, never clone one. meanwhile: called once while the instance
-    starts.
+    needs: for container backends. cold: boot a VM, never clone one. meanwhile: called once while the instance starts.
     """
 
     claim: Claim
@@ -117,8 +110,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 class Greeting(NamedTuple):
     """A ready agent: it has answered, clock and entropy are set, and START is the next frame.
 
-    released_at: when the instance was released, in seconds on the monotonic clock. times_ms: how long after that HELLO
-    and SEEDED arrived.
+    released_at: on the monotonic clock, in seconds. times_ms: from the release until HELLO and SEEDED arrived.
     """
 
     connection: Connection
@@ -140,10 +132,7 @@ class HandshakeFailure(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NoAnswerError(BackendError):
-    """The agent of a started instance did not answer, and the instance was stopped.
-
-    times_ms: see `Greeting`.
-    """
+    """The agent of a started instance did not answer, and the instance was stopped. times_ms: see `Greeting`."""
 
     def __init__(self, instance: Instance, failure: HandshakeFailure, times_ms: dict[str, float]) -> None:
         said = " ".join(failure.console_tail.split())[-200:] if failure.kind == "ended" else ""
@@ -221,28 +210,16 @@ class Cloning(Protocol):
         """
 
     def renew(self, instance: Instance, kind: MachineKind) -> None:
-        """Make an instance that has run programs of x07 itself ready for one user program.
-
-        The pool does this before it offers a VM. Raises BackendError.
-        """
+        """Make an instance that has run programs of x07 itself ready for one user program. Raises BackendError."""
 
     def adopt(self, instance: Instance, claim: Claim, runner: Identity, ram_bytes: int) -> None:
-        """Turn a waiting instance into the job of *claim*, started by the process *runner*.
-
-        ram_bytes: the most RAM that the job uses. Raises HostError, BackendError.
-        """
+        """Turn a waiting VM into the job of *claim*, which uses at most *ram_bytes* of RAM. Raises SandboxError."""
 
     def descriptors(self, instance: Instance) -> dict[str, int]:
-        """Return the descriptors that another process needs to use the instance, by name.
-
-        The instance keeps owning them.
-        """
+        """Return, by name, the descriptors that another process needs. The instance keeps owning them."""
 
     def leased(self, lease: Lease, record: JobRecord, jail: str, owned_fds: Mapping[str, int]) -> Instance:
-        """Return the instance for the descriptors of `descriptors`, in the process that received them.
-
-        Raises KeyError if a descriptor is missing.
-        """
+        """Return the instance made of another process's `descriptors`. Raises KeyError if one is missing."""
 
 
 class EngineImages(Protocol):
@@ -256,17 +233,11 @@ class MachineSource(Protocol):
     """A source of ready VMs: a pool in this process or in another."""
 
     def claim(self, backend: Backend, job: Job) -> AbstractContextManager[Instance] | None:
-        """Return a VM for *job*, whose agent has answered, or None if there is none.
-
-        Raises BackendError; the job may then be recorded.
-        """
+        """Return a VM whose agent has answered, or None. Raises BackendError; the job may then be recorded."""
 
 
 class Backend(Protocol):
-    """One way to start a job.
-
-    uses_image: True if it runs a guest image, False if it runs the host's own programs.
-    """
+    """One way to start a job. uses_image: False if it runs the host's own programs instead of a guest image."""
 
     name: str
     uses_image: bool
@@ -303,10 +274,7 @@ class Backend(Protocol):
 
 
 class Orphan(msgspec.Struct, frozen=True, kw_only=True):
-    """An instance that an engine holds.
-
-    id: the engine's name for it. labels: as reported by the engine.
-    """
+    """An instance that an engine holds. id: the engine's name for it. labels: as the engine reports them."""
 
     id: str
     labels: Mapping[str, str]
@@ -317,10 +285,7 @@ class HoldsInstances(Protocol):
     """A backend whose instances belong to a daemon or engine, and so can outlive their record."""
 
     def orphans(self) -> Sequence[Orphan]:
-        """Return the instances with x07's labels. Anybody can set these labels; see housekeeping/sweep.
-
-        Raises SandboxError.
-        """
+        """Return the instances with x07's labels, which anybody can set (housekeeping/sweep). Raises SandboxError."""
 
     def remove(self, orphan: Orphan) -> bool:
         """Remove one of the orphans and return whether it is proven gone. Raises SandboxError."""

@@ -41,8 +41,7 @@ def load(
 ) -> tuple[str, tuple[Name, ...]]:
     """Load *image* as *reference* into engines. Return its id, and the engines that have it now.
 
-    names: the engines; () for all engines of this host. archive: a file to write the image to as well. Raises
-    HostError, ImageError, BackendError.
+    names: the engines; () for all of this host. archive: a file to write the image to as well. Raises SandboxError.
     """
     engines = [engine(name) for name in names]
     for name in () if names else PACKAGES:

@@ -24,10 +24,7 @@ _KEPT: Final = ("HOME", "XDG_RUNTIME_DIR", "DBUS_SESSION_BUS_ADDRESS")
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """The result of a call.
-
-    text, error: standard output and standard error, decoded and bounded.
-    """
+    """The result of a call. text, error: standard output and standard error, decoded and bounded."""
 
     status: int
     text: str
@@ -48,10 +45,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Engine(msgspec.Struct, frozen=True, kw_only=True):
-    """podman or docker.
-
-    binary: its client program. env: environment variables of the client. options: these precede the command.
-    """
+    """podman or docker. binary: its client program. env: for the client. options: words that precede the command."""
 
     name: Name
     binary: str
@@ -61,7 +55,7 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def place(self) -> str:
         """Text that identifies the engine among several on one host: its client, and its socket if one was chosen."""
-        return " ".join((self.binary, *(self.env[key] for key in ("DOCKER_HOST",) if key in self.env)))
+        return f"{self.binary} {self.env.get('DOCKER_HOST', '')}".rstrip()
 
     def argv(self, *words: str) -> list[str]:
         """Return the command line of a call."""
@@ -96,9 +90,8 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
 def engine(name: Name) -> Engine:
     """Return the engine of this host. Raises HostError if there is none, or if DOCKER_HOST is another machine."""
     variable = f"X07_VM_{name.upper()}_BIN"
-    binary = text(variable) or next(
-        (path for folder in _SEARCH if os.access(path := f"{folder}/{name}", os.X_OK)), None
-    )
+    found = (path for folder in _SEARCH if os.access(path := f"{folder}/{name}", os.X_OK))
+    binary = text(variable) or next(found, None)
     if binary is None:
         fix = f"Run: apt-get install --no-install-recommends {PACKAGES[name]}, or set {variable}"
         raise HostError(f"cannot use {name}", f"missing: {name}", fix)
@@ -114,11 +107,10 @@ def engine(name: Name) -> Engine:
         if host := os.environ.get("DOCKER_HOST", ""):
             if not host.startswith("unix://"):
                 why = f"DOCKER_HOST is {host[:200]}, but x07's folders and sockets are on this machine"
-                raise HostError(
-                    "cannot use docker", why, "Unset DOCKER_HOST, or set it to a local socket: unix:///path"
-                )
+                fix = "Unset DOCKER_HOST, or set it to a local socket: unix:///path"
+                raise HostError("cannot use docker", why, fix)
             env["DOCKER_HOST"] = host
-        # The user's may add variables to containers or lead to another machine.
+        # The user's configuration may add variables to containers or lead to another machine.
         env["DOCKER_CONFIG"] = "/nonexistent"
     return Engine(name=name, binary=binary, env=env)
 

@@ -30,14 +30,11 @@ _LATE_S: Final = 0.2  # for data that was sent before a deadline to arrive after
 
 
 def read_deadline(deadline: Deadline) -> Deadline:
-    """Return a deadline for reading what the peer sent before *deadline*, which has passed.
-
-    It is later if this process was stopped in between.
-    """
+    """Return a deadline for reading what was sent before *deadline* passed, later if this process was stopped."""
     return Deadline.after(settings.STOPPED_S if deadline.missed_while_stopped() else _LATE_S)
 
 
-def greet(instance: Instance, *, cancel_fd: int | None = None, meanwhile: Callable[[], object] | None = None) -> None:
+def greet(instance: Instance, *, cancel_fd: int | None = None, meanwhile: Callable[[], object] = lambda: None) -> None:
     """Release the instance, wait for its agent, send clock and entropy, and set `Instance.greeting`.
 
     cancel_fd: the wait ends once it is readable. meanwhile: called while the instance starts.
@@ -51,8 +48,7 @@ def greet(instance: Instance, *, cancel_fd: int | None = None, meanwhile: Callab
     if not cold:
         talk.seed()
         talk.connection.flush()
-    if meanwhile is not None:
-        meanwhile()
+    meanwhile()
     failure = talk.until(State.GREETED, deadline) if cold else None
     if failure is None:
         if cold:
@@ -69,10 +65,7 @@ def greet(instance: Instance, *, cancel_fd: int | None = None, meanwhile: Callab
 
 
 class Handshake:
-    """One handshake.
-
-    reached: when HELLO and SEEDED arrived, in seconds on the monotonic clock.
-    """
+    """One handshake. reached: when HELLO and SEEDED arrived, in seconds on the monotonic clock."""
 
     def __init__(self, instance: Instance, begin: State, cancel_fd: int | None = None) -> None:
         self.connection = Connection(instance.channel_fd, Role.HOST, begin)
@@ -87,10 +80,7 @@ class Handshake:
         self.connection.link.send(Kind.SEED, seed)
 
     def until(self, wanted: State, deadline: Deadline, say: Say | None = None) -> HandshakeFailure | None:
-        """Exchange frames until the state *wanted* is reached. Return None, or the failure.
-
-        say: frames to send, by the state in which they are sent.
-        """
+        """Exchange frames until the state *wanted*; return None or the failure. say: frames to send, by state."""
         link, late = self.connection.link, None
         while link.state is not wanted:
             if say and (frame := say.get(link.state)):
@@ -184,10 +174,7 @@ def wait_for_exit(instance: Instance) -> int | None:
 
 
 def evidence_of(failure: HandshakeFailure, cancelled_by: int | None = None) -> Evidence:
-    """Return the evidence from which the job's outcome is classified.
-
-    cancelled_by: the signal that made the caller cancel the job.
-    """
+    """Return the evidence for the job's outcome. cancelled_by: the signal that made the caller cancel the job."""
     from x07_sandbox.plan.outcomes import Evidence, Stage  # only imported after a failure
 
     found = Evidence(stage=Stage.BOOT, instance_status=failure.exit_status, console_tail=failure.console_tail)

@@ -33,10 +33,7 @@ _GONE_S: Final = 10.0
 
 
 def socket_ends(stack: contextlib.ExitStack, given: FdGroup) -> tuple[int, int]:
-    """Make a stream. Return this process's end, non-blocking and closed by *stack*, and the child's end.
-
-    given: closes the child's end.
-    """
+    """Make a stream. Return this process's non-blocking end (closed by *stack*) and the child's end (by *given*)."""
     near, far = socket.socketpair()
     fd = near.detach()
     stack.callback(os.close, fd)
@@ -45,22 +42,11 @@ def socket_ends(stack: contextlib.ExitStack, given: FdGroup) -> tuple[int, int]:
 
 
 def error_stream(stack: contextlib.ExitStack, given: FdGroup) -> tuple[BoundedStream, int]:
-    """Make a stream for a child's standard error. Return it, closed by *stack*, and the child's end.
-
-    given: closes the child's end.
-    """
+    """Make a stream for a child's standard error. Return it (closed by *stack*) and the child's end (by *given*)."""
     fd, theirs = os.pipe2(os.O_CLOEXEC)
     stack.callback(os.close, fd)
     os.set_blocking(fd, False)
     return BoundedStream(fd, keep_bytes=settings.STDERR_MAX_BYTES), given.add(theirs)
-
-
-def memory_file(name: str, data: bytes, given: FdGroup) -> int:
-    """Return a descriptor from which a child can read *data*; *given* closes it."""
-    fd = given.add(os.memfd_create(name, os.MFD_CLOEXEC))
-    os.write(fd, data)
-    os.lseek(fd, 0, os.SEEK_SET)
-    return fd
 
 
 class HostAgent:
@@ -114,8 +100,7 @@ def running(
 ) -> Iterator[_J]:
     """Launch, record and yield a job. At the end it is gone, and recorded as gone. Raises BackendError, HostError.
 
-    make: makes the instance. not_built: makes the error if the supervisor ended, with this status, before the job's
-    first process existed.
+    make: makes the instance. not_built: makes the error for a supervisor that ended early, from its exit status.
     """
     child = instance = None
     gone = False
@@ -154,11 +139,8 @@ def running(
 
 
 def inner_process(child: subprocess.Popen[bytes], depth: int) -> Identity:
-    """Wait for the process *depth* generations below the supervisor, and return its identity.
-
-    Raises ProcessLookupError if the process never appears.
-    """
-    # By /proc: bubblewrap's --info-fd reports numbers of its own pid namespace.
+    """Return the process *depth* generations below the supervisor once it exists. Raises ProcessLookupError."""
+    # Found in /proc, since bubblewrap's --info-fd reports numbers of its own pid namespace.
     deadline = Deadline.after(_SETUP_S)
     pidfd = os.pidfd_open(child.pid)
     try:
@@ -221,10 +203,7 @@ class Jailed:
         return False
 
     def stop(self) -> bool:
-        """Ask the job to end, kill it, wait, and clean up.
-
-        Return whether everything is proven gone. May be called again.
-        """
+        """Ask the job to end, kill it, clean up, and return whether all is proven gone. May be called again."""
         if self.gone or self._closed:
             return self.gone
         if not self.quit_gracefully():

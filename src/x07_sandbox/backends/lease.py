@@ -60,19 +60,12 @@ def peer_of(connection: socket.socket) -> tuple[int, int]:
 
 
 def send(connection: socket.socket, message: Mapping[str, object], fds: Sequence[int] = ()) -> None:
-    """Send one message with descriptors. Raises OSError.
-
-    The caller keeps and must close the descriptors.
-    """
-    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-    connection.sendmsg([json.dumps(message).encode()], rights)
+    """Send one message with descriptors, which the caller keeps and must close. Raises OSError."""
+    socket.send_fds(connection, [json.dumps(message).encode()], fds)
 
 
 def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
-    """Receive one message and its descriptors. Return None at the end or for a malformed message.
-
-    The caller must close the descriptors.
-    """
+    """Receive a message and its descriptors, which the caller must close. None: the end, or a malformed message."""
     fds = array.array("i")
     room = socket.CMSG_SPACE(_FDS_MAX * fds.itemsize)
     try:
@@ -186,10 +179,8 @@ def _instance_of(backend: Backend, connection: socket.socket, answer: dict[str, 
         instance = backend.cloning.leased(_Lease(connection), record_from(answer["record"]), str(answer["jail"]), fds)
         instance.notes = tuple(map(str, answer["notes"]))
     except (KeyError, ValueError, TypeError) as exc:
-        what = "cannot take a VM from the pool"
-        raise BackendError(
-            what, f"the answer of the pool is malformed ({exc})", "Run x07 pool stop, then try again"
-        ) from exc
+        why = f"the answer of the pool is malformed ({exc})"
+        raise BackendError("cannot take a VM from the pool", why, "Run x07 pool stop, then try again") from exc
     return instance
 
 

@@ -26,11 +26,7 @@ _KVM: Final = "/dev/kvm"
 
 
 class Need(msgspec.Struct, frozen=True):
-    """One prerequisite.
-
-    variable: an environment variable that can set another place. optional: without it, the backend works, but less
-    well.
-    """
+    """One prerequisite. variable: can set another place for it. optional: without it, the backend works less well."""
 
     kind: Kind
     name: str
@@ -46,10 +42,7 @@ class Seen(msgspec.Struct, frozen=True):
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
-    """A machine, as far as backends depend on it.
-
-    machine: from uname -m. seen: by (kind, place).
-    """
+    """A machine, as far as backends depend on it. machine: from uname -m. seen: by (kind, place)."""
 
     platform: Platform
     machine: str
@@ -58,10 +51,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Proof(msgspec.Struct, frozen=True, kw_only=True):
-    """The result of starting a machine as a run does.
-
-    good: None if none was started. fixes: what to do after a failure.
-    """
+    """The result of starting a machine as a run does. good: None if untried. fixes: what to do after a failure."""
 
     good: bool | None
     text: str
@@ -69,10 +59,7 @@ class Proof(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Look(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One prerequisite on this machine.
-
-    good: null if the prerequisite is missing but optional.
-    """
+    """One prerequisite on this machine. good: null if the prerequisite is missing but optional."""
 
     what: str
     good: bool | None
@@ -166,10 +153,7 @@ _CHECKS = {"program": _program, "device": _device, "namespaces": _namespaces}
 
 
 def backend_states(facts: Facts, proofs: Mapping[str, Proof]) -> tuple[BackendState, ...]:
-    """Return the state of every backend, preferred ones first.
-
-    proofs: by backend, for those that were tried.
-    """
+    """Return the state of every backend, preferred ones first. proofs: by backend, for those that were tried."""
     return tuple(_state(row, facts, proofs.get(row.name)) for row in BY_NAME.values())
 
 

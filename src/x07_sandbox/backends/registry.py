@@ -25,10 +25,7 @@ _WEAKER: Final = frozenset({"container", "process", "none"})
 
 
 class Platform(msgspec.Struct, frozen=True, kw_only=True):
-    """The system that x07 runs on.
-
-    macos_major: the major version of macOS, 0 on other systems.
-    """
+    """The system that x07 runs on. macos_major: the major version of macOS; 0 on other systems."""
 
     system: System
     macos_major: int = 0
@@ -126,10 +123,7 @@ def create(name: str) -> Backend:
 
 
 def features_of(row: BackendRow) -> Features:
-    """Return the features that a backend has even in its weakest isolation class. Raises HostError.
-
-    Nothing is started.
-    """
+    """Return a backend's features in its weakest isolation class, without starting anything. Raises HostError."""
     backend = create(row.name)
     if backend.engine_images is not None:
         return container_features()

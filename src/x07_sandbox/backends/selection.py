@@ -37,20 +37,14 @@ class BackendRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
-    """The selected backend.
-
-    sandbox_backend: its class.
-    """
+    """The selected backend and its class for --sandbox-backend."""
 
     backend: str
     sandbox_backend: Class
 
 
 def select(platform: Platform, request: BackendRequest) -> Choice:
-    """Select the backend.
-
-    Raises UsageError if the request contradicts itself. Raises RefusedError if the backend is not available.
-    """
+    """Select the backend. Raises UsageError for a contradictory request, RefusedError for an unavailable backend."""
     wanted_class, name = _wanted(platform, request)
     if name is None and wanted_class in {"os", "none"}:
         name = wanted_class
@@ -93,10 +87,7 @@ def backend_request(
 
 
 def choice_from_environment() -> Choice:
-    """Return the choice made by environment variables.
-
-    Raises RefusedError. Raises UsageError if any variable of x07 is invalid.
-    """
+    """Return the choice made by environment variables. Raises RefusedError, or UsageError for any invalid one."""
     check_environment(os.environ)
     return select(this_platform(), backend_request(flags=()))
 
@@ -120,10 +111,7 @@ def usable_flags(platform: Platform) -> tuple[str, ...]:
 
 
 def _wanted(platform: Platform, request: BackendRequest) -> tuple[str, str | None]:
-    """Return the wanted class, and the backend or None.
-
-    The command line precedes the environment. Raises UsageError.
-    """
+    """Return the wanted class, and the backend or None; flags precede variables. Raises UsageError."""
     by_variable = (request.sandbox_variable, "X07_SANDBOX_BACKEND", request.backend_variable, "X07_VM_BACKEND")
     for wanted, origin, name, name_origin, caller in (
         (request.sandbox_flag, "--sandbox-backend", request.backend_flag, "--backend", request),
@@ -157,10 +145,7 @@ def _automatic(platform: Platform, request: BackendRequest) -> Choice:
 def _instead(
     platform: Platform, request: BackendRequest, weaker: BackendRow | None = None, *, named: bool = True
 ) -> str:
-    """Return what the user can do instead.
-
-    weaker: the requested backend, if consent would allow it. named: whether its class was requested too.
-    """
+    """Return what the user can do instead. weaker: allowed after consent. named: its class was requested too."""
     here = usable_flags(platform)
     words = _by_caller(request, here or usable_flags(Platform(system="linux")))
     parts = [f"Use {words}" if here else f"Run x07 on Linux with {words}"]

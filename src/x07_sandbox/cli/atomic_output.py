@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from x07_sandbox.errors import RefusedError, SandboxError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.paths import private_dir, real_path, state_dir
-from x07_sandbox.host.poll import wait_writable
+from x07_sandbox.host.poll import write_all
 from x07_sandbox.plan.outcomes import REFUSED_EXIT
 from x07_sandbox.programs.toolchains import OUTPUT
 from x07_sandbox.runs.folder import unnamed_file
@@ -92,16 +92,6 @@ def write_atomically(path: Path, fill: Callable[[int], None], *, mode: int = 0o6
         temporary.unlink(missing_ok=True)
         why = exc.strerror or str(exc)
         raise RefusedError(f"{code}cannot write {path}", why, "Name another file, or free space there") from exc
-
-
-def write_all(fd: int, data: bytes) -> None:
-    """Write all of *data* unbuffered, also if *fd* is non-blocking. Raises OSError."""
-    view = memoryview(data)
-    while view:
-        try:
-            view = view[os.write(fd, view) :]
-        except BlockingIOError:
-            wait_writable(fd)
 
 
 def write_bytes(path: Path, data: bytes, *, code: str = "") -> None:

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 from x07_sandbox.cli.atomic_output import (
     collect_error,
     with_write_errors,
-    write_all,
     write_atomically,
     write_bytes,
     write_executable,
 )
 from x07_sandbox.cli.changes_text import changes_json, patch_chunks
 from x07_sandbox.files.changes import ChangeSet
+from x07_sandbox.host.poll import write_all
 from x07_sandbox.reports.result import render_result
 from x07_sandbox.runs.folder import NET_LOG, all_runs
 from x07_sandbox.runs.saved_changes import SavedChanges, find_saved

@@ -1,10 +1,12 @@
-"""Available memory: the host's, or the limit of this process's cgroup if that is smaller."""
+"""Available memory (the host's, or the limit of this process's cgroup if that is smaller), and files in memory."""
 
 import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
+
+from x07_sandbox.host.poll import write_all
 
 _ROOT: Final = Path("/")
 _GROUPS: Final = "sys/fs/cgroup"
@@ -40,3 +42,15 @@ def group_files(root: Path, controller: str, name: str, old_name: str) -> Iterat
         for part in group.strip("/").split("/"):
             folder /= part
             yield folder / file
+
+
+def memory_file(data: bytes) -> int:
+    """Return a file in memory with the content *data*, at offset 0. The caller owns it; a failed call closes it."""
+    fd = os.memfd_create("x07", os.MFD_CLOEXEC)
+    try:
+        write_all(fd, data)
+        os.lseek(fd, 0, os.SEEK_SET)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd

@@ -7,6 +7,8 @@ parser can find another name in the same bytes.
 import struct
 from typing import Final, NamedTuple, NoReturn
 
+from x07_sandbox.network.inspection_error import InspectionError
+
 HELLO_MAX: Final = 64 * 1024  # bytes, record headers included
 
 _HANDSHAKE: Final = 22
@@ -21,15 +23,6 @@ _SERVER_NAME: Final = 0
 _HOST_NAME: Final = 0
 
 
-class HelloError(Exception):
-    """The bytes are not a valid ClientHello. rule: a stable id. reason: a clause without the client's text."""
-
-    def __init__(self, rule: str, reason: str) -> None:
-        super().__init__(rule, reason)
-        self.rule = rule
-        self.reason = reason
-
-
 class ClientHello(NamedTuple):
     """A well-formed ClientHello. server_name: as sent; None without SNI."""
 
@@ -37,18 +30,15 @@ class ClientHello(NamedTuple):
 
 
 class HelloReader:
-    """Collects a ClientHello from any number of reads and TLS records.
-
-    held: all bytes received, including record headers. It has fewer than HELLO_MAX bytes while the hello is incomplete.
-    """
+    """Collects a ClientHello from any number of reads and TLS records. held: all bytes received."""
 
     def __init__(self) -> None:
-        self.held = bytearray()
+        self.held = bytearray()  # with record headers; below HELLO_MAX while incomplete
         self._record_at = 0
         self._message = bytearray()
 
     def feed(self, data: bytes) -> ClientHello | None:
-        """Add bytes, and return the hello once it is complete. Raises HelloError if the bytes are not a valid hello."""
+        """Add bytes, and return the hello once it is complete. Raises InspectionError if it is not valid."""
         self.held += data
         while self._take_record():
             if (hello := self._whole()) is not None:
@@ -60,16 +50,16 @@ class HelloReader:
         header = self.held[self._record_at : self._record_at + _RECORD.size]
         if header[:1] not in (b"", bytes([_HANDSHAKE])) or header[1:2] not in (b"", bytes([_MAJOR])):
             if not self._record_at:
-                raise HelloError("tls:not-tls", "the first bytes are not a TLS handshake")
-            raise HelloError("tls:malformed", "a TLS record of another type interrupts the ClientHello")
+                raise InspectionError("tls:not-tls", "the first bytes are not a TLS handshake")
+            raise InspectionError("tls:malformed", "a TLS record of another type interrupts the ClientHello")
         if len(header) < _RECORD.size:
             return False
         _, _, _, length = _RECORD.unpack(header)
         if not 0 < length <= _RECORD_MAX:
-            raise HelloError("tls:malformed", "a TLS record has an invalid length")
+            raise InspectionError("tls:malformed", "a TLS record has an invalid length")
         start = self._record_at + _RECORD.size
         if start + length > HELLO_MAX:
-            raise HelloError("tls:too-large", f"the ClientHello has more than {HELLO_MAX} bytes")
+            raise InspectionError("tls:too-large", f"the ClientHello has more than {HELLO_MAX} bytes")
         if len(self.held) < start + length:
             return False
         self._message += self.held[start : start + length]
@@ -78,19 +68,19 @@ class HelloReader:
 
     def _whole(self) -> ClientHello | None:
         if self._message[0] != _CLIENT_HELLO:
-            raise HelloError("tls:malformed", "the first TLS message is not a ClientHello")
+            raise InspectionError("tls:malformed", "the first TLS message is not a ClientHello")
         if len(self._message) < _MESSAGE_HEADER:
             return None
         size = _MESSAGE_HEADER + int.from_bytes(self._message[1:_MESSAGE_HEADER])
         if size > HELLO_MAX:
-            raise HelloError("tls:too-large", f"the ClientHello has more than {HELLO_MAX} bytes")
+            raise InspectionError("tls:too-large", f"the ClientHello has more than {HELLO_MAX} bytes")
         if len(self._message) > size:
-            raise HelloError("tls:malformed", "a TLS record contains bytes after the ClientHello")
+            raise InspectionError("tls:malformed", "a TLS record contains bytes after the ClientHello")
         return parse(bytes(self._message[_MESSAGE_HEADER:])) if len(self._message) == size else None
 
 
 def parse(body: bytes) -> ClientHello:
-    """Parse a ClientHello without its four-byte header. Raises HelloError if it is not well-formed."""
+    """Parse a ClientHello without its four-byte header. Raises InspectionError if it is not well-formed."""
     hello = _Cursor(body)
     if hello.number(1) != _MAJOR:
         _malformed("has an unknown version")
@@ -111,7 +101,7 @@ def _extensions(data: bytes) -> dict[int, bytes]:
         kind = cursor.number(2)
         if kind in found:
             if kind == _SERVER_NAME:
-                raise HelloError("tls:two-names", "the ClientHello has two server name extensions")
+                raise InspectionError("tls:two-names", "the ClientHello has two server name extensions")
             _malformed("has a duplicate extension")
         found[kind] = cursor.block(2)
     return found
@@ -125,12 +115,12 @@ def _host_name(data: bytes) -> bytes:
         _malformed("has a server name of unknown type")
     name = names.block(2)
     if names.left:
-        raise HelloError("tls:two-names", "the ClientHello has more than one server name")
+        raise InspectionError("tls:two-names", "the ClientHello has more than one server name")
     return name
 
 
 class _Cursor:
-    """Reads fields from bytes. Raises HelloError for a read past the end of the bytes."""
+    """Reads fields from bytes. Raises InspectionError for a read past their end."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -159,4 +149,4 @@ class _Cursor:
 
 
 def _malformed(what: str) -> NoReturn:
-    raise HelloError("tls:malformed", f"the ClientHello {what}")
+    raise InspectionError("tls:malformed", f"the ClientHello {what}")

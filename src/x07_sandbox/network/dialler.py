@@ -8,7 +8,7 @@ import errno
 import os
 import socket
 from functools import partial
-from ipaddress import IPv6Address, IPv6Network
+from ipaddress import IPv4Address, IPv6Address, IPv6Network
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -28,7 +28,6 @@ _TRY_S: Final = 5.0
 _ALL_TRIES_S: Final = 10.0
 _NAT64_NAME: Final = "ipv4only.arpa"  # RFC 7050
 _NAT64_BITS: Final = 96
-_V6: Final = 6
 _CODES: Final = {
     errno.ECONNREFUSED: egress.REFUSED,
     errno.ENETUNREACH: egress.NET_UNREACHABLE,
@@ -170,19 +169,16 @@ class Dialler:
         if not found.allowed:
             raise NotDialledError(egress.POLICY, found.rule, found.reason, str(address))
 
-    def _check_own(self, decision: Decision, address: Address, *, known: bool = False) -> None:
-        """Raise NotDialledError for this host's own addresses, even public ones, unless the settings allow them.
-
-        known: whether the address is already known to be this host's own.
-        """
+    def _check_own(self, decision: Decision, address: Address, *, known_own: bool = False) -> None:
+        """Raise NotDialledError for this host's own addresses, even public ones, unless the settings allow them."""
         opened = (address, decision.request.port) in self._allowlist.settings.allow_local
-        if not opened and (known or (self._own_by_bind and _is_own(address))):
+        if not opened and (known_own or (self._own_by_bind and _is_own(address))):
             why = f"{address} is an address of this host"
             raise NotDialledError(egress.POLICY, "deny-floor:own", why, str(address))
 
     async def _check_nat64(self, address: Address) -> None:
         """Raise NotDialledError for IPv6 addresses in which this network's NAT64 embeds IPv4 addresses."""
-        if address.version != _V6:
+        if isinstance(address, IPv4Address):
             return
         if self._nat64 is None:
             try:
@@ -210,7 +206,7 @@ class Dialler:
     async def _connect(self, decision: Decision, address: Address) -> Dialled:
         request = decision.request
         kind = socket.SOCK_DGRAM if request.transport == "udp" else socket.SOCK_STREAM
-        family = socket.AF_INET6 if address.version == _V6 else socket.AF_INET
+        family = socket.AF_INET6 if isinstance(address, IPv6Address) else socket.AF_INET
         try:
             sock = socket.socket(family, kind)
         except OSError as exc:
@@ -220,7 +216,7 @@ class Dialler:
             async with asyncio.timeout(_TRY_S):
                 await self._loop.sock_connect(sock, (str(address), request.port))
             if sock.getpeername()[0] == sock.getsockname()[0]:
-                self._check_own(decision, address, known=True)
+                self._check_own(decision, address, known_own=True)
             if kind == socket.SOCK_STREAM:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         except TimeoutError as exc:
@@ -237,7 +233,7 @@ class Dialler:
 
 def _failed(exc: OSError, address: Address) -> NotDialledError:
     code = _CODES.get(exc.errno or 0, egress.HOST_UNREACHABLE)
-    # Not its own text, which asyncio replaces.
+    # strerror, since asyncio replaces the exception's own text.
     return NotDialledError(code, "dial:failed", os.strerror(exc.errno or 0), str(address))
 
 
@@ -253,7 +249,7 @@ def bind_reveals_own() -> bool:
 
 def _is_own(address: Address) -> bool:
     """Return whether an address is one of this host's own: a socket can be bound to it."""
-    family = socket.AF_INET6 if address.version == _V6 else socket.AF_INET
+    family = socket.AF_INET6 if isinstance(address, IPv6Address) else socket.AF_INET
     try:
         with socket.socket(family, socket.SOCK_DGRAM) as sock:
             sock.bind((str(address), 0))

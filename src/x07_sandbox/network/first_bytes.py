@@ -10,11 +10,12 @@ against mistakes and plain fronting, since an unknown protocol can contain any h
 
 import re
 from collections.abc import Callable
-from typing import Final, Literal, NoReturn, Protocol
+from typing import Final, Literal, Protocol
 
 from x07_sandbox.errors import UsageError
-from x07_sandbox.network.client_hello import ClientHello, HelloError, HelloReader
-from x07_sandbox.network.http_requests import RequestError, RequestStream, escaped
+from x07_sandbox.network.client_hello import ClientHello, HelloReader
+from x07_sandbox.network.http_requests import WORD, RequestStream, escaped
+from x07_sandbox.network.inspection_error import InspectionError
 from x07_sandbox.network.names import Host, parse_guest_host
 
 _LINE_MAX: Final = 8 * 1024
@@ -24,25 +25,10 @@ _POSTGRES: Final = (bytes.fromhex("00000008 04d2162f"), bytes.fromhex("00000008 
 _POSTGRES_SIZE: Final = 8
 # More tolerant than HTTP's grammar, as servers are; the request parser then rejects what is not strict.
 _LINE_FEED: Final = ord("\n")
-_WORD: Final = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _SPACE: Final = rb"[\t\x0b\x0c ]"
-_OPEN_LINE: Final = re.compile(rb"[\r\n\t\x0b\x0c ]*(?:%b(?:%b[\t\x0b\x0c\r\x20-\x7e\x80-\xff]*)?)?" % (_WORD, _SPACE))
+_OPEN_LINE: Final = re.compile(rb"[\r\n\t\x0b\x0c ]*(?:%b(?:%b[\t\x0b\x0c\r\x20-\x7e\x80-\xff]*)?)?" % (WORD, _SPACE))
 _VERSION: Final = re.compile(rb"%bHTTP/[0-9][0-9.]*[\t\x0b\x0c\r ]*\Z" % _SPACE, re.IGNORECASE)
-_TARGET: Final = re.compile(rb"[\r\n\t\x0b\x0c ]*%b%b+(?:[/*]|https?:)" % (_WORD, _SPACE), re.IGNORECASE)
-
-
-class InspectionError(Exception):
-    """The inspected bytes are not allowed, and the connection must be closed.
-
-    rule: a stable id, such as ``tls:no-sni``. reason: a clause with the client's text escaped and truncated.
-    name: the name that the client sent, in normal form if it is valid, else escaped; "" if the client sent no name.
-    """
-
-    def __init__(self, rule: str, reason: str, name: str = "") -> None:
-        super().__init__(rule, reason, name)
-        self.rule = rule
-        self.reason = reason
-        self.name = name
+_TARGET: Final = re.compile(rb"[\r\n\t\x0b\x0c ]*%b%b+(?:[/*]|https?:)" % (WORD, _SPACE), re.IGNORECASE)
 
 
 class _Stage(Protocol):
@@ -74,10 +60,7 @@ class _NameCheck:
         self._check("http:other-host", "the request", host)
 
     def check_hello(self, hello: ClientHello, *, need_name: bool) -> None:
-        """Check the server name of a hello.
-
-        Raises InspectionError if it is not allowed, or missing while need_name is true.
-        """
+        """Check a hello's name, required only if *need_name*. Raises InspectionError if it is missing or denied."""
         if hello.server_name is None:
             if need_name and self._name is not None:
                 raise InspectionError("tls:no-sni", "the TLS ClientHello has no server name")
@@ -88,9 +71,8 @@ class _NameCheck:
             host = None
         if not isinstance(host, str):
             text = escaped(hello.server_name)
-            raise InspectionError(
-                "tls:malformed", f"the TLS ClientHello asks for {text}, which is not a valid name", text
-            )
+            why = f"the TLS ClientHello asks for {text}, which is not a valid name"
+            raise InspectionError("tls:malformed", why, text)
         self.tls_name = host
         self._check("tls:other-name", "the TLS ClientHello", host)
 
@@ -152,15 +134,13 @@ class Inspector:
         return self._names.tls_name
 
     def from_client(self, data: bytes) -> bytes:
-        """Add bytes from the client, and return the bytes to forward now.
-
-        Raises InspectionError if the bytes are not allowed.
-        """
+        """Add bytes from the client, and return the bytes to forward now. Raises InspectionError."""
         self._raise_again()
         try:
             return self._stage.feed(data)
-        except (HelloError, RequestError, InspectionError) as exc:
-            self._fail(exc)
+        except InspectionError as exc:
+            self._error = exc
+            raise
 
     def from_server(self, data: bytes) -> None:
         """Add bytes from the server."""
@@ -172,8 +152,9 @@ class Inspector:
         self._raise_again()
         try:
             self._stage.eof()
-        except (HelloError, RequestError, InspectionError) as exc:
-            self._fail(exc)
+        except InspectionError as exc:
+            self._error = exc
+            raise
 
     def release(self) -> bytes:
         """Return the held first bytes while the protocol is still unknown: the client may be waiting for an answer.
@@ -186,11 +167,6 @@ class Inspector:
     def _raise_again(self) -> None:
         if self._error is not None:
             raise self._error
-
-    def _fail(self, exc: HelloError | RequestError | InspectionError) -> NoReturn:
-        name = "" if isinstance(exc, HelloError) else exc.name
-        self._error = exc if isinstance(exc, InspectionError) else InspectionError(exc.rule, exc.reason, name)
-        raise self._error from None
 
 
 class _Tls:
@@ -228,7 +204,7 @@ class _Tls:
 
     def eof(self) -> None:
         if self.held:
-            raise HelloError("tls:malformed", "the connection ends inside the ClientHello")
+            raise InspectionError("tls:malformed", "the connection ends inside the ClientHello")
 
 
 class _Raw:
@@ -297,7 +273,7 @@ class _Any:
         if not out or not self._released:
             return out
         if not out.startswith(self._released):
-            raise RequestError("http:malformed", "the request line is not in canonical form")
+            raise InspectionError("http:malformed", "the request line is not in canonical form")
         out, self._released = out[len(self._released) :], b""
         return out
 
@@ -329,10 +305,7 @@ class _Any:
 
 
 def _is_request_line(text: bytearray, *, ended: bool) -> bool | None:
-    """Return whether a server could accept *text* as an HTTP request; None while its first line is incomplete.
-
-    ended: whether no more bytes will follow.
-    """
+    """Return whether a server could take *text* as an HTTP request; None: unknown yet. ended: no bytes will follow."""
     found = _OPEN_LINE.match(text, 0, _LINE_MAX)
     end = found.end() if found else 0
     if end == _LINE_MAX:  # too long for a normal request line, but not for some servers

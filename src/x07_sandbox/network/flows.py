@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Final, Protocol
 
 from x07_sandbox.channel import egress
-from x07_sandbox.network.first_bytes import InspectionError
+from x07_sandbox.network.inspection_error import InspectionError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,10 +26,7 @@ _BUFFER: Final = memoryview(bytearray(egress.DATA_MAX))
 
 
 class Flow(ABC):
-    """Base of all flows. counters: the ledger's counters for this flow. touched: time of the last data.
-
-    lost: whether the server side is closed.
-    """
+    """Base of all flows. counters: in the ledger. touched: time of the last data. lost: the server side is closed."""
 
     def __init__(self, stream: int, contact: Contact, counters: list[int], now: float) -> None:
         self.stream = stream
@@ -56,10 +53,7 @@ class Flow(ABC):
 
 
 class TcpFlow(Flow, asyncio.BufferedProtocol):
-    """A TCP connection. held_since: when the first held bytes arrived.
-
-    half_closed_at: when one side finished sending.
-    """
+    """A TCP connection. held_since: arrival of the first held bytes. half_closed_at: when one side finished sending."""
 
     transport: asyncio.Transport
 
@@ -70,7 +64,7 @@ class TcpFlow(Flow, asyncio.BufferedProtocol):
         counters: list[int],
         link: EgressLink,
         inspector: Inspector,
-        gate: Gatekeeper,
+        gate: _Gatekeeper,
     ) -> None:
         super().__init__(stream, contact, counters, gate.now())
         self._link = link
@@ -221,7 +215,7 @@ class UdpFlow(Flow, asyncio.DatagramProtocol):
 
     transport: asyncio.DatagramTransport
 
-    def __init__(self, stream: int, contact: Contact, counters: list[int], link: EgressLink, gate: Gatekeeper) -> None:
+    def __init__(self, stream: int, contact: Contact, counters: list[int], link: EgressLink, gate: _Gatekeeper) -> None:
         super().__init__(stream, contact, counters, gate.now())
         self._link = link
         self._gate = gate
@@ -267,24 +261,13 @@ class UdpFlow(Flow, asyncio.DatagramProtocol):
         self.transport.abort()
 
 
-class Gatekeeper(Protocol):
-    """The operations that a flow needs from its gate."""
+class _Gatekeeper(Protocol):
+    """The operations of `gate.Gate` that a flow needs."""
 
     @property
-    def now(self) -> Callable[[], float]:
-        """The monotonic clock, in seconds."""
-
-    def flush(self) -> None:
-        """Write queued data to the guest."""
-
-    def busy(self) -> bool:
-        """Return whether the queue to the guest is too long for further reads from servers."""
-
-    def share(self) -> int:
-        """Return how many bytes one flow may read at a time."""
-
-    def refuse(self, flow: TcpFlow, problem: InspectionError) -> None:
-        """Deny a flow because of the client's first bytes."""
-
-    def ended(self, flow: Flow, *, clean: bool) -> None:
-        """Forget a flow whose server side is closed. clean: whether both sides had finished sending."""
+    def now(self) -> Callable[[], float]: ...
+    def flush(self) -> None: ...
+    def busy(self) -> bool: ...
+    def share(self) -> int: ...
+    def refuse(self, flow: TcpFlow, problem: InspectionError) -> None: ...
+    def ended(self, flow: Flow, *, clean: bool) -> None: ...

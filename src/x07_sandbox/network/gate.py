@@ -1,6 +1,4 @@
-"""The egress gate, the guest's only network access.
-
-It decides on each connection (rules.py), dials it and forwards its data.
+"""The egress gate, the guest's only network access. It decides on each connection (rules.py), dials and forwards.
 
 The gate runs in one unprivileged process per job (jail/own_limits) and owns the stream from the guest's relay.
 Everything on that stream is hostile.
@@ -17,8 +15,9 @@ from x07_sandbox.channel import egress
 from x07_sandbox.channel.egress import EgressLink
 from x07_sandbox.errors import PeerError, UsageError
 from x07_sandbox.network.dialler import Dialled, NotDialledError
-from x07_sandbox.network.first_bytes import InspectionError, Inspector
+from x07_sandbox.network.first_bytes import Inspector
 from x07_sandbox.network.flows import Flow, TcpFlow, UdpFlow
+from x07_sandbox.network.inspection_error import InspectionError
 from x07_sandbox.network.names import parse_guest_host
 from x07_sandbox.network.rules import Request, decide, denied_name
 from x07_sandbox.network.summary import Contact
@@ -92,7 +91,8 @@ class Gate(asyncio.BufferedProtocol):
             for event in self._link.receive(memoryview(self._buffer)[:nbytes]):
                 self._take(event)
         except PeerError as exc:
-            self._ledger.denied(_contact("", 0, "tcp", "frames", f"{exc.what}: {exc.why}"))
+            why = f"{exc.what}: {exc.why}"
+            self._ledger.denied(Contact(host="", port=0, transport="tcp", rule="frames", reason=why))
             self.close()
             return
         self.flush()
@@ -126,19 +126,13 @@ class Gate(asyncio.BufferedProtocol):
         return self._link.pending() + self.transport.get_write_buffer_size()
 
     def busy(self) -> bool:
-        """Return whether the queue to the guest is too long for further reads from servers.
-
-        `flush` resumes the reads.
-        """
+        """Return whether the queue to the guest is too long for more reads from servers. `flush` resumes them."""
         busy = self._queued() > _QUEUED_MAX
         self._was_busy |= busy
         return busy
 
     def share(self) -> int:
-        """Return how many bytes one flow may read at a time.
-
-        The limit exists because all ready flows read before anything is written.
-        """
+        """Return how many bytes one flow may read at a time: all ready flows read before anything is written."""
         return min(egress.DATA_MAX, _ROUND_MAX // max(1, len(self._flows)))
 
     def flush(self) -> None:
@@ -188,7 +182,8 @@ class Gate(asyncio.BufferedProtocol):
         try:
             request = Request(host=parse_guest_host(event.data), port=event.value, transport=transport)
         except UsageError as exc:
-            contact = _contact(ascii(event.data)[2:-1], event.value, transport, "malformed", exc.why)
+            host = ascii(event.data)[2:-1]
+            contact = Contact(host=host, port=event.value, transport=transport, rule="malformed", reason=exc.why)
             self._refuse(event.stream, egress.POLICY, contact)  # not answered if it has no stream
             return
         decision = decide(self._allowlist, request)
@@ -201,8 +196,7 @@ class Gate(asyncio.BufferedProtocol):
         elif limit := self._limit(decision):
             self._refuse(event.stream, egress.LIMIT, _of(decision, rule="limit", reason=limit))
         else:
-            task = self._loop.create_task(self._open(event.stream, decision))
-            self._pending[event.stream] = task
+            self._pending[event.stream] = self._loop.create_task(self._open(event.stream, decision))
 
     def _refuse(self, stream: int, code: int, contact: Contact) -> None:
         self._ledger.denied(contact)
@@ -253,9 +247,8 @@ class Gate(asyncio.BufferedProtocol):
         except asyncio.CancelledError:
             if dialled is not None:
                 dialled.sock.close()
-            self._ledger.failed(
-                _of(decision, rule="dial:given-up", reason="the program closed the connection before it was made")
-            )
+            reason = "the program closed the connection before it was made"
+            self._ledger.failed(_of(decision, rule="dial:given-up", reason=reason))
         else:
             self._answer(stream, flow)
         finally:
@@ -335,18 +328,13 @@ class Gate(asyncio.BufferedProtocol):
 
     def _check_tcp_timeouts(self, flow: TcpFlow, now: float) -> None:
         if flow.held_since is not None and now - flow.held_since > _FIRST_BYTES_S:
-            self.refuse(
-                flow, InspectionError("first-bytes:timeout", "the client's first bytes are not a complete message")
-            )
+            why = "the client's first bytes are not a complete message"
+            self.refuse(flow, InspectionError("first-bytes:timeout", why))
             return
         half = flow.half_closed_at is not None and now - max(flow.half_closed_at, flow.touched) > _HALF_CLOSED_S
         if half or now - flow.touched > _IDLE_S:
             self._link.reset(flow.stream, egress.TIMED_OUT)
             self._end(flow)
-
-
-def _contact(host: str, port: int, transport: Transport, rule: str, reason: str) -> Contact:
-    return Contact(host=host, port=port, transport=transport, rule=rule, reason=reason)
 
 
 def _of(decision: Decision, *, rule: str = "", reason: str = "", address: str = "") -> Contact:

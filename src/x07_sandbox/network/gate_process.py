@@ -15,7 +15,7 @@ import os
 import socket
 import sys
 from functools import partial
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import idna  # noqa: F401 - names.py imports it lazily, which fails in a confined process
 import msgspec
@@ -35,29 +35,19 @@ _MESSAGE_MAX: Final = 4096
 
 
 def allowlist_of(config: dict[str, Any]) -> Allowlist:
-    """Return the allowlist in the configuration from the x07 process.
-
-    Raises SandboxError if the configuration is invalid.
-    """
+    """Return the allowlist in the configuration from the x07 process. Raises SandboxError if it is invalid."""
     policy = decode_policy(config["policy"].encode(), source="the policy")
     denied = {host: None if ports is None else frozenset(ports) for host, ports in config["denied"].items()}
     return make_allowlist(policy, denied, settings_from_json(config["settings"]))
 
 
-class Ends(NamedTuple):
-    """Descriptors from the x07 process. control, names: packet sockets to the x07 process and to the resolver."""
-
-    control: socket.socket
-    names: socket.socket
-    log_fd: int
-
-
-async def _serve(allowlist: Allowlist, ends: Ends, *, own_by_bind: bool) -> Ledger:
+async def _serve(
+    allowlist: Allowlist, control: socket.socket, resolver: socket.socket, log_fd: int, *, own_by_bind: bool
+) -> Ledger:
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(_fail)
-    control = ends.control
-    ledger = Ledger(partial(_write, ends.log_fd), loop.time)
-    names = ResolverClient(ends.names, loop)
+    ledger = Ledger(partial(_write, log_fd), loop.time)
+    names = ResolverClient(resolver, loop)
     gate = Gate(allowlist, Dialler(allowlist, names, loop, own_by_bind=own_by_bind), ledger, loop)
     control.setblocking(False)  # noqa: FBT003 - it takes no names
     finished = asyncio.Event()
@@ -108,13 +98,13 @@ def main() -> None:
     control_fd, config_fd, log_fd, account_fd, resolver_fd, uid = map(int, sys.argv[1:])
     with os.fdopen(config_fd, "rb") as file:
         allowlist = allowlist_of(json.load(file))
-    ends = Ends(socket.socket(fileno=control_fd), socket.socket(fileno=resolver_fd), log_fd)
+    control, resolver = socket.socket(fileno=control_fd), socket.socket(fileno=resolver_fd)
     own_by_bind = bind_reveals_own()
     # The loop opens a socket pair and an epoll descriptor, which the confinement would forbid.
     with asyncio.Runner() as runner:
         runner.get_loop()
         walls = confine("gate", uid=None if uid < 0 else uid)
         gc.freeze()
-        ends.control.send(json.dumps({"state": READY, "walls": walls}).encode())
-        ledger = runner.run(_serve(allowlist, ends, own_by_bind=own_by_bind))
+        control.send(json.dumps({"state": READY, "walls": walls}).encode())
+        ledger = runner.run(_serve(allowlist, control, resolver, log_fd, own_by_bind=own_by_bind))
     os.write(account_fd, msgspec.json.encode(ledger.use()))

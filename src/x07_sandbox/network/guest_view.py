@@ -24,14 +24,10 @@ _FIRST_BLOCK: Final = int(IPv4Address("198.18.4.0"))
 _BLOCK: Final = 256
 _SYNTHETIC: Final = tuple(int(IPv4Network("198.18.0.0/15")[at]) for at in (0, -1))
 _V4: Final = 4
-_V6: Final = 6
 
 
 def guest_view(allowlist: Allowlist) -> dict[str, Any]:
-    """Return the `network` field of START (docs/guest-channel.md).
-
-    Raises UsageError if the allowlist has too many names.
-    """
+    """Return the `network` field of START (docs/guest-channel.md). Raises UsageError if there are too many names."""
     net = allowlist.policy.net
     names = sorted({entry.what for entry in allowlist.entries if isinstance(entry.what, str)})
     suffixes = sorted({entry.what.suffix for entry in allowlist.entries if isinstance(entry.what, Wildcard)})
@@ -75,11 +71,8 @@ class _Ports:
             self._given.append((addresses, ports))
 
     def rows(self) -> list[list[Any]]:
-        """Return rows of first address, last address and ports.
-
-        The ranges are disjoint, as the kernel's sets require.
-        """
-        return [row for version in (_V4, _V6) for row in self._rows(version)]
+        """Return rows of first address, last address and ports, with disjoint ranges as the kernel requires."""
+        return [row for version in (4, 6) for row in self._rows(version)]
 
     def _rows(self, version: int) -> Iterator[list[Any]]:
         given = [(one.first, one.last + 1, ports) for one, ports in self._given if one.version == version]

@@ -15,35 +15,25 @@ from typing import Final, NoReturn
 import h11
 
 from x07_sandbox.errors import UsageError
-from x07_sandbox.network.names import Host, parse_guest_host
+from x07_sandbox.network.inspection_error import InspectionError
+from x07_sandbox.network.names import PORT_LAST, Host, parse_guest_host
 
 HEAD_MAX: Final = 64 * 1024
 """Maximum bytes of a request's head, of chunk headers and trailers, and of data after an unanswered handshake."""
 
 _PIECE: Final = 16 * 1024  # limits the copying for pipelined requests
 _TEXT_MAX: Final = 253
-_WORD: Final = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-_WORD_START: Final = re.compile(_WORD)
-_REQUEST_LINE: Final = re.compile(rb"(%b) ([\x21-\x7e]+) HTTP/([0-9]\.[0-9])\r\n" % _WORD)
-_FIELD: Final = re.compile(rb"%b:[^\x00-\x08\x0a-\x1f\x7f]*\r\n" % _WORD)
+WORD: Final = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_WORD_START: Final = re.compile(WORD)
+_REQUEST_LINE: Final = re.compile(rb"(%b) ([\x21-\x7e]+) HTTP/([0-9]\.[0-9])\r\n" % WORD)
+_FIELD: Final = re.compile(rb"%b:[^\x00-\x08\x0a-\x1f\x7f]*\r\n" % WORD)
 _HOST: Final = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[^:\[\]]+)(?::([0-9]{1,5}))?")
-_PORT_LAST: Final = 65_535
 _PORT_DEFAULT: Final = 80
 _ABSOLUTE: Final = re.compile(rb"http://([^/?#]*)([^#]*)", re.IGNORECASE)
 _STATUS_SIZE: Final = len(b"HTTP/1.1 101 ")
 _SWITCHED: Final = re.compile(rb"HTTP/1\.1 101[ \r\n]")
 # Not allowed in a trailer: they control routing or framing.
 _HEAD_ONLY: Final = frozenset({b"connection", b"content-length", b"host", b"te", b"transfer-encoding", b"upgrade"})
-
-
-class RequestError(Exception):
-    """A request is denied. rule: a stable id. reason: a clause with the client's text escaped and truncated."""
-
-    def __init__(self, rule: str, reason: str, name: str = "") -> None:
-        super().__init__(rule, reason, name)
-        self.rule = rule
-        self.reason = reason
-        self.name = name
 
 
 def escaped(text: bytes | str) -> str:
@@ -53,9 +43,8 @@ def escaped(text: bytes | str) -> str:
 
 
 class RequestStream:
-    """The client's half of one HTTP/1.x connection.
+    """The client's half of one HTTP/1.x connection. check_host: raises InspectionError for a denied host.
 
-    check_host: a function that raises an error for a host that is not allowed.
     decided: whether the first request's head was accepted. watches_server: whether `server` needs the server's bytes.
     """
 
@@ -83,7 +72,7 @@ class RequestStream:
         return self._raw and not self._pending
 
     def feed(self, data: bytes) -> bytes:
-        """Add bytes from the client, and return the bytes to forward. Raises RequestError, and errors of check_host."""
+        """Add bytes from the client, and return the bytes to forward. Raises InspectionError."""
         out = bytearray()
         for at in range(0, len(data) or 1, _PIECE):
             self._pending += data[at : at + _PIECE]
@@ -91,10 +80,7 @@ class RequestStream:
         return bytes(out)
 
     def server(self, data: bytes) -> None:
-        """Add the server's bytes while watches_server is true.
-
-        After that, feed(b"") returns the bytes that became free.
-        """
+        """Add the server's bytes while watches_server is true. feed(b"") then returns bytes that became free."""
         if not self.watches_server:
             return
         self._answer += data[: _STATUS_SIZE - len(self._answer)]
@@ -103,7 +89,7 @@ class RequestStream:
             self._raw = _SWITCHED.fullmatch(self._answer) is not None
 
     def eof(self) -> None:
-        """Raise RequestError if the client stopped inside a request."""
+        """Raise InspectionError if the client stopped inside a request."""
         if not self._raw and (self._pending or self._body):
             _malformed("the connection ends inside a request")
 
@@ -114,7 +100,7 @@ class RequestStream:
                 self._pending.clear()
             elif self.watches_server:
                 if len(self._pending) > HEAD_MAX:
-                    raise RequestError("http:too-large", "too much data follows an unanswered WebSocket handshake")
+                    raise InspectionError("http:too-large", "too much data follows an unanswered WebSocket handshake")
                 return
             elif self._body is not None:
                 self._body.receive_data(bytes(self._pending))
@@ -143,7 +129,7 @@ class RequestStream:
                 return head
         self._searched = len(self._pending)
         if len(self._pending) >= HEAD_MAX:
-            raise RequestError("http:too-large", f"the head of a request has more than {HEAD_MAX} bytes")
+            raise InspectionError("http:too-large", f"the head of a request has more than {HEAD_MAX} bytes")
         return None
 
     def _take_request(self, head: bytes, out: bytearray) -> None:
@@ -179,14 +165,14 @@ class RequestStream:
     def _check_host(self, request: h11.Request, text: bytes) -> bytes:
         """Check the request's host. Return the request's target without scheme and host."""
         if not text:
-            raise RequestError("http:no-host", "the request has an empty Host")
+            raise InspectionError("http:no-host", "the request has an empty Host")
         host = _parse_authority(text)
         target = request.target
         if absolute := _ABSOLUTE.fullmatch(target):
             authority, path = absolute.groups()
             if _parse_authority(authority) != host:
                 why = f"the request's target has the host {escaped(authority)}, but its Host header is {escaped(text)}"
-                raise RequestError("http:other-host", why, str(host[0]))
+                raise InspectionError("http:other-host", why, str(host[0]))
             target = path if path.startswith(b"/") else b"/" + path
         elif not target.startswith(b"/") and (target, request.method) != (b"*", b"OPTIONS"):
             _malformed(f"the request has the target {escaped(target)}, which is neither a path nor an http:// URL")
@@ -200,11 +186,11 @@ def _check_request_line(line: bytes) -> None:
         _malformed("the first line is not an HTTP/1 request line")
     method, _, version = match.groups()
     if method == b"PRI" or version.startswith(b"2"):
-        raise RequestError("http:upgrade", "HTTP/2 without TLS is not supported")
+        raise InspectionError("http:upgrade", "HTTP/2 without TLS is not supported")
     if version not in {b"1.0", b"1.1"}:
         _malformed(f"HTTP/{version.decode()} is not supported")
     if method.upper() == b"CONNECT":
-        raise RequestError("http:connect", "the request asks for a tunnel (CONNECT)")
+        raise InspectionError("http:connect", "the request asks for a tunnel (CONNECT)")
 
 
 def _check_field(line: bytes) -> None:
@@ -223,32 +209,32 @@ def _check_counts(head: bytes) -> None:
     if count[b"host"] != 1:
         if count[b"host"]:
             _malformed("the request has more than one Host")
-        raise RequestError("http:no-host", "the request has no Host")
+        raise InspectionError("http:no-host", "the request has no Host")
     lengths = count[b"transfer-encoding"] + count[b"content-length"]
     if lengths > 1 or (count[b"transfer-encoding"] and request_line.endswith(b"1.0")):
-        raise RequestError("http:ambiguous-length", "the length of the request's body is ambiguous")
+        raise InspectionError("http:ambiguous-length", "the length of the request's body is ambiguous")
     if count[b"http2-settings"]:
-        raise RequestError("http:upgrade", "HTTP/2 without TLS is not supported")
+        raise InspectionError("http:upgrade", "HTTP/2 without TLS is not supported")
 
 
 def _is_handshake(request: h11.Request, fields: dict[bytes, bytes], *, first: bool) -> bool:
-    """Return whether this is a WebSocket handshake. Raises RequestError for other upgrades."""
+    """Return whether this is a WebSocket handshake. Raises InspectionError for other upgrades."""
     if b"upgrade" not in fields:
         return False
     values = [value for name, value in request.headers if name == b"upgrade"]
     if [value.lower() for value in values] != [b"websocket"]:
-        raise RequestError("http:upgrade", f"an upgrade to {escaped(values[0])} is not supported")
+        raise InspectionError("http:upgrade", f"an upgrade to {escaped(values[0])} is not supported")
     if not first:
-        raise RequestError("http:upgrade", "a WebSocket handshake must be the first request of its connection")
+        raise InspectionError("http:upgrade", "a WebSocket handshake must be the first request of its connection")
     body = b"transfer-encoding" in fields or fields.get(b"content-length", b"0").strip(b"0")
     if request.method != b"GET" or request.http_version != b"1.1" or body:
-        raise RequestError("http:upgrade", "a WebSocket handshake must be an HTTP/1.1 GET without a body")
+        raise InspectionError("http:upgrade", "a WebSocket handshake must be an HTTP/1.1 GET without a body")
     return True
 
 
 def _parse_authority(text: bytes) -> tuple[Host, int]:
     match = _HOST.fullmatch(text)
-    if match is None or not 0 < int(match[2] or _PORT_DEFAULT) <= _PORT_LAST:
+    if match is None or not 0 < int(match[2] or _PORT_DEFAULT) <= PORT_LAST:
         _malformed(f"the request has the host {escaped(text)}, which is not NAME or NAME:PORT")
     try:
         return parse_guest_host(match[1]), int(match[2] or _PORT_DEFAULT)
@@ -261,7 +247,7 @@ def _next_event(connection: h11.Connection) -> object:
         return connection.next_event()
     except h11.RemoteProtocolError as exc:
         if exc.error_status_hint == 431:  # noqa: PLR2004 - h11's status for a full buffer
-            raise RequestError("http:too-large", "a line of the request's body is too long") from None
+            raise InspectionError("http:too-large", "a line of the request's body is too long") from None
         _malformed(f"the request is not well-formed: {escaped(str(exc))}")
 
 
@@ -275,4 +261,4 @@ def _end(event: h11.EndOfMessage) -> bytes:
 
 
 def _malformed(why: str) -> NoReturn:
-    raise RequestError("http:malformed", why) from None
+    raise InspectionError("http:malformed", why) from None

@@ -44,10 +44,7 @@ class Ledger:
         self._more = 0
 
     def allowed(self, contact: Contact) -> list[int]:
-        """Count a connection, and return its counters.
-
-        The caller updates them: connections, bytes sent and bytes received.
-        """
+        """Count a connection, and return its counters for the caller to update: connections, bytes sent, received."""
         counters = self._count(self._allowed, contact)
         self._line("open", contact)
         return counters

@@ -28,6 +28,7 @@ class Wildcard(msgspec.Struct, frozen=True):
 Pattern = str | Wildcard | Addresses
 """Meaning of an allowlist entry."""
 
+PORT_LAST: Final = 65_535
 _TEXT_MAX: Final = 255  # characters, as in a policy
 _NAME_MAX: Final = 253
 _LABEL_MAX: Final = 63
@@ -51,10 +52,7 @@ def parse_host(text: str) -> Host:
 
 
 def parse_guest_host(data: bytes) -> Host:
-    """Return the normal form of a host in a guest's request.
-
-    Raises UsageError if it is not an ASCII name or address.
-    """
+    """Return the normal form of a host in a guest's request. Raises UsageError if it is no ASCII name or address."""
     try:
         text = data[: _TEXT_MAX + 1].decode("ascii")
     except UnicodeDecodeError:

@@ -1,6 +1,5 @@
 """Start and stop the gate and resolver of a job (gate_process.py, resolver_process.py)."""
 
-import array
 import contextlib
 import importlib.util
 import json
@@ -11,12 +10,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
 from x07_sandbox.errors import HostError
 from x07_sandbox.host import close_on_fork
+from x07_sandbox.host.memory import memory_file
 from x07_sandbox.host.poll import wait_readable
 from x07_sandbox.jail.uids import lease_uid
 from x07_sandbox.jobs.launcher import Launch, launch
@@ -47,11 +47,7 @@ class GateConfig(msgspec.Struct, frozen=True, kw_only=True):
     def encoded(self) -> bytes:
         """Return the configuration as JSON."""
         denied = {host: None if ports is None else sorted(ports) for host, ports in self.denied.items()}
-        words: dict[str, Any] = {
-            "policy": self.policy.decode(),
-            "denied": denied,
-            "settings": settings_to_json(self.settings),
-        }
+        words = {"policy": self.policy.decode(), "denied": denied, "settings": settings_to_json(self.settings)}
         return json.dumps(words).encode()
 
 
@@ -79,16 +75,12 @@ class GateProcess:
             raise HostError("cannot start the egress gate", why, "Run x07 doctor") from exc
 
     def send_stream(self, stream_fd: int | None) -> None:
-        """Pass the stream from the guest's relay to the gate. Replace this process's copy by /dev/null.
-
-        Raises HostError if the gate has exited.
-        """
+        """Pass the relay's stream to the gate, and replace this process's copy by /dev/null. Raises HostError."""
         if stream_fd is None:
             raise HostError("cannot use the network", "the backend has no network stream", "Use another backend")
         self._wait_ready()
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [stream_fd]))]
         try:
-            self._control.sendmsg([b"stream"], rights)
+            socket.send_fds(self._control, [b"stream"], [stream_fd])
         except OSError as exc:
             why = self.last_message() or exc.strerror or str(exc)
             raise HostError("cannot reach the egress gate", why, "Run x07 doctor") from exc
@@ -128,10 +120,7 @@ class GateProcess:
 
 @contextlib.contextmanager
 def gate_running(config: GateConfig, log_fd: int) -> Iterator[GateProcess]:
-    """Run a gate and its resolver during the context. log_fd: a lent descriptor for the gate's log.
-
-    Raises HostError if a process does not start.
-    """
+    """Run a gate and its resolver. log_fd: for the gate's log, lent. Raises HostError if a process does not start."""
     with contextlib.ExitStack() as stack:
         uid, lock_fd = stack.enter_context(lease_uid()) if os.geteuid() == 0 else (-1, None)
         locks = () if lock_fd is None else (lock_fd,)
@@ -143,19 +132,20 @@ def gate_running(config: GateConfig, log_fd: int) -> Iterator[GateProcess]:
         control_fd = given.add(control.detach())
         names = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         gate_fd, resolver_fd = (given.add(end.detach()) for end in names)
-        files = {name: _memory(stack, name) for name in ("config", "account", "stderr", "resolver-stderr")}
-        os.write(files["config"], config.encoded())
-        os.lseek(files["config"], 0, os.SEEK_SET)
-        fds = (control_fd, files["config"], log_fd, files["account"], gate_fd)
+        files = close_on_fork.FdGroup()
+        stack.callback(files.close)
+        contents = (config.encoded(), b"", b"", b"")
+        config_fd, account_fd, stderr_fd, resolver_stderr_fd = (files.add(memory_file(data)) for data in contents)
+        fds = (control_fd, config_fd, log_fd, account_fd, gate_fd)
         paths = _paths()
-        child = _start(paths, "gate", (*map(str, fds), str(uid)), (*fds, *locks), files["stderr"])
-        gate = GateProcess(child, ours, files["account"], files["stderr"])
+        child = _start(paths, "gate", (*map(str, fds), str(uid)), (*fds, *locks), stderr_fd)
+        gate = GateProcess(child, ours, account_fd, stderr_fd)
         stack.callback(os.close, gate.pidfd)
         stack.callback(gate.end)
-        resolver = _start(
-            paths, "resolver", (str(resolver_fd), str(uid)), (resolver_fd, *locks), files["resolver-stderr"]
-        )
-        stack.callback(_end_resolver, resolver)
+        words = (str(resolver_fd), str(uid))
+        resolver = _start(paths, "resolver", words, (resolver_fd, *locks), resolver_stderr_fd)
+        stack.callback(resolver.wait)
+        stack.callback(resolver.kill)  # the stack calls this first
         given.close()
         yield gate
 
@@ -171,11 +161,6 @@ def _start(
         raise HostError(f"cannot start the {kind}", exc.strerror or str(exc), "Run x07 doctor") from exc
 
 
-def _end_resolver(child: subprocess.Popen[bytes]) -> None:
-    child.kill()
-    child.wait()
-
-
 def _paths() -> list[str]:
     """Return sys.path for gate and resolver: the standard library and the folders of a few packages."""
     folders = [str(Path(os.__file__).parent), *(path for path in sys.path if path.endswith("lib-dynload"))]
@@ -185,9 +170,3 @@ def _paths() -> list[str]:
             raise HostError("cannot start the egress gate", f"the Python package {name} is missing", f"Install {name}")
         folders.append(str(Path(spec.origin).parents[1]))
     return list(dict.fromkeys(folders))
-
-
-def _memory(stack: contextlib.ExitStack, name: str) -> int:
-    fd = os.memfd_create(name, os.MFD_CLOEXEC)
-    stack.callback(os.close, fd)
-    return fd

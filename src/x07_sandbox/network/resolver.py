@@ -27,8 +27,6 @@ NO_NAME: Final = 1
 FAILED: Final = 2
 LATE_S: Final = 5.0  # the gate does not wait longer for an answer
 _WORKERS: Final = 32
-_V4: Final = 4
-_V6: Final = 6
 
 
 def encode_answer(number: int, status: int, addresses: list[Address]) -> bytes:
@@ -44,7 +42,7 @@ def decode_answer(data: bytes) -> tuple[int, int, list[Address]]:
     addresses: list[Address] = []
     at = NUMBER.size + 1
     while at < len(data):
-        size = {_V4: 4, _V6: 16}.get(data[at], 0)
+        size = {4: 4, 6: 16}.get(data[at], 0)  # by IP version
         packed = data[at + 1 : at + 1 + size]
         if not size or len(packed) != size:
             raise ValueError("not an address")

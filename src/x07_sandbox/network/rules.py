@@ -20,6 +20,7 @@ from msgspec.structs import replace
 from x07_sandbox.errors import UsageError, printable
 from x07_sandbox.network.blocked_addresses import special, special_within
 from x07_sandbox.network.names import (
+    PORT_LAST,
     Address,
     Host,
     Pattern,
@@ -38,7 +39,6 @@ from x07_sandbox.policy.problems import PolicyError, Problem
 
 Transport = Literal["tcp", "udp"]
 DeniedHosts = Mapping[str, Collection[int] | None]
-_PORT_LAST: Final = 65_535
 _QUIC: Final = 443
 
 
@@ -56,10 +56,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
-    """An allowlist entry. rule, ports_rule: the policy fields that contain its host and its ports.
-
-    udp: whether UDP is allowed.
-    """
+    """An allowlist entry. rule, ports_rule: the policy fields of its host and ports. udp: whether UDP is allowed."""
 
     rule: str
     ports_rule: str
@@ -76,10 +73,7 @@ class Denied(msgspec.Struct, frozen=True):
 
 
 class NetSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """Exceptions in the user's settings (settings.py). allow_local: special addresses, each with one port.
-
-    opaque_ports: ports on which a connection may use any protocol.
-    """
+    """Exceptions in the user's settings. allow_local: special addresses with a port. opaque_ports: for any protocol."""
 
     allow_local: frozenset[tuple[Address, int]] = frozenset()
     opaque_ports: frozenset[int] = frozenset()
@@ -110,12 +104,12 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
 def parse_request(text: str, transport: Transport = "tcp") -> Request:
     """Parse ``HOST:PORT``, with an IPv6 address in brackets. Raises UsageError for any other text."""
     host, colon, port = text.rpartition(":")
-    number = int(port) if port.isascii() and port.isdigit() and len(port) <= len(str(_PORT_LAST)) else 0
+    number = int(port) if port.isascii() and port.isdigit() and len(port) <= len(str(PORT_LAST)) else 0
     fix = "Write HOST:PORT, such as example.org:443 or [2001:db8::1]:443"
     if not colon or not port or text.endswith("]"):
         raise UsageError(f"cannot use {text!r}", "the port is missing", fix)
-    if not 1 <= number <= _PORT_LAST:
-        raise UsageError(f"cannot use {text!r}", f"the port is not a number from 1 to {_PORT_LAST}", fix)
+    if not 1 <= number <= PORT_LAST:
+        raise UsageError(f"cannot use {text!r}", f"the port is not a number from 1 to {PORT_LAST}", fix)
     if ":" in host and not host.startswith("["):
         raise UsageError(f"cannot use {text!r}", "an IPv6 address with a port needs brackets", fix)
     return Request(host=parse_host(host), port=number, transport=transport)
@@ -143,16 +137,12 @@ def make_allowlist(policy: Policy, denied: DeniedHosts | None = None, settings: 
 
 def decide(allowlist: Allowlist, request: Request) -> Decision:
     """Decide on a connection request. Before a name's addresses are dialled, `decide_address` checks each of them."""
-    for check in (_special, _denial, _switch):
-        if (denial := check(allowlist, request)) is not None:
-            return denial
-    return _listed(allowlist, request)
+    blocked = _special(allowlist, request) or _denial(allowlist, request) or _switch(allowlist, request)
+    return blocked or _listed(allowlist, request)
 
 
 def decide_address(allowlist: Allowlist, decision: Decision, address: Address) -> Decision:
-    """Decide on an address to which the name of an allowed *decision* resolved.
-
-    A denied *decision* is returned unchanged.
+    """Decide on an address to which the name of an allowed *decision* resolved. Return a denied one unchanged.
 
     The address needs no allowlist entry of its own, because its name is listed.
     """
@@ -162,9 +152,8 @@ def decide_address(allowlist: Allowlist, decision: Decision, address: Address) -
     by_address = replace(asked, host=unmapped(address))
     if isinstance(asked.host, str) and (local := special(asked.host)) and not _opened(allowlist, by_address):
         return _denied(asked, *local)
-    for check in (_special, _denial):
-        if (denial := check(allowlist, by_address)) is not None:
-            return replace(denial, request=asked, reason=f"{asked.host} resolves to {address}: {denial.reason}")
+    if denial := _special(allowlist, by_address) or _denial(allowlist, by_address):
+        return replace(denial, request=asked, reason=f"{asked.host} resolves to {address}: {denial.reason}")
     return decision
 
 
@@ -180,15 +169,10 @@ def unreachable_entries(allowlist: Allowlist) -> Iterator[tuple[Entry, str]]:
 
 
 def denied_name(allowlist: Allowlist, name: str, port: int) -> str | None:
-    """Return why a name is denied on a connection to an address; None if it is allowed.
-
-    name: the name that the client sent in its first bytes.
-    """
+    """Return why a name in the first bytes of a connection to an address is denied; None if it is allowed."""
     request = Request(host=name, port=port)
-    for check in (_special, _denial):
-        if (denial := check(allowlist, request)) is not None:
-            return denial.reason
-    return None
+    denial = _special(allowlist, request) or _denial(allowlist, request)
+    return denial.reason if denial else None
 
 
 def _special(allowlist: Allowlist, request: Request) -> Decision | None:

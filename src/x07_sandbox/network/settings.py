@@ -7,36 +7,30 @@ from x07_sandbox.errors import UsageError
 from x07_sandbox.host.paths import settings_file
 from x07_sandbox.host.user_settings import settings_bytes, settings_table
 from x07_sandbox.network.blocked_addresses import special
+from x07_sandbox.network.names import PORT_LAST
 from x07_sandbox.network.rules import NetSettings, Request, parse_request
 
-_PORT_LAST: Final = 65_535
 _OPENED: Final = frozenset({"private", "shared", "link-local"})  # kinds that allow_local alone allows
 _OPENED_BY: Final = {"loopback": "allow_loopback", "metadata": "allow_metadata"}
 
 
 def read_settings(path: Path | None = None) -> NetSettings:
-    """Return the settings in the file; the defaults if the file is missing.
-
-    Raises UsageError if its content is invalid, and HostError if it cannot be read or has unsafe permissions.
-    """
+    """Return the settings in the file, or the defaults if it is missing. Raises UsageError, HostError."""
     path = path or settings_file()
     data = settings_bytes(path)
     return NetSettings() if data is None else parse_settings(data, str(path))
 
 
 def parse_settings(data: bytes, source: str) -> NetSettings:
-    """Return the settings in a file's content. source: the file's name in errors.
-
-    Raises UsageError if the content is invalid.
-    """
+    """Return the settings in a file's content. source: the file's name in errors. Raises UsageError."""
     what = f"cannot use {source}"
     net = settings_table(data, "net", source)
     for key in _OPENED_BY.values():
         if not isinstance(net.get(key, False), bool):
             raise UsageError(what, f"net.{key} is not true or false", f"Set {key} = true or {key} = false")
     ports = _list(net, "opaque_ports", int, what)
-    if any(isinstance(port, bool) or not 1 <= port <= _PORT_LAST for port in ports):
-        raise UsageError(what, "net.opaque_ports contains an invalid port", f"Use ports from 1 to {_PORT_LAST}")
+    if any(isinstance(port, bool) or not 1 <= port <= PORT_LAST for port in ports):
+        raise UsageError(what, "net.opaque_ports contains an invalid port", f"Use ports from 1 to {PORT_LAST}")
     local = frozenset(_local(text, net, what) for text in _list(net, "allow_local", str, what))
     return NetSettings(allow_local=local, opaque_ports=frozenset(ports))
 

@@ -13,7 +13,8 @@ from typing import Final
 import msgspec
 
 from x07_sandbox.errors import BackendError
-from x07_sandbox.host.poll import wait_readable, wait_writable
+from x07_sandbox.host import memory
+from x07_sandbox.host.poll import wait_readable, wait_writable, write_all
 from x07_sandbox.host.threads import start_thread
 
 _CHUNK: Final = 64 * 1024
@@ -148,7 +149,7 @@ class Sink:
         self.total_bytes += len(allowed)
         self._hash.update(allowed)
         try:
-            _write_all(self._keep_fd, allowed)
+            write_all(self._keep_fd, allowed)
         except OSError as exc:
             raise BackendError(f"cannot store the program's {self.name}", exc.strerror or str(exc), ROOM) from exc
         if self._live_fd is None or self.reader_gone or not allowed:
@@ -204,7 +205,7 @@ class OutFile(msgspec.Struct):
         if self.size + len(data) > self.max_bytes:
             return False
         try:
-            _write_all(self.fd, data)
+            write_all(self.fd, data)
         except OSError as exc:
             raise BackendError("cannot store the built program", exc.strerror or str(exc), ROOM) from exc
         self._hash.update(data)
@@ -239,14 +240,6 @@ def read_all(fd: int, most: int) -> bytes:
 
 def memory_file(data: bytes, stack: contextlib.ExitStack) -> int:
     """Return a file in memory with the content *data*, at offset 0. *stack* closes it."""
-    fd = os.memfd_create("x07", os.MFD_CLOEXEC)
+    fd = memory.memory_file(data)
     stack.callback(os.close, fd)
-    _write_all(fd, data)
-    os.lseek(fd, 0, os.SEEK_SET)
     return fd
-
-
-def _write_all(fd: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]

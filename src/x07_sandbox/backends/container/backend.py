@@ -11,16 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from x07_sandbox.backends.base import Availability, Orphan
+from x07_sandbox.backends.container import instance as containers
 from x07_sandbox.backends.container.create import engine_gaps
-from x07_sandbox.backends.container.instance import (
-    ContainerInstance,
-    container_name,
-    labels_of,
-    recorded_engine,
-    remove,
-    remove_files,
-    started,
-)
 from x07_sandbox.backends.engine_images import DEFAULT_REFERENCE
 from x07_sandbox.backends.engines import Engine, Name, engine, is_id
 from x07_sandbox.backends.handshake import greet
@@ -116,10 +108,10 @@ class ContainerBackend:
         return client
 
     @contextlib.contextmanager
-    def start(self, job: Job) -> Iterator[ContainerInstance]:
+    def start(self, job: Job) -> Iterator[containers.ContainerInstance]:
         """Start a job and wait until its agent has answered. Raises NoAnswerError, BackendError, HostError."""
         assert job.kind.image is not None  # noqa: S101 - for the type checker
-        with started(self._engine(), job, job.kind.image) as instance:
+        with containers.started(self._engine(), job, job.kind.image) as instance:
             greet(instance, cancel_fd=job.caller.cancel.fd, meanwhile=job.meanwhile)
             yield instance
 
@@ -130,20 +122,21 @@ class ContainerBackend:
     def stop(self, record: JobRecord) -> bool:
         """Remove a recorded job's container and files. Return whether the container is proven gone."""
         return stop_recorded(
-            record, lambda _stored: self._removed(record) and remove_files(record.folder), signals=False
+            record, lambda _stored: self._removed(record) and containers.remove_files(record.folder), signals=False
         )
 
     def _removed(self, record: JobRecord) -> bool:
         client = self._engine()
-        if (other := recorded_engine(record.folder)) not in {"", client.place}:
+        if (other := containers.recorded_engine(record.folder)) not in {"", client.place}:
             fix = f"Set X07_VM_{self.name.upper()}_BIN and DOCKER_HOST to the values that they had when it was started"
             raise BackendError("cannot stop the container", f"it was started with another {self.name}: {other}", fix)
-        answer = client.call("inspect", "--type", "container", container_name(record))
+        answer = client.call("inspect", "--type", "container", containers.container_name(record))
         if answer.absent:
             return True
         made = answer.single_object(self.name)
         # Anyone with access to the engine can use that name.
-        return labels_of(made).get("io.x07.run_id") == record.job_id and remove(client, str(made.get("Id", "")))
+        ours = containers.labels_of(made).get("io.x07.run_id") == record.job_id
+        return ours and containers.remove(client, str(made.get("Id", "")))
 
     def orphans(self) -> Sequence[Orphan]:
         """Return the containers with x07's label; none if the engine does not answer, as on most hosts."""
@@ -159,18 +152,15 @@ class ContainerBackend:
         for one in ids:  # one by one: a container that just went would fail a call for all
             answer = client.call("inspect", "--type", "container", one)
             if not answer.status:
-                found.append(Orphan(id=one, labels=labels_of(answer.single_object(self.name))))
+                found.append(Orphan(id=one, labels=containers.labels_of(answer.single_object(self.name))))
         return found
 
     def remove(self, orphan: Orphan) -> bool:
         """Remove one of the orphans and return whether it is proven gone."""
-        return is_id(orphan.id) and remove(self._engine(), orphan.id)
+        return is_id(orphan.id) and containers.remove(self._engine(), orphan.id)
 
 
 def _needs_runc() -> bool:
-    """Return whether crun, podman's default runtime, would refuse this host.
-
-    It refuses a version 1 control group hierarchy with version 2 beside it.
-    """
+    """Return whether crun, podman's default, would refuse this host: it refuses mixed versions of control groups."""
     hybrid = all(Path("/sys/fs/cgroup", name).exists() for name in ("memory", "unified/cgroup.procs"))
     return hybrid and any(os.access(path, os.X_OK) for path in ("/usr/sbin/runc", "/usr/bin/runc"))

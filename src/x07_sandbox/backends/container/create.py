@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from x07_sandbox.backends.engines import Name
 
-# What the agent needs to become another user and to end its processes. The program gets none of it.
+# The agent needs these to become another user and to end its processes. The program gets none of them.
 CAPABILITIES: Final = ("KILL", "SETGID", "SETPCAP", "SETUID")
 NETWORK_CAPABILITY: Final = "NET_ADMIN"  # for the relay's rules in the container's network namespace
 AGENT_BYTES: Final = 64 * MIB
@@ -29,8 +29,7 @@ _TMPFS: Final = "rw,nosuid,nodev"
 class ContainerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """One container.
 
-    image: the id of its image. name, mark, labels: those of the job. resolv_conf: a host file. net_folder: the folder
-    with the gate's socket, or "" if there is none.
+    image: its image's id. name, mark, labels: the job's. resolv_conf: a host file. net_folder: has the gate's socket.
     """
 
     engine: str

@@ -225,10 +225,7 @@ def _created(engine: Engine, spec: ContainerSpec) -> str:
 
 
 def _start_reaper(engine: Engine, record: JobRecord, deadline_s: int, runner_fd: int) -> subprocess.Popen[bytes]:
-    """Start the process that removes the container after its deadline or after this process ends.
-
-    Raises BackendError.
-    """
+    """Start the process that removes the container after its deadline or this process's end. Raises BackendError."""
     until = time.clock_gettime(time.CLOCK_BOOTTIME) + deadline_s + settings.CLEANUP_MS / 1000
     removing = engine.argv(*_removing(engine, container_name(record)))
     argv = [sys.executable, "-I", "-S", reaper.__file__, str(record.folder), str(until), str(runner_fd), *removing]

@@ -2,7 +2,7 @@
 
     python -I -S reaper.py FOLDER DEADLINE_S RUNNER_FD CLIENT WORD...
 
-DEADLINE_S: on the boot clock. RUNNER_FD: a pipe that ends with the runner. A byte in the pipe means that the container
+DEADLINE_S: on the boot clock. RUNNER_FD: a pipe that closes when the runner ends. A byte in it means that the container
 is gone. CLIENT WORD...: the command that removes the container. The program imports little, since it lives as long as
 the job.
 """

@@ -18,15 +18,12 @@ from x07_sandbox.jail.bwrap import BWRAP
 
 _BUILD_S: Final = 120
 _KEEP: Final = 8  # other versions may be in use
-# What changes when programs are installed or removed.
+# Paths that change when programs are installed or removed.
 _CHANGES: Final = ("/var/lib/dpkg/status", "/usr/bin", "/usr/lib", "/usr/local/bin", "/usr/libexec", "/etc/ld.so.cache")
 
 
 def agent_code(*, confined: bool) -> Path:
-    """Return the path of the agent's zip. Raises HostError.
-
-    confined: whether the zip includes the seccomp filters for a confined program.
-    """
+    """Return the path of the agent's zip. confined: whether to include its seccomp filters. Raises HostError."""
     code, folder = read_guest_code(), cache_folder("agent")
     key = _key(code, confined=confined)
     for path in folder.glob(f"{key}-*.zip"):

@@ -10,12 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.backends.jailed import HostAgent, Jailed, Start, error_stream, memory_file, running, socket_ends
+from x07_sandbox.backends.jailed import HostAgent, Jailed, Start, error_stream, running, socket_ends
 from x07_sandbox.backends.process.agentcode import agent_code
-from x07_sandbox.backends.process.view import FILES, Sandbox, agent_argv, sandbox_argv, scratch_bytes, this_system
+from x07_sandbox.backends.process.view import FILES, Sandbox, agent_argv, sandbox_argv, this_system
 from x07_sandbox.errors import BackendError, HostError
 from x07_sandbox.host import settings
 from x07_sandbox.host.close_on_fork import FdGroup
+from x07_sandbox.host.memory import memory_file
 from x07_sandbox.host.os_errors import require_own_proc
 from x07_sandbox.jail.bwrap import may_nest, supervisor_argv
 from x07_sandbox.jail.cgroups import program_groups
@@ -63,8 +64,7 @@ class ProcessInstance(HostAgent, Jailed):
 def start_confined(record: JobRecord, deadline_s: int, controllers: tuple[str, ...] = ()) -> Iterator[ProcessInstance]:
     """Start a confined agent. At the end it is gone, and recorded as gone. Raises BackendError, HostError.
 
-    It runs as this user; if this user is root, it runs with a uid of its own. controllers: the control groups that the
-    plan relies on.
+    It runs as this user, or for root with a uid of its own. controllers: the control groups that the plan relies on.
     """
     with contextlib.ExitStack() as stack:
         stack.callback(drop_unstarted, record)
@@ -82,10 +82,11 @@ def start_confined(record: JobRecord, deadline_s: int, controllers: tuple[str, .
             system=this_system(),
             mark=record.mark,
             agent_fd=given.add(os.open(code, os.O_RDONLY | os.O_CLOEXEC)),
-            file_fds={path: memory_file(Path(path).name, content, given) for path, content in FILES.items()},
+            file_fds={path: given.add(memory_file(content)) for path, content in FILES.items()},
             channel_fd=ends.far_fd,
             net_fd=ends.far_net_fd,
-            scratch_bytes=scratch_bytes(settings.SCRATCH_BYTES),
+            # The files are in memory: they may take at most half of this host's.
+            scratch_bytes=min(settings.SCRATCH_BYTES, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2),
             groups=groups.places,
             lock_fd=lock_fd,
         )
@@ -106,10 +107,7 @@ def start_confined(record: JobRecord, deadline_s: int, controllers: tuple[str, .
 
 @contextlib.contextmanager
 def start_unconfined(record: JobRecord, deadline_s: int) -> Iterator[ProcessInstance]:
-    """Start an unconfined agent, with a folder of its own in the record's folder.
-
-    Raises BackendError, HostError.
-    """
+    """Start an unconfined agent, with a folder of its own in the record's folder. Raises BackendError, HostError."""
     with contextlib.ExitStack() as stack:
         stack.callback(drop_unstarted, record)
         require_own_proc()

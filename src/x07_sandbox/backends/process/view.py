@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Final
 
@@ -101,8 +100,3 @@ def sandbox_argv(sandbox: Sandbox) -> list[str]:
 def agent_argv(code: str, *words: str) -> list[str]:
     """Return an agent's command line."""
     return [PYTHON, "-I", "-S", "-B", code, *words]
-
-
-def scratch_bytes(most: int) -> int:
-    """Return how much memory the files of a job may take: *most*, but at most half of this host's."""
-    return min(most, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)

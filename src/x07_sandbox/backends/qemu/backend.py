@@ -10,6 +10,7 @@ from msgspec.structs import replace
 
 from x07_sandbox.backends.base import Availability, NoAnswerError
 from x07_sandbox.backends.handshake import evidence_of, greet
+from x07_sandbox.backends.qemu import template as templates
 from x07_sandbox.backends.qemu.bounds import NotStartedError
 from x07_sandbox.backends.qemu.instance import LeasedInstance, QemuInstance
 from x07_sandbox.backends.qemu.proof import known_verdict, kvm_verdict
@@ -22,17 +23,6 @@ from x07_sandbox.backends.qemu.start import (
     miscalibrated,
     start_qemu,
 )
-from x07_sandbox.backends.qemu.template import (
-    TemplateTimeoutError,
-    clear_suspensions,
-    ensure_template,
-    lack_of_space,
-    opened_template,
-    prunable,
-    remove_template,
-    renew,
-    template_for,
-)
 from x07_sandbox.errors import BackendError, HostError, ImageError
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.os_errors import host_error
@@ -42,9 +32,9 @@ from x07_sandbox.jobs.record import create_record, drop_unstarted
 from x07_sandbox.plan.features import Isolation, vm_features
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
-    from x07_sandbox.backends.base import Instance, Job, Lease, MachineKind, Prunable
+    from x07_sandbox.backends.base import Instance, Job, Lease, MachineKind
     from x07_sandbox.backends.qemu.start import Saved
     from x07_sandbox.backends.qemu.template import Template
     from x07_sandbox.host.cancel import Caller
@@ -103,18 +93,12 @@ class QemuBackend:
 
     @contextlib.contextmanager
     def start(self, job: Job) -> Iterator[QemuInstance]:
-        """Start a job and yield the first VM whose agent answers: a clone of a saved VM, or a newly booted one.
-
-        A missing saved VM is made first.
-        """
+        """Start a job and yield the first VM whose agent answers: a clone of a saved VM, or a booted one."""
         with contextlib.ExitStack() as stack:
             yield self._answering(job, stack)
 
     def _answering(self, job: Job, stack: contextlib.ExitStack) -> QemuInstance:
-        """Return the first VM whose agent answers.
-
-        Raises NoAnswerError if no agent answers or if the caller cancels.
-        """
+        """Return the first VM whose agent answers. Raises NoAnswerError if none does, or if the caller cancels."""
         claim, cold, cloned = job.claim, job.cold, False
         notes: dict[str, str] = {}  # by subject, so that each appears once
         if cold:
@@ -145,10 +129,8 @@ class QemuBackend:
             if not miscalibrated(error.failure):
                 raise error
             if last:
-                failure = replace(
-                    error.failure, kind="failed", why=f"{MISCALIBRATED}; try again when the host is less busy"
-                )
-                raise NoAnswerError(instance, failure, error.times_ms)
+                why = f"{MISCALIBRATED}; try again when the host is less busy"
+                raise NoAnswerError(instance, replace(error.failure, kind="failed", why=why), error.times_ms)
             claim = replace(claim, phase=f"{job.claim.phase}-cold{number}")
             number, last = next(tries)
 
@@ -161,7 +143,7 @@ class QemuBackend:
         if evidence.killed:
             notes["cold"] = _started_cold(job, why)
         else:
-            template_for(job.kind, self._accelerator).suspend(why, late=error.failure.kind == "late")
+            templates.template_for(job.kind, self._accelerator).suspend(why, late=error.failure.kind == "late")
         return evidence.killed
 
     @contextlib.contextmanager
@@ -178,19 +160,19 @@ class QemuBackend:
 
     def _saved(self, job: Job, stack: contextlib.ExitStack, notes: dict[str, str]) -> tuple[Saved | None, str]:
         """Return the files of the saved VM, making them if necessary, or None and the reason for booting instead."""
-        template = template_for(job.kind, self._accelerator)
+        template = templates.template_for(job.kind, self._accelerator)
         if reason := template.suspended():
             return None, reason
         damage = ""
         try:
-            if (saved := stack.enter_context(opened_template(template))) is not None:
+            if (saved := stack.enter_context(templates.opened_template(template))) is not None:
                 return saved, ""
         except HostError as exc:
             return None, f"{exc.what}: {exc.why}"  # temporary, as below
         except ImageError as exc:
             damage = f"{exc.what}: {exc.why}"
             job.caller.progress(f"{damage}; saving it again")
-            remove_template(template.folder)
+            templates.remove_template(template.folder)
         started_at = time.monotonic()
         saved, why_not = self._made(template, job, stack)
         if saved is not None:
@@ -201,15 +183,16 @@ class QemuBackend:
 
     def _made(self, template: Template, job: Job, stack: contextlib.ExitStack) -> tuple[Saved | None, str]:
         """Save a VM and return its files, or None and the reason. A failure does not end the job, which can boot."""
-        if short := lack_of_space(job.kind.ram_bytes):
+        if short := templates.lack_of_space(job.kind.ram_bytes):
             return None, short
         try:
             self._make(template, job.kind, job.caller)
-            return stack.enter_context(opened_template(template)), ""
+            return stack.enter_context(templates.opened_template(template)), ""
         except NotStartedError as exc:  # temporary: another process may have the limits that this one lacks
             return None, f"{exc.what}: {exc.why}"
         except (BackendError, ImageError) as exc:
-            return None, template.suspend(f"{exc.what}: {exc.why}", late=isinstance(exc, TemplateTimeoutError))
+            late = isinstance(exc, templates.TemplateTimeoutError)
+            return None, template.suspend(f"{exc.what}: {exc.why}", late=late)
         except (HostError, OSError) as exc:  # temporary, as on a full disk
             error = exc if isinstance(exc, HostError) else host_error(exc)
             if error is None:
@@ -218,21 +201,16 @@ class QemuBackend:
 
     def _make(self, template: Template, kind: MachineKind, caller: Caller) -> None:
         with caller.cancel.waiting():
-            ensure_template(template, kind, self._accelerator, caller.progress)
+            templates.ensure_template(template, kind, self._accelerator, caller.progress)
 
     def prepare(self, kind: MachineKind, caller: Caller) -> None:
         """Save a VM now, even if saving is suspended. Raises SandboxError."""
-        template = template_for(kind, self._accelerator)
-        clear_suspensions()
+        template = templates.template_for(kind, self._accelerator)
+        templates.clear_suspensions()
         self._make(template, kind, caller)
 
-    def prunable(self, images: set[str], on_wait: Callable[[], None]) -> Iterator[Prunable]:
-        """Yield, under the lock of the saved VMs, the saved VMs and leftovers that can be removed."""
-        return prunable(images, on_wait)
-
-    def renew(self, instance: Instance, kind: MachineKind) -> None:
-        """Make an instance that has run programs of x07 itself ready for one user program. Raises BackendError."""
-        renew(instance, kind)
+    prunable = staticmethod(templates.prunable)
+    renew = staticmethod(templates.renew)
 
     def adopt(self, instance: Instance, claim: Claim, runner: Identity, ram_bytes: int) -> None:
         """Turn a waiting VM into the job of *claim*, which uses at most *ram_bytes* of RAM."""

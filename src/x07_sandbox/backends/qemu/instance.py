@@ -57,10 +57,7 @@ class ReleasePipe:
 
 
 class HostSide(NamedTuple):
-    """The host's side of a QEMU process.
-
-    ends: this process's ends of its streams; the caller keeps owning them. paths: where QEMU opens its files.
-    """
+    """The host's side of a QEMU process. ends: this process's ends of its streams, lent. paths: of QEMU's files."""
 
     groups: HostGroups
     release_pipe: ReleasePipe
@@ -124,10 +121,7 @@ class QemuInstance(Streams, Jailed):
         self._release_pipe.release(self.inner.pid)
 
     def adopt(self, claim: Claim, runner: Identity, ram_bytes: int) -> None:
-        """Turn a waiting VM into the job of *claim*, started by the process *runner*.
-
-        ram_bytes: the most RAM that the job uses. Raises HostError, BackendError.
-        """
+        """Turn a waiting VM into the job of *claim*, which uses at most *ram_bytes* of RAM. Raises SandboxError."""
         # If this fails halfway, the record names the processes and an owner that is dead by then.
         self.set_deadline(claim.deadline_s)
         try:

@@ -76,7 +76,7 @@ def kernel_command_line(machine: Machine) -> str:
     words = ["console=ttyS0" if machine.arch.machine == "microvm" else "console=ttyAMA0", "quiet", "panic=-1"]
     if machine.arch.machine == "microvm":
         words += ["reboot=t", "tsc=reliable", "no_timer_check"]
-    # Of the security modules only those in use: the others lengthen every path.
+    # Only the security modules in use: the others lengthen every path.
     words += ["psi=0", "noautogroup", "nowatchdog", "lsm=lockdown,landlock,yama"]
     # No cipher tests and no jitter entropy: the host provides entropy, and under emulation the two take a quarter of
     # the time until the root file system is mounted.
@@ -132,18 +132,12 @@ def _memory(machine: Machine, megabytes: int) -> str:
 
 
 def qmp_save(state: str) -> bytes:
-    """Return the commands that save the device state.
-
-    The VM must not be stopped before, since its clones would then be stopped too.
-    """
+    """Return the commands that save the device state. Clones of a VM that was stopped before would be stopped too."""
     return _qmp(_CAPABILITIES, _IGNORE_SHARED, {"execute": "migrate", "arguments": {"uri": f"file:{state}"}})
 
 
 def qmp_resume(state: str) -> bytes:
-    """Return the commands that resume a clone from the state at the path *state*.
-
-    They may be written before QEMU is ready.
-    """
+    """Return the commands that resume a clone from the file *state*. They may be written before QEMU is ready."""
     resume = {"execute": "migrate-incoming", "arguments": {"uri": f"file:{state}"}}
     return _qmp(_CAPABILITIES, _IGNORE_SHARED, resume)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from x07_sandbox.backends.base import MachineKind
 from x07_sandbox.backends.handshake import Handshake
@@ -39,10 +39,7 @@ if TYPE_CHECKING:
 
 
 class Proof(NamedTuple):
-    """Whether a guest works, and the evidence.
-
-    late: the guest was still running, but its agent did not answer in time.
-    """
+    """Whether a guest works, and the evidence. late: it was still running, but its agent did not answer in time."""
 
     works: bool
     reason: str
@@ -78,10 +75,8 @@ def known_verdict() -> tuple[bool, str] | None:
     if not os.access(device, os.R_OK | os.W_OK):
         return False, "/dev/kvm cannot be opened by this user (join the group kvm to use it)"
     stored = read_verdict(_record())
-    return _with_expiry(stored) if {"works", "reason"} <= stored.keys() else None
-
-
-def _with_expiry(stored: dict[str, Any]) -> tuple[bool, str]:
+    if not {"works", "reason"} <= stored.keys():
+        return None
     works, reason = bool(stored["works"]), str(stored["reason"])
     if "retry_at_ms" in stored:
         minutes = math.ceil((float(stored["retry_at_ms"]) - boot_ms()) / 60_000)
@@ -96,10 +91,7 @@ def _record() -> Path:
 
 
 def prove(image: OpenImage, accelerator: Accelerator, limit_s: float) -> Proof:
-    """Return whether an agent answers within *limit_s* seconds.
-
-    Raises SandboxError if no guest could be booted.
-    """
+    """Return whether an agent answers within *limit_s* seconds. Raises SandboxError if no guest could be booted."""
     under = " under KVM" if accelerator.kvm else " under emulation"
     kind = MachineKind(image=image, ram_bytes=RAM_CLASSES[0])
     for last in boot_attempts():

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
 
-from x07_sandbox.backends.jailed import Start, memory_file, running, socket_ends
+from x07_sandbox.backends.jailed import Start, running, socket_ends
 from x07_sandbox.backends.qemu.bounds import TASKS, VMM_BYTES, NotStartedError, bound, limits_of
 from x07_sandbox.backends.qemu.instance import HostSide, QemuInstance, ReleasePipe
 from x07_sandbox.backends.qemu.machine import OVERCOMMIT, Machine, Origin, Paths, qemu_argv
@@ -20,6 +20,7 @@ from x07_sandbox.host import settings
 from x07_sandbox.host.arch import Arch, host_arch
 from x07_sandbox.host.bounded_stream import BoundedStream
 from x07_sandbox.host.close_on_fork import FdGroup
+from x07_sandbox.host.memory import memory_file
 from x07_sandbox.host.os_errors import fix_for, require_own_proc
 from x07_sandbox.images.manifest import ScratchDisk
 from x07_sandbox.images.scratch import write_disk
@@ -42,10 +43,7 @@ _DEPTH: Final = {True: 2, False: 1}
 
 
 class Saving(msgspec.Struct, frozen=True, kw_only=True):
-    """Empty files into which a VM is saved. They are writable, and the caller keeps owning them.
-
-    ram_fd: has the size of the VM's RAM.
-    """
+    """Empty writable files, which the caller keeps owning, for saving a VM. ram_fd: has the size of the VM's RAM."""
 
     ram_fd: int
     state_fd: int
@@ -207,14 +205,11 @@ def _fd_files(image: OpenImage, memory: Saving | Saved | None, given: FdGroup, f
 
 
 def _overcommit(given: FdGroup, form: Form) -> tuple[tuple[int, str], ...]:
-    """Return a file that makes QEMU leave memory unreserved.
-
-    It replaces the file in /proc that QEMU reads, since the jail has no /proc.
-    """
+    """Return a replacement for a file in /proc, which the jail lacks. It makes QEMU leave memory unreserved."""
     if not form.namespaces:
         return ()
     # "always" in proc(5), for QEMU only: the kernel uses the host's setting.
-    return ((memory_file("overcommit_memory", b"1\n", given), OVERCOMMIT),)
+    return ((given.add(memory_file(b"1\n")), OVERCOMMIT),)
 
 
 def _writable(memory: Saving | Saved | None, uid: int | None, given: FdGroup, form: Form) -> _Files:
@@ -270,10 +265,7 @@ def check_tools(arch: Arch) -> None:
 
 
 def tsc_khz(arch: Arch) -> int | None:
-    """Return the frequency of the host's time stamp counter in kHz, for emulated guests.
-
-    An emulated guest shares the counter, and cannot measure its frequency reliably.
-    """
+    """Return the frequency in kHz of the host's time stamp counter, which an emulated guest cannot measure reliably."""
     if arch.machine != "microvm":
         return None
     for line in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines():

@@ -72,10 +72,7 @@ _FIX: Final = "Jobs boot a new VM until this host reboots or you run: x07 image 
 
 
 def warm_frame(kind: MachineKind) -> dict[str, object]:
-    """Return the body of a WARM frame.
-
-    commands: programs to run before saving, so that their files are in the guest's memory.
-    """
+    """Return the body of a WARM frame. Its commands are run before saving, so that their files are in memory."""
     assert kind.image is not None  # noqa: S101 - each virtual machine has one
     running = kind.runtime == "run"
     limits = run_limits(default_policy()).for_guest() if running else guest_limits(build_limits(), settings.BUILD_TASKS)
@@ -90,10 +87,7 @@ def warm_frame(kind: MachineKind) -> dict[str, object]:
 
 
 class TemplateManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The content of template.json.
-
-    digest: digest of all other fields. image: digest of the template's image.
-    """
+    """The content of template.json. digest: digest of all other fields. image: digest of the template's image."""
 
     schema_version: str
     digest: str = ""
@@ -117,10 +111,7 @@ class TemplateTimeoutError(BackendError):
 
 
 class Template(msgspec.Struct, frozen=True, kw_only=True):
-    """The place of a template, which may not exist yet.
-
-    title: the jobs that use the template, for messages.
-    """
+    """The place of a template, which may not exist yet. title: the jobs that use the template, for messages."""
 
     key: str
     folder: Path
@@ -257,10 +248,7 @@ def sparse_sha256(fd: int, size: int) -> str:
 def ensure_template(
     template: Template, kind: MachineKind, accelerator: Accelerator, progress: Callable[[str], None]
 ) -> None:
-    """Make the template unless it exists. Raises SandboxError.
-
-    A lock ensures that concurrent callers make it only once.
-    """
+    """Make the template unless it exists. A lock ensures that only one process makes it. Raises SandboxError."""
     folder = templates_dir()
     with contextlib.ExitStack() as stack:
         try:
@@ -282,7 +270,7 @@ def _make_alone(
     folder = template.folder.parent
     if template.folder.is_dir():
         return
-    remove_template(template.folder)  # in case it is no folder
+    remove_template(template.folder)  # in case it is not a folder
     for path in leftovers(folder):
         shutil.rmtree(path, ignore_errors=True)
     work = Path(tempfile.mkdtemp(prefix=".new-", dir=folder))
@@ -350,10 +338,7 @@ def _booted_and_saved(kind: MachineKind, accelerator: Accelerator, saving: Savin
 
 
 def renew(instance: Instance, kind: MachineKind) -> None:
-    """Make an instance ready for one user program. Raises BackendError.
-
-    Before this, the pool has run programs of x07 itself in the instance, to bring their files into its memory.
-    """
+    """Make an instance that has run programs of x07 itself ready for one user program. Raises BackendError."""
     words = warm_frame(kind) | {"commands": []}
     limit_s = settings.TEMPLATE_S + (settings.PRELOAD_S if words["preload"] else 0)
     talk = Handshake(instance, State.COLLECTING)
