@@ -41,10 +41,7 @@ Check = Callable[[Bench], None]
 
 
 class Behaviour(msgspec.Struct, frozen=True, kw_only=True):
-    """One behaviour: a promise, and its check, which raises BrokenError.
-
-    needs: a capability (plan/features); the check is skipped if the backend does not have it.
-    """
+    """A promise and its check, which raises BrokenError. needs: the capability (plan/features) that the check needs."""
 
     name: str
     group: Group

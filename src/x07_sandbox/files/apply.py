@@ -285,10 +285,7 @@ def _open_staging(site: Site) -> None:
 def _sites(
     paths: Iterable[str], on_wait: OnWait | None, recorded: dict[str, Place] | None = None
 ) -> Iterator[dict[str, Site]]:
-    """Open all folders and lock them in the order of their inodes. Raises ConflictError, HostError.
-
-    recorded: the places in the journal, by path.
-    """
+    """Open all folders, lock them in the order of their inodes, and yield them by path. recorded: from the journal."""
     with contextlib.ExitStack() as stack:
         by_path: dict[str, Site] = {}
         by_ident: dict[tuple[int, int], Site] = {}
@@ -328,10 +325,8 @@ def _check_unmoved(path: str, site: Site, recorded: dict[str, Place] | None) -> 
         fd = beneath.open_root(path)
     except OSError as exc:
         raise _moved(path, recorded) from exc
-    try:
+    with beneath.closing_fd(fd):
         info = os.fstat(fd)
-    finally:
-        os.close(fd)
     if (info.st_dev, info.st_ino) != site.place.ident:
         raise _moved(path, recorded)
 

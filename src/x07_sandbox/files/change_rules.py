@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
 
@@ -27,10 +27,7 @@ _SPLITS_MAX: Final = 8
 
 
 class AllowedActions(msgspec.Struct, frozen=True, kw_only=True):
-    """The actions that a policy allows on folders and names.
-
-    created: roots that exist only for the program; a root is created on the host once it holds something.
-    """
+    """The actions on names that a policy allows. created: roots that the host gets only once they hold something."""
 
     mkdir: bool
     remove: bool
@@ -64,8 +61,7 @@ def check_changes(  # noqa: PLR0913 - the tree, the reported entries, and what i
 ) -> CheckedChanges:
     """Check the entries that the guest reported for one root. Raises PeerError for an impossible report.
 
-    before: the entries that were copied in, by name.
-    skipped: the entries that were not copied in, by name.
+    before, skipped: the entries that were copied in and those that were not, by name.
     split: whether to leave out refused changes and those that depend on them, and then check the remaining ones again.
     """
     near, refused = _near(reported, bounds.depth)
@@ -99,25 +95,17 @@ def _sorted(refused: Iterable[Refused]) -> tuple[Refused, ...]:
     return tuple(sorted(refused, key=lambda refusal: refusal.name))
 
 
-class _Check:
-    def __init__(
-        self,
-        before: Mapping[str, Node],
-        skipped: Mapping[str, Skipped],
-        bounds: Bounds,
-        allowed: AllowedActions,
-        protection: Protection,
-    ) -> None:
-        self.before = before
-        self._skipped = skipped
-        self._bounds = bounds
-        self._allowed = allowed
-        self._protection = protection
+class _Check(NamedTuple):
+    before: Mapping[str, Node]
+    skipped: Mapping[str, Skipped]
+    bounds: Bounds
+    allowed: AllowedActions
+    protection: Protection
 
     def __call__(self, after: dict[str, Node]) -> tuple[list[Change], list[Refused]]:
-        before, skipped, bounds, protection = self.before, self._skipped, self._bounds, self._protection
-        if self._allowed.created:
-            before, after = _without_made(before, after, self._allowed.created)
+        before, skipped, bounds, allowed, protection = self
+        if allowed.created:
+            before, after = _without_made(before, after, allowed.created)
         changes = [
             Change(name=name, before=before.get(name), after=after.get(name))
             for name in sorted({*before, *after})
@@ -130,7 +118,7 @@ class _Check:
             refused += _by_name(change.name, bounds, protection)
             refused += _by_kind(change, bounds)
             refused += _by_path(change, links, skipped, bounds)
-            refused += _by_action(change, self._allowed, moved)
+            refused += _by_action(change, allowed, moved)
         protected = {refusal.name for refusal in refused if refusal.rule == "protected"}
         written = [change.name for change in changes if change.after is not None]
         # Removed parts of a repository count. Parts that were not copied in count too.

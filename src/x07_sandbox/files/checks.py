@@ -35,11 +35,9 @@ class Item(NamedTuple):
 
 
 class RootState(NamedTuple):
-    """The state of a root on the host.
+    """The state of a root on the host. conflicts: absolute paths whose state differs from what was copied.
 
-    conflicts: absolute paths whose state differs from what was copied.
-    all_applied: whether every change is already in effect.
-    applied: names of the changes that are in effect.
+    applied: names of the changes that are already in effect. all_applied: whether all changes are.
     """
 
     items: list[Item]
@@ -65,8 +63,7 @@ def check_set(changes: ChangeSet) -> None:
 def root_anchor(root: RootChanges) -> tuple[str, str]:
     """Return the folder to open for a root (its anchor), and the root's name in that folder.
 
-    The anchor is the parent folder if the root may be created or removed. Otherwise it is the root itself, with the
-    name "".
+    The anchor is the parent folder if the root may be created or removed, else the root itself, with the name "".
     """
     whole = next((change for change in root.changes if not change.name), None)
     stays = whole is None or (_kind(whole.before) == _kind(whole.after) == "folder")

@@ -23,10 +23,8 @@ _PATH_MAX: Final = 1024
 
 
 class Packed(msgspec.Struct, frozen=True, kw_only=True):
-    """An archive (newc, cpio(5)) and its content.
+    """An archive (newc, cpio(5)) without mtimes, so that equal files have equal digests, and its files by name.
 
-    archive: the archive without mtimes, so that equal files have equal digests.
-    files: contents by relative name.
     timed: the archive with mtimes, if requested.
     """
 

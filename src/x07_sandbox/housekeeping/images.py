@@ -52,10 +52,7 @@ def prune_images(pruner: Pruner) -> set[str]:
 
 
 def prune_saved(pruner: Pruner, gone: set[str]) -> None:
-    """Remove saved VMs of missing images and of the images *gone* (digests).
-
-    Raises SandboxError if the cache cannot be used.
-    """
+    """Remove saved VMs of missing images and of *gone* ones (digests). Raises SandboxError for an unusable cache."""
     if not os.path.lexists(cache_dir()):
         return
     images = {image.digest for image in list_images()} - gone

@@ -106,10 +106,7 @@ class ResultSummary(_Ending, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class InspectReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The output of `x07 inspect RUN`. live: whether the run is in progress.
-
-    paths: the paths of its files, by file name.
-    """
+    """The output of `x07 inspect RUN`. live: whether the run is in progress. paths: its folder and files, by name."""
 
     schema_version: Literal["x07.sandbox.inspect@0.1.0"] = "x07.sandbox.inspect@0.1.0"
     run: str
@@ -125,10 +122,7 @@ class _Request(msgspec.Struct, frozen=True):
 
 
 def list_jobs(*, everything: bool = False) -> PsReport:
-    """Return this user's live jobs.
-
-    With *everything*, also return finished jobs and records of other users or machines.
-    """
+    """Return this user's live jobs. everything: also finished jobs, and records of other users or machines."""
     now = here_and_now()
     lines = [_line(stored, now) for stored in all_stored()]
     jobs = [line for line in lines if everything or line.state in _LIVE]

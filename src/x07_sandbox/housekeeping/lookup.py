@@ -20,10 +20,7 @@ def run_folder(run: str) -> Path:
 
 
 def known_run(word: str) -> str:
-    """Return the name of the run with this name or prefix. A job's name selects its run.
-
-    Raises UsageError if no run or more than one matches.
-    """
+    """Return the run with this id or prefix, or the run of this job. Raises UsageError unless exactly one matches."""
     job = JOB_NAME.fullmatch(word)
     wanted = job[1] if job else word
     names = set()

@@ -92,10 +92,7 @@ class Pruner:
         self._kept.append(Kept(kind=kind, path=str(path), why=why))
 
     def old(self, info: os.stat_result, limit_s: float = settings.RETENTION_S) -> bool:
-        """Whether a file was last changed more than limit_s ago.
-
-        The wall clock is used, since no other clock spans boots.
-        """
+        """Whether a file was last changed over limit_s ago, by the wall clock, since no other clock spans boots."""
         return self.now_ms - info.st_mtime_ns // 1_000_000 > limit_s * 1000
 
     def report(self) -> PruneReport:

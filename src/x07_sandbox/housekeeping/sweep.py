@@ -55,10 +55,9 @@ _SURELY_MS: Final = 3_600_000  # far longer than a runner takes to write owner.j
 
 
 class Swept(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """An object that was removed or kept, and why.
+    """An object that was removed or kept, and why. failed: whether an attempt to remove it failed.
 
-    id: the name of a job or run, an engine's id of a container, or a path. failed: whether an attempt to remove it
-    failed.
+    id: the name of a job or run, an engine's id of a container, or a path.
     """
 
     kind: Kind
@@ -106,8 +105,7 @@ class Sweeper:
 def sweep(*, dry_run: bool, progress: Callable[[str], None], budget_s: float | None = None) -> SweepReport:
     """Remove what dead x07 processes left. Raises SandboxError if a folder of this tool cannot be used.
 
-    budget_s: if set, sweep only jobs, newest first, and start with no further job after that time. None sweeps
-    everything.
+    budget_s: sweep only jobs, newest first, and start with no further one after that time; None sweeps everything.
     """
     sweeper = Sweeper(progress, dry_run=dry_run, budget_s=budget_s)
     if os.path.lexists(state_dir()):
@@ -200,10 +198,7 @@ def _holds_nothing(folder: Path) -> bool:
 
 
 def _remove_unstarted(folder: Path) -> bool:
-    """Remove the folder of an unstarted job and return whether it is gone.
-
-    If an x07 process is about to start the job after all, that start fails.
-    """
+    """Remove an unstarted job's folder; return whether it is gone. If the job is started after all, its start fails."""
     doomed = doomed_name(folder)
     try:
         folder.rename(doomed)
@@ -245,10 +240,7 @@ def _runner_lives(labels: Mapping[str, str]) -> bool:
 
 
 def _sweep_orphans(sweeper: Sweeper, live: Collection[str]) -> None:
-    """Remove containers with this tool's labels that can be removed, from every backend with an engine.
-
-    live: the names of recorded jobs that are live.
-    """
+    """Remove containers with this tool's labels from every backend with an engine. live: names of the live jobs."""
     instance = runner_instance(state_dir())
     for name in built():
         backend: object = sweeper.backend(name)

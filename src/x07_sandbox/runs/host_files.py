@@ -260,7 +260,8 @@ def base_folder(request: RunRequest, program: Program) -> Path:
 
 def effective_roots(request: RunRequest, program: Program, policy: Policy) -> tuple[Root, ...]:
     """Return the host folders that a run opens to its program. Raises RefusedError, UsageError."""
-    roots = roots_of(policy, base_folder(request, program), _start(request, program))
+    start = PROJECT_FOLDER if program.project else PROGRAM if request.workdir is None else WORK
+    roots = roots_of(policy, base_folder(request, program), start)
     if request.workdir is not None:
         roots = (*roots, workdir_root(request, program, policy, request.workdir))
     if request.out is None:
@@ -276,20 +277,11 @@ def effective_roots(request: RunRequest, program: Program, policy: Policy) -> tu
 
 
 def _own_places() -> list[str]:
-    """Return the folders that hold x07's own records and cache, including saved changes and journals.
-
-    Programs must not change these folders, because x07 trusts their content later.
-    """
+    """Return x07's own folders, which no program may change, because x07 trusts the records and caches in them."""
     root = state_dir()
     home = state_home(root)
     places = (root, runs_dir(root), home / "runner_instance", home / "runner_instance.owner", cache_dir())
     return [str(real_path(path)) for path in places]
-
-
-def _start(request: RunRequest, program: Program) -> str:
-    if program.project:
-        return PROJECT_FOLDER
-    return PROGRAM if request.workdir is None else WORK
 
 
 def _way_to(path: str) -> set[str]:
@@ -357,10 +349,7 @@ def _why_saved(changes: ChangeSet) -> str:
 
 
 def too_many(policy: Policy, action: str, subject: str) -> Denial:
-    """Return the denial for more entries than fs.max_entries.
-
-    action: "copy" when copying in, "change" when copying back.
-    """
+    """Return the denial for more entries than fs.max_entries. action: "copy" into the VM, "change" for changes."""
     value = min(2 * bounds_of(policy).entries, NUMBER_MAX)
     by = "copying in" if action == "copy" else "the check of changes"
     return denial("fs.max_entries", action, subject, by, 1, (value, None))

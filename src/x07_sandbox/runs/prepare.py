@@ -49,12 +49,7 @@ Step = Generator[Result, None, _T]
 
 
 class Prepared(msgspec.Struct, frozen=True):
-    """A checked request. Only its plan may still be refused.
-
-    image: None if the backend uses no image.
-    image_name: the image's name, for messages.
-    egress: None for a run without network access.
-    """
+    """A checked request. Only its plan may still be refused. image, egress: None if the run does not use one."""
 
     request: RunRequest
     program: Program

@@ -1,4 +1,4 @@
-"""Denials and result entries for refused changes. A refused folder and all that is below it make one of each."""
+"""Denials and result entries for refused changes. A refused folder and all that is below it share one of each."""
 
 from __future__ import annotations
 
@@ -23,11 +23,9 @@ _CHECK: Final = "the check of changes"
 
 
 def denial(field: str, action: str, subject: str, by: str, count: int, how: tuple[object, str | None]) -> Denial:
-    """Return a denial.
+    """Return a denial. by: what enforces the field.
 
-    by: what enforces the denied field.
-    how: the value of the policy field that would allow the action, and the flag that would; None for what does not
-    exist.
+    how: the value of the policy field and the flag that would allow the action; each is None if there is none.
     """
     json_path = f"$.{field}" if "." in field else None  # others are not fields of a policy
     value, flag = how
@@ -48,10 +46,7 @@ def flag_for(flag: str, name: str) -> str:
 
 
 def denials_and_entries(changes: ChangeSet, *, built_in: bool) -> tuple[list[Denial], tuple[LeftOutEntry, ...]]:
-    """Return two lists in the same order: a denial and a result entry for each uppermost refused name.
-
-    built_in: whether the policy is a built-in one, which flags may change.
-    """
+    """Return a denial and a result entry for each uppermost refused name. built_in: whether the policy is built in."""
     denials: list[Denial] = []
     entries: list[LeftOutEntry] = []
     for root in changes.roots:
