@@ -1,4 +1,4 @@
-"""The behaviours of every backend, with the programs and observations that prove them.
+"""The behaviours that every backend must have, with the programs and observations that prove them.
 
 An observation runs a program as a user would and returns facts by name. It runs once for all behaviours that use it.
 """

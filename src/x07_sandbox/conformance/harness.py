@@ -183,7 +183,7 @@ def read_line(fd: int) -> str:
 
 
 def remaining(*marks: str) -> list[int]:
-    """Wait until no process has one of these texts in its arguments; after a timeout, return those that still have."""
+    """Wait until no process has one of these texts in its arguments. After a timeout, return the processes that do."""
     deadline = time.monotonic() + ANSWER_S
     while True:
         pids = [int(entry.name) for entry in os.scandir("/proc") if entry.name.isdigit()]

@@ -10,7 +10,7 @@ import msgspec
 
 from x07_sandbox.channel.trees import can_hold_names
 from x07_sandbox.errors import PeerError
-from x07_sandbox.files.changes import STAGING, Change, Node, Refused, parent_folders, printable
+from x07_sandbox.files.changes import STAGING, Change, Node, Refused, parent_folders, printable, same_node
 from x07_sandbox.files.copy import DEPTH_MAX, FIELDS, NUMBER_MAX, link_stays_inside, value_for, why_left_out
 from x07_sandbox.files.dependencies import renames, with_dependents
 from x07_sandbox.files.link_targets import OUT, Links
@@ -109,7 +109,7 @@ class _Check(NamedTuple):
         changes = [
             Change(name=name, before=before.get(name), after=after.get(name))
             for name in sorted({*before, *after})
-            if not _same(before.get(name), after.get(name)) and (name or not _is_folder(after.get(name)))
+            if not same_node(before.get(name), after.get(name)) and (name or not _is_folder(after.get(name)))
         ]
         moved = _moved(changes)
         links = Links(after, skipped)
@@ -134,10 +134,6 @@ def _protected(name: str, why: str) -> Refused:
 
 def _is_folder(node: Node | None) -> bool:
     return node is not None and node.kind == "folder"
-
-
-def _same(one: Node | None, other: Node | None) -> bool:
-    return one is other or (one is not None and one.same(other))
 
 
 def _near(reported: Iterable[ReportedEntry], most: int) -> tuple[list[ReportedEntry], list[Refused]]:
@@ -188,7 +184,7 @@ def _without_made(
     before: Mapping[str, Node], after: dict[str, Node], created: frozenset[str]
 ) -> tuple[Mapping[str, Node], dict[str, Node]]:
     """Return both trees without the unused folders that were created for the program. *after* keeps the used ones."""
-    unused = {name for name in created - parent_folders(after) if _same(before[name], after.get(name))}
+    unused = {name for name in created - parent_folders(after) if same_node(before[name], after.get(name))}
     return (
         {name: node for name, node in before.items() if name not in created},
         {name: node for name, node in after.items() if name not in unused},

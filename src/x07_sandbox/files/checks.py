@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import msgspec
 
 from x07_sandbox.errors import HostError
-from x07_sandbox.files.changes import STAGING, Change, Node
+from x07_sandbox.files.changes import STAGING, Change, Node, same_node
 from x07_sandbox.files.inode import open_inode
 
 if TYPE_CHECKING:
@@ -188,9 +188,7 @@ def _check_node(node: Node, where: str) -> None:
 
 def _is_applied(found: OpenInode | None, change: Change, undo: Change | None) -> bool:
     """Return whether *undo*, if it is not None, would revert the change on the entry that was found."""
-    if undo is None or not (undo.after is change.before or (undo.after and undo.after.same(change.before))):
-        return False
-    return _fits(found, undo.before)
+    return undo is not None and same_node(undo.after, change.before) and _fits(found, undo.before)
 
 
 def _same_content(change: Change) -> bool:

@@ -11,13 +11,13 @@ from msgspec.structs import replace
 
 from x07_sandbox.files.copy import DEPTH_MAX
 
-_EMPTY: Final = "empty"
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from collections.abc import Set as AbstractSet
 
     from x07_sandbox.files.changes import Change, ChangeSet, Node, Refused, RootChanges
+
+_EMPTY: Final = "empty"
 
 
 def with_dependents(changes: Sequence[Change], refused: Iterable[str]) -> set[str]:

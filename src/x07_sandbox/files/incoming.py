@@ -25,10 +25,7 @@ _PERMISSIONS: Final = 0o7777
 
 
 class ReportedEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """One entry reported for the root of number *root*. node: None if the entry was removed.
-
-    other: the mode (inode(7)) of an entry that a tree cannot hold; else None.
-    """
+    """One entry of root number *root*. node: None if removed. other: mode of an entry that a tree cannot hold."""
 
     root: int
     name: str

@@ -1,4 +1,4 @@
-"""Resolution of links within a tree. An entry that was not copied in may be a link to anywhere."""
+"""Resolution of links within a tree. An entry that was not copied in may itself be a link to anywhere."""
 
 from __future__ import annotations
 

@@ -23,10 +23,7 @@ _PATH_MAX: Final = 1024
 
 
 class Packed(msgspec.Struct, frozen=True, kw_only=True):
-    """An archive (newc, cpio(5)) without mtimes, so that equal files have equal digests, and its files by name.
-
-    timed: the archive with mtimes, if requested.
-    """
+    """A newc archive (cpio(5)) and its files. archive: without mtimes, so its digest is stable. timed: with mtimes."""
 
     archive: bytes
     files: dict[str, bytes]

@@ -31,7 +31,7 @@ _MODES: Final = {"file": 0o100000, "link": 0o120000}
 
 
 def patch(changes: ChangeSet, before: Content, after: Content) -> Iterator[bytes]:
-    """Yield the patch in pieces, deletions first and left-out changes last. before, after: the old and new contents."""
+    """Yield the patch root by root, deletions first, left-out changes last. before, after: the old and new contents."""
     work = Work(PAIRS_MAX)
     for root in changes.roots:
         if not (root.changes or root.left_out or root.refused):

@@ -60,7 +60,7 @@ class Walk:
         self._steps = 0
 
     def files(self) -> Iterator[str]:
-        """Yield each matching file once, unordered. Raises UsageError at a limit, and if a pattern matches nothing."""
+        """Yield each matching file once, unordered. Raises UsageError at a limit or if a pattern matches nothing."""
         waiting: list[tuple[str, set[_State], tuple[tuple[int, int], ...]]] = []
         waiting.append(("", {state for states in self._states for state in states[0]}, ()))
         while waiting:

@@ -33,7 +33,7 @@ class Root(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class Mount(msgspec.Struct, frozen=True, kw_only=True):
-    """The tree, or the part *sub* of it, that the guest sees at *at*. missing: not on the host yet. single: a file."""
+    """A tree, or its part *sub*, mounted at *at* in the guest. missing: not on the host yet. single: a file."""
 
     sub: str
     at: str

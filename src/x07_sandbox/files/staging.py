@@ -11,6 +11,7 @@ import msgspec
 
 from x07_sandbox.errors import HostError
 from x07_sandbox.files import contents
+from x07_sandbox.files.changes import same_node
 from x07_sandbox.files.checks import only_mode
 from x07_sandbox.files.inode import open_inode
 from x07_sandbox.files.journal import Step, StepKind
@@ -173,7 +174,7 @@ def undo_changes(items: Iterable[Item], steps: Iterable[Step]) -> Iterator[Chang
     at = {step.name: step.undo_at for step in steps if step.undo_at >= 0}
     for item in items:
         before, after = item.change.before, item.change.after
-        if before is not None and before.same(after):
+        if same_node(before, after):
             continue
         yield msgspec.structs.replace(
             item.change,

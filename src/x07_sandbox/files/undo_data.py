@@ -1,4 +1,4 @@
-"""The undo set of the last application. It saves replaced and removed content, which then leaves the staging folder."""
+"""The undo set of the last application: replaced and removed content, moved there from the staging folders."""
 
 from __future__ import annotations
 

@@ -14,7 +14,8 @@ from x07_sandbox.host.decoding import prepared
 from x07_sandbox.host.locks import is_locked
 from x07_sandbox.host.paths import read_bounded, state_dir
 from x07_sandbox.host.processes import Identity
-from x07_sandbox.housekeeping.lookup import listed, run_folder
+from x07_sandbox.housekeeping.lookup import run_folder
+from x07_sandbox.housekeeping.pruner import entries
 from x07_sandbox.jobs.active import JOB_NAME
 from x07_sandbox.jobs.reader import JobDocument, StoredJob, all_stored
 from x07_sandbox.jobs.stop_rules import here_and_now, judge, overdue_ms, state_of
@@ -171,7 +172,7 @@ def _labels(stored: StoredJob) -> dict[str, str]:
 
 
 def _newest_runs() -> list[str]:
-    names = [name for name in listed(runs_dir(state_dir())) if RUN_NAME.fullmatch(name)]
+    names = [path.name for path in entries(runs_dir(state_dir())) if RUN_NAME.fullmatch(path.name)]
     return sorted(names, reverse=True)[:_WAITING_MAX]
 
 

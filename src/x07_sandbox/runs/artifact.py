@@ -47,9 +47,8 @@ def obtain_artifact(prepared: Prepared, draft: Result, folder: RunFolder, artifa
             return None, replace(draft, artifact_from="cache", build=build)
         ending, draft = yield from _build(prepared, draft, folder, artifact)
         if ending is None:
-            artifacts.store_artifact(
-                key, artifact.fd, artifact.size, artifact.sha256(), msgspec.json.encode(draft.build)
-            )
+            notes = msgspec.json.encode(draft.build)
+            artifacts.store_artifact(key, artifact.fd, artifact.size, artifact.sha256(), notes)
         return ending, draft
 
 

@@ -1,4 +1,4 @@
-"""The folder of a run. It holds everything that is stored about the run except the records of its jobs."""
+"""The folder of a run, which holds everything that is stored about the run except the records of its jobs."""
 
 from __future__ import annotations
 

@@ -149,10 +149,7 @@ class HostFiles:
         return found
 
     def settle(self, *, ended_well: bool) -> tuple[Changes, list[Denial], str]:
-        """Apply or save the changes; return their state, denials and a warning.
-
-        Raises PeerError for an invalid report of the guest, and BackendError if the changes cannot be saved.
-        """
+        """Apply or save the changes; return their state, denials and a warning. Raises PeerError, BackendError."""
         incoming = self.incoming
         if incoming is None:
             return Changes(state="discarded" if self._roots else "none"), [], ""
@@ -202,15 +199,13 @@ class HostFiles:
             allowed = msgspec.structs.replace(allowed, created=frozenset(created))
             reported = [one for one in incoming.reported if one.root == number]
             skipped = _below(self.copied[tree].skipped, mount.sub)
-            around, let_go = repository_around(mount.host), self._request.allow_protected
-            work_tree_tops = work_trees([*before, *skipped])
             protection = Protection(
                 mount.host,
                 self._own(mount),
-                let_go,
-                repository=around,
+                self._request.allow_protected,
+                repository=repository_around(mount.host),
                 reserved=reserved,
-                work_tree_tops=work_tree_tops,
+                work_tree_tops=work_trees([*before, *skipped]),
             )
             checked = check_changes(before, skipped, reported, self._bounds, allowed, protection, split=not whole)
             whole = whole or checked.is_whole
@@ -349,7 +344,7 @@ def _why_saved(changes: ChangeSet) -> str:
 
 
 def too_many(policy: Policy, action: str, subject: str) -> Denial:
-    """Return the denial for more entries than fs.max_entries. action: "copy" into the VM, "change" for changes."""
+    """Return the denial for more entries than fs.max_entries. action: "copy" for copying in, "change" otherwise."""
     value = min(2 * bounds_of(policy).entries, NUMBER_MAX)
     by = "copying in" if action == "copy" else "the check of changes"
     return denial("fs.max_entries", action, subject, by, 1, (value, None))

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class JobEnd(NamedTuple):
-    """The end of a job. output_sha256: of its standard output. stderr_fd: its error output, owned by the folder."""
+    """The end of a job. output_sha256: of its standard output. stderr_fd: its error output, which RunFolder closes."""
 
     ending: Verdict
     facts: PhaseFacts

@@ -23,10 +23,7 @@ _CHECK: Final = "the check of changes"
 
 
 def denial(field: str, action: str, subject: str, by: str, count: int, how: tuple[object, str | None]) -> Denial:
-    """Return a denial. by: what enforces the field.
-
-    how: the value of the policy field and the flag that would allow the action; each is None if there is none.
-    """
+    """Return a denial. by: what enforces the field. how: the value and the flag that allow the action, each or None."""
     json_path = f"$.{field}" if "." in field else None  # others are not fields of a policy
     value, flag = how
     allow = None if how == (None, None) else HowToAllow(json_path=json_path, value=value, flag=flag)
@@ -98,11 +95,9 @@ def _uppermost(root: RootChanges) -> dict[str, list[Refused]]:
 
 
 def _why(root: RootChanges, top: str, refusal: Refused) -> str:
-    return (
-        refusal.why
-        if refusal.name == top
-        else f"{display_name(root.root, refusal.name, several_roots=False)}: {refusal.why}"
-    )
+    if refusal.name == top:
+        return refusal.why
+    return f"{display_name(root.root, refusal.name, several_roots=False)}: {refusal.why}"
 
 
 def _how(

@@ -1,4 +1,4 @@
-"""The request for a run, and functions that read its files. Each file is read once, so its digest is always right."""
+"""The request for a run, and functions that read its files. A file is read only once, so that its digest is right."""
 
 from __future__ import annotations
 
@@ -248,19 +248,17 @@ def effective_policy_of(request: RunRequest) -> EffectivePolicy:
         check_grants(policy, request.overrides, built_in=is_built_in(request.policy))
         derived = derive_policy(policy, data, base, request.overrides, read_spec_file=read_spec_file, gate=True)
         policy, data, denied = derived.policy, derived.data, derived.denied
-    may_raise = is_built_in(request.policy)
-    if request.limits is None:
-        return EffectivePolicy(policy, data, base, denied, may_raise=may_raise)
-    from x07_sandbox.policy.limits import change_limits
+    own, may_raise = None, is_built_in(request.policy)
+    if request.limits is not None:
+        from x07_sandbox.policy.limits import change_limits
 
-    if request.limits.may_raise is not None:
-        may_raise = request.limits.may_raise
-    own = policy.limits
-    changed = change_limits(policy, request.limits, may_raise=may_raise, source=base)
-    if changed == policy:
-        return EffectivePolicy(policy, data, base, denied, may_raise=may_raise)
-    data = render_policy(changed)
-    return EffectivePolicy(decode_policy(data, source="with changed limits"), data, base, denied, own, may_raise)
+        if request.limits.may_raise is not None:
+            may_raise = request.limits.may_raise
+        changed = change_limits(policy, request.limits, may_raise=may_raise, source=base)
+        if changed != policy:
+            own, data = policy.limits, render_policy(changed)
+            policy = decode_policy(data, source="with changed limits")
+    return EffectivePolicy(policy, data, base, denied, own, may_raise)
 
 
 def name_of_policy(given: str | Path | Policy | ProjectPolicy | None) -> str:
@@ -303,8 +301,7 @@ def open_input(request: RunRequest, stack: contextlib.ExitStack, *, wait: bool =
     except OSError as exc:
         raise UsageError(what, exc.strerror or str(exc), fix) from exc
     stack.callback(os.close, fd)
-    mode = os.fstat(fd).st_mode
-    if stat.S_ISDIR(mode):
+    if stat.S_ISDIR(os.fstat(fd).st_mode):
         raise UsageError(what, "it is a folder", fix)
     return fd
 

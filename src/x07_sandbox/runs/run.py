@@ -1,7 +1,4 @@
-"""One run from request to result: prepare, build, run, settle.
-
-Each step replaces the draft of the result. However the run ends, the last draft becomes the result.
-"""
+"""One run from request to result. Each step replaces the draft, and the last draft becomes the result."""
 
 from __future__ import annotations
 
