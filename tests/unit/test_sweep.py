@@ -326,11 +326,12 @@ def test_unrecorded_instances_are_found(state: Path) -> None:
     elsewhere = ours | expired | {"io.x07.job_id": "x", "io.x07.run_id": f"1-{os.getpid()}-3-run"}
     Engine.held = {"orphan": ours | expired, "young": ours, "other": LABELS, "live": live.labels() | expired}
     Engine.held |= {"elsewhere": elsewhere}  # its runner lives, and its record lies in another folder
+    Engine.held |= {"odd": ours | expired | {"io.x07.job_id": "y", "io.x07.run_id": "1-\N{SUPERSCRIPT TWO}-3"}}
     with registered(BackendRow("an-engine", "vm", ("container",)), Engine):
         dry = swept(dry_run=True)
-        assert len(Engine.held) == 5
+        assert len(Engine.held) == 6
         report = swept()
-    assert names(report, "instance") == names(dry, "instance") == ["an-engine:orphan"]
+    assert names(report, "instance") == names(dry, "instance") == ["an-engine:orphan", "an-engine:odd"]
     assert set(Engine.held) == {"young", "other", "live", "elsewhere"}
     assert {kept.id for kept in report.kept} == {f"an-engine:{name}" for name in Engine.held}
     assert state.is_dir()

@@ -1,4 +1,4 @@
-"""The behaviours of every backend, with the programs and observations that prove them.
+"""The behaviours that every backend must have, with the programs and observations that prove them.
 
 An observation runs a program as a user would and returns facts by name. It runs once for all behaviours that use it.
 """
@@ -41,10 +41,7 @@ Check = Callable[[Bench], None]
 
 
 class Behaviour(msgspec.Struct, frozen=True, kw_only=True):
-    """One behaviour: a promise, and its check, which raises BrokenError.
-
-    needs: a capability (plan/features); the check is skipped if the backend does not have it.
-    """
+    """A promise and its check, which raises BrokenError. needs: the capability (plan/features) that the check needs."""
 
     name: str
     group: Group

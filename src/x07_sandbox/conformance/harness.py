@@ -78,13 +78,7 @@ def request(backend: str, *args: str, **fields: Any) -> RunRequest:  # noqa: ANN
 
 
 class Running(NamedTuple):
-    """A running program.
-
-    stdin: its input.
-    line: waits for a line of output.
-    cancel: ends the program.
-    result: waits until the program ends.
-    """
+    """A running program. line: waits for a line of output. cancel: ends the program. result: waits for its end."""
 
     stdin: Any
     line: Callable[[], str]
@@ -93,12 +87,9 @@ class Running(NamedTuple):
 
 
 class Bench:
-    """A backend under test, made by `open_bench`.
+    """A backend under test, made by `open_bench`. artifact, build: the built LAUNCHER and the result of building it.
 
-    artifact: the built LAUNCHER.
-    build: the result of building it.
-    image: None if the backend uses no image.
-    runner: the command that carries out a run in another process.
+    image: None if the backend uses no image. runner: the command that carries out a run in another process.
     """
 
     def __init__(
@@ -167,10 +158,7 @@ class Bench:
                 runner.kill()
 
     def expect_refused(self, reason: str, env: Mapping[str, str]) -> None:
-        """Raise BrokenError unless a run with these environment variables is refused before anything starts.
-
-        reason: a text that the reason must contain.
-        """
+        """Raise BrokenError unless a run with these variables is refused, with *reason*, before anything starts."""
         with self.in_process("print('it ran')", env=env) as (runner, line):
             outcome, _, said = line().partition(":")
             expect(f"outcome ({said}), and whether the reason is right", ("refused", True), (outcome, reason in said))
@@ -195,10 +183,7 @@ def read_line(fd: int) -> str:
 
 
 def remaining(*marks: str) -> list[int]:
-    """Wait until no process of this host has one of these texts in its arguments.
-
-    After a timeout, return the processes that still have one.
-    """
+    """Wait until no process has one of these texts in its arguments. After a timeout, return the processes that do."""
     deadline = time.monotonic() + ANSWER_S
     while True:
         pids = [int(entry.name) for entry in os.scandir("/proc") if entry.name.isdigit()]

@@ -1,9 +1,9 @@
 """Atomic application of a change set: a kill at any point leaves the old tree or the new one.
 
-After all checks, the new content is staged beside the old content, and a journal records the steps. Then names change
-one by one; each replaced or removed inode is compared again and saved for undo. Renaming the journal commits. A set has
-a private folder. It holds the journal (files/journal) while there is something to roll back or finish. It also holds
-`undo/changes.json` and `undo/data`, the undo set of the last application.
+After all checks, new content is written to staging folders beside the old content, and a journal records the steps.
+Then names change one by one. Each replaced or removed inode is compared again and saved for undo. Renaming the journal
+commits. Each set has a private folder, which holds the journal (files/journal) while there is something to roll back or
+finish. It also holds `undo/changes.json` and `undo/data`, the undo set of the last application.
 """
 
 from __future__ import annotations
@@ -285,10 +285,7 @@ def _open_staging(site: Site) -> None:
 def _sites(
     paths: Iterable[str], on_wait: OnWait | None, recorded: dict[str, Place] | None = None
 ) -> Iterator[dict[str, Site]]:
-    """Open all folders and lock them in the order of their inodes. Raises ConflictError, HostError.
-
-    recorded: the places in the journal, by path.
-    """
+    """Open and lock all folders, in the order of their inodes, and yield them by path. recorded: from the journal."""
     with contextlib.ExitStack() as stack:
         by_path: dict[str, Site] = {}
         by_ident: dict[tuple[int, int], Site] = {}
@@ -328,10 +325,8 @@ def _check_unmoved(path: str, site: Site, recorded: dict[str, Place] | None) -> 
         fd = beneath.open_root(path)
     except OSError as exc:
         raise _moved(path, recorded) from exc
-    try:
+    with beneath.closing_fd(fd):
         info = os.fstat(fd)
-    finally:
-        os.close(fd)
     if (info.st_dev, info.st_ino) != site.place.ident:
         raise _moved(path, recorded)
 
@@ -360,6 +355,5 @@ def _os_errors(folder: Path) -> Iterator[None]:
     except OSError as exc:
         place = exc.filename if isinstance(exc.filename, str) else os.fspath(exc.filename or folder)
         why = f"{place!a}: {exc.strerror or exc}"
-        raise HostError(
-            "cannot apply the changes", why, _FIXES.get(exc.errno or 0, "Correct the problem, then try again")
-        ) from exc
+        fix = _FIXES.get(exc.errno or 0, "Correct the problem, then try again")
+        raise HostError("cannot apply the changes", why, fix) from exc

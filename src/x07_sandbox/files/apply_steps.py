@@ -18,10 +18,8 @@ _CONFLICTS: Final = {*MISSING, errno.EEXIST, errno.ENOTEMPTY}
 
 
 class Site(msgspec.Struct, kw_only=True):
-    """A place (journal.Place) that is open and locked.
+    """A place (journal.Place) that is open and locked. staging_fd: -1 if there is no staging folder.
 
-    fd: descriptor of the place's folder.
-    staging_fd: descriptor of its staging folder; -1 if there is none.
     keeps_modes: whether the file system stores modes. FAT, NTFS and many network file systems do not.
     """
 
@@ -47,10 +45,7 @@ def check_step(site: Site, step: Step) -> None:
 
 
 def apply_step(site: Site, step: Step) -> None:
-    """Apply a step, then check that it replaced or removed the expected inode. Raises ConflictError, OSError.
-
-    The step may be done even if this raises.
-    """
+    """Apply a step, then check which inode it displaced. Raises ConflictError, OSError, even if the step is done."""
     if step.kind == "mode":
         if site.keeps_modes:
             _apply_mode(site, step)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import stat
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
 
 from x07_sandbox.channel.trees import can_hold_names
 from x07_sandbox.errors import PeerError
-from x07_sandbox.files.changes import STAGING, Change, Node, Refused, parent_folders, printable
+from x07_sandbox.files.changes import STAGING, Change, Node, Refused, parent_folders, printable, same_node
 from x07_sandbox.files.copy import DEPTH_MAX, FIELDS, NUMBER_MAX, link_stays_inside, value_for, why_left_out
 from x07_sandbox.files.dependencies import renames, with_dependents
 from x07_sandbox.files.link_targets import OUT, Links
@@ -27,10 +27,7 @@ _SPLITS_MAX: Final = 8
 
 
 class AllowedActions(msgspec.Struct, frozen=True, kw_only=True):
-    """The actions that a policy allows on folders and names.
-
-    created: roots that exist only for the program; a root is created on the host once it holds something.
-    """
+    """The actions on names that a policy allows. created: roots that the host gets only once they hold something."""
 
     mkdir: bool
     remove: bool
@@ -64,8 +61,7 @@ def check_changes(  # noqa: PLR0913 - the tree, the reported entries, and what i
 ) -> CheckedChanges:
     """Check the entries that the guest reported for one root. Raises PeerError for an impossible report.
 
-    before: the entries that were copied in, by name.
-    skipped: the entries that were not copied in, by name.
+    before, skipped: the entries that were copied in and those that were not, by name.
     split: whether to leave out refused changes and those that depend on them, and then check the remaining ones again.
     """
     near, refused = _near(reported, bounds.depth)
@@ -99,29 +95,21 @@ def _sorted(refused: Iterable[Refused]) -> tuple[Refused, ...]:
     return tuple(sorted(refused, key=lambda refusal: refusal.name))
 
 
-class _Check:
-    def __init__(
-        self,
-        before: Mapping[str, Node],
-        skipped: Mapping[str, Skipped],
-        bounds: Bounds,
-        allowed: AllowedActions,
-        protection: Protection,
-    ) -> None:
-        self.before = before
-        self._skipped = skipped
-        self._bounds = bounds
-        self._allowed = allowed
-        self._protection = protection
+class _Check(NamedTuple):
+    before: Mapping[str, Node]
+    skipped: Mapping[str, Skipped]
+    bounds: Bounds
+    allowed: AllowedActions
+    protection: Protection
 
     def __call__(self, after: dict[str, Node]) -> tuple[list[Change], list[Refused]]:
-        before, skipped, bounds, protection = self.before, self._skipped, self._bounds, self._protection
-        if self._allowed.created:
-            before, after = _without_made(before, after, self._allowed.created)
+        before, skipped, bounds, allowed, protection = self
+        if allowed.created:
+            before, after = _without_made(before, after, allowed.created)
         changes = [
             Change(name=name, before=before.get(name), after=after.get(name))
             for name in sorted({*before, *after})
-            if not _same(before.get(name), after.get(name)) and (name or not _is_folder(after.get(name)))
+            if not same_node(before.get(name), after.get(name)) and (name or not _is_folder(after.get(name)))
         ]
         moved = _moved(changes)
         links = Links(after, skipped)
@@ -130,7 +118,7 @@ class _Check:
             refused += _by_name(change.name, bounds, protection)
             refused += _by_kind(change, bounds)
             refused += _by_path(change, links, skipped, bounds)
-            refused += _by_action(change, self._allowed, moved)
+            refused += _by_action(change, allowed, moved)
         protected = {refusal.name for refusal in refused if refusal.rule == "protected"}
         written = [change.name for change in changes if change.after is not None]
         # Removed parts of a repository count. Parts that were not copied in count too.
@@ -146,10 +134,6 @@ def _protected(name: str, why: str) -> Refused:
 
 def _is_folder(node: Node | None) -> bool:
     return node is not None and node.kind == "folder"
-
-
-def _same(one: Node | None, other: Node | None) -> bool:
-    return one is other or (one is not None and one.same(other))
 
 
 def _near(reported: Iterable[ReportedEntry], most: int) -> tuple[list[ReportedEntry], list[Refused]]:
@@ -200,7 +184,7 @@ def _without_made(
     before: Mapping[str, Node], after: dict[str, Node], created: frozenset[str]
 ) -> tuple[Mapping[str, Node], dict[str, Node]]:
     """Return both trees without the unused folders that were created for the program. *after* keeps the used ones."""
-    unused = {name for name in created - parent_folders(after) if _same(before[name], after.get(name))}
+    unused = {name for name in created - parent_folders(after) if same_node(before[name], after.get(name))}
     return (
         {name: node for name, node in before.items() if name not in created},
         {name: node for name, node in after.items() if name not in unused},

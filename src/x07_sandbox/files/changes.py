@@ -37,9 +37,12 @@ class Node(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid
     at: int | None = None
     target: str = ""
 
-    def same(self, other: Node | None) -> bool:
-        """Return whether both nodes are equal, regardless of where their contents are stored."""
-        return other is not None and msgspec.structs.replace(self, at=None) == msgspec.structs.replace(other, at=None)
+
+def same_node(one: Node | None, other: Node | None) -> bool:
+    """Return whether two nodes are equal, regardless of where their contents are stored."""
+    if one is other or one is None or other is None:
+        return one is other
+    return msgspec.structs.replace(one, at=None) == msgspec.structs.replace(other, at=None)
 
 
 class Change(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

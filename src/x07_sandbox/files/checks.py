@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import msgspec
 
 from x07_sandbox.errors import HostError
-from x07_sandbox.files.changes import STAGING, Change, Node
+from x07_sandbox.files.changes import STAGING, Change, Node, same_node
 from x07_sandbox.files.inode import open_inode
 
 if TYPE_CHECKING:
@@ -35,11 +35,9 @@ class Item(NamedTuple):
 
 
 class RootState(NamedTuple):
-    """The state of a root on the host.
+    """The state of a root on the host. conflicts: absolute paths whose state differs from what was copied.
 
-    conflicts: absolute paths whose state differs from what was copied.
-    all_applied: whether every change is already in effect.
-    applied: names of the changes that are in effect.
+    applied: names of the changes that are already in effect. all_applied: whether all changes are.
     """
 
     items: list[Item]
@@ -65,8 +63,7 @@ def check_set(changes: ChangeSet) -> None:
 def root_anchor(root: RootChanges) -> tuple[str, str]:
     """Return the folder to open for a root (its anchor), and the root's name in that folder.
 
-    The anchor is the parent folder if the root may be created or removed. Otherwise it is the root itself, with the
-    name "".
+    The anchor is the parent folder if the root may be created or removed, else the root itself, with the name "".
     """
     whole = next((change for change in root.changes if not change.name), None)
     stays = whole is None or (_kind(whole.before) == _kind(whole.after) == "folder")
@@ -191,9 +188,7 @@ def _check_node(node: Node, where: str) -> None:
 
 def _is_applied(found: OpenInode | None, change: Change, undo: Change | None) -> bool:
     """Return whether *undo*, if it is not None, would revert the change on the entry that was found."""
-    if undo is None or not (undo.after is change.before or (undo.after and undo.after.same(change.before))):
-        return False
-    return _fits(found, undo.before)
+    return undo is not None and same_node(undo.after, change.before) and _fits(found, undo.before)
 
 
 def _same_content(change: Change) -> bool:

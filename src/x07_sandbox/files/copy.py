@@ -165,9 +165,9 @@ class _Walk:
         self._revealed = _any_of(bounds.reveal)
 
     def run(self) -> None:
-        fd = self._open()
-        if fd is not None:
-            try:
+        top = self._open()
+        if top is not None:
+            with beneath.closing_fd(top) as fd:
                 info = os.fstat(fd)
                 if self._tree.only:
                     only = self._tree.only
@@ -175,8 +175,6 @@ class _Walk:
                 else:
                     self._put(Entry(Kind.FOLDER, b"", mode=info.st_mode & 0o777, mtime_ns=info.st_mtime_ns), "")
                     self._folders(fd, info.st_dev)
-            finally:
-                os.close(fd)
         self._places()
         self._out.write(Entry(Kind.END, b"").encoded())
 
@@ -334,8 +332,8 @@ class _Walk:
         self._put(Entry(Kind.LINK, os.fsencode(name), mtime_ns=mtime_ns, target=os.fsencode(target)), name)
 
     def _file(self, folder: int, part: str, name: str, device: int) -> None:
-        fd = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, dir_fd=folder)
-        try:
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+        with beneath.closing_fd(os.open(part, flags, dir_fd=folder)) as fd:
             before = os.fstat(fd)
             if not stat.S_ISREG(before.st_mode):  # it was replaced after its stat
                 raise _changed(part)
@@ -353,8 +351,6 @@ class _Walk:
                 raise _changed(part) from exc
             if _state(before) != _state(os.fstat(fd)):
                 raise _changed(part)
-        finally:
-            os.close(fd)
         self._count(name, Node(kind="file", mode=before.st_mode & 0o777, size=before.st_size, sha256=sha256))
 
     def _content(self, fd: int, info: os.stat_result, name: str) -> str:
@@ -446,10 +442,7 @@ def why_left_out(reason: Reason, bounds: Bounds) -> str:
 
 
 def value_for(reason: Reason, most: int, bounds: Bounds) -> int | bool | None:
-    """Return the value of the policy field that would allow the entry; None if no value would.
-
-    most: its size in bytes, or the number of parts in its path.
-    """
+    """Return the value of the policy field that would allow an entry; None if no value would. most: see `Skipped`."""
     if reason == "hidden":
         return False
     if reason == "link":
@@ -467,11 +460,8 @@ def _holds_links(folder: int, part: str) -> bool:
         fd = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
     except OSError:
         return False
-    try:
-        with os.scandir(fd) as entries:
-            return any(entry.is_symlink() for entry in itertools.islice(entries, 100))
-    finally:
-        os.close(fd)
+    with beneath.closing_fd(fd), os.scandir(fd) as entries:
+        return any(entry.is_symlink() for entry in itertools.islice(entries, 100))
 
 
 def link_stays_inside(name: str, target: str) -> bool:

@@ -11,20 +11,19 @@ from msgspec.structs import replace
 
 from x07_sandbox.files.copy import DEPTH_MAX
 
-_EMPTY: Final = "empty"
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from collections.abc import Set as AbstractSet
 
     from x07_sandbox.files.changes import Change, ChangeSet, Node, Refused, RootChanges
 
+_EMPTY: Final = "empty"
+
 
 def with_dependents(changes: Sequence[Change], refused: Iterable[str]) -> set[str]:
     """Return *refused* and the names of all changes that depend on one of them.
 
-    A change depends on the folders above it and on the other half of a rename. A link also depends on its target's
-    path.
+    A change depends on the folders above it and on the other half of its rename; a link, on its target's path too.
     """
     refused = set(refused)
     by_name = {change.name: change for change in changes}
@@ -68,10 +67,7 @@ def applicable(root: RootChanges, is_overridden: Callable[[Refused], bool]) -> t
 
 
 def with_later_applied(changes: ChangeSet, done: AbstractSet[tuple[str, str]]) -> ChangeSet:
-    """Return the set, with left-out changes that have been applied since moved to the regular changes.
-
-    done: root and name of each applied change.
-    """
+    """Return the set, with those left-out changes that are *done* (root, name) moved to the regular changes."""
     roots = []
     for root in changes.roots:
         now = [change for change in root.left_out if (root.root, change.name) in done]

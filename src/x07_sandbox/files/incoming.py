@@ -25,11 +25,7 @@ _PERMISSIONS: Final = 0o7777
 
 
 class ReportedEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """One reported entry. root: the number of its root.
-
-    node: the new file, folder or link; None if the entry was removed.
-    other: the mode (inode(7)) of an entry that a tree cannot hold; else None.
-    """
+    """One entry of root number *root*. node: None if removed. other: mode of an entry that a tree cannot hold."""
 
     root: int
     name: str
@@ -38,13 +34,10 @@ class ReportedEntry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Incoming:
-    """Receiver of the stream of changes.
+    """Receiver of the stream of changes to *roots* roots. Contents go to *data_fd*, which the caller owns.
 
-    data_fd: receives the contents; the caller owns it.
-    roots: the number of roots.
     most_entries, most_bytes: limits for all roots together. Holes count as bytes, which limits the time for hashing.
-    problem: why a part of the stream was rejected; else empty.
-    too_many: whether the stream was rejected because it has too many entries.
+    problem: why a part of the stream was rejected; else empty. too_many: whether it has too many entries.
     """
 
     def __init__(self, data_fd: int, *, roots: int, most_entries: int, most_bytes: int) -> None:
@@ -100,7 +93,9 @@ class Incoming:
             os.ftruncate(self._data_fd, self._position)  # the last file may end in a hole
             return
         if entry.kind is Kind.ROOT:
-            self._enter(int(name))
+            if not self._root < int(name) < self._roots:
+                raise PeerError("bad changes", f"root {int(name)} does not exist or is out of order")
+            self._root = int(name)
             return
         if self._root < 0:
             raise PeerError("bad changes", "there is an entry before the first root")
@@ -120,11 +115,6 @@ class Incoming:
             return
         other = entry.mode if entry.kind is Kind.UNSUPPORTED else None
         self.reported.append(ReportedEntry(root=self._root, name=name, node=_node(entry), other=other))
-
-    def _enter(self, number: int) -> None:
-        if not self._root < number < self._roots:
-            raise PeerError("bad changes", f"root {number} does not exist or is out of order")
-        self._root = number
 
     def _end_file(self) -> None:
         entry = self._entry

@@ -29,11 +29,7 @@ _KINDS: Final = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFLNK: "li
 
 
 class ConflictError(SandboxError):
-    """The host differs from the state that was copied in. Nothing of the set was applied.
-
-    names: absolute paths that differ, at most NAMES_MAX.
-    count: how many paths differ.
-    """
+    """Files on the host changed since the copy, so nothing was applied. names: at most NAMES_MAX of *count* paths."""
 
     names: tuple[str, ...] = ()
     count: int = 0
@@ -116,11 +112,8 @@ class OpenInode:
 
     def _sha256(self, size: int) -> str:
         if not self._digest:
-            fd = self.open_file()
-            try:
+            with beneath.closing_fd(self.open_file()) as fd:
                 self._digest = contents.digest(fd, size)
-            finally:
-                os.close(fd)
         return self._digest
 
 

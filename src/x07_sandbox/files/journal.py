@@ -20,6 +20,7 @@ import msgspec
 from x07_sandbox.errors import HostError
 from x07_sandbox.files.changes import Node
 from x07_sandbox.files.inode import Ident
+from x07_sandbox.host.beneath import closing_fd
 from x07_sandbox.host.decoding import prepared
 
 Phase = Literal["staging", "journal", "committed"]
@@ -30,11 +31,7 @@ _VERSION: Final = 1
 
 
 class Place(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """A folder of the host in which steps are carried out.
-
-    staging: the name of its staging folder.
-    staged: the inode of the staging folder.
-    """
+    """A folder of the host in which steps are carried out. staging, staged: name and inode of its staging folder."""
 
     path: str
     ident: Ident
@@ -116,10 +113,7 @@ def remove(folder: Path) -> None:
 
 
 def read(folder: Path) -> tuple[Phase, Head, list[Step]] | None:
-    """Return the latest phase and the content of its file; None without a journal. Raises OSError.
-
-    Raises HostError if the content is invalid.
-    """
+    """Return the latest phase and its file's content, or None. Raises OSError, and HostError for invalid content."""
     for phase in _PHASES:
         with contextlib.suppress(FileNotFoundError), (folder / phase).open("rb") as file:
             try:
@@ -153,8 +147,5 @@ def _encode(value: msgspec.Struct) -> bytes:
 
 
 def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with closing_fd(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as fd:
         os.fsync(fd)
-    finally:
-        os.close(fd)

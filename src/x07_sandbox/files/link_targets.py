@@ -1,4 +1,4 @@
-"""Resolution of links within a tree. An entry that was not copied in may be a link to anywhere."""
+"""Resolution of links within a tree. An entry that was not copied in may itself be a link to anywhere."""
 
 from __future__ import annotations
 
@@ -14,10 +14,8 @@ _NESTED_MAX: Final = 40  # path_resolution(7): the kernel follows no more
 
 
 class Links:
-    """The links of one tree.
+    """The links of the tree *nodes*. skipped: names of entries that exist too, but whose content is unknown.
 
-    nodes: all entries of the tree.
-    skipped: names of entries that exist too, but whose content is unknown.
     Each link is resolved once, so the length of all targets limits the total cost.
     """
 

@@ -23,12 +23,7 @@ _PATH_MAX: Final = 1024
 
 
 class Packed(msgspec.Struct, frozen=True, kw_only=True):
-    """An archive (newc, cpio(5)) and its content.
-
-    archive: the archive without mtimes, so that equal files have equal digests.
-    files: contents by relative name.
-    timed: the archive with mtimes, if requested.
-    """
+    """A newc archive (cpio(5)) and its files. archive: without mtimes, so its digest is stable. timed: with mtimes."""
 
     archive: bytes
     files: dict[str, bytes]

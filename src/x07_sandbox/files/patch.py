@@ -31,10 +31,7 @@ _MODES: Final = {"file": 0o100000, "link": 0o120000}
 
 
 def patch(changes: ChangeSet, before: Content, after: Content) -> Iterator[bytes]:
-    """Yield the patch in pieces, root by root: deletions first, left-out changes last.
-
-    before, after: functions that return the old and the new content of a node, given its root and name.
-    """
+    """Yield the patch root by root, deletions first, left-out changes last. before, after: the old and new contents."""
     work = Work(PAIRS_MAX)
     for root in changes.roots:
         if not (root.changes or root.left_out or root.refused):

@@ -26,11 +26,7 @@ _State = tuple[int, int]  # indexes of a pattern and of its part that a name in 
 
 
 class _Part(NamedTuple):
-    """The part of a pattern between two slashes.
-
-    regex: None for a plain name and for `**`.
-    cost: the cost of one comparison, in steps.
-    """
+    """The part of a pattern between two slashes. regex: None for a plain name and `**`. cost: steps per comparison."""
 
     text: str
     regex: re.Pattern[str] | None
@@ -64,11 +60,7 @@ class Walk:
         self._steps = 0
 
     def files(self) -> Iterator[str]:
-        """Yield the name of each matching file once, in no order.
-
-        Raises UsageError if a limit is exceeded or a pattern matches nothing; such a file would be missing in the
-        build.
-        """
+        """Yield each matching file once, unordered. Raises UsageError at a limit or if a pattern matches nothing."""
         waiting: list[tuple[str, set[_State], tuple[tuple[int, int], ...]]] = []
         waiting.append(("", {state for states in self._states for state in states[0]}, ()))
         while waiting:

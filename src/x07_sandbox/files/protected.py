@@ -1,7 +1,4 @@
-"""Names that no program may change, whatever its policy allows, because other tools execute, obey or trust such files.
-
-Only --allow-protected allows such changes.
-"""
+"""Names that only --allow-protected lets a program change, because other tools execute, obey or trust such files."""
 
 from __future__ import annotations
 
@@ -232,10 +229,7 @@ def _of_repository(where: str) -> str:
 
 
 def repository_around(root: str) -> str:
-    """Return the folder at or above *root* that git treats as a repository, or "".
-
-    The search stops at a `.git`, like git's own search.
-    """
+    """Return the folder at or above *root* that git treats as a repository, or "". Like git, stop at a `.git`."""
     here = root
     while here.strip("/") and not os.path.lexists(f"{here}/.git"):
         here = posixpath.dirname(here)

@@ -1,4 +1,4 @@
-"""The folders of the host that a policy opens (roots), and their groups for copying."""
+"""Roots: the folders and files of the host that a policy opens, and their grouping into trees for copying."""
 
 from __future__ import annotations
 
@@ -20,11 +20,9 @@ if TYPE_CHECKING:
 
 
 class Root(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One folder or file of the host that the program may use.
+    """A folder or file of the host that the program may use.
 
-    field: the policy field or flag that contains it.
-    given: the path as written there.
-    host, guest: absolute paths.
+    field: the policy field or flag that contains it. given: the path as written there. host, guest: absolute paths.
     """
 
     field: str
@@ -35,13 +33,7 @@ class Root(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class Mount(msgspec.Struct, frozen=True, kw_only=True):
-    """A mount in the guest: a tree or a part of it.
-
-    sub: the name of the part in the tree; "" for the whole tree.
-    at, host: path in the guest and on the host.
-    missing: whether it does not exist on the host.
-    single: whether it is a file.
-    """
+    """A tree, or its part *sub*, mounted at *at* in the guest. missing: not on the host yet. single: a file."""
 
     sub: str
     at: str
@@ -52,11 +44,7 @@ class Mount(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Tree(msgspec.Struct, frozen=True, kw_only=True):
-    """A folder tree that is copied in one piece.
-
-    host: the path of the folder.
-    only: the only file to copy from that folder; "" for the whole folder.
-    """
+    """The folder *host*, which is copied in one piece. only: the only file to copy from it; "" for all files."""
 
     host: str
     only: str
@@ -64,10 +52,7 @@ class Tree(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def roots_of(policy: Policy, base: Path, start: str) -> tuple[Root, ...]:
-    """Return the roots that a policy opens; relative paths are below *base*.
-
-    Roots that have no path in the guest are included. The plan refuses them.
-    """
+    """Return a policy's roots, with relative paths below *base*. Roots that the plan refuses are left out."""
     if not policy.fs.enabled:
         return ()
     found = []

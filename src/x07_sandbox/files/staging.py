@@ -11,9 +11,11 @@ import msgspec
 
 from x07_sandbox.errors import HostError
 from x07_sandbox.files import contents
+from x07_sandbox.files.changes import same_node
 from x07_sandbox.files.checks import only_mode
 from x07_sandbox.files.inode import open_inode
 from x07_sandbox.files.journal import Step, StepKind
+from x07_sandbox.host.beneath import closing_fd
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -125,8 +127,7 @@ def _create(site: Site, step: Step, node: Node, data_fd: int) -> os.stat_result:
 
 def _create_file(site: Site, step: Step, node: Node, data_fd: int) -> os.stat_result:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    fd = os.open(step.slot, flags, 0o600, dir_fd=site.staging_fd)
-    try:
+    with closing_fd(os.open(step.slot, flags, 0o600, dir_fd=site.staging_fd)) as fd:
         try:
             with _source(site.fd, step, node, data_fd) as source:
                 found = contents.copy(source, node.at or 0, node.size, fd, 0)
@@ -140,8 +141,6 @@ def _create_file(site: Site, step: Step, node: Node, data_fd: int) -> os.stat_re
             _inherit(site.fd, step, fd)
         os.fchmod(fd, node.mode)  # after the owner and the access list, both of which change it
         return os.fstat(fd)
-    finally:
-        os.close(fd)
 
 
 @contextlib.contextmanager
@@ -152,11 +151,8 @@ def _source(dir_fd: int, step: Step, node: Node, data_fd: int) -> Iterator[int]:
     with open_inode(dir_fd, step.name) as old:
         if old is None or old.ident != step.old:
             raise EOFError
-        fd = old.open_file()
-        try:
+        with closing_fd(old.open_file()) as fd:
             yield fd
-        finally:
-            os.close(fd)
 
 
 def _inherit(dir_fd: int, step: Step, fd: int) -> None:
@@ -178,7 +174,7 @@ def undo_changes(items: Iterable[Item], steps: Iterable[Step]) -> Iterator[Chang
     at = {step.name: step.undo_at for step in steps if step.undo_at >= 0}
     for item in items:
         before, after = item.change.before, item.change.after
-        if before is not None and before.same(after):
+        if same_node(before, after):
             continue
         yield msgspec.structs.replace(
             item.change,

@@ -1,4 +1,4 @@
-"""The undo set of the last application. It saves replaced and removed content, which then leaves the staging folder."""
+"""The undo set of the last application: replaced and removed content, moved there from the staging folders."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from x07_sandbox.files import changes as data_model
 from x07_sandbox.files import contents
 from x07_sandbox.files.apply_steps import OLD, displaced_slot
 from x07_sandbox.files.inode import open_inode
+from x07_sandbox.host.beneath import closing_fd
 from x07_sandbox.host.paths import replace_file
 
 if TYPE_CHECKING:
@@ -61,8 +62,8 @@ def publish_empty(folder: Path, undo_set: ChangeSet) -> None:
 def save_displaced(folder: Path, sites: list[Site], steps: list[Step]) -> None:
     """Copy the content of every replaced or removed file into the prepared undo set. Raises OSError, HostError."""
     prepared = folder / _NEXT
-    fd = os.open(prepared / _DATA, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
+    flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+    with closing_fd(os.open(prepared / _DATA, flags, 0o600)) as fd:
         end = 0
         for step in steps:
             if step.undo_at >= 0 and step.before is not None:
@@ -70,8 +71,6 @@ def save_displaced(folder: Path, sites: list[Site], steps: list[Step]) -> None:
                 end = max(end, step.undo_at + step.before.size)
         os.ftruncate(fd, end)  # the last file may end in a hole
         os.fsync(fd)
-    finally:
-        os.close(fd)
     (prepared / _PLANNED).rename(prepared / _CHANGES)
 
 
@@ -90,11 +89,9 @@ def remove_undo(folder: Path) -> None:
 
 
 def remove_staging(site: Site, known: dict[str, Ident] | None, mode: int | None = None) -> None:
-    """Remove a staging folder together with the *known* inodes in it. Raises OSError.
+    """Remove a staging folder and its *known* inodes; if None, everything that is named like a slot.
 
-    known: None to remove everything that is named like a slot.
-    mode: the final mode of the folder that contains the staging folder, if x07 has set one.
-    Raises HostError if the staging folder holds anything else.
+    mode: the final mode of the folder around it, if x07 has set one. Raises OSError, and HostError if anything is left.
     """
     if site.staging_fd >= 0:
         names = os.listdir(site.staging_fd)  # noqa: PTH208 - it is a descriptor
@@ -118,14 +115,13 @@ def _copy_displaced(fd: int, site: Site, step: Step, before: Node) -> None:
     with open_inode(site.staging_fd, displaced_slot(site, step)) as old:
         if old is None or old.ident != step.old or old.info.st_size != before.size:
             raise lost
-        source = old.open_file()
         try:
-            if contents.copy(source, 0, before.size, fd, step.undo_at) != before.sha256:
-                raise lost
+            with closing_fd(old.open_file()) as source:
+                copied = contents.copy(source, 0, before.size, fd, step.undo_at)
         except EOFError:
             raise lost from None
-        finally:
-            os.close(source)
+        if copied != before.sha256:
+            raise lost
 
 
 def _remove_slot(staging_fd: int, name: str, known: dict[str, Ident] | None) -> bool:

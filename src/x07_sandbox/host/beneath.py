@@ -24,17 +24,23 @@ class _How(ctypes.Structure):
     _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
 
 
+@contextlib.contextmanager
+def closing_fd(fd: int) -> Iterator[int]:
+    """Yield *fd*, and close it at the end of the context."""
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
 def open_root(path: str) -> int:
     """Open a folder by an absolute path that contains no links.
 
     Raises OSError: ELOOP or ENOTDIR if the path contains a link.
     """
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-    top = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with closing_fd(os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as top:
         return _openat2(top, path.lstrip("/") or ".", flags, _NO_SYMLINKS)
-    finally:
-        os.close(top)
 
 
 def look(dir_fd: int, name: str) -> int:
@@ -54,11 +60,8 @@ def parent_of(dir_fd: int, name: str) -> Iterator[tuple[int, str]]:
     if not folder:
         yield dir_fd, last
         return
-    fd = look(dir_fd, folder)
-    try:
+    with closing_fd(look(dir_fd, folder)) as fd:
         yield fd, last
-    finally:
-        os.close(fd)
 
 
 def exchange(fd: int, name: str, other_fd: int, other: str) -> bool:

@@ -31,8 +31,7 @@ def prune_images(pruner: Pruner) -> set[str]:
     if not os.path.lexists(cache_dir() / "images"):
         return set()
     folder = images_dir()
-    lock = folder / ".lock"
-    with file_lock(lock, on_wait=lambda: pruner.progress("waiting for an image build to end")):
+    with file_lock(folder / ".lock", on_wait=lambda: pruner.progress("waiting for an image build to end")):
         for left in leftovers():
             pruner.remove("leftover", left, "a killed build left it", partial(remove_work, progress=pruner.progress))
         sweep_temporaries(folder / "names", pruner)
@@ -52,19 +51,15 @@ def prune_images(pruner: Pruner) -> set[str]:
 
 
 def prune_saved(pruner: Pruner, gone: set[str]) -> None:
-    """Remove saved VMs of missing images and of the images *gone* (digests).
-
-    Raises SandboxError if the cache cannot be used.
-    """
+    """Remove saved VMs of missing images and of *gone* ones (digests). Raises SandboxError for an unusable cache."""
     if not os.path.lexists(cache_dir()):
         return
     images = {image.digest for image in list_images()} - gone
     for backend in map(create, built()):
         if backend.cloning is None:
             continue
-        for one in backend.cloning.prunable(
-            images, lambda: pruner.progress("waiting until another process has saved a VM")
-        ):
+        on_wait = partial(pruner.progress, "waiting until another process has saved a VM")
+        for one in backend.cloning.prunable(images, on_wait):
             remove = pruner.remove if one.kind == "leftover" else pruner.remove_own
             remove(one.kind, one.path, one.why, one.remove)
 

@@ -80,9 +80,8 @@ def _not_ended(run: str, jobs: list[StoredJob]) -> HostError:
     what = f"cannot end run {run}"
     unclear = [stored for stored in jobs if stored.record is None]
     if unclear:
-        return HostError(
-            what, f"job {unclear[0].folder.name}: {unclear[0].why}", f"Run x07 inspect {run}, or x07 sweep"
-        )
+        why = f"job {unclear[0].folder.name}: {unclear[0].why}"
+        return HostError(what, why, f"Run x07 inspect {run}, or x07 sweep")
     pid = run.split("-")[1]
     if not jobs:
         return HostError(what, "it has no job now: the run is waiting or copying files", f"End its process: kill {pid}")

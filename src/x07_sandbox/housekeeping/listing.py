@@ -14,7 +14,8 @@ from x07_sandbox.host.decoding import prepared
 from x07_sandbox.host.locks import is_locked
 from x07_sandbox.host.paths import read_bounded, state_dir
 from x07_sandbox.host.processes import Identity
-from x07_sandbox.housekeeping.lookup import listed, run_folder
+from x07_sandbox.housekeeping.lookup import run_folder
+from x07_sandbox.housekeeping.pruner import entries
 from x07_sandbox.jobs.active import JOB_NAME
 from x07_sandbox.jobs.reader import JobDocument, StoredJob, all_stored
 from x07_sandbox.jobs.stop_rules import here_and_now, judge, overdue_ms, state_of
@@ -106,10 +107,7 @@ class ResultSummary(_Ending, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class InspectReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The output of `x07 inspect RUN`. live: whether the run is in progress.
-
-    paths: the paths of its files, by file name.
-    """
+    """The output of `x07 inspect RUN`. live: whether the run is in progress. paths: its folder and files, by name."""
 
     schema_version: Literal["x07.sandbox.inspect@0.1.0"] = "x07.sandbox.inspect@0.1.0"
     run: str
@@ -125,10 +123,7 @@ class _Request(msgspec.Struct, frozen=True):
 
 
 def list_jobs(*, everything: bool = False) -> PsReport:
-    """Return this user's live jobs.
-
-    With *everything*, also return finished jobs and records of other users or machines.
-    """
+    """Return this user's live jobs. everything: also finished jobs, and records of other users or machines."""
     now = here_and_now()
     lines = [_line(stored, now) for stored in all_stored()]
     jobs = [line for line in lines if everything or line.state in _LIVE]
@@ -177,7 +172,7 @@ def _labels(stored: StoredJob) -> dict[str, str]:
 
 
 def _newest_runs() -> list[str]:
-    names = [name for name in listed(runs_dir(state_dir())) if RUN_NAME.fullmatch(name)]
+    names = [path.name for path in entries(runs_dir(state_dir())) if RUN_NAME.fullmatch(path.name)]
     return sorted(names, reverse=True)[:_WAITING_MAX]
 
 

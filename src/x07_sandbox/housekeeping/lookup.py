@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.paths import state_dir
+from x07_sandbox.housekeeping.pruner import entries
 from x07_sandbox.jobs.active import JOB_NAME
 from x07_sandbox.runs.folder import RUN_NAME, runs_dir
 
@@ -20,30 +21,18 @@ def run_folder(run: str) -> Path:
 
 
 def known_run(word: str) -> str:
-    """Return the name of the run with this name or prefix. A job's name selects its run.
-
-    Raises UsageError if no run or more than one matches.
-    """
+    """Return the run with this id or prefix, or the run of this job. Raises UsageError unless exactly one matches."""
     job = JOB_NAME.fullmatch(word)
     wanted = job[1] if job else word
     names = set()
     if os.path.lexists(state_dir()):
-        names = {match[1] for name in listed(state_dir()) if (match := JOB_NAME.fullmatch(name))}
-        names |= {name for name in listed(runs_dir(state_dir())) if RUN_NAME.fullmatch(name)}
+        names = {match[1] for path in entries(state_dir()) if (match := JOB_NAME.fullmatch(path.name))}
+        names |= {path.name for path in entries(runs_dir(state_dir())) if RUN_NAME.fullmatch(path.name)}
     found = [wanted] if wanted in names else sorted(name for name in names if name.startswith(wanted))
     if not found:
-        raise UsageError(
-            f"cannot find run {word}", f"no run has an id that starts with {word}", "To list all runs: x07 ps --all"
-        )
+        why = f"no run has an id that starts with {word}"
+        raise UsageError(f"cannot find run {word}", why, "To list all runs: x07 ps --all")
     if len(found) > 1:
         why = f"{len(found)} run ids start with it, such as {found[0]}"
         raise UsageError(f"cannot tell which run {word} is", why, "Use more digits of the id")
     return found[0]
-
-
-def listed(folder: Path) -> list[str]:
-    """Return the names in a folder; an empty list if the folder does not exist."""
-    try:
-        return os.listdir(folder)  # noqa: PTH208 - names are wanted
-    except FileNotFoundError:
-        return []

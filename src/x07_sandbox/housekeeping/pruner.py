@@ -1,4 +1,4 @@
-"""Common part of pruning: remove, count and report. A file or folder whose use is unclear is kept and reported."""
+"""The common part of pruning: remove, count and report. Files and folders whose use is unclear are kept."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Kind = Literal["image", "base", "template", "artifact", "verification", "leftove
 PARTS: Final[tuple[Part, ...]] = ("images", "cache", "runs")
 # Temporary names of host/paths.replace_file and programs/artifacts.
 _TEMPORARY: Final = re.compile(r"\..+\.[0-9a-f]{16}")
-_BLOCK: Final = 512  # stat(2): st_blocks
+BLOCK: Final = 512  # stat(2): st_blocks
 
 
 class Removed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -56,7 +56,7 @@ class PruneReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class Pruner:
-    """Removes files and folders, or only counts them in a dry run. now_ms: the wall clock at the start."""
+    """Remover of files and folders, which only counts them in a dry run. now_ms: the wall clock at the start."""
 
     def __init__(self, progress: Callable[[str], None], *, dry_run: bool) -> None:
         self.progress = progress
@@ -68,7 +68,7 @@ class Pruner:
 
     def remove(self, kind: Kind, path: Path, why: str, how: Callable[[Path], None]) -> None:
         """Remove *path* by calling *how*. A failure is reported, not raised."""
-        size = sum(self._freed(info) for info in _everything(path))
+        size = sum(self._freed(info) for info in everything(path))
         if not self._dry_run:
             try:
                 how(path)
@@ -92,10 +92,7 @@ class Pruner:
         self._kept.append(Kept(kind=kind, path=str(path), why=why))
 
     def old(self, info: os.stat_result, limit_s: float = settings.RETENTION_S) -> bool:
-        """Whether a file was last changed more than limit_s ago.
-
-        The wall clock is used, since no other clock spans boots.
-        """
+        """Whether a file was last changed over limit_s ago, by the wall clock, since no other clock spans boots."""
         return self.now_ms - info.st_mtime_ns // 1_000_000 > limit_s * 1000
 
     def report(self) -> PruneReport:
@@ -108,18 +105,15 @@ class Pruner:
         file = info.st_dev, info.st_ino
         left = self._links.get(file, info.st_nlink) - 1
         self._links[file] = left
-        return info.st_blocks * _BLOCK if left <= 0 or stat.S_ISDIR(info.st_mode) else 0
+        return info.st_blocks * BLOCK if left <= 0 or stat.S_ISDIR(info.st_mode) else 0
 
 
 def sweep_temporaries(folder: Path, pruner: Pruner) -> None:
     """Remove partial files that killed processes left in *folder*, once they are a day old."""
     for path in entries(folder):
         info = path.lstat()
-        if (
-            _TEMPORARY.fullmatch(path.name)
-            and not why_not_ours(info, stat.S_ISREG)
-            and pruner.old(info, settings.DAY_S)
-        ):
+        ours = _TEMPORARY.fullmatch(path.name) and not why_not_ours(info, stat.S_ISREG)
+        if ours and pruner.old(info, settings.DAY_S):
             pruner.remove("leftover", path, "a killed process left it incomplete", Path.unlink)
 
 
@@ -132,11 +126,11 @@ def entries(folder: Path) -> list[Path]:
         return []
 
 
-def _everything(path: Path) -> Iterator[os.stat_result]:
+def everything(path: Path) -> Iterator[os.stat_result]:
     """Yield the stat of *path* and of everything below it, without following links."""
     with contextlib.suppress(OSError):
         info = path.lstat()
         yield info
         if stat.S_ISDIR(info.st_mode):
             for below in entries(path):
-                yield from _everything(below)
+                yield from everything(below)

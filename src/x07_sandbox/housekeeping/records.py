@@ -46,8 +46,9 @@ def prune_records(pruner: Pruner) -> None:
     # Incomplete changes need their run's folder for recovery.
     busy |= {path.name for path in entries(runs / APPLYING)}
     for job in jobs:
-        if job.run in busy or not _ended_long_ago(job, pruner):
-            if job.ended is None and pruner.old(job.info):
+        old = pruner.old(job.info)
+        if job.run in busy or job.ended_info is None or not (old and pruner.old(job.ended_info)):
+            if job.ended is None and old:
                 pruner.keep("job", job.folder, "its machine is not recorded as gone, so it may still exist")
         elif problem := _doubt(job):
             busy.add(job.run)
@@ -78,11 +79,6 @@ def _prune_runs(runs: Path, busy: set[str], pruner: Pruner) -> None:
             pruner.remove_own("run", path, "it ended more than 7 days ago", _remove_run)
 
 
-def _ended_long_ago(job: StoredJob, pruner: Pruner) -> bool:
-    """Whether the job's end was recorded longer ago than the retention time."""
-    return job.ended_info is not None and pruner.old(job.ended_info) and pruner.old(job.info)
-
-
 def _doubt(job: StoredJob) -> str:
     """Return why a job's record stays, "" if it can be removed."""
     if job.owner is None:
@@ -98,10 +94,7 @@ def doomed_name(folder: Path) -> Path:
 
 
 def remove_record(folder: Path) -> None:
-    """Remove a record. An interrupted removal never leaves a readable record without its `done` or `reaped` file.
-
-    Raises OSError if a file cannot be removed.
-    """
+    """Remove a record. If interrupted, leave no readable record without its `done` or `reaped` file. Raises OSError."""
     doomed = doomed_name(folder)
     folder.rename(doomed)
     (doomed / "job.json").unlink(missing_ok=True)

@@ -1,7 +1,4 @@
-"""The small sweep before each run.
-
-If there is nothing to remove, it costs one listing of the state folder and a few calls of stat(2).
-"""
+"""The small sweep before each run. If there is nothing to remove, it costs one folder listing and a few stat(2)."""
 
 from __future__ import annotations
 
@@ -27,10 +24,7 @@ _not_before = 0.0  # on the monotonic clock
 
 
 def sweep_before_start(say: Callable[[str], None] = lambda _text: None) -> None:
-    """Remove jobs of dead x07 processes, within a fifth of a second. Errors are ignored.
-
-    say: called with one line if anything was removed.
-    """
+    """Remove jobs of dead x07 processes, within 0.2 s. Errors are ignored. say: called with a line after a removal."""
     global _not_before  # noqa: PLW0603 - one time per process
     started_at = time.monotonic()
     if started_at < _not_before:

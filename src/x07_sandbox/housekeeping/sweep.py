@@ -47,7 +47,7 @@ _AT_START: Final = 512  # the newest jobs, to bound the cost of a start
 _ALL: Final = 1 << 30
 _UNIX_MS: Final = re.compile(r"[0-9]{1,16}")
 _ORPHANS_MAX: Final = 4096
-_PID_DIGITS: Final = 10
+_RUN_PID: Final = re.compile(r"[^-]*-([0-9]{1,10})(?:-|\Z)")
 _OWN_BACKENDS: Final = frozenset({"qemu", "os", "none"})  # X07's tools use none of these
 _UPSTREAM_PHASES: Final = frozenset({"build", "run"})
 _SETTLED_MS: Final = 60_000
@@ -55,10 +55,9 @@ _SURELY_MS: Final = 3_600_000  # far longer than a runner takes to write owner.j
 
 
 class Swept(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """An object that was removed or kept, and why.
+    """An object that was removed or kept, and why. failed: whether an attempt to remove it failed.
 
-    id: the name of a job or run, an engine's id of a container, or a path. failed: whether an attempt to remove it
-    failed.
+    id: the name of a job or run, an engine's id of a container, or a path.
     """
 
     kind: Kind
@@ -106,8 +105,7 @@ class Sweeper:
 def sweep(*, dry_run: bool, progress: Callable[[str], None], budget_s: float | None = None) -> SweepReport:
     """Remove what dead x07 processes left. Raises SandboxError if a folder of this tool cannot be used.
 
-    budget_s: if set, sweep only jobs, newest first, and start with no further job after that time. None sweeps
-    everything.
+    budget_s: sweep only jobs, newest first, and start with no further one after that time; None sweeps everything.
     """
     sweeper = Sweeper(progress, dry_run=dry_run, budget_s=budget_s)
     if os.path.lexists(state_dir()):
@@ -181,11 +179,10 @@ def _why_unstarted(stored: StoredJob) -> str:
     ours = backend in _OWN_BACKENDS or match[4] not in _UPSTREAM_PHASES or run.is_dir()
     if not ours or is_locked(run) or not _holds_nothing(stored.folder):
         return ""
-    if run.is_dir():  # jobs of a run exist only while it is locked
-        return "it was never started, and the x07 process that created it is gone"
     age_ms = unix_ms() - stored.info.st_mtime_ns // 1_000_000
     creator_lives = os.path.exists(f"/proc/{int(match[3])}")  # noqa: PTH110 - in /proc
-    if age_ms > (_SURELY_MS if creator_lives else _SETTLED_MS):
+    # Jobs of a run exist only while the run is locked.
+    if run.is_dir() or age_ms > (_SURELY_MS if creator_lives else _SETTLED_MS):
         return "it was never started, and the x07 process that created it is gone"
     return ""
 
@@ -200,10 +197,7 @@ def _holds_nothing(folder: Path) -> bool:
 
 
 def _remove_unstarted(folder: Path) -> bool:
-    """Remove the folder of an unstarted job and return whether it is gone.
-
-    If an x07 process is about to start the job after all, that start fails.
-    """
+    """Remove an unstarted job's folder; return whether it is gone. If the job is started after all, its start fails."""
     doomed = doomed_name(folder)
     try:
         folder.rename(doomed)
@@ -217,10 +211,9 @@ def _remove_unstarted(folder: Path) -> bool:
 
 
 def why_kept(labels: Mapping[str, str], *, instance: str, live: Collection[str], now_unix_ms: int) -> str:
-    """Return why a container with these labels stays, "" if it can be removed.
+    """Return why a container stays, "" if it can be removed. live: the names of recorded jobs that are live.
 
-    Anyone with access to the engine can set these labels, so they are not trusted.
-    live: the names of recorded jobs that are live.
+    Anyone with access to the engine can set the labels, so they are not trusted.
     """
     if labels.get("io.x07.schema") != "1":
         return "it has no io.x07.schema label of this version"
@@ -238,17 +231,12 @@ def why_kept(labels: Mapping[str, str], *, instance: str, live: Collection[str],
 
 def _runner_lives(labels: Mapping[str, str]) -> bool:
     """Whether a process has the pid in the run's name. The container then stays."""
-    runner = labels.get("io.x07.run_id", "").split("-")[1:2]
-    return (
-        bool(runner) and runner[0].isdigit() and len(runner[0]) <= _PID_DIGITS and identify(int(runner[0])) is not None
-    )
+    match = _RUN_PID.match(labels.get("io.x07.run_id", ""))
+    return match is not None and identify(int(match[1])) is not None
 
 
 def _sweep_orphans(sweeper: Sweeper, live: Collection[str]) -> None:
-    """Remove containers with this tool's labels that can be removed, from every backend with an engine.
-
-    live: the names of recorded jobs that are live.
-    """
+    """Remove containers with this tool's labels from every backend with an engine. live: names of the live jobs."""
     instance = runner_instance(state_dir())
     for name in built():
         backend: object = sweeper.backend(name)
@@ -260,11 +248,8 @@ def _sweep_orphans(sweeper: Sweeper, live: Collection[str]) -> None:
                 if problem := why_kept(orphan.labels, instance=instance, live=live, now_unix_ms=unix_ms()):
                     sweeper.kept("instance", called, problem)
                 elif _runner_lives(orphan.labels):
-                    sweeper.kept(
-                        "instance",
-                        called,
-                        "the x07 process that started it may be alive, with its record in another folder",
-                    )
+                    why = "the x07 process that started it may be alive, with its record in another folder"
+                    sweeper.kept("instance", called, why)
                 elif sweeper.dry_run or backend.remove(orphan):
                     sweeper.removed("instance", called, "it has no record, and its deadline has passed")
                 else:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
 from x07_sandbox.host.paths import cache_dir, state_dir
 from x07_sandbox.housekeeping.prune import prune
-from x07_sandbox.housekeeping.pruner import PARTS
+from x07_sandbox.housekeeping.pruner import BLOCK, PARTS, everything
 from x07_sandbox.runs.folder import runs_dir
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-_BLOCK: Final = 512  # stat(2): st_blocks
 Name = Literal["images", "templates", "cache", "runs", "records"]
 
 
@@ -68,15 +67,8 @@ def disk_usage(progress: Callable[[str], None]) -> DfReport:
 
 def _sizes(folder: Path, seen: set[tuple[int, int]]) -> Iterator[int]:
     """Yield the size of each file below *folder*; links are not followed, and hard links count once."""
-    folders = [os.fspath(folder)]
-    while folders:
-        with contextlib.suppress(OSError), os.scandir(folders.pop()) as entries:
-            for entry in entries:
-                with contextlib.suppress(OSError):
-                    info = entry.stat(follow_symlinks=False)
-                    if (info.st_dev, info.st_ino) in seen:
-                        continue
-                    seen.add((info.st_dev, info.st_ino))
-                    if entry.is_dir(follow_symlinks=False):
-                        folders.append(entry.path)
-                    yield info.st_blocks * _BLOCK
+    for info in itertools.islice(everything(folder), 1, None):  # the first is the folder itself
+        file = info.st_dev, info.st_ino
+        if file not in seen:
+            seen.add(file)
+            yield info.st_blocks * BLOCK

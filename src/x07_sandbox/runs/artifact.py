@@ -29,10 +29,7 @@ if TYPE_CHECKING:
 
 
 def obtain_artifact(prepared: Prepared, draft: Result, folder: RunFolder, artifact: OutFile) -> Step[Built]:
-    """Fill *artifact* and return None, or return the verdict on a failed build.
-
-    Also returns the updated draft of the result. Raises SandboxError.
-    """
+    """Fill *artifact*; return None, or the verdict on a failed build, and the updated draft. Raises SandboxError."""
     program, toolchain = prepared.program, prepared.program.toolchain
     if artifact.complete or toolchain.build is None:
         if not artifact.complete:
@@ -50,9 +47,8 @@ def obtain_artifact(prepared: Prepared, draft: Result, folder: RunFolder, artifa
             return None, replace(draft, artifact_from="cache", build=build)
         ending, draft = yield from _build(prepared, draft, folder, artifact)
         if ending is None:
-            artifacts.store_artifact(
-                key, artifact.fd, artifact.size, artifact.sha256(), msgspec.json.encode(draft.build)
-            )
+            notes = msgspec.json.encode(draft.build)
+            artifacts.store_artifact(key, artifact.fd, artifact.size, artifact.sha256(), notes)
         return ending, draft
 
 

@@ -57,10 +57,7 @@ def gate_of(egress: Egress, folder: Path) -> Iterator[GateProcess]:
 
 
 def denials(net: NetworkUse, allowlist: Allowlist) -> tuple[list[Denial], int]:
-    """Return the denials of the gate and the number of further denials that were not listed.
-
-    Each denial says what would allow it. Denied connections come before denied name lookups.
-    """
+    """Return the gate's denials, those of connections first, and the number of further ones that are not listed."""
     found = sorted(net.denied, key=lambda contact: contact.port == 0)
     return [_denial(contact, allowlist) for contact in found[:_DENIALS_MAX]], len(found[_DENIALS_MAX:]) + net.more
 

@@ -138,7 +138,8 @@ class Phase:
             return self.over
         wait_s = self.late.left_s() if self.late else 0.0
         self.late = self.late or read_deadline(self.deadline)
-        if not self.late.passed() and self._is_pending(wait_s):
+        pending = input_poll(self.instance.channel_fd, self.instance.pidfd, self.streams.cancel.fd)
+        if not self.late.passed() and pending.poll(wait_s * 1000):
             return False
         if self.asked_to_stop:
             self._end()
@@ -148,11 +149,6 @@ class Phase:
         else:
             self._end(deadline_passed=True)
         return self.over
-
-    def _is_pending(self, wait_s: float) -> bool:
-        return bool(
-            input_poll(self.instance.channel_fd, self.instance.pidfd, self.streams.cancel.fd).poll(wait_s * 1000)
-        )
 
     def _receive(self) -> None:
         events = self.connection.read()

@@ -1,4 +1,4 @@
-"""The folder of a run. It holds everything that is stored about the run except the records of its jobs."""
+"""The folder of a run, which holds everything that is stored about the run except the records of its jobs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from x07_sandbox.host.locks import lock_shared
 from x07_sandbox.host.paths import open_private_file, private_dir, state_dir
 from x07_sandbox.jobs.record import state_home
 from x07_sandbox.runs.result import Output
-from x07_sandbox.runs.streams import OutFile, Sink
+from x07_sandbox.runs.streams import ROOM, OutFile, Sink
 
 if TYPE_CHECKING:
     import contextlib
@@ -24,14 +24,10 @@ APPLYING = ".applying"  # a folder beside those of the runs (runs/saved_changes)
 
 
 class RunFolder:
-    """The folder `runs/RUN/`.
-
-    It is beside the state folder if only this user can write to the parent folder. Otherwise it is in `.runs/` inside
-    the state folder.
-    """
+    """The folder `runs/RUN/`, locked while the run is in progress."""
 
     def __init__(self, run_id: str, stack: contextlib.ExitStack) -> None:
-        self.path = private_dir(private_dir(runs_dir(private_dir(state_dir()))) / run_id)
+        self.path = private_dir(all_runs() / run_id)
         self._stack = stack
         try:
             stack.callback(os.close, lock_shared(self.path))  # keeps it from being pruned
@@ -45,8 +41,7 @@ class RunFolder:
         try:
             fd = open_private_file(path, os.O_RDWR | os.O_EXCL)
         except OSError as exc:
-            fix = "Free disk space, or set X07_VM_STATE_DIR to a folder on a larger disk"
-            raise HostError(f"cannot write {path}", exc.strerror or str(exc), fix) from exc
+            raise HostError(f"cannot write {path}", exc.strerror or str(exc), ROOM) from exc
         self._stack.callback(os.close, fd)
         sink = Sink(name.rpartition("-")[2], keep_fd=fd, live_fd=live_fd, max_bytes=max_bytes, raw=raw)
         self._stack.callback(sink.close)
@@ -84,7 +79,7 @@ def all_runs() -> Path:
 
 
 def runs_dir(root: Path) -> Path:
-    """Return the folder for all runs. root: the state folder, which holds the job records."""
+    """Return the folder for all runs. It is inside the state folder *root* if others can write to the parent folder."""
     home = state_home(root)
     return home / ("runs" if home != root else ".runs")
 

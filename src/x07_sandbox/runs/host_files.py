@@ -149,10 +149,7 @@ class HostFiles:
         return found
 
     def settle(self, *, ended_well: bool) -> tuple[Changes, list[Denial], str]:
-        """Apply or save the changes; return their state, denials and a warning.
-
-        Raises PeerError for an invalid report of the guest, and BackendError if the changes cannot be saved.
-        """
+        """Apply or save the changes; return their state, denials and a warning. Raises PeerError, BackendError."""
         incoming = self.incoming
         if incoming is None:
             return Changes(state="discarded" if self._roots else "none"), [], ""
@@ -202,15 +199,13 @@ class HostFiles:
             allowed = msgspec.structs.replace(allowed, created=frozenset(created))
             reported = [one for one in incoming.reported if one.root == number]
             skipped = _below(self.copied[tree].skipped, mount.sub)
-            around, let_go = repository_around(mount.host), self._request.allow_protected
-            work_tree_tops = work_trees([*before, *skipped])
             protection = Protection(
                 mount.host,
                 self._own(mount),
-                let_go,
-                repository=around,
+                self._request.allow_protected,
+                repository=repository_around(mount.host),
                 reserved=reserved,
-                work_tree_tops=work_tree_tops,
+                work_tree_tops=work_trees([*before, *skipped]),
             )
             checked = check_changes(before, skipped, reported, self._bounds, allowed, protection, split=not whole)
             whole = whole or checked.is_whole
@@ -260,7 +255,8 @@ def base_folder(request: RunRequest, program: Program) -> Path:
 
 def effective_roots(request: RunRequest, program: Program, policy: Policy) -> tuple[Root, ...]:
     """Return the host folders that a run opens to its program. Raises RefusedError, UsageError."""
-    roots = roots_of(policy, base_folder(request, program), _start(request, program))
+    start = PROJECT_FOLDER if program.project else PROGRAM if request.workdir is None else WORK
+    roots = roots_of(policy, base_folder(request, program), start)
     if request.workdir is not None:
         roots = (*roots, workdir_root(request, program, policy, request.workdir))
     if request.out is None:
@@ -276,20 +272,11 @@ def effective_roots(request: RunRequest, program: Program, policy: Policy) -> tu
 
 
 def _own_places() -> list[str]:
-    """Return the folders that hold x07's own records and cache, including saved changes and journals.
-
-    Programs must not change these folders, because x07 trusts their content later.
-    """
+    """Return x07's own folders, which no program may change, because x07 trusts the records and caches in them."""
     root = state_dir()
     home = state_home(root)
     places = (root, runs_dir(root), home / "runner_instance", home / "runner_instance.owner", cache_dir())
     return [str(real_path(path)) for path in places]
-
-
-def _start(request: RunRequest, program: Program) -> str:
-    if program.project:
-        return PROJECT_FOLDER
-    return PROGRAM if request.workdir is None else WORK
 
 
 def _way_to(path: str) -> set[str]:
@@ -357,10 +344,7 @@ def _why_saved(changes: ChangeSet) -> str:
 
 
 def too_many(policy: Policy, action: str, subject: str) -> Denial:
-    """Return the denial for more entries than fs.max_entries.
-
-    action: "copy" when copying in, "change" when copying back.
-    """
+    """Return the denial for more entries than fs.max_entries. action: "copy" for copying in, "change" otherwise."""
     value = min(2 * bounds_of(policy).entries, NUMBER_MAX)
     by = "copying in" if action == "copy" else "the check of changes"
     return denial("fs.max_entries", action, subject, by, 1, (value, None))

@@ -31,11 +31,7 @@ if TYPE_CHECKING:
 
 
 class JobEnd(NamedTuple):
-    """The end of a job.
-
-    output_sha256: digest of the standard output.
-    stderr_fd: descriptor of the stored error output; the caller must not close it.
-    """
+    """The end of a job. output_sha256: of its standard output. stderr_fd: its error output, which RunFolder closes."""
 
     ending: Verdict
     facts: PhaseFacts

@@ -28,8 +28,7 @@ class PhaseSpec(msgspec.Struct, frozen=True, kw_only=True):
     places: folders of the mounts.
     areas: folders of the host, for denials.
     changes: a files/incoming.Incoming that takes changes to the trees; None to ignore changes.
-    left_files: a runs/private_files.LeftFiles that takes the files in the program's private folders; None to ignore
-    them.
+    left_files: a runs/private_files.LeftFiles that takes files of the private folders; None to ignore these files.
     """
 
     name: Literal["build", "run"]
@@ -69,12 +68,7 @@ def needs_of(spec: PhaseSpec) -> Needs:
 
 
 class PhaseStreams(msgspec.Struct, frozen=True, kw_only=True):
-    """The streams of a phase. The caller owns all of them.
-
-    stdin_fd: the program's input.
-    on_started: called when the program runs.
-    gate_fd: becomes readable when the egress gate has ended.
-    """
+    """The streams of a phase, which the caller owns. gate_fd: becomes readable when the egress gate has ended."""
 
     stdin_fd: int | None
     stdout: Sink

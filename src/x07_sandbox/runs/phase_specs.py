@@ -47,10 +47,7 @@ _PROJECT_MOUNT: Final[dict[str, Any]] = {"tree": None, "sub": "", "at": PROJECT_
 
 
 def run_environment(policy: Policy, named: Mapping[str, str], ours: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of a program.
-
-    It consists of fixed variables, those of *ours* that the policy allows, those of *named*, and the variables for X07.
-    """
+    """Return a program's environment: fixed variables, allowed ones of *ours*, those of *named*, and those for X07."""
     env = dict(_ENVIRONMENT)
     if policy.env.enabled:
         env |= {key: ours[key] for key in policy.env.allow_keys if key in ours and not key.startswith("X07_")}

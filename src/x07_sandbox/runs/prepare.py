@@ -1,4 +1,4 @@
-"""Preparation of a run: read, check and plan everything in the request. Nothing is started."""
+"""Preparation of a run: everything in the request is read, checked and planned, and nothing is started."""
 
 from __future__ import annotations
 
@@ -49,12 +49,7 @@ Step = Generator[Result, None, _T]
 
 
 class Prepared(msgspec.Struct, frozen=True):
-    """A checked request. Only its plan may still be refused.
-
-    image: None if the backend uses no image.
-    image_name: the image's name, for messages.
-    egress: None for a run without network access.
-    """
+    """A checked request. Only its plan may still be refused. image, egress: None if the run does not use one."""
 
     request: RunRequest
     program: Program
@@ -86,10 +81,7 @@ def final_value(step: Step[_T]) -> _T:
 def prepare(
     request: RunRequest, draft: Result, stack: contextlib.ExitStack, *, dry: bool = False
 ) -> Step[tuple[Prepared, Result]]:
-    """Read and check everything that a request refers to, before anything is started. Raises SandboxError.
-
-    dry: for a preview: do not read input, update the image or boot a guest.
-    """
+    """Read and check the whole request. Raises SandboxError. dry: read no input, update no image and boot no guest."""
     program = request.loaded
     if program is None:
         request, program = load_program(request, stack)

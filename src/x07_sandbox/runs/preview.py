@@ -1,4 +1,4 @@
-"""A preview of a run. No VM is booted for it."""
+"""The preview of a run, made without a VM."""
 
 from __future__ import annotations
 

@@ -43,15 +43,9 @@ class LeftFiles:
             return {}
         found = {}
         for reported in self._incoming.reported:
-            node = reported.node
-            if (
-                node is not None
-                and node.kind == "file"
-                and node.at is not None
-                and reported.name
-                and printable(reported.name) == reported.name
-            ):
-                found[reported.name] = os.pread(self._fd, node.size, node.at)
+            name, node = reported.name, reported.node
+            if node is not None and node.kind == "file" and node.at is not None and name and printable(name) == name:
+                found[name] = os.pread(self._fd, node.size, node.at)
         return found
 
 

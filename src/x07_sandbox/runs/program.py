@@ -1,4 +1,4 @@
-"""The program of a run, which is read only once: a source file, a text, files in memory, or a project."""
+"""The program of a run: a source file, a text, files in memory, or a project. It is read only once."""
 
 from __future__ import annotations
 

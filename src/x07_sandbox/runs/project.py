@@ -22,8 +22,7 @@ def with_project_files(
 ) -> RunRequest:
     """Return the request with the project's policy and input added. Raises UsageError.
 
-    policy, stdin: names of files in *folder*, or None. Both are opened here, which checks that they are in the project;
-    *stack* closes them.
+    policy, stdin: names of files, or None. Opening them checks that they are in *folder*. *stack* closes them.
     """
     if request.policy is None and policy is not None:
         data = folder.read(policy, f"its policy {policy}", MAX_BYTES)

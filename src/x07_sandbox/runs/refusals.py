@@ -1,4 +1,4 @@
-"""Denials and result entries for refused changes. A refused folder and all that is below it make one of each."""
+"""Denials and result entries for refused changes. A refused folder and all that is below it share one of each."""
 
 from __future__ import annotations
 
@@ -23,12 +23,7 @@ _CHECK: Final = "the check of changes"
 
 
 def denial(field: str, action: str, subject: str, by: str, count: int, how: tuple[object, str | None]) -> Denial:
-    """Return a denial.
-
-    by: what enforces the denied field.
-    how: the value of the policy field that would allow the action, and the flag that would; None for what does not
-    exist.
-    """
+    """Return a denial. by: what enforces the field. how: the value and the flag that allow the action, each or None."""
     json_path = f"$.{field}" if "." in field else None  # others are not fields of a policy
     value, flag = how
     allow = None if how == (None, None) else HowToAllow(json_path=json_path, value=value, flag=flag)
@@ -48,10 +43,7 @@ def flag_for(flag: str, name: str) -> str:
 
 
 def denials_and_entries(changes: ChangeSet, *, built_in: bool) -> tuple[list[Denial], tuple[LeftOutEntry, ...]]:
-    """Return two lists in the same order: a denial and a result entry for each uppermost refused name.
-
-    built_in: whether the policy is a built-in one, which flags may change.
-    """
+    """Return a denial and a result entry for each uppermost refused name. built_in: whether the policy is built in."""
     denials: list[Denial] = []
     entries: list[LeftOutEntry] = []
     for root in changes.roots:
@@ -103,11 +95,9 @@ def _uppermost(root: RootChanges) -> dict[str, list[Refused]]:
 
 
 def _why(root: RootChanges, top: str, refusal: Refused) -> str:
-    return (
-        refusal.why
-        if refusal.name == top
-        else f"{display_name(root.root, refusal.name, several_roots=False)}: {refusal.why}"
-    )
+    if refusal.name == top:
+        return refusal.why
+    return f"{display_name(root.root, refusal.name, several_roots=False)}: {refusal.why}"
 
 
 def _how(

@@ -1,4 +1,4 @@
-"""The request for a run, and functions that read its files. Each file is read once, so its digest is always right."""
+"""The request for a run, and functions that read its files. A file is read only once, so that its digest is right."""
 
 from __future__ import annotations
 
@@ -46,10 +46,7 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}")
 
 
 class ProjectPolicy(msgspec.Struct, frozen=True):
-    """A project's own policy, read together with the project.
-
-    base: the project's real folder. Such a policy grants nothing outside that folder.
-    """
+    """A project's own policy. It grants nothing outside *base*, the project's real folder."""
 
     path: Path
     data: bytes
@@ -60,12 +57,9 @@ class ProjectPolicy(msgspec.Struct, frozen=True):
 
 
 class EffectivePolicy(NamedTuple):
-    """The policy that applies to a run.
+    """The policy that applies to a run. base: the name of its source. own: its limits before the request changed them.
 
-    base: the name of the policy's source.
-    own: the policy's limits before the request changed them.
     denied: denied ports by host, from --deny-host; None stands for all ports.
-    may_raise: whether the request may raise limits.
     """
 
     policy: Policy
@@ -89,14 +83,11 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
     command: a command installed in the image, instead of a program.
     source: source text, instead of a program.
     toolchain: used instead of the one for the file's suffix.
-    loaded: a program that has already been read.
     files: further files beside the program, by relative name.
     workdir: a folder; the program starts in a copy of it.
     max_files_bytes: limit for `Result.files`; 0 for none.
-    executable: whether the artifact must be an executable.
-    policy: a value for read_policy; None stands for the project's policy.
+    policy: a path, `built-in:TEMPLATE` or a policy; None stands for the project's policy, else for the default one.
     overrides, override_flags: changes to the policy, and the flags that cause them.
-    limits: limits set by the caller.
     scale_limits: whether to scale limits (runs/scaling); None follows the user's settings.
     input: path of the program's input, which replaces stdin_fd.
     stdin_default: whether a project's own input replaces stdin_fd.
@@ -104,11 +95,9 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
     artifact: file for the built program; a complete file is not built again.
     cold: boot VMs instead of cloning them.
     queue_s: how long each VM may wait for its start, in seconds.
-    machines: a pool of VMs, or None.
     choice: the backend; None stands for the one that the environment selects.
     loaders: readers of special programs; each returns None for a program of another kind.
     whole_input: whether the input of a program with a protocol has been read.
-    changes: what to do with changes to files.
     hide, reveal, allow_protected: patterns of names.
     progress: called with a text when the run waits for something, and with "" when that is over.
     """
@@ -201,10 +190,7 @@ def is_built_in(given: str | Path | Policy | ProjectPolicy | None) -> bool:
 
 
 def read_policy(given: str | Path | Policy | ProjectPolicy | None) -> tuple[Policy, bytes]:
-    """Return a policy and its bytes.
-
-    given: a path, `built-in:TEMPLATE`, a policy, or None for the default policy. Raises SandboxError.
-    """
+    """Return a policy and its bytes. given: as in `RunRequest`; None means the default policy. Raises SandboxError."""
     if isinstance(given, str) and given.startswith("built-in:"):
         from x07_sandbox.policy.templates import built_in
 
@@ -241,10 +227,7 @@ def _policy_file(given: str | Path) -> bytes:
 
 
 def _check_own(policy: Policy, given: ProjectPolicy) -> None:
-    """Raise RefusedError if a project's own policy asks for something that only the user may grant.
-
-    The author of the program wrote that policy, so it is not trusted.
-    """
+    """Raise RefusedError if a project's policy, whose author is not trusted, asks for what only the user may grant."""
     by_name = f"Read the policy. To accept it, add --policy {given.path.absolute()}"
     if policy.net.enabled and policy.net.allow_hosts:
         raise RefusedError("cannot use the project's own policy", f"{given} asks for network access", by_name)
@@ -265,19 +248,17 @@ def effective_policy_of(request: RunRequest) -> EffectivePolicy:
         check_grants(policy, request.overrides, built_in=is_built_in(request.policy))
         derived = derive_policy(policy, data, base, request.overrides, read_spec_file=read_spec_file, gate=True)
         policy, data, denied = derived.policy, derived.data, derived.denied
-    may_raise = is_built_in(request.policy)
-    if request.limits is None:
-        return EffectivePolicy(policy, data, base, denied, may_raise=may_raise)
-    from x07_sandbox.policy.limits import change_limits
+    own, may_raise = None, is_built_in(request.policy)
+    if request.limits is not None:
+        from x07_sandbox.policy.limits import change_limits
 
-    if request.limits.may_raise is not None:
-        may_raise = request.limits.may_raise
-    own = policy.limits
-    changed = change_limits(policy, request.limits, may_raise=may_raise, source=base)
-    if changed == policy:
-        return EffectivePolicy(policy, data, base, denied, may_raise=may_raise)
-    data = render_policy(changed)
-    return EffectivePolicy(decode_policy(data, source="with changed limits"), data, base, denied, own, may_raise)
+        if request.limits.may_raise is not None:
+            may_raise = request.limits.may_raise
+        changed = change_limits(policy, request.limits, may_raise=may_raise, source=base)
+        if changed != policy:
+            own, data = policy.limits, render_policy(changed)
+            policy = decode_policy(data, source="with changed limits")
+    return EffectivePolicy(policy, data, base, denied, own, may_raise)
 
 
 def name_of_policy(given: str | Path | Policy | ProjectPolicy | None) -> str:
@@ -320,17 +301,13 @@ def open_input(request: RunRequest, stack: contextlib.ExitStack, *, wait: bool =
     except OSError as exc:
         raise UsageError(what, exc.strerror or str(exc), fix) from exc
     stack.callback(os.close, fd)
-    mode = os.fstat(fd).st_mode
-    if stat.S_ISDIR(mode):
+    if stat.S_ISDIR(os.fstat(fd).st_mode):
         raise UsageError(what, "it is a folder", fix)
     return fd
 
 
 def need_policy(request: RunRequest, protocol: Protocol) -> None:
-    """Raise UsageError if *protocol* requires a policy and the request has none.
-
-    A request that changes the policy has one: its changes start from the built-in policy.
-    """
+    """Raise UsageError if *protocol* requires a policy, and the request neither has nor changes one."""
     protocol.require_policy(given=request.policy is not None or request.overrides is not None)
 
 

@@ -1,4 +1,4 @@
-"""The result of a run: one immutable value. Text, JSON and reports are made from it.
+"""The result of a run, an immutable value from which text, JSON and reports are made.
 
 `schemas/result.schema.json` (`x07.sandbox.result@0.1.0`) is generated from these types.
 """

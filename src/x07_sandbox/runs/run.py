@@ -1,7 +1,4 @@
-"""One run from request to result: prepare, build, run, settle.
-
-Each step replaces the draft of the result. However the run ends, the last draft becomes the result.
-"""
+"""One run from request to result. Each step replaces the draft, and the last draft becomes the result."""
 
 from __future__ import annotations
 
@@ -47,13 +44,10 @@ _TAIL_BYTES = 64 * 1024  # of a failed program's error output, for hints
 SCALING_HINT = "the VM is emulated; --scale-limits multiplies the time limits by its slowdown"
 
 # Values of plan/outcomes.Outcome, whose table is imported only when needed.
-_KNOWN_OUTCOMES: tuple[tuple[type[SandboxError], str], ...] = (
-    (PolicyError, "refused"),
-    (UsageError, "usage-error"),
-    (RefusedError, "refused"),
-    (ImageError, "refused"),
-    (HostError, "refused"),
-    (BackendError, "backend-error"),
+_KNOWN_OUTCOMES: tuple[tuple[tuple[type[SandboxError], ...], str], ...] = (
+    ((PolicyError, RefusedError, ImageError, HostError), "refused"),
+    ((UsageError,), "usage-error"),
+    ((BackendError,), "backend-error"),
 )
 
 
@@ -137,7 +131,7 @@ def _verdict_of(exc: SandboxError, signalled: int | None = None) -> Verdict:
 
     if isinstance(exc, Cancelled):
         return replace(verdict(Outcome.CANCELLED, exc.what), signal=signalled or signal.SIGINT)
-    outcome = next(outcome for kind, outcome in _KNOWN_OUTCOMES if isinstance(exc, kind))
+    outcome = next(outcome for kinds, outcome in _KNOWN_OUTCOMES if isinstance(exc, kinds))
     ours = isinstance(exc, (ImageError, HostError, BackendError))
     return verdict(Outcome(outcome), str(exc).removesuffix("."), fault="host" if ours else None)
 
@@ -166,10 +160,7 @@ def _with_cause(draft: Result, exc: SandboxError) -> Result:
 def copy_in(
     request: RunRequest, program: Program, policy: Policy, draft: Result, folder: RunFolder, stack: contextlib.ExitStack
 ) -> Step[tuple[HostFiles | None, Result]]:
-    """Copy the host files of a run in; return None if the run has none. Raises SandboxError.
-
-    Entries that were left out become denials in the draft.
-    """
+    """Copy a run's host files in, if it has any. Entries left out become denials in the draft. Raises SandboxError."""
     roots = policy.fs.enabled and (policy.fs.read_roots or policy.fs.write_roots)
     if request.out is None and request.workdir is None and not roots:
         return None, draft

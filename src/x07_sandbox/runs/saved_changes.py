@@ -1,8 +1,8 @@
-"""Saved changes of runs: how they are found, applied and undone, and recovery after a kill.
+"""Saved changes of runs: finding, applying and undoing them, and recovery after a kill.
 
 `runs/RUN/changes/` holds `changes.json` and `data` (see files/changes) as the guest reported them. While they are
-applied, `runs/.applying/` contains a file named after the run. If left-out changes are applied later, they get a folder
-`changes/later-N/` with a journal and an undo set; the last such folder is undone first.
+applied, `runs/.applying/` contains a file named after the run. Left-out changes that are applied later get a folder
+`changes/later-N/` with a journal and an undo set. The last such folder is undone first.
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ def find_saved(run: str | None) -> SavedChanges:
 def apply_saved(
     saved: SavedChanges, changes: ChangeSet, on_wait: Callable[[str], None], *, later: bool = False
 ) -> ChangeSet:
-    """Apply *changes*, all or some of the saved ones. Raises ConflictError, HostError.
+    """Apply *changes*, which are all or some of the saved ones. Raises ConflictError, HostError.
 
-    later: whether these were left out and the others are already applied. They then get their own undo set.
+    later: whether *changes* were left out before and the others are applied already. They get an undo set of their own.
     """
     from x07_sandbox.files.apply import apply
 

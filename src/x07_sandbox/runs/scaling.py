@@ -74,10 +74,7 @@ def scaled_limits(limits: RunLimits, factor: int) -> tuple[RunLimits, Scaling, t
 
 
 def measured_factor(prepared: Prepared) -> int:
-    """Return how many times slower than this host the emulated VM is; measure that if it is unknown.
-
-    Raises SandboxError.
-    """
+    """Return how many times slower than this host the VM is. Measure that if it is unknown. Raises SandboxError."""
     if (known := known_factor()) is not None:
         return known
     prepared.request.progress("measuring how much slower the emulated VM is than this host")

@@ -22,11 +22,9 @@ ROOM: Final = "Free disk space, or set X07_VM_STATE_DIR to a folder on a larger 
 
 
 class InFile(msgspec.Struct, frozen=True, kw_only=True):
-    """A file that goes into the guest.
+    """A file to copy to *path* in the guest. kind: "file", "archive" or "tree" (channel/trees).
 
-    path: the file's path in the guest.
-    kind: "file", "archive" or "tree" (channel/trees).
-    fd: read from offset 0, so that one descriptor serves several jobs. The caller owns it.
+    fd: a descriptor that the caller owns. It is read from offset 0, so that it serves several jobs.
     """
 
     path: str
@@ -53,7 +51,7 @@ class TerminalFilter:
 
 
 class _Writer:
-    """Writer to a descriptor in a thread, because even a descriptor that is ready may block a write.
+    """Writer to a descriptor. It uses a thread, because a write may block even when the descriptor is ready.
 
     O_NONBLOCK is not set, because other processes share that flag. progress_fd: readable after a write or an error.
     """
@@ -140,10 +138,7 @@ class Sink:
         self._hash = hashlib.sha256()
 
     def take(self, data: bytes) -> int:
-        """Take bytes and return how many of them need no more work. Raises BackendError.
-
-        Later calls of `pump` count the others.
-        """
+        """Take bytes; return how many need no more work. Later calls of `pump` count the rest. Raises BackendError."""
         allowed = data[: self._max_bytes - self.total_bytes]
         self.overflow = self.overflow or len(allowed) < len(data)
         self.total_bytes += len(allowed)

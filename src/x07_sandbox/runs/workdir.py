@@ -41,10 +41,7 @@ def workdir_root(request: RunRequest, program: Program, policy: Policy, workdir:
 
 
 def working_folder(workdir: Path) -> Path:
-    """Return the real path of *workdir*.
-
-    Raises UsageError if the folder does not exist, contains the user's home folder, or belongs to the system or to x07.
-    """
+    """Return the absolute path of *workdir*. Raises UsageError if the folder is missing or must not be copied."""
     what = f"cannot use --workdir {printable(str(workdir))}"
     folder = real_path(Path()) / workdir
     if not is_folder(folder):
@@ -54,12 +51,9 @@ def working_folder(workdir: Path) -> Path:
     if real == home or real in home.parents:
         why = "it is the root of the file system" if real == Path("/") else "it is or contains your home folder"
         raise UsageError(what, f"{why}, and all of it would be copied", "Use the folder of one project")
-    ours = next((place for place in _not_copied() if real == place or place in real.parents), None)
+    own = (*map(Path, ("/proc", "/sys", "/dev")), real_path(state_dir()), real_path(cache_dir()))
+    ours = next((place for place in own if real == place or place in real.parents), None)
     if ours is not None:
         why = f"{ours} belongs to the system or contains x07's own records"
         raise UsageError(what, why, "Use the folder of one project")
     return Path(collapse_leading_slashes(os.path.normpath(folder)))
-
-
-def _not_copied() -> list[Path]:
-    return [*map(Path, ("/proc", "/sys", "/dev")), real_path(state_dir()), real_path(cache_dir())]
