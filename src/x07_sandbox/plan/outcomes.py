@@ -116,10 +116,9 @@ OUTCOMES: Final[dict[Outcome, Row]] = {
 
 
 def exit_code(outcome: Outcome, *, program_exit: int | None, signal: int | None) -> int:
-    """Return the exit code of ``x07 run``. Raises ValueError if the exit code depends on a missing status or signal.
+    """Return the exit code of ``x07 run``. Raises ValueError if it depends on a missing status or signal.
 
-    program_exit: the program's exit status. signal: the signal that killed the program or, for cancelled, the signal
-    that x07 received.
+    signal: the signal that killed the program or, for cancelled, the signal that x07 received.
     """
     rule = OUTCOMES[outcome].exit
     match rule:
@@ -214,10 +213,7 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def killed(self) -> bool:
-        """Whether the machine's process was killed from outside.
-
-        That says nothing about a fault of the machine itself.
-        """
+        """Whether the machine's process was killed from outside, which says nothing about a fault of the machine."""
         status = self.instance_status
         return status in {-_SIGKILL, SIGNAL_BASE + _SIGKILL} or bool(out_of_cpu_time(status))
 
@@ -248,10 +244,7 @@ def verdict(outcome: Outcome, reason: str, *, fault: Fault | None = None) -> Ver
 
 
 def classify(evidence: Evidence, *, features: Features | None = None, limits: Limits | None = None) -> Verdict:
-    """Return the verdict on *evidence*. features: the backend's features, if known.
-
-    limits: the limits to show in the reason.
-    """
+    """Return the verdict on *evidence*. features: the backend's, if known. limits: those to show in the reason."""
     features = features or vm_features("vm-hardware")
     if evidence.gate_lost and evidence.cancelled_by is None:
         return verdict(Outcome.GATE_LOST, f"the egress gate exited while the guest was {_DOING[evidence.stage]}")
@@ -263,10 +256,7 @@ def classify(evidence: Evidence, *, features: Features | None = None, limits: Li
 
 
 def build_verdict(found: Verdict, wall_ms: int = settings.BUILD_WALL_MS) -> Verdict:
-    """Return the verdict on a build phase. Whatever ended the compiler, the outcome is a failed build.
-
-    wall_ms: the time limit.
-    """
+    """Return the verdict on a build. Whatever ended the compiler, the build failed. wall_ms: the build's time limit."""
     compiler_ended = {
         Outcome.FAILED,
         Outcome.SIGNALLED,
@@ -289,10 +279,7 @@ def build_verdict(found: Verdict, wall_ms: int = settings.BUILD_WALL_MS) -> Verd
 
 
 def name_flags(found: Verdict, flags: Mapping[str, str]) -> Verdict:
-    """Return the verdict with limits replaced in its reason by the flags that set them.
-
-    flags: the flag of each field.
-    """
+    """Return the verdict with each limit in its reason replaced by its flag. flags: the flag of each field."""
     reason = found.reason
     for field, flag in flags.items():
         reason = reason.replace(f"({field})", f"({flag})")
@@ -310,8 +297,7 @@ def _ended_by_us(evidence: Evidence, *, emulated: bool, limits: Limits | None) -
     if evidence.cancelled_by is not None:
         by = f" by {signal_name(evidence.cancelled_by)}" if evidence.cancelled_by else ""
         reason = f"the run was cancelled{by} while the guest was {_DOING[evidence.stage]}"
-        cancelled = verdict(Outcome.CANCELLED, reason)
-        return replace(cancelled, signal=evidence.cancelled_by or None)
+        return replace(verdict(Outcome.CANCELLED, reason), signal=evidence.cancelled_by or None)
     if evidence.exec_errno in _PROGRAM_ERRORS and evidence.stage not in _STARTED:
         return _not_executed(evidence.exec_errno)
     if evidence.setup_failure is not None and evidence.stage not in _STARTED:

@@ -22,13 +22,10 @@ _SWITCHES: Final = frozenset({"fs.enabled", "net.enabled", "net.allow_tcp"})  # 
 
 
 class Completion(msgspec.Struct, frozen=True):
-    """A command that completes a document. words: arguments of `x07 policy new`.
+    """A command that completes a document."""
 
-    left_out: fields that no flag can set.
-    """
-
-    words: tuple[str, ...]
-    left_out: tuple[str, ...]
+    words: tuple[str, ...]  # arguments of `x07 policy new`
+    left_out: tuple[str, ...]  # fields that no flag can set
 
     def line(self, file: str) -> str:
         """Return the command as a shell line that writes its output to *file*."""

@@ -149,10 +149,7 @@ BUILT_IN: Final = "built-in:"
 
 
 def built_in(name: str) -> Policy | None:
-    """Return the policy `built-in:TEMPLATE`; None if *name* has another form.
-
-    Raises UsageError for an unknown policy template.
-    """
+    """Return the policy `built-in:TEMPLATE`; None if *name* has another form. Raises UsageError for an unknown one."""
     if not name.startswith(BUILT_IN):
         return None
     try:
