@@ -217,7 +217,7 @@ def _how_to_be_private(info: os.stat_result, here: Path) -> str:
 
 
 def why_not_ours(info: os.stat_result, kind: Callable[[int], bool]) -> str:
-    """Return why this user must not remove a file or folder, or "". kind: S_ISDIR or S_ISREG, which no link matches."""
+    """Return why this user must not remove a file or folder, or "". kind: S_ISDIR or S_ISREG; a link is neither."""
     if not kind(info.st_mode):
         return "it is a link or another type of file"
     return "" if info.st_uid == os.geteuid() else f"it belongs to uid {info.st_uid}"

@@ -135,7 +135,7 @@ VARIABLES: Final[dict[str, Variable]] = {variable.name: variable for variable in
 
 
 def check_environment(environ: Mapping[str, str]) -> tuple[str, ...]:
-    """Check all known variables, and return warnings about unknown ones. Raises UsageError if a value is invalid."""
+    """Check all known variables. Return warnings about unknown ones with our prefixes. Raises UsageError."""
     for name in environ.keys() & VARIABLES.keys():
         _read(VARIABLES[name], environ)
     return tuple(_unknown(name) for name in sorted(environ) if name.startswith(PREFIXES) and name not in VARIABLES)

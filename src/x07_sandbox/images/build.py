@@ -57,9 +57,9 @@ def build_image(  # noqa: PLR0913 - one keyword per ingredient
     """Build the image called *name*, or reuse an intact image with the same contents.
 
     include: further Debian packages. preload: Python modules to import in saved VMs. pip: Python packages (see
-    pip.check_requirements). x07: folder of the X07 toolchain. For each of these, None keeps what the image called
-    *name* has. fresh: download the packages again. code: the guest code, by default this installation's. progress:
-    called with lines of text. Raises SandboxError; no image or name is then changed.
+    pip.check_requirements). x07: folder of the X07 toolchain. None keeps the packages, modules or toolchain of the
+    image that is called *name* now. fresh: download the packages again. code: the guest code, by default this
+    installation's. progress: called with lines of text. Raises SandboxError; no image or name is then changed.
     """
     store.check_name(name)
     packages = None if include is None else recipe.check_packages(include)

@@ -166,7 +166,7 @@ def download(
 ) -> tuple[manifest.Wheel, ...]:
     """Download the wheels that satisfy *lines* into the new *folder*. Raises UsageError, ImageError, HostError.
 
-    sources_file: see apt_index.write_sources. deps: whether to download dependencies too.
+    sources_file: from apt_index.write_sources, for advice in errors. deps: whether to download dependencies too.
     """
     pip = find_pip_interpreter()
     folder.mkdir(mode=0o700)

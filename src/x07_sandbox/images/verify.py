@@ -89,7 +89,7 @@ def open_image(image: Image) -> Iterator[OpenImage]:
     subject = _subject(image)
     with contextlib.ExitStack() as stack:
         folder_fd = stack.enter_context(opened_folder(image.folder, subject))
-        _check_manifest(folder_fd, image)
+        _check_manifest(folder_fd, image, subject)
         parts = image.manifest.parts
         fds = dict(zip(parts.__struct_fields__, opened_parts(folder_fd, parts.all(), subject, stack), strict=True))
         for part in image.manifest.filters.values():  # for reports; VMs use the copies in the initramfs
@@ -128,7 +128,7 @@ def verify_image(image: Image, *, use_record: bool = False) -> list[str]:
     with contextlib.ExitStack() as stack:
         try:
             folder_fd = stack.enter_context(opened_folder(image.folder, subject))
-            _check_manifest(folder_fd, image)
+            _check_manifest(folder_fd, image, subject)
         except ImageError as exc:
             return [f"{exc.what}: {exc.why}"]
         for part in _parts(image):
@@ -239,9 +239,8 @@ def opened_file(folder_fd: int, name: str, subject: Subject) -> Iterator[int]:
         os.close(fd)
 
 
-def _check_manifest(folder_fd: int, image: Image) -> None:
+def _check_manifest(folder_fd: int, image: Image, subject: Subject) -> None:
     """Raise ImageError if the manifest has changed since *image* was read."""
-    subject = _subject(image)
     with opened_file(folder_fd, "manifest.json", subject) as fd:
         data = os.pread(fd, manifest.MAX_BYTES + 1, 0)
     if data != manifest.encode(image.manifest) or manifest.digest_of(image.manifest) != image.digest:

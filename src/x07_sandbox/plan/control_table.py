@@ -1,4 +1,4 @@
-"""Table behind the controls: for every field of a policy, whether it is enforced, by what, and why.
+"""The table that decides on every field of a policy whether it is enforced, by what, and why.
 
 ``enforced``: the run behaves as the policy says. This includes fields that permit or restrict nothing. ``refused``:
 this backend cannot provide or enforce the value, so nothing runs. ``advisory``: X07's own libraries get the value in a
@@ -48,16 +48,10 @@ class PlanInput(msgspec.Struct, frozen=True, kw_only=True):
         value = self.values[field]
         return value if isinstance(value, tuple) else ()
 
-    def number(self, field: str) -> int:
-        """Return a number field's value."""
-        value = self.values[field]
-        return value if isinstance(value, int) else 0
-
     @property
     def files(self) -> bool:
         """Whether the policy provides host files."""
-        roots = self.entries("fs.read_roots") or self.entries("fs.write_roots")
-        return self.values["fs.enabled"] is True and bool(roots)
+        return self.policy.fs.enabled and bool(self.policy.fs.read_roots or self.policy.fs.write_roots)
 
     @property
     def servers(self) -> bool:
@@ -302,8 +296,9 @@ def _writable_entries(given: PlanInput) -> list[str]:
     return [*found, *(file for file in files if entry_path(file, PROGRAM) in roots)]
 
 
-def _max_live(given: PlanInput, field: str) -> Answer:
-    if "limits.procs" in given.features.can_enforce and given.number("limits.procs") <= given.number(field):
+def _max_live(given: PlanInput, _field: str) -> Answer:
+    not_larger = given.policy.limits.procs <= given.policy.process.max_live
+    if not_larger and "limits.procs" in given.features.can_enforce:
         return Answer("enforced", given.own(_CGROUP), "limits.procs is not larger and includes children")
     if "confinement" not in given.features.can_enforce:
         return _not_enforced(given, "this backend does not confine programs")

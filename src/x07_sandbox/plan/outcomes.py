@@ -174,42 +174,24 @@ _BUILDING: Final = {  # the same for a build
 
 
 class Evidence(msgspec.Struct, frozen=True, kw_only=True):
-    """Evidence about a finished phase.
+    """Evidence about a finished phase."""
 
-    stage: the stage in which the phase ended.
-    wait_status: the program's status from waitpid in the guest's init; None if it was not received.
-    deadline_passed: whether the host's deadline for the stage expired first.
-    stopped: whether the program's processes were stopped by a signal at the deadline.
-    cpu_exceeded: whether the cgroup's counter exceeded limits.cpu_ms.
-    cpu_us: the cgroup's final counter, in microseconds; None if it was not received.
-    oom_kills: the cgroup's counter of processes killed for memory.
-    output_overflow: the stream that exceeded its limit: "stdout" or "stderr".
-    channel_error: how the guest violated the protocol. A stream that merely ends is no violation.
-    instance_status: return code of the machine's or container's process (-N for signal N); None while it runs.
-    console_tail: the end of the console output; hostile text, used only if the guest was lost.
-    cancelled_by: the signal that cancelled the run; 0 for a cancellation without a signal.
-    setup_failure: the step that the agent or the host could not do for the job.
-    exec_errno: the error of execve in the guest; 0 if execve succeeded.
-    boot_timeout: whether the agent did not answer in time.
-    gate_lost: whether the egress gate ended before the program did.
-    """
-
-    stage: Stage
-    wait_status: int | None = None
-    deadline_passed: bool = False
-    stopped: bool = False
-    cpu_exceeded: bool = False
-    cpu_us: int | None = None
-    oom_kills: int = 0
-    output_overflow: str | None = None
-    channel_error: str | None = None
-    instance_status: int | None = None
-    console_tail: str = ""
-    cancelled_by: int | None = None
-    setup_failure: str | None = None
-    exec_errno: int = 0
-    boot_timeout: bool = False
-    gate_lost: bool = False
+    stage: Stage  # in which the phase ended
+    wait_status: int | None = None  # the program's status from waitpid in the guest's init; None if it was not received
+    deadline_passed: bool = False  # whether the host's deadline for the stage expired first
+    stopped: bool = False  # whether a signal had stopped the program's processes at the deadline
+    cpu_exceeded: bool = False  # whether the cgroup's counter exceeded limits.cpu_ms
+    cpu_us: int | None = None  # the cgroup's final counter, in microseconds; None if it was not received
+    oom_kills: int = 0  # the cgroup's counter of processes killed for memory
+    output_overflow: str | None = None  # the stream that exceeded its limit: "stdout" or "stderr"
+    channel_error: str | None = None  # how the guest violated the protocol; a stream that merely ends is no violation
+    instance_status: int | None = None  # of the machine's or container's process (-N for signal N); None while it runs
+    console_tail: str = ""  # the end of the console output; hostile text, used only if the guest was lost
+    cancelled_by: int | None = None  # the signal that cancelled the run; 0 for a cancellation without a signal
+    setup_failure: str | None = None  # the step that the agent or the host could not do for the job
+    exec_errno: int = 0  # the error of execve in the guest; 0 if execve succeeded
+    boot_timeout: bool = False  # whether the agent did not answer in time
+    gate_lost: bool = False  # whether the egress gate ended before the program did
 
     @property
     def killed(self) -> bool:

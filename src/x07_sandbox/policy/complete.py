@@ -10,9 +10,10 @@ from msgspec.structs import replace
 
 from x07_sandbox.errors import UsageError
 from x07_sandbox.policy.decode import MAX_BYTES, parse
-from x07_sandbox.policy.from_flags import NewPolicy, is_policy_id, make_policy
+from x07_sandbox.policy.from_flags import NewPolicy, make_policy
 from x07_sandbox.policy.limits import NAMES, LimitChanges, flag_text
 from x07_sandbox.policy.problems import PolicyError
+from x07_sandbox.policy.rules import is_policy_id
 from x07_sandbox.policy.templates import TEMPLATES
 
 if TYPE_CHECKING:

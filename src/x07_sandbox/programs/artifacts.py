@@ -1,8 +1,8 @@
 """The artifact cache: built programs, identified by their source, tools and image.
 
-The file cache/artifacts/<key> consists of one line of JSON, padded to HEADER_BYTES, then the artifact, then notes about
-its build. Whoever copies an artifact from the cache checks its hash again. cache/building/<xx> is the lock for builds
-of all keys that start with <xx>.
+The file cache/artifacts/<key> contains one line of JSON, padded to HEADER_BYTES, the artifact, and notes about its
+build. The caller checks the artifact's hash again when it copies the artifact. The file cache/building/<xx> is the lock
+for builds of all keys that start with <xx>.
 """
 
 from __future__ import annotations

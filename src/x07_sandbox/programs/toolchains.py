@@ -61,28 +61,21 @@ class Source(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Toolchain(msgspec.Struct, frozen=True, kw_only=True):
-    """One language, or one way to build.
-
-    suffixes: suffixes of source files, in lower case.
-    beside: suffixes and names of other files that `x07 init` includes.
-    build: returns the build's command line, which starts with a path; None if the source is the artifact.
-    archive: whether `build_driver()` builds. Its artifact is unpacked to PROGRAM_FOLDER; others are at ARTIFACT.
-    start: returns the program's command line.
-    needs: Debian packages that the image must contain; "x07" stands for X07's own toolchain.
-    protocol: hooks for programs that need more than bytes and arguments.
-    entries: usual names of the file to start, the preferred one first; None if a project does not specify that file.
-    artifact: whether a project specifies the file that its build creates. Such a toolchain builds only projects.
-    """
+    """One language, or one way to build."""
 
     name: str
-    suffixes: tuple[str, ...]
-    beside: tuple[str, ...] = ()
+    suffixes: tuple[str, ...]  # of source files, in lower case
+    beside: tuple[str, ...] = ()  # suffixes and names of other files that `x07 init` includes
+    # Returns the build's command line, which starts with a path. None: the source is the artifact.
     build: Callable[[Source], list[str]] | None
+    # Whether `build_driver()` builds. Its artifact is unpacked to PROGRAM_FOLDER; others are at ARTIFACT.
     archive: bool = False
-    start: Callable[[Source], list[str]] = lambda _source: [ARTIFACT]
-    needs: tuple[str, ...] = ()
-    protocol: Protocol | None = None
+    start: Callable[[Source], list[str]] = lambda _source: [ARTIFACT]  # returns the program's command line
+    needs: tuple[str, ...] = ()  # Debian packages of the image; "x07" stands for X07's own toolchain
+    protocol: Protocol | None = None  # hooks for programs that need more than bytes and arguments
+    # Usual names of the file to start, the preferred one first. None: a project does not specify that file.
     entries: tuple[str, ...] | None = None
+    # Whether a project specifies the file that its build creates. Such a toolchain builds only projects.
     artifact: bool = False
     doc: str
 
