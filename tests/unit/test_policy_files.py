@@ -178,4 +178,4 @@ def test_threads_are_allowed_when_their_section_is_absent() -> None:
         "4",
         "1024",
     ]
-    assert policy.language_in_force.allow_unsafe is False
+    assert leaf_values(policy)["language.allow_unsafe"] is False

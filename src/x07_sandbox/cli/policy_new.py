@@ -9,8 +9,9 @@ from x07_sandbox.cli.parser import nonempty, option, repeated
 from x07_sandbox.cli.run_options import add_limits, limits_of
 from x07_sandbox.errors import UsageError
 from x07_sandbox.policy.default import render_policy
-from x07_sandbox.policy.from_flags import NewPolicy, is_policy_id, make_policy
+from x07_sandbox.policy.from_flags import NewPolicy, make_policy
 from x07_sandbox.policy.limits import LimitChanges
+from x07_sandbox.policy.rules import is_policy_id
 from x07_sandbox.policy.templates import TEMPLATES
 
 if TYPE_CHECKING:

@@ -8,23 +8,19 @@ from x07_sandbox.errors import HostError
 
 
 class Arch(msgspec.Struct, frozen=True, kw_only=True):
-    """Names and settings of one architecture.
-
-    firmware: files from firmware_packages that the machine type reads at start.
-    emulated_cpu: QEMU's CPU model. QEMU emulates `rep movsb` byte by byte. Without erms and fsrm, the guest's kernel
-        copies by words, which is three to five times faster (docs/explanation/performance.md).
-    initrd_tail_bytes: how much of its last page an initramfs must fill (backends/qemu/machine); None for any amount.
-    """
+    """Names and settings of one architecture."""
 
     name: str  # uname -m
     deb: str  # Debian's name
     qemu_binary: str
     qemu_package: str
     machine: str
+    # QEMU's CPU model. QEMU emulates `rep movsb` byte by byte. Without erms and fsrm, the guest's kernel copies words,
+    # which is three to five times faster (docs/explanation/performance.md).
     emulated_cpu: str
-    firmware: tuple[str, ...]
+    firmware: tuple[str, ...]  # files from firmware_packages that the machine type reads at start
     firmware_packages: tuple[str, ...]
-    initrd_tail_bytes: int | None
+    initrd_tail_bytes: int | None  # how much of its last page an initramfs must fill (qemu/machine); None: any amount
     kernel_package: str
     multiarch: str
     loader: str  # the dynamic loader's path

@@ -34,19 +34,15 @@ def closing_fd(fd: int) -> Iterator[int]:
 
 
 def open_root(path: str) -> int:
-    """Open a folder by an absolute path that contains no links.
-
-    Raises OSError: ELOOP or ENOTDIR if the path contains a link.
-    """
+    """Open a folder by its absolute path. Raises OSError: ELOOP or ENOTDIR if the path contains a link."""
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
     with closing_fd(os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as top:
         return _openat2(top, path.lstrip("/") or ".", flags, _NO_SYMLINKS)
 
 
 def look(dir_fd: int, name: str) -> int:
-    """Return an O_PATH descriptor of a relative name ("." is the folder).
+    """Return an O_PATH descriptor of a relative name ("." is the folder). For a link, it is the link's own.
 
-    If the name is a link, the descriptor is the link's own.
     Raises OSError: ELOOP or ENOTDIR if a parent is not a folder, EXDEV at a mount point.
     """
     flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -84,13 +80,12 @@ def move(fd: int, name: str, to_fd: int, to: str) -> None:
 
 def _move_by_link(fd: int, name: str, to_fd: int, to: str) -> None:
     if not stat.S_ISDIR(os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode):
+        linked = True
         try:
             os.link(name, to, src_dir_fd=fd, dst_dir_fd=to_fd, follow_symlinks=False)
-            linked = True
         except FileExistsError:
-            if not _same_inode(fd, name, to_fd, to):
+            if not _same_inode(fd, name, to_fd, to):  # else a killed process of ours made the link
                 raise
-            linked = True  # by a killed process of ours
         except OSError as exc:
             if exc.errno not in _NO_LINKS:
                 raise

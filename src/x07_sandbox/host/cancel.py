@@ -21,10 +21,7 @@ class Cancel:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Make a signal raise Cancelled during the context.
-
-        Use this around a wait that does not poll the descriptor.
-        """
+        """Make a signal raise Cancelled in the context. Use this around a wait that does not poll the descriptor."""
         self.check()
         self._waiting = True
         try:
@@ -69,10 +66,7 @@ class Notice(str):
 
 
 class Caller(msgspec.Struct, frozen=True, kw_only=True):
-    """The caller of a job.
-
-    progress: called with a line before a step that takes seconds, and with "" after the step.
-    """
+    """The caller of a job. progress: called with a line before a step that takes seconds, and with "" after it."""
 
     cancel: Cancel
     progress: Callable[[str], None] = lambda _text: None

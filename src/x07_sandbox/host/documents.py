@@ -72,28 +72,23 @@ def _folder(root: Path, folders: list[str]) -> Iterator[int]:
 
 def _put(folder: int, name: str, data: bytes, *, overwrite: bool) -> Status:
     found = _present(folder, name, len(data) + 1)
-    mode = None
-    status: Status = "created"
-    if found is not None:
-        content, mode = found
-        if content == data:
-            return "unchanged"
-        if not overwrite:
-            return "exists_different"
-        status = "overwritten"
+    if found is not None and found[0] == data:
+        return "unchanged"
+    if found is not None and not overwrite:
+        return "exists_different"
     temporary = f".x07-{os.urandom(8).hex()}"
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=folder)
         with os.fdopen(fd, "wb") as file:
-            if mode is not None:
-                os.fchmod(fd, mode)
+            if found is not None:
+                os.fchmod(fd, found[1])
             file.write(data)
         os.replace(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary, dir_fd=folder)
         raise
-    return status
+    return "created" if found is None else "overwritten"
 
 
 def _present(folder: int, name: str, most: int) -> tuple[bytes, int] | None:

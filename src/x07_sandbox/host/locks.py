@@ -76,10 +76,7 @@ def lock_shared(path: Path) -> int:
 
 @contextlib.contextmanager
 def lock_for_removal(path: Path) -> Iterator[bool]:
-    """Try to lock a folder exclusively during the context. Yield False if a process holds a lock from lock_shared().
-
-    Raises OSError if the folder cannot be opened.
-    """
+    """Try to lock a folder exclusively. Yield False if a process holds a shared lock. Raises OSError like open(2)."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         try:

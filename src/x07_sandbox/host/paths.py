@@ -49,9 +49,7 @@ def _home() -> Path:
 
 
 def private_dir(path: Path) -> Path:
-    """Create *path* and missing parents with mode 0700, and check that the folder is private.
-
-    Raises HostError if it is not.
+    """Create *path* and missing parents with mode 0700. Raises HostError if the folder is not private.
 
     No link is followed. The folder must belong to the effective uid and be closed to group and others. Its parents must
     belong to that uid or root and must not be writable by others, except sticky folders like /tmp.
@@ -74,10 +72,7 @@ def private_dir(path: Path) -> Path:
 
 
 def settings_file() -> Path:
-    """Return the path of the user's settings file: x07/sandbox.toml in XDG_CONFIG_HOME, else in ~/.config.
-
-    Raises HostError if neither XDG_CONFIG_HOME nor HOME can be used.
-    """
+    """Return the user's settings file: x07/sandbox.toml in XDG_CONFIG_HOME, else in ~/.config. Raises HostError."""
     config = os.environ.get("XDG_CONFIG_HOME", "")
     if config.startswith("/"):  # XDG: a relative path is ignored
         return Path(config) / "x07" / "sandbox.toml"
@@ -93,10 +88,7 @@ def cache_folder(name: str) -> Path:
 
 
 def least_recently_used(found: Iterable[tuple[float, int, Path]], most_bytes: int) -> list[Path]:
-    """Return the least recently used paths to remove so that the remaining ones take at most *most_bytes*.
-
-    found: the last use, the size in bytes and the path of each file.
-    """
+    """Return the least recently used paths to remove so that *most_bytes* suffice. found: last use, bytes and path."""
     doomed = []
     for _, size, path in sorted(found, reverse=True):
         most_bytes -= size
@@ -125,10 +117,7 @@ def is_folder(path: Path) -> bool:
 
 
 def read_bounded(path: Path, what: str, max_bytes: int) -> bytes:
-    """Return the content of a regular file of at most *max_bytes*. Raises UsageError if it cannot be read or is larger.
-
-    what: the kind of file, for the error.
-    """
+    """Return a regular file's content. what: its kind, for errors. Raises UsageError if unreadable or too large."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
@@ -161,10 +150,7 @@ def open_private_file(path: Path, flags: int) -> int:
 
 
 def replace_file(path: Path, data: bytes, *, sync: bool = False) -> None:
-    """Replace the file *path* atomically, with mode 0600. Raises OSError if that fails.
-
-    sync: whether the replacement is also atomic if the machine crashes.
-    """
+    """Replace a file atomically, with mode 0600. sync: make it atomic even if the machine crashes. Raises OSError."""
     temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
     try:
         fd = open_private_file(temporary, os.O_WRONLY | os.O_EXCL)
@@ -231,10 +217,7 @@ def _how_to_be_private(info: os.stat_result, here: Path) -> str:
 
 
 def why_not_ours(info: os.stat_result, kind: Callable[[int], bool]) -> str:
-    """Return why this user must not remove a file or folder; "" if this user may.
-
-    kind: S_ISDIR or S_ISREG, the expected type; links never match.
-    """
+    """Return why this user must not remove a file or folder, or "". kind: S_ISDIR or S_ISREG; a link is neither."""
     if not kind(info.st_mode):
         return "it is a link or another type of file"
     return "" if info.st_uid == os.geteuid() else f"it belongs to uid {info.st_uid}"

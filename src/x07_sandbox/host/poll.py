@@ -5,7 +5,7 @@ import select
 
 
 def wait_readable(fd: int, timeout_s: float | None = None) -> bool:
-    """Wait until a descriptor is readable or at its end, by default without limit. Return False on timeout."""
+    """Wait until a descriptor is readable or at its end. Return False on timeout. timeout_s: None for no limit."""
     poll = select.poll()
     poll.register(fd, select.POLLIN)
     return bool(poll.poll(None if timeout_s is None else max(0, int(timeout_s * 1000))))

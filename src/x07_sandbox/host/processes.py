@@ -71,10 +71,7 @@ def children_of(pid: int) -> list[int]:
 
 
 def _stat_fields(pid: int) -> list[str] | None:
-    """Return the fields of /proc/PID/stat from the third on.
-
-    The command name before them may contain any characters.
-    """
+    """Return the fields of /proc/PID/stat after the command name, which may contain any characters."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except (FileNotFoundError, ProcessLookupError):

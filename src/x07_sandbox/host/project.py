@@ -12,7 +12,7 @@ from x07_sandbox.errors import UsageError
 class ProjectFolder:
     """The project at *root*. File names are relative to *root*. A link is followed only if its target is inside *root*.
 
-    base: the real path of *root*. what: the first part of errors.
+    base: the real path of *root*. what: the first part of errors. The methods' argument *shown* is the name in errors.
     """
 
     def __init__(self, root: Path, what: str = "") -> None:
@@ -23,10 +23,7 @@ class ProjectFolder:
 
     @contextlib.contextmanager
     def look(self, name: str, shown: str = "") -> Iterator[tuple[int, os.stat_result]]:
-        """Yield an O_PATH descriptor of the file or folder *name*, and its stat. Opening it never blocks.
-
-        shown: the name in errors. Raises UsageError if *name* is missing or leads out of the project.
-        """
+        """Yield an O_PATH descriptor of *name*, and its stat. Raises UsageError if it is missing or outside *root*."""
         shown = shown or name
         with self._readable(shown):
             fd = os.open(f"{self.base}/{name}", os.O_PATH | os.O_CLOEXEC)
@@ -58,20 +55,15 @@ class ProjectFolder:
         except UsageError:
             return False
 
-    def content(self, name: str, most: int) -> tuple[bytes, os.stat_result]:
+    def content(self, name: str, most: int, shown: str = "") -> tuple[bytes, os.stat_result]:
         """Return the first *most* + 1 bytes of a regular file, and its stat. Raises UsageError if it cannot be read."""
-        fd = self.open(name)
-        with self._readable(name), os.fdopen(fd, "rb") as file:
+        fd = self.open(name, shown)
+        with self._readable(shown or name), os.fdopen(fd, "rb") as file:
             return file.read(most + 1), os.fstat(fd)
 
     def read(self, name: str, shown: str, most: int) -> bytes:
-        """Return the content of a regular file of at most *most* bytes.
-
-        Raises UsageError if it cannot be read or is larger.
-        """
-        fd = self.open(name, shown)
-        with self._readable(shown), os.fdopen(fd, "rb") as file:
-            data = file.read(most + 1)
+        """Return the content of a regular file. Raises UsageError if it is unreadable or has more than *most* bytes."""
+        data, _ = self.content(name, most, shown)
         if len(data) > most:
             raise self.refused(f"{shown} has more than {most} bytes", "Use a smaller file")
         return data

@@ -67,10 +67,7 @@ def settings_bytes(path: Path) -> bytes | None:
 
 
 def settings_table(data: bytes, name: str, source: str) -> dict[str, Any]:
-    """Return the table [*name*] of a settings file. Raises UsageError if the file is invalid.
-
-    source: its path in the error.
-    """
+    """Return the table [*name*] of a settings file. source: its path in errors. Raises UsageError if it is invalid."""
     import tomllib
 
     keys = {row.key for row in SETTINGS if row.table == name}
@@ -89,10 +86,7 @@ def settings_table(data: bytes, name: str, source: str) -> dict[str, Any]:
 
 
 def scale_when_emulated() -> bool:
-    """Return whether the settings contain `[limits] scale_when_emulated = "auto"`.
-
-    Raises HostError if the file cannot be used, and UsageError if it is invalid.
-    """
+    """Return whether the settings contain `[limits] scale_when_emulated = "auto"`. Raises HostError, UsageError."""
     path = settings_file()
     if (data := settings_bytes(path)) is None:
         return False

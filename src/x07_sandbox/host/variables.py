@@ -40,19 +40,15 @@ Kind = Literal["flag", "choice", "number", "folder", "digest", "text"]
 
 
 class Variable(msgspec.Struct, frozen=True):
-    """One variable. choices: the accepted words, in any case, and their meanings. lo, hi: the range of a number.
-
-    default: the behaviour while the variable is unset, in words. effect: when the variable has an effect; "now" means
-    always.
-    """
+    """One variable."""
 
     name: str
     kind: Kind
     doc: str
-    default: str = "unset"
-    effect: str = "now"
-    choices: Mapping[str, str] | None = None
-    lo: int = 0
+    default: str = "unset"  # the behaviour while it is unset, in words
+    effect: str = "now"  # when it has an effect; "now" means always
+    choices: Mapping[str, str] | None = None  # accepted words, in any case, and their meanings
+    lo: int = 0  # to hi: the range of a number
     hi: int = 0
 
 
@@ -139,10 +135,7 @@ VARIABLES: Final[dict[str, Variable]] = {variable.name: variable for variable in
 
 
 def check_environment(environ: Mapping[str, str]) -> tuple[str, ...]:
-    """Check all known variables. Return warnings about unknown names with one of the prefixes.
-
-    Raises UsageError if a value is invalid.
-    """
+    """Check all known variables. Return warnings about unknown ones with our prefixes. Raises UsageError."""
     for name in environ.keys() & VARIABLES.keys():
         _read(VARIABLES[name], environ)
     return tuple(_unknown(name) for name in sorted(environ) if name.startswith(PREFIXES) and name not in VARIABLES)
@@ -160,10 +153,7 @@ def number(name: str, environ: Mapping[str, str] | None = None) -> int | None:
 
 
 def text(name: str, environ: Mapping[str, str] | None = None) -> str | None:
-    """Return a choice's meaning, a folder, a digest or a text; None while it is unset.
-
-    Raises UsageError if its value is invalid.
-    """
+    """Return a choice's meaning, a folder, digest or text; None while unset. Raises UsageError if it is invalid."""
     value = _read(_of(name, "choice", "folder", "digest", "text"), environ)
     return value if isinstance(value, str) else None
 
@@ -213,7 +203,6 @@ def _unknown(name: str) -> str:
 
     shown = ascii(name)[1:-1]
     longer = [known for known in VARIABLES if known.startswith(f"{name}_")]
-
     close = longer or difflib.get_close_matches(name[:_SHOWN_CHARS], VARIABLES, n=1, cutoff=0.75)
     meant = f"; did you mean {close[0]}?" if close else "; see docs/reference/settings.md"
     return f"{shown[:_SHOWN_CHARS]} is not a variable of x07-sandbox{meant}"

@@ -34,10 +34,8 @@ def check_known(file: Path, include: Sequence[str], suite: str) -> None:
     known = package_names(file) if include else frozenset()
     if not known:
         return
-    missing = [name for name in include if name not in known]
-    missing = [name for name in missing if not _has_provider(file, name)]
-    if missing:
-        name = missing[0]
+    missing = (name for name in include if name not in known and not _has_provider(file, name))
+    if name := next(missing, None):
         near = near_names(name, known)
         fixes = [f"Use one of these: {', '.join(near)}"] if near else ["Find it with apt-cache search"]
         fixes += [f"For the PyPI package, use --pip {name}"] if f"{_PYTHON}{name}" in known else []

@@ -15,8 +15,8 @@ import msgspec
 
 from x07_sandbox.errors import ImageError
 from x07_sandbox.host.arch import ARCHES
-from x07_sandbox.images import commands, tar
-from x07_sandbox.images.base import remove_tree
+from x07_sandbox.images import tar
+from x07_sandbox.images.base import remove_tree, unpack_root
 from x07_sandbox.images.manifest import canonical
 
 if TYPE_CHECKING:
@@ -39,15 +39,12 @@ def write_archive(image: Image, reference: str, target: IO[bytes], work: Path, p
     work: an empty folder. Raises ImageError, HostError, OSError.
     """
     progress("unpacking the root file system")
-    root = work / "root"
-    argv = [commands.tool("fsck.erofs"), f"--extract={root}", "--no-preserve"]
-    commands.run([*argv, str(image.folder / image.manifest.parts.root.file)], cwd=work, timeout_s=300)
+    root = unpack_root(work, image.folder / image.manifest.parts.root.file)
     progress("making the layers")
     layers = [_layer(work / "root.tar", root), _agent_layer(work / "agent.tar", image)]
     remove_tree(root)
     config = canonical(_config(image, [digest for digest, _ in layers]))
     config_digest = _sha256(config)
-    blobs = dict(layers)
     manifest = canonical(_manifest(config_digest, len(config), layers))
     index = canonical(_index(_sha256(manifest), len(manifest), reference))
     docker = [{"Config": _blob(config_digest), "RepoTags": [reference], "Layers": [_blob(d) for d, _ in layers]}]
@@ -55,9 +52,9 @@ def write_archive(image: Image, reference: str, target: IO[bytes], work: Path, p
     with tarfile.open(fileobj=target, mode="w", format=tarfile.GNU_FORMAT) as archive:
         for digest, data in sorted(((config_digest, config), (_sha256(manifest), manifest))):
             tar.add_bytes(archive, _blob(digest), data)
-        for digest in sorted(blobs):
-            with blobs[digest].open("rb") as layer:
-                archive.addfile(tar.entry(_blob(digest), size=blobs[digest].stat().st_size), layer)
+        for digest, path in sorted(layers):
+            with path.open("rb") as layer:
+                archive.addfile(tar.entry(_blob(digest), size=path.stat().st_size), layer)
         tar.add_bytes(archive, "index.json", index)
         tar.add_bytes(archive, "manifest.json", canonical(docker))
         tar.add_bytes(archive, "oci-layout", b'{"imageLayoutVersion":"1.0.0"}')

@@ -31,17 +31,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 BASE_SCHEMA = "x07.sandbox.image-base@0.1.0"
-MMDEBSTRAP_TIMEOUT_S = 1800.0
 NEEDED_BYTES = 2 * 1024**3  # the tree, its tar file and the packages
 TREE = "tree"
 TAR_FILE = "root.tar"
 
 
 class Base(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
-    """The content of base.json.
-
-    boot, net: files of kernel modules in loading order. x07: digest of the X07 toolchain; empty without it.
-    """
+    """The content of base.json."""
 
     schema_version: str
     kernel_release: str
@@ -49,10 +45,10 @@ class Base(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     root: manifest.Part
     scratch: manifest.Part
     scratch_disk: manifest.ScratchDisk
-    boot: list[manifest.Part]
-    net: list[manifest.Part]
+    boot: list[manifest.Part]  # files of kernel modules in loading order
+    net: list[manifest.Part]  # likewise, for jobs with a network policy
     packages: list[manifest.Package]
-    x07: str = ""
+    x07: str = ""  # digest of the X07 toolchain; empty without it
 
     def parts(self) -> list[manifest.Part]:
         """Return all files of the base."""
@@ -65,16 +61,13 @@ class Base(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
 
 class BaseSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """The inputs of a base.
-
-    x07: digest of the X07 toolchain; empty without it. pip: digests of wheels.
-    """
+    """The inputs of a base."""
 
     arch: Arch
     suite: str
     include: tuple[str, ...]
-    x07: str = ""
-    pip: tuple[str, ...] = ()
+    x07: str = ""  # digest of the X07 toolchain; empty without it
+    pip: tuple[str, ...] = ()  # digests of wheels
 
     @property
     def key(self) -> str:
@@ -86,10 +79,7 @@ class BaseSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_base(folder: Path) -> Base | None:
-    """Return the base in *folder*.
-
-    Return None if base.json is missing or has another format, or if a file of the base is missing or truncated.
-    """
+    """Return the base in *folder*; None if base.json or a file of the base is missing, truncated or invalid."""
     try:
         with (folder / "base.json").open("rb") as file:
             base = msgspec.json.decode(file.read(manifest.MAX_BYTES), type=prepared(Base))
@@ -143,10 +133,9 @@ def make_base(work: Path, spec: BaseSpec, progress: Callable[[str], None]) -> Pa
 
 
 def add_layer(work: Path, folder: Path, base: Base, tar: Path, *, x07: str = "") -> Path:
-    """Copy *base*, append the files of *tar* to the copy's root file system, and return the copy's folder.
+    """Append the files of *tar* to the root of a copy of *base*, and return the copy's folder. Raises SandboxError.
 
-    *tar* is removed. folder: the folder of *base*. x07: digest of the X07 toolchain if *tar* contains it. Raises
-    SandboxError.
+    *tar* is removed. folder: the folder of *base*. x07: digest of the X07 toolchain if *tar* contains it.
     """
     made = Path(tempfile.mkdtemp(prefix="base-", dir=work))
     for part in base.parts():
@@ -160,10 +149,10 @@ def add_layer(work: Path, folder: Path, base: Base, tar: Path, *, x07: str = "")
     return made
 
 
-def unpack_root(work: Path, folder: Path, base: Base) -> Path:
-    """Unpack the root file system of *base* to a folder in *work*, and return that folder. Raises SandboxError."""
+def unpack_root(work: Path, image: Path) -> Path:
+    """Unpack a root file system, the file *image*, to a folder in *work*; return that folder. Raises SandboxError."""
     root = work / "unpacked"
-    argv = [commands.tool("fsck.erofs"), f"--extract={root}", "--no-preserve", str(folder / base.root.file)]
+    argv = [commands.tool("fsck.erofs"), f"--extract={root}", "--no-preserve", str(image)]
     commands.run(argv, cwd=work, timeout_s=300)
     return root
 
@@ -195,7 +184,7 @@ def _mmdebstrap(work: Path, spec: BaseSpec, progress: Callable[[str], None]) -> 
         commands.run(
             [*argv, spec.suite, "-", str(work / "build.sources")],
             cwd=tree,
-            timeout_s=MMDEBSTRAP_TIMEOUT_S,
+            timeout_s=1800,
             extra_env={"TMPDIR": str(tree)},
             stdout_fd=tar.fileno(),
             on_line=lambda line: progress(line[3:]) if line.startswith("I: ") else None,

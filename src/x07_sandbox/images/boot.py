@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 UNPACKED_MAX = 3  # unpacked size / size of a root file system; measured: 2.2
 _PAGE = 4096
-AGENT_MODE = 0o400
-GUEST_TMP = "/tmp"  # noqa: S108 - inside the built root
 GCC = ("gcc", "-std=gnu17", "-static", "-Os", "-s", "-Wall", "-Wl,--build-id=none")
 COMPILE = (*GCC, "-o", "/opt/x07/init", "/x07/" + guestcode.INIT)
 PYTHON = ("python3", "-I", "-S")
@@ -34,13 +32,10 @@ FILTER_SUFFIX = ".bpf"
 def make_initrd(
     work: Path, base_folder: Path, base: Base, code: GuestCode, progress: Callable[[str], None]
 ) -> tuple[bytes, dict[str, bytes]]:
-    """Return the initramfs with *code*, and the contents of its seccomp filters by file name.
-
-    work: an empty private folder. Raises ImageError, HostError.
-    """
+    """Return the initramfs with *code*, and its seccomp filters by name. work: an empty folder. Raises SandboxError."""
     check_space(work.parent, UNPACKED_MAX * base.root.bytes)
     progress("unpacking the root file system for its compiler")
-    root = unpack_root(work, base_folder, base)
+    root = unpack_root(work, base_folder / base.root.file)
     source, target = work / "source", work / "target"
     for name, data in code.tools.items():
         _write(source / name, data)
@@ -62,7 +57,7 @@ def bwrap_argv(root: Path, source: Path, target: Path, command: tuple[str, ...])
     argv.append("--clearenv")
     for name, value in (("PATH", "/usr/bin:/bin"), ("LC_ALL", "C.UTF-8"), ("SOURCE_DATE_EPOCH", str(commands.EPOCH))):
         argv += ["--setenv", name, value]
-    argv += ["--ro-bind", str(root), "/", "--dev", "/dev", "--tmpfs", GUEST_TMP]
+    argv += ["--ro-bind", str(root), "/", "--dev", "/dev", "--tmpfs", "/tmp"]  # noqa: S108 - inside the built root
     argv += ["--ro-bind", str(source), "/x07", "--bind", str(target), "/opt/x07"]
     return [*argv, "--chdir", "/", "--", *command]
 
@@ -71,7 +66,7 @@ def pack(init: bytes, agent: bytes, base_folder: Path, base: Base) -> bytes:
     """Return the initramfs. The file names of kernel modules are numbered in loading order."""
     entries = [
         cpio.file("init", init, 0o500),
-        cpio.file("agent.zip", agent, AGENT_MODE),
+        cpio.file("agent.zip", agent, 0o400),
         cpio.folder("dev"),
         cpio.folder("modules"),
         cpio.folder("modules/net"),

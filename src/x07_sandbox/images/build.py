@@ -29,16 +29,12 @@ SOURCES = "pip-sources"
 
 
 class Extras(msgspec.Struct, frozen=True, kw_only=True):
-    """The optional contents of an image.
+    """The optional contents of an image."""
 
-    include: Debian packages. preload: Python modules. x07: digest of the X07 toolchain. pip: Python packages from
-    wheels.
-    """
-
-    include: tuple[str, ...] = ()
-    preload: tuple[str, ...] = ()
-    x07: str = ""
-    pip: tuple[manifest.Wheel, ...] = ()
+    include: tuple[str, ...] = ()  # Debian packages
+    preload: tuple[str, ...] = ()  # Python modules
+    x07: str = ""  # digest of the X07 toolchain
+    pip: tuple[manifest.Wheel, ...] = ()  # Python packages from wheels
 
     def base_spec(self) -> bases.BaseSpec:
         """Return the inputs of the image's base on this host."""
@@ -61,9 +57,9 @@ def build_image(  # noqa: PLR0913 - one keyword per ingredient
     """Build the image called *name*, or reuse an intact image with the same contents.
 
     include: further Debian packages. preload: Python modules to import in saved VMs. pip: Python packages (see
-    pip.check_requirements). x07: folder of the X07 toolchain. For each of these, None keeps what the image called
-    *name* has. fresh: download the packages again. code: the guest code, by default this installation's. progress:
-    called with lines of text. Raises SandboxError; no image or name is then changed.
+    pip.check_requirements). x07: folder of the X07 toolchain. None keeps the packages, modules or toolchain of the
+    image that is called *name* now. fresh: download the packages again. code: the guest code, by default this
+    installation's. progress: called with lines of text. Raises SandboxError; no image or name is then changed.
     """
     store.check_name(name)
     packages = None if include is None else recipe.check_packages(include)
@@ -99,10 +95,7 @@ def _extras(
     *,
     keeps_pip: bool,
 ) -> Extras:
-    """Combine the requested contents with those of the image called *name*.
-
-    Raises ImageError if the contents of that image are unknown.
-    """
+    """Combine the requested contents with those of the image *name*. Raises ImageError if the latter are unknown."""
     try:
         image = store.named(name)
     except ImageError as exc:
@@ -114,11 +107,10 @@ def _extras(
     if image is None:
         return Extras(include=packages or (), preload=modules or ())
     old = image.manifest
-    wheels = [wheel.name for wheel in old.pip] if keeps_pip else []
     kept = {
         "packages": old.include if packages is None else [],
         "preloaded modules": old.preload if modules is None else [],
-        "Python packages": wheels,
+        "Python packages": [wheel.name for wheel in old.pip] if keeps_pip else [],
     }
     for kind, names in kept.items():
         if names:
@@ -208,10 +200,7 @@ class _Builder:
         return ""
 
     def _base(self, extras: Extras) -> tuple[Path, bases.Base]:
-        """Return the folder of the image's base, and the base.
-
-        A missing or damaged base is made first. Raises SandboxError.
-        """
+        """Return the folder of the image's base, and the base, made if missing or damaged. Raises SandboxError."""
         folder = self._base_folder(extras)
         base = None if self._fresh else bases.read_base(folder)
         if base is not None:
@@ -256,7 +245,7 @@ class _Builder:
                 raise ImageError("cannot rebuild the image", why, "Request its Python packages again: --pip NAME,...")
         self._progress("unpacking the root file system")
         bases.check_space(work, boot.UNPACKED_MAX * base.root.bytes)
-        root = bases.unpack_root(work, below, base)
+        root = bases.unpack_root(work, below / base.root.file)
         self._progress("adding the Python packages")
         python = _python(base, extras.base_spec())
         tar = wheels.make_layer(work, sorted((work / WHEELS).iterdir()), root, python.version)

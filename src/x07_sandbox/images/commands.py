@@ -74,11 +74,10 @@ def run(
     stdout_fd: int | None = None,
     on_line: Callable[[str], None] | None = None,
 ) -> None:
-    """Run *argv*, and kill it if the calling thread dies.
+    """Run *argv*, and kill it if the calling thread dies. Raises ImageError on failure or timeout.
 
-    stdout_fd: destination of standard output. None: the log, which also gets standard error.
-    on_line: called with each line of the log.
-    Raises ImageError, with the last lines of the log, on failure or timeout.
+    stdout_fd: destination of standard output; None for the log, which also gets standard error. The error shows the end
+    of the log. on_line: called with each line of the log.
     """
     proc = subprocess.Popen(
         [tool("setpriv"), "--pdeathsig", "KILL", "--", *argv],
@@ -149,10 +148,7 @@ def _end(proc: subprocess.Popen[bytes]) -> None:
 
 
 def capture(argv: Sequence[str], *, data: bytes | None = None, max_bytes: int = 64 * 1024 * 1024) -> bytes:
-    """Return the standard output of a short command.
-
-    Raises ImageError if the command fails or prints more than *max_bytes*.
-    """
+    """Return the standard output of a short command. Raises ImageError if it fails or prints more than *max_bytes*."""
     what = f"cannot build the guest image with {Path(argv[0]).name}"
     try:
         done = subprocess.run(

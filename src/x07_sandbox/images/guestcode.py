@@ -17,13 +17,10 @@ PLACES = "guest/boot/places.py"
 
 
 class GuestCode(msgspec.Struct, frozen=True, kw_only=True):
-    """The contents of these files, by path below the package.
+    """The contents of the guest's files, by path below the package."""
 
-    agent: Python code that runs in the guest. tools: files that only the second stage of an image build needs.
-    """
-
-    agent: dict[str, bytes]
-    tools: dict[str, bytes]
+    agent: dict[str, bytes]  # Python code that runs in the guest
+    tools: dict[str, bytes]  # files that only the second stage of an image build needs
 
     @property
     def digest(self) -> str:
@@ -33,10 +30,7 @@ class GuestCode(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_guest_code(root: Path | None = None) -> GuestCode:
-    """Read the files of this installation. In the guest, the package's own __init__ is empty.
-
-    root: the folder of the package, by default this installation's.
-    """
+    """Read the guest's files below *root*, by default this package. The guest gets an empty __init__ of the package."""
     root = root or Path(__file__).parents[1]
     paths = [root / "errors.py", *root.glob("channel/**/*.py"), *root.glob("guest/**/*.py")]
     boot = root / "guest" / "boot"

@@ -101,8 +101,7 @@ def load_order(
 ) -> list[str]:
     """Return *wanted* and their dependencies, each after its own dependencies, in a fixed order.
 
-    depends: dependencies of each module. Names have underscores, as the kernel shows them.
-    Raises ImageError for a name that is neither a module nor built in, and for a cycle.
+    Names have underscores, as the kernel shows them. Raises ImageError for an unknown name and for a cycle.
     """
     order: list[str] = []
 

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 FILE_PREFIX: Final = "file:"
 FILE_MAX_BYTES: Final = 1024 * 1024
 REQUIREMENTS_MAX: Final = 1000
-PIP_TIMEOUT_S: Final = 1800.0
-OUTPUT_LINES: Final = 400
 _OLDEST_GLIBC: Final = 5  # manylinux1
 _NAME: Final = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
 _VERSION: Final = r"(?:===?|~=|!=|<=?|>=?)\s*[A-Za-z0-9.!+*_-]+"
@@ -55,13 +53,10 @@ _FORM: Final = "Use a name with optional extras and versions, such as pandas[exc
 
 
 class GuestPython(msgspec.Struct, frozen=True, kw_only=True):
-    """The Python and C library that wheels must fit.
+    """The Python and C library that wheels must fit."""
 
-    version: such as "3.13". glibc: minor version of the C library.
-    """
-
-    version: str
-    glibc: int
+    version: str  # such as "3.13"
+    glibc: int  # minor version of the C library
     machine: str
 
     @property
@@ -103,10 +98,9 @@ def split_list(text: str) -> list[str]:
 
 
 def check_requirements(asked: Sequence[str]) -> tuple[str, ...]:
-    """Return requirement lines for pip.
+    """Return requirement lines for pip. Raises UsageError unless each is a name with optional extras and versions.
 
-    asked: requirements, or "file:PATH" for the requirements in a file. Raises UsageError unless each is a name with
-    optional extras and versions.
+    asked: requirements, or "file:PATH" for the requirements in a file.
     """
     lines: list[str] = []
     for each in asked:
@@ -172,7 +166,7 @@ def download(
 ) -> tuple[manifest.Wheel, ...]:
     """Download the wheels that satisfy *lines* into the new *folder*. Raises UsageError, ImageError, HostError.
 
-    sources_file: see apt_index.write_sources. deps: whether to download dependencies too.
+    sources_file: from apt_index.write_sources, for advice in errors. deps: whether to download dependencies too.
     """
     pip = find_pip_interpreter()
     folder.mkdir(mode=0o700)
@@ -181,7 +175,7 @@ def download(
     argv = [*pip, "-c", _PIP, "download", "--no-input", "--disable-pip-version-check", "--progress-bar", "off"]
     argv += ["--only-binary", ":all:", *python.options(), *([] if deps else ["--no-deps"])]
     argv += ["--dest", str(folder), "--requirement", str(file)]
-    output: collections.deque[str] = collections.deque(maxlen=OUTPUT_LINES)
+    output: collections.deque[str] = collections.deque(maxlen=400)
 
     def on_line(line: str) -> None:
         output.append(line)
@@ -191,7 +185,7 @@ def download(
     progress("downloading Python packages")
     try:
         env = {**os.environ, "LC_ALL": "C.UTF-8"}
-        commands.run(argv, cwd=folder, timeout_s=PIP_TIMEOUT_S, extra_env=env, on_line=on_line)
+        commands.run(argv, cwd=folder, timeout_s=1800, extra_env=env, on_line=on_line)
     except ImageError as exc:
         raise failure(list(output), python, sources_file) or exc from exc
     return tuple(sorted(map(wheel_of, sorted(folder.iterdir())), key=lambda wheel: (wheel.name, wheel.sha256)))

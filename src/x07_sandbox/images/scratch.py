@@ -31,32 +31,15 @@ EXTENDED = (
 
 
 def make_head(folder: Path) -> tuple[bytes, ScratchDisk]:
-    """Return the non-zero blocks of an empty scratch disk, and the places where they belong.
-
-    folder: where to make a temporary file. Raises ImageError.
-    """
+    """Return the non-zero blocks of an empty scratch disk made in *folder*, and their places. Raises ImageError."""
     import tempfile
 
     from x07_sandbox.images import commands
 
     with tempfile.NamedTemporaryFile(dir=folder, prefix="scratch-") as disk:
         disk.truncate(DISK_BYTES)
-        argv = [
-            commands.tool("mke2fs"),
-            "-q",
-            "-F",
-            "-t",
-            "ext4",
-            "-b",
-            str(BLOCK),
-            "-I",
-            "256",
-            "-i",
-            "16384",
-            "-m",
-            "0",
-        ]
-        argv += ["-U", UUID, "-O", FEATURES, "-E", EXTENDED, disk.name]
+        argv = [commands.tool("mke2fs"), "-q", "-F", "-t", "ext4", "-b", str(BLOCK), "-I", "256", "-i", "16384"]
+        argv += ["-m", "0", "-U", UUID, "-O", FEATURES, "-E", EXTENDED, disk.name]
         env = {"E2FSPROGS_FAKE_TIME": str(commands.EPOCH), "MKE2FS_CONFIG": os.devnull}
         commands.run(argv, cwd=folder, timeout_s=60, extra_env=env)
         return read_disk(disk.fileno())

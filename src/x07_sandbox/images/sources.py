@@ -33,15 +33,12 @@ PASSED_ON = ("Signed-By", "Check-Valid-Until", "Check-Date", "By-Hash")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """One stanza of apt sources.
-
-    fields: further deb822 fields, passed on unchanged.
-    """
+    """One stanza of apt sources."""
 
     uris: tuple[str, ...]
     suites: tuple[str, ...]
     components: tuple[str, ...]
-    fields: tuple[tuple[str, str], ...] = ()
+    fields: tuple[tuple[str, str], ...] = ()  # further deb822 fields, passed on unchanged
 
     def stanza(self) -> str:
         """Return the source in deb822 format."""
@@ -62,10 +59,7 @@ def release_codename(os_release: Path = Path("/etc/os-release")) -> str:
 def host_sources(
     codename: str, deb_arch: str, *, note: Callable[[str], None], apt: Path = Path("/etc/apt")
 ) -> list[Source]:
-    """Return the usable sources below *apt*, in apt's order.
-
-    Raises ImageError if no source serves the suite *codename* itself.
-    """
+    """Return the usable sources below *apt*, in apt's order. Raises ImageError if none serves the suite itself."""
     usable: list[Source] = []
     for path in source_files(apt):
         text = _text(path)
@@ -98,10 +92,7 @@ def source_files(apt: Path) -> list[Path]:
 
 
 def select(stanza: dict[str, str], codename: str, deb_arch: str) -> tuple[Source | None, str]:
-    """Return the usable part of *stanza* and an empty text, or None and the reason why it is unusable.
-
-    The reason is empty if apt would skip the stanza too.
-    """
+    """Return the usable part of *stanza*, or None and why it is unusable ("" if apt would skip it too)."""
     if (
         stanza.get("Enabled", "yes").lower() in {"no", "false", "off", "0", "without", "disable"}
         or "deb" not in stanza.get("Types", "").split()

@@ -32,24 +32,18 @@ SEE_LIST = "See x07 image list"
 
 
 class Image(msgspec.Struct, frozen=True, kw_only=True):
-    """A built image.
+    """A built image."""
 
-    name: the name by which it was found. If it was found otherwise: a name that points to it, or empty.
-    """
-
-    name: str
+    name: str  # by which it was found, else a name that points to it, else empty
     digest: str
     folder: Path
     manifest: Manifest
 
 
 class DamagedImage(msgspec.Struct, frozen=True, kw_only=True):
-    """An image with an unusable manifest.
+    """An image with an unusable manifest."""
 
-    name: a name that points to it, or empty.
-    """
-
-    name: str
+    name: str  # a name that points to it, or empty
     digest: str
     problem: ImageError
 
@@ -124,10 +118,7 @@ def named(name: str) -> Image | None:
 
 
 def list_images() -> list[Image]:
-    """Return all readable images: first those with a name, by name, then the others by digest.
-
-    An image with two names appears twice.
-    """
+    """Return the readable images: by name, then the nameless by digest. An image with two names appears twice."""
     return [image for image in _all() if isinstance(image, Image)]
 
 

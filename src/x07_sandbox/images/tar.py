@@ -31,10 +31,9 @@ def add_bytes(archive: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def add_tree(archive: tarfile.TarFile, folder: Path, prefix: str = "", *, exact_modes: bool = False) -> None:
-    """Add everything below *folder* except devices, sockets and pipes, with *prefix* before each name.
+    """Add everything below *folder* except devices, sockets and pipes, with *prefix* before each name. Raises OSError.
 
-    exact_modes: keep modes (without setuid and setgid) and hard links; otherwise files become 0755 or 0644. Raises
-    OSError.
+    exact_modes: keep modes (without setuid and setgid) and hard links; otherwise files become 0755 or 0644.
     """
     seen: dict[tuple[int, int], str] = {}
     for path in paths_below(folder):

@@ -23,10 +23,7 @@ _FIX: Final = "Choose a folder with the X07 toolchain for Linux: bin/x07-os-runn
 
 
 def snapshot(source: Path, target: Path) -> str:
-    """Copy the toolchain at *source* to the new folder *target*. Return the copy's digest.
-
-    Raises UsageError, HostError.
-    """
+    """Copy the toolchain at *source* to the new folder *target*. Return its digest. Raises UsageError, HostError."""
     if not os.access(source / "bin" / "x07-os-runner", os.X_OK):
         raise UsageError(f"cannot use the X07 toolchain {source}", "bin/x07-os-runner is not an executable", _FIX)
     try:

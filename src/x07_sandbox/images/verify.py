@@ -57,12 +57,9 @@ Identity = tuple[int, int, int, int, int, int, int]
 
 
 class OpenImage(msgspec.Struct, frozen=True, kw_only=True):
-    """Verified files of an image.
+    """Verified files of an image. `open_image` closes them."""
 
-    fds: read-only descriptors by name of the part (manifest.Parts). `open_image` closes them.
-    """
-
-    fds: dict[str, int]
+    fds: dict[str, int]  # read-only descriptors by name of the part (manifest.Parts)
     manifest: Manifest
 
 
@@ -85,15 +82,14 @@ class Subject(msgspec.Struct, frozen=True):
 
 @contextlib.contextmanager
 def open_image(image: Image) -> Iterator[OpenImage]:
-    """Open and verify the image's files, and close them at the end.
+    """Open and verify the image's files. Raises ImageError if anything differs from the manifest.
 
-    Raises ImageError if anything differs from the manifest. Raises HostError if the host lacks descriptors, memory or
-    space.
+    Raises HostError if the host lacks descriptors, memory or space.
     """
     subject = _subject(image)
     with contextlib.ExitStack() as stack:
         folder_fd = stack.enter_context(opened_folder(image.folder, subject))
-        _check_manifest(folder_fd, image)
+        _check_manifest(folder_fd, image, subject)
         parts = image.manifest.parts
         fds = dict(zip(parts.__struct_fields__, opened_parts(folder_fd, parts.all(), subject, stack), strict=True))
         for part in image.manifest.filters.values():  # for reports; VMs use the copies in the initramfs
@@ -124,10 +120,7 @@ def opened_parts(folder_fd: int, parts: Sequence[Part], subject: Subject, stack:
 
 
 def verify_image(image: Image, *, use_record: bool = False) -> list[str]:
-    """Hash all files of an image. Return a sentence for each problem.
-
-    use_record: hash only the files that have changed since the last verification.
-    """
+    """Return a sentence for each problem of an image. use_record: hash only files that changed since the last time."""
     problems: list[str] = []
     subject = _subject(image)
     recorded = _recorded(subject) if use_record else {}
@@ -135,7 +128,7 @@ def verify_image(image: Image, *, use_record: bool = False) -> list[str]:
     with contextlib.ExitStack() as stack:
         try:
             folder_fd = stack.enter_context(opened_folder(image.folder, subject))
-            _check_manifest(folder_fd, image)
+            _check_manifest(folder_fd, image, subject)
         except ImageError as exc:
             return [f"{exc.what}: {exc.why}"]
         for part in _parts(image):
@@ -158,10 +151,7 @@ def _parts(image: Image) -> list[Part]:
 
 
 def check_part(fd: int, part: Part, earlier: Identity | None, subject: Subject) -> Identity:
-    """Verify that the file *fd* is *part*, and return its identity.
-
-    earlier: its recorded identity, or None. Raises ImageError if the file differs.
-    """
+    """Verify that *fd* is *part*, and return its identity. earlier: the recorded one, or None. Raises ImageError."""
     before = os.fstat(fd)
     if before.st_size != part.bytes:
         raise _bad(subject, f"{part.file} has {before.st_size} bytes instead of {part.bytes}")
@@ -249,9 +239,8 @@ def opened_file(folder_fd: int, name: str, subject: Subject) -> Iterator[int]:
         os.close(fd)
 
 
-def _check_manifest(folder_fd: int, image: Image) -> None:
+def _check_manifest(folder_fd: int, image: Image, subject: Subject) -> None:
     """Raise ImageError if the manifest has changed since *image* was read."""
-    subject = _subject(image)
     with opened_file(folder_fd, "manifest.json", subject) as fd:
         data = os.pread(fd, manifest.MAX_BYTES + 1, 0)
     if data != manifest.encode(image.manifest) or manifest.digest_of(image.manifest) != image.digest:
@@ -263,10 +252,7 @@ def _record_path(subject: Subject) -> Path:
 
 
 def _recorded(subject: Subject) -> dict[str, Identity]:
-    """Return the identities recorded since the host booted.
-
-    Without a valid record the result is empty, so that all files are hashed.
-    """
+    """Return the identities recorded since the host booted; empty without a valid record, so all files are hashed."""
     try:
         fd = os.open(_record_path(subject), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError:

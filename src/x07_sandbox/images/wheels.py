@@ -26,7 +26,6 @@ _TEXT_MAX: Final = 1024**2  # of entry_points.txt
 _CHUNK: Final = 1024 * 1024
 _NAME_MAX: Final = 255
 _BIN: Final = "usr/local/bin"
-_COMPILE_S: Final = 1800.0
 _PYTHON: Final = b"#!/usr/bin/python3"
 _ENTRY_POINT: Final = re.compile(r"([A-Za-z_][\w.]*)\s*:\s*([A-Za-z_][\w.]*)\s*(?:\[.*\])?", re.ASCII)
 _PROGRAM_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
@@ -137,10 +136,7 @@ def _text(archive: zipfile.ZipFile, info: zipfile.ZipInfo, wheel: str) -> str:
 
 
 def make_layer(work: Path, wheels: Sequence[Path], root: Path, python: str) -> Path:
-    """Make a tar file for the root of an image, with *wheels* unpacked and compiled. Raises SandboxError.
-
-    root: the base's unpacked root file system.
-    """
+    """Return a tar file of *wheels*, unpacked and compiled. root: the base's unpacked root. Raises SandboxError."""
     tree, empty, target = work / "wheels-tree", work / "wheels-none", work / "wheels.tar"
     unpacker = Unpacker(tree, python)
     for wheel in wheels:
@@ -152,7 +148,7 @@ def make_layer(work: Path, wheels: Sequence[Path], root: Path, python: str) -> P
         f"python3 -I -S -m compileall -qq -f -j2 -s /opt/x07 -p /{site} --invalidation-mode unchecked-hash /opt/x07"
     )
     argv = boot.bwrap_argv(root, empty, tree / site, ("sh", "-c", f"{script} || :"))
-    commands.run(argv, cwd=work, timeout_s=_COMPILE_S)
+    commands.run(argv, cwd=work, timeout_s=1800)
     pack(tree, target)
     shutil.rmtree(tree)
     return target

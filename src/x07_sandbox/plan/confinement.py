@@ -17,19 +17,14 @@ BASE_FILTERS: Final = ("base", "quiet")
 
 
 class Confinement(msgspec.Struct, frozen=True, kw_only=True):
-    """What the program may do.
-
-    programs, prefixes: the programs that it may execute, as normalized absolute paths and path prefixes. programs is
-    None if the program may execute any other program, or none. alone: whether its folder contains only the program and
-    the policy.
-    """
+    """What the program may do. It may execute `programs` and files below `prefixes`: normalized absolute paths."""
 
     threads: bool
     spawn: bool
     execute: bool
-    programs: tuple[str, ...] | None = None
+    programs: tuple[str, ...] | None = None  # None: there is no list; `execute` decides for every program
     prefixes: tuple[str, ...] = ()
-    alone: bool = False
+    alone: bool = False  # whether the program's folder contains only the program and the policy
 
     @property
     def filters(self) -> tuple[str, ...]:

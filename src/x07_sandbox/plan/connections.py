@@ -1,7 +1,4 @@
-"""Hints on connections that a program without network tried.
-
-They are derived from its error output, which is hostile.
-"""
+"""Hints on connections that a program without network tried, derived from its error output, which is hostile."""
 
 from __future__ import annotations
 
@@ -76,10 +73,7 @@ def _hint(subject: str, host: str, policy: Policy) -> Hint:
 
 
 def _hosts(text: str, *, nearby: bool) -> Iterator[tuple[str, int]]:
-    """Yield hosts and ports that are safe to paste.
-
-    nearby: whether to search other text than a failure message, too.
-    """
+    """Yield hosts and ports that are safe to paste. nearby: whether to search more than failure messages."""
     ports = {match["host"].lower(): _port(match) for match in _URLS.finditer(text)}
     for pattern in (*_NAMED, *(_NEARBY if nearby else ())):
         for match in pattern.finditer(text):

@@ -1,4 +1,4 @@
-"""Table behind the controls: for every field of a policy, whether it is enforced, by what, and why.
+"""The table that decides on every field of a policy whether it is enforced, by what, and why.
 
 ``enforced``: the run behaves as the policy says. This includes fields that permit or restrict nothing. ``refused``:
 this backend cannot provide or enforce the value, so nothing runs. ``advisory``: X07's own libraries get the value in a
@@ -19,15 +19,12 @@ State = Literal["enforced", "advisory", "refused"]
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """A row's answer for a value.
-
-    instead: another field and value, if that field must be changed in place of this one.
-    """
+    """A row's answer for a value."""
 
     state: State
     by: str
     why: str
-    instead: tuple[str, object] | None = None
+    instead: tuple[str, object] | None = None  # the field and value to change in place of this field
 
 
 class PlanInput(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,21 +48,10 @@ class PlanInput(msgspec.Struct, frozen=True, kw_only=True):
         value = self.values[field]
         return value if isinstance(value, tuple) else ()
 
-    def number(self, field: str) -> int:
-        """Return a number field's value."""
-        value = self.values[field]
-        return value if isinstance(value, int) else 0
-
     @property
     def files(self) -> bool:
         """Whether the policy provides host files."""
-        roots = self.entries("fs.read_roots") or self.entries("fs.write_roots")
-        return self.values["fs.enabled"] is True and bool(roots)
-
-    @property
-    def connections(self) -> bool:
-        """Whether the policy allows network hosts."""
-        return self.policy.net.may_connect
+        return self.policy.fs.enabled and bool(self.policy.fs.read_roots or self.policy.fs.write_roots)
 
     @property
     def servers(self) -> bool:
@@ -124,11 +110,7 @@ def _limit(by: str, why: str) -> Row:
 
 def _not_enforced(given: PlanInput, why: str) -> Answer:
     """Return the answer for an unenforceable value: refused, unless the user accepted weaker isolation."""
-    return (
-        Answer("advisory", "nobody", why)
-        if given.features.weaker_isolation_accepted
-        else Answer("refused", _NOBODY, why)
-    )
+    return Answer("advisory" if given.features.weaker_isolation_accepted else "refused", _NOBODY, why)
 
 
 def _advice(given: PlanInput, field: str) -> Answer:
@@ -180,7 +162,7 @@ def _no_files(given: PlanInput, _field: str) -> Answer:
 
 
 def _network(given: PlanInput, field: str) -> Answer:
-    if not given.connections:
+    if not given.policy.net.may_connect:
         return _no_network(given, field)
     if "network" not in given.features.can_enforce:
         if field == "net.allow_hosts":
@@ -199,7 +181,7 @@ def _no_network(given: PlanInput, _field: str) -> Answer:
 
 
 def _database(given: PlanInput, field: str) -> Answer:
-    if given.servers and not given.connections:
+    if given.servers and not given.policy.net.may_connect:
         why = "database servers need net.enabled and a non-empty net.allow_hosts"
         return Answer("refused", _NOBODY, why)
     if given.servers and "network" in given.features.can_enforce:
@@ -213,7 +195,7 @@ def _database(given: PlanInput, field: str) -> Answer:
 def _database_net(given: PlanInput, field: str) -> Answer:
     if not given.servers or "network" not in given.features.can_enforce:
         return _no_network(given, field)
-    if not given.connections:
+    if not given.policy.net.may_connect:
         return Answer("enforced", _PLAN, "nothing runs: db.enabled is refused")
     if field in _REQUIRES:
         return _advice(given, field)
@@ -298,10 +280,9 @@ def _execs(given: PlanInput, _field: str) -> Answer:
 
 
 def _writable_entries(given: PlanInput) -> list[str]:
-    """Return the entries of fs.read_roots and fs.write_roots that lead to files which the program can write.
+    """Return those entries of process.allow_execs and allow_exec_prefixes that match files which the program can write.
 
-    An absolute read root may be the same host folder as a relative write root, and vice versa. Such a read root counts
-    too.
+    An absolute read root may be the same host folder as a relative write root, and vice versa: it counts as writable.
     """
     from x07_sandbox.plan.guest_paths import PROGRAM, WRITABLE, guest_path  # slow; not needed without a list
 
@@ -315,8 +296,9 @@ def _writable_entries(given: PlanInput) -> list[str]:
     return [*found, *(file for file in files if entry_path(file, PROGRAM) in roots)]
 
 
-def _max_live(given: PlanInput, field: str) -> Answer:
-    if "limits.procs" in given.features.can_enforce and given.number("limits.procs") <= given.number(field):
+def _max_live(given: PlanInput, _field: str) -> Answer:
+    not_larger = given.policy.limits.procs <= given.policy.process.max_live
+    if not_larger and "limits.procs" in given.features.can_enforce:
         return Answer("enforced", given.own(_CGROUP), "limits.procs is not larger and includes children")
     if "confinement" not in given.features.can_enforce:
         return _not_enforced(given, "this backend does not confine programs")

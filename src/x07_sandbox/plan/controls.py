@@ -118,11 +118,8 @@ def _refusals(answers: Mapping[str, Answer], values: Mapping[str, object]) -> It
             # A number stays as it is: only another backend can enforce it.
             without: object = [] if isinstance(value, tuple) else not value if isinstance(value, bool) else value
             path, value = (field, without) if answer.instead is None else answer.instead
-            yield Refusal(
-                field=field,
-                why=f"{answer.why}: {field}",
-                how_to_allow=HowToAllow(json_path=f"$.{path}", value=value),
-            )
+            how = HowToAllow(json_path=f"$.{path}", value=value)
+            yield Refusal(field=field, why=f"{answer.why}: {field}", how_to_allow=how)
 
 
 def _too_long(policy: Policy) -> Iterator[Refusal]:

@@ -18,17 +18,13 @@ VM_CAPABILITIES: Final = frozenset(
 
 
 class Words(msgspec.Struct, frozen=True, kw_only=True):
-    """Wording of plans and outcomes for one kind of isolation.
+    """Wording of plans and outcomes for one kind of isolation."""
 
-    boundary: what separates the program from the host. inside: the owner of the limits inside the boundary. supervisor:
-    the host process whose end ends the job. no_network, no_files: why the program has no network and no host files.
-    """
-
-    boundary: str
-    inside: str
-    no_network: str
-    supervisor: str
-    no_files: str
+    boundary: str  # what separates the program from the host
+    inside: str  # the owner of the limits inside the boundary
+    no_network: str  # why the program has no network
+    supervisor: str  # the host process whose end ends the job
+    no_files: str  # why the program has no host files
 
 
 _VM: Final = Words(

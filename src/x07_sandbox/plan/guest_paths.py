@@ -19,10 +19,7 @@ _NOT_ON_TOP: Final = ("/tmp", "/opt")  # noqa: S108 - host folders may be inside
 
 
 def guest_path(given: str, start: str, *, deny_hidden: bool) -> tuple[str | None, str]:
-    """Return the normalized guest path of a root, or None and the reason why no guest path is possible.
-
-    start: PROGRAM, WORK, or the start folder of a project.
-    """
+    """Return a root's guest path, or None and why it has none. start: PROGRAM, WORK or a project's start folder."""
     if not given or "\0" in given:
         return None, "it is not a path"
     if deny_hidden and any(part.startswith(".") and part not in {".", ".."} for part in given.split("/")):

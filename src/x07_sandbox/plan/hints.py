@@ -73,13 +73,10 @@ _VARIABLES: Final = tuple(
 
 
 class LocalModules(NamedTuple):
-    """Python modules beside a single-file program on the host. They are not copied in.
-
-    flag: the flag that copies the project.
-    """
+    """Python modules beside a single-file program on the host. They are not copied in."""
 
     modules: Collection[str]
-    flag: str
+    flag: str  # the flag that copies the project
 
 
 def hints(
@@ -90,10 +87,7 @@ def hints(
     local: LocalModules | None = None,
     host_variables: Collection[str] = (),
 ) -> list[Hint]:
-    """Return at most three hints. tail: the end of standard error.
-
-    host_variables: names of the host's environment variables.
-    """
+    """Return at most three hints. tail: the end of standard error. host_variables: names of variables on the host."""
     text = tail.decode("utf-8", "replace")
     executed = dict.fromkeys(name for pattern in (_PROGRAM, _SPAWNED) for name in _names(pattern, text))
     paths = dict.fromkeys(_paths(text, policy, areas, cwd))
@@ -166,10 +160,8 @@ def _paths(text: str, policy: Policy, areas: Sequence[GuestMount], cwd: str) -> 
 
 def _hidden(path: str, policy: Policy) -> bool:
     """Return whether fs.deny_hidden is the only reason why the path is missing."""
-    return (
-        guest_path(path, PROGRAM, deny_hidden=policy.fs.deny_hidden)[0]
-        != guest_path(path, PROGRAM, deny_hidden=False)[0]
-    )
+    at, _ = guest_path(path, PROGRAM, deny_hidden=False)
+    return at != guest_path(path, PROGRAM, deny_hidden=policy.fs.deny_hidden)[0]
 
 
 def _hint(path: str, policy: Policy) -> Hint | None:

@@ -64,17 +64,14 @@ def denials(
     cwd: str,
     reach: FlagReach = _NO_FLAGS,
 ) -> list[Denial]:
-    """Return distinct denials.
-
-    refused: bodies of DENIED. areas: the host folders in the guest. cwd: the program's start folder.
-    reach: how far flags can raise limits.
-    """
+    """Return the distinct denials in *refused*, bodies of DENIED. cwd: the program's start folder."""
     found: dict[tuple[str, str, str], Denial] = {}
     for body in refused:
         if body["by"] == "seccomp":
             denial = _call(body, policy)
         elif body["errno"] == errno.EMFILE:
-            denial = _descriptors(body, policy, reach)
+            how = _advise_higher(policy, "limits.fds", policy.limits.fds, reach)
+            denial = _denial("limits.fds", "open", "another file", _RLIMITS, body["count"], how)
         elif body["call"] in _RAISES_LIMIT:
             denial = _limit(body, policy, reach)
         elif body["call"] in _EXECUTES:
@@ -89,10 +86,7 @@ def denials(
 
 
 def advise(policy: Policy, field: str, value: object, flag: str | None = None) -> HowToAllow | None:
-    """Return the advice to set *field* to *value*, or to first set a field that a rule requires.
-
-    None if no policy allows the value.
-    """
+    """Return the advice to set *field*, or first a field that a rule requires; None if no policy allows the value."""
     document = msgspec.json.decode(msgspec.json.encode(policy))  # rules expect lists
     section, _, name = field.partition(".")
     document.setdefault(section, {})[name] = value
@@ -117,11 +111,7 @@ def more_tasks(policy: Policy, max_live: int | None, count: int, reach: FlagReac
 def limit_hit(
     outcome: str, policy: Policy, reach: FlagReach = _NO_FLAGS, *, cpu_ms: int | None = None
 ) -> Denial | None:
-    """Return the denial behind an outcome; None if no limit ended the program.
-
-    reach: how far flags can raise the limit. cpu_ms: X07's own CPU time limit, which applies if it is below the
-    policy's.
-    """
+    """Return the denial behind an outcome; None if no limit ended the program. cpu_ms: X07's own CPU time limit."""
     if outcome not in _LIMITS:
         return None
     field, action, what, by, observer = _LIMITS[outcome]
@@ -182,15 +172,13 @@ def _call(body: Mapping[str, Any], policy: Policy) -> Denial:
     process, count = policy.process, body["count"]
     # The base filter, which every program has, denies execveat of a bare descriptor.
     if body["call"] in _EXECUTES and not process.may_execute:
-        return _denial(
-            "process.allow_exec", "execute", "a program", _SECCOMP, count, _advise_process(policy, "allow_exec")
-        )
+        how = _advise_process(policy, "allow_exec")
+        return _denial("process.allow_exec", "execute", "a program", _SECCOMP, count, how)
     if body["call"] in _TASKS:
         if not process.may_spawn:
             what = "a new process" if policy.threads_in_force.enabled else "a new process or thread"
-            return _denial(
-                "process.allow_spawn", "start", what, _SECCOMP, count, _advise_process(policy, "allow_spawn")
-            )
+            how = _advise_process(policy, "allow_spawn")
+            return _denial("process.allow_spawn", "start", what, _SECCOMP, count, how)
         if not policy.threads_in_force.enabled:
             how = advise(policy, "threads.enabled", value=True)
             return _denial("threads.enabled", "start", "a new thread", _SECCOMP, count, how)
@@ -200,11 +188,6 @@ def _call(body: Mapping[str, Any], policy: Policy) -> Denial:
 def _advise_process(policy: Policy, name: str) -> HowToAllow | None:
     """Return the advice to set a switch of `process`, or to enable the section first."""
     return advise(policy, f"process.{name if policy.process.enabled else 'enabled'}", value=True)
-
-
-def _descriptors(body: Mapping[str, Any], policy: Policy, reach: FlagReach) -> Denial:
-    how = _advise_higher(policy, "limits.fds", policy.limits.fds, reach)
-    return _denial("limits.fds", "open", "another file", _RLIMITS, body["count"], how)
 
 
 def _limit(body: Mapping[str, Any], policy: Policy, reach: FlagReach) -> Denial:
@@ -244,10 +227,7 @@ def _execution(body: Mapping[str, Any], policy: Policy, areas: Sequence[GuestMou
 
 
 def advise_loading(path: str, policy: Policy, areas: Sequence[GuestMount], cwd: str) -> HowToAllow | None:
-    """Return the advice to allow a library at an absolute path to be loaded.
-
-    The same change allows the file to be executed.
-    """
+    """Return the advice to allow loading a library from an absolute path. The same change allows executing the file."""
     if not policy.process.may_execute:
         return _advise_process(policy, "allow_exec")
     return _execution({"path": path, "errno": errno.EACCES, "count": 1}, policy, areas, cwd).how_to_allow
@@ -288,10 +268,7 @@ def _file(body: Mapping[str, Any], policy: Policy, areas: Sequence[GuestMount], 
 def _write_denial(
     path: str, area: GuestMount | None, policy: Policy, cwd: str, *, folder: bool
 ) -> tuple[str, HowToAllow | None]:
-    """Return the field that denies a write, and the advice to allow it.
-
-    area: the read root that contains the path. folder: whether the program called mkdir.
-    """
+    """Return the field that denies a write, and advice. area: the read root around it. folder: mkdir was called."""
     if f"{path}/".startswith(f"{OUT}/"):
         out = _advise_flag("--out DIR")
         return "fs.write_roots", out if policy.fs.enabled else advise(policy, "fs.enabled", value=True)
@@ -333,10 +310,7 @@ def _root_of(path: str, areas: Sequence[GuestMount]) -> GuestMount | None:
 
 
 def advise_root(policy: Policy, name: Literal["read_roots", "write_roots"], given: str) -> HowToAllow | None:
-    """Return the advice to add the path *given* as a root. The path may be hostile, so the flag is quoted for pasting.
-
-    name: the policy field, "read_roots" or "write_roots".
-    """
+    """Return the advice to add *given* as a root. The path may be hostile, so it is quoted in the flag."""
     if not policy.fs.enabled:
         return advise(policy, "fs.enabled", value=True)
     word = f"./{given}" if given.startswith("-") else given

@@ -116,10 +116,9 @@ OUTCOMES: Final[dict[Outcome, Row]] = {
 
 
 def exit_code(outcome: Outcome, *, program_exit: int | None, signal: int | None) -> int:
-    """Return the exit code of ``x07 run``. Raises ValueError if the exit code depends on a missing status or signal.
+    """Return the exit code of ``x07 run``. Raises ValueError if it depends on a missing status or signal.
 
-    program_exit: the program's exit status. signal: the signal that killed the program or, for cancelled, the signal
-    that x07 received.
+    signal: the signal that killed the program or, for cancelled, the signal that x07 received.
     """
     rule = OUTCOMES[outcome].exit
     match rule:
@@ -175,49 +174,28 @@ _BUILDING: Final = {  # the same for a build
 
 
 class Evidence(msgspec.Struct, frozen=True, kw_only=True):
-    """Evidence about a finished phase.
+    """Evidence about a finished phase."""
 
-    stage: the stage in which the phase ended.
-    wait_status: the program's status from waitpid in the guest's init; None if it was not received.
-    deadline_passed: whether the host's deadline for the stage expired first.
-    stopped: whether the program's processes were stopped by a signal at the deadline.
-    cpu_exceeded: whether the cgroup's counter exceeded limits.cpu_ms.
-    cpu_us: the cgroup's final counter, in microseconds; None if it was not received.
-    oom_kills: the cgroup's counter of processes killed for memory.
-    output_overflow: the stream that exceeded its limit: "stdout" or "stderr".
-    channel_error: how the guest violated the protocol. A stream that merely ends is no violation.
-    instance_status: return code of the machine's or container's process (-N for signal N); None while it runs.
-    console_tail: the end of the console output; hostile text, used only if the guest was lost.
-    cancelled_by: the signal that cancelled the run; 0 for a cancellation without a signal.
-    setup_failure: the step that the agent or the host could not do for the job.
-    exec_errno: the error of execve in the guest; 0 if execve succeeded.
-    boot_timeout: whether the agent did not answer in time.
-    gate_lost: whether the egress gate ended before the program did.
-    """
-
-    stage: Stage
-    wait_status: int | None = None
-    deadline_passed: bool = False
-    stopped: bool = False
-    cpu_exceeded: bool = False
-    cpu_us: int | None = None
-    oom_kills: int = 0
-    output_overflow: str | None = None
-    channel_error: str | None = None
-    instance_status: int | None = None
-    console_tail: str = ""
-    cancelled_by: int | None = None
-    setup_failure: str | None = None
-    exec_errno: int = 0
-    boot_timeout: bool = False
-    gate_lost: bool = False
+    stage: Stage  # in which the phase ended
+    wait_status: int | None = None  # the program's status from waitpid in the guest's init; None if it was not received
+    deadline_passed: bool = False  # whether the host's deadline for the stage expired first
+    stopped: bool = False  # whether a signal had stopped the program's processes at the deadline
+    cpu_exceeded: bool = False  # whether the cgroup's counter exceeded limits.cpu_ms
+    cpu_us: int | None = None  # the cgroup's final counter, in microseconds; None if it was not received
+    oom_kills: int = 0  # the cgroup's counter of processes killed for memory
+    output_overflow: str | None = None  # the stream that exceeded its limit: "stdout" or "stderr"
+    channel_error: str | None = None  # how the guest violated the protocol; a stream that merely ends is no violation
+    instance_status: int | None = None  # of the machine's or container's process (-N for signal N); None while it runs
+    console_tail: str = ""  # the end of the console output; hostile text, used only if the guest was lost
+    cancelled_by: int | None = None  # the signal that cancelled the run; 0 for a cancellation without a signal
+    setup_failure: str | None = None  # the step that the agent or the host could not do for the job
+    exec_errno: int = 0  # the error of execve in the guest; 0 if execve succeeded
+    boot_timeout: bool = False  # whether the agent did not answer in time
+    gate_lost: bool = False  # whether the egress gate ended before the program did
 
     @property
     def killed(self) -> bool:
-        """Whether the machine's process was killed from outside.
-
-        That says nothing about a fault of the machine itself.
-        """
+        """Whether the machine's process was killed from outside, which says nothing about a fault of the machine."""
         status = self.instance_status
         return status in {-_SIGKILL, SIGNAL_BASE + _SIGKILL} or bool(out_of_cpu_time(status))
 
@@ -248,10 +226,7 @@ def verdict(outcome: Outcome, reason: str, *, fault: Fault | None = None) -> Ver
 
 
 def classify(evidence: Evidence, *, features: Features | None = None, limits: Limits | None = None) -> Verdict:
-    """Return the verdict on *evidence*. features: the backend's features, if known.
-
-    limits: the limits to show in the reason.
-    """
+    """Return the verdict on *evidence*. features: the backend's, if known. limits: those to show in the reason."""
     features = features or vm_features("vm-hardware")
     if evidence.gate_lost and evidence.cancelled_by is None:
         return verdict(Outcome.GATE_LOST, f"the egress gate exited while the guest was {_DOING[evidence.stage]}")
@@ -263,10 +238,7 @@ def classify(evidence: Evidence, *, features: Features | None = None, limits: Li
 
 
 def build_verdict(found: Verdict, wall_ms: int = settings.BUILD_WALL_MS) -> Verdict:
-    """Return the verdict on a build phase. Whatever ended the compiler, the outcome is a failed build.
-
-    wall_ms: the time limit.
-    """
+    """Return the verdict on a build. Whatever ended the compiler, the build failed. wall_ms: the build's time limit."""
     compiler_ended = {
         Outcome.FAILED,
         Outcome.SIGNALLED,
@@ -289,10 +261,7 @@ def build_verdict(found: Verdict, wall_ms: int = settings.BUILD_WALL_MS) -> Verd
 
 
 def name_flags(found: Verdict, flags: Mapping[str, str]) -> Verdict:
-    """Return the verdict with limits replaced in its reason by the flags that set them.
-
-    flags: the flag of each field.
-    """
+    """Return the verdict with each limit in its reason replaced by its flag. flags: the flag of each field."""
     reason = found.reason
     for field, flag in flags.items():
         reason = reason.replace(f"({field})", f"({flag})")
@@ -310,8 +279,7 @@ def _ended_by_us(evidence: Evidence, *, emulated: bool, limits: Limits | None) -
     if evidence.cancelled_by is not None:
         by = f" by {signal_name(evidence.cancelled_by)}" if evidence.cancelled_by else ""
         reason = f"the run was cancelled{by} while the guest was {_DOING[evidence.stage]}"
-        cancelled = verdict(Outcome.CANCELLED, reason)
-        return replace(cancelled, signal=evidence.cancelled_by or None)
+        return replace(verdict(Outcome.CANCELLED, reason), signal=evidence.cancelled_by or None)
     if evidence.exec_errno in _PROGRAM_ERRORS and evidence.stage not in _STARTED:
         return _not_executed(evidence.exec_errno)
     if evidence.setup_failure is not None and evidence.stage not in _STARTED:

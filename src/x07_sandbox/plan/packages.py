@@ -4,25 +4,8 @@ from typing import Final
 
 # Programs so well known that a missing file of that name means the program. The first have packages of the same name.
 _SAME_NAME: Final = (
-    *(
-        "cargo",
-        "cmake",
-        "curl",
-        "ffmpeg",
-        "fish",
-        "g++",
-        "gawk",
-        "gcc",
-        "git",
-        "jq",
-        "less",
-        "make",
-        "npm",
-        "perl",
-        "ruby",
-        "rustc",
-    ),
-    *("lua5.4", "sqlite3", "unzip", "vim", "wget", "zip", "zsh"),
+    *("cargo", "cmake", "curl", "ffmpeg", "fish", "g++", "gawk", "gcc", "git", "jq", "less", "lua5.4", "make", "npm"),
+    *("perl", "ruby", "rustc", "sqlite3", "unzip", "vim", "wget", "zip", "zsh"),
 )
 _PROGRAMS: Final = dict(zip(_SAME_NAME, _SAME_NAME, strict=True)) | {
     "Rscript": "r-base-core",

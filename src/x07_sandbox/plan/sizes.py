@@ -27,10 +27,7 @@ OVERHEAD_DIVISOR: Final = 32
 
 
 def guest_limits(limits: Limits, tasks: int) -> dict[str, int]:
-    """Return the field `limits` of START, which the agent enforces.
-
-    tasks: the maximum number of processes and threads.
-    """
+    """Return the field `limits` of START, which the agent enforces. tasks: the most processes and threads."""
     return {
         "mem_bytes": limits.mem_bytes,
         "tasks": tasks,
@@ -62,10 +59,9 @@ def ram_class_bytes(mem_bytes: int) -> int:
 
 
 def used_ram_bytes(ram_bytes: int, mem_bytes: int, cached_bytes: int) -> int:
-    """Return the most RAM that one job uses in a machine: program memory, overhead and page cache.
+    """Return the most RAM that one job uses: program memory, overhead and page cache.
 
-    cached_bytes: the size of files that the agent reads or writes for the job. No cgroup in the guest limits their
-    cache.
+    cached_bytes: the size of the files that the agent reads or writes. No cgroup in the guest limits their cache.
     """
     return min(ram_bytes, _with_overhead(mem_bytes) + cached_bytes)
 

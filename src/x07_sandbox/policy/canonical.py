@@ -9,17 +9,12 @@ from x07_sandbox.policy.model import Policy
 
 
 def canonical_json(value: object) -> bytes:
-    """Return JSON without whitespace or final newline.
-
-    Keys are sorted at all levels, and characters are not escaped.
-    """
+    """Return JSON with sorted keys, without whitespace, final newline or escapes for non-ASCII characters."""
     return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def policy_digest(policy: Policy) -> str:
-    """Return `sha256:` and the digest of the canonical JSON.
-
-    Every section of the policy is first completed with its defaults.
+    """Return `sha256:` and the digest of the canonical JSON of *policy*, with the defaults of every section.
 
     The field `digests.policy` in a run's result is a different digest: that of the policy file's bytes.
     """

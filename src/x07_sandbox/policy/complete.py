@@ -10,9 +10,10 @@ from msgspec.structs import replace
 
 from x07_sandbox.errors import UsageError
 from x07_sandbox.policy.decode import MAX_BYTES, parse
-from x07_sandbox.policy.from_flags import NewPolicy, is_policy_id, make_policy
+from x07_sandbox.policy.from_flags import NewPolicy, make_policy
 from x07_sandbox.policy.limits import NAMES, LimitChanges, flag_text
 from x07_sandbox.policy.problems import PolicyError
+from x07_sandbox.policy.rules import is_policy_id
 from x07_sandbox.policy.templates import TEMPLATES
 
 if TYPE_CHECKING:
@@ -22,13 +23,10 @@ _SWITCHES: Final = frozenset({"fs.enabled", "net.enabled", "net.allow_tcp"})  # 
 
 
 class Completion(msgspec.Struct, frozen=True):
-    """A command that completes a document. words: arguments of `x07 policy new`.
+    """A command that completes a document."""
 
-    left_out: fields that no flag can set.
-    """
-
-    words: tuple[str, ...]
-    left_out: tuple[str, ...]
+    words: tuple[str, ...]  # arguments of `x07 policy new`
+    left_out: tuple[str, ...]  # fields that no flag can set
 
     def line(self, file: str) -> str:
         """Return the command as a shell line that writes its output to *file*."""

@@ -79,10 +79,7 @@ def accept(document: object) -> Policy | None:
 
 
 def find_problems(document: object) -> tuple[Problem, ...]:
-    """Return all problems by the slow path; an empty tuple for a valid document.
-
-    Each kind of check reports a place only once.
-    """
+    """Return all problems by the slow path: at most one for each place and kind of check; none for a valid document."""
     # jsonschema takes longer to import than a valid document to decode.
     from x07_sandbox.policy.explain import schema_problems
 

@@ -49,10 +49,7 @@ _ZERO_MEANS: Final[dict[str, int | None]] = {
 
 
 def differences(first: Policy, second: Policy) -> tuple[Change, ...]:
-    """Return what *second* grants, withdraws or changes, in the model's order.
-
-    The result is empty if both policies allow the same.
-    """
+    """Return what *second* grants, withdraws or changes, in the model's order. Empty if both allow the same."""
     after = leaf_values(second)
     return tuple(
         change for field, before in leaf_values(first).items() for change in _changes(field, before, after[field])
@@ -82,10 +79,7 @@ def _effect(field: str, *, more: bool) -> Effect:
 
 
 def _size(field: str, value: object) -> object:
-    """Return the value for comparison: a 0 with a special meaning is replaced by what X07 uses in its place.
-
-    Numbers are ordered. Other values are only equal or different.
-    """
+    """Return a value for comparison: what X07 uses in place of a 0 with a special meaning. Only numbers are ordered."""
     return _ZERO_MEANS[field] if value == 0 and field in _ZERO_MEANS else value
 
 

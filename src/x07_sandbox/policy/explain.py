@@ -1,7 +1,4 @@
-"""Descriptions of schema violations.
-
-Imported only after a document was rejected, because jsonschema is slow to import.
-"""
+"""Descriptions of schema violations. Imported only for a rejected document: jsonschema is slow to import."""
 
 import difflib
 import json

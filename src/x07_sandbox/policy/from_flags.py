@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import msgspec
 from msgspec.structs import replace
@@ -15,8 +15,6 @@ from x07_sandbox.policy.templates import BUILT_IN, TEMPLATES
 
 if TYPE_CHECKING:
     from x07_sandbox.policy.model import Policy
-
-_ID_MAX: Final = 64
 
 
 class NewPolicy(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,8 +48,3 @@ def make_policy(wanted: NewPolicy) -> Policy:
 
 def _no_file(name: str) -> bytes:
     raise UsageError(f"cannot read {name}", "host files are not supported here", "Give the hosts as flags")
-
-
-def is_policy_id(text: str) -> bool:
-    """Return whether *text* is a valid policy id."""
-    return 0 < len(text) <= _ID_MAX and text.isascii() and all(char.isalnum() or char in "_.-" for char in text)

@@ -20,10 +20,7 @@ class Addresses(msgspec.Struct, frozen=True):
 
 
 def addresses(host: str) -> Addresses | None:
-    """Return the address range that *host* describes; None if *host* is a name.
-
-    host: an address, also in brackets, a CIDR network or a range.
-    """
+    """Return the range of an address (in brackets, too), CIDR network or address range; None if *host* is a name."""
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
     try:

@@ -39,23 +39,17 @@ NAMES: Final[Mapping[str, Name]] = MappingProxyType(
         "fds": Name("--fds", "open files"),
     }
 )
-"""Flag and wording of each limit, by policy field."""
 
 
 class LimitChanges(msgspec.Struct, frozen=True, kw_only=True):
-    """Limits that the caller set; None keeps the policy's limit.
-
-    may_raise: whether these limits may be above the policy's. If it is None, the policy's origin decides
-    (runs/request).
-    """
+    """Limits that the caller set; None keeps the policy's limit."""
 
     mem_bytes: int | None = None
     cpu_ms: int | None = None
     wall_ms: int | None = None
     procs: int | None = None
     fds: int | None = None
-
-    may_raise: bool | None = None
+    may_raise: bool | None = None  # whether they may exceed the policy's; None: its origin decides (runs/request)
 
     def given(self) -> dict[str, int]:
         """Return the limits that are set, by field."""
@@ -63,14 +57,10 @@ class LimitChanges(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FlagReach(msgspec.Struct, frozen=True):
-    """How far flags can raise the effective limits.
+    """How far flags can raise the effective limits."""
 
-    tops: the largest value that a flag can set, by field path ("limits.fds"). policy_too: whether a change of the
-    policy could also raise the limits.
-    """
-
-    tops: Mapping[str, int] = MappingProxyType({})
-    policy_too: bool = True
+    tops: Mapping[str, int] = MappingProxyType({})  # the largest value that a flag can set, by path ("limits.fds")
+    policy_too: bool = True  # whether a change of the policy could also raise the limits
 
 
 def parse_size(text: str) -> int | None:
@@ -111,9 +101,7 @@ def range_fault(field: str, value: int) -> str:
 
 
 def change_limits(policy: Policy, changes: LimitChanges, *, may_raise: bool, source: str) -> Policy:
-    """Return *policy* with the caller's limits. source: the policy's name in errors.
-
-    Raises UsageError if a limit is not allowed.
+    """Return *policy* with the caller's limits. source: its name in errors. Raises UsageError if one is not allowed.
 
     If limits may be raised, a new procs limit also raises a smaller process.max_live, and a new wall_ms also raises a
     smaller cpu_ms.
@@ -146,10 +134,7 @@ def _too_large(field: str, value: int, path: str, held: int, source: str) -> Usa
 
 
 def flag_reach(own: Limits | None, current: Limits, *, may_raise: bool) -> FlagReach:
-    """Return how far flags can raise the effective limits *current*.
-
-    own: the limits of the unchanged policy, or None.
-    """
+    """Return how far flags can raise the limits *current*. own: the limits of the unchanged policy, or None."""
     from x07_sandbox.policy.schema import range_of
 
     if may_raise:

@@ -259,17 +259,12 @@ class Policy(Section, frozen=True, kw_only=True):
         return "" if isinstance(self.notes, UnsetType) else self.notes
 
     @property
-    def language_in_force(self) -> Language:
-        """The language section. If the section is absent, unsafe code and foreign calls are forbidden."""
-        return ABSENT_LANGUAGE if isinstance(self.language, UnsetType) else self.language
-
-    @property
     def threads_in_force(self) -> Threads:
         """The threads section. If the section is absent, threads are allowed."""
         return ABSENT_THREADS if isinstance(self.threads, UnsetType) else self.threads
 
 
-ABSENT_LANGUAGE = Language(allow_unsafe=False, allow_ffi=False)
+ABSENT_LANGUAGE = Language(allow_unsafe=False, allow_ffi=False)  # without the section, both are forbidden
 ABSENT_THREADS = Threads(enabled=True, max_workers=0, max_blocking=4, max_queue=1024)
 # Effective values of absent sections.
 OPTIONAL_SECTIONS = {

@@ -1,7 +1,6 @@
 """Flags that add hosts and folders to a policy or remove hosts, such as `--allow-host`.
 
-The result is deterministic. The policy's own entries come first, then new entries in the order given, files before
-flags.
+The result is deterministic: the policy's own entries, then new entries in the order given, files before flags.
 """
 
 import hashlib
@@ -62,17 +61,13 @@ class Overrides(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Derived(msgspec.Struct, frozen=True, kw_only=True):
-    """A policy derived from a base policy by overrides. data: the document's bytes. file_name: its usual file name.
-
-    digest: 8 hexadecimal digits of a hash of base and overrides. denied: the denied ports of each host; None means all
-    ports.
-    """
+    """A policy derived from a base policy by overrides."""
 
     policy: Policy
-    data: bytes
-    digest: str
-    file_name: str
-    denied: Mapping[str, set[int] | None]
+    data: bytes  # the document's bytes
+    digest: str  # 8 hexadecimal digits of a hash of base and overrides
+    file_name: str  # the document's usual file name
+    denied: Mapping[str, set[int] | None]  # the denied ports of each host; None means all ports
 
 
 class _Asked(msgspec.Struct, frozen=True, kw_only=True):
@@ -143,18 +138,12 @@ def derive_policy(
 
 
 def denied_hosts(given: Sequence[str]) -> dict[str, set[int] | None]:
-    """Return the ports that `--deny-host` flags deny, by host; None means all ports.
-
-    Raises UsageError for an invalid flag.
-    """
+    """Return the ports that `--deny-host` flags deny, by host; None means all. Raises UsageError if one is invalid."""
     return _denied(_specs("--deny-host", (), given, lambda _name: b""))
 
 
 def check_grants(base: Policy, overrides: Overrides, *, built_in: bool) -> None:
-    """Raise UsageError if flags grant something that only the author of the policy *base* may grant.
-
-    built_in: whether *base* is a built-in policy, which flags may relax.
-    """
+    """Raise UsageError if flags grant what only the author of *base* may. built_in: whether flags may relax *base*."""
     for word, field, current, value in (
         ("hidden", "deny_hidden", not base.fs.deny_hidden, False),
         ("symlinks", "allow_symlinks", base.fs.allow_symlinks, True),
@@ -200,10 +189,7 @@ def _specs(
 
 
 def _parsed(where: str, spec: str, *, deny: bool) -> tuple[str, set[int] | None]:
-    """Return the host and ports of a spec.
-
-    The host is in lower case, without brackets; the ports are None for all ports.
-    """
+    """Return the host of a spec, in lower case and without brackets, and its ports; None for all ports."""
 
     def refuse(why: str) -> NoReturn:
         raise UsageError(f"cannot use {where}", why, _DENY_FORM if deny else _ALLOW_FORM)
@@ -285,10 +271,7 @@ def _net(net: Net, asked: _Asked, *, raise_dns: bool, gate: bool) -> Net:
 
 
 def _deny(hosts: dict[str, set[int]], deny: Mapping[str, set[int] | None], *, gate: bool) -> None:
-    """Remove denied ports from *hosts*.
-
-    Raises UsageError if a denial covers part of an entry and there is no gate to enforce it.
-    """
+    """Remove denied ports from *hosts*. Raises UsageError if a denial covers part of an entry and there is no gate."""
     names: dict[Addresses | str, list[str]] = {}
     for host in hosts:
         names.setdefault(meaning(host), []).append(host)

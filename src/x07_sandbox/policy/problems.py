@@ -7,12 +7,9 @@ import msgspec
 
 from x07_sandbox.errors import UsageError
 
-HUGE: int = 10**20
-"""Value that replaces every larger number in a document. It is outside the range of every field."""
-MISSING = "is missing"
-"""The message for a required field that is absent."""
+HUGE: int = 10**20  # replaces every larger number in a document; outside the range of every field
+MISSING = "is missing"  # the message for a required field that is absent
 ADVICE = "Correct the document. docs/reference/policy.md describes every field"
-"""What to do about an invalid document."""
 _SHOWN_CHARS = 80  # of an untrusted key, in a message
 
 

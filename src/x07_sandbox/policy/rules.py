@@ -1,4 +1,4 @@
-"""Rules that the schema cannot express: ``validate_basic`` of X07's own runner, and two of this tool, marked so.
+"""Rules that the schema cannot express: ``validate_basic`` of X07's own runner, and two rules of this tool.
 
 The rules apply even if their section is disabled. Both decoding paths check them on the plain document. Values of the
 wrong type are left to the schema.
@@ -116,20 +116,19 @@ def regex_lite_fault(pattern: str) -> str | None:
 
 
 def id_is_one_line(document: object) -> Iterator[Problem]:
-    r"""Check that the id is one line. In Python and others, ``$`` in the schema's pattern also accepts "name\n".
-
-    This rule is not in X07's own runner.
-    """
+    r"""Check that the id is one line. X07 does not; ``$`` in the schema also accepts "name\n" in Python and others."""
     policy_id = _get(document, "policy_id")
-    if isinstance(policy_id, str) and not re.fullmatch(r"[a-zA-Z0-9_.-]{1,64}", policy_id):
+    if isinstance(policy_id, str) and not is_policy_id(policy_id):
         yield Problem("$.policy_id", "must be 1 to 64 letters, digits, '_', '.' or '-'")
 
 
-def lists_hold_no_nul(document: object) -> Iterator[Problem]:
-    """Check for NUL in lists that become environment variables, since no variable can contain NUL.
+def is_policy_id(text: str) -> bool:
+    """Return whether *text* is a valid policy id."""
+    return re.fullmatch(r"[a-zA-Z0-9_.-]{1,64}", text) is not None
 
-    This rule is not in X07's own runner.
-    """
+
+def lists_hold_no_nul(document: object) -> Iterator[Problem]:
+    """Check for NUL in lists that become environment variables. X07's own runner has no such rule."""
     for place in (*_JOINED, _PATTERNS):
         for index, entry in _strings(document, place):
             if "\0" in entry:

@@ -31,10 +31,7 @@ class Field:
 
 @cache
 def policy_schema() -> dict[str, Any]:
-    """Return the document's JSON Schema (draft 2020-12). It allows no unknown fields.
-
-    Do not modify the returned value.
-    """
+    """Return the document's JSON Schema (draft 2020-12), which allows no unknown fields. Do not modify the result."""
     made = msgspec.json.schema(Policy)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": SCHEMA_VERSION, **made}
 

@@ -1,6 +1,6 @@
-"""The policies that `x07 policy init` writes: the X07 language's eight policy templates, and this tool's default.
+"""The policies that `x07 policy init` writes: this tool's default, and the X07 language's eight policy templates.
 
-All values come from X07. A test compares them with the checksums of X07's own documents.
+All values of the templates come from X07. A test compares them with the checksums of X07's own documents.
 """
 
 from collections.abc import Mapping
@@ -149,10 +149,7 @@ BUILT_IN: Final = "built-in:"
 
 
 def built_in(name: str) -> Policy | None:
-    """Return the policy `built-in:TEMPLATE`; None if *name* has another form.
-
-    Raises UsageError for an unknown policy template.
-    """
+    """Return the policy `built-in:TEMPLATE`; None if *name* has another form. Raises UsageError for an unknown one."""
     if not name.startswith(BUILT_IN):
         return None
     try:

@@ -1,8 +1,8 @@
 """The artifact cache: built programs, identified by their source, tools and image.
 
-The file cache/artifacts/<key> consists of one line of JSON, padded to HEADER_BYTES, then the artifact, then notes about
-its build. Whoever copies an artifact from the cache checks its hash again. cache/building/<xx> is the lock for builds
-of all keys that start with <xx>.
+The file cache/artifacts/<key> contains one line of JSON, padded to HEADER_BYTES, the artifact, and notes about its
+build. The caller checks the artifact's hash again when it copies the artifact. The file cache/building/<xx> is the lock
+for builds of all keys that start with <xx>.
 """
 
 from __future__ import annotations
@@ -30,17 +30,12 @@ NOTES_MAX_BYTES: Final = settings.MIB
 
 
 class CachedArtifact(msgspec.Struct, frozen=True, kw_only=True):
-    """A cached artifact.
+    """A cached artifact."""
 
-    fd: descriptor of the file; the caller must not close it. The artifact starts at HEADER_BYTES.
-    sha256: the digest that the artifact must have.
-    notes: the stored notes about its build.
-    """
-
-    fd: int
+    fd: int  # the file, with the artifact at HEADER_BYTES; the caller must not close it
     size: int
-    sha256: str
-    notes: bytes = b""
+    sha256: str  # the digest that the artifact must have
+    notes: bytes = b""  # about its build
 
 
 def artifact_key(*parts: object) -> str:
@@ -84,10 +79,7 @@ def _described(fd: int, key: str) -> CachedArtifact | None:
 
 
 def store_artifact(key: str, fd: int, size: int, sha256: str, notes: bytes = b"") -> None:
-    """Store a built artifact, best effort. fd: a file with the artifact at offset 0.
-
-    Very large artifacts and artifacts with more than NOTES_MAX_BYTES of notes are not stored.
-    """
+    """Store the artifact at offset 0 of *fd*, best effort. It is not stored if it or its notes are too large."""
     if size > settings.ARTIFACTS_MAX_BYTES // 4 or len(notes) > NOTES_MAX_BYTES:
         return
     folder = _folder()
@@ -116,8 +108,8 @@ def build_lock(
 ) -> Iterator[bool]:
     """Let one process at a time build *key*; yield whether this process had to wait. If locking fails, all may build.
 
-    pause: called repeatedly while waiting; it raises an exception to end the wait.
-    most_s: timeout in seconds, because the other builder may be stopped (Ctrl-Z).
+    pause: called repeatedly while waiting; an exception from it ends the wait. most_s: timeout in seconds, because the
+    other builder may be stopped (Ctrl-Z).
     """
     mostly_waited = False
 

@@ -124,12 +124,11 @@ class _Makefile:
     def programs(self) -> Iterator[str]:
         """Yield the targets that are programs. Those that plain `make` builds first come first."""
         seen: set[str] = set()
-        for root in [*list(self.rules)[:1], "all"]:
+        roots = [*list(self.rules)[:1], "all"]
+        for root in roots:
             yield from self._below(root, seen)
         # A recipe may build a program that is not a target: `all:` with `cc -o prog prog.c`.
-        recipes = (
-            line for name in (*list(self.rules)[:1], "all") if name in self.rules for line in self.rules[name].recipe
-        )
+        recipes = (line for root in roots if root in self.rules for line in self.rules[root].recipe)
         for name in (found[1] for line in recipes for found in _OUTPUT.finditer(line)):
             if _PLAIN.fullmatch(name) and not name.endswith(_NO_PROGRAM):
                 yield name

@@ -38,18 +38,14 @@ class RunTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A project's manifest. Paths are relative to its folder.
-
-    files: names of files, or patterns with *, ?, [] and **.
-    entry: the file to start, for scripts and executables.
-    artifact: the file that make builds.
-    """
+    """A project's manifest. Paths are relative to its folder."""
 
     schema_version: str
     toolchain: str
+    # Names of files, or patterns with *, ?, [] and **.
     files: Annotated[tuple[RelativePath, ...], msgspec.Meta(min_length=1, max_length=FILES_MAX)]
-    entry: RelativePath | None = None
-    artifact: RelativePath | None = None
+    entry: RelativePath | None = None  # the file to start, for scripts and executables
+    artifact: RelativePath | None = None  # the file that make builds
     policy: RelativePath | None = None
     image: Annotated[str, msgspec.Meta(min_length=1, max_length=128)] | None = None
     build: BuildTable = BuildTable()
@@ -121,10 +117,7 @@ def _check(manifest: Manifest, toolchain: Toolchain, source: str) -> None:
 
 
 def find_manifest(program: Path) -> Path | None:
-    """Return the manifest that *program* is or contains; None for any other file.
-
-    Raises UsageError for a folder without a manifest.
-    """
+    """Return the manifest that *program* is or contains; None for another file. Raises UsageError for other folders."""
     if program.name == FILE:
         return program
     if not is_folder(program):

@@ -9,16 +9,11 @@ import msgspec
 
 
 class BuildExtras(msgspec.Struct, frozen=True, kw_only=True):
-    """Data that the compiler gets in addition to the source.
+    """Data that the compiler gets in addition to the source."""
 
-    files: contents by path in the build VM.
-    env: additional environment variables.
-    key: data that changes the artifact, for its cache key.
-    """
-
-    files: Mapping[str, bytes]
-    env: Mapping[str, str]
-    key: tuple[bytes, ...]
+    files: Mapping[str, bytes]  # contents by path in the build VM
+    env: Mapping[str, str]  # additional environment variables
+    key: tuple[bytes, ...]  # data that changes the artifact, for its cache key
 
 
 class Protocol(typing.Protocol):

@@ -25,7 +25,6 @@ OUTPUT: Final = "/x07/out/compiled-out"
 ARTIFACT: Final = "/x07/in/artifact"
 PROGRAM_FOLDER: Final = "/x07/in/program"
 _PYTHON: Final = "/usr/bin/python3"
-_BASH: Final = "/bin/bash"
 _SHELLS: Final = ("sh", "dash", "bash")
 _SHELL_FOLDERS: Final = frozenset({"", "/bin", "/usr/bin", "/usr/local/bin"})
 _ENV: Final = frozenset({"/usr/bin/env", "/bin/env"})
@@ -35,21 +34,14 @@ _ELF: Final = b"\x7fELF"
 
 
 class Source(msgspec.Struct, frozen=True, kw_only=True):
-    """A source in the build VM.
+    """A source in the build VM. Names are relative to the folder."""
 
-    name: the file to start, relative to the folder; "" if there is none (make).
-    files: all files below the folder, sorted; () for a single file.
-    head: the first bytes of the file to start.
-    args: arguments for the build tool.
-    artifact: the file that make builds, relative to the folder.
-    """
-
-    name: str
+    name: str  # the file to start; "" if there is none (make)
     folder: str = SOURCE_FOLDER
-    files: tuple[str, ...] = ()
-    head: bytes = b""
-    args: tuple[str, ...] = ()
-    artifact: str = ""
+    files: tuple[str, ...] = ()  # all files below the folder, sorted; () for a single file
+    head: bytes = b""  # the first bytes of the file to start
+    args: tuple[str, ...] = ()  # arguments for the build tool
+    artifact: str = ""  # the file that make builds
 
     @property
     def path(self) -> str:
@@ -58,7 +50,7 @@ class Source(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def driver(self) -> str:
-        """The path of the build driver, beside the source, if the toolchain has one."""
+        """The path of `build_driver()` in the build VM, beside the source, if the toolchain builds an archive."""
         return f"{SOURCE_FOLDER}/{'driver.py' if self.name != 'driver.py' else 'build.py'}"
 
     def with_suffixes(self, suffixes: tuple[str, ...]) -> list[str]:
@@ -69,35 +61,23 @@ class Source(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Toolchain(msgspec.Struct, frozen=True, kw_only=True):
-    """One language, or one way to build.
-
-    suffixes: suffixes of source files, in lower case.
-    beside: suffixes and names of other files that `x07 init` includes.
-    build: returns the build's command line, which starts with a path; None if the source is the artifact.
-    archive: whether `build_driver()` builds. Its artifact is unpacked to PROGRAM_FOLDER; others are at ARTIFACT.
-    start: returns the program's command line.
-    needs: Debian packages that the image must contain; "x07" stands for X07's own toolchain.
-    protocol: hooks for programs that need more than bytes and arguments.
-    entries: usual names of the file to start, the preferred one first; None if a project does not specify that file.
-    artifact: whether a project specifies the file that its build creates. Such a toolchain builds only projects.
-    """
+    """One language, or one way to build."""
 
     name: str
-    suffixes: tuple[str, ...]
-    beside: tuple[str, ...] = ()
+    suffixes: tuple[str, ...]  # of source files, in lower case
+    beside: tuple[str, ...] = ()  # suffixes and names of other files that `x07 init` includes
+    # Returns the build's command line, which starts with a path. None: the source is the artifact.
     build: Callable[[Source], list[str]] | None
+    # Whether `build_driver()` builds. Its artifact is unpacked to PROGRAM_FOLDER; others are at ARTIFACT.
     archive: bool = False
-    start: Callable[[Source], list[str]] = lambda _source: [ARTIFACT]
-    needs: tuple[str, ...] = ()
-    protocol: Protocol | None = None
+    start: Callable[[Source], list[str]] = lambda _source: [ARTIFACT]  # returns the program's command line
+    needs: tuple[str, ...] = ()  # Debian packages of the image; "x07" stands for X07's own toolchain
+    protocol: Protocol | None = None  # hooks for programs that need more than bytes and arguments
+    # Usual names of the file to start, the preferred one first. None: a project does not specify that file.
     entries: tuple[str, ...] | None = None
+    # Whether a project specifies the file that its build creates. Such a toolchain builds only projects.
     artifact: bool = False
     doc: str
-
-    @property
-    def driver(self) -> bool:
-        """Whether the build is x07's own Python script, which is at Source.driver in the build VM."""
-        return self.archive
 
     @property
     def project_files(self) -> tuple[str, ...]:
@@ -151,7 +131,7 @@ def _first_line(head: bytes) -> list[str]:
 def _shell(source: Source) -> list[str]:
     words = _first_line(source.head)
     if not words:
-        return [_BASH]
+        return ["/bin/bash"]
     folder, _, name = words[0].rpartition("/")
     if folder in _SHELL_FOLDERS and name in _SHELLS and all(word.isprintable() for word in words):
         return [f"/bin/{name}", *words[1:]]
@@ -312,11 +292,11 @@ def toolchain_for(path: str, head: bytes = b"") -> Toolchain:
             return toolchain
     if head.startswith((_ELF, b"#!")):
         return BY_NAME["executable"]
+    from shlex import quote  # both are imported only for this error
+
     from x07_sandbox.programs.other_languages import advice
 
     known = ", ".join(suffix for toolchain in TOOLCHAINS for suffix in toolchain.suffixes)
-    from shlex import quote  # imported only for this error
-
     raise UsageError(
         f"cannot run {path}",
         f"no toolchain handles {f'{suffix} files' if suffix else 'files without a suffix'}, and the file is neither "
@@ -330,10 +310,8 @@ def toolchain_for(path: str, head: bytes = b"") -> Toolchain:
 def require_packages(
     toolchain: Toolchain, installed: Collection[str], image: str, included: Sequence[str] = ()
 ) -> None:
-    """Raise RefusedError if an image lacks packages that *toolchain* needs.
+    """Raise RefusedError if *image*, which has *installed* packages, lacks packages that *toolchain* needs.
 
-    image: the name of the image.
-    installed: the packages in the image.
     included: packages that were added to the image; the command in the message adds them again.
     """
     missing = [name for name in toolchain.needs if name not in installed]
@@ -371,7 +349,7 @@ def source_name(path: str) -> str:
     return name
 
 
-def describe(rows: Sequence[Toolchain] = TOOLCHAINS) -> str:
+def describe() -> str:
     """Return one line of text for each toolchain."""
-    names = {row.name: f" ({', '.join(row.suffixes)})" if row.suffixes else "" for row in rows}
-    return "\n".join(f"  {row.name}{names[row.name]}: {row.doc}" for row in rows)
+    suffixes = {row.name: f" ({', '.join(row.suffixes)})" if row.suffixes else "" for row in TOOLCHAINS}
+    return "\n".join(f"  {row.name}{suffixes[row.name]}: {row.doc}" for row in TOOLCHAINS)

@@ -57,7 +57,7 @@ def _key(prepared: Prepared, image_digest: str) -> str:
     assert toolchain.build is not None  # noqa: S101 - for the type checker
     extras = None if toolchain.protocol is None else toolchain.protocol.build_extras(prepared.policy.data)
     more = [] if extras is None else [sha256_text(part) for part in extras.key]
-    more += [sha256_text(build_driver())] if toolchain.driver else []
+    more += [sha256_text(build_driver())] if toolchain.archive else []
     return artifacts.artifact_key(image_digest, toolchain.name, toolchain.build(program.source), program.sha256, *more)
 
 

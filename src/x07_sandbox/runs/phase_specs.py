@@ -61,7 +61,7 @@ def build_spec(prepared: Prepared, artifact: OutFile, stack: contextlib.ExitStac
     program, toolchain = prepared.program, prepared.program.toolchain
     assert toolchain.build is not None  # noqa: S101 - for the type checker
     files, env = [program.file], dict(_ENVIRONMENT)
-    if toolchain.driver:
+    if toolchain.archive:
         files.append(in_memory(build_driver(), program.source.driver, 0o644, stack))
     if toolchain.protocol is not None:
         extras = toolchain.protocol.build_extras(prepared.policy.data)

@@ -1,8 +1,8 @@
 """Runs in the build VM: checks a script or a tree of them, and packs it as a newc archive (cpio(5)).
 
-Arguments: "file" or "tree", the source's folder, the file that is started, its future folder, the output, then the
-command that checks that file; without one it is Python. Every Python file is byte-compiled. Errors go to standard error
-and make the exit status 1.
+Arguments: "file" or "tree", the source's folder, the file to start, the folder where the archive will be unpacked, the
+output, then the command that checks the file to start (none for Python). Every Python file is byte-compiled. Errors go
+to standard error and make the exit status 1.
 """
 
 import sys
