@@ -65,10 +65,10 @@ def all_fields() -> str:
         holders = {held[field.path] for field in inner}
         if len(holders) == 1:  # said once instead of in every row
             holder = holders.pop()
-            by = "All fields are advisory." if holder == "advisory" else f"Held by {holder}."
+            by = "All fields are advisory." if holder == "advisory" else f"Enforced by {holder}."
             text, rows = f"{doc} {by}", _table(head, map(_row, inner))
         else:
-            text, rows = doc, _table(f"{head} | Held by", (_row(field, held) for field in inner))
+            text, rows = doc, _table(f"{head} | Enforced by", (_row(field, held) for field in inner))
         parts.append(f"### {section}\n\n{text}\n\n{rows}")
     hosts = _table(head, map(_row, host_fields()))
     return "\n".join([*parts, f"### Each host of net.allow_hosts\n\n{hosts}"])

@@ -22,77 +22,80 @@ PAGE: Final = Path(__file__).resolve().parents[2] / "docs" / "guest-channel.md"
 
 FRAME_MEANING: Final = {
     Kind.HELLO: "The agent is up, and speaks this protocol.",
-    Kind.WARM: "Prepare everything that does not depend on a job; after the answer the VM is saved, or waits.",
-    Kind.WARMED: "Prepared.",
+    Kind.WARM: "Prepare everything that does not depend on a job. Then the VM is saved, or waits for a job.",
+    Kind.WARMED: "Everything is prepared.",
     Kind.SEED: "Clock, entropy and names for a resumed VM.",
     Kind.SEEDED: "Clock and entropy are set.",
     Kind.START: "The job. Its files and input follow as data.",
-    Kind.STARTED: "The program was executed; its time counts from here.",
+    Kind.STARTED: "The program was executed. Its time counts from this frame.",
     Kind.DATA: "At least one byte of a stream.",
     Kind.EOF: "The stream has ended.",
-    Kind.CREDIT: "How many more bytes of the stream are accepted: u32, big endian, at least 1.",
+    Kind.CREDIT: "The receiver accepts this many more bytes of the stream (u32, big endian, at least 1).",
     Kind.STOP: "End the program.",
-    Kind.DENIED: "Something that the program was denied; before EXITED, at most 64.",
-    Kind.EXITED: "The program has ended; its output file follows, if START requests one and it exists.",
+    Kind.DENIED: "Something that the program was denied. At most 64 are sent, before EXITED.",
+    Kind.EXITED: "The program has ended. The output file follows if START requests one and it exists.",
     Kind.FAILED: "The agent cannot continue.",
 }
 FIELD_MEANING: Final = {
     "HELLO.protocol": "Protocol number of the agent.",
     "WARM.preload": "List of texts: Python modules to import.",
-    "WARM.hostname": "The value START will probably have, so that it need not be set again.",
+    "WARM.hostname": "The host name that START will probably have, so that it need not be set again.",
     "WARM.network": "Whether START will list hosts.",
     "WARM.output": "Whether START will probably request a file.",
-    "WARM.limits": "Those that START will probably have.",
+    "WARM.limits": "The limits that START will probably have.",
     "WARM.commands": "List of lists of texts: programs of the image to run once, so that the kernel has read them.",
     "SEED.unix_ns": "The time to set, in nanoseconds since 1970.",
-    "SEED.entropy": "Random, for the kernel's pool.",
-    "SEED.nonce": "Random; the answer repeats it.",
-    "SEED.machine_id": "The content of /etc/machine-id, in hexadecimal there.",
-    "SEEDED.nonce": "That of SEED.",
+    "SEED.entropy": "Random bytes for the kernel's entropy pool.",
+    "SEED.nonce": "Random bytes, which the answer repeats.",
+    "SEED.machine_id": "The id to write to /etc/machine-id, in hexadecimal.",
+    "SEEDED.nonce": "The nonce of SEED.",
     "START.run_id": "Job id.",
     "START.hostname": "Host name that the program sees.",
     "START.phase": "`build` or `run`.",
     "START.argv": "List of texts: the program and its arguments.",
     "START.env": "Object of texts: the complete environment.",
     "START.cwd": "Working directory.",
-    "START.files": "List of `{path, mode, kind, bytes}`, of kind `file`, `archive`, `tree`; N comes on stream 16 + N.",
-    "START.mounts": "List of `{tree, sub, at, write, changes}`: a part of a tree (its stream; null: a private folder), "
-    "its path for the program, whether it is writable, whether changes are returned.",
-    "START.limits": "Object of whole numbers: the agent's share of the plan.",
-    "START.confine": "`{threads, spawn, execute, programs, prefixes, alone}`: what is allowed; programs and prefixes "
-    "list what may be executed, or are null and empty without a list; alone: only the policy is beside the program.",
+    "START.files": "List of `{path, mode, kind, bytes}`. The kind is `file`, `archive` or `tree`. "
+    "N is sent on stream 16 + N.",
+    "START.mounts": "List of `{tree, sub, at, write, changes}`: the stream of a tree (or null for a private folder), "
+    "the part of the tree, its path for the program, whether it is writable, and whether changes are returned.",
+    "START.limits": "Object of whole numbers: the limits that the agent enforces.",
+    "START.confine": "`{threads, spawn, execute, programs, prefixes, alone}`: what is allowed. `programs` and "
+    "`prefixes` list what may be executed; without a list they are null and empty. `alone`: the inputs hold no other "
+    "executable.",
     "START.network": (
-        "Configuration of the egress relay, or null: `{names, wildcards, tcp, udp}`: addresses that stand for names, "
-        "blocks of them for names below a suffix, and allowed destinations as `[first, last, ports]`."
+        "Configuration of the egress relay, or null: `{names, wildcards, tcp, udp}`. It has the address that stands "
+        "for each name, the address blocks for names below a suffix, and the allowed destinations as "
+        "`[first, last, ports]`."
     ),
     "START.output": "`{path, max_bytes}` of the one file to return, or null.",
     "START.left": (
-        "Bounds `{files, bytes}` on the files to return from the program's private folders, or null for none. "
-        "With 0 files those of the working folder are only counted."
+        "Limits `{files, bytes}` on the files to return from the program's private folders, or null for none. "
+        "If `files` is 0, the files of the working folder are only counted."
     ),
     "DENIED.by": "`kernel` or `seccomp`.",
     "DENIED.call": "Name of the system call.",
-    "DENIED.errno": "The error it returned.",
-    "DENIED.path": "Its path, or empty; with a final slash for something new in that folder.",
+    "DENIED.errno": "The error that the call returned.",
+    "DENIED.path": "The path that the call named, or empty. With a final slash it is a folder for a new entry.",
     "DENIED.write": "Whether the call would have changed something.",
-    "DENIED.count": "How many times.",
-    "EXITED.wait_status": "As wait(2) gives it.",
+    "DENIED.count": "How many times it was denied.",
+    "EXITED.wait_status": "The status, as wait(2) returns it.",
     "EXITED.cpu_us": "CPU time of the program and its children, in microseconds.",
-    "EXITED.memory_peak_bytes": "Their peak memory.",
-    "EXITED.oom_kills": "How many of them the kernel killed for memory.",
+    "EXITED.memory_peak_bytes": "Peak memory of these processes.",
+    "EXITED.oom_kills": "Number of these processes that the kernel killed for lack of memory.",
     "EXITED.tasks_peak": "Peak number of processes and threads.",
-    "EXITED.tasks_refused": "How many more were refused.",
+    "EXITED.tasks_refused": "Number of processes and threads that were refused.",
     "EXITED.cpu_exceeded": "The agent killed the program at its CPU time limit.",
     "EXITED.stopped": "A signal had stopped the program when STOP came.",
     "EXITED.disk_full": "The scratch disk is full.",
     "EXITED.memory_full": "One of the program's folders in memory is full: /tmp or /dev/shm.",
-    "EXITED.denials_lost": "Number of further denials, or records of them, that are not listed.",
+    "EXITED.denials_lost": "Number of denials, or of records of denials, that are not listed.",
     "EXITED.left_files": "Number of files left in the folders that START selects.",
     "EXITED.left_bytes": "Their size in bytes.",
     "EXITED.output_bytes": "Size of the output file; null if none follows.",
-    "EXITED.output_problem": "Why none follows.",
+    "EXITED.output_problem": "Why no output file follows.",
     "FAILED.stage": "What the agent was doing.",
-    "FAILED.errno": "The error's number, 0 for none.",
+    "FAILED.errno": "The number of the error, or 0.",
     "FAILED.message": "The error in words.",
 }
 STREAM_MEANING: Final = {
@@ -111,9 +114,9 @@ STATE_MEANING: Final = {
     State.WARM: "The agent waits. A clone of a saved VM starts here.",
     State.SEEDING: "The agent sets clock and entropy.",
     State.READY: "The agent waits for a job.",
-    State.PREPARING: "Files are copied in; the program is confined and executed.",
+    State.PREPARING: "Files are copied in. Then the program is confined and executed.",
     State.RUNNING: "The program runs.",
-    State.COLLECTING: "The program has ended; its output file may follow.",
+    State.COLLECTING: "The program has ended. Its output file, changes and files may follow.",
     State.FAILED: "The agent has given up.",
 }
 SENDS: Final = {Role.HOST: "host", Role.GUEST: "guest"}

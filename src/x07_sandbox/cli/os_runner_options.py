@@ -140,7 +140,7 @@ def specrows() -> str:
 
 def describe() -> str:
     """Return the table of flags for docs/reference/x07.md."""
-    lines = ["| flag | meaning | while not given | binds |", "|---|---|---|---|"]
+    lines = ["| flag | meaning | default | applies to |", "|---|---|---|---|"]
     for option in OPTIONS:
         if not option.hidden:
             value = "\\|".join(option.choices) if option.choices else option.metavar

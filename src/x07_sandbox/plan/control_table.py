@@ -90,7 +90,7 @@ _FILE_RULES: Final = {
     "fs.allow_rename": "renamed files and folders are detected when the program has ended",
     "fs.max_read_bytes": "larger files are not copied in; 0 means 16 MiB",
     "fs.max_write_bytes": "larger files are not copied back; 0 means 16 MiB",
-    "fs.max_entries": "further entries are copied neither in nor back; 0 means 10,000",
+    "fs.max_entries": "a root with more refuses the run; if more change, all changes are discarded; 0 means 10,000",
     "fs.max_depth": "deeper entries are copied neither in nor back; 0 means 64, more than 256 means 256",
 }
 

@@ -155,14 +155,18 @@ RULES = (
         "Each entry of `net.allow_hosts` has at least one port, and a host of at most 255 bytes "
         "without `;`, whitespace or NUL.",
     ),
-    Rule(lists_can_be_joined, "No `;` in any entry of " + ", ".join(f"`{'.'.join(place)}`" for place in _JOINED) + "."),
+    Rule(
+        lists_can_be_joined,
+        "The entries of these lists contain no `;`: " + ", ".join(f"`{'.'.join(p)}`" for p in _JOINED) + ".",
+    ),
     Rule(
         patterns_are_regex_lite,
-        "`process.allow_args_regex_lite`: no `;`, no `*` at the start or after another `*`, no single backslash at "
-        "the end. (`.` matches any byte, `\\c` matches c, `*` repeats; the whole argument must match.)",
+        "A pattern of `process.allow_args_regex_lite` contains no `;`, no `*` at the start or after another `*`, "
+        "and no single backslash at the end. (`.` matches any byte, `\\c` matches c, and `*` repeats. "
+        "The pattern must match the whole argument.)",
     ),
     Rule(id_is_one_line, "`policy_id` is one line, without a line break at its end."),
-    Rule(lists_hold_no_nul, "No NUL in any entry of these lists and patterns."),
+    Rule(lists_hold_no_nul, "The lists of rule 5 and the patterns of rule 6 contain no NUL."),
 )
 
 
