@@ -72,9 +72,7 @@ def add_apply(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `x07 apply`."""
     parser.epilog = _APPLY_EPILOG
     add_run_argument(parser)
-    repeated(
-        parser, "--skip", "PATH", "do not apply changes to PATH, which is absolute or relative to a folder of the run"
-    )
+    repeated(parser, "--skip", "PATH", "skip changes to PATH (absolute, or relative to a folder of the run)")
     repeated(
         parser,
         "--allow-protected",

@@ -106,7 +106,7 @@ def add_prune(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `x07 prune`."""
     parser.epilog = _PRUNE_EPILOG
     for part in PARTS:
-        doc = f"remove only unneeded {part} (see below)"
+        doc = f"remove only what --{part} lists below"
         parser.add_argument(f"--{part}", action="append_const", dest="parts", const=part, help=doc)
     switch(parser, "--dry-run", "show what would be removed, without removing it")
     add_document_flags(parser)

@@ -58,8 +58,8 @@ def add_init(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", nargs="?", type=folder_path, default=Path(), metavar="DIR", help=doc)
     names = tuple(row.name for row in ROWS)
     parser.add_argument("--toolchain", choices=names, metavar="T", help=f"language or build tool: {', '.join(names)}")
-    started, made = ", ".join(_WITH_ENTRY), ", ".join(_WITH_ARTIFACT)
-    doc = f"file to start, for {started} (default: main, with the suffix of the language)"
+    made = ", ".join(_WITH_ARTIFACT)
+    doc = f"file to start; only for {', '.join(_WITH_ENTRY)} (default: main, with the language's suffix)"
     parser.add_argument("--entry", type=nonempty, metavar="FILE", help=doc)
     parser.add_argument("--artifact", metavar="FILE", help=f"file that {made} builds (default: from the Makefile)")
     doc = "template of the policy, for X07 projects (default: the one named default)"

@@ -26,7 +26,7 @@ _EPILOG: Final = """x07 logs prints the program's standard output to standard ou
 standard error. On a terminal, x07 logs replaces control characters, except line ends and tabs.
 
 With --net, x07 logs prints one JSON object per line. Its keys include event (open, closed, denied or failed), host,
-port, rule, and ms, the milliseconds since the start.
+port, rule, and ms (milliseconds since the start).
 
 examples:
   x07 logs

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 VERBS: Final = {
     "run": "run a program in a throw-away virtual machine (VM)",
-    "exec": "run a command of the guest image in a throw-away VM, in a copy of a folder",
+    "exec": "run a command from the guest image in a throw-away VM, in a copy of a folder",
     "diff": "show what a run changed",
     "apply": "apply a run's saved changes",
     "undo": "revert a run's applied changes",

@@ -47,7 +47,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     parser.add_argument(
         "--policy-id", metavar="ID", help="policy_id of the policy (default: sandbox.T.base, where T is the template)"
     )
-    switch(parser, "--force", "overwrite a file with different content")
+    switch(parser, "--force", "overwrite an existing file that has different content")
     doc = "also print a report about the file (one line of JSON), or the policy"
     emitted = ("report", "policy")
     parser.add_argument("--emit", choices=emitted, metavar="|".join(emitted), help=doc)

@@ -219,7 +219,7 @@ def add_files(parser: argparse.ArgumentParser) -> None:
         choices=("apply", "all-or-nothing", "keep", "discard"),
         default="apply",
         metavar="HOW",
-        help="apply (the allowed changes), all-or-nothing, keep (for x07 apply), discard",
+        help="apply (default), all-or-nothing, keep (for x07 apply) or discard changes",
     )
     option(
         group, "--net-log", "FILE", "write the log of connections to FILE, as one JSON object per line", type=file_path
