@@ -80,7 +80,7 @@ def variables() -> str:
         f"`{variable.name}` | {_values(variable)} | {variable.default} | {variable.effect} | {variable.doc}"
         for variable in VARIABLES.values()
     )
-    return _table("variable | value | while unset | effect | meaning", rows)
+    return _table("variable | value | default | has an effect | meaning", rows)
 
 
 def _values(variable: Variable) -> str:
@@ -91,7 +91,7 @@ def _values(variable: Variable) -> str:
             for word, means in (variable.choices or {}).items()
         )
     return {
-        "flag": "`1 true TRUE yes YES`, `0 false FALSE no NO`",
+        "flag": "`1`, `true` or `yes`; `0`, `false` or `no` (all in lower or all in upper case)",
         "number": f"{variable.lo} to {variable.hi}",
         "folder": "an absolute path",
         "digest": "`sha256:` and 64 hex digits",

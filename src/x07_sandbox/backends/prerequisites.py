@@ -59,7 +59,10 @@ class Proof(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Look(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One prerequisite on this machine. good: null if the prerequisite is missing but optional."""
+    """One prerequisite on this host.
+
+    good: null if the prerequisite is missing but optional.
+    """
 
     what: str
     good: bool | None
@@ -67,11 +70,13 @@ class Look(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class BackendState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One backend on this machine.
+    """One backend on this host.
 
-    state: "proven" (it has started a machine here), "untried" (its prerequisites are met), "failed", "later" (not in
-    this version), "not-here" (not for this platform). needs_acceptance: whether its isolation is weaker than a virtual
-    machine's. looks: its prerequisites. remedies: what to do; empty if the state is "proven" or "untried".
+    state: "proven" (it has started a VM here), "untried" (its prerequisites are met), "failed", "later" (not in this
+    version) or "not-here" (not for this platform).
+    needs_acceptance: whether its isolation is weaker than that of a virtual machine.
+    looks: its prerequisites.
+    remedies: what to do; empty if the state is "proven" or "untried".
     """
 
     name: str

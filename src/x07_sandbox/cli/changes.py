@@ -36,34 +36,35 @@ if TYPE_CHECKING:
     from x07_sandbox.files.changes import ChangeSet, Refused, RootChanges
 
 _LISTED: Final = 10
-_APPLY_EPILOG: Final = """Applies everything or nothing: if a file has changed since it was copied into the VM,
-nothing is changed. If the command is killed, the next x07 command finishes it or rolls it back. x07 diff marks
-the changes that the run left out, and the flag that each one needs. To apply a different selection, first run x07 undo.
+_APPLY_EPILOG: Final = """x07 apply applies all changes or none: if a file on the host has changed since it was copied
+into the VM, x07 apply changes nothing. If x07 apply is killed, the next x07 command completes the changes or reverts
+them. x07 diff shows which changes the run left out, and which flag would apply each of them. To apply a different
+selection of changes, run x07 undo first.
 
 examples:
-  x07 apply                        the changes of the latest run
+  x07 apply                        apply the changes of the latest run
   x07 apply --skip .github --skip notes.txt
   x07 apply --skip /home/me/project/notes.txt
   x07 apply --allow-protected Jenkinsfile
 
-exit code: 0 applied, or already applied; 125 a conflict, or changes that are not allowed; 2 no such run
+exit code: 0 applied, or already applied; 125 a conflict, or a change that is not allowed; 2 no such run
 """
-_DIFF_EPILOG: Final = """Prints a patch in git's format, deletions first.
-Changes that are not allowed are marked, with the reason.
+_DIFF_EPILOG: Final = """x07 diff prints a patch in git's format, with deletions first. It marks each change that is not
+allowed, and says why.
 
 examples:
   x07 diff | less
   x07 diff --json | jq '.roots[].changes[] | .name'
 """
-_UNDO_EPILOG: Final = """Reverts everything or nothing: if a file was changed after the changes were applied, nothing is
-reverted. Reverted changes can be applied again. If the run applied some changes and x07 apply added others
-later, x07 undo first reverts those of x07 apply. Run x07 undo again to revert those of the run.
+_UNDO_EPILOG: Final = """x07 undo reverts all changes or none: if a file was changed after the changes were applied, x07
+undo reverts nothing. x07 apply can apply reverted changes again. If the run applied some changes and x07 apply applied
+others later, x07 undo reverts those of x07 apply. To revert those of the run, run x07 undo again.
 
 examples:
   x07 undo
   x07 undo 1764064
 
-exit code: 0 reverted; 125 a conflict; 2 no such run, or none of its changes is applied
+exit code: 0 reverted; 125 a conflict; 2 no such run, or no changes of the run are applied
 """
 
 
@@ -71,8 +72,14 @@ def add_apply(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `x07 apply`."""
     parser.epilog = _APPLY_EPILOG
     add_run_argument(parser)
-    repeated(parser, "--skip", "PATH", "do not apply changes to PATH: absolute, or relative to a folder of the run")
-    repeated(parser, "--allow-protected", "PATTERN", "allow protected names such as .git or Jenkinsfile", type=nonempty)
+    repeated(parser, "--skip", "PATH", "skip changes to PATH (absolute, or relative to a folder of the run)")
+    repeated(
+        parser,
+        "--allow-protected",
+        "PATTERN",
+        "also apply changes to protected names such as .git or Jenkinsfile",
+        type=nonempty,
+    )
     switch(parser, "--allow-hidden", "also apply changes to dotfiles")
     switch(parser, "--allow-symlinks", "also apply symbolic links")
     add_document_flags(parser, "print what was done, or the error, as one JSON object")

@@ -15,26 +15,26 @@ from x07_sandbox.housekeeping.usage import disk_usage
 if TYPE_CHECKING:
     import argparse
 
-_SWEEP_EPILOG: Final = """what is removed:
-  processes, containers, control groups and files of runs whose x07 process is dead, or whose deadline has passed
+_SWEEP_EPILOG: Final = """x07 sweep removes:
+  processes, containers, control groups and files of runs whose x07 process is dead or whose deadline has passed
   records and folders of runs that ended more than 7 days ago
   saved VMs that no image needs
-Changes that were only partly applied are finished or rolled back. Nothing is removed that a live x07 process uses, or
-that belongs to another user or machine. Damaged records, and records of a newer x07 version, are only listed.
-Every run cleans up after killed x07 processes before it starts.
+If an x07 process was killed while it applied changes, x07 sweep completes or reverts them. x07 sweep removes nothing
+that a live x07 process uses, and nothing that belongs to another user or host. It lists damaged records and records of
+a newer x07 version, but does not remove them. Every run also cleans up after killed x07 processes before it starts.
 
 examples:
   x07 sweep --dry-run
   x07 sweep
   x07 sweep --json | jq '.kept[] | .why'
 
-exit code: 0 done; 1 something could not be ended
+exit code: 0 done; 1 something could not be removed
 """
 _DF_EPILOG: Final = """parts:
   images     guest images and their packages
-  templates  saved VMs, from which runs are cloned
-  cache      built programs, and the results of completed image checks
-  runs       output, results and changes of runs
+  templates  saved VMs, which x07 clones for runs
+  cache      built programs, and results of image checks
+  runs       output, results and saved changes of runs
   records    records of jobs
 
 examples:
@@ -42,12 +42,12 @@ examples:
   x07 df --json | jq .prunable_bytes
   x07 prune                             free the space in the column PRUNABLE
 """
-_PRUNE_EPILOG: Final = """what is removed (default: all three):
-  --images  images that have no name, with their packages and saved VMs; the image in X07_VM_GUEST_IMAGE_DIGEST is kept
+_PRUNE_EPILOG: Final = """x07 prune removes (default: all three):
+  --images  images without a name, with their packages and saved VMs, except the image in X07_VM_GUEST_IMAGE_DIGEST
   --cache   built programs that were not used for 7 days, and leftovers of killed processes
-  --runs    what is kept of runs that ended more than 7 days ago: job records, output, saved changes and undo data
-Nothing is removed that a run or build in progress uses, or that belongs to another user. Damaged items, and items of
-a newer x07 version, are only listed.
+  --runs    job records, output, saved changes and undo data of runs that ended more than 7 days ago
+x07 prune removes nothing that a run or build in progress uses, and nothing that belongs to another user. It lists
+damaged items and items of a newer x07 version, but does not remove them.
 
 examples:
   x07 prune --dry-run
@@ -103,7 +103,7 @@ def add_prune(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `x07 prune`."""
     parser.epilog = _PRUNE_EPILOG
     for part in PARTS:
-        doc = f"remove only {part}: see below"
+        doc = f"remove only what --{part} lists below"
         parser.add_argument(f"--{part}", action="append_const", dest="parts", const=part, help=doc)
     switch(parser, "--dry-run", "show what would be removed, without removing it")
     add_document_flags(parser)

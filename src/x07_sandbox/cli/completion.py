@@ -10,10 +10,10 @@ from x07_sandbox.cli.parser import actions, parser_for
 
 SHELLS: Final = ("bash", "zsh", "tcsh")
 _EPILOG: Final = """examples:
-  eval "$(x07 completion bash)"                                in ~/.bashrc
+  eval "$(x07 completion bash)"                                write this line into ~/.bashrc
   x07 completion bash > ~/.local/share/bash-completion/completions/x07
-  x07 completion zsh > ~/.zfunc/_x07                           with ~/.zfunc in fpath
-  x07 completion tcsh > ~/.x07.tcsh                            and source it in ~/.tcshrc
+  x07 completion zsh > ~/.zfunc/_x07                           ~/.zfunc must be in fpath
+  x07 completion tcsh > ~/.x07.tcsh                            and source this file in ~/.tcshrc
 """
 # Makes the script serve the command's second name too. By shell: text of shtab's script, and its replacement.
 _BOTH: Final = {
@@ -28,7 +28,7 @@ _FOLDERS: Final = frozenset({"DIR"})
 def add_completion(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `x07 completion`."""
     parser.epilog = _EPILOG
-    parser.add_argument("shell", choices=SHELLS, help="the shell to complete in")
+    parser.add_argument("shell", choices=SHELLS, help="the shell that will read the script")
     parser.set_defaults(carry_out=_completion)
 
 

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from x07_sandbox.conformance.run import Verdict
 
 _WORDS: Final = {"passed": "ok", "failed": "FAILED", "gap": "gap", "skipped": "skipped"}
-_EPILOG: Final = """Each line is one behaviour: ok, FAILED, gap (the backend is known not to have it) or
-skipped (this machine cannot test it). All behaviours are listed in docs/backends/README.md.
+_EPILOG: Final = """Each line shows one behaviour and its verdict: ok, FAILED, gap (the backend is known to lack the
+behaviour) or skipped (this host cannot test it). docs/backends/README.md lists all behaviours.
 
 examples:
   x07 conform
@@ -35,19 +35,19 @@ exit code: 0 nothing failed; 1 something failed
 
 def add_conform(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `x07 conform`."""
-    parser.description = "Run small test programs on a backend. This takes up to a minute and changes nothing."
+    parser.description = "Run small test programs on a backend. The test takes up to a minute and changes nothing."
     parser.epilog = _EPILOG
     parser.add_argument(
         "--backend",
         action=Once,
         metavar="B",
-        help="one backend, such as qemu (default: every VM backend that can run here)",
+        help="test one backend, such as qemu (default: every VM backend that can run here)",
     )
     parser.add_argument(
         "--sandbox-backend",
         action=Once,
         choices=tuple(SANDBOX_BACKENDS),
-        help="kind of backend (default: X07_SANDBOX_BACKEND, else auto)",
+        help="kind of isolation (default: X07_SANDBOX_BACKEND, else auto)",
     )
     parser.add_argument(
         "--i-accept-weaker-isolation", action="store_true", help="allow a backend that is not a virtual machine"

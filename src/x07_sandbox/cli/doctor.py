@@ -47,13 +47,13 @@ _EXAMPLES: Final = """examples:
   x07 doctor                                     print all findings
   x07 doctor --json | jq '.backends[] | {name, state}'
 
-exit code: 0 nothing is BAD; 1 something is
+exit code: 0 no finding is BAD; 1 at least one is BAD
 """
 
 
 def add_doctor(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `x07 doctor`."""
-    parser.description = "Check this machine, start a VM to prove that it works, and say what to fix."
+    parser.description = "Check this host, start a VM to prove that VMs work, and say what to fix."
     parser.epilog = _EXAMPLES
     add_document_flags(parser)
     parser.set_defaults(carry_out=_doctor)

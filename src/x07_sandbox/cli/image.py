@@ -41,30 +41,30 @@ if TYPE_CHECKING:
 
 _PIP_SHOWN: Final = 5
 _EXAMPLES: Final = """examples:
-  x07 image build                                build the image named default, or update it
+  x07 image build                                build or update the image named default
   x07 image build --name science --include python3-numpy,python3-pandas
   x07 image build --name science --pip 'numpy,pandas>=2' --preload numpy,pandas
-  x07 image build --name science                 update or repair it; it keeps its packages
+  x07 image build --name science                 update or repair it, with the same packages
   x07 image build --name x07 --x07-toolchain x07-linux
-  x07 image load                                 load it into podman and docker
+  x07 image load                                 load an image into podman and docker
   x07 image rm science
-  x07 image verify                               compare every byte with the manifest
+  x07 image verify                               compare every byte of an image with its manifest
 """
 _LOAD: Final = """Load an image into podman and docker, for --backend podman|docker. The image has the same id in both,
-on every machine. Set X07_VM_GUEST_IMAGE_DIGEST to this id to accept only this image."""
+and on every host. To accept only this image, set X07_VM_GUEST_IMAGE_DIGEST to this id."""
 _RM: Final = """Remove images by name, with their saved VMs and the packages that no other image needs. If an image
-also has another name, only the name is removed. Running programs are not affected."""
+also has another name, x07 removes only the given name. Running programs are not affected."""
 
 
 def add_image(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `x07 image`."""
-    parser.description = "Manage guest images. They are built from this host's package sources."
+    parser.description = "Manage guest images. x07 builds them from the Debian package sources of this host."
     parser.epilog = _EXAMPLES
     inner = parser.add_subparsers(metavar="ACTION", required=True)
     build = inner_verb(inner, "build", "build, update or repair an image")
     build.add_argument("--name", default="default", help="name of the image (default: default)")
     for flag, metavar, what, none in (
-        ("include", "PKG,...", "extra Debian packages", "remove the extra Debian packages from the image"),
+        ("include", "PKG,...", "extra Debian packages to install", "remove the extra Debian packages from the image"),
         (
             "pip",
             "PKG,...",
@@ -82,12 +82,14 @@ def add_image(parser: argparse.ArgumentParser) -> None:
         doc = f"{what} (default: those that the image already has)"
         group.add_argument(f"--{flag}", action="append", metavar=metavar, help=doc)
         switch(group, f"--no-{flag}", none)
-    doc = "folder with the X07 language's Linux build (bin/x07-os-runner and what it needs); later builds keep it"
+    doc = "folder with a Linux build of the X07 language (bin/x07-os-runner and what it needs); later builds reuse it"
     build.add_argument("--x07-toolchain", type=folder_path, metavar="DIR", help=doc)
     switch(build, "--fresh", "download all packages again, to get newer versions")
     listing = inner_verb(inner, "list", "list images")
     load = inner.add_parser("load", help="load an image into podman and docker", description=_LOAD)
-    load.add_argument("engines", nargs="*", metavar="ENGINE", help="podman or docker (default: those installed)")
+    load.add_argument(
+        "engines", nargs="*", metavar="ENGINE", help="podman or docker (default: those that are installed)"
+    )
     load.add_argument("--image", metavar="NAME|DIGEST", help="which image (default: the one named default)")
     load.add_argument(
         "--tag",
@@ -96,7 +98,7 @@ def add_image(parser: argparse.ArgumentParser) -> None:
     )
     load.add_argument("--archive", type=Path, metavar="FILE", help="also write the image to this archive")
     remove = inner.add_parser("rm", help="remove images by name", description=_RM)
-    remove.add_argument("names", nargs="+", metavar="NAME", help="as shown by x07 image list")
+    remove.add_argument("names", nargs="+", metavar="NAME", help="name of an image, as x07 image list shows it")
     inspect = inner_verb(inner, "inspect", "print the manifest of an image")
     verify = inner_verb(inner, "verify", "compare every byte of an image with its manifest")
     for sub, action in (

@@ -35,10 +35,12 @@ _WITH_ARTIFACT: Final = tuple(row.name for row in ROWS if row.artifact)
 _DEPTH_MAX: Final = 256  # os.walk of Python 3.11 calls itself for each level
 # Folders of builds and tools, which hold no sources.
 _NO_SOURCES: Final = frozenset({"__pycache__", "bin", "build", "deps", "dist", "node_modules", "out", "target", "venv"})
-_EPILOG: Final = f"""With --toolchain: write an {FILE} that lists the sources in DIR (docs/reference/programs.md).
-Without it: write an {MANIFEST} for a project in the X07 language. The file has one profile, `sandbox`, which refers to
-a policy file; x07 policy init creates the policy file. The project also needs a lock file: the X07 language's own tool,
-which is also called x07, writes the lock file (x07 pkg lock).
+_EPILOG: Final = f"""With --toolchain, x07 init writes {FILE}, which lists the sources in DIR. See
+docs/reference/programs.md.
+
+Without --toolchain, x07 init writes {MANIFEST} for a project in the X07 language. Its only profile, `sandbox`,
+refers to a policy file. To create the policy file, run x07 policy init. The project also needs a lock file. To create
+it, run x07 pkg lock with the X07 language's own tool, which is also called x07.
 
 examples:
   x07 init --toolchain python
@@ -56,11 +58,11 @@ def add_init(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", nargs="?", type=folder_path, default=Path(), metavar="DIR", help=doc)
     names = tuple(row.name for row in ROWS)
     parser.add_argument("--toolchain", choices=names, metavar="T", help=f"language or build tool: {', '.join(names)}")
-    started, made = ", ".join(_WITH_ENTRY), ", ".join(_WITH_ARTIFACT)
-    doc = f"{started}: the file to start (default: main with the suffix of the language)"
+    made = ", ".join(_WITH_ARTIFACT)
+    doc = f"file to start; only for {', '.join(_WITH_ENTRY)} (default: main, with the language's suffix)"
     parser.add_argument("--entry", type=nonempty, metavar="FILE", help=doc)
-    parser.add_argument("--artifact", metavar="FILE", help=f"{made}: the file it builds (default: from the Makefile)")
-    doc = "for X07 projects: template of the policy (default: the one named default)"
+    parser.add_argument("--artifact", metavar="FILE", help=f"file that {made} builds (default: from the Makefile)")
+    doc = "template of the policy, for X07 projects (default: the one named default)"
     parser.add_argument("--template", choices=tuple(TEMPLATES), metavar="T", help=doc)
     add_document_flags(parser, "print one line of JSON")
     parser.set_defaults(carry_out=_init)

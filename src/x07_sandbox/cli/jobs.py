@@ -20,19 +20,19 @@ if TYPE_CHECKING:
 _PS_EPILOG: Final = """A run is one call of x07 run or x07 exec. Each VM or container that a run starts is a job.
 
 states:
-  waiting                     the run has no job yet, e.g. because it waits for a free slot
+  waiting                     the run has no job yet, for example because too many VMs are running
   starting, running, ending   the x07 process that started the job is alive
-  orphaned                    the x07 process that started the job is dead: the next run or x07 sweep removes the job
-  expired                     the deadline has passed: the next run or x07 sweep removes the job
-  done                        ended by the x07 process that started the job (with --all)
-  reaped                      ended by another x07 process (with --all)
-  unowned                     the record is another user's (with --all)
-  foreign                     the record is another machine's (with --all)
-  newer                       the record is a newer x07 version's (with --all)
-  damaged                     the record cannot be read (with --all)
+  orphaned                    the x07 process that started the job is dead; the next run or x07 sweep removes the job
+  expired                     the job's deadline has passed; the next run or x07 sweep removes the job
+  done                        the x07 process that started the job has ended it (with --all)
+  reaped                      another x07 process has ended the job (with --all)
+  unowned                     the job's record belongs to another user (with --all)
+  foreign                     the job's record belongs to another host (with --all)
+  newer                       a newer version of x07 wrote the job's record (with --all)
+  damaged                     the job's record cannot be read (with --all)
 
 LEFT is the time until the job's deadline. At the deadline the job is killed, even if the x07 process that started it
-is dead. The deadline includes the program's time limit and the time to queue, start the VM and copy files.
+is dead. The deadline allows for the program's time limit, and for the time to queue, start the VM and copy files.
 
 examples:
   x07 ps
@@ -40,7 +40,7 @@ examples:
   x07 ps --all
 """
 _HEAD: Final = ("RUN", "PHASE", "BACKEND", "STATE", "STARTED", "LEFT", "PROGRAM")
-_INSPECT_EPILOG: Final = """The object has the run's jobs (record, labels, owner, state), its result,
+_INSPECT_EPILOG: Final = """The JSON object contains the run's jobs (record, labels, owner and state), its result,
 and the paths of its files.
 
 examples:
@@ -48,8 +48,8 @@ examples:
   x07 inspect 1764273600000-4711-0 | jq .result.outcome
   x07 inspect 1764273600000-4711-0 | jq -r .paths.folder
 """
-_KILL_EPILOG: Final = """Ends and removes the VM of a run. The command that started the run then exits with code 125 and
-the outcome guest-lost. If that command is no longer running, x07 kill cleans up as x07 sweep does.
+_KILL_EPILOG: Final = """x07 kill ends and removes the VM of a run. The command that started the run then exits
+with code 125 and the outcome guest-lost. If that command is no longer running, x07 kill cleans up as x07 sweep does.
 
 examples:
   x07 ps
@@ -63,7 +63,7 @@ exit code: 0 the run has ended; 125 it could not be ended
 def add_ps(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `x07 ps`."""
     parser.epilog = _PS_EPILOG
-    switch(parser, "--all", "also show jobs in the states marked (with --all) below")
+    switch(parser, "--all", 'also show jobs in the states that are marked "with --all" below')
     add_document_flags(parser, "print one JSON object, with each job's labels and the reason for its state")
     parser.set_defaults(carry_out=_ps)
 
@@ -110,7 +110,7 @@ def _inspect(options: argparse.Namespace) -> int:
 def add_kill(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `x07 kill`."""
     parser.epilog = _KILL_EPILOG
-    parser.add_argument("run", type=nonempty, metavar="RUN", help="the run's id, or its first characters: see x07 ps")
+    parser.add_argument("run", type=nonempty, metavar="RUN", help="the run's id, or its first characters (see x07 ps)")
     add_document_flags(parser)
     parser.set_defaults(carry_out=_kill)
 

@@ -22,10 +22,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-_EPILOG: Final = """The program's standard output goes to standard output, its standard error to standard error.
-Control characters are not passed to a terminal, except line ends and tabs.
+_EPILOG: Final = """x07 logs prints the program's standard output to standard output, and its standard error to
+standard error. On a terminal, x07 logs replaces control characters, except line ends and tabs.
 
-With --net: one JSON object per line: event (open, closed, denied, failed), host, port, rule, ms since the start.
+With --net, x07 logs prints one JSON object per line. Its keys include event (open, closed, denied or failed), host,
+port, rule, and ms (milliseconds since the start).
 
 examples:
   x07 logs
@@ -43,8 +44,8 @@ def add_logs(parser: argparse.ArgumentParser) -> None:
     doc = "the run's id, or its first characters (default: the latest run that has the requested log)"
     parser.add_argument("run", nargs="?", type=nonempty, metavar="RUN", help=doc)
     which = parser.add_mutually_exclusive_group()
-    switch(which, "--build", "instead, print the output of the build")
-    switch(which, "--net", "instead, print the connections that the program requested")
+    switch(which, "--build", "print the output of the build instead")
+    switch(which, "--net", "print the log of connections instead")
     switch(parser, "--follow", "keep printing until the run ends")
     parser.set_defaults(carry_out=_logs)
 

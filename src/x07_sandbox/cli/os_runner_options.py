@@ -42,47 +42,55 @@ class Option(msgspec.Struct, frozen=True):
         return self.flag.removeprefix("--").replace("-", "_")
 
 
-_BACKEND: Final = "isolation: auto is vm in run-os-sandboxed, none in run-os (default: X07_SANDBOX_BACKEND, else auto)"
+_BACKEND: Final = (
+    "kind of isolation; auto means vm in run-os-sandboxed and none in run-os (default: X07_SANDBOX_BACKEND, else auto)"
+)
 _WEAKER: Final = "allow a backend that is not a virtual machine (or X07_I_ACCEPT_WEAKER_ISOLATION=1)"
 _ATTEST: Final = "write the attestation of the run to this file; only in run-os-sandboxed"
-_MEMORY: Final = "memory limit of an X07 program; others have the policy's limits.mem_bytes"
-_CPU: Final = "CPU time limit of an X07 program; others have the policy's limits.cpu_ms"
-_ROOT: Final = "a folder of X07 modules (repeatable), for --program"
+_MEMORY: Final = "memory limit of an X07 program in bytes; for other programs, the policy's limits.mem_bytes applies"
+_CPU: Final = "CPU time limit of an X07 program; for other programs, the policy's limits.cpu_ms applies"
+_ROOT: Final = "a folder of X07 modules, for --program (repeatable)"
 _INNER: Final = "for X07's own runner inside a guest"
 _OURS: Final = (
-    Option("--program", "a source file of one of our toolchains, or *.x07.json", "F"),
-    Option("--project", "the manifest of a project", "F"),
+    Option("--program", "a source file that x07 run accepts, or *.x07.json", "F"),
+    Option("--project", "the project file: x07.json or x07-sandbox.toml", "F"),
     Option("--artifact", "an executable that X07 compiled before", "F"),
     Option("--world", "run-os or run-os-sandboxed; solve worlds are rejected", "W", default="run-os"),
     Option("--policy", "the policy: required in run-os-sandboxed, rejected in run-os", "F"),
     Option("--input", "the program's input (default: empty)", "F"),
     Option("--sandbox-backend", _BACKEND, "B", choices=tuple(SANDBOX_BACKENDS)),
     Option("--i-accept-weaker-isolation", _WEAKER),
-    Option("--max-output-bytes", "limit for each output stream", "N", default=MIB, number="bytes"),
+    Option("--max-output-bytes", "limit of each output stream in bytes", "N", default=MIB, number="bytes"),
     Option("--compiled-out", "write a copy of the built Linux executable to this file", "F"),
     Option("--attest-runtime", _ATTEST, "F"),
 )
 _X07S: Final = (
-    Option("--solve-fuel", "fuel of an X07 program", "N", default=50_000_000, number="units"),
+    Option("--solve-fuel", "execution budget (fuel) of an X07 program", "N", default=50_000_000, number="units"),
     Option("--max-memory-bytes", _MEMORY, "N", default=64 * MIB, number="bytes"),
     Option("--cpu-time-limit-seconds", _CPU, "N", default=30, number="seconds"),
-    Option("--cc-profile", "how X07's C is compiled", "P", default="default", choices=("default", "size")),
-    Option("--max-c-bytes", "limit for the C code that the X07 compiler generates", "N", number="bytes"),
-    Option("--compat", "the X07 version to be compatible with", "S"),
-    Option("--debug-borrow-checks", "count borrow violations"),
+    Option(
+        "--cc-profile",
+        "how to compile the C code that the X07 compiler generates",
+        "P",
+        default="default",
+        choices=("default", "size"),
+    ),
+    Option("--max-c-bytes", "size limit of the C code that the X07 compiler generates, in bytes", "N", number="bytes"),
+    Option("--compat", "the X07 version that the X07 compiler is to be compatible with", "S"),
+    Option("--debug-borrow-checks", "count violations of X07's borrow rules at run time"),
     Option("--auto-ffi", "compile the native code of packages"),
     Option("--module-root", _ROOT, "D", repeat=True),
 )
 OPTIONS: Final = (
     *_OURS,
     *(replace(option, x07_only=True) for option in _X07S),
-    Option("--cli-specrows", "print this command line as JSON and exit"),
+    Option("--cli-specrows", "print a description of all options as JSON and exit"),
     Option("--compile-only", _INNER, hidden=True),
     Option("--i-accept-precompiled-artifact", _INNER, hidden=True),
 )
 
 _EPILOG: Final = """standard output: one JSON object, X07's report x07-os-runner.report@0.5.0
-exit code: 0 the report says ok; 1 the report says what failed; 2 wrong usage, policy or setup, without a report
+exit code: 0 the run succeeded; 1 the report says what failed; 2 wrong usage, policy or setup, and no report
 
 examples:
   x07-os-runner --world run-os-sandboxed --policy policy.json --program prog.c --input data.txt
@@ -146,6 +154,6 @@ def describe() -> str:
             value = "\\|".join(option.choices) if option.choices else option.metavar
             flag = f"{option.flag} {value}".strip()
             default = "" if option.default is None else f"`{option.default}`"
-            binds = "X07 programs only" if option.x07_only else "every program"
+            binds = "X07 programs" if option.x07_only else "all programs"
             lines.append(f"| `{flag}` | {option.doc} | {default} | {binds} |")
     return "\n".join(lines) + "\n"

@@ -17,24 +17,24 @@ if TYPE_CHECKING:
     from _typeshed import SupportsWrite
 
 VERBS: Final = {
-    "run": "run a program in a throw-away virtual machine",
-    "exec": "run a command installed in the guest image, in a copy of a folder",
+    "run": "run a program in a throw-away virtual machine (VM)",
+    "exec": "run a command from the guest image in a throw-away VM, in a copy of a folder",
     "diff": "show what a run changed",
     "apply": "apply a run's saved changes",
     "undo": "revert a run's applied changes",
     "ps": "list runs in progress",
     "inspect": "print everything about one run as JSON",
-    "logs": "print a run's output, or its connections",
+    "logs": "print a run's output, or the log of its connections",
     "kill": "end a run",
-    "init": "create the project file (x07-sandbox.toml or x07.json)",
+    "init": "create a project file (x07-sandbox.toml or x07.json)",
     "policy": "write, check, explain and compare policies",
     "image": "build, list, load, remove and verify guest images",
     "pool": "keep VMs ready, so that runs start immediately",
     "sweep": "clean up after x07 processes that were killed",
     "df": "show disk usage of images, caches and records",
     "prune": "remove images, caches and records that are no longer needed",
-    "completion": "print shell completion",
-    "doctor": "check this machine and say what to fix",
+    "completion": "print a completion script for a shell",
+    "doctor": "check this host and say what to fix",
     "conform": "check that a backend behaves as documented",
 }
 _MODULES: Final = {  # modules that have several verbs
@@ -44,7 +44,7 @@ _MODULES: Final = {  # modules that have several verbs
     **dict.fromkeys(("sweep", "df", "prune"), "cleanup"),
 }
 _EXAMPLES: Final = """examples:
-  x07 image build                         make the guest image (once)
+  x07 image build                         build the guest image (once)
   x07 run prog.py -- --verbose            run a Python program in a throw-away VM
   x07 run --input data.txt prog.c         compile in one VM, run in another
   x07 exec --workdir . -- make test       run an installed command in a copy of this folder
@@ -158,7 +158,7 @@ class _HelpLevel(argparse.Action):
 def add_help_levels(parser: argparse._ActionsContainer, rest: str, *names: str) -> None:
     """Add `--help-NAME` for each further level of help. rest: the level that shows every option."""
     for name in (rest, *names):
-        doc = "show every option" if name == rest else f"show the options for {name.upper()}'s own programs"
+        doc = "show every option" if name == rest else f"show the options for programs in the {name.upper()} language"
         words: dict[str, Any] = {"action": _HelpLevel, "nargs": 0, "const": name, "default": argparse.SUPPRESS}
         parser.add_argument(f"--help-{name}", help=doc, dest=argparse.SUPPRESS, **words)
 
@@ -171,8 +171,8 @@ def inner_verb(inner: argparse._SubParsersAction[Any], name: str, doc: str) -> A
 def add_document_flags(parser: argparse._ActionsContainer, json_help: str = "print one JSON object") -> None:
     """Add the flags of a verb that can print a JSON document (cli/json_output)."""
     switch(parser, "--json", json_help)
-    option(parser, "--report-out", "FILE", "write the JSON object to this file, with or without --json", type=file_path)
-    switch(parser, "--quiet-json", "do not print the JSON object, only write it to the file of --report-out")
+    option(parser, "--report-out", "FILE", "write the JSON object to FILE, with or without --json", type=file_path)
+    switch(parser, "--quiet-json", "do not print the JSON object; only write it to the file of --report-out")
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
@@ -233,7 +233,7 @@ def parser_for(words: list[str]) -> argparse.ArgumentParser:
     from x07_sandbox import __version__
 
     parser = Parser(
-        prog="x07", description="Run an untrusted program in a throw-away virtual machine.", epilog=_EXAMPLES
+        prog="x07", description="Run an untrusted program in a throw-away virtual machine (VM).", epilog=_EXAMPLES
     )
     parser.add_argument("--version", action="version", version=f"x07-sandbox {__version__}")
     verbs = parser.add_subparsers(metavar="COMMAND", required=True, prog="x07")  # else argparse lays out a usage line

@@ -44,16 +44,19 @@ EXIT_CODES: Final = (
         "init",
         "0 the file was written or is up to date; 2 the file exists with other content (it is kept), or another error",
     ),
-    ("check", "0 all valid; 3 one is invalid; 2 one cannot be read; with --host: 0 allowed, 1 denied"),
+    (
+        "check",
+        "0 all are valid; 3 at least one is invalid; 2 at least one cannot be read; with --host: 0 allowed, 1 denied",
+    ),
     ("digest", "0 printed; 3 invalid; 2 cannot be read"),
     (
         "explain",
-        "0 a run could start (its folders are not checked); 125 a run would be refused; 3 invalid; 2 cannot be read",
+        "0 a run could start (folders are not checked); 125 a run would be refused; 3 invalid; 2 cannot be read",
     ),
     ("diff", "0 no difference; 1 they differ; 3 one is invalid; 2 one cannot be read"),
     ("schema", "0 printed"),
 )
-_EPILOG: Final = """POLICY and FILE are the path of a file, or built-in:NAME for a template.
+_EPILOG: Final = """Each POLICY or FILE is the path of a policy file, or built-in:NAME for a template.
 exit code: 0 success; 2 wrong usage, or a file that cannot be read; 3 an invalid policy; see also each action's help.
 
 examples:
@@ -79,18 +82,18 @@ def add_policy(parser: argparse.ArgumentParser) -> None:
     policy_new.add_parser(inner)
     policy_init.add_parser(inner)
     check = inner_verb(inner, "check", "report all errors in policies")
-    doc = "policies to check; with --host: at most one (default then: built-in:default)"
+    doc = "policies to check; --host takes only one (default: built-in:default)"
     check.add_argument("files", nargs="*", metavar="FILE", help=doc)
     option(check, "--host", "HOST:PORT", "show whether the policy allows this connection, and by which rule")
-    repeated(check, "--deny-host", "HOST:PORT|HOST:*", "with --host: test as if x07 run had this flag (repeatable)")
+    repeated(check, "--deny-host", "HOST:PORT|HOST:*", "with --host: decide as if x07 run had this flag")
     switch(check, "--udp", "with --host: use UDP instead of TCP")
     check.epilog = _CHECK_EPILOG
     digest = inner_verb(inner, "digest", "print a digest that is the same for all equivalent policies")
     digest.add_argument("file", metavar="FILE", help="a policy")
     policy_explain.add_parser(inner)
     diff = inner_verb(inner, "diff", "show what the second policy grants or withdraws")
-    diff.add_argument("first", metavar="A", help="a policy")
-    diff.add_argument("second", metavar="B", help="another policy")
+    diff.add_argument("first", metavar="A", help="the first policy")
+    diff.add_argument("second", metavar="B", help="the second policy")
     inner_verb(inner, "schema", "print the JSON Schema of a policy")
     acts = (policy_new.new, policy_init.init, _check, _digest, _explain, _diff, _schema)
     for (name, codes), act in zip(EXIT_CODES, acts, strict=True):

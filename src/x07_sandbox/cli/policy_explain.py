@@ -31,11 +31,11 @@ _GROUPS: Final = {
 }
 _SHOWN_CHARS: Final = 40
 
-_EPILOG: Final = """Nothing is started or tested, so the isolation shown is the best that the backend can provide. The
-result of a run has the same list.
+_EPILOG: Final = """x07 policy explain starts and tests nothing, so it shows the best isolation that the backend can
+provide. The result of a run contains the same list of fields.
 
 examples:
-  x07 policy explain                      the built-in default
+  x07 policy explain                      explain the built-in default policy
   x07 policy explain strict.json --json | jq '.refusals'
   x07 policy explain built-in:cli
 """
@@ -46,16 +46,16 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     parser = verbs.add_parser(
         "explain",
         help="show what enforces each field",
-        description="Show for each field of POLICY whether it would be enforced, by what, and why.",
+        description="Show for each field of POLICY whether a run would enforce it, what would enforce it, and why.",
         epilog=_EPILOG,
     )
     doc = "a policy (default: built-in:default)"
     parser.add_argument("policy", nargs="?", default="built-in:default", metavar="POLICY", help=doc)
     parser.add_argument(
-        "--backend", metavar="B", help=f"one of {', '.join(BY_NAME)} (default: the one that x07 run would use)"
+        "--backend", metavar="B", help=f"backend: one of {', '.join(BY_NAME)} (default: the one that x07 run would use)"
     )
     toolchains = tuple(toolchain.name for toolchain in (*TOOLCHAINS, X07))
-    doc = f"the program's toolchain, one of {', '.join(toolchains)}; the policy fields language.* apply to x07 only"
+    doc = f"toolchain of the program: one of {', '.join(toolchains)}; the policy fields language.* apply to x07 only"
     parser.add_argument("--toolchain", choices=toolchains, metavar="T", help=doc)
 
 

@@ -36,19 +36,23 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     parser = verbs.add_parser(
         "init",
         help="write a policy from a template",
-        description="Write a policy from a template, by default into the folder .x07/policies/base of the project.",
+        description="Write a template to a policy file, by default in the folder .x07/policies/base of the project.",
         epilog=_EPILOG,
     )
-    parser.add_argument("--template", required=True, choices=tuple(TEMPLATES), metavar="T", help="see below")
-    doc = "the project's file (default: x07.json in this folder or above)"
+    parser.add_argument(
+        "--template", required=True, choices=tuple(TEMPLATES), metavar="T", help="the template to write (see below)"
+    )
+    doc = "the project file (default: x07.json in this folder or the nearest folder above)"
     parser.add_argument("--project", type=file_path, metavar="FILE", help=doc)
-    parser.add_argument("--policy-id", metavar="ID", help="policy_id of the policy (default: sandbox.T.base)")
-    switch(parser, "--force", "overwrite a file with different content")
-    doc = "also print: report (one line of JSON about the file) or policy (its content)"
+    parser.add_argument(
+        "--policy-id", metavar="ID", help="policy_id of the policy (default: sandbox.T.base, where T is the template)"
+    )
+    switch(parser, "--force", "overwrite an existing file that has different content")
+    doc = "also print a report about the file (one line of JSON), or the policy"
     emitted = ("report", "policy")
     parser.add_argument("--emit", choices=emitted, metavar="|".join(emitted), help=doc)
     parser.add_argument("--out", type=file_path, metavar="PATH", help="file to write, relative to the project")
-    switch(parser, "--mkdir-out", "create the folder of --out")
+    switch(parser, "--mkdir-out", "create the folder of the file of --out")
 
 
 def file_name(template: str) -> str:

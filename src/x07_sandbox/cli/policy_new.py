@@ -31,13 +31,13 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     parser = verbs.add_parser(
         "new",
         help="print a complete policy made from flags",
-        description="Print a complete policy: a template, changed by the flags that you give.",
+        description="Print a complete policy, made from a template and the flags that you give.",
         epilog=_EPILOG,
     )
     option(
         parser, "--template", "T", "template to start from (default: the one named default)", choices=tuple(TEMPLATES)
     )
-    option(parser, "--id", "ID", "policy_id of the policy (default: custom.T)", type=nonempty)
+    option(parser, "--id", "ID", "policy_id of the policy (default: custom.T, where T is the template)", type=nonempty)
     add_limits(parser, of_policy=True)
     repeated(parser, "--allow-host", "HOST:PORT[,PORT...]", "let the program connect to HOST")
     repeated(parser, "--read", "PATH", "let the program read this file or folder", type=nonempty)

@@ -24,8 +24,8 @@ from x07_sandbox.reports.verbs import PoolReport, PoolStatus
 if TYPE_CHECKING:
     from typing import IO
 
-_EPILOG: Final = """`x07 run` takes a waiting VM if there is one, and the pool makes another. No VM is used for two
-programs. A waiting VM takes memory and almost no CPU time. The pool stops after --idle seconds without use.
+_EPILOG: Final = """x07 run takes a waiting VM if there is one, and the pool then starts another one. Each VM runs only
+one program. A waiting VM uses memory, but almost no CPU time. The pool stops after --idle seconds without use.
 
 examples:
   x07 pool start --size 4 --idle 3600
@@ -42,7 +42,7 @@ def add_pool(parser: argparse.ArgumentParser) -> None:
     start = inner_verb(inner, "start", "start the pool")
     size, idle = whole_number(1, 4096, "VMs"), whole_number(1, 86_400, "seconds")
     start.add_argument("--size", type=size, default=2, metavar="N", help="number of waiting VMs (default: 2)")
-    doc = "stop after S seconds without use (default: 600)"
+    doc = "stop the pool after S seconds without use (default: 600)"
     start.add_argument("--idle", type=idle, default=settings.POOL_IDLE_S, metavar="S", help=doc)
     start.add_argument(
         "--image", default="", metavar="NAME|DIGEST", help="guest image (default: the one named default)"

@@ -53,9 +53,9 @@ _EXEC_EXAMPLES: Final = """examples:
   x07 exec --workdir . --timeout 600 --memory 1G -- make -j2
   x07 exec -- python3 --version                  without --workdir: start in an empty folder
 
-A command without a slash is looked up in the image. A command with a slash, such as ./configure, is looked up in DIR.
-To add Debian packages to the image: x07 image build --include. Relative paths in --allow-read-root and
---allow-write-root are relative to DIR. The exit code is the command's own, or 127 if there is no such command.
+x07 looks up a command without a slash in the image, and a command with a slash, such as ./configure, in DIR. To add
+Debian packages to the image, use x07 image build --include. Relative paths in --allow-read-root and --allow-write-root
+start in DIR. The exit code is that of the command, or 127 if there is no such command.
 See docs/how-to/run-a-command.md.
 """
 
@@ -72,7 +72,7 @@ def add_run(parser: Parser) -> None:
 
 def add_exec(parser: Parser) -> None:
     """Add the arguments of `x07 exec`."""
-    parser.description = "In a throw-away VM, run a command installed in the guest image. It works in a copy of DIR."
+    parser.description = "Run a command from the guest image in a throw-away VM. The command works in a copy of DIR."
     parser.usage = "x07 exec [--workdir DIR [--read]] [OPTIONS] -- COMMAND [ARGS]"
     parser.late_epilog = lambda _level: _EXEC_EXAMPLES
     parser.level_of = help_level

@@ -35,16 +35,16 @@ _MORE_EXAMPLES = """  generate | x07 run --toolchain shell -           the sourc
   while read -r name; do x07 run --input /dev/null "$name"; done < list
   x07 run --dry-run project/                       show what would be done, without running anything
 """
-_EXITS = """exit code: the program's own; 2 wrong usage, 124 time limit, 125 not run, or the VM was lost,
-126 build failed, 128+N signal N, 137 out of memory, 153 output limit. Scripts should read --json `outcome`.
+_EXITS = """exit code: the program's own; 2 wrong usage, 124 time limit, 125 not run or VM lost, 126 build failed,
+128+N killed by signal N, 137 out of memory, 153 output limit. Scripts should read `outcome` in --json.
 """
 OVERRIDES = (
     ("--allow-host", "HOST:PORT[,PORT...]", "let the program connect to HOST"),
-    ("--allow-host-file", "FILE", "--allow-host for each line of FILE"),
+    ("--allow-host-file", "FILE", "apply --allow-host to each line of FILE"),
     ("--deny-host", "HOST:PORT|HOST:*", "deny connections to HOST, even if the policy or a flag allows them"),
-    ("--deny-host-file", "FILE", "--deny-host for each line of FILE"),
+    ("--deny-host-file", "FILE", "apply --deny-host to each line of FILE"),
     ("--allow-read-root", "PATH", "let the program read this folder"),
-    ("--allow-write-root", "PATH", "let the program modify this folder (changes are copied back)"),
+    ("--allow-write-root", "PATH", "let the program modify this folder; changes are copied back"),
 )
 # Options that only --help-all shows.
 RARE = frozenset(
@@ -70,23 +70,23 @@ def epilog(level: str) -> str:
         return _full_epilog()
     if level == "x07":
         return (
-            "Without PROGRAM, the x07.json of this folder or the nearest one above it is run.\n"
-            "See docs/reference/x07.md for the reports and the command x07-os-runner.\n"
+            "Without PROGRAM, x07 run uses the x07.json of this folder or of the nearest folder above it.\n"
+            "docs/reference/x07.md describes the reports and the command x07-os-runner.\n"
         )
     languages = ", ".join(row.name for row in TOOLCHAINS)
-    return f"toolchains: {languages}; a folder needs x07-sandbox.toml\n{_EXITS}\n{_EXAMPLES}"
+    return f"toolchains: {languages}. A folder needs x07-sandbox.toml.\n{_EXITS}\n{_EXAMPLES}"
 
 
 def _full_epilog() -> str:
     from x07_sandbox.plan.outcomes import describe_exits
 
-    return f"""toolchains, by the file's name or by --toolchain:
+    return f"""toolchains, selected by --toolchain or by the suffix of the file:
 {describe()}
-A folder with an x07-sandbox.toml is a project of several files: docs/reference/programs.md.
+A folder with an x07-sandbox.toml is a project of several files. See docs/reference/programs.md.
 
 exit codes and outcomes (docs/reference/outcomes.md):
-{describe_exits()}A program may use the same numbers, so scripts should read `outcome`. The exit code is also 125 if
-output could not be written.
+{describe_exits()}A program can exit with the same numbers, so scripts should read `outcome`. The exit code is also 125
+if x07 could not write the output.
 
 {_EXAMPLES}{_MORE_EXAMPLES}"""
 
@@ -105,7 +105,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "program",
         metavar="PROGRAM",
         nargs="?",
-        help="source file, executable or project folder; - for standard input",
+        help="source file, executable or project folder, or - for standard input",
     )
     parser.add_argument("args", nargs="*", metavar="ARGS", help="arguments of the program, after --")
     add_help_levels(parser, "all", "x07")
@@ -144,7 +144,7 @@ def add_program(parser: argparse.ArgumentParser, *, built: bool = True) -> None:
     what = "policy file or built-in:NAME (default: no network or files, 60 s, 512 MiB)"
     option(group, "--policy", "FILE", what)
     add_limits(group, built=built)
-    repeated(group, "--env", "NAME=VALUE", "set a variable; NAME alone copies the value from your environment")
+    repeated(group, "--env", "NAME=VALUE", "set an environment variable; NAME alone copies it from your environment")
     for name, form, meaning in OVERRIDES:
         repeated(group, name, form, meaning)
 
@@ -153,17 +153,17 @@ def add_limits(to: argparse._ActionsContainer, *, of_policy: bool = False, built
     """Add the flags that `limits_of` reads. of_policy: only those that a policy has a field for."""
     option(to, "--memory", "SIZE", "memory limit, such as 512M or 1G", type=memory_size)
     option(to, "--cpu-time", "S", "CPU time limit in seconds", type=seconds(600))
-    option(to, "--timeout", "S", "time limit in seconds", type=seconds(600))
-    procs = "number of processes and threads that the program may start"
+    option(to, "--timeout", "S", "limit of elapsed time in seconds", type=seconds(600))
+    procs = "limit of processes and threads that the program may start"
     option(to, "--procs", "N", procs, type=whole_number(0, 1024, "processes"))
     option(to, "--fds", "N", "limit of open files per process", type=whole_number(0, 1024, "open files"))
     if of_policy:
         to.set_defaults(build_timeout=None, scale_limits=False)
         return
     if built:
-        build = "time limit of the build in seconds (default: 300)"
+        build = "limit of elapsed time of the build in seconds (default: 300)"
         option(to, "--build-timeout", "S", build, type=seconds(settings.BUILD_S_MAX))
-    switch(to, "--scale-limits", "under emulation: multiply time limits by the measured slowdown")
+    switch(to, "--scale-limits", "in an emulated VM, multiply time limits by the measured slowdown")
 
 
 def limits_of(options: argparse.Namespace) -> dict[str, Any]:
@@ -207,20 +207,22 @@ def add_files(parser: argparse.ArgumentParser) -> None:
     option(
         given, "--input", "FILE", "standard input of the program (default: the standard input of x07)", type=file_path
     )
-    switch(given, "--stdin", "pass your standard input even if the project names a file")
-    option(given, "--input-b64", "TEXT", "use these bytes as standard input, in base64")
+    switch(given, "--stdin", "use the standard input of x07 even if the project names an input file")
+    option(given, "--input-b64", "TEXT", "standard input of the program, encoded in base64")
     group.add_argument(
         "--changes",
         choices=("apply", "all-or-nothing", "keep", "discard"),
         default="apply",
         metavar="HOW",
-        help="what to do with changes: apply (if allowed), all-or-nothing, keep, discard",
+        help="apply (default), all-or-nothing, keep (for x07 apply) or discard changes",
     )
-    option(group, "--net-log", "FILE", "write one line of JSON per connection", type=file_path)
-    option(group, "--diff", "FILE", "also write the changes as a patch", type=file_path)
-    option(group, "--out", "DIR", "copy the contents of /x07/out to DIR after the run", type=folder_path)
-    switch(group, "--allow-hidden", "also copy dotfiles, in both directions")
-    switch(group, "--allow-symlinks", "also copy symbolic links, in both directions")
+    option(
+        group, "--net-log", "FILE", "write the log of connections to FILE, as one JSON object per line", type=file_path
+    )
+    option(group, "--diff", "FILE", "also write the changes to FILE as a patch", type=file_path)
+    option(group, "--out", "DIR", "after the run, copy what the program wrote to /x07/out into DIR", type=folder_path)
+    switch(group, "--allow-hidden", "copy dotfiles too, into the VM and back")
+    switch(group, "--allow-symlinks", "copy symbolic links too, into the VM and back")
     doc = "let the program change protected names such as .git or Jenkinsfile"
     repeated(group, "--allow-protected", "PATTERN", doc, type=nonempty)
     repeated(group, "--hide", "PATTERN", "do not copy matching files into the VM, e.g. '*.csv'", type=name_pattern)
@@ -237,15 +239,17 @@ def add_machine(parser: argparse.ArgumentParser, *, built: bool = True) -> None:
     """Add the options for the guest image and the backend."""
     group = parser.add_argument_group("virtual machine")
     option(group, "--image", "NAME|DIGEST", "guest image (default: the one named default)")
-    switch(group, "--require-hardware", "refuse emulation; run only with hardware virtualisation")
-    option(group, "--backend", "B", "backend (default: X07_VM_BACKEND, else qemu)")
+    switch(group, "--require-hardware", "refuse an emulated VM; run only with hardware virtualisation")
+    option(
+        group, "--backend", "B", "backend that runs the program, such as podman (default: X07_VM_BACKEND, else qemu)"
+    )
     isolation = "kind of isolation (default: X07_SANDBOX_BACKEND, else auto)"
     option(group, "--sandbox-backend", None, isolation, choices=tuple(SANDBOX_BACKENDS))
     switch(group, "--i-accept-weaker-isolation", "allow a backend that is not a virtual machine")
     queue = whole_number(0, int(settings.QUEUE_S), "seconds")
-    doc = "how long to wait for a free slot (default: 600)"
+    doc = "how many seconds to wait if too many VMs are running (default: 600)"
     group.add_argument("--queue-timeout", type=queue, default=settings.QUEUE_S, metavar="S", help=doc)
-    switch(group, "--no-pool", "do not use a VM of x07 pool")
+    switch(group, "--no-pool", "do not use a waiting VM of x07 pool")
     if built:
         switch(group, "--no-cache", "build again, even if the same source was built before")
     switch(group, "--cold", "boot the VMs instead of cloning saved VMs")
@@ -255,13 +259,13 @@ def add_output(parser: argparse.ArgumentParser, *, built: bool = True) -> None:
     """Add the options for output."""
     group = parser.add_argument_group("output")
     add_document_flags(group, "print the result as one JSON object instead of the program's output")
-    doc = "like --json, with every control of the policy"
+    doc = "like --json, but list what enforces every field of the policy"
     group.add_argument("--json=full", dest="json", action="store_const", const="full", help=doc)
     switch(group, "--raw", "pass the program's control sequences to the terminal unfiltered")
-    most = "limit for each output stream (default: 64 MiB)"
+    most = "limit of each output stream in bytes (default: 64 MiB)"
     option(group, "--max-output-bytes", "N", most, type=whole_number(0, 1 << 40, "bytes"))
     if built:
-        option(group, "--compiled-out", "FILE", "save the built executable", type=file_path)
+        option(group, "--compiled-out", "FILE", "save the built executable to FILE", type=file_path)
     switch(group, "--dry-run", "show what would be done, without running anything")
 
 
@@ -269,13 +273,17 @@ def add_x07(parser: argparse.ArgumentParser) -> None:
     """Add the options for programs in the X07 language, and for scripts that call its command."""
     group = parser.add_argument_group("for programs in the X07 language, and scripts that call its command")
     for kind, dest in (("program", "program_flag"), ("project", "project"), ("artifact", "artifact")):
-        option(group, f"--{kind}", "F", f"the {kind}, instead of PROGRAM", dest=dest)
-    group.add_argument("--world", metavar="W", default="run-os-sandboxed", help="must be run-os-sandboxed")
-    option(group, "--profile", "N", "profile of an x07.json")
-    group.add_argument("--auto-ffi", action=argparse.BooleanOptionalAction, help="compile the native code of packages")
-    for name in X07_LIMITS:
-        option(group, name, "N", "applies to X07 programs only", type=whole_number(0, 1 << 48, "units"))
-    report = "print X07's report instead, and exit with its code"
+        option(group, f"--{kind}", "F", f"the {kind}, if PROGRAM is not given", dest=dest)
+    group.add_argument("--world", metavar="W", default="run-os-sandboxed", help="only run-os-sandboxed is allowed")
+    option(group, "--profile", "N", "use this profile of the x07.json")
+    group.add_argument(
+        "--auto-ffi", action=argparse.BooleanOptionalAction, help="whether to compile the native code of packages"
+    )
+    limits = ("execution budget (fuel)", "memory limit in bytes", "CPU time limit in seconds")
+    for name, limit in zip(X07_LIMITS, limits, strict=True):
+        doc = f"{limit}, for X07 programs only"
+        option(group, name, "N", doc, type=whole_number(0, 1 << 48, "units"))
+    report = "print X07's report instead of the program's output, and exit with its exit code"
     option(group, "--report", None, report, choices=("runner", "wrapped"))
-    attest = "write X07's attestation of the run; implies --report runner"
+    attest = "write X07's attestation of the run to FILE; implies --report runner"
     option(group, "--attest-runtime", "FILE", attest, type=file_path)

@@ -107,8 +107,8 @@ class RootChanges(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """The changes below one folder of the host, sorted by name.
 
     root: the absolute path of the folder, without links.
-    missing: the folder does not exist; it is created when something is put into it.
-    refused: the reasons why changes are not allowed. Changes that only depend on refused ones have no reason.
+    missing: whether the folder does not exist. x07 then creates it before it puts something into it.
+    refused: the reasons why changes are not allowed. A change that only depends on a refused one has no reason here.
     left_out: changes that are saved for review but not applied.
     """
 
@@ -121,7 +121,7 @@ class RootChanges(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class ChangeSet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All changes of a run, or the undo set for them. all_or_nothing: apply nothing if any change is refused."""
+    """All changes of a run, or the changes that undo them. all_or_nothing: apply nothing if any change is refused."""
 
     schema_version: Literal["x07.sandbox.changes@0.1.0"] = SCHEMA
     run: str

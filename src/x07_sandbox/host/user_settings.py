@@ -23,29 +23,33 @@ class Setting(NamedTuple):
 
 SETTINGS: Final = (
     Setting(
-        "net", "allow_local", "list of `ADDRESS:PORT`", "`[]`", "Special addresses to open, if a policy lists them too."
+        "net",
+        "allow_local",
+        "list of `ADDRESS:PORT`",
+        "`[]`",
+        "Special addresses, such as private ones, to which programs may connect if the policy lists them too.",
     ),
     Setting(
         "net",
         "allow_loopback",
         "true or false",
         "`false`",
-        "Let `allow_local` contain loopback addresses of this host.",
+        "Whether `allow_local` may contain loopback addresses of this host.",
     ),
     Setting(
         "net",
         "allow_metadata",
         "true or false",
         "`false`",
-        "Let `allow_local` contain the address of a cloud's metadata service.",
+        "Whether `allow_local` may contain the address of a cloud's metadata service.",
     ),
-    Setting("net", "opaque_ports", "list of ports", "`[]`", "Ports whose connections need not be TLS or HTTP."),
+    Setting("net", "opaque_ports", "list of ports", "`[]`", "Ports on which connections need not be TLS or HTTP."),
     Setting(
         "limits",
         "scale_when_emulated",
         '`"auto"`, `"never"`',
         '`"never"`',
-        "Scale time limits of all runs on emulated machines, as `--scale-limits` does for one run.",
+        "Whether x07 multiplies the time limits of all runs in emulated VMs, as `--scale-limits` does for one run.",
     ),
 )
 

@@ -45,8 +45,8 @@ class Variable(msgspec.Struct, frozen=True):
     name: str
     kind: Kind
     doc: str
-    default: str = "unset"  # the behaviour while it is unset, in words
-    effect: str = "now"  # when it has an effect; "now" means always
+    default: str = "unset"  # the behaviour while the variable is unset, in words
+    effect: str = "always"  # when the variable has an effect
     choices: Mapping[str, str] | None = None  # accepted words, in any case, and their meanings
     lo: int = 0  # to hi: the range of a number
     hi: int = 0
@@ -54,10 +54,10 @@ class Variable(msgspec.Struct, frozen=True):
 
 _OF_FIRECRACKER: Final = "with the firecracker-ctr backend"
 _OF_VZ: Final = "with the vz backend"
-_NO_EFFECT: Final = "none: guests do not get the host's variables, and builds have no network"
+_NO_EFFECT: Final = "never: a VM does not get the host's variables, and builds have no network"
 
 
-def _text(name: str, doc: str, default: str = "unset", effect: str = "now") -> Variable:
+def _text(name: str, doc: str, default: str = "unset", effect: str = "always") -> Variable:
     return Variable(name, "text", doc, default, effect)
 
 
@@ -65,14 +65,14 @@ _ROWS: Final = (
     Variable(
         "X07_SANDBOX_BACKEND",
         "choice",
-        "Isolation class. The flag --sandbox-backend overrides it.",
+        "Kind of isolation. The flag --sandbox-backend overrides it.",
         "auto",
         choices=SANDBOX_BACKENDS,
     ),
     Variable(
         "X07_I_ACCEPT_WEAKER_ISOLATION",
         "flag",
-        "Allow a backend that is selected by name and is not a virtual machine.",
+        "Allow a backend that is not a virtual machine, if you select it by name.",
         "0",
     ),
     Variable(
@@ -89,28 +89,39 @@ _ROWS: Final = (
         "Folder of images, VM templates and built programs.",
         "`$XDG_CACHE_HOME/x07-sandbox`, else `~/.cache/x07-sandbox`",
     ),
-    Variable("X07_VM_REQUIRE_HARDWARE", "flag", "Refuse machines with an emulated CPU.", "0"),
+    Variable("X07_VM_REQUIRE_HARDWARE", "flag", "Refuse VMs with an emulated CPU.", "0"),
     Variable(
         "X07_VM_REQUIRE_NAMESPACES",
         "flag",
-        "Refuse a jail around QEMU without namespaces.",
+        "Refuse to run QEMU in a jail without namespaces.",
         "0",
         "with the qemu backend, if the host forbids namespaces",
     ),
     Variable(
-        "X07_VM_MAX_RUNNING", "number", "Maximum of concurrent machines.", "by cores and memory", lo=1, hi=MOST_RUNNING
+        "X07_VM_MAX_RUNNING",
+        "number",
+        "How many jobs (VMs, containers or confined processes) may run at the same time.",
+        "depends on cores and memory",
+        lo=1,
+        hi=MOST_RUNNING,
     ),
     _text(
         "X07_VM_GUEST_IMAGE",
-        "Guest image; with qemu, a local name or digest. The flag --image overrides it.",
+        "Guest image. For the qemu backend, the name or digest of a local image. The flag --image overrides it.",
         "`default`",
     ),
-    Variable("X07_VM_GUEST_IMAGE_DIGEST", "digest", "Digest of the only allowed guest image; no flag overrides it."),
-    _text("X07_VM_VZ_GUEST_BUNDLE", "Folder with kernel and root disk for vz.", effect=_OF_VZ),
-    _text("X07_VM_VZ_HELPER_BIN", "Helper for macOS's Virtualization framework.", "`x07-vz-helper`", _OF_VZ),
-    _text("X07_VM_PODMAN_BIN", "The podman client.", "`podman` from PATH"),
-    _text("X07_VM_DOCKER_BIN", "The docker client.", "`docker` from PATH"),
-    _text("X07_VM_FIRECRACKER_CTR_BIN", "The ctr of firecracker-containerd.", "`firecracker-ctr`", _OF_FIRECRACKER),
+    Variable(
+        "X07_VM_GUEST_IMAGE_DIGEST", "digest", "Digest of the only guest image that may be used. No flag overrides it."
+    ),
+    _text("X07_VM_VZ_GUEST_BUNDLE", "Folder with the kernel and the root disk for vz.", effect=_OF_VZ),
+    _text(
+        "X07_VM_VZ_HELPER_BIN", "Helper program that uses macOS's Virtualization framework.", "`x07-vz-helper`", _OF_VZ
+    ),
+    _text("X07_VM_PODMAN_BIN", "Path of the podman client.", "`podman` from PATH"),
+    _text("X07_VM_DOCKER_BIN", "Path of the docker client.", "`docker` from PATH"),
+    _text(
+        "X07_VM_FIRECRACKER_CTR_BIN", "Path of firecracker-containerd's client.", "`firecracker-ctr`", _OF_FIRECRACKER
+    ),
     _text(
         "X07_VM_FIRECRACKER_CONTAINERD_SOCK",
         "Socket of firecracker-containerd.",
@@ -118,18 +129,20 @@ _ROWS: Final = (
         _OF_FIRECRACKER,
     ),
     _text("X07_VM_FIRECRACKER_SNAPSHOTTER", "Snapshotter of firecracker-containerd.", "`devmapper`", _OF_FIRECRACKER),
-    _text("X07_VM_CONTAINERD_NAMESPACE", "Containerd namespace of our containers.", "`x07`", _OF_FIRECRACKER),
-    _text("X07_WORKSPACE_ROOT", "Folder of X07's library.", "`/usr/local/lib/x07` in the guest", _NO_EFFECT),
-    _text("X07_COMPAT", "X07 version for the compiler's compatibility mode. The flag --compat overrides it."),
+    _text("X07_VM_CONTAINERD_NAMESPACE", "Containerd namespace for the containers of x07.", "`x07`", _OF_FIRECRACKER),
+    _text(
+        "X07_WORKSPACE_ROOT", "Folder of the X07 language's library.", "`/usr/local/lib/x07` in the guest", _NO_EFFECT
+    ),
+    _text("X07_COMPAT", "X07 version that the X07 compiler is to be compatible with. The flag --compat overrides it."),
     Variable(
         "X07_MAX_C_BYTES",
         "number",
-        "Maximum size of the C code, in bytes. The flag --max-c-bytes overrides it.",
+        "Maximum size of the C code that the X07 compiler generates, in bytes. The flag --max-c-bytes overrides it.",
         lo=0,
         hi=2**48,
     ),
-    _text("X07_OFFLINE", "Do not fetch X07 packages.", effect=_NO_EFFECT),
-    _text("X07_NATIVE_CACHE_DIR", "X07's cache of native libraries.", effect=_NO_EFFECT),
+    _text("X07_OFFLINE", "Do not download packages of the X07 language.", effect=_NO_EFFECT),
+    _text("X07_NATIVE_CACHE_DIR", "Cache of native libraries for X07 programs.", effect=_NO_EFFECT),
 )
 VARIABLES: Final[dict[str, Variable]] = {variable.name: variable for variable in _ROWS}
 

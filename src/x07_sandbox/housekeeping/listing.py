@@ -78,7 +78,7 @@ class OwnerReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class JobReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One job of a run. record: its job.json. owner: from its owner.json; null if that file cannot be read."""
+    """One job of a run. record: its job.json. owner: its owner.json. Null if a file cannot be read."""
 
     job_id: str
     state: str

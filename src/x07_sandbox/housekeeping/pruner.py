@@ -46,7 +46,7 @@ class Kept(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class PruneReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The output of `x07 prune --json`. dry_run: whether nothing was removed. bytes: the total disk space freed."""
+    """The output of `x07 prune --json`. dry_run: whether it was a dry run. bytes: the disk space freed."""
 
     schema_version: Literal["x07.sandbox.prune@0.1.0"] = "x07.sandbox.prune@0.1.0"
     dry_run: bool

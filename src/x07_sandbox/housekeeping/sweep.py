@@ -55,9 +55,9 @@ _SURELY_MS: Final = 3_600_000  # far longer than a runner takes to write owner.j
 
 
 class Swept(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """An object that was removed or kept, and why. failed: whether an attempt to remove it failed.
+    """An object that was removed or kept, and why.
 
-    id: the name of a job or run, an engine's id of a container, or a path.
+    id: the id of a job, a run or a container, or a path. failed: whether an attempt to remove the object failed.
     """
 
     kind: Kind
@@ -67,7 +67,7 @@ class Swept(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbi
 
 
 class SweepReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The output of `x07 sweep --json`. dry_run: whether nothing was removed."""
+    """The output of `x07 sweep --json`. dry_run: whether it only showed what it would remove."""
 
     schema_version: Literal["x07.sandbox.sweep@0.1.0"] = "x07.sandbox.sweep@0.1.0"
     dry_run: bool

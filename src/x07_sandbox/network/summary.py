@@ -13,11 +13,11 @@ class Contact(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     transport: TCP or UDP.
     rule: the id of the rule that decided.
     reason: why the connections were denied or failed; empty if they were made.
-    address: the address that was dialled or would have been dialled; empty if nothing was resolved.
+    address: the address that the gate connected to or would have connected to; empty if the name was not resolved.
     tls_name: the name in TLS or HTTP, if that name caused the decision.
     count: the number of connections or datagrams.
-    sent_bytes: bytes from the program.
-    received_bytes: bytes to the program.
+    sent_bytes: the number of bytes that the program sent.
+    received_bytes: the number of bytes that the program received.
     """
 
     host: str
@@ -38,8 +38,8 @@ class NetworkUse(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     allowed: connections that were made.
     denied: connections that were denied.
     failed: connections that were allowed but failed, for example because the server refused them.
-    more: the number of rows that were left out.
-    log_dropped: the number of lines that were left out of the log.
+    more: the number of events that these lists do not contain, because the lists are full.
+    log_dropped: the number of lines that the log of connections does not contain, because of its limits.
     """
 
     allowed: list[Contact] = []

@@ -52,7 +52,7 @@ class Refusal(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class RunLimits(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Limits of the run job: the policy's limits, and the machine's RAM, which follows from them."""
+    """Limits of the run job: the policy's limits, and the VM's RAM, which x07 derives from them."""
 
     ram_bytes: int
     max_live: int | None = None  # if it is less than procs, and children are allowed

@@ -21,18 +21,18 @@ class HowToAllow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class Denial(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Something that the program tried or the policy asked for, and that was denied.
+    """An action that the program tried or the policy requested, and that was denied.
 
-    field: the field of the policy. If no policy field decides, it is `permissions`, `system-calls`, `scratch`,
+    field: the policy field that decided. If no policy field decided, it is `permissions`, `system-calls`, `scratch`,
     `output`, `secrets`, `protected`, `kind` or `reserved`. For a connection, it is the id of the rule that denied it.
-    action: what was tried.
+    action: the denied action.
     subject: the path, host or limit concerned. A path with a trailing slash is the folder in which the program tried to
         create something.
-    enforced_by: the component that denied it.
-    observed_by: the component that saw the denial.
-    count: how often it was seen.
-    how_to_allow: the change that would allow it; null if no change can.
-    reason: why it was denied, as a clause; empty if the field already says so.
+    enforced_by: the component that denied the action.
+    observed_by: whether the host or the guest observed the denial.
+    count: how many times the action was denied.
+    how_to_allow: the change that would allow the action; null if no change can.
+    reason: why the action was denied; empty if `field` explains it.
     """
 
     field: str
@@ -49,10 +49,10 @@ class Hint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Something that the program seems to lack, and what would provide it.
 
     subject: the path, module, command, variable or host.
-    kind: the problem: the subject is missing, is a library in a folder from which it cannot be loaded, is a variable
-    that is not set, or is a connection in a run without network.
-    how: the change that lets the program read or load it.
-    to_write: the change that lets the program create a file of that name; null if no change can.
+    kind: the problem: the subject is missing (`missing`), is a library that cannot be loaded from its folder
+    (`library`), is a variable that is not set (`variable`), or is a host in a run without network (`network`).
+    how: the change that would provide the subject.
+    to_write: the change that would let the program create a file of that name; null if no change can.
     """
 
     subject: str

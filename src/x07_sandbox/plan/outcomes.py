@@ -97,18 +97,28 @@ OUTCOMES: Final[dict[Outcome, Row]] = {
     Outcome.FAILED: Row(
         fault="program",
         exit=ExitRule.PROGRAM,
-        doc="The program exited with another status, or could not be executed (126; 127 if a file is missing).",
+        doc="The program exited with another status, or could not be executed (status 126; 127 for a missing file).",
     ),
     Outcome.SIGNALLED: Row(fault="program", exit=ExitRule.SIGNAL, doc="A signal killed the program."),
-    Outcome.TIMEOUT: Row(fault="policy", exit=124, doc="The program reached limits.wall_ms, by the host's clock."),
-    Outcome.CPU_LIMIT: Row(fault="policy", exit=124, doc="The program reached limits.cpu_ms, by the kernel's counter."),
-    Outcome.OOM: Row(fault="policy", exit=137, doc="The kernel killed the program at limits.mem_bytes."),
-    Outcome.OUTPUT_LIMIT: Row(fault="policy", exit=153, doc="The program exceeded the output limit."),
-    Outcome.REFUSED: Row(fault="policy", exit=REFUSED_EXIT, doc="Nothing was run: the request cannot be enforced."),
-    Outcome.GUEST_LOST: Row(fault="host", exit=REFUSED_EXIT, doc="The virtual machine or its agent failed."),
-    Outcome.GATE_LOST: Row(fault="host", exit=REFUSED_EXIT, doc="The egress gate failed."),
-    Outcome.BACKEND_ERROR: Row(fault="host", exit=REFUSED_EXIT, doc="The virtual machine failed to start or stop."),
-    Outcome.INTERNAL_ERROR: Row(fault="host", exit=REFUSED_EXIT, doc="A bug in x07-sandbox."),
+    Outcome.TIMEOUT: Row(fault="policy", exit=124, doc="The program reached its time limit (limits.wall_ms)."),
+    Outcome.CPU_LIMIT: Row(fault="policy", exit=124, doc="The program reached its CPU time limit (limits.cpu_ms)."),
+    Outcome.OOM: Row(
+        fault="policy", exit=137, doc="The kernel killed the program at its memory limit (limits.mem_bytes)."
+    ),
+    Outcome.OUTPUT_LIMIT: Row(fault="policy", exit=153, doc="The program exceeded the limit of an output stream."),
+    Outcome.REFUSED: Row(
+        fault="policy",
+        exit=REFUSED_EXIT,
+        doc="The program was not run, because the request cannot be enforced or is not allowed.",
+    ),
+    Outcome.GUEST_LOST: Row(
+        fault="host", exit=REFUSED_EXIT, doc="The VM failed or was killed, or x07's agent in the VM failed."
+    ),
+    Outcome.GATE_LOST: Row(
+        fault="host", exit=REFUSED_EXIT, doc="The egress gate, the host process that checks connections, failed."
+    ),
+    Outcome.BACKEND_ERROR: Row(fault="host", exit=REFUSED_EXIT, doc="The VM failed to start or stop."),
+    Outcome.INTERNAL_ERROR: Row(fault="host", exit=REFUSED_EXIT, doc="x07-sandbox has a bug."),
     Outcome.BUILD_FAILED: Row(fault="program", exit=126, doc="The program could not be built."),
     Outcome.CANCELLED: Row(fault="none", exit=ExitRule.CANCEL, doc="The user or another process cancelled the run."),
     Outcome.USAGE_ERROR: Row(fault="policy", exit=2, doc="The request is invalid."),

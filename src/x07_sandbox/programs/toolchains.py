@@ -187,7 +187,7 @@ TOOLCHAINS: Final = (
         build=_compiled_by("/usr/bin/gcc", "c", "gnu17", _C),
         beside=(".h",),
         needs=("gcc", "libc6-dev"),
-        doc="C, compiled with gcc: optimised, linked with libm and threads.",
+        doc="C, compiled by gcc with optimisation, and linked with libm and threads.",
     ),
     Toolchain(
         name="cpp",
@@ -195,7 +195,7 @@ TOOLCHAINS: Final = (
         build=_compiled_by("/usr/bin/g++", "c++", "gnu++20", _CPP),
         beside=_HEADERS,
         needs=("g++", "libc6-dev"),
-        doc="C++20, compiled with g++: optimised, linked with libm and threads.",
+        doc="C++20, compiled by g++ with optimisation, and linked with libm and threads.",
     ),
     Toolchain(
         name="python",
@@ -205,7 +205,7 @@ TOOLCHAINS: Final = (
         start=_started_by(_PYTHON),
         needs=("python3",),
         entries=("main.py", "__main__.py", "app.py"),
-        doc="Python: checked, byte-compiled, started as a script.",
+        doc="Python. The build checks and byte-compiles the source.",
     ),
     Toolchain(
         name="shell",
@@ -215,7 +215,7 @@ TOOLCHAINS: Final = (
         start=lambda source: [*_shell(source), f"{PROGRAM_FOLDER}/{source.name}"],
         needs=("bash",),
         entries=("main.sh", "run.sh", "main.bash"),
-        doc="Shell: checked, started by the shell and options of its first line, else bash.",
+        doc="Shell, run by the shell in its first line, else by bash. The build checks the source.",
     ),
     Toolchain(
         name="javascript",
@@ -226,7 +226,7 @@ TOOLCHAINS: Final = (
         start=_started_by("/usr/bin/node"),
         needs=("nodejs",),
         entries=("main.js", "main.mjs", "main.cjs", "index.js", "index.mjs", "index.cjs"),
-        doc="JavaScript, run by node: checked, started as a script or a module.",
+        doc="JavaScript, run by node as a script or a module. The build checks the source.",
     ),
     Toolchain(
         name="perl",
@@ -237,7 +237,7 @@ TOOLCHAINS: Final = (
         start=_started_by("/usr/bin/perl", f"-I{PROGRAM_FOLDER}", f"-I{PROGRAM_FOLDER}/lib"),
         needs=("perl-base",),
         entries=("main.pl",),
-        doc="Perl: checked with its modules, started as a script.",
+        doc="Perl. The build checks the source and its modules.",
     ),
     Toolchain(
         name="lua",
@@ -247,7 +247,7 @@ TOOLCHAINS: Final = (
         start=_started_by("/usr/bin/lua5.4", "-e", f"package.path = '{_LUA_PATH};' .. package.path"),
         needs=("lua5.4",),
         entries=("main.lua",),
-        doc="Lua 5.4: checked, started as a script.",
+        doc="Lua 5.4. The build checks the source.",
     ),
     Toolchain(
         name="make",
@@ -256,14 +256,14 @@ TOOLCHAINS: Final = (
         build=lambda source: [*_MAKE, source.folder, source.artifact, OUTPUT, "/x07/out/tree", *source.args],
         needs=("make",),
         artifact=True,
-        doc="A project with a Makefile: built by make; starts the artifact that the manifest specifies.",
+        doc="A project with a Makefile. make builds the artifact that the manifest specifies.",
     ),
     Toolchain(
         name="executable",
         suffixes=(),
         build=None,
         entries=(),
-        doc="A Linux executable, or a script with a #! line: run as it is.",
+        doc="A Linux executable, or a script with a #! line. It is not built.",
     ),
 )
 BY_NAME: Final = {toolchain.name: toolchain for toolchain in TOOLCHAINS}

@@ -10,7 +10,7 @@ from x07_sandbox.conformance.run import Report
 
 
 class ConformReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The document. good: whether no check failed. The exit code is 0 if it is true, else 1."""
+    """The output of `x07 conform --json`. good: whether no check failed; the exit code is then 0, else 1."""
 
     schema_version: Literal["x07.sandbox.conform@0.1.0"] = "x07.sandbox.conform@0.1.0"
     good: bool

@@ -19,7 +19,7 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class DoctorReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The document. good: whether no finding is bad. The exit code is 0 if it is true, else 1."""
+    """The output of `x07 doctor --json`. good: whether no finding is bad; the exit code is then 0, else 1."""
 
     schema_version: Literal["x07.sandbox.doctor@0.1.0"] = "x07.sandbox.doctor@0.1.0"
     good: bool

@@ -39,7 +39,7 @@ class Error(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class FailureReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The document. problems: errors in the policy, if they are the cause."""
+    """The output of a command with `--json` that failed. problems: errors in the policy, if they are the cause."""
 
     schema_version: Literal["x07.sandbox.failure@0.1.0"] = "x07.sandbox.failure@0.1.0"
     ok: Literal[False] = False

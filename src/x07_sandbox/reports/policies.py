@@ -75,7 +75,7 @@ class ExplainedControl(Control, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class NeverReached(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """An entry for hosts that is blocked completely or in part. field: the position of the entry in the policy."""
+    """An entry of allowed hosts that is blocked completely or in part. field: the place of the entry in the policy."""
 
     field: str
     host: str

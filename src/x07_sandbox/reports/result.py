@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 class OmittedControls(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The controls that the short form omits, because they are the same for the built-in policy in a VM.
+    """A summary of the controls that plain `--json` omits, because they equal those of the built-in policy in a VM.
 
-    enforced: how many of these controls are enforced.
-    advisory: the fields of those that are only advisory.
-    digest: `sha256:<hex>` of all controls in the form of `x07 run --json=full`, as JSON without blanks.
+    enforced: the number of omitted controls whose field is enforced.
+    advisory: the policy fields of the omitted controls that are only advisory.
+    digest: `sha256:<hex>` of the omitted controls, in the form of `x07 run --json=full` but as JSON without blanks.
     """
 
     enforced: int

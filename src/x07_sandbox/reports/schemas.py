@@ -94,7 +94,7 @@ def _result() -> dict[str, Any]:
     del made["anyOf"]
     made = {"$ref": _REF.format(name="Result"), **made}
     made["$defs"]["Result"]["properties"]["controls_omitted"] = {
-        "description": "Only with plain `--json`: a summary of the controls that the document does not list.",
+        "description": "Only with plain `--json`: a summary of the controls that the document omits.",
         "$ref": _REF.format(name="OmittedControls"),
     }
     return made

@@ -15,7 +15,10 @@ _TOOLCHAINS: Final = sorted([*(row.name for row in ROWS), "x07"])
 
 
 class InitReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The document, on one line, with its keys in this order. out: name of the file in the project's folder."""
+    """The output of `x07 init --json`: one line, with its keys in this order.
+
+    out: the name of the file in the project's folder.
+    """
 
     schema_version: Literal["x07.sandbox.init.report@0.1.0"] = "x07.sandbox.init.report@0.1.0"
     toolchain: Annotated[str, Meta(extra_json_schema={"enum": _TOOLCHAINS})]
@@ -25,7 +28,10 @@ class InitReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class PolicyInitReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The document, on one line, with its keys in this order. out: the path, relative to project_root if inside it."""
+    """The report of `x07 policy init`: one line, with its keys in this order.
+
+    out: the policy's path, relative to the project's folder if it is inside that folder.
+    """
 
     schema_version: Literal["x07.policy.init.report@0.1.0"] = "x07.policy.init.report@0.1.0"
     template: Annotated[str, Meta(extra_json_schema={"enum": sorted(TEMPLATES)})]
@@ -133,7 +139,7 @@ class PoolStatus(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class PoolReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The document. pool: null if no pool is running."""
+    """The output of `x07 pool ACTION --json`. pool: null if no pool is running."""
 
     schema_version: Literal["x07.sandbox.pool@0.1.0"] = "x07.sandbox.pool@0.1.0"
     pool: PoolStatus | None

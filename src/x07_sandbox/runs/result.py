@@ -40,12 +40,12 @@ Outcome = Literal[
 class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """One output stream.
 
-    bytes: how many bytes arrived, up to the limit.
+    bytes: the number of bytes received, at most the limit.
     truncated: whether the program wrote more than the limit.
-    text: the stream, if it is UTF-8.
-    base64: the stream, if it is not UTF-8.
-    undelivered: why part of the stream could not be passed on, such as a full disk. It is null if the reader only
-        closed the stream.
+    text: the content of the stream, if it is UTF-8.
+    base64: the content of the stream in base64, if it is not UTF-8.
+    undelivered: why x07 could not pass on part of the stream, for example because the disk was full; null if all was
+        passed on, or the reader closed the stream.
     """
 
     bytes: int
@@ -65,18 +65,18 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forb
 
 
 class PhaseReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What one VM did during the build or the run.
+    """What happened in one phase, which is the build or the run. Each phase has a VM of its own.
 
-    job_id: the id of the job: the id of the run, and the phase.
+    job_id: the id of the job, made of the run's id and the phase.
     start: how the VM started: booted (`cold`), cloned from a saved VM (`clone`), or taken from a pool (`pool`).
-    outcome: how the phase ended. The words are those of the run's outcome.
-    reason: how the phase ended, as one sentence.
-    times_ms: milliseconds from the VM's start to the events `hello`, `seeded`, `started`, `exited` and `end`. A clone
-        has no `hello`.
-    stdout, stderr: what the phase printed.
-    cpu_ms: CPU time used.
-    memory_peak_bytes: peak memory use.
-    tasks_peak: peak number of processes and threads.
+    outcome: how the phase ended, in the same words as the outcome of a run.
+    reason: how the phase ended, in one sentence.
+    times_ms: milliseconds from the VM's start to the events `hello` (the agent answered; not for a clone), `seeded`
+        (the agent received random data), `started` and `exited` (the program), and `end` (of the phase).
+    stdout, stderr: what the phase wrote to this stream.
+    cpu_ms: the CPU time used, in milliseconds.
+    memory_peak_bytes: the peak memory use.
+    tasks_peak: the peak number of processes and threads.
     """
 
     job_id: str
@@ -94,7 +94,7 @@ class PhaseReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 class BuildOutput(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a build printed.
 
-    stdout, stderr: its output streams.
+    stdout, stderr: what the build wrote to this stream.
     """
 
     stdout: Output
@@ -102,11 +102,11 @@ class BuildOutput(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class ControlReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One field of the policy, and who enforces it.
+    """One field of the policy, and what enforces it.
 
     field: the policy field.
     state: whether the field is enforced, is only advisory, or was refused.
-    by: who enforces the field.
+    by: the component that enforces the field.
     why: how the field is enforced, or why it is not.
     """
 
@@ -117,10 +117,10 @@ class ControlReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 class ChangedName(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One name that the program changed.
+    """One file, folder or link that the program changed.
 
-    root: the folder on the host.
-    name: the name, relative to that folder.
+    root: the granted folder on the host.
+    name: the path, relative to that folder.
     action: what happened to the file, folder or link.
     """
 
@@ -130,12 +130,12 @@ class ChangedName(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class LeftOutEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """An entry that may not be applied. It is kept for review, together with everything below it.
+    """A change that x07 did not apply, because a rule refuses it. x07 keeps it and all changes below it for review.
 
-    name: the path of the entry.
-    rules: the rules that refuse the entry.
-    entries: how many refused names the entry stands for.
-    take: flags of `x07 apply` that apply the entry, quoted for a shell; empty if no flag does.
+    name: the path of the changed file, folder or link.
+    rules: the rules that refuse the change.
+    entries: the number of refused changes at this path and below it.
+    take: the flags of `x07 apply` that apply the change, quoted for a shell; empty if no flag can.
     """
 
     name: str
@@ -149,11 +149,11 @@ class Changes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     state: whether the changes were applied, kept for `x07 apply`, not applied because of a conflict, or discarded.
     reason: why the changes were not applied.
-    added, changed, deleted: the number of names, without those that were left out.
-    names: the changed names, deletions first; at most 1000.
-    left_out: how many names were left out because they are refused or depend on a refused name.
-    left_out_entries: the topmost refused entries; at most 100.
-    apply_left_out: the command that applies those left-out entries that can be applied.
+    added, changed, deleted: the number of files, folders and links with this change, without those left out.
+    names: the changed files, folders and links, deletions first; at most 1000.
+    left_out: how many changes x07 left out, because a rule refuses them, or refuses a change on which they depend.
+    left_out_entries: the refused changes that are not below another refused change; at most 100.
+    apply_left_out: the command that applies those left-out changes that can be applied.
     """
 
     state: Literal["none", "applied", "kept", "conflict", "discarded"] = "none"
@@ -179,7 +179,7 @@ class Discarded(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class Digests(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Digests of inputs and outputs as `sha256:<hex>`; null for those that the run did not have.
+    """Digests of inputs and outputs as `sha256:<hex>`; null if the run had no such input or output.
 
     image: the guest image.
     policy: the policy that applied to the run.
@@ -200,8 +200,8 @@ class Digests(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 class Scaling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Limits that were multiplied, because the VM was emulated and the user asked for scaling.
 
-    factor: how many times slower than the host the VM was measured to be.
-    wall_ms, cpu_ms: the limits that applied to the run.
+    factor: the measured slowdown: how many times slower the VM is than the host.
+    wall_ms, cpu_ms: the multiplied limit that applied to the run, in milliseconds.
     """
 
     factor: int
@@ -212,36 +212,38 @@ class Scaling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, dict=True):
     """The result of one run.
 
-    run: the id of the run, which commands such as `x07 diff` and `x07 logs` take.
+    run: the id of the run, to give to commands such as `x07 diff` and `x07 logs`.
     schema_version: the version of this format.
     outcome: how the run ended, in one word (docs/reference/outcomes.md).
-    fault: who is responsible: the program, the policy (a limit, a refusal, a wrong request), the host, or nobody.
+    fault: who is responsible: the program, the policy (a limit, a refusal or a wrong request), the host, or nobody.
     reason: how the run ended, in one sentence.
     x07_exit_code: the exit code of `x07 run`.
     exit_code: the exit status of the program, or of the compiler after a failed build; null if it did not exit by
         itself.
-    signal: the signal that ended the program, or cancelled the run; null if there was none.
-    stdout, stderr: what the program printed; after a failed build, what the compiler printed.
-    isolation: the class of isolation that was used.
+    signal: the signal that ended the program or cancelled the run; null if there was none.
+    stdout, stderr: what the program wrote to this stream; after a failed build, what the compiler wrote to it.
+    isolation: the isolation class that was used.
     backend: the backend that was used.
     jail: how the QEMU process was confined; null for other backends.
-    phases: what each VM did, by phase: `build`, `run`.
-    policy: the policy that applied: a path, `built-in:TEMPLATE` or an id; null if the run ended before it was read.
+    phases: what happened in each phase, by its name: `build` or `run`.
+    policy: the policy that applied: a path, `built-in:TEMPLATE` or an id; null if the run ended before x07 read it.
     digests: digests of inputs and outputs.
-    controls: who enforces each field of the policy.
-    denials: actions of the program that were denied.
-    denials_lost: how many more denials there were than the result can list.
+    controls: what enforces each field of the policy.
+    denials: actions that were denied.
+    denials_lost: the number of denials that the result does not list, because there were too many.
     hints: what the program seems to lack, according to its error output. Hints are not denials.
-    changes: what happened to the program's changes to folders.
-    files_discarded: deleted files of the program's private folders. To keep such files, use `--workdir` or `--out`.
-    warnings: warnings, each a sentence.
-    artifact_from: whether the program was built by this run, taken from the cache, or given by the caller.
-    build: what the build printed, in this run or when its result was cached; null if nothing was built.
-    filters: digests of the seccomp filters that applied to the program, by name. A name that ends in `-once` is a
-        variant that lets the guest agent execute the program.
+    changes: what happened to the program's changes to granted folders.
+    files_discarded: the files in the program's private folders, which were deleted with the VM. To keep such files, use
+        `--workdir` or `--out`.
+    warnings: warnings, each in one sentence.
+    artifact_from: whether this run built the program (`build`), a cached build was used (`cache`), or the caller gave
+        the built program (`caller`).
+    build: what the build printed; null if nothing was built. For a cached build, what the original build printed.
+    filters: digests of the seccomp filters that applied to the program, by name. A filter whose name ends in `-once`
+        also lets the guest agent execute the program once.
     net: the program's connections; null if it had no network access.
-    scaling: how time limits were scaled; null if they were not.
-    limits: the limits that applied; null if the run ended before it was planned.
+    scaling: how x07 multiplied the time limits; null if it did not.
+    limits: the limits that applied; null if the run ended before x07 determined them.
     """
 
     run: str

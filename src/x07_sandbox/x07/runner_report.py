@@ -41,7 +41,7 @@ class NativeRequirement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
 
 
 class NativeRequires(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The native libraries that a program needs; none for programs of other toolchains than X07's."""
+    """The native libraries that a program needs; empty for all programs except X07 programs."""
 
     schema_version: Literal["x07.native-requires@0.1.0"] = "x07.native-requires@0.1.0"
     world: World | UnsetType = UNSET
@@ -49,7 +49,11 @@ class NativeRequires(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 class CompileReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The result of the build. c_source_size: of X07's generated C code, else 0. compiled_exe: path in the build VM."""
+    """The result of the build.
+
+    c_source_size: size of the C code that X07's compiler generates; 0 for all programs except X07 programs.
+    compiled_exe: path in the build VM.
+    """
 
     ok: bool
     exit_status: int
@@ -339,7 +343,7 @@ def _lost(message: str) -> str:
 
 
 class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The program that was run. resolved_module_roots: empty for other toolchains than X07's."""
+    """The program that was run. resolved_module_roots: empty for all programs except X07 programs."""
 
     kind: Literal["project", "program", "artifact"]
     path: str
