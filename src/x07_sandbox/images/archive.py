@@ -36,7 +36,7 @@ _LINKS: Final = {"etc/machine-id": "/run/x07/machine-id"}
 def write_archive(image: Image, reference: str, target: IO[bytes], work: Path, progress: Callable[[str], None]) -> str:
     """Write an archive of *image*, tagged *reference* (NAME:TAG). Return the image id, "sha256:<hex>".
 
-    work: an empty folder. Raises ImageError, HostError, OSError.
+    work: an empty folder. Raises SandboxError, OSError.
     """
     progress("unpacking the root file system")
     root = unpack_root(work, image.folder / image.manifest.parts.root.file)

@@ -1,7 +1,7 @@
-"""The host's apt sources and settings, restricted to those that may be used for a guest image.
+"""The host's apt sources and settings, as far as they may be used for a guest image.
 
-These are signed `deb` sources over http or https for the host's release, its updates and its security suite. All other
-sources are skipped with a note, since their packages would depend on this one machine. Pins are ignored.
+Only signed `deb` sources over http or https are used, for the host's release, its updates and its security suite. All
+other sources are skipped with a note, since their packages would depend on this one machine. Pins are ignored.
 """
 
 from __future__ import annotations

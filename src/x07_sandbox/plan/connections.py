@@ -39,7 +39,7 @@ _FAILED: Final = re.compile(
     r"|failed to lookup address information|[Nn]etwork is unreachable|[Cc]ould not resolve host|Connection refused",
     re.ASCII,
 )
-# What may name the host near such a message, as in a traceback: a URL, or a (host, port) pair.
+# Text near such a message that may name the host, as in a traceback: a URL, or a (host, port) pair.
 _NEARBY: Final = tuple(
     re.compile(pattern, re.ASCII)
     for pattern in (

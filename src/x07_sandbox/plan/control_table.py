@@ -19,7 +19,7 @@ State = Literal["enforced", "advisory", "refused"]
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """A row's answer for a value."""
+    """What the table says about a field with a value."""
 
     state: State
     by: str
@@ -72,7 +72,7 @@ _GATE: Final = "the egress gate"
 _COPY: Final = "the copy of host files"
 _CHANGES: Final = "the change check"
 _REQUIRES: Final = frozenset({"db.net.require_tls", "db.net.require_verify"})
-# What the gate does if a switch is off, and on; a list is never on.
+# What the gate does if the field is false, and if it is true. A list counts as false.
 _NETWORK_RULES: Final = {
     "net.enabled": ("", "the host decides on each connection and dials it"),
     "net.allow_dns": ("no names are resolved", "listed names only; the program's own queries never leave the sandbox"),

@@ -53,14 +53,13 @@ WORDS: Final[dict[Isolation, Words]] = {
 class Features(msgspec.Struct, frozen=True, kw_only=True):
     """Features of a backend on this host.
 
-    own_kernel: whether system calls do not reach the host's kernel. can_enforce: the limits, by field name, and other
-    abilities: "host-files" (copies in, changes back), "confinement" (of tasks and execution), isolation "no-...",
-    "network" (connections through the egress gate) and "held-connections" (the program sees a denial as an error of
-    connect()).
+    can_enforce: limits by field name, and other abilities: "host-files" (copies in, changes back), "confinement" (of
+    tasks and execution), isolation "no-...", "network" (connections through the egress gate) and "held-connections"
+    (the program sees a denial as an error of connect()).
     """
 
     isolation: Isolation
-    own_kernel: bool
+    own_kernel: bool  # whether the program's system calls go to a kernel of its own
     can_enforce: frozenset[str]
 
     @property

@@ -1,7 +1,7 @@
 """Hints on what a failed program lacked, derived from the end of its standard error.
 
-A missing file, package or variable is not a denial, because most programs look for many. The text is hostile, so no
-host file or program is looked up by a name in it.
+A missing file, package or variable is not a denial, because most programs probe for many. The text is hostile, so no
+host file or program is looked up by a name from it.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ def _hint(path: str, policy: Policy) -> Hint | None:
     folder = path.rpartition("/")[0]
     how = advise_root(policy, "read_roots", path)
     there = folder and guest_path(folder, PROGRAM, deny_hidden=policy.fs.deny_hidden)[0]
-    # The message does not say whether it was to be read or created; to create it, its folder has to be writable.
+    # The program may have tried to read or to create the file. To create it, its folder must be writable.
     to_write = advise_root(policy, "write_roots", folder) if there else None
     return None if how is None else Hint(subject=path, how=how, to_write=to_write)
 

@@ -2,7 +2,7 @@
 
 from typing import Final
 
-# Programs so well known that a missing file of that name means the program. The first have packages of the same name.
+# Well-known programs: a missing file of such a name means the program. Packages have the same names.
 _SAME_NAME: Final = (
     *("cargo", "cmake", "curl", "ffmpeg", "fish", "g++", "gawk", "gcc", "git", "jq", "less", "lua5.4", "make", "npm"),
     *("perl", "ruby", "rustc", "sqlite3", "unzip", "vim", "wget", "zip", "zsh"),

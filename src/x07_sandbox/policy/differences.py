@@ -36,9 +36,9 @@ _RESTRICTS: Final = frozenset(
         *("db.net.require_tls", "db.net.require_verify"),
     }
 )
-# No pattern may mean "all" or "none" to X07, so a first pattern can grant or restrict.
+# Without patterns, X07 may accept all arguments or none, so the first pattern may grant or restrict.
 _NEUTRAL: Final = frozenset({"schema_version", "policy_id", "notes", "process.allow_args_regex_lite"})
-# What X07 uses in place of 0; None where only its runtime knows.
+# What X07 uses in place of 0; None if X07's runtime decides.
 _ZERO_MEANS: Final[dict[str, int | None]] = {
     "fs.max_read_bytes": 16 * _MIB,
     "fs.max_write_bytes": 16 * _MIB,

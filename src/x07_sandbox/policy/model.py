@@ -2,7 +2,7 @@
 
 Ranges, defaults and one-line descriptions are defined here. The decoder, schemas/run-os-policy.schema.json and
 docs/reference/policy.md are made from them. rules.py contains the rules that a schema cannot express. An absent section
-is ``UNSET``. OPTIONAL_SECTIONS and the ``*_in_force`` properties give the effective values of absent sections.
+is ``UNSET``. OPTIONAL_SECTIONS and ``Policy.threads_in_force`` give the effective values of absent sections.
 """
 
 from typing import Annotated, Literal
@@ -270,7 +270,7 @@ ABSENT_THREADS = Threads(enabled=True, max_workers=0, max_blocking=4, max_queue=
 OPTIONAL_SECTIONS = {
     "db": Db(enabled=False, drivers=Drivers(sqlite=False, postgres=False, mysql=False)),
     "db.sqlite": Sqlite(),
-    # Unlike the fields' defaults: upstream derives both from the absent section.
+    # Not the fields' defaults: X07's own runner requires neither if the section is absent.
     "db.net": DbNet(require_tls=False, require_verify=False),
     "language": ABSENT_LANGUAGE,
     "threads": ABSENT_THREADS,

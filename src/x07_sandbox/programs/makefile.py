@@ -152,7 +152,7 @@ class _Makefile:
 
 
 def program_of(makefiles: Mapping[str, str], files: Collection[str]) -> str:
-    """Return the path of the program that `make` builds in a project's folder. Raises UsageError.
+    """Return the path of the program that `make` builds in a project's folder. Raises UsageError if there is none.
 
     makefiles: texts by path. If the top one builds no program, the Makefiles in folders that it mentions are tried.
     files: names of all files of the project.

@@ -75,7 +75,7 @@ def decode_manifest(data: bytes, *, source: str) -> tuple[Manifest, Toolchain]:
         _wrong(source, str(exc))
     toolchain = toolchain_named(manifest.toolchain)
     _check(manifest, toolchain, source)
-    # In the form that names of files have: without `./` and `//`.
+    # Normalized like the names of files: without `./` and `//`.
     paths = {"entry": manifest.entry, "artifact": manifest.artifact}
     normal = {key: str(PurePosixPath(path)) for key, path in paths.items() if path is not None}
     return msgspec.structs.replace(manifest, **normal), toolchain
