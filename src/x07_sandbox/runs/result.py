@@ -105,7 +105,7 @@ class ControlReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """One field of the policy, and what enforces it.
 
     field: the policy field.
-    state: whether the field is enforced, is only advisory, or was refused.
+    state: whether the field is enforced, advisory (only programs that check the policy obey it) or refused.
     by: the component that enforces the field.
     why: how the field is enforced, or why it is not.
     """
