@@ -86,7 +86,7 @@ _ROWS: Final = (
     Variable(
         "X07_VM_CACHE_DIR",
         "folder",
-        "Folder of images, VM templates and built programs.",
+        "Folder of images, saved VMs and built programs.",
         "`$XDG_CACHE_HOME/x07-sandbox`, else `~/.cache/x07-sandbox`",
     ),
     Variable("X07_VM_REQUIRE_HARDWARE", "flag", "Refuse VMs with an emulated CPU.", "0"),
@@ -107,7 +107,7 @@ _ROWS: Final = (
     ),
     _text(
         "X07_VM_GUEST_IMAGE",
-        "Guest image. For the qemu backend, the name or digest of a local image. The flag --image overrides it.",
+        "Guest image: for the qemu backend, the name or digest of a local image. The flag --image overrides it.",
         "`default`",
     ),
     Variable(

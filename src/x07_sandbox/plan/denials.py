@@ -49,8 +49,8 @@ class Hint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Something that the program seems to lack, and what would provide it.
 
     subject: the path, module, command, variable or host.
-    kind: the problem: the subject is missing (`missing`), is a library that cannot be loaded from its folder
-    (`library`), is a variable that is not set (`variable`), or is a host in a run without network (`network`).
+    kind: `missing` (the subject was not found), `library` (it cannot be loaded from its folder), `variable` (it is not
+    set) or `network` (the run has no network).
     how: the change that would provide the subject.
     to_write: the change that would let the program create a file of that name; null if no change can.
     """

@@ -105,7 +105,9 @@ OUTCOMES: Final[dict[Outcome, Row]] = {
     Outcome.OOM: Row(
         fault="policy", exit=137, doc="The kernel killed the program at its memory limit (limits.mem_bytes)."
     ),
-    Outcome.OUTPUT_LIMIT: Row(fault="policy", exit=153, doc="The program exceeded the limit of an output stream."),
+    Outcome.OUTPUT_LIMIT: Row(
+        fault="policy", exit=153, doc="The program wrote more to an output stream than the limit allows."
+    ),
     Outcome.REFUSED: Row(
         fault="policy",
         exit=REFUSED_EXIT,

@@ -38,7 +38,9 @@ class Limits(Section, frozen=True, kw_only=True):
     cpu_ms: Annotated[
         int, Meta(ge=1, le=600_000, description="CPU time of the program and its children, in milliseconds.")
     ]
-    wall_ms: Annotated[int, Meta(ge=1, le=600_000, description="Time from the program's start to its end.")]
+    wall_ms: Annotated[
+        int, Meta(ge=1, le=600_000, description="Time from the program's start to its end, in milliseconds.")
+    ]
     mem_bytes: Annotated[
         int, Meta(ge=1_048_576, le=17_179_869_184, description="Memory of the program and its children, in bytes.")
     ]

@@ -105,7 +105,7 @@ class ControlReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """One field of the policy, and what enforces it.
 
     field: the policy field.
-    state: whether the field is enforced, is only advisory, or was refused.
+    state: whether the field is enforced, advisory (only programs that check the policy obey it) or refused.
     by: the component that enforces the field.
     why: how the field is enforced, or why it is not.
     """
@@ -238,7 +238,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     warnings: warnings, each in one sentence.
     artifact_from: whether this run built the program (`build`), a cached build was used (`cache`), or the caller gave
         the built program (`caller`).
-    build: what the build printed; null if nothing was built. For a cached build, what the original build printed.
+    build: what the build printed (for a cached build, what the original build printed); null if there was no build.
     filters: digests of the seccomp filters that applied to the program, by name. A filter whose name ends in `-once`
         also lets the guest agent execute the program once.
     net: the program's connections; null if it had no network access.
