@@ -142,7 +142,7 @@ def decide(allowlist: Allowlist, request: Request) -> Decision:
 
 
 def decide_address(allowlist: Allowlist, decision: Decision, address: Address) -> Decision:
-    """Decide on an address to which the name of an allowed *decision* resolved. Return a denied one unchanged.
+    """Decide on an address to which the name of an allowed *decision* resolved. A denied one is returned as it is.
 
     The address needs no allowlist entry of its own, because its name is listed.
     """
