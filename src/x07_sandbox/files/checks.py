@@ -151,12 +151,12 @@ def _as_missing(changes: list[Change], dir_fd: int, prefix: str) -> tuple[list[C
 def _check_root(root: RootChanges) -> None:
     by_name = {change.name: change for change in root.changes}
     if len(by_name) != len(root.changes):
-        raise ValueError(f"a name is there twice below {root.root!r}")
+        raise ValueError(f"a name appears twice below {root.root!r}")
     for change in root.changes:
         where = f"{change.name!r} below {root.root!r}"
         parts = change.name.split("/") if change.name else []
         if "\0" in change.name or any(part in {"", ".", ".."} or part.startswith(STAGING) for part in parts):
-            raise ValueError(f"{where} is no plain relative name")
+            raise ValueError(f"{where} is not a plain relative name")
         if change.after is None:
             continue
         _check_node(change.after, where)
@@ -174,7 +174,7 @@ def _check_nested(root: RootChanges, inner: list[str]) -> None:
             below = f"{change.name}/"
             removes = change.name and name.startswith(below) and _kind(change.after) != "folder"
             if below.startswith(name) or removes:
-                raise ValueError(f"{change.name!r} below {root.root!r} concerns the root {name!r} in it")
+                raise ValueError(f"{change.name!r} below {root.root!r} affects the root {name!r} inside it")
 
 
 def _check_node(node: Node, where: str) -> None:

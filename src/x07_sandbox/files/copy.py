@@ -346,7 +346,7 @@ class _Walk:
             try:
                 sha256 = self._content(fd, before, name)
             except OSError as exc:
-                if exc.errno in _FULL:  # of the stream; other errors are of the file, as EIO if it became shorter
+                if exc.errno in _FULL:  # of the stream. Other errors concern the file, such as EIO after it shrank
                     raise
                 raise _changed(part) from exc
             if _state(before) != _state(os.fstat(fd)):
@@ -401,7 +401,7 @@ class _Walk:
         if self._is_written(name):
             self.copied.skipped[name] = Skipped(reason, size)
         if name in self._subs:
-            return  # it travels separately
+            return  # it is copied separately
         left = self.copied.left_out.setdefault(reason, LeftOut())
         left.count += 1
         left.most = max(left.most, size)

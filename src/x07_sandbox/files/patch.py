@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from x07_sandbox.files.changes import Change, ChangeSet, Node
 
-    Content = Callable[[str, str, Node], bytes | None]  # of a root's name: the bytes of that node, None if not there
+    Content = Callable[[str, str, Node], bytes | None]  # of a node, given its root and name; None if it is missing
 
 TEXT_MAX: Final = 1 << 20
 _COMPARED_MAX: Final = 1500  # lines of either side
@@ -140,7 +140,7 @@ class _Bounded(difflib.SequenceMatcher[bytes]):
         self._least = work.left - _PAIRS_OF_ONE_MAX
         times = Counter(two)
         pairs = (1 + times[line] for line in one)
-        self._pairs = list(itertools.accumulate(pairs, initial=0))  # of all lines before each
+        self._pairs = list(itertools.accumulate(pairs, initial=0))  # the pairs of all lines before each line
 
     def find_longest_match(
         self, alo: int = 0, ahi: int | None = None, blo: int = 0, bhi: int | None = None

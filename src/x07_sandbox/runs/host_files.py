@@ -90,7 +90,7 @@ class HostFiles:
         self._mounts = mounts_of(self.trees)
         given = {root.guest: root.given for root in roots}
         if request.workdir is not None and not program.project:
-            given[WORK] = "."  # as in --allow-write-root
+            given[WORK] = "."  # the value that --allow-write-root would need
         self.areas = [GuestMount(given=given[mount.at], at=mount.at, write=mount.write) for _, mount in self._mounts]
         self._roots = [one for one in self._mounts if one in writable]
         self.incoming: Incoming | None = None

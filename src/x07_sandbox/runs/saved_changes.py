@@ -183,6 +183,6 @@ def recover_all(progress: Callable[[str], None]) -> None:
         except SandboxError as exc:
             progress(f"{exc} The journal is below {folder}.")
             continue
-        with contextlib.suppress(OSError), lock_for_removal(folder) as free:  # else another process has just started
+        with contextlib.suppress(OSError), lock_for_removal(folder) as free:  # not free while another process applies
             if free and not _pending(folder):
                 (root / APPLYING / name).unlink(missing_ok=True)

@@ -137,4 +137,4 @@ def _printed(output: bytes) -> float | None:
         value = float(output[:_PRINTED_MAX])
     except ValueError:
         return None
-    return value if 0 < value < 1000 * _WORK_S else None  # NaN is not
+    return value if 0 < value < 1000 * _WORK_S else None  # also for NaN
