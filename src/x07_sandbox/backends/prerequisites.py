@@ -105,13 +105,13 @@ NEEDS: Final[dict[str, tuple[Need, ...]]] = {
 }
 _NO_ARCHITECTURE: Final = (
     f"Run x07 on one of: {', '.join(sorted(ARCHES))}",
-    "Run x07 in an emulated x86_64 Debian 13 machine here (slow, but complete)",
+    "Run x07 in an emulated x86_64 Debian 13 VM here (slow, but complete)",
     "Add a row for this architecture to host/arch.py, and report whether it works",
 )
 _NO_START: Final = (
     "Allow user and mount namespaces: sysctl kernel.unprivileged_userns_clone=1, or run x07 as root",
     "If this is a container, start it with --privileged",
-    "Run x07 on another Linux machine with --sandbox-backend vm --backend qemu",
+    "Run x07 on another Linux host with --sandbox-backend vm --backend qemu",
 )
 
 
@@ -210,7 +210,7 @@ def _failure(
         return f"missing: {', '.join(missing)}", (
             f"Run apt-get install --no-install-recommends {names}",
             "Run scripts/setup.sh in a checkout of x07-sandbox, which installs what is missing",
-            "Run x07 in a Debian 13 machine or container that has them",
+            "Run x07 in a Debian 13 VM or container that has them",
         )
     if proof is None:
         return "nothing was started", _NO_START

@@ -23,7 +23,7 @@ _SWEEP_EPILOG: Final = """what is removed:
   records and folders of runs that ended more than 7 days ago
   saved VMs that no image needs
 Changes that were only partly applied are finished or rolled back. Nothing is removed that a live x07 process uses, or
-that belongs to another user or machine. Damaged records, and records of a newer x07 version, are only listed.
+that belongs to another user or host. Damaged records, and records of a newer x07 version, are only listed.
 Every run cleans up after killed x07 processes before it starts.
 
 examples:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _WORDS: Final = {"passed": "ok", "failed": "FAILED", "gap": "gap", "skipped": "skipped"}
 _EPILOG: Final = """Each line is one behaviour: ok, FAILED, gap (the backend is known not to have it) or
-skipped (this machine cannot test it). All behaviours are listed in docs/backends/README.md.
+skipped (this host cannot test it). All behaviours are listed in docs/backends/README.md.
 
 examples:
   x07 conform

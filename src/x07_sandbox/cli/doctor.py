@@ -53,7 +53,7 @@ exit code: 0 nothing is BAD; 1 something is
 
 def add_doctor(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `x07 doctor`."""
-    parser.description = "Check this machine, start a VM to prove that it works, and say what to fix."
+    parser.description = "Check this host, start a VM to prove that it works, and say what to fix."
     parser.epilog = _EXAMPLES
     add_document_flags(parser)
     parser.set_defaults(carry_out=_doctor)
@@ -215,10 +215,10 @@ def _cgroups() -> Finding:
     root = Path("/sys/fs/cgroup")
     version = "2" if (root / "cgroup.controllers").exists() else "1"
     if os.geteuid() == 0:
-        limits = "limit the VM monitor's memory and tasks"
+        limits = "they limit the memory and tasks of the VM monitor"
     else:
-        limits = "used if delegated to you" if version == "2" else "usable by root only"
-    text = f"version {version}, {limits}; rlimits and the limits in the guest always apply"
+        limits = "used if they are delegated to you" if version == "2" else "only root can use them"
+    text = f"version {version}; {limits}; rlimits and the limits in the guest always apply"
     return Finding(subject="control groups", good=None, text=text)
 
 
@@ -233,9 +233,9 @@ def _capacity() -> list[Finding]:
         most = max_running()
     except SandboxError as exc:
         return [_bad(subject, exc)]
-    text = f"{most}; this host has {cores()} cores and {size(memory)} of memory; a run may use {each} GiB"
+    text = f"{most}; this host has {cores()} cores and {size(memory)} of memory; each run counts as {each} GiB"
     if memory * 3 // 4 < MEMORY_PER_MACHINE:
-        text += ", more than three quarters of it: large programs may not fit"
+        text += ", which is more than three quarters of this memory: large programs may not fit"
     return [Finding(subject=subject, good=None, text=text)]
 
 

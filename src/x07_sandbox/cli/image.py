@@ -51,7 +51,7 @@ _EXAMPLES: Final = """examples:
   x07 image verify                               compare every byte with the manifest
 """
 _LOAD: Final = """Load an image into podman and docker, for --backend podman|docker. The image has the same id in both,
-on every machine. Set X07_VM_GUEST_IMAGE_DIGEST to this id to accept only this image."""
+on every host. Set X07_VM_GUEST_IMAGE_DIGEST to this id to accept only this image."""
 _RM: Final = """Remove images by name, with their saved VMs and the packages that no other image needs. If an image
 also has another name, only the name is removed. Running programs are not affected."""
 

@@ -27,7 +27,7 @@ states:
   done                        ended by the x07 process that started the job (with --all)
   reaped                      ended by another x07 process (with --all)
   unowned                     the record is another user's (with --all)
-  foreign                     the record is another machine's (with --all)
+  foreign                     the record is another host's (with --all)
   newer                       the record is a newer x07 version's (with --all)
   damaged                     the record cannot be read (with --all)
 

@@ -34,7 +34,7 @@ VERBS: Final = {
     "df": "show disk usage of images, caches and records",
     "prune": "remove images, caches and records that are no longer needed",
     "completion": "print shell completion",
-    "doctor": "check this machine and say what to fix",
+    "doctor": "check this host and say what to fix",
     "conform": "check that a backend behaves as documented",
 }
 _MODULES: Final = {  # modules that have several verbs

@@ -121,7 +121,7 @@ def _status(options: argparse.Namespace) -> int:
     if pool is None:
         show("no pool is running")
         return 0
-    unused = f"unused for {pool.unused_s:.0f} of {pool.idle_s:.0f} s (process {pool.pid})"
+    unused = f"unused for {pool.unused_s:.0f} s, ends after {pool.idle_s:.0f} s (process {pool.pid})"
     show(f"{pool.ready} of {pool.size} VMs ready, {pool.running} running, {pool.claimed} used so far; {unused}")
     if pool.problem:
         show(f"no VM can be started now: {pool.problem}")

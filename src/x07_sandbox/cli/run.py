@@ -26,7 +26,7 @@ from x07_sandbox.cli.run_options import (
     help_level,
     limits_of,
 )
-from x07_sandbox.errors import ImageError, SandboxError, UsageError
+from x07_sandbox.errors import ImageError, SandboxError, UsageError, with_full_stop
 from x07_sandbox.host.paths import is_folder
 from x07_sandbox.host.settings import SOURCE_MAX_BYTES
 from x07_sandbox.host.variables import text
@@ -348,7 +348,7 @@ def _named(options: argparse.Namespace) -> tuple[str | None, list[str]]:
         return None, []
     program = named[0] if named else options.program
     if program == "" and code is None:  # as from an unset shell variable: it does not mean this folder
-        raise UsageError("no program given", "PROGRAM is empty", "For example: x07 run prog.py")
+        raise UsageError("wrong usage", "PROGRAM is empty", "For example: x07 run prog.py")
     if not named:
         _refuse_command(options)
         nothing = options.program is None and code is None
@@ -419,7 +419,7 @@ def _no_program() -> UsageError:
     fix = "For example: x07 run prog.py"
     if os.path.lexists(FILE):
         fix = "To run the project in this folder: x07 run ."
-    return UsageError("no program given", "PROGRAM is missing", fix)
+    return UsageError("wrong usage", "PROGRAM is missing", fix)
 
 
 def _source_from_stdin() -> bytes:
@@ -491,4 +491,5 @@ def _explain(result: Result) -> None:
             say(f"could not write the program's {name}: {stream.undelivered}")
     if result.outcome == "ok" or (result.outcome == "failed" and result.program_started):
         return
-    say(f"{result.outcome}: {result.reason}", bad=f"{result.outcome}:")
+    reason = result.reason.removeprefix("the build failed: ")  # the outcome already says it
+    say(with_full_stop(f"{result.outcome}: {reason}"), bad=f"{result.outcome}:")

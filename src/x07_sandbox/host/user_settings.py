@@ -45,7 +45,7 @@ SETTINGS: Final = (
         "scale_when_emulated",
         '`"auto"`, `"never"`',
         '`"never"`',
-        "Scale time limits of all runs on emulated machines, as `--scale-limits` does for one run.",
+        "Scale time limits of all runs in emulated VMs, as `--scale-limits` does for one run.",
     ),
 )
 

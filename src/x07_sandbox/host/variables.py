@@ -93,7 +93,7 @@ _ROWS: Final = (
         "Folder of images, VM templates and built programs.",
         "`$XDG_CACHE_HOME/x07-sandbox`, else `~/.cache/x07-sandbox`",
     ),
-    Variable("X07_VM_REQUIRE_HARDWARE", "flag", "Refuse machines with an emulated CPU.", "0"),
+    Variable("X07_VM_REQUIRE_HARDWARE", "flag", "Refuse VMs with an emulated CPU.", "0"),
     Variable(
         "X07_VM_REQUIRE_NAMESPACES",
         "flag",
@@ -102,7 +102,12 @@ _ROWS: Final = (
         "with the qemu backend, if the host forbids namespaces",
     ),
     Variable(
-        "X07_VM_MAX_RUNNING", "number", "Maximum of concurrent machines.", "by cores and memory", lo=1, hi=MOST_RUNNING
+        "X07_VM_MAX_RUNNING",
+        "number",
+        "Largest number of jobs that run at once.",
+        "by cores and memory",
+        lo=1,
+        hi=MOST_RUNNING,
     ),
     _text(
         "X07_VM_GUEST_IMAGE",

@@ -48,7 +48,7 @@ def prune_records(pruner: Pruner) -> None:
     for job in jobs:
         if job.run in busy or not _ended_long_ago(job, pruner):
             if job.ended is None and pruner.old(job.info):
-                pruner.keep("job", job.folder, "its machine is not recorded as gone, so it may still exist")
+                pruner.keep("job", job.folder, "its VM or container is not recorded as gone, so it may still exist")
         elif problem := _doubt(job):
             busy.add(job.run)
             pruner.keep("job", job.folder, problem)

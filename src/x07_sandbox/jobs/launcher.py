@@ -47,7 +47,7 @@ def launch(request: Launch) -> subprocess.Popen[bytes]:
     Raises HostError, or OSError if the program cannot be executed.
     """
     if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
-        why = "SIGCHLD is ignored, so the machine's exit status would be lost"
+        why = "SIGCHLD is ignored, so the exit status of the VM would be lost"
         raise HostError(
             "cannot start a virtual machine", why, "Restore its default: signal.signal(signal.SIGCHLD, signal.SIG_DFL)"
         )

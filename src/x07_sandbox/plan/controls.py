@@ -120,7 +120,7 @@ def _refusals(answers: Mapping[str, Answer], values: Mapping[str, object]) -> It
             path, value = (field, without) if answer.instead is None else answer.instead
             yield Refusal(
                 field=field,
-                why=f"{answer.why}: {field}",
+                why=f"{field}: {answer.why}",
                 how_to_allow=HowToAllow(json_path=f"$.{path}", value=value),
             )
 

@@ -356,7 +356,7 @@ def check_executable(path: str, head: bytes, machine: str, elf_machine: int) -> 
     # 64 bits, little endian; e_machine is at offset 18 (elf(5)).
     if head[4:6] != b"\x02\x01" or head[18:20] != elf_machine.to_bytes(2, "little"):
         raise UsageError(
-            f"cannot run {path}", f"it is not an executable for {machine}", "Build it for Linux on that machine"
+            f"cannot run {path}", f"it is not an executable for {machine}", f"Build it for Linux on {machine}"
         )
 
 

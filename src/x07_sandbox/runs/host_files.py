@@ -183,7 +183,9 @@ class HostFiles:
 
         saved = SavedChanges(run=changes.run, folder=self._place, changes=changes)
         try:
-            apply_saved(saved, changes, lambda path: self._request.progress(f"waiting: another command changes {path}"))
+            apply_saved(
+                saved, changes, lambda path: self._request.progress(f"waiting: another command is changing {path}")
+            )
         except ConflictError as exc:
             return _summarize(changes, "conflict", exc.why), ""
         except HostError as exc:
