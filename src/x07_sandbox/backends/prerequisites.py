@@ -159,7 +159,7 @@ def _namespaces(_name: str) -> Seen:
             value = Path(path).read_text(encoding="ascii").strip()
             if value == forbids and (os.geteuid() != 0 or "max" in path):
                 return Seen(good=False, text=f"disabled: {path} is {value}")
-    return Seen(good=True, text="not disabled by a kernel setting")
+    return Seen(good=True, text="allowed by the kernel's settings")
 
 
 _CHECKS = {"program": _program, "device": _device, "namespaces": _namespaces}

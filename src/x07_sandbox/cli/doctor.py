@@ -337,7 +337,7 @@ def _slowness() -> Finding:
             text = next((text for text in result.warnings if "scaled" in text), result.reason)
             return Finding(subject="limits under emulation", good=None, text=text)
         factor = result.scaling.factor
-    text = f"a CPU benchmark took {factor} times as long in a VM; x07 run --scale-limits multiplies time limits by that"
+    text = f"a CPU benchmark took {factor} times as long in a VM; x07 run --scale-limits multiplies time limits by this"
     return Finding(subject="limits under emulation", good=None, text=text)
 
 

@@ -80,7 +80,8 @@ def _start(options: argparse.Namespace) -> int:
             child.wait()
             raise
     if "ready" in answer:
-        progress.done(f"{answer['ready']} VMs are ready (process {child.pid})")
+        said = "1 VM is ready" if answer["ready"] == 1 else f"{answer['ready']} VMs are ready"
+        progress.done(f"{said} (process {child.pid})")
         if document_wanted(options):
             print_document(PoolReport(pool=_query_status()), options)
         return 0

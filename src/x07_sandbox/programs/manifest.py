@@ -76,7 +76,7 @@ def decode_manifest(data: bytes, *, source: str) -> tuple[Manifest, Toolchain]:
     try:
         manifest = msgspec.convert(value, prepared(Manifest))
     except msgspec.ValidationError as exc:
-        _wrong(source, str(exc))
+        _wrong(source, str(exc).replace("Object missing required field", "there is no key"))
     toolchain = toolchain_named(manifest.toolchain)
     _check(manifest, toolchain, source)
     # In the form that names of files have: without `./` and `//`.
