@@ -427,9 +427,11 @@ def _source_from_stdin() -> bytes:
     try:
         source = read_all(0, SOURCE_MAX_BYTES)
     except OSError as exc:
-        raise UsageError("cannot read the source", exc.strerror or str(exc), "Pipe it to standard input") from exc
+        raise UsageError(
+            "cannot read the source", exc.strerror or str(exc), "Pipe the source to standard input"
+        ) from exc
     if not source:
-        raise UsageError("cannot run the source", "standard input is empty", "Pipe it to standard input")
+        raise UsageError("cannot run the source", "standard input is empty", "Pipe the source to standard input")
     return source
 
 

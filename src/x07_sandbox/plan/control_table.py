@@ -94,7 +94,7 @@ _NETWORK_RULES: Final = {
         "listed names are resolved; the program's own DNS queries never leave the sandbox",
     ),
     "net.allow_tcp": ("no TCP connections", "allowed to the listed hosts and ports"),
-    "net.allow_udp": ("no datagrams", "allowed to the listed hosts and ports; port 443 (QUIC) is denied"),
+    "net.allow_udp": ("no UDP", "allowed to the listed hosts and ports; port 443 (QUIC) is denied"),
     "net.allow_hosts": ("only these hosts and ports; special addresses are always denied", ""),
 }
 _CHANGE_FIELDS: Final = frozenset({"fs.allow_mkdir", "fs.allow_remove", "fs.allow_rename", "fs.max_write_bytes"})
@@ -102,9 +102,9 @@ _FILE_RULES: Final = {
     "fs.enabled": "only the roots are visible",
     "fs.deny_hidden": "if true, hidden names are copied neither in nor back",
     "fs.allow_symlinks": "if false, links are copied neither in nor back; a link out of its root is never copied",
-    "fs.allow_mkdir": "new folders are detected when the program has ended",
-    "fs.allow_remove": "removed files and folders are detected when the program has ended",
-    "fs.allow_rename": "renamed files and folders are detected when the program has ended",
+    "fs.allow_mkdir": "if false, new folders are refused when the program has ended",
+    "fs.allow_remove": "if false, deletions are refused when the program has ended",
+    "fs.allow_rename": "if false, renames are refused when the program has ended",
     "fs.max_read_bytes": "larger files are not copied in; 0 means 16 MiB",
     "fs.max_write_bytes": "larger files are not copied back; 0 means 16 MiB",
     "fs.max_entries": "further entries are copied neither in nor back; 0 means 10,000",
@@ -278,9 +278,8 @@ def _spawn(given: PlanInput, _field: str) -> Answer:
 
 def _allow_exec(given: PlanInput, field: str) -> Answer:
     if given.policy.process.may_execute:
-        return Answer(
-            "enforced", given.boundary, "allowed, as process.allow_execs and process.allow_exec_prefixes list"
-        )
+        why = "allowed for the programs in process.allow_execs and process.allow_exec_prefixes"
+        return Answer("enforced", given.boundary, why)
     if field == "process.enabled" and given.values[field] is True:
         return Answer("enforced", given.boundary, "see the other fields of this section")
     if "confinement" not in given.features.can_enforce:
