@@ -5,10 +5,23 @@ Standard library only: the guest agent and the channel import this module too.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from typing import Self
+
+
+# Programs of commands with which a message may end.
+_COMMANDS: Final = (
+    *("apt-get", "chmod", "docker", "kill", "mkdir", "pip", "podman", "ps", "sysctl", "ulimit", "unshare", "usermod"),
+)
+
+
+def with_full_stop(text: str) -> str:
+    """Return the text with a full stop, unless it ends with a command, which can then be pasted."""
+    last = text.rpartition(": ")[2]
+    pasted = last.partition(" ")[0] in _COMMANDS and ", or " not in last and " (" not in last
+    return text if pasted or ": x07 " in text or text.endswith((".", "?")) else f"{text}."
 
 
 def printable(text: str) -> str:
@@ -42,8 +55,8 @@ class SandboxError(Exception):
         return self
 
     def __str__(self) -> str:
-        end = "" if ": x07 " in self.fix else "."  # so that a command at the end can be pasted
-        return f"{self.what}: {self.why}{'' if self.why.endswith('?') else '.'}{self.before_fix}{self.fix}{end}"
+        end = "" if self.why.endswith("?") or "\n" in self.why else "."  # no line of a list ends with a full stop
+        return f"{self.what}: {self.why}{end}{self.before_fix}{with_full_stop(self.fix)}"
 
 
 class UsageError(SandboxError):
@@ -75,7 +88,7 @@ class Cancelled(SandboxError):  # noqa: N818 - not an error
 class PeerError(SandboxError):
     """The peer violated the channel protocol."""
 
-    def __init__(self, what: str, why: str, fix: str = "The connection is of no more use") -> None:
+    def __init__(self, what: str, why: str, fix: str = "The connection can no longer be used") -> None:
         super().__init__(what, why, fix)
 
 

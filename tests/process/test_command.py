@@ -72,7 +72,7 @@ def test_out_is_refused_by_a_backend_without_copies(project: Path) -> None:
     """`--out` under `none`, which copies no folders, is refused before anything runs."""
     done = run("none", "--out", "out", ".", cwd=project)
     assert (done.returncode, done.stdout) == (125, "")
-    assert "cannot use --out: the backend none cannot bring files back" in done.stderr
+    assert "cannot use --out: the backend none cannot copy files back" in done.stderr
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -122,7 +122,7 @@ def test_another_runners_run_is_not_killed() -> None:
     edit(record, "owner.json", labels={"io.x07.runner_instance": "ri-" + "0" * 32, "io.x07.image_digest": ""})
     done = x07("kill", record.run_id)
     assert done.returncode == 125
-    assert b"another user or machine" in done.stderr
+    assert b"another user or host" in done.stderr
 
 
 def test_inspect_shows_record_labels_owner_and_paths() -> None:

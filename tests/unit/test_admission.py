@@ -98,7 +98,7 @@ def test_a_killed_process_keeps_no_slot(never: int) -> None:
     holder = Holder("first")
     try:
         assert holder.wait_for_slot() == "first"
-        with pytest.raises(RefusedError, match="no machine was free in time"), admitted(cancel_fd=never, timeout_s=0.2):
+        with pytest.raises(RefusedError, match="no slot was free in time"), admitted(cancel_fd=never, timeout_s=0.2):
             pass
         holder.process.send_signal(signal.SIGKILL)
         with admitted(cancel_fd=never, timeout_s=60):

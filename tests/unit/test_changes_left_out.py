@@ -148,7 +148,7 @@ def test_a_git_folder_comes_in_two_steps(run: Run, capsys: pytest.CaptureFixture
 def test_all_or_nothing_applies_nothing(run: Run) -> None:
     """With `--changes all-or-nothing` one refused entry holds back the whole set."""
     changes, _, _ = run.back(run.files(changes="all-or-nothing"), file("a"), file(".envrc"))
-    assert (changes.state, changes.reason, changes.left_out) == ("kept", "1 of them not allowed", 0)
+    assert (changes.state, changes.reason, changes.left_out) == ("kept", "1 of them is not allowed", 0)
     assert there(run) == set()
     assert main(["apply", "--allow-protected", ".envrc"]) == 0
     assert there(run) == {"a", ".envrc"}

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from x07_sandbox.errors import SandboxError, UsageError, printable
+from x07_sandbox.errors import SandboxError, UsageError, printable, with_full_stop
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,6 +35,24 @@ def test_plain_texts_are_shown_as_they_are() -> None:
     assert printable("no Zoë\n  and 木\n  end") == "no Zoë\n  and 木\n  end"
     assert printable("a\nx07: ok\t\x1b[31m\0\ud800\x9b") == r"a\nx07: ok\t\x1b[31m\x00\ud800\x9b"
     assert str(SandboxError("a\n", "b", "c")) == r"a\n: b. c."
+
+
+@pytest.mark.parametrize(
+    ("text", "end"),
+    [
+        ("timeout: the program reached its limit", "."),
+        ("refused: it is missing. Use another name", "."),
+        ("Did you mean it?", ""),
+        ("It ended.", ""),
+        ("To run it: x07 run a.py", ""),
+        ("To create it: mkdir -p a", ""),
+        ("Run: apt-get install qemu, or set X07_VM_PODMAN_BIN", "."),
+        ("Run: chmod go-w /a (it must belong to you or root)", "."),
+    ],
+)
+def test_a_message_ends_with_a_full_stop_or_a_command(text: str, end: str) -> None:
+    """A message ends with a full stop, unless it ends with a command: that can be pasted."""
+    assert with_full_stop(text) == text + end
 
 
 @pytest.mark.parametrize(

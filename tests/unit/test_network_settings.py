@@ -141,7 +141,7 @@ def test_a_file_that_others_can_write_is_refused(mode: int, tmp_path: Path) -> N
     path = tmp_path / "sandbox.toml"
     path.write_bytes(ALL)
     path.chmod(mode)
-    with pytest.raises(HostError, match=f"Run: chmod go-w {path}"):
+    with pytest.raises(HostError, match=f"run: chmod go-w {path}"):
         read_settings(path)
     path.chmod(0o644)
     assert read_settings(path) == OPENED
@@ -154,7 +154,7 @@ def test_a_file_of_another_user_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "sandbox.toml"
     path.write_bytes(ALL)
     os.chown(path, 65_532, 65_532)
-    with pytest.raises(HostError, match="must belong to you or root"):
+    with pytest.raises(HostError, match="it belongs to you or root"):
         read_settings(path)
 
 

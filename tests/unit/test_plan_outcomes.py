@@ -49,8 +49,8 @@ CASES: list[tuple[Evidence, str, str, str, int | None, int | None]] = [
     (run(wait_status=9, cpu_exceeded=True), "cpu-limit", "policy", "limits.cpu_ms", None, 9),
     (run(deadline_passed=True), "timeout", "policy", "reached its time limit", None, None),
     (run(deadline_passed=True, stopped=True), "timeout", "policy", "stopped by a signal and then reached", None, None),
-    (run(output_overflow="stdout"), "output-limit", "policy", "output limit of stdout", None, None),
-    (run(output_overflow="stderr"), "output-limit", "policy", "output limit of stderr", None, None),
+    (run(output_overflow="stdout"), "output-limit", "policy", "output limit for stdout", None, None),
+    (run(output_overflow="stderr"), "output-limit", "policy", "output limit for stderr", None, None),
     (run(cancelled_by=2), "cancelled", "none", "by SIGINT", None, 2),
     (run(cancelled_by=0), "cancelled", "none", "cancelled while", None, None),
     (
@@ -195,7 +195,7 @@ def test_a_timeout_under_emulation_mentions_the_slow_cpu() -> None:
     found = classify(run(deadline_passed=True), features=vm_features("vm-emulated"), limits=limits)
     assert found.reason == (
         "the program reached its time limit of 60 s (limits.wall_ms); "
-        "the machine is emulated, so CPU work takes many times longer than on hardware"
+        "the VM is emulated, so CPU work takes many times longer than on hardware"
     )
     assert "emulated" not in classify(run(deadline_passed=True), limits=limits).reason
     assert (

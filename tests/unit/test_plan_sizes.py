@@ -44,7 +44,7 @@ def test_the_documented_table_is_true() -> None:
 
 def test_an_oversized_limit_is_an_error() -> None:
     """A memory limit that fits no VM is an error."""
-    with pytest.raises(ValueError, match="no machine is large enough"):
+    with pytest.raises(ValueError, match="no VM is large enough"):
         ram_class_bytes(18 << 30)
 
 

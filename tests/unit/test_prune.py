@@ -183,7 +183,7 @@ def test_a_record_of_another_runner_stays() -> None:
     owner["labels"]["io.x07.runner_instance"] = "ri-" + "0" * 32
     (record.folder / "owner.json").write_text(json.dumps(owner))
     age(record.folder, 400)
-    assert "another user or machine" in why_kept(swept("runs"), record.folder)
+    assert "another user or host" in why_kept(swept("runs"), record.folder)
 
 
 def test_no_link_is_followed(tmp_path: Path) -> None:

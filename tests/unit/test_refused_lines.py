@@ -76,7 +76,7 @@ def test_a_template_without_processes_names_one_with_them() -> None:
     how = HowToAllow(json_path="$.process.allow_spawn", value=True)
     ended = result(replace(denial("a new process", how, action="start"), field="process.allow_spawn"))
     advice = (
-        "built-in:cli allows no processes; to allow them: "
+        "built-in:cli allows no processes; to allow them, use "
         "--policy built-in:default --allow-read-root . --allow-write-root out"
     )
     assert denial_lines(replace(ended, policy="built-in:cli"))[-1] == advice

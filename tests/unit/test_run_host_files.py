@@ -259,7 +259,7 @@ def test_the_protected_flag_allows_one_name(run: Run, name: str) -> None:
     folders = [Entry(Kind.FOLDER, os.fsencode(part), mode=0o755) for part in parts[:-1]]
     link = [Entry(Kind.LINK, b".bashrc", target=b"x"), Entry(Kind.LINK, os.fsencode(name), target=b"y")]
     changes, denials, _ = run.back(files, *folders, *link)
-    assert (changes.state, changes.reason) == ("kept", "2 of them not allowed")
+    assert (changes.state, changes.reason) == ("kept", "2 of them are not allowed")
     msgspec.json.encode(denials)
     (denial,) = [denial for denial in denials if denial.field == "protected" and denial.subject != ".bashrc"]
     word, pattern = flag_of(denial)
@@ -472,8 +472,8 @@ def test_a_left_out_entry_is_never_replaced(
     gone = [Entry(Kind.DELETED, name) for name in (b"f/d", b"f")]
     files = run.files(fs, changes="all-or-nothing")
     changes, denials, _ = run.back(files, *gone if taken else [Entry(Kind.FOLDER, b"f/d/" + left.encode(), mode=0o755)])
-    alone = "1 more cannot be copied back" if left == "deep" else "1 of them not allowed"  # nothing too deep is
-    assert (changes.state, changes.reason) == ("kept", "2 of them not allowed" if taken else alone)
+    alone = "1 more cannot be copied back" if left == "deep" else "1 of them is not allowed"  # nothing too deep is
+    assert (changes.state, changes.reason) == ("kept", "2 of them are not allowed" if taken else alone)
     reported = "\n".join(messages(changes, denials))
     if taken:
         assert f"f: contains f/d/{left}, which was not copied in" in reported

@@ -177,7 +177,7 @@ def test_a_dry_run_reports_the_same() -> None:
         (
             "owner.json",
             {"labels": {"io.x07.runner_instance": OURS, "io.x07.image_digest": ""}},
-            "another user or machine",
+            "another user or host",
         ),
         ("job.json", {"backend": "podman-of-the-future"}, "no backend 'podman-of-the-future'"),
     ],
@@ -288,8 +288,8 @@ LABELS = {
         ({}, ("1-2-3-run",), 9_999_999, "is recorded as live"),
         ({"io.x07.schema": "2"}, (), 9_999_999, "label of this version"),
         ({"io.x07.schema": ""}, (), 9_999_999, "label of this version"),
-        ({"io.x07.runner_instance": "ri-" + "2" * 32}, (), 9_999_999, "another user or machine"),
-        ({"io.x07.runner_instance": ""}, (), 9_999_999, "another user or machine"),
+        ({"io.x07.runner_instance": "ri-" + "2" * 32}, (), 9_999_999, "another user or host"),
+        ({"io.x07.runner_instance": ""}, (), 9_999_999, "another user or host"),
         ({"io.x07.deadline_unix_ms": ""}, (), 9_999_999, "damaged"),
         ({"io.x07.deadline_unix_ms": "-1"}, (), 9_999_999, "damaged"),
         ({"io.x07.deadline_unix_ms": "9" * 40}, (), 9_999_999, "damaged"),
@@ -358,7 +358,7 @@ def test_a_job_of_another_machine_is_kept() -> None:
     record = recorded(GONE)
     (record.folder.parent.parent / "runner_instance.owner").write_text("0" * 64 + "\n")
     assert runner_instance(record.folder.parent) != record.runner_instance
-    assert "another user or machine" in reason_kept(swept(), record)
+    assert "another user or host" in reason_kept(swept(), record)
 
 
 # before a run

@@ -148,7 +148,7 @@ def test_a_project_is_run_from_inside(
 ) -> None:
     """Without a program `x07 run` uses the nearest x07.json."""
     assert main(["run", "--profile", "dev", "--input", os.devnull]) == 2
-    assert b"no program given: PROGRAM is missing" in capfdbinary.readouterr().err
+    assert b"wrong usage: PROGRAM is missing" in capfdbinary.readouterr().err
     (project / place).mkdir(parents=True, exist_ok=True)
     monkeypatch.chdir(project / place)
     assert main(["run", "--profile", "dev", "--input", os.devnull, "--report", "wrapped"]) == 1

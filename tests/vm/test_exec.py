@@ -105,6 +105,8 @@ def test_exec_exits_with_the_commands_code(project: Path) -> None:
     assert done.returncode == 127
     assert "command no-such-command not found in the image" in done.stderr
     assert "x07 image build" in done.stderr
+    done = x07(project, "exec", "--workdir", ".", "--", "rg", "x")
+    assert " --include ripgrep\n" in done.stderr
     done = x07(project, "exec", "--json", "--workdir", ".", "--", "./missing")
     assert (done.returncode, result(done)["outcome"]) == (127, "failed")
     assert "./missing or its interpreter does not exist in the VM" in result(done)["reason"]

@@ -178,7 +178,7 @@ def test_report_works_with_changes(project: Project) -> None:
     assert (project.folder.parent / "p").read_text() == project.x07("diff").stdout
     done = project.x07("run", "--changes", "all-or-nothing", *words[1:], 'open("Jenkinsfile", "w")', code=1)
     assert "x07: not allowed: Jenkinsfile" in done.stderr
-    assert "1 of them not allowed" in json.loads(done.stdout)["solve"]["trap"]
+    assert "1 of them is not allowed" in json.loads(done.stdout)["solve"]["trap"]
 
 
 def test_a_run_whose_attestation_fails_is_reported(project: Project) -> None:

@@ -179,7 +179,7 @@ def test_an_artifact_that_cannot_be_executed_fails_as_in_a_shell(
     assert (result["outcome"], result["fault"]) == ("failed", "program")
     assert (result["exit_code"], done.returncode) == (code, code)
     assert why in result["reason"]
-    assert f"x07: failed: {result['reason']}\n" in done.stderr.decode()
+    assert f"x07: failed: {result['reason']}.\n" in done.stderr.decode()
 
 
 def test_a_python_project_imports_its_own_modules(sandbox: Sandbox) -> None:
@@ -459,7 +459,7 @@ def test_each_usage_mistake_has_its_own_error(
         (["a.sh", "--report-out", "./link.sh"], "not a regular file"),
         (["a.sh", "--policy", "p.json", "--report-out", "p.json"], "the run reads it"),
         (["a.sh", "--input", "in.txt", "--report-out", "../files/in.txt"], "the run reads it"),
-        (["a.sh", "--compiled-out", "out", "--report-out", "out"], "it is named twice"),
+        (["a.sh", "--compiled-out", "out", "--report-out", "out"], "two flags name it"),
         (["a.sh", "--report", "runner", "--attest-runtime", "a.sh"], "the run reads it"),
         (["a.sh", "--report-out", "pipe"], "not a regular file"),
         (["a.sh", "--report-out", "."], "not a regular file"),
@@ -467,7 +467,7 @@ def test_each_usage_mistake_has_its_own_error(
         (["a.sh", "--report-out", "none/x"], "not a folder that you can write"),
         (["a.sh", "--compiled-out", "x" * 300], "File name too long"),
         (["a.sh", "--policy", "p.json", "--diff", "p"], "the run reads it"),
-        (["a.sh", "--diff", "x", "--report-out", "x.json"], "it is named twice"),
+        (["a.sh", "--diff", "x", "--report-out", "x.json"], "two flags name it"),
         (["a.sh", "--diff", ""], "the name is empty"),
         (["a.sh", "--dry-run", "--report-out", "x"], "--dry-run writes nothing"),
         (["a.sh", "--timeout", "0"], "give more than 0"),

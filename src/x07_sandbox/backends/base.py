@@ -137,7 +137,7 @@ class NoAnswerError(BackendError):
     def __init__(self, instance: Instance, failure: HandshakeFailure, times_ms: dict[str, float]) -> None:
         said = " ".join(failure.console_tail.split())[-200:] if failure.kind == "ended" else ""
         why = f"{failure.why}; {said}" if said else failure.why
-        super().__init__("the machine did not answer", why, "Run x07 doctor")
+        super().__init__("the guest agent did not answer", why, "Run x07 doctor")
         self.instance = instance
         self.failure = failure
         self.times_ms = times_ms

@@ -106,7 +106,7 @@ def engine(name: Name) -> Engine:
     if name == "docker":
         if host := os.environ.get("DOCKER_HOST", ""):
             if not host.startswith("unix://"):
-                why = f"DOCKER_HOST is {host[:200]}, but x07's folders and sockets are on this machine"
+                why = f"DOCKER_HOST is {host[:200]}, but x07's folders and sockets are on this host"
                 fix = "Unset DOCKER_HOST, or set it to a local socket: unix:///path"
                 raise HostError("cannot use docker", why, fix)
             env["DOCKER_HOST"] = host

@@ -109,7 +109,7 @@ class Handshake:
 
     def _ready(self, fd: int) -> HandshakeFailure | None:
         if fd == self._cancel_fd:
-            return HandshakeFailure(kind="cancelled", why="the caller asked for its end")
+            return HandshakeFailure(kind="cancelled", why="the caller stopped it")
         if fd == self._instance.pidfd:
             return self._ended("it ended")
         if fd == self.connection.fd:

@@ -190,7 +190,7 @@ class Jailed:
     def record_owner(self, runner: Identity) -> None:
         """Record the job's owner and processes. Raises BackendError, HostError."""
         if self.supervisor is None:
-            raise BackendError("cannot record the job", "its processes ended at once", "Run x07 doctor")
+            raise BackendError("cannot record the job", "its processes exited immediately", "Run x07 doctor")
         processes = {"supervisor": self.supervisor, "inner": self.inner}
         write_owner(self.record, runner=runner, processes=processes, cgroups=self._start.cgroups)
 

@@ -97,13 +97,13 @@ NEEDS: Final[dict[str, tuple[Need, ...]]] = {
 }
 _NO_ARCHITECTURE: Final = (
     f"Run x07 on one of: {', '.join(sorted(ARCHES))}",
-    "Run x07 in an emulated x86_64 Debian 13 machine here (slow, but complete)",
+    "Run x07 in an emulated x86_64 Debian 13 VM here (slow, but complete)",
     "Add a row for this architecture to host/arch.py, and report whether it works",
 )
 _NO_START: Final = (
     "Allow user and mount namespaces: sysctl kernel.unprivileged_userns_clone=1, or run x07 as root",
     "If this is a container, start it with --privileged",
-    "Run x07 on another Linux machine with --sandbox-backend vm --backend qemu",
+    "Run x07 on another Linux host with --sandbox-backend vm --backend qemu",
 )
 
 
@@ -151,7 +151,7 @@ def _namespaces(_name: str) -> Seen:
             value = Path(path).read_text(encoding="ascii").strip()
             if value == forbids and (os.geteuid() != 0 or "max" in path):
                 return Seen(good=False, text=f"disabled: {path} is {value}")
-    return Seen(good=True, text="not disabled by a kernel setting")
+    return Seen(good=True, text="allowed by the kernel's settings")
 
 
 _CHECKS = {"program": _program, "device": _device, "namespaces": _namespaces}
@@ -199,7 +199,7 @@ def _failure(
         return f"missing: {', '.join(missing)}", (
             f"Run apt-get install --no-install-recommends {names}",
             "Run scripts/setup.sh in a checkout of x07-sandbox, which installs what is missing",
-            "Run x07 in a Debian 13 machine or container that has them",
+            "Run x07 in a Debian 13 VM or container that has them",
         )
     if proof is None:
         return "nothing was started", _NO_START

@@ -118,7 +118,7 @@ def _wanted(platform: Platform, request: BackendRequest) -> tuple[str, str | Non
         (*by_variable, replace(request, flags=())),
     ):
         if name is not None and _contradict(wanted, name):
-            why = f"{name} belongs to the class {BY_NAME[name].sandbox_class}, not {wanted}"
+            why = f"the backend {name} is of the kind {BY_NAME[name].sandbox_class}, not {wanted}"
             raise UsageError(f"{origin} and {name_origin} contradict each other", why, _instead(platform, caller))
     if request.backend_flag is not None:
         return BY_NAME[request.backend_flag].sandbox_class, request.backend_flag

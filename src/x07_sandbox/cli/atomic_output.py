@@ -50,7 +50,7 @@ def check_outputs(
             error = UnwritableError(f"cannot write {path} ({name})", reason, "Name another file")
             error.path = path
             raise error
-        taken[real_path(path)] = "it is named twice"
+        taken[real_path(path)] = "two flags name it"
 
 
 def _rejection(path: Path, taken: Mapping[Path, str]) -> str:

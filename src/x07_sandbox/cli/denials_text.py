@@ -29,8 +29,8 @@ _REACHED: Final = {
     ("limits.cpu_ms", "use"): "CPU time limit reached",
     ("limits.mem_bytes", "use"): "memory limit reached",
     ("limits.procs", "start"): "process limit reached",
-    ("process.max_live", "start"): "limit of child processes reached",
-    ("limits.fds", "open"): "limit of open files reached",
+    ("process.max_live", "start"): "child process limit reached",
+    ("limits.fds", "open"): "open file limit reached",
     ("output", "write"): "output limit reached",
 }
 _FULL: Final = frozenset({"scratch", "limits.mem_bytes"})  # for these, the subject of a denied write is a sentence
@@ -62,7 +62,7 @@ def denial_lines(result: Result, command: str = "") -> list[str]:
     if policy.startswith(BUILT_IN) and _needs_policy_file(result):
         # --out is relative to the folder of the project around, if any: so give an absolute path.
         init = f'x07 policy init --template {policy.removeprefix(BUILT_IN)} --out "$PWD/policy.json"'
-        lines.append(f"to change the policy: {init}, then --policy policy.json")
+        lines.append(f"to change the policy: {init}, then add --policy policy.json")
         if any(denial.field.startswith("process.") for denial in result.denials):
             lines += _with_processes(policy)
     return lines
@@ -75,7 +75,7 @@ def _with_processes(policy: str) -> list[str]:
         return []
     flags = [f"--allow-read-root {root}" for root in held.fs.read_roots]
     flags += [f"--allow-write-root {root}" for root in held.fs.write_roots]
-    return [f"{policy} allows no processes; to allow them: {' '.join([f'--policy {BUILT_IN}default', *flags])}"]
+    return [f"{policy} allows no processes; to allow them, use {' '.join([f'--policy {BUILT_IN}default', *flags])}"]
 
 
 def _of_program(result: Result, command: str) -> list[str]:
@@ -146,9 +146,10 @@ def _line(denial: Denial) -> str:
         how = how_to_allow_text(denial.how_to_allow, denial.field, purpose="allow more")
         return f"denied: {reached}{times}{why}{how}"
     what = denial.subject if denial.action == "write" and denial.field in _FULL else f"{denial.action} {denial.subject}"
-    if denial.field == "limit":
-        return f"denied: {what}{times}{why}"
-    return f"denied: {what}{times}{why}{how_to_allow_text(denial.how_to_allow, denial.field)}"
+    if denial.field in {"limit", "scratch"}:
+        return f"denied: {what}{times}{why}."
+    purpose = "allow more" if denial.field in _FULL else "allow it"
+    return f"denied: {what}{times}{why}{how_to_allow_text(denial.how_to_allow, denial.field, purpose=purpose)}"
 
 
 def how_to_allow_text(allowing: HowToAllow | None, field: str = "", *, purpose: str = "allow it") -> str:

@@ -215,10 +215,10 @@ def _cgroups() -> Finding:
     root = Path("/sys/fs/cgroup")
     version = "2" if (root / "cgroup.controllers").exists() else "1"
     if os.geteuid() == 0:
-        limits = "limit the VM monitor's memory and tasks"
+        limits = "they limit the memory and tasks of the VM monitor"
     else:
-        limits = "used if delegated to you" if version == "2" else "usable by root only"
-    text = f"version {version}, {limits}; rlimits and the limits in the guest always apply"
+        limits = "used if they are delegated to you" if version == "2" else "only root can use them"
+    text = f"version {version}; {limits}; rlimits and the limits in the guest always apply"
     return Finding(subject="control groups", good=None, text=text)
 
 
@@ -233,9 +233,9 @@ def _capacity() -> list[Finding]:
         most = max_running()
     except SandboxError as exc:
         return [_bad(subject, exc)]
-    text = f"{most}; this host has {cores()} cores and {size(memory)} of memory; a run may use {each} GiB"
+    text = f"{most}; this host has {cores()} cores and {size(memory)} of memory; each run counts as {each} GiB"
     if memory * 3 // 4 < MEMORY_PER_MACHINE:
-        text += ", more than three quarters of it: large programs may not fit"
+        text += ", which is more than three quarters of this memory: large programs may not fit"
     return [Finding(subject=subject, good=None, text=text)]
 
 
@@ -337,7 +337,7 @@ def _slowness() -> Finding:
             text = next((text for text in result.warnings if "scaled" in text), result.reason)
             return Finding(subject="limits under emulation", good=None, text=text)
         factor = result.scaling.factor
-    text = f"a CPU benchmark took {factor} times as long in a VM; x07 run --scale-limits multiplies time limits by that"
+    text = f"a CPU benchmark took {factor} times as long in a VM; x07 run --scale-limits multiplies time limits by this"
     return Finding(subject="limits under emulation", good=None, text=text)
 
 

@@ -44,10 +44,11 @@ def _lines(found: Preview) -> list[str]:
     states = Counter(control.state for control in found.plan.controls)
     denied = f" (denied: {_listed(found.denied_hosts)})" if found.denied_hosts else ""
     built = "nothing to build" if found.build is None else f"build in a VM without network: {_short(found.build)}"
+    counts = [f"{count} {state}" for state, count in sorted(states.items())]
     values = (
-        f"{limits.wall_ms} ms",
-        f"{limits.cpu_ms} ms of CPU",
-        f"{limits.mem_bytes >> 20} MiB",
+        f"time {limits.wall_ms / 1000:g} s",
+        f"CPU time {limits.cpu_ms / 1000:g} s",
+        f"memory {limits.mem_bytes >> 20} MiB",
         f"{limits.procs} processes besides the first",
         f"{limits.fds} open files",
     )
@@ -59,7 +60,7 @@ def _lines(found: Preview) -> list[str]:
         *([] if found.scaling is None else [f"scaled for emulation: time limits times {found.scaling.factor}"]),
         f"network: {_listed(found.hosts) or 'none'}{denied}",
         *([f"image {found.image}: {found.digests['image']}"] if "image" in found.digests else []),
-        f"policy: {', '.join(f'{count} {state}' for state, count in sorted(states.items()))} (x07 policy explain)",
+        f"policy fields: {', '.join(counts)}; see x07 policy explain",
         *(f"refused: {refusal.why}" for refusal in found.plan.refusals),
     ]
 

@@ -74,10 +74,10 @@ def _logs(options: argparse.Namespace) -> int:
 def _folder(options: argparse.Namespace, holds: str) -> Path:
     """Return the folder of the run. Raises UsageError."""
     if options.run is None:
-        return find_run(None, holds, "output to print", "Run something")
+        return find_run(None, holds, "output to print", "First run a program", action="any output")
     folder = run_folder(known_run(options.run))
     if not folder.is_dir() or not (options.follow or (folder / holds).is_file()):
-        why = f"run {folder.name} has none"
+        why = f"run {folder.name} has no such output"
         raise UsageError("cannot print the output", why, f"See what it has: x07 inspect {folder.name}")
     return folder
 
@@ -112,7 +112,7 @@ def _put_error(data: bytes) -> None:
 
 
 def _net(options: argparse.Namespace) -> int:
-    folder = find_run(options.run, NET_LOG, "a log of connections", "Run something with --allow-host")
+    folder = find_run(options.run, NET_LOG, "a log of connections", "Run a program with --allow-host", action="one")
     say(f"connections of run {folder.name}")
     with (folder / NET_LOG).open("rb") as file:
         while chunk := file.read(_CHUNK):

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from x07_sandbox.errors import Cancelled
 
         _say("cancelled")
-        cancelled = Cancelled("cancelled before the run started", "a signal came", "Start it again")
+        cancelled = Cancelled("cancelled before the run started", "a signal was received", "Start it again")
         cancelled.signal = exc.args[0] if exc.args else 2
         return _cancelled(cancelled, words, options)
     except Exception as exc:  # noqa: BLE001 - every error must end in a documented exit code

@@ -150,7 +150,7 @@ def _target(options: argparse.Namespace) -> Path:
     path = Path(options.program if options.project is None else options.project)
     if options.project is not None and path.name not in _MANIFESTS:
         why = f"it is not named {' or '.join(_MANIFESTS)}"
-        raise UsageError(f"cannot run the project {path}", why, "Name the manifest, or use --program")
+        raise UsageError(f"cannot run the project {path}", why, "Give the path of the manifest, or use --program")
     if options.program is not None and (path.name in _MANIFESTS or is_folder(path)):
         raise UsageError(f"cannot run {path}", "it is a project, not a source file", "Use --project with its manifest")
     return path

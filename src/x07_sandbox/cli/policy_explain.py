@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _GROUPS: Final = {
     "refused": "refused: a run with this policy does not start",
     "enforced": "enforced",
-    "advisory": "advisory: only programs that check the policy obey",
+    "advisory": "advisory: not enforced; only programs that check these fields obey them",
 }
 _SHOWN_CHARS: Final = 40
 

@@ -80,7 +80,8 @@ def _start(options: argparse.Namespace) -> int:
             child.wait()
             raise
     if "ready" in answer:
-        progress.done(f"{answer['ready']} VMs are ready (process {child.pid})")
+        said = "1 VM is ready" if answer["ready"] == 1 else f"{answer['ready']} VMs are ready"
+        progress.done(f"{said} (process {child.pid})")
         if document_wanted(options):
             print_document(PoolReport(pool=_query_status()), options)
         return 0
@@ -121,7 +122,7 @@ def _status(options: argparse.Namespace) -> int:
     if pool is None:
         show("no pool is running")
         return 0
-    unused = f"unused for {pool.unused_s:.0f} of {pool.idle_s:.0f} s (process {pool.pid})"
+    unused = f"unused for {pool.unused_s:.0f} s, ends after {pool.idle_s:.0f} s (process {pool.pid})"
     show(f"{pool.ready} of {pool.size} VMs ready, {pool.running} running, {pool.claimed} used so far; {unused}")
     if pool.problem:
         show(f"no VM can be started now: {pool.problem}")

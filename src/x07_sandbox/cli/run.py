@@ -26,7 +26,7 @@ from x07_sandbox.cli.run_options import (
     help_level,
     limits_of,
 )
-from x07_sandbox.errors import ImageError, SandboxError, UsageError
+from x07_sandbox.errors import ImageError, SandboxError, UsageError, with_full_stop
 from x07_sandbox.host.paths import is_folder
 from x07_sandbox.host.settings import SOURCE_MAX_BYTES
 from x07_sandbox.host.variables import text
@@ -347,7 +347,7 @@ def _named(options: argparse.Namespace) -> tuple[str | None, list[str]]:
         return None, []
     program = named[0] if named else options.program
     if program == "" and code is None:  # as from an unset shell variable: it does not mean this folder
-        raise UsageError("no program given", "PROGRAM is empty", "For example: x07 run prog.py")
+        raise UsageError("wrong usage", "PROGRAM is empty", "For example: x07 run prog.py")
     if not named:
         _refuse_command(options)
         nothing = options.program is None and code is None
@@ -418,7 +418,7 @@ def _no_program() -> UsageError:
     fix = "For example: x07 run prog.py"
     if os.path.lexists(FILE):
         fix = "To run the project in this folder: x07 run ."
-    return UsageError("no program given", "PROGRAM is missing", fix)
+    return UsageError("wrong usage", "PROGRAM is missing", fix)
 
 
 def _source_from_stdin() -> bytes:
@@ -426,9 +426,11 @@ def _source_from_stdin() -> bytes:
     try:
         source = read_all(0, SOURCE_MAX_BYTES)
     except OSError as exc:
-        raise UsageError("cannot read the source", exc.strerror or str(exc), "Pipe it to standard input") from exc
+        raise UsageError(
+            "cannot read the source", exc.strerror or str(exc), "Pipe the source to standard input"
+        ) from exc
     if not source:
-        raise UsageError("cannot run the source", "standard input is empty", "Pipe it to standard input")
+        raise UsageError("cannot run the source", "standard input is empty", "Pipe the source to standard input")
     return source
 
 
@@ -490,4 +492,5 @@ def _explain(result: Result) -> None:
             say(f"could not write the program's {name}: {stream.undelivered}")
     if result.outcome == "ok" or (result.outcome == "failed" and result.program_started):
         return
-    say(f"{result.outcome}: {result.reason}", bad=f"{result.outcome}:")
+    reason = result.reason.removeprefix("the build failed: ")  # the outcome already says it
+    say(with_full_stop(f"{result.outcome}: {reason}"), bad=f"{result.outcome}:")

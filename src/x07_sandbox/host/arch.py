@@ -129,4 +129,4 @@ def host_arch() -> Arch:
         return ARCHES[name]
     except KeyError:
         why = f"only {' and '.join(sorted(ARCHES))} are supported"
-        raise HostError(f"cannot run on architecture {name}", why, "Use another machine") from None
+        raise HostError(f"cannot run on architecture {name}", why, "Use another host") from None

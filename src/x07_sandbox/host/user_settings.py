@@ -66,7 +66,7 @@ def settings_bytes(path: Path) -> bytes | None:
         raise HostError(f"cannot read {path}", exc.strerror or str(exc), "Make it readable, or remove it") from exc
     if info.st_uid not in {0, os.geteuid()} or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         why = "other users can write to it"
-        raise HostError(f"cannot use {path}", why, f"Run: chmod go-w {path} (it must belong to you or root)")
+        raise HostError(f"cannot use {path}", why, f"If it belongs to you or root, run: chmod go-w {path}")
     return data
 
 
@@ -81,7 +81,7 @@ def settings_table(data: bytes, name: str, source: str) -> dict[str, Any]:
     try:
         table = tomllib.loads(data.decode()).get(name, {})
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
-        raise UsageError(what, f"it is not TOML: {exc}", "Correct it") from exc
+        raise UsageError(what, f"it is not TOML: {exc}", "Correct the file") from exc
     if not isinstance(table, dict):
         raise UsageError(what, f"{name} is not a table", f"Write [{name}]")
     if unknown := sorted(set(table) - keys):
@@ -97,5 +97,5 @@ def scale_when_emulated() -> bool:
     value = settings_table(data, "limits", str(path)).get("scale_when_emulated")
     if value not in {None, "auto", "never"}:
         why = 'limits.scale_when_emulated is neither "auto" nor "never"'
-        raise UsageError(f"cannot use {path}", why, "Correct it")
+        raise UsageError(f"cannot use {path}", why, "Correct the file")
     return value == "auto"

@@ -190,7 +190,7 @@ def _read(variable: Variable, environ: Mapping[str, str] | None) -> bool | int |
     if parsed is None:
         shown = ascii(raw if len(raw) <= _SHOWN_CHARS else raw[:_SHOWN_CHARS] + "...")
         why = f"its value {shown} is not {expected}"
-        raise UsageError(f"cannot use {variable.name}", why, f"Set it to {expected}, or unset {variable.name}")
+        raise UsageError(f"cannot use {variable.name}", why, f"Correct the value, or unset {variable.name}")
     return parsed
 
 
@@ -208,7 +208,7 @@ def _parsed(variable: Variable, value: str) -> tuple[bool | int | str | None, st
     if variable.kind == "folder":
         return value if value.startswith("/") else None, "an absolute path"
     good = variable.kind == "text" or _DIGEST.fullmatch(value) is not None
-    return value if good else None, "sha256: and 64 lower-case hex digits"
+    return value if good else None, "sha256: followed by 64 lower-case hex digits"
 
 
 def _unknown(name: str) -> str:

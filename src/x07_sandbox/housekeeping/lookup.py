@@ -33,6 +33,6 @@ def known_run(word: str) -> str:
         why = f"no run has an id that starts with {word}"
         raise UsageError(f"cannot find run {word}", why, "To list all runs: x07 ps --all")
     if len(found) > 1:
-        why = f"{len(found)} run ids start with it, such as {found[0]}"
-        raise UsageError(f"cannot tell which run {word} is", why, "Use more digits of the id")
+        why = f"{len(found)} run ids start with {word}, such as {found[0]}"
+        raise UsageError(f"the run id {word} is ambiguous", why, "Use more digits of the id")
     return found[0]

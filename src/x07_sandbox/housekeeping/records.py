@@ -49,7 +49,7 @@ def prune_records(pruner: Pruner) -> None:
         old = pruner.old(job.info)
         if job.run in busy or job.ended_info is None or not (old and pruner.old(job.ended_info)):
             if job.ended is None and old:
-                pruner.keep("job", job.folder, "its machine is not recorded as gone, so it may still exist")
+                pruner.keep("job", job.folder, "its VM or container is not recorded as gone, so it may still exist")
         elif problem := _doubt(job):
             busy.add(job.run)
             pruner.keep("job", job.folder, problem)

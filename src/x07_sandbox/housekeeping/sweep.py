@@ -218,7 +218,7 @@ def why_kept(labels: Mapping[str, str], *, instance: str, live: Collection[str],
     if labels.get("io.x07.schema") != "1":
         return "it has no io.x07.schema label of this version"
     if labels.get("io.x07.runner_instance") != instance:
-        return "it belongs to another user or machine"
+        return "it belongs to another user or host"
     if labels.get("io.x07.job_id") in live or labels.get("io.x07.run_id") in live:
         return "its job is recorded as live"
     deadline = labels.get("io.x07.deadline_unix_ms", "")

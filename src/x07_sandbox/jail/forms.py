@@ -137,7 +137,7 @@ def _key() -> str:
 
 
 def _try_namespaces() -> str:
-    what = "cannot try the jail around the virtual machine"
+    what = "cannot test the jail around the virtual machine"
     argv = probe_argv(needed_files(_PRINTF))
     env, no_input = {"PATH": "/usr/bin:/bin", "LC_ALL": "C"}, subprocess.DEVNULL
     try:

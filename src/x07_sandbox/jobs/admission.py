@@ -71,7 +71,7 @@ def warm_slots(count: int, most: int) -> Iterator[None]:
                 stack.callback(close_on_fork.unlock, fd)
                 reserved += 1
         if reserved < count:
-            why = f"memory allows {most} waiting machines, and other pools leave only {reserved}"
+            why = f"memory allows {most} waiting VMs, and other pools leave only {reserved} of them"
             raise HostError("cannot start a pool", why, "Set a smaller size, or stop another pool")
         yield
 
@@ -117,17 +117,17 @@ def _slot_after_waiting(
             # There is no event for several locks: the first in the queue polls them, the others sleep.
             pause_s = _LOOK_AGAIN_S if turn.come else _SAY_AFTER_S
             if turn.cancelled(cancel_fd, min(deadline.left_s(), pause_s)):
-                raise Cancelled("the run was cancelled", "it was waiting for a machine", "Start it again")
+                raise Cancelled("the run was cancelled", "it was waiting for a free slot", "Start it again")
             if not said and say_at.passed():
-                limit = f"at most {most} may run at once, by {_VARIABLE} or cores and memory"
-                progress(f"waiting for a free machine: {limit}")
+                limit = f"at most {most} jobs may run at once (set by {_VARIABLE}, or by cores and memory)"
+                progress(f"waiting for a free slot: {limit}")
                 said = True
             if turn.come and (slot := _free_slot(folder, most)) is not None:
                 return slot
     longer = "" if timeout_s >= settings.QUEUE_S else "a longer --queue-timeout of x07 run, or "
     raise RefusedError(
-        "no machine was free in time",
-        f"{most} machines are running, and none ended within {timeout_s:.0f} s",
+        "no slot was free in time",
+        f"{most} jobs are running, and none ended within {timeout_s:.0f} s",
         f"Set {longer}a larger {_VARIABLE}",
     )
 
@@ -162,7 +162,7 @@ class _Turn:
                 raise
             missing = isinstance(exc, FileNotFoundError)
             fix = "Install util-linux" if missing else fix_for(exc, "Raise the limits of this shell: ulimit -a")
-            raise HostError("cannot wait for a machine", f"flock: {exc.strerror or exc}", fix) from exc
+            raise HostError("cannot wait for a free slot", f"flock: {exc.strerror or exc}", fix) from exc
 
     def __enter__(self) -> Self:
         return self
@@ -182,7 +182,7 @@ class _Turn:
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # succeeds unless the child was killed
         except BlockingIOError:
-            raise HostError("cannot wait for a machine", "flock was killed", "Start it again") from None
+            raise HostError("cannot wait for a free slot", "flock was killed", "Start it again") from None
         self.come = True
 
     def __exit__(self, *_exc: object) -> None:

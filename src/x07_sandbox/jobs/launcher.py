@@ -43,7 +43,7 @@ _thread: threading.Thread | None = None
 def launch(request: Launch) -> subprocess.Popen[bytes]:
     """Start the child process from the launcher thread. Raises HostError, or OSError if it cannot be executed."""
     if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
-        why = "SIGCHLD is ignored, so the machine's exit status would be lost"
+        why = "SIGCHLD is ignored, so the exit status of the VM would be lost"
         fix = "Restore its default: signal.signal(signal.SIGCHLD, signal.SIG_DFL)"
         raise HostError("cannot start a virtual machine", why, fix)
     global _thread  # noqa: PLW0603 - one thread per process

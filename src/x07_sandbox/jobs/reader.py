@@ -170,7 +170,7 @@ def _read(folder: Path, fd: int, instance: str) -> StoredJob:
     except KeyError:
         return StoredJob(**known, standing="damaged", why="its owner.json is damaged")
     if labelled["runner_instance"] != instance:
-        return StoredJob(**known, standing="foreign", why="it belongs to another user or machine")
+        return StoredJob(**known, standing="foreign", why="it belongs to another user or host")
     record = JobRecord(
         job_id=job.run_id,
         run_id=owner.run,

@@ -156,7 +156,7 @@ def _check_values(program: object, given: Mapping[str, Any]) -> None:
     command, build_timeout_s = given["command"], given["build_timeout_s"]
     if (program is not None) + (given["source"] is not None) + bool(command) != 1:
         why = "exactly one of program, source and command is required"
-        raise UsageError(_WHAT[_RUN], why, "Pass only one of them")
+        raise UsageError(_WHAT[_RUN], why, "Pass exactly one of them")
     if not all(isinstance(word, str) for word in command):
         raise bad_argument("command", "is not a list of str")
     if given["changes"] not in _CHANGES:

@@ -38,7 +38,8 @@ def parse_settings(data: bytes, source: str) -> NetSettings:
 def _list(net: dict[str, Any], key: str, kind: type, what: str) -> list[Any]:
     found = net.get(key, [])
     if not isinstance(found, list) or not all(isinstance(one, kind) for one in found):
-        raise UsageError(what, f"net.{key} is not a list of {'numbers' if kind is int else 'strings'}", "Correct it")
+        why = f"net.{key} is not a list of {'numbers' if kind is int else 'strings'}"
+        raise UsageError(what, why, "Correct the file")
     return found
 
 

@@ -74,10 +74,13 @@ _CHANGES: Final = "the change check"
 _REQUIRES: Final = frozenset({"db.net.require_tls", "db.net.require_verify"})
 # What the gate does if the field is false, and if it is true. A list counts as false.
 _NETWORK_RULES: Final = {
-    "net.enabled": ("", "the host decides on each connection and dials it"),
-    "net.allow_dns": ("no names are resolved", "listed names only; the program's own queries never leave the sandbox"),
-    "net.allow_tcp": ("no TCP connections", "to the listed hosts and ports"),
-    "net.allow_udp": ("no datagrams", "to the listed hosts and ports; port 443 (QUIC) is denied"),
+    "net.enabled": ("", "the host decides on each connection and makes it"),
+    "net.allow_dns": (
+        "no names are resolved",
+        "listed names are resolved; the program's own DNS queries never leave the sandbox",
+    ),
+    "net.allow_tcp": ("no TCP connections", "allowed to the listed hosts and ports"),
+    "net.allow_udp": ("no UDP", "allowed to the listed hosts and ports; port 443 (QUIC) is denied"),
     "net.allow_hosts": ("only these hosts and ports; special addresses are always denied", ""),
 }
 _CHANGE_FIELDS: Final = frozenset({"fs.allow_mkdir", "fs.allow_remove", "fs.allow_rename", "fs.max_write_bytes"})
@@ -85,9 +88,9 @@ _FILE_RULES: Final = {
     "fs.enabled": "only the roots are visible",
     "fs.deny_hidden": "if true, hidden names are copied neither in nor back",
     "fs.allow_symlinks": "if false, links are copied neither in nor back; a link out of its root is never copied",
-    "fs.allow_mkdir": "new folders are detected when the program has ended",
-    "fs.allow_remove": "removed files and folders are detected when the program has ended",
-    "fs.allow_rename": "renamed files and folders are detected when the program has ended",
+    "fs.allow_mkdir": "if false, new folders are refused when the program has ended",
+    "fs.allow_remove": "if false, deletions are refused when the program has ended",
+    "fs.allow_rename": "if false, renames are refused when the program has ended",
     "fs.max_read_bytes": "larger files are not copied in; 0 means 16 MiB",
     "fs.max_write_bytes": "larger files are not copied back; 0 means 16 MiB",
     "fs.max_entries": "a root with more refuses the run; if more change, all changes are discarded; 0 means 10,000",
@@ -138,7 +141,7 @@ def _roots(given: PlanInput, field: str) -> Answer:
         if where is None:
             bare = guest_path(root, PROGRAM, deny_hidden=False)[0]
             instead = None if bare is None else ("fs.deny_hidden", False)
-            return Answer("refused", _NOBODY, f"{ascii(root)[1:-1]} has no path in the machine ({why})", instead)
+            return Answer("refused", _NOBODY, f"{ascii(root)[1:-1]} has no path in the guest ({why})", instead)
     if field == "fs.read_roots":
         return Answer("enforced", _COPY, "copied in; changes count only inside a write root")
     return Answer("enforced", _CHANGES, "copied in; changes come back only after a check")
@@ -188,7 +191,7 @@ def _database(given: PlanInput, field: str) -> Answer:
         return _advice(given, field)
     if _no_network(given, field).state == "enforced":
         advice = _advice(given, field)
-        return Answer("advisory", advice.by, f"{advice.why}; servers are unreachable, database files can be used")
+        return Answer("advisory", advice.by, f"{advice.why}; servers are unreachable, but database files can be used")
     return _advice(given, field)
 
 
@@ -210,18 +213,18 @@ def _no_variables(given: PlanInput, field: str) -> Answer:
         if own:
             why = f"{', '.join(own)} cannot be passed from the host: these names are reserved for X07"
             return Answer("refused", _NOBODY, why)
-        return Answer("enforced", given.boundary, "only these are passed from the host, if they are set")
+        return Answer("enforced", given.boundary, "of the host's variables, only these are passed, if they are set")
     if field == "env.deny_keys" and given.entries(field):
         names = map(str, given.entries(field))
         own = sorted(key for key in names if key == "X07_WORLD" or key.startswith("X07_OS_"))
         if own:
             return Answer("refused", _NOBODY, f"{', '.join(own)} are set for every program")
         return Answer("enforced", given.boundary, "these are never set")
-    why = "only fixed ones and X07's own are set; a request for others is refused"
+    why = "only fixed variables and X07's own are set; a run that sets others is refused"
     if given.values["env.enabled"] is True:
         keys = given.entries("env.allow_keys")
-        of_host = "those of env.allow_keys from the host" if keys else "none from the host"
-        why = f"{of_host}, besides fixed ones, X07's own and those that the caller sets"
+        of_host = "the host's variables in env.allow_keys" if keys else "none of the host's variables"
+        why = f"{of_host}; also fixed ones, X07's own, and those that the caller sets"
     return Answer("enforced", given.boundary, why)
 
 
@@ -243,7 +246,7 @@ def _within_tasks(given: PlanInput, why: str) -> Answer:
 
 def _deadline(given: PlanInput, _field: str) -> Answer:
     if given.features.separates_program:
-        return Answer("enforced", "the host's clock", "the machine is stopped at the deadline")
+        return Answer("enforced", "the host's clock", "everything that the program started is killed at the deadline")
     return _not_enforced(given, "the program is stopped at the deadline, unless it kills its supervisor first")
 
 
@@ -257,7 +260,8 @@ def _spawn(given: PlanInput, _field: str) -> Answer:
 
 def _allow_exec(given: PlanInput, field: str) -> Answer:
     if given.policy.process.may_execute:
-        return Answer("enforced", given.boundary, "allowed inside the disposable machine")
+        why = "allowed for the programs in process.allow_execs and process.allow_exec_prefixes"
+        return Answer("enforced", given.boundary, why)
     if field == "process.enabled" and given.values[field] is True:
         return Answer("enforced", given.boundary, "see the other fields of this section")
     if "confinement" not in given.features.can_enforce:
@@ -268,7 +272,7 @@ def _allow_exec(given: PlanInput, field: str) -> Answer:
 
 def _execs(given: PlanInput, _field: str) -> Answer:
     if given.policy.process.may_execute and names_everything(given.entries("process.allow_exec_prefixes")):
-        return Answer("enforced", given.boundary, 'the prefix "/" allows every program in the machine')
+        return Answer("enforced", given.boundary, 'the prefix "/" allows every program')
     if "confinement" not in given.features.can_enforce:
         return _UNCONFINED
     if not given.policy.process.may_execute:
@@ -299,7 +303,7 @@ def _writable_entries(given: PlanInput) -> list[str]:
 def _max_live(given: PlanInput, _field: str) -> Answer:
     not_larger = given.policy.limits.procs <= given.policy.process.max_live
     if not_larger and "limits.procs" in given.features.can_enforce:
-        return Answer("enforced", given.own(_CGROUP), "limits.procs is not larger and includes children")
+        return Answer("enforced", given.own(_CGROUP), "limits.procs is not larger, and it counts children too")
     if "confinement" not in given.features.can_enforce:
         return _not_enforced(given, "this backend does not confine programs")
     if not given.policy.process.may_spawn:

@@ -119,7 +119,7 @@ def _refusals(answers: Mapping[str, Answer], values: Mapping[str, object]) -> It
             without: object = [] if isinstance(value, tuple) else not value if isinstance(value, bool) else value
             path, value = (field, without) if answer.instead is None else answer.instead
             how = HowToAllow(json_path=f"$.{path}", value=value)
-            yield Refusal(field=field, why=f"{answer.why}: {field}", how_to_allow=how)
+            yield Refusal(field=field, why=f"{field}: {answer.why}", how_to_allow=how)
 
 
 def _too_long(policy: Policy) -> Iterator[Refusal]:

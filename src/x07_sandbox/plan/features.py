@@ -30,9 +30,9 @@ class Words(msgspec.Struct, frozen=True, kw_only=True):
 _VM: Final = Words(
     boundary="the virtual machine",
     inside="the guest's",
-    no_network="the machine has no network card",
+    no_network="the VM has no network card",
     supervisor="the virtual machine monitor",
-    no_files="the machine contains no host files",
+    no_files="the VM contains no host files",
 )
 _PROCESS: Final = Words(
     boundary="the confined process",

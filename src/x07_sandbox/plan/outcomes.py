@@ -298,7 +298,7 @@ def _ended_by_us(evidence: Evidence, *, emulated: bool, limits: Limits | None) -
         text = _shown(evidence.setup_failure)
         return verdict(Outcome.REFUSED, f"the guest could not prepare the program: {text}", fault="host")
     if evidence.output_overflow is not None:
-        reason = f"the program exceeded the output limit of {evidence.output_overflow}"
+        reason = f"the program exceeded the output limit for {evidence.output_overflow}"
         return verdict(Outcome.OUTPUT_LIMIT, reason)
     if evidence.deadline_passed and evidence.stage is Stage.RUN:
         return verdict(Outcome.TIMEOUT, _timeout_reason(evidence, emulated=emulated, limits=limits))
@@ -322,7 +322,7 @@ def _timeout_reason(evidence: Evidence, *, emulated: bool, limits: Limits | None
     if evidence.stopped:
         return f"the program was stopped by a signal and then reached {limit}"
     slow = emulated and not mostly_waited(evidence, limits)
-    hint = "; the machine is emulated, so CPU work takes many times longer than on hardware" if slow else ""
+    hint = "; the VM is emulated, so CPU work takes many times longer than on hardware" if slow else ""
     return f"the program reached {limit}{hint}"
 
 

@@ -55,7 +55,7 @@ def ram_class_bytes(mem_bytes: int) -> int:
     for size in RAM_CLASSES:
         if size >= needed:
             return size
-    raise ValueError(f"no machine is large enough for {mem_bytes} bytes")
+    raise ValueError(f"no VM is large enough for {mem_bytes} bytes")
 
 
 def used_ram_bytes(ram_bytes: int, mem_bytes: int, cached_bytes: int) -> int:

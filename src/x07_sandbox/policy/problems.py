@@ -54,7 +54,7 @@ class PolicyError(UsageError):
         why = lines[0] if len(lines) == 1 else "\n".join([f"{len(lines)} problems", *(f"  {line}" for line in lines)])
         fix = ADVICE
         if any(problem.message == MISSING for problem in problems):
-            fix += ". To write a complete policy, run: x07 policy new"
+            fix += ". To write a complete policy: x07 policy new"
         return cls(f"policy {source} is invalid", why, fix, problems, in_schema=in_schema)
 
 

@@ -84,7 +84,7 @@ class WarmMachines:
         most = memory // 4 // settings.WARM_BYTES
         if most < 1:
             each, here = settings.WARM_BYTES >> 20, memory >> 20
-            why = f"one machine takes {each} MiB, more than a quarter of the {here} MiB of memory"
+            why = f"one VM takes {each} MiB, more than a quarter of the {here} MiB of memory"
             raise HostError("cannot start a pool", why, "Raise the memory limit, or run programs without a pool")
         if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= most:
             why = f"the size is {size!r}, but memory allows only a whole number from 1 to {most}"
@@ -152,7 +152,7 @@ class WarmMachines:
                 failures += 1
                 with self._changed:
                     if failures >= _FAILURES_MAX:
-                        what, fix = "cannot keep machines warm", "Raise the limit on open files: ulimit -n"
+                        what, fix = "cannot keep VMs ready", "Raise the limit on open files: ulimit -n"
                         self.problem = exc if isinstance(exc, SandboxError) else HostError(what, str(exc), fix)
                         self._changed.notify_all()
                     if not self._closing:
@@ -293,7 +293,7 @@ class WarmMachines:
 
 def _cloning_of(backend: Backend) -> Cloning:
     if backend.cloning is None:
-        why = f"the backend {backend.name} cannot clone machines"
+        why = f"the backend {backend.name} cannot clone VMs"
         raise UsageError("cannot start a pool", why, "Run programs without a pool")
     return backend.cloning
 

@@ -72,7 +72,7 @@ def decode_manifest(data: bytes, *, source: str) -> tuple[Manifest, Toolchain]:
     try:
         manifest = msgspec.convert(value, prepared(Manifest))
     except msgspec.ValidationError as exc:
-        _wrong(source, str(exc))
+        _wrong(source, str(exc).replace("Object missing required field", "there is no key"))
     toolchain = toolchain_named(manifest.toolchain)
     _check(manifest, toolchain, source)
     # Normalized like the names of files: without `./` and `//`.

@@ -67,7 +67,7 @@ def _patterns(row: Toolchain, files: Sequence[str]) -> list[str]:
             fix = "To build it in the folder: x07 exec --workdir . -- sh -c './configure && make'"
         raise UsageError("cannot create a make project", why, fix)
     if not found:
-        why = f"no file ends in {', '.join(row.project_files)}"
+        why = f"no file ends in {' or '.join(row.project_files)}"
         raise UsageError(f"cannot create a {row.name} project", why, "Add such a file, or use another --toolchain")
     patterns = list(dict.fromkeys(found))
     if row.artifact and (len(patterns) > manifest.FILES_MAX or len(str(patterns)) > manifest.MAX_BYTES // 2):

@@ -33,13 +33,13 @@ def advice(path: str) -> str | None:
         program = PurePosixPath(interpreter.partition(" ")[0]).name
         image = program.lower()
         run = f"x07 run --image {image} {shlex.quote(path)}"
-        return f"Add #!{interpreter} as its first line, then run {_build(image, program)} && {run}"
+        return f"Add #!{interpreter} as its first line, then run: {_build(image, program)} && {run}"
     if suffix in _COMMANDS:
         image, (program, line) = suffix[1:], _COMMANDS[suffix]
         name, folder = PurePosixPath(path), shlex.quote(str(PurePosixPath(path).parent))
         line = line.format(file=shlex.quote(name.name), stem=shlex.quote(name.stem))
         command = f"sh -c {shlex.quote(line)}" if "&&" in line else line
-        return f"Run {_build(image, program)} && x07 exec --image {image} --workdir {folder} -- {command}"
+        return f"Run: {_build(image, program)} && x07 exec --image {image} --workdir {folder} -- {command}"
     return None
 
 

@@ -315,13 +315,13 @@ def require_packages(
     included: packages that were added to the image; the command in the message adds them again.
     """
     missing = [name for name in toolchain.needs if name not in installed]
-    build = f"Run x07 image build --name {image}"
+    build = f"x07 image build --name {image}"
     if missing == ["x07"]:
-        fix = f"{build} --x07-toolchain DIR, where DIR contains X07's Linux build"
+        fix = f"Run {build} --x07-toolchain DIR, where DIR contains X07's Linux build"
         raise RefusedError("cannot run an X07 program", f"the image {image} has no X07 toolchain", fix)
     if missing:
         what, why = f"the image {image} cannot run {toolchain.name} programs", f"it lacks {', '.join(missing)}"
-        raise RefusedError(what, why, f"{build} --include {','.join([*included, *missing])}")
+        raise RefusedError(what, why, f"Run: {build} --include {','.join([*included, *missing])}")
 
 
 def check_executable(path: str, head: bytes, machine: str, elf_machine: int) -> None:
@@ -334,7 +334,7 @@ def check_executable(path: str, head: bytes, machine: str, elf_machine: int) -> 
     # 64 bits, little endian; e_machine is at offset 18 (elf(5)).
     if head[4:6] != b"\x02\x01" or head[18:20] != elf_machine.to_bytes(2, "little"):
         raise UsageError(
-            f"cannot run {path}", f"it is not an executable for {machine}", "Build it for Linux on that machine"
+            f"cannot run {path}", f"it is not an executable for {machine}", f"Build it for Linux on {machine}"
         )
 
 

@@ -68,8 +68,8 @@ def find_run(run: str | None, file: str, what: str, fix: str, *, action: str = "
         why = f"no run{f' with an id that starts with {run}' if run else ''} has {action or what}"
         raise UsageError(f"cannot find {what}", why, fix)
     if run is not None and len(names) > 1:
-        why = f"{len(names)} run ids start with it, such as {names[0]}"
-        raise UsageError(f"run {run} is ambiguous", why, "Use more digits of the id")
+        why = f"{len(names)} run ids start with {run}, such as {names[0]}"
+        raise UsageError(f"the run id {run} is ambiguous", why, "Use more digits of the id")
     return root / names[-1]
 
 

@@ -180,7 +180,9 @@ class HostFiles:
 
         saved = SavedChanges(run=changes.run, folder=self._place, changes=changes)
         try:
-            apply_saved(saved, changes, lambda path: self._request.progress(f"waiting: another command changes {path}"))
+            apply_saved(
+                saved, changes, lambda path: self._request.progress(f"waiting: another command is changing {path}")
+            )
         except ConflictError as exc:
             return _summarize(changes, "conflict", exc.why), ""
         except HostError as exc:
@@ -338,7 +340,8 @@ def _summarize(changes: ChangeSet, state: Any, reason: str) -> Changes:  # noqa:
 def _why_saved(changes: ChangeSet) -> str:
     names = {(root.root, refusal.name) for root in changes.roots for refusal in root.refused}
     counted = {(root.root, change.name) for root in changes.roots for change in root.changes}
-    some = [f"{len(names & counted)} of them not allowed"] if names & counted else []
+    refused = len(names & counted)
+    some = [f"{refused} of them {'are' if refused > 1 else 'is'} not allowed"] if refused else []
     more = [f"{len(names - counted)} more cannot be copied back"] if names - counted else []
     return ", ".join(some + more)
 

@@ -111,7 +111,7 @@ def prepare(
     _require_hardware(request, availability)
     for flag_name, folder in (("--out", request.out), ("--workdir", request.workdir)):
         if folder is not None and "host-files" not in availability.features.can_enforce:
-            why = f"the backend {backend.name} cannot bring files back"
+            why = f"the backend {backend.name} cannot copy files back"
             raise RefusedError(f"cannot use {flag_name}", why, f"Remove {flag_name}, or use --sandbox-backend vm")
     plan = make_plan(effective_policy.policy, availability.features, cpu_ms=program.cpu_ms)
     draft = replace(
@@ -213,7 +213,7 @@ def _require_hardware(request: RunRequest, availability: Availability) -> None:
     steps = ["remove --require-hardware"] * request.require_hardware
     steps += ["unset X07_VM_REQUIRE_HARDWARE"] * by_variable
     what = "emulation" if availability.features.emulated else "that"
-    fix = f"To accept {what}, {' and '.join(steps)}, or run on a machine with KVM"
+    fix = f"To accept {what}, {' and '.join(steps)}, or run on a host with KVM"
     raise RefusedError("hardware virtualisation is required", availability.proof, fix)
 
 

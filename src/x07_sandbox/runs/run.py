@@ -243,8 +243,16 @@ def _without_command(ending: Verdict, end: JobEnd, prepared: Prepared) -> Verdic
         return replace(ending, reason=f"command {name} not found on this host")
     if "/" in name:
         return replace(ending, reason=f"{name} or its interpreter does not exist in the VM")
-    fix = f"x07 image build --name {image} --include PACKAGE adds the Debian package that has it"
-    return replace(ending, reason=f"command {name} not found in the image {image}; {fix}")
+    from x07_sandbox.plan.packages import flag_for_program
+
+    flag, _, package = flag_for_program(name).partition(" ")
+    add, packages = "To add it" if package != "PACKAGE" else "To add the Debian package that has it", [package]
+    if flag == "--include":
+        packages = [*prepared.image.manifest.include, package]  # the flag replaces the earlier list
+    else:
+        add = "To add a Python package"
+    fix = f"{add}: x07 image build --name {image} {flag} {','.join(packages)}"
+    return replace(ending, reason=f"command {name} not found in the image {image}. {fix}")
 
 
 def _with_denials(draft: Result, prepared: Prepared, spec: PhaseSpec, end: JobEnd) -> Result:

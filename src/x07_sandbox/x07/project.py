@@ -87,7 +87,7 @@ def decode_project(data: bytes, *, source: str) -> Project:
     try:
         project = msgspec.json.decode(data, type=prepared(Project))
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
-        _wrong(source, str(exc))
+        _wrong(source, str(exc).replace("Object missing required field", "there is no key"))
     if not _VERSIONS.fullmatch(project.schema_version):
         _wrong(source, f"its version is {project.schema_version[:80]!r}, not x07.project@0.2.0 to 0.5.0")
     paths = [("lockfile", project.lockfile or None)]

@@ -71,7 +71,7 @@ class QemuBackend:
         assert image is not None or not boot  # noqa: S101 - `uses_image` is set
         verdict = known_verdict() if image is None or not boot else kvm_verdict(image)
         if verdict is None:
-            return Availability(features=vm_features("vm-emulated"), proof="no guest has tried KVM yet", known=False)
+            return Availability(features=vm_features("vm-emulated"), proof="no VM has used KVM yet", known=False)
         kvm, reason = verdict
         self._accelerator = Accelerator(kvm=kvm)
         isolation: Isolation = "vm-hardware" if kvm else "vm-emulated"

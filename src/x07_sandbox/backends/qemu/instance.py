@@ -127,7 +127,7 @@ class QemuInstance(Streams, Jailed):
         try:
             self.groups.limit_memory(ram_bytes + VMM_BYTES)
         except OSError as exc:
-            raise BackendError("cannot limit the machine's memory", exc.strerror or str(exc), "Try again") from exc
+            raise BackendError("cannot limit the VM's memory", exc.strerror or str(exc), "Try again") from exc
         self.record = renewed_record(self.record, claim)
         self.record_owner(runner)
         self.record = renamed_record(self.record)

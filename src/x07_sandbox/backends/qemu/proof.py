@@ -52,7 +52,7 @@ def kvm_verdict(image: OpenImage) -> tuple[bool, str]:
         return known
     record = _record()
     lock = record.parent / ".lock"
-    not_tried = "a guest under KVM could not be tried"  # proves nothing, so it is not stored
+    not_tried = "a VM under KVM could not be tested"  # proves nothing, so it is not stored
     try:
         with file_lock(lock, most_s=settings.BOOTS_MAX * (settings.KVM_PROOF_S + 1)):
             if (known := known_verdict()) is not None:  # stored while we waited
@@ -102,14 +102,14 @@ def prove(image: OpenImage, accelerator: Accelerator, limit_s: float) -> Proof:
             instance.release()
             failure = Handshake(instance, State.WAITING).until(State.GREETED, Deadline.after(limit_s))
             if failure is None:
-                return Proof(works=True, reason=f"x07's agent answered from a guest{under}")
+                return Proof(works=True, reason=f"x07's agent answered from a VM{under}")
             if failure.kind == "late":
-                return Proof(works=False, reason=f"no answer from a guest{under} within {limit_s:.0f} s", late=True)
+                return Proof(works=False, reason=f"no answer from a VM{under} within {limit_s:.0f} s", late=True)
             if failure.exit_status is None:
-                return Proof(works=False, reason=f"a guest{under} failed: {failure.why}")
+                return Proof(works=False, reason=f"a VM{under} failed: {failure.why}")
             if spent := out_of_cpu_time(instance.exit_status()):
-                raise HostError("cannot try a guest", f"the machine {spent}", "Raise that limit")
+                raise HostError("cannot test a VM", f"QEMU {spent}", "Raise that limit")
             if not miscalibrated(failure):
                 said = " ".join(instance.console_tail().split())[-200:] or "no output"
-                return Proof(works=False, reason=f"a guest{under} ended before x07's agent answered: {said}")
-    return Proof(works=False, reason=f"no guest{under} could be booted: {MISCALIBRATED}")
+                return Proof(works=False, reason=f"a VM{under} ended before x07's agent answered: {said.rstrip('.')}")
+    return Proof(works=False, reason=f"no VM{under} could be booted: {MISCALIBRATED}")

@@ -272,4 +272,4 @@ def tsc_khz(arch: Arch) -> int | None:
         if line.startswith("bogomips"):
             return int(float(line.partition(":")[2]) * 500)
     why = "/proc/cpuinfo has no bogomips line"
-    raise HostError("cannot tell the processor's clock", why, "Run on a machine with hardware virtualisation")
+    raise HostError("cannot find the processor's clock rate", why, "Run x07 on a host with hardware virtualisation")

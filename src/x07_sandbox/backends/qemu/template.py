@@ -276,7 +276,7 @@ def _make_alone(
     work = Path(tempfile.mkdtemp(prefix=".new-", dir=folder))
     try:
         work.chmod(0o700)  # the umask may have removed some of these bits
-        progress(Notice(f"saving a VM for {template.title} with this image; later ones start in 0.1 s"))
+        progress(Notice(f"saving a VM for {template.title} with this image; later VMs start in 0.1 s"))
         made = sealed(make_template(template, kind, accelerator, work))
         path = work / MANIFEST
         path.write_bytes(msgspec.json.format(msgspec.json.encode(made)))
@@ -327,7 +327,7 @@ def _booted_and_saved(kind: MachineKind, accelerator: Accelerator, saving: Savin
                 return False
             why = failure.why
             if spent := out_of_cpu_time(instance.exit_status()):
-                raise HostError("cannot save a VM", f"{why}; it {spent}", "Raise that limit")
+                raise HostError("cannot save a VM", f"{why}; QEMU {spent}", "Raise that limit")
             said = " ".join(instance.console_tail().split())[-200:] if failure.kind == "ended" else ""
             error = TemplateTimeoutError if failure.kind == "late" else BackendError
             raise error("cannot save a VM", f"{why}; {said}" if said else why, _FIX)
