@@ -16,6 +16,7 @@ from typing import Annotated, Any, Final, Literal, TypeVar
 
 import msgspec
 
+from x07_sandbox.host.decoding import prepared
 from x07_sandbox.host.paths import state_dir, why_not_ours
 from x07_sandbox.host.processes import Identity
 from x07_sandbox.jobs.active import ENDS, JOB_NAME
@@ -103,9 +104,9 @@ class _UnreadableError(Exception):
         self.why = why
 
 
-_JOB: Final = msgspec.json.Decoder(JobDocument)
-_OWNER: Final = msgspec.json.Decoder(Owner)
-_HEAD: Final = msgspec.json.Decoder(_Head)
+_JOB: Final = msgspec.json.Decoder(prepared(JobDocument))
+_OWNER: Final = msgspec.json.Decoder(prepared(Owner))
+_HEAD: Final = msgspec.json.Decoder(prepared(_Head))
 _DAMAGES: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 

@@ -16,6 +16,7 @@ import msgspec
 
 from x07_sandbox.errors import HostError
 from x07_sandbox.host import close_on_fork
+from x07_sandbox.host.decoding import prepared
 from x07_sandbox.host.memory import memory_file
 from x07_sandbox.host.poll import wait_readable
 from x07_sandbox.jail.uids import lease_uid
@@ -113,7 +114,7 @@ class GateProcess:
             return None
         data = os.pread(self._account_fd, _ACCOUNT_MAX, 0)
         try:
-            return msgspec.json.decode(data, type=NetworkUse)
+            return msgspec.json.decode(data, type=prepared(NetworkUse))
         except msgspec.DecodeError:
             return None
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from x07_sandbox.host.decoding import prepared
 from x07_sandbox.policy.model import SCHEMA_VERSION, Policy
 
 _REF = "#/$defs/"
@@ -32,7 +33,7 @@ class Field:
 @cache
 def policy_schema() -> dict[str, Any]:
     """Return the document's JSON Schema (draft 2020-12), which allows no unknown fields. Do not modify the result."""
-    made = msgspec.json.schema(Policy)
+    made = msgspec.json.schema(prepared(Policy))
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": SCHEMA_VERSION, **made}
 
 
