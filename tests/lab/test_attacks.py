@@ -267,8 +267,9 @@ def test_a_syn_flood_is_limited(stage: Stage) -> None:
         seen = session.do("syn_flood", host="syn.lab.example", port=9, count=5000)
         seconds = time.monotonic() - began
     connected = arrived(seen, "connect", f"{SITE}:9")
+    at_once = 256 * (1 + int(seconds // 10))  # the relay drops a connection that nobody accepts within 10 s
     assert seen.answer["sent"] > 0
-    assert connected == sum(row["count"] for row in session.net("allowed")) <= min(256, opens_at_most(seconds))
+    assert connected == sum(row["count"] for row in session.net("allowed")) <= min(at_once, opens_at_most(seconds))
     assert len(seen.packets) == arrived(seen, "query") + connected
 
 

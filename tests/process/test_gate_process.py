@@ -64,10 +64,15 @@ def guest_of(gate: GateProcess) -> socket.socket:
 
 
 def helpers() -> list[int]:
-    """Return gate and resolver, which are children of our launcher thread."""
-    children = [path.read_text(encoding="ascii").split() for path in Path("/proc/self/task").glob("*/children")]
-    pids = [int(word) for words in children for word in words]
-    return [pid for pid in pids if b"x07_sandbox.network" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    """Return gate and resolver, which are children of our launcher thread, once both are executed."""
+    deadline = time.monotonic() + WAIT_S
+    while True:
+        children = [path.read_text(encoding="ascii").split() for path in Path("/proc/self/task").glob("*/children")]
+        pids = [int(word) for words in children for word in words]
+        found = [pid for pid in pids if b"x07_sandbox.network" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        if len(found) == 2 or time.monotonic() > deadline:
+            return found
+        time.sleep(0.01)  # no event announces it
 
 
 def ask(guest: socket.socket, host: bytes, port: int) -> int:
