@@ -222,7 +222,7 @@ def _host_problem(host: str) -> str:
     if "://" in host:
         return "it is a URL, not a host"
     if "*" in host:
-        return "wildcards are not allowed"
+        return "wildcards are allowed only in net.allow_hosts of a policy"
     if "[" in host or "]" in host:  # those of [2001:db8::1]:80 were removed
         return "its brackets do not match"
     if len(host.encode()) > _HOST_MAX_BYTES or any(char in ";\0" or char.isspace() for char in host):
