@@ -72,7 +72,7 @@ def add_apply(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `x07 apply`."""
     parser.epilog = _APPLY_EPILOG
     add_run_argument(parser)
-    repeated(parser, "--skip", "PATH", "skip changes to PATH (absolute, or relative to a folder of the run)")
+    repeated(parser, "--skip", "PATH", "skip changes to PATH (absolute, or relative to a folder granted to the run)")
     repeated(
         parser,
         "--allow-protected",

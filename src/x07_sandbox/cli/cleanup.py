@@ -42,12 +42,13 @@ examples:
   x07 df --json | jq .prunable_bytes
   x07 prune                             free the space in the column PRUNABLE
 """
-_PRUNE_EPILOG: Final = """x07 prune removes (default: all three):
-  --images  images without a name, with their packages and saved VMs, except the image in X07_VM_GUEST_IMAGE_DIGEST
-  --cache   built programs that were not used for 7 days, and leftovers of killed processes
-  --runs    job records, output, saved changes and undo data of runs that ended more than 7 days ago
-x07 prune removes nothing that a run or build in progress uses, and nothing that belongs to another user. It lists
-damaged items and items of a newer x07 version, but does not remove them.
+_PRUNE_HELP: Final = {
+    "images": "images without a name, with their packages and saved VMs, except the image in X07_VM_GUEST_IMAGE_DIGEST",
+    "cache": "built programs that were not used for 7 days, and leftovers of killed processes",
+    "runs": "job records, output, saved changes and undo data of runs that ended more than 7 days ago",
+}
+_PRUNE_EPILOG: Final = """x07 prune removes nothing that a run or build in progress uses, and nothing that belongs to another user.
+It lists damaged items and items of a newer x07 version, but does not remove them.
 
 examples:
   x07 prune --dry-run
@@ -101,10 +102,14 @@ def _df(options: argparse.Namespace) -> int:
 
 def add_prune(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `x07 prune`."""
+    parser.description = (
+        "Remove images, caches and records that are no longer needed. By default, remove all three kinds."
+    )
     parser.epilog = _PRUNE_EPILOG
     for part in PARTS:
-        doc = f"remove only what --{part} lists below"
-        parser.add_argument(f"--{part}", action="append_const", dest="parts", const=part, help=doc)
+        parser.add_argument(
+            f"--{part}", action="append_const", dest="parts", const=part, help=f"remove only {_PRUNE_HELP[part]}"
+        )
     switch(parser, "--dry-run", "show what would be removed, without removing it")
     add_document_flags(parser)
     parser.set_defaults(carry_out=_prune)

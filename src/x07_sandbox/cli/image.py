@@ -58,7 +58,7 @@ also has another name, x07 removes only the given name. Running programs are not
 
 def add_image(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `x07 image`."""
-    parser.description = "Manage guest images. x07 builds them from the Debian package sources of this host."
+    parser.description = "Manage guest images. x07 builds them from Debian packages, with the APT sources of this host."
     parser.epilog = _EXAMPLES
     inner = parser.add_subparsers(metavar="ACTION", required=True)
     build = inner_verb(inner, "build", "build, update or repair an image")

@@ -82,7 +82,7 @@ def add_policy(parser: argparse.ArgumentParser) -> None:
     policy_new.add_parser(inner)
     policy_init.add_parser(inner)
     check = inner_verb(inner, "check", "report all errors in policies")
-    doc = "policies to check; --host takes only one (default: built-in:default)"
+    doc = "policies to check; with --host, give only one policy (default: built-in:default)"
     check.add_argument("files", nargs="*", metavar="FILE", help=doc)
     option(check, "--host", "HOST:PORT", "show whether the policy allows this connection, and by which rule")
     repeated(check, "--deny-host", "HOST:PORT|HOST:*", "with --host: decide as if x07 run had this flag")

@@ -74,7 +74,7 @@ def epilog(level: str) -> str:
             "docs/reference/x07.md describes the reports and the command x07-os-runner.\n"
         )
     languages = ", ".join(row.name for row in TOOLCHAINS)
-    return f"toolchains: {languages}. A folder needs x07-sandbox.toml.\n{_EXITS}\n{_EXAMPLES}"
+    return f"toolchains: {languages}.\nA project folder contains x07-sandbox.toml.\n{_EXITS}\n{_EXAMPLES}"
 
 
 def _full_epilog() -> str:
@@ -214,13 +214,13 @@ def add_files(parser: argparse.ArgumentParser) -> None:
         choices=("apply", "all-or-nothing", "keep", "discard"),
         default="apply",
         metavar="HOW",
-        help="apply (default), all-or-nothing, keep (for x07 apply) or discard changes",
+        help="changes to files: apply (default), all-or-nothing, keep or discard",
     )
     option(
         group, "--net-log", "FILE", "write the log of connections to FILE, as one JSON object per line", type=file_path
     )
     option(group, "--diff", "FILE", "also write the changes to FILE as a patch", type=file_path)
-    option(group, "--out", "DIR", "after the run, copy what the program wrote to /x07/out into DIR", type=folder_path)
+    option(group, "--out", "DIR", "after the run, copy the contents of /x07/out in the VM to DIR", type=folder_path)
     switch(group, "--allow-hidden", "copy dotfiles too, into the VM and back")
     switch(group, "--allow-symlinks", "copy symbolic links too, into the VM and back")
     doc = "let the program change protected names such as .git or Jenkinsfile"
