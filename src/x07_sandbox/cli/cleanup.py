@@ -47,8 +47,8 @@ _PRUNE_HELP: Final = {
     "cache": "built programs that were not used for 7 days, and leftovers of killed processes",
     "runs": "job records, output, saved changes and undo data of runs that ended more than 7 days ago",
 }
-_PRUNE_EPILOG: Final = """x07 prune removes nothing that a run or build in progress uses, and nothing that belongs to another user.
-It lists damaged items and items of a newer x07 version, but does not remove them.
+_PRUNE_EPILOG: Final = """x07 prune removes nothing that a run or build in progress uses, and
+nothing that belongs to another user. It lists damaged items and items of a newer x07 version, but does not remove them.
 
 examples:
   x07 prune --dry-run
