@@ -54,7 +54,7 @@ DEFINITION: Final[dict[str, Any]] = {
                 "type": "object",
                 "description": (
                     "Additional headers and modules, by file name. Python and shell programs find them in the "
-                    "program's own folder, which is not the working directory. Pass data for c and cpp in stdin."
+                    "program's own folder, which is not the working directory. C and C++ programs get data from stdin."
                 ),
                 "propertyNames": {"pattern": "^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$"},
                 "additionalProperties": {"type": "string"},
@@ -80,7 +80,7 @@ CALL_VALIDATOR: Final = Draft202012Validator(
         "required": ["id", "name", "input"],
     }
 )
-# A module constant: msgspec can crash if several threads are the first to decode a type.
+# Created at import, because msgspec 0.22 can crash if several threads are the first to use a type.
 RESULT_DECODER: Final = msgspec.json.Decoder(Result)
 
 # By result.fault: whether the model should correct the program, change its approach or retry.
@@ -123,8 +123,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def check_call(call: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
     """Return the call's input, with texts as bytes and defaults filled in. Raises CallError."""
-    # Not error.message, which repeats the value and can be long. A path can contain file names from the call, which
-    # json.dumps escapes.
+    # error.message would repeat the value, which can be long. json.dumps escapes the file names in a path.
     errors = [
         f"{json.dumps(error.json_path)[1:-1]} violates {error.validator} {json.dumps(error.validator_value)}"[:300]
         for error in CALL_VALIDATOR.iter_errors(call)

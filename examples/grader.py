@@ -17,7 +17,7 @@ from pathlib import Path
 from x07_sandbox import Pool, SandboxError
 
 POLICY = Path(__file__).parent / "policies" / "grader.json"
-TESTS = ((b"1\n2\n3\n", "6\n"), (b"-5\n10\n", "5\n"))
+TESTS = ((b"1\n2\n3\n", "6\n"), (b"-5\n10\n", "5\n"))  # input, expected output
 
 # Sample submissions: language and source. {n} makes two correct ones differ.
 PYTHON_GOOD = "import sys\nprint(sum(int(line) for line in sys.stdin))  # {n}\n"
