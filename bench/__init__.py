@@ -1,1 +1,1 @@
-"""How quick a run is, against physical floors and other tools, as ratios of one interleaved run."""
+"""Benchmarks of runs, compared with the time that QEMU itself needs and with other tools."""

@@ -1,9 +1,9 @@
-"""Measure what confinement adds to a program's start in a fresh clone, and the audit to system calls.
+"""Measure how much confinement delays a program's start, and how much the audit slows down system calls.
 
     .venv/bin/python -m bench.confinement [--rounds 15]
 
-Starts are from START to the program, by the host's clock, in clones of one template that take turns; the artifact was
-built before. Calls are timed by the program itself; a refused one is recorded by the guest's audit.
+A start is the time from the START message until the program runs, by the host's clock, in a clone, with a cached build.
+The cases are interleaved. The program itself times system calls. The guest's audit records denied ones.
 """
 
 from __future__ import annotations
@@ -33,72 +33,72 @@ static double now(void) {
 }
 int main(void) {
     struct stat info;
-    double begun = now();
+    double started = now();
     for (int i = 0; i < 50000; i++) stat("/usr/bin/true", &info);
-    printf("%.2f ", (now() - begun) / 50000);
-    begun = now();
+    printf("%.2f ", (now() - started) / 50000);
+    started = now();
     for (int i = 0; i < 50000; i++) open("/no/such/file", O_RDONLY);
-    printf("%.2f ", (now() - begun) / 50000);
-    begun = now();
+    printf("%.2f ", (now() - started) / 50000);
+    started = now();
     for (int i = 0; i < 1000; i++) open("/usr/bin/true", O_WRONLY);
-    printf("%.2f\\n", (now() - begun) / 1000);
+    printf("%.2f\\n", (now() - started) / 1000);
     return 0;
 }
 """
 
 
 def policies() -> dict[str, Policy]:
-    """The usual one, and those that forbid more, by what they forbid."""
-    usual = default_policy()
-    process = usual.process
+    """Return the default policy and stricter ones, by what they forbid."""
+    default = default_policy()
+    process = default.process
     return {
-        "nothing": usual,
-        "threads": replace(usual, threads=replace(usual.threads_in_force, enabled=False)),
-        "children": replace(usual, process=replace(process, allow_spawn=False)),
-        "executing": replace(usual, process=replace(process, allow_exec=False)),
-        "what is not on a list": replace(
-            usual, process=replace(process, allow_execs=("/usr/bin/true",), allow_exec_prefixes=())
+        "nothing": default,
+        "threads": replace(default, threads=replace(default.threads_in_force, enabled=False)),
+        "children": replace(default, process=replace(process, allow_spawn=False)),
+        "executing": replace(default, process=replace(process, allow_exec=False)),
+        "programs not on a list": replace(
+            default, process=replace(process, allow_execs=("/usr/bin/true",), allow_exec_prefixes=())
         ),
     }
 
 
 def start_ms(program: tuple[str, str], policy: Policy) -> float:
-    """From START to the program, in a clone."""
+    """Return the time from START until the program runs in a clone."""
     toolchain, source = program
     result = run_program(source=source, toolchain=toolchain, policy=policy, check=True)
     phase = result.phases["run"]
     if phase.start != "clone" or any(control.state == "refused" for control in result.controls):
-        raise SystemExit(f"a timed run was no clone, or something was not enforced: {phase.start}")
+        raise SystemExit(f"a timed run did not use a clone, or a control was refused: start {phase.start}")
     return phase.times_ms["started"] - phase.times_ms["seeded"]
 
 
 def main() -> None:
-    """Print both tables."""
-    parser = argparse.ArgumentParser(description="Measure what confinement and audit cost.")
+    """Measure and print both tables."""
+    parser = argparse.ArgumentParser(description="Measure the cost of confinement and audit.")
     parser.add_argument("--rounds", type=int, default=15)
     rounds = parser.parse_args().rounds
     cases = [(name, forbidden) for name in PROGRAMS for forbidden in policies()]
-    taken: dict[tuple[str, str], list[float]] = {case: [] for case in cases}
+    times: dict[tuple[str, str], list[float]] = {case: [] for case in cases}
     for number in range(rounds + 1):
         for name, forbidden in random.sample(cases, len(cases)):
             milliseconds = start_ms(PROGRAMS[name], policies()[forbidden])
-            if number:  # the first round builds, and saves the template
-                taken[name, forbidden].append(milliseconds)
-    print(f"START to the program, medians of {rounds}")
+            if number:  # round 0 builds the program and saves the template
+                times[name, forbidden].append(milliseconds)
+    print(f"START until the program runs, medians of {rounds} rounds")
     for name, forbidden in cases:
-        median = statistics.median(taken[name, forbidden])
-        more = median - statistics.median(taken[name, "nothing"])
+        median = statistics.median(times[name, forbidden])
+        more = median - statistics.median(times[name, "nothing"])
         print(f"  {name}, forbidden: {forbidden}: {median:.0f} ms ({more:+.0f})")
     with tempfile.TemporaryDirectory(prefix="x07-bench-") as folder:
         source = Path(folder) / "calls.c"
         source.write_text(CALLS)
-        told = [run_program(source, check=True).stdout.text or "" for _ in range(5)]
+        outputs = [run_program(source, check=True).stdout.text or "" for _ in range(5)]
     stat, missing, refused = (
-        statistics.median(column) for column in zip(*(map(float, line.split()) for line in told), strict=True)
+        statistics.median(column) for column in zip(*(map(float, line.split()) for line in outputs), strict=True)
     )
-    print("microseconds a call, medians of 5")
+    print("microseconds per call, medians of 5")
     print(
-        f"  stat {stat:.1f}, an open that ends with ENOENT {missing:.1f}, a refused open that is recorded {refused:.1f}"
+        f"  stat {stat:.1f}, open that fails with ENOENT {missing:.1f}, open that is denied and recorded {refused:.1f}"
     )
 
 

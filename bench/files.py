@@ -1,9 +1,9 @@
-"""Measure files that go in and changes that come out, against GNU tar in the guest through the same channel.
+"""Compare copying files in and changes out with GNU tar, which runs in the guest and uses the same channel.
 
     .venv/bin/python -m bench.files [--rounds 7]
 
-Both run the same program over the same files, which changes each of them, and end with the changed files on the host.
-Ours is checked, journalled and applied; tar's input and output are streams. They take turns; medians, whole commands.
+Both run the same program, which changes each file, and end with the changed files on the host. x07 checks, journals
+and applies the changes; tar only copies. The cases are interleaved. The figures are medians of whole commands.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ CHANGE: Final = 'for file in *; do echo x >>"$file"; done'
 
 
 def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description="Measure files in and changes out against tar.")
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(description="Compare copying files in and changes out with tar.")
     parser.add_argument("--rounds", type=int, default=7)
     rounds = parser.parse_args().rounds
     with tempfile.TemporaryDirectory(prefix="x07-bench-") as name:
@@ -45,23 +45,23 @@ def main() -> None:
 
 
 def measure(work: Path, policy: Path, what: str, contents: list[bytes], rounds: int) -> None:
-    """One tree."""
-    taken: dict[str, list[float]] = {"no files": [], "ours": [], "tar": []}
+    """Measure one tree and print its figures."""
+    times: dict[str, list[float]] = {"no files": [], "ours": [], "tar": []}
     for _ in range(rounds):
-        taken["no files"].append(_timed([X07, "run", "--policy", policy, "--toolchain", "shell", "-c", ":"], work))
+        times["no files"].append(_timed([X07, "run", "--policy", policy, "--toolchain", "shell", "-c", ":"], work))
         tree = _tree(work / "ours", contents)
-        taken["ours"].append(_ours(tree, policy))
+        times["ours"].append(_ours(tree, policy))
         _check(tree, contents)
         tree = _tree(work / "theirs", contents)
         out = work / "out"
         out.mkdir()
-        taken["tar"].append(_tar(tree, out, policy))
+        times["tar"].append(_tar(tree, out, policy))
         _check(out, contents)
         for folder in (tree, out, work / "ours"):
             shutil.rmtree(folder)
-    base, ours, tar = (statistics.median(taken[name]) for name in ("no files", "ours", "tar"))
+    base, ours, tar = (statistics.median(times[name]) for name in ("no files", "ours", "tar"))
     print(f"{what}: no files {base:.2f} s, ours {ours:.2f} s, tar {tar:.2f} s")
-    print(f"  whole commands {ours / tar:.2f}, without what a run costs anyway {(ours - base) / (tar - base):.2f}")
+    print(f"  ours / tar: {ours / tar:.2f}; minus a run without files: {(ours - base) / (tar - base):.2f}")
 
 
 def _tree(folder: Path, contents: list[bytes]) -> Path:
@@ -101,28 +101,28 @@ def _tar(tree: Path, out: Path, policy: Path) -> float:
         "-c",
         text,
     ]
-    begun = time.monotonic()
+    started = time.monotonic()
     packing = subprocess.Popen(["tar", "-cf", "-", "-C", tree, "."], stdout=subprocess.PIPE)
     running = subprocess.Popen(run, stdin=packing.stdout, stdout=subprocess.PIPE)
     subprocess.run(["tar", "-xf", "-", "-C", out], stdin=running.stdout, check=True)
     if packing.wait() or running.wait():
-        raise SystemExit("a timed run of tar did not end well")
-    return time.monotonic() - begun
+        raise SystemExit("a timed run of tar failed")
+    return time.monotonic() - started
 
 
 def _timed(argv: list[str | Path], cwd: Path) -> float:
-    begun = time.monotonic()
+    started = time.monotonic()
     done = subprocess.run(argv, cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, check=False)
-    seconds = time.monotonic() - begun
+    seconds = time.monotonic() - started
     if done.returncode:
-        raise SystemExit(f"a timed run did not end well: {json.dumps(done.stderr.decode())}")
+        raise SystemExit(f"a timed run failed: {json.dumps(done.stderr.decode())}")
     return seconds
 
 
 def _check(folder: Path, contents: list[bytes]) -> None:
     for number, data in enumerate(contents):
         if (folder / f"{number:04}.dat").read_bytes() != data + b"x\n":
-            raise SystemExit(f"a timed run did not change what it should have: {number}")
+            raise SystemExit(f"a timed run did not change file {number} as expected")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
-"""Compare the egress gate with QEMU's user networking and passt, and measure what the feature costs.
+"""Compare the egress gate with QEMU's user networking (slirp) and passt, and measure the cost of hosts for a run.
 
     .venv/bin/python -m bench.network [--rounds 5] [--pairs 10] [--json FILE]
 
-The cases take turns, round after round: the same program measures, on the same QEMU, kernel and root file system,
-against the same servers, those of the laboratory of the tests. Needs root, passt, and the network for apt, which
-brings the kernel package: an image's initramfs has no driver for a network card.
+Each round runs every case once. All cases have the same measuring program, QEMU, kernel and root file system, and the
+servers of the tests' laboratory. Needs root, passt, and network access for apt, which downloads the kernel package with
+the driver of the network card.
 
-What differs: ours runs as `x07 run` runs a program (a cloned machine, jailed, under the program's filters and limits);
-the others are the same machine, booted, without the jail, and with a virtio-net card. slirp has its own MTU of 1500,
-passt the 65520 that it offers.
+The case "ours" is a normal `x07 run`: a cloned VM in the jail, with the program's filters and limits. For slirp and
+passt, the same VM is booted without the jail and with a virtio-net card. The MTU is 1500 for slirp and 65520 for passt.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ from bench.ours import X07
 from tests.lab.laboratory import DNS_ADDRESS, GATE_ADDRESS, ROUTER, Laboratory
 from x07_sandbox.backends.qemu import machine as machines
 from x07_sandbox.backends.qemu.start import tsc_khz
-from x07_sandbox.guest.system import children_of  # of all threads of a process
+from x07_sandbox.guest.system import children_of  # includes the children of all threads
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.images import cpio, kernel
 from x07_sandbox.images.build import build_image
@@ -57,40 +56,40 @@ NAME: Final = "raw.lab.example"
 PORTS: Final = (network_guest.ECHO, network_guest.DISCARD, network_guest.CHARGEN, network_guest.HTTP)
 DRIVER: Final = "virtio_net"
 OURS, SLIRP, PASST = "ours", "slirp", "passt"
-# Address, bits of the netmask, router, resolver, MTU.
+# Address, prefix length, router, resolver, MTU.
 CARDS: Final = {SLIRP: "10.0.2.15,24,10.0.2.2,10.0.2.3,1500", PASST: f"{GATE_ADDRESS},24,{ROUTER},{DNS_ADDRESS},65520"}
 CASE_S: Final = 300.0
-BOOTS: Final = 3  # of a machine whose timer is measured wrong
+BOOTS: Final = 3  # boot attempts, because the guest can miscalibrate its timer
 SAMPLE_S: Final = 0.05
 PAGE: Final = 4096
 MB: Final = 1e6
 ROWS: Final = (
     ("up", "one flow up, MiB/s"),
     ("down", "one flow down, MiB/s"),
-    ("look_up_ms", "look-up of a name, ms"),
+    ("look_up_ms", "name lookup, ms"),
     ("connect_ms", "connect, ms"),
     ("connect_p90_ms", "connect, ms, p90"),
-    ("echo_ms", "connect and echo of a byte, ms"),
+    ("echo_ms", "connect and echo of byte 0x01, ms"),
     ("echo_text_ms", "connect and echo of a letter, ms"),
     ("many", f"{network_guest.FLOWS} downloads, MiB/s"),
     ("complete", f"{network_guest.FLOWS} downloads, complete"),
     ("last_s", f"{network_guest.FLOWS} downloads, seconds"),
-    ("fairness", "bytes of slowest / fastest"),
+    ("fairness", "bytes of the slowest / fastest"),
 )
-# Ours divided by another's: the least that is acceptable, and the goal.
+# Ours divided by the other case: limit (the lowest accepted value) and goal.
 RATIOS: Final = (("up", 1.0, 2.0), ("down", 0.6, 1.0), ("many", None, None))
-CONNECT_MS: Final = 10.0  # most above another's
-MEMORY_MB: Final = (45, 30)  # of gate and resolver: bar, goal
+CONNECT_MS: Final = 10.0  # limit of the difference
+MEMORY_MB: Final = (45, 30)  # of gate and resolver: limit, goal
 
 Figures = dict[str, Any]
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print and write the figures."""
     parser = argparse.ArgumentParser(prog="bench.network", description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--pairs", type=int, default=10, help="of runs of a quiet program, without and with hosts")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    parser.add_argument("--pairs", type=int, default=10, help="pairs of empty runs, without and with hosts")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
     options = parser.parse_args()
     if reason := Laboratory.why_not():
         raise SystemExit(reason)
@@ -105,8 +104,8 @@ def main() -> None:
         card = Card(lab, image, work)
         cases: dict[str, Callable[[], Figures]] = {OURS: ours.figures}
         cases |= {name: partial(card.figures, name) for name in CARDS}
-        for hosts in (False, True):  # the first builds the program, and both save their machines
-            ours.quiet_s(hosts=hosts)
+        for hosts in (False, True):  # the first run of each kind saves its template
+            ours.empty_run_s(hosts=hosts)
         found: dict[str, list[Figures]] = {name: [] for name in cases}
         for turn in range(options.rounds):
             for name, case in cases.items():
@@ -116,7 +115,7 @@ def main() -> None:
         pairs = []
         for turn in range(options.pairs):
             sys.stderr.write(f"\rpair {turn + 1} of {options.pairs}           ")
-            pairs.append((ours.quiet_s(hosts=False), ours.quiet_s(hosts=True)))
+            pairs.append((ours.empty_run_s(hosts=False), ours.empty_run_s(hosts=True)))
         sys.stderr.write("\n")
     show(found, pairs)
     if options.json is not None:
@@ -131,8 +130,8 @@ class Ours:
         self.image = image
         self.policy = work / "policy.json"
         self.report = work / "report.json"
-        self.quiet = work / "quiet.py"
-        self.quiet.write_text("pass\n")
+        self.empty = work / "empty.py"
+        self.empty.write_text("pass\n")
         document = msgspec.to_builtins(default_policy())
         document["limits"]["wall_ms"] = document["limits"]["cpu_ms"] = 600_000
         self.policy.write_bytes(render_policy(document))
@@ -144,23 +143,23 @@ class Ours:
         return [*argv, str(program)]
 
     def _check(self, *, hosts: bool) -> None:
-        """Raise SystemExit where the run was not what it has to be."""
+        """Raise SystemExit if the run was not as expected."""
         result = json.loads(self.report.read_bytes())
         phase = result["phases"]["run"]
         wrong = result["outcome"] != "ok" or phase["start"] != "clone" or (result["net"] is not None) != hosts
-        if wrong or result["isolation"] != "vm-emulated":  # the machines with cards know no other
-            raise SystemExit(f"not a run to measure: {result['reason']}, {phase['start']}, {result['isolation']}")
+        if wrong or result["isolation"] != "vm-emulated":  # the other cases are emulated
+            raise SystemExit(f"unexpected run: {result['reason']}, {phase['start']}, {result['isolation']}")
 
-    def quiet_s(self, *, hosts: bool) -> float:
-        """Seconds for a program that does nothing."""
-        begun = time.monotonic()
-        subprocess.run(self._argv(self.quiet, hosts=hosts), check=True, stdin=subprocess.DEVNULL)
-        seconds = time.monotonic() - begun
+    def empty_run_s(self, *, hosts: bool) -> float:
+        """Return the seconds for a program that does nothing."""
+        started = time.monotonic()
+        subprocess.run(self._argv(self.empty, hosts=hosts), check=True, stdin=subprocess.DEVNULL)
+        seconds = time.monotonic() - started
         self._check(hosts=hosts)
         return seconds
 
     def figures(self) -> Figures:
-        """What the program measures, and the memory of gate and resolver."""
+        """Return the figures of the program, and the memory of gate and resolver."""
         argv = [*self._argv(network_guest.__file__, hosts=True), "--", NAME]
         with subprocess.Popen(argv, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
             assert process.stdout is not None
@@ -177,14 +176,14 @@ class Ours:
             raise SystemExit("ours: the program printed no figures")
         for name, rows in samples.items():
             if not rows:
-                raise SystemExit(f"ours: gate and resolver were not found at {name}")
+                raise SystemExit(f"ours: gate and resolver were not found in stage {name}")
             for which, column in zip(("rss", "pss"), zip(*rows, strict=True), strict=True):
                 found[f"{name}_{which}_mb"] = max(column)
         return found
 
 
 class Lines:
-    """What a measuring program prints, and at which stage it is."""
+    """The output of the measuring program, and its current stage."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -192,13 +191,13 @@ class Lines:
         self.tail = b""
 
     def until_end(self) -> Iterator[Figures | None]:
-        """Figures once they have come; None every SAMPLE_S. Raises SystemExit where it takes too long."""
+        """Yield the figures when they arrive, and None every SAMPLE_S. Raises SystemExit after CASE_S."""
         deadline = time.monotonic() + CASE_S
         with selectors.DefaultSelector() as selector:
             selector.register(self.fd, selectors.EVENT_READ)
             while True:
                 if time.monotonic() > deadline:
-                    raise SystemExit(f"a case takes too long at {self.stage!r}: {self.tail[-2000:].decode()}")
+                    raise SystemExit(f"timeout in stage {self.stage!r}: {self.tail[-2000:].decode()}")
                 if not selector.select(SAMPLE_S):
                     yield None
                     continue
@@ -224,7 +223,7 @@ class Lines:
 
 
 def _memory_mb(runner: int) -> tuple[float, float] | None:
-    """RSS and PSS of a run's gate and resolver together; None while they are not both there."""
+    """Return the RSS and PSS of a run's gate and resolver together, or None unless both are running."""
     rss, pss, count = 0, 0, 0
     pending = [runner]
     try:
@@ -245,7 +244,7 @@ def _kib(text: str) -> int:
 
 
 class Card:
-    """The same machine with a network card, its agent replaced by the measuring program."""
+    """The same VM with a network card, and with the measuring program instead of the agent."""
 
     def __init__(self, lab: Laboratory, image: Image, work: Path) -> None:
         self.lab = lab
@@ -254,7 +253,7 @@ class Card:
         program = io.BytesIO()
         with zipfile.ZipFile(program, "w") as archive:
             archive.write(network_guest.__file__, "__main__.py")
-        entries = [cpio.file("agent.zip", program.getvalue(), 0o400)]  # in place of the one that came before
+        entries = [cpio.file("agent.zip", program.getvalue(), 0o400)]  # replaces the agent in the image's initrd
         for number, (name, data) in enumerate(card_modules(image.manifest.kernel_release, work)):
             entries.append(cpio.file(f"modules/net/card-{number}-{name}.ko", data))
         first = (image.folder / image.manifest.parts.initrd.file).read_bytes()
@@ -263,15 +262,15 @@ class Card:
         self.initrd.write_bytes(both + bytes((tail - len(both)) % PAGE))
 
     def figures(self, name: str) -> Figures:
-        """What the program measures in a machine whose card is that of *name*."""
+        """Return the figures of the program in a VM with the network card of *name*."""
         for _ in range(BOOTS):
             with contextlib.ExitStack() as stack:
-                if (found := self._try(name, stack)) is not None:
+                if (found := self._boot(name, stack)) is not None:
                     return found
-        raise SystemExit(f"{name}: the machine never booted well")
+        raise SystemExit(f"{name}: the VM printed no figures in {BOOTS} boots")
 
-    def _try(self, name: str, stack: contextlib.ExitStack) -> Figures | None:
-        """Boot one; None where it ended without figures."""
+    def _boot(self, name: str, stack: contextlib.ExitStack) -> Figures | None:
+        """Boot a VM; return None if it ended without figures."""
         ends = {end: _pair(stack) for end in ("channel", "net", "qmp", "console")}
         with tempfile.TemporaryFile(dir="/var/tmp") as scratch:
             scratch.truncate(self.image.manifest.scratch_disk.bytes)
@@ -294,7 +293,7 @@ class Card:
         return found
 
     def _argv(self, scratch_fd: int, ends: dict[str, int], setting: str) -> list[str]:
-        """The machine's own command line, outside the jail."""
+        """Return QEMU's command line for use outside the jail."""
         arch, parts = host_arch(), self.image.manifest.parts
         machine = machines.Machine(
             arch=arch,
@@ -335,15 +334,13 @@ def _pair(stack: contextlib.ExitStack) -> tuple[socket.socket, socket.socket]:
 
 
 def card_modules(release: str, work: Path) -> list[tuple[str, bytes]]:
-    """The driver of the card and what it needs, in the order of loading, from the kernel package of the image."""
+    """Return the card's driver and its dependencies from the image's kernel package, in load order."""
     folder = work / "kernel"
     folder.mkdir(mode=0o755)
     package = f"linux-image-{release}"
     done = subprocess.run(["apt-get", "download", package], cwd=folder, check=False, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(
-            f"cannot get {package}: {done.stderr.strip()}\nRun x07 image build with a current package list"
-        )
+        raise SystemExit(f"cannot download {package}: {done.stderr.strip()}\nRun apt-get update, then x07 image build")
     (deb,) = folder.glob("*.deb")
     tree = folder / "tree.tar"
     with tree.open("wb") as file:
@@ -367,7 +364,7 @@ def card_modules(release: str, work: Path) -> list[tuple[str, bytes]]:
 
 
 def show(found: dict[str, list[Figures]], pairs: list[tuple[float, float]]) -> None:
-    """The table, the ratios, and the bars."""
+    """Print the table, the ratios, the limits and the goals."""
     medians = {
         case: {key: statistics.median(row[key] for row in rows) for key in rows[0] if key != "errors"}
         for case, rows in found.items()
@@ -385,26 +382,26 @@ def show(found: dict[str, list[Figures]], pairs: list[tuple[float, float]]) -> N
     for case, rows in found.items():
         if errors := sorted({error for row in rows for error in row["errors"]}):
             print(f"errors, {case}: {', '.join(errors)}")
-    mine = medians[OURS]
+    ours = medians[OURS]
     for other in (SLIRP, PASST):
         theirs = medians[other]
-        for key, bar, goal in RATIOS:
-            bars = "" if bar is None else f"   bar {bar}, goal {goal}"
-            print(f"{key + ', ours / ' + other:36} {mine[key] / theirs[key]:6.2f}{bars}")
+        for key, limit, goal in RATIOS:
+            suffix = "" if limit is None else f"   limit {limit}, goal {goal}"
+            print(f"{key + ', ours / ' + other:36} {ours[key] / theirs[key]:6.2f}{suffix}")
         for key in ("connect_ms", "echo_ms", "echo_text_ms"):
-            above = mine[key] - theirs[key]
-            bars = f"   bar {CONNECT_MS:.0f}" if key == "connect_ms" else ""
-            print(f"{key + ', ours above ' + other:36} {above:6.1f} ms{bars}")
+            difference = ours[key] - theirs[key]
+            suffix = f"   limit {CONNECT_MS:.0f}" if key == "connect_ms" else ""
+            print(f"{key + ', ours minus ' + other:36} {difference:6.1f} ms{suffix}")
     for when in ("rest", "many"):
-        rss, pss = mine[f"{when}_rss_mb"], mine[f"{when}_pss_mb"]
+        rss, pss = ours[f"{when}_rss_mb"], ours[f"{when}_pss_mb"]
         print(
-            f"gate and resolver, {when}: RSS {rss:.1f} MB, PSS {pss:.1f} MB   bar {MEMORY_MB[0]}, goal {MEMORY_MB[1]}"
+            f"gate and resolver, {when}: RSS {rss:.1f} MB, PSS {pss:.1f} MB   limit {MEMORY_MB[0]}, goal {MEMORY_MB[1]}"
         )
     if pairs:
-        without, within = (statistics.median(column) * 1000 for column in zip(*pairs, strict=True))
+        without, with_hosts = (statistics.median(column) * 1000 for column in zip(*pairs, strict=True))
         more = statistics.median((after - before) * 1000 for before, after in pairs)
         print(
-            f"x07 run of a quiet program: {without:.0f} ms, with hosts {within:.0f} ms, median of pairs {more:+.0f} ms"
+            f"x07 run of an empty program: {without:.0f} ms, with hosts {with_hosts:.0f} ms, difference {more:+.0f} ms"
         )
 
 

@@ -1,9 +1,9 @@
-"""The program that measures a network from inside a guest; as process 1 of a machine it brings the card up first.
+"""Measure the network from inside a guest. As process 1 of a VM, configure the network card first.
 
     network_guest.py HOST
 
-Standard library only. It prints `stage NAME` lines while it works and one line of JSON at its end. `bench.network` runs
-the same file with `x07 run` and, in place of the agent, in machines that have a network card.
+Prints `stage NAME` lines while it works, and one line of JSON at the end. Uses only the standard library.
+`bench.network` runs this file with `x07 run`, and instead of the agent in VMs that have a network card.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import time
 from pathlib import Path
 from typing import Final
 
-PREFIX: Final = "x07-bench: "  # before the JSON, since a console carries other lines too
-CARD: Final = "bench.card="  # on the kernel's command line: address, bits of the netmask, router, resolver, MTU
+PREFIX: Final = "x07-bench: "  # marks the JSON line, because the console also prints kernel messages
+CARD: Final = "bench.card="  # on the kernel's command line: address, prefix length, router, resolver, MTU
 ECHO, DISCARD, CHARGEN, HTTP = 7, 9, 19, 8000
 REST_S: Final = 1.5
 WARM_UP_S: Final = 1.0
@@ -41,16 +41,16 @@ _NOBODY: Final = 65534
 
 
 def measure(name: str) -> dict[str, object]:
-    """Measure the network to the servers of the laboratory."""
+    """Measure the network to the laboratory's servers."""
     stage("rest")
     time.sleep(REST_S)
     stage("connect")
-    look_ups = [look_up_ms(name) for _ in range(LOOK_UPS)]
+    lookups = [lookup_ms(name) for _ in range(LOOK_UPS)]
     address = socket.getaddrinfo(name, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0]
     connects, echoes = zip(*(connect_ms(str(address), b"\1") for _ in range(CONNECTS)), strict=True)
     _, texts = zip(*(connect_ms(str(address), b"x") for _ in range(CONNECTS)), strict=True)
     found: dict[str, object] = {
-        "look_up_ms": statistics.median(look_ups),
+        "look_up_ms": statistics.median(lookups),
         "connect_ms": statistics.median(connects),
         "connect_p90_ms": statistics.quantiles(connects, n=10)[-1],
         "echo_ms": statistics.median(echoes),
@@ -68,57 +68,57 @@ def measure(name: str) -> dict[str, object]:
 
 
 def stage(name: str) -> None:
-    """Tell the host what comes next."""
+    """Tell the host which stage begins."""
     print(f"stage {name}", flush=True)
 
 
-def look_up_ms(name: str) -> float:
-    """Milliseconds to resolve a name."""
-    begun = time.monotonic()
+def lookup_ms(name: str) -> float:
+    """Return the milliseconds for resolving a name."""
+    started = time.monotonic()
     socket.getaddrinfo(name, None, socket.AF_INET, socket.SOCK_STREAM)
-    return (time.monotonic() - begun) * 1000
+    return (time.monotonic() - started) * 1000
 
 
 def connect_ms(address: str, byte: bytes) -> tuple[float, float]:
-    """Milliseconds until connect() returns, and until *byte* has come back. A letter could begin a request of HTTP."""
+    """Return the ms until connect() returns and until *byte* is echoed. A letter could start an HTTP request."""
     with socket.socket() as sock:
-        begun = time.monotonic()
+        started = time.monotonic()
         sock.connect((address, ECHO))
         connected = time.monotonic()
         sock.send(byte)
         sock.recv(1)
-        return (connected - begun) * 1000, (time.monotonic() - begun) * 1000
+        return (connected - started) * 1000, (time.monotonic() - started) * 1000
 
 
 def upload(address: str, seconds: float) -> float:
-    """MiB/s of one flow to the far end, which has read everything when it closes the connection."""
+    """Return the MiB/s of one upload. The server closes the connection after it has read everything."""
     count = 0
     with socket.create_connection((address, DISCARD)) as sock:
-        begun = time.monotonic()
-        while time.monotonic() < begun + seconds:
+        started = time.monotonic()
+        while time.monotonic() < started + seconds:
             count += sock.send(BLOCK)
         sock.shutdown(socket.SHUT_WR)
         while sock.recv(4096):
             pass
-        return count / MIB / (time.monotonic() - begun)
+        return count / MIB / (time.monotonic() - started)
 
 
 def download(address: str, seconds: float) -> float:
-    """MiB/s of one flow from the far end, without its first second."""
+    """Return the MiB/s of one download, after its first second."""
     buffer, count = bytearray(256 * 1024), 0
     with socket.create_connection((address, CHARGEN)) as sock:
         warm = time.monotonic() + WARM_UP_S
         while time.monotonic() < warm:
             sock.recv_into(buffer)
-        begun = now = time.monotonic()
-        while now < begun + seconds:
+        started = now = time.monotonic()
+        while now < started + seconds:
             count += sock.recv_into(buffer)
             now = time.monotonic()
-        return count / MIB / (now - begun)
+        return count / MIB / (now - started)
 
 
 class Downloads:
-    """Many downloads of one size at the same time, by one thread."""
+    """Many downloads of the same size at once, in one thread."""
 
     def __init__(self, name: str, address: str) -> None:
         self.request = f"GET /bytes/{FLOW_BYTES} HTTP/1.1\r\nHost: {name}:{HTTP}\r\nConnection: close\r\n\r\n".encode()
@@ -131,14 +131,14 @@ class Downloads:
         self.buffer = bytearray(256 * 1024)
 
     def run(self) -> dict[str, object]:
-        """Start all, wait for all; how many were complete, how fast, how fair."""
-        self.begun = time.monotonic()
+        """Start all downloads and wait for them. Return the number of complete ones, speed and fairness."""
+        self.started = time.monotonic()
         for _ in range(FLOWS):
             sock = socket.socket(type=socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
             sock.connect_ex((self.address, HTTP))
             self.got[sock] = 0
             self.selector.register(sock, selectors.EVENT_WRITE)
-        while self.selector.get_map() and time.monotonic() < self.begun + MANY_S:
+        while self.selector.get_map() and time.monotonic() < self.started + MANY_S:
             for key, mask in self.selector.select(1.0):
                 assert isinstance(key.fileobj, socket.socket)
                 try:
@@ -146,7 +146,7 @@ class Downloads:
                 except OSError as exc:
                     self.errors.append(str(exc))
                     self.end(key.fileobj)
-        seconds = [ended - self.begun for ended in self.ended.values()]
+        seconds = [ended - self.started for ended in self.ended.values()]
         complete = sum(count >= FLOW_BYTES for count in self.got.values())
         return {
             "complete": complete,
@@ -154,12 +154,12 @@ class Downloads:
             "many": sum(self.got.values()) / MIB / max(seconds, default=MANY_S),
             "first_s": min(seconds, default=0.0),
             "last_s": max(seconds, default=MANY_S),
-            # Bytes of the slowest by those of the fastest, when the fastest was complete.
+            # Bytes of the slowest divided by those of the fastest, at the time when the fastest was complete.
             "fairness": min(self.at_first_end, default=0) / max(self.at_first_end, default=1),
         }
 
     def serve(self, sock: socket.socket, mask: int) -> None:
-        """Go on with one. Raises OSError."""
+        """Continue one download. Raises OSError."""
         if mask & selectors.EVENT_WRITE:
             if number := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
                 raise OSError(number, os.strerror(number))
@@ -167,14 +167,14 @@ class Downloads:
             self.selector.modify(sock, selectors.EVENT_READ)
         elif count := sock.recv_into(self.buffer):
             self.got[sock] += count
-            if self.got[sock] >= FLOW_BYTES:  # and the head, which is small
+            if self.got[sock] >= FLOW_BYTES:  # the count includes the small HTTP header
                 self.end(sock)
         else:
             self.errors.append("ended early")
             self.end(sock)
 
     def end(self, sock: socket.socket) -> None:
-        """Close one."""
+        """Close the connection of one download."""
         self.selector.unregister(sock)
         sock.close()
         if self.got[sock] >= FLOW_BYTES:
@@ -183,13 +183,13 @@ class Downloads:
                 self.at_first_end = list(self.got.values())
 
 
-# a machine with a network card
+# ------------------------------------------------------------------------------------------ in a VM with a network card
 
 
 def bring_up_card(words: str) -> None:
-    """Load the modules, and give the card its address, route and resolver."""
+    """Load the modules, and configure address, route and resolver."""
     libc = ctypes.CDLL(None, use_errno=True)
-    for path in sorted(Path(MODULES).iterdir()):  # names begin with the place in the order of loading
+    for path in sorted(Path(MODULES).iterdir()):  # names begin with their position in the load order
         if path.name.startswith("card-"):
             with path.open("rb") as file:
                 if libc.syscall(_FINIT_MODULE[os.uname().machine], file.fileno(), b"", 0):
@@ -198,19 +198,19 @@ def bring_up_card(words: str) -> None:
     deadline = time.monotonic() + 10
     while not (cards := [name for _, name in socket.if_nameindex() if name != "lo"]):
         if time.monotonic() > deadline:
-            raise OSError("there is no card")
+            raise OSError("there is no network card")
         time.sleep(0.01)
     name = cards[0].encode()
     mask = (0xFFFFFFFF << (32 - int(bits)) & 0xFFFFFFFF).to_bytes(4)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         _request(sock, 0x8914, b"lo", struct.pack("H", 0x41))  # netdevice(7): SIOCSIFFLAGS, up and running
-        _request(sock, 0x8916, name, _end(socket.inet_aton(address)))  # SIOCSIFADDR
-        _request(sock, 0x891C, name, _end(mask))  # SIOCSIFNETMASK
+        _request(sock, 0x8916, name, _sockaddr(socket.inet_aton(address)))  # SIOCSIFADDR
+        _request(sock, 0x891C, name, _sockaddr(mask))  # SIOCSIFNETMASK
         _request(sock, 0x8922, name, struct.pack("i", int(mtu)))  # SIOCSIFMTU
         _request(sock, 0x8914, name, struct.pack("H", 0x41))
         # linux/route.h: rtentry, RTF_UP and RTF_GATEWAY; SIOCADDRT
-        nowhere = _end(bytes(4))
-        route = struct.pack("@L16s16s16sHhLPhPLLH", 0, nowhere, _end(socket.inet_aton(router)), nowhere, 3, 0, *[0] * 7)
+        zero = _sockaddr(bytes(4))
+        route = struct.pack("@L16s16s16sHhLPhPLLH", 0, zero, _sockaddr(socket.inet_aton(router)), zero, 3, 0, *[0] * 7)
         fcntl.ioctl(sock, 0x890B, route)
     Path("/run/resolv.conf").write_text(f"nameserver {resolver}\n", encoding="ascii")
     if libc.mount(b"/run/resolv.conf", b"/etc/resolv.conf", None, 4096, None):  # MS_BIND
@@ -218,16 +218,16 @@ def bring_up_card(words: str) -> None:
 
 
 def _request(sock: socket.socket, number: int, name: bytes, data: bytes) -> None:
-    """netdevice(7): one setting of a card. Raises OSError."""
+    """Change one setting of a network card, see netdevice(7). Raises OSError."""
     fcntl.ioctl(sock, number, struct.pack("16s24s", name, data))
 
 
-def _end(address: bytes) -> bytes:
+def _sockaddr(address: bytes) -> bytes:
     return struct.pack("=HH4s8x", socket.AF_INET, 0, address)
 
 
-def be_the_agent() -> None:
-    """Measure in a child that is no root, as a program is, and power off."""
+def run_as_init() -> None:
+    """Measure in an unprivileged child, as a program would run, and power off."""
     try:
         words = Path("/proc/cmdline").read_text(encoding="ascii").split()
         setting = next(word.removeprefix(CARD) for word in words if word.startswith(CARD))
@@ -240,12 +240,12 @@ def be_the_agent() -> None:
             os._exit(0)
         os.waitpid(pid, 0)
     finally:
-        time.sleep(0.2)  # until the console has everything
+        time.sleep(0.2)  # until the console has printed everything
         ctypes.CDLL(None).reboot(_POWER_OFF)
 
 
 if __name__ == "__main__":
     if os.getpid() == 1:
-        be_the_agent()
+        run_as_init()
     else:
         print(PREFIX + json.dumps(measure(sys.argv[1])), flush=True)

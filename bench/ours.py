@@ -1,4 +1,4 @@
-"""Timing `x07 run` and the floors below it, each time with a check that no promise was skipped."""
+"""Time `x07 run`, library calls and raw clones, and check that each timed run kept every promise."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ X07 = Path(sys.executable).with_name("x07")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
-    """`x07 run` of a program with flags. start, built: as `check` has them."""
+    """`x07 run` with a program and flags. start, built: see `check`."""
 
     program: Path
     flags: tuple[str, ...]
@@ -55,30 +55,29 @@ class Command:
     built: str
 
     def seconds(self) -> float:
-        """One run, from the command's start to its end. Raises SystemExit if it was not what it claims to be."""
+        """Time one whole command. Raises SystemExit if the run was not as expected."""
         nonce = os.urandom(8).hex()
         argv = [str(X07), "run", *self.flags, "--json=full", str(self.program)]
-        begun = time.monotonic()
+        started = time.monotonic()
         done = subprocess.run(argv, input=f"{nonce}\n".encode(), capture_output=True, check=False)
-        seconds = time.monotonic() - begun
+        seconds = time.monotonic() - started
         check(done.stdout, programs.expected(nonce), start=self.start, built=self.built)
         return seconds
 
 
 def check(document: bytes, output: bytes, *, start: str, built: str) -> None:
-    """Raise SystemExit where a result, as JSON, is not that of a run that kept every promise.
+    """Raise SystemExit unless a result, as JSON, is that of a run that kept every promise.
 
-    output: what the program has to have printed. start: how each of its machines was started. built: where its artifact
-    is from.
+    output: the expected output. start: the expected start mode of each VM. built: the expected origin of the artifact.
     """
     result = json.loads(document)
     phases = result["phases"]
-    # What the built-in policy's plan says of each field is what must have been in force.
+    # The run must have had the state of each control that the plan for the default policy has.
     plan = make_plan(default_policy(), vm_features(result["isolation"]))
     problems = {
         "outcome": result["outcome"] != "ok",
         "output": (result["stdout"]["text"] or "").encode() != output,
-        "machines": sorted(phases) != (["build", "run"] if built == "build" else ["run"]),
+        "VMs": sorted(phases) != (["build", "run"] if built == "build" else ["run"]),
         "start": any(phase["start"] != start for phase in phases.values()),
         "artifact": result["artifact_from"] != built,
         "jail": not str(result["jail"]).startswith("namespaces"),
@@ -87,11 +86,11 @@ def check(document: bytes, output: bytes, *, start: str, built: str) -> None:
         != {control.field: control.state for control in plan.controls},
     }
     if wrong := [name for name, bad in problems.items() if bad]:
-        raise SystemExit(f"a timed run is not what it claims: {wrong}: {result['reason']}")
+        raise SystemExit(f"a timed run is not as expected: {wrong}: {result['reason']}")
 
 
 class Pooled:
-    """`x07 run` and the library's call, each with a machine of a pool that is warm when the time begins."""
+    """The pools for `x07 run` and the library, with a VM that is ready before each timing."""
 
     def __init__(self, stack: contextlib.ExitStack) -> None:
         self._command("stop")
@@ -104,27 +103,27 @@ class Pooled:
         return subprocess.run([X07, "pool", *words], check=True, capture_output=True).stdout
 
     def settle(self) -> None:
-        """Wait until both pools are at rest: making a machine takes a core."""
+        """Wait until both pools are full: preparing a VM uses a core."""
         while True:
-            told = json.loads(self._command("status", "--json"))["pool"]
-            if told["ready"] == told["size"] and self.pool.wait_ready():
+            status = json.loads(self._command("status", "--json"))["pool"]
+            if status["ready"] == status["size"] and self.pool.wait_ready():
                 return
             time.sleep(0.05)
 
     def library_seconds(self, program: Path) -> float:
-        """One call of the library that a warm machine answers."""
+        """Time one library call that uses a ready VM."""
         nonce = os.urandom(8).hex()
-        begun = time.monotonic()
+        started = time.monotonic()
         result = self.pool.submit(program, f"{nonce}\n".encode()).result()
-        seconds = time.monotonic() - begun
+        seconds = time.monotonic() - started
         check(render_json(result), programs.expected(nonce), start="pool", built="cache")
         return seconds
 
 
 class Floor:
-    """A clone as bare as it can be: the same jail and the same QEMU, without a run around it.
+    """Raw clones: the same jail and QEMU, without the rest of a run.
 
-    program: the C program's artifact.
+    program: the executable of the C program.
     """
 
     def __init__(self, stack: contextlib.ExitStack, program: Path) -> None:
@@ -145,34 +144,34 @@ class Floor:
             yield instance
 
     def quit_seconds(self) -> float:
-        """From the start to the end of a QEMU that is told to quit at once."""
-        begun = time.monotonic()
+        """Time QEMU from its start to its end, with a quit command sent at once."""
+        started = time.monotonic()
         with self._started() as instance:
             instance.send_qmp(qmp_quit())
             instance.release()
             select.select([instance.pidfd], [], [])
-            return time.monotonic() - begun
+            return time.monotonic() - started
 
     def answer_seconds(self) -> float:
-        """From the start of a clone to its acknowledgement of clock and entropy."""
-        begun = time.monotonic()
+        """Time a clone from its start until it has confirmed clock and entropy."""
+        started = time.monotonic()
         with self._started() as instance:
             instance.release()
             greet(instance)
-            return time.monotonic() - begun
+            return time.monotonic() - started
 
     def program_seconds(self) -> float:
-        """From the start of a clone to the end of a C program in it, and of the machine."""
+        """Time a clone that runs a C program, from its start to its end."""
         nonce = os.urandom(8).hex()
-        begun = time.monotonic()
+        started = time.monotonic()
         with self._started() as instance, contextlib.ExitStack() as stack:
-            stdout = self._carried_out(instance, f"{nonce}\n".encode(), stack)
-        seconds = time.monotonic() - begun
+            stdout = self._run(instance, f"{nonce}\n".encode(), stack)
+        seconds = time.monotonic() - started
         if stdout != programs.expected(nonce):
-            raise SystemExit("a raw clone does not run the program")
+            raise SystemExit("a raw clone did not run the program")
         return seconds
 
-    def _carried_out(self, instance: QemuInstance, data: bytes, stack: contextlib.ExitStack) -> bytes:
+    def _run(self, instance: QemuInstance, data: bytes, stack: contextlib.ExitStack) -> bytes:
         keep_fd = memory_file(b"", stack)
         stdout = Sink("stdout", keep_fd=keep_fd, live_fd=None, max_bytes=1 << 20)
         stderr = Sink("stderr", keep_fd=memory_file(b"", stack), live_fd=None, max_bytes=1 << 20)
@@ -198,16 +197,16 @@ class Floor:
         )
 
     @contextlib.contextmanager
-    def waiting(self) -> Iterator[int]:
-        """A clone that waits to be spoken to: its VMM's process."""
+    def idle(self) -> Iterator[int]:
+        """Start a clone that waits for the host; yield the pid of its QEMU."""
         with self._started() as instance:
             instance.release()
-            time.sleep(0.3)  # until it has come up
+            time.sleep(0.3)  # until it runs
             yield _vmm(instance)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[int]:
-        """A clone in which a C program waits for its input: its VMM's process."""
+        """Start a clone in which a C program waits for input; yield the pid of its QEMU."""
         with self._started() as instance, contextlib.ExitStack() as stack:
             read_fd, write_fd = os.pipe()
             stack.callback(os.close, read_fd)
@@ -223,15 +222,15 @@ class Floor:
                 stdin_fd=read_fd, stdout=sinks[0], stderr=sinks[1], cancel=cancel, on_started=started.set
             )
 
-            def carry() -> None:
+            def run() -> None:
                 greet(instance)
                 run_phase(spec, instance, streams)
 
-            thread = threading.Thread(target=carry)
+            thread = threading.Thread(target=run)
             thread.start()
             if not started.wait(60):
-                raise SystemExit("a raw clone does not start the program")
-            time.sleep(0.2)  # until it has come to its input
+                raise SystemExit("a raw clone did not start the program")
+            time.sleep(0.2)  # until it reads its input
             try:
                 yield _vmm(instance)
             finally:
@@ -240,5 +239,5 @@ class Floor:
 
 
 def _vmm(instance: QemuInstance) -> int:
-    """QEMU itself, below the first process of the jail."""
+    """Return the pid of QEMU, the child of the jail's first process."""
     return children_of(instance.inner.pid)[0]

@@ -1,4 +1,4 @@
-"""Other tools running the same programs: what is not there is left out and named."""
+"""Other tools that run the same programs."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ PODMAN_ENV = {"PODMAN_IGNORE_CGROUPSV1_WARNING": "1"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Peer:
-    """A command line that runs the program with its input on standard input."""
+    """A command that runs the program, with input on standard input."""
 
     argv: tuple[str, ...]
 
     def seconds(self) -> float:
-        """One run. Raises SystemExit if its output is not the program's."""
+        """Time one run. Raises SystemExit if its output is wrong."""
         nonce = os.urandom(8).hex()
-        begun = time.monotonic()
+        started = time.monotonic()
         done = subprocess.run(
             self.argv, input=f"{nonce}\n".encode(), capture_output=True, check=False, env=os.environ | PODMAN_ENV
         )
-        seconds = time.monotonic() - begun
+        seconds = time.monotonic() - started
         if done.stdout != programs.expected(nonce):
-            raise SystemExit(f"{self.argv[0]} does not run the program: {done.stderr.decode()[-500:]}")
+            raise SystemExit(f"{self.argv[0]} did not run the program: {done.stderr.decode()[-500:]}")
         return seconds
 
 
 def unpacked_root(image_root: Path, work: Path) -> Path:
-    """The guest image's own root file system as a folder, so that all run the same libc and the same Python."""
+    """Unpack the guest image's root file system, so that all tools run the same libc and Python."""
     root = work / "root"
     subprocess.run(["fsck.erofs", f"--extract={root}", str(image_root)], check=True, capture_output=True)
     (root / "prog").mkdir()
@@ -42,13 +42,13 @@ def unpacked_root(image_root: Path, work: Path) -> Path:
 
 
 def bwrap(root: Path, command: list[str]) -> Peer:
-    """Bubblewrap with all namespaces, as its manual page begins."""
+    """Return bubblewrap with all namespaces."""
     argv = ["bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--ro-bind", str(root), "/"]
     return Peer(argv=(*argv, "--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp", "--clearenv", *command))
 
 
 def podman(root: Path, work: Path) -> list[str] | None:
-    """The start of a podman command line with runc and a store of its own, its image made; None where it is missing."""
+    """Make an image in a separate store; return the start of a podman command with runc, or None without podman."""
     if not (shutil.which("podman") and shutil.which("runc")):
         return None
     store = ["podman", "--root", str(work / "store"), "--runroot", str(work / "run"), "--storage-driver", "overlay"]
@@ -58,11 +58,11 @@ def podman(root: Path, work: Path) -> list[str] | None:
 
 
 def docker(root: Path, work: Path, runtime: str) -> list[str] | None:
-    """The same for docker, with *runtime*, which is runc or gVisor's runsc; None where one of the two is missing."""
-    told = ["docker", "info", "--format", "{{range $name, $_ := .Runtimes}}{{println $name}}{{end}}"]
+    """Do the same for docker with *runtime*, runc or gVisor's runsc. Return None without docker or the runtime."""
+    listing = ["docker", "info", "--format", "{{range $name, $_ := .Runtimes}}{{println $name}}{{end}}"]
     if not shutil.which("docker"):
         return None
-    done = subprocess.run(told, capture_output=True, text=True, check=False)
+    done = subprocess.run(listing, capture_output=True, text=True, check=False)
     if done.returncode or runtime not in done.stdout.split():
         return None
     _import(["docker", "import"], root, work)
@@ -81,5 +81,5 @@ def _import(command: list[str], root: Path, work: Path) -> None:
 
 
 def forget_podman(work: Path) -> None:
-    """Undo the mount that podman leaves on its store (engines.md 1.1)."""
+    """Remove the mount that podman leaves on its store."""
     subprocess.run(["umount", str(work / "store/overlay")], check=False, capture_output=True)

@@ -1,4 +1,4 @@
-"""The programs that are timed: each repeats a nonce from its input, so that no output can be a kept one."""
+"""The programs to time. Each prints a nonce from its input, so that a cached output would be noticed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PYTHON: Final = 'print("got", input())\n'
 
 
 def expected(nonce: str) -> bytes:
-    """What either prints for the input line *nonce*."""
+    """Return what both programs print for the input line *nonce*."""
     return f"got {nonce}\n".encode()
 
 

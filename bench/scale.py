@@ -1,4 +1,4 @@
-"""Many at once, memory, and growth: measured once each, after the rounds."""
+"""Many runs at once, memory use and growth with input and records. Each is measured once, after the rounds."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ MIB: Final = 1 << 20
 
 
 def at_once(command: Command, count: int, slots: int) -> float:
-    """Seconds for *count* runs started at the same moment, of which *slots* may run at once."""
+    """Return the seconds for *count* runs started together, with *slots* running at a time."""
     with _variable("X07_VM_MAX_RUNNING", str(slots)), ThreadPoolExecutor(count) as threads:
-        begun = time.monotonic()
+        started = time.monotonic()
         for done in [threads.submit(command.seconds) for _ in range(count)]:
             done.result()
-        return time.monotonic() - begun
+        return time.monotonic() - started
 
 
 def raw_two_at_a_time(floor: Floor, count: int) -> float:
-    """Seconds for *count* raw clones that run the program, two at a time."""
+    """Return the seconds for *count* raw clones that run the program, two at a time."""
     with ThreadPoolExecutor(2) as threads:
-        begun = time.monotonic()
+        started = time.monotonic()
         for done in [threads.submit(floor.program_seconds) for _ in range(count)]:
             done.result()
-        return time.monotonic() - begun
+        return time.monotonic() - started
 
 
 def memory_mib(floor: Floor, count: int) -> tuple[float, float]:
-    """MiB of PSS for each of *count* clones in which a C program runs, and for one that waits to be spoken to."""
+    """Return the PSS in MiB of each of *count* clones that run a C program, and of an idle clone."""
     with contextlib.ExitStack() as stack:
-        idle = [stack.enter_context(floor.waiting()) for _ in range(4)]
+        idle = [stack.enter_context(floor.idle()) for _ in range(4)]
         each_idle = sum(map(_pss_bytes, idle)) / len(idle)
     with contextlib.ExitStack() as stack:
         running = [stack.enter_context(floor.running()) for _ in range(count)]
@@ -51,35 +51,35 @@ def memory_mib(floor: Floor, count: int) -> tuple[float, float]:
 
 
 def _pss_bytes(pid: int) -> int:
-    """proc(5): smaps_rollup, the share of the file's pages that is this process's."""
+    """Return the proportional set size of a process: shared pages count in part. See smaps_rollup in proc(5)."""
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines():
         if line.startswith("Pss:"):
             return int(line.split()[1]) * 1024
-    raise SystemExit(f"no Pss for process {pid}")
+    raise SystemExit(f"smaps_rollup of process {pid} has no Pss")
 
 
 def input_seconds(work: Path, size: int) -> float:
-    """Seconds for a C program that reads *size* bytes of input and counts them."""
+    """Return the seconds for a C program that counts *size* bytes of input."""
     source = work / "count.c"
     source.write_text(programs.COUNT)
     data = os.urandom(size)
     argv = [str(X07), "run", "--no-pool", "--json", str(source)]
     subprocess.run(argv, input=b"", capture_output=True, check=True)  # builds it
-    begun = time.monotonic()
+    started = time.monotonic()
     done = subprocess.run(argv, input=data, capture_output=True, check=True)
-    seconds = time.monotonic() - begun
+    seconds = time.monotonic() - started
     check(done.stdout, f"{size}\n".encode(), start="clone", built="cache")
     return seconds
 
 
 def jobs_on_record() -> int:
-    """How many jobs' folders there are: what a start must not grow with."""
+    """Return the number of job records. The time of a start must not grow with it."""
     return sum(1 for _ in state_dir().iterdir())
 
 
 @contextlib.contextmanager
 def more_jobs(count: int) -> Iterator[None]:
-    """With *count* more jobs on record: copies of one that has ended, gone afterwards."""
+    """Add *count* copies of an ended job's record, and remove them on exit."""
     ended = next(state_dir().glob("*/done")).parent
     with contextlib.ExitStack() as stack:
         for number in range(count):
@@ -103,7 +103,7 @@ def _variable(name: str, value: str) -> Iterator[None]:
 
 
 def table(command: Command, floor: Floor, work: Path, say: Callable[[str], None]) -> list[tuple[str, str]]:
-    """All of it, as rows of text."""
+    """Measure everything; return rows of name and value."""
     rows: list[tuple[str, str]] = []
 
     def row(name: str, value: str) -> None:
@@ -117,14 +117,15 @@ def table(command: Command, floor: Floor, work: Path, say: Callable[[str], None]
     raw = raw_two_at_a_time(floor, MANY)
     row(f"{MANY} runs through the queue, two at a time", f"{queued:.2f} s")
     row(f"{MANY} raw clones, two at a time", f"{raw:.2f} s")
-    row("through the queue / raw (bar 1.5, goal 1.1)", f"{queued / raw:.2f}")
+    row("through the queue / raw (limit 1.5, goal 1.1)", f"{queued / raw:.2f}")
     active, idle = memory_mib(floor, MANY)
-    row(f"PSS of a clone that runs C, {MANY} alive (bar 45 MB, goal 30)", f"{active * MIB / 1e6:.1f} MB")
-    row("PSS of a clone that waits", f"{idle * MIB / 1e6:.0f} MB")
+    row(f"PSS of a clone that runs C, {MANY} alive (limit 45 MB, goal 30)", f"{active * MIB / 1e6:.1f} MB")
+    row("PSS of an idle clone", f"{idle * MIB / 1e6:.0f} MB")
     for size in (1, 4, 16):
         row(f"input of {size} MiB", f"{input_seconds(work, size * MIB):.2f} s")
-    before, begun = jobs_on_record(), command.seconds()
+    count = jobs_on_record()
+    seconds = command.seconds()
     with more_jobs(1000):
-        after = command.seconds()
-    row(f"a run beside {before} jobs on record, and beside 1000 more", f"{begun * 1000:.0f} and {after * 1000:.0f} ms")
+        more_seconds = command.seconds()
+    row(f"a run with {count} job records, and with 1000 more", f"{seconds * 1000:.0f} and {more_seconds * 1000:.0f} ms")
     return rows

@@ -1,8 +1,8 @@
-"""Measure a sweep of expired jobs among live ones, and what the sweep before each run costs where nothing is to do.
+"""Measure a sweep of dead jobs among live ones, and the sweep before a run if there is nothing to remove.
 
     .venv/bin/python -m bench.sweep [--jobs 1000] [--rounds 5]
 
-Records are planted in a folder of its own: half of them have no live owner any more, the others are this process's.
+The records are in a temporary folder. Half of them have a dead owner; this process owns the others.
 """
 
 from __future__ import annotations
@@ -27,54 +27,54 @@ if TYPE_CHECKING:
 
     from x07_sandbox.jobs.record import JobRecord
 
-_GONE = Identity(pid=2**22 - 1, start_ticks=1)
+_DEAD = Identity(pid=2**22 - 1, start_ticks=1)
 _ALL = 1 << 30
 
 
 def main() -> None:
-    """Print the table."""
+    """Measure and print the table."""
     parser = argparse.ArgumentParser(description="Measure the sweep.")
-    parser.add_argument("--jobs", type=int, default=1000, help="how many expired ones, and how many live ones")
+    parser.add_argument("--jobs", type=int, default=1000, help="number of dead jobs, and of live jobs")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    create("qemu").list_owned()  # what it imports is not what is measured
+    create("qemu").list_owned()  # imports modules, which is not part of the measurement
     sweeps, again = zip(*[_round(options.jobs) for _ in range(options.rounds)], strict=True)
-    print(f"sweep of {options.jobs} expired among {options.jobs} live jobs: {statistics.median(sweeps):.3f} s")
-    print(f"the next one, of the live ones: {statistics.median(again):.3f} s")
+    print(f"sweep of {options.jobs} dead jobs among {options.jobs} live ones: {statistics.median(sweeps):.3f} s")
+    print(f"next sweep, of the live jobs: {statistics.median(again):.3f} s")
     for count in (10, 500, 10_000):
-        print(f"before a run, {count} ended jobs: {1000 * _before_a_run(count):.2f} ms")
+        print(f"sweep before a run, with {count} ended jobs: {1000 * _before_a_run(count):.2f} ms")
 
 
 def _round(count: int) -> tuple[float, float]:
     with _state():
-        for runner in (own_identity(), _GONE):
+        for runner in (own_identity(), _DEAD):
             for _ in range(count):
-                _plant(runner)
+                _add_record(runner)
         times = []
         for expected in (count, 0):
             sweeper = Sweeper(lambda _text: None, dry_run=False)
-            begun = time.monotonic()
+            started = time.monotonic()
             live = sweep_jobs(sweeper, _ALL)
-            times.append(time.monotonic() - begun)
+            times.append(time.monotonic() - started)
             if (len(live), len(sweeper.report().removed)) != (count, expected):
-                raise SystemExit(f"a timed sweep did not do what it should: {len(live)} live")
+                raise SystemExit(f"a timed sweep removed the wrong jobs: {len(live)} are live")
         return times[0], times[1]
 
 
 def _before_a_run(count: int) -> float:
     with _state():
         for _ in range(count):
-            mark_done(_plant(_GONE))
+            mark_done(_add_record(_DEAD))
         times = []
         for _ in range(5):
-            start._not_before = 0.0  # noqa: SLF001 - each time as in a new process
-            begun = time.monotonic()
+            start._not_before = 0.0  # noqa: SLF001 - as in a new process
+            started = time.monotonic()
             start.sweep_before_start()
-            times.append(time.monotonic() - begun)
+            times.append(time.monotonic() - started)
         return statistics.median(times)
 
 
-def _plant(runner: Identity) -> JobRecord:
+def _add_record(runner: Identity) -> JobRecord:
     claim = Claim(run_id=new_run_id(), phase="run", wall_ms=1000)
     record = create_record(claim, backend="qemu", image_digest=f"sha256:{'0' * 64}")
     groups = (f"/sys/fs/cgroup/memory/x07-sandbox/{record.job_id}",)

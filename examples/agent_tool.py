@@ -1,12 +1,12 @@
-"""A tool for an assistant that calls tools: it runs code that the assistant wrote, in throw-away machines.
+"""A code execution tool for AI agents: it runs each program that the model writes in a VM of its own.
 
-    python examples/agent_tool.py < calls          calls as JSON lines in, results as JSON lines out
-    python examples/agent_tool.py --command < ...  the same by `x07 run --json` instead of the library
-    python examples/agent_tool.py --definition     the tool's definition, for the model
+    python examples/agent_tool.py < calls          read calls as JSON lines, write results as JSON lines
+    python examples/agent_tool.py --command < ...  the same, but run programs with `x07 run --json`, not the library
+    python examples/agent_tool.py --definition     print the tool's definition for the model
 
-A call is {"id": ..., "name": "run_code", "input": {...}}. Its result is {"id": ..., "is_error": ..., "content": {...}};
-results come as they are ready, each with the id of its call as it came, a text or a whole number; null where it has
-none such. Whatever comes in, one line in gives one line out.
+A call is {"id": ..., "name": "run_code", "input": {...}}. Its result is {"id": ..., "is_error": ..., "content": {...}}.
+The id is a string or an integer; the result repeats it, or has null if the call has no valid id. Every input line gets
+exactly one result line, even if it is malformed. Results are written as they become ready.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -25,140 +24,136 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
 
 import msgspec
-from jsonschema import Draft202012Validator, ValidationError, validators
+from jsonschema import Draft202012Validator
 
 from x07_sandbox import Pool, Result, SandboxError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 POLICY: Final = Path(__file__).parent / "policies" / "agent.json"
-WORKERS: Final = 4  # calls in hand; as many machines run as the host holds, the others wait
+WORKERS: Final = 4  # calls in progress; x07 queues those that exceed the host's number of VMs
 LINE_MAX: Final = 1 << 20  # bytes of a call
-OUTPUT_MAX: Final = 256 * 1024  # bytes of each stream; a program that writes more is ended
-TOLD_MAX: Final = 4000  # characters of each stream that the model is told
+OUTPUT_MAX: Final = 256 * 1024  # bytes of each stream; a program that writes more is stopped
+EXCERPT_MAX: Final = 4000  # characters of each stream that the model gets
 MANIFEST: Final = "x07-sandbox.toml"
-RESULT: Final = msgspec.json.Decoder(Result)  # made here: threads must not be the first to use a type of msgspec's
-NAMES: Final = {"python": "main.py", "c": "main.c", "cpp": "main.cpp", "shell": "main.sh"}
+MAIN_FILES: Final = {"python": "main.py", "c": "main.c", "cpp": "main.cpp", "shell": "main.sh"}
 
 DEFINITION: Final[dict[str, Any]] = {
     "name": "run_code",
     "description": (
-        "Run a program in a fresh machine without network and without files of the user; nothing is kept between "
-        "calls. Returns how it ended and what it printed."
+        "Run a program in a new VM without network access and without the user's files. Nothing is kept between "
+        "calls. Returns how the program ended and what it printed."
     ),
     "input_schema": {
         "type": "object",
         "properties": {
-            "language": {"enum": list(NAMES), "description": "c is gnu17, cpp is gnu++20."},
-            "source": {"type": "string", "maxLength": 100_000, "description": "The whole program."},
+            "language": {"enum": list(MAIN_FILES), "description": "c is gnu17, cpp is gnu++20."},
+            "source": {"type": "string", "maxLength": 100_000, "description": "The complete program."},
             "files": {
                 "type": "object",
                 "description": (
-                    "Headers and modules beside the program, by name. Python and shell find them in the program's own "
-                    "folder, which is not the working directory. Data for c and cpp has to come by stdin."
+                    "Additional headers and modules, by file name. Python and shell programs find them in the "
+                    "program's own folder, which is not the working directory. C and C++ programs get data from stdin."
                 ),
                 "propertyNames": {"pattern": "^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$"},
                 "additionalProperties": {"type": "string"},
                 "maxProperties": 20,
             },
-            "stdin": {"type": "string", "description": "Its standard input; empty if absent."},
-            "timeout_s": {"type": "number", "exclusiveMinimum": 0, "maximum": 30, "description": "At most 30."},
+            "stdin": {"type": "string", "description": "The program's standard input. Default: empty."},
+            "timeout_s": {"type": "number", "exclusiveMinimum": 0, "maximum": 30, "description": "Default: 30."},
         },
         "required": ["language", "source"],
         "additionalProperties": False,
     },
 }
 
-
-def _whole(_validator: object, pattern: str, value: object, _schema: object) -> Iterator[ValidationError]:
-    """The rule `pattern`, of a whole text: Python's $ matches before a last line end too, that of JSON Schema not."""
-    if isinstance(value, str) and not re.fullmatch(pattern, value):
-        yield ValidationError("does not match")
-
-
-ID: Final = Draft202012Validator({"type": ["string", "integer"], "maxLength": 200})
-ENVELOPE: Final = validators.extend(Draft202012Validator, {"pattern": _whole})(  # type: ignore[no-untyped-call]
+ID_VALIDATOR: Final = Draft202012Validator({"type": ["string", "integer"], "maxLength": 200})
+CALL_VALIDATOR: Final = Draft202012Validator(
     {
         "type": "object",
         "properties": {
-            "id": ID.schema,
+            "id": ID_VALIDATOR.schema,
             "name": {"const": DEFINITION["name"]},
             "input": DEFINITION["input_schema"],
         },
         "required": ["id", "name", "input"],
     }
 )
+# Created at import, because msgspec 0.22 can crash if several threads are the first to use a type.
+RESULT_DECODER: Final = msgspec.json.Decoder(Result)
 
-# What the model is to make of it: whose doing it was decides whether another try makes sense.
+# By result.fault: whether the model should correct the program, change its approach or retry.
 ADVICE: Final = {
     "none": "",
-    "program": "The program's own doing: correct it.",
-    "policy": "A limit or a rule of the sandbox: do it with less, or otherwise. The same again ends the same.",
-    "host": "The sandbox failed, not the program: the same call may be tried once more.",
+    "program": "The program caused this. Correct the program.",
+    "policy": "A limit or rule of the sandbox caused this. Change the program: the same one would end the same way.",
+    "host": "The sandbox failed, not the program. Make the same call once more.",
 }
 
 
-class BadCall(Exception):  # noqa: N818 - it is the caller's
-    """A call that is not carried out; its text tells the model why."""
+class CallError(Exception):
+    """The call is invalid. The text tells the model why."""
 
 
-# ------------------------------------------------------------------------------------------------- a call, checked
+# ---------------------------------------------------------------------------------------------------- check a call
 
 
-def decode(line: bytes) -> Any:  # noqa: ANN401 - whatever the JSON holds
-    """The JSON of a line. Raises BadCall."""
+def parse_line(line: bytes) -> Any:  # noqa: ANN401 - any JSON value
+    """Parse a line as JSON. Raises CallError."""
     if len(line) > LINE_MAX:
-        raise BadCall(f"the call has more than {LINE_MAX} bytes")
+        raise CallError(f"the call is longer than {LINE_MAX} bytes")
     try:
-        return json.loads(line.decode(), parse_constant=_no_number, object_pairs_hook=_no_key_twice)
+        return json.loads(line.decode(), parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as exc:
-        raise BadCall(f"the call is no JSON: {exc}"[:200]) from exc
+        raise CallError(f"the call is not valid JSON: {exc}"[:200]) from exc
 
 
-def _no_number(word: str) -> None:
-    raise ValueError(f"{word} is no number")
+def _refuse_constant(word: str) -> None:
+    raise ValueError(f"{word} is not allowed")
 
 
-def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    # Of two values no reader can know which one was checked by whoever let the call through.
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # JSON parsers differ in which duplicate they keep. A filter in front of this tool may have checked the other one.
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise BadCall("a key of the call is given twice")
+        raise CallError("the call has a duplicate key")
     return found
 
 
-def check(call: Any) -> dict[str, Any]:  # noqa: ANN401 - as above
-    """The input of a call that keeps to the definition, as bytes where it is text. Raises BadCall."""
-    # Not the messages of the library: they repeat the value, which may be long.
-    broken = ((error.json_path, error.validator, error.validator_value) for error in ENVELOPE.iter_errors(call))
-    # A name that the call gives to a file is part of the path, and may hold anything: escaped.
-    problems = [
-        f"{json.dumps(path)[1:-1]} does not keep to {rule} {json.dumps(value)}"[:300] for path, rule, value in broken
+def check_call(call: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
+    """Return the call's input, with texts as bytes and defaults filled in. Raises CallError."""
+    # error.message would repeat the value, which can be long. json.dumps escapes the file names in a path.
+    errors = [
+        f"{json.dumps(error.json_path)[1:-1]} violates {error.validator} {json.dumps(error.validator_value)}"[:300]
+        for error in CALL_VALIDATOR.iter_errors(call)
     ]
-    if problems:
-        raise BadCall("; ".join([*dict.fromkeys(problems)][:5]))
-    asked = call["input"]
-    files = asked.get("files", {})
-    for name in files.keys() & {NAMES[asked["language"]], MANIFEST}:
-        raise BadCall(f"$.input.files: {name} is taken")
+    if errors:
+        raise CallError("; ".join([*dict.fromkeys(errors)][:5]))
+    given = call["input"]
+    files = given.get("files", {})
+    for name in files:
+        if name in {MAIN_FILES[given["language"]], MANIFEST}:
+            raise CallError(f"$.input.files: the name {name} is reserved")
+        if name.endswith("\n"):  # the $ of Python's regular expressions also matches before a final newline
+            raise CallError("$.input.files: a name ends with a newline")
     try:
         return {
-            "language": asked["language"],
-            "source": asked["source"].encode(),
+            "language": given["language"],
+            "source": given["source"].encode(),
             "files": {name: text.encode() for name, text in files.items()},
-            "stdin": asked.get("stdin", "").encode(),
-            "timeout_s": asked.get("timeout_s", 30),
+            "stdin": given.get("stdin", "").encode(),
+            "timeout_s": given.get("timeout_s", 30),
         }
-    except UnicodeEncodeError as exc:  # half of a surrogate pair, which JSON can write and UTF-8 cannot
-        raise BadCall("a text of the call is no Unicode") from exc
+    except UnicodeEncodeError as exc:  # JSON can contain half of a surrogate pair, UTF-8 cannot
+        raise CallError("a text of the call contains half of a surrogate pair") from exc
 
 
-# ---------------------------------------------------------------------------------------------- two ways to run it
+# ------------------------------------------------------------------------------------------------------ run a call
 
 
 def run_in_pool(pool: Pool, call: dict[str, Any]) -> Result:
-    """By the library, in a warm machine. Raises SandboxError if it could not be run."""
+    """Run the call with the library, in a VM of the pool. Raises SandboxError if the program could not be run."""
     return pool.submit(
         None,
         call["stdin"],
@@ -172,12 +167,12 @@ def run_in_pool(pool: Pool, call: dict[str, Any]) -> Result:
 
 
 def run_by_command(call: dict[str, Any]) -> Result:
-    """By `x07 run --json` on a project in a temporary folder: any language can do this. It keeps its own deadlines."""
+    """Run the call with `x07 run --json`, on a project in a temporary folder. A tool in any language can do this."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         project = folder / "project"
         project.mkdir()
-        main = NAMES[call["language"]]
+        main = MAIN_FILES[call["language"]]
         files = {**call["files"], main: call["source"]}
         for file, data in files.items():
             (project / file).write_bytes(data)
@@ -191,23 +186,24 @@ def run_by_command(call: dict[str, Any]) -> Result:
         argv = [str(Path(sys.executable).with_name("x07")), "run", "--json=full", "--max-output-bytes", str(OUTPUT_MAX)]
         argv += ["--policy", str(POLICY), "--timeout", str(call["timeout_s"])]
         argv += ["--input", f"{name}/stdin", f"{name}/project"]
+        # x07 enforces the timeout.
         done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=False)
-    return RESULT.decode(done.stdout)
+    return RESULT_DECODER.decode(done.stdout)
 
 
-# ------------------------------------------------------------------------------------------- what the model is told
+# ----------------------------------------------------------------------------------------- the result for the model
 
 
-def told(result: Result) -> dict[str, Any]:
-    """A result in the words that a model needs, bounded.
+def content_for_model(result: Result) -> dict[str, Any]:
+    """Return the parts of a result that help the model, limited in size.
 
-    Not how_to_allow of the denials: what is granted is for people to decide, and the model has no say in it.
+    The how_to_allow texts of the denials are omitted: people decide what to allow, not the model.
     """
     content: dict[str, Any] = {
         "outcome": result.outcome,
         "reason": result.reason,
-        "stdout": shown(result.stdout.data),
-        "stderr": shown(result.stderr.data),
+        "stdout": excerpt(result.stdout.data),
+        "stderr": excerpt(result.stderr.data),
     }
     if result.exit_code is not None:
         content["exit_code"] = result.exit_code
@@ -220,39 +216,39 @@ def told(result: Result) -> dict[str, Any]:
     return content
 
 
-def shown(data: bytes) -> str:
-    """Output as text; of a long one the beginning and the end, where errors stand."""
+def excerpt(data: bytes) -> str:
+    """Return output as text. Keep only the beginning and the end of long output, where errors usually are."""
     text = data.decode(errors="replace")
-    if len(text) <= TOLD_MAX:
+    if len(text) <= EXCERPT_MAX:
         return text
-    half = TOLD_MAX // 2
-    return f"{text[:half]}\n[... {len(text) - 2 * half} characters left out ...]\n{text[-half:]}"
+    half = EXCERPT_MAX // 2
+    return f"{text[:half]}\n[... {len(text) - 2 * half} characters omitted ...]\n{text[-half:]}"
 
 
 def answer(line: bytes, run: Callable[[dict[str, Any]], Result]) -> dict[str, Any]:
-    """The one result of one call."""
+    """Return the result of one call."""
     call_id = None
     try:
-        call = decode(line)
-        if isinstance(call, dict) and ID.is_valid(call.get("id")):
+        call = parse_line(line)
+        if isinstance(call, dict) and ID_VALIDATOR.is_valid(call.get("id")):
             call_id = call["id"]
-        content = told(run(check(call)))
-    except BadCall as exc:
+        content = content_for_model(run(check_call(call)))
+    except CallError as exc:
         content = {"outcome": "usage-error", "reason": str(exc), "advice": "Correct the call."}
-    except SandboxError as exc:  # it could not be run: the operator wants to know, too
+    except SandboxError as exc:  # the program could not be run: report it to the operator, too
         print(exc, file=sys.stderr)
-        content = told(exc.result) if exc.result else {"outcome": "refused", "reason": str(exc)}
+        content = content_for_model(exc.result) if exc.result else {"outcome": "refused", "reason": str(exc)}
     except msgspec.DecodeError as exc:
         print(exc, file=sys.stderr)
-        content = {"outcome": "internal-error", "reason": "x07 gave no result", "advice": ADVICE["host"]}
+        content = {"outcome": "internal-error", "reason": "x07 printed no valid result", "advice": ADVICE["host"]}
     return {"id": call_id, "is_error": content["outcome"] != "ok", "content": content}
 
 
-# ----------------------------------------------------------------------------------------------------- the loop
+# ------------------------------------------------------------------------------------------------------- main loop
 
 
-def next_line(calls: IO[bytes]) -> bytes:
-    """The next line; of one that is too long only the beginning, so that nobody fills our memory."""
+def read_line(calls: IO[bytes]) -> bytes:
+    """Read the next line. Keep only the beginning of a line that is too long, to limit memory use."""
     line = calls.readline(LINE_MAX + 1)
     rest = line
     while len(rest) > LINE_MAX and not rest.endswith(b"\n"):
@@ -260,20 +256,20 @@ def next_line(calls: IO[bytes]) -> bytes:
     return line
 
 
-def serve(run: Callable[[dict[str, Any]], Result], calls: IO[bytes], answers: IO[bytes]) -> None:
-    """Answer calls until there are no more, WORKERS at a time."""
+def serve(run: Callable[[dict[str, Any]], Result], calls: IO[bytes], results: IO[bytes]) -> None:
+    """Answer calls until the input ends, WORKERS at a time."""
     reading, writing = threading.Lock(), threading.Lock()
 
     def work() -> None:
         while True:
             with reading:
-                line = next_line(calls)
+                line = read_line(calls)
             if not line:
                 return
             text = json.dumps(answer(line, run))
             with writing:
-                answers.write(text.encode() + b"\n")
-                answers.flush()
+                results.write(text.encode() + b"\n")
+                results.flush()
 
     with ThreadPoolExecutor(WORKERS) as threads:
         for worker in [threads.submit(work) for _ in range(WORKERS)]:
@@ -282,9 +278,9 @@ def serve(run: Callable[[dict[str, Any]], Result], calls: IO[bytes], answers: IO
 
 def main() -> int:
     """Print the definition, or answer the calls on standard input."""
-    parser = argparse.ArgumentParser(description="A tool run_code: calls as JSON lines in, results as JSON lines out.")
-    parser.add_argument("--definition", action="store_true", help="print the tool's definition and end")
-    parser.add_argument("--command", action="store_true", help="run x07 run --json instead of the library")
+    parser = argparse.ArgumentParser(description="Read calls of run_code as JSON lines, write results as JSON lines.")
+    parser.add_argument("--definition", action="store_true", help="print the tool's definition and exit")
+    parser.add_argument("--command", action="store_true", help="run programs with x07 run --json, not with the library")
     options = parser.parse_args()
     if options.definition:
         print(json.dumps(DEFINITION, indent=2))
@@ -300,8 +296,8 @@ def main() -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except SandboxError as exc:  # no image, say
+    except SandboxError as exc:  # for example, there is no guest image
         sys.exit(f"agent_tool: {exc}")
-    except BrokenPipeError:  # nobody reads the answers any more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's last flush does not fail too
-        sys.exit("agent_tool: whoever reads the answers has gone")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit does not fail, too
+        sys.exit("agent_tool: the reader of the results closed the pipe")

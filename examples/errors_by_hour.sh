@@ -1,5 +1,5 @@
 #!/bin/bash
-# Reads a web server's log (common log format) and counts server errors by hour: a pipeline, as one writes them.
+# Count the server errors per hour in a web server's log (common log format).
 set -euo pipefail
 
 awk '$9 >= 500 { split($4, time, ":"); print time[2] }' |

@@ -1,9 +1,9 @@
-"""Grades 200 submissions, none of them trusted, and prints a table of verdicts.
+"""Grade 200 untrusted submissions and print a table of verdicts.
 
-    python examples/grader.py [SUBMISSIONS]
+    python examples/grader.py [COUNT]
 
-The task: read whole numbers, one a line, and print their sum. There are two tests; each runs a submission in a
-machine of its own, as many at once as this host holds; what it does to its machine is nobody else's business.
+The task of the submissions: read integers, one per line, and print their sum. Each test of a submission runs in a VM of
+its own, so that submissions cannot affect each other or the host. Several VMs run at once.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from pathlib import Path
 from x07_sandbox import Pool, SandboxError
 
 POLICY = Path(__file__).parent / "policies" / "grader.json"
-TESTS = ((b"1\n2\n3\n", "6\n"), (b"-5\n10\n", "5\n"))
+TESTS = ((b"1\n2\n3\n", "6\n"), (b"-5\n10\n", "5\n"))  # input, expected output
 
-# What people hand in: language, text. "{n}" makes submissions that differ from each other.
+# Sample submissions: language and source. {n} makes two correct ones differ.
 PYTHON_GOOD = "import sys\nprint(sum(int(line) for line in sys.stdin))  # {n}\n"
 C_GOOD = (
     '#include <stdio.h>\nint main(void) { long s = 0, x; while (scanf("%ld", &x) == 1) s += x; printf("%ld\\n", s); }\n'
 )
-KINDS = (
+SUBMISSIONS = (
     ("python", PYTHON_GOOD.replace("{n}", "0")),
     ("c", C_GOOD),
     ("python", PYTHON_GOOD.replace("{n}", "1")),
-    ("python", "print(6)\n"),  # knows the first test only
+    ("python", "print(6)\n"),  # passes only the first test
     ("shell", "paste -sd+ | sed 's/+-/-/g' | { read -r sum; echo $((sum)); }\n"),
-    ("python", "import sys\nprint(sum(map(int, sys.stdin))\n"),  # does not compile
+    ("python", "import sys\nprint(sum(map(int, sys.stdin))\n"),  # syntax error
     ("python", "while True: pass\n"),
     ("python", "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass\n"),
     ("python", "kept = []\nwhile True: kept.append(b'x' * (1 << 20))\n"),
@@ -41,13 +41,13 @@ KINDS = (
 
 
 def grade(pool: Pool, toolchain: str, source: str) -> str:
-    """One word for a submission: how the first test that it does not pass ended."""
+    """Return the verdict on a submission: "accepted", or how the first failed test ended."""
     for data, expected in TESTS:
         try:
             result = pool.submit(
                 None, data, source=source, toolchain=toolchain, policy=POLICY, timeout_s=10, max_output_bytes=100_000
             ).result()
-        except SandboxError as exc:  # not the submission's fault: say so, and grade the rest
+        except SandboxError as exc:  # a fault of the host, not of the submission
             print(exc, file=sys.stderr)
             return "not graded"
         if result.outcome != "ok":
@@ -58,13 +58,14 @@ def grade(pool: Pool, toolchain: str, source: str) -> str:
 
 
 def main() -> int:
-    """Grade as many submissions as asked for, 200 by default."""
-    parser = argparse.ArgumentParser(description="Grade submissions that nobody trusts.")
-    parser.add_argument("submissions", nargs="?", type=int, default=200, help="how many (default: 200)")
-    count = parser.parse_args().submissions
-    # The pool is left first: after Ctrl-C it cancels what the graders' threads wait for.
-    with ThreadPoolExecutor(8) as graders, Pool(size=2) as pool:
-        verdicts = Counter(graders.map(lambda number: grade(pool, *KINDS[number % len(KINDS)]), range(count)))
+    """Grade the submissions and print the table."""
+    parser = argparse.ArgumentParser(description="Grade untrusted submissions.")
+    parser.add_argument("count", nargs="?", type=int, default=200, help="number of submissions (default: 200)")
+    count = parser.parse_args().count
+    submissions = [SUBMISSIONS[number % len(SUBMISSIONS)] for number in range(count)]
+    # The pool closes first. After Ctrl-C, this cancels the runs that the threads wait for.
+    with ThreadPoolExecutor(8) as threads, Pool(size=2) as pool:
+        verdicts = Counter(threads.map(lambda submission: grade(pool, *submission), submissions))
     print(f"{'verdict':14} submissions")
     for word, number in sorted(verdicts.items(), key=lambda item: (-item[1], item[0])):
         print(f"{word:14} {number:11}")
@@ -74,5 +75,5 @@ def main() -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except SandboxError as exc:  # no image, say
+    except SandboxError as exc:  # for example, there is no guest image
         sys.exit(f"grader: {exc}")

@@ -1,4 +1,4 @@
-"""JSON lines on standard input to CSV on standard output: one column for each key seen, nested keys joined by a dot."""
+"""Convert JSON lines on standard input to CSV: one column per key; nested keys are joined by a dot."""
 
 import csv
 import json
@@ -6,7 +6,7 @@ import sys
 
 
 def flatten(value, prefix=""):
-    """Yield (column, value) for every leaf of an object."""
+    """Yield a column name and a value for every leaf of an object."""
     for key, item in value.items():
         if isinstance(item, dict):
             yield from flatten(item, f"{prefix}{key}.")
@@ -15,7 +15,7 @@ def flatten(value, prefix=""):
 
 
 def main():
-    """Read all lines, then write: the columns are known only at the end."""
+    """Read all lines before writing, because any line can add a column."""
     rows, bad = [], 0
     for number, line in enumerate(sys.stdin, start=1):
         if not line.strip():

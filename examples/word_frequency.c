@@ -1,10 +1,10 @@
-/* Word frequencies of the text on standard input, most frequent first, ties in alphabetical order. */
+/* Print the most frequent words on standard input; words with the same count in alphabetical order. */
 #include <ctype.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-enum { BUCKETS = 1 << 16, LONGEST = 63, SHOWN = 20 };
+enum { BUCKETS = 1 << 16, MAX_LENGTH = 63, MAX_WORDS = 20 };
 
 struct word {
     struct word *next;
@@ -48,11 +48,11 @@ static int by_count(const void *a, const void *b)
 
 int main(void)
 {
-    char text[LONGEST + 1];
+    char text[MAX_LENGTH + 1];
     size_t length = 0;
     for (int c; (c = getchar()) != EOF;) {
         if (isalpha(c)) {
-            if (length < LONGEST)
+            if (length < MAX_LENGTH)
                 text[length++] = (char)tolower(c);
         } else if (length) {
             text[length] = '\0';
@@ -74,7 +74,7 @@ int main(void)
         for (struct word *word = buckets[i]; word; word = word->next)
             all[filled++] = word;
     qsort(all, filled, sizeof *all, by_count);
-    for (size_t i = 0; i < filled && i < SHOWN; i++)
+    for (size_t i = 0; i < filled && i < MAX_WORDS; i++)
         printf("%7lu %s\n", all[i]->count, all[i]->text);
     return 0;
 }

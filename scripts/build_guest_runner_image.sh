@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Build the guest runner image and load it into the container engines of this machine (podman, docker).
+# Build the guest runner image and load it into the container engines of this host (podman, docker).
 #   scripts/build_guest_runner_image.sh [--image NAME] [--tag TAG] [--x07-toolchain DIR] [--archive FILE]
-# X07_VM_GUEST_IMAGE=NAME:TAG selects it. The default name and tag are those that the backends look for.
+# By default, name and tag are those that the backends use. X07_VM_GUEST_IMAGE=NAME:TAG selects another image.
 # --x07-toolchain: a folder with X07's Linux build (bin/x07-os-runner and what it needs), for X07 programs.
-# --archive: also write FILE, for `ctr images import`. The last line printed is: ok: built NAME:TAG
+# --archive: also write FILE, for `ctr images import`. The last line of the output is: ok: built NAME:TAG
 set -euo pipefail
 unset CDPATH
 

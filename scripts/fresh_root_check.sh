@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Try the project on a fresh machine: make a minimal Debian root (essential packages and apt), enter it, and run the
-# quick start there twice, from a copy of this tree in a folder with a space in its name.
+# Test the installation on a fresh system: make a minimal Debian root (essential packages and apt), and run the quick
+# start in it twice, from a copy of this tree in a folder with a space in its name.
 #   scripts/fresh_root_check.sh [--user] [-- COMMAND...]
-# --user: run as an ordinary user with sudo, instead of root. COMMAND: run this once instead of the quick start; a path
-# relative to the project's folder, such as scripts/test.sh. Needs root, and about 3 GB below ${TMPDIR:-/var/tmp}.
+# --user: run as an ordinary user with sudo, instead of root. COMMAND: run this command once instead of the quick start,
+# such as scripts/test.sh; it starts in the project's folder. Needs root, and about 3 GB in ${TMPDIR:-/var/tmp}.
 set -euo pipefail
 unset CDPATH # cd would print where it went
 
@@ -13,7 +13,7 @@ cd -- "$root"
 source "$root/scripts/lib.sh"
 
 user=root
-include=mount # every Debian machine has it; the essential packages alone do not
+include=mount # every Debian system has it, but it is not an essential package
 command=()
 while [[ $# -gt 0 ]]; do
     case $1 in
@@ -27,13 +27,13 @@ done
 command -v mmdebstrap >/dev/null || fail "mmdebstrap is missing" "Run: scripts/setup.sh"
 
 work=$(mktemp -d "${TMPDIR:-/var/tmp}/x07-fresh-root.XXXXXXXX")
-# The mounts live in their own namespace and go with it. --one-file-system: never empty one that did not go.
+# The mounts are in their own namespace and end with it. --one-file-system protects a mount that remains.
 trap 'rm -rf --one-file-system -- "$work"' EXIT
 chmod 0711 "$work"
 fresh=$work/root
 place="/opt/a copy/x07-sandbox"
 
-# The host's package sources except local folders, which do not exist in the new root.
+# The host's package sources, except local folders, which do not exist in the new root.
 shopt -s nullglob
 sources=()
 for file in /etc/apt/sources.list /etc/apt/sources.list.d/*.{list,sources}; do
@@ -64,7 +64,7 @@ if [[ -r /etc/ssl/certs/ca-certificates.crt ]]; then
     environment+=("PIP_CERT=/etc/host-certificates.crt")
 fi
 for name in CI TERM X07_TEST_FULL http_proxy https_proxy no_proxy HTTP_PROXY HTTPS_PROXY NO_PROXY "${!PIP_@}"; do
-    [[ $name != PIP_CERT && $name != PIP_FIND_LINKS ]] || continue # a folder of the host
+    [[ $name != PIP_CERT && $name != PIP_FIND_LINKS ]] || continue # set above, or a folder of the host
     if [[ -n ${!name:-} ]]; then environment+=("$name=${!name}"); fi
 done
 

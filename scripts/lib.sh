@@ -5,7 +5,7 @@
 say() { printf '%s\n' "$*"; }
 step() { printf '\n== %s\n' "$*"; }
 
-# fail WHAT FIX...: print the error and the fixes, one a line, and exit.
+# fail ERROR FIX...: print the error and the fixes, one per line, and exit.
 fail() {
     printf '\n%s: %s\n' "${0##*/}" "$1" >&2
     shift
@@ -23,7 +23,7 @@ qemu_package() {
     esac
 }
 
-# docs/dependencies.md gives the reason for each.
+# docs/dependencies.md says why each package is needed.
 runtime_packages() {
     local qemu
     qemu=$(qemu_package) || return
@@ -31,8 +31,8 @@ runtime_packages() {
         python3-venv ca-certificates
 }
 
-# For the tests only: an ordinary user to switch to, a compiler for the hostile QEMU stand-in, a linter, a file system
-# without modes, container engines.
+# For the tests only: tools to switch users, a compiler for the hostile QEMU stand-in, a linter, a file system without
+# modes, network tools and container engines.
 test_packages() { printf '%s\n' sudo passwd git gcc libc6-dev shellcheck bindfs iproute2 nftables redis-tools \
     podman crun runc conmon docker.io docker-cli; }
 
@@ -74,10 +74,10 @@ install_packages() {
         fail "Debian packages are missing and $(this_user) cannot install them: $*" \
             "Run this as root, then start ${0##*/} again:" "    apt-get update && $line"
     step "Installing Debian packages: $*"
-    # A dead source among several does not matter if the install below succeeds.
+    # If one of several sources fails, the installation below can still succeed.
     as_root env DEBIAN_FRONTEND=noninteractive apt-get update --quiet </dev/null ||
         say "apt-get update failed in part (see above); continuing."
-    # shellcheck disable=SC2086 # one word an argument is meant
+    # shellcheck disable=SC2086 # each word is an argument
     as_root env DEBIAN_FRONTEND=noninteractive $line --quiet -o Dpkg::Use-Pty=0 </dev/null ||
         fail "apt-get could not install the packages" "See its messages above; check the package sources and the network." \
             "The command was:" "    $line"
@@ -106,7 +106,7 @@ ensure_subids() {
         fail "$(this_user) has no range of 65536 ids in /etc/subuid and /etc/subgid" \
             "Building the guest image needs one. Run this as root, then start ${0##*/} again:" "    $line"
     step "Granting sub-ids to $(this_user): $line"
-    # shellcheck disable=SC2086 # one word an argument is meant
+    # shellcheck disable=SC2086 # each word is an argument
     as_root env PATH="/usr/sbin:/sbin:$PATH" $line ||
         fail "usermod failed" "See its message above."
 }
@@ -184,7 +184,7 @@ make_venv() {
     wanted_stamp "$kind" .venv/bin/python >.venv/.x07-stamp
 }
 
-# compile_modules PYTHON: with PYTHONDONTWRITEBYTECODE set, every command would otherwise compile all modules again.
+# compile_modules PYTHON: compile all modules once. With PYTHONDONTWRITEBYTECODE set, every command would compile them.
 compile_modules() {
     "$1" -m compileall -q src </dev/null || say "Some modules could not be compiled; commands start more slowly."
 }

@@ -47,12 +47,12 @@ def commands() -> str:
 
 
 def sections() -> str:
-    """Return the values of optional sections that are absent."""
+    """Return the values that apply if an optional section is absent."""
     return "".join(f"- `{name}`: {_in_words(section)}\n" for name, section in OPTIONAL_SECTIONS.items())
 
 
 def all_fields() -> str:
-    """Return the table of fields of each section and of a host."""
+    """Return a table of the fields of each section, and of a host."""
     plan = make_plan(default_policy(), vm_features("vm-emulated"))
     held = {control.field: control.by if control.state == "enforced" else control.state for control in plan.controls}
     head = "Field | Values | Default | Meaning"
@@ -63,7 +63,7 @@ def all_fields() -> str:
     for section, inner in grouped.items():
         doc = policy_schema()["$defs"][inner[0].section]["description"]
         holders = {held[field.path] for field in inner}
-        if len(holders) == 1:  # said once instead of in every row
+        if len(holders) == 1:  # once instead of in every row
             holder = holders.pop()
             by = "All fields are advisory." if holder == "advisory" else f"Enforced by {holder}."
             text, rows = f"{doc} {by}", _table(head, map(_row, inner))

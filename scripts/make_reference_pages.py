@@ -55,7 +55,7 @@ def _sections(parser: Parser, command: str) -> Iterator[str]:
 
 
 def _groups(parser: Parser) -> dict[str, list[str]]:
-    """Return the rows of each group of arguments, by its title; arguments and general options have none."""
+    """Return the rows of each group of arguments, by title. Arguments and general options have an empty title."""
     found: dict[str, list[str]] = {}
     for group in parser._action_groups:  # noqa: SLF001 - as above
         name = group.title or ""
@@ -117,7 +117,7 @@ def _object(name: str, schema: dict[str, Any]) -> str:
 
 
 def field_meanings(schema: dict[str, Any]) -> dict[str, str]:
-    """Return the meaning of each field: its own description, else a line `name, name: meaning` of the object's."""
+    """Return the meaning of each field, from its own description or a line `name, name: meaning` of the object's."""
     found = {name: inner["description"] for name, inner in schema["properties"].items() if "description" in inner}
     names: list[str] = []
     for line in schema["description"].splitlines()[1:]:
@@ -163,7 +163,7 @@ PARTS = {
 
 
 def render(name: str) -> str:
-    """Return a page with its parts as the source has them now."""
+    """Return a page with current parts."""
     return filled(FOLDER / name, PARTS[name])
 
 

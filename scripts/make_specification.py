@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Write docs/specification.md: every promise of the project with the test that proves it.
 
-A promise is the docstring of a test. Tests are parsed, not imported, so any Python will do:
+A promise is the docstring of a test. The script parses the tests and does not import them, so any Python can run it:
 
     python3 scripts/make_specification.py           write the file
     python3 scripts/make_specification.py --check   exit with 1 if it is stale
@@ -24,7 +24,7 @@ TARGET = ROOT / "docs" / "specification.md"
 HEAD = """\
 # Specification
 
-The promises of x07-sandbox, one a line, each with the test that proves it. `scripts/make_specification.py` generates
+The promises of x07-sandbox, one per line, each with the test that proves it. `scripts/make_specification.py` generates
 this page from the tests' docstrings: to change a line, change its test.
 """
 
@@ -39,7 +39,7 @@ class Promise:
 
 
 def promises(root: Path = ROOT) -> Iterator[Promise]:
-    """Yield all tests below *root*/tests, by file name and position; text is empty without a docstring."""
+    """Yield all tests in *root*/tests, by file and position. The text of a test without a docstring is empty."""
     for path in sorted((root / "tests").rglob("test_*.py")):
         file = path.relative_to(root).as_posix()
         for test, function in _tests(ast.parse(path.read_bytes(), filename=file)):

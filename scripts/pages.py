@@ -10,12 +10,12 @@ if TYPE_CHECKING:
 
 
 def filled(page: Path, parts: Mapping[str, Callable[[], str]]) -> str:
-    """Return the page with its parts replaced, by name. Raises SystemExit if the page has no place for one."""
+    """Return the page with the named parts replaced. Raises SystemExit if the page lacks the markers of a part."""
     text = page.read_text(encoding="utf-8")
     for name, made in parts.items():
         start, end = f"<!-- {name} -->\n", "<!-- end -->"
         before, found, rest = text.partition(start)
         if not found or end not in rest:
-            raise SystemExit(f"{page.name} has no place for {name}")
+            raise SystemExit(f"{page.name} has no markers for {name}")
         text = f"{before}{start}{made()}{rest[rest.index(end) :]}"
     return text

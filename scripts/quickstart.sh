@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Install everything, build the guest image and run two example programs in virtual machines. A second run takes seconds.
+# Install everything, build the guest image and run two example programs in VMs. Later runs take seconds.
 # Environment: X07_PYTHON is the Python for .venv.
 set -euo pipefail
 unset CDPATH # cd would print where it went

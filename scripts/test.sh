@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Run every check and test: install what they need, then ruff, mypy, import-linter, shellcheck, check-jsonschema and
-# zizmor for the CI files, the documentation site, the guest image, pytest.
+# Install everything that the tests need, and run them: ruff, mypy, import-linter, shellcheck, check-jsonschema and
+# zizmor (for the CI files), the build of the documentation and of the guest image, and pytest.
 #   scripts/test.sh [--full] [-- PYTEST ARGUMENTS]
 # --full: full sizes, long property tests, and the quick start in a clean Debian root. Environment: CI=1 makes a
 # missing tool an error instead of a skip; X07_PYTHON is the Python for .venv.
@@ -44,7 +44,7 @@ static_checks() {
     check shellcheck --external-sources scripts/*.sh scripts/ci/*.sh .ci/run
     [[ ${#broken[@]} -eq 0 ]] || fail "static checks failed; the tests were not started" "${broken[@]}"
 }
-# Run beside the image build, which uses one processor.
+# Run the checks during the image build, which uses one processor.
 said=$(mktemp)
 trap 'rm -f -- "$said"' EXIT
 static_checks >"$said" 2>&1 &
@@ -65,8 +65,8 @@ if [[ $full == yes ]]; then
     [[ ${#broken[@]} -eq 0 ]] || fail "the quick start failed in a clean root" "See its messages above."
 fi
 
-# -rs: every skip with its reason; --durations: the slowest tests. More workers than processors, because VM tests wait
-# for a third of their time. One worker per file, so that shared images and templates are made once.
+# -rs lists every skip with its reason, --durations the slowest tests. There are more workers than processors, because
+# VM tests wait a third of their time. Each file has one worker, so that its images and templates are made once.
 step "pytest"
 workers=$(($(nproc) * 5 / 2))
 exec .venv/bin/pytest -rs --durations=30 -n "$workers" --maxprocesses 6 --dist loadfile --no-loadscope-reorder "$@"

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# VM smoke gate: check that the promises of `x07 run` hold on this machine, with the backend it selects.
+# VM smoke gate: check that the promises of `x07 run` hold on this host, with the backend that x07 selects.
 #   scripts/ci/check_vm_sandbox_smoke.sh
-# Prints one line per check: ok, skip or fail, the name, and what was observed. Ends with "ok: VM sandbox smoke passed"
-# and exit code 0, or with exit code 1. Needs x07 on PATH (or .venv/bin/x07), Python 3.11 and a guest image; no network.
-# Records go to a temporary folder. Environment: X07_VM_BACKEND selects a backend; podman and docker also need
+# Prints one line per check: ok, skip or fail, the name, and the observation. Ends with "ok: VM sandbox smoke passed" and
+# exit code 0, or with exit code 1. Needs x07 on PATH (or .venv/bin/x07), Python 3.11 and a guest image, but no network.
+# Job records are in a temporary folder. Environment: X07_VM_BACKEND selects a backend; podman and docker also need
 # X07_I_ACCEPT_WEAKER_ISOLATION=1.
 set -euo pipefail
 export PODMAN_IGNORE_CGROUPSV1_WARNING=1
@@ -49,8 +49,7 @@ trap 'exit 1' HUP INT TERM
 
 host() { "$python" -I "$smoke/host.py" "$@"; }
 
-# One run. Sets $code, and $result, the file with the JSON that x07 printed.
-# run_x07 NAME ARGUMENTS...
+# run_x07 NAME ARGUMENTS...: run x07. Sets $code, and $result to the file with the JSON that x07 printed.
 run_x07() {
     result=$work/result-$1.json
     code=0
@@ -75,7 +74,7 @@ wrong() {
     exit 1
 }
 
-# want WHAT ACTUAL EXPECTED
+# want NAME ACTUAL EXPECTED: fail the check unless the values are equal.
 want() { [[ $2 == "$3" ]] || wrong "$1 is $(printf %q "$2"), not $(printf %q "$3")"; }
 
 has() { grep -qE "^ +$1( |\$)" "$work/help"; }
@@ -166,14 +165,14 @@ check_labels() {
     say "io.x07.schema, run_id, runner_instance and deadline_unix_ms of both jobs match their records"
 }
 
-# client ENGINE: print the client program that the backend calls.
+# client ENGINE: print the name of the engine's client program.
 client() {
     local variable=X07_VM_${1^^}_BIN
     printf '%s\n' "${!variable:-$1}"
 }
 
-# left_over JOB BACKEND: print what a killed run left, one a line: processes, containers, and control groups if this
-# version has a sweep to remove them.
+# left_over JOB BACKEND: print what a killed run left, one per line: processes, containers, and control groups if this
+# version has a sweep that removes them.
 left_over() {
     if has sweep; then host remains "$X07_VM_STATE_DIR" "$1"; else host remains "$X07_VM_STATE_DIR" "$1" | grep -v group || true; fi
     if [[ $2 == podman || $2 == docker ]]; then
@@ -200,7 +199,7 @@ check_orphan() {
     "$x07" run --no-pool --policy "$work/policy-long.json" "$programs/sleep.py" -- 280 \
         >"$work/victim.out" 2>"$work/victim.err" </dev/null &
     pid=$!
-    # It is still a child of this shell, so the pid cannot have been reused.
+    # The run is a child of this shell, so its pid cannot have been reused.
     trap 'kill -TERM "$pid" 2>/dev/null || true; wait "$pid" 2>/dev/null || true' EXIT
     for ((count = 0; count < 600; count++)); do
         [[ ! -s $work/victim.out ]] || break
@@ -337,8 +336,8 @@ check_bundle() {
 
 passed=0 failed=0
 
-# In a subshell that is no condition, so that set -e holds in it. What a program said is printed as plain text, and
-# never at the start of a line, where a CI service would obey it.
+# The subshell is not part of a condition, because set -e has no effect in a condition. Output of programs is printed as
+# plain text and never at the start of a line, where a CI service would take it for a command.
 check() {
     local name=$1 status=0
     set +e
@@ -359,7 +358,7 @@ check() {
 "$timeout" 60 "$x07" --help >"$work/help" 2>&1 </dev/null || fail "$x07 --help failed" "Reinstall x07: scripts/setup.sh"
 
 : >"$work/hits"
-# Not through host(), so that $! is the listener and not a subshell.
+# Not with host(), so that $! is the pid of the listener and not of a subshell.
 "$python" -I "$smoke/host.py" listen "$work/port" "$work/hits" 3600 >/dev/null </dev/null &
 listener=$!
 for ((count = 0; count < 100; count++)); do

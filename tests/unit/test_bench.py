@@ -50,7 +50,7 @@ def result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         (("phases", "build", "start"), "cold", "start"),
         (("phases", "run", "start"), "pool", "start"),
         (("phases", "build", "job_id"), "1-1-1-build", "record"),
-        (("phases", "run"), None, "machines"),
+        (("phases", "run"), None, "VMs"),
         (("controls", 0, "state"), "refused", "controls"),
     ],
 )

@@ -76,7 +76,7 @@ def test_a_process_with_the_mark_and_a_control_group_are_seen(tmp_path: Path) ->
         process.kill()
     assert code == 0
     assert output.splitlines() == [
-        f"process {process.pid} carries its mark",
+        f"process {process.pid} has the job's mark in its arguments",
         f"its control group {tmp_path} still exists",
     ]
 

@@ -90,7 +90,7 @@ def test_good_calls_of_an_assistant_are_carried_out(way: str, image: Image, stat
     )
     assert contents["unbuilt"]["outcome"] == "build-failed"
     assert "nothing" in contents["unbuilt"]["stderr"]
-    assert "correct it" in contents["unbuilt"]["advice"]
+    assert "Correct the program" in contents["unbuilt"]["advice"]
     assert contents[8]["stdout"] == "\N{REPLACEMENT CHARACTER}" * 128
     assert left_behind(state) == []
 
@@ -124,7 +124,7 @@ def test_hostile_calls_of_an_assistant_end_at_their_limits(way: str, image: Imag
         "next": "ok",
     }
     assert 4000 < len(contents["floods"]["stdout"]) < 4100
-    assert "left out" in contents["floods"]["stdout"]
+    assert "omitted" in contents["floods"]["stdout"]
     assert "sandbox" in contents["never ends"]["advice"]
     assert contents["crashes"]["signal"] == 11
     assert "gaierror" in contents["connects"]["stderr"]
@@ -144,33 +144,36 @@ MALFORMED: Final = {
     "huge source": (call("1", source="#" * 200_000), "maxLength 100000"),
     "unknown field": (call("1", policy="/etc/passwd"), "additionalProperties false"),
     "a file leads out": (call("1", files={"../x": ""}), "pattern"),
-    "a file's name has a line end": (call("1", files={"x\n": ""}), "pattern"),
+    "a file's name has a line end": (call("1", files={"x\n": ""}), "ends with a newline"),
     "a file's name is odd": (call("1", files={"x\0\x1b": 1}), r"$.input.files['x\u0000\u001b']"),
     "a file is hidden": (call("1", files={".bashrc": ""}), "pattern"),
-    "a file is the program": (call("1", files={"main.py": "print(1)"}), "main.py is taken"),
-    "a file is the manifest": (call("1", files={"x07-sandbox.toml": ""}), "x07-sandbox.toml is taken"),
+    "a file is the program": (call("1", files={"main.py": "print(1)"}), "main.py is reserved"),
+    "a file is the manifest": (call("1", files={"x07-sandbox.toml": ""}), "x07-sandbox.toml is reserved"),
     "a file is a number": (call("1", files={"x": 1}), "$.input.files.x"),
     "too many files": (call("1", files={f"f{n}": "" for n in range(21)}), "maxProperties 20"),
     "input is a number": (call("1", stdin=5), "$.input.stdin"),
     "no time": (call("1", timeout_s=0), "exclusiveMinimum 0"),
     "too much time": (call("1", timeout_s=1e9), "maximum 30"),
     "time is true": (call("1", timeout_s=True), "type"),
-    "half a character": (call("1", source="print('\ud800')"), "no Unicode"),
+    "half a character": (call("1", source="print('\ud800')"), "surrogate"),
 }
 NO_ID: Final = {
-    "time is no number": (call("1", timeout_s=float("nan")), "NaN is no number"),
-    "no JSON": (b"run this please\n", "no JSON"),
-    "an empty line": (b"\n", "no JSON"),
-    "no UTF-8": (b'{"id": "\xff"}\n', "no JSON"),
+    "time is no number": (call("1", timeout_s=float("nan")), "NaN is not allowed"),
+    "no JSON": (b"run this please\n", "not valid JSON"),
+    "an empty line": (b"\n", "not valid JSON"),
+    "no UTF-8": (b'{"id": "\xff"}\n', "not valid JSON"),
     "no object": (b"[1]\n", "type"),
     "no id": (b'{"name": "run_code", "input": {"language": "c", "source": ""}}\n', "id"),
-    "deep": (b"[" * 100_000 + b"\n", "no JSON"),
+    "deep": (b"[" * 100_000 + b"\n", "not valid JSON"),
     "an id is a fraction": (call(1.5), "$.id"),
     "an id is too long": (call("1" * 201), "$.id"),
     "an id is true": (call(number=True), "$.id"),
-    "a key twice": (b'{"id": "1", "id": "2", "name": "run_code", "input": {"language": "c", "source": ""}}\n', "twice"),
-    "a huge number": (b'{"id": ' + b"9" * 5000 + b"}\n", "no JSON"),
-    "a huge line": (call("1", source="#" * (LINE_MAX * 3)), "more than"),
+    "a key twice": (
+        b'{"id": "1", "id": "2", "name": "run_code", "input": {"language": "c", "source": ""}}\n',
+        "duplicate key",
+    ),
+    "a huge number": (b'{"id": ' + b"9" * 5000 + b"}\n", "not valid JSON"),
+    "a huge line": (call("1", source="#" * (LINE_MAX * 3)), "longer than"),
 }
 
 
@@ -220,4 +223,4 @@ def test_the_tool_ends_when_its_reader_goes_away() -> None:
         done = subprocess.run(argv, input=b"{}\n" * 9, stdout=writer, stderr=subprocess.PIPE, check=False, timeout=60)
     finally:
         os.close(writer)
-    assert (done.returncode, done.stderr) == (1, b"agent_tool: whoever reads the answers has gone\n")
+    assert (done.returncode, done.stderr) == (1, b"agent_tool: the reader of the results closed the pipe\n")

@@ -34,7 +34,7 @@ SLEEPERS: Final = """
 import sys
 sys.path.insert(0, sys.argv.pop(1))
 import grader
-grader.KINDS = (("python", "import time; time.sleep(9)"),)
+grader.SUBMISSIONS = (("python", "import time; time.sleep(9)"),)
 grader.main()
 """
 

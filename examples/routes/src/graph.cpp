@@ -11,7 +11,7 @@ int Graph::find(const char *town) const {
 
 int Graph::number(const char *town) {
     int known = find(town);
-    if (known >= 0 || count_ == most) return known;
+    if (known >= 0 || count_ == max_towns) return known;
     std::strncpy(names_[count_], town, sizeof names_[0] - 1);
     return count_++;
 }
@@ -23,18 +23,18 @@ bool Graph::add(const char *one, const char *other, int km) {
     return true;
 }
 
-void Graph::distances(const char *from, void (*tell)(const char *town, int km)) const {
-    int best[most], start = find(from);
-    bool told[most] = {};
+void Graph::distances(const char *from, void (*report)(const char *town, int km)) const {
+    int best[max_towns], start = find(from);
+    bool done[max_towns] = {};
     for (int &km : best) km = INT_MAX;
     if (start >= 0) best[start] = 0;
     for (;;) {
         int next = -1;
         for (int n = 0; n < count_; n++)
-            if (!told[n] && best[n] != INT_MAX && (next < 0 || best[n] < best[next])) next = n;
+            if (!done[n] && best[n] != INT_MAX && (next < 0 || best[n] < best[next])) next = n;
         if (next < 0) return;
-        told[next] = true;
-        tell(names_[next], best[next]);
+        done[next] = true;
+        report(names_[next], best[next]);
         for (int n = 0; n < count_; n++)
             if (roads_[next][n] && best[next] + roads_[next][n] < best[n]) best[n] = best[next] + roads_[next][n];
     }

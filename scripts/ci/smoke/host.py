@@ -4,8 +4,8 @@
     host.py connect PORT                          make one connection to the listener
     host.py policy FILE OUT [FIELD=JSON...]       write FILE to OUT with some fields changed
     host.py value FILE KEY...                     print one value of a JSON document
-    host.py labels STATE JOB...                   print the errors in the labels of these jobs, one a line
-    host.py remains STATE JOB                     print what a job left on this host, one a line
+    host.py labels STATE JOB...                   print the errors in the labels of these jobs, one per line
+    host.py remains STATE JOB                     print what a job left on this host, one per line
     host.py removed FILE JOB                      exit with 0 if `x07 sweep --json` lists the job as removed
 
 Needs Python 3.11 or newer and no packages.
@@ -19,18 +19,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
-_LABELS: Final = ("schema", "run_id", "runner_instance", "deadline_unix_ms")  # the seed's minimum, each as io.x07.NAME
+_LABELS: Final = ("schema", "run_id", "runner_instance", "deadline_unix_ms")  # the required ones, each as io.x07.NAME
 _MOST_BYTES: Final = 64 * 1024 * 1024
 
 
-def read(path: str | Path) -> Any:  # noqa: ANN401 - a document of whatever kind
+def read(path: str | Path) -> Any:  # noqa: ANN401 - any JSON value
     """Return the JSON document in a file."""
     with Path(path).open("rb") as file:
         return json.loads(file.read(_MOST_BYTES))
 
 
 def listen(port_file: str, hits_file: str, seconds: str) -> None:
-    """Accept connections on a free loopback port until killed, or for some seconds."""
+    """Accept connections on a free loopback port for some seconds, or until killed."""
     end = time.monotonic() + float(seconds)
     with socket.create_server(("127.0.0.1", 0)) as server, Path(hits_file).open("a", encoding="utf-8") as hits:
         ready = Path(f"{port_file}.new")
@@ -47,7 +47,7 @@ def listen(port_file: str, hits_file: str, seconds: str) -> None:
 
 
 def connect(port: str) -> None:
-    """Make one connection to the listener and wait until it closes it."""
+    """Make one connection to the listener, and wait until the listener closes it."""
     with socket.create_connection(("127.0.0.1", int(port)), timeout=10) as connection:
         connection.recv(1)
 
@@ -93,7 +93,7 @@ def labels(state: str, *jobs: str) -> None:
 
 
 def remains(state: str, job: str) -> None:
-    """Print what a job left on this host: processes (by pid and start time, or by mark) and control groups."""
+    """Print the control groups of a job, and its processes: the recorded ones and those with its mark in their argv."""
     folder = Path(state) / job
     if not (folder / "owner.json").is_file():
         return
@@ -102,7 +102,7 @@ def remains(state: str, job: str) -> None:
         if _lives(process["pid"], process["start_ticks"]):
             print(f"its {name} process {process['pid']} is alive")
     for pid in _marked(owner["instance"]):
-        print(f"process {pid} carries its mark")
+        print(f"process {pid} has the job's mark in its arguments")
     for group in owner.get("cgroups", []):
         if Path(group).exists():
             print(f"its control group {group} still exists")

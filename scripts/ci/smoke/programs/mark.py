@@ -1,4 +1,4 @@
-"""Creates the file whose path it is given."""
+"""Create the file named by the argument."""
 
 import sys
 from pathlib import Path

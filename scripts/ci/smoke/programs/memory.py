@@ -1,4 +1,4 @@
-"""Uses 256 MiB."""
+"""Use 256 MiB of memory."""
 
 block = bytearray(256 * 1024 * 1024)
 for at in range(0, len(block), 4096):

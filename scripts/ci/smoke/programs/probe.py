@@ -1,4 +1,4 @@
-"""Prints which network interfaces and which of the given HOST:PORT it can reach, on one line."""
+"""Print on one line the network interfaces, and which of the given HOST:PORT are reachable."""
 
 import socket
 import sys

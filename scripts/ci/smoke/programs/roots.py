@@ -1,4 +1,4 @@
-"""Reads its read root, tries to write there, writes into its write root, and looks for the file that it is given."""
+"""Read the read root, try to write there, write to the write root, and look for the given file."""
 
 import errno
 import sys

@@ -1,4 +1,4 @@
-"""Says that it started, and sleeps for the number of seconds given."""
+"""Print a line, then sleep for the given number of seconds."""
 
 import sys
 import time

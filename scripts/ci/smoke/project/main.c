@@ -1,4 +1,4 @@
-/* Prints what the build machine could reach; built.h is written by the Makefile. */
+/* Print what the build could reach. The Makefile writes built.h. */
 #include <stdio.h>
 
 int main(void) {
