@@ -361,7 +361,7 @@ def test_a_pool_start_that_waits_reports_it_and_can_be_stopped(
         subprocess.Popen([*COMMAND, "pool", "start"], stderr=subprocess.PIPE, text=True) as start,
     ):
         assert start.stderr is not None
-        assert any("at most 1 may run at once" in line for line in start.stderr)
+        assert any("only 1 may run at once" in line for line in start.stderr)
         assert x07("pool", "stop").returncode == 0
         assert "it was stopped during its start" in start.stderr.read()
     assert start.returncode == 125

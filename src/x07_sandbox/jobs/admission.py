@@ -119,7 +119,7 @@ def _slot_after_waiting(
             if turn.cancelled(cancel_fd, min(deadline.left_s(), pause_s)):
                 raise Cancelled("the run was cancelled", "it was waiting for a free slot", "Start it again")
             if not said and say_at.passed():
-                limit = f"at most {most} jobs may run at once (set by {_VARIABLE}, or by cores and memory)"
+                limit = f"only {most} may run at once (set by {_VARIABLE}, or by cores and memory)"
                 progress(f"waiting for a free slot: {limit}")
                 said = True
             if turn.come and (slot := _free_slot(folder, most)) is not None:
