@@ -1,6 +1,6 @@
-"""Init of the program's namespaces: it builds the program's view, starts the program, reaps processes and reports.
+"""Init of the program's namespaces: it builds what the program sees, starts the program, reaps processes and reports.
 
-The program is not PID 1, which the kernel protects from its own signals. It never has access to the report pipe.
+The program is not PID 1, which the kernel protects from its own signals. The program cannot access the report pipe.
 """
 
 from __future__ import annotations

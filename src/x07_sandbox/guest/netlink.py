@@ -156,7 +156,7 @@ class HeldPackets:
             at += length + -length % 4
 
     def release(self, queue: int, number: int, mark: int) -> None:
-        """Release a packet, with a mark for the rules that follow. Raises OSError if the packet no longer waits."""
+        """Release a packet with a packet mark, for later nftables rules. Raises OSError if it no longer waits."""
         body = struct.pack(">BBH", socket.AF_UNSPEC, 0, queue)
         body += _attribute(_VERDICT_HEADER, struct.pack(">II", _ACCEPT, number))
         body += _attribute(_MARK, struct.pack(">I", mark))

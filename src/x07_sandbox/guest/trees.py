@@ -44,7 +44,7 @@ def as_program_user(uid: int | None) -> Iterator[None]:
 
 
 class Tree:
-    """One tree, unpacked by *uid* in an empty folder. names: inode of each file and link. folders: mode of each."""
+    """One tree, unpacked by *uid* in an empty folder. names: inode of each file and link. folders: their modes."""
 
     def __init__(self, folder: str, uid: int | None) -> None:
         self._uid = uid
@@ -89,7 +89,7 @@ class Tree:
         self.made_at_ns = time.clock_gettime_ns(time.CLOCK_REALTIME)  # some timestamps use the fine clock
 
     def wait(self) -> None:
-        """Wait until any later change gets a later ctime than all entries of the tree have."""
+        """Wait until any change would get a later ctime than every entry of the tree has."""
         while time.clock_gettime_ns(_COARSE) <= self.made_at_ns:
             time.sleep(0.001)  # a kernel tick takes 4 ms
 
@@ -180,7 +180,7 @@ def _changed_folder(tree: Tree, name: bytes, path: bytes, below: bytes, mode: in
 def walk(
     top: bytes, *, hidden: bool = True, skipped: Collection[bytes] = ()
 ) -> Iterator[tuple[bytes, bytes, os.stat_result]]:
-    """Yield path, relative name and state of every entry, and each folder before its entries.
+    """Yield path, relative name and stat result of every entry, and each folder before its entries.
 
     hidden: whether to include top-level names that begin with a dot. skipped: names to leave out.
     """
@@ -220,7 +220,7 @@ def content(path: bytes, name: bytes, info: os.stat_result) -> Iterator[bytes]:
 
 
 class Left(NamedTuple):
-    """The files that a program left: number, bytes, and the files to send as (folder number, path, name, state)."""
+    """The files that a program left: number, bytes, and the files to send as (folder number, path, name, stat)."""
 
     files: int
     size: int
@@ -258,7 +258,7 @@ def left_files(
 
 
 def _next(entries: Iterator[T]) -> T | None:
-    """Return the next item. Return None at the end, or if the item cannot be read, since not every agent is root."""
+    """Return the next item, or None at the end or if the item cannot be read (not every agent is root)."""
     try:
         return next(entries, None)
     except OSError:

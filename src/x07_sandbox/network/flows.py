@@ -26,7 +26,7 @@ _BUFFER: Final = memoryview(bytearray(egress.DATA_MAX))
 
 
 class Flow(ABC):
-    """Base of all flows. counters: in the ledger. touched: time of the last data. lost: the server side is closed."""
+    """Base of all flows. counters: the ledger's. touched: when data last passed. lost: whether the server is gone."""
 
     def __init__(self, stream: int, contact: Contact, counters: list[int], now: float) -> None:
         self.stream = stream
