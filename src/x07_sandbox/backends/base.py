@@ -215,10 +215,10 @@ class Cloning(Protocol):
         """
 
     def renew(self, instance: Instance, kind: MachineKind) -> None:
-        """Make an instance that has run programs of x07 itself ready for one user program. Raises BackendError."""
+        """Prepare an instance for one user program after it has run x07's own programs. Raises BackendError."""
 
     def adopt(self, instance: Instance, claim: Claim, runner: Identity, ram_bytes: int) -> None:
-        """Turn a waiting VM into the job of *claim*, which uses at most *ram_bytes* of RAM. Raises SandboxError."""
+        """Turn a waiting VM into the job in *claim*, which uses at most *ram_bytes* of RAM. Raises SandboxError."""
 
     def descriptors(self, instance: Instance) -> dict[str, int]:
         """Return, by name, the descriptors with which another process can use *instance*, which still owns them."""

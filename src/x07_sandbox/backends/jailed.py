@@ -75,7 +75,7 @@ class Start(NamedTuple):
     """The description of a job to start.
 
     jail: the confinement, as text for the record. given: descriptors to close once the child has them. depth: see
-    `inner_process`. remove: removes what outlives the processes (control groups, folders), and returns whether it is
+    `inner_process`. remove: removes what outlives the processes (control groups, folders), and returns whether all is
     gone. bound: sets limits on the first process, by pid, while that process is blocked. name, error: for messages.
     """
 

@@ -36,7 +36,7 @@ class Connection:
             poll.register(self._out_fd, out)
 
     def read(self) -> Iterable[Event] | None:
-        """Read once. Return an iterator over events, which may raise PeerError, or None if the peer has closed."""
+        """Read once. Return an iterator over events, which may raise PeerError, or None if the channel is closed."""
         try:
             data = os.read(self.fd, READ_SIZE)
         except BlockingIOError:

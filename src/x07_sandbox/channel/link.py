@@ -83,27 +83,27 @@ DATA_STATES: Final[dict[int, frozenset[State]]] = {
 
 
 class Control(NamedTuple):
-    """A control frame arrived."""
+    """Event: a control frame arrived."""
 
     kind: Kind
     body: dict[str, Any]
 
 
 class Data(NamedTuple):
-    """Bytes of a stream arrived; call `Link.consumed` once they are processed."""
+    """Event: bytes of a stream arrived; call `Link.consumed` once they are processed."""
 
     stream: int
     payload: bytes
 
 
 class Eof(NamedTuple):
-    """A stream ended."""
+    """Event: a stream ended."""
 
     stream: int
 
 
 class Credit(NamedTuple):
-    """The peer accepts more bytes of a stream."""
+    """Event: the peer accepts more bytes of a stream."""
 
     stream: int
 

@@ -54,7 +54,7 @@ class Kind(enum.IntEnum):
 
 
 class Entry(NamedTuple):
-    """One record. mode: the permission bits, and for UNSUPPORTED also the file type."""
+    """Event: one record. mode: the permission bits, and for UNSUPPORTED also the file type."""
 
     kind: Kind
     name: bytes
@@ -79,19 +79,19 @@ class Entry(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Bytes of the current file."""
+    """Event: bytes of the current file."""
 
     data: bytes
 
 
 class Hole(NamedTuple):
-    """A hole of *size* bytes in the current file."""
+    """Event: a hole of *size* bytes in the current file."""
 
     size: int
 
 
 class FileEnd:
-    """The current file is complete."""
+    """Event: the current file is complete."""
 
 
 Event = Entry | Piece | Hole | FileEnd

@@ -172,7 +172,7 @@ class Audit:
         return _STATUS.unpack_from(answer.ljust(_STATUS.size, b"\0"))
 
     def _ask(self, kind: int, body: bytes) -> bytes:
-        """Send a request and return the answer, which is empty except for queries. Raises OSError."""
+        """Send a request to the audit subsystem. Return the answer, which is empty except for queries. Raises OSError."""
         self._sequence += 1
         # Request no acknowledgement for a query: it may come before the answer, which another kernel thread sends.
         flags = _REQUEST if kind == _GET else _REQUEST | _ACK
@@ -199,7 +199,7 @@ class NoAudit:
         self.fd, self._other_end = os.pipe2(os.O_CLOEXEC)
 
     def settle(self, *_names: object) -> None:
-        """Do nothing."""
+        """Do nothing, since there are no records."""
 
     begin = take = settle
 
@@ -209,7 +209,7 @@ class NoAudit:
 
 
 class Refusals:
-    """Denials from audit records. found: how often each occurred. uncounted: how many *found* had no room for."""
+    """Denials from audit records. found: how often each occurred. uncounted: how many did not fit in *found*."""
 
     def __init__(self, calls: dict[str, int]) -> None:
         self._names = {number: name for name, number in calls.items()}
@@ -223,7 +223,7 @@ class Refusals:
         find(device, inode, name): returns the path of an inode, or "" if that is unknown or no better than *name*.
         name: the path in the call, possibly of a link; "" if the path in the call was relative to a descriptor.
         roots: mount points of host folders.
-        resolve(path): returns the target of a path whose links the program may have made, else "".
+        resolve(path): returns the path with its links resolved if the program may have made them, else "".
         """
         self._find = find
         self._roots = roots

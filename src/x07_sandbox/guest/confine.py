@@ -337,7 +337,10 @@ def _no_new_privileges(_world: World) -> None:
 
 
 def scopes(_world: World) -> None:
-    """Forbid signals and abstract sockets to outer processes, which namespaces forbid too: this is a second barrier."""
+    """Forbid signals and abstract sockets to processes outside the program's namespaces.
+
+    The namespaces forbid them already; this is a second barrier.
+    """
     # Measured: if a later ruleset handles files, this one must allow moving them too.
     fd = system.landlock_ruleset(files=system.FS_REFER, scopes=system.SCOPE_SIGNAL | system.SCOPE_ABSTRACT_UNIX_SOCKET)
     system.landlock_allow(fd, "/", system.FS_REFER)

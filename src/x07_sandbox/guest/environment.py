@@ -42,7 +42,7 @@ class Limits(NamedTuple):
 
 
 class Environment:
-    """One prepared environment. Its descriptors are the agent's ends, and all are close-on-exec.
+    """One prepared environment of a program. Its descriptors belong to the agent, and all are close-on-exec.
 
     first: whether this machine had no environment before; close an environment before you make the next one.
     preload: modules that a waiting Python interpreter imports; None if the waiting process is no interpreter.

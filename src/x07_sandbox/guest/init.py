@@ -106,7 +106,7 @@ def _kill_on_sigterm(program: int) -> None:
 def _wait_for_program(program: int, *, namespace: bool) -> int:
     """Wait for the program, then kill and reap the processes that it left. Return the program's wait status.
 
-    namespace: whether this process is PID 1 of a namespace. Otherwise it is a subreaper (prctl(2)).
+    namespace: whether this process is PID 1 of a namespace. If not, this process is a subreaper (prctl(2)).
     """
     while True:
         pid, status = os.wait()

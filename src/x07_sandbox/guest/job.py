@@ -58,7 +58,7 @@ def job_settings(
 
 
 class Job:
-    """The job of one START frame."""
+    """The job that one START frame requests."""
 
     def __init__(
         self,

@@ -92,7 +92,7 @@ class Machine(Platform):
         return RootGroup()
 
     def seed(self, body: dict[str, Any]) -> None:
-        """Set the clock, and credit entropy."""
+        """Set the clock, and add entropy to the kernel's pool."""
         try:
             time.clock_settime_ns(time.CLOCK_REALTIME, body["unix_ns"])
         except OSError:

@@ -71,7 +71,7 @@ class ProgramPaths:
         return self._paths.get((device, inode), "")
 
     def link_target(self, path: str) -> str:
-        """Return *path* without links if the program may have made them, else "". Use the result only in reports."""
+        """Return *path* with its links resolved if the program may have made them, else "". For reports only."""
         if path not in self._targets:
             if len(self._targets) >= DENIED_MAX:
                 return ""

@@ -1,4 +1,4 @@
-"""Netlink for the relay: routes (rtnetlink(7)), nftables set elements and held packets (nfnetlink_queue)."""
+"""Netlink for the relay: routes (rtnetlink(7)), nftables set elements, held packets (nfnetlink_queue)."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ class Held(NamedTuple):
 
 
 class HeldPackets:
-    """The packets held in some queues of the current network namespace."""
+    """The packets that wait for a decision in some netfilter queues of the current network namespace."""
 
     def __init__(self, *queues: int) -> None:
         """Bind to these queue numbers. Raises OSError."""

@@ -44,7 +44,10 @@ def as_program_user(uid: int | None) -> Iterator[None]:
 
 
 class Tree:
-    """One tree, unpacked by *uid* in an empty folder. names: inode of each file and link. folders: their modes."""
+    """One tree, unpacked by *uid* in an empty folder.
+
+    names: the inode of each file and link, by name. folders: the mode of each folder, by name.
+    """
 
     def __init__(self, folder: str, uid: int | None) -> None:
         self._uid = uid
@@ -165,7 +168,7 @@ def changes(tree: Tree, sub: bytes) -> Iterator[bytes]:
 
 
 def is_modified(tree: Tree, name: bytes, info: os.stat_result) -> bool:
-    """Return whether a file or link differs from what arrived under the same name."""
+    """Return whether a file or link differs from the input that arrived under the same name."""
     return tree.names.get(name) != info.st_ino or info.st_ctime_ns > tree.made_at_ns
 
 

@@ -33,7 +33,7 @@ _CALLS: Final = ("prctl", "rt_sigprocmask", "rt_sigtimedwait", "capset", "close_
 
 
 class Jail(msgspec.Struct, frozen=True, kw_only=True):
-    """What one confined process may use.
+    """The files, descriptors and devices that one confined process may use, and its limits.
 
     files: host paths, read-only, under the same path inside the jail.
     fd_files: (descriptor, path inside) of opened files, read-only. fd_copies: files to copy into the jail's root.

@@ -36,7 +36,7 @@ class HostGroups(msgspec.Struct, frozen=True, kw_only=True):
     holds: tuple[str, ...]
 
     def describe(self) -> str:
-        """Return a description for the result."""
+        """Return a description of the groups for the run's result."""
         return f"host control groups hold {' and '.join(self.holds)}" if self.holds else "no host control groups"
 
     def names(self) -> tuple[str, ...]:

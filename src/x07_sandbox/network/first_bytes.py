@@ -170,7 +170,7 @@ class Inspector:
 
 
 class _Tls:
-    """A connection that must start with a ClientHello."""
+    """Parser of a connection that must start with a ClientHello."""
 
     watches_server = False
 
@@ -208,7 +208,7 @@ class _Tls:
 
 
 class _Raw:
-    """A connection that is not inspected."""
+    """Parser of a connection that is not inspected: it releases all bytes."""
 
     held = 0
     decided = True
@@ -226,7 +226,7 @@ class _Raw:
 
 
 class _Any:
-    """A connection of unknown protocol: holds the first bytes until the protocol is known."""
+    """Parser of a connection of unknown protocol: it holds the first bytes until the protocol is known."""
 
     def __init__(self, names: _NameCheck) -> None:
         self._names = names

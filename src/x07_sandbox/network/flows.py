@@ -53,7 +53,7 @@ class Flow(ABC):
 
 
 class TcpFlow(Flow, asyncio.BufferedProtocol):
-    """A TCP connection. held_since: arrival of the first held bytes. half_closed_at: when one side finished sending."""
+    """A TCP connection. held_since: when bytes were first held back. half_closed_at: when one side finished sending."""
 
     transport: asyncio.Transport
 
@@ -90,7 +90,7 @@ class TcpFlow(Flow, asyncio.BufferedProtocol):
             self._inspect(data)
 
     def _inspect(self, data: bytes = b"") -> None:
-        """Forward what the inspector releases."""
+        """Pass *data* to the inspector, and forward the bytes that it releases."""
         try:
             out = self._inspector.from_client(data)
         except InspectionError as exc:

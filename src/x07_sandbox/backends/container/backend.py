@@ -40,7 +40,7 @@ _GAPS: Final = {
 
 
 class ContainerBackend:
-    """A container engine of this host."""
+    """The backend for one container engine of this host."""
 
     uses_image = True
     cloning = None

@@ -149,7 +149,7 @@ def files_folder(record: JobRecord) -> Path:
 
 
 def remove_folder(folder: Path) -> bool:
-    """Remove a folder and return whether it is gone. A program may have removed permissions in it."""
+    """Remove a folder, even if a program has removed permissions in it. Return whether the folder is gone."""
     for place, inner, _ in os.walk(folder):
         for path in (Path(place, name) for name in inner):  # before it is entered
             # The runner and a process that stops its job may both be removing it.

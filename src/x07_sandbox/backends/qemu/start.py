@@ -74,7 +74,7 @@ class QemuJob(NamedTuple):
 
 
 class Accelerator(msgspec.Struct, frozen=True, kw_only=True):
-    """What runs the guest's processor: KVM or emulation."""
+    """The way in which QEMU runs the guest's processor: KVM or emulation."""
 
     kvm: bool
 

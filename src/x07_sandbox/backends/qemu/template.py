@@ -338,7 +338,7 @@ def _booted_and_saved(kind: MachineKind, accelerator: Accelerator, saving: Savin
 
 
 def renew(instance: Instance, kind: MachineKind) -> None:
-    """Make an instance that has run programs of x07 itself ready for one user program. Raises BackendError."""
+    """Prepare an instance for one user program after it has run x07's own programs. Raises BackendError."""
     words = warm_frame(kind) | {"commands": []}
     limit_s = settings.TEMPLATE_S + (settings.PRELOAD_S if words["preload"] else 0)
     talk = Handshake(instance, State.COLLECTING)
