@@ -172,7 +172,7 @@ class Audit:
         return _STATUS.unpack_from(answer.ljust(_STATUS.size, b"\0"))
 
     def _ask(self, kind: int, body: bytes) -> bytes:
-        """Send a request to the audit subsystem. Return the answer, which is empty except for queries. Raises OSError."""
+        """Send a request to the kernel. Return the answer, which is empty except for queries. Raises OSError."""
         self._sequence += 1
         # Request no acknowledgement for a query: it may come before the answer, which another kernel thread sends.
         flags = _REQUEST if kind == _GET else _REQUEST | _ACK

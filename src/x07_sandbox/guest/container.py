@@ -163,7 +163,7 @@ class Contained(OnSharedKernel):
         return self._work if name == "work" else super().folder(name)
 
     def make_job_folder(self, name: str, *, of_program: bool) -> None:
-        """Make a folder that the engine did not mount."""
+        """Make a job folder, unless it belongs to the program: the engine has mounted those."""
         if not of_program:
             os.makedirs(self.folder(name), exist_ok=True)
 
