@@ -29,7 +29,7 @@ FailureKind = Literal["ended", "late", "protocol", "failed", "cancelled"]
 class Availability(msgspec.Struct, frozen=True, kw_only=True):
     """What a backend offers on this host.
 
-    proof: the evidence. known: whether the backend was tried; if not, *features* are those of its weakest class.
+    proof: the evidence. known: whether it was tried; if not, *features* are those of its weakest isolation class.
     """
 
     features: Features
@@ -53,19 +53,19 @@ class MachineKind(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def key(self) -> tuple[str, int, str, bool]:
-        """A value that identifies this kind in every process."""
+        """A value that is equal for equal kinds, also in other processes."""
         return self.image_digest, self.ram_bytes, self.runtime, self.network
 
 
 class RootPlace(msgspec.Struct, frozen=True, kw_only=True):
-    """A folder of host files in the program's view. at: its path there. write: whether the program may write to it."""
+    """A folder of host files that the program sees. at: its path there. write: whether the program may write to it."""
 
     at: str
     write: bool
 
 
 class Needs(msgspec.Struct, frozen=True, kw_only=True):
-    """What a container's create call must know about the job. The limits are those of the START frame.
+    """The facts about a job that the command to create its container depends on. Limits are as in the START frame.
 
     files_bytes: size of all input files. out: whether the program is expected to write a file in /x07/out. places: host
     folders, outer ones first. closed: True if nothing that the program can write may be executed. alone: True if the
@@ -84,9 +84,10 @@ class Needs(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """What a backend needs to start one job. The program itself follows over the channel.
+    """The data that a backend needs to start one job. The program itself follows over the channel.
 
-    needs: for container backends. cold: boot a VM, never clone one. meanwhile: called once while the instance starts.
+    needs: for container backends. cold: whether to boot a VM instead of cloning one. meanwhile: called once while the
+    instance starts.
     """
 
     claim: Claim
@@ -110,7 +111,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 class Greeting(NamedTuple):
     """A ready agent: it has answered, clock and entropy are set, and START is the next frame.
 
-    released_at: on the monotonic clock, in seconds. times_ms: from the release until HELLO and SEEDED arrived.
+    released_at: when the instance was released, in seconds on the monotonic clock. times_ms: milliseconds from then
+    until the frames HELLO and SEEDED arrived.
     """
 
     connection: Connection
@@ -146,8 +148,8 @@ class NoAnswerError(BackendError):
 class Instance(Protocol):
     """A started job. It owns its descriptors.
 
-    net_fd: the stream of the egress relay, if that does not share the channel. notes: remarks about the start, for the
-    user. greeting: set by `start`.
+    net_fd: the stream of the egress relay, or None if the relay shares the channel. notes: remarks about the start, for
+    the user. greeting: set by `start`.
     """
 
     channel_fd: int
@@ -160,7 +162,7 @@ class Instance(Protocol):
     greeting: Greeting
 
     def release(self) -> None:
-        """Let the instance run, once its record is written. A second call does nothing."""
+        """Let the instance run. Call this after its record is written. A second call does nothing."""
 
     def side_fds(self) -> tuple[int, ...]:
         """Return the descriptors to read besides the channel."""
@@ -179,13 +181,16 @@ class Instance(Protocol):
 
 
 class Lease(Protocol):
-    """The connection to the process that owns a leased instance. The instance ends with the connection."""
+    """The connection to the pool's process, which started an instance and lets this process use it.
+
+    The instance ends when the connection ends.
+    """
 
     def exit_status(self) -> int | None:
-        """Return how the instance ended, as its owner reports it, or None while it runs."""
+        """Return the instance's exit status as reported by the pool's process, or None while the instance runs."""
 
     def end_lease(self) -> bool:
-        """Return the instance to its owner, and wait. Return whether the owner proved that the instance is gone."""
+        """Make the pool's process end the instance. Return whether that process has proven the instance gone."""
 
 
 class Prunable(NamedTuple):
@@ -204,36 +209,36 @@ class Cloning(Protocol):
         """Save a VM of this kind now, even if saving is suspended. Raises SandboxError."""
 
     def prunable(self, images: set[str], on_wait: Callable[[], None]) -> Iterator[Prunable]:
-        """Yield, under the lock of the saved VMs, what can be removed if only *images* (digests) stay.
+        """Lock the saved VMs, and yield the files that can be removed if only *images* (digests) stay.
 
         on_wait: called before waiting for the lock. Raises SandboxError.
         """
 
     def renew(self, instance: Instance, kind: MachineKind) -> None:
-        """Make an instance that has run programs of x07 itself ready for one user program. Raises BackendError."""
+        """Prepare an instance for one user program after it has run x07's own programs. Raises BackendError."""
 
     def adopt(self, instance: Instance, claim: Claim, runner: Identity, ram_bytes: int) -> None:
-        """Turn a waiting VM into the job of *claim*, which uses at most *ram_bytes* of RAM. Raises SandboxError."""
+        """Turn a waiting VM into the job in *claim*, which uses at most *ram_bytes* of RAM. Raises SandboxError."""
 
     def descriptors(self, instance: Instance) -> dict[str, int]:
-        """Return, by name, the descriptors that another process needs. The instance keeps owning them."""
+        """Return, by name, the descriptors with which another process can use *instance*, which still owns them."""
 
     def leased(self, lease: Lease, record: JobRecord, jail: str, owned_fds: Mapping[str, int]) -> Instance:
-        """Return the instance made of another process's `descriptors`. Raises KeyError if one is missing."""
+        """Return an instance that uses another process's `descriptors`. Raises KeyError if one is missing."""
 
 
 class EngineImages(Protocol):
     """The guest images of a container engine."""
 
     def find(self, ref: str | None) -> OpenImage:
-        """Return the image *ref*; for None, the image in X07_VM_GUEST_IMAGE. Raises ImageError, HostError."""
+        """Return the image *ref*; for None, the image that X07_VM_GUEST_IMAGE names. Raises ImageError, HostError."""
 
 
 class MachineSource(Protocol):
     """A source of ready VMs: a pool in this process or in another."""
 
     def claim(self, backend: Backend, job: Job) -> AbstractContextManager[Instance] | None:
-        """Return a VM whose agent has answered, or None. Raises BackendError; the job may then be recorded."""
+        """Return a VM whose agent has answered, or None. Raises BackendError, perhaps after the job was recorded."""
 
 
 class Backend(Protocol):
@@ -244,7 +249,7 @@ class Backend(Protocol):
 
     @property
     def known_gaps(self) -> Mapping[str, str]:
-        """The behaviours of the contract (conformance/behaviours) that the backend lacks: reasons by name."""
+        """The behaviours of the contract (conformance/behaviours) that the backend lacks, each with the reason."""
 
     @property
     def engine_images(self) -> EngineImages | None:
@@ -255,15 +260,15 @@ class Backend(Protocol):
         """Support for cloning saved VMs, if there is any."""
 
     def probe(self, image: OpenImage | None, *, boot: bool = True) -> Availability:
-        """Return what this host offers; cheap once it is proven. Raises HostError if the backend cannot run here.
+        """Return what the backend offers on this host. Raises HostError if the backend cannot run here.
 
-        boot: whether a guest may be booted to find out.
+        boot: whether a guest may be booted to find out. The result is stored, so that later calls are cheap.
         """
 
     def start(self, job: Job) -> AbstractContextManager[Instance]:
-        """Start a job and wait until its agent has answered. At the end the job is gone, and recorded as gone.
+        """Start a job and wait until its agent has answered. Raises NoAnswerError, BackendError, HostError.
 
-        Raises NoAnswerError, BackendError, HostError.
+        When the context ends, the job is gone and recorded as gone.
         """
 
     def list_owned(self) -> Sequence[JobRecord]:
@@ -274,7 +279,7 @@ class Backend(Protocol):
 
 
 class Orphan(msgspec.Struct, frozen=True, kw_only=True):
-    """An instance that an engine holds. id: the engine's name for it. labels: as the engine reports them."""
+    """An instance in a container engine. id: the engine's name for it. labels: as the engine reports them."""
 
     id: str
     labels: Mapping[str, str]
@@ -288,4 +293,4 @@ class HoldsInstances(Protocol):
         """Return the instances with x07's labels, which anybody can set (housekeeping/sweep). Raises SandboxError."""
 
     def remove(self, orphan: Orphan) -> bool:
-        """Remove one of the orphans and return whether it is proven gone. Raises SandboxError."""
+        """Remove an instance that `orphans` returned, and return whether it is proven gone. Raises SandboxError."""

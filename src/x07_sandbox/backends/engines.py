@@ -24,7 +24,7 @@ _KEPT: Final = ("HOME", "XDG_RUNTIME_DIR", "DBUS_SESSION_BUS_ADDRESS")
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """The result of a call. text, error: standard output and standard error, decoded and bounded."""
+    """The result of a call of the client. text, error: standard output and standard error, decoded and bounded."""
 
     status: int
     text: str

@@ -1,4 +1,4 @@
-"""The handshake with an agent: first until it answers, then until it is ready for a program."""
+"""The handshake with an agent, in two steps: the agent answers, then it becomes ready for a program."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ _LATE_S: Final = 0.2  # for data that was sent before a deadline to arrive after
 
 
 def read_deadline(deadline: Deadline) -> Deadline:
-    """Return a deadline for reading what was sent before *deadline* passed, later if this process was stopped."""
+    """Return a new deadline, for reading the data that arrived before *deadline* passed.
+
+    The new deadline is later if *deadline* passed while this process was stopped.
+    """
     return Deadline.after(settings.STOPPED_S if deadline.missed_while_stopped() else _LATE_S)
 
 
@@ -80,7 +83,7 @@ class Handshake:
         self.connection.link.send(Kind.SEED, seed)
 
     def until(self, wanted: State, deadline: Deadline, say: Say | None = None) -> HandshakeFailure | None:
-        """Exchange frames until the state *wanted*; return None or the failure. say: frames to send, by state."""
+        """Exchange frames until the state *wanted*. Return None, or the failure. say: frames to send, by state."""
         link, late = self.connection.link, None
         while link.state is not wanted:
             if say and (frame := say.get(link.state)):

@@ -33,7 +33,7 @@ _GONE_S: Final = 10.0
 
 
 def socket_ends(stack: contextlib.ExitStack, given: FdGroup) -> tuple[int, int]:
-    """Make a stream. Return this process's non-blocking end (closed by *stack*) and the child's end (by *given*)."""
+    """Make a socket pair. Return our non-blocking end, closed by *stack*, and a child's end, closed by *given*."""
     near, far = socket.socketpair()
     fd = near.detach()
     stack.callback(os.close, fd)
@@ -42,7 +42,7 @@ def socket_ends(stack: contextlib.ExitStack, given: FdGroup) -> tuple[int, int]:
 
 
 def error_stream(stack: contextlib.ExitStack, given: FdGroup) -> tuple[BoundedStream, int]:
-    """Make a stream for a child's standard error. Return it (closed by *stack*) and the child's end (by *given*)."""
+    """Make a pipe for a child's stderr. Return our end, closed by *stack*, and the child's end, closed by *given*."""
     fd, theirs = os.pipe2(os.O_CLOEXEC)
     stack.callback(os.close, fd)
     os.set_blocking(fd, False)
@@ -50,15 +50,15 @@ def error_stream(stack: contextlib.ExitStack, given: FdGroup) -> tuple[BoundedSt
 
 
 class HostAgent:
-    """The part of an instance whose agent runs on the host. The agent does nothing before it gets a frame."""
+    """Methods of an instance without a VM. Its agent does nothing before it receives a frame."""
 
     _errors: BoundedStream
 
     def release(self) -> None:
-        """Do nothing, since the agent waits for the channel anyway."""
+        """Do nothing, since the agent waits for the first frame anyway."""
 
     def side_fds(self) -> tuple[int, ...]:
-        """Return a tuple with the descriptor of the error stream."""
+        """Return the descriptor of the error stream, until the stream has ended."""
         return () if self._errors.ended else (self._errors.fd,)
 
     def drain(self, _fd: int) -> None:
@@ -74,9 +74,9 @@ class HostAgent:
 class Start(NamedTuple):
     """The description of a job to start.
 
-    jail: a text for the record. given: descriptors to close once the child has them. depth: see `inner_process`.
-    remove: removes what outlives the processes (control groups, folders), and returns whether all of it is gone. bound:
-    sets limits on the first process, by pid, while that process is blocked. name, error: for messages.
+    jail: the confinement, as text for the record. given: descriptors to close once the child has them. depth: see
+    `inner_process`. remove: removes what outlives the processes (control groups, folders), and returns whether all is
+    gone. bound: sets limits on the first process, by pid, while that process is blocked. name, error: for messages.
     """
 
     record: JobRecord
@@ -98,9 +98,10 @@ def running(
     make: Callable[[subprocess.Popen[bytes], Identity], _J],
     not_built: Callable[[int | None], BackendError],
 ) -> Iterator[_J]:
-    """Launch, record and yield a job. At the end it is gone, and recorded as gone. Raises BackendError, HostError.
+    """Launch and record a job, and yield its instance. Raises BackendError, HostError.
 
-    make: makes the instance. not_built: makes the error for a supervisor that ended early, from its exit status.
+    When the context ends, the job is gone and recorded as gone. make: makes the instance. not_built: makes the error
+    for a supervisor that ended early, from its exit status.
     """
     child = instance = None
     gone = False
@@ -188,7 +189,7 @@ class Jailed:
         self.pidfd = os.pidfd_open(child.pid)
 
     def record_owner(self, runner: Identity) -> None:
-        """Record the job's owner and processes. Raises BackendError, HostError."""
+        """Record the job's processes, and *runner* as the job's x07 process. Raises BackendError, HostError."""
         if self.supervisor is None:
             raise BackendError("cannot record the job", "its processes exited immediately", "Run x07 doctor")
         processes = {"supervisor": self.supervisor, "inner": self.inner}
@@ -224,7 +225,7 @@ class Jailed:
         return self.gone
 
     def close(self) -> None:
-        """Close the descriptors."""
+        """Close the descriptors of the job's processes."""
         self._closed = True
         os.close(self.pidfd)
         os.close(self.inner_pidfd)

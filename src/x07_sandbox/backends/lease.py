@@ -1,8 +1,8 @@
-"""The private socket of the pool's process: its messages, and the side of the process that claims a VM.
+"""The private socket of the pool's process: its messages, and the side of the client that gets a VM.
 
-One connection is one claim. The claimer sends a JSON request; the pool answers with JSON and the VM's descriptors. From
-then on the connection is the lease: when it ends, the pool ends the VM and confirms that. Each side checks the uid of
-the other.
+Each connection requests one VM. The client sends JSON, and the pool answers with JSON and the VM's descriptors. From
+then on the connection is the lease. The client ends the lease with a message or by closing the connection. The pool
+then ends the VM, and confirms that in answer to the message. Each side checks the uid of the other.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def pool_dir() -> Path:
 
 @contextlib.contextmanager
 def socket_address(folder: Path, name: str = SOCKET) -> Iterator[str]:
-    """Yield an address of a socket that goes through a descriptor, since an address holds at most 107 bytes."""
+    """Yield an address of a socket in *folder*, via /proc/self/fd to stay within the limit of 107 bytes."""
     fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         yield f"/proc/self/fd/{fd}/{name}"
@@ -65,7 +65,10 @@ def send(connection: socket.socket, message: Mapping[str, object], fds: Sequence
 
 
 def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
-    """Receive a message and its descriptors, which the caller must close. None: the end, or a malformed message."""
+    """Receive a message and its descriptors, which the caller must close.
+
+    Return None if the connection has ended, or if the message is malformed.
+    """
     fds = array.array("i")
     room = socket.CMSG_SPACE(_FDS_MAX * fds.itemsize)
     try:
@@ -135,7 +138,7 @@ class PoolClient:
     """The pool process of this user, as a `MachineSource`."""
 
     def claim(self, backend: Backend, job: Job) -> contextlib.AbstractContextManager[Instance] | None:
-        """Return a VM of the pool for *job*, or None. Raises BackendError; the pool may then have recorded the job."""
+        """Return a VM of the pool for *job*, or None. Raises BackendError, perhaps after the job was recorded."""
         connection = None if backend.cloning is None else connect_to_pool()
         if connection is None:
             return None
@@ -185,7 +188,7 @@ def _instance_of(backend: Backend, connection: socket.socket, answer: dict[str, 
 
 
 def handover(backend: Backend, instance: Instance) -> tuple[dict[str, object], list[int]]:
-    """Return what the claimer of a VM receives: the answer, and descriptors. The pool keeps owning these."""
+    """Return the answer and the descriptors for the client that gets a VM. The pool keeps owning the descriptors."""
     assert backend.cloning is not None  # noqa: S101 - else there is no pool
     fds = backend.cloning.descriptors(instance)
     message = {"protocol": PROTOCOL, "jail": instance.jail, "notes": instance.notes, "fds": list(fds)}

@@ -26,7 +26,10 @@ _KVM: Final = "/dev/kvm"
 
 
 class Need(msgspec.Struct, frozen=True):
-    """One prerequisite. variable: can set another place for it. optional: without it, the backend works less well."""
+    """One prerequisite.
+
+    variable: the environment variable that sets another path. optional: whether the backend also works without it.
+    """
 
     kind: Kind
     name: str
@@ -42,7 +45,7 @@ class Seen(msgspec.Struct, frozen=True):
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
-    """A machine, as far as backends depend on it. machine: from uname -m. seen: by (kind, place)."""
+    """The facts about a machine that backends depend on. machine: from uname -m. seen: by (kind, path or name)."""
 
     platform: Platform
     machine: str
@@ -51,7 +54,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Proof(msgspec.Struct, frozen=True, kw_only=True):
-    """The result of starting a machine as a run does. good: None if untried. fixes: what to do after a failure."""
+    """The result of a test start of a backend. good: None if untried. fixes: what the user can do after a failure."""
 
     good: bool | None
     text: str
@@ -141,7 +144,7 @@ def _device(path: str) -> Seen:
 
 
 def _namespaces(_name: str) -> Seen:
-    """Check the kernel's settings. They can rule namespaces out; only a start proves that namespaces work."""
+    """Check the kernel's settings, which can forbid namespaces. Only a start proves that namespaces work."""
     for path, forbids in (
         ("/proc/sys/user/max_user_namespaces", "0"),
         ("/proc/sys/kernel/unprivileged_userns_clone", "0"),
@@ -158,7 +161,7 @@ _CHECKS = {"program": _program, "device": _device, "namespaces": _namespaces}
 
 
 def backend_states(facts: Facts, proofs: Mapping[str, Proof]) -> tuple[BackendState, ...]:
-    """Return the state of every backend, preferred ones first. proofs: by backend, for those that were tried."""
+    """Return the state of every backend, preferred ones first. proofs: by name, of the backends that were tried."""
     return tuple(_state(row, facts, proofs.get(row.name)) for row in BY_NAME.values())
 
 

@@ -22,7 +22,10 @@ _MAX: Final = 64 * 1024
 
 
 def proof_file(program: str, *parts: object) -> Path:
-    """Return the file for this boot, kernel, *program* (a path) and *parts* (JSON values). Raises HostError."""
+    """Return the path of the file that stores the result of a test of *program* (a path). Raises HostError.
+
+    The path depends on the boot of this host, the kernel, *program* and *parts* (JSON values).
+    """
     info, host = Path(program).stat(), os.uname()
     key = [boot_id(), host.release, host.version, info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, *parts]
     return cache_folder("proofs") / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.json"
@@ -37,7 +40,7 @@ def write_verdict(path: Path, values: Mapping[str, object], retry_s: float | Non
 
 
 def read_verdict(path: Path) -> dict[str, Any]:
-    """Return the values stored in *path*; empty if there are none or if they have expired."""
+    """Return the values stored in *path*, or {} if there are none or if they have expired."""
     with contextlib.suppress(UsageError, ValueError, RecursionError, AttributeError, TypeError):
         stored = json.loads(read_bounded(path, "verdict", _MAX))
         if stored.get("boot_id", boot_id()) == boot_id() and boot_ms() < float(stored.get("retry_at_ms", math.inf)):

@@ -93,7 +93,7 @@ def choice_from_environment() -> Choice:
 
 
 def backend_named(word: str) -> BackendRow:
-    """Return the backend with this name or alias, in any case. Raises UsageError."""
+    """Return the backend with this name or alias, in upper or lower case. Raises UsageError."""
     word = word.strip().lower()
     name = BACKENDS.get(word, word)
     if name not in BY_NAME:
@@ -103,7 +103,7 @@ def backend_named(word: str) -> BackendRow:
 
 
 def usable_flags(platform: Platform) -> tuple[str, ...]:
-    """Return flags that select a backend on *platform* without consent to weaker isolation; () if none can."""
+    """Return flags that select a backend on *platform* without consent to weaker isolation, or () if no flags do."""
     for row in BY_NAME.values():
         if row.built and row.runs_on(platform) and not row.weaker:
             return "--sandbox-backend", row.sandbox_class, "--backend", row.name
@@ -145,7 +145,10 @@ def _automatic(platform: Platform, request: BackendRequest) -> Choice:
 def _instead(
     platform: Platform, request: BackendRequest, weaker: BackendRow | None = None, *, named: bool = True
 ) -> str:
-    """Return what the user can do instead. weaker: allowed after consent. named: its class was requested too."""
+    """Return what the user can do instead.
+
+    weaker: a backend that may be used after consent. named: whether the user also requested its class.
+    """
     here = usable_flags(platform)
     words = _by_caller(request, here or usable_flags(Platform(system="linux")))
     parts = [f"Use {words}" if here else f"Run x07 on Linux with {words}"]

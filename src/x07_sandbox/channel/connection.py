@@ -17,7 +17,7 @@ WRITE_SIZE: Final = 64 * 1024
 
 
 class Connection:
-    """A `Link` and the descriptor that carries it, or one for each direction. The caller must close them."""
+    """A `Link`, and the descriptors that carry its bytes: one, or one per direction. The caller must close them."""
 
     def __init__(self, fd: int, role: Role, state: State = State.WAITING, *, out_fd: int | None = None) -> None:
         self.fd = fd
@@ -27,7 +27,7 @@ class Connection:
             os.set_blocking(one, False)
 
     def register(self, poll: select.poll) -> None:
-        """Register for input, and for output if bytes are queued."""
+        """Register the descriptors with *poll*: for input, and for output if bytes are queued."""
         out = select.POLLOUT if self.link.pending() else 0
         if self._out_fd == self.fd:
             poll.register(self.fd, select.POLLIN | out)
@@ -36,7 +36,7 @@ class Connection:
             poll.register(self._out_fd, out)
 
     def read(self) -> Iterable[Event] | None:
-        """Read once. Return an iterator over events, which may raise PeerError, or None if the peer has closed."""
+        """Read once. Return an iterator over events, which may raise PeerError, or None if the channel is closed."""
         try:
             data = os.read(self.fd, READ_SIZE)
         except BlockingIOError:

@@ -11,7 +11,7 @@ READ: Final = 128 * 1024  # files up to this size are read whole, holes included
 
 
 def parts(fd: int, size: int) -> Iterator[bytes | int]:
-    """Yield a file's content up to *size*: data as bytes, a hole as its length. Raises OSError if the file shrinks."""
+    """Yield a file's content up to *size*: data as bytes, holes as their length. Raises OSError if the file shrinks."""
     position = 0
     while position < size:
         start, end = (0, size) if size <= READ else next_data(fd, position, size)
@@ -27,7 +27,7 @@ def parts(fd: int, size: int) -> Iterator[bytes | int]:
 
 
 def next_data(fd: int, position: int, end: int) -> tuple[int, int]:
-    """Return start and end of the next data segment (lseek(2)). Both are *end* if only a hole follows."""
+    """Return start and end of the next data segment (lseek(2)). Both numbers are *end* if only a hole follows."""
     try:
         start = min(end, os.lseek(fd, position, os.SEEK_DATA))
         return start, min(end, os.lseek(fd, start, os.SEEK_HOLE)) if start < end else end

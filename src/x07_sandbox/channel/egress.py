@@ -75,7 +75,7 @@ _SHAPES: Final = {
 
 
 class Event(NamedTuple):
-    """A verified frame. value and data are port and host in OPEN and REFUSAL, else code and payload."""
+    """A verified frame. In OPEN and REFUSAL, value is the port and data is the host; else the code and the payload."""
 
     kind: int
     stream: int
@@ -85,7 +85,7 @@ class Event(NamedTuple):
 
 
 class _Flow:
-    """A flow: how much each direction may still send, and which directions have ended."""
+    """A flow: the number of bytes that each direction may still send, and which directions have ended."""
 
     __slots__ = ("ended_in", "ended_out", "opened", "receive_window", "send_window", "transport", "unacknowledged")
 
@@ -98,7 +98,7 @@ class _Flow:
 
 
 class EgressLink:
-    """The end of the egress stream in the guest, or in the gate; not thread-safe."""
+    """One side of the egress stream: the guest's relay or the gate. Not thread-safe."""
 
     def __init__(self, *, guest: bool) -> None:
         self.guest = guest
@@ -227,7 +227,7 @@ class EgressLink:
             self._queue(REFUSAL, 0, _TARGET.pack(transport, port) + host)
 
     def opened(self, stream: int, code: int = OK) -> None:
-        """Answer OPEN. Any code other than OK ends the flow."""
+        """Answer the guest's OPEN frame. Any *code* other than OK ends the flow."""
         if (flow := self.flows.get(stream)) is None:
             return
         flow.opened = code == OK
@@ -241,7 +241,7 @@ class EgressLink:
         return flow.send_window if flow is not None and flow.opened and not flow.ended_out else 0
 
     def send(self, stream: int, data: bytes | bytearray | memoryview) -> int:
-        """Queue as much of *data* as the window allows. Return that number of bytes."""
+        """Queue as much of *data* as the window allows, and return the number of queued bytes."""
         count = min(len(data), self.window(stream))
         view = memoryview(data)[:count]
         for at in range(0, count, DATA_MAX):
@@ -256,7 +256,7 @@ class EgressLink:
             self._bulk_frame(DATAGRAM, stream, data)
 
     def finish(self, stream: int) -> None:
-        """Queue the end of this direction, after its data. Idempotent."""
+        """Queue the message that this side sends no more data in the flow. Idempotent."""
         if (flow := self.flows.get(stream)) is None or flow.ended_out:
             return
         flow.ended_out = True
@@ -269,7 +269,7 @@ class EgressLink:
             self._queue(RESET, stream, code=code)
 
     def consumed(self, stream: int, count: int) -> None:
-        """Record that *count* bytes were processed; grant credit in steps of half a window."""
+        """Record that *count* bytes were processed. The peer gets new credit in steps of half a window."""
         if (flow := self.flows.get(stream)) is None or flow.ended_in:
             return
         flow.unacknowledged += count

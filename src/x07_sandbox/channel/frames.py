@@ -8,8 +8,8 @@ A frame is an 8-byte header and a payload (docs/guest-channel.md):
     stream          u16, big endian; 0 for control frames
 
 Control payloads have closed schemas (`BODIES`). They are JSON objects, except for the fixed binary records in `PACKED`:
-the JSON code would run for the first time in a fresh clone, where it is about ten times slower. Data payloads are raw
-bytes. The guest is hostile, so every length, count, number and text is bounded.
+a VM cloned from a saved one would run the JSON code for the first time, which is about ten times slower. Data payloads
+are raw bytes. The guest is hostile, so every length, count, number and text is bounded.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Role(enum.Enum):
 
 
 class Kind(enum.IntEnum):
-    """Frame types; the numbers are the protocol."""
+    """The frame types. Their numbers are part of the protocol."""
 
     HELLO = 1
     SEED = 2
@@ -58,7 +58,7 @@ class Kind(enum.IntEnum):
 
 
 class Stream(enum.IntEnum):
-    """Stream numbers; input files use FIRST_FILE and up, in the order of START."""
+    """Stream numbers. Input files use FIRST_FILE and higher numbers, in the order in which START lists the files."""
 
     CONTROL = 0
     STDIN = 1
@@ -77,7 +77,7 @@ class Shape(NamedTuple):
     """The type and bounds of one field of a control body.
 
     kind: "int" (lo..hi), "text" (lo..hi characters, no lone surrogates), "bool", "bytes" (exactly lo; packed bodies
-        only), or "any" (host to guest only; its reader validates it).
+        only), or "any" (host to guest only; the code that uses the value validates it).
     """
 
     kind: str
@@ -149,7 +149,7 @@ SENDER: Final[dict[Kind, Role]] = {
 
 
 def stream_sender(stream: int) -> Role | None:
-    """Return the role that may send data on *stream*, or None if neither may."""
+    """Return the role that may send data on *stream*, or None if neither role may."""
     if stream == Stream.STDIN or Stream.FIRST_FILE <= stream <= LAST_FILE:
         return Role.HOST
     if Stream.STDOUT <= stream <= Stream.LEFT_FILES:
@@ -166,7 +166,7 @@ class Frame(NamedTuple):
 
 
 def payload_max(kind: Kind) -> int:
-    """Return the maximum payload size of a kind, in bytes."""
+    """Return the maximum payload size of frames of this kind, in bytes."""
     return _PAYLOAD_MAX.get(kind, CONTROL_MAX)
 
 
@@ -178,7 +178,7 @@ def encode(kind: Kind, stream: int = 0, payload: bytes = b"") -> bytes:
 
 
 def frame_sender(kind: Kind, stream: int) -> Role | None:
-    """Return the role that may send this frame, or None if neither may. The receiver of a stream sends its credit."""
+    """Return the role that may send this frame, or None if neither role may. A stream's receiver sends CREDIT."""
     if kind in SENDER:
         return SENDER[kind] if stream == 0 else None
     sender = stream_sender(stream)

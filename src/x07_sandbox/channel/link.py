@@ -31,7 +31,7 @@ _CREDIT: Final = struct.Struct(">I")
 
 
 class State(enum.Enum):
-    """The state of the conversation."""
+    """The state of the channel."""
 
     WAITING = "waiting"  # for HELLO
     GREETED = "greeted"
@@ -83,27 +83,27 @@ DATA_STATES: Final[dict[int, frozenset[State]]] = {
 
 
 class Control(NamedTuple):
-    """A control frame arrived."""
+    """Event: a control frame arrived."""
 
     kind: Kind
     body: dict[str, Any]
 
 
 class Data(NamedTuple):
-    """Bytes of a stream arrived; call `Link.consumed` once they are processed."""
+    """Event: bytes of a stream arrived; call `Link.consumed` once they are processed."""
 
     stream: int
     payload: bytes
 
 
 class Eof(NamedTuple):
-    """A stream ended."""
+    """Event: a stream ended."""
 
     stream: int
 
 
 class Credit(NamedTuple):
-    """The peer accepts more bytes of a stream."""
+    """Event: the peer accepts more bytes of a stream."""
 
     stream: int
 
@@ -112,7 +112,7 @@ Event = Control | Data | Eof | Credit
 
 
 class Link:
-    """One end of the conversation; not thread-safe. Its initial state is WARM for a clone."""
+    """One end of the channel; not thread-safe. If the VM is a clone of a saved VM, *state* is WARM at first."""
 
     def __init__(self, role: Role, state: State = State.WAITING) -> None:
         self.role = role
@@ -138,7 +138,7 @@ class Link:
     def receive(self, data: bytes) -> Iterator[Event]:
         """Take bytes from the peer and return a lazy iterator over all events that were not iterated yet.
 
-        The iterator raises PeerError. After an error, every later iterator raises it too.
+        The iterator raises PeerError. After that, every later iterator raises the same error.
         """
         self._in += data
         return self._events()
@@ -208,7 +208,7 @@ class Link:
         return self._send_window.get(stream, WINDOW)
 
     def send_data(self, stream: int, data: bytes | bytearray | memoryview) -> int:
-        """Queue as much of *data* as the window allows. Return that number of bytes. Raises ChannelUsageError."""
+        """Queue as much of *data* as the window allows. Return the number of queued bytes. Raises ChannelUsageError."""
         self._check_ours(stream)
         if stream in self._ended_out:
             raise ChannelUsageError(f"stream {stream} has ended")
@@ -231,7 +231,7 @@ class Link:
             raise ChannelUsageError(f"the {self.role.value} cannot send on stream {stream} while {state}")
 
     def consumed(self, stream: int, count: int) -> None:
-        """Grant credit for *count* processed bytes, in quarter windows. Raises ChannelUsageError if it is too much."""
+        """Grant credit for *count* processed bytes, in quarter windows. Raises ChannelUsageError for a wrong count."""
         unacknowledged = self._unacknowledged.get(stream, 0) + count
         window = self._receive_window.get(stream, WINDOW)
         if count < 0 or unacknowledged > WINDOW - window:

@@ -54,7 +54,7 @@ class Kind(enum.IntEnum):
 
 
 class Entry(NamedTuple):
-    """One record. Its mode has the permission bits; for UNSUPPORTED, the file type too."""
+    """Event: one record. mode: the permission bits, and for UNSUPPORTED also the file type."""
 
     kind: Kind
     name: bytes
@@ -79,19 +79,19 @@ class Entry(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Bytes of the current file."""
+    """Event: bytes of the current file."""
 
     data: bytes
 
 
 class Hole(NamedTuple):
-    """A hole of that many bytes in the current file."""
+    """Event: a hole of *size* bytes in the current file."""
 
     size: int
 
 
 class FileEnd:
-    """The current file is complete."""
+    """Event: the current file is complete."""
 
 
 Event = Entry | Piece | Hole | FileEnd
@@ -103,7 +103,7 @@ def segment(size: int, *, hole: bool = False) -> bytes:
 
 
 class Reader:
-    """Incremental decoder of a stream."""
+    """Incremental decoder of a tree stream."""
 
     def __init__(self) -> None:
         self.ended = False
@@ -232,7 +232,7 @@ def check_name(name: bytes) -> bytes:
 
 
 def can_hold_names(name: bytes) -> bool:
-    """Return whether names of entries in the folder *name* fit a stream and the kernel's path limit."""
+    """Return whether entries of the folder *name* have paths within the limits of a tree stream and of the kernel."""
     return len(name) + PART_MAX + 1 < NAME_MAX - 256 and name.count(b"/") + 2 < DEPTH_MAX
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    """Serve one conversation, then end. A VM passes no arguments. For other platforms see `platform_from_args`."""
+    """Serve one connection to the host, then end. See `platform_from_args` for the arguments; a VM passes none."""
     platform: Platform
     if args := sys.argv[1:]:
         platform = platform_from_args(args)
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def platform_from_args(args: list[str]) -> Platform:
-    """Return the platform for `os FD NET_FD`, `none FD FOLDER` or `container [network]`. Raises JobError."""
+    """Return the platform for arguments `os FD NET_FD`, `none FD FOLDER` or `container [network]`. Raises JobError."""
     # A further last argument, which is not used here, marks the process's owner.
     from x07_sandbox.guest.process import Confined, Unconfined
 
@@ -57,7 +57,7 @@ def platform_from_args(args: list[str]) -> Platform:
 
 
 class Agent:
-    """The event loop of the conversation with the host."""
+    """The event loop that serves the connection to the host."""
 
     def __init__(self, channel_fd: int, platform: Platform) -> None:
         self.platform = platform
@@ -128,7 +128,7 @@ class Agent:
             self.job.take(event)
 
     def _warm(self, body: dict[str, Any]) -> None:
-        """Prepare the parts that do not depend on the job, and answer. The host saves the VM after the answer.
+        """Prepare everything that does not depend on the job, then answer the host, which saves the VM after that.
 
         limits, hostname, output: the values that START will probably have. commands: programs installed in the image.
         They run as root, while nothing hostile is in the guest, so that their files are in the page cache.

@@ -1,9 +1,9 @@
 """Denied system calls of the program, from the kernel's audit subsystem (netlink, without auditd).
 
-One rule per errno records each listed system call of the program's user that fails with it. The kernel records
-seccomp refusals without a rule. Auditing must start before the program's first process, since tasks get their audit
-context when they are created. The kernel's rate limit bounds a flood, and lost records are counted. The records are
-used for the report only.
+For each errno, an audit rule records the listed calls of the program's user that fail with that errno. The kernel
+records seccomp refusals without a rule. Auditing must start before the program's first process, since tasks get their
+audit context when they are created. The kernel's rate limit bounds a flood, and lost records are counted. The records
+are used for the report only.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ Resolve = Callable[[str], str]
 class Refusal(NamedTuple):
     """One kind of denied call.
 
-    by: `kernel` or `seccomp`. path: empty if the call has none. If an entry was to be created: the path of its folder,
-    with a trailing slash. For a call that raises a limit: `core`, `cpu` or `nofile`.
+    by: `kernel` or `seccomp`. path: the path in the call; "" if the call has none. If the call creates a file or
+    folder: the parent folder with a trailing slash. If the call raises a limit: `core`, `cpu` or `nofile`.
     """
 
     by: str
@@ -86,10 +86,10 @@ class Refusal(NamedTuple):
 
 
 class Audit:
-    """The audit of this machine. Its descriptor *fd* is readable when there are records to `take`."""
+    """The kernel's audit records of this machine. The descriptor *fd* is readable when `take` has records to read."""
 
     def __init__(self, audited: dict[str, int], refused: dict[str, int]) -> None:
-        """Set up auditing. Both arguments are call numbers by name: calls to record, and calls that filters refuse."""
+        """Set up auditing. audited: numbers of the calls to record, by name. refused: of calls that filters refuse."""
         self._refusals = Refusals(refused | audited)
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_AUDIT)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", 1, 0))
@@ -110,25 +110,25 @@ class Audit:
         self._lost_before = 0
 
     def settle(self) -> None:
-        """Discard all records and lost counts. Called before the VM is saved."""
+        """Discard all records and the count of lost records. Called before the VM is saved."""
         self.begin()
         self._lost_before = self._status()[_LOST]
 
     def begin(self, find: Find | None = None, roots: Sequence[str] = (), resolve: Resolve | None = None) -> None:
-        """Discard all records. Later ones are the program's. find, roots, resolve: see `Refusals.reset`."""
+        """Discard all records. Later records are the program's. find, roots, resolve: see `Refusals.reset`."""
         while self._next() is not None:
             pass
         self._refusals.reset(find, roots, resolve)
 
     def take(self) -> None:
-        """Read at most _READS records."""
+        """Read and process at most _READS records."""
         for _ in range(_READS):
             if (record := self._next()) is None:
                 return
             self._refusals.note(*record)
 
     def end(self) -> tuple[dict[Refusal, int], int]:
-        """Return how often each call was denied since `begin`, and how many denials were lost or over `DENIED_MAX`."""
+        """Return how often each call was denied since `begin`, and how many denials that does not include."""
         deadline = time.monotonic() + _LAST_S
         # Give the kernel's audit thread a chance to run. Without any record none was lost either, and asking the kernel
         # would cost most programs milliseconds.
@@ -172,7 +172,7 @@ class Audit:
         return _STATUS.unpack_from(answer.ljust(_STATUS.size, b"\0"))
 
     def _ask(self, kind: int, body: bytes) -> bytes:
-        """Send a request and return the answer, which is empty except for queries. Raises OSError."""
+        """Send a request to the kernel. Return the answer, which is empty except for queries. Raises OSError."""
         self._sequence += 1
         # Request no acknowledgement for a query: it may come before the answer, which another kernel thread sends.
         flags = _REQUEST if kind == _GET else _REQUEST | _ACK
@@ -193,23 +193,23 @@ class Audit:
 
 
 class NoAudit:
-    """A stand-in for `Audit` on a shared kernel, whose audit belongs to the host. *fd* is never readable."""
+    """A stand-in for `Audit` on a shared kernel, whose audit records belong to the host. *fd* is never readable."""
 
     def __init__(self) -> None:
         self.fd, self._other_end = os.pipe2(os.O_CLOEXEC)
 
     def settle(self, *_names: object) -> None:
-        """Do nothing."""
+        """Do nothing, since there are no records."""
 
     begin = take = settle
 
     def end(self) -> tuple[dict[Refusal, int], int]:
-        """Report nothing."""
+        """Return that there were no denials."""
         return {}, 0
 
 
 class Refusals:
-    """Denials from audit records. found: how often each was seen. uncounted: those beyond `DENIED_MAX` kinds."""
+    """Denials from audit records. found: how often each occurred. uncounted: how many did not fit in *found*."""
 
     def __init__(self, calls: dict[str, int]) -> None:
         self._names = {number: name for name, number in calls.items()}
@@ -218,12 +218,12 @@ class Refusals:
         self.reset()
 
     def reset(self, find: Find | None = None, roots: Sequence[str] = (), resolve: Resolve | None = None) -> None:
-        """Discard everything recorded.
+        """Discard everything recorded, and store the functions that complete paths.
 
-        find(device, inode, name): returns the path of an inode, or "" if it is unknown or no better than *name*. The
-        call used *name*, which may be a link's; it is "" if the call's name was relative to a descriptor.
+        find(device, inode, name): returns the path of an inode, or "" if that is unknown or no better than *name*.
+        name: the path in the call, possibly of a link; "" if the path in the call was relative to a descriptor.
         roots: mount points of host folders.
-        resolve(path): returns the target of a path whose links the program may have made, else "".
+        resolve(path): returns the path with its links resolved if the program may have made them, else "".
         """
         self._find = find
         self._roots = roots
@@ -234,7 +234,7 @@ class Refusals:
         self.any_record = False
 
     def finish(self) -> None:
-        """Count the calls of which some records are missing."""
+        """Count the denied calls for which some records have not arrived."""
         for call in self._pending.values():
             self._count(call)
         self._pending.clear()
@@ -309,7 +309,7 @@ class Refusals:
             call.path = call.path or self._path(call, name, values)
 
     def _path(self, call: _Call, name: str, values: dict[bytes, bytes]) -> str:
-        """Return the path of the record's inode if it is known and better than *name*, the record's; else *name*."""
+        """Return the path of the record's inode if it is known and more exact than the record's *name*, else *name*."""
         if self._find is None:
             return name
         vague = not name or (call.by_descriptor and not name.startswith("/"))
@@ -320,13 +320,13 @@ class Refusals:
         return self._find(device, _number(values.get(b"inode", b"")), known_name) or name
 
     def _executed(self, call: _Call, name: str) -> str:
-        """Return the name of a program; for a link that the program made, its target, which a policy can list."""
+        """Return *name*. If it is a link that the program made, return the link's target, which a policy can list."""
         if not name or self._resolve is None or (call.by_descriptor and not name.startswith("/")):
             return name
         return self._resolve(posixpath.join(call.cwd, name)) or name
 
     def _root(self, call: _Call, name: str) -> str:
-        """Return the root with this path, or the only root with the same base name, or ""."""
+        """Return the mount point *name*, else the only mount point with the same base name, else ""."""
         path = posixpath.normpath(posixpath.join(call.cwd, name))
         if path in self._roots:
             return path
@@ -365,7 +365,7 @@ class _Call:
         self.path = ""
 
     def refusal(self) -> Refusal:
-        """Return the denial. For a new entry, its path is that of the entry's folder with a trailing slash."""
+        """Return the denial. If the call creates a file or folder, the path is the parent folder and a slash."""
         path = self.path or self.folder
         if path and not path.startswith("/"):
             path = posixpath.join("..." if self.by_descriptor else self.cwd, path)
@@ -378,7 +378,7 @@ class _Call:
 
 
 def _rule(which: int, fields: tuple[tuple[int, int], ...], calls: Iterable[int]) -> bytes:
-    """Return struct audit_rule_data that records these calls if all *fields* are equal."""
+    """Return a struct audit_rule_data: record *calls* if all *fields*, pairs of field and value, match."""
     mask = [0] * 64
     for number in calls:
         mask[number // 32] |= 1 << number % 32
@@ -390,7 +390,7 @@ def _rule(which: int, fields: tuple[tuple[int, int], ...], calls: Iterable[int])
 
 
 def _values(text: bytes) -> dict[bytes, bytes]:
-    """Parse `name=value` words; quoted values with spaces are cut."""
+    """Parse `name=value` words; a quoted value ends at its first space."""
     return dict(word.partition(b"=")[::2] for word in text.split(b" "))
 
 

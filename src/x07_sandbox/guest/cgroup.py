@@ -22,12 +22,12 @@ _GONE_S: Final = 5.0
 
 
 class NoGroup:
-    """No group: no limits. CPU time is read from /proc, which omits children reaped while SIGCHLD was ignored.
+    """No control group and no limits. CPU time is read in /proc, which omits children reaped while SIGCHLD was ignored.
 
     Subclasses are groups that contain the program and its children, but neither init (whose process id is *init*) nor
     the agent.
     KILLS: whether the group can kill all its processes. If not, init kills them.
-    COUNTERS: by counter name, the control file, and the keys of the relevant lines if the file has several lines.
+    COUNTERS: for each counter, its control file, and the keys of the relevant lines if the file has several lines.
     SHOWN: the group's folder that the program may read, or "" if there is none.
     """
 
@@ -44,7 +44,7 @@ class NoGroup:
         """Remove the group if this process made it. Raises OSError."""
 
     def limit(self, *, mem_bytes: int, tasks: int) -> None:
-        """Set the limits if they differ from the last ones."""
+        """Set these limits, unless the last call set the same limits."""
         if self._limits != (mem_bytes, tasks):
             self._limits = (mem_bytes, tasks)
             self._set_limits(mem_bytes, tasks)
@@ -158,7 +158,7 @@ class RootGroup(HostGroup):
 
 
 class HostGroupsV1(NoGroup):
-    """Version 1 groups below *folder*, made by the host for those of memory, pids and cpuacct that exist."""
+    """Version 1 groups below *folder*, made by the host for the controllers memory, pids and cpuacct, if they exist."""
 
     COUNTERS: ClassVar[dict[str, tuple[str, ...]]] = {
         "tasks_refused": ("pids/pids.events", "max"),
@@ -207,7 +207,7 @@ def _open_procs(folder: str) -> int:
 
 
 def counter(path: str, keys: list[str]) -> int:
-    """Return the number in a control file, or with *keys* the largest one after any of these keys; 0 if none."""
+    """Return the number in a control file; with *keys*, the largest number after one of the keys; 0 if none exists."""
     most = 0
     try:
         for line in read_file(path).decode().splitlines():
@@ -228,7 +228,7 @@ def _stat(pid: int) -> list[str]:
 
 
 def _cpu_ticks(init: int) -> int:
-    """Return the CPU time of a process, of its reaped children and of all its descendants."""
+    """Return the CPU time of a process, its reaped children and all its descendants, in clock ticks."""
     total = 0
     left = [init]
     while left:

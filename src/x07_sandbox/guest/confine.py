@@ -1,8 +1,8 @@
 """Confinement of the program as lists of steps, which state their requirements. A failing step ends the job.
 
-`Confinement.world`: init, still root, builds the program's view. `Confinement.rights`: the program's process drops its
-rights. Neither depends on the job, so both are done before the VM is saved. `Confinement.job`: init, still root,
-applies the job's settings. The order matters: a step may need a right that a later step drops.
+`Confinement.world`: init, still root, builds the file system that the program sees. `Confinement.rights`: the program's
+process drops its rights. Neither depends on the job, so both are done before the VM is saved. `Confinement.job`: init,
+still root, applies the job's settings. The order matters: a step may need a right that a later step drops.
 
 `MACHINE` is for VMs; `guest/process.py` and `guest/container.py` define the weaker platforms.
 """
@@ -36,7 +36,7 @@ _PTYS_MAX: Final = 64  # their kernel buffers are not charged to the program
 
 
 class World(NamedTuple):
-    """Input of the steps before the job.
+    """Input of the steps that run before the job is known.
 
     netns_fd: the program's network namespace. namespaces: whether the program has its own namespaces.
     procs_fds: files through which a process joins the control groups. group_kills: see `NoGroup.KILLS`.
@@ -59,7 +59,7 @@ class World(NamedTuple):
 
 
 class JobSettings(NamedTuple):
-    """Settings of the job.
+    """Settings of one job, which init applies.
 
     tmp_bytes: size of /tmp and of /dev/shm. cpu_s: RLIMIT_CPU, a backstop for the agent's own CPU limit.
     inputs_on_disk: whether the input files are too large for memory. execution: an `execution.ExecutionRules` as a
@@ -168,7 +168,7 @@ def _remount(path: str, flags: int) -> None:
 
 
 def _tmpfs(path: str) -> None:
-    """Mount a tmpfs for the program. `_sizes` sets the size of it later."""
+    """Mount a tmpfs for the program. `_sizes` sets the size later."""
     system.mount("tmpfs", path, "tmpfs", system.MS_NOSUID | system.MS_NODEV, "mode=1777,size=4k,nr_inodes=16")
 
 
@@ -186,7 +186,7 @@ def _temporary(world: World) -> None:
 
 
 def _kernel_state(world: World) -> None:
-    """Mount an empty /sys, read-only, with the program's own control group: Node, the JVM and Go read limits there."""
+    """Mount a read-only /sys that contains only the program's control group: Node, the JVM and Go read limits there."""
     system.mount("tmpfs", f"{ROOT}/sys", "tmpfs", system.MS_NOSUID | system.MS_NODEV, "mode=0755,size=4k")
     if world.group_folder:
         os.makedirs(f"{ROOT}{CGROUP_VIEW}")
@@ -213,9 +213,9 @@ def _enter(_world: World) -> None:
 
 
 def rules(world: World) -> None:
-    """Create the Landlock ruleset for programs with an execution list, with the rules that no job changes.
+    """Create the Landlock ruleset for programs with an execution list, and add the rules that all jobs share.
 
-    This is done before the VM is saved, since each rule would cost a clone time. `_programs` adds the job's rules.
+    This is done before the VM is saved, since a clone would need time for each rule. `_programs` adds the job's rules.
     `restrict` enforces the ruleset if the job has an execution list.
     """
     fd = system.landlock_ruleset(files=system.FS_EXECUTE | system.FS_READ_FILE | system.FS_REFER)
@@ -240,7 +240,7 @@ def root_mode(flags: int) -> None:
 
 
 def forget_interpreter() -> None:
-    """Remove the waiting interpreter's start-up module from the program's view."""
+    """Remove the waiting interpreter's start-up module from the file system that the program sees."""
     _remount("/run", 0)
     os.unlink(f"{interpreter.FOLDER}/sitecustomize.py")
     os.rmdir(interpreter.FOLDER)
@@ -268,7 +268,7 @@ def _inputs(settings: JobSettings) -> None:
 
 
 def resource_limits(settings: JobSettings) -> tuple[tuple[int, int], ...]:
-    """The limits of each single process, by resource."""
+    """The limits of each single process, as (RLIMIT number, value)."""
     # The cgroup's counter decides on cpu-limit. This one is higher: its signal could be the program's own.
     return (
         (resource.RLIMIT_CPU, settings.cpu_s),
@@ -337,7 +337,10 @@ def _no_new_privileges(_world: World) -> None:
 
 
 def scopes(_world: World) -> None:
-    """Forbid signals and abstract sockets to outer processes. The namespaces already do; this is a second barrier."""
+    """Forbid signals and abstract sockets to processes outside the program's namespaces.
+
+    The namespaces forbid them already; this is a second barrier.
+    """
     # Measured: if a later ruleset handles files, this one must allow moving them too.
     fd = system.landlock_ruleset(files=system.FS_REFER, scopes=system.SCOPE_SIGNAL | system.SCOPE_ABSTRACT_UNIX_SOCKET)
     system.landlock_allow(fd, "/", system.FS_REFER)
@@ -400,7 +403,7 @@ def _unchanged(step: Step[T], before: T, value: T) -> bool:
 
 
 def apply(steps: tuple[Step[T], ...], value: T, before: T | None = None) -> None:
-    """Apply the steps in order. Skip those whose fields are as in *before*, the last settings. Raises StepError."""
+    """Apply the steps in order. Skip a step if its fields of *value* are as in *before*. Raises StepError."""
     for step in steps:
         if before is not None and _unchanged(step, before, value):
             continue

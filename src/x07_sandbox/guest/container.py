@@ -93,7 +93,7 @@ class ContainerGroup(NoGroup):
 
 
 class ContainerTree(Tree):
-    """A tree on the engine's mounts. The program owns those that are True in *mounts*, and root owns the rest."""
+    """A tree on the engine's mounts. mounts: True for a mount point that the program owns, False if root owns it."""
 
     def __init__(self, folder: str, mounts: dict[bytes, bool]) -> None:
         super().__init__(folder, None)
@@ -156,14 +156,14 @@ class Contained(OnSharedKernel):
         os.makedirs(os.path.dirname(self.machine_id), exist_ok=True)
 
     def make_resolv_conf(self) -> None:
-        """Do nothing, since the engine mounts the file."""
+        """Do nothing, since the engine mounts /etc/resolv.conf."""
 
     def folder(self, name: str) -> str:
-        """Return the path of a job folder."""
+        """Return the path of the job folder *name*."""
         return self._work if name == "work" else super().folder(name)
 
     def make_job_folder(self, name: str, *, of_program: bool) -> None:
-        """Make a folder that the engine did not mount."""
+        """Make a job folder, unless it belongs to the program: the engine has mounted those."""
         if not of_program:
             os.makedirs(self.folder(name), exist_ok=True)
 
@@ -201,5 +201,5 @@ class Contained(OnSharedKernel):
         """Do nothing, since the engine has mounted the folders."""
 
     def reading(self) -> AbstractContextManager[None]:
-        """Switch to the program's user: without CAP_DAC_OVERRIDE, root cannot read its files."""
+        """Switch to the program's user: without CAP_DAC_OVERRIDE, root cannot read that user's files."""
         return as_program_user(confine.UID)

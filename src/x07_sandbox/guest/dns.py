@@ -104,7 +104,7 @@ def answer(query: bytes, names: NameTable) -> bytes | None:
 
 
 def _look_up(labels: list[bytes], kind: int, in_class: int, names: NameTable) -> tuple[int, bytes]:
-    """Return the response code, and the record of this type, or an empty record if there is none."""
+    """Return the response code, and the record of type *kind*, which is empty if there is none."""
     if any(label.translate(None, _LABEL_BYTES) for label in labels):
         return _FORMERR, b""
     if in_class != _IN:
@@ -127,7 +127,7 @@ def _look_up(labels: list[bytes], kind: int, in_class: int, names: NameTable) ->
 
 
 def _labels(query: bytes) -> list[bytes] | None:
-    """Return the labels of the first question's name, or None if it is malformed or compressed."""
+    """Return the labels of the first question's name, or None if the name is malformed or compressed."""
     labels: list[bytes] = []
     at, stop = _HEADER.size, min(len(query), _HEADER.size + _WIRE_NAME_MAX)
     while at < stop:

@@ -29,7 +29,8 @@ PRELOAD_S: Final = 180.0  # timeout of all imports; the host's is longer (host/s
 class Limits(NamedTuple):
     """The `confine` field of START.
 
-    programs: allowed paths; None for no list. prefixes: of more allowed paths. alone: no other input can be executed.
+    programs: paths that may be executed; None if the policy has no list. prefixes: of more such paths. alone: whether
+    the inputs contain nothing else that can be executed.
     """
 
     threads: bool
@@ -41,12 +42,12 @@ class Limits(NamedTuple):
 
 
 class Environment:
-    """One prepared environment. Its descriptors are the agent's ends, and all are close-on-exec.
+    """One prepared environment of a program. Its descriptors belong to the agent, and all are close-on-exec.
 
-    first: whether it is the first in this machine. Before another one is made, the previous one must be closed.
-    preload: modules that the waiting process imports, which is a started Python; None if no Python is to wait.
+    first: whether this machine had no environment before; close an environment before you make the next one.
+    preload: modules that a waiting Python interpreter imports; None if the waiting process is no interpreter.
     network: whether there is a relay for connections. init: process id of init. report_fd: init's reports.
-    status_fd: messages of the program's process before it executes the program; then the pipe ends.
+    status_fd: messages of the waiting process until it executes the program, which closes the pipe.
     in_memory_fds: the program's tmpfs folders, once `prepare` has returned.
     """
 
@@ -161,7 +162,7 @@ class Environment:
                 return status
 
     def measure(self) -> None:
-        """Measure the memory of the waiting process. Before the start, the job's memory limit must not be below it."""
+        """Measure the memory of the waiting process. Before the start, the memory limit must not be below that size."""
         self.waiting_bytes = max(WAITING_BYTES, 2 * self.group.count("memory_bytes"))
 
     def baseline_cpu_us(self) -> int:
@@ -171,11 +172,11 @@ class Environment:
         return self._cpu_us
 
     def name(self, machine_id: bytes) -> None:
-        """Write /etc/machine-id."""
+        """Write *machine_id* to the file that the program sees as /etc/machine-id."""
         os.pwrite(self._machine_id_fd, machine_id.hex().encode() + b"\n", 0)
 
     def mounted(self) -> None:
-        """Check whether the mounted folders contain user site-packages, which the waiting interpreter lacks."""
+        """Record whether the mounted folders contain user site-packages, which the waiting interpreter has not read."""
         self._own_modules = os.path.lexists(f"/proc/{self.init}/root{interpreter.OWN_MODULES}")
 
     def becomes(self, argv: list[str], env: dict[str, str], limits: Limits) -> bool:
@@ -237,7 +238,7 @@ def failure(report: bytes) -> JobError:
 
 
 def preload_timeout(preload: list[str], imported: list[str]) -> str:
-    """Return which module was too slow, and how long each of the others took."""
+    """Return a message with the module that was too slow, and the time that each earlier module took."""
     done = "; ".join(f"{line.replace(' ', ' took ')} s" for line in imported)
     slow = preload[len(imported)] if len(imported) < len(preload) else "Python itself"
     return f"{slow} was not imported within {PRELOAD_S:.0f} s for all" + (f"; {done}" if done else "")

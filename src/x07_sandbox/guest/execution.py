@@ -1,4 +1,4 @@
-"""Execution lists of the policy, enforced by Landlock and noexec mounts; init applies them in the program's view."""
+"""Execution lists of the policy, enforced by Landlock and noexec mounts. Init applies the lists."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ExecutionRules(NamedTuple):
 
 
 def allow(rules: ExecutionRules) -> None:
-    """Add listed files, as they are now, and listed folders to the Landlock ruleset. A prefix is a listed folder."""
+    """Add listed files, as they are now, and listed folders to the Landlock ruleset. Prefixes count as folders."""
     if rules.programs is None:
         return
     for at in rules.mounts:
@@ -61,7 +61,7 @@ def _with_prefix(prefix: str) -> list[str]:
 
 @functools.cache
 def link_targets(folder: str) -> tuple[str, ...]:
-    """Return the files outside a folder to which its links lead. A Landlock rule for the folder does not cover them."""
+    """Return the targets outside a folder of the links in it. A Landlock rule for the folder does not cover them."""
     try:
         found = [os.path.realpath(entry.path) for entry in os.scandir(folder) if entry.is_symlink()]
     except OSError:
@@ -73,7 +73,7 @@ def link_targets(folder: str) -> tuple[str, ...]:
 def forbid_elsewhere(rules: ExecutionRules, writable: list[str], inputs: str) -> None:
     """Mount every folder noexec that is neither part of the image nor listed.
 
-    Otherwise the loader could run any file there. writable: the guest's writable folders. inputs: the input folder.
+    Otherwise the dynamic loader could run any file there. writable: the writable folders. inputs: the input folder.
     """
     closed = [*writable, *rules.mounts]
     if not rules.alone:
@@ -89,7 +89,7 @@ def forbid_elsewhere(rules: ExecutionRules, writable: list[str], inputs: str) ->
 
 
 def _keep_listed(listed: list[str], places: list[str]) -> list[str]:
-    """Turn each listed path inside these mounts into a mount of its own. Return the mounts that must become noexec."""
+    """Make each listed path below the mounts *places* a mount of its own. Return the mounts that must become noexec."""
     listed = sorted(os.path.realpath(path) for path in listed)
     places = list(places)
     closed = [place for place in places if not any(_within(place, path) for path in listed)]
@@ -106,7 +106,7 @@ def _keep_listed(listed: list[str], places: list[str]) -> list[str]:
 
 
 def _aliases(path: str, holding: str, places: list[str]) -> list[str]:
-    """Return the other paths of a file in the mount *holding*. It has some if the same folder is mounted twice."""
+    """Return the other paths of a file in the mount *holding*. A file has several if one folder is mounted twice."""
     sources = _sources()
     disk, top = sources[holding]
     source = top.rstrip("/") + path[len(holding) :]
@@ -119,7 +119,7 @@ def _aliases(path: str, holding: str, places: list[str]) -> list[str]:
 
 
 def _sources() -> dict[str, tuple[str, str]]:
-    """Return, by mount point, the device and the folder on the device that is mounted (proc(5): mountinfo)."""
+    """Return the mounted device and the mounted folder on that device, by mount point (proc(5): mountinfo)."""
     found = {}
     with open("/proc/self/mountinfo", "rb") as file:
         for line in file:

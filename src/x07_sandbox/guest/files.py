@@ -21,9 +21,9 @@ _FOLDER: Final = "/x07/in/"
 
 
 class IncomingFiles:
-    """The files of START. Trees are unpacked while they arrive, and archives once they are complete.
+    """The input files that START lists. Trees are unpacked while they arrive, archives once they are complete.
 
-    trees: by stream. work: the working folder's tree, or None. on_disk: not in memory, which is faster for a clone.
+    trees: by stream. work: the working folder's tree, or None. on_disk: whether files are on disk, not in memory.
     """
 
     def __init__(self, entries: list[dict[str, Any]], environment: Environment) -> None:

@@ -17,7 +17,7 @@ _MARKERS: Final = (0x5AFE7012, 0x5AFE7011, 0x5AFE7014, 0x5AFE7013, 0x5AFE7016, 0
 
 
 def filter_name(*, threads: bool, spawn: bool, execute: bool) -> str:
-    """Return the name of the filter that forbids each of these that is False, or "" if none is."""
+    """Return the name of the filter that forbids every argument that is False, or "" if all are True."""
     words = (not threads and "no-threads", not spawn and "no-spawn", not execute and "no-exec")
     return "-".join(word for word in words if word)
 
@@ -44,7 +44,7 @@ def call_numbers() -> tuple[dict[str, int], dict[str, int]]:
 
 
 def split_at_token(code: bytes) -> tuple[list[bytes], list[int]]:
-    """Split a filter at its markers. Return the pieces, and each token word's index in them. Raises ValueError."""
+    """Split a filter at its markers. Return the pieces, and each marker's index in them. Raises ValueError."""
     values = [value for *_, value in _LINE.iter_unpack(code)]
     found = sorted((values.index(marker), number) for number, marker in enumerate(_MARKERS) if marker in values)
     if len(found) != len(_MARKERS) or sum(value in _MARKERS for value in values) != len(_MARKERS):
@@ -61,7 +61,7 @@ def split_at_token(code: bytes) -> tuple[list[bytes], list[int]]:
 
 
 def with_token(pieces: list[bytes], places: list[int], token: bytes) -> bytes:
-    """Return the filter with the token in place of its markers."""
+    """Join the pieces of a filter, with the words of *token* in place of its markers."""
     made = list(pieces)
     for number, place in enumerate(places):
         made[place] = token[number * _WORD : (number + 1) * _WORD]

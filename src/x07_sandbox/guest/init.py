@@ -1,6 +1,6 @@
-"""Init of the program's namespaces: it builds the program's view, starts the program, reaps processes and reports.
+"""Init of the program's namespaces: it builds what the program sees, starts the program, reaps processes and reports.
 
-The program is not PID 1, which the kernel protects from its own signals. It never has access to the report pipe.
+The program is not PID 1, which the kernel protects from its own signals. The program cannot access the report pipe.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def _kill_on_sigterm(program: int) -> None:
 def _wait_for_program(program: int, *, namespace: bool) -> int:
     """Wait for the program, then kill and reap the processes that it left. Return the program's wait status.
 
-    namespace: whether this process is PID 1 of a namespace. Otherwise it is a subreaper (prctl(2)).
+    namespace: whether this process is PID 1 of a namespace. If not, this process is a subreaper (prctl(2)).
     """
     while True:
         pid, status = os.wait()

@@ -49,7 +49,7 @@ _DEBIANS: Final = frozenset({"apport_python_hook", "ImportError", "install"})
 def hook(preload: list[str]) -> str:
     """Return the source of a `sitecustomize` module that imports the modules *preload*.
 
-    It cannot import x07's modules, so it contains the code of the functions in _HOOK, and their globals _HOOK_GLOBALS.
+    That module cannot import x07's modules, so it contains the functions in _HOOK and the globals in _HOOK_GLOBALS.
     """
     codes = {function.__name__: marshal.dumps(function.__code__) for function in _HOOK}
     return f"""import marshal
@@ -143,7 +143,7 @@ def _import_all(preload: list[str]) -> None:
 def _import_system_sitecustomize() -> Any:  # noqa: ANN401 - a module
     """Import the system's sitecustomize if it is Debian's, which does not depend on the job.
 
-    Return the module, or None. Without a usercustomize, make Python skip its import, which costs a clone milliseconds.
+    Return the module, or None. Without a usercustomize, make Python skip that import, which takes a clone milliseconds.
     """
     import site
     import sys
@@ -227,7 +227,7 @@ def _set_environment(old_env: dict[str, str], env: dict[str, str]) -> None:
 
 
 def _become(argv: list[str], buffers: list[memoryview], known: set[str], importers: set[str]) -> None:
-    """Set the script's name, and remove this hook's traces: all modules but *known*, path importers but *importers*."""
+    """Set the script's name. Remove what this hook added: modules not in *known*, path importers not in *importers*."""
     import sys
 
     name = argv[1].encode("utf-32-le", "surrogatepass") + bytes(4)
@@ -244,7 +244,7 @@ def _become(argv: list[str], buffers: list[memoryview], known: set[str], importe
 
 
 def _reseed(known: set[str]) -> None:
-    """Replace the random state of preloaded modules. Otherwise all clones would share it."""
+    """Replace the random state of preloaded modules. Otherwise all clones of a VM would have the same state."""
     import os
     import sys
 
@@ -275,7 +275,8 @@ _HOOK_GLOBALS: Final = {
 def can_become(argv: list[str], env: dict[str, str], *, preload: bool, alone: bool, own_modules: bool) -> bool:
     """Return whether the waiting interpreter is equivalent to a fresh start of this command.
 
-    preload: modules were imported, which may have read variables and started threads. alone: threads are forbidden.
+    preload: whether modules were imported, which may have read variables and started threads. alone: whether the
+    policy allows no threads. own_modules: whether the program has user site-packages.
     """
     return (
         len(argv) > 1

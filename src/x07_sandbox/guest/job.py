@@ -58,7 +58,7 @@ def job_settings(
 
 
 class Job:
-    """The job of one START frame."""
+    """The job that one START frame requests."""
 
     def __init__(
         self,
@@ -223,7 +223,7 @@ class Job:
         return max(0.0, self.paused_until - time.monotonic())
 
     def _relay_fd(self) -> int:
-        """Return the descriptor that signals the relay's end, or -1 if it does not matter now."""
+        """Return the descriptor that signals the relay's end, or -1 if there is no need to wait for that now."""
         relay = self.environment.relay
         return relay.status_fd if relay is not None and self.started and self.link.state is State.RUNNING else -1
 
@@ -264,7 +264,7 @@ class Job:
         self.read_at, self.paused_until = now, now + _PAUSE_S
 
     def _feed(self, *, broken: bool = False) -> None:
-        """Write held input to the program. If the program has closed its end, discard the input."""
+        """Write buffered input to the program's standard input. Discard the input if the program has closed that."""
         if not self.started:
             return
         while self.held and self.stdin_fd >= 0 and not broken:
@@ -285,7 +285,7 @@ class Job:
             self.held.clear()
 
     def _take_status(self) -> None:
-        """Read the status pipe. If it ends without a message, the program was executed."""
+        """Read the status pipe. If the pipe ends without a message, the program was executed."""
         if data := os.read(self.status_fd, 8192):
             self.status += data
             return
@@ -325,7 +325,7 @@ class Job:
                 self._send_trees()
 
     def _end_streams(self) -> None:
-        """End drained outputs after the last process: a descriptor in flight over a socket can keep a pipe open."""
+        """Close empty output pipes after the last process. A descriptor sent over a socket could keep them open."""
         for fd in list(self.fds):
             poll = select.poll()
             poll.register(fd, select.POLLIN)
@@ -337,7 +337,7 @@ class Job:
         os.close(fd)
 
     def stop(self) -> None:
-        """Kill the program at the host's request. Record whether a signal had stopped it before."""
+        """Kill the program at the host's request. Record whether a signal had stopped the program before."""
         if self.started and self.wait_status is None:
             self.stopped = self.group.program_stopped(self.environment.init)
             self.group.kill(self.environment.init)
@@ -396,7 +396,7 @@ class Job:
         )
 
     def _count_left_files(self) -> tuple[int, int]:
-        """Return number and size of the files left in private folders. If the host wants the files, queue them."""
+        """Return number and size of the files that the program left in private folders. Queue those the host wants."""
         if self.left is None:
             return 0, 0
         # On some platforms, host folders lie inside these; their files are among the changes.

@@ -76,7 +76,7 @@ class Machine(Platform):
         confine.mount_memory()
 
     def relay(self, netns_fd: int) -> RelayProcess:
-        """Start a relay that opens a virtio port of its own, and that holds the first packets of connections."""
+        """Start a relay, which opens its own virtio port and delays first packets until the gate has decided."""
         from x07_sandbox.guest.relay import RelayProcess
 
         for name in sorted(os.listdir(_NET_MODULES)):  # the names are numbered in loading order
@@ -84,7 +84,7 @@ class Machine(Platform):
         return RelayProcess(netns_fd, partial(open_port, NET_PORT), hold=True)
 
     def audit(self) -> Audit:
-        """Return the audit of this kernel."""
+        """Return the audit records of this kernel."""
         return Audit(*filters.call_numbers())
 
     def group(self) -> RootGroup:
@@ -92,7 +92,7 @@ class Machine(Platform):
         return RootGroup()
 
     def seed(self, body: dict[str, Any]) -> None:
-        """Set the clock, and credit entropy."""
+        """Set the clock, and add entropy to the kernel's pool."""
         try:
             time.clock_settime_ns(time.CLOCK_REALTIME, body["unix_ns"])
         except OSError:

@@ -1,4 +1,4 @@
-"""Mounting folders from the scratch disk in the program's view, and reporting paths as the program sees them."""
+"""Mounting folders from the scratch disk where the program sees them, and reporting paths as the program sees them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def mount_all(init: int, mounts: Sequence[tuple[str, str, bool]]) -> None:
 
 
 class ProgramPaths:
-    """Paths as the program sees them, for denials. The tables are built on first use, which is rare."""
+    """Paths as the program sees them, for reports of denials. The tables are built on first use, which is rare."""
 
     def __init__(self, trees: Mapping[int, Tree], mounts: Sequence[Mapping[str, Any]], view: str) -> None:
         """Store the trees by stream, START's field `mounts`, and the program's root folder as the agent sees it."""
@@ -55,7 +55,7 @@ class ProgramPaths:
         return [_text(mount["at"]) for mount in self._mounts]
 
     def path(self, device: str, inode: int, name: str = "") -> str:
-        """Return the path of an inode. Return "" if it is unknown, or if *name* already is in a read-only root.
+        """Return the path of an inode. Return "" if the path is unknown, or if *name* already is in a read-only mount.
 
         device: "major:minor" in hexadecimal, as in audit records. name: a known path of the inode, or of a link to it.
         """
@@ -71,7 +71,7 @@ class ProgramPaths:
         return self._paths.get((device, inode), "")
 
     def link_target(self, path: str) -> str:
-        """Return the target of a path whose links the program may have made, for reports only; else ""."""
+        """Return *path* with its links resolved if the program may have made them, else "". For reports only."""
         if path not in self._targets:
             if len(self._targets) >= DENIED_MAX:
                 return ""

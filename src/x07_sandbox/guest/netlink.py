@@ -1,4 +1,4 @@
-"""Netlink for the relay: routes (rtnetlink(7)), nftables set elements and held packets (nfnetlink_queue)."""
+"""Netlink for the relay: routes (rtnetlink(7)), nftables set elements, held packets (nfnetlink_queue)."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ class Held(NamedTuple):
 
 
 class HeldPackets:
-    """The packets held in some queues of the current network namespace."""
+    """The packets that wait for a decision in some netfilter queues of the current network namespace."""
 
     def __init__(self, *queues: int) -> None:
         """Bind to these queue numbers. Raises OSError."""
@@ -156,7 +156,7 @@ class HeldPackets:
             at += length + -length % 4
 
     def release(self, queue: int, number: int, mark: int) -> None:
-        """Release a packet, with a mark for the rules that follow. Raises OSError if the packet no longer waits."""
+        """Release a packet with a packet mark, for later nftables rules. Raises OSError if it no longer waits."""
         body = struct.pack(">BBH", socket.AF_UNSPEC, 0, queue)
         body += _attribute(_VERDICT_HEADER, struct.pack(">II", _ACCEPT, number))
         body += _attribute(_MARK, struct.pack(">I", mark))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Platform(ABC):
-    """One kind of platform.
+    """The operations of the agent that depend on the platform.
 
     program_uid: owner of the program's files; None if agent and program are the same user to the kernel.
     scratch: folder for files of any size. memory: folder for small files; this may be the same folder.
@@ -46,7 +46,7 @@ class Platform(ABC):
         """Make `scratch`, `memory`, and the folder of `machine_id`. Raises OSError, JobError."""
 
     def folder(self, name: str) -> str:
-        """Return the path of a job folder: in, out, work or trees."""
+        """Return the path of the job folder *name*: in, out, work or trees."""
         return f"{self.scratch}/{name}"
 
     def make_job_folder(self, name: str, *, of_program: bool) -> None:
@@ -88,7 +88,7 @@ class Platform(ABC):
 
     @abstractmethod
     def audit(self) -> Audit | NoAudit:
-        """Return the audit of denied calls. Raises OSError."""
+        """Return the audit records of denied calls. Raises OSError."""
 
     @abstractmethod
     def group(self) -> NoGroup:

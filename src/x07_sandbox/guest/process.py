@@ -1,7 +1,7 @@
 """The agent as a process on a shared kernel: inside bubblewrap (`Confined`), or unconfined (`Unconfined`).
 
-To its user namespace, which bubblewrap made, `Confined` is uid 0; to the kernel it is the calling user. Its init builds
-the program's view in the same way as in a VM. The program then enters a nested user namespace. To the kernel it is
+In its user namespace, which bubblewrap made, `Confined` is uid 0; to the kernel it is the calling user. Its init builds
+what the program sees in the same way as in a VM. The program then enters a nested user namespace. To the kernel it is
 still the same user, but it has no rights over mounts or over processes outside that namespace.
 """
 
@@ -60,7 +60,7 @@ def _scopes(world: confine.World) -> None:
 
 
 def _limit(pid: int, limits: tuple[tuple[int, int], ...]) -> None:
-    """Set resource limits, but none above its hard limit."""
+    """Set resource limits of the process *pid*, each to at most its present hard limit."""
     for which, wanted in limits:
         value = max(wanted, _CORE_NONE) if which == resource.RLIMIT_CORE else wanted
         _, hard = resource.prlimit(pid, which)
@@ -110,7 +110,7 @@ class OnSharedKernel(Platform):
         return self._channel_fd
 
     def relay(self, netns_fd: int) -> RelayProcess:
-        """Start a relay on the inherited stream. It holds no packets, which the host's kernel may not support."""
+        """Start a relay on the inherited stream. It delays no packets, since the host's kernel may be unable to."""
         from x07_sandbox.guest.relay import RelayProcess
 
         if self._net_fd < 0:
@@ -141,7 +141,7 @@ class Confined(OnSharedKernel):
     namespaces = True
 
     def open_channel(self) -> int:
-        """Allow only one more user namespace, the program's, so that the program cannot make any."""
+        """Open the channel. Allow only one more user namespace, the program's, so that the program cannot make any."""
         write_file("/proc/sys/user/max_user_namespaces", "1")
         return super().open_channel()
 

@@ -1,8 +1,8 @@
 """Restricting a process as the policy requires, and executing the program in it.
 
 The code of `exec_functions` also runs in the waiting interpreter (`guest/interpreter`), which has none of x07's
-modules. So it imports what it needs and uses no global of this module. It allocates in advance, since that is slow in a
-fresh clone.
+modules. So it imports what it needs and uses no global of this module. It allocates memory in advance, since that is
+slow in a fresh clone of a saved VM.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def exec_functions() -> tuple[Callable[..., None], Callable[[list[str], dict[str
     syscall(446, -1, 0, 0, 0, 0, 0)  # a first, failing call, so that its code has run before a clone needs it
 
     def memory(size: int) -> tuple[int, memoryview, memoryview]:
-        """Allocate a buffer. Return its address, its bytes, and the same as 64-bit numbers."""
+        """Allocate a buffer. Return its address, and two views of it: as bytes and as 64-bit numbers."""
         room = ctypes.create_string_buffer(size)
         data = memoryview(room).cast("B")
         return ctypes.addressof(room), data, data.cast("Q")

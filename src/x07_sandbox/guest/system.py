@@ -94,7 +94,7 @@ def open_tree(path: str) -> int:
 def change_mount(mount: int | str, flags: int, *, below: bool = False) -> None:
     """Add MS_NOSUID, MS_NODEV and *flags* (MS_RDONLY, MS_NOEXEC) to a mount. Raises OSError.
 
-    mount: a path, or a detached mount. below: include mounts below it. A user namespace cannot clear the host's flags.
+    mount: a path, or a detached mount. below: include mounts below this mount. Flags that the host set stay set.
     """
     fd, path, how = (mount, b"", _AT_EMPTY_PATH) if isinstance(mount, int) else (_AT_FDCWD, os.fsencode(mount), 0)
     attributes = struct.pack("=4Q", MS_NOSUID | MS_NODEV | flags, 0, 0, 0)  # the first four bits are those of mount(2)
@@ -130,13 +130,13 @@ def landlock_version() -> int:
 
 
 def landlock_ruleset(*, files: int = 0, scopes: int = 0) -> int:
-    """Return the descriptor of a new ruleset: *files* accesses need a rule, *scopes* are forbidden. Raises OSError."""
+    """Return the descriptor of a new ruleset: *files* access needs a rule, *scopes* are forbidden. Raises OSError."""
     attributes = struct.pack("=QQQ", files, 0, scopes)
     return _check(_libc.syscall(_LANDLOCK_CREATE_RULESET, attributes, len(attributes), 0), "landlock_create_ruleset")
 
 
 def landlock_allow(ruleset_fd: int, path: str, files: int) -> None:
-    """Allow *files* accesses at and below *path*. The path is resolved now. Raises OSError."""
+    """Allow the accesses in *files* at and below *path*. The path is resolved now. Raises OSError."""
     fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
         rule = struct.pack("=Qi", files, fd)
@@ -164,7 +164,7 @@ def add_entropy(random_fd: int, seed: bytes) -> None:
 
 # Not open(): its layers are thousands of instructions that would be new, and so slow, in a fresh clone.
 def read_file(path: str) -> bytes:
-    """Read up to 64 KiB of a kernel file with one call. Raises OSError."""
+    """Read up to 64 KiB of a kernel file with one system call. Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         return os.read(fd, 65536)
@@ -173,7 +173,7 @@ def read_file(path: str) -> bytes:
 
 
 def write_file(path: str, text: str) -> None:
-    """Write to an existing kernel file with one call. Raises OSError."""
+    """Write *text* to an existing kernel file with one system call. Raises OSError."""
     fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     try:
         os.write(fd, text.encode("ascii"))
@@ -230,6 +230,6 @@ def loopback_up() -> None:
 
 
 def power_off() -> None:
-    """Power off. Never returns."""
+    """Power off the machine. Never returns."""
     _libc.reboot(_RB_POWER_OFF)
     os._exit(0)

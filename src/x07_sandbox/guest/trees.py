@@ -44,7 +44,10 @@ def as_program_user(uid: int | None) -> Iterator[None]:
 
 
 class Tree:
-    """One tree, unpacked by *uid* in an empty folder. names: inode of each file and link. folders: mode of each."""
+    """One tree, unpacked by *uid* in an empty folder.
+
+    names: the inode of each file and link, by name. folders: the mode of each folder, by name.
+    """
 
     def __init__(self, folder: str, uid: int | None) -> None:
         self._uid = uid
@@ -89,7 +92,7 @@ class Tree:
         self.made_at_ns = time.clock_gettime_ns(time.CLOCK_REALTIME)  # some timestamps use the fine clock
 
     def wait(self) -> None:
-        """Wait until any later change gets a later ctime than all entries of the tree have."""
+        """Wait until any change would get a later ctime than every entry of the tree has."""
         while time.clock_gettime_ns(_COARSE) <= self.made_at_ns:
             time.sleep(0.001)  # a kernel tick takes 4 ms
 
@@ -165,7 +168,7 @@ def changes(tree: Tree, sub: bytes) -> Iterator[bytes]:
 
 
 def is_modified(tree: Tree, name: bytes, info: os.stat_result) -> bool:
-    """Return whether a file or link differs from what arrived under the same name."""
+    """Return whether a file or link differs from the input that arrived under the same name."""
     return tree.names.get(name) != info.st_ino or info.st_ctime_ns > tree.made_at_ns
 
 
@@ -180,7 +183,7 @@ def _changed_folder(tree: Tree, name: bytes, path: bytes, below: bytes, mode: in
 def walk(
     top: bytes, *, hidden: bool = True, skipped: Collection[bytes] = ()
 ) -> Iterator[tuple[bytes, bytes, os.stat_result]]:
-    """Yield path, relative name and state of every entry, and each folder before its entries.
+    """Yield path, relative name and stat result of every entry, and each folder before its entries.
 
     hidden: whether to include top-level names that begin with a dot. skipped: names to leave out.
     """
@@ -220,7 +223,7 @@ def content(path: bytes, name: bytes, info: os.stat_result) -> Iterator[bytes]:
 
 
 class Left(NamedTuple):
-    """The files that a program left: number, bytes, and the files to send as (folder number, path, name, state)."""
+    """The files that a program left: number, bytes, and the files to send as (folder number, path, name, stat)."""
 
     files: int
     size: int
@@ -258,7 +261,7 @@ def left_files(
 
 
 def _next(entries: Iterator[T]) -> T | None:
-    """Return the next item. Return None at the end, or if the item cannot be read, since not every agent is root."""
+    """Return the next item, or None at the end or if the item cannot be read (not every agent is root)."""
     try:
         return next(entries, None)
     except OSError:

@@ -33,7 +33,7 @@ _CALLS: Final = ("prctl", "rt_sigprocmask", "rt_sigtimedwait", "capset", "close_
 
 
 class Jail(msgspec.Struct, frozen=True, kw_only=True):
-    """What one confined process may use.
+    """The files, descriptors and devices that one confined process may use, and its limits.
 
     files: host paths, read-only, under the same path inside the jail.
     fd_files: (descriptor, path inside) of opened files, read-only. fd_copies: files to copy into the jail's root.
@@ -42,7 +42,7 @@ class Jail(msgspec.Struct, frozen=True, kw_only=True):
     devices: device nodes of the host, under the same path inside the jail. uid: the host uid in the root form, else
     None.
     mark: the random text that identifies the job's processes. deadline_s: when the kernel ends the jail.
-    runner_pid: the x07 process; the jail ends when it ends.
+    runner_pid: the x07 process; the jail ends when that process ends.
     nest: whether to add a pid namespace around the jail, so that it ends even if its supervisor is killed (`may_nest`).
     filter_fd: the pipe from which bubblewrap, as its last step, reads the system call filter. The jail waits for it. If
         the pipe ends without data, for example because x07 died, the kernel rejects the empty filter and the jail ends.
@@ -66,7 +66,7 @@ class Jail(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def may_nest() -> bool:
-    """Whether this process may mount its own /proc, for `Jail.nest`. Users may not if a container hides parts of it."""
+    """Whether this process may mount its own /proc, for `Jail.nest`. If parts of /proc are hidden, only root may."""
     if os.geteuid() == 0:
         return True
     return all(mounted.place == _EMPTY_IN_PROC or not mounted.place.startswith(b"/proc/") for mounted in mounts())

@@ -30,13 +30,13 @@ _SWEPT_AT_ONCE: Final = 256
 
 
 class HostGroups(msgspec.Struct, frozen=True, kw_only=True):
-    """The groups of one job. holds: the names of the limits that they enforce."""
+    """The control groups of one job. holds: the names of the limits that the groups enforce."""
 
     folders: tuple[Path, ...]
     holds: tuple[str, ...]
 
     def describe(self) -> str:
-        """Return a description for the result."""
+        """Return a description of the groups for the run's result."""
         return f"host control groups hold {' and '.join(self.holds)}" if self.holds else "no host control groups"
 
     def names(self) -> tuple[str, ...]:
@@ -90,9 +90,9 @@ def make_groups(name: str, *, memory_bytes: int, tasks: int) -> HostGroups:
 
 
 class ProgramGroups(HostGroups, frozen=True, kw_only=True):
-    """Groups into which the agent puts a program. The agent sets their limits itself, so its user may write to them.
+    """Groups into which the agent puts a program. The agent sets the limits, so its user may write to the groups.
 
-    places: the groups' folders, by controller in version 1, under "" in version 2. agent: the agent's (version 2).
+    places: the groups' folders, by controller in version 1, "" in version 2. agent: the agent's group (version 2).
     """
 
     places: dict[str, Path]
@@ -165,7 +165,7 @@ def _delegate(folder: Path, files: tuple[str, ...], uid: int) -> None:
 
 
 def _parent_2() -> Path | None:
-    """Return the version 2 group in which this process may create groups, with controllers enabled, or None."""
+    """Return the version 2 group in which this process may create groups with controllers, or None if none exists."""
     parent = _ROOT / _PARENT if os.geteuid() == 0 else _own_group()
     try:
         if os.geteuid() == 0:

@@ -49,7 +49,7 @@ FLAGS_FOR_A_USER: Final = "--security-opt seccomp=unconfined --security-opt appa
 class Form(NamedTuple):
     """One form of the jail. name: its name in the result. landlock: Landlock's version in the form without namespaces.
 
-    why: why namespaces cannot be used here, "" if they can.
+    why: why namespaces cannot be used here, or "" if they can.
     """
 
     name: str
@@ -111,7 +111,7 @@ def namespace_flags() -> str:
 
 
 def forbidden() -> str:
-    """Return why namespaces cannot be used here, "" if they can. Raises HostError if the test itself fails."""
+    """Return why namespaces cannot be used here, or "" if they can. Raises HostError if the test itself fails."""
     record = cache_folder("jail") / "namespaces.json"
     key = _key()
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -155,7 +155,7 @@ def _try_namespaces() -> str:
 
 
 def landlock_version() -> int:
-    """Return the kernel's Landlock version, 0 for none (landlock_create_ruleset(2))."""
+    """Return the kernel's Landlock version, or 0 if it has no Landlock (landlock_create_ruleset(2))."""
     import ctypes  # rarely needed
 
     libc = ctypes.CDLL(None, use_errno=True)

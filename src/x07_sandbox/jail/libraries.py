@@ -1,4 +1,4 @@
-"""Files of a dynamically linked program: its jail contains only these."""
+"""The files that a dynamically linked program needs, which are the only files in its jail."""
 
 from __future__ import annotations
 

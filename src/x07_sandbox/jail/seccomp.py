@@ -93,7 +93,7 @@ def vmm_filter(arch: Arch) -> bytes:
 
 
 def prologue(arch: Arch) -> list[bytes]:
-    """Return a filter's first lines: kill the process on another architecture, refuse x32, load the call's number."""
+    """Return a filter's first instructions: kill on another architecture, refuse x32, load the call's number."""
     lines = [line(LOAD, _ARCH), line(JEQ, arch.audit, 1, 0), line(RETURN, _KILL), line(LOAD, _NR)]
     return [*lines, line(_JGE, _X32, 0, 1), line(RETURN, ERRNO | errno.ENOSYS)]
 
@@ -122,14 +122,14 @@ def allowlist_filter(arch: Arch, names: tuple[str, ...], rules: Rules, errors: d
 
 
 def _rule(number: int, conditions: tuple[tuple[Check, ...], ...], error: int) -> list[bytes]:
-    """Return the lines that allow a call under any of *conditions*. Otherwise the call fails with *error*."""
+    """Return the instructions that allow a call under any of *conditions*. Otherwise the call fails with *error*."""
     body = [instruction for checks in conditions for instruction in _condition(checks)]
     body.append(line(RETURN, ERRNO | error))
     return [line(JEQ, number, 0, len(body)), *body]
 
 
 def _condition(checks: tuple[Check, ...]) -> list[bytes]:
-    """Return the lines that allow the call if all checks hold."""
+    """Return the instructions that allow the call if all checks hold."""
     lines = [line(RETURN, ALLOW)]
     for check in reversed(checks):
         last = len(check.values) - 1

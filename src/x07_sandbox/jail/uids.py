@@ -23,7 +23,7 @@ _TRIES: Final = 64
 
 
 def _ranges(path: str, first: int, count: int) -> list[tuple[int, int]]:
-    """Return the ranges (first, count) in a file of colon-separated fields."""
+    """Return the ranges (first, count) in a file of colon-separated fields. first, count: indexes of the fields."""
     found = []
     with contextlib.suppress(FileNotFoundError), Path(path).open(encoding="utf-8", errors="replace") as file:
         for line in file:

@@ -50,7 +50,7 @@ _LOCAL_SUFFIXES: Final = ("localhost", "local", "internal", "home.arpa", "onion"
 
 
 def special(host: Host) -> tuple[str, str] | None:
-    """Return the rule id and the reason if *host* is always denied; None if it is not."""
+    """Return the rule id and the reason if *host* is always denied, or None if it is not."""
     if isinstance(host, str):
         return _local_name(host)
     kind, what = _kind(host)

@@ -37,7 +37,7 @@ _CODES: Final = {
 
 
 class NotDialledError(Exception):
-    """No connection was made. code: sent to the guest. rule, reason: recorded. address: the last address tried."""
+    """No connection was made. code: for the guest. rule, reason: for the ledger. address: the last address tried."""
 
     def __init__(self, code: int, rule: str, reason: str, address: str = "") -> None:
         super().__init__(reason)
@@ -55,7 +55,7 @@ class Dialled(NamedTuple):
 
 
 class ResolverClient:
-    """Client of the resolver process. sock: a packet socket, owned."""
+    """Client of the resolver process. sock: a packet socket, which this object owns."""
 
     def __init__(self, sock: socket.socket, loop: asyncio.AbstractEventLoop) -> None:
         self._sock = sock

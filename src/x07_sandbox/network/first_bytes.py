@@ -60,7 +60,7 @@ class _NameCheck:
         self._check("http:other-host", "the request", host)
 
     def check_hello(self, hello: ClientHello, *, need_name: bool) -> None:
-        """Check a hello's name, required only if *need_name*. Raises InspectionError if it is missing or denied."""
+        """Check the name in a ClientHello. Raises InspectionError if it is denied, or if it is needed but missing."""
         if hello.server_name is None:
             if need_name and self._name is not None:
                 raise InspectionError("tls:no-sni", "the TLS ClientHello has no server name")
@@ -170,7 +170,7 @@ class Inspector:
 
 
 class _Tls:
-    """A connection that must start with a ClientHello."""
+    """Parser of a connection that must start with a ClientHello."""
 
     watches_server = False
 
@@ -208,7 +208,7 @@ class _Tls:
 
 
 class _Raw:
-    """A connection that is not inspected."""
+    """Parser of a connection that is not inspected: it releases all bytes."""
 
     held = 0
     decided = True
@@ -226,7 +226,7 @@ class _Raw:
 
 
 class _Any:
-    """A connection of unknown protocol: holds the first bytes until the protocol is known."""
+    """Parser of a connection of unknown protocol: it holds the first bytes until the protocol is known."""
 
     def __init__(self, names: _NameCheck) -> None:
         self._names = names
@@ -293,7 +293,7 @@ class _Any:
         return start
 
     def _choose(self, *, ended: bool) -> _Stage | None:
-        """Return the parser for the held bytes; None while the protocol is not known."""
+        """Return the parser for the held bytes, or None while the protocol is not known."""
         if self._start.startswith(_TLS_START):
             return _Tls(self._names, need_name=False)
         if any(start.startswith(self._start) for start in (_TLS_START, *_POSTGRES)):
@@ -305,7 +305,7 @@ class _Any:
 
 
 def _is_request_line(text: bytearray, *, ended: bool) -> bool | None:
-    """Return whether a server could take *text* as an HTTP request; None: unknown yet. ended: no bytes will follow."""
+    """Return whether a server could take *text* as an HTTP request, or None if unknown yet. ended: no bytes follow."""
     found = _OPEN_LINE.match(text, 0, _LINE_MAX)
     end = found.end() if found else 0
     if end == _LINE_MAX:  # too long for a normal request line, but not for some servers

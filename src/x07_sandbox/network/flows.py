@@ -26,7 +26,7 @@ _BUFFER: Final = memoryview(bytearray(egress.DATA_MAX))
 
 
 class Flow(ABC):
-    """Base of all flows. counters: in the ledger. touched: time of the last data. lost: the server side is closed."""
+    """Base of all flows. counters: the ledger's. touched: when data last passed. lost: whether the server is gone."""
 
     def __init__(self, stream: int, contact: Contact, counters: list[int], now: float) -> None:
         self.stream = stream
@@ -53,7 +53,7 @@ class Flow(ABC):
 
 
 class TcpFlow(Flow, asyncio.BufferedProtocol):
-    """A TCP connection. held_since: arrival of the first held bytes. half_closed_at: when one side finished sending."""
+    """A TCP connection. held_since: when bytes were first held back. half_closed_at: when one side finished sending."""
 
     transport: asyncio.Transport
 
@@ -90,7 +90,7 @@ class TcpFlow(Flow, asyncio.BufferedProtocol):
             self._inspect(data)
 
     def _inspect(self, data: bytes = b"") -> None:
-        """Forward what the inspector releases."""
+        """Pass *data* to the inspector, and forward the bytes that it releases."""
         try:
             out = self._inspector.from_client(data)
         except InspectionError as exc:

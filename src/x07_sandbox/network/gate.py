@@ -132,7 +132,10 @@ class Gate(asyncio.BufferedProtocol):
         return busy
 
     def share(self) -> int:
-        """Return how many bytes one flow may read at a time: all ready flows read before anything is written."""
+        """Return how many bytes one flow may read at a time.
+
+        All flows share one limit, since all ready flows read before anything is written.
+        """
         return min(egress.DATA_MAX, _ROUND_MAX // max(1, len(self._flows)))
 
     def flush(self) -> None:
@@ -203,7 +206,7 @@ class Gate(asyncio.BufferedProtocol):
         self._link.opened(stream, code)
 
     def _limit(self, decision: Decision) -> str:
-        """Return the limit that another connection would exceed; "" if it exceeds none."""
+        """Return the limit that another connection would exceed, or "" if it would exceed none."""
         now = self.now()
         self._opens = min(_OPENS_BURST, self._opens + (now - self._opens_at) * _OPENS_S)
         self._opens_at = now
@@ -256,7 +259,7 @@ class Gate(asyncio.BufferedProtocol):
             self.flush()
 
     def _answer(self, stream: int, flow: Flow) -> None:
-        """Report the new connection to the guest."""
+        """Report a new connection to the guest."""
         if stream not in self._link.flows or self.over.is_set():  # the program has closed it meanwhile
             flow.abort()
             return

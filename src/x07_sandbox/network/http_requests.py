@@ -80,7 +80,7 @@ class RequestStream:
         return bytes(out)
 
     def server(self, data: bytes) -> None:
-        """Add the server's bytes while watches_server is true. feed(b"") then returns bytes that became free."""
+        """Add the server's bytes while watches_server is true. feed(b"") then returns the bytes to forward."""
         if not self.watches_server:
             return
         self._answer += data[: _STATUS_SIZE - len(self._answer)]
@@ -252,7 +252,7 @@ def _next_event(connection: h11.Connection) -> object:
 
 
 def _end(event: h11.EndOfMessage) -> bytes:
-    """Return the last chunk and the trailer."""
+    """Return the last chunk and the trailer of a chunked body."""
     lines = [b"%b: %b\r\n" % field for field in event.headers.raw_items()]
     for line, (name, _) in zip(lines, event.headers, strict=True):
         if name in _HEAD_ONLY or not _FIELD.fullmatch(line):

@@ -61,7 +61,7 @@ def parse_guest_host(data: bytes) -> Host:
 
 
 def parse_pattern(text: str) -> Pattern:
-    """Parse an allowlist entry: a host, ``*.example.org``, a network or a range. Raises UsageError for others."""
+    """Parse an allowlist entry: a host, ``*.example.org``, a network or a range. Raises UsageError otherwise."""
     if "*" in text:
         suffix = parse_host(text.removeprefix("*.")) if text.startswith("*.") and text.count("*") == 1 else None
         if not isinstance(suffix, str) or "." not in suffix:

@@ -76,7 +76,7 @@ class GateProcess:
             raise HostError("cannot start the egress gate", why, "Run x07 doctor") from exc
 
     def send_stream(self, stream_fd: int | None) -> None:
-        """Pass the relay's stream to the gate, and replace this process's copy by /dev/null. Raises HostError."""
+        """Pass the relay's stream to the gate, and replace this process's copy with /dev/null. Raises HostError."""
         if stream_fd is None:
             raise HostError("cannot use the network", "the backend has no network stream", "Use another backend")
         self._wait_ready()
@@ -109,7 +109,7 @@ class GateProcess:
             return self._child.wait()
 
     def account(self) -> NetworkUse | None:
-        """Stop the gate and return its record of the network use; None if the gate failed."""
+        """Stop the gate and return its record of the network use, or None if the gate failed."""
         if self.end():
             return None
         data = os.pread(self._account_fd, _ACCOUNT_MAX, 0)
@@ -121,7 +121,7 @@ class GateProcess:
 
 @contextlib.contextmanager
 def gate_running(config: GateConfig, log_fd: int) -> Iterator[GateProcess]:
-    """Run a gate and its resolver. log_fd: for the gate's log, lent. Raises HostError if a process does not start."""
+    """Run a gate and its resolver. log_fd: for the log; the caller closes it. Raises HostError if either fails."""
     with contextlib.ExitStack() as stack:
         uid, lock_fd = stack.enter_context(lease_uid()) if os.geteuid() == 0 else (-1, None)
         locks = () if lock_fd is None else (lock_fd,)

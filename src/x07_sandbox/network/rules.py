@@ -142,7 +142,7 @@ def decide(allowlist: Allowlist, request: Request) -> Decision:
 
 
 def decide_address(allowlist: Allowlist, decision: Decision, address: Address) -> Decision:
-    """Decide on an address to which the name of an allowed *decision* resolved. A denied one is returned as it is.
+    """Decide on an address to which the name of an allowed *decision* resolved. A denial is returned as it is.
 
     The address needs no allowlist entry of its own, because its name is listed.
     """
@@ -169,7 +169,7 @@ def unreachable_entries(allowlist: Allowlist) -> Iterator[tuple[Entry, str]]:
 
 
 def denied_name(allowlist: Allowlist, name: str, port: int) -> str | None:
-    """Return why a name in the first bytes of a connection to an address is denied; None if it is allowed."""
+    """Return why a name in the first bytes of a connection to an address is denied, or None if it is allowed."""
     request = Request(host=name, port=port)
     denial = _special(allowlist, request) or _denial(allowlist, request)
     return denial.reason if denial else None
@@ -204,7 +204,7 @@ def _denial(allowlist: Allowlist, request: Request) -> Decision | None:
 
 
 def _switch(allowlist: Allowlist, request: Request) -> Decision | None:
-    """Deny a request that a switch of ``net`` or an empty ``net.allow_hosts`` excludes."""
+    """Return a denial if a switch of ``net`` or an empty ``net.allow_hosts`` excludes the request, else None."""
     policy = allowlist.policy
     net = policy.net
     for name, on in (
@@ -222,7 +222,7 @@ def _switch(allowlist: Allowlist, request: Request) -> Decision | None:
 
 
 def _listed(allowlist: Allowlist, request: Request) -> Decision:
-    """Check the request against the allowlist."""
+    """Return the decision of the allowlist on the request."""
     found = [
         entry
         for entry in allowlist.entries

@@ -1,4 +1,4 @@
-"""`[net]` in the user's settings (host/user_settings): what no policy may control."""
+"""The section `[net]` of the user's settings (host/user_settings), for permissions that no policy can grant."""
 
 from pathlib import Path
 from typing import Any, Final

@@ -40,7 +40,7 @@ _GAPS: Final = {
 
 
 class ContainerBackend:
-    """A container engine of this host."""
+    """The backend for one container engine of this host."""
 
     uses_image = True
     cloning = None
@@ -56,7 +56,7 @@ class ContainerBackend:
         return self
 
     def find(self, ref: str | None) -> OpenImage:
-        """Return the engine's image *ref*; for None, the image in X07_VM_GUEST_IMAGE. Raises ImageError, HostError."""
+        """Return the engine's image *ref* (None: the image in X07_VM_GUEST_IMAGE). Raises ImageError, HostError."""
         wanted = ref or text("X07_VM_GUEST_IMAGE") or DEFAULT_REFERENCE
         if len(wanted) > _REFERENCE_MAX or wanted.startswith("-"):
             raise ImageError(f"there is no guest image {wanted[:80]!r}", "this is not an image name", "Use NAME:TAG")
@@ -80,7 +80,7 @@ class ContainerBackend:
         return OpenImage(fds={}, manifest=msgspec.structs.replace(found, digest=digest))
 
     def probe(self, image: OpenImage | None = None, *, boot: bool = True) -> Availability:  # noqa: ARG002 - nothing boots
-        """Return what the engine can limit here. Raises HostError if it does not work or would ignore a limit."""
+        """Return what the engine can limit here. Raises HostError if the engine fails or would ignore a limit."""
         # Asked each time: whether a rootless podman can hold limits depends on the session that calls it.
         if gaps := engine_gaps(self._kind, self._info(self._engine())):
             ignored = f"{self.name} would ignore the limit on {' and '.join(gaps)} here"
@@ -139,7 +139,7 @@ class ContainerBackend:
         return ours and containers.remove(client, str(made.get("Id", "")))
 
     def orphans(self) -> Sequence[Orphan]:
-        """Return the containers with x07's label; none if the engine does not answer, as on most hosts."""
+        """Return the containers with x07's label, or none if there is no working engine, as on most hosts."""
         try:
             client = self._engine()
         except HostError:
@@ -156,11 +156,11 @@ class ContainerBackend:
         return found
 
     def remove(self, orphan: Orphan) -> bool:
-        """Remove one of the orphans and return whether it is proven gone."""
+        """Remove a container that `orphans` returned, and return whether it is proven gone."""
         return is_id(orphan.id) and containers.remove(self._engine(), orphan.id)
 
 
 def _needs_runc() -> bool:
-    """Return whether crun, podman's default, would refuse this host: it refuses mixed versions of control groups."""
+    """Return whether crun, podman's default runtime, would refuse this host for its mix of control group versions."""
     hybrid = all(Path("/sys/fs/cgroup", name).exists() for name in ("memory", "unified/cgroup.procs"))
     return hybrid and any(os.access(path, os.X_OK) for path in ("/usr/sbin/runc", "/usr/bin/runc"))

@@ -27,9 +27,10 @@ _TMPFS: Final = "rw,nosuid,nodev"
 
 
 class ContainerSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """One container.
+    """The container to create for a job.
 
-    image: its image's id. name, mark, labels: the job's. resolv_conf: a host file. net_folder: has the gate's socket.
+    image: the id of its image. mark: the random text that identifies the job's processes. resolv_conf: the host file to
+    mount as /etc/resolv.conf. net_folder: the host folder with the gate's socket, or "" for no network.
     """
 
     engine: str

@@ -85,7 +85,7 @@ class ContainerInstance(HostAgent):
 
 @contextlib.contextmanager
 def started(engine: Engine, job: Job, image: OpenImage) -> Iterator[ContainerInstance]:
-    """Create and start a container. At the end it is gone, and recorded as gone. Raises BackendError, HostError."""
+    """Create and start a container, and remove it when the context ends. Raises BackendError, HostError."""
     record = create_record(job.claim, backend=engine.name, image_digest=image.manifest.digest)
     with contextlib.ExitStack() as stack:
         stack.callback(drop_unstarted, record)
@@ -256,6 +256,6 @@ def remove(engine: Engine, container: str) -> bool:
 
 
 def labels_of(made: dict[str, Any]) -> dict[str, str]:
-    """Return the labels of an inspected container as text."""
+    """Return the labels of a container that the engine described, as text."""
     labels = (made.get("Config") or {}).get("Labels") or {}
     return {str(key)[:256]: str(value)[:4096] for key, value in labels.items()}

@@ -2,9 +2,9 @@
 
     python -I -S reaper.py FOLDER DEADLINE_S RUNNER_FD CLIENT WORD...
 
-DEADLINE_S: on the boot clock. RUNNER_FD: a pipe that closes when the runner ends. A byte in it means that the container
-is gone. CLIENT WORD...: the command that removes the container. The program imports little, since it lives as long as
-the job.
+DEADLINE_S: in seconds on the boot clock. RUNNER_FD: a pipe that closes when the runner ends. A byte in it means that
+the container is gone. CLIENT WORD...: the command that removes the container. The program imports little, since it
+lives as long as the job.
 """
 
 import os
@@ -16,7 +16,7 @@ _TRIES = 5
 
 
 def main(folder: str, deadline_s: float, runner_fd: int, removing: list[str]) -> None:
-    """Wait, then remove the container unless the runner has removed it."""
+    """Wait for the deadline or the runner's end, then remove the container unless the runner has removed it."""
     poll = select.poll()
     poll.register(runner_fd, select.POLLIN)
     # At most an hour at a time: poll(2) does not count the time in which the machine sleeps.
@@ -34,7 +34,7 @@ def main(folder: str, deadline_s: float, runner_fd: int, removing: list[str]) ->
 
 
 def _clean_up(folder: str) -> None:
-    """Remove the container's files from the job's folder, then write `reaped`."""
+    """Remove the container's files from the job's folder, then write the file `reaped` there."""
     files = ((os.unlink, "net/relay"), (os.rmdir, "net"), (os.unlink, "resolv.conf"), (os.unlink, "engine"))
     for remove, name in files:
         try:

@@ -1,4 +1,4 @@
-"""The agent for the host's own interpreter, made from the same code as a guest image's, and cached."""
+"""The zip with the agent's code for the host's own interpreter, cached. Guest images contain the same code."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _build(code: GuestCode, system: System, *, confined: bool) -> bytes:
 
 
 def _in_view(system: System, work: Path, script: list[str]) -> list[str]:
-    """Return the command that runs a script of x07 in a confined program's view, with *work* at /x07."""
+    """Return the command that runs *script* in the file system of a confined program, with *work* at /x07."""
     argv = [BWRAP, "--unshare-all", "--die-with-parent", "--new-session", "--clearenv", "--proc", "/proc"]
     argv += ["--dev", "/dev", *view_args(system), "--bind", str(work), "/x07", "--chdir", "/"]
     return [*argv, "--", PYTHON, "-I", "-S", *script]

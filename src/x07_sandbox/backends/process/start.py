@@ -37,7 +37,7 @@ _FREE_DEPTH: Final = 1
 
 
 class _Ends:
-    """The streams of one agent: this process's ends, closed by *stack*, and the child's ends, in *given*."""
+    """The streams of one agent: our ends, which *stack* closes, and the child's ends, which `given` closes."""
 
     def __init__(self, stack: contextlib.ExitStack) -> None:
         self.given = FdGroup()
@@ -48,7 +48,7 @@ class _Ends:
 
 
 class ProcessInstance(HostAgent, Jailed):
-    """An agent on this host. `start_confined` and `start_unconfined` make it, and end it."""
+    """An agent on this host. `start_confined` and `start_unconfined` start and end it."""
 
     notes: tuple[str, ...] = ()
     greeting: Greeting
@@ -62,9 +62,10 @@ class ProcessInstance(HostAgent, Jailed):
 
 @contextlib.contextmanager
 def start_confined(record: JobRecord, deadline_s: int, controllers: tuple[str, ...] = ()) -> Iterator[ProcessInstance]:
-    """Start a confined agent. At the end it is gone, and recorded as gone. Raises BackendError, HostError.
+    """Start a confined agent. When the context ends, it is gone and recorded as gone. Raises BackendError, HostError.
 
-    It runs as this user, or for root with a uid of its own. controllers: the control groups that the plan relies on.
+    The agent runs as this user, or under a uid of its own if this user is root. controllers: of the control groups that
+    the plan relies on.
     """
     with contextlib.ExitStack() as stack:
         stack.callback(drop_unstarted, record)
@@ -148,7 +149,7 @@ def files_folder(record: JobRecord) -> Path:
 
 
 def remove_folder(folder: Path) -> bool:
-    """Remove a folder and return whether it is gone. A program may have removed permissions in it."""
+    """Remove a folder, even if a program has removed permissions in it. Return whether the folder is gone."""
     for place, inner, _ in os.walk(folder):
         for path in (Path(place, name) for name in inner):  # before it is entered
             # The runner and a process that stops its job may both be removing it.

@@ -1,4 +1,4 @@
-"""What a confined process sees of this host: the system's programs, read-only, and no user's files."""
+"""The part of this host that a confined process sees: the system's programs, read-only, and no user's files."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class QemuBackend:
         return self
 
     def probe(self, image: OpenImage | None, *, boot: bool = True) -> Availability:
-        """Return the features with KVM if x07's agent has answered under it, or else those of emulation."""
+        """Return the features with KVM if x07's agent has answered under KVM, else the features with emulation."""
         check_tools(host_arch())  # first: verdicts and templates are stored by the state of QEMU's file
         if flag("X07_VM_REQUIRE_NAMESPACES"):
             jail_form()  # raises RefusedError early
@@ -159,7 +159,7 @@ class QemuBackend:
             yield stack.enter_context(start_qemu(machine, self._accelerator, memory=saved))
 
     def _saved(self, job: Job, stack: contextlib.ExitStack, notes: dict[str, str]) -> tuple[Saved | None, str]:
-        """Return the files of the saved VM, making them if necessary, or None and the reason for booting instead."""
+        """Return the files of the saved VM, which is made if necessary, or None and why the job must boot a VM."""
         template = templates.template_for(job.kind, self._accelerator)
         if reason := template.suspended():
             return None, reason
@@ -182,7 +182,7 @@ class QemuBackend:
         return saved, why_not
 
     def _made(self, template: Template, job: Job, stack: contextlib.ExitStack) -> tuple[Saved | None, str]:
-        """Save a VM and return its files, or None and the reason. A failure does not end the job, which can boot."""
+        """Save a VM and return its files, or None and the reason for the failure. The job can then boot a VM."""
         if short := templates.lack_of_space(job.kind.ram_bytes):
             return None, short
         try:
@@ -213,7 +213,7 @@ class QemuBackend:
     renew = staticmethod(templates.renew)
 
     def adopt(self, instance: Instance, claim: Claim, runner: Identity, ram_bytes: int) -> None:
-        """Turn a waiting VM into the job of *claim*, which uses at most *ram_bytes* of RAM."""
+        """Turn a waiting VM into the job in *claim*, which uses at most *ram_bytes* of RAM."""
         _ours(instance).adopt(claim, runner, ram_bytes)
 
     def descriptors(self, instance: Instance) -> dict[str, int]:

@@ -36,11 +36,11 @@ Limits = dict[int, tuple[int, int]]
 
 
 class NotStartedError(BackendError):
-    """The virtual machine could not be started because of the host or of the caller's limits, not of its files."""
+    """The virtual machine could not be started. The cause is the host or the caller's limits, not the VM's files."""
 
 
 def limits_of(ram_bytes: int, *, namespaces: bool) -> Limits:
-    """Return (soft, hard) by limit. Raises NotStartedError if this process's own limits are lower."""
+    """Return QEMU's limits as (soft, hard) by RLIMIT number. Raises NotStartedError if our own limits are lower."""
     most = {
         resource.RLIMIT_FSIZE: settings.SCRATCH_BYTES,
         resource.RLIMIT_AS: ram_bytes + _AS_ABOVE_RAM,
@@ -91,13 +91,13 @@ def _not_bounded(limits: Limits, why: str) -> NotStartedError:
 
 
 def _hard_limit(which: int) -> float:
-    """Return this process's hard limit, or infinity if there is none."""
+    """Return this process's hard limit *which*, or infinity if there is none."""
     hard = resource.getrlimit(which)[1]
     return math.inf if hard == resource.RLIM_INFINITY else hard
 
 
 def _tasks_are_counted_apart() -> bool:
-    """Return whether RLIMIT_NPROC counts only the tasks in the jail."""
+    """Return whether RLIMIT_NPROC counts only the tasks in the jail, and not this user's other tasks."""
     # It does in a user namespace (Linux 5.14), and for a uid of its own if bubblewrap runs as real root.
     mapped = Path("/proc/self/uid_map").read_text(encoding="ascii").split()
     return os.geteuid() != 0 or mapped == ["0", "0", "4294967295"]

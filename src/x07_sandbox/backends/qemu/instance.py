@@ -33,7 +33,7 @@ _GONE_S: Final = 10.0
 class ReleasePipe:
     """The pipe through which a blocked jail gets its system call filter (`Jail.filter_fd`).
 
-    It owns the descriptor. message: returns the bytes to write, for the pid of the jail's first process.
+    This object owns *owned_fd*. message: takes the pid of the jail's first process, and returns the bytes to write.
     """
 
     def __init__(self, owned_fd: int, message: Callable[[int], bytes]) -> None:
@@ -57,7 +57,7 @@ class ReleasePipe:
 
 
 class HostSide(NamedTuple):
-    """The host's side of a QEMU process. ends: this process's ends of its streams, lent. paths: of QEMU's files."""
+    """The host's side of a QEMU process. ends: our ends of its streams, closed by `start_qemu`. paths: of its files."""
 
     groups: HostGroups
     release_pipe: ReleasePipe
@@ -82,7 +82,7 @@ class Streams:
         self._side = {stream.fd: stream for stream in (self.console, self.qmp, self.errors)}
 
     def send_qmp(self, commands: bytes) -> None:
-        """Write to QMP. The replies go to `qmp`."""
+        """Write commands to QEMU's control protocol (QMP). The replies go to `qmp`."""
         with contextlib.suppress(OSError):  # QEMU has ended, which its other streams show
             os.write(self._qmp_fd, commands)
 
@@ -102,7 +102,7 @@ class Streams:
 
 
 class QemuInstance(Streams, Jailed):
-    """A QEMU process that this process started. `start_qemu` makes it, and ends it."""
+    """A QEMU process that this process started. `start_qemu` starts and ends it."""
 
     def __init__(self, start: Start, host: HostSide, child: subprocess.Popen[bytes], inner: Identity) -> None:
         Streams.__init__(self, host.ends, start.start_mode)
@@ -121,7 +121,7 @@ class QemuInstance(Streams, Jailed):
         self._release_pipe.release(self.inner.pid)
 
     def adopt(self, claim: Claim, runner: Identity, ram_bytes: int) -> None:
-        """Turn a waiting VM into the job of *claim*, which uses at most *ram_bytes* of RAM. Raises SandboxError."""
+        """Turn a waiting VM into the job in *claim*, which uses at most *ram_bytes* of RAM. Raises SandboxError."""
         # If this fails halfway, the record names the processes and an owner that is dead by then.
         self.set_deadline(claim.deadline_s)
         try:
@@ -147,7 +147,7 @@ class QemuInstance(Streams, Jailed):
 
 
 class LeasedInstance(Streams):
-    """A VM that the pool's process owns. The descriptors belong to this process."""
+    """A VM that the pool's process started and this process uses. This process owns the descriptors."""
 
     def __init__(self, lease: Lease, record: JobRecord, jail: str, owned_fds: Mapping[str, int]) -> None:
         super().__init__(owned_fds, "pool")
@@ -162,7 +162,7 @@ class LeasedInstance(Streams):
         """Do nothing, since the VM runs already."""
 
     def exit_status(self) -> int | None:
-        """Return the VM's exit status as its owner reports it, or None while it runs."""
+        """Return the VM's exit status as reported by the pool's process, or None while the VM runs."""
         return self._lease.exit_status()
 
     def stop(self) -> bool:

@@ -1,8 +1,8 @@
-"""The virtual machine and QEMU's command line, without I/O. It is stable: a saved VM resumes only on the same machine.
+"""The virtual machine and QEMU's command line, without I/O. A saved VM resumes only on an identical machine.
 
 Measured: microvm with the PIT off and a given TSC frequency always booted under emulation; the second port `x07.net`
 needs max_ports=3. An initramfs may overlap microvm's ACPI tables by up to a page: with a size of 3,828 or 4,028 modulo
-4,096, one of 4 to 1,232 boots hung in a checksum loop. So an image's last page is nearly empty
+4,096, between one in 4 and one in 1,232 boots hung in a checksum loop. So an image's last page is nearly empty
 (`Arch.initrd_tail_bytes`).
 """
 
@@ -30,7 +30,7 @@ ROOT_SERIAL: Final = "x07root"
 
 
 class Origin(enum.Enum):
-    """Where a machine's memory comes from."""
+    """The source of a machine's memory."""
 
     COLD = "cold"  # booted, in anonymous memory
     SAVING = "saving"  # booted, in a file that is kept
@@ -38,7 +38,7 @@ class Origin(enum.Enum):
 
 
 class Paths(msgspec.Struct, frozen=True, kw_only=True):
-    """Where QEMU finds its files: below the jail's root, or as descriptors if the jail has no root of its own."""
+    """The paths of QEMU's files: below the jail's root, or of descriptors if the jail has no root of its own."""
 
     kernel: str = KERNEL
     initrd: str = INITRD
@@ -132,7 +132,7 @@ def _memory(machine: Machine, megabytes: int) -> str:
 
 
 def qmp_save(state: str) -> bytes:
-    """Return the commands that save the device state. Clones of a VM that was stopped before would be stopped too."""
+    """Return the commands that save the device state. They do not stop the VM, since its clones would start stopped."""
     return _qmp(_CAPABILITIES, _IGNORE_SHARED, {"execute": "migrate", "arguments": {"uri": f"file:{state}"}})
 
 

@@ -39,7 +39,10 @@ if TYPE_CHECKING:
 
 
 class Proof(NamedTuple):
-    """Whether a guest works, and the evidence. late: it was still running, but its agent did not answer in time."""
+    """Whether a guest works, and the evidence.
+
+    late: whether the guest was still running, but its agent did not answer in time.
+    """
 
     works: bool
     reason: str
@@ -68,7 +71,7 @@ def kvm_verdict(image: OpenImage) -> tuple[bool, str]:
 
 
 def known_verdict() -> tuple[bool, str] | None:
-    """Return the result if it is known without booting a guest, else None."""
+    """Return the result and its evidence, or None if a guest must be booted to get a result."""
     device = Path("/dev/kvm")
     if not device.exists():
         return False, "there is no /dev/kvm"
@@ -85,7 +88,7 @@ def known_verdict() -> tuple[bool, str] | None:
 
 
 def _record() -> Path:
-    """Return the file of the result for this boot, kernel, QEMU and jail. Raises HostError, RefusedError."""
+    """Return the path of the result's file for this boot, kernel, QEMU and jail. Raises HostError, RefusedError."""
     form = jail_form()
     return proof_file(host_arch().qemu_binary, *(() if form.namespaces else (form.name,)))
 

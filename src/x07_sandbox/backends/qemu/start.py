@@ -62,8 +62,8 @@ class Saved(msgspec.Struct, frozen=True, kw_only=True):
 class QemuJob(NamedTuple):
     """One VM to start.
 
-    deadline_s: when its supervisor ends it. any_timer: whether the guest accepts a wrongly calibrated timer. ram_bytes:
-    how much of its RAM the VM may use, or None for all. The control group's limit is this plus QEMU's own memory.
+    deadline_s: when the supervisor ends the VM. any_timer: whether the guest accepts a wrongly calibrated timer.
+    ram_bytes: RAM that the VM may use, or None for all. The control group's limit is that plus QEMU's own memory.
     """
 
     record: JobRecord
@@ -74,7 +74,7 @@ class QemuJob(NamedTuple):
 
 
 class Accelerator(msgspec.Struct, frozen=True, kw_only=True):
-    """What runs the guest's processor: KVM or emulation."""
+    """The way in which QEMU runs the guest's processor: KVM or emulation."""
 
     kvm: bool
 
@@ -83,7 +83,7 @@ class Accelerator(msgspec.Struct, frozen=True, kw_only=True):
 def start_qemu(
     job: QemuJob, accelerator: Accelerator, arch: Arch | None = None, memory: Saving | Saved | None = None
 ) -> Iterator[QemuInstance]:
-    """Start a QEMU process, which is blocked until it is released. At the end it is gone, and recorded as gone.
+    """Start a QEMU process, blocked until it is released. When the context ends, it is gone and recorded as gone.
 
     memory: a saved VM to clone, or files into which this VM is saved. None: boot in anonymous memory. arch: the machine
     type and its needs, by default those of this host. Raises BackendError (including NotStartedError), HostError.
@@ -195,8 +195,8 @@ _Files = dict[str, tuple[int, str]]
 def _fd_files(image: OpenImage, memory: Saving | Saved | None, given: FdGroup, form: Form) -> _Files:
     """Return the files that the VM reads. A clone has kernel and initramfs in its memory.
 
-    They appear on a read-only mount. Through a plain descriptor, a QEMU that runs as the owner of an image could change
-    the image's mode and times, and so damage it for later runs.
+    The files appear on a read-only mount. Through a plain descriptor, a QEMU that runs as the owner of an image could
+    change the image's mode and times, and so damage it for later runs.
     """
     root = image.fds["root"]
     if isinstance(memory, Saved):
@@ -205,7 +205,7 @@ def _fd_files(image: OpenImage, memory: Saving | Saved | None, given: FdGroup, f
 
 
 def _overcommit(given: FdGroup, form: Form) -> tuple[tuple[int, str], ...]:
-    """Return a replacement for a file in /proc, which the jail lacks. It makes QEMU leave memory unreserved."""
+    """Return a replacement for OVERCOMMIT, since the jail has no /proc. With it, QEMU leaves memory unreserved."""
     if not form.namespaces:
         return ()
     # "always" in proc(5), for QEMU only: the kernel uses the host's setting.
@@ -222,7 +222,7 @@ def _writable(memory: Saving | Saved | None, uid: int | None, given: FdGroup, fo
 
 
 def _placed(fds: dict[str, int], given: FdGroup, form: Form, flags: int = os.O_RDONLY) -> _Files:
-    """Return the files' places: below the jail's root, or reopened, so that each has a file offset of its own."""
+    """Return each file's descriptor and path: a path below the jail's root, or a reopened file with its own offset."""
     if form.namespaces:
         return {name: (fd, getattr(Paths(), name)) for name, fd in fds.items()}
     found = {}

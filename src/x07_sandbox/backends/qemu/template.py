@@ -111,7 +111,7 @@ class TemplateTimeoutError(BackendError):
 
 
 class Template(msgspec.Struct, frozen=True, kw_only=True):
-    """The place of a template, which may not exist yet. title: the jobs that use the template, for messages."""
+    """The key and folder of a template, which may not exist yet. title: the jobs that use it, for messages."""
 
     key: str
     folder: Path
@@ -123,7 +123,7 @@ class Template(msgspec.Struct, frozen=True, kw_only=True):
         return Subject(name=f"saved VM {self.key[:12]}", record=self.key, sha256=sparse_sha256)
 
     def suspended(self) -> str:
-        """Return why the template is not used now, and until when. Return "" if it is usable."""
+        """Return why the template is not used now, and until when, or "" if it is usable."""
         note = read_verdict(self.folder.with_suffix(".bad"))
         return f"{note['reason']}. {_until(late='retry_at_ms' in note)}" if "reason" in note else ""
 
@@ -189,7 +189,7 @@ def template_for(kind: MachineKind, accelerator: Accelerator) -> Template:
 
 
 def _processor() -> list[str]:
-    """Return what a guest under KVM sees of the processor."""
+    """Return the properties of the processor that a guest under KVM sees."""
     wanted = ("model name", "flags", "microcode")
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     return sorted({line for line in lines if line.partition("\t")[0] in wanted})
@@ -338,7 +338,7 @@ def _booted_and_saved(kind: MachineKind, accelerator: Accelerator, saving: Savin
 
 
 def renew(instance: Instance, kind: MachineKind) -> None:
-    """Make an instance that has run programs of x07 itself ready for one user program. Raises BackendError."""
+    """Prepare an instance for one user program after it has run x07's own programs. Raises BackendError."""
     words = warm_frame(kind) | {"commands": []}
     limit_s = settings.TEMPLATE_S + (settings.PRELOAD_S if words["preload"] else 0)
     talk = Handshake(instance, State.COLLECTING)
@@ -380,8 +380,8 @@ def _save(instance: QemuInstance) -> None:
 def expired_templates(*, keep: str, images: set[str]) -> list[tuple[Path, str]]:
     """Return the templates that can be removed, each with the reason.
 
-    These are templates without an image, and those used least recently if all take too much space. keep: the key of a
-    template that stays in any case. images: digests of the existing images.
+    These are the templates whose image is gone, and the least recently used ones if all take too much space. keep: the
+    key of a template that stays in any case. images: digests of the existing images.
     """
     found: list[tuple[float, int, Path]] = []
     doomed = []
@@ -429,12 +429,12 @@ def delete_template(folder: Path) -> None:
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """Return what killed processes left in *folder*. The caller holds the lock."""
+    """Return the folders that killed processes left in *folder*, the templates folder. The caller holds its lock."""
     return [*folder.glob(".new-*"), *folder.glob(".old-*")]
 
 
 def prunable(images: set[str], on_wait: Callable[[], None]) -> Iterator[Prunable]:
-    """Yield, under the lock, what can be removed if only *images* (digests) stay. Raises SandboxError."""
+    """Lock the templates, and yield files that can be removed if only *images* (digests) stay. Raises SandboxError."""
     import shutil
 
     if not os.path.lexists(cache_dir() / "templates"):

@@ -3,8 +3,8 @@
     python3 -I -S filters.py TARGET
 
 The program writes one BPF file per filter to the folder TARGET. The filters `base` and `quiet` are for every program.
-Of the others, there is one for each combination of what a policy may forbid. The file calls.json has the numbers of
-audited and of refused system calls.
+Every other filter forbids one combination of threads, new processes and execution. The file calls.json has the numbers
+of audited and of refused system calls.
 
 Each filter that forbids execve also has a variant "-once". It allows an execve call that has a 24-byte secret in three
 arguments which the kernel ignores. The process that becomes the program writes the secret over `MARKERS`.
@@ -103,7 +103,7 @@ def quiet_rules() -> list[Rule]:
 
 
 def forbidding(*, threads: bool, spawn: bool, execute: bool, once: bool) -> list[Rule]:
-    """Return the rules that forbid each of these that is True. once: still allow the execve call with the secret."""
+    """Return the rules that forbid what the arguments select. once: still allow the execve call with the secret."""
     rules: list[Rule] = []
     if threads:
         rules.append(("clone", EPERM, ((0, MASKED_EQ, CLONE_THREAD, CLONE_THREAD),)))
@@ -170,7 +170,7 @@ def call_numbers() -> dict[str, dict[str, int]]:
 
 
 def main(target: str) -> None:
-    """Write all files."""
+    """Write calls.json and one BPF file per filter to the folder *target*."""
     Path(target, "calls.json").write_text(json.dumps(call_numbers()), encoding="utf-8")
     for name, rules in all_rules().items():
         with Path(target, f"{name}.bpf").open("xb") as file:

@@ -18,14 +18,14 @@ DATE = (1980, 1, 1, 0, 0, 0)
 
 
 def byte_code(source: bytes, shown: str) -> bytes:
-    """Return a .pyc with an unchecked source hash (PEP 552)."""
+    """Return the content of a .pyc with an unchecked source hash (PEP 552). shown: the file name in tracebacks."""
     code = compile(source, shown, "exec", dont_inherit=True, optimize=0)
     flags = (1).to_bytes(4, "little")
     return importlib.util.MAGIC_NUMBER + flags + importlib.util.source_hash(source) + marshal.dumps(code)
 
 
 def main(source: str, data: str, target: str) -> None:
-    """Write the zip."""
+    """Write the Python code below *source* and the files in *data* to the zip *target*."""
     files = {"__main__.py": MAIN}
     for path in Path(source).rglob("*.py"):
         files[path.relative_to(source).as_posix()] = path.read_bytes()

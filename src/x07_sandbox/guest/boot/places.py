@@ -41,7 +41,7 @@ def is_elf_program(path: str) -> bool:
 
 
 def readable(folder: str, *, programs: bool) -> tuple[bool, list[str]]:
-    """Return whether *folder* has no programs, and its paths that stay readable. programs: it is a program folder."""
+    """Return whether *folder* has no programs, and its readable paths. programs: whether it is a program folder."""
     found: list[str] = []
     whole = True
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
@@ -62,7 +62,7 @@ def readable(folder: str, *, programs: bool) -> tuple[bool, list[str]]:
 
 
 def main(target: str) -> None:
-    """Write the list."""
+    """Write the list of folders without programs, and of files beside programs, to the file *target*."""
     paths: list[str] = []
     for entry in sorted(os.scandir("/"), key=lambda entry: entry.name):
         if entry.is_dir(follow_symlinks=False) and entry.name not in NOT_OURS:
