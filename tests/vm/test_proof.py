@@ -64,7 +64,7 @@ def test_a_cpu_time_limit_of_the_shell_makes_the_proof_fail(
     assert image.digest
     monkeypatch.setenv("X07_VM_STATE_DIR", str(tmp_path / "jobs"))
     done = subprocess.run([sys.executable, "-c", TRY], capture_output=True, text=True, check=False)
-    assert "the machine reached the CPU time limit of this shell" in done.stdout, done.stderr
+    assert "QEMU reached the CPU time limit of this shell" in done.stdout, done.stderr
 
 
 def test_a_stopped_proof_does_not_block_others(image: Image, monkeypatch: pytest.MonkeyPatch) -> None:
