@@ -41,7 +41,7 @@ Check = Callable[[Bench], None]
 
 
 class Behaviour(msgspec.Struct, frozen=True, kw_only=True):
-    """A promise and its check, which raises BrokenError. needs: the capability (plan/features) that the check needs."""
+    """A promise, and a check that raises BrokenError if a backend breaks it. needs: a capability of plan/features."""
 
     name: str
     group: Group
@@ -215,7 +215,7 @@ _RECORD: Final = {"job.json", "owner.json", *_ENDS}
 
 
 def _other_process(bench: Bench, *, kill: bool) -> Facts:
-    """Start a run in another process and stop its job by its record. kill: first kill that process."""
+    """Start a run in another process and stop the run's job by its record. kill: whether to kill the process first."""
     mark = secrets.token_hex(16)
     with bench.in_process(_LONG, mark) as (runner, line):
         line()

@@ -126,9 +126,10 @@ def exec_command(
 
 
 def _run_uninterrupted(cancel: Cancel, work: Callable[[], Ended]) -> Ended:
-    """Do *work* in a thread, so that an exception of a signal handler (Ctrl-C) cancels it in an orderly way.
+    """Call *work* in a thread. If a signal handler raises an exception (Ctrl-C), cancel the run and wait for its end.
 
-    Handlers may interrupt the main thread at any line. During a VM's start or stop, that would leave the VM behind.
+    Handlers may interrupt the main thread at any line. In code that starts or stops a VM, that would leave the VM
+    behind.
     """
     if threading.current_thread() is not threading.main_thread():
         return work()
@@ -174,7 +175,7 @@ async def run_program_async(
     check: bool = False,
     **options: Unpack[RunOptions],
 ) -> Result:
-    """Run a program like `run_program`, without blocking the event loop. If cancelled, it first ends the VM."""
+    """Run a program like `run_program`, without blocking the event loop. A cancelled call first ends the VM."""
     check_names("run_program_async", options, OPTIONS)
     import asyncio
 
@@ -230,9 +231,10 @@ def run_once(
     on_output: OnOutput | None = None,
     **options: Any,  # noqa: ANN401 - checked by make_request
 ) -> Ended:
-    """Return the result of a run, and the error that caused it, if any. Arguments: see `run_program`.
+    """Run a program once. Return the result, and the error that caused the result, if any.
 
-    machines: VMs that are ready; None for those of `x07 pool`. Raises UsageError, and what *on_output* raises.
+    Arguments: see `run_program`. machines: the source of ready VMs; None for the VMs of `x07 pool`. Raises UsageError,
+    and any exception that *on_output* raises.
     """
     from x07_sandbox.backends.lease import PoolClient
     from x07_sandbox.backends.selection import choice_from_environment
@@ -300,7 +302,7 @@ def check_result(result: Result, problem: SandboxError | None, *, check: bool) -
 
 
 class _Output:
-    """Passes a program's output to a function as it arrives. It uses two pipes with a thread each."""
+    """Passes a program's output to a function as the output arrives. Each stream has a pipe and a thread."""
 
     def __init__(self, on_output: OnOutput, cancel: Cancel) -> None:
         self.problem: BaseException | None = None
@@ -314,7 +316,7 @@ class _Output:
 
     @property
     def fds(self) -> tuple[int, int]:
-        """The descriptors to which the run writes."""
+        """The descriptors to which the run writes the program's standard output and standard error."""
         return self._ends["stdout"][1], self._ends["stderr"][1]
 
     def _read(self, name: Literal["stdout", "stderr"], fd: int) -> None:

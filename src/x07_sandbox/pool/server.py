@@ -3,8 +3,8 @@
     python -m x07_sandbox.pool.server SIZE IDLE_S IMAGE READY_FD
 
 IMAGE: a name or digest, "" for the default image. READY_FD gets JSON lines: {"progress": TEXT}, then {"ready": SIZE} or
-an error. The process ends on SIGTERM, SIGINT or a request, or after IDLE_S seconds without use. Its machines end with
-it.
+an error. The process ends on SIGTERM, SIGINT or a request, or after IDLE_S seconds without use. All its machines end
+then.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _NO_FDS_S: Final = 0.2
 
 
 class Starter:
-    """Reports on the pool's start, sent to the process that started the pool. Owns the descriptor."""
+    """Sender of messages about the pool's start to the process that started the pool. Owns the descriptor."""
 
     def __init__(self, owned_fd: int) -> None:
         self._fd: int | None = owned_fd
@@ -183,7 +183,7 @@ class Server:
         send(connection, {"protocol": PROTOCOL, "status": -9 if status is None else status, "gone": gone})
 
     def _wait_for_end(self, connection: socket.socket, machine_pidfd: int, claimer: int) -> bool:
-        """Wait until the lease, claimer, machine or server ends. Return whether it was the server that ended."""
+        """Wait until the connection, the claimer, the machine or the server ends. Return whether the server ended."""
         with contextlib.ExitStack() as stack:
             fds = [connection.fileno(), machine_pidfd, self._end]
             with contextlib.suppress(OSError):
@@ -193,7 +193,7 @@ class Server:
             return any(fd == self._end for fd, _ in input_poll(*fds).poll())
 
     def _taken(self, asked: dict[str, Any], pid: int) -> WarmMachine | None:
-        """Return the requested machine, recorded as the claimer's; None if no machine is available."""
+        """Return a machine as requested and record that the process *pid* owns it, or return None if none fits."""
         ours = (str(state_dir()), self.machines.backend.name, list(self.machines.kind.key))
         runner = identify(pid)
         claim, ram_bytes = _claim(asked), asked.get("ram_bytes")
@@ -205,7 +205,7 @@ class Server:
 
 
 def _claim(asked: dict[str, Any]) -> Claim | None:
-    """Return the claimed job; None if it is malformed, since its name becomes a folder's name."""
+    """Return the job in the request, or None if it is malformed. The job's id becomes the name of a folder."""
     with contextlib.suppress(msgspec.ValidationError):
         claim = msgspec.convert({name: asked.get(name) for name in ("run_id", "phase", "wall_ms")}, prepared(Claim))
         if _JOB_ID.fullmatch(claim.job_id) and 0 < claim.wall_ms <= _WALL_MS_MAX:
@@ -215,7 +215,7 @@ def _claim(asked: dict[str, Any]) -> Claim | None:
 
 @contextlib.contextmanager
 def _listening() -> Iterator[socket.socket]:
-    """Yield the pool's socket. Raises HostError if this user already has a pool."""
+    """Yield the socket on which the pool accepts connections. Raises HostError if this user already has a pool."""
     folder = pool_dir()
 
     def taken() -> None:
