@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def cancelled_by_signals() -> Iterator[Cancel]:
-    """Make SIGINT, SIGTERM and SIGHUP cancel the run; the VM is still cleaned up after a second signal."""
+    """Make SIGINT, SIGTERM and SIGHUP cancel the run. Even a second signal does not prevent the VM's removal."""
     # Ignored signals stay ignored, as under nohup or in the background of a script.
     wanted = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
     with contextlib.closing(Cancel()) as cancel, _forwarded(wanted, cancel):

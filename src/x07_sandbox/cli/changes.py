@@ -1,7 +1,7 @@
 """`x07 diff`, `x07 apply` and `x07 undo`: show, apply and revert the changes of a run.
 
-A root is a host folder that the policy lets the program modify. Changes that are not allowed are refused or left
-out: `x07 apply` can still apply those left out.
+A root is a host folder that the policy lets the program modify. A refusal is a reason why a change is not allowed.
+Changes that are not allowed are left out: saved, but applied only if a flag of `x07 apply` allows them.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def _apply(options: argparse.Namespace) -> int:
 
 
 class Grants(NamedTuple):
-    """Flags that allow refused changes. protected: patterns of names. flags: of --allow-hidden, --allow-symlinks."""
+    """Flags of `x07 apply` that allow refused changes. protected: values of --allow-protected. flags: other flags."""
 
     protected: tuple[str, ...] = ()
     flags: frozenset[str] = frozenset()
@@ -144,7 +144,7 @@ def select_changes(
     """Return the changes to apply: those not in *skip*, and changes that were left out and that *grants* allows.
 
     A folder that contains a skipped name is kept, and a message says so. skip: names below a root, or absolute paths.
-    applied: root and name of each change applied before. If given, *grants* selects only changes that were left out.
+    applied: root and name of each change applied earlier. With *applied* and *grants*, only left-out changes return.
     Raises UsageError, and RefusedError for changes that are not allowed.
     """
     roots = changes.roots
@@ -169,7 +169,7 @@ def _with_left_out(root: RootChanges, grants: Grants, applied: AbstractSet[tuple
     alone = applied is not None and grants.any
     every = [*more] if alone else sorted((*root.changes, *more), key=lambda change: change.name)
     changes = [change for change in every if not (alone and (root.root, change.name) in done)]
-    missing = root.missing and not (alone and root.changes)  # otherwise it exists by now
+    missing = root.missing and not (alone and root.changes)  # otherwise the folder exists by now
     return replace(root, changes=tuple(changes), missing=missing, refused=(), left_out=more)
 
 

@@ -1,4 +1,4 @@
-"""Messages of `x07 run` about the first few denials. Each message names a change that would allow the action."""
+"""Messages of `x07 run` about the first few denials, each with a change that would allow the action, if any."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def denial_lines(result: Result, command: str = "") -> list[str]:
     lines = [] if result.outcome == "ok" else _of_program(result, command)
     policy = result.policy or ""
     if policy.startswith(BUILT_IN) and _needs_policy_file(result):
-        # --out is relative to the folder of the project around, if any: so give an absolute path.
+        # --out is relative to the folder of an enclosing project, so the command contains an absolute path.
         init = f'x07 policy init --template {policy.removeprefix(BUILT_IN)} --out "$PWD/policy.json"'
         lines.append(f"to change the policy: {init}, then add --policy policy.json")
         if any(denial.field.startswith("process.") for denial in result.denials):
@@ -89,7 +89,7 @@ def _of_program(result: Result, command: str) -> list[str]:
     lines = [_line(denial) for denial in found[:_SHOWN]]
     more = max(0, len(found) - _SHOWN) + result.denials_lost
     if more:
-        most = "up to " if result.denials_lost else ""  # lost records: one denial may have several
+        most = "up to " if result.denials_lost else ""  # several lost records may belong to one denial
         lines.append(f"and {most}{more} more denials; {command}--json lists those that were recorded")
     return [*lines, *map(_hint, result.hints)]
 
@@ -98,7 +98,7 @@ def _to_report(result: Result) -> list[Denial]:
     """Return the denials to print, without repetitions. Denials that can be allowed come first."""
     found = [denial for denial in result.denials if denial.action not in _ELSEWHERE]
     found.sort(key=lambda denial: denial.how_to_allow is None)
-    # A shell reads a program that it could not execute: two denials with one remedy.
+    # If a shell cannot execute a program, it tries to read the program: two denials with one remedy.
     by_remedy: dict[tuple[str, str], Denial] = {}
     for denial in found:
         by_remedy.setdefault((denial.subject, str(denial.how_to_allow or denial.action)), denial)

@@ -76,12 +76,12 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _print_backend(state: BackendState) -> None:
     isolation = " or ".join(state.isolation) + (", only if accepted" if state.needs_acceptance else "")
-    # A backend that is used only on request may be missing.
+    # It is no error if a backend that is used only on request is missing.
     mark = "note" if state.state == "failed" and state.needs_acceptance else _MARKS[state.state]
     show(f"{state.name} ({isolation}): {state.text}", mark)
     for look in state.looks:
         show(f"      {look.what}: {look.text}")
-    # For a backend that this version or platform does not have, only the last is specific to it.
+    # If this version or platform lacks the backend, only the last remedy is about this backend.
     for remedy in state.remedies if state.state == "failed" else state.remedies[-1:]:
         show(f"      - {remedy}")
 

@@ -111,7 +111,7 @@ def name_pattern(text: str) -> str:
 
 
 class Once(argparse.Action):
-    """Action of an option that may be given only once, so that no value is silently ignored. Its default is None."""
+    """An argparse action: the option may be given only once, so that no value is silently ignored. Default: None."""
 
     def __call__(
         self,
@@ -142,7 +142,7 @@ def switch(to: argparse._ActionsContainer, flag: str, help: str) -> None:  # noq
 
 
 class _HelpLevel(argparse.Action):
-    """Action of `--help-NAME`: print the help of the level NAME and exit."""
+    """The argparse action of `--help-NAME`: print the help of the level NAME and exit."""
 
     def __call__(
         self,
@@ -164,7 +164,7 @@ def add_help_levels(parser: argparse._ActionsContainer, rest: str, *names: str) 
 
 
 def inner_verb(inner: argparse._SubParsersAction[Any], name: str, doc: str) -> Any:  # noqa: ANN401 - as argparse has it
-    """Add the parser of an inner verb, such as `check` of `x07 policy`; *doc* is its help and its description."""
+    """Add the parser of an inner verb, such as `check` of `x07 policy`. doc: the verb's help and its description."""
     return inner.add_parser(name, help=doc, description=f"{doc[0].upper()}{doc[1:]}.")
 
 

@@ -209,7 +209,7 @@ def _checked(name: str) -> CheckedFile:
 
 
 def _completed(name: str, exc: PolicyError) -> dict[str, str]:
-    """Return the text about an invalid policy and, if only fields are missing, the command that adds the fields."""
+    """Return the text about an invalid policy and, if only fields are missing, a command that adds these fields."""
     found = None
     if name.isprintable() and all(problem.message == MISSING for problem in exc.problems):
         with contextlib.suppress(UsageError):

@@ -465,7 +465,7 @@ def _stream(fd: int) -> int | None:
 
 
 def _need_image(choice: Choice, ref: str | None) -> None:
-    """On a terminal, build or update a default image that the run needs. Elsewhere, the run will be refused."""
+    """On a terminal, build or update the default image if the run needs it. Elsewhere, a run without it is refused."""
     from x07_sandbox.images.store import find_image, image_is_current
 
     backend = create(choice.backend)
@@ -495,5 +495,5 @@ def _explain(result: Result) -> None:
             say(f"could not write the program's {name}: {stream.undelivered}")
     if result.outcome == "ok" or (result.outcome == "failed" and result.program_started):
         return
-    reason = result.reason.removeprefix("the build failed: ")  # the outcome already says it
+    reason = result.reason.removeprefix("the build failed: ")  # the outcome already says this
     say(with_full_stop(f"{result.outcome}: {reason}"), bad=f"{result.outcome}:")

@@ -61,7 +61,7 @@ def _is_report(path: Path) -> bool:
 
 
 def _failed(exc: Exception, code: int | None) -> Result:
-    """Return the result that the error carries, or a result for a run that never started. code: its exit code."""
+    """Return the result that the error carries, or a result for a run that never started. code: the new exit code."""
     if isinstance(exc, SandboxError) and exc.result is not None:
         result: Result = with_write_errors(exc.result, [str(exc)])
     else:

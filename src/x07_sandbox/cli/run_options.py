@@ -132,7 +132,7 @@ def add_command_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_program(parser: argparse.ArgumentParser, *, built: bool = True) -> None:
-    """Add the options that select the program and its policy. built: whether the program may have a build."""
+    """Add the options that select the program and its policy. built: False for `x07 exec`, which builds nothing."""
     group = parser.add_argument_group("program and policy")
     option(group, "--workdir", "DIR", "start in a copy of this folder; changes are copied back", type=folder_path)
     if built:

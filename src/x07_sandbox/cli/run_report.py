@@ -62,7 +62,7 @@ def with_x07_exits(options: argparse.Namespace, carry_out: Callable[[], int]) ->
 
 
 def from_project(options: argparse.Namespace, program: Path) -> None:
-    """For an X07 project, take paths of the policy and of files with hosts as relative to the project's folder."""
+    """If *program* is an X07 project, make the paths of the policy and of the host lists relative to its folder."""
     if not is_folder(program) and program.name != PROJECT_FILE:
         return
     root = program if is_folder(program) else program.parent
@@ -83,7 +83,7 @@ def x07_exit(exc: UsageError | RefusedError) -> int:
 def run_with_report(
     request: RunRequest, program: Program, options: argparse.Namespace, stack: contextlib.ExitStack
 ) -> int:
-    """Run the program, print X07's report and return its exit code. Raises SandboxError before the run."""
+    """Run the program, print X07's report on the run and return the report's exit code. Raises SandboxError."""
     policy = request.effective_policy or effective_policy_of(request)
     with request.cancel.waiting():
         data = read_whole(open_input(request, stack), INPUT_MAX_BYTES)

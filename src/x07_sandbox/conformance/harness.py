@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from x07_sandbox.runs.result import Result
 
 _T = TypeVar("_T")
-# The only program that is built. Its first argument is a check's code, so all runs share one artifact.
+# The only program that is built. The first argument is the code of a check, so all runs share one artifact.
 LAUNCHER: Final = b"""import json, os, signal, sys, time
 def tried(act, *words):
     try: return act(*words)

@@ -59,7 +59,7 @@ def prune_records(pruner: Pruner) -> None:
 
 
 def _jobs(root: Path, pruner: Pruner) -> list[StoredJob]:
-    """Return the records of this user's jobs. Old links and old folders of other users are reported as kept."""
+    """Return the records of this user's jobs. Report old links and other users' old folders as kept."""
     jobs = []
     for stored in all_stored(root):
         if not why_not_ours(stored.info, stat.S_ISDIR):

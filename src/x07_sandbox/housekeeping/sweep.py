@@ -119,7 +119,10 @@ def sweep(*, dry_run: bool, progress: Callable[[str], None], budget_s: float | N
 
 
 def sweep_jobs(sweeper: Sweeper, most: int) -> set[str]:
-    """End those of the *most* newest jobs that may be ended, and return the names of live jobs. Raises SandboxError."""
+    """Check the *most* newest jobs, end those that may be ended, and return the names of live jobs.
+
+    Raises SandboxError.
+    """
     root = private_dir(state_dir())
     instance, now, live = runner_instance(root), here_and_now(), set()
     for name in unfinished_jobs(root, most):

@@ -210,7 +210,7 @@ def _regular(folder_fd: int, name: str) -> os.stat_result | None:
 
 
 def _decoded(folder_fd: int, name: str, decoder: msgspec.json.Decoder[_D], schema: str) -> _D:
-    """Read and decode the file *name* of a job's folder. Raises _UnreadableError, also for another version."""
+    """Read the file *name* of a job's folder. Raises _UnreadableError, also if the file's version is not *schema*."""
     damaged = f"its {name} is damaged"
     try:
         fd = os.open(name, _FLAGS, dir_fd=folder_fd)

@@ -1,8 +1,8 @@
 """The record of a job: files in the job's folder, which jobs/reader reads.
 
 `job.json` has exactly the keys that the X07 language's tools use. `owner.json`, for this tool only, names the x07
-process to which the job belongs. A file `done` or `reaped` means that the job's machine is proven gone. The job's x07
-process writes `done`; any other process writes `reaped`.
+process to which the job belongs. A file `done` or `reaped` means that the job's machine (VM, container or confined
+process) is proven gone. The job's x07 process writes `done`; any other process writes `reaped`.
 """
 
 from __future__ import annotations
@@ -195,12 +195,12 @@ def write_owner(
 
 
 def mark_done(record: JobRecord) -> None:
-    """Record that the job's machine is proven gone. For the job's x07 process. Raises HostError if that fails."""
+    """Write `done`: the job's machine is proven gone. Only the job's x07 process calls this. Raises HostError."""
     _write(record.folder / "done", b"done\n")
 
 
 def mark_reaped(record: JobRecord) -> None:
-    """Record that the job's machine is proven gone. For any other process. Raises HostError if that fails."""
+    """Write `reaped`: the job's machine is proven gone. Only other processes call this. Raises HostError."""
     _write(record.folder / "reaped", b"reaped\n")
 
 

@@ -69,7 +69,7 @@ def run_program(  # noqa: PLR0913 - each is a keyword
     workdir: the program starts in a copy of this folder. Changes are copied back unless read_only. Without workdir,
     `Result.files` contains the files that the program left in its working folder and, without *out*, in /x07/out: at
     most max_files_bytes. Other files are discarded and counted in `Result.files_discarded`.
-    args: the program's arguments. input: its whole standard input. env: additional environment variables.
+    args: the program's arguments. input: the program's whole standard input. env: additional environment variables.
     policy: path of a policy, `built-in:TEMPLATE`, or a Policy. If args, input, policy or image are not given, the
     values in the project's manifest apply, as for `x07 run`. Pass a policy for a project that you did not write.
     Without a manifest, there is no input, the policy is the built-in `default`, and the image is the default image.
@@ -79,9 +79,9 @@ def run_program(  # noqa: PLR0913 - each is a keyword
     build_timeout_s: time limit of the build, 300 s by default.
     scale_limits: whether to multiply time limits by the slowdown of emulation; None follows your settings.
     image: name or digest of a guest image.
-    changes: what to do after the program's exit with its changes to folders that the policy lets it modify. "apply"
-    leaves out changes that are not allowed; "all-or-nothing" applies nothing if there are any. "keep" saves the changes
-    for `x07 apply`, and "discard" deletes them. `Result.changes` describes what was done.
+    changes: how to treat changes that the program made to folders that the policy lets it modify. "apply" applies the
+    allowed changes and leaves out the others; "all-or-nothing" applies no change unless all are allowed. "keep" saves
+    the changes for `x07 apply`, and "discard" deletes them. `Result.changes` describes what was done.
     out: a folder to which /x07/out is copied.
     allow_hidden, allow_symlinks: whether to copy names that begin with a dot, and symbolic links, in and out. If you
     pass a policy, set this in the policy instead.
@@ -94,8 +94,8 @@ def run_program(  # noqa: PLR0913 - each is a keyword
     A VM of `x07 pool` is used if one is ready. This function is thread-safe and prints nothing. If a signal handler
     raises an exception (Ctrl-C), the run ends, and the exception is raised after the VM has ended.
 
-    Raises SandboxError if the program could not be run: wrong usage, refused, no VM. The `result` of the error
-    says more; it is None if the call itself is wrong. With *check*, also raises SandboxError unless `Result.ok`.
+    Raises SandboxError if the program could not be run: wrong usage, refused, no VM. The error's `result` has the
+    details, or is None if the call itself is wrong. With *check*, also raises SandboxError unless `Result.ok`.
     """
     options = {name: value for name, value in locals().items() if name not in {"program", "args", "check"}}
     from x07_sandbox.host.cancel import Cancel

@@ -135,7 +135,7 @@ class Server:
                 elif want == "stop":
                     self.end()
                     connection.settimeout(None)
-                    connection.recv(1)  # this process's end is the answer
+                    connection.recv(1)  # the answer is the end of this process, which closes the connection
 
     def wait_filled(self) -> int:
         """Wait until all machines are warm, start the idle time, and return their number. Raises SandboxError."""
@@ -257,7 +257,7 @@ def main(words: list[str]) -> int:
                 announce.start()
                 server.serve()
                 server.wait_leases()
-            announce.join(ANSWER_S)  # it may have to report the end
+            announce.join(ANSWER_S)  # the thread may have to report the end
     except (SandboxError, OSError) as exc:
         if (error := exc if isinstance(exc, SandboxError) else host_error(exc)) is None:
             raise

@@ -2,7 +2,7 @@
 
 An emulator takes about ten times longer for code that it executes for the first time. So each machine runs a C and a
 Python program before it waits. Each machine is recorded as a job (`RUN-warm`) with a deadline. A run that claims a
-machine takes over its deadline, its record and the machine itself, in this order.
+machine takes over the machine's deadline, then its record, then the machine itself.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class WarmMachine:
         self._stack = stack
 
     def close(self) -> bool:
-        """End the machine, record that, and return whether the machine is proven gone. A second call does nothing."""
+        """End the machine, record its end, and return whether it is proven gone. A second call does nothing."""
         self._stack.close()
         return self.instance.stop()
 
