@@ -227,7 +227,7 @@ def _without(
 
 
 def _removed_folders(root: RootChanges) -> set[str]:
-    """Return the folders that are deleted or replaced by something else."""
+    """Return the names of folders that are deleted or replaced by a file or a link."""
     return {
         change.name
         for change in root.changes

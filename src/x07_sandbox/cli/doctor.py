@@ -106,7 +106,7 @@ def _examine() -> DoctorReport:
 
 
 def _weaker(name: str) -> Proof:
-    """Return whether a backend with weaker isolation has its prerequisites. Starts nothing: no user accepted it."""
+    """Return whether the prerequisites of a weaker backend are met. Starts nothing, since no flag accepted it."""
     try:
         availability = create(name).probe(None, boot=False)
     except SandboxError as exc:

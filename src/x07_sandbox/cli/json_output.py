@@ -66,8 +66,8 @@ def print_failure(exc: Exception, options: argparse.Namespace | None = None) -> 
 def deliver(document: bytes, options: argparse.Namespace, *, always: bool = False) -> bool:
     """Write a document to the file of --report-out, and print it for --json unless --quiet-json is given.
 
-    always: print it without --json, for a verb that prints nothing else. Return whether standard output is reserved for
-    the document, so that the caller prints no text there. Raises OSError, RefusedError.
+    always: whether to print the document even without --json, for a verb that prints nothing else. Return whether
+    standard output is reserved for the document, so that the caller prints no text there. Raises OSError, RefusedError.
     """
     if options.report_out is not None:
         from x07_sandbox.cli.atomic_output import write_bytes

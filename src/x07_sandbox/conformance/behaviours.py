@@ -41,7 +41,10 @@ Check = Callable[[Bench], None]
 
 
 class Behaviour(msgspec.Struct, frozen=True, kw_only=True):
-    """A promise, and a check that raises BrokenError if a backend breaks it. needs: a capability of plan/features."""
+    """A promise about every backend, and a check that raises BrokenError if the promise is broken.
+
+    needs: the capability (plan/features) without which the check is skipped; empty if the check needs none.
+    """
 
     name: str
     group: Group

@@ -118,7 +118,7 @@ def sweep_temporaries(folder: Path, pruner: Pruner) -> None:
 
 
 def entries(folder: Path) -> list[Path]:
-    """Return a folder's entries, sorted; an empty list if the folder does not exist."""
+    """Return the sorted paths of a folder's entries, or an empty list if the folder does not exist."""
     try:
         with os.scandir(folder) as found:
             return sorted(folder / entry.name for entry in found)

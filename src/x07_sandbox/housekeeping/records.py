@@ -29,7 +29,7 @@ _DOOMED: Final = ".pruned-"  # no name of a record
 
 
 def prune_records(pruner: Pruner) -> None:
-    """Remove the records that are no longer needed. Raises SandboxError if the state folder cannot be used."""
+    """Remove the job records and run folders that are too old. Raises SandboxError for an unusable state folder."""
     if not os.path.lexists(state_dir()):
         return
     root = private_dir(state_dir())

@@ -195,12 +195,12 @@ def write_owner(
 
 
 def mark_done(record: JobRecord) -> None:
-    """Write `done`: the job's machine is proven gone. Only the job's x07 process calls this. Raises HostError."""
+    """Write the file `done`: the job's machine is proven gone. For the job's own x07 process. Raises HostError."""
     _write(record.folder / "done", b"done\n")
 
 
 def mark_reaped(record: JobRecord) -> None:
-    """Write `reaped`: the job's machine is proven gone. Only other processes call this. Raises HostError."""
+    """Write the file `reaped`: the job's machine is proven gone. For all other processes. Raises HostError."""
     _write(record.folder / "reaped", b"reaped\n")
 
 

@@ -71,7 +71,7 @@ class Starter:
 
 
 class Server:
-    """Accepts connections. A separate thread serves each connection until its lease ends."""
+    """Accepts connections to the pool. A separate thread serves each connection until the leased machine has ended."""
 
     def __init__(self, machines: WarmMachines, listener: socket.socket, idle_s: float) -> None:
         self.machines = machines
@@ -106,7 +106,7 @@ class Server:
                 self._threads = [*(other for other in self._threads if other.is_alive()), thread]
 
     def wait_leases(self) -> None:
-        """Wait, after `end`, until every leased machine has ended and its record says so."""
+        """Wait, after `end`, until every leased machine has ended and is recorded as gone."""
         deadline = Deadline.after(GONE_S)
         while not deadline.passed():
             with self._lock:

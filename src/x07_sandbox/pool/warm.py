@@ -205,7 +205,7 @@ class WarmMachines:
             return WarmMachine(instance, stack.pop_all(), time.monotonic())
 
     def _run(self, instance: Instance, spec: PhaseSpec) -> None:
-        """Run a warm-up program in the machine, then prepare the machine for the next. Raises BackendError."""
+        """Run a warm-up program in the machine, then prepare the machine for the next program. Raises BackendError."""
         with contextlib.ExitStack() as stack:
             out, err = (
                 Sink(name, keep_fd=memory_file(b"", stack), live_fd=None, max_bytes=settings.MIB)
@@ -233,7 +233,7 @@ class WarmMachines:
             return len(self._ready)
 
     def wait_ready(self, deadline: Deadline) -> bool:
-        """Wait until all machines are warm; return whether they are. Raises SandboxError if none can be made."""
+        """Wait for all machines to be warm. Return whether they are. Raises SandboxError if no machine can be made."""
         with self._changed:
             while len(self._ready) < self.size and not deadline.passed() and not self._closing:
                 if self.problem is not None:

@@ -112,7 +112,7 @@ def mode_of(program: Program) -> CompileMode:
 
 
 def describe_ending(result: Result, report: CompileRunReport) -> list[str]:
-    """Return a message about what failed, if anything did. Changes that were not applied are reported elsewhere."""
+    """Return a message about the failure, if there is one. Changes that were not applied have their own messages."""
     if not report.exit_code or (result.ok and result.x07_exit_code):
         return []
     if not result.ok:

@@ -364,7 +364,7 @@ class WrappedReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 def wrap(report: CompileRunReport | RunOsReport, target: Target) -> WrappedReport:
-    """Return the wrapped form of a runner report."""
+    """Return a runner report in the form of `x07 run --report wrapped`."""
     return WrappedReport(runner="os", world=report.world, target=target, report=msgspec.to_builtins(report))
 
 
