@@ -18,16 +18,16 @@ _COMMANDS: Final = (
 
 
 def with_full_stop(text: str) -> str:
-    """Return the text with a full stop, unless it ends with a command, which can then be pasted."""
+    """Return the text with a full stop, unless it ends with a command, which must stay ready to paste."""
     last = text.rpartition(": ")[2]
     pasted = last.partition(" ")[0] in _COMMANDS and ", or " not in last and " (" not in last
     return text if pasted or ": x07 " in text or text.endswith((".", "?")) else f"{text}."
 
 
 def printable(text: str) -> str:
-    r"""Return the text with unprintable characters as escapes, such as \x1b: file names may hold anything.
+    r"""Return the text with unprintable characters escaped, such as \x1b, since file names may contain any character.
 
-    Only line breaks before two blanks are kept, so that no name can imitate a line of ours.
+    Only line breaks before two blanks are kept, so that no file name can imitate a message of this tool.
     """
     return "\n  ".join(
         "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
@@ -36,13 +36,13 @@ def printable(text: str) -> str:
 
 
 class SandboxError(Exception):
-    """Base of all errors raised on purpose: what failed, why, and a fix. All are printable, without a full stop."""
+    """Base of all errors raised on purpose. what, why, fix: what failed, why, and what to do, without a full stop."""
 
     # The run's Result, if there is one; typed Any, since this module imports no other.
     result: Any = None
-    # The policy field that is the cause, and the value that would allow it; None if another value would not help.
+    # The policy field that caused the error and a value that avoids it, or None if no value of a field would help.
     policy_cause: tuple[str, Any] | None = None
-    # What separates the fix from the cause: a blank, or a line break and two blanks.
+    # The text between the cause and the fix: a blank, or a line break and two blanks.
     before_fix: str = " "
 
     def __init__(self, what: str, why: str, fix: str) -> None:
@@ -50,7 +50,7 @@ class SandboxError(Exception):
         self.what, self.why, self.fix = (printable(str(part)) for part in (what, why, fix))
 
     def caused_by(self, field: str, value: object) -> Self:
-        """Set the policy field that is the cause, such as "fs.enabled", and the value to allow it; return the error."""
+        """Set the policy field that caused the error, such as "fs.enabled", and a value that avoids it. Return self."""
         self.policy_cause = field, value
         return self
 
@@ -68,7 +68,7 @@ class RefusedError(SandboxError):
 
 
 class HostError(SandboxError):
-    """The host lacks or denies something that is required."""
+    """The host lacks something that is required, or denies access to it."""
 
 
 class ImageError(SandboxError):
@@ -80,7 +80,7 @@ class BackendError(SandboxError):
 
 
 class Cancelled(SandboxError):  # noqa: N818 - not an error
-    """The user cancelled before the run started (exit 130 after Ctrl-C, else 143). signal: 0 or None without one."""
+    """The user cancelled before the run started (exit 130 after Ctrl-C, else 143). signal: its number, 0 or None."""
 
     signal: int | None = None
 

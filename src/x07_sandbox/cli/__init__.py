@@ -1,1 +1,1 @@
-"""Both commands: one module per verb, rendering, exit codes."""
+"""The commands `x07` and `x07-os-runner`: one module per verb, output and exit codes."""

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class UnwritableError(UsageError):
-    """An output file was rejected before the run. path: that file."""
+    """An output file was rejected before the run. path: the path of the file."""
 
     path: Path
 
@@ -37,10 +37,10 @@ class UnwritableError(UsageError):
 def check_outputs(
     outputs: Mapping[str, Path | None], inputs: Iterable[Path | None], *, why: str = "the run reads it"
 ) -> None:
-    """Raise UnwritableError for the first output that cannot be written or has another use in this run.
+    """Raise UnwritableError for the first output file that cannot be written or has another use in this run.
 
-    outputs: by flag. inputs: files that must stay as they are; why: the reason to give for them. An output is replaced
-    as a whole, so only its folder has to be writable.
+    outputs: the paths by flag. inputs: files that must not be overwritten. why: the reason to give for *inputs*. An
+    output file is replaced as a whole, so only its folder has to be writable.
     """
     taken = {real_path(path): why for path in inputs if path is not None}
     for name, path in outputs.items():
@@ -54,7 +54,7 @@ def check_outputs(
 
 
 def _rejection(path: Path, taken: Mapping[Path, str]) -> str:
-    """Return why *path* may not be written, or an empty string. taken: the reason by path in other use."""
+    """Return why *path* may not be written, or an empty string. taken: for each path in use, the reason to give."""
     try:
         other = path.name in {"", "..", "."} or not stat.S_ISREG(path.lstat().st_mode)
     except FileNotFoundError:
@@ -79,7 +79,10 @@ def files_read(request: RunRequest, program: Program) -> list[Path]:
 
 
 def write_atomically(path: Path, fill: Callable[[int], None], *, mode: int = 0o666, code: str = "") -> None:
-    """Have *fill* write a new file, then rename it to *path*. mode: see open(2). Raises RefusedError, after *code*."""
+    """Call *fill* with the descriptor of a new file, then rename the file to *path*. Raises RefusedError.
+
+    mode: the permissions, as for open(2). code: the prefix of the error's text.
+    """
     temporary = path.with_name(f".x07-{os.urandom(8).hex()}")  # no longer than the longest name
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
@@ -95,12 +98,12 @@ def write_atomically(path: Path, fill: Callable[[int], None], *, mode: int = 0o6
 
 
 def write_bytes(path: Path, data: bytes, *, code: str = "") -> None:
-    """Write *data* as the whole file. Raises RefusedError."""
+    """Replace the content of the file *path* by *data*. code: see `write_atomically`. Raises RefusedError."""
     write_atomically(path, lambda fd: write_all(fd, data), code=code)
 
 
 def write_executable(path: Path, artifact: OutFile) -> None:
-    """Write a copy of what was built, as an executable file. Raises RefusedError."""
+    """Write a copy of the built program as an executable file. Raises RefusedError."""
 
     def copy(fd: int) -> None:
         position = 0
@@ -111,13 +114,13 @@ def write_executable(path: Path, artifact: OutFile) -> None:
 
 
 def artifact_file(stack: contextlib.ExitStack) -> OutFile:
-    """Return an unnamed file for what a run builds; *stack* closes it. Raises HostError, RefusedError."""
+    """Return an unnamed file for the program that a run builds. *stack* closes it. Raises HostError, RefusedError."""
     return unnamed_file(private_dir(state_dir()), OUTPUT, settings.ARTIFACT_MAX_BYTES, stack)
 
 
 @contextlib.contextmanager
 def collect_error(write_errors: list[str]) -> Iterator[None]:
-    """Append a write error to the list instead of raising it: the run's result is reported in any case."""
+    """Append a write error to *write_errors* instead of raising it, because the run's result must still be reported."""
     try:
         yield
     except (SandboxError, OSError) as exc:
@@ -125,7 +128,7 @@ def collect_error(write_errors: list[str]) -> Iterator[None]:
 
 
 def with_write_errors(result: Result, write_errors: list[str]) -> Result:
-    """Return the result with these errors as warnings; its exit code is 125 if there are any."""
+    """Return the result with *write_errors* as warnings and, if there are any, with exit code 125."""
     if not write_errors:
         return result
     return replace(result, x07_exit_code=REFUSED_EXIT, warnings=[*result.warnings, *write_errors])

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def cancelled_by_signals() -> Iterator[Cancel]:
-    """Make SIGINT, SIGTERM and SIGHUP cancel the run; the VM is still cleaned up after a second signal."""
+    """Make SIGINT, SIGTERM and SIGHUP cancel the run. Even a second signal does not prevent the VM's removal."""
     # Ignored signals stay ignored, as under nohup or in the background of a script.
     wanted = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
     with contextlib.closing(Cancel()) as cancel, _forwarded(wanted, cancel):
@@ -31,10 +31,10 @@ def cancelled_by_signals() -> Iterator[Cancel]:
 
 @contextlib.contextmanager
 def _forwarded(wanted: Collection[int], cancel: Cancel) -> Iterator[None]:
-    """Let a thread cancel the run on every signal.
+    """Run a thread that cancels the run when one of the *wanted* signals arrives.
 
-    Python calls handlers in the main thread only. If the kernel delivers the signal to another thread, nothing
-    interrupts what the main thread waits for (signal(7)).
+    Python calls handlers in the main thread only. If the kernel delivers the signal to another thread, a blocking
+    system call of the main thread is not interrupted (signal(7)).
     """
     read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
     os.set_blocking(write_fd, False)

@@ -1,4 +1,8 @@
-"""`x07 diff`, `x07 apply` and `x07 undo`: show, apply and revert the changes of a run."""
+"""`x07 diff`, `x07 apply` and `x07 undo`: show, apply and revert the changes of a run.
+
+A root is a host folder that the policy lets the program modify. A refusal is a reason why a change is not allowed.
+Changes that are not allowed are left out: saved, but applied only if a flag of `x07 apply` allows them.
+"""
 
 from __future__ import annotations
 
@@ -105,18 +109,18 @@ def _apply(options: argparse.Namespace) -> int:
 
 
 class Grants(NamedTuple):
-    """What the user allows. protected: patterns of names; flags: --allow-hidden, --allow-symlinks."""
+    """Flags of `x07 apply` that allow refused changes. protected: values of --allow-protected. flags: other flags."""
 
     protected: tuple[str, ...] = ()
     flags: frozenset[str] = frozenset()
 
     @property
     def any(self) -> bool:
-        """Whether anything is allowed."""
+        """Whether any of these flags was given."""
         return bool(self.protected or self.flags)
 
     def is_allowed(self, root: str) -> Callable[[Refused], bool]:
-        """Return a function that tells whether a refusal in that root is overruled."""
+        """Return a function that tells whether these flags allow a refused change in *root*."""
         protection = Protection(root, allowed=self.protected)
 
         def is_let(refusal: Refused) -> bool:
@@ -137,10 +141,10 @@ def select_changes(
     *,
     applied: AbstractSet[tuple[str, str]] | None = None,
 ) -> ChangeSet:
-    """Return the changes without those to skip, and with those left out that *grants* allows.
+    """Return the changes to apply: those not in *skip*, and changes that were left out and that *grants* allows.
 
-    A folder that holds something skipped stays; a message says so. skip: names below a root, or absolute paths.
-    applied: what is applied already, by root and name; then only what was left out is returned.
+    A folder that contains a skipped name is kept, and a message says so. skip: names below a root, or absolute paths.
+    applied: root and name of each change applied earlier. With *applied* and *grants*, only left-out changes return.
     Raises UsageError, and RefusedError for changes that are not allowed.
     """
     roots = changes.roots
@@ -159,18 +163,18 @@ def select_changes(
 
 
 def _with_left_out(root: RootChanges, grants: Grants, applied: AbstractSet[tuple[str, str]] | None) -> RootChanges:
-    """Return the root without refusals, and with the allowed part of what was left out as changes."""
+    """Return *root* without refusals, and with those left-out changes added that *grants* allows."""
     is_allowed, done = grants.is_allowed(root.root), applied or set()
     more = applicable(root, lambda one: (root.root, one.name) in done or is_allowed(one)) if grants.any else ()
     alone = applied is not None and grants.any
     every = [*more] if alone else sorted((*root.changes, *more), key=lambda change: change.name)
     changes = [change for change in every if not (alone and (root.root, change.name) in done)]
-    missing = root.missing and not (alone and root.changes)  # otherwise it exists by now
+    missing = root.missing and not (alone and root.changes)  # otherwise the folder exists by now
     return replace(root, changes=tuple(changes), missing=missing, refused=(), left_out=more)
 
 
 def _nothing_allowed(changes: ChangeSet, grants: Grants) -> RefusedError:
-    """Return the error for flags that allow nothing of what was left out."""
+    """Return the error for flags that allow none of the changes left out."""
     left = [
         (root.root, refusal)
         for root in changes.roots
@@ -188,7 +192,7 @@ def _refused(left: Sequence[tuple[str, Refused]], fix: str, *, several_roots: bo
 
 
 def _say_left_out(kept: ChangeSet, applied: AbstractSet[tuple[str, str]]) -> None:
-    """Print what stays left out, and the command that applies it. applied: by root and name."""
+    """Print the changes that stay left out, and the command that applies them. applied: see `select_changes`."""
     if kept.all_or_nothing:
         return
     roots = [
@@ -203,11 +207,11 @@ def _say_left_out(kept: ChangeSet, applied: AbstractSet[tuple[str, str]]) -> Non
 def _without(
     root: RootChanges, skip: Sequence[str], grants: Grants, *, several_roots: bool
 ) -> tuple[RootChanges, set[str]]:
-    """Return the root without what is skipped, and the entries of *skip* that matched something."""
+    """Return *root* without the skipped changes, and the entries of *skip* that matched a change."""
     names = {change.name for change in root.changes} | {refusal.name for refusal in root.refused}
     by_word = {word: {name for name in names if _covers(word, root.root, name)} for word in skip}
     skipped = set[str]().union(*by_word.values())
-    # Skipped files that exist stay, copied in or not, and so do the folders around them.
+    # Skipped files that exist stay, whether they were copied in or not, and so do the folders around these files.
     staying = [change.name for change in root.changes if change.name in skipped and change.before is not None]
     words = {word: parent_folders([word.rstrip("/").removeprefix(f"{root.root}/")]) for word in skip}
     holding = parent_folders(staying).union(*words.values()) & _removed_folders(root) - skipped
@@ -223,7 +227,7 @@ def _without(
 
 
 def _removed_folders(root: RootChanges) -> set[str]:
-    """Return the folders that are deleted or replaced by something else."""
+    """Return the names of folders that are deleted or replaced by a file or a link."""
     return {
         change.name
         for change in root.changes
@@ -233,7 +237,7 @@ def _removed_folders(root: RootChanges) -> set[str]:
 
 
 def _covers(word: str, root: str, name: str) -> bool:
-    """Whether *word* is that name, or a folder above it. The root itself also has its last part as a name."""
+    """Whether *word* is *name* below *root*, or a folder above *name*. The root's last part stands for the root."""
     if word.startswith("/"):
         path, above = path_of(root, name), word.rstrip("/")
         return path == above or path.startswith(f"{above}/")

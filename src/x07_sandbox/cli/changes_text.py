@@ -42,13 +42,13 @@ def add_run_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def say_changes(result: Result) -> None:
-    """Print what became of a run's changes."""
+    """Print messages about a run's changes: what was deleted or left out, and whether the changes were applied."""
     for line in change_lines(result):
         say(line)
 
 
 def change_lines(result: Result) -> list[str]:
-    """Return the messages: every deletion, then what was left out, then one line about the rest."""
+    """Return a line for every deletion, lines about changes left out, and a line with the counts and the state."""
     changes = result.changes
     if changes.state == "none":
         return []
@@ -72,7 +72,7 @@ def _because(denial: Denial) -> str:
 
 
 def left_out(changes: Changes) -> list[str]:
-    """Return one line with what was left out and the command that applies it; none if nothing can be applied."""
+    """Return a line with the changes left out and the command that applies them, or no line if none can be applied."""
     entries = [entry for entry in changes.left_out_entries if entry.take]
     if not entries:
         return []
@@ -97,7 +97,7 @@ def _closing(changes: Changes) -> str:
 
 
 def summary(changes: ChangeSet, done: str) -> str:
-    """Return the numbers of changes and *done*."""
+    """Return the numbers of added, changed and deleted names, followed by the text *done*."""
     counts = {word: changes.count(word) for word in ("added", "changed", "deleted")}
     return f"{_in_words(counts) or 'nothing to do'}: {done}"
 
@@ -107,7 +107,7 @@ def _in_words(counts: dict[str, int]) -> str:
 
 
 def say_deleted(changes: ChangeSet, *, back: bool = False) -> None:
-    """Print every name that is deleted. back: the changes are being reverted."""
+    """Print every name that is deleted. back: whether the changes are being reverted, which deletes added names."""
     action, several = "added" if back else "deleted", changes.several_roots
     for root in changes.roots:
         for change in root.changes:
@@ -116,7 +116,7 @@ def say_deleted(changes: ChangeSet, *, back: bool = False) -> None:
 
 
 def include_applied(kept: SavedChanges) -> SavedChanges:
-    """Count what was left out and applied later among the changes. Raises HostError."""
+    """Return *kept* with those changes included that were left out at first and applied later. Raises HostError."""
     done = kept.done() if any(root.left_out for root in kept.changes.roots) else None
     return kept if not done else kept._replace(changes=with_later_applied(kept.changes, done))
 
@@ -134,7 +134,7 @@ def patch_chunks(kept: SavedChanges) -> Iterator[bytes]:
 
 
 def _after(path: Path, _root: str, _name: str, node: Node) -> bytes | None:
-    """Return the new content of a file."""
+    """Return the new content of a file, or None if the content is not saved or is too large for a patch."""
     if node.at is None or node.size > TEXT_MAX:
         return None
     with path.open("rb") as file:
@@ -142,7 +142,7 @@ def _after(path: Path, _root: str, _name: str, node: Node) -> bytes | None:
 
 
 class _Before:
-    """Old contents of files: from the host if unchanged there, else from the undo data."""
+    """Reader of the old contents of files: from the host if the file is unchanged there, else from the undo data."""
 
     def __init__(self, kept: SavedChanges) -> None:
         self._at: dict[tuple[str, str], tuple[Path, int]] = {}
@@ -164,7 +164,7 @@ class _Before:
 
 
 def _matching(path: Path, at: int, node: Node) -> bytes | None:
-    """Return the bytes there if their digest is that of the node."""
+    """Return the content of *node* from the offset *at* of a file, or None if the bytes there have another digest."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
@@ -179,7 +179,7 @@ def _matching(path: Path, at: int, node: Node) -> bytes | None:
 
 
 def changes_json(changes: ChangeSet) -> bytes:
-    """Return all changes as JSON; names are printable text."""
+    """Return all changes as JSON, with unprintable characters escaped."""
     import json
 
     def plain_names(value: object) -> object:
@@ -193,10 +193,10 @@ def changes_json(changes: ChangeSet) -> bytes:
 
 
 def print_bytes(data: bytes) -> None:
-    """Write whole lines to standard output; a terminal gets no control sequences. Raises OSError."""
+    """Write *data* (whole lines) to standard output, without control sequences on a terminal. Raises OSError."""
     if sys.stdout.isatty():
         from x07_sandbox.runs.streams import TerminalFilter
 
-        # A patch is read to judge it: a carriage return would hide what stands before it.
+        # Users read a patch to judge it. A carriage return would hide the text before it.
         data = _RETURN.sub("\N{REPLACEMENT CHARACTER}".encode(), TerminalFilter()(data))
     write_stdout(data)

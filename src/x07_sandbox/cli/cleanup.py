@@ -1,4 +1,4 @@
-"""`x07 sweep`, `x07 df` and `x07 prune`: remove what is no longer needed, and show disk usage."""
+"""`x07 sweep`, `x07 df` and `x07 prune`: remove unneeded jobs and files, and show disk usage."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ _EPILOG: Final = """examples:
   x07 completion zsh > ~/.zfunc/_x07                           ~/.zfunc must be in fpath
   x07 completion tcsh > ~/.x07.tcsh                            and source this file in ~/.tcshrc
 """
-# Makes the script serve the command's second name too. By shell: text of shtab's script, and its replacement.
+# Replacements that make the script serve the command's second name too. By shell: text of shtab's script, new text.
 _BOTH: Final = {
     "bash": (" _shtab_x07 x07", " _shtab_x07 x07 x07-sandbox"),
     "zsh": ("#compdef x07\n", "#compdef x07 x07-sandbox\n"),

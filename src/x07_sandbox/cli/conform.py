@@ -58,7 +58,7 @@ def add_conform(parser: argparse.ArgumentParser) -> None:
 
 def _conform(options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="conform-", dir=cache_folder("tmp")) as folder:
-        # Its runs must not become the latest run for `x07 diff` and `x07 undo`.
+        # A separate state folder, so that no test becomes the latest run for `x07 diff` and `x07 undo`.
         os.environ["X07_VM_STATE_DIR"] = f"{folder}/jobs"
         return _conformed(options)
 

@@ -16,11 +16,11 @@ _COLOURS: Final = {"good": "32", "BAD": "1;31", "note": "33"}
 
 
 class OutputError(OSError):
-    """Standard output cannot be written; the cause is the system's."""
+    """Standard output cannot be written. errno and strerror are those of the failed system call."""
 
 
 def plain(text: str) -> str:
-    """Return text of a guest without control characters, except line ends and tabs."""
+    """Return text from a guest with control characters replaced, except line ends and tabs."""
     return "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
@@ -47,7 +47,7 @@ def _print(line: str, end: str = "\n") -> None:
 
 
 def show(line: str, mark: str = "") -> None:
-    """Print one line of a result, after a coloured *mark*. Names that are not UTF-8 stay as is. Raises OutputError."""
+    """Print one line of a result, after a coloured *mark*. Bytes that are not UTF-8 are kept. Raises OutputError."""
     text = "".join(char if "\udc80" <= char <= "\udcff" else printable(char) for char in line)
     if mark:
         text = f"{painted(mark, mark, sys.stdout)}{' ' * (6 - len(mark))}{text}"
@@ -65,7 +65,7 @@ def size(count: int) -> str:
 
 
 def write_stdout(data: bytes) -> None:
-    """Write *data* to standard output after what was printed before. Raises OutputError."""
+    """Flush earlier output, then write *data* to standard output. Raises OutputError."""
     try:
         sys.stdout.flush()
         sys.stdout.buffer.write(data)
@@ -75,7 +75,7 @@ def write_stdout(data: bytes) -> None:
 
 
 class LiveLine:
-    """A status line on a terminal that can be cleared. Without a terminal, only notices are printed, a line each."""
+    """A status line on a terminal. Without a terminal, each `Notice` is printed as a line; other text is dropped."""
 
     def __init__(self) -> None:
         self._live = sys.stderr.isatty()
@@ -91,7 +91,7 @@ class LiveLine:
 
 
 class Progress:
-    """Progress lines with the elapsed time; on a terminal each replaces the one before."""
+    """Printer of progress lines with the elapsed time. On a terminal, each line replaces the previous line."""
 
     def __init__(self, title: str) -> None:
         self._title = title
@@ -107,7 +107,7 @@ class Progress:
             _print(line)
 
     def done(self, text: str) -> None:
-        """Print the last line."""
+        """Print *text* as the last progress line."""
         self(text)
         if self._live:
             _print("")

@@ -1,4 +1,4 @@
-"""Messages of `x07 run` about denials: the first few, each with what would allow it."""
+"""Messages of `x07 run` about the first few denials, each with a change that would allow the action, if any."""
 
 from __future__ import annotations
 
@@ -37,13 +37,16 @@ _FULL: Final = frozenset({"scratch", "limits.mem_bytes"})  # for these, the subj
 
 
 def say_denials(result: Result) -> None:
-    """Print the denials and hints of a program that did not end well."""
+    """Print the messages about a run's denials and hints."""
     for line in denial_lines(result):
         say(line)
 
 
 def for_flags(result: Result, flags: Collection[str]) -> Result:
-    """Return the result with advice for a command that has only *flags*; other advice says to use x07 run."""
+    """Return the result with advice for a command that has only *flags*.
+
+    Advice to use another flag is replaced by a change to the policy or, if there is none, by advice to use `x07 run`.
+    """
 
     def adapted(allowing: HowToAllow | None) -> HowToAllow | None:
         if allowing is None or not allowing.flag or allowing.flag.partition(" ")[0] in {*flags, "x07"}:
@@ -56,11 +59,14 @@ def for_flags(result: Result, flags: Collection[str]) -> Result:
 
 
 def denial_lines(result: Result, command: str = "") -> list[str]:
-    """Return the messages, with how to make a policy file. command: the prefix of --json if another command has it."""
+    """Return the messages about a run's denials and hints, and how to make a policy file if the advice needs one.
+
+    command: the words before --json in a message, such as "x07 run ", if the calling command has no --json.
+    """
     lines = [] if result.outcome == "ok" else _of_program(result, command)
     policy = result.policy or ""
     if policy.startswith(BUILT_IN) and _needs_policy_file(result):
-        # --out is relative to the folder of the project around, if any: so give an absolute path.
+        # --out is relative to the folder of an enclosing project, so the command contains an absolute path.
         init = f'x07 policy init --template {policy.removeprefix(BUILT_IN)} --out "$PWD/policy.json"'
         lines.append(f"to change the policy: {init}, then add --policy policy.json")
         if any(denial.field.startswith("process.") for denial in result.denials):
@@ -69,7 +75,7 @@ def denial_lines(result: Result, command: str = "") -> list[str]:
 
 
 def _with_processes(policy: str) -> list[str]:
-    """Return how to allow processes and keep the folders of a template that forbids them."""
+    """If the built-in *policy* forbids processes, return a message with flags that allow processes and its folders."""
     held = built_in(policy)
     if held is None or held.process.may_spawn:
         return []
@@ -83,16 +89,16 @@ def _of_program(result: Result, command: str) -> list[str]:
     lines = [_line(denial) for denial in found[:_SHOWN]]
     more = max(0, len(found) - _SHOWN) + result.denials_lost
     if more:
-        most = "up to " if result.denials_lost else ""  # lost records: one denial may have several
+        most = "up to " if result.denials_lost else ""  # several lost records may belong to one denial
         lines.append(f"and {most}{more} more denials; {command}--json lists those that were recorded")
     return [*lines, *map(_hint, result.hints)]
 
 
 def _to_report(result: Result) -> list[Denial]:
-    """Return the denials to print, one for each remedy; those that can be allowed come first."""
+    """Return the denials to print, without repetitions. Denials that can be allowed come first."""
     found = [denial for denial in result.denials if denial.action not in _ELSEWHERE]
     found.sort(key=lambda denial: denial.how_to_allow is None)
-    # A shell reads a program that it could not execute: two denials with one remedy.
+    # If a shell cannot execute a program, it tries to read the program: two denials with one remedy.
     by_remedy: dict[tuple[str, str], Denial] = {}
     for denial in found:
         by_remedy.setdefault((denial.subject, str(denial.how_to_allow or denial.action)), denial)
@@ -100,7 +106,7 @@ def _to_report(result: Result) -> list[Denial]:
 
 
 def _folded(denials: Iterable[Denial]) -> list[Denial]:
-    """Fold the denials of paths with the same remedy into one for their common folder."""
+    """Replace denials of several paths that have the same remedy by one denial of the paths' common folder."""
     groups: dict[str, list[Denial]] = {}
     for number, denial in enumerate(denials):
         same = denial.how_to_allow is not None and denial.subject.startswith("/") and denial.action in _OF_PATHS
@@ -119,7 +125,7 @@ def _merged(group: Sequence[Denial]) -> Denial:
 
 
 def _needs_policy_file(result: Result) -> bool:
-    """Whether the advice for something that is printed is a value in the policy, not a flag."""
+    """Whether a printed denial or hint can be allowed only by a value in the policy, not by a flag or a setting."""
     advice = [denial.how_to_allow for denial in result.denials if denial.action == _CHANGE]
     if result.outcome != "ok":
         advice += [denial.how_to_allow for denial in _to_report(result)[:_SHOWN]] + [hint.how for hint in result.hints]
@@ -153,7 +159,7 @@ def _line(denial: Denial) -> str:
 
 
 def how_to_allow_text(allowing: HowToAllow | None, field: str = "", *, purpose: str = "allow it") -> str:
-    """Return the remedy as the end of a message; a flag comes last, to copy it. field: the policy field at fault."""
+    """Return the end of a message: the remedy, with a flag last, for copying. field: the policy field that denies."""
     if allowing is None:
         return ". It cannot be allowed."
     if allowing.setting:
@@ -168,7 +174,7 @@ def how_to_allow_text(allowing: HowToAllow | None, field: str = "", *, purpose: 
 
 
 def _value(value: object) -> str:
-    """Return the value as JSON; for a long list, only the entry to add."""
+    """Return the value as JSON. A long list is shortened to its last entry, which is the one to add."""
     if isinstance(value, list) and len(value) > _LISTED:
         return f"[..., {json.dumps(value[-1])}]"
     return json.dumps(value)

@@ -76,12 +76,12 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _print_backend(state: BackendState) -> None:
     isolation = " or ".join(state.isolation) + (", only if accepted" if state.needs_acceptance else "")
-    # A backend that is used only on request may be missing.
+    # It is no error if a backend that is used only on request is missing.
     mark = "note" if state.state == "failed" and state.needs_acceptance else _MARKS[state.state]
     show(f"{state.name} ({isolation}): {state.text}", mark)
     for look in state.looks:
         show(f"      {look.what}: {look.text}")
-    # For a backend that this version or platform does not have, only the last is specific to it.
+    # If this version or platform lacks the backend, only the last remedy is about this backend.
     for remedy in state.remedies if state.state == "failed" else state.remedies[-1:]:
         show(f"      - {remedy}")
 
@@ -106,7 +106,7 @@ def _examine() -> DoctorReport:
 
 
 def _weaker(name: str) -> Proof:
-    """Return whether the prerequisites of a weaker backend are met; nothing is started without acceptance."""
+    """Return whether the prerequisites of a weaker backend are met. Starts nothing, since no flag accepted it."""
     try:
         availability = create(name).probe(None, boot=False)
     except SandboxError as exc:
@@ -124,7 +124,7 @@ def platform_finding(platform: Platform) -> Finding:
 
 
 def proof_among(findings: list[Finding]) -> Proof | None:
-    """Return the proof that a VM started, or the first bad finding; None if neither is known."""
+    """Return the first bad finding, or else the proof that a VM started, or None if there is neither."""
     bad = next((finding for finding in findings if finding.good is False), None)
     if bad is not None:
         return Proof(good=False, text=f"{bad.subject}: {bad.text}", fixes=(bad.fix,))
@@ -133,7 +133,7 @@ def proof_among(findings: list[Finding]) -> Proof | None:
 
 
 def _first_on_path(environ: Mapping[str, str]) -> Finding:
-    """Return which program `x07` starts, since X07 has one of that name. It is read, not started."""
+    """Return which program the command `x07` starts, since X07's own tool has the same name. Starts no program."""
     import shutil
 
     subject = "x07 on PATH"
@@ -153,7 +153,7 @@ def _first_on_path(environ: Mapping[str, str]) -> Finding:
 
 
 def _variables(environ: Mapping[str, str]) -> Finding:
-    """Return our variables that are set, and the names, without values, of unknown ones with our prefixes."""
+    """Return this tool's variables that are set, and the names of unknown variables with this tool's prefixes."""
     known = [f"{name}={ascii(environ[name])[1:-1]}" for name in VARIABLES if environ.get(name, "").strip()]
     others = [name for name in sorted(environ) if name.startswith(PREFIXES) and name not in VARIABLES]
     text = f"set: {', '.join(known)}" if known else "none is set"
@@ -163,7 +163,7 @@ def _variables(environ: Mapping[str, str]) -> Finding:
 
 
 def _requested_backend() -> list[Finding]:
-    """Return why the backend that variables request is not available; every run without a flag fails for it."""
+    """Return a finding if variables request a backend that is unavailable. Runs without a backend flag then fail."""
     try:
         choice_from_environment()
     except SandboxError as exc:
@@ -223,7 +223,7 @@ def _cgroups() -> Finding:
 
 
 def _capacity() -> list[Finding]:
-    """Return how many runs this host can hold at once."""
+    """Return how many runs this user may have at the same time on this host."""
     from x07_sandbox.host.cores import cores
     from x07_sandbox.host.memory import memory_bytes
     from x07_sandbox.jobs.admission import MEMORY_PER_MACHINE, max_running
@@ -240,7 +240,7 @@ def _capacity() -> list[Finding]:
 
 
 def _jail(name: str) -> list[Finding]:
-    """Return which form of the jail around QEMU this host allows."""
+    """Return which form of the jail around QEMU this host allows: with or without namespaces."""
     from x07_sandbox.jail.bwrap import BWRAP
     from x07_sandbox.jail.forms import jail_form, namespace_flags
 
@@ -319,7 +319,7 @@ def _start(backend: Backend, image: OpenImage) -> Finding:
 
 
 def _slowness() -> Finding:
-    """Return how much slower emulation is, for `--scale-limits`; it is measured if not known yet."""
+    """Return the slowdown of emulation, which `--scale-limits` uses. Measures the slowdown if it is not known yet."""
     from x07_sandbox.host.cancel import Cancel
     from x07_sandbox.runs.request import RunRequest
     from x07_sandbox.runs.run import attempt

@@ -25,7 +25,7 @@ _ACCESS: Final = {False: "read-only", True: "writable"}
 
 
 def show_plan(request: RunRequest, options: argparse.Namespace) -> int:
-    """Print the preview; return 0 if the run could start, 125 if it would be refused. Raises other SandboxErrors."""
+    """Print the plan of a run. Return 0 if the run could start, or 125 if it would be refused. Raises SandboxError."""
     try:
         found = preview(request)
     except RefusedError as exc:  # the result of a run; not an error before it, which would have X07's exit code 2
@@ -66,7 +66,7 @@ def _lines(found: Preview) -> list[str]:
 
 
 def _listed(names: Sequence[str]) -> str:
-    """Return the first few names and the number of the rest."""
+    """Return the first few names as text, and how many more there are."""
     return ", ".join(names if len(names) <= _LISTED else [*names[:_LISTED], f"and {len(names) - _LISTED} more"])
 
 

@@ -122,7 +122,7 @@ def build_with_progress(
     x07: Path | None = None,
     fresh: bool = False,
 ) -> Image:
-    """Build an image. include, preload, pip: None for those of the image with this name. Raises SandboxError."""
+    """Build an image. include, preload, pip: None takes the list from the old image *name*. Raises SandboxError."""
     progress = Progress(f"image {name}")
     before = None
     with contextlib.suppress(SandboxError):  # no image with this name, or an unreadable one
@@ -180,12 +180,12 @@ def _load(options: argparse.Namespace) -> int:
 
 
 def _names(chunks: list[str] | None) -> list[str] | None:
-    """Return the names of an option that takes comma-separated lists; None if it was not given."""
+    """Split the values of an option that takes comma-separated names. Return None if the option was not given."""
     return None if chunks is None else [name.strip() for chunk in chunks for name in chunk.split(",") if name.strip()]
 
 
 def _requirements(chunks: list[str] | None) -> list[str] | None:
-    """Return the requirements of --pip; None if it was not given."""
+    """Split the values of --pip into requirements. Return None if --pip was not given."""
     from x07_sandbox.images.pip import split_list
 
     return None if chunks is None else [each for chunk in chunks for each in split_list(chunk)]

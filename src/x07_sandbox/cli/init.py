@@ -129,7 +129,7 @@ def _check_options(options: argparse.Namespace) -> None:
 
 
 def _files_below(folder: Path) -> list[str]:
-    """Return a project's files, sorted: none hidden, in build folders or behind links. Raises OSError, UsageError."""
+    """Return a project's files, sorted. Skips hidden names, build folders and links. Raises OSError, UsageError."""
     found: list[str] = []
     seen = 0
     for place, folders, names in os.walk(folder, onerror=_raise):
@@ -161,7 +161,7 @@ def _is_built(path: Path) -> bool:
 
 
 def _makefiles(folder: Path, files: list[str]) -> dict[str, str]:
-    """Return the text of the Makefile that make would use in each folder, the uppermost first."""
+    """Return, for each folder, the path and the text of the Makefile that make would use. Top folders come first."""
     place = ProjectFolder(folder, f"cannot start a project in {folder}")
     found: dict[str, str] = {}
     for path in sorted({Path(name).parent for name in files}, key=lambda path: (len(path.parts), path)):

@@ -86,7 +86,7 @@ def _row(line: JobLine) -> tuple[str, ...]:
 
 
 def _span(seconds: float) -> str:
-    """Return a time in its two largest units: "1h5m"."""
+    """Return a duration in its two largest units, such as "1h5m"."""
     sign, whole = "-" if seconds < 0 else "", int(abs(seconds))
     for unit, smaller, letter, smaller_letter in ((86_400, 3600, "d", "h"), (3600, 60, "h", "m"), (60, 1, "m", "s")):
         if whole >= unit:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from x07_sandbox.host.documents import Status
 
-# The options of all verbs but `run` that name a file; none may be the file of --report-out too.
+# The options that name a file, of all verbs except `run`. None of these files may be the file of --report-out.
 _FILES: Final = ("file", "files", "first", "second", "policy", "project", "out")
 
 
@@ -29,18 +29,18 @@ def document_wanted(options: argparse.Namespace) -> bool:
 
 
 def print_document(report: msgspec.Struct, options: argparse.Namespace, *, always: bool = False) -> bool:
-    """Deliver one JSON object over several lines; return what `deliver` returns."""
+    """Deliver one JSON object on several lines. Return whether standard output is reserved for it (see `deliver`)."""
     return deliver(render_json(report), options, always=always)
 
 
 def print_line(report: msgspec.Struct, options: argparse.Namespace, *, always: bool = False) -> bool:
-    """Deliver one JSON object on one line, as X07's command prints it; return what `deliver` returns."""
+    """Deliver one JSON object on one line, as X07's command does. The return value is that of `deliver`."""
     line = json.dumps(plain(report), ensure_ascii=False, separators=(",", ":")) + "\n"
     return deliver(line.encode(), options, always=always)
 
 
 def show_written(path: Path, status: Status, following: str) -> None:
-    """Print that a file was written, and the command to type next; nothing if the file was left alone."""
+    """Print a file's status and the next command to type; nothing if the file has other content and was not changed."""
     words: dict[Status, str] = {"created": "created", "overwritten": "overwrote", "unchanged": "already up to date:"}
     if status in words:
         show(f"{words[status]} {path}")
@@ -55,7 +55,7 @@ def shell_path(path: Path) -> str:
 
 
 def print_failure(exc: Exception, options: argparse.Namespace | None = None) -> None:
-    """Deliver an error as a document; without options, to standard output only. Raises OSError, RefusedError."""
+    """Deliver an error as a document. Without options, print it to standard output. Raises OSError, RefusedError."""
     document = render_json(failure_report(exc))
     if options is None:
         write_stdout(document)
@@ -66,8 +66,8 @@ def print_failure(exc: Exception, options: argparse.Namespace | None = None) -> 
 def deliver(document: bytes, options: argparse.Namespace, *, always: bool = False) -> bool:
     """Write a document to the file of --report-out, and print it for --json unless --quiet-json is given.
 
-    always: print it without --json, for a verb that prints nothing else. Return whether standard output is reserved for
-    the document, so that the caller prints no text there. Raises OSError, RefusedError.
+    always: whether to print the document even without --json, for a verb that prints nothing else. Return whether
+    standard output is reserved for the document, so that the caller prints no text there. Raises OSError, RefusedError.
     """
     if options.report_out is not None:
         from x07_sandbox.cli.atomic_output import write_bytes
@@ -80,7 +80,7 @@ def deliver(document: bytes, options: argparse.Namespace, *, always: bool = Fals
 
 
 def carry_out_with_report(options: argparse.Namespace) -> int:
-    """Carry out a verb with --report-out; write its error to that file, too. Raises that error, or UsageError."""
+    """Carry out a verb with --report-out, and write an error to that file, too. Raises the error, or UsageError."""
     from x07_sandbox.cli.atomic_output import check_outputs, write_bytes
 
     others = [getattr(options, name, None) for name in _FILES]

@@ -72,7 +72,7 @@ def _logs(options: argparse.Namespace) -> int:
 
 
 def _folder(options: argparse.Namespace, holds: str) -> Path:
-    """Return the folder of the run. Raises UsageError."""
+    """Return the folder of the run RUN, or of the latest run that has the file *holds*. Raises UsageError."""
     if options.run is None:
         return find_run(None, holds, "output to print", "First run a program", action="any output")
     folder = run_folder(known_run(options.run))
@@ -91,7 +91,7 @@ class _Stream:
         self._fd: int | None = None
 
     def pass_on(self) -> None:
-        """Write what is new in the file. Raises OSError."""
+        """Write the bytes that were added to the file since the last call. Raises OSError."""
         if self._fd is None:
             with contextlib.suppress(FileNotFoundError):
                 self._fd = os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)

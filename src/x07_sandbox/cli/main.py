@@ -1,7 +1,7 @@
-"""The command `x07`: parse the command line, carry out one verb, turn errors into text and exit codes.
+"""The command `x07`: parse the command line, carry out one verb (subcommand), turn errors into text and exit codes.
 
-All other modules are imported inside `main`: Ctrl-C during an import then cancels the command like any other, and a
-verb pays only for its own imports.
+All other modules are imported inside `main`. So Ctrl-C during an import cancels the command as usual, and each verb
+loads only the modules that it needs.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _verb_first(words: list[str]) -> list[str]:
-    """Move X07's global flags from before the verb to where our verbs accept them."""
+    """Move X07's global flags, such as --json, from before the verb to a place where the verb's parser accepts them."""
     end = words.index("--") if "--" in words else len(words)
     words = [_JSON.get(word, word) for word in words[:end] if word != "--json=off"] + words[end:]
     count = 0
@@ -72,7 +72,7 @@ def _verb_first(words: list[str]) -> list[str]:
 
 
 def _import_msgspec() -> None:
-    """Import msgspec without typing_extensions, which takes 12 ms and which only older Pythons need."""
+    """Import msgspec without typing_extensions. Only older Pythons need that module, and importing it takes 12 ms."""
     if "typing_extensions" not in sys.modules:
         sys.modules["typing_extensions"] = None  # type: ignore[assignment]  # makes its import fail
         try:
@@ -113,7 +113,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
 
 
 def _similar_option(word: str, words: list[str]) -> str:
-    """Return the option that a shortened or mistyped one resembles, or an empty string."""
+    """Return the known option that the shortened or mistyped option *word* resembles, or an empty string."""
     import difflib
 
     from x07_sandbox.cli.parser import actions, parser_for
@@ -125,7 +125,7 @@ def _similar_option(word: str, words: list[str]) -> str:
 
 
 def _unknown_verb(word: str, verbs: Iterable[str]) -> UsageError:
-    """Return the error for an unknown command: often a program, or a mistyped command."""
+    """Return the error for an unknown verb. It suggests how to run *word* if that is a file, or a similar verb."""
     import difflib
     import shlex
 
@@ -140,7 +140,7 @@ def _unknown_verb(word: str, verbs: Iterable[str]) -> UsageError:
 
 
 def _recover() -> None:
-    """Finish or roll back changes that a killed command left partly applied."""
+    """Finish or roll back changes to files that a killed command left partly applied."""
     from x07_sandbox.errors import SandboxError
     from x07_sandbox.host.paths import state_dir
     from x07_sandbox.runs.folder import APPLYING, runs_dir
@@ -209,7 +209,7 @@ def _with_json(code: int, exc: Exception, words: list[str], options: argparse.Na
 
 
 def _prints_json(options: argparse.Namespace | None) -> bool:
-    """Whether the document goes to standard output; not if the command line could not be parsed."""
+    """Whether to print JSON to standard output. options: None if the command line could not be parsed."""
     return bool(getattr(options, "json", False)) and not getattr(options, "quiet_json", False)
 
 
@@ -219,7 +219,7 @@ def entry() -> NoReturn:
 
 
 def end_with(command: Callable[[], int]) -> NoReturn:
-    """Exit with the code that *command* returns. File names are UTF-8 while it runs."""
+    """Call *command*, with UTF-8 as the encoding of file names, and exit with the code that it returns."""
     if sys.getfilesystemencoding() != "utf-8":  # restart, so that names keep their bytes in any locale
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])  # noqa: S606 - no shell is needed
     try:

@@ -1,4 +1,4 @@
-"""The command `x07-os-runner`: X07's runner interface on top of the same run as `x07 run`.
+"""The command `x07-os-runner`: X07's runner interface. It runs programs with the same code as `x07 run`.
 
 Standard output is one JSON object, X07's report, or nothing (exit 2). Messages go to standard error.
 """
@@ -128,7 +128,7 @@ def _check_policy_flag(world: World, options: argparse.Namespace) -> None:
 
 
 def _choice(platform: Platform, world: World, named: str | None, *, accepted: bool) -> Choice:
-    """Return the backend. Raises UsageError or RefusedError if it is not available or not accepted."""
+    """Return the selected backend. Raises UsageError or RefusedError if it is not available or not accepted."""
     auto: Literal["vm", "none"] = "vm" if world == "run-os-sandboxed" else "none"
     try:
         return select(platform, backend_request(sandbox=named, accepted=accepted, auto=auto))
@@ -178,7 +178,7 @@ def _request(path: Path, options: argparse.Namespace, stack: contextlib.ExitStac
 def _wanted(
     options: argparse.Namespace, request: RunRequest, program: Program, stack: contextlib.ExitStack, *, accepted: bool
 ) -> ReportRequest:
-    """Read and check the files that flags name besides the program. Raises UsageError."""
+    """Read the policy and input, check the output files, and return the request for the report. Raises UsageError."""
     policy = effective_policy_of(request)
     compiled_out, attest_runtime = _path(options.compiled_out), _path(options.attest_runtime)
     read = [request.program, Path(options.policy), request.input, *files_read(request, program)]

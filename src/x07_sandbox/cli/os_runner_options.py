@@ -21,9 +21,9 @@ _PATHS: Final = frozenset({"F", "D"})  # metavars of files and folders
 
 
 class Option(msgspec.Struct, frozen=True):
-    """One flag. metavar: empty for a switch. number: the unit of its whole number, if it takes one.
+    """One flag. metavar: empty for a flag without a value. number: the unit of the value if that is a whole number.
 
-    x07_only: it has an effect on X07 programs only. hidden: not in help and documentation.
+    x07_only: whether the flag affects only X07 programs. hidden: whether help and documentation omit the flag.
     """
 
     flag: str
@@ -38,7 +38,7 @@ class Option(msgspec.Struct, frozen=True):
 
     @property
     def key(self) -> str:
-        """The name of its attribute among the parsed options."""
+        """The name of the flag's attribute in the parsed options."""
         return self.flag.removeprefix("--").replace("-", "_")
 
 
@@ -99,7 +99,7 @@ examples:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the parser. Options that were not given are None, so that they differ from those with the default."""
+    """Return the command's parser. It stores None for a value that was not given, not the default named in the help."""
     made = Parser(
         prog=COMMAND,
         description="Build a program in one throw-away VM, run it in another, and print X07's report.",
@@ -128,7 +128,7 @@ def _words(option: Option) -> dict[str, Any]:
 
 
 def specrows() -> str:
-    """Return the command line in the form of X07's tools: one line of JSON with a row for each option."""
+    """Describe the command line in the format of X07's tools: one line of JSON with a row for each option."""
     rows: list[list[Any]] = [
         ["root", "help", "-h", "--help", "show this help message and exit"],
         ["root", "version", "", "--version", "show the version and exit"],

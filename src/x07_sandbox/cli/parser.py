@@ -1,4 +1,4 @@
-"""The verbs of `x07`, the parser of all commands, and the types of their options."""
+"""The verbs (subcommands) of `x07`, the parser class of both commands, and the types of options."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def seconds(most: int) -> Callable[[str], float]:
 
 
 def folder_path(text: str) -> Path:
-    """Option type: a folder. An empty name, as from an unset shell variable, does not mean `.`."""
+    """Option type: a folder. An empty name, as from an unset shell variable, is an error and does not mean `.`."""
     if not text:
         raise argparse.ArgumentTypeError("the name of the folder is empty")
     return Path(text)
@@ -102,7 +102,7 @@ def file_path(text: str) -> Path:
 
 
 def name_pattern(text: str) -> str:
-    """Option type: a pattern for one name. A pattern with a slash would silently match nothing."""
+    """Option type: a pattern for one name. A pattern with a slash is an error, since it would match nothing."""
     if text in {"", ".", ".."} or "/" in text:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a pattern for a name: it must not be empty or contain a slash"
@@ -111,7 +111,7 @@ def name_pattern(text: str) -> str:
 
 
 class Once(argparse.Action):
-    """An option that may be given once, so that no value is silently ignored. Its default is None."""
+    """An argparse action: the option may be given only once, so that no value is silently ignored. Default: None."""
 
     def __call__(
         self,
@@ -120,14 +120,14 @@ class Once(argparse.Action):
         values: str | Sequence[Any] | None,
         option_string: str | None = None,  # noqa: ARG002 - as above
     ) -> None:
-        """Store the value. Raises argparse.ArgumentError if there is one already."""
+        """Store the value. Raises argparse.ArgumentError if the option was already given."""
         if getattr(namespace, self.dest) is not None:
             raise argparse.ArgumentError(self, "given more than once")
         setattr(namespace, self.dest, values)
 
 
 def option(to: argparse._ActionsContainer, flag: str, metavar: str | None, help: str, **words: Any) -> None:  # noqa: A002, ANN401 - as argparse has them
-    """Add an option that takes a value; it may be given once unless *words* say otherwise."""
+    """Add an option with a value. It may be given only once, unless *words* (see add_argument) set another action."""
     to.add_argument(flag, **({"action": Once, "metavar": metavar, "help": help} | words))
 
 
@@ -142,7 +142,7 @@ def switch(to: argparse._ActionsContainer, flag: str, help: str) -> None:  # noq
 
 
 class _HelpLevel(argparse.Action):
-    """Print the help of one level and exit."""
+    """The argparse action of `--help-NAME`: print the help of the level NAME and exit."""
 
     def __call__(
         self,
@@ -156,7 +156,7 @@ class _HelpLevel(argparse.Action):
 
 
 def add_help_levels(parser: argparse._ActionsContainer, rest: str, *names: str) -> None:
-    """Add `--help-NAME` for each further level of help. rest: the level that shows every option."""
+    """Add `--help-NAME` for each level of help. rest: the level that shows every option. names: the other levels."""
     for name in (rest, *names):
         doc = "show every option" if name == rest else f"show the options for programs in the {name.upper()} language"
         words: dict[str, Any] = {"action": _HelpLevel, "nargs": 0, "const": name, "default": argparse.SUPPRESS}
@@ -164,19 +164,19 @@ def add_help_levels(parser: argparse._ActionsContainer, rest: str, *names: str) 
 
 
 def inner_verb(inner: argparse._SubParsersAction[Any], name: str, doc: str) -> Any:  # noqa: ANN401 - as argparse has it
-    """Add the parser of an inner verb, such as `check` of `x07 policy`; *doc* is its help and its description."""
+    """Add the parser of an inner verb, such as `check` of `x07 policy`. doc: the verb's help and its description."""
     return inner.add_parser(name, help=doc, description=f"{doc[0].upper()}{doc[1:]}.")
 
 
 def add_document_flags(parser: argparse._ActionsContainer, json_help: str = "print one JSON object") -> None:
-    """Add the flags of a verb that can print a JSON document (cli/json_output)."""
+    """Add --json, --report-out and --quiet-json to a verb that can print a JSON document (cli/json_output)."""
     switch(parser, "--json", json_help)
     option(parser, "--report-out", "FILE", "write the JSON object to FILE, with or without --json", type=file_path)
     switch(parser, "--quiet-json", "do not print the JSON object; only write it to the file of --report-out")
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
-    """Help as wide as the terminal, up to 110 columns; avoids the imports of the base class."""
+    """Formatter of help as wide as the terminal, up to 110 columns. Avoids the imports that the base class makes."""
 
     def __init__(self, prog: str, indent_increment: int = 2, max_help_position: int = 36) -> None:
         try:
@@ -189,7 +189,7 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """A parser that raises UsageError and accepts no abbreviated options.
 
-    late_epilog: makes the epilog when help is printed, from the level of help.
+    late_epilog: returns the text below the options for a level of help. It is called only when help is printed.
     level_of: returns the level of help that shows an option: "" for `--help`, NAME for `--help-NAME`.
     """
 
@@ -227,7 +227,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser_for(words: list[str]) -> argparse.ArgumentParser:
-    """Return the parser for these words: with only the verb that they name, or with all verbs."""
+    """Return the parser of `x07`, with only the verb that *words* start with, or with all verbs if that is unknown."""
     from importlib import import_module
 
     from x07_sandbox import __version__
@@ -245,7 +245,7 @@ def parser_for(words: list[str]) -> argparse.ArgumentParser:
 
 
 def actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
-    """Yield every option and argument, including those of the verbs."""
+    """Yield every option and argument of the parser and of its verbs."""
     for action in parser._actions:  # noqa: SLF001 - argparse has no other way, and shtab takes this one
         yield action
         if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001 - as above

@@ -104,7 +104,7 @@ def add_policy(parser: argparse.ArgumentParser) -> None:
 
 
 def _guarded(act: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
-    """Carry out an action; an invalid policy has its own exit code. Raises SandboxError for other errors."""
+    """Call *act* and return its exit code, or INVALID for an invalid policy. Raises SandboxError for other errors."""
     try:
         return act(options)
     except PolicyError as exc:
@@ -150,7 +150,7 @@ def _check_host(options: argparse.Namespace) -> int:
 def host_report(
     policy: Policy, source: str, endpoint: str, transport: Transport, denied: Sequence[str] = ()
 ) -> HostReport:
-    """Decide about a connection as the gate does. source: name of the policy. Raises UsageError, PolicyError."""
+    """Decide about a connection as the egress gate does. source: path or name of the policy. Raises SandboxError."""
     from x07_sandbox.network.settings import read_settings
     from x07_sandbox.policy.overrides import denied_hosts
 
@@ -209,7 +209,7 @@ def _checked(name: str) -> CheckedFile:
 
 
 def _completed(name: str, exc: PolicyError) -> dict[str, str]:
-    """Return the text for an invalid file, with the command that completes it if fields are missing."""
+    """Return the text about an invalid policy and, if only fields are missing, a command that adds these fields."""
     found = None
     if name.isprintable() and all(problem.message == MISSING for problem in exc.problems):
         with contextlib.suppress(UsageError):
@@ -263,7 +263,7 @@ def _diff(options: argparse.Namespace) -> int:
 
 
 def _in_words(change: Change) -> str:
-    """Return the change with values as ASCII JSON: the text of a policy is not trusted."""
+    """Describe the change of a field. The values are ASCII JSON, since the text of a policy is not trusted."""
     before, after = policy_explain.json_text(change.before), policy_explain.json_text(change.after)
     if change.before is None:
         return f"{after} added"

@@ -23,7 +23,7 @@ from x07_sandbox.x07.protocol import X07
 if TYPE_CHECKING:
     from x07_sandbox.policy.model import Policy
 
-# What needs attention comes first.
+# The state that needs attention comes first.
 _GROUPS: Final = {
     "refused": "refused: a run with this policy does not start",
     "enforced": "enforced",
@@ -42,7 +42,7 @@ examples:
 
 
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the verb."""
+    """Add the verb `explain` to the verbs of `x07 policy`."""
     parser = verbs.add_parser(
         "explain",
         help="show what enforces each field",
@@ -60,7 +60,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 
 def explanation(policy: Policy, source: str, backend_name: str | None, toolchain: str | None) -> ExplainReport:
-    """Return the document. source: name of the policy. Raises UsageError, RefusedError if the backend is not usable."""
+    """Return the plan of a run. source: path or name of the policy. Raises UsageError or RefusedError."""
     backend = None if backend_name is None else backend_named(backend_name)
     if backend is None or not (backend.built and backend.runs_on(this_platform())):
         backend = BY_NAME[select(this_platform(), backend_request(backend=backend_name, flags=("--backend",))).backend]
@@ -114,6 +114,6 @@ def lines(found: ExplainReport) -> list[str]:
 
 
 def json_text(value: object) -> str:
-    """Return a value as ASCII JSON, truncated: the text of a policy is not trusted."""
+    """Return a value as ASCII JSON, shortened if long. Text from a policy is not trusted."""
     dumped = json.dumps(value, separators=(",", ":"))
     return dumped if len(dumped) <= _SHOWN_CHARS else dumped[: _SHOWN_CHARS - 3] + "..."

@@ -32,7 +32,7 @@ examples:
 
 
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the verb."""
+    """Add the verb `init` to the verbs of `x07 policy`."""
     parser = verbs.add_parser(
         "init",
         help="write a policy from a template",
@@ -56,12 +56,12 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 
 def file_name(template: str) -> str:
-    """Return the name of a template's file."""
+    """Return the default name of a policy file that is made from the template."""
     return f"{template}.sandbox.base.policy.json"
 
 
 def init(options: argparse.Namespace) -> int:
-    """Write the file, print what was done, and return the exit code. Raises SandboxError."""
+    """Write the policy file, print what was done, and return the exit code. Raises SandboxError."""
     policy = TEMPLATES[options.template]
     if options.policy_id is not None:
         if not re.fullmatch(r"[a-zA-Z0-9_.-]{1,64}", options.policy_id):
@@ -91,10 +91,10 @@ def init(options: argparse.Namespace) -> int:
 
 
 def _chosen(root: Path, out: Path, *, make: bool) -> tuple[Path, tuple[str, ...]]:
-    """Return an existing folder and the path below it that --out names. Raises UsageError.
+    """Split the path *out* of --out into an existing folder and the parts below it. Raises UsageError.
 
-    The project's folders may come from others, so no symbolic links are followed in them. A path that leaves the
-    project by its own name is the user's choice.
+    Other people may have made the folders of the project, so a path inside the project is returned as parts, in which
+    `write_document` follows no symbolic links. Links in an absolute path, or in a path with `..`, are followed.
     """
     if out.name in {"", ".."}:
         raise UsageError(f"cannot write {out}", "it is not the name of a file", "Name a file")

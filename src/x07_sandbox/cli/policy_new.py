@@ -27,7 +27,7 @@ examples:
 
 
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the verb."""
+    """Add the verb `new` to the verbs of `x07 policy`."""
     parser = verbs.add_parser(
         "new",
         help="print a complete policy made from flags",
@@ -45,7 +45,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 
 def new(options: argparse.Namespace) -> int:
-    """Print the policy and return the exit code. Raises UsageError."""
+    """Print the policy that the flags describe, and return the exit code. Raises UsageError."""
     if options.id is not None and not is_policy_id(options.id):
         why = "an id has 1 to 64 letters, digits, '_', '.' or '-'"
         raise UsageError(f"cannot use --id {options.id!r}", why, "Use another id")

@@ -93,7 +93,7 @@ def _start(options: argparse.Namespace) -> int:
 
 
 def _read_startup(ready: IO[bytes], progress: Progress) -> dict[str, Any]:
-    """Return the last message of the starting pool: ready, or an error; empty if it ended without one."""
+    """Show a starting pool's progress until it is ready or fails. Return its last message, or {} if it sent none."""
     for line in ready:
         message: dict[str, Any] = json.loads(line)
         if "progress" not in message:
@@ -130,7 +130,7 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _query_status() -> PoolStatus | None:
-    """Return the status that the pool reports; None if no pool is running. Raises HostError."""
+    """Return the status that the pool reports, or None if no pool is running. Raises HostError."""
     connection = connect_to_pool()
     if connection is None:
         return None

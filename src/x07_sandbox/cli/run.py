@@ -100,7 +100,7 @@ def run_command(options: argparse.Namespace) -> int:
 
 
 def _dispatch(options: argparse.Namespace) -> int:
-    """Run the program; one of X07's own follows the rules of X07's command. Raises SandboxError."""
+    """Run the program. Programs in the X07 language run by the rules of X07's own command. Raises SandboxError."""
     program, _ = _named(options)
     if _is_x07_artifact(options):
         from x07_sandbox.cli.run_report import with_x07_exits
@@ -163,7 +163,7 @@ def _carry_out(options: argparse.Namespace, *, for_x07: bool) -> int:
 
 
 def _report(result: Result, write_errors: list[str]) -> int:
-    """Print what the program's output does not show; return the exit code. write_errors: a line for each file."""
+    """Print messages about a run; return the exit code. write_errors: a line for each file that was not written."""
     _explain(result)
     for line in write_errors:
         say(line)
@@ -189,7 +189,7 @@ def _report(result: Result, write_errors: list[str]) -> int:
 def _loaded(
     request: RunRequest, outputs: dict[str, Path | None], stack: contextlib.ExitStack
 ) -> tuple[RunRequest, Program]:
-    """Read the program before the run, because its files must not be overwritten by outputs. Raises SandboxError."""
+    """Read the program before the run, and check that no output file overwrites a file of it. Raises SandboxError."""
     request, program = load_program(request, stack)
     from x07_sandbox.cli.atomic_output import check_outputs, files_read
 
@@ -205,7 +205,7 @@ def _loaded(
 
 
 def _checked_outputs(options: argparse.Namespace) -> dict[str, Path | None]:
-    """Return the output files by flag. Raises UsageError for one that cannot be written or that the run reads."""
+    """Return the output files by flag. Raises UsageError for a file that cannot be written or that the run reads."""
     outputs = {
         "--report-out": options.report_out,  # first: an error about another file is written there
         "--compiled-out": options.compiled_out,
@@ -228,7 +228,7 @@ def _checked_outputs(options: argparse.Namespace) -> dict[str, Path | None]:
 
 
 def _is_x07(path: Path) -> bool:
-    """Whether the program is one of X07's own, for which callers of X07's command expect its report."""
+    """Whether the program is in the X07 language. Callers of X07's command then expect X07's report."""
     if not (path.name.endswith("x07.json") or is_folder(path)):  # saves the import
         return False
     from x07_sandbox.x07.project import is_x07
@@ -246,12 +246,12 @@ def _require_one_program(program: str | None, toolchain: str | None) -> None:
 
 
 def _is_x07_artifact(options: argparse.Namespace) -> bool:
-    """Whether to run an executable that X07 compiled, with X07's report."""
+    """Whether to run an executable made by X07's compiler and to report on it as X07's command does."""
     return options.artifact is not None and bool(options.report or options.attest_runtime)
 
 
 def _choice(options: argparse.Namespace) -> Choice:
-    """Return the backend. Raises UsageError, RefusedError if it is not available."""
+    """Return the backend that flags and variables select. Raises UsageError, RefusedError if it is not available."""
     accepted = options.i_accept_weaker_isolation
     found = backend_request(sandbox=options.sandbox_backend, backend=options.backend, accepted=accepted)
     choice = select(this_platform(), found)
@@ -289,8 +289,8 @@ def _request(
     if as_x07 and stdin_fd is not None and not options.stdin and os.isatty(stdin_fd):
         stdin_fd = None  # X07's command reads pipes, not terminals
     if stdin_fd is not None and not options.stdin and os.isatty(stdin_fd):
-        # We read ahead of the program, so a run in the background (`&`) would be stopped by SIGTTIN while its VM goes
-        # on. Ignored, the signal becomes a read error, which ends the input.
+        # We read ahead of the program, so SIGTTIN would stop a run in the background (`&`) while its VM continues. If
+        # the signal is ignored, read(2) fails instead, which ends the input.
         with contextlib.suppress(ValueError):  # not the main thread
             signal.signal(signal.SIGTTIN, signal.SIG_IGN)
     if options.input_b64 is not None:
@@ -334,7 +334,10 @@ def _request(
 
 
 def _named(options: argparse.Namespace) -> tuple[str | None, list[str]]:
-    """Return the program, from PROGRAM, X07's flags or the X07 project here, and its arguments. Raises UsageError."""
+    """Return the program, or None for -c and `x07 exec`, and its arguments. Raises UsageError.
+
+    PROGRAM or one of X07's flags names the program. Otherwise it is the X07 project around the current folder.
+    """
     if options.world != "run-os-sandboxed":
         why, fix = "x07-sandbox implements only run-os-sandboxed", "Use --world run-os-sandboxed, or omit it"
         raise UsageError(f"cannot run in the world {options.world}", why, fix)
@@ -356,7 +359,7 @@ def _named(options: argparse.Namespace) -> tuple[str | None, list[str]]:
 
 
 def _refuse_command(options: argparse.Namespace) -> None:
-    """Raise UsageError for what looks like a command of the image, such as `make test`, and is not a file."""
+    """Raise UsageError if PROGRAM is not a file but looks like a command of the image, such as `make test`."""
     program, words = options.program, options.args
     no_command = not program or program == "-" or {"/", "."} & set(program)
     if options.code is not None or no_command or os.path.lexists(program):
@@ -372,7 +375,7 @@ def _refuse_command(options: argparse.Namespace) -> None:
 
 
 def _project_here() -> str | None:
-    """Return the manifest of the X07 project around this folder, if any. Raises UsageError."""
+    """Return the manifest of the X07 project around the current folder, or None. Raises UsageError."""
     from x07_sandbox.host.documents import MANIFEST, project_root
     from x07_sandbox.host.paths import is_file
 
@@ -381,13 +384,13 @@ def _project_here() -> str | None:
 
 
 def _x07_options(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the options for X07's compiler that were given."""
+    """Return those options for X07's compiler that the user gave."""
     keys = [name[2:].replace("-", "_") for name in (*X07_LIMITS, "--auto-ffi")]
     return {key: getattr(options, key) for key in keys if getattr(options, key) is not None}
 
 
 def _loaders(options: argparse.Namespace, *, for_x07: bool) -> tuple[Loader, ...]:
-    """Return what reads the program if it is X07's; other programs do not pay for the import."""
+    """Return the loader of X07's programs if it is needed. Runs of other programs do not import the loader."""
     if not (for_x07 or _is_x07_artifact(options)):
         return ()
     from functools import partial
@@ -399,7 +402,7 @@ def _loaders(options: argparse.Namespace, *, for_x07: bool) -> tuple[Loader, ...
 
 
 def _overrides(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the fields of a request for the flags that change the policy."""
+    """Return the fields of RunRequest for the flags that change the policy."""
     keys = {flag: flag[2:].replace("-", "_") for flag, _, _ in OVERRIDES}
     given = {flag: key for flag, key in keys.items() if getattr(options, key)}
     copied = tuple(word for word in ("hidden", "symlinks") if getattr(options, f"allow_{word}"))
@@ -412,7 +415,7 @@ def _overrides(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _no_program() -> UsageError:
-    """Return the error for a missing PROGRAM; only an X07 project needs none, as with X07's own command."""
+    """Return the error for a missing PROGRAM. Only X07 projects may omit PROGRAM, as with X07's own command."""
     from x07_sandbox.programs.manifest import FILE
 
     fix = "For example: x07 run prog.py"
@@ -422,7 +425,7 @@ def _no_program() -> UsageError:
 
 
 def _source_from_stdin() -> bytes:
-    """Return the source for PROGRAM `-`. Raises UsageError."""
+    """Read the program's source from standard input, for PROGRAM `-`. Raises UsageError."""
     try:
         source = read_all(0, SOURCE_MAX_BYTES)
     except OSError as exc:
@@ -444,7 +447,7 @@ def _decoded(text: str) -> bytes:
 
 
 def _variable(text: str) -> tuple[str, str]:
-    """Parse NAME=VALUE, or NAME for the value in our environment. Raises UsageError."""
+    """Parse a value of --env: NAME=VALUE, or NAME to take the value from our environment. Raises UsageError."""
     name, equals, value = text.partition("=")
     if equals:
         return name, value
@@ -462,7 +465,7 @@ def _stream(fd: int) -> int | None:
 
 
 def _need_image(choice: Choice, ref: str | None) -> None:
-    """On a terminal, build or update the default image; elsewhere a run without an image is refused."""
+    """On a terminal, build or update the default image if the run needs it. Elsewhere, a run without it is refused."""
     from x07_sandbox.images.store import find_image, image_is_current
 
     backend = create(choice.backend)
@@ -479,7 +482,7 @@ def _need_image(choice: Choice, ref: str | None) -> None:
 
 
 def _explain(result: Result) -> None:
-    """Print how the run ended, and a compiler's output; nothing if the program exited by itself."""
+    """Print warnings, the output of a failed build and, unless the program exited by itself, how the run ended."""
     for output in (result.stdout.data, result.stderr.data) if result.outcome == "build-failed" else ():
         if output:
             with contextlib.suppress(OSError):
@@ -492,5 +495,5 @@ def _explain(result: Result) -> None:
             say(f"could not write the program's {name}: {stream.undelivered}")
     if result.outcome == "ok" or (result.outcome == "failed" and result.program_started):
         return
-    reason = result.reason.removeprefix("the build failed: ")  # the outcome already says it
+    reason = result.reason.removeprefix("the build failed: ")  # the outcome already says this
     say(with_full_stop(f"{result.outcome}: {reason}"), bad=f"{result.outcome}:")

@@ -32,15 +32,15 @@ def print_result(result: Result, *, full: bool = False) -> int:
 
 
 def print_failure(exc: Exception, code: int | None = None) -> int:
-    """Print an error that ended the command as one JSON object; return the exit code, *code* if given."""
+    """Print an error that ended the command as one JSON object. Return the exit code, which is *code* if given."""
     return print_result(_failed(exc, code))
 
 
 def write_failure(options: argparse.Namespace, exc: Exception, code: int | None = None) -> None:
     """Write an error that ended the command to the file of --report-out, so that no earlier report stays there.
 
-    The program's files may still be unknown. To overwrite none of them, this writes only a file that is new, empty or
-    an earlier report, and that the command line does not name for something else. A failure to write is ignored.
+    The program's files may be unknown when the error occurs, and must not be overwritten. So the error is written only
+    if the file is new, empty or an earlier report, and no other flag names the file. A failure to write is ignored.
     """
     path: Path | None = options.report_out
     if path is None or options.dry_run or (isinstance(exc, UnwritableError) and exc.path == path):
@@ -61,7 +61,7 @@ def _is_report(path: Path) -> bool:
 
 
 def _failed(exc: Exception, code: int | None) -> Result:
-    """Return the result that the error carries, or that of a run which never started."""
+    """Return the result that the error carries, or a result for a run that never started. code: the new exit code."""
     if isinstance(exc, SandboxError) and exc.result is not None:
         result: Result = with_write_errors(exc.result, [str(exc)])
     else:

@@ -65,7 +65,7 @@ X07_OPTIONS = frozenset(
 
 
 def epilog(level: str) -> str:
-    """Return the text below the options."""
+    """Return the text that the help of this level shows below the options."""
     if level == "all":
         return _full_epilog()
     if level == "x07":
@@ -92,7 +92,7 @@ if x07 could not write the output.
 
 
 def help_level(action: argparse.Action) -> str:
-    """Return the help that shows this option: "" for `--help`, "x07" for `--help-x07`, "all" for `--help-all`."""
+    """Return the level of help that shows *action*: "" for `--help`, "x07" for `--help-x07`, "all" for `--help-all`."""
     names = action.option_strings
     if any(name in RARE for name in names):
         return "all"
@@ -132,7 +132,7 @@ def add_command_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_program(parser: argparse.ArgumentParser, *, built: bool = True) -> None:
-    """Add the options for what runs, under which policy."""
+    """Add the options that select the program and its policy. built: False for `x07 exec`, which builds nothing."""
     group = parser.add_argument_group("program and policy")
     option(group, "--workdir", "DIR", "start in a copy of this folder; changes are copied back", type=folder_path)
     if built:
@@ -150,7 +150,7 @@ def add_program(parser: argparse.ArgumentParser, *, built: bool = True) -> None:
 
 
 def add_limits(to: argparse._ActionsContainer, *, of_policy: bool = False, built: bool = True) -> None:
-    """Add the flags that `limits_of` reads. of_policy: only those that a policy has a field for."""
+    """Add the flags that `limits_of` reads. of_policy: whether to add only flags for which a policy has a field."""
     option(to, "--memory", "SIZE", "memory limit, such as 512M or 1G", type=memory_size)
     option(to, "--cpu-time", "S", "CPU time limit in seconds", type=seconds(600))
     option(to, "--timeout", "S", "limit of elapsed time in seconds", type=seconds(600))
@@ -167,7 +167,7 @@ def add_limits(to: argparse._ActionsContainer, *, of_policy: bool = False, built
 
 
 def limits_of(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the fields of a request that these flags set."""
+    """Return the fields of RunRequest that the flags of `add_limits` set."""
     given: dict[str, Any] = {}
     if (options.memory, options.cpu_time, options.timeout, options.procs, options.fds) != _NO_LIMITS:
         from x07_sandbox.policy.limits import LimitChanges
@@ -201,7 +201,7 @@ def _milliseconds(value_s: float | None) -> int | None:
 
 
 def add_files(parser: argparse.ArgumentParser) -> None:
-    """Add the options for input, for files that go in, and for changed files."""
+    """Add the options for input, for files to copy into the sandbox, and for changed files."""
     group = parser.add_argument_group("files")
     given = group.add_mutually_exclusive_group()
     option(
@@ -270,7 +270,7 @@ def add_output(parser: argparse.ArgumentParser, *, built: bool = True) -> None:
 
 
 def add_x07(parser: argparse.ArgumentParser) -> None:
-    """Add the options for programs in the X07 language, and for scripts that call its command."""
+    """Add the options for programs in the X07 language, and for scripts that call X07's own command."""
     group = parser.add_argument_group("for programs in the X07 language, and scripts that call its command")
     for kind, dest in (("program", "program_flag"), ("project", "project"), ("artifact", "artifact")):
         option(group, f"--{kind}", "F", f"the {kind}, if PROGRAM is not given", dest=dest)

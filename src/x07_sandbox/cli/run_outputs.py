@@ -1,4 +1,4 @@
-"""Files that flags of `x07 run` name: executable, patch, log of connections, result."""
+"""Writing of the files that flags of `x07 run` name: executable, patch, log of connections, result."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def write_files(options: argparse.Namespace, result: Result, artifact: OutFile | None) -> tuple[Result, list[str]]:
-    """Write the files that flags name. Return a line for each failure, and the result with these lines as warnings."""
+    """Write the files that flags name. Return the result, with a warning for each failure, and these warnings."""
     write_errors: list[str] = []
     if artifact is not None and artifact.complete:
         with collect_error(write_errors):

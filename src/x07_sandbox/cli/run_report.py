@@ -48,7 +48,7 @@ _SCHEMA_EXIT = 3
 
 
 def with_x07_exits(options: argparse.Namespace, carry_out: Callable[[], int]) -> int:
-    """Run one of X07's own programs; UsageError and RefusedError before the run get X07's exit codes."""
+    """Call *carry_out* to run an X07 program. A UsageError or RefusedError before the run gets X07's exit code."""
     try:
         return carry_out()
     except (UsageError, RefusedError) as exc:
@@ -62,7 +62,7 @@ def with_x07_exits(options: argparse.Namespace, carry_out: Callable[[], int]) ->
 
 
 def from_project(options: argparse.Namespace, program: Path) -> None:
-    """Make the policy and the host files relative to the folder of an X07 project."""
+    """If *program* is an X07 project, make the paths of the policy and of the host lists relative to its folder."""
     if not is_folder(program) and program.name != PROJECT_FILE:
         return
     root = program if is_folder(program) else program.parent
@@ -73,7 +73,7 @@ def from_project(options: argparse.Namespace, program: Path) -> None:
 
 
 def x07_exit(exc: UsageError | RefusedError) -> int:
-    """Return X07's exit code for an error before the run; print errors of the policy's schema as X07's tools do."""
+    """Return X07's exit code for an error before the run. Print errors in the policy as X07's tools do."""
     if not isinstance(exc, PolicyError) or exc.in_schema:
         return USAGE_EXIT
     sys.stderr.write(diagnostics_line([str(problem) for problem in exc.problems]) + "\n")
@@ -83,7 +83,7 @@ def x07_exit(exc: UsageError | RefusedError) -> int:
 def run_with_report(
     request: RunRequest, program: Program, options: argparse.Namespace, stack: contextlib.ExitStack
 ) -> int:
-    """Run the program, print X07's report and return its exit code. Raises SandboxError before the run."""
+    """Run the program, print X07's report on the run and return the report's exit code. Raises SandboxError."""
     policy = request.effective_policy or effective_policy_of(request)
     with request.cancel.waiting():
         data = read_whole(open_input(request, stack), INPUT_MAX_BYTES)
@@ -118,7 +118,10 @@ def run_with_report(
 
 
 def with_derived_file(request: RunRequest, program: Program, protocol: Protocol) -> RunRequest:
-    """Write the policy with its overrides to the project, as X07's command does. Raises UsageError, PolicyError."""
+    """Write the policy, with its overrides applied, to the project, as X07's command does. Return the changed request.
+
+    Raises UsageError, PolicyError.
+    """
     need_policy(request, protocol)
     if request.overrides is None:
         return request

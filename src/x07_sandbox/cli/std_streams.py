@@ -1,4 +1,4 @@
-"""Repair of our own standard streams, which the caller may have closed or made non-blocking."""
+"""Repair of this process's standard streams, which the parent process may have closed or made non-blocking."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _OBJECTS: Final = 50_000  # a run makes about half as many, nearly all of them i
 
 
 class _RetryingFile(io.FileIO):
-    """A descriptor to write to, blocking or not.
+    """A file object that writes all data to a descriptor, even if the descriptor is non-blocking.
 
-    A process that shares it may have set O_NONBLOCK (node does): Python's own streams then drop what does not fit at
-    once. If the reader is gone (`| head -1`), the rest is discarded.
+    Another process that shares the descriptor may have set O_NONBLOCK (node does). Python's own streams then lose the
+    bytes that do not fit at once. If no process reads from a pipe any more (`| head -1`), output to it is discarded.
     """
 
     def write(self, data: ReadableBuffer, /) -> int:
-        """Write some of *data* and return how many bytes need no further write. Raises OSError."""
+        """Write some of *data*, and return how many bytes were written or discarded. Raises OSError."""
         while True:
             try:
                 count: int | None = super().write(data)
@@ -38,7 +38,7 @@ class _RetryingFile(io.FileIO):
 
 
 def prepare_streams() -> None:
-    """Prepare the process: garbage collection, standard streams, umask."""
+    """Set up the garbage collection, the standard streams and the umask of this process."""
     gc.set_threshold(_OBJECTS, *gc.get_threshold()[1:])  # a run makes no cycles; searching for them takes 4 ms
     _open_closed_streams()
     _retry_writes()
@@ -46,7 +46,7 @@ def prepare_streams() -> None:
 
 
 def _open_closed_streams() -> None:
-    """Open /dev/null where a standard descriptor is closed: else the next file that we open would receive output."""
+    """Open /dev/null for each closed standard descriptor. Otherwise the next opened file would receive our output."""
     for fd, name in enumerate(_NAMES):
         try:
             os.fstat(fd)
@@ -73,7 +73,7 @@ def _retry_writes() -> None:
 
 
 def exit_with(code: int) -> NoReturn:
-    """End the process with that code. Python's own exit flushes again, and turns a full disk into exit code 120."""
+    """Flush the output and end the process with *code*. Python's own exit would turn a full disk into exit code 120."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()

@@ -1,4 +1,4 @@
-"""A run with X07's report and its files, for `x07-os-runner` and `x07 run --report`."""
+"""Run a program and make X07's report about the run, for `x07-os-runner` and `x07 run --report`."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 
 
 class ReportRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """What is needed for the report besides the result.
+    """Facts that X07's report needs and the run's result lacks, and the paths of the files to write.
 
-    policy_path: as the user named it; None for a built-in policy. data: the whole input. accepted: whether weaker
-    isolation was accepted. flags: the flags of the command if it has fewer than `x07 run`.
+    policy_path: the path as the user typed it; None for a built-in policy. data: the program's whole input.
+    accepted: whether the user accepted weaker isolation. flags: the flags of the calling command; None for `x07 run`.
     """
 
     program: Program
@@ -50,7 +50,10 @@ class ReportRequest(msgspec.Struct, frozen=True, kw_only=True):
 def run_and_report(
     request: RunRequest, wanted: ReportRequest, stack: contextlib.ExitStack, say: Callable[[str], None]
 ) -> tuple[Result, CompileRunReport]:
-    """Run the request and write the files; *say* gets the messages. Raises UsageError, RefusedError with a result."""
+    """Run the request, write the files that *wanted* names, and return the result and the report.
+
+    *say* is called with each message. Raises UsageError, or, if a file was not written, RefusedError with the result.
+    """
     artifact = artifact_file(stack)
     if wanted.attest_runtime is not None:
         wanted.attest_runtime.unlink(missing_ok=True)  # it attests an earlier run
@@ -84,7 +87,7 @@ def run_and_report(
 
 
 def _make_report(wanted: ReportRequest, result: Result, artifact: OutFile) -> tuple[CompileRunReport, list[str]]:
-    """Write the files; return the report and messages about how the run ended. Raises RefusedError."""
+    """Write the files that *wanted* names; return the report and messages about the run's end. Raises RefusedError."""
     toolchain = wanted.program.toolchain
     built = Built(
         mode=mode_of(wanted.program), world="run-os-sandboxed", lang_id=toolchain.name, path=OUTPUT, size=artifact.size

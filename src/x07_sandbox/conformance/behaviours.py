@@ -41,7 +41,10 @@ Check = Callable[[Bench], None]
 
 
 class Behaviour(msgspec.Struct, frozen=True, kw_only=True):
-    """A promise and its check, which raises BrokenError. needs: the capability (plan/features) that the check needs."""
+    """A promise about every backend, and a check that raises BrokenError if the promise is broken.
+
+    needs: the capability (plan/features) without which the check is skipped; empty if the check needs none.
+    """
 
     name: str
     group: Group
@@ -215,7 +218,7 @@ _RECORD: Final = {"job.json", "owner.json", *_ENDS}
 
 
 def _other_process(bench: Bench, *, kill: bool) -> Facts:
-    """Start a run in another process and stop its job by its record. kill: first kill that process."""
+    """Start a run in another process and stop the run's job by its record. kill: whether to kill the process first."""
     mark = secrets.token_hex(16)
     with bench.in_process(_LONG, mark) as (runner, line):
         line()

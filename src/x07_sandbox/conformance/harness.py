@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from x07_sandbox.runs.result import Result
 
 _T = TypeVar("_T")
-# The only program that is built. Its first argument is a check's code, so all runs share one artifact.
+# The only program that is built. The first argument is the code of a check, so all runs share one artifact.
 LAUNCHER: Final = b"""import json, os, signal, sys, time
 def tried(act, *words):
     try: return act(*words)
@@ -62,7 +62,7 @@ def expect(what: str, expected: object, found: object) -> None:
 
 
 def policy_with(*, limits: Mapping[str, Any] | None = None, **sections: Mapping[str, Any]) -> Policy:
-    """Return the built-in policy with small limits and the given fields changed, by section."""
+    """Return the built-in policy with small limits, changed by *limits* and the values of other sections."""
     policy = default_policy()
     small = {"wall_ms": 30_000, "cpu_ms": 30_000, "mem_bytes": 256 * settings.MIB}
     changed = {"limits": small | dict(limits or {})} | sections
@@ -70,7 +70,7 @@ def policy_with(*, limits: Mapping[str, Any] | None = None, **sections: Mapping[
 
 
 def request(backend: str, *args: str, **fields: Any) -> RunRequest:  # noqa: ANN401 - fields of a request
-    """Return a request to run LAUNCHER with these arguments. The first argument is Python code."""
+    """Return a request to run LAUNCHER with *args*, the first of which is Python code to execute."""
     fields.setdefault("source", LAUNCHER)
     fields.setdefault("policy", policy_with())
     choice = Choice(backend=backend, sandbox_backend=BY_NAME[backend].sandbox_class)
@@ -78,7 +78,7 @@ def request(backend: str, *args: str, **fields: Any) -> RunRequest:  # noqa: ANN
 
 
 class Running(NamedTuple):
-    """A running program. line: waits for a line of output. cancel: ends the program. result: waits for its end."""
+    """A running program. line: returns the next line of output. cancel: ends the run. result: waits for the result."""
 
     stdin: Any
     line: Callable[[], str]
@@ -106,13 +106,13 @@ class Bench:
         self.build = self.run("", cache=False)
 
     def cached(self, make: Callable[[Bench], _T]) -> _T:
-        """Return the value of *make*. It is called only once, so that several checks share a run."""
+        """Return the value of make(self). *make* is called only once, so that several checks share one run."""
         if make not in self._made:
             self._made[make] = make(self)
         return self._made[make]  # type: ignore[return-value]
 
     def run(self, code: str, *args: str, stdin: bytes | None = None, **fields: Any) -> Result:  # noqa: ANN401 - fields of a request
-        """Run a program to its end."""
+        """Run the Python code *code* on the backend and return the result."""
         with contextlib.ExitStack() as stack:
             cancel = stack.enter_context(contextlib.closing(Cancel()))
             stdin_fd = memory_file(stdin, stack) if stdin is not None else None
@@ -120,7 +120,7 @@ class Bench:
             return run(request(self.backend.name, code, *args, stdin_fd=stdin_fd, cancel=cancel, **fields))
 
     def output(self, code: str, *args: str, **fields: Any) -> str:  # noqa: ANN401 - as above
-        """Return the output of a program. Raises BrokenError if the program does not succeed."""
+        """Run *code* and return its standard output. Raises BrokenError if the program does not succeed."""
         result = self.run(code, *args, **fields)
         said = result.stderr.data[-200:].decode(errors="replace")
         expect("outcome of a program", "ok", "ok" if result.ok else f"{result.outcome}: {result.reason}; {said}")
@@ -128,7 +128,7 @@ class Bench:
 
     @contextlib.contextmanager
     def running(self, code: str, *args: str) -> Iterator[Running]:
-        """Run a program while the caller communicates with it. Cancel the program on exit."""
+        """Run *code* during the context, so that the caller can communicate with it. Cancel the run on exit."""
         with contextlib.ExitStack() as stack:
             cancel = stack.enter_context(contextlib.closing(Cancel()))
             input_fd, near_fd = os.pipe()
@@ -147,7 +147,7 @@ class Bench:
     def in_process(
         self, code: str, *args: str, env: Mapping[str, str] | None = None
     ) -> Iterator[tuple[subprocess.Popen[bytes], Callable[[], str]]]:
-        """Start a process that carries out a run (conformance/runner); yield it and a function that reads a line."""
+        """Run *code* from another process (conformance/runner). Yield that process and a reader of its output lines."""
         argv = [*self._runner, self.backend.name, code, *args]
         environment = {**os.environ, **(env or {})}
         with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=environment) as runner:
@@ -158,14 +158,14 @@ class Bench:
                 runner.kill()
 
     def expect_refused(self, reason: str, env: Mapping[str, str]) -> None:
-        """Raise BrokenError unless a run with these variables is refused, with *reason*, before anything starts."""
+        """Raise BrokenError unless a run with the variables *env* is refused for *reason* before anything starts."""
         with self.in_process("print('it ran')", env=env) as (runner, line):
             outcome, _, said = line().partition(":")
             expect(f"outcome ({said}), and whether the reason is right", ("refused", True), (outcome, reason in said))
             expect("jobs", [], [path.name for path in state_dir().glob(f"*-{runner.pid}-*-*")])
 
     def owned_by(self, pid: int) -> list[JobRecord]:
-        """Return the jobs of that process that the backend lists."""
+        """Return those jobs in the backend's list that the process *pid* started."""
         return [record for record in self.backend.list_owned() if record.run_id.split("-")[1] == str(pid)]
 
 
@@ -183,7 +183,7 @@ def read_line(fd: int) -> str:
 
 
 def remaining(*marks: str) -> list[int]:
-    """Wait until no process has one of these texts in its arguments. After a timeout, return the processes that do."""
+    """Wait until no process has one of *marks* among its arguments. Return the processes that do after a timeout."""
     deadline = time.monotonic() + ANSWER_S
     while True:
         pids = [int(entry.name) for entry in os.scandir("/proc") if entry.name.isdigit()]

@@ -1,4 +1,4 @@
-"""Checking a backend for all behaviours, and the report about it."""
+"""Check a backend for all behaviours, and report the outcomes."""
 
 from __future__ import annotations
 

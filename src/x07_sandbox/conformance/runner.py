@@ -15,7 +15,7 @@ from x07_sandbox.runs.run import run
 
 
 def main(words: list[str]) -> None:
-    """Carry out the run and print how it ended."""
+    """Run the program that *words* describe, and print how the run ended."""
     with contextlib.closing(Cancel()) as cancel:
         result = run(request(*words, live_stdout=1, cancel=cancel))
     sys.stdout.write(f"{result.outcome}: {printable(result.reason)}\n")

@@ -1,4 +1,4 @@
-"""Removal of images without a name, unused bases, saved VMs without an image, and leftovers of killed builds."""
+"""Removal of images without a name, bases (images/base) and saved VMs without an image, and incomplete builds."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def prune_images(pruner: Pruner) -> set[str]:
 
 
 def prune_saved(pruner: Pruner, gone: set[str]) -> None:
-    """Remove saved VMs of missing images and of *gone* ones (digests). Raises SandboxError for an unusable cache."""
+    """Remove saved VMs of missing images and of images with a digest in *gone*. Raises SandboxError."""
     if not os.path.lexists(cache_dir()):
         return
     images = {image.digest for image in list_images()} - gone

@@ -38,9 +38,9 @@ class KillReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 def kill_run(run: str) -> int:
     """End every job of a run until the run is over, and return how many jobs were ended.
 
-    The x07 process that started the run is not signalled, since it may be any program that uses the library. It ends
-    the run once its job is gone. Jobs that it starts meanwhile (a retry, the next phase) are ended too. Raises
-    HostError if the run does not end.
+    The x07 process that started the run is not signalled, since it may be any program that uses the library. That
+    process ends the run once the run's job is gone. Jobs that it starts meanwhile (a retry, the next phase) are ended
+    too. Raises HostError if the run does not end.
     """
     deadline, ended = Deadline.after(_GONE_S), 0
     while True:
@@ -48,7 +48,7 @@ def kill_run(run: str) -> int:
         if not is_locked(run_folder(run)):
             if not jobs:
                 return ended
-            if all(stored.record is None for stored in jobs):  # they are not ours to end
+            if all(stored.record is None for stored in jobs):  # this user may not end these jobs
                 raise _not_ended(run, jobs)
         ended += sum(_stopped(stored) for stored in jobs)
         if deadline.passed():

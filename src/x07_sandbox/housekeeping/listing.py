@@ -34,7 +34,7 @@ _WAITING_MAX: Final = 512  # the newest runs are checked for being in progress
 
 
 class JobLine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One job.
+    """One job, or one run without a job.
 
     state: starting, running, ending, orphaned (the x07 process that started it is dead), expired, done or reaped. A run
     without a job has the state waiting. A record that this user's x07 cannot use has the state unowned, foreign, newer
@@ -68,7 +68,7 @@ class RecordReport(JobDocument, frozen=True, forbid_unknown_fields=True):
 
 
 class OwnerReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The x07 process that started a job, and the processes and groups that it started for the job."""
+    """The x07 process (runner) that started a job, and the job's other processes and control groups."""
 
     boot_id: str
     pid_namespace: str
@@ -182,7 +182,7 @@ def _program(run: str) -> str | None:
 
 
 def inspect_run(run: str) -> InspectReport:
-    """Return the report on one run, by its full name."""
+    """Return the report on the run with the full id *run*."""
     now, folder = here_and_now(), run_folder(run)
     jobs = [stored for stored in all_stored() if stored.run == run]
     names = sorted(os.listdir(folder)) if folder.is_dir() else []  # noqa: PTH208 - names are wanted
@@ -205,7 +205,7 @@ def _job(stored: StoredJob, now: Now) -> JobReport:
         folder=str(stored.folder),
         record=None if stored.job is None else RecordReport(**msgspec.structs.asdict(stored.job)),
         labels=_labels(stored),
-        # The mark is left out: a process that shows it among its arguments is taken for one of the job's.
+        # The job's random mark is left out: any process with the mark among its arguments would count as the job's.
         owner=None
         if owner is None
         else OwnerReport(**{name: getattr(owner, name) for name in OwnerReport.__struct_fields__}),

@@ -1,4 +1,4 @@
-"""Look-up of runs by name or a unique prefix, among the folders of runs and the records of jobs."""
+"""Look-up of runs by id or a unique prefix of the id, among the folders of runs and the records of jobs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def run_folder(run: str) -> Path:
 
 
 def known_run(word: str) -> str:
-    """Return the run with this id or prefix, or the run of this job. Raises UsageError unless exactly one matches."""
+    """Return the id of the run that *word* names: a run id, a unique prefix of one, or a job id. Raises UsageError."""
     job = JOB_NAME.fullmatch(word)
     wanted = job[1] if job else word
     names = set()

@@ -38,7 +38,7 @@ def prune(parts: Collection[Part], *, progress: Callable[[str], None], dry_run: 
 
 
 def _prune_cache(pruner: Pruner, gone: set[str]) -> None:
-    """Remove unused artifacts, and verifications of missing files. gone: digests of the removed images."""
+    """Remove unused artifacts, and records that verify missing images or VMs. gone: digests of the removed images."""
     cache = cache_dir()
     if not os.path.lexists(cache):
         return

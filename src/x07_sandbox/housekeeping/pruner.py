@@ -1,4 +1,4 @@
-"""The common part of pruning: remove, count and report. Files and folders whose use is unclear are kept."""
+"""Code for all pruning: remove, count and report. A file or folder that may still be in use is kept."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class PruneReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class Pruner:
-    """Remover of files and folders, which only counts them in a dry run. now_ms: the wall clock at the start."""
+    """Remover of files and folders. In a dry run, it only counts them. now_ms: the wall-clock time at the start."""
 
     def __init__(self, progress: Callable[[str], None], *, dry_run: bool) -> None:
         self.progress = progress
@@ -64,7 +64,7 @@ class Pruner:
         self._dry_run = dry_run
         self._removed: list[Removed] = []
         self._kept: list[Kept] = []
-        self._links: dict[tuple[int, int], int] = {}  # names that a file would still have
+        self._links: dict[tuple[int, int], int] = {}  # for each file, the number of its hard links that would be left
 
     def remove(self, kind: Kind, path: Path, why: str, how: Callable[[Path], None]) -> None:
         """Remove *path* by calling *how*. A failure is reported, not raised."""
@@ -92,16 +92,16 @@ class Pruner:
         self._kept.append(Kept(kind=kind, path=str(path), why=why))
 
     def old(self, info: os.stat_result, limit_s: float = settings.RETENTION_S) -> bool:
-        """Whether a file was last changed over limit_s ago, by the wall clock, since no other clock spans boots."""
+        """Whether a file was last changed over limit_s ago, by the wall clock, since other clocks end at a reboot."""
         return self.now_ms - info.st_mtime_ns // 1_000_000 > limit_s * 1000
 
     def report(self) -> PruneReport:
-        """Return the report."""
+        """Return the report on all files and folders that were removed or kept."""
         size = sum(removed.bytes for removed in self._removed)
         return PruneReport(dry_run=self._dry_run, bytes=size, removed=tuple(self._removed), kept=tuple(self._kept))
 
     def _freed(self, info: os.stat_result) -> int:
-        """Return the disk space that removing this name frees: images share files by hard links."""
+        """Return the disk space that removing one name of a file frees. Images share files by hard links."""
         file = info.st_dev, info.st_ino
         left = self._links.get(file, info.st_nlink) - 1
         self._links[file] = left
@@ -118,7 +118,7 @@ def sweep_temporaries(folder: Path, pruner: Pruner) -> None:
 
 
 def entries(folder: Path) -> list[Path]:
-    """Return a folder's entries, sorted; an empty list if the folder does not exist."""
+    """Return the sorted paths of a folder's entries, or an empty list if the folder does not exist."""
     try:
         with os.scandir(folder) as found:
             return sorted(folder / entry.name for entry in found)

@@ -1,7 +1,7 @@
 """Pruning of job records and run folders that are older than the retention time.
 
-A record is removed only if its owner.json is valid for this user, its machine is recorded as gone, and no process in it
-lives. A run in progress holds a shared lock on its folder.
+A job's record is removed only if its owner.json is valid for this user, the job's machine is recorded as gone, and no
+process of the job is alive. A run in progress holds a shared lock on its folder.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _DOOMED: Final = ".pruned-"  # no name of a record
 
 
 def prune_records(pruner: Pruner) -> None:
-    """Remove the records that are no longer needed. Raises SandboxError if the state folder cannot be used."""
+    """Remove the job records and run folders that are too old. Raises SandboxError for an unusable state folder."""
     if not os.path.lexists(state_dir()):
         return
     root = private_dir(state_dir())
@@ -59,7 +59,7 @@ def prune_records(pruner: Pruner) -> None:
 
 
 def _jobs(root: Path, pruner: Pruner) -> list[StoredJob]:
-    """Return the records of jobs. Links and other users' folders are reported instead."""
+    """Return the records of this user's jobs. Report old links and other users' old folders as kept."""
     jobs = []
     for stored in all_stored(root):
         if not why_not_ours(stored.info, stat.S_ISDIR):
@@ -80,21 +80,21 @@ def _prune_runs(runs: Path, busy: set[str], pruner: Pruner) -> None:
 
 
 def _doubt(job: StoredJob) -> str:
-    """Return why a job's record stays, "" if it can be removed."""
+    """Return why a job's record must stay, or "" if it can be removed."""
     if job.owner is None:
         return job.why
     if job.owner.boot_id != boot_id() or job.owner.pid_namespace != pid_namespace():
-        return ""  # its pids mean nothing here, and `done` proves that they are gone
+        return ""  # its pids mean nothing here, and `done` proves that its processes are gone
     return "one of its processes is alive" if any(map(is_alive, job.owner.processes.values())) else ""
 
 
 def doomed_name(folder: Path) -> Path:
-    """Return the name for a folder during its removal. Readers do not take this name for a job or run."""
+    """Return the path to which a folder is renamed before its removal. Readers ignore folders with this name."""
     return folder.with_name(f"{_DOOMED}{folder.name}")
 
 
 def remove_record(folder: Path) -> None:
-    """Remove a record. If interrupted, leave no readable record without its `done` or `reaped` file. Raises OSError."""
+    """Remove a job's record. An interrupted removal leaves no record that looks like a live job. Raises OSError."""
     doomed = doomed_name(folder)
     folder.rename(doomed)
     (doomed / "job.json").unlink(missing_ok=True)

@@ -41,6 +41,6 @@ def sweep_before_start(say: Callable[[str], None] = lambda _text: None) -> None:
 
 
 def _surely_lives(name: str) -> bool:
-    """Whether a job is young and the pid in its name is in use. The record of such a job is not read."""
+    """Whether a job is young and the pid in its name is in use. Then the job's record need not be read."""
     match = JOB_NAME.fullmatch(name)
     return match is not None and unix_ms() - int(match[2]) < _RECENT_MS and os.path.exists(f"/proc/{int(match[3])}")  # noqa: PTH110

@@ -1,6 +1,6 @@
 """Sweep: end and remove what dead x07 processes left, and nothing else.
 
-It ends this user's jobs whose owner is provably dead or whose deadline has passed (jobs/stop_rules). It removes folders
+It ends this user's jobs whose x07 process is dead or whose deadline has passed (jobs/stop_rules). It removes folders
 of jobs that never started, an engine's containers without a record, folders past their retention time and saved VMs
 without an image. It rolls back incomplete file changes. Everything else stays and is reported.
 
@@ -40,8 +40,9 @@ if TYPE_CHECKING:
     from x07_sandbox.jobs.reader import StoredJob
     from x07_sandbox.jobs.stop_rules import Now
 
-# job: ended, cleaned up and recorded as reaped. unstarted: the folder of a job that never started. instance: one that
-# only an engine knew. changes: incomplete file changes. record, run: folders past their retention.
+# job: a job that was ended, cleaned up and recorded as reaped. unstarted: the folder of a job that never started.
+# instance: a container without a job's record. changes: incomplete file changes. record, run: folders past their
+# retention time.
 Kind = Literal["job", "unstarted", "instance", "changes", "record", "run", "template", "leftover"]
 _AT_START: Final = 512  # the newest jobs, to bound the cost of a start
 _ALL: Final = 1 << 30
@@ -86,11 +87,11 @@ class Sweeper:
         self._kept: dict[tuple[str, str], Swept] = {}
 
     def removed(self, kind: Kind, name: str, why: str) -> None:
-        """Report a removal. In a dry run, the removal is only planned."""
+        """Add a removed object to the report. In a dry run, the object would be removed."""
         self._removed.setdefault((kind, name), Swept(kind=kind, id=name, why=why))
 
     def kept(self, kind: Kind, name: str, why: str, *, failed: bool = False) -> None:
-        """Report an object that stays. failed: whether an attempt to remove it failed."""
+        """Add an object that stays to the report. failed: whether an attempt to remove it failed."""
         self._kept.setdefault((kind, name), Swept(kind=kind, id=name, why=why, failed=failed))
 
     def backend(self, name: str) -> Backend | None:
@@ -98,14 +99,14 @@ class Sweeper:
         return create(name) if name in built() else None
 
     def report(self) -> SweepReport:
-        """Return the report."""
+        """Return the report on all objects that were removed or kept."""
         return SweepReport(dry_run=self.dry_run, removed=tuple(self._removed.values()), kept=tuple(self._kept.values()))
 
 
 def sweep(*, dry_run: bool, progress: Callable[[str], None], budget_s: float | None = None) -> SweepReport:
     """Remove what dead x07 processes left. Raises SandboxError if a folder of this tool cannot be used.
 
-    budget_s: sweep only jobs, newest first, and start with no further one after that time; None sweeps everything.
+    budget_s: sweep only jobs, newest first, and begin no further job after this time. None: sweep everything.
     """
     sweeper = Sweeper(progress, dry_run=dry_run, budget_s=budget_s)
     if os.path.lexists(state_dir()):
@@ -118,7 +119,10 @@ def sweep(*, dry_run: bool, progress: Callable[[str], None], budget_s: float | N
 
 
 def sweep_jobs(sweeper: Sweeper, most: int) -> set[str]:
-    """End every job that may be ended, and return the names of the jobs that live. Raises SandboxError."""
+    """Check the *most* newest jobs, end those that may be ended, and return the names of live jobs.
+
+    Raises SandboxError.
+    """
     root = private_dir(state_dir())
     instance, now, live = runner_instance(root), here_and_now(), set()
     for name in unfinished_jobs(root, most):
@@ -131,7 +135,7 @@ def sweep_jobs(sweeper: Sweeper, most: int) -> set[str]:
 
 
 def _settled(sweeper: Sweeper, stored: StoredJob, now: Now) -> bool:
-    """Handle one job, whose folder is locked, and return whether the job is surely not alive."""
+    """Sweep one job, whose folder the caller has locked. Return False if the job counts as live."""
     judgement = judge(stored, now)
     name = stored.folder.name
     if judgement.fate == "kept":
@@ -151,7 +155,7 @@ def _settled(sweeper: Sweeper, stored: StoredJob, now: Now) -> bool:
 
 
 def _not_stopped(sweeper: Sweeper, stored: StoredJob) -> str:
-    """Stop a job by its record. Return why it is not proven gone, "" if it is."""
+    """Stop a job by its record. Return why the job is not proven gone, or "" if it is."""
     assert stored.record is not None  # noqa: S101 - the job is ours
     backend = sweeper.backend(stored.record.backend)
     if backend is None:
@@ -165,11 +169,11 @@ def _not_stopped(sweeper: Sweeper, stored: StoredJob) -> str:
 
 
 def _why_unstarted(stored: StoredJob) -> str:
-    """Return why a folder without an owner can be removed, "" if it must stay.
+    """Return why the folder of a job that never started can be removed, or "" if the folder must stay.
 
-    The record must be this tool's, since X07's own tools write a job.json without an owner. And nobody may be about to
-    start the job: a run in progress locks its folder. Any other creator of a job, such as a probe, must be dead and the
-    folder must not be new.
+    This tool must have made the folder: X07's own tools also write a job.json without an owner.json. No process may be
+    about to start the job. If the job belongs to a run, that run must not be in progress. Any other job, such as that
+    of a probe, must be older than a minute, or than an hour if a process has the pid in the job's name.
     """
     match = JOB_NAME.fullmatch(stored.folder.name)
     if match is None or stored.standing != "unowned" or os.path.lexists(stored.folder / "owner.json"):
@@ -197,7 +201,7 @@ def _holds_nothing(folder: Path) -> bool:
 
 
 def _remove_unstarted(folder: Path) -> bool:
-    """Remove an unstarted job's folder; return whether it is gone. If the job is started after all, its start fails."""
+    """Remove the folder of an unstarted job. Return whether it is gone. A later start of the job will fail."""
     doomed = doomed_name(folder)
     try:
         folder.rename(doomed)
@@ -211,7 +215,7 @@ def _remove_unstarted(folder: Path) -> bool:
 
 
 def why_kept(labels: Mapping[str, str], *, instance: str, live: Collection[str], now_unix_ms: int) -> str:
-    """Return why a container stays, "" if it can be removed. live: the names of recorded jobs that are live.
+    """Return why a container must stay, or "" if it can be removed. live: the names of recorded jobs that are live.
 
     Anyone with access to the engine can set the labels, so they are not trusted.
     """
@@ -230,13 +234,13 @@ def why_kept(labels: Mapping[str, str], *, instance: str, live: Collection[str],
 
 
 def _runner_lives(labels: Mapping[str, str]) -> bool:
-    """Whether a process has the pid in the run's name. The container then stays."""
+    """Whether a process has the pid in the run id of these labels. If so, the container stays."""
     match = _RUN_PID.match(labels.get("io.x07.run_id", ""))
     return match is not None and identify(int(match[1])) is not None
 
 
 def _sweep_orphans(sweeper: Sweeper, live: Collection[str]) -> None:
-    """Remove containers with this tool's labels from every backend with an engine. live: names of the live jobs."""
+    """Remove this tool's containers without a live job from every container engine. live: names of the live jobs."""
     instance = runner_instance(state_dir())
     for name in built():
         backend: object = sweeper.backend(name)

@@ -40,7 +40,7 @@ class DfReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 def disk_usage(progress: Callable[[str], None]) -> DfReport:
-    """Measure all parts. Raises SandboxError if a folder cannot be used."""
+    """Measure each part of state and cache. Raises SandboxError if a folder of this tool cannot be used."""
     places: dict[Name, Path] = {
         "images": cache_dir() / "images",
         "templates": cache_dir() / "templates",

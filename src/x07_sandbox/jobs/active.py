@@ -17,7 +17,7 @@ ENDS: Final[tuple[Literal["done", "reaped"], ...]] = ("done", "reaped")
 
 
 def unfinished_jobs(root: Path, most: int) -> list[str]:
-    """Return those of the *most* newest jobs that have neither a `done` nor a `reaped` file, newest first."""
+    """Check the *most* newest jobs. Return the names of those without a `done` or `reaped` file, newest first."""
     try:
         names = [name for name in os.listdir(root) if JOB_NAME.fullmatch(name)]  # noqa: PTH208 - names are wanted
     except OSError:

@@ -35,7 +35,7 @@ _SAY_AFTER_S: Final = 1.0
 
 
 def max_running() -> int:
-    """Return how many machines may run at once: X07_VM_MAX_RUNNING, else by cores and memory. Raises UsageError."""
+    """Return how many machines may run at once: X07_VM_MAX_RUNNING, or as cores and memory allow. Raises UsageError."""
     if (named := number(_VARIABLE)) is not None:
         return named
     return max(1, min(cores(), memory_bytes() * 3 // 4 // MEMORY_PER_MACHINE))  # the last quarter is for waiting ones
@@ -62,7 +62,7 @@ def admitted(
 
 @contextlib.contextmanager
 def warm_slots(count: int, most: int) -> Iterator[None]:
-    """Reserve *count* of the *most* waiting machines that memory allows. Raises HostError if too few are left."""
+    """Reserve room for *count* waiting machines. Raises HostError if all pools together would have more than *most*."""
     folder = cache_folder("slots")
     with contextlib.ExitStack() as stack:
         reserved = 0
@@ -92,7 +92,7 @@ def _opened(path: Path) -> int:
 
 
 def _free_slot(folder: Path, most: int) -> int | None:
-    """Lock the first free slot and return its descriptor; None if all *most* slots are taken."""
+    """Lock the first free slot and return its descriptor, or return None if all *most* slots are taken."""
     return next((fd for number in range(most) if (fd := _locked(folder / str(number))) is not None), None)
 
 
@@ -108,7 +108,7 @@ def _free_slot_if_nobody_waits(folder: Path, most: int) -> int | None:
 def _slot_after_waiting(
     folder: Path, most: int, cancel_fd: int, timeout_s: float, progress: Callable[[str], None]
 ) -> int:
-    """Queue for a slot. Raises RefusedError, Cancelled."""
+    """Wait in the queue for a free slot, lock it and return its descriptor. Raises RefusedError, Cancelled."""
     deadline = Deadline.after(timeout_s)
     say_at = Deadline.after(_SAY_AFTER_S)
     said = False
@@ -135,8 +135,8 @@ def _slot_after_waiting(
 class _Turn:
     """The lock of the queue's first process, and the wait for that lock.
 
-    A waiting flock(2) cannot be cancelled. So a child process waits on this process's open file, which then holds the
-    lock. If this process is killed, the child ends when it gets the lock.
+    A waiting flock(2) cannot be cancelled. So a child process waits for the lock on an open file that this process
+    shares with the child. If this process is killed, the child ends as soon as it gets the lock.
     """
 
     def __init__(self, fd: int) -> None:

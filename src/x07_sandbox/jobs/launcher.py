@@ -22,9 +22,9 @@ _ENVIRONMENT: Final = {"PATH": "/usr/bin:/bin", "LC_ALL": "C"}
 
 
 class Launch(msgspec.Struct, frozen=True, kw_only=True):
-    """A child process to start, with descriptors lent by the caller.
+    """A child process to start. The caller owns the descriptors and keeps them open until the child has started.
 
-    stdio_fd: its standard input and output; None stands for /dev/null. env: None sets only PATH and LC_ALL.
+    stdio_fd: the child's standard input and output; None stands for /dev/null. env: None sets only PATH and LC_ALL.
     """
 
     argv: list[str]
@@ -41,7 +41,7 @@ _thread: threading.Thread | None = None
 
 
 def launch(request: Launch) -> subprocess.Popen[bytes]:
-    """Start the child process from the launcher thread. Raises HostError, or OSError if it cannot be executed."""
+    """Start a child process from the launcher thread. Raises HostError, or OSError if the program cannot be started."""
     if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
         why = "SIGCHLD is ignored, so the exit status of the VM would be lost"
         fix = "Restore its default: signal.signal(signal.SIGCHLD, signal.SIG_DFL)"
@@ -59,7 +59,7 @@ def launch(request: Launch) -> subprocess.Popen[bytes]:
 
 
 def _serve() -> None:
-    # Children inherit this thread's mask; with SIGALRM blocked their deadline would never fire.
+    # Children inherit this thread's signal mask. If SIGALRM were blocked, the timer of their deadline would do nothing.
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     while True:
         request, answer = _requests.get()

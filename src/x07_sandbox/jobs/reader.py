@@ -1,4 +1,4 @@
-"""Reader of a job's folder: its record, its owner, and whether the job has ended.
+"""Reader of a job's folder: the job's record, its owner (the x07 process of the job), and whether the job has ended.
 
 Files are opened beneath the folder, without following links, and read up to a limit. Other users may have written
 them, so all values are validated.
@@ -22,8 +22,8 @@ from x07_sandbox.host.processes import Identity
 from x07_sandbox.jobs.active import ENDS, JOB_NAME
 from x07_sandbox.jobs.record import JOB_SCHEMA, OWNER_SCHEMA, JobRecord, runner_instance
 
-# ours: owner.json names this user and machine. unowned: there is no owner.json, since the job was never started or is
-# one of X07's tools.
+# Whether this user's x07 may use a job's folder. ours: yes, owner.json names this user and machine. unowned: there is
+# no owner.json, since the job was never started or belongs to X07's own tools.
 Standing = Literal["ours", "unowned", "foreign", "newer", "damaged"]
 Ended = Literal["done", "reaped"]
 _RECORD_MAX: Final = 64 * 1024
@@ -49,7 +49,7 @@ class JobDocument(msgspec.Struct, frozen=True):
 
 
 class Owner(msgspec.Struct, frozen=True):
-    """`owner.json`: a job's x07 process and its other processes (none before the start). instance: the job's mark."""
+    """`owner.json`: a job's x07 process, and its other processes once they exist. instance: see `JobRecord.mark`."""
 
     schema_version: str
     run: _Word
@@ -71,10 +71,10 @@ _D = TypeVar("_D", JobDocument, Owner)
 
 
 class StoredJob(msgspec.Struct, frozen=True, kw_only=True):
-    """One job's folder.
+    """The content of one job's folder. standing: `ours`, or the kind of folder that this user's x07 cannot use.
 
     why: the reason for the standing; empty if it is `ours`.
-    ended, ended_info: name and stat of the marker file that exists if the job's machine is gone.
+    ended, ended_info: name and stat of the file `done` or `reaped`, which exists if the job's machine is gone.
     job: the content of job.json, if it is valid. record, owner: set if the standing is `ours`.
     """
 
@@ -96,7 +96,7 @@ class StoredJob(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _UnreadableError(Exception):
-    """A file of a job cannot be used. standing: the standing that the job gets for this reason."""
+    """A file of a job cannot be used. standing: the resulting value of `StoredJob.standing`."""
 
     def __init__(self, standing: Standing, why: str) -> None:
         super().__init__(why)
@@ -111,7 +111,7 @@ _DAMAGES: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 
 def read_stored(folder: Path, instance: str) -> StoredJob | None:
-    """Read one job's folder; return None if it does not exist. instance: this user's `runner_instance` id."""
+    """Read one job's folder, or return None if there is none. instance: this user's `runner_instance` id."""
     opened = _opened(folder)
     if not isinstance(opened, int):
         return opened
@@ -188,7 +188,7 @@ def _read(folder: Path, fd: int, instance: str) -> StoredJob:
 
 
 def all_stored(root: Path | None = None) -> list[StoredJob]:
-    """Return all jobs below the state root, sorted by name. Raises HostError if it cannot be listed."""
+    """Return all jobs below the state folder *root*, sorted by name. Raises OSError, HostError."""
     root = root or state_dir()
     try:
         names = sorted(name for name in os.listdir(root) if JOB_NAME.fullmatch(name))  # noqa: PTH208 - names are wanted
@@ -210,7 +210,7 @@ def _regular(folder_fd: int, name: str) -> os.stat_result | None:
 
 
 def _decoded(folder_fd: int, name: str, decoder: msgspec.json.Decoder[_D], schema: str) -> _D:
-    """Read one file of the folder. Raises _UnreadableError."""
+    """Read the file *name* of a job's folder. Raises _UnreadableError, also if the file's version is not *schema*."""
     damaged = f"its {name} is damaged"
     try:
         fd = os.open(name, _FLAGS, dir_fd=folder_fd)

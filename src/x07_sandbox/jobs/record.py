@@ -1,7 +1,8 @@
 """The record of a job: files in the job's folder, which jobs/reader reads.
 
-`job.json` has exactly the keys that the X07 language's tools use; `owner.json` is for this tool only. The last file
-means that the job's machine is proven gone. The job's x07 process writes `done`; any other process writes `reaped`.
+`job.json` has exactly the keys that the X07 language's tools use. `owner.json`, for this tool only, names the x07
+process to which the job belongs. A file `done` or `reaped` means that the job's machine (VM, container or confined
+process) is proven gone. The job's x07 process writes `done`; any other process writes `reaped`.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Claim(msgspec.Struct, frozen=True, kw_only=True):
-    """The job *phase* of the run *run_id*, whose program may take *wall_ms*."""
+    """The job of the phase *phase* in the run *run_id*. wall_ms: how long the job's program may run."""
 
     run_id: str
     phase: str
@@ -118,19 +119,22 @@ def record_values(record: JobRecord) -> dict[str, object]:
 
 
 def record_from(values: dict[str, object]) -> JobRecord:
-    """Return the record with these values. Raises TypeError if one is missing or unknown."""
+    """Return the record that has *values* (see `record_values`). Raises TypeError if a field is missing or unknown."""
     return JobRecord(**(values | {"folder": Path(str(values["folder"]))}))  # type: ignore[arg-type]  # as written
 
 
 def renewed_record(record: JobRecord, claim: Claim) -> JobRecord:
-    """Rewrite a waiting machine's record for the job of *claim*. Its mark and folder stay. Raises HostError."""
+    """Rewrite a waiting machine's record for the job of *claim*. Raises HostError.
+
+    The record keeps its folder and the random mark that identifies the machine's processes.
+    """
     renewed = replace(record, **_claimed(claim))
     _write_job(renewed)
     return renewed
 
 
 def _claimed(claim: Claim) -> dict[str, Any]:
-    """Return the fields of a record that depend on the job and the present time."""
+    """Return the fields of a record that depend on *claim* and the current time."""
     created, allowed_ms = unix_ms(), settings.allowance_ms() + claim.wall_ms
     return {
         "job_id": claim.job_id,
@@ -159,7 +163,7 @@ def _write_job(record: JobRecord) -> None:
 
 
 def drop_unstarted(record: JobRecord) -> None:
-    """Remove the folder of a job if it has no owner, because then nothing was started for the job."""
+    """Remove the folder of a job if it has no owner.json, because then nothing was started for the job."""
     if not (record.folder / "owner.json").exists():
         import shutil
 
@@ -169,7 +173,10 @@ def drop_unstarted(record: JobRecord) -> None:
 def write_owner(
     record: JobRecord, *, runner: Identity, processes: dict[str, Identity], cgroups: tuple[str, ...]
 ) -> None:
-    """Record the job's x07 process, its other processes and control groups, before any process is released."""
+    """Write owner.json: the job's x07 process (*runner*), its other processes and control groups.
+
+    Call this while the other processes still wait for permission to continue. Raises HostError if it fails.
+    """
     _write_json(
         record.folder / "owner.json",
         {
@@ -188,17 +195,17 @@ def write_owner(
 
 
 def mark_done(record: JobRecord) -> None:
-    """Record, in the job's x07 process, that the job's machine is proven gone. Raises HostError if that fails."""
+    """Write the file `done`: the job's machine is proven gone. For the job's own x07 process. Raises HostError."""
     _write(record.folder / "done", b"done\n")
 
 
 def mark_reaped(record: JobRecord) -> None:
-    """Record, in any other process, that the job's machine is proven gone. Raises HostError if that fails."""
+    """Write the file `reaped`: the job's machine is proven gone. For all other processes. Raises HostError."""
     _write(record.folder / "reaped", b"reaped\n")
 
 
 def state_home(root: Path) -> Path:
-    """Return the folder for files beside the state root: its parent if only this user can write there, else itself."""
+    """Return the folder for other state files: the parent of *root* if only this user can write there, else *root*."""
     info = root.parent.stat()
     return root.parent if info.st_uid == os.geteuid() and not info.st_mode & 0o022 else root
 
@@ -208,8 +215,8 @@ def runner_instance(root: Path) -> str:
 
     Machines or users may share a home folder (NFS, a container's volume), but a pid on one machine means nothing on
     another. The file `runner_instance` has the format of X07's tools. `runner_instance.owner` records the machine and
-    uid to which it belongs. Every other machine or uid derives its own id from both files, so that nobody takes another
-    machine's jobs for its own.
+    uid to which the id belongs. Every other machine or uid derives its own id from both files, so that no process takes
+    another machine's jobs for its own.
     """
     path = state_home(root) / "runner_instance"
     try:
@@ -241,7 +248,7 @@ def _sha256(*words: str) -> str:
 
 
 def _made_once(path: Path, content: str) -> str:
-    """Return the start of a small file, which is made with *content* if missing. Raises OSError, HostError."""
+    """Create a small file with *content* if it is missing, and return the start of it. Raises OSError, HostError."""
     if not path.exists():
         temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
         _write(temporary, content.encode())

@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from x07_sandbox.host.processes import Identity
     from x07_sandbox.jobs.reader import StoredJob
 
-# live: its owner may still need it. dead: its owner is provably gone. expired: its deadline has passed. ended: it is
-# over. kept: it is not ours to judge.
+# live: the job's x07 process may still need the job. dead: the job's x07 process is gone. expired: the job's deadline
+# has passed. ended: the job is over. kept: this user's x07 cannot use the job's record.
 Fate = Literal["live", "dead", "expired", "ended", "kept"]
 
 
 class Now(NamedTuple):
-    """The time, boot and pid namespace in which `judge` decides. alive: whether a process of this namespace lives."""
+    """The time, boot and pid namespace for which `judge` decides. alive: tells whether a process in it is alive."""
 
     boot_id: str
     pid_namespace: str
@@ -27,7 +27,7 @@ class Now(NamedTuple):
 
 
 class Judgement(NamedTuple):
-    """What may be done with a job, and the reason as a clause about the job."""
+    """A decision about a job (*fate*), and the reason as a clause about the job."""
 
     fate: Fate
     why: str
@@ -39,7 +39,7 @@ def here_and_now() -> Now:
 
 
 def judge(stored: StoredJob, now: Now) -> Judgement:
-    """Decide about one job. A job with a live owner before its deadline is never touched, whatever else is wrong."""
+    """Decide whether to end a job. A job whose x07 process is alive is never ended before its deadline."""
     if stored.ended is not None:
         return Judgement("ended", f"its folder contains the file {stored.ended}")
     owner, record = stored.owner, stored.record
@@ -58,12 +58,12 @@ def judge(stored: StoredJob, now: Now) -> Judgement:
 
 
 def overdue_ms(stored: StoredJob, now: Now) -> int:
-    """Return the milliseconds since the deadline of a job of this boot; negative before the deadline."""
+    """Return the milliseconds since a job's deadline, negative before it. The job must have started in this boot."""
     return 0 if stored.record is None else now.boot_ms - stored.record.deadline_boot_ms
 
 
 def state_of(stored: StoredJob, now: Now) -> str:
-    """Return the job's state as one word for users."""
+    """Return the job's state as one word, for `x07 ps`."""
     fate = judge(stored, now).fate
     if fate in {"ended", "dead", "expired"}:
         return stored.ended or {"dead": "orphaned"}.get(fate, fate)

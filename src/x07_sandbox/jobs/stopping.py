@@ -31,7 +31,7 @@ _GRACE_S: Final = 2.0
 
 
 def live_records(backend: str) -> list[JobRecord]:
-    """Return this user's jobs of one backend that are not recorded as gone, oldest first."""
+    """Return the records of this user's jobs on one backend that are not recorded as gone, oldest first."""
     records = [stored.record for stored in all_stored() if stored.ended is None and stored.record is not None]
     return sorted((one for one in records if one.backend == backend), key=lambda record: record.created_unix_ms)
 
@@ -39,11 +39,11 @@ def live_records(backend: str) -> list[JobRecord]:
 def stop_recorded(
     record: JobRecord, remove: Callable[[StoredJob], bool] = lambda _stored: True, *, signals: bool = True
 ) -> bool:
-    """Stop a recorded job, record that it is gone, and return whether that is proven. May be called again.
+    """Stop a recorded job. Return whether the job is proven gone and, if so, record this. May be called again.
 
     A process is signalled only if its pid, start time, boot and random mark match the record. Raises HostError if the
     job's end cannot be recorded.
-    remove: removes what outlives the processes (control groups, folders); returns whether all of it is gone.
+    remove: removes control groups and folders that outlive the processes; returns whether all of these are gone.
     signals: whether this process may signal the job's processes. A container's processes belong to its engine.
     """
     stored = read_stored(record.folder, record.runner_instance)
@@ -65,11 +65,11 @@ def _processes_gone(stored: StoredJob, record: JobRecord) -> bool:
         return True
     processes = list(owner.processes.values())
     if owner.pid_namespace != pid_namespace():
-        # Its pids mean nothing here. A day after the deadline its supervisor has surely ended it.
+        # The job's pids mean nothing here. A day after the deadline, the job's supervisor has surely ended the job.
         if not sees_every_process() and boot_ms() - record.deadline_boot_ms < settings.DAY_S * 1000:
             return False
         processes = []
-    # If the runner was killed before it recorded its processes, only the mark finds them.
+    # If the job's x07 process was killed before it recorded the other processes, only the random mark finds them.
     return _ended(processes or processes_with_mark(record.mark), record.mark)
 
 
@@ -81,6 +81,6 @@ def _ended(processes: list[Identity], mark: str) -> bool:
             wait_gone(identity, min(_GRACE_S, deadline.left_s()))
     for identity in processes:
         signalled |= kill_identity(identity, mark)
-    # A live process without the mark is left alone. It may be the job's, so the job is then not proven gone.
+    # A live process without the mark is not signalled. It may belong to the job, so the job is not proven gone.
     left_s = deadline.left_s if signalled else lambda: 0.0
     return all(wait_gone(one, left_s()) or not is_alive(one) for one in processes)

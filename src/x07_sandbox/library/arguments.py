@@ -1,4 +1,4 @@
-"""Checks of the arguments of a call from Python. Each error mentions the argument."""
+"""Checks of the arguments of a call from Python. Each error names the argument."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _overrides(**allowed: bool) -> Overrides | None:
 
 
 def _loaders(path: Path | None) -> tuple[Loader, ...]:
-    """Return the loader of X07 programs if the file's name may be one of theirs. Other programs need not import it."""
+    """Return the loader of X07 programs if *path* may be an X07 program. Runs of other programs need not import it."""
     from x07_sandbox.host.paths import is_folder
 
     if path is None or not (path.name.endswith("x07.json") or is_folder(path)):
@@ -106,7 +106,7 @@ def _loaders(path: Path | None) -> tuple[Loader, ...]:
 
 
 def policy_argument(name: str, value: object, function: str = _RUN) -> str | Policy | None:
-    """Check the argument *name* of *function*, which is a policy or the name of one. Raises UsageError."""
+    """Check and return the argument *name* of *function*: a Policy, or the path or name of one. Raises UsageError."""
     from x07_sandbox.policy.model import Policy
 
     if value is None or isinstance(value, Policy):
@@ -152,7 +152,7 @@ def _check_types(given: Mapping[str, Any]) -> None:
 
 
 def _check_values(program: object, given: Mapping[str, Any]) -> None:
-    """Raise UsageError for values of the right type that a run does not allow."""
+    """Raise UsageError for values that have the right type but that a run does not accept."""
     command, build_timeout_s = given["command"], given["build_timeout_s"]
     if (program is not None) + (given["source"] is not None) + bool(command) != 1:
         why = "exactly one of program, source and command is required"
@@ -199,7 +199,7 @@ def _milliseconds(value_s: float | None) -> int | None:
 
 
 def _path_text(name: str, value: object, expected: str = "a path", function: str = _RUN) -> str:
-    """Return a path as text. Raises UsageError."""
+    """Return the argument *name*, which must be a path, as text. Raises UsageError. expected: words for the error."""
     text = os.fspath(value) if isinstance(value, str | os.PathLike) else value
     if not isinstance(text, str):
         raise bad_argument(name, f"is {type(value).__name__}, not {expected}", function)
@@ -211,5 +211,5 @@ def _path_text(name: str, value: object, expected: str = "a path", function: str
 
 
 def bad_argument(name: str, why: str, function: str = _RUN) -> UsageError:
-    """Return the error for an argument. why: the text after the argument's name."""
+    """Return the error for the wrong argument *name*. why: the text that follows *name* in the message."""
     return UsageError(_WHAT[function], f"{name} {why}", f"See help({function})")

@@ -10,7 +10,7 @@ from x07_sandbox.policy.model import Policy  # noqa: TC001 - as above
 
 
 class RunOptions(TypedDict, total=False):
-    """All keyword arguments except program, args, input and check."""
+    """All keyword arguments of `run_program` except program, args, input and check."""
 
     source: str | bytes | None
     toolchain: str | None

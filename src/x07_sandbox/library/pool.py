@@ -33,9 +33,9 @@ class Pool(Executor):
             results = list(pool.map("grade.py", [b"first input", b"second input"], memory="256M", timeout_s=10))
 
     This `concurrent.futures.Executor` takes paths of programs instead of callables, and its futures return `Result`s.
-    It also works with `asyncio.wrap_future(pool.submit(...))`. It is thread-safe, but a forked child cannot use it. No
-    VM is used for two programs. Leaving the `with` block waits for all runs; leaving the block by an exception (Ctrl-C)
-    cancels them. A pool that is dropped without `shutdown` keeps its VMs until the process ends.
+    It also works with `asyncio.wrap_future(pool.submit(...))`. It is thread-safe, but a forked child cannot use it.
+    Each VM runs only one program. Leaving the `with` block waits for all runs; leaving the block by an exception
+    (Ctrl-C) cancels them. If a pool is dropped without `shutdown`, its VMs stay until the process ends.
     """
 
     def __init__(self, size: int = 2, *, image: str | None = None) -> None:

@@ -69,7 +69,7 @@ def run_program(  # noqa: PLR0913 - each is a keyword
     workdir: the program starts in a copy of this folder. Changes are copied back unless read_only. Without workdir,
     `Result.files` contains the files that the program left in its working folder and, without *out*, in /x07/out: at
     most max_files_bytes. Other files are discarded and counted in `Result.files_discarded`.
-    args: the program's arguments. input: its whole standard input. env: additional environment variables.
+    args: the program's arguments. input: the program's whole standard input. env: additional environment variables.
     policy: path of a policy, `built-in:TEMPLATE`, or a Policy. If args, input, policy or image are not given, the
     values in the project's manifest apply, as for `x07 run`. Pass a policy for a project that you did not write.
     Without a manifest, there is no input, the policy is the built-in `default`, and the image is the default image.
@@ -79,9 +79,9 @@ def run_program(  # noqa: PLR0913 - each is a keyword
     build_timeout_s: time limit of the build, 300 s by default.
     scale_limits: whether to multiply time limits by the slowdown of emulation; None follows your settings.
     image: name or digest of a guest image.
-    changes: what to do after the program's exit with its changes to folders that the policy lets it modify. "apply"
-    leaves out changes that are not allowed; "all-or-nothing" applies nothing if there are any. "keep" saves the changes
-    for `x07 apply`, and "discard" deletes them. `Result.changes` describes what was done.
+    changes: how to treat changes that the program made to folders that the policy lets it modify. "apply" applies the
+    allowed changes and leaves out the others; "all-or-nothing" applies no change unless all are allowed. "keep" saves
+    the changes for `x07 apply`, and "discard" deletes them. `Result.changes` describes what was done.
     out: a folder to which /x07/out is copied.
     allow_hidden, allow_symlinks: whether to copy names that begin with a dot, and symbolic links, in and out. If you
     pass a policy, set this in the policy instead.
@@ -94,8 +94,8 @@ def run_program(  # noqa: PLR0913 - each is a keyword
     A VM of `x07 pool` is used if one is ready. This function is thread-safe and prints nothing. If a signal handler
     raises an exception (Ctrl-C), the run ends, and the exception is raised after the VM has ended.
 
-    Raises SandboxError if the program could not be run: wrong usage, refused, no VM. The `result` of the error
-    says more; it is None if the call itself is wrong. With *check*, also raises SandboxError unless `Result.ok`.
+    Raises SandboxError if the program could not be run: wrong usage, refused, no VM. The error's `result` has the
+    details, or is None if the call itself is wrong. With *check*, also raises SandboxError unless `Result.ok`.
     """
     options = {name: value for name, value in locals().items() if name not in {"program", "args", "check"}}
     from x07_sandbox.host.cancel import Cancel
@@ -126,9 +126,10 @@ def exec_command(
 
 
 def _run_uninterrupted(cancel: Cancel, work: Callable[[], Ended]) -> Ended:
-    """Do *work* in a thread, so that an exception of a signal handler (Ctrl-C) cancels it in an orderly way.
+    """Call *work* in a thread. If a signal handler raises an exception (Ctrl-C), cancel the run and wait for its end.
 
-    Handlers may interrupt the main thread at any line. During a VM's start or stop, that would leave the VM behind.
+    Handlers may interrupt the main thread at any line. In code that starts or stops a VM, that would leave the VM
+    behind.
     """
     if threading.current_thread() is not threading.main_thread():
         return work()
@@ -174,7 +175,7 @@ async def run_program_async(
     check: bool = False,
     **options: Unpack[RunOptions],
 ) -> Result:
-    """Run a program like `run_program`, without blocking the event loop. If cancelled, it first ends the VM."""
+    """Run a program like `run_program`, without blocking the event loop. A cancelled call first ends the VM."""
     check_names("run_program_async", options, OPTIONS)
     import asyncio
 
@@ -230,9 +231,10 @@ def run_once(
     on_output: OnOutput | None = None,
     **options: Any,  # noqa: ANN401 - checked by make_request
 ) -> Ended:
-    """Return the result of a run, and the error that caused it, if any. Arguments: see `run_program`.
+    """Run a program once. Return the result, and the error that caused the result, if any.
 
-    machines: VMs that are ready; None for those of `x07 pool`. Raises UsageError, and what *on_output* raises.
+    Arguments: see `run_program`. machines: the source of ready VMs; None for the VMs of `x07 pool`. Raises UsageError,
+    and any exception that *on_output* raises.
     """
     from x07_sandbox.backends.lease import PoolClient
     from x07_sandbox.backends.selection import choice_from_environment
@@ -300,7 +302,7 @@ def check_result(result: Result, problem: SandboxError | None, *, check: bool) -
 
 
 class _Output:
-    """Passes a program's output to a function as it arrives. It uses two pipes with a thread each."""
+    """Passes a program's output to a function as the output arrives. Each stream has a pipe and a thread."""
 
     def __init__(self, on_output: OnOutput, cancel: Cancel) -> None:
         self.problem: BaseException | None = None
@@ -314,7 +316,7 @@ class _Output:
 
     @property
     def fds(self) -> tuple[int, int]:
-        """The descriptors to which the run writes."""
+        """The descriptors to which the run writes the program's standard output and standard error."""
         return self._ends["stdout"][1], self._ends["stderr"][1]
 
     def _read(self, name: Literal["stdout", "stderr"], fd: int) -> None:

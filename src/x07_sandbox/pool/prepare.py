@@ -1,4 +1,4 @@
-"""Save VMs in advance, so that the first runs need not do it."""
+"""Save VMs in advance, so that the first runs need not save them."""
 
 from __future__ import annotations
 

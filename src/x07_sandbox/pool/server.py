@@ -3,8 +3,8 @@
     python -m x07_sandbox.pool.server SIZE IDLE_S IMAGE READY_FD
 
 IMAGE: a name or digest, "" for the default image. READY_FD gets JSON lines: {"progress": TEXT}, then {"ready": SIZE} or
-an error. The process ends on SIGTERM, SIGINT or a request, or after IDLE_S seconds without use. Its machines end with
-it.
+an error. The process ends on SIGTERM, SIGINT or a request, or after IDLE_S seconds without use. All its machines end
+then.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _NO_FDS_S: Final = 0.2
 
 
 class Starter:
-    """Reports on the pool's start, sent to the process that started the pool. Owns the descriptor."""
+    """Sender of messages about the pool's start to the process that started the pool. Owns the descriptor."""
 
     def __init__(self, owned_fd: int) -> None:
         self._fd: int | None = owned_fd
@@ -71,7 +71,7 @@ class Starter:
 
 
 class Server:
-    """Accepts connections. A separate thread serves each connection until its lease ends."""
+    """Accepts connections to the pool. A separate thread serves each connection until the leased machine has ended."""
 
     def __init__(self, machines: WarmMachines, listener: socket.socket, idle_s: float) -> None:
         self.machines = machines
@@ -106,7 +106,7 @@ class Server:
                 self._threads = [*(other for other in self._threads if other.is_alive()), thread]
 
     def wait_leases(self) -> None:
-        """Wait, after `end`, until every leased machine has ended and its record says so."""
+        """Wait, after `end`, until every leased machine has ended and is recorded as gone."""
         deadline = Deadline.after(GONE_S)
         while not deadline.passed():
             with self._lock:
@@ -135,7 +135,7 @@ class Server:
                 elif want == "stop":
                     self.end()
                     connection.settimeout(None)
-                    connection.recv(1)  # this process's end is the answer
+                    connection.recv(1)  # the answer is the end of this process, which closes the connection
 
     def wait_filled(self) -> int:
         """Wait until all machines are warm, start the idle time, and return their number. Raises SandboxError."""
@@ -183,7 +183,7 @@ class Server:
         send(connection, {"protocol": PROTOCOL, "status": -9 if status is None else status, "gone": gone})
 
     def _wait_for_end(self, connection: socket.socket, machine_pidfd: int, claimer: int) -> bool:
-        """Wait until the lease, claimer, machine or server ends. Return whether it was the server that ended."""
+        """Wait until the connection, the claimer, the machine or the server ends. Return whether the server ended."""
         with contextlib.ExitStack() as stack:
             fds = [connection.fileno(), machine_pidfd, self._end]
             with contextlib.suppress(OSError):
@@ -193,7 +193,7 @@ class Server:
             return any(fd == self._end for fd, _ in input_poll(*fds).poll())
 
     def _taken(self, asked: dict[str, Any], pid: int) -> WarmMachine | None:
-        """Return the requested machine, recorded as the claimer's; None if no machine is available."""
+        """Return a machine as requested and record that the process *pid* owns it, or return None if none fits."""
         ours = (str(state_dir()), self.machines.backend.name, list(self.machines.kind.key))
         runner = identify(pid)
         claim, ram_bytes = _claim(asked), asked.get("ram_bytes")
@@ -205,7 +205,7 @@ class Server:
 
 
 def _claim(asked: dict[str, Any]) -> Claim | None:
-    """Return the claimed job; None if it is malformed, since its name becomes a folder's name."""
+    """Return the job in the request, or None if it is malformed. The job's id becomes the name of a folder."""
     with contextlib.suppress(msgspec.ValidationError):
         claim = msgspec.convert({name: asked.get(name) for name in ("run_id", "phase", "wall_ms")}, prepared(Claim))
         if _JOB_ID.fullmatch(claim.job_id) and 0 < claim.wall_ms <= _WALL_MS_MAX:
@@ -215,7 +215,7 @@ def _claim(asked: dict[str, Any]) -> Claim | None:
 
 @contextlib.contextmanager
 def _listening() -> Iterator[socket.socket]:
-    """Yield the pool's socket. Raises HostError if this user already has a pool."""
+    """Yield the socket on which the pool accepts connections. Raises HostError if this user already has a pool."""
     folder = pool_dir()
 
     def taken() -> None:
@@ -257,7 +257,7 @@ def main(words: list[str]) -> int:
                 announce.start()
                 server.serve()
                 server.wait_leases()
-            announce.join(ANSWER_S)  # it may have to report the end
+            announce.join(ANSWER_S)  # the thread may have to report the end
     except (SandboxError, OSError) as exc:
         if (error := exc if isinstance(exc, SandboxError) else host_error(exc)) is None:
             raise

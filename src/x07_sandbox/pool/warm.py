@@ -2,7 +2,7 @@
 
 An emulator takes about ten times longer for code that it executes for the first time. So each machine runs a C and a
 Python program before it waits. Each machine is recorded as a job (`RUN-warm`) with a deadline. A run that claims a
-machine takes over its deadline, its record and the machine itself, in this order.
+machine takes over the machine's deadline, then its record, then the machine itself.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class WarmMachine:
         self._stack = stack
 
     def close(self) -> bool:
-        """End the machine and its record, and return whether the machine is proven gone. A second call does nothing."""
+        """End the machine, record its end, and return whether it is proven gone. A second call does nothing."""
         self._stack.close()
         return self.instance.stop()
 
@@ -123,7 +123,7 @@ class WarmMachines:
         self._thread.start()
 
     def _spec(self, program: Path) -> PhaseSpec:
-        """Return the run of one of the warm-up programs, which is built first if needed."""
+        """Return the specification for running the warm-up program *program*, which is built first if needed."""
         draft = draft_result(new_run_id())
         folder = RunFolder(draft.run, self._stack)
         try:
@@ -168,7 +168,7 @@ class WarmMachines:
             machine.close()
 
     def _wait_until_wanted(self) -> bool:
-        """Wait until a machine is missing, and end machines near their deadline meanwhile. Return False once closed."""
+        """Wait until a machine is needed, and meanwhile end machines near their deadline. Return False once closed."""
         while True:
             with self._changed:
                 if self._closing:
@@ -205,7 +205,7 @@ class WarmMachines:
             return WarmMachine(instance, stack.pop_all(), time.monotonic())
 
     def _run(self, instance: Instance, spec: PhaseSpec) -> None:
-        """Run a warm-up program in the machine, then prepare the machine for the next. Raises BackendError."""
+        """Run a warm-up program in the machine, then prepare the machine for the next program. Raises BackendError."""
         with contextlib.ExitStack() as stack:
             out, err = (
                 Sink(name, keep_fd=memory_file(b"", stack), live_fd=None, max_bytes=settings.MIB)
@@ -224,7 +224,7 @@ class WarmMachines:
             raise Cancelled("the pool has ended", "it was closed", "Start it again")
 
     def in_forked_child(self) -> bool:
-        """Whether this process was forked from the pool's process: it may neither take nor end machines."""
+        """Whether this process is a fork of the pool's process. A fork may neither take nor end machines."""
         return os.getpid() != self._owner_pid
 
     def ready(self) -> int:
@@ -233,7 +233,7 @@ class WarmMachines:
             return len(self._ready)
 
     def wait_ready(self, deadline: Deadline) -> bool:
-        """Wait until all machines are warm; return whether they are. Raises SandboxError if none can be made."""
+        """Wait for all machines to be warm. Return whether they are. Raises SandboxError if no machine can be made."""
         with self._changed:
             while len(self._ready) < self.size and not deadline.passed() and not self._closing:
                 if self.problem is not None:
@@ -242,7 +242,7 @@ class WarmMachines:
             return len(self._ready) >= self.size
 
     def take(self, claim: Claim, runner: Identity, ram_bytes: int) -> WarmMachine | None:
-        """Hand a machine over to the process *runner* for *claim*, with at most ram_bytes; None if there is none."""
+        """Hand a machine, limited to ram_bytes of RAM, to the process *runner* for *claim*. None if none is ready."""
         if self.in_forked_child():
             return None
         with self._changed:
@@ -261,14 +261,14 @@ class WarmMachines:
         return machine
 
     def claim(self, backend: Backend, job: Job) -> contextlib.AbstractContextManager[Instance] | None:
-        """Return a machine for a run of this process; None if none of its backend and kind is ready."""
+        """Return a machine for a run of this process, or None if no machine of the job's kind and backend is ready."""
         if (backend.name, job.kind.key) != (self.backend.name, self.kind.key):
             return None
         machine = self.take(job.claim, own_identity(), job.used_ram_bytes)
         return None if machine is None else _claimed(machine, job)
 
     def close(self) -> None:
-        """End the waiting machines and make no more. Claimed machines belong to their claimers and stay."""
+        """End the waiting machines and make no more. Claimed machines stay, since they belong to runs."""
         if self.in_forked_child():
             return
         with self._changed:

@@ -18,7 +18,7 @@ def render_json(document: msgspec.Struct) -> bytes:
 
 
 def plain(document: msgspec.Struct) -> Any:  # noqa: ANN401 - what json takes
-    """Return a document's content. Bytes that are not UTF-8 are escaped: many JSON readers reject lone surrogates."""
+    """Return a document as dicts, lists and values. Bytes that are not UTF-8 are escaped, for strict JSON readers."""
     return _escaped(msgspec.to_builtins(document))
 
 

@@ -14,9 +14,9 @@ from x07_sandbox.policy.problems import Problem
 
 
 class CheckedFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One policy.
+    """The result of checking one policy.
 
-    file: the path or name that the user gave. policy_id, digest: if the policy is valid. problems, text: if it is not.
+    file: the path or name that the user gave. policy_id, digest: only for a valid policy. problems, text: the errors.
     completed_by: the command that makes a complete policy from an incomplete one.
     """
 
@@ -30,7 +30,7 @@ class CheckedFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class CheckReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All policies, in the order in which the user gave them. ok: whether all are valid."""
+    """The results for all policies, in the order in which the user gave them. ok: whether all policies are valid."""
 
     schema_version: Literal["x07.sandbox.policy.check@0.1.0"] = "x07.sandbox.policy.check@0.1.0"
     ok: bool
@@ -75,7 +75,7 @@ class ExplainedControl(Control, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class NeverReached(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """An entry of allowed hosts that is blocked completely or in part. field: the place of the entry in the policy."""
+    """An entry of net.allow_hosts that is blocked completely or in part. field: the entry's path in the policy."""
 
     field: str
     host: str

@@ -101,7 +101,7 @@ def _result() -> dict[str, Any]:
 
 
 def _closed(schema: dict[str, Any]) -> dict[str, Any]:
-    """Make the version a required key. The types have a default for it, but every document contains it."""
+    """Make `schema_version` a required key. The types have a default for that key, but every document contains it."""
     if "schema_version" in schema.get("properties", ()):
         schema = schema | {"required": list(dict.fromkeys(["schema_version", *schema.get("required", ())]))}
         schema["properties"]["schema_version"].pop("default", None)

@@ -83,7 +83,7 @@ class ImageRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class ListReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All images."""
+    """The images of this user."""
 
     schema_version: Literal["x07.sandbox.image.list@0.1.0"] = "x07.sandbox.image.list@0.1.0"
     images: tuple[ImageRow, ...]
@@ -97,7 +97,7 @@ class RemovedName(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class RemoveReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What was removed. bytes: freed disk space. kept: files that could not be removed, each with the reason."""
+    """The removed images. bytes: freed disk space. kept: files that could not be removed, each with the reason."""
 
     schema_version: Literal["x07.sandbox.image.rm@0.1.0"] = "x07.sandbox.image.rm@0.1.0"
     images: tuple[RemovedName, ...]

@@ -43,7 +43,10 @@ class AttestedOutcome(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
 
 class Attestation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The attestation. effective_policy_digest: of the guest's policy. weaker_isolation: whether it was accepted."""
+    """The attestation.
+
+    effective_policy_digest: digest of the policy in the guest. weaker_isolation: whether the user accepted it.
+    """
 
     schema_version: Literal["x07.runtime.attest@0.2.0"] = SCHEMA
     world: World

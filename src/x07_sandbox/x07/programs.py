@@ -36,9 +36,10 @@ def load_x07(
     options: x07.Options = x07.Options(),  # noqa: B008 - it cannot be changed
     profiles: bool = True,
 ) -> tuple[RunRequest, Program] | None:
-    """Return the program at *path* and the request with its profile's settings; None if it is not in the X07 language.
+    """Return the request with the settings of the project's profile, and the program at *path*. Raises UsageError.
 
-    options: options for the compiler. profiles: whether to use a project's profiles. Raises UsageError.
+    Return None for a program in another language. options: options for the compiler. profiles: whether to use a
+    project's profiles.
     """
     if not x07.is_x07(path):
         return None
@@ -64,7 +65,10 @@ def load_x07(
 def load_artifact(
     request: RunRequest, path: Path, stack: contextlib.ExitStack, *, options: x07.Options
 ) -> tuple[RunRequest, Program]:
-    """Return the executable at *path*, made by X07's compiler, and *request* adapted to it. Raises UsageError."""
+    """Return *request* adapted to the executable at *path*, which X07's compiler made, and the executable as a program.
+
+    Raises UsageError.
+    """
     reject_profile(request, str(path))
     data = read_bounded(path, "artifact", settings.ARTIFACT_MAX_BYTES)
     program = single_file(X07_ARTIFACT, source_name(str(path)), data, request, stack)
@@ -126,7 +130,7 @@ def _project(
     request = replace(request, max_output_bytes=options.max_output_bytes)
     words = ["--project", f"{PROJECT_FOLDER}/{path.name}"]
     packed = pack_tree(folder.root, ["**"], check=request.cancel.check)
-    # Outputs of an earlier run are packed too. They are not sources, so the next run may overwrite them.
+    # Output files of an earlier run are packed too. They are not sources, so the next run may overwrite them.
     sources = (name for name in packed.files if name.endswith(x07.SOURCE_SUFFIX))
     named = (name for each in project.profiles.values() for name in (each.policy, each.input) if name is not None)
     read = (path, *(folder.root / name for name in (lock, *sources, *named)))

@@ -60,7 +60,7 @@ DEFAULTS: Final[dict[str, Any]] = {
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True):
-    """One profile of a project. policy: a path relative to the project. Other keys of the file are ignored."""
+    """One profile of a project. policy: a path relative to the project. Other keys of a profile are ignored."""
 
     world: str
     policy: str | None = None
@@ -102,7 +102,10 @@ def decode_project(data: bytes, *, source: str) -> Project:
 
 
 def choose_profile(project: Project, name: str | None, *, source: str) -> Profile | None:
-    """Return the profile *name*, else the default profile, `dev` or `os`; None without profiles. Raises UsageError."""
+    """Return the profile *name*. Without a name, return the default profile, or else `dev`, or else `os`.
+
+    Return None if no name is given and the project has no profiles. Raises UsageError.
+    """
     if not project.profiles and name is None:
         return None
     wanted = [name] if name is not None else [*filter(None, [project.default_profile]), *_CHOICES]
@@ -117,7 +120,7 @@ def choose_profile(project: Project, name: str | None, *, source: str) -> Profil
 
 
 def merged(options: Options, profile: Profile | None) -> Options:
-    """Return the options to use: those of the flags, then of the profile, then X07's defaults."""
+    """Return the options to use: *options* (flags) override the profile, which overrides X07's defaults."""
     values = DEFAULTS | {"auto_ffi": True}
     for given in (profile, options):
         found = {name: getattr(given, name, None) for name in Options.__struct_fields__}
@@ -151,7 +154,7 @@ def is_x07(path: Path) -> bool:
     """Return whether *path* is a program or project in the X07 language."""
     if path.name == PROJECT_FILE or path.name.endswith(SOURCE_SUFFIX):
         return True
-    # The file may be of any type. The reader reports an error if it is wrong.
+    # x07.json may be a file of any type. The code that reads it reports an error for a wrong type.
     return os.path.lexists(path / PROJECT_FILE) and not os.path.lexists(path / "x07-sandbox.toml")
 
 
@@ -163,7 +166,7 @@ def diagnostics_line(messages: Sequence[str]) -> str:
 
 
 def first_project(files: Sequence[str], policy: str) -> bytes:
-    """Return a new x07.json with one profile for *policy*. Its entry has a usual name or is the only X07 source."""
+    """Return a new x07.json with one profile for *policy*. Its entry is main.x07.json or the only X07 source."""
     sources = [name for name in files if name.endswith(SOURCE_SUFFIX)]
     usual = [name for name in _ENTRIES if name in sources]
     entry = usual[0] if usual else sources[0] if len(sources) == 1 else _ENTRIES[0]

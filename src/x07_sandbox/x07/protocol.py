@@ -29,7 +29,7 @@ _INPUT: Final = f"{SOURCE_FOLDER}/input.bin"
 
 
 class X07Protocol:
-    """The protocol, in the form that a run uses (programs/protocol)."""
+    """The protocol of X07 programs, as an implementation of `Protocol` in programs/protocol."""
 
     input_max_bytes: Final = INPUT_MAX_BYTES
     usage_exit: Final = USAGE_EXIT
@@ -46,7 +46,7 @@ class X07Protocol:
         return BuildExtras(files={_POLICY: policy, _INPUT: b""}, env=env, key=(policy,))
 
     def run_files(self, data: bytes) -> Mapping[str, bytes]:
-        """Return the whole input as a file."""
+        """Return the files, by path, that a program reads in the run VM: one file with the whole input *data*."""
         return {_INPUT: data}
 
     def frame_input(self, data: bytes) -> bytes:
@@ -54,7 +54,7 @@ class X07Protocol:
         return struct.pack("<I", len(data)) + data
 
     def output_caps(self, most: int) -> tuple[int, int]:
-        """Return the limits for standard output, which has a frame header, and standard error."""
+        """Return the limits for standard output (*most* bytes after the frame's header) and for standard error."""
         return most + HEAD_BYTES, STDERR_MAX_BYTES
 
 
@@ -68,5 +68,5 @@ X07: Final = Toolchain(
     protocol=PROTOCOL,
     doc="The X07 language, compiled by the X07 toolchain in the image.",
 )
-# An executable that was compiled earlier. It is not built, but it reads and writes frames.
+# An executable that X07's compiler made earlier. There is nothing to build, but the program reads and writes frames.
 X07_ARTIFACT: Final = replace(X07, build=None, needs=(), doc="An executable that X07's compiler made earlier.")

@@ -43,14 +43,14 @@ Metrics: Final = msgspec.defstruct(
 
 
 def framed_output(stdout: bytes) -> bytes | None:
-    """Return the program's output; None if standard output is not exactly one frame."""
+    """Return the program's output, or None if standard output is not exactly one frame."""
     if len(stdout) < HEAD_BYTES or struct.unpack_from("<I", stdout)[0] != len(stdout) - HEAD_BYTES:
         return None
     return stdout[HEAD_BYTES:]
 
 
 def find_metrics(stderr: bytes) -> dict[str, Any] | None:
-    """Return the counters in the last line of standard error that has any."""
+    """Return the counters from the last line of standard error that has counters, or None without such a line."""
     for line in reversed(stderr.splitlines()):
         if not line.lstrip().startswith(b"{"):
             continue
@@ -64,7 +64,7 @@ def find_metrics(stderr: bytes) -> dict[str, Any] | None:
 
 
 def read_protocol(report: CompileRunReport) -> CompileRunReport:
-    """Fill in the program's output and counters. A program that broke the protocol is reported as failed."""
+    """Return the report with the program's output and counters. A program that broke the protocol counts as failed."""
     solve = report.solve
     if solve is None:
         return report
@@ -96,7 +96,7 @@ def x07_report(result: Result, built: Built) -> CompileRunReport:
         compiled = replace(report.compile, ok=False, exit_status=report.compile.exit_status or FAILED_EXIT)
         compiled = replace(compiled, compile_error=UNREADABLE, trap=f"{UNREADABLE}: {exc}", compiled_exe=None)
         return replace(report, compile=replace(compiled, compiled_exe_size=None), solve=None, exit_code=FAILED_EXIT)
-    if result.outcome == "build-failed" and compiled.ok:  # it reports success without an executable
+    if result.outcome == "build-failed" and compiled.ok:  # the compiler reports success without an executable
         compiled = replace(compiled, ok=False, exit_status=FAILED_EXIT, compile_error=result.reason, trap=result.reason)
     return read_protocol(replace(report, compile=compiled))
 
@@ -112,7 +112,7 @@ def mode_of(program: Program) -> CompileMode:
 
 
 def describe_ending(result: Result, report: CompileRunReport) -> list[str]:
-    """Return a message about what failed, if anything did. Changes that were not applied are reported elsewhere."""
+    """Return a message about the failure, if there is one. Changes that were not applied have their own messages."""
     if not report.exit_code or (result.ok and result.x07_exit_code):
         return []
     if not result.ok:

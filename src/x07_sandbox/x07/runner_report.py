@@ -1,7 +1,7 @@
 """X07's runner report, `x07-os-runner.report@0.5.0`, made from a run's result, and its wrapped form.
 
-X07 defines its shape: all keys of a mode, and no others. Counters that only X07 programs have (fuel, calls, statistics)
-are null for programs of other toolchains.
+X07 defines the report's keys: a report has all keys of its mode, and no others. Counters that only X07 programs have
+(fuel, calls, statistics) are null for programs of other toolchains.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ class CompileRunReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
 
 class RunOsReport(SolveReport, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The report of an artifact that was run. Its result is at the top level."""
+    """The report of an artifact that was run. The fields of the run's result are at the top level."""
 
     schema_version: Literal["x07-os-runner.report@0.5.0"] = SCHEMA
     mode: Literal["run-os"]
@@ -234,7 +234,7 @@ def failure_report(message: str, *, mode: CompileMode, world: World, lang_id: st
 
 
 def flat_report(report: CompileRunReport) -> RunOsReport:
-    """Return the report in the form for artifacts (mode run-os). If nothing ran, its trap is the reason."""
+    """Return the report in the form for artifacts (mode run-os). If no program ran, `trap` says why."""
     compiled = report.compile
     solve = report.solve or _uncounted(
         ok=False,
@@ -284,7 +284,7 @@ def _solved(result: Result) -> SolveReport:
     stdout, stderr = result.stdout.data, result.stderr.data
     trap = _trap(result, stderr)
     ok = result.outcome == "ok" and trap is None
-    # The program's own status if it exited by itself. Otherwise the exit code of `x07 run`, which is not 0 then.
+    # The program's own status if the program exited by itself. Otherwise the exit code of `x07 run`, which is not 0.
     own = result.exit_code if result.outcome in {"ok", "failed"} else None
     status = (result.x07_exit_code or FAILED_EXIT) if own is None else own
     return _uncounted(ok=ok, exit_status=status, stdout=stdout, stderr=stderr, trap=trap)
@@ -304,7 +304,7 @@ def _uncounted(*, ok: bool, exit_status: int, stdout: bytes, stderr: bytes, trap
 
 
 def _trap(result: Result, stderr: bytes) -> str | None:
-    """Return what ended the program, in X07's words if X07 has any for it; None for success."""
+    """Return the reason why the program ended, in X07's words if X07 has any for this reason, or None for success."""
     words = {
         # The program succeeded, but not all its changes were applied, so the run is no success for the caller.
         "ok": f"its changes to files were not applied: {result.changes.reason}" if result.x07_exit_code else None,
@@ -353,7 +353,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class WrappedReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The wrapped report. report: the unchanged runner report."""
+    """The report in the form of `x07 run --report wrapped`. report: the unchanged runner report."""
 
     schema_version: Literal["x07.run.report@0.3.0"] = WRAPPED_SCHEMA
     runner: Literal["os", "host"]
@@ -364,12 +364,12 @@ class WrappedReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 def wrap(report: CompileRunReport | RunOsReport, target: Target) -> WrappedReport:
-    """Return the wrapped form of a runner report."""
+    """Return a runner report in the form of `x07 run --report wrapped`."""
     return WrappedReport(runner="os", world=report.world, target=target, report=msgspec.to_builtins(report))
 
 
 def target_of(program: Program, path: Path | None, report: CompileRunReport | RunOsReport) -> Target:
-    """Return the target of a run. path: path of the program; None for a source without a file, whose path is `-`."""
+    """Return the target of a run. path: path of the program, or None for source text, for which the report has `-`."""
     root = None if path is None or not program.project else path if is_folder(path) else path.parent
     return Target(
         kind="artifact" if isinstance(report, RunOsReport) else "project" if program.project else "program",
