@@ -30,7 +30,7 @@ NOTES_MAX_BYTES: Final = settings.MIB
 
 
 class CachedArtifact(msgspec.Struct, frozen=True, kw_only=True):
-    """A cached artifact."""
+    """An artifact in the cache, open for reading."""
 
     fd: int  # the file, with the artifact at HEADER_BYTES; the caller must not close it
     size: int

@@ -117,7 +117,10 @@ def _check(manifest: Manifest, toolchain: Toolchain, source: str) -> None:
 
 
 def find_manifest(program: Path) -> Path | None:
-    """Return the manifest that *program* is or contains; None for another file. Raises UsageError for other folders."""
+    """Return the manifest that *program* is or contains, or None for any other file.
+
+    Raises UsageError for a folder that contains no manifest.
+    """
     if program.name == FILE:
         return program
     if not is_folder(program):

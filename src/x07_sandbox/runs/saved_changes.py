@@ -1,8 +1,8 @@
 """Saved changes of runs: finding, applying and undoing them, and recovery after a kill.
 
-`runs/RUN/changes/` holds `changes.json` and `data` (see files/changes) as the guest reported them. While they are
-applied, `runs/.applying/` contains a file named after the run. Left-out changes that are applied later get a folder
-`changes/later-N/` with a journal and an undo set. The last such folder is undone first.
+`runs/RUN/changes/` holds `changes.json` and `data` (see files/changes) as the guest reported them. While x07 applies
+these changes, `runs/.applying/` contains a file named after the run. Left-out changes that are applied later get a
+folder `changes/later-N/` with a journal and an undo set. `x07 undo` starts with the last such folder.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class SavedChanges(NamedTuple):
 
     @property
     def undos(self) -> list[Path]:
-        """The folders with a current undo set, in the order in which they were applied."""
+        """The folders whose changes can be undone, in the order in which the changes were applied."""
         return [place for place in (self.folder, *_later(self.folder)) if (place / "undo").is_dir()]
 
     def done(self) -> set[tuple[str, str]]:
@@ -76,7 +76,7 @@ def apply_saved(
 ) -> ChangeSet:
     """Apply *changes*, which are all or some of the saved ones. Raises ConflictError, HostError.
 
-    later: whether *changes* were left out before and the others are applied already. They get an undo set of their own.
+    later: whether *changes* were left out when x07 applied the other ones. Their undo set is then a separate one.
     """
     from x07_sandbox.files.apply import apply
 
@@ -138,7 +138,7 @@ def _validated(run: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def applying(run: str) -> Iterator[None]:
-    """Mark a run's changes as being applied, so that `recover_all` finds them after a kill. Needs the folder's lock."""
+    """Mark a run's changes as being applied, so that `recover_all` finds them after a kill. The caller has the lock."""
     marker = private_dir(all_runs() / APPLYING) / run
     marker.touch(mode=0o600)
     try:
@@ -162,7 +162,7 @@ def _pending(folder: Path) -> bool:
 
 
 def recover_all(progress: Callable[[str], None]) -> None:
-    """Roll back or finish the work of killed commands. Failures are reported to *progress* and retried next time."""
+    """Roll back or finish what killed commands were applying. Report failures to *progress*; the next call retries."""
     root = runs_dir(state_dir())
     try:
         names = [path.name for path in (root / APPLYING).iterdir()]
