@@ -130,9 +130,10 @@ def _apply(changes: ChangeSet, data_fd: int, folder: Path, on_wait: OnWait | Non
 def _check_part(
     applied: set[tuple[str, str]], compared: list[tuple[RootChanges, RootState]], conflicts: list[str]
 ) -> None:
-    """Raise ConflictError if another part of the same changes is already applied, because its undo set would be lost.
+    """Raise ConflictError if another part of the same changes is already applied.
 
-    The undo set of that part may be lost only if all names in it have their old content again.
+    Applying a second part would discard the undo set of the first part. That is allowed only if all names in that undo
+    set have their old content again.
     """
     mine = {(root.root, item.change.name) for root, state in compared for item in state.items}
     done = {(root.root, name) for root, state in compared for name in state.applied}

@@ -98,7 +98,7 @@ def _mounts(roots: Iterable[Root], base: str, states: dict[str, str]) -> tuple[M
 
 
 def mounts_of(trees: Sequence[Tree]) -> list[tuple[int, Mount]]:
-    """Return the mounts and the indexes of their trees. Outer ones come first, so that no mount covers another.
+    """Return the mounts and the indexes of their trees. Outer mounts come first, so that no mount covers another.
 
     A root that is visible through another mount gets no mount: a mount point cannot be replaced or removed (EBUSY).
     """
@@ -130,7 +130,7 @@ def change_roots(trees: Sequence[Tree]) -> list[tuple[int, Mount]]:
 
 
 def _look(root: Root) -> str:
-    """Return a root's kind: `folder`, `file` or `missing`. Raises UsageError for others, and for a path with a link."""
+    """Return a root's kind: `folder`, `file` or `missing`. Raises UsageError for other kinds and paths with links."""
     what = f"cannot copy in {root.given}"
     parts = PurePosixPath(root.host).parts[1:]
     mode = stat.S_IFDIR

@@ -83,7 +83,7 @@ def settings_file() -> Path:
 
 
 def cache_folder(name: str) -> Path:
-    """Return a private folder of the cache, created if missing. Raises HostError if it cannot be made private."""
+    """Return the private folder *name* in the cache, created if missing. Raises HostError if it is not private."""
     return private_dir(private_dir(cache_dir()) / name)
 
 

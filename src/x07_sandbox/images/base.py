@@ -272,14 +272,14 @@ def _packages(work: Path) -> list[manifest.Package]:
 
 
 def put(folder: Path, name: str, data: bytes) -> manifest.Part:
-    """Write a new read-only file of an image, and sync it."""
+    """Write a new read-only file of an image, sync it, and return its name, digest and size."""
     with (folder / name).open("xb") as file:
         file.write(data)
     return part_of(folder, name)
 
 
 def part_of(folder: Path, name: str) -> manifest.Part:
-    """Hash and sync a finished file of an image, and make it read-only."""
+    """Make a finished file of an image read-only, sync it, and return its name, digest and size."""
     with (folder / name).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         os.fchmod(file.fileno(), stat.S_IRUSR | stat.S_IRGRP | stat.S_IROTH)

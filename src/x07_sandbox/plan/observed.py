@@ -149,7 +149,7 @@ def _advise_flag(flag: str) -> HowToAllow:
 
 
 def _advise_higher(policy: Policy, field: str, current: int, reach: FlagReach) -> HowToAllow | None:
-    """Return the advice to raise a limit by its flag or, if the flag cannot, in the policy, or None at the maximum."""
+    """Return the advice to raise a limit by its flag (if the flag cannot, in the policy), or None at the maximum."""
     named = "limits.procs" if field == "process.max_live" else field  # --procs raises both
     most, top = largest(field), reach.tops.get(named, 0)
     if current >= most:

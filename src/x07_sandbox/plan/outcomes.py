@@ -149,7 +149,7 @@ def exit_code(outcome: Outcome, *, program_exit: int | None, signal: int | None)
 
 
 def outcomes_by_exit() -> dict[str, list[Outcome]]:
-    """Return the outcomes by exit code, in the order of the table. A code that is not fixed is in words."""
+    """Return the outcomes by exit code, in the order of the table. The key of a code that is not fixed is in words."""
     found: dict[str, list[Outcome]] = {}
     for outcome, row in OUTCOMES.items():
         found.setdefault(str(row.exit), []).append(outcome)
@@ -238,7 +238,7 @@ def verdict(outcome: Outcome, reason: str, *, fault: Fault | None = None) -> Ver
 
 
 def classify(evidence: Evidence, *, features: Features | None = None, limits: Limits | None = None) -> Verdict:
-    """Return the verdict on *evidence*. features: the backend's, if known. limits: those to show in the reason."""
+    """Return the verdict on *evidence*. features: the backend's, if known. limits: the limits to show in the reason."""
     features = features or vm_features("vm-hardware")
     if evidence.gate_lost and evidence.cancelled_by is None:
         return verdict(Outcome.GATE_LOST, f"the egress gate exited while the guest was {_DOING[evidence.stage]}")

@@ -49,7 +49,7 @@ _ZERO_MEANS: Final[dict[str, int | None]] = {
 
 
 def differences(first: Policy, second: Policy) -> tuple[Change, ...]:
-    """Return what *second* grants, withdraws or changes, in the model's order. Empty if both allow the same."""
+    """Return the changes from *first* to *second*, in the model's order. The tuple is empty if there are none."""
     after = leaf_values(second)
     return tuple(
         change for field, before in leaf_values(first).items() for change in _changes(field, before, after[field])

@@ -270,7 +270,7 @@ def name_of_policy(given: str | Path | Policy | ProjectPolicy | None) -> str:
 
 
 def read_spec_file(name: str) -> bytes:
-    """Read a file with a list of hosts. Raises UsageError."""
+    """Return the content of a file that lists hosts. Raises UsageError."""
     return read_bounded(Path(name), "list of hosts", MAX_BYTES)
 
 

@@ -38,7 +38,7 @@ class SavedChanges(NamedTuple):
 
     @property
     def applied(self) -> bool:
-        """Whether the changes of the run, apart from those left out, are applied."""
+        """Whether the changes of the run, apart from the left-out changes, are applied."""
         return (self.folder / "undo").is_dir()
 
     @property
@@ -74,9 +74,9 @@ def find_saved(run: str | None) -> SavedChanges:
 def apply_saved(
     saved: SavedChanges, changes: ChangeSet, on_wait: Callable[[str], None], *, later: bool = False
 ) -> ChangeSet:
-    """Apply *changes*, which are all or some of the saved ones. Raises ConflictError, HostError.
+    """Apply *changes*, which are all or some of the changes in *saved*. Raises ConflictError, HostError.
 
-    later: whether *changes* were left out when x07 applied the other ones. Their undo set is then a separate one.
+    later: whether *changes* were left out when x07 applied the other changes. x07 then makes a separate undo set.
     """
     from x07_sandbox.files.apply import apply
 
@@ -162,7 +162,7 @@ def _pending(folder: Path) -> bool:
 
 
 def recover_all(progress: Callable[[str], None]) -> None:
-    """Roll back or finish what killed commands were applying. Report failures to *progress*; the next call retries."""
+    """Roll back or finish changes that killed commands were applying. Report failures to *progress*, to retry later."""
     root = runs_dir(state_dir())
     try:
         names = [path.name for path in (root / APPLYING).iterdir()]
