@@ -136,7 +136,7 @@ def encode(manifest: Manifest) -> bytes:
 
 
 def decode(data: bytes, where: str) -> Manifest:
-    """Decode and verify a manifest. Raises ImageError."""
+    """Decode and verify a manifest. where: the image's name in errors. Raises ImageError."""
     if len(data) > MAX_BYTES:
         raise _bad(where, f"it has more than {MAX_BYTES} bytes")
     try:

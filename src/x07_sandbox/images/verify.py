@@ -104,7 +104,7 @@ def _subject(image: Image) -> Subject:
 
 
 def opened_parts(folder_fd: int, parts: Sequence[Part], subject: Subject, stack: contextlib.ExitStack) -> list[int]:
-    """Open and verify files below a folder. *stack* closes the descriptors. Raises ImageError, HostError."""
+    """Open and verify *parts*, files below a folder. *stack* closes the descriptors. Raises ImageError, HostError."""
     before = _recorded(subject)
     fresh: dict[str, Identity] = {}
     fds = []

@@ -90,7 +90,7 @@ def _value(field: str, value: int) -> str:
 
 
 def range_fault(field: str, value: int) -> str:
-    """Return the fault of a limit that is out of range, or "" for a valid limit."""
+    """Return the problem with a limit that is out of range, or "" for a valid limit."""
     from x07_sandbox.policy.schema import range_of  # slow to import, and most runs set no limit
 
     least, most = range_of(f"limits.{field}")

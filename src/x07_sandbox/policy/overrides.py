@@ -216,7 +216,7 @@ def _parsed(where: str, spec: str, *, deny: bool) -> tuple[str, set[int] | None]
 
 
 def _host_problem(host: str) -> str:
-    """Return the fault of a host, or "" for a valid host."""
+    """Return the problem with a host, or "" for a valid host."""
     if any("\ud800" <= char <= "\udfff" for char in host):
         return "it is not UTF-8 text"
     if "://" in host:

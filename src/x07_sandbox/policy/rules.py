@@ -102,7 +102,7 @@ def patterns_are_regex_lite(document: object) -> Iterator[Problem]:
 
 
 def regex_lite_fault(pattern: str) -> str | None:
-    """Return the fault of a pattern by the rules of X07's regex-lite, or None for a valid pattern."""
+    """Return the problem with a pattern in X07's regex-lite, or None for a valid pattern."""
     if not pattern:
         return "must not be empty"
     if ";" in pattern:

@@ -78,7 +78,7 @@ def attempt(request: RunRequest) -> tuple[Result, SandboxError | None]:
 
 
 def failure(exc: Exception, signalled: int | None = None) -> Result:
-    """Return the result for *exc*: an error before the run started, or a bug. signalled: the signal that cancelled."""
+    """Return the result for *exc*, an error before the start or a bug. signalled: the signal that cancelled the run."""
     from x07_sandbox.plan.outcomes import Outcome, verdict
 
     draft = draft_result(new_run_id())
