@@ -54,7 +54,7 @@ _FIXES: Final = {
 
 
 class _Inverse(NamedTuple):
-    """The changes that undo those of one root. site, prefix: the anchor of the root, and the root's name below it."""
+    """The changes that undo those of one root. site, prefix: the root's anchor (root_anchor), and its name there."""
 
     root: RootChanges
     site: Site
@@ -70,15 +70,15 @@ def apply(
     keeps: bool = True,
     around: AbstractContextManager[None] | None = None,
 ) -> ChangeSet:
-    """Apply a set to the host and return the undo set, which is empty if everything was already in effect.
+    """Apply a change set to the host. Return the undo set, which is empty if all changes were already in effect.
 
     data_fd: descriptor of the file with the contents.
     folder: the private folder of the set; it is created if missing.
     on_wait: called with a path before the call waits for a lock.
     keeps: whether to save the undo set.
     around: a context that is entered once the folder is locked and recovered.
-    Raises ValueError for an invalid set, ConflictError, HostError. Nothing has changed then, unless the rollback failed
-    too; recover() retries it.
+    Raises ValueError for an invalid set, ConflictError, HostError. After an error nothing has changed, unless the
+    rollback failed too. recover() retries the rollback.
     """
     check_set(changes)
     with _locked(folder, on_wait), around or contextlib.nullcontext():
@@ -88,7 +88,7 @@ def apply(
 
 
 def recover(folder: Path, *, on_wait: OnWait | None = None) -> None:
-    """Roll back or finish an application that was killed. Raises HostError."""
+    """Roll back or finish the change set of *folder* if its application was killed. Raises HostError."""
     if not folder.exists():
         return
     with _locked(folder, on_wait):
@@ -130,9 +130,10 @@ def _apply(changes: ChangeSet, data_fd: int, folder: Path, on_wait: OnWait | Non
 def _check_part(
     applied: set[tuple[str, str]], compared: list[tuple[RootChanges, RootState]], conflicts: list[str]
 ) -> None:
-    """Raise ConflictError if another part of the same changes is already applied, because its undo set would be lost.
+    """Raise ConflictError if another part of the same changes is already applied.
 
-    An undo set may be lost if all its names already have their old content again.
+    Applying a second part would discard the undo set of the first part. That is allowed only if all names in that undo
+    set have their old content again.
     """
     mine = {(root.root, item.change.name) for root, state in compared for item in state.items}
     done = {(root.root, name) for root, state in compared for name in state.applied}
@@ -226,7 +227,7 @@ def _roll_back(sites: list[Site], started: list[Step], *, recovering: bool = Fal
 
 
 def _remove_new(folder: Path, sites: list[Site], steps: list[Step] | None) -> None:
-    """Remove the staged content. steps: None if no step was started; then all entries named like a slot are new."""
+    """Remove the staged content. steps: None before the first step; every entry named like a slot is then new."""
     for index, site in enumerate(sites):
         # Nothing is staged before the journal names the staging folder.
         known = apply_steps.staged_inodes(steps, index) if steps is not None else None if site.place.staged else {}
@@ -267,7 +268,7 @@ def _recover(folder: Path, on_wait: OnWait | None) -> None:
 
 
 def _open_staging(site: Site) -> None:
-    """Open the staging folder of a site. Leave staging_fd at -1 if it is missing or not the one in the journal."""
+    """Open the staging folder of a site. Leave staging_fd at -1 if the folder is missing or is not the recorded one."""
     try:
         fd = os.open(site.place.staging, _FOLDER, dir_fd=site.fd)
     except OSError as exc:
@@ -285,7 +286,7 @@ def _open_staging(site: Site) -> None:
 def _sites(
     paths: Iterable[str], on_wait: OnWait | None, recorded: dict[str, Place] | None = None
 ) -> Iterator[dict[str, Site]]:
-    """Open and lock all folders, in the order of their inodes, and yield them by path. recorded: from the journal."""
+    """Open the folders, lock them in the order of their inodes, and yield them by path. recorded: from the journal."""
     with contextlib.ExitStack() as stack:
         by_path: dict[str, Site] = {}
         by_ident: dict[tuple[int, int], Site] = {}

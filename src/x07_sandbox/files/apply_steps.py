@@ -1,4 +1,4 @@
-"""Applying and undoing one step. The state of a step is always read from inodes."""
+"""Applying and undoing one step (journal.Step). Inodes always show whether a step was done."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def check_step(site: Site, step: Step) -> None:
 
 
 def apply_step(site: Site, step: Step) -> None:
-    """Apply a step, then check which inode it displaced. Raises ConflictError, OSError, even if the step is done."""
+    """Apply a step; check that it displaced the expected inode. Raises ConflictError, OSError, even after the step."""
     if step.kind == "mode":
         if site.keeps_modes:
             _apply_mode(site, step)
@@ -79,7 +79,7 @@ def _displace(site: Site, step: Step, folder: int, name: str) -> str:
 
 
 def undo_step(site: Site, step: Step) -> bool:
-    """Undo a step, whether or not it was done; return False while something blocks it. Raises OSError."""
+    """Undo a step if it was done. Return False while something blocks the undo. Raises OSError."""
     if step.kind == "mode":
         return _undo_mode(site, step)
     try:
@@ -97,7 +97,7 @@ def undo_step(site: Site, step: Step) -> bool:
 
 
 def displaced_slot(site: Site, step: Step) -> str:
-    """Return the slot that holds the inode which a done step replaced or removed. Raises OSError."""
+    """Return the slot that holds the inode which *step* replaced or removed. Raises OSError."""
     return step.slot if ident_of(site.staging_fd, step.slot + OLD) is None else step.slot + OLD
 
 
@@ -123,7 +123,7 @@ def _is_expected(site: Site, step: Step, slot: str) -> bool:
 
 
 def _has_old_mode(found: OpenInode, step: Step) -> bool:
-    """Return whether the inode and its mode are unchanged and the inode has no second name."""
+    """Return whether *found* is the step's old inode with its old mode, and has no second name if it is a file."""
     same = found.ident == step.old and found.mode == step.old_mode
     return same and not (found.kind == "file" and found.info.st_nlink > 1)
 
@@ -183,12 +183,12 @@ def holds_displaced(site: Site, step: Step) -> bool:
 
 
 def staged_inodes(steps: list[Step], index: int) -> dict[str, Ident]:
-    """Return the inodes in the staging folder of a place, by slot, while no step is done."""
+    """Return, by slot, the inodes that the staging folder of place *index* holds before the first step."""
     return {step.slot: step.new for step in steps if step.place == index and step.kind != "mode" and step.new}
 
 
 def displaced_inodes(steps: list[Step], index: int) -> dict[str, Ident]:
-    """Return the inodes in the staging folder of a place, by slot, after all steps are done."""
+    """Return, by slot, the inodes that the staging folder of place *index* holds after all steps."""
     found: dict[str, Ident] = {}
     for step in steps:
         if step.place == index and step.kind != "mode" and step.old is not None:

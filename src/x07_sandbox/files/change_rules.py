@@ -27,7 +27,7 @@ _SPLITS_MAX: Final = 8
 
 
 class AllowedActions(msgspec.Struct, frozen=True, kw_only=True):
-    """The actions on names that a policy allows. created: roots that the host gets only once they hold something."""
+    """The actions on names that a policy allows. created: mount points made in the VM for missing roots."""
 
     mkdir: bool
     remove: bool
@@ -36,10 +36,10 @@ class AllowedActions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CheckedChanges(msgspec.Struct, frozen=True, kw_only=True):
-    """The changes of a root, and the reasons why some are forbidden. All are sorted by name.
+    """The changes of a root, and the reasons why some are forbidden. Each tuple is sorted by name.
 
     left_out: the refused changes and the changes that depend on them. They are not in *changes*.
-    is_whole: no change can be left out, so nothing may be applied while anything is refused.
+    is_whole: whether no change can be left out, so that nothing may be applied while anything is refused.
     Entries that are too deep or of an unknown kind are refused but are not listed as changes.
     """
 
@@ -154,7 +154,7 @@ def _near(reported: Iterable[ReportedEntry], most: int) -> tuple[list[ReportedEn
 
 
 def _after(before: Mapping[str, Node], reported: Iterable[ReportedEntry]) -> tuple[dict[str, Node], list[Refused]]:
-    """Return the new tree, and refusals for entries that a tree cannot hold. Raises PeerError."""
+    """Return the tree after the run, and refusals for entries that a tree cannot hold. Raises PeerError."""
     after = dict(before)
     refused: list[Refused] = []
     seen: set[str] = set()
@@ -183,7 +183,7 @@ def _after(before: Mapping[str, Node], reported: Iterable[ReportedEntry]) -> tup
 def _without_made(
     before: Mapping[str, Node], after: dict[str, Node], created: frozenset[str]
 ) -> tuple[Mapping[str, Node], dict[str, Node]]:
-    """Return both trees without the unused folders that were created for the program. *after* keeps the used ones."""
+    """Return *before* without the folders *created* for the program, and *after* without the unused ones of them."""
     unused = {name for name in created - parent_folders(after) if same_node(before[name], after.get(name))}
     return (
         {name: node for name, node in before.items() if name not in created},
@@ -315,7 +315,7 @@ def _by_action(change: Change, allowed: AllowedActions, moved: set[str]) -> Iter
 
 
 def _moved(changes: Sequence[Change]) -> set[str]:
-    """Return the removed names whose content now has another name, and removed folders that lost nothing else."""
+    """Return the removed names whose content now has another name, and removed folders with only such names."""
     removed = {change.name: change.before for change in changes if change.before is not None and change.after is None}
     moved = {name for name, _ in renames(changes) if name in removed}
     lost = {name for name, node in removed.items() if name not in moved and not _is_folder(node)}

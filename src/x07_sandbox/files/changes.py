@@ -107,7 +107,7 @@ class RootChanges(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """The changes below one folder of the host, sorted by name.
 
     root: the absolute path of the folder, without links.
-    missing: whether the folder does not exist. x07 then creates it before it puts something into it.
+    missing: whether the folder does not exist yet. x07 creates the folder when it applies changes below it.
     refused: the reasons why changes are not allowed. A change that only depends on a refused one has no reason here.
     left_out: changes that are saved for review but not applied.
     """
@@ -151,7 +151,7 @@ def decode(data: bytes) -> ChangeSet:
 
 
 def display_name(root: str, name: str, *, several_roots: bool) -> str:
-    """Return a name for messages: relative to its root, or absolute if it is the root or there are several roots."""
+    """Return a name for messages: relative to *root*, or absolute for the root itself or if there are several roots."""
     return printable(name if name and not several_roots else path_of(root, name))
 
 

@@ -37,7 +37,7 @@ class Item(NamedTuple):
 class RootState(NamedTuple):
     """The state of a root on the host. conflicts: absolute paths whose state differs from what was copied.
 
-    applied: names of the changes that are already in effect. all_applied: whether all changes are.
+    applied: names of the changes that are already in effect. all_applied: whether all changes are in effect.
     """
 
     items: list[Item]
@@ -79,8 +79,8 @@ def compare_root(root: RootChanges, dir_fd: int, prefix: str, undo: Mapping[tupl
     """Compare the host with the changes of a root. Raises HostError, OSError.
 
     dir_fd, prefix: the open anchor of the root, and the root's name in it.
-    undo: the changes that undo the applied ones, by root and name. They hold the actual modes of file systems that do
-    not store modes.
+    undo: the changes that undo the applied ones, by root and name. For a file system that does not store modes, these
+    changes contain the modes that it reports.
     """
     changes = sorted(root.changes, key=lambda change: change.name)
     conflicts: list[str] = []
@@ -124,7 +124,7 @@ def with_actual_modes(root: RootChanges, dir_fd: int, prefix: str) -> RootChange
 
 
 def default_mode() -> int:
-    """Return the mode of a new folder. It reads /proc, because umask(2) would change the mask of all threads."""
+    """Return the mode of a new folder. Read the umask in /proc, because umask(2) would change it for all threads."""
     for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
         if line.startswith("Umask:"):
             return 0o755 & ~int(line.split()[1], 8)
@@ -132,7 +132,7 @@ def default_mode() -> int:
 
 
 def _as_missing(changes: list[Change], dir_fd: int, prefix: str) -> tuple[list[Change], bool]:
-    """Return the changes, with one added that creates the root, and whether the root is missing or an empty folder."""
+    """Return the changes, with one that creates a missing root, and whether the root is missing or an empty folder."""
     whole, rest = (changes[0], changes[1:]) if changes and not changes[0].name else (None, changes)
     with open_inode(dir_fd, prefix) as found:
         if found is None:
@@ -187,7 +187,7 @@ def _check_node(node: Node, where: str) -> None:
 
 
 def _is_applied(found: OpenInode | None, change: Change, undo: Change | None) -> bool:
-    """Return whether *undo*, if it is not None, would revert the change on the entry that was found."""
+    """Return whether *undo* exists, would revert *change*, and expects the state of *found*."""
     return undo is not None and same_node(undo.after, change.before) and _fits(found, undo.before)
 
 

@@ -126,7 +126,7 @@ class Copied(msgspec.Struct):
     nodes: writable entries by name.
     created: names in *nodes* that do not exist on the host.
     skipped: writable entries that were left out. An entry in both *nodes* and *skipped* is a folder above another tree.
-    separate: mounts for which the tree holds nothing; they are copied separately.
+    separate: mounts that the packed tree does not contain. The caller copies them separately.
     entries, size: number and total size of all entries.
     """
 
@@ -442,7 +442,7 @@ def why_left_out(reason: Reason, bounds: Bounds) -> str:
 
 
 def value_for(reason: Reason, most: int, bounds: Bounds) -> int | bool | None:
-    """Return the value of the policy field that would allow an entry; None if no value would. most: see `Skipped`."""
+    """Return the value of the policy field that would allow an entry, or None if no value would. most: see Skipped."""
     if reason == "hidden":
         return False
     if reason == "link":
@@ -455,7 +455,7 @@ def value_for(reason: Reason, most: int, bounds: Bounds) -> int | bool | None:
 
 
 def _holds_links(folder: int, part: str) -> bool:
-    """Return whether symbolic links are among the first entries of the folder *part*; False if it is not a folder."""
+    """Return whether *part* is a folder that has symbolic links among its first entries."""
     try:
         fd = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
     except OSError:

@@ -23,7 +23,8 @@ _EMPTY: Final = "empty"
 def with_dependents(changes: Sequence[Change], refused: Iterable[str]) -> set[str]:
     """Return *refused* and the names of all changes that depend on one of them.
 
-    A change depends on the folders above it and on the other half of its rename; a link, on its target's path too.
+    A change depends on the changes of the folders above it, and on the other half of its rename. A link also depends on
+    the changes in its target's path.
     """
     refused = set(refused)
     by_name = {change.name: change for change in changes}
@@ -67,7 +68,7 @@ def applicable(root: RootChanges, is_overridden: Callable[[Refused], bool]) -> t
 
 
 def with_later_applied(changes: ChangeSet, done: AbstractSet[tuple[str, str]]) -> ChangeSet:
-    """Return the set, with those left-out changes that are *done* (root, name) moved to the regular changes."""
+    """Return the set after moving those left-out changes that were applied (*done*: root, name) to the regular ones."""
     roots = []
     for root in changes.roots:
         now = [change for change in root.left_out if (root.root, change.name) in done]

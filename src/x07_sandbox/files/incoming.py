@@ -25,7 +25,7 @@ _PERMISSIONS: Final = 0o7777
 
 
 class ReportedEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """One entry of root number *root*. node: None if removed. other: mode of an entry that a tree cannot hold."""
+    """An entry of root number *root*. node: None if it was removed. other: mode of an entry that a tree cannot hold."""
 
     root: int
     name: str
@@ -37,7 +37,7 @@ class Incoming:
     """Receiver of the stream of changes to *roots* roots. Contents go to *data_fd*, which the caller owns.
 
     most_entries, most_bytes: limits for all roots together. Holes count as bytes, which limits the time for hashing.
-    problem: why a part of the stream was rejected; else empty. too_many: whether it has too many entries.
+    problem: why a part of the stream was rejected; else empty. too_many: whether the stream has too many entries.
     """
 
     def __init__(self, data_fd: int, *, roots: int, most_entries: int, most_bytes: int) -> None:

@@ -36,7 +36,7 @@ class ConflictError(SandboxError):
 
 
 def conflict_error(names: Sequence[str]) -> ConflictError:
-    """Return the error for these absolute paths."""
+    """Return the error that lists these absolute paths."""
     why = f"these files changed on the host since they were copied: {_some(names, len(names))}"
     error = ConflictError("cannot apply the changes", why, "Review the changes with x07 diff, or run the program again")
     error.names, error.count = tuple(names[:NAMES_MAX]), len(names)
@@ -134,7 +134,7 @@ def open_inode(dir_fd: int, name: str) -> Iterator[OpenInode | None]:
 
 
 def ident_of(dir_fd: int, name: str) -> Ident | None:
-    """Return the device and inode number of a name in a folder; None if the name does not exist. Raises OSError."""
+    """Return the device and inode number of a name in a folder, or None if the name does not exist. Raises OSError."""
     try:
         info = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
     except FileNotFoundError:

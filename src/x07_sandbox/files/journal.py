@@ -1,6 +1,6 @@
-"""The journal of an application: its steps, so that a killed application can be rolled back or finished.
+"""The journal of the steps that apply a change set, so that x07 can roll back or finish them after a kill.
 
-The journal is one of three files in the private folder of a set. `staging` is written while staging folders are filled,
+The journal is one of three files in the set's private folder. `staging` is written while staging folders are filled,
 before anything else changes. `journal` is written once all steps are known; recovery then rolls back. `committed` is
 written once all steps are done; recovery then publishes the undo set and removes the staged old content. The first line
 of each file is a `Head`, every other line a `Step`.
@@ -50,8 +50,8 @@ class Head(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 class Step(msgspec.Struct, kw_only=True, array_like=True, forbid_unknown_fields=True):
     """One operation on one name.
 
-    kind: what is done with the name. mode: the inode *old* gets new_mode. remove: the old inode moves to the slot.
-    replace: the old inode and the inode in the slot change places. add: the inode in the slot moves to the name.
+    kind: the operation. `mode`: the inode *old* gets new_mode. `remove`: the old inode moves to the slot.
+    `replace`: the old inode and the inode in the slot change places. `add`: the inode in the slot moves to the name.
     place: index into Head.places.
     name: relative to the place; "." is the place itself.
     slot: a name in the staging folder of the place.
@@ -83,12 +83,12 @@ def write_staging(folder: Path, head: Head) -> None:
 
 
 def write_steps(folder: Path, head: Head, steps: Iterable[Step]) -> None:
-    """Record the steps. Called before the first step. Raises OSError."""
+    """Write the steps to `journal`. Called before the first step is carried out. Raises OSError."""
     _write(folder, "journal", head, steps)
 
 
 def commit(folder: Path) -> None:
-    """Mark all steps as done. If it raises OSError, nothing is committed."""
+    """Mark all steps as done. If this function raises OSError, nothing is committed."""
     (folder / "journal").rename(folder / "committed")
     # If a power cut loses the rename, recovery rolls everything back. That is no reason to roll back now.
     with contextlib.suppress(OSError):
@@ -101,7 +101,7 @@ def committed(folder: Path) -> bool:
 
 
 def pending(folder: Path) -> bool:
-    """Return whether the folder has a journal, so that a rollback or the end of an application is pending."""
+    """Return whether the folder has a journal, which means that its steps must be rolled back or finished."""
     return any((folder / phase).exists() for phase in _PHASES)
 
 
@@ -113,7 +113,7 @@ def remove(folder: Path) -> None:
 
 
 def read(folder: Path) -> tuple[Phase, Head, list[Step]] | None:
-    """Return the latest phase and its file's content, or None. Raises OSError, and HostError for invalid content."""
+    """Return the last phase and its file's content, or None if there is no journal. Raises OSError, HostError."""
     for phase in _PHASES:
         with contextlib.suppress(FileNotFoundError), (folder / phase).open("rb") as file:
             try:
@@ -142,7 +142,7 @@ def _write(folder: Path, phase: Phase, head: Head, steps: Iterable[Step]) -> Non
 
 
 def _encode(value: msgspec.Struct) -> bytes:
-    """Return one line of ASCII, because names may be invalid UTF-8."""
+    """Return *value* as one line of ASCII, because names may be invalid UTF-8."""
     return json.dumps(msgspec.to_builtins(value), separators=(",", ":")).encode("ascii") + b"\n"
 
 

@@ -14,7 +14,7 @@ _NESTED_MAX: Final = 40  # path_resolution(7): the kernel follows no more
 
 
 class Links:
-    """The links of the tree *nodes*. skipped: names of entries that exist too, but whose content is unknown.
+    """The links of the tree *nodes*. skipped: names of further entries, whose content is unknown.
 
     Each link is resolved once, so the length of all targets limits the total cost.
     """
@@ -25,9 +25,9 @@ class Links:
         self._ends: dict[str, tuple[str | None, str]] = {}
 
     def through(self, name: str) -> str:
-        """Return the skipped entry that the link *name* leads through or to; empty if there is none.
+        """Return the skipped entry that the link *name* leads through or to, or "" if there is none.
 
-        Return OUT if the path leaves the tree, even if it returns. If the path has too many links, return another name.
+        Return OUT if the path leaves the tree, even if it comes back; some other name if the path has too many links.
         """
         return self._end(name, 0)[1]
 

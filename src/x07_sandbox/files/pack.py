@@ -66,7 +66,7 @@ def pack_tree(
 
 
 def pack_files(files: Mapping[str, bytes], what: str) -> Packed:
-    """Pack files from memory. Raises UsageError. what: what the files are, for messages."""
+    """Pack files from memory. Raises UsageError. what: a description of the files, for messages."""
     total = sum(map(len, files.values()))
     if len(files) > FILES_MAX or total > settings.SOURCE_MAX_BYTES:
         why = f"{len(files)} files of {total} bytes exceed a limit ({FILES_MAX}, {settings.SOURCE_MAX_BYTES} bytes)"

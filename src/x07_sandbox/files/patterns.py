@@ -81,7 +81,7 @@ class Walk:
                 raise self._folder.refused(why, "Correct `files` in the manifest")
 
     def _found(self, fd: int, folder: str, states: set[_State]) -> list[tuple[str, bool, set[_State]]]:
-        """Return the relevant names in a folder: path, whether it is a matching file, and states for entries below."""
+        """Return the relevant entries of a folder: path, whether it is a matching file, and states for names below."""
         plain: dict[str, list[_State]] = {}
         others: list[_State] = []
         for state in states:
@@ -177,7 +177,7 @@ def _parts(pattern: str) -> list[_Part]:
 
 
 def _states(number: int, at: int, parts: Sequence[_Part]) -> tuple[_State, ...]:
-    """Return the states of a pattern at one part. They include the next part if this part may match no folder."""
+    """Return the states of a pattern at part *at*, and at the next part too if part *at* may match no folder."""
     here = (number, at)
     return (here, (number, at + 1)) if parts[at].text == _ANY and at + 1 < len(parts) else (here,)
 

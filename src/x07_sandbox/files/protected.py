@@ -76,7 +76,7 @@ def folded(text: str) -> str:
 
 @functools.cache
 def _any_of(patterns: tuple[str, ...]) -> re.Pattern[str]:
-    """Return one expression with a group for each of *patterns*. Separate ones take minutes for a large tree."""
+    """Return one regular expression with a group for each of *patterns*. Separate ones are too slow for large trees."""
     return re.compile("|".join(f"({fnmatch.translate(pattern)})" for pattern in patterns))
 
 
@@ -127,7 +127,7 @@ class Protection:
         self._root_is_protected = not all(allows)
 
     def why(self, name: str) -> str:
-        """Return why *name* must not be changed; empty if changing it is allowed."""
+        """Return why *name* must not be changed, or "" if changing it is allowed."""
         if self._is_named(name) and not self._obeyed(name):
             return ""
         if self._own and self._whole(name) in self._own:
@@ -162,7 +162,7 @@ class Protection:
         return matched and not self._obeyed(name)
 
     def _obeyed(self, name: str) -> str:
-        """Return the path that git runs or obeys if *name* is or is below it and no pattern allows it; else ""."""
+        """If *name* is or is below a path that git obeys, and no pattern allows that path, return the path, else ""."""
         if not self._allowed:
             return ""
         parts = [*([self._name] if self._is_git else []), *name.split("/")]
@@ -200,7 +200,7 @@ class Protection:
         return refused
 
     def _is_named(self, name: str, part: str = "") -> bool:
-        """Return whether a pattern matches the whole *name*. part: a text that the pattern must contain too, if any."""
+        """Return whether an *allowed* pattern matches the whole *name*. part: a part that the pattern must contain."""
         return self._matches(name, self._whole(name), part=part)
 
     def _whole(self, name: str) -> str:
@@ -240,7 +240,10 @@ def repository_around(root: str) -> str:
 
 
 def _inherited(folder: str, known: dict[str, str | None], own: Callable[[str], str | None]) -> str | None:
-    """Return the result of *own* for the topmost of *folder* and its parents that has one. known: a cache."""
+    """Call *own* for *folder* and its parents, the topmost first; return the first result that is not None.
+
+    known: a cache of results by folder.
+    """
     path = []
     while folder not in known:
         path.append(folder)

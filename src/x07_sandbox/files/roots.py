@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Root(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A folder or file of the host that the program may use.
 
-    field: the policy field or flag that contains it. given: the path as written there. host, guest: absolute paths.
+    field: the policy field or flag that lists it. given: the path as listed. host, guest: its absolute paths.
     """
 
     field: str
@@ -33,7 +33,7 @@ class Root(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class Mount(msgspec.Struct, frozen=True, kw_only=True):
-    """A tree, or its part *sub*, mounted at *at* in the guest. missing: not on the host yet. single: a file."""
+    """A tree, or its part *sub*, mounted at *at* in the guest. missing: it is not on the host. single: it is a file."""
 
     sub: str
     at: str
@@ -98,7 +98,7 @@ def _mounts(roots: Iterable[Root], base: str, states: dict[str, str]) -> tuple[M
 
 
 def mounts_of(trees: Sequence[Tree]) -> list[tuple[int, Mount]]:
-    """Return the mounts and the indexes of their trees. Outer ones come first, so that no mount covers another.
+    """Return the mounts and the indexes of their trees. Outer mounts come first, so that no mount covers another.
 
     A root that is visible through another mount gets no mount: a mount point cannot be replaced or removed (EBUSY).
     """
@@ -130,7 +130,7 @@ def change_roots(trees: Sequence[Tree]) -> list[tuple[int, Mount]]:
 
 
 def _look(root: Root) -> str:
-    """Return `folder`, `file` or `missing`. Raises UsageError for other kinds, and if the path contains a link."""
+    """Return a root's kind: `folder`, `file` or `missing`. Raises UsageError for other kinds and paths with links."""
     what = f"cannot copy in {root.given}"
     parts = PurePosixPath(root.host).parts[1:]
     mode = stat.S_IFDIR

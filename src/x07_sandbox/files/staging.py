@@ -30,7 +30,7 @@ _ACL: Final = "system.posix_acl_access"
 
 
 class Planner:
-    """The plan of the steps for all roots. data_fd: contents of the set. content: the new nodes, by slot."""
+    """The plan of the steps for all roots. data_fd: the set's contents. content: the new nodes, by slot."""
 
     def __init__(self, data_fd: int) -> None:
         self.data_fd = data_fd
@@ -170,7 +170,7 @@ def _inherit(dir_fd: int, step: Step, fd: int) -> None:
 
 
 def undo_changes(items: Iterable[Item], steps: Iterable[Step]) -> Iterator[Change]:
-    """Yield the changes that undo the items of a root. steps: the steps of the root's place."""
+    """Yield the changes that undo the items of a root. steps: the planned steps of that root."""
     at = {step.name: step.undo_at for step in steps if step.undo_at >= 0}
     for item in items:
         before, after = item.change.before, item.change.after

@@ -1,4 +1,7 @@
-"""The undo set of the last application: replaced and removed content, moved there from the staging folders."""
+"""The undo set of the changes that were applied last: replaced and removed content, copied from staging folders.
+
+*folder* is always the private folder of the change set. publish() replaces the current undo set by the prepared one.
+"""
 
 from __future__ import annotations
 
@@ -39,14 +42,14 @@ def undo_entries(folder: Path) -> dict[tuple[str, str], Change]:
 
 
 def prepare(folder: Path, undo_set: ChangeSet) -> None:
-    """Write the undo set without publishing it. Raises OSError."""
+    """Write *undo_set* to *folder*, to be published later. Raises OSError."""
     _remove(folder / _NEXT)
     (folder / _NEXT).mkdir(0o700)
     replace_file(folder / _NEXT / _PLANNED, data_model.encode(undo_set), sync=True)
 
 
 def drop_prepared(folder: Path) -> None:
-    """Remove an unpublished undo set. Raises OSError."""
+    """Remove a prepared undo set that was not published. Raises OSError."""
     _remove(folder / _NEXT)
 
 
@@ -89,9 +92,9 @@ def remove_undo(folder: Path) -> None:
 
 
 def remove_staging(site: Site, known: dict[str, Ident] | None, mode: int | None = None) -> None:
-    """Remove a staging folder and its *known* inodes; if None, everything that is named like a slot.
+    """Remove a staging folder and its inodes. known: the inodes to remove, by slot; None to go by the names of slots.
 
-    mode: the final mode of the folder around it, if x07 has set one. Raises OSError, and HostError if anything is left.
+    mode: the final mode of the parent folder, if x07 has set one. Raises OSError, and HostError if anything is left.
     """
     if site.staging_fd >= 0:
         names = os.listdir(site.staging_fd)  # noqa: PTH208 - it is a descriptor

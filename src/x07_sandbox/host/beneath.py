@@ -41,7 +41,7 @@ def open_root(path: str) -> int:
 
 
 def look(dir_fd: int, name: str) -> int:
-    """Return an O_PATH descriptor of a relative name ("." is the folder). For a link, it is the link's own.
+    """Return an O_PATH descriptor of a relative name ("." is the folder). A link is opened itself, not its target.
 
     Raises OSError: ELOOP or ENOTDIR if a parent is not a folder, EXDEV at a mount point.
     """
@@ -61,7 +61,7 @@ def parent_of(dir_fd: int, name: str) -> Iterator[tuple[int, str]]:
 
 
 def exchange(fd: int, name: str, other_fd: int, other: str) -> bool:
-    """Exchange two names atomically. Return False if the file system cannot. Raises OSError for other errors."""
+    """Exchange two names atomically. Return False if the file system cannot do so. Raises OSError for other errors."""
     code = _renameat2(fd, name, other_fd, other, _EXCHANGE)
     if code and code not in _UNSUPPORTED:
         raise OSError(code, os.strerror(code), name)
@@ -69,7 +69,7 @@ def exchange(fd: int, name: str, other_fd: int, other: str) -> bool:
 
 
 def move(fd: int, name: str, to_fd: int, to: str) -> None:
-    """Rename without overwriting. Raises OSError; the error is FileExistsError if the new name exists."""
+    """Rename a file or folder without overwriting. Raises OSError, which is a FileExistsError if *to* exists."""
     code = _renameat2(fd, name, to_fd, to, _NOREPLACE)
     # The new name may be a link that a killed process of ours made in _move_by_link.
     if code in _UNSUPPORTED or (code == errno.EEXIST and _same_inode(fd, name, to_fd, to)):

@@ -8,7 +8,7 @@ _PRINTABLE: Final = {"\n", "\t"}
 
 
 class BoundedStream:
-    """Keeps the last *keep_bytes* bytes read from a non-blocking descriptor, which is lent."""
+    """Keeps the last *keep_bytes* bytes read from a non-blocking descriptor. The caller owns the descriptor."""
 
     def __init__(self, fd: int, *, keep_bytes: int) -> None:
         self.fd = fd
@@ -18,7 +18,7 @@ class BoundedStream:
         self._kept = bytearray()
 
     def read(self) -> None:
-        """Read one chunk."""
+        """Read one chunk, or nothing if no data is ready."""
         if self.ended:
             return
         try:

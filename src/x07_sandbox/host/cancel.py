@@ -55,12 +55,12 @@ class Cancel:
         os.eventfd_write(self.fd, 1)
 
     def close(self) -> None:
-        """Close the descriptor."""
+        """Close the descriptor that event loops poll."""
         os.close(self.fd)
 
 
 class Notice(str):
-    """A progress line that announces a long one-time step. Unlike others, it is printed even without a terminal."""
+    """A progress line that announces a long one-time step. Unlike other lines, it is printed without a terminal too."""
 
     __slots__ = ()
 

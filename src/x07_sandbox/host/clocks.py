@@ -25,7 +25,7 @@ def unix_ns() -> int:
 
 
 class Deadline(msgspec.Struct, frozen=True):
-    """A deadline that nested calls share. at: seconds on the scale of *clock*."""
+    """A deadline that nested calls share. at: a time in seconds, as *clock* returns it."""
 
     at: float
     clock: Callable[[], float] = time.monotonic
@@ -36,7 +36,7 @@ class Deadline(msgspec.Struct, frozen=True):
         return cls(time.monotonic() + seconds)
 
     def left_s(self) -> float:
-        """Return the seconds left; 0.0 once the deadline has passed."""
+        """Return the seconds left, or 0.0 once the deadline has passed."""
         return max(0.0, self.at - self.clock())
 
     def late_s(self) -> float:

@@ -33,7 +33,7 @@ def close(fd: int) -> None:
 
 
 def discard(fd: int) -> None:
-    """Remove a descriptor from the list of those that forked children close. The caller closes it."""
+    """Let forked children keep a descriptor that was added before. The caller closes the descriptor."""
     _ours.discard(fd)
 
 

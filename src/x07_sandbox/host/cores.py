@@ -11,7 +11,7 @@ _ROOT: Final = Path("/")
 
 
 def cores(root: Path = _ROOT) -> int:
-    """Return how many cores this process may use; part of a core counts as one. root: the folder with proc and sys."""
+    """Return how many cores this process may use; part of a core counts as one. root: the folder of proc and sys."""
     found = len(os.sched_getaffinity(0))
     for path in group_files(root, "cpu", "cpu.max", "cpu.cfs_quota_us"):
         with contextlib.suppress(OSError, ValueError):  # no such cgroup, or "max"

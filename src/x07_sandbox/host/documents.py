@@ -39,8 +39,8 @@ def write_document(
     """Write *data* atomically to the file *parts* below *root*, and create missing folders.
 
     A link below *root* is an error, because a hostile project could use it to redirect the write outside *root*. An
-    existing file with other content is kept unless *overwrite* is true. fix: advice for the error if the file cannot be
-    written. Raises UsageError if it cannot.
+    existing file with other content is kept unless *overwrite* is true. Raises UsageError with the advice *fix* if the
+    file cannot be written.
     """
     path = root.joinpath(*parts)
     *folders, name = parts
@@ -56,7 +56,7 @@ def write_document(
 
 @contextlib.contextmanager
 def _folder(root: Path, folders: list[str]) -> Iterator[int]:
-    """Yield a descriptor of the folder below *root*. Missing folders are created. Raises OSError."""
+    """Yield a descriptor of the folder *folders* (parts of a path) below *root*, created if missing. Raises OSError."""
     fd = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         for name in folders:
@@ -92,7 +92,7 @@ def _put(folder: int, name: str, data: bytes, *, overwrite: bool) -> Status:
 
 
 def _present(folder: int, name: str, most: int) -> tuple[bytes, int] | None:
-    """Return the first *most* bytes of a file, and the file's mode; None if the file is missing. Raises OSError."""
+    """Return the first *most* bytes and the mode of a file, or None if the file is missing. Raises OSError."""
     try:
         fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
     except FileNotFoundError:

@@ -90,7 +90,7 @@ def lock_for_removal(path: Path) -> Iterator[bool]:
 
 
 def is_locked(path: Path) -> bool:
-    """Return whether a process holds a lock on a folder; False for a missing folder or a link."""
+    """Return whether a process holds a lock on a folder, or False for a missing folder or a link."""
     try:
         with lock_for_removal(path) as free:
             return not free

@@ -45,7 +45,7 @@ def group_files(root: Path, controller: str, name: str, old_name: str) -> Iterat
 
 
 def memory_file(data: bytes) -> int:
-    """Return a file in memory with the content *data*, at offset 0. The caller owns it; a failed call closes it."""
+    """Return a file in memory with the content *data*, at offset 0. The caller owns the returned descriptor."""
     fd = os.memfd_create("x07", os.MFD_CLOEXEC)
     try:
         write_all(fd, data)

@@ -30,7 +30,7 @@ _SIGXCPU: Final = {-24, 128 + 24}  # as status of subprocess, and of a shell
 
 
 def host_error(exc: OSError | MemoryError) -> HostError | None:
-    """Return the error to show to the user; None if *exc* is a bug."""
+    """Return the error to show to the user, or None if *exc* is a bug."""
     if isinstance(exc, MemoryError):  # Python's form of ENOMEM
         exc = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
     fix = _FIXES.get(exc.errno or 0)
@@ -45,12 +45,12 @@ def host_error(exc: OSError | MemoryError) -> HostError | None:
 
 
 def out_of_cpu_time(status: int | None) -> str:
-    """Return a clause if *status* shows that the shell's CPU time limit ended a machine; "" if it does not."""
+    """Return a clause for messages if *status* shows that the shell's CPU time limit ended a process, else ""."""
     return "reached the CPU time limit of this shell (ulimit -H -t)" if status in _SIGXCPU else ""
 
 
 def fix_for(exc: OSError, otherwise: str) -> str:
-    """Return the fix for a full or read-only file system or too many open files; otherwise return *otherwise*."""
+    """Return the advice for a full or read-only file system or too many open files, or *otherwise* for other errors."""
     known = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE}
     return _FIXES[exc.errno] if exc.errno in known else otherwise
 

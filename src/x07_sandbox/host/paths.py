@@ -83,12 +83,12 @@ def settings_file() -> Path:
 
 
 def cache_folder(name: str) -> Path:
-    """Return a private folder of the cache, created if missing. Raises HostError if it cannot be made private."""
+    """Return the private folder *name* in the cache, created if missing. Raises HostError if it is not private."""
     return private_dir(private_dir(cache_dir()) / name)
 
 
 def least_recently_used(found: Iterable[tuple[float, int, Path]], most_bytes: int) -> list[Path]:
-    """Return the least recently used paths to remove so that *most_bytes* suffice. found: last use, bytes and path."""
+    """Return the least recently used paths whose removal leaves *most_bytes* or less. found: last use, size, path."""
     doomed = []
     for _, size, path in sorted(found, reverse=True):
         most_bytes -= size
@@ -107,17 +107,17 @@ def real_path(path: Path) -> Path:
 
 
 def is_file(path: Path) -> bool:
-    """Return whether a file exists; False if this user may not look."""
+    """Return whether *path* is a file, or False if this user may not access the path."""
     return os.path.isfile(path)  # noqa: PTH113 - Path.is_file() raises PermissionError
 
 
 def is_folder(path: Path) -> bool:
-    """Return whether a folder exists; False if this user may not look."""
+    """Return whether *path* is a folder, or False if this user may not access the path."""
     return os.path.isdir(path)  # noqa: PTH112 - as above
 
 
 def read_bounded(path: Path, what: str, max_bytes: int) -> bytes:
-    """Return a regular file's content. what: its kind, for errors. Raises UsageError if unreadable or too large."""
+    """Return a regular file's content. what: the kind of file. Raises UsageError if unreadable or too large."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
@@ -206,7 +206,7 @@ def _others_can_change(info: os.stat_result) -> bool:
 
 
 def _how_to_be_private(info: os.stat_result, here: Path) -> str:
-    """Return the fix for a folder that is not private. A shared folder such as /tmp must keep its mode."""
+    """Return the advice for a folder that is not private. A shared folder such as /tmp must keep its mode."""
     uid = os.geteuid()
     shared = bool(info.st_mode & (stat.S_ISVTX | stat.S_IWGRP | stat.S_IWOTH))
     if info.st_uid == uid != 0 and not shared:
@@ -217,7 +217,10 @@ def _how_to_be_private(info: os.stat_result, here: Path) -> str:
 
 
 def why_not_ours(info: os.stat_result, kind: Callable[[int], bool]) -> str:
-    """Return why this user must not remove a file or folder, or "". kind: S_ISDIR or S_ISREG; a link is neither."""
+    """Return why this user must not remove a file or folder, or "" if the user may.
+
+    kind: S_ISDIR or S_ISREG, the test for the expected type. A link passes neither test.
+    """
     if not kind(info.st_mode):
         return "it is a link or another type of file"
     return "" if info.st_uid == os.geteuid() else f"it belongs to uid {info.st_uid}"

@@ -1,4 +1,7 @@
-"""Processes identified by pid, start time and boot, since a pid alone is reused."""
+"""Processes identified by pid, start time and boot, since a pid alone is reused.
+
+A mark is a random text that x07 puts into the arguments of a job's processes, to recognize them later.
+"""
 
 import contextlib
 import errno
@@ -49,7 +52,7 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 def identify(pid: int) -> Identity | None:
-    """Return the identity of a process; None if no process has this pid."""
+    """Return the identity of a process, or None if no process has this pid."""
     fields = _stat_fields(pid)
     return None if fields is None else Identity(pid=pid, start_ticks=int(fields[19]))
 
@@ -80,7 +83,7 @@ def _stat_fields(pid: int) -> list[str] | None:
 
 
 def has_mark(pid: int, mark: str) -> bool:
-    """Return whether a process has *mark* in its arguments. Only our launcher sets marks. False for an empty mark."""
+    """Return whether *mark* is not empty and is in the arguments of a process. Only our launcher sets marks."""
     try:
         return bool(mark) and mark.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
@@ -121,7 +124,7 @@ def kill_identity(identity: Identity, mark: str, number: int = signal.SIGKILL) -
 
 
 def _pidfd(pid: int) -> int | None:
-    """Return a pidfd; None if the pid is unused or belongs to a thread."""
+    """Return a pidfd, or None if the pid is unused or belongs to a thread."""
     try:
         return os.pidfd_open(pid)
     except (ProcessLookupError, FileNotFoundError):
@@ -133,7 +136,7 @@ def _pidfd(pid: int) -> int | None:
 
 
 def wait_gone(identity: Identity, timeout_s: float) -> bool:
-    """Wait at most *timeout_s* until a process has ended. Return whether it has."""
+    """Wait at most *timeout_s* until a process has ended. Return whether it has ended."""
     pidfd = _pidfd(identity.pid)
     if pidfd is None:
         return True

@@ -55,7 +55,7 @@ TMP_SHARE: Final = 4  # /tmp gets a quarter of the memory limit
 
 
 def allowance_ms() -> int:
-    """Return the time of a job besides its program's own: queue, boot, copying in, copying changes out."""
+    """Return the time that a job may take besides its program: queue, boot, copying files in, copying changes out."""
     return int((QUEUE_S + BOOT_S + COPY_IN_S + CHANGES_OUT_S) * 1000)
 
 

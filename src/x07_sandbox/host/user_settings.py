@@ -55,7 +55,7 @@ SETTINGS: Final = (
 
 
 def settings_bytes(path: Path) -> bytes | None:
-    """Return the content of a settings file; None if it is missing. Raises HostError if it cannot be used."""
+    """Return the content of a settings file, or None if it is missing. Raises HostError if it cannot be used."""
     try:
         with path.open("rb") as file:
             info = os.fstat(file.fileno())
@@ -71,7 +71,7 @@ def settings_bytes(path: Path) -> bytes | None:
 
 
 def settings_table(data: bytes, name: str, source: str) -> dict[str, Any]:
-    """Return the table [*name*] of a settings file. source: its path in errors. Raises UsageError if it is invalid."""
+    """Return the table [*name*] of a settings file. source: its path, for errors. Raises UsageError if invalid."""
     import tomllib
 
     keys = {row.key for row in SETTINGS if row.table == name}

@@ -40,7 +40,7 @@ Kind = Literal["flag", "choice", "number", "folder", "digest", "text"]
 
 
 class Variable(msgspec.Struct, frozen=True):
-    """One variable."""
+    """One environment variable."""
 
     name: str
     kind: Kind
@@ -148,25 +148,25 @@ VARIABLES: Final[dict[str, Variable]] = {variable.name: variable for variable in
 
 
 def check_environment(environ: Mapping[str, str]) -> tuple[str, ...]:
-    """Check all known variables. Return warnings about unknown ones with our prefixes. Raises UsageError."""
+    """Check all known variables. Return warnings about unknown names with X07's prefixes. Raises UsageError."""
     for name in environ.keys() & VARIABLES.keys():
         _read(VARIABLES[name], environ)
     return tuple(_unknown(name) for name in sorted(environ) if name.startswith(PREFIXES) and name not in VARIABLES)
 
 
 def flag(name: str, environ: Mapping[str, str] | None = None) -> bool:
-    """Return a switch; False while it is unset. Raises UsageError if its value is invalid."""
+    """Return the value of the switch *name*, or False while it is unset. Raises UsageError for an invalid value."""
     return _read(_of(name, "flag"), environ) is True
 
 
 def number(name: str, environ: Mapping[str, str] | None = None) -> int | None:
-    """Return a number; None while it is unset. Raises UsageError if its value is invalid."""
+    """Return the value of the number *name*, or None while it is unset. Raises UsageError for an invalid value."""
     value = _read(_of(name, "number"), environ)
     return value if isinstance(value, int) else None
 
 
 def text(name: str, environ: Mapping[str, str] | None = None) -> str | None:
-    """Return a choice's meaning, a folder, digest or text; None while unset. Raises UsageError if it is invalid."""
+    """Return the value of *name* (for a choice, its meaning), or None while unset. Raises UsageError if invalid."""
     value = _read(_of(name, "choice", "folder", "digest", "text"), environ)
     return value if isinstance(value, str) else None
 
@@ -179,7 +179,7 @@ def _of(name: str, *kinds: Kind) -> Variable:
 
 
 def _read(variable: Variable, environ: Mapping[str, str] | None) -> bool | int | str | None:
-    """Return a variable's value; None while it is unset. Raises UsageError if its value is invalid."""
+    """Return a variable's value, or None while it is unset. Raises UsageError if the value is invalid."""
     raw = (os.environ if environ is None else environ).get(variable.name, "")
     value = raw.strip()
     if not value:

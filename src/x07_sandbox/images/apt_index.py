@@ -45,12 +45,12 @@ def check_known(file: Path, include: Sequence[str], suite: str) -> None:
 
 
 def package_names(file: Path) -> frozenset[str]:
-    """Return all package names in the host's lists for the sources in *file*; empty if the host has no lists."""
+    """Return all package names in the host's lists for the sources in *file*. Return none if the host has no lists."""
     return frozenset(_cache(file, "pkgnames").split())
 
 
 def versions(file: Path, names: Sequence[str]) -> dict[str, str]:
-    """Return the version of each known package."""
+    """Return the versions of those packages in *names* that the host's package lists contain."""
     wanted = [name for name in names if name in package_names(file)]
     if not wanted:
         return {}

@@ -37,7 +37,7 @@ TAR_FILE = "root.tar"
 
 
 class Base(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
-    """The content of base.json."""
+    """The content of base.json, which describes a base."""
 
     schema_version: str
     kernel_release: str
@@ -61,7 +61,7 @@ class Base(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
 
 class BaseSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """The inputs of a base."""
+    """The inputs that determine the content of a base."""
 
     arch: Arch
     suite: str
@@ -71,7 +71,7 @@ class BaseSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def key(self) -> str:
-        """The unique part of the name of the base's folder."""
+        """A hash of the inputs, for the name of the base's folder."""
         words = [recipe.RECIPE, self.arch.deb, self.suite, list(self.include)]
         words += [self.x07, commands.EPOCH] if self.x07 else []
         words += [{"pip": sorted(self.pip), "layout": recipe.PIP_LAYOUT}] if self.pip else []
@@ -79,7 +79,7 @@ class BaseSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_base(folder: Path) -> Base | None:
-    """Return the base in *folder*; None if base.json or a file of the base is missing, truncated or invalid."""
+    """Return the base in *folder*, or None if base.json or a file of the base is missing, truncated or invalid."""
     try:
         with (folder / "base.json").open("rb") as file:
             base = msgspec.json.decode(file.read(manifest.MAX_BYTES), type=prepared(Base))
@@ -90,7 +90,7 @@ def read_base(folder: Path) -> Base | None:
 
 
 def check_base(folder: Path, base: Base) -> None:
-    """Verify all files of *base*. Hash those that changed since the last time. Raises ImageError."""
+    """Verify all files of *base*. Hash only files that changed since the last verification. Raises ImageError."""
     fix = "Run x07 image build, which downloads it again"
     subject = verify.Subject("the cached base of guest images", folder.name, verify.sha256_of, fix)
     with contextlib.ExitStack() as stack:
@@ -194,9 +194,9 @@ def _mmdebstrap(work: Path, spec: BaseSpec, progress: Callable[[str], None]) -> 
 def own_namespaces() -> list[str]:
     """Return a command prefix that runs a command as root in namespaces of its own.
 
-    All processes of the command end with it. mmdebstrap's own isolation leaves things behind: in mode "root", mounts
-    that the whole host sees; in mode "unshare", workers that outlive mmdebstrap and wait forever. So every user runs
-    mmdebstrap in mode "root" behind this prefix.
+    All processes of the command end with the command. mmdebstrap's own isolation leaves things behind: in mode "root",
+    mounts that the whole host sees; in mode "unshare", workers that outlive mmdebstrap and wait forever. So every user
+    runs mmdebstrap in mode "root" behind this prefix.
     """
     argv = [commands.tool("unshare"), "--mount", "--pid", "--fork", "--mount-proc", "--kill-child"]
     if os.geteuid() != 0:
@@ -236,7 +236,7 @@ def remove_work(work: Path, progress: Callable[[str], None]) -> None:
 
 
 def remove_tree(folder: Path) -> None:
-    """Remove a tree. Raises ImageError if anything is mounted in it."""
+    """Remove a folder and everything below it. Raises ImageError if anything is mounted there."""
     below = os.fsencode(f"{folder}/")
     if any(mounted.place.startswith(below) for mounted in mounts()):
         why, fix = "a file system is mounted below it", "Unmount it (see findmnt), then try again"
@@ -272,14 +272,14 @@ def _packages(work: Path) -> list[manifest.Package]:
 
 
 def put(folder: Path, name: str, data: bytes) -> manifest.Part:
-    """Write a new read-only file of an image, and sync it."""
+    """Write a new read-only file of an image, sync it, and return its name, digest and size."""
     with (folder / name).open("xb") as file:
         file.write(data)
     return part_of(folder, name)
 
 
 def part_of(folder: Path, name: str) -> manifest.Part:
-    """Hash and sync a finished file of an image, and make it read-only."""
+    """Make a finished file of an image read-only, sync it, and return its name, digest and size."""
     with (folder / name).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         os.fchmod(file.fileno(), stat.S_IRUSR | stat.S_IRGRP | stat.S_IROTH)

@@ -200,7 +200,7 @@ class _Builder:
         return ""
 
     def _base(self, extras: Extras) -> tuple[Path, bases.Base]:
-        """Return the folder of the image's base, and the base, made if missing or damaged. Raises SandboxError."""
+        """Return the image's base, after its folder. Make the base if it is missing or damaged. Raises SandboxError."""
         folder = self._base_folder(extras)
         base = None if self._fresh else bases.read_base(folder)
         if base is not None:
@@ -219,7 +219,7 @@ class _Builder:
         return folder, base
 
     def _new_base(self, extras: Extras) -> Path:
-        """Make a base in the work folder: from Debian packages, or by adding one more part to another base."""
+        """Make a base in the work folder: from Debian packages, or by adding the X07 toolchain or wheels to a base."""
         work = self._work
         if extras.pip:
             return self._with_wheels(extras)

@@ -1,4 +1,7 @@
-"""External commands for the image build, with an explicit environment and a bounded log. Each is killed as a group."""
+"""External commands for the image build, with an explicit environment, a bounded log, and a timeout.
+
+A timeout kills the whole process group of the command.
+"""
 
 from __future__ import annotations
 

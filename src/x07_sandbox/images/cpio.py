@@ -64,7 +64,7 @@ def _header(inode: int, entry: Entry) -> bytes:
 
 
 def check_size(name: str, size: int) -> int:
-    """Return *size* if it fits the format. Raises ValueError."""
+    """Return *size*. Raises ValueError if the format cannot store a file of that size."""
     if size > MAX_FILE_BYTES:
         raise ValueError(f"{name} has {size} bytes, but a cpio entry holds at most {MAX_FILE_BYTES}")
     return size

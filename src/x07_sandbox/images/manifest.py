@@ -27,7 +27,7 @@ Size = Annotated[int, msgspec.Meta(ge=0, le=1 << 42)]
 
 
 class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One file of the image."""
+    """The name, digest and size of one file of the image."""
 
     file: FileName
     sha256: Sha256
@@ -48,14 +48,14 @@ class Parts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
 
 class Piece(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A piece of the scratch part: its next *bytes* bytes, which belong at *offset* of the disk."""
+    """A piece of the image's scratch file: the file's next *bytes* bytes, which belong at *offset* of the disk."""
 
     offset: Size
     bytes: Size
 
 
 class ScratchDisk(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The recipe of a scratch disk: *bytes* zero bytes, into which the pieces of the scratch part are written."""
+    """The recipe of a scratch disk: *bytes* zero bytes, into which the pieces of the scratch file are written."""
 
     bytes: Size
     pieces: list[Piece]
@@ -131,12 +131,12 @@ def sealed(manifest: Manifest) -> Manifest:
 
 
 def encode(manifest: Manifest) -> bytes:
-    """Encode the file: sorted keys, indented by two spaces."""
+    """Return the content of manifest.json: sorted keys, indented by two spaces."""
     return json.dumps(msgspec.to_builtins(manifest), sort_keys=True, indent=2, ensure_ascii=False).encode() + b"\n"
 
 
 def decode(data: bytes, where: str) -> Manifest:
-    """Decode and verify a manifest. Raises ImageError."""
+    """Decode and verify a manifest. where: the image's name in errors. Raises ImageError."""
     if len(data) > MAX_BYTES:
         raise _bad(where, f"it has more than {MAX_BYTES} bytes")
     try:

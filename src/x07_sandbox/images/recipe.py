@@ -86,10 +86,10 @@ def check_modules(preload: Sequence[str]) -> tuple[str, ...]:
 
 
 def mmdebstrap_options(arch: Arch, include: Sequence[str], kernel_deb: str, dpkg_status: str) -> list[str]:
-    """Return mmdebstrap's options. kernel_deb, dpkg_status: paths of its two output files.
+    """Return mmdebstrap's options. kernel_deb, dpkg_status: paths on the host for the kernel package and dpkg's status.
 
-    CLEAN removes apt's folders; mmdebstrap's own clean-up would create them again. /sys is skipped, since an ordinary
-    user cannot mount it.
+    The hook CLEAN removes apt's folders. mmdebstrap's own clean-up would create them again. /sys is skipped, since an
+    ordinary user cannot mount it.
     """
     options = ["--variant=essential", "--skip=cleanup/apt,chroot/mount/sys", f"--architectures={arch.deb}"]
     options += [f"--include={','.join([*PACKAGES, *include])}"]

@@ -1,7 +1,7 @@
 """The scratch disk: an empty ext4 file system, stored as its few non-zero blocks.
 
 A job's disk is a sparse file with these blocks. The file system has no journal, since the disk never outlives its VM.
-Nothing in it is left for the kernel to initialize in the background.
+The kernel has nothing left to initialize in the background.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ EXTENDED = (
 
 
 def make_head(folder: Path) -> tuple[bytes, ScratchDisk]:
-    """Return the non-zero blocks of an empty scratch disk made in *folder*, and their places. Raises ImageError."""
+    """Make an empty scratch disk in *folder*. Return its non-zero blocks and their offsets. Raises ImageError."""
     import tempfile
 
     from x07_sandbox.images import commands
@@ -46,7 +46,7 @@ def make_head(folder: Path) -> tuple[bytes, ScratchDisk]:
 
 
 def read_disk(fd: int) -> tuple[bytes, ScratchDisk]:
-    """Return the contents of the disk *fd* for `write_disk`. Raises ImageError if the disk has too much data."""
+    """Return the non-zero blocks of the disk *fd* and their offsets. Raises ImageError if there are too many blocks."""
     head = bytearray()
     pieces: list[Piece] = []
     for offset in _data_blocks(fd):
@@ -80,7 +80,7 @@ def _data_blocks(fd: int) -> list[int]:
 
 
 def write_disk(scratch_fd: int, disk: ScratchDisk, fd: int) -> None:
-    """Write a scratch disk to the empty file *fd*. scratch_fd: the verified scratch part."""
+    """Write a scratch disk to the empty file *fd*. scratch_fd: the image's verified scratch file."""
     try:
         os.ftruncate(fd, disk.bytes)
     except OSError as exc:  # a file size limit

@@ -54,7 +54,7 @@ def build_command(name: str) -> str:
 
 
 def repair_hint(image: Image) -> str:
-    """Return the fix for an image with damaged parts."""
+    """Return the advice on how to repair an image with damaged files, for errors."""
     name = image.name or _name_of(image.digest.removeprefix("sha256:"))
     if not name:
         return "It has no name and cannot be repaired: use another image from x07 image list"
@@ -118,7 +118,7 @@ def named(name: str) -> Image | None:
 
 
 def list_images() -> list[Image]:
-    """Return the readable images: by name, then the nameless by digest. An image with two names appears twice."""
+    """Return the readable images: by name, then those without a name. An image with two names appears twice."""
     return [image for image in _all() if isinstance(image, Image)]
 
 
@@ -156,7 +156,7 @@ def load(digest: str, name: str = "") -> Image:
 
 
 def _rebuild_hint(digest: str, name: str) -> str:
-    """Return the fix for an image whose manifest is unusable, so that its list of packages is lost."""
+    """Return the advice for an image with an unusable manifest, whose list of packages is therefore lost."""
     if name := name or _name_of(digest):
         return f"Run {build_command(name)} --no-include, or use --include with the packages that it had"
     return f"It has no name: remove {images_dir() / digest}"

@@ -26,7 +26,7 @@ def entry(
 
 
 def add_bytes(archive: tarfile.TarFile, name: str, data: bytes) -> None:
-    """Add a read-only file."""
+    """Add a read-only file to *archive*."""
     archive.addfile(entry(name, size=len(data)), io.BytesIO(data))
 
 

@@ -4,7 +4,7 @@ Each file is opened once, without following links, below the image folder's desc
 file's descriptor, so replacing the file later has no effect. A large file is hashed once per boot of the host, and
 again if fstat shows a change. Small files are hashed each time.
 
-This protects against accidents and other users, but not against the user's own processes.
+The checks protect against accidents and other users, but not against the user's own processes.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 class Subject(msgspec.Struct, frozen=True):
-    """An object to verify: its name in errors, the name of its record, its hash function, and the fix in errors."""
+    """An object to verify: its name in errors, the name of its record, its hash function, and the advice in errors."""
 
     name: str
     record: str
@@ -104,7 +104,7 @@ def _subject(image: Image) -> Subject:
 
 
 def opened_parts(folder_fd: int, parts: Sequence[Part], subject: Subject, stack: contextlib.ExitStack) -> list[int]:
-    """Open and verify files below a folder. *stack* closes the descriptors. Raises ImageError, HostError."""
+    """Open and verify *parts*, files below a folder. *stack* closes the descriptors. Raises ImageError, HostError."""
     before = _recorded(subject)
     fresh: dict[str, Identity] = {}
     fds = []
@@ -151,7 +151,10 @@ def _parts(image: Image) -> list[Part]:
 
 
 def check_part(fd: int, part: Part, earlier: Identity | None, subject: Subject) -> Identity:
-    """Verify that *fd* is *part*, and return its identity. earlier: the recorded one, or None. Raises ImageError."""
+    """Check that the file *fd* is *part*; return the file's identity. Raises ImageError.
+
+    earlier: the identity that was recorded at the last verification, or None.
+    """
     before = os.fstat(fd)
     if before.st_size != part.bytes:
         raise _bad(subject, f"{part.file} has {before.st_size} bytes instead of {part.bytes}")
@@ -192,7 +195,7 @@ def sha256_of(fd: int, size: int) -> str:
 
 
 def filesystem(fd: int) -> str:
-    """Return the file system type of *fd* by its name in mountinfo; empty if unknown."""
+    """Return the file system type of *fd* by its name in mountinfo, or "" if unknown."""
     try:
         with Path(f"/proc/self/fdinfo/{fd}").open("rb") as file:
             number = next(int(line.split()[1]) for line in file if line.startswith(b"mnt_id:"))
@@ -203,7 +206,7 @@ def filesystem(fd: int) -> str:
 
 @contextlib.contextmanager
 def opened_folder(folder: Path, subject: Subject) -> Iterator[int]:
-    """Open a private folder. Raises ImageError, HostError."""
+    """Open a folder that only this user can access. Raises ImageError, HostError."""
     try:
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as exc:
@@ -252,7 +255,7 @@ def _record_path(subject: Subject) -> Path:
 
 
 def _recorded(subject: Subject) -> dict[str, Identity]:
-    """Return the identities recorded since the host booted; empty without a valid record, so all files are hashed."""
+    """Return the identities of files verified since the host booted, or {} if there is no valid record of them."""
     try:
         fd = os.open(_record_path(subject), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError:

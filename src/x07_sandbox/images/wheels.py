@@ -46,7 +46,7 @@ class Unpacker:
         (root / self._site).mkdir(parents=True)
 
     def unpack(self, wheel: Path) -> None:
-        """Unpack a wheel. Raises ImageError."""
+        """Unpack a wheel into the tree. Raises ImageError."""
         try:
             with zipfile.ZipFile(wheel) as archive:
                 self._unpack(archive, wheel.name)
@@ -70,7 +70,7 @@ class Unpacker:
             self._launchers(_text(archive, files[points], wheel), wheel)
 
     def _place(self, name: str, data: str, wheel: str) -> str | None:
-        """Return the path of a file below the root, or None to skip it."""
+        """Return the path below the image's root for the file *name* of a wheel, or None to skip the file."""
         parts = name.split("/")
         if not name.isprintable() or "\\" in name or {"", ".", ".."} & set(parts) or max(map(len, parts)) > _NAME_MAX:
             raise _bad(wheel, f"its file {name[:100]!r} has an invalid path")
@@ -105,7 +105,7 @@ class Unpacker:
         target.chmod(0o700 if executable else 0o600)
 
     def _launchers(self, text: str, wheel: str) -> None:
-        """Write a program to /usr/local/bin for each console script."""
+        """Write a program to /usr/local/bin for each console script in *text*, the content of entry_points.txt."""
         parser = configparser.ConfigParser(delimiters=("=",), interpolation=None, strict=False)
         parser.optionxform = str  # type: ignore[assignment,method-assign]
         try:

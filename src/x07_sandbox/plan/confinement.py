@@ -1,4 +1,4 @@
-"""Restrictions of the program inside the machine that are not limits: the field `confine` of START."""
+"""Restrictions of the program inside the machine that are not limits: the field `confine` of the START frame."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BASE_FILTERS: Final = ("base", "quiet")
 
 
 class Confinement(msgspec.Struct, frozen=True, kw_only=True):
-    """What the program may do. It may execute `programs` and files below `prefixes`: normalized absolute paths."""
+    """Restrictions of the program. It may execute only `programs` and files that match `prefixes` (absolute paths)."""
 
     threads: bool
     spawn: bool
@@ -66,7 +66,7 @@ def names_everything(prefixes: Iterable[object]) -> bool:
 
 
 def entry_path(entry: str, cwd: str) -> str:
-    """Return an entry as a normalized absolute path. A final slash is kept if the entry is a folder."""
+    """Return an entry of a list of programs as a normalized absolute path. A path of a folder ends with a slash."""
     path = "/" + posixpath.normpath(posixpath.join(cwd, entry)).lstrip("/")
     folder = entry.endswith(("/", "/.", "/..")) or entry in {".", ".."}
     return path if path == EVERYTHING or not folder else f"{path}/"

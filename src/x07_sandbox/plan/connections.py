@@ -84,7 +84,7 @@ def _hosts(text: str, *, nearby: bool) -> Iterator[tuple[str, int]]:
 
 
 def _port(match: re.Match[str], otherwise: int = 443) -> int:
-    """Return the port in the match, else the scheme's port, else *otherwise*; 0 for an invalid port."""
+    """Return the port in the match, else the scheme's port, else *otherwise*. Return 0 for an invalid port."""
     parts = match.groupdict()
     if parts.get("port"):
         number = int(parts["port"])

@@ -19,7 +19,7 @@ State = Literal["enforced", "advisory", "refused"]
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """What the table says about a field with a value."""
+    """The table's decision on a field with its value."""
 
     state: State
     by: str
@@ -44,7 +44,7 @@ class PlanInput(msgspec.Struct, frozen=True, kw_only=True):
         return f"{self.features.words.inside} {what}"
 
     def entries(self, field: str) -> tuple[object, ...]:
-        """Return a list field's entries."""
+        """Return the entries of a field that is a list."""
         value = self.values[field]
         return value if isinstance(value, tuple) else ()
 
@@ -148,7 +148,7 @@ def _roots(given: PlanInput, field: str) -> Answer:
 
 
 def _copied(given: PlanInput, field: str) -> Answer:
-    """Return the answer for fields that control which files are copied in and back."""
+    """Return the answer for a field that controls which files are copied in and back."""
     if not given.files:
         return _no_files(given, field)
     by = _CHANGES if field in _CHANGE_FIELDS else _COPY
@@ -286,7 +286,7 @@ def _execs(given: PlanInput, _field: str) -> Answer:
 def _writable_entries(given: PlanInput) -> list[str]:
     """Return those entries of process.allow_execs and allow_exec_prefixes that match files which the program can write.
 
-    An absolute read root may be the same host folder as a relative write root, and vice versa: it counts as writable.
+    An absolute read root counts as writable if it may be the same host folder as a relative write root, and vice versa.
     """
     from x07_sandbox.plan.guest_paths import PROGRAM, WRITABLE, guest_path  # slow; not needed without a list
 

@@ -33,8 +33,8 @@ _FLAGS: Final = {
 class Control(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How the plan handles one field.
 
-    field: the field's path, such as "limits.wall_ms". by: what enforces the field, or what gets its value if it is
-    advisory.
+    field: the field's path, such as "limits.wall_ms". by: the component that enforces the field, or that gets the value
+    of an advisory field.
     """
 
     field: str
@@ -72,7 +72,7 @@ class RunLimits(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The plan. A job may start only if the plan contains no refusals."""
+    """The plan of a job, which may start only if the plan contains no refusals."""
 
     controls: tuple[Control, ...]
     refusals: tuple[Refusal, ...]

@@ -53,9 +53,9 @@ WORDS: Final[dict[Isolation, Words]] = {
 class Features(msgspec.Struct, frozen=True, kw_only=True):
     """Features of a backend on this host.
 
-    can_enforce: limits by field name, and other abilities: "host-files" (copies in, changes back), "confinement" (of
-    tasks and execution), isolation "no-...", "network" (connections through the egress gate) and "held-connections"
-    (the program sees a denial as an error of connect()).
+    can_enforce: field names of limits, and abilities: "host-files" (copies in, changes back), "confinement" (of tasks
+    and execution), "no-network" and others (the program has none), "network" (connections through the egress gate) and
+    "held-connections" (the program sees a denial as an error of connect()).
     """
 
     isolation: Isolation

@@ -37,5 +37,5 @@ def guest_path(given: str, start: str, *, deny_hidden: bool) -> tuple[str | None
 
 
 def is_below(path: str, folder: str) -> bool:
-    """Return whether a normalized path is below another."""
+    """Return whether *path* is below *folder*. Both are normalized."""
     return path.startswith(folder.rstrip("/") + "/")

@@ -123,7 +123,7 @@ def _by_image(flag: str) -> HowToAllow:
 
 
 def _variable(name: str, policy: Policy, host_variables: Collection[str]) -> Hint | None:
-    """Return a hint about a variable that is not set; None if no change would provide it.
+    """Return a hint about a variable that is not set, or None if no change would provide it.
 
     No change provides X07's own variables, or a variable that was passed in and then removed by the program.
     """
@@ -165,7 +165,7 @@ def _hidden(path: str, policy: Policy) -> bool:
 
 
 def _hint(path: str, policy: Policy) -> Hint | None:
-    """Return a hint about a missing path; None if no policy provides it."""
+    """Return a hint about a missing path, or None if no policy provides it."""
     if _hidden(path, policy):
         field, value = ("fs.deny_hidden", False) if policy.fs.enabled else ("fs.enabled", True)
         how = advise(policy, field, value)

@@ -64,7 +64,7 @@ def denials(
     cwd: str,
     reach: FlagReach = _NO_FLAGS,
 ) -> list[Denial]:
-    """Return the distinct denials in *refused*, bodies of DENIED. cwd: the program's start folder."""
+    """Return the distinct denials in *refused*, which are bodies of DENIED frames. cwd: the program's start folder."""
     found: dict[tuple[str, str, str], Denial] = {}
     for body in refused:
         if body["by"] == "seccomp":
@@ -86,7 +86,7 @@ def denials(
 
 
 def advise(policy: Policy, field: str, value: object, flag: str | None = None) -> HowToAllow | None:
-    """Return the advice to set *field*, or first a field that a rule requires; None if no policy allows the value."""
+    """Return the advice to set *field* (first a field that a rule requires), or None if no policy allows the value."""
     document = msgspec.json.decode(msgspec.json.encode(policy))  # rules expect lists
     section, _, name = field.partition(".")
     document.setdefault(section, {})[name] = value
@@ -111,7 +111,7 @@ def more_tasks(policy: Policy, max_live: int | None, count: int, reach: FlagReac
 def limit_hit(
     outcome: str, policy: Policy, reach: FlagReach = _NO_FLAGS, *, cpu_ms: int | None = None
 ) -> Denial | None:
-    """Return the denial behind an outcome; None if no limit ended the program. cpu_ms: X07's own CPU time limit."""
+    """Return the denial behind an outcome, or None if no limit ended the program. cpu_ms: X07's own CPU time limit."""
     if outcome not in _LIMITS:
         return None
     field, action, what, by, observer = _LIMITS[outcome]
@@ -125,7 +125,7 @@ def limit_hit(
 
 
 def too_much_output(stream: str, most: int | None) -> Denial:
-    """Return the denial of output beyond *most* bytes; None if no flag changes the limit."""
+    """Return the denial of output beyond the limit. most: the limit in bytes; None if no flag changes it."""
     how = None if most is None else _advise_flag(f"--max-output-bytes {max(2 * most, 1)}")
     denial = _denial(OUTPUT, "write", f"more to {stream}", "the output limit", 1, how)
     return msgspec.structs.replace(denial, observed_by="host")
@@ -144,12 +144,12 @@ def memory_full(policy: Policy, reach: FlagReach = _NO_FLAGS) -> Denial:
 
 
 def _advise_flag(flag: str) -> HowToAllow:
-    """Return the advice to use a flag, for what no policy field controls."""
+    """Return the advice to use a flag, for an action that no policy field controls."""
     return HowToAllow(json_path=None, value=None, flag=flag)
 
 
 def _advise_higher(policy: Policy, field: str, current: int, reach: FlagReach) -> HowToAllow | None:
-    """Return the advice to raise a limit by its flag or, if the flag cannot, in the policy; None at the maximum."""
+    """Return the advice to raise a limit by its flag (if the flag cannot, in the policy), or None at the maximum."""
     named = "limits.procs" if field == "process.max_live" else field  # --procs raises both
     most, top = largest(field), reach.tops.get(named, 0)
     if current >= most:
@@ -238,7 +238,7 @@ def _advise_entry(policy: Policy, path: str) -> HowToAllow | None:
 
 
 def _is_unlisted(path: str, policy: Policy, cwd: str) -> bool:
-    """Return whether the policy lists programs, but not this one."""
+    """Return whether the policy lists allowed programs, but *path* is not among them."""
     lists = confinement(policy, cwd)
     return lists.programs is not None and path not in lists.programs and not path.startswith(lists.prefixes)
 
@@ -268,7 +268,7 @@ def _file(body: Mapping[str, Any], policy: Policy, areas: Sequence[GuestMount], 
 def _write_denial(
     path: str, area: GuestMount | None, policy: Policy, cwd: str, *, folder: bool
 ) -> tuple[str, HowToAllow | None]:
-    """Return the field that denies a write, and advice. area: the read root around it. folder: mkdir was called."""
+    """Return the field that denies a write, and advice. area: the read root around *path*. folder: for mkdir."""
     if f"{path}/".startswith(f"{OUT}/"):
         out = _advise_flag("--out DIR")
         return "fs.write_roots", out if policy.fs.enabled else advise(policy, "fs.enabled", value=True)

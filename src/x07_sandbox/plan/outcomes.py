@@ -85,7 +85,7 @@ class ExitRule(StrEnum):
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """One outcome. fault: the default fault; a verdict may have another."""
+    """The row of one outcome. fault: the default; a verdict may have another fault."""
 
     fault: Fault
     exit: int | ExitRule
@@ -149,7 +149,7 @@ def exit_code(outcome: Outcome, *, program_exit: int | None, signal: int | None)
 
 
 def outcomes_by_exit() -> dict[str, list[Outcome]]:
-    """Return the outcomes by exit code, in the order of the table. Words describe a code that is not fixed."""
+    """Return the outcomes by exit code, in the order of the table. The key of a code that is not fixed is in words."""
     found: dict[str, list[Outcome]] = {}
     for outcome, row in OUTCOMES.items():
         found.setdefault(str(row.exit), []).append(outcome)
@@ -238,7 +238,7 @@ def verdict(outcome: Outcome, reason: str, *, fault: Fault | None = None) -> Ver
 
 
 def classify(evidence: Evidence, *, features: Features | None = None, limits: Limits | None = None) -> Verdict:
-    """Return the verdict on *evidence*. features: the backend's, if known. limits: those to show in the reason."""
+    """Return the verdict on *evidence*. features: the backend's, if known. limits: the limits to show in the reason."""
     features = features or vm_features("vm-hardware")
     if evidence.gate_lost and evidence.cancelled_by is None:
         return verdict(Outcome.GATE_LOST, f"the egress gate exited while the guest was {_DOING[evidence.stage]}")
@@ -327,7 +327,7 @@ def _timeout_reason(evidence: Evidence, *, emulated: bool, limits: Limits | None
 
 
 def _lost(evidence: Evidence, supervisor: str) -> Verdict | None:
-    """Return the verdict if the program's status is unknown or not credible; None if the status can be used."""
+    """Return the verdict if the program's status is unknown or not credible, or None if the status can be used."""
     status_known = evidence.wait_status is not None and _is_an_end(evidence.wait_status)
     late = evidence.boot_timeout or evidence.deadline_passed
     if status_known and evidence.channel_error is None and evidence.setup_failure is None and not late:
@@ -342,7 +342,7 @@ def _lost(evidence: Evidence, supervisor: str) -> Verdict | None:
 
 
 def _lost_reason(evidence: Evidence, panic: str | None) -> str:
-    """Return the most specific cause that applies."""
+    """Return the most specific reason why the guest was lost. panic: the kernel's panic message, or None."""
     doing = _DOING[evidence.stage]
     text = _shown(evidence.setup_failure or panic or evidence.channel_error or "")
     died = panic is not None and _INIT_DIED in panic

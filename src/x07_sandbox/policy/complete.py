@@ -108,7 +108,7 @@ def _is_valid(path: str, wanted: NewPolicy) -> bool:
 
 
 def _values(document: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield the fields with their paths, two levels deep. Tuples are returned as lists."""
+    """Yield the path and value of each field, two levels deep. Tuples are returned as lists."""
     for section, found in document.items():
         for name, value in found.items() if isinstance(found, dict) else [("", found)]:
             yield f"{section}.{name}".rstrip("."), list(value) if isinstance(value, tuple) else value

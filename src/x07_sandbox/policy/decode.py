@@ -68,7 +68,7 @@ def parse(data: bytes, *, source: str) -> object:
 
 
 def accept(document: object) -> Policy | None:
-    """Return the policy by the fast path; None if the document is invalid."""
+    """Return the policy in *document* by the fast path, or None if the document is invalid."""
     if any(_text_problems(document)):
         return None
     try:

@@ -17,7 +17,7 @@ _MIB: Final = 1 << 20
 
 
 class Change(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One difference. field: its path.
+    """One difference. field: the path of the field.
 
     before, after: the field's values in the two policies. For a list field, each change is about one entry. Its
     value is None for the policy that lacks the entry.
@@ -49,7 +49,7 @@ _ZERO_MEANS: Final[dict[str, int | None]] = {
 
 
 def differences(first: Policy, second: Policy) -> tuple[Change, ...]:
-    """Return what *second* grants, withdraws or changes, in the model's order. Empty if both allow the same."""
+    """Return the changes from *first* to *second*, in the model's order. The tuple is empty if there are none."""
     after = leaf_values(second)
     return tuple(
         change for field, before in leaf_values(first).items() for change in _changes(field, before, after[field])
@@ -79,7 +79,7 @@ def _effect(field: str, *, more: bool) -> Effect:
 
 
 def _size(field: str, value: object) -> object:
-    """Return a value for comparison: what X07 uses in place of a 0 with a special meaning. Only numbers are ordered."""
+    """Return a value for comparison. A 0 with a special meaning becomes the value that X07 uses in place of it."""
     return _ZERO_MEANS[field] if value == 0 and field in _ZERO_MEANS else value
 
 

@@ -74,7 +74,7 @@ def _problem(error: ValidationError) -> Problem:
 def _violation(  # noqa: PLR0911 - one return for each keyword of the schema
     keyword: str, schema: Mapping[str, Any], value: object
 ) -> str:
-    """Return what the schema requires and what the value is instead."""
+    """Return a message: the requirement of the schema, and the value that violates it."""
     match keyword:
         case "type":
             return f"must be {_TYPES[schema['type']]}, not {_shown(value)}"

@@ -29,7 +29,7 @@ class NewPolicy(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def make_policy(wanted: NewPolicy) -> Policy:
-    """Return the policy. Raises UsageError if a policy cannot hold one of the values."""
+    """Return the policy with the fields of *wanted*. Raises UsageError if a policy cannot hold one of the values."""
     base = TEMPLATES[wanted.template]
     policy = change_limits(base, wanted.limits, may_raise=True, source=f"{BUILT_IN}{wanted.template}")
     if wanted.hosts:

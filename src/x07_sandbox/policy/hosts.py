@@ -20,7 +20,7 @@ class Addresses(msgspec.Struct, frozen=True):
 
 
 def addresses(host: str) -> Addresses | None:
-    """Return the range of an address (in brackets, too), CIDR network or address range; None if *host* is a name."""
+    """Return the range of an address (brackets are allowed), CIDR network or range, or None if *host* is a name."""
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
     try:

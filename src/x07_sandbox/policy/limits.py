@@ -24,7 +24,7 @@ _SIZE: Final = re.compile(r"([0-9]{1,12})(?:(\.[0-9]{1,6})?([KMG])(?:i?B)?)?", r
 
 
 class Name(msgspec.Struct, frozen=True):
-    """How messages call a limit: its flag, and its description."""
+    """The names of a limit in messages: its flag and its description."""
 
     flag: str
     words: str
@@ -64,7 +64,7 @@ class FlagReach(msgspec.Struct, frozen=True):
 
 
 def parse_size(text: str) -> int | None:
-    """Return the number of bytes of a size such as 512M, 1.5G or a plain number; None for any other text."""
+    """Return the number of bytes of a size such as 512M, 1.5G or a plain number, or None for any other text."""
     found = _SIZE.fullmatch(text.strip())
     if found is None:
         return None
@@ -90,7 +90,7 @@ def _value(field: str, value: int) -> str:
 
 
 def range_fault(field: str, value: int) -> str:
-    """Return what is wrong with a limit that is out of range; "" for a valid limit."""
+    """Return the problem with a limit that is out of range, or "" for a valid limit."""
     from x07_sandbox.policy.schema import range_of  # slow to import, and most runs set no limit
 
     least, most = range_of(f"limits.{field}")
@@ -101,7 +101,7 @@ def range_fault(field: str, value: int) -> str:
 
 
 def change_limits(policy: Policy, changes: LimitChanges, *, may_raise: bool, source: str) -> Policy:
-    """Return *policy* with the caller's limits. source: its name in errors. Raises UsageError if one is not allowed.
+    """Return *policy* with the caller's limits. source: the policy's name. Raises UsageError for a forbidden limit.
 
     If limits may be raised, a new procs limit also raises a smaller process.max_live, and a new wall_ms also raises a
     smaller cpu_ms.

@@ -257,7 +257,7 @@ class Policy(Section, frozen=True, kw_only=True):
 
     @property
     def notes_in_force(self) -> str:
-        """The notes; "" if there are none."""
+        """The notes, or "" if there are none."""
         return "" if isinstance(self.notes, UnsetType) else self.notes
 
     @property

@@ -34,7 +34,7 @@ ReadFile = Callable[[str], bytes]
 
 
 class Overrides(msgspec.Struct, frozen=True, kw_only=True):
-    """The flags as given. Values of file flags are paths. include: "hidden", "symlinks" (see check_grants)."""
+    """The flags as the user gave them. Values of file flags are paths. include: "hidden", "symlinks" (check_grants)."""
 
     allow_host: tuple[str, ...] = ()
     allow_host_file: tuple[str, ...] = ()
@@ -104,7 +104,7 @@ def derive_policy(
 ) -> Derived:
     """Return *base* with *overrides* applied. A denied host stays denied even if another flag allows it.
 
-    base_bytes: the base policy's bytes as read. base_path: its name in the notes. read_spec_file: returns the bounded
+    base_bytes: the base policy's bytes as read. base_path: the name for the notes. read_spec_file: returns the bounded
     content of a file of host specs, or raises UsageError. gate: whether an egress gate also enforces denials, so that a
     part of a network may be denied. Raises UsageError for the first flag that cannot be applied.
     """
@@ -138,7 +138,7 @@ def derive_policy(
 
 
 def denied_hosts(given: Sequence[str]) -> dict[str, set[int] | None]:
-    """Return the ports that `--deny-host` flags deny, by host; None means all. Raises UsageError if one is invalid."""
+    """Return the ports that `--deny-host` flags deny, by host (None: all). Raises UsageError for an invalid flag."""
     return _denied(_specs("--deny-host", (), given, lambda _name: b""))
 
 
@@ -189,7 +189,7 @@ def _specs(
 
 
 def _parsed(where: str, spec: str, *, deny: bool) -> tuple[str, set[int] | None]:
-    """Return the host of a spec, in lower case and without brackets, and its ports; None for all ports."""
+    """Return the host of a spec, in lower case and without brackets, and its ports (None for all ports)."""
 
     def refuse(why: str) -> NoReturn:
         raise UsageError(f"cannot use {where}", why, _DENY_FORM if deny else _ALLOW_FORM)
@@ -216,7 +216,7 @@ def _parsed(where: str, spec: str, *, deny: bool) -> tuple[str, set[int] | None]
 
 
 def _host_problem(host: str) -> str:
-    """Return what is wrong with a host; "" for a valid host."""
+    """Return the problem with a host, or "" for a valid host."""
     if any("\ud800" <= char <= "\udfff" for char in host):
         return "it is not UTF-8 text"
     if "://" in host:
@@ -327,7 +327,7 @@ def _too_many(what: str, count: int, most: int) -> NoReturn:
 
 
 def _notes(base: Policy, base_path: str, digest: str) -> str | msgspec.UnsetType:
-    """Return the base's notes with a line on the origin of this policy, if there is room for the line."""
+    """Return the notes of *base*, with a line on the origin of this policy if there is room for the line."""
     path = base_path.encode("utf-8", "replace").decode()
     line = f"Derived from {path} by overrides {digest}."
     notes = f"{base.notes_in_force}\n{line}" if base.notes_in_force else line

@@ -102,7 +102,7 @@ def patterns_are_regex_lite(document: object) -> Iterator[Problem]:
 
 
 def regex_lite_fault(pattern: str) -> str | None:
-    """Return what is wrong with a pattern of X07's regex-lite; None for a valid pattern."""
+    """Return the problem with a pattern in X07's regex-lite, or None for a valid pattern."""
     if not pattern:
         return "must not be empty"
     if ";" in pattern:
@@ -116,7 +116,7 @@ def regex_lite_fault(pattern: str) -> str | None:
 
 
 def id_is_one_line(document: object) -> Iterator[Problem]:
-    r"""Check that the id is one line. X07 does not; ``$`` in the schema also accepts "name\n" in Python and others."""
+    r"""Check that the id is one line. X07 has no such rule. The schema's ``$`` accepts "name\n" in some languages."""
     policy_id = _get(document, "policy_id")
     if isinstance(policy_id, str) and not is_policy_id(policy_id):
         yield Problem("$.policy_id", "must be 1 to 64 letters, digits, '_', '.' or '-'")
@@ -171,7 +171,7 @@ RULES = (
 
 
 def _get(document: object, *names: str) -> Any:  # noqa: ANN401 - it is whatever JSON held there
-    """Return the value at a path of keys; None if it is absent."""
+    """Return the value at a path of keys, or None if it is absent."""
     for name in names:
         if not isinstance(document, dict):
             return None

@@ -80,7 +80,7 @@ def _fields(section: str, prefix: str) -> Iterator[Field]:
 
 
 def _bounds(schema: Mapping[str, Any]) -> str:
-    """Return the range of a value in words; "" if it has no range."""
+    """Return the range of a value in words, or "" if it has no range."""
     if "enum" in schema:
         return ", ".join(f"`{choice}`" for choice in schema["enum"])
     if "maximum" in schema:

@@ -149,7 +149,7 @@ BUILT_IN: Final = "built-in:"
 
 
 def built_in(name: str) -> Policy | None:
-    """Return the policy `built-in:TEMPLATE`; None if *name* has another form. Raises UsageError for an unknown one."""
+    """Return the policy `built-in:TEMPLATE`, or None if *name* has another form. Raises UsageError if it is unknown."""
     if not name.startswith(BUILT_IN):
         return None
     try:

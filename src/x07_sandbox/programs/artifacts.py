@@ -30,7 +30,7 @@ NOTES_MAX_BYTES: Final = settings.MIB
 
 
 class CachedArtifact(msgspec.Struct, frozen=True, kw_only=True):
-    """A cached artifact."""
+    """An artifact in the cache, open for reading."""
 
     fd: int  # the file, with the artifact at HEADER_BYTES; the caller must not close it
     size: int
@@ -45,7 +45,7 @@ def artifact_key(*parts: object) -> str:
 
 @contextlib.contextmanager
 def cached_artifact(key: str) -> Iterator[CachedArtifact | None]:
-    """Open the artifact with that key; yield None if there is no valid one."""
+    """Open and yield the artifact with that key, or yield None if the cache has no valid artifact."""
     try:
         fd = os.open(_folder() / key, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError:
@@ -79,7 +79,7 @@ def _described(fd: int, key: str) -> CachedArtifact | None:
 
 
 def store_artifact(key: str, fd: int, size: int, sha256: str, notes: bytes = b"") -> None:
-    """Store the artifact at offset 0 of *fd*, best effort. It is not stored if it or its notes are too large."""
+    """Try to store the artifact at offset 0 of *fd*. An artifact is not stored if it or its notes are too large."""
     if size > settings.ARTIFACTS_MAX_BYTES // 4 or len(notes) > NOTES_MAX_BYTES:
         return
     folder = _folder()

@@ -45,7 +45,7 @@ class _Rule:
             self.recipe.append(command)
 
     def makes(self, target: str) -> bool:
-        """Return whether the rule creates a file *target*, by a built-in recipe or one that contains that name."""
+        """Return whether the rule creates a file *target*, by a built-in recipe or a recipe that contains its name."""
         return not self.recipe or any("$@" in line or target in line for line in self.recipe)
 
 

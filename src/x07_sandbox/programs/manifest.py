@@ -53,7 +53,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 def decode_manifest(data: bytes, *, source: str) -> tuple[Manifest, Toolchain]:
-    """Decode a manifest; return it and its toolchain. Raises UsageError. source: the manifest's name, for messages."""
+    """Return the manifest in *data*, and its toolchain. Raises UsageError. source: its name in errors."""
     if len(data) > MAX_BYTES:
         _wrong(source, f"it is larger than {MAX_BYTES} bytes")
     try:
@@ -117,7 +117,10 @@ def _check(manifest: Manifest, toolchain: Toolchain, source: str) -> None:
 
 
 def find_manifest(program: Path) -> Path | None:
-    """Return the manifest that *program* is or contains; None for another file. Raises UsageError for other folders."""
+    """Return the manifest that *program* is or contains, or None for any other file.
+
+    Raises UsageError for a folder that contains no manifest.
+    """
     if program.name == FILE:
         return program
     if not is_folder(program):

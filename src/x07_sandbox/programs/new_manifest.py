@@ -30,7 +30,7 @@ def sandbox_manifest(
     artifact: str | None = None,
     makefiles: Mapping[str, str] | None = None,
 ) -> bytes:
-    """Return a x07-sandbox.toml for *files* (relative names). Raises UsageError. makefiles: their texts by name."""
+    """Return a x07-sandbox.toml for *files* (relative names). Raises UsageError. makefiles: text of each Makefile."""
     row = toolchain_named(toolchain)
     lines = [f"schema_version = {_text(manifest.SCHEMA)}", f"toolchain = {_text(toolchain)}"]
     lines.append(f"files = [{', '.join(map(_text, _patterns(row, files)))}]")
@@ -88,5 +88,5 @@ def _entry(row: Toolchain, files: Sequence[str]) -> str:
 
 
 def _text(value: str) -> str:
-    """Return a TOML string. Its form differs from a JSON string only in the character DEL."""
+    """Return *value* as a TOML string, whose form differs from a JSON string only in the character DEL."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

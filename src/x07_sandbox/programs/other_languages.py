@@ -26,7 +26,7 @@ _COMMANDS: Final = {
 
 
 def advice(path: str) -> str | None:
-    """Return how to run a source file of another language, as commands to paste; None for an unknown language."""
+    """Return how to run a source file of another language, as commands to paste, or None for an unknown language."""
     suffix = PurePosixPath(path).suffix.lower()
     if suffix in _SCRIPTS:
         interpreter = _SCRIPTS[suffix]

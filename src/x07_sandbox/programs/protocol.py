@@ -28,7 +28,7 @@ class Protocol(typing.Protocol):
         """The exit code of a command after a usage error."""
 
     def require_policy(self, *, given: bool) -> None:
-        """Raise UsageError if such a program needs an explicit policy and *given* is false."""
+        """Raise UsageError if programs of this protocol need an explicit policy and *given* is false."""
 
     def build_extras(self, policy: bytes) -> BuildExtras:
         """Return the data that the compiler gets. policy: the policy document of the run."""

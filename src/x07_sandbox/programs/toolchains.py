@@ -50,7 +50,7 @@ class Source(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def driver(self) -> str:
-        """The path of `build_driver()` in the build VM, beside the source, if the toolchain builds an archive."""
+        """The path of the script `build_driver()` in the build VM, if the toolchain builds an archive."""
         return f"{SOURCE_FOLDER}/{'driver.py' if self.name != 'driver.py' else 'build.py'}"
 
     def with_suffixes(self, suffixes: tuple[str, ...]) -> list[str]:
@@ -117,7 +117,7 @@ def _started_by(*interpreter: str) -> Callable[[Source], list[str]]:
 
 
 def _first_line(head: bytes) -> list[str]:
-    """Return the interpreter and options of a #! line as the kernel and env(1) read it; empty without a #! line."""
+    """Return the interpreter and options of a #! line as the kernel and env(1) read it, or [] without a #! line."""
     line = head.partition(b"\n")[0].decode("utf-8", "surrogateescape").strip()
     words = line[2:].split(None, 1) if line.startswith("#!") else []
     if len(words) > 1 and words[0] in _ENV:

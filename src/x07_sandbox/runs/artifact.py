@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 
 
 def obtain_artifact(prepared: Prepared, draft: Result, folder: RunFolder, artifact: OutFile) -> Step[Built]:
-    """Fill *artifact*; return None, or the verdict on a failed build, and the updated draft. Raises SandboxError."""
+    """Fill *artifact* with the file that the run executes. Raises SandboxError.
+
+    Return the verdict if the build failed, else None; and *draft* with the facts about the build.
+    """
     program, toolchain = prepared.program, prepared.program.toolchain
     if artifact.complete or toolchain.build is None:
         if not artifact.complete:

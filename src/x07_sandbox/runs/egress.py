@@ -30,7 +30,7 @@ _LIKELY_PORT: Final = 443
 
 
 class Egress(msgspec.Struct, frozen=True, kw_only=True):
-    """The data that a run with network access needs before it starts. view: `network` in the START frame."""
+    """The data that a run with network access needs before it starts. view: the field `network` of START."""
 
     allowlist: Allowlist
     config: GateConfig
@@ -38,7 +38,7 @@ class Egress(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def egress_of(effective_policy: EffectivePolicy) -> Egress:
-    """Check and return the network settings of a run. Raises SandboxError."""
+    """Check and return the network settings of a run with this policy. Raises SandboxError."""
     settings = read_settings()
     allowlist = make_allowlist(effective_policy.policy, effective_policy.denied, settings)
     config = GateConfig(policy=effective_policy.data, denied=effective_policy.denied, settings=settings)
@@ -47,7 +47,7 @@ def egress_of(effective_policy: EffectivePolicy) -> Egress:
 
 @contextlib.contextmanager
 def gate_of(egress: Egress, folder: Path) -> Iterator[GateProcess]:
-    """Run the egress gate of a run; its log file is in *folder*. Raises HostError."""
+    """Start the egress gate of a run, with a log file in *folder*, and end it with the context. Raises HostError."""
     log_fd = os.open(folder / NET_LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         with gate_running(egress.config, log_fd) as gate:
@@ -57,7 +57,7 @@ def gate_of(egress: Egress, folder: Path) -> Iterator[GateProcess]:
 
 
 def denials(net: NetworkUse, allowlist: Allowlist) -> tuple[list[Denial], int]:
-    """Return the gate's denials, those of connections first, and the number of further ones that are not listed."""
+    """Return the denials that the gate reported, connections before look-ups, and the number of unlisted denials."""
     found = sorted(net.denied, key=lambda contact: contact.port == 0)
     return [_denial(contact, allowlist) for contact in found[:_DENIALS_MAX]], len(found[_DENIALS_MAX:]) + net.more
 

@@ -32,10 +32,10 @@ class PhaseFacts(msgspec.Struct, frozen=True, kw_only=True):
 
     usage: counters that the guest reported.
     refused: contents of the DENIED frames.
-    times_ms: milliseconds from the release of the instance until the events `hello`, `seeded`, `started`, `exited`,
-    `end`.
+    times_ms: milliseconds from the moment the instance was released to run until the events `hello`, `seeded`,
+    `started`, `exited`, `end`.
     input_sha256: digest of the input; None if the input was not read to its end.
-    input_problem: why the input could not be read.
+    input_problem: why the input could not be read to its end; empty if there was no problem.
     """
 
     evidence: Evidence
@@ -47,7 +47,7 @@ class PhaseFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Phase:
-    """The event loop of one phase. An object is used only once."""
+    """The event loop of one phase. Each phase needs a new object."""
 
     def __init__(self, spec: PhaseSpec, instance: Instance, streams: PhaseStreams) -> None:
         self.spec = spec
@@ -300,7 +300,7 @@ class Phase:
         self._end(instance_status=wait_for_exit(self.instance))
 
     def _stop(self, **seen: object) -> None:
-        """Ask the guest to end the program. The guest may still report details and changes."""
+        """Ask the guest to end the program. The guest may still report its exit and changes. seen: evidence to add."""
         self.seen.update(seen)
         self.asked_to_stop = True
         self.link.send(Kind.STOP, {})
@@ -315,7 +315,7 @@ class Phase:
 
 
 def drain(sinks: tuple[Sink, ...], cancel: Cancel) -> bool:
-    """Wait without a deadline until slow readers have taken the remaining output; return False if cancelled."""
+    """Wait, without a deadline, until the readers of the output have taken all of it. Return False if cancelled."""
     while fds := [sink.progress_fd for sink in sinks if sink.progress_fd is not None]:
         for fd, _ in input_poll(cancel.fd, *fds).poll():
             if fd == cancel.fd:

@@ -36,7 +36,10 @@ class RunFolder:
             raise HostError(f"cannot use the run's folder {self.path}", why, "Start the run again") from exc
 
     def sink(self, name: str, *, live_fd: int | None, max_bytes: int, raw: bool = False) -> tuple[Sink, int]:
-        """Return a sink that stores a stream in this folder, and the file's descriptor. Raises HostError."""
+        """Return a sink that stores a stream in the file *name* of this folder, and the file's descriptor.
+
+        Raises HostError.
+        """
         path = self.path / name
         try:
             fd = open_private_file(path, os.O_RDWR | os.O_EXCL)
@@ -56,7 +59,7 @@ def find_run(run: str | None, file: str, what: str, fix: str, *, action: str = "
     """Return the folder of the run whose id is or starts with *run*; None stands for the latest run.
 
     Only runs that have *file* count. Raises UsageError if none or several match.
-    what, action, fix: parts of the message: what the file holds, what such a run did, and what to do.
+    what, action, fix: parts of the error: the content of *file*, what a run that has *file* did, and the advice.
     """
     root = all_runs()
     found = [path.name for path in root.iterdir() if RUN_NAME.fullmatch(path.name)]
@@ -79,7 +82,7 @@ def all_runs() -> Path:
 
 
 def runs_dir(root: Path) -> Path:
-    """Return the folder for all runs. It is inside the state folder *root* if others can write to the parent folder."""
+    """Return the folder for all runs. It is inside the state folder *root* if other users can write to its parent."""
     home = state_home(root)
     return home / ("runs" if home != root else ".runs")
 
@@ -98,7 +101,7 @@ def unnamed_file(folder: Path, guest_path: str, max_bytes: int, stack: contextli
 
 
 def output_of(sink: Sink, fd: int) -> Output:
-    """Return the output that a sink stored, for the result."""
+    """Return the output that a sink stored in the file *fd*, in the form that the result has."""
     data = b""
     while chunk := os.pread(fd, 1 << 20, len(data)):
         data += chunk

@@ -1,4 +1,4 @@
-"""Hints for a failed program, from its error output and the files beside it."""
+"""Hints for a failed program, from the program's error output and the files beside the program."""
 
 from __future__ import annotations
 

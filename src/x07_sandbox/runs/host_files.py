@@ -59,12 +59,12 @@ _LINKS_MAX: Final = 40  # path_resolution(7): the kernel follows no more
 
 
 class HostFiles:
-    """The host files of one run: copied in before the VM starts, and settled after the VM has ended."""
+    """The host files of one run: copied in before the VM starts. The changes are applied or saved after its end."""
 
     def __init__(
         self, request: RunRequest, program: Program, policy: Policy, folder: RunFolder, stack: contextlib.ExitStack
     ) -> None:
-        """Copy the files in. Raises SandboxError, such as EntriesError for too many entries."""
+        """Copy the files for the guest. Raises SandboxError, such as EntriesError for too many entries."""
         self._request = request
         self._policy = policy
         self._built_in = is_built_in(request.policy)
@@ -128,7 +128,7 @@ class HostFiles:
         ]
 
     def places(self) -> tuple[RootPlace, ...]:
-        """Return the mounted folders, outer ones before inner ones. A file is represented by its parent folder."""
+        """Return the mounted folders, outer ones before inner ones. For a mounted file, return its parent folder."""
         found: dict[str, bool] = {}
         for _, mount in self._mounts:
             at = posixpath.dirname(mount.at) if mount.single else mount.at
@@ -149,7 +149,11 @@ class HostFiles:
         return found
 
     def settle(self, *, ended_well: bool) -> tuple[Changes, list[Denial], str]:
-        """Apply or save the changes; return their state, denials and a warning. Raises PeerError, BackendError."""
+        """Apply or save the program's changes to host files. Raises PeerError, BackendError.
+
+        Return a summary of the changes, the denials, and a warning or "". ended_well: whether the program exited by
+        itself; otherwise the changes are only saved.
+        """
         incoming = self.incoming
         if incoming is None:
             return Changes(state="discarded" if self._roots else "none"), [], ""
@@ -248,7 +252,7 @@ class HostFiles:
 
 
 def base_folder(request: RunRequest, program: Program) -> Path:
-    """Return the folder for relative roots: the project's, that of --workdir, or the current one. Raises UsageError."""
+    """Return the base of relative roots: the project's folder, --workdir or the current folder. Raises UsageError."""
     if program.project and request.program is not None:
         path = Path(request.program)
         return real_path(path if is_folder(path) else path.parent)
@@ -347,7 +351,7 @@ def _why_saved(changes: ChangeSet) -> str:
 
 
 def too_many(policy: Policy, action: str, subject: str) -> Denial:
-    """Return the denial for more entries than fs.max_entries. action: "copy" for copying in, "change" otherwise."""
+    """Return the denial for exceeding fs.max_entries. action: "copy" for copying in, "change" for reported changes."""
     value = min(2 * bounds_of(policy).entries, NUMBER_MAX)
     by = "copying in" if action == "copy" else "the check of changes"
     return denial("fs.max_entries", action, subject, by, 1, (value, None))

@@ -1,4 +1,4 @@
-"""One job of a run: an instance whose agent answers, the phase that it runs, and the report about it."""
+"""A job of a run: x07 starts an instance, runs one phase in the instance, and reports how the phase ended."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class JobEnd(NamedTuple):
-    """The end of a job. output_sha256: of its standard output. stderr_fd: its error output, which RunFolder closes."""
+    """The result of a job. output_sha256: digest of standard output. stderr_fd: standard error, closed by RunFolder."""
 
     ending: Verdict
     facts: PhaseFacts

@@ -23,10 +23,10 @@ CWD = "/opt/x07"
 class PhaseSpec(msgspec.Struct, frozen=True, kw_only=True):
     """The description of one phase. The caller owns the descriptors.
 
-    limits, mounts, left, network: values of the START frame.
-    limits_shown: the policy's limits, for messages.
-    places: folders of the mounts.
-    areas: folders of the host, for denials.
+    limits, mounts, left, network: fields of the START frame.
+    limits_shown: the limits that messages show.
+    places: the guest folders with host files, for the backend.
+    areas: the mounted host folders, for the advice in denials.
     changes: a files/incoming.Incoming that takes changes to the trees; None to ignore changes.
     left_files: a runs/private_files.LeftFiles that takes files of the private folders; None to ignore these files.
     """
@@ -52,7 +52,7 @@ class PhaseSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def needs_of(spec: PhaseSpec) -> Needs:
-    """Return what a backend may need to know before it starts an instance."""
+    """Return the facts about a phase that a backend may need before it starts an instance."""
     limits, confine = spec.limits, spec.confine
     return Needs(
         mem_bytes=limits["mem_bytes"],

@@ -47,7 +47,7 @@ _PROJECT_MOUNT: Final[dict[str, Any]] = {"tree": None, "sub": "", "at": PROJECT_
 
 
 def run_environment(policy: Policy, named: Mapping[str, str], ours: Mapping[str, str]) -> dict[str, str]:
-    """Return a program's environment: fixed variables, allowed ones of *ours*, those of *named*, and those for X07."""
+    """Return a program's environment: fixed variables, allowed host variables (*ours*), *named* ones, and X07's."""
     env = dict(_ENVIRONMENT)
     if policy.env.enabled:
         env |= {key: ours[key] for key in policy.env.allow_keys if key in ours and not key.startswith("X07_")}
@@ -57,7 +57,7 @@ def run_environment(policy: Policy, named: Mapping[str, str], ours: Mapping[str,
 
 
 def build_spec(prepared: Prepared, artifact: OutFile, stack: contextlib.ExitStack) -> PhaseSpec:
-    """Return the description of the build phase, which fills *artifact*."""
+    """Return the description of the build phase, which writes the built program to *artifact*."""
     program, toolchain = prepared.program, prepared.program.toolchain
     assert toolchain.build is not None  # noqa: S101 - for the type checker
     files, env = [program.file], dict(_ENVIRONMENT)

@@ -49,7 +49,7 @@ Step = Generator[Result, None, _T]
 
 
 class Prepared(msgspec.Struct, frozen=True):
-    """A checked request. Only its plan may still be refused. image, egress: None if the run does not use one."""
+    """A checked request. Its plan may still contain refusals. image, egress: None if the run uses none."""
 
     request: RunRequest
     program: Program
@@ -133,7 +133,7 @@ def prepare(
 
 
 def _check_cpu_time(request: RunRequest, program: Program) -> None:
-    """Raise UsageError if the CPU limit is above the X07 program's own limit, which would still apply."""
+    """Raise UsageError if the requested CPU limit is above the X07 program's own limit, which would still apply."""
     limits, own_ms = request.limits, program.cpu_ms
     if limits is not None and limits.cpu_ms is not None and own_ms is not None and own_ms < limits.cpu_ms:
         from x07_sandbox.policy.limits import flag_text  # imported only for this error
@@ -227,7 +227,7 @@ def check_pinned(digest: str) -> None:
 
 
 def current_image(image: Image) -> Image:
-    """Return a named image that contains the current guest code. Rebuild the part for that code if it is old."""
+    """Return *image* with this installation's guest code, rebuilt if necessary. Return an unnamed image unchanged."""
     if not image.name or image_is_current(image):
         return image
     from x07_sandbox.images.build import build_image

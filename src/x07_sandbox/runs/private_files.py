@@ -22,7 +22,7 @@ _FOLDERS: Final = 2  # the working folder and /x07/out
 
 
 class LeftFiles:
-    """Receiver of the files that the guest sends, within the requested limits."""
+    """Receiver of the files that a program leaves in its private folders, at most *max_bytes* in total."""
 
     def __init__(self, stack: contextlib.ExitStack, max_bytes: int) -> None:
         self._stack = stack
@@ -31,14 +31,14 @@ class LeftFiles:
         self._incoming: Incoming | None = None
 
     def take(self, data: bytes) -> bool:
-        """Take the next bytes of the stream; return False once a limit is exceeded. Raises PeerError, BackendError."""
+        """Take the next bytes from the guest. Return False once a limit is exceeded. Raises PeerError, BackendError."""
         if self._incoming is None:
             self._fd = memory_file(b"", self._stack)
             self._incoming = Incoming(self._fd, roots=_FOLDERS, most_entries=FILES_MAX, most_bytes=self._max_bytes)
         return self._incoming.take(data)
 
     def files(self) -> dict[str, bytes]:
-        """Return the regular files by name, if all have arrived. Files of /x07/out replace others of the same name."""
+        """Return the regular files' contents by name, or {} unless all arrived. Files in /x07/out take precedence."""
         if self._incoming is None or not self._incoming.complete:
             return {}
         found = {}

@@ -59,7 +59,7 @@ class Program(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def load_program(request: RunRequest, stack: contextlib.ExitStack) -> tuple[RunRequest, Program]:
-    """Read the program. Return it, and the request with the settings of its manifest added. Raises UsageError."""
+    """Read the program. Return the request, with the settings of a manifest, and the program. Raises UsageError."""
     request, program = _load(request, stack)
     program.toolchain.start(program.source)  # rejects a script for an unknown shell
     if request.executable and program.toolchain.archive:
@@ -106,7 +106,7 @@ def _from_command(request: RunRequest, stack: contextlib.ExitStack) -> tuple[Run
 
 
 def reject_profile(request: RunRequest, what: str) -> None:
-    """Raise UsageError if --profile is used with a program that has no profiles."""
+    """Raise UsageError if --profile is used with a program that has no profiles. what: the program, for the error."""
     if request.profile is not None:
         raise UsageError(f"cannot run {what} with --profile", "only an x07.json has profiles", "Remove --profile")
 

@@ -1,4 +1,4 @@
-"""Denials and result entries for refused changes. A refused folder and all that is below it share one of each."""
+"""Denials and result entries for refused changes: one of each for a refused folder and everything below it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _CHECK: Final = "the check of changes"
 
 
 def denial(field: str, action: str, subject: str, by: str, count: int, how: tuple[object, str | None]) -> Denial:
-    """Return a denial. by: what enforces the field. how: the value and the flag that allow the action, each or None."""
+    """Return a denial. by: the component that denied. how: the value and flag that would allow the action, or None."""
     json_path = f"$.{field}" if "." in field else None  # others are not fields of a policy
     value, flag = how
     allow = None if how == (None, None) else HowToAllow(json_path=json_path, value=value, flag=flag)
@@ -33,7 +33,7 @@ def denial(field: str, action: str, subject: str, by: str, count: int, how: tupl
 
 
 def flag_for(flag: str, name: str) -> str:
-    """Return *flag* with a pattern that matches only *name*, quoted for a shell; empty if the name is not printable."""
+    """Return *flag* with a pattern that matches only *name*, quoted for a shell, or "" if *name* is not printable."""
     if not name.isprintable():
         return ""
     pattern = glob.escape(name)
@@ -78,7 +78,7 @@ def denials_and_entries(changes: ChangeSet, *, built_in: bool) -> tuple[list[Den
 
 
 def apply_command(run: str, entries: Iterable[LeftOutEntry]) -> str:
-    """Return the command that applies the left-out entries that flags can allow; empty if there are none."""
+    """Return the `x07 apply` command for those *entries* that flags can allow, or "" if there are none."""
     flags = dict.fromkeys([entry.take for entry in entries if entry.take][:_PATTERNS_MAX])
     return " ".join(["x07 apply", run, *flags]) if flags else ""
 

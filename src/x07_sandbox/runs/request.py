@@ -1,4 +1,4 @@
-"""The request for a run, and functions that read its files. A file is read only once, so that its digest is right."""
+"""The request for a run, and functions that read its files. Each file is read only once, so its digest is right."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}")
 
 
 class ProjectPolicy(msgspec.Struct, frozen=True):
-    """A project's own policy. It grants nothing outside *base*, the project's real folder."""
+    """A project's own policy. It may grant nothing outside *base*, the real path of the project's folder."""
 
     path: Path
     data: bytes
@@ -57,9 +57,10 @@ class ProjectPolicy(msgspec.Struct, frozen=True):
 
 
 class EffectivePolicy(NamedTuple):
-    """The policy that applies to a run. base: the name of its source. own: its limits before the request changed them.
+    """The policy that applies to a run. base: the policy's path, `built-in:TEMPLATE` or id.
 
     denied: denied ports by host, from --deny-host; None stands for all ports.
+    own: the limits before the request changed any; None if the request changed none.
     """
 
     policy: Policy
@@ -82,10 +83,10 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
     program: path of a source file, project folder or manifest.
     command: a command installed in the image, instead of a program.
     source: source text, instead of a program.
-    toolchain: used instead of the one for the file's suffix.
+    toolchain: used instead of the toolchain for the file's suffix.
     files: further files beside the program, by relative name.
     workdir: a folder; the program starts in a copy of it.
-    max_files_bytes: limit for `Result.files`; 0 for none.
+    max_files_bytes: limit for `Result.files`; 0 to collect no files.
     policy: a path, `built-in:TEMPLATE` or a policy; None stands for the project's policy, else for the default one.
     overrides, override_flags: changes to the policy, and the flags that cause them.
     scale_limits: whether to scale limits (runs/scaling); None follows the user's settings.
@@ -97,9 +98,9 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
     queue_s: how long each VM may wait for its start, in seconds.
     choice: the backend; None stands for the one that the environment selects.
     loaders: readers of special programs; each returns None for a program of another kind.
-    whole_input: whether the input of a program with a protocol has been read.
-    hide, reveal, allow_protected: patterns of names.
-    progress: called with a text when the run waits for something, and with "" when that is over.
+    whole_input: the input of a program with a protocol, once x07 has read the input.
+    hide, reveal, allow_protected: the patterns of these flags.
+    progress: called with a text when the run waits for something, and with "" when the wait is over.
     """
 
     program: Path | None = None
@@ -227,7 +228,7 @@ def _policy_file(given: str | Path) -> bytes:
 
 
 def _check_own(policy: Policy, given: ProjectPolicy) -> None:
-    """Raise RefusedError if a project's policy, whose author is not trusted, asks for what only the user may grant."""
+    """Raise RefusedError if a project's own policy asks for network access or for folders outside the project."""
     by_name = f"Read the policy. To accept it, add --policy {given.path.absolute()}"
     if policy.net.enabled and policy.net.allow_hosts:
         raise RefusedError("cannot use the project's own policy", f"{given} asks for network access", by_name)
@@ -269,7 +270,7 @@ def name_of_policy(given: str | Path | Policy | ProjectPolicy | None) -> str:
 
 
 def read_spec_file(name: str) -> bytes:
-    """Read a file with a list of hosts. Raises UsageError."""
+    """Return the content of a file that lists hosts. Raises UsageError."""
     return read_bounded(Path(name), "list of hosts", MAX_BYTES)
 
 
@@ -288,7 +289,7 @@ def check_variables(request: RunRequest, policy: Policy) -> None:
 
 
 def open_input(request: RunRequest, stack: contextlib.ExitStack, *, wait: bool = True) -> int | None:
-    """Return a descriptor of the program's input, or None. Raises UsageError. wait: whether to open named pipes too."""
+    """Return a descriptor of the program's input, if any. Raises UsageError. wait: also open a named pipe and wait."""
     path = request.input
     if path is None:
         return request.stdin_fd
@@ -307,19 +308,19 @@ def open_input(request: RunRequest, stack: contextlib.ExitStack, *, wait: bool =
 
 
 def need_policy(request: RunRequest, protocol: Protocol) -> None:
-    """Raise UsageError if *protocol* requires a policy, and the request neither has nor changes one."""
+    """Raise UsageError if *protocol* requires a policy, and the request neither names nor changes a policy."""
     protocol.require_policy(given=request.policy is not None or request.overrides is not None)
 
 
 def with_framed_input(request: RunRequest, protocol: Protocol, stack: contextlib.ExitStack) -> RunRequest:
-    """Return the request with its whole input, in the form that *protocol* requires. Raises UsageError."""
+    """Read the whole input. Return the request with that input in the form of *protocol*. Raises UsageError."""
     with request.cancel.waiting():
         data = read_whole(request.stdin_fd, protocol.input_max_bytes)
     return replace(request, whole_input=data, stdin_fd=memory_file(protocol.frame_input(data), stack))
 
 
 def read_whole(fd: int | None, most: int) -> bytes:
-    """Read the whole input, of at most *most* bytes. Raises UsageError."""
+    """Return the whole input. Raises UsageError if it is unreadable or has more than *most* bytes."""
     try:
         data = b"" if fd is None else read_all(fd, most)
     except OSError as exc:

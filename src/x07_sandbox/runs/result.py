@@ -312,7 +312,7 @@ EMPTY_OUTPUT = Output(bytes=0, truncated=False, text="")
 
 
 def draft_result(run: str) -> Result:
-    """Return the first draft of the result, without any facts. The run replaces its fields."""
+    """Return the first draft of a result, without any facts. The steps of the run fill in the fields."""
     return Result(
         run=run,
         outcome="internal-error",

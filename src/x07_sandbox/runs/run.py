@@ -52,7 +52,7 @@ _KNOWN_OUTCOMES: tuple[tuple[tuple[type[SandboxError], ...], str], ...] = (
 
 
 def run(request: RunRequest) -> Result:
-    """Carry out one run. Every way to end is a result; only a bug raises."""
+    """Carry out one run and return its result, even after an error. Only a bug raises an exception."""
     return attempt(request)[0]
 
 
@@ -78,7 +78,7 @@ def attempt(request: RunRequest) -> tuple[Result, SandboxError | None]:
 
 
 def failure(exc: Exception, signalled: int | None = None) -> Result:
-    """Return the result of a run that did not start or hit a bug. signalled: the signal that cancelled the run."""
+    """Return the result for *exc*, an error before the start or a bug. signalled: the signal that cancelled the run."""
     from x07_sandbox.plan.outcomes import Outcome, verdict
 
     draft = draft_result(new_run_id())
@@ -137,7 +137,7 @@ def _verdict_of(exc: SandboxError, signalled: int | None = None) -> Verdict:
 
 
 def _ended(draft: Result, ending: Verdict, exit_code: int | None = None) -> Result:
-    """Return the draft with the verdict filled in. exit_code: the command's exit code, if not the verdict's."""
+    """Return the draft with the verdict filled in. exit_code: the exit code of `x07 run`; None for the verdict's."""
     return replace(
         draft,
         outcome=ending.outcome.value,
@@ -160,7 +160,7 @@ def _with_cause(draft: Result, exc: SandboxError) -> Result:
 def copy_in(
     request: RunRequest, program: Program, policy: Policy, draft: Result, folder: RunFolder, stack: contextlib.ExitStack
 ) -> Step[tuple[HostFiles | None, Result]]:
-    """Copy a run's host files in, if it has any. Entries left out become denials in the draft. Raises SandboxError."""
+    """Copy any host files of a run for the guest. Add denials of left-out entries to the draft. Raises SandboxError."""
     roots = policy.fs.enabled and (policy.fs.read_roots or policy.fs.write_roots)
     if request.out is None and request.workdir is None and not roots:
         return None, draft
@@ -309,7 +309,7 @@ def _hints(outcome: str, prepared: Prepared, spec: PhaseSpec, end: JobEnd) -> li
 
 
 def _settled(draft: Result, host_files: HostFiles, ending: Verdict) -> Result:
-    """Return the result after the changes to files are settled. An invalid report of the guest replaces the verdict."""
+    """Apply or save the changes to host files; return the result. An invalid report by the guest replaces *ending*."""
     from x07_sandbox.errors import PeerError
     from x07_sandbox.plan.outcomes import REFUSED_EXIT, Outcome, verdict
 

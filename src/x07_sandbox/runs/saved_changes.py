@@ -1,8 +1,8 @@
 """Saved changes of runs: finding, applying and undoing them, and recovery after a kill.
 
-`runs/RUN/changes/` holds `changes.json` and `data` (see files/changes) as the guest reported them. While they are
-applied, `runs/.applying/` contains a file named after the run. Left-out changes that are applied later get a folder
-`changes/later-N/` with a journal and an undo set. The last such folder is undone first.
+`runs/RUN/changes/` holds `changes.json` and `data` (see files/changes) as the guest reported them. While x07 applies
+these changes, `runs/.applying/` contains a file named after the run. Left-out changes that are applied later get a
+folder `changes/later-N/` with a journal and an undo set. `x07 undo` starts with the last such folder.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class SavedChanges(NamedTuple):
 
     @property
     def applied(self) -> bool:
-        """Whether the changes of the run, apart from those left out, are applied."""
+        """Whether the changes of the run, apart from the left-out changes, are applied."""
         return (self.folder / "undo").is_dir()
 
     @property
     def undos(self) -> list[Path]:
-        """The folders with a current undo set, in the order in which they were applied."""
+        """The folders whose changes can be undone, in the order in which the changes were applied."""
         return [place for place in (self.folder, *_later(self.folder)) if (place / "undo").is_dir()]
 
     def done(self) -> set[tuple[str, str]]:
@@ -74,9 +74,9 @@ def find_saved(run: str | None) -> SavedChanges:
 def apply_saved(
     saved: SavedChanges, changes: ChangeSet, on_wait: Callable[[str], None], *, later: bool = False
 ) -> ChangeSet:
-    """Apply *changes*, which are all or some of the saved ones. Raises ConflictError, HostError.
+    """Apply *changes*, which are all or some of the changes in *saved*. Raises ConflictError, HostError.
 
-    later: whether *changes* were left out before and the others are applied already. They get an undo set of their own.
+    later: whether *changes* were left out when x07 applied the other changes. x07 then makes a separate undo set.
     """
     from x07_sandbox.files.apply import apply
 
@@ -138,7 +138,7 @@ def _validated(run: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def applying(run: str) -> Iterator[None]:
-    """Mark a run's changes as being applied, so that `recover_all` finds them after a kill. Needs the folder's lock."""
+    """Mark a run's changes as being applied, so that `recover_all` finds them after a kill. The caller has the lock."""
     marker = private_dir(all_runs() / APPLYING) / run
     marker.touch(mode=0o600)
     try:
@@ -162,7 +162,7 @@ def _pending(folder: Path) -> bool:
 
 
 def recover_all(progress: Callable[[str], None]) -> None:
-    """Roll back or finish the work of killed commands. Failures are reported to *progress* and retried next time."""
+    """Roll back or finish changes that killed commands were applying. Report failures to *progress*, to retry later."""
     root = runs_dir(state_dir())
     try:
         names = [path.name for path in (root / APPLYING).iterdir()]

@@ -74,7 +74,7 @@ def scaled_limits(limits: RunLimits, factor: int) -> tuple[RunLimits, Scaling, t
 
 
 def measured_factor(prepared: Prepared) -> int:
-    """Return how many times slower than this host the VM is. Measure that if it is unknown. Raises SandboxError."""
+    """Return the slowdown of the VM compared to this host. Measure it if it is unknown. Raises SandboxError."""
     if (known := known_factor()) is not None:
         return known
     prepared.request.progress("measuring how much slower the emulated VM is than this host")
@@ -84,7 +84,7 @@ def measured_factor(prepared: Prepared) -> int:
 
 
 def known_factor() -> int | None:
-    """Return the factor that was measured since this host booted, or None."""
+    """Return the factor that was measured since this host booted, or None if there is none."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, SandboxError):
         factor = json.loads(_record().read_text(encoding="utf-8"))["factor"]
         if type(factor) is int and 1 <= factor <= _FACTOR_MAX:

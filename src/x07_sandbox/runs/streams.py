@@ -1,4 +1,4 @@
-"""Streams of a job: files that go into the guest, and sinks that take its output."""
+"""Streams of a job: files that go into the guest, and sinks that take the guest's output."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROOM: Final = "Free disk space, or set X07_VM_STATE_DIR to a folder on a larger 
 class InFile(msgspec.Struct, frozen=True, kw_only=True):
     """A file to copy to *path* in the guest. kind: "file", "archive" or "tree" (channel/trees).
 
-    fd: a descriptor that the caller owns. It is read from offset 0, so that it serves several jobs.
+    fd: a descriptor that the caller owns. x07 reads the file from offset 0, so several jobs can use one descriptor.
     """
 
     path: str
@@ -68,7 +68,7 @@ class _Writer:
         self._thread = start_thread(threading.Thread(target=self._serve, name="x07-output", daemon=True))
 
     def put(self, data: bytes) -> None:
-        """Queue bytes."""
+        """Queue *data* for writing."""
         with self._changed:
             self._queue += data
             self._changed.notify()
@@ -117,10 +117,10 @@ class _Writer:
 
 
 class Sink:
-    """Sink for one output stream, up to *max_bytes*: stores it in *keep_fd* and passes it on to *live_fd*.
+    """Sink for one output stream, up to *max_bytes*. It stores the stream in *keep_fd* and copies it to *live_fd*.
 
-    The caller owns both descriptors. The reader of *live_fd* may be slow; `progress_fd` becomes readable when it has
-    taken some bytes. raw: do not filter the output for a terminal.
+    The caller owns both descriptors. The reader of *live_fd* may be slow. `progress_fd` becomes readable after a write
+    to *live_fd*. raw: do not filter the output for a terminal.
     """
 
     def __init__(self, name: str, *, keep_fd: int, live_fd: int | None, max_bytes: int, raw: bool = False) -> None:
@@ -138,7 +138,10 @@ class Sink:
         self._hash = hashlib.sha256()
 
     def take(self, data: bytes) -> int:
-        """Take bytes; return how many need no more work. Later calls of `pump` count the rest. Raises BackendError."""
+        """Store *data* and queue it for *live_fd*. Raises BackendError.
+
+        Return how many bytes are finished. `pump` counts the queued bytes once they are finished.
+        """
         allowed = data[: self._max_bytes - self.total_bytes]
         self.overflow = self.overflow or len(allowed) < len(data)
         self.total_bytes += len(allowed)
@@ -157,11 +160,11 @@ class Sink:
 
     @property
     def progress_fd(self) -> int | None:
-        """The descriptor to poll for reading while *live_fd*'s reader still has bytes to take; else None."""
+        """The descriptor that becomes readable after a write to *live_fd*, or None if no bytes are queued."""
         return self._writer.progress_fd if self._writer is not None and self._owed else None
 
     def pump(self) -> int:
-        """Return how many bytes have been taken by the reader, or dropped, since the last call."""
+        """Return how many queued bytes were written to *live_fd*, or dropped, since the last call."""
         if self._writer is None:
             return 0
         written, queued = self._writer.take_written()
@@ -181,7 +184,7 @@ class Sink:
             self._writer = None
 
     def sha256(self) -> str:
-        """Return the digest of all bytes that were taken."""
+        """Return the digest of all stored bytes."""
         return self._hash.hexdigest()
 
 
@@ -196,7 +199,7 @@ class OutFile(msgspec.Struct):
     _hash: hashlib._Hash = msgspec.field(default_factory=hashlib.sha256)
 
     def take(self, data: bytes) -> bool:
-        """Append data; return False if that would exceed the limit. Raises BackendError."""
+        """Append *data*. Return False, and append nothing, if the file would exceed the limit. Raises BackendError."""
         if self.size + len(data) > self.max_bytes:
             return False
         try:

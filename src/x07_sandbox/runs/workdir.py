@@ -1,4 +1,4 @@
-"""The folder of `--workdir`: its checks, and its root."""
+"""Checks of the folder that `--workdir` names, and the root made from that folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def workdir_root(request: RunRequest, program: Program, policy: Policy, workdir: Path) -> Root:
-    """Return the root for the folder in whose copy the program starts. Raises RefusedError, UsageError."""
+    """Return the root for *workdir*. The program starts in a copy of that folder. Raises RefusedError, UsageError."""
     what = f"cannot use --workdir {printable(str(workdir))}"
     if program.toolchain.protocol is not None:
         fix = "Use --allow-read-root or --allow-write-root"

@@ -22,7 +22,7 @@ entries: dict[str, tuple[int, bytes]] = {}
 
 
 def compiled(path: str, text: bytes) -> None:
-    """Add the byte code of one file."""
+    """Add the byte code of one Python file to the archive."""
     try:
         code = compile(text, f"{target}/{path}", "exec", dont_inherit=True)
     except (SyntaxError, ValueError) as exc:
@@ -39,7 +39,7 @@ def compiled(path: str, text: bytes) -> None:
 
 
 def take(path: str) -> None:
-    """Add one file."""
+    """Add one file to the archive, with the byte code if it is a Python file."""
     with open(f"{folder}/{path}", "rb") as file:
         text = file.read()
         mode = os.fstat(file.fileno()).st_mode
@@ -49,7 +49,7 @@ def take(path: str) -> None:
 
 
 def walk(below: str) -> None:
-    """Add the files of a folder."""
+    """Add the files of a folder to the archive."""
     for found in sorted(os.listdir(f"{folder}/{below}")):
         path = f"{below}/{found}" if below else found
         if found == "__pycache__":
