@@ -146,7 +146,7 @@ class _Files:
                 self.net.chmod(0o755)
                 self.listener = stack.enter_context(self._listening())
         except OSError as exc:
-            why = f"{exc.filename}: {exc.strerror}"
+            why = f"{exc.strerror} ({exc.filename})"
             raise HostError("cannot make the job's files", why, "Free disk space") from exc
 
     def _listening(self) -> socket.socket:
