@@ -92,7 +92,7 @@ def test_git_works_in_a_folder_that_may_be_changed(tmp_path: Path) -> None:
     commit = "git add a && git -c user.name=a -c user.email=a@example.org commit -qm"
     made = run("os", *flags, f"git init -q . && echo a >a && {commit} one", cwd=tmp_path)
     assert made.returncode == 0, made.stderr
-    assert "left out: .git/config (protected), .git/hooks (protected)" in made.stderr
+    assert "left out: .git/config (protected: other tools execute or trust it), .git/hooks (protected)" in made.stderr
     assert not (tmp_path / ".git/hooks").exists()
     more = run("os", *flags, f"echo b >>a && {commit} two", cwd=tmp_path)
     assert (more.returncode, "left out" in more.stderr) == (0, False), more.stderr

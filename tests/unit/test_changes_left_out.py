@@ -82,7 +82,8 @@ def test_protected_entries_are_left_out_and_named(run: Run) -> None:
         ("protected", "src/.envrc"),
     ]
     left, closing = messages(changes, denials)
-    assert left.startswith("left out: appveyor.yml (protected), src/.envrc (protected); to apply: x07 apply ")
+    why = "protected: other tools execute or trust it"
+    assert left.startswith(f"left out: appveyor.yml ({why}), src/.envrc (protected); to apply: x07 apply ")
     assert closing == "2 added: applied; see x07 diff, revert with x07 undo"
     assert main(command_of(left)) == 0
     assert there(run) == {"src", "src/a", "src/.envrc", "appveyor.yml"}
@@ -94,7 +95,8 @@ def test_each_applied_part_can_be_undone(run: Run, capsys: pytest.CaptureFixture
     assert main(["apply", "--allow-protected", ".envrc"]) == 0
     printed = capsys.readouterr().err
     assert "1 added: applied; revert with x07 undo" in printed
-    assert f"left out: AGENTS.md (protected); to apply: x07 apply {RUN} --allow-protected AGENTS.md" in printed
+    why = "protected: other tools execute or trust it"
+    assert f"left out: AGENTS.md ({why}); to apply: x07 apply {RUN} --allow-protected AGENTS.md" in printed
     assert there(run) == {"a", ".envrc"}
     assert main(["undo"]) == 0
     assert "reverted; x07 undo reverts what was applied before" in capsys.readouterr().err
@@ -159,7 +161,7 @@ def test_all_changes_left_out(run: Run) -> None:
     changes, denials, _ = run.back(run.files(), file(".envrc"))
     assert (changes.state, changes.reason, changes.added, changes.left_out) == ("kept", "", 0, 1)
     (line,) = messages(changes, denials)
-    assert line.startswith("left out: .envrc (protected)")
+    assert line.startswith("left out: .envrc (protected: other tools execute or trust it)")
 
 
 def test_a_change_only_the_policy_can_allow(run: Run) -> None:
@@ -167,7 +169,7 @@ def test_a_change_only_the_policy_can_allow(run: Run) -> None:
     changes, denials, _ = run.back(run.files({"allow_mkdir": False}), folder("d"), file("a"))
     assert changes.apply_left_out == ""
     assert messages(changes, denials) == [
-        "left out: d: new folder, and fs.allow_mkdir is false. To allow it, set fs.allow_mkdir to true in the policy.",
+        "left out: d (new folder, and fs.allow_mkdir is false). To allow it, set fs.allow_mkdir to true in the policy.",
         "1 added: applied; see x07 diff, revert with x07 undo",
     ]
 
@@ -182,7 +184,7 @@ def test_a_refused_folder_is_one_line(run: Run) -> None:
     assert "fs.deny_hidden is true" in denial.reason
     assert "fs.allow_symlinks is false" in denial.reason
     (line,) = messages(changes, [denial])
-    assert "left out: .git (protected, hidden, a link)" in line
+    assert "left out: .git (hidden, a symbolic link, protected: other tools execute or trust it)" in line
     assert main(command_of(line)) == 0
     assert (run.root / ".git/refs/z").is_symlink()
 
@@ -192,7 +194,7 @@ def test_diff_and_its_document_show_both_parts(run: Run, capsys: pytest.CaptureF
     files = run.files({"allow_symlinks": True})
     run.back(files, link("l", ".envrc/x"), folder("a"), folder(".envrc"), link(".envrc/x", "y"))
     text = b"".join(patch_chunks(find_saved(RUN))).decode()
-    assert text.index("new folder: a") < text.index("left out: .envrc: ") < text.index("left out: l: depends on")
+    assert text.index("new folder: a") < text.index("left out: .envrc (") < text.index("left out: l (depends on")
     assert main(["diff", "--json"]) == 0
     document = msgspec.json.decode(capsys.readouterr().out)
     (root,) = document["roots"]

@@ -466,13 +466,13 @@ def test_a_replaced_file_keeps_its_owner_or_is_not_replaced(tmp_path: Path) -> N
         for path in (base / "mine", root):
             path.mkdir(exist_ok=True)
             if path == root:  # which NOBODY may not even make a folder in
-                assert f"'{root}': {os.strerror(errno.EACCES)}" in driven("refused-owner", base, str(NOBODY))
+                assert f"{os.strerror(errno.EACCES)} ('{root}')" in driven("refused-owner", base, str(NOBODY))
             os.chown(path, NOBODY, NOBODY)
         fix = "Apply the changes as the owner of the files and a member of their groups"
         for owner in (1234, NOBODY):  # of a group that is another's in both cases
             os.chown(root / "f", owner, 4321)
             reported = driven("refused-owner", base, str(NOBODY))
-            assert f"'{root}/f': {os.strerror(errno.EPERM)}. {fix}" in reported
+            assert f"{os.strerror(errno.EPERM)} ('{root}/f'). {fix}" in reported
         assert read(root) == old
 
 

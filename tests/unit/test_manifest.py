@@ -32,7 +32,7 @@ def test_all_keys_are_read() -> None:
     ("text", "why"),
     [
         ("", "schema_version is missing"),
-        ("x = [", "not TOML"),
+        ("x = [", "not valid TOML"),
         ("\xff", "not UTF-8"),
         ('schema_version = "x07.sandbox.project@9.0.0"', "this version supports 'x07.sandbox.project@0.1.0'"),
         (PYTHON + 'entri = "x"', "no key entri; did you mean entry"),
@@ -53,7 +53,7 @@ def test_all_keys_are_read() -> None:
         (MAKE + 'entry = "x"', "cannot have `entry`"),
         (MAKE + "#" * MAX_BYTES, "larger than"),
         (HEAD + "x = " + "[" * 5000, "not TOML|nested too deep"),
-        (PYTHON + "[run]\nenv.A = " + "1" * 5000, "not TOML: .*digits"),
+        (PYTHON + "[run]\nenv.A = " + "1" * 5000, "not valid TOML .*digits"),
         ("schema_version = 0x" + "f" * 63, "schema_version is int"),
     ],
 )

@@ -266,7 +266,7 @@ def test_a_denied_address_is_denied_for_every_name() -> None:
     assert resolved(policy, "example.org", GOOD, {GOOD: [80]}) == ""
     allowlist = make_allowlist(policy)
     found = decide_address(allowlist, decide(allowlist, parse_request("example.org:443")), ip_address("10.0.0.1"))
-    assert found.reason == "example.org resolves to 10.0.0.1: 10.0.0.1 is a private address"
+    assert found.reason == "example.org resolves to 10.0.0.1, and 10.0.0.1 is a private address"
 
 
 ATTACKS = """

@@ -308,14 +308,14 @@ def test_flags_are_written_out_and_checked(refused: Refused, words: tuple[str, .
 )
 def test_an_empty_path_is_refused(refused: Refused, flag: str) -> None:
     """An empty path is a usage error."""
-    assert f"argument {flag}: the name is empty" in refused(*SANDBOXED, flag, "")
+    assert f"wrong usage of {flag}: the name is empty" in refused(*SANDBOXED, flag, "")
 
 
 @pytest.mark.parametrize("flag", ["--input", "--diff", "--compiled-out", "--attest-runtime", "--report-out"])
 def test_run_refuses_an_empty_path(capfd: pytest.CaptureFixture[str], flag: str) -> None:
     """An empty path is a usage error of `x07 run` too."""
     assert x07(["run", flag, "", "prog.py"]) == 2
-    assert f"argument {flag}: the name is empty" in capfd.readouterr().err
+    assert f"wrong usage of {flag}: the name is empty" in capfd.readouterr().err
 
 
 def test_run_os_in_a_vm_gives_a_failure_report(capfd: pytest.CaptureFixture[str]) -> None:

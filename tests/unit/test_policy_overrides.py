@@ -249,7 +249,7 @@ def test_a_policy_holds_only_so_much() -> None:
     ports = ",".join(map(str, range(1, 65)))
     with pytest.raises(UsageError, match="65 ports of a"):
         derive(allow_host=(f"a:{ports}", "a:65"))
-    with pytest.raises(UsageError, match="129 roots"):
+    with pytest.raises(UsageError, match="129 folders"):
         derive(allow_read_root=tuple(map(str, range(129))))
 
 

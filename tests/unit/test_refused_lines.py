@@ -63,10 +63,10 @@ def test_four_denials_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
         result(*(denial(f"/{name}") for name in "abcd"), denial("/data/", flag), denial("x", line, count=3), lost=7)
     )
     assert capsys.readouterr().err.splitlines() == [
-        "x07: denied: read /data/. To allow it, use --allow-write-root /data",
-        "x07: denied: read x (3 times). To allow it, set limits.fds to 60 in the policy.",
-        "x07: denied: read /a. It cannot be allowed.",
-        "x07: denied: read /b. It cannot be allowed.",
+        "x07: denied: reading the folder /data. To allow it, use --allow-write-root /data",
+        "x07: denied: reading x (3 times). To allow it, set limits.fds to 60 in the policy.",
+        "x07: denied: reading /a. It cannot be allowed.",
+        "x07: denied: reading /b. It cannot be allowed.",
         "x07: and up to 9 more denials; --json lists those that were recorded",
     ]
 
@@ -92,12 +92,42 @@ def test_paths_that_one_flag_allows_are_one_line(capsys: pytest.CaptureFixture[s
     say_denials(result(*many, denial("/q/x", other, action="write"), denial("/p/y", flag)))
     assert capsys.readouterr().err.splitlines() == [
         (
-            "x07: denied: write /p/pkg/ (60 paths in it, such as /p/pkg/0/__pycache__/). "
+            "x07: denied: writing to 60 paths in /p/pkg/, such as /p/pkg/0/__pycache__/. "
             "To allow it, use --allow-write-root /p"
         ),
-        "x07: denied: write /q/x. To allow it, use --allow-write-root /q",
-        "x07: denied: read /p/y. To allow it, use --allow-write-root /p",
+        "x07: denied: writing to /q/x. To allow it, use --allow-write-root /q",
+        "x07: denied: reading /p/y. To allow it, use --allow-write-root /p",
     ]
+
+
+@pytest.mark.parametrize(
+    ("action", "subject", "value", "expected"),
+    [
+        ("look up", "a.org", None, "DNS lookup of a.org"),
+        ("connect", "a.org:1", None, "a connection to a.org:1"),
+        ("write", "/opt/x07/", ".", "writing to . (/opt/x07 in the VM)"),
+        ("write", "/opt/x07/a", ".", "writing to . (/opt/x07/a in the VM)"),
+        ("write", "/data/a", "/data", "writing to /data/a"),
+        ("write", "(openat)", None, "writing to an unknown path (openat)"),
+        ("raise", "(prlimit64)", None, "raising a resource limit (prlimit64)"),
+        ("chmod", "/a", None, "chmod on /a"),
+        ("copy", ".hid", None, "copying .hid into the VM"),
+    ],
+)
+def test_a_denied_action_does_not_read_like_advice(action: str, subject: str, value: str | None, expected: str) -> None:
+    """A denied action is a noun phrase, and a write names the host folder that would have to be writable."""
+    how = None if value is None else HowToAllow(json_path="$.fs.write_roots", value=[value], flag="--flag")
+    (line,) = denial_lines(result(denial(subject, how, action=action)))
+    assert line.startswith(f"denied: {expected}. ")
+
+
+def test_a_missing_module_is_added_in_two_steps() -> None:
+    """The command that builds the image comes before the flag that uses it, also for a command without that flag."""
+    how = HowToAllow(json_path=None, value=None, flag="--image mine, after x07 image build --name mine --pip a")
+    ended = result(hints=(Hint(subject="the Python module a", how=how),))
+    first = "the Python module a is missing. To add it, run x07 image build --name mine --pip a, then"
+    assert denial_lines(ended) == [f"{first} add --image mine"]
+    assert denial_lines(for_flags(ended, ["--policy"])) == [f"{first} use x07 run with --image mine"]
 
 
 def test_equal_advice_is_printed_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,8 +136,8 @@ def test_equal_advice_is_printed_once(capsys: pytest.CaptureFixture[str]) -> Non
     tried = [denial(how.value[0], how, action=action) for how in programs for action in ("execute", "read")]
     say_denials(result(*tried, *(denial("/z", action=action) for action in ("read", "write"))))
     assert [re.split("[.;] ", line)[0] for line in capsys.readouterr().err.splitlines()] == [
-        *(f"x07: denied: execute /bin/{name}" for name in "abc"),
-        "x07: denied: read /z",
+        *(f"x07: denied: executing /bin/{name}" for name in "abc"),
+        "x07: denied: reading /z",
         "x07: and 1 more denials",
     ]
 
@@ -140,7 +170,10 @@ def test_a_first_step_is_called_one(capsys: pytest.CaptureFixture[str]) -> None:
     )
     say_denials(result(spawn, hints=(Hint(subject="/a", how=files),)))
     assert capsys.readouterr().err.splitlines() == [
-        "x07: denied: start a new process. First set process.max_live to 16 in the policy, then process.allow_spawn.",
+        (
+            "x07: denied: starting a new process. "
+            "First set process.max_live to 16 in the policy, then process.allow_spawn."
+        ),
         "x07: /a is not in the sandbox. First set fs.enabled to true in the policy, then fs.read_roots.",
     ]
 
@@ -180,9 +213,9 @@ def test_os_runner_suggests_only_its_own_flags() -> None:
     hint = Hint(subject="/m", how=HowToAllow(json_path="$.fs.read_roots", value=["/m"], flag="--allow-read-root /m"))
     found = result(denial("a", root), denial("b", reveal), denial("c", output), lost=1, hints=(hint,))
     assert denial_lines(for_flags(found, frozenset(option.flag for option in OPTIONS)), "x07 run ") == [
-        'denied: read a. To allow it, set fs.write_roots to ["/d"] in the policy.',
-        "denied: read b. To allow it, use x07 run with --reveal x.pem",
-        "denied: read c. To allow it, use --max-output-bytes 4",
+        'denied: reading a. To allow it, set fs.write_roots to ["/d"] in the policy.',
+        "denied: reading b. To allow it, use x07 run with --reveal x.pem",
+        "denied: reading c. To allow it, use --max-output-bytes 4",
         "and up to 1 more denials; x07 run --json lists those that were recorded",
         '/m is not in the sandbox. To allow it, set fs.read_roots to ["/m"] in the policy.',
     ]

@@ -234,7 +234,7 @@ def test_a_pattern_that_could_match_no_name_is_refused(
 ) -> None:
     """A path as a --hide or --reveal pattern is a usage error."""
     assert main(["run", flag, pattern, "prog.py"]) == 2
-    assert f"argument {flag}: {pattern!r} is not a pattern for a name" in capfd.readouterr().err
+    assert f"wrong usage of {flag}: {pattern!r} is not a pattern for a name" in capfd.readouterr().err
 
 
 # reports of errors

@@ -62,7 +62,7 @@ def test_the_settings_file_may_ask_for_scaled_limits(
         ("[limits]\nscale_when_emulated = true\n", 'neither "auto" nor "never"'),
         ('[limits]\nscale = "auto"\n', r"\[limits\] has an unknown key 'scale'"),
         ("limits = 5\n", "limits is not a table"),
-        ("[limits\n", "it is not TOML"),
+        ("[limits\n", "it is not valid TOML"),
     ],
 )
 def test_an_invalid_setting_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, why: str) -> None:

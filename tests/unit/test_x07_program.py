@@ -398,14 +398,14 @@ def test_one_program_is_named(
 def test_a_repeated_option_is_refused(words: tuple[str, ...], capfd: pytest.CaptureFixture[str]) -> None:
     """`x07 run` refuses an option that is given twice."""
     assert main(["run", *words, "prog.py"]) == 2
-    assert f"argument {words[0]}: given more than once" in capfd.readouterr().err
+    assert f"wrong usage of {words[0]}: given more than once" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("words", [("--program", "a", "--program", "b"), ("--policy", "a", "--policy", "b")])
 def test_os_runner_refuses_a_repeated_option(words: tuple[str, ...], capfd: pytest.CaptureFixture[str]) -> None:
     """x07-os-runner refuses an option that is given twice."""
     assert os_runner.main(words) == 2
-    assert f"argument {words[0]}: given more than once" in capfd.readouterr().err
+    assert f"wrong usage of {words[0]}: given more than once" in capfd.readouterr().err
 
 
 def test_a_cpu_limit_above_the_programs_own_is_an_error(project: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -328,7 +328,7 @@ def test_the_command_prints_advice_below_an_error(state: Path, tmp_path: Path, r
     argv = [sys.executable, "-m", "x07_sandbox.cli.main", "run", str(program)]
     done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "x07: denied: write /etc/. It cannot be allowed.\n" in done.stderr
+    assert "x07: denied: writing to the folder /etc. It cannot be allowed.\n" in done.stderr
     flags = ["--allow-read-root", f"{root}/in.txt"]
     assert (
         f"x07: {root}/in.txt is not in the sandbox. To allow it, use {' '.join(flags)} "

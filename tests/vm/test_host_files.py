@@ -416,7 +416,7 @@ def test_a_link_on_the_way_to_a_root_is_refused(project: Project) -> None:
     for flag in ("--allow-read-root", "--allow-write-root"):
         for root in ("way", "way/default"):
             result = project.run("pass", flag, root, code=2)
-            assert "is a link" in result["reason"]
+            assert "is a symbolic link" in result["reason"]
             assert result["phases"] == {}
 
 

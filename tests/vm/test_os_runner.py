@@ -200,7 +200,7 @@ def test_a_protected_name_is_left_out_of_the_changes(caller: Caller) -> None:
     done = caller.call("change.py", 'open("Jenkinsfile", "w")\n')
     solve = parsed(done.stdout, done.returncode)["solve"]
     assert (done.returncode, solve["ok"], solve["exit_status"]) == (0, True, 0)
-    assert b"left out: Jenkinsfile (protected); to apply: x07 apply " in done.stderr
+    assert b"left out: Jenkinsfile (protected: other tools execute or trust it); to apply: x07 apply " in done.stderr
     assert not (caller.place / "Jenkinsfile").exists()
 
 

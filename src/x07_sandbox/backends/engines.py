@@ -78,7 +78,7 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
             why = f"{self.name} {words[0]} did not answer within {timeout_s:.0f} s"
             raise BackendError(what, why, f"Check that {self.name} works: {self.name} ps") from exc
         except OSError as exc:
-            raise BackendError(what, f"{self.binary}: {exc.strerror}", f"Install {PACKAGES[self.name]}") from exc
+            raise BackendError(what, f"{exc.strerror} ({self.binary})", f"Install {PACKAGES[self.name]}") from exc
         output, error = done.stdout[:_ANSWER_MAX], done.stderr[-4096:]
         return Answer(
             status=done.returncode,

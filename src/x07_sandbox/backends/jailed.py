@@ -112,7 +112,7 @@ def running(
         try:
             child = launch(request)
         except OSError as exc:
-            why = f"{request.argv[0]}: {exc.strerror}"
+            why = f"{exc.strerror} ({request.argv[0]})"
             raise start.error(f"cannot start {start.name}", why, "Run x07 doctor") from exc
         start.given.close()  # else our copies would keep the child's pipes open
         try:

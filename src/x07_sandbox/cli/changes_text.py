@@ -31,7 +31,12 @@ if TYPE_CHECKING:
 
 _CHUNK: Final = 1 << 16
 _NAMED: Final = 8
-_RULES: Final = {"fs.deny_hidden": "hidden", "fs.allow_symlinks": "a link"}
+_RULES: Final = {
+    "fs.deny_hidden": "hidden",
+    "fs.allow_symlinks": "a symbolic link",
+}
+_PROTECTED: Final = "protected"
+_WHY_PROTECTED: Final = "protected: other tools execute or trust it"  # in the first entry of a line
 _RETURN: Final = re.compile(rb"\r(?!\n)")
 
 
@@ -68,7 +73,7 @@ def change_lines(result: Result) -> list[str]:
 
 
 def _because(denial: Denial) -> str:
-    return f"{denial.subject}: {denial.reason}" if denial.reason else denial.subject
+    return f"{denial.subject} ({denial.reason})" if denial.reason else denial.subject
 
 
 def left_out(changes: Changes) -> list[str]:
@@ -77,6 +82,10 @@ def left_out(changes: Changes) -> list[str]:
     if not entries:
         return []
     names = [f"{entry.name} ({', '.join(_RULES.get(rule, rule) for rule in entry.rules)})" for entry in entries]
+    first = next((number for number, entry in enumerate(entries) if _PROTECTED in entry.rules), None)
+    if first is not None:
+        others = [_RULES.get(rule, rule) for rule in entries[first].rules if rule != _PROTECTED]
+        names[first] = f"{entries[first].name} ({', '.join([*others, _WHY_PROTECTED])})"
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return [f"left out: {', '.join(names[:_NAMED])}{more}; to apply: {changes.apply_left_out}"]
 
@@ -87,6 +96,8 @@ def _counts(changes: Changes) -> str:
 
 def _closing(changes: Changes) -> str:
     why = f" ({changes.reason})" if changes.reason else ""
+    if changes.state == "discarded" and why:
+        return f"no changes to files were copied back: {changes.reason}"
     after = {
         "applied": "; see x07 diff, revert with x07 undo",
         "kept": "; see x07 diff, apply with x07 apply",

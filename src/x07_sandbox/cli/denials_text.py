@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 from msgspec.structs import replace
 
 from x07_sandbox.cli.console import say
+from x07_sandbox.errors import printable
 from x07_sandbox.policy.templates import BUILT_IN, built_in
 
 if TYPE_CHECKING:
@@ -34,6 +35,26 @@ _REACHED: Final = {
     ("output", "write"): "output limit reached",
 }
 _FULL: Final = frozenset({"scratch", "limits.mem_bytes"})  # for these, the subject of a denied write is a sentence
+# The words for other actions, followed by the subject. Names of system calls are not listed.
+_ACTIONS: Final = {
+    "break": "a violation of",
+    "call": "the system call",
+    "connect": "a connection to",
+    "execute": "executing",
+    "look up": "DNS lookup of",
+    "open": "opening",
+    "raise": "raising",
+    "read": "reading",
+    "replace": "replacing",
+    "run": "running",
+    "start": "starting",
+    "use": "using",
+    "write": "writing to",
+}
+# Advice in two steps (plan/hints), and what precedes it if the command lacks the flag.
+_IMAGE: Final = "--image mine"
+_AFTER: Final = ", after "
+_OTHER_COMMAND: Final = "x07 run with "
 
 
 def say_denials(result: Result) -> None:
@@ -51,7 +72,7 @@ def for_flags(result: Result, flags: Collection[str]) -> Result:
     def adapted(allowing: HowToAllow | None) -> HowToAllow | None:
         if allowing is None or not allowing.flag or allowing.flag.partition(" ")[0] in {*flags, "x07"}:
             return allowing
-        return replace(allowing, flag=None if allowing.json_path is not None else f"x07 run with {allowing.flag}")
+        return replace(allowing, flag=None if allowing.json_path is not None else f"{_OTHER_COMMAND}{allowing.flag}")
 
     denials = [replace(denial, how_to_allow=adapted(denial.how_to_allow)) for denial in result.denials]
     hints = [replace(hint, how=adapted(hint.how), to_write=adapted(hint.to_write)) for hint in result.hints]
@@ -120,7 +141,7 @@ def _merged(group: Sequence[Denial]) -> Denial:
     if len(group) == 1:
         return first
     folder = posixpath.commonpath([denial.subject for denial in group])
-    subject = f"{folder.rstrip('/')}/ ({len(group)} paths in it, such as {first.subject})"
+    subject = f"{len(group)} paths in {folder.rstrip('/')}/, such as {first.subject}"
     return replace(first, subject=subject, count=1)
 
 
@@ -151,11 +172,35 @@ def _line(denial: Denial) -> str:
     if reached := _REACHED.get((denial.field, denial.action)):
         how = how_to_allow_text(denial.how_to_allow, denial.field, purpose="allow more")
         return f"denied: {reached}{times}{why}{how}"
-    what = denial.subject if denial.action == "write" and denial.field in _FULL else f"{denial.action} {denial.subject}"
+    what = denial.subject if denial.action == "write" and denial.field in _FULL else _action(denial)
     if denial.field in {"limit", "scratch"}:
         return f"denied: {what}{times}{why}."
     purpose = "allow more" if denial.field in _FULL else "allow it"
     return f"denied: {what}{times}{why}{how_to_allow_text(denial.how_to_allow, denial.field, purpose=purpose)}"
+
+
+def _action(denial: Denial) -> str:
+    """Return a denied action as a noun phrase, so that no reader takes it for advice."""
+    action, subject = denial.action, denial.subject
+    if action == "copy":
+        return f"copying {subject} into the VM"
+    words = _ACTIONS.get(action, f"{action} on")  # else the name of a system call
+    if subject.startswith("("):  # the call, whose path is not known
+        return f"{words} {'a resource limit' if action == 'raise' else 'an unknown path'} {subject}"
+    if not subject.startswith("/"):
+        return f"{words} {subject}"
+    place = subject.rstrip("/") or "/"
+    if action == "write" and (given := _relative_folder(denial.how_to_allow)):
+        return f"{words} {given} ({place} in the VM)"
+    return f"{words} the folder {place}" if subject.endswith("/") else f"{words} {place}"
+
+
+def _relative_folder(allowing: HowToAllow | None) -> str:
+    """Return the host folder that would have to be writable if it is not an absolute path; else ""."""
+    if allowing is None or allowing.json_path != "$.fs.write_roots" or not isinstance(allowing.value, list):
+        return ""
+    given = str(allowing.value[-1]) if allowing.value else ""
+    return "" if given.startswith("/") else printable(given)
 
 
 def how_to_allow_text(allowing: HowToAllow | None, field: str = "", *, purpose: str = "allow it") -> str:
@@ -165,6 +210,10 @@ def how_to_allow_text(allowing: HowToAllow | None, field: str = "", *, purpose: 
     if allowing.setting:
         return f". To {purpose}, set {allowing.setting} under [net] in your settings."
     if allowing.flag:
+        with_image, then, build = allowing.flag.partition(_AFTER)
+        if then and with_image.removeprefix(_OTHER_COMMAND) == _IMAGE:
+            word = "use" if with_image.startswith(_OTHER_COMMAND) else "add"
+            return f". To {purpose}, run {build}, then {word} {with_image}"
         return f". To {purpose}, use {allowing.flag}"
     value = f"{(allowing.json_path or '').removeprefix('$.')} to {_value(allowing.value)} in the policy"
     # If another field has to be set first, the next run reports the rest.

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 
 _LISTED: Final = 8
+_STATES: Final = {"advisory": "not enforced (only programs that check these fields obey them)"}
 _ACCESS: Final = {False: "read-only", True: "writable"}
 
 
@@ -44,7 +45,7 @@ def _lines(found: Preview) -> list[str]:
     states = Counter(control.state for control in found.plan.controls)
     denied = f" (denied: {_listed(found.denied_hosts)})" if found.denied_hosts else ""
     built = "nothing to build" if found.build is None else f"build in a VM without network: {_short(found.build)}"
-    counts = [f"{count} {state}" for state, count in sorted(states.items())]
+    counts = [f"{count} {_STATES.get(state, state)}" for state, count in sorted(states.items(), reverse=True)]
     values = (
         f"time {limits.wall_ms / 1000:g} s",
         f"CPU time {limits.cpu_ms / 1000:g} s",
@@ -52,15 +53,16 @@ def _lines(found: Preview) -> list[str]:
         f"{limits.procs} processes besides the first",
         f"{limits.fds} open files",
     )
+    files = [f"toolchain: {found.toolchain}", built, f"files copied into the VM: {_listed(found.files)}"]
     return [
-        *([f"toolchain {found.toolchain}: {built}", f"files copied in: {_listed(found.files)}"] if found.files else []),
+        *(files if found.files else []),
         *(f"folder {root.host}: copied to {root.guest}, {_ACCESS[root.write]}" for root in found.roots),
         f"run in another VM: {_short(found.run)}",
         f"limits: {', '.join(values)}",
         *([] if found.scaling is None else [f"scaled for emulation: time limits times {found.scaling.factor}"]),
         f"network: {_listed(found.hosts) or 'none'}{denied}",
         *([f"image {found.image}: {found.digests['image']}"] if "image" in found.digests else []),
-        f"policy fields: {', '.join(counts)}; see x07 policy explain",
+        f"policy fields: {', '.join(counts)}; to list them: x07 policy explain",
         *(f"refused: {refusal.why}" for refusal in found.plan.refusals),
     ]
 

@@ -142,8 +142,10 @@ def build_with_progress(
             elif before.digest != image.digest:
                 set_name(name, before.digest.removeprefix("sha256:"))
                 fix += f"; the image {name!r} was not changed"
-            why = re.sub("^(exec|preload): ", "", exc.why)  # the guest's stage
-            raise type(exc)("cannot preload modules", why, fix) from exc
+            what, why = "cannot preload modules", re.sub("^(exec|preload): ", "", exc.why)  # the guest's stage
+            if why.startswith("cannot preload ") and ": " in why:
+                what, _, why = why.partition(": ")
+            raise type(exc)(what, why, fix) from exc
         progress.done(f"no VM templates: {exc}")  # the image can be used without them
     progress.done(f"ready: {image.digest}")
     return image
@@ -210,7 +212,11 @@ def _row(image: Image) -> ImageRow:
     problem = fix = None
     if not current:
         problem = "built by another version of x07-sandbox"
-        fix = f"Run {build_command(image.name)}" if image.name else "Use another image, since this one has no name"
+        fix = (
+            f"Run {build_command(image.name)}"
+            if image.name
+            else "Remove the image with x07 prune: without a name, it cannot be updated"
+        )
     suite = image.manifest.suite
     pip = tuple(f"{wheel.name}=={wheel.version}" for wheel in image.manifest.pip)
     return ImageRow(

@@ -60,7 +60,7 @@ def whole_number(lo: int, hi: int, what: str) -> Callable[[str], int]:
     def read(text: str) -> int:
         if not (text.isascii() and text.isdigit() and len(text) <= len(str(hi)) and lo <= int(text) <= hi):
             raise argparse.ArgumentTypeError(
-                f"{text!r} is out of range: give a whole number of {what} from {lo} to {hi}"
+                f"{text!r} is out of range; give a whole number of {what} from {lo} to {hi}"
             )
         return int(text)
 
@@ -76,7 +76,7 @@ def seconds(most: int) -> Callable[[str], float]:
         except ValueError:
             value = 0.0
         if not 0 < value <= most:  # NaN is not
-            raise argparse.ArgumentTypeError(f"{text!r} is out of range: give more than 0 and at most {most} seconds")
+            raise argparse.ArgumentTypeError(f"{text!r} is out of range; give more than 0 and at most {most} seconds")
         return value
 
     return read
@@ -105,7 +105,7 @@ def name_pattern(text: str) -> str:
     """Option type: a pattern for one name. A pattern with a slash is an error, since it would match nothing."""
     if text in {"", ".", ".."} or "/" in text:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not a pattern for a name: it must not be empty or contain a slash"
+            f"{text!r} is not a pattern for a name; it must not be empty or contain a slash"
         )
     return text
 
@@ -223,7 +223,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise UsageError."""
-        raise UsageError("wrong usage", message, f"See {self.prog} --help")
+        named, _, why = message.partition(": ")
+        what, (word, _, name) = "wrong usage", named.partition(" ")
+        if word == "argument" and why:  # argparse's form, "argument --memory: why"
+            what, message = f"wrong usage of {name}", why.replace("invalid choice: ", "invalid choice ", 1)
+        raise UsageError(what, message, f"See {self.prog} --help")
 
 
 def parser_for(words: list[str]) -> argparse.ArgumentParser:

@@ -258,8 +258,14 @@ def _diff(options: argparse.Namespace) -> int:
         if found:
             show(f"the second policy {verb}:")
         for change in found:
-            show(f"  {change.field}: {_in_words(change)}. {docs[change.field]}")
+            show(f"  {change.field} ({_as_note(docs[change.field])}): {_in_words(change)}")
     return DIFFERENT if changes else 0
+
+
+def _as_note(doc: str) -> str:
+    """Return a sentence as a note in parentheses: without a full stop, and without a capital unless it is a name."""
+    start = doc[:1].lower() if doc[1:2].islower() else doc[:1]
+    return f"{start}{doc[1:].removesuffix('.')}"
 
 
 def _in_words(change: Change) -> str:

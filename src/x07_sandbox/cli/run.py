@@ -443,7 +443,9 @@ def _decoded(text: str) -> bytes:
     try:
         return binascii.a2b_base64(text.encode(), strict_mode=True)
     except (binascii.Error, UnicodeEncodeError) as exc:
-        raise UsageError("cannot use --input-b64", f"not base64: {exc}", "Encode the input with base64 -w0") from exc
+        raise UsageError(
+            "cannot use --input-b64", f"it is not base64 ({exc})", "Encode the input with base64 -w0"
+        ) from exc
 
 
 def _variable(text: str) -> tuple[str, str]:

@@ -190,7 +190,7 @@ def memory_size(text: str) -> int:
     """Option type: a size in bytes, such as 512M or 1G."""
     from x07_sandbox.policy.limits import parse_size, range_fault
 
-    fault = "is not a size: write a number of bytes, or a number with K, M or G, such as 512M"
+    fault = "is not a size; write a number of bytes, or a number with K, M or G, such as 512M"
     if (size := parse_size(text)) is None or (fault := range_fault("mem_bytes", size)):
         raise argparse.ArgumentTypeError(f"{text!r} {fault}")
     return size

@@ -48,7 +48,7 @@ _FIXES: Final = {
     errno.EROFS: "Mount that file system writable",
     errno.EACCES: "Apply the changes as a user who may write to that folder",
     errno.EPERM: "Apply the changes as the owner of the files and a member of their groups",
-    errno.EXDEV: "Unmount that file system, list it as a separate root, or add --skip",
+    errno.EXDEV: "Unmount that file system, grant it as a separate folder, or add --skip",
     errno.EBUSY: "Unmount that file system",
 }
 
@@ -355,6 +355,6 @@ def _os_errors(folder: Path) -> Iterator[None]:
         yield
     except OSError as exc:
         place = exc.filename if isinstance(exc.filename, str) else os.fspath(exc.filename or folder)
-        why = f"{place!a}: {exc.strerror or exc}"
+        why = f"{exc.strerror or exc} ({place!a})"
         fix = _FIXES.get(exc.errno or 0, "Correct the problem, then try again")
         raise HostError("cannot apply the changes", why, fix) from exc

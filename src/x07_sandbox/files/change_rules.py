@@ -227,7 +227,7 @@ def _by_kind(change: Change, bounds: Bounds) -> Iterator[Refused]:
         return
     if node.kind == "link":
         if not link_stays_inside(name, node.target):
-            yield Refused(name=name, rule="fs.allow_symlinks", why="link that leads out of its root")
+            yield Refused(name=name, rule="fs.allow_symlinks", why="symbolic link to a path outside the folder")
         elif not bounds.allow_symlinks:
             why = "symbolic link, and fs.allow_symlinks is false"
             yield Refused(name=name, rule="fs.allow_symlinks", why=why, value=True, flag="--allow-symlinks")
@@ -248,12 +248,12 @@ def _by_path(change: Change, links: Links, skipped: Mapping[str, Skipped], bound
         return
     through = links.through(name)
     if through in skipped:
-        yield _by_skipped(name, f"link through {printable(through)}", through, skipped[through], bounds)
+        yield _by_skipped(name, f"symbolic link through {printable(through)}", through, skipped[through], bounds)
     elif through == OUT:
-        why = "link that leads out of its root through another link"
+        why = "symbolic link to a path outside the folder, through another link"
         yield Refused(name=name, rule="fs.allow_symlinks", why=why)
     elif through:
-        yield Refused(name=name, rule="fs.allow_symlinks", why="link through too many other links")
+        yield Refused(name=name, rule="fs.allow_symlinks", why="symbolic link through too many other links")
 
 
 def _by_way_to_a_root(
@@ -293,7 +293,7 @@ def _by_skipped(name: str, why: str, skipped: str, there: Skipped, bounds: Bound
     return Refused(
         name=name,
         rule=FIELDS[there.reason],
-        why=f"{why}, which was not copied in: {why_left_out(there.reason, bounds)}",
+        why=f"{why}, which was not copied into the VM ({why_left_out(there.reason, bounds)})",
         value=value_for(there.reason, there.most, bounds),
         reveal=skipped if there.reason in {"chosen", "secret"} else "",
     )

@@ -228,7 +228,7 @@ def _has_parent(name: str, folders: set[str], dir_fd: int, prefix: str) -> bool:
 
 def _unreadable(exc: OSError, path: str) -> HostError:
     if exc.errno == errno.EXDEV:
-        fix = "Unmount that file system, or list it as a separate root"
+        fix = "Unmount that file system, or grant it as a separate folder"
         return HostError("cannot apply the changes", f"a mount point is on the path {path!a}", fix)
     fix = "Make the file readable"
-    return HostError("cannot apply the changes", f"{path!a}: {exc.strerror or exc}", fix)
+    return HostError("cannot apply the changes", f"{exc.strerror or exc} ({path!a})", fix)

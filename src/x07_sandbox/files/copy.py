@@ -227,7 +227,7 @@ class _Walk:
             if isinstance(exc, FileNotFoundError) and any(mount.missing for mount in self._tree.mounts):
                 return None
             fix = "Check the path and its permissions"
-            raise UsageError(f"cannot copy in {host}", exc.strerror or str(exc), fix) from exc
+            raise UsageError(f"cannot copy {host} into the VM", exc.strerror or str(exc), fix) from exc
 
     def _folders(self, top: int, device: int) -> None:
         stack: list[tuple[int, str, Iterator[str]]] = [(top, "", iter(self._names(top, "")))]
@@ -366,7 +366,7 @@ class _Walk:
                 self._left -= len(part)
                 if self._left < 0:
                     why = f"they are larger than {settings.COPY_IN_MAX_BYTES >> 20} MiB"
-                    raise RefusedError("cannot copy the files in", why, "Use smaller folders")
+                    raise RefusedError("cannot copy the files into the VM", why, "Use smaller folders")
                 self._out.write(segment(len(part)) + part)
                 digest.update(part)
         return digest.hexdigest()
@@ -386,7 +386,9 @@ class _Walk:
         copied.size += node.size
         if copied.entries > self._bounds.entries:
             why = f"{self._tree.host} has more than {self._bounds.entries} entries (fs.max_entries)"
-            raise EntriesError("cannot copy the files in", why, "Raise fs.max_entries, or use a smaller folder")
+            raise EntriesError(
+                "cannot copy the files into the VM", why, "Raise fs.max_entries, or use a smaller folder"
+            )
         if self._is_written(name):
             copied.nodes[name] = node
 
@@ -396,7 +398,8 @@ class _Walk:
     def _skip(self, reason: Reason, name: str, size: int = 0) -> None:
         if self._tree.only:
             why = why_left_out(reason, self._bounds)
-            error = UsageError(f"cannot copy in {name}", why, "Remove that root, or see docs/reference/policy.md")
+            what = f"cannot copy {self._tree.host}/{name} into the VM"
+            error = UsageError(what, why, "Omit this file, or see docs/reference/policy.md")
             raise error.caused_by(FIELDS[reason], value_for(reason, size, self._bounds))
         if self._is_written(name):
             self.copied.skipped[name] = Skipped(reason, size)
@@ -410,11 +413,11 @@ class _Walk:
 
 
 _WORDS: Final[dict[Reason, str]] = {
-    "hidden": "hidden name (fs.deny_hidden)",
+    "hidden": "hidden name, fs.deny_hidden",
     "chosen": "hidden by --hide",
     "secret": "looks like a secret",
-    "link": "symbolic link (fs.allow_symlinks)",
-    "link-out": "link that leads out of its root",
+    "link": "symbolic link, fs.allow_symlinks",
+    "link-out": "symbolic link to a path outside the folder",
     "large": "larger than fs.max_read_bytes",
     "deep": "deeper than fs.max_depth",
     "special": "not a file, folder or link",

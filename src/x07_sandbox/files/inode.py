@@ -37,7 +37,7 @@ class ConflictError(SandboxError):
 
 def conflict_error(names: Sequence[str]) -> ConflictError:
     """Return the error that lists these absolute paths."""
-    why = f"these files changed on the host since they were copied: {_some(names, len(names))}"
+    why = f"{_some(names, len(names))} changed on the host after the run had copied the folder"
     error = ConflictError("cannot apply the changes", why, "Review the changes with x07 diff, or run the program again")
     error.names, error.count = tuple(names[:NAMES_MAX]), len(names)
     return error
@@ -45,7 +45,7 @@ def conflict_error(names: Sequence[str]) -> ConflictError:
 
 def undo_conflict_error(error: ConflictError, what: str) -> ConflictError:
     """Return *error*, reworded for an undo. what: the first part of the new message."""
-    why = f"these files changed on the host since the changes were applied: {_some(error.names, error.count)}"
+    why = f"{_some(error.names, error.count)} changed on the host after the changes had been applied"
     undo_error = ConflictError(what, why, "Restore files by hand. To see the earlier content: x07 diff")
     undo_error.names, undo_error.count = error.names, error.count
     return undo_error

@@ -57,7 +57,7 @@ def _deletions_first(change: Change) -> bool:
 
 
 def _note(word: bytes, root: str, name: str, why: bytes) -> bytes:
-    return b"# " + word + b": " + _quoted(os.fsencode(name or root)) + b": " + why + b"\n"
+    return b"# " + word + b": " + _quoted(os.fsencode(name or root)) + b" (" + why + b")\n"
 
 
 def _one(root: str, change: Change, before: Content, after: Content, work: Work) -> Iterator[bytes]:

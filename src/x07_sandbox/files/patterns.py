@@ -125,7 +125,7 @@ class Walk:
                 except (FileNotFoundError, ValueError):
                     continue
         except OSError as exc:
-            why = f"{folder or 'the folder itself'}: {exc.strerror or exc}"
+            why = f"{folder or 'the folder itself'} cannot be read ({exc.strerror or exc})"
             raise self._folder.refused(why, "Make that folder readable, or remove it from the project") from exc
 
     def _step(self, name: str, states: Sequence[_State]) -> tuple[set[int], set[_State]]:

@@ -135,7 +135,7 @@ class Protection:
         if self.is_allowed(name):
             return ""
         if self._allowed and (obeyed := self._obeyed(name)):
-            return f"git runs or obeys {obeyed}; only a pattern for that name allows it"
+            return f"protected: git executes {obeyed} or reads settings from it; only a pattern for it allows changes"
         folder, _, part = name.rpartition("/")
         above = _inherited(folder, self._folders, self._why_folder)
         return self._root or above or self._part(part) or (self._ci_part(part) if folder in self._tops else "")
@@ -196,7 +196,7 @@ class Protection:
             place = _inherited(above, inside, lambda inner: inner if whole(inner) in bare else None) if name else None
             in_git = place is not None and self._folded(place.rpartition("/")[2] or self._name) == _GIT
             if place is not None and not self._is_named(name) and not (in_git and self.is_allowed(name)):
-                refused[name] = _of_repository(printable(place) or "the root")
+                refused[name] = _of_repository(printable(place) or "the folder")
         return refused
 
     def _is_named(self, name: str, part: str = "") -> bool:
@@ -221,7 +221,7 @@ class Protection:
         found = _any_of(patterns).match(self._folded(part))
         if found is None or found.lastindex is None:
             return ""
-        return f"protected name: other tools run or obey {patterns[found.lastindex - 1]}"
+        return f"protected: other tools execute {patterns[found.lastindex - 1]} or read settings from it"
 
 
 def _of_repository(where: str) -> str:

@@ -129,9 +129,17 @@ def change_roots(trees: Sequence[Tree]) -> list[tuple[int, Mount]]:
     return found
 
 
+def _origin(root: Root) -> str:
+    """Return the words for the flag or policy entry that names a root."""
+    if root.field.startswith("--"):
+        return f"{root.field} {root.given}"
+    return f"{root.given} (--allow-{root.field[3:-1].replace('_', '-')}, or {root.field} in the policy)"
+
+
 def _look(root: Root) -> str:
     """Return a root's kind: `folder`, `file` or `missing`. Raises UsageError for other kinds and paths with links."""
-    what = f"cannot copy in {root.given}"
+    out = root.field == "--out"
+    what = f"cannot use --out {root.given}" if out else f"cannot copy {root.given} into the VM"
     parts = PurePosixPath(root.host).parts[1:]
     mode = stat.S_IFDIR
     fd = os.open("/", os.O_PATH | os.O_CLOEXEC)
@@ -142,21 +150,23 @@ def _look(root: Root) -> str:
             except FileNotFoundError as exc:
                 if root.write and number == len(parts) - 1:
                     return "missing"
-                raise UsageError(what, f"{root.host} does not exist", "Create the folder, or remove that root") from exc
+                missing = "/" + "/".join(parts[: number + 1])
+                fix = f"Create {missing}, or omit {_origin(root)}"
+                raise UsageError(what, f"{missing} does not exist", fix) from exc
             except OSError as exc:
-                raise UsageError(what, f"{root.host}: {exc.strerror}", "Check the path and its permissions") from exc
+                why = f"{root.host} cannot be opened ({exc.strerror})"
+                raise UsageError(what, why, "Check the path and its permissions") from exc
             os.close(fd)
             fd = inner
             mode = os.fstat(fd).st_mode
             if stat.S_ISLNK(mode):
                 link = "/" + "/".join(parts[: number + 1])
-                raise UsageError(what, f"{link} is a link", f"Use its target: {os.path.realpath(root.host)}")
+                raise UsageError(what, f"{link} is a symbolic link", f"Use the path {os.path.realpath(root.host)}")
         if stat.S_ISDIR(mode):
             return "folder"
         if stat.S_ISREG(mode):
-            if root.field == "--out":
-                fix = "Use --out with a folder, or --allow-write-root with a file"
-                raise UsageError(what, f"{root.host} is a file", fix)
+            if out:
+                raise UsageError(what, f"{root.host} is a file", "Use --out with a folder")
             return "file"
         raise UsageError(what, f"{root.host} is neither a file nor a folder", "Use the path of a file or folder")
     finally:

@@ -60,7 +60,7 @@ def require_own_proc() -> None:
     try:
         number = Path("/proc/self").readlink().name
     except OSError as exc:
-        raise HostError("cannot inspect processes", f"/proc: {exc.strerror}", "Mount /proc") from exc
+        raise HostError("cannot inspect processes", f"/proc cannot be read ({exc.strerror})", "Mount /proc") from exc
     if number != str(os.getpid()):
         why = "/proc belongs to another pid namespace"
         raise HostError("cannot inspect processes", why, "Mount this namespace's own /proc: unshare --mount-proc")

@@ -26,7 +26,7 @@ def boot_id() -> str:
         from x07_sandbox.host.os_errors import require_own_proc
 
         require_own_proc()
-        why = f"{exc.filename}: {exc.strerror}"
+        why = f"{exc.strerror} ({exc.filename})"
         fix = "Mount /proc without subset=pid (in a systemd unit: ProcSubset=all)"
         raise HostError("cannot identify this boot", why, fix) from exc
 

@@ -77,5 +77,5 @@ class ProjectFolder:
         try:
             yield
         except (OSError, ValueError) as exc:  # ValueError: NUL or a surrogate in the name
-            why = f"{shown}: {getattr(exc, 'strerror', None) or exc}"
+            why = f"{shown} cannot be read ({getattr(exc, 'strerror', None) or exc})"
             raise self.refused(why, "Make it readable, or remove it") from exc

@@ -81,7 +81,7 @@ def settings_table(data: bytes, name: str, source: str) -> dict[str, Any]:
     try:
         table = tomllib.loads(data.decode()).get(name, {})
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
-        raise UsageError(what, f"it is not TOML: {exc}", "Correct the file") from exc
+        raise UsageError(what, f"it is not valid TOML ({exc})", "Correct the file") from exc
     if not isinstance(table, dict):
         raise UsageError(what, f"{name} is not a table", f"Write [{name}]")
     if unknown := sorted(set(table) - keys):

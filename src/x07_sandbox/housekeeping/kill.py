@@ -80,9 +80,11 @@ def _not_ended(run: str, jobs: list[StoredJob]) -> HostError:
     what = f"cannot end run {run}"
     unclear = [stored for stored in jobs if stored.record is None]
     if unclear:
-        why = f"job {unclear[0].folder.name}: {unclear[0].why}"
+        why = f"the state of its job {unclear[0].folder.name} is not known ({unclear[0].why})"
         return HostError(what, why, f"Run x07 inspect {run}, or x07 sweep")
     pid = run.split("-")[1]
     if not jobs:
-        return HostError(what, "it has no job now: the run is waiting or copying files", f"End its process: kill {pid}")
+        return HostError(
+            what, "it has no job now, because it is waiting or copying files", f"End its process: kill {pid}"
+        )
     return HostError(what, "its job does not end", f"End its process and remove what it leaves: kill {pid}; x07 sweep")

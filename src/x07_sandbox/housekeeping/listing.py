@@ -158,7 +158,7 @@ def _waiting(run: str) -> JobLine:
         phase="",
         backend="",
         state="waiting",
-        why="it has no job now: the run is preparing one, waiting for a free slot, or applying changes to files",
+        why="it has no job now, because it is preparing one, waiting for a free slot, or applying changes to files",
         created_unix_ms=int(run.partition("-")[0]),
         deadline_unix_ms=0,
         left_s=None,

@@ -163,9 +163,9 @@ def _not_stopped(sweeper: Sweeper, stored: StoredJob) -> str:
     try:
         return "" if backend.stop(stored.record) else "nothing proves that its processes are gone"
     except SandboxError as exc:
-        return f"it cannot be stopped: {exc.what}: {exc.why}"
+        return f"it cannot be stopped ({exc.what}: {exc.why})"
     except OSError as exc:  # the other jobs must be swept all the same
-        return f"it cannot be stopped: {exc.strerror or exc}"
+        return f"it cannot be stopped ({exc.strerror or exc})"
 
 
 def _why_unstarted(stored: StoredJob) -> str:

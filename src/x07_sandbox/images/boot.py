@@ -34,7 +34,7 @@ def make_initrd(
 ) -> tuple[bytes, dict[str, bytes]]:
     """Return the initramfs with *code*, and its seccomp filters by name. work: an empty folder. Raises SandboxError."""
     check_space(work.parent, UNPACKED_MAX * base.root.bytes)
-    progress("unpacking the root file system for its compiler")
+    progress("unpacking the image's root file system, which contains the compiler")
     root = unpack_root(work, base_folder / base.root.file)
     source, target = work / "source", work / "target"
     for name, data in code.tools.items():

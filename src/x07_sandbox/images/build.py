@@ -207,7 +207,7 @@ class _Builder:
             try:
                 bases.check_base(folder, base)
             except ImageError as exc:
-                self._progress(f"{exc.what}: {exc.why}: downloading it again")
+                self._progress(f"{exc.what} ({exc.why}); downloading it again")
             else:
                 return folder, base
         made = self._new_base(extras)

@@ -107,7 +107,7 @@ def run(
         why = f"it timed out after {timeout_s:.0f} s"
         raise ImageError(f"cannot build the guest image with {name}", why, "Check the network, then try again")
     if proc.returncode:
-        what = f"cannot build the guest image: {name} exited with status {proc.returncode}"
+        what = f"cannot build the guest image, because {name} exited with status {proc.returncode}"
         raise ImageError(what, _tail(log), "Check its output above, then try again")
 
 

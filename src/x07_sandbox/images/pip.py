@@ -213,7 +213,7 @@ def failure(output: list[str], python: GuestPython, sources_file: Path) -> Usage
     name = match[1]
     if any("Retrying" in line for line in output):
         fix = "Check the network and pip's settings: pip config list"
-        return ImageError(f"pip cannot download {name!r}", f"the package index does not answer: {text}", fix)
+        return ImageError(f"pip cannot download {name!r}", f"the package index does not answer ({text})", fix)
     what = f"cannot add {name!r} to an image"
     if versions := re.search(r"\(from versions: (?!none\))([^)]*)\)", " ".join(errors)):
         newest = versions[1].split(", ")[-1][:80]

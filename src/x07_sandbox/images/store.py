@@ -57,7 +57,7 @@ def repair_hint(image: Image) -> str:
     """Return the advice on how to repair an image with damaged files, for errors."""
     name = image.name or _name_of(image.digest.removeprefix("sha256:"))
     if not name:
-        return "It has no name and cannot be repaired: use another image from x07 image list"
+        return "Remove the image with x07 prune, and use another one: without a name, it cannot be repaired"
     return f"Run {build_command(name)}, and if it happens again check the disk"
 
 

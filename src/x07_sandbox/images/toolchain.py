@@ -31,7 +31,7 @@ def snapshot(source: Path, target: Path) -> str:
     except OSError as exc:
         if exc.errno in {errno.ENOSPC, errno.EDQUOT}:
             fix = "Free disk space, or set X07_VM_CACHE_DIR to a folder on a larger disk"
-            raise HostError("cannot copy the X07 toolchain", f"{target.parent}: {exc.strerror}", fix) from exc
+            raise HostError("cannot copy the X07 toolchain", f"{exc.strerror} ({target.parent})", fix) from exc
         raise UsageError(f"cannot read the X07 toolchain {source}", str(exc)[:300], _FIX) from exc
     return _digest(target)
 

@@ -51,7 +51,7 @@ class Unpacker:
             with zipfile.ZipFile(wheel) as archive:
                 self._unpack(archive, wheel.name)
         except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError) as exc:
-            raise _bad(wheel.name, f"the archive is damaged: {exc}") from exc
+            raise _bad(wheel.name, f"the archive is damaged ({exc})") from exc
         except (FileExistsError, IsADirectoryError, NotADirectoryError) as exc:
             raise _bad(wheel.name, "one of its files is a folder in another wheel, or vice versa") from exc
 

@@ -145,7 +145,7 @@ def _try_namespaces() -> str:
             argv, stdin=no_input, capture_output=True, env=env, cwd="/", timeout=_PROBE_S, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as exc:
-        raise HostError(what, f"{argv[0]}: {exc}", "Run x07 doctor") from exc
+        raise HostError(what, f"{argv[0]} failed with {exc}", "Run x07 doctor") from exc
     if done.stdout == b"ok":
         return ""
     said = printable(done.stderr[:_SAID_BYTES].decode(errors="replace").strip()) or f"status {done.returncode}"

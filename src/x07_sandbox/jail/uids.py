@@ -76,6 +76,6 @@ def _lock_file(name: str) -> int:
         private_dir(_FOLDER.parent)
         return os.open(private_dir(_FOLDER) / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except (HostError, OSError) as exc:
-        why = f"{exc.what}: {exc.why}" if isinstance(exc, HostError) else f"{_FOLDER}: {exc.strerror}"
+        why = f"{exc.what} ({exc.why})" if isinstance(exc, HostError) else f"{exc.strerror} ({_FOLDER})"
         fix = "Make /run writable for root (in a container: a tmpfs), or run as an ordinary user"
         raise HostError("cannot assign a uid to the job", why, fix) from exc

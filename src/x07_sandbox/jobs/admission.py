@@ -162,7 +162,7 @@ class _Turn:
                 raise
             missing = isinstance(exc, FileNotFoundError)
             fix = "Install util-linux" if missing else fix_for(exc, "Raise the limits of this shell: ulimit -a")
-            raise HostError("cannot wait for a free slot", f"flock: {exc.strerror or exc}", fix) from exc
+            raise HostError("cannot wait for a free slot", f"flock failed with {exc.strerror or exc}", fix) from exc
 
     def __enter__(self) -> Self:
         return self

@@ -153,7 +153,7 @@ def _opened(folder: Path) -> int | StoredJob | None:
     except FileNotFoundError:
         return None
     except OSError as exc:
-        return StoredJob(folder=folder, info=info, standing="damaged", why=f"it cannot be read: {exc.strerror}")
+        return StoredJob(folder=folder, info=info, standing="damaged", why=f"it cannot be read ({exc.strerror})")
 
 
 def _read(folder: Path, fd: int, instance: str) -> StoredJob:
@@ -223,7 +223,7 @@ def _decoded(folder_fd: int, name: str, decoder: msgspec.json.Decoder[_D], schem
     except OSError as exc:
         raise _UnreadableError("damaged", damaged) from exc
     if data is None:
-        why = f"it has no usable {name}: x07-sandbox did not create it, or it is damaged"
+        why = f"it has no usable {name}, because x07-sandbox did not create it or it is damaged"
         raise _UnreadableError("unowned", why)
     try:
         found = decoder.decode(data)

@@ -153,7 +153,7 @@ def decide_address(allowlist: Allowlist, decision: Decision, address: Address) -
     if isinstance(asked.host, str) and (local := special(asked.host)) and not _opened(allowlist, by_address):
         return _denied(asked, *local)
     if denial := _special(allowlist, by_address) or _denial(allowlist, by_address):
-        return replace(denial, request=asked, reason=f"{asked.host} resolves to {address}: {denial.reason}")
+        return replace(denial, request=asked, reason=f"{asked.host} resolves to {address}, and {denial.reason}")
     return decision
 
 
@@ -266,7 +266,7 @@ def _entries(policy: Policy, problems: list[Problem]) -> Iterator[Entry]:
         try:
             what = parse_pattern(host)
         except UsageError as exc:
-            problems.append(Problem(f"$.{rule}", f"host {printable(host)}: {exc.why}. {exc.fix}"))
+            problems.append(Problem(f"$.{rule}", f"has the invalid host {printable(host)} ({exc.why}). {exc.fix}"))
         else:
             of_net = rule.startswith("net.")
             yield Entry(rule=rule, ports_rule=ports_rule, what=what, ports=frozenset(ports), udp=of_net)

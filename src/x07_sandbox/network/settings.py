@@ -48,17 +48,19 @@ def _local(text: str, net: dict[str, Any], what: str) -> tuple[Any, int]:
     try:
         request: Request = parse_request(text)
     except UsageError as exc:
-        raise UsageError(what, f"net.allow_local: {exc.what}: {exc.why}", exc.fix) from exc
+        raise UsageError(what, f"the entry {text!r} of net.allow_local is invalid ({exc.why})", exc.fix) from exc
     found = None if isinstance(request.host, str) else special(request.host)
     if found is None:
         fix = "Use an address of your own network. Other addresses need only a policy entry"
-        raise UsageError(what, f"net.allow_local: {text!r} is not a special address with a port", fix)
+        raise UsageError(what, f"the entry {text!r} of net.allow_local is not a special address with a port", fix)
     kind = found[0].partition(":")[2]
     if (word := _OPENED_BY.get(kind)) is not None:
         if net.get(word) is not True:
-            raise UsageError(what, f"net.allow_local: {found[1]}", f"To allow it, also set {word} = true in [net]")
+            raise UsageError(what, f"{found[1]} (net.allow_local)", f"To allow it, also set {word} = true in [net]")
     elif kind not in _OPENED:
-        raise UsageError(what, f"net.allow_local: {found[1]}", "Remove it: it is always denied")
+        raise UsageError(
+            what, f"{found[1]} (net.allow_local)", f"Remove the entry {text!r}: this address is always denied"
+        )
     return request.host, request.port
 
 

@@ -85,16 +85,16 @@ _NETWORK_RULES: Final = {
 }
 _CHANGE_FIELDS: Final = frozenset({"fs.allow_mkdir", "fs.allow_remove", "fs.allow_rename", "fs.max_write_bytes"})
 _FILE_RULES: Final = {
-    "fs.enabled": "only the roots are visible",
-    "fs.deny_hidden": "if true, hidden names are copied neither in nor back",
-    "fs.allow_symlinks": "if false, links are copied neither in nor back; a link out of its root is never copied",
+    "fs.enabled": "of the host's files, only those in fs.read_roots and fs.write_roots are visible",
+    "fs.deny_hidden": "if true, files with hidden names are copied neither into the sandbox nor back",
+    "fs.allow_symlinks": "if false, symbolic links are not copied; links to paths outside the folder are never copied",
     "fs.allow_mkdir": "if false, new folders are refused when the program has ended",
     "fs.allow_remove": "if false, deletions are refused when the program has ended",
     "fs.allow_rename": "if false, renames are refused when the program has ended",
-    "fs.max_read_bytes": "larger files are not copied in; 0 means 16 MiB",
+    "fs.max_read_bytes": "larger files are not copied into the sandbox; 0 means 16 MiB",
     "fs.max_write_bytes": "larger files are not copied back; 0 means 16 MiB",
-    "fs.max_entries": "a root with more refuses the run; if more change, all changes are discarded; 0 means 10,000",
-    "fs.max_depth": "deeper entries are copied neither in nor back; 0 means 64, more than 256 means 256",
+    "fs.max_entries": "a folder with more refuses the run; if more change, all changes are discarded; 0 means 10,000",
+    "fs.max_depth": "deeper entries are copied neither into the sandbox nor back; 0 means 64, more than 256 means 256",
 }
 
 
@@ -141,10 +141,13 @@ def _roots(given: PlanInput, field: str) -> Answer:
         if where is None:
             bare = guest_path(root, PROGRAM, deny_hidden=False)[0]
             instead = None if bare is None else ("fs.deny_hidden", False)
-            return Answer("refused", _NOBODY, f"{ascii(root)[1:-1]} has no path in the guest ({why})", instead)
+            what = f"{ascii(root)[1:-1]} cannot be copied into the sandbox, because {why}"
+            return Answer("refused", _NOBODY, what, instead)
     if field == "fs.read_roots":
-        return Answer("enforced", _COPY, "copied in; changes count only inside a write root")
-    return Answer("enforced", _CHANGES, "copied in; changes come back only after a check")
+        return Answer(
+            "enforced", _COPY, "copied into the sandbox; changes are copied back only from a folder in fs.write_roots"
+        )
+    return Answer("enforced", _CHANGES, "copied into the sandbox; changes are copied back only after a check")
 
 
 def _copied(given: PlanInput, field: str) -> Answer:
@@ -155,13 +158,18 @@ def _copied(given: PlanInput, field: str) -> Answer:
     return Answer("enforced", by, _FILE_RULES[field])
 
 
-def _no_files(given: PlanInput, _field: str) -> Answer:
+def _no_files(given: PlanInput, field: str) -> Answer:
     if "no-host-files" not in given.features.can_enforce:
         return _not_enforced(given, "this backend does not hide host files")
-    if given.values["fs.enabled"] is True:
-        why = f"{given.features.words.no_files}; --out adds a folder like a write root"
-        return Answer("enforced", given.boundary, why)
-    return Answer("enforced", given.boundary, given.features.words.no_files)
+    why = given.features.words.no_files
+    folders = field in {"fs.enabled", "fs.read_roots", "fs.write_roots"}
+    if not folders:
+        why += ", so there is nothing to limit"
+    if given.values["fs.enabled"] is True and "host-files" in given.features.can_enforce:
+        why += "; only --out adds a folder" if folders else ", except in the folder of --out"
+    if given.values["fs.enabled"] is False and given.entries(field):
+        why += ", because fs.enabled is false"
+    return Answer("enforced", given.boundary, why)
 
 
 def _network(given: PlanInput, field: str) -> Answer:
@@ -211,7 +219,7 @@ def _no_variables(given: PlanInput, field: str) -> Answer:
     if field == "env.allow_keys" and given.entries(field) and given.values["env.enabled"] is True:
         own = sorted(str(key) for key in given.entries(field) if str(key).startswith("X07_"))
         if own:
-            why = f"{', '.join(own)} cannot be passed from the host: these names are reserved for X07"
+            why = f"{', '.join(own)} cannot be passed from the host, because these names are reserved for X07"
             return Answer("refused", _NOBODY, why)
         return Answer("enforced", given.boundary, "of the host's variables, only these are passed, if they are set")
     if field == "env.deny_keys" and given.entries(field):

@@ -86,7 +86,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             changed = dict.fromkeys(str(refusal.how_to_allow.json_path)[2:] for refusal in self.refusals)
             fix = f"Change {', '.join(changed)} in the policy"
             if flags := [flag for field in fields for flag in _FLAGS.get(field, ()) if flag in given]:
-                fix += f", or omit {', '.join(flags)}"
+                fix = f"Omit {', '.join(flags)}, or change {', '.join(changed)} in the policy"
             raise RefusedError("the policy cannot be enforced", why, fix)
 
 
@@ -119,7 +119,7 @@ def _refusals(answers: Mapping[str, Answer], values: Mapping[str, object]) -> It
             without: object = [] if isinstance(value, tuple) else not value if isinstance(value, bool) else value
             path, value = (field, without) if answer.instead is None else answer.instead
             how = HowToAllow(json_path=f"$.{path}", value=value)
-            yield Refusal(field=field, why=f"{field}: {answer.why}", how_to_allow=how)
+            yield Refusal(field=field, why=f"{answer.why} ({field})", how_to_allow=how)
 
 
 def _too_long(policy: Policy) -> Iterator[Refusal]:

@@ -29,10 +29,10 @@ def guest_path(given: str, start: str, *, deny_hidden: bool) -> tuple[str | None
         own = next((own for own in _SYSTEM if path == own or is_below(path, own) or is_below(own, path)), None)
         if own is None and path in _NOT_ON_TOP:
             own = path
-        return (path, "") if own is None else (None, f"it overlaps the guest's own {own}")
+        return (path, "") if own is None else (None, f"it overlaps the sandbox's own {own}")
     relative = os.path.normpath(given)
     if relative == ".." or relative.startswith("../"):
-        return None, "it leads out of its start folder: use an absolute path"
+        return None, "a relative path must stay below the folder where the program starts"
     return os.path.normpath(f"{start}/{relative}"), ""
 
 

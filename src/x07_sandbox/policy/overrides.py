@@ -318,7 +318,7 @@ def _roots(flag: str, given: Iterable[str]) -> Iterator[str]:
 def _joined(flag: str, base: Sequence[str], more: Sequence[str]) -> tuple[str, ...]:
     found = (*base, *(root for root in more if root not in base))
     if more and len(found) > _ROOTS_MAX:
-        _too_many(f"roots with {flag}", len(found), _ROOTS_MAX)
+        _too_many(f"folders with {flag}", len(found), _ROOTS_MAX)
     return found
 
 

@@ -25,9 +25,16 @@ class Problem(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     suggestion: str | None = None
 
     def __str__(self) -> str:
-        """Return one line: place, message, suggestion."""
+        """Return one line of a list: place, colon, message, suggestion."""
+        return self._line("the document" if self.json_path == "$" else f"{self.json_path}:")
+
+    @property
+    def sentence(self) -> str:
+        """One sentence: place, message, suggestion."""
+        return self._line("the document" if self.json_path == "$" else self.json_path)
+
+    def _line(self, place: str) -> str:
         hint = f"; did you mean {self.suggestion}?" if self.suggestion else ""
-        place = "the document" if self.json_path == "$" else f"{self.json_path}:"
         return f"{place} {self.message}{hint}"
 
 
@@ -50,8 +57,9 @@ class PolicyError(UsageError):
     @classmethod
     def of(cls, source: str, problems: Sequence[Problem], *, in_schema: bool = False) -> "PolicyError":
         """Return the error for *problems* (at least one) in the document called *source*."""
-        lines = [str(problem) for problem in problems]
-        why = lines[0] if len(lines) == 1 else "\n".join([f"{len(lines)} problems", *(f"  {line}" for line in lines)])
+        why = "\n".join([f"{len(problems)} problems", *(f"  {problem}" for problem in problems)])
+        if len(problems) == 1:
+            why = problems[0].sentence
         fix = ADVICE
         if any(problem.message == MISSING for problem in problems):
             fix += ". To write a complete policy: x07 policy new"

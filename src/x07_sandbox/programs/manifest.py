@@ -63,7 +63,7 @@ def decode_manifest(data: bytes, *, source: str) -> tuple[Manifest, Toolchain]:
     except RecursionError:
         _wrong(source, "it is nested too deep")
     except ValueError as exc:  # tomllib's own error, or int()'s about too many digits
-        _wrong(source, f"it is not TOML: {exc}")
+        _wrong(source, f"it is not valid TOML ({exc})")
     found = value.get("schema_version")
     if found != SCHEMA:
         shown = repr(found[:64]) if isinstance(found, str) else "missing" if found is None else type(found).__name__

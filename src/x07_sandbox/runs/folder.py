@@ -95,7 +95,7 @@ def unnamed_file(folder: Path, guest_path: str, max_bytes: int, stack: contextli
         from x07_sandbox.host.os_errors import fix_for
 
         fix = fix_for(exc, "Set X07_VM_STATE_DIR to a folder on ext4, xfs or btrfs")
-        raise HostError("cannot create a temporary file", f"{folder}: {exc.strerror}", fix) from exc
+        raise HostError("cannot create a temporary file", f"{exc.strerror} ({folder})", fix) from exc
     stack.callback(os.close, fd)
     return OutFile(path=guest_path, fd=fd, max_bytes=max_bytes)
 

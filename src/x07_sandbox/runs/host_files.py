@@ -143,9 +143,10 @@ class HostFiles:
                 more = f" and {left.count - len(left.names)} more" if left.count > len(left.names) else ""
                 why = why_left_out(reason, self._bounds)
                 links = ", and contains links (fs.allow_symlinks)" if left.links else ""
-                subject = f"{', '.join(map(printable, left.names))}{more}: {why}{links}"
+                subject = f"{', '.join(map(printable, left.names))}{more}"
                 how = _to_let_in(reason, left, self._bounds, built_in=self._built_in)
-                found.append(denial(FIELDS[reason], "copy", subject, "copying in", left.count, how))
+                denied = denial(FIELDS[reason], "copy", subject, "the copy of host files", left.count, how)
+                found.append(msgspec.structs.replace(denied, reason=f"{why}{links}"))
         return found
 
     def settle(self, *, ended_well: bool) -> tuple[Changes, list[Denial], str]:
@@ -159,9 +160,13 @@ class HostFiles:
             return Changes(state="discarded" if self._roots else "none"), [], ""
         if not incoming.complete:
             self._discard()
-            why = incoming.problem or "the VM ended before they arrived"
+            why = incoming.problem or "the VM ended first"
             refused = [too_many(self._policy, "change", why)] if incoming.too_many else []
-            return Changes(state="discarded", reason=why), refused, f"the program's changes to files are lost: {why}"
+            return (
+                Changes(state="discarded", reason=why),
+                refused,
+                f"any changes that the program made to files are lost: {why}",
+            )
         changes = self._checked(incoming)
         if not any(root.changes or root.left_out or root.refused for root in changes.roots):
             self._discard()
@@ -273,7 +278,11 @@ def effective_roots(request: RunRequest, program: Program, policy: Policy) -> tu
         raise RefusedError("cannot use --out", why, fix).caused_by("fs.enabled", value=True)
     out = collapse_leading_slashes(os.path.normpath(real_path(Path()) / request.out))
     if any(root.guest == OUT for root in roots):
-        raise RefusedError("cannot use --out", f"the policy already has a root at {OUT}", "Remove that root or --out")
+        raise RefusedError(
+            "cannot use --out",
+            f"the policy already has a folder at {OUT}",
+            f"Remove {OUT} from the policy, or omit --out",
+        )
     return (*roots, Root(field="--out", given=str(request.out), host=out, guest=OUT, write=True))
 
 
@@ -353,7 +362,7 @@ def _why_saved(changes: ChangeSet) -> str:
 def too_many(policy: Policy, action: str, subject: str) -> Denial:
     """Return the denial for exceeding fs.max_entries. action: "copy" for copying in, "change" for reported changes."""
     value = min(2 * bounds_of(policy).entries, NUMBER_MAX)
-    by = "copying in" if action == "copy" else "the check of changes"
+    by = "the copy of host files" if action == "copy" else "the check of changes"
     return denial("fs.max_entries", action, subject, by, 1, (value, None))
 
 

@@ -210,10 +210,10 @@ def _require_hardware(request: RunRequest, availability: Availability) -> None:
         return
     if availability.features.isolation == "vm-hardware":
         return
-    steps = ["remove --require-hardware"] * request.require_hardware
+    steps = ["omit --require-hardware"] * request.require_hardware
     steps += ["unset X07_VM_REQUIRE_HARDWARE"] * by_variable
-    what = "emulation" if availability.features.emulated else "that"
-    fix = f"To accept {what}, {' and '.join(steps)}, or run on a host with KVM"
+    what = "emulation" if availability.features.emulated else "weaker isolation"
+    fix = f"Use a host where KVM works. To accept {what} instead, {' and '.join(steps)}"
     raise RefusedError("hardware virtualisation is required", availability.proof, fix)
 
 

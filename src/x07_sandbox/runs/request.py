@@ -210,7 +210,7 @@ def read_policy(given: str | Path | Policy | ProjectPolicy | None) -> tuple[Poli
         data = render_policy(given)
     except (TypeError, ValueError, RecursionError) as exc:
         fix = "Correct the values of the policy"
-        raise UsageError("cannot use the policy", f"it cannot be encoded: {exc}", fix) from exc
+        raise UsageError("cannot use the policy", f"it cannot be encoded ({exc})", fix) from exc
     return decode_policy(data, source=str(given.policy_id)), data
 
 

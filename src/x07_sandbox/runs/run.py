@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from msgspec.structs import replace
 
-from x07_sandbox.errors import BackendError, Cancelled, HostError, ImageError, RefusedError, SandboxError, UsageError
+from x07_sandbox.errors import (
+    BackendError,
+    Cancelled,
+    HostError,
+    ImageError,
+    RefusedError,
+    SandboxError,
+    UsageError,
+    with_full_stop,
+)
 from x07_sandbox.host import settings
 from x07_sandbox.jobs.record import new_run_id
 from x07_sandbox.plan.controls import run_limits
@@ -211,7 +220,13 @@ def _scaled(prepared: Prepared, draft: Result) -> tuple[Prepared, Result]:
     try:
         prepared, scaling, warnings = scale(prepared, measured_factor(prepared))
     except (HostError, BackendError) as exc:
-        return prepared, replace(draft, warnings=[*draft.warnings, f"the limits were not scaled: {exc}"])
+        return prepared, replace(
+            draft,
+            warnings=[
+                *draft.warnings,
+                f"the limits were not scaled ({exc.what}: {exc.why}). {with_full_stop(exc.fix)}",
+            ],
+        )
     return prepared, replace(draft, scaling=scaling, warnings=[*draft.warnings, *warnings])
 
 

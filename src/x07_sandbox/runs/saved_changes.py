@@ -67,7 +67,7 @@ def find_saved(run: str | None) -> SavedChanges:
     try:
         changes = decode(read_bounded(folder / "changes.json", "list of changes", _CHANGES_MAX))
     except ValueError as exc:
-        raise UsageError(f"cannot use the changes of run {name}", f"they are damaged: {exc}", _RUN_AGAIN) from exc
+        raise UsageError(f"cannot use the changes of run {name}", f"they are damaged ({exc})", _RUN_AGAIN) from exc
     return SavedChanges(run=name, folder=folder, changes=changes)
 
 
@@ -133,7 +133,7 @@ def _validated(run: str) -> Iterator[None]:
     try:
         yield
     except ValueError as exc:
-        raise HostError(f"cannot use the changes of run {run}", f"they are damaged: {exc}", _RUN_AGAIN) from exc
+        raise HostError(f"cannot use the changes of run {run}", f"they are damaged ({exc})", _RUN_AGAIN) from exc
 
 
 @contextlib.contextmanager

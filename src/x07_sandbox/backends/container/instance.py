@@ -146,7 +146,7 @@ class _Files:
                 self.net.chmod(0o755)
                 self.listener = stack.enter_context(self._listening())
         except OSError as exc:
-            why = f"{exc.filename}: {exc.strerror}"
+            why = f"{exc.strerror} ({exc.filename})"
             raise HostError("cannot make the job's files", why, "Free disk space") from exc
 
     def _listening(self) -> socket.socket:
@@ -218,7 +218,7 @@ def _created(engine: Engine, spec: ContainerSpec) -> str:
         raise BackendError("cannot create the container", answer.error or f"status {answer.status}", "Run x07 doctor")
     made = engine.call("inspect", "--type", "container", container).single_object(engine.name)
     if found := differences(spec, made):
-        why = f"{engine.name} changed it: {', '.join(found)}"
+        why = f"{engine.name} changed {', '.join(found)}"
         fix = f"Check {engine.name}'s configuration, which applies to every container"
         raise BackendError("cannot use the container", why, fix)
     return container

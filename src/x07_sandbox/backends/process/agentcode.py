@@ -80,7 +80,7 @@ def _run(argv: list[str]) -> None:
     try:
         done = subprocess.run(argv, stdin=no_input, capture_output=True, timeout=_BUILD_S, check=False, env=env)
     except (OSError, subprocess.TimeoutExpired) as exc:
-        raise HostError("cannot prepare the agent", f"{argv[0]}: {exc}", "Run x07 doctor") from exc
+        raise HostError("cannot prepare the agent", f"{argv[0]} failed with {exc}", "Run x07 doctor") from exc
     if done.returncode:
         said = " ".join(done.stderr.decode("utf-8", "replace").split())[-300:]
         why = said or f"{argv[0]} exited with status {done.returncode}"

@@ -117,7 +117,7 @@ def start_unconfined(record: JobRecord, deadline_s: int) -> Iterator[ProcessInst
         try:
             folder.mkdir(mode=0o700)
         except OSError as exc:
-            why = f"{folder}: {exc.strerror}"
+            why = f"{exc.strerror} ({folder})"
             raise HostError("cannot make the job's folder", why, "Free disk space") from exc
         ends = _Ends(stack)
         argv = supervisor_argv(

@@ -139,7 +139,7 @@ class QemuBackend:
         from x07_sandbox.plan.outcomes import classify
 
         evidence = evidence_of(error.failure)
-        why = f"a clone of the saved VM did not answer: {classify(evidence).reason}"
+        why = f"a clone of the saved VM did not answer ({classify(evidence).reason})"
         if evidence.killed:
             notes["cold"] = _started_cold(job, why)
         else:

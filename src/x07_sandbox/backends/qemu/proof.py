@@ -64,9 +64,9 @@ def kvm_verdict(image: OpenImage) -> tuple[bool, str]:
             values = {"works": found.works, "reason": found.reason}
             write_verdict(record, values, settings.KVM_RETRY_S if found.late else None)
     except SandboxError as exc:
-        return False, f"{not_tried}: {exc.why}"
+        return False, f"{not_tried} ({exc.why})"
     except TimeoutError as exc:  # the other process may be stopped
-        return False, f"{not_tried}: {exc}: the lock {lock}"
+        return False, f"{not_tried} ({exc} for the lock {lock})"
     return known_verdict() or (found.works, found.reason)
 
 
@@ -109,10 +109,12 @@ def prove(image: OpenImage, accelerator: Accelerator, limit_s: float) -> Proof:
             if failure.kind == "late":
                 return Proof(works=False, reason=f"no answer from a VM{under} within {limit_s:.0f} s", late=True)
             if failure.exit_status is None:
-                return Proof(works=False, reason=f"a VM{under} failed: {failure.why}")
+                return Proof(works=False, reason=f"a test VM{under} failed ({failure.why})")
             if spent := out_of_cpu_time(instance.exit_status()):
                 raise HostError("cannot test a VM", f"QEMU {spent}", "Raise that limit")
             if not miscalibrated(failure):
-                said = " ".join(instance.console_tail().split())[-200:] or "no output"
-                return Proof(works=False, reason=f"a VM{under} ended before x07's agent answered: {said.rstrip('.')}")
-    return Proof(works=False, reason=f"no VM{under} could be booted: {MISCALIBRATED}")
+                lines = (" ".join(line.split()) for line in instance.console_tail().splitlines())
+                said = "; ".join(filter(None, lines))[-200:].rstrip(".") or "nothing"
+                why = f"a test VM{under} ended before x07's agent answered (QEMU printed {said})"
+                return Proof(works=False, reason=why)
+    return Proof(works=False, reason=f"no VM{under} could be booted ({MISCALIBRATED})")

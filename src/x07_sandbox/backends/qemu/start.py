@@ -241,7 +241,7 @@ def _scratch_disk(given: FdGroup, image: OpenImage, record: JobRecord, memory: S
         fd = os.open(record.folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except OSError as exc:
         fix = fix_for(exc, "Set X07_VM_STATE_DIR to a folder on ext4, xfs or btrfs")
-        raise HostError("cannot make the scratch disk", f"{record.folder}: {exc.strerror}", fix) from exc
+        raise HostError("cannot make the scratch disk", f"{exc.strerror} ({record.folder})", fix) from exc
     given.add(fd)  # closed once the child has it, so that the space is free when the child is gone
     source = (image.fds["scratch"], image.manifest.scratch_disk)
     write_disk(*(source if memory is None else (memory.scratch_fd, memory.scratch_disk)), fd)

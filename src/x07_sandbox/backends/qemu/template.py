@@ -257,7 +257,7 @@ def ensure_template(
             stack.enter_context(file_lock(folder / ".lock", on_wait=waits, most_s=most_s))
         except TimeoutError as exc:  # the other process may be stopped, and must not block all others
             what = "cannot save a VM"
-            raise HostError(what, f"{exc}: the lock of all saved VMs", "Check for a stopped x07: ps ax") from exc
+            raise HostError(what, f"{exc} for the lock of all saved VMs", "Check for a stopped x07: ps ax") from exc
         _make_alone(template, kind, accelerator, progress)
 
 
