@@ -48,7 +48,7 @@ def test_a_project_runs_and_leaves_its_folder_alone(project: Path, backend: str)
     done = run(backend, ".", cwd=project)
     assert (done.returncode, done.stdout) == (0, "found\n"), done.stderr
     assert not (project / "new").exists()
-    assert ("warning: no isolation" in done.stderr) == (backend == "none")
+    assert ("warning: there is no isolation" in done.stderr) == (backend == "none")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
