@@ -56,7 +56,7 @@ def test_dry_run_shows_the_plan_without_an_image(project: Path, backend: str) ->
     """`--dry-run` shows the plan as text, even for a backend without an image."""
     done = run(backend, "--dry-run", ".", cwd=project)
     assert done.returncode == 0, done.stderr
-    assert "toolchain python" in done.stdout
+    assert "toolchain: python" in done.stdout
     assert "image" not in done.stdout
 
 
