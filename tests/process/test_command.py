@@ -48,7 +48,7 @@ def test_a_project_runs_and_leaves_its_folder_alone(project: Path, backend: str)
     done = run(backend, ".", cwd=project)
     assert (done.returncode, done.stdout) == (0, "found\n"), done.stderr
     assert not (project / "new").exists()
-    assert ("warning: no isolation" in done.stderr) == (backend == "none")
+    assert ("warning: there is no isolation" in done.stderr) == (backend == "none")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -56,7 +56,7 @@ def test_dry_run_shows_the_plan_without_an_image(project: Path, backend: str) ->
     """`--dry-run` shows the plan as text, even for a backend without an image."""
     done = run(backend, "--dry-run", ".", cwd=project)
     assert done.returncode == 0, done.stderr
-    assert "toolchain python" in done.stdout
+    assert "toolchain: python" in done.stdout
     assert "image" not in done.stdout
 
 

@@ -127,7 +127,7 @@ def test_flags_that_allow_nothing_are_an_error(run: Run, capsys: pytest.CaptureF
     run.back(run.files({"deny_hidden": True}), file("a"), file(".envrc"))
     for words in (["--allow-protected", "b"], ["--allow-protected", ".envrc"], ["--allow-hidden"]):
         assert main(["apply", *words]) == 125
-        assert ".envrc: " in capsys.readouterr().err
+        assert ".envrc (" in capsys.readouterr().err
     assert main(["apply", "--allow-hidden", "--allow-protected", ".envrc"]) == 0
     assert there(run) == {"a", ".envrc"}
 

@@ -121,6 +121,12 @@ def test_a_denied_action_does_not_read_like_advice(action: str, subject: str, va
     assert line.startswith(f"denied: {expected}. ")
 
 
+def test_copied_entries_are_not_counted_as_attempts() -> None:
+    """The number of entries that were not copied is not printed as a number of attempts."""
+    (line,) = denial_lines(result(denial("a, b", action="copy", count=2)))
+    assert line == "denied: copying a, b into the VM. It cannot be allowed."
+
+
 def test_a_missing_module_is_added_in_two_steps() -> None:
     """The command that builds the image comes before the flag that uses it, also for a command without that flag."""
     how = HowToAllow(json_path=None, value=None, flag="--image mine, after x07 image build --name mine --pip a")

@@ -103,7 +103,7 @@ def test_exec_exits_with_the_commands_code(project: Path) -> None:
     assert done.returncode == 2, done.stderr
     done = x07(project, "exec", "--workdir", ".", "--", "no-such-command", "x")
     assert done.returncode == 127
-    assert "command no-such-command not found in the image" in done.stderr
+    assert "the command no-such-command is not in the image" in done.stderr
     assert "x07 image build" in done.stderr
     done = x07(project, "exec", "--workdir", ".", "--", "rg", "x")
     assert " --include ripgrep\n" in done.stderr

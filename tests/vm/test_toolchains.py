@@ -565,7 +565,7 @@ def test_a_dry_run_of_an_x07_program_is_refused_as_its_run_is(tmp_path: Path) ->
     assert (results[0][0], "has no X07 toolchain" in results[0][1]) == (125, True)
 
 
-@pytest.mark.parametrize(("name", "why"), [("missing", "does not exist"), ("link", " is a link")])
+@pytest.mark.parametrize(("name", "why"), [("missing", "does not exist"), ("link", " is a symbolic link")])
 def test_a_dry_run_checks_the_roots_as_a_run_does(tmp_path: Path, name: str, why: str) -> None:
     """--dry-run refuses a root that is missing or a link in the same words as a run."""
     (tmp_path / "link").symlink_to("/etc")

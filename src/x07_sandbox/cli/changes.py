@@ -158,7 +158,7 @@ def select_changes(
     out += [(root.root, one.name) for root in changes.roots for one in root.refused]
     unused = {word for word in skip if not any(_covers(word, root, name) for root, name in out)}
     if unused := unused.difference(*(used for _, used in parts)):
-        raise UsageError("cannot skip", f"no change has the name {min(unused)}", "See x07 diff")
+        raise UsageError(f"cannot skip {min(unused)}", "no change has this name", "See x07 diff")
     return replace(changes, roots=tuple(replace(root, left_out=()) for root, _ in parts))
 
 
@@ -186,7 +186,7 @@ def _nothing_allowed(changes: ChangeSet, grants: Grants) -> RefusedError:
 
 def _refused(left: Sequence[tuple[str, Refused]], fix: str, *, several_roots: bool) -> RefusedError:
     """Return the error for changes that are not allowed, given as pairs of a root and a refusal."""
-    lines = [f"{display_name(root, one.name, several_roots=several_roots)}: {one.why}" for root, one in left[:_LISTED]]
+    lines = [f"{display_name(root, one.name, several_roots=several_roots)} ({one.why})" for root, one in left[:_LISTED]]
     more = f", and {len(left) - _LISTED} more" if len(left) > _LISTED else ""
     return RefusedError("cannot apply the changes", "; ".join(lines) + more, fix)
 

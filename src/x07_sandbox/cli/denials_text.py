@@ -167,7 +167,7 @@ def _hint(hint: Hint) -> str:
 
 
 def _line(denial: Denial) -> str:
-    times = f" ({denial.count} times)" if denial.count > 1 else ""
+    times = f" ({denial.count} times)" if denial.count > 1 and denial.action != "copy" else ""
     why = f" ({denial.reason})" if denial.reason else ""
     if reached := _REACHED.get((denial.field, denial.action)):
         how = how_to_allow_text(denial.how_to_allow, denial.field, purpose="allow more")

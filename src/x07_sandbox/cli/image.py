@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 from x07_sandbox.cli.console import Progress, say, show, size
 from x07_sandbox.cli.json_output import deliver, print_document
 from x07_sandbox.cli.parser import add_document_flags, folder_path, inner_verb, switch
-from x07_sandbox.errors import SandboxError, UsageError
+from x07_sandbox.errors import SandboxError, UsageError, with_full_stop
 from x07_sandbox.images.build import build_image
 from x07_sandbox.images.store import (
     build_command,
@@ -146,7 +146,9 @@ def build_with_progress(
             if why.startswith("cannot preload ") and ": " in why:
                 what, _, why = why.partition(": ")
             raise type(exc)(what, why, fix) from exc
-        progress.done(f"no VM templates: {exc}")  # the image can be used without them
+        progress.done(
+            f"no VM was saved with this image ({exc.what}: {exc.why}). {with_full_stop(exc.fix)}"
+        )  # the image can be used without them
     progress.done(f"ready: {image.digest}")
     return image
 

@@ -256,7 +256,9 @@ def _choice(options: argparse.Namespace) -> Choice:
     found = backend_request(sandbox=options.sandbox_backend, backend=options.backend, accepted=accepted)
     choice = select(this_platform(), found)
     if choice.sandbox_backend == "none":
-        say("warning: no isolation: the program can do whatever you can, and few limits of the policy apply")
+        say(
+            "warning: there is no isolation, so the program can do whatever you can, and few limits of the policy apply"
+        )
     return choice
 
 

@@ -32,7 +32,7 @@ def guest_path(given: str, start: str, *, deny_hidden: bool) -> tuple[str | None
         return (path, "") if own is None else (None, f"it overlaps the sandbox's own {own}")
     relative = os.path.normpath(given)
     if relative == ".." or relative.startswith("../"):
-        return None, "a relative path must stay below the folder where the program starts"
+        return None, "a relative path must stay below the folder where the program starts; use an absolute path"
     return os.path.normpath(f"{start}/{relative}"), ""
 
 

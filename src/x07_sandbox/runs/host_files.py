@@ -78,7 +78,7 @@ class HostFiles:
         waiting = list(trees_of(roots))
         while waiting:
             tree = waiting.pop(0)
-            request.progress(f"copying {tree.host} in")
+            request.progress(f"copying {tree.host} into the VM")
             copied = self._copy(tree, left, folder)
             left -= copied.size
             separate = {mount.host for mount in copied.separate}
@@ -142,7 +142,7 @@ class HostFiles:
             for reason, left in copied.left_out.items():
                 more = f" and {left.count - len(left.names)} more" if left.count > len(left.names) else ""
                 why = why_left_out(reason, self._bounds)
-                links = ", and contains links (fs.allow_symlinks)" if left.links else ""
+                links = "; it also contains symbolic links, fs.allow_symlinks" if left.links else ""
                 subject = f"{', '.join(map(printable, left.names))}{more}"
                 how = _to_let_in(reason, left, self._bounds, built_in=self._built_in)
                 denied = denial(FIELDS[reason], "copy", subject, "the copy of host files", left.count, how)

@@ -255,7 +255,7 @@ def _without_command(ending: Verdict, end: JobEnd, prepared: Prepared) -> Verdic
         return ending
     name, image = ascii(prepared.program.source.name)[1:-1], prepared.image_name
     if prepared.image is None:
-        return replace(ending, reason=f"command {name} not found on this host")
+        return replace(ending, reason=f"the command {name} is not installed on this host")
     if "/" in name:
         return replace(ending, reason=f"{name} or its interpreter does not exist in the VM")
     from x07_sandbox.plan.packages import flag_for_program
@@ -267,7 +267,7 @@ def _without_command(ending: Verdict, end: JobEnd, prepared: Prepared) -> Verdic
     else:
         add = "To add a Python package"
     fix = f"{add}: x07 image build --name {image} {flag} {','.join(packages)}"
-    return replace(ending, reason=f"command {name} not found in the image {image}. {fix}")
+    return replace(ending, reason=f"the command {name} is not in the image {image}. {fix}")
 
 
 def _with_denials(draft: Result, prepared: Prepared, spec: PhaseSpec, end: JobEnd) -> Result:
