@@ -33,6 +33,8 @@ _REACHED: Final = {
     ("process.max_live", "start"): "child process limit reached",
     ("limits.fds", "open"): "open file limit reached",
     ("output", "write"): "output limit reached",
+    ("fs.max_entries", "copy"): "limit of copied files and folders reached",
+    ("fs.max_entries", "change"): "limit of changed files and folders reached",
 }
 _FULL: Final = frozenset({"scratch", "limits.mem_bytes"})  # for these, the subject of a denied write is a sentence
 # The words for other actions, followed by the subject. Names of system calls are not listed.

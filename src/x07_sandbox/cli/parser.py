@@ -59,9 +59,7 @@ def whole_number(lo: int, hi: int, what: str) -> Callable[[str], int]:
 
     def read(text: str) -> int:
         if not (text.isascii() and text.isdigit() and len(text) <= len(str(hi)) and lo <= int(text) <= hi):
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is out of range; give a whole number of {what} from {lo} to {hi}"
-            )
+            raise argparse.ArgumentTypeError(f"give a whole number of {what} from {lo} to {hi}, not {text!r}")
         return int(text)
 
     return read
@@ -76,7 +74,7 @@ def seconds(most: int) -> Callable[[str], float]:
         except ValueError:
             value = 0.0
         if not 0 < value <= most:  # NaN is not
-            raise argparse.ArgumentTypeError(f"{text!r} is out of range; give more than 0 and at most {most} seconds")
+            raise argparse.ArgumentTypeError(f"give a time above 0 and up to {most} seconds, not {text!r}")
         return value
 
     return read

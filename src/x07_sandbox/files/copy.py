@@ -385,7 +385,7 @@ class _Walk:
         copied.entries += bool(name)  # the root itself does not count
         copied.size += node.size
         if copied.entries > self._bounds.entries:
-            why = f"{self._tree.host} has more than {self._bounds.entries} entries (fs.max_entries)"
+            why = f"{self._tree.host} has more than {self._bounds.entries} files and folders (fs.max_entries)"
             raise EntriesError(
                 "cannot copy the files into the VM", why, "Raise fs.max_entries, or use a smaller folder"
             )
