@@ -112,7 +112,7 @@ def _weaker(name: str) -> Proof:
     except SandboxError as exc:
         return Proof(good=False, text=f"{exc.what}: {exc.why}", fixes=(exc.fix,))
     flags = f"--sandbox-backend {name} {ACCEPT_FLAG}"
-    return Proof(good=None, text=f"{availability.proof}; x07 conform {flags} tries it")
+    return Proof(good=None, text=f"{availability.proof}; to test it: x07 conform {flags}")
 
 
 def platform_finding(platform: Platform) -> Finding:
@@ -337,7 +337,7 @@ def _slowness() -> Finding:
             text = next((text for text in result.warnings if "scaled" in text), result.reason)
             return Finding(subject="limits under emulation", good=None, text=text)
         factor = result.scaling.factor
-    text = f"a CPU benchmark took {factor} times as long in a VM; x07 run --scale-limits multiplies time limits by this"
+    text = f"a CPU benchmark took {factor} times as long in a VM; x07 run --scale-limits scales time limits by that"
     return Finding(subject="limits under emulation", good=None, text=text)
 
 

@@ -64,7 +64,7 @@ class Fs(Section, frozen=True, kw_only=True):
     allow_glob: Annotated[bool, Meta(description="Whether files may be found by pattern.")] = False
     max_read_bytes: Annotated[U32, Meta(description="Largest file to read, in bytes; 0 means 16 MiB.")] = 0
     max_write_bytes: Annotated[U32, Meta(description="Largest file to write, in bytes; 0 means 16 MiB.")] = 0
-    max_entries: Annotated[U32, Meta(description="Most entries of a listing; 0 means 10000.")] = 0
+    max_entries: Annotated[U32, Meta(description="Maximum number of files and folders in a root; 0 means 10000.")] = 0
     max_depth: Annotated[U32, Meta(description="Depth limit of a walk; 0 means 64.")] = 0
 
 

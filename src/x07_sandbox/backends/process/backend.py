@@ -142,7 +142,7 @@ class OsBackend(_Backend):
         warnings = ["the program's system calls reach this host's kernel"]
         if missing := sorted(set(_BY_CONTROLLER.values()) - features.can_enforce):
             warnings.append(f"this host provides no control groups for {', '.join(missing)}")
-        proof = proof if known else "no confined process was started yet"
+        proof = proof if known else "not tested on this host yet"
         return Availability(features=features, proof=proof, known=known, warnings=tuple(warnings))
 
     def _started(self, record: JobRecord, deadline_s: int) -> AbstractContextManager[ProcessInstance]:
@@ -163,7 +163,9 @@ class NoneBackend(_Backend):
         features = Features(isolation="none", own_kernel=False, can_enforce=held)
         whose = "root's" if os.geteuid() == 0 else "this user's"
         warning = f"nothing protects {whose} files, processes and network from the program"
-        return Availability(features=features, proof="an ordinary process needs no proof", warnings=(warning,))
+        return Availability(
+            features=features, proof="programs run as ordinary processes, without confinement", warnings=(warning,)
+        )
 
     def _started(self, record: JobRecord, deadline_s: int) -> AbstractContextManager[ProcessInstance]:
         return start_unconfined(record, deadline_s)
