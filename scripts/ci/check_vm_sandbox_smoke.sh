@@ -319,7 +319,7 @@ check_x07_program() {
 }
 
 check_bundle() {
-    has bundle || skip "this version has no x07 bundle"
+    has bundle || skip "this version has no command x07 bundle"
     x07_project bundle
     result=$work/bundle-made code=0
     "$timeout" --kill-after=20 300 "$x07" bundle --project x07.json --profile sandbox --out "$work/bundled" \

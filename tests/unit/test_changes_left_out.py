@@ -99,7 +99,7 @@ def test_each_applied_part_can_be_undone(run: Run, capsys: pytest.CaptureFixture
     assert f"left out: AGENTS.md ({why}); to apply: x07 apply {RUN} --allow-protected AGENTS.md" in printed
     assert there(run) == {"a", ".envrc"}
     assert main(["undo"]) == 0
-    assert "reverted; to revert the apply before it: x07 undo" in capsys.readouterr().err
+    assert "reverted; to revert the earlier changes too: x07 undo" in capsys.readouterr().err
     assert there(run) == {"a"}
     assert main(["undo"]) == 0
     assert there(run) == set()

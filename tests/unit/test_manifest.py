@@ -34,7 +34,10 @@ def test_all_keys_are_read() -> None:
         ("", "schema_version is missing"),
         ("x = [", "not valid TOML"),
         ("\xff", "not UTF-8"),
-        ('schema_version = "x07.sandbox.project@9.0.0"', "this version supports 'x07.sandbox.project@0.1.0'"),
+        (
+            'schema_version = "x07.sandbox.project@9.0.0"',
+            'this version of x07 requires schema_version = "x07.sandbox.project@0.1.0"',
+        ),
         (PYTHON + 'entri = "x"', "no key entri; did you mean entry"),
         (PYTHON + '[run]\nargz = ["x"]', r"no key run.argz; did you mean run.args"),
         (PYTHON.replace("python", "pyton"), "the toolchain 'pyton'"),

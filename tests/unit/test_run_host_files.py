@@ -230,7 +230,7 @@ def test_too_many_entries_name_the_field(run: Run) -> None:
     """Too many entries are refused on the way in, discarded on the way out, and name the field."""
     for number in range(4):
         (run.root / str(number)).write_text("x")
-    with pytest.raises(RefusedError, match="more than 3 entries"):
+    with pytest.raises(RefusedError, match="more than 3 files and folders"):
         run.files({"max_entries": 3})
     going = run.denial("fs.max_entries")
     assert len(packed(run.files({"max_entries": 4}, changes="discard"))[0]) == 4

@@ -161,7 +161,7 @@ _CHECKS = {"program": _program, "device": _device, "namespaces": _namespaces}
 
 
 def backend_states(facts: Facts, proofs: Mapping[str, Proof]) -> tuple[BackendState, ...]:
-    """Return the state of every backend, preferred ones first. proofs: by name, of the backends that were tried."""
+    """Return the state of every backend, preferred ones first. proofs: results of trial starts, by backend name."""
     return tuple(_state(row, facts, proofs.get(row.name)) for row in BY_NAME.values())
 
 

@@ -276,6 +276,6 @@ def _undo(options: argparse.Namespace) -> int:
     if document_wanted(options) and deliver(changes_json(changes), options):
         return 0
     say_deleted(changes, back=True)
-    then = "to revert the apply before it: x07 undo" if kept.undos else "apply again with x07 apply"
+    then = "to revert the earlier changes too: x07 undo" if kept.undos else "apply again with x07 apply"
     say(summary(changes, f"reverted; {then}"))
     return 0

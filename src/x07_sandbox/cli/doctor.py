@@ -111,7 +111,7 @@ def _weaker(name: str) -> Proof:
         availability = create(name).probe(None, boot=False)
     except SandboxError as exc:
         return Proof(good=False, text=f"{exc.what}: {exc.why}", fixes=(exc.fix,))
-    flags = f"--sandbox-backend {name} {ACCEPT_FLAG}"
+    flags = f"--backend {name} {ACCEPT_FLAG}"
     return Proof(good=None, text=f"{availability.proof}; to test it: x07 conform {flags}")
 
 
@@ -337,7 +337,7 @@ def _slowness() -> Finding:
             text = next((text for text in result.warnings if "scaled" in text), result.reason)
             return Finding(subject="limits under emulation", good=None, text=text)
         factor = result.scaling.factor
-    text = f"a CPU benchmark took {factor} times as long in a VM; x07 run --scale-limits scales time limits by that"
+    text = f"x07 run --scale-limits multiplies time limits by {factor}, as measured now by a CPU benchmark"
     return Finding(subject="limits under emulation", good=None, text=text)
 
 

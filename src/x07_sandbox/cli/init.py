@@ -38,10 +38,10 @@ _NO_SOURCES: Final = frozenset({"__pycache__", "bin", "build", "deps", "dist", "
 _EPILOG: Final = f"""With --toolchain, x07 init writes {FILE}, which lists the sources in DIR. See
 docs/reference/programs.md.
 
-Without --toolchain, x07 init writes {MANIFEST} for a project in the X07 language. The file defines one way to run
-the project, the profile `sandbox`, and names its policy file. To create the policy file, run x07 policy init. The
-project also needs a lock file. To create it, run x07 pkg lock with the X07 language's own tool, which is also called
-x07.
+Without --toolchain, x07 init writes {MANIFEST} for a project in the X07 language. The file defines one profile,
+`sandbox`, which says how to run the project and which policy file to use. To create the policy file, run x07 policy
+init. The project also needs a lock file. To create it, run x07 pkg lock with the X07 language's own tool, which is
+also called x07.
 
 examples:
   x07 init --toolchain python

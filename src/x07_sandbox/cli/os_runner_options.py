@@ -45,7 +45,7 @@ class Option(msgspec.Struct, frozen=True):
 _BACKEND: Final = (
     "kind of isolation; auto means vm in run-os-sandboxed and none in run-os (default: X07_SANDBOX_BACKEND, else auto)"
 )
-_WEAKER: Final = "allow a backend that is not a virtual machine (or X07_I_ACCEPT_WEAKER_ISOLATION=1)"
+_WEAKER: Final = "allow a backend that is not a virtual machine; same as X07_I_ACCEPT_WEAKER_ISOLATION=1"
 _ATTEST: Final = "write the attestation of the run to this file; only in run-os-sandboxed"
 _MEMORY: Final = "memory limit of an X07 program in bytes; for other programs, the policy's limits.mem_bytes applies"
 _CPU: Final = "CPU time limit of an X07 program; for other programs, the policy's limits.cpu_ms applies"

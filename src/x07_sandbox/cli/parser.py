@@ -213,7 +213,7 @@ class Parser(argparse.ArgumentParser):
                 action.help = text
 
     def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
-        """Print help or version. Raises OSError, which the base class ignores."""
+        """Print help or version. Raises OSError; the method of the base class would ignore it."""
         if file is sys.stdout:
             write_stdout(message.encode("utf-8", "surrogateescape"))
         else:

@@ -31,8 +31,8 @@ _GROUPS: Final = {
 }
 _SHOWN_CHARS: Final = 40
 
-_EPILOG: Final = """x07 policy explain starts and tests nothing, so it shows the best isolation that the backend can
-provide. The result of a run contains the same list of fields.
+_EPILOG: Final = """x07 policy explain does not start or test the backend. It shows the best isolation that the backend
+can provide; a run may get less. The result of a run contains the same list of fields.
 
 examples:
   x07 policy explain                      explain the built-in default policy

@@ -53,9 +53,9 @@ _EXEC_EXAMPLES: Final = """examples:
   x07 exec --workdir . --timeout 600 --memory 1G -- make -j2
   x07 exec -- python3 --version                  without --workdir: start in an empty folder
 
-x07 looks up a command without a slash in the image, and a command with a slash, such as ./configure, in DIR. To add
-Debian packages to the image, use x07 image build --include. Relative paths in --allow-read-root and --allow-write-root
-start in DIR. The exit code is that of the command, or 127 if there is no such command.
+If the command has no slash, x07 looks it up in the image. If it has one, as in ./configure, x07 looks it up in
+DIR. To add Debian packages to the image, use x07 image build --include. Relative paths in --allow-read-root and
+--allow-write-root start in DIR. The exit code is that of the command, or 127 if there is no such command.
 See docs/how-to/run-a-command.md.
 """
 

@@ -119,7 +119,7 @@ class OnSharedKernel(Platform):
         return RelayProcess(netns_fd, lambda: self._net_fd, (self._net_fd,), hold=False)
 
     def audit(self) -> NoAudit:
-        """Return a stand-in, since the kernel's audit belongs to the host."""
+        """Return an audit that reports nothing, since the audit of the host's kernel cannot be used here."""
         return NoAudit()
 
     def seed(self, body: dict[str, Any]) -> None:

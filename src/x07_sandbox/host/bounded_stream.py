@@ -1,4 +1,4 @@
-"""Size-limited hostile streams of the VMM other than the channel: console, QMP replies, standard error."""
+"""Limits on the size of streams from the VMM, which may be hostile: console, QMP replies, standard error."""
 
 import os
 from typing import Final

@@ -208,7 +208,7 @@ def _parsed(variable: Variable, value: str) -> tuple[bool | int | str | None, st
     if variable.kind == "folder":
         return value if value.startswith("/") else None, "an absolute path"
     good = variable.kind == "text" or _DIGEST.fullmatch(value) is not None
-    return value if good else None, "sha256: followed by 64 lower-case hex digits"
+    return value if good else None, "'sha256:' followed by 64 lower-case hex digits"
 
 
 def _unknown(name: str) -> str:

@@ -99,7 +99,7 @@ def select(stanza: dict[str, str], codename: str, deb_arch: str) -> tuple[Source
     ):
         return None, ""
     if stanza.get("Trusted", "").lower() in {"yes", "true", "on", "1", "with", "enable"}:
-        return None, "it is marked as trusted, so its signatures are not verified"
+        return None, "its option trusted means that its signatures are not verified"
     architectures = stanza.get("Architectures", "").split()
     if architectures and deb_arch not in architectures:
         return None, ""

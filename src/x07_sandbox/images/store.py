@@ -73,7 +73,7 @@ def check_name(name: str) -> str:
             why = "it is the name of a container image, which only podman and docker use (--backend podman)"
             fix = f"For a virtual machine, run x07 image build, then use --image {DEFAULT}"
             raise UsageError(f"cannot use {name[:80]!r} as a guest image", why, fix)
-        why = "a name has 1 to 64 of a-z, 0-9, '.', '_', '-', and is not a digest"
+        why = "a name has 1 to 64 characters (a-z, 0-9, '.', '_' or '-') and is not a digest"
         raise UsageError(f"cannot use {name!r} as an image name", why, "Choose another name")
     return name
 

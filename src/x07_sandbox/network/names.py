@@ -119,7 +119,7 @@ def _name(text: str) -> str:
     labels = name.split(".")
     for label in labels:
         if not 0 < len(label) <= _LABEL_MAX:
-            _refuse(text, f"a label (between dots) has 1 to {_LABEL_MAX} bytes")
+            _refuse(text, f"each part between dots must have 1 to {_LABEL_MAX} bytes")
         if not _LABEL.fullmatch(label):
             _refuse(text, "a name contains only letters, digits, '-', '_' and dots")
         if label.startswith("xn--") and not _is_international(label):

@@ -38,7 +38,7 @@ class Confinement(msgspec.Struct, frozen=True, kw_only=True):
         return tuple(name for name in names if name)
 
     def for_guest(self) -> dict[str, Any]:
-        """Return the field `confine` of START."""
+        """Return the value of the field `confine` in the message START to the guest agent."""
         programs = None if self.programs is None else list(self.programs)
         return msgspec.structs.asdict(self) | {"programs": programs, "prefixes": list(self.prefixes)}
 

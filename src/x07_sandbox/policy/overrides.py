@@ -227,7 +227,7 @@ def _host_problem(host: str) -> str:
         return "its brackets do not match"
     if len(host.encode()) > _HOST_MAX_BYTES or any(char in ";\0" or char.isspace() for char in host):
         return f"a host has at most {_HOST_MAX_BYTES} bytes and no ';', whitespace or NUL"
-    return ""
+    return "a part between dots is empty" if ".." in host or host.startswith(".") else ""
 
 
 def _port(text: str) -> int | None:

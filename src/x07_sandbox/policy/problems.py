@@ -9,7 +9,7 @@ from x07_sandbox.errors import UsageError
 
 HUGE: int = 10**20  # replaces every larger number in a document; outside the range of every field
 MISSING = "is missing"  # the message for a required field that is absent
-ADVICE = "Correct the document. docs/reference/policy.md describes every field"
+ADVICE = "Correct the policy. docs/reference/policy.md describes every field"
 _SHOWN_CHARS = 80  # of an untrusted key, in a message
 
 

@@ -67,7 +67,7 @@ def decode_manifest(data: bytes, *, source: str) -> tuple[Manifest, Toolchain]:
     found = value.get("schema_version")
     if found != SCHEMA:
         shown = repr(found[:64]) if isinstance(found, str) else "missing" if found is None else type(found).__name__
-        _wrong(source, f"schema_version is {shown}, but this version supports {SCHEMA!r}")
+        _wrong(source, f'schema_version is {shown}; this version of x07 requires schema_version = "{SCHEMA}"')
     _check_keys(value, source)
     try:
         manifest = msgspec.convert(value, prepared(Manifest))

@@ -75,7 +75,9 @@ class QemuBackend:
         kvm, reason = verdict
         self._accelerator = Accelerator(kvm=kvm)
         isolation: Isolation = "vm-hardware" if kvm else "vm-emulated"
-        warnings = () if kvm else (f"emulated: CPU work in the guest takes {SLOWDOWN} as long as on this host",)
+        warnings = (
+            () if kvm else (f"emulated: CPU work in the guest typically takes {SLOWDOWN} as long as on the host",)
+        )
         return Availability(features=vm_features(isolation), proof=reason, warnings=warnings)
 
     def list_owned(self) -> Sequence[JobRecord]:
