@@ -25,7 +25,7 @@ from x07_sandbox.cli.parser import add_document_flags
 from x07_sandbox.errors import SandboxError
 from x07_sandbox.host.arch import ARCHES, host_arch
 from x07_sandbox.host.paths import cache_dir, private_dir, state_dir
-from x07_sandbox.host.variables import PREFIXES, VARIABLES
+from x07_sandbox.host.variables import PREFIXES, SANDBOX_BACKENDS, VARIABLES
 from x07_sandbox.reports.doctor import DoctorReport, Finding
 
 if TYPE_CHECKING:
@@ -111,7 +111,8 @@ def _weaker(name: str) -> Proof:
         availability = create(name).probe(None, boot=False)
     except SandboxError as exc:
         return Proof(good=False, text=f"{exc.what}: {exc.why}", fixes=(exc.fix,))
-    flags = f"--backend {name} {ACCEPT_FLAG}"
+    by = "--sandbox-backend" if name in SANDBOX_BACKENDS else "--backend"  # os and none need to be named as a class
+    flags = f"{by} {name} {ACCEPT_FLAG}"
     return Proof(good=None, text=f"{availability.proof}; to test it: x07 conform {flags}")
 
 

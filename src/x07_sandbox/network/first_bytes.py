@@ -159,8 +159,8 @@ class Inspector:
     def release(self) -> bytes:
         """Return the held first bytes while the protocol is still unknown: the client may be waiting for an answer.
 
-        The released bytes are still inspected, together with those that follow. Bytes of a ClientHello stay held. If the
-        rules require TLS or HTTP, all first bytes stay held.
+        The released bytes are still inspected, together with those that follow. Bytes of a ClientHello stay held. If
+        the rules require TLS or HTTP, all first bytes stay held.
         """
         return self._stage.release() if isinstance(self._stage, _Any) else b""
 

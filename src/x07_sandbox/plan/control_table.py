@@ -188,7 +188,7 @@ def _network(given: PlanInput, field: str) -> Answer:
 def _no_network(given: PlanInput, _field: str) -> Answer:
     if "no-network" not in given.features.can_enforce:
         return _not_enforced(given, "this backend does not block the network")
-    return Answer("enforced", given.boundary, f"the program has no network: {given.features.words.no_network}")
+    return Answer("enforced", given.boundary, f"no hosts are allowed, and {given.features.words.no_network}")
 
 
 def _database(given: PlanInput, field: str) -> Answer:
