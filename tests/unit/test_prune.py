@@ -24,7 +24,7 @@ from x07_sandbox.host.locks import file_lock, lock_for_removal, lock_shared
 from x07_sandbox.host.paths import private_dir
 from x07_sandbox.host.processes import Identity, own_identity
 from x07_sandbox.housekeeping.prune import prune
-from x07_sandbox.housekeeping.pruner import PARTS, Part, PruneReport
+from x07_sandbox.housekeeping.pruner import PARTS, Part, PruneReport, everything
 from x07_sandbox.images import manifest, store
 from x07_sandbox.jobs.record import Claim, JobRecord, create_record, mark_done, write_owner
 from x07_sandbox.programs.artifacts import artifact_key
@@ -459,3 +459,13 @@ def test_an_undeletable_item_is_reported(monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setattr(Path, "rename", refuse)
     assert main(["prune", "--runs"]) == 1
     assert f"kept job {record.folder}: it cannot be removed: Operation not permitted" in capsys.readouterr().out
+
+
+def test_a_tree_deeper_than_the_stack_is_counted(tmp_path: Path) -> None:
+    """Disk usage counts folders that a program nested more deeply than Python can recurse."""
+    deep, depth = tmp_path / "deep", 1500
+    subprocess.run(["/bin/mkdir", "-p", f"{deep}/{'/'.join('d' * depth)}"], check=True)
+    try:
+        assert len(list(everything(deep))) == depth + 1
+    finally:
+        subprocess.run(["/bin/rm", "-rf", deep], check=True)

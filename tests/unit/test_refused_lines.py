@@ -178,9 +178,12 @@ def test_a_first_step_is_called_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err.splitlines() == [
         (
             "x07: denied: starting a new process. "
-            "First set process.max_live to 16 in the policy, then process.allow_spawn."
+            "To allow it, first set process.max_live to 16 in the policy. The next run then names the next step."
         ),
-        "x07: /a is not in the sandbox. First set fs.enabled to true in the policy, then fs.read_roots.",
+        (
+            "x07: /a is not in the sandbox. "
+            "To allow it, first set fs.enabled to true in the policy. The next run then names the next step."
+        ),
     ]
 
 

@@ -218,10 +218,9 @@ def how_to_allow_text(allowing: HowToAllow | None, field: str = "", *, purpose: 
             return f". To {purpose}, run {build}, then {word} {with_image}"
         return f". To {purpose}, use {allowing.flag}"
     value = f"{(allowing.json_path or '').removeprefix('$.')} to {_value(allowing.value)} in the policy"
-    # If another field has to be set first, the next run reports the rest.
     if allowing.json_path == f"$.{field}" or "." not in field:
         return f". To {purpose}, set {value}."
-    return f". First set {value}, then {field}."
+    return f". To {purpose}, first set {value}. The next run then names the next step."
 
 
 def _value(value: object) -> str:

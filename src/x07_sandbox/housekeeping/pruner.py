@@ -128,9 +128,11 @@ def entries(folder: Path) -> list[Path]:
 
 def everything(path: Path) -> Iterator[os.stat_result]:
     """Yield the stat of *path* and of everything below it, without following links."""
-    with contextlib.suppress(OSError):
-        info = path.lstat()
-        yield info
-        if stat.S_ISDIR(info.st_mode):
-            for below in entries(path):
-                yield from everything(below)
+    waiting = [path]
+    while waiting:  # no recursion: a program may nest folders deeper than Python's stack
+        with contextlib.suppress(OSError):
+            here = waiting.pop()
+            info = here.lstat()
+            yield info
+            if stat.S_ISDIR(info.st_mode):
+                waiting += entries(here)

@@ -127,7 +127,7 @@ def _slot_after_waiting(
     longer = "" if timeout_s >= settings.QUEUE_S else "a longer --queue-timeout of x07 run, or "
     raise RefusedError(
         "no slot was free in time",
-        f"{most} jobs are running, and none ended within {timeout_s:.0f} s",
+        f"{most} of {most} slots are in use, and none became free within {timeout_s:.0f} s",
         f"Set {longer}a larger {_VARIABLE}",
     )
 

@@ -194,6 +194,8 @@ def _parsed(where: str, spec: str, *, deny: bool) -> tuple[str, set[int] | None]
     def refuse(why: str) -> NoReturn:
         raise UsageError(f"cannot use {where}", why, _DENY_FORM if deny else _ALLOW_FORM)
 
+    if "://" in spec:
+        refuse("it is a URL, not a host")
     host, colon, ports = spec.rpartition(":")
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
@@ -219,8 +221,6 @@ def _host_problem(host: str) -> str:
     """Return the problem with a host, or "" for a valid host."""
     if any("\ud800" <= char <= "\udfff" for char in host):
         return "it is not UTF-8 text"
-    if "://" in host:
-        return "it is a URL, not a host"
     if "*" in host:
         return "wildcards are allowed only in net.allow_hosts of a policy"
     if "[" in host or "]" in host:  # those of [2001:db8::1]:80 were removed

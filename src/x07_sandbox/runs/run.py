@@ -263,9 +263,9 @@ def _without_command(ending: Verdict, end: JobEnd, prepared: Prepared) -> Verdic
     flag, _, package = flag_for_program(name).partition(" ")
     add, packages = "To add it" if package != "PACKAGE" else "To add the Debian package that has it", [package]
     if flag == "--include":
-        packages = [*prepared.image.manifest.include, package]  # the flag replaces the earlier list
+        packages = [*prepared.image.manifest.include, package]  # both flags replace the image's list
     else:
-        add = "To add a Python package"
+        add, packages = "To add a Python package", [*(wheel.name for wheel in prepared.image.manifest.pip), package]
     fix = f"{add}: x07 image build --name {image} {flag} {','.join(packages)}"
     return replace(ending, reason=f"the command {name} is not in the image {image}. {fix}")
 
