@@ -105,7 +105,7 @@ _NO_ARCHITECTURE: Final = (
 )
 _NO_START: Final = (
     "Allow user and mount namespaces: sysctl kernel.unprivileged_userns_clone=1, or run x07 as root",
-    "If this is a container, start it with --privileged",
+    "If x07 itself runs in a container, start that container with --privileged",
     "Run x07 on another Linux host with --sandbox-backend vm --backend qemu",
 )
 

@@ -61,8 +61,8 @@ examples:
   x07 diff --json | jq '.roots[].changes[] | .name'
 """
 _UNDO_EPILOG: Final = """x07 undo reverts all changes or none: if a file was changed after the changes were applied, x07
-undo reverts nothing. x07 apply can apply reverted changes again. If the run applied some changes and x07 apply applied
-others later, x07 undo reverts those of x07 apply. To revert those of the run, run x07 undo again.
+undo reverts nothing. x07 apply can apply reverted changes again. If changes of one run were applied in several steps
+(by the run, then by x07 apply), each x07 undo reverts the latest step.
 
 examples:
   x07 undo

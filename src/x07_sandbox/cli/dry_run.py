@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 _LISTED: Final = 8
-_STATES: Final = {"advisory": "not enforced (only programs that check these fields obey them)"}
+_STATES: Final = {"advisory": "advisory (not enforced; some libraries check them)"}
 _ACCESS: Final = {False: "read-only", True: "writable"}
 
 

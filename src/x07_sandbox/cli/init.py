@@ -63,7 +63,7 @@ def add_init(parser: argparse.ArgumentParser) -> None:
     doc = f"file to start; only for {', '.join(_WITH_ENTRY)} (default: main, with the language's suffix)"
     parser.add_argument("--entry", type=nonempty, metavar="FILE", help=doc)
     parser.add_argument("--artifact", metavar="FILE", help=f"file that {made} builds (default: from the Makefile)")
-    doc = "template of the policy, for X07 projects (default: the one named default)"
+    doc = "for X07 projects: the template whose policy file x07.json names (default: default)"
     parser.add_argument("--template", choices=tuple(TEMPLATES), metavar="T", help=doc)
     add_document_flags(parser, "print one line of JSON")
     parser.set_defaults(carry_out=_init)

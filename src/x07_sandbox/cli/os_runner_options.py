@@ -55,7 +55,7 @@ _OURS: Final = (
     Option("--program", "a source file that x07 run accepts, or *.x07.json", "F"),
     Option("--project", "the project file: x07.json or x07-sandbox.toml", "F"),
     Option("--artifact", "an executable that X07 compiled before", "F"),
-    Option("--world", "the X07 world: run-os or run-os-sandboxed; solve-* worlds are rejected", "W", default="run-os"),
+    Option("--world", "the X07 world; only run-os-sandboxed is supported", "W", default="run-os"),
     Option("--policy", "the policy: required in run-os-sandboxed, rejected in run-os", "F"),
     Option("--input", "the program's input (default: empty)", "F"),
     Option("--sandbox-backend", _BACKEND, "B", choices=tuple(SANDBOX_BACKENDS)),

@@ -214,7 +214,7 @@ def add_files(parser: argparse.ArgumentParser) -> None:
         choices=("apply", "all-or-nothing", "keep", "discard"),
         default="apply",
         metavar="HOW",
-        help="apply allowed changes (default), all-or-nothing, keep for later, discard",
+        help="apply (default), all-or-nothing, keep or discard the changes to files",
     )
     option(
         group, "--net-log", "FILE", "write the log of connections to FILE, as one JSON object per line", type=file_path

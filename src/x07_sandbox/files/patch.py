@@ -153,7 +153,7 @@ class _Bounded(difflib.SequenceMatcher[bytes]):
 
 
 def hunks(old: bytes, new: bytes, work: Work) -> Iterator[bytes]:
-    """Yield the hunks of a unified diff. work: the budget, from which visited pairs are subtracted."""
+    """Yield the hunks of a unified diff. work: the budget, which every compared pair of lines reduces."""
     one, two = _lines(old), _lines(new)
     start = 0
     while start < min(len(one), len(two)) and one[start] == two[start]:

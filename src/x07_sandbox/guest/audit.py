@@ -89,7 +89,7 @@ class Audit:
     """The kernel's audit records of this machine. The descriptor *fd* is readable when `take` has records to read."""
 
     def __init__(self, audited: dict[str, int], refused: dict[str, int]) -> None:
-        """Set up auditing. audited: numbers of the calls to record, by name. refused: of calls that filters refuse."""
+        """Set up auditing. audited: calls to record. refused: calls that filters refuse. Both give numbers by name."""
         self._refusals = Refusals(refused | audited)
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_AUDIT)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", 1, 0))

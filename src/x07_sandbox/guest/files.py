@@ -21,9 +21,10 @@ _FOLDER: Final = "/x07/in/"
 
 
 class IncomingFiles:
-    """The input files that START lists. Trees are unpacked while they arrive, archives once they are complete.
+    """The input files of a job. Trees are unpacked while they arrive, archives once they are complete.
 
-    trees: by stream. work: the working folder's tree, or None. on_disk: whether files are on disk, not in memory.
+    trees: each tree, by the number of its stream. work: the tree of the working folder, or None. on_disk: whether files
+    are on disk, not in memory.
     """
 
     def __init__(self, entries: list[dict[str, Any]], environment: Environment) -> None:

@@ -1,6 +1,7 @@
 """The program's network namespace: routes that keep every packet local, and rules that direct packets to the relay.
 
-The boundary is the gate on the host: the guest has no network card. These rules are a second barrier that denies fast.
+The boundary is the egress gate, a process on the host, because the guest has no network card. These rules are a second
+barrier that denies fast.
 """
 
 from __future__ import annotations

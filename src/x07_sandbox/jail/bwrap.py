@@ -73,7 +73,7 @@ def may_nest() -> bool:
 
 
 def jail_argv(jail: Jail, command: list[str]) -> list[str]:
-    """Return the whole command line: supervisor, bubblewrap, for root setpriv, then *command*."""
+    """Return the whole command line: supervisor, bubblewrap, setpriv (only if root), then *command*."""
     argv = [BWRAP, *_namespaces(jail.uid)]
     argv += ["--die-with-parent", "--new-session", "--clearenv", "--setenv", "X07_INSTANCE", jail.mark]
     argv += ["--setenv", "MALLOC_ARENA_MAX", "1"]  # mallopt(3): one heap instead of one per thread saves 0.3 MB

@@ -124,7 +124,7 @@ def _advice(given: PlanInput, field: str) -> Answer:
 
 
 def _label(_asked: PlanInput, _field: str) -> Answer:
-    return Answer("advisory", "people", "describes the policy and restricts nothing")
+    return Answer("advisory", "people", "a description for people; it restricts nothing")
 
 
 def _roots(given: PlanInput, field: str) -> Answer:
@@ -199,7 +199,9 @@ def _database(given: PlanInput, field: str) -> Answer:
         return _advice(given, field)
     if _no_network(given, field).state == "enforced":
         advice = _advice(given, field)
-        return Answer("advisory", advice.by, f"{advice.why}; servers are unreachable, but database files can be used")
+        return Answer(
+            "advisory", advice.by, f"{advice.why}; the program reaches no database server, but can open database files"
+        )
     return _advice(given, field)
 
 

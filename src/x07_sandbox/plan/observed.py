@@ -268,7 +268,7 @@ def _file(body: Mapping[str, Any], policy: Policy, areas: Sequence[GuestMount], 
 def _write_denial(
     path: str, area: GuestMount | None, policy: Policy, cwd: str, *, folder: bool
 ) -> tuple[str, HowToAllow | None]:
-    """Return the field that denies a write, and advice. area: the read root around *path*. folder: for mkdir."""
+    """Return the field that denies a write, and advice. area: the read root around *path*. folder: mkdir was denied."""
     if f"{path}/".startswith(f"{OUT}/"):
         out = _advise_flag("--out DIR")
         return "fs.write_roots", out if policy.fs.enabled else advise(policy, "fs.enabled", value=True)

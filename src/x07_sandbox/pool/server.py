@@ -267,7 +267,7 @@ def main(words: list[str]) -> int:
 
 
 def _error_values(exc: SandboxError) -> dict[str, object]:
-    """Return an error as JSON values for `x07 pool start`. usage: whether the error is a UsageError."""
+    """Return an error as JSON values for `x07 pool start`. The value `usage` tells a UsageError from others."""
     return {"what": exc.what, "why": exc.why, "fix": exc.fix, "usage": isinstance(exc, UsageError)}
 
 

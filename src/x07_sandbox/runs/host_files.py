@@ -160,7 +160,7 @@ class HostFiles:
             return Changes(state="discarded" if self._roots else "none"), [], ""
         if not incoming.complete:
             self._discard()
-            why = incoming.problem or "the VM ended before it sent them"
+            why = incoming.problem or "the run ended before any were sent"
             refused = [too_many(self._policy, "change", why)] if incoming.too_many else []
             return (
                 Changes(state="discarded", reason=why),

@@ -37,7 +37,7 @@ _FREE_DEPTH: Final = 1
 
 
 class _Ends:
-    """The streams of one agent: our ends, which *stack* closes, and the child's ends, which `given` closes."""
+    """The streams of one agent: x07's ends, which *stack* closes, and the child's ends, which `given` closes."""
 
     def __init__(self, stack: contextlib.ExitStack) -> None:
         self.given = FdGroup()
