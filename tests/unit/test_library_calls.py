@@ -15,7 +15,7 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from x07_sandbox import Policy, Pool, SandboxError, load_policy, run_program
+from x07_sandbox import Policy, Pool, SandboxError, exec_command, load_policy, run_program
 from x07_sandbox.backends.lease import PoolClient
 from x07_sandbox.backends.selection import choice_from_environment
 from x07_sandbox.errors import UsageError
@@ -77,6 +77,13 @@ def test_an_invalid_argument_is_named(words: dict[str, Any], why: str) -> None:
     with pytest.raises(UsageError, match=re.escape(why)) as caught:
         run_program(**given)
     assert caught.value.result is None
+
+
+@pytest.mark.parametrize("command", ["ls", b"ls", []])
+def test_a_command_is_a_list_of_words(command: Any) -> None:  # noqa: ANN401 - that is the point
+    """A command that is a text or empty is a usage error."""
+    with pytest.raises(UsageError, match="command is not a list with at least one word"):
+        exec_command(command)
 
 
 @pytest.mark.parametrize("named", [False, True])

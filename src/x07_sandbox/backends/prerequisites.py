@@ -206,7 +206,8 @@ def _failure(
         )
     if proof is None:
         return "nothing was started", _NO_START
-    return proof.text, (*filter(None, proof.fixes), *_NO_START)[:3]
+    more = () if row.isolation == ("container",) else _NO_START  # an engine's own error says what it needs
+    return proof.text, (*filter(None, proof.fixes), *more)[:3]
 
 
 def advice(platform: Platform) -> tuple[str, str]:

@@ -8,7 +8,7 @@ import threading
 from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 
 # Modules that run programs are imported on the first run, so that importing this one is cheap.
-from x07_sandbox.errors import SandboxError
+from x07_sandbox.errors import SandboxError, UsageError
 from x07_sandbox.host.threads import start_thread
 from x07_sandbox.library.arguments import FILES_BYTES, bad_argument, check_names, input_file, make_request
 
@@ -122,6 +122,9 @@ def exec_command(
     All other arguments are those of `run_program`.
     """
     check_names("exec_command", options, OPTIONS - {"command", "source", "toolchain"})
+    if isinstance(command, str | bytes) or not command:
+        fix = 'Pass a list of str, such as ["make", "test"]'
+        raise UsageError("cannot run a command", "command is not a list with at least one word", fix)
     return run_program(command=command, workdir=workdir, read_only=read_only, check=check, **options)
 
 
