@@ -61,7 +61,7 @@ def test_without_proc_every_command_says_so(state: Path, words: tuple[str, ...])
     done = run(*words, before=before, state=state)
     assert done.returncode == (1 if words == ("doctor",) else 125)  # doctor goes on, to report all findings
     output = re.sub(r"[.\n ]+", " ", done.stdout + done.stderr)
-    assert "cannot inspect processes: /proc: No such file or directory Mount /proc" in output
+    assert "cannot inspect processes: /proc cannot be read (No such file or directory) Mount /proc" in output
     assert "Traceback" not in done.stderr
 
 

@@ -125,7 +125,7 @@ def test_cleanup_never_removes_a_mounted_folder(tmp_path: Path, name: bytes) -> 
 def test_a_read_only_run_folder_is_named(tmp_path: Path) -> None:
     """A read-only /run is named as the cause, and no unrelated variable is suggested."""
     reason = refused(x07(*HELLO, env={"X07_VM_STATE_DIR": str(tmp_path)}, before=mounted(READ_ONLY, Path("/run"))))
-    assert "Read-only file system. Make /run writable for root" in reason
+    assert "Read-only file system (/run/x07-sandbox/uids). Make /run writable for root" in reason
     assert "X07_VM_STATE_DIR" not in reason
 
 

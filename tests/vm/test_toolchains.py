@@ -470,8 +470,8 @@ def test_each_usage_mistake_has_its_own_error(
         (["a.sh", "--diff", "x", "--report-out", "x.json"], "two flags name it"),
         (["a.sh", "--diff", ""], "the name is empty"),
         (["a.sh", "--dry-run", "--report-out", "x"], "--dry-run writes nothing"),
-        (["a.sh", "--timeout", "0"], "give more than 0"),
-        (["a.sh", "--timeout", "nan"], "give more than 0"),
+        (["a.sh", "--timeout", "0"], "give a time above 0"),
+        (["a.sh", "--timeout", "nan"], "give a time above 0"),
         (["a.sh", "--top", "10"], "arguments after --"),
     ],
 )

@@ -281,7 +281,7 @@ def test_a_full_disk_while_copying_a_toolchain_is_reported(tmp_path: Path) -> No
     disk.mkdir()
     subprocess.run(["/usr/bin/mount", "-t", "tmpfs", "-o", "size=1m", "none", disk], check=True)
     try:
-        with pytest.raises(HostError, match=f"{disk}: No space left on device. Free disk space"):
+        with pytest.raises(HostError, match=rf"No space left on device \({disk}\). Free disk space"):
             snapshot(source, disk / "copy")
     finally:
         subprocess.run(["/usr/bin/umount", disk], check=True)

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import shlex
 import stat
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -211,6 +210,8 @@ def _how_to_be_private(info: os.stat_result, here: Path) -> str:
     uid = os.geteuid()
     shared = bool(info.st_mode & (stat.S_ISVTX | stat.S_IWGRP | stat.S_IWOTH))
     if info.st_uid == uid != 0 and not shared:
+        import shlex
+
         return f"Use another folder. Or, if nobody else needs this one, run: chmod 0700 {shlex.quote(str(here))}"
     creatable = (info.st_uid == uid or info.st_mode & stat.S_ISVTX) and not _others_can_change(info)
     folder = f"a new folder in it, such as {here / 'x07-sandbox'}" if creatable else "a folder of your own"

@@ -1,7 +1,6 @@
 """The user's settings file, ~/.config/x07/sandbox.toml. No policy or project can override it."""
 
 import os
-import shlex
 import stat
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -66,6 +65,8 @@ def settings_bytes(path: Path) -> bytes | None:
     except OSError as exc:
         raise HostError(f"cannot read {path}", exc.strerror or str(exc), "Make it readable, or remove it") from exc
     if info.st_uid not in {0, os.geteuid()} or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        import shlex
+
         why = "other users can write to it"
         raise HostError(
             f"cannot use {path}", why, f"If it belongs to you or root, run: chmod go-w {shlex.quote(str(path))}"
