@@ -136,8 +136,10 @@ class Phase:
         if self.over or not self.deadline.passed():
             self.late = None
             return self.over
-        wait_s = self.late.left_s() if self.late else 0.0
+        # If this process was stopped, the guest had to wait too, and needs time to send the rest.
+        no_wait = self.late is None and not self.deadline.missed_while_stopped()
         self.late = self.late or read_deadline(self.deadline)
+        wait_s = 0.0 if no_wait else self.late.left_s()
         pending = input_poll(self.instance.channel_fd, self.instance.pidfd, self.streams.cancel.fd)
         if not self.late.passed() and pending.poll(wait_s * 1000):
             return False
