@@ -150,6 +150,20 @@ def test_as_many_run_as_there_are_slots(never: int, monkeypatch: pytest.MonkeyPa
         one.__exit__(None, None, None)
 
 
+def test_a_waiter_says_that_sigchld_is_ignored(never: int) -> None:
+    """A process that ignores SIGCHLD gets an error that says so, also if it would have to wait for a slot."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        with (
+            file_lock(cache_folder("slots") / "turn"),
+            pytest.raises(HostError, match="SIGCHLD is ignored"),
+            admitted(cancel_fd=never, timeout_s=60),
+        ):
+            pass
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
 @pytest.mark.parametrize("value", ["0", "-1", "two", "1.5", "99999"])
 def test_a_wrong_number_is_an_error(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     """An invalid X07_VM_MAX_RUNNING is a usage error that names the variable."""

@@ -27,6 +27,7 @@ from x07_sandbox.host.memory import memory_bytes
 from x07_sandbox.host.os_errors import fix_for
 from x07_sandbox.host.paths import cache_folder, open_private_file
 from x07_sandbox.host.variables import number
+from x07_sandbox.jobs.launcher import need_exit_statuses
 
 _VARIABLE: Final = "X07_VM_MAX_RUNNING"
 MEMORY_PER_MACHINE: Final = 2 * settings.GIB  # of which an ordinary machine uses a small part
@@ -109,6 +110,7 @@ def _slot_after_waiting(
     folder: Path, most: int, cancel_fd: int, timeout_s: float, progress: Callable[[str], None]
 ) -> int:
     """Wait in the queue for a free slot, lock it and return its descriptor. Raises RefusedError, Cancelled."""
+    need_exit_statuses()  # of the child process that waits
     deadline = Deadline.after(timeout_s)
     say_at = Deadline.after(_SAY_AFTER_S)
     said = False

@@ -40,12 +40,17 @@ _lock = threading.Lock()
 _thread: threading.Thread | None = None
 
 
-def launch(request: Launch) -> subprocess.Popen[bytes]:
-    """Start a child process from the launcher thread. Raises HostError, or OSError if the program cannot be started."""
+def need_exit_statuses() -> None:
+    """Raise HostError if this process ignores SIGCHLD: the kernel then discards the exit status of its children."""
     if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
         why = "SIGCHLD is ignored, so the exit status of the VM would be lost"
         fix = "Restore its default: signal.signal(signal.SIGCHLD, signal.SIG_DFL)"
         raise HostError("cannot start a virtual machine", why, fix)
+
+
+def launch(request: Launch) -> subprocess.Popen[bytes]:
+    """Start a child process from the launcher thread. Raises HostError, or OSError if the program cannot be started."""
+    need_exit_statuses()
     global _thread  # noqa: PLW0603 - one thread per process
     with _lock:
         if _thread is None or not _thread.is_alive():  # no thread survives a fork
