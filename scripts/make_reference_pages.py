@@ -77,10 +77,10 @@ def _row(action: argparse.Action) -> str:
 def variables() -> str:
     """Return the table of environment variables."""
     rows = (
-        f"`{variable.name}` | {_values(variable)} | {variable.default} | {variable.effect} | {variable.doc}"
+        f"`{variable.name}` | {variable.doc} | {_values(variable)} | {variable.default} | {variable.effect}"
         for variable in VARIABLES.values()
     )
-    return _table("variable | value | default | has an effect | meaning", rows)
+    return _table("variable | meaning | value | default | has an effect", rows)
 
 
 def _values(variable: Variable) -> str:
