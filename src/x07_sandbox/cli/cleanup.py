@@ -14,6 +14,7 @@ from x07_sandbox.housekeeping.usage import disk_usage
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Sequence
 
 _SWEEP_EPILOG: Final = """x07 sweep removes:
   processes, containers, control groups and files of runs whose x07 process is dead or whose deadline has passed
@@ -70,14 +71,18 @@ def add_sweep(parser: argparse.ArgumentParser) -> None:
 def _sweep(options: argparse.Namespace) -> int:
     report = sweep(dry_run=options.dry_run, progress=say)
     if not print_document(report, options):
-        word = "would remove" if report.dry_run else "removed"
-        for gone in report.removed:
-            show(f"{word} {gone.kind} {gone.id}: {gone.why}")
-        for kept in report.kept:
-            show(f"kept {kept.kind} {kept.id}: {kept.why}")
-        count = len(report.removed)
-        show(f"{word} {count} item{'' if count == 1 else 's'}")
+        removed = [f"{one.kind} {one.id}: {one.why}" for one in report.removed]
+        _show(removed, [f"{one.kind} {one.id}: {one.why}" for one in report.kept], dry_run=report.dry_run)
     return 1 if any(kept.failed for kept in report.kept) else 0
+
+
+def _show(removed: Sequence[str], kept: Sequence[str], *, dry_run: bool, freed: str = "") -> None:
+    word = "would remove" if dry_run else "removed"
+    for line in removed:
+        show(f"{word} {line}")
+    for line in kept:
+        show(f"kept {line}")
+    show(f"{word} {len(removed)} item{'' if len(removed) == 1 else 's'}{freed}")
 
 
 def add_df(parser: argparse.ArgumentParser) -> None:
@@ -118,11 +123,7 @@ def add_prune(parser: argparse.ArgumentParser) -> None:
 def _prune(options: argparse.Namespace) -> int:
     report = prune(options.parts or PARTS, progress=say, dry_run=options.dry_run)
     if not print_document(report, options):
-        word = "would remove" if report.dry_run else "removed"
-        for gone in report.removed:
-            show(f"{word} {gone.kind} {gone.path} ({size(gone.bytes)}): {gone.why}")
-        for kept in report.kept:
-            show(f"kept {kept.kind} {kept.path}: {kept.why}")
-        count = len(report.removed)
-        show(f"{word} {count} item{'' if count == 1 else 's'}, {size(report.bytes)}")
+        removed = [f"{one.kind} {one.path} ({size(one.bytes)}): {one.why}" for one in report.removed]
+        kept = [f"{one.kind} {one.path}: {one.why}" for one in report.kept]
+        _show(removed, kept, dry_run=report.dry_run, freed=f", {size(report.bytes)}")
     return 1 if any(kept.failed for kept in report.kept) else 0

@@ -26,11 +26,12 @@ from x07_sandbox.cli.run_options import (
     help_level,
     limits_of,
 )
-from x07_sandbox.errors import ImageError, SandboxError, UsageError, with_full_stop
+from x07_sandbox.errors import ImageError, SandboxError, UsageError
 from x07_sandbox.host.paths import is_folder
 from x07_sandbox.host.settings import SOURCE_MAX_BYTES
 from x07_sandbox.host.variables import text
 from x07_sandbox.housekeeping.start import sweep_before_start
+from x07_sandbox.plan.outcomes import REFUSED_EXIT, ending_line
 from x07_sandbox.runs.program import load_program
 from x07_sandbox.runs.request import RunRequest
 from x07_sandbox.runs.run import attempt
@@ -180,8 +181,6 @@ def _report(result: Result, write_errors: list[str]) -> int:
         files = f"{count} files" if count > 1 else "1 file"
         keep = "to keep files, use --workdir DIR, or write to /x07/out and use --out DIR"
         say(f"discarded: {files} in the program's working folder; {keep}")
-    from x07_sandbox.plan.outcomes import REFUSED_EXIT  # already imported by the run
-
     lost = result.stdout.undelivered or result.stderr.undelivered
     return result.x07_exit_code or (REFUSED_EXIT if lost else 0)
 
@@ -499,5 +498,4 @@ def _explain(result: Result) -> None:
             say(f"could not write the program's {name}: {stream.undelivered}")
     if result.outcome == "ok" or (result.outcome == "failed" and result.program_started):
         return
-    reason = result.reason.removeprefix("the build failed: ")  # the outcome already says this
-    say(with_full_stop(f"{result.outcome}: {reason}"), bad=f"{result.outcome}:")
+    say(ending_line(result.outcome, result.reason), bad=f"{result.outcome}:")

@@ -10,6 +10,11 @@ _lock: Final = threading.Lock()
 _prepared: Final[set[object]] = set()
 
 
+def why_invalid(exc: Exception) -> str:
+    """Return msgspec's message about an invalid document, in words that suit any format."""
+    return str(exc).replace("Object missing required field", "there is no key")
+
+
 def prepared(model: type[_Model]) -> type[_Model]:
     """Return *model* after msgspec has analyzed it.
 

@@ -79,8 +79,8 @@ def run_program(  # noqa: PLR0913 - each is a keyword
     build_timeout_s: time limit of the build, 300 s by default.
     scale_limits: whether to multiply time limits by the slowdown of emulation; None follows your settings.
     image: name or digest of a guest image.
-    changes: how to treat changes that the program made to folders that the policy lets it modify. "apply" applies the
-    allowed changes and leaves out the others; "all-or-nothing" applies no change unless all are allowed. "keep" saves
+    changes: what to do with the program's changes to writable folders. "apply" applies the allowed changes and leaves
+    out the others; "all-or-nothing" applies no change unless all are allowed. "keep" saves
     the changes for `x07 apply`, and "discard" deletes them. `Result.changes` describes what was done.
     out: a folder to which /x07/out is copied.
     allow_hidden, allow_symlinks: whether to copy names that begin with a dot, and symbolic links, in and out. If you

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final, Literal
 import msgspec
 from msgspec.structs import replace
 
+from x07_sandbox.errors import with_full_stop
 from x07_sandbox.host import settings
 from x07_sandbox.host.os_errors import out_of_cpu_time
 from x07_sandbox.plan.features import vm_features
@@ -52,6 +53,7 @@ _SIGNALS: Final = (
 # fmt: on
 _OUT_OF_MEMORY: Final = "; if this host ran out of memory, run fewer programs at once (X07_VM_MAX_RUNNING=1)"
 _PANIC: Final = re.compile(r"Kernel panic - not syncing: ([^\n]*)")
+_BUILD_FAILED: Final = "the build failed: "
 _POLICY_FIELD: Final = re.compile(r"\(limits\.\w+\)")
 _INIT_DIED: Final = "Attempted to kill init"
 
@@ -269,7 +271,12 @@ def build_verdict(found: Verdict, wall_ms: int = settings.BUILD_WALL_MS) -> Verd
         more_s = min(settings.BUILD_S_MAX, 2 * max(1, wall_ms // 1000))
         reason = _POLICY_FIELD.sub(f"(to allow more, use --build-timeout {more_s})", reason)
     reason = _POLICY_FIELD.sub("(fixed for builds)", reason)
-    return replace(found, outcome=Outcome.BUILD_FAILED, fault="program", reason=f"the build failed: {reason}")
+    return replace(found, outcome=Outcome.BUILD_FAILED, fault="program", reason=f"{_BUILD_FAILED}{reason}")
+
+
+def ending_line(outcome: str, reason: str) -> str:
+    """Return how a run ended as one line of text, which does not say twice that the build failed."""
+    return with_full_stop(f"{outcome}: {reason.removeprefix(_BUILD_FAILED)}")
 
 
 def name_flags(found: Verdict, flags: Mapping[str, str]) -> Verdict:

@@ -11,7 +11,7 @@ from typing import Annotated, Final, NoReturn
 import msgspec
 
 from x07_sandbox.errors import UsageError
-from x07_sandbox.host.decoding import prepared
+from x07_sandbox.host.decoding import prepared, why_invalid
 from x07_sandbox.host.paths import is_folder
 from x07_sandbox.programs.toolchains import Toolchain, toolchain_named
 
@@ -72,7 +72,7 @@ def decode_manifest(data: bytes, *, source: str) -> tuple[Manifest, Toolchain]:
     try:
         manifest = msgspec.convert(value, prepared(Manifest))
     except msgspec.ValidationError as exc:
-        _wrong(source, str(exc).replace("Object missing required field", "there is no key"))
+        _wrong(source, why_invalid(exc))
     toolchain = toolchain_named(manifest.toolchain)
     _check(manifest, toolchain, source)
     # Normalized like the names of files: without `./` and `//`.

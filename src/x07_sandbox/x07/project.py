@@ -16,7 +16,7 @@ from typing import Annotated, Any, Final, Literal, NoReturn
 import msgspec
 
 from x07_sandbox.errors import UsageError
-from x07_sandbox.host.decoding import prepared
+from x07_sandbox.host.decoding import prepared, why_invalid
 
 PROJECT_FILE: Final = "x07.json"
 SOURCE_SUFFIX: Final = ".x07.json"
@@ -87,7 +87,7 @@ def decode_project(data: bytes, *, source: str) -> Project:
     try:
         project = msgspec.json.decode(data, type=prepared(Project))
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
-        _wrong(source, str(exc).replace("Object missing required field", "there is no key"))
+        _wrong(source, why_invalid(exc))
     if not _VERSIONS.fullmatch(project.schema_version):
         _wrong(source, f"its version is {project.schema_version[:80]!r}, not x07.project@0.2.0 to 0.5.0")
     paths = [("lockfile", project.lockfile or None)]

@@ -14,6 +14,7 @@ from msgspec.structs import replace
 
 from x07_sandbox.errors import with_full_stop
 from x07_sandbox.host.decoding import prepared
+from x07_sandbox.plan.outcomes import ending_line
 from x07_sandbox.x07.protocol import HEAD_BYTES
 from x07_sandbox.x07.runner_report import (
     COUNTERS,
@@ -116,7 +117,7 @@ def describe_ending(result: Result, report: CompileRunReport) -> list[str]:
     if not report.exit_code or (result.ok and result.x07_exit_code):
         return []
     if not result.ok:
-        return [with_full_stop(f"{result.outcome}: {result.reason.removeprefix('the build failed: ')}")]
+        return [ending_line(result.outcome, result.reason)]
     # The program exited with 0, but it or its compiler broke X07's protocol.
     trap = report.compile.trap if report.solve is None else report.solve.trap
     return [with_full_stop(f"failed: {result.reason}, but {trap}")]
