@@ -12,20 +12,26 @@ Invariants:
 * the verdict, the name and the forwarded bytes do not depend on the cut;
 * forwarded and held bytes together are the received bytes, unless a request was rewritten;
 * on a TLS port nothing passes before a ClientHello that names NAME;
-* at most 64 KiB and one read are held.
+* at most HELD_MAX bytes and one read are held.
 """
 
 from __future__ import annotations
 
 import struct
-from typing import Final, Literal, NamedTuple
+from ipaddress import IPv4Address
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
-from x07_sandbox.network.first_bytes import Inspector
+from x07_sandbox.network.first_bytes import HELD_MAX, Inspector
 from x07_sandbox.network.inspection_error import InspectionError
 
+if TYPE_CHECKING:
+    from x07_sandbox.network.first_bytes import Mode
+    from x07_sandbox.network.names import Host
+
 NAME: Final = "a.example"
+ADDRESS: Final = IPv4Address("192.0.2.7")
 DENIED: Final = "denied.example"
-HELD_MAX: Final = 64 * 1024
+TLS_ANSWER: Final = b"\x16\x03\x03"
 
 
 class Verdict(NamedTuple):
@@ -81,14 +87,17 @@ def denied(name: str) -> str | None:
     return "a rule says so" if name == DENIED else None
 
 
-def run(mode: Literal["tls", "http", "any"], name: str | None, parts: list[bytes]) -> Verdict:
-    """Feed the parts and their end to an inspector whose far end stays silent."""
-    inspected = Inspector(mode, name, denied)
+def run(mode: Mode, host: Host, parts: list[bytes], answer: bytes = TLS_ANSWER, port: int = 443) -> Verdict:
+    """Feed the parts and their end to an inspector. The server answers the first message."""
+    inspected = Inspector(mode, host, port, denied)
     out = b""
     try:
         for part in parts:
             out += inspected.from_client(part)
             assert inspected.held <= HELD_MAX + len(part)
+            while inspected.decided and inspected.watches_server and answer:
+                inspected.from_server(answer)
+                out += inspected.from_client(b"")
         inspected.client_eof()
         out += inspected.from_client(b"")
     except InspectionError as exc:
@@ -116,16 +125,16 @@ def one_input(data: bytes) -> None:
     if not data:
         return
     mode: Literal["tls", "any"] = "any" if data[0] & 0x80 else "tls"
-    name = None if data[0] & 0x40 else NAME
+    host = ADDRESS if data[0] & 0x40 else NAME
     stream = data[1:]
-    cut = run(mode, name, pieces(stream, (data[0] & 0x3F) + 1))
-    whole = run(mode, name, [stream])
+    cut = run(mode, host, pieces(stream, (data[0] & 0x3F) + 1))
+    whole = run(mode, host, [stream])
     assert (cut.rule, cut.reason) == (whole.rule, whole.reason)
     assert cut.inspected.tls_name == whole.inspected.tls_name
     assert cut.forwarded.startswith(whole.forwarded) or b"HTTP/" in stream.upper()
     assert whole.rule or cut.forwarded == whole.forwarded == stream or b"HTTP/" in stream.upper()
     if mode == "tls" and whole.forwarded:
-        assert whole.inspected.tls_name == NAME or name is None
+        assert whole.inspected.tls_name == NAME or host == ADDRESS
         assert whole.inspected.tls_name != DENIED
     if whole.inspected.transparent:
         assert cut.forwarded == whole.forwarded == stream

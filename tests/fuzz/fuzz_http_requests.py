@@ -19,15 +19,18 @@ Invariants:
 from __future__ import annotations
 
 import re
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
-from tests.fuzz.fuzz_client_hello import HELD_MAX, NAME, check_sticky, denied, pieces
-from x07_sandbox.network.first_bytes import Inspector
+from tests.fuzz.fuzz_client_hello import ADDRESS, NAME, check_sticky, denied, pieces
+from x07_sandbox.network.first_bytes import HELD_MAX, Inspector
 from x07_sandbox.network.inspection_error import InspectionError
+
+if TYPE_CHECKING:
+    from x07_sandbox.network.names import Host
 
 LINE: Final = re.compile(rb"([!-~]+) (/[!-~]*|\*) HTTP/1\.[01]")
 FIELD: Final = re.compile(rb"([!-9;-~]+): ([^\x00-\x08\x0a-\x1f\x7f]*)")
-HOST: Final = re.compile(rb"a\.example\.?(:[0-9]{1,5})?", re.IGNORECASE)
+HOST: Final = re.compile(rb"a\.example\.?(:80)?", re.IGNORECASE)
 CHUNK: Final = re.compile(rb"([0-9a-f]+)\r\n")
 
 
@@ -46,9 +49,9 @@ class Parsed(NamedTuple):
     left: bytes
 
 
-def play(parts: list[bytes], name: str | None, answer: bytes) -> Outcome:
+def play(parts: list[bytes], host: Host, answer: bytes) -> Outcome:
     """Feed the parts to an inspector; the far end answers a handshake in pieces of one byte."""
-    inspected = Inspector("http", name, denied)
+    inspected = Inspector("http", host, 80, denied)
     requests, raw = b"", b""
     try:
         for part in parts:
@@ -123,16 +126,16 @@ def one_input(data: bytes) -> None:
     if not data:
         return
     answer = b"HTTP/1.1 101 Switching\r\n" if data[0] & 0x80 else b"HTTP/1.1 400 Bad\r\n"
-    name = None if data[0] & 0x40 else NAME
+    host = ADDRESS if data[0] & 0x40 else NAME
     parts = pieces(data[1:], (data[0] & 0x3F) + 1)
-    cut, whole, bytewise = (play(cut, name, answer) for cut in (parts, [data[1:]], pieces(data[1:], 1)))
+    cut, whole, bytewise = (play(cut, host, answer) for cut in (parts, [data[1:]], pieces(data[1:], 1)))
     assert cut.rule == whole.rule == bytewise.rule
-    found = [parse(outcome.requests, named=name is not None) for outcome in (bytewise, cut, whole)]
+    found = [parse(outcome.requests, named=host == NAME) for outcome in (bytewise, cut, whole)]
     if whole.rule:  # nothing of one read is forwarded if a part of it is refused
         assert found[0].requests[: len(found[1].requests)] == found[1].requests
     else:
         assert [parsed.requests for parsed in found[1:]] == [found[0].requests] * 2
         assert cut.raw == whole.raw == bytewise.raw
-    again = play([bytewise.requests], name, answer)
+    again = play([bytewise.requests], host, answer)
     assert again.requests == bytewise.requests or again.rule
     assert again.rule in {"", "http:malformed"}, again.rule  # its end can be inside a body

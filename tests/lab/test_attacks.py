@@ -19,6 +19,7 @@ from tests.conftest import sample
 from tests.lab.attacks.rows import (
     ENDS_RELAY,
     FRAME_ROWS,
+    REDIS_PING,
     STACK_LISTS,
     STACK_NAMES,
     STACK_ROWS,
@@ -144,7 +145,7 @@ def test_nothing_reached_the_outside_after_the_last_request(frames_group: Group)
     assert (at_end.contacts, at_end.packets) == ([], [])
     assert (session.result["outcome"], session.code) == ("ok", 0), session.said
     (counted,) = [row for row in session.net("allowed") if row["host"] == "ap21.lab.example"]
-    assert counted["sent_bytes"] == len("counted")
+    assert counted["sent_bytes"] == len(REDIS_PING)
 
 
 @pytest.mark.parametrize("row", sample(VIOLATIONS, 5), ids=by_id)

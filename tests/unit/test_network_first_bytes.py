@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import ssl
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.fuzz.fuzz_client_hello import (
+    ADDRESS,
     DENIED,
-    HELD_MAX,
     NAME,
+    TLS_ANSWER,
     body,
     denied,
     extension,
@@ -24,34 +25,67 @@ from tests.fuzz.fuzz_client_hello import (
     run,
     sni,
 )
-from x07_sandbox.network.first_bytes import Inspector
+from x07_sandbox.network.first_bytes import HELD_MAX, Inspector
 from x07_sandbox.network.inspection_error import InspectionError
 
-Mode = Literal["tls", "http", "any"]
+if TYPE_CHECKING:
+    from x07_sandbox.network.first_bytes import Mode
+    from x07_sandbox.network.names import Host
+
 GOOD: Final = hello(sni(b"a.example"))
 NAMELESS: Final = hello(extension(43, b"\x02\x03\x04"))
 SSL_REQUEST: Final = bytes.fromhex("00000008 04d2162f")
 GSS_REQUEST: Final = bytes.fromhex("00000008 04d21630")
+STARTUP: Final = bytes.fromhex("00000023 00030000") + b"user\0me\0application_name\0\0\0"
 GET: Final = b"GET /x HTTP/1.1\r\nHost: a.example\r\n\r\n"
 BIG: Final = 1 << 20
 
 
-def verdict(mode: Mode, data: bytes, name: str | None = NAME, size: int = BIG) -> tuple[str, bytes]:
-    """The rule that refuses the bytes, or "", and the bytes forwarded."""
-    found = run(mode, name, pieces(data, size))
+def inspector(mode: Mode, host: Host = NAME, port: int = 443) -> Inspector:
+    """The inspector of a new connection."""
+    return Inspector(mode, host, port, denied)
+
+
+def verdict(
+    mode: Mode, data: bytes, host: Host = NAME, size: int = BIG, answer: bytes = TLS_ANSWER
+) -> tuple[str, bytes]:
+    """The rule that refuses the bytes, or "", and the bytes forwarded. The server answers the first message."""
+    found = run(mode, host, pieces(data, size), answer)
     return found.rule, found.forwarded
 
 
-def test_a_hello_with_the_name_opens_the_connection() -> None:
-    """A ClientHello with the listed name opens the connection, which is then transparent."""
-    inspected = Inspector("tls", NAME, denied)
+def refusal(inspected: Inspector, data: bytes) -> InspectionError:
+    """The error for these bytes of the client."""
+    with pytest.raises(InspectionError) as caught:
+        inspected.from_client(data)
+    return caught.value
+
+
+@pytest.mark.parametrize("mode", ["tls", "any"])
+@pytest.mark.parametrize("answer", [b"\x16\x03\x03\x00\x7a", b"\x15\x03\x01\x00\x02\x02\x28"])
+def test_a_hello_with_the_name_opens_the_connection(mode: Mode, answer: bytes) -> None:
+    """A ClientHello with the listed name passes, and further bytes once the server has answered with TLS."""
+    inspected = inspector(mode)
     early = b"\x17\x03\x03\x00\x01x"
     assert inspected.from_client(GOOD[:50]) == b""
     assert (inspected.held, inspected.decided, inspected.transparent) == (50, False, False)
-    assert inspected.from_client(GOOD[50:] + early) == GOOD + early
-    assert (inspected.held, inspected.decided, inspected.transparent) == (0, True, True)
-    assert (inspected.tls_name, inspected.watches_server) == (NAME, False)
+    assert inspected.from_client(GOOD[50:] + early) == GOOD
+    assert (inspected.held, inspected.decided, inspected.transparent) == (len(early), True, False)
+    for byte in pieces(answer, 1):
+        inspected.from_server(byte)
+    assert inspected.from_client(b"") == early
+    assert (inspected.tls_name, inspected.watches_server, inspected.transparent) == (NAME, False, True)
     assert inspected.from_client(b"anything") == b"anything"
+
+
+@pytest.mark.parametrize("mode", ["tls", "any"])
+def test_a_server_without_tls_gets_nothing_after_the_hello(mode: Mode) -> None:
+    """If the server does not answer the ClientHello with TLS, nothing else reaches it."""
+    inspected = inspector(mode)
+    assert inspected.from_client(GOOD + GET) == GOOD
+    with pytest.raises(InspectionError) as caught:
+        inspected.from_server(b"HTTP/1.1 400 Bad Request\r\n")
+    assert caught.value.rule == "tls:not-tls"
 
 
 @pytest.mark.parametrize("name", [b"A.EXAMPLE", b"a.example.", b"A.Example."])
@@ -82,7 +116,7 @@ def test_case_and_a_final_dot_do_not_matter(name: bytes) -> None:
         (GET, "tls:not-tls"),
         (SSL_REQUEST + GOOD, "tls:not-tls"),
         (records(b"\x01\x01\x00\x00"), "tls:too-large"),
-        (GOOD[:40], "tls:malformed"),
+        (GOOD[:40], "first-bytes:incomplete"),
     ],
 )
 @pytest.mark.parametrize("record", [0, 1])
@@ -96,7 +130,7 @@ def test_a_tls_port_accepts_only_the_listed_name(data: bytes, rule: str, record:
 
 def test_a_stalled_hello_is_held() -> None:
     """An unfinished ClientHello is held until the gate's timeout (attack 52)."""
-    inspected = Inspector("tls", NAME, denied)
+    inspected = inspector("tls")
     inspected.from_client(GOOD[:-1])
     assert (inspected.decided, inspected.held) == (False, len(GOOD) - 1)
 
@@ -111,16 +145,16 @@ def test_ech_passes_under_the_listed_name_only() -> None:
 
 
 def test_literal_addresses_need_no_name() -> None:
-    """A TLS connection to a literal address needs no name, but may not name a denied host."""
+    """A TLS connection to a literal address needs no name, but may not name a host that is not listed."""
     for data in (NAMELESS, hello(sni(b"b.example"))):
-        assert verdict("tls", data, None) == ("", data)
-    assert verdict("tls", hello(sni(DENIED.upper().encode())), None) == ("name:denied", b"")
-    assert verdict("tls", hello(sni(b"192.0.2.7")), None) == ("tls:malformed", b"")
+        assert verdict("tls", data, ADDRESS) == ("", data)
+    assert verdict("tls", hello(sni(DENIED.upper().encode())), ADDRESS) == ("name:denied", b"")
+    assert verdict("tls", hello(sni(b"192.0.2.7")), ADDRESS) == ("tls:malformed", b"")
 
 
 def test_an_error_has_rule_reason_and_name() -> None:
     """A refusal is final and names its rule and the escaped name."""
-    inspected = Inspector("tls", NAME, denied)
+    inspected = inspector("tls")
     with pytest.raises(InspectionError) as caught:
         inspected.from_client(hello(sni(b"B.example")))
     assert caught.value.rule == "tls:other-name"
@@ -134,8 +168,8 @@ def test_an_error_has_rule_reason_and_name() -> None:
     assert len(odd.reason) < 400
 
 
-@pytest.mark.parametrize("name", [NAME, None])
-def test_real_hellos_pass_on_every_port(name: str | None) -> None:
+@pytest.mark.parametrize("name", [NAME, ADDRESS])
+def test_real_hellos_pass_on_every_port(name: Host) -> None:
     """A real ClientHello passes on TLS ports and on ports of any protocol."""
     outgoing = ssl.MemoryBIO()
     context = ssl.create_default_context()
@@ -143,67 +177,171 @@ def test_real_hellos_pass_on_every_port(name: str | None) -> None:
     with pytest.raises(ssl.SSLWantReadError):
         connection.do_handshake()
     data = outgoing.read()
-    for mode in ("tls", "any"):
+    modes: tuple[Mode, ...] = ("tls", "any")
+    for mode in modes:
         found = run(mode, name, [data])
         assert (found.rule, found.forwarded, found.inspected.tls_name) == ("", data, NAME)
 
 
 @pytest.mark.parametrize(
-    "data",
+    ("data", "rule"),
     [
-        b"GET key\r\n",  # redis
-        b"*1\r\n$4\r\nPING\r\n",
-        b"HELO x.example\r\n",
-        b"SSH-2.0-OpenSSH_9.6p1 Debian-3\r\n",
-        b"quit\r\n",
-        b"SOURCE / ICY/1.0\r\n",
-        b"{",
-        b"<?xml version='1.0'?>",
-        b"AMQP\x00",
-        b"\x00\x00\x00\x54\x00\x03\x00\x00user\x00",  # PostgreSQL without encryption
-        b"\x10\x20MQTT",
-        b"\x16\x04",
-        b"\xff\x00",
+        (b"GET key\r\n", "http:malformed"),  # an inline command of Redis, and a request of HTTP/0.9
+        (b"HELO x.example\r\n", "http:malformed"),  # without a greeting
+        (b"quit\r\n", "first-bytes:unknown"),
+        (b"word " * 1640, "http:malformed"),
+        (b"\r\n" * 4096 + b"CONNECT b.example:80 HTTP/1.1\r\n\r\n", "first-bytes:unknown"),
+        (b"PROXY TCP4 192.0.2.7 192.0.2.8 1 2\r\n" + GET, "http:malformed"),
+        (b"\r\n\r\n\x00\r\nQUIT\n\x21\x11\x00\x0c" + bytes(12) + GET, "first-bytes:unknown"),  # PROXY 2
+        (b"CONNECT b.example:80 HTTP/1.1x\r\n\r\n", "http:malformed"),
+        (b"GET http://b.example/", "http:malformed"),
+        (b"GET /\x01 HTTP/1.1\r\n", "http:malformed"),
+        (b"\x01GET / HTTP/1.1\r\n", "first-bytes:unknown"),
+        (b"SOURCE / ICY/1.0\r\n", "http:malformed"),
+        (b"{", "first-bytes:unknown"),
+        (b"AMQP\x00", "first-bytes:unknown"),
+        (b"\x10\x20MQTT", "first-bytes:unknown"),
+        (b"\x16\x04", "tls:not-tls"),
+        (b"\xff\x00", "first-bytes:unknown"),
+        (b"x" * 65, "first-bytes:unknown"),
+        (b"hello", "first-bytes:incomplete"),
+        (b"\x00\x00\x00", "first-bytes:incomplete"),
+        (b"SSH-2.0-OpenSSH_9.6\r\n", "first-bytes:incomplete"),
+        (STARTUP.replace(b"me", b"\n\r"), "first-bytes:unknown"),
+        (STARTUP.replace(b"\x23", b"\x24") + b"\0", "first-bytes:unknown"),
+        (b"*1\r\n$24\r\nGET http://b.example/ x\r\n", "first-bytes:unknown"),
+        (b"*2\r\n$4\r\nECHO\r\n$5\r\na\r\nb\r\n", "first-bytes:unknown"),
+        (b"*1\n$4\nPING\n", "first-bytes:unknown"),
+        (b"*1\r\n$5\r\nPING\r\n", "first-bytes:unknown"),
     ],
 )
 @pytest.mark.parametrize("size", [1, BIG])
-def test_other_protocols_pass_at_once_on_their_ports(data: bytes, size: int) -> None:
-    """On a port of any protocol, bytes that are neither TLS nor HTTP pass at once."""
-    inspected = Inspector("any", NAME, denied)
-    out = b"".join(inspected.from_client(piece) for piece in pieces(data, size))
-    assert out == data
-    assert (inspected.decided, inspected.transparent, inspected.held) == (True, True, 0)
+def test_bytes_of_no_known_protocol_never_pass(data: bytes, rule: str, size: int) -> None:
+    """On a port of any protocol, bytes that the gate does not understand are refused, and none of them passes."""
+    assert verdict("any", data, size=size, answer=b"") == (rule, b"")
 
 
-@pytest.mark.parametrize("data", [b"GET ", b"hello", b"\x16", b"\x00\x00\x00\x08\x04", b"\r\n", b"EHLO a b c"])
-def test_an_open_start_waits_and_passes_at_its_end(data: bytes) -> None:
-    """Bytes that may become TLS or HTTP are held, and pass if the client stops there."""
-    inspected = Inspector("any", NAME, denied)
-    assert inspected.from_client(data) == b""
-    assert (inspected.decided, inspected.held) == (False, len(data))
+@pytest.mark.parametrize("data", [b"\0\1\2", b"CONNECT b.example:443 HTTP/1.1\r\n\r\n", GET])
+def test_an_opaque_port_is_not_inspected(data: bytes) -> None:
+    """On a port of opaque_ports, all bytes pass at once."""
+    inspected = inspector("opaque")
+    assert (inspected.transparent, inspected.watches_server) == (True, False)
+    assert inspected.from_client(data) == data
     inspected.client_eof()
-    assert inspected.from_client(b"") == data
-    assert inspected.transparent
 
 
-@pytest.mark.parametrize("prelude", [b"", SSL_REQUEST, GSS_REQUEST, GSS_REQUEST + SSL_REQUEST])
+@pytest.mark.parametrize(
+    ("greeting", "start"),
+    [
+        (b"SSH-2.0-OpenSSH_9.6p1 Debian-3\r\n", b"SSH-2.0-OpenSSH_9.6\r\n"),
+        (b"220 mail.example ESMTP\r\n", b"EHLO me.example\r\n"),
+        (b"220-hello\r\n220 ready\r\n", b"user anonymous\r\n"),
+        (b"\x4a\0\0\0\x0a8.0.36\0" + bytes(60), b"\x20\0\0\x01\x85\xae"),
+    ],
+)
 @pytest.mark.parametrize("size", [1, BIG])
-def test_tls_is_checked_on_every_port(prelude: bytes, size: int) -> None:
-    """TLS names are checked on every port, also after PostgreSQL's SSLRequest."""
-    assert verdict("any", prelude + GOOD, size=size) == ("", prelude + GOOD)
-    assert verdict("any", prelude + NAMELESS, size=size) == ("", prelude + NAMELESS)
-    rule, out = verdict("any", prelude + hello(sni(b"b.example")), size=size)
-    assert rule == "tls:other-name"
-    assert prelude.startswith(out)
+def test_a_server_that_greets_proves_its_protocol(greeting: bytes, start: bytes, size: int) -> None:
+    """Bytes that fit the server's greeting pass, and so does everything after them."""
+    inspected = inspector("any")
+    assert inspected.watches_server
+    for piece in pieces(greeting, size):
+        inspected.from_server(piece)
+    assert b"".join(inspected.from_client(piece) for piece in pieces(start, size)) == start
+    assert (inspected.transparent, inspected.from_client(b"\n\0")) == (True, b"\n\0")
+    other = inspector("any")
+    other.from_server(greeting)
+    assert refusal(other, GET * 20).rule == "first-bytes:unknown"
 
 
-def test_an_ssl_request_is_forwarded_at_once() -> None:
-    """PostgreSQL's SSLRequest is forwarded at once, and the bytes after it are inspected."""
-    inspected = Inspector("any", NAME, denied)
-    assert inspected.from_client(SSL_REQUEST) == SSL_REQUEST
-    assert (inspected.decided, inspected.transparent) == (False, False)
-    assert inspected.from_client(b"\x00\x00\x00\x54\x00\x03") == b"\x00\x00\x00\x54\x00\x03"
-    assert inspected.transparent
+def test_an_ssh_client_may_speak_first() -> None:
+    """A client's SSH version is held until the server has sent its own."""
+    inspected = inspector("any")
+    version = b"SSH-2.0-client\r\n"
+    assert (inspected.from_client(version), inspected.decided, inspected.held) == (b"", True, len(version))
+    inspected.from_server(b"SSH-2.0-server\r\n")
+    assert (inspected.from_client(b""), inspected.transparent) == (version, True)
+    other = inspector("any")
+    other.from_client(version)
+    other.from_server(b"HTTP/1.1 408 Request Timeout\r\n\r\n")
+    assert refusal(other, b"").rule == "first-bytes:unknown"
+
+
+@pytest.mark.parametrize("greeting", [b"HTTP/1.1 408 Request Timeout\r\n\r\n", b"+OK POP3\r\n", b"220", b"<html>"])
+def test_another_greeting_proves_nothing(greeting: bytes) -> None:
+    """After a greeting of HTTP or of an unknown protocol, the client's bytes are inspected as without it."""
+    inspected = inspector("any")
+    inspected.from_server(greeting)
+    assert inspected.from_client(GET) == GET
+    for data, rule in (
+        (GET.replace(b"a.example", b"b.example"), "http:other-host"),
+        (b"\1\2\3", "first-bytes:unknown"),
+        (b"USER me\r\n", "http:malformed"),
+    ):
+        other = inspector("any")
+        other.from_server(greeting)
+        assert refusal(other, data).rule == rule
+
+
+@pytest.mark.parametrize(
+    ("first", "answer"),
+    [
+        (STARTUP, b"R\0\0\0\x17\0\0\0\x0a"),
+        (STARTUP, b"E\0\0\0\x66S"),
+        (b"*1\r\n$4\r\nPING\r\n", b"+PONG\r\n"),
+        (b"*3\r\n$5\r\nHELLO\r\n$1\r\n3\r\n$4\r\nAUTH\r\n", b"-NOPROTO no\r\n"),
+    ],
+)
+@pytest.mark.parametrize("size", [1, BIG])
+def test_a_first_message_passes_alone_until_it_is_answered(first: bytes, answer: bytes, size: int) -> None:
+    """After the first message of PostgreSQL or Redis, further bytes are held until the server's answer."""
+    inspected = inspector("any")
+    out = b"".join(inspected.from_client(piece) for piece in pieces(first + GET, size))
+    assert (out, inspected.held, inspected.transparent) == (first, len(GET), False)
+    inspected.client_eof()  # held bytes may still wait for the server
+    for piece in pieces(answer, size):
+        inspected.from_server(piece)
+    assert (inspected.from_client(b""), inspected.transparent) == (GET, True)
+    other = inspector("any")
+    other.from_client(first)
+    with pytest.raises(InspectionError, match="the server's answer is not"):
+        other.from_server(b"HTTP/1.1 400 Bad Request\r\n" + b"x" * 600)
+
+
+@pytest.mark.parametrize("size", [1, BIG])
+@pytest.mark.parametrize("gss", [False, True])
+def test_postgresql_may_start_tls(size: int, *, gss: bool) -> None:
+    """After PostgreSQL's SSLRequest, the server's S must be followed by TLS with the name, and its N by a start."""
+    for hello_, rule in (
+        (GOOD, ""),
+        (NAMELESS, ""),
+        (hello(sni(b"b.example")), "tls:other-name"),
+        (GET, "tls:not-tls"),
+    ):
+        inspected = inspector("any")
+        if gss:
+            assert inspected.from_client(GSS_REQUEST) == GSS_REQUEST
+            inspected.from_server(b"N")
+        assert b"".join(inspected.from_client(piece) for piece in pieces(SSL_REQUEST, size)) == SSL_REQUEST
+        assert inspected.from_client(hello_) == b""
+        inspected.from_server(b"S")
+        if rule:
+            assert refusal(inspected, b"").rule == rule
+        else:
+            assert inspected.from_client(b"") == hello_
+            inspected.from_server(TLS_ANSWER)
+            assert inspected.transparent
+    plain = inspector("any")
+    assert plain.from_client(SSL_REQUEST) == SSL_REQUEST
+    plain.from_server(b"N")
+    assert plain.from_client(STARTUP) == STARTUP
+    assert refusal(_answered(SSL_REQUEST, b"N"), b"\1").rule == "first-bytes:unknown"
+
+
+def _answered(first: bytes, answer: bytes) -> Inspector:
+    inspected = inspector("any")
+    inspected.from_client(first)
+    inspected.from_server(answer)
+    return inspected
 
 
 @pytest.mark.parametrize(
@@ -214,12 +352,12 @@ def test_an_ssl_request_is_forwarded_at_once() -> None:
         (GET.replace(b"a.example", b"b.example"), "http:other-host"),
         (GET.replace(b"GET", b"get").replace(b"a.example", b"b.example"), "http:other-host"),
         (b"CONNECT b.example:443 HTTP/1.1\r\nHost: b.example\r\n\r\n", "http:connect"),
-        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", "http:upgrade"),
+        (b"PRI * HTTP/1.1\r\nHost: b.example\r\n\r\n", "http:upgrade"),
         (b"GET / HTTP/1.0\r\n\r\n", "http:no-host"),
         # What servers forgive, and would take for a request.
-        (b"\r\n" + GET, "http:malformed"),
-        (b"  " + GET, "http:malformed"),
-        (GET.replace(b" ", b"\t"), "http:malformed"),
+        (b"\r\n" + GET, "first-bytes:unknown"),
+        (b"  " + GET, "first-bytes:unknown"),
+        (GET.replace(b" ", b"\t"), "first-bytes:unknown"),
         (GET.replace(b"\r", b""), "http:malformed"),
         (b"GET /\xe9 HTTP/1.1 \r\nHost: b.example\r\n\r\n", "http:malformed"),
         (b"GET /" + b"x" * 9000 + b" HTTP/1.1\r\nHost: b.example\r\n\r\n", "http:other-host"),
@@ -235,74 +373,9 @@ def test_http_is_checked_on_every_port(data: bytes, rule: str, size: int) -> Non
     assert rule or out == data
 
 
-def test_an_unfinished_line_can_be_released() -> None:
-    """Text of an unfinished line can be released early, each byte once."""
-    inspected = Inspector("any", NAME, denied)
-    assert (inspected.from_client(b"HE"), inspected.release(), inspected.release()) == (b"", b"HE", b"")
-    assert (inspected.held, inspected.decided) == (0, False)
-    assert (inspected.from_client(b"L"), inspected.release()) == (b"", b"L")
-    assert inspected.from_client(b"O me\r\nmore") == b"O me\r\nmore"
-    assert inspected.transparent
-
-
-@pytest.mark.parametrize("size", [1, 3, 7])
-def test_a_released_request_is_checked(size: int) -> None:
-    """A request whose first line was released early is still checked."""
-    for data, rule in ((GET, ""), (GET.replace(b"a.example", b"b.example"), "http:other-host")):
-        inspected, forwarded, found = Inspector("any", NAME, denied), b"", ""
-        try:
-            for piece in pieces(data, size):
-                forwarded += inspected.from_client(piece) + inspected.release()
-        except InspectionError as exc:
-            found = exc.rule
-        assert found == rule
-        line = data.index(b"\r\n")
-        assert forwarded == data if not rule else data.startswith(forwarded) and len(forwarded) <= line + 1
-
-
-def test_an_ambiguous_first_byte_is_released() -> None:
-    """A released first byte does not prevent the check of the ClientHello that follows."""
-    for start in (GOOD, SSL_REQUEST + GOOD):
-        inspected = Inspector("any", NAME, denied)
-        assert inspected.from_client(start[:1]) + inspected.release() == start[:1]
-        assert (inspected.held, inspected.decided) == (0, False)
-        assert inspected.from_client(start[1:]) == start[1:]
-        assert inspected.tls_name == NAME
-    inspected = Inspector("any", "other.example", denied)
-    assert inspected.from_client(GOOD[:1]) + inspected.release() == GOOD[:1]
-    with pytest.raises(InspectionError):
-        inspected.from_client(GOOD[1:])
-
-
-def test_a_request_must_match_its_released_start() -> None:
-    """A request that contradicts its released beginning ends the connection."""
-    inspected = Inspector("any", NAME, denied)
-    absolute = b"GET http://a.example/x HTTP/1.1\r\nHost: a.example\r\n\r\n"
-    assert inspected.from_client(absolute[:8]) + inspected.release() == b"GET http"
-    with pytest.raises(InspectionError) as caught:
-        inspected.from_client(absolute[8:])
-    assert caught.value.rule == "http:malformed"
-
-
-@pytest.mark.parametrize(("mode", "data"), [("any", GOOD[:20]), ("tls", GOOD[:9]), ("http", GET[:9])])
-def test_known_protocols_are_never_released(mode: Mode, data: bytes) -> None:
-    """Bytes of TLS, and of TLS or HTTP ports, are never released early."""
-    inspected = Inspector(mode, NAME, denied)
-    assert (inspected.from_client(data), inspected.release()) == (b"", b"")
-    assert inspected.held == len(data)
-
-
-def test_a_long_text_is_released() -> None:
-    """A first line above 8 KiB that is no HTTP request passes."""
-    data = b"word " * 1640
-    assert verdict("any", data + b"x" * 10) == ("", data + b"x" * 10)
-    inspected = Inspector("any", NAME, denied)
-    assert inspected.from_client(data) == data
-
-
 def test_a_websocket_works_on_every_port() -> None:
     """A WebSocket handshake works on a port of any protocol."""
-    inspected = Inspector("any", NAME, denied)
+    inspected = inspector("any")
     handshake = GET[:-2] + b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
     assert inspected.from_client(handshake + b"x") == handshake
     assert (inspected.watches_server, inspected.held) == (True, 1)
@@ -325,8 +398,8 @@ def test_random_bytes_give_bytes_or_an_error(mode: Mode, data: bytes, size: int)
 @pytest.mark.parametrize("mode", ["tls", "http", "any"])
 @pytest.mark.parametrize("data", [b"\x16\x03\x01\x40\x00" * BIG, b"GET /" * BIG, b"\x16\x03\x01\x00\x01\x01" * 100_000])
 def test_endless_first_bytes_are_bounded(mode: Mode, data: bytes) -> None:
-    """At most 64 KiB and one read are held without a verdict."""
-    inspected, rule = Inspector(mode, NAME, denied), ""
+    """The bytes held without a verdict are limited."""
+    inspected, rule = inspector(mode), ""
     try:
         for piece in pieces(data, 4096):
             inspected.from_client(piece)

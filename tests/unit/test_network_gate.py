@@ -364,9 +364,9 @@ class Lab(Waiting):
     async def another(
         self, policy: Policy, denied: Mapping[str, set[int] | None] | None = None, settings: NetSettings | None = None
     ) -> tuple[Gate, Relay, Ledger]:
-        """Another gate with the same outside, and its relay."""
+        """Another gate with the same outside, and its relay. By default, port 22 is not inspected."""
         loop = asyncio.get_running_loop()
-        allowlist = make_allowlist(policy, denied, settings)
+        allowlist = make_allowlist(policy, denied, settings or NetSettings(opaque_ports=frozenset({22})))
         ledger = Ledger(self._write, loop.time)
         self.resolver = Resolver()
         self._stack.callback(self.resolver.close)
@@ -1025,7 +1025,9 @@ async def test_tls_with_the_listed_name_passes() -> None:
         stream = await it.relay.connect("a.example", 443)
         for at in range(len(HELLO)):
             it.relay.send(stream, HELLO[at : at + 1])
-        assert await (await server.connection()).data(len(HELLO)) == HELLO
+        far = await server.connection()
+        assert await far.data(len(HELLO)) == HELLO
+        far.transport.write(b"\x16\x03\x03")
         it.relay.send(stream, b"more")
         assert (await (await server.connection()).data(len(HELLO) + 4))[-4:] == b"more"
 
@@ -1039,8 +1041,9 @@ async def test_tls_with_the_listed_name_passes() -> None:
         (443, b"\x16\x03\x01\0\xff\x01" + bytes(300), "tls:malformed"),
         (80, GET.replace(b"a.", b"b."), "http:other-host"),
         (80, b"\x16\x03\x01\0\xff\x01" + bytes(300), "http:malformed"),
-        (22, OTHER_HELLO, "tls:other-name"),
-        (22, GET.replace(b"a.", b"b."), "http:other-host"),
+        (53, OTHER_HELLO, "tls:other-name"),
+        (53, GET.replace(b"a.", b"b."), "http:other-host"),
+        (53, b"\r\n" * 4096 + GET, "first-bytes:unknown"),
     ],
 )
 @on_a_loop
@@ -1075,6 +1078,25 @@ async def test_a_second_request_for_another_host_is_not_delivered() -> None:
         assert b"evil" not in far.got
         assert far.got.count(b"HTTP/1.1") <= 2
         assert [row.tls_name for row in it.use().denied] == ["evil.example"]
+
+
+@on_a_loop
+async def test_the_end_of_held_data_follows_the_data() -> None:
+    """Data that waits for the server's answer, and the end of the program's data, arrive after the answer."""
+    async with lab() as it:
+        server = await it.server(GOOD, 53)
+        stream = await it.relay.connect("a.example", 53)
+        first, second = b"*1\r\n$4\r\nPING\r\n", b"*2\r\n$3\r\nGET\r\n$1\r\n\n\r\n"
+        it.relay.send(stream, first + second)
+        it.relay.finish(stream)
+        far = await server.connection()
+        assert await far.data(len(first)) == first
+        assert not far.ended
+        far.transport.write(b"+PONG\r\n")
+        assert await far.data(len(first + second)) == first + second
+        await far.over()
+        far.transport.close()
+        assert (await it.relay.end(stream))[0] == egress.FIN
 
 
 @pytest.mark.usefixtures("hasty")

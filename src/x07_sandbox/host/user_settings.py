@@ -43,7 +43,7 @@ SETTINGS: Final = (
         "`false`",
         "Whether `allow_local` may contain the address of a cloud's metadata service.",
     ),
-    Setting("net", "opaque_ports", "list of ports", "`[]`", "Ports on which connections need not be TLS or HTTP."),
+    Setting("net", "opaque_ports", "list of ports", "`[]`", "Ports on which all bytes pass unchecked."),
     Setting(
         "limits",
         "scale_when_emulated",

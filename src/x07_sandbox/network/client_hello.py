@@ -30,11 +30,14 @@ class ClientHello(NamedTuple):
 
 
 class HelloReader:
-    """Collects a ClientHello from any number of reads and TLS records. held: all bytes received."""
+    """Collects a ClientHello from any number of reads and TLS records.
+
+    held: all bytes received. size: the bytes of the records read so far; once the hello is complete, its size.
+    """
 
     def __init__(self) -> None:
         self.held = bytearray()  # with record headers; below HELLO_MAX while incomplete
-        self._record_at = 0
+        self.size = 0
         self._message = bytearray()
 
     def feed(self, data: bytes) -> ClientHello | None:
@@ -47,9 +50,9 @@ class HelloReader:
 
     def _take_record(self) -> bool:
         """Move the next record's content to the message, and return whether the record was complete."""
-        header = self.held[self._record_at : self._record_at + _RECORD.size]
+        header = self.held[self.size : self.size + _RECORD.size]
         if header[:1] not in (b"", bytes([_HANDSHAKE])) or header[1:2] not in (b"", bytes([_MAJOR])):
-            if not self._record_at:
+            if not self.size:
                 raise InspectionError("tls:not-tls", "the first bytes are not a TLS handshake")
             raise InspectionError("tls:malformed", "a TLS record of another type interrupts the ClientHello")
         if len(header) < _RECORD.size:
@@ -57,13 +60,13 @@ class HelloReader:
         _, _, _, length = _RECORD.unpack(header)
         if not 0 < length <= _RECORD_MAX:
             raise InspectionError("tls:malformed", "a TLS record has an invalid length")
-        start = self._record_at + _RECORD.size
+        start = self.size + _RECORD.size
         if start + length > HELLO_MAX:
             raise InspectionError("tls:too-large", f"the ClientHello has more than {HELLO_MAX} bytes")
         if len(self.held) < start + length:
             return False
         self._message += self.held[start : start + length]
-        self._record_at = start + length
+        self.size = start + length
         return True
 
     def _whole(self) -> ClientHello | None:

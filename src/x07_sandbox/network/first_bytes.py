@@ -1,34 +1,48 @@
-"""Inspection of a client's first bytes: the host in them must be the host for which the connection was opened.
+"""Inspection of a client's bytes: the gate forwards what it has understood, and refuses everything else.
 
-No I/O: the inspector takes bytes and returns the bytes to forward. Mode ``tls`` requires a ClientHello with the
-connection's name. Mode ``http`` checks every request. Mode ``any`` applies both checks where it recognises the
-protocol, and passes everything else. The server's bytes are not inspected.
+No I/O: the inspector takes bytes and returns the bytes to forward. The host in the client's bytes must be the host for
+which the connection was opened. Mode ``tls`` requires a ClientHello with the connection's name. Mode ``http`` parses
+every HTTP/1 request. Mode ``any`` accepts TLS, HTTP/1, HTTP/2 and the protocols of protocols.py. Mode ``opaque``
+forwards all bytes.
 
-Known limits: the content of TLS is invisible, including a ClientHello after a HelloRetryRequest. ``any`` is best effort
-against mistakes and plain fronting, since an unknown protocol can contain any host name.
+After a ClientHello, or the first message of another protocol, further bytes are held until the server's answer proves
+that the server speaks this protocol. Until then, a lax HTTP server could take them for a request to another host.
+
+Known limit: the content of TLS is invisible, including a ClientHello after a HelloRetryRequest.
 """
 
+import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final, Literal, Protocol
 
 from x07_sandbox.errors import UsageError
 from x07_sandbox.network.client_hello import ClientHello, HelloReader
+from x07_sandbox.network.http2_frames import PREFACE, FrameStream
 from x07_sandbox.network.http_requests import WORD, RequestStream, escaped
 from x07_sandbox.network.inspection_error import InspectionError
 from x07_sandbox.network.names import Host, parse_guest_host
+from x07_sandbox.network.protocols import (
+    ANSWER_MAX,
+    CLIENT_FIRST,
+    NAMES,
+    SERVER_FIRST,
+    SSH_START,
+    Greeted,
+    Opening,
+    unknown,
+)
 
-_LINE_MAX: Final = 8 * 1024
-_TLS_START: Final = b"\x16\x03"
-# PostgreSQL clients may request GSS encryption first and then TLS on one connection.
-_POSTGRES: Final = (bytes.fromhex("00000008 04d2162f"), bytes.fromhex("00000008 04d21630"))
-_POSTGRES_SIZE: Final = 8
-# More tolerant than HTTP's grammar, as servers are; the request parser then rejects what is not strict.
-_LINE_FEED: Final = ord("\n")
-_SPACE: Final = rb"[\t\x0b\x0c ]"
-_OPEN_LINE: Final = re.compile(rb"[\r\n\t\x0b\x0c ]*(?:%b(?:%b[\t\x0b\x0c\r\x20-\x7e\x80-\xff]*)?)?" % (WORD, _SPACE))
-_VERSION: Final = re.compile(rb"%bHTTP/[0-9][0-9.]*[\t\x0b\x0c\r ]*\Z" % _SPACE, re.IGNORECASE)
-_TARGET: Final = re.compile(rb"[\r\n\t\x0b\x0c ]*%b%b+(?:[/*]|https?:)" % (WORD, _SPACE), re.IGNORECASE)
+Mode = Literal["tls", "http", "any", "opaque"]
+HELD_MAX: Final = 128 * 1024
+"""Maximum bytes held until the server's answer. HTTP/2 clients may send 64 KiB of a body before it."""
+
+_TLS_START: Final = b"\x16"
+_TLS_ANSWER: Final = re.compile(rb"[\x15\x16]\x03")
+_TLS_ANSWER_SIZE: Final = 2
+_STARTS: Final = (SSH_START, PREFACE, *(row.start for row in CLIENT_FIRST))
+_METHOD: Final = re.compile(WORD)
+_METHOD_MAX: Final = 64
 
 
 class _Stage(Protocol):
@@ -50,9 +64,9 @@ class _Stage(Protocol):
 class _NameCheck:
     """Checks the names that a client sends, and remembers the name in its ClientHello."""
 
-    def __init__(self, name: str | None, denied: Callable[[str], str | None]) -> None:
-        self._name = name
-        self._denied = denied
+    def __init__(self, host: Host, why_denied: Callable[[str], str | None]) -> None:
+        self._host = host
+        self._why_denied = why_denied
         self.tls_name = ""
 
     def check_host(self, host: Host) -> None:
@@ -62,7 +76,7 @@ class _NameCheck:
     def check_hello(self, hello: ClientHello, *, need_name: bool) -> None:
         """Check the name in a ClientHello. Raises InspectionError if it is denied, or if it is needed but missing."""
         if hello.server_name is None:
-            if need_name and self._name is not None:
+            if need_name and isinstance(self._host, str):
                 raise InspectionError("tls:no-sni", "the TLS ClientHello has no server name")
             return
         try:
@@ -77,45 +91,46 @@ class _NameCheck:
         self._check("tls:other-name", "the TLS ClientHello", host)
 
     def _check(self, rule: str, what: str, host: Host) -> None:
-        if self._name is not None:
-            if host != self._name:
-                why = f"{what} asks for {host}, but the connection was opened for {self._name}"
-                raise InspectionError(rule, why, str(host))
-        elif isinstance(host, str) and (reason := self._denied(host)) is not None:
+        if host == self._host:
+            return
+        if isinstance(self._host, str) or not isinstance(host, str):
+            why = f"{what} asks for {host}, but the connection was opened for {self._host}"
+            raise InspectionError(rule, why, str(host))
+        if (reason := self._why_denied(host)) is not None:
             raise InspectionError("name:denied", f"{what} asks for {host}: {reason}", host)
 
 
 class Inspector:
     """Inspector of the client's bytes of one connection.
 
-    name: the host name of the connection's destination, in normal form; None for a literal address. denied: returns why
-    a name is denied, or None; called only for literal addresses.
+    host, port: the connection's destination; a name is in normal form. why_denied: returns why a name is denied, or
+    None. It is called for the names that a client sends to a literal address.
 
     Bytes that `from_server` and `client_eof` release are returned by the next ``from_client(b"")``. Once an
     InspectionError was raised, every later call raises it again.
     """
 
-    def __init__(
-        self, mode: Literal["tls", "http", "any"], name: str | None, denied: Callable[[str], str | None]
-    ) -> None:
-        self._names = names = _NameCheck(name, denied)
+    def __init__(self, mode: Mode, host: Host, port: int, why_denied: Callable[[str], str | None]) -> None:
+        self._names = names = _NameCheck(host, why_denied)
         self._stage: _Stage
         if mode == "tls":
             self._stage = _Tls(names, need_name=True)
         elif mode == "http":
-            self._stage = RequestStream(names.check_host)
+            self._stage = RequestStream(names.check_host, port)
+        elif mode == "any":
+            self._stage = _Any(names, port)
         else:
-            self._stage = _Any(names)
+            self._stage = _Raw()
         self._error: InspectionError | None = None
 
     @property
     def held(self) -> int:
-        """Number of bytes held back: at most 64 KiB plus one read."""
+        """Number of bytes held back: at most HELD_MAX plus one read."""
         return self._stage.held
 
     @property
     def decided(self) -> bool:
-        """Whether the first bytes have passed the inspection."""
+        """Whether the client's first message was accepted. Held bytes then wait for the server's answer."""
         return self._stage.decided
 
     @property
@@ -136,75 +151,39 @@ class Inspector:
     def from_client(self, data: bytes) -> bytes:
         """Add bytes from the client, and return the bytes to forward now. Raises InspectionError."""
         self._raise_again()
-        try:
+        with self._final():
             return self._stage.feed(data)
-        except InspectionError as exc:
-            self._error = exc
-            raise
 
     def from_server(self, data: bytes) -> None:
-        """Add bytes from the server."""
+        """Add bytes from the server. Raises InspectionError if they prove another protocol."""
         self._raise_again()
-        self._stage.server(data)
+        with self._final():
+            self._stage.server(data)
 
     def client_eof(self) -> None:
         """Handle the end of the client's bytes. Raises InspectionError if an inspected message is incomplete."""
         self._raise_again()
-        try:
+        with self._final():
             self._stage.eof()
+
+    @contextlib.contextmanager
+    def _final(self) -> Iterator[None]:
+        """Remember an InspectionError, and limit the held bytes."""
+        try:
+            yield
+            _check_held(self._stage.held)
         except InspectionError as exc:
             self._error = exc
             raise
-
-    def release(self) -> bytes:
-        """Return the held first bytes while the protocol is still unknown: the client may be waiting for an answer.
-
-        The released bytes are still inspected, together with those that follow. Bytes of a ClientHello stay held. If
-        the rules require TLS or HTTP, all first bytes stay held.
-        """
-        return self._stage.release() if isinstance(self._stage, _Any) else b""
 
     def _raise_again(self) -> None:
         if self._error is not None:
             raise self._error
 
 
-class _Tls:
-    """Parser of a connection that must start with a ClientHello."""
-
-    watches_server = False
-
-    def __init__(self, names: _NameCheck, *, need_name: bool) -> None:
-        self._names = names
-        self._need_name = need_name
-        self._reader = HelloReader()
-        self.decided = False
-
-    @property
-    def held(self) -> int:
-        return 0 if self.decided else len(self._reader.held)
-
-    @property
-    def transparent(self) -> bool:
-        return self.decided
-
-    def feed(self, data: bytes) -> bytes:
-        if self.decided:
-            return data
-        hello = self._reader.feed(data)
-        if hello is None:
-            return b""
-        self._names.check_hello(hello, need_name=self._need_name)
-        self.decided = True
-        whole, self._reader = bytes(self._reader.held), HelloReader()
-        return whole
-
-    def server(self, data: bytes) -> None:
-        """Ignore the server's bytes."""
-
-    def eof(self) -> None:
-        if self.held:
-            raise InspectionError("tls:malformed", "the connection ends inside the ClientHello")
+def _check_held(size: int) -> None:
+    if size > HELD_MAX:
+        raise InspectionError("first-bytes:too-large", "too much data precedes the server's answer")
 
 
 class _Raw:
@@ -225,91 +204,186 @@ class _Raw:
         """Accept any end of the client's bytes."""
 
 
-class _Any:
-    """Parser of a connection of unknown protocol: it holds the first bytes until the protocol is known."""
+class _Proved:
+    """Base of the parsers that hold what follows the client's first message until the server has proved itself."""
 
-    def __init__(self, names: _NameCheck) -> None:
+    def __init__(self) -> None:
+        self._held = bytearray()  # all bytes that are not released yet
+        self._answer = b""
+        self.decided = False
+        self.watches_server = True
+
+    @property
+    def held(self) -> int:
+        return len(self._held)
+
+    @property
+    def transparent(self) -> bool:
+        return not self.watches_server and not self._held
+
+    def feed(self, data: bytes) -> bytes:
+        self._held += data
+        size = len(self._held)
+        if self.watches_server:
+            size = 0 if self.decided else self._first_message()
+            self.decided |= size > 0
+        out = bytes(self._held[:size])
+        del self._held[:size]
+        return out
+
+    def server(self, data: bytes) -> None:
+        if self.decided and self.watches_server:
+            self._answer += data[: ANSWER_MAX - len(self._answer)]
+            self.watches_server = not self._is_proof(self._answer)
+
+    def eof(self) -> None:
+        if self._held and not self.decided:
+            raise InspectionError("first-bytes:incomplete", "the connection ends inside its first message")
+
+    def _first_message(self) -> int:
+        """Return the size of the first message in the held bytes, or 0 if it is incomplete. Raises InspectionError."""
+        raise NotImplementedError
+
+    def _is_proof(self, answer: bytes) -> bool:
+        """Return whether the server's first bytes prove the protocol. Raises InspectionError if they cannot."""
+        raise NotImplementedError
+
+
+class _Tls(_Proved):
+    """Parser of a connection that must start with a ClientHello."""
+
+    def __init__(self, names: _NameCheck, *, need_name: bool) -> None:
+        super().__init__()
         self._names = names
+        self._need_name = need_name
+        self._reader = HelloReader()
+
+    def _first_message(self) -> int:
+        hello = self._reader.feed(bytes(self._held[len(self._reader.held) :]))
+        if hello is None:
+            return 0
+        self._names.check_hello(hello, need_name=self._need_name)
+        return self._reader.size
+
+    def _is_proof(self, answer: bytes) -> bool:
+        if len(answer) < _TLS_ANSWER_SIZE:
+            return False
+        if not _TLS_ANSWER.match(answer):
+            raise InspectionError("tls:not-tls", "the server did not answer the ClientHello with TLS")
+        return True
+
+
+class _Opened(_Proved):
+    """Parser of a protocol whose client speaks first. following: what must follow the server's answer."""
+
+    def __init__(self, opening: Opening) -> None:
+        super().__init__()
+        self._opening = opening
+        self.following: Literal["tls", "any"] | None = None
+
+    def take_held(self) -> bytes:
+        """Remove and return the held bytes."""
+        held = bytes(self._held)
+        self._held.clear()
+        return held
+
+    def _first_message(self) -> int:
+        return self._opening.first_message(bytes(self._held))
+
+    def _is_proof(self, answer: bytes) -> bool:
+        if self._opening.proof.match(answer):
+            self.following = self._opening.after.get(answer[: self._opening.proof_max])
+            return True
+        if len(answer) >= self._opening.proof_max:
+            raise unknown(f"the server's answer is not {self._opening.name}")
+        return False
+
+
+class _Any:
+    """Parser of a connection whose protocol the first bytes of client and server show."""
+
+    def __init__(self, names: _NameCheck, port: int) -> None:
+        self._names = names
+        self._port = port
         self._start = bytearray()
-        self._released = b""  # prefix of the output that was already forwarded
+        self._greeting = b""
         self._stage: _Stage | None = None
 
     @property
     def held(self) -> int:
-        return len(self._start) - len(self._released) if self._stage is None else len(self._start) + self._stage.held
+        return len(self._start) + (self._stage.held if self._stage else 0)
 
     @property
     def decided(self) -> bool:
-        return self._stage is not None and self._stage.decided
+        waits = self._start.startswith(SSH_START) and b"\n" in self._start
+        return waits if self._stage is None else self._stage.decided
 
     @property
     def transparent(self) -> bool:
-        return self._stage is not None and self._stage.transparent and not self._start
+        return self._stage is not None and self._stage.transparent
 
     @property
     def watches_server(self) -> bool:
-        return self._stage is not None and self._stage.watches_server
+        return self._stage is None or self._stage.watches_server
 
     def feed(self, data: bytes) -> bytes:
-        if self._stage is not None and not self._start:
-            return self._rest(self._stage.feed(data))
         self._start += data
-        out = b""
-        while self._stage is None and self._start[:_POSTGRES_SIZE] in _POSTGRES:
-            out += self._rest(bytes(self._start[:_POSTGRES_SIZE]))
-            del self._start[:_POSTGRES_SIZE]
-        self._stage = self._stage or self._choose(ended=False)
-        return out if self._stage is None else out + self._rest(self._stage.feed(self._take_start()))
-
-    def release(self) -> bytes:
-        if self._stage is not None:
+        if self._stage is None and self._start:
+            self._stage = self._choose()
+        if self._stage is None:
             return b""
-        released = bytes(self._start[len(self._released) :])
-        self._released += released
-        return released
-
-    def _rest(self, out: bytes) -> bytes:
-        """Return *out* without the first bytes that were already forwarded."""
-        if not out or not self._released:
-            return out
-        if not out.startswith(self._released):
-            raise InspectionError("http:malformed", "the request line is not in canonical form")
-        out, self._released = out[len(self._released) :], b""
-        return out
+        start = bytes(self._start)
+        self._start.clear()
+        return self._stage.feed(start)
 
     def server(self, data: bytes) -> None:
-        if self._stage is not None:
-            self._stage.server(data)
+        if self._stage is None:
+            self._greeting += data[: ANSWER_MAX - len(self._greeting)]
+            return
+        self._stage.server(data)
+        if isinstance(self._stage, _Opened) and self._stage.following:
+            self._start += self._stage.take_held()
+            self._stage = _Tls(self._names, need_name=False) if self._stage.following == "tls" else None
 
     def eof(self) -> None:
-        if self._stage is None:
-            self._stage = self._choose(ended=True) or _Raw()
-            if not self._stage.transparent:
-                self._stage.feed(self._take_start())  # an incomplete message, which is not forwarded
-        self._stage.eof()
+        if self._stage is not None:
+            self._stage.eof()
+        elif self._start:
+            raise InspectionError("first-bytes:incomplete", "the connection ends inside its first message")
 
-    def _take_start(self) -> bytes:
-        start, self._start = bytes(self._start), bytearray()
-        return start
+    def _choose(self) -> _Stage | None:
+        """Return the parser for the held bytes, or None while the protocol is not known. Raises InspectionError."""
+        start = bytes(self._start)
+        for row in SERVER_FIRST:
+            if row.greeting.match(self._greeting):
+                return _after_greeting(row, start)
+        if any(len(start) < len(known) and known.startswith(start) for known in _STARTS):
+            return None
+        if start.startswith(SSH_START):
+            if len(start) > ANSWER_MAX or self._greeting:
+                raise unknown("only the client's first bytes are SSH")
+            return None
+        return self._parser(start)
 
-    def _choose(self, *, ended: bool) -> _Stage | None:
-        """Return the parser for the held bytes, or None while the protocol is not known."""
-        if self._start.startswith(_TLS_START):
+    def _parser(self, start: bytes) -> _Stage | None:
+        """Return the parser for first bytes that need no greeting, or None if they may become HTTP/1."""
+        if start.startswith(_TLS_START):
             return _Tls(self._names, need_name=False)
-        if any(start.startswith(self._start) for start in (_TLS_START, *_POSTGRES)):
-            return None
-        is_request = _is_request_line(self._start, ended=ended)
-        if is_request is None:
-            return None
-        return RequestStream(self._names.check_host) if is_request else _Raw()
+        for opening in CLIENT_FIRST:
+            if start.startswith(opening.start):
+                return _Opened(opening)
+        if start.startswith(PREFACE):
+            return FrameStream(self._names.check_host, self._port)
+        method = _METHOD.match(start)
+        if method is None or method.end() > _METHOD_MAX or start[method.end() :][:1] not in {b"", b" "}:
+            raise unknown(f"the first bytes are not TLS, HTTP, {NAMES}")
+        return RequestStream(self._names.check_host, self._port) if method.end() < len(start) else None
 
 
-def _is_request_line(text: bytearray, *, ended: bool) -> bool | None:
-    """Return whether a server could take *text* as an HTTP request, or None if unknown yet. ended: no bytes follow."""
-    found = _OPEN_LINE.match(text, 0, _LINE_MAX)
-    end = found.end() if found else 0
-    if end == _LINE_MAX:  # too long for a normal request line, but not for some servers
-        return _TARGET.match(text) is not None
-    if end < len(text):
-        return text[end] == _LINE_FEED and _VERSION.search(text, 0, end) is not None
-    return _VERSION.search(text) is not None if ended else None
+def _after_greeting(row: Greeted, start: bytes) -> _Raw | None:
+    """Return the parser of the bytes after a server's greeting, or None if *start* is too short to know."""
+    if row.client.match(start):
+        return _Raw()
+    if len(start) >= row.client_max:
+        raise unknown(f"the server's first bytes are {row.name}, but the client's are not")
+    return None

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from x07_sandbox.network.summary import Contact
 
 _LINGER: Final = struct.pack("ii", 1, 0)
-_RELEASE_S: Final = 0.003
 # Shared: asyncio delivers its content before it requests the buffer again.
 _BUFFER: Final = memoryview(bytearray(egress.DATA_MAX))
 
@@ -73,6 +72,7 @@ class TcpFlow(Flow, asyncio.BufferedProtocol):
         self._rest = b""  # from the server, beyond the guest's window
         self._unacknowledged = 0  # bytes from the guest that the server has not taken yet
         self._server_ended = False
+        self._finishing = False  # whether the program's data ends with the held bytes
         self.guest_ended = False
         self.paused = False
         self.held_since: float | None = None
@@ -100,15 +100,9 @@ class TcpFlow(Flow, asyncio.BufferedProtocol):
             self.held_since = None
         elif self.held_since is None:
             self.held_since = self._gate.now()
-            asyncio.get_running_loop().call_later(_RELEASE_S, self._release)
         self._send(out)
-
-    def _release(self) -> None:
-        """Forward bytes before their inspection is complete, because the program may be waiting for an answer."""
-        if not self.lost and self.held_since is not None and (out := self._inspector.release()):
-            self.held_since = None
-            self._send(out)
-            self._gate.flush()
+        if self._finishing and not self._inspector.held:
+            self._finish()
 
     def _send(self, data: bytes) -> None:
         if data:
@@ -123,7 +117,12 @@ class TcpFlow(Flow, asyncio.BufferedProtocol):
         except InspectionError as exc:
             self._gate.refuse(self, exc)
             return
-        self._inspect()
+        self._finishing = True
+        self._inspect()  # calls _finish, unless bytes are held until the server's answer
+
+    def _finish(self) -> None:
+        """End the server's input."""
+        self._finishing = False
         if self.lost or self.transport.is_closing():
             return
         self.guest_ended = True

@@ -7,7 +7,7 @@ Everything on that stream is hostile.
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final
 
 from msgspec.structs import replace
 
@@ -25,6 +25,7 @@ from x07_sandbox.network.summary import Contact
 if TYPE_CHECKING:
     from x07_sandbox.channel.egress import Event
     from x07_sandbox.network.dialler import Dialler
+    from x07_sandbox.network.first_bytes import Mode
     from x07_sandbox.network.ledger import Ledger
     from x07_sandbox.network.rules import Allowlist, Decision, Transport
 
@@ -278,18 +279,12 @@ class Gate(asyncio.BufferedProtocol):
             datagrams = UdpFlow(stream, contact, counters, self._link, self)
             await self._loop.create_datagram_endpoint(lambda: datagrams, sock=dialled.sock)
             return datagrams
-        name = decision.request.host if isinstance(decision.request.host, str) else None
-        port = decision.request.port
-        inspector = Inspector(self._mode(port), name, lambda seen: denied_name(self._allowlist, seen, port))
+        host, port = decision.request.host, decision.request.port
+        mode = mode_of(port, self._allowlist)
+        inspector = Inspector(mode, host, port, lambda name: denied_name(self._allowlist, name, port))
         flow = TcpFlow(stream, contact, counters, self._link, inspector, self)
         await self._loop.create_connection(lambda: flow, sock=dialled.sock)
         return flow
-
-    def _mode(self, port: int) -> Literal["tls", "http", "any"]:
-        """Return the protocol that a connection to a port must use."""
-        if port in self._allowlist.settings.opaque_ports:
-            return "any"
-        return "tls" if port in _TLS_PORTS else "http" if port in _HTTP_PORTS else "any"
 
     # ends
 
@@ -338,6 +333,13 @@ class Gate(asyncio.BufferedProtocol):
         if half or now - flow.touched > _IDLE_S:
             self._link.reset(flow.stream, egress.TIMED_OUT)
             self._end(flow)
+
+
+def mode_of(port: int, allowlist: Allowlist) -> Mode:
+    """Return the protocol that a connection to a port must use."""
+    if port in allowlist.settings.opaque_ports:
+        return "opaque"
+    return "tls" if port in _TLS_PORTS else "http" if port in _HTTP_PORTS else "any"
 
 
 def _of(decision: Decision, *, rule: str = "", reason: str = "", address: str = "") -> Contact:

@@ -22,7 +22,7 @@ import msgspec
 
 from x07_sandbox.jail.own_limits import confine
 from x07_sandbox.network.dialler import Dialler, ResolverClient, bind_reveals_own
-from x07_sandbox.network.gate import Gate
+from x07_sandbox.network.gate import Gate, mode_of
 from x07_sandbox.network.ledger import Ledger
 from x07_sandbox.network.rules import Allowlist, make_allowlist
 from x07_sandbox.network.settings import settings_from_json
@@ -100,6 +100,8 @@ def main() -> None:
         allowlist = allowlist_of(json.load(file))
     control, resolver = socket.socket(fileno=control_fd), socket.socket(fileno=resolver_fd)
     own_by_bind = bind_reveals_own()
+    if any(mode_of(port, allowlist) == "any" for entry in allowlist.entries for port in entry.ports):
+        import hpack  # noqa: F401 - http2_frames.py imports it lazily, since it is slow to import
     # The loop opens a socket pair and an epoll descriptor, which the confinement would forbid.
     with asyncio.Runner() as runner:
         runner.get_loop()

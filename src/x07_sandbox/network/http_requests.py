@@ -4,7 +4,11 @@ The client's own bytes are never forwarded, so the server cannot interpret a req
 that, this module rejects what h11 tolerates: bare line feeds, folded lines, control characters, ambiguous body lengths,
 CONNECT, HTTP/2, and an absolute target that differs from Host.
 
-After a WebSocket handshake that the server accepts (status 101), bytes are forwarded unchanged.
+Some servers do not read the body of a request that they refuse, and would take it for the next request. Therefore a
+request with a body, or with Expect, gets ``Connection: close``, and nothing may follow it.
+
+Upgrades are removed, except a WebSocket handshake. After the server has accepted it (status 101), bytes are forwarded
+unchanged.
 """
 
 import re
@@ -28,12 +32,14 @@ _WORD_START: Final = re.compile(WORD)
 _REQUEST_LINE: Final = re.compile(rb"(%b) ([\x21-\x7e]+) HTTP/([0-9]\.[0-9])\r\n" % WORD)
 _FIELD: Final = re.compile(rb"%b:[^\x00-\x08\x0a-\x1f\x7f]*\r\n" % WORD)
 _HOST: Final = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[^:\[\]]+)(?::([0-9]{1,5}))?")
-_PORT_DEFAULT: Final = 80
 _ABSOLUTE: Final = re.compile(rb"http://([^/?#]*)([^#]*)", re.IGNORECASE)
 _STATUS_SIZE: Final = len(b"HTTP/1.1 101 ")
 _SWITCHED: Final = re.compile(rb"HTTP/1\.1 101[ \r\n]")
-# Not allowed in a trailer: they control routing or framing.
-_HEAD_ONLY: Final = frozenset({b"connection", b"content-length", b"host", b"te", b"transfer-encoding", b"upgrade"})
+_LENGTH: Final = re.compile(rb"[0-9]{1,15}")  # the range that every server can count
+# Not allowed in a trailer, nor with "_" for "-", which some servers take for the same: they control routing or framing.
+_HEAD_ONLY: Final = frozenset(
+    {b"connection", b"content-length", b"expect", b"host", b"te", b"transfer-encoding", b"upgrade"}
+)
 
 
 def escaped(text: bytes | str) -> str:
@@ -43,19 +49,21 @@ def escaped(text: bytes | str) -> str:
 
 
 class RequestStream:
-    """The client's half of one HTTP/1.x connection. check_host: raises InspectionError for a denied host.
+    """The client's half of one HTTP/1.x connection to *port*. check_host: raises InspectionError for a denied host.
 
     decided: whether the first request's head was accepted. watches_server: whether `server` needs the server's bytes.
     """
 
-    def __init__(self, check_host: Callable[[Host], None]) -> None:
+    def __init__(self, check_host: Callable[[Host], None], port: int) -> None:
         self._host_check = check_host
+        self._port = port
         self._pending = bytearray()
         self._line_at = 0
         self._searched = 0
         self._body: h11.Connection | None = None
         self._chunked = False
         self._handshake = False
+        self._last = False
         self._answer = b""
         self._raw = False
         self.decided = False
@@ -106,6 +114,10 @@ class RequestStream:
                 self._body.receive_data(bytes(self._pending))
                 self._pending.clear()
                 self._take_body(self._body, out)
+            elif self._last:
+                _malformed(
+                    "bytes follow a request after which the connection must close (a GET with a body, or Expect)"
+                )
             elif (head := self._take_head()) is not None:
                 self._take_request(head, out)
             else:
@@ -141,11 +153,16 @@ class RequestStream:
             _malformed("the request is not complete")
         fields = dict(request.headers)
         target = self._check_host(request, fields[b"host"])
-        self._handshake = _is_handshake(request, fields, first=not self.decided)
         self._chunked = b"transfer-encoding" in fields
+        length = parse_length(fields.get(b"content-length", b"0"))
+        self._last = self._chunked or length > 0 or b"expect" in fields
+        self._handshake = not self.decided and not self._last and _is_handshake(request)
         self.decided = True
         out += b"%b %b HTTP/%b\r\n" % (request.method, target, request.http_version)
-        out += b"".join(b"%b: %b\r\n" % field for field in request.headers.raw_items()) + b"\r\n"
+        for raw, (name, value) in zip(request.headers.raw_items(), request.headers, strict=True):
+            if written := self._rewritten(name, value):
+                out += b"%b: %b\r\n" % (raw[0], written)
+        out += b"Connection: close\r\n\r\n" if self._last else b"\r\n"
         self._body = connection
         self._take_body(connection, out)
 
@@ -162,21 +179,33 @@ class RequestStream:
             else:
                 _malformed("the request's body is not complete")
 
+    def _rewritten(self, name: bytes, value: bytes) -> bytes | None:
+        """Return the value to forward for a header, or None to remove the header."""
+        if name == b"connection":
+            known = {b"close", b"keep-alive", *([b"upgrade"] if self._handshake else [])}
+            tokens = [token for token in (token.strip() for token in value.split(b",")) if token.lower() in known]
+            return None if self._last else b", ".join(tokens) or None
+        if name == b"content-length":
+            return b"%d" % parse_length(value)
+        if name == b"http2-settings" or (name == b"upgrade" and not self._handshake):
+            return None
+        return value
+
     def _check_host(self, request: h11.Request, text: bytes) -> bytes:
         """Check the request's host. Return the request's target without scheme and host."""
         if not text:
             raise InspectionError("http:no-host", "the request has an empty Host")
-        host = _parse_authority(text)
+        host = check_authority(text, self._port)
         target = request.target
         if absolute := _ABSOLUTE.fullmatch(target):
             authority, path = absolute.groups()
-            if _parse_authority(authority) != host:
+            if check_authority(authority, self._port) != host:
                 why = f"the request's target has the host {escaped(authority)}, but its Host header is {escaped(text)}"
-                raise InspectionError("http:other-host", why, str(host[0]))
+                raise InspectionError("http:other-host", why, str(host))
             target = path if path.startswith(b"/") else b"/" + path
         elif not target.startswith(b"/") and (target, request.method) != (b"*", b"OPTIONS"):
             _malformed(f"the request has the target {escaped(target)}, which is neither a path nor an http:// URL")
-        self._host_check(host[0])
+        self._host_check(host)
         return target
 
 
@@ -186,7 +215,7 @@ def _check_request_line(line: bytes) -> None:
         _malformed("the first line is not an HTTP/1 request line")
     method, _, version = match.groups()
     if method == b"PRI" or version.startswith(b"2"):
-        raise InspectionError("http:upgrade", "HTTP/2 without TLS is not supported")
+        raise InspectionError("http:upgrade", "HTTP/2 without TLS is not supported on this port")
     if version not in {b"1.0", b"1.1"}:
         _malformed(f"HTTP/{version.decode()} is not supported")
     if method.upper() == b"CONNECT":
@@ -205,7 +234,11 @@ def _check_field(line: bytes) -> None:
 def _check_counts(head: bytes) -> None:
     """Check for missing and duplicate headers. h11 would merge these, or report them without a rule id."""
     request_line, *lines = head[:-4].split(b"\r\n")
-    count = Counter(line.partition(b":")[0].lower() for line in lines)
+    names = [line.partition(b":")[0].lower() for line in lines]
+    for name in names:
+        if b"_" in name and name.replace(b"_", b"-") in _HEAD_ONLY:
+            _malformed(f"the request has the header {escaped(name)}, which some servers read as another header")
+    count = Counter(names)
     if count[b"host"] != 1:
         if count[b"host"]:
             _malformed("the request has more than one Host")
@@ -213,33 +246,36 @@ def _check_counts(head: bytes) -> None:
     lengths = count[b"transfer-encoding"] + count[b"content-length"]
     if lengths > 1 or (count[b"transfer-encoding"] and request_line.endswith(b"1.0")):
         raise InspectionError("http:ambiguous-length", "the length of the request's body is ambiguous")
-    if count[b"http2-settings"]:
-        raise InspectionError("http:upgrade", "HTTP/2 without TLS is not supported")
 
 
-def _is_handshake(request: h11.Request, fields: dict[bytes, bytes], *, first: bool) -> bool:
-    """Return whether this is a WebSocket handshake. Raises InspectionError for other upgrades."""
-    if b"upgrade" not in fields:
-        return False
-    values = [value for name, value in request.headers if name == b"upgrade"]
-    if [value.lower() for value in values] != [b"websocket"]:
-        raise InspectionError("http:upgrade", f"an upgrade to {escaped(values[0])} is not supported")
-    if not first:
-        raise InspectionError("http:upgrade", "a WebSocket handshake must be the first request of its connection")
-    body = b"transfer-encoding" in fields or fields.get(b"content-length", b"0").strip(b"0")
-    if request.method != b"GET" or request.http_version != b"1.1" or body:
-        raise InspectionError("http:upgrade", "a WebSocket handshake must be an HTTP/1.1 GET without a body")
-    return True
+def _is_handshake(request: h11.Request) -> bool:
+    """Return whether a request without a body is a WebSocket handshake (RFC 6455, 4.1)."""
+    upgrades = [value.lower() for name, value in request.headers if name == b"upgrade"]
+    tokens = b",".join(value for name, value in request.headers if name == b"connection").lower().split(b",")
+    upgraded = upgrades == [b"websocket"] and b"upgrade" in {token.strip() for token in tokens}
+    return upgraded and request.method == b"GET" and request.http_version == b"1.1"
 
 
-def _parse_authority(text: bytes) -> tuple[Host, int]:
+def parse_length(text: bytes) -> int:
+    """Return the value of Content-Length. Raises InspectionError for a length that servers read differently."""
+    if not _LENGTH.fullmatch(text):
+        raise InspectionError("http:ambiguous-length", "the length of the request's body is not a number below 10^15")
+    return int(text)
+
+
+def check_authority(text: bytes, port: int) -> Host:
+    """Return the host in ``NAME`` or ``NAME:PORT``. Raises InspectionError for another port than the connection's."""
     match = _HOST.fullmatch(text)
-    if match is None or not 0 < int(match[2] or _PORT_DEFAULT) <= PORT_LAST:
+    if match is None or not 0 < int(match[2] or port) <= PORT_LAST:
         _malformed(f"the request has the host {escaped(text)}, which is not NAME or NAME:PORT")
     try:
-        return parse_guest_host(match[1]), int(match[2] or _PORT_DEFAULT)
+        host = parse_guest_host(match[1])
     except UsageError:
         _malformed(f"the request has the host {escaped(text)}, which is neither a name nor an address")
+    if int(match[2] or port) != port:
+        why = f"the request asks for port {int(match[2])}, but the connection was opened for port {port}"
+        raise InspectionError("http:other-host", why, str(host))
+    return host
 
 
 def _next_event(connection: h11.Connection) -> object:

@@ -35,7 +35,7 @@ _CODE: Final = (
     "import sys; sys.path[:] = {paths!r}; sys.modules.update({unwanted!r}); "
     "from x07_sandbox.network.{module} import main; main()"
 )
-_NEEDED: Final = ("x07_sandbox", "msgspec", "idna", "h11")
+_NEEDED: Final = ("x07_sandbox", "msgspec", "idna", "h11", "hpack")
 
 
 class GateConfig(msgspec.Struct, frozen=True, kw_only=True):

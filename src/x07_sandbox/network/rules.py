@@ -73,7 +73,7 @@ class Denied(msgspec.Struct, frozen=True):
 
 
 class NetSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """Exceptions in the user's settings. allow_local: special addresses with a port. opaque_ports: for any protocol."""
+    """Exceptions in the user's settings. allow_local: special addresses with a port. opaque_ports: not inspected."""
 
     allow_local: frozenset[tuple[Address, int]] = frozenset()
     opaque_ports: frozenset[int] = frozenset()
@@ -169,10 +169,9 @@ def unreachable_entries(allowlist: Allowlist) -> Iterator[tuple[Entry, str]]:
 
 
 def denied_name(allowlist: Allowlist, name: str, port: int) -> str | None:
-    """Return why a name in the first bytes of a connection to an address is denied, or None if it is allowed."""
-    request = Request(host=name, port=port)
-    denial = _special(allowlist, request) or _denial(allowlist, request)
-    return denial.reason if denial else None
+    """Return why a name in the first bytes of a connection to an address is denied, or None if it is listed too."""
+    decision = decide(allowlist, Request(host=name, port=port))
+    return None if decision.allowed else decision.reason
 
 
 def _special(allowlist: Allowlist, request: Request) -> Decision | None:

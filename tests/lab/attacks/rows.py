@@ -103,6 +103,10 @@ def got(
 # ------------------------------------------------------------------------------------------------------- what is said
 
 
+REDIS_PING: Final = b"*1\r\n$4\r\nPING\r\n"
+PING_SEEN: Final = r"*1\r\n$4\r\nPING\r\n"
+
+
 def request(host: str, line: str = "GET / HTTP/1.1", *fields: str, body: bytes = b"") -> bytes:
     """Return an HTTP/1 request."""
     return "\r\n".join([line, f"Host: {host}", *fields, "", ""]).encode("latin-1") + body
@@ -380,9 +384,9 @@ LITERAL_ROWS: Final = [
         "An address of a listed network is reached, and no other.",
         SITE,
         7,
-        b"echo",
+        REDIS_PING,
         1.0,
-        expected=(f"tcp {SITE}:7", f"tcp {SITE}:7 bytes echo"),
+        expected=(f"tcp {SITE}:7", f"tcp {SITE}:7 bytes {PING_SEEN}"),
         lists={"46.46.46.46/31": [7, 8443], "0.0.0.0/0": [8600], "::/0": [8600]},
     ),
     ask("38", "The neighbour of a listed network.", "46.46.46.48", 7),
@@ -564,13 +568,32 @@ HTTP_ROWS: Final = [
             "Upgrade: h2c",
             "HTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA",
         ),
+        1.0,
+        allowed=(f"http {SITE}:80 {{N}} GET / HTTP/1.1",),
     ),
     listed(
         "61-other",
         "An upgrade to another protocol is requested.",
         80,
         request("{N}", "GET /upgrade HTTP/1.1", "Connection: Upgrade", "Upgrade: websocket, h2c"),
+        1.0,
+        allowed=(f"http {SITE}:80 {{N}} GET /upgrade HTTP/1.1",),
     ),
+    *[
+        listed(f"any-{word}", tried, 9, *said)
+        for word, tried, said in (
+            (
+                "newlines",
+                "8 KiB of line breaks precede a tunnel.",
+                (b"\r\n" * 4096, 0.2, b"CONNECT 46.46.46.47:80 HTTP/1.1\r\n\r\n"),
+            ),
+            ("version", "A tunnel with an odd version.", (b"CONNECT 46.46.46.47:80 HTTP/1.1x\r\n\r\n",)),
+            ("http-0.9", "A request of HTTP/0.9 without a line break.", (b"GET http://46.46.46.47/", 0.2, b"\n")),
+            ("proxy", "A PROXY line precedes a request.", (b"PROXY TCP4 1.2.3.4 5.6.7.8 1 2\r\n" + request("{N}"),)),
+            ("control", "Control bytes precede a request.", (b"\0\1\2\3" + request("{N}"),)),
+            ("unknown", "An unknown protocol.", (b"hello\n",)),
+        )
+    ],
     listed("62", "A header of a mebibyte.", 80, b"GET / HTTP/1.1\r\nHost: {N}\r\nX: " + b"a" * (1 << 20) + b"\r\n\r\n"),
     *[
         listed(
@@ -715,9 +738,9 @@ PEER_ROWS: Final = [
         "Bytes to an allowed server: the result counts them.",
         "ap21.lab.example",
         9,
-        b"counted",
+        REDIS_PING,
         0.1,
-        expected=reached("ap21.lab.example", 9, f"tcp {SITE}:9 bytes counted"),
+        expected=reached("ap21.lab.example", 9, f"tcp {SITE}:9 bytes {PING_SEEN}"),
         lists={"ap21.lab.example": [9]},
         names={"ap21.lab.example": [SITE]},
     ),
