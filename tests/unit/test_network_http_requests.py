@@ -101,6 +101,7 @@ def test_an_absolute_target_must_name_the_host(target: bytes, written: bytes) ->
         (b"GET /x HTTP/1.1\r\nHost: 192.0.2.7\r\n", "http:other-host"),
         (b"GET /x HTTP/1.1\r\nHost: a.example:\r\n", "http:malformed"),
         (b"GET /x HTTP/1.1\r\nHost: a.example:0\r\n", "http:malformed"),
+        (b"GET /x HTTP/1.1\r\nHost: a.example:080\r\n", "http:malformed"),
         (b"GET /x HTTP/1.1\r\nHost: a.example:80:80\r\n", "http:malformed"),
         (b"GET /x HTTP/1.1\r\nHost: u@a.example\r\n", "http:malformed"),
         (b"GET /x HTTP/1.1\r\nHost: a.example, b.example\r\n", "http:malformed"),
