@@ -179,6 +179,38 @@ def test_malformed_frames_do_not_pass(data: bytes, rule: str, size: int) -> None
     assert rule_of(data, size if len(data) < 10_000 else BIG) == rule
 
 
+def test_binary_values_of_grpc_pass_if_the_server_takes_them() -> None:
+    """A binary value, as gRPC sends it, passes only to a server that has announced that it takes such values."""
+    data = request([*REQUEST.items(), ("trace-bin", "\0\r\n\1")])
+    assert rule_of(data) == "http:malformed"
+    assert grpc().from_client(data) == data
+    for name, value in (("trace-bin", "\r\n"), ("trace", "\0\1")):
+        with pytest.raises(InspectionError):
+            grpc().from_client(request([*REQUEST.items(), (name, value)]))
+
+
+def grpc() -> Inspector:
+    """The inspector of a connection to a server of gRPC that takes binary values."""
+    inspected = Inspector("any", NAME, 50051, denied)
+    inspected.from_server(frame(4, bytes.fromhex("0005 00004000 fe03 00000001")))
+    assert inspected.from_client(START) == START
+    return inspected
+
+
+@pytest.mark.parametrize("early", [1, 9, len(ANSWER)])
+def test_a_server_may_speak_first(early: int) -> None:
+    """A server's SETTINGS frame is a proof too if it arrives before the client's preface, whole or in part."""
+    inspected = Inspector("any", NAME, 50051, denied)
+    inspected.from_server(ANSWER[:early])
+    out = inspected.from_client(START)
+    inspected.from_server(ANSWER[early:])
+    assert out + inspected.from_client(request(REQUEST)) == START + request(REQUEST)
+    other = Inspector("any", NAME, 50051, denied)
+    other.from_server(b"220 ready, an")
+    with pytest.raises(InspectionError):
+        other.from_client(START)
+
+
 @pytest.mark.parametrize("size", [1, BIG])
 def test_only_the_preface_passes_before_the_servers_proof(size: int) -> None:
     """Before the server's SETTINGS frame, only the preface and the client's SETTINGS pass."""

@@ -373,7 +373,7 @@ class _Any:
             if start.startswith(opening.start):
                 return _Opened(opening)
         if start.startswith(PREFACE):
-            return FrameStream(self._names.check_host, self._port)
+            return FrameStream(self._names.check_host, self._port, self._greeting)
         method = _METHOD.match(start)
         if method is None or method.end() > _METHOD_MAX or start[method.end() :][:1] not in {b"", b" "}:
             raise unknown(f"the first bytes are not TLS, HTTP, {NAMES}")

@@ -34,6 +34,8 @@ _SETTING_SIZE: Final = 6
 _SETTINGS_MAX: Final = 32 * _SETTING_SIZE
 # High bytes of the identifiers of RFC 9113 and of gRPC (0xfe03). With them, the frame contains no line of text.
 _SETTING_HIGH: Final = frozenset({0x00, 0xFE})
+# gRPC's setting GRPC_ALLOW_TRUE_BINARY_METADATA: the server takes binary values, marked by a leading zero byte.
+_BINARY: Final = bytes.fromhex("fe03 00000001")
 _NAME: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9a-z-]+")
 _VALUE: Final = re.compile(rb"[^\x00-\x08\x0a-\x1f\x7f]*")
 _PATH: Final = re.compile(rb"/[\x21-\x7e]*")
@@ -43,11 +45,14 @@ _HOP: Final = frozenset({b"connection", b"keep-alive", b"proxy-connection", b"tr
 
 
 class FrameStream:
-    """The client's half of one HTTP/2 connection. The properties are those of `http_requests.RequestStream`."""
+    """The client's half of one HTTP/2 connection. The properties are those of `http_requests.RequestStream`.
+
+    answer: the server's first bytes so far. A server may send its SETTINGS frame before the client speaks.
+    """
 
     transparent = False
 
-    def __init__(self, check_host: Callable[[Host], None], port: int) -> None:
+    def __init__(self, check_host: Callable[[Host], None], port: int, answer: bytes) -> None:
         from hpack import Decoder
 
         self._check_host = check_host
@@ -63,8 +68,10 @@ class FrameStream:
         self._block_stream = 0
         self._bodies: dict[int, int] = {}  # bytes that remain of each body with a declared length, by stream
         self._answer = b""
+        self._takes_binary = False  # whether the server is one of gRPC that takes binary values
         self.decided = False
         self.watches_server = True
+        self.server(answer)
 
     @property
     def held(self) -> int:
@@ -86,12 +93,15 @@ class FrameStream:
         """Add the server's bytes while watches_server is true. Raises InspectionError if they are not HTTP/2."""
         if not self.watches_server:
             return
-        self._answer += data[: _HEADER - len(self._answer)]
-        if len(self._answer) == _HEADER:
-            length, kind, flags, stream = _header(self._answer)
-            if not self.decided or kind != _SETTINGS or flags or stream or length % _SETTING_SIZE:
-                _malformed("the server does not speak HTTP/2")
-            self.watches_server = False
+        self._answer += data[: _HEADER + _SETTINGS_MAX - len(self._answer)]
+        if len(self._answer) < _HEADER:
+            return
+        length, kind, flags, stream = _header(self._answer)
+        if kind != _SETTINGS or flags or stream or length % _SETTING_SIZE or length > _SETTINGS_MAX:
+            _malformed("the server does not speak HTTP/2")
+        settings = self._answer[_HEADER : _HEADER + length]
+        self.watches_server = len(settings) < length
+        self._takes_binary = _BINARY in {settings[at : at + _SETTING_SIZE] for at in range(0, length, _SETTING_SIZE)}
 
     def eof(self) -> None:
         """Raise InspectionError if the client stopped inside a frame or a field block."""
@@ -205,7 +215,8 @@ class FrameStream:
         pseudo = [field for field in fields if field[0].startswith(b":")]
         plain = dict(fields[len(pseudo) :])
         for name, value in fields[len(pseudo) :]:
-            if not _NAME.fullmatch(name) or not _VALUE.fullmatch(value) or name in _HOP:
+            binary = self._takes_binary and name.endswith(b"-bin") and value.startswith(b"\0")
+            if not _NAME.fullmatch(name) or not (binary or _VALUE.fullmatch(value)) or name in _HOP:
                 _malformed("an HTTP/2 field is not allowed")
         if stream <= self._last_stream:
             if pseudo or not ends or not plain.keys().isdisjoint({b"host", b"content-length"}):
