@@ -17,10 +17,11 @@ from tests.conftest import overwrite
 from tests.published import document
 from x07_sandbox.cli.main import main
 from x07_sandbox.errors import HostError, ImageError, UsageError
+from x07_sandbox.host import programs
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.housekeeping.prune import prune
 from x07_sandbox.images import base as bases
-from x07_sandbox.images import boot, build, commands, guestcode, manifest, recipe, sources, store, verify
+from x07_sandbox.images import boot, build, guestcode, manifest, recipe, sources, store, verify
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -87,7 +88,7 @@ def _make(include: Sequence[str]) -> str:
 def science(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> store.Image:
     """An image called "science" with further packages, and its base."""
     monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(commands, "SEARCH", ())
+    monkeypatch.setattr(programs, "FOLDERS", ())
     store.set_name("science", _make(PACKAGES))
     return store.find_image("science")
 
