@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -25,7 +28,6 @@ from x07_sandbox.images import boot, build, guestcode, manifest, recipe, sources
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from tests.conftest import Need
 
@@ -82,6 +84,23 @@ def _make(include: Sequence[str]) -> str:
     digest = made.digest.removeprefix("sha256:")
     place.rename(store.images_dir() / digest)
     return digest
+
+
+def test_forbidden_namespaces_are_explained(tmp_path: Path) -> None:
+    """A host without namespaces is told which container flag or which other host helps."""
+    wrapper = Path(__file__).parents[1] / "vm" / "without_namespaces.py"
+    code = "from x07_sandbox.images.base import require_namespaces; require_namespaces()"
+    done = subprocess.run(
+        [sys.executable, wrapper, sys.executable, "-c", code],
+        env=os.environ | {"X07_VM_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    said = done.stderr.splitlines()[-1]
+    assert "namespaces are forbidden here (unshare: " in said
+    assert "start it with --privileged" in said
+    assert f"copy ~/.cache/x07-sandbox/images from there to {tmp_path}/images" in said
 
 
 @pytest.fixture

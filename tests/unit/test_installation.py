@@ -58,7 +58,7 @@ def installed(wheel: Path, folder: Path) -> Path:
     """
     venv.create(folder, symlinks=True, with_pip=False)
     python = folder / "bin" / "python3"
-    pip = [sys.executable, "-I", "-m", "pip", "--python", python, "--disable-pip-version-check", "--no-input"]
+    pip = [sys.executable, "-I", "-m", "pip", "--python", str(python), "--disable-pip-version-check", "--no-input"]
     ran([*pip, "install", "--quiet", "--no-index", "--no-deps", wheel], folder)
     (packages,) = folder.glob("lib/python3*/site-packages")
     (packages / "needed.pth").write_text(sysconfig.get_path("purelib") + "\n")

@@ -1,7 +1,10 @@
 """Where this host's programs are, and the environment of programs that inherit the caller's variables."""
 
 import os
+from pathlib import Path
 from typing import Final
+
+from x07_sandbox.host.paths import is_file
 
 SYSTEM: Final = ("/usr/sbin", "/usr/bin", "/sbin", "/bin")
 FOLDERS: Final = (*SYSTEM, "/usr/local/bin", "/opt/homebrew/bin")
@@ -15,7 +18,7 @@ def find_program(name: str) -> str | None:
     PATH is never searched, because it may name the current folder, or a folder that a sandboxed program can change.
     """
     places = [name] if name.startswith("/") else [f"{folder}/{name}" for folder in FOLDERS if "/" not in name]
-    return next((place for place in places if os.access(place, os.X_OK)), None)
+    return next((place for place in places if is_file(Path(place)) and os.access(place, os.X_OK)), None)
 
 
 def inherited_environment() -> dict[str, str]:
