@@ -192,7 +192,7 @@ make_venv() {
     wanted_stamp "$kind" .venv/bin/python >.venv/.x07-stamp
 }
 
-# compile_modules PYTHON: compile all modules once. With PYTHONDONTWRITEBYTECODE set, every command would compile them.
+# compile_modules PYTHON: compile all modules once. Users who may not write here would compile them with every command.
 compile_modules() {
     "$1" -I -m compileall -q src </dev/null || say "Some modules could not be compiled; commands start more slowly."
 }
