@@ -89,6 +89,15 @@ def test_installed_commands_start_isolated(folder: HostileFolder, tmp_path: Path
         assert done.stdout.startswith(f"usage: {'x07-os-runner' if name == 'x07-os-runner' else 'x07'} ")
 
 
+def test_processes_have_the_name_of_their_command() -> None:
+    """The process of a command has the command's name, by which pkill finds it."""
+    code = (
+        "from x07_sandbox.cli.main import end_with; end_with(lambda: print(open('/proc/self/comm').read()) or 0, 'x07')"
+    )
+    done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "x07", "")
+
+
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
 def test_every_command_imports_nothing_of_the_folder(
     folder: HostileFolder, tmp_path: Path, words: tuple[str, ...]
