@@ -251,8 +251,7 @@ def find_pip_interpreter() -> str:
 def _has_pip(program: str) -> bool:
     argv = [program, "-I", "-c", "import importlib.util, sys; sys.exit(importlib.util.find_spec('pip') is None)"]
     try:
-        env = inherited_environment()
-        done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False, env=env)
+        done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False, env={})
     except (OSError, subprocess.TimeoutExpired):
         return False
     return done.returncode == 0

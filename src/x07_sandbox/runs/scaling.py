@@ -22,7 +22,6 @@ from x07_sandbox.errors import BackendError, HostError, SandboxError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.paths import replace_file
-from x07_sandbox.host.programs import inherited_environment
 from x07_sandbox.jobs.record import new_run_id
 from x07_sandbox.plan.controls import make_plan
 from x07_sandbox.policy.default import default_policy, render_policy
@@ -124,8 +123,7 @@ def _host_ms() -> float:
     what, fix = "cannot measure the speed of this host", "Try again"
     argv = [sys.executable, "-I", "-"]
     try:
-        env = inherited_environment()
-        done = subprocess.run(argv, input=_WORK, capture_output=True, check=True, timeout=_WORK_S, env=env)
+        done = subprocess.run(argv, input=_WORK, capture_output=True, check=True, timeout=_WORK_S, env={})
     except (OSError, subprocess.SubprocessError) as exc:
         raise HostError(what, f"{sys.executable} did not run the test program: {exc}", fix) from exc
     if (found := _printed(done.stdout)) is None:
