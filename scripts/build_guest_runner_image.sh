@@ -1,4 +1,4 @@
-#!/usr/bin/env bash
+#!/bin/bash -p
 # Build the guest runner image and load it into the container engines of this host (podman, docker).
 #   scripts/build_guest_runner_image.sh [--image NAME] [--tag TAG] [--x07-toolchain DIR] [--archive FILE]
 # By default, name and tag are those that the backends use. X07_VM_GUEST_IMAGE=NAME:TAG selects another image.
@@ -7,7 +7,7 @@
 set -euo pipefail
 unset CDPATH
 
-root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+root=$(cd -- "$(/usr/bin/dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 cd -- "$root"
 # shellcheck source=scripts/lib.sh
 source "$root/scripts/lib.sh"
@@ -31,7 +31,7 @@ while [[ $# -gt 0 ]]; do
 done
 
 set_up runtime
-tag=${tag:-$(.venv/bin/python -c 'import x07_sandbox; print(x07_sandbox.__version__)')}
+tag=${tag:-$(.venv/bin/python -I -c 'import x07_sandbox; print(x07_sandbox.__version__)')}
 .venv/bin/x07 image build "${build[@]}"
 .venv/bin/x07 image load --tag "$image:$tag" "${load[@]}"
 printf 'ok: built %s\n' "$image:$tag"

@@ -1,4 +1,4 @@
-#!/usr/bin/env bash
+#!/bin/bash -p
 # Test the installation on a fresh system: make a minimal Debian root (essential packages and apt), and run the quick
 # start in it twice, from a copy of this tree in a folder with a space in its name.
 #   scripts/fresh_root_check.sh [--user] [-- COMMAND...]
@@ -7,7 +7,7 @@
 set -euo pipefail
 unset CDPATH # cd would print where it went
 
-root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+root=$(cd -- "$(/usr/bin/dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 cd -- "$root"
 # shellcheck source=scripts/lib.sh
 source "$root/scripts/lib.sh"

@@ -2,6 +2,14 @@
 # Functions shared by setup.sh, quickstart.sh, test.sh and fresh_root_check.sh, which source this file from the project's
 # folder. Everything is installed by name, with apt and pip. git is not needed.
 
+# Nothing of the current folder is executed, wherever a script is called: bash -p ignores BASH_ENV and exported functions,
+# Python gets -I, and PATH loses its empty and relative entries.
+kept=''
+IFS=: read -ra entries <<<"$PATH"
+for entry in "${entries[@]}"; do if [[ $entry == /* ]]; then kept+=${kept:+:}$entry; fi; done
+export PATH=$kept
+unset kept entries entry
+
 say() { printf '%s\n' "$*"; }
 step() { printf '\n== %s\n' "$*"; }
 
@@ -149,7 +157,7 @@ wanted_stamp() {
     printf '%s %s\n' "$kind" "$(
         {
             "$python" -I -c 'import sys; print(sys.version)' &&
-                pwd -P && cat "requirements/$kind.txt" pyproject.toml
+                pwd -P && cat "requirements/$kind.txt" pyproject.toml launchers/*
         } | sha256sum | cut -d ' ' -f 1
     )"
 }
@@ -167,11 +175,11 @@ venv_current() {
 
 # make_venv KIND PYTHON: install requirements/KIND.txt and this project into .venv.
 make_venv() {
-    local kind=$1 python=$2 pip=(.venv/bin/python -m pip --disable-pip-version-check --no-input)
+    local kind=$1 python=$2 pip=(.venv/bin/python -I -m pip --disable-pip-version-check --no-input)
     rm -f .venv/.x07-stamp
     if [[ $(python_works .venv/bin/python) != "$(python_works "$python")" ]] || ! "${pip[@]}" --version &>/dev/null; then
         step "Making .venv with $python"
-        "$python" -m venv --clear .venv </dev/null ||
+        "$python" -I -m venv --clear .venv </dev/null ||
             fail "$python could not make .venv" "See its message above, or set X07_PYTHON to another Python."
     fi
     step "Installing Python packages: requirements/$kind.txt"
@@ -184,9 +192,9 @@ make_venv() {
     wanted_stamp "$kind" .venv/bin/python >.venv/.x07-stamp
 }
 
-# compile_modules PYTHON: compile all modules once. With PYTHONDONTWRITEBYTECODE set, every command would compile them.
+# compile_modules PYTHON: compile all modules once. Users who may not write here would compile them with every command.
 compile_modules() {
-    "$1" -m compileall -q src </dev/null || say "Some modules could not be compiled; commands start more slowly."
+    "$1" -I -m compileall -q src </dev/null || say "Some modules could not be compiled; commands start more slowly."
 }
 
 # --------------------------------------------------------------------------------------------------------- set-up

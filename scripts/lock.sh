@@ -1,15 +1,15 @@
-#!/usr/bin/env bash
+#!/bin/bash -p
 # Write requirements/runtime.txt and requirements/dev.txt from the .in files, with pinned versions and wheel hashes but
 # without index addresses. Run it by hand; it needs python3.11 with venv. --upgrade selects new releases.
 set -euo pipefail
 
-cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+cd -- "$(/usr/bin/dirname -- "${BASH_SOURCE[0]}")/.."
 
 work=$(mktemp -d)
 trap 'rm -rf -- "$work"' EXIT
 
 # Resolve with the oldest supported Python. Packages that only it needs do no harm on newer versions.
-python3.11 -m venv "$work/venv"
+python3.11 -I -m venv "$work/venv"
 "$work/venv/bin/pip" install --quiet --upgrade 'pip>=26' pip-tools
 
 export CUSTOM_COMPILE_COMMAND='scripts/lock.sh'

@@ -1,10 +1,10 @@
-#!/usr/bin/env bash
+#!/bin/bash -p
 # Install everything, build the guest image and run two example programs in VMs. Later runs take seconds.
 # Environment: X07_PYTHON is the Python for .venv.
 set -euo pipefail
 unset CDPATH # cd would print where it went
 
-root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+root=$(cd -- "$(/usr/bin/dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 cd -- "$root"
 # shellcheck source=scripts/lib.sh
 source "$root/scripts/lib.sh"

@@ -1,4 +1,4 @@
-#!/usr/bin/env bash
+#!/bin/bash -p
 # Install everything that the tests need, and run them: ruff, mypy, import-linter, shellcheck, check-jsonschema and
 # zizmor (for the CI files), the build of the documentation and of the guest image, and pytest.
 #   scripts/test.sh [--full] [-- PYTEST ARGUMENTS]
@@ -7,7 +7,7 @@
 set -euo pipefail
 unset CDPATH # cd would print where it went
 
-root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+root=$(cd -- "$(/usr/bin/dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 cd -- "$root"
 # shellcheck source=scripts/lib.sh
 source "$root/scripts/lib.sh"

@@ -1,4 +1,4 @@
-#!/usr/bin/env bash
+#!/bin/bash -p
 # VM smoke gate: check that the promises of `x07 run` hold on this host, with the backend that x07 selects.
 #   scripts/ci/check_vm_sandbox_smoke.sh
 # Prints one line per check: ok, skip or fail, the name, and the observation. Ends with "ok: VM sandbox smoke passed" and
@@ -9,7 +9,7 @@ set -euo pipefail
 export PODMAN_IGNORE_CGROUPSV1_WARNING=1
 unset CDPATH
 
-root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd)
+root=$(cd -- "$(/usr/bin/dirname -- "${BASH_SOURCE[0]}")/../.." && pwd)
 # shellcheck source=scripts/lib.sh
 source "$root/scripts/lib.sh"
 smoke=$root/scripts/ci/smoke

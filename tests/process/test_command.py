@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.conftest import need
+from tests.hostile_folder import BIN, HostileFolder
 from x07_sandbox.backends.process.agentcode import agent_code
 
 if TYPE_CHECKING:
@@ -108,3 +109,22 @@ def test_git_works_in_a_folder_that_may_be_changed(tmp_path: Path) -> None:
         cwd=tmp_path,
     )
     assert (log.returncode, log.stdout) == (0, "two\none\n"), log.stderr
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_process_of_a_run_executes_files_of_the_folder(tmp_path: Path, backend: str) -> None:
+    """A run with all its processes imports and executes nothing of the folder that it is started in and granted."""
+    folder = HostileFolder(tmp_path / "folder")
+    words = ["exec", "--sandbox-backend", backend, "--i-accept-weaker-isolation"]
+    # With the gate, the resolver and a supervisor in Perl.
+    words += ["--workdir", ".", "--allow-host", "example.org:443"] if backend == "os" else []
+    done = subprocess.run(
+        [BIN / "x07", *words, "--", "/bin/echo", "ran"],
+        cwd=folder.path,
+        env=folder.variables(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, folder.executed()) == (0, "ran\n", ""), done.stderr

@@ -175,10 +175,13 @@ def test_variables_cannot_redirect_an_engine(monkeypatch: pytest.MonkeyPatch, tm
         engine("docker")
 
 
-def test_a_missing_engine_client_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A missing client named by X07_VM_PODMAN_BIN is an error that names the variable."""
-    monkeypatch.setenv("X07_VM_PODMAN_BIN", "/nonexistent/podman")
-    with pytest.raises(HostError, match="X07_VM_PODMAN_BIN"):
+@pytest.mark.parametrize("name", ["/nonexistent/podman", "./podman", "no-such-podman"])
+def test_a_missing_engine_client_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If X07_VM_PODMAN_BIN names a missing client, or one in the current folder, an error names the variable."""
+    (tmp_path / "podman").touch(mode=0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("X07_VM_PODMAN_BIN", name)
+    with pytest.raises(HostError, match="Set X07_VM_PODMAN_BIN to an absolute path"):
         engine("podman")
 
 

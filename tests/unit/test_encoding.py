@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize("words", [("-m", "x07_sandbox.cli.main"), (str(Path(sys.executable).with_name("x07")),)])
+@pytest.mark.parametrize(
+    "words", [(sys.executable, "-m", "x07_sandbox.cli.main"), (str(Path(sys.executable).with_name("x07")),)]
+)
 def test_names_work_in_any_locale(tmp_path: Path, words: tuple[str, ...]) -> None:
     """Names that are not ASCII work in any locale."""
     (tmp_path / "prüf.py").touch()
     done = subprocess.run(
-        [sys.executable, *words, "init", "--json", "--toolchain", "python", "--entry", "prüf.py"],
+        [*words, "init", "--json", "--toolchain", "python", "--entry", "prüf.py"],
         cwd=tmp_path,
         env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
         capture_output=True,

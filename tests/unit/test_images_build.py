@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -17,14 +20,14 @@ from tests.conftest import overwrite
 from tests.published import document
 from x07_sandbox.cli.main import main
 from x07_sandbox.errors import HostError, ImageError, UsageError
+from x07_sandbox.host import programs
 from x07_sandbox.host.arch import host_arch
 from x07_sandbox.housekeeping.prune import prune
 from x07_sandbox.images import base as bases
-from x07_sandbox.images import boot, build, commands, guestcode, manifest, recipe, sources, store, verify
+from x07_sandbox.images import boot, build, guestcode, manifest, recipe, sources, store, verify
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from tests.conftest import Need
 
@@ -83,11 +86,28 @@ def _make(include: Sequence[str]) -> str:
     return digest
 
 
+def test_forbidden_namespaces_are_explained(tmp_path: Path) -> None:
+    """A host without namespaces is told which container flag or which other host helps."""
+    wrapper = Path(__file__).parents[1] / "vm" / "without_namespaces.py"
+    code = "from x07_sandbox.images.base import require_namespaces; require_namespaces()"
+    done = subprocess.run(
+        [sys.executable, wrapper, sys.executable, "-c", code],
+        env=os.environ | {"X07_VM_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    said = done.stderr.splitlines()[-1]
+    assert "namespaces are forbidden here (unshare: " in said
+    assert "start it with --privileged" in said
+    assert f"copy ~/.cache/x07-sandbox/images from there to {tmp_path}/images" in said
+
+
 @pytest.fixture
 def science(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> store.Image:
     """An image called "science" with further packages, and its base."""
     monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(commands, "SEARCH", ())
+    monkeypatch.setattr(programs, "FOLDERS", ())
     store.set_name("science", _make(PACKAGES))
     return store.find_image("science")
 

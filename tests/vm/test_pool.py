@@ -20,6 +20,7 @@ import msgspec
 import pytest
 
 from tests.conftest import FULL, sample
+from tests.hostile_folder import BIN, HostileFolder
 from tests.published import document
 from tests.vm.conftest import copy_cache, left_behind, marked, owners
 from tests.vm.test_clones import RANDOM
@@ -71,14 +72,16 @@ print(json.dumps({
 """
 
 
-def x07(*words: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-    """Run one `x07` command."""
-    return subprocess.run([*COMMAND, *words], input=stdin, capture_output=True, check=False, timeout=300)
+def x07(*words: str, stdin: bytes = b"", folder: HostileFolder | None = None) -> subprocess.CompletedProcess[bytes]:
+    """Run one `x07` command, in a hostile folder if one is given."""
+    argv = [*(COMMAND if folder is None else [str(BIN / "x07")]), *words]
+    cwd, env = (None, None) if folder is None else (folder.path, folder.variables())
+    return subprocess.run(argv, input=stdin, capture_output=True, check=False, timeout=300, cwd=cwd, env=env)
 
 
-def ran(*words: str, stdin: bytes = b"") -> dict[str, Any]:
+def ran(*words: str, stdin: bytes = b"", folder: HostileFolder | None = None) -> dict[str, Any]:
     """Run `x07 run --json` successfully and return its result."""
-    done = x07("run", "--json", *words, stdin=stdin)
+    done = x07("run", "--json", *words, stdin=stdin, folder=folder)
     result: dict[str, Any] = json.loads(done.stdout)
     assert result["outcome"] == "ok", (result["reason"], done.stderr)
     return result
@@ -113,9 +116,9 @@ def own_cache(image: Image, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 @contextlib.contextmanager
-def pool_process(size: int) -> Iterator[int]:
+def pool_process(size: int, folder: HostileFolder | None = None) -> Iterator[int]:
     """Start a pool with all machines warm, yield its process's pid, and stop it."""
-    started = x07("pool", "start", "--size", str(size))
+    started = x07("pool", "start", "--size", str(size), folder=folder)
     assert started.returncode == 0, started.stderr
     reported = status()
     assert reported is not None
@@ -149,10 +152,12 @@ def claim() -> Claim:
     return Claim(run_id=new_run_id(), phase="run", wall_ms=1000)
 
 
-def test_a_run_takes_a_warm_machine_and_leaves_nothing(echo: str, state: Path) -> None:
+def test_a_run_takes_a_warm_machine_and_leaves_nothing(echo: str, state: Path, tmp_path: Path) -> None:
     """A run takes a warm machine under its own name and record, and nothing is left once the pool stops."""
-    with pool_process(2) as pid:
-        result = ran(echo, stdin=b"hello")
+    hostile = HostileFolder(tmp_path / "hostile")
+    with pool_process(2, hostile) as pid:
+        result = ran(echo, stdin=b"hello", folder=hostile)
+        assert hostile.executed() == ""
         assert (result["stdout"]["text"], result["phases"]["run"]["start"]) == ("got hello\n", "pool")
         folder = state / f"{result['run']}-run"
         job, owner = (json.loads((folder / name).read_bytes()) for name in ("job.json", "owner.json"))

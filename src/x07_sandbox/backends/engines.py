@@ -10,11 +10,11 @@ from typing import Any, Final, Literal
 import msgspec
 
 from x07_sandbox.errors import BackendError, HostError, printable
+from x07_sandbox.host.programs import find_program
 from x07_sandbox.host.variables import text
 
 Name = Literal["podman", "docker"]
 PACKAGES: Final[dict[Name, str]] = {"podman": "podman", "docker": "docker.io"}
-_SEARCH: Final = ("/usr/bin", "/usr/local/bin", "/bin", "/opt/homebrew/bin")
 _ANSWER_MAX: Final = 8 << 20
 _CALL_S: Final = 30.0
 _GONE: Final = ("no such", "not found", "does not exist", "no container")  # podman's and docker's words
@@ -90,13 +90,15 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
 def engine(name: Name) -> Engine:
     """Return the engine of this host. Raises HostError if there is none, or if DOCKER_HOST is another machine."""
     variable = f"X07_VM_{name.upper()}_BIN"
-    found = (path for folder in _SEARCH if os.access(path := f"{folder}/{name}", os.X_OK))
-    binary = text(variable) or next(found, None)
-    if binary is None:
-        fix = f"Run: apt-get install --no-install-recommends {PACKAGES[name]}, or set {variable}"
-        raise HostError(f"cannot use {name}", f"missing: {name}", fix)
-    if not os.access(binary, os.X_OK):
-        raise HostError(f"cannot use {name}", f"{variable} is {binary}, which is not executable", f"Correct {variable}")
+    named = text(variable)
+    if (binary := find_program(named or name)) is None:
+        why, fix = (
+            f"missing: {name}",
+            f"Run: apt-get install --no-install-recommends {PACKAGES[name]}, or set {variable}",
+        )
+        if named:
+            why, fix = f"{variable} is {named}, which is no executable program", f"Set {variable} to an absolute path"
+        raise HostError(f"cannot use {name}", why, fix)
     env = {key: os.environ[key] for key in _KEPT if key in os.environ}
     env |= {
         "PATH": "/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/bin",

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, Literal
@@ -18,6 +17,7 @@ from x07_sandbox.backends.engines import PACKAGES
 from x07_sandbox.backends.registry import BY_NAME, BackendRow, Platform
 from x07_sandbox.backends.selection import usable_flags
 from x07_sandbox.host.arch import ARCHES
+from x07_sandbox.host.programs import find_program
 
 Kind = Literal["program", "device", "namespaces"]
 State = Literal["proven", "untried", "failed", "later", "not-here"]
@@ -132,7 +132,7 @@ def gather(platform: Platform, environ: Mapping[str, str]) -> Facts:
 
 
 def _program(name: str) -> Seen:
-    path = shutil.which(name)
+    path = find_program(name)
     return Seen(path is not None, "not found" if path is None else "found" if path == name else path)
 
 

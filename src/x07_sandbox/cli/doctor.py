@@ -195,10 +195,15 @@ def _tools(backend: str) -> list[Finding]:
 
 
 def _image_tools() -> Finding:
+    from x07_sandbox.images.base import require_namespaces
     from x07_sandbox.images.commands import missing_tools
 
     subject, missing = "tools to build images", missing_tools()
     if not missing:
+        try:
+            require_namespaces()
+        except SandboxError as exc:
+            return Finding(subject=subject, good=None, text=f"found, but {exc.why}", fix=exc.fix)
         return Finding(subject=subject, good=True, text="found")
     fix = "apt-get install --no-install-recommends " + " ".join(sorted(set(missing.values())))
     return Finding(subject=subject, good=None, text=f"missing (only needed to build): {', '.join(missing)}", fix=fix)

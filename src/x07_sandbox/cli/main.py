@@ -215,13 +215,18 @@ def _prints_json(options: argparse.Namespace | None) -> bool:
 
 def entry() -> NoReturn:
     """Run the command and exit with its code."""
-    end_with(main)
+    end_with(main, "x07")
 
 
-def end_with(command: Callable[[], int]) -> NoReturn:
-    """Call *command*, with UTF-8 as the encoding of file names, and exit with the code that it returns."""
+def end_with(command: Callable[[], int], name: str) -> NoReturn:
+    """Call *command*, with UTF-8 as the encoding of file names, and exit with the code that it returns.
+
+    name: of this process, instead of python3, for tools such as pkill.
+    """
     if sys.getfilesystemencoding() != "utf-8":  # restart, so that names keep their bytes in any locale
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])  # noqa: S606 - no shell is needed
+    with contextlib.suppress(OSError), open("/proc/self/comm", "w", encoding="ascii") as file:  # noqa: PTH123 - fast
+        file.write(name)
     try:
         code = command()
     except SystemExit as exc:  # argparse's, after --help

@@ -227,7 +227,7 @@ def _say(line: str) -> None:
 
 def entry() -> NoReturn:
     """Run the command and exit with its code."""
-    end_with(main)
+    end_with(main, COMMAND)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from x07_sandbox.cli.parser import add_document_flags, inner_verb, whole_number
 from x07_sandbox.errors import HostError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.decoding import prepared
+from x07_sandbox.host.programs import inherited_environment
 from x07_sandbox.reports.verbs import PoolReport, PoolStatus
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def _start(options: argparse.Namespace) -> int:
     progress("starting")
     log = pool_dir() / "log"
     ready_r, ready_w = os.pipe2(os.O_CLOEXEC)
-    argv = [sys.executable, "-m", "x07_sandbox.pool.server"]
+    argv = [sys.executable, "-I", "-m", "x07_sandbox.pool.server"]
     argv += [str(options.size), str(options.idle), options.image, str(ready_w)]
     with os.fdopen(ready_r, "rb") as ready, log.open("ab") as errors:
         log.chmod(0o600)
@@ -71,6 +72,7 @@ def _start(options: argparse.Namespace) -> int:
             pass_fds=(ready_w,),
             start_new_session=True,
             cwd="/",
+            env=inherited_environment(),
         )
         os.close(ready_w)
         try:

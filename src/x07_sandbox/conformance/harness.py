@@ -23,6 +23,7 @@ from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.host.paths import state_dir
 from x07_sandbox.host.poll import wait_readable
 from x07_sandbox.host.processes import has_mark
+from x07_sandbox.host.programs import inherited_environment
 from x07_sandbox.images.store import find_image
 from x07_sandbox.images.verify import OpenImage, open_image
 from x07_sandbox.policy import Policy, default_policy
@@ -45,7 +46,7 @@ def tried(act, *words):
     except (OSError, RuntimeError): return None
 exec(sys.argv[1])
 """
-RUNNER: Final = (sys.executable, "-P", "-m", "x07_sandbox.conformance.runner")
+RUNNER: Final = (sys.executable, "-I", "-m", "x07_sandbox.conformance.runner")
 ANSWER_S: Final = 30.0  # timeout for what takes well under a second on an idle host
 _POLL_S: Final = 0.02
 _LINE_MAX: Final = 4096
@@ -149,7 +150,7 @@ class Bench:
     ) -> Iterator[tuple[subprocess.Popen[bytes], Callable[[], str]]]:
         """Run *code* from another process (conformance/runner). Yield that process and a reader of its output lines."""
         argv = [*self._runner, self.backend.name, code, *args]
-        environment = {**os.environ, **(env or {})}
+        environment = {**inherited_environment(), **(env or {})}
         with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=environment) as runner:
             assert runner.stdout is not None  # noqa: S101 - for the type checker
             try:

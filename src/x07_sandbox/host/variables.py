@@ -117,8 +117,8 @@ _ROWS: Final = (
     _text(
         "X07_VM_VZ_HELPER_BIN", "Helper program that uses macOS's Virtualization framework.", "`x07-vz-helper`", _OF_VZ
     ),
-    _text("X07_VM_PODMAN_BIN", "Path of the podman client.", "`podman` from PATH"),
-    _text("X07_VM_DOCKER_BIN", "Path of the docker client.", "`docker` from PATH"),
+    _text("X07_VM_PODMAN_BIN", "Path of the podman client.", "`podman` in a system folder"),
+    _text("X07_VM_DOCKER_BIN", "Path of the docker client.", "`docker` in a system folder"),
     _text(
         "X07_VM_FIRECRACKER_CTR_BIN", "Path of firecracker-containerd's client.", "`firecracker-ctr`", _OF_FIRECRACKER
     ),

@@ -25,6 +25,7 @@ from x07_sandbox.host.arch import Arch
 from x07_sandbox.host.decoding import prepared
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.mounts import mounts
+from x07_sandbox.host.paths import cache_dir
 from x07_sandbox.images import apt_index, commands, kernel, manifest, recipe, scratch, sources, verify
 
 if TYPE_CHECKING:
@@ -175,6 +176,7 @@ def _mmdebstrap(work: Path, spec: BaseSpec, progress: Callable[[str], None]) -> 
     tree = work / TREE
     tree.mkdir(mode=0o700)
     check_space(work, NEEDED_BYTES)
+    require_namespaces()
     argv = [*own_namespaces(), commands.tool("mmdebstrap"), "--mode=root", "--format=tar"]
     argv += recipe.mmdebstrap_options(spec.arch, spec.include, str(work / "kernel.deb"), str(work / "dpkg-status"))
     argv += [f"--aptopt={setting}" for setting in settings]
@@ -204,6 +206,17 @@ def own_namespaces() -> list[str]:
         _check_sub_uids()
         argv += ["--user", "--map-root-user", "--map-auto"]
     return [*argv, "--"]
+
+
+def require_namespaces() -> None:
+    """Raise HostError unless this user may create the namespaces in which an image is built."""
+    try:
+        commands.capture([*own_namespaces(), "/bin/true"])
+    except ImageError as exc:
+        why = f"namespaces are forbidden here ({' '.join(exc.why.split())})"
+        fix = "In a container, start it with --privileged. Or run x07 image build on a host that allows namespaces, and"
+        fix += f" copy ~/.cache/x07-sandbox/images from there to {cache_dir() / 'images'}"
+        raise HostError("cannot build the guest image", why, fix) from exc
 
 
 def _check_sub_uids() -> None:

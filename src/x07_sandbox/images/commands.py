@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from x07_sandbox.errors import HostError, ImageError
+from x07_sandbox.host.programs import SYSTEM, find_program
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-SEARCH = ("/usr/sbin", "/usr/bin", "/sbin", "/bin")
 PACKAGES = {
     "apt-cache": "apt",
     "apt-config": "apt",
@@ -46,7 +46,7 @@ GRACE_S = 10.0  # after SIGTERM, mmdebstrap unmounts and removes its tree
 
 def tool(name: str) -> str:
     """Return the absolute path of a command in PACKAGES. Raises HostError."""
-    if path := _found(name):
+    if path := find_program(name):
         return path
     fix = f"Run apt install {PACKAGES[name]}"
     raise HostError("cannot build the guest image", f"the command {name} is missing", fix)
@@ -54,16 +54,12 @@ def tool(name: str) -> str:
 
 def missing_tools() -> dict[str, str]:
     """Return the missing commands of PACKAGES, and for each of them the Debian package that contains it."""
-    return {name: package for name, package in PACKAGES.items() if not _found(name)}
-
-
-def _found(name: str) -> str | None:
-    return next((path for folder in SEARCH if os.access(path := f"{folder}/{name}", os.X_OK)), None)
+    return {name: package for name, package in PACKAGES.items() if not find_program(name)}
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return the environment of a build command. It inherits only HOME and the proxy variables."""
-    env = {"PATH": ":".join(SEARCH), "LC_ALL": "C.UTF-8", "SOURCE_DATE_EPOCH": str(EPOCH)}
+    env = {"PATH": ":".join(SYSTEM), "LC_ALL": "C.UTF-8", "SOURCE_DATE_EPOCH": str(EPOCH)}
     env |= {name: os.environ[name] for name in ("HOME", *PROXIES) if name in os.environ}
     return env | dict(extra or {})
 

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import collections
 import hashlib
-import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from x07_sandbox.errors import HostError, ImageError, UsageError
+from x07_sandbox.host.programs import find_program, inherited_environment
 from x07_sandbox.images import apt_index, commands, manifest
 
 if TYPE_CHECKING:
@@ -172,7 +171,7 @@ def download(
     folder.mkdir(mode=0o700)
     file = folder.with_name("requirements.txt")
     file.write_text("".join(f"{line}\n" for line in lines))
-    argv = [*pip, "-c", _PIP, "download", "--no-input", "--disable-pip-version-check", "--progress-bar", "off"]
+    argv = [pip, "-I", "-c", _PIP, "download", "--no-input", "--disable-pip-version-check", "--progress-bar", "off"]
     argv += ["--only-binary", ":all:", *python.options(), *([] if deps else ["--no-deps"])]
     argv += ["--dest", str(folder), "--requirement", str(file)]
     output: collections.deque[str] = collections.deque(maxlen=400)
@@ -184,7 +183,7 @@ def download(
 
     progress("downloading Python packages")
     try:
-        env = {**os.environ, "LC_ALL": "C.UTF-8"}
+        env = inherited_environment() | {"LC_ALL": "C.UTF-8"}
         commands.run(argv, cwd=folder, timeout_s=1800, extra_env=env, on_line=on_line)
     except ImageError as exc:
         raise failure(list(output), python, sources_file) or exc from exc
@@ -241,18 +240,18 @@ def wheel_of(path: Path) -> manifest.Wheel:
     return manifest.Wheel(name=re.sub(r"[-_.]+", "-", parts[0]).lower(), version=parts[1], sha256=digest)
 
 
-def find_pip_interpreter() -> list[str]:
-    """Return the command of a Python that has pip: the current one, or else python3. Raises HostError."""
-    for program in (sys.executable, shutil.which("python3"), "/usr/bin/python3"):
-        if program and os.access(program, os.X_OK) and _has_pip(program):
-            return [program]
+def find_pip_interpreter() -> str:
+    """Return the path of a Python that has pip: the current one, or else python3. Raises HostError."""
+    for program in (sys.executable, find_program("python3")):
+        if program and _has_pip(program):
+            return program
     raise HostError("cannot fetch Python packages", "this host has no pip", "Run apt install python3-pip")
 
 
 def _has_pip(program: str) -> bool:
-    argv = [program, "-c", "import importlib.util, sys; sys.exit(importlib.util.find_spec('pip') is None)"]
+    argv = [program, "-I", "-c", "import importlib.util, sys; sys.exit(importlib.util.find_spec('pip') is None)"]
     try:
-        done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False)
+        done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False, env={})
     except (OSError, subprocess.TimeoutExpired):
         return False
     return done.returncode == 0

@@ -123,7 +123,7 @@ def _host_ms() -> float:
     what, fix = "cannot measure the speed of this host", "Try again"
     argv = [sys.executable, "-I", "-"]
     try:
-        done = subprocess.run(argv, input=_WORK, capture_output=True, check=True, timeout=_WORK_S)
+        done = subprocess.run(argv, input=_WORK, capture_output=True, check=True, timeout=_WORK_S, env={})
     except (OSError, subprocess.SubprocessError) as exc:
         raise HostError(what, f"{sys.executable} did not run the test program: {exc}", fix) from exc
     if (found := _printed(done.stdout)) is None:
