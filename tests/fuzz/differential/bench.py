@@ -75,7 +75,7 @@ class Bench:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     async def _start(self) -> None:
-        # Squid and Apache give up root, and write below the folder as another user.
+        # Programs that another user runs write below the folder.
         self._folder.chmod(0o777)
         (self._folder / "www").mkdir()
         (self._folder / "www" / "index.html").write_text("good\n", encoding="utf-8")
@@ -103,9 +103,12 @@ class Bench:
         argv = [program.command() or program.argv[0], *(_replaced(word, words) for word in program.argv[1:])]
         log.touch()
         log.chmod(0o666)
-        with log.open("ab") as out, (self._folder / f"{program.name}.error").open("wb") as errors:
-            # A killed test leaves no servers behind.
-            command = ["setpriv", "--pdeathsig", "KILL", *argv]
+        with log.open("ab") as out, (self._folder / f"{program.name}.stderr").open("wb") as errors:
+            # A killed test leaves no servers behind. The kernel forgets this if a server changes its user, as some do
+            # that root starts. Our own files may be readable for root only.
+            nobody = ["--reuid", "nobody", "--regid", "nogroup", "--clear-groups"]
+            change = nobody if os.geteuid() == 0 and not program.ours else []
+            command = ["setpriv", *change, "--pdeathsig", "KILL", *argv]
             self._processes.append(
                 subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=out, stderr=errors, process_group=0, cwd=self._folder
@@ -131,7 +134,7 @@ class Bench:
 
     def _errors(self) -> str:
         """Return what the servers have written to their error logs."""
-        texts = [path.read_text(encoding="utf-8", errors="replace")[-2000:] for path in self._folder.glob("*.error")]
+        texts = [path.read_text(encoding="utf-8", errors="replace")[-2000:] for path in self._folder.glob("*.*err*")]
         return "\n".join(text for text in texts if text)
 
     async def evidence(self) -> list[Taken]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from tests.fuzz.differential.case import Case, Mode, Step
 from tests.fuzz.differential.corpus import CORPUS
-from tests.fuzz.differential.http1 import PREFIXES, Writer
+from tests.fuzz.differential.http1 import PLACES, PREFIXES, Writer
 from tests.fuzz.differential.others import http2, mutated, protocol, tls
 
 if TYPE_CHECKING:
@@ -29,7 +29,9 @@ def _case(random: Random, name: str) -> Case:
     kind = random.choice(_KINDS)
     mode: Mode = random.choice(("any", "any", "http")) if kind == "http1" else "any"
     if kind == "http1":
-        steps = Writer(random, random.choice((0.02, 0.05, 0.1, 0.2))).connection()
+        chance = random.choice((0.05, 0.2, 0.5))
+        places = random.sample(PLACES, random.choice((1, 1, 2, 3)))
+        steps = Writer(random, dict.fromkeys(places, chance)).connection()
     elif kind == "protocol":
         steps = protocol(random)
     elif kind == "http2":
@@ -39,9 +41,9 @@ def _case(random: Random, name: str) -> Case:
     else:
         chosen = random.choice(CORPUS)
         steps, mode = list(chosen.steps), chosen.mode
-    if random.random() < 0.05:
+    if random.random() < 0.02:
         steps[:0] = [random.choice(PREFIXES), None]
-    if random.random() < (1.0 if kind == "corpus" else 0.15):
+    if random.random() < (1.0 if kind == "corpus" else 0.05):
         place = random.choice([at for at, step in enumerate(steps) if step is not None])
         steps[place] = mutated(random, steps[place] or b"")
     return Case(f"{name} ({kind})", mode, _cut(random, steps), half_close=random.random() < 0.1)

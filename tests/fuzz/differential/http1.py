@@ -319,6 +319,7 @@ _SIZES: Final = (
     ),
     *(b"%X", b"%x,", b"%x#", b"%x;" + b"y" * 9000, b"00000000000000000000%x", b"%xg", b"%x\x0b", b"_%x", b"%x_"),
 )
+_ENDS: Final = (b"00\r\n", b"0;x\r\n", b"0\n", b"", b"-0\r\n", b"0 \r\n", b"000000000000000000000\r\n", b"0\r")
 PREFIXES: Final = (
     *(
         b"\r\n",
@@ -371,27 +372,32 @@ _E: Final = re.compile(rb"(?<![A-Z])E(?![A-Za-z])")
 _G: Final = re.compile(rb"(?<![A-Z])G(?![A-Za-z\0])")
 
 
+PLACES: Final = ("prefix", "method", "space", "target", "version", "line end", "host", "field", "framing", "chunk")
+
+
 class Writer:
-    """Writes one random connection. odd: the chance of an oddity in each place."""
+    """Writes one random connection. odds: the chance of an oddity in each of PLACES; 0 if it is missing."""
 
-    def __init__(self, random: Random, odd: float) -> None:
+    def __init__(self, random: Random, odds: dict[str, float]) -> None:
         self._random = random
-        self._odd = odd
+        self._odds = odds
 
-    def _pick(self, usual: bytes, others: tuple[bytes, ...]) -> bytes:
-        found = usual if self._random.random() > self._odd else self._random.choice(others)
-        return _filled(found)
+    def _odd(self, place: str) -> bool:
+        return self._random.random() < self._odds.get(place, 0.0)
+
+    def _pick(self, place: str, usual: bytes, others: tuple[bytes, ...]) -> bytes:
+        return _filled(self._random.choice(others)) if self._odd(place) else usual
 
     def connection(self) -> list[Step]:
         """Return the steps of a client: one to three requests, with pauses."""
         random = self._random
         steps: list[Step] = []
-        if random.random() < self._odd:
+        if self._odd("prefix"):
             steps.append(random.choice(PREFIXES))
             if random.random() < 0.5:
                 steps.append(None)
-        for _ in range(random.choice((1, 1, 2, 2, 3))):
-            steps += self.request(EVIL if random.random() < 0.4 else GOOD)
+        for _ in range(random.choice((1, 2, 2, 3))):
+            steps += self.request(EVIL if random.random() < 0.1 else GOOD)
             if random.random() < 0.3:
                 steps.append(None)
         return steps
@@ -399,22 +405,23 @@ class Writer:
     def request(self, host: bytes) -> list[Step]:
         """Return a request: its head, and its body if it has one."""
         random = self._random
-        usual = b"/" if host is GOOD or random.random() < 0.7 else b"http://" + host + b"/"
-        method = self._pick(random.choice((b"GET", b"GET", b"POST", b"HEAD", b"PUT", b"DELETE")), _METHODS)
-        line = [method, self._pick(b" ", _SPACES), self._pick(usual, _TARGETS), self._pick(b" ", _SPACES)]
-        line += [self._pick(b"HTTP/1.1", _VERSIONS)]
-        if random.random() < self._odd / 4:
-            line = line[:3]  # HTTP/0.9
-        fields = [b"Host: " + host] if random.random() > self._odd / 4 else []
-        while random.random() < self._odd:
-            fields.insert(random.randrange(len(fields) + 1), _filled(random.choice(_HOSTS)))
-        while random.random() < self._odd:
-            fields.insert(random.randrange(len(fields) + 1), _filled(random.choice(_OTHERS)))
+        usual = b"/" if random.random() < 0.8 else b"http://" + host + b"/"
+        method = random.choice((b"GET", b"GET", b"POST", b"HEAD", b"PUT", b"DELETE"))
+        line = [self._pick("method", method, _METHODS), self._pick("space", b" ", _SPACES)]
+        line += [self._pick("target", usual, _TARGETS), self._pick("space", b" ", _SPACES)]
+        line += [self._pick("version", b"HTTP/1.1", _VERSIONS)]
+        fields = [b"Host: " + host]
+        for place, table in (("host", _HOSTS), ("field", _OTHERS)):
+            while self._odd(place):
+                fields.insert(random.randrange(len(fields) + 1), _filled(random.choice(table)))
+        if self._odd("host"):
+            fields.remove(b"Host: " + host)
         body: list[Step] = []
         if random.random() < 0.4:
             framing, body = self._body()
-            fields[random.randrange(len(fields) + 1) :] = framing
-        head = b"".join(text + self._pick(b"\r\n", _LINE_ENDS) for text in (b"".join(line), *fields, b""))
+            at = random.randrange(len(fields) + 1)
+            fields[at:at] = framing
+        head = b"".join(text + self._pick("line end", b"\r\n", _LINE_ENDS) for text in (b"".join(line), *fields, b""))
         return [head, *body]
 
     def _body(self) -> tuple[list[bytes], list[Step]]:
@@ -425,30 +432,26 @@ class Writer:
         wait: list[Step] = [None] if random.random() < 0.2 else []
         fields: list[bytes] = []
         chunked = random.random() < 0.5
-        if chunked or random.random() < self._odd:
-            fields.append(self._pick(_CODING_NAMES[0], _CODING_NAMES) + self._pick(b"chunked", _CODINGS))
-        if not chunked or random.random() < self._odd:
-            length = self._pick(_LENGTHS[0], _LENGTHS)
-            size = random.choice((0, 3, len(content))) if random.random() < self._odd else len(content)
+        if chunked or self._odd("framing"):
+            name = self._pick("framing", _CODING_NAMES[0], _CODING_NAMES)
+            fields.append(name + self._pick("framing", b"chunked", _CODINGS))
+        if not chunked or self._odd("framing"):
+            length = self._pick("framing", _LENGTHS[0], _LENGTHS)
+            size = random.choice((0, 3, len(content))) if self._odd("framing") else len(content)
             fields.append(length.replace(b"N", b"%d" % size))
         random.shuffle(fields)
-        if not chunked:
-            return fields, [*wait, content]
-        return fields, [*wait, self._chunks(content)]
+        return fields, [*wait, self._chunks(content) if chunked else content]
 
     def _chunks(self, content: bytes) -> bytes:
-        """Return a chunked body, then perhaps a request in its place after the end."""
-        random = self._random
-        cut = random.randrange(len(content) + 1)
+        """Return a chunked body, perhaps with a trailer."""
+        cut = self._random.randrange(len(content) + 1)
         out = b""
         for piece in (content[:cut], content[cut:]):
-            if piece or random.random() < self._odd / 2:
-                size = self._pick(b"%x", _SIZES) % len(piece)
-                out += size + self._pick(b"\r\n", _LINE_ENDS) + piece + self._pick(b"\r\n", (*_LINE_ENDS, b"", b"xx"))
-        trailer = self._pick(b"", tuple(text + b"\r\n" for text in (*_HOSTS, *_OTHERS, *_LENGTHS)))
-        return (
-            out + self._pick(b"0\r\n", (b"00\r\n", b"0;x\r\n", b"0\n", b"", b"-0\r\n", b"0 \r\n")) + trailer + b"\r\n"
-        )
+            if piece or self._odd("chunk"):
+                out += self._pick("chunk", b"%x", _SIZES) % len(piece) + self._pick("chunk", b"\r\n", _LINE_ENDS)
+                out += piece + self._pick("chunk", b"\r\n", (*_LINE_ENDS, b"", b"xx"))
+        trailer = self._pick("chunk", b"", tuple(text + b"\r\n" for text in (*_HOSTS, *_OTHERS, *_LENGTHS)))
+        return out + self._pick("chunk", b"0\r\n", _ENDS) + trailer + b"\r\n"
 
 
 def _filled(text: bytes) -> bytes:

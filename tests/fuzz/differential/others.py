@@ -161,7 +161,7 @@ def http2(random: Random) -> list[Step]:
     ]
     stream, block = 1, b""
     for _ in range(random.choice((1, 1, 2, 3))):
-        block = _fields(random, EVIL if random.random() < 0.4 else GOOD)
+        block = _fields(random, EVIL if random.random() < 0.15 else GOOD)
         cut = random.randrange(len(block)) if random.random() < 0.2 else len(block)
         flags = random.choice((5, 5, 5, 4, 0x25, 0xD)) & (0xFF if cut == len(block) else 0xFB)
         payload = block[:cut]

@@ -32,6 +32,11 @@ class Program:
     sinks: tuple[str, ...] = ()
     optional: bool = False
 
+    @property
+    def ours(self) -> bool:
+        """Whether the program runs a file of the folder `servers`."""
+        return any(word.startswith(str(SERVERS)) for word in self.argv)
+
     def command(self) -> str | None:
         """Return the path of the program; None if it is not installed."""
         return shutil.which(self.argv[0], path=_PATH)
