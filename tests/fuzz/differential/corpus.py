@@ -142,6 +142,11 @@ BODY_CASES: Final = (
         None,
         PREFACE + frame(4, 0, 0, b"") + second(stream=3),
     ),
+    *_both(
+        "request-as-trailer",
+        _request(b"POST / HTTP/1.1", _HOST, b"Transfer-Encoding: chunked", body=b"1\r\nx\r\n0\r\n"),
+        b"GET: http://" + EVIL + b"/ HTTP/1.1\r\n\r\n",
+    ),
     *_both("host-is-hop-by-hop", _request(b"GET / HTTP/1.1", _HOST, b"Connection: Host")),
     *_both(
         "length-is-hop-by-hop", _request(b"POST / HTTP/1.1", _HOST, _LENGTH, b"Connection: Content-Length"), BAD_GET

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from pathlib import Path
 
-_GOOD: Final = re.compile(r"good\.test\.?(?::80)?", re.IGNORECASE)
+_GOOD: Final = re.compile(r"good\.test\.?(?::0*80)?", re.IGNORECASE)
 _ABSOLUTE: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/*([^/?#]*)")
 _NUMBER: Final = re.compile(r"e([0-9]{7})\.evil\.test", re.IGNORECASE)
 FENCE: Final = "fence-"
@@ -17,7 +17,7 @@ FENCE: Final = "fence-"
 REFUSED: Final = frozenset({"400", "408", "414", "431", "494", "497", "499", "501", "505", "000", "0", "-"})
 """Status of requests that a server could not read, so that it did not act for any host."""
 _TLS: Final = "TLS"
-_PREFACE: Final = "PRI * HTTP/2.0"  # lighttpd logs it beside the requests that follow
+_PREFACE: Final = "PRI * HTTP"  # it names no host, and the frames behind it wait for an answer in HTTP/2
 # What the servers log if a request has no host: nothing, or the name of their default virtual host.
 _NO_HOST: Final = frozenset({"", "-", "_", "default.test"})
 

@@ -77,6 +77,10 @@ GREETINGS: Final = (
     ),
 )
 _REQUESTS: Final = (BAD_GET, ABSOLUTE, CONNECT, b"GET http://" + EVIL + b"/\r\n", b"GET /\r\n", PREFACE)
+_SETTINGS: Final = (
+    *(b"", b"", b"\0\1\0\0\0\0", b"\0\3\0\0\0\1", b"\0\4\0\0\0\0", b"\0\1\0\1\0\0", b"\0\nGET \0/\r\n\r\n"),
+    *(b"\xfe\nGET \xfe/\n\n\n\n", b"\n\nGET " + b"/ \n\n\n\n", b"\0\1" * 600),
+)
 # Huffman codes of HPACK, for names that are compared after decoding.
 _HUFFMAN: Final = {"e": "00101", "v": "1110111", "i": "00110", "l": "101000", ".": "010111", "t": "01001", "s": "01000"}
 
@@ -156,9 +160,7 @@ def _fields(random: Random, host: bytes) -> bytes:
 
 def http2(random: Random) -> list[Step]:
     """Return a client of HTTP/2 with prior knowledge."""
-    steps: list[Step] = [
-        PREFACE + frame(4, 0, 0, random.choice((b"", b"\0\1\0\0\0\0", b"\0\3\0\0\0\1", b"\0\4\0\0\0\0")))
-    ]
+    steps: list[Step] = [PREFACE + frame(4, 0, 0, random.choice(_SETTINGS))]
     stream, block = 1, b""
     for _ in range(random.choice((1, 1, 2, 3))):
         block = _fields(random, EVIL if random.random() < 0.15 else GOOD)
