@@ -84,8 +84,8 @@ def test_a_missing_name_is_not_found(name: str) -> None:
 
 
 def test_each_address_is_returned_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The host's resolver is asked for the absolute name, and each address is returned once."""
-    asked: list[object] = []
+    """Each address is returned once. Only IPv6 addresses of ipv4only.arpa are asked for."""
+    asked: list[tuple[object, ...]] = []
 
     def host_s(name: bytes, *args: object, **_: object) -> list[tuple[int, int, int, str, tuple[object, ...]]]:
         asked.append((name, *args))
@@ -96,7 +96,8 @@ def test_each_address_is_returned_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", host_s)
     found = [ip_address(text) for text in ("93.184.215.14", "2606:4700::1", "fe80::1", "93.184.215.13")]
     assert look_up("a.example") == (FOUND, found)
-    assert asked == [(b"a.example.", None)]
+    assert look_up("ipv4only.arpa") == (FOUND, found)
+    assert [family for _, _, family, _ in asked] == [socket.AF_UNSPEC, socket.AF_INET6]
 
 
 @pytest.mark.parametrize(

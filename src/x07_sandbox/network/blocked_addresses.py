@@ -7,18 +7,32 @@ multicast, 6to4 and a cloud's metadata service as global.
 from ipaddress import IPv6Network, ip_network
 from typing import Final
 
+from x07_sandbox.network import nat64
 from x07_sandbox.network.names import Address, Host
 from x07_sandbox.policy.hosts import Addresses
 
+# Services that give a machine's credentials or settings to every program on it.
+_METADATA: Final = (
+    "169.254.169.254",  # AWS, Azure, Google, Oracle, OpenStack, DigitalOcean, Hetzner and most others
+    *("fd00:ec2::254", "169.254.170.2"),  # AWS: instance metadata, ECS task credentials
+    *("169.254.170.23", "fd00:ec2::23"),  # AWS: EKS pod identity
+    *("169.254.169.253", "fd00:ec2::253", "169.254.169.123", "fd00:ec2::123"),  # AWS: DNS, time
+    "168.63.129.16",  # Azure: virtual machine agent, DNS
+    *("fd20:ce::254", "169.254.169.252"),  # Google: instance metadata, Kubernetes Engine
+    *("192.0.0.192", "fd00:c1::a9fe:a9fe"),  # Oracle
+    *("100.100.100.200", "fd00:100::100:200"),  # Alibaba
+    "169.254.0.23",  # Tencent
+    "100.96.0.96",  # Volcengine
+    "fe80::a9fe:a9fe",  # OpenStack
+    "fd00:a9fe:a9fe::1",  # Akamai (Linode)
+    *("169.254.42.42", "fd00:42::42"),  # Scaleway
+    "192.80.8.124",  # Equinix Metal
+)
 # Kind, description and networks; the first match counts.
 _FLOOR: Final = tuple(
     (kind, what, tuple(map(ip_network, networks.split())))
     for kind, what, networks in (
-        (
-            "metadata",
-            "a cloud metadata service",
-            "169.254.169.254/32 168.63.129.16/32 100.100.100.200/32 fd00:ec2::254/128 fd20:ce::254/128",
-        ),
+        ("metadata", "a cloud metadata service", " ".join(_METADATA)),
         ("loopback", "a loopback address, which inside the sandbox is the program's own", "127.0.0.0/8 ::1/128"),
         ("unspecified", "an unspecified address", "0.0.0.0/8 ::/128"),
         ("private", "a private address", "10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 fc00::/7 fec0::/10"),
@@ -34,7 +48,7 @@ _FLOOR: Final = tuple(
         (
             "embedded",
             "an IPv6 address with an embedded IPv4 address",
-            "::/96 64:ff9b::/96 64:ff9b:1::/48 2001::/32 2002::/16",
+            "::/96 64:ff9b:1::/48 2001::/32 2002::/16",
         ),
         (
             "special",
@@ -69,6 +83,8 @@ def special_within(addresses: Addresses) -> tuple[str, ...]:
 
 
 def _kind(address: Address) -> tuple[str, str]:
+    if address in nat64.WELL_KNOWN:
+        (address,) = nat64.embedded(address, ())
     for kind, what, networks in _FLOOR:
         if any(address in network for network in networks):
             return kind, what

@@ -15,6 +15,8 @@ import time
 from ipaddress import IPv4Address, IPv6Address
 from typing import TYPE_CHECKING, Final
 
+from x07_sandbox.network import nat64
+
 if TYPE_CHECKING:
     from x07_sandbox.network.names import Address
 
@@ -54,8 +56,10 @@ def decode_answer(data: bytes) -> tuple[int, int, list[Address]]:
 def look_up(name: str) -> tuple[int, list[Address]]:
     """Return the status and the addresses of a name, in this host's order of preference."""
     try:
-        # The final dot disables the search list, and single-label names of the hosts file.
-        rows = socket.getaddrinfo(f"{name}.".encode("ascii"), None, type=socket.SOCK_STREAM)
+        # Only IPv6 counts for NAT64, and an IPv4 answer would hide that the look-up of IPv6 failed.
+        family = socket.AF_INET6 if name == nat64.NAME else socket.AF_UNSPEC
+        # Without a final dot, which no line of /etc/hosts matches. `main` disables the search list.
+        rows = socket.getaddrinfo(name.encode("ascii"), None, family, socket.SOCK_STREAM)
     except socket.gaierror as exc:
         known = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}
         return (NO_NAME if exc.errno in known else FAILED), []
