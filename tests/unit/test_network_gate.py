@@ -701,7 +701,11 @@ async def test_ipv6_is_not_dialled_while_nat64_is_unknown(monkeypatch: pytest.Mo
     """While the prefixes of NAT64 cannot be learnt, only IPv4 addresses are dialled. The gate then learns again."""
     monkeypatch.setattr(dialler, "_NO_PREFIXES_S", 0.0)
     async with lab() as it:
-        it.resolver.answers |= {NAT64: resolver.FAILED, "a.example": ["2606:4700::1"], "b.example": ["2606:4700::1", GOOD]}
+        it.resolver.answers |= {
+            NAT64: resolver.FAILED,
+            "a.example": ["2606:4700::1"],
+            "b.example": ["2606:4700::1", GOOD],
+        }
         await it.server(GOOD, 22)
         await it.relay.connect("b.example", 22)
         assert await it.relay.answer(it.relay.ask("a.example")) == egress.TIMED_OUT

@@ -25,9 +25,7 @@ def main() -> None:
     # With default stacks and heaps (mallopt(3)) the threads would exceed the address space limit.
     threading.stack_size(_STACK_BYTES)
     ctypes.CDLL(None).mallopt(_ARENA_MAX, 1)
-    # resolv.conf(5): the gate does not wait longer, and no domain is appended to a name.
-    os.environ["RES_OPTIONS"] = "timeout:2 attempts:2 ndots:1"
-    os.environ["LOCALDOMAIN"] = ""
+    os.environ["RES_OPTIONS"] = "timeout:2 attempts:2"  # resolv.conf(5): the gate does not wait longer
     sock = socket.socket(fileno=sock_fd)
     confine("resolver", uid=None if uid < 0 else uid)
     serve(sock)
