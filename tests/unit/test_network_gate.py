@@ -28,7 +28,9 @@ from x07_sandbox.network.flows import TcpFlow
 from x07_sandbox.network.gate import FLOWS_MAX, NAMES_MAX, NAMES_OF_WILDCARD, PENDING_MAX, Gate
 from x07_sandbox.network.ledger import Ledger
 from x07_sandbox.network.rules import NetSettings, decide, make_allowlist, parse_request
+from x07_sandbox.network.settings import parse_settings
 from x07_sandbox.policy.default import default_policy
+from x07_sandbox.policy.hosts import Addresses
 from x07_sandbox.policy.model import HostPorts
 
 if TYPE_CHECKING:
@@ -1199,6 +1201,44 @@ async def test_an_opaque_port_accepts_any_protocol() -> None:
         assert await (await server.connection()).data(11) == b"SSH-2.0-x\r\n"
 
 
+def one_address(text: str) -> Addresses:
+    """The range of one IPv4 address."""
+    return Addresses(4, int(IPv4Address(text)), int(IPv4Address(text)))
+
+
+@pytest.mark.parametrize("opened", [True, False])
+@on_a_loop
+async def test_the_host_is_reached_by_its_name(opened: bool) -> None:  # noqa: FBT001 - as parametrize gives it
+    """host.x07 is this host's loopback, without a look-up, if the policy and the user's settings list it."""
+    server = Server(echoes=True)
+    async with contextlib.AsyncExitStack() as stack:
+        await server.start(stack)
+        port = server.target[1]
+        settings = NetSettings(allow_local=frozenset({(one_address("127.0.0.1"), port if opened else port + 1)}))
+        async with lab(policy_with("host.x07", ports=(port,)), settings=settings) as it:
+            it.outside.own.add("127.0.0.1")
+            it.outside.routes["127.0.0.1", port] = server.target
+            code = await it.relay.answer(it.relay.ask("host.x07", port))
+            assert code == (egress.OK if opened else egress.POLICY)
+            assert await it.relay.answer(it.relay.ask("x.host.x07", port)) == egress.POLICY
+            assert it.resolver.asked == []
+
+
+@on_a_loop
+async def test_a_network_in_the_settings_excludes_metadata_and_the_host() -> None:
+    """An entry of allow_local for a network allows its addresses, but no metadata service and none of this host."""
+    settings = parse_settings(b'[net]\nallow_local = ["100.64.0.0/10:80", "[fd00::/8]:80"]', "here")
+    async with lab(policy_with("*.wild.example", ports=(80,)), settings=settings) as it:
+        it.outside.own.add("100.64.0.2")
+        it.outside.routes["100.64.0.2", 80] = (await it.server("100.64.0.3", 80)).target
+        names = {"a": "100.64.0.3", "b": "100.100.100.200", "c": "fd00:ec2::254", "d": "100.64.0.2", "e": "10.0.0.1"}
+        it.resolver.answers |= {f"{name}.wild.example": [address] for name, address in names.items()}
+        codes = [await it.relay.answer(it.relay.ask(f"{name}.wild.example", 80)) for name in names]
+        assert codes == [egress.OK, *[egress.POLICY] * 4]
+        rules = ["metadata", "metadata", "own", "private"]
+        assert [rule for _, rule in it.denied()] == [f"deny-floor:{rule}" for rule in rules]
+
+
 @pytest.mark.parametrize(
     ("listed", "opened", "rule"),
     [(True, True, ""), (False, True, "net.allow_hosts"), (True, False, "deny-floor:loopback")],
@@ -1212,7 +1252,7 @@ async def test_a_local_address_needs_the_policy_and_the_settings(listed: bool, o
         await server.start(stack)
         port = server.target[1]
         policy = policy_with(*(["a.example", local] if listed else ["a.example"]), ports=(port,))
-        settings = NetSettings(allow_local=frozenset({(IPv4Address(local), port)} if opened else ()))
+        settings = NetSettings(allow_local=frozenset({(one_address(local), port)} if opened else ()))
         async with lab(policy, settings=settings) as it:
             it.outside.own.add(local)
             it.outside.routes[local, port] = server.target

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from x07_sandbox.errors import SandboxError, UsageError
+from x07_sandbox.network.blocked_addresses import ALLOWED_BY
 from x07_sandbox.network.names import parse_guest_host
 from x07_sandbox.network.rules import Decision, Request, decide, decide_address, make_allowlist, parse_request
 from x07_sandbox.plan.denials import HowToAllow
@@ -162,7 +163,9 @@ def test_special_addresses_are_denied_whatever_lists_them(line: str) -> None:
     policy = policy_with(("0.0.0.0/0", (443,)), ("::/0", (443,)), ("example.org", (443,)))
     for address in addresses:
         found = ask(policy, f"[{address}]:443" if ":" in address else f"{address}:443")
-        assert (found.allowed, found.rule, found.how_to_allow) == (False, f"deny-floor:{kind}", None), address
+        assert (found.allowed, found.rule) == (False, f"deny-floor:{kind}"), address
+        setting = found.how_to_allow.setting if found.how_to_allow else None
+        assert (setting is not None) == (kind in ALLOWED_BY and kind != "loopback"), address
         assert resolved(policy, "example.org", address) == f"deny-floor:{kind}", address
 
 
@@ -196,7 +199,8 @@ def test_neighbours_of_special_addresses_are_not_denied() -> None:
 def test_local_names_are_denied_whatever_lists_them(name: str, suffix: str) -> None:
     """Local names and names without a dot are denied even if listed."""
     found = ask(policy_with((name, (443,)), ("*.google.internal", (443,))), f"{name}:443")
-    assert (found.allowed, found.rule, found.how_to_allow) == (False, f"local-name:{suffix}", None)
+    assert (found.allowed, found.rule) == (False, f"local-name:{suffix}")
+    assert (found.how_to_allow is None) == (suffix in {"localhost", "onion"})
 
 
 def test_a_policy_is_not_refused_for_special_addresses() -> None:
@@ -215,7 +219,7 @@ def test_all_malformed_hosts_are_reported() -> None:
 
 
 def test_database_servers_join_the_list() -> None:
-    """Servers of db.net are allowed over TCP if net.allow_hosts is not empty."""
+    """Servers of db.net are allowed over TCP, also if net.allow_hosts is empty."""
     servers = DbNet(allow_dns=("db.example",), allow_cidrs=("93.184.215.0/24",), allow_ports=(5432,))
     db = Db(enabled=True, drivers=Drivers(sqlite=False, postgres=True, mysql=False), net=servers)
     policy = policy_with(("example.org", (443,)), db=db)
@@ -225,8 +229,8 @@ def test_database_servers_join_the_list() -> None:
     assert rule(policy, "db.example:5432", "udp") == (False, "net.allow_hosts")
     off = policy_with(("example.org", (443,)), db=replace(db, enabled=False))
     assert rule(off, "db.example:5432") == (False, "net.allow_hosts")
-    alone = ask(policy_with(db=db), "db.example:5432")
-    assert (alone.rule, alone.reason) == ("net.allow_hosts", "net.allow_hosts is empty (db.net needs it too)")
+    assert rule(policy_with(db=db), "db.example:5432") == (True, "db.net.allow_dns[0]")
+    assert rule(policy_with(db=db, enabled=False), "db.example:5432") == (False, "net.enabled")
 
 
 def test_denials_come_before_the_list() -> None:

@@ -4,7 +4,7 @@
 multicast, 6to4 and a cloud's metadata service as global.
 """
 
-from ipaddress import IPv6Network, ip_network
+from ipaddress import IPv4Address, IPv6Network, ip_network
 from typing import Final
 
 from x07_sandbox.network import nat64
@@ -39,7 +39,7 @@ _FLOOR: Final = tuple(
         ("shared", "an address of a provider's NAT", "100.64.0.0/10"),
         ("link-local", "a link-local address", "169.254.0.0/16 fe80::/10"),
         ("multicast", "a multicast address", "224.0.0.0/4 ff00::/8"),
-        ("benchmark", "a benchmark address, which the sandbox uses for names", "198.18.0.0/15"),
+        ("benchmark", "a benchmark address", "198.18.0.0/15"),
         (
             "documentation",
             "a documentation address",
@@ -58,16 +58,26 @@ _FLOOR: Final = tuple(
         ("reserved", "a reserved address", "240.0.0.0/4"),
     )
 )
+# The settings that can allow a kind of address. Kinds that are missing here are always denied.
+ALLOWED_BY: Final = {
+    **dict.fromkeys(("private", "shared", "link-local"), "allow_local"),
+    **dict.fromkeys(("documentation", "benchmark"), "allow_special"),
+    "loopback": "allow_loopback",
+    "metadata": "allow_metadata",
+}
+HOST_NAME: Final = "host.x07"
+"""The name of this host in a sandbox. It stands for HOST_ADDRESS and is never looked up."""
+HOST_ADDRESS: Final = IPv4Address("127.0.0.1")
 _UNICAST: Final = IPv6Network("2000::/3")
 # Names with a meaning only on one machine or network, whatever a resolver returns.
-_LOCAL_SUFFIXES: Final = ("localhost", "local", "internal", "home.arpa", "onion")
+_LOCAL_SUFFIXES: Final = ("localhost", "local", "internal", "home.arpa", "onion", HOST_NAME)
 
 
 def special(host: Host) -> tuple[str, str] | None:
     """Return the rule id and the reason if *host* is always denied, or None if it is not."""
     if isinstance(host, str):
         return _local_name(host)
-    kind, what = _kind(host)
+    kind, what = kind_of(host)
     return (f"deny-floor:{kind}", f"{host} is {what}") if kind else None
 
 
@@ -82,7 +92,8 @@ def special_within(addresses: Addresses) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _kind(address: Address) -> tuple[str, str]:
+def kind_of(address: Address) -> tuple[str, str]:
+    """Return the kind of a special address and its description, or two empty texts."""
     if address in nat64.WELL_KNOWN:
         (address,) = nat64.embedded(address, ())
     for kind, what, networks in _FLOOR:

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from x07_sandbox.channel import egress
 from x07_sandbox.network import nat64, resolver
+from x07_sandbox.network.blocked_addresses import HOST_ADDRESS, HOST_NAME
 from x07_sandbox.network.rules import decide_address
 
 if TYPE_CHECKING:
-    from x07_sandbox.network.names import Address
+    from x07_sandbox.network.names import Address, Host
     from x07_sandbox.network.rules import Allowlist, Decision
 
 LOOK_UP_S: Final = resolver.LATE_S
@@ -149,7 +150,7 @@ class Dialler:
         """Return the addresses that may be dialled. Raises NotDialledError if no address is left."""
         host = decision.request.host
         good, refused = [], NotDialledError(egress.NO_NAME, "name:unknown", f"{host} has no address")
-        for address in await self._names.look_up(host) if isinstance(host, str) else [host]:
+        for address in await self._resolved(host):
             try:
                 self._check_rules(decision, address)
                 self._check_own(decision, address)
@@ -164,6 +165,11 @@ class Dialler:
             raise refused
         return good
 
+    async def _resolved(self, host: Host) -> list[Address]:
+        if host == HOST_NAME:
+            return [HOST_ADDRESS]
+        return await self._names.look_up(host) if isinstance(host, str) else [host]
+
     def _check_rules(self, decision: Decision, address: Address) -> None:
         """Raise NotDialledError if the allowlist denies the address."""
         found = decide_address(self._allowlist, decision, address)
@@ -172,7 +178,7 @@ class Dialler:
 
     def _check_own(self, decision: Decision, address: Address, *, known_own: bool = False) -> None:
         """Raise NotDialledError for this host's own addresses, even public ones, unless the settings allow them."""
-        opened = (address, decision.request.port) in self._allowlist.settings.allow_local
+        opened = self._allowlist.settings.lists(address, decision.request.port)
         if not opened and (known_own or (self._own_by_bind and _is_own(address))):
             why = f"{address} is an address of this host"
             raise NotDialledError(egress.POLICY, "deny-floor:own", why, str(address))

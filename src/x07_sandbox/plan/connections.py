@@ -55,7 +55,7 @@ _MOST: Final = 2
 
 def connection_hints(text: str, policy: Policy) -> Iterator[Hint]:
     """Yield hints on at most two unreachable hosts, or one hint without a host if the text contains none."""
-    if policy.net.may_connect:  # the gate reports each denied connection
+    if policy.may_connect:  # the gate reports each denied connection
         return
     failed = _FAILED.search(text)
     found = dict.fromkeys(itertools.islice(_hosts(text, nearby=failed is not None), _MOST))

@@ -7,12 +7,13 @@ import os
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
+from msgspec.structs import replace
 
 from x07_sandbox.errors import UsageError
 from x07_sandbox.network.guest_view import guest_view
 from x07_sandbox.network.names import parse_host
 from x07_sandbox.network.processes import GateConfig, gate_running
-from x07_sandbox.network.rules import Allowlist, Request, decide, make_allowlist
+from x07_sandbox.network.rules import Allowlist, Request, advise_setting, decide, endpoint_text, make_allowlist
 from x07_sandbox.network.settings import read_settings
 from x07_sandbox.plan.denials import Denial, HowToAllow
 from x07_sandbox.runs.folder import NET_LOG
@@ -63,7 +64,7 @@ def denials(net: NetworkUse, allowlist: Allowlist) -> tuple[list[Denial], int]:
 
 
 def _denial(contact: Contact, allowlist: Allowlist) -> Denial:
-    where = f"{contact.host}:{contact.port}" if contact.port else contact.host
+    where = endpoint_text(contact.host, contact.port) if contact.port else contact.host
     action, subject = "connect", where if contact.transport == "tcp" else f"{where} ({contact.transport})"
     if contact.rule == "frames":
         action, subject = "break", "the protocol of the egress gate"
@@ -82,21 +83,15 @@ def _denial(contact: Contact, allowlist: Allowlist) -> Denial:
 
 
 def _how(contact: Contact, allowlist: Allowlist) -> HowToAllow | None:
-    if setting := _setting(contact):
-        return HowToAllow(json_path=None, value=None, setting=setting)
+    kind = contact.rule.partition(":")[0]
+    if kind in {"tls", "http", "first-bytes", "udp-443"}:
+        return HowToAllow(json_path=None, value=None, setting=f"opaque_ports = [{contact.port}]")
     # No setting allows an invalid host or one that is already in the list.
     with contextlib.suppress(UsageError):
         port = contact.port or _LIKELY_PORT  # a lookup has no port
         request = Request(host=parse_host(contact.host), port=port, transport=contact.transport)
+        if kind in {"deny-floor", "local-name"} and contact.address:  # the listed name resolved to a special address
+            resolved = advise_setting(allowlist, replace(request, host=parse_host(contact.address)))
+            return resolved and HowToAllow(json_path=None, value=None, setting=resolved.setting)
         return decide(allowlist, request).how_to_allow
     return None
-
-
-def _setting(contact: Contact) -> str:
-    kind, _, what = contact.rule.partition(":")
-    if kind in {"tls", "http", "first-bytes", "udp-443"}:
-        return f"opaque_ports = [{contact.port}]"
-    if kind == "deny-floor" and what in {"private", "shared", "link-local"}:
-        address = contact.address or contact.host
-        return f'allow_local = ["{Request(host=parse_host(address), port=contact.port)}"]'
-    return ""

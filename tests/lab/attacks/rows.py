@@ -330,7 +330,7 @@ NAME_ROWS: Final = [
     ),
     resolving(
         "31-nat64-64",
-        "A listed name resolves to an address that a translator with a prefix of 64 bits sends to the metadata service.",
+        "A listed name resolves to the metadata service, for a translator with a prefix of 64 bits.",
         "2a0f:64:0:1:a9:fea9:fe00:0",
         expected=looked_up("ipv4only.arpa")[1:],  # the one question about this network's translators
     ),
