@@ -236,6 +236,17 @@ def test_the_advice_for_a_resolved_name_is_about_its_address() -> None:
     assert opened.allow_local > settings.allow_local
 
 
+def test_the_advice_for_a_lookup_has_the_port_that_the_program_wanted() -> None:
+    """The advice for a name that was only looked up has the port of its URL in the error output, else 443."""
+    log = Log()
+    for name in ("plain.example", "other.example"):
+        log.ledger.denied(contact(name, port=0, rule="net.allow_hosts"))
+    text = "HTTPConnectionPool(host='plain.example', port=80): Max retries exceeded with url: /"
+    found, _ = denials(log.ledger.use(), make_allowlist(default_policy()), text)
+    flags = [denial.how_to_allow.flag for denial in found if denial.how_to_allow is not None]
+    assert flags == ["--allow-host plain.example:80", "--allow-host other.example:443"]
+
+
 def test_a_refusal_names_the_setting_that_allows_it() -> None:
     """A refusal that only the user's settings can allow names the line to add."""
     log = Log()
