@@ -223,12 +223,17 @@ def test_the_advice_for_a_resolved_name_is_about_its_address() -> None:
     log = Log()
     log.ledger.denied(contact("a.example", port=80, rule="deny-floor:private", address="fd00::5"))
     log.ledger.denied(contact("2606:4700::1", port=80, rule="net.allow_hosts"))
+    log.ledger.denied(contact("lo.example", port=81, rule="deny-floor:loopback", address="127.0.0.1"))
     settings = parse_settings(b'[net]\nallow_local = ["10.0.0.0/8:443"]', "here")
     found, _ = denials(log.ledger.use(), make_allowlist(default_policy(), settings=settings))
     advice = [denial.how_to_allow for denial in found]
     line = 'allow_local = ["10.0.0.0-10.255.255.255:443", "[fd00::5]:80"]'
     assert advice[0] == HowToAllow(json_path=None, value=None, setting=line)
-    assert [denial.subject for denial in found] == ["a.example:80", "[2606:4700::1]:80"]
+    assert [denial.subject for denial in found[:2]] == ["a.example:80", "[2606:4700::1]:80"]
+    assert advice[2] is not None
+    assert advice[2].setting == (
+        'allow_loopback = true and allow_local = ["10.0.0.0-10.255.255.255:443", "127.0.0.1:81"]'
+    )
     assert advice[1] is not None
     assert advice[1].flag == "--allow-host '[2606:4700::1]:80'"
     opened = parse_settings(f"[net]\n{line}".encode(), "here")

@@ -210,13 +210,8 @@ def how_to_allow_text(allowing: HowToAllow | None, field: str = "", *, purpose: 
     if allowing is None:
         return ". It cannot be allowed."
     if allowing.setting:
-        also = (
-            f", and use {allowing.flag}"
-            if allowing.flag
-            else f", and {_in_policy(allowing)}."
-            if allowing.json_path
-            else "."
-        )
+        in_policy = f", and {_in_policy(allowing)}." if allowing.json_path else "."
+        also = f", and use {allowing.flag}" if allowing.flag else in_policy
         return f". To {purpose}, set {allowing.setting} under [net] in your settings{also}"
     if allowing.flag:
         with_image, then, build = allowing.flag.partition(_AFTER)

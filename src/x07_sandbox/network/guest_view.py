@@ -12,21 +12,21 @@ from typing import TYPE_CHECKING, Any, Final
 
 from x07_sandbox.errors import UsageError
 from x07_sandbox.network.names import Wildcard, matches
-from x07_sandbox.policy.hosts import Addresses, addresses, covers
+from x07_sandbox.policy.hosts import Addresses, covers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from x07_sandbox.network.rules import Allowlist, Entry
 
-_SYNTHETIC: Final = "198.18.0.0/15"
-_SYNTHETIC_ELSEWHERE: Final = "240.0.0.0/15"  # if the program may reach addresses of the other network
 _FIRST_NAME: Final = 16
 _FIRST_BLOCK: Final = 4 * 256
 _BLOCK: Final = 256
-# The addresses of guest/firewall: the source of a program's connections, and one that the guest must refuse.
-_OWN: Final = (addresses("192.0.0.8-192.0.0.9"), addresses("fd78:3037::-fd78:3037::1"))
 _V4: Final = 4
+_SYNTHETIC: Final = Addresses(_V4, 0xC6120000, 0xC613FFFF)  # 198.18.0.0/15
+_ELSEWHERE: Final = Addresses(_V4, 0xF0000000, 0xF001FFFF)  # 240.0.0.0/15, if the program may reach some of the other
+# Addresses of guest/firewall, 192.0.0.8 and fd78:3037::1, and their neighbours, which the guest must refuse.
+_OWN: Final = (Addresses(_V4, 0xC0000008, 0xC0000009), Addresses(6, 0xFD783037 << 96, (0xFD783037 << 96) + 1))
 
 
 def guest_view(allowlist: Allowlist) -> dict[str, Any]:
@@ -61,12 +61,11 @@ def guest_view(allowlist: Allowlist) -> dict[str, Any]:
 
 
 def _synthetic(allowlist: Allowlist) -> Addresses:
-    """Return the network for the addresses of names: one of which no address is allowed."""
-    found = addresses(_SYNTHETIC)
-    assert found is not None  # noqa: S101 - for the type checker
-    opened = any(covers(found, what) != "none" for what, _ in allowlist.settings.allow_special)
-    listed = any(covers(found, one.what) != "none" for one in allowlist.entries if isinstance(one.what, Addresses))
-    return addresses(_SYNTHETIC_ELSEWHERE) or found if opened and listed else found
+    """Return the network for the addresses of names: one of which the program may reach no address."""
+    opened = [what for what, _ in allowlist.settings.allow_special]
+    listed = [entry.what for entry in allowlist.entries if isinstance(entry.what, Addresses)]
+    collides = all(any(covers(_SYNTHETIC, what) != "none" for what in group) for group in (opened, listed))
+    return _ELSEWHERE if collides else _SYNTHETIC
 
 
 def _covers(entry: Entry, suffix: str) -> bool:
@@ -100,12 +99,16 @@ class _Ports:
 def _ranges(entry: Entry, reserved: Addresses) -> list[Addresses]:
     """Return an entry's address ranges without those that the guest uses itself."""
     parts = [entry.what] if isinstance(entry.what, Addresses) else []
-    for used in (reserved, *filter(None, _OWN)):
-        split = [(part, part.first, min(part.last, used.first - 1)) for part in parts if part.version == used.version]
-        split += [(part, max(part.first, used.last + 1), part.last) for part in parts if part.version == used.version]
-        parts = [part for part in parts if part.version != used.version]
-        parts += [Addresses(part.version, low, high) for part, low, high in split if low <= high]
+    for used in (reserved, *_OWN):
+        parts = [rest for part in parts for rest in _without(part, used)]
     return parts
+
+
+def _without(part: Addresses, used: Addresses) -> list[Addresses]:
+    if part.version != used.version:
+        return [part]
+    rests = (part.first, min(part.last, used.first - 1)), (max(part.first, used.last + 1), part.last)
+    return [Addresses(part.version, first, last) for first, last in rests if first <= last]
 
 
 def _text(number: int, version: int = 4) -> str:

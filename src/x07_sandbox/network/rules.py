@@ -208,7 +208,8 @@ def denied_name(allowlist: Allowlist, name: str, port: int) -> str | None:
 
 def _special(allowlist: Allowlist, request: Request) -> Decision | None:
     if (found := special(request.host)) is not None and not _opened(allowlist, request):
-        return _denied(request, *found, advise_setting(allowlist, request))
+        own = not isinstance(request.host, str) and request.host.is_loopback  # that of the program
+        return _denied(request, *found, None if own else advise_setting(allowlist, request))
     if request.transport == "udp" and request.port == _QUIC and _QUIC not in allowlist.settings.opaque_ports:
         return _denied(request, "udp-443", "UDP port 443 is QUIC, which hides the server name")
     return None
@@ -242,7 +243,7 @@ def _setting(settings: NetSettings, request: Request) -> str:
             return ""
         return f'allow_local = ["ADDRESS:{request.port}"] with the address of {host}'
     by = ALLOWED_BY.get(kind_of(host)[0], "")
-    if not by or (host.is_loopback and host == request.host):  # the program's own loopback
+    if not by:
         return ""
     key = by if by == "allow_special" else "allow_local"
     listed = settings.allow_special if by == "allow_special" else settings.allow_local

@@ -53,25 +53,23 @@ def _opened(text: str, key: str, net: dict[str, Any], what: str) -> tuple[Addres
     except UsageError as exc:
         raise UsageError(what, f"{entry} is invalid ({exc.why})", exc.fix) from exc
     if found is None:
-        raise UsageError(what, f"{entry} is not a special address with a port", "Use an address, not a name")
+        raise UsageError(what, f"{entry} is not an address", "Use an address, not a name")
     for number in {found.first, found.last}:
         address = IPv4Address(number) if found.version == 4 else IPv6Address(number)  # noqa: PLR2004 - IPv4
         kind, why = kind_of(address)
-        by = ALLOWED_BY.get(kind, "")
-        if by in _SWITCHES and key == "allow_local":
-            if found.first != found.last:
-                raise UsageError(what, f"{address} is {why}, which {entry} cannot include", "List it by itself")
+        by = ALLOWED_BY.get(kind)
+        fix = ""
+        if not kind:
+            fix, why = "Use an address of your own network. Other addresses need only a policy entry", "not special"
+        elif by in _SWITCHES and key == "allow_local":
             if net.get(by) is not True:
-                raise UsageError(what, f"{address} is {why} ({entry})", f"To allow it, also set {by} = true in [net]")
+                fix = f"To allow it, also set {by} = true in [net]"
+            elif found.first != found.last:
+                fix = "A network cannot include it. List the address by itself"
         elif by != key:
-            if not kind:
-                fix = "Use an address of your own network. Other addresses need only a policy entry"
-                raise UsageError(what, f"{entry} is not a special address with a port", fix)
-            fix = (
-                f"Move the entry to {by if by in _LISTS else _LISTS[0]}"
-                if by
-                else f"Remove the entry {text!r}: it is always denied"
-            )
+            to = "allow_special" if by == "allow_special" else "allow_local"
+            fix = f"Move the entry to {to}" if by else f"Remove the entry {text!r}: it is always denied"
+        if fix:
             raise UsageError(what, f"{address} is {why} ({entry})", fix)
     return found, port
 

@@ -65,9 +65,8 @@ def denials(net: NetworkUse, allowlist: Allowlist, text: str = "") -> tuple[list
     """
     ports = dict(hosts_in(text, nearby=True))
     found = sorted(net.denied, key=lambda contact: contact.port == 0)
-    return [_denial(contact, allowlist, ports) for contact in found[:_DENIALS_MAX]], len(
-        found[_DENIALS_MAX:]
-    ) + net.more
+    more = len(found[_DENIALS_MAX:]) + net.more
+    return [_denial(contact, allowlist, ports) for contact in found[:_DENIALS_MAX]], more
 
 
 def _denial(contact: Contact, allowlist: Allowlist, ports: Mapping[str, int]) -> Denial:
