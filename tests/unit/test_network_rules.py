@@ -269,6 +269,8 @@ def test_a_denied_address_is_denied_for_every_name() -> None:
     assert resolved(policy, "example.org", GOOD, {"93.184.215.0/24": [443]}) == "deny-host:93.184.215.0-93.184.215.255"
     assert resolved(policy, "example.org", f"::ffff:{GOOD}", {GOOD: None}) == f"deny-host:{GOOD}"
     assert resolved(policy, "example.org", GOOD, {GOOD: [80]}) == ""
+    for denied in (GOOD, "64:ff9b::/96"):
+        assert resolved(policy, "example.org", "64:ff9b::5db8:d70e", {denied: None}).startswith("deny-host:")
     allowlist = make_allowlist(policy)
     found = decide_address(allowlist, decide(allowlist, parse_request("example.org:443")), ip_address("10.0.0.1"))
     assert found.reason == "example.org resolves to 10.0.0.1, and 10.0.0.1 is a private address"

@@ -179,10 +179,12 @@ def decide_address(allowlist: Allowlist, decision: Decision, address: Address) -
     if not decision.allowed:
         return decision
     asked = decision.request
-    by_address = replace(asked, host=next(iter(nat64.embedded(address, ())), unmapped(address)))
+    as_given = replace(asked, host=unmapped(address))
+    by_address = replace(as_given, host=next(iter(nat64.embedded(address, ())), as_given.host))
     if isinstance(asked.host, str) and (local := special(asked.host)) and not _opened(allowlist, by_address):
         return _denied(asked, *local)
-    if denial := _special(allowlist, by_address) or _denial(allowlist, by_address):
+    denial = _special(allowlist, by_address) or _denial(allowlist, by_address) or _denial(allowlist, as_given)
+    if denial:
         return replace(denial, request=asked, reason=f"{asked.host} resolves to {address}, and {denial.reason}")
     return decision
 
