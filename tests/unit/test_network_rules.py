@@ -15,7 +15,16 @@ from msgspec.structs import replace
 from x07_sandbox.errors import SandboxError, UsageError
 from x07_sandbox.network.blocked_addresses import ALLOWED_BY
 from x07_sandbox.network.names import parse_guest_host
-from x07_sandbox.network.rules import Decision, Request, decide, decide_address, make_allowlist, parse_request
+from x07_sandbox.network.rules import (
+    Decision,
+    Request,
+    decide,
+    decide_address,
+    make_allowlist,
+    parse_request,
+    unreachable_entries,
+)
+from x07_sandbox.network.settings import parse_settings
 from x07_sandbox.plan.denials import HowToAllow
 from x07_sandbox.policy.decode import decode_policy
 from x07_sandbox.policy.default import default_policy, render_policy
@@ -201,6 +210,29 @@ def test_local_names_are_denied_whatever_lists_them(name: str, suffix: str) -> N
     found = ask(policy_with((name, (443,)), ("*.google.internal", (443,))), f"{name}:443")
     assert (found.allowed, found.rule) == (False, f"local-name:{suffix}")
     assert (found.how_to_allow is None) == (suffix in {"localhost", "onion"})
+
+
+def test_special_hosts_are_listed_until_the_settings_allow_them() -> None:
+    """Each special host of a policy is named with the settings that would allow it, until they do."""
+    hosts = (("host.x07", (80,)), ("198.18.0.5", (80,)), ("fd00::5", (80,)), ("224.0.0.1", (80,)), (GOOD, (80,)))
+    found = [why for _, why in unreachable_entries(make_allowlist(policy_with(*hosts)))]
+    assert [why.partition("; to allow it, set ")[2] for why in found] == [
+        'allow_loopback = true and allow_local = ["127.0.0.1:80"]',
+        'allow_special = ["198.18.0.5:80"]',
+        'allow_local = ["[fd00::5]:80"]',
+        "",
+    ]
+    text = b"""[net]
+allow_loopback = true
+allow_local = ["127.0.0.1:80", "[fd00::/8]:80"]
+allow_special = ["198.18.0.5:80"]
+"""
+    opened = make_allowlist(policy_with(*hosts), settings=parse_settings(text, "here"))
+    assert [why for _, why in unreachable_entries(opened)] == ["224.0.0.1 is a multicast address"]
+    for host in ("host.x07", "198.18.0.5", "[fd00::5]"):
+        assert decide(opened, parse_request(f"{host}:80")).allowed
+        assert not decide(opened, parse_request(f"{host}:81")).allowed
+    assert not decide(opened, parse_request("[fd00:ec2::254]:80")).allowed
 
 
 def test_a_policy_is_not_refused_for_special_addresses() -> None:

@@ -192,14 +192,17 @@ def decide_address(allowlist: Allowlist, decision: Decision, address: Address) -
 def unreachable_entries(allowlist: Allowlist) -> Iterator[tuple[Entry, str]]:
     """Yield each entry of which at least a part is unreachable, and the reason as a clause."""
     for entry in allowlist.entries:
-        if isinstance(entry.what, Addresses):
+        if isinstance(entry.what, Addresses) and entry.what.first != entry.what.last:
             if found := special_within(entry.what):
                 more = f", and {len(found) - 1} more like it" if len(found) > 1 else ""
                 yield entry, f"{found[0]}{more}"
-        elif isinstance(entry.what, str) and (local := special(entry.what)) is not None:
-            missing = [Request(host=entry.what, port=port) for port in sorted(entry.ports)]
-            for request in [one for one in missing if not _opened(allowlist, one)][:1]:
-                yield entry, f"{local[1]}; set {_setting(allowlist.settings, request)}"
+        elif not isinstance(entry.what, Wildcard):
+            host = parse_host(pattern_text(entry.what))
+            requests = [Request(host=host, port=port) for port in sorted(entry.ports)]
+            denied = [found for one in requests if (found := _special(allowlist, one)) is not None]
+            for decision in denied[:1]:
+                setting = decision.how_to_allow and decision.how_to_allow.setting
+                yield entry, f"{decision.reason}; to allow it, set {setting}" if setting else decision.reason
 
 
 def denied_name(allowlist: Allowlist, name: str, port: int) -> str | None:
