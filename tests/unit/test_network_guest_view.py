@@ -36,9 +36,9 @@ def view(*hosts: tuple[str, tuple[int, ...]], **more: Any) -> dict[str, Any]:  #
 
 def ports(rows: list[list[Any]], address: str) -> set[int]:
     """The ports of an address in all rows."""
-    at = ip_address(address)
-    same = [row for row in rows if ip_address(row[0]).version == at.version]
-    return {port for first, last, listed in same if ip_address(first) <= at <= ip_address(last) for port in listed}
+    at, same = int(ip_address(address)), [row for row in rows if (":" in row[0]) == (":" in address)]
+    ranges = [(int(ip_address(first)), int(ip_address(last)), listed) for first, last, listed in same]
+    return {port for first, last, listed in ranges if first <= at <= last for port in listed}
 
 
 def test_each_name_has_an_address_of_its_own() -> None:

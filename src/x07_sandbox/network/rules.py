@@ -199,7 +199,7 @@ def unreachable_entries(allowlist: Allowlist) -> Iterator[tuple[Entry, str]]:
         elif not isinstance(entry.what, Wildcard):
             host = parse_host(pattern_text(entry.what))
             requests = [Request(host=host, port=port) for port in sorted(entry.ports)]
-            denied = [found for one in requests if (found := _special(allowlist, one)) is not None]
+            denied = [one for one in (_special(allowlist, request) for request in requests) if one is not None]
             for decision in denied[:1]:
                 setting = decision.how_to_allow and decision.how_to_allow.setting
                 yield entry, f"{decision.reason}; to allow it, set {setting}" if setting else decision.reason
