@@ -97,6 +97,8 @@ DEFAULT_NAMES: Final[Mapping[str, Script]] = {
     "own.lab.example": [GATE_ADDRESS],
     "mapped.lab.example": ["::ffff:127.0.0.1"],
     "nat64.lab.example": ["64:ff9b::a9fe:a9fe"],
+    "ipv4only.arpa": ["2a0f:64::c000:aa", "2a0f:64:0:1:c0:0:ab00:0"],
+    "only.search.example.searched.example": [SITE],
     "sixtofour.lab.example": ["2002:7f00:1::"],
     "linklocal.lab.example": ["fe80::1"],
     "lo6.lab.example": ["::1"],
@@ -275,9 +277,10 @@ class Laboratory:
     def _write_etc(self) -> None:
         folder = _ETC_NETNS / self.gate
         folder.mkdir(mode=0o755, parents=True)
-        resolver = f"nameserver {DNS_ADDRESS}\noptions timeout:1 attempts:1\n"
+        resolver = f"nameserver {DNS_ADDRESS}\nsearch searched.example\noptions timeout:1 attempts:1\n"
         (folder / "resolv.conf").write_text(resolver, encoding="utf-8")
         hosts = "127.0.0.1 localhost\n::1 localhost\n10.7.7.7 hosts-file.example\n"
+        hosts += f"{SITE} public.hosts-file.example\n"
         (folder / "hosts").write_text(hosts, encoding="utf-8")
         # Without the other sources that this machine may use for names.
         (folder / "nsswitch.conf").write_text("passwd: files\ngroup: files\nhosts: files dns\n", encoding="utf-8")

@@ -229,11 +229,11 @@ def test_names_below_a_wildcard_are_reached(run: Run) -> None:
 
 @pytest.mark.parametrize("opened", [False, True])
 def test_a_private_address_needs_the_users_settings(run: Run, monkeypatch: pytest.MonkeyPatch, *, opened: bool) -> None:
-    """A listed private address is refused unless the user's settings name it in [net] allow_local with its port."""
+    """A listed private address is refused unless [net] allow_local in the user's settings has its network and port."""
     config = run.place / "config/x07"
     config.mkdir(parents=True)
     if opened:
-        (config / "sandbox.toml").write_text(f'[net]\nallow_local = ["{LAN}:8000"]\n', encoding="ascii")
+        (config / "sandbox.toml").write_text(f'[net]\nallow_local = ["{LAN}/24:8000"]\n', encoding="ascii")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(config.parent))
     ends = (LAN, 8000), (LAN, 8080), ("private.lab.example", 8000)
     said, result = run.connect(

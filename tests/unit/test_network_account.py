@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -13,7 +14,9 @@ from hypothesis import strategies as st
 from x07_sandbox.network import ledger
 from x07_sandbox.network.ledger import LOG_MAX_BYTES, ROWS_MAX, Ledger
 from x07_sandbox.network.rules import make_allowlist
+from x07_sandbox.network.settings import parse_settings
 from x07_sandbox.network.summary import Contact, NetworkUse
+from x07_sandbox.plan.denials import HowToAllow
 from x07_sandbox.policy.default import default_policy
 from x07_sandbox.runs.egress import denials
 
@@ -215,6 +218,40 @@ def test_excess_denials_are_counted() -> None:
     assert (found[0].subject, len(found), len(found) + more) == ("real.example:443", 64, 301)
 
 
+def test_the_advice_for_a_resolved_name_is_about_its_address() -> None:
+    """The advice for a listed name with a special address keeps the entries of the settings, and IPv6 has brackets."""
+    log = Log()
+    log.ledger.denied(contact("a.example", port=80, rule="deny-floor:private", address="fd00::5"))
+    log.ledger.denied(contact("2606:4700::1", port=80, rule="net.allow_hosts"))
+    log.ledger.denied(contact("lo.example", port=81, rule="deny-floor:loopback", address="127.0.0.1"))
+    settings = parse_settings(b'[net]\nallow_local = ["10.0.0.0/8:443"]', "here")
+    found, _ = denials(log.ledger.use(), make_allowlist(default_policy(), settings=settings))
+    advice = [denial.how_to_allow for denial in found]
+    line = 'allow_local = ["10.0.0.0-10.255.255.255:443", "[fd00::5]:80"]'
+    assert advice[0] == HowToAllow(json_path=None, value=None, setting=line)
+    assert [denial.subject for denial in found[:2]] == ["a.example:80", "[2606:4700::1]:80"]
+    assert advice[2] is not None
+    assert advice[2].setting == (
+        'allow_loopback = true and allow_local = ["10.0.0.0-10.255.255.255:443", "127.0.0.1:81"]'
+    )
+    assert advice[1] is not None
+    assert advice[1].flag == "--allow-host '[2606:4700::1]:80'"
+    opened = parse_settings(f"[net]\n{line}".encode(), "here")
+    assert opened.allows(ip_address("fd00::5"), 80)
+    assert opened.allow_local > settings.allow_local
+
+
+def test_the_advice_for_a_lookup_has_the_port_that_the_program_wanted() -> None:
+    """The advice for a name that was only looked up has the port of its URL in the error output, else 443."""
+    log = Log()
+    for name in ("plain.example", "other.example"):
+        log.ledger.denied(contact(name, port=0, rule="net.allow_hosts"))
+    text = "HTTPConnectionPool(host='plain.example', port=80): Max retries exceeded with url: /"
+    found, _ = denials(log.ledger.use(), make_allowlist(default_policy()), text)
+    flags = [denial.how_to_allow.flag for denial in found if denial.how_to_allow is not None]
+    assert flags == ["--allow-host plain.example:80", "--allow-host other.example:443"]
+
+
 def test_a_refusal_names_the_setting_that_allows_it() -> None:
     """A refusal that only the user's settings can allow names the line to add."""
     log = Log()
@@ -223,5 +260,6 @@ def test_a_refusal_names_the_setting_that_allows_it() -> None:
         log.ledger.denied(contact(host, rule=rule, reason="why"))
     found, _ = denials(log.ledger.use(), make_allowlist(default_policy()))
     settings = [denial.how_to_allow.setting if denial.how_to_allow else None for denial in found]
-    assert settings == ['allow_local = ["10.0.0.1:443"]', None, "opaque_ports = [443]"]
+    metadata = 'allow_metadata = true and allow_local = ["169.254.169.254:443"]'
+    assert settings == ['allow_local = ["10.0.0.1:443"]', metadata, "opaque_ports = [443]"]
     assert {denial.reason for denial in found} == {"why"}

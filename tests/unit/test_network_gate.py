@@ -28,7 +28,9 @@ from x07_sandbox.network.flows import TcpFlow
 from x07_sandbox.network.gate import FLOWS_MAX, NAMES_MAX, NAMES_OF_WILDCARD, PENDING_MAX, Gate
 from x07_sandbox.network.ledger import Ledger
 from x07_sandbox.network.rules import NetSettings, decide, make_allowlist, parse_request
+from x07_sandbox.network.settings import parse_settings
 from x07_sandbox.policy.default import default_policy
+from x07_sandbox.policy.hosts import Addresses
 from x07_sandbox.policy.model import HostPorts
 
 if TYPE_CHECKING:
@@ -88,6 +90,10 @@ class Outside(Waiting):
         self.dialled: list[tuple[str, int]] = []
         self.own: set[str] = set()
         self.cancelled = asyncio.Event()
+
+    def time(self) -> float:
+        """Like `loop.time`."""
+        return asyncio.get_running_loop().time()
 
     async def sock_connect(self, sock: socket.socket, target: tuple[str, int]) -> None:
         """Like `loop.sock_connect`."""
@@ -660,16 +666,56 @@ async def test_a_denied_address_is_not_dialled_for_a_listed_name() -> None:
         assert it.denied() == [("a.example", f"deny-host:{GOOD}")]
 
 
+NAT64_ADDRESSES: Final = """
+2a01:4f8:c000:aa::           2a01:4f8:a9fe:a9fe::        2a01:4f8:5db8:d70e::        2a01:4f8:5db8:d763::
+2a01:4f8:64c0:0:aa::         2a01:4f8:64a9:fea9:fe::     2a01:4f8:645d:b8d7:e::      2a01:4f8:645d:b8d7:63::
+2a01:4f8:64:c000:0:aa00::    2a01:4f8:64:a9fe:a9:fe00::  2a01:4f8:64:5db8:d7:e00::   2a01:4f8:64:5db8:d7:6300::
+2a01:4f8:64:c0:0:aa::        2a01:4f8:64:a9:fe:a9fe::    2a01:4f8:64:5d:b8:d70e::    2a01:4f8:64:5d:b8:d763::
+2a01:4f8:64:1:c0:0:aa00:0    2a01:4f8:64:1:a9:fea9:fe00:0 2a01:4f8:64:1:5d:b8d7:e00:0 2a01:4f8:64:1:5d:b8d7:6300:0
+2a01:4f8:64::c000:ab         2a01:4f8:64::a9fe:a9fe      2a01:4f8:64::5db8:d70e      2a01:4f8:64::5db8:d763
+64:ff9b::c000:aa             64:ff9b::a9fe:a9fe          64:ff9b::5db8:d70e          64:ff9b::5db8:d763
+"""
+"""For each prefix: what ipv4only.arpa has, and the addresses of the metadata service, of GOOD, and of a denied host."""
+
+
+@pytest.mark.parametrize("row", NAT64_ADDRESSES.strip().splitlines(), ids=lambda row: row.split()[0])
 @on_a_loop
-async def test_nat64_addresses_are_refused() -> None:
-    """An IPv6 address in which the network's NAT64 embeds an IPv4 address is refused."""
-    async with lab() as it:
-        it.resolver.answers |= {NAT64: ["2a01:4f8:64::c000:aa"], "a.example": ["2a01:4f8:64::7f00:1"]}
-        it.resolver.answers["b.example"] = ["2a01:4f8:65::7f00:1"]
+async def test_an_address_that_nat64_translates_is_judged_as_ipv4(row: str) -> None:
+    """An IPv6 address in which the network's NAT64 embeds an IPv4 address is judged as that IPv4 address too."""
+    known, metadata, good, denied = row.split()
+    other = "2606:4700:64:64:c0:0:aa00:0"  # another translator's prefix, of 64 bits
+    async with lab(denied={"93.184.215.99": None}) as it:
+        it.resolver.answers |= {NAT64: [known, other], "a.example": [metadata], "c.wild.example": [good]}
+        it.resolver.answers |= {"d.wild.example": [denied], "b.example": ["2606:4700:64:64:7f:0:100:0"]}
         assert await it.relay.answer(it.relay.ask("a.example")) == egress.POLICY
-        assert await it.relay.answer(it.relay.ask("b.example")) == egress.NET_UNREACHABLE
-        assert it.denied() == [("a.example", "deny-floor:embedded")]
+        assert await it.relay.answer(it.relay.ask("b.example")) == egress.POLICY
+        assert await it.relay.answer(it.relay.ask("d.wild.example")) == egress.POLICY
+        assert await it.relay.answer(it.relay.ask("c.wild.example")) == egress.NET_UNREACHABLE
+        assert [rule for _, rule in it.denied()] == [
+            *("deny-floor:metadata", "deny-floor:loopback", "deny-host:93.184.215.99")
+        ]
+        assert it.outside.dialled == [(str(ip_address(good)), 443)]
         assert it.resolver.times(NAT64) == 1
+
+
+@on_a_loop
+async def test_ipv6_is_not_dialled_while_nat64_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the prefixes of NAT64 cannot be learnt, only IPv4 addresses are dialled. The gate then learns again."""
+    monkeypatch.setattr(dialler, "_NO_PREFIXES_S", 0.0)
+    async with lab() as it:
+        it.resolver.answers |= {
+            NAT64: resolver.FAILED,
+            "a.example": ["2606:4700::1"],
+            "b.example": ["2606:4700::1", GOOD],
+        }
+        await it.server(GOOD, 22)
+        await it.relay.connect("b.example", 22)
+        assert await it.relay.answer(it.relay.ask("a.example")) == egress.TIMED_OUT
+        assert it.use().failed[-1].rule == "nat64:unknown"
+        assert it.outside.dialled == [(GOOD, 22)]
+        it.resolver.answers[NAT64] = []
+        assert await it.relay.answer(it.relay.ask("a.example")) == egress.NET_UNREACHABLE
+        assert it.outside.dialled[1:] == [("2606:4700::1", 443)]
 
 
 @on_a_loop
@@ -1155,6 +1201,44 @@ async def test_an_opaque_port_accepts_any_protocol() -> None:
         assert await (await server.connection()).data(11) == b"SSH-2.0-x\r\n"
 
 
+def one_address(text: str) -> Addresses:
+    """The range of one IPv4 address."""
+    return Addresses(4, int(IPv4Address(text)), int(IPv4Address(text)))
+
+
+@pytest.mark.parametrize("opened", [True, False])
+@on_a_loop
+async def test_the_host_is_reached_by_its_name(opened: bool) -> None:  # noqa: FBT001 - as parametrize gives it
+    """host.x07 is this host's loopback, without a look-up, if the policy and the user's settings list it."""
+    server = Server(echoes=True)
+    async with contextlib.AsyncExitStack() as stack:
+        await server.start(stack)
+        port = server.target[1]
+        settings = NetSettings(allow_local=frozenset({(one_address("127.0.0.1"), port if opened else port + 1)}))
+        async with lab(policy_with("host.x07", ports=(port,)), settings=settings) as it:
+            it.outside.own.add("127.0.0.1")
+            it.outside.routes["127.0.0.1", port] = server.target
+            code = await it.relay.answer(it.relay.ask("host.x07", port))
+            assert code == (egress.OK if opened else egress.POLICY)
+            assert await it.relay.answer(it.relay.ask("x.host.x07", port)) == egress.POLICY
+            assert it.resolver.asked == []
+
+
+@on_a_loop
+async def test_a_network_in_the_settings_excludes_metadata_and_the_host() -> None:
+    """An entry of allow_local for a network allows its addresses, but no metadata service and none of this host."""
+    settings = parse_settings(b'[net]\nallow_local = ["100.64.0.0/10:80", "[fd00::/8]:80"]', "here")
+    async with lab(policy_with("*.wild.example", ports=(80,)), settings=settings) as it:
+        it.outside.own.add("100.64.0.2")
+        it.outside.routes["100.64.0.2", 80] = (await it.server("100.64.0.3", 80)).target
+        names = {"a": "100.64.0.3", "b": "100.100.100.200", "c": "fd00:ec2::254", "d": "100.64.0.2", "e": "10.0.0.1"}
+        it.resolver.answers |= {f"{name}.wild.example": [address] for name, address in names.items()}
+        codes = [await it.relay.answer(it.relay.ask(f"{name}.wild.example", 80)) for name in names]
+        assert codes == [egress.OK, *[egress.POLICY] * 4]
+        rules = ["metadata", "metadata", "own", "private"]
+        assert [rule for _, rule in it.denied()] == [f"deny-floor:{rule}" for rule in rules]
+
+
 @pytest.mark.parametrize(
     ("listed", "opened", "rule"),
     [(True, True, ""), (False, True, "net.allow_hosts"), (True, False, "deny-floor:loopback")],
@@ -1168,7 +1252,7 @@ async def test_a_local_address_needs_the_policy_and_the_settings(listed: bool, o
         await server.start(stack)
         port = server.target[1]
         policy = policy_with(*(["a.example", local] if listed else ["a.example"]), ports=(port,))
-        settings = NetSettings(allow_local=frozenset({(IPv4Address(local), port)} if opened else ()))
+        settings = NetSettings(allow_local=frozenset({(one_address(local), port)} if opened else ()))
         async with lab(policy, settings=settings) as it:
             it.outside.own.add(local)
             it.outside.routes[local, port] = server.target

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, ip_address
 from typing import Any, Final
 
 from hypothesis import example, given
@@ -13,11 +13,12 @@ from msgspec.structs import replace
 from x07_sandbox.guest.dns import NameTable
 from x07_sandbox.network.guest_view import guest_view
 from x07_sandbox.network.rules import make_allowlist
+from x07_sandbox.network.settings import parse_settings
 from x07_sandbox.policy.default import default_policy
 from x07_sandbox.policy.model import Db, DbNet, Drivers, HostPorts, Policy
 
 SYNTHETIC: Final = IPv4Network("198.18.0.0/15")  # routed to the relay in the guest
-PROGRAM: Final = IPv4Address("198.18.0.1")  # where a program's connections come from
+PROGRAM: Final = IPv4Address("192.0.0.8")  # where a program's connections come from
 
 
 def policy_with(*hosts: tuple[str, tuple[int, ...]], db: Db | None = None, **net: bool) -> Policy:
@@ -35,8 +36,9 @@ def view(*hosts: tuple[str, tuple[int, ...]], **more: Any) -> dict[str, Any]:  #
 
 def ports(rows: list[list[Any]], address: str) -> set[int]:
     """The ports of an address in all rows."""
-    at = IPv4Address(address)
-    return {port for first, last, listed in rows if IPv4Address(first) <= at <= IPv4Address(last) for port in listed}
+    at, same = int(ip_address(address)), [row for row in rows if (":" in row[0]) == (":" in address)]
+    ranges = [(int(ip_address(first)), int(ip_address(last)), listed) for first, last, listed in same]
+    return {port for first, last, listed in ranges if first <= at <= last for port in listed}
 
 
 def test_each_name_has_an_address_of_its_own() -> None:
@@ -182,3 +184,22 @@ def test_the_longest_list_fits() -> None:
     assert max(map(IPv4Address, names.values())) == IPv4Address("198.18.1.15")
     wildcards = view(*((f"*.n{number}.example", (443,)) for number in range(256)))["wildcards"]
     assert max(IPv4Address(first) for _, first in wildcards) == IPv4Address("198.19.3.0")
+
+
+def test_names_move_away_from_allowed_benchmark_addresses() -> None:
+    """Names get addresses of another network if policy and settings allow addresses of the usual one."""
+    policy = policy_with(
+        ("198.18.7.7", (443,)), ("a.example", (80,)), ("fd78:3037::/126", (1,)), ("192.0.0.8/30", (1,))
+    )
+    usual = guest_view(make_allowlist(policy))
+    assert usual["names"] == {"a.example": "198.18.0.16"}
+    assert not ports(usual["tcp"], "198.18.7.7")
+    opened = parse_settings(b'[net]\nallow_special = ["198.18.0.0/15:443"]', "here")
+    moved = guest_view(make_allowlist(policy, settings=opened))
+    assert moved["names"] == {"a.example": "240.0.0.16"}
+    assert [ports(moved["tcp"], address) for address in ("198.18.7.7", "240.0.0.16")] == [{443}, {80}]
+    for own in ("192.0.0.8", "192.0.0.9", "fd78:3037::", "fd78:3037::1"):
+        assert not ports(moved["tcp"], own)
+    assert ports(moved["tcp"], "192.0.0.10") == ports(moved["tcp"], "fd78:3037::2") == {1}
+    by_name = policy_with(("a.example", (80,)))
+    assert guest_view(make_allowlist(by_name, settings=opened))["names"] == {"a.example": "198.18.0.16"}

@@ -21,11 +21,14 @@ from x07_sandbox.network.resolver import (
     REQUEST_MAX,
     decode_answer,
     encode_answer,
+    hosts_file_addresses,
     look_up,
     serve,
 )
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from x07_sandbox.network.names import Address
 
 ADDRESSES: Final = st.lists(st.ip_addresses(), max_size=ADDRESSES_MAX + 4)
@@ -84,8 +87,8 @@ def test_a_missing_name_is_not_found(name: str) -> None:
 
 
 def test_each_address_is_returned_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The host's resolver is asked for the absolute name, and each address is returned once."""
-    asked: list[object] = []
+    """Each address is returned once. Only IPv6 addresses of ipv4only.arpa are asked for."""
+    asked: list[tuple[object, ...]] = []
 
     def host_s(name: bytes, *args: object, **_: object) -> list[tuple[int, int, int, str, tuple[object, ...]]]:
         asked.append((name, *args))
@@ -96,7 +99,21 @@ def test_each_address_is_returned_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", host_s)
     found = [ip_address(text) for text in ("93.184.215.14", "2606:4700::1", "fe80::1", "93.184.215.13")]
     assert look_up("a.example") == (FOUND, found)
-    assert asked == [(b"a.example.", None)]
+    assert look_up("ipv4only.arpa") == (FOUND, found)
+    assert [family for _, _, family, _ in asked] == [socket.AF_UNSPEC, socket.AF_INET6]
+
+
+def test_names_of_the_hosts_file_are_found(tmp_path: Path) -> None:
+    """A line of the hosts file gives all its names an address, in any case, and comments give none."""
+    path = tmp_path / "hosts"
+    assert hosts_file_addresses("a.example", path) == []
+    path.write_bytes(b"10.0.0.1 A.example b.example # c.example\n\n#10.0.0.2 a.example\nfe80::1%eth0\ta.example\n")
+    with path.open("ab") as file:
+        file.write(b"wrong a.example\n10.0.0.1 a.example\n\xff\xfe a.example\n10.0.0.3 xa.example a.example.org\n")
+    assert hosts_file_addresses("a.example", path) == [ip_address("10.0.0.1"), ip_address("fe80::1")]
+    assert hosts_file_addresses("b.example", path) == [ip_address("10.0.0.1")]
+    assert hosts_file_addresses("c.example", path) == []
+    assert hosts_file_addresses("10.0.0.1", path) == []
 
 
 @pytest.mark.parametrize(

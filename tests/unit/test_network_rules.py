@@ -13,8 +13,18 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from x07_sandbox.errors import SandboxError, UsageError
+from x07_sandbox.network.blocked_addresses import ALLOWED_BY
 from x07_sandbox.network.names import parse_guest_host
-from x07_sandbox.network.rules import Decision, Request, decide, decide_address, make_allowlist, parse_request
+from x07_sandbox.network.rules import (
+    Decision,
+    Request,
+    decide,
+    decide_address,
+    make_allowlist,
+    parse_request,
+    unreachable_entries,
+)
+from x07_sandbox.network.settings import parse_settings
 from x07_sandbox.plan.denials import HowToAllow
 from x07_sandbox.policy.decode import decode_policy
 from x07_sandbox.policy.default import default_policy, render_policy
@@ -140,16 +150,17 @@ def test_udp_uses_the_ports_of_an_entry_but_quic_is_denied() -> None:
 
 SPECIAL = """
 metadata 169.254.169.254 168.63.129.16 100.100.100.200 fd00:ec2::254 fd20:ce::254 ::ffff:169.254.169.254
+metadata 169.254.170.2 169.254.170.23 fd00:ec2::23 192.0.0.192 169.254.0.23 fe80::a9fe:a9fe 64:ff9b::a9fe:aa02
 loopback 127.0.0.1 127.255.255.255 ::1 ::ffff:127.0.0.1
 unspecified 0.0.0.0 0.1.2.3 ::
-private 10.0.0.1 172.16.0.1 172.31.255.255 192.168.1.1 fc00::1 fd12:3456::1 fec0::1 ::ffff:10.0.0.1
+private 64:ff9b::a00:1 10.0.0.1 172.16.0.1 172.31.255.255 192.168.1.1 fc00::1 fd12:3456::1 fec0::1 ::ffff:10.0.0.1
 shared 100.64.0.1 100.127.255.255
 link-local 169.254.1.1 fe80::1 febf::1
 multicast 224.0.0.1 239.255.255.255 ff02::1
 benchmark 198.18.0.16 198.19.255.255
 documentation 192.0.2.1 198.51.100.1 203.0.113.1 2001:db8::1 3fff::1
-embedded ::7f00:1 64:ff9b::a9fe:a9fe 64:ff9b:1::1 2001::1 2002:7f00:1:: 2002:a00:1::
-special 192.0.0.192 192.31.196.1 192.52.193.1 192.88.99.1 192.175.48.1 100::1 2001:1ff::1 5f00::1
+embedded ::7f00:1 64:ff9b:1::1 2001::1 2002:7f00:1:: 2002:a00:1::
+special 192.0.0.8 192.31.196.1 192.52.193.1 192.88.99.1 192.175.48.1 100::1 2001:1ff::1 5f00::1
 reserved 240.0.0.1 255.255.255.255 4000::1 1::1 200::1 e000::1
 """
 
@@ -161,7 +172,9 @@ def test_special_addresses_are_denied_whatever_lists_them(line: str) -> None:
     policy = policy_with(("0.0.0.0/0", (443,)), ("::/0", (443,)), ("example.org", (443,)))
     for address in addresses:
         found = ask(policy, f"[{address}]:443" if ":" in address else f"{address}:443")
-        assert (found.allowed, found.rule, found.how_to_allow) == (False, f"deny-floor:{kind}", None), address
+        assert (found.allowed, found.rule) == (False, f"deny-floor:{kind}"), address
+        setting = found.how_to_allow.setting if found.how_to_allow else None
+        assert (setting is not None) == (kind in ALLOWED_BY and kind != "loopback"), address
         assert resolved(policy, "example.org", address) == f"deny-floor:{kind}", address
 
 
@@ -195,7 +208,31 @@ def test_neighbours_of_special_addresses_are_not_denied() -> None:
 def test_local_names_are_denied_whatever_lists_them(name: str, suffix: str) -> None:
     """Local names and names without a dot are denied even if listed."""
     found = ask(policy_with((name, (443,)), ("*.google.internal", (443,))), f"{name}:443")
-    assert (found.allowed, found.rule, found.how_to_allow) == (False, f"local-name:{suffix}", None)
+    assert (found.allowed, found.rule) == (False, f"local-name:{suffix}")
+    assert (found.how_to_allow is None) == (suffix in {"localhost", "onion"})
+
+
+def test_special_hosts_are_listed_until_the_settings_allow_them() -> None:
+    """Each special host of a policy is named with the settings that would allow it, until they do."""
+    hosts = (("host.x07", (80,)), ("198.18.0.5", (80,)), ("fd00::5", (80,)), ("224.0.0.1", (80,)), (GOOD, (80,)))
+    found = [why for _, why in unreachable_entries(make_allowlist(policy_with(*hosts)))]
+    assert [why.partition("; to allow it, set ")[2] for why in found] == [
+        'allow_loopback = true and allow_local = ["127.0.0.1:80"]',
+        'allow_special = ["198.18.0.5:80"]',
+        'allow_local = ["[fd00::5]:80"]',
+        "",
+    ]
+    text = b"""[net]
+allow_loopback = true
+allow_local = ["127.0.0.1:80", "[fd00::/8]:80"]
+allow_special = ["198.18.0.5:80"]
+"""
+    opened = make_allowlist(policy_with(*hosts), settings=parse_settings(text, "here"))
+    assert [why for _, why in unreachable_entries(opened)] == ["224.0.0.1 is a multicast address"]
+    for host in ("host.x07", "198.18.0.5", "[fd00::5]"):
+        assert decide(opened, parse_request(f"{host}:80")).allowed
+        assert not decide(opened, parse_request(f"{host}:81")).allowed
+    assert not decide(opened, parse_request("[fd00:ec2::254]:80")).allowed
 
 
 def test_a_policy_is_not_refused_for_special_addresses() -> None:
@@ -214,7 +251,7 @@ def test_all_malformed_hosts_are_reported() -> None:
 
 
 def test_database_servers_join_the_list() -> None:
-    """Servers of db.net are allowed over TCP if net.allow_hosts is not empty."""
+    """Servers of db.net are allowed over TCP, also if net.allow_hosts is empty."""
     servers = DbNet(allow_dns=("db.example",), allow_cidrs=("93.184.215.0/24",), allow_ports=(5432,))
     db = Db(enabled=True, drivers=Drivers(sqlite=False, postgres=True, mysql=False), net=servers)
     policy = policy_with(("example.org", (443,)), db=db)
@@ -224,8 +261,8 @@ def test_database_servers_join_the_list() -> None:
     assert rule(policy, "db.example:5432", "udp") == (False, "net.allow_hosts")
     off = policy_with(("example.org", (443,)), db=replace(db, enabled=False))
     assert rule(off, "db.example:5432") == (False, "net.allow_hosts")
-    alone = ask(policy_with(db=db), "db.example:5432")
-    assert (alone.rule, alone.reason) == ("net.allow_hosts", "net.allow_hosts is empty (db.net needs it too)")
+    assert rule(policy_with(db=db), "db.example:5432") == (True, "db.net.allow_dns[0]")
+    assert rule(policy_with(db=db, enabled=False), "db.example:5432") == (False, "net.enabled")
 
 
 def test_denials_come_before_the_list() -> None:
@@ -264,6 +301,8 @@ def test_a_denied_address_is_denied_for_every_name() -> None:
     assert resolved(policy, "example.org", GOOD, {"93.184.215.0/24": [443]}) == "deny-host:93.184.215.0-93.184.215.255"
     assert resolved(policy, "example.org", f"::ffff:{GOOD}", {GOOD: None}) == f"deny-host:{GOOD}"
     assert resolved(policy, "example.org", GOOD, {GOOD: [80]}) == ""
+    for denied in (GOOD, "64:ff9b::/96"):
+        assert resolved(policy, "example.org", "64:ff9b::5db8:d70e", {denied: None}).startswith("deny-host:")
     allowlist = make_allowlist(policy)
     found = decide_address(allowlist, decide(allowlist, parse_request("example.org:443")), ip_address("10.0.0.1"))
     assert found.reason == "example.org resolves to 10.0.0.1, and 10.0.0.1 is a private address"

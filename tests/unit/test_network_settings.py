@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-from ipaddress import ip_address
 from typing import TYPE_CHECKING, Final
 
 import pytest
@@ -15,13 +14,16 @@ from x07_sandbox.errors import HostError, SandboxError, UsageError
 from x07_sandbox.host.paths import settings_file
 from x07_sandbox.network.rules import NetSettings
 from x07_sandbox.network.settings import parse_settings, read_settings, settings_from_json, settings_to_json
+from x07_sandbox.policy.hosts import Addresses, addresses
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 ALL: Final = b"""
 [net]
-allow_local = ["192.168.7.5:8080", "127.0.0.1:8600", "[::1]:8600", "169.254.169.254:80", "100.64.0.1:22", "[fe80::1]:1"]
+allow_local = ["192.168.7.5:8080", "127.0.0.1:8600", "[::1]:8600", "169.254.169.254:80", "100.64.0.1:22", "[fe80::1]:1",
+    "10.0.0.0/8:443", "[fd00::/8]:443"]
+allow_special = ["198.18.0.0/15:443", "[2001:db8::1]:80"]
 allow_loopback = true
 allow_metadata = true
 opaque_ports = [443, 8443]
@@ -29,14 +31,24 @@ opaque_ports = [443, 8443]
 [other]
 key = "of another part"
 """
+
+
+def known(text: str) -> Addresses:
+    """The range of addresses that *text* means."""
+    found = addresses(text)
+    assert found is not None
+    return found
+
+
 OPENED: Final = NetSettings(
     allow_local=frozenset(
-        (ip_address(address), port)
+        (known(address), port)
         for address, port in (
             *(("192.168.7.5", 8080), ("127.0.0.1", 8600), ("::1", 8600), ("169.254.169.254", 80)),
-            *(("100.64.0.1", 22), ("fe80::1", 1)),
+            *(("100.64.0.1", 22), ("fe80::1", 1), ("10.0.0.0/8", 443), ("fd00::/8", 443)),
         )
     ),
+    allow_special=frozenset({(known("198.18.0.0/15"), 443), (known("2001:db8::1"), 80)}),
     opaque_ports=frozenset({443, 8443}),
 )
 
@@ -76,13 +88,24 @@ def test_nothing_is_open_by_default(text: bytes) -> None:
             '[net]\nallow_local = ["10.0.0.1"]',
             "the entry '10.0.0.1' of net.allow_local is invalid .the port is missing",
         ),
-        ('[net]\nallow_local = ["10.0.0.0/8:80"]', "the entry '10.0.0.0/8:80' of net.allow_local is invalid"),
-        ('[net]\nallow_local = ["nas.local:80"]', "is not a special address"),
-        ('[net]\nallow_local = ["93.184.215.14:80"]', "is not a special address"),
+        ('[net]\nallow_local = ["10.0.0.0/33:80"]', "the entry '10.0.0.0/33:80' of net.allow_local is invalid"),
+        ('[net]\nallow_local = ["0.0.0.0/0:80"]', "0.0.0.0 is an unspecified address"),
+        ('[net]\nallow_local = ["93.184.215.0/24:80"]', "is not special"),
+        ('[net]\nallow_local = ["fd00::/8:80"]', "needs brackets"),
+        (
+            '[net]\nallow_loopback = true\nallow_local = ["127.0.0.0/8:80"]',
+            "a loopback address, .* List the address by itself",
+        ),
+        ('[net]\nallow_local = ["169.254.170.2/31:80"]', "a cloud metadata service .* set allow_metadata = true"),
+        ('[net]\nallow_special = ["10.0.0.1:80"]', "Move the entry to allow_local"),
+        ('[net]\nallow_special = ["127.0.0.1:80"]', "Move the entry to allow_local"),
+        ('[net]\nallow_special = ["224.0.0.1:80"]', "it is always denied"),
+        ('[net]\nallow_local = ["nas.local:80"]', "is not an address"),
+        ('[net]\nallow_local = ["93.184.215.14:80"]', "93.184.215.14 is not special"),
         ('[net]\nallow_local = ["198.18.0.16:80"]', "a benchmark address"),
         ('[net]\nallow_local = ["224.0.0.1:80"]', "a multicast address"),
         ('[net]\nallow_local = ["0.0.0.0:80"]', "an unspecified address"),
-        ('[net]\nallow_local = ["[64:ff9b::1]:80"]', "an embedded IPv4 address"),
+        ('[net]\nallow_local = ["[64:ff9b:1::1]:80"]', "an embedded IPv4 address"),
         ('[net]\nallow_local = ["192.0.2.1:80"]', "a documentation address"),
         ('[net]\nallow_local = ["240.0.0.1:80"]', "a reserved address"),
     ],
@@ -170,11 +193,11 @@ def test_an_unreadable_file_is_an_error(tmp_path: Path) -> None:
         read_settings(tmp_path / "file" / "sandbox.toml")
 
 
-LOCAL: Final = st.sampled_from(["10.1.2.3", "fd00::1", "fe80::1", "100.64.0.1", "::1", "169.254.169.254"])
+LOCAL: Final = st.sampled_from(["10.1.2.3", "fd00::/8", "fe80::1", "100.64.0.0/10", "::1", "169.254.169.254"])
 PORT: Final = st.integers(1, 65_535)
 
 
-@given(st.sets(st.tuples(LOCAL.map(ip_address), PORT), max_size=5), st.sets(PORT, max_size=5))
+@given(st.sets(st.tuples(LOCAL.map(known), PORT), max_size=5), st.sets(PORT, max_size=5))
 def test_settings_reach_the_gate_as_they_are(local: set[tuple[object, int]], ports: set[int]) -> None:
     """Settings reach the gate's process unchanged."""
     settings = NetSettings(allow_local=frozenset(local), opaque_ports=frozenset(ports))  # type: ignore[arg-type]

@@ -126,12 +126,17 @@ def test_a_plan_states_how_connections_are_refused() -> None:
 
 
 def test_database_servers_join_the_hosts() -> None:
-    """Servers of db.net need a non-empty net.allow_hosts, and the plan says so."""
-    joined = plan(db__drivers=SERVERS, db__enabled=True, net__allow_hosts=HOSTS)
-    assert joined.refusals == ()
-    assert states(joined, "db.net.allow_dns") == {"enforced"}
+    """Servers of db.net can be reached with net.allow_hosts and alone, and the plan says what is missing."""
+    servers = {"allow_dns": ["db.example"], "allow_ports": [5432]}
+    for hosts, listed in ((HOSTS, {}), ([], servers)):
+        joined = plan(db__drivers=SERVERS, db__enabled=True, db__net=listed, net__allow_hosts=hosts)
+        assert joined.refusals == ()
+        assert states(joined, "db.net.allow_dns", "net.allow_hosts") == {"enforced"}
     (refusal,) = plan(db__drivers=SERVERS, db__enabled=True).refusals
-    assert "non-empty net.allow_hosts" in refusal.why
+    assert "entries in db.net or net.allow_hosts" in refusal.why
+    without = msgspec.structs.replace(VM, can_enforce=VM.can_enforce - {"network"})
+    (refusal,) = make_plan(policy(db__drivers=SERVERS, db__enabled=True, db__net=servers), without).refusals
+    assert refusal.field == "db.enabled"
 
 
 def test_refusals_are_reported_all_at_once() -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.unit.policy_command import as_json, policy
+from x07_sandbox.host.paths import settings_file
 from x07_sandbox.policy.canonical import policy_digest
 from x07_sandbox.policy.default import render_policy
 from x07_sandbox.policy.schema import render_schema
@@ -180,9 +181,21 @@ def test_check_host_says_what_would_allow_it(tmp_path: Path) -> None:
         1,
         [
             "  rule deny-floor:private: 10.0.0.5 is a private address",
-            "  no change to the policy allows it",
+            f'  to allow it: set allow_local = ["10.0.0.5:22"] under [net] in {settings_file()}',
+            "  and: set net.enabled to true in the policy",
         ],
     )
+    line = 'allow_loopback = true and allow_local = ["127.0.0.1:8080"]'
+    code, out, _ = policy(tmp_path, "check", "--host", "host.x07:8080")
+    assert (code, out.splitlines()[2:]) == (
+        1,
+        [
+            f"  to allow it: set {line} under [net] in {settings_file()}",
+            '  and: add {"host": "host.x07", "ports": [8080]} to net.allow_hosts in the policy',
+            "  or, for one run: --allow-host host.x07:8080",
+        ],
+    )
+    assert "no change to the policy or the settings allows it" in policy(tmp_path, "check", "--host", "224.0.0.1:1")[1]
     code, found = as_json(tmp_path, "check", "--host", "example.org:53", "--udp")
     assert (code, found["rule"], found["how_to_allow"]["json_path"]) == (1, "net.allow_udp", "$.net.allow_udp")
 

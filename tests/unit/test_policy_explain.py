@@ -144,6 +144,7 @@ def test_unreachable_hosts_are_listed(tmp_path: Path) -> None:
     reasons = {row["field"]: row["why"] for row in found["never_reached"]}
     assert (code, sorted(reasons)) == (0, [f"net.allow_hosts[{index}]" for index in (1, 2, 3, 4)])
     assert reasons["net.allow_hosts[1]"] == "10.0.0.0/8 is a private address"
-    assert reasons["net.allow_hosts[3]"] == "printer.local is a name of this host or a local network"
+    why = "printer.local is a name of this host or a local network"
+    assert reasons["net.allow_hosts[3]"].startswith(f'{why}; to allow it, set allow_local = ["ADDRESS:80"]')
     assert "the program's own" in reasons["net.allow_hosts[4]"]
     assert "  net.allow_hosts[1]  " in policy(tmp_path, "explain", "p.json")[1]

@@ -210,17 +210,22 @@ def how_to_allow_text(allowing: HowToAllow | None, field: str = "", *, purpose: 
     if allowing is None:
         return ". It cannot be allowed."
     if allowing.setting:
-        return f". To {purpose}, set {allowing.setting} under [net] in your settings."
+        in_policy = f", and {_in_policy(allowing)}." if allowing.json_path else "."
+        also = f", and use {allowing.flag}" if allowing.flag else in_policy
+        return f". To {purpose}, set {allowing.setting} under [net] in your settings{also}"
     if allowing.flag:
         with_image, then, build = allowing.flag.partition(_AFTER)
         if then and with_image.removeprefix(_OTHER_COMMAND) == _IMAGE:
             word = "use" if with_image.startswith(_OTHER_COMMAND) else "add"
             return f". To {purpose}, run {build}, then {word} {with_image}"
         return f". To {purpose}, use {allowing.flag}"
-    value = f"{(allowing.json_path or '').removeprefix('$.')} to {_value(allowing.value)} in the policy"
     if allowing.json_path == f"$.{field}" or "." not in field:
-        return f". To {purpose}, set {value}."
-    return f". To {purpose}, first set {value}. The next run then names the next step."
+        return f". To {purpose}, {_in_policy(allowing)}."
+    return f". To {purpose}, first {_in_policy(allowing)}. The next run then names the next step."
+
+
+def _in_policy(allowing: HowToAllow) -> str:
+    return f"set {(allowing.json_path or '').removeprefix('$.')} to {_value(allowing.value)} in the policy"
 
 
 def _value(value: object) -> str:

@@ -14,8 +14,8 @@ from x07_sandbox.cli.console import say, show
 from x07_sandbox.cli.json_output import deliver, print_document, print_failure
 from x07_sandbox.cli.parser import add_document_flags, inner_verb, option, repeated, switch
 from x07_sandbox.errors import UsageError
-from x07_sandbox.host.paths import read_bounded
-from x07_sandbox.network.rules import NetSettings, decide, make_allowlist, parse_request
+from x07_sandbox.host.paths import read_bounded, settings_file
+from x07_sandbox.network.rules import NetSettings, decide, endpoint_text, make_allowlist, parse_request
 from x07_sandbox.policy.canonical import policy_digest
 from x07_sandbox.policy.complete import completion
 from x07_sandbox.policy.decode import MAX_BYTES
@@ -175,20 +175,24 @@ def host_report(
 
 def _host_lines(report: HostReport) -> list[str]:
     """Return the report as text."""
-    host = f"[{report.host}]" if ":" in report.host else report.host
-    connection = f"{host}:{report.port} ({report.transport})"
+    connection = f"{endpoint_text(report.host, report.port)} ({report.transport})"
     text = [f"{connection}: {'allowed' if report.allowed else 'denied'}", f"  rule {report.rule}: {report.reason}"]
     if report.allowed:
         if report.resolved_later:
             text.append("  its addresses are checked at run time; special ones, such as private ones, are denied")
     elif (how := report.how_to_allow) is None:
-        text.append("  no change to the policy allows it")
-    elif how.json_path == "$.net.allow_hosts":  # the value is the whole list
-        text.append(f"  to allow it: add {json.dumps(how.value[-1])} to net.allow_hosts in the policy")
-        if how.flag:
-            text.append(f"  or, for one run: {how.flag}")
+        text.append("  no change to the policy or the settings allows it")
     else:
-        text.append(f"  to allow it: set {str(how.json_path)[2:]} to {json.dumps(how.value)} in the policy")
+        first = "to allow it:"
+        if how.setting:
+            text.append(f"  {first} set {how.setting} under [net] in {settings_file()}")
+            first = "and:"
+        if how.json_path == "$.net.allow_hosts":  # the value is the whole list
+            text.append(f"  {first} add {json.dumps(how.value[-1])} to net.allow_hosts in the policy")
+            if how.flag:
+                text.append(f"  or, for one run: {how.flag}")
+        elif how.json_path:
+            text.append(f"  {first} set {how.json_path[2:]} to {json.dumps(how.value)} in the policy")
     return text
 
 

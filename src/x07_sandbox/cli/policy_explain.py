@@ -12,6 +12,7 @@ from x07_sandbox.backends.registry import BY_NAME, features_of
 from x07_sandbox.backends.selection import backend_named, backend_request, select, this_platform
 from x07_sandbox.network.names import pattern_text
 from x07_sandbox.network.rules import make_allowlist, unreachable_entries
+from x07_sandbox.network.settings import read_settings
 from x07_sandbox.plan.confinement import confinement
 from x07_sandbox.plan.controls import make_plan
 from x07_sandbox.policy.canonical import policy_digest
@@ -83,7 +84,7 @@ def explanation(policy: Policy, source: str, backend_name: str | None, toolchain
         refusals=plan.refusals,
         never_reached=tuple(
             NeverReached(field=entry.rule, host=pattern_text(entry.what), why=why)
-            for entry, why in unreachable_entries(make_allowlist(policy))
+            for entry, why in unreachable_entries(make_allowlist(policy, settings=read_settings()))
         ),
     )
 

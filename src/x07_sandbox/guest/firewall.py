@@ -55,11 +55,11 @@ class Family(NamedTuple):
 
 V4: Final = Family(
     number=socket.AF_INET,
-    source="198.18.0.1",
-    unlisted="198.18.0.0",
+    source="192.0.0.8",
+    unlisted="192.0.0.9",
     name="ip",
     address="ipv4_addr",
-    own="127.0.0.0/8, 198.18.0.1",
+    own="127.0.0.0/8, 192.0.0.8",
     relay="127.0.0.1",
     unreachable=("icmp type host-unreachable", "icmp type net-unreachable", "icmp type admin-prohibited"),
     level=socket.SOL_IP,

@@ -44,7 +44,7 @@ _LINGER: Final = struct.pack("ii", 1, 0)  # reset on close
 # Marks of the codes for which firewall's chain "verdict" has no rule.
 _MARKS: Final = {
     egress.OK: firewall.PASSED,
-    egress.LIMIT: egress.HOST_UNREACHABLE,
+    egress.LIMIT: egress.REFUSED,  # which clients retry
     egress.NO_NAME: egress.HOST_UNREACHABLE,
 }
 _Endpoints = tuple[tuple[str, int], tuple[str, int]]  # source and target

@@ -25,9 +25,17 @@ SETTINGS: Final = (
     Setting(
         "net",
         "allow_local",
-        "list of `ADDRESS:PORT`",
+        "list of `ADDRESS:PORT` or `NETWORK:PORT`",
         "`[]`",
-        "Special addresses, such as private ones, to which programs may connect if the policy lists them too.",
+        "Private, shared and link-local addresses to which programs may connect if the policy allows them too. "
+        "A network never includes loopback or metadata addresses, or addresses of this host.",
+    ),
+    Setting(
+        "net",
+        "allow_special",
+        "list of `ADDRESS:PORT` or `NETWORK:PORT`",
+        "`[]`",
+        "Addresses for documentation (such as 192.0.2.0/24) and benchmarks (198.18.0.0/15) that may be used likewise.",
     ),
     Setting(
         "net",

@@ -4,28 +4,42 @@
 multicast, 6to4 and a cloud's metadata service as global.
 """
 
-from ipaddress import IPv6Network, ip_network
+from ipaddress import IPv4Address, IPv6Network, ip_network
 from typing import Final
 
+from x07_sandbox.network import nat64
 from x07_sandbox.network.names import Address, Host
 from x07_sandbox.policy.hosts import Addresses
 
+# Services that give a machine's credentials or settings to every program on it.
+_METADATA: Final = (
+    "169.254.169.254",  # AWS, Azure, Google, Oracle, OpenStack, DigitalOcean, Hetzner and most others
+    *("fd00:ec2::254", "169.254.170.2"),  # AWS: instance metadata, ECS task credentials
+    *("169.254.170.23", "fd00:ec2::23"),  # AWS: EKS pod identity
+    *("169.254.169.253", "fd00:ec2::253", "169.254.169.123", "fd00:ec2::123"),  # AWS: DNS, time
+    "168.63.129.16",  # Azure: virtual machine agent, DNS
+    *("fd20:ce::254", "169.254.169.252"),  # Google: instance metadata, Kubernetes Engine
+    *("192.0.0.192", "fd00:c1::a9fe:a9fe"),  # Oracle
+    *("100.100.100.200", "fd00:100::100:200"),  # Alibaba
+    "169.254.0.23",  # Tencent
+    "100.96.0.96",  # Volcengine
+    "fe80::a9fe:a9fe",  # OpenStack
+    "fd00:a9fe:a9fe::1",  # Akamai (Linode)
+    *("169.254.42.42", "fd00:42::42"),  # Scaleway
+    "192.80.8.124",  # Equinix Metal
+)
 # Kind, description and networks; the first match counts.
 _FLOOR: Final = tuple(
     (kind, what, tuple(map(ip_network, networks.split())))
     for kind, what, networks in (
-        (
-            "metadata",
-            "a cloud metadata service",
-            "169.254.169.254/32 168.63.129.16/32 100.100.100.200/32 fd00:ec2::254/128 fd20:ce::254/128",
-        ),
+        ("metadata", "a cloud metadata service", " ".join(_METADATA)),
         ("loopback", "a loopback address, which inside the sandbox is the program's own", "127.0.0.0/8 ::1/128"),
         ("unspecified", "an unspecified address", "0.0.0.0/8 ::/128"),
         ("private", "a private address", "10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 fc00::/7 fec0::/10"),
         ("shared", "an address of a provider's NAT", "100.64.0.0/10"),
         ("link-local", "a link-local address", "169.254.0.0/16 fe80::/10"),
         ("multicast", "a multicast address", "224.0.0.0/4 ff00::/8"),
-        ("benchmark", "a benchmark address, which the sandbox uses for names", "198.18.0.0/15"),
+        ("benchmark", "a benchmark address", "198.18.0.0/15"),
         (
             "documentation",
             "a documentation address",
@@ -34,7 +48,7 @@ _FLOOR: Final = tuple(
         (
             "embedded",
             "an IPv6 address with an embedded IPv4 address",
-            "::/96 64:ff9b::/96 64:ff9b:1::/48 2001::/32 2002::/16",
+            "::/96 64:ff9b:1::/48 2001::/32 2002::/16",
         ),
         (
             "special",
@@ -44,16 +58,26 @@ _FLOOR: Final = tuple(
         ("reserved", "a reserved address", "240.0.0.0/4"),
     )
 )
+# The settings that can allow a kind of address. Kinds that are missing here are always denied.
+ALLOWED_BY: Final = {
+    **dict.fromkeys(("private", "shared", "link-local"), "allow_local"),
+    **dict.fromkeys(("documentation", "benchmark"), "allow_special"),
+    "loopback": "allow_loopback",
+    "metadata": "allow_metadata",
+}
+HOST_NAME: Final = "host.x07"
+"""The name of this host in a sandbox. It stands for HOST_ADDRESS and is never looked up."""
+HOST_ADDRESS: Final = IPv4Address("127.0.0.1")
 _UNICAST: Final = IPv6Network("2000::/3")
 # Names with a meaning only on one machine or network, whatever a resolver returns.
-_LOCAL_SUFFIXES: Final = ("localhost", "local", "internal", "home.arpa", "onion")
+_LOCAL_SUFFIXES: Final = ("localhost", "local", "internal", "home.arpa", "onion", HOST_NAME)
 
 
 def special(host: Host) -> tuple[str, str] | None:
     """Return the rule id and the reason if *host* is always denied, or None if it is not."""
     if isinstance(host, str):
         return _local_name(host)
-    kind, what = _kind(host)
+    kind, what = kind_of(host)
     return (f"deny-floor:{kind}", f"{host} is {what}") if kind else None
 
 
@@ -68,7 +92,10 @@ def special_within(addresses: Addresses) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _kind(address: Address) -> tuple[str, str]:
+def kind_of(address: Address) -> tuple[str, str]:
+    """Return the kind of a special address and its description, or two empty texts."""
+    if address in nat64.WELL_KNOWN:
+        (address,) = nat64.embedded(address, ())
     for kind, what, networks in _FLOOR:
         if any(address in network for network in networks):
             return kind, what

@@ -8,16 +8,17 @@ import errno
 import os
 import socket
 from functools import partial
-from ipaddress import IPv4Address, IPv6Address, IPv6Network
+from ipaddress import IPv6Address, IPv6Network
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from x07_sandbox.channel import egress
-from x07_sandbox.network import resolver
+from x07_sandbox.network import nat64, resolver
+from x07_sandbox.network.blocked_addresses import HOST_ADDRESS, HOST_NAME
 from x07_sandbox.network.rules import decide_address
 
 if TYPE_CHECKING:
-    from x07_sandbox.network.names import Address
+    from x07_sandbox.network.names import Address, Host
     from x07_sandbox.network.rules import Allowlist, Decision
 
 LOOK_UP_S: Final = resolver.LATE_S
@@ -26,8 +27,8 @@ _CACHED_MAX: Final = 256
 _TRIES: Final = 3
 _TRY_S: Final = 5.0
 _ALL_TRIES_S: Final = 10.0
-_NAT64_NAME: Final = "ipv4only.arpa"  # RFC 7050
-_NAT64_BITS: Final = 96
+_PREFIXES_S: Final = 60.0  # how long the network's NAT64 prefixes count as known
+_NO_PREFIXES_S: Final = 10.0  # after a failed look-up of them
 _CODES: Final = {
     errno.ECONNREFUSED: egress.REFUSED,
     errno.ENETUNREACH: egress.NET_UNREACHABLE,
@@ -132,7 +133,9 @@ class Dialler:
         self._allowlist = allowlist
         self._names = names
         self._loop = loop
-        self._nat64: list[IPv6Network] | None = None
+        self._nat64: set[IPv6Network] = set()
+        self._nat64_known = False
+        self._nat64_until = 0.0
 
     async def dial(self, decision: Decision) -> Dialled:
         """Connect to the destination of an allowed request. Raises NotDialledError if no address answers."""
@@ -146,15 +149,14 @@ class Dialler:
     async def _addresses(self, decision: Decision) -> list[Address]:
         """Return the addresses that may be dialled. Raises NotDialledError if no address is left."""
         host = decision.request.host
-        if not isinstance(host, str):
-            self._check_own(decision, host)
-            return [host]
         good, refused = [], NotDialledError(egress.NO_NAME, "name:unknown", f"{host} has no address")
-        for address in await self._names.look_up(host):
+        for address in await self._resolved(host):
             try:
                 self._check_rules(decision, address)
-                await self._check_nat64(address)
                 self._check_own(decision, address)
+                for embedded in nat64.embedded(address, await self._prefixes(address)):
+                    self._check_rules(decision, embedded)
+                    self._check_own(decision, embedded)
             except NotDialledError as exc:
                 refused = exc
             else:
@@ -162,6 +164,11 @@ class Dialler:
         if not good:
             raise refused
         return good
+
+    async def _resolved(self, host: Host) -> list[Address]:
+        if host == HOST_NAME:
+            return [HOST_ADDRESS]
+        return await self._names.look_up(host) if isinstance(host, str) else [host]
 
     def _check_rules(self, decision: Decision, address: Address) -> None:
         """Raise NotDialledError if the allowlist denies the address."""
@@ -171,28 +178,24 @@ class Dialler:
 
     def _check_own(self, decision: Decision, address: Address, *, known_own: bool = False) -> None:
         """Raise NotDialledError for this host's own addresses, even public ones, unless the settings allow them."""
-        opened = (address, decision.request.port) in self._allowlist.settings.allow_local
+        opened = self._allowlist.settings.lists(address, decision.request.port)
         if not opened and (known_own or (self._own_by_bind and _is_own(address))):
             why = f"{address} is an address of this host"
             raise NotDialledError(egress.POLICY, "deny-floor:own", why, str(address))
 
-    async def _check_nat64(self, address: Address) -> None:
-        """Raise NotDialledError for IPv6 addresses in which this network's NAT64 embeds IPv4 addresses."""
-        if isinstance(address, IPv4Address):
-            return
-        if self._nat64 is None:
+    async def _prefixes(self, address: Address) -> set[IPv6Network]:
+        """Return the prefixes of this network's NAT64. Raises NotDialledError for IPv6 if they cannot be learnt."""
+        if isinstance(address, IPv6Address) and self._loop.time() >= self._nat64_until:
             try:
-                found = await self._names.look_up(_NAT64_NAME)
+                self._nat64 |= nat64.prefixes(await self._names.look_up(nat64.NAME))
+                self._nat64_known = True
             except NotDialledError as exc:
-                if exc.code != egress.NO_NAME:  # unknown, so the address may be one
-                    raise
-                found = []
-            self._nat64 = [
-                IPv6Network((int(one) >> 32 << 32, _NAT64_BITS)) for one in found if isinstance(one, IPv6Address)
-            ]
-        if any(address in network for network in self._nat64):
-            why = f"{address} embeds an IPv4 address (NAT64)"
-            raise NotDialledError(egress.POLICY, "deny-floor:embedded", why, str(address))
+                self._nat64_known = exc.code == egress.NO_NAME
+            self._nat64_until = self._loop.time() + (_PREFIXES_S if self._nat64_known else _NO_PREFIXES_S)
+        if isinstance(address, IPv6Address) and not self._nat64_known:
+            why = f"whether {address} embeds an IPv4 address (NAT64) is unknown, since {nat64.NAME} cannot be resolved"
+            raise NotDialledError(egress.TIMED_OUT, "nat64:unknown", why, str(address))
+        return self._nat64
 
     async def _try(self, decision: Decision, addresses: list[Address]) -> Dialled:
         last = NotDialledError(egress.HOST_UNREACHABLE, "dial:failed", "no address could be tried")

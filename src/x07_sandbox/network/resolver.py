@@ -7,13 +7,17 @@ address one byte for the IP version and the 4 or 16 bytes of the address.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import socket
 import struct
 import threading
 import time
-from ipaddress import IPv4Address, IPv6Address
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
+
+from x07_sandbox.network import nat64
 
 if TYPE_CHECKING:
     from x07_sandbox.network.names import Address
@@ -27,6 +31,7 @@ NO_NAME: Final = 1
 FAILED: Final = 2
 LATE_S: Final = 5.0  # the gate does not wait longer for an answer
 _WORKERS: Final = 32
+_HOSTS_FILE: Final = Path("/etc/hosts")
 
 
 def encode_answer(number: int, status: int, addresses: list[Address]) -> bytes:
@@ -53,9 +58,13 @@ def decode_answer(data: bytes) -> tuple[int, int, list[Address]]:
 
 def look_up(name: str) -> tuple[int, list[Address]]:
     """Return the status and the addresses of a name, in this host's order of preference."""
+    if of_file := hosts_file_addresses(name):
+        return FOUND, of_file
     try:
-        # The final dot disables the search list, and single-label names of the hosts file.
-        rows = socket.getaddrinfo(f"{name}.".encode("ascii"), None, type=socket.SOCK_STREAM)
+        # Only IPv6 counts for NAT64, and an IPv4 answer would hide that the look-up of IPv6 failed.
+        family = socket.AF_INET6 if name == nat64.NAME else socket.AF_UNSPEC
+        # The final dot disables the search list. The C library then ignores the hosts file too.
+        rows = socket.getaddrinfo(f"{name}.".encode("ascii"), None, family, socket.SOCK_STREAM)
     except socket.gaierror as exc:
         known = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}
         return (NO_NAME if exc.errno in known else FAILED), []
@@ -69,6 +78,18 @@ def look_up(name: str) -> tuple[int, list[Address]]:
         elif family == socket.AF_INET6:
             found[IPv6Address(text)] = None
     return (FOUND if found else NO_NAME), list(found)
+
+
+def hosts_file_addresses(name: str, path: Path = _HOSTS_FILE) -> list[Address]:
+    """Return the addresses that the hosts file (hosts(5)) gives a name."""
+    found: dict[Address, None] = {}
+    with contextlib.suppress(OSError), path.open(encoding="ascii", errors="replace") as file:
+        for line in file:
+            address, *names = line.partition("#")[0].lower().split() or [""]
+            if name in names:
+                with contextlib.suppress(ValueError):
+                    found[ip_address(address.partition("%")[0])] = None
+    return list(found)
 
 
 def serve(sock: socket.socket) -> None:

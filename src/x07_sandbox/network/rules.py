@@ -10,6 +10,7 @@ counts:
 4. the allowlist: names match names, addresses match addresses, and the ports of all matching entries count.
 """
 
+import json
 import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Final, Literal
@@ -18,7 +19,15 @@ import msgspec
 from msgspec.structs import replace
 
 from x07_sandbox.errors import UsageError, printable
-from x07_sandbox.network.blocked_addresses import special, special_within
+from x07_sandbox.network import nat64
+from x07_sandbox.network.blocked_addresses import (
+    ALLOWED_BY,
+    HOST_ADDRESS,
+    HOST_NAME,
+    kind_of,
+    special,
+    special_within,
+)
 from x07_sandbox.network.names import (
     PORT_LAST,
     Address,
@@ -34,7 +43,7 @@ from x07_sandbox.network.names import (
 from x07_sandbox.plan.denials import HowToAllow
 from x07_sandbox.plan.observed import advise
 from x07_sandbox.policy.hosts import Addresses
-from x07_sandbox.policy.model import Db, DbNet, Policy
+from x07_sandbox.policy.model import Policy
 from x07_sandbox.policy.problems import PolicyError, Problem
 
 Transport = Literal["tcp", "udp"]
@@ -51,8 +60,12 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 
     def __str__(self) -> str:
         """Return the request in the form that ``--allow-host`` takes."""
-        host = f"[{self.host}]" if ":" in str(self.host) else self.host
-        return f"{host}:{self.port}"
+        return endpoint_text(str(self.host), self.port)
+
+
+def endpoint_text(host: str, port: int) -> str:
+    """Return host and port as one text, an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,10 +86,21 @@ class Denied(msgspec.Struct, frozen=True):
 
 
 class NetSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """Exceptions in the user's settings. allow_local: special addresses with a port. opaque_ports: not inspected."""
+    """Exceptions in the user's settings. allow_local, allow_special: with a port. opaque_ports: not inspected."""
 
-    allow_local: frozenset[tuple[Address, int]] = frozenset()
+    allow_local: frozenset[tuple[Addresses, int]] = frozenset()
+    allow_special: frozenset[tuple[Addresses, int]] = frozenset()
     opaque_ports: frozenset[int] = frozenset()
+
+    def lists(self, address: Address, port: int) -> bool:
+        """Return whether allow_local has an entry for this one address."""
+        return (Addresses(address.version, int(address), int(address)), port) in self.allow_local
+
+    def allows(self, address: Address, port: int) -> bool:
+        """Return whether the settings allow a special address. A network does not allow loopback and metadata."""
+        by = ALLOWED_BY.get(kind_of(address)[0])
+        found = {"allow_local": self.allow_local, "allow_special": self.allow_special}.get(by or "", ())
+        return self.lists(address, port) or any(port == one and matches(what, address) for what, one in found)
 
 
 class Allowlist(msgspec.Struct, frozen=True, kw_only=True):
@@ -103,6 +127,12 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
 
 def parse_request(text: str, transport: Transport = "tcp") -> Request:
     """Parse ``HOST:PORT``, with an IPv6 address in brackets. Raises UsageError for any other text."""
+    host, port = split_port(text)
+    return Request(host=parse_host(host), port=port, transport=transport)
+
+
+def split_port(text: str) -> tuple[str, int]:
+    """Return host and port of ``HOST:PORT``. Raises UsageError."""
     host, colon, port = text.rpartition(":")
     number = int(port) if port.isascii() and port.isdigit() and len(port) <= len(str(PORT_LAST)) else 0
     fix = "Write HOST:PORT, such as example.org:443 or [2001:db8::1]:443"
@@ -112,7 +142,7 @@ def parse_request(text: str, transport: Transport = "tcp") -> Request:
         raise UsageError(f"cannot use {text!r}", f"the port is not a number from 1 to {PORT_LAST}", fix)
     if ":" in host and not host.startswith("["):
         raise UsageError(f"cannot use {text!r}", "an IPv6 address with a port needs brackets", fix)
-    return Request(host=parse_host(host), port=number, transport=transport)
+    return host, number
 
 
 def make_allowlist(policy: Policy, denied: DeniedHosts | None = None, settings: NetSettings | None = None) -> Allowlist:
@@ -149,10 +179,12 @@ def decide_address(allowlist: Allowlist, decision: Decision, address: Address) -
     if not decision.allowed:
         return decision
     asked = decision.request
-    by_address = replace(asked, host=unmapped(address))
+    as_given = replace(asked, host=unmapped(address))
+    by_address = replace(as_given, host=next(iter(nat64.embedded(address, ())), as_given.host))
     if isinstance(asked.host, str) and (local := special(asked.host)) and not _opened(allowlist, by_address):
         return _denied(asked, *local)
-    if denial := _special(allowlist, by_address) or _denial(allowlist, by_address):
+    denial = _special(allowlist, by_address) or _denial(allowlist, by_address) or _denial(allowlist, as_given)
+    if denial:
         return replace(denial, request=asked, reason=f"{asked.host} resolves to {address}, and {denial.reason}")
     return decision
 
@@ -160,12 +192,17 @@ def decide_address(allowlist: Allowlist, decision: Decision, address: Address) -
 def unreachable_entries(allowlist: Allowlist) -> Iterator[tuple[Entry, str]]:
     """Yield each entry of which at least a part is unreachable, and the reason as a clause."""
     for entry in allowlist.entries:
-        if isinstance(entry.what, Addresses):
+        if isinstance(entry.what, Addresses) and entry.what.first != entry.what.last:
             if found := special_within(entry.what):
                 more = f", and {len(found) - 1} more like it" if len(found) > 1 else ""
                 yield entry, f"{found[0]}{more}"
-        elif isinstance(entry.what, str) and (local := special(entry.what)) is not None:
-            yield entry, local[1]
+        elif not isinstance(entry.what, Wildcard):
+            host = parse_host(pattern_text(entry.what))
+            requests = [Request(host=host, port=port) for port in sorted(entry.ports)]
+            denied = [one for one in (_special(allowlist, request) for request in requests) if one is not None]
+            for decision in denied[:1]:
+                setting = decision.how_to_allow and decision.how_to_allow.setting
+                yield entry, f"{decision.reason}; to allow it, set {setting}" if setting else decision.reason
 
 
 def denied_name(allowlist: Allowlist, name: str, port: int) -> str | None:
@@ -176,7 +213,8 @@ def denied_name(allowlist: Allowlist, name: str, port: int) -> str | None:
 
 def _special(allowlist: Allowlist, request: Request) -> Decision | None:
     if (found := special(request.host)) is not None and not _opened(allowlist, request):
-        return _denied(request, *found)
+        own = not isinstance(request.host, str) and request.host.is_loopback  # that of the program
+        return _denied(request, *found, None if own else advise_setting(allowlist, request))
     if request.transport == "udp" and request.port == _QUIC and _QUIC not in allowlist.settings.opaque_ports:
         return _denied(request, "udp-443", "UDP port 443 is QUIC, which hides the server name")
     return None
@@ -188,10 +226,43 @@ def _opened(allowlist: Allowlist, request: Request) -> bool:
     A special name is allowed if the settings list any address with the requested port. `decide_address` later checks
     the addresses to which the name resolves.
     """
-    local = allowlist.settings.allow_local
-    if isinstance(request.host, str):
-        return any(port == request.port for _, port in local)
-    return (request.host, request.port) in local
+    settings, host = allowlist.settings, _meant(request.host)
+    if isinstance(host, str):
+        return any(port == request.port for _, port in settings.allow_local | settings.allow_special)
+    return settings.allows(host, request.port)
+
+
+def advise_setting(allowlist: Allowlist, request: Request) -> HowToAllow | None:
+    """Return the advice to allow a special host in the settings, and in the policy if it is not listed there."""
+    if not (setting := _setting(allowlist.settings, request)):
+        return None
+    found = _switch(allowlist, request) or _listed(allowlist, request)
+    return replace(found.how_to_allow or HowToAllow(json_path=None, value=None), setting=setting)
+
+
+def _setting(settings: NetSettings, request: Request) -> str:
+    """Return the lines of the settings that would allow a special host, or "" if none can."""
+    host = _meant(request.host)
+    if isinstance(host, str):  # not resolved yet
+        if f".{host}".endswith((".localhost", ".onion")):
+            return ""
+        return f'allow_local = ["ADDRESS:{request.port}"] with the address of {host}'
+    by = ALLOWED_BY.get(kind_of(host)[0], "")
+    if not by:
+        return ""
+    key = by if by == "allow_special" else "allow_local"
+    listed = settings.allow_special if by == "allow_special" else settings.allow_local
+    line = f"{key} = {json.dumps([*opened_texts(listed), str(replace(request, host=host))])}"
+    return line if key == by else f"{by} = true and {line}"
+
+
+def opened_texts(opened: Collection[tuple[Addresses, int]]) -> list[str]:
+    """Return the entries of allow_local or allow_special as texts."""
+    return sorted(endpoint_text(pattern_text(what), port) for what, port in opened)
+
+
+def _meant(host: Host) -> Host:
+    return HOST_ADDRESS if host == HOST_NAME else host
 
 
 def _denial(allowlist: Allowlist, request: Request) -> Decision | None:
@@ -203,7 +274,7 @@ def _denial(allowlist: Allowlist, request: Request) -> Decision | None:
 
 
 def _switch(allowlist: Allowlist, request: Request) -> Decision | None:
-    """Return a denial if a switch of ``net`` or an empty ``net.allow_hosts`` excludes the request, else None."""
+    """Return a denial if a switch of ``net`` excludes the request, else None."""
     policy = allowlist.policy
     net = policy.net
     for name, on in (
@@ -214,9 +285,6 @@ def _switch(allowlist: Allowlist, request: Request) -> Decision | None:
         if not on:
             how = advise(policy, f"net.{name}", value=True)
             return _denied(request, f"net.{name}", f"net.{name} is false in policy {policy.policy_id}", how)
-    if not net.allow_hosts:
-        also = " (db.net needs it too)" if list(_databases(policy)) else ""
-        return _denied(request, "net.allow_hosts", f"net.allow_hosts is empty{also}", _advise_listing(policy, request))
     return None
 
 
@@ -254,7 +322,7 @@ def _advise_listing(policy: Policy, request: Request) -> HowToAllow | None:
 def _entries(policy: Policy, problems: list[Problem]) -> Iterator[Entry]:
     """Yield all entries in the policy's order. Append invalid hosts to *problems*."""
     net = policy.net
-    if not net.enabled or not net.allow_hosts:
+    if not net.enabled:
         return
     rows = [
         (f"net.allow_hosts[{index}]", f"net.allow_hosts[{index}].ports", entry.host, entry.ports)
@@ -273,8 +341,7 @@ def _entries(policy: Policy, problems: list[Problem]) -> Iterator[Entry]:
 
 def _databases(policy: Policy) -> Iterable[tuple[str, str, tuple[int, ...]]]:
     """Yield rule, host and ports of each database server, if databases are enabled."""
-    if isinstance(policy.db, Db) and policy.db.enabled and isinstance(policy.db.net, DbNet):
-        net = policy.db.net
+    if (net := policy.database_servers) is not None:
         for name, hosts in (("allow_dns", net.allow_dns), ("allow_cidrs", net.allow_cidrs)):
             for index, host in enumerate(hosts):
                 yield f"db.net.{name}[{index}]", host, net.allow_ports

@@ -1,17 +1,19 @@
 """The section `[net]` of the user's settings (host/user_settings), for permissions that no policy can grant."""
 
+from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from typing import Any, Final
 
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.paths import settings_file
 from x07_sandbox.host.user_settings import settings_bytes, settings_table
-from x07_sandbox.network.blocked_addresses import special
-from x07_sandbox.network.names import PORT_LAST
-from x07_sandbox.network.rules import NetSettings, Request, parse_request
+from x07_sandbox.network.blocked_addresses import ALLOWED_BY, kind_of
+from x07_sandbox.network.names import PORT_LAST, parse_pattern
+from x07_sandbox.network.rules import NetSettings, opened_texts, split_port
+from x07_sandbox.policy.hosts import Addresses
 
-_OPENED: Final = frozenset({"private", "shared", "link-local"})  # kinds that allow_local alone allows
-_OPENED_BY: Final = {"loopback": "allow_loopback", "metadata": "allow_metadata"}
+_LISTS: Final = ("allow_local", "allow_special")
+_SWITCHES: Final = ("allow_loopback", "allow_metadata")
 
 
 def read_settings(path: Path | None = None) -> NetSettings:
@@ -25,14 +27,14 @@ def parse_settings(data: bytes, source: str) -> NetSettings:
     """Return the settings in a file's content. source: the file's name in errors. Raises UsageError."""
     what = f"cannot use {source}"
     net = settings_table(data, "net", source)
-    for key in _OPENED_BY.values():
+    for key in _SWITCHES:
         if not isinstance(net.get(key, False), bool):
             raise UsageError(what, f"net.{key} is not true or false", f"Set {key} = true or {key} = false")
     ports = _list(net, "opaque_ports", int, what)
     if any(isinstance(port, bool) or not 1 <= port <= PORT_LAST for port in ports):
         raise UsageError(what, "net.opaque_ports contains an invalid port", f"Use ports from 1 to {PORT_LAST}")
-    local = frozenset(_local(text, net, what) for text in _list(net, "allow_local", str, what))
-    return NetSettings(allow_local=local, opaque_ports=frozenset(ports))
+    opened = {key: frozenset(_opened(text, key, net, what) for text in _list(net, key, str, what)) for key in _LISTS}
+    return NetSettings(**opened, opaque_ports=frozenset(ports))
 
 
 def _list(net: dict[str, Any], key: str, kind: type, what: str) -> list[Any]:
@@ -43,37 +45,52 @@ def _list(net: dict[str, Any], key: str, kind: type, what: str) -> list[Any]:
     return found
 
 
-def _local(text: str, net: dict[str, Any], what: str) -> tuple[Any, int]:
-    """Return an entry of allow_local as address and port. Raises UsageError if the entry is invalid or not allowed."""
+def _opened(text: str, key: str, net: dict[str, Any], what: str) -> tuple[Addresses, int]:
+    """Return an entry of the list *key*. Raises UsageError if the entry is invalid or not allowed."""
+    entry = f"the entry {text!r} of net.{key}"
     try:
-        request: Request = parse_request(text)
+        found, port = _addresses(text)
     except UsageError as exc:
-        raise UsageError(what, f"the entry {text!r} of net.allow_local is invalid ({exc.why})", exc.fix) from exc
-    found = None if isinstance(request.host, str) else special(request.host)
+        raise UsageError(what, f"{entry} is invalid ({exc.why})", exc.fix) from exc
     if found is None:
-        fix = "Use an address of your own network. Other addresses need only a policy entry"
-        raise UsageError(what, f"the entry {text!r} of net.allow_local is not a special address with a port", fix)
-    kind = found[0].partition(":")[2]
-    if (word := _OPENED_BY.get(kind)) is not None:
-        if net.get(word) is not True:
-            raise UsageError(what, f"{found[1]} (net.allow_local)", f"To allow it, also set {word} = true in [net]")
-    elif kind not in _OPENED:
-        raise UsageError(
-            what, f"{found[1]} (net.allow_local)", f"Remove the entry {text!r}: this address is always denied"
-        )
-    return request.host, request.port
+        raise UsageError(what, f"{entry} is not an address", "Use an address, not a name")
+    for number in {found.first, found.last}:
+        address = IPv4Address(number) if found.version == 4 else IPv6Address(number)  # noqa: PLR2004 - IPv4
+        kind, why = kind_of(address)
+        by = ALLOWED_BY.get(kind)
+        fix = ""
+        if not kind:
+            fix, why = "Use an address of your own network. Other addresses need only a policy entry", "not special"
+        elif by in _SWITCHES and key == "allow_local":
+            if net.get(by) is not True:
+                fix = f"To allow it, also set {by} = true in [net]"
+            elif found.first != found.last:
+                fix = "A network cannot include it. List the address by itself"
+        elif by != key:
+            to = "allow_special" if by == "allow_special" else "allow_local"
+            fix = f"Move the entry to {to}" if by else f"Remove the entry {text!r}: it is always denied"
+        if fix:
+            raise UsageError(what, f"{address} is {why} ({entry})", fix)
+    return found, port
+
+
+def _addresses(text: str) -> tuple[Addresses | None, int]:
+    """Parse ``ADDRESS:PORT``, also with a network or a range. Raises UsageError."""
+    host, port = split_port(text)
+    found = parse_pattern(host.removeprefix("[").removesuffix("]"))
+    return found if isinstance(found, Addresses) else None, port
 
 
 def settings_to_json(settings: NetSettings) -> dict[str, list[Any]]:
     """Return the settings as JSON values."""
-    local = [str(Request(host=host, port=port)) for host, port in settings.allow_local]
-    return {"allow_local": sorted(local), "opaque_ports": sorted(settings.opaque_ports)}
+    opened = {key: opened_texts(getattr(settings, key)) for key in _LISTS}
+    return {**opened, "opaque_ports": sorted(settings.opaque_ports)}
 
 
 def settings_from_json(words: dict[str, list[Any]]) -> NetSettings:
     """Return the settings from `settings_to_json`. Raises UsageError if they are invalid."""
-    local = [parse_request(text) for text in words["allow_local"]]
+    opened = {key: [_addresses(text) for text in words[key]] for key in _LISTS}
     return NetSettings(
-        allow_local=frozenset((request.host, request.port) for request in local if not isinstance(request.host, str)),
+        **{key: frozenset((what, port) for what, port in found if what) for key, found in opened.items()},
         opaque_ports=frozenset(words["opaque_ports"]),
     )

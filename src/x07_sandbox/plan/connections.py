@@ -55,10 +55,10 @@ _MOST: Final = 2
 
 def connection_hints(text: str, policy: Policy) -> Iterator[Hint]:
     """Yield hints on at most two unreachable hosts, or one hint without a host if the text contains none."""
-    if policy.net.may_connect:  # the gate reports each denied connection
+    if policy.may_connect:  # the gate reports each denied connection
         return
     failed = _FAILED.search(text)
-    found = dict.fromkeys(itertools.islice(_hosts(text, nearby=failed is not None), _MOST))
+    found = dict.fromkeys(itertools.islice(hosts_in(text, nearby=failed is not None), _MOST))
     for host, port in found:
         yield _hint(f"the connection to {host}:{port}", f"{host}:{port}", policy)
     if not found and failed is not None and failed[0] != "Connection refused":  # refused by this machine itself
@@ -72,7 +72,7 @@ def _hint(subject: str, host: str, policy: Policy) -> Hint:
     return Hint(subject=subject, kind="network", how=how)
 
 
-def _hosts(text: str, *, nearby: bool) -> Iterator[tuple[str, int]]:
+def hosts_in(text: str, *, nearby: bool) -> Iterator[tuple[str, int]]:
     """Yield hosts and ports that are safe to paste. nearby: whether to search more than failure messages."""
     ports = {match["host"].lower(): _port(match) for match in _URLS.finditer(text)}
     for pattern in (*_NAMED, *(_NEARBY if nearby else ())):

@@ -173,12 +173,12 @@ def _no_files(given: PlanInput, field: str) -> Answer:
 
 
 def _network(given: PlanInput, field: str) -> Answer:
-    if not given.policy.net.may_connect:
+    if not given.policy.may_connect:
         return _no_network(given, field)
     if "network" not in given.features.can_enforce:
-        if field == "net.allow_hosts":
+        if field == "net.allow_hosts" and given.policy.net.allow_hosts:
             return Answer("refused", _NOBODY, "this backend cannot enforce a list of hosts")
-        return Answer("enforced", _PLAN, "nothing runs: net.allow_hosts is refused")
+        return Answer("enforced", _PLAN, "nothing runs: the list of hosts is refused")
     why = _NETWORK_RULES[field][given.values[field] is True]
     if field == "net.allow_hosts" and "held-connections" not in given.features.can_enforce:
         why += "; a denied connection is reset after connect() succeeded"
@@ -192,11 +192,13 @@ def _no_network(given: PlanInput, _field: str) -> Answer:
 
 
 def _database(given: PlanInput, field: str) -> Answer:
-    if given.servers and not given.policy.net.may_connect:
-        why = "database servers need net.enabled and a non-empty net.allow_hosts"
+    if given.servers and not given.policy.may_connect:
+        why = "database servers need net.enabled, and entries in db.net or net.allow_hosts"
         return Answer("refused", _NOBODY, why)
     if given.servers and "network" in given.features.can_enforce:
         return _advice(given, field)
+    if given.policy.database_servers and not given.policy.net.allow_hosts:
+        return Answer("refused", _NOBODY, "this backend cannot enforce a list of servers")
     if _no_network(given, field).state == "enforced":
         advice = _advice(given, field)
         return Answer(
@@ -208,7 +210,7 @@ def _database(given: PlanInput, field: str) -> Answer:
 def _database_net(given: PlanInput, field: str) -> Answer:
     if not given.servers or "network" not in given.features.can_enforce:
         return _no_network(given, field)
-    if not given.policy.net.may_connect:
+    if not given.policy.may_connect:
         return Answer("enforced", _PLAN, "nothing runs: db.enabled is refused")
     if field in _REQUIRES:
         return _advice(given, field)

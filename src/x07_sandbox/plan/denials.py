@@ -11,7 +11,7 @@ class HowToAllow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     json_path: the policy field to change; null if no field allows it.
     value: the value to set the field to.
     flag: the flag that has the same effect, if such a flag exists.
-    setting: a line for the user's own settings, if only the settings can allow it (docs/explanation/network.md).
+    setting: lines for the user's own settings, which are needed besides the policy (docs/explanation/network.md).
     """
 
     json_path: str | None

@@ -95,11 +95,6 @@ class Net(Section, frozen=True, kw_only=True):
         Meta(max_length=256, description='Hosts that the program may connect to, each {"host": ..., "ports": [...]}.'),
     ]
 
-    @property
-    def may_connect(self) -> bool:
-        """Whether the program may connect to any host."""
-        return self.enabled and bool(self.allow_hosts)
-
 
 class Env(Section, frozen=True, kw_only=True):
     """Environment variables that an X07 program may read. Only the variables in allow_keys are passed from the host."""
@@ -254,6 +249,21 @@ class Policy(Section, frozen=True, kw_only=True):
     language: Language | UnsetType = UNSET
     threads: Threads | UnsetType = UNSET
     process: Process
+
+    @property
+    def database_servers(self) -> DbNet | None:
+        """The servers in db.net, if databases on servers are enabled."""
+        if not isinstance(self.db, Db) or not isinstance(self.db.net, DbNet) or not self.db.enabled:
+            return None
+        drivers = self.db.drivers
+        return self.db.net if drivers.postgres or drivers.mysql or drivers.redis else None
+
+    @property
+    def may_connect(self) -> bool:
+        """Whether the program may connect to any host."""
+        servers = self.database_servers
+        listed = self.net.allow_hosts or (servers and (servers.allow_dns or servers.allow_cidrs))
+        return self.net.enabled and bool(listed)
 
     @property
     def notes_in_force(self) -> str:

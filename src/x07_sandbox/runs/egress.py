@@ -7,18 +7,20 @@ import os
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
+from msgspec.structs import replace
 
 from x07_sandbox.errors import UsageError
 from x07_sandbox.network.guest_view import guest_view
 from x07_sandbox.network.names import parse_host
 from x07_sandbox.network.processes import GateConfig, gate_running
-from x07_sandbox.network.rules import Allowlist, Request, decide, make_allowlist
+from x07_sandbox.network.rules import Allowlist, Request, advise_setting, decide, endpoint_text, make_allowlist
 from x07_sandbox.network.settings import read_settings
+from x07_sandbox.plan.connections import hosts_in
 from x07_sandbox.plan.denials import Denial, HowToAllow
 from x07_sandbox.runs.folder import NET_LOG
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from x07_sandbox.network.processes import GateProcess
@@ -56,14 +58,19 @@ def gate_of(egress: Egress, folder: Path) -> Iterator[GateProcess]:
         os.close(log_fd)
 
 
-def denials(net: NetworkUse, allowlist: Allowlist) -> tuple[list[Denial], int]:
-    """Return the denials that the gate reported, connections before look-ups, and the number of unlisted denials."""
+def denials(net: NetworkUse, allowlist: Allowlist, text: str = "") -> tuple[list[Denial], int]:
+    """Return the denials that the gate reported, connections before look-ups, and the number of unlisted denials.
+
+    text: the program's error output, which may name the port of a host that was only looked up.
+    """
+    ports = dict(hosts_in(text, nearby=True))
     found = sorted(net.denied, key=lambda contact: contact.port == 0)
-    return [_denial(contact, allowlist) for contact in found[:_DENIALS_MAX]], len(found[_DENIALS_MAX:]) + net.more
+    more = len(found[_DENIALS_MAX:]) + net.more
+    return [_denial(contact, allowlist, ports) for contact in found[:_DENIALS_MAX]], more
 
 
-def _denial(contact: Contact, allowlist: Allowlist) -> Denial:
-    where = f"{contact.host}:{contact.port}" if contact.port else contact.host
+def _denial(contact: Contact, allowlist: Allowlist, ports: Mapping[str, int]) -> Denial:
+    where = endpoint_text(contact.host, contact.port) if contact.port else contact.host
     action, subject = "connect", where if contact.transport == "tcp" else f"{where} ({contact.transport})"
     if contact.rule == "frames":
         action, subject = "break", "the protocol of the egress gate"
@@ -76,27 +83,21 @@ def _denial(contact: Contact, allowlist: Allowlist) -> Denial:
         enforced_by="egress gate",
         observed_by="host",
         count=contact.count,
-        how_to_allow=_how(contact, allowlist),
+        how_to_allow=_how(contact, allowlist, ports.get(contact.host, _LIKELY_PORT)),
         reason="" if contact.rule.startswith("net.") else contact.reason,
     )
 
 
-def _how(contact: Contact, allowlist: Allowlist) -> HowToAllow | None:
-    if setting := _setting(contact):
-        return HowToAllow(json_path=None, value=None, setting=setting)
+def _how(contact: Contact, allowlist: Allowlist, likely_port: int) -> HowToAllow | None:
+    kind = contact.rule.partition(":")[0]
+    if kind in {"tls", "http", "first-bytes", "udp-443"}:
+        return HowToAllow(json_path=None, value=None, setting=f"opaque_ports = [{contact.port}]")
     # No setting allows an invalid host or one that is already in the list.
     with contextlib.suppress(UsageError):
-        port = contact.port or _LIKELY_PORT  # a lookup has no port
+        port = contact.port or likely_port  # a lookup has no port
         request = Request(host=parse_host(contact.host), port=port, transport=contact.transport)
+        if kind in {"deny-floor", "local-name"} and contact.address:  # the listed name resolved to a special address
+            resolved = advise_setting(allowlist, replace(request, host=parse_host(contact.address)))
+            return resolved and HowToAllow(json_path=None, value=None, setting=resolved.setting)
         return decide(allowlist, request).how_to_allow
     return None
-
-
-def _setting(contact: Contact) -> str:
-    kind, _, what = contact.rule.partition(":")
-    if kind in {"tls", "http", "first-bytes", "udp-443"}:
-        return f"opaque_ports = [{contact.port}]"
-    if kind == "deny-floor" and what in {"private", "shared", "link-local"}:
-        address = contact.address or contact.host
-        return f'allow_local = ["{Request(host=parse_host(address), port=contact.port)}"]'
-    return ""

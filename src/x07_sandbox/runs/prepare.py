@@ -123,7 +123,7 @@ def prepare(
     )
     yield draft
     egress = None
-    if effective_policy.policy.net.may_connect and not plan.refusals:
+    if effective_policy.policy.may_connect and not plan.refusals:
         from x07_sandbox.runs.egress import egress_of  # imported only for runs with connections
 
         egress = egress_of(effective_policy)

@@ -16,7 +16,7 @@ from x07_sandbox.runs.prepare import final_value, prepare, wants_scaling
 from x07_sandbox.runs.result import Scaling, draft_result
 
 if TYPE_CHECKING:
-    from x07_sandbox.network.rules import Denied, Entry
+    from x07_sandbox.network.rules import Allowlist, Denied, Entry
     from x07_sandbox.runs.prepare import Prepared
     from x07_sandbox.runs.request import RunRequest
 
@@ -33,6 +33,7 @@ class Preview(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     scaling: scaled limits, if the slowdown of emulation is known.
     hosts: HOST:PORTS to which the program may connect.
     denied_hosts: hosts that flags deny.
+    blocked_hosts: HOST:PORTS of `hosts` that are special addresses, and the settings that would allow them.
     """
 
     schema_version: Literal["x07.sandbox.preview@0.1.0"] = SCHEMA
@@ -47,6 +48,7 @@ class Preview(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     scaling: Scaling | None = None
     hosts: tuple[str, ...] = ()
     denied_hosts: tuple[str, ...] = ()
+    blocked_hosts: tuple[str, ...] = ()
 
 
 def preview(request: RunRequest) -> Preview:
@@ -58,6 +60,7 @@ def preview(request: RunRequest) -> Preview:
         if not ready.plan.refusals:
             trees_of(roots)  # checks them
         ready, scaling = _scaled(ready)
+        allowlist = ready.egress and ready.egress.allowlist
         digests = {name: digest for name, digest in msgspec.structs.asdict(draft.digests).items() if digest}
         return Preview(
             toolchain=toolchain.name,
@@ -69,8 +72,9 @@ def preview(request: RunRequest) -> Preview:
             image=ready.image_name,
             plan=ready.plan,
             scaling=scaling,
-            hosts=tuple(_endpoint(entry) for entry in ready.egress.allowlist.entries) if ready.egress else (),
-            denied_hosts=tuple(_endpoint(entry) for entry in ready.egress.allowlist.denied) if ready.egress else (),
+            hosts=tuple(_endpoint(entry) for entry in allowlist.entries) if allowlist else (),
+            denied_hosts=tuple(_endpoint(entry) for entry in allowlist.denied) if allowlist else (),
+            blocked_hosts=_blocked(allowlist) if allowlist else (),
         )
 
 
@@ -79,6 +83,12 @@ def _scaled(ready: Prepared) -> tuple[Prepared, Scaling | None]:
 
     factor = known_factor() if wants_scaling(ready) else None
     return (ready, None) if factor is None else scale(ready, factor)[:2]
+
+
+def _blocked(allowlist: Allowlist) -> tuple[str, ...]:
+    from x07_sandbox.network.rules import unreachable_entries
+
+    return tuple(f"{_endpoint(entry)} ({why})" for entry, why in unreachable_entries(allowlist))
 
 
 def _endpoint(entry: Entry | Denied) -> str:

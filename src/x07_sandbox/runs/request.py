@@ -230,7 +230,7 @@ def _policy_file(given: str | Path) -> bytes:
 def _check_own(policy: Policy, given: ProjectPolicy) -> None:
     """Raise RefusedError if a project's own policy asks for network access or for folders outside the project."""
     by_name = f"Read the policy. To accept it, add --policy {given.path.absolute()}"
-    if policy.net.enabled and policy.net.allow_hosts:
+    if policy.may_connect:
         raise RefusedError("cannot use the project's own policy", f"{given} asks for network access", by_name)
     for root in (*policy.fs.read_roots, *policy.fs.write_roots) if policy.fs.enabled else ():
         if root.startswith("/") and not f"{os.path.normpath(root)}/".startswith(f"{given.base.rstrip('/')}/"):

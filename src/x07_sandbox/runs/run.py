@@ -287,7 +287,9 @@ def _with_denials(draft: Result, prepared: Prepared, spec: PhaseSpec, end: JobEn
     if end.net is not None and prepared.egress is not None:
         from x07_sandbox.runs.egress import denials as denied_connections
 
-        connections, more = denied_connections(end.net, prepared.egress.allowlist)
+        connections, more = denied_connections(
+            end.net, prepared.egress.allowlist, _tail(end).decode("utf-8", "replace")
+        )
         denials += connections
         draft = replace(draft, denials_lost=draft.denials_lost + more)
     if tasks:
@@ -310,9 +312,12 @@ def _with_denials(draft: Result, prepared: Prepared, spec: PhaseSpec, end: JobEn
     return replace(draft, denials=denials, hints=_hints(outcome, prepared, spec, end))
 
 
+def _tail(end: JobEnd) -> bytes:
+    return os.pread(end.stderr_fd, _TAIL_BYTES, max(0, os.fstat(end.stderr_fd).st_size - _TAIL_BYTES))
+
+
 def _hints(outcome: str, prepared: Prepared, spec: PhaseSpec, end: JobEnd) -> list[Hint]:
-    begin = max(0, os.fstat(end.stderr_fd).st_size - _TAIL_BYTES)
-    if outcome != "ok" and (tail := os.pread(end.stderr_fd, _TAIL_BYTES, begin)):
+    if outcome != "ok" and (tail := _tail(end)):
         from x07_sandbox.runs.hint_context import hints_for
 
         return hints_for(tail, prepared.policy.policy, spec, prepared.request, prepared.program)

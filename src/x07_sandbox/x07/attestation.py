@@ -129,7 +129,7 @@ def network_mode(policy: Policy) -> NetworkMode:
     """Return the policy's network mode, as X07's attestation calls it."""
     if not policy.net.enabled:
         return "none"
-    return "allowlist" if policy.net.allow_hosts else "disabled"
+    return "allowlist" if policy.may_connect else "disabled"
 
 
 def reference(path: str, made: Attestation) -> AttestationReference:

@@ -327,7 +327,12 @@ NAME_ROWS: Final = [
         "32-6",
         "A listed name resolves to the host's own public IPv6 address.",
         GATE_ADDRESS_6,
-        expected=looked_up("ipv4only.arpa"),  # the one question about this network's translator
+    ),
+    resolving(
+        "31-nat64-64",
+        "A listed name resolves to the metadata service, for a translator with a prefix of 64 bits.",
+        "2a0f:64:0:1:a9:fea9:fe00:0",
+        expected=looked_up("ipv4only.arpa")[1:],  # the one question about this network's translators
     ),
     *[
         ask(f"33-{host.rstrip('.')}", "A name that means something only here.", host, 8600)
@@ -335,12 +340,30 @@ NAME_ROWS: Final = [
     ],
     ask(
         "33-hosts-file",
-        "A listed name is only in the host's /etc/hosts.",
+        "A listed name has a private address in the host's /etc/hosts.",
         "hosts-file.example",
         80,
-        expected=looked_up("hosts-file.example"),
-        answer={"code": 7},
+        answer=POLICY,
         lists={"hosts-file.example": [80]},
+    ),
+    ask(
+        "33-hosts-file-public",
+        "A listed name has a public address in the host's /etc/hosts, which is used.",
+        "public.hosts-file.example",
+        80,
+        request("public.hosts-file.example"),
+        1.0,
+        expected=got("public.hosts-file.example")[2:],
+        lists={"public.hosts-file.example": [80]},
+    ),
+    ask(
+        "33-search",
+        "A listed name exists only below a search domain of the host.",
+        "only.search.example",
+        80,
+        expected=looked_up("only.search.example"),
+        answer={"code": 7},
+        lists={"only.search.example": [80]},
     ),
     ask(
         "34",
