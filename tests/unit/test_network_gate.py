@@ -25,7 +25,7 @@ from x07_sandbox.channel.egress import TCP, UDP, WINDOW, EgressLink, Event
 from x07_sandbox.network import dialler, gate, resolver
 from x07_sandbox.network.dialler import Dialler, ResolverClient
 from x07_sandbox.network.flows import TcpFlow
-from x07_sandbox.network.gate import FLOWS_MAX, NAMES_MAX, NAMES_OF_WILDCARD, PENDING_MAX, Gate
+from x07_sandbox.network.gate import NAMES_MAX, NAMES_OF_WILDCARD, WAITING_MAX, Gate
 from x07_sandbox.network.ledger import Ledger
 from x07_sandbox.network.rules import NetSettings, decide, make_allowlist, parse_request
 from x07_sandbox.policy.default import default_policy
@@ -45,6 +45,8 @@ TEST_S: Final = 60.0
 NAT64: Final = "ipv4only.arpa"
 HELLO: Final = hello(sni(b"a.example"))
 OTHER_HELLO: Final = hello(sni(b"b.example"))
+LIMITS: Final = NetSettings()
+FAST: Final = NetSettings(connections_per_second=100_000)  # no limit that a test would notice
 GET: Final = b"GET /x HTTP/1.1\r\nHost: a.example\r\n\r\n"
 
 
@@ -717,27 +719,21 @@ async def test_a_name_is_looked_up_once_for_a_connection(monkeypatch: pytest.Mon
 # bounds
 
 
-@pytest.fixture
-def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No rate limit on connections."""
-    monkeypatch.setattr(gate, "_OPENS_BURST", 100_000.0)
-    monkeypatch.setattr(gate, "_OPENS_S", 100_000.0)
-
-
-@pytest.mark.usefixtures("fast")
 @on_a_loop
 async def test_connections_that_are_being_made_are_bounded() -> None:
-    """At most 128 connections are pending, and a cancelled one frees its slot."""
-    async with lab() as it:
-        streams = [it.relay.ask(f"n{number}.wild.example") for number in range(PENDING_MAX)]
-        assert await it.relay.answer(it.relay.ask("more.wild.example")) == egress.LIMIT
-        assert it.use().denied[-1].rule == "limit"
-        it.relay.reset(streams[0])
+    """At most 128 connections are pending. Others wait, and start in order when a pending one ends."""
+    most = LIMITS.max_pending
+    async with lab(settings=FAST) as it:
+        streams = [it.relay.ask(f"n{number}.wild.example") for number in range(most)]
+        given_up, another = it.relay.ask("more.wild.example"), it.relay.ask("another.wild.example")
         assert await it.relay.answer(it.relay.ask("unlisted.example")) == egress.POLICY
-        another = it.relay.ask("another.wild.example")
+        it.relay.reset(given_up)
+        it.relay.reset(streams[0])
         await it.resolver.until(lambda: it.resolver.times("another.wild.example"))
         assert another not in it.relay.events
-        assert len(it.gate._pending) == PENDING_MAX  # noqa: SLF001 - the bound is the promise
+        assert not it.resolver.times("more.wild.example")
+        assert len(it.gate._pending) == most  # noqa: SLF001 - the bound is the promise
+        assert [row.rule for row in it.use().failed] == ["dial:given-up"] * 2
 
 
 @on_a_loop
@@ -756,36 +752,55 @@ async def test_giving_up_a_pending_connection_ends_its_dial() -> None:
         assert [row.rule for row in it.use().failed] == ["dial:given-up"]
 
 
-@pytest.mark.usefixtures("fast")
 @on_a_loop
 async def test_open_connections_are_bounded() -> None:
-    """At most 256 connections are open, and a closed one frees its slot."""
-    async with lab() as it:
+    """Only as many connections as the user's settings allow are open, and a closed one frees its slot."""
+    async with lab(settings=replace(FAST, max_connections=5)) as it:
         await it.server(GOOD, 22)
-        streams = [await it.relay.connect(GOOD, 22) for _ in range(FLOWS_MAX)]
+        streams = [await it.relay.connect(GOOD, 22) for _ in range(5)]
         assert await it.relay.answer(it.relay.ask(GOOD, 22)) == egress.LIMIT
-        assert it.use().denied[-1].reason == f"{FLOWS_MAX} connections are open"
-        it.relay.reset(streams[7])
+        denied = it.use().denied[-1]
+        assert (denied.rule, denied.reason) == ("limit:max_connections", "5 connections are open")
+        it.relay.reset(streams[3])
         await it.relay.connect(GOOD, 22)
 
 
 @on_a_loop
 async def test_the_rate_of_connections_is_bounded() -> None:
-    """Connections beyond a burst of 200 and 100 a second are refused and recorded."""
+    """Connections beyond a burst of 200 wait until 100 a second allow them. None is lost."""
     async with lab() as it:
-        streams = [it.relay.ask(GOOD, 22) for _ in range(400)]
-        for stream in streams:
-            assert await it.relay.answer(stream) in {egress.NET_UNREACHABLE, egress.LIMIT}
-        reasons = {row.reason: row.count for row in it.use().denied}
-        assert 100 <= reasons["more than 100 connections a second"] <= 200
-        assert len(it.outside.dialled) <= 300
+        began = asyncio.get_running_loop().time()
+        streams = [it.relay.ask(GOOD, 22) for _ in range(300)]
+        await it.relay.answer(streams[199])
+        at_once = len(it.outside.dialled)
+        codes = [await it.relay.answer(stream) for stream in streams]
+        took = asyncio.get_running_loop().time() - began
+        assert codes == [egress.NET_UNREACHABLE] * 300
+        assert took >= 0.9
+        assert 200 <= at_once <= 200 + 100 * took
+        assert it.use().denied == []
 
 
-@pytest.mark.usefixtures("fast")
+@on_a_loop
+async def test_a_request_does_not_wait_forever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that has waited for a limit too long is refused, and the record names the limit."""
+    monkeypatch.setattr(gate, "_WAITING_S", 0.05)
+    monkeypatch.setattr(gate, "_TICK_S", 0.02)
+    settings = NetSettings(connections_per_second=1)
+    async with lab(settings=settings) as it:
+        streams = [it.relay.ask(GOOD, 22) for _ in range(3)]
+        assert [await it.relay.answer(stream) for stream in streams] == [egress.NET_UNREACHABLE] * 2 + [egress.LIMIT]
+        assert it.use().denied[-1].rule == "limit:connections_per_second"
+    async with lab(settings=replace(FAST, max_pending=1)) as it:
+        _, waits = it.relay.ask("x.wild.example"), it.relay.ask("y.wild.example")
+        assert await it.relay.answer(waits) == egress.LIMIT
+        assert it.use().denied[-1].rule == "limit:max_pending"
+
+
 @on_a_loop
 async def test_names_of_one_wildcard_are_bounded() -> None:
     """At most 256 names below one wildcard can be looked up."""
-    async with lab() as it:
+    async with lab(settings=FAST) as it:
         it.resolver.unknown = resolver.NO_NAME
         codes = [await it.relay.answer(it.relay.ask(f"n{number}.wild.example")) for number in range(300)]
         assert codes == [egress.NO_NAME] * NAMES_OF_WILDCARD + [egress.LIMIT] * (300 - NAMES_OF_WILDCARD)
@@ -794,12 +809,12 @@ async def test_names_of_one_wildcard_are_bounded() -> None:
         assert len(it.resolver.asked) <= NAMES_OF_WILDCARD + 2
 
 
-@pytest.mark.usefixtures("fast")
 @on_a_loop
 async def test_names_are_bounded_in_all() -> None:
     """At most 1024 names can be looked up."""
     wildcards = 5
-    async with lab(policy_with(*(f"*.w{number}.example" for number in range(wildcards)))) as it:
+    policy = policy_with(*(f"*.w{number}.example" for number in range(wildcards)))
+    async with lab(policy, settings=FAST) as it:
         it.resolver.unknown = resolver.NO_NAME
         codes = [
             await it.relay.answer(it.relay.ask(f"n{number}.w{number % wildcards}.example"))
@@ -812,7 +827,7 @@ async def test_names_are_bounded_in_all() -> None:
 @on_a_loop
 async def test_ten_thousand_requests_at_once_are_answered() -> None:
     """10,000 requests at once are all answered, with bounded work and a bounded record."""
-    count = 10_000
+    count, left = 10_000, LIMITS.max_pending + WAITING_MAX
     async with lab() as it:
         most = 0
         made = it.gate._pending  # noqa: SLF001 - the bound is the promise
@@ -825,14 +840,14 @@ async def test_ten_thousand_requests_at_once_are_answered() -> None:
         def answered() -> bool:
             nonlocal most
             most = max(most, len(made))
-            return it.relay.count >= count - PENDING_MAX
+            return it.relay.count >= count - left
 
         await it.relay.until(answered)
-        assert 0 < most <= PENDING_MAX
+        assert 0 < most <= LIMITS.max_pending
         assert {events[0].value for events in it.relay.events.values()} == {egress.LIMIT}
         assert len(streams) == count
         use = it.use()
-        assert sum(row.count for row in use.denied) + use.more == count - PENDING_MAX
+        assert sum(row.count for row in use.denied) + use.more == count - left
         assert len(it.log) <= 150
 
 
@@ -1280,18 +1295,22 @@ async def test_quic_is_refused_unless_its_port_is_opaque() -> None:
 
 
 @pytest.mark.usefixtures("hasty")
-@pytest.mark.parametrize("name", ["_IDLE_S", "_HALF_CLOSED_S"])
+@pytest.mark.parametrize("rule", ["idle:idle_seconds", "idle:half-closed"])
 @on_a_loop
-async def test_an_idle_connection_times_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A connection that is idle for an hour, or half-closed for a minute, times out."""
-    monkeypatch.setattr(gate, name, 0.05)
-    async with lab() as it:
+async def test_an_idle_connection_times_out(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection that is idle for an hour, or half-closed for a minute, times out, and the record says why."""
+    half = rule == "idle:half-closed"
+    monkeypatch.setattr(gate, "_HALF_CLOSED_S", 0.05)
+    async with lab(settings=NetSettings(idle_seconds=3600 if half else 0)) as it:
         server = await it.server(GOOD, 22)
         stream = await it.relay.connect("a.example", 22)
-        if name == "_HALF_CLOSED_S":
+        if half:
             it.relay.finish(stream)
         assert await it.relay.end(stream) == (egress.RESET, egress.TIMED_OUT)
         await (await server.connection()).over()
+        (row,) = it.use().failed
+        assert (row.rule, row.address, "idle for" in row.reason) == (rule, GOOD, True)
+        assert (await it.logged("failed"))["rule"] == rule
 
 
 @on_a_loop

@@ -25,6 +25,10 @@ allow_local = ["192.168.7.5:8080", "127.0.0.1:8600", "[::1]:8600", "169.254.169.
 allow_loopback = true
 allow_metadata = true
 opaque_ports = [443, 8443]
+max_connections = 512
+connections_per_second = 1000
+max_pending = 256
+idle_seconds = 60
 
 [other]
 key = "of another part"
@@ -38,6 +42,10 @@ OPENED: Final = NetSettings(
         )
     ),
     opaque_ports=frozenset({443, 8443}),
+    max_connections=512,
+    connections_per_second=1000,
+    max_pending=256,
+    idle_seconds=60,
 )
 
 
@@ -70,6 +78,10 @@ def test_nothing_is_open_by_default(text: bytes) -> None:
         ("[net]\nopaque_ports = [0]", "invalid port"),
         ("[net]\nopaque_ports = [65536]", "invalid port"),
         ("[net]\nopaque_ports = [true]", "invalid port"),
+        ("[net]\nmax_connections = 513", "net.max_connections is not a whole number from 1 to 512"),
+        ("[net]\nmax_pending = true", "net.max_pending is not a whole number from 1 to 256"),
+        ("[net]\nconnections_per_second = 0", "net.connections_per_second is not a whole number from 1 to 1000"),
+        ("[net]\nidle_seconds = 60.0", "net.idle_seconds is not a whole number from 1 to 86400"),
         ('[net]\nallow_local = "10.0.0.1:80"', "net.allow_local is not a list of strings"),
         ("[net]\nallow_local = [80]", "net.allow_local is not a list of strings"),
         (

@@ -73,10 +73,17 @@ class Denied(msgspec.Struct, frozen=True):
 
 
 class NetSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """Exceptions in the user's settings. allow_local: special addresses with a port. opaque_ports: not inspected."""
+    """Exceptions in the user's settings. allow_local: special addresses with a port. opaque_ports: not inspected.
+
+    max_connections, connections_per_second, max_pending, idle_seconds: the limits of one run (LIMITS).
+    """
 
     allow_local: frozenset[tuple[Address, int]] = frozenset()
     opaque_ports: frozenset[int] = frozenset()
+    max_connections: int = 256
+    connections_per_second: int = 100
+    max_pending: int = 128
+    idle_seconds: int = 3600
 
 
 class Allowlist(msgspec.Struct, frozen=True, kw_only=True):

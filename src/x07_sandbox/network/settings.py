@@ -10,6 +10,12 @@ from x07_sandbox.network.blocked_addresses import special
 from x07_sandbox.network.names import PORT_LAST
 from x07_sandbox.network.rules import NetSettings, Request, parse_request
 
+LIMITS: Final = {  # the least and the greatest value of each limit
+    "max_connections": (1, 512),
+    "connections_per_second": (1, 1000),
+    "max_pending": (1, 256),
+    "idle_seconds": (1, 86_400),
+}
 _OPENED: Final = frozenset({"private", "shared", "link-local"})  # kinds that allow_local alone allows
 _OPENED_BY: Final = {"loopback": "allow_loopback", "metadata": "allow_metadata"}
 
@@ -32,7 +38,17 @@ def parse_settings(data: bytes, source: str) -> NetSettings:
     if any(isinstance(port, bool) or not 1 <= port <= PORT_LAST for port in ports):
         raise UsageError(what, "net.opaque_ports contains an invalid port", f"Use ports from 1 to {PORT_LAST}")
     local = frozenset(_local(text, net, what) for text in _list(net, "allow_local", str, what))
-    return NetSettings(allow_local=local, opaque_ports=frozenset(ports))
+    return NetSettings(allow_local=local, opaque_ports=frozenset(ports), **_limits(net, what))
+
+
+def _limits(net: dict[str, Any], what: str) -> dict[str, int]:
+    limits = {key: net[key] for key in LIMITS if key in net}
+    for key, value in limits.items():
+        least, most = LIMITS[key]
+        if type(value) is not int or not least <= value <= most:
+            why = f"net.{key} is not a whole number from {least} to {most}"
+            raise UsageError(what, why, f"Set {key} = {getattr(NetSettings(), key)}, the default, or remove it")
+    return limits
 
 
 def _list(net: dict[str, Any], key: str, kind: type, what: str) -> list[Any]:
@@ -64,16 +80,18 @@ def _local(text: str, net: dict[str, Any], what: str) -> tuple[Any, int]:
     return request.host, request.port
 
 
-def settings_to_json(settings: NetSettings) -> dict[str, list[Any]]:
+def settings_to_json(settings: NetSettings) -> dict[str, Any]:
     """Return the settings as JSON values."""
     local = [str(Request(host=host, port=port)) for host, port in settings.allow_local]
-    return {"allow_local": sorted(local), "opaque_ports": sorted(settings.opaque_ports)}
+    limits = {key: getattr(settings, key) for key in LIMITS}
+    return {"allow_local": sorted(local), "opaque_ports": sorted(settings.opaque_ports), **limits}
 
 
-def settings_from_json(words: dict[str, list[Any]]) -> NetSettings:
+def settings_from_json(words: dict[str, Any]) -> NetSettings:
     """Return the settings from `settings_to_json`. Raises UsageError if they are invalid."""
     local = [parse_request(text) for text in words["allow_local"]]
     return NetSettings(
         allow_local=frozenset((request.host, request.port) for request in local if not isinstance(request.host, str)),
         opaque_ports=frozenset(words["opaque_ports"]),
+        **{key: words[key] for key in LIMITS},
     )

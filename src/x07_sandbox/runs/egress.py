@@ -13,7 +13,7 @@ from x07_sandbox.network.guest_view import guest_view
 from x07_sandbox.network.names import parse_host
 from x07_sandbox.network.processes import GateConfig, gate_running
 from x07_sandbox.network.rules import Allowlist, Request, decide, make_allowlist
-from x07_sandbox.network.settings import read_settings
+from x07_sandbox.network.settings import LIMITS, read_settings
 from x07_sandbox.plan.denials import Denial, HowToAllow
 from x07_sandbox.runs.folder import NET_LOG
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from x07_sandbox.network.processes import GateProcess
+    from x07_sandbox.network.rules import NetSettings
     from x07_sandbox.network.summary import Contact, NetworkUse
     from x07_sandbox.runs.request import EffectivePolicy
 
@@ -82,7 +83,7 @@ def _denial(contact: Contact, allowlist: Allowlist) -> Denial:
 
 
 def _how(contact: Contact, allowlist: Allowlist) -> HowToAllow | None:
-    if setting := _setting(contact):
+    if setting := _setting(contact, allowlist.settings):
         return HowToAllow(json_path=None, value=None, setting=setting)
     # No setting allows an invalid host or one that is already in the list.
     with contextlib.suppress(UsageError):
@@ -92,10 +93,12 @@ def _how(contact: Contact, allowlist: Allowlist) -> HowToAllow | None:
     return None
 
 
-def _setting(contact: Contact) -> str:
+def _setting(contact: Contact, settings: NetSettings) -> str:
     kind, _, what = contact.rule.partition(":")
     if kind in {"tls", "http", "first-bytes", "udp-443"}:
         return f"opaque_ports = [{contact.port}]"
+    if kind == "limit" and what and getattr(settings, what) < (most := LIMITS[what][1]):
+        return f"{what} = {most}"
     if kind == "deny-floor" and what in {"private", "shared", "link-local"}:
         address = contact.address or contact.host
         return f'allow_local = ["{Request(host=parse_host(address), port=contact.port)}"]'

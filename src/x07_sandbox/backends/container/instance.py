@@ -47,7 +47,7 @@ _ENGINE_MAX: Final = 8192
 
 
 class ContainerInstance(HostAgent):
-    """A started container."""
+    """A started container, of which `close` releases the descriptors."""
 
     channel_fd: int
     net_fd: int | None = None
@@ -56,16 +56,46 @@ class ContainerInstance(HostAgent):
     start_mode: StartMode = "cold"
 
     def __init__(
-        self, engine: Engine, record: JobRecord, container: str, client: subprocess.Popen[bytes], errors: BoundedStream
+        self,
+        engine: Engine,
+        record: JobRecord,
+        container: str,
+        client: subprocess.Popen[bytes],
+        reaper_pid: int,
+        errors: BoundedStream,
     ) -> None:
         self.record = record
         self.jail = f"a container of {engine.name}"
         self.pidfd = os.pidfd_open(client.pid)
+        self._reaper_fd: int | None = os.pidfd_open(reaper_pid)
         self._engine = engine
         self._container = container
         self.client = client
         self._errors = errors
         self._gone = False
+
+    def side_fds(self) -> tuple[int, ...]:
+        """Return the descriptors of the error stream and the reaper."""
+        return super().side_fds() + (() if self._reaper_fd is None else (self._reaper_fd,))
+
+    def drain(self, fd: int) -> None:
+        """Read the error stream, or end the job because its reaper has ended: nothing else keeps its deadline."""
+        if fd != self._reaper_fd:
+            super().drain(fd)
+            return
+        self.notes += ("the run was ended because the container's reaper had ended",)
+        self.client.kill()
+        self._close_reaper_fd()
+
+    def _close_reaper_fd(self) -> None:
+        if self._reaper_fd is not None:
+            os.close(self._reaper_fd)
+            self._reaper_fd = None
+
+    def close(self) -> None:
+        """Close the descriptors of the processes."""
+        os.close(self.pidfd)
+        self._close_reaper_fd()
 
     def exit_status(self) -> int | None:
         """Return the exit status of the engine's client, which is that of the container."""
@@ -106,7 +136,7 @@ def started(engine: Engine, job: Job, image: OpenImage) -> Iterator[ContainerIns
             errors, stderr_fd = error_stream(stack, given)
             argv = engine.argv("start", "--attach", "--interactive", container)
             client = launch(Launch(argv=argv, pass_fds=(), stderr_fd=stderr_fd, stdio_fd=far_fd, env=engine.env))
-            instance = ContainerInstance(engine, record, container, client, errors)
+            instance = ContainerInstance(engine, record, container, client, reaper_process.pid, errors)
             instance.channel_fd = channel_fd
             given.close()
             # The job's processes are the engine's; these two only serve it.
@@ -127,7 +157,7 @@ def started(engine: Engine, job: Job, image: OpenImage) -> Iterator[ContainerIns
             if gone and reaper_process is not None:
                 reaper_process.wait()
             if instance is not None:
-                os.close(instance.pidfd)
+                instance.close()
 
 
 class _Files:
