@@ -32,9 +32,9 @@ runtime_packages() {
 }
 
 # For the tests only: tools to switch users, a compiler for the hostile QEMU stand-in, a linter, a file system without
-# modes, network tools and container engines.
+# modes, network tools, proxies and container engines.
 test_packages() { printf '%s\n' sudo passwd git gcc libc6-dev shellcheck bindfs iproute2 nftables redis-tools \
-    podman crun runc conmon docker.io docker-cli; }
+    squid tinyproxy podman crun runc conmon docker.io docker-cli; }
 
 # missing_packages NAME...: print those that are not installed.
 missing_packages() {

@@ -28,6 +28,7 @@ from x07_sandbox.network.flows import TcpFlow
 from x07_sandbox.network.gate import NAMES_MAX, NAMES_OF_WILDCARD, WAITING_MAX, Gate
 from x07_sandbox.network.ledger import Ledger
 from x07_sandbox.network.rules import NetSettings, decide, make_allowlist, parse_request
+from x07_sandbox.network.settings import parse_settings
 from x07_sandbox.policy.default import default_policy
 from x07_sandbox.policy.model import HostPorts
 
@@ -109,6 +110,14 @@ class Outside(Waiting):
         if target[0] not in self.own:
             sock.bind(("127.0.0.2", 0))  # not the address that it leads to, which would be the host itself
         await asyncio.get_running_loop().sock_connect(sock, where)
+
+    async def sock_sendall(self, sock: socket.socket, data: bytes) -> None:
+        """Like `loop.sock_sendall`."""
+        await asyncio.get_running_loop().sock_sendall(sock, data)
+
+    async def sock_recv(self, sock: socket.socket, size: int) -> bytes:
+        """Like `loop.sock_recv`."""
+        return await asyncio.get_running_loop().sock_recv(sock, size)
 
 
 class Resolver(Waiting):
@@ -286,6 +295,8 @@ class Far(Waiting, asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Keep the bytes, and echo them if the server does."""
+        if not self.got and self.server.says:
+            self.transport.write(self.server.says)
         self.got += data
         if self.server.echoes:
             self.transport.write(data)
@@ -316,9 +327,10 @@ class Far(Waiting, asyncio.Protocol):
 class Server(Waiting):
     """A loopback server and its connections in order."""
 
-    def __init__(self, *, echoes: bool = False, reads: bool = True) -> None:
+    def __init__(self, *, echoes: bool = False, reads: bool = True, says: bytes = b"") -> None:
         super().__init__()
         self.echoes = echoes
+        self.says = says
         self.reads = reads
         self.connections: list[Far] = []
         self.target = ("", 0)
@@ -356,9 +368,11 @@ class Lab(Waiting):
         self.ledger: Ledger
         self.relay: Relay
 
-    async def server(self, address: str, port: int, *, echoes: bool = False, reads: bool = True) -> Server:
-        """A server at an outside address."""
-        server = Server(echoes=echoes, reads=reads)
+    async def server(
+        self, address: str, port: int, *, echoes: bool = False, reads: bool = True, says: bytes = b""
+    ) -> Server:
+        """A server at an outside address. says: its answer to the first bytes."""
+        server = Server(echoes=echoes, reads=reads, says=says)
         await server.start(self._stack)
         self.outside.routes[address, port] = server.target
         return server
@@ -714,6 +728,98 @@ async def test_a_name_is_looked_up_once_for_a_connection(monkeypatch: pytest.Mon
         assert await it.relay.answer(it.relay.ask("a.example", 22)) == egress.POLICY
         assert it.resolver.times("a.example") == 2
         assert it.outside.dialled == [(GOOD, 22)]
+
+
+# an upstream proxy
+
+PROXY_URL: Final = b'[net]\nproxy = "http://us%65r:pw@10.0.0.9:3128"\n'
+BY_ADDRESS: Final = parse_settings(PROXY_URL, "here")
+BY_NAME: Final = parse_settings(PROXY_URL + b"proxy_resolves = true\n", "here")
+HEAD: Final = b"HTTP/1.1 200 Connection established\r\nX: y\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("settings", "asked", "target", "address"),
+    [
+        (BY_ADDRESS, "a.example", f"{GOOD}:22", GOOD),
+        (BY_NAME, "a.example", "a.example:22", ""),
+        (BY_NAME, GOOD, f"{GOOD}:22", GOOD),
+    ],
+)
+@on_a_loop
+async def test_connections_can_go_through_a_proxy(settings: NetSettings, asked: str, target: str, address: str) -> None:
+    """The proxy is asked for the address that the gate has checked or, if it resolves, for the name.
+
+    The bytes behind its answer belong to the connection.
+    """
+    async with lab(settings=settings) as it:
+        server = await it.server("10.0.0.9", 3128, says=HEAD + b"SSH-2.0-banner")
+        stream = await it.relay.connect(asked, 22)
+        assert await it.relay.data(stream, 14) == b"SSH-2.0-banner"
+        far = await server.connection()
+        request = f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\nProxy-Authorization: Basic dXNlcjpwdw==\r\n\r\n"
+        it.relay.send(stream, b"\0more")
+        assert await far.data(len(request) + 5) == request.encode() + b"\0more"
+        assert it.resolver.times("a.example") == (settings is BY_ADDRESS)
+        (row,) = it.use().allowed
+        assert (row.host, row.address, row.sent_bytes) == (asked, address, 5)
+        assert "dXNlcjpwdw" not in f"{it.log} {it.use()} {settings}"
+
+
+@on_a_loop
+async def test_a_proxy_does_not_open_special_addresses() -> None:
+    """The checks of addresses, first bytes and UDP are the same with a proxy; only its own address is free."""
+    async with lab(policy_with("a.example", "10.0.0.9", "b.example"), settings=BY_NAME) as it:
+        server = await it.server("10.0.0.9", 3128, says=HEAD)
+        assert await it.relay.answer(it.relay.ask("10.0.0.9", 22)) == egress.POLICY
+        assert await it.relay.answer(it.relay.ask("c.example", 22)) == egress.POLICY
+        assert await it.relay.answer(it.relay.ask("a.example", 53, UDP)) == egress.POLICY
+        stream = await it.relay.connect("a.example", 443)
+        it.relay.send(stream, OTHER_HELLO)
+        assert await it.relay.end(stream) == (egress.RESET, egress.POLICY)
+        assert [rule for _, rule in it.denied()] == [
+            "deny-floor:private",
+            "net.allow_hosts",
+            "proxy:udp",
+            "tls:other-name",
+        ]
+        assert OTHER_HELLO not in (await server.connection()).got
+    async with lab(settings=BY_ADDRESS) as it:
+        await it.server("10.0.0.9", 3128, says=HEAD)
+        it.resolver.answers["a.example"] = ["192.168.1.1"]
+        assert await it.relay.answer(it.relay.ask("a.example", 22)) == egress.POLICY
+        assert it.outside.dialled == []
+
+
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize(
+    ("says", "rule"),
+    [
+        (b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n", "proxy:407"),
+        (b"HTTP/1.1 503 No\r\n\r\n", "proxy:503"),
+        (b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\n\r\n", "proxy:100"),
+        (b"HTTP/1.1 301 Moved\r\nLocation: /\r\n\r\n", "proxy:301"),
+        (b"HTTP/1.1 200 OK\n\nbytes of the server\r\n\r\n", "proxy:0"),
+        (b"HTTP/1.1 2000 OK\r\n\r\n", "proxy:0"),
+        (b"HTTP/1.1 200 OK\r\nA : b\r\n\r\n", "proxy:0"),
+        (b"HTTP/1.1 200 OK\r\nA: " + b"b" * 9000 + b"\r\n\r\n", "proxy:0"),
+        (b"SSH-2.0-x\r\n\r\n", "proxy:0"),
+        (b"HTTP/1.1 200 OK\r\n", "proxy:timeout"),
+    ],
+)
+@on_a_loop
+async def test_only_a_proxys_success_opens_a_connection(says: bytes, rule: str) -> None:
+    """Any answer of the proxy other than 2xx with a correct head of at most 8 KiB is a failed connection."""
+    async with lab(settings=BY_ADDRESS) as it:
+        await it.server("10.0.0.9", 3128, says=says)
+        code = await it.relay.answer(it.relay.ask("a.example", 22))
+        assert code == (egress.TIMED_OUT if rule == "proxy:timeout" else egress.HOST_UNREACHABLE)
+        (row,) = it.use().failed
+        assert (row.rule, row.address, "proxy" in row.reason) == (rule, GOOD, True)
+    async with lab(settings=BY_ADDRESS) as it:
+        it.outside.routes["10.0.0.9", 3128] = OSError(errno.ECONNREFUSED, "")
+        assert await it.relay.answer(it.relay.ask("a.example", 22)) == egress.HOST_UNREACHABLE
+        assert it.use().failed[0].reason == "the proxy cannot be reached: Connection refused"
 
 
 # bounds

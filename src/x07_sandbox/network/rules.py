@@ -72,14 +72,28 @@ class Denied(msgspec.Struct, frozen=True):
     ports: frozenset[int] | None
 
 
+class Proxy(msgspec.Struct, frozen=True, kw_only=True):
+    """The user's HTTP proxy. authorization: for its header, or "". resolves: whether the proxy resolves all names."""
+
+    host: Host
+    port: int
+    authorization: str = ""
+    resolves: bool = False
+
+    def __repr__(self) -> str:
+        """Return a text without the password."""
+        return f"Proxy({self.host}:{self.port})"
+
+
 class NetSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Exceptions in the user's settings. allow_local: special addresses with a port. opaque_ports: not inspected.
 
-    max_connections, connections_per_second, max_pending, idle_seconds: the limits of one run (LIMITS).
+    proxy: makes all connections. The others are the limits of one run (settings.LIMITS).
     """
 
     allow_local: frozenset[tuple[Address, int]] = frozenset()
     opaque_ports: frozenset[int] = frozenset()
+    proxy: Proxy | None = None
     max_connections: int = 256
     connections_per_second: int = 100
     max_pending: int = 128
@@ -184,6 +198,8 @@ def denied_name(allowlist: Allowlist, name: str, port: int) -> str | None:
 def _special(allowlist: Allowlist, request: Request) -> Decision | None:
     if (found := special(request.host)) is not None and not _opened(allowlist, request):
         return _denied(request, *found)
+    if request.transport == "udp" and allowlist.settings.proxy is not None:
+        return _denied(request, "proxy:udp", "the proxy in your settings carries no UDP")
     if request.transport == "udp" and request.port == _QUIC and _QUIC not in allowlist.settings.opaque_ports:
         return _denied(request, "udp-443", "UDP port 443 is QUIC, which hides the server name")
     return None

@@ -1,14 +1,19 @@
 """The section `[net]` of the user's settings (host/user_settings), for permissions that no policy can grant."""
 
+import base64
+import re
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import unquote_to_bytes
+
+import msgspec
 
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.paths import settings_file
 from x07_sandbox.host.user_settings import settings_bytes, settings_table
 from x07_sandbox.network.blocked_addresses import special
-from x07_sandbox.network.names import PORT_LAST
-from x07_sandbox.network.rules import NetSettings, Request, parse_request
+from x07_sandbox.network.names import PORT_LAST, parse_host
+from x07_sandbox.network.rules import NetSettings, Proxy, Request, parse_request
 
 LIMITS: Final = {  # the least and the greatest value of each limit
     "max_connections": (1, 512),
@@ -16,6 +21,7 @@ LIMITS: Final = {  # the least and the greatest value of each limit
     "max_pending": (1, 256),
     "idle_seconds": (1, 86_400),
 }
+_PROXY: Final = re.compile(r"http://(?:([^@/?#\s]*)@)?([^@/?#\s]+)/?", re.ASCII)
 _OPENED: Final = frozenset({"private", "shared", "link-local"})  # kinds that allow_local alone allows
 _OPENED_BY: Final = {"loopback": "allow_loopback", "metadata": "allow_metadata"}
 
@@ -31,14 +37,41 @@ def parse_settings(data: bytes, source: str) -> NetSettings:
     """Return the settings in a file's content. source: the file's name in errors. Raises UsageError."""
     what = f"cannot use {source}"
     net = settings_table(data, "net", source)
-    for key in _OPENED_BY.values():
+    for key in (*_OPENED_BY.values(), "proxy_resolves"):
         if not isinstance(net.get(key, False), bool):
             raise UsageError(what, f"net.{key} is not true or false", f"Set {key} = true or {key} = false")
     ports = _list(net, "opaque_ports", int, what)
     if any(isinstance(port, bool) or not 1 <= port <= PORT_LAST for port in ports):
         raise UsageError(what, "net.opaque_ports contains an invalid port", f"Use ports from 1 to {PORT_LAST}")
     local = frozenset(_local(text, net, what) for text in _list(net, "allow_local", str, what))
-    return NetSettings(allow_local=local, opaque_ports=frozenset(ports), **_limits(net, what))
+    proxy = _proxy(net, what)
+    return NetSettings(allow_local=local, opaque_ports=frozenset(ports), proxy=proxy, **_limits(net, what))
+
+
+def _proxy(net: dict[str, Any], what: str) -> Proxy | None:
+    """Return the proxy. The URL may contain a password, so no message contains the URL. Raises UsageError."""
+    url, resolves = net.get("proxy"), net.get("proxy_resolves", False)
+    if url is None:
+        if resolves:
+            raise UsageError(what, "net.proxy_resolves is true, but net.proxy is missing", "Add proxy, or remove it")
+        return None
+    found = _PROXY.fullmatch(url) if isinstance(url, str) else None
+    try:
+        request = parse_request(found[2]) if found is not None else None
+    except UsageError:
+        request = None
+    if found is None or request is None:
+        fix = 'Write proxy = "http://HOST:PORT" or "http://USER:PASSWORD@HOST:PORT", with %40 for @ in a password'
+        raise UsageError(what, "net.proxy is not the URL of an HTTP proxy with a port", fix)
+    words = base64.b64encode(unquote_to_bytes(found[1] or "")).decode()
+    authorization = f"Basic {words}" if words else ""
+    return Proxy(host=request.host, port=request.port, authorization=authorization, resolves=resolves)
+
+
+def proxy_resolves() -> bool:
+    """Return whether the user's proxy resolves the names, so that their addresses cannot be checked here."""
+    proxy = read_settings().proxy
+    return proxy is not None and proxy.resolves
 
 
 def _limits(net: dict[str, Any], what: str) -> dict[str, int]:
@@ -83,8 +116,13 @@ def _local(text: str, net: dict[str, Any], what: str) -> tuple[Any, int]:
 def settings_to_json(settings: NetSettings) -> dict[str, Any]:
     """Return the settings as JSON values."""
     local = [str(Request(host=host, port=port)) for host, port in settings.allow_local]
-    limits = {key: getattr(settings, key) for key in LIMITS}
-    return {"allow_local": sorted(local), "opaque_ports": sorted(settings.opaque_ports), **limits}
+    proxy = settings.proxy
+    return {
+        "allow_local": sorted(local),
+        "opaque_ports": sorted(settings.opaque_ports),
+        "proxy": None if proxy is None else {**msgspec.structs.asdict(proxy), "host": str(proxy.host)},
+        **{key: getattr(settings, key) for key in LIMITS},
+    }
 
 
 def settings_from_json(words: dict[str, Any]) -> NetSettings:
@@ -93,5 +131,6 @@ def settings_from_json(words: dict[str, Any]) -> NetSettings:
     return NetSettings(
         allow_local=frozenset((request.host, request.port) for request in local if not isinstance(request.host, str)),
         opaque_ports=frozenset(words["opaque_ports"]),
+        proxy=words["proxy"] and Proxy(**{**words["proxy"], "host": parse_host(words["proxy"]["host"])}),
         **{key: words[key] for key in LIMITS},
     )

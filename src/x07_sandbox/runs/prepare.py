@@ -113,7 +113,8 @@ def prepare(
         if folder is not None and "host-files" not in availability.features.can_enforce:
             why = f"the backend {backend.name} cannot copy files back"
             raise RefusedError(f"cannot use {flag_name}", why, f"Remove {flag_name}, or use --sandbox-backend vm")
-    plan = make_plan(effective_policy.policy, availability.features, cpu_ms=program.cpu_ms)
+    by_proxy = effective_policy.policy.net.may_connect and _proxy_resolves()
+    plan = make_plan(effective_policy.policy, availability.features, cpu_ms=program.cpu_ms, proxy_resolves=by_proxy)
     draft = replace(
         draft,
         isolation=availability.features.isolation,
@@ -130,6 +131,12 @@ def prepare(
     return Prepared(
         request, program, effective_policy, image, _image_name(request), backend, availability, plan, egress
     ), draft
+
+
+def _proxy_resolves() -> bool:
+    from x07_sandbox.network.settings import proxy_resolves  # imported only for runs with connections
+
+    return proxy_resolves()
 
 
 def _check_cpu_time(request: RunRequest, program: Program) -> None:

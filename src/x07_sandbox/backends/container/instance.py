@@ -47,8 +47,9 @@ _ENGINE_MAX: Final = 8192
 
 
 class ContainerInstance(HostAgent):
-    """A started container, of which `close` releases the descriptors."""
+    """A started container. reaper_fd: readable once the reaper has ended; None until it is known."""
 
+    reaper_fd: int | None = None
     channel_fd: int
     net_fd: int | None = None
     notes: tuple[str, ...] = ()
@@ -56,18 +57,11 @@ class ContainerInstance(HostAgent):
     start_mode: StartMode = "cold"
 
     def __init__(
-        self,
-        engine: Engine,
-        record: JobRecord,
-        container: str,
-        client: subprocess.Popen[bytes],
-        reaper_pid: int,
-        errors: BoundedStream,
+        self, engine: Engine, record: JobRecord, container: str, client: subprocess.Popen[bytes], errors: BoundedStream
     ) -> None:
         self.record = record
         self.jail = f"a container of {engine.name}"
         self.pidfd = os.pidfd_open(client.pid)
-        self._reaper_fd: int | None = os.pidfd_open(reaper_pid)
         self._engine = engine
         self._container = container
         self.client = client
@@ -76,26 +70,16 @@ class ContainerInstance(HostAgent):
 
     def side_fds(self) -> tuple[int, ...]:
         """Return the descriptors of the error stream and the reaper."""
-        return super().side_fds() + (() if self._reaper_fd is None else (self._reaper_fd,))
+        return super().side_fds() + (() if self.reaper_fd is None else (self.reaper_fd,))
 
     def drain(self, fd: int) -> None:
-        """Read the error stream, or end the job because its reaper has ended: nothing else keeps its deadline."""
-        if fd != self._reaper_fd:
+        """Read the error stream, or end the run because nothing but its reaper would keep its deadline."""
+        if fd == self.reaper_fd:
+            self.reaper_fd = None
+            self.notes += ("the run was ended because the container's reaper had ended",)
+            self.client.kill()
+        else:
             super().drain(fd)
-            return
-        self.notes += ("the run was ended because the container's reaper had ended",)
-        self.client.kill()
-        self._close_reaper_fd()
-
-    def _close_reaper_fd(self) -> None:
-        if self._reaper_fd is not None:
-            os.close(self._reaper_fd)
-            self._reaper_fd = None
-
-    def close(self) -> None:
-        """Close the descriptors of the processes."""
-        os.close(self.pidfd)
-        self._close_reaper_fd()
 
     def exit_status(self) -> int | None:
         """Return the exit status of the engine's client, which is that of the container."""
@@ -136,8 +120,10 @@ def started(engine: Engine, job: Job, image: OpenImage) -> Iterator[ContainerIns
             errors, stderr_fd = error_stream(stack, given)
             argv = engine.argv("start", "--attach", "--interactive", container)
             client = launch(Launch(argv=argv, pass_fds=(), stderr_fd=stderr_fd, stdio_fd=far_fd, env=engine.env))
-            instance = ContainerInstance(engine, record, container, client, reaper_process.pid, errors)
+            instance = ContainerInstance(engine, record, container, client, errors)
             instance.channel_fd = channel_fd
+            instance.reaper_fd = os.pidfd_open(reaper_process.pid)
+            stack.callback(os.close, instance.reaper_fd)
             given.close()
             # The job's processes are the engine's; these two only serve it.
             found = {"client": identify(instance.client.pid), "reaper": identify(reaper_process.pid)}
@@ -157,7 +143,7 @@ def started(engine: Engine, job: Job, image: OpenImage) -> Iterator[ContainerIns
             if gone and reaper_process is not None:
                 reaper_process.wait()
             if instance is not None:
-                instance.close()
+                os.close(instance.pidfd)
 
 
 class _Files:
