@@ -48,6 +48,7 @@ SETTINGS: Final = (
         "net", "proxy", '`"http://[USER:PASSWORD@]HOST:PORT"`', "none", "HTTP proxy for all connections (CONNECT)."
     ),
     Setting("net", "proxy_resolves", "true or false", "`false`", "Whether the proxy gets names instead of addresses."),
+    Setting("net", "ca", "path", "none", "PEM file of certificates that programs trust too, as with `--ca`."),
     Setting("net", "max_connections", "1 to 512", "`256`", "How many connections a program may have open at once."),
     Setting("net", "connections_per_second", "1 to 1000", "`100`", "Limit of new connections; others have to wait."),
     Setting("net", "max_pending", "1 to 256", "`128`", "Limit of connections being established; others have to wait."),

@@ -12,6 +12,7 @@ counts:
 
 import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Final, Literal
 
 import msgspec
@@ -88,12 +89,14 @@ class Proxy(msgspec.Struct, frozen=True, kw_only=True):
 class NetSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Exceptions in the user's settings. allow_local: special addresses with a port. opaque_ports: not inspected.
 
-    proxy: makes all connections. The others are the limits of one run (settings.LIMITS).
+    proxy: makes all connections. ca: a file with certificates that programs trust too. The others are the limits of
+    one run (settings.LIMITS).
     """
 
     allow_local: frozenset[tuple[Address, int]] = frozenset()
     opaque_ports: frozenset[int] = frozenset()
     proxy: Proxy | None = None
+    ca: Path | None = None
     max_connections: int = 256
     connections_per_second: int = 100
     max_pending: int = 128

@@ -44,8 +44,11 @@ def parse_settings(data: bytes, source: str) -> NetSettings:
     if any(isinstance(port, bool) or not 1 <= port <= PORT_LAST for port in ports):
         raise UsageError(what, "net.opaque_ports contains an invalid port", f"Use ports from 1 to {PORT_LAST}")
     local = frozenset(_local(text, net, what) for text in _list(net, "allow_local", str, what))
-    proxy = _proxy(net, what)
-    return NetSettings(allow_local=local, opaque_ports=frozenset(ports), proxy=proxy, **_limits(net, what))
+    ca = net.get("ca")
+    if ca is not None and not (isinstance(ca, str) and ca.startswith("/")):
+        raise UsageError(what, "net.ca is not an absolute path", "Write the path of a PEM file, from /")
+    more: dict[str, Any] = {"proxy": _proxy(net, what), "ca": None if ca is None else Path(ca)}
+    return NetSettings(allow_local=local, opaque_ports=frozenset(ports), **more, **_limits(net, what))
 
 
 def _proxy(net: dict[str, Any], what: str) -> Proxy | None:

@@ -49,7 +49,10 @@ Step = Generator[Result, None, _T]
 
 
 class Prepared(msgspec.Struct, frozen=True):
-    """A checked request. Its plan may still contain refusals. image, egress: None if the run uses none."""
+    """A checked request. Its plan may still contain refusals. image, egress: None if the run uses none.
+
+    ca: certificates that the program trusts besides those of the image, or b"".
+    """
 
     request: RunRequest
     program: Program
@@ -60,6 +63,7 @@ class Prepared(msgspec.Struct, frozen=True):
     availability: Availability
     plan: Plan
     egress: Egress | None = None
+    ca: bytes = b""
 
 
 def output_caps(request: RunRequest, toolchain: Toolchain) -> tuple[int, int]:
@@ -128,8 +132,13 @@ def prepare(
         from x07_sandbox.runs.egress import egress_of  # imported only for runs with connections
 
         egress = egress_of(effective_policy)
+    path, ca = request.ca or (egress and egress.config.settings.ca), b""
+    if path is not None:
+        from x07_sandbox.network.certificates import read_certificates  # few runs have certificates
+
+        ca = read_certificates(path)
     return Prepared(
-        request, program, effective_policy, image, _image_name(request), backend, availability, plan, egress
+        request, program, effective_policy, image, _image_name(request), backend, availability, plan, egress, ca
     ), draft
 
 
