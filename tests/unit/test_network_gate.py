@@ -791,6 +791,18 @@ async def test_a_proxy_does_not_open_special_addresses() -> None:
         assert it.outside.dialled == []
 
 
+@on_a_loop
+async def test_addresses_that_the_settings_open_are_not_asked_of_the_proxy() -> None:
+    """A special address in allow_local belongs to the host's own network, so the gate connects to it itself."""
+    settings = parse_settings(PROXY_URL + b'allow_local = ["10.1.1.1:22"]\n', "here")
+    async with lab(policy_with("10.1.1.1", "a.example"), settings=settings) as it:
+        await it.server("10.1.1.1", 22)
+        it.resolver.answers["a.example"] = ["10.1.1.1"]
+        for host in ("10.1.1.1", "a.example"):
+            await it.relay.connect(host, 22)
+        assert it.outside.dialled == [("10.1.1.1", 22)] * 2
+
+
 @pytest.mark.usefixtures("hasty")
 @pytest.mark.parametrize(
     ("says", "rule"),

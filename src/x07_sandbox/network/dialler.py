@@ -17,6 +17,7 @@ from msgspec.structs import replace
 
 from x07_sandbox.channel import egress
 from x07_sandbox.network import resolver
+from x07_sandbox.network.blocked_addresses import special
 from x07_sandbox.network.rules import decide_address
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ class Dialler:
     async def dial(self, decision: Decision) -> Dialled:
         """Connect to the destination of an allowed request. Raises NotDialledError if no address answers."""
         host, proxy = decision.request.host, self._allowlist.settings.proxy
-        by_proxy = proxy is not None and proxy.resolves and isinstance(host, str)
+        by_proxy = proxy is not None and proxy.resolves and isinstance(host, str) and special(host) is None
         try:
             targets: Sequence[Host] = [host] if by_proxy else await self._addresses(decision)
             async with asyncio.timeout(_ALL_TRIES_S):
@@ -203,13 +204,14 @@ class Dialler:
             raise NotDialledError(egress.POLICY, "deny-floor:embedded", why, str(address))
 
     async def _try(self, decision: Decision, targets: Sequence[Host]) -> Dialled:
-        proxy, servers = self._allowlist.settings.proxy, None
-        if proxy is not None:  # its address is the user's choice, and is not checked
-            found = await self._names.look_up(proxy.host) if isinstance(proxy.host, str) else [proxy.host]
-            servers = [(str(address), proxy.port) for address in found[:_TRIES]]
         last = NotDialledError(egress.HOST_UNREACHABLE, "dial:failed", "no address could be tried")
         for target in targets[:_TRIES]:
-            for server in servers or [(str(target), decision.request.port)]:
+            servers, proxy = [(str(target), decision.request.port)], None
+            # Special addresses, which the user's settings have opened, belong to this host's own networks.
+            if special(target) is None and (proxy := self._allowlist.settings.proxy) is not None:
+                found = await self._names.look_up(proxy.host) if isinstance(proxy.host, str) else [proxy.host]
+                servers = [(str(address), proxy.port) for address in found[:_TRIES]]
+            for server in servers:
                 try:
                     return await self._connect(decision, target, server, proxy)
                 except NotDialledError as exc:
