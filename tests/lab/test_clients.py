@@ -159,10 +159,7 @@ def test_a_real_client_works(
     hosts: tuple[str, ...],
     printed: str,
 ) -> None:
-    """curl, Node, urllib, requests, pip, git and redis-cli reach listed hosts by name, with TLS verified by `--ca`.
-
-    Without its variables, curl finds the certificates where the image has those of the system.
-    """
+    """curl, Node, urllib, requests, pip, git and redis-cli reach listed hosts by name, with TLS verified by `--ca`."""
     result = run_inside(lab, with_packages, tmp_path, script, hosts)
     assert (result["outcome"], result["stdout"]["text"]) == ("ok", printed), (
         result["reason"],

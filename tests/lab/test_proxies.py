@@ -71,10 +71,7 @@ def proxy_running(lab: Laboratory, name: str, folder: Path) -> Iterator[str]:
 def test_a_run_reaches_listed_hosts_through_a_proxy(
     lab: Laboratory, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a proxy in the user's settings, listed hosts are reached through it, at addresses that x07 has checked.
-
-    If the proxy resolves the names, the plan says that their addresses are the proxy's choice.
-    """
+    """With a proxy in the user's settings, listed hosts are reached through it, at addresses that x07 has checked."""
     lab.reset_names()
     run = Run(lab, tmp_path)
     settings = tmp_path / "config/x07/sandbox.toml"
