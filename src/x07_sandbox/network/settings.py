@@ -47,8 +47,8 @@ def parse_settings(data: bytes, source: str) -> NetSettings:
     ca = net.get("ca")
     if ca is not None and not (isinstance(ca, str) and ca.startswith("/")):
         raise UsageError(what, "net.ca is not an absolute path", "Write the path of a PEM file, from /")
-    more: dict[str, Any] = {"proxy": _proxy(net, what), "ca": None if ca is None else Path(ca)}
-    return NetSettings(allow_local=local, opaque_ports=frozenset(ports), **more, **_limits(net, what))
+    more = {"proxy": _proxy(net, what), "ca": None if ca is None else Path(ca), **_limits(net, what)}
+    return NetSettings(allow_local=local, opaque_ports=frozenset(ports), **more)
 
 
 def _proxy(net: dict[str, Any], what: str) -> Proxy | None:
@@ -77,7 +77,7 @@ def proxy_resolves() -> bool:
     return proxy is not None and proxy.resolves
 
 
-def _limits(net: dict[str, Any], what: str) -> dict[str, int]:
+def _limits(net: dict[str, Any], what: str) -> dict[str, Any]:
     limits = {key: net[key] for key in LIMITS if key in net}
     for key, value in limits.items():
         least, most = LIMITS[key]

@@ -132,7 +132,7 @@ def prepare(
         from x07_sandbox.runs.egress import egress_of  # imported only for runs with connections
 
         egress = egress_of(effective_policy)
-    path, ca = request.ca or (egress and egress.config.settings.ca), b""
+    path, ca = request.ca or (None if egress is None else egress.config.settings.ca), b""
     if path is not None:
         from x07_sandbox.network.certificates import read_certificates  # few runs have certificates
 
