@@ -865,6 +865,11 @@ async def test_giving_up_a_pending_connection_ends_its_dial() -> None:
         assert not it.gate._pending  # noqa: SLF001 - that nothing is left is the promise
         assert not it.gate._link.flows  # noqa: SLF001 - as above
         assert [row.rule for row in it.use().failed] == ["dial:given-up"]
+        it.relay.link.reset(it.relay.link.open(TCP, b"a.example", 22))  # both frames arrive at once
+        it.relay.flush()
+        assert await it.relay.answer(it.relay.ask("unlisted.example")) == egress.POLICY
+        await asyncio.sleep(0)
+        assert not it.gate._pending  # noqa: SLF001 - as above
 
 
 @on_a_loop

@@ -7,6 +7,7 @@ Everything on that stream is hostile.
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from msgspec.structs import replace
@@ -234,7 +235,8 @@ class Gate(asyncio.BufferedProtocol):
                 self._refuse(stream, egress.LIMIT, _of(decision, rule="limit:max_connections", reason=reason))
                 continue
             self._opens -= 1
-            self._pending[stream] = self._loop.create_task(self._open(stream, decision))
+            self._pending[stream] = task = self._loop.create_task(self._open(stream, decision))
+            task.add_done_callback(partial(self._end_pending, stream))  # it runs even if the task never started
         if self._next_start is not None:
             self._next_start.cancel()
             self._next_start = None
@@ -296,10 +298,10 @@ class Gate(asyncio.BufferedProtocol):
             self._ledger.failed(_of(decision, rule="dial:given-up", reason=_GIVEN_UP))
         else:
             self._answer(stream, flow)
-        finally:
-            self._pending.pop(stream, None)
-            self._start_waiting()
-            self.flush()
+
+    def _end_pending(self, stream: int, _task: asyncio.Task[None]) -> None:
+        del self._pending[stream]
+        self._start_next()
 
     def _answer(self, stream: int, flow: Flow) -> None:
         """Report a new connection to the guest."""
