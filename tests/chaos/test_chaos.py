@@ -235,8 +235,6 @@ def test_a_sweep_cleans_up_after_any_killed_process_of_a_job(stage: Stage, kind:
         for pid in wanted:
             with contextlib.suppress(ProcessLookupError):  # the second may have ended with the first
                 os.kill(pid, signal.SIGKILL)
-        if kind == "reaper":
-            process.send_signal(signal.SIGINT)
         process.wait(60)
         stage.sweep()
         deadline = time.monotonic() + 30

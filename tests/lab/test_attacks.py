@@ -244,9 +244,7 @@ def test_open_connections_are_limited(stage: Stage) -> None:
         seen = session.do("open_flood", **words)
     assert seen.answer["codes"] == {"0": 256, "6": 144}
     assert arrived(seen, "connect", f"{SITE}:9") == 256
-    reasons = {row["reason"] for row in session.net("denied")}
-    assert "256 connections are open" in reasons
-    assert reasons <= {"256 connections are open", "128 connections are pending"}  # the second on a busy host
+    assert {row["reason"] for row in session.net("denied")} == {"256 connections are open"}
 
 
 def test_names_below_a_wildcard_are_limited(stage: Stage) -> None:
@@ -275,16 +273,16 @@ def test_a_syn_flood_is_limited(stage: Stage) -> None:
 
 
 def test_a_program_that_connects_without_end_is_held_to_the_rate(stage: Stage) -> None:
-    """A program that opens thousands of connections is held to the rate limit, and its run ends normally."""
+    """A program that opens hundreds of connections is held to the rate limit, but none of them fails."""
     stage.lab.names({"many.lab.example": [SITE]})
     with stage.session("stack", {"many.lab.example": [9]}) as session:
-        seen = session.do("connect_flood", host="many.lab.example", port=9, count=2000, at_once=50)
+        seen = session.do("connect_flood", host="many.lab.example", port=9, count=600, at_once=50)
         time.sleep(0.2)
         more = session.look()
     contacts = arrived(seen, "connect", f"{SITE}:9") + arrived(more, "connect", f"{SITE}:9")
     allowed = sum(row["count"] for row in session.net("allowed"))
-    assert contacts == allowed <= opens_at_most(seen.answer["seconds"])
-    assert seen.answer["codes"].get("OK", 0) <= contacts
+    assert contacts == allowed == 600 <= opens_at_most(seen.answer["seconds"])
+    assert seen.answer["codes"] == {"OK": 600}
     assert session.result["outcome"] == "ok", session.said
 
 

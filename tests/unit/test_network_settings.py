@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from ipaddress import ip_address
 from typing import TYPE_CHECKING, Final
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from x07_sandbox.errors import HostError, SandboxError, UsageError
 from x07_sandbox.host.paths import settings_file
-from x07_sandbox.network.rules import NetSettings
+from x07_sandbox.network.rules import NetSettings, Proxy
 from x07_sandbox.network.settings import parse_settings, read_settings, settings_from_json, settings_to_json
 from x07_sandbox.policy.hosts import Addresses, addresses
 
@@ -27,6 +28,12 @@ allow_special = ["198.18.0.0/15:443", "[2001:db8::1]:80"]
 allow_loopback = true
 allow_metadata = true
 opaque_ports = [443, 8443]
+max_connections = 512
+connections_per_second = 1000
+max_pending = 256
+idle_seconds = 60
+proxy = "http://user:p%40ss@[::1]:3128/"
+proxy_resolves = true
 
 [other]
 key = "of another part"
@@ -50,7 +57,21 @@ OPENED: Final = NetSettings(
     ),
     allow_special=frozenset({(known("198.18.0.0/15"), 443), (known("2001:db8::1"), 80)}),
     opaque_ports=frozenset({443, 8443}),
+    max_connections=512,
+    connections_per_second=1000,
+    max_pending=256,
+    idle_seconds=60,
+    proxy=Proxy(host=ip_address("::1"), port=3128, authorization="Basic dXNlcjpwQHNz", resolves=True),
 )
+
+
+def test_a_proxys_password_is_in_no_message() -> None:
+    """No error or representation of the settings contains the proxy's password."""
+    assert "dXNl" not in repr(OPENED)
+    for url in ("http://user:secret@", "http://user:secret@h@x:1", "http://user:secret@h:99999", "ftp://u:secret@h:1"):
+        with pytest.raises(UsageError) as caught:
+            parse_settings(f'[net]\nproxy = "{url}"'.encode(), "here")
+        assert "secret" not in str(caught.value)
 
 
 def test_every_key_is_read() -> None:
@@ -82,6 +103,17 @@ def test_nothing_is_open_by_default(text: bytes) -> None:
         ("[net]\nopaque_ports = [0]", "invalid port"),
         ("[net]\nopaque_ports = [65536]", "invalid port"),
         ("[net]\nopaque_ports = [true]", "invalid port"),
+        ('[net]\nproxy = "https://h.example:1"', "net.proxy is not the URL of an HTTP proxy with a port"),
+        ('[net]\nproxy = "http://h.example"', "net.proxy is not the URL"),
+        ('[net]\nproxy = "http://h.example:1/path"', "net.proxy is not the URL"),
+        ('[net]\nproxy = "http://127.1:3128"', "net.proxy is not the URL"),
+        ("[net]\nproxy = 3128", "net.proxy is not the URL"),
+        ("[net]\nproxy_resolves = true", "net.proxy_resolves is true, but net.proxy is missing"),
+        ("[net]\nproxy_resolves = 1", "net.proxy_resolves is not true or false"),
+        ("[net]\nmax_connections = 513", "net.max_connections is not a whole number from 1 to 512"),
+        ("[net]\nmax_pending = true", "net.max_pending is not a whole number from 1 to 256"),
+        ("[net]\nconnections_per_second = 0", "net.connections_per_second is not a whole number from 1 to 1000"),
+        ("[net]\nidle_seconds = 60.0", "net.idle_seconds is not a whole number from 1 to 86400"),
         ('[net]\nallow_local = "10.0.0.1:80"', "net.allow_local is not a list of strings"),
         ("[net]\nallow_local = [80]", "net.allow_local is not a list of strings"),
         (

@@ -148,6 +148,12 @@ def test_the_highest_ranked_cause_is_reported(chosen: tuple[bool, ...]) -> None:
     assert classify(run(**facts)).outcome is expected
 
 
+def test_a_gate_that_does_not_answer_is_lost_unless_the_time_was_up() -> None:
+    """A lost gate is the cause of a run's end, except if the time limit was reached before."""
+    assert classify(run(wait_status=SIGKILLED, gate_lost=True)).outcome is Outcome.GATE_LOST
+    assert classify(run(wait_status=SIGKILLED, gate_lost=True, deadline_passed=True)).outcome is Outcome.TIMEOUT
+
+
 def test_a_refusal_comes_before_everything_but_cancelling() -> None:
     """A failed set-up is `refused` whatever else happened, unless it was cancelled."""
     facts: dict[str, Any] = {"stage": Stage.SETUP, "setup_failure": "x", "deadline_passed": True, "instance_status": 1}

@@ -9,6 +9,7 @@ from msgspec.structs import replace
 
 from x07_sandbox.cli.denials_text import denial_lines, for_flags, say_denials
 from x07_sandbox.cli.os_runner_options import OPTIONS
+from x07_sandbox.network.summary import Contact, NetworkUse
 from x07_sandbox.plan.denials import Denial, Hint, HowToAllow
 from x07_sandbox.runs.result import EMPTY_OUTPUT, Digests, Outcome, Result
 
@@ -53,6 +54,25 @@ def result(*denials: Denial, outcome: Outcome = "failed", lost: int = 0, hints: 
         hints=list(hints),
         warnings=[],
     )
+
+
+def test_failed_connections_of_a_failed_run_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    """A run that failed prints the first destinations that could not be reached, unless the program gave up itself."""
+
+    def contact(host: str, *, rule: str = "dial:failed", count: int = 1) -> Contact:
+        return Contact(host=host, port=5432, transport="tcp", rule=rule, reason="Connection refused", count=count)
+
+    rows = [contact("x.example", rule="dial:given-up"), contact("db.example.org"), contact("2001:db8::1", count=3)]
+    failed = replace(result(), net=NetworkUse(failed=[*rows, *(contact(f"h{number}.example") for number in range(4))]))
+    say_denials(failed)
+    assert capsys.readouterr().err.splitlines() == [
+        "x07: connection to db.example.org:5432 failed: connection refused",
+        "x07: connection to [2001:db8::1]:5432 failed (3 times): connection refused",
+        "x07: connection to h0.example:5432 failed: connection refused",
+        "x07: connection to h1.example:5432 failed: connection refused",
+        "x07: and 2 more failed connections; --json lists them",
+    ]
+    assert denial_lines(replace(failed, outcome="ok")) == []
 
 
 def test_four_denials_are_printed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,6 +37,7 @@ TCP: Final = 6
 UDP: Final = 17
 DNS: Final = "127.0.0.53"  # of the relay in the guest
 RESOLV_CONF: Final = f"nameserver {DNS}\noptions timeout:5 attempts:2\n"
+CA_FILE: Final = "/x07/in/ca-certificates.crt"  # the user's certificates, followed by those of the image
 
 # Frame types; the numbers are the protocol.
 OPEN: Final = 1

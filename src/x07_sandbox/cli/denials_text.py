@@ -114,7 +114,21 @@ def _of_program(result: Result, command: str) -> list[str]:
     if more:
         most = "up to " if result.denials_lost else ""  # several lost records may belong to one denial
         lines.append(f"and {most}{more} more denials; {command}--json lists those that were recorded")
-    return [*lines, *map(_hint, result.hints)]
+    return [*lines, *_failed_connections(result, command), *map(_hint, result.hints)]
+
+
+def _failed_connections(result: Result, command: str) -> list[str]:
+    """Return a line for each of the first destinations that were allowed but could not be reached."""
+    rows = [] if result.net is None else [row for row in result.net.failed if row.rule != "dial:given-up"]
+    lines = []
+    for row in rows[:_SHOWN]:
+        host = f"[{row.host}]" if ":" in row.host else row.host
+        times = f" ({row.count} times)" if row.count > 1 else ""
+        reason = row.reason[:1].lower() + row.reason[1:]
+        lines.append(f"connection to {host}:{row.port} failed{times}: {reason}")
+    if more := len(rows) - len(lines):
+        lines.append(f"and {more} more failed connections; {command}--json lists them")
+    return lines
 
 
 def _to_report(result: Result) -> list[Denial]:
@@ -175,7 +189,7 @@ def _line(denial: Denial) -> str:
         how = how_to_allow_text(denial.how_to_allow, denial.field, purpose="allow more")
         return f"denied: {reached}{times}{why}{how}"
     what = denial.subject if denial.action == "write" and denial.field in _FULL else _action(denial)
-    if denial.field in {"limit", "scratch"}:
+    if denial.field in {"limit", "scratch"} or (denial.field.startswith("limit:") and denial.how_to_allow is None):
         return f"denied: {what}{times}{why}."
     purpose = "allow more" if denial.field in _FULL else "allow it"
     return f"denied: {what}{times}{why}{how_to_allow_text(denial.how_to_allow, denial.field, purpose=purpose)}"

@@ -308,6 +308,7 @@ def _request(
         **_overrides(options),
         env=dict(map(_variable, options.env)),
         image=options.image,
+        ca=options.ca,
         **limits_of(options),
         input=options.input,
         stdin_fd=stdin_fd,

@@ -49,7 +49,16 @@ OVERRIDES = (
 # Options that only --help-all shows.
 RARE = frozenset(
     {
-        *("--allow-host-file", "--deny-host-file", "--net-log", "--reveal", "--stdin", "--input-b64", "--backend"),
+        *(
+            "--allow-host-file",
+            "--deny-host-file",
+            "--net-log",
+            "--ca",
+            "--reveal",
+            "--stdin",
+            "--input-b64",
+            "--backend",
+        ),
         *("--sandbox-backend", "--i-accept-weaker-isolation", "--queue-timeout", "--no-pool", "--no-cache", "--cold"),
         *("--report-out", "--quiet-json", "--json=full", "--raw", "--compiled-out"),
     }
@@ -219,6 +228,7 @@ def add_files(parser: argparse.ArgumentParser) -> None:
     option(
         group, "--net-log", "FILE", "write the log of connections to FILE, as one JSON object per line", type=file_path
     )
+    option(group, "--ca", "FILE", "let the program also trust the certificates in this PEM file", type=file_path)
     option(group, "--diff", "FILE", "also write the changes to FILE as a patch", type=file_path)
     option(group, "--out", "DIR", "after the run, copy the contents of /x07/out in the VM to DIR", type=folder_path)
     switch(group, "--allow-hidden", "copy dotfiles too, into the VM and back")

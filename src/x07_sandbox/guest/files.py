@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 from typing import TYPE_CHECKING, Any, Final
 
+from x07_sandbox.channel.egress import CA_FILE
 from x07_sandbox.channel.frames import Stream
 from x07_sandbox.guest.confine import CWD
 from x07_sandbox.guest.environment import IN_MEMORY_BYTES, Environment
@@ -18,19 +20,22 @@ if TYPE_CHECKING:
 
 _UNPACKED_MAX: Final = 4 << 30
 _FOLDER: Final = "/x07/in/"
+SYSTEM_CA: Final = "/etc/ssl/certs/ca-certificates.crt"
 
 
 class IncomingFiles:
     """The input files of a job. Trees are unpacked while they arrive, archives once they are complete.
 
     trees: each tree, by the number of its stream. work: the tree of the working folder, or None. on_disk: whether files
-    are on disk, not in memory.
+    are on disk, not in memory. ca: the file to mount at SYSTEM_CA, or "".
     """
 
     def __init__(self, entries: list[dict[str, Any]], environment: Environment) -> None:
         self.on_disk = sum(entry["bytes"] for entry in entries if entry["kind"] != "tree") > IN_MEMORY_BYTES
         self.trees: dict[int, Tree] = {}
         self.work: Tree | None = None
+        self.ca = ""
+        self._mounts = environment.platform.namespaces
         self._folder = environment.folder(on_disk=self.on_disk)
         self._entries = {Stream.FIRST_FILE + index: entry for index, entry in enumerate(entries)}
         self._open: dict[int, int] = {}
@@ -91,7 +96,14 @@ class IncomingFiles:
             except ArchiveError as exc:
                 raise JobError("unpack", 0, str(exc)) from exc
         elif fd is not None:
+            if entry["path"] == CA_FILE:
+                self._add_system_certificates(fd, self._path(entry))
             os.close(fd)
+
+    def _add_system_certificates(self, fd: int, path: str) -> None:
+        with contextlib.suppress(FileNotFoundError), open(SYSTEM_CA, "rb") as file:
+            write_all(fd, file.read())
+            self.ca = path if self._mounts else ""
 
     def complete(self) -> bool:
         """Return whether all files have arrived."""

@@ -19,7 +19,7 @@ from x07_sandbox.guest import confine, init
 from x07_sandbox.guest.environment import Environment, Limits, exec_failure, failure
 from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.execution import ExecutionRules
-from x07_sandbox.guest.files import IncomingFiles
+from x07_sandbox.guest.files import SYSTEM_CA, IncomingFiles
 from x07_sandbox.guest.mounts import ProgramPaths
 from x07_sandbox.guest.trees import changes, left_files, stream_of
 
@@ -127,7 +127,7 @@ class Job:
         limits, environment = self.limits, self.environment
         # The waiting process may be larger than a small limit, which is applied once it has become the program.
         self.group.limit(mem_bytes=max(limits["mem_bytes"], environment.waiting_bytes), tasks=limits["tasks"])
-        if self.mounts:
+        if self.mounts or self.files.ca:
             environment.prepare(self._settings())
             self._mount()
         self._find_command()
@@ -190,6 +190,7 @@ class Job:
         if any(mount["at"].startswith(_PROJECT) for mount in self.mounts):
             os.makedirs(f"{self.environment.folder(on_disk=self.files.on_disk)}/project", exist_ok=True)
         mounts = [(self._source(mount), mount["at"], mount["write"]) for mount in self.mounts]
+        mounts += [(self.files.ca, SYSTEM_CA, False)] if self.files.ca else []
         self.environment.platform.mount(self.environment.init, mounts)
         self.environment.mounted()
 

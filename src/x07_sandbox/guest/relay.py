@@ -34,7 +34,7 @@ _READ: Final = 128 * 1024
 _PORT_READ: Final = 4096  # the console driver fills at most this much of each buffer, so pass many (measured)
 _CHUNK: Final = egress.DATA_MAX - egress.HEADER.size  # a frame then fills four 32 KiB writes of the driver
 _QUEUED_MAX: Final = 64 * 1024  # bytes queued for the gate; with more, do not read sockets
-_FLOWS_MAX: Final = 512
+_FLOWS_MAX: Final = 896  # more than the gate accepts, and fewer than the descriptors that a process may have
 _QUERY_MAX: Final = 4096
 _WAITING_DATAGRAMS: Final = 16  # per flow that is not open yet
 _ACCEPT_S: Final = 10.0  # how long an opened flow waits for the program's connection
@@ -243,7 +243,7 @@ class Relay:
         flow = self._by_endpoints.get((egress.TCP, endpoints))
         if flow is None:
             if (flow := self._ask(egress.TCP, endpoints)) is None:
-                self._release(held, egress.HOST_UNREACHABLE)
+                self._release(held, egress.REFUSED)
             else:
                 flow.held = held
         elif flow.open:

@@ -53,6 +53,15 @@ SETTINGS: Final = (
     ),
     Setting("net", "opaque_ports", "list of ports", "`[]`", "Ports on which all bytes pass unchecked."),
     Setting(
+        "net", "proxy", '`"http://[USER:PASSWORD@]HOST:PORT"`', "none", "HTTP proxy for all connections (CONNECT)."
+    ),
+    Setting("net", "proxy_resolves", "true or false", "`false`", "Whether the proxy gets names instead of addresses."),
+    Setting("net", "ca", "path", "none", "PEM file of certificates that programs trust too, as with `--ca`."),
+    Setting("net", "max_connections", "1 to 512", "`256`", "How many connections a program may have open at once."),
+    Setting("net", "connections_per_second", "1 to 1000", "`100`", "Limit of new connections; others have to wait."),
+    Setting("net", "max_pending", "1 to 256", "`128`", "Limit of connections being established; others have to wait."),
+    Setting("net", "idle_seconds", "1 to 86400", "`3600`", "After how long an idle TCP connection is closed."),
+    Setting(
         "limits",
         "scale_when_emulated",
         '`"auto"`, `"never"`',

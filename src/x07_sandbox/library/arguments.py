@@ -60,7 +60,7 @@ def make_request(
 
     _check_values(program, given)
     path = None if program is None else Path(_path_text("program", program))
-    source, workdir, out = given["source"], given["workdir"], given["out"]
+    source, workdir, out, ca = given["source"], given["workdir"], given["out"], given["ca"]
     names = ("toolchain", "max_files_bytes", "scale_limits", "image", "max_output_bytes", "changes")
     return RunRequest(
         program=path,
@@ -74,6 +74,7 @@ def make_request(
         limits=_limits(given),
         build_wall_ms=_milliseconds(given["build_timeout_s"]),
         env=dict(given["env"] or {}),
+        ca=None if ca is None else Path(_path_text("ca", ca)),
         out=None if out is None else Path(_path_text("out", out)),
         overrides=_overrides(hidden=given["allow_hidden"], symlinks=given["allow_symlinks"]),
         loaders=_loaders(path),

@@ -12,6 +12,7 @@ KEYWORDS: Final = {
     "--allow-hidden": "allow_hidden",
     "--allow-symlinks": "allow_symlinks",
     "--build-timeout": "build_timeout_s",
+    "--ca": "ca",
     "--changes": "changes",
     "--cpu-time": "cpu_s",
     "--env": "env",

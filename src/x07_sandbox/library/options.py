@@ -29,6 +29,7 @@ class RunOptions(TypedDict, total=False):
     build_timeout_s: float | None
     scale_limits: bool | None
     image: str | None
+    ca: str | os.PathLike[str] | None
     max_output_bytes: int | None
     changes: Literal["apply", "all-or-nothing", "keep", "discard"]
     out: str | os.PathLike[str] | None

@@ -51,6 +51,7 @@ def run_program(  # noqa: PLR0913 - each is a keyword
     build_timeout_s: float | None = None,
     scale_limits: bool | None = None,
     image: str | None = None,
+    ca: str | os.PathLike[str] | None = None,
     max_output_bytes: int | None = None,
     changes: Literal["apply", "all-or-nothing", "keep", "discard"] = "apply",
     out: str | os.PathLike[str] | None = None,
@@ -78,7 +79,7 @@ def run_program(  # noqa: PLR0913 - each is a keyword
     policy, but only lower those of any other policy.
     build_timeout_s: time limit of the build, 300 s by default.
     scale_limits: whether to multiply time limits by the slowdown of emulation; None follows your settings.
-    image: name or digest of a guest image.
+    image: name or digest of a guest image. ca: a PEM file with certificates that the program trusts too.
     changes: what to do with the program's changes to writable folders. "apply" applies the allowed changes and leaves
     out the others; "all-or-nothing" applies no change unless all are allowed. "keep" saves
     the changes for `x07 apply`, and "discard" deletes them. `Result.changes` describes what was done.

@@ -1,4 +1,4 @@
-"""Dialling: resolve a name, check the resolved addresses, and connect to them in order."""
+"""Dialling: resolve a name, check the resolved addresses, and connect to them in order, perhaps through a proxy."""
 
 from __future__ import annotations
 
@@ -12,14 +12,19 @@ from ipaddress import IPv6Address, IPv6Network
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+import h11
+from msgspec.structs import replace
+
 from x07_sandbox.channel import egress
 from x07_sandbox.network import nat64, resolver
-from x07_sandbox.network.blocked_addresses import HOST_ADDRESS, HOST_NAME
+from x07_sandbox.network.blocked_addresses import HOST_ADDRESS, HOST_NAME, special
 from x07_sandbox.network.rules import decide_address
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from x07_sandbox.network.names import Address, Host
-    from x07_sandbox.network.rules import Allowlist, Decision
+    from x07_sandbox.network.rules import Allowlist, Decision, Proxy
 
 LOOK_UP_S: Final = resolver.LATE_S
 _CACHE_S: Final = 10.0
@@ -29,6 +34,7 @@ _TRY_S: Final = 5.0
 _ALL_TRIES_S: Final = 10.0
 _PREFIXES_S: Final = 60.0  # how long the network's NAT64 prefixes count as known
 _NO_PREFIXES_S: Final = 10.0  # after a failed look-up of them
+_PROXY_HEAD_MAX: Final = 8192
 _CODES: Final = {
     errno.ECONNREFUSED: egress.REFUSED,
     errno.ENETUNREACH: egress.NET_UNREACHABLE,
@@ -49,7 +55,7 @@ class NotDialledError(Exception):
 
 
 class Dialled(NamedTuple):
-    """A connected socket and the server's address."""
+    """A connected socket and the server's address, or "" if the proxy has chosen the address."""
 
     sock: socket.socket
     address: str
@@ -139,10 +145,12 @@ class Dialler:
 
     async def dial(self, decision: Decision) -> Dialled:
         """Connect to the destination of an allowed request. Raises NotDialledError if no address answers."""
+        host, proxy = decision.request.host, self._allowlist.settings.proxy
+        by_proxy = proxy is not None and proxy.resolves and isinstance(host, str) and special(host) is None
         try:
-            addresses = await self._addresses(decision)
+            targets: Sequence[Host] = [host] if by_proxy else await self._addresses(decision)
             async with asyncio.timeout(_ALL_TRIES_S):
-                return await self._try(decision, addresses)
+                return await self._try(decision, targets)
         except TimeoutError:
             raise NotDialledError(egress.TIMED_OUT, "dial:timeout", "no address answered in time") from None
 
@@ -197,47 +205,76 @@ class Dialler:
             raise NotDialledError(egress.TIMED_OUT, "nat64:unknown", why, str(address))
         return self._nat64
 
-    async def _try(self, decision: Decision, addresses: list[Address]) -> Dialled:
+    async def _try(self, decision: Decision, targets: Sequence[Host]) -> Dialled:
         last = NotDialledError(egress.HOST_UNREACHABLE, "dial:failed", "no address could be tried")
-        for address in addresses[:_TRIES]:
-            try:
-                return await self._connect(decision, address)
-            except NotDialledError as exc:
-                last = exc
+        for target in targets[:_TRIES]:
+            servers, proxy = [(str(target), decision.request.port)], None
+            # Special addresses, which the user's settings have opened, belong to this host's own networks.
+            if special(target) is None and (proxy := self._allowlist.settings.proxy) is not None:
+                found = await self._names.look_up(proxy.host) if isinstance(proxy.host, str) else [proxy.host]
+                servers = [(str(address), proxy.port) for address in found[:_TRIES]]
+            for server in servers:
+                try:
+                    return await self._connect(decision, target, server, proxy)
+                except NotDialledError as exc:
+                    last = exc
         raise last
 
-    async def _connect(self, decision: Decision, address: Address) -> Dialled:
-        request = decision.request
+    async def _connect(self, decision: Decision, target: Host, server: tuple[str, int], proxy: Proxy | None) -> Dialled:
+        """Connect to *server*, which is the target, or the proxy that then connects to it."""
+        request, address = decision.request, "" if isinstance(target, str) else str(target)
+        rule, who = ("dial", "it") if proxy is None else ("proxy", "the proxy")
         kind = socket.SOCK_DGRAM if request.transport == "udp" else socket.SOCK_STREAM
-        family = socket.AF_INET6 if isinstance(address, IPv6Address) else socket.AF_INET
-        try:
-            sock = socket.socket(family, kind)
-        except OSError as exc:
-            raise _failed(exc, address) from exc
-        try:
-            sock.setblocking(False)  # noqa: FBT003 - it takes no names
-            async with asyncio.timeout(_TRY_S):
-                await self._loop.sock_connect(sock, (str(address), request.port))
-            if sock.getpeername()[0] == sock.getsockname()[0]:
-                self._check_own(decision, address, known_own=True)
-            if kind == socket.SOCK_STREAM:
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        except TimeoutError as exc:
-            sock.close()
-            raise NotDialledError(egress.TIMED_OUT, "dial:timeout", "it did not answer in time", str(address)) from exc
-        except OSError as exc:
-            sock.close()
-            raise _failed(exc, address) from exc
-        except BaseException:
-            sock.close()
-            raise
-        return Dialled(sock, str(address))
+        with contextlib.ExitStack() as stack:
+            try:
+                sock = socket.socket(socket.AF_INET6 if ":" in server[0] else socket.AF_INET, kind)
+                stack.callback(sock.close)
+                sock.setblocking(False)  # noqa: FBT003 - it takes no names
+                async with asyncio.timeout(_TRY_S):
+                    await self._loop.sock_connect(sock, server)
+                if proxy is not None:
+                    async with asyncio.timeout(_TRY_S):
+                        await self._ask(sock, proxy, str(replace(request, host=target)), address)
+                elif sock.getpeername()[0] == sock.getsockname()[0] and not isinstance(target, str):
+                    self._check_own(decision, target, known_own=True)
+                if kind == socket.SOCK_STREAM:
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            except TimeoutError as exc:
+                why = f"{who} did not answer in time"
+                raise NotDialledError(egress.TIMED_OUT, f"{rule}:timeout", why, address) from exc
+            except OSError as exc:
+                code = _CODES.get(exc.errno or 0, egress.HOST_UNREACHABLE)
+                why = os.strerror(exc.errno or 0)  # since asyncio replaces the exception's own text
+                if proxy is not None:
+                    code, why = egress.HOST_UNREACHABLE, f"the proxy cannot be reached: {why}"
+                raise NotDialledError(code, f"{rule}:failed", why, address) from exc
+            stack.pop_all()
+        return Dialled(sock, address)
 
-
-def _failed(exc: OSError, address: Address) -> NotDialledError:
-    code = _CODES.get(exc.errno or 0, egress.HOST_UNREACHABLE)
-    # strerror, since asyncio replaces the exception's own text.
-    return NotDialledError(code, "dial:failed", os.strerror(exc.errno or 0), str(address))
+    async def _ask(self, sock: socket.socket, proxy: Proxy, target: str, address: str) -> None:
+        """Ask a connected proxy for a connection to *target*, HOST:PORT. Raises NotDialledError, OSError."""
+        connection = h11.Connection(h11.CLIENT)
+        headers = [("Host", target)] + [("Proxy-Authorization", proxy.authorization)] * bool(proxy.authorization)
+        request = connection.send(h11.Request(method="CONNECT", target=target, headers=headers)) or b""
+        connection.send(h11.EndOfMessage())
+        await self._loop.sock_sendall(sock, request)
+        head = bytearray()
+        while len(head) < _PROXY_HEAD_MAX and not head.endswith(b"\r\n\r\n"):
+            # Byte by byte, since the bytes behind the head are the server's, and belong to the program.
+            if not (byte := await self._loop.sock_recv(sock, 1)):
+                break
+            head += byte
+        connection.receive_data(bytes(head))
+        try:
+            answer = connection.next_event()
+        except h11.RemoteProtocolError:
+            answer = None
+        status = answer.status_code if isinstance(answer, h11.Response | h11.InformationalResponse) else 0
+        if connection.trailing_data[0]:
+            status = 0
+        if not 200 <= status < 300:  # noqa: PLR2004 - RFC 9110
+            why = f"the proxy answered with status {status}" if status else "the proxy's answer is no HTTP response"
+            raise NotDialledError(egress.HOST_UNREACHABLE, f"proxy:{status}", why, address)
 
 
 def bind_reveals_own() -> bool:

@@ -7,6 +7,7 @@ Everything on that stream is hostile.
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from msgspec.structs import replace
@@ -29,24 +30,23 @@ if TYPE_CHECKING:
     from x07_sandbox.network.ledger import Ledger
     from x07_sandbox.network.rules import Allowlist, Decision, Transport
 
-FLOWS_MAX: Final = 256
-PENDING_MAX: Final = 128
+WAITING_MAX: Final = 256  # requests that wait for the limits of pending and new connections
 NAMES_MAX: Final = 1024
 NAMES_OF_WILDCARD: Final = 256
 HELD_MAX_BYTES: Final = 32 << 20  # above this, the gate opens no more connections
-_OPENS_S: Final = 100.0
-_OPENS_BURST: Final = 200.0
+_BURST_S: Final = 2.0  # as many connections as the limit allows in that time may be opened at once
+_WAITING_S: Final = 30.0
 _QUEUED_MAX: Final = 128 * 1024  # bytes for the guest: above this, servers are not read
 _ROUND_MAX: Final = 3 << 20  # bytes that all flows read in one iteration of the loop
 _STALLED_MAX: Final = 1 << 20  # above this, the guest is not read either
 _FIRST_BYTES_S: Final = 10.0
-_IDLE_S: Final = 3600.0
 _HALF_CLOSED_S: Final = 60.0
 _UDP_IDLE_S: Final = 60.0
 _TICK_S: Final = 1.0
 _READ: Final = 64 * 1024
 _TLS_PORTS: Final = frozenset({443, 8443})
 _HTTP_PORTS: Final = frozenset({80, 8080})
+_GIVEN_UP: Final = "the program closed the connection before it was made"
 
 
 class Gate(asyncio.BufferedProtocol):
@@ -65,13 +65,16 @@ class Gate(asyncio.BufferedProtocol):
         self._link = EgressLink(guest=False)
         self._buffer = bytearray(_READ)
         self._flows: dict[int, Flow] = {}
+        self._limits = allowlist.settings
+        self._waiting: dict[int, tuple[Decision, float]] = {}  # by stream, in order; until when it waits
         self._pending: dict[int, asyncio.Task[None]] = {}
         self._names: dict[str, set[str]] = {}  # requested names, by the rule that allowed them
-        self._opens = _OPENS_BURST
+        self._opens = _BURST_S * self._limits.connections_per_second
         self._opens_at = loop.time()
         self._reading = True
         self._was_busy = False
         self._tick: asyncio.TimerHandle | None = None  # set once a guest is connected
+        self._next_start: asyncio.TimerHandle | None = None
 
     # the stream from the relay
 
@@ -118,6 +121,9 @@ class Gate(asyncio.BufferedProtocol):
         if self._tick is not None:
             self._tick.cancel()
             self.transport.abort()
+        if self._next_start is not None:
+            self._next_start.cancel()
+        self._waiting.clear()
         for task in self._pending.values():
             task.cancel()
         for flow in list(self._flows.values()):
@@ -167,8 +173,8 @@ class Gate(asyncio.BufferedProtocol):
             return
         flow = self._flows.get(event.stream)
         if flow is None:
-            if event.kind == egress.RESET and (task := self._pending.get(event.stream)) is not None:
-                task.cancel()
+            if event.kind == egress.RESET:
+                self._give_up(event.stream)
             return
         if event.kind == egress.RESET:
             self._end(flow)
@@ -200,27 +206,65 @@ class Gate(asyncio.BufferedProtocol):
         elif limit := self._limit(decision):
             self._refuse(event.stream, egress.LIMIT, _of(decision, rule="limit", reason=limit))
         else:
-            self._pending[event.stream] = self._loop.create_task(self._open(event.stream, decision))
+            self._waiting[event.stream] = decision, self.now() + _WAITING_S
+            self._start_waiting()
 
     def _refuse(self, stream: int, code: int, contact: Contact) -> None:
         self._ledger.denied(contact)
         self._link.opened(stream, code)
 
     def _limit(self, decision: Decision) -> str:
-        """Return the limit that another connection would exceed, or "" if it would exceed none."""
-        now = self.now()
-        self._opens = min(_OPENS_BURST, self._opens + (now - self._opens_at) * _OPENS_S)
-        self._opens_at = now
-        if self._opens < 1:
-            return f"more than {_OPENS_S:.0f} connections a second"
-        self._opens -= 1
-        if len(self._pending) >= PENDING_MAX:
-            return f"{PENDING_MAX} connections are pending"
-        if len(self._flows) + len(self._pending) >= FLOWS_MAX:
-            return f"{FLOWS_MAX} connections are open"
+        """Return the limit that another request would exceed, or "" if it would exceed none."""
+        if len(self._waiting) >= WAITING_MAX:
+            return f"{WAITING_MAX} connections are waiting to be opened"
         if sum(flow.waiting_bytes() for flow in self._flows.values() if isinstance(flow, TcpFlow)) > HELD_MAX_BYTES:
             return "too many bytes are waiting to be sent"
         return self._too_many_names(decision)
+
+    def _start_waiting(self) -> None:
+        """Open the connections that wait, in order, as far as the limits of pending and new connections allow."""
+        limits, now = self._limits, self.now()
+        rate = limits.connections_per_second
+        self._opens = min(_BURST_S * rate, self._opens + (now - self._opens_at) * rate)
+        self._opens_at = now
+        while self._waiting and self._opens >= 1 and len(self._pending) < limits.max_pending:
+            stream = next(iter(self._waiting))
+            decision, _ = self._waiting.pop(stream)
+            if len(self._flows) + len(self._pending) >= limits.max_connections:
+                reason = f"{limits.max_connections} connections are open"
+                self._refuse(stream, egress.LIMIT, _of(decision, rule="limit:max_connections", reason=reason))
+                continue
+            self._opens -= 1
+            self._pending[stream] = task = self._loop.create_task(self._open(stream, decision))
+            task.add_done_callback(partial(self._end_pending, stream))  # it runs even if the task never started
+        if self._next_start is not None:
+            self._next_start.cancel()
+            self._next_start = None
+        if self._waiting and self._opens < 1:  # else the end of a pending one starts the next
+            self._next_start = self._loop.call_later((1 - self._opens) / rate, self._start_next)
+
+    def _start_next(self) -> None:
+        self._start_waiting()
+        self.flush()
+
+    def _end_waiting(self, now: float) -> None:
+        """Refuse the requests that have waited too long."""
+        slow = self._opens < 1
+        for stream, (decision, until) in list(self._waiting.items()):
+            if now < until:
+                return
+            del self._waiting[stream]
+            limit = f"{self._limits.connections_per_second} a second" if slow else f"{self._limits.max_pending} pending"
+            rule = "limit:connections_per_second" if slow else "limit:max_pending"
+            reason = f"it waited {_WAITING_S:.0f} s because of the limit of {limit} connections"
+            self._refuse(stream, egress.LIMIT, _of(decision, rule=rule, reason=reason))
+
+    def _give_up(self, stream: int) -> None:
+        """Forget a connection that the program closed before it was open."""
+        if (task := self._pending.get(stream)) is not None:
+            task.cancel()
+        elif (waiting := self._waiting.pop(stream, None)) is not None:
+            self._ledger.failed(_of(waiting[0], rule="dial:given-up", reason=_GIVEN_UP))
 
     def _too_many_names(self, decision: Decision) -> str:
         host = decision.request.host
@@ -251,13 +295,13 @@ class Gate(asyncio.BufferedProtocol):
         except asyncio.CancelledError:
             if dialled is not None:
                 dialled.sock.close()
-            reason = "the program closed the connection before it was made"
-            self._ledger.failed(_of(decision, rule="dial:given-up", reason=reason))
+            self._ledger.failed(_of(decision, rule="dial:given-up", reason=_GIVEN_UP))
         else:
             self._answer(stream, flow)
-        finally:
-            self._pending.pop(stream, None)
-            self.flush()
+
+    def _end_pending(self, stream: int, _task: asyncio.Task[None]) -> None:
+        del self._pending[stream]
+        self._start_next()
 
     def _answer(self, stream: int, flow: Flow) -> None:
         """Report a new connection to the guest."""
@@ -315,6 +359,7 @@ class Gate(asyncio.BufferedProtocol):
     def _check_timeouts(self) -> None:
         self._tick = self._loop.call_later(_TICK_S, self._check_timeouts)
         now = self.now()
+        self._end_waiting(now)
         for flow in list(self._flows.values()):
             if isinstance(flow, UdpFlow):
                 if now - flow.touched > _UDP_IDLE_S:
@@ -329,10 +374,16 @@ class Gate(asyncio.BufferedProtocol):
             why = "the client's first bytes are not a complete message"
             self.refuse(flow, InspectionError("first-bytes:timeout", why))
             return
-        half = flow.half_closed_at is not None and now - max(flow.half_closed_at, flow.touched) > _HALF_CLOSED_S
-        if half or now - flow.touched > _IDLE_S:
-            self._link.reset(flow.stream, egress.TIMED_OUT)
-            self._end(flow)
+        quiet_s, idle_s = now - flow.touched, self._limits.idle_seconds
+        if flow.half_closed_at is not None and min(quiet_s, now - flow.half_closed_at) > _HALF_CLOSED_S:
+            rule, reason = "idle:half-closed", f"it was closed in one direction and idle for {_HALF_CLOSED_S:g} s"
+        elif quiet_s > idle_s:
+            rule, reason = "idle:idle_seconds", f"it was idle for {idle_s} s"
+        else:
+            return
+        self._ledger.failed(replace(flow.contact, rule=rule, reason=reason))
+        self._link.reset(flow.stream, egress.TIMED_OUT)
+        self._end(flow)
 
 
 def mode_of(port: int, allowlist: Allowlist) -> Mode:

@@ -13,6 +13,7 @@ counts:
 import json
 import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Final, Literal
 
 import msgspec
@@ -85,12 +86,35 @@ class Denied(msgspec.Struct, frozen=True):
     ports: frozenset[int] | None
 
 
+class Proxy(msgspec.Struct, frozen=True, kw_only=True):
+    """The user's HTTP proxy. authorization: for its header, or "". resolves: whether the proxy resolves all names."""
+
+    host: Host
+    port: int
+    authorization: str = ""
+    resolves: bool = False
+
+    def __repr__(self) -> str:
+        """Return a text without the password."""
+        return f"Proxy({self.host}:{self.port})"
+
+
 class NetSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """Exceptions in the user's settings. allow_local, allow_special: with a port. opaque_ports: not inspected."""
+    """Exceptions in the user's settings. allow_local, allow_special: with a port. opaque_ports: not inspected.
+
+    proxy: makes all connections. ca: a file with certificates that programs trust too. The others are the limits of
+    one run (settings.LIMITS).
+    """
 
     allow_local: frozenset[tuple[Addresses, int]] = frozenset()
     allow_special: frozenset[tuple[Addresses, int]] = frozenset()
     opaque_ports: frozenset[int] = frozenset()
+    proxy: Proxy | None = None
+    ca: Path | None = None
+    max_connections: int = 256
+    connections_per_second: int = 100
+    max_pending: int = 128
+    idle_seconds: int = 3600
 
     def lists(self, address: Address, port: int) -> bool:
         """Return whether allow_local has an entry for this one address."""
@@ -215,6 +239,8 @@ def _special(allowlist: Allowlist, request: Request) -> Decision | None:
     if (found := special(request.host)) is not None and not _opened(allowlist, request):
         own = not isinstance(request.host, str) and request.host.is_loopback  # that of the program
         return _denied(request, *found, None if own else advise_setting(allowlist, request))
+    if request.transport == "udp" and allowlist.settings.proxy is not None:
+        return _denied(request, "proxy:udp", "the proxy in your settings carries no UDP")
     if request.transport == "udp" and request.port == _QUIC and _QUIC not in allowlist.settings.opaque_ports:
         return _denied(request, "udp-443", "UDP port 443 is QUIC, which hides the server name")
     return None

@@ -1,17 +1,29 @@
 """The section `[net]` of the user's settings (host/user_settings), for permissions that no policy can grant."""
 
+import base64
+import re
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import unquote_to_bytes
+
+import msgspec
 
 from x07_sandbox.errors import UsageError
 from x07_sandbox.host.paths import settings_file
 from x07_sandbox.host.user_settings import settings_bytes, settings_table
 from x07_sandbox.network.blocked_addresses import ALLOWED_BY, kind_of
-from x07_sandbox.network.names import PORT_LAST, parse_pattern
-from x07_sandbox.network.rules import NetSettings, opened_texts, split_port
+from x07_sandbox.network.names import PORT_LAST, parse_host, parse_pattern
+from x07_sandbox.network.rules import NetSettings, Proxy, opened_texts, parse_request, split_port
 from x07_sandbox.policy.hosts import Addresses
 
+LIMITS: Final = {  # the least and the greatest value of each limit
+    "max_connections": (1, 512),
+    "connections_per_second": (1, 1000),
+    "max_pending": (1, 256),
+    "idle_seconds": (1, 86_400),
+}
+_PROXY: Final = re.compile(r"http://(?:([^@/?#\s]*)@)?([^@/?#\s]+)/?", re.ASCII)
 _LISTS: Final = ("allow_local", "allow_special")
 _SWITCHES: Final = ("allow_loopback", "allow_metadata")
 
@@ -27,14 +39,56 @@ def parse_settings(data: bytes, source: str) -> NetSettings:
     """Return the settings in a file's content. source: the file's name in errors. Raises UsageError."""
     what = f"cannot use {source}"
     net = settings_table(data, "net", source)
-    for key in _SWITCHES:
+    for key in (*_SWITCHES, "proxy_resolves"):
         if not isinstance(net.get(key, False), bool):
             raise UsageError(what, f"net.{key} is not true or false", f"Set {key} = true or {key} = false")
     ports = _list(net, "opaque_ports", int, what)
     if any(isinstance(port, bool) or not 1 <= port <= PORT_LAST for port in ports):
         raise UsageError(what, "net.opaque_ports contains an invalid port", f"Use ports from 1 to {PORT_LAST}")
-    opened = {key: frozenset(_opened(text, key, net, what) for text in _list(net, key, str, what)) for key in _LISTS}
-    return NetSettings(**opened, opaque_ports=frozenset(ports))
+    fields: dict[str, Any] = {
+        key: frozenset(_opened(text, key, net, what) for text in _list(net, key, str, what)) for key in _LISTS
+    }
+    ca = net.get("ca")
+    if ca is not None and not (isinstance(ca, str) and ca.startswith("/")):
+        raise UsageError(what, "net.ca is not an absolute path", "Write the path of a PEM file, from /")
+    fields |= {"opaque_ports": frozenset(ports), "proxy": _proxy(net, what), "ca": None if ca is None else Path(ca)}
+    return NetSettings(**fields, **_limits(net, what))
+
+
+def _proxy(net: dict[str, Any], what: str) -> Proxy | None:
+    """Return the proxy. The URL may contain a password, so no message contains the URL. Raises UsageError."""
+    url, resolves = net.get("proxy"), net.get("proxy_resolves", False)
+    if url is None:
+        if resolves:
+            raise UsageError(what, "net.proxy_resolves is true, but net.proxy is missing", "Add proxy, or remove it")
+        return None
+    found = _PROXY.fullmatch(url) if isinstance(url, str) else None
+    try:
+        request = parse_request(found[2]) if found is not None else None
+    except UsageError:
+        request = None
+    if found is None or request is None:
+        fix = 'Write proxy = "http://HOST:PORT" or "http://USER:PASSWORD@HOST:PORT", with %40 for @ in a password'
+        raise UsageError(what, "net.proxy is not the URL of an HTTP proxy with a port", fix)
+    words = base64.b64encode(unquote_to_bytes(found[1] or "")).decode()
+    authorization = f"Basic {words}" if words else ""
+    return Proxy(host=request.host, port=request.port, authorization=authorization, resolves=resolves)
+
+
+def proxy_resolves() -> bool:
+    """Return whether the user's proxy resolves the names, so that their addresses cannot be checked here."""
+    proxy = read_settings().proxy
+    return proxy is not None and proxy.resolves
+
+
+def _limits(net: dict[str, Any], what: str) -> dict[str, Any]:
+    limits = {key: net[key] for key in LIMITS if key in net}
+    for key, value in limits.items():
+        least, most = LIMITS[key]
+        if type(value) is not int or not least <= value <= most:
+            why = f"net.{key} is not a whole number from {least} to {most}"
+            raise UsageError(what, why, f"Set {key} = {getattr(NetSettings(), key)}, the default, or remove it")
+    return limits
 
 
 def _list(net: dict[str, Any], key: str, kind: type, what: str) -> list[Any]:
@@ -81,16 +135,24 @@ def _addresses(text: str) -> tuple[Addresses | None, int]:
     return found if isinstance(found, Addresses) else None, port
 
 
-def settings_to_json(settings: NetSettings) -> dict[str, list[Any]]:
+def settings_to_json(settings: NetSettings) -> dict[str, Any]:
     """Return the settings as JSON values."""
-    opened = {key: opened_texts(getattr(settings, key)) for key in _LISTS}
-    return {**opened, "opaque_ports": sorted(settings.opaque_ports)}
+    proxy = settings.proxy
+    return {
+        **{key: opened_texts(getattr(settings, key)) for key in _LISTS},
+        "opaque_ports": sorted(settings.opaque_ports),
+        "proxy": None if proxy is None else {**msgspec.structs.asdict(proxy), "host": str(proxy.host)},
+        **{key: getattr(settings, key) for key in LIMITS},
+    }
 
 
-def settings_from_json(words: dict[str, list[Any]]) -> NetSettings:
+def settings_from_json(words: dict[str, Any]) -> NetSettings:
     """Return the settings from `settings_to_json`. Raises UsageError if they are invalid."""
-    opened = {key: [_addresses(text) for text in words[key]] for key in _LISTS}
+    fields: dict[str, Any] = {key: words[key] for key in LIMITS}
+    for key in _LISTS:
+        fields[key] = frozenset((found, port) for found, port in map(_addresses, words[key]) if found)
     return NetSettings(
-        **{key: frozenset((what, port) for what, port in found if what) for key, found in opened.items()},
         opaque_ports=frozenset(words["opaque_ports"]),
+        proxy=words["proxy"] and Proxy(**{**words["proxy"], "host": parse_host(words["proxy"]["host"])}),
+        **fields,
     )

@@ -37,7 +37,7 @@ class NetworkUse(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     allowed: connections that were made.
     denied: connections that were denied.
-    failed: connections that were allowed but failed, for example because the server refused them.
+    failed: connections that were allowed but failed, for example because the server refused them or they were idle.
     more: the number of events that these lists do not contain, because the lists are full.
     log_dropped: the number of lines that the log of connections does not contain, because of its limits.
     """

@@ -28,11 +28,15 @@ class Answer(msgspec.Struct, frozen=True):
 
 
 class PlanInput(msgspec.Struct, frozen=True, kw_only=True):
-    """Input of the table's rows: the policy, its effective values (leaf_values), and the backend's features."""
+    """Input of the table's rows: the policy, its effective values (leaf_values), and the backend's features.
+
+    proxy_resolves: whether the user's proxy resolves the names.
+    """
 
     policy: Policy
     values: Mapping[str, object]
     features: Features
+    proxy_resolves: bool = False
 
     @property
     def boundary(self) -> str:
@@ -182,6 +186,8 @@ def _network(given: PlanInput, field: str) -> Answer:
     why = _NETWORK_RULES[field][given.values[field] is True]
     if field == "net.allow_hosts" and "held-connections" not in given.features.can_enforce:
         why += "; a denied connection is reset after connect() succeeded"
+    if field == "net.allow_hosts" and given.proxy_resolves:
+        why += "; your proxy resolves the names, so the addresses of names are its choice and not checked"
     return Answer("enforced", _GATE, why)
 
 

@@ -90,9 +90,12 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             raise RefusedError("the policy cannot be enforced", why, fix)
 
 
-def make_plan(policy: Policy, features: Features, *, cpu_ms: int | None = None) -> Plan:
-    """Return the plan for *policy* on a backend with *features*. cpu_ms: an additional limit on CPU time."""
-    given = PlanInput(policy=policy, values=leaf_values(policy), features=features)
+def make_plan(policy: Policy, features: Features, *, cpu_ms: int | None = None, proxy_resolves: bool = False) -> Plan:
+    """Return the plan for *policy* on a backend with *features*. cpu_ms: an additional limit on CPU time.
+
+    proxy_resolves: whether the user's proxy resolves the names.
+    """
+    given = PlanInput(policy=policy, values=leaf_values(policy), features=features, proxy_resolves=proxy_resolves)
     answers = {field: TABLE[field](given, field) for field in given.values}
     controls = tuple(Control(field=field, state=to.state, by=to.by, why=to.why) for field, to in answers.items())
     refusals = (*_refusals(answers, given.values), *_too_long(policy))

@@ -242,7 +242,7 @@ def verdict(outcome: Outcome, reason: str, *, fault: Fault | None = None) -> Ver
 def classify(evidence: Evidence, *, features: Features | None = None, limits: Limits | None = None) -> Verdict:
     """Return the verdict on *evidence*. features: the backend's, if known. limits: the limits to show in the reason."""
     features = features or vm_features("vm-hardware")
-    if evidence.gate_lost and evidence.cancelled_by is None:
+    if evidence.gate_lost and evidence.cancelled_by is None and not evidence.deadline_passed:
         return verdict(Outcome.GATE_LOST, f"the egress gate exited while the guest was {_DOING[evidence.stage]}")
     ended = _ended_by_us(evidence, emulated=features.emulated, limits=limits)
     if ended := ended or _lost(evidence, features.words.supervisor):

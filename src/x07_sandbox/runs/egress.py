@@ -14,7 +14,7 @@ from x07_sandbox.network.guest_view import guest_view
 from x07_sandbox.network.names import parse_host
 from x07_sandbox.network.processes import GateConfig, gate_running
 from x07_sandbox.network.rules import Allowlist, Request, advise_setting, decide, endpoint_text, make_allowlist
-from x07_sandbox.network.settings import read_settings
+from x07_sandbox.network.settings import LIMITS, read_settings
 from x07_sandbox.plan.connections import hosts_in
 from x07_sandbox.plan.denials import Denial, HowToAllow
 from x07_sandbox.runs.folder import NET_LOG
@@ -89,9 +89,11 @@ def _denial(contact: Contact, allowlist: Allowlist, ports: Mapping[str, int]) ->
 
 
 def _how(contact: Contact, allowlist: Allowlist, likely_port: int) -> HowToAllow | None:
-    kind = contact.rule.partition(":")[0]
+    kind, _, what = contact.rule.partition(":")
     if kind in {"tls", "http", "first-bytes", "udp-443"}:
         return HowToAllow(json_path=None, value=None, setting=f"opaque_ports = [{contact.port}]")
+    if kind == "limit" and what and getattr(allowlist.settings, what) < (most := LIMITS[what][1]):
+        return HowToAllow(json_path=None, value=None, setting=f"{what} = {most}")
     # No setting allows an invalid host or one that is already in the list.
     with contextlib.suppress(UsageError):
         port = contact.port or likely_port  # a lookup has no port

@@ -68,6 +68,8 @@ def run_job(prepared: Prepared, spec: PhaseSpec, run_id: str, folder: RunFolder)
         evidence = replace(evidence, gate_lost=True)
         if said := gate.last_message():
             warnings.append(f"the egress gate reported: {said}")
+        elif evidence.deadline_passed:
+            warnings.append("the egress gate did not answer, so the result lists no connections")
     if not drain((stdout, stderr), request.cancel):
         evidence = replace(evidence, cancelled_by=request.cancel.signal or 0)
     ending = classify(evidence, features=prepared.availability.features, limits=spec.limits_shown)

@@ -7,6 +7,7 @@ import posixpath
 from typing import TYPE_CHECKING, Any, Final
 
 from x07_sandbox.backends.base import RootPlace
+from x07_sandbox.channel.egress import CA_FILE
 from x07_sandbox.host import settings
 from x07_sandbox.plan.confinement import confinement
 from x07_sandbox.plan.sizes import build_limits, guest_limits, ram_class_bytes
@@ -42,6 +43,11 @@ _ENVIRONMENT: Final = {
     "PYTHONUNBUFFERED": "1",
     "PYTHONDONTWRITEBYTECODE": "1",
 }
+# The variables by which OpenSSL, Python, Go, curl, git, pip, Node, cargo and others find the certificates they trust.
+_CA_VARIABLES: Final = (
+    *("SSL_CERT_FILE", "CURL_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "NODE_EXTRA_CA_CERTS", "GIT_SSL_CAINFO", "PIP_CERT"),
+    *("AWS_CA_BUNDLE", "CARGO_HTTP_CAINFO"),
+)
 # A program with a manifest has its private folder at the path for relative roots.
 _PROJECT_MOUNT: Final[dict[str, Any]] = {"tree": None, "sub": "", "at": PROJECT_FOLDER, "write": True, "changes": False}
 
@@ -95,6 +101,10 @@ def run_spec(
     if protocol is not None:
         more = protocol.run_files(request.whole_input)
         files += [in_memory(data, path, 0o644, stack) for path, data in more.items()]
+    env = run_environment(policy, request.env, os.environ)
+    if prepared.ca:
+        files.append(in_memory(prepared.ca, CA_FILE, 0o644, stack))
+        env = {**dict.fromkeys(_CA_VARIABLES, CA_FILE), **env}
     cwd = PROJECT_FOLDER if program.project else CWD
     if request.workdir is not None:
         from x07_sandbox.plan.guest_paths import WORK  # imported only for runs with files
@@ -118,7 +128,7 @@ def run_spec(
         limits=limits.for_guest(),
         confine=confinement(policy, PROJECT_FOLDER if program.project else cwd, alone=not (archive or protocol)),
         wall_ms=limits.wall_ms,
-        env=run_environment(policy, request.env, os.environ),
+        env=env,
         ram_bytes=limits.ram_bytes,
         cwd=cwd,
         mounts=tuple(mounts),

@@ -49,7 +49,10 @@ Step = Generator[Result, None, _T]
 
 
 class Prepared(msgspec.Struct, frozen=True):
-    """A checked request. Its plan may still contain refusals. image, egress: None if the run uses none."""
+    """A checked request. Its plan may still contain refusals. image, egress: None if the run uses none.
+
+    ca: certificates that the program trusts besides those of the image, or b"".
+    """
 
     request: RunRequest
     program: Program
@@ -60,6 +63,7 @@ class Prepared(msgspec.Struct, frozen=True):
     availability: Availability
     plan: Plan
     egress: Egress | None = None
+    ca: bytes = b""
 
 
 def output_caps(request: RunRequest, toolchain: Toolchain) -> tuple[int, int]:
@@ -113,7 +117,8 @@ def prepare(
         if folder is not None and "host-files" not in availability.features.can_enforce:
             why = f"the backend {backend.name} cannot copy files back"
             raise RefusedError(f"cannot use {flag_name}", why, f"Remove {flag_name}, or use --sandbox-backend vm")
-    plan = make_plan(effective_policy.policy, availability.features, cpu_ms=program.cpu_ms)
+    by_proxy = effective_policy.policy.may_connect and _proxy_resolves()
+    plan = make_plan(effective_policy.policy, availability.features, cpu_ms=program.cpu_ms, proxy_resolves=by_proxy)
     draft = replace(
         draft,
         isolation=availability.features.isolation,
@@ -127,9 +132,20 @@ def prepare(
         from x07_sandbox.runs.egress import egress_of  # imported only for runs with connections
 
         egress = egress_of(effective_policy)
+    path, ca = request.ca or (None if egress is None else egress.config.settings.ca), b""
+    if path is not None:
+        from x07_sandbox.network.certificates import read_certificates  # few runs have certificates
+
+        ca = read_certificates(path)
     return Prepared(
-        request, program, effective_policy, image, _image_name(request), backend, availability, plan, egress
+        request, program, effective_policy, image, _image_name(request), backend, availability, plan, egress, ca
     ), draft
+
+
+def _proxy_resolves() -> bool:
+    from x07_sandbox.network.settings import proxy_resolves  # imported only for runs with connections
+
+    return proxy_resolves()
 
 
 def _check_cpu_time(request: RunRequest, program: Program) -> None:

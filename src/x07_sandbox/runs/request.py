@@ -100,6 +100,7 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
     loaders: readers of special programs; each returns None for a program of another kind.
     whole_input: the input of a program with a protocol, once x07 has read the input.
     hide, reveal, allow_protected: the patterns of these flags.
+    ca: a file with certificates that the program trusts too.
     progress: called with a text when the run waits for something, and with "" when the wait is over.
     """
 
@@ -119,6 +120,7 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True):
     build_wall_ms: int | None = None
     scale_limits: bool | None = None
     image: str | None = None
+    ca: Path | None = None
     env: Mapping[str, str] = {}
     input: Path | None = None
     stdin_fd: int | None = None

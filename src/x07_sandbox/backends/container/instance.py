@@ -47,8 +47,9 @@ _ENGINE_MAX: Final = 8192
 
 
 class ContainerInstance(HostAgent):
-    """A started container."""
+    """A started container. reaper_fd: readable once the reaper has ended; None until it is known."""
 
+    reaper_fd: int | None = None
     channel_fd: int
     net_fd: int | None = None
     notes: tuple[str, ...] = ()
@@ -66,6 +67,19 @@ class ContainerInstance(HostAgent):
         self.client = client
         self._errors = errors
         self._gone = False
+
+    def side_fds(self) -> tuple[int, ...]:
+        """Return the descriptors of the error stream and the reaper."""
+        return super().side_fds() + (() if self.reaper_fd is None else (self.reaper_fd,))
+
+    def drain(self, fd: int) -> None:
+        """Read the error stream, or end the run because nothing but its reaper would keep its deadline."""
+        if fd == self.reaper_fd:
+            self.reaper_fd = None
+            self.notes += ("the run was ended because the container's reaper had ended",)
+            self.client.kill()
+        else:
+            super().drain(fd)
 
     def exit_status(self) -> int | None:
         """Return the exit status of the engine's client, which is that of the container."""
@@ -108,6 +122,8 @@ def started(engine: Engine, job: Job, image: OpenImage) -> Iterator[ContainerIns
             client = launch(Launch(argv=argv, pass_fds=(), stderr_fd=stderr_fd, stdio_fd=far_fd, env=engine.env))
             instance = ContainerInstance(engine, record, container, client, errors)
             instance.channel_fd = channel_fd
+            instance.reaper_fd = os.pidfd_open(reaper_process.pid)
+            stack.callback(os.close, instance.reaper_fd)
             given.close()
             # The job's processes are the engine's; these two only serve it.
             found = {"client": identify(instance.client.pid), "reaper": identify(reaper_process.pid)}
