@@ -19,6 +19,7 @@ from msgspec.structs import replace
 
 from x07_sandbox.errors import with_full_stop
 from x07_sandbox.host import settings
+from x07_sandbox.host.cancel import BY_KILL
 from x07_sandbox.host.os_errors import out_of_cpu_time
 from x07_sandbox.plan.features import vm_features
 
@@ -201,7 +202,7 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     channel_error: str | None = None  # how the guest violated the protocol; a stream that merely ends is no violation
     instance_status: int | None = None  # of the machine's or container's process (-N for signal N); None while it runs
     console_tail: str = ""  # the end of the console output; hostile text, used only if the guest was lost
-    cancelled_by: int | None = None  # the signal that cancelled the run; 0 for a cancellation without a signal
+    cancelled_by: int | None = None  # who cancelled the run: see Cancel.signal
     setup_failure: str | None = None  # the step that the agent or the host could not do for the job
     exec_errno: int = 0  # the error of execve in the guest; 0 if execve succeeded
     boot_timeout: bool = False  # whether the agent did not answer in time
@@ -237,6 +238,13 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
 def verdict(outcome: Outcome, reason: str, *, fault: Fault | None = None) -> Verdict:
     """Return a verdict that has no program status. fault: None for the outcome's default fault."""
     return Verdict(outcome=outcome, fault=fault or OUTCOMES[outcome].fault, reason=reason)
+
+
+def cancelled_verdict(by: int, when: str = "") -> Verdict:
+    """Return the verdict on a cancelled run. by: see Cancel.signal. when: the end of the sentence."""
+    who = " by x07 kill" if by == BY_KILL else f" by {signal_name(by)}" if by else ""
+    found = verdict(Outcome.CANCELLED, f"the run was cancelled{who}{when}")
+    return replace(found, signal=by if by > 0 else None)
 
 
 def classify(evidence: Evidence, *, features: Features | None = None, limits: Limits | None = None) -> Verdict:
@@ -296,9 +304,7 @@ def signal_name(number: int) -> str:
 
 def _ended_by_us(evidence: Evidence, *, emulated: bool, limits: Limits | None) -> Verdict | None:
     if evidence.cancelled_by is not None:
-        by = f" by {signal_name(evidence.cancelled_by)}" if evidence.cancelled_by else ""
-        reason = f"the run was cancelled{by} while the guest was {_DOING[evidence.stage]}"
-        return replace(verdict(Outcome.CANCELLED, reason), signal=evidence.cancelled_by or None)
+        return cancelled_verdict(evidence.cancelled_by, f" while the guest was {_DOING[evidence.stage]}")
     if evidence.exec_errno in _PROGRAM_ERRORS and evidence.stage not in _STARTED:
         return _not_executed(evidence.exec_errno)
     if evidence.setup_failure is not None and evidence.stage not in _STARTED:

@@ -299,7 +299,8 @@ class Phase:
         self.input_done = not data
 
     def _lost(self) -> None:
-        self._end(instance_status=wait_for_exit(self.instance))
+        # If this process was stopped, `x07 kill` has asked it first and then ended the machine.
+        self._end(instance_status=wait_for_exit(self.instance), cancelled_by=self.streams.cancel.signal)
 
     def _stop(self, **seen: object) -> None:
         """Ask the guest to end the program. The guest may still report its exit and changes. seen: evidence to add."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import signal
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -71,6 +70,7 @@ def attempt(request: RunRequest) -> tuple[Result, SandboxError | None]:
     try:
         with contextlib.ExitStack() as stack:
             folder = RunFolder(draft.run, stack)
+            folder.accept_kill(request.cancel)
             _store(folder.path / REQUEST, _request_document(request))
             for known in _steps(request, draft, folder, stack):
                 draft = known
@@ -136,10 +136,10 @@ def _more(draft: Result, denials: list[Denial]) -> Result:
 
 
 def _verdict_of(exc: SandboxError, signalled: int | None = None) -> Verdict:
-    from x07_sandbox.plan.outcomes import Outcome, verdict
+    from x07_sandbox.plan.outcomes import Outcome, cancelled_verdict, verdict
 
     if isinstance(exc, Cancelled):
-        return replace(verdict(Outcome.CANCELLED, exc.what), signal=signalled or signal.SIGINT)
+        return cancelled_verdict(signalled or 0)
     outcome = next(outcome for kinds, outcome in _KNOWN_OUTCOMES if isinstance(exc, kinds))
     ours = isinstance(exc, (ImageError, HostError, BackendError))
     return verdict(Outcome(outcome), str(exc).removesuffix("."), fault="host" if ours else None)
