@@ -108,3 +108,10 @@ def test_git_works_in_a_folder_that_may_be_changed(tmp_path: Path) -> None:
         cwd=tmp_path,
     )
     assert (log.returncode, log.stdout) == (0, "two\none\n"), log.stderr
+
+
+def test_a_missing_module_on_standard_output_gives_a_hint(tmp_path: Path) -> None:
+    """A hint also names a module that a program, such as pytest, reports on standard output."""
+    code = "print('E   ModuleNotFoundError: No module named \\'numpy\\''); raise SystemExit(1)"
+    done = run("none", "--toolchain", "python", "-c", code, cwd=tmp_path)
+    assert done.stderr.endswith("numpy is missing. To add it, run apt-get install python3-numpy\n"), done.stderr

@@ -30,7 +30,7 @@ from x07_sandbox.runs.artifact import obtain_artifact
 from x07_sandbox.runs.folder import REQUEST, RunFolder
 from x07_sandbox.runs.job import run_job
 from x07_sandbox.runs.phase_specs import run_spec
-from x07_sandbox.runs.prepare import output_caps, prepare, wants_scaling
+from x07_sandbox.runs.prepare import image_in_use, output_caps, prepare, wants_scaling
 from x07_sandbox.runs.result import Discarded, Result, draft_result
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from x07_sandbox.runs.program import Program
     from x07_sandbox.runs.request import RunRequest
 
-_TAIL_BYTES = 64 * 1024  # of a failed program's error output, for hints
+_TAIL_BYTES = 32 * 1024  # of each output stream of a failed program, for hints
 
 SCALING_HINT = "the VM is emulated; --scale-limits multiplies the time limits by its slowdown"
 
@@ -258,15 +258,13 @@ def _without_command(ending: Verdict, end: JobEnd, prepared: Prepared) -> Verdic
         return replace(ending, reason=f"the command {name} is not installed on this host")
     if "/" in name:
         return replace(ending, reason=f"{name} or its interpreter does not exist in the VM")
-    from x07_sandbox.plan.packages import flag_for_program
+    from x07_sandbox.plan.packages import package_of_program
 
-    flag, _, package = flag_for_program(name).partition(" ")
-    add, packages = "To add it" if package != "PACKAGE" else "To add the Debian package that has it", [package]
-    if flag == "--include":
-        packages = [*prepared.image.manifest.include, package]  # both flags replace the image's list
-    else:
-        add, packages = "To add a Python package", [*(wheel.name for wheel in prepared.image.manifest.pip), package]
-    fix = f"{add}: x07 image build --name {image} {flag} {','.join(packages)}"
+    flag, package = package_of_program(name)
+    add = "To add a Python package" if flag == "--pip" else "To add the Debian package that has it"
+    fix = (
+        f"{add if package == 'PACKAGE' else 'To add it'}: {image_in_use(prepared.image, image).adding(flag, [package])}"
+    )
     return replace(ending, reason=f"the command {name} is not in the image {image}. {fix}")
 
 
@@ -311,16 +309,19 @@ def _with_denials(draft: Result, prepared: Prepared, spec: PhaseSpec, end: JobEn
 
 
 def _hints(outcome: str, prepared: Prepared, spec: PhaseSpec, end: JobEnd) -> list[Hint]:
-    begin = max(0, os.fstat(end.stderr_fd).st_size - _TAIL_BYTES)
-    if outcome != "ok" and (tail := os.pread(end.stderr_fd, _TAIL_BYTES, begin)):
-        from x07_sandbox.runs.hint_context import hints_for
+    if outcome == "ok":
+        return []
+    from x07_sandbox.runs.hint_context import hints_for, missing_interpreter
 
-        return hints_for(tail, prepared.policy.policy, spec, prepared.request, prepared.program)
+    if tail := b"\n".join(_tail(fd) for fd in end.output_fds if os.fstat(fd).st_size):
+        return hints_for(tail, prepared, spec)
     if end.facts.evidence.exec_errno == errno.ENOENT:
-        from x07_sandbox.runs.hint_context import missing_interpreter
-
-        return missing_interpreter(prepared.program)
+        return missing_interpreter(prepared.program, image_in_use(prepared.image, prepared.image_name))
     return []
+
+
+def _tail(fd: int) -> bytes:
+    return os.pread(fd, _TAIL_BYTES, max(0, os.fstat(fd).st_size - _TAIL_BYTES))
 
 
 def _settled(draft: Result, host_files: HostFiles, ending: Verdict) -> Result:
