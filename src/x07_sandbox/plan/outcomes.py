@@ -55,7 +55,8 @@ _SIGNALS: Final = (
 _OUT_OF_MEMORY: Final = "; if this host ran out of memory, run fewer programs at once (X07_VM_MAX_RUNNING=1)"
 _PANIC: Final = re.compile(r"Kernel panic - not syncing: ([^\n]*)")
 _BUILD_FAILED: Final = "the build failed: "
-_POLICY_FIELD: Final = re.compile(r"\(limits\.\w+\)")
+OUTPUT_FLAG: Final = "--max-output-bytes"
+_POLICY_FIELD: Final = re.compile(rf"\((?:limits\.\w+|{OUTPUT_FLAG})\)")
 _INIT_DIED: Final = "Attempted to kill init"
 
 
@@ -199,6 +200,7 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     cpu_us: int | None = None  # the cgroup's final counter, in microseconds; None if it was not received
     oom_kills: int = 0  # the cgroup's counter of processes killed for memory
     output_overflow: str | None = None  # the stream that exceeded its limit: "stdout" or "stderr"
+    output_max_bytes: int = 0  # that limit
     channel_error: str | None = None  # how the guest violated the protocol; a stream that merely ends is no violation
     instance_status: int | None = None  # of the machine's or container's process (-N for signal N); None while it runs
     console_tail: str = ""  # the end of the console output; hostile text, used only if the guest was lost
@@ -311,7 +313,9 @@ def _ended_by_us(evidence: Evidence, *, emulated: bool, limits: Limits | None) -
         text = _shown(evidence.setup_failure)
         return verdict(Outcome.REFUSED, f"the guest could not prepare the program: {text}", fault="host")
     if evidence.output_overflow is not None:
-        reason = f"the program exceeded the output limit for {evidence.output_overflow}"
+        most = evidence.output_max_bytes
+        limit = f"{most >> 20} MiB" if most and most % settings.MIB == 0 else f"{most} bytes"
+        reason = f"the program exceeded the output limit of {limit} for {evidence.output_overflow} ({OUTPUT_FLAG})"
         return verdict(Outcome.OUTPUT_LIMIT, reason)
     if evidence.deadline_passed and evidence.stage is Stage.RUN:
         return verdict(Outcome.TIMEOUT, _timeout_reason(evidence, emulated=emulated, limits=limits))

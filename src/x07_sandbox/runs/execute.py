@@ -235,10 +235,7 @@ class Phase:
         sink = self.sinks[Stream(event.stream)]
         self.link.consumed(event.stream, sink.take(event.payload))
         if sink.overflow and not self.asked_to_stop:
-            if self.spec.changes is None:
-                self._end(output_overflow=sink.name)
-            else:
-                self._stop(output_overflow=sink.name)
+            self._stop(output_overflow=sink.name, output_max_bytes=sink.max_bytes)
 
     def _exited(self, body: dict[str, Any]) -> None:
         self._mark("exited")

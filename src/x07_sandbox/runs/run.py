@@ -121,7 +121,7 @@ def _steps(request: RunRequest, draft: Result, folder: RunFolder, stack: context
     draft = replace(draft, digests=digests, filters=_filters(prepared, spec))
     yield draft
     end = run_job(prepared, spec, draft.run, folder)
-    ending = _without_command(_naming_flags(end.ending, prepared), end, prepared)
+    ending = _without_command(_naming_flags(end, prepared), end, prepared)
     draft = _with_run(draft, end._replace(ending=ending))
     draft = _with_denials(draft, prepared, spec, end)
     left = {} if spec.left_files is None else spec.left_files.files()
@@ -230,8 +230,8 @@ def _scaled(prepared: Prepared, draft: Result) -> tuple[Prepared, Result]:
     return prepared, replace(draft, scaling=scaling, warnings=[*draft.warnings, *warnings])
 
 
-def _naming_flags(ending: Verdict, prepared: Prepared) -> Verdict:
-    from x07_sandbox.plan.outcomes import name_flags
+def _naming_flags(end: JobEnd, prepared: Prepared) -> Verdict:
+    from x07_sandbox.plan.outcomes import OUTPUT_FLAG, name_flags
 
     flags, cpu_ms, changes = {}, prepared.program.cpu_ms, prepared.request.limits
     if changes is not None:
@@ -241,7 +241,14 @@ def _naming_flags(ending: Verdict, prepared: Prepared) -> Verdict:
             flags[f"limits.{field}"] = NAMES[field].flag
     if cpu_ms is not None and cpu_ms < prepared.policy.policy.limits.cpu_ms:
         flags["limits.cpu_ms"] = "--cpu-time-limit-seconds"
-    return name_flags(ending, flags)
+    if _has_fixed_output(end, prepared):
+        flags[OUTPUT_FLAG] = "fixed"
+    return name_flags(end.ending, flags)
+
+
+def _has_fixed_output(end: JobEnd, prepared: Prepared) -> bool:
+    """Return whether no flag changes the exceeded output limit."""
+    return prepared.program.toolchain.protocol is not None and end.facts.evidence.output_overflow == "stderr"
 
 
 def _discarded(usage: dict[str, Any], taken: dict[str, bytes]) -> Discarded:
@@ -301,10 +308,8 @@ def _with_denials(draft: Result, prepared: Prepared, spec: PhaseSpec, end: JobEn
             limit = replace(limit, reason=SCALING_HINT)
         denials.append(limit)
     if outcome == "output-limit":
-        stream = str(end.facts.evidence.output_overflow)
-        fixed = program.toolchain.protocol is not None and stream == "stderr"
-        caps = output_caps(prepared.request, program.toolchain)
-        denials.append(observed.too_much_output(stream, None if fixed else caps[0]))
+        stream, caps = str(end.facts.evidence.output_overflow), output_caps(prepared.request, program.toolchain)
+        denials.append(observed.too_much_output(stream, None if _has_fixed_output(end, prepared) else caps[0]))
     return replace(draft, denials=denials, hints=_hints(outcome, prepared, spec, end))
 
 
