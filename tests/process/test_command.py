@@ -115,3 +115,14 @@ def test_a_missing_module_on_standard_output_gives_a_hint(tmp_path: Path) -> Non
     code = "print('E   ModuleNotFoundError: No module named \\'numpy\\''); raise SystemExit(1)"
     done = run("none", "--toolchain", "python", "-c", code, cwd=tmp_path)
     assert done.stderr.endswith("numpy is missing. To add it, run apt-get install python3-numpy\n"), done.stderr
+
+
+def test_a_source_without_a_language_is_refused_before_it_is_read() -> None:
+    """`x07 run -` without --toolchain is refused at once, even if the source has not ended."""
+    ours, theirs = os.pipe()
+    try:
+        done = subprocess.run([*COMMAND, "-"], stdin=ours, capture_output=True, text=True, check=False, timeout=60)
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert (done.returncode, "its language is unknown. Add --toolchain" in done.stderr) == (2, True), done.stderr
