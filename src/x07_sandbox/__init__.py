@@ -8,6 +8,7 @@ Functions; `help(x07_sandbox.run_program)` has all arguments:
     run_program         build and run a program; returns a Result
     run_program_async   the same for asyncio
     exec_command        run a command of the guest image
+    exec_command_async  the same for asyncio
     load_policy         read a policy from a file or a template
 
 Classes and types:
@@ -30,7 +31,13 @@ if TYPE_CHECKING:
     from x07_sandbox.errors import SandboxError
     from x07_sandbox.host.version import __version__
     from x07_sandbox.library.pool import Pool
-    from x07_sandbox.library.run import exec_command, load_policy, run_program, run_program_async
+    from x07_sandbox.library.run import (
+        exec_command,
+        exec_command_async,
+        load_policy,
+        run_program,
+        run_program_async,
+    )
     from x07_sandbox.policy.model import Limits, Policy
     from x07_sandbox.runs.result import Outcome, Output, Result
 
@@ -44,6 +51,7 @@ __all__ = [
     "SandboxError",
     "__version__",
     "exec_command",
+    "exec_command_async",
     "load_policy",
     "run_program",
     "run_program_async",
@@ -53,7 +61,7 @@ _NAMES_BY_MODULE = {
     "errors": ("SandboxError",),
     "host.version": ("__version__",),
     "library.pool": ("Pool",),
-    "library.run": ("exec_command", "load_policy", "run_program", "run_program_async"),
+    "library.run": ("exec_command", "exec_command_async", "load_policy", "run_program", "run_program_async"),
     "policy.model": ("Limits", "Policy"),
     "runs.result": ("Outcome", "Output", "Result"),
 }

@@ -128,3 +128,21 @@ def test_no_process_of_a_run_executes_files_of_the_folder(tmp_path: Path, backen
         check=False,
     )
     assert (done.returncode, done.stdout, folder.executed()) == (0, "ran\n", ""), done.stderr
+
+
+def test_a_missing_module_on_standard_output_gives_a_hint(tmp_path: Path) -> None:
+    """A hint also names a module that a program, such as pytest, reports on standard output."""
+    code = "print('E   ModuleNotFoundError: No module named \\'numpy\\''); raise SystemExit(1)"
+    done = run("none", "--toolchain", "python", "-c", code, cwd=tmp_path)
+    assert done.stderr.endswith("numpy is missing. To add it, run apt-get install python3-numpy\n"), done.stderr
+
+
+def test_a_source_without_a_language_is_refused_before_it_is_read() -> None:
+    """`x07 run -` without --toolchain is refused at once, even if the source has not ended."""
+    ours, theirs = os.pipe()
+    try:
+        done = subprocess.run([*COMMAND, "-"], stdin=ours, capture_output=True, text=True, check=False, timeout=60)
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert (done.returncode, "its language is unknown. Add --toolchain" in done.stderr) == (2, True), done.stderr

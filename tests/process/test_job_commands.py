@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
 import time
@@ -84,24 +85,41 @@ def test_ps_shows_the_programs_name_and_no_arguments(tmp_path: Path) -> None:
     assert b"secret" not in printed
 
 
-def test_a_killed_run_ends_as_guest_lost() -> None:
-    """`x07 kill` with a run's name prefix ends job and command from any process; the result says guest-lost."""
+def test_a_killed_run_ends_as_cancelled() -> None:
+    """`x07 kill` with a run's name prefix ends job and command from any process; the result names x07 kill."""
     with running() as (runner, run):
         done = x07("kill", run[:-1])
         assert (done.returncode, done.stdout) == (0, b"")
         assert b"ended" in done.stderr
-        assert runner.wait(WAIT_S) == 125
-    assert found("inspect", run)["result"]["outcome"] == "guest-lost"
+        assert runner.wait(WAIT_S) == 143
+    result = found("inspect", run)["result"]
+    assert (result["outcome"], result["fault"], result["signal"]) == ("cancelled", "none", None)
+    assert result["reason"] == "the run was cancelled by x07 kill while the guest was running the program"
+    assert not Path(found("inspect", run)["paths"]["folder"], "kill").exists()
     assert b"had already ended" in x07("kill", run).stderr
 
 
 def test_kill_prints_json() -> None:
     """`x07 kill --json` prints one object with the run's whole name and the number of jobs it ended."""
     with running() as (runner, run):
-        assert (found("kill", "--json", run[:-1])["run"], runner.wait(WAIT_S)) == (run, 125)
+        killed = found("kill", "--json", run[:-1])
+        assert (killed["run"], killed["jobs_ended"], runner.wait(WAIT_S)) == (run, 1, 143)
     assert found("kill", "--json", run) == {"schema_version": "x07.sandbox.kill@0.1.0", "run": run, "jobs_ended": 0}
     failed = x07("kill", "--json", "no-such-run")
     assert (failed.returncode, document(failed.stdout)["error"]["what"]) == (2, "cannot find run no-such-run")
+
+
+def test_the_run_of_a_stopped_command_is_cancelled_too() -> None:
+    """`x07 kill` of a run whose command is stopped (Ctrl-Z) ends its job, and the command later reports cancelled."""
+    with running() as (runner, run):
+        runner.send_signal(signal.SIGSTOP)
+        with subprocess.Popen([*X07, "kill", run], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE) as kill:
+            deadline = time.monotonic() + WAIT_S
+            while found("ps", "--json")["jobs"][0]["state"] != "waiting" and time.monotonic() < deadline:
+                pass
+            runner.send_signal(signal.SIGCONT)
+            assert (kill.wait(WAIT_S), runner.wait(WAIT_S)) == (0, 143)
+    assert "by x07 kill while" in found("inspect", run)["result"]["reason"]
 
 
 def test_the_run_of_a_dead_command_is_killed_too() -> None:
@@ -238,16 +256,20 @@ def test_df_shows_sizes_and_what_prune_frees() -> None:
     assert b"PRUNABLE" in x07("df").stdout
 
 
-def test_a_queued_run_is_listed(state: Path) -> None:
-    """A queued run without a job is listed as waiting."""
+def test_a_queued_run_is_listed_and_killed(state: Path) -> None:
+    """A queued run without a job is listed as waiting, and `x07 kill` ends it."""
     argv = [*X07, "run", *NONE, "-c", "pass"]
     env = {**os.environ, "X07_VM_MAX_RUNNING": "1"}
-    with running() as (_, run), subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL) as second:
+    none, pipe = subprocess.DEVNULL, subprocess.PIPE
+    with running() as (_, run), subprocess.Popen(argv, env=env, stdin=none, stderr=pipe) as second:
         deadline = time.monotonic() + WAIT_S
         waiting: list[str] = []
         while not waiting and time.monotonic() < deadline:
             waiting = [job["run"] for job in found("ps", "--json")["jobs"] if job["state"] == "waiting"]
-        second.kill()
         assert waiting
         assert run not in waiting
+        assert b"ended" in x07("kill", waiting[0]).stderr
+        assert second.wait(WAIT_S) == 143
+        assert second.stderr is not None
+        assert b"cancelled: the run was cancelled by x07 kill." in second.stderr.read()
     assert runs_dir(state).is_dir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -15,7 +16,7 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from x07_sandbox import Policy, Pool, SandboxError, exec_command, load_policy, run_program
+from x07_sandbox import Policy, Pool, SandboxError, exec_command, exec_command_async, load_policy, run_program
 from x07_sandbox.backends.lease import PoolClient
 from x07_sandbox.backends.selection import choice_from_environment
 from x07_sandbox.errors import UsageError
@@ -84,6 +85,8 @@ def test_a_command_is_a_list_of_words(command: Any) -> None:  # noqa: ANN401 - t
     """A command that is a text or empty is a usage error."""
     with pytest.raises(UsageError, match="command is not a list with at least one word"):
         exec_command(command)
+    with pytest.raises(UsageError, match="command is not a list with at least one word"):
+        asyncio.run(exec_command_async(command))
 
 
 @pytest.mark.parametrize("named", [False, True])

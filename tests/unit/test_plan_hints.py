@@ -6,11 +6,14 @@ import pytest
 from msgspec.structs import replace
 
 from x07_sandbox.plan.hints import hints
+from x07_sandbox.plan.packages import ImageInUse
 from x07_sandbox.policy.default import default_policy
 from x07_sandbox.policy.model import HostPorts
 
 START = "/opt/x07"
 POLICY = default_policy()
+ALL_LISTS = "--include git,make,python3-numpy --pip httpx,h11 --preload h11"
+SCIENCE = ImageInUse("sci", include=("git", "make"), pip=("httpx", "h11"), preload=("h11",))
 
 
 def found(text: str) -> list[tuple[str, str | None]]:
@@ -119,8 +122,28 @@ def test_a_run_with_network_has_no_such_hint() -> None:
         ("prog.sh: 2: node: not found\n", "the program node", "--include nodejs"),
         ("/usr/bin/env: \u2018ruby\u2019: No such file or directory\n", "the program ruby", "--include ruby"),
         ("Error: spawn git ENOENT\n", "the program git", "--include git"),
+        ("E   ModuleNotFoundError: No module named 'numpy'\n", "the Python module numpy", "--include python3-numpy"),
     ],
 )
 def test_a_missing_package_names_the_build_command(text: str, subject: str, flags: str) -> None:
-    """A missing module or program names the command that builds an image with it."""
-    assert found(text) == [(subject, f"--image mine, after x07 image build --name mine {flags}")]
+    """A missing module or program names the command that adds it to the image in use."""
+    assert found(text) == [(subject, f"x07 image build --name default {flags}")]
+
+
+@pytest.mark.parametrize(
+    ("image", "module", "advice"),
+    [
+        (SCIENCE, "numpy", "x07 image build --name sci --include git,make,python3-numpy"),
+        (SCIENCE, "unknown_one", "x07 image build --name sci --pip httpx,h11,unknown_one"),
+        (
+            SCIENCE._replace(name="sha256:0123456789ab"),
+            "numpy",
+            f"--image mine, after x07 image build --name mine {ALL_LISTS}",
+        ),
+        (ImageInUse(on_host=True), "numpy", "apt-get install python3-numpy"),
+    ],
+)
+def test_the_build_command_keeps_what_the_image_has(image: ImageInUse, module: str, advice: str) -> None:
+    """The command that adds a package keeps the image's packages, wheels and preloaded modules."""
+    text = f"ModuleNotFoundError: No module named '{module}'\n".encode()
+    assert [hint.how.flag for hint in hints(text, POLICY, (), START, image=image)] == [advice]

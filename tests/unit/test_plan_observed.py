@@ -512,7 +512,7 @@ FileNotFoundError: [Errno 2] No such file or directory: '{}'
 """
     (first,) = hints(raised.format("ffmpeg").encode(), policy({}), (), START)
     assert (first.subject, first.how.json_path) == ("the program ffmpeg", None)
-    assert first.how.flag == "--image mine, after x07 image build --name mine --include ffmpeg"
+    assert first.how.flag == "x07 image build --name default --include ffmpeg"
     assert first.to_write is None
     for path in ("/srv/tool", "./tool"):
         (hint,) = hints(raised.format(path).encode(), policy({}), (), START)

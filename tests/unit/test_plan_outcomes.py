@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from x07_sandbox.host.cancel import BY_KILL
 from x07_sandbox.plan.features import WORDS, Isolation, vm_features
 from x07_sandbox.plan.outcomes import (
     OUTCOMES,
@@ -49,9 +50,17 @@ CASES: list[tuple[Evidence, str, str, str, int | None, int | None]] = [
     (run(wait_status=9, cpu_exceeded=True), "cpu-limit", "policy", "limits.cpu_ms", None, 9),
     (run(deadline_passed=True), "timeout", "policy", "reached its time limit", None, None),
     (run(deadline_passed=True, stopped=True), "timeout", "policy", "stopped by a signal and then reached", None, None),
-    (run(output_overflow="stdout"), "output-limit", "policy", "output limit for stdout", None, None),
-    (run(output_overflow="stderr"), "output-limit", "policy", "output limit for stderr", None, None),
+    (
+        run(output_overflow="stdout", output_max_bytes=1 << 26),
+        "output-limit",
+        "policy",
+        "the output limit of 64 MiB for stdout (--max-output-bytes)",
+        None,
+        None,
+    ),
+    (run(output_overflow="stderr", output_max_bytes=9), "output-limit", "policy", "9 bytes for stderr", None, None),
     (run(cancelled_by=2), "cancelled", "none", "by SIGINT", None, 2),
+    (run(cancelled_by=BY_KILL, instance_status=-9), "cancelled", "none", "by x07 kill while", None, None),
     (run(cancelled_by=0), "cancelled", "none", "cancelled while", None, None),
     (
         Evidence(stage=Stage.SETUP, setup_failure="mount: 5"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,7 +15,7 @@ from x07_sandbox.plan.controls import run_limits
 from x07_sandbox.plan.outcomes import Evidence, Outcome, Stage, build_verdict, classify
 from x07_sandbox.plan.sizes import build_limits
 from x07_sandbox.policy import default_policy
-from x07_sandbox.runs.scaling import scaled_limits
+from x07_sandbox.runs.scaling import _WORK, _printed, scaled_limits
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,6 +36,23 @@ def test_scaled_limits_stop_at_the_maximum() -> None:
     assert (made.wall_ms, made.cpu_ms, scaling.factor) == (600_000, 600_000, 17)
     assert [text.partition(" ")[0] for text in warnings] == ["limits.wall_ms", "limits.cpu_ms"]
     assert "instead of 1020 s" in warnings[0]
+
+
+def test_times_that_a_guest_prints_are_checked() -> None:
+    """The benchmark prints a time for each kind of work, and times that a guest may not print are refused."""
+    done = subprocess.run([sys.executable, "-I", "-"], input=_WORK, capture_output=True, check=True)
+    times = _printed(done.stdout)
+    assert times == list(map(float, done.stdout.split()))
+    for wrong in (
+        b"",
+        b"1\n" * 8,
+        b"1\n" * 10,
+        b"1\n" * 8 + b"0",
+        b"1\n" * 8 + b"nan",
+        b"1\n" * 8 + b"1e99",
+        b"x\n" * 9,
+    ):
+        assert _printed(wrong) is None
 
 
 @pytest.mark.parametrize(

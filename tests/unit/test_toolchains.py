@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from x07_sandbox.errors import RefusedError, UsageError
 from x07_sandbox.host.arch import ARCHES
 from x07_sandbox.host.cancel import Cancel
+from x07_sandbox.plan.packages import ImageInUse
 from x07_sandbox.programs.manifest import FILE, SCHEMA, decode_manifest
 from x07_sandbox.programs.new_manifest import sandbox_manifest
 from x07_sandbox.programs.toolchains import (
@@ -121,10 +122,10 @@ def test_every_toolchain_names_the_packages_that_an_image_lacks(row: Toolchain) 
     if row.needs:
         command = f"x07 image build --name small --include htop,{','.join(row.needs)}"
         with pytest.raises(RefusedError) as caught:
-            require_packages(row, {"htop"}, "small", ["htop"])
+            require_packages(row, {"htop"}, lambda: ImageInUse("small", ("htop",)))
         assert f"the image small cannot run {row.name} programs" in str(caught.value)
         assert str(caught.value).endswith(f"Run: {command}")
-    require_packages(row, set(row.needs), "small")
+    require_packages(row, set(row.needs), ImageInUse)
 
 
 @EACH
@@ -282,6 +283,6 @@ def test_the_interpreter_of_a_script_is_known(head: bytes, found: tuple[str, str
     source = Source(name="it", head=head)
     file = InFile(path="", mode=0, kind="file", fd=-1, size=0)
     program = Program(toolchain=BY_NAME["executable"], source=source, data=b"", file=file, sha256="")
-    hints = [(hint.subject, hint.how.flag) for hint in missing_interpreter(program)]
-    build = "--image mine, after x07 image build --name mine --include"
+    hints = [(hint.subject, hint.how.flag) for hint in missing_interpreter(program, ImageInUse())]
+    build = "x07 image build --name default --include"
     assert hints == ([(f"the program {found[0]}", f"{build} {found[1]}")] if found else [])

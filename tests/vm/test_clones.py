@@ -538,6 +538,18 @@ def test_the_same_source_is_built_once(own_cache: Path, sandbox: Sandbox) -> Non
     assert sandbox.run_text("one.c", text).result.artifact_from == "build"
 
 
+def test_a_source_that_does_not_compile_is_built_once(own_cache: Path, sandbox: Sandbox) -> None:
+    """The second run of a source that does not compile reports the same errors from the cache; --no-cache builds."""
+    del own_cache
+    text = "int main(void) { return nothing; }\n"
+    first, second, third = [sandbox.run_text("bad.c", text, cache=cache) for cache in (True, True, False)]
+    assert [one.result.artifact_from for one in (first, second, third)] == ["build", "cache", "build"]
+    assert (list(first.result.phases), list(second.result.phases)) == (["build"], [])
+    for name in ("outcome", "fault", "reason", "exit_code", "x07_exit_code", "stdout", "stderr", "build", "digests"):
+        assert getattr(first.result, name) == getattr(second.result, name), name
+    assert (second.outcome, b"nothing" in second.stderr) == ("build-failed", True)
+
+
 def test_concurrent_runs_of_one_source_build_it_once(
     own_cache: Path, sandbox: Sandbox, threads: ThreadPoolExecutor
 ) -> None:

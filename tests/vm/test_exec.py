@@ -14,7 +14,7 @@ import pytest
 from msgspec.structs import replace
 
 from tests.vm.conftest import left_behind
-from x07_sandbox import Pool, exec_command, load_policy, run_program, run_program_async
+from x07_sandbox import Pool, exec_command, exec_command_async, load_policy, run_program, run_program_async
 from x07_sandbox.plan.guest_paths import WORK
 
 if TYPE_CHECKING:
@@ -151,6 +151,8 @@ def test_other_calls_have_files_too(state: Path) -> None:
         assert pool.submit(**words).result().files == {"b": b"1"}
     assert asyncio.run(run_program_async(**words)).files == {"b": b"1"}
     assert exec_command(words["command"], files=words["files"]).files == {"b": b"1"}
+    found = asyncio.run(exec_command_async(["sh", "-c", "cat a - > b"], input=b"2", files=words["files"]))
+    assert found.files == {"b": b"12"}
     assert left_behind(state) == []
 
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -436,15 +437,31 @@ def test_a_pool_takes_what_run_program_takes(state: Path, echo: str, tmp_path: P
     assert left_behind(state) == []
 
 
-def test_an_exception_cancels_a_pools_runs(state: Path, tmp_path: Path) -> None:
-    """An exception that leaves the `with` block cancels the pool's runs without waiting for their limits."""
-    sleeper = tmp_path / "sleeper.py"
-    sleeper.write_text("import time\nprint('up', flush=True)\ntime.sleep(500)\n")
+def test_cancelling_a_future_and_an_exception_end_the_pools_runs(state: Path) -> None:
+    """Cancelling a future, as asyncio does, or leaving the pool's block by an exception ends the VM of a program."""
+    source = "import time\nprint('up', flush=True)\ntime.sleep(500)\n"
+
+    def submit(pool: Pool) -> Future[Result]:
+        is_up = threading.Event()
+        future = pool.submit(source=source, toolchain="python", on_output=lambda _name, _data: is_up.set())
+        assert is_up.wait(60)
+        return future
+
+    async def cancelled(future: Future[Result]) -> None:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(asyncio.wrap_future(future), 0.01)
+
+    began = time.monotonic()
     with pytest.raises(KeyboardInterrupt), Pool(size=1) as pool:  # noqa: PT012 - the test needs the whole block
-        future = pool.submit(sleeper)
-        wait_for(lambda: any(path.stat().st_size for path in state.parent.rglob("runs/*/stdout")), 60)
+        first = submit(pool)
+        asyncio.run(cancelled(first))
+        assert wait([first], 30).done == {first}
+        assert first.cancelled()
+        assert [folder.name for folder in state.glob("*-run*") if not (folder / "done").is_file()] == []
+        second = submit(pool)
         raise KeyboardInterrupt
-    assert future.result().outcome == "cancelled"  # and not a timeout
+    assert second.cancelled()
+    assert time.monotonic() - began < 60  # and not a timeout
     assert left_behind(state) == []
 
 

@@ -129,4 +129,4 @@ def test_a_missing_interpreter_is_named(image: Image) -> None:
     assert (result.outcome, result.exit_code) == ("failed", 127)
     (hint,) = result.hints
     assert hint.subject == "the program ruby"
-    assert "x07 image build --name mine --include ruby" in str(hint.how.flag)
+    assert "x07 image build --name mine --include ruby" in str(hint.how.flag)  # an image without a name

@@ -67,13 +67,13 @@ def test_a_sweep_leaves_nothing_of_a_killed_runners_machine(state: Path) -> None
 
 
 def test_a_run_in_a_machine_can_be_killed_by_name(state: Path) -> None:
-    """`x07 kill` ends a run's machine; the run ends as guest-lost and leaves nothing behind."""
+    """`x07 kill` ends a run's machine; the run ends as cancelled and leaves nothing behind."""
     with running() as runner:
         (job,) = document("ps", "--json")["jobs"]
         assert (job["backend"], job["state"]) == ("qemu", "running")
         subprocess.run([*X07, "kill", job["run"]], stdin=subprocess.DEVNULL, check=True, timeout=WAIT_S)
-        assert runner.wait(WAIT_S) == 125
-    assert document("inspect", job["run"])["result"]["outcome"] == "guest-lost"
+        assert runner.wait(WAIT_S) == 143
+    assert document("inspect", job["run"])["result"]["outcome"] == "cancelled"
     assert left_behind(state) == []
 
 

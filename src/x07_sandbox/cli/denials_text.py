@@ -56,6 +56,7 @@ _ACTIONS: Final = {
 # Advice in two steps (plan/hints), and what precedes it if the command lacks the flag.
 _IMAGE: Final = "--image mine"
 _AFTER: Final = ", after "
+_COMMANDS: Final = ("x07 image ", "apt-get ", "pip ")
 _OTHER_COMMAND: Final = "x07 run with "
 
 
@@ -72,7 +73,11 @@ def for_flags(result: Result, flags: Collection[str]) -> Result:
     """
 
     def adapted(allowing: HowToAllow | None) -> HowToAllow | None:
-        if allowing is None or not allowing.flag or allowing.flag.partition(" ")[0] in {*flags, "x07"}:
+        if (
+            allowing is None
+            or not allowing.flag
+            or allowing.flag.partition(" ")[0] in {*flags, "x07", "apt-get", "pip"}
+        ):
             return allowing
         return replace(allowing, flag=None if allowing.json_path is not None else f"{_OTHER_COMMAND}{allowing.flag}")
 
@@ -232,7 +237,7 @@ def how_to_allow_text(allowing: HowToAllow | None, field: str = "", *, purpose: 
         if then and with_image.removeprefix(_OTHER_COMMAND) == _IMAGE:
             word = "use" if with_image.startswith(_OTHER_COMMAND) else "add"
             return f". To {purpose}, run {build}, then {word} {with_image}"
-        return f". To {purpose}, use {allowing.flag}"
+        return f". To {purpose}, {'run' if allowing.flag.startswith(_COMMANDS) else 'use'} {allowing.flag}"
     if allowing.json_path == f"$.{field}" or "." not in field:
         return f". To {purpose}, {_in_policy(allowing)}."
     return f". To {purpose}, first {_in_policy(allowing)}. The next run then names the next step."

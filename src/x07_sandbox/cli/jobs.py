@@ -49,7 +49,7 @@ examples:
   x07 inspect 1764273600000-4711-0 | jq -r .paths.folder
 """
 _KILL_EPILOG: Final = """x07 kill ends and removes the VM of a run. The command that started the run then exits
-with code 125 and the outcome guest-lost. If that command is no longer running, x07 kill cleans up as x07 sweep does.
+with code 143 and the outcome cancelled. If that command is no longer running, x07 kill cleans up as x07 sweep does.
 
 examples:
   x07 ps
@@ -117,7 +117,7 @@ def add_kill(parser: argparse.ArgumentParser) -> None:
 
 def _kill(options: argparse.Namespace) -> int:
     run = known_run(options.run)
-    ended = kill_run(run)
+    was_live, ended = kill_run(run)
     if not print_document(KillReport(run=run, jobs_ended=ended), options):
-        say(f"run {run} ended" if ended else f"run {run} had already ended")
+        say(f"run {run} ended" if was_live else f"run {run} had already ended")
     return 0

@@ -282,7 +282,7 @@ def _request(
             why = "standard input is the source, so it cannot be the program's input too"
             raise UsageError("wrong usage", why, "Omit --stdin, or give the source with -c")
         with cancel.waiting():
-            program, source = None, _source_from_stdin()
+            program, source = None, _source_from_stdin() if toolchain else b""  # without, the run is refused
     elif program is None and not options.command:
         raise _no_program()
     stdin_fd = None if options.code is None and source is not None else _stream(0)

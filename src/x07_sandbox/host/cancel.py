@@ -3,6 +3,8 @@
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Final
 
 import msgspec
 
@@ -10,14 +12,31 @@ from x07_sandbox.errors import Cancelled
 from x07_sandbox.host.locks import LOOK_AGAIN_S
 from x07_sandbox.host.poll import wait_readable
 
+BY_KILL: Final = -1  # in place of a signal
+
 
 class Cancel:
-    """A cancellation request. A signal handler or another thread makes it, and the event loop polls its descriptor."""
+    """A cancellation request by a signal handler, another thread or `x07 kill`. The event loop polls its descriptor."""
 
     def __init__(self) -> None:
         self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self.signal: int | None = None
+        self._signal: int | None = None
         self._waiting = False
+
+    @property
+    def signal(self) -> int | None:
+        """The signal that requested cancellation; 0 for the caller, BY_KILL for `x07 kill`, None for no request."""
+        readable = self._signal is None and wait_readable(self.fd, 0)
+        return BY_KILL if readable and self._signal is None else self._signal
+
+    def listen(self, path: Path) -> None:
+        """Let `x07 kill` request cancellation by writing to a named pipe at *path*. Raises OSError."""
+        os.mkfifo(path, 0o600)
+        fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)  # as its own writer it sees no hangup
+        os.dup2(fd, self.fd, inheritable=False)
+        os.close(fd)
+        if self._signal is not None:
+            self._wake()
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -31,10 +50,10 @@ class Cancel:
 
     def check(self) -> None:
         """Raise Cancelled if cancellation was requested."""
-        if self.signal is not None:
-            why = "a signal was received" if self.signal else "cancellation was requested"
+        if (by := self.signal) is not None:
+            why = "a signal was received" if by > 0 else "cancellation was requested"
             cancelled = Cancelled("the run was cancelled", why, "Start it again")
-            cancelled.signal = self.signal
+            cancelled.signal = by
             raise cancelled
 
     def pause(self) -> None:
@@ -50,9 +69,13 @@ class Cancel:
 
     def __call__(self, signal: int = 0) -> None:
         """Request cancellation. signal: the received signal; 0 if no signal made the request."""
-        if self.signal is None:
-            self.signal = signal
-        os.eventfd_write(self.fd, 1)
+        if self._signal is None:
+            self._signal = signal
+        self._wake()
+
+    def _wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # it is readable already
+            os.write(self.fd, b"\1" * 8)
 
     def close(self) -> None:
         """Close the descriptor that event loops poll."""

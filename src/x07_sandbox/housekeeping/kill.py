@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -18,42 +20,60 @@ from x07_sandbox.jobs.active import JOB_NAME, unfinished_jobs
 from x07_sandbox.jobs.reader import read_stored
 from x07_sandbox.jobs.record import runner_instance
 from x07_sandbox.jobs.stop_rules import here_and_now, state_of
+from x07_sandbox.runs.folder import KILL
 
 if TYPE_CHECKING:
     from x07_sandbox.jobs.reader import StoredJob
 
 _GONE_S: Final = 30.0
+_ASKED_S: Final = 5.0  # for the run's x07 process to end the run itself
 _LOOK_AGAIN_S: Final = 0.02
 _ALL: Final = 1 << 30
 
 
 class KillReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A run that has ended. jobs_ended: the number of jobs that this command ended; 0 if the run had already ended."""
+    """A run that has ended. jobs_ended: the number of jobs that this command ended; 0 if it had none in progress."""
 
     schema_version: Literal["x07.sandbox.kill@0.1.0"] = "x07.sandbox.kill@0.1.0"
     run: str
     jobs_ended: int
 
 
-def kill_run(run: str) -> int:
-    """End every job of a run until the run is over, and return how many jobs were ended.
+def kill_run(run: str) -> tuple[bool, int]:
+    """End a run. Return whether the run was in progress, and how many jobs were ended.
 
-    The x07 process that started the run is not signalled, since it may be any program that uses the library. That
-    process ends the run once the run's job is gone. Jobs that it starts meanwhile (a retry, the next phase) are ended
-    too. Raises HostError if the run does not end.
+    The x07 process that started the run is asked to cancel it. That process is not signalled, since it may be any
+    program that uses the library. If it does not do so soon, or is dead, the run's jobs are ended from here. Jobs that
+    it starts meanwhile (a retry, the next phase) are ended too. Raises HostError if the run does not end.
     """
-    deadline, ended = Deadline.after(_GONE_S), 0
+    deadline, ended = Deadline.after(_GONE_S), set[str]()
+    asked = _ask(run)
+    alone_until = Deadline.after(_ASKED_S if asked else 0)
     while True:
         jobs = _open_jobs(run)
         if not is_locked(run_folder(run)):
             if not jobs:
-                return ended
+                return asked or bool(ended), len(ended)
             if all(stored.record is None for stored in jobs):  # this user may not end these jobs
                 raise _not_ended(run, jobs)
-        ended += sum(_stopped(stored) for stored in jobs)
+        if asked and not alone_until.passed():
+            ended.update(stored.folder.name for stored in jobs)
+        else:
+            ended.update(stored.folder.name for stored in jobs if _stopped(stored))
         if deadline.passed():
             raise _not_ended(run, jobs)
         time.sleep(_LOOK_AGAIN_S)  # there is no event for another process's next job
+
+
+def _ask(run: str) -> bool:
+    """Ask the run's x07 process to cancel the run. Return whether there is such a process."""
+    with contextlib.suppress(OSError):  # nobody reads the pipe, or there is none
+        fd = os.open(run_folder(run) / KILL, os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            return os.write(fd, b"k") == 1
+        finally:
+            os.close(fd)
+    return False
 
 
 def _open_jobs(run: str) -> list[StoredJob]:

@@ -19,7 +19,7 @@ from x07_sandbox.housekeeping.pruner import entries
 from x07_sandbox.jobs.active import JOB_NAME
 from x07_sandbox.jobs.reader import JobDocument, StoredJob, all_stored
 from x07_sandbox.jobs.stop_rules import here_and_now, judge, overdue_ms, state_of
-from x07_sandbox.runs.folder import REQUEST, RUN_NAME, runs_dir
+from x07_sandbox.runs.folder import KILL, REQUEST, RUN_NAME, runs_dir
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -185,7 +185,7 @@ def inspect_run(run: str) -> InspectReport:
     """Return the report on the run with the full id *run*."""
     now, folder = here_and_now(), run_folder(run)
     jobs = [stored for stored in all_stored() if stored.run == run]
-    names = sorted(os.listdir(folder)) if folder.is_dir() else []  # noqa: PTH208 - names are wanted
+    names = sorted({*os.listdir(folder)} - {KILL}) if folder.is_dir() else []  # noqa: PTH208 - names are wanted
     return InspectReport(
         run=run,
         live=is_locked(folder),

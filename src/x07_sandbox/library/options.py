@@ -9,14 +9,9 @@ from typing import Literal, TypedDict
 from x07_sandbox.policy.model import Policy  # noqa: TC001 - as above
 
 
-class RunOptions(TypedDict, total=False):
-    """All keyword arguments of `run_program` except program, args, input and check."""
+class CommandOptions(TypedDict, total=False):
+    """The keyword arguments that `run_program` and `exec_command` share, except args, input, read_only and check."""
 
-    source: str | bytes | None
-    toolchain: str | None
-    command: Sequence[str]
-    workdir: str | os.PathLike[str] | None
-    read_only: bool
     files: Mapping[str, bytes] | None
     max_files_bytes: int
     policy: str | os.PathLike[str] | Policy | None
@@ -36,3 +31,13 @@ class RunOptions(TypedDict, total=False):
     allow_hidden: bool
     allow_symlinks: bool
     on_output: Callable[[Literal["stdout", "stderr"], bytes], object] | None
+
+
+class RunOptions(CommandOptions, total=False):
+    """All keyword arguments of `run_program` except program, args, input and check."""
+
+    source: str | bytes | None
+    toolchain: str | None
+    command: Sequence[str]
+    workdir: str | os.PathLike[str] | None
+    read_only: bool

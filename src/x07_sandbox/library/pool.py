@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -16,13 +16,73 @@ from x07_sandbox.library.run import OPTIONS, check_result, run_once
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Iterator, Sequence
-    from concurrent.futures import Future
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from types import TracebackType
 
     from x07_sandbox.host.cancel import Cancel
     from x07_sandbox.library.options import RunOptions
     from x07_sandbox.runs.result import Result
+
+
+class _RunFuture(Future[Any]):
+    """The future of a run. It can be cancelled until the run has ended. Then the VM ends too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._in_progress: Cancel | None = None
+        self._progress_lock = threading.Lock()
+
+    def cancel(self) -> bool:
+        """Cancel the run. Return False if it has ended already."""
+        cancelled = super().cancel()
+        with self._progress_lock:
+            if cancelled and self._in_progress is not None:
+                self._in_progress()
+        return cancelled
+
+    def carry_out(self, work: Callable[[Cancel], object]) -> None:
+        """Do the work, unless it was cancelled. `wait` and `as_completed` learn of a cancellation when the VM is gone.
+
+        The future stays pending meanwhile, because the standard library does not cancel one that is running.
+        """
+        from x07_sandbox.host.cancel import Cancel
+
+        end: Callable[[], None]
+        try:
+            with contextlib.closing(Cancel()) as cancel:
+                self._set_in_progress(cancel)
+                try:
+                    end = partial(self.set_result, None if self.cancelled() else work(cancel))
+                finally:
+                    self._set_in_progress(None)
+        except BaseException as exc:  # noqa: BLE001 - raised again by `result`
+            end = partial(self.set_exception, exc)
+        if self.set_running_or_notify_cancel():
+            end()
+
+    def _set_in_progress(self, cancel: Cancel | None) -> None:
+        with self._progress_lock:
+            self._in_progress = cancel
+
+
+class _Workers(ThreadPoolExecutor):
+    """Threads that carry out runs. A function also gets the argument `cancel`."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(max_workers=count, thread_name_prefix="x07-run")
+        self._futures: dict[_RunFuture, None] = {}  # each operation on it is atomic
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:  # noqa: ANN401 - as the base
+        future = _RunFuture()
+        self._futures[future] = None  # first, so that no future misses cancel_all
+        future.add_done_callback(lambda _done: self._futures.pop(future, None))
+        super().submit(future.carry_out, lambda cancel: function(*args, cancel=cancel, **kwargs))
+        return future
+
+    def cancel_all(self) -> None:
+        """Cancel all runs."""
+        for future in self._futures.copy():
+            future.cancel()
 
 
 class Pool(Executor):
@@ -34,8 +94,9 @@ class Pool(Executor):
 
     This `concurrent.futures.Executor` takes paths of programs instead of callables, and its futures return `Result`s.
     It also works with `asyncio.wrap_future(pool.submit(...))`. It is thread-safe, but a forked child cannot use it.
-    Each VM runs only one program. Leaving the `with` block waits for all runs; leaving the block by an exception
-    (Ctrl-C) cancels them. If a pool is dropped without `shutdown`, its VMs stay until the process ends.
+    Each VM runs only one program. Cancelling a future ends its VM. Leaving the `with` block waits for all runs; leaving
+    the block by an exception (Ctrl-C) cancels them. If a pool is dropped without `shutdown`, its VMs stay until the
+    process ends.
     """
 
     def __init__(self, size: int = 2, *, image: str | None = None) -> None:
@@ -52,10 +113,7 @@ class Pool(Executor):
         self._machines = WarmMachines(size, image=image)
         self._image = image
         self._machines.start()
-        self._workers = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="x07-run")
-        self._lock = threading.Lock()
-        self._running: set[Cancel] = set()
-        self._cancelled = False
+        self._workers = _Workers(workers)
 
     def wait_ready(self, timeout_s: float = settings.QUEUE_S) -> bool:
         """Wait until all VMs are ready; return False after a timeout. Raises SandboxError if no VM can be started."""
@@ -74,8 +132,9 @@ class Pool(Executor):
     ) -> Future[Result]:
         """Run *program* with *input* as soon as a VM is free. The options are those of `run_program`.
 
-        The future raises what `run_program` raises; this method raises SandboxError in a forked child. As with any
-        executor, cancelling the future of a running program has no effect; `shutdown(cancel_futures=True)` ends it.
+        The future raises what `run_program` raises; this method raises SandboxError in a forked child. Unlike with
+        other executors, `Future.cancel` also works while the program runs: it ends the VM, and returns before the VM
+        has ended. `concurrent.futures.wait([future])` returns after that.
         """
         check_names("submit", options, OPTIONS)
         self._check_process()
@@ -94,7 +153,8 @@ class Pool(Executor):
     ) -> Iterator[Result]:
         """Return an iterator over the results of *program* for each of *inputs*, in order. Options: see `run_program`.
 
-        timeout: seconds for all runs together, after which TimeoutError is raised. `timeout_s` limits each single run.
+        timeout: seconds for all runs together, after which the runs are cancelled and TimeoutError is raised.
+        `timeout_s` limits each single run.
         """
         check_names("map", options, OPTIONS - {"input"})
         self._check_process()
@@ -111,39 +171,22 @@ class Pool(Executor):
         program: str | os.PathLike[str] | None,
         data: bytes | None,
         *,
+        cancel: Cancel,
         args: Sequence[str],
         check: bool,
         **options: Any,  # noqa: ANN401 - run_once knows them
     ) -> Result:
-        from x07_sandbox.host.cancel import Cancel
-
-        with contextlib.closing(Cancel()) as cancel, self._cancellable(cancel):
-            options = {"image": self._image} | options
-            ended = run_once(cancel, program, args, machines=self._machines, input=data, **options)
-            return check_result(*ended, check=check)
-
-    @contextlib.contextmanager
-    def _cancellable(self, cancel: Cancel) -> Iterator[None]:
-        with self._lock:
-            self._running.add(cancel)
-            if self._cancelled:
-                cancel()
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._running.discard(cancel)
+        options = {"image": self._image} | options
+        ended = run_once(cancel, program, args, machines=self._machines, input=data, **options)
+        return check_result(*ended, check=check)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: FBT001, FBT002 - as the base has it
         """Accept no more programs; end the VMs after the last run. cancel_futures: also cancel running programs."""
         if self._machines.in_forked_child():
             return  # the runs belong to the parent
+        self._workers.shutdown(wait=False)
         if cancel_futures:
-            with self._lock:
-                self._cancelled = True
-                for cancel in self._running:
-                    cancel()
-        self._workers.shutdown(wait=False, cancel_futures=cancel_futures)
+            self._workers.cancel_all()
         # The work is done in a thread, which continues if a signal handler (Ctrl-C) raises an exception here.
         ending = threading.Thread(target=self._end, name="x07-pool-end")
         try:

@@ -13,11 +13,11 @@ from x07_sandbox.host.threads import start_thread
 from x07_sandbox.library.arguments import FILES_BYTES, bad_argument, check_names, input_file, make_request
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from x07_sandbox.backends.base import MachineSource
     from x07_sandbox.host.cancel import Cancel
-    from x07_sandbox.library.options import RunOptions
+    from x07_sandbox.library.options import CommandOptions, RunOptions
     from x07_sandbox.policy.model import Policy
     from x07_sandbox.runs.result import Result
 
@@ -112,8 +112,9 @@ def exec_command(
     workdir: str | os.PathLike[str] | None = None,
     *,
     read_only: bool = False,
+    input: bytes | None = None,  # noqa: A002 - as above
     check: bool = False,
-    **options: Any,  # noqa: ANN401 - those of run_program, by name
+    **options: Unpack[CommandOptions],
 ) -> Result:
     """Run a command installed in the guest image, such as `["make", "test"]`, in a copy of a folder; return its result.
 
@@ -122,11 +123,31 @@ def exec_command(
     workdir: the folder; changes are copied back unless read_only. None stands for an empty folder.
     All other arguments are those of `run_program`.
     """
-    check_names("exec_command", options, OPTIONS - {"command", "source", "toolchain"})
+    _check_command("exec_command", command, options)
+    return run_program(command=command, workdir=workdir, read_only=read_only, input=input, check=check, **options)
+
+
+async def exec_command_async(
+    command: Sequence[str],
+    workdir: str | os.PathLike[str] | None = None,
+    *,
+    read_only: bool = False,
+    input: bytes | None = None,  # noqa: A002 - as above
+    check: bool = False,
+    **options: Unpack[CommandOptions],
+) -> Result:
+    """Run a command like `exec_command`, without blocking the event loop. A cancelled call first ends the VM."""
+    _check_command("exec_command_async", command, options)
+    return await run_program_async(
+        command=command, workdir=workdir, read_only=read_only, input=input, check=check, **options
+    )
+
+
+def _check_command(function: str, command: Sequence[str], options: Iterable[str]) -> None:
+    check_names(function, options, OPTIONS - {"command", "source", "toolchain"})
     if isinstance(command, str | bytes) or not command:
         fix = 'Pass a list of str, such as ["make", "test"]'
         raise UsageError("cannot run a command", "command is not a list with at least one word", fix)
-    return run_program(command=command, workdir=workdir, read_only=read_only, check=check, **options)
 
 
 def _run_uninterrupted(cancel: Cancel, work: Callable[[], Ended]) -> Ended:

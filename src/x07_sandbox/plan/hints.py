@@ -1,4 +1,4 @@
-"""Hints on what a failed program lacked, derived from the end of its standard error.
+"""Hints on what a failed program lacked, derived from the end of its output.
 
 A missing file, package or variable is not a denial, because most programs probe for many. The text is hostile, so no
 host file or program is looked up by a name from it.
@@ -15,7 +15,7 @@ from x07_sandbox.plan.connections import connection_hints
 from x07_sandbox.plan.denials import Hint, HowToAllow
 from x07_sandbox.plan.guest_paths import PROGRAM, guest_path, is_below
 from x07_sandbox.plan.observed import advise, advise_loading, advise_root
-from x07_sandbox.plan.packages import flag_for_module, flag_for_program, is_known_program
+from x07_sandbox.plan.packages import DEFAULT_IMAGE, ImageInUse, is_known_program, package_of_module, package_of_program
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
@@ -56,9 +56,10 @@ _COMMAND: Final = re.compile(
 _SPAWNED: Final = re.compile(
     r"\bspawn (\w[\w.+-]{0,99}) ENOENT|\benv: ['\u2018](\w[\w.+-]{0,99})['\u2019]: No such", re.ASCII
 )
-# Python's import, and `python3 -m NAME`.
+# Python's import, also in pytest's report, and `python3 -m NAME`.
 _MODULE: Final = re.compile(
-    r"^(?:ModuleNotFoundError: No module named '|[\w/.-]{0,100}python[\d.]{0,6}: No module named )(\w{1,100})",
+    r"^(?:(?:E {1,8})?ModuleNotFoundError: No module named '|[\w/.-]{0,100}python[\d.]{0,6}: No module named )"
+    r"(\w{1,100})",
     re.MULTILINE | re.ASCII,
 )
 # Unset variables: Python's os.environ, bash, dash.
@@ -79,15 +80,17 @@ class LocalModules(NamedTuple):
     flag: str  # the flag that copies the project
 
 
-def hints(
+def hints(  # noqa: PLR0913 - each is a fact about one run
     tail: bytes,
     policy: Policy,
     areas: Sequence[GuestMount],
     cwd: str,
     local: LocalModules | None = None,
     host_variables: Collection[str] = (),
+    *,
+    image: ImageInUse = DEFAULT_IMAGE,
 ) -> list[Hint]:
-    """Return at most three hints. tail: the end of standard error. host_variables: names of variables on the host."""
+    """Return at most three hints. tail: the end of the output. host_variables: names of variables on the host."""
     text = tail.decode("utf-8", "replace")
     executed = dict.fromkeys(name for pattern in (_PROGRAM, _SPAWNED) for name in _names(pattern, text))
     paths = dict.fromkeys(_paths(text, policy, areas, cwd))
@@ -95,9 +98,9 @@ def hints(
     tools = {path: path.removeprefix("./") for path in paths}
     executed |= dict.fromkeys(name for name in tools.values() if is_known_program(name))
     paths = {path: None for path in paths if tools[path] not in executed}
-    modules = (_module(name, local) for name in dict.fromkeys(_MODULE.findall(text)))
-    programs = map(program_hint, executed)
-    commands = (program_hint(name) for name in dict.fromkeys(_COMMAND.findall(text)) if name not in executed)
+    modules = (_module(name, local, image) for name in dict.fromkeys(_MODULE.findall(text)))
+    programs = (program_hint(name, image) for name in executed)
+    commands = (program_hint(name, image) for name in dict.fromkeys(_COMMAND.findall(text)) if name not in executed)
     missing = (_hint(path, policy) for path in paths)
     # A script that continues may lack many programs, so commands come last.
     names = dict.fromkeys(name for pattern in _VARIABLES for name in pattern.findall(text))
@@ -112,14 +115,14 @@ def _names(pattern: re.Pattern[str], text: str) -> Iterator[str]:
         yield next(name for name in match.groups() if name)
 
 
-def program_hint(name: str) -> Hint:
+def program_hint(name: str, image: ImageInUse) -> Hint:
     """Return a hint about a program that is not installed in the image."""
-    return Hint(subject=f"the program {name}", how=_by_image(flag_for_program(name)))
+    return Hint(subject=f"the program {name}", how=_with_package(image, *package_of_program(name)))
 
 
-def _by_image(flag: str) -> HowToAllow:
-    """Return the advice to build an image that contains the missing program or module."""
-    return HowToAllow(json_path=None, value=None, flag=f"--image mine, after x07 image build --name mine {flag}")
+def _with_package(image: ImageInUse, flag: str, package: str) -> HowToAllow:
+    """Return the advice to add the package of a missing program or module to the image."""
+    return HowToAllow(json_path=None, value=None, flag=image.adding(flag, [package]))
 
 
 def _variable(name: str, policy: Policy, host_variables: Collection[str]) -> Hint | None:
@@ -178,8 +181,8 @@ def _hint(path: str, policy: Policy) -> Hint | None:
     return None if how is None else Hint(subject=path, how=how, to_write=to_write)
 
 
-def _module(name: str, local: LocalModules | None) -> Hint:
-    how = _by_image(flag_for_module(name))
+def _module(name: str, local: LocalModules | None, image: ImageInUse) -> Hint:
+    how = _with_package(image, *package_of_module(name))
     if local is not None and name in local.modules:
         how = HowToAllow(json_path=None, value=None, flag=local.flag)
     return Hint(subject=f"the Python module {name}", how=how)

@@ -19,6 +19,7 @@ from msgspec.structs import replace
 
 from x07_sandbox.errors import with_full_stop
 from x07_sandbox.host import settings
+from x07_sandbox.host.cancel import BY_KILL
 from x07_sandbox.host.os_errors import out_of_cpu_time
 from x07_sandbox.plan.features import vm_features
 
@@ -54,7 +55,8 @@ _SIGNALS: Final = (
 _OUT_OF_MEMORY: Final = "; if this host ran out of memory, run fewer programs at once (X07_VM_MAX_RUNNING=1)"
 _PANIC: Final = re.compile(r"Kernel panic - not syncing: ([^\n]*)")
 _BUILD_FAILED: Final = "the build failed: "
-_POLICY_FIELD: Final = re.compile(r"\(limits\.\w+\)")
+OUTPUT_FLAG: Final = "--max-output-bytes"
+_POLICY_FIELD: Final = re.compile(rf"\((?:limits\.\w+|{OUTPUT_FLAG})\)")
 _INIT_DIED: Final = "Attempted to kill init"
 
 
@@ -198,10 +200,11 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     cpu_us: int | None = None  # the cgroup's final counter, in microseconds; None if it was not received
     oom_kills: int = 0  # the cgroup's counter of processes killed for memory
     output_overflow: str | None = None  # the stream that exceeded its limit: "stdout" or "stderr"
+    output_max_bytes: int = 0  # that limit
     channel_error: str | None = None  # how the guest violated the protocol; a stream that merely ends is no violation
     instance_status: int | None = None  # of the machine's or container's process (-N for signal N); None while it runs
     console_tail: str = ""  # the end of the console output; hostile text, used only if the guest was lost
-    cancelled_by: int | None = None  # the signal that cancelled the run; 0 for a cancellation without a signal
+    cancelled_by: int | None = None  # who cancelled the run: see Cancel.signal
     setup_failure: str | None = None  # the step that the agent or the host could not do for the job
     exec_errno: int = 0  # the error of execve in the guest; 0 if execve succeeded
     boot_timeout: bool = False  # whether the agent did not answer in time
@@ -237,6 +240,13 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
 def verdict(outcome: Outcome, reason: str, *, fault: Fault | None = None) -> Verdict:
     """Return a verdict that has no program status. fault: None for the outcome's default fault."""
     return Verdict(outcome=outcome, fault=fault or OUTCOMES[outcome].fault, reason=reason)
+
+
+def cancelled_verdict(by: int, when: str = "") -> Verdict:
+    """Return the verdict on a cancelled run. by: see Cancel.signal. when: the end of the sentence."""
+    who = " by x07 kill" if by == BY_KILL else f" by {signal_name(by)}" if by else ""
+    found = verdict(Outcome.CANCELLED, f"the run was cancelled{who}{when}")
+    return replace(found, signal=by if by > 0 else None)
 
 
 def classify(evidence: Evidence, *, features: Features | None = None, limits: Limits | None = None) -> Verdict:
@@ -296,16 +306,16 @@ def signal_name(number: int) -> str:
 
 def _ended_by_us(evidence: Evidence, *, emulated: bool, limits: Limits | None) -> Verdict | None:
     if evidence.cancelled_by is not None:
-        by = f" by {signal_name(evidence.cancelled_by)}" if evidence.cancelled_by else ""
-        reason = f"the run was cancelled{by} while the guest was {_DOING[evidence.stage]}"
-        return replace(verdict(Outcome.CANCELLED, reason), signal=evidence.cancelled_by or None)
+        return cancelled_verdict(evidence.cancelled_by, f" while the guest was {_DOING[evidence.stage]}")
     if evidence.exec_errno in _PROGRAM_ERRORS and evidence.stage not in _STARTED:
         return _not_executed(evidence.exec_errno)
     if evidence.setup_failure is not None and evidence.stage not in _STARTED:
         text = _shown(evidence.setup_failure)
         return verdict(Outcome.REFUSED, f"the guest could not prepare the program: {text}", fault="host")
     if evidence.output_overflow is not None:
-        reason = f"the program exceeded the output limit for {evidence.output_overflow}"
+        most = evidence.output_max_bytes
+        limit = f"{most >> 20} MiB" if most and most % settings.MIB == 0 else f"{most} bytes"
+        reason = f"the program exceeded the output limit of {limit} for {evidence.output_overflow} ({OUTPUT_FLAG})"
         return verdict(Outcome.OUTPUT_LIMIT, reason)
     if evidence.deadline_passed and evidence.stage is Stage.RUN:
         return verdict(Outcome.TIMEOUT, _timeout_reason(evidence, emulated=emulated, limits=limits))

@@ -1,6 +1,12 @@
-"""Debian packages of well-known programs and Python modules, for hints on what an image lacks."""
+"""Debian packages of well-known programs and Python modules, and the command that adds them to an image."""
 
-from typing import Final
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 # Well-known programs: a missing file of such a name means the program. Packages have the same names.
 _SAME_NAME: Final = (
@@ -44,21 +50,47 @@ _PLAIN_MODULES: Final = frozenset(
     }
 )
 
+_IMAGE_NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+
+
+class ImageInUse(NamedTuple):
+    """The image of a run, to which a package may be added. name: as the user wrote it. Lists: see images/manifest."""
+
+    name: str = "default"
+    include: tuple[str, ...] = ()
+    pip: tuple[str, ...] = ()
+    preload: tuple[str, ...] = ()
+    on_host: bool = False  # the backend uses the host's programs instead of an image
+
+    def adding(self, flag: str, packages: Sequence[str]) -> str:
+        """Return what adds *packages*: a command or, for an image without a name, a flag and the command before it."""
+        if self.on_host:
+            return f"{'apt-get' if flag == '--include' else 'pip'} install {' '.join(packages)}"
+        lists = {"--include": self.include, "--pip": self.pip, "--preload": self.preload}
+        lists[flag] = (*lists[flag], *packages)
+        if _IMAGE_NAME.fullmatch(self.name):  # the image keeps the lists that are not given
+            return f"x07 image build --name {self.name} {flag} {','.join(lists[flag])}"
+        words = " ".join(f"{name} {','.join(values)}" for name, values in lists.items() if values)
+        return f"--image mine, after x07 image build --name mine {words}"
+
+
+DEFAULT_IMAGE: Final = ImageInUse()
+
 
 def is_known_program(name: str) -> bool:
     """Return whether a missing file of this name is a program rather than a user's file."""
     return name in _PROGRAMS or name in _PIP
 
 
-def flag_for_program(name: str) -> str:
-    """Return the `x07 image build` flag for a program, with a placeholder for an unknown package."""
-    return "--pip PACKAGE" if name in _PIP else f"--include {_PROGRAMS.get(name, 'PACKAGE')}"
+def package_of_program(name: str) -> tuple[str, str]:
+    """Return the `x07 image build` flag and the package for a program, or a placeholder for an unknown package."""
+    return ("--pip", "PACKAGE") if name in _PIP else ("--include", _PROGRAMS.get(name, "PACKAGE"))
 
 
-def flag_for_module(name: str) -> str:
-    """Return the `x07 image build` flag for a Python module: Debian's package if known, else PyPI's."""
+def package_of_module(name: str) -> tuple[str, str]:
+    """Return the `x07 image build` flag and the package for a Python module: Debian's if known, else PyPI's."""
     if name in _PIP:
-        return "--pip PACKAGE"
+        return "--pip", "PACKAGE"
     if name in _MODULES or name in _PLAIN_MODULES:
-        return f"--include python3-{_MODULES.get(name, name.lower().replace('_', '-'))}"
-    return f"--pip {name}"
+        return "--include", f"python3-{_MODULES.get(name, name.lower().replace('_', '-'))}"
+    return "--pip", name

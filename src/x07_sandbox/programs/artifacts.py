@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-SCHEMA: Final = "x07.sandbox.artifact@0.2.0"
+SCHEMA: Final = "x07.sandbox.artifact@0.3.0"
 HEADER_BYTES: Final = 512
 NOTES_MAX_BYTES: Final = settings.MIB
 

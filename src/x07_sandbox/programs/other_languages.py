@@ -6,7 +6,7 @@ import shlex
 from pathlib import PurePosixPath
 from typing import Final
 
-from x07_sandbox.plan.packages import flag_for_program
+from x07_sandbox.plan.packages import ImageInUse, package_of_program
 
 # The interpreter for the first line, by suffix.
 _SCRIPTS: Final = {
@@ -44,4 +44,5 @@ def advice(path: str) -> str | None:
 
 
 def _build(image: str, program: str) -> str:
-    return f"x07 image build --name {image} {flag_for_program(program)}"
+    flag, package = package_of_program(program)
+    return ImageInUse(image).adding(flag, [package])

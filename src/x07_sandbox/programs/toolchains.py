@@ -12,8 +12,9 @@ import msgspec
 from x07_sandbox.errors import RefusedError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection
 
+    from x07_sandbox.plan.packages import ImageInUse
     from x07_sandbox.programs.protocol import Protocol
 else:
     Protocol = object  # msgspec reads annotations; its module is loaded only where there is one
@@ -307,21 +308,17 @@ def toolchain_for(path: str, head: bytes = b"") -> Toolchain:
     )
 
 
-def require_packages(
-    toolchain: Toolchain, installed: Collection[str], image: str, included: Sequence[str] = ()
-) -> None:
-    """Raise RefusedError if *image*, which has *installed* packages, lacks packages that *toolchain* needs.
-
-    included: packages that were added to the image; the command in the message adds them again.
-    """
+def require_packages(toolchain: Toolchain, installed: Collection[str], get_image: Callable[[], ImageInUse]) -> None:
+    """Raise RefusedError if the image, which has *installed* packages, lacks packages that *toolchain* needs."""
     missing = [name for name in toolchain.needs if name not in installed]
-    build = f"x07 image build --name {image}"
+    if not missing:
+        return
+    image = get_image()
     if missing == ["x07"]:
-        fix = f"Run {build} --x07-toolchain DIR, where DIR contains X07's Linux build"
-        raise RefusedError("cannot run an X07 program", f"the image {image} has no X07 toolchain", fix)
-    if missing:
-        what, why = f"the image {image} cannot run {toolchain.name} programs", f"it lacks {', '.join(missing)}"
-        raise RefusedError(what, why, f"Run: {build} --include {','.join([*included, *missing])}")
+        fix = f"Run x07 image build --name {image.name} --x07-toolchain DIR, where DIR contains X07's Linux build"
+        raise RefusedError("cannot run an X07 program", f"the image {image.name} has no X07 toolchain", fix)
+    what, why = f"the image {image.name} cannot run {toolchain.name} programs", f"it lacks {', '.join(missing)}"
+    raise RefusedError(what, why, f"Run: {image.adding('--include', missing)}")
 
 
 def check_executable(path: str, head: bytes, machine: str, elf_machine: int) -> None:

@@ -21,11 +21,19 @@ from x07_sandbox.runs.result import BuildOutput
 if TYPE_CHECKING:
     from x07_sandbox.plan.outcomes import Verdict
     from x07_sandbox.runs.folder import RunFolder
+    from x07_sandbox.runs.job import JobEnd
     from x07_sandbox.runs.prepare import Prepared, Step
     from x07_sandbox.runs.result import Result
     from x07_sandbox.runs.streams import OutFile
 
     Built = tuple[Verdict | None, Result]
+
+
+class _CachedBuild(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The notes in the cache about a build. status: the compiler's exit status; without an artifact unless it is 0."""
+
+    status: int
+    output: BuildOutput
 
 
 def obtain_artifact(prepared: Prepared, draft: Result, folder: RunFolder, artifact: OutFile) -> Step[Built]:
@@ -42,17 +50,13 @@ def obtain_artifact(prepared: Prepared, draft: Result, folder: RunFolder, artifa
     if prepared.image is None or not prepared.request.cache:
         return (yield from _build(prepared, draft, folder, artifact))
     key = _key(prepared, prepared.image.manifest.digest)
-    if (build := _recall(key, artifact)) is not None:
-        return None, replace(draft, artifact_from="cache", build=build)
+    if (known := _recall(key, artifact)) is not None:
+        return _from_cache(prepared, draft, known)
     most_s = min((prepared.request.build_wall_ms or settings.BUILD_WALL_MS) / 1000, prepared.request.queue_s)
     with artifacts.build_lock(key, prepared.request.cancel.pause, most_s, prepared.request.progress) as mostly_waited:
-        if mostly_waited and (build := _recall(key, artifact)) is not None:
-            return None, replace(draft, artifact_from="cache", build=build)
-        ending, draft = yield from _build(prepared, draft, folder, artifact)
-        if ending is None:
-            notes = msgspec.json.encode(draft.build)
-            artifacts.store_artifact(key, artifact.fd, artifact.size, artifact.sha256(), notes)
-        return ending, draft
+        if mostly_waited and (known := _recall(key, artifact)) is not None:
+            return _from_cache(prepared, draft, known)
+        return (yield from _build(prepared, draft, folder, artifact, key))
 
 
 def _key(prepared: Prepared, image_digest: str) -> str:
@@ -64,21 +68,53 @@ def _key(prepared: Prepared, image_digest: str) -> str:
     return artifacts.artifact_key(image_digest, toolchain.name, toolchain.build(program.source), program.sha256, *more)
 
 
-def _build(prepared: Prepared, draft: Result, folder: RunFolder, artifact: OutFile) -> Step[Built]:
-    from x07_sandbox.plan.outcomes import Outcome, build_verdict, verdict
+def _from_cache(prepared: Prepared, draft: Result, known: _CachedBuild) -> Built:
+    draft = replace(draft, artifact_from="cache", build=known.output)
+    if known.status == 0:
+        return None, draft
+    from x07_sandbox.plan.outcomes import Evidence, Stage, classify
+
+    ending = classify(Evidence(stage=Stage.COLLECT, wait_status=known.status << 8))
+    return _verdict(prepared, ending), replace(draft, stdout=known.output.stdout, stderr=known.output.stderr)
+
+
+def _verdict(prepared: Prepared, found: Verdict) -> Verdict:
+    from x07_sandbox.plan.outcomes import build_verdict
+
+    ending = build_verdict(found, prepared.request.build_wall_ms or settings.BUILD_WALL_MS)
+    if prepared.program.toolchain.archive:  # the language is not compiled
+        return replace(ending, reason=ending.reason.replace("the compiler", "the check of the source", 1))
+    return ending
+
+
+def _failed_by_itself(end: JobEnd) -> bool:
+    """Return whether the compiler rejected the source, and so would again: it exited and met no limit."""
+    evidence, usage = end.facts.evidence, end.facts.usage
+    limited = any(usage.get(name) for name in ("tasks_refused", "disk_full", "memory_full", "denials_lost"))
+    exited = end.ending.outcome == "failed" and evidence.wait_status is not None
+    return exited and not (evidence.oom_kills or limited or end.facts.refused)
+
+
+def _build(
+    prepared: Prepared, draft: Result, folder: RunFolder, artifact: OutFile, key: str | None = None
+) -> Step[Built]:
+    """Build the program, and store what a later build would repeat under *key*, if there is one."""
+    from x07_sandbox.plan.outcomes import Outcome, verdict
 
     draft = replace(draft, artifact_from="build")
     yield draft
     prepared.request.progress(f"building {prepared.program.source.name or 'the project'} in a separate VM")
     with contextlib.ExitStack() as stack:
         end = run_job(prepared, build_spec(prepared, artifact, stack), draft.run, folder)
-    ending = build_verdict(end.ending, prepared.request.build_wall_ms or settings.BUILD_WALL_MS)
-    if prepared.program.toolchain.archive:  # the language is not compiled
-        ending = replace(ending, reason=ending.reason.replace("the compiler", "the check of the source", 1))
+    ending = _verdict(prepared, end.ending)
     report = replace(end.report, reason=ending.reason)
     build, phases = BuildOutput(stdout=report.stdout, stderr=report.stderr), {**draft.phases, "build": report}
     draft = replace(draft, phases=phases, build=build, jail=end.jail, warnings=[*draft.warnings, *end.warnings])
-    if ending.outcome is Outcome.OK and artifact.complete:
+    built = ending.outcome is Outcome.OK and artifact.complete
+    if key is not None and (built or _failed_by_itself(end)):
+        notes = msgspec.json.encode(_CachedBuild(ending.exit_code or 0, build))
+        artifacts.store_artifact(key, artifact.fd, artifact.size, artifact.sha256(), notes)
+    if built:
         return None, draft
     draft = replace(draft, stdout=report.stdout, stderr=report.stderr)
     if ending.outcome is not Outcome.OK:
@@ -87,7 +123,7 @@ def _build(prepared: Prepared, draft: Result, folder: RunFolder, artifact: OutFi
     return verdict(Outcome.BUILD_FAILED, f"the build succeeded, but its output {problem}", fault="program"), draft
 
 
-def _recall(key: str, artifact: OutFile) -> BuildOutput | None:
+def _recall(key: str, artifact: OutFile) -> _CachedBuild | None:
     with artifacts.cached_artifact(key) as found:
         if found is None or found.size > artifact.max_bytes:
             return None
@@ -97,9 +133,9 @@ def _recall(key: str, artifact: OutFile) -> BuildOutput | None:
                 break
         if artifact.sha256() == found.sha256:
             with contextlib.suppress(msgspec.MsgspecError):
-                build = msgspec.json.decode(found.notes, type=prepared_model(BuildOutput))
-                artifact.complete = True
-                return build
+                known = msgspec.json.decode(found.notes, type=prepared_model(_CachedBuild))
+                artifact.complete = known.status == 0
+                return known
     artifact.clear()
     artifacts.remove_artifact(key)
     return None

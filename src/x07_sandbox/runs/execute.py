@@ -235,10 +235,7 @@ class Phase:
         sink = self.sinks[Stream(event.stream)]
         self.link.consumed(event.stream, sink.take(event.payload))
         if sink.overflow and not self.asked_to_stop:
-            if self.spec.changes is None:
-                self._end(output_overflow=sink.name)
-            else:
-                self._stop(output_overflow=sink.name)
+            self._stop(output_overflow=sink.name, output_max_bytes=sink.max_bytes)
 
     def _exited(self, body: dict[str, Any]) -> None:
         self._mark("exited")
@@ -299,7 +296,8 @@ class Phase:
         self.input_done = not data
 
     def _lost(self) -> None:
-        self._end(instance_status=wait_for_exit(self.instance))
+        # If this process was stopped, `x07 kill` has asked it first and then ended the machine.
+        self._end(instance_status=wait_for_exit(self.instance), cancelled_by=self.streams.cancel.signal)
 
     def _stop(self, **seen: object) -> None:
         """Ask the guest to end the program. The guest may still report its exit and changes. seen: evidence to add."""

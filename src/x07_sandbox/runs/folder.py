@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from pathlib import Path
@@ -15,8 +16,9 @@ from x07_sandbox.runs.result import Output
 from x07_sandbox.runs.streams import ROOM, OutFile, Sink
 
 if TYPE_CHECKING:
-    import contextlib
+    from x07_sandbox.host.cancel import Cancel
 
+KILL = "kill"  # a pipe to the x07 process of the run
 NET_LOG = "net.jsonl"  # of the egress gate
 REQUEST = "request.json"  # identifies the run until there is a result
 RUN_NAME = re.compile(r"\d{1,15}-\d{1,10}-\d{1,10}")
@@ -34,6 +36,13 @@ class RunFolder:
         except OSError as exc:
             why = exc.strerror or str(exc)
             raise HostError(f"cannot use the run's folder {self.path}", why, "Start the run again") from exc
+
+    def accept_kill(self, cancel: Cancel) -> None:
+        """Let `x07 kill` cancel the run. If the disk has no named pipes, `x07 kill` ends the run's jobs instead."""
+        path = self.path / KILL
+        self._stack.callback(path.unlink, missing_ok=True)
+        with contextlib.suppress(OSError):
+            cancel.listen(path)
 
     def sink(self, name: str, *, live_fd: int | None, max_bytes: int, raw: bool = False) -> tuple[Sink, int]:
         """Return a sink that stores a stream in the file *name* of this folder, and the file's descriptor.

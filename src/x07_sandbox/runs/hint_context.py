@@ -1,4 +1,4 @@
-"""Hints for a failed program, from the program's error output and the files beside the program."""
+"""Hints for a failed program, from the program's output, the image and the files beside the program."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.plan.hints import LocalModules, hints, program_hint
 from x07_sandbox.programs.manifest import FILE
+from x07_sandbox.runs.prepare import image_in_use
 
 if TYPE_CHECKING:
     from x07_sandbox.plan.denials import Hint
-    from x07_sandbox.policy import Policy
+    from x07_sandbox.plan.packages import ImageInUse
     from x07_sandbox.runs.phase import PhaseSpec
+    from x07_sandbox.runs.prepare import Prepared
     from x07_sandbox.runs.program import Program
     from x07_sandbox.runs.request import RunRequest
 
@@ -22,15 +24,17 @@ _BESIDE_MAX: Final = 10_000  # names in the program's folder that are looked at
 _FIRST_LINE: Final = re.compile(rb"#!\s*(?:/usr)?/bin/(?:env\s+(?:-S\s*)?)?([A-Za-z0-9][\w.+-]{0,63})\s")
 
 
-def hints_for(tail: bytes, policy: Policy, spec: PhaseSpec, request: RunRequest, program: Program) -> list[Hint]:
-    """Return hints about what a program lacks. tail: the end of the program's error output."""
-    return hints(tail, policy, spec.areas, spec.cwd, _beside(request, program), os.environ)
+def hints_for(tail: bytes, prepared: Prepared, spec: PhaseSpec) -> list[Hint]:
+    """Return hints about what a program lacks. tail: the end of the program's output."""
+    beside = _beside(prepared.request, prepared.program)
+    image = image_in_use(prepared.image, prepared.image_name)
+    return hints(tail, prepared.policy.policy, spec.areas, spec.cwd, beside, os.environ, image=image)
 
 
-def missing_interpreter(program: Program) -> list[Hint]:
+def missing_interpreter(program: Program, image: ImageInUse) -> list[Hint]:
     """Return a hint if the guest could not find the interpreter of a script."""
     found = _FIRST_LINE.match(program.source.head) if program.toolchain.build is None else None
-    return [] if found is None else [program_hint(found[1].decode())]
+    return [] if found is None else [program_hint(found[1].decode(), image)]
 
 
 def _beside(request: RunRequest, program: Program) -> LocalModules | None:

@@ -31,14 +31,17 @@ if TYPE_CHECKING:
 
 
 class JobEnd(NamedTuple):
-    """The result of a job. output_sha256: digest of standard output. stderr_fd: standard error, closed by RunFolder."""
+    """The result of a job. output_sha256: digest of standard output.
+
+    output_fds: standard error and standard output, closed by RunFolder.
+    """
 
     ending: Verdict
     facts: PhaseFacts
     report: PhaseReport
     jail: str
     output_sha256: str
-    stderr_fd: int
+    output_fds: tuple[int, int]
     warnings: tuple[str, ...]
     net: NetworkUse | None = None
 
@@ -88,7 +91,7 @@ def run_job(prepared: Prepared, spec: PhaseSpec, run_id: str, folder: RunFolder)
         memory_peak_bytes=int(facts.usage.get("memory_peak_bytes", 0)),
         tasks_peak=int(facts.usage.get("tasks_peak", 0)),
     )
-    return JobEnd(ending, facts, report, instance.jail, stdout.sha256(), stderr_fd, tuple(warnings), net)
+    return JobEnd(ending, facts, report, instance.jail, stdout.sha256(), (stderr_fd, stdout_fd), tuple(warnings), net)
 
 
 def _gate(

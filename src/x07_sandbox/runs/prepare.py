@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     import contextlib
 
     from x07_sandbox.images.store import Image
+    from x07_sandbox.plan.packages import ImageInUse
     from x07_sandbox.programs.toolchains import Toolchain
     from x07_sandbox.runs.egress import Egress
 else:
@@ -190,9 +191,19 @@ def _image(
             found = find_image(request.image)
             image = stack.enter_context(open_image(found if dry else current_image(found)))
     yield _known(draft, image=image.manifest.digest)
-    require_packages(program.toolchain, image.manifest.holds(), _image_name(request), image.manifest.include)
+    require_packages(program.toolchain, image.manifest.holds(), lambda: image_in_use(image, _image_name(request)))
     check_pinned(image.manifest.digest)
     return image
+
+
+def image_in_use(image: OpenImage | None, name: str) -> ImageInUse:
+    """Return the image of a run, called *name* by the user, for advice on what it lacks."""
+    from x07_sandbox.plan.packages import ImageInUse  # most runs need no advice
+
+    if image is None:
+        return ImageInUse(on_host=True)
+    held = image.manifest
+    return ImageInUse(name, tuple(held.include), tuple(wheel.name for wheel in held.pip), tuple(held.preload))
 
 
 def _image_name(request: RunRequest) -> str:

@@ -236,8 +236,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     files_discarded: the files in the program's private folders, which were deleted with the VM. To keep such files, use
         `--workdir` or `--out`.
     warnings: warnings, each in one sentence.
-    artifact_from: whether this run built the program (`build`), a cached build was used (`cache`), or the caller gave
-        the built program (`caller`).
+    artifact_from: whether this run built the program (`build`), a cached build, perhaps a failed one, was used
+        (`cache`), or the caller gave the built program (`caller`).
     build: what the build printed (for a cached build, what the original build printed); null if there was no build.
     filters: digests of the seccomp filters that applied to the program, by name. A filter whose name ends in `-once`
         also lets the guest agent execute the program once.

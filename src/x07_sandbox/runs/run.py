@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import signal
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -31,7 +30,7 @@ from x07_sandbox.runs.artifact import obtain_artifact
 from x07_sandbox.runs.folder import REQUEST, RunFolder
 from x07_sandbox.runs.job import run_job
 from x07_sandbox.runs.phase_specs import run_spec
-from x07_sandbox.runs.prepare import output_caps, prepare, wants_scaling
+from x07_sandbox.runs.prepare import image_in_use, output_caps, prepare, wants_scaling
 from x07_sandbox.runs.result import Discarded, Result, draft_result
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ if TYPE_CHECKING:
     from x07_sandbox.runs.program import Program
     from x07_sandbox.runs.request import RunRequest
 
-_TAIL_BYTES = 64 * 1024  # of a failed program's error output, for hints
+_TAIL_BYTES = 32 * 1024  # of each output stream of a failed program, for hints
 
 SCALING_HINT = "the VM is emulated; --scale-limits multiplies the time limits by its slowdown"
 
@@ -71,6 +70,7 @@ def attempt(request: RunRequest) -> tuple[Result, SandboxError | None]:
     try:
         with contextlib.ExitStack() as stack:
             folder = RunFolder(draft.run, stack)
+            folder.accept_kill(request.cancel)
             _store(folder.path / REQUEST, _request_document(request))
             for known in _steps(request, draft, folder, stack):
                 draft = known
@@ -121,7 +121,7 @@ def _steps(request: RunRequest, draft: Result, folder: RunFolder, stack: context
     draft = replace(draft, digests=digests, filters=_filters(prepared, spec))
     yield draft
     end = run_job(prepared, spec, draft.run, folder)
-    ending = _without_command(_naming_flags(end.ending, prepared), end, prepared)
+    ending = _without_command(_naming_flags(end, prepared), end, prepared)
     draft = _with_run(draft, end._replace(ending=ending))
     draft = _with_denials(draft, prepared, spec, end)
     left = {} if spec.left_files is None else spec.left_files.files()
@@ -136,10 +136,10 @@ def _more(draft: Result, denials: list[Denial]) -> Result:
 
 
 def _verdict_of(exc: SandboxError, signalled: int | None = None) -> Verdict:
-    from x07_sandbox.plan.outcomes import Outcome, verdict
+    from x07_sandbox.plan.outcomes import Outcome, cancelled_verdict, verdict
 
     if isinstance(exc, Cancelled):
-        return replace(verdict(Outcome.CANCELLED, exc.what), signal=signalled or signal.SIGINT)
+        return cancelled_verdict(signalled or 0)
     outcome = next(outcome for kinds, outcome in _KNOWN_OUTCOMES if isinstance(exc, kinds))
     ours = isinstance(exc, (ImageError, HostError, BackendError))
     return verdict(Outcome(outcome), str(exc).removesuffix("."), fault="host" if ours else None)
@@ -230,8 +230,8 @@ def _scaled(prepared: Prepared, draft: Result) -> tuple[Prepared, Result]:
     return prepared, replace(draft, scaling=scaling, warnings=[*draft.warnings, *warnings])
 
 
-def _naming_flags(ending: Verdict, prepared: Prepared) -> Verdict:
-    from x07_sandbox.plan.outcomes import name_flags
+def _naming_flags(end: JobEnd, prepared: Prepared) -> Verdict:
+    from x07_sandbox.plan.outcomes import OUTPUT_FLAG, name_flags
 
     flags, cpu_ms, changes = {}, prepared.program.cpu_ms, prepared.request.limits
     if changes is not None:
@@ -241,7 +241,14 @@ def _naming_flags(ending: Verdict, prepared: Prepared) -> Verdict:
             flags[f"limits.{field}"] = NAMES[field].flag
     if cpu_ms is not None and cpu_ms < prepared.policy.policy.limits.cpu_ms:
         flags["limits.cpu_ms"] = "--cpu-time-limit-seconds"
-    return name_flags(ending, flags)
+    if _has_fixed_output(end, prepared):
+        flags[OUTPUT_FLAG] = "fixed"
+    return name_flags(end.ending, flags)
+
+
+def _has_fixed_output(end: JobEnd, prepared: Prepared) -> bool:
+    """Return whether no flag changes the exceeded output limit."""
+    return prepared.program.toolchain.protocol is not None and end.facts.evidence.output_overflow == "stderr"
 
 
 def _discarded(usage: dict[str, Any], taken: dict[str, bytes]) -> Discarded:
@@ -258,15 +265,13 @@ def _without_command(ending: Verdict, end: JobEnd, prepared: Prepared) -> Verdic
         return replace(ending, reason=f"the command {name} is not installed on this host")
     if "/" in name:
         return replace(ending, reason=f"{name} or its interpreter does not exist in the VM")
-    from x07_sandbox.plan.packages import flag_for_program
+    from x07_sandbox.plan.packages import package_of_program
 
-    flag, _, package = flag_for_program(name).partition(" ")
-    add, packages = "To add it" if package != "PACKAGE" else "To add the Debian package that has it", [package]
-    if flag == "--include":
-        packages = [*prepared.image.manifest.include, package]  # both flags replace the image's list
-    else:
-        add, packages = "To add a Python package", [*(wheel.name for wheel in prepared.image.manifest.pip), package]
-    fix = f"{add}: x07 image build --name {image} {flag} {','.join(packages)}"
+    flag, package = package_of_program(name)
+    add = "To add a Python package" if flag == "--pip" else "To add the Debian package that has it"
+    fix = (
+        f"{add if package == 'PACKAGE' else 'To add it'}: {image_in_use(prepared.image, image).adding(flag, [package])}"
+    )
     return replace(ending, reason=f"the command {name} is not in the image {image}. {fix}")
 
 
@@ -287,9 +292,8 @@ def _with_denials(draft: Result, prepared: Prepared, spec: PhaseSpec, end: JobEn
     if end.net is not None and prepared.egress is not None:
         from x07_sandbox.runs.egress import denials as denied_connections
 
-        connections, more = denied_connections(
-            end.net, prepared.egress.allowlist, _tail(end).decode("utf-8", "replace")
-        )
+        text = _tail(end).decode("utf-8", "replace")
+        connections, more = denied_connections(end.net, prepared.egress.allowlist, text)
         denials += connections
         draft = replace(draft, denials_lost=draft.denials_lost + more)
     if tasks:
@@ -305,27 +309,27 @@ def _with_denials(draft: Result, prepared: Prepared, spec: PhaseSpec, end: JobEn
             limit = replace(limit, reason=SCALING_HINT)
         denials.append(limit)
     if outcome == "output-limit":
-        stream = str(end.facts.evidence.output_overflow)
-        fixed = program.toolchain.protocol is not None and stream == "stderr"
-        caps = output_caps(prepared.request, program.toolchain)
-        denials.append(observed.too_much_output(stream, None if fixed else caps[0]))
+        stream, caps = str(end.facts.evidence.output_overflow), output_caps(prepared.request, program.toolchain)
+        denials.append(observed.too_much_output(stream, None if _has_fixed_output(end, prepared) else caps[0]))
     return replace(draft, denials=denials, hints=_hints(outcome, prepared, spec, end))
 
 
-def _tail(end: JobEnd) -> bytes:
-    return os.pread(end.stderr_fd, _TAIL_BYTES, max(0, os.fstat(end.stderr_fd).st_size - _TAIL_BYTES))
-
-
 def _hints(outcome: str, prepared: Prepared, spec: PhaseSpec, end: JobEnd) -> list[Hint]:
-    if outcome != "ok" and (tail := _tail(end)):
-        from x07_sandbox.runs.hint_context import hints_for
+    if outcome == "ok":
+        return []
+    from x07_sandbox.runs.hint_context import hints_for, missing_interpreter
 
-        return hints_for(tail, prepared.policy.policy, spec, prepared.request, prepared.program)
+    if tail := _tail(end):
+        return hints_for(tail, prepared, spec)
     if end.facts.evidence.exec_errno == errno.ENOENT:
-        from x07_sandbox.runs.hint_context import missing_interpreter
-
-        return missing_interpreter(prepared.program)
+        return missing_interpreter(prepared.program, image_in_use(prepared.image, prepared.image_name))
     return []
+
+
+def _tail(end: JobEnd) -> bytes:
+    """Return the ends of both outputs of the program."""
+    sizes = [(fd, os.fstat(fd).st_size) for fd in end.output_fds]
+    return b"\n".join(os.pread(fd, _TAIL_BYTES, max(0, size - _TAIL_BYTES)) for fd, size in sizes if size)
 
 
 def _settled(draft: Result, host_files: HostFiles, ending: Verdict) -> Result:

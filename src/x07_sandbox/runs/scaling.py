@@ -1,6 +1,7 @@
 """Scaling of time and CPU limits by the slowdown of an emulated VM, if the user (not a policy) asked for it.
 
-The factor is measured once per boot of the host: the same CPU work runs in a guest and on the host.
+The factor is measured once per boot of the host: the same kinds of CPU work, in Python and in C, run in a guest and on
+the host, and the median of their slowdowns counts.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import math
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -38,21 +40,38 @@ if TYPE_CHECKING:
     from x07_sandbox.plan.controls import RunLimits
     from x07_sandbox.runs.prepare import Prepared
 
-# Prints the CPU time of its fastest round in milliseconds. A guest's clock also counts time of other processes.
+# Prints, for each kind of work, the CPU time of its fastest round in nanoseconds. A guest's clock also counts time in
+# which the host ran something else, so a round takes a few milliseconds at most: some rounds are not interrupted.
 _WORK: Final = b"""#!/usr/bin/python3 -I
-import json, re, time
-text = json.dumps(sorted((i * 7919) % 10007 for i in range(20000)))
-rounds = []
-for _ in range(8):
-    start = time.process_time()
-    for _ in range(5):
-        total = sum(int(word) % 97 for word in re.findall("[0-9]+", text))
-    rounds.append(time.process_time() - start)
-print(1000 * min(rounds))
+import json, re, time, zlib
+numbers = [(i * 7919) % 10007 for i in range(500)]
+text = json.dumps(numbers)
+def integers():
+    total = 0
+    for number in numbers: total += number * number % 97
+def floats():
+    total = 0.5
+    for number in numbers: total = total * 0.5 + number / (total + 1.0)
+def objects():
+    found = {}
+    for number in numbers: found[number % 50] = found.get(number % 50, 0) + 1
+def calls(n=10):
+    return n if n < 2 else calls(n - 1) + calls(n - 2)
+kinds = [integers, floats, objects, calls]
+kinds += [lambda: "".join(sorted(map(str, numbers))), lambda: re.findall("[0-9]+", text)]  # in C, as the next
+kinds += [lambda: json.loads(text), lambda: sorted(numbers), lambda: zlib.compress(text.encode(), 6)]
+for work in kinds:
+    times = []
+    for _ in range(200):
+        start = time.process_time_ns()
+        work()
+        times.append(time.process_time_ns() - start)
+    print(min(times))
 """
+_KINDS: Final = 9
 _FACTOR_MAX: Final = 64
 _WORK_S: Final = 60
-_PRINTED_MAX: Final = 32
+_PRINTED_MAX: Final = 256
 
 
 def scale(prepared: Prepared, factor: int) -> tuple[Prepared, Scaling, tuple[str, ...]]:
@@ -78,7 +97,8 @@ def measured_factor(prepared: Prepared) -> int:
     if (known := known_factor()) is not None:
         return known
     prepared.request.progress("measuring how much slower the emulated VM is than this host")
-    factor = min(_FACTOR_MAX, max(1, math.ceil(_guest_ms(prepared) / _host_ms())))
+    ratios = [guest / host for guest, host in zip(_guest_times(prepared), _host_times(), strict=True)]
+    factor = min(_FACTOR_MAX, max(1, math.ceil(statistics.median(ratios))))
     replace_file(_record(), json.dumps({"factor": factor}).encode())
     return factor
 
@@ -94,10 +114,10 @@ def known_factor() -> int | None:
 
 def _record() -> Path:
     found = re.search(r"^(?:model name|CPU part)\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text("utf-8"), re.MULTILINE)
-    return proof_file(host_arch().qemu_binary, "slowness", found[1] if found else "")
+    return proof_file(host_arch().qemu_binary, "slowdown", found[1] if found else "")
 
 
-def _guest_ms(prepared: Prepared) -> float:
+def _guest_times(prepared: Prepared) -> list[float]:
     policy, asked = default_policy(), prepared.request
     with contextlib.ExitStack() as stack:
         request = RunRequest(
@@ -119,7 +139,7 @@ def _guest_ms(prepared: Prepared) -> float:
     raise BackendError("cannot measure the speed of the emulated VM", why, "To check this host: x07 doctor")
 
 
-def _host_ms() -> float:
+def _host_times() -> list[float]:
     what, fix = "cannot measure the speed of this host", "Try again"
     argv = [sys.executable, "-I", "-"]
     try:
@@ -127,14 +147,15 @@ def _host_ms() -> float:
     except (OSError, subprocess.SubprocessError) as exc:
         raise HostError(what, f"{sys.executable} did not run the test program: {exc}", fix) from exc
     if (found := _printed(done.stdout)) is None:
-        raise HostError(what, f"{sys.executable} printed no time", fix)
+        raise HostError(what, f"{sys.executable} printed no times", fix)
     return found
 
 
-def _printed(output: bytes) -> float | None:
-    """Return the printed number of milliseconds, or None for invalid output. A guest's output is hostile data."""
+def _printed(output: bytes) -> list[float] | None:
+    """Return the printed times, or None for invalid output. A guest's output is hostile data."""
     try:
-        value = float(output[:_PRINTED_MAX])
+        times = [float(word) for word in output[:_PRINTED_MAX].split()]
     except ValueError:
         return None
-    return value if 0 < value < 1000 * _WORK_S else None  # also for NaN
+    valid = len(times) == _KINDS and all(0 < value < 1e9 * _WORK_S for value in times)  # also for NaN
+    return times if valid else None

@@ -131,7 +131,7 @@ class Sink:
         self.reader_problem = ""
         self._keep_fd = keep_fd
         self._live_fd = live_fd
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
         self._writer: _Writer | None = None
         self._owed = 0  # incoming bytes not yet written live; filtering may change their number
         self._filter = TerminalFilter() if live_fd is not None and not raw and os.isatty(live_fd) else None
@@ -142,7 +142,7 @@ class Sink:
 
         Return how many bytes are finished. `pump` counts the queued bytes once they are finished.
         """
-        allowed = data[: self._max_bytes - self.total_bytes]
+        allowed = data[: self.max_bytes - self.total_bytes]
         self.overflow = self.overflow or len(allowed) < len(data)
         self.total_bytes += len(allowed)
         self._hash.update(allowed)
