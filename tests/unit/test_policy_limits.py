@@ -64,14 +64,15 @@ def test_raised_processes_hold_for_children_too() -> None:
 def test_a_given_policy_is_only_lowered(tmp_path: Path, kind: str, field: str, value: int) -> None:
     """Flags can only lower the limits of a user's policy, and the error names the field to edit."""
     place = tmp_path / "strict.json"
-    place.write_bytes(render_policy(default_policy()))
+    strict = replace(default_policy(), limits=replace(default_policy().limits, fds=256))
+    place.write_bytes(render_policy(strict))
     project = ProjectPolicy(place, place.read_bytes(), str(tmp_path))
-    policy = {"file": str(place), "project": project, "value": default_policy()}[kind]
+    policy = {"file": str(place), "project": project, "value": strict}[kind]
     with pytest.raises(UsageError, match="allows at most") as caught:
         effective_policy(policy, **{field: value})
     assert f"Set limits.{field} to {value} in the policy" in caught.value.fix
     assert caught.value.policy_cause == (f"limits.{field}", value)
-    held = getattr(default_policy().limits, field)
+    held = getattr(strict.limits, field)
     lowered = effective_policy(policy, **{field: held // 2})
     if field != "procs":
         assert getattr(lowered.policy.limits, field) == held // 2
@@ -138,12 +139,21 @@ def test_flags_become_limits() -> None:
     assert flags("--memory", "1G", "--cpu-time", "2.5") == {"limits": LimitChanges(mem_bytes=GIB, cpu_ms=2500)}
     words = ("--timeout", "0.0001", "--procs", "0", "--fds", "12")
     assert flags(*words) == {"limits": LimitChanges(wall_ms=1, procs=0, fds=12)}
+    assert flags("--max-file-size", "1G") == {"limits": LimitChanges(file_bytes=GIB)}
     assert flags("--build-timeout", "900", "--scale-limits") == {"build_wall_ms": 900_000, "scale_limits": True}
 
 
 @pytest.mark.parametrize(
     "words",
-    [("--memory", "lots"), ("--memory", "1K"), ("--memory", "17G"), ("--procs", "1025"), ("--build-timeout", "3601")],
+    [
+        ("--memory", "lots"),
+        ("--memory", "1K"),
+        ("--memory", "17G"),
+        ("--procs", "1025"),
+        ("--max-file-size", "0"),
+        ("--max-file-size", "4G"),
+        ("--build-timeout", "3601"),
+    ],
 )
 def test_a_flag_out_of_range_is_refused(words: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     """A flag out of range is a usage error."""
@@ -156,3 +166,14 @@ def test_templates_can_be_raised_too() -> None:
     """The limits of every template can be raised."""
     for name in TEMPLATES:
         assert effective_policy(f"built-in:{name}", **RAISED.given()).policy.limits.mem_bytes == GIB
+
+
+def test_the_size_of_files_follows_the_flag() -> None:
+    """--max-file-size sets both limits of files, and raises only those of a built-in policy."""
+    made = effective_policy(None, file_bytes=GIB).policy.fs
+    assert (made.max_read_bytes, made.max_write_bytes) == (GIB, GIB)
+    fs = replace(default_policy().fs, max_read_bytes=0, max_write_bytes=2 << 20)
+    own = replace(default_policy(), fs=fs)
+    assert effective_policy(own, file_bytes=1 << 20).policy.fs.max_read_bytes == 1 << 20
+    with pytest.raises(UsageError, match=r"at most 2M \(fs.max_write_bytes\). Set fs.max_write_bytes to 3145728 in"):
+        effective_policy(own, file_bytes=3 << 20)

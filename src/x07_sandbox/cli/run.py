@@ -32,7 +32,7 @@ from x07_sandbox.host.settings import SOURCE_MAX_BYTES
 from x07_sandbox.host.variables import text
 from x07_sandbox.housekeeping.start import sweep_before_start
 from x07_sandbox.plan.outcomes import REFUSED_EXIT, ending_line
-from x07_sandbox.runs.program import load_program
+from x07_sandbox.runs.program import load_program, toolchain_of_text
 from x07_sandbox.runs.request import RunRequest
 from x07_sandbox.runs.run import attempt
 from x07_sandbox.runs.streams import memory_file, read_all
@@ -281,6 +281,7 @@ def _request(
         if options.stdin:
             why = "standard input is the source, so it cannot be the program's input too"
             raise UsageError("wrong usage", why, "Omit --stdin, or give the source with -c")
+        toolchain_of_text(toolchain)  # before it waits for input
         with cancel.waiting():
             program, source = None, _source_from_stdin() if toolchain else b""  # without, the run is refused
     elif program is None and not options.command:

@@ -118,11 +118,16 @@ def reject_overridden_options(request: RunRequest, what: str, why: str) -> None:
         raise UsageError(f"cannot run {what}", why, f"Remove {' and '.join(given)}")
 
 
-def _from_text(request: RunRequest, text: bytes, stack: contextlib.ExitStack) -> Program:
-    if not request.toolchain:
+def toolchain_of_text(name: str | None) -> Toolchain:
+    """Return the toolchain for a program that is given as text. Raises UsageError."""
+    if not name:
         fix = "Add --toolchain, such as --toolchain python"
         raise UsageError("cannot run the source", "its language is unknown", fix)
-    toolchain = toolchain_named(request.toolchain)
+    return toolchain_named(name)
+
+
+def _from_text(request: RunRequest, text: bytes, stack: contextlib.ExitStack) -> Program:
+    toolchain = toolchain_of_text(request.toolchain)
     if len(text) > settings.SOURCE_MAX_BYTES:
         raise UsageError("cannot run the source", f"it has more than {settings.SOURCE_MAX_BYTES} bytes", "Shorten it")
     return single_file(toolchain, f"main{''.join(toolchain.suffixes[:1])}", text, request, stack)
