@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from msgspec.structs import replace
+
 from x07_sandbox.backends.prerequisites import Proof, advice, backend_states, gather
 from x07_sandbox.backends.registry import BY_NAME, create
 from x07_sandbox.backends.selection import (
@@ -42,6 +44,7 @@ _NO_START: Final = "Runs will fail the same way"
 _NO_UIDS: Final = f"{_NO_START}: allow changing uids (in a container: --privileged)"
 _TOO_SLOW: Final = "This host is slow or busy: run x07 doctor again when it is less busy"
 _HEAD_BYTES: Final = 4096
+_PROGRAM: Final = b"#!/bin/sh\n"
 _MARKS: Final = {"proven": "good", "untried": "note", "failed": "BAD", "later": "note", "not-here": "note"}
 _EXAMPLES: Final = """examples:
   x07 doctor                                     print all findings
@@ -110,8 +113,8 @@ def _weaker(name: str) -> Proof:
     try:
         availability = create(name).probe(None, boot=False)
     except (SandboxError, OSError) as exc:
-        error = _error(exc)
-        return Proof(good=False, text=f"{error.what}: {error.why}", fixes=(error.fix,))
+        bad = _bad(name, exc)
+        return Proof(good=False, text=bad.text, fixes=(bad.fix,))
     by = "--sandbox-backend" if name in SANDBOX_BACKENDS else "--backend"  # os and none need to be named as a class
     flags = f"{by} {name} {ACCEPT_FLAG}"
     return Proof(good=None, text=f"{availability.proof}; to test it: x07 conform {flags}")
@@ -173,19 +176,14 @@ def _requested_backend() -> list[Finding]:
     return []
 
 
-def _error(exc: SandboxError | OSError) -> SandboxError:
-    """Return the error to report, as `attempt` does. Raises *exc* if it is a bug."""
+def _bad(subject: str, exc: SandboxError | OSError) -> Finding:
+    """Return the finding for an error. Raises *exc* if it is a bug."""
     from x07_sandbox.host.os_errors import host_error
 
     error = host_error(exc) if isinstance(exc, OSError) else exc
     if error is None:
         raise exc
-    return error
-
-
-def _bad(subject: str, exc: SandboxError | OSError) -> Finding:
-    exc = _error(exc)
-    return Finding(subject=subject, good=False, text=f"{exc.what}: {exc.why}", fix=exc.fix)
+    return Finding(subject=subject, good=False, text=f"{error.what}: {error.why}", fix=error.fix)
 
 
 def _architecture() -> Finding:
@@ -303,7 +301,7 @@ def _image_and_machine(choice: Choice) -> list[Finding]:
     return findings
 
 
-def _attempt(choice: Choice, doing: str, *, scale_limits: bool) -> tuple[Result, SandboxError | None]:
+def _attempt(choice: Choice, doing: str, *, scale: bool) -> tuple[Result, SandboxError | None]:
     """Run a program that does nothing. It needs everything that any run needs, so doctor has no list of its own."""
     import shutil
 
@@ -315,17 +313,8 @@ def _attempt(choice: Choice, doing: str, *, scale_limits: bool) -> tuple[Result,
     progress = LiveLine()
     progress(doing)
     with contextlib.closing(Cancel()) as cancel:
-        request = RunRequest(
-            source=b"#!/bin/sh\n",
-            toolchain="executable",
-            policy="built-in:default",
-            scale_limits=scale_limits,
-            cold=True,
-            choice=choice,
-            progress=progress,
-            cancel=cancel,
-        )
-        result, error = attempt(request)
+        request = RunRequest(source=_PROGRAM, toolchain="executable", cold=True, choice=choice, cancel=cancel)
+        result, error = attempt(replace(request, scale_limits=scale, progress=progress))
     with contextlib.suppress(SandboxError, OSError):  # it must not be the latest run of `x07 logs`
         shutil.rmtree(all_runs() / result.run)
     progress("")
@@ -336,7 +325,7 @@ def _start(choice: Choice) -> Finding:
     """Start a VM as a run does, and run a program in it."""
     from x07_sandbox.host import settings
 
-    result, error = _attempt(choice, "starting a VM as a run does", scale_limits=False)
+    result, error = _attempt(choice, "starting a VM as a run does", scale=False)
     if error is not None:
         return _bad(START, error)
     if result.ok:
@@ -352,7 +341,7 @@ def _slowness(choice: Choice) -> Finding:
 
     factor = known_factor()
     if factor is None:
-        result, _ = _attempt(choice, "measuring the slowdown of emulation", scale_limits=True)
+        result, _ = _attempt(choice, "measuring the slowdown of emulation", scale=True)
         if result.scaling is None:
             text = next((text for text in result.warnings if "scaled" in text), result.reason)
             return Finding(subject="limits under emulation", good=None, text=text)
