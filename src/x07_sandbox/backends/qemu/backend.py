@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from x07_sandbox.images.verify import OpenImage
     from x07_sandbox.jobs.record import Claim, JobRecord
 
-# Measured on 2 cores (docs/explanation/design.md, "Emulation") with compilers and interpreters.
-SLOWDOWN: Final = "9 to 17 times"
+# Measured with compilers and interpreters (docs/explanation/performance.md, "Emulation").
+SLOWDOWN: Final = "10 to 30 times"
 _ANY_TIMER: Final = "timers in the {} VM may run late: its kernel measured the timer wrong, as in each earlier attempt"
 
 
