@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench import programs
+from bench.figures import WrongRunError
 from x07_sandbox.backends.base import MachineKind
 from x07_sandbox.backends.handshake import greet
 from x07_sandbox.backends.qemu.machine import qmp_quit
@@ -55,7 +56,7 @@ class Command:
     built: str
 
     def seconds(self) -> float:
-        """Time one whole command. Raises SystemExit if the run was not as expected."""
+        """Time one whole command. Raises WrongRunError if the run was not as expected."""
         nonce = os.urandom(8).hex()
         argv = [str(X07), "run", *self.flags, "--json=full", str(self.program)]
         started = time.monotonic()
@@ -66,7 +67,7 @@ class Command:
 
 
 def check(document: bytes, output: bytes, *, start: str, built: str) -> None:
-    """Raise SystemExit unless a result, as JSON, is that of a run that kept every promise.
+    """Raise WrongRunError unless a result, as JSON, is that of a run that kept every promise.
 
     output: the expected output. start: the expected start mode of each VM. built: the expected origin of the artifact.
     """
@@ -86,17 +87,17 @@ def check(document: bytes, output: bytes, *, start: str, built: str) -> None:
         != {control.field: control.state for control in plan.controls},
     }
     if wrong := [name for name, bad in problems.items() if bad]:
-        raise SystemExit(f"a timed run is not as expected: {wrong}: {result['reason']}")
+        raise WrongRunError(f"a timed run is not as expected: {wrong}: {result['reason']}")
 
 
 class Pooled:
     """The pools for `x07 run` and the library, with a VM that is ready before each timing."""
 
-    def __init__(self, stack: contextlib.ExitStack) -> None:
+    def __init__(self, stack: contextlib.ExitStack, size: int) -> None:
         self._command("stop")
-        self._command("start", "--size", "1", "--idle", "3600")
-        stack.callback(self._command, "stop")
         self.pool = stack.enter_context(Pool(size=1))
+        self._command("start", "--size", str(size), "--idle", "3600")
+        stack.callback(self._command, "stop")
 
     @staticmethod
     def _command(*words: str) -> bytes:
@@ -168,7 +169,7 @@ class Floor:
             stdout = self._run(instance, f"{nonce}\n".encode(), stack)
         seconds = time.monotonic() - started
         if stdout != programs.expected(nonce):
-            raise SystemExit("a raw clone did not run the program")
+            raise WrongRunError("a raw clone did not run the program")
         return seconds
 
     def _run(self, instance: QemuInstance, data: bytes, stack: contextlib.ExitStack) -> bytes:
@@ -229,7 +230,7 @@ class Floor:
             thread = threading.Thread(target=run)
             thread.start()
             if not started.wait(60):
-                raise SystemExit("a raw clone did not start the program")
+                raise WrongRunError("a raw clone did not start the program")
             time.sleep(0.2)  # until it reads its input
             try:
                 yield _vmm(instance)

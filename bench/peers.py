@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import programs
+from bench.figures import WrongRunError
 
 PODMAN_ENV = {"PODMAN_IGNORE_CGROUPSV1_WARNING": "1"}
 
@@ -21,7 +22,7 @@ class Peer:
     argv: tuple[str, ...]
 
     def seconds(self) -> float:
-        """Time one run. Raises SystemExit if its output is wrong."""
+        """Time one run. Raises WrongRunError if its output is wrong."""
         nonce = os.urandom(8).hex()
         started = time.monotonic()
         done = subprocess.run(
@@ -29,7 +30,7 @@ class Peer:
         )
         seconds = time.monotonic() - started
         if done.stdout != programs.expected(nonce):
-            raise SystemExit(f"{self.argv[0]} did not run the program: {done.stderr.decode()[-500:]}")
+            raise WrongRunError(f"{self.argv[0]} did not run the program: {done.stderr.decode()[-500:]}")
         return seconds
 
 
@@ -48,8 +49,8 @@ def bwrap(root: Path, command: list[str]) -> Peer:
 
 
 def podman(root: Path, work: Path) -> list[str] | None:
-    """Make an image in a separate store; return the start of a podman command with runc, or None without podman."""
-    if not (shutil.which("podman") and shutil.which("runc")):
+    """Make an image in a separate store; return the start of a podman command with runc, or None if it cannot run."""
+    if os.geteuid() != 0 or not (shutil.which("podman") and shutil.which("runc")):
         return None
     store = ["podman", "--root", str(work / "store"), "--runroot", str(work / "run"), "--storage-driver", "overlay"]
     store += ["--runtime", "runc"]

@@ -7,18 +7,18 @@ import os
 import shutil
 import subprocess
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from bench import programs
+from bench.figures import WrongRunError
 from bench.ours import X07, Command, Floor, check
 from x07_sandbox.host.paths import state_dir
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-MANY: Final = 50
 MIB: Final = 1 << 20
 
 
@@ -40,10 +40,10 @@ def raw_two_at_a_time(floor: Floor, count: int) -> float:
         return time.monotonic() - started
 
 
-def memory_mib(floor: Floor, count: int) -> tuple[float, float]:
+def memory_mib(floor: Floor, count: int, idle_count: int) -> tuple[float, float]:
     """Return the PSS in MiB of each of *count* clones that run a C program, and of an idle clone."""
     with contextlib.ExitStack() as stack:
-        idle = [stack.enter_context(floor.idle()) for _ in range(4)]
+        idle = [stack.enter_context(floor.idle()) for _ in range(idle_count)]
         each_idle = sum(map(_pss_bytes, idle)) / len(idle)
     with contextlib.ExitStack() as stack:
         running = [stack.enter_context(floor.running()) for _ in range(count)]
@@ -55,7 +55,7 @@ def _pss_bytes(pid: int) -> int:
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines():
         if line.startswith("Pss:"):
             return int(line.split()[1]) * 1024
-    raise SystemExit(f"smaps_rollup of process {pid} has no Pss")
+    raise WrongRunError(f"smaps_rollup of process {pid} has no Pss")
 
 
 def input_seconds(work: Path, size: int) -> float:
@@ -63,7 +63,7 @@ def input_seconds(work: Path, size: int) -> float:
     source = work / "count.c"
     source.write_text(programs.COUNT)
     data = os.urandom(size)
-    argv = [str(X07), "run", "--no-pool", "--json", str(source)]
+    argv = [str(X07), "run", "--no-pool", "--json=full", str(source)]
     subprocess.run(argv, input=b"", capture_output=True, check=True)  # builds it
     started = time.monotonic()
     done = subprocess.run(argv, input=data, capture_output=True, check=True)
@@ -102,30 +102,60 @@ def _variable(name: str, value: str) -> Iterator[None]:
             os.environ[name] = before
 
 
-def table(command: Command, floor: Floor, work: Path, say: Callable[[str], None]) -> list[tuple[str, str]]:
-    """Measure everything; return rows of name and value."""
-    rows: list[tuple[str, str]] = []
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """How much to measure. inputs_mib: sizes of the program's input. records: number of job records to add."""
 
-    def row(name: str, value: str) -> None:
-        rows.append((name, value))
-        say(f"{name}: {value}")
+    at_once: tuple[int, ...]
+    many: int
+    idle: int
+    inputs_mib: tuple[int, ...]
+    records: int
 
-    for count in (1, 10, MANY):
+
+FULL: Final = Sizes(at_once=(1, 10, 50), many=50, idle=4, inputs_mib=(1, 4, 16), records=1000)
+SHORT: Final = Sizes(at_once=(1,), many=2, idle=1, inputs_mib=(1,), records=2)
+
+Rows = Iterator[tuple[str, str]]
+
+
+def steps(command: Command, floor: Floor | None, work: Path, sizes: Sizes) -> dict[str, Callable[[], Rows]]:
+    """Return what to measure, by name. Each step yields rows of name and value. floor: None if it could not be made."""
+    found: dict[str, Callable[[], Rows]] = {"runs at once": partial(_at_once_rows, command, sizes)}
+    if floor is not None:
+        found |= {"queue": partial(_queue_rows, command, floor, sizes), "memory": partial(_memory_rows, floor, sizes)}
+    return found | {"input": partial(_input_rows, work, sizes), "records": partial(_record_rows, command, sizes)}
+
+
+def _at_once_rows(command: Command, sizes: Sizes) -> Rows:
+    for count in sizes.at_once:
         seconds = at_once(command, count, count)
-        row(f"{count} runs, all at once", f"{seconds:.2f} s, {seconds / count * 1000:.0f} ms each")
-    queued = at_once(command, MANY, 2)
-    raw = raw_two_at_a_time(floor, MANY)
-    row(f"{MANY} runs through the queue, two at a time", f"{queued:.2f} s")
-    row(f"{MANY} raw clones, two at a time", f"{raw:.2f} s")
-    row("through the queue / raw (limit 1.5, goal 1.1)", f"{queued / raw:.2f}")
-    active, idle = memory_mib(floor, MANY)
-    row(f"PSS of a clone that runs C, {MANY} alive (limit 45 MB, goal 30)", f"{active * MIB / 1e6:.1f} MB")
-    row("PSS of an idle clone", f"{idle * MIB / 1e6:.0f} MB")
-    for size in (1, 4, 16):
-        row(f"input of {size} MiB", f"{input_seconds(work, size * MIB):.2f} s")
+        yield f"{count} runs, all at once", f"{seconds:.2f} s, {seconds / count * 1000:.0f} ms each"
+
+
+def _queue_rows(command: Command, floor: Floor, sizes: Sizes) -> Rows:
+    queued = at_once(command, sizes.many, 2)
+    yield f"{sizes.many} runs through the queue, two at a time", f"{queued:.2f} s"
+    raw = raw_two_at_a_time(floor, sizes.many)
+    yield f"{sizes.many} raw clones, two at a time", f"{raw:.2f} s"
+    yield "through the queue / raw (limit 1.5, goal 1.1)", f"{queued / raw:.2f}"
+
+
+def _memory_rows(floor: Floor, sizes: Sizes) -> Rows:
+    active, idle = memory_mib(floor, sizes.many, sizes.idle)
+    yield f"PSS of a clone that runs C, {sizes.many} alive (limit 45 MB, goal 30)", f"{active * MIB / 1e6:.1f} MB"
+    yield "PSS of an idle clone", f"{idle * MIB / 1e6:.0f} MB"
+
+
+def _input_rows(work: Path, sizes: Sizes) -> Rows:
+    for size in sizes.inputs_mib:
+        yield f"input of {size} MiB", f"{input_seconds(work, size * MIB):.2f} s"
+
+
+def _record_rows(command: Command, sizes: Sizes) -> Rows:
     count = jobs_on_record()
     seconds = command.seconds()
-    with more_jobs(1000):
+    with more_jobs(sizes.records):
         more_seconds = command.seconds()
-    row(f"a run with {count} job records, and with 1000 more", f"{seconds * 1000:.0f} and {more_seconds * 1000:.0f} ms")
-    return rows
+    name = f"a run with {count} job records, and with {sizes.records} more"
+    yield name, f"{seconds * 1000:.0f} and {more_seconds * 1000:.0f} ms"

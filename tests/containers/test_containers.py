@@ -288,6 +288,31 @@ def test_rootless_podman_that_would_ignore_the_limits_is_refused() -> None:
 
 
 @pytest.mark.usefixtures("state")
+def test_a_run_makes_few_calls_of_podman(
+    podman: EngineUnderTest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run calls podman six times, and five times once the limits of root's podman were checked since the boot."""
+    client, log, program = tmp_path / "logging-podman", tmp_path / "calls", tmp_path / "prog.sh"
+    program.write_text("#!/bin/sh\necho hello\n", encoding="ascii")
+    program.chmod(0o755)
+    inner = podman.env["X07_VM_PODMAN_BIN"]
+    client.write_text(f'#!/bin/sh\necho "$*" >>{log}\nexec {inner} "$@"\n', encoding="ascii")
+    client.chmod(0o755)
+    for name, value in {**podman.env, "X07_VM_PODMAN_BIN": str(client), "X07_I_ACCEPT_WEAKER_ISOLATION": "1"}.items():
+        monkeypatch.setenv(name, value)
+    calls = []
+    for _ in range(2):
+        log.write_text("", encoding="ascii")
+        assert x07(podman, "--toolchain", "executable", str(program)) == "hello\n"
+        calls.append([line.removeprefix("--runtime runc ").split()[0] for line in log.read_text().splitlines()])
+    assert calls == [
+        ["image", "info", "create", "inspect", "start", "rm"],
+        ["image", "create", "inspect", "start", "rm"],
+    ]
+    assert podman.containers() == []
+
+
+@pytest.mark.usefixtures("state")
 def test_crun_runs_a_program(podman: EngineUnderTest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Podman's own runtime, crun, runs a program as runc does, if the host's control groups allow it."""
     client = tmp_path / "crun-podman"

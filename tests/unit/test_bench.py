@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
+from bench.figures import Figures, WrongRunError
 from bench.ours import check
 from bench.scale import more_jobs
 from x07_sandbox.plan.controls import make_plan
 from x07_sandbox.plan.features import vm_features
 from x07_sandbox.policy import default_policy
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 OUTPUT = b"got a\n"
 
@@ -67,7 +70,7 @@ def test_a_timed_run_that_is_not_what_it_claims_ends_the_bench(
         del part[place[-1]]
     else:
         part[place[-1]] = value
-    with pytest.raises(SystemExit, match=named):
+    with pytest.raises(WrongRunError, match=named):
         check(msgspec.json.encode(result), OUTPUT, start="clone", built="build")
 
 
@@ -79,3 +82,34 @@ def test_records_that_the_bench_adds_are_gone_however_it_ends(result: dict[str, 
         assert len(list(tmp_path.glob("*/done"))) == 5
         raise KeyboardInterrupt
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_case_that_fails_costs_no_other_figure(tmp_path: Path) -> None:
+    """A case that fails is recorded with its error and is not tried again; the file has all other figures."""
+    figures, tries = Figures(tmp_path / "figures.json"), []
+
+    def fails() -> float:
+        tries.append(1)
+        raise WrongRunError("its output is wrong")
+
+    for counts in (False, True, True):
+        figures.time("broken", fails, counts=counts)
+        figures.time("works", lambda: 0.5, counts=counts)
+    with figures.recording("rows"):
+        figures.row("memory", "30 MB")
+        subprocess.run(["/bin/sh", "-c", "echo no space >&2; exit 3"], check=True, capture_output=True)
+    found = json.loads((tmp_path / "figures.json").read_bytes())
+    assert (found["times_s"], found["rows"], len(tries)) == ({"works": [0.5, 0.5]}, {"memory": "30 MB"}, 1)
+    assert found["errors"]["broken"] == "WrongRunError: its output is wrong"
+    assert found["errors"]["rows"].endswith("no space")
+
+
+def test_the_bench_reports_what_it_could_not_set_up(tmp_path: Path) -> None:
+    """Without an image the bench records an error for each group of cases, writes its file and exits with 1."""
+    env = os.environ | {"X07_VM_CACHE_DIR": str(tmp_path / "cache"), "X07_VM_STATE_DIR": str(tmp_path / "jobs")}
+    file = tmp_path / "figures.json"
+    words = [sys.executable, "-m", "bench", "--rounds", "1", "--only", "bare exec", "--json", str(file)]
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(words, cwd=root, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert list(json.loads(file.read_bytes())["errors"]) == ["x07 run", "pools", "raw clones", "other tools"]

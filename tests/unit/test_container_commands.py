@@ -135,6 +135,7 @@ def test_a_different_container_is_rejected(place: tuple[str, ...], value: object
     ("name", "answer", "gaps"),
     [
         ("podman", {"host": {"security": {"rootless": False}, "cgroupVersion": "v1"}}, []),
+        ("podman", {"host": {"cgroupVersion": "v1"}}, ["memory", "tasks"]),
         ("podman", {"host": {"security": {"rootless": True}, "cgroupVersion": "v1"}}, ["memory", "tasks"]),
         (
             "podman",

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from scripts.make_specification import render
+from x07_sandbox.backends.qemu.backend import SLOWDOWN
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -52,6 +53,19 @@ def test_readme_links_lead_somewhere() -> None:
         if "://" not in target and not target.startswith("mailto:") and not (path.parent / target).exists()
     ]
     assert not dead, dead
+
+
+def test_all_pages_state_the_same_slowdown_of_emulation() -> None:
+    """Every page that says how much longer CPU work takes under emulation has the factor of the messages."""
+    paths = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    pages = {path: " ".join(path.read_text(encoding="utf-8").split()) for path in paths}
+    stated = {
+        path.relative_to(ROOT): words
+        for path, text in pages.items()
+        for words in re.findall(r"CPU(?:-bound)? work [^.]{0,40}?takes ([^.]{1,40}?) as long", text)
+    }
+    assert len(stated) >= 8
+    assert set(stated.values()) == {SLOWDOWN}, stated
 
 
 @pytest.mark.parametrize("listed", ["runtime", "dev"])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from x07_sandbox.backends.base import HandshakeFailure
 from x07_sandbox.backends.qemu import proof
 from x07_sandbox.backends.qemu.proof import known_verdict
 from x07_sandbox.host.clocks import boot_ms
@@ -29,7 +30,8 @@ def test_a_late_guest_is_tried_again_minutes_later(record: Path) -> None:
     record.write_text(json.dumps(found))
     known = known_verdict()
     assert known is not None
-    assert (known[0], "tried again in 5 min" in known[1]) == (False, True)
+    assert (known.works, known.reason) == (False, "no answer. KVM is not tried again for 5 minutes")
+    assert known.fix == "Try again later"
     record.write_text(json.dumps(found | {"retry_at_ms": boot_ms() - 1}))
     assert known_verdict() is None
 
@@ -37,9 +39,43 @@ def test_a_late_guest_is_tried_again_minutes_later(record: Path) -> None:
 def test_a_guest_that_ended_is_evidence_until_the_host_reboots(record: Path) -> None:
     """The verdict of a test guest that ended or answered holds until the host reboots."""
     record.write_text(json.dumps({"works": False, "reason": "a guest ended"}))
-    assert known_verdict() == (False, "a guest ended. KVM is not tried again until this host reboots")
+    known = known_verdict()
+    assert known is not None
+    assert (known.works, known.reason) == (False, "a guest ended. KVM is not tried again until this host reboots")
+    assert known.fix == "Use a host where KVM works"
     record.write_text(json.dumps({"works": True, "reason": "our agent answered"}))
-    assert known_verdict() == (True, "our agent answered")
+    known = known_verdict()
+    assert known is not None
+    assert (known.works, known.reason) == (True, "our agent answered")
+
+
+@pytest.mark.parametrize(
+    ("failure", "transient"),
+    [
+        (HandshakeFailure(kind="late", why="it did not answer in time"), True),
+        (HandshakeFailure(kind="ended", why="it ended", exit_status=137), True),
+        (HandshakeFailure(kind="ended", why="it ended", exit_status=-6), True),
+        (HandshakeFailure(kind="ended", why="it ended", exit_status=1), True),  # no memory for the guest's RAM
+        (HandshakeFailure(kind="ended", why="its channel ended"), True),
+        (HandshakeFailure(kind="ended", why="it ended", exit_status=0), False),
+        (HandshakeFailure(kind="failed", why="preload: No module named x"), False),
+    ],
+)
+def test_only_a_failure_of_the_guest_itself_is_evidence(failure: HandshakeFailure, *, transient: bool) -> None:
+    """If QEMU was late, killed or failed, the state of the host may be the cause; not if the guest powered off."""
+    assert failure.transient is transient
+
+
+@pytest.mark.usefixtures("record")
+def test_a_user_without_access_is_told_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this user may not open /dev/kvm, the fix is to get access, and not another host."""
+    monkeypatch.setattr(os, "access", lambda _path, _mode: False)
+    for group, fix in (("kvm", "As root, run usermod -aG kvm "), ("root", "As root, allow this user")):
+        monkeypatch.setattr(Path, "group", lambda _path, found=group: found)
+        known = known_verdict()
+        assert known is not None
+        assert not known.works
+        assert known.fix.startswith(fix)
 
 
 @pytest.mark.parametrize("left", ["", "[]", '{"works": true}', '{"works": false, "reason": "x", "retry_at_ms": "y"}'])

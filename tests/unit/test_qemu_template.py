@@ -55,7 +55,7 @@ def test_distrust_of_templates_can_be_reset(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "cache"))
     templates = [Template(key=key, folder=templates_dir() / key) for key in ("a" * 64, "b" * 64)]
     for template in templates:
-        template.suspend("a clone of it ended", late=False)
+        template.suspend("a clone of it ended", transient=False)
     for template in templates:
         assert template.suspended().startswith("a clone of it ended. Such jobs boot a new VM until this host reboots")
     clear_suspensions()
@@ -66,10 +66,10 @@ def test_a_late_clone_distrusts_its_template_for_minutes(tmp_path: Path, monkeyp
     """A template whose clone timed out is distrusted for five minutes."""
     monkeypatch.setenv("X07_VM_CACHE_DIR", str(tmp_path / "cache"))
     late, ended = (Template(key=key, folder=templates_dir() / key) for key in ("a" * 64, "b" * 64))
-    reason = late.suspend("a clone of it did not answer in time", late=True)
+    reason = late.suspend("a clone of it did not answer in time", transient=True)
     assert "boot a new VM for 5 minutes" in reason
     assert late.suspended() == reason
-    ended.suspend("a clone of it ended", late=False)
+    ended.suspend("a clone of it ended", transient=False)
     now_ms = boot_ms()
     monkeypatch.setattr("x07_sandbox.backends.proofs.boot_ms", lambda: now_ms + 301_000)
     assert late.suspended() == ""

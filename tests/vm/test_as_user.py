@@ -96,6 +96,26 @@ def test_a_program_that_the_user_may_not_read_is_refused(ordinary: Account, tmp_
     assert set(ordinary.state.glob("*")) == before
 
 
+@pytest.mark.parametrize(("place", "variable"), [("cache/slots", "X07_VM_CACHE_DIR"), ("state", "X07_VM_STATE_DIR")])
+@pytest.mark.usefixtures("ran")
+def test_doctor_finds_a_folder_that_the_user_may_not_write(ordinary: Account, place: str, variable: str) -> None:
+    """If a run could not write its queue or its records, the doctor says BAD and names the folder and the fix."""
+    folder = ordinary.state if place == "state" else ordinary.cache / "slots"
+    kept = [path for path in folder.iterdir() if path.name == "turn"]
+    for path in kept:
+        path.unlink()
+    folder.chmod(0o500)
+    try:
+        done = ordinary.x07("doctor", "--json")
+    finally:
+        folder.chmod(0o700)
+    findings = {finding["subject"]: finding for finding in json.loads(done.stdout)["findings"]}
+    assert (done.returncode, findings["VM start"]["good"]) == (1, False)
+    assert f"{folder}" in findings["VM start"]["text"]
+    assert "Permission denied" in findings["VM start"]["text"]
+    assert variable in findings["VM start"]["fix"]
+
+
 def test_an_ordinary_users_run_has_a_gate(ordinary: Account) -> None:
     """An ordinary user's run has an egress gate, and its result lists failed and denied connections."""
     program = ordinary.folder / "connect.py"

@@ -481,6 +481,27 @@ def test_a_killed_clone_costs_only_a_cold_start(saved: Sandbox, monkeypatch: pyt
     assert starts(saved.behave("nothing")) == {"run": "clone"}
 
 
+def test_a_machine_killed_while_it_is_saved_is_saved_again_later(
+    saved: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the machine to save is killed, runs start cold for minutes and say so, but not until the host reboots."""
+    shutil.rmtree(template_folder())
+
+    def kill(instance: QemuInstance, _command: bytes) -> None:
+        with contextlib.suppress(ProcessLookupError):  # the last command, to quit, comes too late
+            signal.pidfd_send_signal(instance.inner_pidfd, signal.SIGKILL)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(QemuInstance, "send_qmp", kill)  # the command that saves it
+        ran = saved.behave("nothing")
+    assert (ran.outcome, starts(ran)) == ("ok", {"run": "cold"}), ran.reason
+    (warning,) = (text for text in ran.result.warnings if "cannot save a VM" in text)
+    assert "Such jobs boot a new VM for 5 minutes" in warning
+    now_ms = clocks.boot_ms()
+    monkeypatch.setattr("x07_sandbox.backends.proofs.boot_ms", lambda: now_ms + 301_000)
+    assert starts(saved.behave("nothing")) == {"run": "clone"}
+
+
 # `x07`, for which the wall clock is an hour later when it continues.
 SUSPENDED = """
 import signal, sys, time

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import jsonschema
 import pytest
 
+from x07_sandbox.backends.qemu.proof import known_verdict
 from x07_sandbox.backends.registry import BY_NAME
+from x07_sandbox.host.paths import cache_dir, cache_folder
 from x07_sandbox.jail.bwrap import SETPRIV
 from x07_sandbox.reports.schemas import schemas
 
@@ -84,9 +86,35 @@ def test_doctor_reports_missing_rights(tmp_path: Path, need: Need, missing: str,
     assert fix in found["fix"]
 
 
-def _findings(env: dict[str, str]) -> tuple[int, dict[str, Any]]:
-    """Return exit code and findings of a doctor in this environment."""
-    done = subprocess.run(DOCTOR, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+@pytest.mark.root
+@pytest.mark.parametrize(("below", "text"), [("", "Read-only file system"), ("slots", "slots/turn: Read-only file")])
+@pytest.mark.usefixtures("working_host")
+def test_doctor_finds_a_read_only_cache(tmp_path: Path, need: Need, below: str, text: str) -> None:
+    """If the cache or its queue is read-only, so that a run is refused, the doctor says BAD and what to set."""
+    need(os.geteuid() == 0, "needs root, to mount", installable=False)
+    place = cache_folder(below) if below else cache_dir()
+    script = 'mount --bind "$1" "$1" && mount -o remount,ro,bind "$1" && shift && exec "$@"'
+    env = os.environ | {"X07_VM_STATE_DIR": str(tmp_path / "jobs")}
+    code, findings = _findings(env, "unshare", "--mount", "/bin/bash", "-c", script, "mounted", str(place))
+    bad = [finding for finding in findings.values() if finding["good"] is False]
+    assert code == 1
+    assert [finding for finding in bad if text in finding["text"] and "X07_VM_CACHE_DIR" in finding["fix"]], bad
+
+
+@pytest.mark.skipif((verdict := known_verdict()) is None or verdict.works, reason="KVM works here, or may work")
+def test_doctor_says_that_runs_are_refused_without_hardware(tmp_path: Path) -> None:
+    """If X07_VM_REQUIRE_HARDWARE is set and KVM does not work, the doctor says BAD, as a run is refused."""
+    env = os.environ | {"X07_VM_STATE_DIR": str(tmp_path / "jobs"), "X07_VM_REQUIRE_HARDWARE": "1"}
+    code, findings = _findings(env)
+    assert (code, findings[SUBJECT]["good"]) == (1, False)
+    assert "hardware virtualisation is required" in findings[SUBJECT]["text"]
+    assert "unset X07_VM_REQUIRE_HARDWARE" in findings[SUBJECT]["fix"]
+
+
+def _findings(env: dict[str, str], *before: str) -> tuple[int, dict[str, Any]]:
+    """Return exit code and findings of a doctor in this environment, started by the command *before*."""
+    argv = [*before, *DOCTOR]
+    done = subprocess.run(argv, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     return done.returncode, {finding["subject"]: finding for finding in json.loads(done.stdout)["findings"]}
 
 

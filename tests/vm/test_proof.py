@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from x07_sandbox.backends.qemu import proof
+from x07_sandbox.backends.qemu.instance import QemuInstance
 from x07_sandbox.backends.qemu.proof import prove
 from x07_sandbox.backends.qemu.start import Accelerator
 from x07_sandbox.host import settings
@@ -34,11 +36,27 @@ def test_an_agent_that_answers_is_the_proof(image: Image, tmp_path: Path, monkey
 
 
 def test_a_late_guest_is_reported_as_late(image: Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The proof distinguishes a guest that does not answer in time from one that ended."""
+    """A guest that does not answer in time is no evidence that guests do not work."""
     monkeypatch.setenv("X07_VM_STATE_DIR", str(tmp_path / "jobs"))
     with open_image(image) as opened:
         found = prove(opened, Accelerator(kvm=False), 0.2)
-    assert (found.works, found.late) == (False, True), found.reason
+    assert (found.works, found.transient) == (False, True), found.reason
+
+
+def test_a_killed_guest_proves_nothing(image: Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guest killed during the proof, for example by the OOM killer, is no evidence that guests do not work."""
+    monkeypatch.setenv("X07_VM_STATE_DIR", str(tmp_path / "jobs"))
+    release = QemuInstance.release
+
+    def killed(instance: QemuInstance) -> None:
+        release(instance)
+        signal.pidfd_send_signal(instance.inner_pidfd, signal.SIGKILL)
+
+    monkeypatch.setattr(QemuInstance, "release", killed)
+    with open_image(image) as opened:
+        found = prove(opened, Accelerator(kvm=False), settings.BOOT_S)
+    assert (found.works, found.transient) == (False, True), found.reason
+    assert "if this host ran out of memory" in found.reason
 
 
 TRY = """
@@ -72,6 +90,6 @@ def test_a_stopped_proof_does_not_block_others(image: Image, monkeypatch: pytest
     monkeypatch.setattr(proof, "known_verdict", lambda: None)
     monkeypatch.setattr(settings, "BOOTS_MAX", 0)
     with open_image(image) as opened, file_lock(cache_folder("proofs") / ".lock"):
-        works, reason = proof.kvm_verdict(opened)
-    assert not works
-    assert "another process has held the lock" in reason
+        found = proof.kvm_verdict(opened)
+    assert not found.works
+    assert "another process has held the lock" in found.reason

@@ -30,12 +30,14 @@ class Availability(msgspec.Struct, frozen=True, kw_only=True):
     """What a backend offers on this host.
 
     proof: the evidence. known: whether it was tried; if not, *features* are those of its weakest isolation class.
+    fix: how to get hardware virtualisation, if it is missing.
     """
 
     features: Features
     proof: str
     known: bool = True
     warnings: tuple[str, ...] = ()
+    fix: str = "Use --sandbox-backend vm on a host where KVM works"
 
 
 class MachineKind(msgspec.Struct, frozen=True, kw_only=True):
@@ -131,6 +133,14 @@ class HandshakeFailure(msgspec.Struct, frozen=True, kw_only=True):
     why: str
     exit_status: int | None = None
     console_tail: str = ""
+
+    @property
+    def transient(self) -> bool:
+        """Whether the state of the host may be the cause: it was busy, killed the instance, or had no memory for it.
+
+        A guest that fails powers off, and its instance then ends with status 0.
+        """
+        return self.kind == "late" or (self.kind == "ended" and self.exit_status != 0)
 
 
 class NoAnswerError(BackendError):

@@ -1,4 +1,7 @@
-"""Stored results of tests of this host. They are valid until the host reboots, or for a limited time."""
+"""Stored results of tests of this host.
+
+A result is valid until the host reboots, or for minutes if the state of the host may have caused it.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from x07_sandbox.errors import UsageError
+from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import boot_ms
 from x07_sandbox.host.paths import cache_folder, read_bounded, replace_file
 from x07_sandbox.host.processes import boot_id
@@ -31,12 +35,20 @@ def proof_file(program: str, *parts: object) -> Path:
     return cache_folder("proofs") / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.json"
 
 
-def write_verdict(path: Path, values: Mapping[str, object], retry_s: float | None = None) -> None:
-    """Store *values* until the host reboots, or only for *retry_s* seconds. Raises OSError."""
+def write_verdict(path: Path, values: Mapping[str, object], *, transient: bool = False) -> None:
+    """Store *values* until the host reboots, or for minutes if the cause may be *transient*. Raises OSError."""
     stored = dict(values) | {"boot_id": boot_id()}
-    if retry_s is not None:
-        stored["retry_at_ms"] = boot_ms() + int(retry_s * 1000)
+    if transient:
+        stored["retry_at_ms"] = boot_ms() + int(settings.RETRY_S * 1000)
     replace_file(path, json.dumps(stored).encode())
+
+
+def validity(stored: Mapping[str, Any]) -> str:
+    """Return how long the stored values are valid: "until this host reboots" or "for 5 minutes"."""
+    if "retry_at_ms" not in stored:
+        return "until this host reboots"
+    minutes = math.ceil((float(stored["retry_at_ms"]) - boot_ms()) / 60_000)
+    return f"for {minutes} minute{'' if minutes == 1 else 's'}"
 
 
 def read_verdict(path: Path) -> dict[str, Any]:

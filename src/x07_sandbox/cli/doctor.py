@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from msgspec.structs import replace
+
 from x07_sandbox.backends.prerequisites import Proof, advice, backend_states, gather
 from x07_sandbox.backends.registry import BY_NAME, create
 from x07_sandbox.backends.selection import (
@@ -31,17 +33,18 @@ from x07_sandbox.reports.doctor import DoctorReport, Finding
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from x07_sandbox.backends.base import Backend
     from x07_sandbox.backends.prerequisites import BackendState
     from x07_sandbox.backends.registry import Platform
+    from x07_sandbox.backends.selection import Choice
     from x07_sandbox.images.store import Image
-    from x07_sandbox.images.verify import OpenImage
+    from x07_sandbox.runs.result import Result
 
 START: Final = "VM start"
 _NO_START: Final = "Runs will fail the same way"
 _NO_UIDS: Final = f"{_NO_START}: allow changing uids (in a container: --privileged)"
 _TOO_SLOW: Final = "This host is slow or busy: run x07 doctor again when it is less busy"
 _HEAD_BYTES: Final = 4096
+_PROGRAM: Final = b"#!/bin/sh\n"
 _MARKS: Final = {"proven": "good", "untried": "note", "failed": "BAD", "later": "note", "not-here": "note"}
 _EXAMPLES: Final = """examples:
   x07 doctor                                     print all findings
@@ -92,8 +95,8 @@ def _examine() -> DoctorReport:
     findings += [*_requested_backend(), _folders()]
     proofs = {}
     if platform.system == "linux" and os.uname().machine in ARCHES:
-        name = select(platform, BackendRequest()).backend
-        machine = _image_and_machine(name)
+        choice = select(platform, BackendRequest())
+        name, machine = choice.backend, _image_and_machine(choice)
         findings += [*_tools(name), _image_tools(), _cgroups(), *_capacity(), *_jail(name), *machine]
         if (proof := proof_among(machine)) is not None:
             proofs[name] = proof
@@ -109,8 +112,9 @@ def _weaker(name: str) -> Proof:
     """Return whether the prerequisites of a weaker backend are met. Starts nothing, since no flag accepted it."""
     try:
         availability = create(name).probe(None, boot=False)
-    except SandboxError as exc:
-        return Proof(good=False, text=f"{exc.what}: {exc.why}", fixes=(exc.fix,))
+    except (SandboxError, OSError) as exc:
+        bad = _bad(name, exc)
+        return Proof(good=False, text=bad.text, fixes=(bad.fix,))
     by = "--sandbox-backend" if name in SANDBOX_BACKENDS else "--backend"  # os and none need to be named as a class
     flags = f"{by} {name} {ACCEPT_FLAG}"
     return Proof(good=None, text=f"{availability.proof}; to test it: x07 conform {flags}")
@@ -172,8 +176,14 @@ def _requested_backend() -> list[Finding]:
     return []
 
 
-def _bad(subject: str, exc: SandboxError) -> Finding:
-    return Finding(subject=subject, good=False, text=f"{exc.what}: {exc.why}", fix=exc.fix)
+def _bad(subject: str, exc: SandboxError | OSError) -> Finding:
+    """Return the finding for an error. Raises *exc* if it is a bug."""
+    from x07_sandbox.host.os_errors import host_error
+
+    error = host_error(exc) if isinstance(exc, OSError) else exc
+    if error is None:
+        raise exc
+    return Finding(subject=subject, good=False, text=f"{error.what}: {error.why}", fix=error.fix)
 
 
 def _architecture() -> Finding:
@@ -212,7 +222,7 @@ def _image_tools() -> Finding:
 def _folders() -> Finding:
     try:
         state, cache = private_dir(state_dir()), private_dir(cache_dir())
-    except SandboxError as exc:
+    except (SandboxError, OSError) as exc:
         return _bad("folders", exc)
     return Finding(subject="folders", good=True, text=f"records in {state}, images in {cache}")
 
@@ -254,7 +264,7 @@ def _jail(name: str) -> list[Finding]:
         return []
     try:
         form = jail_form()
-    except SandboxError as exc:
+    except (SandboxError, OSError) as exc:
         return [_bad("jail", exc)]
     if form.namespaces:
         return [Finding(subject="jail", good=True, text="namespaces, seccomp and a private root")]
@@ -263,7 +273,7 @@ def _jail(name: str) -> list[Finding]:
     return [Finding(subject="jail", good=None, text=text, fix=f"To get namespaces, allow them: {namespace_flags()}")]
 
 
-def _image_and_machine(name: str) -> list[Finding]:
+def _image_and_machine(choice: Choice) -> list[Finding]:
     # Imported here, so that other findings are reported where these modules cannot be loaded.
     from x07_sandbox.images.store import find_image
     from x07_sandbox.images.verify import open_image
@@ -276,69 +286,67 @@ def _image_and_machine(name: str) -> list[Finding]:
         with open_image(image) as opened:
             findings.append(_image(image))
             check_pinned(image.digest)
-            backend, probing = create(name), True
+            backend, probing = create(choice.backend), True
             availability = backend.probe(opened)
             isolation = f"{availability.features.isolation} ({availability.proof})"
             # Emulation although there is /dev/kvm is neither good nor an error: runs work.
-            good = None if availability.features.emulated and Path("/dev/kvm").exists() else True
-            findings.append(Finding(subject="isolation", good=good, text=isolation))
-            findings.append(_start(backend, opened))
-    except SandboxError as exc:
-        if probing:  # the probe starts a VM as a run does
+            fallback = availability.features.emulated and Path("/dev/kvm").exists()
+            fix = availability.fix if fallback else ""
+            findings.append(Finding(subject="isolation", good=None if fallback else True, text=isolation, fix=fix))
+    except (SandboxError, OSError) as exc:
+        if probing or isinstance(exc, OSError):  # the probe starts a VM as a run does
             return [*findings, _bad(START, exc)]
         return [*findings, Finding(subject=exc.what, good=False, text=exc.why, fix=exc.fix)]
+    findings.append(_start(choice))
     if availability.features.emulated:
         text = f"{availability.warnings[0].removeprefix('emulated: ')}; X07_VM_REQUIRE_HARDWARE=1 rejects it"
         findings.append(Finding(subject="emulation", good=None, text=text))
         if all(finding.good is not False for finding in findings):
-            findings.append(_slowness())
+            findings.append(_slowness(choice))
     return findings
 
 
-def _start(backend: Backend, image: OpenImage) -> Finding:
-    """Start a VM as a run does, until the guest agent answers."""
-    from x07_sandbox.backends.base import Job, MachineKind, NoAnswerError
-    from x07_sandbox.host.cancel import Caller, Cancel
-    from x07_sandbox.jobs.record import Claim, new_run_id
-    from x07_sandbox.plan.sizes import RAM_CLASSES
+def _attempt(choice: Choice, doing: str, *, scale: bool) -> tuple[Result, SandboxError | None]:
+    """Run a program that does nothing. It needs everything that any run needs, so doctor has no list of its own."""
+    import shutil
 
-    progress = LiveLine()
-    progress("starting a VM as a run does")
-    found = Finding(subject=START, good=True, text="the guest agent answered")
-    try:
-        with contextlib.closing(Cancel()) as cancel:
-            job = Job(
-                claim=Claim(run_id=new_run_id(), phase="doctor", wall_ms=1000),
-                kind=MachineKind(image=image, ram_bytes=RAM_CLASSES[0]),
-                caller=Caller(cancel=cancel),
-                cold=True,
-            )
-            with backend.start(job):
-                pass
-    except NoAnswerError as exc:
-        fix = _TOO_SLOW if exc.failure.kind == "late" else _NO_UIDS if "setres" in exc.why else _NO_START
-        found = Finding(subject=START, good=False, text=f"{exc.what}: {exc.why}", fix=fix)
-    except SandboxError as exc:
-        found = _bad(START, exc)
-    progress("")
-    return found
-
-
-def _slowness() -> Finding:
-    """Return the slowdown of emulation, which `--scale-limits` uses. Measures the slowdown if it is not known yet."""
     from x07_sandbox.host.cancel import Cancel
+    from x07_sandbox.runs.folder import all_runs
     from x07_sandbox.runs.request import RunRequest
     from x07_sandbox.runs.run import attempt
+
+    progress = LiveLine()
+    progress(doing)
+    with contextlib.closing(Cancel()) as cancel:
+        request = RunRequest(source=_PROGRAM, toolchain="executable", cold=True, choice=choice, cancel=cancel)
+        result, error = attempt(replace(request, scale_limits=scale, progress=progress))
+    with contextlib.suppress(SandboxError, OSError):  # it must not be the latest run of `x07 logs`
+        shutil.rmtree(all_runs() / result.run)
+    progress("")
+    return result, error
+
+
+def _start(choice: Choice) -> Finding:
+    """Start a VM as a run does, and run a program in it."""
+    from x07_sandbox.host import settings
+
+    result, error = _attempt(choice, "starting a VM as a run does", scale=False)
+    if error is not None:
+        return _bad(START, error)
+    if result.ok:
+        return Finding(subject=START, good=True, text="the guest agent answered and ran a program")
+    late = any(phase.times_ms.get("end", 0) >= settings.BOOT_S * 1000 for phase in result.phases.values())
+    fix = _TOO_SLOW if late else _NO_UIDS if "setres" in result.reason else _NO_START
+    return Finding(subject=START, good=False, text=result.reason, fix=fix)
+
+
+def _slowness(choice: Choice) -> Finding:
+    """Return the slowdown of emulation, which `--scale-limits` uses. Measures the slowdown if it is not known yet."""
     from x07_sandbox.runs.scaling import known_factor
 
     factor = known_factor()
     if factor is None:
-        progress = LiveLine()
-        progress("measuring the slowdown of emulation")
-        with contextlib.closing(Cancel()) as cancel:
-            request = RunRequest(source=b"#!/bin/sh\n", toolchain="executable", scale_limits=True, cancel=cancel)
-            result, _ = attempt(request)
-        progress("")
+        result, _ = _attempt(choice, "measuring the slowdown of emulation", scale=True)
         if result.scaling is None:
             text = next((text for text in result.warnings if "scaled" in text), result.reason)
             return Finding(subject="limits under emulation", good=None, text=text)

@@ -25,8 +25,7 @@ PRELOAD_S: Final = 200.0
 COPY_IN_S: Final = 60.0  # without progress of the copy
 CHANGES_OUT_S: Final = 60.0
 KVM_PROOF_S: Final = 5.0
-KVM_RETRY_S: Final = 300.0  # before KVM is tried again after a guest was late
-TEMPLATE_RETRY_S: Final = 300.0  # before a template is used again after a timeout
+RETRY_S: Final = 300.0  # before KVM or a template is tried again after a failure that the host may have caused
 # How long a guest may take to report the state of its program at the deadline. Equals the longest grace, because a
 # tenth of a short wall time is too short for an emulated machine.
 STOPPED_S: Final = 1.0

@@ -240,7 +240,7 @@ def _require_hardware(request: RunRequest, availability: Availability) -> None:
     steps = ["omit --require-hardware"] * request.require_hardware
     steps += ["unset X07_VM_REQUIRE_HARDWARE"] * by_variable
     what = "emulation" if availability.features.emulated else "weaker isolation"
-    fix = f"Use a host where KVM works. To accept {what} instead, {' and '.join(steps)}"
+    fix = f"{availability.fix}. To accept {what} instead, {' and '.join(steps)}"
     raise RefusedError("hardware virtualisation is required, but this run would not have it", availability.proof, fix)
 
 

@@ -7,7 +7,6 @@ the host, and the median of their slowdowns counts.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import re
 import shutil
@@ -19,11 +18,10 @@ from typing import TYPE_CHECKING, Final
 
 from msgspec.structs import replace
 
-from x07_sandbox.backends.proofs import proof_file
+from x07_sandbox.backends.proofs import proof_file, read_verdict, write_verdict
 from x07_sandbox.errors import BackendError, HostError, SandboxError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
-from x07_sandbox.host.paths import replace_file
 from x07_sandbox.jobs.record import new_run_id
 from x07_sandbox.plan.controls import make_plan
 from x07_sandbox.policy.default import default_policy, render_policy
@@ -99,14 +97,14 @@ def measured_factor(prepared: Prepared) -> int:
     prepared.request.progress("measuring how much slower the emulated VM is than this host")
     ratios = [guest / host for guest, host in zip(_guest_times(prepared), _host_times(), strict=True)]
     factor = min(_FACTOR_MAX, max(1, math.ceil(statistics.median(ratios))))
-    replace_file(_record(), json.dumps({"factor": factor}).encode())
+    write_verdict(_record(), {"factor": factor})
     return factor
 
 
 def known_factor() -> int | None:
     """Return the factor that was measured since this host booted, or None if there is none."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, SandboxError):
-        factor = json.loads(_record().read_text(encoding="utf-8"))["factor"]
+    with contextlib.suppress(OSError, SandboxError):
+        factor = read_verdict(_record()).get("factor")
         if type(factor) is int and 1 <= factor <= _FACTOR_MAX:
             return factor
     return None

@@ -12,10 +12,11 @@ import msgspec
 
 from x07_sandbox.backends.base import Availability, Orphan
 from x07_sandbox.backends.container import instance as containers
-from x07_sandbox.backends.container.create import engine_gaps
+from x07_sandbox.backends.container.create import engine_gaps, is_roots_podman
 from x07_sandbox.backends.engine_images import DEFAULT_REFERENCE
 from x07_sandbox.backends.engines import Engine, Name, engine, is_id
 from x07_sandbox.backends.handshake import greet
+from x07_sandbox.backends.proofs import proof_file, read_verdict, write_verdict
 from x07_sandbox.errors import BackendError, HostError, ImageError
 from x07_sandbox.host.variables import text
 from x07_sandbox.images import manifest
@@ -79,13 +80,20 @@ class ContainerBackend:
             raise ImageError(f"cannot use the image {wanted}", why, fix)
         return OpenImage(fds={}, manifest=msgspec.structs.replace(found, digest=digest))
 
-    def probe(self, image: OpenImage | None = None, *, boot: bool = True) -> Availability:  # noqa: ARG002 - nothing boots
+    def probe(self, image: OpenImage | None = None, *, boot: bool = True) -> Availability:  # noqa: ARG002 - needs no image
         """Return what the engine can limit here. Raises HostError if the engine fails or would ignore a limit."""
-        # Asked each time: whether a rootless podman can hold limits depends on the session that calls it.
-        if gaps := engine_gaps(self._kind, self._info(self._engine())):
-            ignored = f"{self.name} would ignore the limit on {' and '.join(gaps)} here"
-            why = f"{ignored} (rootless, or without control groups)"
-            raise HostError(f"cannot use {self.name}", why, "Use control groups of version 2, or run as root")
+        client = self._engine()
+        # `podman info` takes longer than creating a container. Root's podman has all limits until the host reboots.
+        # Others are asked each time: a rootless podman depends on the session that calls it, docker on its daemon.
+        verdict = proof_file(client.binary, self.name, *client.options) if os.geteuid() == 0 else None
+        if verdict is None or not boot or not read_verdict(verdict):
+            info = self._info(client)
+            if gaps := engine_gaps(self._kind, info):
+                ignored = f"{self.name} would ignore the limit on {' and '.join(gaps)} here"
+                why = f"{ignored} (rootless, or without control groups)"
+                raise HostError(f"cannot use {self.name}", why, "Use control groups of version 2, or run as root")
+            if verdict is not None and is_roots_podman(info):
+                write_verdict(verdict, {"limits": True})
         warning = "the program's system calls reach this host's kernel"
         proof = f"{self.name} answers and enforces limits on memory and tasks"
         return Availability(features=container_features(), proof=proof, warnings=(warning,))

@@ -136,13 +136,19 @@ def differences(spec: ContainerSpec, made: Mapping[str, Any]) -> list[str]:
     return [name for name, right in seen.items() if not right]
 
 
+def is_roots_podman(info: Mapping[str, Any]) -> bool:
+    """Return whether *info* is from a podman that runs as the host's root."""
+    security = (info.get("host") or {}).get("security") or {}
+    return security.get("rootless") is False
+
+
 def engine_gaps(name: Name, info: Mapping[str, Any]) -> list[str]:
     """Return the limits that this engine would ignore on this host. info: the output of its `info` command."""
     if name == "docker":
         found = [] if info.get("MemoryLimit") else ["memory"]
         return found if info.get("PidsLimit") else [*found, "tasks"]
     host = info.get("host") or {}
-    if not (host.get("security") or {}).get("rootless"):
+    if is_roots_podman(info):
         return []
     if host.get("cgroupVersion") != "v2":
         return ["memory", "tasks"]  # podman only warns about it, and starts the container

@@ -264,8 +264,8 @@ def remove(engine: Engine, container: str) -> bool:
     """Kill and remove a container by id or name and return whether it is proven gone. Raises BackendError."""
     deadline = Deadline.after(_GONE_S)
     while not deadline.passed():
-        engine.call(*_removing(engine, container))
-        if engine.call("inspect", "--type", "container", container).absent:
+        done = engine.call(*_removing(engine, container))
+        if not done.status or engine.call("inspect", "--type", "container", container).absent:
             return True
         time.sleep(_LOOK_AGAIN_S)  # docker: "removal is already in progress"
     return False

@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from x07_sandbox.images.verify import OpenImage
     from x07_sandbox.jobs.record import Claim, JobRecord
 
-# Measured on 2 cores (docs/explanation/design.md, "Emulation") with compilers and interpreters.
-SLOWDOWN: Final = "9 to 17 times"
+# Measured with compilers and interpreters (docs/explanation/performance.md, "Emulation").
+SLOWDOWN: Final = "10 to 30 times"
 _ANY_TIMER: Final = "timers in the {} VM may run late: its kernel measured the timer wrong, as in each earlier attempt"
 
 
@@ -72,13 +72,13 @@ class QemuBackend:
         verdict = known_verdict() if image is None or not boot else kvm_verdict(image)
         if verdict is None:
             return Availability(features=vm_features("vm-emulated"), proof="no VM has used KVM yet", known=False)
-        kvm, reason = verdict
+        kvm = verdict.works
         self._accelerator = Accelerator(kvm=kvm)
         isolation: Isolation = "vm-hardware" if kvm else "vm-emulated"
         warnings = (
             () if kvm else (f"emulated: CPU work in the guest typically takes {SLOWDOWN} as long as on the host",)
         )
-        return Availability(features=vm_features(isolation), proof=reason, warnings=warnings)
+        return Availability(features=vm_features(isolation), proof=verdict.reason, warnings=warnings, fix=verdict.fix)
 
     def list_owned(self) -> Sequence[JobRecord]:
         """Return this user's jobs that are not recorded as gone."""
@@ -145,7 +145,7 @@ class QemuBackend:
         if evidence.killed:
             notes["cold"] = _started_cold(job, why)
         else:
-            templates.template_for(job.kind, self._accelerator).suspend(why, late=error.failure.kind == "late")
+            templates.template_for(job.kind, self._accelerator).suspend(why, transient=error.failure.transient)
         return evidence.killed
 
     @contextlib.contextmanager
@@ -193,8 +193,8 @@ class QemuBackend:
         except NotStartedError as exc:  # temporary: another process may have the limits that this one lacks
             return None, f"{exc.what}: {exc.why}"
         except (BackendError, ImageError) as exc:
-            late = isinstance(exc, templates.TemplateTimeoutError)
-            return None, template.suspend(f"{exc.what}: {exc.why}", late=late)
+            transient = isinstance(exc, templates.TransientError)
+            return None, template.suspend(f"{exc.what}: {exc.why}", transient=transient)
         except (HostError, OSError) as exc:  # temporary, as on a full disk
             error = exc if isinstance(exc, HostError) else host_error(exc)
             if error is None:

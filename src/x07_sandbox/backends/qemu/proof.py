@@ -1,20 +1,20 @@
 """The proof that hardware virtualisation works: x07's agent answers from a guest.
 
 A /dev/kvm that can be opened may still boot no stock kernel, or hang. So one guest is booted with a time limit, and the
-result is stored for this boot, kernel and QEMU. If the guest was only late, the host may have been busy, so the result
-is valid for minutes only.
+result is stored for this boot, kernel and QEMU. If the state of the host may be the cause of a failure, the result is
+valid for minutes only.
 """
 
 from __future__ import annotations
 
-import math
+import contextlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from x07_sandbox.backends.base import MachineKind
-from x07_sandbox.backends.handshake import Handshake
-from x07_sandbox.backends.proofs import proof_file, read_verdict, write_verdict
+from x07_sandbox.backends.handshake import Handshake, evidence_of
+from x07_sandbox.backends.proofs import proof_file, read_verdict, validity, write_verdict
 from x07_sandbox.backends.qemu.start import (
     MISCALIBRATED,
     Accelerator,
@@ -27,7 +27,7 @@ from x07_sandbox.channel.link import State
 from x07_sandbox.errors import HostError, SandboxError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
-from x07_sandbox.host.clocks import Deadline, boot_ms
+from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.os_errors import out_of_cpu_time
 from x07_sandbox.jail.forms import jail_form
@@ -41,15 +41,16 @@ if TYPE_CHECKING:
 class Proof(NamedTuple):
     """Whether a guest works, and the evidence.
 
-    late: whether the guest was still running, but its agent did not answer in time.
+    transient: whether the state of the host may be the cause of a failure. fix: what to do after a failure.
     """
 
     works: bool
     reason: str
-    late: bool = False
+    transient: bool = False
+    fix: str = "Use a host where KVM works"
 
 
-def kvm_verdict(image: OpenImage) -> tuple[bool, str]:
+def kvm_verdict(image: OpenImage) -> Proof:
     """Return whether KVM works, and the evidence. Without a stored result, a guest is booted."""
     if (known := known_verdict()) is not None:
         return known
@@ -62,29 +63,40 @@ def kvm_verdict(image: OpenImage) -> tuple[bool, str]:
                 return known
             found = prove(image, Accelerator(kvm=True), settings.KVM_PROOF_S)
             values = {"works": found.works, "reason": found.reason}
-            write_verdict(record, values, settings.KVM_RETRY_S if found.late else None)
+            write_verdict(record, values, transient=found.transient)
     except SandboxError as exc:
-        return False, f"{not_tried} ({exc.why})"
+        return Proof(works=False, reason=f"{not_tried} ({exc.why})", fix=exc.fix)
     except TimeoutError as exc:  # the other process may be stopped
-        return False, f"{not_tried} ({exc} for the lock {lock})"
-    return known_verdict() or (found.works, found.reason)
+        return Proof(works=False, reason=f"{not_tried} ({exc} for the lock {lock})", fix="Try again")
+    return known_verdict() or found
 
 
-def known_verdict() -> tuple[bool, str] | None:
+def known_verdict() -> Proof | None:
     """Return the result and its evidence, or None if a guest must be booted to get a result."""
     device = Path("/dev/kvm")
     if not device.exists():
-        return False, "there is no /dev/kvm"
+        return Proof(works=False, reason="there is no /dev/kvm")
     if not os.access(device, os.R_OK | os.W_OK):
-        return False, "/dev/kvm cannot be opened by this user (join the group kvm to use it)"
+        return Proof(works=False, reason="/dev/kvm cannot be opened by this user", fix=_how_to_open(device))
     stored = read_verdict(_record())
     if not {"works", "reason"} <= stored.keys():
         return None
-    works, reason = bool(stored["works"]), str(stored["reason"])
+    if stored["works"]:
+        return Proof(works=True, reason=str(stored["reason"]))
+    reason = f"{stored['reason']}. KVM is not tried again {validity(stored)}"
     if "retry_at_ms" in stored:
-        minutes = math.ceil((float(stored["retry_at_ms"]) - boot_ms()) / 60_000)
-        return works, f"{reason}. The host may have been busy: KVM is tried again in {minutes} min"
-    return works, reason if works else f"{reason}. KVM is not tried again until this host reboots"
+        return Proof(works=False, reason=reason, transient=True, fix="Try again later")
+    return Proof(works=False, reason=reason)
+
+
+def _how_to_open(device: Path) -> str:
+    import pwd
+
+    with contextlib.suppress(KeyError):  # the uid or gid has no name
+        user = pwd.getpwuid(os.geteuid()).pw_name
+        if device.group() == "kvm":
+            return f"As root, run usermod -aG kvm {user}, and then log in again as {user}"
+    return f"As root, allow this user (uid {os.geteuid()}) to read and write {device}"
 
 
 def _record() -> Path:
@@ -95,6 +107,8 @@ def _record() -> Path:
 
 def prove(image: OpenImage, accelerator: Accelerator, limit_s: float) -> Proof:
     """Return whether an agent answers within *limit_s* seconds. Raises SandboxError if no guest could be booted."""
+    from x07_sandbox.plan.outcomes import classify  # not imported by runs that know the result
+
     under = " under KVM" if accelerator.kvm else " under emulation"
     kind = MachineKind(image=image, ram_bytes=RAM_CLASSES[0])
     for last in boot_attempts():
@@ -106,15 +120,9 @@ def prove(image: OpenImage, accelerator: Accelerator, limit_s: float) -> Proof:
             failure = Handshake(instance, State.WAITING).until(State.GREETED, Deadline.after(limit_s))
             if failure is None:
                 return Proof(works=True, reason=f"x07's agent answered from a VM{under}")
-            if failure.kind == "late":
-                return Proof(works=False, reason=f"no answer from a VM{under} within {limit_s:.0f} s", late=True)
-            if failure.exit_status is None:
-                return Proof(works=False, reason=f"a test VM{under} failed ({failure.why})")
             if spent := out_of_cpu_time(instance.exit_status()):
                 raise HostError("cannot test a VM", f"QEMU {spent}", "Raise that limit")
             if not miscalibrated(failure):
-                lines = (" ".join(line.split()) for line in instance.console_tail().splitlines())
-                said = "; ".join(filter(None, lines))[-200:].rstrip(".") or "nothing"
-                why = f"a test VM{under} ended before x07's agent answered (QEMU printed {said})"
-                return Proof(works=False, reason=why)
-    return Proof(works=False, reason=f"no VM{under} could be booted ({MISCALIBRATED})")
+                why = classify(evidence_of(failure)).reason.rstrip(".")
+                return Proof(works=False, reason=f"a test VM{under} failed: {why}", transient=failure.transient)
+    return Proof(works=False, reason=f"no VM{under} could be booted ({MISCALIBRATED})", transient=True)

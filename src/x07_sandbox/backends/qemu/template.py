@@ -23,7 +23,7 @@ import msgspec
 
 from x07_sandbox.backends.base import Prunable
 from x07_sandbox.backends.handshake import Handshake, input_poll
-from x07_sandbox.backends.proofs import read_verdict, write_verdict
+from x07_sandbox.backends.proofs import read_verdict, validity, write_verdict
 from x07_sandbox.backends.qemu.machine import Machine, Origin, qemu_argv, qmp_query_save, qmp_save
 from x07_sandbox.backends.qemu.start import QemuJob, Saved, Saving, boot_attempts, miscalibrated, start_qemu, tsc_khz
 from x07_sandbox.channel.frames import Kind
@@ -68,7 +68,7 @@ _OF_BUILDS: Final = ["importlib.util", "io", "os", "traceback"]  # imported by p
 _SAVED: Final = '"status": "completed"'
 _NOT_SAVED: Final = '"status": "failed"'
 _ASK_AGAIN_MS: Final = 5
-_FIX: Final = "Jobs boot a new VM until this host reboots or you run: x07 image build"
+_FIX: Final = "Jobs boot a new VM instead. To try again: x07 image build"
 
 
 def warm_frame(kind: MachineKind) -> dict[str, object]:
@@ -106,8 +106,8 @@ def sealed(made: TemplateManifest) -> TemplateManifest:
     return msgspec.structs.replace(made, digest=f"sha256:{digest}")
 
 
-class TemplateTimeoutError(BackendError):
-    """A VM to be saved was not ready in time. The host may have been busy."""
+class TransientError(BackendError):
+    """A VM could not be saved, and the state of the host may be the cause."""
 
 
 class Template(msgspec.Struct, frozen=True, kw_only=True):
@@ -125,23 +125,18 @@ class Template(msgspec.Struct, frozen=True, kw_only=True):
     def suspended(self) -> str:
         """Return why the template is not used now, and until when, or "" if it is usable."""
         note = read_verdict(self.folder.with_suffix(".bad"))
-        return f"{note['reason']}. {_until(late='retry_at_ms' in note)}" if "reason" in note else ""
+        until = f"Such jobs boot a new VM {validity(note)}, or until you run x07 image build for their image"
+        return f"{note['reason']}. {until}" if "reason" in note else ""
 
-    def suspend(self, reason: str, *, late: bool) -> str:
-        """Remove the template, and make no other until the host reboots. Return the message of `suspended`.
+    def suspend(self, reason: str, *, transient: bool) -> str:
+        """Remove the template, and make no other for minutes or until the host reboots. Return why.
 
-        late: the VM was only too slow, as on a busy host. The suspension then lasts minutes.
+        transient: whether the state of the host may be the cause. The suspension then lasts minutes.
         """
         with contextlib.suppress(OSError):
-            retry_s = settings.TEMPLATE_RETRY_S if late else None
-            write_verdict(self.folder.with_suffix(".bad"), {"reason": reason[:500]}, retry_s)
+            write_verdict(self.folder.with_suffix(".bad"), {"reason": reason[:500]}, transient=transient)
         remove_template(self.folder)
-        return f"{reason}. {_until(late=late)}"
-
-
-def _until(*, late: bool) -> str:
-    until = f"for {settings.TEMPLATE_RETRY_S / 60:.0f} minutes" if late else "until this host reboots"
-    return f"Such jobs boot a new VM {until}, or until you run x07 image build for their image"
+        return self.suspended() or reason
 
 
 def clear_suspensions() -> None:
@@ -329,11 +324,11 @@ def _booted_and_saved(kind: MachineKind, accelerator: Accelerator, saving: Savin
             if spent := out_of_cpu_time(instance.exit_status()):
                 raise HostError("cannot save a VM", f"{why}; QEMU {spent}", "Raise that limit")
             said = " ".join(instance.console_tail().split())[-200:] if failure.kind == "ended" else ""
-            error = TemplateTimeoutError if failure.kind == "late" else BackendError
+            error = TransientError if failure.transient else BackendError
             raise error("cannot save a VM", f"{why}; {said}" if said else why, _FIX)
         _save(instance)
         if not instance.stop():
-            raise BackendError("cannot save a VM", "the VM did not end", _FIX)
+            raise TransientError("cannot save a VM", "the VM did not end", _FIX)
     return True
 
 
@@ -362,15 +357,14 @@ def _seal(name: str, fd: int) -> Part:
 
 
 def _save(instance: QemuInstance) -> None:
-    """Make QEMU write the device state. The memory is in its file already. Raises BackendError."""
+    """Make QEMU write the device state. The memory is in its file already. Raises TransientError."""
     deadline = Deadline.after(settings.TEMPLATE_S)
     instance.send_qmp(qmp_save(instance.paths.state))
     poll = input_poll(instance.pidfd, *instance.side_fds())
     while _SAVED not in instance.qmp.text():
         if deadline.passed() or instance.exit_status() is not None or _NOT_SAVED in instance.qmp.text():
             said = instance.qmp.text()[-300:] + instance.console_tail()[-200:]
-            error = TemplateTimeoutError if deadline.passed() else BackendError
-            raise error("cannot save a VM", f"QEMU did not save it: {said}", _FIX)
+            raise TransientError("cannot save a VM", f"QEMU did not save it: {said}", _FIX)
         instance.send_qmp(qmp_query_save())
         for fd, _ in poll.poll(_ASK_AGAIN_MS):
             if fd != instance.pidfd:

@@ -1,0 +1,97 @@
+"""The figures of a benchmark: printed as they are measured, and written to a file after each one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+RATIOS = (
+    ("clone ready / QEMU started and stopped", "clone, until it answers", "QEMU, started and stopped", 3.4, 2.2),
+    ("x07 run, cached C / podman", "x07 C, cached", "podman+runc, C", 2.5, 1.4),
+    ("x07 run, cached Python / podman", "x07 Python, cached", "podman+runc, Python", 3.0, 1.6),
+    ("x07 run, C from the pool / podman", "x07 C, from the pool", "podman+runc, C", 1.0, 0.5),
+    ("x07 run, Python from the pool / podman", "x07 Python, from the pool", "podman+runc, Python", 1.0, 0.5),
+)
+# One median minus the other, in ms.
+DIFFERENCES = (
+    ("library call on a warm VM, minus bare exec", "library C, warm", "bare exec, C", 60, 20),
+    ("x07 run of C, minus the clone itself", "x07 C, cached", "clone that runs C", 150, 80),
+)
+_SAID_BYTES = 500
+
+
+class WrongRunError(Exception):
+    """A timed run was not as expected, so its time is no figure."""
+
+
+@dataclass(slots=True)
+class Figures:
+    """All figures so far.
+
+    file: where to write them. times_s: seconds of each timed round by case. rows: other figures by name. errors: by
+    case; a case with an error is not tried again.
+    """
+
+    file: Path | None
+    times_s: dict[str, list[float]] = field(default_factory=dict)
+    rows: dict[str, str] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def recording(self, name: str) -> Iterator[None]:
+        """Record an error of the case *name*, and write the figures."""
+        try:
+            yield
+        except Exception as exc:  # noqa: BLE001 - one case that fails must not cost the figures of the others
+            said = getattr(exc, "stderr", None) or b""
+            self.errors[name] = f"{type(exc).__name__}: {exc} {said[-_SAID_BYTES:].decode(errors='replace')}".strip()
+            print(f"{name}: FAILED: {self.errors[name]}", flush=True)
+        finally:
+            self._write()
+
+    def time(self, name: str, case: Callable[[], float], *, counts: bool = True) -> None:
+        """Time a case once. counts: False for a round that only fills caches."""
+        if name in self.errors:
+            return
+        with self.recording(name):
+            seconds = case()
+            if counts:
+                self.times_s.setdefault(name, []).append(seconds)
+            print(f"{name:28} {seconds * 1000:9.1f} ms{'' if counts else '   not counted'}", flush=True)
+
+    def row(self, name: str, value: str) -> None:
+        """Add and print a figure that is measured once."""
+        self.rows[name] = value
+        print(f"{name:60} {value}", flush=True)
+
+    def _write(self) -> None:
+        if self.file is not None:
+            found = {"times_s": self.times_s, "rows": self.rows, "errors": self.errors}
+            self.file.write_text(json.dumps({"cores": os.cpu_count(), **found}, indent=1), encoding="utf-8")
+
+    def show(self) -> None:
+        """Print the table, the ratios and the errors."""
+        print(f"\n{'':28} {'median':>9} {'min':>9} {'max':>9}   ms, {os.cpu_count()} cores")
+        medians = {name: statistics.median(values) for name, values in self.times_s.items()}
+        for name, median in medians.items():
+            values = self.times_s[name]
+            print(f"{name:28} {median * 1000:9.1f} {min(values) * 1000:9.1f} {max(values) * 1000:9.1f}")
+        for title, over, under, limit, goal in RATIOS:
+            if over in medians and under in medians:
+                print(f"{title:42} {medians[over] / medians[under]:6.2f}   limit {limit}, goal {goal}")
+        for title, whole, part, limit, goal in DIFFERENCES:
+            if whole in medians and part in medians:
+                left = (medians[whole] - medians[part]) * 1000
+                print(f"{title:50} {left:6.0f} ms   limit {limit}, goal {goal}")
+        for name, value in self.rows.items():
+            print(f"{name:60} {value}")
+        for name, error in self.errors.items():
+            print(f"FAILED: {name}: {error}")
