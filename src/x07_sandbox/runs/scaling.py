@@ -38,8 +38,9 @@ if TYPE_CHECKING:
     from x07_sandbox.plan.controls import RunLimits
     from x07_sandbox.runs.prepare import Prepared
 
-# Prints, for each kind of work, the CPU time of its fastest round in nanoseconds. A guest's clock also counts time in
-# which the host ran something else, so a round takes a few milliseconds at most: some rounds are not interrupted.
+# Prints, for each kind of work, the time of its fastest round in nanoseconds. A round is so short that some rounds are
+# not interrupted by other processes of the host. CPU time would not do: a guest counts it in ticks, and with the
+# interruptions.
 _WORK: Final = b"""#!/usr/bin/python3 -I
 import json, re, time, zlib
 numbers = [(i * 7919) % 10007 for i in range(500)]
@@ -61,9 +62,9 @@ kinds += [lambda: json.loads(text), lambda: sorted(numbers), lambda: zlib.compre
 for work in kinds:
     times = []
     for _ in range(200):
-        start = time.process_time_ns()
+        start = time.perf_counter_ns()
         work()
-        times.append(time.process_time_ns() - start)
+        times.append(time.perf_counter_ns() - start)
     print(min(times))
 """
 _KINDS: Final = 9
