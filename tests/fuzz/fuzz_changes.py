@@ -12,7 +12,6 @@ import os
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.channel.trees import check_name
-from x07_sandbox.cli.changes import select_changes
 from x07_sandbox.errors import BackendError, PeerError
 from x07_sandbox.files.change_rules import AllowedActions, check_changes
 from x07_sandbox.files.changes import ChangeSet, Node, RootChanges, decode, encode
@@ -20,6 +19,7 @@ from x07_sandbox.files.checks import check_set
 from x07_sandbox.files.copy import Bounds
 from x07_sandbox.files.incoming import Incoming
 from x07_sandbox.files.protected import Protection
+from x07_sandbox.runs.selection import select_changes
 
 if TYPE_CHECKING:
     from x07_sandbox.files.changes import Change

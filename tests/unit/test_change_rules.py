@@ -14,7 +14,6 @@ import pytest
 
 from tests.conftest import need
 from x07_sandbox.channel.trees import Entry, Kind
-from x07_sandbox.cli.changes import Grants, select_changes
 from x07_sandbox.errors import PeerError, RefusedError
 from x07_sandbox.files.change_rules import AllowedActions, CheckedChanges, check_changes
 from x07_sandbox.files.changes import ChangeSet, Node, RootChanges
@@ -22,6 +21,7 @@ from x07_sandbox.files.checks import check_set
 from x07_sandbox.files.copy import Bounds, Skipped, link_stays_inside
 from x07_sandbox.files.incoming import Incoming, ReportedEntry
 from x07_sandbox.files.protected import Protection, work_trees
+from x07_sandbox.runs.selection import Grants, select_changes
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -13,12 +13,12 @@ import pytest
 
 from tests.unit.test_run_host_files import RUN, Run, die_at, messages
 from x07_sandbox.channel.trees import Entry, Kind
-from x07_sandbox.cli.changes_text import patch_chunks
 from x07_sandbox.cli.main import main
 from x07_sandbox.errors import UsageError
 from x07_sandbox.files.changes import Change, Node
 from x07_sandbox.files.dependencies import with_dependents
 from x07_sandbox.host.paths import private_dir
+from x07_sandbox.runs.patches import patch_chunks
 from x07_sandbox.runs.saved_changes import find_saved, recover_all, undo_saved
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ EMPTY = Node(kind="file", mode=0o644, size=0, sha256="e" * 64)
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     """A run with a state folder of its own."""
     monkeypatch.setenv("X07_VM_STATE_DIR", str(tmp_path / "vm" / "jobs"))
+    monkeypatch.chdir(tmp_path)
     private_dir(tmp_path / "vm")
     with contextlib.ExitStack() as stack:
         yield Run(tmp_path / "root", stack)
@@ -94,7 +95,7 @@ def test_each_applied_part_can_be_undone(run: Run, capsys: pytest.CaptureFixture
     run.back(run.files(), file("a"), file(".envrc"), file("AGENTS.md"))
     assert main(["apply", "--allow-protected", ".envrc"]) == 0
     printed = capsys.readouterr().err
-    assert "1 added: applied; revert with x07 undo" in printed
+    assert f"1 added in {run.root}: applied; revert with x07 undo" in printed
     why = "protected: other tools execute or trust it"
     assert f"left out: AGENTS.md ({why}); to apply: x07 apply {RUN} --allow-protected AGENTS.md" in printed
     assert there(run) == {"a", ".envrc"}

@@ -24,8 +24,7 @@ import pytest
 from tests.unit.test_refused_lines import result
 from x07_sandbox.channel.frames import Stream
 from x07_sandbox.channel.trees import Entry, Kind, Reader
-from x07_sandbox.cli.changes import Grants, select_changes
-from x07_sandbox.cli.changes_text import change_lines, changes_json, patch_chunks, print_bytes, say_changes
+from x07_sandbox.cli.changes_text import change_lines, changes_json, print_bytes, say_changes
 from x07_sandbox.cli.main import main
 from x07_sandbox.cli.run_outputs import write_diff
 from x07_sandbox.errors import BackendError, HostError, RefusedError, SandboxError, UsageError
@@ -43,11 +42,13 @@ from x07_sandbox.policy.default import default_policy
 from x07_sandbox.policy.overrides import Overrides
 from x07_sandbox.runs.folder import RunFolder
 from x07_sandbox.runs.host_files import HostFiles
+from x07_sandbox.runs.patches import patch_chunks
 from x07_sandbox.runs.program import load_program
 from x07_sandbox.runs.request import RunRequest
 from x07_sandbox.runs.result import ChangedName, Changes, draft_result
 from x07_sandbox.runs.run import attempt, copy_in, failure
 from x07_sandbox.runs.saved_changes import apply_saved, find_saved, recover_all, undo_saved
+from x07_sandbox.runs.selection import Grants, select_changes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -109,6 +110,7 @@ class Run:
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     """A run with a state folder of its own."""
     monkeypatch.setenv("X07_VM_STATE_DIR", str(tmp_path / "vm" / "jobs"))
+    monkeypatch.chdir(tmp_path)
     private_dir(tmp_path / "vm")
     with contextlib.ExitStack() as stack:
         yield Run(tmp_path / "root", stack)
@@ -406,7 +408,7 @@ def test_a_name_in_two_roots_is_skipped_by_path(run: Run) -> None:
 
 
 @pytest.mark.parametrize("moved", [False, True])
-def test_a_skipped_entry_keeps_its_folders(run: Run, capsys: pytest.CaptureFixture[str], *, moved: bool) -> None:
+def test_a_skipped_entry_keeps_its_folders(run: Run, *, moved: bool) -> None:
     """A skipped entry keeps its folders, and the rest is applied."""
     inner = run.root / "proj/in"
     (inner / ".vscode").mkdir(parents=True)
@@ -425,15 +427,15 @@ def test_a_skipped_entry_keeps_its_folders(run: Run, capsys: pytest.CaptureFixtu
     assert changes.state == "kept"
     kept_set = find_saved(RUN)
     skip = [denial.subject.partition(":")[0] for denial in denials]
-    left = select_changes(kept_set.changes, skip)
+    stays = list[str]()
+    left = select_changes(kept_set.changes, skip, notify=stays.append)
     apply_saved(kept_set, left, lambda _path: None)
     proj = {str(path.relative_to(run.root)) for path in run.root.glob("proj/**/*")}
     assert proj == {"proj/in", "proj/in/.vscode", "proj/in/.vscode/ci.yml", "proj/in/AGENTS.md"}
     assert sorted(str(path.relative_to(run.root)) for path in run.root.glob("new/**/*")) == (
         ["new/b", "new/in", "new/in/a.txt"] if moved else []
     )
-    stays = [line for line in capsys.readouterr().err.splitlines() if "kept because" in line]
-    assert stays == [f"x07: kept because it contains skipped files: {name}" for name in ("proj", "proj/in")]
+    assert stays == [f"kept because it contains skipped files: {name}" for name in ("proj", "proj/in")]
 
 
 def test_a_left_out_entry_can_be_skipped(run: Run) -> None:
@@ -740,9 +742,9 @@ def test_apply_distinguishes_skipped_and_applied(run: Run, capsys: pytest.Captur
         assert main(["apply", *words]) == 0
         printed.append(capsys.readouterr().err)
     assert printed == [
-        "x07: nothing to apply\n",
-        "x07: 1 added: applied; revert with x07 undo\n",
-        "x07: already applied\n",
+        f"x07: nothing to apply in {run.root}\n",
+        f"x07: 1 added in {run.root}: applied; revert with x07 undo\n",
+        f"x07: already applied in {run.root}\n",
     ]
 
 
@@ -768,7 +770,10 @@ def test_undo_lists_deletions(run: Run, capsys: pytest.CaptureFixture[str]) -> N
     capsys.readouterr()
     assert main(["undo"]) == 0
     reported = [f"x07: deleted: {change.name}" for change in made]
-    assert capsys.readouterr().err.splitlines() == [*reported, "x07: 3 added: reverted; apply again with x07 apply"]
+    assert capsys.readouterr().err.splitlines() == [
+        *reported,
+        f"x07: 3 added in {run.root}: reverted; apply again with x07 apply",
+    ]
 
 
 ROOTS: list[tuple[list[str], list[str], set[str]]] = [
@@ -893,8 +898,8 @@ def test_a_result_names_every_deletion(run: Run) -> None:
     assert len(changes.names) == changes.deleted == len(gone)
 
 
-def test_every_deletion_is_printed(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every deletion is printed."""
+def test_the_first_deletions_are_printed(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first 20 deletions are printed, and the command that lists the others."""
     gone = [f"gone {number}" for number in range(1500)]
     node = Node(kind="file", mode=0o644, sha256="0" * 64)
     changes = tuple(Change(name=name, before=node, after=None) for name in sorted(gone))
@@ -906,10 +911,10 @@ def test_every_deletion_is_printed(run: Run, capsys: pytest.CaptureFixture[str])
         save_set(ChangeSet(run=RUN, roots=roots), run.folder.path)
         reported = Changes(state="kept", added=added, deleted=1500, names=names)
         say_changes(msgspec.structs.replace(result(), run=RUN, changes=reported))
-        lines = [
-            line for line in capsys.readouterr().err.splitlines() if "deleted: gone" in line or "deleted: /" in line
-        ]
-        assert lines == [f"x07: would be deleted: {above}{name}" for name in sorted(gone)]
+        lines = [line for line in capsys.readouterr().err.splitlines() if "would be deleted" in line]
+        *first, last = lines
+        assert first == [f"x07: would be deleted: {above}{name}" for name in sorted(gone)[:20]]
+        assert last == "x07: would be deleted: 1480 more names; to list all: x07 diff --json"
 
 
 def test_a_patch_lists_unsupported_entries(run: Run) -> None:

@@ -6,17 +6,17 @@ Changes that are not allowed are left out: saved, but applied only if a flag of 
 
 from __future__ import annotations
 
-import posixpath
-from typing import TYPE_CHECKING, Final, NamedTuple
+import re
+import shlex
+import sys
+from typing import TYPE_CHECKING, Final
 
 from msgspec.structs import replace
 
 from x07_sandbox.cli.changes_text import (
     add_run_argument,
     changes_json,
-    include_applied,
     left_out,
-    patch_chunks,
     print_bytes,
     say_deleted,
     summary,
@@ -24,29 +24,29 @@ from x07_sandbox.cli.changes_text import (
 from x07_sandbox.cli.console import say
 from x07_sandbox.cli.json_output import deliver, document_wanted
 from x07_sandbox.cli.parser import add_document_flags, nonempty, repeated, switch
-from x07_sandbox.errors import RefusedError, UsageError
-from x07_sandbox.files.changes import display_name, parent_folders, path_of
-from x07_sandbox.files.dependencies import applicable
-from x07_sandbox.files.protected import Protection
+from x07_sandbox.runs.patches import include_applied, patch_chunks
 from x07_sandbox.runs.refusals import apply_command, denials_and_entries
 from x07_sandbox.runs.result import Changes
-from x07_sandbox.runs.saved_changes import apply_saved, find_saved, undo_saved
+from x07_sandbox.runs.saved_changes import command, find_saved, folder_names, undo_saved
+from x07_sandbox.runs.selection import Grants, apply_selected, below, select_changes
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Sequence
     from collections.abc import Set as AbstractSet
 
-    from x07_sandbox.files.changes import ChangeSet, Refused, RootChanges
+    from x07_sandbox.files.changes import ChangeSet
+    from x07_sandbox.runs.saved_changes import SavedChanges
 
-_LISTED: Final = 10
+_RUN_ID: Final = re.compile(r"\d[\d-]*", re.ASCII)
+_TERMINAL_LINES: Final = 2000
 _APPLY_EPILOG: Final = """x07 apply applies all changes or none: if a file on the host has changed since it was copied
 into the VM, x07 apply changes nothing. If x07 apply is killed, the next x07 command completes the changes or reverts
-them. x07 diff shows which changes the run left out, and which flag would apply each of them. To apply a different
-selection of changes, run x07 undo first.
+them. x07 diff shows which changes the run left out, and which flag would apply each of them. Changes that are not
+applied stay saved, and can be applied later. x07 apply --only PATH also applies the new folders around PATH.
 
 examples:
-  x07 apply                        apply the changes of the latest run
+  x07 apply                        apply the changes of the latest run in this folder
+  x07 apply --only src --only '*.md'
   x07 apply --skip .github --skip notes.txt
   x07 apply --skip /home/me/project/notes.txt
   x07 apply --allow-protected Jenkinsfile
@@ -54,9 +54,12 @@ examples:
 exit code: 0 applied, or already applied; 125 a conflict, or a change that is not allowed; 2 no such run
 """
 _DIFF_EPILOG: Final = """x07 diff prints a patch in git's format, with deletions first. It marks each change that is not
-allowed, and says why.
+allowed, and says why. On a terminal, it stops after about 2000 lines. A word that consists of digits and hyphens is
+RUN; write ./123 for a path.
 
 examples:
+  x07 diff --stat
+  x07 diff src '*.md'
   x07 diff | less
   x07 diff --json | jq '.roots[].changes[] | .name'
 """
@@ -76,7 +79,9 @@ def add_apply(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `x07 apply`."""
     parser.epilog = _APPLY_EPILOG
     add_run_argument(parser)
-    repeated(parser, "--skip", "PATH", "skip changes to PATH (absolute, or relative to a folder granted to the run)")
+    doc = "apply only changes to PATH (absolute, or relative to a folder granted to the run), or to names like '*.py'"
+    repeated(parser, "--only", "PATH", doc, type=nonempty)
+    repeated(parser, "--skip", "PATH", "skip changes to PATH, which may be a pattern too")
     repeated(
         parser,
         "--allow-protected",
@@ -91,104 +96,36 @@ def add_apply(parser: argparse.ArgumentParser) -> None:
 
 
 def _apply(options: argparse.Namespace) -> int:
-    kept = find_saved(options.run)
+    kept = find_saved(options.run, "apply")
     flags = {flag for flag in ("--allow-hidden", "--allow-symlinks") if getattr(options, flag[2:].replace("-", "_"))}
     grants = Grants(protected=tuple(options.allow_protected), flags=frozenset(flags))
-    before = set[tuple[str, str]]() if kept.changes.all_or_nothing else kept.done()
-    changes = select_changes(kept.changes, options.skip, grants, applied=before if kept.applied else None)
-    later = kept.applied and any(root.left_out for root in kept.changes.roots) and grants.any
-    done = apply_saved(kept, changes, lambda path: say(f"waiting: another command is changing {path}"), later=later)
-    if document_wanted(options) and deliver(changes_json(changes if done.roots else done), options):
+    before = kept.done()
+    applied = before if kept.applied else None
+    changes = select_changes(kept.changes, options.skip, grants, only=options.only, applied=applied, notify=say)
+    done = apply_selected(kept, changes, before, _say_waiting)
+    if document_wanted(options) and deliver(changes_json(done), options):
         return 0
+    before |= {(root.root, one.name) for root in changes.roots for one in root.changes}
     if done.roots:
-        say_deleted(changes)
-    nothing = "already applied" if any(root.changes for root in changes.roots) else "nothing to apply"
-    say(summary(changes, "applied; revert with x07 undo") if done.roots else nothing)
-    _say_left_out(kept.changes, before | {(root.root, one.name) for root in changes.roots for one in root.changes})
+        say_deleted(done, _command(options, kept, "diff"))
+        say(summary(done, f"applied; revert with {_command(options, kept, 'undo')}"))
+    else:
+        nothing = "already applied" if any(root.changes for root in changes.roots) else "nothing to apply"
+        say(f"{nothing} in {folder_names(kept.changes)}")
+    more = sum((root.root, one.name) not in before for root in kept.changes.roots for one in root.changes)
+    if options.only and more:
+        say(f"{more} more saved; apply with {_command(options, kept, 'apply')}")
+    _say_left_out(kept.changes, before)
     return 0
 
 
-class Grants(NamedTuple):
-    """Flags of `x07 apply` that allow refused changes. protected: values of --allow-protected. flags: other flags."""
-
-    protected: tuple[str, ...] = ()
-    flags: frozenset[str] = frozenset()
-
-    @property
-    def any(self) -> bool:
-        """Whether any of these flags was given."""
-        return bool(self.protected or self.flags)
-
-    def is_allowed(self, root: str) -> Callable[[Refused], bool]:
-        """Return a function that tells whether these flags allow a refused change in *root*."""
-        protection = Protection(root, allowed=self.protected)
-
-        def is_let(refusal: Refused) -> bool:
-            if refusal.rule == "protected":
-                return protection.is_allowed(refusal.name)
-            return bool(refusal.flag) and refusal.flag in self.flags
-
-        return is_let
+def _say_waiting(path: str) -> None:
+    say(f"waiting: another command is changing {path}")
 
 
-NO_GRANTS: Final = Grants()
-
-
-def select_changes(
-    changes: ChangeSet,
-    skip: Sequence[str],
-    grants: Grants = NO_GRANTS,
-    *,
-    applied: AbstractSet[tuple[str, str]] | None = None,
-) -> ChangeSet:
-    """Return the changes to apply: those not in *skip*, and changes that were left out and that *grants* allows.
-
-    A folder that contains a skipped name is kept, and a message says so. skip: names below a root, or absolute paths.
-    applied: root and name of each change applied earlier. With *applied* and *grants*, only left-out changes return.
-    Raises UsageError, and RefusedError for changes that are not allowed.
-    """
-    roots = changes.roots
-    if not changes.all_or_nothing:
-        roots = tuple(_with_left_out(root, grants, applied) for root in roots)
-        was_left_out = any(root.left_out for root in changes.roots)
-        if grants.any and was_left_out and not any(root.left_out for root in roots):
-            raise _nothing_allowed(changes, grants)
-    parts = [_without(root, skip, grants, several_roots=changes.several_roots) for root in roots]
-    out = [(root.root, one.name) for root in changes.roots for one in root.left_out]
-    out += [(root.root, one.name) for root in changes.roots for one in root.refused]
-    unused = {word for word in skip if not any(_covers(word, root, name) for root, name in out)}
-    if unused := unused.difference(*(used for _, used in parts)):
-        raise UsageError(f"cannot skip {min(unused)}", "no change has this name", "See x07 diff")
-    return replace(changes, roots=tuple(replace(root, left_out=()) for root, _ in parts))
-
-
-def _with_left_out(root: RootChanges, grants: Grants, applied: AbstractSet[tuple[str, str]] | None) -> RootChanges:
-    """Return *root* without refusals, and with those left-out changes added that *grants* allows."""
-    is_allowed, done = grants.is_allowed(root.root), applied or set()
-    more = applicable(root, lambda one: (root.root, one.name) in done or is_allowed(one)) if grants.any else ()
-    alone = applied is not None and grants.any
-    every = [*more] if alone else sorted((*root.changes, *more), key=lambda change: change.name)
-    changes = [change for change in every if not (alone and (root.root, change.name) in done)]
-    missing = root.missing and not (alone and root.changes)  # otherwise the folder exists by now
-    return replace(root, changes=tuple(changes), missing=missing, refused=(), left_out=more)
-
-
-def _nothing_allowed(changes: ChangeSet, grants: Grants) -> RefusedError:
-    """Return the error for flags that allow none of the changes left out."""
-    left = [
-        (root.root, refusal)
-        for root in changes.roots
-        for refusal in root.refused
-        if not grants.is_allowed(root.root)(refusal)
-    ]
-    return _refused(left, "See x07 diff, and give a flag for each reason", several_roots=changes.several_roots)
-
-
-def _refused(left: Sequence[tuple[str, Refused]], fix: str, *, several_roots: bool) -> RefusedError:
-    """Return the error for changes that are not allowed, given as pairs of a root and a refusal."""
-    lines = [f"{display_name(root, one.name, several_roots=several_roots)} ({one.why})" for root, one in left[:_LISTED]]
-    more = f", and {len(left) - _LISTED} more" if len(left) > _LISTED else ""
-    return RefusedError("cannot apply the changes", "; ".join(lines) + more, fix)
+def _command(options: argparse.Namespace, kept: SavedChanges, verb: str) -> str:
+    """Return another command for the same run. It contains the run's id if the user gave one, or must give one."""
+    return command(verb, kept.run, kept.roots if options.run is None else ())
 
 
 def _say_left_out(kept: ChangeSet, applied: AbstractSet[tuple[str, str]]) -> None:
@@ -204,61 +141,32 @@ def _say_left_out(kept: ChangeSet, applied: AbstractSet[tuple[str, str]]) -> Non
         say(line)
 
 
-def _without(
-    root: RootChanges, skip: Sequence[str], grants: Grants, *, several_roots: bool
-) -> tuple[RootChanges, set[str]]:
-    """Return *root* without the skipped changes, and the entries of *skip* that matched a change."""
-    names = {change.name for change in root.changes} | {refusal.name for refusal in root.refused}
-    by_word = {word: {name for name in names if _covers(word, root.root, name)} for word in skip}
-    skipped = set[str]().union(*by_word.values())
-    # Skipped files that exist stay, whether they were copied in or not, and so do the folders around these files.
-    staying = [change.name for change in root.changes if change.name in skipped and change.before is not None]
-    words = {word: parent_folders([word.rstrip("/").removeprefix(f"{root.root}/")]) for word in skip}
-    holding = parent_folders(staying).union(*words.values()) & _removed_folders(root) - skipped
-    is_allowed = grants.is_allowed(root.root)
-    left = [(root.root, one) for one in root.refused if one.name not in skipped | holding and not is_allowed(one)]
-    if left:
-        raise _refused(left, "Leave them out with --skip PATH", several_roots=several_roots)
-    for name in sorted(holding):
-        say(f"kept because it contains skipped files: {display_name(root.root, name, several_roots=several_roots)}")
-    changes = [change for change in root.changes if change.name not in skipped | holding]
-    used = {word for word in skip if by_word[word] or words[word] & holding}
-    return replace(root, changes=tuple(changes), refused=()), used
-
-
-def _removed_folders(root: RootChanges) -> set[str]:
-    """Return the names of folders that are deleted or replaced by a file or a link."""
-    return {
-        change.name
-        for change in root.changes
-        if change.before is not None and change.before.kind == "folder"
-        if change.after is None or change.after.kind != "folder"
-    }
-
-
-def _covers(word: str, root: str, name: str) -> bool:
-    """Whether *word* is *name* below *root*, or a folder above *name*. The root's last part stands for the root."""
-    if word.startswith("/"):
-        path, above = path_of(root, name), word.rstrip("/")
-        return path == above or path.startswith(f"{above}/")
-    above = word.rstrip("/")
-    return above in {name, name or posixpath.basename(root)} or name.startswith(f"{above}/")
-
-
 def add_diff(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `x07 diff`."""
     parser.epilog = _DIFF_EPILOG
     add_run_argument(parser)
+    doc = "show only PATH and what is below it: absolute, or relative to a folder granted to the run; may be a pattern"
+    parser.add_argument("paths", nargs="*", type=nonempty, metavar="PATH", help=doc)
+    switch(parser, "--stat", "print one line for each changed file, and for each new or deleted folder")
     add_document_flags(parser, "print all changes with digests as one JSON object")
     parser.set_defaults(carry_out=_diff)
 
 
 def _diff(options: argparse.Namespace) -> int:
-    kept = include_applied(find_saved(options.run))
+    if options.run is not None and not _RUN_ID.fullmatch(options.run):
+        options.run, options.paths = None, [options.run, *options.paths]
+    kept = include_applied(find_saved(options.run, "diff"))
+    kept = kept._replace(changes=below(kept.changes, options.paths))
     if document_wanted(options) and deliver(changes_json(kept.changes), options):
         return 0
-    for chunk in patch_chunks(kept):
+    lines = 0
+    for chunk in patch_chunks(kept, stat=options.stat):
         print_bytes(chunk)
+        lines += chunk.count(b"\n")
+        if lines > _TERMINAL_LINES and sys.stdout.isatty():
+            diff = " ".join([_command(options, kept, "diff"), *map(shlex.quote, options.paths)])
+            say(f"stopped after {lines} lines; for a summary: {diff} --stat; for all lines: {diff} | less")
+            break
     return 0
 
 
@@ -271,11 +179,12 @@ def add_undo(parser: argparse.ArgumentParser) -> None:
 
 
 def _undo(options: argparse.Namespace) -> int:
-    kept = find_saved(options.run)
-    changes = undo_saved(kept, lambda path: say(f"waiting: another command is changing {path}"))
+    kept = find_saved(options.run, "undo")
+    changes = undo_saved(kept, _say_waiting)
     if document_wanted(options) and deliver(changes_json(changes), options):
         return 0
-    say_deleted(changes, back=True)
-    then = "to revert the earlier changes too: x07 undo" if kept.undos else "apply again with x07 apply"
+    say_deleted(changes, _command(options, kept, "diff"), back=True)
+    undo, apply = _command(options, kept, "undo"), _command(options, kept, "apply")
+    then = f"to revert the earlier changes too: {undo}" if kept.undos else f"apply again with {apply}"
     say(summary(changes, f"reverted; {then}"))
     return 0

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import os
 import re
 import sys
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -16,21 +11,19 @@ import msgspec
 from x07_sandbox.cli.console import say, write_stdout
 from x07_sandbox.cli.denials_text import how_to_allow_text
 from x07_sandbox.cli.parser import nonempty
-from x07_sandbox.files.changes import ChangeSet, decode, display_name, path_of, printable
-from x07_sandbox.files.dependencies import with_later_applied
-from x07_sandbox.files.patch import TEXT_MAX, patch
-from x07_sandbox.runs.saved_changes import SavedChanges, find_saved
+from x07_sandbox.files.changes import display_name, printable
+from x07_sandbox.runs.saved_changes import command, find_saved, folder_names
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator
+    from collections.abc import Sequence
 
-    from x07_sandbox.files.changes import Node
+    from x07_sandbox.files.changes import ChangeSet
     from x07_sandbox.plan.denials import Denial
     from x07_sandbox.runs.result import Changes, Result
 
-_CHUNK: Final = 1 << 16
 _NAMED: Final = 8
+_DELETED_MAX: Final = 20
 _RULES: Final = {
     "fs.deny_hidden": "hidden",
     "fs.allow_symlinks": "a symbolic link",
@@ -42,7 +35,7 @@ _RETURN: Final = re.compile(rb"\r(?!\n)")
 
 def add_run_argument(parser: argparse.ArgumentParser) -> None:
     """Add the argument RUN."""
-    doc = "the run's id, or its first characters (default: the latest run with changes)"
+    doc = "the run's id, or its first characters (default: the latest run with changes in this folder)"
     parser.add_argument("run", nargs="?", type=nonempty, metavar="RUN", help=doc)
 
 
@@ -64,12 +57,20 @@ def change_lines(result: Result) -> list[str]:
         display_name(one.root, one.name, several_roots=several) for one in changes.names if one.action == "deleted"
     ]
     gone = "deleted" if changes.state == "applied" else "would be deleted"
+    diff = command("diff", result.run, {one.root for one in changes.names})
     applicable = {entry.name for entry in changes.left_out_entries if entry.take}
     word = "left out" if changes.left_out else "not allowed"
     denials = [one for one in result.denials if one.action == "change" and one.subject not in applicable]
     refused = [f"{word}: {_because(one)}{how_to_allow_text(one.how_to_allow, one.field)}" for one in denials]
-    closing = [] if changes.left_out and not _counts(changes) else [_closing(changes)]
-    return [*(f"{gone}: {name}" for name in deleted), *refused, *left_out(changes), *closing]
+    closing = [] if changes.left_out and not _counts(changes) else [_closing(result.run, changes)]
+    return [*_capped(f"{gone}: ", deleted, diff), *refused, *left_out(changes), *closing]
+
+
+def _capped(before: str, names: Sequence[str], diff: str) -> list[str]:
+    """Return a line for each of the first few names, and one with the command that lists the others."""
+    more = len(names) - _DELETED_MAX
+    lines = [f"{before}{name}" for name in names[:_DELETED_MAX]]
+    return [*lines, f"{before}{more} more names; to list all: {diff} --json"] if more > 0 else lines
 
 
 def _because(denial: Denial) -> str:
@@ -94,14 +95,16 @@ def _counts(changes: Changes) -> str:
     return _in_words({"added": changes.added, "changed": changes.changed, "deleted": changes.deleted})
 
 
-def _closing(changes: Changes) -> str:
+def _closing(run: str, changes: Changes) -> str:
     why = f" ({changes.reason})" if changes.reason else ""
     if changes.state == "discarded" and why:
         return f"no changes to files were copied back: {changes.reason}"
+    roots = {one.root for one in changes.names}
+    diff, apply, undo = (command(verb, run, roots) for verb in ("diff", "apply", "undo"))
     after = {
-        "applied": "; see x07 diff, revert with x07 undo",
-        "kept": "; see x07 diff, apply with x07 apply",
-        "conflict": ", nothing was changed; see x07 diff, apply with x07 apply",
+        "applied": f"; see {diff}, revert with {undo}",
+        "kept": f"; see {diff}, apply with {apply}",
+        "conflict": f", nothing was changed; see {diff}, apply with {apply}",
         "discarded": "",
     }
     return f"{_counts(changes) or 'changes'}: {changes.state}{why}{after[changes.state]}"
@@ -110,83 +113,27 @@ def _closing(changes: Changes) -> str:
 def summary(changes: ChangeSet, done: str) -> str:
     """Return the numbers of added, changed and deleted names, followed by the text *done*."""
     counts = {word: changes.count(word) for word in ("added", "changed", "deleted")}
-    return f"{_in_words(counts) or 'nothing to do'}: {done}"
+    return f"{_in_words(counts) or 'nothing to do'} in {folder_names(changes)}: {done}"
 
 
 def _in_words(counts: dict[str, int]) -> str:
     return ", ".join(f"{count} {word}" for word, count in counts.items() if count)
 
 
-def say_deleted(changes: ChangeSet, *, back: bool = False) -> None:
-    """Print every name that is deleted. back: whether the changes are being reverted, which deletes added names."""
+def say_deleted(changes: ChangeSet, diff: str, *, back: bool = False) -> None:
+    """Print the names that are deleted. back: whether the changes are being reverted, which deletes added names.
+
+    diff: the command that shows the changes of the run.
+    """
     action, several = "added" if back else "deleted", changes.several_roots
-    for root in changes.roots:
-        for change in root.changes:
-            if change.action == action and not change.is_root_folder:
-                say(f"deleted: {display_name(root.root, change.name, several_roots=several)}")
-
-
-def include_applied(kept: SavedChanges) -> SavedChanges:
-    """Return *kept* with those changes included that were left out at first and applied later. Raises HostError."""
-    done = kept.done() if any(root.left_out for root in kept.changes.roots) else None
-    return kept if not done else kept._replace(changes=with_later_applied(kept.changes, done))
-
-
-def patch_chunks(kept: SavedChanges) -> Iterator[bytes]:
-    """Yield the patch of a run's changes in chunks of many lines."""
-    chunk = bytearray()
-    for line in patch(kept.changes, _Before(kept), partial(_after, kept.folder / "data")):
-        chunk += line
-        if len(chunk) >= _CHUNK:
-            yield bytes(chunk)
-            chunk.clear()
-    if chunk:
-        yield bytes(chunk)
-
-
-def _after(path: Path, _root: str, _name: str, node: Node) -> bytes | None:
-    """Return the new content of a file, or None if the content is not saved or is too large for a patch."""
-    if node.at is None or node.size > TEXT_MAX:
-        return None
-    with path.open("rb") as file:
-        return os.pread(file.fileno(), node.size, node.at)
-
-
-class _Before:
-    """Reader of the old contents of files: from the host if the file is unchanged there, else from the undo data."""
-
-    def __init__(self, kept: SavedChanges) -> None:
-        self._at: dict[tuple[str, str], tuple[Path, int]] = {}
-        for place in kept.undos:
-            with contextlib.suppress(OSError, ValueError):  # no undo data
-                undoing = decode((place / "undo/changes.json").read_bytes())
-                for root in undoing.roots:
-                    for change in root.changes:
-                        if change.after is not None and change.after.at is not None:
-                            self._at[root.root, change.name] = place / "undo/data", change.after.at
-
-    def __call__(self, root: str, name: str, node: Node) -> bytes | None:
-        if node.size > TEXT_MAX:
-            return None
-        found = _matching(Path(path_of(root, name)), 0, node)
-        if found is None and (root, name) in self._at:
-            found = _matching(*self._at[root, name], node)
-        return found
-
-
-def _matching(path: Path, at: int, node: Node) -> bytes | None:
-    """Return the content of *node* from the offset *at* of a file, or None if the bytes there have another digest."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
-        data = os.pread(fd, node.size, at)
-    except OSError:
-        return None
-    finally:
-        os.close(fd)
-    return data if hashlib.sha256(data).hexdigest() == node.sha256 else None
+    names = [
+        display_name(root.root, change.name, several_roots=several)
+        for root in changes.roots
+        for change in root.changes
+        if change.action == action and not change.is_root_folder
+    ]
+    for line in _capped("deleted: ", names, diff):
+        say(line)
 
 
 def changes_json(changes: ChangeSet) -> bytes:

@@ -12,11 +12,12 @@ from x07_sandbox.cli.atomic_output import (
     write_bytes,
     write_executable,
 )
-from x07_sandbox.cli.changes_text import changes_json, patch_chunks
+from x07_sandbox.cli.changes_text import changes_json
 from x07_sandbox.files.changes import ChangeSet
 from x07_sandbox.host.poll import write_all
 from x07_sandbox.reports.result import render_result
 from x07_sandbox.runs.folder import NET_LOG, all_runs
+from x07_sandbox.runs.patches import patch_chunks
 from x07_sandbox.runs.saved_changes import SavedChanges, find_saved
 
 if TYPE_CHECKING:

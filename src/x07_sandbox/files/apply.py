@@ -111,7 +111,7 @@ def _apply(changes: ChangeSet, data_fd: int, folder: Path, on_wait: OnWait | Non
             return nothing
         conflicts = list(dict.fromkeys(name for state in states for name in state.conflicts))
         if applied:
-            _check_part(set(applied), list(zip(roots, states, strict=True)), conflicts)
+            _check_part(changes.run, set(applied), list(zip(roots, states, strict=True)), conflicts)
         if conflicts:
             raise conflict_error(conflicts)
         sites = list({id(site): site for site in by_path.values()}.values())
@@ -128,7 +128,7 @@ def _apply(changes: ChangeSet, data_fd: int, folder: Path, on_wait: OnWait | Non
 
 
 def _check_part(
-    applied: set[tuple[str, str]], compared: list[tuple[RootChanges, RootState]], conflicts: list[str]
+    run: str, applied: set[tuple[str, str]], compared: list[tuple[RootChanges, RootState]], conflicts: list[str]
 ) -> None:
     """Raise ConflictError if another part of the same changes is already applied.
 
@@ -141,7 +141,7 @@ def _check_part(
     done_paths = {posixpath.join(*name).rstrip("/") for name in done}
     if done_paths.issuperset(conflicts) if conflicts else not applied <= mine:
         why = "another part of them is already applied, and one x07 undo cannot revert both"
-        fix = "Run x07 undo first, then apply all the parts that you want in one command"
+        fix = f"Run x07 undo {run} first, then apply all the parts that you want in one command"
         raise ConflictError("cannot apply the changes", why, fix)
 
 

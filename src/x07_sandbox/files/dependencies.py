@@ -60,6 +60,21 @@ def _dependents(
     return dependents, below
 
 
+def prerequisites(changes: Iterable[Change], names: AbstractSet[str]) -> set[str]:
+    """Return *names*, the new folders above them, and the changed names in the paths of the links among them."""
+    by_name = {change.name: change for change in changes}
+    found, todo = set[str](), [*names]
+    while todo:
+        name = todo.pop()
+        after = by_name[name].after if name in by_name and name not in found else None
+        found.add(name)
+        if after is not None:
+            folders = filter(by_name.__contains__, (*_above(name), ""))
+            todo += [folder for folder in folders if _makes_folder(by_name[folder])]
+            todo += filter(by_name.__contains__, _link_path(name, after.target) if after.kind == "link" else ())
+    return found
+
+
 def applicable(root: RootChanges, is_overridden: Callable[[Refused], bool]) -> tuple[Change, ...]:
     """Return the left-out changes of *root* that are allowed if the overridden reasons are ignored."""
     refused = {refusal.name for refusal in root.refused if not is_overridden(refusal)}
@@ -90,8 +105,15 @@ def _above(name: str) -> Iterator[str]:
 
 
 def _removes_folder(change: Change) -> bool:
-    before, after = change.before, change.after
-    return before is not None and before.kind == "folder" and (after is None or after.kind != "folder")
+    return _is_folder(change.before) and not _is_folder(change.after)
+
+
+def _makes_folder(change: Change) -> bool:
+    return _is_folder(change.after) and not _is_folder(change.before)
+
+
+def _is_folder(node: Node | None) -> bool:
+    return node is not None and node.kind == "folder"
 
 
 def renames(changes: Iterable[Change]) -> Iterator[tuple[str, str]]:

@@ -35,18 +35,20 @@ class ConflictError(SandboxError):
     count: int = 0
 
 
-def conflict_error(names: Sequence[str]) -> ConflictError:
-    """Return the error that lists these absolute paths."""
-    why = f"{_some(names, len(names))} changed on the host after the run had copied the folder"
-    error = ConflictError("cannot apply the changes", why, "Review the changes with x07 diff, or run the program again")
-    error.names, error.count = tuple(names[:NAMES_MAX]), len(names)
+def conflict_error(names: Sequence[str], count: int = 0, review: str = "x07 diff") -> ConflictError:
+    """Return the error that lists these absolute paths. count: of all paths. review: the command that shows changes."""
+    count = count or len(names)
+    why = f"{_some(names, count)} changed on the host after the run had copied the folder"
+    fix = f"Run the program again, or review the changes: {review}"
+    error = ConflictError("cannot apply the changes", why, fix)
+    error.names, error.count = tuple(names[:NAMES_MAX]), count
     return error
 
 
-def undo_conflict_error(error: ConflictError, what: str) -> ConflictError:
-    """Return *error*, reworded for an undo. what: the first part of the new message."""
+def undo_conflict_error(error: ConflictError, what: str, review: str) -> ConflictError:
+    """Return *error*, reworded for an undo. what: the first part of the new message. review: see `conflict_error`."""
     why = f"{_some(error.names, error.count)} changed on the host after the changes had been applied"
-    undo_error = ConflictError(what, why, "Restore files by hand. To see the earlier content: x07 diff")
+    undo_error = ConflictError(what, why, f"Restore files by hand. To see the earlier content: {review}")
     undo_error.names, undo_error.count = error.names, error.count
     return undo_error
 

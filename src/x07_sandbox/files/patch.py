@@ -52,6 +52,33 @@ def patch(changes: ChangeSet, before: Content, after: Content) -> Iterator[bytes
             yield _note(word, root.root, name, refused[name].encode())
 
 
+def summarize(changes: ChangeSet, before: Content, after: Content) -> Iterator[bytes]:
+    """Yield a line for each change. A new or deleted folder and its contents share one line."""
+    work = Work(PAIRS_MAX)
+    for root in changes.roots:
+        yield b"# in " + _quoted(os.fsencode(root.root)) + b"\n"
+        left_out = {change.name for change in root.left_out}
+        groups: dict[tuple[str, str, bool], list[Change]] = {}
+        for change in sorted((*root.changes, *root.left_out), key=lambda change: change.name):
+            kind = change.action, change.name in left_out
+            tops = (change.name[:at] for at, char in enumerate(change.name) if char == "/")
+            top = next((top for top in tops if kind[0] != "changed" and (top, *kind) in groups), change.name)
+            groups.setdefault((top, *kind), []).append(change)
+        for (name, action, is_out), group in groups.items():
+            nodes = [node for change in group if (node := change.after or change.before)]
+            detail = f"{sum(node.size for node in nodes)} bytes"
+            if nodes[0].kind == "folder":
+                detail = f"{sum(node.kind != 'folder' for node in nodes)} files, {detail}"
+            elif body := list(itertools.dropwhile(_is_head, _one(root.root, group[0], before, after, work))):
+                detail = "+{} -{}".format(*(sum(line.startswith(sign) for line in body) for sign in (b"+", b"-")))
+            words = f"{action}{' (left out)' if is_out else ''}: "
+            yield words.encode() + _quoted(os.fsencode(name or root.root)) + f" ({detail})\n".encode()
+
+
+def _is_head(line: bytes) -> bool:
+    return not line.startswith(b"@@")
+
+
 def _deletions_first(change: Change) -> bool:
     return change.action != "deleted"
 

@@ -71,9 +71,7 @@ def find_run(run: str | None, file: str, what: str, fix: str, *, action: str = "
     what, action, fix: parts of the error: the content of *file*, what a run that has *file* did, and the advice.
     """
     root = all_runs()
-    found = [path.name for path in root.iterdir() if RUN_NAME.fullmatch(path.name)]
-    found.sort(key=lambda name: [int(part) for part in name.split("-")])
-    names = [name for name in found if (run is None or name.startswith(run)) and (root / name / file).is_file()]
+    names = [name for name in runs_with(file) if run is None or name.startswith(run)]
     if run in names:
         names = [run]
     if not names:
@@ -83,6 +81,13 @@ def find_run(run: str | None, file: str, what: str, fix: str, *, action: str = "
         why = f"{len(names)} run ids start with {run}, such as {names[0]}"
         raise UsageError(f"the run id {run} is ambiguous", why, "Use more digits of the id")
     return root / names[-1]
+
+
+def runs_with(file: str) -> list[str]:
+    """Return the ids of the runs that have *file*, oldest first."""
+    root = all_runs()
+    names = [path.name for path in root.iterdir() if RUN_NAME.fullmatch(path.name) and (path / file).is_file()]
+    return sorted(names, key=lambda name: [int(part) for part in name.split("-")])
 
 
 def all_runs() -> Path:

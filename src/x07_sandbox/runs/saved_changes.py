@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from x07_sandbox.errors import HostError, SandboxError, UsageError
 from x07_sandbox.host.locks import is_locked, lock_fd_held, lock_for_removal
 from x07_sandbox.host.paths import private_dir, read_bounded, state_dir
-from x07_sandbox.runs.folder import APPLYING, RUN_NAME, all_runs, find_run, runs_dir
+from x07_sandbox.plan.guest_paths import is_below
+from x07_sandbox.runs.folder import APPLYING, RUN_NAME, all_runs, find_run, runs_dir, runs_with
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
     from x07_sandbox.files.changes import ChangeSet
@@ -27,6 +28,7 @@ _LATER: Final = "later-"
 _FIX: Final = "To let a program change a folder: x07 run --workdir DIR ..."
 _RUN_AGAIN: Final = "Run the program again"
 _CHANGES_MAX: Final = 1 << 30
+_LISTED: Final = 3
 
 
 class SavedChanges(NamedTuple):
@@ -35,6 +37,11 @@ class SavedChanges(NamedTuple):
     run: str
     folder: Path
     changes: ChangeSet
+
+    @property
+    def roots(self) -> list[str]:
+        """The folders that the program might change."""
+        return [root.root for root in self.changes.roots]
 
     @property
     def applied(self) -> bool:
@@ -58,11 +65,61 @@ def _later(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"{_LATER}*"), key=lambda path: int(path.name.removeprefix(_LATER)))
 
 
-def find_saved(run: str | None) -> SavedChanges:
-    """Return the changes of the run whose id is or starts with *run*; None stands for the latest. Raises UsageError."""
+def find_saved(run: str | None, verb: str = "diff") -> SavedChanges:
+    """Return the changes of the run whose id is or starts with *run*. Raises UsageError.
+
+    None stands for the latest run with changes in this folder (`is_here`); for the verb `undo`, for the latest one
+    whose changes are applied, if there is one.
+    """
+    names = runs_with(_SAVED) if run is None else []
+    elsewhere, unapplied = list[str](), None
+    for name in reversed(names):
+        saved = _read(all_runs() / name)
+        if not is_here(saved.roots):
+            elsewhere.append(f"{name} in {folder_names(saved.changes)}")
+        elif verb != "undo" or saved.undos:
+            return saved
+        else:
+            unapplied = unapplied or saved
+    if unapplied is not None:
+        return unapplied
+    if elsewhere:
+        more = f", and {len(elsewhere) - _LISTED} earlier runs" if len(elsewhere) > _LISTED else ""
+        why = f"no run changed files in this folder. Runs elsewhere: {'; '.join(elsewhere[:_LISTED])}{more}"
+        raise UsageError(f"cannot choose a run for x07 {verb}", why, f"Give the id of the run: x07 {verb} {names[-1]}")
+    return _read(find_run(run, _SAVED, "changes to files", _FIX, action="changed any files"))
+
+
+def is_here(roots: Iterable[str]) -> bool:
+    """Return whether the current folder is one of *roots*, lies in one, or contains one.
+
+    Every folder lies in `/`, so there the answer is False, as in a folder that was removed.
+    """
+    try:
+        here = os.getcwd()  # noqa: PTH109 - without links
+    except OSError:
+        return False
+    real = map(os.path.realpath, roots if here != "/" else ())
+    return any(here == root or is_below(here, root) or is_below(root, here) for root in real)
+
+
+def command(verb: str, run: str, roots: Iterable[str]) -> str:
+    """Return the `x07` command for a run that may change *roots*, with the run's id if it is needed in this folder."""
+    return f"x07 {verb}" if is_here(roots) else f"x07 {verb} {run}"
+
+
+def folder_names(changes: ChangeSet) -> str:
+    """Return the names of the folders that *changes* changes."""
+    from x07_sandbox.files.changes import printable
+
+    names = [printable(root.root) for root in changes.roots if root.changes or root.left_out or root.refused]
+    more = f" and {len(names) - _LISTED} more folders" if len(names) > _LISTED else ""
+    return f"{', '.join(names[:_LISTED])}{more}"
+
+
+def _read(path: Path) -> SavedChanges:
     from x07_sandbox.files.changes import decode
 
-    path = find_run(run, _SAVED, "changes to files", _FIX, action="changed any files")
     name, folder = path.name, path / "changes"
     try:
         changes = decode(read_bounded(folder / "changes.json", "list of changes", _CHANGES_MAX))
@@ -79,11 +136,16 @@ def apply_saved(
     later: whether *changes* were left out when x07 applied the other changes. x07 then makes a separate undo set.
     """
     from x07_sandbox.files.apply import apply
+    from x07_sandbox.files.inode import ConflictError, conflict_error
 
     lock = _locked(saved.folder, on_wait) if later else contextlib.nullcontext()
     with lock, _validated(saved.run), (saved.folder / "data").open("rb") as data:
         place = saved.folder / f"{_LATER}{len(saved.undos)}" if later else saved.folder
-        done = apply(changes, data.fileno(), place, on_wait=on_wait, around=applying(saved.run))
+        try:
+            done = apply(changes, data.fileno(), place, on_wait=on_wait, around=applying(saved.run))
+        except ConflictError as exc:
+            review = command("diff", saved.run, saved.roots)
+            raise (conflict_error(exc.names, exc.count, review) if exc.names else exc) from None
         if later and not done.roots:
             import shutil
 
@@ -112,7 +174,8 @@ def undo_saved(saved: SavedChanges, on_wait: Callable[[str], None]) -> ChangeSet
             # The replaced content is saved already, so no undo set is needed, and a full disk does not matter.
             done = apply(changes, data.fileno(), folder / "undoing", on_wait=on_wait, keeps=False)
         except ConflictError as exc:
-            raise (undo_conflict_error(exc, what) if exc.names else exc) from None
+            review = command("diff", run, saved.roots)
+            raise (undo_conflict_error(exc, what, review) if exc.names else exc) from None
         except HostError as exc:
             raise HostError(what, exc.why, exc.fix) from exc
         # The order matters: after a kill, the next undo finds everything done and finishes.

@@ -1,0 +1,218 @@
+"""Selection and application of some of a run's saved changes."""
+
+from __future__ import annotations
+
+import fnmatch
+import posixpath
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from msgspec.structs import replace
+
+from x07_sandbox.errors import RefusedError, UsageError
+from x07_sandbox.files.changes import display_name, parent_folders, path_of
+from x07_sandbox.files.dependencies import applicable, prerequisites
+from x07_sandbox.files.protected import Protection
+from x07_sandbox.runs.saved_changes import apply_saved
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Set as AbstractSet
+
+    from x07_sandbox.files.changes import ChangeSet, Refused, RootChanges
+    from x07_sandbox.runs.saved_changes import SavedChanges
+
+_LISTED: Final = 10
+
+
+class Grants(NamedTuple):
+    """Flags of `x07 apply` that allow refused changes. protected: values of --allow-protected. flags: other flags."""
+
+    protected: tuple[str, ...] = ()
+    flags: frozenset[str] = frozenset()
+
+    @property
+    def any(self) -> bool:
+        """Whether any of these flags was given."""
+        return bool(self.protected or self.flags)
+
+    def is_allowed(self, root: str) -> Callable[[Refused], bool]:
+        """Return a function that tells whether these flags allow a refused change in *root*."""
+        protection = Protection(root, allowed=self.protected)
+
+        def is_let(refusal: Refused) -> bool:
+            if refusal.rule == "protected":
+                return protection.is_allowed(refusal.name)
+            return bool(refusal.flag) and refusal.flag in self.flags
+
+        return is_let
+
+
+NO_GRANTS: Final = Grants()
+
+
+def select_changes(
+    changes: ChangeSet,
+    skip: Sequence[str],
+    grants: Grants = NO_GRANTS,
+    *,
+    only: Sequence[str] = (),
+    applied: AbstractSet[tuple[str, str]] | None = None,
+    notify: Callable[[str], None] = lambda _text: None,
+) -> ChangeSet:
+    """Return the changes to apply: those not in *skip*, and changes that were left out and that *grants* allows.
+
+    only, skip: paths or patterns (see `covers`); without *only*, all changes are selected. New folders around the
+    changes in *only* are selected too. A folder that contains a skipped name is kept, and *notify* gets a message.
+    applied: root and name of each change applied earlier. With *applied* and *grants*, only left-out changes return.
+    Raises UsageError, and RefusedError for changes that are not allowed.
+    """
+    roots = changes.roots
+    if not changes.all_or_nothing:
+        roots = tuple(_with_left_out(root, grants, applied) for root in roots)
+        was_left_out = any(root.left_out for root in changes.roots)
+        if grants.any and was_left_out and not any(root.left_out for root in roots):
+            raise _nothing_allowed(changes, grants)
+    if only:
+        _require_used(only, changes.roots, "apply")
+        roots = tuple(_only(root, only) for root in roots)
+        refused = [(root.root, one) for root in below(changes, only).roots for one in root.refused]
+        if refused and not any(root.changes for root in roots):
+            raise _refused(refused, "See x07 diff, and give a flag for each reason", several_roots=True)
+    parts = [_without(root, skip, grants, notify, several_roots=changes.several_roots) for root in roots]
+    out = [(root.root, one.name) for root in changes.roots for one in root.left_out]
+    out += [(root.root, one.name) for root in changes.roots for one in root.refused]
+    unused = {word for word in skip if not any(covers(word, root, name) for root, name in out)}
+    if unused := unused.difference(*(used for _, used in parts)):
+        raise UsageError(f"cannot skip {min(unused)}", "no change has this name", "See x07 diff")
+    return replace(changes, roots=tuple(replace(root, left_out=()) for root, _ in parts))
+
+
+def _with_left_out(root: RootChanges, grants: Grants, applied: AbstractSet[tuple[str, str]] | None) -> RootChanges:
+    """Return *root* without refusals, and with those left-out changes added that *grants* allows."""
+    is_allowed, done = grants.is_allowed(root.root), applied or set()
+    more = applicable(root, lambda one: (root.root, one.name) in done or is_allowed(one)) if grants.any else ()
+    alone = applied is not None and grants.any
+    every = [*more] if alone else sorted((*root.changes, *more), key=lambda change: change.name)
+    changes = [change for change in every if not (alone and (root.root, change.name) in done)]
+    missing = root.missing and not (alone and root.changes)  # otherwise the folder exists by now
+    return replace(root, changes=tuple(changes), missing=missing, refused=(), left_out=more)
+
+
+def _only(root: RootChanges, words: Sequence[str]) -> RootChanges:
+    """Return *root* with those changes that *words* cover, and the changes that these need."""
+    named = {name for name in _names(root) if any(covers(word, root.root, name) for word in words)}
+    wanted = prerequisites(root.changes, named)
+    return replace(
+        root,
+        changes=tuple(change for change in root.changes if change.name in wanted),
+        refused=tuple(refusal for refusal in root.refused if refusal.name in wanted),
+    )
+
+
+def _names(root: RootChanges) -> set[str]:
+    return {change.name for change in root.changes} | {refusal.name for refusal in root.refused}
+
+
+def _nothing_allowed(changes: ChangeSet, grants: Grants) -> RefusedError:
+    """Return the error for flags that allow none of the changes left out."""
+    left = [
+        (root.root, refusal)
+        for root in changes.roots
+        for refusal in root.refused
+        if not grants.is_allowed(root.root)(refusal)
+    ]
+    return _refused(left, "See x07 diff, and give a flag for each reason", several_roots=changes.several_roots)
+
+
+def _refused(left: Sequence[tuple[str, Refused]], fix: str, *, several_roots: bool) -> RefusedError:
+    """Return the error for changes that are not allowed, given as pairs of a root and a refusal."""
+    lines = [f"{display_name(root, one.name, several_roots=several_roots)} ({one.why})" for root, one in left[:_LISTED]]
+    more = f", and {len(left) - _LISTED} more" if len(left) > _LISTED else ""
+    return RefusedError("cannot apply the changes", "; ".join(lines) + more, fix)
+
+
+def apply_selected(
+    saved: SavedChanges, selected: ChangeSet, done: AbstractSet[tuple[str, str]], on_wait: Callable[[str], None]
+) -> ChangeSet:
+    """Apply those of the *selected* changes that are not in *done*, as a step that can be undone. Return them.
+
+    done: root and name of each change applied earlier. If all are in *done*, they are compared with the host again.
+    """
+    rest = [
+        replace(
+            root,
+            changes=tuple(change for change in root.changes if (root.root, change.name) not in done),
+            missing=root.missing and not any(root.root == place for place, _ in done),
+        )
+        for root in selected.roots
+    ]
+    later = bool(done) and any(root.changes for root in rest)
+    part = replace(selected, roots=tuple(rest)) if later else selected
+    made = apply_saved(saved, part, on_wait, later=later)
+    return part if made.roots else made
+
+
+def _without(
+    root: RootChanges, skip: Sequence[str], grants: Grants, notify: Callable[[str], None], *, several_roots: bool
+) -> tuple[RootChanges, set[str]]:
+    """Return *root* without the skipped changes, and the entries of *skip* that matched a change."""
+    by_word = {word: {name for name in _names(root) if covers(word, root.root, name)} for word in skip}
+    skipped = set[str]().union(*by_word.values())
+    # Skipped files that exist stay, whether they were copied in or not, and so do the folders around these files.
+    staying = [change.name for change in root.changes if change.name in skipped and change.before is not None]
+    words = {word: parent_folders([word.rstrip("/").removeprefix(f"{root.root}/")]) for word in skip}
+    holding = parent_folders(staying).union(*words.values()) & _removed_folders(root) - skipped
+    is_allowed = grants.is_allowed(root.root)
+    left = [(root.root, one) for one in root.refused if one.name not in skipped | holding and not is_allowed(one)]
+    if left:
+        raise _refused(left, "Leave them out with --skip PATH", several_roots=several_roots)
+    for name in sorted(holding):
+        notify(f"kept because it contains skipped files: {display_name(root.root, name, several_roots=several_roots)}")
+    changes = [change for change in root.changes if change.name not in skipped | holding]
+    used = {word for word in skip if by_word[word] or words[word] & holding}
+    return replace(root, changes=tuple(changes), refused=()), used
+
+
+def _removed_folders(root: RootChanges) -> set[str]:
+    """Return the names of folders that are deleted or replaced by a file or a link."""
+    return {
+        change.name
+        for change in root.changes
+        if change.before is not None and change.before.kind == "folder"
+        if change.after is None or change.after.kind != "folder"
+    }
+
+
+def covers(word: str, root: str, name: str) -> bool:
+    """Whether *word*, a path or a pattern (fnmatch), matches *name* below *root*, or a folder above *name*.
+
+    A relative *word* starts in the root. The root's last part, or `.`, stands for the root itself.
+    """
+    path = path_of(root, name) if word.startswith("/") else name or posixpath.basename(root)
+    word = posixpath.normpath(word)
+    if word in {".", path} or path.startswith(f"{word}/"):
+        return True
+    return bool({"*", "?", "["} & set(word)) and any(
+        fnmatch.fnmatchcase(part, word) for part in (path, *parent_folders([path]))
+    )
+
+
+def below(changes: ChangeSet, paths: Sequence[str]) -> ChangeSet:
+    """Return those changes that *paths* cover (see `covers`); all changes if there are no paths. Raises UsageError."""
+
+    def some(root: RootChanges) -> RootChanges:
+        lists = {
+            key: tuple(one for one in getattr(root, key) if any(covers(word, root.root, one.name) for word in paths))
+            for key in ("changes", "left_out", "refused")
+        }
+        return replace(root, **lists)
+
+    _require_used(paths, changes.roots, "show")
+    return replace(changes, roots=tuple(map(some, changes.roots))) if paths else changes
+
+
+def _require_used(words: Iterable[str], roots: Sequence[RootChanges], verb: str) -> None:
+    """Raise UsageError if one of *words* covers no change and no refusal."""
+    names = {(root.root, name) for root in roots for name in (*_names(root), *(one.name for one in root.left_out))}
+    if unused := [word for word in words if not any(covers(word, root, name) for root, name in names)]:
+        raise UsageError(f"cannot {verb} {min(unused)}", "no change has this name", "See x07 diff")

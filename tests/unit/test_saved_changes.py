@@ -1,0 +1,211 @@
+"""`x07 diff`, `apply` and `undo`: the run that they take in a folder, and parts of its changes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from x07_sandbox.cli.main import main
+from x07_sandbox.errors import UsageError
+from x07_sandbox.files.changes import Change, ChangeSet, Node, RootChanges, encode
+from x07_sandbox.host.paths import private_dir
+from x07_sandbox.runs.folder import all_runs
+from x07_sandbox.runs.saved_changes import command, find_saved, is_here, undo_saved
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+FOLDER = Node(kind="folder", mode=0o755)
+
+
+@pytest.fixture(autouse=True)
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state folder of its own."""
+    monkeypatch.setenv("X07_VM_STATE_DIR", str(private_dir(tmp_path / "vm") / "jobs"))
+
+
+def saved_run(number: int, root: Path, *names: str, gone: tuple[str, ...] = ()) -> str:
+    """Save the changes of a run that made files, or folders (names that end with a slash), and removed *gone*."""
+    root.mkdir(exist_ok=True)
+    data, changes = b"", []
+    for name in names:
+        text = f"{name}\n".encode()
+        node = Node(kind="file", mode=0o644, size=len(text), sha256=hashlib.sha256(text).hexdigest(), at=len(data))
+        changes.append(Change(name=name.rstrip("/"), before=None, after=FOLDER if name.endswith("/") else node))
+        data += text
+    for name in gone:
+        (root / name).write_bytes(b"")
+        node = Node(kind="file", mode=(root / name).stat().st_mode & 0o777, sha256=hashlib.sha256().hexdigest())
+        changes.append(Change(name=name, before=node, after=None))
+    changes.sort(key=lambda change: change.name)
+    part = RootChanges(root=str(root), guest="/g", missing=False, changes=tuple(changes))
+    run = f"1700000000000-1-{number}"
+    place = private_dir(private_dir(all_runs() / run) / "changes")
+    (place / "data").write_bytes(data)
+    (place / "changes.json").write_bytes(encode(ChangeSet(run=run, roots=(part,), all_or_nothing=False)))
+    return run
+
+
+def there(root: Path) -> set[str]:
+    """All names below a root."""
+    return {str(path.relative_to(root)) for path in root.rglob("*")}
+
+
+def test_commands_take_the_latest_run_of_this_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a run, `x07 apply` and `x07 undo` take the latest run that changed this folder, and name the folder."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    saved_run(1, one, "a")
+    saved_run(2, other, "b")
+    for root in (one, other):
+        monkeypatch.chdir(root)
+        assert main(["apply"]) == 0
+    monkeypatch.chdir(one)
+    capsys.readouterr()
+    assert main(["undo"]) == 0
+    assert f"x07: 1 added in {one}: reverted; apply again with x07 apply" in capsys.readouterr().err
+    assert (there(one), there(other)) == (set(), {"b"})
+
+
+def test_undo_takes_the_latest_run_that_is_applied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a run, `x07 undo` passes over runs of this folder whose changes are not applied."""
+    run = saved_run(1, tmp_path / "one", "a")
+    later = saved_run(2, tmp_path / "one", "b")
+    monkeypatch.chdir(tmp_path / "one")
+    assert main(["apply", run]) == 0
+    assert find_saved(None).run == later
+    assert find_saved(None, "undo").run == run
+    assert main(["undo"]) == 0
+    unapplied = find_saved(None, "undo")
+    with pytest.raises(UsageError, match="they are not applied"):
+        undo_saved(unapplied, lambda _path: None)
+
+
+def test_elsewhere_a_run_needs_its_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a folder that no run changed, the error names the newest runs and their folders, and its command works."""
+    runs = [saved_run(number, tmp_path / f"d{number}", "a") for number in range(5)]
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    for verb in ("diff", "apply", "undo"):
+        assert main([verb]) == 2
+        printed = capsys.readouterr().err
+        named = "; ".join(f"{runs[number]} in {tmp_path}/d{number}" for number in (4, 3, 2))
+        assert f"Runs elsewhere: {named}, and 2 earlier runs. " in printed
+        assert printed.endswith(f"Give the id of the run: x07 {verb} {runs[4]}\n")
+    assert main(["apply", runs[4]]) == 0
+    printed = capsys.readouterr().err
+    assert printed == f"x07: 1 added in {tmp_path}/d4: applied; revert with x07 undo {runs[4]}\n"
+    assert main(shlex.split(printed.rpartition("x07 ")[2])) == 0
+    assert there(tmp_path / "d4") == set()
+
+
+def test_which_runs_belong_to_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run belongs to its folders, and to those in and around them, also through links; none belongs to `/`."""
+    root = tmp_path / "root"
+    (root / "sub").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(root)
+    (tmp_path / "root2").mkdir()
+    found = {}
+    for name in ("", "root", "root/sub", "link", "link/sub", "root2", "/"):
+        monkeypatch.chdir(tmp_path / name)
+        found[name] = is_here([str(root)]), is_here([str(tmp_path / "link")])
+    assert found == {
+        **dict.fromkeys(("", "root", "root/sub", "link", "link/sub"), (True, True)),
+        **dict.fromkeys(("root2", "/"), (False, False)),
+    }
+    (root / "gone").mkdir()
+    monkeypatch.chdir(root / "gone")
+    (root / "gone").rmdir()
+    assert not is_here([str(root)])
+    assert command("undo", "1-1-1", [str(root)]) == "x07 undo 1-1-1"
+    monkeypatch.chdir(root)
+    assert command("undo", "1-1-1", [str(root)]) == "x07 undo"
+
+
+def test_a_part_is_applied_and_the_rest_stays_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`x07 apply --only` applies names and patterns with their new folders; the rest follows later; each is undone."""
+    root = tmp_path / "root"
+    saved_run(1, root, "a.py", "new/", "new/b.py", "new/c.txt", "d.txt", gone=("old",))
+    monkeypatch.chdir(root)
+    assert main(["apply", "--only", "new/b.py"]) == 0
+    printed = capsys.readouterr().err
+    assert f"x07: 2 added in {root}: applied; revert with x07 undo\n" in printed
+    assert printed.endswith("x07: 4 more saved; apply with x07 apply\n")
+    assert there(root) == {"new", "new/b.py", "old"}
+    assert main(["apply", "--only", "*.txt", "--only", str(root / "new")]) == 0
+    assert there(root) == {"new", "new/b.py", "new/c.txt", "d.txt", "old"}
+    (root / "a.py").write_text("mine")
+    assert main(["apply"]) == 125
+    (root / "a.py").unlink()
+    assert main(["apply"]) == 0
+    assert there(root) == {"new", "new/b.py", "new/c.txt", "d.txt", "a.py"}
+    capsys.readouterr()
+    assert main(["apply"]) == 0
+    assert capsys.readouterr().err == f"x07: already applied in {root}\n"
+    for left in ({"new", "new/b.py", "new/c.txt", "d.txt", "old"}, {"new", "new/b.py", "old"}, {"old"}):
+        assert main(["undo"]) == 0
+        assert there(root) == left
+    assert main(["apply", "--only", "missing"]) == 2
+    assert "cannot apply missing: no change has this name" in capsys.readouterr().err
+
+
+def test_diff_of_some_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`x07 diff` shows only the given paths, and with --stat one line for each file or new folder."""
+    root = tmp_path / "root"
+    names = [f"new/{number}" for number in range(300)]
+    run = saved_run(1, root, "a.py", "new/", *names, "with\nbreak", gone=("old",))
+    monkeypatch.chdir(root)
+    assert main(["diff", "--stat"]) == 0
+    size = sum(len(name) + 1 for name in names)
+    assert capsys.readouterr().out.splitlines() == [
+        f"# in {root}",
+        "added: a.py (+1 -0)",
+        f"added: new (300 files, {size} bytes)",
+        "deleted: old (0 bytes)",
+        'added: "with\\nbreak" (+2 -0)',
+    ]
+    for words in (["a.py", "old"], [run, "./a.py", "ol*"], ["--json", "[ao]*"]):
+        assert main(["diff", *words]) == 0
+        out = capsys.readouterr().out
+        if "--json" in words:
+            assert [change["name"] for change in json.loads(out)["roots"][0]["changes"]] == ["a.py", "old"]
+        else:
+            assert [line for line in out.splitlines() if line.startswith("diff")] == [
+                "diff --git a/old b/old",
+                "diff --git a/a.py b/a.py",
+            ]
+    assert main(["diff", "none"]) == 2
+
+
+def test_a_long_diff_stops_on_a_terminal(tmp_path: Path) -> None:
+    """On a terminal, `x07 diff` stops after some thousand lines, and names the summary."""
+    root = tmp_path / "root"
+    saved_run(1, root, *(f"name {number:050}" for number in range(2000)))
+    ends = os.openpty()
+    argv = [sys.executable, "-m", "x07_sandbox.cli.main", "diff"]
+    proc = subprocess.Popen(argv, cwd=root, stdout=ends[1], stderr=subprocess.PIPE, text=True)
+    os.close(ends[1])
+    lines = 0
+    try:
+        while data := os.read(ends[0], 1 << 16):
+            lines += data.count(b"\n")
+    except OSError:  # the other end is closed
+        pass
+    os.close(ends[0])
+    said = proc.communicate(timeout=60)[1]
+    assert 2000 < lines < 6000
+    assert said == f"x07: stopped after {lines} lines; for a summary: x07 diff --stat; for all lines: x07 diff | less\n"
