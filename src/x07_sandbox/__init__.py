@@ -10,11 +10,13 @@ Functions; `help(x07_sandbox.run_program)` has all arguments:
     exec_command        run a command of the guest image
     exec_command_async  the same for asyncio
     load_policy         read a policy from a file or a template
+    diff, apply, undo   show, apply and revert the changes of a run
 
 Classes and types:
     Pool                an executor that runs many programs in warm VMs
     Result              how a run ended, what it printed and changed
     Output              one output stream of a result
+    Diff                what a run changed, with a patch
     Outcome             the words that Result.outcome can be
     Policy, Limits      what a program may touch and use up
     SandboxError        the base of all errors
@@ -30,6 +32,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from x07_sandbox.errors import SandboxError
     from x07_sandbox.host.version import __version__
+    from x07_sandbox.library.changes import Diff, apply, diff, undo
     from x07_sandbox.library.pool import Pool
     from x07_sandbox.library.run import (
         exec_command,
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
     from x07_sandbox.runs.result import Outcome, Output, Result
 
 __all__ = [
+    "Diff",
     "Limits",
     "Outcome",
     "Output",
@@ -50,16 +54,20 @@ __all__ = [
     "Result",
     "SandboxError",
     "__version__",
+    "apply",
+    "diff",
     "exec_command",
     "exec_command_async",
     "load_policy",
     "run_program",
     "run_program_async",
+    "undo",
 ]
 
 _NAMES_BY_MODULE = {
     "errors": ("SandboxError",),
     "host.version": ("__version__",),
+    "library.changes": ("Diff", "apply", "diff", "undo"),
     "library.pool": ("Pool",),
     "library.run": ("exec_command", "exec_command_async", "load_policy", "run_program", "run_program_async"),
     "policy.model": ("Limits", "Policy"),

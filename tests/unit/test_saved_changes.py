@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+import x07_sandbox
 from x07_sandbox.cli.main import main
 from x07_sandbox.errors import UsageError
 from x07_sandbox.files.changes import Change, ChangeSet, Node, RootChanges, encode
@@ -209,3 +210,25 @@ def test_a_long_diff_stops_on_a_terminal(tmp_path: Path) -> None:
     said = proc.communicate(timeout=60)[1]
     assert 2000 < lines < 6000
     assert said == f"x07: stopped after {lines} lines; for a summary: x07 diff --stat; for all lines: x07 diff | less\n"
+
+
+def test_the_library_shows_applies_and_reverts_parts(tmp_path: Path) -> None:
+    """`diff`, `apply` and `undo` of the library return the changes of a run, and errors name keyword arguments."""
+    root = tmp_path / "root"
+    run = saved_run(1, root, "a.py", "new/", "new/b.py")
+    shown = x07_sandbox.diff(run, ["*.py"])
+    assert (shown.changes.state, [one.name for one in shown.changes.names]) == ("kept", ["a.py", "new/b.py"])
+    assert shown.patch.count(b"\ndiff --git") == 2
+    done = x07_sandbox.apply(run, only=["new"], skip=["new/b.py"])
+    assert (done.state, [one.name for one in done.names], there(root)) == ("applied", ["new"], {"new"})
+    assert x07_sandbox.apply(run).added == 2
+    assert x07_sandbox.apply(run).added == 0
+    undone = x07_sandbox.undo(run)
+    assert (undone.state, undone.added, there(root)) == ("kept", 2, {"new"})
+    assert x07_sandbox.diff(run).changes.state == "applied"
+    with pytest.raises(x07_sandbox.SandboxError, match="cannot apply missing: no change has this name"):
+        x07_sandbox.apply(run, only=["missing"])
+    with pytest.raises(x07_sandbox.SandboxError, match="only is not a list of names"):
+        x07_sandbox.apply(run, only="new")
+    with pytest.raises(x07_sandbox.SandboxError, match="its id is empty"):
+        x07_sandbox.undo("")

@@ -102,7 +102,7 @@ def _apply(options: argparse.Namespace) -> int:
     before = kept.done()
     applied = before if kept.applied else None
     changes = select_changes(kept.changes, options.skip, grants, only=options.only, applied=applied, notify=say)
-    done = apply_selected(kept, changes, before, _say_waiting)
+    done = apply_selected(kept, changes, _say_waiting)
     if document_wanted(options) and deliver(changes_json(done), options):
         return 0
     before |= {(root.root, one.name) for root in changes.roots for one in root.changes}

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 KEYWORDS: Final = {
     "--allow-hidden": "allow_hidden",
+    "--allow-protected": "allow_protected",
     "--allow-symlinks": "allow_symlinks",
     "--build-timeout": "build_timeout_s",
     "--ca": "ca",
@@ -23,8 +24,10 @@ KEYWORDS: Final = {
     "--memory": "memory",
     "--out": "out",
     "--policy": "policy",
+    "--only": "only",
     "--procs": "procs",
     "--sandbox-backend vm": "X07_SANDBOX_BACKEND=vm",
+    "--skip": "skip",
     "--timeout": "timeout_s",
     "--toolchain": "toolchain",
     "--workdir": "workdir",

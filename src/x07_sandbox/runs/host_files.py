@@ -35,7 +35,8 @@ from x07_sandbox.programs.toolchains import PROJECT_FOLDER
 from x07_sandbox.runs.folder import runs_dir
 from x07_sandbox.runs.refusals import apply_command, denial, denials_and_entries, flag_for
 from x07_sandbox.runs.request import ProjectPolicy, is_built_in
-from x07_sandbox.runs.result import ChangedName, Changes
+from x07_sandbox.runs.result import Changes
+from x07_sandbox.runs.saved_changes import summarize
 from x07_sandbox.runs.streams import ROOM, InFile
 from x07_sandbox.runs.workdir import workdir_root, working_folder
 
@@ -52,7 +53,6 @@ if TYPE_CHECKING:
     from x07_sandbox.runs.result import LeftOutEntry
 
 _T = TypeVar("_T")
-_NAMES_MAX: Final = 1000  # in a result, deletions excepted; all names are in the run's folder
 _DENIALS_MAX: Final = 100
 _LETS_IN: Final[dict[Reason, str]] = {"hidden": "--allow-hidden", "link": "--allow-symlinks"}
 _LINKS_MAX: Final = 40  # path_resolution(7): the kernel follows no more
@@ -175,15 +175,15 @@ class HostFiles:
         denials, entries = denials_and_entries(changes, built_in=self._built_in)
         denials = denials[:_DENIALS_MAX]
         if changes.all_or_nothing and any(root.refused for root in changes.roots):
-            return _summarize(changes, "kept", _why_saved(changes)), denials, ""
+            return summarize(changes, "kept", _why_saved(changes)), denials, ""
         settled, warning = self._apply(changes, ended_well=ended_well)
         return _with_left_out(settled, changes, entries), denials, warning
 
     def _apply(self, changes: ChangeSet, *, ended_well: bool) -> tuple[Changes, str]:
         if not ended_well:
-            return _summarize(changes, "kept", "the program did not end by itself"), ""
+            return summarize(changes, "kept", "the program did not end by itself"), ""
         if self._request.changes == "keep" or not any(root.changes for root in changes.roots):
-            return _summarize(changes, "kept", ""), ""
+            return summarize(changes, "kept", ""), ""
         from x07_sandbox.files.apply import ConflictError
         from x07_sandbox.runs.saved_changes import SavedChanges, apply_saved
 
@@ -193,10 +193,10 @@ class HostFiles:
                 saved, changes, lambda path: self._request.progress(f"waiting: another command is changing {path}")
             )
         except ConflictError as exc:
-            return _summarize(changes, "conflict", exc.why), ""
+            return summarize(changes, "conflict", exc.why), ""
         except HostError as exc:
-            return _summarize(changes, "kept", f"{exc.what}: {exc.why}"), str(exc)
-        return _summarize(changes, "applied", ""), ""
+            return summarize(changes, "kept", f"{exc.what}: {exc.why}"), str(exc)
+        return summarize(changes, "applied", ""), ""
 
     def _checked(self, incoming: Incoming) -> ChangeSet:
         fs = self._policy.fs
@@ -336,18 +336,6 @@ def _with_left_out(settled: Changes, changes: ChangeSet, entries: tuple[LeftOutE
     return msgspec.structs.replace(
         settled, left_out=len(names), left_out_entries=entries, apply_left_out=apply_command(changes.run, entries)
     )
-
-
-def _summarize(changes: ChangeSet, state: Any, reason: str) -> Changes:  # noqa: ANN401 - Changes knows its states
-    every = [(root.root, change) for root in changes.roots for change in root.changes]
-    every.sort(key=lambda one: one[1].action != "deleted")
-    deletions = sum(change.action == "deleted" for _, change in every)
-    names = tuple(
-        ChangedName(root=printable(root), name=printable(change.name), action=change.action)
-        for root, change in every[: max(_NAMES_MAX, deletions)]
-    )
-    added, changed, deleted = map(changes.count, ("added", "changed", "deleted"))
-    return Changes(state=state, reason=reason, names=names, added=added, changed=changed, deleted=deleted)
 
 
 def _why_saved(changes: ChangeSet) -> str:

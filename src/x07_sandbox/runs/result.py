@@ -144,6 +144,9 @@ class LeftOutEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     take: str
 
 
+ChangesState = Literal["none", "applied", "kept", "conflict", "discarded"]
+
+
 class Changes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What happened to the program's changes to folders.
 
@@ -156,7 +159,7 @@ class Changes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     apply_left_out: the command that applies those left-out changes that can be applied.
     """
 
-    state: Literal["none", "applied", "kept", "conflict", "discarded"] = "none"
+    state: ChangesState = "none"
     reason: str = ""
     added: int = 0
     changed: int = 0

@@ -16,6 +16,7 @@ from x07_sandbox.host.locks import is_locked, lock_fd_held, lock_for_removal
 from x07_sandbox.host.paths import private_dir, read_bounded, state_dir
 from x07_sandbox.plan.guest_paths import is_below
 from x07_sandbox.runs.folder import APPLYING, RUN_NAME, all_runs, find_run, runs_dir, runs_with
+from x07_sandbox.runs.result import ChangedName, Changes, ChangesState
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -29,6 +30,7 @@ _FIX: Final = "To let a program change a folder: x07 run --workdir DIR ..."
 _RUN_AGAIN: Final = "Run the program again"
 _CHANGES_MAX: Final = 1 << 30
 _LISTED: Final = 3
+_NAMES_MAX: Final = 1000  # in a result, deletions excepted; all names are in the run's folder
 
 
 class SavedChanges(NamedTuple):
@@ -115,6 +117,23 @@ def folder_names(changes: ChangeSet) -> str:
     names = [printable(root.root) for root in changes.roots if root.changes or root.left_out or root.refused]
     more = f" and {len(names) - _LISTED} more folders" if len(names) > _LISTED else ""
     return f"{', '.join(names[:_LISTED])}{more}"
+
+
+def summarize(
+    changes: ChangeSet, state: ChangesState, reason: str = "", *, names_max: int | None = _NAMES_MAX
+) -> Changes:
+    """Return a summary of *changes* for a result. names_max: limit of the names, deletions excepted."""
+    from x07_sandbox.files.changes import printable
+
+    every = [(root.root, change) for root in changes.roots for change in root.changes]
+    every.sort(key=lambda one: one[1].action != "deleted")
+    deletions = sum(change.action == "deleted" for _, change in every)
+    names = tuple(
+        ChangedName(root=printable(root), name=printable(change.name), action=change.action)
+        for root, change in every[: None if names_max is None else max(names_max, deletions)]
+    )
+    added, changed, deleted = map(changes.count, ("added", "changed", "deleted"))
+    return Changes(state=state, reason=reason, names=names, added=added, changed=changed, deleted=deleted)
 
 
 def _read(path: Path) -> SavedChanges:

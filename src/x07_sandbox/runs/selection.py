@@ -131,13 +131,9 @@ def _refused(left: Sequence[tuple[str, Refused]], fix: str, *, several_roots: bo
     return RefusedError("cannot apply the changes", "; ".join(lines) + more, fix)
 
 
-def apply_selected(
-    saved: SavedChanges, selected: ChangeSet, done: AbstractSet[tuple[str, str]], on_wait: Callable[[str], None]
-) -> ChangeSet:
-    """Apply those of the *selected* changes that are not in *done*, as a step that can be undone. Return them.
-
-    done: root and name of each change applied earlier. If all are in *done*, they are compared with the host again.
-    """
+def apply_selected(saved: SavedChanges, selected: ChangeSet, on_wait: Callable[[str], None]) -> ChangeSet:
+    """Apply those of the *selected* changes that are not applied yet, as a step that can be undone. Return them."""
+    done = saved.done()
     rest = [
         replace(
             root,

@@ -1,0 +1,90 @@
+"""Functions that show, apply and revert the changes of a run."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from x07_sandbox.errors import SandboxError, UsageError
+from x07_sandbox.library.keyword_names import reword
+from x07_sandbox.runs.patches import include_applied, patch_chunks
+from x07_sandbox.runs.result import Changes, Result
+from x07_sandbox.runs.saved_changes import find_saved, summarize, undo_saved
+from x07_sandbox.runs.selection import Grants, apply_selected, below, select_changes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from x07_sandbox.runs.saved_changes import SavedChanges
+
+
+class Diff(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a run changed. patch: all changes in git's format, also those left out, as `x07 diff` prints them."""
+
+    changes: Changes
+    patch: bytes
+
+
+def diff(run: str | Result, paths: Sequence[str] = ()) -> Diff:
+    """Return what a run changed. run: its result, or its id.
+
+    paths: names or patterns, absolute or relative to a folder granted to the run: show these and what is below them.
+    Raises SandboxError.
+    """
+    with _saved(run, paths=paths) as saved:
+        found = include_applied(saved)
+        found = found._replace(changes=below(found.changes, paths))
+        changes = summarize(found.changes, "applied" if saved.undos else "kept", names_max=None)
+        left_out = sum(len(root.left_out) for root in found.changes.roots)
+        return Diff(changes=msgspec.structs.replace(changes, left_out=left_out), patch=b"".join(patch_chunks(found)))
+
+
+def apply(
+    run: str | Result,
+    *,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    allow_protected: Sequence[str] = (),
+    allow_hidden: bool = False,
+    allow_symlinks: bool = False,
+) -> Changes:
+    """Apply saved changes of a run, all or none of those selected. Return the changes that were applied now.
+
+    only, skip: names or patterns, as for `diff`. Changes that are not applied stay saved, and can be applied later.
+    allow_protected: patterns of protected names. allow_hidden, allow_symlinks: whether to apply left-out hidden files
+    and symbolic links. Raises SandboxError, for example if files on the host changed since the run copied them.
+    """
+    with _saved(run, only=only, skip=skip, allow_protected=allow_protected) as saved:
+        flags = {"--allow-hidden": allow_hidden, "--allow-symlinks": allow_symlinks}
+        grants = Grants(protected=tuple(allow_protected), flags=frozenset(flag for flag in flags if flags[flag]))
+        changes = select_changes(
+            saved.changes, skip, grants, only=only, applied=saved.done() if saved.applied else None
+        )
+        return summarize(apply_selected(saved, changes, lambda _path: None), "applied", names_max=None)
+
+
+def undo(run: str | Result) -> Changes:
+    """Revert the changes of a run that were applied last, all or none. Return the changes that were reverted.
+
+    Raises SandboxError, for example if files were changed after the changes had been applied.
+    """
+    with _saved(run) as saved:
+        return summarize(undo_saved(saved, lambda _path: None), "kept", names_max=None)
+
+
+@contextlib.contextmanager
+def _saved(run: str | Result, **lists: Sequence[str]) -> Iterator[SavedChanges]:
+    """Yield the saved changes of a run. Check the arguments that are lists. Errors name keywords instead of flags."""
+    for name, words in lists.items():
+        if isinstance(words, str | bytes) or not all(isinstance(word, str) and word for word in words):
+            raise UsageError("cannot select changes", f"{name} is not a list of names", 'Pass a list, such as ["src"]')
+    name = run.run if isinstance(run, Result) else str(run)
+    if not name:
+        raise UsageError("cannot find a run", "its id is empty", "Pass the result of the run")
+    try:
+        yield find_saved(name)
+    except SandboxError as exc:
+        reword(exc)
+        raise
