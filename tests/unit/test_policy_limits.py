@@ -138,12 +138,21 @@ def test_flags_become_limits() -> None:
     assert flags("--memory", "1G", "--cpu-time", "2.5") == {"limits": LimitChanges(mem_bytes=GIB, cpu_ms=2500)}
     words = ("--timeout", "0.0001", "--procs", "0", "--fds", "12")
     assert flags(*words) == {"limits": LimitChanges(wall_ms=1, procs=0, fds=12)}
+    assert flags("--max-file-size", "1G") == {"limits": LimitChanges(file_bytes=GIB)}
     assert flags("--build-timeout", "900", "--scale-limits") == {"build_wall_ms": 900_000, "scale_limits": True}
 
 
 @pytest.mark.parametrize(
     "words",
-    [("--memory", "lots"), ("--memory", "1K"), ("--memory", "17G"), ("--procs", "1025"), ("--build-timeout", "3601")],
+    [
+        ("--memory", "lots"),
+        ("--memory", "1K"),
+        ("--memory", "17G"),
+        ("--procs", "1025"),
+        ("--max-file-size", "0"),
+        ("--max-file-size", "4G"),
+        ("--build-timeout", "3601"),
+    ],
 )
 def test_a_flag_out_of_range_is_refused(words: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     """A flag out of range is a usage error."""
@@ -156,3 +165,14 @@ def test_templates_can_be_raised_too() -> None:
     """The limits of every template can be raised."""
     for name in TEMPLATES:
         assert effective_policy(f"built-in:{name}", **RAISED.given()).policy.limits.mem_bytes == GIB
+
+
+def test_the_size_of_files_follows_the_flag() -> None:
+    """--max-file-size sets both limits of files, and raises only those of a built-in policy."""
+    made = effective_policy(None, file_bytes=GIB).policy.fs
+    assert (made.max_read_bytes, made.max_write_bytes) == (GIB, GIB)
+    fs = replace(default_policy().fs, max_read_bytes=0, max_write_bytes=2 << 20)
+    own = replace(default_policy(), fs=fs)
+    assert effective_policy(own, file_bytes=1 << 20).policy.fs.max_read_bytes == 1 << 20
+    with pytest.raises(UsageError, match=r"at most 2M \(fs.max_write_bytes\). Set fs.max_write_bytes to 3145728 in"):
+        effective_policy(own, file_bytes=3 << 20)

@@ -25,6 +25,7 @@ from tests.unit.test_refused_lines import result
 from x07_sandbox.channel.frames import Stream
 from x07_sandbox.channel.trees import Entry, Kind, Reader
 from x07_sandbox.cli.changes_text import change_lines, changes_json, print_bytes, say_changes
+from x07_sandbox.cli.denials_text import denial_lines
 from x07_sandbox.cli.main import main
 from x07_sandbox.cli.run_outputs import write_diff
 from x07_sandbox.errors import BackendError, HostError, RefusedError, SandboxError, UsageError
@@ -338,6 +339,23 @@ def test_a_root_that_is_the_policy_is_protected(run: Run) -> None:
 def messages(changes: Changes, denials: list[Denial]) -> list[str]:
     """The printed lines."""
     return change_lines(msgspec.structs.replace(result(), run=RUN, changes=changes, denials=tuple(denials)))
+
+
+def test_large_files_are_named_also_after_a_success(run: Run) -> None:
+    """Files that are too large to be copied are named, largest first, with the limit and a flag that allows all."""
+    for number in range(7):
+        (run.root / f"f{number}").touch()
+        os.truncate(run.root / f"f{number}", (number + 1) << 20)
+    words = {"changes": "discard", "named": "built-in:default"}
+    run.files({"max_read_bytes": 1 << 20}, **words)
+    (line,) = denial_lines(msgspec.structs.replace(result(), denials=run.draft.denials))
+    assert line == (
+        "denied: copying f6, f5, f4, f3, f2 and 1 more into the VM (larger than 1M, fs.max_read_bytes). "
+        "To allow it, use --max-file-size 7M"
+    )
+    place = str(run.root / "f6")
+    with pytest.raises(UsageError, match=r"larger than 1M, fs.max_read_bytes\. Omit .* or use --max-file-size 7M"):
+        run.files({"max_read_bytes": 1 << 20, "read_roots": (place,), "write_roots": ()}, **words)
 
 
 def test_a_root_in_a_repository_is_protected(run: Run) -> None:

@@ -73,11 +73,18 @@ def result(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
 
 
 def test_a_command_of_the_image_runs_in_a_copy_of_a_folder(project: Path, state: Path) -> None:
-    """`x07 exec --workdir . -- make` works on a copy, and its changes are applied and can be undone."""
-    done = x07(project, "exec", "--workdir", ".", "--", "make", "test", "all")
+    """`x07 exec --workdir . -- make` works on a copy, its changes can be undone, and too large files are named."""
+    (project / "big.bin").write_bytes(bytes(2000))
+    script = "make test all && test ! -e big.bin && head -c 3000 /dev/zero > new.bin"
+    done = x07(project, "exec", "--workdir", ".", "--max-file-size", "1K", "--", "sh", "-c", script)
     assert done.returncode == 0, done.stderr
     assert f"{WORK}\n" in done.stdout
     assert "1 added: applied" in done.stderr
+    for start in (
+        "denied: copying big.bin into the VM (larger than 1K, fs.max_read_bytes)",
+        "left out: new.bin (larger than 1K, fs.max_write_bytes)",
+    ):
+        assert f"x07: {start}. To allow it, use --max-file-size 1M\n" in done.stderr
     assert (project / "out.txt").read_text() == "data\n"
     assert x07(project, "undo").returncode == 0
     assert not (project / "out.txt").exists()

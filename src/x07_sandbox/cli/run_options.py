@@ -63,7 +63,6 @@ RARE = frozenset(
         *("--report-out", "--quiet-json", "--json=full", "--raw", "--compiled-out"),
     }
 )
-_NO_LIMITS = (None, None, None, None, None)
 X07_LIMITS = ("--solve-fuel", "--max-memory-bytes", "--cpu-time-limit-seconds")
 X07_OPTIONS = frozenset(
     {
@@ -167,8 +166,10 @@ def add_limits(to: argparse._ActionsContainer, *, of_policy: bool = False, built
     option(to, "--procs", "N", procs, type=whole_number(0, 1024, "processes"))
     option(to, "--fds", "N", "limit of open files per process", type=whole_number(0, 1024, "open files"))
     if of_policy:
-        to.set_defaults(build_timeout=None, scale_limits=False)
+        to.set_defaults(build_timeout=None, scale_limits=False, max_file_size=None)
         return
+    doc = "copy no larger file, into the VM or back (default: 256M; at most 4095M)"
+    option(to, "--max-file-size", "SIZE", doc, type=file_size)
     if built:
         build = "limit of elapsed time of the build in seconds (default: 300)"
         option(to, "--build-timeout", "S", build, type=seconds(settings.BUILD_S_MAX))
@@ -178,16 +179,18 @@ def add_limits(to: argparse._ActionsContainer, *, of_policy: bool = False, built
 def limits_of(options: argparse.Namespace) -> dict[str, Any]:
     """Return the fields of RunRequest that the flags of `add_limits` set."""
     given: dict[str, Any] = {}
-    if (options.memory, options.cpu_time, options.timeout, options.procs, options.fds) != _NO_LIMITS:
+    limits = {
+        "mem_bytes": options.memory,
+        "cpu_ms": _milliseconds(options.cpu_time),
+        "wall_ms": _milliseconds(options.timeout),
+        "procs": options.procs,
+        "fds": options.fds,
+        "file_bytes": options.max_file_size,
+    }
+    if any(value is not None for value in limits.values()):
         from x07_sandbox.policy.limits import LimitChanges
 
-        given["limits"] = LimitChanges(
-            mem_bytes=options.memory,
-            cpu_ms=_milliseconds(options.cpu_time),
-            wall_ms=_milliseconds(options.timeout),
-            procs=options.procs,
-            fds=options.fds,
-        )
+        given["limits"] = LimitChanges(**limits)
     if options.build_timeout is not None:
         given["build_wall_ms"] = _milliseconds(options.build_timeout)
     if options.scale_limits:
@@ -195,14 +198,19 @@ def limits_of(options: argparse.Namespace) -> dict[str, Any]:
     return given
 
 
-def memory_size(text: str) -> int:
-    """Option type: a size in bytes, such as 512M or 1G."""
+def memory_size(text: str, field: str = "mem_bytes") -> int:
+    """Option type: a size in bytes, such as 512M or 1G. field: the limit that it sets."""
     from x07_sandbox.policy.limits import parse_size, range_fault
 
     fault = "is not a size; write a number of bytes, or a number with K, M or G, such as 512M"
-    if (size := parse_size(text)) is None or (fault := range_fault("mem_bytes", size)):
+    if (size := parse_size(text)) is None or (fault := range_fault(field, size)):
         raise argparse.ArgumentTypeError(f"{text!r} {fault}")
     return size
+
+
+def file_size(text: str) -> int:
+    """Option type: the size of a file in bytes, such as 1G."""
+    return memory_size(text, "file_bytes")
 
 
 def _milliseconds(value_s: float | None) -> int | None:

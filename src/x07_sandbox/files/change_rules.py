@@ -14,6 +14,7 @@ from x07_sandbox.files.changes import STAGING, Change, Node, Refused, parent_fol
 from x07_sandbox.files.copy import DEPTH_MAX, FIELDS, NUMBER_MAX, link_stays_inside, value_for, why_left_out
 from x07_sandbox.files.dependencies import renames, with_dependents
 from x07_sandbox.files.link_targets import OUT, Links
+from x07_sandbox.policy.limits import size_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -238,7 +239,8 @@ def _by_kind(change: Change, bounds: Bounds) -> Iterator[Refused]:
         yield Refused(name=name, rule="kind", why="its owner could not read the file, so undo would fail")
     if node.kind == "file" and node.size > bounds.write_bytes:
         value = node.size if node.size <= NUMBER_MAX else None
-        yield Refused(name=name, rule="fs.max_write_bytes", why="larger than fs.max_write_bytes", value=value)
+        why = f"larger than {size_text(bounds.write_bytes)}, fs.max_write_bytes"
+        yield Refused(name=name, rule="fs.max_write_bytes", why=why, value=value)
 
 
 def _by_path(change: Change, links: Links, skipped: Mapping[str, Skipped], bounds: Bounds) -> Iterator[Refused]:

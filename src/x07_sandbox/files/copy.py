@@ -28,6 +28,7 @@ from x07_sandbox.files.contents import add_zeros
 from x07_sandbox.files.roots import Mount
 from x07_sandbox.host import beneath, settings
 from x07_sandbox.plan.guest_paths import is_below
+from x07_sandbox.policy.limits import FILE_BYTES, flag_for_file, size_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -37,9 +38,7 @@ if TYPE_CHECKING:
     from x07_sandbox.files.roots import Tree
     from x07_sandbox.policy.model import Policy
 
-# x07's own limits, used if the policy has 0.
-READ_BYTES: Final = 16 << 20
-WRITE_BYTES: Final = 16 << 20
+# x07's own limits, used if the policy has 0, as FILE_BYTES is.
 ENTRIES: Final = 10_000
 DEPTH: Final = 64
 DEPTH_MAX: Final = 256  # one open folder each
@@ -90,8 +89,8 @@ def bounds_of(policy: Policy, hide: Sequence[str] = (), reveal: Sequence[str] = 
     return Bounds(
         deny_hidden=fs.deny_hidden,
         allow_symlinks=fs.allow_symlinks,
-        read_bytes=fs.max_read_bytes or READ_BYTES,
-        write_bytes=fs.max_write_bytes or WRITE_BYTES,
+        read_bytes=fs.max_read_bytes or FILE_BYTES,
+        write_bytes=fs.max_write_bytes or FILE_BYTES,
         entries=fs.max_entries or ENTRIES,
         depth=min(fs.max_depth or DEPTH, DEPTH_MAX),
         hide=tuple(hide),
@@ -102,15 +101,19 @@ def bounds_of(policy: Policy, hide: Sequence[str] = (), reveal: Sequence[str] = 
 class LeftOut(msgspec.Struct):
     """The entries that were left out for one reason.
 
-    names: the first few names.
-    most: the size of the largest entry in bytes, or the number of parts in the deepest path.
+    largest: the first few entries: the size in bytes, or the number of parts of the path, or 0; and the name. Those
+    with the largest numbers come first.
     links: whether one entry is a folder that contains symbolic links, such as node_modules/.bin.
     """
 
     count: int = 0
-    names: list[str] = msgspec.field(default_factory=list)
-    most: int = 0
+    largest: list[tuple[int, str]] = msgspec.field(default_factory=list)
     links: bool = False
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the first few entries."""
+        return [name for _, name in self.largest]
 
 
 class Skipped(msgspec.Struct, frozen=True):
@@ -399,7 +402,8 @@ class _Walk:
         if self._tree.only:
             why = why_left_out(reason, self._bounds)
             what = f"cannot copy {self._tree.host}/{name} into the VM"
-            error = UsageError(what, why, "Omit this file, or see docs/reference/policy.md")
+            larger = f"use {flag_for_file(size)}" if reason == "large" and size <= NUMBER_MAX else ""
+            error = UsageError(what, why, f"Omit this file, or {larger or 'see docs/reference/policy.md'}")
             raise error.caused_by(FIELDS[reason], value_for(reason, size, self._bounds))
         if self._is_written(name):
             self.copied.skipped[name] = Skipped(reason, size)
@@ -407,9 +411,7 @@ class _Walk:
             return  # it is copied separately
         left = self.copied.left_out.setdefault(reason, LeftOut())
         left.count += 1
-        left.most = max(left.most, size)
-        if len(left.names) < _NAMES_MAX:
-            left.names.append(name)
+        left.largest = sorted([*left.largest, (size, name)], key=lambda one: -one[0])[:_NAMES_MAX]
 
 
 _WORDS: Final[dict[Reason, str]] = {
@@ -418,7 +420,6 @@ _WORDS: Final[dict[Reason, str]] = {
     "secret": "looks like a secret",
     "link": "symbolic link, fs.allow_symlinks",
     "link-out": "symbolic link to a path outside the folder",
-    "large": "larger than fs.max_read_bytes",
     "deep": "deeper than fs.max_depth",
     "special": "not a file, folder or link",
     "other-disk": "on another file system",
@@ -440,6 +441,8 @@ FIELDS: Final[dict[Reason, Rule]] = {
 
 def why_left_out(reason: Reason, bounds: Bounds) -> str:
     """Return why entries were left out. For --hide, the text contains the patterns, quoted for a shell."""
+    if reason == "large":
+        return f"larger than {size_text(bounds.read_bytes)}, fs.max_read_bytes"
     patterns = map(shlex.quote, bounds.hide if reason == "chosen" else ())
     return " ".join([_WORDS[reason], *patterns])
 

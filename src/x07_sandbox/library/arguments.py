@@ -31,6 +31,15 @@ _WHAT: Final = {
     "x07_sandbox.Pool": "cannot start a pool",
 }
 
+_LIMITS: Final = {  # the argument for each field of LimitChanges
+    "mem_bytes": "memory",
+    "cpu_ms": "cpu_s",
+    "wall_ms": "timeout_s",
+    "procs": "procs",
+    "fds": "fds",
+    "file_bytes": "max_file_size",
+}
+
 
 def check_names(function: str, options: Iterable[str], known: Collection[str]) -> None:
     """Raise TypeError, worded like Python's own, for an option that *function* does not have."""
@@ -129,6 +138,7 @@ _KINDS: Final[dict[str, tuple[Any, str]]] = {
     "cpu_s": (float | int | None, "a number"),
     "procs": (int | None, "int"),
     "fds": (int | None, "int"),
+    "max_file_size": (str | int | None, "a size such as '1G' or a number of bytes"),
     "build_timeout_s": (float | int | None, "a number"),
     "scale_limits": (bool | None, "True, False or None"),
     "image": (str | None, "str"),
@@ -173,26 +183,25 @@ def _check_values(program: object, given: Mapping[str, Any]) -> None:
 
 def _limits(given: Mapping[str, Any]) -> LimitChanges | None:
     """Return the limits that a call sets, or None if it sets none. Raises UsageError."""
-    memory = given["memory"]
-    if all(given[name] is None for name in ("memory", "cpu_s", "timeout_s", "procs", "fds")):
+    if all(given[name] is None for name in _LIMITS.values()):
         return None
-    from x07_sandbox.library.keyword_names import KEYWORDS
-    from x07_sandbox.policy.limits import NAMES, LimitChanges, parse_size, range_fault
+    from x07_sandbox.policy.limits import LimitChanges, parse_size, range_fault
 
-    size = parse_size(memory) if isinstance(memory, str) else memory
-    if memory is not None and size is None:
-        raise bad_argument("memory", f"is {memory!r}, which is not a size: use bytes, or a text such as '512M'")
+    sizes = {}
+    for name in ("memory", "max_file_size"):
+        sizes[name] = parse_size(given[name]) if isinstance(given[name], str) else given[name]
+        if given[name] is not None and sizes[name] is None:
+            raise bad_argument(name, f"is {given[name]!r}, which is not a size: use bytes, or a text such as '512M'")
     for name in ("cpu_s", "timeout_s"):
         value = given[name]
         if value is not None and not 0 < value < _SECONDS_BOUND:  # rejects NaN
             raise bad_argument(name, f"is {value!r}, but must be above 0 and at most 600")
-    cpu_ms, wall_ms = _milliseconds(given["cpu_s"]), _milliseconds(given["timeout_s"])
-    changes = LimitChanges(mem_bytes=size, cpu_ms=cpu_ms, wall_ms=wall_ms, procs=given["procs"], fds=given["fds"])
-    for field, number in changes.given().items():
-        if fault := range_fault(field, number):
-            keyword = KEYWORDS[NAMES[field].flag]
-            raise bad_argument(keyword, f"is {given[keyword]!r}, but {fault}")
-    return changes
+    times = {name: _milliseconds(given[name]) for name in ("cpu_s", "timeout_s")}
+    limits = {field: {**given, **sizes, **times}[name] for field, name in _LIMITS.items()}
+    for field, number in limits.items():
+        if number is not None and (fault := range_fault(field, number)):
+            raise bad_argument(_LIMITS[field], f"is {given[_LIMITS[field]]!r}, but {fault}")
+    return LimitChanges(**limits)
 
 
 def _milliseconds(value_s: float | None) -> int | None:

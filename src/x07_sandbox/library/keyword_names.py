@@ -20,6 +20,7 @@ KEYWORDS: Final = {
     "--fds": "fds",
     "--image": "image",
     "--input": "input",
+    "--max-file-size": "max_file_size",
     "--max-output-bytes": "max_output_bytes",
     "--memory": "memory",
     "--out": "out",

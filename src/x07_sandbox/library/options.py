@@ -21,6 +21,7 @@ class CommandOptions(TypedDict, total=False):
     cpu_s: float | None
     procs: int | None
     fds: int | None
+    max_file_size: str | int | None
     build_timeout_s: float | None
     scale_limits: bool | None
     image: str | None

@@ -48,6 +48,7 @@ def run_program(  # noqa: PLR0913 - each is a keyword
     cpu_s: float | None = None,
     procs: int | None = None,
     fds: int | None = None,
+    max_file_size: str | int | None = None,
     build_timeout_s: float | None = None,
     scale_limits: bool | None = None,
     image: str | None = None,
@@ -75,8 +76,8 @@ def run_program(  # noqa: PLR0913 - each is a keyword
     values in the project's manifest apply, as for `x07 run`. Pass a policy for a project that you did not write.
     Without a manifest, there is no input, the policy is the built-in `default`, and the image is the default image.
     memory, cpu_s, timeout_s, procs, fds: limits that replace those of the policy: a size ("1G", or bytes), seconds of
-    CPU time, seconds of wall time, further processes and threads, open files. They may raise the limits of a built-in
-    policy, but only lower those of any other policy.
+    CPU time, seconds of wall time, further processes and threads, open files. max_file_size: the size of the largest
+    file to copy, into the VM or back. They may raise the limits of a built-in policy, but only lower those of others.
     build_timeout_s: time limit of the build, 300 s by default.
     scale_limits: whether to multiply time limits by the slowdown of emulation; None follows your settings.
     image: name or digest of a guest image. ca: a PEM file with certificates that the program trusts too.

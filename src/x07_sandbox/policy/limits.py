@@ -19,6 +19,8 @@ from x07_sandbox.errors import UsageError
 if TYPE_CHECKING:
     from x07_sandbox.policy.model import Limits, Policy
 
+FILE_BYTES: Final = 16 << 20  # if the policy has 0
+FILE_BYTES_MAX: Final = (1 << 32) - 1
 _UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _SIZE: Final = re.compile(r"([0-9]{1,12})(?:(\.[0-9]{1,6})?([KMG])(?:i?B)?)?", re.IGNORECASE | re.ASCII)
 
@@ -41,6 +43,10 @@ NAMES: Final[Mapping[str, Name]] = MappingProxyType(
 )
 
 
+_FILE_SIZE: Final = "file_bytes"  # sets both fields of a policy
+_FILE_FIELDS: Final = ("max_read_bytes", "max_write_bytes")
+
+
 class LimitChanges(msgspec.Struct, frozen=True, kw_only=True):
     """Limits that the caller set; None keeps the policy's limit."""
 
@@ -49,6 +55,7 @@ class LimitChanges(msgspec.Struct, frozen=True, kw_only=True):
     wall_ms: int | None = None
     procs: int | None = None
     fds: int | None = None
+    file_bytes: int | None = None  # of one file that is copied, in or back
     may_raise: bool | None = None  # whether they may exceed the policy's; None: its origin decides (runs/request)
 
     def given(self) -> dict[str, int]:
@@ -80,11 +87,16 @@ def size_text(size: int) -> str:
 
 def flag_text(field: str, value: int) -> str:
     """Return the flag that sets a limit to *value*, such as `--cpu-time 2.5`."""
-    return f"{NAMES[field].flag} {_value(field, value)}"
+    return f"{NAMES[field].flag if field in NAMES else '--max-file-size'} {_value(field, value)}"
+
+
+def flag_for_file(size: int) -> str:
+    """Return the flag that allows a file of *size* bytes to be copied, rounded up to MiB."""
+    return flag_text(_FILE_SIZE, min(-(-size >> 20) << 20, FILE_BYTES_MAX))
 
 
 def _value(field: str, value: int) -> str:
-    if field == "mem_bytes":
+    if field in {"mem_bytes", _FILE_SIZE}:
         return size_text(value)
     return f"{value / 1000:.3f}".rstrip("0").rstrip(".") if field.endswith("_ms") else str(value)
 
@@ -93,7 +105,7 @@ def range_fault(field: str, value: int) -> str:
     """Return the problem with a limit that is out of range, or "" for a valid limit."""
     from x07_sandbox.policy.schema import range_of  # slow to import, and most runs set no limit
 
-    least, most = range_of(f"limits.{field}")
+    least, most = (1, FILE_BYTES_MAX) if field == _FILE_SIZE else range_of(f"limits.{field}")
     if least <= value <= most:
         return ""
     unit = " seconds" if field.endswith("_ms") else ""
@@ -122,7 +134,13 @@ def change_limits(policy: Policy, changes: LimitChanges, *, may_raise: bool, sou
         if not may_raise:
             raise _too_large("procs", procs, "process.max_live", process.max_live, source)
         process = replace(process, max_live=procs)
-    return replace(policy, limits=replace(limits, **given), process=process)
+    size, fs = changes.file_bytes or 0, policy.fs
+    for name in _FILE_FIELDS if size else ():
+        held = getattr(fs, name) or FILE_BYTES
+        if size > held and not may_raise:
+            raise _too_large(_FILE_SIZE, size, f"fs.{name}", held, source)
+        fs = replace(fs, **{name: size})
+    return replace(policy, limits=replace(limits, **given), process=process, fs=fs)
 
 
 def _too_large(field: str, value: int, path: str, held: int, source: str) -> UsageError:

@@ -31,6 +31,7 @@ from x07_sandbox.host.paths import (
 from x07_sandbox.jobs.record import state_home
 from x07_sandbox.plan.denials import GuestMount
 from x07_sandbox.plan.guest_paths import OUT, PROGRAM, WORK
+from x07_sandbox.policy.limits import flag_for_file
 from x07_sandbox.programs.toolchains import PROJECT_FOLDER
 from x07_sandbox.runs.folder import runs_dir
 from x07_sandbox.runs.refusals import apply_command, denial, denials_and_entries, flag_for
@@ -360,4 +361,8 @@ def _to_let_in(reason: Reason, left: LeftOut, bounds: Bounds, *, built_in: bool)
         return None, " ".join(filter(None, (flag_for("--reveal", name) for name in names))) or None
     flags = [_LETS_IN[reason]] if built_in and reason in _LETS_IN else []
     flags += [_LETS_IN["link"]] if flags and left.links else []
-    return value_for(reason, left.most, bounds), " ".join(flags) or None
+    most = left.largest[0][0]
+    value = value_for(reason, most, bounds)
+    if reason == "large" and built_in and value is not None:
+        flags = [flag_for_file(most)]
+    return value, " ".join(flags) or None

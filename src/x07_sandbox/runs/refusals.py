@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.files.changes import display_name
 from x07_sandbox.plan.denials import Denial, HowToAllow
+from x07_sandbox.policy.limits import flag_for_file
 from x07_sandbox.runs.result import LeftOutEntry
 
 if TYPE_CHECKING:
@@ -106,7 +107,10 @@ def _how(
     if any(not one.flag and not one.reveal and one.value is None for one in own):
         return None
     if edits := [one for one in reasons if one.value is not None and not (built_in and one.flag)]:
-        return HowToAllow(json_path=f"$.{edits[0].rule}", value=edits[0].value)
+        rule, value = edits[0].rule, edits[0].value
+        size = value if built_in and rule in {"fs.max_read_bytes", "fs.max_write_bytes"} else None
+        flag = flag_for_file(size) if size is not None else None
+        return HowToAllow(json_path=f"$.{rule}", value=value, flag=flag)
     flags = _flags(root, top, reasons)
     flags += [flag_for("--reveal", Path(one.reveal).name) for one in reasons if one.reveal]
     if not all(flags):
