@@ -72,7 +72,7 @@ def test_limits_are_enforced_and_named_for_the_job() -> None:
     assert states(made, *(f"limits.{name}" for name in names)) == {"enforced"}
     limits = made.limits
     assert (limits.wall_ms, limits.cpu_ms, limits.mem_bytes) == (60_000, 60_000, 512 << 20)
-    assert (limits.fds, limits.procs, limits.core_dumps, limits.ram_bytes) == (256, 64, True, 2 << 30)
+    assert (limits.fds, limits.procs, limits.core_dumps, limits.ram_bytes) == (1024, 64, True, 2 << 30)
 
 
 def test_advisory_fields_are_never_refused() -> None:

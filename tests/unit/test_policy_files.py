@@ -52,7 +52,7 @@ def test_the_default_policy_is_the_documented_one() -> None:
         "cpu_ms": 60_000,
         "wall_ms": 60_000,
         "mem_bytes": 512 * MIB,
-        "fds": 256,
+        "fds": 1024,
         "procs": 64,
         "core_dumps": False,
     }

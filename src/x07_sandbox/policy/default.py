@@ -31,7 +31,7 @@ def default_policy() -> Policy:
         schema_version=SCHEMA_VERSION,
         policy_id="sandbox.default.base",
         notes="Built-in policy: one minute, 512 MiB, no host files or network until a root or a host is added.",
-        limits=Limits(cpu_ms=60_000, wall_ms=60_000, mem_bytes=512 * _MIB, fds=256, procs=64, core_dumps=False),
+        limits=Limits(cpu_ms=60_000, wall_ms=60_000, mem_bytes=512 * _MIB, fds=1024, procs=64, core_dumps=False),
         fs=Fs(
             enabled=True,
             read_roots=(),
