@@ -4,13 +4,17 @@
     result = run_program("prog.py", input=b"data")
     print(result.outcome, result.stdout.text)
 
-Functions; `help(x07_sandbox.run_program)` has all arguments:
-    run_program         build and run a program; returns a Result
+Functions, with their most important arguments; `help(x07_sandbox.run_program)` describes all:
+    run_program(program, args=(), *, source=None, toolchain=None, input=None, workdir=None, policy=None, timeout_s=None,
+                memory=None, image=None, ...)
+                        build and run a program; returns a Result
     run_program_async   the same for asyncio
-    exec_command        run a command of the guest image
+    exec_command(command, workdir=None, *, ...)
+                        run a command of the guest image in a copy of a folder; returns a Result
     exec_command_async  the same for asyncio
-    load_policy         read a policy from a file or a template
-    diff, apply, undo   show, apply and revert the changes of a run
+    load_policy(name)   read a policy from a file or a template
+    diff(run, paths=()), apply(run, *, only=(), ...), undo(run)
+                        show, apply and revert the changes of a run
 
 Classes and types:
     Pool                an executor that runs many programs in warm VMs

@@ -17,6 +17,7 @@ from tests.published import document
 from x07_sandbox.cli import json_output, main
 from x07_sandbox.cli.cancel import cancelled_by_signals
 from x07_sandbox.errors import Cancelled, UsageError
+from x07_sandbox.images.store import check_name
 from x07_sandbox.reports.schemas import schemas
 
 if TYPE_CHECKING:
@@ -91,6 +92,9 @@ def test_pool_commands_report_a_missing_pool(tmp_path: Path, action: str) -> Non
         (["--out=p.json", "--json", "policy", "init", "--template", "cli"], "x07.policy.init.report@0.1.0"),
         (["--json", "run", "nothing.py", "--", "--json=off"], "x07.sandbox.result@0.1.0"),
         (["--json", "prune"], "x07.sandbox.prune@0.1.0"),
+        (["ps", "--json", "--bogus"], "x07.sandbox.failure@0.1.0"),
+        (["--json", "no-such-verb"], "x07.sandbox.failure@0.1.0"),
+        (["run", "--json", "--bogus", "prog.py"], "x07.sandbox.result@0.1.0"),
         (["--json", "run", "--toolchain", "shell", "nothing", "--", "--json"], "x07.sandbox.result@0.1.0"),
     ],
 )
@@ -99,6 +103,33 @@ def test_every_verb_prints_its_published_document(tmp_path: Path, words: list[st
     done = x07(tmp_path, *words)
     assert document(done.stdout)["schema_version"] == name
     assert (tmp_path / "p.json").exists() is any("p.json" in word for word in words)
+
+
+@pytest.mark.parametrize("words", [["help"], ["help", "policy", "check"], ["version"], ["-v"], ["-V"]])
+def test_help_and_version_are_commands_too(words: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    """`x07 help COMMAND`, `x07 version`, `-v` and `-V` print what --help and --version print."""
+    option = "--help" if words[0] == "help" else "--version"
+    for given in (words, [*words[1:], option]):
+        with pytest.raises(SystemExit):
+            main.main(given)
+    out = capfd.readouterr().out
+    assert out[: len(out) // 2] == out[len(out) // 2 :] != ""
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("", "it is empty"),
+        ("a" * 65, "it has 65 characters, and a name has at most 64"),
+        ("aB", "'B' is not allowed in a name"),
+        (".a", "'.' is not allowed at the start"),
+        ("0123456789ab", "it consists of 12 or more hexadecimal digits"),
+    ],
+)
+def test_a_bad_image_name_gets_its_own_reason(name: str, why: str) -> None:
+    """Each reason why a text cannot be the name of an image has its own message."""
+    with pytest.raises(UsageError, match=why):
+        check_name(name)
 
 
 def test_json_that_is_off_is_text(capfd: pytest.CaptureFixture[str]) -> None:
@@ -185,7 +216,7 @@ def test_an_error_that_ends_a_verb_is_in_its_report(tmp_path: Path) -> None:
 
 def test_errors_of_the_pool_process_keep_their_exit_code(tmp_path: Path) -> None:
     """Errors of the pool's own process keep their exit code."""
-    for name, code, why in (("a b", 2, "a name has 1 to 64"), ("nothing", 125, "")):
+    for name, code, why in (("a b", 2, "' ' is not allowed in a name"), ("nothing", 125, "")):
         done = x07(tmp_path, "pool", "start", "--json", "--image", name)
         assert done.returncode == code
         assert why in document(done.stdout)["error"]["why"]

@@ -5,6 +5,10 @@ from __future__ import annotations
 import pytest
 from msgspec.structs import replace
 
+from tests.unit.test_refused_lines import result
+from x07_sandbox.cli.denials_text import denial_lines
+from x07_sandbox.plan.denials import GuestMount, HowToAllow
+from x07_sandbox.plan.guest_paths import WORK
 from x07_sandbox.plan.hints import hints
 from x07_sandbox.plan.packages import ImageInUse
 from x07_sandbox.policy.default import default_policy
@@ -147,3 +151,24 @@ def test_the_build_command_keeps_what_the_image_has(image: ImageInUse, module: s
     """The command that adds a package keeps the image's packages, wheels and preloaded modules."""
     text = f"ModuleNotFoundError: No module named '{module}'\n".encode()
     assert [hint.how.flag for hint in hints(text, POLICY, (), START, image=image)] == [advice]
+
+
+def test_the_path_of_a_copied_file_on_the_host_gets_its_path_in_the_vm() -> None:
+    """If a program opens a copied file by its path on the host, the hint names its path in the VM."""
+    areas = (
+        GuestMount(given="big.csv", at=f"{START}/big.csv", write=False, host="/home/me/big.csv"),
+        GuestMount(given=".", at=WORK, write=True, host="/srv/project"),
+    )
+    for path, in_vm in (("/home/me/big.csv", f"{START}/big.csv"), ("/srv/project/a/b", f"{WORK}/a/b")):
+        text = f"FileNotFoundError: [Errno 2] No such file or directory: '{path}'"
+        (hint,) = hints(text.encode(), POLICY, areas, START)
+        assert (hint.subject, hint.kind, hint.how, hint.in_vm) == (
+            path,
+            "elsewhere",
+            HowToAllow(json_path=None, value=None),
+            in_vm,
+        )
+        (line,) = denial_lines(replace(result(outcome="failed"), hints=[hint]))
+        assert line == f"{path} has another path in the VM: {in_vm}"
+    (hint,) = hints(b"cat: /home/me/big.csv2: No such file or directory", POLICY, areas, START)
+    assert hint.kind == "missing"

@@ -178,7 +178,7 @@ def _needs_policy_file(result: Result) -> bool:
     advice = [denial.how_to_allow for denial in result.denials if denial.action == _CHANGE]
     if result.outcome != "ok":
         advice += [denial.how_to_allow for denial in _to_report(result)[:_SHOWN]] + [hint.how for hint in result.hints]
-    return any(one is not None and not (one.flag or one.setting) for one in advice)
+    return any(one is not None and one.json_path and not (one.flag or one.setting) for one in advice)
 
 
 def _hint(hint: Hint) -> str:
@@ -188,6 +188,8 @@ def _hint(hint: Hint) -> str:
         return f"{hint.subject} failed: this run has no network{how_to_allow_text(hint.how, 'net.allow_hosts')}"
     if hint.kind == "variable":
         return f"{hint.subject} is not set{how_to_allow_text(hint.how, 'env.allow_keys', purpose='set it')}"
+    if hint.kind == "elsewhere":
+        return f"{hint.subject} has another path in the VM: {hint.in_vm}"
     if hint.how.json_path is None:  # a program or a module
         return f"{hint.subject} is missing{how_to_allow_text(hint.how, purpose='add it')}"
     to_write = f" (to write: {hint.to_write.flag})" if hint.to_write and hint.to_write.flag else ""

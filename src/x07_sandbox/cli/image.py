@@ -39,7 +39,7 @@ from x07_sandbox.reports.verbs import (
 if TYPE_CHECKING:
     from x07_sandbox.images.store import DamagedImage, Image
 
-_PIP_SHOWN: Final = 5
+_SHOWN: Final = 5
 _EXAMPLES: Final = """examples:
   x07 image build                                build or update the image named default
   x07 image build --name science --include python3-numpy,python3-pandas
@@ -203,10 +203,14 @@ def _list(options: argparse.Namespace) -> int:
         say("no images yet. To build one: x07 image build")
     for row in rows:
         note = "" if row.problem is None else f"  ({row.problem}. {row.fix}.)"
-        packages = f"  pip: {', '.join(row.pip[:_PIP_SHOWN])}" if row.pip else ""
-        more = f" and {len(row.pip) - _PIP_SHOWN} more" if len(row.pip) > _PIP_SHOWN else ""
-        show(f"{row.name or '-':<16} {row.digest}  {row.suite or 'damaged'}{packages}{more}{note}")
+        packages = _some("include", row.include) + _some("pip", row.pip)
+        show(f"{row.name or '-':<16} {row.digest}  {row.suite or 'damaged'}{packages}{note}")
     return 0
+
+
+def _some(flag: str, names: tuple[str, ...]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"  {flag}: {', '.join(names[:_SHOWN])}{more}" if names else ""
 
 
 def _row(image: Image) -> ImageRow:
@@ -222,13 +226,22 @@ def _row(image: Image) -> ImageRow:
     suite = image.manifest.suite
     pip = tuple(f"{wheel.name}=={wheel.version}" for wheel in image.manifest.pip)
     return ImageRow(
-        name=image.name, digest=image.digest, suite=suite, pip=pip, current=current, problem=problem, fix=fix
+        name=image.name,
+        digest=image.digest,
+        suite=suite,
+        include=tuple(image.manifest.include),
+        pip=pip,
+        current=current,
+        problem=problem,
+        fix=fix,
     )
 
 
 def _damaged_row(image: DamagedImage) -> ImageRow:
     why, fix = image.problem.why, image.problem.fix
-    return ImageRow(name=image.name, digest=image.digest, suite=None, pip=(), current=False, problem=why, fix=fix)
+    return ImageRow(
+        name=image.name, digest=image.digest, suite=None, include=(), pip=(), current=False, problem=why, fix=fix
+    )
 
 
 def _remove(options: argparse.Namespace) -> int:

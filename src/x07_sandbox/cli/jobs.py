@@ -31,15 +31,15 @@ states:
   newer                       a newer version of x07 wrote the job's record (with --all)
   damaged                     the job's record cannot be read (with --all)
 
-LEFT is the time until the job's deadline. At the deadline the job is killed, even if the x07 process that started it
-is dead. The deadline allows for the program's time limit, and for the time to queue, start the VM and copy files.
+KILLED IN is the time after which the job is killed even if the x07 process that started it is dead. It is longer than
+the program's own time limit, because it includes the time to queue, start the VM and copy files.
 
 examples:
   x07 ps
   x07 ps --json | jq -r '.jobs[].labels["io.x07.run_id"]'
   x07 ps --all
 """
-_HEAD: Final = ("RUN", "PHASE", "BACKEND", "STATE", "STARTED", "LEFT", "PROGRAM")
+_HEAD: Final = ("RUN", "PHASE", "BACKEND", "STATE", "STARTED", "KILLED IN", "PROGRAM")
 _INSPECT_EPILOG: Final = """The JSON object contains the run's jobs (record, labels, owner and state), its result,
 and the paths of its files.
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # X07's global flags that our verbs have, and whether they take a value.
 _GLOBAL = {"--json": False, "--quiet-json": False, "--report-out": True, "--out": True}
 _RUNS = ("run", "exec")  # verbs whose JSON document is the result of a run
+_HELP = {"help": "--help", "version": "--version"}  # verbs that stand for an option
 _JSON = {"--json=canon": "--json", "--json=pretty": "--json"}  # each of our documents has only one layout
 
 
@@ -61,6 +62,8 @@ def _verb_first(words: list[str]) -> list[str]:
     """Move X07's global flags, such as --json, from before the verb to a place where the verb's parser accepts them."""
     end = words.index("--") if "--" in words else len(words)
     words = [_JSON.get(word, word) for word in words[:end] if word != "--json=off"] + words[end:]
+    if words and words[0] in _HELP:
+        return [*words[1:], _HELP[words[0]]]
     count = 0
     while count < len(words) and (flag := words[count].partition("=")[0]) in _GLOBAL:
         count += 2 if words[count] == flag and _GLOBAL[flag] else 1
@@ -162,7 +165,7 @@ def _failed(exc: Exception, words: list[str], options: argparse.Namespace | None
         _say(str(exc))
         return _cancelled(exc, words, options)
     if isinstance(exc, SandboxError):
-        if not _prints_json(options):
+        if not _prints_json(words, options):
             _say(str(exc), bad=exc.what)
         code = 2 if isinstance(exc, UsageError) else 125
         if words[:1] and words[0] in _RUNS:
@@ -195,7 +198,7 @@ def _say(text: str, bad: str = "") -> None:
 
 def _with_json(code: int, exc: Exception, words: list[str], options: argparse.Namespace | None) -> int:
     """Print the error as JSON if --json was given; return the exit code."""
-    if not _prints_json(options):
+    if not _prints_json(words, options):
         return code
     with contextlib.suppress(OSError):
         if words[0] in _RUNS:
@@ -208,8 +211,11 @@ def _with_json(code: int, exc: Exception, words: list[str], options: argparse.Na
     return code
 
 
-def _prints_json(options: argparse.Namespace | None) -> bool:
+def _prints_json(words: list[str], options: argparse.Namespace | None) -> bool:
     """Whether to print JSON to standard output. options: None if the command line could not be parsed."""
+    if options is None:
+        given = words[: words.index("--")] if "--" in words else words
+        return not {"--json", "--json=full"}.isdisjoint(given) and "--quiet-json" not in given
     return bool(getattr(options, "json", False)) and not getattr(options, "quiet_json", False)
 
 

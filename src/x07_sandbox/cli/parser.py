@@ -49,6 +49,7 @@ _EXAMPLES: Final = """examples:
   x07 run --input data.txt prog.c         compile in one VM, run in another
   x07 exec --workdir . -- make test       run an installed command in a copy of this folder
   x07 run --json prog.py | jq .outcome    print everything about the run as one JSON object
+  x07 help run                            show the options of a command
 """
 _NUMBER_CHARS: Final = 32
 _WIDTH: Final = 110  # columns of help
@@ -237,7 +238,7 @@ def parser_for(words: list[str]) -> argparse.ArgumentParser:
     parser = Parser(
         prog="x07", description="Run an untrusted program in a throw-away virtual machine (VM).", epilog=_EXAMPLES
     )
-    parser.add_argument("--version", action="version", version=f"x07-sandbox {__version__}")
+    parser.add_argument("-v", "-V", "--version", action="version", version=f"x07-sandbox {__version__}")
     verbs = parser.add_subparsers(metavar="COMMAND", required=True, prog="x07")  # else argparse lays out a usage line
     for verb in words[:1] if words and words[0] in VERBS else VERBS:
         doc = VERBS[verb]

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 DEFAULT = "default"
+_NAME_MAX = 64
 PREFIX_DIGITS = 12
 PREFIX = re.compile(rf"[0-9a-f]{{{PREFIX_DIGITS},64}}")
 SEE_LIST = "See x07 image list"
@@ -68,13 +69,20 @@ def images_dir() -> Path:
 
 def check_name(name: str) -> str:
     """Return *name* if it is valid. Raises UsageError."""
-    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,63}", name) or re.fullmatch(r"[0-9a-f]{12,}", name):
+    if not re.fullmatch(rf"[a-z0-9][a-z0-9._-]{{0,{_NAME_MAX - 1}}}", name) or re.fullmatch(r"[0-9a-f]{12,}", name):
         if re.search("[:/@]", name):
             why = "it is the name of a container image, which only podman and docker use (--backend podman)"
             fix = f"For a virtual machine, run x07 image build, then use --image {DEFAULT}"
             raise UsageError(f"cannot use {name[:80]!r} as a guest image", why, fix)
-        why = "a name has 1 to 64 characters (a-z, 0-9, '.', '_' or '-') and is not a digest"
-        raise UsageError(f"cannot use {name!r} as an image name", why, "Choose another name")
+        why = "it consists of 12 or more hexadecimal digits, as the start of a digest does"
+        if not name:
+            why = "it is empty"
+        elif len(name) > _NAME_MAX:
+            why = f"it has {len(name)} characters, and a name has at most {_NAME_MAX}"
+        elif bad := re.search(r"[^a-z0-9._-]|^[._-]", name):
+            why = f"{bad[0]!r} is not allowed {'at the start' if bad[0] in '._-' else 'in a name'}"
+        fix = "Choose another name of a-z, 0-9, '.', '_' and '-'"
+        raise UsageError(f"cannot use {name[:80]!r} as an image name", why, fix)
     return name
 
 

@@ -50,20 +50,26 @@ class Hint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     subject: the path, module, command, variable or host.
     kind: `missing` (the subject was not found), `library` (it cannot be loaded from its folder), `variable` (it is not
-    set) or `network` (the run has no network).
-    how: the change that would provide the subject.
+    set), `network` (the run has no network) or `elsewhere` (the file of the host has another path in the VM).
+    how: the change that would provide the subject; no change for `elsewhere`.
+    in_vm: the path in the VM, for `elsewhere`.
     to_write: the change that would let the program create a file of that name; null if no change can.
     """
 
     subject: str
-    kind: Literal["missing", "library", "variable", "network"] = "missing"
+    kind: Literal["missing", "library", "variable", "network", "elsewhere"] = "missing"
     how: HowToAllow
+    in_vm: str | None = None
     to_write: HowToAllow | None = None
 
 
 class GuestMount(msgspec.Struct, frozen=True, kw_only=True):
-    """A host folder in the guest. given: the folder as written in the policy or flag. at: its path in the guest."""
+    """A host folder in the guest. given: the folder as written in the policy or flag. at: its path in the guest.
+
+    host: its absolute path on the host; empty if it is not known.
+    """
 
     given: str
     at: str
     write: bool
+    host: str = ""

@@ -101,7 +101,7 @@ def hints(  # noqa: PLR0913 - each is a fact about one run
     modules = (_module(name, local, image) for name in dict.fromkeys(_MODULE.findall(text)))
     programs = (program_hint(name, image) for name in executed)
     commands = (program_hint(name, image) for name in dict.fromkeys(_COMMAND.findall(text)) if name not in executed)
-    missing = (_hint(path, policy) for path in paths)
+    missing = (_elsewhere(path, areas) or _hint(path, policy) for path in paths)
     # A script that continues may lack many programs, so commands come last.
     names = dict.fromkeys(name for pattern in _VARIABLES for name in pattern.findall(text))
     variables = (_variable(name, policy, host_variables) for name in names)
@@ -165,6 +165,15 @@ def _hidden(path: str, policy: Policy) -> bool:
     """Return whether fs.deny_hidden is the only reason why the path is missing."""
     at, _ = guest_path(path, PROGRAM, deny_hidden=False)
     return at != guest_path(path, PROGRAM, deny_hidden=policy.fs.deny_hidden)[0]
+
+
+def _elsewhere(path: str, areas: Sequence[GuestMount]) -> Hint | None:
+    """Return a hint if *path* is the path on the host of something that has another path in the VM."""
+    for area in areas:
+        if area.host and is_below(f"{path}/", area.host):
+            in_vm = posixpath.normpath(f"{area.at}/{path.removeprefix(area.host)}")
+            return Hint(subject=path, kind="elsewhere", how=HowToAllow(json_path=None, value=None), in_vm=in_vm)
+    return None
 
 
 def _hint(path: str, policy: Policy) -> Hint | None:

@@ -68,6 +68,7 @@ class ImageRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     name: empty if the image has no name.
     suite: the Debian suite of its packages; null if its manifest cannot be read.
+    include: Debian packages beyond the usual ones (`--include`).
     pip: Python packages that were installed from wheels, as "NAME==VERSION".
     current: whether this version of x07 built the image.
     problem, fix: null if the image can be used.
@@ -76,6 +77,7 @@ class ImageRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     name: str
     digest: str
     suite: str | None
+    include: tuple[str, ...]
     pip: tuple[str, ...]
     current: bool
     problem: str | None

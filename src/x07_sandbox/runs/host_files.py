@@ -92,7 +92,10 @@ class HostFiles:
         given = {root.guest: root.given for root in roots}
         if request.workdir is not None and not program.project:
             given[WORK] = "."  # the value that --allow-write-root would need
-        self.areas = [GuestMount(given=given[mount.at], at=mount.at, write=mount.write) for _, mount in self._mounts]
+        self.areas = [
+            GuestMount(given=given[mount.at], at=mount.at, write=mount.write, host=mount.host)
+            for _, mount in self._mounts
+        ]
         self._roots = [one for one in self._mounts if one in writable]
         self.incoming: Incoming | None = None
         if self._roots and request.changes != "discard":
