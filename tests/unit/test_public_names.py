@@ -24,8 +24,10 @@ bad = result.outcome == "timed-out"
 
 
 def test_help_lists_the_public_functions() -> None:
-    """`help(x07_sandbox)` lists every public name with its arguments."""
+    """`help(x07_sandbox)` lists every public name with its arguments, the most important functions first."""
     text = pydoc.plain(pydoc.render_doc(x07_sandbox))
+    start = "\n".join(text.splitlines()[:40])
+    assert all(call in start for call in ("run_program(program, args=(),", "exec_command(command,", "undo(run)"))
     named = {name for name in x07_sandbox.__all__ if not name.startswith("_")}
     top = text.partition("PACKAGE CONTENTS")[0]
     assert [name for name in sorted(named) if not re.search(rf"\b{name}\b", top)] == []

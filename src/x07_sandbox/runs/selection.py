@@ -73,17 +73,14 @@ def select_changes(
         if grants.any and was_left_out and not any(root.left_out for root in roots):
             raise _nothing_allowed(changes, grants)
     if only:
-        _require_used(only, changes.roots, "apply")
+        _require_used(only, changes, "apply")
         roots = tuple(_only(root, only) for root in roots)
         refused = [(root.root, one) for root in below(changes, only).roots for one in root.refused]
         if refused and not any(root.changes for root in roots):
-            raise _refused(refused, "See x07 diff, and give a flag for each reason", several_roots=True)
-    parts = [_without(root, skip, grants, notify, several_roots=changes.several_roots) for root in roots]
-    out = [(root.root, one.name) for root in changes.roots for one in root.left_out]
-    out += [(root.root, one.name) for root in changes.roots for one in root.refused]
-    unused = {word for word in skip if not any(covers(word, root, name) for root, name in out)}
-    if unused := unused.difference(*(used for _, used in parts)):
-        raise UsageError(f"cannot skip {min(unused)}", "no change has this name", "See x07 diff")
+            raise _refused(refused, changes)
+    parts = [_without(root, changes, skip, grants, notify) for root in roots]
+    used = set[str]().union(*(used for _, used in parts))
+    _require_used([word for word in skip if word not in used], changes, "skip")
     return replace(changes, roots=tuple(replace(root, left_out=()) for root, _ in parts))
 
 
@@ -121,12 +118,14 @@ def _nothing_allowed(changes: ChangeSet, grants: Grants) -> RefusedError:
         for refusal in root.refused
         if not grants.is_allowed(root.root)(refusal)
     ]
-    return _refused(left, "See x07 diff, and give a flag for each reason", several_roots=changes.several_roots)
+    return _refused(left, changes)
 
 
-def _refused(left: Sequence[tuple[str, Refused]], fix: str, *, several_roots: bool) -> RefusedError:
+def _refused(left: Sequence[tuple[str, Refused]], changes: ChangeSet, fix: str = "") -> RefusedError:
     """Return the error for changes that are not allowed, given as pairs of a root and a refusal."""
-    lines = [f"{display_name(root, one.name, several_roots=several_roots)} ({one.why})" for root, one in left[:_LISTED]]
+    fix = fix or f"To see the reasons, and a flag for each: x07 diff {changes.run}"
+    several = changes.several_roots
+    lines = [f"{display_name(root, one.name, several_roots=several)} ({one.why})" for root, one in left[:_LISTED]]
     more = f", and {len(left) - _LISTED} more" if len(left) > _LISTED else ""
     return RefusedError("cannot apply the changes", "; ".join(lines) + more, fix)
 
@@ -149,10 +148,11 @@ def apply_selected(saved: SavedChanges, selected: ChangeSet, on_wait: Callable[[
 
 
 def _without(
-    root: RootChanges, skip: Sequence[str], grants: Grants, notify: Callable[[str], None], *, several_roots: bool
+    root: RootChanges, every: ChangeSet, skip: Sequence[str], grants: Grants, notify: Callable[[str], None]
 ) -> tuple[RootChanges, set[str]]:
-    """Return *root* without the skipped changes, and the entries of *skip* that matched a change."""
-    by_word = {word: {name for name in _names(root) if covers(word, root.root, name)} for word in skip}
+    """Return *root*, of *every*, without the skipped changes, and the entries of *skip* that matched a change."""
+    names = _names(root)
+    by_word = {word: {name for name in names if covers(word, root.root, name)} for word in skip}
     skipped = set[str]().union(*by_word.values())
     # Skipped files that exist stay, whether they were copied in or not, and so do the folders around these files.
     staying = [change.name for change in root.changes if change.name in skipped and change.before is not None]
@@ -161,9 +161,10 @@ def _without(
     is_allowed = grants.is_allowed(root.root)
     left = [(root.root, one) for one in root.refused if one.name not in skipped | holding and not is_allowed(one)]
     if left:
-        raise _refused(left, "Leave them out with --skip PATH", several_roots=several_roots)
+        raise _refused(left, every, "Leave them out with --skip PATH")
     for name in sorted(holding):
-        notify(f"kept because it contains skipped files: {display_name(root.root, name, several_roots=several_roots)}")
+        shown = display_name(root.root, name, several_roots=every.several_roots)
+        notify(f"kept because it contains skipped files: {shown}")
     changes = [change for change in root.changes if change.name not in skipped | holding]
     used = {word for word in skip if by_word[word] or words[word] & holding}
     return replace(root, changes=tuple(changes), refused=()), used
@@ -203,12 +204,16 @@ def below(changes: ChangeSet, paths: Sequence[str]) -> ChangeSet:
         }
         return replace(root, **lists)
 
-    _require_used(paths, changes.roots, "show")
+    _require_used(paths, changes, "show")
     return replace(changes, roots=tuple(map(some, changes.roots))) if paths else changes
 
 
-def _require_used(words: Iterable[str], roots: Sequence[RootChanges], verb: str) -> None:
+def _require_used(words: Iterable[str], changes: ChangeSet, verb: str) -> None:
     """Raise UsageError if one of *words* covers no change and no refusal."""
-    names = {(root.root, name) for root in roots for name in (*_names(root), *(one.name for one in root.left_out))}
-    if unused := [word for word in words if not any(covers(word, root, name) for root, name in names)]:
-        raise UsageError(f"cannot {verb} {min(unused)}", "no change has this name", "See x07 diff")
+    for word in words:
+        if not any(
+            covers(word, root.root, name)
+            for root in changes.roots
+            for name in (*_names(root), *(change.name for change in root.left_out))
+        ):
+            raise UsageError(f"cannot {verb} {word}", "no change has this name", f"See x07 diff {changes.run}")
