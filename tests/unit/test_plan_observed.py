@@ -129,8 +129,8 @@ def seccomp(call: str) -> dict[str, object]:
         ({}, kernel("execve", "/opt/x07/a.txt", EACCES), "permissions", None),
         ({}, kernel("openat", "/usr/bin/secret", EACCES), "permissions", None),
         # files
-        ({}, kernel("openat", "", EMFILE), "limits.fds", ("$.limits.fds", 512)),
-        ({}, kernel("prlimit64", "nofile", EPERM, write=True), "limits.fds", ("$.limits.fds", 512)),
+        ({"limits.fds": 256}, kernel("openat", "", EMFILE), "limits.fds", ("$.limits.fds", 512)),
+        ({"limits.fds": 256}, kernel("prlimit64", "nofile", EPERM), "limits.fds", ("$.limits.fds", 512)),
         ({}, kernel("setrlimit", "core", EPERM, write=True), "limits.core_dumps", ("$.limits.core_dumps", True)),
         ({"limits.core_dumps": True}, kernel("setrlimit", "core", EPERM, write=True), "limits.core_dumps", None),
         ({}, kernel("prlimit64", "", EPERM, write=True), "permissions", None),
@@ -378,7 +378,7 @@ def test_more_processes_and_open_files_have_flags_too() -> None:
     reach = flag_reach(None, policy({}).limits, may_raise=True)
     tasks = more_tasks(policy({"process.max_live": 8}), 8, 1, reach)
     assert tasks.how_to_allow == HowToAllow(json_path="$.process.max_live", value=16, flag="--procs 16")
-    (files,) = denials([kernel("openat", "/data/x", EMFILE)], policy({}), (), "/opt/x07", reach)
+    (files,) = denials([kernel("openat", "/data/x", EMFILE)], policy({"limits.fds": 256}), (), "/opt/x07", reach)
     assert files.how_to_allow == HowToAllow(json_path="$.limits.fds", value=512, flag="--fds 512")
 
 

@@ -64,14 +64,15 @@ def test_raised_processes_hold_for_children_too() -> None:
 def test_a_given_policy_is_only_lowered(tmp_path: Path, kind: str, field: str, value: int) -> None:
     """Flags can only lower the limits of a user's policy, and the error names the field to edit."""
     place = tmp_path / "strict.json"
-    place.write_bytes(render_policy(default_policy()))
+    strict = replace(default_policy(), limits=replace(default_policy().limits, fds=256))
+    place.write_bytes(render_policy(strict))
     project = ProjectPolicy(place, place.read_bytes(), str(tmp_path))
-    policy = {"file": str(place), "project": project, "value": default_policy()}[kind]
+    policy = {"file": str(place), "project": project, "value": strict}[kind]
     with pytest.raises(UsageError, match="allows at most") as caught:
         effective_policy(policy, **{field: value})
     assert f"Set limits.{field} to {value} in the policy" in caught.value.fix
     assert caught.value.policy_cause == (f"limits.{field}", value)
-    held = getattr(default_policy().limits, field)
+    held = getattr(strict.limits, field)
     lowered = effective_policy(policy, **{field: held // 2})
     if field != "procs":
         assert getattr(lowered.policy.limits, field) == held // 2
