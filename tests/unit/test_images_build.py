@@ -274,7 +274,9 @@ def test_other_wheels_make_another_image(science: store.Image, capsys: pytest.Ca
     assert build.build_image(name="wheels", pip=(), progress=print).digest == science.digest
     store.set_name("wheels", made.digest.removeprefix("sha256:"))
     assert main(["image", "list"]) == 0
-    assert "trixie  pip: six==1.16.0" in capsys.readouterr().out.replace(sources.release_codename(), "trixie")
+    assert "trixie  include: hello, netbase  pip: six==1.16.0" in capsys.readouterr().out.replace(
+        sources.release_codename(), "trixie"
+    )
 
 
 def test_an_unused_base_is_pruned(science: store.Image) -> None:
