@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import subprocess
 import time
@@ -41,7 +42,7 @@ shutdown_lifetime 0 seconds
 """
 PROXIES: Final = {
     "tinyproxy": (TINYPROXY, 8888, "user:secret-word@", ["tinyproxy", "-d", "-c"]),
-    "squid": (SQUID, 3128, "", ["squid", "-N", "-f"]),
+    "squid": (SQUID, 3128, "", ["squid", "-N", "-n", f"x07lab{os.getpid()}", "-f"]),
 }
 
 
