@@ -77,7 +77,7 @@ def preview(request: RunRequest) -> Preview:
             hosts=tuple(_endpoint(entry) for entry in allowlist.entries) if allowlist else (),
             denied_hosts=tuple(_endpoint(entry) for entry in allowlist.denied) if allowlist else (),
             blocked_hosts=_blocked(allowlist) if allowlist else (),
-            proxy_resolves=bool(allowlist) and allowlist.settings.proxy_resolves,
+            proxy_resolves=allowlist.settings.proxy_resolves if allowlist else False,
         )
 
 
