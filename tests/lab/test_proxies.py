@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import subprocess
 import time
@@ -12,7 +13,7 @@ import pytest
 
 from tests.conftest import need
 from tests.lab.laboratory import LAN
-from tests.lab.test_runs import OS, Run, hosts, rows
+from tests.lab.test_runs import COMMAND, OS, Run, hosts, rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,7 +42,7 @@ shutdown_lifetime 0 seconds
 """
 PROXIES: Final = {
     "tinyproxy": (TINYPROXY, 8888, "user:secret-word@", ["tinyproxy", "-d", "-c"]),
-    "squid": (SQUID, 3128, "", ["squid", "-N", "-f"]),
+    "squid": (SQUID, 3128, "", ["squid", "-N", "-n", f"x07lab{os.getpid()}", "-f"]),
 }
 
 
@@ -97,3 +98,8 @@ def test_a_run_reaches_listed_hosts_through_a_proxy(
         assert {row["address"] for row in result["net"]["allowed"]} == {""}
         (control,) = [control for control in result["controls"] if control["field"] == "net.allow_hosts"]
         assert "your proxy resolves the names" in control["why"]
+        for words in (["run", "--dry-run", *OS, "--policy"], ["policy", "check", "--host", "web.lab.example:80"]):
+            more = [str(tmp_path / "policy.json"), *([str(tmp_path / "prog.py")] if words[0] == "run" else [])]
+            told = lab.run([*COMMAND, *words, *more]).stdout.decode()
+            assert "your proxy" in told
+            assert "not checked" in told

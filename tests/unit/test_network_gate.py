@@ -919,15 +919,15 @@ async def test_giving_up_a_pending_connection_ends_its_dial() -> None:
 
 @on_a_loop
 async def test_open_connections_are_bounded() -> None:
-    """Only as many connections as the user's settings allow are open, and a closed one frees its slot."""
+    """Only as many connections as the user's settings allow are open, and others wait for the end of one."""
     async with lab(settings=replace(FAST, max_connections=5)) as it:
         await it.server(GOOD, 22)
         streams = [await it.relay.connect(GOOD, 22) for _ in range(5)]
-        assert await it.relay.answer(it.relay.ask(GOOD, 22)) == egress.LIMIT
-        denied = it.use().denied[-1]
-        assert (denied.rule, denied.reason) == ("limit:max_connections", "5 connections are open")
+        waits = it.relay.ask(GOOD, 22)
+        assert await it.relay.answer(it.relay.ask("unlisted.example")) == egress.POLICY
+        assert waits not in it.relay.events
         it.relay.reset(streams[3])
-        await it.relay.connect(GOOD, 22)
+        assert await it.relay.answer(waits) == egress.OK
 
 
 @on_a_loop
@@ -960,6 +960,12 @@ async def test_a_request_does_not_wait_forever(monkeypatch: pytest.MonkeyPatch) 
         _, waits = it.relay.ask("x.wild.example"), it.relay.ask("y.wild.example")
         assert await it.relay.answer(waits) == egress.LIMIT
         assert it.use().denied[-1].rule == "limit:max_pending"
+    async with lab(settings=replace(FAST, max_connections=1)) as it:
+        await it.server(GOOD, 22)
+        await it.relay.connect(GOOD, 22)
+        assert await it.relay.answer(it.relay.ask(GOOD, 22)) == egress.LIMIT
+        denied = it.use().denied[-1]
+        assert denied.reason == "it waited 0.05 s because of the limit max_connections = 1"
 
 
 @on_a_loop

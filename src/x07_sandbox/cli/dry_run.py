@@ -62,6 +62,7 @@ def _lines(found: Preview) -> list[str]:
         *([] if found.scaling is None else [f"scaled for emulation: time limits times {found.scaling.factor}"]),
         f"network: {_listed(found.hosts) or 'none'}{denied}",
         *(f"blocked: {blocked}" for blocked in found.blocked_hosts[:_LISTED]),
+        *(["addresses of names: chosen by your proxy, and not checked"] if found.proxy_resolves else []),
         *([f"image {found.image}: {found.digests['image']}"] if "image" in found.digests else []),
         f"policy fields: {', '.join(counts)}; to list them: x07 policy explain",
         *(f"refused: {refusal.why}" for refusal in found.plan.refusals),

@@ -159,6 +159,7 @@ def host_report(
     own = not isinstance(request.host, str) and request.host.is_loopback
     settings = NetSettings() if own else read_settings()
     decision = decide(make_allowlist(policy, denied_hosts(denied), settings), request)
+    by_proxy = decision.allowed and settings.resolves(request.host)
     return HostReport(
         policy=source,
         policy_id=policy.policy_id,
@@ -167,9 +168,9 @@ def host_report(
         transport=transport,
         allowed=decision.allowed,
         rule=decision.rule,
-        reason=decision.reason,
+        reason=decision.reason + ("; your proxy resolves it, so its addresses are not checked" if by_proxy else ""),
         how_to_allow=decision.how_to_allow,
-        resolved_later=decision.allowed and isinstance(request.host, str),
+        resolved_later=decision.allowed and isinstance(request.host, str) and not by_proxy,
     )
 
 

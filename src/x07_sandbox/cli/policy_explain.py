@@ -12,7 +12,7 @@ from x07_sandbox.backends.registry import BY_NAME, features_of
 from x07_sandbox.backends.selection import backend_named, backend_request, select, this_platform
 from x07_sandbox.network.names import pattern_text
 from x07_sandbox.network.rules import make_allowlist, unreachable_entries
-from x07_sandbox.network.settings import proxy_resolves, read_settings
+from x07_sandbox.network.settings import read_settings
 from x07_sandbox.plan.confinement import confinement
 from x07_sandbox.plan.controls import make_plan
 from x07_sandbox.policy.canonical import policy_digest
@@ -66,7 +66,7 @@ def explanation(policy: Policy, source: str, backend_name: str | None, toolchain
     if backend is None or not (backend.built and backend.runs_on(this_platform())):
         backend = BY_NAME[select(this_platform(), backend_request(backend=backend_name, flags=("--backend",))).backend]
     features = features_of(backend)
-    plan = make_plan(policy, features, proxy_resolves=policy.may_connect and proxy_resolves())
+    plan = make_plan(policy, features, proxy_resolves=policy.may_connect and read_settings().proxy_resolves)
     values = leaf_values(policy)
     return ExplainReport(
         policy=source,

@@ -145,8 +145,8 @@ class Dialler:
 
     async def dial(self, decision: Decision) -> Dialled:
         """Connect to the destination of an allowed request. Raises NotDialledError if no address answers."""
-        host, proxy = decision.request.host, self._allowlist.settings.proxy
-        by_proxy = proxy is not None and proxy.resolves and isinstance(host, str) and special(host) is None
+        host = decision.request.host
+        by_proxy = self._allowlist.settings.resolves(host)
         try:
             targets: Sequence[Host] = [host] if by_proxy else await self._addresses(decision)
             async with asyncio.timeout(_ALL_TRIES_S):

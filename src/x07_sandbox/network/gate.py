@@ -30,12 +30,12 @@ if TYPE_CHECKING:
     from x07_sandbox.network.ledger import Ledger
     from x07_sandbox.network.rules import Allowlist, Decision, Transport
 
-WAITING_MAX: Final = 256  # requests that wait for the limits of pending and new connections
+WAITING_MAX: Final = 256  # requests that wait until the limits of connections allow them
 NAMES_MAX: Final = 1024
 NAMES_OF_WILDCARD: Final = 256
 HELD_MAX_BYTES: Final = 32 << 20  # above this, the gate opens no more connections
 _BURST_S: Final = 2.0  # as many connections as the limit allows in that time may be opened at once
-_WAITING_S: Final = 30.0
+_WAITING_S: Final = 10.0
 _QUEUED_MAX: Final = 128 * 1024  # bytes for the guest: above this, servers are not read
 _ROUND_MAX: Final = 3 << 20  # bytes that all flows read in one iteration of the loop
 _STALLED_MAX: Final = 1 << 20  # above this, the guest is not read either
@@ -149,6 +149,8 @@ class Gate(asyncio.BufferedProtocol):
         """Write queued data to the guest, and resume the flows that waited for that."""
         if self._tick is None or self.over.is_set():
             return
+        if self._waiting:
+            self._start_waiting()
         self._write()
         while self._was_busy and self._queued() <= _QUEUED_MAX:
             self._was_busy = False
@@ -222,42 +224,40 @@ class Gate(asyncio.BufferedProtocol):
         return self._too_many_names(decision)
 
     def _start_waiting(self) -> None:
-        """Open the connections that wait, in order, as far as the limits of pending and new connections allow."""
-        limits, now = self._limits, self.now()
-        rate = limits.connections_per_second
+        """Open the connections that wait, in order, as far as the limits allow."""
+        now, rate = self.now(), self._limits.connections_per_second
         self._opens = min(_BURST_S * rate, self._opens + (now - self._opens_at) * rate)
         self._opens_at = now
-        while self._waiting and self._opens >= 1 and len(self._pending) < limits.max_pending:
+        while self._waiting and not self._full():
             stream = next(iter(self._waiting))
             decision, _ = self._waiting.pop(stream)
-            if len(self._flows) + len(self._pending) >= limits.max_connections:
-                reason = f"{limits.max_connections} connections are open"
-                self._refuse(stream, egress.LIMIT, _of(decision, rule="limit:max_connections", reason=reason))
-                continue
             self._opens -= 1
             self._pending[stream] = task = self._loop.create_task(self._open(stream, decision))
             task.add_done_callback(partial(self._end_pending, stream))  # it runs even if the task never started
         if self._next_start is not None:
             self._next_start.cancel()
-            self._next_start = None
-        if self._waiting and self._opens < 1:  # else the end of a pending one starts the next
-            self._next_start = self._loop.call_later((1 - self._opens) / rate, self._start_next)
+        if self._waiting and self._opens < 1:  # else the end of another connection comes first
+            self._next_start = self._loop.call_later((1 - self._opens) / rate, self.flush)
 
-    def _start_next(self) -> None:
-        self._start_waiting()
-        self.flush()
+    def _full(self) -> str:
+        """Return the setting that does not allow another connection now, or ""."""
+        limits = self._limits
+        if self._opens < 1:
+            return "connections_per_second"
+        if len(self._pending) >= limits.max_pending:
+            return "max_pending"
+        return "max_connections" * (len(self._flows) + len(self._pending) >= limits.max_connections)
 
     def _end_waiting(self, now: float) -> None:
         """Refuse the requests that have waited too long."""
-        slow = self._opens < 1
+        self._start_waiting()
         for stream, (decision, until) in list(self._waiting.items()):
             if now < until:
                 return
             del self._waiting[stream]
-            limit = f"{self._limits.connections_per_second} a second" if slow else f"{self._limits.max_pending} pending"
-            rule = "limit:connections_per_second" if slow else "limit:max_pending"
-            reason = f"it waited {_WAITING_S:.0f} s because of the limit of {limit} connections"
-            self._refuse(stream, egress.LIMIT, _of(decision, rule=rule, reason=reason))
+            limit = self._full()
+            reason = f"it waited {_WAITING_S:g} s because of the limit {limit} = {getattr(self._limits, limit)}"
+            self._refuse(stream, egress.LIMIT, _of(decision, rule=f"limit:{limit}", reason=reason))
 
     def _give_up(self, stream: int) -> None:
         """Forget a connection that the program closed before it was open."""
@@ -301,7 +301,7 @@ class Gate(asyncio.BufferedProtocol):
 
     def _end_pending(self, stream: int, _task: asyncio.Task[None]) -> None:
         del self._pending[stream]
-        self._start_next()
+        self.flush()
 
     def _answer(self, stream: int, flow: Flow) -> None:
         """Report a new connection to the guest."""

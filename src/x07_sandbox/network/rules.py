@@ -126,6 +126,15 @@ class NetSettings(msgspec.Struct, frozen=True, kw_only=True):
         found = {"allow_local": self.allow_local, "allow_special": self.allow_special}.get(by or "", ())
         return self.lists(address, port) or any(port == one and matches(what, address) for what, one in found)
 
+    @property
+    def proxy_resolves(self) -> bool:
+        """Whether the proxy gets names."""
+        return self.proxy is not None and self.proxy.resolves
+
+    def resolves(self, host: Host) -> bool:
+        """Return whether the proxy gets this host as a name, so that its addresses cannot be checked here."""
+        return self.proxy_resolves and isinstance(host, str) and special(host) is None
+
 
 class Allowlist(msgspec.Struct, frozen=True, kw_only=True):
     """All data that a decision needs. entries: exact names and addresses first, then wildcards."""

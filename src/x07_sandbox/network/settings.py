@@ -75,12 +75,6 @@ def _proxy(net: dict[str, Any], what: str) -> Proxy | None:
     return Proxy(host=request.host, port=request.port, authorization=authorization, resolves=resolves)
 
 
-def proxy_resolves() -> bool:
-    """Return whether the user's proxy resolves the names, so that their addresses cannot be checked here."""
-    proxy = read_settings().proxy
-    return proxy is not None and proxy.resolves
-
-
 def _limits(net: dict[str, Any], what: str) -> dict[str, Any]:
     limits = {key: net[key] for key in LIMITS if key in net}
     for key, value in limits.items():

@@ -144,9 +144,9 @@ def prepare(
 
 
 def _proxy_resolves() -> bool:
-    from x07_sandbox.network.settings import proxy_resolves  # imported only for runs with connections
+    from x07_sandbox.network.settings import read_settings  # imported only for runs with connections
 
-    return proxy_resolves()
+    return read_settings().proxy_resolves
 
 
 def _check_cpu_time(request: RunRequest, program: Program) -> None:

@@ -34,6 +34,7 @@ class Preview(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     hosts: HOST:PORTS to which the program may connect.
     denied_hosts: hosts that flags deny.
     blocked_hosts: HOST:PORTS of `hosts` that are special addresses, and the settings that would allow them.
+    proxy_resolves: whether the user's proxy resolves the names, so that their addresses are not checked.
     """
 
     schema_version: Literal["x07.sandbox.preview@0.1.0"] = SCHEMA
@@ -49,6 +50,7 @@ class Preview(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     hosts: tuple[str, ...] = ()
     denied_hosts: tuple[str, ...] = ()
     blocked_hosts: tuple[str, ...] = ()
+    proxy_resolves: bool = False
 
 
 def preview(request: RunRequest) -> Preview:
@@ -75,6 +77,7 @@ def preview(request: RunRequest) -> Preview:
             hosts=tuple(_endpoint(entry) for entry in allowlist.entries) if allowlist else (),
             denied_hosts=tuple(_endpoint(entry) for entry in allowlist.denied) if allowlist else (),
             blocked_hosts=_blocked(allowlist) if allowlist else (),
+            proxy_resolves=allowlist.settings.proxy_resolves if allowlist else False,
         )
 
 
