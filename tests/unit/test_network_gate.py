@@ -715,7 +715,7 @@ async def test_an_address_that_nat64_translates_is_judged_as_ipv4(row: str) -> N
 
 @on_a_loop
 async def test_ipv6_is_not_dialled_while_nat64_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    """While the prefixes of NAT64 cannot be learnt, only IPv4 addresses are dialled. The gate then learns again."""
+    """While the prefixes of NAT64 cannot be learnt, only IPv4 addresses are dialled, and the gate learns again."""
     monkeypatch.setattr(dialler, "_NO_PREFIXES_S", 0.0)
     async with lab() as it:
         it.resolver.answers |= {
@@ -1020,7 +1020,8 @@ async def test_ten_thousand_requests_at_once_are_answered(monkeypatch: pytest.Mo
         assert len(streams) == count
         use = it.use()
         assert sum(row.count for row in use.denied) + use.more == count - left
-        assert len(it.log) <= 150
+        elapsed_s = (it.log[-1]["ms"] - it.log[0]["ms"]) / 1000
+        assert len(it.log) <= 150 + 20 * elapsed_s  # the burst and the rate of the log
 
 
 # hostile guests

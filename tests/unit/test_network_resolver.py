@@ -87,7 +87,7 @@ def test_a_missing_name_is_not_found(name: str) -> None:
 
 
 def test_each_address_is_returned_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each address is returned once. Only IPv6 addresses of ipv4only.arpa are asked for."""
+    """Each address is returned once, and only IPv6 addresses of ipv4only.arpa are asked for."""
     asked: list[tuple[object, ...]] = []
 
     def host_s(name: bytes, *args: object, **_: object) -> list[tuple[int, int, int, str, tuple[object, ...]]]:

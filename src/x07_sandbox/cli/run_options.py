@@ -54,6 +54,7 @@ RARE = frozenset(
             "--deny-host-file",
             "--net-log",
             "--ca",
+            "--max-file-size",
             "--reveal",
             "--stdin",
             "--input-b64",
