@@ -21,10 +21,14 @@ _QUIET_S: Final = 0.05
 
 @dataclass(slots=True)
 class Passed:
-    """What the gate let out of one case. rule: the rule that refused the rest; "" if none did."""
+    """What the gate let out of one case.
+
+    rule: the rule that refused the rest; "" if none did. waiting: whether the server's answer decides what else passes.
+    """
 
     data: bytearray = field(default_factory=bytearray)
     rule: str = ""
+    waiting: bool = False
 
 
 class Gate:
@@ -44,6 +48,10 @@ class Gate:
         if self._inspector.watches_server:
             self._do(lambda: self._inspector.from_server(data))
             self.client(b"")
+
+    def check_waiting(self) -> None:
+        """Note whether the server's answer decides what passes."""
+        self.passed.waiting = self._inspector.held > 0 or self._inspector.watches_server
 
     def end(self) -> None:
         """Take the end of the client's bytes."""
@@ -83,6 +91,7 @@ def dry_run(case: Case) -> Passed:
         gate.client(step or b"")
     if case.half_close:
         gate.end()
+    gate.check_waiting()
     return gate.passed
 
 
