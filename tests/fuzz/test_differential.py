@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tests.fuzz.differential.case import Case
 
 BATCH: Final = 300
-BATCHES: Final = 2
+BATCHES: Final = 1
 FULL_S: Final = float(os.environ.get("X07_FUZZ_S", "300"))
 PROXIES: Final = frozenset({"squid", "squid-proxy-line", "tinyproxy", "apache-proxy"})
 

@@ -21,6 +21,7 @@ from tests.fuzz.differential.sink import Sink
 from tests.fuzz.fuzz_client_hello import hello, sni
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
     from types import TracebackType
 
 _START_S: Final = 15.0
@@ -137,17 +138,17 @@ class Bench:
         texts = [path.read_text(encoding="utf-8", errors="replace")[-2000:] for path in self._folder.glob("*.*err*")]
         return "\n".join(text for text in texts if text)
 
-    async def evidence(self) -> list[Taken]:
-        """Return the requests that the servers have taken since the last call, except the fences."""
-        await self.fence(_FENCE_S)
+    async def evidence(self, only: Collection[str] = ()) -> list[Taken]:
+        """Return the requests that servers have taken since the last call, except the fences. only: empty for all."""
+        await self.fence(_FENCE_S, only)
         found = [taken for taken in self._found if FENCE not in " ".join((taken.text, *taken.hosts))]
         self._found.clear()
         return found
 
-    async def fence(self, limit_s: float) -> None:
+    async def fence(self, limit_s: float, only: Collection[str] = ()) -> None:
         """Send a request to each server, and wait until all have recorded theirs: all before it is recorded then."""
         self._fences += 1
-        waiting = {name: f"{FENCE}{self._fences}-{name}-" for name in self.ports}
+        waiting = {name: f"{FENCE}{self._fences}-{name}-" for name in self.ports if not only or name in only}
         self._drain()
         self._check()
         async with asyncio.timeout(limit_s):

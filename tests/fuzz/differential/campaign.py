@@ -22,6 +22,7 @@ _CONNECTIONS: Final = 150
 _TLS_START: Final = b"\x16\x03"
 _HTTP2_START: Final = b"PRI * HTTP/2"
 _TRIALS_MAX: Final = 150
+_RECENT: Final = 5000
 _UNKNOWN: Final = Case("not reproduced", "any", ())
 
 
@@ -52,6 +53,7 @@ class Campaign:
         self._free = asyncio.Semaphore(_CONNECTIONS)
         self._seen: set[int] = set()
         self._number = 0
+        self._recent: dict[int, Case] = {}  # a slow server's evidence may come with that of a later round
 
     async def run(self, cases: Iterable[Case], *, only: frozenset[str] = frozenset()) -> list[Finding]:
         """Play the cases at the same time, and return the findings. only: the servers to play on; empty for all."""
@@ -73,7 +75,8 @@ class Campaign:
         findings: list[Finding] = []
         for case in cases:
             self._number += 1
-            numbered[self._number] = played = case.numbered(self._number)
+            numbered[self._number] = self._recent[self._number] = played = case.numbered(self._number)
+            self._recent.pop(self._number - _RECENT, None)
             data = bytes(self._silent(played).data)
             if only <= {"openssl"} and (name := openssl(data)) is not None:
                 self.taken[name.server] += 1
@@ -84,16 +87,18 @@ class Campaign:
         if not connections:
             return findings
         await asyncio.gather(*connections)
-        return findings + await self._judge(numbered)
+        return findings + await self._judge(numbered, only)
 
-    async def _judge(self, numbered: dict[int, Case]) -> list[Finding]:
+    async def _judge(self, numbered: dict[int, Case], only: frozenset[str]) -> list[Finding]:
         findings: list[Finding] = []
         unnumbered: dict[str, Taken] = {}
-        for taken in await self.bench.evidence():
+        for taken in await self.bench.evidence(only):
             self.taken[taken.server] += 1
-            case = numbered.get(taken.number or 0) or (next(iter(numbered.values())) if len(numbered) == 1 else None)
             if taken.allowed:
                 continue
+            case = self._recent.get(taken.number or 0) or (
+                next(iter(numbered.values())) if len(numbered) == 1 else None
+            )
             if case is not None:
                 findings.append(Finding(case, taken, bytes(self._silent(case).data)))
             else:
@@ -117,7 +122,7 @@ class Campaign:
 
     def _is_new(self, case: Case, silent: Passed) -> bool:
         """Return whether servers may take something from this case that they took from no other case."""
-        if silent.rule or None in case.steps:  # what passes depends on the server
+        if silent.rule or silent.waiting or None in case.steps:  # what passes depends on the server
             steps = tuple(step and without_number(step) for step in case.numbered(0).steps)
             key = hash((case.mode, steps, case.half_close))
         else:

@@ -21,10 +21,14 @@ _QUIET_S: Final = 0.05
 
 @dataclass(slots=True)
 class Passed:
-    """What the gate let out of one case. rule: the rule that refused the rest; "" if none did."""
+    """What the gate let out of one case.
+
+    rule: the rule that refused the rest; "" if none did. waiting: whether the server's answer decides what else passes.
+    """
 
     data: bytearray = field(default_factory=bytearray)
     rule: str = ""
+    waiting: bool = False
 
 
 class Gate:
@@ -44,6 +48,10 @@ class Gate:
         if self._inspector.watches_server:
             self._do(lambda: self._inspector.from_server(data))
             self.client(b"")
+
+    def check_waiting(self) -> None:
+        """Note whether the server's answer decides what passes."""
+        self.passed.waiting = self._inspector.held > 0 or self._inspector.watches_server
 
     def end(self) -> None:
         """Take the end of the client's bytes."""
@@ -83,6 +91,7 @@ def dry_run(case: Case) -> Passed:
         gate.client(step or b"")
     if case.half_close:
         gate.end()
+    gate.check_waiting()
     return gate.passed
 
 
@@ -92,6 +101,7 @@ class _Connection(asyncio.Protocol):
     def __init__(self) -> None:
         self.gate: Gate | None = None
         self.transport: asyncio.Transport | None = None
+        self.ended = False
         self.heard = asyncio.Event()
         self.over = asyncio.Event()
 
@@ -109,9 +119,16 @@ class _Connection(asyncio.Protocol):
         self.heard.set()
 
     def send(self, data: bytes) -> None:
-        """Write to the server, unless it has ended the connection."""
-        if self.transport is not None and not self.transport.is_closing():
+        """Write to the server, unless one side has ended the connection."""
+        if self.transport is not None and not self.ended and not self.transport.is_closing():
             self.transport.write(data)
+
+    def end(self) -> None:
+        """End the bytes to the server. Those that were written reach it first."""
+        self.ended = True
+        if self.transport is not None:
+            with contextlib.suppress(OSError):
+                self.transport.write_eof()
 
     async def quiet(self) -> None:
         """Wait until the server has sent nothing for a while, or has ended the connection."""
@@ -142,8 +159,7 @@ async def play(case: Case, address: str, port: int, *, gated: bool = True) -> Pa
         if case.half_close:
             gate.end()
         # What passed must reach the server before the connection ends, even if the rest was refused.
-        with contextlib.suppress(OSError):
-            transport.write_eof()
+        connection.end()
         await connection.quiet()
     finally:
         transport.abort()
