@@ -80,6 +80,7 @@ def test_good_requests_arrive(data: bytes, size: int) -> None:
 
 def test_requests_are_written_again() -> None:
     """Requests are rewritten in one strict form."""
+    assert forwarded(b"GET /" + HOST + b"X:\r\n\r\n") == b"GET /" + HOST + b"X: \r\n\r\n"
     assert forwarded(b"GET /" + HOST + b"X:  y \t\r\n\r\n") == b"GET /" + HOST + b"X: y\r\n\r\n"
     assert forwarded(CHUNKED + b"003;n=v\r\nabc\r\n000\r\n\r\n") == CHUNKED[:-2] + LAST + b"3\r\nabc\r\n0\r\n\r\n"
 

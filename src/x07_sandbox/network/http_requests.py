@@ -115,9 +115,7 @@ class RequestStream:
                 self._pending.clear()
                 self._take_body(self._body, out)
             elif self._last:
-                _malformed(
-                    "bytes follow a request after which the connection must close (a GET with a body, or Expect)"
-                )
+                _malformed("bytes follow a request with a body, which must be the last of its connection")
             elif (head := self._take_head()) is not None:
                 self._take_request(head, out)
             else:
@@ -160,7 +158,7 @@ class RequestStream:
         self.decided = True
         out += b"%b %b HTTP/%b\r\n" % (request.method, target, request.http_version)
         for raw, (name, value) in zip(request.headers.raw_items(), request.headers, strict=True):
-            if written := self._rewritten(name, value):
+            if (written := self._rewritten(name, value)) is not None:
                 out += b"%b: %b\r\n" % (raw[0], written)
         out += b"Connection: close\r\n\r\n" if self._last else b"\r\n"
         self._body = connection
