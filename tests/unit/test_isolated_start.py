@@ -89,6 +89,23 @@ def test_installed_commands_start_isolated(folder: HostileFolder, tmp_path: Path
         assert done.stdout.startswith(f"usage: {'x07-os-runner' if name == 'x07-os-runner' else 'x07'} ")
 
 
+def test_a_launcher_that_cannot_find_its_folder_executes_nothing(tmp_path: Path) -> None:
+    """A launcher that bash finds on PATH refuses, because it would start the python3 of the current folder."""
+    python = tmp_path / "python3"
+    python.write_text(f"#!/bin/sh\ntouch {tmp_path}/executed\n")
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["/bin/bash", "x07", "--version"],
+        cwd=tmp_path,
+        env={"PATH": f"{BIN}:/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, sorted(tmp_path.iterdir())) == (125, [python])
+    assert "its folder is unknown" in done.stderr
+
+
 def test_processes_have_the_name_of_their_command() -> None:
     """The process of a command has the command's name, by which pkill finds it."""
     code = (
