@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import itertools
 import resource
+import signal
 import sys
 import time
 from pathlib import Path
@@ -37,6 +38,7 @@ def main() -> int:
     parser.add_argument("--ungated", action="store_true", help="replay without the gate")
     parser.add_argument("--replay", type=Path, nargs="+", default=[], metavar="FILE", help="play findings again")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C, and removes the servers' folder
     # Each batch has some hundred connections at a time.
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
