@@ -14,7 +14,7 @@ from tests.vm.conftest import copy_cache
 
 ROOT = Path(__file__).resolve().parents[2]
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(300), pytest.mark.usefixtures("image")]
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(900), pytest.mark.usefixtures("image")]
 
 
 def test_every_case_of_the_benchmark_runs(tmp_path: Path) -> None:
