@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from tests.unit.apply_trees import NEW, OLD, Tree, difference, put
 from x07_sandbox.files import patch as patches
-from x07_sandbox.files.patch import Work, hunks, patch
+from x07_sandbox.files.changes import ChangeSet, Refused, RootChanges
+from x07_sandbox.files.patch import Work, hunks, patch, summarize
 
 if TYPE_CHECKING:
     import pytest
@@ -109,3 +110,14 @@ def test_git_applies_the_patch(tmp_path: Path) -> None:
     ):
         assert line in output
     assert b"# changed, mode 0644 -> 0600" in output
+
+
+def test_a_summary_names_what_has_no_change() -> None:
+    """The summary also names files that were refused and of which nothing can be saved, such as a pipe."""
+    refused = (
+        Refused(name="p", rule="kind", why="a pipe cannot be copied"),
+        Refused(name="p", rule="fs.max_depth", why="too deep"),
+    )
+    root = RootChanges(root="/srv/x", guest="/work", missing=False, changes=(), refused=refused)
+    lines = list(summarize(ChangeSet(run="1-1-1", roots=(root,)), lambda *_: None, lambda *_: None))
+    assert lines == [b"# in /srv/x\n", b"left out: p (a pipe cannot be copied; too deep)\n"]

@@ -15,7 +15,7 @@ import msgspec
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from x07_sandbox.files.changes import Change, ChangeSet, Node
+    from x07_sandbox.files.changes import Change, ChangeSet, Node, RootChanges
 
     Content = Callable[[str, str, Node], bytes | None]  # of a node, given its root and name; None if it is missing
 
@@ -38,9 +38,7 @@ def patch(changes: ChangeSet, before: Content, after: Content) -> Iterator[bytes
             continue
         yield b"# in " + _quoted(os.fsencode(root.root)) + b"\n"
         word = b"not allowed" if changes.all_or_nothing else b"left out"
-        refused: dict[str, str] = {}
-        for refusal in root.refused:
-            refused[refusal.name] = "; ".join(filter(None, (refused.get(refusal.name), refusal.why)))
+        refused = _refused(root)
         depends = dict.fromkeys((change.name for change in root.left_out), "depends on a change that is left out")
         every = [*sorted(root.changes, key=_deletions_first), *sorted(root.left_out, key=_deletions_first)]
         for change in every:
@@ -50,6 +48,14 @@ def patch(changes: ChangeSet, before: Content, after: Content) -> Iterator[bytes
             yield from _one(root.root, change, before, after, work)
         for name in sorted(set(refused) - {change.name for change in every}):
             yield _note(word, root.root, name, refused[name].encode())
+
+
+def _refused(root: RootChanges) -> dict[str, str]:
+    """Return why each name was refused."""
+    refused: dict[str, str] = {}
+    for refusal in root.refused:
+        refused[refusal.name] = "; ".join(filter(None, (refused.get(refusal.name), refusal.why)))
+    return refused
 
 
 def summarize(changes: ChangeSet, before: Content, after: Content) -> Iterator[bytes]:
@@ -73,6 +79,15 @@ def summarize(changes: ChangeSet, before: Content, after: Content) -> Iterator[b
                 detail = "+{} -{}".format(*(sum(line.startswith(sign) for line in body) for sign in (b"+", b"-")))
             words = f"{action}{' (left out)' if is_out else ''}: "
             yield words.encode() + _quoted(os.fsencode(name or root.root)) + f" ({detail})\n".encode()
+        refused = _refused(root)
+        for name in sorted(refused.keys() - {change.name for change in (*root.changes, *root.left_out)}):
+            yield (
+                b"left out: "
+                + _quoted(os.fsencode(name or root.root))
+                + b" ("
+                + _quoted(refused[name].encode())
+                + b")\n"
+            )
 
 
 def _is_head(line: bytes) -> bool:
