@@ -27,6 +27,7 @@ from x07_sandbox.network.dialler import Dialler, ResolverClient
 from x07_sandbox.network.flows import TcpFlow
 from x07_sandbox.network.gate import NAMES_MAX, NAMES_OF_WILDCARD, WAITING_MAX, Gate
 from x07_sandbox.network.ledger import Ledger
+from x07_sandbox.network.names import unmapped
 from x07_sandbox.network.rules import NetSettings, decide, make_allowlist, parse_request
 from x07_sandbox.network.settings import parse_settings
 from x07_sandbox.policy.default import default_policy
@@ -655,7 +656,7 @@ async def test_special_addresses_of_names_are_refused() -> None:
             assert await it.relay.answer(it.relay.ask(f"n{number}.wild.example")) == egress.POLICY, address
             row = it.use().denied[-1]
             assert row.rule.startswith("deny-floor:")
-            assert row.address == str(ip_address(address))
+            assert row.address == str(unmapped(ip_address(address)))
             assert row.host == f"n{number}.wild.example"
         assert it.outside.dialled == []
 
@@ -806,6 +807,30 @@ async def test_connections_can_go_through_a_proxy(settings: NetSettings, asked: 
         (row,) = it.use().allowed
         assert (row.host, row.address, row.sent_bytes) == (asked, address, 11)
         assert "dXNlcjpwdw" not in f"{it.log} {it.use()} {settings}"
+
+
+@on_a_loop
+async def test_a_mapped_address_goes_through_the_proxy() -> None:
+    """An IPv4-mapped IPv6 address is the IPv4 address, which is asked of the proxy."""
+    async with lab(settings=BY_ADDRESS) as it:
+        it.resolver.answers["a.example"] = [f"::ffff:{GOOD}"]
+        await it.server("10.0.0.9", 3128, says=HEAD)
+        await it.relay.connect("a.example", 22)
+        assert it.outside.dialled == [("10.0.0.9", 3128)]
+        assert [row.address for row in it.use().allowed] == [GOOD]
+
+
+@on_a_loop
+async def test_a_request_that_is_reset_at_once_is_counted() -> None:
+    """Requests that the program resets before they are handled are counted as failed."""
+    async with lab() as it:
+        streams = [it.relay.link.open(TCP, b"a.example", 443) for _ in range(50)]
+        for stream in streams:
+            it.relay.link.reset(stream)
+        it.relay.flush()
+        await it.logged("failed", 50)
+        (row,) = it.use().failed
+        assert (row.rule, row.count) == ("dial:given-up", 50)
 
 
 @on_a_loop

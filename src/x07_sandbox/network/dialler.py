@@ -17,7 +17,8 @@ from msgspec.structs import replace
 
 from x07_sandbox.channel import egress
 from x07_sandbox.network import nat64, resolver
-from x07_sandbox.network.blocked_addresses import HOST_ADDRESS, HOST_NAME, special
+from x07_sandbox.network.blocked_addresses import HOST_ADDRESS, HOST_NAME
+from x07_sandbox.network.names import unmapped
 from x07_sandbox.network.rules import decide_address
 
 if TYPE_CHECKING:
@@ -176,7 +177,8 @@ class Dialler:
     async def _resolved(self, host: Host) -> list[Address]:
         if host == HOST_NAME:
             return [HOST_ADDRESS]
-        return await self._names.look_up(host) if isinstance(host, str) else [host]
+        # An IPv4-mapped address would not be recognised as the IPv4 address to which it leads.
+        return [unmapped(one) for one in await self._names.look_up(host)] if isinstance(host, str) else [host]
 
     def _check_rules(self, decision: Decision, address: Address) -> None:
         """Raise NotDialledError if the allowlist denies the address."""
@@ -209,8 +211,9 @@ class Dialler:
         last = NotDialledError(egress.HOST_UNREACHABLE, "dial:failed", "no address could be tried")
         for target in targets[:_TRIES]:
             servers, proxy = [(str(target), decision.request.port)], None
-            # Special addresses, which the user's settings have opened, belong to this host's own networks.
-            if special(target) is None and (proxy := self._allowlist.settings.proxy) is not None:
+            # Addresses that the user's settings have opened belong to this host's own networks.
+            direct = not isinstance(target, str) and self._allowlist.settings.allows(target, decision.request.port)
+            if not direct and (proxy := self._allowlist.settings.proxy) is not None:
                 found = await self._names.look_up(proxy.host) if isinstance(proxy.host, str) else [proxy.host]
                 servers = [(str(address), proxy.port) for address in found[:_TRIES]]
             for server in servers:

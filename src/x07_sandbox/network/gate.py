@@ -233,7 +233,7 @@ class Gate(asyncio.BufferedProtocol):
             decision, _ = self._waiting.pop(stream)
             self._opens -= 1
             self._pending[stream] = task = self._loop.create_task(self._open(stream, decision))
-            task.add_done_callback(partial(self._end_pending, stream))  # it runs even if the task never started
+            task.add_done_callback(partial(self._end_pending, stream, decision))
         if self._next_start is not None:
             self._next_start.cancel()
         if self._waiting and self._opens < 1:  # else the end of another connection comes first
@@ -299,8 +299,10 @@ class Gate(asyncio.BufferedProtocol):
         else:
             self._answer(stream, flow)
 
-    def _end_pending(self, stream: int, _task: asyncio.Task[None]) -> None:
+    def _end_pending(self, stream: int, decision: Decision, task: asyncio.Task[None]) -> None:
         del self._pending[stream]
+        if task.cancelled():  # it never started
+            self._ledger.failed(_of(decision, rule="dial:given-up", reason=_GIVEN_UP))
         self.flush()
 
     def _answer(self, stream: int, flow: Flow) -> None:

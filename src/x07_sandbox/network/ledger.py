@@ -76,13 +76,14 @@ class Ledger:
 
     def _count(self, table: _Table, contact: Contact) -> list[int]:
         key = _truncated(contact)
-        counters = table.get(key)
-        if counters is None:
-            # Mere lookups (port 0), which are cheap to invent, leave room for connections.
-            if len(table) >= (ROWS_MAX if contact.port else ROWS_MAX // 2):
+        # Mere lookups (port 0), which are cheap to invent, leave room for connections.
+        if key not in table and len(table) >= (ROWS_MAX if contact.port else ROWS_MAX // 2):
+            if table is self._denied:
                 self._more += 1
                 return [0, 0, 0]
-            counters = table[key] = [0, 0, 0]
+            # Connections stay complete: the policy's rules, which a guest cannot invent, have one more row each.
+            key = Contact(host="", port=0, transport=contact.transport, rule=contact.rule)
+        counters = table.setdefault(key, [0, 0, 0])
         counters[0] += 1
         return counters
 

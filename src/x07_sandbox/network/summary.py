@@ -8,8 +8,8 @@ import msgspec
 class Contact(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Connections or datagrams to one destination that had the same result.
 
-    host: the name or address that the program asked for.
-    port: the destination port.
+    host: the name or address that the program asked for; empty for all further hosts of a rule, after 256 rows.
+    port: the destination port; 0 if the host is empty, or if a name was only looked up.
     transport: TCP or UDP.
     rule: the id of the rule that decided.
     reason: why the connections were denied or failed; empty if they were made.
@@ -38,7 +38,7 @@ class NetworkUse(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     allowed: connections that were made.
     denied: connections that were denied.
     failed: connections that were allowed but failed, for example because the server refused them or they were idle.
-    more: the number of events that these lists do not contain, because the lists are full.
+    more: the number of denials that the list does not contain, because it is full.
     log_dropped: the number of lines that the log of connections does not contain, because of its limits.
     """
 
