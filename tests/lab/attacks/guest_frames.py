@@ -175,20 +175,21 @@ def restart(state: State, *, host: str, port: int) -> dict[str, Any]:
 def open_flood(state: State, *, host: str, port: int, count: int, reset: bool, pace_s: float = 0.0) -> dict[str, Any]:
     """Ask *count* times; {} in host is replaced by a number. reset: end each connection that is established."""
     gate = _port(state)
-    first, began, ended = gate.last + 1, time.monotonic(), set[int]()
+    first, began, unanswered = gate.last + 1, time.monotonic(), set[int]()
 
     def look() -> None:
-        if not reset:
-            return
-        for number in [n for n in gate.streams if gate.streams[n].code == 0 and n not in ended]:
-            ended.add(number)
-            gate.write(frame(RESET, number))
+        answered = [number for number in unanswered if gate.streams[number].code is not None]
+        unanswered.difference_update(answered)
+        for number in answered if reset else []:
+            if gate.streams[number].code == 0:
+                gate.write(frame(RESET, number))
 
     for start in range(0, count, 50):
         batch = b""
         for at in range(start, min(start + 50, count)):
             gate.last += 1
             gate.streams[gate.last] = Stream()
+            unanswered.add(gate.last)
             batch += asking(gate.last, host.format(at).encode("latin-1"), port)
         gate.write(batch)
         while gate.read(0):
@@ -197,8 +198,8 @@ def open_flood(state: State, *, host: str, port: int, count: int, reset: bool, p
         if pace_s:
             gate.quiet(pace_s)
             look()
-    deadline = time.monotonic() + 20
-    while any(gate.streams[n].code is None for n in range(first, gate.last + 1)) and time.monotonic() < deadline:
+    deadline = time.monotonic() + 40
+    while unanswered and time.monotonic() < deadline:
         gate.read(0.1)
         look()
     codes: dict[str, int] = {}
