@@ -87,7 +87,7 @@ def denied(name: str) -> str | None:
     return "a rule says so" if name == DENIED else None
 
 
-def run(mode: Mode, host: Host, parts: list[bytes], answer: bytes = TLS_ANSWER, port: int = 443) -> Verdict:
+def run(mode: Mode, host: Host, parts: list[bytes], answer: bytes = TLS_ANSWER, port: int = 80) -> Verdict:
     """Feed the parts and their end to an inspector. The server answers the first message."""
     inspected = Inspector(mode, host, port, denied)
     out = b""

@@ -41,7 +41,7 @@ GET: Final = b"GET /x HTTP/1.1\r\nHost: a.example\r\n\r\n"
 BIG: Final = 1 << 20
 
 
-def inspector(mode: Mode, host: Host = NAME, port: int = 443) -> Inspector:
+def inspector(mode: Mode, host: Host = NAME, port: int = 80) -> Inspector:
     """The inspector of a new connection."""
     return Inspector(mode, host, port, denied)
 

@@ -13,6 +13,7 @@ import functools
 import json
 import os
 import socket
+import time
 from ipaddress import IPv4Address, ip_address
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, cast
 
@@ -93,6 +94,7 @@ class Outside(Waiting):
         self.dialled: list[tuple[str, int]] = []
         self.own: set[str] = set()
         self.cancelled = asyncio.Event()
+        self.small_buffers = False  # whether a socket takes only some KiB that the server has not read
 
     def time(self) -> float:
         """Like `loop.time`."""
@@ -101,6 +103,8 @@ class Outside(Waiting):
     async def sock_connect(self, sock: socket.socket, target: tuple[str, int]) -> None:
         """Like `loop.sock_connect`."""
         self.dialled.append(target)
+        if self.small_buffers:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         where = self.routes.get(target, OSError(errno.ENETUNREACH, "Network is unreachable"))
         self.happened()
         if isinstance(where, asyncio.Event):
@@ -346,6 +350,8 @@ class Server(Waiting):
         listening = await asyncio.get_running_loop().create_server(lambda: Far(self), "127.0.0.1", 0)
         stack.push_async_callback(self._stop, listening)
         self.target = listening.sockets[0].getsockname()
+        if not self.reads:
+            listening.sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
 
     async def _stop(self, listening: asyncio.Server) -> None:
         listening.close()
@@ -1125,6 +1131,23 @@ async def test_a_far_end_that_never_reads_delays_no_other() -> None:
             assert isinstance(flow, TcpFlow)
             assert flow.waiting_bytes() <= WINDOW
             assert flow.transport.get_write_buffer_size() <= WINDOW
+
+
+@on_a_loop
+async def test_many_small_writes_to_a_stalled_server_take_linear_time() -> None:
+    """Data in tiny pieces, for a server that does not read, delays no other connection."""
+    async with lab() as it:
+        it.outside.small_buffers = True
+        await it.server(GOOD, 22, reads=False)
+        await it.server(OTHER, 22, echoes=True)
+        stalled = await it.relay.connect("a.example", 22)
+        other = await it.relay.connect("b.example", 22)
+        start = time.process_time()
+        it.relay.link.flows[stalled].send_window -= 400_000
+        it.relay.raw((egress.HEADER.pack(egress.DATA, 0, 0, stalled, 1) + b"x") * 400_000)
+        it.relay.send(other, b"echo")
+        assert await it.relay.data(other, 4) == b"echo"
+        assert time.process_time() - start < 30  # with an entry for each piece, it took minutes
 
 
 @on_a_loop

@@ -334,10 +334,10 @@ def test_lengths_are_written_in_one_form() -> None:
 
 
 def test_a_host_may_omit_the_port_but_not_change_it() -> None:
-    """A request may leave out the port of its host, and cannot ask for another port of the host."""
-    for host in (b"a.example", b"a.example:8080"):
-        request = GET.replace(b"a.example", host)
-        assert forwarded(request, port=8080) == request
+    """A missing port of a request's host is added, and a request cannot ask for another port of the host."""
+    whole = GET.replace(b"a.example", b"a.example:8080")
+    for host in (b"a.example", b"a.example:8080"):  # without a port, proxies would take port 80
+        assert forwarded(GET.replace(b"a.example", host), port=8080) == whole
     with pytest.raises(InspectionError, match="asks for port 80, but the connection was opened for port 8080"):
         http(port=8080).from_client(GET.replace(b"a.example", b"a.example:80"))
 

@@ -40,7 +40,7 @@ _NAME: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9a-z-]+")
 _VALUE: Final = re.compile(rb"[^\x00-\x08\x0a-\x1f\x7f]*")
 _PATH: Final = re.compile(rb"/[\x21-\x7e]*")
 _PSEUDO: Final = (b":authority", b":method", b":path", b":scheme")
-# They control one HTTP/1 connection, and are not allowed in HTTP/2.
+# They control one HTTP/1 connection, and are not allowed in HTTP/2. Nor are their names, and Content-Length, with "_".
 _HOP: Final = frozenset({b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade"})
 
 
@@ -216,7 +216,7 @@ class FrameStream:
         plain = dict(fields[len(pseudo) :])
         for name, value in fields[len(pseudo) :]:
             binary = self._takes_binary and name.endswith(b"-bin") and value.startswith(b"\0")
-            if not _NAME.fullmatch(name) or not (binary or _VALUE.fullmatch(value)) or name in _HOP:
+            if not _NAME.fullmatch(name) or not (binary or _VALUE.fullmatch(value)) or _is_hop(name):
                 _malformed("an HTTP/2 field is not allowed")
         if stream <= self._last_stream:
             if pseudo or not ends or not plain.keys().isdisjoint({b"host", b"content-length"}):
@@ -252,7 +252,12 @@ class FrameStream:
         if not hosts:
             raise InspectionError("http:no-host", "the request has no Host")
         for host in hosts:
-            self._check_host(check_authority(host, self._port))
+            self._check_host(check_authority(host, self._port, need_port=True))
+
+
+def _is_hop(name: bytes) -> bool:
+    plain = name.replace(b"_", b"-")
+    return plain in _HOP or (plain != name and plain in {b"content-length", b"host"})
 
 
 def _header(data: bytes | bytearray) -> tuple[int, int, int, int]:

@@ -32,6 +32,7 @@ _WORD_START: Final = re.compile(WORD)
 _REQUEST_LINE: Final = re.compile(rb"(%b) ([\x21-\x7e]+) HTTP/([0-9]\.[0-9])\r\n" % WORD)
 _FIELD: Final = re.compile(rb"%b:[^\x00-\x08\x0a-\x1f\x7f]*\r\n" % WORD)
 _HOST: Final = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[^:\[\]]+)(?::([1-9][0-9]{0,4}))?")
+_PORT_DEFAULT: Final = 80
 _ABSOLUTE: Final = re.compile(rb"http://([^/?#]*)([^#]*)", re.IGNORECASE)
 _STATUS_SIZE: Final = len(b"HTTP/1.1 101 ")
 _SWITCHED: Final = re.compile(rb"HTTP/1\.1 101[ \r\n]")
@@ -183,6 +184,8 @@ class RequestStream:
             known = {b"close", b"keep-alive", *([b"upgrade"] if self._handshake else [])}
             tokens = [token for token in (token.strip() for token in value.split(b",")) if token.lower() in known]
             return None if self._last else b", ".join(tokens) or None
+        if name == b"host" and self._port != _PORT_DEFAULT and (host := _HOST.fullmatch(value)) and not host[2]:
+            return b"%b:%d" % (value, self._port)  # without a port, it would mean port 80
         if name == b"content-length":
             return b"%d" % parse_length(value)
         if name == b"http2-settings" or (name == b"upgrade" and not self._handshake):
@@ -261,8 +264,11 @@ def parse_length(text: bytes) -> int:
     return int(text)
 
 
-def check_authority(text: bytes, port: int) -> Host:
-    """Return the host in ``NAME`` or ``NAME:PORT``. Raises InspectionError for another port than the connection's."""
+def check_authority(text: bytes, port: int, *, need_port: bool = False) -> Host:
+    """Return the host in ``NAME`` or ``NAME:PORT``. Raises InspectionError for another port than the connection's.
+
+    need_port: whether a missing port means port 80, because the text is forwarded as it is.
+    """
     match = _HOST.fullmatch(text)
     if match is None or not 0 < int(match[2] or port) <= PORT_LAST:
         _malformed(f"the request has the host {escaped(text)}, which is not NAME or NAME:PORT")
@@ -270,8 +276,8 @@ def check_authority(text: bytes, port: int) -> Host:
         host = parse_guest_host(match[1])
     except UsageError:
         _malformed(f"the request has the host {escaped(text)}, which is neither a name nor an address")
-    if int(match[2] or port) != port:
-        why = f"the request asks for port {int(match[2])}, but the connection was opened for port {port}"
+    if (asked := int(match[2] or (_PORT_DEFAULT if need_port else port))) != port:
+        why = f"the request asks for port {asked}, but the connection was opened for port {port}"
         raise InspectionError("http:other-host", why, str(host))
     return host
 
