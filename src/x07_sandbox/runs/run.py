@@ -268,9 +268,8 @@ def _without_command(ending: Verdict, end: JobEnd, prepared: Prepared) -> Verdic
 
     flag, package = package_of_program(name)
     add = "To add a Python package" if flag == "--pip" else "To add the Debian package that has it"
-    fix = (
-        f"{add if package == 'PACKAGE' else 'To add it'}: {image_in_use(prepared.image, image).adding(flag, [package])}"
-    )
+    add = add if package == "PACKAGE" else "To add it"
+    fix = f"{add}: {image_in_use(prepared.image, image).adding(flag, [package])}"
     return replace(ending, reason=f"the command {name} is not in the image {image}. {fix}")
 
 
