@@ -45,8 +45,9 @@ if TYPE_CHECKING:
         run_program,
         run_program_async,
     )
+    from x07_sandbox.plan.denials import Outcome
     from x07_sandbox.policy.model import Limits, Policy
-    from x07_sandbox.runs.result import Outcome, Output, Result
+    from x07_sandbox.runs.result import Output, Result
 
 __all__ = [
     "Diff",
@@ -74,8 +75,9 @@ _NAMES_BY_MODULE = {
     "library.changes": ("Diff", "apply", "diff", "undo"),
     "library.pool": ("Pool",),
     "library.run": ("exec_command", "exec_command_async", "load_policy", "run_program", "run_program_async"),
+    "plan.denials": ("Outcome",),
     "policy.model": ("Limits", "Policy"),
-    "runs.result": ("Outcome", "Output", "Result"),
+    "runs.result": ("Output", "Result"),
 }
 
 

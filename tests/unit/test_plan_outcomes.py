@@ -3,7 +3,7 @@
 import errno
 import itertools
 import re
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from x07_sandbox.host.cancel import BY_KILL
+from x07_sandbox.plan.denials import Outcome
 from x07_sandbox.plan.features import WORDS, Isolation, vm_features
 from x07_sandbox.plan.outcomes import (
     OUTCOMES,
     Evidence,
-    Outcome,
     Stage,
     Verdict,
     build_verdict,
@@ -135,13 +135,13 @@ def test_each_end_has_its_outcome(case: tuple[Evidence, str, str, str, int | Non
 
 # each of these facts alone gives its outcome; together the earlier one wins
 RANKED: list[tuple[dict[str, object], Outcome]] = [
-    ({"cancelled_by": 15}, Outcome.CANCELLED),
-    ({"output_overflow": "stdout"}, Outcome.OUTPUT_LIMIT),
-    ({"deadline_passed": True}, Outcome.TIMEOUT),
-    ({"channel_error": "bad frame"}, Outcome.GUEST_LOST),
-    ({"cpu_exceeded": True}, Outcome.CPU_LIMIT),
-    ({"oom_kills": 1}, Outcome.OOM),
-    ({}, Outcome.SIGNALLED),
+    ({"cancelled_by": 15}, "cancelled"),
+    ({"output_overflow": "stdout"}, "output-limit"),
+    ({"deadline_passed": True}, "timeout"),
+    ({"channel_error": "bad frame"}, "guest-lost"),
+    ({"cpu_exceeded": True}, "cpu-limit"),
+    ({"oom_kills": 1}, "oom"),
+    ({}, "signalled"),
 ]
 
 
@@ -149,25 +149,25 @@ RANKED: list[tuple[dict[str, object], Outcome]] = [
 def test_the_highest_ranked_cause_is_reported(chosen: tuple[bool, ...]) -> None:
     """The highest-ranked of several causes is reported."""
     facts: dict[str, object] = {"wait_status": SIGKILLED}
-    expected = Outcome.SIGNALLED
+    expected = "signalled"
     for (fact, outcome), taken in reversed(list(zip(RANKED, chosen, strict=False))):
         if taken:
             facts |= fact
             expected = outcome
-    assert classify(run(**facts)).outcome is expected
+    assert classify(run(**facts)).outcome == expected
 
 
 def test_a_gate_that_does_not_answer_is_lost_unless_the_time_was_up() -> None:
     """A lost gate is the cause of a run's end, except if the time limit was reached before."""
-    assert classify(run(wait_status=SIGKILLED, gate_lost=True)).outcome is Outcome.GATE_LOST
-    assert classify(run(wait_status=SIGKILLED, gate_lost=True, deadline_passed=True)).outcome is Outcome.TIMEOUT
+    assert classify(run(wait_status=SIGKILLED, gate_lost=True)).outcome == "gate-lost"
+    assert classify(run(wait_status=SIGKILLED, gate_lost=True, deadline_passed=True)).outcome == "timeout"
 
 
 def test_a_refusal_comes_before_everything_but_cancelling() -> None:
     """A failed set-up is `refused` whatever else happened, unless it was cancelled."""
     facts: dict[str, Any] = {"stage": Stage.SETUP, "setup_failure": "x", "deadline_passed": True, "instance_status": 1}
-    assert classify(Evidence(**facts)).outcome is Outcome.REFUSED
-    assert classify(Evidence(**facts, cancelled_by=2)).outcome is Outcome.CANCELLED
+    assert classify(Evidence(**facts)).outcome == "refused"
+    assert classify(Evidence(**facts, cancelled_by=2)).outcome == "cancelled"
 
 
 @pytest.mark.parametrize("number", [*range(1, 17), *range(24, 28), *range(29, 32), 34, 64])
@@ -175,7 +175,7 @@ def test_every_deadly_signal_is_reported_as_itself(number: int) -> None:
     """A program killed by a signal is reported with exactly that signal."""
     for status in (number, number | 0x80):
         found = classify(run(wait_status=status))
-        assert (found.outcome, found.signal, found.exit_code) == (Outcome.SIGNALLED, number, None)
+        assert (found.outcome, found.signal, found.exit_code) == ("signalled", number, None)
         assert found.x07_exit_code == 128 + number
         assert signal_name(number) in found.reason
 
@@ -184,7 +184,7 @@ def test_every_deadly_signal_is_reported_as_itself(number: int) -> None:
 def test_an_exit_code_is_never_taken_for_a_limit(code: int) -> None:
     """An exit code such as 124 or 137 is never mistaken for a limit."""
     found = classify(run(wait_status=code << 8))
-    assert found.outcome is (Outcome.FAILED if code else Outcome.OK)
+    assert found.outcome == ("failed" if code else "ok")
     assert found.x07_exit_code == code
 
 
@@ -192,7 +192,7 @@ def test_an_exit_code_is_never_taken_for_a_limit(code: int) -> None:
 def test_a_killed_child_is_a_warning(status: int) -> None:
     """A child killed for memory is a warning if the program survives."""
     found = classify(run(wait_status=status, oom_kills=2))
-    assert found.outcome in {Outcome.OK, Outcome.FAILED, Outcome.SIGNALLED}
+    assert found.outcome in {"ok", "failed", "signalled"}
     assert found.warnings == ("2 processes were killed at the memory limit (limits.mem_bytes)",)
 
 
@@ -257,7 +257,7 @@ def test_any_evidence_has_one_verdict_with_a_code(evidence: Evidence, isolation:
         assert each.outcome in OUTCOMES
         assert 0 <= each.x07_exit_code <= 255
     if evidence.channel_error is not None or evidence.wait_status is None:
-        assert found.outcome not in {Outcome.OK, Outcome.FAILED, Outcome.SIGNALLED, Outcome.OOM, Outcome.CPU_LIMIT}
+        assert found.outcome not in {"ok", "failed", "signalled", "oom", "cpu-limit"}
 
 
 CODES = {
@@ -281,17 +281,17 @@ CODES = {
 
 def test_the_table_of_exit_codes_is_the_published_one() -> None:
     """Each outcome has its documented exit code."""
-    assert {str(outcome): exit_code(outcome, program_exit=7, signal=11) for outcome in Outcome} == CODES
-    assert set(OUTCOMES) == set(Outcome)
+    assert {str(outcome): exit_code(outcome, program_exit=7, signal=11) for outcome in OUTCOMES} == CODES
+    assert list(OUTCOMES) == list(get_args(Outcome))
 
 
 @pytest.mark.parametrize(("signal", "code"), [(2, 130), (15, 143), (1, 143), (None, 143)])
 def test_a_cancelled_run_exits_like_a_cancelled_program(signal: int | None, code: int) -> None:
     """A cancelled run exits with 130 after Ctrl-C, otherwise with 143."""
-    assert exit_code(Outcome.CANCELLED, program_exit=None, signal=signal) == code
+    assert exit_code("cancelled", program_exit=None, signal=signal) == code
 
 
-@pytest.mark.parametrize("outcome", [Outcome.OK, Outcome.FAILED, Outcome.SIGNALLED])
+@pytest.mark.parametrize("outcome", ["ok", "failed", "signalled"])
 def test_an_outcome_of_the_program_needs_the_programs_end(outcome: Outcome) -> None:
     """No exit code is invented for a program whose end is unknown."""
     with pytest.raises(ValueError, match=f"outcome {outcome} without"):
@@ -301,7 +301,7 @@ def test_an_outcome_of_the_program_needs_the_programs_end(outcome: Outcome) -> N
 def test_a_build_that_ends_badly_is_a_failed_build() -> None:
     """A failing compiler is `build-failed`; a lost or cancelled build keeps its outcome."""
     found = build_verdict(classify(run(wait_status=1 << 8)))
-    assert found.outcome is Outcome.BUILD_FAILED
+    assert found.outcome == "build-failed"
     assert found.fault == "program"
     assert found.reason == "the build failed: the compiler exited with status 1"
     assert build_verdict(classify(run(wait_status=0))) == classify(run(wait_status=0))
@@ -315,17 +315,15 @@ def test_a_build_that_ends_badly_is_a_failed_build() -> None:
 
 def test_errors_without_a_guest_have_a_fault() -> None:
     """Errors before a guest exists have a fault too."""
-    assert verdict(Outcome.BACKEND_ERROR, "no VMM") == Verdict(
-        outcome=Outcome.BACKEND_ERROR, fault="host", reason="no VMM"
-    )
-    assert verdict(Outcome.REFUSED, "no image", fault="host").fault == "host"
+    assert verdict("backend-error", "no VMM") == Verdict(outcome="backend-error", fault="host", reason="no VMM")
+    assert verdict("refused", "no image", fault="host").fault == "host"
 
 
 @pytest.mark.parametrize("status", [-9, 137])
 def test_a_killed_vmm_gives_advice_about_memory(status: int) -> None:
     """A VMM killed by the host's kernel is `guest-lost`, with advice about memory."""
     found = classify(run(instance_status=status))
-    assert (found.outcome, found.fault) == (Outcome.GUEST_LOST, "host")
+    assert (found.outcome, found.fault) == ("guest-lost", "host")
     assert "ran out of memory" in found.reason
     assert "X07_VM_MAX_RUNNING=1" in found.reason
     assert "memory" not in classify(run(instance_status=1)).reason

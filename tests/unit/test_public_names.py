@@ -39,7 +39,7 @@ def test_help_lists_the_public_functions() -> None:
 
 def test_outcome_lists_all_outcomes() -> None:
     """`Outcome` lists exactly the possible outcomes."""
-    assert list(get_args(x07_sandbox.Outcome)) == [outcome.value for outcome in OUTCOMES]
+    assert list(get_args(x07_sandbox.Outcome)) == list(OUTCOMES)
 
 
 def test_a_type_checker_finds_a_wrong_outcome(tmp_path: Path) -> None:

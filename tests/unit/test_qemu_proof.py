@@ -12,6 +12,7 @@ from x07_sandbox.backends.base import HandshakeFailure
 from x07_sandbox.backends.qemu import proof
 from x07_sandbox.backends.qemu.proof import known_verdict
 from x07_sandbox.host.clocks import boot_ms
+from x07_sandbox.host.processes import boot_id
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_late_guest_is_tried_again_minutes_later(record: Path) -> None:
     """After a timeout of a test guest, KVM is retried minutes later."""
-    found = {"works": False, "reason": "no answer", "retry_at_ms": boot_ms() + 290_000}
+    found = {"boot_id": boot_id(), "works": False, "reason": "no answer", "retry_at_ms": boot_ms() + 290_000}
     record.write_text(json.dumps(found))
     known = known_verdict()
     assert known is not None
@@ -38,12 +39,12 @@ def test_a_late_guest_is_tried_again_minutes_later(record: Path) -> None:
 
 def test_a_guest_that_ended_is_evidence_until_the_host_reboots(record: Path) -> None:
     """The verdict of a test guest that ended or answered holds until the host reboots."""
-    record.write_text(json.dumps({"works": False, "reason": "a guest ended"}))
+    record.write_text(json.dumps({"boot_id": boot_id(), "works": False, "reason": "a guest ended"}))
     known = known_verdict()
     assert known is not None
     assert (known.works, known.reason) == (False, "a guest ended. KVM is not tried again until this host reboots")
     assert known.fix == "Use a host where KVM works"
-    record.write_text(json.dumps({"works": True, "reason": "our agent answered"}))
+    record.write_text(json.dumps({"boot_id": boot_id(), "works": True, "reason": "our agent answered"}))
     known = known_verdict()
     assert known is not None
     assert (known.works, known.reason) == (True, "our agent answered")

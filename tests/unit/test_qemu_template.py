@@ -71,7 +71,7 @@ def test_a_late_clone_distrusts_its_template_for_minutes(tmp_path: Path, monkeyp
     assert late.suspended() == reason
     ended.suspend("a clone of it ended", transient=False)
     now_ms = boot_ms()
-    monkeypatch.setattr("x07_sandbox.backends.proofs.boot_ms", lambda: now_ms + 301_000)
+    monkeypatch.setattr("x07_sandbox.host.verdicts.boot_ms", lambda: now_ms + 301_000)
     assert late.suspended() == ""
     assert ended.suspended() != ""
 

@@ -12,7 +12,7 @@ from x07_sandbox.errors import HostError, UsageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.user_settings import scale_when_emulated
 from x07_sandbox.plan.controls import run_limits
-from x07_sandbox.plan.outcomes import Evidence, Outcome, Stage, build_verdict, classify
+from x07_sandbox.plan.outcomes import Evidence, Stage, build_verdict, classify
 from x07_sandbox.plan.sizes import build_limits
 from x07_sandbox.policy import default_policy
 from x07_sandbox.runs.scaling import _WORK, _printed, scaled_limits
@@ -107,6 +107,6 @@ def test_a_build_that_took_too_long_names_its_flag(wall_ms: int, more: str) -> N
     """A build that timed out names the flag that gives it more time."""
     late = classify(Evidence(stage=Stage.RUN, deadline_passed=True), limits=build_limits(wall_ms))
     found = build_verdict(late, wall_ms)
-    assert (found.outcome, more in found.reason) == (Outcome.BUILD_FAILED, True)
+    assert (found.outcome, more in found.reason) == ("build-failed", True)
     most = build_verdict(late, settings.BUILD_S_MAX * 1000)
     assert "--build-timeout" not in most.reason

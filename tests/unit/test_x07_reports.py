@@ -6,14 +6,14 @@ import base64
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jsonschema
 import msgspec
 import pytest
 
 from x07_sandbox.errors import RefusedError
-from x07_sandbox.plan.outcomes import OUTCOMES, ExitRule, Outcome
+from x07_sandbox.plan.outcomes import OUTCOMES, ExitRule
 from x07_sandbox.policy import decode_policy, default_policy, render_policy
 from x07_sandbox.reports.document import render_json
 from x07_sandbox.reports.schemas import schemas
@@ -31,6 +31,9 @@ from x07_sandbox.x07.runner_report import (
     runner_report,
     wrap,
 )
+
+if TYPE_CHECKING:
+    from x07_sandbox.plan.denials import Outcome
 
 ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = {name: json.loads(text) for name, text in schemas().items()}
@@ -83,9 +86,9 @@ def ended(outcome: Outcome, *, built: bool = True, **more: Any) -> Result:  # no
     code = rule if isinstance(rule, int) else {ExitRule.PROGRAM: 0, ExitRule.SIGNAL: 139}.get(rule, 130)
     fields: dict[str, Any] = {
         "run": "1-2-3",
-        "outcome": outcome.value,
+        "outcome": outcome,
         "fault": "none",
-        "reason": f"because of {outcome.value}",
+        "reason": f"because of {outcome}",
         "x07_exit_code": code,
         "stdout": EMPTY_OUTPUT,
         "stderr": EMPTY_OUTPUT,
@@ -143,7 +146,7 @@ def test_the_published_schemas_are_closed(name: str) -> None:
 def test_a_program_that_ended_well() -> None:
     """A successful program gives X07's success report with its output."""
     data = b"\x00\xff three\n"
-    result = ended(Outcome.OK, exit_code=0, stdout=output(data), stderr=output(b"talk"))
+    result = ended("ok", exit_code=0, stdout=output(data), stderr=output(b"talk"))
     made = document(runner_report(result, BUILT))
     assert made["exit_code"] == 0
     assert made["mode"] == "compile-run"
@@ -162,8 +165,8 @@ def test_a_program_that_ended_well() -> None:
 def test_a_cached_build_reports_its_output() -> None:
     """A cached build reports the compiler's original output."""
     printed = BuildOutput(stdout=output(), stderr=output(b"prog.c:1: warning: unused\n"))
-    now = ended(Outcome.OK, exit_code=0, artifact_from="build", build=printed)
-    kept = ended(Outcome.OK, exit_code=0, artifact_from="cache", build=printed)
+    now = ended("ok", exit_code=0, artifact_from="build", build=printed)
+    kept = ended("ok", exit_code=0, artifact_from="cache", build=printed)
     assert document(runner_report(now, BUILT))["compile"] == document(runner_report(kept, BUILT))["compile"]
     encoded = document(runner_report(kept, BUILT))["compile"]["stderr_b64"]
     assert base64.b64decode(encoded) == b"prog.c:1: warning: unused\n"
@@ -171,7 +174,7 @@ def test_a_cached_build_reports_its_output() -> None:
 
 def test_a_failed_build_is_reported() -> None:
     """A compile error is reported with the compiler's output and status."""
-    result = ended(Outcome.BUILD_FAILED, built=False, exit_code=1, stderr=output(b"prog.c:3: error: expected ';'\n"))
+    result = ended("build-failed", built=False, exit_code=1, stderr=output(b"prog.c:3: error: expected ';'\n"))
     made = document(runner_report(result, BUILT))
     assert made["exit_code"] == 1
     assert made["solve"] is None
@@ -185,7 +188,7 @@ def test_a_failed_build_is_reported() -> None:
 
 def test_a_compiler_that_was_ended_has_a_trap() -> None:
     """A compiler that was killed is reported with a trap."""
-    made = document(runner_report(ended(Outcome.BUILD_FAILED, built=False), BUILT))
+    made = document(runner_report(ended("build-failed", built=False), BUILT))
     assert made["compile"]["trap"] == "because of build-failed"
     assert made["compile"]["exit_status"] != 0
 
@@ -193,19 +196,19 @@ def test_a_compiler_that_was_ended_has_a_trap() -> None:
 @pytest.mark.parametrize(
     ("outcome", "more", "status", "trap"),
     [
-        (Outcome.FAILED, {"exit_code": 3, "stderr": output(b'first\nthe end\n{"fuel": 1}\n\n')}, 3, "the end"),
-        (Outcome.FAILED, {"exit_code": 3}, 3, None),
-        (Outcome.FAILED, {"exit_code": 127, "phases": ran("hello", "seeded")}, 127, "because of failed"),
-        (Outcome.FAILED, {"exit_code": 3, "stderr": output(b"[" * 100_000 + b"\n")}, 3, "[" * 1000),
-        (Outcome.SIGNALLED, {"signal": 11}, 139, "terminated by signal 11"),
-        (Outcome.TIMEOUT, {}, 124, "timed out"),
-        (Outcome.CPU_LIMIT, {"signal": 9}, 124, "because of cpu-limit"),
-        (Outcome.OOM, {"signal": 9}, 137, "because of oom"),
-        (Outcome.OUTPUT_LIMIT, {"stdout": output(b"x", truncated=True)}, 153, "stdout exceeded cap"),
-        (Outcome.OUTPUT_LIMIT, {"stderr": output(b"x", truncated=True)}, 153, "stderr exceeded cap"),
-        (Outcome.GUEST_LOST, {}, 125, "vm backend failure: because of guest-lost"),
-        (Outcome.BACKEND_ERROR, {}, 125, "vm backend failure: because of backend-error"),
-        (Outcome.CANCELLED, {"signal": 2}, 130, "because of cancelled"),
+        ("failed", {"exit_code": 3, "stderr": output(b'first\nthe end\n{"fuel": 1}\n\n')}, 3, "the end"),
+        ("failed", {"exit_code": 3}, 3, None),
+        ("failed", {"exit_code": 127, "phases": ran("hello", "seeded")}, 127, "because of failed"),
+        ("failed", {"exit_code": 3, "stderr": output(b"[" * 100_000 + b"\n")}, 3, "[" * 1000),
+        ("signalled", {"signal": 11}, 139, "terminated by signal 11"),
+        ("timeout", {}, 124, "timed out"),
+        ("cpu-limit", {"signal": 9}, 124, "because of cpu-limit"),
+        ("oom", {"signal": 9}, 137, "because of oom"),
+        ("output-limit", {"stdout": output(b"x", truncated=True)}, 153, "stdout exceeded cap"),
+        ("output-limit", {"stderr": output(b"x", truncated=True)}, 153, "stderr exceeded cap"),
+        ("guest-lost", {}, 125, "vm backend failure: because of guest-lost"),
+        ("backend-error", {}, 125, "vm backend failure: because of backend-error"),
+        ("cancelled", {"signal": 2}, 130, "because of cancelled"),
     ],
 )
 def test_every_outcome_has_a_status_and_trap(
@@ -218,9 +221,7 @@ def test_every_outcome_has_a_status_and_trap(
     assert (made["solve"]["ok"], made["solve"]["exit_status"], made["solve"]["trap"]) == (False, status, trap)
 
 
-@pytest.mark.parametrize(
-    "outcome", [Outcome.REFUSED, Outcome.BACKEND_ERROR, Outcome.GUEST_LOST, Outcome.INTERNAL_ERROR, Outcome.CANCELLED]
-)
+@pytest.mark.parametrize("outcome", ["refused", "backend-error", "guest-lost", "internal-error", "cancelled"])
 def test_a_missing_vm_is_a_setup_failure(outcome: Outcome) -> None:
     """A VM that could not start is reported as a set-up failure."""
     result = ended(outcome, built=False, reason="no machine \udc80 for you")
@@ -236,16 +237,16 @@ def test_a_missing_vm_is_a_setup_failure(outcome: Outcome) -> None:
 
 def test_no_outcome_but_ok_is_a_success() -> None:
     """Only `ok` is reported as a success."""
-    for outcome in Outcome:
-        made = document(runner_report(ended(outcome, exit_code=0 if outcome is Outcome.OK else None), BUILT))
-        assert (made["exit_code"] == 0) is (outcome is Outcome.OK), outcome
-        assert (made["solve"] is not None and made["solve"]["ok"]) is (outcome is Outcome.OK), outcome
+    for outcome in OUTCOMES:
+        made = document(runner_report(ended(outcome, exit_code=0 if outcome == "ok" else None), BUILT))
+        assert (made["exit_code"] == 0) is (outcome == "ok"), outcome
+        assert (made["solve"] is not None and made["solve"]["ok"]) is (outcome == "ok"), outcome
 
 
 def test_unapplied_changes_are_no_success() -> None:
     """A run whose changes were not applied is reported as a failure with the reason."""
     changes = Changes(state="conflict", reason="data/in.txt is another", added=1)
-    result = ended(Outcome.OK, exit_code=0, x07_exit_code=125, changes=changes)
+    result = ended("ok", exit_code=0, x07_exit_code=125, changes=changes)
     made = document(runner_report(result, BUILT))
     assert (made["exit_code"], made["solve"]["ok"], made["solve"]["exit_status"]) == (1, False, 0)
     assert made["solve"]["trap"] == "its changes to files were not applied: data/in.txt is another"
@@ -253,7 +254,7 @@ def test_unapplied_changes_are_no_success() -> None:
 
 def test_the_schema_is_closed() -> None:
     """The report schema rejects any extra or missing key."""
-    good = document(runner_report(ended(Outcome.OK, exit_code=0), BUILT))
+    good = document(runner_report(ended("ok", exit_code=0), BUILT))
     for place in ((), ("compile",), ("solve",), ("compile", "native_requires")):
         for change in ("add", *sorted(_at(good, place))):
             wrong = json.loads(json.dumps(good))
@@ -276,13 +277,14 @@ def _at(made: dict[str, Any], place: tuple[str, ...]) -> dict[str, Any]:
 def test_a_report_of_an_artifact_is_flat() -> None:
     """The report of an artifact has the fields of `solve` at the top level."""
     flat: dict[str, Any] = {}
-    for outcome, built in ((Outcome.REFUSED, False), (Outcome.TIMEOUT, True), (Outcome.OK, True)):
-        report = runner_report(ended(outcome, built=built, exit_code=0 if outcome is Outcome.OK else None), BUILT)
+    endings: tuple[tuple[Outcome, bool], ...] = (("refused", False), ("timeout", True), ("ok", True))
+    for outcome, built in endings:
+        report = runner_report(ended(outcome, built=built, exit_code=0 if outcome == "ok" else None), BUILT)
         flat = json.loads(render_json(flat_report(report)))
         jsonschema.validate(flat, RUNNER)
         assert set(flat) == {"schema_version", "mode", "world", "sandbox_backend", "exit_code", *SOLVE_KEYS}
-        assert (flat["mode"], flat["exit_code"], flat["ok"]) == ("run-os", report.exit_code, outcome is Outcome.OK)
-        assert bool(flat["trap"]) is (outcome is not Outcome.OK)
+        assert (flat["mode"], flat["exit_code"], flat["ok"]) == ("run-os", report.exit_code, outcome == "ok")
+        assert bool(flat["trap"]) is (outcome != "ok")
         assert report.solve is None or flat.items() > json.loads(render_json(report.solve)).items()
     for wrong in (flat | {"solve": None}, {key: value for key, value in flat.items() if key != "kv_get_calls"}):
         with pytest.raises(jsonschema.ValidationError):
@@ -291,7 +293,7 @@ def test_a_report_of_an_artifact_is_flat() -> None:
 
 def test_wrapped_holds_the_report_unchanged() -> None:
     """The wrapped report contains the runner's report unchanged."""
-    report = runner_report(ended(Outcome.FAILED, exit_code=3), BUILT)
+    report = runner_report(ended("failed", exit_code=3), BUILT)
     target = Target(kind="program", path="prog.c", project_root=None, lockfile=None, resolved_module_roots=[])
     made = json.loads(render_json(wrap(report, target)))
     jsonschema.validate(made, WRAPPED)
@@ -324,7 +326,7 @@ def given(**changes: Any) -> Attested:  # noqa: ANN401 - any field
 
 def test_an_attestation_names_denied_hosts() -> None:
     """An attestation lists hosts denied by --deny-host."""
-    result = ended(Outcome.OK)
+    result = ended("ok")
     attested = attest(result, solved(result), given(denied={"b.example": {443, 80}, "a.example": None}))
     made = json.loads(render_json(attested))
     jsonschema.validate(made, ATTEST)
@@ -334,7 +336,7 @@ def test_an_attestation_names_denied_hosts() -> None:
     ]
 
 
-@pytest.mark.parametrize(("outcome", "code"), [(Outcome.OK, 0), (Outcome.FAILED, 3)])
+@pytest.mark.parametrize(("outcome", "code"), [("ok", 0), ("failed", 3)])
 def test_an_attestation_names_what_ran(outcome: Outcome, code: int) -> None:
     """An attestation has the digests of image, policy and executable."""
     result = ended(outcome, exit_code=code, stderr=output(b"sorry\n"))
@@ -364,14 +366,14 @@ def test_an_attestation_names_what_ran(outcome: Outcome, code: int) -> None:
 
 def test_a_policy_that_changed_is_not_attested() -> None:
     """A changed policy is not attested, with X07's error code."""
-    result = ended(Outcome.OK, exit_code=0)
+    result = ended("ok", exit_code=0)
     with pytest.raises(RefusedError, match="X07RA_EPOLICY_DIGEST"):
         attest(result, solved(result), given(policy_bytes=POLICY_BYTES + b"\n"))
 
 
 def test_an_unknown_image_is_not_attested() -> None:
     """An unknown image is not attested, with X07's error code."""
-    result = ended(Outcome.OK, exit_code=0)
+    result = ended("ok", exit_code=0)
     nameless = msgspec.structs.replace(result, digests=msgspec.structs.replace(result.digests, image=None))
     with pytest.raises(RefusedError, match="X07RA_EGUEST_DIGEST"):
         attest(nameless, solved(result), given())
@@ -392,7 +394,7 @@ def test_the_network_mode_is_x07s(enabled: bool, hosts: list[object], mode: str)
     document["net"] |= {"enabled": enabled, "allow_hosts": hosts}
     policy = decode_policy(render_policy(document), source="test")
     assert network_mode(policy) == mode
-    result = ended(Outcome.OK, exit_code=0)
+    result = ended("ok", exit_code=0)
     made: Attestation = attest(result, solved(result), given(policy=policy))
     jsonschema.validate(json.loads(render_json(made)), ATTEST)
     assert made.network_enforcement == ("vm_boundary_allowlist" if mode == "allowlist" else "none")

@@ -193,7 +193,7 @@ def phase(order: dict[str, Any]) -> None:
         verdict = classify(evidence)
         tell(
             "verdict",
-            outcome=verdict.outcome.value,
+            outcome=verdict.outcome,
             reason=verdict.reason,
             seconds=clock.clock() - clock.at,
             grown_kib=status_kib("VmHWM") - before,

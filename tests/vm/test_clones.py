@@ -498,7 +498,7 @@ def test_a_machine_killed_while_it_is_saved_is_saved_again_later(
     (warning,) = (text for text in ran.result.warnings if "cannot save a VM" in text)
     assert "Such jobs boot a new VM for 5 minutes" in warning
     now_ms = clocks.boot_ms()
-    monkeypatch.setattr("x07_sandbox.backends.proofs.boot_ms", lambda: now_ms + 301_000)
+    monkeypatch.setattr("x07_sandbox.host.verdicts.boot_ms", lambda: now_ms + 301_000)
     assert starts(saved.behave("nothing")) == {"run": "clone"}
 
 

@@ -92,10 +92,8 @@ def engine(name: Name) -> Engine:
     variable = f"X07_VM_{name.upper()}_BIN"
     named = text(variable)
     if (binary := find_program(named or name)) is None:
-        why, fix = (
-            f"missing: {name}",
-            f"Run: apt-get install --no-install-recommends {PACKAGES[name]}, or set {variable}",
-        )
+        why = f"missing: {name}"
+        fix = f"Run: apt-get install --no-install-recommends {PACKAGES[name]}, or set {variable}"
         if named:
             why, fix = f"{variable} is {named}, which is no executable program", f"Set {variable} to an absolute path"
         raise HostError(f"cannot use {name}", why, fix)

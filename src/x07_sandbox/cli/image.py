@@ -218,18 +218,16 @@ def _row(image: Image) -> ImageRow:
     problem = fix = None
     if not current:
         problem = "built by another version of x07-sandbox"
-        fix = (
-            f"Run {build_command(image.name)}"
-            if image.name
-            else "Remove the image with x07 prune: without a name, it cannot be updated"
-        )
-    suite = image.manifest.suite
-    pip = tuple(f"{wheel.name}=={wheel.version}" for wheel in image.manifest.pip)
+        fix = f"Run {build_command(image.name)}"
+        if not image.name:
+            fix = "Remove the image with x07 prune: without a name, it cannot be updated"
+    made = image.manifest
+    pip = tuple(f"{wheel.name}=={wheel.version}" for wheel in made.pip)
     return ImageRow(
         name=image.name,
         digest=image.digest,
-        suite=suite,
-        include=tuple(image.manifest.include),
+        suite=made.suite,
+        include=tuple(made.include),
         pip=pip,
         current=current,
         problem=problem,

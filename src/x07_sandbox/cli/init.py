@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 _FILES_MAX: Final = 10_000
 _MAKEFILE_MAX: Final = 1 << 20
-_MAKEFILES_MAX: Final = 64
 _WITH_ENTRY: Final = tuple(row.name for row in ROWS if row.entries)
 _WITH_ARTIFACT: Final = tuple(row.name for row in ROWS if row.artifact)
 _DEPTH_MAX: Final = 256  # os.walk of Python 3.11 calls itself for each level
@@ -79,14 +78,13 @@ def _init(options: argparse.Namespace) -> int:
     if options.toolchain is None:
         data = first_project(files, policy)
     else:
-        makefiles = {}
+        makefile = ""
         if options.toolchain == "make":
             with _usable(folder):
                 files = [name for name in files if not _is_built(folder / name)]
-            makefiles = _makefiles(folder, files)
-        data = sandbox_manifest(
-            options.toolchain, files, entry=options.entry, artifact=options.artifact, makefiles=makefiles
-        )
+            makefile = _makefile(folder, files)
+        chosen = {"entry": options.entry, "artifact": options.artifact}
+        data = sandbox_manifest(options.toolchain, files, makefile=makefile, **chosen)
     with _usable(folder):
         folder.mkdir(parents=True, exist_ok=True)  # only now: an error above leaves no empty folder
     root, name = real_path(folder), MANIFEST if options.toolchain is None else FILE
@@ -160,12 +158,10 @@ def _is_built(path: Path) -> bool:
         return file.read(8).startswith((b"\x7fELF", b"!<arch>\n"))
 
 
-def _makefiles(folder: Path, files: list[str]) -> dict[str, str]:
-    """Return, for each folder, the path and the text of the Makefile that make would use. Top folders come first."""
+def _makefile(folder: Path, files: list[str]) -> str:
+    """Return the text of the Makefile that make would use, or "" if there is none."""
+    name = next((name for name in MAKEFILES if name in files), None)
+    if name is None:
+        return ""
     place = ProjectFolder(folder, f"cannot start a project in {folder}")
-    found: dict[str, str] = {}
-    for path in sorted({Path(name).parent for name in files}, key=lambda path: (len(path.parts), path)):
-        name = next((name for name in (str(path / one) for one in MAKEFILES) if name in files), None)
-        if name is not None and len(found) < _MAKEFILES_MAX:
-            found[name] = place.read(name, name, _MAKEFILE_MAX).decode("utf-8", "replace")
-    return found
+    return place.read(name, name, _MAKEFILE_MAX).decode("utf-8", "replace")

@@ -49,17 +49,8 @@ OVERRIDES = (
 # Options that only --help-all shows.
 RARE = frozenset(
     {
-        *(
-            "--allow-host-file",
-            "--deny-host-file",
-            "--net-log",
-            "--ca",
-            "--max-file-size",
-            "--reveal",
-            "--stdin",
-            "--input-b64",
-            "--backend",
-        ),
+        *("--allow-host-file", "--deny-host-file", "--net-log", "--ca", "--max-file-size"),
+        *("--reveal", "--stdin", "--input-b64", "--backend"),
         *("--sandbox-backend", "--i-accept-weaker-isolation", "--queue-timeout", "--no-pool", "--no-cache", "--cold"),
         *("--report-out", "--quiet-json", "--json=full", "--raw", "--compiled-out"),
     }

@@ -22,11 +22,10 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from x07_sandbox.errors import ImageError
-from x07_sandbox.host.decoding import prepared
 from x07_sandbox.host.mounts import mounts
 from x07_sandbox.host.os_errors import host_error
-from x07_sandbox.host.paths import cache_folder, replace_file
-from x07_sandbox.host.processes import boot_id
+from x07_sandbox.host.paths import cache_folder
+from x07_sandbox.host.verdicts import read_verdict, write_verdict
 from x07_sandbox.images import manifest, store
 from x07_sandbox.images.manifest import Manifest
 
@@ -42,7 +41,6 @@ FOLDER_MODE = 0o700
 TRIES = 5
 SMALL_BYTES = 64 * 1024
 CHUNK_BYTES = 1024 * 1024
-RECORD_SCHEMA = "x07.sandbox.verified@0.1.0"
 # A change within one tick of the kernel's clock (4 ms at HZ=250, 10 ms at 100) after hashing could keep the ctime, so
 # files that changed so recently are not recorded.
 SETTLED_NS = 1_000_000_000
@@ -61,14 +59,6 @@ class OpenImage(msgspec.Struct, frozen=True, kw_only=True):
 
     fds: dict[str, int]  # read-only descriptors by name of the part (manifest.Parts)
     manifest: Manifest
-
-
-class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The content of verified/<hex>.json: the identity of each large file at the time its sha256 was verified."""
-
-    schema_version: str
-    boot_id: str
-    files: dict[str, Identity]
 
 
 class Subject(msgspec.Struct, frozen=True):
@@ -256,27 +246,16 @@ def _record_path(subject: Subject) -> Path:
 
 def _recorded(subject: Subject) -> dict[str, Identity]:
     """Return the identities of files verified since the host booted, or {} if there is no valid record of them."""
-    try:
-        fd = os.open(_record_path(subject), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError:
-        return {}
-    with os.fdopen(fd, "rb") as file:
-        info = os.fstat(fd)
-        if not stat.S_ISREG(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o077:
-            return {}
-        try:
-            record = msgspec.json.decode(file.read(manifest.MAX_BYTES), type=prepared(Record))
-        except msgspec.MsgspecError:
-            return {}
-    valid = record.schema_version == RECORD_SCHEMA and record.boot_id == boot_id()
-    return record.files if valid else {}
+    with contextlib.suppress(msgspec.ValidationError):
+        return msgspec.convert(read_verdict(_record_path(subject)).get("files", {}), dict[str, Identity])
+    return {}
 
 
 def _write_record(subject: Subject, files: dict[str, Identity]) -> None:
+    """Record the identity of each large file, whose digest is known to be right."""
     now_ns = time.time_ns()  # wall time, because ctime is
     settled = {name: identity for name, identity in files.items() if identity[4] < now_ns - SETTLED_NS}
-    record = Record(schema_version=RECORD_SCHEMA, boot_id=boot_id(), files=settled)
-    replace_file(_record_path(subject), msgspec.json.encode(record), sync=True)
+    write_verdict(_record_path(subject), {"files": settled})
 
 
 def _run_out(exc: OSError) -> HostError | None:

@@ -8,8 +8,6 @@ privileges.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
 import subprocess
 from collections.abc import Callable
@@ -17,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from x07_sandbox.errors import HostError, RefusedError, printable
-from x07_sandbox.host.paths import cache_folder, replace_file
-from x07_sandbox.host.processes import boot_id
+from x07_sandbox.host.paths import cache_folder
 from x07_sandbox.host.variables import flag
+from x07_sandbox.host.verdicts import read_verdict, write_verdict
 from x07_sandbox.jail.bwrap import BWRAP, Jail, jail_argv, probe_argv
 from x07_sandbox.jail.libraries import needed_files
 from x07_sandbox.jail.seccomp import vmm_filter
@@ -112,28 +110,26 @@ def namespace_flags() -> str:
 
 def forbidden() -> str:
     """Return why namespaces cannot be used here, or "" if they can. Raises HostError if the test itself fails."""
-    record = cache_folder("jail") / "namespaces.json"
-    key = _key()
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        known = json.loads(record.read_text(encoding="utf-8"))
-        if known["key"] == key:
-            return str(known["why"])
+    record, key = cache_folder("jail") / "namespaces.json", _key()
+    known = read_verdict(record)
+    if known.get("key") == key:
+        return str(known["why"])
     why = _try_namespaces()
-    replace_file(record, json.dumps({"key": key, "why": why}).encode())
+    write_verdict(record, {"key": key, "why": why})
     return why
 
 
-def _key() -> str:
-    """Return a digest of everything known to affect namespaces."""
+def _key() -> list[object]:
+    """Return everything known to affect namespaces, as JSON values."""
     info = Path(BWRAP).stat()
-    found: list[object] = [boot_id(), os.geteuid(), info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns]
+    found: list[object] = [os.geteuid(), info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns]
     found += [Path("/proc/self/ns", name).readlink().name for name in ("user", "mnt", "pid", "net")]
     status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines()
     found += [line for line in status if line.startswith(_RIGHTS)]
     for path in _SWITCHES:
         with contextlib.suppress(OSError):
-            found.append((path, Path(path).read_text(encoding="utf-8", errors="replace")))
-    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+            found.append([path, Path(path).read_text(encoding="utf-8", errors="replace")])
+    return found
 
 
 def _try_namespaces() -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import re
 import subprocess
 from pathlib import Path
 
 from x07_sandbox.errors import HostError
-from x07_sandbox.host.paths import cache_folder, replace_file
+from x07_sandbox.host.paths import cache_folder
+from x07_sandbox.host.verdicts import read_verdict, write_verdict
 
 _LDD = "/usr/bin/ldd"
 _LINE = re.compile(r"^\s*(?:\S+ => )?(/\S+) \(0x[0-9a-f]+\)$")
@@ -18,17 +17,15 @@ _LINE = re.compile(r"^\s*(?:\S+ => )?(/\S+) \(0x[0-9a-f]+\)$")
 def needed_files(binary: str) -> tuple[str, ...]:
     """Return the absolute paths of *binary*, its shared libraries and its loader. Raises HostError.
 
-    ldd(1) is slow, so the result is cached until the binary or the library cache (ld.so.cache) changes.
+    ldd(1) is slow, so the result is cached for this boot, until the binary or the library cache (ld.so.cache) changes.
     """
     key = _identity(binary)
     record = cache_folder("libraries") / f"{Path(binary).name}.json"
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not cached, or damaged
-        known = json.loads(record.read_text(encoding="utf-8"))
-        if known["key"] == key:
-            return tuple(known["files"])
-    files = _ask(binary)
-    replace_file(record, json.dumps({"key": key, "files": files}).encode())
-    return tuple(files)
+    known = read_verdict(record)
+    if known.get("key") != key:
+        known = {"key": key, "files": _ask(binary)}
+        write_verdict(record, known)
+    return tuple(known["files"])
 
 
 def _identity(binary: str) -> list[object]:

@@ -1,8 +1,27 @@
-"""Denials and hints of a result, and advice on how to allow what was denied. `plan/observed` makes most of them."""
+"""Outcomes, denials and hints in a result, and advice on how to allow what was denied."""
 
 from typing import Any, Literal
 
 import msgspec
+
+# How a run ended. The table of outcomes (plan/outcomes) is elsewhere, because it would slow down every start.
+Outcome = Literal[
+    "ok",
+    "failed",
+    "signalled",
+    "timeout",
+    "cpu-limit",
+    "oom",
+    "output-limit",
+    "refused",
+    "guest-lost",
+    "gate-lost",
+    "backend-error",
+    "internal-error",
+    "build-failed",
+    "cancelled",
+    "usage-error",
+]
 
 
 class HowToAllow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

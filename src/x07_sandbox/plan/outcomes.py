@@ -21,6 +21,7 @@ from x07_sandbox.errors import with_full_stop
 from x07_sandbox.host import settings
 from x07_sandbox.host.cancel import BY_KILL
 from x07_sandbox.host.os_errors import out_of_cpu_time
+from x07_sandbox.plan.denials import Outcome
 from x07_sandbox.plan.features import vm_features
 
 if TYPE_CHECKING:
@@ -60,26 +61,6 @@ _POLICY_FIELD: Final = re.compile(rf"\((?:limits\.\w+|{OUTPUT_FLAG})\)")
 _INIT_DIED: Final = "Attempted to kill init"
 
 
-class Outcome(StrEnum):
-    """How a run ended."""
-
-    OK = "ok"
-    FAILED = "failed"
-    SIGNALLED = "signalled"
-    TIMEOUT = "timeout"
-    CPU_LIMIT = "cpu-limit"
-    OOM = "oom"
-    OUTPUT_LIMIT = "output-limit"
-    REFUSED = "refused"
-    GUEST_LOST = "guest-lost"
-    GATE_LOST = "gate-lost"
-    BACKEND_ERROR = "backend-error"
-    INTERNAL_ERROR = "internal-error"
-    BUILD_FAILED = "build-failed"
-    CANCELLED = "cancelled"
-    USAGE_ERROR = "usage-error"
-
-
 class ExitRule(StrEnum):
     """Source of an exit code that is not fixed."""
 
@@ -97,37 +78,35 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 
 
 OUTCOMES: Final[dict[Outcome, Row]] = {
-    Outcome.OK: Row(fault="none", exit=ExitRule.PROGRAM, doc="The program exited with status 0."),
-    Outcome.FAILED: Row(
+    "ok": Row(fault="none", exit=ExitRule.PROGRAM, doc="The program exited with status 0."),
+    "failed": Row(
         fault="program",
         exit=ExitRule.PROGRAM,
         doc="The program exited with another status, or could not be executed (status 126; 127 for a missing file).",
     ),
-    Outcome.SIGNALLED: Row(fault="program", exit=ExitRule.SIGNAL, doc="A signal killed the program."),
-    Outcome.TIMEOUT: Row(fault="policy", exit=124, doc="The program reached its time limit (limits.wall_ms)."),
-    Outcome.CPU_LIMIT: Row(fault="policy", exit=124, doc="The program reached its CPU time limit (limits.cpu_ms)."),
-    Outcome.OOM: Row(
-        fault="policy", exit=137, doc="The kernel killed the program at its memory limit (limits.mem_bytes)."
-    ),
-    Outcome.OUTPUT_LIMIT: Row(
+    "signalled": Row(fault="program", exit=ExitRule.SIGNAL, doc="A signal killed the program."),
+    "timeout": Row(fault="policy", exit=124, doc="The program reached its time limit (limits.wall_ms)."),
+    "cpu-limit": Row(fault="policy", exit=124, doc="The program reached its CPU time limit (limits.cpu_ms)."),
+    "oom": Row(fault="policy", exit=137, doc="The kernel killed the program at its memory limit (limits.mem_bytes)."),
+    "output-limit": Row(
         fault="policy", exit=153, doc="The program wrote more to an output stream than the limit allows."
     ),
-    Outcome.REFUSED: Row(
+    "refused": Row(
         fault="policy",
         exit=REFUSED_EXIT,
         doc="The program was not run, because the request cannot be enforced or is not allowed.",
     ),
-    Outcome.GUEST_LOST: Row(
+    "guest-lost": Row(
         fault="host", exit=REFUSED_EXIT, doc="The VM failed or was killed, or x07's agent in the VM failed."
     ),
-    Outcome.GATE_LOST: Row(
+    "gate-lost": Row(
         fault="host", exit=REFUSED_EXIT, doc="The egress gate, the host process that checks connections, failed."
     ),
-    Outcome.BACKEND_ERROR: Row(fault="host", exit=REFUSED_EXIT, doc="The VM failed to start or stop."),
-    Outcome.INTERNAL_ERROR: Row(fault="host", exit=REFUSED_EXIT, doc="x07-sandbox has a bug."),
-    Outcome.BUILD_FAILED: Row(fault="program", exit=126, doc="The program could not be built."),
-    Outcome.CANCELLED: Row(fault="none", exit=ExitRule.CANCEL, doc="The user or another process cancelled the run."),
-    Outcome.USAGE_ERROR: Row(fault="policy", exit=2, doc="The request is invalid."),
+    "backend-error": Row(fault="host", exit=REFUSED_EXIT, doc="The VM failed to start or stop."),
+    "internal-error": Row(fault="host", exit=REFUSED_EXIT, doc="x07-sandbox has a bug."),
+    "build-failed": Row(fault="program", exit=126, doc="The program could not be built."),
+    "cancelled": Row(fault="none", exit=ExitRule.CANCEL, doc="The user or another process cancelled the run."),
+    "usage-error": Row(fault="policy", exit=2, doc="The request is invalid."),
 }
 
 
@@ -245,7 +224,7 @@ def verdict(outcome: Outcome, reason: str, *, fault: Fault | None = None) -> Ver
 def cancelled_verdict(by: int, when: str = "") -> Verdict:
     """Return the verdict on a cancelled run. by: see Cancel.signal. when: the end of the sentence."""
     who = " by x07 kill" if by == BY_KILL else f" by {signal_name(by)}" if by else ""
-    found = verdict(Outcome.CANCELLED, f"the run was cancelled{who}{when}")
+    found = verdict("cancelled", f"the run was cancelled{who}{when}")
     return replace(found, signal=by if by > 0 else None)
 
 
@@ -253,7 +232,7 @@ def classify(evidence: Evidence, *, features: Features | None = None, limits: Li
     """Return the verdict on *evidence*. features: the backend's, if known. limits: the limits to show in the reason."""
     features = features or vm_features("vm-hardware")
     if evidence.gate_lost and evidence.cancelled_by is None and not evidence.deadline_passed:
-        return verdict(Outcome.GATE_LOST, f"the egress gate exited while the guest was {_DOING[evidence.stage]}")
+        return verdict("gate-lost", f"the egress gate exited while the guest was {_DOING[evidence.stage]}")
     ended = _ended_by_us(evidence, emulated=features.emulated, limits=limits)
     if ended := ended or _lost(evidence, features.words.supervisor):
         return ended
@@ -263,25 +242,18 @@ def classify(evidence: Evidence, *, features: Features | None = None, limits: Li
 
 def build_verdict(found: Verdict, wall_ms: int = settings.BUILD_WALL_MS) -> Verdict:
     """Return the verdict on a build. Whatever ended the compiler, the build failed. wall_ms: the build's time limit."""
-    compiler_ended = {
-        Outcome.FAILED,
-        Outcome.SIGNALLED,
-        Outcome.TIMEOUT,
-        Outcome.CPU_LIMIT,
-        Outcome.OOM,
-        Outcome.OUTPUT_LIMIT,
-    }
+    compiler_ended = {"failed", "signalled", "timeout", "cpu-limit", "oom", "output-limit"}
     if found.outcome not in compiler_ended:
         reason = found.reason
         for running, building in _BUILDING.items():
             reason = reason.replace(f"while the guest was {running}", f"while the guest was {building}")
         return replace(found, reason=reason)
     reason = found.reason.replace("the program", "the compiler", 1)
-    if found.outcome in {Outcome.TIMEOUT, Outcome.CPU_LIMIT} and wall_ms < settings.BUILD_S_MAX * 1000:
+    if found.outcome in {"timeout", "cpu-limit"} and wall_ms < settings.BUILD_S_MAX * 1000:
         more_s = min(settings.BUILD_S_MAX, 2 * max(1, wall_ms // 1000))
         reason = _POLICY_FIELD.sub(f"(to allow more, use --build-timeout {more_s})", reason)
     reason = _POLICY_FIELD.sub("(fixed for builds)", reason)
-    return replace(found, outcome=Outcome.BUILD_FAILED, fault="program", reason=f"{_BUILD_FAILED}{reason}")
+    return replace(found, outcome="build-failed", fault="program", reason=f"{_BUILD_FAILED}{reason}")
 
 
 def ending_line(outcome: str, reason: str) -> str:
@@ -311,14 +283,14 @@ def _ended_by_us(evidence: Evidence, *, emulated: bool, limits: Limits | None) -
         return _not_executed(evidence.exec_errno)
     if evidence.setup_failure is not None and evidence.stage not in _STARTED:
         text = _shown(evidence.setup_failure)
-        return verdict(Outcome.REFUSED, f"the guest could not prepare the program: {text}", fault="host")
+        return verdict("refused", f"the guest could not prepare the program: {text}", fault="host")
     if evidence.output_overflow is not None:
         most = evidence.output_max_bytes
         limit = f"{most >> 20} MiB" if most and most % settings.MIB == 0 else f"{most} bytes"
         reason = f"the program exceeded the output limit of {limit} for {evidence.output_overflow} ({OUTPUT_FLAG})"
-        return verdict(Outcome.OUTPUT_LIMIT, reason)
+        return verdict("output-limit", reason)
     if evidence.deadline_passed and evidence.stage is Stage.RUN:
-        return verdict(Outcome.TIMEOUT, _timeout_reason(evidence, emulated=emulated, limits=limits))
+        return verdict("timeout", _timeout_reason(evidence, emulated=emulated, limits=limits))
     return None
 
 
@@ -326,7 +298,7 @@ def _not_executed(number: int) -> Verdict:
     reason, status = f"the program could not be executed: {os.strerror(number)}", _NOT_EXECUTABLE
     if number == errno.ENOENT:
         reason, status = f"{reason} (its interpreter or loader)", _NOT_FOUND
-    return replace(verdict(Outcome.FAILED, reason), exit_code=status)
+    return replace(verdict("failed", reason), exit_code=status)
 
 
 def mostly_waited(evidence: Evidence, limits: Limits | None) -> bool:
@@ -355,7 +327,7 @@ def _lost(evidence: Evidence, supervisor: str) -> Verdict | None:
         return _instance_ended(evidence, evidence.instance_status, supervisor)
     # After exec the program may have caused any failure inside the guest, so the host is not blamed.
     fault: Fault = "program" if evidence.stage in _STARTED else "host"
-    return verdict(Outcome.GUEST_LOST, _lost_reason(evidence, panic[1] if panic else None), fault=fault)
+    return verdict("guest-lost", _lost_reason(evidence, panic[1] if panic else None), fault=fault)
 
 
 def _lost_reason(evidence: Evidence, panic: str | None) -> str:
@@ -386,10 +358,10 @@ def _instance_ended(evidence: Evidence, status: int, supervisor: str) -> Verdict
         how = f"exited with status {status}"
     elif evidence.stage in _STARTED:
         # Only root in the guest can switch it off, and the program is not root.
-        return verdict(Outcome.GUEST_LOST, f"the guest powered off while {doing}", fault="program")
+        return verdict("guest-lost", f"the guest powered off while {doing}", fault="program")
     else:
         how = "exited without an error"
-    outcome = Outcome.BACKEND_ERROR if evidence.stage is Stage.START else Outcome.GUEST_LOST
+    outcome: Outcome = "backend-error" if evidence.stage is Stage.START else "guest-lost"
     detail = ""
     if status in {-_SIGKILL, SIGNAL_BASE + _SIGKILL}:
         detail = _OUT_OF_MEMORY
@@ -405,17 +377,17 @@ def _ended_by_itself(evidence: Evidence, status: int, limits: Limits | None) -> 
         killed = f"{evidence.oom_kills} process{'es were' if evidence.oom_kills > 1 else ' was'} killed"
         survived = (f"{killed} at the memory limit (limits.mem_bytes)",)
     chosen = None if signal else code
-    end = Verdict(outcome=Outcome.OK, fault="none", reason="", exit_code=chosen, signal=signal or None)
+    end = Verdict(outcome="ok", fault="none", reason="", exit_code=chosen, signal=signal or None)
     if evidence.cpu_exceeded:
         limit = f" of {limits.cpu_ms / 1000:g} s" if limits else ""
-        return _as(end, Outcome.CPU_LIMIT, f"the program reached its CPU time limit{limit} (limits.cpu_ms)", survived)
+        return _as(end, "cpu-limit", f"the program reached its CPU time limit{limit} (limits.cpu_ms)", survived)
     if evidence.oom_kills and signal == _SIGKILL:
         limit = f" of {limits.mem_bytes >> 20} MiB" if limits else ""
-        return _as(end, Outcome.OOM, f"the program was killed at its memory limit{limit} (limits.mem_bytes)")
+        return _as(end, "oom", f"the program was killed at its memory limit{limit} (limits.mem_bytes)")
     if signal:
         core = " (core dumped)" if status & 0x80 else ""
-        return _as(end, Outcome.SIGNALLED, f"the program was killed by {signal_name(signal)}{core}", survived)
-    return _as(end, Outcome.FAILED if code else Outcome.OK, f"the program exited with status {code}", survived)
+        return _as(end, "signalled", f"the program was killed by {signal_name(signal)}{core}", survived)
+    return _as(end, "failed" if code else "ok", f"the program exited with status {code}", survived)
 
 
 def _as(end: Verdict, outcome: Outcome, reason: str, warnings: tuple[str, ...] = ()) -> Verdict:

@@ -1,7 +1,7 @@
 """Decoder from bytes to a valid Policy. On failure, it raises one error that lists every problem.
 
 A valid document takes the fast path: one parse, one msgspec conversion, the rules. If that fails, the slow path
-(explain.py, with jsonschema) collects all problems. If the two paths disagree, the fast path decides.
+(explain.py) collects all problems. If the two paths disagree, the fast path decides.
 """
 
 import json
@@ -80,7 +80,6 @@ def accept(document: object) -> Policy | None:
 
 def find_problems(document: object) -> tuple[Problem, ...]:
     """Return all problems by the slow path: at most one for each place and kind of check; none for a valid document."""
-    # jsonschema takes longer to import than a valid document to decode.
     from x07_sandbox.policy.explain import schema_problems
 
     found = list(islice(_text_problems(document), MAX_PROBLEMS + 1))

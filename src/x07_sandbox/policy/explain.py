@@ -1,12 +1,10 @@
-"""Descriptions of schema violations. Imported only for a rejected document: jsonschema is slow to import."""
+"""Descriptions of schema violations. Imported only for a rejected document."""
 
 import difflib
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
-
-from jsonschema import Draft202012Validator, ValidationError
-from jsonschema.validators import extend
 
 from x07_sandbox.policy.problems import HUGE, MISSING, Problem, json_path
 from x07_sandbox.policy.schema import fields, policy_schema
@@ -14,70 +12,59 @@ from x07_sandbox.policy.schema import fields, policy_schema
 _SHOWN_CHARS = 40
 _KEY_CHARS = 64  # of a misspelt key: difflib is quadratic
 _ELSEWHERE_CUTOFF = 0.9
-_TYPES = {
-    "object": "an object",
-    "array": "a list",
-    "string": "a string",
-    "integer": "an integer",
-    "boolean": "true or false",
+_TYPES: dict[str, tuple[type, str]] = {
+    "object": (dict, "an object"),
+    "array": (list, "a list"),
+    "string": (str, "a string"),
+    "integer": (int, "an integer"),
+    "boolean": (bool, "true or false"),
+}
+_ANY = (object, "any value")
+# For each keyword of the schema, whether a value of the right type violates it.
+_VIOLATES: dict[str, Callable[[Any, Any], bool]] = {
+    "minimum": lambda value, least: value < least,
+    "maximum": lambda value, most: value > most,
+    "minLength": lambda value, least: len(value) < least,
+    "maxLength": lambda value, most: len(value) > most,
+    "maxItems": lambda value, most: len(value) > most,
+    "enum": lambda value, choices: value not in choices,
+    "pattern": lambda value, pattern: re.search(pattern, value) is None,
 }
 
 
 def schema_problems(document: object) -> Iterator[Problem]:
     """Yield one problem for each place in *document* (a json.loads value) that violates the schema."""
-    reported: set[str] = set()
-    for error in _VALIDATOR(policy_schema()).iter_errors(document):
-        problem = _problem(error)
-        # A value of the wrong type violates ranges too; the type comes first in the schema.
-        if problem.json_path not in reported:
-            reported.add(problem.json_path)
-            yield problem
+    yield from _problems(policy_schema(), (), document)
 
 
-def _required(_validator: Any, required: list[str], instance: object, _schema: object) -> Iterator[ValidationError]:  # noqa: ANN401
-    if isinstance(instance, dict):
-        yield from (ValidationError(MISSING, path=(name,)) for name in required if name not in instance)
+def _problems(schema: Mapping[str, Any], place: tuple[str | int, ...], value: Any) -> Iterator[Problem]:  # noqa: ANN401
+    if "$ref" in schema:
+        schema = policy_schema()["$defs"][schema["$ref"].rpartition("/")[2]]
+    kind: Any
+    kind, words = _TYPES.get(schema.get("type", ""), _ANY)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        yield Problem(json_path(place), f"must be {words}, not {_shown(value)}", _suggest_value(schema, value))
+        return
+    if kind is dict:
+        properties = schema["properties"]
+        for name in (name for name in properties if name in value):
+            yield from _problems(properties[name], (*place, name), value[name])
+        for name in (name for name in schema.get("required", ()) if name not in value):
+            yield Problem(json_path((*place, name)), MISSING)
+        missing = [name for name in properties if name not in value]
+        for name in (name for name in value if name not in properties):
+            yield Problem(json_path((*place, name)), "is not a field of the policy", _suggest(name, missing))
+    elif kind is list:
+        for index, entry in enumerate(value):
+            yield from _problems(schema["items"], (*place, index), entry)
+    violated = (keyword for keyword in schema if keyword in _VIOLATES and _VIOLATES[keyword](value, schema[keyword]))
+    if keyword := next(violated, None):
+        yield Problem(json_path(place), _violation(keyword, schema, value), _suggest_value(schema, value))
 
 
-def _closed(_v: Any, _allowed: object, instance: object, schema: Mapping[str, Any]) -> Iterator[ValidationError]:  # noqa: ANN401
-    if isinstance(instance, dict):
-        unknown = (name for name in instance if name not in schema["properties"])
-        yield from (ValidationError("is not a field of the policy", path=(name,)) for name in unknown)
-
-
-def _is_integer(_checker: object, value: object) -> bool:
-    # JSON Schema accepts 1.0 as an integer; upstream's runner and msgspec do not.
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-_VALIDATOR = extend(  # type: ignore[no-untyped-call]
-    Draft202012Validator,
-    validators={"required": _required, "additionalProperties": _closed},
-    type_checker=Draft202012Validator.TYPE_CHECKER.redefine("integer", _is_integer),
-)
-
-
-def _problem(error: ValidationError) -> Problem:
-    place = tuple(error.absolute_path)
-    schema: Mapping[str, Any] = error.schema if isinstance(error.schema, dict) else {}
-    if error.validator == "additionalProperties":
-        name = str(place[-1])
-        present = error.instance if isinstance(error.instance, dict) else {}
-        missing = [key for key in schema["properties"] if key not in present]
-        return Problem(json_path(place), error.message, _suggest(name, missing))
-    if error.validator == "required":
-        return Problem(json_path(place), error.message)
-    value = error.instance
-    return Problem(json_path(place), _violation(str(error.validator), schema, value), _suggest_value(schema, value))
-
-
-def _violation(  # noqa: PLR0911 - one return for each keyword of the schema
-    keyword: str, schema: Mapping[str, Any], value: object
-) -> str:
+def _violation(keyword: str, schema: Mapping[str, Any], value: object) -> str:
     """Return a message: the requirement of the schema, and the value that violates it."""
     match keyword:
-        case "type":
-            return f"must be {_TYPES[schema['type']]}, not {_shown(value)}"
         case "minimum" | "maximum":
             return f"must be from {schema['minimum']} to {schema['maximum']}, not {_shown(value)}"
         case "minLength" | "maxLength":
@@ -87,10 +74,8 @@ def _violation(  # noqa: PLR0911 - one return for each keyword of the schema
             return f"must have at most {schema['maxItems']} entries, not {_length(value)}"
         case "enum":
             return f"must be {' or '.join(json.dumps(choice) for choice in schema['enum'])}, not {_shown(value)}"
-        case "pattern":
-            return f"must match {schema['pattern']}, not {_shown(value)}"
         case _:
-            return f"violates the schema's rule {keyword!r}"
+            return f"must match {schema['pattern']}, not {_shown(value)}"
 
 
 def _length(value: object) -> int:

@@ -31,7 +31,7 @@ from x07_sandbox.images.store import find_image
 from x07_sandbox.images.verify import open_image
 from x07_sandbox.jobs.admission import admitted, warm_slots
 from x07_sandbox.jobs.record import Claim, new_run_id
-from x07_sandbox.plan.outcomes import Outcome, classify
+from x07_sandbox.plan.outcomes import classify
 from x07_sandbox.plan.sizes import ram_class_bytes
 from x07_sandbox.policy import default_policy
 from x07_sandbox.programs.toolchains import OUTPUT
@@ -215,7 +215,7 @@ class WarmMachines:
             streams = PhaseStreams(stdin_fd=stdin_fd, stdout=out, stderr=err, cancel=self._cancel)
             ending = classify(run_phase(spec, instance, streams).evidence)
         self._check_open()
-        if ending.outcome is not Outcome.OK:
+        if ending.outcome != "ok":
             raise BackendError("cannot prepare a VM for the pool", ending.reason, "Run x07 doctor")
         self._cloning.renew(instance, self.kind)
 

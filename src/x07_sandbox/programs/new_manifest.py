@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import glob
 import json
+import re
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.errors import UsageError
 from x07_sandbox.programs import manifest
-from x07_sandbox.programs.makefile import program_of
 from x07_sandbox.programs.toolchains import MAKEFILES, TOOLCHAINS, toolchain_named
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from x07_sandbox.programs.toolchains import Toolchain
 
 ROWS: Final = tuple(row for row in TOOLCHAINS if row.project_files)
 # Files that a build leaves beside the sources. They may contain paths of another machine.
 _LEFT_BY_BUILDS: Final = frozenset({".d", ".gch", ".la", ".lo", ".pyc"})
+# Parts of a Makefile. The lengths are limited, because Makefiles are hostile data.
+_ASSIGNMENT: Final = re.compile(r"^(\w+) *[:?]?= *([^\s#]{1,128})", re.MULTILINE)
+_VARIABLE: Final = re.compile(r"\$[({](\w+)[)}]")
+_OUTPUT: Final = re.compile(r"\s-o\s+(\S{1,128})")
+_PLAIN: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./+-]*")
+_NO_PROGRAM: Final = (".a", ".o", ".so", ".la", ".lo")
 
 
 def sandbox_manifest(
@@ -28,16 +34,16 @@ def sandbox_manifest(
     *,
     entry: str | None = None,
     artifact: str | None = None,
-    makefiles: Mapping[str, str] | None = None,
+    makefile: str = "",
 ) -> bytes:
-    """Return a x07-sandbox.toml for *files* (relative names). Raises UsageError. makefiles: text of each Makefile."""
+    """Return a x07-sandbox.toml for *files* (relative names). makefile: the text of the Makefile. Raises UsageError."""
     row = toolchain_named(toolchain)
     lines = [f"schema_version = {_text(manifest.SCHEMA)}", f"toolchain = {_text(toolchain)}"]
     lines.append(f"files = [{', '.join(map(_text, _patterns(row, files)))}]")
     if row.entries:
         lines.append(f"entry = {_text(entry or _entry(row, files))}")
     if row.artifact:
-        lines.append(f"artifact = {_text(artifact or program_of(makefiles or {}, set(files)))}")
+        lines.append(f"artifact = {_text(artifact or _artifact(makefile, files))}")
     data = ("# The files of this project. Reference: docs/reference/programs.md\n" + "\n".join(lines) + "\n").encode()
     manifest.decode_manifest(data, source=manifest.FILE)
     return data
@@ -85,6 +91,24 @@ def _entry(row: Toolchain, files: Sequence[str]) -> str:
         why = f"it could be any of {', '.join(top[:5])}" if top else "no such file is in the top folder"
         raise UsageError("cannot tell which file to start", why, "Add --entry FILE")
     return top[0]
+
+
+def _artifact(makefile: str, files: Sequence[str]) -> str:
+    """Return the first program that a command of a Makefile writes with `-o`."""
+    values = dict(_ASSIGNMENT.findall(makefile))
+    target = ""
+    for line in makefile.replace("\\\n", " ").splitlines():
+        if not line.startswith("\t"):
+            target = line[:128].partition(":")[0].strip()
+            continue
+        for word in _OUTPUT.findall(line):
+            name = target if word == "$@" else word
+            name = _VARIABLE.sub(lambda found: values.get(found[1], found[0]), name)
+            if _PLAIN.fullmatch(name) and not name.endswith(_NO_PROGRAM):
+                return name
+    command = "sh -c './configure && make'" if "configure" in files else "make test"
+    fix = f"Add --artifact FILE, or run make in the folder: x07 exec --workdir . -- {command}"
+    raise UsageError("cannot tell which program make builds", "no command in the Makefile has -o PROGRAM", fix)
 
 
 def _text(value: str) -> str:

@@ -99,7 +99,7 @@ def _build(
     prepared: Prepared, draft: Result, folder: RunFolder, artifact: OutFile, key: str | None = None
 ) -> Step[Built]:
     """Build the program, and store what a later build would repeat under *key*, if there is one."""
-    from x07_sandbox.plan.outcomes import Outcome, verdict
+    from x07_sandbox.plan.outcomes import verdict
 
     draft = replace(draft, artifact_from="build")
     yield draft
@@ -110,17 +110,17 @@ def _build(
     report = replace(end.report, reason=ending.reason)
     build, phases = BuildOutput(stdout=report.stdout, stderr=report.stderr), {**draft.phases, "build": report}
     draft = replace(draft, phases=phases, build=build, jail=end.jail, warnings=[*draft.warnings, *end.warnings])
-    built = ending.outcome is Outcome.OK and artifact.complete
+    built = ending.outcome == "ok" and artifact.complete
     if key is not None and (built or _failed_by_itself(end)):
         notes = msgspec.json.encode(_CachedBuild(ending.exit_code or 0, build))
         artifacts.store_artifact(key, artifact.fd, artifact.size, artifact.sha256(), notes)
     if built:
         return None, draft
     draft = replace(draft, stdout=report.stdout, stderr=report.stderr)
-    if ending.outcome is not Outcome.OK:
+    if ending.outcome != "ok":
         return ending, draft
     problem = end.facts.usage.get("output_problem") or "is incomplete"
-    return verdict(Outcome.BUILD_FAILED, f"the build succeeded, but its output {problem}", fault="program"), draft
+    return verdict("build-failed", f"the build succeeded, but its output {problem}", fault="program"), draft
 
 
 def _recall(key: str, artifact: OutFile) -> _CachedBuild | None:

@@ -82,7 +82,7 @@ def run_job(prepared: Prepared, spec: PhaseSpec, run_id: str, folder: RunFolder)
     report = PhaseReport(
         job_id=instance.record.job_id,
         start=instance.start_mode,
-        outcome=ending.outcome.value,
+        outcome=ending.outcome,
         reason=ending.reason,
         times_ms=facts.times_ms,
         stdout=output_of(stdout, stdout_fd),

@@ -7,7 +7,6 @@ import posixpath
 from typing import TYPE_CHECKING, Any, Final
 
 from x07_sandbox.backends.base import RootPlace
-from x07_sandbox.channel.egress import CA_FILE
 from x07_sandbox.host import settings
 from x07_sandbox.plan.confinement import confinement
 from x07_sandbox.plan.sizes import build_limits, guest_limits, ram_class_bytes
@@ -103,6 +102,8 @@ def run_spec(
         files += [in_memory(data, path, 0o644, stack) for path, data in more.items()]
     env = run_environment(policy, request.env, os.environ)
     if prepared.ca:
+        from x07_sandbox.channel.egress import CA_FILE  # few runs have certificates
+
         files.append(in_memory(prepared.ca, CA_FILE, 0o644, stack))
         env = {**dict.fromkeys(_CA_VARIABLES, CA_FILE), **env}
     cwd = PROJECT_FOLDER if program.project else CWD

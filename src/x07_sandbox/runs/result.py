@@ -11,30 +11,11 @@ from typing import Any, Final, Literal, Self
 import msgspec
 
 from x07_sandbox.network.summary import NetworkUse
-from x07_sandbox.plan.denials import Denial, Hint
+from x07_sandbox.plan.denials import Denial, Hint, Outcome
 from x07_sandbox.plan.features import Isolation
 from x07_sandbox.policy.model import Limits
 
 SCHEMA: Final = "x07.sandbox.result@0.1.0"
-
-# The same names as in plan/outcomes, which is not imported because its table would slow down every start.
-Outcome = Literal[
-    "ok",
-    "failed",
-    "signalled",
-    "timeout",
-    "cpu-limit",
-    "oom",
-    "output-limit",
-    "refused",
-    "guest-lost",
-    "gate-lost",
-    "backend-error",
-    "internal-error",
-    "build-failed",
-    "cancelled",
-    "usage-error",
-]
 
 
 class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from x07_sandbox.plan.denials import Hint
+    from x07_sandbox.plan.denials import Hint, Outcome
     from x07_sandbox.plan.outcomes import Verdict
     from x07_sandbox.policy import Policy
     from x07_sandbox.runs.host_files import HostFiles
@@ -51,8 +51,7 @@ _TAIL_BYTES = 32 * 1024  # of each output stream of a failed program, for hints
 
 SCALING_HINT = "the VM is emulated; --scale-limits multiplies the time limits by its slowdown"
 
-# Values of plan/outcomes.Outcome, whose table is imported only when needed.
-_KNOWN_OUTCOMES: tuple[tuple[tuple[type[SandboxError], ...], str], ...] = (
+_KNOWN_OUTCOMES: tuple[tuple[tuple[type[SandboxError], ...], Outcome], ...] = (
     ((PolicyError, RefusedError, ImageError, HostError), "refused"),
     ((UsageError,), "usage-error"),
     ((BackendError,), "backend-error"),
@@ -88,12 +87,12 @@ def attempt(request: RunRequest) -> tuple[Result, SandboxError | None]:
 
 def failure(exc: Exception, signalled: int | None = None) -> Result:
     """Return the result for *exc*, an error before the start or a bug. signalled: the signal that cancelled the run."""
-    from x07_sandbox.plan.outcomes import Outcome, verdict
+    from x07_sandbox.plan.outcomes import verdict
 
     draft = draft_result(new_run_id())
     if isinstance(exc, SandboxError):
         return _ended(_with_cause(draft, exc), _verdict_of(exc, signalled))
-    return _ended(draft, verdict(Outcome.INTERNAL_ERROR, f"bug in x07-sandbox: {type(exc).__name__}: {exc}"))
+    return _ended(draft, verdict("internal-error", f"bug in x07-sandbox: {type(exc).__name__}: {exc}"))
 
 
 def _steps(request: RunRequest, draft: Result, folder: RunFolder, stack: contextlib.ExitStack) -> Iterator[Result]:
@@ -136,20 +135,20 @@ def _more(draft: Result, denials: list[Denial]) -> Result:
 
 
 def _verdict_of(exc: SandboxError, signalled: int | None = None) -> Verdict:
-    from x07_sandbox.plan.outcomes import Outcome, cancelled_verdict, verdict
+    from x07_sandbox.plan.outcomes import cancelled_verdict, verdict
 
     if isinstance(exc, Cancelled):
         return cancelled_verdict(signalled or 0)
     outcome = next(outcome for kinds, outcome in _KNOWN_OUTCOMES if isinstance(exc, kinds))
     ours = isinstance(exc, (ImageError, HostError, BackendError))
-    return verdict(Outcome(outcome), str(exc).removesuffix("."), fault="host" if ours else None)
+    return verdict(outcome, str(exc).removesuffix("."), fault="host" if ours else None)
 
 
 def _ended(draft: Result, ending: Verdict, exit_code: int | None = None) -> Result:
     """Return the draft with the verdict filled in. exit_code: the exit code of `x07 run`; None for the verdict's."""
     return replace(
         draft,
-        outcome=ending.outcome.value,
+        outcome=ending.outcome,
         fault=ending.fault,
         reason=ending.reason,
         x07_exit_code=ending.x07_exit_code if exit_code is None else exit_code,
@@ -269,14 +268,13 @@ def _without_command(ending: Verdict, end: JobEnd, prepared: Prepared) -> Verdic
 
     flag, package = package_of_program(name)
     add = "To add a Python package" if flag == "--pip" else "To add the Debian package that has it"
-    fix = (
-        f"{add if package == 'PACKAGE' else 'To add it'}: {image_in_use(prepared.image, image).adding(flag, [package])}"
-    )
+    add = add if package == "PACKAGE" else "To add it"
+    fix = f"{add}: {image_in_use(prepared.image, image).adding(flag, [package])}"
     return replace(ending, reason=f"the command {name} is not in the image {image}. {fix}")
 
 
 def _with_denials(draft: Result, prepared: Prepared, spec: PhaseSpec, end: JobEnd) -> Result:
-    usage, refused, outcome = end.facts.usage, end.facts.refused, end.ending.outcome.value
+    usage, refused, outcome = end.facts.usage, end.facts.refused, end.ending.outcome
     draft = replace(draft, denials_lost=int(usage.get("denials_lost", 0)))
     tasks = int(usage.get("tasks_refused", 0))
     disk, memory = usage.get("disk_full"), usage.get("memory_full")
@@ -335,18 +333,18 @@ def _tail(end: JobEnd) -> bytes:
 def _settled(draft: Result, host_files: HostFiles, ending: Verdict) -> Result:
     """Apply or save the changes to host files; return the result. An invalid report by the guest replaces *ending*."""
     from x07_sandbox.errors import PeerError
-    from x07_sandbox.plan.outcomes import REFUSED_EXIT, Outcome, verdict
+    from x07_sandbox.plan.outcomes import REFUSED_EXIT, verdict
 
     try:
-        ended_well = ending.outcome in {Outcome.OK, Outcome.FAILED}
+        ended_well = ending.outcome in {"ok", "failed"}
         changes, refused, warning = host_files.settle(ended_well=ended_well)
     except PeerError as exc:
         reason = f"the guest violated the channel protocol: {exc.why}"
-        return _ended(draft, verdict(Outcome.GUEST_LOST, reason, fault="program"))
+        return _ended(draft, verdict("guest-lost", reason, fault="program"))
     draft = replace(_more(draft, refused), changes=changes)
     if warning:
         draft = replace(draft, warnings=[*draft.warnings, warning])
-    not_applied = ending.outcome is Outcome.OK and changes.reason
+    not_applied = ending.outcome == "ok" and changes.reason
     return _ended(draft, ending, REFUSED_EXIT if not_applied else None)
 
 

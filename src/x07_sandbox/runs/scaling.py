@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Final
 
 from msgspec.structs import replace
 
-from x07_sandbox.backends.proofs import proof_file, read_verdict, write_verdict
 from x07_sandbox.errors import BackendError, HostError, SandboxError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
+from x07_sandbox.host.verdicts import proof_file, read_verdict, write_verdict
 from x07_sandbox.jobs.record import new_run_id
 from x07_sandbox.plan.controls import make_plan
 from x07_sandbox.policy.default import default_policy, render_policy

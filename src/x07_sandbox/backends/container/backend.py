@@ -16,9 +16,9 @@ from x07_sandbox.backends.container.create import engine_gaps, is_roots_podman
 from x07_sandbox.backends.engine_images import DEFAULT_REFERENCE
 from x07_sandbox.backends.engines import Engine, Name, engine, is_id
 from x07_sandbox.backends.handshake import greet
-from x07_sandbox.backends.proofs import proof_file, read_verdict, write_verdict
 from x07_sandbox.errors import BackendError, HostError, ImageError
 from x07_sandbox.host.variables import text
+from x07_sandbox.host.verdicts import proof_file, read_verdict, write_verdict
 from x07_sandbox.images import manifest
 from x07_sandbox.images.archive import MANIFEST_LABEL
 from x07_sandbox.images.guestcode import read_guest_code

@@ -17,10 +17,10 @@ from x07_sandbox.backends.handshake import Handshake, greet
 from x07_sandbox.backends.process.agentcode import agent_code
 from x07_sandbox.backends.process.start import files_folder, remove_folder, start_confined, start_unconfined
 from x07_sandbox.backends.process.view import PYTHON
-from x07_sandbox.backends.proofs import proof_file, write_verdict
 from x07_sandbox.channel.link import State
 from x07_sandbox.errors import HostError
 from x07_sandbox.host.clocks import Deadline
+from x07_sandbox.host.verdicts import proof_file, write_verdict
 from x07_sandbox.jail.bwrap import BWRAP, PERL, SETPRIV
 from x07_sandbox.jail.cgroups import program_groups, remove_groups
 from x07_sandbox.jail.forms import landlock_version

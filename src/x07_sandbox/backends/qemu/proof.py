@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from x07_sandbox.backends.base import MachineKind
 from x07_sandbox.backends.handshake import Handshake, evidence_of
-from x07_sandbox.backends.proofs import proof_file, read_verdict, validity, write_verdict
 from x07_sandbox.backends.qemu.start import (
     MISCALIBRATED,
     Accelerator,
@@ -30,6 +29,7 @@ from x07_sandbox.host.arch import host_arch
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.os_errors import out_of_cpu_time
+from x07_sandbox.host.verdicts import proof_file, read_verdict, validity, write_verdict
 from x07_sandbox.jail.forms import jail_form
 from x07_sandbox.jobs.record import Claim, create_record, new_run_id
 from x07_sandbox.plan.sizes import RAM_CLASSES

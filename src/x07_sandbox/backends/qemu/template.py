@@ -23,7 +23,6 @@ import msgspec
 
 from x07_sandbox.backends.base import Prunable
 from x07_sandbox.backends.handshake import Handshake, input_poll
-from x07_sandbox.backends.proofs import read_verdict, validity, write_verdict
 from x07_sandbox.backends.qemu.machine import Machine, Origin, qemu_argv, qmp_query_save, qmp_save
 from x07_sandbox.backends.qemu.start import QemuJob, Saved, Saving, boot_attempts, miscalibrated, start_qemu, tsc_khz
 from x07_sandbox.channel.frames import Kind
@@ -37,6 +36,7 @@ from x07_sandbox.host.decoding import prepared
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.os_errors import out_of_cpu_time
 from x07_sandbox.host.paths import cache_dir, cache_folder, least_recently_used, open_private_file, why_not_ours
+from x07_sandbox.host.verdicts import read_verdict, validity, write_verdict
 from x07_sandbox.images.manifest import Part, ScratchDisk, canonical
 from x07_sandbox.images.scratch import read_disk
 from x07_sandbox.images.store import list_images

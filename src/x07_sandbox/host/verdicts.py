@@ -1,4 +1,4 @@
-"""Stored results of tests of this host.
+"""Stored results of tests of this host and of its files.
 
 A result is valid until the host reboots, or for minutes if the state of the host may have caused it.
 """
@@ -53,8 +53,8 @@ def validity(stored: Mapping[str, Any]) -> str:
 
 def read_verdict(path: Path) -> dict[str, Any]:
     """Return the values stored in *path*, or {} if there are none or if they have expired."""
-    with contextlib.suppress(UsageError, ValueError, RecursionError, AttributeError, TypeError):
+    with contextlib.suppress(UsageError, ValueError, RecursionError, AttributeError, TypeError, KeyError):
         stored = json.loads(read_bounded(path, "verdict", _MAX))
-        if stored.get("boot_id", boot_id()) == boot_id() and boot_ms() < float(stored.get("retry_at_ms", math.inf)):
+        if stored["boot_id"] == boot_id() and boot_ms() < float(stored.get("retry_at_ms", math.inf)):
             return dict(stored)
     return {}
