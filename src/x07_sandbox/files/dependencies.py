@@ -39,7 +39,7 @@ def with_dependents(changes: Sequence[Change], refused: Iterable[str]) -> set[st
         todo += dependents[name] + below[name]
         there = by_name.get(name)
         for folder in _above(name) if there is not None and there.before is not None else ():
-            if folder not in staying and folder in by_name and _removes_folder(by_name[folder]):
+            if folder not in staying and folder in by_name and removes_folder(by_name[folder]):
                 staying.add(folder)
                 todo += dependents[folder]
     return left | staying
@@ -104,7 +104,8 @@ def _above(name: str) -> Iterator[str]:
         yield name
 
 
-def _removes_folder(change: Change) -> bool:
+def removes_folder(change: Change) -> bool:
+    """Return whether a folder is deleted, or replaced by a file or a link."""
     return _is_folder(change.before) and not _is_folder(change.after)
 
 

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from x07_sandbox.errors import RefusedError, UsageError
 from x07_sandbox.files.changes import display_name, parent_folders, path_of
-from x07_sandbox.files.dependencies import applicable, prerequisites
+from x07_sandbox.files.dependencies import applicable, prerequisites, removes_folder
 from x07_sandbox.files.protected import Protection
 from x07_sandbox.runs.saved_changes import apply_saved
 
@@ -71,7 +71,8 @@ def select_changes(
         roots = tuple(_with_left_out(root, grants, applied) for root in roots)
         was_left_out = any(root.left_out for root in changes.roots)
         if grants.any and was_left_out and not any(root.left_out for root in roots):
-            raise _nothing_allowed(changes, grants)
+            kept = [(root.root, one) for root in changes.roots for one in root.refused]
+            raise _refused([(place, one) for place, one in kept if not grants.is_allowed(place)(one)], changes)
     if only:
         _require_used(only, changes, "apply")
         roots = tuple(_only(root, only) for root in roots)
@@ -110,17 +111,6 @@ def _names(root: RootChanges) -> set[str]:
     return {change.name for change in root.changes} | {refusal.name for refusal in root.refused}
 
 
-def _nothing_allowed(changes: ChangeSet, grants: Grants) -> RefusedError:
-    """Return the error for flags that allow none of the changes left out."""
-    left = [
-        (root.root, refusal)
-        for root in changes.roots
-        for refusal in root.refused
-        if not grants.is_allowed(root.root)(refusal)
-    ]
-    return _refused(left, changes)
-
-
 def _refused(left: Sequence[tuple[str, Refused]], changes: ChangeSet, fix: str = "") -> RefusedError:
     """Return the error for changes that are not allowed, given as pairs of a root and a refusal."""
     fix = fix or f"To see the reasons, and a flag for each: x07 diff {changes.run}"
@@ -157,7 +147,8 @@ def _without(
     # Skipped files that exist stay, whether they were copied in or not, and so do the folders around these files.
     staying = [change.name for change in root.changes if change.name in skipped and change.before is not None]
     words = {word: parent_folders([word.rstrip("/").removeprefix(f"{root.root}/")]) for word in skip}
-    holding = parent_folders(staying).union(*words.values()) & _removed_folders(root) - skipped
+    removed = {change.name for change in root.changes if removes_folder(change)}
+    holding = parent_folders(staying).union(*words.values()) & removed - skipped
     is_allowed = grants.is_allowed(root.root)
     left = [(root.root, one) for one in root.refused if one.name not in skipped | holding and not is_allowed(one)]
     if left:
@@ -168,16 +159,6 @@ def _without(
     changes = [change for change in root.changes if change.name not in skipped | holding]
     used = {word for word in skip if by_word[word] or words[word] & holding}
     return replace(root, changes=tuple(changes), refused=()), used
-
-
-def _removed_folders(root: RootChanges) -> set[str]:
-    """Return the names of folders that are deleted or replaced by a file or a link."""
-    return {
-        change.name
-        for change in root.changes
-        if change.before is not None and change.before.kind == "folder"
-        if change.after is None or change.after.kind != "folder"
-    }
 
 
 def covers(word: str, root: str, name: str) -> bool:
