@@ -8,8 +8,9 @@ import os
 import shlex
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 
 import x07_sandbox
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 FOLDER = Node(kind="folder", mode=0o755)
+EMPTY = Node(kind="file", mode=0o644, sha256=hashlib.sha256().hexdigest())
 
 
 @pytest.fixture(autouse=True)
@@ -32,10 +34,20 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("X07_VM_STATE_DIR", str(private_dir(tmp_path / "vm") / "jobs"))
 
 
-def saved_run(number: int, root: Path, *names: str, gone: tuple[str, ...] = ()) -> str:
-    """Save the changes of a run that made files, or folders (names that end with a slash), and removed *gone*."""
+def saved_run(
+    number: int,
+    root: Path,
+    *names: str,
+    gone: tuple[str, ...] = (),
+    more: tuple[Change, ...] = (),
+    **kept: Any,  # noqa: ANN401 - any of a root's
+) -> str:
+    """Save the changes of a run that made files, or folders (names that end with a slash), and removed *gone*.
+
+    more: further changes. kept: further fields of the saved root.
+    """
     root.mkdir(exist_ok=True)
-    data, changes = b"", []
+    data, changes = b"", [*more]
     for name in names:
         text = f"{name}\n".encode()
         node = Node(kind="file", mode=0o644, size=len(text), sha256=hashlib.sha256(text).hexdigest(), at=len(data))
@@ -46,7 +58,7 @@ def saved_run(number: int, root: Path, *names: str, gone: tuple[str, ...] = ()) 
         node = Node(kind="file", mode=(root / name).stat().st_mode & 0o777, sha256=hashlib.sha256().hexdigest())
         changes.append(Change(name=name, before=node, after=None))
     changes.sort(key=lambda change: change.name)
-    part = RootChanges(root=str(root), guest="/g", missing=False, changes=tuple(changes))
+    part = RootChanges(**{"root": str(root), "guest": "/g", "missing": False, "changes": tuple(changes), **kept})
     run = f"1700000000000-1-{number}"
     place = private_dir(private_dir(all_runs() / run) / "changes")
     (place / "data").write_bytes(data)
@@ -160,6 +172,60 @@ def test_a_part_is_applied_and_the_rest_stays_saved(
         assert there(root) == left
     assert main(["apply", "--only", "missing"]) == 2
     assert "cannot apply missing: no change has this name" in capsys.readouterr().err
+
+
+def link(name: str, target: str, before: Node | None = None) -> Change:
+    """A change that makes a link."""
+    return Change(name=name, before=before, after=Node(kind="link", target=target))
+
+
+def test_links_among_selected_changes_select_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`x07 apply --only` changes nothing outside what was selected: the targets of selected links stay as they are."""
+    root = tmp_path / "root"
+    (root / "src").mkdir(parents=True)
+    (root / "src/main.py").write_bytes(b"")
+    (root / "src/main.py").chmod(0o644)
+    links = link("docs/example.py", "../src/main.py"), link("docs/notes", "../precious"), link("docs/new", "../made")
+    changed = Change(name="src/main.py", before=EMPTY, after=msgspec.structs.replace(EMPTY, mode=0o755))
+    run = saved_run(1, root, "docs/", "made/", "made/x", gone=("precious",), more=(*links, changed))
+    monkeypatch.chdir(root)
+    assert main(["apply", "--only", "docs"]) == 0
+    new = {"docs", "docs/example.py", "docs/notes", "docs/new"}
+    assert there(root) == {"src", "src/main.py", "precious", *new}
+    assert (root / "src/main.py").stat().st_mode & 0o777 == 0o644
+    undo_saved(find_saved(run), lambda _path: None)
+    assert x07_sandbox.apply(run, only=["docs/notes"]).added == 2
+    assert there(root) == {"src", "src/main.py", "precious", "docs", "docs/notes"}
+
+
+@pytest.mark.parametrize("name", ["a", "d/a"])
+def test_a_change_that_needs_an_unselected_one_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """A link through a replaced link, and a name in a new folder that replaces a link, need that change.
+
+    Without it, nothing is applied, and the message names the flags; each of them works.
+    """
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "d").symlink_to("old")
+    replaced = Change(name="d", before=Node(kind="link", target="old"), after=FOLDER)
+    links = (link("a", "d/b"), replaced, link("d/a", "b"))
+    saved_run(1, root, "z", more=links)
+    monkeypatch.chdir(root)
+    for flags, advice in (["--only", name], f"Add --only d or --skip {name}"), (["--skip", "d"], "Add --skip a"):
+        before = there(root)
+        assert main(["apply", *flags]) == 125
+        said = capsys.readouterr().err
+        assert "leads through or lies in d, whose change is not selected" in said
+        assert said.endswith(f"{advice}.\n")
+        assert (there(root), (root / "d").is_symlink()) == (before, True)
+    assert main(["apply", "--skip", "d", "--skip", "a"]) == 0
+    assert (there(root), (root / "d").is_symlink()) == ({"d", "z"}, True)
+    assert main(["apply", "--only", name, "--only", "d"]) == 0
+    assert (root / "d").is_dir()
+    assert main(["apply", "--only", "a"]) == 0  # d is applied already
+    assert there(root) == {"d", "z", "d/a", "a"}
 
 
 def test_diff_of_some_paths(
