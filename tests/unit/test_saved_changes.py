@@ -8,7 +8,7 @@ import os
 import shlex
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 import pytest
@@ -16,7 +16,7 @@ import pytest
 import x07_sandbox
 from x07_sandbox.cli.main import main
 from x07_sandbox.errors import UsageError
-from x07_sandbox.files.changes import Change, ChangeSet, Node, RootChanges, encode
+from x07_sandbox.files.changes import Change, ChangeSet, Node, Refused, RootChanges, encode
 from x07_sandbox.host.paths import private_dir
 from x07_sandbox.runs.folder import all_runs
 from x07_sandbox.runs.saved_changes import command, find_saved, is_here, undo_saved
@@ -40,11 +40,10 @@ def saved_run(
     *names: str,
     gone: tuple[str, ...] = (),
     more: tuple[Change, ...] = (),
-    **kept: Any,  # noqa: ANN401 - any of a root's
 ) -> str:
     """Save the changes of a run that made files, or folders (names that end with a slash), and removed *gone*.
 
-    more: further changes. kept: further fields of the saved root.
+    more: further changes.
     """
     root.mkdir(exist_ok=True)
     data, changes = b"", [*more]
@@ -58,7 +57,7 @@ def saved_run(
         node = Node(kind="file", mode=(root / name).stat().st_mode & 0o777, sha256=hashlib.sha256().hexdigest())
         changes.append(Change(name=name, before=node, after=None))
     changes.sort(key=lambda change: change.name)
-    part = RootChanges(**{"root": str(root), "guest": "/g", "missing": False, "changes": tuple(changes), **kept})
+    part = RootChanges(root=str(root), guest="/g", missing=False, changes=tuple(changes))
     run = f"1700000000000-1-{number}"
     place = private_dir(private_dir(all_runs() / run) / "changes")
     (place / "data").write_bytes(data)
@@ -226,6 +225,34 @@ def test_a_change_that_needs_an_unselected_one_is_refused(
     assert (root / "d").is_dir()
     assert main(["apply", "--only", "a"]) == 0  # d is applied already
     assert there(root) == {"d", "z", "d/a", "a"}
+
+
+def test_left_out_changes_follow_a_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After a part was applied, the printed command applies the left-out changes with the new folders around them."""
+    root, missing = tmp_path / "root", tmp_path / "missing"
+    run = saved_run(1, root, "docs/", "docs/a", "src/", "src/a")
+    saved = find_saved(run).changes
+    new = Change(name="docs/.cfg", before=None, after=FOLDER)
+    hidden = Refused(name=new.name, rule="fs.deny_hidden", why="hidden name", flag="--allow-hidden")
+    one = msgspec.structs.replace(saved.roots[0], left_out=(new,), refused=(hidden,))
+    folder = Change(name="docs", before=None, after=FOLDER)
+    other = msgspec.structs.replace(one, root=str(missing), missing=True, changes=(folder,))
+    place = all_runs() / run / "changes/changes.json"
+    place.write_bytes(encode(msgspec.structs.replace(saved, roots=(one, other))))
+    monkeypatch.chdir(tmp_path)
+    assert main(["apply", "--skip", "*"]) == 0
+    assert find_saved(run).undos == []
+    assert main(["apply", "--only", "src"]) == 0
+    printed = capsys.readouterr().err
+    assert main(shlex.split(printed.rpartition("x07 ")[2])) == 0
+    assert there(root) == {"src", "src/a", "docs", "docs/.cfg"}
+    assert there(missing) == {"docs", "docs/.cfg"}
+    assert main(["undo"]) == 0
+    assert (there(root), missing.exists()) == ({"src", "src/a"}, False)
+    assert main(["apply", "--only", f"{root}/docs", "--allow-hidden"]) == 0
+    assert there(root) == {"src", "src/a", "docs", "docs/a", "docs/.cfg"}
 
 
 def test_diff_of_some_paths(

@@ -65,12 +65,14 @@ def select_changes(
     only, skip: paths or patterns (see `covers`); without *only*, all changes are selected. With *only*, nothing else is
     selected except the new folders around these changes. A change that needs another one which is neither selected nor
     applied (see `unmet`) is an error. A folder that contains a skipped name is kept, and *notify* gets a message.
-    applied: root and name of each change applied earlier. With *applied* and *grants*, only left-out changes return.
+    applied: root and name of each change applied earlier. With *applied* and *grants*, and without *only*, these are
+    the left-out changes and the new folders around them.
     Raises UsageError, and RefusedError for changes that are not allowed.
     """
     roots = changes.roots
     if not changes.all_or_nothing:
-        roots = tuple(_with_left_out(root, grants, applied) for root in roots)
+        alone = applied is not None and grants.any and not only
+        roots = tuple(_with_left_out(root, grants, applied or set(), alone=alone) for root in roots)
         was_left_out = any(root.left_out for root in changes.roots)
         if grants.any and was_left_out and not any(root.left_out for root in roots):
             kept = [(root.root, one) for root in changes.roots for one in root.refused]
@@ -91,15 +93,20 @@ def select_changes(
     return replace(changes, roots=tuple(replace(root, left_out=()) for root, _ in parts))
 
 
-def _with_left_out(root: RootChanges, grants: Grants, applied: AbstractSet[tuple[str, str]] | None) -> RootChanges:
-    """Return *root* without refusals, and with those left-out changes added that *grants* allows."""
-    is_allowed, done = grants.is_allowed(root.root), applied or set()
+def _with_left_out(
+    root: RootChanges, grants: Grants, done: AbstractSet[tuple[str, str]], *, alone: bool
+) -> RootChanges:
+    """Return *root* without refusals, and with those left-out changes added that *grants* allows.
+
+    alone: whether to return only these, if they are not *done*, and the new folders around them.
+    """
+    is_allowed = grants.is_allowed(root.root)
     more = applicable(root, lambda one: (root.root, one.name) in done or is_allowed(one)) if grants.any else ()
-    alone = applied is not None and grants.any
-    every = [*more] if alone else sorted((*root.changes, *more), key=lambda change: change.name)
-    changes = [change for change in every if not (alone and (root.root, change.name) in done)]
-    missing = root.missing and not (alone and root.changes)  # otherwise the folder exists by now
-    return replace(root, changes=tuple(changes), missing=missing, refused=(), left_out=more)
+    changes = sorted((*root.changes, *more), key=lambda change: change.name)
+    if alone:
+        wanted = with_new_parents(changes, {one.name for one in more if (root.root, one.name) not in done})
+        changes = [change for change in changes if change.name in wanted]
+    return replace(root, changes=tuple(changes), refused=(), left_out=more)
 
 
 def _only(root: RootChanges, words: Sequence[str]) -> RootChanges:
@@ -137,6 +144,8 @@ def _needs(root: str, names: tuple[str, str], changes: ChangeSet, *, can_add: bo
 
 def apply_selected(saved: SavedChanges, selected: ChangeSet, on_wait: Callable[[str], None]) -> ChangeSet:
     """Apply those of the *selected* changes that are not applied yet, as a step that can be undone. Return them."""
+    if not any(root.changes for root in selected.roots):
+        return replace(selected, roots=())  # without an undo set, which would count as an application
     done = saved.done()
     rest = [
         replace(
