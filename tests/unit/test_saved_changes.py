@@ -216,7 +216,7 @@ def test_a_change_that_needs_an_unselected_one_is_refused(
         before = there(root)
         assert main(["apply", *flags]) == 125
         said = capsys.readouterr().err
-        assert "leads through or lies in d, whose change is not selected" in said
+        assert "it depends on the change of d, which is not selected" in said
         assert said.endswith(f"{advice}.\n")
         assert (there(root), (root / "d").is_symlink()) == (before, True)
     assert main(["apply", "--skip", "d", "--skip", "a"]) == 0

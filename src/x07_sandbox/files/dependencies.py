@@ -71,17 +71,21 @@ def with_new_parents(changes: Iterable[Change], names: AbstractSet[str]) -> set[
 def unmet(root: RootChanges, selected: AbstractSet[str]) -> tuple[str, str] | None:
     """Return a *selected* name of *root* and another changed name that it needs; None if nothing is missing.
 
-    A name needs the change that makes a folder above it. A link needs the changes of links and folders in its target's
-    path: with the old ones it might lead to a place that was not checked.
+    A name needs the change that makes a folder above it, and the removal of a folder those of the names in it. A link
+    needs the changes of links and folders in its target's path: with the old ones it might lead to a place that was not
+    checked.
     """
     every = (*root.changes, *root.left_out)
     others = {change.name: change for change in every if change.name not in selected}
+    holding = {folder: name for name in others for folder in _above(name)}
     for change in every if others else ():
         after = change.after if change.name in selected else None
         way = _link_path(change.name, after.target) if after is not None and after.kind == "link" else ()
         needed = [name for name in way if name in others and _redirects(others[name])]
         above = _above(change.name) if after is not None else ()
         needed += [name for name in above if name in others and _makes_folder(others[name])]
+        if change.name in selected & holding.keys() and removes_folder(change):
+            needed.append(holding[change.name])
         if needed:
             return change.name, needed[0]
     return None

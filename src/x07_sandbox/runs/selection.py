@@ -137,7 +137,7 @@ def _needs(root: str, names: tuple[str, str], changes: ChangeSet, *, can_add: bo
     """Return the error for a change that needs another one, given as the pair of their names."""
     shown = [display_name(root, name, several_roots=changes.several_roots) for name in names]
     flags = [flag_for("--only", shown[1]) if can_add else "", flag_for("--skip", shown[0])]
-    why = f"it leads through or lies in {shown[1]}, whose change is not selected"
+    why = f"it depends on the change of {shown[1]}, which is not selected"
     fix = " or ".join(filter(None, flags)) or "--skip with a pattern"
     return RefusedError(f"cannot apply {shown[0]}", why, f"Add {fix}")
 
