@@ -121,6 +121,24 @@ def test_elsewhere_a_run_needs_its_id(
     assert there(tmp_path / "d4") == set()
 
 
+def test_a_damaged_run_does_not_hide_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run whose changes are damaged is passed over, and named only if there is no other run."""
+    runs = [saved_run(number, tmp_path / "root", "a") for number in range(2)]
+    for run in reversed(runs):
+        monkeypatch.chdir(tmp_path / "root")
+        place = all_runs() / run / "changes/changes.json"
+        os.truncate(place, place.stat().st_size // 2)
+        assert main(["diff"]) == (2 if run == runs[0] else 0)
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / "empty")
+        assert main(["diff"]) == 2
+        said = capsys.readouterr().err
+        assert ("they are damaged" in said) == (run == runs[0])
+        assert said.endswith(f"x07 diff {runs[0]}\n") == (run == runs[1])
+
+
 def test_which_runs_belong_to_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run belongs to its folders, and to those in and around them, also through links; none belongs to `/`."""
     root = tmp_path / "root"

@@ -71,6 +71,10 @@ class TcpFlow(Flow, asyncio.BufferedProtocol):
         self._gate = gate
         self._rest = b""  # from the server, beyond the guest's window
         self._unacknowledged = 0  # bytes from the guest that the server has not taken yet
+        # What the transport gets next. It keeps each write apart and adds up their sizes at each call, so thousands of
+        # small writes would occupy the gate's only thread.
+        self._out = bytearray()
+        self._blocked = False  # whether the transport still holds its last write
         self._server_ended = False
         self._finishing = False  # whether the program's data ends with the held bytes
         self.guest_ended = False
@@ -107,8 +111,14 @@ class TcpFlow(Flow, asyncio.BufferedProtocol):
     def _send(self, data: bytes) -> None:
         if data:
             self.count(sent=len(data))
-            self.transport.write(data)
+            self._out += data
+            self._write()
         self._acknowledge()
+
+    def _write(self, *, all_now: bool = False) -> None:
+        if self._out and (all_now or not self._blocked):
+            out, self._out = bytes(self._out), bytearray()
+            self.transport.write(out)
 
     def guest_finished(self) -> None:
         """Handle the end of the program's data."""
@@ -126,12 +136,13 @@ class TcpFlow(Flow, asyncio.BufferedProtocol):
         if self.lost or self.transport.is_closing():
             return
         self.guest_ended = True
+        self._write(all_now=True)
         with contextlib.suppress(OSError):  # the server has just reset the connection
             self.transport.write_eof()
         self._half_closed()
 
     def _acknowledge(self) -> None:
-        if self._unacknowledged and not self.transport.get_write_buffer_size():
+        if self._unacknowledged and not self._blocked:
             self._link.consumed(self.stream, self._unacknowledged)
             self._unacknowledged = 0
 
@@ -147,8 +158,14 @@ class TcpFlow(Flow, asyncio.BufferedProtocol):
         self.transport = transport
         transport.set_write_buffer_limits(high=0, low=0)  # resume_writing() is called when the buffer is empty
 
+    def pause_writing(self) -> None:
+        """Keep further bytes until the server has accepted the last write."""
+        self._blocked = True
+
     def resume_writing(self) -> None:
-        """Acknowledge the bytes that the server has accepted."""
+        """Write what has come meanwhile, and acknowledge the bytes that the server has accepted."""
+        self._blocked = False
+        self._write()
         self._acknowledge()
         self._gate.flush()
 
