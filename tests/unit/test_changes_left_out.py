@@ -15,8 +15,8 @@ from tests.unit.test_run_host_files import RUN, Run, die_at, messages
 from x07_sandbox.channel.trees import Entry, Kind
 from x07_sandbox.cli.main import main
 from x07_sandbox.errors import UsageError
-from x07_sandbox.files.changes import Change, Node
-from x07_sandbox.files.dependencies import with_dependents
+from x07_sandbox.files.changes import Change, Node, RootChanges
+from x07_sandbox.files.dependencies import unmet, with_dependents
 from x07_sandbox.host.paths import private_dir
 from x07_sandbox.runs.patches import patch_chunks
 from x07_sandbox.runs.saved_changes import find_saved, recover_all, undo_saved
@@ -251,6 +251,16 @@ def change(name: str, before: Node | None, after: Node | None) -> Change:
 def content(text: str) -> Node:
     """A file with a content."""
     return Node(kind="file", mode=0o644, size=len(text), sha256=text * 64, at=0)
+
+
+def test_unselected_changes_that_a_selected_one_needs_are_found() -> None:
+    """A removed folder needs the removals below it; a link needs replaced links and folders, but no files."""
+    removed = [change("d", FOLDER, None), change("d/a", content("1"), None), change("f", content("1"), content("2"))]
+    links = [change(name, None, Node(kind="link", target=target)) for name, target in (("l", "f"), ("m", "d/a"))]
+    root = RootChanges(root="/r", guest="/g", missing=False, changes=(*removed, *links))
+    found = {name: unmet(root, {name}) for name in ("d", "d/a", "f", "l", "m")}
+    assert found == {"d": ("d", "d/a"), "d/a": None, "f": None, "l": None, "m": ("m", "d")}
+    assert unmet(root, {"d", "d/a", "m"}) is None
 
 
 DEPENDING: list[tuple[list[Change], set[str], set[str]]] = [

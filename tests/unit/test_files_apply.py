@@ -268,7 +268,7 @@ def test_roots_in_each_other_are_changed_apart(tmp_path: Path) -> None:
     undoing = applied(changes, b"", tmp_path / "state")
     assert (outer / "made").is_dir()
     assert (inner / "made").is_dir()
-    applied(undoing, b"", tmp_path / "undoing")
+    applied(undoing, b"", tmp_path / "state/undoing")
     assert [path.name for path in sorted(outer.rglob("*"))] == ["kept", "in"]
 
 
@@ -522,11 +522,12 @@ def test_undo_works_on_a_full_disk(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
     try:
         with (tmp_path / "state/undo/data").open("rb") as data:
-            apply(undoing, data.fileno(), tmp_path / "undoing", keeps=False)
+            apply(undoing, data.fileno(), tmp_path / "state/undoing")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert read(root) == old
-    assert list((tmp_path / "undoing").iterdir()) == []
+    assert list((tmp_path / "state").iterdir()) == [tmp_path / "state/undoing"]
+    assert list((tmp_path / "state/undoing").iterdir()) == []
 
 
 def test_a_damaged_journal_is_reported(tmp_path: Path) -> None:

@@ -654,7 +654,7 @@ def test_a_damaged_set_is_an_error(run: Run) -> None:
 
 
 def test_a_killed_undo_is_completed(run: Run) -> None:
-    """A killed undo is completed by the next command."""
+    """A killed undo is completed or reverted by the next command, and the changes count as applied only if they are."""
     (run.root / "a").write_bytes(b"x")
     node = Node(kind="file", mode=0o644, size=1, sha256=hashlib.sha256(b"x").hexdigest())
     changes = tuple(Change(name=name, before=node, after=None) for name in "ab")
@@ -674,6 +674,8 @@ def test_a_killed_undo_is_completed(run: Run) -> None:
             os._exit(0)
         ended = os.waitpid(pid, 0)[1] == 0
         recover_all(pytest.fail)
+        is_undone = sorted(path.name for path in run.root.iterdir()) == ["a", "b"]
+        assert is_undone == (find_saved(RUN).done() == set())
         with contextlib.suppress(UsageError):  # it was done, to the end
             undo_saved(find_saved(RUN), lambda _path: None)
         assert sorted(path.name for path in run.root.iterdir()) == ["a", "b"]

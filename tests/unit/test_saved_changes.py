@@ -10,12 +10,13 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
+import msgspec
 import pytest
 
 import x07_sandbox
 from x07_sandbox.cli.main import main
 from x07_sandbox.errors import UsageError
-from x07_sandbox.files.changes import Change, ChangeSet, Node, RootChanges, encode
+from x07_sandbox.files.changes import Change, ChangeSet, Node, Refused, RootChanges, encode
 from x07_sandbox.host.paths import private_dir
 from x07_sandbox.runs.folder import all_runs
 from x07_sandbox.runs.saved_changes import command, find_saved, is_here, undo_saved
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 FOLDER = Node(kind="folder", mode=0o755)
+EMPTY = Node(kind="file", mode=0o644, sha256=hashlib.sha256().hexdigest())
 
 
 @pytest.fixture(autouse=True)
@@ -32,10 +34,19 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("X07_VM_STATE_DIR", str(private_dir(tmp_path / "vm") / "jobs"))
 
 
-def saved_run(number: int, root: Path, *names: str, gone: tuple[str, ...] = ()) -> str:
-    """Save the changes of a run that made files, or folders (names that end with a slash), and removed *gone*."""
+def saved_run(
+    number: int,
+    root: Path,
+    *names: str,
+    gone: tuple[str, ...] = (),
+    more: tuple[Change, ...] = (),
+) -> str:
+    """Save the changes of a run that made files, or folders (names that end with a slash), and removed *gone*.
+
+    more: further changes.
+    """
     root.mkdir(exist_ok=True)
-    data, changes = b"", []
+    data, changes = b"", [*more]
     for name in names:
         text = f"{name}\n".encode()
         node = Node(kind="file", mode=0o644, size=len(text), sha256=hashlib.sha256(text).hexdigest(), at=len(data))
@@ -110,6 +121,24 @@ def test_elsewhere_a_run_needs_its_id(
     assert there(tmp_path / "d4") == set()
 
 
+def test_a_damaged_run_does_not_hide_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run whose changes are damaged is passed over, and named only if there is no other run."""
+    runs = [saved_run(number, tmp_path / "root", "a") for number in range(2)]
+    for run in reversed(runs):
+        monkeypatch.chdir(tmp_path / "root")
+        place = all_runs() / run / "changes/changes.json"
+        os.truncate(place, place.stat().st_size // 2)
+        assert main(["diff"]) == (2 if run == runs[0] else 0)
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / "empty")
+        assert main(["diff"]) == 2
+        said = capsys.readouterr().err
+        assert ("they are damaged" in said) == (run == runs[0])
+        assert said.endswith(f"x07 diff {runs[0]}\n") == (run == runs[1])
+
+
 def test_which_runs_belong_to_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run belongs to its folders, and to those in and around them, also through links; none belongs to `/`."""
     root = tmp_path / "root"
@@ -160,6 +189,88 @@ def test_a_part_is_applied_and_the_rest_stays_saved(
         assert there(root) == left
     assert main(["apply", "--only", "missing"]) == 2
     assert "cannot apply missing: no change has this name" in capsys.readouterr().err
+
+
+def link(name: str, target: str, before: Node | None = None) -> Change:
+    """A change that makes a link."""
+    return Change(name=name, before=before, after=Node(kind="link", target=target))
+
+
+def test_links_among_selected_changes_select_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`x07 apply --only` changes nothing outside what was selected: the targets of selected links stay as they are."""
+    root = tmp_path / "root"
+    (root / "src").mkdir(parents=True)
+    (root / "src/main.py").write_bytes(b"")
+    (root / "src/main.py").chmod(0o644)
+    links = link("docs/example.py", "../src/main.py"), link("docs/notes", "../precious"), link("docs/new", "../made")
+    changed = Change(name="src/main.py", before=EMPTY, after=msgspec.structs.replace(EMPTY, mode=0o755))
+    run = saved_run(1, root, "docs/", "made/", "made/x", gone=("precious",), more=(*links, changed))
+    monkeypatch.chdir(root)
+    assert main(["apply", "--only", "docs"]) == 0
+    new = {"docs", "docs/example.py", "docs/notes", "docs/new"}
+    assert there(root) == {"src", "src/main.py", "precious", *new}
+    assert (root / "src/main.py").stat().st_mode & 0o777 == 0o644
+    undo_saved(find_saved(run), lambda _path: None)
+    assert x07_sandbox.apply(run, only=["docs/notes"]).added == 2
+    assert there(root) == {"src", "src/main.py", "precious", "docs", "docs/notes"}
+
+
+@pytest.mark.parametrize("name", ["a", "d/a"])
+def test_a_change_that_needs_an_unselected_one_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """A link through a replaced link, and a name in a new folder that replaces a link, need that change.
+
+    Without it, nothing is applied, and the message names the flags; each of them works.
+    """
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "d").symlink_to("old")
+    replaced = Change(name="d", before=Node(kind="link", target="old"), after=FOLDER)
+    links = (link("a", "d/b"), replaced, link("d/a", "b"))
+    saved_run(1, root, "z", more=links)
+    monkeypatch.chdir(root)
+    for flags, advice in (["--only", name], f"Add --only d or --skip {name}"), (["--skip", "d"], "Add --skip a"):
+        before = there(root)
+        assert main(["apply", *flags]) == 125
+        said = capsys.readouterr().err
+        assert "it depends on the change of d, which is not selected" in said
+        assert said.endswith(f"{advice}.\n")
+        assert (there(root), (root / "d").is_symlink()) == (before, True)
+    assert main(["apply", "--skip", "d", "--skip", "a"]) == 0
+    assert (there(root), (root / "d").is_symlink()) == ({"d", "z"}, True)
+    assert main(["apply", "--only", name, "--only", "d"]) == 0
+    assert (root / "d").is_dir()
+    assert main(["apply", "--only", "a"]) == 0  # d is applied already
+    assert there(root) == {"d", "z", "d/a", "a"}
+
+
+def test_left_out_changes_follow_a_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After a part was applied, the printed command applies the left-out changes with the new folders around them."""
+    root, missing = tmp_path / "root", tmp_path / "missing"
+    run = saved_run(1, root, "docs/", "docs/a", "src/", "src/a")
+    saved = find_saved(run).changes
+    new = Change(name="docs/.cfg", before=None, after=FOLDER)
+    hidden = Refused(name=new.name, rule="fs.deny_hidden", why="hidden name", flag="--allow-hidden")
+    one = msgspec.structs.replace(saved.roots[0], left_out=(new,), refused=(hidden,))
+    folder = Change(name="docs", before=None, after=FOLDER)
+    other = msgspec.structs.replace(one, root=str(missing), missing=True, changes=(folder,))
+    place = all_runs() / run / "changes/changes.json"
+    place.write_bytes(encode(msgspec.structs.replace(saved, roots=(one, other))))
+    monkeypatch.chdir(tmp_path)
+    assert main(["apply", "--skip", "*"]) == 0
+    assert find_saved(run).undos == []
+    assert main(["apply", "--only", "src"]) == 0
+    printed = capsys.readouterr().err
+    assert main(shlex.split(printed.rpartition("x07 ")[2])) == 0
+    assert there(root) == {"src", "src/a", "docs", "docs/.cfg"}
+    assert there(missing) == {"docs", "docs/.cfg"}
+    assert main(["undo"]) == 0
+    assert (there(root), missing.exists()) == ({"src", "src/a"}, False)
+    assert main(["apply", "--only", f"{root}/docs", "--allow-hidden"]) == 0
+    assert there(root) == {"src", "src/a", "docs", "docs/a", "docs/.cfg"}
 
 
 def test_diff_of_some_paths(

@@ -42,7 +42,9 @@ _TERMINAL_LINES: Final = 2000
 _APPLY_EPILOG: Final = """x07 apply applies all changes or none: if a file on the host has changed since it was copied
 into the VM, x07 apply changes nothing. If x07 apply is killed, the next x07 command completes the changes or reverts
 them. x07 diff shows which changes the run left out, and which flag would apply each of them. Changes that are not
-applied stay saved, and can be applied later. x07 apply --only PATH also applies the new folders around PATH.
+applied stay saved, and can be applied later. x07 apply --only PATH changes nothing outside PATH, except that it creates
+the new folders around PATH. If a selected link leads through a link or folder whose change is not selected, x07 apply
+changes nothing, and says what to select.
 
 examples:
   x07 apply                        apply the changes of the latest run in this folder

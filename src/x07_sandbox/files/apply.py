@@ -67,15 +67,13 @@ def apply(
     folder: Path,
     *,
     on_wait: OnWait | None = None,
-    keeps: bool = True,
     around: AbstractContextManager[None] | None = None,
 ) -> ChangeSet:
     """Apply a change set to the host. Return the undo set, which is empty if all changes were already in effect.
 
     data_fd: descriptor of the file with the contents.
-    folder: the private folder of the set; it is created if missing.
+    folder: the private folder of the set; it is created if missing. No undo set is saved if its name is UNDOING.
     on_wait: called with a path before the call waits for a lock.
-    keeps: whether to save the undo set.
     around: a context that is entered once the folder is locked and recovered.
     Raises ValueError for an invalid set, ConflictError, HostError. After an error nothing has changed, unless the
     rollback failed too. recover() retries the rollback.
@@ -84,7 +82,7 @@ def apply(
     with _locked(folder, on_wait), around or contextlib.nullcontext():
         _recover(folder, on_wait)
         with _os_errors(folder):
-            return _apply(changes, data_fd, folder, on_wait, keeps=keeps)
+            return _apply(changes, data_fd, folder, on_wait)
 
 
 def recover(folder: Path, *, on_wait: OnWait | None = None) -> None:
@@ -95,7 +93,7 @@ def recover(folder: Path, *, on_wait: OnWait | None = None) -> None:
         _recover(folder, on_wait)
 
 
-def _apply(changes: ChangeSet, data_fd: int, folder: Path, on_wait: OnWait | None, *, keeps: bool) -> ChangeSet:
+def _apply(changes: ChangeSet, data_fd: int, folder: Path, on_wait: OnWait | None) -> ChangeSet:
     roots = [root for root in changes.roots if root.changes]
     anchors = [root_anchor(root) for root in roots]
     with _sites((path for path, _ in anchors), on_wait) as by_path:
@@ -124,7 +122,7 @@ def _apply(changes: ChangeSet, data_fd: int, folder: Path, on_wait: OnWait | Non
             undo_root = RootChanges(root=root.root, guest=root.guest, missing=False, changes=undo)
             inverse.append(_Inverse(undo_root, by_path[path], prefix))
         head = Head(run=changes.run, places=tuple(site.place for site in sites))
-        return _execute(folder, head, sites, planner, inverse, keeps=keeps)
+        return _execute(folder, head, sites, planner, inverse)
 
 
 def _check_part(
@@ -145,9 +143,7 @@ def _check_part(
         raise ConflictError("cannot apply the changes", why, fix)
 
 
-def _execute(
-    folder: Path, head: Head, sites: list[Site], planner: Planner, inverse: list[_Inverse], *, keeps: bool
-) -> ChangeSet:
+def _execute(folder: Path, head: Head, sites: list[Site], planner: Planner, inverse: list[_Inverse]) -> ChangeSet:
     """Carry out the planned steps and return the undo set."""
     steps, started = planner.steps, 0
     try:
@@ -172,7 +168,7 @@ def _execute(
             for one in inverse
         )
         undo_set = ChangeSet(run=head.run, roots=tuple(roots))
-        if keeps:
+        if folder.name != undo_data.UNDOING:
             undo_data.prepare(folder, undo_set)
             undo_data.save_displaced(folder, sites, steps)
         journal.commit(folder)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from msgspec.structs import replace
 
+from x07_sandbox.files.changes import parent_folders
 from x07_sandbox.files.copy import DEPTH_MAX
 
 if TYPE_CHECKING:
@@ -60,19 +61,34 @@ def _dependents(
     return dependents, below
 
 
-def prerequisites(changes: Iterable[Change], names: AbstractSet[str]) -> set[str]:
-    """Return *names*, the new folders above them, and the changed names in the paths of the links among them."""
-    by_name = {change.name: change for change in changes}
-    found, todo = set[str](), [*names]
-    while todo:
-        name = todo.pop()
-        after = by_name[name].after if name in by_name and name not in found else None
-        found.add(name)
-        if after is not None:
-            folders = filter(by_name.__contains__, (*_above(name), ""))
-            todo += [folder for folder in folders if _makes_folder(by_name[folder])]
-            todo += filter(by_name.__contains__, _link_path(name, after.target) if after.kind == "link" else ())
-    return found
+def with_new_parents(changes: Iterable[Change], names: AbstractSet[str]) -> set[str]:
+    """Return *names* and the new folders, which replace nothing, above those that are not deleted."""
+    changes = tuple(changes)
+    parents = parent_folders(change.name for change in changes if change.name in names and change.after is not None)
+    return {*names, *(one.name for one in changes if one.name in parents and one.before is None)}
+
+
+def unmet(root: RootChanges, selected: AbstractSet[str]) -> tuple[str, str] | None:
+    """Return a *selected* name of *root* and another changed name that it needs; None if nothing is missing.
+
+    A name needs the change that makes a folder above it, and the removal of a folder those of the names in it. A link
+    needs the changes of links and folders in its target's path: with the old ones it might lead to a place that was not
+    checked.
+    """
+    every = (*root.changes, *root.left_out)
+    others = {change.name: change for change in every if change.name not in selected}
+    holding = {folder: name for name in others for folder in _above(name)}
+    for change in every if others else ():
+        after = change.after if change.name in selected else None
+        way = _link_path(change.name, after.target) if after is not None and after.kind == "link" else ()
+        needed = [name for name in way if name in others and _redirects(others[name])]
+        above = _above(change.name) if after is not None else ()
+        needed += [name for name in above if name in others and _makes_folder(others[name])]
+        if change.name in selected & holding.keys() and removes_folder(change):
+            needed.append(holding[change.name])
+        if needed:
+            return change.name, needed[0]
+    return None
 
 
 def applicable(root: RootChanges, is_overridden: Callable[[Refused], bool]) -> tuple[Change, ...]:
@@ -107,6 +123,12 @@ def _above(name: str) -> Iterator[str]:
 def removes_folder(change: Change) -> bool:
     """Return whether a folder is deleted, or replaced by a file or a link."""
     return _is_folder(change.before) and not _is_folder(change.after)
+
+
+def _redirects(change: Change) -> bool:
+    """Return whether a link or a folder stops being what it was."""
+    is_kept = _is_folder(change.before) and _is_folder(change.after)
+    return change.before is not None and change.before.kind != "file" and not is_kept
 
 
 def _makes_folder(change: Change) -> bool:

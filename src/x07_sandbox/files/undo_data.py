@@ -1,6 +1,8 @@
 """The undo set of the changes that were applied last: replaced and removed content, copied from staging folders.
 
 *folder* is always the private folder of the change set. publish() replaces the current undo set by the prepared one.
+An undo is a change set too: its folder is named UNDOING and lies in the one whose undo set it uses. It has no undo set
+of its own, and publish() takes the used one away.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 _SLOT: Final = re.compile(rf"\d+({re.escape(OLD)})?", re.ASCII)
 _NEXT, _PLANNED, _CHANGES, _DATA = "undo.new", "planned.json", "changes.json", "data"
 _OPEN: Final = 0o300
+UNDOING: Final = "undoing"
 
 
 def undo_entries(folder: Path) -> dict[tuple[str, str], Change]:
@@ -55,7 +58,9 @@ def drop_prepared(folder: Path) -> None:
 
 def publish_empty(folder: Path, undo_set: ChangeSet) -> None:
     """Publish an undo set without content, unless an undo set exists already. Raises OSError."""
-    if not (folder / "undo").exists():
+    if folder.name == UNDOING:
+        publish(folder)
+    elif not (folder / "undo").exists():
         prepare(folder, undo_set)
         (folder / _NEXT / _DATA).touch(0o600)
         (folder / _NEXT / _PLANNED).rename(folder / _NEXT / _CHANGES)
@@ -78,17 +83,13 @@ def save_displaced(folder: Path, sites: list[Site], steps: list[Step]) -> None:
 
 
 def publish(folder: Path) -> None:
-    """Make the prepared undo set the current one. Raises OSError."""
-    if (folder / _NEXT).exists():
+    """Make the prepared undo set the current one, or end an undo. May be repeated after a kill. Raises OSError."""
+    if folder.name == UNDOING:
+        if not (folder / _NEXT).exists():  # else it was moved before the kill
+            (folder.parent / "undo").rename(folder / _NEXT)
+    elif (folder / _NEXT).exists():
         _remove(folder / "undo")
         (folder / _NEXT).rename(folder / "undo")
-
-
-def remove_undo(folder: Path) -> None:
-    """Remove the current undo set atomically. Raises OSError."""
-    _remove(folder / _NEXT)
-    (folder / "undo").rename(folder / _NEXT)
-    _remove(folder / _NEXT)
 
 
 def remove_staging(site: Site, known: dict[str, Ident] | None, mode: int | None = None) -> None:

@@ -53,6 +53,7 @@ def apply(
     """Apply saved changes of a run, all or none of those selected. Return the changes that were applied now.
 
     only, skip: names or patterns, as for `diff`. Changes that are not applied stay saved, and can be applied later.
+    With *only*, nothing else is changed, except that new folders around the selected names are created.
     allow_protected: patterns of protected names. allow_hidden, allow_symlinks: whether to apply left-out hidden files
     and symbolic links. Raises SandboxError, for example if files on the host changed since the run copied them.
     """

@@ -179,7 +179,7 @@ def undo_saved(saved: SavedChanges, on_wait: Callable[[str], None]) -> ChangeSet
     from x07_sandbox.files.apply import apply
     from x07_sandbox.files.changes import decode
     from x07_sandbox.files.inode import ConflictError, undo_conflict_error
-    from x07_sandbox.files.undo_data import remove_undo
+    from x07_sandbox.files.undo_data import UNDOING
 
     what, run = f"cannot undo the changes of run {saved.run}", saved.run
     with _locked(saved.folder, on_wait), _validated(run), applying(run), contextlib.ExitStack() as stack:
@@ -191,15 +191,13 @@ def undo_saved(saved: SavedChanges, on_wait: Callable[[str], None]) -> ChangeSet
         changes = decode(read_bounded(place / "changes.json", "list of changes", _CHANGES_MAX))
         try:
             # The replaced content is saved already, so no undo set is needed, and a full disk does not matter.
-            done = apply(changes, data.fileno(), folder / "undoing", on_wait=on_wait, keeps=False)
+            done = apply(changes, data.fileno(), folder / UNDOING, on_wait=on_wait)
         except ConflictError as exc:
             review = command("diff", run, saved.roots)
             raise (undo_conflict_error(exc, what, review) if exc.names else exc) from None
         except HostError as exc:
             raise HostError(what, exc.why, exc.fix) from exc
-        # The order matters: after a kill, the next undo finds everything done and finishes.
-        shutil.rmtree(folder / "undoing")
-        remove_undo(folder)
+        shutil.rmtree(folder / UNDOING)
     return done
 
 
@@ -233,8 +231,10 @@ def applying(run: str) -> Iterator[None]:
 
 
 def _places(folder: Path) -> list[Path]:
+    from x07_sandbox.files.undo_data import UNDOING
+
     every = (folder, *_later(folder))
-    return [place for part in every for place in (part, part / "undoing") if place.is_dir()]
+    return [place for part in every for place in (part, part / UNDOING) if place.is_dir()]
 
 
 def _pending(folder: Path) -> bool:

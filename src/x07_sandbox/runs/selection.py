@@ -10,8 +10,9 @@ from msgspec.structs import replace
 
 from x07_sandbox.errors import RefusedError, UsageError
 from x07_sandbox.files.changes import display_name, parent_folders, path_of
-from x07_sandbox.files.dependencies import applicable, prerequisites, removes_folder
+from x07_sandbox.files.dependencies import applicable, removes_folder, unmet, with_new_parents
 from x07_sandbox.files.protected import Protection
+from x07_sandbox.runs.refusals import flag_for
 from x07_sandbox.runs.saved_changes import apply_saved
 
 if TYPE_CHECKING:
@@ -61,14 +62,17 @@ def select_changes(
 ) -> ChangeSet:
     """Return the changes to apply: those not in *skip*, and changes that were left out and that *grants* allows.
 
-    only, skip: paths or patterns (see `covers`); without *only*, all changes are selected. New folders around the
-    changes in *only* are selected too. A folder that contains a skipped name is kept, and *notify* gets a message.
-    applied: root and name of each change applied earlier. With *applied* and *grants*, only left-out changes return.
+    only, skip: paths or patterns (see `covers`); without *only*, all changes are selected. With *only*, nothing else is
+    selected except the new folders around these changes. A change that needs another one which is neither selected nor
+    applied (see `unmet`) is an error. A folder that contains a skipped name is kept, and *notify* gets a message.
+    applied: root and name of each change applied earlier. With *applied* and *grants*, and without *only*, these are
+    the left-out changes and the new folders around them.
     Raises UsageError, and RefusedError for changes that are not allowed.
     """
     roots = changes.roots
     if not changes.all_or_nothing:
-        roots = tuple(_with_left_out(root, grants, applied) for root in roots)
+        alone = applied is not None and grants.any and not only
+        roots = tuple(_with_left_out(root, grants, applied or set(), alone=alone) for root in roots)
         was_left_out = any(root.left_out for root in changes.roots)
         if grants.any and was_left_out and not any(root.left_out for root in roots):
             kept = [(root.root, one) for root in changes.roots for one in root.refused]
@@ -82,24 +86,33 @@ def select_changes(
     parts = [_without(root, changes, skip, grants, notify) for root in roots]
     used = set[str]().union(*(used for _, used in parts))
     _require_used([word for word in skip if word not in used], changes, "skip")
+    for root, (part, _) in zip(changes.roots, parts, strict=True):
+        selected = {change.name for change in part.changes}
+        if found := unmet(root, selected | {name for place, name in applied or () if place == root.root}):
+            raise _needs(root.root, found, changes, can_add=bool(only))
     return replace(changes, roots=tuple(replace(root, left_out=()) for root, _ in parts))
 
 
-def _with_left_out(root: RootChanges, grants: Grants, applied: AbstractSet[tuple[str, str]] | None) -> RootChanges:
-    """Return *root* without refusals, and with those left-out changes added that *grants* allows."""
-    is_allowed, done = grants.is_allowed(root.root), applied or set()
+def _with_left_out(
+    root: RootChanges, grants: Grants, done: AbstractSet[tuple[str, str]], *, alone: bool
+) -> RootChanges:
+    """Return *root* without refusals, and with those left-out changes added that *grants* allows.
+
+    alone: whether to return only these, if they are not *done*, and the new folders around them.
+    """
+    is_allowed = grants.is_allowed(root.root)
     more = applicable(root, lambda one: (root.root, one.name) in done or is_allowed(one)) if grants.any else ()
-    alone = applied is not None and grants.any
-    every = [*more] if alone else sorted((*root.changes, *more), key=lambda change: change.name)
-    changes = [change for change in every if not (alone and (root.root, change.name) in done)]
-    missing = root.missing and not (alone and root.changes)  # otherwise the folder exists by now
-    return replace(root, changes=tuple(changes), missing=missing, refused=(), left_out=more)
+    changes = sorted((*root.changes, *more), key=lambda change: change.name)
+    if alone:
+        wanted = with_new_parents(changes, {one.name for one in more if (root.root, one.name) not in done})
+        changes = [change for change in changes if change.name in wanted]
+    return replace(root, changes=tuple(changes), refused=(), left_out=more)
 
 
 def _only(root: RootChanges, words: Sequence[str]) -> RootChanges:
-    """Return *root* with those changes that *words* cover, and the changes that these need."""
+    """Return *root* with those changes that *words* cover, and the new folders around them."""
     named = {name for name in _names(root) if any(covers(word, root.root, name) for word in words)}
-    wanted = prerequisites(root.changes, named)
+    wanted = with_new_parents(root.changes, named)
     return replace(
         root,
         changes=tuple(change for change in root.changes if change.name in wanted),
@@ -120,8 +133,19 @@ def _refused(left: Sequence[tuple[str, Refused]], changes: ChangeSet, fix: str =
     return RefusedError("cannot apply the changes", "; ".join(lines) + more, fix)
 
 
+def _needs(root: str, names: tuple[str, str], changes: ChangeSet, *, can_add: bool) -> RefusedError:
+    """Return the error for a change that needs another one, given as the pair of their names."""
+    shown = [display_name(root, name, several_roots=changes.several_roots) for name in names]
+    flags = [flag_for("--only", shown[1]) if can_add else "", flag_for("--skip", shown[0])]
+    why = f"it depends on the change of {shown[1]}, which is not selected"
+    fix = " or ".join(filter(None, flags)) or "--skip with a pattern"
+    return RefusedError(f"cannot apply {shown[0]}", why, f"Add {fix}")
+
+
 def apply_selected(saved: SavedChanges, selected: ChangeSet, on_wait: Callable[[str], None]) -> ChangeSet:
     """Apply those of the *selected* changes that are not applied yet, as a step that can be undone. Return them."""
+    if not any(root.changes for root in selected.roots):
+        return replace(selected, roots=())  # without an undo set, which would count as an application
     done = saved.done()
     rest = [
         replace(
