@@ -26,6 +26,7 @@ from x07_sandbox.host.paths import (
     open_private_file,
     private_dir,
     real_path,
+    replace_file,
     state_dir,
 )
 from x07_sandbox.jobs.record import state_home
@@ -248,11 +249,9 @@ class HostFiles:
         ]
 
     def _save(self, changes: ChangeSet) -> None:
-        place = self._place / "changes.json"
         try:
-            place.write_bytes(encode(changes))
+            replace_file(self._place / "changes.json", encode(changes))
         except OSError as exc:
-            place.unlink(missing_ok=True)
             raise BackendError("cannot save the program's changes", exc.strerror or str(exc), ROOM) from exc
 
     def _discard(self) -> None:

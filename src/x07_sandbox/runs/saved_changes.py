@@ -71,14 +71,17 @@ def find_saved(run: str | None, verb: str = "diff") -> SavedChanges:
     """Return the changes of the run whose id is or starts with *run*. Raises UsageError.
 
     None stands for the latest run with changes in this folder (`is_here`); for the verb `undo`, for the latest one
-    whose changes are applied, if there is one.
+    whose changes are applied, if there is one. Runs whose changes are damaged count only if there are no others.
     """
     names = runs_with(_SAVED) if run is None else []
-    elsewhere, unapplied = list[str](), None
+    elsewhere, unapplied = list[SavedChanges](), None
     for name in reversed(names):
-        saved = _read(all_runs() / name)
+        try:
+            saved = _read(all_runs() / name)
+        except UsageError:
+            continue
         if not is_here(saved.roots):
-            elsewhere.append(f"{name} in {folder_names(saved.changes)}")
+            elsewhere.append(saved)
         elif verb != "undo" or saved.undos:
             return saved
         else:
@@ -87,8 +90,10 @@ def find_saved(run: str | None, verb: str = "diff") -> SavedChanges:
         return unapplied
     if elsewhere:
         more = f", and {len(elsewhere) - _LISTED} earlier runs" if len(elsewhere) > _LISTED else ""
-        why = f"no run changed files in this folder. Runs elsewhere: {'; '.join(elsewhere[:_LISTED])}{more}"
-        raise UsageError(f"cannot choose a run for x07 {verb}", why, f"Give the id of the run: x07 {verb} {names[-1]}")
+        named = "; ".join(f"{one.run} in {folder_names(one.changes)}" for one in elsewhere[:_LISTED])
+        why = f"no run changed files in this folder. Runs elsewhere: {named}{more}"
+        fix = f"Give the id of the run: x07 {verb} {elsewhere[0].run}"
+        raise UsageError(f"cannot choose a run for x07 {verb}", why, fix)
     return _read(find_run(run, _SAVED, "changes to files", _FIX, action="changed any files"))
 
 
