@@ -128,6 +128,28 @@ def test_a_tls_port_accepts_only_the_listed_name(data: bytes, rule: str, record:
     assert verdict("tls", data, size=size) == (rule, b"")
 
 
+@pytest.mark.parametrize("mode", ["tls", "any"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"A /x HTTP/1.1\r\nHost: b.example\r\n\r\n",
+        b"A\x0bhttp/1.0",
+        b"A http://b.example/x\r\n",
+        b"\xa0HTTP/0.9",
+        b"HTTPS://b",
+    ],
+)
+def test_a_hello_contains_no_http_request(mode: Mode, text: bytes) -> None:
+    """A ClientHello with text that a tolerant HTTP server takes for a request does not pass."""
+    for data in (
+        hello(sni(b"a.example"), extension(0xAAAA, b" " + text)),
+        hello(extension(99, b"\t" + text), sni(b"a.example")),
+    ):
+        assert verdict(mode, data) == ("first-bytes:unknown", b"")
+    protocols = hello(sni(b"a.example"), extension(16, b"\0\x0c\x02h2\x08http/1.1"))
+    assert verdict(mode, protocols) == ("", protocols)
+
+
 def test_a_stalled_hello_is_held() -> None:
     """An unfinished ClientHello is held until the gate's timeout (attack 52)."""
     inspected = inspector("tls")
@@ -211,6 +233,9 @@ def test_real_hellos_pass_on_every_port(name: Host) -> None:
         (STARTUP.replace(b"\x23", b"\x24") + b"\0", "first-bytes:unknown"),
         (b"*1\r\n$24\r\nGET http://b.example/ x\r\n", "first-bytes:unknown"),
         (b"*2\r\n$4\r\nECHO\r\n$5\r\na\r\nb\r\n", "first-bytes:unknown"),
+        (b"*1\r\n$19\r\nhttp://b.example/aa\r\n", "first-bytes:unknown"),
+        (b"\x00\x00\x00\x13\x04\xd2\x16\x2eGET /x\r\nabc", "first-bytes:unknown"),  # PostgreSQL's CancelRequest
+        (b"\x00\x00\x02\x00\x04\xd2\x16\x2e" + b"x" * 504, "first-bytes:unknown"),
         (b"*1\n$4\nPING\n", "first-bytes:unknown"),
         (b"*1\r\n$5\r\nPING\r\n", "first-bytes:unknown"),
     ],

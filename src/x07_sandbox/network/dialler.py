@@ -98,7 +98,8 @@ class ResolverClient:
         if task is None:
             task = self._queries[name] = self._loop.create_task(self._query(name))
             task.add_done_callback(partial(self._finished, name))
-        return await asyncio.shield(task)
+        await asyncio.wait({task})  # unlike shield(), it never reports the task's exception to the loop
+        return task.result()
 
     def _finished(self, name: str, task: asyncio.Task[list[Address]]) -> None:
         del self._queries[name]

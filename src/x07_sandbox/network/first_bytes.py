@@ -41,6 +41,8 @@ _TLS_START: Final = b"\x16"
 _TLS_ANSWER: Final = re.compile(rb"[\x15\x16]\x03")
 _TLS_ANSWER_SIZE: Final = 2
 _STARTS: Final = (SSH_START, PREFACE, *(row.start for row in CLIENT_FIRST))
+# With one of these, a tolerant HTTP server takes a line of other bytes for a request: a version, or an absolute target.
+_REQUEST: Final = re.compile(rb"(?i)[\t\x0b\x0c\x1c-\x20\x85\xa0]HTTP/[0-9]|(?:https?|ftp)://")
 _METHOD: Final = re.compile(WORD)
 _METHOD_MAX: Final = 64
 
@@ -226,6 +228,8 @@ class _Proved:
         size = len(self._held)
         if self.watches_server:
             size = 0 if self.decided else self._first_message()
+            if _REQUEST.search(self._held, 0, size):
+                raise unknown("the first message contains an HTTP request")
             self.decided |= size > 0
         out = bytes(self._held[:size])
         del self._held[:size]

@@ -163,9 +163,16 @@ class Gate(asyncio.BufferedProtocol):
             (self.transport.pause_reading if stalled else self.transport.resume_reading)()
 
     def _write(self) -> None:
-        while self.transport.get_write_buffer_size() <= _QUEUED_MAX and (data := self._link.data_to_send()):
+        while self.transport.get_write_buffer_size() <= _QUEUED_MAX and (data := self._frames()):
             self.transport.write(data)
+
+    def _frames(self) -> bytes:
+        """Return the next frames for one write: the transport keeps each write apart, and adds up all their sizes."""
+        joined = bytearray()
+        while len(joined) < _READ and (data := self._link.data_to_send()):
+            joined += data
             self._link.sent(len(data))
+        return bytes(joined)
 
     # from the guest
 

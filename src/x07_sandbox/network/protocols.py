@@ -17,6 +17,7 @@ ANSWER_MAX: Final = 512
 SSH_START: Final = b"SSH-"
 _POSTGRES_HEADER: Final = 8
 _POSTGRES_MAX: Final = 8192
+_POSTGRES_KEY_MAX: Final = 4 + 256
 _POSTGRES_CANCEL: Final = 80_877_102
 _POSTGRES_VERSIONS: Final = range(196_608, 196_618)  # 3.0 and later
 # Without control characters, so that the message holds no line of text.
@@ -77,8 +78,8 @@ def _postgres_start(data: bytes) -> int:
     options = data[_POSTGRES_HEADER:size]
     if code != _POSTGRES_CANCEL and (code not in _POSTGRES_VERSIONS or not _POSTGRES_OPTIONS.fullmatch(options)):
         raise unknown("the first message is not a PostgreSQL start message without control characters")
-    if code == _POSTGRES_CANCEL and b"\n" in options:
-        raise unknown("the PostgreSQL cancel request contains a line break")
+    if code == _POSTGRES_CANCEL and (len(options) > _POSTGRES_KEY_MAX or b"\n" in options or b"\r" in options):
+        raise unknown("the PostgreSQL cancel request is too long or contains a line break")
     return size
 
 

@@ -90,14 +90,18 @@ def _denial(contact: Contact, allowlist: Allowlist, ports: Mapping[str, int]) ->
 
 def _how(contact: Contact, allowlist: Allowlist, likely_port: int) -> HowToAllow | None:
     kind, _, what = contact.rule.partition(":")
+    if contact.rule in {"http:other-host", "tls:other-name"}:
+        return None  # the program must connect to this host itself
     if kind in {"tls", "http", "first-bytes", "udp-443"}:
-        return HowToAllow(json_path=None, value=None, setting=f"opaque_ports = [{contact.port}]")
+        ports = sorted(allowlist.settings.opaque_ports | {contact.port})
+        return HowToAllow(json_path=None, value=None, setting=f"opaque_ports = {ports}")
     if kind == "limit" and what and getattr(allowlist.settings, what) < (most := LIMITS[what][1]):
         return HowToAllow(json_path=None, value=None, setting=f"{what} = {most}")
     # No setting allows an invalid host or one that is already in the list.
     with contextlib.suppress(UsageError):
         port = contact.port or likely_port  # a lookup has no port
-        request = Request(host=parse_host(contact.host), port=port, transport=contact.transport)
+        name = contact.tls_name if contact.rule == "name:denied" else contact.host
+        request = Request(host=parse_host(name), port=port, transport=contact.transport)
         if kind in {"deny-floor", "local-name"} and contact.address:  # the listed name resolved to a special address
             resolved = advise_setting(allowlist, replace(request, host=parse_host(contact.address)))
             return resolved and HowToAllow(json_path=None, value=None, setting=resolved.setting)
