@@ -219,10 +219,7 @@ def test_links_among_selected_changes_select_nothing_else(tmp_path: Path, monkey
 def test_a_change_that_needs_an_unselected_one_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    """A link through a replaced link, and a name in a new folder that replaces a link, need that change.
-
-    Without it, nothing is applied, and the message names the flags; each of them works.
-    """
+    """A link through a replaced link, or a name in it, is not applied alone, and the message names flags that work."""
     root = tmp_path / "root"
     root.mkdir()
     (root / "d").symlink_to("old")
