@@ -378,6 +378,40 @@ def test_a_root_in_a_repository_is_protected(run: Run) -> None:
     assert run.back(run.files({"write_roots": (str(bare / "tree/deep"),)}), hook)[0].state == "applied"
 
 
+@pytest.mark.parametrize("late", ["HEAD", "objects", "refs"])
+def test_two_runs_make_no_repository_together(run: Run, late: str) -> None:
+    """A change that would complete a repository, with files that came after the copy, is a conflict."""
+    (run.root / "x").mkdir()
+    files = run.files()
+    for name in {"HEAD", "objects", "refs"} - {late}:
+        (run.root / "x" / name).mkdir()
+    part = Entry(Kind.FOLDER, f"x/{late}".encode(), mode=0o755)
+    changes, _, _ = run.back(files, part)
+    assert changes.state == "conflict"
+    assert f"git treats {run.root}/x as a repository and would run what is in it" in changes.reason
+    assert not (run.root / "x" / late).exists()
+
+
+def test_nothing_is_written_in_a_repository_that_came_after_the_copy(run: Run) -> None:
+    """A change below a folder that became a repository after the copy is a conflict."""
+    (run.root / "x").mkdir()
+    files = run.files()
+    for name in ("HEAD", "objects", "refs"):
+        (run.root / "x" / name).mkdir()
+    assert run.back(files, Entry(Kind.FOLDER, b"x/hooks", mode=0o755))[0].state == "conflict"
+
+
+def test_an_allowed_change_in_a_repository_is_applied_again(run: Run) -> None:
+    """What --allow-protected allows in a repository can be applied, undone and applied again."""
+    for name in ("objects", "refs"):
+        (run.root / "x" / name).mkdir(parents=True)
+    part = Entry(Kind.FOLDER, b"x/HEAD", mode=0o755)
+    assert run.back(run.files(allow_protected=("x/HEAD",)), part)[0].state == "applied"
+    for arguments in (["undo", RUN], ["apply", RUN]):
+        assert main(arguments) == 0
+        assert (run.root / "x/HEAD").exists() == (arguments[0] == "apply")
+
+
 def test_a_protected_root_is_named_by_path(run: Run) -> None:
     """A root that is itself protected is named by its path, and flags accept it."""
     ci, jenkins = run.root / ".github", run.root / "Jenkinsfile"

@@ -233,6 +233,7 @@ class HostFiles:
                     changes=checked.changes,
                     refused=checked.refused,
                     left_out=checked.left_out,
+                    repositories=checked.repositories,
                 )
             )
         every = tuple(map(_joined, roots)) if whole else tuple(roots)
