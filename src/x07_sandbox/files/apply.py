@@ -32,13 +32,12 @@ from x07_sandbox.host.locks import lock_fd_held
 from x07_sandbox.host.paths import private_dir
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Iterable, Iterator
     from contextlib import AbstractContextManager
 
     from x07_sandbox.files.checks import RootState
     from x07_sandbox.files.journal import Step
-
-    OnWait = Callable[[str], None]
+    from x07_sandbox.host.locks import OnWait
 
 __all__ = ["ConflictError", "apply", "recover"]
 
@@ -75,7 +74,7 @@ def apply(
 
     data_fd: descriptor of the file with the contents.
     folder: the private folder of the set; it is created if missing. No undo set is saved if its name is UNDOING.
-    on_wait: called with a path before the call waits for a lock.
+    on_wait: called with a path before the call waits for a lock; an exception from what it returns ends the call.
     around: a context that is entered once the folder is locked and recovered.
     Raises ValueError for an invalid set, ConflictError, HostError. After an error nothing has changed, unless the
     rollback failed too. recover() retries the rollback.
