@@ -19,12 +19,16 @@ from x07_sandbox.errors import UsageError
 from x07_sandbox.files.changes import Change, ChangeSet, Node, Refused, RootChanges, encode
 from x07_sandbox.host.paths import private_dir
 from x07_sandbox.housekeeping.lookup import known_run
+from x07_sandbox.housekeeping.prune import prune
 from x07_sandbox.runs.folder import all_runs
 from x07_sandbox.runs.result import draft_result
 from x07_sandbox.runs.saved_changes import command, find_saved, is_here, undo_saved
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from x07_sandbox.housekeeping.pruner import Part
+
 
 FOLDER = Node(kind="folder", mode=0o755)
 EMPTY = Node(kind="file", mode=0o644, sha256=hashlib.sha256().hexdigest())
@@ -154,6 +158,30 @@ def test_the_whole_id_of_a_run_names_no_other_run(tmp_path: Path) -> None:
         with pytest.raises(UsageError):
             change(draft_result(other[:-1]))
     assert there(tmp_path / "one") == set()
+
+
+def test_changes_applied_or_undone_lately_are_not_pruned(tmp_path: Path) -> None:
+    """An old run stays for 7 days after its changes were last applied or undone, whole or in part."""
+    run, root = saved_run(1, tmp_path / "root", "a", "b"), tmp_path / "root"
+    folder = all_runs() / run
+
+    only_runs: tuple[Part, ...] = ("runs",)
+
+    def age() -> None:
+        for path in (folder, *folder.rglob("*")):
+            os.utime(path, (1_700_000_000, 1_700_000_000))
+
+    def is_kept() -> bool:
+        prune(only_runs, progress=lambda _text: None, dry_run=False)
+        return folder.exists()
+
+    for step in (["apply", "--only", "a"], ["apply"], ["undo"], ["undo"]):
+        age()
+        assert main([step[0], run, *step[1:]]) == 0
+        assert is_kept()
+    assert there(root) == set()
+    age()
+    assert not is_kept()
 
 
 def test_which_runs_belong_to_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
