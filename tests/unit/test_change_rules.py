@@ -249,7 +249,9 @@ def test_allowing_git_excludes_hooks_and_configuration(patterns: tuple[str, ...]
         reported = new(*(f"{folder}.git/{name}" for name in (*plain, *obeyed)))
         names = [one.name for one in reported]
         protection = Protection(ROOT, (), patterns)
-        left = {name for name in names if protection.why(name)} | set(protection.repositories(names, names))
+        left = {name for name in names if protection.why(name)} | set(
+            protection.refused_in(protection.repositories(names), names)
+        )
         assert {f"{folder}.git/{name}" for name in obeyed} <= left
         assert not {f"{folder}.git", *(f"{folder}.git/{name}" for name in plain)} & left
         named = Protection(ROOT, (), (*patterns, ".git/hooks"))
@@ -299,8 +301,9 @@ def test_a_pattern_allows_no_other_protected_name(patterns: tuple[str, ...], nam
 def test_a_repository_needs_a_pattern_for_its_own_name() -> None:
     """A repository folder is allowed only by a pattern for its own name."""
     names = [".github/b/HEAD", ".github/b/config", ".github/b/objects", ".github/b/refs"]
-    assert set(Protection(ROOT, (), (".github",)).repositories(names, names)) == set(names)
-    assert Protection(ROOT, (), (".github", ".github/b*")).repositories(names, names) == {}
+    one, both = Protection(ROOT, (), (".github",)), Protection(ROOT, (), (".github", ".github/b*"))
+    assert set(one.refused_in(one.repositories(names), names)) == set(names)
+    assert both.refused_in(both.repositories(names), names) == {}
     assert Protection("/p/.git", (), (".github",)).why(".github/x")
     assert Protection("/p/.git", (), (".github", ".git")).why(".github/x") == ""
 

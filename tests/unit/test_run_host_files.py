@@ -34,7 +34,8 @@ from x07_sandbox.files.apply import ConflictError
 from x07_sandbox.files.changes import Change, ChangeSet, Node, RootChanges, encode
 from x07_sandbox.files.copy import NUMBER_MAX
 from x07_sandbox.files.journal import Head, Place
-from x07_sandbox.host.cancel import Cancel
+from x07_sandbox.host import beneath
+from x07_sandbox.host.cancel import Cancel, Notice
 from x07_sandbox.host.paths import private_dir
 from x07_sandbox.plan.denials import HowToAllow
 from x07_sandbox.plan.guest_paths import OUT
@@ -376,6 +377,65 @@ def test_a_root_in_a_repository_is_protected(run: Run) -> None:
     shutil.rmtree(run.folder.path / "changes")
     (bare / "tree/.git").touch()
     assert run.back(run.files({"write_roots": (str(bare / "tree/deep"),)}), hook)[0].state == "applied"
+
+
+@pytest.mark.parametrize("late", ["HEAD", "objects", "refs"])
+def test_two_runs_make_no_repository_together(run: Run, late: str) -> None:
+    """A change that would complete a repository, with files that came after the copy, is a conflict."""
+    (run.root / "x").mkdir()
+    files = run.files()
+    for name in {"HEAD", "objects", "refs"} - {late}:
+        (run.root / "x" / name).mkdir()
+    part = Entry(Kind.FOLDER, f"x/{late}".encode(), mode=0o755)
+    changes, _, _ = run.back(files, part)
+    assert changes.state == "conflict"
+    assert f"git treats {run.root}/x as a repository and would run what is in it" in changes.reason
+    assert not (run.root / "x" / late).exists()
+
+
+def test_nothing_is_written_in_a_repository_that_came_after_the_copy(run: Run) -> None:
+    """A change below a folder that became a repository after the copy is a conflict."""
+    (run.root / "x").mkdir()
+    files = run.files()
+    for name in ("HEAD", "objects", "refs"):
+        (run.root / "x" / name).mkdir()
+    assert run.back(files, Entry(Kind.FOLDER, b"x/hooks", mode=0o755))[0].state == "conflict"
+
+
+def test_an_allowed_change_in_a_repository_is_applied_again(run: Run) -> None:
+    """What --allow-protected allows in a repository can be applied, undone and applied again."""
+    for name in ("objects", "refs"):
+        (run.root / "x" / name).mkdir(parents=True)
+    part = Entry(Kind.FOLDER, b"x/HEAD", mode=0o755)
+    assert run.back(run.files(allow_protected=("x/HEAD",)), part)[0].state == "applied"
+    for arguments in (["undo", RUN], ["apply", RUN]):
+        assert main(arguments) == 0
+        assert (run.root / "x/HEAD").exists() == (arguments[0] == "apply")
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_cancelled_run_applies_nothing(run: Run, *, waits: bool) -> None:
+    """A cancelled run saves its changes, also while it waits for the lock of a folder, which it says."""
+    said: list[str] = []
+
+    def on_progress(text: str) -> None:
+        if isinstance(text, Notice):
+            said.append(text)
+            run.cancel(signal.SIGTERM)
+
+    files = run.files(progress=on_progress)
+    with beneath.closing_fd(os.open(run.root, os.O_RDONLY)) as held:
+        if waits:
+            fcntl.flock(held, fcntl.LOCK_EX)
+        else:
+            run.cancel(signal.SIGTERM)
+        changes, _, warning = run.back(files, Entry(Kind.FOLDER, b"new", mode=0o755))
+    assert (changes.state, changes.reason, warning) == ("kept", "the run was cancelled", "")
+    assert files.cancelled_by == signal.SIGTERM
+    assert said == [f"waiting: another command is changing {run.root}"][: int(waits)]
+    assert not (run.root / "new").exists()
+    assert main(["apply", RUN]) == 0
+    assert (run.root / "new").exists()
 
 
 def test_a_protected_root_is_named_by_path(run: Run) -> None:

@@ -18,11 +18,17 @@ from x07_sandbox.cli.main import main
 from x07_sandbox.errors import UsageError
 from x07_sandbox.files.changes import Change, ChangeSet, Node, Refused, RootChanges, encode
 from x07_sandbox.host.paths import private_dir
+from x07_sandbox.housekeeping.lookup import known_run
+from x07_sandbox.housekeeping.prune import prune
 from x07_sandbox.runs.folder import all_runs
+from x07_sandbox.runs.result import draft_result
 from x07_sandbox.runs.saved_changes import command, find_saved, is_here, undo_saved
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from x07_sandbox.housekeeping.pruner import Part
+
 
 FOLDER = Node(kind="folder", mode=0o755)
 EMPTY = Node(kind="file", mode=0o644, sha256=hashlib.sha256().hexdigest())
@@ -137,6 +143,45 @@ def test_a_damaged_run_does_not_hide_others(
         said = capsys.readouterr().err
         assert ("they are damaged" in said) == (run == runs[0])
         assert said.endswith(f"x07 diff {runs[0]}\n") == (run == runs[1])
+
+
+def test_the_whole_id_of_a_run_names_no_other_run(tmp_path: Path) -> None:
+    """The whole id of a run is not the start of another id, whether that run changed files or is gone."""
+    other = saved_run(10, tmp_path / "one", "a")
+    assert find_saved(other[:-2]).run == known_run(other[:-2]) == other
+    with pytest.raises(UsageError, match=f"no run has the id {other[:-1]}"):
+        known_run(other[:-1])
+    private_dir(all_runs() / other[:-1])
+    with pytest.raises(UsageError, match=f"no run with the id {other[:-1]} has changed any files"):
+        find_saved(other[:-1])
+    for change in (x07_sandbox.diff, x07_sandbox.apply, x07_sandbox.undo):
+        with pytest.raises(UsageError):
+            change(draft_result(other[:-1]))
+    assert there(tmp_path / "one") == set()
+
+
+def test_changes_applied_or_undone_lately_are_not_pruned(tmp_path: Path) -> None:
+    """An old run stays for 7 days after its changes were last applied or undone, whole or in part."""
+    run, root = saved_run(1, tmp_path / "root", "a", "b"), tmp_path / "root"
+    folder = all_runs() / run
+
+    only_runs: tuple[Part, ...] = ("runs",)
+
+    def age() -> None:
+        for path in (folder, *folder.rglob("*")):
+            os.utime(path, (1_700_000_000, 1_700_000_000))
+
+    def is_kept() -> bool:
+        prune(only_runs, progress=lambda _text: None, dry_run=False)
+        return folder.exists()
+
+    for step in (["apply", "--only", "a"], ["apply"], ["undo"], ["undo"]):
+        age()
+        assert main([step[0], run, *step[1:]]) == 0
+        assert is_kept()
+    assert there(root) == set()
+    age()
+    assert not is_kept()
 
 
 def test_which_runs_belong_to_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

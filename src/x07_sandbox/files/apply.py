@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import posixpath
 import secrets
@@ -20,23 +21,23 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from x07_sandbox.errors import HostError
 from x07_sandbox.files import apply_steps, journal, undo_data
 from x07_sandbox.files.apply_steps import Site
-from x07_sandbox.files.changes import STAGING, ChangeSet, RootChanges
-from x07_sandbox.files.checks import check_set, compare_root, root_anchor, with_actual_modes
+from x07_sandbox.files.changes import STAGING, ChangeSet, RootChanges, path_of, printable
+from x07_sandbox.files.checks import check_set, compare_root, is_there, root_anchor, with_actual_modes
 from x07_sandbox.files.inode import MISSING, ConflictError, conflict_error
 from x07_sandbox.files.journal import Head, Place
+from x07_sandbox.files.protected import completed_repository, why_repository
 from x07_sandbox.files.staging import Planner, fill, undo_changes
 from x07_sandbox.host import beneath, close_on_fork, settings
 from x07_sandbox.host.locks import lock_fd_held
 from x07_sandbox.host.paths import private_dir
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Iterable, Iterator
     from contextlib import AbstractContextManager
 
     from x07_sandbox.files.checks import RootState
     from x07_sandbox.files.journal import Step
-
-    OnWait = Callable[[str], None]
+    from x07_sandbox.host.locks import OnWait
 
 __all__ = ["ConflictError", "apply", "recover"]
 
@@ -73,7 +74,7 @@ def apply(
 
     data_fd: descriptor of the file with the contents.
     folder: the private folder of the set; it is created if missing. No undo set is saved if its name is UNDOING.
-    on_wait: called with a path before the call waits for a lock.
+    on_wait: called with a path before the call waits for a lock; an exception from what it returns ends the call.
     around: a context that is entered once the folder is locked and recovered.
     Raises ValueError for an invalid set, ConflictError, HostError. After an error nothing has changed, unless the
     rollback failed too. recover() retries the rollback.
@@ -112,6 +113,9 @@ def _apply(changes: ChangeSet, data_fd: int, folder: Path, on_wait: OnWait | Non
             _check_part(changes.run, set(applied), list(zip(roots, states, strict=True)), conflicts)
         if conflicts:
             raise conflict_error(conflicts)
+        if folder.name != undo_data.UNDOING:  # an undo only restores what was there
+            for root, (path, prefix) in zip(roots, anchors, strict=True):
+                _check_repositories(root, by_path[path].fd, prefix)
         sites = list({id(site): site for site in by_path.values()}.values())
         planner = Planner(data_fd)
         inverse: list[_Inverse] = []
@@ -141,6 +145,15 @@ def _check_part(
         why = "another part of them is already applied, and one x07 undo cannot revert both"
         fix = f"Run x07 undo {run} first, then apply all the parts that you want in one command"
         raise ConflictError("cannot apply the changes", why, fix)
+
+
+def _check_repositories(root: RootChanges, dir_fd: int, prefix: str) -> None:
+    """Raise ConflictError if the host has parts of a git repository now that *root* would complete or write in."""
+    folder = completed_repository(root, functools.partial(is_there, dir_fd, prefix))
+    if folder is not None:
+        where = why_repository(printable(path_of(root.root, folder)))
+        why = f"with files that came after the run had copied the folder, {where}"
+        raise ConflictError("cannot apply the changes", why, "Run the program again")
 
 
 def _execute(folder: Path, head: Head, sites: list[Site], planner: Planner, inverse: list[_Inverse]) -> ChangeSet:

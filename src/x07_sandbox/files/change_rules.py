@@ -40,6 +40,7 @@ class CheckedChanges(msgspec.Struct, frozen=True, kw_only=True):
     """The changes of a root, and the reasons why some are forbidden. Each tuple is sorted by name.
 
     left_out: the refused changes and the changes that depend on them. They are not in *changes*.
+    repositories: the folders that git treats as repositories, as folded names.
     is_whole: whether no change can be left out, so that nothing may be applied while anything is refused.
     Entries that are too deep or of an unknown kind are refused but are not listed as changes.
     """
@@ -47,6 +48,7 @@ class CheckedChanges(msgspec.Struct, frozen=True, kw_only=True):
     changes: tuple[Change, ...]
     refused: tuple[Refused, ...]
     left_out: tuple[Change, ...] = ()
+    repositories: tuple[str, ...] = ()
     is_whole: bool = False
 
 
@@ -69,9 +71,9 @@ def check_changes(  # noqa: PLR0913 - the tree, the reported entries, and what i
     after, others = _after(before, near)
     refused += others
     check = _Check(before, skipped, bounds, allowed, protection)
-    changes, found = check(after)
+    changes, found, repositories = check(after)
     refused += found
-    checked = CheckedChanges(changes=tuple(changes), refused=_sorted(refused))
+    checked = CheckedChanges(changes=tuple(changes), refused=_sorted(refused), repositories=tuple(sorted(repositories)))
     return _split(checked, after, check) if split and refused else checked
 
 
@@ -79,7 +81,7 @@ def _split(checked: CheckedChanges, after: dict[str, Node], check: _Check) -> Ch
     refused = list(checked.refused)
     for _ in range(_SPLITS_MAX):
         left = with_dependents(checked.changes, {refusal.name for refusal in refused})
-        rest, found = check(_reverted(after, check.before, left))
+        rest, found, _ = check(_reverted(after, check.before, left))
         if not found:
             out = tuple(change for change in checked.changes if change.name in left)
             return msgspec.structs.replace(checked, changes=tuple(rest), left_out=out, refused=_sorted(refused))
@@ -103,7 +105,7 @@ class _Check(NamedTuple):
     allowed: AllowedActions
     protection: Protection
 
-    def __call__(self, after: dict[str, Node]) -> tuple[list[Change], list[Refused]]:
+    def __call__(self, after: dict[str, Node]) -> tuple[list[Change], list[Refused], set[str]]:
         before, skipped, bounds, allowed, protection = self
         if allowed.created:
             before, after = _without_made(before, after, allowed.created)
@@ -123,10 +125,11 @@ class _Check(NamedTuple):
         protected = {refusal.name for refusal in refused if refusal.rule == "protected"}
         written = [change.name for change in changes if change.after is not None]
         # Removed parts of a repository count. Parts that were not copied in count too.
-        for name, why in protection.repositories({**before, **after, **skipped}, written).items():
+        repositories = protection.repositories({**before, **after, **skipped})
+        for name, why in protection.refused_in(repositories, written).items():
             if name not in protected:
                 refused.append(_protected(name, why))
-        return changes, refused
+        return changes, refused, repositories
 
 
 def _protected(name: str, why: str) -> Refused:

@@ -110,6 +110,7 @@ class RootChanges(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     missing: whether the folder does not exist yet. x07 creates the folder when it applies changes below it.
     refused: the reasons why changes are not allowed. A change that only depends on a refused one has no reason here.
     left_out: changes that are saved for review but not applied.
+    repositories: the folders that git treated as repositories when the changes were checked, as folded names.
     """
 
     root: str
@@ -118,6 +119,7 @@ class RootChanges(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     changes: tuple[Change, ...]
     refused: tuple[Refused, ...] = ()
     left_out: tuple[Change, ...] = ()
+    repositories: tuple[str, ...] = ()
 
 
 class ChangeSet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -111,6 +111,12 @@ def compare_root(root: RootChanges, dir_fd: int, prefix: str, undo: Mapping[tupl
     return RootState(items, conflicts, len(applied) == len(changes), applied)
 
 
+def is_there(dir_fd: int, prefix: str, name: str) -> bool:
+    """Return whether *name* below a root exists. dir_fd, prefix: see `compare_root`. Raises OSError."""
+    with open_inode(dir_fd, _below(prefix, name)) as found:
+        return found is not None
+
+
 def with_actual_modes(root: RootChanges, dir_fd: int, prefix: str) -> RootChanges:
     """Return the undo changes of a root with the modes that the root's file system reports. Raises OSError."""
     changes = []

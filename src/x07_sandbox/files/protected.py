@@ -12,10 +12,13 @@ import unicodedata
 from collections import defaultdict
 from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.files.changes import printable
+from x07_sandbox.files.changes import parent_folders, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Set as AbstractSet
+
+    from x07_sandbox.files.changes import RootChanges
 
 # Patterns for one part of the path, ignoring case. `git~1` is `.git` on FAT and NTFS.
 _PARTS: Final = (
@@ -116,7 +119,7 @@ class Protection:
         self._folders: dict[str, str | None] = {}
         self._own = {self._whole(name) for name in own}
         self._allowed = [(re.compile(fnmatch.translate(pattern.casefold())), pattern.casefold()) for pattern in allowed]
-        around = _of_repository(printable(repository)) if repository else ""
+        around = why_repository(printable(repository)) if repository else ""
         self._root = next(filter(None, map(self._any_part, root.split("/"))), around)
         self._name = root.rpartition("/")[2]
         self._reserved = {f"{self._whole(path)}/" for path in reserved}
@@ -175,20 +178,18 @@ class Protection:
                     return "/".join(parts[at : at + 2])
         return ""
 
-    def repositories(self, nodes: Iterable[str], changed: Sequence[str]) -> dict[str, str]:
-        """Return the names in *changed* that are in a folder which git treats as a repository, and why each is refused.
+    def repositories(self, nodes: Iterable[str]) -> set[str]:
+        """Return the folders that git treats as repositories, as folded names. See gitrepository-layout(5).
 
-        nodes: all names before and after the run. See gitrepository-layout(5).
+        nodes: all names before and after the run.
         """
-        whole = functools.cache(self._whole)
-        found: dict[str, set[str]] = defaultdict(set)
-        for name in nodes:
-            folder, _, part = name.rpartition("/")
-            if (known := self._folded(part)) in _GIT_NAMES:
-                found[whole(folder)].add(known)
-        bare = {folder for folder, has in found.items() if "head" in has and ("commondir" in has or has >= _GIT_NEEDS)}
+        return {folder for folder, has in _git_names(nodes, self._folded).items() if _is_repository(has)}
+
+    def refused_in(self, bare: AbstractSet[str], changed: Sequence[str]) -> dict[str, str]:
+        """Return the names in *changed* that are in one of the repositories *bare*, and why each is refused."""
         if not bare:
             return {}
+        whole = functools.cache(self._whole)
         inside: dict[str, str | None] = {}
         refused = {}
         for name in changed:
@@ -196,7 +197,7 @@ class Protection:
             place = _inherited(above, inside, lambda inner: inner if whole(inner) in bare else None) if name else None
             in_git = place is not None and self._folded(place.rpartition("/")[2] or self._name) == _GIT
             if place is not None and not self._is_named(name) and not (in_git and self.is_allowed(name)):
-                refused[name] = _of_repository(printable(place) or "the folder")
+                refused[name] = why_repository(printable(place) or "the folder")
         return refused
 
     def _is_named(self, name: str, part: str = "") -> bool:
@@ -224,7 +225,47 @@ class Protection:
         return f"protected: other tools execute {patterns[found.lastindex - 1]} or read settings from it"
 
 
-def _of_repository(where: str) -> str:
+def completed_repository(root: RootChanges, exists: Callable[[str], bool]) -> str | None:
+    """Return a folder in which *root* writes and that git would treat as a repository; None if there is none.
+
+    The folders that were repositories when the changes were checked do not count, because that check refused or allowed
+    what is in them. Nor does a `.git`, which is protected by its name.
+    exists: whether a name below the root exists on the host now.
+    """
+    written = [change.name for change in root.changes if change.name and change.after is not None]
+    new = _git_names(written, folded)
+    for folder in sorted({"", *parent_folders(written)}) if written else ():
+        whole = _folded_path(folder, folded)
+        if whole in root.repositories or _GIT in whole.split("/"):
+            continue
+        has = new.get(whole, set())
+        if "head" in has or exists(posixpath.join(folder, "HEAD")):
+            has = has | {name.lower() for name in _GIT_FILES if exists(posixpath.join(folder, name))}
+        if _is_repository(has):
+            return folder
+    return None
+
+
+def _git_names(names: Iterable[str], fold: Callable[[str], str]) -> dict[str, set[str]]:
+    """Return the names of parts of a repository by folder. All are folded."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for name in names:
+        folder, _, part = name.rpartition("/")
+        if (known := fold(part)) in _GIT_NAMES:
+            found[_folded_path(folder, fold)].add(known)
+    return found
+
+
+def _is_repository(has: AbstractSet[str]) -> bool:
+    return "head" in has and ("commondir" in has or has >= _GIT_NEEDS)
+
+
+def _folded_path(name: str, fold: Callable[[str], str]) -> str:
+    return "/".join(map(fold, name.split("/")))
+
+
+def why_repository(where: str) -> str:
+    """Return why nothing may be written in the repository *where*."""
     return f"git treats {where} as a repository and would run what is in it"
 
 
@@ -233,8 +274,7 @@ def repository_around(root: str) -> str:
     here = root
     while here.strip("/") and not os.path.lexists(f"{here}/.git"):
         here = posixpath.dirname(here)
-        has = {name for name in _GIT_FILES if os.path.lexists(posixpath.join(here, name))}
-        if "HEAD" in has and ("commondir" in has or has >= _GIT_NEEDS):
+        if _is_repository({name.lower() for name in _GIT_FILES if os.path.lexists(posixpath.join(here, name))}):
             return here
     return ""
 

@@ -13,6 +13,10 @@ from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.paths import open_private_file
 
 LOOK_AGAIN_S: Final = 0.02
+Pause = Callable[[], None]
+OnWait = Callable[[str], Pause | None]
+"""Called with the path of a folder before a wait for its lock. For the result see `lock_fd_held`."""
+
 _LOOKS: Final = 10
 _LOOK_S: Final = 0.002
 
@@ -43,8 +47,12 @@ def file_lock(
 
 
 @contextlib.contextmanager
-def lock_fd_held(owned_fd: int, *, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
-    """Hold an exclusive flock(2) on an open descriptor. The descriptor is closed at the end of the context."""
+def lock_fd_held(owned_fd: int, *, on_wait: Callable[[], Pause | None] | None = None) -> Iterator[None]:
+    """Hold an exclusive flock(2) on an open descriptor. The descriptor is closed at the end of the context.
+
+    on_wait: called once before waiting. It may return a function that waits for a polling interval; an exception from
+    that function ends the wait.
+    """
     close_on_fork.add(owned_fd)
     try:
         _take(owned_fd, on_wait)
@@ -99,18 +107,18 @@ def is_locked(path: Path) -> bool:
 
 
 def _take(
-    fd: int, on_wait: Callable[[], None] | None, most_s: float | None = None, pause: Callable[[], None] = _sleep
+    fd: int, on_wait: Callable[[], Pause | None] | None, most_s: float | None = None, pause: Pause = _sleep
 ) -> None:
     if _taken(fd):
         return
-    if on_wait is not None:
-        on_wait()
-    if most_s is None:
+    own_pause = on_wait() if on_wait is not None else None
+    if most_s is None and own_pause is None:
         fcntl.flock(fd, fcntl.LOCK_EX)
         return
-    deadline = Deadline.after(most_s)
+    deadline = Deadline.after(most_s) if most_s is not None else None
+    pause = own_pause or pause
     while not _taken(fd):
-        if deadline.passed():
+        if deadline is not None and deadline.passed():
             raise TimeoutError(f"another process has held the lock for {most_s:.0f} s")
         pause()
 

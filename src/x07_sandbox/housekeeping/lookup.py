@@ -9,7 +9,7 @@ from x07_sandbox.errors import UsageError
 from x07_sandbox.host.paths import state_dir
 from x07_sandbox.housekeeping.pruner import entries
 from x07_sandbox.jobs.active import JOB_NAME
-from x07_sandbox.runs.folder import RUN_NAME, runs_dir
+from x07_sandbox.runs.folder import RUN_NAME, described, is_named, runs_dir
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,9 +28,9 @@ def known_run(word: str) -> str:
     if os.path.lexists(state_dir()):
         names = {match[1] for path in entries(state_dir()) if (match := JOB_NAME.fullmatch(path.name))}
         names |= {path.name for path in entries(runs_dir(state_dir())) if RUN_NAME.fullmatch(path.name)}
-    found = [wanted] if wanted in names else sorted(name for name in names if name.startswith(wanted))
+    found = sorted(name for name in names if is_named(name, wanted))
     if not found:
-        why = f"no run has an id that starts with {word}"
+        why = f"no run has {described(wanted)}"
         raise UsageError(f"cannot find run {word}", why, "To list all runs: x07 ps --all")
     if len(found) > 1:
         why = f"{len(found)} run ids start with {word}, such as {found[0]}"

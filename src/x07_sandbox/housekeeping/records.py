@@ -75,7 +75,9 @@ def _prune_runs(runs: Path, busy: set[str], pruner: Pruner) -> None:
         if not RUN_NAME.fullmatch(path.name) or path.name in busy:
             continue
         young = pruner.now_ms - int(path.name.partition("-")[0]) <= settings.RETENTION_S * 1000
-        if not young and pruner.old(path.lstat()):
+        changes = path / "changes"  # applying or undoing changes writes in it, or in a folder for later changes
+        touched = [path, changes, *changes.glob("later-*")]
+        if not young and all(pruner.old(one.lstat()) for one in touched if os.path.lexists(one)):
             pruner.remove_own("run", path, "it ended more than 7 days ago", _remove_run)
 
 

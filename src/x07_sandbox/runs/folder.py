@@ -65,22 +65,30 @@ class RunFolder:
 
 
 def find_run(run: str | None, file: str, what: str, fix: str, *, action: str = "") -> Path:
-    """Return the folder of the run whose id is or starts with *run*; None stands for the latest run.
+    """Return the folder of the run whose id is or starts with *run* (`is_named`); None stands for the latest run.
 
     Only runs that have *file* count. Raises UsageError if none or several match.
     what, action, fix: parts of the error: the content of *file*, what a run that has *file* did, and the advice.
     """
     root = all_runs()
-    names = [name for name in runs_with(file) if run is None or name.startswith(run)]
-    if run in names:
-        names = [run]
+    names = [name for name in runs_with(file) if run is None or is_named(name, run)]
     if not names:
-        why = f"no run{f' with an id that starts with {run}' if run else ''} has {action or what}"
+        why = f"no run{f' with {described(run)}' if run else ''} has {action or what}"
         raise UsageError(f"cannot find {what}", why, fix)
     if run is not None and len(names) > 1:
         why = f"{len(names)} run ids start with {run}, such as {names[0]}"
         raise UsageError(f"the run id {run} is ambiguous", why, "Use more digits of the id")
     return root / names[-1]
+
+
+def is_named(name: str, word: str) -> bool:
+    """Return whether *word* is the run id *name* or the start of it. A whole id is never the start of another one."""
+    return name == word or (not RUN_NAME.fullmatch(word) and name.startswith(word))
+
+
+def described(word: str) -> str:
+    """Return a description of the ids that `is_named` accepts for *word*."""
+    return f"the id {word}" if RUN_NAME.fullmatch(word) else f"an id that starts with {word}"
 
 
 def runs_with(file: str) -> list[str]:

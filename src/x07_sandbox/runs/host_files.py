@@ -11,7 +11,7 @@ import msgspec
 
 from x07_sandbox.backends.base import RootPlace
 from x07_sandbox.channel.frames import Stream
-from x07_sandbox.errors import BackendError, HostError, RefusedError
+from x07_sandbox.errors import BackendError, Cancelled, HostError, RefusedError
 from x07_sandbox.files.change_rules import AllowedActions, check_changes
 from x07_sandbox.files.changes import ChangeSet, RootChanges, encode, printable
 from x07_sandbox.files.copy import FIELDS, NUMBER_MAX, LeftOut, Reason, bounds_of, copy_tree, value_for, why_left_out
@@ -19,6 +19,7 @@ from x07_sandbox.files.incoming import Incoming
 from x07_sandbox.files.protected import Protection, repository_around, work_trees
 from x07_sandbox.files.roots import Root, change_roots, mounts_of, roots_of, trees_of
 from x07_sandbox.host import settings
+from x07_sandbox.host.cancel import Notice
 from x07_sandbox.host.paths import (
     cache_dir,
     collapse_leading_slashes,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 
     from x07_sandbox.files.copy import Bounds, Copied
     from x07_sandbox.files.roots import Mount, Tree
+    from x07_sandbox.host.locks import Pause
     from x07_sandbox.plan.denials import Denial
     from x07_sandbox.policy.model import Policy
     from x07_sandbox.runs.folder import RunFolder
@@ -99,6 +101,7 @@ class HostFiles:
         ]
         self._roots = [one for one in self._mounts if one in writable]
         self.incoming: Incoming | None = None
+        self.cancelled_by: int | None = None  # who cancelled the run before its changes were applied: Cancel.signal
         if self._roots and request.changes != "discard":
             private_dir(self._place)
             data_fd = open_private_file(self._place / "data", os.O_RDWR | os.O_EXCL)
@@ -194,14 +197,20 @@ class HostFiles:
 
         saved = SavedChanges(run=changes.run, folder=self._place, changes=changes)
         try:
-            apply_saved(
-                saved, changes, lambda path: self._request.progress(f"waiting: another command is changing {path}")
-            )
+            self._request.cancel.check()
+            apply_saved(saved, changes, self._on_wait)
+        except Cancelled as exc:
+            self.cancelled_by = exc.signal
+            return summarize(changes, "kept", "the run was cancelled"), ""
         except ConflictError as exc:
             return summarize(changes, "conflict", exc.why), ""
         except HostError as exc:
             return summarize(changes, "kept", f"{exc.what}: {exc.why}"), str(exc)
         return summarize(changes, "applied", ""), ""
+
+    def _on_wait(self, path: str) -> Pause:
+        self._request.progress(Notice(f"waiting: another command is changing {path}"))
+        return self._request.cancel.pause
 
     def _checked(self, incoming: Incoming) -> ChangeSet:
         fs = self._policy.fs
@@ -233,6 +242,7 @@ class HostFiles:
                     changes=checked.changes,
                     refused=checked.refused,
                     left_out=checked.left_out,
+                    repositories=checked.repositories,
                 )
             )
         every = tuple(map(_joined, roots)) if whole else tuple(roots)

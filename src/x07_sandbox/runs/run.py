@@ -333,7 +333,7 @@ def _tail(end: JobEnd) -> bytes:
 def _settled(draft: Result, host_files: HostFiles, ending: Verdict) -> Result:
     """Apply or save the changes to host files; return the result. An invalid report by the guest replaces *ending*."""
     from x07_sandbox.errors import PeerError
-    from x07_sandbox.plan.outcomes import REFUSED_EXIT, verdict
+    from x07_sandbox.plan.outcomes import REFUSED_EXIT, cancelled_verdict, verdict
 
     try:
         ended_well = ending.outcome in {"ok", "failed"}
@@ -344,6 +344,8 @@ def _settled(draft: Result, host_files: HostFiles, ending: Verdict) -> Result:
     draft = replace(_more(draft, refused), changes=changes)
     if warning:
         draft = replace(draft, warnings=[*draft.warnings, warning])
+    if host_files.cancelled_by is not None:
+        return _ended(draft, cancelled_verdict(host_files.cancelled_by, " before its changes were applied"))
     not_applied = ending.outcome == "ok" and changes.reason
     return _ended(draft, ending, REFUSED_EXIT if not_applied else None)
 

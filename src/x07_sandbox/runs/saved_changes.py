@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from x07_sandbox.files.changes import ChangeSet
+    from x07_sandbox.host.locks import OnWait
 
 _SAVED: Final = "changes/changes.json"
 _LATER: Final = "later-"
@@ -152,9 +153,7 @@ def _read(path: Path) -> SavedChanges:
     return SavedChanges(run=name, folder=folder, changes=changes)
 
 
-def apply_saved(
-    saved: SavedChanges, changes: ChangeSet, on_wait: Callable[[str], None], *, later: bool = False
-) -> ChangeSet:
+def apply_saved(saved: SavedChanges, changes: ChangeSet, on_wait: OnWait, *, later: bool = False) -> ChangeSet:
     """Apply *changes*, which are all or some of the changes in *saved*. Raises ConflictError, HostError.
 
     later: whether *changes* were left out when x07 applied the other changes. x07 then makes a separate undo set.
@@ -207,7 +206,7 @@ def undo_saved(saved: SavedChanges, on_wait: Callable[[str], None]) -> ChangeSet
 
 
 @contextlib.contextmanager
-def _locked(folder: Path, on_wait: Callable[[str], None]) -> Iterator[None]:
+def _locked(folder: Path, on_wait: OnWait) -> Iterator[None]:
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     with lock_fd_held(fd, on_wait=lambda: on_wait(str(folder))):
         yield
