@@ -118,7 +118,7 @@ def test_a_run_with_network_has_no_such_hint() -> None:
         (
             "ModuleNotFoundError: No module named 'unknown_one.it'\n",
             "the Python module unknown_one",
-            "--pip unknown_one",
+            "--pip PACKAGE",
         ),
         ("/usr/bin/python3: No module named pip\n", "the Python module pip", "--pip PACKAGE"),
         ("prog.sh: line 1: pip: command not found\n", "the program pip", "--pip PACKAGE"),
@@ -138,7 +138,7 @@ def test_a_missing_package_names_the_build_command(text: str, subject: str, flag
     ("image", "module", "advice"),
     [
         (SCIENCE, "numpy", "x07 image build --name sci --include git,make,python3-numpy"),
-        (SCIENCE, "unknown_one", "x07 image build --name sci --pip httpx,h11,unknown_one"),
+        (SCIENCE, "unknown_one", "x07 image build --name sci --pip httpx,h11,PACKAGE"),
         (
             SCIENCE._replace(name="sha256:0123456789ab"),
             "numpy",

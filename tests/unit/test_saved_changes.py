@@ -202,9 +202,19 @@ def test_which_runs_belong_to_the_current_folder(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(root / "gone")
     (root / "gone").rmdir()
     assert not is_here([str(root)])
-    assert command("undo", "1-1-1", [str(root)]) == "x07 undo 1-1-1"
+
+
+def test_advice_names_the_run_unless_it_is_chosen_anyway(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command in a message has the run's id, unless x07 would choose this run in the current folder."""
+    root = tmp_path / "root"
+    older, newer = (saved_run(number, root, "a.py") for number in (1, 2))
+    assert command("apply", newer, [str(root)]) == f"x07 apply {newer}"
     monkeypatch.chdir(root)
-    assert command("undo", "1-1-1", [str(root)]) == "x07 undo"
+    assert command("apply", newer, [str(root)]) == "x07 apply"
+    assert command("apply", older, [str(root)]) == f"x07 apply {older}"
+    assert main(["apply", older]) == 0
+    assert command("undo", older, [str(root)]) == "x07 undo"
+    assert command("undo", newer, [str(root)]) == f"x07 undo {newer}"
 
 
 def test_a_part_is_applied_and_the_rest_stays_saved(

@@ -168,7 +168,7 @@ def _report(result: Result, write_errors: list[str]) -> int:
     _explain(result)
     for line in write_errors:
         say(line)
-    if result.denials or result.hints:
+    if result.denials or result.hints or (result.net is not None and result.net.failed):
         from x07_sandbox.cli.denials_text import say_denials
 
         say_denials(result)

@@ -88,9 +88,10 @@ def package_of_program(name: str) -> tuple[str, str]:
 
 
 def package_of_module(name: str) -> tuple[str, str]:
-    """Return the `x07 image build` flag and the package for a Python module: Debian's if known, else PyPI's."""
-    if name in _PIP:
-        return "--pip", "PACKAGE"
+    """Return the `x07 image build` flag and the package for a Python module, or a placeholder for an unknown package.
+
+    A PyPI package of the module's name may be anybody's, and the name comes from the program's output.
+    """
     if name in _MODULES or name in _PLAIN_MODULES:
         return "--include", f"python3-{_MODULES.get(name, name.lower().replace('_', '-'))}"
-    return "--pip", name
+    return "--pip", "PACKAGE"

@@ -112,8 +112,11 @@ def is_here(roots: Iterable[str]) -> bool:
 
 
 def command(verb: str, run: str, roots: Iterable[str]) -> str:
-    """Return the `x07` command for a run that may change *roots*, with the run's id if it is needed in this folder."""
-    return f"x07 {verb}" if is_here(roots) else f"x07 {verb} {run}"
+    """Return the `x07` command for a run that may change *roots*, with the run's id unless x07 would choose this run."""
+    with contextlib.suppress(UsageError):
+        if is_here(roots) and find_saved(None, verb).run == run:
+            return f"x07 {verb}"
+    return f"x07 {verb} {run}"
 
 
 def folder_names(changes: ChangeSet) -> str:
