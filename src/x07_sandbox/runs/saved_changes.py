@@ -112,7 +112,7 @@ def is_here(roots: Iterable[str]) -> bool:
 
 
 def command(verb: str, run: str, roots: Iterable[str]) -> str:
-    """Return the `x07` command for a run that may change *roots*, with the run's id unless x07 would choose this run."""
+    """Return the command for a run that may change *roots*, with the run's id unless x07 would choose this run."""
     with contextlib.suppress(UsageError):
         if is_here(roots) and find_saved(None, verb).run == run:
             return f"x07 {verb}"
