@@ -13,6 +13,7 @@ Known limit: the content of TLS is invisible, including a ClientHello after a He
 
 import contextlib
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Final, Literal, Protocol
 
@@ -206,7 +207,7 @@ class _Raw:
         """Accept any end of the client's bytes."""
 
 
-class _Proved:
+class _Proved(ABC):
     """Base of the parsers that hold what follows the client's first message until the server has proved itself."""
 
     def __init__(self) -> None:
@@ -244,13 +245,13 @@ class _Proved:
         if self._held and not self.decided:
             raise InspectionError("first-bytes:incomplete", "the connection ends inside its first message")
 
+    @abstractmethod
     def _first_message(self) -> int:
         """Return the size of the first message in the held bytes, or 0 if it is incomplete. Raises InspectionError."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _is_proof(self, answer: bytes) -> bool:
         """Return whether the server's first bytes prove the protocol. Raises InspectionError if they cannot."""
-        raise NotImplementedError
 
 
 class _Tls(_Proved):
