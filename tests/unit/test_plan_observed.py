@@ -420,7 +420,7 @@ def test_a_maximal_limit_gets_no_advice() -> None:
         (
             "ModuleNotFoundError: No module named 'some_thing.more'\n",
             "the Python module some_thing",
-            "--pip some_thing",
+            "--pip PACKAGE",
         ),
     ],
 )
