@@ -31,9 +31,11 @@ def _json(where: Path, *words: str) -> dict[str, Any]:
 def test_explained_controls_match_the_run(tmp_path: Path, image: Image, template: str) -> None:
     """A run has the controls that `x07 policy explain` showed, and refuses what it showed as refused."""
     assert image.digest
-    _json(tmp_path, "policy", "init", "--json", "--template", template, "--out", "policy.json")
-    explained = _json(tmp_path, "policy", "explain", "policy.json", "--json")
-    result = _json(tmp_path, "run", "--json=full", "--policy", "policy.json", PROGRAM)
+    folder = tmp_path / "project"  # beside the state folder, which is not copied then
+    folder.mkdir()
+    _json(folder, "policy", "init", "--json", "--template", template, "--out", "policy.json")
+    explained = _json(folder, "policy", "explain", "policy.json", "--json")
+    result = _json(folder, "run", "--json=full", "--policy", "policy.json", PROGRAM)
     for row in explained["controls"]:
         del row["value"]
     assert result["controls"] == explained["controls"]
