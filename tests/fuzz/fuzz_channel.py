@@ -46,6 +46,7 @@ START: Final[dict[str, object]] = {
     "output": None,
     "network": None,
     "left": None,
+    "room": None,
 }
 DENIED: Final[dict[str, object]] = {
     "by": "kernel",

@@ -137,6 +137,7 @@ class Conversation:
             "output": program.output,
             "network": None,
             "left": program.left,
+            "room": {"file_bytes": 1 << 20, "total_bytes": 2 << 20},
         }
         if any(mount["changes"] for mount in program.mounts):
             self.to_come.add(Stream.CHANGES)

@@ -69,6 +69,8 @@ FIELD_MEANING: Final = {
         "`[first, last, ports]`."
     ),
     "START.output": "`{path, max_bytes}` of the one file to return, or null.",
+    "START.room": "Limits `{file_bytes, total_bytes}` on the contents of changed files, or null without granted "
+    "folders.",
     "START.left": (
         "Limits `{files, bytes}` on the files to return from the program's private folders, or null for none. "
         "If `files` is 0, the files of the working folder are only counted."

@@ -23,6 +23,7 @@ RECORDS = st.lists(
         st.tuples(st.just(Kind.LINK), NAMES, st.binary(min_size=1, max_size=30).filter(lambda text: b"\0" not in text)),
         st.tuples(st.just(Kind.DELETED), NAMES, st.none()),
         st.tuples(st.just(Kind.UNSUPPORTED), NAMES, st.integers(0, 0xFFFF)),
+        st.tuples(st.just(Kind.TOO_LARGE), NAMES, st.integers(0, 0o7777)),
         st.tuples(st.just(Kind.ROOT), st.integers(0, 127).map(lambda number: b"%d" % number), st.none()),
     ),
     max_size=12,
@@ -122,7 +123,7 @@ def test_a_name_that_leaves_its_tree_is_refused(name: bytes) -> None:
 @pytest.mark.parametrize(
     ("data", "why"),
     [
-        (b"\x08\0\0", "unknown record 8"),
+        (b"\x09\0\0", "unknown record 9"),
         (b"\x01\xff\xff", "a name is too long"),
         (Entry(Kind.FILE, b"a", size=1 << 41).encoded(), "a file is too large"),
         (Entry(Kind.FILE, b"a", size=5).encoded() + segment(6), "a segment exceeds its file"),

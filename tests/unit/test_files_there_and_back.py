@@ -26,8 +26,8 @@ from x07_sandbox.files.incoming import Incoming
 from x07_sandbox.files.protected import Protection
 from x07_sandbox.files.roots import Mount, Tree
 from x07_sandbox.guest.mounts import ProgramPaths
+from x07_sandbox.guest.trees import Room, changes
 from x07_sandbox.guest.trees import Tree as GuestTree
-from x07_sandbox.guest.trees import changes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -72,14 +72,15 @@ class Trip:
         own: tuple[str, ...] = (),
         letting: tuple[str, ...] = (),
         data_fd: int = -1,
+        room: int = 1 << 30,
     ) -> CheckedChanges:
-        """The verdict on the guest's changes. data_fd: lent, for the contents."""
+        """The verdict on the guest's changes. data_fd: lent, for the contents. room: for all contents together."""
         assert self.copied is not None
         fd = os.open(tempfile.gettempdir(), os.O_TMPFILE | os.O_RDWR) if data_fd < 0 else os.dup(data_fd)
         try:
             incoming = Incoming(fd, roots=1, most_entries=5000, most_bytes=1 << 30)
             incoming.take(Entry(Kind.ROOT, b"0").encoded())
-            for part in changes(self.tree, b""):
+            for part in changes(self.tree, b"", Room(bounds.write_bytes, room)):
                 assert incoming.take(part)
             assert incoming.take(Entry(Kind.END, b"").encoded())
             assert incoming.complete
@@ -376,6 +377,12 @@ def write(name: str, text: str = "x") -> Callable[[Path], object]:
     return do
 
 
+def sparse(root: Path) -> None:
+    """Make a file of 3 GiB that takes no space."""
+    (root / "big").touch()
+    os.truncate(root / "big", 3 << 30)
+
+
 NO_REMOVE = AllowedActions(mkdir=True, remove=False, rename=True)
 NO_REMOVE_NO_RENAME = AllowedActions(mkdir=True, remove=False, rename=False)
 NO_RENAME = AllowedActions(mkdir=True, remove=True, rename=False)
@@ -388,6 +395,8 @@ OPEN = msgspec.structs.replace(BOUNDS, deny_hidden=False)
     [
         (write(".hidden"), {}, [(".hidden", "fs.deny_hidden", False)]),
         (write("a/.x/y"), {}, [("a/.x", "fs.deny_hidden", False), ("a/.x/y", "fs.deny_hidden", False)]),
+        (sparse, {}, [("big", "fs.max_write_bytes", None)]),
+        (write("b", "x" * 2000), {"room": 1999}, [("b", "fs.max_write_bytes", None)]),
         (write("big", "x" * 2_000_000), {}, [("big", "fs.max_write_bytes", 2_000_000)]),
         (
             lambda folder: (folder / "l").symlink_to("run.sh"),

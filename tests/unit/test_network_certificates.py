@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from typing import TYPE_CHECKING
 
 import pytest
@@ -37,6 +38,7 @@ def test_anything_else_is_refused(tmp_path: Path, authority: trustme.CA) -> None
         leaf.private_key_and_cert_chain_pem.bytes(): "a private key",
         pem + b"-----BEGIN ENCRYPTED PRIVATE KEY-----\n": "a private key",
         pem + b"-----BEGIN X509 CRL-----\nAAAA\n-----END X509 CRL-----\n": "something else in PEM",
+        ssl.DER_cert_to_PEM_cert(ssl.PEM_cert_to_DER_cert(pem.decode()) + b"more").encode(): "malformed",
         pem[:-20]: "something else in PEM",
         b"": "no certificates",
         pem + malformed: "malformed",

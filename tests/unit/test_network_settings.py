@@ -92,6 +92,8 @@ def test_nothing_is_open_by_default(text: bytes) -> None:
     [
         ("[net", "it is not valid TOML"),
         ("\udcff", "it is not valid TOML"),
+        ("a = " + "[" * 9999, "it is not valid TOML"),
+        ("a = " + "9" * 9999, "it is not valid TOML"),
         ("net = 1", "net is not a table"),
         ("net = [1]", "net is not a table"),
         ("[net]\nallow_hosts = []", r"\[net\] has an unknown key 'allow_hosts'"),

@@ -255,7 +255,7 @@ def test_resource_limits_are_set(looked: Ran) -> None:
         int(number): (int(soft), int(hard))
         for number, soft, hard in (line.split() for line in _values(looked, "rlimit"))
     }
-    assert limits[resource.RLIMIT_NOFILE] == (256, 256)
+    assert limits[resource.RLIMIT_NOFILE] == (1024, 1024)
     assert limits[resource.RLIMIT_CORE] == (0, 0)
     assert limits[resource.RLIMIT_MEMLOCK] == (65536, 65536)
 

@@ -109,7 +109,7 @@ BODIES: Final[dict[Kind, dict[str, Shape]]] = {
         "phase": Shape("text", lo=1, hi=16),
         **dict.fromkeys(("argv", "env"), _ANY),
         "cwd": Shape("text", lo=1, hi=4096),
-        **dict.fromkeys(("files", "mounts", "limits", "confine", "output", "network", "left"), _ANY),
+        **dict.fromkeys(("files", "mounts", "limits", "confine", "output", "network", "left", "room"), _ANY),
     },
     Kind.STARTED: {},
     Kind.STOP: {},

@@ -11,6 +11,7 @@ A stream is a sequence of records; numbers are big endian:
     DELETED      nothing
     UNSUPPORTED  mode u16 with the file type. It stands for a device, socket or pipe, for anything with extended
                  attributes, or for a folder that is nested too deep
+    TOO_LARGE    mode u16, size u64: a file whose content is not sent
     ROOT         nothing; its name is the decimal number of the tree that the following records belong to
     END          nothing; the last record
 
@@ -33,9 +34,6 @@ DEPTH_MAX: Final = 1024
 SIZE_MAX: Final = 1 << 40
 _HOLE: Final = 1 << 63
 _HEAD: Final = struct.Struct(">BH")
-_MODE: Final = struct.Struct(">H")
-_FOLDER: Final = struct.Struct(">Hq")
-_FILE: Final = struct.Struct(">HqQ")
 _LINK: Final = struct.Struct(">qH")
 _MTIME_MAX: Final = (1 << 63) - 1  # the year 2262; file systems may hold later times
 _SEGMENT: Final = struct.Struct(">Q")
@@ -51,6 +49,7 @@ class Kind(enum.IntEnum):
     UNSUPPORTED = 5
     ROOT = 6
     END = 7
+    TOO_LARGE = 8
 
 
 class Entry(NamedTuple):
@@ -67,15 +66,22 @@ class Entry(NamedTuple):
         """Encode the record; a file's segments follow separately. Raises struct.error if a value does not fit."""
         head = _HEAD.pack(self.kind, len(self.name)) + self.name
         mtime_ns = max(-_MTIME_MAX, min(self.mtime_ns, _MTIME_MAX))
-        if self.kind is Kind.FILE:
-            return head + _FILE.pack(self.mode, mtime_ns, self.size)
         if self.kind is Kind.LINK:
             return head + _LINK.pack(mtime_ns, len(self.target)) + self.target
-        if self.kind is Kind.FOLDER:
-            return head + _FOLDER.pack(self.mode, mtime_ns)
-        if self.kind is Kind.UNSUPPORTED:
-            return head + _MODE.pack(self.mode)
-        return head
+        layout, names = _FIELDS.get(self.kind, _NO_FIELDS)
+        values = {"mode": self.mode, "mtime_ns": mtime_ns, "size": self.size}
+        return head + layout.pack(*[values[name] for name in names])
+
+
+# The fixed fields after the name, which have the names of `Entry`.
+_NO_FIELDS: Final[tuple[struct.Struct, tuple[str, ...]]] = struct.Struct(""), ()
+_FIELDS: Final = {
+    Kind.FOLDER: (struct.Struct(">Hq"), ("mode", "mtime_ns")),
+    Kind.FILE: (struct.Struct(">HqQ"), ("mode", "mtime_ns", "size")),
+    Kind.UNSUPPORTED: (struct.Struct(">H"), ("mode",)),
+    Kind.TOO_LARGE: (struct.Struct(">HQ"), ("mode", "size")),
+    Kind.LINK: (_LINK, ()),
+}
 
 
 class Piece(NamedTuple):
@@ -157,22 +163,16 @@ class Reader:
         if found is None:
             return None
         kind, name, rest = found
-        if kind is Kind.FILE:
-            mode, mtime_ns, size = _FILE.unpack_from(view, rest)
-            if size > SIZE_MAX:
-                raise _bad("a file is too large")
-            self._file_left = size
-            return Entry(kind, name, mode=mode, mtime_ns=mtime_ns, size=size), rest + _FILE.size
         if kind is Kind.LINK:
             return _link(view, rest, name)
+        layout, names = _FIELDS.get(kind, _NO_FIELDS)
+        entry = Entry(kind, name, **dict(zip(names, layout.unpack_from(view, rest), strict=True)))
         self.ended = kind is Kind.END
-        if kind is Kind.FOLDER:
-            mode, mtime_ns = _FOLDER.unpack_from(view, rest)
-            return Entry(kind, name, mode=mode, mtime_ns=mtime_ns), rest + _FOLDER.size
-        if kind is Kind.UNSUPPORTED:
-            (mode,) = _MODE.unpack_from(view, rest)
-            return Entry(kind, name, mode=mode), rest + _MODE.size
-        return Entry(kind, name), rest
+        if kind is Kind.FILE:
+            if entry.size > SIZE_MAX:
+                raise _bad("a file is too large")
+            self._file_left = entry.size
+        return entry, rest + layout.size
 
 
 def _head(view: memoryview, at: int) -> tuple[Kind, bytes, int] | None:
@@ -187,7 +187,7 @@ def _head(view: memoryview, at: int) -> tuple[Kind, bytes, int] | None:
         raise _bad("a name is too long")
     at += _HEAD.size
     rest = at + length
-    if len(view) - rest < _REST.get(kind, 0):
+    if len(view) - rest < _FIELDS.get(kind, _NO_FIELDS)[0].size:
         return None
     name = bytes(view[at:rest])
     if kind is Kind.ROOT:
@@ -215,7 +215,6 @@ def _link(view: memoryview, at: int, name: bytes) -> tuple[Entry, int] | None:
 
 _ROOT_DIGITS: Final = 3
 _KINDS: Final = {int(kind): kind for kind in Kind}
-_REST: Final = {Kind.FILE: _FILE.size, Kind.LINK: _LINK.size, Kind.FOLDER: _FOLDER.size, Kind.UNSUPPORTED: _MODE.size}
 
 
 def check_name(name: bytes) -> bytes:

@@ -14,6 +14,7 @@ from x07_sandbox.files.changes import STAGING, Change, Node, Refused, parent_fol
 from x07_sandbox.files.copy import DEPTH_MAX, FIELDS, NUMBER_MAX, link_stays_inside, value_for, why_left_out
 from x07_sandbox.files.dependencies import renames, with_dependents
 from x07_sandbox.files.link_targets import OUT, Links
+from x07_sandbox.host import settings
 from x07_sandbox.policy.limits import size_text
 
 if TYPE_CHECKING:
@@ -241,9 +242,12 @@ def _by_kind(change: Change, bounds: Bounds) -> Iterator[Refused]:
     if node.kind == "file" and not node.mode & 0o400:
         yield Refused(name=name, rule="kind", why="its owner could not read the file, so undo would fail")
     if node.kind == "file" and node.size > bounds.write_bytes:
-        value = node.size if node.size <= NUMBER_MAX else None
+        value = node.size if node.size <= min(NUMBER_MAX, settings.CHANGES_MAX_BYTES) else None
         why = f"larger than {size_text(bounds.write_bytes)}, fs.max_write_bytes"
         yield Refused(name=name, rule="fs.max_write_bytes", why=why, value=value)
+    elif node.kind == "file" and node.at is None:
+        why = f"all changed files together are larger than {size_text(settings.CHANGES_MAX_BYTES)}"
+        yield Refused(name=name, rule="fs.max_write_bytes", why=why)
 
 
 def _by_path(change: Change, links: Links, skipped: Mapping[str, Skipped], bounds: Bounds) -> Iterator[Refused]:

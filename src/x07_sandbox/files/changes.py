@@ -174,5 +174,6 @@ def parent_folders(names: Iterable[str]) -> set[str]:
 
 
 def printable(name: str) -> str:
-    """Return a name as text that is safe to print anywhere. Bytes that are not UTF-8 become escapes."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    """Return a name as text that is safe to print anywhere. Unprintable characters, line ends too, become escapes."""
+    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

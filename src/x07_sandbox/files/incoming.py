@@ -126,6 +126,8 @@ class Incoming:
 def _node(entry: Entry) -> Node | None:
     if entry.kind is Kind.FOLDER:
         return Node(kind="folder", mode=entry.mode)
+    if entry.kind is Kind.TOO_LARGE:
+        return Node(kind="file", mode=entry.mode, size=entry.size)
     if entry.kind is Kind.LINK:
         return Node(kind="link", target=os.fsdecode(entry.target))
     return None

@@ -153,7 +153,11 @@ def _modes(old: Node | None, new: Node | None) -> bytes:
 
 def _summary(old: Node | None, new: Node | None) -> bytes:
     sides = [
-        "nothing" if node is None else f"{node.size} bytes, sha256 {node.sha256}" if node.kind == "file" else node.kind
+        "nothing"
+        if node is None
+        else f"{node.size} bytes, sha256 {node.sha256 or 'unknown'}"
+        if node.kind == "file"
+        else node.kind
         for node in (old, new)
     ]
     return f"not shown, {sides[0]} -> {sides[1]}".encode()

@@ -21,7 +21,7 @@ from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.execution import ExecutionRules
 from x07_sandbox.guest.files import SYSTEM_CA, IncomingFiles
 from x07_sandbox.guest.mounts import ProgramPaths
-from x07_sandbox.guest.trees import changes, left_files, stream_of
+from x07_sandbox.guest.trees import Room, changes, left_files, stream_of
 
 if TYPE_CHECKING:
     from x07_sandbox.guest.audit import Audit, NoAudit
@@ -83,6 +83,7 @@ class Job:
         self.output: dict[str, Any] | None = body["output"]
         self.mounts: list[dict[str, Any]] = body["mounts"]
         self.left: dict[str, int] | None = body["left"]
+        self.room: dict[str, int] | None = body["room"]
         self.confined = Limits(**body["confine"])
         self.files = IncomingFiles(body["files"], environment)
         self.started = False
@@ -455,9 +456,10 @@ class Job:
             self.link.send_data(Stream.OUTPUT_FILE, data)
 
     def _changes(self) -> Iterator[bytes]:
+        room = Room(**(self.room or {}))
         for number, mount in enumerate(mount for mount in self.mounts if mount["changes"]):
             yield Entry(Record.ROOT, b"%d" % number).encoded()
-            yield from changes(self.files.trees[mount["tree"]], os.fsencode(mount["sub"]))
+            yield from changes(self.files.trees[mount["tree"]], os.fsencode(mount["sub"]), room)
         yield Entry(Record.END, b"").encoded()
 
     def _send_trees(self) -> None:

@@ -144,14 +144,31 @@ class Tree:
         os.close(fd)
 
 
-def changes(tree: Tree, sub: bytes) -> Iterator[bytes]:
+class Room:
+    """The room for the contents of changed files. file_bytes, total_bytes: for one file and for all of them."""
+
+    def __init__(self, file_bytes: int = 0, total_bytes: int = 0) -> None:
+        self._file_bytes = file_bytes
+        self._left = total_bytes
+
+    def content(self, path: bytes, name: bytes, info: os.stat_result) -> Iterator[bytes]:
+        """Yield the records of `content`, or TOO_LARGE for a file that has no room. A file takes room for its holes."""
+        size = info.st_size if stat.S_ISREG(info.st_mode) else 0
+        if size > min(self._file_bytes, self._left):
+            yield Entry(Kind.TOO_LARGE, name, mode=info.st_mode & _PERMISSIONS, size=size).encoded()
+        else:
+            self._left -= size
+            yield from content(path, name, info)
+
+
+def changes(tree: Tree, sub: bytes, room: Room) -> Iterator[bytes]:
     """Yield the changes of *tree* below *sub* as records. Their names are relative to *sub*. Raises OSError."""
     prefix = sub + b"/" if sub else b""
     top = tree.folder + b"/" + sub if sub else tree.folder
     info = os.lstat(top)
     if not stat.S_ISDIR(info.st_mode):  # a root that is one file
         if is_modified(tree, sub, info):
-            yield from content(top, b"", info)
+            yield from room.content(top, b"", info)
         return
     seen: set[bytes] = set()
     yield from _changed_folder(tree, sub, top, b"", info.st_mode)
@@ -161,7 +178,7 @@ def changes(tree: Tree, sub: bytes) -> Iterator[bytes]:
         if stat.S_ISDIR(info.st_mode):
             yield from _changed_folder(tree, name, path, below, info.st_mode)
         elif is_modified(tree, name, info):
-            yield from content(path, below, info)
+            yield from room.content(path, below, info)
     gone = {name for name in (*tree.names, *tree.folders) if name.startswith(prefix) and name != sub} - seen
     for name in sorted(gone, reverse=True):  # folders after what was in them
         yield Entry(Kind.DELETED, name[len(prefix) :]).encoded()

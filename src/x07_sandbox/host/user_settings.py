@@ -101,7 +101,7 @@ def settings_table(data: bytes, name: str, source: str) -> dict[str, Any]:
         raise UsageError(what, f"it has more than {_MAX_BYTES} bytes", "Make it smaller")
     try:
         table = tomllib.loads(data.decode()).get(name, {})
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
+    except (ValueError, RecursionError) as exc:  # also of a number that is too long
         raise UsageError(what, f"it is not valid TOML ({exc})", "Correct the file") from exc
     if not isinstance(table, dict):
         raise UsageError(what, f"{name} is not a table", f"Write [{name}]")

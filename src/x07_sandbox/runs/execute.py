@@ -214,6 +214,7 @@ class Phase:
                 "output": None if output is None else {"path": output.path, "max_bytes": output.max_bytes},
                 "network": spec.network,
                 "left": spec.left,
+                "room": spec.room,
             },
         )
 

@@ -135,6 +135,10 @@ class HostFiles:
             for number, mount in self._mounts
         ]
 
+    def room(self) -> dict[str, int]:
+        """Return the room for the contents of changed files, for the START frame."""
+        return {"file_bytes": self._bounds.write_bytes, "total_bytes": settings.CHANGES_MAX_BYTES}
+
     def places(self) -> tuple[RootPlace, ...]:
         """Return the mounted folders, outer ones before inner ones. For a mounted file, return its parent folder."""
         found: dict[str, bool] = {}

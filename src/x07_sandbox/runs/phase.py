@@ -44,6 +44,7 @@ class PhaseSpec(msgspec.Struct, frozen=True, kw_only=True):
     places: tuple[RootPlace, ...] = ()
     areas: tuple[GuestMount, ...] = ()
     changes: Any = None
+    room: dict[str, int] | None = None
     left: dict[str, int] | None = None
     left_files: Any = None
     output: OutFile | None = None

