@@ -11,8 +11,9 @@ from msgspec.structs import replace
 
 from x07_sandbox.backends.base import Greeting, HandshakeFailure, NoAnswerError
 from x07_sandbox.channel.connection import Connection
-from x07_sandbox.channel.frames import PROTOCOL, Kind, Role
-from x07_sandbox.channel.link import Control, State
+from x07_sandbox.channel.link import State
+from x07_sandbox.channel.messages import PROTOCOL, Failed, Hello, Seed, Seeded
+from x07_sandbox.channel.streams import Event, Role
 from x07_sandbox.errors import PeerError
 from x07_sandbox.host import settings
 from x07_sandbox.host.clocks import Deadline, unix_ns
@@ -21,9 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from x07_sandbox.backends.base import FailureKind, Instance
+    from x07_sandbox.channel.messages import Message
     from x07_sandbox.plan.outcomes import Evidence
-
-    Say = Mapping[State, tuple[Kind, Mapping[str, object]]]
 
 _EXIT_S: Final = 5.0  # for an instance whose channel ended to end itself, so that its exit status is known
 _LATE_S: Final = 0.2  # for data that was sent before a deadline to arrive after it
@@ -79,15 +79,16 @@ class Handshake:
 
     def seed(self) -> None:
         """Queue clock, entropy, and a nonce that the answer must repeat."""
-        seed = {"unix_ns": unix_ns(), "entropy": os.urandom(64), "nonce": self._nonce, "machine_id": os.urandom(16)}
-        self.connection.link.send(Kind.SEED, seed)
+        self.connection.link.send(Seed(unix_ns(), os.urandom(64), self._nonce, os.urandom(16)))
 
-    def until(self, wanted: State, deadline: Deadline, say: Say | None = None) -> HandshakeFailure | None:
-        """Exchange frames until the state *wanted*. Return None, or the failure. say: frames to send, by state."""
+    def until(
+        self, wanted: State, deadline: Deadline, say: Mapping[State, Message] | None = None
+    ) -> HandshakeFailure | None:
+        """Exchange messages until the state *wanted*. Return None, or the failure. say: messages to send, by state."""
         link, late = self.connection.link, None
         while link.state is not wanted:
-            if say and (frame := say.get(link.state)):
-                link.send(*frame)
+            if say and (message := say.get(link.state)):
+                link.send(message)
             if not self.connection.flush():
                 return self._ended("its channel ended")
             wait_s = deadline.left_s() + 0.001
@@ -126,25 +127,23 @@ class Handshake:
             return self._ended("its channel ended")
         try:
             for event in events:
-                if not isinstance(event, Control):
-                    continue
-                if event.kind is Kind.FAILED:
-                    return HandshakeFailure(kind="failed", why=f"{event.body['stage']}: {event.body['message']}")
-                self._take(event)
+                if isinstance(event, Failed):
+                    return HandshakeFailure(kind="failed", why=f"{event.stage}: {event.message}")
+                if not isinstance(event, Event):
+                    self._take(event)
         except PeerError as exc:
             return self._failed("protocol", f"{exc.what}: {exc.why}")
         return None
 
-    def _take(self, event: Control) -> None:
-        body = event.body
-        if event.kind is Kind.HELLO:
-            if body["protocol"] != PROTOCOL:
-                why = f"the agent uses protocol {body['protocol']}, this host protocol {PROTOCOL}"
-                raise PeerError("bad HELLO frame", why)
+    def _take(self, message: Message) -> None:
+        if isinstance(message, Hello):
+            if message.protocol != PROTOCOL:
+                why = f"the agent uses protocol {message.protocol}, this host protocol {PROTOCOL}"
+                raise PeerError("bad HELLO message", why)
             self.reached["hello"] = time.monotonic()
-        elif event.kind is Kind.SEEDED:
-            if body["nonce"] != self._nonce:
-                raise PeerError("bad SEEDED frame", "its nonce is not the one that was sent")
+        elif isinstance(message, Seeded):
+            if message.nonce != self._nonce:
+                raise PeerError("bad SEEDED message", "its nonce is not the one that was sent")
             self.reached["seeded"] = time.monotonic()
 
     def _ended(self, why: str) -> HandshakeFailure:

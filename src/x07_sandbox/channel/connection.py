@@ -7,13 +7,13 @@ import select
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
-from x07_sandbox.channel.link import Event, Link, State
+from x07_sandbox.channel.link import Link, State
 
 if TYPE_CHECKING:
-    from x07_sandbox.channel.frames import Role
+    from x07_sandbox.channel.messages import Message
+    from x07_sandbox.channel.streams import Event, Role
 
 READ_SIZE: Final = 128 * 1024
-WRITE_SIZE: Final = 64 * 1024
 
 
 class Connection:
@@ -35,7 +35,7 @@ class Connection:
             poll.register(self.fd, select.POLLIN)
             poll.register(self._out_fd, out)
 
-    def read(self) -> Iterable[Event] | None:
+    def read(self) -> Iterable[Message | Event] | None:
         """Read once. Return an iterator over events, which may raise PeerError, or None if the channel is closed."""
         try:
             data = os.read(self.fd, READ_SIZE)
@@ -49,7 +49,7 @@ class Connection:
         """Write queued bytes until the descriptor would block. Return False if the peer has closed the channel."""
         while self.link.pending():
             try:
-                self.link.sent(os.write(self._out_fd, self.link.data_to_send(WRITE_SIZE)))
+                self.link.streams.sent(os.write(self._out_fd, self.link.streams.data_to_send()))
             except BlockingIOError:
                 return True
             except (BrokenPipeError, ConnectionResetError):

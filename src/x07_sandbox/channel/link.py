@@ -1,37 +1,81 @@
-"""The channel as a state machine without I/O, which host and guest share.
+"""The conversation between host and guest agent, as a state machine without I/O that both share.
 
-`NEXT` is the protocol: the state after each control frame. `DATA_STATES` lists the states in which data may flow.
-Anything else raises PeerError (the peer's fault) or ChannelUsageError (this side's fault).
+`NEXT` gives the state of the session after each message, and `COMMAND_NEXT` the state of the command that a message
+names. `STREAMS` lists the streams. Anything else raises PeerError (the peer's fault) or ChannelUsageError (this side's
+fault).
 """
 
 from __future__ import annotations
 
 import enum
 import struct
-from collections.abc import Iterator, Mapping
-from typing import Any, Final, NamedTuple
+from collections.abc import Iterator
+from typing import Any, Final
 
-from x07_sandbox.channel.frames import (
-    DATA_MAX,
-    SENDER,
-    WINDOW,
-    Frame,
-    Kind,
-    Role,
-    Stream,
-    decode_body,
-    encode,
-    encode_body,
-    stream_sender,
-    take_frame,
+from x07_sandbox.channel import messages, streams
+from x07_sandbox.channel.messages import (
+    BOUNDS,
+    FORMS,
+    Close,
+    Closed,
+    Denied,
+    Exec,
+    Exited,
+    Failed,
+    Hello,
+    Message,
+    Open,
+    Seed,
+    Seeded,
+    Started,
+    Stop,
+    Warm,
+    Warmed,
 )
+from x07_sandbox.channel.streams import Event, Kind, Role, Streams, Table
 from x07_sandbox.errors import ChannelUsageError, PeerError
 
-_CREDIT: Final = struct.Struct(">I")
+DATA_MAX: Final = 32 * 1024  # one write of the guest's console driver; more gains nothing (measured)
+WINDOW: Final = 256 * 1024
+COMMANDS_MAX: Final = 64  # at the same time
+FILES_MAX: Final = 256  # of OPEN
+_SUBJECT: Final = struct.Struct(">I")
+
+
+class Stream(enum.IntEnum):
+    """The kinds of streams. Each OPEN frame has a subject (u32): a command's id, the number of an input file, or 0."""
+
+    INPUT = 1
+    STDIN = 2
+    STDOUT = 3
+    STDERR = 4
+    OUTPUT = 5
+    CHANGES = 6
+    LEFT = 7
+
+
+def _kind(sender: Role, at_once: int) -> Kind:
+    return Kind(sender, sender, _SUBJECT.size, _SUBJECT.size, at_once)
+
+
+STREAMS: Final = Table(
+    BOUNDS,
+    {
+        Stream.INPUT: _kind(Role.HOST, FILES_MAX),
+        Stream.STDIN: _kind(Role.HOST, COMMANDS_MAX),
+        Stream.STDOUT: _kind(Role.GUEST, COMMANDS_MAX),
+        Stream.STDERR: _kind(Role.GUEST, COMMANDS_MAX),
+        Stream.OUTPUT: _kind(Role.GUEST, 1),
+        Stream.CHANGES: _kind(Role.GUEST, 1),
+        Stream.LEFT: _kind(Role.GUEST, 1),
+    },
+    DATA_MAX,
+    WINDOW,
+)
 
 
 class State(enum.Enum):
-    """The state of the channel."""
+    """The state of the session."""
 
     WAITING = "waiting"  # for HELLO
     GREETED = "greeted"
@@ -39,221 +83,174 @@ class State(enum.Enum):
     WARM = "warm"  # the snapshot is taken here; every clone starts here
     SEEDING = "seeding"
     READY = "ready"
-    PREPARING = "preparing"
-    RUNNING = "running"
-    COLLECTING = "collecting"  # the program has ended; its files may follow
+    OPEN = "open"
+    CLOSING = "closing"  # commands may still run, and their end is awaited
+    CLOSED = "closed"
     FAILED = "failed"
 
 
-NEXT: Final[dict[tuple[State, Kind], State]] = {
-    (State.WAITING, Kind.HELLO): State.GREETED,
-    (State.GREETED, Kind.SEED): State.SEEDING,
-    (State.GREETED, Kind.WARM): State.WARMING,
-    (State.WARMING, Kind.WARMED): State.WARM,
-    (State.WARMING, Kind.FAILED): State.FAILED,
-    (State.WARM, Kind.SEED): State.SEEDING,
-    (State.SEEDING, Kind.SEEDED): State.READY,
-    (State.SEEDING, Kind.FAILED): State.FAILED,
-    (State.READY, Kind.START): State.PREPARING,
-    (State.PREPARING, Kind.STARTED): State.RUNNING,
-    (State.PREPARING, Kind.FAILED): State.FAILED,
-    (State.RUNNING, Kind.FAILED): State.FAILED,
-    (State.RUNNING, Kind.STOP): State.RUNNING,
-    (State.RUNNING, Kind.DENIED): State.RUNNING,
-    (State.RUNNING, Kind.EXITED): State.COLLECTING,
-    (State.COLLECTING, Kind.FAILED): State.FAILED,
+NEXT: Final[dict[tuple[State, type[Any]], State]] = {
+    (State.WAITING, Hello): State.GREETED,
+    (State.GREETED, Seed): State.SEEDING,
+    (State.GREETED, Warm): State.WARMING,
+    (State.WARMING, Warmed): State.WARM,
+    (State.WARM, Seed): State.SEEDING,
+    (State.SEEDING, Seeded): State.READY,
+    (State.READY, Open): State.OPEN,
+    (State.OPEN, Exec): State.OPEN,
+    (State.OPEN, Close): State.CLOSING,
+    (State.CLOSING, Closed): State.CLOSED,
     # After a warm-up program of the host's own.
-    (State.COLLECTING, Kind.WARM): State.WARMING,
-    # STOP may cross the frame that reports the end.
-    (State.PREPARING, Kind.STOP): State.PREPARING,
-    (State.COLLECTING, Kind.STOP): State.COLLECTING,
-    (State.FAILED, Kind.STOP): State.FAILED,
-}
-
-_FROM_START: Final = frozenset({State.PREPARING, State.RUNNING, State.COLLECTING, State.FAILED})
-DATA_STATES: Final[dict[int, frozenset[State]]] = {
-    Stream.STDIN: _FROM_START,  # may cross EXITED
-    Stream.STDOUT: frozenset({State.RUNNING}),
-    Stream.STDERR: frozenset({State.RUNNING}),
-    Stream.OUTPUT_FILE: frozenset({State.COLLECTING}),
-    Stream.CHANGES: frozenset({State.COLLECTING}),
-    Stream.LEFT_FILES: frozenset({State.COLLECTING}),
-    Stream.FIRST_FILE: _FROM_START,  # and all other input files
+    (State.CLOSED, Warm): State.WARMING,
+    **{(state, kind): state for state in (State.OPEN, State.CLOSING) for kind in (Started, Denied, Exited)},
+    # It may cross the message that reports the end.
+    **{(state, Stop): state for state in (State.OPEN, State.CLOSING, State.CLOSED, State.FAILED)},
+    **{(state, Failed): State.FAILED for state in (State.WARMING, State.SEEDING, State.OPEN, State.CLOSING)},
 }
 
 
-class Control(NamedTuple):
-    """Event: a control frame arrived."""
+class CommandState(enum.Enum):
+    """The state of a command."""
 
-    kind: Kind
-    body: dict[str, Any]
-
-
-class Data(NamedTuple):
-    """Event: bytes of a stream arrived; call `Link.consumed` once they are processed."""
-
-    stream: int
-    payload: bytes
+    STARTING = "starting"
+    RUNNING = "running"
+    ENDED = "ended"
 
 
-class Eof(NamedTuple):
-    """Event: a stream ended."""
-
-    stream: int
-
-
-class Credit(NamedTuple):
-    """Event: the peer accepts more bytes of a stream."""
-
-    stream: int
-
-
-Event = Control | Data | Eof | Credit
+COMMAND_NEXT: Final[dict[tuple[CommandState, type[Any]], CommandState]] = {
+    (CommandState.STARTING, Started): CommandState.RUNNING,
+    (CommandState.STARTING, Failed): CommandState.ENDED,
+    (CommandState.RUNNING, Denied): CommandState.RUNNING,
+    (CommandState.RUNNING, Exited): CommandState.ENDED,
+    **{(state, Stop): state for state in CommandState},
+}
 
 
 class Link:
-    """One end of the channel; not thread-safe. If the VM is a clone of a saved VM, *state* is WARM at first."""
+    """One end of the channel; not thread-safe. If the VM is a clone of a saved VM, *state* is WARM at first.
+
+    streams: the streams, of which `open` opens the own ones.
+    """
 
     def __init__(self, role: Role, state: State = State.WAITING) -> None:
         self.role = role
         self.peer = Role.GUEST if role is Role.HOST else Role.HOST
         self.state = state
-        self._in = bytearray()
-        self._error: PeerError | None = None
-        self._out = bytearray()
-        self._send_window: dict[int, int] = {}  # bytes left, by stream
-        self._receive_window: dict[int, int] = {}
-        self._unacknowledged: dict[int, int] = {}
-        self._ended_out: set[int] = set()
-        self._ended_in: set[int] = set()
+        self.streams = Streams(role, STREAMS)
+        self._commands: dict[int, CommandState] = {}  # without those that have ended
+        self._last_command = 0
+        self._subjects: dict[int, tuple[Stream, int]] = {}  # of open streams, by number
+        self._used: set[tuple[Stream, int]] = set()  # streams that can be opened once
 
-    def _reset_streams(self) -> None:
-        """Reset the streams for a new job. No data of the previous job is in flight."""
-        windows = self._send_window, self._receive_window, self._unacknowledged
-        for collection in (*windows, self._ended_out, self._ended_in):
-            collection.clear()
+    def receive(self, data: bytes | memoryview) -> Iterator[Message | Event]:
+        """Take bytes from the peer, and yield messages and events of streams. Raises PeerError."""
+        for event in self.streams.receive(data):
+            if event.type == streams.MESSAGE:
+                message = messages.decode(event.code, event.data)
+                if problem := self._advance(message):
+                    raise PeerError("message out of order", problem)
+                yield message
+                continue
+            if event.type == streams.OPEN:
+                subject = _SUBJECT.unpack(event.data)[0]
+                if problem := self._add(event.stream, Stream(event.code), subject):
+                    raise PeerError("bad frame", problem)
+            yield event
+            if not self.streams.is_open(event.stream):
+                self._subjects.pop(event.stream, None)
 
-    # incoming
+    def subject(self, number: int) -> int:
+        """Return the subject of an open stream, or of one whose end was just received."""
+        return self._subjects[number][1]
 
-    def receive(self, data: bytes) -> Iterator[Event]:
-        """Take bytes from the peer and return a lazy iterator over all events that were not iterated yet.
+    def send(self, message: Message) -> None:
+        """Queue a message. Raises ChannelUsageError if it is not this side's turn."""
+        if FORMS[type(message)].sender is not self.role:
+            raise ChannelUsageError(f"the {self.role.value} cannot send {_name(message)}")
+        encoded = messages.encode(message)
+        if problem := self._advance(message):
+            raise ChannelUsageError(problem)
+        self.streams.message(*encoded)
 
-        The iterator raises PeerError. After that, every later iterator raises the same error.
-        """
-        self._in += data
-        return self._events()
-
-    def _events(self) -> Iterator[Event]:
-        if self._error is not None:
-            raise self._error
-        try:
-            while (frame := take_frame(self._in, self.peer)) is not None:
-                yield self._event(frame)
-        except PeerError as exc:
-            self._error = exc
-            raise
-
-    def _event(self, frame: Frame) -> Event:
-        if frame.kind is Kind.CREDIT:
-            return self._credit(frame)
-        if frame.kind in {Kind.DATA, Kind.EOF}:
-            return self._data(frame)
-        following = NEXT.get((self.state, frame.kind))
-        if following is None:
-            raise PeerError("frame out of order", f"{frame.kind.name} while {self.state.value}")
-        body = decode_body(frame.kind, frame.payload)
-        self.state = following
-        if frame.kind in {Kind.WARM, Kind.WARMED}:
-            self._reset_streams()
-        return Control(frame.kind, body)
-
-    def _data(self, frame: Frame) -> Event:
-        stream = frame.stream
-        if self.state not in _data_states(stream):
-            raise PeerError("frame out of order", f"data on stream {stream} while {self.state.value}")
-        if stream in self._ended_in:
-            raise PeerError("frame out of order", f"stream {stream} has ended")
-        if frame.kind is Kind.EOF:
-            self._ended_in.add(stream)
-            return Eof(stream)
-        left = self._receive_window.get(stream, WINDOW) - len(frame.payload)
-        if left < 0 or not frame.payload:
-            raise PeerError("bad frame", f"data on stream {stream} is empty or exceeds its window")
-        self._receive_window[stream] = left
-        return Data(stream, frame.payload)
-
-    def _credit(self, frame: Frame) -> Event:
-        stream = frame.stream
-        if len(frame.payload) != _CREDIT.size:
-            raise PeerError("bad frame", f"credit of {len(frame.payload)} bytes for stream {stream}")
-        more = _CREDIT.unpack(frame.payload)[0]
-        total = self.window(stream) + more
-        if not more or total > WINDOW:
-            raise PeerError("bad frame", f"credit for stream {stream} is zero or exceeds its window")
-        self._send_window[stream] = total
-        return Credit(stream)
-
-    # outgoing
-
-    def send(self, kind: Kind, body: Mapping[str, object]) -> None:
-        """Queue a control frame. Raises ChannelUsageError if the state does not allow it."""
-        following = NEXT.get((self.state, kind))
-        if SENDER[kind] is not self.role or following is None:
-            raise ChannelUsageError(f"the {self.role.value} cannot send {kind.name} while {self.state.value}")
-        self._out += encode(kind, 0, encode_body(kind, body))
-        self.state = following
-
-    def window(self, stream: int) -> int:
-        """Return the number of bytes of *stream* that the peer accepts now."""
-        return self._send_window.get(stream, WINDOW)
-
-    def send_data(self, stream: int, data: bytes | bytearray | memoryview) -> int:
-        """Queue as much of *data* as the window allows. Return the number of queued bytes. Raises ChannelUsageError."""
-        self._check_ours(stream)
-        if stream in self._ended_out:
-            raise ChannelUsageError(f"stream {stream} has ended")
-        view = memoryview(data)[: self.window(stream)]
-        for at in range(0, len(view), DATA_MAX):
-            self._out += encode(Kind.DATA, stream, bytes(view[at : at + DATA_MAX]))
-        self._send_window[stream] = self.window(stream) - len(view)
-        return len(view)
-
-    def end_stream(self, stream: int) -> None:
-        """Queue the end of a stream. Idempotent. Raises ChannelUsageError."""
-        if stream not in self._ended_out:
-            self._check_ours(stream)
-            self._ended_out.add(stream)
-            self._out += encode(Kind.EOF, stream)
-
-    def _check_ours(self, stream: int) -> None:
-        if stream_sender(stream) is not self.role or self.state not in _data_states(stream):
-            state = self.state.value
-            raise ChannelUsageError(f"the {self.role.value} cannot send on stream {stream} while {state}")
-
-    def consumed(self, stream: int, count: int) -> None:
-        """Grant credit for *count* processed bytes, in quarter windows. Raises ChannelUsageError for a wrong count."""
-        unacknowledged = self._unacknowledged.get(stream, 0) + count
-        window = self._receive_window.get(stream, WINDOW)
-        if count < 0 or unacknowledged > WINDOW - window:
-            raise ChannelUsageError(f"{count} bytes of stream {stream} were never received")
-        if unacknowledged >= WINDOW // 4:
-            self._out += encode(Kind.CREDIT, stream, _CREDIT.pack(unacknowledged))
-            self._receive_window[stream] = window + unacknowledged
-            unacknowledged = 0
-        self._unacknowledged[stream] = unacknowledged
+    def open(self, stream: Stream, subject: int = 0) -> int:
+        """Open a stream, and return its number. Raises ChannelUsageError."""
+        number = self.streams.open(stream, _SUBJECT.pack(subject))
+        if problem := self._add(number, stream, subject):
+            raise ChannelUsageError(problem)
+        return number
 
     def pending(self) -> int:
         """Number of queued bytes."""
-        return len(self._out)
+        return self.streams.pending()
 
-    def data_to_send(self, most: int) -> bytes:
-        """Return the next bytes to write, at most *most* of them."""
-        return bytes(self._out[:most])
+    def _add(self, number: int, stream: Stream, subject: int) -> str:
+        """Record an opened stream. Return why it may not be opened now, or ""."""
+        if stream is Stream.INPUT:
+            allowed = self.state in {State.OPEN, State.CLOSING, State.FAILED} and subject < FILES_MAX
+        elif stream is Stream.STDIN:
+            allowed = 0 < subject <= self._last_command  # the command may have ended meanwhile
+        elif stream in {Stream.STDOUT, Stream.STDERR}:
+            allowed = self._commands.get(subject) is CommandState.RUNNING
+        else:
+            allowed = self.state is State.CLOSING and not subject
+        if not allowed or (stream, subject) in self._used:
+            return f"{stream.name} {subject} cannot be opened while {self.state.value}"
+        self._used.add((stream, subject))
+        self._subjects[number] = stream, subject
+        return ""
 
-    def sent(self, count: int) -> None:
-        """Drop *count* written bytes of `data_to_send`."""
-        del self._out[:count]
+    def _advance(self, message: Message) -> str:
+        """Change the states as *message* demands. Return why it is out of order, or ""."""
+        problem = f"{_name(message)} while {self.state.value}"
+        following = NEXT.get((self.state, type(message)))
+        if following is None:
+            return problem
+        number: int = getattr(message, "id", -1)
+        if isinstance(message, Exec):
+            if number <= self._last_command or len(self._commands) >= COMMANDS_MAX:
+                return f"command {number} cannot be added"
+            self._last_command = number
+            self._commands[number] = CommandState.STARTING
+        elif number >= 0 and not (isinstance(message, Failed) and number == 0):
+            # A command that has ended may still be stopped, since the messages may cross.
+            ended = CommandState.ENDED if 0 < number <= self._last_command else None
+            before = self._commands.get(number, ended)
+            after = None if before is None else COMMAND_NEXT.get((before, type(message)))
+            if after is None:
+                return f"{_name(message)} for command {number}"
+            if after is CommandState.ENDED:
+                if problem := self._end(number):
+                    return problem
+            else:
+                self._commands[number] = after
+        if isinstance(message, Failed) and number:
+            return ""
+        self.state = following
+        if isinstance(message, Warm):
+            self._restart()
+        return ""
+
+    def _restart(self) -> None:
+        """Forget the warm-up program's streams and commands."""
+        self.streams.restart()
+        self._commands.clear()
+        self._subjects.clear()
+        self._used.clear()
+        self._last_command = 0
+
+    def _end(self, command: int) -> str:
+        """Forget a command and its input. Return a problem if its output has not ended."""
+        for number, (stream, subject) in list(self._subjects.items()):
+            if subject != command or stream not in {Stream.STDIN, Stream.STDOUT, Stream.STDERR}:
+                continue
+            if stream is not Stream.STDIN and self.streams.is_open(number):
+                return f"the end of command {command} before the end of its output"
+            self.streams.forget(number)
+            del self._subjects[number]
+        self._commands.pop(command, None)
+        self._used -= {(stream, command) for stream in Stream}
+        return ""
 
 
-def _data_states(stream: int) -> frozenset[State]:
-    return DATA_STATES[min(stream, int(Stream.FIRST_FILE))]
+def _name(message: Message) -> str:
+    return type(message).__name__.upper()

@@ -1,4 +1,4 @@
-"""The guest agent. It receives one job from the host, runs the job's program and reports the result.
+"""The guest agent. It serves the session that the host opens: it runs commands and reports how they ended.
 
 The agent runs on a `Platform`. Except with the `none` backend, the program can see neither the channel nor the agent's
 process. In VMs and with the `os` backend, the agent's process is outside the program's control group.
@@ -10,16 +10,20 @@ import gc
 import os
 import select
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from x07_sandbox.channel.connection import Connection
-from x07_sandbox.channel.frames import PROTOCOL, Kind, Role
-from x07_sandbox.channel.link import NEXT, Control, Event, State
+from x07_sandbox.channel.link import NEXT
+from x07_sandbox.channel.messages import PROTOCOL, Close, Exec, Failed, Hello, Open, Seed, Seeded, Stop, Warm, Warmed
+from x07_sandbox.channel.streams import Event, Role
 from x07_sandbox.guest.environment import Environment
 from x07_sandbox.guest.errors import JobError
-from x07_sandbox.guest.job import TICK_S, Job, job_settings
+from x07_sandbox.guest.exec import TICK_S
+from x07_sandbox.guest.sandbox import Sandbox, job_settings
 
 if TYPE_CHECKING:
+    from x07_sandbox.channel.messages import Message
     from x07_sandbox.guest.platform import Platform
 
 
@@ -65,12 +69,12 @@ class Agent:
         self.link = self.connection.link
         self.machine_id = b""
         self.environment: Environment | None = None
-        self.job: Job | None = None
+        self.sandbox: Sandbox | None = None
         self.audit = platform.audit()
 
     def serve(self) -> None:
         """Run until the host disconnects."""
-        self.link.send(Kind.HELLO, {"protocol": PROTOCOL})
+        self.link.send(Hello(PROTOCOL))
         while self._turn():
             pass
 
@@ -78,76 +82,82 @@ class Agent:
         """Wait for events once and handle them. Return False when the host has disconnected."""
         poll = select.poll()
         self.connection.register(poll)
-        if self.job is not None:
-            self.job.register(poll)
-        running = self.job is not None and self.link.state is State.RUNNING
-        wait_s = self.job.paused_s() if running and self.job is not None else 0.0
+        sandbox = self.sandbox
+        if sandbox is not None:
+            sandbox.register(poll)
+        running = sandbox is not None and sandbox.is_running()
+        wait_s = sandbox.paused_s() if sandbox is not None else 0.0
         ready = poll.poll((wait_s or TICK_S) * 1000 if running else None)
         for fd, mask in ready:
             if fd != self.connection.fd:
-                if self.job is not None:
-                    self.job.handle(fd, mask)
+                if sandbox is not None:
+                    sandbox.handle(fd, mask)
                 continue
             events = self.connection.read() if mask & (select.POLLIN | select.POLLHUP) else []
             if events is None:
                 return False
             for event in events:
-                try:
-                    self._take(event)
-                except JobError as exc:
-                    self._fail(exc)
-                except OSError as exc:
-                    self._fail(JobError("prepare", exc.errno or 0, str(exc)))
-        if self.job is not None:
-            self.job.tick()
+                self._attempt(self._take, event)
+        if self.sandbox is not None:
+            self._attempt(self.sandbox.tick)
         return self.connection.flush()
 
-    def _fail(self, error: JobError) -> None:
+    def _attempt(self, call: Callable[..., object], *args: object) -> None:
+        try:
+            call(*args)
+        except JobError as exc:
+            self._fail(exc)
+        except OSError as exc:
+            self._fail(JobError("prepare", exc.errno or 0, str(exc)))
+
+    def _fail(self, error: JobError, command: int = 0) -> None:
         stage, number, message = error.args
-        if (self.link.state, Kind.FAILED) in NEXT:
-            self.link.send(Kind.FAILED, {"stage": stage[:64], "errno": number, "message": message[:1000]})
+        if (self.link.state, Failed) in NEXT:
+            self.link.send(Failed(command, stage[:64], number, message[:1000]))
 
-    def _take(self, event: Event) -> None:
-        if isinstance(event, Control):
-            if event.kind is Kind.WARM:
-                self._warm(event.body)
-            elif event.kind is Kind.SEED:
-                self.platform.seed(event.body)
-                self.machine_id = event.body["machine_id"]
-                self.link.send(Kind.SEEDED, {"nonce": event.body["nonce"]})
-            elif event.kind is Kind.START:
-                network = event.body["network"]
-                self.environment = self.environment or Environment(self.platform, network=network is not None)
-                self.environment.admit(network)
-                body = self.platform.adapt(event.body)
-                self.job = Job(self.link, self.machine_id, body, self.environment, self.audit, self._fail)
-                self.job.begin_if_complete()
-            elif event.kind is Kind.STOP and self.job is not None:
-                self.job.stop()
-        elif self.job is not None:
-            self.job.take(event)
+    def _take(self, event: Message | Event) -> None:
+        sandbox = self.sandbox
+        if isinstance(event, Warm):
+            self._warm(event)
+        elif isinstance(event, Seed):
+            self.platform.seed(event)
+            self.machine_id = event.machine_id
+            self.link.send(Seeded(event.nonce))
+        elif isinstance(event, Open):
+            self.environment = self.environment or Environment(self.platform, network=event.network is not None)
+            self.environment.admit(event.network)
+            opening = self.platform.adapt(event)
+            self.sandbox = Sandbox(self.link, self.machine_id, opening, self.environment, self.audit, self._fail)
+        elif sandbox is None:
+            return
+        elif isinstance(event, Exec):
+            sandbox.execute(self.platform.adapt_command(event))
+        elif isinstance(event, Stop):
+            sandbox.stop(event.id)
+        elif isinstance(event, Close):
+            sandbox.close(event)
+        elif isinstance(event, Event):
+            sandbox.take(event)
 
-    def _warm(self, body: dict[str, Any]) -> None:
+    def _warm(self, order: Warm) -> None:
         """Prepare everything that does not depend on the job, then answer the host, which saves the VM after that.
 
-        limits, hostname, output: the values that START will probably have. commands: programs installed in the image.
-        They run as root, while nothing hostile is in the guest, so that their files are in the page cache.
+        The commands run as root, while nothing hostile is in the guest, so that their files are in the page cache.
         """
         first = self.environment is None
         if self.environment is not None:  # a warm-up program of the host's own has run in it
-            self.job = None
+            self.sandbox = None
             self.environment.close()
-        limits = body["limits"]
+        limits = order.limits
         self.environment = environment = Environment(
-            self.platform, first=first, preload=body["preload"], network=body["network"]
+            self.platform, first=first, preload=order.preload, network=order.network
         )
-        spare_cpu_s = environment.spare_cpu_s
-        environment.prepare(job_settings(limits, body["hostname"], spare_cpu_s, out_writable=body["output"]))
+        environment.prepare(job_settings(order, limits, environment.spare_cpu_s))
         environment.measure()
         if environment.relay is not None:
             environment.relay.wait_built()
-        environment.group.limit(mem_bytes=max(limits["mem_bytes"], environment.waiting_bytes), tasks=limits["tasks"])
-        for argv in body["commands"]:
+        environment.group.limit(mem_bytes=max(limits.mem_bytes, environment.waiting_bytes), tasks=limits.tasks)
+        for argv in order.commands:
             _run_quietly(argv)
         os.sync()  # the snapshot contains the scratch disk as the host sees it
         # A garbage collection in a clone would write to (and so copy) every page of these objects.
@@ -156,7 +166,7 @@ class Agent:
         gc.disable()
         environment.baseline_cpu_us()
         self.audit.settle()
-        self.link.send(Kind.WARMED, {})
+        self.link.send(Warmed())
 
 
 def _run_quietly(argv: list[str]) -> None:

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final, NamedTuple
 
-from x07_sandbox.channel.frames import DENIED_MAX
+from x07_sandbox.channel.messages import DENIED_MAX
 from x07_sandbox.guest.confine import UID
 
 _RATE: Final = 1200  # records per second; a denied call makes three or four

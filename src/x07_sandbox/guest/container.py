@@ -13,7 +13,7 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.channel.trees import Entry, Kind
 from x07_sandbox.guest import confine, system
@@ -22,6 +22,9 @@ from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.process import FREE_INIT, RULES, SCOPES, OnSharedKernel, limits_of_child
 from x07_sandbox.guest.system import write_file
 from x07_sandbox.guest.trees import Tree, as_program_user
+
+if TYPE_CHECKING:
+    from x07_sandbox.channel.messages import Open
 
 NET_SOCKET: Final = "/run/x07-net/relay"
 _CGROUP: Final = "/sys/fs/cgroup"
@@ -171,18 +174,18 @@ class Contained(OnSharedKernel):
         """Return the container's group."""
         return ContainerGroup()
 
-    def adapt(self, body: dict[str, Any]) -> dict[str, Any]:
+    def adapt(self, opening: Open) -> Open:
         """Record the mount points of trees. Trees are unpacked directly at their mount points."""
-        for mount in body["mounts"]:
-            if mount["tree"] is None:
-                self._work = mount["at"]
+        for mount in opening.mounts:
+            if mount.tree is None:
+                self._work = mount.at
                 continue
-            at, sub = mount["at"], mount["sub"]
+            at, sub = mount.at, mount.sub
             if sub and not at.endswith(f"/{sub}"):
                 raise JobError("mounts", 0, f"{at} does not match its path in the tree")
             base = at[: -len(sub) - 1] if sub else at
-            self._trees.setdefault(mount["tree"], (base, {}))[1][os.fsencode(sub)] = mount["write"]
-        return body
+            self._trees.setdefault(mount.tree, (base, {}))[1][os.fsencode(sub)] = mount.write
+        return opening
 
     def tree(self, number: int) -> Tree:
         """Return a tree on the engine's mounts."""

@@ -9,13 +9,14 @@ import os
 import select
 import signal
 import time
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.guest import confine, filters, init, interpreter, restrict, system
 from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.system import read_all, write_all
 
 if TYPE_CHECKING:
+    from x07_sandbox.channel.messages import Confine, Network
     from x07_sandbox.guest.platform import Platform
 
 IN_MEMORY_BYTES: Final = 256 * 1024  # input files up to this total are kept in memory
@@ -24,21 +25,6 @@ WAITING_BYTES: Final = 32 << 20  # memory allowed to the waiting process, whatev
 SPARE_CPU_S: Final = 5
 PRELOAD_CPU_S: Final = 300  # RLIMIT_CPU includes the time of imports; the agent's own CPU limit does not
 PRELOAD_S: Final = 180.0  # timeout of all imports; the host's is longer (host/settings.py: PRELOAD_S)
-
-
-class Limits(NamedTuple):
-    """The `confine` field of START.
-
-    programs: paths that may be executed; None if the policy has no list. prefixes: of more such paths. alone: whether
-    the inputs contain nothing else that can be executed.
-    """
-
-    threads: bool
-    spawn: bool
-    execute: bool
-    programs: list[str] | None
-    prefixes: list[str]
-    alone: bool
 
 
 class Environment:
@@ -112,10 +98,10 @@ class Environment:
         if world.netns_fd >= 0:
             os.close(world.netns_fd)
 
-    def admit(self, network: dict[str, Any] | None) -> None:
-        """Send START's field `network` to the relay. `start` waits for the relay. Raises JobError."""
+    def admit(self, network: Network | None) -> None:
+        """Send the configuration of the network to the relay. `start` waits for the relay. Raises JobError."""
         if (network is None) != (self.relay is None):
-            raise JobError("relay", 0, "the job's network setting differs from the environment's")
+            raise JobError("relay", 0, "the session's network setting differs from the environment's")
         if self.relay is not None and network is not None:
             self.relay.wait_built()
             self.relay.admit(network)
@@ -179,27 +165,27 @@ class Environment:
         """Record whether the mounted folders contain user site-packages, which the waiting interpreter has not read."""
         self._own_modules = os.path.lexists(f"/proc/{self.init}/root{interpreter.OWN_MODULES}")
 
-    def becomes(self, argv: list[str], env: dict[str, str], limits: Limits) -> bool:
+    def becomes(self, argv: list[str], env: dict[str, str], confined: Confine) -> bool:
         """Return whether the waiting interpreter can run this command itself."""
         # Landlock binds only the calling thread, and a filter does not end existing threads.
-        alone = limits.programs is not None or not limits.threads
+        alone = confined.programs is not None or not confined.threads
         return self._preload is not None and interpreter.can_become(
             argv, env, preload=bool(self._preload), alone=alone, own_modules=self._own_modules
         )
 
-    def start(self, argv: list[str], env: dict[str, str], cwd: str, limits: Limits) -> None:
+    def start(self, argv: list[str], env: dict[str, str], cwd: str, confined: Confine) -> None:
         """Start the program. `status_fd` and `report_fd` then carry the result. Raises JobError."""
         if self.relay is not None:
             self.relay.wait_admitted()
         os.close(self._settings_fd)
-        become = self.becomes(argv, env, limits)
-        name = filters.filter_name(threads=limits.threads, spawn=limits.spawn, execute=limits.execute)
-        token = b"" if become or limits.execute else os.urandom(restrict.TOKEN_BYTES)
+        become = self.becomes(argv, env, confined)
+        name = filters.filter_name(threads=confined.threads, spawn=confined.spawn, execute=confined.execute)
+        token = b"" if become or confined.execute else os.urandom(restrict.TOKEN_BYTES)
         if token:
             code = filters.with_token(*self._split[name + filters.ONCE], token)
         else:
             code = self._filters[name] if name else b""
-        rules_fd = -1 if limits.programs is None else interpreter.RULES_FD
+        rules_fd = -1 if confined.programs is None else interpreter.RULES_FD
         with contextlib.suppress(BrokenPipeError):  # it has ended, and `status_fd` has the reason
             write_all(self._start_fd, marshal.dumps((become, argv, env, cwd, code, rules_fd, token)))
         os.close(self._start_fd)

@@ -1,14 +1,13 @@
-"""The input files of a job."""
+"""The input files of a session."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import os
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.channel.egress import CA_FILE
-from x07_sandbox.channel.frames import Stream
 from x07_sandbox.guest.confine import CWD
 from x07_sandbox.guest.environment import IN_MEMORY_BYTES, Environment
 from x07_sandbox.guest.errors import JobError
@@ -16,6 +15,7 @@ from x07_sandbox.guest.system import write_all
 from x07_sandbox.guest.unpack import ArchiveError, unpack
 
 if TYPE_CHECKING:
+    from x07_sandbox.channel.messages import InputFile
     from x07_sandbox.guest.trees import Tree
 
 _UNPACKED_MAX: Final = 4 << 30
@@ -24,85 +24,85 @@ SYSTEM_CA: Final = "/etc/ssl/certs/ca-certificates.crt"
 
 
 class IncomingFiles:
-    """The input files of a job. Trees are unpacked while they arrive, archives once they are complete.
+    """The input files of a session. Trees are unpacked while they arrive, archives once they are complete.
 
-    trees: each tree, by the number of its stream. work: the tree of the working folder, or None. on_disk: whether files
+    trees: each tree, by the number of its file. work: the tree of the working folder, or None. on_disk: whether files
     are on disk, not in memory. ca: the file to mount at SYSTEM_CA, or "".
     """
 
-    def __init__(self, entries: list[dict[str, Any]], environment: Environment) -> None:
-        self.on_disk = sum(entry["bytes"] for entry in entries if entry["kind"] != "tree") > IN_MEMORY_BYTES
+    def __init__(self, files: list[InputFile], environment: Environment) -> None:
+        self.on_disk = sum(file.size for file in files if file.kind != "tree") > IN_MEMORY_BYTES
         self.trees: dict[int, Tree] = {}
         self.work: Tree | None = None
         self.ca = ""
         self._mounts = environment.platform.namespaces
         self._folder = environment.folder(on_disk=self.on_disk)
-        self._entries = {Stream.FIRST_FILE + index: entry for index, entry in enumerate(entries)}
+        self._files = files
         self._open: dict[int, int] = {}
         self._archives: dict[int, io.BytesIO] = {}
         self._left: dict[int, int] = {}
-        for stream, entry in self._entries.items():
-            self._left[stream] = entry["bytes"]
-            if entry["kind"] == "tree":
-                in_work = entry["path"] == CWD
-                tree = environment.platform.work_tree() if in_work else environment.platform.tree(stream)
-                self.trees[stream] = tree
+        for number, file in enumerate(files):
+            self._left[number] = file.size
+            if file.kind == "tree":
+                in_work = file.path == CWD
+                tree = environment.platform.work_tree() if in_work else environment.platform.tree(number)
+                self.trees[number] = tree
                 self.work = tree if in_work else self.work
                 continue
-            if entry["kind"] == "archive" and not self.on_disk:
-                self._archives[stream] = io.BytesIO()
+            if file.kind == "archive" and not self.on_disk:
+                self._archives[number] = io.BytesIO()
                 continue
-            archive = f"{environment.platform.scratch}/{stream}.cpio" if entry["kind"] == "archive" else None
+            archive = f"{environment.platform.scratch}/{number}.cpio" if file.kind == "archive" else None
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            self._open[stream] = os.open(archive or self._path(entry), flags, entry["mode"])
+            self._open[number] = os.open(archive or self._path(file), flags, file.mode)
             if archive:
                 os.unlink(archive)
 
-    def _path(self, entry: dict[str, Any]) -> str:
-        name = entry["path"].removeprefix(_FOLDER)
+    def _path(self, file: InputFile) -> str:
+        name = file.path.removeprefix(_FOLDER)
         if not name or "/" in name or name.startswith("."):
-            raise JobError("files", 0, f"invalid path: {entry['path']}")
+            raise JobError("files", 0, f"invalid path: {file.path}")
         return f"{self._folder}/{name}"
 
-    def write(self, stream: int, data: bytes) -> None:
-        """Append to the file of *stream*. Raises JobError, OSError."""
-        left = self._left.get(stream, 0) - len(data)
+    def write(self, number: int, data: bytes) -> None:
+        """Append to file *number*. Raises JobError, OSError."""
+        left = self._left.get(number, 0) - len(data)
         if left < 0:
-            raise JobError("files", 0, f"stream {stream} is unknown, or longer than announced")
-        self._left[stream] = left
-        if stream in self.trees:
-            self.trees[stream].write(data)
-        elif stream in self._archives:
-            self._archives[stream].write(data)
+            raise JobError("files", 0, f"file {number} is unknown, or longer than announced")
+        self._left[number] = left
+        if number in self.trees:
+            self.trees[number].write(data)
+        elif number in self._archives:
+            self._archives[number].write(data)
         else:
-            write_all(self._open[stream], data)
+            write_all(self._open[number], data)
 
-    def close(self, stream: int) -> None:
+    def close(self, number: int) -> None:
         """Close a complete file; unpack it if it is an archive. Raises JobError, OSError."""
-        if self._left.pop(stream, 1) != 0:
-            raise JobError("files", 0, f"stream {stream} is unknown or incomplete")
-        if stream in self.trees:
-            self.trees[stream].finish()
+        if self._left.pop(number, 1) != 0:
+            raise JobError("files", 0, f"file {number} is unknown or incomplete")
+        if number in self.trees:
+            self.trees[number].finish()
             return
-        fd = self._open.pop(stream, None)
-        entry = self._entries[stream]
-        if entry["kind"] == "archive":
-            target = self._path(entry)
+        fd = self._open.pop(number, None)
+        file = self._files[number]
+        if file.kind == "archive":
+            target = self._path(file)
             os.mkdir(target, 0o755)
             try:
-                with self._archives.pop(stream) if fd is None else os.fdopen(fd, "rb") as archive:
+                with self._archives.pop(number) if fd is None else os.fdopen(fd, "rb") as archive:
                     archive.seek(0)
                     unpack(archive, target, most_bytes=_UNPACKED_MAX)
             except ArchiveError as exc:
                 raise JobError("unpack", 0, str(exc)) from exc
         elif fd is not None:
-            if entry["path"] == CA_FILE:
-                self._add_system_certificates(fd, self._path(entry))
+            if file.path == CA_FILE:
+                self._add_system_certificates(fd, self._path(file))
             os.close(fd)
 
     def _add_system_certificates(self, fd: int, path: str) -> None:
-        with contextlib.suppress(FileNotFoundError), open(SYSTEM_CA, "rb") as file:
-            write_all(fd, file.read())
+        with contextlib.suppress(FileNotFoundError), open(SYSTEM_CA, "rb") as system:
+            write_all(fd, system.read())
             self.ca = path if self._mounts else ""
 
     def complete(self) -> bool:

@@ -11,12 +11,15 @@ import os
 import select
 import socket
 import struct
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from x07_sandbox.channel import egress
 from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.netlink import HeldPackets, add_elements, deliver_locally
 from x07_sandbox.guest.system import read_all, write_all
+
+if TYPE_CHECKING:
+    from x07_sandbox.channel.messages import Network
 
 DNS_PORT: Final = 53
 TCP_PORT: Final = 1  # of the relay; a privileged port, so the program cannot bind it
@@ -147,12 +150,12 @@ def _rules(family: Family, *, hold: bool) -> str:
     return rules.replace("RELAY", relay).replace("OWN", family.own).replace("IP ", f"{family.name} ")
 
 
-def admit(network: dict[str, Any], sockets: Sockets) -> None:
-    """Allow the targets of START's field `network`, and verify the rules. Raises OSError, JobError."""
+def admit(network: Network, sockets: Sockets) -> None:
+    """Allow the targets of *network*, and verify the rules. Raises OSError, JobError."""
     found = families()
     for family in found:
         for name in ("tcp", "udp"):
-            rows = [row for row in network[name] if (":" in row[0]) == (family is V6)]
+            rows = [row for row in getattr(network, name) if (":" in row[0]) == (family is V6)]
             add_elements(_TABLE, f"{name}_ok", [(first, last, port) for first, last, ports in rows for port in ports])
         _verify(sockets, family)
 

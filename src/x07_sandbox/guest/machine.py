@@ -7,7 +7,7 @@ import os
 import select
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.guest import confine, filters, system
 from x07_sandbox.guest.audit import Audit
@@ -17,6 +17,7 @@ from x07_sandbox.guest.platform import Platform
 from x07_sandbox.guest.system import write_file
 
 if TYPE_CHECKING:
+    from x07_sandbox.channel.messages import Seed
     from x07_sandbox.guest.relay import RelayProcess
 
 PORT: Final = "x07.0"
@@ -91,14 +92,14 @@ class Machine(Platform):
         """Make a control group."""
         return RootGroup()
 
-    def seed(self, body: dict[str, Any]) -> None:
+    def seed(self, seed: Seed) -> None:
         """Set the clock, and add entropy to the kernel's pool."""
         try:
-            time.clock_settime_ns(time.CLOCK_REALTIME, body["unix_ns"])
+            time.clock_settime_ns(time.CLOCK_REALTIME, seed.unix_ns)
         except OSError:
             # EINVAL: the kernel rejects a time before its own boot, which a host with an unset clock may send.
             time.clock_settime_ns(time.CLOCK_REALTIME, time.monotonic_ns() + 10**9)
-        system.add_entropy(self._random_fd, body["entropy"])
+        system.add_entropy(self._random_fd, seed.entropy)
 
     def end(self) -> None:
         """Power off."""

@@ -6,13 +6,14 @@ import contextlib
 import os
 import posixpath
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn
 
-from x07_sandbox.channel.frames import DENIED_MAX
+from x07_sandbox.channel.messages import DENIED_MAX
 from x07_sandbox.guest import confine, system
 from x07_sandbox.guest.errors import JobError
 
 if TYPE_CHECKING:
+    from x07_sandbox.channel.messages import Mount
     from x07_sandbox.guest.trees import Tree
 
 _STEPS_MAX: Final = 256  # folders and links on the way to one file
@@ -41,8 +42,8 @@ def mount_all(init: int, mounts: Sequence[tuple[str, str, bool]]) -> None:
 class ProgramPaths:
     """Paths as the program sees them, for reports of denials. The tables are built on first use, which is rare."""
 
-    def __init__(self, trees: Mapping[int, Tree], mounts: Sequence[Mapping[str, Any]], view: str) -> None:
-        """Store the trees by stream, START's field `mounts`, and the program's root folder as the agent sees it."""
+    def __init__(self, trees: Mapping[int, Tree], mounts: Sequence[Mount], view: str) -> None:
+        """Store the trees by number, the mounts of the session, and the program's root folder as the agent sees it."""
         self._trees = trees
         self._mounts = mounts
         self._view = view
@@ -52,7 +53,7 @@ class ProgramPaths:
 
     def roots(self) -> list[str]:
         """Return the mount points."""
-        return [_text(mount["at"]) for mount in self._mounts]
+        return [_text(mount.at) for mount in self._mounts]
 
     def path(self, device: str, inode: int, name: str = "") -> str:
         """Return the path of an inode. Return "" if the path is unknown, or if *name* already is in a read-only mount.
@@ -80,7 +81,7 @@ class ProgramPaths:
 
     def _resolve(self, path: str) -> str:
         writable = [*confine.IN_MEMORY, confine.CWD, "/x07/out"]
-        writable += [_text(mount["at"]) for mount in self._mounts if mount["write"]]
+        writable += [_text(mount.at) for mount in self._mounts if mount.write]
         if all(_below(path.strip("/"), folder.strip("/")) is None for folder in writable):
             return ""
         at, is_link, names = "", False, path.split("/")[::-1]
@@ -105,29 +106,29 @@ class ProgramPaths:
 
     def _parent_folders(self) -> Iterator[tuple[tuple[str, int], str]]:
         for mount in self._mounts:
-            folder = os.path.dirname(mount["at"])
+            folder = os.path.dirname(mount.at)
             with contextlib.suppress(OSError):  # it was moved
                 yield (_device(self._view + folder), os.stat(self._view + folder).st_ino), _text(folder)
 
     def _in_read_only_root(self, path: str) -> bool:
         path = path.strip("/")
-        around = (mount for mount in self._mounts if _below(path, _text(mount["at"]).strip("/")) is not None)
-        inner = max(around, key=lambda mount: len(mount["at"]), default=None)
-        return inner is not None and not inner["write"]
+        around = (mount for mount in self._mounts if _below(path, _text(mount.at).strip("/")) is not None)
+        inner = max(around, key=lambda mount: len(mount.at), default=None)
+        return inner is not None and not inner.write
 
     def _read_only_paths(self) -> Iterator[tuple[tuple[str, int], str]]:
         for number, tree in self._trees.items():
             device = _device(tree.folder)
-            mounts = [mount for mount in self._mounts if mount["tree"] == number]
-            if all(mount["write"] for mount in mounts):
+            mounts = [mount for mount in self._mounts if mount.tree == number]
+            if all(mount.write for mount in mounts):
                 continue
-            mounts.sort(key=lambda mount: -len(mount["sub"]))
+            mounts.sort(key=lambda mount: -len(mount.sub))
             for inode, name in tree.inodes():
                 # The innermost mount decides: in a writable one, another file may have this inode by now.
                 for mount in mounts:
-                    if (rest := _below(name, mount["sub"])) is not None:
-                        if not mount["write"]:
-                            yield (device, inode), _text(posixpath.join(mount["at"], rest).rstrip("/"))
+                    if (rest := _below(name, mount.sub)) is not None:
+                        if not mount.write:
+                            yield (device, inode), _text(posixpath.join(mount.at, rest).rstrip("/"))
                         break
 
 

@@ -6,12 +6,13 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from x07_sandbox.guest.mounts import mount_all
 from x07_sandbox.guest.trees import Tree
 
 if TYPE_CHECKING:
+    from x07_sandbox.channel.messages import Exec, Open, Seed
     from x07_sandbox.guest.audit import Audit, NoAudit
     from x07_sandbox.guest.cgroup import NoGroup
     from x07_sandbox.guest.confine import Confinement
@@ -95,12 +96,16 @@ class Platform(ABC):
         """Return a control group for a program. Raises OSError."""
 
     @abstractmethod
-    def seed(self, body: dict[str, Any]) -> None:
-        """Apply the time and the entropy from a SEED frame. Raises OSError."""
+    def seed(self, seed: Seed) -> None:
+        """Apply the time and the entropy of a SEED message. Raises OSError."""
 
-    def adapt(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Return the body of START, adapted to this platform. Raises JobError if the platform does not support it."""
-        return body
+    def adapt(self, opening: Open) -> Open:
+        """Return *opening*, adapted to this platform. Raises JobError if the platform does not support it."""
+        return opening
+
+    def adapt_command(self, order: Exec) -> Exec:
+        """Return *order*, adapted to this platform."""
+        return order
 
     @abstractmethod
     def end(self) -> None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import resource
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
+from x07_sandbox.channel.messages import Confine
 from x07_sandbox.guest import confine, system
 from x07_sandbox.guest.audit import NoAudit
 from x07_sandbox.guest.cgroup import NoGroup, host_group
@@ -19,6 +20,7 @@ from x07_sandbox.guest.platform import Platform
 from x07_sandbox.guest.system import children_of, write_file
 
 if TYPE_CHECKING:
+    from x07_sandbox.channel.messages import Exec, Open, Seed
     from x07_sandbox.guest.relay import RelayProcess
 
 GROUP: Final = "/run/x07/cgroup"  # the program's control group, if the host has made one
@@ -122,7 +124,7 @@ class OnSharedKernel(Platform):
         """Return an audit that reports nothing, since the audit of the host's kernel cannot be used here."""
         return NoAudit()
 
-    def seed(self, body: dict[str, Any]) -> None:
+    def seed(self, seed: Seed) -> None:
         """Do nothing, since clock and entropy are the host's."""
 
     def end(self) -> None:
@@ -200,21 +202,22 @@ class Unconfined(OnSharedKernel):
         """Return a group that enforces nothing."""
         return NoGroup()
 
-    def adapt(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Replace guest paths by paths in the private folder."""
+    def adapt(self, opening: Open) -> Open:
+        """Remember the private working folder, and drop mounts and restrictions."""
         # A mount without a tree is the working folder; others would need real mounts.
-        if any(mount["tree"] is not None for mount in body["mounts"]):
+        if any(mount.tree is not None for mount in opening.mounts):
             raise JobError("mounts", 0, "host folders cannot be mounted without confinement")
-        self._replacements = (*((mount["at"], "work") for mount in body["mounts"]), *_REPLACEMENTS)
-        allowed = dict.fromkeys(("threads", "spawn", "execute"), True)
-        return {
-            **body,
-            "argv": [self._replace(word) for word in body["argv"]],
-            "env": {name: self._replace(value) for name, value in body["env"].items()},
-            "cwd": self._replace(body["cwd"]),
-            "mounts": [],
-            "confine": {**allowed, "programs": None, "prefixes": [], "alone": False},
-        }
+        self._replacements = (*((mount.at, "work") for mount in opening.mounts), *_REPLACEMENTS)
+        free = Confine(threads=True, spawn=True, execute=True, programs=None, prefixes=[], alone=False)
+        return opening._replace(mounts=[], confine=free)
+
+    def adapt_command(self, order: Exec) -> Exec:
+        """Replace guest paths by paths in the private folder."""
+        return order._replace(
+            argv=[self._replace(word) for word in order.argv],
+            env={name: self._replace(value) for name, value in order.env.items()},
+            cwd=self._replace(order.cwd),
+        )
 
     def _replace(self, word: str) -> str:
         for path, name in self._replacements:

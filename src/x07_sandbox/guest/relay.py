@@ -17,22 +17,25 @@ import struct
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn
 
-from x07_sandbox.channel import egress
-from x07_sandbox.channel.egress import EgressLink, Event
+from x07_sandbox.channel import egress, streams
+from x07_sandbox.channel.egress import Target
+from x07_sandbox.channel.messages import Network
+from x07_sandbox.channel.streams import Role, Streams
 from x07_sandbox.guest import firewall, system
 from x07_sandbox.guest.dns import NameTable, answer
 from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.system import read_all, write_all
 
 if TYPE_CHECKING:
+    from x07_sandbox.channel.streams import Event
     from x07_sandbox.guest.firewall import Sockets
     from x07_sandbox.guest.netlink import Held, HeldPackets
 
 _READ: Final = 128 * 1024
 _PORT_READ: Final = 4096  # the console driver fills at most this much of each buffer, so pass many (measured)
-_CHUNK: Final = egress.DATA_MAX - egress.HEADER.size  # a frame then fills four 32 KiB writes of the driver
+_CHUNK: Final = egress.DATA_MAX - streams.HEADER.size  # a frame then fills four 32 KiB writes of the driver
 _QUEUED_MAX: Final = 64 * 1024  # bytes queued for the gate; with more, do not read sockets
 _FLOWS_MAX: Final = 896  # more than the gate accepts, and fewer than the descriptors that a process may have
 _QUERY_MAX: Final = 4096
@@ -109,7 +112,7 @@ class Relay:
         self._port_fd = port_fd
         self._names = names
         self._sockets = sockets
-        self._link = EgressLink(guest=True)
+        self._link = Streams(Role.GUEST, egress.STREAMS)
         self._watcher = watcher = Watcher()
         self._flows: dict[int, _Flow] = {}
         self._by_endpoints: dict[tuple[int, _Endpoints], _Flow] = {}
@@ -166,18 +169,18 @@ class Relay:
                 self._watch(flow)
 
     def _take(self, flow: _Flow, event: Event) -> None:
-        if event.kind == egress.OPENED:
-            self._opened(flow, event.value)
-        elif event.kind == egress.DATA:
+        if event.type == streams.ANSWER:
+            self._opened(flow, event.code)
+        elif event.type == streams.DATA:
             self._take_data(flow, event.data)
-        elif event.kind == egress.FIN:
+        elif event.type == streams.FIN:
             flow.from_gate_ended = True
             self._write(flow)
-        elif event.kind == egress.CREDIT:
+        elif event.type == streams.CREDIT:
             self._watch(flow)
-        elif event.kind == egress.RESET:
+        elif event.type == streams.RESET:
             self._end(flow, reset=True)
-        elif event.kind == egress.DATAGRAM and flow.sock is not None:
+        elif event.type == streams.DATAGRAM and flow.sock is not None:
             with contextlib.suppress(OSError):
                 flow.sock.send(event.data)
 
@@ -221,8 +224,8 @@ class Relay:
         address, port = endpoints[1]
         if len(self._flows) >= _FLOWS_MAX:
             return None
-        host = self._names.host_at(address) or address
-        flow = _Flow(self._link.open(transport, host.encode("ascii"), port), endpoints, transport)
+        stream = self._link.open(transport, self._target(transport, address, port).opening())
+        flow = _Flow(stream, endpoints, transport)
         self._flows[flow.stream] = self._by_endpoints[transport, endpoints] = flow
         return flow
 
@@ -236,9 +239,7 @@ class Relay:
         endpoints = held.source, held.target
         if held.queue == firewall.TO_REFUSE:
             self._release(held, egress.POLICY)
-            address, port = held.target
-            host = self._names.host_at(address) or address
-            self._link.report_refusal(held.transport, host.encode("ascii"), port)
+            self._report(self._target(held.transport, *held.target))
             return
         flow = self._by_endpoints.get((egress.TCP, endpoints))
         if flow is None:
@@ -261,7 +262,15 @@ class Relay:
     def _report_name(self, name: str) -> None:
         """Report the lookup of an unlisted name. A name without a dot is not reported, since it is no outside host."""
         if "." in name:
-            self._link.report_refusal(egress.TCP, name.encode("ascii"), 0)
+            self._report(Target(egress.TCP, name.encode("ascii"), 0))
+
+    def _target(self, transport: int, address: str, port: int) -> Target:
+        return Target(transport, (self._names.host_at(address) or address).encode("ascii"), port)
+
+    def _report(self, target: Target) -> None:
+        """Report a refusal, unless too much is queued already."""
+        if self._link.pending() < egress.WINDOW and 0 < len(target.host) <= egress.HOST_MAX:
+            self._link.message(egress.REFUSAL, target.refusal())
 
     def _accept(self, listener: socket.socket, _mask: int) -> None:
         try:
@@ -433,10 +442,10 @@ class RelayProcess:
         if (status := os.read(self.status_fd, 1)) != _READY:
             raise JobError("relay", 0, (status + os.read(self.status_fd, 4096)).decode("utf-8", "replace")[:1000])
 
-    def admit(self, network: dict[str, Any]) -> None:
-        """Send START's field `network` to the process."""
+    def admit(self, network: Network) -> None:
+        """Send the configuration to the process."""
         with contextlib.suppress(BrokenPipeError):  # it has ended; `wait_admitted` raises
-            write_all(self._settings_fd, marshal.dumps(network))
+            write_all(self._settings_fd, marshal.dumps(tuple(network)))
         os.close(self._settings_fd)
 
     def end_reason(self) -> str:
@@ -459,9 +468,10 @@ def _run(netns_fd: int, open_port: Callable[[], int], settings_fd: int, status_f
         sockets = firewall.Sockets(hold=hold)
         port_fd = open_port()
         os.write(status_fd, _READY)
-        network = marshal.loads(read_all(settings_fd))  # noqa: S302 - from our agent
+        network = Network(*marshal.loads(read_all(settings_fd)))  # noqa: S302 - from our agent
         firewall.admit(network, sockets)
-        relay = Relay(port_fd, NameTable(network["names"], network["wildcards"]), sockets)
+        wildcards = [(suffix, first) for suffix, first in network.wildcards]
+        relay = Relay(port_fd, NameTable(network.names, wildcards), sockets)
         os.write(status_fd, _READY)
         relay.serve()
         os.write(status_fd, b"the gate has disconnected")

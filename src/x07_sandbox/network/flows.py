@@ -15,7 +15,7 @@ from x07_sandbox.network.inspection_error import InspectionError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from x07_sandbox.channel.egress import EgressLink
+    from x07_sandbox.channel.streams import Streams
     from x07_sandbox.network.first_bytes import Inspector
     from x07_sandbox.network.summary import Contact
 
@@ -61,7 +61,7 @@ class TcpFlow(Flow, asyncio.BufferedProtocol):
         stream: int,
         contact: Contact,
         counters: list[int],
-        link: EgressLink,
+        link: Streams,
         inspector: Inspector,
         gate: _Gatekeeper,
     ) -> None:
@@ -231,7 +231,7 @@ class UdpFlow(Flow, asyncio.DatagramProtocol):
 
     transport: asyncio.DatagramTransport
 
-    def __init__(self, stream: int, contact: Contact, counters: list[int], link: EgressLink, gate: _Gatekeeper) -> None:
+    def __init__(self, stream: int, contact: Contact, counters: list[int], link: Streams, gate: _Gatekeeper) -> None:
         super().__init__(stream, contact, counters, gate.now())
         self._link = link
         self._gate = gate

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Final
 
 from msgspec.structs import replace
 
-from x07_sandbox.channel import egress
-from x07_sandbox.channel.egress import EgressLink
+from x07_sandbox.channel import egress, streams
+from x07_sandbox.channel.streams import Role, Streams
 from x07_sandbox.errors import PeerError, UsageError
 from x07_sandbox.network.dialler import Dialled, NotDialledError
 from x07_sandbox.network.first_bytes import Inspector
@@ -24,7 +24,8 @@ from x07_sandbox.network.rules import Request, decide, denied_name
 from x07_sandbox.network.summary import Contact
 
 if TYPE_CHECKING:
-    from x07_sandbox.channel.egress import Event
+    from x07_sandbox.channel.egress import Target
+    from x07_sandbox.channel.streams import Event
     from x07_sandbox.network.dialler import Dialler
     from x07_sandbox.network.first_bytes import Mode
     from x07_sandbox.network.ledger import Ledger
@@ -62,7 +63,7 @@ class Gate(asyncio.BufferedProtocol):
         self.now = loop.time
         self.over = asyncio.Event()
         self.starting: asyncio.Task[object] | None = None  # a reference, since the loop keeps only weak ones
-        self._link = EgressLink(guest=False)
+        self._link = Streams(Role.HOST, egress.STREAMS)
         self._buffer = bytearray(_READ)
         self._flows: dict[int, Flow] = {}
         self._limits = allowlist.settings
@@ -177,50 +178,53 @@ class Gate(asyncio.BufferedProtocol):
     # from the guest
 
     def _take(self, event: Event) -> None:
-        if event.kind in {egress.OPEN, egress.REFUSAL}:
-            self._request(event)
+        if event.type == streams.OPEN:
+            self._request(event.stream, egress.opened(event.code, event.data))
+            return
+        if event.type == streams.MESSAGE:
+            self._request(0, egress.refused(event.data))
             return
         flow = self._flows.get(event.stream)
         if flow is None:
-            if event.kind == egress.RESET:
+            if event.type == streams.RESET:
                 self._give_up(event.stream)
             return
-        if event.kind == egress.RESET:
+        if event.type == streams.RESET:
             self._end(flow)
-        elif event.kind in {egress.DATA, egress.DATAGRAM}:  # the link checks which kind a flow may have
+        elif event.type in {streams.DATA, streams.DATAGRAM}:  # the link checks which type a flow may have
             flow.from_guest(event.data)
         elif isinstance(flow, TcpFlow):
-            if event.kind == egress.FIN:
+            if event.type == streams.FIN:
                 flow.guest_finished()
             else:  # the window grew
                 flow.pump()
 
-    def _request(self, event: Event) -> None:
-        """Decide on a connection that the guest requests, or record a connection that the guest itself denied."""
-        transport: Transport = "udp" if event.transport == egress.UDP else "tcp"
+    def _request(self, stream: int, target: Target) -> None:
+        """Decide on a connection that the guest requests, or (stream 0) record one that the guest itself denied."""
+        transport: Transport = "udp" if target.transport == egress.UDP else "tcp"
         try:
-            request = Request(host=parse_guest_host(event.data), port=event.value, transport=transport)
+            request = Request(host=parse_guest_host(target.host), port=target.port, transport=transport)
         except UsageError as exc:
-            host = ascii(event.data)[2:-1]
-            contact = Contact(host=host, port=event.value, transport=transport, rule="malformed", reason=exc.why)
-            self._refuse(event.stream, egress.POLICY, contact)  # not answered if it has no stream
+            host = ascii(target.host)[2:-1]
+            contact = Contact(host=host, port=target.port, transport=transport, rule="malformed", reason=exc.why)
+            self._refuse(stream, egress.POLICY, contact)  # not answered if it has no stream
             return
         decision = decide(self._allowlist, request)
-        if event.kind == egress.REFUSAL:
+        if not stream:
             reason = decision.reason if not decision.allowed else "denied inside the guest"
             self._ledger.denied(_of(decision, reason=reason))
             return
         if not decision.allowed:
-            self._refuse(event.stream, egress.POLICY, _of(decision, reason=decision.reason))
+            self._refuse(stream, egress.POLICY, _of(decision, reason=decision.reason))
         elif limit := self._limit(decision):
-            self._refuse(event.stream, egress.LIMIT, _of(decision, rule="limit", reason=limit))
+            self._refuse(stream, egress.LIMIT, _of(decision, rule="limit", reason=limit))
         else:
-            self._waiting[event.stream] = decision, self.now() + _WAITING_S
+            self._waiting[stream] = decision, self.now() + _WAITING_S
             self._start_waiting()
 
     def _refuse(self, stream: int, code: int, contact: Contact) -> None:
         self._ledger.denied(contact)
-        self._link.opened(stream, code)
+        self._link.answer(stream, code)
 
     def _limit(self, decision: Decision) -> str:
         """Return the limit that another request would exceed, or "" if it would exceed none."""
@@ -294,11 +298,11 @@ class Gate(asyncio.BufferedProtocol):
             dialled = await self._dialler.dial(decision)
             flow = await self._carry(stream, decision, dialled)
         except NotDialledError as exc:
-            if stream in self._link.flows:
+            if self._link.is_open(stream):
                 contact = _of(decision, rule=exc.rule, reason=exc.reason, address=exc.address)
                 count = self._ledger.denied if exc.code == egress.POLICY else self._ledger.failed
                 count(contact)
-                self._link.opened(stream, exc.code)
+                self._link.answer(stream, exc.code)
         except asyncio.CancelledError:
             if dialled is not None:
                 dialled.sock.close()
@@ -314,10 +318,10 @@ class Gate(asyncio.BufferedProtocol):
 
     def _answer(self, stream: int, flow: Flow) -> None:
         """Report a new connection to the guest."""
-        if stream not in self._link.flows or self.over.is_set():  # the program has closed it meanwhile
+        if not self._link.is_open(stream) or self.over.is_set():  # the program has closed it meanwhile
             flow.abort()
             return
-        self._link.opened(stream)
+        self._link.answer(stream)
         if flow.lost:
             self._link.reset(stream)
             return

@@ -10,6 +10,7 @@ from ipaddress import IPv4Address, IPv6Address
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
 
+from x07_sandbox.channel.messages import Network
 from x07_sandbox.errors import UsageError
 from x07_sandbox.network.names import Wildcard, matches
 from x07_sandbox.policy.hosts import Addresses, covers
@@ -29,8 +30,8 @@ _ELSEWHERE: Final = Addresses(_V4, 0xF0000000, 0xF001FFFF)  # 240.0.0.0/15, if t
 _OWN: Final = (Addresses(_V4, 0xC0000008, 0xC0000009), Addresses(6, 0xFD783037 << 96, (0xFD783037 << 96) + 1))
 
 
-def guest_view(allowlist: Allowlist) -> dict[str, Any]:
-    """Return the `network` field of START (docs/guest-channel.md). Raises UsageError if there are too many names."""
+def guest_view(allowlist: Allowlist) -> Network:
+    """Return the configuration of the relay (docs/guest-channel.md). Raises UsageError if there are too many names."""
     net = allowlist.policy.net
     names = sorted({entry.what for entry in allowlist.entries if isinstance(entry.what, str)})
     suffixes = sorted({entry.what.suffix for entry in allowlist.entries if isinstance(entry.what, Wildcard)})
@@ -52,12 +53,12 @@ def guest_view(allowlist: Allowlist) -> dict[str, Any]:
         for one in ranges:
             tcp.add(one, entry.ports)
             udp.add(one, entry.ports if entry.udp else frozenset())
-    return {
-        "names": {name: _text(address) for name, address in exact.items()},
-        "wildcards": [[suffix, _text(first)] for suffix, first in blocks.items()],
-        "tcp": tcp.rows() if net.allow_tcp else [],
-        "udp": udp.rows() if net.allow_udp else [],
-    }
+    return Network(
+        names={name: _text(address) for name, address in exact.items()},
+        wildcards=[[suffix, _text(first)] for suffix, first in blocks.items()],
+        tcp=tcp.rows() if net.allow_tcp else [],
+        udp=udp.rows() if net.allow_udp else [],
+    )
 
 
 def _synthetic(allowlist: Allowlist) -> Addresses:

@@ -1,11 +1,13 @@
-"""Restrictions of the program inside the machine that are not limits: the field `confine` of the START frame."""
+"""Restrictions of the program inside the machine that are not limits."""
 
 from __future__ import annotations
 
 import posixpath
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
+
+from x07_sandbox.channel.messages import Confine
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -37,10 +39,10 @@ class Confinement(msgspec.Struct, frozen=True, kw_only=True):
         names = (*BASE_FILTERS, name, "" if self.execute else f"{name}-once")
         return tuple(name for name in names if name)
 
-    def for_guest(self) -> dict[str, Any]:
-        """Return the value of the field `confine` in the message START to the guest agent."""
+    def for_guest(self) -> Confine:
+        """Return the restrictions as the guest agent gets them."""
         programs = None if self.programs is None else list(self.programs)
-        return msgspec.structs.asdict(self) | {"programs": programs, "prefixes": list(self.prefixes)}
+        return Confine(self.threads, self.spawn, self.execute, programs, list(self.prefixes), self.alone)
 
 
 UNCONFINED: Final = Confinement(threads=True, spawn=True, execute=True)

@@ -9,13 +9,14 @@ import msgspec
 from x07_sandbox.errors import RefusedError
 from x07_sandbox.plan.control_table import TABLE, PlanInput, State
 from x07_sandbox.plan.denials import HowToAllow
-from x07_sandbox.plan.sizes import guest_limits, ram_class_bytes
+from x07_sandbox.plan.sizes import command_limits, ram_class_bytes
 from x07_sandbox.policy.environment import VARIABLES, program_environment
 from x07_sandbox.policy.model import Limits, leaf_values
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
 
+    from x07_sandbox.channel.messages import CommandLimits
     from x07_sandbox.plan.control_table import Answer
     from x07_sandbox.plan.features import Features
     from x07_sandbox.policy.model import Policy
@@ -66,9 +67,9 @@ class RunLimits(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
         """Return the limits in the form that a policy has."""
         return Limits(**{field: getattr(self, field) for field in Limits.__struct_fields__})
 
-    def for_guest(self) -> dict[str, int]:
-        """Return the field `limits` of START."""
-        return guest_limits(self, self.tasks)
+    def for_guest(self) -> CommandLimits:
+        """Return the limits of the program's command."""
+        return command_limits(self, self.tasks)
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -8,10 +8,11 @@ from __future__ import annotations
 import errno
 import posixpath
 import shlex
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
 
+from x07_sandbox.channel.messages import Denied
 from x07_sandbox.host.decoding import prepared
 from x07_sandbox.plan.confinement import confinement
 from x07_sandbox.plan.denials import Denial, HowToAllow
@@ -22,7 +23,7 @@ from x07_sandbox.policy.rules import rule_problems
 from x07_sandbox.policy.schema import largest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
 
     from x07_sandbox.plan.denials import GuestMount
 
@@ -58,26 +59,26 @@ _PROGRAM_FOLDERS: Final = frozenset({"bin", "sbin", "games", "libexec"})
 
 
 def denials(
-    refused: Iterable[Mapping[str, Any]],
+    refused: Iterable[Denied],
     policy: Policy,
     areas: Sequence[GuestMount],
     cwd: str,
     reach: FlagReach = _NO_FLAGS,
 ) -> list[Denial]:
-    """Return the distinct denials in *refused*, which are bodies of DENIED frames. cwd: the program's start folder."""
+    """Return the distinct denials in *refused*, which the guest reported. cwd: the program's start folder."""
     found: dict[tuple[str, str, str], Denial] = {}
-    for body in refused:
-        if body["by"] == "seccomp":
-            denial = _call(body, policy)
-        elif body["errno"] == errno.EMFILE:
+    for denied in refused:
+        if denied.by == "seccomp":
+            denial = _call(denied, policy)
+        elif denied.errno == errno.EMFILE:
             how = _advise_higher(policy, "limits.fds", policy.limits.fds, reach)
-            denial = _denial("limits.fds", "open", "another file", _RLIMITS, body["count"], how)
-        elif body["call"] in _RAISES_LIMIT:
-            denial = _limit(body, policy, reach)
-        elif body["call"] in _EXECUTES:
-            denial = _execution(body, policy, areas, cwd)
+            denial = _denial("limits.fds", "open", "another file", _RLIMITS, denied.times, how)
+        elif denied.call in _RAISES_LIMIT:
+            denial = _limit(denied, policy, reach)
+        elif denied.call in _EXECUTES:
+            denial = _execution(denied, policy, areas, cwd)
         else:
-            denial = _file(body, policy, areas, cwd)
+            denial = _file(denied, policy, areas, cwd)
         key = denial.field, denial.action, denial.subject
         if (earlier := found.get(key)) is not None:
             denial = msgspec.structs.replace(denial, count=min(denial.count + earlier.count, _COUNT_MAX))
@@ -167,14 +168,14 @@ def _denial(field: str, action: str, subject: str, by: str, count: int, how: How
     )
 
 
-def _call(body: Mapping[str, Any], policy: Policy) -> Denial:
+def _call(denied: Denied, policy: Policy) -> Denial:
     """Return the denial of a system call by a seccomp filter. The filter does not report the call's arguments."""
-    process, count = policy.process, body["count"]
+    process, count = policy.process, denied.times
     # The base filter, which every program has, denies execveat of a bare descriptor.
-    if body["call"] in _EXECUTES and not process.may_execute:
+    if denied.call in _EXECUTES and not process.may_execute:
         how = _advise_process(policy, "allow_exec")
         return _denial("process.allow_exec", "execute", "a program", _SECCOMP, count, how)
-    if body["call"] in _TASKS:
+    if denied.call in _TASKS:
         if not process.may_spawn:
             what = "a new process" if policy.threads_in_force.enabled else "a new process or thread"
             how = _advise_process(policy, "allow_spawn")
@@ -182,7 +183,7 @@ def _call(body: Mapping[str, Any], policy: Policy) -> Denial:
         if not policy.threads_in_force.enabled:
             how = advise(policy, "threads.enabled", value=True)
             return _denial("threads.enabled", "start", "a new thread", _SECCOMP, count, how)
-    return _denial(SYSTEM_CALLS, "call", str(body["call"]), _SECCOMP, count, None)
+    return _denial(SYSTEM_CALLS, "call", denied.call, _SECCOMP, count, None)
 
 
 def _advise_process(policy: Policy, name: str) -> HowToAllow | None:
@@ -190,25 +191,25 @@ def _advise_process(policy: Policy, name: str) -> HowToAllow | None:
     return advise(policy, f"process.{name if policy.process.enabled else 'enabled'}", value=True)
 
 
-def _limit(body: Mapping[str, Any], policy: Policy, reach: FlagReach) -> Denial:
+def _limit(denied: Denied, policy: Policy, reach: FlagReach) -> Denial:
     """Return the denial of a higher resource limit (ulimit)."""
-    field, what, how = PERMISSIONS, f"({body['call']})", None
-    if body["path"] == "nofile":
+    field, what, how = PERMISSIONS, f"({denied.call})", None
+    if denied.path == "nofile":
         field, what = "limits.fds", "the open file limit"
         how = _advise_higher(policy, field, policy.limits.fds, reach)
-    elif body["path"] == "cpu":
+    elif denied.path == "cpu":
         field, what = "limits.cpu_ms", "the CPU time limit"
         how = _advise_higher(policy, field, policy.limits.cpu_ms, reach)
-    elif body["path"] == "core":
+    elif denied.path == "core":
         field, what = "limits.core_dumps", "the core file size limit"
         how = None if policy.limits.core_dumps else advise(policy, field, value=True)
-    return _denial(field, "raise", what, _RLIMITS, body["count"], how)
+    return _denial(field, "raise", what, _RLIMITS, denied.times, how)
 
 
-def _execution(body: Mapping[str, Any], policy: Policy, areas: Sequence[GuestMount], cwd: str) -> Denial:
-    path, count = body["path"], body["count"]
+def _execution(denied: Denied, policy: Policy, areas: Sequence[GuestMount], cwd: str) -> Denial:
+    path, count = denied.path, denied.times
     lists = confinement(policy, cwd)
-    if not path.startswith("/") or lists.programs is None or body["errno"] != errno.EACCES:
+    if not path.startswith("/") or lists.programs is None or denied.errno != errno.EACCES:
         return _denial(PERMISSIONS, "execute", path, "the file's mode", count, None)
     listed = not _is_unlisted(path, policy, cwd)
     root = _root_of(path, areas)
@@ -230,7 +231,8 @@ def advise_loading(path: str, policy: Policy, areas: Sequence[GuestMount], cwd: 
     """Return the advice to allow loading a library from an absolute path. The same change allows executing the file."""
     if not policy.process.may_execute:
         return _advise_process(policy, "allow_exec")
-    return _execution({"path": path, "errno": errno.EACCES, "count": 1}, policy, areas, cwd).how_to_allow
+    denied = Denied(0, "kernel", "openat", errno.EACCES, path, write=False, times=1)
+    return _execution(denied, policy, areas, cwd).how_to_allow
 
 
 def _advise_entry(policy: Policy, path: str) -> HowToAllow | None:
@@ -243,24 +245,24 @@ def _is_unlisted(path: str, policy: Policy, cwd: str) -> bool:
     return lists.programs is not None and path not in lists.programs and not path.startswith(lists.prefixes)
 
 
-def _file(body: Mapping[str, Any], policy: Policy, areas: Sequence[GuestMount], cwd: str) -> Denial:
-    path, count = body["path"], body["count"]
-    action = "write" if body["write"] else "read"
+def _file(denied: Denied, policy: Policy, areas: Sequence[GuestMount], cwd: str) -> Denial:
+    path, count = denied.path, denied.times
+    action = "write" if denied.write else "read"
     if not path.startswith("/"):  # relative to a descriptor, or unknown: no advice
-        return _denial(PERMISSIONS, action, path or f"({body['call']})", "the guest's kernel", count, None)
+        return _denial(PERMISSIONS, action, path or f"({denied.call})", "the guest's kernel", count, None)
     area = _root_of(path, areas)
     # The kernel may report the mode of the parent folder before it reports that a mount point is busy.
-    whole = area is not None and area.at == path and body["call"].startswith(_REPLACES)
-    if body["errno"] == errno.EBUSY or whole:
+    whole = area is not None and area.at == path and denied.call.startswith(_REPLACES)
+    if denied.errno == errno.EBUSY or whole:
         return _denial("fs.write_roots", "replace", path, _MOUNTS, count, _advise_replacing(path, areas, policy, cwd))
     if action == "read":
         if area is None and _PROGRAM_FOLDERS & set(path.split("/")) and _is_unlisted(path, policy, cwd):
             return _denial("process.allow_execs", action, path, _LANDLOCK, count, _advise_entry(policy, path))
         return _denial(PERMISSIONS, action, path, "the file's mode and owner", count, None)
-    if body["errno"] == errno.EPERM or (area is not None and area.write):
-        action = body["call"] if body["errno"] == errno.EPERM else action
+    if denied.errno == errno.EPERM or (area is not None and area.write):
+        action = denied.call if denied.errno == errno.EPERM else action
         return _denial(PERMISSIONS, action, path, "the file's mode and owner", count, None)
-    folder = body["call"] in _MAKES_FOLDERS
+    folder = denied.call in _MAKES_FOLDERS
     field, how = _write_denial(path, area, policy, cwd, folder=folder)
     return _denial(field, action, path, _MOUNTS, count, how)
 

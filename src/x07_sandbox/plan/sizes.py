@@ -14,6 +14,7 @@ machine costs no extra memory.
 
 from typing import Final
 
+from x07_sandbox.channel.messages import CommandLimits
 from x07_sandbox.host import settings
 from x07_sandbox.policy.model import Limits
 
@@ -26,16 +27,20 @@ FIXED_OVERHEAD_BYTES: Final = 160 * _MIB
 OVERHEAD_DIVISOR: Final = 32
 
 
-def guest_limits(limits: Limits, tasks: int) -> dict[str, int]:
-    """Return the field `limits` of START, which the agent enforces. tasks: the most processes and threads."""
-    return {
-        "mem_bytes": limits.mem_bytes,
-        "tasks": tasks,
-        "cpu_ms": limits.cpu_ms,
-        "fds": limits.fds,
-        "core_bytes": _UNLIMITED if limits.core_dumps else 0,
-        "tmp_bytes": max(65536, limits.mem_bytes // settings.TMP_SHARE),
-    }
+def command_limits(limits: Limits, tasks: int) -> CommandLimits:
+    """Return the limits of a command, which the agent enforces. tasks: the most processes and threads."""
+    return CommandLimits(
+        mem_bytes=limits.mem_bytes,
+        tasks=tasks,
+        cpu_ms=limits.cpu_ms,
+        fds=limits.fds,
+        core_bytes=_UNLIMITED if limits.core_dumps else 0,
+    )
+
+
+def tmp_bytes(mem_bytes: int) -> int:
+    """Return the size of /tmp and of /dev/shm for a program with *mem_bytes*."""
+    return max(65536, mem_bytes // settings.TMP_SHARE)
 
 
 def build_limits(wall_ms: int | None = None) -> Limits:

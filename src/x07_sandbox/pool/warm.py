@@ -37,7 +37,7 @@ from x07_sandbox.policy import default_policy
 from x07_sandbox.programs.toolchains import OUTPUT
 from x07_sandbox.runs.artifact import obtain_artifact
 from x07_sandbox.runs.folder import RunFolder
-from x07_sandbox.runs.phase import PhaseStreams, needs_of, run_phase
+from x07_sandbox.runs.phase import CommandStreams, needs_of, run_phase
 from x07_sandbox.runs.phase_specs import run_spec
 from x07_sandbox.runs.prepare import check_pinned, current_image, final_value, prepare
 from x07_sandbox.runs.request import RunRequest
@@ -212,8 +212,8 @@ class WarmMachines:
                 for name in ("stdout", "stderr")
             )
             stdin_fd = memory_file(_INPUT, stack)
-            streams = PhaseStreams(stdin_fd=stdin_fd, stdout=out, stderr=err, cancel=self._cancel)
-            ending = classify(run_phase(spec, instance, streams).evidence)
+            streams = CommandStreams(stdin_fd=stdin_fd, stdout=out, stderr=err)
+            ending = classify(run_phase(spec, instance, streams, self._cancel).evidence)
         self._check_open()
         if ending.outcome != "ok":
             raise BackendError("cannot prepare a VM for the pool", ending.reason, "Run x07 doctor")

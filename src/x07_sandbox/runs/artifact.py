@@ -89,10 +89,11 @@ def _verdict(prepared: Prepared, found: Verdict) -> Verdict:
 
 def _failed_by_itself(end: JobEnd) -> bool:
     """Return whether the compiler rejected the source, and so would again: it exited and met no limit."""
-    evidence, usage = end.facts.evidence, end.facts.usage
-    limited = any(usage.get(name) for name in ("tasks_refused", "disk_full", "memory_full", "denials_lost"))
-    exited = end.ending.outcome == "failed" and evidence.wait_status is not None
-    return exited and not (evidence.oom_kills or limited or end.facts.refused)
+    exited = end.facts.exited
+    if end.ending.outcome != "failed" or exited is None or end.facts.denied:
+        return False
+    limits = (exited.oom_kills, exited.tasks_refused, exited.disk_full, exited.memory_full, exited.denials_lost)
+    return not any(limits)
 
 
 def _build(
@@ -119,7 +120,7 @@ def _build(
     draft = replace(draft, stdout=report.stdout, stderr=report.stderr)
     if ending.outcome != "ok":
         return ending, draft
-    problem = end.facts.usage.get("output_problem") or "is incomplete"
+    problem = (end.facts.closed and end.facts.closed.output_problem) or "is incomplete"
     return verdict("build-failed", f"the build succeeded, but its output {problem}", fault="program"), draft
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 from msgspec.structs import replace
 
+from x07_sandbox.channel.messages import Network
 from x07_sandbox.errors import UsageError
 from x07_sandbox.network.guest_view import guest_view
 from x07_sandbox.network.names import parse_host
@@ -32,11 +33,11 @@ _LIKELY_PORT: Final = 443
 
 
 class Egress(msgspec.Struct, frozen=True, kw_only=True):
-    """The data that a run with network access needs before it starts. view: the field `network` of START."""
+    """The data that a run with network access needs before it starts. view: the configuration of the relay."""
 
     allowlist: Allowlist
     config: GateConfig
-    view: dict[str, Any]
+    view: Network
 
 
 def egress_of(effective_policy: EffectivePolicy) -> Egress:

@@ -28,7 +28,7 @@ def hints_for(tail: bytes, prepared: Prepared, spec: PhaseSpec) -> list[Hint]:
     """Return hints about what a program lacks. tail: the end of the program's output."""
     beside = _beside(prepared.request, prepared.program)
     image = image_in_use(prepared.image, prepared.image_name)
-    return hints(tail, prepared.policy.policy, spec.areas, spec.cwd, beside, os.environ, image=image)
+    return hints(tail, prepared.policy.policy, spec.areas, spec.order.cwd, beside, os.environ, image=image)
 
 
 def missing_interpreter(program: Program, image: ImageInUse) -> list[Hint]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import posixpath
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import msgspec
 
 from x07_sandbox.backends.base import RootPlace
-from x07_sandbox.channel.frames import Stream
+from x07_sandbox.channel.messages import Mount as GuestFolder
+from x07_sandbox.channel.messages import Room
 from x07_sandbox.errors import BackendError, Cancelled, HostError, RefusedError
 from x07_sandbox.files.change_rules import AllowedActions, check_changes
 from x07_sandbox.files.changes import ChangeSet, RootChanges, encode, printable
@@ -122,22 +123,17 @@ class HostFiles:
         self.files.append(InFile(path=tree.host, mode=0, kind="tree", fd=packed.fd, size=size))
         return copied
 
-    def mounts(self, first: int) -> list[dict[str, Any]]:
-        """Return the mounts for the START frame. first: index of the first file tree among the files of START."""
+    def mounts(self, first: int) -> list[GuestFolder]:
+        """Return the mounts for the guest. first: index of the first file tree among the session's files."""
+        wanted = self._roots if self.incoming is not None else []
         return [
-            {
-                "tree": Stream.FIRST_FILE + first + number,
-                "sub": mount.sub,
-                "at": mount.at,
-                "write": mount.write,
-                "changes": self.incoming is not None and (number, mount) in self._roots,
-            }
+            GuestFolder(first + number, mount.sub, mount.at, mount.write, (number, mount) in wanted)
             for number, mount in self._mounts
         ]
 
-    def room(self) -> dict[str, int]:
-        """Return the room for the contents of changed files, for the START frame."""
-        return {"file_bytes": self._bounds.write_bytes, "total_bytes": settings.CHANGES_MAX_BYTES}
+    def room(self) -> Room:
+        """Return the room for the contents of changed files."""
+        return Room(self._bounds.write_bytes, settings.CHANGES_MAX_BYTES)
 
     def places(self) -> tuple[RootPlace, ...]:
         """Return the mounted folders, outer ones before inner ones. For a mounted file, return its parent folder."""

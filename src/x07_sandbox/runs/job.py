@@ -14,7 +14,7 @@ from x07_sandbox.host import settings
 from x07_sandbox.host.cancel import Caller
 from x07_sandbox.jobs.admission import admitted
 from x07_sandbox.jobs.record import Claim
-from x07_sandbox.runs.phase import PhaseStreams, needs_of, preload_phase, run_phase
+from x07_sandbox.runs.phase import CommandStreams, needs_of, preload_phase, run_phase
 from x07_sandbox.runs.prepare import output_caps
 from x07_sandbox.runs.result import PhaseReport
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from x07_sandbox.network.processes import GateProcess
     from x07_sandbox.network.summary import NetworkUse
     from x07_sandbox.plan.outcomes import Verdict
-    from x07_sandbox.runs.execute import PhaseFacts
+    from x07_sandbox.runs.execution import Facts
     from x07_sandbox.runs.folder import RunFolder
     from x07_sandbox.runs.phase import PhaseSpec
     from x07_sandbox.runs.prepare import Prepared
@@ -37,7 +37,7 @@ class JobEnd(NamedTuple):
     """
 
     ending: Verdict
-    facts: PhaseFacts
+    facts: Facts
     report: PhaseReport
     jail: str
     output_sha256: str
@@ -63,8 +63,8 @@ def run_job(prepared: Prepared, spec: PhaseSpec, run_id: str, folder: RunFolder)
         instance, facts, warnings = _run_phase(prepared, spec, run_id, (stdout, stderr), gate)
         net = None if gate is None else gate.account()
     from x07_sandbox.plan.outcomes import classify
-    from x07_sandbox.runs.execute import drain
     from x07_sandbox.runs.folder import output_of
+    from x07_sandbox.runs.session import drain
 
     evidence = facts.evidence
     if gate is not None and net is None:
@@ -87,9 +87,9 @@ def run_job(prepared: Prepared, spec: PhaseSpec, run_id: str, folder: RunFolder)
         times_ms=facts.times_ms,
         stdout=output_of(stdout, stdout_fd),
         stderr=output_of(stderr, stderr_fd),
-        cpu_ms=int(facts.usage.get("cpu_us", 0)) // 1000,
-        memory_peak_bytes=int(facts.usage.get("memory_peak_bytes", 0)),
-        tasks_peak=int(facts.usage.get("tasks_peak", 0)),
+        cpu_ms=0 if facts.exited is None else facts.exited.cpu_us // 1000,
+        memory_peak_bytes=0 if facts.exited is None else facts.exited.memory_peak_bytes,
+        tasks_peak=0 if facts.exited is None else facts.exited.tasks_peak,
     )
     return JobEnd(ending, facts, report, instance.jail, stdout.sha256(), (stderr_fd, stdout_fd), tuple(warnings), net)
 
@@ -97,7 +97,7 @@ def run_job(prepared: Prepared, spec: PhaseSpec, run_id: str, folder: RunFolder)
 def _gate(
     prepared: Prepared, spec: PhaseSpec, folder: RunFolder
 ) -> contextlib.AbstractContextManager[GateProcess | None]:
-    if prepared.egress is None or spec.network is None:
+    if prepared.egress is None or spec.opening.network is None:
         return contextlib.nullcontext()
     from x07_sandbox.runs.egress import gate_of
 
@@ -106,28 +106,26 @@ def _gate(
 
 def _run_phase(
     prepared: Prepared, spec: PhaseSpec, run_id: str, sinks: tuple[Sink, Sink], gate: GateProcess | None
-) -> tuple[Instance, PhaseFacts, list[str]]:
+) -> tuple[Instance, Facts, list[str]]:
     request, live = prepared.request, spec.name == "run"
     warnings: list[str] = []
-    streams = PhaseStreams(
+    streams = CommandStreams(
         stdin_fd=request.stdin_fd if live else None,
         stdout=sinks[0],
         stderr=sinks[1],
-        cancel=request.cancel,
         on_started=lambda: request.progress("") if live else None,
-        gate_fd=None if gate is None else gate.pidfd,
     )
     try:
         with contextlib.ExitStack() as stack:
             instance = _start(prepared, spec, run_id, stack, warnings)
             if gate is not None:
                 gate.send_stream(instance.net_fd)
-            facts = run_phase(spec, instance, streams)
+            facts = run_phase(spec, instance, streams, request.cancel, None if gate is None else gate.pidfd)
     except NoAnswerError as exc:
-        from x07_sandbox.runs.execute import PhaseFacts
+        from x07_sandbox.runs.execution import Facts
 
         instance = exc.instance
-        facts = PhaseFacts(evidence=evidence_of(exc.failure, request.cancel.signal), times_ms=exc.times_ms)
+        facts = Facts(evidence=evidence_of(exc.failure, request.cancel.signal), times_ms=exc.times_ms)
     warnings += instance.notes
     return instance, facts, warnings
 
@@ -139,7 +137,7 @@ def _start(
     job = Job(
         claim=Claim(run_id=run_id, phase=spec.name, wall_ms=spec.wall_ms),
         kind=MachineKind(
-            image=prepared.image, ram_bytes=spec.ram_bytes, runtime=spec.name, network=spec.network is not None
+            image=prepared.image, ram_bytes=spec.ram_bytes, runtime=spec.name, network=spec.opening.network is not None
         ),
         caller=Caller(cancel=request.cancel, progress=request.progress),
         needs=needs_of(spec),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import posixpath
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.backends.base import RootPlace
+from x07_sandbox.channel.messages import Close, Exec, Left, Mount, Open, Output, Room
 from x07_sandbox.host import settings
-from x07_sandbox.plan.confinement import confinement
-from x07_sandbox.plan.sizes import build_limits, guest_limits, ram_class_bytes
+from x07_sandbox.plan.confinement import UNCONFINED, confinement
+from x07_sandbox.plan.sizes import build_limits, command_limits, ram_class_bytes, tmp_bytes
 from x07_sandbox.policy import program_environment
 from x07_sandbox.programs.toolchains import (
     ARTIFACT,
@@ -19,14 +20,16 @@ from x07_sandbox.programs.toolchains import (
     SOURCE_FOLDER,
     build_driver,
 )
-from x07_sandbox.runs.phase import CWD, PhaseSpec
+from x07_sandbox.runs.phase import CWD, PhaseSpec, Receivers, input_files
 from x07_sandbox.runs.request import in_memory
 from x07_sandbox.runs.streams import InFile
 
 if TYPE_CHECKING:
     import contextlib
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
+    from x07_sandbox.channel.messages import Network
+    from x07_sandbox.plan.confinement import Confinement
     from x07_sandbox.policy import Policy
     from x07_sandbox.runs.host_files import HostFiles
     from x07_sandbox.runs.prepare import Prepared
@@ -47,8 +50,9 @@ _CA_VARIABLES: Final = (
     *("SSL_CERT_FILE", "CURL_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "NODE_EXTRA_CA_CERTS", "GIT_SSL_CAINFO", "PIP_CERT"),
     *("AWS_CA_BUNDLE", "CARGO_HTTP_CAINFO"),
 )
+_NO_ROOM: Final = Room(0, 0)
 # A program with a manifest has its private folder at the path for relative roots.
-_PROJECT_MOUNT: Final[dict[str, Any]] = {"tree": None, "sub": "", "at": PROJECT_FOLDER, "write": True, "changes": False}
+_PROJECT_MOUNT: Final = Mount(tree=None, sub="", at=PROJECT_FOLDER, write=True, changes=False)
 
 
 def run_environment(policy: Policy, named: Mapping[str, str], ours: Mapping[str, str]) -> dict[str, str]:
@@ -76,14 +80,38 @@ def build_spec(prepared: Prepared, artifact: OutFile, stack: contextlib.ExitStac
     limits = build_limits(wall_ms)
     return PhaseSpec(
         name="build",
-        argv=toolchain.build(program.source),
+        opening=_opening(UNCONFINED, limits.mem_bytes, files, out_writable=True),
+        order=Exec(1, toolchain.build(program.source), env, CWD, command_limits(limits, settings.BUILD_TASKS)),
+        closing=Close(1, Output(artifact.path, artifact.max_bytes), None),
         files=tuple(files),
-        limits=guest_limits(limits, settings.BUILD_TASKS),
+        receivers=Receivers(output=artifact),
         wall_ms=wall_ms or settings.BUILD_WALL_MS,
-        env=env,
         ram_bytes=ram_class_bytes(limits.mem_bytes),
-        output=artifact,
+        filters=UNCONFINED.filters,
         limits_shown=limits,
+    )
+
+
+def _opening(  # noqa: PLR0913 - what a session consists of
+    confine: Confinement,
+    mem_bytes: int,
+    files: list[InFile],
+    mounts: Sequence[Mount] = (),
+    network: Network | None = None,
+    room: Room = _NO_ROOM,
+    *,
+    out_writable: bool,
+) -> Open:
+    return Open(
+        hostname=settings.GUEST_HOSTNAME,
+        mem_bytes=mem_bytes,
+        tmp_bytes=tmp_bytes(mem_bytes),
+        files=input_files(files),
+        mounts=list(mounts),
+        confine=confine.for_guest(),
+        network=network,
+        out_writable=out_writable,
+        room=room,
     )
 
 
@@ -122,25 +150,22 @@ def run_spec(
         places = host_files.places()
         mounts += host_files.mounts(len(files))
         files += host_files.files
+    confine = confinement(policy, PROJECT_FOLDER if program.project else cwd, alone=not (archive or protocol))
+    network = None if prepared.egress is None else prepared.egress.view
+    room = _NO_ROOM if host_files is None else host_files.room()
     return PhaseSpec(
         name="run",
-        argv=[*_start(program, cwd), *request.args],
+        opening=_opening(confine, limits.mem_bytes, files, mounts, network, room, out_writable=left_files is not None),
+        order=Exec(1, [*_start(program, cwd), *request.args], env, cwd, limits.for_guest()),
+        closing=Close(1, None, left),
         files=tuple(files),
-        limits=limits.for_guest(),
-        confine=confinement(policy, PROJECT_FOLDER if program.project else cwd, alone=not (archive or protocol)),
+        receivers=Receivers(changes=None if host_files is None else host_files.incoming, left=left_files),
         wall_ms=limits.wall_ms,
-        env=env,
         ram_bytes=limits.ram_bytes,
-        cwd=cwd,
-        mounts=tuple(mounts),
+        filters=confine.filters,
         places=(*([RootPlace(at=PROJECT_FOLDER, write=True)] if program.project else []), *places),
-        changes=None if host_files is None else host_files.incoming,
-        room=None if host_files is None else host_files.room(),
-        left=left,
-        left_files=left_files,
         areas=() if host_files is None else tuple(host_files.areas),
         limits_shown=limits,
-        network=None if prepared.egress is None else prepared.egress.view,
     )
 
 
@@ -151,13 +176,12 @@ def _start(program: Program, cwd: str) -> list[str]:
     return start
 
 
-def _left(prepared: Prepared, stack: contextlib.ExitStack) -> tuple[dict[str, int] | None, LeftFiles | None]:
+def _left(prepared: Prepared, stack: contextlib.ExitStack) -> tuple[Left | None, LeftFiles | None]:
     request = prepared.request
     if prepared.program.toolchain.protocol is not None:
         return None, None
     if not request.max_files_bytes:  # only counted; with --workdir not even that
-        return None if request.workdir is not None else {"files": 0, "bytes": 0}, None
+        return None if request.workdir is not None else Left(0, 0), None
     from x07_sandbox.runs.private_files import FILES_MAX, LeftFiles
 
-    limits = {"files": FILES_MAX, "bytes": request.max_files_bytes}
-    return limits, LeftFiles(stack, request.max_files_bytes)
+    return Left(FILES_MAX, request.max_files_bytes), LeftFiles(stack, request.max_files_bytes)

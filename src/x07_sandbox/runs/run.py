@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 from msgspec.structs import replace
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from x07_sandbox.channel.messages import Closed
     from x07_sandbox.plan.denials import Hint, Outcome
     from x07_sandbox.plan.outcomes import Verdict
     from x07_sandbox.policy import Policy
@@ -123,8 +124,8 @@ def _steps(request: RunRequest, draft: Result, folder: RunFolder, stack: context
     ending = _without_command(_naming_flags(end, prepared), end, prepared)
     draft = _with_run(draft, end._replace(ending=ending))
     draft = _with_denials(draft, prepared, spec, end)
-    left = {} if spec.left_files is None else spec.left_files.files()
-    draft = replace(draft, files_discarded=_discarded(end.facts.usage, left))
+    left = {} if spec.receivers.left is None else spec.receivers.left.files()
+    draft = replace(draft, files_discarded=_discarded(end.facts.closed, left))
     yield draft
     ended = _ended(draft, ending) if host_files is None else _settled(draft, host_files, ending)
     yield ended.with_files(left)
@@ -191,7 +192,7 @@ def _filters(prepared: Prepared, spec: PhaseSpec) -> dict[str, str]:
     if prepared.image is None:
         return {}
     known = prepared.image.manifest.filters
-    return {name: f"sha256:{known[name].sha256}" for name in spec.confine.filters}
+    return {name: f"sha256:{known[name].sha256}" for name in spec.filters}
 
 
 def _with_run(draft: Result, end: JobEnd) -> Result:
@@ -250,9 +251,10 @@ def _has_fixed_output(end: JobEnd, prepared: Prepared) -> bool:
     return prepared.program.toolchain.protocol is not None and end.facts.evidence.output_overflow == "stderr"
 
 
-def _discarded(usage: dict[str, Any], taken: dict[str, bytes]) -> Discarded:
-    count = usage.get("left_files", 0) - len(taken)
-    size = usage.get("left_bytes", 0) - sum(map(len, taken.values()))
+def _discarded(closed: Closed | None, taken: dict[str, bytes]) -> Discarded:
+    if closed is None:
+        return Discarded()
+    count, size = closed.left_files - len(taken), closed.left_bytes - sum(map(len, taken.values()))
     return Discarded(count=max(0, count), bytes=max(0, size))
 
 
@@ -274,10 +276,11 @@ def _without_command(ending: Verdict, end: JobEnd, prepared: Prepared) -> Verdic
 
 
 def _with_denials(draft: Result, prepared: Prepared, spec: PhaseSpec, end: JobEnd) -> Result:
-    usage, refused, outcome = end.facts.usage, end.facts.refused, end.ending.outcome
-    draft = replace(draft, denials_lost=int(usage.get("denials_lost", 0)))
-    tasks = int(usage.get("tasks_refused", 0))
-    disk, memory = usage.get("disk_full"), usage.get("memory_full")
+    exited, refused, outcome = end.facts.exited, end.facts.denied, end.ending.outcome
+    tasks, disk, memory = 0, False, False
+    if exited is not None:
+        draft = replace(draft, denials_lost=exited.denials_lost)
+        tasks, disk, memory = exited.tasks_refused, exited.disk_full, exited.memory_full
     denied = end.net is not None and end.net.denied
     if outcome == "ok" and not (refused or tasks or disk or memory or denied):
         return draft
@@ -286,7 +289,7 @@ def _with_denials(draft: Result, prepared: Prepared, spec: PhaseSpec, end: JobEn
 
     policy, program = prepared.policy.policy, prepared.program
     reach = prepared.policy.reach()
-    denials = [*observed.denials(refused, policy, spec.areas, spec.cwd, reach), *draft.denials]
+    denials = [*observed.denials(refused, policy, spec.areas, spec.order.cwd, reach), *draft.denials]
     if end.net is not None and prepared.egress is not None:
         from x07_sandbox.runs.egress import denials as denied_connections
 

@@ -25,8 +25,8 @@ from x07_sandbox.backends.base import Prunable
 from x07_sandbox.backends.handshake import Handshake, input_poll
 from x07_sandbox.backends.qemu.machine import Machine, Origin, qemu_argv, qmp_query_save, qmp_save
 from x07_sandbox.backends.qemu.start import QemuJob, Saved, Saving, boot_attempts, miscalibrated, start_qemu, tsc_khz
-from x07_sandbox.channel.frames import Kind
 from x07_sandbox.channel.link import State
+from x07_sandbox.channel.messages import Warm
 from x07_sandbox.errors import BackendError, HostError, ImageError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
@@ -43,7 +43,7 @@ from x07_sandbox.images.store import list_images
 from x07_sandbox.images.verify import CHUNK_BYTES, Subject, opened_file, opened_folder, opened_parts
 from x07_sandbox.jobs.record import Claim, create_record, new_run_id
 from x07_sandbox.plan.controls import run_limits
-from x07_sandbox.plan.sizes import build_limits, guest_limits
+from x07_sandbox.plan.sizes import build_limits, command_limits, tmp_bytes
 from x07_sandbox.policy import default_policy
 
 if TYPE_CHECKING:
@@ -71,19 +71,21 @@ _ASK_AGAIN_MS: Final = 5
 _FIX: Final = "Jobs boot a new VM instead. To try again: x07 image build"
 
 
-def warm_frame(kind: MachineKind) -> dict[str, object]:
-    """Return the body of a WARM frame. Its commands are run before saving, so that their files are in memory."""
+def warm_message(kind: MachineKind) -> Warm:
+    """Return the message WARM. Its commands are run before saving, so that their files are in memory."""
     assert kind.image is not None  # noqa: S101 - each virtual machine has one
     running = kind.runtime == "run"
-    limits = run_limits(default_policy()).for_guest() if running else guest_limits(build_limits(), settings.BUILD_TASKS)
-    return {
-        "preload": kind.image.manifest.preload if running else _OF_BUILDS,
-        "hostname": settings.GUEST_HOSTNAME,
-        "output": not running,
-        "network": kind.network,
-        "limits": limits,
-        "commands": _COMMANDS[kind.runtime],
-    }
+    of_run, of_build = run_limits(default_policy()), build_limits()
+    limits = of_run.for_guest() if running else command_limits(of_build, settings.BUILD_TASKS)
+    return Warm(
+        preload=kind.image.manifest.preload if running else _OF_BUILDS,
+        limits=limits,
+        tmp_bytes=tmp_bytes(limits.mem_bytes),
+        hostname=settings.GUEST_HOSTNAME,
+        out_writable=not running,
+        network=kind.network,
+        commands=_COMMANDS[kind.runtime],
+    )
 
 
 class TemplateManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -176,7 +178,7 @@ def template_for(kind: MachineKind, accelerator: Accelerator) -> Template:
         # The clock in steps of 0.1 %: its last digits in /proc/cpuinfo vary.
         0 if clock is None else round(math.log(clock) * 1000),
         _processor() if accelerator.kvm else "",
-        warm_frame(kind),
+        warm_message(kind),
     ]
     key = hashlib.sha256(canonical(parts)).hexdigest()
     jobs = "builds" if kind.runtime == "build" else "runs with connections" if kind.network else "runs"
@@ -308,15 +310,15 @@ def make_template(template: Template, kind: MachineKind, accelerator: Accelerato
 
 def _booted_and_saved(kind: MachineKind, accelerator: Accelerator, saving: Saving, *, last: bool) -> bool:
     """Boot and save one VM. Return False if another attempt may succeed. Raises SandboxError."""
-    words = warm_frame(kind)
-    limit_s = settings.TEMPLATE_S + (settings.PRELOAD_S if words["preload"] else 0)
+    order = warm_message(kind)
+    limit_s = settings.TEMPLATE_S + (settings.PRELOAD_S if order.preload else 0)
     claim = Claim(run_id=new_run_id(), phase="template", wall_ms=int(limit_s * 1000))
     record = create_record(claim, backend="qemu", image_digest=kind.image_digest)
     job = QemuJob(record=record, kind=kind, deadline_s=2 * int(limit_s), any_timer=last)
     with start_qemu(job, accelerator, memory=saving) as instance:
         instance.release()
         deadline = Deadline.after(limit_s)
-        say = {State.GREETED: (Kind.WARM, words)}
+        say = {State.GREETED: order}
         if failure := Handshake(instance, State.WAITING).until(State.WARM, deadline, say):
             if miscalibrated(failure) and not last:
                 return False
@@ -334,10 +336,10 @@ def _booted_and_saved(kind: MachineKind, accelerator: Accelerator, saving: Savin
 
 def renew(instance: Instance, kind: MachineKind) -> None:
     """Prepare an instance for one user program after it has run x07's own programs. Raises BackendError."""
-    words = warm_frame(kind) | {"commands": []}
-    limit_s = settings.TEMPLATE_S + (settings.PRELOAD_S if words["preload"] else 0)
-    talk = Handshake(instance, State.COLLECTING)
-    if failure := talk.until(State.WARM, Deadline.after(limit_s), {State.COLLECTING: (Kind.WARM, words)}):
+    order = warm_message(kind)._replace(commands=[])
+    limit_s = settings.TEMPLATE_S + (settings.PRELOAD_S if order.preload else 0)
+    talk = Handshake(instance, State.CLOSED)
+    if failure := talk.until(State.WARM, Deadline.after(limit_s), {State.CLOSED: order}):
         raise BackendError("cannot prepare a VM for the pool", failure.why, "Run x07 doctor")
     instance.start_mode = "pool"  # from now on its agent waits in the same state as a clone's
 

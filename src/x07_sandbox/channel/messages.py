@@ -1,0 +1,406 @@
+"""The messages between host and guest agent as typed values, and their encoding.
+
+Messages that a fresh clone of a saved VM handles are packed, since code that a clone runs for the first time is slow.
+The others are JSON arrays with the fields in order. The guest is hostile, so all fields of its messages are bounded.
+The guest trusts the host.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple
+
+from x07_sandbox.channel.streams import Message as Bounds
+from x07_sandbox.channel.streams import Role
+from x07_sandbox.errors import PeerError
+
+PROTOCOL: Final = 2
+COUNT_MAX: Final = 2**63 - 1
+TEXT_MAX: Final = 2000  # characters of a text from the guest
+DENIED_MAX: Final = 64  # DENIED messages for one command
+_JSON_MAX: Final = 16 * 1024
+_LARGE_JSON_MAX: Final = 16 * 1024 * 1024  # arguments and environment, which JSON escapes may make six times larger
+
+
+class Hello(NamedTuple):
+    """The agent is there."""
+
+    protocol: int
+
+
+class CommandLimits(NamedTuple):
+    """The limits of one command. tasks: processes and threads. core_bytes: -1 for no limit."""
+
+    mem_bytes: int
+    tasks: int
+    cpu_ms: int
+    fds: int
+    core_bytes: int
+
+
+class Warm(NamedTuple):
+    """Prepare all that does not depend on the job, then answer WARMED, after which the host saves the VM.
+
+    preload: modules that a waiting Python interpreter imports; None if the waiting process is no interpreter.
+    limits, tmp_bytes, hostname, out_writable: the values that OPEN and EXEC will probably have. commands: programs of
+    the image to run once. network: whether there is a relay.
+    """
+
+    preload: list[str] | None
+    limits: CommandLimits
+    tmp_bytes: int
+    hostname: str
+    out_writable: bool
+    network: bool
+    commands: list[list[str]]
+
+
+class Warmed(NamedTuple):
+    """The machine can be saved."""
+
+
+class Seed(NamedTuple):
+    """The time in nanoseconds since 1970, 64 bytes of entropy, a nonce to repeat, and the machine id."""
+
+    unix_ns: int
+    entropy: bytes
+    nonce: bytes
+    machine_id: bytes
+
+
+class Seeded(NamedTuple):
+    """Clock and entropy are set."""
+
+    nonce: bytes
+
+
+class InputFile(NamedTuple):
+    """A file that the host sends. kind: "file", "archive" or "tree". size: in bytes, of the stream."""
+
+    path: str
+    mode: int
+    kind: str
+    size: int
+
+
+class Mount(NamedTuple):
+    """A folder that the program sees at *at*: the part *sub* of the input file number *tree*, a tree.
+
+    tree: None for the private working folder. changes: whether its changes are sent.
+    """
+
+    tree: int | None
+    sub: str
+    at: str
+    write: bool
+    changes: bool
+
+
+class Confine(NamedTuple):
+    """What programs may do.
+
+    programs: paths that may be executed; None if the policy has no list. prefixes: of more such paths. alone: whether
+    the inputs contain nothing else that can be executed.
+    """
+
+    threads: bool
+    spawn: bool
+    execute: bool
+    programs: list[str] | None
+    prefixes: list[str]
+    alone: bool
+
+
+class Network(NamedTuple):
+    """Configuration of the relay.
+
+    names: the address that stands for each name. wildcards: each suffix, and the first of 256 addresses for names below
+    it. tcp, udp: the allowed targets as [first address, last address, ports].
+    """
+
+    names: dict[str, str]
+    wildcards: list[list[str]]
+    tcp: list[list[Any]]
+    udp: list[list[Any]]
+
+
+class Room(NamedTuple):
+    """The room for contents of changed files, in bytes: for one file and for all of them."""
+
+    file_bytes: int
+    total_bytes: int
+
+
+class Open(NamedTuple):
+    """What belongs to the session. The host sends its files on streams of kind INPUT.
+
+    out_writable: whether programs may write to /x07/out. network: None if there is no relay. room: for changes.
+    """
+
+    hostname: str
+    mem_bytes: int
+    tmp_bytes: int
+    files: list[InputFile]
+    mounts: list[Mount]
+    confine: Confine
+    network: Network | None
+    out_writable: bool
+    room: Room
+
+
+class Exec(NamedTuple):
+    """Start a command once all files of OPEN have arrived. id: from 1, each higher than the one before."""
+
+    id: int
+    argv: list[str]
+    env: dict[str, str]
+    cwd: str
+    limits: CommandLimits
+
+
+class Started(NamedTuple):
+    """The command was executed."""
+
+    id: int
+
+
+class Stop(NamedTuple):
+    """Kill a command with all its processes."""
+
+    id: int
+
+
+class Denied(NamedTuple):
+    """A call that was denied to a command, several times. by: "kernel" or "seccomp".
+
+    path: the path in the call, with a final slash for a new entry in that folder; empty if there is none.
+    """
+
+    id: int
+    by: str
+    call: str
+    errno: int
+    path: str
+    write: bool
+    times: int
+
+
+class Exited(NamedTuple):
+    """A command and the end of its output. Counters are of the command's control group; 0 where there is none.
+
+    wait_status: as of waitpid(2). cpu_exceeded: whether the agent killed it for its CPU time. stopped: whether a signal
+    had stopped it when STOP came. disk_full, memory_full: of the machine. denials_lost: how many were not reported.
+    """
+
+    id: int
+    wait_status: int
+    cpu_us: int
+    memory_peak_bytes: int
+    oom_kills: int
+    tasks_peak: int
+    tasks_refused: int
+    cpu_exceeded: bool
+    stopped: bool
+    disk_full: bool
+    memory_full: bool
+    denials_lost: int
+
+
+class Output(NamedTuple):
+    """The one file in /x07/out to send, and its largest size."""
+
+    path: str
+    max_bytes: int
+
+
+class Left(NamedTuple):
+    """The most files, and bytes, to send from the private folders; with no files, they are only counted."""
+
+    files: int
+    bytes: int
+
+
+class Close(NamedTuple):
+    """Send what is asked for once the command *after* has ended, then answer CLOSED. after: 0 for now.
+
+    Changes are sent for the mounts that OPEN marks.
+    """
+
+    after: int
+    output: Output | None
+    left: Left | None
+
+
+class Closed(NamedTuple):
+    """All has been sent. output_problem: why the output was not. left_files, left_bytes: what was counted."""
+
+    output_bytes: int | None
+    output_problem: str | None
+    left_files: int
+    left_bytes: int
+
+
+class Failed(NamedTuple):
+    """The command *id* could not be started, or (id 0) the session failed. errno: 0 if there is none."""
+
+    id: int
+    stage: str
+    errno: int
+    message: str
+
+
+Message = (
+    Hello | Warm | Warmed | Seed | Seeded | Open | Exec | Started | Stop | Denied | Exited | Close | Closed | Failed
+)
+
+
+class Shape(NamedTuple):
+    """The bounds of a field: numbers lo to hi, or texts of at most hi characters without lone surrogates."""
+
+    type: type
+    hi: int = COUNT_MAX
+    lo: int = 0
+    optional: bool = False
+
+
+class Form(NamedTuple):
+    """The form of a message: its number, its sender, and how it is encoded.
+
+    layout: of a packed message; else it is JSON. shapes: of the fields of a JSON message from the guest.
+    """
+
+    number: int
+    sender: Role
+    layout: struct.Struct | None = None
+    shapes: tuple[Shape, ...] = ()
+    most: int = _JSON_MAX
+    build: Callable[[list[Any]], Message] | None = None
+
+
+def _open(values: list[Any]) -> Open:
+    hostname, mem_bytes, tmp_bytes, files, mounts, confine, network, out_writable, room = values
+    return Open(
+        hostname,
+        mem_bytes,
+        tmp_bytes,
+        [InputFile(*file) for file in files],
+        [Mount(*mount) for mount in mounts],
+        Confine(*confine),
+        network and Network(*network),
+        out_writable,
+        Room(*room),
+    )
+
+
+def _exec(values: list[Any]) -> Exec:
+    number, argv, env, cwd, limits = values
+    return Exec(number, argv, env, cwd, CommandLimits(*limits))
+
+
+def _warm(values: list[Any]) -> Warm:
+    preload, limits, *values = values
+    return Warm(preload, CommandLimits(*limits), *values)
+
+
+def _close(values: list[Any]) -> Close:
+    after, output, left = values
+    return Close(after, output and Output(*output), left and Left(*left))
+
+
+_TEXT: Final = Shape(str, TEXT_MAX)
+_ERRNO: Final = Shape(int, 4096)
+FORMS: Final[dict[type[Any], Form]] = {
+    Hello: Form(1, Role.GUEST, struct.Struct(">I")),
+    Warm: Form(2, Role.HOST, build=_warm),
+    Warmed: Form(3, Role.GUEST, struct.Struct("")),
+    Seed: Form(4, Role.HOST, struct.Struct(">Q64s16s16s")),
+    Seeded: Form(5, Role.GUEST, struct.Struct("16s")),
+    Open: Form(6, Role.HOST, most=_LARGE_JSON_MAX, build=_open),
+    Exec: Form(7, Role.HOST, most=_LARGE_JSON_MAX, build=_exec),
+    Started: Form(8, Role.GUEST, struct.Struct(">I")),
+    Stop: Form(9, Role.HOST, struct.Struct(">I")),
+    Denied: Form(
+        10,
+        Role.GUEST,
+        shapes=(Shape(int), Shape(str, 16), Shape(str, 64), _ERRNO, _TEXT, Shape(bool), Shape(int, lo=1)),
+    ),
+    Exited: Form(11, Role.GUEST, struct.Struct(">IHQQQQQ????Q")),
+    Close: Form(12, Role.HOST, build=_close),
+    Closed: Form(
+        13,
+        Role.GUEST,
+        shapes=(Shape(int, 2**40, optional=True), Shape(str, TEXT_MAX, optional=True), Shape(int), Shape(int)),
+    ),
+    Failed: Form(14, Role.GUEST, shapes=(Shape(int), Shape(str, 64), _ERRNO, _TEXT)),
+}
+_TYPES: Final = {form.number: (kind, form) for kind, form in FORMS.items()}
+BOUNDS: Final = {
+    form.number: Bounds(form.sender, form.layout.size, form.layout.size)
+    if form.layout is not None
+    else Bounds(form.sender, 2, form.most)
+    for form in FORMS.values()
+}
+
+
+def encode(message: Message) -> tuple[int, bytes]:
+    """Return a message's number and payload. Lone surrogates, from undecodable bytes, become JSON escapes."""
+    form = FORMS[type(message)]
+    if form.layout is not None:
+        return form.number, form.layout.pack(*message)
+    return form.number, _ENCODER.encode(message).encode("ascii")
+
+
+def decode(number: int, payload: bytes) -> Message:
+    """Decode the payload of message *number* and check it. Raises PeerError."""
+    kind, form = _TYPES[number]
+    name = kind.__name__.upper()
+    if form.layout is not None:
+        values: Any = form.layout.unpack(payload)
+        if any(value > COUNT_MAX for value in values if isinstance(value, int)):
+            raise PeerError(f"bad {name} message", "a number is out of range")
+    else:
+        values = _parsed(name, payload)
+    if form.build is not None:
+        return form.build(values)
+    if form.shapes:
+        _check(name, kind, form, values)
+    message: Message = kind(*values)
+    return message
+
+
+def _parsed(name: str, payload: bytes) -> list[Any]:
+    try:
+        text = payload.decode("utf-8")
+        values, end = _DECODER.raw_decode(text)
+    except (ValueError, RecursionError) as exc:
+        raise PeerError(f"bad {name} message", f"invalid JSON ({type(exc).__name__})") from None
+    if not isinstance(values, list) or end != len(text):
+        raise PeerError(f"bad {name} message", "not one JSON array")
+    return values
+
+
+def _check(name: str, kind: type[Any], form: Form, values: list[Any]) -> None:
+    if len(values) != len(form.shapes):
+        raise PeerError(f"bad {name} message", f"{len(values)} fields instead of {len(form.shapes)}")
+    for number, shape in enumerate(form.shapes):
+        field, value = kind._fields[number], values[number]
+        if value is None and shape.optional:
+            continue
+        if type(value) is not shape.type:  # bool is a subclass of int
+            raise PeerError(f"bad {name} message", f"{field} has the wrong type")
+        if not shape.lo <= (len(value) if shape.type is str else value) <= shape.hi:
+            raise PeerError(f"bad {name} message", f"{field} is out of range")
+        # A lone surrogate would fail wherever the text is written later.
+        if isinstance(value, str) and any("\ud800" <= char <= "\udfff" for char in value):
+            raise PeerError(f"bad {name} message", f"{field} is not text")
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(name)
+
+
+# Created once: json.dumps and json.loads create them on each call, which costs a fresh clone milliseconds.
+_ENCODER: Final = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
+_DECODER: Final = json.JSONDecoder(parse_constant=_no_constant)

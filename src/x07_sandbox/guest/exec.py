@@ -1,0 +1,249 @@
+"""One command: its standard streams, its CPU time, and how it ends."""
+
+from __future__ import annotations
+
+import os
+import select
+import struct
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+from x07_sandbox.channel.link import WINDOW, Link, Stream
+from x07_sandbox.channel.messages import Started
+from x07_sandbox.guest import init
+from x07_sandbox.guest.environment import exec_failure, failure
+
+if TYPE_CHECKING:
+    from x07_sandbox.channel.messages import Exec
+    from x07_sandbox.guest.environment import Environment
+    from x07_sandbox.guest.errors import JobError
+
+READ: Final = 32 * 1024
+TICK_S: Final = 0.1  # interval of CPU limit checks
+# After _SHORT_READS short reads in a row without input in between, pause reading, so that a program that writes line by
+# line is not interrupted for every line.
+_SHORT: Final = 2048
+_SHORT_READS: Final = 4
+_PAUSE_S: Final = 0.005
+_STALL_S: Final = 0.5  # a check that is later than this means that the host has paused the machine
+
+
+class _Output:
+    """An output pipe. number: of its stream, which is opened with the first bytes; 0 before."""
+
+    def __init__(self, fd: int, stream: Stream) -> None:
+        self.fd = fd
+        self.stream = stream
+        self.number = 0
+
+
+class Command:
+    """A command from its start to its end. fail: called with the error if it cannot be executed or init fails.
+
+    running: whether it was executed. ended: whether it and its output have ended. stopped: whether a signal had stopped
+    the command when the host asked for its end. killed: whether the host has asked for its end.
+    """
+
+    def __init__(
+        self, order: Exec, link: Link, environment: Environment, fail: Callable[[JobError, int], object]
+    ) -> None:
+        self.order = order
+        self.running = self.ended = self.stopped = self.killed = self.cpu_exceeded = False
+        self.wait_status: int | None = None
+        self._link = link
+        self._environment = environment
+        self._group = environment.group
+        self._fail = fail
+        self._cpu_before_us = environment.baseline_cpu_us()
+        self._cpu_seen_us = 0
+        self._cpu_checked_at = time.monotonic()
+        self._stdin_fd = environment.stdin_fd
+        self._report_fd, self._status_fd = environment.report_fd, environment.status_fd
+        self._outputs = [
+            _Output(environment.stdout_fd, Stream.STDOUT),
+            _Output(environment.stderr_fd, Stream.STDERR),
+        ]
+        for fd in (environment.stdout_fd, environment.stderr_fd, environment.stdin_fd):
+            os.set_blocking(fd, False)
+        self._status = b""
+        self._read_at = self._paused_until = 0.0  # for output
+        self._short_reads = 0
+        self._stdin = 0  # the number of the input's stream, once it is open
+        self._held = bytearray()  # input not yet written to the program; at most one window
+        self._input_ended = False
+
+    # waiting
+
+    def register(self, poll: select.poll) -> None:
+        """Register the descriptors to wait for."""
+        for fd in (self._report_fd, self._status_fd):
+            if fd >= 0:
+                poll.register(fd, select.POLLIN)
+        if self.running and not self.paused_s():
+            # Without window, because the host's reader stalls, only the program blocks.
+            for output in self._outputs:
+                if self._window(output):
+                    poll.register(output.fd, select.POLLIN)
+        if self._stdin_fd >= 0 and self._held:
+            poll.register(self._stdin_fd, select.POLLOUT)
+
+    def paused_s(self) -> float:
+        """Return for how many seconds the agent must not read output."""
+        if self._short_reads < _SHORT_READS or self.wait_status is not None:
+            return 0.0
+        return max(0.0, self._paused_until - time.monotonic())
+
+    def handle(self, fd: int, mask: int) -> bool:
+        """Handle a ready descriptor. Return False if it is not this command's."""
+        if fd == self._report_fd:
+            self._take_report()
+        elif fd == self._status_fd:
+            self._take_status()
+        elif fd == self._stdin_fd:
+            self._feed(broken=bool(mask & select.POLLERR))
+        else:
+            for output in self._outputs:
+                if output.fd == fd:
+                    self._carry(output)
+                    return True
+            return False
+        return True
+
+    def tick(self) -> None:
+        """Do whatever is due after events, or because time has passed."""
+        if not self.running or self.ended:
+            return
+        if self.wait_status is None:
+            if not self.cpu_exceeded:
+                self._check_cpu()
+            return
+        self._end_streams()
+        self.ended = not self._outputs
+
+    # input
+
+    def open_input(self, number: int) -> None:
+        """Record the number of the input's stream."""
+        self._stdin = number
+
+    def take_input(self, data: bytes, *, ended: bool = False) -> None:
+        """Take bytes for standard input, or its end."""
+        self._short_reads = 0
+        self._held += data
+        self._input_ended |= ended
+        self._feed()
+
+    def _feed(self, *, broken: bool = False) -> None:
+        """Write buffered input to the program's standard input. Discard the input if the program has closed that."""
+        while self._held and self._stdin_fd >= 0 and not broken:
+            try:
+                count = os.write(self._stdin_fd, self._held[:READ])
+            except BlockingIOError:
+                return
+            except BrokenPipeError:
+                broken = True
+            else:
+                del self._held[:count]
+                self._link.streams.consumed(self._stdin, count)
+        if (broken or self._input_ended) and self._stdin_fd >= 0:
+            os.close(self._stdin_fd)
+            self._stdin_fd = -1
+        if self._stdin_fd < 0 and self._held:
+            self._link.streams.consumed(self._stdin, len(self._held))
+            self._held.clear()
+
+    # output
+
+    def _window(self, output: _Output) -> int:
+        return self._link.streams.window(output.number) if output.number else WINDOW
+
+    def _carry(self, output: _Output) -> None:
+        try:
+            data = os.read(output.fd, min(READ, self._window(output)))
+        except BlockingIOError:
+            return
+        if not data:
+            self._end_output(output)
+            return
+        if not output.number:
+            output.number = self._link.open(output.stream, self.order.id)
+        self._link.streams.send(output.number, data)
+        self._count_read(len(data))
+
+    def _count_read(self, size: int) -> None:
+        now = time.monotonic()
+        most = _SHORT if self._short_reads < _SHORT_READS else READ // 2
+        in_row = size < most and now - self._read_at < 3 * _PAUSE_S
+        self._short_reads = self._short_reads + 1 if in_row else 0
+        self._read_at, self._paused_until = now, now + _PAUSE_S
+
+    def _end_streams(self) -> None:
+        """Close empty output pipes after the last process. A descriptor sent over a socket could keep them open."""
+        for output in list(self._outputs):
+            poll = select.poll()
+            poll.register(output.fd, select.POLLIN)
+            if not poll.poll(0):
+                self._end_output(output)
+
+    def _end_output(self, output: _Output) -> None:
+        self._outputs.remove(output)
+        self._link.streams.finish(output.number)
+        os.close(output.fd)
+
+    # start and end
+
+    def _take_status(self) -> None:
+        """Read the status pipe. If the pipe ends without a message, the program was executed."""
+        if data := os.read(self._status_fd, 8192):
+            self._status += data
+            return
+        os.close(self._status_fd)
+        self._status_fd = -1
+        if self._status:
+            self._fail(exec_failure(self._status), self.order.id)
+            return
+        limits = self.order.limits
+        if limits.mem_bytes < self._environment.waiting_bytes:
+            self._group.limit(mem_bytes=limits.mem_bytes, tasks=limits.tasks)
+        self.running = True
+        self._link.send(Started(self.order.id))
+
+    def _take_report(self) -> None:
+        report = os.read(self._report_fd, 8192)
+        os.close(self._report_fd)
+        self._report_fd = -1
+        if report.startswith(init.EXITED) and len(report) == init.EXITED_SIZE:
+            # All other processes of the namespace have ended too.
+            self.wait_status = struct.unpack(">I", report[1:])[0]
+        else:
+            self._fail(failure(report), 0)
+
+    def stop(self) -> None:
+        """Kill the program at the host's request. Record whether a signal had stopped the program before."""
+        self.killed = True
+        if self.wait_status is None:
+            self.stopped = self._group.program_stopped(self._environment.init)
+            self._group.kill(self._environment.init)
+
+    def _check_cpu(self) -> None:
+        now = time.monotonic()
+        late_s = now - self._cpu_checked_at - TICK_S
+        if late_s < 0:
+            return
+        self._cpu_checked_at = now
+        used_us = self.cpu_us()
+        if late_s > _STALL_S:
+            # The agent has priority over the program (cpu.weight), so the whole machine was paused, and the guest's
+            # kernel has charged that time to the program.
+            stall_us = min(int(late_s * 1_000_000), used_us - self._cpu_seen_us)
+            self._cpu_before_us += stall_us
+            used_us -= stall_us
+        self._cpu_seen_us = used_us
+        if used_us > self.order.limits.cpu_ms * 1000:
+            self.cpu_exceeded = True
+            self._group.kill(self._environment.init)
+
+    def cpu_us(self) -> int:
+        """Return the CPU time of the command, in microseconds."""
+        return self._group.cpu_us(self._environment.init) - self._cpu_before_us

@@ -1,0 +1,388 @@
+"""The session of one sandbox: its files and mounts, the commands in it, and what is sent when it closes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import stat
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Final
+
+from x07_sandbox.channel import streams
+from x07_sandbox.channel.link import Link, State, Stream
+from x07_sandbox.channel.messages import Close, Closed, Denied, Exited
+from x07_sandbox.channel.trees import Entry
+from x07_sandbox.channel.trees import Kind as Record
+from x07_sandbox.guest import confine
+from x07_sandbox.guest.errors import JobError
+from x07_sandbox.guest.exec import READ, Command
+from x07_sandbox.guest.execution import ExecutionRules
+from x07_sandbox.guest.files import SYSTEM_CA, IncomingFiles
+from x07_sandbox.guest.mounts import ProgramPaths
+from x07_sandbox.guest.trees import Left, Room, changes, left_files, stream_of
+
+if TYPE_CHECKING:
+    from x07_sandbox.channel.messages import CommandLimits, Exec, Mount, Open, Output, Warm
+    from x07_sandbox.channel.streams import Event
+    from x07_sandbox.guest.audit import Audit, NoAudit
+    from x07_sandbox.guest.environment import Environment
+
+_PROJECT: Final = "/x07/in/project"
+_OUT: Final = "/x07/out"
+_FULL_BLOCKS: Final = 256  # a disk with fewer free blocks (4 KiB) counts as full
+_FULL_SHARE: Final = 64  # a tmpfs with less than 1/64 free counts as full
+_QUEUED_MAX: Final = 4 * READ
+
+
+def job_settings(
+    session: Open | Warm, limits: CommandLimits, spare_cpu_s: int, *, inputs_on_disk: bool = False
+) -> confine.JobSettings:
+    """Return init's settings for a command with these limits. spare_cpu_s: CPU time used before it, in seconds."""
+    return confine.JobSettings(
+        hostname=session.hostname,
+        tmp_bytes=session.tmp_bytes,
+        out_writable=session.out_writable,
+        inputs_on_disk=inputs_on_disk,
+        fds=limits.fds,
+        cpu_s=limits.cpu_ms // 1000 + spare_cpu_s,
+        core_bytes=limits.core_bytes,
+        tasks=limits.tasks,
+        execution=None,
+    )
+
+
+class Sandbox:
+    """The session that one OPEN message requests. fail: called with an error and the id of its command, or 0."""
+
+    def __init__(
+        self,
+        link: Link,
+        machine_id: bytes,
+        opening: Open,
+        environment: Environment,
+        audit: Audit | NoAudit,
+        fail: Callable[[JobError, int], object],
+    ) -> None:
+        self._link = link
+        self._machine_id = machine_id
+        self._opening = opening
+        self._environment = environment
+        self._audit = audit
+        self._fail = fail
+        self._files = IncomingFiles(opening.files, environment)
+        self._waiting: Exec | None = None  # until all files have arrived
+        self._early_input: list[Event] = []  # of the waiting command
+        self._command: Command | None = None
+        self._was_killed = False
+        self._closing: Close | None = None
+        self._sending: list[tuple[Stream, Iterator[bytes]]] = []
+        self._number = 0  # of the stream that is being sent
+        self._held = b""
+        self._closed = Closed(None, None, 0, 0)
+
+    # from the host
+
+    def execute(self, order: Exec) -> None:
+        """Start a command, once all files have arrived. Raises JobError, OSError."""
+        if self._waiting is not None or self._command is not None:
+            raise JobError("exec", 0, "this sandbox runs one command")
+        self._waiting = order
+        self._start_if_complete()
+
+    def stop(self, command: int) -> None:
+        """Kill a command."""
+        if self._command is not None and self._command.order.id == command:
+            self._command.stop()
+            self._was_killed = True
+
+    def close(self, order: Close) -> None:
+        """Send what *order* asks for, once its command has ended. Raises JobError, OSError."""
+        self._closing = order
+        if not order.after:
+            self._send_all(order)
+
+    def take(self, event: Event) -> None:
+        """Handle an event of a stream from the host. Raises JobError, OSError."""
+        if event.code == Stream.INPUT:
+            self._take_file(event)
+        elif event.code == Stream.STDIN:
+            if self._waiting is not None:
+                self._early_input.append(event)
+            else:
+                self._take_input(event)
+
+    def _take_file(self, event: Event) -> None:
+        index = self._link.subject(event.stream)
+        if event.type == streams.DATA:
+            self._files.write(index, event.data)
+            self._link.streams.consumed(event.stream, len(event.data))
+        elif event.type == streams.FIN:
+            self._files.close(index)
+            self._start_if_complete()
+
+    def _take_input(self, event: Event) -> None:
+        command = self._command
+        if command is None:
+            self._link.streams.reset(event.stream)
+        elif event.type == streams.OPEN:
+            command.open_input(event.stream)
+        elif event.type in {streams.DATA, streams.FIN}:
+            command.take_input(event.data, ended=event.type == streams.FIN)
+
+    # the command
+
+    def _start_if_complete(self) -> None:
+        if self._waiting is not None and self._files.complete():
+            order, self._waiting = self._waiting, None
+            try:
+                self._start(order)
+            except JobError as exc:
+                self._command_failed(exc, order.id)
+            early, self._early_input = self._early_input, []
+            for event in early:
+                self._take_input(event)
+
+    def _start(self, order: Exec) -> None:
+        opening, environment, limits = self._opening, self._environment, order.limits
+        # The waiting process may be larger than a small limit, which is applied once it has become the program.
+        environment.group.limit(mem_bytes=max(limits.mem_bytes, environment.waiting_bytes), tasks=limits.tasks)
+        if opening.mounts or self._files.ca:
+            environment.prepare(self._settings(limits))
+            self._mount()
+        order = order._replace(argv=self._found(order))
+        environment.prepare(self._settings(limits, self._execution(order)))
+        for tree in self._files.trees.values():
+            tree.wait()
+        environment.name(self._machine_id)
+        names = ProgramPaths(self._files.trees, opening.mounts, f"/proc/{environment.init}/root")
+        self._audit.begin(names.path if opening.mounts else None, names.roots(), names.link_target)
+        self._command = Command(order, self._link, environment, self._command_failed)
+        environment.start(order.argv, order.env, order.cwd, opening.confine)
+
+    def _command_failed(self, error: JobError, command: int) -> None:
+        """Report an error of a command that could not be executed, or (0) of the whole session."""
+        only_command = error.args[0] == "exec"
+        self._fail(error, command if only_command else 0)
+        if only_command:
+            self._command = None
+            self._close_after(command)
+
+    def _close_after(self, command: int) -> None:
+        if self._closing is not None and self._closing.after == command:
+            self._send_all(self._closing)
+
+    def _settings(self, limits: CommandLimits, execution: ExecutionRules | None = None) -> confine.JobSettings:
+        spare_cpu_s, on_disk = self._environment.spare_cpu_s, self._files.on_disk
+        settings = job_settings(self._opening, limits, spare_cpu_s, inputs_on_disk=on_disk)
+        return settings._replace(execution=None if execution is None else tuple(execution))
+
+    def _execution(self, order: Exec) -> ExecutionRules | None:
+        """Return the execution rules, or None if everything may be executed."""
+        confined = self._opening.confine
+        if confined.execute and confined.programs is None:
+            return None
+        return ExecutionRules(
+            programs=confined.programs,
+            prefixes=confined.prefixes,
+            program=None if self._environment.becomes(order.argv, order.env, confined) else order.argv[0],
+            alone=confined.alone,
+            mounts=[mount.at for mount in self._opening.mounts],
+        )
+
+    def _found(self, order: Exec) -> list[str]:
+        """Return the arguments with a command without a slash looked up in PATH. Raises JobError."""
+        name, *rest = order.argv
+        if "/" in name:
+            return order.argv
+        view = f"/proc/{self._environment.init}/root" if self._environment.platform.namespaces else ""
+        for folder in order.env.get("PATH", "").split(":"):
+            path = f"{folder}/{name}"
+            if path.startswith("/") and os.path.isfile(view + path) and os.access(view + path, os.X_OK):
+                return [path, *rest]
+        raise JobError("exec", errno.ENOENT, f"command not found: {name}")
+
+    def _mount(self) -> None:
+        wanted = self._opening.mounts
+        if any(mount.at.startswith(_PROJECT) for mount in wanted):
+            os.makedirs(f"{self._environment.folder(on_disk=self._files.on_disk)}/project", exist_ok=True)
+        mounts = [(self._source(mount), mount.at, mount.write) for mount in wanted]
+        mounts += [(self._files.ca, SYSTEM_CA, False)] if self._files.ca else []
+        self._environment.platform.mount(self._environment.init, mounts)
+        self._environment.mounted()
+
+    def _source(self, mount: Mount) -> str:
+        """Return the path of a mount's source as the agent sees it."""
+        if mount.tree is None:
+            return self._environment.platform.folder("work")
+        folder = os.fsdecode(self._files.trees[mount.tree].folder)
+        return f"{folder}/{mount.sub}" if mount.sub else folder
+
+    # while it runs
+
+    def register(self, poll: select.poll) -> None:
+        """Register the descriptors to wait for."""
+        if (fd := self._relay_fd()) >= 0:
+            poll.register(fd, select.POLLIN)
+        if self._command is not None:
+            self._command.register(poll)
+            if self._command.running:
+                poll.register(self._audit.fd, select.POLLIN)
+
+    def is_running(self) -> bool:
+        """Return whether a command runs, whose CPU time must be checked."""
+        return self._command is not None and self._command.running
+
+    def paused_s(self) -> float:
+        """Return for how many seconds the agent must not read output."""
+        return 0.0 if self._command is None else self._command.paused_s()
+
+    def _relay_fd(self) -> int:
+        """Return the descriptor that signals the relay's end, or -1 if there is no need to wait for that now."""
+        relay = self._environment.relay
+        return relay.status_fd if relay is not None and self.is_running() else -1
+
+    def handle(self, fd: int, mask: int) -> None:
+        """Handle a ready descriptor."""
+        if fd == self._audit.fd:
+            self._audit.take()
+        elif fd == self._relay_fd():
+            assert self._environment.relay is not None  # noqa: S101 - for the type checker
+            self._fail(JobError("relay", 0, self._environment.relay.end_reason()), 0)
+        # The session may have failed in this same turn.
+        elif self._command is not None and self._link.state is not State.FAILED:
+            self._command.handle(fd, mask)
+
+    def tick(self) -> None:
+        """Do whatever is due after events, or because time has passed. Raises JobError, OSError."""
+        if self._link.state is State.FAILED:
+            return
+        command = self._command
+        if command is not None:
+            command.tick()
+            if command.ended:
+                self._exited(command)
+        if self._sending:
+            self._send_more()
+
+    def _exited(self, command: Command) -> None:
+        group, identity = self._environment.group, command.order.id
+        refused, lost = self._audit.end()
+        for refusal, count in refused.items():
+            self._link.send(Denied(identity, *refusal, count))
+        assert command.wait_status is not None  # noqa: S101 - it has ended
+        self._link.send(
+            Exited(
+                id=identity,
+                wait_status=command.wait_status,
+                cpu_us=command.cpu_us(),
+                memory_peak_bytes=group.count("memory_peak_bytes"),
+                oom_kills=group.count("oom_kills"),
+                tasks_peak=group.count("tasks_peak"),
+                tasks_refused=group.count("tasks_refused"),
+                cpu_exceeded=command.cpu_exceeded,
+                stopped=command.stopped,
+                disk_full=os.statvfs(self._environment.platform.scratch).f_bavail < _FULL_BLOCKS,
+                memory_full=self._memory_full(),
+                denials_lost=lost,
+            )
+        )
+        self._command = None
+        self._close_after(identity)
+
+    def _memory_full(self) -> bool:
+        """Return whether one of the program's tmpfs folders has run out of space or inodes."""
+        for fd in self._environment.in_memory_fds:
+            room = os.statvfs(fd)
+            if room.f_bavail * _FULL_SHARE < room.f_blocks or not room.f_favail:
+                return True
+        return False
+
+    # the end
+
+    def _send_all(self, order: Close) -> None:
+        """Queue everything that *order* asks for, and CLOSED after it."""
+        size, problem, output = None, None, None
+        if order.output is not None and not self._was_killed:
+            size, problem, output = self._open_output(order.output)
+        if output is not None:
+            self._sending.append((Stream.OUTPUT, output))
+        if any(mount.changes for mount in self._opening.mounts):
+            self._sending.append((Stream.CHANGES, self._changes()))
+        left = self._left_files(order)
+        if left.files and order.left is not None and order.left.files:
+            self._sending.append((Stream.LEFT, stream_of(left)))
+        self._closed = Closed(size, problem, left.files, min(left.size, 2**62))
+        if not self._sending:
+            self._link.send(self._closed)
+
+    def _left_files(self, order: Close) -> Left:
+        """Return the files that programs left in private folders, and those of them to send."""
+        if order.left is None:
+            return Left(0, 0, [])
+        # On some platforms, host folders lie inside these; their files are among the changes.
+        mounts, platform = self._opening.mounts, self._environment.platform
+        places = [mount.at for mount in mounts]
+        with_out = order.left.files > 0 and _OUT not in places
+        folders = [platform.folder(name) for name in ("work", "out")[: 1 + with_out]]
+        start = f"{next((mount.at for mount in mounts if mount.tree is None), confine.CWD)}/"
+        roots = [os.fsencode(at.removeprefix(start)) for at in places if at.startswith(start)]
+        with platform.reading():
+            return left_files(folders, self._files.work, order.left.files, order.left.bytes, roots)
+
+    def _open_output(self, output: Output) -> tuple[int | None, str | None, Iterator[bytes] | None]:
+        """Open the output file. Return its size and content, or the reason why it cannot be sent."""
+        path = f"{self._environment.platform.folder('out')}/{os.path.basename(output.path)}"
+        try:
+            with self._environment.platform.reading():
+                # O_NONBLOCK: a FIFO in its place must not block.
+                fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as exc:
+            link = exc.errno == errno.ELOOP  # from O_NOFOLLOW
+            return None, "is a symbolic link" if link else f"cannot be opened: {exc.strerror}", None
+        info = os.fstat(fd)
+        problem = None
+        if not stat.S_ISREG(info.st_mode) or info.st_nlink != 1:
+            problem = "is not a regular file with a single link"
+        elif info.st_size > output.max_bytes:
+            problem = f"has {info.st_size} bytes, over the limit of {output.max_bytes}"
+        if problem:
+            os.close(fd)
+            return None, problem, None
+        return info.st_size, None, _content(fd)
+
+    def _changes(self) -> Iterator[bytes]:
+        room = Room(*self._opening.room)
+        for number, mount in enumerate(mount for mount in self._opening.mounts if mount.changes):
+            assert mount.tree is not None  # noqa: S101 - only trees have changes
+            yield Entry(Record.ROOT, b"%d" % number).encoded()
+            yield from changes(self._files.trees[mount.tree], os.fsencode(mount.sub), room)
+        yield Entry(Record.END, b"").encoded()
+
+    def _send_more(self) -> None:
+        """Send more of the queued streams, as far as the host takes it, and CLOSED after the last."""
+        while self._sending and self._link.pending() < _QUEUED_MAX:
+            stream, pieces = self._sending[0]
+            if not self._number:
+                self._number = self._link.open(stream)
+            if self._link.streams.is_open(self._number):  # the host wants all of it
+                if not (window := self._link.streams.window(self._number)):
+                    return
+                with self._environment.platform.reading():
+                    while len(self._held) < READ and (more := next(pieces, b"")):
+                        self._held += more
+                if self._held:
+                    count = self._link.streams.send(self._number, self._held[: min(window, READ)])
+                    self._held = self._held[count:]
+                    continue
+                self._link.streams.finish(self._number)
+            self._number, self._held = 0, b""
+            del self._sending[0]
+            if not self._sending:
+                self._link.send(self._closed)
+
+
+def _content(fd: int) -> Iterator[bytes]:
+    with os.fdopen(fd, "rb", buffering=0) as file:
+        while data := file.read(READ):
+            yield data

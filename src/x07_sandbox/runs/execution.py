@@ -1,0 +1,174 @@
+"""One command as the host sees it: its input and output, its deadline, and the evidence about its end."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from x07_sandbox.backends.handshake import input_poll, read_deadline
+from x07_sandbox.channel.link import DATA_MAX, Stream
+from x07_sandbox.channel.messages import DENIED_MAX, Closed, Denied, Exec, Exited
+from x07_sandbox.errors import PeerError
+from x07_sandbox.host.clocks import Deadline
+from x07_sandbox.plan.outcomes import Evidence, Stage
+
+if TYPE_CHECKING:
+    from x07_sandbox.runs.phase import CommandStreams
+
+FILL: Final = 256 * 1024  # limit for bytes queued for the guest
+
+
+class Facts(msgspec.Struct, frozen=True, kw_only=True):
+    """The facts that are known after a command.
+
+    exited, closed, denied: messages of the guest; None or () without them. times_ms: milliseconds from the moment the
+    instance was released to run until the events `hello`, `seeded`, `started`, `exited`, `end`.
+    input_sha256: digest of the input; None if the input was not read to its end.
+    input_problem: why the input could not be read to its end; empty if there was no problem.
+    """
+
+    evidence: Evidence
+    exited: Exited | None = None
+    closed: Closed | None = None
+    denied: tuple[Denied, ...] = ()
+    times_ms: dict[str, float] = {}
+    input_sha256: str | None = None
+    input_problem: str = ""
+
+
+class Limit:
+    """A deadline that makes allowance for this process being late: what came in time is read first."""
+
+    def __init__(self, seconds: float) -> None:
+        self.set(seconds)
+
+    def set(self, seconds: float) -> None:
+        """Set the deadline anew."""
+        self._deadline = Deadline.after(seconds)
+        self._late: Deadline | None = None
+
+    def left_s(self) -> float:
+        """Return the seconds left."""
+        return self._deadline.left_s()
+
+    def is_up(self, *fds: int) -> bool:
+        """Return whether the deadline has passed and none of *fds* has anything to read.
+
+        Pending events are handled first: this process may be late, because of Ctrl-Z or a busy host.
+        """
+        if not self._deadline.passed():
+            self._late = None
+            return False
+        # If this process was stopped, the guest had to wait too, and needs time to send the rest.
+        no_wait = self._late is None and not self._deadline.missed_while_stopped()
+        self._late = self._late or read_deadline(self._deadline)
+        wait_s = 0.0 if no_wait else self._late.left_s()
+        return self._late.passed() or not input_poll(*fds).poll(wait_s * 1000)
+
+
+class Execution:
+    """A command that was sent to the guest. Each needs a new object.
+
+    limit: its deadline while it runs. stage: SETUP, RUN or COLLECT. seen: fields of `Evidence`.
+    """
+
+    def __init__(self, order: Exec, streams: CommandStreams, wall_ms: int) -> None:
+        self.order = order
+        self.streams = streams
+        self.limit: Limit | None = None
+        self.stage = Stage.SETUP
+        self.seen: dict[str, Any] = {}
+        self.exited: Exited | None = None
+        self.denied: list[Denied] = []
+        self.asked_to_stop = False
+        self.stdin = 0  # number of the input's stream
+        self.outputs: dict[Stream, int] = {}  # numbers of the output's streams
+        self.input_problem = ""
+        self.input_done = streams.stdin_fd is None
+        self._input = bytearray()
+        self._input_hash = hashlib.sha256()
+        self._wall_ms = wall_ms
+        self._sinks = {Stream.STDOUT: streams.stdout, Stream.STDERR: streams.stderr}
+
+    def started(self) -> None:
+        """Note that the command was executed, and set its deadline."""
+        self.streams.on_started()
+        self.stage = Stage.RUN
+        self.limit = Limit(self._wall_ms / 1000)
+
+    def deny(self, denied: Denied) -> None:
+        """Keep a denial. Raises PeerError."""
+        if len(self.denied) >= DENIED_MAX:
+            raise PeerError("bad DENIED message", f"there are more than {DENIED_MAX}")
+        self.denied.append(denied)
+
+    def end(self, exited: Exited) -> None:
+        """Keep the guest's report."""
+        self.exited, self.limit = exited, None
+        names = ("wait_status", "oom_kills", "cpu_exceeded", "cpu_us")
+        self.seen |= {name: getattr(exited, name) for name in names}
+        if self.asked_to_stop:
+            self.seen["stopped"] = exited.stopped
+        else:
+            self.stage = Stage.COLLECT
+
+    def take_output(self, stream: Stream, data: bytes) -> int:
+        """Take output, and return how many bytes of it were processed."""
+        return self._sinks[stream].take(data)
+
+    def overflow(self) -> dict[str, object]:
+        """Return the evidence that an output is over its limit, or {}."""
+        for sink in self._sinks.values():
+            if sink.overflow:
+                return {"output_overflow": sink.name, "output_max_bytes": sink.max_bytes}
+        return {}
+
+    def progress_fds(self) -> list[int]:
+        """Return the descriptors that become ready when a reader of the output takes more."""
+        return [sink.progress_fd for sink in self._sinks.values() if sink.progress_fd is not None]
+
+    def pump(self, fd: int) -> tuple[Stream, int] | None:
+        """Pass on more output to the reader at *fd*. Return the stream and the processed bytes; None if not its own."""
+        for stream, sink in self._sinks.items():
+            if fd == sink.progress_fd:
+                return stream, sink.pump()
+        return None
+
+    def wants_input(self) -> bool:
+        """Return whether more input should be read."""
+        return not self.input_done and not self._input
+
+    def read_input(self) -> None:
+        """Read input once."""
+        fd = self.streams.stdin_fd
+        assert fd is not None  # noqa: S101 - `wants_input`
+        try:
+            data = os.read(fd, DATA_MAX)
+        except BlockingIOError:
+            return
+        except OSError as exc:
+            data = b""
+            if not os.isatty(fd):  # for a terminal it is a hangup, which is a normal end
+                self.input_problem = exc.strerror or str(exc)
+        self._input += data
+        self._input_hash.update(data)
+        self.input_done = not data
+
+    def waiting_input(self) -> bytearray:
+        """Return the input that was read and not yet sent; the caller removes what it sends."""
+        return self._input
+
+    def facts(self, closed: Closed | None, times_ms: dict[str, float], **seen: object) -> Facts:
+        """Return what is known. seen: fields of `Evidence` about the session."""
+        return Facts(
+            evidence=Evidence(stage=self.stage, **{**self.seen, **seen}),
+            exited=self.exited,
+            closed=closed,
+            denied=tuple(self.denied),
+            times_ms=times_ms,
+            input_sha256=self._input_hash.hexdigest() if self.input_done and not self.input_problem else None,
+            input_problem=self.input_problem,
+        )

@@ -1,0 +1,307 @@
+"""The conversation with the guest agent during one session. One loop also enforces output limits and deadlines."""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+from x07_sandbox.backends.handshake import input_poll, wait_for_exit
+from x07_sandbox.channel import streams
+from x07_sandbox.channel.link import DATA_MAX, State, Stream
+from x07_sandbox.channel.messages import Close, Closed, Denied, Exec, Exited, Failed, Open, Started, Stop
+from x07_sandbox.channel.streams import Event
+from x07_sandbox.errors import PeerError
+from x07_sandbox.host import settings
+from x07_sandbox.runs.execution import FILL, Execution, Limit
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from x07_sandbox.backends.base import Instance
+    from x07_sandbox.channel.messages import Message
+    from x07_sandbox.host.cancel import Cancel
+    from x07_sandbox.runs.execution import Facts
+    from x07_sandbox.runs.phase import CommandStreams, Receivers
+    from x07_sandbox.runs.streams import InFile, Sink
+
+_IDLE_S: Final = 60.0  # between two turns of the loop without any deadline
+_RECEIVED: Final = {Stream.OUTPUT, Stream.CHANGES, Stream.LEFT}
+
+
+class Session:
+    """The event loop of one session. Each needs a new object.
+
+    gate_fd: becomes readable when the egress gate has ended. limit: the deadline for copying in and for the end.
+    """
+
+    def __init__(self, instance: Instance, cancel: Cancel, gate_fd: int | None) -> None:
+        self._instance = instance
+        self._cancel = cancel
+        self._gate_fd = gate_fd
+        self._connection = instance.greeting.connection
+        self._link = self._connection.link
+        self._limit: Limit | None = None
+        self._times_ms = dict(instance.greeting.times_ms)
+        self._seen: dict[str, Any] = {}  # fields of `Evidence`
+        self._over = False
+        self._files: list[_Copy] = []
+        self._executions: dict[int, Execution] = {}
+        self._receivers: Receivers | None = None
+        self._last: Execution | None = None  # after which the session closes
+        self._closed: Closed | None = None
+
+    # what the caller asks for
+
+    def open(self, opening: Open, files: Sequence[InFile]) -> None:
+        """Open the session, and send its files."""
+        self._link.send(opening)
+        self._files = [_Copy(file, self._link.open(Stream.INPUT, number)) for number, file in enumerate(files)]
+        self._limit = Limit(settings.COPY_IN_S)
+
+    def execute(self, order: Exec, given: CommandStreams, wall_ms: int) -> Execution:
+        """Start a command once all files have arrived."""
+        self._link.send(order)
+        self._executions[order.id] = execution = Execution(order, given, wall_ms)
+        execution.stdin = self._link.open(Stream.STDIN, order.id)
+        return execution
+
+    def close_after(self, execution: Execution, order: Close, receivers: Receivers) -> None:
+        """Close the session once *execution* has ended, and take what *order* asks for."""
+        self._link.send(order)
+        self._last, self._receivers = execution, receivers
+
+    def run(self, execution: Execution) -> Facts:
+        """Run the loop until the session is closed. Return what is known about *execution*."""
+        while not self._over:
+            try:
+                self._turn()
+            except PeerError as exc:
+                self._end(channel_error=f"{exc.what}: {exc.why}")
+        self._mark("end")
+        if execution.exited is None:
+            self._seen["console_tail"] = self._instance.console_tail()
+        return execution.facts(self._closed, self._times_ms, **self._seen)
+
+    # the loop
+
+    def _turn(self) -> None:
+        self._fill()  # first, since progress of a copy extends the deadline
+        if self._time_is_up():
+            return
+        if not self._connection.flush():
+            self._lost()
+            return
+        limits = [limit for limit in (self._limit, *(one.limit for one in self._executions.values())) if limit]
+        left_s = min((limit.left_s() for limit in limits), default=_IDLE_S)
+        for fd, mask in self._poll().poll(left_s * 1000 + 1):
+            self._ready(fd, mask)
+            if self._over:
+                return
+
+    def _poll(self) -> select.poll:
+        progress = [fd for one in self._executions.values() for fd in one.progress_fds()]
+        stdin = [one.streams.stdin_fd or 0 for one in self._executions.values() if self._wants_input(one)]
+        # The order matters: handle data from the guest before the end of its stream.
+        fds = self._instance.channel_fd, self._instance.pidfd, self._cancel.fd
+        gate = [] if self._gate_fd is None or not self._is_running() else [self._gate_fd]
+        poll = input_poll(*fds, *gate, *self._instance.side_fds(), *stdin, *progress)
+        poll.register(self._instance.channel_fd, select.POLLIN | (select.POLLOUT if self._link.pending() else 0))
+        return poll
+
+    def _is_running(self) -> bool:
+        """Return whether a command is starting or running."""
+        return any(one.exited is None for one in self._executions.values())
+
+    def _wants_input(self, execution: Execution) -> bool:
+        return execution.wants_input() and self._link.streams.window(execution.stdin) > 0
+
+    def _ready(self, fd: int, mask: int) -> None:
+        if fd == self._cancel.fd:
+            self._end(cancelled_by=self._cancel.signal or 0)
+        elif fd == self._instance.channel_fd:
+            if mask & (select.POLLIN | select.POLLHUP | select.POLLERR):
+                self._receive()
+        elif fd == self._instance.pidfd:
+            self._lost()
+        elif fd == self._gate_fd:
+            self._end(gate_lost=True)
+        elif not any(self._ready_for(execution, fd) for execution in self._executions.values()):
+            self._instance.drain(fd)
+
+    def _ready_for(self, execution: Execution, fd: int) -> bool:
+        if pumped := execution.pump(fd):
+            stream, count = pumped
+            self._link.streams.consumed(execution.outputs.get(stream, 0), count)
+            return True
+        if fd == execution.streams.stdin_fd:
+            execution.read_input()
+            return True
+        return False
+
+    def _time_is_up(self) -> bool:
+        """Handle deadlines that have passed. Return whether the session is over."""
+        if self._over:
+            return True
+        fds = self._instance.channel_fd, self._instance.pidfd, self._cancel.fd
+        if self._limit is not None and self._limit.is_up(*fds):
+            self._end(deadline_passed=True)
+        for execution in self._executions.values():
+            if execution.limit is None or not execution.limit.is_up(*fds):
+                continue
+            if execution.asked_to_stop:
+                self._end()
+            else:
+                # The verdict stays a timeout whatever the guest reports now, but the report may add details.
+                self._stop(execution, deadline_passed=True)
+        return self._over
+
+    # from the guest
+
+    def _receive(self) -> None:
+        events = self._connection.read()
+        if events is None:
+            self._lost()
+            return
+        for event in events:
+            if isinstance(event, Event):
+                self._take_event(event)
+            else:
+                self._take(event)
+            if self._over:
+                return
+
+    def _take(self, message: Message) -> None:
+        if isinstance(message, Failed):
+            self._failed(message)
+        elif isinstance(message, Closed):
+            self._closed = message
+            if self._receivers is not None and (output := self._receivers.output) is not None:
+                output.complete = output.size == message.output_bytes
+            self._end()
+        elif isinstance(message, Started):
+            self._mark("started")
+            self._limit = None
+            self._executions[message.id].started()
+        elif isinstance(message, Denied):
+            self._executions[message.id].deny(message)
+        elif isinstance(message, Exited):
+            self._mark("exited")
+            execution = self._executions[message.id]
+            execution.end(message)
+            if execution is self._last:
+                self._limit = Limit(settings.CHANGES_OUT_S)
+
+    def _failed(self, failed: Failed) -> None:
+        self._end(setup_failure=f"{failed.stage}: {failed.message}", exec_errno=failed.errno if failed.id else 0)
+
+    def _take_event(self, event: Event) -> None:
+        stream, data = Stream(event.code), event.data
+        if stream in {Stream.STDOUT, Stream.STDERR}:
+            if event.type != streams.RESET:
+                self._take_output(self._executions[self._link.subject(event.stream)], stream, event)
+        elif stream in _RECEIVED:
+            if event.type == streams.OPEN:
+                self._expect(stream, event.stream)
+            elif event.type == streams.DATA:
+                self._link.streams.consumed(event.stream, len(data))
+                if not self._receiver(stream).take(data):
+                    self._refuse(stream, event.stream)
+
+    def _take_output(self, execution: Execution, stream: Stream, event: Event) -> None:
+        if event.type == streams.OPEN:
+            execution.outputs[stream] = event.stream
+        elif event.type == streams.DATA:
+            self._link.streams.consumed(event.stream, execution.take_output(stream, event.data))
+            if not execution.asked_to_stop and (overflow := execution.overflow()):
+                self._stop(execution, **overflow)
+
+    def _expect(self, stream: Stream, number: int) -> None:
+        """Note a stream that the guest opened because of CLOSE. Raises PeerError if it was not asked for."""
+        if self._last is None or self._last.exited is None or self._receiver(stream) is None:
+            raise PeerError("bad frame", f"{stream.name} was not asked for")
+        if stream is Stream.OUTPUT and self._last.asked_to_stop:
+            self._link.streams.reset(number)
+
+    def _refuse(self, stream: Stream, number: int) -> None:
+        """Take no more of a stream. Raises PeerError for an output, whose size the guest was told."""
+        if stream is Stream.OUTPUT:
+            raise PeerError("bad frame", "the output file is larger than was asked for")
+        self._link.streams.reset(number)
+
+    def _receiver(self, stream: Stream) -> Any:  # noqa: ANN401 - they have `take` in common
+        assert self._receivers is not None  # noqa: S101 - the link allows these streams only after CLOSE
+        return getattr(self._receivers, stream.name.lower())
+
+    # to the guest
+
+    def _fill(self) -> None:
+        if self._link.state not in {State.OPEN, State.CLOSING}:
+            return
+        for copy in self._files:
+            if problem := self._send_file(copy):
+                self._end(setup_failure=problem)
+                return
+        self._files = [copy for copy in self._files if not copy.done]
+        for execution in self._executions.values():
+            held = execution.waiting_input()
+            if held and self._link.pending() < FILL:
+                del held[: self._link.streams.send(execution.stdin, held)]
+            if execution.input_done and not held:
+                self._link.streams.finish(execution.stdin)
+
+    def _send_file(self, copy: _Copy) -> str:
+        """Send more of a file. Return why that is impossible, or ""."""
+        channel, file = self._link.streams, copy.file
+        while copy.sent < file.size and channel.pending() < FILL and (window := channel.window(copy.number)):
+            data = os.pread(file.fd, min(DATA_MAX, window, file.size - copy.sent), copy.sent)
+            if not data:
+                return f"{file.path} was truncated while it was read"
+            copy.sent += channel.send(copy.number, data)
+            if self._limit is not None:
+                self._limit.set(settings.COPY_IN_S)
+        if copy.sent == file.size:
+            copy.done = True
+            channel.finish(copy.number)
+        return ""
+
+    def _stop(self, execution: Execution, **seen: object) -> None:
+        """Ask the guest to end a command. The guest may still report its exit and changes. seen: evidence to add."""
+        execution.seen.update(seen)
+        execution.asked_to_stop = True
+        self._link.send(Stop(execution.order.id))
+        execution.limit = Limit(settings.STOPPED_S)
+
+    def _lost(self) -> None:
+        # If this process was stopped, `x07 kill` has asked it first and then ended the machine.
+        self._end(instance_status=wait_for_exit(self._instance), cancelled_by=self._cancel.signal)
+
+    def _end(self, **seen: object) -> None:
+        self._seen.update(seen)
+        self._over = True
+
+    def _mark(self, name: str) -> None:
+        self._times_ms[name] = round((time.monotonic() - self._instance.greeting.released_at) * 1000, 1)
+
+
+class _Copy:
+    """A file on its way to the guest. number: of its stream. sent: bytes."""
+
+    def __init__(self, file: InFile, number: int) -> None:
+        self.file = file
+        self.number = number
+        self.sent = 0
+        self.done = False
+
+
+def drain(sinks: tuple[Sink, ...], cancel: Cancel) -> bool:
+    """Wait, without a deadline, until the readers of the output have taken all of it. Return False if cancelled."""
+    while fds := [sink.progress_fd for sink in sinks if sink.progress_fd is not None]:
+        for fd, _ in input_poll(cancel.fd, *fds).poll():
+            if fd == cancel.fd:
+                return False
+            for sink in sinks:
+                if sink.progress_fd == fd:
+                    sink.pump()
+    return True
