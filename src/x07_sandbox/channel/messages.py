@@ -385,7 +385,8 @@ def _check(name: str, kind: type[Any], form: Form, values: list[Any]) -> None:
     if len(values) != len(form.shapes):
         raise PeerError(f"bad {name} message", f"{len(values)} fields instead of {len(form.shapes)}")
     for number, shape in enumerate(form.shapes):
-        field, value = kind._fields[number], values[number]
+        field = kind._fields[number]
+        value = values[number]
         if value is None and shape.optional:
             continue
         if type(value) is not shape.type:  # bool is a subclass of int
