@@ -389,7 +389,8 @@ def _check(name: str, kind: type[Any], form: Form, values: list[Any]) -> None:
         value = values[number]
         if value is None and shape.optional:
             continue
-        if type(value) is not shape.type:  # bool is a subclass of int
+        found = type(value)
+        if found is not shape.type:  # bool is a subclass of int
             raise PeerError(f"bad {name} message", f"{field} has the wrong type")
         if not shape.lo <= (len(value) if shape.type is str else value) <= shape.hi:
             raise PeerError(f"bad {name} message", f"{field} is out of range")
