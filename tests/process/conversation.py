@@ -8,31 +8,36 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from x07_sandbox.channel import streams
 from x07_sandbox.channel.connection import Connection
-from x07_sandbox.channel.frames import Kind, Role, Stream
-from x07_sandbox.channel.link import Control, Data, Eof, State
+from x07_sandbox.channel.link import State, Stream
+from x07_sandbox.channel.messages import (
+    Close,
+    Closed,
+    CommandLimits,
+    Confine,
+    Exec,
+    Exited,
+    Failed,
+    InputFile,
+    Left,
+    Mount,
+    Open,
+    Output,
+    Room,
+    Seed,
+    Stop,
+)
+from x07_sandbox.channel.streams import Event, Role
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from x07_sandbox.backends.process.start import ProcessInstance
 
-LIMITS = {
-    "mem_bytes": 256 << 20,
-    "tasks": 64,
-    "cpu_ms": 20_000,
-    "fds": 128,
-    "core_bytes": 0,
-    "tmp_bytes": 16 << 20,
-}
-FREE: dict[str, Any] = {
-    "threads": True,
-    "spawn": True,
-    "execute": True,
-    "programs": None,
-    "prefixes": [],
-    "alone": True,
-}
+LIMITS = CommandLimits(mem_bytes=256 << 20, tasks=64, cpu_ms=20_000, fds=128, core_bytes=0)
+TMP_BYTES = 16 << 20
+FREE = Confine(threads=True, spawn=True, execute=True, programs=None, prefixes=[], alone=True)
 ENV = {"PATH": "/usr/bin:/bin", "HOME": "/opt/x07", "LANG": "C.UTF-8"}
 PROGRAM = "/x07/in/program.py"
 MOST_S = 30.0
@@ -40,27 +45,44 @@ MOST_S = 30.0
 
 @dataclass(kw_only=True)
 class Ended:
-    """How a program ended. body: of EXITED or FAILED. streams: received bytes by stream."""
+    """How a program ended. last: EXITED, or FAILED. closed: CLOSED, after EXITED. output: received bytes by stream."""
 
-    kind: Kind
-    body: dict[str, Any]
-    streams: dict[int, bytearray]
+    last: Exited | Failed
+    closed: Closed | None
+    output: dict[Stream, bytearray]
+
+    @property
+    def exited(self) -> Exited:
+        """The report about its end."""
+        assert isinstance(self.last, Exited), self.last
+        return self.last
+
+    @property
+    def failed(self) -> Failed:
+        """The report that it was not executed."""
+        assert isinstance(self.last, Failed), self.last
+        return self.last
+
+    @property
+    def left(self) -> Closed:
+        """The report about what it left."""
+        assert self.closed is not None
+        return self.closed
 
     @property
     def code(self) -> int:
         """The exit code, negative for a signal."""
-        assert self.kind is Kind.EXITED, self.body
-        return os.waitstatus_to_exitcode(self.body["wait_status"])
+        return os.waitstatus_to_exitcode(self.exited.wait_status)
 
     @property
     def stdout(self) -> str:
         """Its standard output."""
-        return self.streams.get(Stream.STDOUT, bytearray()).decode("utf-8", "replace")
+        return self.output.get(Stream.STDOUT, bytearray()).decode("utf-8", "replace")
 
     @property
     def stderr(self) -> str:
         """Its standard error."""
-        return self.streams.get(Stream.STDERR, bytearray()).decode("utf-8", "replace")
+        return self.output.get(Stream.STDERR, bytearray()).decode("utf-8", "replace")
 
 
 @dataclass(kw_only=True)
@@ -77,9 +99,9 @@ class Program:
     cwd: str = "/opt/x07"
     limits: Mapping[str, int] = field(default_factory=dict)
     confine: Mapping[str, Any] = field(default_factory=dict)
-    mounts: list[dict[str, Any]] = field(default_factory=list)
-    output: dict[str, Any] | None = None
-    left: dict[str, int] | None = None
+    mounts: list[Mount] = field(default_factory=list)
+    output: Output | None = None
+    left: Left | None = None
 
 
 def python(source: str, *words: str, **how: Any) -> Program:  # noqa: ANN401 - fields of Program
@@ -96,73 +118,61 @@ class Conversation:
         self.connection = Connection(instance.channel_fd, Role.HOST)
         self.link = self.connection.link
         self.nonce = os.urandom(16)
-        self.streams: dict[int, bytearray] = {}
-        self.to_come: set[int] = set()
-        self.last: Control | None = None
+        self.output: dict[Stream, bytearray] = {}
+        self.last: Exited | Failed | None = None
+        self.closed: Closed | None = None
         self.until = time.monotonic() + MOST_S
 
     def run(self, program: Program, *, on_output: Callable[[Conversation], None] | None = None) -> Ended:
         """Run it to its end. on_output: called once, on the first output."""
         self.start(program)
-        while self.last is None or self.to_come:
+        while self.closed is None and not isinstance(self.last, Failed):
             self.turn()
-            if on_output is not None and self.streams.get(Stream.STDOUT):
+            if on_output is not None and self.output.get(Stream.STDOUT):
                 on_output(self)
                 on_output = None
-        return Ended(kind=self.last.kind, body=self.last.body, streams=self.streams)
+        assert self.last is not None
+        return Ended(last=self.last, closed=self.closed, output=self.output)
 
     def start(self, program: Program) -> None:
         """Start it; its files and its input are queued."""
         while self.link.state is State.WAITING:
             self.turn()
-        seed = {"unix_ns": 1, "entropy": bytes(64), "nonce": self.nonce, "machine_id": bytes(15) + b"\1"}
-        self.link.send(Kind.SEED, seed)
+        self.link.send(Seed(1, bytes(64), self.nonce, bytes(15) + b"\1"))
         while self.link.state is not State.READY:
             self.turn()
-        files = [
-            {"path": path, "mode": mode, "kind": kind, "bytes": len(content)}
-            for path, (mode, kind, content) in program.files.items()
-        ]
-        body = {
-            "run_id": "test",
-            "hostname": "x07",
-            "phase": "run",
-            "argv": program.argv,
-            "env": dict(program.env),
-            "cwd": program.cwd,
-            "files": files,
-            "mounts": program.mounts,
-            "limits": LIMITS | dict(program.limits),
-            "confine": FREE | dict(program.confine),
-            "output": program.output,
-            "network": None,
-            "left": program.left,
-            "room": {"file_bytes": 1 << 20, "total_bytes": 2 << 20},
-        }
-        if any(mount["changes"] for mount in program.mounts):
-            self.to_come.add(Stream.CHANGES)
-        if program.output is not None:
-            self.to_come.add(Stream.OUTPUT_FILE)
-        if program.left is not None and program.left["files"]:
-            self.to_come.add(Stream.LEFT_FILES)
-        self.link.send(Kind.START, body)
+        limits = LIMITS._replace(**program.limits)
+        out_writable = program.output is not None or (program.left is not None and program.left.files > 0)
+        opening = Open(
+            hostname="x07",
+            mem_bytes=limits.mem_bytes,
+            tmp_bytes=TMP_BYTES,
+            files=[InputFile(path, mode, kind, len(data)) for path, (mode, kind, data) in program.files.items()],
+            mounts=program.mounts,
+            confine=FREE._replace(**program.confine),
+            network=None,
+            out_writable=out_writable,
+            room=Room(1 << 20, 2 << 20),
+        )
+        self.link.send(opening)
+        self.link.send(Exec(1, program.argv, dict(program.env), program.cwd, limits))
+        self.link.send(Close(1, program.output, program.left))
         for number, (_, _, content) in enumerate(program.files.values()):
-            self.send(Stream.FIRST_FILE + number, content)
-        self.send(Stream.STDIN, program.stdin)
+            self.send(self.link.open(Stream.INPUT, number), content)
+        self.send(self.link.open(Stream.STDIN, 1), program.stdin)
 
-    def send(self, stream: int, data: bytes) -> None:
+    def send(self, number: int, data: bytes) -> None:
         """Send all input and its end; the program may end before."""
         while data and self.last is None:
-            count = self.link.send_data(stream, data)
+            count = self.link.streams.send(number, data)
             data = data[count:]
             if not count:
                 self.turn()
-        if self.last is None:
-            self.link.end_stream(stream)
+        self.link.streams.finish(number)
 
     def stop(self) -> None:
         """Request the program's end."""
-        self.link.send(Kind.STOP, {})
+        self.link.send(Stop(1))
 
     def turn(self) -> None:
         """Write queued bytes, and read what has arrived."""
@@ -179,16 +189,10 @@ class Conversation:
         events = self.connection.read()
         assert events is not None, self.instance.console_tail()
         for event in events:
-            if isinstance(event, Control) and event.kind in {Kind.EXITED, Kind.FAILED}:
+            if isinstance(event, (Exited, Failed)):
                 self.last = event
-                if event.kind is Kind.FAILED or not event.body["output_bytes"]:
-                    self.to_come.discard(Stream.OUTPUT_FILE)
-                if event.kind is Kind.EXITED and not event.body["left_files"]:
-                    self.to_come.discard(Stream.LEFT_FILES)
-                if event.kind is Kind.FAILED:
-                    self.to_come.clear()
-            elif isinstance(event, Data):
-                self.streams.setdefault(event.stream, bytearray()).extend(event.payload)
-                self.link.consumed(event.stream, len(event.payload))
-            elif isinstance(event, Eof):
-                self.to_come.discard(event.stream)
+            elif isinstance(event, Closed):
+                self.closed = event
+            elif isinstance(event, Event) and event.type == streams.DATA:
+                self.output.setdefault(Stream(event.code), bytearray()).extend(event.data)
+                self.link.streams.consumed(event.stream, len(event.data))

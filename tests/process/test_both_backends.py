@@ -16,8 +16,8 @@ import pytest
 from tests.process.conftest import claim, left, run_on, started
 from tests.process.conversation import Conversation, Program, python
 from x07_sandbox.backends.base import Job, MachineKind
-from x07_sandbox.channel.frames import Kind, Stream
-from x07_sandbox.channel.link import State
+from x07_sandbox.channel.link import State, Stream
+from x07_sandbox.channel.messages import Left
 from x07_sandbox.errors import HostError
 from x07_sandbox.host.cancel import Caller, Cancel
 
@@ -69,8 +69,7 @@ def test_a_signal_is_reported(backend: Backend) -> None:
 def test_a_missing_program_fails_with_the_reason(backend: Backend) -> None:
     """A program that does not exist fails with the kernel's reason."""
     ended = run_on(backend, Program(argv=["/x07/in/nothing"]))
-    assert ended.kind is Kind.FAILED
-    assert (ended.body["stage"], ended.body["errno"]) == ("exec", 2)
+    assert (ended.failed.stage, ended.failed.errno) == ("exec", 2)
 
 
 def test_a_command_is_looked_up_on_the_programs_path(backend: Backend) -> None:
@@ -78,20 +77,20 @@ def test_a_command_is_looked_up_on_the_programs_path(backend: Backend) -> None:
     ended = run_on(backend, Program(argv=["sh", "-c", "echo $0 $1", "a", "b"]))
     assert (ended.code, ended.stdout) == (0, "a b\n"), ended.stderr
     ended = run_on(backend, Program(argv=["no-such-command"]))
-    assert (ended.kind, ended.body["stage"], ended.body["errno"]) == (Kind.FAILED, "exec", 2)
+    assert (ended.failed.stage, ended.failed.errno) == ("exec", 2)
 
 
 def test_files_in_private_folders_are_counted_and_handed_over(backend: Backend) -> None:
     """All files left in the working folder are counted; those that are wanted and readable are sent."""
     source = "import os; open('a', 'w').write('one'); os.mkdir('d'); open('d/b', 'w').close(); open('.rc', 'w').close()"
-    ended = run_on(backend, python(source, left={"files": 0, "bytes": 0}))
-    assert (ended.code, ended.body["left_files"], ended.body["left_bytes"]) == (0, 2, 3), ended.stderr
-    assert Stream.LEFT_FILES not in ended.streams
-    ended = run_on(backend, python(f"{source}; os.chmod('d', 0)", left={"files": 9, "bytes": 9}))
+    ended = run_on(backend, python(source, left=Left(0, 0)))
+    assert (ended.code, ended.left.left_files, ended.left.left_bytes) == (0, 2, 3), ended.stderr
+    assert Stream.LEFT not in ended.output
+    ended = run_on(backend, python(f"{source}; os.chmod('d', 0)", left=Left(9, 9)))
     assert ended.code == 0, ended.stderr
-    assert b"one" in ended.streams[Stream.LEFT_FILES]
-    ended = run_on(backend, python("pass", left={"files": 9, "bytes": 9}))
-    assert (ended.code, ended.body["left_files"]) == (0, 0)
+    assert b"one" in ended.output[Stream.LEFT]
+    ended = run_on(backend, python("pass", left=Left(9, 9)))
+    assert (ended.code, ended.left.left_files) == (0, 0)
 
 
 def test_processes_left_by_a_program_are_killed(backend: Backend) -> None:
@@ -120,7 +119,7 @@ def test_a_stopped_program_is_killed_and_reported_as_stopped(backend: Backend) -
     source = "import os, signal; print('here', flush=True); os.kill(os.getpid(), signal.SIGSTOP)"
     ended = run_on(backend, python(source), on_output=stop)
     assert ended.code == -signal.SIGKILL
-    assert ended.body["stopped"]
+    assert ended.exited.stopped
 
 
 def test_a_started_agent_ends_with_its_context(backend: Backend) -> None:

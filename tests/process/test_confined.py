@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.process.conftest import run_on
-from tests.process.conversation import FREE, Conversation, Ended, Program, python
-from x07_sandbox.channel.frames import Kind, Stream
+from tests.process.conversation import Conversation, Ended, Program, python
+from x07_sandbox.channel.link import Stream
+from x07_sandbox.channel.messages import Left, Mount, Output
 from x07_sandbox.channel.trees import Entry, FileEnd, Piece, Reader, segment
 from x07_sandbox.channel.trees import Kind as Record
 from x07_sandbox.jail import cgroups
@@ -55,7 +56,7 @@ def test_a_program_sees_only_its_own_processes(confined: OsBackend) -> None:
 def test_a_program_that_signals_its_init_ends_only_itself(confined: OsBackend) -> None:
     """SIGTERM to the first process of its namespace is reported as the program's own end."""
     ended = run_with_try(confined, "tried(os.kill, 1, signal.SIGTERM); signal.pause() if len(sys.argv) > 1 else None")
-    assert ended.kind is Kind.EXITED
+    assert ended.exited
     assert ended.code in {0, -signal.SIGKILL}
 
 
@@ -139,7 +140,7 @@ def test_forbidden_system_calls_are_refused(confined: OsBackend) -> None:
 
 def test_only_listed_programs_can_be_executed(confined: OsBackend) -> None:
     """With a list of programs, other programs can be neither executed nor read."""
-    listed = {**FREE, "programs": ["/usr/bin/python3", "/usr/bin/true"]}
+    listed = {"programs": ["/usr/bin/python3", "/usr/bin/true"]}
     ended = run_with_try(
         confined,
         "def run(path):\n"
@@ -186,7 +187,7 @@ def test_memory_is_limited(confined: OsBackend) -> None:
         pytest.skip("this host gives no control group for memory")
     ended = run_with_try(confined, "held = [bytearray(1 << 20) for _ in range(256)]", limits={"mem_bytes": 48 << 20})
     assert ended.code == -signal.SIGKILL
-    assert ended.body["oom_kills"] >= 1
+    assert ended.exited.oom_kills >= 1
 
 
 @pytest.mark.parametrize("children", [0, 3])
@@ -197,9 +198,9 @@ def test_processor_time_is_limited(confined: OsBackend, children: int) -> None:
         f"for _ in range({children}): os.fork()\nwhile True: pass",
         limits={"cpu_ms": 500},
     )
-    assert ended.body["cpu_exceeded"]
+    assert ended.exited.cpu_exceeded
     assert ended.code == -signal.SIGKILL
-    assert ended.body["cpu_us"] >= 500_000
+    assert ended.exited.cpu_us >= 500_000
 
 
 def tree(files: dict[str, bytes]) -> bytes:
@@ -215,7 +216,7 @@ def changes(ended: Ended) -> dict[str, bytes | None]:
     """Return the changes that came back, by name; None for a removed file."""
     found: dict[str, bytes | None] = {}
     name = ""
-    for event in Reader().feed(bytes(ended.streams[Stream.CHANGES])):
+    for event in Reader().feed(bytes(ended.output[Stream.CHANGES])):
         match event:
             case Entry(kind=Record.FILE, name=raw):
                 name = raw.decode()
@@ -231,10 +232,9 @@ def changes(ended: Ended) -> dict[str, bytes | None]:
 
 def test_folders_of_the_host_go_in_and_changes_come_out(confined: OsBackend) -> None:
     """A program works on copies of the host's folders; only its changes come back."""
-    number = Stream.FIRST_FILE + 1
     content = tree({"same": b"same\n", "other": b"before\n", "gone": b"gone\n"})
-    write = {"tree": int(number), "sub": "", "at": "/data/w", "write": True, "changes": True}
-    read = {"tree": int(number), "sub": "", "at": "/data/r", "write": False, "changes": False}
+    write = Mount(tree=1, sub="", at="/data/w", write=True, changes=True)
+    read = Mount(tree=1, sub="", at="/data/r", write=False, changes=False)
     ended = run_with_try(
         confined,
         "print(sorted(os.listdir('/data/w')), open('/data/r/same').read().strip(), tried(open, '/data/r/same', 'w'))\n"
@@ -250,27 +250,26 @@ def test_folders_of_the_host_go_in_and_changes_come_out(confined: OsBackend) -> 
 
 def test_changes_and_left_files_come_back_together(confined: OsBackend) -> None:
     """A run hands over both the changes to the host's folders and the files left in private folders."""
-    number = int(Stream.FIRST_FILE + 1)
-    mount = {"tree": number, "sub": "", "at": "/data/w", "write": True, "changes": True}
+    mount = Mount(tree=1, sub="", at="/data/w", write=True, changes=True)
     ended = run_with_try(
         confined,
         "open('/data/w/new', 'w').write('new\\n'); open('mine', 'w').write('left')\n",
         files={"": (0o755, "tree", tree({}))},
         mounts=[mount],
-        left={"files": 5, "bytes": 100},
+        left=Left(5, 100),
     )
     assert ended.code == 0, ended.stderr
     assert changes(ended) == {"new": b"new\n"}
-    assert b"left" in ended.streams[Stream.LEFT_FILES]
+    assert b"left" in ended.output[Stream.LEFT]
 
 
 def test_an_output_file_comes_back(confined: OsBackend) -> None:
     """A build's files in /x07/out are sent to the host."""
     path = "/x07/out/compiled-out"
-    program = python(f"open({path!r}, 'wb').write(b'made')", output={"path": path, "max_bytes": 1000})
+    program = python(f"open({path!r}, 'wb').write(b'made')", output=Output(path, 1000))
     ended = run_on(confined, program)
     assert ended.code == 0, ended.stderr
-    assert bytes(ended.streams[Stream.OUTPUT_FILE]) == b"made"
+    assert bytes(ended.output[Stream.OUTPUT]) == b"made"
 
 
 def test_the_hosts_compiler_works(confined: OsBackend) -> None:
@@ -305,6 +304,6 @@ def test_a_cgroup_of_version_2_limits_cpu_time(confined: OsBackend, monkeypatch:
     source = "import os; print(open('/proc/self/cgroup').read(), flush=True)\nos.fork()\nwhile True: pass"
     ended = run_on(confined, python(source, limits={"cpu_ms": 500}))
     assert "/program\n" in ended.stdout
-    assert ended.body["cpu_exceeded"]
+    assert ended.exited.cpu_exceeded
     assert ended.code == -signal.SIGKILL
     assert not [path for path in (root / "x07-sandbox").iterdir() if path.is_dir()]
