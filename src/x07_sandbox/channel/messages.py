@@ -18,6 +18,7 @@ from x07_sandbox.errors import PeerError
 
 PROTOCOL: Final = 2
 COUNT_MAX: Final = 2**63 - 1
+ID_MAX: Final = 2**32 - 1  # of commands
 TEXT_MAX: Final = 2000  # characters of a text from the guest
 DENIED_MAX: Final = 64  # DENIED messages for one command
 _JSON_MAX: Final = 16 * 1024
@@ -309,6 +310,7 @@ def _close(values: list[Any]) -> Close:
     return Close(after, output and Output(*output), left and Left(*left))
 
 
+_ID: Final = Shape(int, ID_MAX)
 _TEXT: Final = Shape(str, TEXT_MAX)
 _ERRNO: Final = Shape(int, 4096)
 FORMS: Final[dict[type[Any], Form]] = {
@@ -324,7 +326,7 @@ FORMS: Final[dict[type[Any], Form]] = {
     Denied: Form(
         10,
         Role.GUEST,
-        shapes=(Shape(int), Shape(str, 16), Shape(str, 64), _ERRNO, _TEXT, Shape(bool), Shape(int, lo=1)),
+        shapes=(_ID, Shape(str, 16), Shape(str, 64), _ERRNO, _TEXT, Shape(bool), Shape(int, lo=1)),
     ),
     Exited: Form(11, Role.GUEST, struct.Struct(">IHQQQQQ????Q")),
     Close: Form(12, Role.HOST, build=_close),
@@ -333,7 +335,7 @@ FORMS: Final[dict[type[Any], Form]] = {
         Role.GUEST,
         shapes=(Shape(int, 2**40, optional=True), Shape(str, TEXT_MAX, optional=True), Shape(int), Shape(int)),
     ),
-    Failed: Form(14, Role.GUEST, shapes=(Shape(int), Shape(str, 64), _ERRNO, _TEXT)),
+    Failed: Form(14, Role.GUEST, shapes=(_ID, Shape(str, 64), _ERRNO, _TEXT)),
 }
 _TYPES: Final = {form.number: (kind, form) for kind, form in FORMS.items()}
 BOUNDS: Final = {
