@@ -104,7 +104,11 @@ class Side:
 
     def _refused(self, event: Event) -> None:
         assert not event.stream
-        target = egress.refused(event.data)
+        try:
+            target = egress.refused(event.data)
+        except PeerError:
+            self.link.fail()
+            raise
         assert 0 < len(target.host) <= egress.HOST_MAX
 
     def _answer(self, event: Event) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.fuzz.fuzz_channel import frame
-from tests.fuzz.fuzz_egress import HELD_MAX
+from tests.fuzz.fuzz_egress import HELD_MAX, one_input
 from x07_sandbox.channel import egress, streams
 from x07_sandbox.channel.egress import DATA_MAX, TCP, UDP, WINDOW, Target
 from x07_sandbox.channel.streams import HEADER, Event, Role, Streams
@@ -191,6 +191,32 @@ def test_a_report_names_a_transport(transport: int) -> None:
     """A report about any other transport than TCP and UDP raises PeerError."""
     with pytest.raises(PeerError, match=f"transport {transport}"):
         egress.refused(Target(transport, b"x", 1).refusal())
+
+
+MEANT: Final = [
+    *[asking(stream, transport) for stream in (1, 3, 5) for transport in (TCP, UDP)],
+    *[frame(kind, stream) for kind in (streams.ANSWER, streams.FIN, streams.RESET) for stream in (1, 3, 5)],
+    *[frame(streams.DATA, stream, b"data") for stream in (1, 3, 5)],
+    *[frame(streams.DATAGRAM, stream, b"data") for stream in (1, 3, 5)],
+    *[credit(stream, WINDOW // 2) for stream in (1, 3, 5)],
+    frame(streams.DATA, 1, bytes(DATA_MAX)),
+    frame(streams.CREDIT, 1, b"\xff" * 4),
+    refusal(),
+    refusal(1),
+]
+
+
+@given(st.booleans(), st.booleans(), st.binary(max_size=5), st.lists(st.sampled_from(range(len(MEANT))), max_size=12))
+def test_the_cut_of_a_stream_does_not_matter(guest: bool, stalled: bool, sizes: bytes, frames: list[int]) -> None:  # noqa: FBT001 - as hypothesis gives them
+    """A byte stream yields the same events and error, however it is cut."""
+    first = guest << 7 | stalled << 6 | len(sizes)
+    one_input(bytes([first]) + sizes + b"".join(MEANT[number] for number in frames))
+
+
+@given(st.booleans(), st.binary(max_size=300))
+def test_any_bytes_are_events_or_an_error(guest: bool, data: bytes) -> None:  # noqa: FBT001 - as above
+    """Random bytes raise nothing but PeerError."""
+    one_input(bytes([guest << 7 | 1, 2]) + data)
 
 
 @given(st.sampled_from(Role), st.lists(st.binary(min_size=1, max_size=1 << 17), max_size=4))

@@ -387,6 +387,30 @@ def test_a_clone_starts_where_the_saved_machine_was() -> None:
 # faults
 
 
+@pytest.mark.parametrize(
+    "wire",
+    [
+        message(Started(1)),
+        message(EXITED),
+        opening(1, Stream.OUTPUT),
+        opening(1, Stream.STDOUT, 9),
+        frame(streams.MESSAGE, 0, b"{}", FORMS[Failed].number),
+        frame(99, 1),
+    ],
+)
+def test_a_fault_is_final(wire: bytes) -> None:
+    """After a fault of any kind a link raises PeerError for whatever it receives, and holds nothing."""
+    host = link_in(HOST, State.OPEN, CommandState.STARTING if wire != message(Started(1)) else None)
+    state = host.state
+    with pytest.raises(PeerError):
+        list(host.receive(wire + message(Failed(0, "x", 0, ""))))
+    for later in (b"", message(Failed(0, "x", 0, "")), bytes(1 << 20)):
+        with pytest.raises(PeerError):
+            list(host.receive(later))
+    assert host.state is state
+    assert not host.streams._in  # noqa: SLF001 - the bound on it is the promise
+
+
 def test_a_reply_between_events_counts() -> None:
     """A reply sent between two events counts for the second one, even if both arrived together."""
     link = Link(HOST)
@@ -396,6 +420,16 @@ def test_a_reply_between_events_counts() -> None:
         if isinstance(event, Hello):
             link.send(MESSAGES[Seed])
     assert same(seen, [MESSAGES[Hello], Seeded(NONCE)])
+
+
+def test_leftover_events_are_returned_once() -> None:
+    """Events left over from an unfinished iteration are returned by the next one, and none of them twice."""
+    link = link_in(HOST, State.OPEN, CommandState.RUNNING)
+    wire = opening(1, Stream.STDOUT, 1) + b"".join(frame(streams.DATA, 1, b"%d" % number) for number in range(3))
+    unfinished = link.receive(wire)
+    assert isinstance(next(unfinished), Event)
+    assert [event.data for event in link.receive(b"") if isinstance(event, Event)] == [b"0", b"1", b"2"]
+    assert list(unfinished) == []
 
 
 @pytest.mark.parametrize("step", [1, 7, 4096])

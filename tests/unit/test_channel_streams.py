@@ -599,6 +599,15 @@ def test_events_before_a_violation_count() -> None:
         next(events)
 
 
+def test_leftover_events_are_returned_once() -> None:
+    """Events left over from an unfinished iteration are returned by the next one, and none of them twice."""
+    host, _, [number] = opened(UP)
+    unfinished = host.receive(b"".join(frame(DATA, number, b"%d" % at) for at in range(3)))
+    assert next(unfinished).data == b"0"
+    assert [event.data for event in host.receive(b"")] == [b"1", b"2"]
+    assert list(unfinished) == []
+
+
 def test_frames_that_cross_an_end_are_ignored() -> None:
     """Frames that cross the end of their stream on the wire are ignored."""
     late = [frame(DATA, 1, b"x"), credit(1, 32), frame(FIN, 1), frame(RESET, 1)]

@@ -143,21 +143,31 @@ class Link:
         self._used: set[tuple[Stream, int]] = set()  # streams that can be opened once
 
     def receive(self, data: bytes | memoryview) -> Iterator[Message | Event]:
-        """Take bytes from the peer, and yield messages and events of streams. Raises PeerError."""
-        for event in self.streams.receive(data):
-            if event.type == streams.MESSAGE:
-                message = messages.decode(event.code, event.data)
-                if problem := self._advance(message):
-                    raise PeerError("message out of order", problem)
-                yield message
-                continue
-            if event.type == streams.OPEN:
-                subject = _SUBJECT.unpack(event.data)[0]
-                if problem := self._add(event.stream, Stream(event.code), subject):
-                    raise PeerError("bad frame", problem)
-            yield event
-            if not self.streams.is_open(event.stream):
-                self._subjects.pop(event.stream, None)
+        """Take bytes from the peer, and yield messages and events of streams. Raises PeerError, as `Streams`."""
+        return self._events(self.streams.receive(data))
+
+    def _events(self, events: Iterator[Event]) -> Iterator[Message | Event]:
+        try:
+            for event in events:
+                yield self._message(event) if event.type == streams.MESSAGE else self._stream_event(event)
+                if event.stream and not self.streams.is_open(event.stream):
+                    self._subjects.pop(event.stream, None)
+        except PeerError:
+            self.streams.fail()
+            raise
+
+    def _message(self, event: Event) -> Message:
+        message = messages.decode(event.code, event.data)
+        if problem := self._advance(message):
+            raise PeerError("message out of order", problem)
+        return message
+
+    def _stream_event(self, event: Event) -> Event:
+        if event.type == streams.OPEN:
+            subject = _SUBJECT.unpack(event.data)[0]
+            if problem := self._add(event.stream, Stream(event.code), subject):
+                raise PeerError("bad frame", problem)
+        return event
 
     def subject(self, number: int) -> int:
         """Return the subject of an open stream, or of one whose end was just received."""

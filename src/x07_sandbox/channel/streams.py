@@ -143,25 +143,26 @@ class Streams:
     def _events(self) -> Iterator[Event]:
         if self._failed:
             raise _bad("the byte stream has failed before")
-        at = 0
         try:
-            while len(self._in) - at >= HEADER.size:
-                kind, code, zero, stream, length = HEADER.unpack_from(self._in, at)
+            while len(self._in) >= HEADER.size:
+                kind, code, zero, stream, length = HEADER.unpack_from(self._in)
                 self._check_header(kind, code, zero, stream, length)
-                end = at + HEADER.size + length
+                end = HEADER.size + length
                 if len(self._in) < end:
                     break
                 with memoryview(self._in) as view:
-                    payload = bytes(view[at + HEADER.size : end])
-                at = end
+                    payload = bytes(view[HEADER.size : end])
+                del self._in[:end]  # moves no bytes: a bytearray remembers where it begins
                 if (event := self._event(kind, code, stream, payload)) is not None:
                     yield event
         except PeerError:
-            self._failed = True
-            self._in.clear()
+            self.fail()
             raise
-        finally:
-            del self._in[:at]
+
+    def fail(self) -> None:
+        """Accept nothing more from the peer, which has violated the protocol."""
+        self._failed = True
+        self._in.clear()
 
     def _check_header(self, kind: int, code: int, zero: int, stream: int, length: int) -> None:
         """Check a header before its payload arrives, so that at most one frame is buffered. Raises PeerError."""
