@@ -146,6 +146,7 @@ class Conversation:
         opening = Open(
             hostname="x07",
             mem_bytes=limits.mem_bytes,
+            tasks=limits.tasks,
             tmp_bytes=TMP_BYTES,
             files=[InputFile(path, mode, kind, len(data)) for path, (mode, kind, data) in program.files.items()],
             mounts=program.mounts,

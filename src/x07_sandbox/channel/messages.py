@@ -136,11 +136,13 @@ class Room(NamedTuple):
 class Open(NamedTuple):
     """What belongs to the session. The host sends its files on streams of kind INPUT.
 
+    mem_bytes, tasks: of all commands together. tmp_bytes: the size of /tmp and of /dev/shm.
     out_writable: whether programs may write to /x07/out. network: None if there is no relay. room: for changes.
     """
 
     hostname: str
     mem_bytes: int
+    tasks: int
     tmp_bytes: int
     files: list[InputFile]
     mounts: list[Mount]
@@ -280,10 +282,11 @@ class Form(NamedTuple):
 
 
 def _open(values: list[Any]) -> Open:
-    hostname, mem_bytes, tmp_bytes, files, mounts, confine, network, out_writable, room = values
+    hostname, mem_bytes, tasks, tmp_bytes, files, mounts, confine, network, out_writable, room = values
     return Open(
         hostname,
         mem_bytes,
+        tasks,
         tmp_bytes,
         [InputFile(*file) for file in files],
         [Mount(*mount) for mount in mounts],
