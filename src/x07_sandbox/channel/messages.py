@@ -153,13 +153,18 @@ class Open(NamedTuple):
 
 
 class Exec(NamedTuple):
-    """Start a command once all files of OPEN have arrived. id: from 1, each higher than the one before."""
+    """Start a command once all files of OPEN have arrived. id: from 1, each higher than the one before.
+
+    service: "" for a program; else a service of the agent's that runs like a command, on the same streams: "files"
+    (channel/files), or "connect", which connects its streams to the port argv[0] of this sandbox.
+    """
 
     id: int
     argv: list[str]
     env: dict[str, str]
     cwd: str
     limits: CommandLimits
+    service: str = ""
 
 
 class Started(NamedTuple):
@@ -298,8 +303,8 @@ def _open(values: list[Any]) -> Open:
 
 
 def _exec(values: list[Any]) -> Exec:
-    number, argv, env, cwd, limits = values
-    return Exec(number, argv, env, cwd, CommandLimits(*limits))
+    number, argv, env, cwd, limits, service = values
+    return Exec(number, argv, env, cwd, CommandLimits(*limits), service)
 
 
 def _warm(values: list[Any]) -> Warm:

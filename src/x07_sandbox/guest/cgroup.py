@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import time
 from typing import ClassVar, Final
 
@@ -25,12 +24,14 @@ class NoGroup:
 
     Subclasses are groups that contain the program and its children, but neither init (whose process id is *init*) nor
     the agent.
-    KILLS: whether the group can kill all its processes. If not, init kills them.
+    KILLS: whether the group can kill all its processes. If not, init kills them. OF_COMMAND: whether it holds one
+    command, not all.
     COUNTERS: for each counter, its control file, and the keys of the relevant lines if the file has several lines.
     SHOWN: the group's folder that the program may read, or "" if there is none.
     """
 
     KILLS: ClassVar[bool] = False
+    OF_COMMAND: ClassVar[bool] = False
     COUNTERS: ClassVar[dict[str, tuple[str, ...]]] = {}
     SHOWN: ClassVar[str] = ""
 
@@ -60,9 +61,7 @@ class NoGroup:
         return ()
 
     def kill(self, init: int) -> None:
-        """Kill all processes of the group."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(init, signal.SIGTERM)
+        """Kill all processes of the group, if it KILLS."""
 
     def cpu_us(self, init: int) -> int:
         """Return the CPU time of all processes of the group, in microseconds."""
@@ -163,6 +162,8 @@ class RootGroup(HostGroup):
 
 class _CommandGroup(HostGroup):
     """The group of one command, which this process has made."""
+
+    OF_COMMAND = True
 
     def remove(self) -> None:
         """Remove the group, unless a process of the command is left in it."""

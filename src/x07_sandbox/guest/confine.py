@@ -44,7 +44,8 @@ class World(NamedTuple):
     base_filter, quiet_filter: seccomp filters for every program. readable: paths in the image without programs.
     network: whether the relay resolves names.
     group_folder: the control group that the program can read at CGROUP_VIEW, or "" if there is none.
-    user_fd: the user namespace of the first process, once it exists.
+    program_uid: the user of programs, if that is another one. user_fd: the user namespace of the first process, once it
+    exists.
     """
 
     netns_fd: int
@@ -56,6 +57,7 @@ class World(NamedTuple):
     namespaces: bool
     network: bool
     group_folder: str
+    program_uid: int = -1
     user_fd: int = -1
 
 

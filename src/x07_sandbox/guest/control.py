@@ -2,10 +2,10 @@
 
 Each message is its length and a tuple encoded with marshal, which only these two exchange. To init:
 
-    settings, VALUES          apply settings; answered with ready
-    command, KEY, RULES, LIMITS, PROCS   start one more process that waits for its start message; with its descriptors
-    last, KEY                 kill all other processes once that command has ended
-    kill, KEY                 kill a command and its descendants
+    settings, VALUES                        apply settings; answered with ready
+    command, KEY, PROGRAM, LIMITS, SERVICE  start one more process, which waits for its start message; with descriptors
+    last, KEY                               kill all other processes once that command has ended
+    kill, KEY                               kill a command and its descendants
 
 From init:
 

@@ -78,6 +78,7 @@ class Environment:
         self.in_memory_fds: list[int] = []
         self._settings: confine.JobSettings | None = None
         self._cpu_us: int | None = None
+        self._last: int | None = None  # key of the process after which the session closes
         self._own_modules = False
         self._machine_id_fd = os.open(platform.machine_id, os.O_WRONLY | os.O_CLOEXEC)
         self._make_folders()
@@ -94,6 +95,7 @@ class Environment:
             namespaces=platform.namespaces,
             network=network,
             group_folder=self.group.SHOWN,
+            program_uid=-1 if platform.program_uid is None else platform.program_uid,
         )
         self.relay = platform.relay(world.netns_fd) if network else None
         own = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
@@ -155,25 +157,26 @@ class Environment:
         """Return the process that has waited from the start."""
         return self._first._replace(cpu_before_us=self.baseline_cpu_us())
 
-    def add(self, key: int, program: str, limits: tuple[tuple[int, int], ...], confined: Confine) -> Process:
-        """Start one more process for *program*. limits: resource limits as (number, value)."""
-        process, pipes = self._pipes(key)
+    def add(self, order: Exec, limits: tuple[tuple[int, int], ...], confined: Confine) -> Process:
+        """Start one more process. limits: resource limits as (number, value). Its key is the command's id."""
+        process, pipes = self._pipes(order.id)
         procs_fds = process.group.open_procs()
-        listed = program if confined.programs is not None else ""
+        listed = order.argv[0] if confined.programs is not None and not order.service else ""
         fds = (*pipes.all(), *procs_fds)
-        control.send(self.control_fd, (control.COMMAND, key, listed, limits), fds)
+        control.send(self.control_fd, (control.COMMAND, order.id, listed, limits, order.service), fds)
         for fd in fds:
             os.close(fd)
         return process._replace(cpu_before_us=process.group.cpu_us(self.init))
 
     def end_with(self, key: int) -> None:
         """Have init kill all other processes once the process *key* has ended."""
+        self._last = key
         with contextlib.suppress(BrokenPipeError):
             control.send(self.control_fd, (control.LAST, key))
 
     def kill(self, process: Process) -> None:
         """Kill a command with all its processes, as far as this platform can tell which are its own."""
-        if process.group.KILLS:
+        if process.group.KILLS and (process.group.OF_COMMAND or process.key == self._last):
             process.group.kill(self.init)
         else:
             with contextlib.suppress(BrokenPipeError):

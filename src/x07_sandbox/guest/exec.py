@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from x07_sandbox.guest.errors import JobError
 
 READ: Final = 32 * 1024
+PIPE_BYTES: Final = 1 << 20  # that a pipe can hold, as far as programs may enlarge it (pipe(7))
 TICK_S: Final = 0.1  # interval of CPU limit checks
 # After _SHORT_READS short reads in a row without input in between, pause reading, so that a program that writes line by
 # line is not interrupted for every line.
@@ -28,12 +29,16 @@ _STALL_S: Final = 0.5  # a check that is later than this means that the host has
 
 
 class _Output:
-    """An output pipe. number: of its stream, which is opened with the first bytes; 0 before."""
+    """An output pipe. number: of its stream, which is opened with the first bytes; 0 before.
+
+    left: the most bytes to read once the program has ended.
+    """
 
     def __init__(self, fd: int, stream: Stream) -> None:
         self.fd = fd
         self.stream = stream
         self.number = 0
+        self.left = PIPE_BYTES
 
 
 class Command:
@@ -165,6 +170,8 @@ class Command:
         if not output.number:
             output.number = self._link.open(output.stream, self.order.id)
         self._link.streams.send(output.number, data)
+        if self.wait_status is not None:
+            output.left -= len(data)
         self._count_read(len(data))
 
     def _count_read(self, size: int) -> None:
@@ -175,11 +182,11 @@ class Command:
         self._read_at, self._paused_until = now, now + _PAUSE_S
 
     def _end_streams(self) -> None:
-        """Close output pipes once they are empty. Another process may still hold their other ends."""
+        """Close output pipes once what they held at the end is read. Another process may still write to them."""
         for output in list(self._outputs):
             poll = select.poll()
             poll.register(output.fd, select.POLLIN)
-            if not poll.poll(0):
+            if output.left <= 0 or not poll.poll(0):
                 self._end_output(output)
 
     def _end_output(self, output: _Output) -> None:

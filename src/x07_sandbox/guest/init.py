@@ -13,7 +13,7 @@ import resource
 import signal
 from typing import Any, NamedTuple, NoReturn
 
-from x07_sandbox.guest import confine, control, execution, interpreter, restrict
+from x07_sandbox.guest import confine, control, execution, interpreter, restrict, services
 from x07_sandbox.guest.system import children_of, close_descriptors_except, read_all
 
 READY = b"R"  # the waiting process is confined
@@ -98,7 +98,7 @@ class _Init:
 
     def _start(self, words: list[Any], fds: list[int]) -> None:
         """Start a process for one more command, which waits for its start message."""
-        key, program, limits = words
+        key, program, limits, service = words
         *streams, start_fd, status_fd = fds[:5]
         pipes = Pipes((streams[0], streams[1], streams[2]), start_fd, status_fd)
         world = self._world._replace(procs_fds=tuple(fds[5:]), preload=None)
@@ -109,7 +109,7 @@ class _Init:
         pid = os.fork()
         if pid == 0:
             os.close(self._control_fd)
-            _become(world, pipes, self._confinement, b"", limits)
+            _become(world, pipes, self._confinement, b"", limits, service)
         self._programs[pid] = key
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
         for fd in fds:
@@ -117,6 +117,18 @@ class _Init:
 
     def _kill(self, key: int) -> None:
         """Kill a command, its descendants, and its process group."""
+        uid = self._world.program_uid
+        if uid < 0:
+            self._kill_tree(key)
+        elif os.fork() == 0:  # as the program's user: root may lack the right, and this process must stay out of reach
+            try:
+                os.setresgid(uid, uid, uid)
+                os.setresuid(uid, uid, uid)
+                self._kill_tree(key)
+            finally:
+                os._exit(0)
+
+    def _kill_tree(self, key: int) -> None:
         left = [pid for pid, held in self._programs.items() if held == key]
         for pid in left:
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -168,8 +180,12 @@ def _become(
     confinement: confine.Confinement,
     ready: bytes,
     limits: tuple[tuple[int, int], ...] = (),
+    service: str = "",
 ) -> NoReturn:
-    """Drop all rights, wait for the start message and execute the program. limits: (RLIMIT number, value) to set."""
+    """Drop all rights, wait for the start message and execute the program, or run a service of the agent's.
+
+    limits: (RLIMIT number, value) to set.
+    """
     start_fd, status_fd = pipes.start_fd, pipes.status_fd
     try:
         try:
@@ -194,6 +210,9 @@ def _become(
             os.chdir(cwd)
             if filter_code or rules_fd >= 0:
                 restrict_self(filter_code, rules_fd)
+            if service:
+                os.close(status_fd)
+                services.run(service, argv)
             try:
                 execute(argv, env, token)
             except OSError as exc:

@@ -152,10 +152,11 @@ class Sandbox:
         environment, limits = self._environment, order.limits
         if not self._prepared:
             self._prepare(order)
-        order = order._replace(argv=self._found(order))
-        if self._first_used:
+        if not order.service:
+            order = order._replace(argv=self._found(order))
+        if self._first_used or order.service:
             limited = environment.platform.resource_limits(self._settings(limits))
-            process = environment.add(order.id, order.argv[0], limited, self._opening.confine)
+            process = environment.add(order, limited, self._opening.confine)
             process.group.limit(mem_bytes=limits.mem_bytes, tasks=limits.tasks)
         else:
             environment.prepare(self._settings(limits, self._execution(order)))
