@@ -31,6 +31,7 @@ FAILED: Final = "failed"
 EXITED: Final = "exited"
 
 _LENGTH: Final = struct.Struct("=I")
+_FD: Final = struct.Struct("=i")
 _FDS_MAX: Final = 16
 
 
@@ -50,8 +51,10 @@ def send(fd: int, message: tuple[Any, ...], fds: tuple[int, ...] = ()) -> None:
 
 def receive(fd: int) -> tuple[tuple[Any, ...], list[int]] | None:
     """Wait for a message; return it with its descriptors, or None if the other side has ended."""
-    with socket.socket(fileno=os.dup(fd)) as sock:
-        head, fds, _, _ = socket.recv_fds(sock, _LENGTH.size, _FDS_MAX, socket.MSG_CMSG_CLOEXEC)
+    room = socket.CMSG_SPACE(_FDS_MAX * _FD.size)
+    with socket.socket(fileno=os.dup(fd)) as sock:  # not socket.recv_fds, which ignores the flag
+        head, rights, _, _ = sock.recvmsg(_LENGTH.size, room, socket.MSG_CMSG_CLOEXEC)
+    fds = [number for _, _, data in rights for (number,) in _FD.iter_unpack(data)]
     head += _read(fd, _LENGTH.size - len(head)) if head else b""
     if len(head) < _LENGTH.size:
         return None
