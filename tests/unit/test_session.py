@@ -557,6 +557,18 @@ def test_two_ends_of_one_program_end_the_session(runs: Runs) -> None:
     assert (facts.evidence.wait_status, facts.exited) == (0, EXITED)
 
 
+@pytest.mark.parametrize("started", [True, False])
+def test_a_session_that_closes_before_its_program_ends_is_a_fault(runs: Runs, started: bool) -> None:  # noqa: FBT001 - as parametrize gives it
+    """CLOSED before the end of the program is an error, not an end of the program."""
+    run = runs()
+    run.begin(started=started)
+    run.guest.link.streams.message(*encode(CLOSED))
+    run.guest.flush()
+    facts = run.result()
+    assert facts.evidence.channel_error == "message out of order: CLOSED before the end of command 1"
+    assert (facts.evidence.stage, facts.exited) == (Stage.RUN if started else Stage.SETUP, None)
+
+
 def test_a_failed_start_names_its_errno(runs: Runs) -> None:
     """FAILED for the command carries the errno of execve(2), and FAILED for the session does not."""
     found = []

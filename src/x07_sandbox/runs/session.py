@@ -176,6 +176,8 @@ class Session:
         if isinstance(message, Failed):
             self._failed(message)
         elif isinstance(message, Closed):
+            if self._last is not None and self._last.exited is None:
+                raise PeerError("message out of order", f"CLOSED before the end of command {self._last.order.id}")
             self._closed = message
             if self._receivers is not None and (output := self._receivers.output) is not None:
                 output.complete = output.size == message.output_bytes
