@@ -73,7 +73,7 @@ class Sandbox:
         self._fail = fail
         self._files = IncomingFiles(opening.files, environment)
         self._waiting: list[Exec] = []  # until all files have arrived
-        self._early_input: list[Event] = []  # of the waiting commands
+        self._early_input: list[tuple[int, Event]] = []  # of the waiting commands, by their ids
         self._commands: dict[int, Command] = {}
         self._first_used = False
         self._prepared = False
@@ -110,10 +110,11 @@ class Sandbox:
         if event.code == Stream.INPUT:
             self._take_file(event)
         elif event.code == Stream.STDIN:
+            command = self._link.subject(event.stream)  # unknown once the stream has ended
             if self._waiting:
-                self._early_input.append(event)
+                self._early_input.append((command, event))
             else:
-                self._take_input(event)
+                self._take_input(command, event)
 
     def _take_file(self, event: Event) -> None:
         index = self._link.subject(event.stream)
@@ -124,8 +125,8 @@ class Sandbox:
             self._files.close(index)
             self._start_if_complete()
 
-    def _take_input(self, event: Event) -> None:
-        command = self._commands.get(self._link.subject(event.stream))
+    def _take_input(self, number: int, event: Event) -> None:
+        command = self._commands.get(number)
         if command is None:
             self._link.streams.reset(event.stream)
         elif event.type == streams.OPEN:
@@ -145,8 +146,8 @@ class Sandbox:
             except JobError as exc:
                 self._command_failed(exc, order.id)
         early, self._early_input = self._early_input, []
-        for event in early:
-            self._take_input(event)
+        for command, event in early:
+            self._take_input(command, event)
 
     def _start(self, order: Exec) -> None:
         environment, limits = self._environment, order.limits
