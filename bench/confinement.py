@@ -2,7 +2,7 @@
 
     .venv/bin/python -m bench.confinement [--rounds 15]
 
-A start is the time from the START message until the program runs, by the host's clock, in a clone, with a cached build.
+A start is the time from the message EXEC until the program runs, by the host's clock, in a clone, with a cached build.
 The cases are interleaved. The program itself times system calls. The guest's audit records denied ones.
 """
 
@@ -63,7 +63,7 @@ def policies() -> dict[str, Policy]:
 
 
 def start_ms(program: tuple[str, str], policy: Policy) -> float:
-    """Return the time from START until the program runs in a clone."""
+    """Return the time from EXEC until the program runs in a clone."""
     toolchain, source = program
     result = run_program(source=source, toolchain=toolchain, policy=policy, check=True)
     phase = result.phases["run"]
@@ -84,7 +84,7 @@ def main() -> None:
             milliseconds = start_ms(PROGRAMS[name], policies()[forbidden])
             if number:  # round 0 builds the program and saves the template
                 times[name, forbidden].append(milliseconds)
-    print(f"START until the program runs, medians of {rounds} rounds")
+    print(f"EXEC until the program runs, medians of {rounds} rounds")
     for name, forbidden in cases:
         median = statistics.median(times[name, forbidden])
         more = median - statistics.median(times[name, "nothing"])

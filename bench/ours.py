@@ -21,6 +21,8 @@ from x07_sandbox.backends.handshake import greet
 from x07_sandbox.backends.qemu.machine import qmp_quit
 from x07_sandbox.backends.qemu.start import Accelerator, QemuJob, start_qemu
 from x07_sandbox.backends.qemu.template import opened_template, template_for
+from x07_sandbox.channel.messages import Close, Exec, Open, Room
+from x07_sandbox.host import settings
 from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.host.paths import state_dir
 from x07_sandbox.host.processes import children_of
@@ -28,13 +30,14 @@ from x07_sandbox.images.store import find_image
 from x07_sandbox.images.verify import open_image
 from x07_sandbox.jobs.record import Claim, create_record, new_run_id
 from x07_sandbox.library.pool import Pool
+from x07_sandbox.plan.confinement import UNCONFINED
 from x07_sandbox.plan.controls import make_plan, run_limits
 from x07_sandbox.plan.features import vm_features
-from x07_sandbox.plan.sizes import ram_class_bytes
+from x07_sandbox.plan.sizes import ram_class_bytes, tmp_bytes
 from x07_sandbox.policy import default_policy, render_policy
 from x07_sandbox.programs.toolchains import ARTIFACT
 from x07_sandbox.reports.document import render_json
-from x07_sandbox.runs.phase import PhaseSpec, PhaseStreams, run_phase
+from x07_sandbox.runs.phase import CWD, CommandStreams, PhaseSpec, Receivers, input_files, run_phase
 from x07_sandbox.runs.request import in_memory
 from x07_sandbox.runs.streams import Sink, memory_file
 
@@ -180,21 +183,36 @@ class Floor:
         stack.callback(cancel.close)
         stdin_fd = memory_file(data, stack)
         greet(instance)
-        streams = PhaseStreams(stdin_fd=stdin_fd, stdout=stdout, stderr=stderr, cancel=cancel)
-        run_phase(self._spec(stack), instance, streams)
+        given = CommandStreams(stdin_fd=stdin_fd, stdout=stdout, stderr=stderr)
+        run_phase(self._spec(stack), instance, given, cancel)
         return os.pread(keep_fd, 1 << 20, 0)
 
     def _spec(self, stack: contextlib.ExitStack) -> PhaseSpec:
         policy = default_policy()
         program = in_memory(self.artifact, ARTIFACT, 0o755, stack)
+        files = program, in_memory(render_policy(policy), "/x07/in/policy.json", 0o644, stack)
+        limits = run_limits(policy).for_guest()
         return PhaseSpec(
             name="run",
-            argv=[ARTIFACT],
-            files=(program, in_memory(render_policy(policy), "/x07/in/policy.json", 0o644, stack)),
-            limits=run_limits(policy).for_guest(),
+            opening=Open(
+                hostname=settings.GUEST_HOSTNAME,
+                mem_bytes=limits.mem_bytes,
+                tasks=limits.tasks,
+                tmp_bytes=tmp_bytes(limits.mem_bytes),
+                files=input_files(files),
+                mounts=[],
+                confine=UNCONFINED.for_guest(),
+                network=None,
+                out_writable=False,
+                room=Room(0, 0),
+            ),
+            order=Exec(1, [ARTIFACT], {}, CWD, limits),
+            closing=Close(1, None, None),
+            files=files,
+            receivers=Receivers(),
             wall_ms=policy.limits.wall_ms,
-            env={},
             ram_bytes=self.kind.ram_bytes,
+            filters=UNCONFINED.filters,
         )
 
     @contextlib.contextmanager
@@ -219,13 +237,11 @@ class Floor:
                 for name in ("stdout", "stderr")
             ]
             spec = self._spec(stack)
-            streams = PhaseStreams(
-                stdin_fd=read_fd, stdout=sinks[0], stderr=sinks[1], cancel=cancel, on_started=started.set
-            )
+            given = CommandStreams(stdin_fd=read_fd, stdout=sinks[0], stderr=sinks[1], on_started=started.set)
 
             def run() -> None:
                 greet(instance)
-                run_phase(spec, instance, streams)
+                run_phase(spec, instance, given, cancel)
 
             thread = threading.Thread(target=run)
             thread.start()

@@ -341,7 +341,7 @@ def check_log(session: Session) -> list[dict[str, Any]]:
 def test_a_flood_of_refusals_is_counted_but_not_logged(stage: Stage, how: str) -> None:
     """The log stays at 20 lines a second beyond a burst of 100 (70), and the result counts every refusal.
 
-    claimed: the guest reports refusals of its own by TOLD frames.
+    claimed: the guest reports refusals of its own by messages.
     """
     words = {"host": "n{}\x1b.test", "port": 443, "count": 100_000}
     with stage.session("frames", {"log.lab.example": [443]}) as session:

@@ -90,11 +90,13 @@ class Program:
     """The program to run.
 
     files: by their paths in /x07/in: mode, kind ("file", "archive" or "tree"), content.
+    input_first: whether standard input, which must fit into its window, is sent before the files.
     """
 
     argv: list[str]
     files: Mapping[str, tuple[int, str, bytes]] = field(default_factory=dict)
     stdin: bytes = b""
+    input_first: bool = False
     env: Mapping[str, str] = field(default_factory=lambda: ENV)
     cwd: str = "/opt/x07"
     limits: Mapping[str, int] = field(default_factory=dict)
@@ -146,6 +148,7 @@ class Conversation:
         opening = Open(
             hostname="x07",
             mem_bytes=limits.mem_bytes,
+            tasks=limits.tasks,
             tmp_bytes=TMP_BYTES,
             files=[InputFile(path, mode, kind, len(data)) for path, (mode, kind, data) in program.files.items()],
             mounts=program.mounts,
@@ -157,9 +160,10 @@ class Conversation:
         self.link.send(opening)
         self.link.send(Exec(1, program.argv, dict(program.env), program.cwd, limits))
         self.link.send(Close(1, program.output, program.left))
-        for number, (_, _, content) in enumerate(program.files.values()):
-            self.send(self.link.open(Stream.INPUT, number), content)
-        self.send(self.link.open(Stream.STDIN, 1), program.stdin)
+        parts = [(Stream.INPUT, number, content) for number, (_, _, content) in enumerate(program.files.values())]
+        parts.insert(0 if program.input_first else len(parts), (Stream.STDIN, 1, program.stdin))
+        for stream, subject, content in parts:
+            self.send(self.link.open(stream, subject), content)
 
     def send(self, number: int, data: bytes) -> None:
         """Send all input and its end; the program may end before."""

@@ -49,6 +49,13 @@ def test_input_output_and_exit_code_are_carried(backend: Backend) -> None:
     assert (ended.code, ended.stdout, ended.stderr) == (7, "WORD " * 100_000, "wrong")
 
 
+def test_input_may_arrive_before_the_files(backend: Backend) -> None:
+    """Input that arrives, with its end, before the program's files is kept for the program."""
+    source = "import sys; print(sys.stdin.read())"
+    ended = run_on(backend, python(source, stdin=b"early", input_first=True))
+    assert (ended.code, ended.stdout) == (0, "early\n"), ended.stderr
+
+
 def test_an_executable_runs(backend: Backend) -> None:
     """A file with an interpreter line is executed directly."""
     files = {"/x07/in/artifact": (0o555, "file", b'#!/bin/sh\necho "$0" "$1"; pwd; exit 3\n')}

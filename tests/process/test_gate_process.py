@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from x07_sandbox.channel import egress
-from x07_sandbox.channel.egress import EgressLink
+from x07_sandbox.channel.egress import Target
+from x07_sandbox.channel.streams import Role, Streams
 from x07_sandbox.host.poll import wait_readable
 from x07_sandbox.network.processes import GateConfig, GateProcess, gate_running
 from x07_sandbox.network.rules import NetSettings
@@ -77,11 +78,11 @@ def helpers() -> list[int]:
 
 def ask(guest: socket.socket, host: bytes, port: int) -> int:
     """Return the gate's answer to a guest's request for a connection."""
-    link = EgressLink(guest=True)
-    link.open(egress.TCP, host, port)
+    link = Streams(Role.GUEST, egress.STREAMS)
+    link.open(egress.TCP, Target(egress.TCP, host, port).opening())
     guest.sendall(link.data_to_send())
     (event,) = link.receive(guest.recv(4096))
-    return event.value
+    return event.code
 
 
 def test_gate_and_resolver_have_no_rights(gate: GateProcess) -> None:

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import FULL
+from x07_sandbox.channel.messages import Mount as GuestFolder
 from x07_sandbox.channel.trees import Entry, Kind
 from x07_sandbox.files.apply import apply
 from x07_sandbox.files.change_rules import AllowedActions, CheckedChanges, check_changes
@@ -231,14 +232,14 @@ def test_a_read_only_entry_is_found_by_inode(trip: Trip) -> None:
     """The inode of an entry in a read root gives the path that the program sees."""
     fill(trip.host)
     trip.go()
-    mounts: list[dict[str, Any]] = [
-        {"tree": 16, "sub": "", "at": "/data", "write": False},
-        {"tree": 16, "sub": "a", "at": "/data/a", "write": True},
-        {"tree": 16, "sub": "a/deep er", "at": "/deep", "write": False},
-        {"tree": None, "sub": "", "at": "/x07/in/project", "write": True},
+    mounts = [
+        GuestFolder(0, "", "/data", write=False, changes=False),
+        GuestFolder(0, "a", "/data/a", write=True, changes=True),
+        GuestFolder(0, "a/deep er", "/deep", write=False, changes=False),
+        GuestFolder(None, "", "/x07/in/project", write=True, changes=False),
     ]
     (trip.host / "view/x07/in").mkdir(parents=True)
-    known = ProgramPaths({16: trip.tree}, mounts, str(trip.host / "view"))
+    known = ProgramPaths({0: trip.tree}, mounts, str(trip.host / "view"))
     device = trip.guest.stat().st_dev
     shown = f"{os.major(device):02x}:{os.minor(device):02x}"
     names = ("", "run.sh", "no \udcff utf-8\n", "a", "a/empty", "a/deep er", "a/deep er/n\u00f6ch.txt")

@@ -21,8 +21,9 @@ import pytest
 from msgspec.structs import replace
 
 from tests.fuzz.fuzz_client_hello import hello, sni
-from x07_sandbox.channel import egress
-from x07_sandbox.channel.egress import TCP, UDP, WINDOW, EgressLink, Event
+from x07_sandbox.channel import egress, streams
+from x07_sandbox.channel.egress import TCP, UDP, WINDOW, Target
+from x07_sandbox.channel.streams import Event, Role, Streams
 from x07_sandbox.network import dialler, gate, resolver
 from x07_sandbox.network.dialler import Dialler, ResolverClient
 from x07_sandbox.network.flows import TcpFlow
@@ -51,6 +52,10 @@ HELLO: Final = hello(sni(b"a.example"))
 OTHER_HELLO: Final = hello(sni(b"b.example"))
 LIMITS: Final = NetSettings()
 FAST: Final = NetSettings(connections_per_second=100_000)  # no limit that a test would notice
+# The table of a guest that opens more streams than it may.
+UNBOUNDED: Final = egress.STREAMS._replace(
+    streams={code: kind._replace(at_once=1 << 20) for code, kind in egress.STREAMS.streams.items()}
+)
 GET: Final = b"GET /x HTTP/1.1\r\nHost: a.example\r\n\r\n"
 
 
@@ -178,7 +183,7 @@ class Relay(Waiting, asyncio.Protocol):
 
     def __init__(self) -> None:
         super().__init__()
-        self.link = EgressLink(guest=True)
+        self.link = Streams(Role.GUEST, UNBOUNDED)
         self.events: dict[int, list[Event]] = {}
         self.got: dict[int, bytearray] = {}
         self.rest: dict[int, bytes] = {}  # bytes that wait for credit
@@ -201,11 +206,11 @@ class Relay(Waiting, asyncio.Protocol):
         for event in self.link.receive(data):
             self.count += 1
             self.events.setdefault(event.stream, []).append(event)
-            if event.kind == egress.DATA:
+            if event.type == streams.DATA:
                 self.got.setdefault(event.stream, bytearray()).extend(event.data)
                 if self.takes:
                     self.link.consumed(event.stream, len(event.data))
-            elif event.kind == egress.CREDIT:
+            elif event.type == streams.CREDIT:
                 self._push(event.stream)
         self.flush()
         self.happened()
@@ -222,16 +227,20 @@ class Relay(Waiting, asyncio.Protocol):
 
     def ask(self, host: str, port: int = 443, transport: int = TCP) -> int:
         """Request a connection; return its stream."""
-        stream = self.link.open(transport, host.encode(), port)
+        stream = self.open(host.encode(), port, transport)
         self.flush()
         return stream
+
+    def open(self, host: bytes, port: int, transport: int = TCP) -> int:
+        """Queue the request for a connection; return its stream."""
+        return self.link.open(transport, Target(transport, host, port).opening())
 
     async def answer(self, stream: int) -> int:
         """Wait for the result code of a request."""
         await self.until(lambda: self.events.get(stream))
         first = self.events[stream][0]
-        assert first.kind == egress.OPENED
-        return first.value
+        assert first.type == streams.ANSWER
+        return first.code
 
     async def connect(self, host: str, port: int = 443, transport: int = TCP) -> int:
         """Open a connection; return its stream."""
@@ -274,12 +283,14 @@ class Relay(Waiting, asyncio.Protocol):
 
     async def end(self, stream: int) -> tuple[int, int]:
         """Wait for the end of a connection: FIN or RESET, and the code."""
-        await self.until(lambda: self.events.get(stream) and self.events[stream][-1].kind in {egress.FIN, egress.RESET})
-        return self.events[stream][-1].kind, self.events[stream][-1].value
+        ends = {streams.FIN, streams.RESET}
+        await self.until(lambda: self.events.get(stream) and self.events[stream][-1].type in ends)
+        last = self.events[stream][-1]
+        return last.type, last.code if last.type == streams.RESET else 0
 
     def datagrams(self, stream: int) -> list[bytes]:
         """The datagrams received on a UDP flow."""
-        return [event.data for event in self.events.get(stream, []) if event.kind == egress.DATAGRAM]
+        return [event.data for event in self.events.get(stream, []) if event.type == streams.DATAGRAM]
 
 
 class Far(Waiting, asyncio.Protocol):
@@ -476,9 +487,9 @@ async def test_a_listed_name_carries_both_ways_to_the_end() -> None:
         far.transport.write(b"answer")
         assert await it.relay.data(stream, 6) == b"answer"
         far.transport.write_eof()
-        assert await it.relay.end(stream) == (egress.FIN, 0)
+        assert await it.relay.end(stream) == (streams.FIN, 0)
         assert (await it.logged("closed"))["received_bytes"] == 6
-        assert it.relay.link.flows == {}
+        assert not it.relay.link.is_open(stream)
         (row,) = it.use().allowed
         assert (row.host, row.port, row.rule, row.address) == ("a.example", 22, "net.allow_hosts[0]", GOOD)
         assert (row.count, row.sent_bytes, row.received_bytes) == (1, 9, 6)
@@ -494,7 +505,7 @@ async def test_a_far_end_may_finish_first() -> None:
         far = await server.connection()
         far.transport.write(b"banner")
         far.transport.write_eof()
-        assert await it.relay.end(stream) == (egress.FIN, 0)
+        assert await it.relay.end(stream) == (streams.FIN, 0)
         it.relay.send(stream, b"\0" * 100_000)
         it.relay.finish(stream)
         assert len(await far.data(100_000)) == 100_000
@@ -508,11 +519,11 @@ async def test_large_transfers_are_whole() -> None:
     async with lab() as it:
         await it.server(GOOD, 22, echoes=True)
         data = b"\0" + bytes(range(256)) * 8192
-        streams = [await it.relay.connect("a.example", 22) for _ in range(4)]
-        for stream in streams:
+        numbers = [await it.relay.connect("a.example", 22) for _ in range(4)]
+        for stream in numbers:
             it.relay.send(stream, data)
             it.relay.finish(stream)
-        for stream in streams:
+        for stream in numbers:
             assert await it.relay.data(stream, len(data)) == data
 
 
@@ -637,7 +648,7 @@ async def test_a_malformed_host_is_refused() -> None:
     """A malformed host name is refused and recorded as plain text."""
     async with lab() as it:
         for host in MALFORMED:
-            stream = it.relay.link.open(TCP, host, 443)
+            stream = it.relay.open(host, 443)
             it.relay.flush()
             assert await it.relay.answer(stream) == egress.POLICY, host
         assert {row.rule for row in it.use().denied} == {"malformed"}
@@ -830,8 +841,8 @@ async def test_a_mapped_address_goes_through_the_proxy() -> None:
 async def test_a_request_that_is_reset_at_once_is_counted() -> None:
     """Requests that the program resets before they are handled are counted as failed."""
     async with lab() as it:
-        streams = [it.relay.link.open(TCP, b"a.example", 443) for _ in range(50)]
-        for stream in streams:
+        numbers = [it.relay.open(b"a.example", 443) for _ in range(50)]
+        for stream in numbers:
             it.relay.link.reset(stream)
         it.relay.flush()
         await it.logged("failed", 50)
@@ -849,7 +860,7 @@ async def test_a_proxy_does_not_open_special_addresses() -> None:
         assert await it.relay.answer(it.relay.ask("a.example", 53, UDP)) == egress.POLICY
         stream = await it.relay.connect("a.example", 443)
         it.relay.send(stream, OTHER_HELLO)
-        assert await it.relay.end(stream) == (egress.RESET, egress.POLICY)
+        assert await it.relay.end(stream) == (streams.RESET, egress.POLICY)
         assert [rule for _, rule in it.denied()] == [
             "deny-floor:private",
             "net.allow_hosts",
@@ -915,11 +926,11 @@ async def test_connections_that_are_being_made_are_bounded() -> None:
     """At most 128 connections are pending; others wait, and start in order when a pending one ends."""
     most = LIMITS.max_pending
     async with lab(settings=FAST) as it:
-        streams = [it.relay.ask(f"n{number}.wild.example") for number in range(most)]
+        numbers = [it.relay.ask(f"n{number}.wild.example") for number in range(most)]
         given_up, another = it.relay.ask("more.wild.example"), it.relay.ask("another.wild.example")
         assert await it.relay.answer(it.relay.ask("unlisted.example")) == egress.POLICY
         it.relay.reset(given_up)
-        it.relay.reset(streams[0])
+        it.relay.reset(numbers[0])
         await it.resolver.until(lambda: it.resolver.times("another.wild.example"))
         assert another not in it.relay.events
         assert not it.resolver.times("more.wild.example")
@@ -939,9 +950,9 @@ async def test_giving_up_a_pending_connection_ends_its_dial() -> None:
         assert await it.relay.answer(it.relay.ask("unlisted.example")) == egress.POLICY
         assert stream not in it.relay.events
         assert not it.gate._pending  # noqa: SLF001 - that nothing is left is the promise
-        assert not it.gate._link.flows  # noqa: SLF001 - as above
+        assert not it.gate._link.is_open(stream)  # noqa: SLF001 - as above
         assert [row.rule for row in it.use().failed] == ["dial:given-up"]
-        it.relay.link.reset(it.relay.link.open(TCP, b"a.example", 22))  # both frames arrive at once
+        it.relay.link.reset(it.relay.open(b"a.example", 22))  # both frames arrive at once
         it.relay.flush()
         assert await it.relay.answer(it.relay.ask("unlisted.example")) == egress.POLICY
         await asyncio.sleep(0)
@@ -953,11 +964,11 @@ async def test_open_connections_are_bounded() -> None:
     """Only as many connections as the user's settings allow are open, and others wait for the end of one."""
     async with lab(settings=replace(FAST, max_connections=5)) as it:
         await it.server(GOOD, 22)
-        streams = [await it.relay.connect(GOOD, 22) for _ in range(5)]
+        numbers = [await it.relay.connect(GOOD, 22) for _ in range(5)]
         waits = it.relay.ask(GOOD, 22)
         assert await it.relay.answer(it.relay.ask("unlisted.example")) == egress.POLICY
         assert waits not in it.relay.events
-        it.relay.reset(streams[3])
+        it.relay.reset(numbers[3])
         assert await it.relay.answer(waits) == egress.OK
 
 
@@ -966,10 +977,10 @@ async def test_the_rate_of_connections_is_bounded() -> None:
     """Connections beyond a burst of 200 wait until 100 a second allow them, and none is lost."""
     async with lab() as it:
         began = asyncio.get_running_loop().time()
-        streams = [it.relay.ask(GOOD, 22) for _ in range(300)]
-        await it.relay.answer(streams[199])
+        numbers = [it.relay.ask(GOOD, 22) for _ in range(300)]
+        await it.relay.answer(numbers[199])
         at_once = len(it.outside.dialled)
-        codes = [await it.relay.answer(stream) for stream in streams]
+        codes = [await it.relay.answer(stream) for stream in numbers]
         took = asyncio.get_running_loop().time() - began
         assert codes == [egress.NET_UNREACHABLE] * 300
         assert took >= 0.9
@@ -984,8 +995,8 @@ async def test_a_request_does_not_wait_forever(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(gate, "_TICK_S", 0.02)
     settings = NetSettings(connections_per_second=1)
     async with lab(settings=settings) as it:
-        streams = [it.relay.ask(GOOD, 22) for _ in range(3)]
-        assert [await it.relay.answer(stream) for stream in streams] == [egress.NET_UNREACHABLE] * 2 + [egress.LIMIT]
+        numbers = [it.relay.ask(GOOD, 22) for _ in range(3)]
+        assert [await it.relay.answer(stream) for stream in numbers] == [egress.NET_UNREACHABLE] * 2 + [egress.LIMIT]
         assert it.use().denied[-1].rule == "limit:connections_per_second"
     async with lab(settings=replace(FAST, max_pending=1)) as it:
         _, waits = it.relay.ask("x.wild.example"), it.relay.ask("y.wild.example")
@@ -1034,7 +1045,7 @@ async def test_ten_thousand_requests_at_once_are_answered(monkeypatch: pytest.Mo
     async with lab() as it:
         most = 0
         made = it.gate._pending  # noqa: SLF001 - the bound is the promise
-        streams = [it.relay.link.open(TCP, b"n%d.wild.example" % (number % 100), 443) for number in range(count)]
+        numbers = [it.relay.open(b"n%d.wild.example" % (number % 100), 443) for number in range(count)]
         while data := it.relay.link.data_to_send():
             it.relay.raw(data)
             it.relay.link.sent(len(data))
@@ -1047,8 +1058,8 @@ async def test_ten_thousand_requests_at_once_are_answered(monkeypatch: pytest.Mo
 
         await it.relay.until(answered)
         assert 0 < most <= LIMITS.max_pending
-        assert {events[0].value for events in it.relay.events.values()} == {egress.LIMIT}
-        assert len(streams) == count
+        assert {events[0].code for events in it.relay.events.values()} == {egress.LIMIT}
+        assert len(numbers) == count
         use = it.use()
         assert sum(row.count for row in use.denied) + use.more == count - left
         elapsed_s = (it.log[-1]["ms"] - it.log[0]["ms"]) / 1000
@@ -1112,7 +1123,7 @@ async def test_a_reset_of_the_far_end_reaches_the_program() -> None:
         server = await it.server(GOOD, 22)
         stream = await it.relay.connect("a.example", 22)
         (await server.connection()).transport.abort()
-        assert (await it.relay.end(stream))[0] in {egress.RESET, egress.FIN}
+        assert (await it.relay.end(stream))[0] in {streams.RESET, streams.FIN}
 
 
 @on_a_loop
@@ -1143,8 +1154,7 @@ async def test_many_small_writes_to_a_stalled_server_take_linear_time() -> None:
         stalled = await it.relay.connect("a.example", 22)
         other = await it.relay.connect("b.example", 22)
         start = time.process_time()
-        it.relay.link.flows[stalled].send_window -= 400_000
-        it.relay.raw((egress.HEADER.pack(egress.DATA, 0, 0, stalled, 1) + b"x") * 400_000)
+        it.relay.raw((streams.HEADER.pack(streams.DATA, 0, 0, stalled, 1) + b"x") * 400_000)  # within the window
         it.relay.send(other, b"echo")
         assert await it.relay.data(other, 4) == b"echo"
         assert time.process_time() - start < 30  # with an entry for each piece, it took minutes
@@ -1196,20 +1206,20 @@ async def test_a_program_that_reads_late_gets_all() -> None:
         it.relay.takes = False
         more = egress.DATA_MAX - 100  # the window is no multiple of the reads: of the last one the gate holds a part
         flows = cast("dict[int, TcpFlow]", it.gate._flows)  # noqa: SLF001 - nobody else knows what it holds
-        streams: list[int] = []
+        numbers: list[int] = []
         while sum(flow.waiting_bytes() for flow in flows.values()) < 140_000:  # that many are "much" for the guest
-            streams.append(await it.relay.connect("a.example", 22))
-            far = await server.connection(len(streams) - 1)
+            numbers.append(await it.relay.connect("a.example", 22))
+            far = await server.connection(len(numbers) - 1)
             for size in (more, WINDOW):
                 far.transport.write(b"\0" * size)
-                await it.relay.data(streams[-1], size)
+                await it.relay.data(numbers[-1], size)
         it.relay.takes = True
-        for stream in streams:
+        for stream in numbers:
             for _ in range(4):
                 it.relay.link.consumed(stream, WINDOW // 4)
         it.relay.flush()
         async with asyncio.timeout(5):
-            for stream in streams:
+            for stream in numbers:
                 await it.relay.data(stream, more + WINDOW)
 
 
@@ -1219,9 +1229,9 @@ async def test_a_guest_that_never_reads_stops_its_own_gate_only() -> None:
     async with lab() as it:
         server = await it.server(GOOD, 22)
         await it.server(OTHER, 22, echoes=True)
-        streams = [await it.relay.connect(GOOD, 22) for _ in range(40)]
+        numbers = [await it.relay.connect(GOOD, 22) for _ in range(40)]
         it.relay.transport.pause_reading()
-        for number in range(len(streams)):
+        for number in range(len(numbers)):
             (await server.connection(number)).transport.write(b"\0" * (1 << 20))
         _, relay, _ = await it.another(LISTED)
         data = b"\0" * (8 << 20)
@@ -1229,10 +1239,10 @@ async def test_a_guest_that_never_reads_stops_its_own_gate_only() -> None:
         relay.send(stream, data)
         assert await relay.data(stream, len(data)) == data
         # Each far end is read once before it has to wait.
-        most = (4 + len(streams)) * (egress.DATA_MAX + egress.HEADER.size)
+        most = (4 + len(numbers)) * (egress.DATA_MAX + streams.HEADER.size)
         assert it.gate._queued() <= most  # noqa: SLF001 - the bound is the promise
         it.relay.transport.resume_reading()
-        for stream in streams:
+        for stream in numbers:
             await it.relay.data(stream, 1 << 20)
 
 
@@ -1241,7 +1251,7 @@ async def test_guest_refusals_are_recorded() -> None:
     """A connection denied inside the guest is recorded with the deciding rule."""
     async with lab() as it:
         for host, port in ((b"unlisted.example", 443), (b"10.0.0.1", 80), (b"127.1", 443), (b"lookup.example", 0)):
-            it.relay.link.report_refusal(TCP, host, port)
+            it.relay.link.message(egress.REFUSAL, Target(TCP, host, port).refusal())
         it.relay.flush()
         assert await it.relay.answer(it.relay.ask("a.example", 25)) == egress.POLICY
         rules = ["net.allow_hosts", "deny-floor:private", "malformed", "net.allow_hosts", "net.allow_hosts[0].ports"]
@@ -1289,7 +1299,7 @@ async def test_first_bytes_for_another_host_are_not_delivered(port: int, data: b
         server = await it.server(GOOD, port)
         stream = await it.relay.connect("a.example", port)
         it.relay.send(stream, data)
-        assert await it.relay.end(stream) == (egress.RESET, egress.POLICY)
+        assert await it.relay.end(stream) == (streams.RESET, egress.POLICY)
         far = await server.connection()
         await far.over()
         assert far.got == b""
@@ -1309,7 +1319,7 @@ async def test_a_second_request_for_another_host_is_not_delivered() -> None:
         far = await server.connection()
         await far.data(len(GET))
         it.relay.send(stream, GET + GET.replace(b"a.", b"evil."))
-        assert await it.relay.end(stream) == (egress.RESET, egress.POLICY)
+        assert await it.relay.end(stream) == (streams.RESET, egress.POLICY)
         await far.over()
         assert b"evil" not in far.got
         assert far.got.count(b"HTTP/1.1") <= 2
@@ -1332,7 +1342,7 @@ async def test_the_end_of_held_data_follows_the_data() -> None:
         assert await far.data(len(first + second)) == first + second
         await far.over()
         far.transport.close()
-        assert (await it.relay.end(stream))[0] == egress.FIN
+        assert (await it.relay.end(stream))[0] == streams.FIN
 
 
 @pytest.mark.usefixtures("hasty")
@@ -1344,7 +1354,7 @@ async def test_first_bytes_that_stay_unfinished_time_out(monkeypatch: pytest.Mon
         server = await it.server(GOOD, 443)
         stream = await it.relay.connect("a.example", 443)
         it.relay.send(stream, HELLO[:-1])
-        assert await it.relay.end(stream) == (egress.RESET, egress.POLICY)
+        assert await it.relay.end(stream) == (streams.RESET, egress.POLICY)
         far = await server.connection()
         await far.over()
         assert far.got == b""
@@ -1371,7 +1381,7 @@ async def test_a_denied_name_is_denied_over_a_listed_address(port: int, data: by
         server = await it.server(GOOD, port)
         stream = await it.relay.connect(GOOD, port)
         it.relay.send(stream, data)
-        assert await it.relay.end(stream) == (egress.RESET, egress.POLICY)
+        assert await it.relay.end(stream) == (streams.RESET, egress.POLICY)
         far = await server.connection()
         await far.over()
         assert far.got == b""
@@ -1522,7 +1532,7 @@ async def test_an_idle_udp_flow_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gate, "_UDP_IDLE_S", 0.05)
     async with lab() as it, udp_server(it.outside, GOOD, 53):
         stream = await it.relay.connect("a.example", 53, UDP)
-        assert await it.relay.end(stream) == (egress.RESET, egress.OK)
+        assert await it.relay.end(stream) == (streams.RESET, egress.OK)
         await it.logged("closed")
 
 
@@ -1565,7 +1575,7 @@ async def test_an_idle_connection_times_out(rule: str, monkeypatch: pytest.Monke
         stream = await it.relay.connect("a.example", 22)
         if half:
             it.relay.finish(stream)
-        assert await it.relay.end(stream) == (egress.RESET, egress.TIMED_OUT)
+        assert await it.relay.end(stream) == (streams.RESET, egress.TIMED_OUT)
         await (await server.connection()).over()
         (row,) = it.use().failed
         assert (row.rule, row.address, "idle for" in row.reason) == (rule, GOOD, True)

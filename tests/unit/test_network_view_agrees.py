@@ -21,6 +21,7 @@ from x07_sandbox.policy.model import Db, DbNet, Drivers, HostPorts, Policy
 from x07_sandbox.runs.egress import denials
 
 if TYPE_CHECKING:
+    from x07_sandbox.channel.messages import Network
     from x07_sandbox.network.rules import DeniedHosts, Transport
 
 OF_NAMES: Final = IPv4Network("198.18.0.0/15")  # the relay asks the gate by the name of such an address
@@ -90,18 +91,18 @@ def request_for(host: str, port: int, transport: Transport) -> Request:
 REQUEST: Final = st.builds(request_for, OTHER_HOST, PORTS, transport())
 
 
-def asked_by_guest(view: dict[str, Any], request: Request) -> bool:
+def asked_by_guest(view: Network, request: Request) -> bool:
     """Return whether the relay asks the gate, by the rules that the guest derives from its view."""
     host = request.host
     if isinstance(host, str):
-        names = NameTable(view["names"], [(suffix, first) for suffix, first in view["wildcards"]])
+        names = NameTable(view.names, [(suffix, first) for suffix, first in view.wildcards])
         found = names.address_of(host)
         if found is None:
             return False
         host = IPv4Address(found)
     elif host in OF_NAMES:
         return False
-    rows = [(ip_address(first), ip_address(last), ports) for first, last, ports in view[request.transport]]
+    rows = [(ip_address(first), ip_address(last), ports) for first, last, ports in getattr(view, request.transport)]
     return any(
         int(first) <= int(host) <= int(last) and request.port in ports
         for first, last, ports in rows

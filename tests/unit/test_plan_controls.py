@@ -348,10 +348,10 @@ def test_a_hidden_root_names_deny_hidden(root: str, path: str, value: object) ->
 
 def test_fewer_children_than_tasks_bound_all_tasks() -> None:
     """process.max_live replaces a larger limits.procs."""
-    assert plan(process__max_live=8).limits.for_guest()["tasks"] == 9
-    assert plan(process__max_live=100).limits.for_guest()["tasks"] == 65
-    assert plan(process__max_live=8, process__allow_spawn=False).limits.for_guest()["tasks"] == 65
-    assert plan(process__max_live=8, process__enabled=False).limits.for_guest()["tasks"] == 65
+    assert plan(process__max_live=8).limits.for_guest().tasks == 9
+    assert plan(process__max_live=100).limits.for_guest().tasks == 65
+    assert plan(process__max_live=8, process__allow_spawn=False).limits.for_guest().tasks == 65
+    assert plan(process__max_live=8, process__enabled=False).limits.for_guest().tasks == 65
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 import pytest
 
+from x07_sandbox.channel.messages import Denied
 from x07_sandbox.plan.denials import GuestMount, Hint, HowToAllow
 from x07_sandbox.plan.hints import LocalModules, hints
 from x07_sandbox.plan.observed import denials, limit_hit, more_tasks, too_much_output
@@ -39,18 +40,18 @@ def policy(changes: Mapping[str, object]) -> Policy:
     return msgspec.convert(document, Policy)
 
 
-def kernel(call: str, path: str, error: int, *, write: bool = False) -> dict[str, object]:
+def kernel(call: str, path: str, error: int, *, write: bool = False) -> Denied:
     """A guest's report of a call that the kernel refused."""
-    return {"by": "kernel", "call": call, "errno": error, "path": path, "write": write, "count": 1}
+    return Denied(1, "kernel", call, error, path, write, times=1)
 
 
-def seccomp(call: str) -> dict[str, object]:
+def seccomp(call: str) -> Denied:
     """A guest's report of a call that a filter refused."""
-    return {"by": "seccomp", "call": call, "errno": EPERM, "path": "", "write": False, "count": 2}
+    return Denied(1, "seccomp", call, EPERM, "", write=False, times=2)
 
 
 @pytest.mark.parametrize(
-    ("changes", "body", "field", "how"),
+    ("changes", "denied", "field", "how"),
     [
         # filters
         ({"threads.enabled": False}, seccomp("clone"), "threads.enabled", ("$.threads.enabled", True)),
@@ -188,15 +189,15 @@ def seccomp(call: str) -> dict[str, object]:
     ],
 )
 def test_a_refusal_names_the_field_and_what_would_allow_it(
-    changes: dict[str, object], body: dict[str, object], field: str, how: tuple[str | None, object] | None
+    changes: dict[str, object], denied: Denied, field: str, how: tuple[str | None, object] | None
 ) -> None:
     """A denial names its field and the smallest policy change that would allow it."""
-    (denial,) = denials([body], policy(changes), AREAS, START)
+    (denial,) = denials([denied], policy(changes), AREAS, START)
     assert denial.field == field
     allowing = denial.how_to_allow
     assert (allowing and (allowing.json_path, allowing.value)) == how
     assert denial.observed_by == "guest"
-    assert denial.count == body["count"]
+    assert denial.count == denied.times
 
 
 REFUSED: Final = (
@@ -212,12 +213,12 @@ REFUSED: Final = (
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-@pytest.mark.parametrize("body", REFUSED, ids=lambda body: f"{body['call']} {body['path'][:20]}")
-def test_advice_keeps_the_policy_valid(template: str, body: dict[str, object]) -> None:
+@pytest.mark.parametrize("denied", REFUSED, ids=lambda denied: f"{denied.call} {denied.path[:20]}")
+def test_advice_keeps_the_policy_valid(template: str, denied: Denied) -> None:
     """Following the advice keeps the policy valid and finally allows the call."""
     made, advised = TEMPLATES[template], []
     for _ in range(10):
-        (denial,) = denials([body], made, (), START)
+        (denial,) = denials([denied], made, (), START)
         how = denial.how_to_allow
         if how is None or how.json_path is None or how in advised:
             break
@@ -226,10 +227,10 @@ def test_advice_keeps_the_policy_valid(template: str, body: dict[str, object]) -
         section, key = how.json_path.removeprefix("$.").split(".")
         document[section][key] = how.value
         made = decode_policy(msgspec.json.encode(document), source="p")
-    if body["call"] in {"vfork", "clone"}:
+    if denied.call in {"vfork", "clone"}:
         assert made.process.allow_spawn
-        assert denials([body], made, (), START)[0].field == "system-calls"
-    if body["call"] == "execve" and body["by"] == "seccomp":
+        assert denials([denied], made, (), START)[0].field == "system-calls"
+    if denied.call == "execve" and denied.by == "seccomp":
         assert made.process.allow_exec
 
 
@@ -241,8 +242,8 @@ def test_a_denial_by_mode_names_the_action() -> None:
 
 def test_counts_stay_within_json_range() -> None:
     """Huge counts from a guest stay within JSON's range."""
-    body = kernel("openat", "/root/x", EACCES) | {"count": 2**63 - 1}
-    (denial,) = denials([body, body, body], policy({}), (), START)
+    denied = kernel("openat", "/root/x", EACCES)._replace(times=2**63 - 1)
+    (denial,) = denials([denied, denied, denied], policy({}), (), START)
     assert b'"count":9223372036854775807' in msgspec.json.encode(denial)
 
 

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from x07_sandbox.backends.process.view import AGENT, FILES, Sandbox, System, sandbox_argv
+from x07_sandbox.channel.messages import CommandLimits, Confine, Exec, Mount, Open, Room
 from x07_sandbox.guest.agent import platform_from_args
 from x07_sandbox.guest.confine import MACHINE
 from x07_sandbox.guest.errors import JobError
@@ -16,13 +17,25 @@ from x07_sandbox.guest.process import CONFINED, Confined, Unconfined
 from x07_sandbox.jail.bwrap import PERL, SETPRIV, SUPERVISOR, supervisor_argv
 
 SYSTEM = System(links={"bin": "usr/bin", "lib": "usr/lib"}, folders=("lib64",))
-BODY: dict[str, Any] = {
-    "argv": ["/x07/in/a", "/x07/input", "x/x07/in", "/x07/out"],
-    "env": {"HOME": "/opt/x07"},
-    "cwd": "/opt/x07",
-    "mounts": [],
-    "confine": {"threads": False},
-}
+OPENING = Open(
+    hostname="x07",
+    mem_bytes=1,
+    tasks=1,
+    tmp_bytes=1,
+    files=[],
+    mounts=[],
+    confine=Confine(threads=False, spawn=False, execute=False, programs=[], prefixes=["/a"], alone=True),
+    network=None,
+    out_writable=True,
+    room=Room(0, 0),
+)
+ORDER = Exec(
+    id=1,
+    argv=["/x07/in/a", "/x07/input", "x/x07/in", "/x07/out"],
+    env={"HOME": "/opt/x07"},
+    cwd="/opt/x07",
+    limits=CommandLimits(mem_bytes=1, tasks=1, cpu_ms=1, fds=1, core_bytes=0),
+)
 
 
 def sandbox(**changed: Any) -> list[str]:  # noqa: ANN401 - fields of Sandbox
@@ -84,30 +97,38 @@ def test_root_runs_all_of_it_as_another_user() -> None:
 
 def test_unconfined_paths_are_mapped() -> None:
     """An unconfined program's paths are mapped to the job's folder."""
-    adapted = Unconfined(3, "/state/files").adapt(BODY)
-    assert adapted["argv"] == ["/state/files/in/a", "/x07/input", "x/x07/in", "/state/files/out"]
-    assert (adapted["env"], adapted["cwd"]) == ({"HOME": "/state/files/work"}, "/state/files/work")
-    assert adapted["confine"]["threads"]
+    adapted = Unconfined(3, "/state/files").adapt_command(ORDER)
+    assert adapted.argv == ["/state/files/in/a", "/x07/input", "x/x07/in", "/state/files/out"]
+    assert (adapted.env, adapted.cwd) == ({"HOME": "/state/files/work"}, "/state/files/work")
+
+
+def test_an_unconfined_program_has_no_restrictions() -> None:
+    """An unconfined program gets no restriction that only confinement could enforce."""
+    confine = Unconfined(3, "/state/files").adapt(OPENING).confine
+    assert (confine.threads, confine.spawn, confine.execute, confine.programs) == (True, True, True, None)
 
 
 def test_an_unconfined_program_gets_no_folder_of_the_host() -> None:
     """An unconfined program gets no host folder."""
     with pytest.raises(JobError):
-        Unconfined(3, "/state/files").adapt(BODY | {"mounts": [{"tree": 128, "at": "/data"}]})
+        Unconfined(3, "/state/files").adapt(
+            OPENING._replace(mounts=[Mount(0, "", "/data", write=False, changes=False)])
+        )
 
 
 def test_a_project_of_an_unconfined_program_lies_in_the_work_folder() -> None:
     """An unconfined project lies in the job's work folder."""
-    mounts = [{"tree": None, "at": "/project"}]
-    adapted = Unconfined(3, "/state/files").adapt(BODY | {"mounts": mounts, "cwd": "/project"})
-    assert (adapted["mounts"], adapted["cwd"]) == ([], "/state/files/work")
+    platform = Unconfined(3, "/state/files")
+    mounts = [Mount(None, "", "/project", write=True, changes=False)]
+    assert platform.adapt(OPENING._replace(mounts=mounts)).mounts == []
+    assert platform.adapt_command(ORDER._replace(cwd="/project")).cwd == "/state/files/work"
 
 
 @given(st.text())
 def test_other_arguments_are_unchanged(word: str) -> None:
     """Arguments without our paths are passed unchanged."""
     if not word.startswith(("/x07", "/opt/x07")):
-        assert Unconfined(3, "/f").adapt(BODY | {"argv": [word]})["argv"] == [word]
+        assert Unconfined(3, "/f").adapt_command(ORDER._replace(argv=[word])).argv == [word]
 
 
 def test_the_agent_refuses_a_platform_that_it_does_not_know() -> None:

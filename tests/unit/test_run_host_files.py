@@ -22,7 +22,6 @@ import msgspec
 import pytest
 
 from tests.unit.test_refused_lines import result
-from x07_sandbox.channel.frames import Stream
 from x07_sandbox.channel.trees import Entry, Kind, Reader
 from x07_sandbox.cli.changes_text import change_lines, changes_json, print_bytes, say_changes
 from x07_sandbox.cli.denials_text import denial_lines
@@ -651,9 +650,9 @@ def test_a_root_below_a_left_out_entry_is_copied(
         return
     own = {"in"} if inner.endswith("/") else {"one.pem"} if "one" in inner else set()
     assert packed(files) == [ways, own]
-    assert [(mount["tree"], mount["at"], mount["sub"]) for mount in files.mounts(0)] == [
-        (Stream.FIRST_FILE, str(run.root), ""),
-        (Stream.FIRST_FILE + 1, str(place), "one.pem" if "one" in inner else ""),
+    assert [(mount.tree, mount.at, mount.sub) for mount in files.mounts(0)] == [
+        (0, str(run.root), ""),
+        (1, str(place), "one.pem" if "one" in inner else ""),
     ]
 
 
@@ -877,7 +876,7 @@ def test_a_redundant_root_is_no_mount(run: Run, write: list[str], read: list[str
     (run.root / "a/.env").touch()
     fs = {"write_roots": tuple(f"{run.root}/{name}" for name in write)}
     fs["read_roots"] = tuple(f"{run.root}/{name}" for name in read)
-    found = {str(Path(mount["at"]).relative_to(run.root)): mount["write"] for mount in run.files(fs).mounts(0)}
+    found = {str(Path(mount.at).relative_to(run.root)): mount.write for mount in run.files(fs).mounts(0)}
     assert found == {name: any(name == root or name.startswith(f"{root}/") for root in write) for name in mounted}
 
 
@@ -910,7 +909,7 @@ def test_a_missing_root_is_one_folder(run: Run, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir(run.root)
     files = run.files({"write_roots": (str(run.root), "new")}, out=Path("out"), changes="discard")
     assert packed(files) == [{"new", "out"}]
-    assert {mount["at"]: mount["sub"] for mount in files.mounts(0)} == {
+    assert {mount.at: mount.sub for mount in files.mounts(0)} == {
         str(run.root): "",
         "/opt/x07/new": "new",
         OUT: "out",
@@ -929,9 +928,9 @@ def test_a_root_at_another_place_has_its_mount_there(run: Run, monkeypatch: pyte
     monkeypatch.chdir(run.root)
     (run.root / "a/b").mkdir(parents=True)
     files = run.files({"write_roots": ("a", "a/b", str(run.root / "a"))})
-    assert [mount["at"] for mount in files.mounts(0)] == ["/opt/x07/a", f"{run.root}/a"]
+    assert [mount.at for mount in files.mounts(0)] == ["/opt/x07/a", f"{run.root}/a"]
     files = run.files({"write_roots": ("a", str(run.root / "a/b"))}, changes="discard")
-    assert [(mount["at"], mount["sub"]) for mount in files.mounts(0)] == [("/opt/x07/a", ""), (f"{run.root}/a/b", "b")]
+    assert [(mount.at, mount.sub) for mount in files.mounts(0)] == [("/opt/x07/a", ""), (f"{run.root}/a/b", "b")]
 
 
 def die_at(number: int) -> None:

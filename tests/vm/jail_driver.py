@@ -28,6 +28,7 @@ from msgspec.structs import replace
 from x07_sandbox.backends.base import MachineKind, NoAnswerError
 from x07_sandbox.backends.handshake import evidence_of, greet
 from x07_sandbox.backends.qemu.start import Accelerator, QemuJob, start_qemu
+from x07_sandbox.channel.messages import Close, Exec, Open, Room
 from x07_sandbox.errors import BackendError
 from x07_sandbox.host import settings
 from x07_sandbox.host.arch import host_arch
@@ -36,8 +37,11 @@ from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.images.store import find_image
 from x07_sandbox.images.verify import open_image
 from x07_sandbox.jobs.record import Claim, create_record, new_run_id
+from x07_sandbox.plan.confinement import UNCONFINED
+from x07_sandbox.plan.controls import run_limits
 from x07_sandbox.plan.outcomes import classify
-from x07_sandbox.runs.phase import PhaseSpec, PhaseStreams, run_phase
+from x07_sandbox.policy.default import default_policy
+from x07_sandbox.runs.phase import CWD, CommandStreams, PhaseSpec, Receivers, run_phase
 from x07_sandbox.runs.streams import Sink
 
 if TYPE_CHECKING:
@@ -181,13 +185,35 @@ def phase(order: dict[str, Any]) -> None:
             stack.callback(os.close, keep_fd)
             sinks.append(Sink(name, keep_fd=keep_fd, live_fd=None, max_bytes=settings.MIB))
         instance = stack.enter_context(started(order))
-        spec = PhaseSpec(name="run", argv=["/bin/true"], files=(), limits={}, wall_ms=1000, env={}, ram_bytes=0)
-        streams = PhaseStreams(stdin_fd=None, stdout=sinks[0], stderr=sinks[1], cancel=cancel)
+        limits = run_limits(default_policy()).for_guest()
+        spec = PhaseSpec(
+            name="run",
+            opening=Open(
+                hostname=settings.GUEST_HOSTNAME,
+                mem_bytes=limits.mem_bytes,
+                tasks=limits.tasks,
+                tmp_bytes=0,
+                files=[],
+                mounts=[],
+                confine=UNCONFINED.for_guest(),
+                network=None,
+                out_writable=False,
+                room=Room(0, 0),
+            ),
+            order=Exec(1, ["/bin/true"], {}, CWD, limits),
+            closing=Close(1, None, None),
+            files=(),
+            receivers=Receivers(),
+            wall_ms=1000,
+            ram_bytes=0,
+            filters=(),
+        )
+        given = CommandStreams(stdin_fd=None, stdout=sinks[0], stderr=sinks[1])
         before = status_kib("VmRSS")
         clock = Deadline.after(0)
         try:
             greet(instance)
-            evidence = run_phase(spec, instance, streams).evidence
+            evidence = run_phase(spec, instance, given, cancel).evidence
         except NoAnswerError as exc:
             evidence = evidence_of(exc.failure)
         verdict = classify(evidence)

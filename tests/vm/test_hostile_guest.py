@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from tests.conftest import FULL, sample
 from tests.vm.conftest import BEHAVE, PROGRAMS, Ran, Sandbox, wait_done
-from x07_sandbox.channel.frames import WINDOW
+from x07_sandbox.channel.link import WINDOW
 from x07_sandbox.host import settings
 from x07_sandbox.host.locks import file_lock
 from x07_sandbox.host.paths import cache_dir
@@ -129,7 +129,7 @@ def test_an_agent_that_never_answers_is_lost_at_the_boot_limit(
     ("boot", "reason"),
     sample(
         [
-            pytest.param("protocol", "uses protocol 2", marks=ALSO_LATER),
+            pytest.param("protocol", "uses protocol 3", marks=ALSO_LATER),
             pytest.param("garbage", "violated the channel protocol while booting", marks=ALSO_LATER),
             ("nonce", "its nonce is not the one that was sent"),
             ("panic", "kernel panicked while booting"),
@@ -156,18 +156,35 @@ def test_a_guest_that_fails_before_the_program_is_the_hosts_fault(hostile: Hosti
         ("crash", "agent died while running the program (kernel: Attempted to kill init! exitcode=0x0000000b)"),
         ("off", "powered off while running the program"),
         ("garbage", "violated the channel protocol while running the program"),
-        ("oversized", "violated the channel protocol while running the program: bad frame"),
-        ("frames", "STARTED while running"),
+        ("oversized", "violated the channel protocol while running the program: bad frame: type 4 and code 0"),
+        ("frames", "message out of order: STARTED for command 1"),
         ("credit", "credit for stream 1 is zero or exceeds its window"),
         ("status", "an invalid wait status: 4991"),
         ("failed", "the guest failed while running the program: x: ?[2J it broke"),
-        ("json", "violated the channel protocol while running the program: bad EXITED frame"),
-        ("deep", "violated the channel protocol while running the program: bad EXITED frame"),
-        ("numbers", "violated the channel protocol while running the program: bad EXITED frame"),
+        ("unstarted", "message out of order: FAILED for command 1"),
+        ("json", "violated the channel protocol while running the program: bad DENIED message: invalid JSON"),
+        ("deep", "violated the channel protocol while running the program: bad CLOSED message: invalid JSON"),
+        ("numbers", "violated the channel protocol while running the program: bad FAILED message: invalid JSON"),
+        ("short", "bad frame: type 1 and code 11 on stream 0 with 4 bytes"),
+        ("huge", "bad EXITED message: a number is out of range"),
+        ("fields", "bad CLOSED message: 3 fields instead of 4"),
         (
             "denials",
-            "violated the channel protocol while running the program: bad DENIED frame: there are more than 64",
+            "violated the channel protocol while running the program: bad DENIED message: there are more than 64",
         ),
+        # what the streams and several commands allow
+        ("twice", "bad frame: STDOUT 1 cannot be opened"),
+        ("churn", "bad frame: STDERR 1 cannot be opened"),
+        ("nobody", "bad frame: STDOUT 7 cannot be opened"),
+        ("ours", "bad frame: the guest may not open a stream of kind 1"),
+        ("even", "bad frame: stream 2 does not have the guest's next number"),
+        ("answer", "bad frame: stream 1 expects no answer"),
+        ("datagram", "bad frame: type 8 on stream 1, which has ended or is of another kind"),
+        ("order", "bad frame: the guest may not send message 7"),
+        ("stranger", "message out of order: EXITED for command 2"),
+        ("changes", "bad frame: CHANGES was not asked for"),
+        ("unended", "message out of order: the end of command 1 before the end of its output"),
+        ("close", "message out of order: CLOSED before the end of command 1"),
     ],
 )
 def test_each_way_to_lose_a_guest_has_its_own_reason(hostile: Hostile, word: str, reason: str) -> None:
@@ -189,7 +206,7 @@ def test_output_without_credit_breaks_the_protocol(hostile: Hostile, state: Path
         ran = running.result(60)
     finally:
         os.close(out)
-    assert "data on stream 2 is empty or exceeds its window" in lost(ran, "program")
+    assert "stream 1 exceeds its window" in lost(ran, "program")
     assert ran.result.stdout.bytes <= WINDOW + 65536
 
 
@@ -220,6 +237,34 @@ def test_a_claim_of_success_proves_nothing(hostile: Hostile) -> None:
     """A guest that claims success without running anything gets `ok` with empty output, and can forge no more."""
     ran = hostile("ok")
     assert (ran.outcome, ran.stdout, ran.stderr) == ("ok", b"", b"")
+
+
+@pytest.mark.parametrize(("word", "stdout"), [("closed", b""), ("more", b"all"), ("abort", b"out")])
+def test_frames_that_change_nothing_are_ignored(hostile: Hostile, word: str, stdout: bytes) -> None:
+    """A second CLOSED, data on a stream that has ended, and the end of every stream lose and add nothing."""
+    ran = hostile(word, "input", stdin=b"x" * MIB)
+    assert (ran.outcome, ran.stdout, ran.stderr) == ("ok", stdout, b""), ran.reason
+    assert ran.result.files_discarded.count == 0
+
+
+def test_a_second_end_of_the_program_is_a_fault_after_it(hostile: Hostile) -> None:
+    """A program cannot end twice: the run is `guest-lost` while the results are returned."""
+    assert "returning the results: message out of order: EXITED for command 1" in lost(hostile("ended"), "program")
+
+
+@pytest.mark.parametrize(
+    ("word", "reason"),
+    [
+        ("early", "bad frame: STDOUT 1 cannot be opened"),
+        ("early-exit", "message out of order: EXITED for command 1"),
+        ("early-close", "message out of order: CLOSED before the end of command 1"),
+    ],
+)
+def test_a_program_that_was_not_started_says_and_ends_nothing(hostile: Hostile, word: str, reason: str) -> None:
+    """Output or an end before the program was started is `guest-lost`, fault host."""
+    ran = hostile(word)
+    assert reason in lost(ran, "host")
+    assert "started" not in ran.result.phases["run"].times_ms
 
 
 def test_an_agent_silent_during_set_up_is_lost_at_its_limit(hostile: Hostile, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,19 +302,26 @@ def test_a_silent_build_machine_ends_at_its_limit(
 
 
 @pytest.mark.parametrize(
-    ("word", "outcome", "reason"),
+    "case",
     [
-        ("longer", "guest-lost", "larger than announced"),
-        ("endless", "guest-lost", "larger than announced"),
+        ("longer", "build-failed", "is incomplete"),
         ("shorter", "build-failed", "is incomplete"),
+        ("unsent", "build-failed", "is incomplete"),
+        ("endless", "guest-lost", "larger than was asked for"),
         ("panic", "guest-lost", "kernel panicked"),
     ],
 )
 def test_a_lying_build_machine_gives_no_artifact(
-    hostile: Hostile, sandbox: Sandbox, hostile_cache: Path, word: str, outcome: str, reason: str
+    hostile: Hostile,
+    sandbox: Sandbox,
+    hostile_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    case: tuple[str, str, str],
 ) -> None:
-    """A build machine that dies, or sends another file than it announced, produces no artifact."""
+    """A build machine that dies, or sends another file than it states or than was asked for, produces no artifact."""
     del hostile
+    word, outcome, reason = case
+    monkeypatch.setattr(settings, "ARTIFACT_MAX_BYTES", MIB)
     image = build_image(name="boot-well", progress=lambda _text: None, code=hostile_code(""))
     assert image.folder.is_relative_to(hostile_cache)
     ran = sandbox.run_text(f"{word}.c", "int main(void) { return 0; }\n", image=image.digest)

@@ -25,7 +25,7 @@ OURS: Final = """
 backends.base backends.handshake backends.jailed backends.lease backends.qemu.backend
 backends.qemu.bounds backends.qemu.instance backends.qemu.machine backends.qemu.proof backends.qemu.start
 backends.qemu.template backends.registry backends.selection
-channel.connection channel.frames channel.link
+channel.connection channel.link channel.messages channel.streams
 cli.cancel cli.console cli.main cli.parser cli.run cli.run_options cli.std_streams
 errors
 host.arch host.bounded_stream host.cancel host.clocks host.close_on_fork host.cores host.decoding host.locks
@@ -39,8 +39,8 @@ network.summary
 plan.confinement plan.control_table plan.controls plan.denials plan.features plan.outcomes plan.sizes
 policy.decode policy.default policy.environment policy.model policy.problems policy.rules
 programs.artifacts programs.toolchains
-runs.artifact runs.execute runs.folder runs.job runs.phase runs.prepare runs.program runs.request runs.result runs.run
-runs.phase_specs runs.streams
+runs.artifact runs.execution runs.folder runs.job runs.phase runs.phase_specs runs.prepare runs.program runs.request
+runs.result runs.run runs.session runs.streams
 """
 # Beyond what a bare interpreter has. Absent because costly: dataclasses (with inspect, ast, dis), asyncio, logging,
 # tempfile, shutil, random, http, ssl.

@@ -27,11 +27,10 @@ from tests.vm.conftest import BEHAVE, PROGRAMS, Artifacts, Ran, Sandbox, left_be
 from x07_sandbox.host import settings
 from x07_sandbox.host.cancel import Cancel
 from x07_sandbox.jail.cgroups import HostGroups
-from x07_sandbox.plan.outcomes import Stage
 from x07_sandbox.policy import default_policy
 from x07_sandbox.policy.environment import VARIABLES
 from x07_sandbox.policy.model import leaf_values
-from x07_sandbox.runs.execute import Phase
+from x07_sandbox.runs.session import Session
 
 if TYPE_CHECKING:
     from x07_sandbox.images.store import Image
@@ -422,14 +421,14 @@ def test_the_machine_dies_with_its_runner(sleeper: Sleeper) -> None:
 def stop_runner_during_run(seconds: float, monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Make the runner sleep for *seconds* once its program runs; the returned list is empty once it has."""
     stops = [seconds]
-    poll = Phase._poll  # noqa: SLF001 - where it waits
+    poll, started = Session._poll, "started"  # noqa: SLF001 - where it waits
 
-    def stopped(phase: Phase) -> select.poll:
-        if phase.stage is Stage.RUN and stops:
+    def stopped(session: Session) -> select.poll:
+        if started in session._times_ms and stops:  # noqa: SLF001 - as above
             time.sleep(stops.pop())
-        return poll(phase)
+        return poll(session)
 
-    monkeypatch.setattr(Phase, "_poll", stopped)
+    monkeypatch.setattr(Session, "_poll", stopped)
     return stops
 
 

@@ -137,11 +137,13 @@ class Room(NamedTuple):
 class Open(NamedTuple):
     """What belongs to the session. The host sends its files on streams of kind INPUT.
 
+    mem_bytes, tasks: of all commands together. tmp_bytes: the size of /tmp and of /dev/shm.
     out_writable: whether programs may write to /x07/out. network: None if there is no relay. room: for changes.
     """
 
     hostname: str
     mem_bytes: int
+    tasks: int
     tmp_bytes: int
     files: list[InputFile]
     mounts: list[Mount]
@@ -152,13 +154,18 @@ class Open(NamedTuple):
 
 
 class Exec(NamedTuple):
-    """Start a command once all files of OPEN have arrived. id: from 1, each higher than the one before."""
+    """Start a command once all files of OPEN have arrived. id: from 1, each higher than the one before.
+
+    service: "" for a program; else a service of the agent's that runs like a command, on the same streams: "files"
+    (channel/files), or "connect", which connects its streams to the port argv[0] of this sandbox.
+    """
 
     id: int
     argv: list[str]
     env: dict[str, str]
     cwd: str
     limits: CommandLimits
+    service: str = ""
 
 
 class Started(NamedTuple):
@@ -281,10 +288,11 @@ class Form(NamedTuple):
 
 
 def _open(values: list[Any]) -> Open:
-    hostname, mem_bytes, tmp_bytes, files, mounts, confine, network, out_writable, room = values
+    hostname, mem_bytes, tasks, tmp_bytes, files, mounts, confine, network, out_writable, room = values
     return Open(
         hostname,
         mem_bytes,
+        tasks,
         tmp_bytes,
         [InputFile(*file) for file in files],
         [Mount(*mount) for mount in mounts],
@@ -296,8 +304,8 @@ def _open(values: list[Any]) -> Open:
 
 
 def _exec(values: list[Any]) -> Exec:
-    number, argv, env, cwd, limits = values
-    return Exec(number, argv, env, cwd, CommandLimits(*limits))
+    number, argv, env, cwd, limits, service = values
+    return Exec(number, argv, env, cwd, CommandLimits(*limits), service)
 
 
 def _warm(values: list[Any]) -> Warm:

@@ -156,7 +156,9 @@ class Agent:
         environment.measure()
         if environment.relay is not None:
             environment.relay.wait_built()
-        environment.group.limit(mem_bytes=max(limits.mem_bytes, environment.waiting_bytes), tasks=limits.tasks)
+        most_bytes = max(limits.mem_bytes, environment.waiting_bytes)
+        for group in (environment.group, environment.first().group):
+            group.limit(mem_bytes=most_bytes, tasks=limits.tasks)
         for argv in order.commands:
             _run_quietly(argv)
         os.sync()  # the snapshot contains the scratch disk as the host sees it

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import time
 from typing import ClassVar, Final
 
-from x07_sandbox.guest.confine import PROGRAM_PID
 from x07_sandbox.guest.system import children_of, read_file, write_file
 
 _ROOT: Final = "/sys/fs/cgroup"
@@ -26,12 +24,14 @@ class NoGroup:
 
     Subclasses are groups that contain the program and its children, but neither init (whose process id is *init*) nor
     the agent.
-    KILLS: whether the group can kill all its processes. If not, init kills them.
+    KILLS: whether the group can kill all its processes. If not, init kills them. OF_COMMAND: whether it holds one
+    command, not all.
     COUNTERS: for each counter, its control file, and the keys of the relevant lines if the file has several lines.
     SHOWN: the group's folder that the program may read, or "" if there is none.
     """
 
     KILLS: ClassVar[bool] = False
+    OF_COMMAND: ClassVar[bool] = False
     COUNTERS: ClassVar[dict[str, tuple[str, ...]]] = {}
     SHOWN: ClassVar[str] = ""
 
@@ -39,6 +39,10 @@ class NoGroup:
         self._folder = folder
         self._counters = self.COUNTERS
         self._limits = (0, 0)
+
+    def of_command(self, key: int) -> NoGroup:  # noqa: ARG002
+        """Return the group of one command: its own if this process can make it, else this one. Raises OSError."""
+        return self
 
     def remove(self) -> None:
         """Remove the group if this process made it. Raises OSError."""
@@ -57,9 +61,7 @@ class NoGroup:
         return ()
 
     def kill(self, init: int) -> None:
-        """Kill all processes of the group."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(init, signal.SIGTERM)
+        """Kill all processes of the group, if it KILLS."""
 
     def cpu_us(self, init: int) -> int:
         """Return the CPU time of all processes of the group, in microseconds."""
@@ -123,12 +125,12 @@ class HostGroup(NoGroup):
         """Return the CPU time, in microseconds."""
         return counter(f"{self._folder}/cpu.stat", ["usage_usec"])
 
-    def program_stopped(self, init: int) -> bool:  # noqa: ARG002
+    def program_stopped(self, init: int) -> bool:
         """Return whether a signal has stopped the program itself."""
         for pid in read_file(f"{self._folder}/cgroup.procs").decode().split():
-            # The program is most likely first; reading all processes of a fork bomb would exceed the host's timeout.
-            if state := _state_of_program(pid):
-                return state in "Tt"
+            # The program has joined first; reading all processes of a fork bomb would exceed the host's timeout.
+            if (fields := _stat(int(pid))) and int(fields[1]) == init:
+                return fields[0] in {"T", "t"}
         return False
 
 
@@ -141,20 +143,45 @@ class RootGroup(HostGroup):
         write_file(f"{_ROOT}/cgroup.subtree_control", "+memory +pids +cpu")
         os.mkdir(_GROUP)
         super().__init__(_GROUP)
-        self._write("cpu.weight", "20")  # a busy program must not starve agent and init
+        self._write("memory.oom.group", "0")  # one command's group is killed, not all of them
+        self._write("cpu.weight", "20")  # busy programs must not starve agent and init
+        self._write("cgroup.subtree_control", "+memory +pids")
+
+    def of_command(self, key: int) -> NoGroup:
+        """Make the group of a command."""
+        os.mkdir(f"{_GROUP}/{key}")
+        return _CommandGroup(f"{_GROUP}/{key}")
 
     def remove(self) -> None:
-        """Remove the group once the kernel has released its last process. Raises OSError."""
-        deadline = time.monotonic() + _GONE_S
-        while True:
-            try:
-                os.rmdir(_GROUP)
-            except OSError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.002)  # there is no event to wait for
-            else:
-                return
+        """Remove the groups once the kernel has released their last processes. Raises OSError."""
+        for name in os.listdir(_GROUP):
+            if os.path.isdir(f"{_GROUP}/{name}"):
+                _remove(f"{_GROUP}/{name}")
+        _remove(_GROUP)
+
+
+class _CommandGroup(HostGroup):
+    """The group of one command, which this process has made."""
+
+    OF_COMMAND = True
+
+    def remove(self) -> None:
+        """Remove the group, unless a process of the command is left in it."""
+        with contextlib.suppress(OSError):
+            os.rmdir(self._folder)
+
+
+def _remove(folder: str) -> None:
+    deadline = time.monotonic() + _GONE_S
+    while True:
+        try:
+            os.rmdir(folder)
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.002)  # there is no event to wait for
+        else:
+            return
 
 
 class HostGroupsV1(NoGroup):
@@ -236,13 +263,3 @@ def _cpu_ticks(init: int) -> int:
         total += sum(int(word) for word in _stat(pid)[11:15])  # utime, stime, cutime, cstime
         left += children_of(pid)
     return total
-
-
-def _state_of_program(pid: str) -> str:
-    """Return the state (proc(5)) of the process if it is the program, PID 2 of its namespace. Otherwise, return ""."""
-    try:
-        text = read_file(f"/proc/{pid}/status").decode("utf-8", "replace")
-    except (FileNotFoundError, ProcessLookupError):
-        return ""
-    fields = dict(line.partition(":")[::2] for line in text.splitlines())
-    return fields["State"].split()[0] if fields["NSpid"].split()[-1] == str(PROGRAM_PID) else ""

@@ -39,11 +39,13 @@ class World(NamedTuple):
     """Input of the steps that run before the job is known.
 
     netns_fd: the program's network namespace. namespaces: whether the program has its own namespaces.
-    procs_fds: files through which a process joins the control groups. group_kills: see `NoGroup.KILLS`.
+    procs_fds: files through which a process joins the control groups.
     preload: modules imported by a Python interpreter that waits to become the program; None for no interpreter.
     base_filter, quiet_filter: seccomp filters for every program. readable: paths in the image without programs.
     network: whether the relay resolves names.
     group_folder: the control group that the program can read at CGROUP_VIEW, or "" if there is none.
+    program_uid: the user of programs, if that is another one. user_fd: the user namespace of the first process, once it
+    exists.
     """
 
     netns_fd: int
@@ -52,10 +54,11 @@ class World(NamedTuple):
     base_filter: bytes
     quiet_filter: bytes
     readable: list[str]
-    group_kills: bool
     namespaces: bool
     network: bool
     group_folder: str
+    program_uid: int = -1
+    user_fd: int = -1
 
 
 class JobSettings(NamedTuple):

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import marshal
 import os
 import select
 import signal
+import socket
 import time
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from x07_sandbox.guest import confine, filters, init, interpreter, restrict, system
+from x07_sandbox.guest import confine, control, filters, init, interpreter, restrict, system
 from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.system import read_all, write_all
 
 if TYPE_CHECKING:
-    from x07_sandbox.channel.messages import Confine, Network
+    from x07_sandbox.channel.messages import Confine, Exec, Network
+    from x07_sandbox.guest.cgroup import NoGroup
     from x07_sandbox.guest.platform import Platform
 
 IN_MEMORY_BYTES: Final = 256 * 1024  # input files up to this total are kept in memory
@@ -27,14 +28,30 @@ PRELOAD_CPU_S: Final = 300  # RLIMIT_CPU includes the time of imports; the agent
 PRELOAD_S: Final = 180.0  # timeout of all imports; the host's is longer (host/settings.py: PRELOAD_S)
 
 
+class Process(NamedTuple):
+    """The agent's ends of a command's process, which waits for `Environment.start`.
+
+    key: names the process to init. status_fd: messages of the process until it executes the program, which closes the
+    pipe. cpu_before_us: CPU time of its group before the command, in microseconds.
+    """
+
+    key: int
+    stdin_fd: int
+    stdout_fd: int
+    stderr_fd: int
+    start_fd: int
+    status_fd: int
+    group: NoGroup
+    cpu_before_us: int
+
+
 class Environment:
-    """One prepared environment of a program. Its descriptors belong to the agent, and all are close-on-exec.
+    """One prepared environment of programs. Its descriptors belong to the agent, and all are close-on-exec.
 
     first: whether this machine had no environment before; close an environment before you make the next one.
     preload: modules that a waiting Python interpreter imports; None if the waiting process is no interpreter.
-    network: whether there is a relay for connections. init: process id of init. report_fd: init's reports.
-    status_fd: messages of the waiting process until it executes the program, which closes the pipe.
-    in_memory_fds: the program's tmpfs folders, once `prepare` has returned.
+    network: whether there is a relay for connections. init: process id of init. control_fd: the socket to init.
+    group: the control group of all commands. in_memory_fds: the tmpfs folders, once `prepare` has returned.
     """
 
     def __init__(
@@ -61,28 +78,24 @@ class Environment:
         self.in_memory_fds: list[int] = []
         self._settings: confine.JobSettings | None = None
         self._cpu_us: int | None = None
+        self._last: int | None = None  # key of the process after which the session closes
         self._own_modules = False
         self._machine_id_fd = os.open(platform.machine_id, os.O_WRONLY | os.O_CLOEXEC)
         self._make_folders()
-        stdin_r, self.stdin_fd = os.pipe2(os.O_CLOEXEC)
-        self.stdout_fd, stdout_w = os.pipe2(os.O_CLOEXEC)
-        self.stderr_fd, stderr_w = os.pipe2(os.O_CLOEXEC)
-        self.report_fd, report_w = os.pipe2(os.O_CLOEXEC)
-        self.status_fd, status_w = os.pipe2(os.O_CLOEXEC)
-        start_r, self._start_fd = os.pipe2(os.O_CLOEXEC)
-        settings_r, self._settings_fd = os.pipe2(os.O_CLOEXEC)
-        pipes = init.Pipes((stdin_r, stdout_w, stderr_w), start_r, status_w, settings_r, report_w)
+        self._first, pipes = self._pipes(init.FIRST)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.control_fd, control_fd = ours.detach(), theirs.detach()
         world = confine.World(
             netns_fd=_network_namespace() if platform.namespaces else -1,
-            procs_fds=self.group.open_procs(),
+            procs_fds=self._first.group.open_procs(),
             preload=preload,
             base_filter=self._filters.get(filters.BASE, b""),
             quiet_filter=self._filters.get(filters.QUIET, b""),
             readable=filters.readable_places() if platform.filtered else [],
-            group_kills=self.group.KILLS,
             namespaces=platform.namespaces,
             network=network,
             group_folder=self.group.SHOWN,
+            program_uid=-1 if platform.program_uid is None else platform.program_uid,
         )
         self.relay = platform.relay(world.netns_fd) if network else None
         own = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
@@ -90,10 +103,10 @@ class Environment:
             os.unshare(os.CLONE_NEWPID)  # the next child becomes PID 1 of the program's namespace
         self.init = os.fork()
         if self.init == 0:
-            init.run_init(world, pipes, platform.confinement)
+            init.run_init(world, pipes, control_fd, platform.confinement)
         if platform.namespaces:
             os.setns(own, os.CLONE_NEWPID)  # further children stay in our namespace
-        for fd in (own, *pipes.of_program(), settings_r, report_w, *world.procs_fds):
+        for fd in (own, *pipes.all(), control_fd, *world.procs_fds):
             os.close(fd)
         if world.netns_fd >= 0:
             os.close(world.netns_fd)
@@ -111,20 +124,63 @@ class Environment:
         if self._settings == settings:
             return
         if self._settings is None and (status := self._first_status()) != init.READY:
-            if status := status + read_all(self.status_fd):
+            if status := status + read_all(self._first.status_fd):
                 raise exec_failure(status)
-            os.close(self._settings_fd)
-            raise failure(os.read(self.report_fd, 8192))
+            raise failure(self.next_report())
         self._settings = settings
         with contextlib.suppress(BrokenPipeError):  # init has ended; its report has the reason
-            write_all(self._settings_fd, marshal.dumps(tuple(settings)))
-        report = os.read(self.report_fd, 8192)
-        if report != init.READY:
+            control.send(self.control_fd, (control.SETTINGS, tuple(settings)))
+        report = self.next_report()
+        if report[0] != control.READY:
             raise failure(report)
         if not self.in_memory_fds and self.platform.namespaces:
             # Init, and with it the program's view, stays until the machine ends.
             view = f"/proc/{self.init}/root"
             self.in_memory_fds = [os.open(f"{view}{name}", os.O_PATH | os.O_CLOEXEC) for name in confine.IN_MEMORY]
+
+    def next_report(self) -> tuple[Any, ...]:
+        """Wait for the next message of init."""
+        received = control.receive(self.control_fd)
+        return (control.FAILED, "init", 0, "init ended without a report") if received is None else received[0]
+
+    def _pipes(self, key: int) -> tuple[Process, init.Pipes]:
+        """Make the pipes of a process and its control group."""
+        stdin_r, stdin_fd = os.pipe2(os.O_CLOEXEC)
+        stdout_fd, stdout_w = os.pipe2(os.O_CLOEXEC)
+        stderr_fd, stderr_w = os.pipe2(os.O_CLOEXEC)
+        status_fd, status_w = os.pipe2(os.O_CLOEXEC)
+        start_r, start_fd = os.pipe2(os.O_CLOEXEC)
+        process = Process(key, stdin_fd, stdout_fd, stderr_fd, start_fd, status_fd, self.group.of_command(key), 0)
+        return process, init.Pipes((stdin_r, stdout_w, stderr_w), start_r, status_w)
+
+    def first(self) -> Process:
+        """Return the process that has waited from the start."""
+        return self._first._replace(cpu_before_us=self.baseline_cpu_us())
+
+    def add(self, order: Exec, limits: tuple[tuple[int, int], ...], confined: Confine) -> Process:
+        """Start one more process. limits: resource limits as (number, value). Its key is the command's id."""
+        process, pipes = self._pipes(order.id)
+        procs_fds = process.group.open_procs()
+        listed = order.argv[0] if confined.programs is not None and not order.service else ""
+        fds = (*pipes.all(), *procs_fds)
+        control.send(self.control_fd, (control.COMMAND, order.id, listed, limits, order.service), fds)
+        for fd in fds:
+            os.close(fd)
+        return process._replace(cpu_before_us=process.group.cpu_us(self.init))
+
+    def end_with(self, key: int) -> None:
+        """Have init kill all other processes once the process *key* has ended."""
+        self._last = key
+        with contextlib.suppress(BrokenPipeError):
+            control.send(self.control_fd, (control.LAST, key))
+
+    def kill(self, process: Process) -> None:
+        """Kill a command with all its processes, as far as this platform can tell which are its own."""
+        if process.group.KILLS and (process.group.OF_COMMAND or process.key == self._last):
+            process.group.kill(self.init)
+        else:
+            with contextlib.suppress(BrokenPipeError):
+                control.send(self.control_fd, (control.KILL, process.key))
 
     def _first_status(self) -> bytes:
         """Return the first status byte of the waiting process. Raises JobError if its imports time out.
@@ -132,14 +188,14 @@ class Environment:
         For each imported module, the process writes a line: "M", the name, a space, the seconds it took.
         """
         if not self._preload:
-            return os.read(self.status_fd, 1)
+            return os.read(self._first.status_fd, 1)
         until, status = time.monotonic() + PRELOAD_S, b""
         imported: list[str] = []
         while True:
             left_s = until - time.monotonic()
-            if left_s <= 0 or not select.select([self.status_fd], [], [], left_s)[0]:
+            if left_s <= 0 or not select.select([self._first.status_fd], [], [], left_s)[0]:
                 raise JobError("preload", 0, preload_timeout(self._preload, imported))
-            chunk = os.read(self.status_fd, 4096)
+            chunk = os.read(self._first.status_fd, 4096)
             status += chunk
             while status[:1] == b"M" and b"\n" in status:
                 line, _, status = status.partition(b"\n")
@@ -149,12 +205,12 @@ class Environment:
 
     def measure(self) -> None:
         """Measure the memory of the waiting process. Before the start, the memory limit must not be below that size."""
-        self.waiting_bytes = max(WAITING_BYTES, 2 * self.group.count("memory_bytes"))
+        self.waiting_bytes = max(WAITING_BYTES, 2 * self._first.group.count("memory_bytes"))
 
     def baseline_cpu_us(self) -> int:
         """Return the CPU time used before the job, in microseconds. Only the first call measures it."""
         if self._cpu_us is None:
-            self._cpu_us = self.group.cpu_us(self.init)
+            self._cpu_us = self._first.group.cpu_us(self.init)
         return self._cpu_us
 
     def name(self, machine_id: bytes) -> None:
@@ -173,12 +229,12 @@ class Environment:
             argv, env, preload=bool(self._preload), alone=alone, own_modules=self._own_modules
         )
 
-    def start(self, argv: list[str], env: dict[str, str], cwd: str, confined: Confine) -> None:
-        """Start the program. `status_fd` and `report_fd` then carry the result. Raises JobError."""
+    def start(self, process: Process, order: Exec, confined: Confine) -> None:
+        """Start the program. `Process.status_fd` and init's reports then tell the result. Raises JobError."""
         if self.relay is not None:
             self.relay.wait_admitted()
-        os.close(self._settings_fd)
-        become = self.becomes(argv, env, confined)
+        argv, env = order.argv, order.env
+        become = process.key == init.FIRST and self.becomes(argv, env, confined)
         name = filters.filter_name(threads=confined.threads, spawn=confined.spawn, execute=confined.execute)
         token = b"" if become or confined.execute else os.urandom(restrict.TOKEN_BYTES)
         if token:
@@ -187,8 +243,8 @@ class Environment:
             code = self._filters[name] if name else b""
         rules_fd = -1 if confined.programs is None else interpreter.RULES_FD
         with contextlib.suppress(BrokenPipeError):  # it has ended, and `status_fd` has the reason
-            write_all(self._start_fd, marshal.dumps((become, argv, env, cwd, code, rules_fd, token)))
-        os.close(self._start_fd)
+            write_all(process.start_fd, marshal.dumps((become, argv, env, order.cwd, code, rules_fd, token)))
+        os.close(process.start_fd)
 
     def folder(self, *, on_disk: bool) -> str:
         """Return the folder that the program sees as /x07/in."""
@@ -202,7 +258,7 @@ class Environment:
             self.relay.close()
         os.kill(self.init, signal.SIGKILL)
         os.waitpid(self.init, 0)
-        for fd in (self._machine_id_fd, *self.in_memory_fds):
+        for fd in (self._machine_id_fd, self.control_fd, *self.in_memory_fds):
             os.close(fd)
         for path in (f"{self.platform.memory}/in", *(self.platform.folder(name) for name in _FOLDERS)):
             shutil.rmtree(path)
@@ -215,12 +271,10 @@ class Environment:
             self.platform.make_job_folder(name, of_program=of_program)
 
 
-def failure(report: bytes) -> JobError:
-    """Decode a failure report of init."""
-    if not report.startswith(init.FAILED):
-        return JobError("init", 0, "init ended without a report")
-    error = json.loads(report[1:])
-    return JobError(error["stage"], error["errno"], error["message"])
+def failure(report: tuple[Any, ...]) -> JobError:
+    """Return the error that init has reported."""
+    _, stage, number, message = report
+    return JobError(stage, number, message[:1000])
 
 
 def preload_timeout(preload: list[str], imported: list[str]) -> str:

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import os
 import select
-import struct
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.channel.link import WINDOW, Link, Stream
 from x07_sandbox.channel.messages import Started
-from x07_sandbox.guest import init
-from x07_sandbox.guest.environment import exec_failure, failure
+from x07_sandbox.guest.environment import exec_failure
 
 if TYPE_CHECKING:
     from x07_sandbox.channel.messages import Exec
-    from x07_sandbox.guest.environment import Environment
+    from x07_sandbox.guest.environment import Environment, Process
     from x07_sandbox.guest.errors import JobError
 
 READ: Final = 32 * 1024
+PIPE_BYTES: Final = 1 << 20  # that a pipe can hold, as far as programs may enlarge it (pipe(7))
 TICK_S: Final = 0.1  # interval of CPU limit checks
 # After _SHORT_READS short reads in a row without input in between, pause reading, so that a program that writes line by
 # line is not interrupted for every line.
@@ -30,41 +29,46 @@ _STALL_S: Final = 0.5  # a check that is later than this means that the host has
 
 
 class _Output:
-    """An output pipe. number: of its stream, which is opened with the first bytes; 0 before."""
+    """An output pipe. number: of its stream, which is opened with the first bytes; 0 before.
+
+    left: the most bytes to read once the program has ended.
+    """
 
     def __init__(self, fd: int, stream: Stream) -> None:
         self.fd = fd
         self.stream = stream
         self.number = 0
+        self.left = PIPE_BYTES
 
 
 class Command:
-    """A command from its start to its end. fail: called with the error if it cannot be executed or init fails.
+    """A command from its start to its end. fail: called with the error if it cannot be executed.
 
-    running: whether it was executed. ended: whether it and its output have ended. stopped: whether a signal had stopped
-    the command when the host asked for its end. killed: whether the host has asked for its end.
+    wait_status: as of waitpid(2), once its process has ended. running: whether it was executed. ended: whether it and
+    its output have ended. killed: whether the host asked for its end. stopped: whether a signal had stopped it then.
     """
 
     def __init__(
-        self, order: Exec, link: Link, environment: Environment, fail: Callable[[JobError, int], object]
+        self,
+        order: Exec,
+        process: Process,
+        link: Link,
+        environment: Environment,
+        fail: Callable[[JobError, int], object],
     ) -> None:
         self.order = order
+        self.process = process
         self.running = self.ended = self.stopped = self.killed = self.cpu_exceeded = False
         self.wait_status: int | None = None
         self._link = link
         self._environment = environment
-        self._group = environment.group
         self._fail = fail
-        self._cpu_before_us = environment.baseline_cpu_us()
+        self._cpu_before_us = process.cpu_before_us
         self._cpu_seen_us = 0
         self._cpu_checked_at = time.monotonic()
-        self._stdin_fd = environment.stdin_fd
-        self._report_fd, self._status_fd = environment.report_fd, environment.status_fd
-        self._outputs = [
-            _Output(environment.stdout_fd, Stream.STDOUT),
-            _Output(environment.stderr_fd, Stream.STDERR),
-        ]
-        for fd in (environment.stdout_fd, environment.stderr_fd, environment.stdin_fd):
+        self._stdin_fd, self._status_fd = process.stdin_fd, process.status_fd
+        self._outputs = [_Output(process.stdout_fd, Stream.STDOUT), _Output(process.stderr_fd, Stream.STDERR)]
+        for fd in (process.stdout_fd, process.stderr_fd, process.stdin_fd):
             os.set_blocking(fd, False)
         self._status = b""
         self._read_at = self._paused_until = 0.0  # for output
@@ -77,9 +81,8 @@ class Command:
 
     def register(self, poll: select.poll) -> None:
         """Register the descriptors to wait for."""
-        for fd in (self._report_fd, self._status_fd):
-            if fd >= 0:
-                poll.register(fd, select.POLLIN)
+        if self._status_fd >= 0:
+            poll.register(self._status_fd, select.POLLIN)
         if self.running and not self.paused_s():
             # Without window, because the host's reader stalls, only the program blocks.
             for output in self._outputs:
@@ -96,9 +99,7 @@ class Command:
 
     def handle(self, fd: int, mask: int) -> bool:
         """Handle a ready descriptor. Return False if it is not this command's."""
-        if fd == self._report_fd:
-            self._take_report()
-        elif fd == self._status_fd:
+        if fd == self._status_fd:
             self._take_status()
         elif fd == self._stdin_fd:
             self._feed(broken=bool(mask & select.POLLERR))
@@ -169,6 +170,8 @@ class Command:
         if not output.number:
             output.number = self._link.open(output.stream, self.order.id)
         self._link.streams.send(output.number, data)
+        if self.wait_status is not None:
+            output.left -= len(data)
         self._count_read(len(data))
 
     def _count_read(self, size: int) -> None:
@@ -179,11 +182,11 @@ class Command:
         self._read_at, self._paused_until = now, now + _PAUSE_S
 
     def _end_streams(self) -> None:
-        """Close empty output pipes after the last process. A descriptor sent over a socket could keep them open."""
+        """Close output pipes once what they held at the end is read. Another process may still write to them."""
         for output in list(self._outputs):
             poll = select.poll()
             poll.register(output.fd, select.POLLIN)
-            if not poll.poll(0):
+            if output.left <= 0 or not poll.poll(0):
                 self._end_output(output)
 
     def _end_output(self, output: _Output) -> None:
@@ -205,26 +208,26 @@ class Command:
             return
         limits = self.order.limits
         if limits.mem_bytes < self._environment.waiting_bytes:
-            self._group.limit(mem_bytes=limits.mem_bytes, tasks=limits.tasks)
+            self.process.group.limit(mem_bytes=limits.mem_bytes, tasks=limits.tasks)
         self.running = True
         self._link.send(Started(self.order.id))
 
-    def _take_report(self) -> None:
-        report = os.read(self._report_fd, 8192)
-        os.close(self._report_fd)
-        self._report_fd = -1
-        if report.startswith(init.EXITED) and len(report) == init.EXITED_SIZE:
-            # All other processes of the namespace have ended too.
-            self.wait_status = struct.unpack(">I", report[1:])[0]
-        else:
-            self._fail(failure(report), 0)
+    def close(self) -> None:
+        """Close all descriptors and remove the group of a command that has ended or could not be executed."""
+        fds = [self._stdin_fd, self._status_fd, *(output.fd for output in self._outputs)]
+        for fd in fds:
+            if fd >= 0:
+                os.close(fd)
+        self._stdin_fd = self._status_fd = -1
+        self._outputs.clear()
+        self.process.group.remove()
 
     def stop(self) -> None:
         """Kill the program at the host's request. Record whether a signal had stopped the program before."""
         self.killed = True
         if self.wait_status is None:
-            self.stopped = self._group.program_stopped(self._environment.init)
-            self._group.kill(self._environment.init)
+            self.stopped = self.process.group.program_stopped(self._environment.init)
+            self._environment.kill(self.process)
 
     def _check_cpu(self) -> None:
         now = time.monotonic()
@@ -242,8 +245,8 @@ class Command:
         self._cpu_seen_us = used_us
         if used_us > self.order.limits.cpu_ms * 1000:
             self.cpu_exceeded = True
-            self._group.kill(self._environment.init)
+            self._environment.kill(self.process)
 
     def cpu_us(self) -> int:
         """Return the CPU time of the command, in microseconds."""
-        return self._group.cpu_us(self._environment.init) - self._cpu_before_us
+        return self.process.group.cpu_us(self._environment.init) - self._cpu_before_us

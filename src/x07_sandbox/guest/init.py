@@ -1,131 +1,191 @@
-"""Init of the program's namespaces: it builds what the program sees, starts the program, reaps processes and reports.
+"""Init of the program's namespaces: it builds what programs see, starts them, reaps processes and reports.
 
-The program is not PID 1, which the kernel protects from its own signals. The program cannot access the report pipe.
+The programs are not PID 1, which the kernel protects from its own signals. They cannot reach the socket to the agent.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import marshal
 import os
+import resource
 import signal
-import struct
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
-from x07_sandbox.guest import confine, interpreter, restrict
+from x07_sandbox.guest import confine, control, execution, interpreter, restrict, services
 from x07_sandbox.guest.system import children_of, close_descriptors_except, read_all
 
-READY = b"R"  # the program's process waits for its start; or init has applied the settings
-EXITED = b"X"  # then u32: the wait status of waitpid(2)
-EXITED_SIZE = 5
-FAILED = b"F"  # then JSON
-
-_STATUS = struct.Struct(">I")
+READY = b"R"  # the waiting process is confined
+FIRST = 0  # the key of the process that waits from the start; later ones have the ids of their commands
 
 
 class Pipes(NamedTuple):
-    """The pipe ends of init and of the program's process. The agent has the other ends.
+    """The pipe ends of a command's process. The agent has the other ends.
 
-    streams: the program's standard streams. start_fd: the start message. status_fd: READY, then a failure message;
-    execve closes it. settings_fd: job settings for init. report_fd: init's reports.
+    streams: its standard streams. start_fd: the start message. status_fd: READY from the waiting process, then a
+    failure message; execve closes it.
     """
 
     streams: tuple[int, int, int]
     start_fd: int
     status_fd: int
-    settings_fd: int
-    report_fd: int
 
-    def of_program(self) -> tuple[int, ...]:
-        """Return the descriptors of the program's process."""
+    def all(self) -> tuple[int, ...]:
+        """Return all descriptors."""
         return (*self.streams, self.start_fd, self.status_fd)
 
 
-def run_init(world: confine.World, pipes: Pipes, confinement: confine.Confinement) -> NoReturn:
+def run_init(world: confine.World, pipes: Pipes, control_fd: int, confinement: confine.Confinement) -> NoReturn:
     """Run as init. Never returns."""
     try:
         os.setsid()
-        own = pipes.settings_fd, pipes.report_fd, world.netns_fd
-        close_descriptors_except(*pipes.of_program(), *own, *world.procs_fds)
+        close_descriptors_except(*pipes.all(), control_fd, world.netns_fd, *world.procs_fds)
         confine.apply(confinement.world, world)
         program = os.fork()
         if program == 0:
-            for fd in (pipes.report_fd, pipes.settings_fd):
-                os.close(fd)
-            _become(world, pipes, confinement)
-        for fd in {*pipes.of_program(), *world.procs_fds}:
+            os.close(control_fd)
+            _become(world, pipes, confinement, READY)
+        for fd in {*pipes.all(), *world.procs_fds}:
             os.close(fd)
-        if not world.group_kills:
-            _kill_on_sigterm(program)
-        _apply_settings(world, pipes, confinement)
-        status = _wait_for_program(program, namespace=world.namespaces)
-        os.write(pipes.report_fd, EXITED + _STATUS.pack(status))
-        # Stay: destroying the namespaces takes longer than a small program.
-        while True:
-            signal.pause()
+        _Init(world, control_fd, confinement, program).serve()
     except confine.StepError as exc:
-        _report_failure(pipes.report_fd, *exc.args)
+        control.send(control_fd, (control.FAILED, *exc.args))
     except OSError as exc:
-        _report_failure(pipes.report_fd, "start", exc.errno or 0, str(exc))
+        control.send(control_fd, (control.FAILED, "start", exc.errno or 0, str(exc)))
     finally:
         # When PID 1 ends, the kernel kills all processes of the namespace.
         os._exit(0)
 
 
-def _apply_settings(world: confine.World, pipes: Pipes, confinement: confine.Confinement) -> None:
-    """Apply job settings until the pipe ends. Confirm each with READY."""
-    before: confine.JobSettings | None = None
-    data = b""
-    while chunk := os.read(pipes.settings_fd, 65536):
-        data += chunk
-        try:
-            settings = confine.JobSettings(*marshal.loads(data))  # noqa: S302 - from our agent
-        except EOFError:  # incomplete
-            continue
-        data = b""
-        confine.apply(confinement.job, settings, before)
-        if before is None and world.preload is not None:
-            confine.forget_interpreter()
-        before = settings
-        os.write(pipes.report_fd, READY)
-    os.close(pipes.settings_fd)
+class _Init:
+    """The loop of init. Children are reaped in a signal handler, which interrupts the wait for the agent."""
+
+    def __init__(self, world: confine.World, control_fd: int, confinement: confine.Confinement, program: int) -> None:
+        self._world = world
+        self._control_fd = control_fd
+        self._confinement = confinement
+        self._settings: confine.JobSettings | None = None
+        self._programs = {program: FIRST}  # keys by process id
+        self._last: int | None = None
+        self._reaping = self._again = False
+
+    def serve(self) -> None:
+        """Serve the agent until it ends. Raises StepError, OSError."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's handler would raise an exception here
+        signal.signal(signal.SIGCHLD, self._reap)
+        self._reap()  # those that have ended already
+        while (received := control.receive(self._control_fd)) is not None:
+            (kind, *words), fds = received
+            if kind == control.SETTINGS:
+                self._apply(confine.JobSettings(*words[0]))
+            elif kind == control.COMMAND:
+                self._start(words, fds)
+            elif kind == control.LAST:
+                self._last = words[0]
+            elif kind == control.KILL:
+                self._kill(words[0])
+
+    def _apply(self, settings: confine.JobSettings) -> None:
+        confine.apply(self._confinement.job, settings, self._settings)
+        if self._settings is None:
+            if self._world.preload is not None:
+                confine.forget_interpreter()
+            for program in self._programs:  # later ones may not make a user namespace of their own
+                self._world = self._world._replace(user_fd=os.open(f"/proc/{program}/ns/user", os.O_RDONLY))
+        self._settings = settings
+        control.send(self._control_fd, (control.READY,))
+
+    def _start(self, words: list[Any], fds: list[int]) -> None:
+        """Start a process for one more command, which waits for its start message."""
+        key, program, limits, service = words
+        *streams, start_fd, status_fd = fds[:5]
+        pipes = Pipes((streams[0], streams[1], streams[2]), start_fd, status_fd)
+        world = self._world._replace(procs_fds=tuple(fds[5:]), preload=None)
+        if program:
+            with contextlib.suppress(OSError):  # executing it will fail for the same reason
+                execution.allow_program(program)
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])  # its end must not be reaped before it is known
+        pid = os.fork()
+        if pid == 0:
+            os.close(self._control_fd)
+            _become(world, pipes, self._confinement, b"", limits, service)
+        self._programs[pid] = key
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
+        for fd in fds:
+            os.close(fd)
+
+    def _kill(self, key: int) -> None:
+        """Kill a command, its descendants, and its process group."""
+        uid = self._world.program_uid
+        if uid < 0:
+            self._kill_tree(key)
+        elif os.fork() == 0:  # as the program's user: root may lack the right, and this process must stay out of reach
+            try:
+                os.setresgid(uid, uid, uid)
+                os.setresuid(uid, uid, uid)
+                self._kill_tree(key)
+            finally:
+                os._exit(0)
+
+    def _kill_tree(self, key: int) -> None:
+        left = [pid for pid, held in self._programs.items() if held == key]
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(pid, signal.SIGKILL)
+        while left:
+            pid = left.pop()
+            left += children_of(pid)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def _reap(self, *_signal: object) -> None:
+        """Reap all children that have ended, and report the commands among them."""
+        if self._reaping:  # a signal during the loop below
+            self._again = True
+            return
+        self._reaping = self._again = True
+        while self._again:
+            self._again = False
+            with contextlib.suppress(ChildProcessError):
+                while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                    self._ended(*ended)
+        self._reaping = False
+
+    def _ended(self, pid: int, status: int) -> None:
+        key = self._programs.pop(pid, None)
+        if key is None:
+            return
+        if key == self._last:
+            self._kill_rest()
+        control.send(self._control_fd, (control.EXITED, key, status))
+
+    def _kill_rest(self) -> None:
+        """Kill and reap all other processes."""
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            if self._world.namespaces:
+                # All of this namespace but us. None can fork with that signal pending, and orphans become our children.
+                os.kill(-1, signal.SIGKILL)
+            while True:
+                if not self._world.namespaces:
+                    for child in children_of(os.getpid()):  # their ids stay valid until we reap them
+                        os.kill(child, signal.SIGKILL)
+                pid, status = os.wait()
+                self._ended(pid, status)
 
 
-def _kill_on_sigterm(program: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's handler would raise an exception here
+def _become(
+    world: confine.World,
+    pipes: Pipes,
+    confinement: confine.Confinement,
+    ready: bytes,
+    limits: tuple[tuple[int, int], ...] = (),
+    service: str = "",
+) -> NoReturn:
+    """Drop all rights, wait for the start message and execute the program, or run a service of the agent's.
 
-    def kill(_number: int, _frame: object) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(program, signal.SIGKILL)
-
-    signal.signal(signal.SIGTERM, kill)
-
-
-def _wait_for_program(program: int, *, namespace: bool) -> int:
-    """Wait for the program, then kill and reap the processes that it left. Return the program's wait status.
-
-    namespace: whether this process is PID 1 of a namespace. If not, this process is a subreaper (prctl(2)).
+    limits: (RLIMIT number, value) to set.
     """
-    while True:
-        pid, status = os.wait()
-        if pid == program:
-            break
-    with contextlib.suppress(ProcessLookupError, ChildProcessError):
-        if namespace:
-            # All of this namespace but us. None can fork with that signal pending, and orphans become our children.
-            os.kill(-1, signal.SIGKILL)
-        while True:
-            if not namespace:
-                for child in children_of(os.getpid()):  # their ids stay valid until we reap them
-                    os.kill(child, signal.SIGKILL)
-            os.wait()
-    return status
-
-
-def _become(world: confine.World, pipes: Pipes, confinement: confine.Confinement) -> NoReturn:
-    """Drop all rights, wait for the start message and execute the program."""
     start_fd, status_fd = pipes.start_fd, pipes.status_fd
     try:
         try:
@@ -133,6 +193,8 @@ def _become(world: confine.World, pipes: Pipes, confinement: confine.Confinement
             high = [os.dup(fd) for fd in pipes.streams]  # copies that no dup2 below overwrites
             for target, fd in enumerate(high):
                 os.dup2(fd, target)
+            for which, value in limits:
+                resource.setrlimit(which, (value, value))
             confine.apply(confinement.rights, world)
             os.umask(0o022)
             if world.preload is not None:
@@ -142,12 +204,15 @@ def _become(world: confine.World, pipes: Pipes, confinement: confine.Confinement
                 os.dup2(status_fd, interpreter.STATUS_FD)
                 os.execve(interpreter.PYTHON, interpreter.ARGV, interpreter.ENV)
             restrict_self, execute = restrict.exec_functions()
-            os.write(status_fd, READY)
+            os.write(status_fd, ready)
             start = marshal.loads(read_all(start_fd))  # noqa: S302 - from our agent
             _, argv, env, cwd, filter_code, rules_fd, token = start
             os.chdir(cwd)
             if filter_code or rules_fd >= 0:
                 restrict_self(filter_code, rules_fd)
+            if service:
+                os.close(status_fd)
+                services.run(service, argv)
             try:
                 execute(argv, env, token)
             except OSError as exc:
@@ -159,8 +224,3 @@ def _become(world: confine.World, pipes: Pipes, confinement: confine.Confinement
         os.write(status_fd, status.encode("utf-8", "backslashreplace"))
     finally:
         os._exit(127)
-
-
-def _report_failure(report_fd: int, stage: str, number: int, message: str) -> None:
-    text = json.dumps({"stage": stage[:64], "errno": number, "message": message[:1000]})
-    os.write(report_fd, FAILED + text.encode())

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from x07_sandbox.channel.messages import Exec, Open, Seed
     from x07_sandbox.guest.audit import Audit, NoAudit
     from x07_sandbox.guest.cgroup import NoGroup
-    from x07_sandbox.guest.confine import Confinement
+    from x07_sandbox.guest.confine import Confinement, JobSettings
     from x07_sandbox.guest.relay import RelayProcess
 
 
@@ -94,6 +94,12 @@ class Platform(ABC):
     @abstractmethod
     def group(self) -> NoGroup:
         """Return a control group for a program. Raises OSError."""
+
+    def resource_limits(self, settings: JobSettings) -> tuple[tuple[int, int], ...]:
+        """Return the limits of each process of a command, as (RLIMIT number, value)."""
+        from x07_sandbox.guest import confine
+
+        return confine.resource_limits(settings)
 
     @abstractmethod
     def seed(self, seed: Seed) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import resource
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.channel.messages import Confine
@@ -46,13 +47,16 @@ def _rules(world: confine.World) -> None:
         confine.rules(world)
 
 
-def _own_user(_world: confine.World) -> None:
-    """Enter a nested user namespace with a single user, without capabilities."""
-    os.unshare(os.CLONE_NEWUSER)
-    write_file("/proc/self/setgroups", "deny")
-    for name in ("uid_map", "gid_map"):
-        write_file(f"/proc/self/{name}", f"{confine.UID} 0 1")
-    confine.no_capabilities(_world)
+def _own_user(world: confine.World) -> None:
+    """Enter the programs' user namespace, which has a single user, without capabilities. The first process makes it."""
+    if world.user_fd >= 0:
+        os.setns(world.user_fd, os.CLONE_NEWUSER)
+    else:
+        os.unshare(os.CLONE_NEWUSER)
+        write_file("/proc/self/setgroups", "deny")
+        for name in ("uid_map", "gid_map"):
+            write_file(f"/proc/self/{name}", f"{confine.UID} 0 1")
+    confine.no_capabilities(world)
     system.drop_capabilities()
 
 
@@ -63,12 +67,16 @@ def _scopes(world: confine.World) -> None:
 
 def _limit(pid: int, limits: tuple[tuple[int, int], ...]) -> None:
     """Set resource limits of the process *pid*, each to at most its present hard limit."""
+    for which, value in _possible(limits, pid):
+        resource.prlimit(pid, which, (value, value))
+
+
+def _possible(limits: tuple[tuple[int, int], ...], pid: int = 0) -> Iterator[tuple[int, int]]:
+    """Yield *limits*, each lowered to the present hard limit of a process (0: this one)."""
     for which, wanted in limits:
         value = max(wanted, _CORE_NONE) if which == resource.RLIMIT_CORE else wanted
         _, hard = resource.prlimit(pid, which)
-        if hard != resource.RLIM_INFINITY:
-            value = min(value, hard)
-        resource.prlimit(pid, which, (value, value))
+        yield which, value if hard == resource.RLIM_INFINITY else min(value, hard)
 
 
 def _resource_limits(settings: confine.JobSettings) -> None:
@@ -123,6 +131,10 @@ class OnSharedKernel(Platform):
     def audit(self) -> NoAudit:
         """Return an audit that reports nothing, since the audit of the host's kernel cannot be used here."""
         return NoAudit()
+
+    def resource_limits(self, settings: confine.JobSettings) -> tuple[tuple[int, int], ...]:
+        """Return the limits of each process of a command, at most those of this process."""
+        return tuple(_possible(confine.resource_limits(settings)))
 
     def seed(self, seed: Seed) -> None:
         """Do nothing, since clock and entropy are the host's."""

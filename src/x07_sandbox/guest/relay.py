@@ -421,7 +421,7 @@ class RelayProcess:
 
         open_port: opens the stream to the gate. keep: descriptors that *open_port* needs. hold: see `firewall.build`.
         """
-        self._built = False
+        self._built = self._admitted = False
         settings_r, self._settings_fd = os.pipe2(os.O_CLOEXEC)
         self.status_fd, status_w = os.pipe2(os.O_CLOEXEC)
         self.pid = os.fork()
@@ -434,11 +434,16 @@ class RelayProcess:
     def wait_built(self) -> None:
         """Wait until everything is ready that does not depend on the policy. Raises JobError."""
         if not self._built:
-            self.wait_admitted()
+            self._wait()
         self._built = True
 
     def wait_admitted(self) -> None:
         """Wait until the policy's hosts can be reached. Raises JobError."""
+        if not self._admitted:
+            self._wait()
+        self._admitted = True
+
+    def _wait(self) -> None:
         if (status := os.read(self.status_fd, 1)) != _READY:
             raise JobError("relay", 0, (status + os.read(self.status_fd, 4096)).decode("utf-8", "replace")[:1000])
 

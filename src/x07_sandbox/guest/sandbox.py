@@ -14,7 +14,8 @@ from x07_sandbox.channel.link import Link, State, Stream
 from x07_sandbox.channel.messages import Close, Closed, Denied, Exited
 from x07_sandbox.channel.trees import Entry
 from x07_sandbox.channel.trees import Kind as Record
-from x07_sandbox.guest import confine
+from x07_sandbox.guest import confine, control
+from x07_sandbox.guest.environment import failure
 from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.exec import READ, Command
 from x07_sandbox.guest.execution import ExecutionRules
@@ -71,9 +72,11 @@ class Sandbox:
         self._audit = audit
         self._fail = fail
         self._files = IncomingFiles(opening.files, environment)
-        self._waiting: Exec | None = None  # until all files have arrived
-        self._early_input: list[Event] = []  # of the waiting command
-        self._command: Command | None = None
+        self._waiting: list[Exec] = []  # until all files have arrived
+        self._early_input: list[tuple[int, Event]] = []  # of the waiting commands, by their ids
+        self._commands: dict[int, Command] = {}
+        self._first_used = False
+        self._prepared = False
         self._was_killed = False
         self._closing: Close | None = None
         self._sending: list[tuple[Stream, Iterator[bytes]]] = []
@@ -85,21 +88,21 @@ class Sandbox:
 
     def execute(self, order: Exec) -> None:
         """Start a command, once all files have arrived. Raises JobError, OSError."""
-        if self._waiting is not None or self._command is not None:
-            raise JobError("exec", 0, "this sandbox runs one command")
-        self._waiting = order
+        self._waiting.append(order)
         self._start_if_complete()
 
     def stop(self, command: int) -> None:
         """Kill a command."""
-        if self._command is not None and self._command.order.id == command:
-            self._command.stop()
+        if (found := self._commands.get(command)) is not None:
+            found.stop()
             self._was_killed = True
 
     def close(self, order: Close) -> None:
         """Send what *order* asks for, once its command has ended. Raises JobError, OSError."""
         self._closing = order
-        if not order.after:
+        if (command := self._commands.get(order.after)) is not None:
+            self._environment.end_with(command.process.key)
+        elif all(waiting.id != order.after for waiting in self._waiting):
             self._send_all(order)
 
     def take(self, event: Event) -> None:
@@ -107,10 +110,11 @@ class Sandbox:
         if event.code == Stream.INPUT:
             self._take_file(event)
         elif event.code == Stream.STDIN:
-            if self._waiting is not None:
-                self._early_input.append(event)
+            command = self._link.subject(event.stream)  # unknown once the stream has ended
+            if self._waiting:
+                self._early_input.append((command, event))
             else:
-                self._take_input(event)
+                self._take_input(command, event)
 
     def _take_file(self, event: Event) -> None:
         index = self._link.subject(event.stream)
@@ -121,8 +125,8 @@ class Sandbox:
             self._files.close(index)
             self._start_if_complete()
 
-    def _take_input(self, event: Event) -> None:
-        command = self._command
+    def _take_input(self, number: int, event: Event) -> None:
+        command = self._commands.get(number)
         if command is None:
             self._link.streams.reset(event.stream)
         elif event.type == streams.OPEN:
@@ -130,42 +134,68 @@ class Sandbox:
         elif event.type in {streams.DATA, streams.FIN}:
             command.take_input(event.data, ended=event.type == streams.FIN)
 
-    # the command
+    # commands
 
     def _start_if_complete(self) -> None:
-        if self._waiting is not None and self._files.complete():
-            order, self._waiting = self._waiting, None
+        if not self._waiting or not self._files.complete():
+            return
+        orders, self._waiting = self._waiting, []
+        for order in orders:
             try:
                 self._start(order)
             except JobError as exc:
                 self._command_failed(exc, order.id)
-            early, self._early_input = self._early_input, []
-            for event in early:
-                self._take_input(event)
+        early, self._early_input = self._early_input, []
+        for command, event in early:
+            self._take_input(command, event)
 
     def _start(self, order: Exec) -> None:
+        environment, limits = self._environment, order.limits
+        if not self._prepared:
+            self._prepare(order)
+        if not order.service:
+            order = order._replace(argv=self._found(order))
+        if self._first_used or order.service:
+            limited = environment.platform.resource_limits(self._settings(limits))
+            process = environment.add(order, limited, self._opening.confine)
+            process.group.limit(mem_bytes=limits.mem_bytes, tasks=limits.tasks)
+        else:
+            environment.prepare(self._settings(limits, self._execution(order)))
+            self._first_used = True
+            process = environment.first()
+            for tree in self._files.trees.values():
+                tree.wait()
+            self._begin_audit()
+        self._commands[order.id] = Command(order, process, self._link, environment, self._command_failed)
+        if self._closing is not None and self._closing.after == order.id:
+            environment.end_with(process.key)
+        environment.start(process, order, self._opening.confine)
+
+    def _prepare(self, order: Exec) -> None:
+        """Mount the folders and set the limits of all commands. Raises JobError, OSError."""
         opening, environment, limits = self._opening, self._environment, order.limits
+        self._prepared = True
         # The waiting process may be larger than a small limit, which is applied once it has become the program.
-        environment.group.limit(mem_bytes=max(limits.mem_bytes, environment.waiting_bytes), tasks=limits.tasks)
+        most_bytes = max(opening.mem_bytes, environment.waiting_bytes)
+        environment.group.limit(mem_bytes=most_bytes, tasks=opening.tasks)
+        environment.first().group.limit(mem_bytes=max(limits.mem_bytes, environment.waiting_bytes), tasks=limits.tasks)
         if opening.mounts or self._files.ca:
             environment.prepare(self._settings(limits))
             self._mount()
-        order = order._replace(argv=self._found(order))
-        environment.prepare(self._settings(limits, self._execution(order)))
-        for tree in self._files.trees.values():
-            tree.wait()
         environment.name(self._machine_id)
-        names = ProgramPaths(self._files.trees, opening.mounts, f"/proc/{environment.init}/root")
-        self._audit.begin(names.path if opening.mounts else None, names.roots(), names.link_target)
-        self._command = Command(order, self._link, environment, self._command_failed)
-        environment.start(order.argv, order.env, order.cwd, opening.confine)
+
+    def _begin_audit(self) -> None:
+        mounts = self._opening.mounts
+        names = ProgramPaths(self._files.trees, mounts, f"/proc/{self._environment.init}/root")
+        self._audit.begin(names.path if mounts else None, names.roots(), names.link_target)
 
     def _command_failed(self, error: JobError, command: int) -> None:
         """Report an error of a command that could not be executed, or (0) of the whole session."""
         only_command = error.args[0] == "exec"
         self._fail(error, command if only_command else 0)
         if only_command:
-            self._command = None
+            if (failed := self._commands.pop(command, None)) is not None:
+                failed.close()
             self._close_after(command)
 
     def _close_after(self, command: int) -> None:
@@ -222,43 +252,58 @@ class Sandbox:
 
     def register(self, poll: select.poll) -> None:
         """Register the descriptors to wait for."""
-        if (fd := self._relay_fd()) >= 0:
-            poll.register(fd, select.POLLIN)
-        if self._command is not None:
-            self._command.register(poll)
-            if self._command.running:
-                poll.register(self._audit.fd, select.POLLIN)
+        if self._commands:
+            poll.register(self._environment.control_fd, select.POLLIN)
+        for command in self._commands.values():
+            command.register(poll)
+        if self.is_running():
+            poll.register(self._audit.fd, select.POLLIN)
+            if (relay := self._environment.relay) is not None:
+                poll.register(relay.status_fd, select.POLLIN)
 
     def is_running(self) -> bool:
         """Return whether a command runs, whose CPU time must be checked."""
-        return self._command is not None and self._command.running
+        for command in self._commands.values():  # noqa: SIM110 - a generator would be new code to a fresh clone
+            if command.running:
+                return True
+        return False
 
     def paused_s(self) -> float:
-        """Return for how many seconds the agent must not read output."""
-        return 0.0 if self._command is None else self._command.paused_s()
-
-    def _relay_fd(self) -> int:
-        """Return the descriptor that signals the relay's end, or -1 if there is no need to wait for that now."""
-        relay = self._environment.relay
-        return relay.status_fd if relay is not None and self.is_running() else -1
+        """Return for how many seconds the agent must not read output of a command."""
+        pauses = [pause for command in self._commands.values() if (pause := command.paused_s())]
+        return min(pauses) if pauses else 0.0
 
     def handle(self, fd: int, mask: int) -> None:
         """Handle a ready descriptor."""
-        if fd == self._audit.fd:
+        relay = self._environment.relay
+        if self._link.state is State.FAILED:  # in this same turn
+            return
+        if fd == self._environment.control_fd:
+            self._take_report()
+        elif fd == self._audit.fd:
             self._audit.take()
-        elif fd == self._relay_fd():
-            assert self._environment.relay is not None  # noqa: S101 - for the type checker
-            self._fail(JobError("relay", 0, self._environment.relay.end_reason()), 0)
-        # The session may have failed in this same turn.
-        elif self._command is not None and self._link.state is not State.FAILED:
-            self._command.handle(fd, mask)
+        elif relay is not None and fd == relay.status_fd:
+            self._fail(JobError("relay", 0, relay.end_reason()), 0)
+        else:
+            for command in list(self._commands.values()):
+                if command.handle(fd, mask):
+                    return
+
+    def _take_report(self) -> None:
+        """Take a report of init: a command has ended, or init has failed."""
+        kind, *words = report = self._environment.next_report()
+        if kind != control.EXITED:
+            self._fail(failure(report), 0)
+            return
+        for command in self._commands.values():
+            if command.process.key == words[0]:
+                command.wait_status = words[1]
 
     def tick(self) -> None:
         """Do whatever is due after events, or because time has passed. Raises JobError, OSError."""
         if self._link.state is State.FAILED:
             return
-        command = self._command
-        if command is not None:
+        for command in list(self._commands.values()):
             command.tick()
             if command.ended:
                 self._exited(command)
@@ -266,7 +311,7 @@ class Sandbox:
             self._send_more()
 
     def _exited(self, command: Command) -> None:
-        group, identity = self._environment.group, command.order.id
+        group, identity = command.process.group, command.order.id
         refused, lost = self._audit.end()
         for refusal, count in refused.items():
             self._link.send(Denied(identity, *refusal, count))
@@ -287,7 +332,8 @@ class Sandbox:
                 denials_lost=lost,
             )
         )
-        self._command = None
+        del self._commands[identity]
+        command.close()
         self._close_after(identity)
 
     def _memory_full(self) -> bool:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import contextlib
     from collections.abc import Mapping, Sequence
 
-    from x07_sandbox.channel.messages import Network
+    from x07_sandbox.channel.messages import CommandLimits, Network
     from x07_sandbox.plan.confinement import Confinement
     from x07_sandbox.policy import Policy
     from x07_sandbox.runs.host_files import HostFiles
@@ -78,10 +78,11 @@ def build_spec(prepared: Prepared, artifact: OutFile, stack: contextlib.ExitStac
         env |= extras.env
     wall_ms = prepared.request.build_wall_ms
     limits = build_limits(wall_ms)
+    order = Exec(1, toolchain.build(program.source), env, CWD, command_limits(limits, settings.BUILD_TASKS))
     return PhaseSpec(
         name="build",
-        opening=_opening(UNCONFINED, limits.mem_bytes, files, out_writable=True),
-        order=Exec(1, toolchain.build(program.source), env, CWD, command_limits(limits, settings.BUILD_TASKS)),
+        opening=_opening(UNCONFINED, order.limits, files, out_writable=True),
+        order=order,
         closing=Close(1, Output(artifact.path, artifact.max_bytes), None),
         files=tuple(files),
         receivers=Receivers(output=artifact),
@@ -94,7 +95,7 @@ def build_spec(prepared: Prepared, artifact: OutFile, stack: contextlib.ExitStac
 
 def _opening(  # noqa: PLR0913 - what a session consists of
     confine: Confinement,
-    mem_bytes: int,
+    limits: CommandLimits,
     files: list[InFile],
     mounts: Sequence[Mount] = (),
     network: Network | None = None,
@@ -104,8 +105,9 @@ def _opening(  # noqa: PLR0913 - what a session consists of
 ) -> Open:
     return Open(
         hostname=settings.GUEST_HOSTNAME,
-        mem_bytes=mem_bytes,
-        tmp_bytes=tmp_bytes(mem_bytes),
+        mem_bytes=limits.mem_bytes,
+        tasks=limits.tasks,
+        tmp_bytes=tmp_bytes(limits.mem_bytes),
         files=input_files(files),
         mounts=list(mounts),
         confine=confine.for_guest(),
@@ -153,10 +155,11 @@ def run_spec(
     confine = confinement(policy, PROJECT_FOLDER if program.project else cwd, alone=not (archive or protocol))
     network = None if prepared.egress is None else prepared.egress.view
     room = _NO_ROOM if host_files is None else host_files.room()
+    order = Exec(1, [*_start(program, cwd), *request.args], env, cwd, limits.for_guest())
     return PhaseSpec(
         name="run",
-        opening=_opening(confine, limits.mem_bytes, files, mounts, network, room, out_writable=left_files is not None),
-        order=Exec(1, [*_start(program, cwd), *request.args], env, cwd, limits.for_guest()),
+        opening=_opening(confine, order.limits, files, mounts, network, room, out_writable=left_files is not None),
+        order=order,
         closing=Close(1, None, left),
         files=tuple(files),
         receivers=Receivers(changes=None if host_files is None else host_files.incoming, left=left_files),

@@ -176,6 +176,8 @@ class Session:
         if isinstance(message, Failed):
             self._failed(message)
         elif isinstance(message, Closed):
+            if self._last is not None and self._last.exited is None:
+                raise PeerError("message out of order", f"CLOSED before the end of command {self._last.order.id}")
             self._closed = message
             if self._receivers is not None and (output := self._receivers.output) is not None:
                 output.complete = output.size == message.output_bytes
@@ -197,10 +199,11 @@ class Session:
         self._end(setup_failure=f"{failed.stage}: {failed.message}", exec_errno=failed.errno if failed.id else 0)
 
     def _take_event(self, event: Event) -> None:
+        if event.type == streams.RESET:  # the guest sends, or takes, no more of this stream
+            return
         stream, data = Stream(event.code), event.data
         if stream in {Stream.STDOUT, Stream.STDERR}:
-            if event.type != streams.RESET:
-                self._take_output(self._executions[self._link.subject(event.stream)], stream, event)
+            self._take_output(self._executions[self._link.subject(event.stream)], stream, event)
         elif stream in _RECEIVED:
             if event.type == streams.OPEN:
                 self._expect(stream, event.stream)

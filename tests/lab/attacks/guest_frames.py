@@ -11,13 +11,13 @@ from tests.lab.attacks.guest_port import (
     CREDIT,
     DATA,
     DATAGRAM,
-    REFUSAL,
     RESET,
     TCP,
     UDP,
     Port,
     Stream,
     asking,
+    claim,
     frame,
 )
 
@@ -48,8 +48,8 @@ def exchange(  # noqa: PLR0913 - one order that says all
     keep: leave it open under that name. dribble: send the frame byte by byte.
     """
     gate = _port(state)
-    asked = asking(gate.last + 1, bytes.fromhex(host), port, UDP if udp else TCP)
-    gate.last += 1
+    gate.last += 2
+    asked = asking(gate.last, bytes.fromhex(host), port, UDP if udp else TCP)
     number, known = gate.last, Stream()
     gate.streams[number] = known
     for at in range(0, len(asked), 1 if dribble else len(asked)):
@@ -95,10 +95,7 @@ def claim_flood(state: State, *, host: str, port: int, count: int) -> dict[str, 
     """Report *count* refusals by the guest that nobody asked for."""
     gate = _port(state)
     for start in range(0, count, 100):
-        claims = [
-            frame(REFUSAL, 0, struct.pack(">BH", TCP, port) + host.format(at).encode("latin-1"))
-            for at in range(start, start + 100)
-        ]
+        claims = [claim(host.format(at).encode("latin-1"), port) for at in range(start, start + 100)]
         gate.write(b"".join(claims))
     number = gate.open(host.format("end").encode("latin-1"), port)
     return {"code": gate.until(number, "code", 30).code, "lost": gate.lost}
@@ -133,7 +130,7 @@ def frames(
         gate.read(0.05)
     # Nobody reads what is sent after the gate has closed.
     gate.lost, closed = False, gate.lost
-    gate.write(asking(10_000, b"after.lab.example", 80), 0.3)
+    gate.write(asking(10_001, b"after.lab.example", 80), 0.3)
     return {"codes": codes, "closed": closed}
 
 
@@ -175,7 +172,7 @@ def restart(state: State, *, host: str, port: int) -> dict[str, Any]:
 def open_flood(state: State, *, host: str, port: int, count: int, reset: bool, pace_s: float = 0.0) -> dict[str, Any]:
     """Ask *count* times; {} in host is replaced by a number. reset: end each connection that is established."""
     gate = _port(state)
-    first, began, unanswered = gate.last + 1, time.monotonic(), set[int]()
+    first, began, unanswered = gate.last + 2, time.monotonic(), set[int]()
 
     def look() -> None:
         answered = [number for number in unanswered if gate.streams[number].code is not None]
@@ -187,7 +184,7 @@ def open_flood(state: State, *, host: str, port: int, count: int, reset: bool, p
     for start in range(0, count, 50):
         batch = b""
         for at in range(start, min(start + 50, count)):
-            gate.last += 1
+            gate.last += 2
             gate.streams[gate.last] = Stream()
             unanswered.add(gate.last)
             batch += asking(gate.last, host.format(at).encode("latin-1"), port)
@@ -203,7 +200,7 @@ def open_flood(state: State, *, host: str, port: int, count: int, reset: bool, p
         gate.read(0.1)
         look()
     codes: dict[str, int] = {}
-    for number in range(first, gate.last + 1):
+    for number in range(first, gate.last + 1, 2):
         name = str(gate.streams[number].code)
         codes[name] = codes.get(name, 0) + 1
     return {"codes": codes, "seconds": time.monotonic() - began, "lost": gate.lost}

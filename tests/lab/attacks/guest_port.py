@@ -10,7 +10,8 @@ import time
 from dataclasses import dataclass, field
 
 HEADER = struct.Struct(">BBHII")
-OPEN, OPENED, DATA, CREDIT, FIN, RESET, DATAGRAM, REFUSAL = range(1, 9)
+MESSAGE, OPEN, ANSWER, DATA, CREDIT, FIN, RESET, DATAGRAM = range(1, 9)
+REFUSAL = 1  # the message
 TCP, UDP = 6, 17
 WINDOW = 512 * 1024
 PORTS = "/sys/class/virtio-ports"
@@ -47,12 +48,17 @@ def frame(kind: int, stream: int, payload: bytes = b"", code: int = 0) -> bytes:
 
 def asking(stream: int, host: bytes, port: int, transport: int = TCP) -> bytes:
     """Return the frame that asks for a connection."""
-    return frame(OPEN, stream, struct.pack(">BH", transport, port) + host)
+    return frame(OPEN, stream, struct.pack(">H", port) + host, transport)
+
+
+def claim(host: bytes, port: int, transport: int = TCP) -> bytes:
+    """Return the message that reports a refusal inside the guest."""
+    return frame(MESSAGE, 0, struct.pack(">BH", transport, port) + host, REFUSAL)
 
 
 @dataclass
 class Stream:
-    """The data received on one stream. code: of OPENED; reset: code of RESET."""
+    """The data received on one stream. code: of ANSWER; reset: code of RESET."""
 
     code: int | None = None
     reset: int | None = None
@@ -84,7 +90,7 @@ class Port:
                 time.sleep(0.01)
         else:
             raise OSError("the port stays busy")
-        self.last = 0
+        self.last = -1  # the guest uses odd numbers
         self.lost = False
         self.streams: dict[int, Stream] = {}
         self._in = bytearray()
@@ -131,7 +137,7 @@ class Port:
 
     def _take(self, kind: int, code: int, stream: int, payload: bytes) -> None:
         known = self.streams.setdefault(stream, Stream())
-        if kind == OPENED:
+        if kind == ANSWER:
             known.code = code
         elif kind == RESET:
             known.reset = code
@@ -148,7 +154,7 @@ class Port:
 
     def open(self, host: bytes, port: int, transport: int = TCP) -> int:
         """Open a stream; return its number."""
-        self.last += 1
+        self.last += 2
         self.streams[self.last] = Stream()
         self.write(asking(self.last, host, port, transport))
         return self.last

@@ -11,10 +11,12 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from x07_sandbox.channel.link import Control, Event
+from x07_sandbox.channel.messages import Exec
 from x07_sandbox.guest import confine, environment, honest, init, machine, restrict
 
 if TYPE_CHECKING:
+    from x07_sandbox.channel.messages import Message
+    from x07_sandbox.channel.streams import Event
     from x07_sandbox.guest.platform import Platform
 
 _unshare = os.unshare
@@ -27,14 +29,8 @@ class NoRelay:
     def __init__(self) -> None:
         self.status_fd, self._open_fd = os.pipe2(os.O_CLOEXEC)
 
-    def wait_built(self) -> None:
-        """Return at once: nothing is built."""
-
     def wait_admitted(self) -> None:
         """Return at once: nothing is admitted."""
-
-    def admit(self, _network: dict) -> None:
-        """Do nothing."""
 
     def close(self) -> None:
         """Do nothing."""
@@ -50,30 +46,17 @@ class RootEnvironment(environment.Environment):
 class CompromisedAgent(honest.Agent):
     """Honest, except for the relay."""
 
-    def _take(self, event: Event) -> None:
-        if isinstance(event, Control) and event.kind is honest.Kind.START and "frames" in event.body["argv"]:
-            self.environment = self.environment or RootEnvironment(
-                self.platform, network=event.body["network"] is not None
-            )
-            if self.environment.relay is not None:
-                self.environment.relay.wait_built()
-                self.environment.relay.close()
-                self.environment.relay = NoRelay()
+    def _take(self, event: Message | Event) -> None:
+        if isinstance(event, Exec) and "frames" in event.argv and self.environment.relay is not None:
+            self.environment.relay.wait_admitted()
+            self.environment.relay.close()
+            self.environment.relay = NoRelay()
         super()._take(event)
 
 
 def _without_pid_namespace(flags: int) -> None:
     if flags != os.CLONE_NEWPID:
         _unshare(flags)
-
-
-def _only_the_program(program: int, *, namespace: bool) -> int:
-    """Wait as init._wait_for_program does, with every process within reach of kill(-1)."""
-    del namespace
-    while True:
-        pid, status = os.wait()
-        if pid == program:
-            return status
 
 
 def _no_last_steps() -> tuple:
@@ -83,7 +66,7 @@ def _no_last_steps() -> tuple:
 def main() -> None:
     """Serve one conversation with a program that is root."""
     os.unshare = _without_pid_namespace
-    init._wait_for_program = _only_the_program  # noqa: SLF001 - there is no other way in
+    init._Init._kill_rest = lambda _self: None  # noqa: SLF001 - every process is within reach of kill(-1)
     restrict.exec_functions = _no_last_steps
     honest.Environment = RootEnvironment
     machine.Machine.confinement = confine.Confinement(

@@ -771,7 +771,9 @@ PEER_ROWS: Final = [
 
 
 HEADER: Final = struct.Struct(">BBHII")
-OPEN, OPENED_FRAME, DATA, CREDIT, FIN, RESET, DATAGRAM, REFUSAL = range(1, 9)
+MESSAGE, OPEN, ANSWER, DATA, CREDIT, FIN, RESET, DATAGRAM = range(1, 9)
+TCP, UDP = 6, 17  # kinds of streams
+REFUSAL = 1  # the message
 
 
 def raw(kind: int, stream: int, payload: bytes = b"", *, code: int = 0, zero: int = 0, length: int = -1) -> bytes:
@@ -847,7 +849,7 @@ CLAIM_ROWS: Final = [
         id=f"told-{word}",
         tried=f"The guest claims to have refused {what} itself: nothing is contacted.",
         do="write",
-        words={"say": [raw(REFUSAL, 0, struct.pack(">BH", transport, port) + host).hex()]},
+        words={"say": [raw(MESSAGE, 0, struct.pack(">BH", transport, port) + host, code=REFUSAL).hex()]},
         answer={"lost": False},
     )
     for word, what, transport, host, port in (
@@ -881,9 +883,9 @@ WEB: Final = "av.lab.example"
 SLOW: Final = "slow.lab.example"
 
 
-def opening(stream: int, host: bytes = WEB.encode(), port: int = 9, transport: int = 6) -> bytes:
+def opening(stream: int, host: bytes = WEB.encode(), port: int = 9, transport: int = TCP) -> bytes:
     """Return an OPEN frame."""
-    return raw(OPEN, stream, struct.pack(">BH", transport, port) + host)
+    return raw(OPEN, stream, struct.pack(">H", port) + host, code=transport)
 
 
 def violation(
@@ -897,7 +899,7 @@ def violation(
 ) -> Row:
     """Return a row whose frames break the protocol, so that the gate closes.
 
-    tcp: TCP connections to open first, with stream numbers from 1. udp: then open one for UDP. pause_s: between frames.
+    tcp: TCP connections to open first, as streams 1, 3 and so on. udp: then open one for UDP. pause_s: between frames.
     """
     opens = [[WEB, port, False]] * tcp + [[WEB, 9000, True]] * udp
     return Row(
@@ -913,9 +915,9 @@ def violation(
 
 
 VIOLATIONS: Final = [
-    violation("9", "The host is empty.", raw(OPEN, 1, b"\x06\x00\x50")),
+    violation("9", "The host is empty.", raw(OPEN, 1, b"\x00\x50", code=TCP)),
     violation("10", "The host has 300 bytes.", opening(1, b"a" * 300)),
-    violation("13-short", "A frame is too short for a port.", raw(OPEN, 1, b"\x06")),
+    violation("13-short", "A frame is too short for a port.", raw(OPEN, 1, b"\x00", code=TCP)),
     violation("14", "A frame has the length 4294967295.", raw(DATA, 1, b"x", length=2**32 - 1), tcp=1),
     violation("14-over", "A frame is one byte longer than one may be.", raw(DATA, 1, bytes((128 << 10) + 1)), tcp=1),
     violation("14-empty", "Data of no bytes.", raw(DATA, 1), tcp=1),
@@ -932,24 +934,33 @@ VIOLATIONS: Final = [
     violation("17-most", "The credit is the largest number.", raw(CREDIT, 1, struct.pack(">I", 2**32 - 1)), tcp=1),
     violation("17-none", "The credit is 0.", raw(CREDIT, 1, bytes(4)), tcp=1),
     violation("18-zero", "A stream has the number 0.", opening(0)),
+    violation("18-even", "A stream has a number of the gate.", opening(2)),
     violation("18-reuse", "A stream's number is used again after its end.", raw(RESET, 1), opening(1), tcp=1),
     violation("18-descending", "A stream's number is smaller than the last one.", opening(1), tcp=2),
     violation("19", "A stream is opened twice.", opening(1), tcp=1),
-    violation("20", "The guest answers in the gate's place.", raw(OPENED_FRAME, 1), tcp=1),
+    violation("20", "The guest answers in the gate's place.", raw(ANSWER, 1), tcp=1),
     violation("zero", "A field that must be zero is not.", raw(DATA, 1, b"x", zero=1), tcp=1),
     violation("code", "Data has a code.", raw(DATA, 1, b"x", code=1), tcp=1),
     violation("reset-code", "A reset has an unknown code.", raw(RESET, 1, code=200), tcp=1),
     violation("transport", "A connection of another transport is asked for.", opening(1, transport=1)),
-    violation("told-stream", "A claim of a refusal is on a stream.", raw(REFUSAL, 1, b"\x06\0\x50x"), tcp=1),
-    violation("told-empty", "A claim of a refusal has no host.", raw(REFUSAL, 0, b"\x06\0\x50"), tcp=1),
+    violation(
+        "told-stream", "A claim of a refusal is on a stream.", raw(MESSAGE, 1, b"\x06\0\x50x", code=REFUSAL), tcp=1
+    ),
+    violation("told-empty", "A claim of a refusal has no host.", raw(MESSAGE, 0, b"\x06\0\x50", code=REFUSAL), tcp=1),
     violation(
         "told-long",
         "A claim of a refusal has a host of 300 bytes.",
-        raw(REFUSAL, 0, b"\x06\0\x50" + b"a" * 300),
+        raw(MESSAGE, 0, b"\x06\0\x50" + b"a" * 300, code=REFUSAL),
         tcp=1,
     ),
     violation(
-        "told-transport", "A claim of a refusal is of another transport.", raw(REFUSAL, 0, b"\x01\0\x50x"), tcp=1
+        "told-transport",
+        "A claim of a refusal is of another transport.",
+        raw(MESSAGE, 0, b"\x01\0\x50x", code=REFUSAL),
+        tcp=1,
+    ),
+    violation(
+        "told-number", "A message has an unknown number.", raw(MESSAGE, 0, b"\x06\0\x50x", code=REFUSAL + 1), tcp=1
     ),
     violation(
         "fin-twice", "Data comes behind the end of its direction.", raw(FIN, 1), raw(DATA, 1, b"x"), tcp=1, port=6000
@@ -957,6 +968,7 @@ VIOLATIONS: Final = [
     violation("fin-long", "The end of a direction has bytes.", raw(FIN, 1, b"x"), tcp=1),
     violation("datagram-tcp", "A datagram on a connection.", raw(DATAGRAM, 1, b"x"), tcp=1),
     violation("data-udp", "Data of a connection among datagrams.", raw(DATA, 1, b"x"), udp=True),
+    violation("credit-udp", "Credit for datagrams.", raw(CREDIT, 1, struct.pack(">I", 1)), udp=True),
     violation("datagram-long", "A datagram is longer than one may be.", raw(DATAGRAM, 1, bytes(65508)), udp=True),
     Row(
         id="16-credit",

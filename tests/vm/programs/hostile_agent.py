@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING
 
 from x07_sandbox.guest.mode import BOOT
 
-from x07_sandbox.channel.frames import HEADER, PROTOCOL, Kind, Stream
-from x07_sandbox.channel.link import Control, Event
+from x07_sandbox.channel import messages, streams
+from x07_sandbox.channel.link import Stream
+from x07_sandbox.channel.messages import Close, Closed, Denied, Exec, Exited, Failed, Hello, Seed, Started
+from x07_sandbox.channel.streams import HEADER, Event, Role
 from x07_sandbox.channel.trees import Entry, segment
 from x07_sandbox.channel.trees import Kind as R
 from x07_sandbox.guest import honest, machine, system
@@ -27,24 +29,22 @@ from x07_sandbox.guest import honest, machine, system
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-DENIED = {"by": "kernel", "call": "openat", "errno": 13, "path": "/x", "write": False, "count": 1}
-ENDED = {
-    "wait_status": 0,
-    "cpu_us": 1,
-    "memory_peak_bytes": 1,
-    "oom_kills": 0,
-    "tasks_peak": 1,
-    "tasks_refused": 0,
-    "cpu_exceeded": False,
-    "stopped": False,
-    "disk_full": False,
-    "memory_full": False,
-    "denials_lost": 0,
-    "left_files": 0,
-    "left_bytes": 0,
-    "output_bytes": None,
-    "output_problem": None,
-}
+DENIED = Denied(id=1, by="kernel", call="openat", errno=13, path="/x", write=False, times=1)
+EXITED = Exited(
+    id=1,
+    wait_status=0,
+    cpu_us=1,
+    memory_peak_bytes=1,
+    oom_kills=0,
+    tasks_peak=1,
+    tasks_refused=0,
+    cpu_exceeded=False,
+    stopped=False,
+    disk_full=False,
+    memory_full=False,
+    denials_lost=0,
+)
+CLOSED = Closed(output_bytes=None, output_problem=None, left_files=0, left_bytes=0)
 
 
 def main() -> None:
@@ -60,30 +60,48 @@ def main() -> None:
     if BOOT == "garbage":
         pour(port, os.urandom(4096))
     if BOOT == "protocol":
-        link = honest.Connection(port, honest.Role.GUEST)
-        link.link.send(Kind.HELLO, {"protocol": PROTOCOL + 1})
+        link = honest.Connection(port, Role.GUEST)
+        link.link.send(Hello(messages.PROTOCOL + 1))
         link.flush()
         for_ever()
     Liar(port, platform).serve()
 
 
 class Liar(honest.Agent):
-    """Honest until START."""
+    """Honest until CLOSE, which the host sends right after EXEC."""
 
-    def _take(self, event: Event) -> None:
-        if BOOT == "nonce" and isinstance(event, Control) and event.kind is Kind.SEED:
-            event = Control(event.kind, event.body | {"nonce": bytes(16)})
-        if isinstance(event, Control) and event.kind is Kind.START:
-            words = [os.path.basename(arg).partition(".")[0] for arg in event.body["argv"]]
-            for word in words:
-                if word == "unready":
-                    for_ever()
-                if word in DEEDS:
-                    self.link.send(Kind.STARTED, {})
-                    self.say()
-                    DEEDS[word](self)
-                    for_ever()
+    def __init__(self, *given: object) -> None:
+        super().__init__(*given)
+        self.deed = ""
+        self.asked = False  # whether CLOSE has come
+        self.of_host: list[int] = []  # streams that the host has opened
+
+    def _take(self, event: messages.Message | Event) -> None:
+        if BOOT == "nonce" and isinstance(event, Seed):
+            event = event._replace(nonce=bytes(16))
+        if isinstance(event, Event) and event.type == streams.OPEN:
+            self.of_host.append(event.stream)
+        if self.deed and isinstance(event, Event) and event.code == Stream.STDIN:
+            return  # the honest agent would abort it
+        if isinstance(event, Exec):
+            words = (os.path.basename(arg).partition(".")[0] for arg in event.argv)
+            self.deed = next((word for word in words if word in DEEDS or word in UNSTARTED), "")
+            if self.deed:
+                return  # the honest agent never hears of the command
+        if isinstance(event, Close) and self.deed:
+            self.asked = True
+            return
         super()._take(event)
+
+    def _turn(self) -> bool:
+        going = super()._turn()
+        if self.asked:
+            if self.deed in DEEDS:
+                self.link.send(Started(1))
+                self.say()
+            {**DEEDS, **UNSTARTED}[self.deed](self)
+            for_ever()
+        return going
 
     def say(self) -> None:
         """Let all that is queued go."""
@@ -91,15 +109,41 @@ class Liar(honest.Agent):
             self.connection.flush()
             time.sleep(0.001)
 
-    def raw(self, kind: int, stream: int, payload: bytes, size: int | None = None) -> None:
+    def raw(self, kind: int, stream: int, payload: bytes = b"", code: int = 0, size: int | None = None) -> None:
         """One frame as it is, whatever the link thinks of it."""
-        header = HEADER.pack(len(payload) if size is None else size, kind, 0, stream)
+        header = HEADER.pack(kind, code, 0, stream, len(payload) if size is None else size)
         write(self.connection.fd, header + payload)
+
+    def raw_message(self, message: messages.Message) -> None:
+        """One message, whatever the link thinks of it."""
+        code, payload = messages.encode(message)
+        self.raw(streams.MESSAGE, 0, payload, code)
+
+    def raw_open(self, number: int, stream: Stream, subject: int) -> None:
+        """Open a stream, whatever the link thinks of it."""
+        self.raw(streams.OPEN, number, struct.pack(">I", subject), stream)
+
+    def open(self, stream: Stream, data: bytes = b"", subject: int = 0) -> int:
+        """Open a stream as the protocol allows, and send data."""
+        number = self.link.open(stream, subject)
+        self.link.streams.send(number, data)
+        self.say()
+        return number
 
     def end(self, **lies: object) -> None:
         """Claim the program's end."""
-        self.link.send(Kind.EXITED, ENDED | lies)
+        self.link.send(EXITED._replace(**lies))
         self.say()
+
+    def close(self, **lies: object) -> None:
+        """Claim that all has been sent."""
+        self.link.send(CLOSED._replace(**lies))
+        self.say()
+
+    def end_and_close(self, **lies: object) -> None:
+        """Claim the program's end, and that all has been sent."""
+        self.end(**lies)
+        self.close()
 
 
 def write(fd: int, data: bytes) -> None:
@@ -139,33 +183,110 @@ def flood_console() -> None:
 
 def flood_output(agent: Liar) -> None:
     """More output than the window allows."""
+    number = agent.open(Stream.STDOUT, subject=1)
     while True:
-        agent.raw(Kind.DATA, Stream.STDOUT, bytes(32768))
+        agent.raw(streams.DATA, number, bytes(32768))
 
 
 def lie_about_file(agent: Liar, announced: int, sent: int) -> None:
-    """Announce one size, send another."""
-    agent.end(output_bytes=announced)
-    agent.raw(Kind.DATA, Stream.OUTPUT_FILE, bytes(sent))
-    agent.raw(Kind.EOF, Stream.OUTPUT_FILE, b"")
+    """Send a file, and state another size."""
+    agent.end()
+    if sent:
+        agent.link.streams.finish(agent.open(Stream.OUTPUT, bytes(sent)))
+    agent.close(output_bytes=announced)
 
 
 def endless_file(agent: Liar) -> None:
-    """Announce a small file, then keep to the window and send for ever."""
-    agent.end(output_bytes=100)
+    """Keep to the window and send a file for ever."""
+    agent.end()
+    number = agent.open(Stream.OUTPUT)
     while True:
-        agent.link.send_data(Stream.OUTPUT_FILE, bytes(32768))
+        agent.link.streams.send(number, bytes(32768))
         agent.connection.flush()
         for _ in agent.connection.read() or ():
             pass
-        time.sleep(0.001)
 
 
 def many_denials(agent: Liar) -> None:
     """Say of more things than may be that they were refused."""
     for number in range(70):
-        agent.link.send(Kind.DENIED, DENIED | {"path": f"/{number}"})
+        agent.link.send(DENIED._replace(path=f"/{number}"))
+    agent.end_and_close()
+
+
+def one_denial(agent: Liar) -> None:
+    """Say of one thing that it was refused, with control characters and a huge count."""
+    agent.link.send(DENIED._replace(path="/root/\x1b[2Jx", call="\x1b", times=2**62))
+    agent.end_and_close()
+
+
+def fail(agent: Liar, command: int) -> None:
+    """Say that something failed while the program runs."""
+    agent.raw_message(Failed(command, "x", 5, "\x1b[2J it broke"))
+
+
+def huge_number(agent: Liar) -> None:
+    """Report the program's end with all counters at their highest."""
+    most = messages.FORMS[Exited].layout.size
+    agent.raw(streams.MESSAGE, 0, struct.pack(">I", 1) + b"\xff" * (most - 4), messages.FORMS[Exited].number)
+
+
+def message(agent: Liar, kind: type, payload: bytes) -> None:
+    """Send any payload as a message."""
+    agent.raw(streams.MESSAGE, 0, payload, messages.FORMS[kind].number)
+
+
+def two_streams(agent: Liar) -> None:
+    """Open the output of the program twice."""
+    agent.raw_open(agent.open(Stream.STDOUT, b"once", 1) + 2, Stream.STDOUT, 1)
+
+
+def churn(agent: Liar) -> None:
+    """Open and reset streams without end, each with a new number."""
+    for number in itertools.count(1, 2):
+        agent.raw_open(number, Stream.STDERR, 1)
+        agent.raw(streams.RESET, number)
+
+
+def unended_output(agent: Liar) -> None:
+    """Claim the program's end before the end of its output."""
+    agent.open(Stream.STDOUT, b"more", 1)
+    agent.raw_message(EXITED)
+
+
+def ended_twice(agent: Liar) -> None:
+    """Claim the program's end twice."""
     agent.end()
+    agent.raw_message(EXITED._replace(wait_status=9))
+
+
+def closed_twice(agent: Liar) -> None:
+    """Claim twice, in one write, that all has been sent, with other counts."""
+    agent.end()
+    frames = [messages.encode(CLOSED), messages.encode(CLOSED._replace(left_files=7))]
+    parts = [HEADER.pack(streams.MESSAGE, code, 0, 0, len(payload)) + payload for code, payload in frames]
+    write(agent.connection.fd, b"".join(parts))
+
+
+def after_the_end(agent: Liar) -> None:
+    """Send more output after the end of the output."""
+    number = agent.open(Stream.STDOUT, b"all", 1)
+    agent.link.streams.finish(number)
+    agent.say()
+    agent.raw(streams.DATA, number, b" and more")
+    agent.raw(streams.FIN, number)
+    agent.end_and_close()
+
+
+def abort_all(agent: Liar) -> None:
+    """Abort every stream: those of the host, which carry files and input, and an own one with output."""
+    own = agent.open(Stream.STDOUT, b"out", 1)
+    for number in (*agent.of_host, own):
+        agent.link.streams.reset(number)
+    agent.say()
+    for number in (*agent.of_host, own):
+        agent.raw(streams.RESET, number)  # and once more
+    agent.end_and_close()
 
 
 def told(kind: R, name: bytes, **fields: object) -> bytes:
@@ -210,19 +331,19 @@ CHANGES = {
 def changes(agent: Liar, records: Iterable[bytes]) -> None:
     """Claim the program's end, and then these changes of the first root, at the host's pace."""
     agent.end()
+    number = agent.open(Stream.CHANGES)
     for record in itertools.chain([told(R.ROOT, b"0")], records, [told(R.END, b"")]):
         rest = record
-        while rest:
-            window = agent.link.window(Stream.CHANGES)
+        while rest and agent.link.streams.is_open(number):
+            window = agent.link.streams.window(number)
             if window:
-                sent = agent.link.send_data(Stream.CHANGES, rest[:window])
-                rest = rest[sent:]
+                rest = rest[agent.link.streams.send(number, rest[:window]) :]
             if not window or agent.link.pending() > 1 << 16:
                 agent.connection.flush()
                 for _ in agent.connection.read() or ():
                     pass
-    agent.link.end_stream(Stream.CHANGES)
-    agent.say()
+    agent.link.streams.finish(number)
+    agent.close()
 
 
 DEEDS = {
@@ -233,25 +354,53 @@ DEEDS = {
     "off": lambda _agent: system.power_off(),
     "mute": lambda _agent: for_ever(),
     "garbage": lambda agent: pour(agent.connection.fd, os.urandom(65536)),
-    "oversized": lambda agent: agent.raw(Kind.DATA, Stream.STDOUT, b"x" * 100, size=1 << 31),
-    "frames": lambda agent: pour(agent.connection.fd, HEADER.pack(0, Kind.STARTED, 0, 0)),
-    "credit": lambda agent: pour(agent.connection.fd, HEADER.pack(4, Kind.CREDIT, 0, 1) + struct.pack(">I", 1 << 20)),
+    "oversized": lambda agent: agent.raw(streams.DATA, agent.open(Stream.STDOUT, subject=1), b"x" * 100, size=1 << 31),
+    "frames": lambda agent: pour(agent.connection.fd, HEADER.pack(streams.MESSAGE, 8, 0, 0, 4) + struct.pack(">I", 1)),
+    "credit": lambda agent: pour(
+        agent.connection.fd,
+        HEADER.pack(streams.CREDIT, 0, 0, agent.open(Stream.STDOUT, subject=1), 4) + struct.pack(">I", 1 << 20),
+    ),
     "window": flood_output,
-    "status": lambda agent: agent.end(wait_status=0x137F),
-    "failed": lambda agent: (
-        agent.link.send(Kind.FAILED, {"stage": "x", "errno": 5, "message": "\x1b[2J it broke"}) or agent.say()
-    ),
-    "json": lambda agent: agent.raw(Kind.EXITED, 0, b'{"wait_status": NaN}'),
-    "deep": lambda agent: agent.raw(Kind.EXITED, 0, b"[" * 16000),
-    "numbers": lambda agent: agent.raw(Kind.EXITED, 0, b'{"wait_status":' + b"9" * 5000 + b"}"),
+    "status": lambda agent: agent.end_and_close(wait_status=0x137F),
+    "failed": lambda agent: fail(agent, 0),
+    "unstarted": lambda agent: fail(agent, 1),
+    "json": lambda agent: message(agent, Denied, b'[1,"kernel","x",NaN,"",false,1]'),
+    "deep": lambda agent: message(agent, Closed, b"[" * 16000),
+    "numbers": lambda agent: message(agent, Failed, b"[" + b"9" * 5000 + b"]"),
+    "short": lambda agent: message(agent, Exited, b"\0\0\0\1"),
+    "huge": huge_number,
+    "fields": lambda agent: message(agent, Closed, b"[null,null,0]"),
     "denials": many_denials,
-    "denial": lambda agent: (
-        agent.link.send(Kind.DENIED, DENIED | {"path": "/root/\x1b[2Jx", "call": "\x1b", "count": 2**62}) or agent.end()
-    ),
-    "ok": lambda agent: agent.end(),
+    "denial": one_denial,
+    "ok": lambda agent: agent.end_and_close(),
     "console": lambda _agent: flood_console(),
     "longer": lambda agent: lie_about_file(agent, 10, 20),
     "shorter": lambda agent: lie_about_file(agent, 20, 10),
+    "unsent": lambda agent: lie_about_file(agent, 10, 0),
     "endless": endless_file,
-    "withheld": lambda agent: agent.end(output_bytes=10),
+    "withheld": lambda agent: agent.end(),
+    # what the streams and several commands allow
+    "twice": two_streams,
+    "nobody": lambda agent: agent.raw_open(1, Stream.STDOUT, 7),
+    "ours": lambda agent: agent.raw_open(1, Stream.INPUT, 0),
+    "even": lambda agent: agent.raw_open(2, Stream.STDOUT, 1),
+    "answer": lambda agent: agent.raw(streams.ANSWER, agent.open(Stream.STDOUT, subject=1)),
+    "datagram": lambda agent: agent.raw(streams.DATAGRAM, agent.open(Stream.STDOUT, subject=1)),
+    "order": lambda agent: message(agent, Exec, b"[]"),
+    "stranger": lambda agent: agent.raw_message(EXITED._replace(id=2)),
+    "changes": lambda agent: agent.open(Stream.CHANGES),
+    "churn": churn,
+    "unended": unended_output,
+    "ended": ended_twice,
+    "close": lambda agent: agent.raw_message(CLOSED),
+    "closed": closed_twice,
+    "more": after_the_end,
+    "abort": abort_all,
+}
+# Those that do not claim that the program runs.
+UNSTARTED = {
+    "unready": lambda _agent: for_ever(),
+    "early": lambda agent: agent.raw_open(1, Stream.STDOUT, 1),
+    "early-exit": lambda agent: agent.raw_message(EXITED),
+    "early-close": lambda agent: agent.raw_message(CLOSED),
 }

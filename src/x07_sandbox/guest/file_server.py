@@ -1,0 +1,188 @@
+"""The file server: reads and changes files as the program's user, in the program's namespaces.
+
+It runs in a process that init has confined like a command's, so the kernel decides what a request may reach.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Callable, Iterator
+from typing import Final
+
+from x07_sandbox.channel import files
+from x07_sandbox.channel.files import Answer, Buffer, FileInfo, Request
+from x07_sandbox.channel.trees import Entry, Kind
+from x07_sandbox.errors import PeerError
+from x07_sandbox.guest.errors import JobError
+from x07_sandbox.guest.system import write_all
+from x07_sandbox.guest.trees import Tree, content, walk
+
+_READ: Final = 128 * 1024
+_PERMISSIONS: Final = 0o7777
+
+
+class FileServer:
+    """Serves requests from *in_fd* and answers to *out_fd*, both blocking, until the input ends."""
+
+    def __init__(self, in_fd: int, out_fd: int) -> None:
+        self._in_fd = in_fd
+        self._out_fd = out_fd
+        self._buffer = Buffer()
+        self._calls: dict[str, Callable[[Request], Iterator[Answer | bytes]]] = {
+            files.READ: self._read,
+            files.WRITE: self._write,
+            files.STAT: self._stat,
+            files.LIST: self._list,
+            files.MAKE: self._make,
+            files.REMOVE: self._remove,
+            files.PUT: self._put,
+            files.GET: self._get,
+        }
+
+    def serve(self) -> None:
+        """Serve requests. Raises OSError if the agent is gone."""
+        while (values := self._next()) is not None:
+            request = Request(*values)
+            answered = False
+            try:
+                for part in self._calls[request.kind](request):
+                    write_all(self._out_fd, part if isinstance(part, bytes) else files.encode(part))
+                    answered = True
+            except OSError as exc:
+                if answered:  # the host learns from the end of the output that the content is incomplete
+                    raise
+                write_all(self._out_fd, files.encode(Answer(exc.errno or errno.EIO)))
+
+    def _next(self) -> list[object] | None:
+        while (values := self._buffer.take()) is None:
+            if not self._fill():
+                return None
+        return values
+
+    def _fill(self) -> bool:
+        data = os.read(self._in_fd, _READ)
+        self._buffer.data += data
+        return bool(data)
+
+    def _content(self, size: int) -> Iterator[bytes]:
+        """Yield the *size* bytes that follow a request."""
+        while size and (self._buffer.data or self._fill()):
+            piece = self._buffer.piece(min(size, _READ))
+            size -= len(piece)
+            yield piece
+
+    # requests: each yields its answer, and the content after it
+
+    def _read(self, request: Request) -> Iterator[Answer | bytes]:
+        fd = os.open(request.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            info = os.fstat(fd)
+            if stat.S_ISDIR(info.st_mode):
+                raise IsADirectoryError(errno.EISDIR, "")
+            data = os.pread(fd, request.size, request.offset) if stat.S_ISREG(info.st_mode) else os.read(fd, _READ)
+        finally:
+            os.close(fd)
+        yield Answer(0, len(data))
+        yield data
+
+    def _write(self, request: Request) -> Iterator[Answer | bytes]:
+        failed = 0
+        fd = -1
+        try:
+            fd = os.open(request.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+            if request.mode >= 0:
+                os.fchmod(fd, request.mode)
+        except OSError as exc:
+            failed = exc.errno or errno.EIO
+        for piece in self._content(request.size):  # all of it, or the next request could not be found
+            if failed:
+                continue
+            try:
+                write_all(fd, piece)
+            except OSError as exc:
+                failed = exc.errno or errno.EIO
+        if fd >= 0:
+            os.close(fd)
+        yield Answer(failed)
+
+    def _stat(self, request: Request) -> Iterator[Answer | bytes]:
+        info = os.stat(request.path, follow_symlinks=not request.whole)
+        yield Answer(0, 0, (_info(os.path.basename(request.path), request.path, info),))
+
+    def _list(self, request: Request) -> Iterator[Answer | bytes]:
+        found = []
+        with os.scandir(request.path) as entries:
+            for entry in entries:
+                if len(found) >= files.ENTRIES_MAX:
+                    raise OSError(errno.E2BIG, "")
+                with contextlib.suppress(FileNotFoundError):
+                    found.append(_info(entry.name, entry.path, entry.stat(follow_symlinks=False)))
+        yield Answer(0, 0, tuple(found))
+
+    def _make(self, request: Request) -> Iterator[Answer | bytes]:
+        mode = request.mode if request.mode >= 0 else 0o777
+        if request.whole:
+            os.makedirs(request.path, mode, exist_ok=True)
+        else:
+            os.mkdir(request.path, mode)
+        yield Answer(0)
+
+    def _remove(self, request: Request) -> Iterator[Answer | bytes]:
+        if not stat.S_ISDIR(os.lstat(request.path).st_mode):
+            os.unlink(request.path)
+        elif request.whole:
+            for folder, folders, names in os.walk(request.path, topdown=False):
+                for name in names:
+                    os.unlink(f"{folder}/{name}")
+                for name in folders:
+                    path = f"{folder}/{name}"
+                    (os.unlink if os.path.islink(path) else os.rmdir)(path)
+            os.rmdir(request.path)
+        else:
+            os.rmdir(request.path)
+        yield Answer(0)
+
+    def _put(self, request: Request) -> Iterator[Answer | bytes]:
+        """Create a tree at a new path."""
+        failed = 0
+        tree: Tree | None = None
+        try:
+            os.mkdir(request.path)
+            tree = Tree(request.path, None)
+        except OSError as exc:
+            failed = exc.errno or errno.EIO
+        for piece in self._content(request.size):
+            if failed or tree is None:
+                continue
+            try:
+                tree.write(piece)
+            except OSError as exc:
+                failed = exc.errno or errno.EIO
+            except (JobError, PeerError):
+                failed = errno.EINVAL
+        if tree is not None and not failed:
+            tree.finish()
+        yield Answer(failed)
+
+    def _get(self, request: Request) -> Iterator[Answer | bytes]:
+        info = os.lstat(request.path)
+        if not stat.S_ISDIR(info.st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, "")
+        yield Answer(0)
+        top = os.fsencode(request.path)
+        yield Entry(Kind.FOLDER, b"", mode=info.st_mode & _PERMISSIONS, mtime_ns=info.st_mtime_ns).encoded()
+        for path, below, found in walk(top):
+            if stat.S_ISDIR(found.st_mode):
+                mode = found.st_mode & _PERMISSIONS
+                yield Entry(Kind.FOLDER, below, mode=mode, mtime_ns=found.st_mtime_ns).encoded()
+            else:
+                yield from content(path, below, found)
+        yield Entry(Kind.END, b"").encoded()
+
+
+def _info(name: str, path: str, info: os.stat_result) -> FileInfo:
+    target = os.readlink(path) if stat.S_ISLNK(info.st_mode) else ""
+    return FileInfo(name, info.st_mode, info.st_size, info.st_mtime_ns, target)

@@ -1,0 +1,224 @@
+"""Several commands in one sandbox, on the backends without a virtual machine."""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.process.conftest import started
+from tests.process.conversation import ENV, FREE, LIMITS, TMP_BYTES
+from x07_sandbox.channel import streams
+from x07_sandbox.channel.connection import Connection
+from x07_sandbox.channel.link import State, Stream
+from x07_sandbox.channel.messages import Close, Closed, Exec, Exited, Failed, Open, Room, Seed, Started, Stop
+from x07_sandbox.channel.streams import Event, Role
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from tests.process.conftest import Backend
+    from x07_sandbox.backends.process.start import ProcessInstance
+
+pytestmark = pytest.mark.timeout(120)
+MOST_S = 30.0
+
+
+class Sandbox:
+    """The host's side of a session with several commands."""
+
+    def __init__(self, instance: ProcessInstance) -> None:
+        self.instance = instance
+        self.connection = Connection(instance.channel_fd, Role.HOST)
+        self.link = self.connection.link
+        self.output: dict[tuple[Stream, int], bytes] = {}
+        self.inputs: dict[int, int] = {}
+        self.started: set[int] = set()
+        self.ended: dict[int, Exited | Failed] = {}
+        self.closed: Closed | None = None
+        self.last = 0
+        self.wait(lambda: self.link.state is not State.WAITING)
+        self.link.send(Seed(1, bytes(64), bytes(16), bytes(15) + b"\1"))
+        self.wait(lambda: self.link.state is State.READY)
+        room = Room(1 << 20, 1 << 20)
+        self.link.send(
+            Open("x07", LIMITS.mem_bytes, LIMITS.tasks, TMP_BYTES, [], [], FREE, None, out_writable=False, room=room)
+        )
+
+    def exec(self, *argv: str, stdin: bytes | None = b"", **limits: int) -> int:
+        """Start a command and return its id. stdin: None to keep the input open."""
+        self.last += 1
+        self.link.send(Exec(self.last, list(argv), dict(ENV), "/opt/x07", LIMITS._replace(**limits)))
+        self.inputs[self.last] = number = self.link.open(Stream.STDIN, self.last)
+        if stdin is not None:
+            assert self.link.streams.send(number, stdin) == len(stdin)
+            self.link.streams.finish(number)
+        return self.last
+
+    def sh(self, text: str, **limits: int) -> int:
+        """Start a shell command and return its id."""
+        return self.exec("/bin/sh", "-c", text, **limits)
+
+    def code(self, command: int) -> int:
+        """Wait for a command's end and return its exit code, negative for a signal."""
+        self.wait(lambda: command in self.ended)
+        ended = self.ended[command]
+        assert isinstance(ended, Exited), ended
+        return os.waitstatus_to_exitcode(ended.wait_status)
+
+    def write(self, inputs: dict[int, bytes]) -> None:
+        """Write to commands whose input is open, all at once, and end their input."""
+        left = dict(inputs)
+
+        def more() -> bool:
+            for command, data in list(left.items()):
+                number = self.inputs[command]
+                left[command] = data[self.link.streams.send(number, data) :]
+                if not left[command]:
+                    self.link.streams.finish(number)
+                    del left[command]
+            return not left
+
+        self.wait(more)
+
+    def stop(self, command: int) -> None:
+        """Kill a command."""
+        self.link.send(Stop(command))
+
+    def until_started(self, command: int) -> None:
+        """Wait until a command runs."""
+        self.wait(lambda: command in self.started)
+
+    def text(self, command: int) -> str:
+        """Return the output of a command so far."""
+        return self.output.get((Stream.STDOUT, command), b"").decode()
+
+    def wait_for(self, command: int, text: str) -> None:
+        """Wait until a command has written *text*."""
+        self.wait(lambda: text in self.text(command))
+
+    def close(self) -> Closed:
+        """Close the session."""
+        self.link.send(Close(0, None, None))
+        self.wait(lambda: self.closed is not None)
+        assert self.closed is not None
+        return self.closed
+
+    def wait(self, done: Callable[[], bool]) -> None:
+        """Take what the agent sends until *done* returns True."""
+        until = time.monotonic() + MOST_S
+        while not done():
+            assert self.connection.flush(), self.instance.console_tail()
+            poll = select.poll()
+            poll.register(self.connection.fd, select.POLLIN | (select.POLLOUT if self.link.pending() else 0))
+            left_s = until - time.monotonic()
+            assert left_s > 0, self.instance.console_tail()
+            poll.poll(left_s * 1000)
+            events = self.connection.read()
+            assert events is not None, self.instance.console_tail()
+            for event in events:
+                self._take(event)
+
+    def _take(self, event: object) -> None:
+        if isinstance(event, Started):
+            self.started.add(event.id)
+        elif isinstance(event, (Exited, Failed)):
+            assert event.id, event
+            self.ended[event.id] = event
+        elif isinstance(event, Closed):
+            self.closed = event
+        elif isinstance(event, Event) and event.type == streams.DATA:
+            key = Stream(event.code), self.link.subject(event.stream)
+            self.output[key] = self.output.get(key, b"") + event.data
+            self.link.streams.consumed(event.stream, len(event.data))
+
+
+@pytest.fixture
+def sandbox(backend: Backend) -> Iterator[Sandbox]:
+    """An open session."""
+    with started(backend) as instance:
+        yield Sandbox(instance)
+
+
+def test_commands_follow_each_other(sandbox: Sandbox) -> None:
+    """Each command has an input, outputs and an exit code of its own, and sees what earlier ones have written."""
+    assert sandbox.code(sandbox.sh("echo one > shared; exit 3")) == 3
+    second = sandbox.exec("cat", "-", "shared", stdin=b"input\n")
+    assert (sandbox.code(second), sandbox.text(second)) == (0, "input\none\n")
+    sandbox.close()
+
+
+def test_commands_run_at_once(sandbox: Sandbox) -> None:
+    """Commands run at the same time, and megabytes go both ways in each without mixing."""
+    commands = [sandbox.exec("cat", stdin=None) for _ in range(3)]
+    for command in commands:
+        sandbox.until_started(command)
+    sent = [bytes([65 + number]) * (3 << 20) for number in range(3)]
+    sandbox.write(dict(zip(commands, sent, strict=True)))
+    for command, data in zip(commands, sent, strict=True):
+        assert sandbox.code(command) == 0
+        assert sandbox.text(command).encode() == data
+
+
+def test_a_background_process_lives_until_the_session_is_closed(sandbox: Sandbox) -> None:
+    """A process that a command leaves in the background lives on, and does not delay the command's end."""
+    first = sandbox.sh("(while :; do date > beat; sleep 0.1; done) & echo $!")
+    assert sandbox.code(first) == 0
+    after = sandbox.sh(f"rm -f beat; for i in $(seq 100); do test -e beat && exit 0; sleep 0.1; done; exit 1; {first}")
+    assert sandbox.code(after) == 0
+
+
+def test_stopping_a_command_ends_its_tree_only(sandbox: Sandbox) -> None:
+    """Stopping a command kills its children, and leaves the other commands alone."""
+    other = sandbox.exec("cat", stdin=None)
+    tree = sandbox.sh("sleep 1000 & sh -c 'echo up; sleep 1000' & wait")
+    sandbox.wait_for(tree, "up")
+    sandbox.stop(tree)
+    assert sandbox.code(tree) == -9
+    count = sandbox.sh("ps -e -o args | grep -c '^sleep 1000' || true")
+    assert (sandbox.code(count), sandbox.text(count)) == (0, "0\n")
+    sandbox.write({other: b"still here\n"})
+    assert (sandbox.code(other), sandbox.text(other)) == (0, "still here\n")
+
+
+def test_cpu_time_is_counted_for_each_command(sandbox: Sandbox) -> None:
+    """A command that exceeds its CPU time is killed; another one goes on."""
+    other = sandbox.exec("cat", stdin=None)
+    sandbox.until_started(other)
+    busy = sandbox.sh("while :; do :; done", cpu_ms=500)
+    assert sandbox.code(busy) == -9
+    ended = sandbox.ended[busy]
+    assert isinstance(ended, Exited)
+    assert ended.cpu_exceeded
+    sandbox.write({other: b"x"})
+    assert sandbox.code(other) == 0
+
+
+def test_a_missing_command_does_not_end_the_session(sandbox: Sandbox) -> None:
+    """A command that does not exist fails alone, as the first one and as a later one."""
+    for _ in range(2):
+        missing = sandbox.exec("no-such-command")
+        sandbox.wait(lambda missing=missing: missing in sandbox.ended)
+        failed = sandbox.ended[missing]
+        assert isinstance(failed, Failed)
+        assert (failed.stage, failed.errno) == ("exec", 2)
+        assert sandbox.code(sandbox.sh("exit 4")) == 4
+
+
+def test_many_commands_leave_nothing_behind(sandbox: Sandbox) -> None:
+    """Two hundred commands in a row leave no descriptor, process or memory in the agent."""
+    assert sandbox.code(sandbox.sh("exit 0")) == 0
+    for number in range(200):
+        command = sandbox.sh(f"exit {number % 7}")
+        assert sandbox.code(command) == number % 7
+    sandbox.close()
+
+
+def test_commands_inherit_nothing(sandbox: Sandbox) -> None:
+    """The first command and later ones have their standard streams and no other descriptor."""
+    for _ in range(2):
+        command = sandbox.sh("ls /proc/$$/fd")
+        assert (sandbox.code(command), sandbox.text(command).split()) == (0, ["0", "1", "2"])

@@ -1,0 +1,592 @@
+"""A session with a guest that the test plays: deadlines, on a clock that the test advances, and bad guests."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, TypeVar, cast
+
+import pytest
+
+from x07_sandbox.backends import handshake
+from x07_sandbox.backends.base import NoAnswerError
+from x07_sandbox.backends.handshake import evidence_of, greet
+from x07_sandbox.channel import streams
+from x07_sandbox.channel.connection import Connection
+from x07_sandbox.channel.link import DATA_MAX, WINDOW, State, Stream
+from x07_sandbox.channel.messages import (
+    DENIED_MAX,
+    PROTOCOL,
+    Close,
+    Closed,
+    CommandLimits,
+    Confine,
+    Denied,
+    Exec,
+    Exited,
+    Failed,
+    Hello,
+    Left,
+    Message,
+    Open,
+    Output,
+    Room,
+    Seed,
+    Seeded,
+    Started,
+    Stop,
+    encode,
+)
+from x07_sandbox.channel.streams import Event, Role
+from x07_sandbox.channel.trees import Entry, Kind
+from x07_sandbox.files.incoming import Incoming
+from x07_sandbox.host import settings
+from x07_sandbox.host.cancel import Cancel
+from x07_sandbox.host.clocks import Deadline
+from x07_sandbox.plan.outcomes import Stage
+from x07_sandbox.runs import execution
+from x07_sandbox.runs.execution import Facts
+from x07_sandbox.runs.phase import CommandStreams, PhaseSpec, Receivers, input_files, run_phase
+from x07_sandbox.runs.streams import InFile, OutFile, Sink, memory_file
+
+if TYPE_CHECKING:
+    from x07_sandbox.backends.base import Instance, StartMode
+
+pytestmark = pytest.mark.timeout(120)
+
+WALL_S = 60.0
+EXITED = Exited(
+    id=1,
+    wait_status=0,
+    cpu_us=0,
+    memory_peak_bytes=0,
+    oom_kills=0,
+    tasks_peak=1,
+    tasks_refused=0,
+    cpu_exceeded=False,
+    stopped=False,
+    disk_full=False,
+    memory_full=False,
+    denials_lost=0,
+)
+LIMITS = CommandLimits(mem_bytes=64 << 20, tasks=8, cpu_ms=1000, fds=64, core_bytes=0)
+CLOSED = Closed(None, None, 0, 0)
+M = TypeVar("M")
+
+
+class FakeClock:
+    """A clock that only the test advances."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def after(self, seconds: float) -> Deadline:
+        """Like `Deadline.after`."""
+        return Deadline(self.now + seconds, clock=lambda: self.now)
+
+
+class Machine:
+    """A running VM as a phase sees it: its channel, and a stream beside it.
+
+    A write to `side` wakes the phase, which then calls `on_drain`.
+    """
+
+    def __init__(self, channel_fd: int, start_mode: StartMode, stack: contextlib.ExitStack) -> None:
+        self.channel_fd = channel_fd
+        self.start_mode = start_mode
+        self.record = SimpleNamespace(job_id="1-2-3-run")
+        self.pidfd = os.pidfd_open(os.getpid())
+        self.side = os.eventfd(0)
+        for fd in (self.pidfd, self.side):
+            stack.callback(os.close, fd)
+        self.on_drain: Callable[[], object] = lambda: None
+
+    def release(self) -> None:
+        """Do nothing: it runs already."""
+
+    def side_fds(self) -> tuple[int, ...]:
+        """Return one descriptor."""
+        return (self.side,)
+
+    def drain(self, fd: int) -> None:
+        """Consume the wake-up."""
+        os.eventfd_read(fd)
+        self.on_drain()
+
+    def console_tail(self) -> str:
+        """Return an empty console."""
+        return ""
+
+    def exit_status(self) -> None:
+        """Return None: it is alive."""
+
+
+class Guest:
+    """The guest's side: messages and streams from the test, and what was received."""
+
+    def __init__(self, fd: int, state: State) -> None:
+        self.connection = Connection(fd, Role.GUEST, state)
+        self.link = self.connection.link
+        self.events: list[Message | Event] = []
+
+    def say(self, *all_messages: Message) -> None:
+        """Send messages."""
+        for message in all_messages:
+            self.link.send(message)
+        self.flush()
+
+    def stream(self, kind: Stream, data: bytes, subject: int = 0, *, ended: bool = True) -> int:
+        """Open a stream and send *data*, which fits into its window. Return its number."""
+        number = self.link.open(kind, subject)
+        assert self.link.streams.send(number, data) == len(data)
+        if ended:
+            self.link.streams.finish(number)
+        self.flush()
+        return number
+
+    def flush(self) -> None:
+        """Send all queued bytes."""
+        poll = select.poll()
+        poll.register(self.connection.fd, select.POLLOUT)
+        while self.link.pending():
+            assert self.connection.flush()
+            poll.poll(60_000)
+
+    def next(self) -> Message | Event:
+        """Wait for the next message or event."""
+        poll = select.poll()
+        poll.register(self.connection.fd, select.POLLIN)
+        while not self.events:
+            assert poll.poll(60_000), "nothing came"
+            events = self.connection.read()
+            assert events is not None, "the channel has ended"
+            self.events += events
+        return self.events.pop(0)
+
+    def until(self, kind: type[M]) -> M:
+        """Skip everything up to the next message of that kind."""
+        while True:
+            if isinstance(event := self.next(), kind):
+                return event
+
+    def until_event(self, kind: int) -> Event:
+        """Skip everything up to the next frame of that type."""
+        while (event := self.until(Event)).type != kind:
+            pass
+        return event
+
+
+class Run:
+    """A phase in a thread, and both ends of its channel."""
+
+    def __init__(
+        self,
+        start_mode: StartMode,
+        stack: contextlib.ExitStack,
+        time: FakeClock,
+        files: tuple[bytes, ...] = (),
+        receivers: Receivers | None = None,
+        stdin_fd: int | None = None,
+    ) -> None:
+        self.time = time
+        self.stdin = 0  # the number of the input's stream
+        ours, theirs = (stack.enter_context(end) for end in socket.socketpair())
+        self.machine = Machine(ours.fileno(), start_mode, stack)
+        self.guest = Guest(theirs.fileno(), State.WAITING if start_mode == "cold" else State.WARM)
+        self.cancel = Cancel()
+        stack.callback(self.cancel.close)
+        self.stdout_fd = memory_file(b"", stack)
+        sinks = [
+            Sink(name, keep_fd=fd, live_fd=None, max_bytes=64 << 20)
+            for name, fd in (("stdout", self.stdout_fd), ("stderr", memory_file(b"", stack)))
+        ]
+        receivers = receivers or Receivers()
+        ins = tuple(
+            InFile(path=f"/x07/in/{number}", mode=0o644, kind="file", fd=memory_file(data, stack), size=len(data))
+            for number, data in enumerate(files)
+        )
+        output = receivers.output
+        spec = PhaseSpec(
+            name="run",
+            opening=Open(
+                hostname="x07",
+                mem_bytes=LIMITS.mem_bytes,
+                tasks=LIMITS.tasks,
+                tmp_bytes=1 << 20,
+                files=input_files(ins),
+                mounts=[],
+                confine=Confine(threads=True, spawn=True, execute=True, programs=None, prefixes=[], alone=True),
+                network=None,
+                out_writable=output is not None,
+                room=Room(0, 0),
+            ),
+            order=Exec(1, ["true"], {}, "/", LIMITS),
+            closing=Close(
+                1,
+                None if output is None else Output(output.path, output.max_bytes),
+                None if receivers.left is None else Left(1, 1 << 20),
+            ),
+            files=ins,
+            receivers=receivers,
+            wall_ms=int(WALL_S * 1000),
+            ram_bytes=0,
+            filters=(),
+        )
+        given = CommandStreams(stdin_fd=stdin_fd, stdout=sinks[0], stderr=sinks[1])
+        threads = stack.enter_context(ThreadPoolExecutor(1))
+        stack.callback(self.cancel)  # a test that has failed waits for nothing
+        self.facts: Future[Facts] = threads.submit(self._carry_out, spec, given)
+
+    def _carry_out(self, spec: PhaseSpec, given: CommandStreams) -> Facts:
+        instance = cast("Instance", self.machine)
+        try:
+            greet(instance, cancel_fd=self.cancel.fd)
+        except NoAnswerError as exc:
+            return Facts(evidence=evidence_of(exc.failure, self.cancel.signal))
+        return run_phase(spec, instance, given, self.cancel)
+
+    def begin(self, *, started: bool = False) -> None:
+        """Go through the handshake up to CLOSE, which the host sends right after EXEC. started: answer STARTED."""
+        if self.machine.start_mode == "cold":
+            self.guest.say(Hello(PROTOCOL))
+        self.guest.say(Seeded(self.guest.until(Seed).nonce))
+        self.guest.until(Exec)
+        self.stdin = self.guest.until_event(streams.OPEN).stream
+        self.guest.until(Close)
+        if started:
+            self.guest.say(Started(1))
+
+    @contextlib.contextmanager
+    def suspended(self, seconds: float) -> Iterator[None]:
+        """Suspend the phase, as a stopped process, and resume it *seconds* later on the clock."""
+        paused, resume = threading.Event(), threading.Event()
+
+        def stand() -> None:
+            paused.set()
+            resume.wait(60)
+
+        self.machine.on_drain = stand
+        self.wake()
+        assert paused.wait(60)
+        self.machine.on_drain = lambda: None
+        try:
+            yield
+        finally:
+            self.time.now += seconds
+            resume.set()
+
+    def wake(self) -> None:
+        """Wake the phase."""
+        os.eventfd_write(self.machine.side, 1)
+
+    def result(self) -> Facts:
+        """Wait for the phase's facts."""
+        return self.facts.result(60)
+
+
+Runs = Callable[..., Run]
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runs]:
+    """Phases whose guest and clock the test controls."""
+    clock = FakeClock()
+    monkeypatch.setattr(execution, "Deadline", clock)
+    monkeypatch.setattr(handshake, "Deadline", clock)
+    with contextlib.ExitStack() as stack:
+        yield lambda start_mode="cold", **given: Run(start_mode, stack, clock, **given)
+
+
+def test_copy_in_times_out_without_progress_only(runs: Runs) -> None:
+    """The copy-in timeout applies to lack of progress, not to the total time."""
+    data = os.urandom(8 * WINDOW)
+    run = runs(files=(data,))
+    run.begin()
+    start, came = run.time.now, b""
+    while (event := run.guest.until(Event)).type != streams.FIN or event.code != Stream.INPUT:
+        if event.type != streams.DATA:
+            continue
+        came += event.data
+        run.guest.link.streams.consumed(event.stream, len(event.data))
+        if run.guest.link.pending():  # a quarter of a window was taken
+            run.guest.flush()
+            if len(came) < 6 * WINDOW:  # so that there is more to send
+                with run.suspended(0.9 * settings.COPY_IN_S):
+                    pass
+    assert came == data
+    assert run.time.now - start > 10 * settings.COPY_IN_S
+    run.guest.say(Started(1), EXITED, CLOSED)
+    assert run.result().evidence.wait_status == 0
+
+
+def test_a_guest_that_stops_accepting_files_is_killed(runs: Runs) -> None:
+    """A guest that stops accepting files is killed after the copy-in timeout."""
+    run = runs(files=(bytes(2 * WINDOW),))
+    run.begin()
+    run.guest.until_event(streams.DATA)
+    run.time.now += settings.COPY_IN_S + 1
+    run.wake()
+    evidence = run.result().evidence
+    assert (evidence.stage, evidence.deadline_passed) == (Stage.SETUP, True)
+
+
+def test_a_guest_that_never_closes_the_session_is_killed(runs: Runs) -> None:
+    """After the program's end, a guest that does not finish sending is killed after a timeout of its own."""
+    run = runs()
+    run.begin(started=True)
+    run.guest.say(EXITED)
+    with run.suspended(settings.CHANGES_OUT_S + 1):
+        pass
+    evidence = run.result().evidence
+    assert (evidence.stage, evidence.deadline_passed, evidence.wait_status) == (Stage.COLLECT, True, 0)
+
+
+def test_an_exit_during_suspension_counts(runs: Runs) -> None:
+    """A runner that was suspended past the deadline still accepts the program's output and exit."""
+    run = runs()
+    run.begin(started=True)
+    output = bytes(DATA_MAX)  # no more than the socket takes
+    with run.suspended(10 * WALL_S):
+        run.guest.stream(Stream.STDOUT, output, 1)
+        run.guest.say(EXITED, CLOSED)
+    facts = run.result()
+    assert (facts.evidence.wait_status, facts.evidence.deadline_passed) == (0, False)
+    assert os.fstat(run.stdout_fd).st_size == len(output)
+
+
+def test_a_program_running_after_suspension_is_ended(runs: Runs) -> None:
+    """A runner that was suspended past the deadline ends a program that still runs."""
+    run = runs()
+    run.begin(started=True)
+    with run.suspended(10 * WALL_S):
+        pass
+    assert run.guest.until(Stop).id == 1
+    run.guest.say(EXITED._replace(wait_status=9), CLOSED)
+    assert run.result().evidence.deadline_passed
+
+
+def test_a_program_that_never_stops_writing_is_ended_at_its_deadline(runs: Runs) -> None:
+    """A program that writes without pause is ended at its deadline."""
+    run = runs()
+    run.begin(started=True)
+    number = run.guest.stream(Stream.STDOUT, b"", 1, ended=False)
+    passes_s = WALL_S  # after the first messages
+    while True:
+        run.guest.link.streams.send(number, bytes(WINDOW))
+        run.guest.flush()
+        if not isinstance(event := run.guest.next(), Event):
+            break
+        run.time.now += passes_s
+        passes_s = 0.05
+    assert event == Stop(1)
+    run.guest.link.streams.finish(number)
+    run.guest.say(EXITED, CLOSED)
+    assert run.result().evidence.deadline_passed
+
+
+@pytest.mark.parametrize("start_mode", ["cold", "clone"])
+def test_an_answer_during_suspension_counts(runs: Runs, start_mode: StartMode) -> None:
+    """A VM's answer that arrived while the runner was suspended counts as in time."""
+    run = runs(start_mode)
+    nonce = run.guest.until(Seed).nonce if start_mode == "clone" else b""
+    with run.suspended(10 * settings.BOOT_S):
+        run.guest.say(Hello(PROTOCOL) if start_mode == "cold" else Seeded(nonce))
+    if start_mode == "cold":
+        run.guest.say(Seeded(run.guest.until(Seed).nonce))
+    run.guest.until(Exec)
+    run.guest.say(Started(1), EXITED, CLOSED)
+    facts = run.result()
+    assert (facts.evidence.wait_status, facts.evidence.stage) == (0, Stage.COLLECT)
+
+
+def test_a_vm_that_does_not_answer_times_out(runs: Runs) -> None:
+    """A VM that does not answer within the boot timeout ends the phase."""
+    run = runs()
+    with run.suspended(settings.BOOT_S + 1):
+        pass
+    facts = run.result()
+    assert (facts.evidence.boot_timeout, facts.evidence.stage) == (True, Stage.BOOT)
+
+
+@pytest.fixture
+def receivers() -> Iterator[Receivers]:
+    """Receivers of an output file of at most ten bytes, and of changes of at most one entry."""
+    with contextlib.ExitStack() as stack:
+        yield Receivers(
+            output=OutFile(path="/x07/out/program", fd=memory_file(b"", stack), max_bytes=10),
+            changes=Incoming(memory_file(b"", stack), roots=1, most_entries=1, most_bytes=100),
+        )
+
+
+def output_of(receivers: Receivers) -> tuple[bytes, bool]:
+    """Return the content that came of the output file, and whether it counts as complete."""
+    assert receivers.output is not None
+    return os.pread(receivers.output.fd, 100, 0), receivers.output.complete
+
+
+CHANGES = b"".join(
+    entry.encoded()
+    for entry in (Entry(Kind.ROOT, b"0"), *(Entry(Kind.DELETED, name) for name in (b"a", b"b")), Entry(Kind.END, b""))
+)
+
+
+def test_output_and_changes_arrive_before_the_session_closes(runs: Runs, receivers: Receivers) -> None:
+    """The output file is complete once CLOSED confirms its size."""
+    run = runs(receivers=receivers)
+    run.begin(started=True)
+    run.guest.say(EXITED)
+    run.guest.stream(Stream.OUTPUT, b"built")
+    run.guest.stream(Stream.CHANGES, Entry(Kind.ROOT, b"0").encoded() + Entry(Kind.END, b"").encoded())
+    closed = CLOSED._replace(output_bytes=5)
+    run.guest.say(closed)
+    facts = run.result()
+    assert (facts.evidence.wait_status, facts.evidence.stage, facts.closed) == (0, Stage.COLLECT, closed)
+    assert receivers.changes.complete
+    assert output_of(receivers) == (b"built", True)
+
+
+@pytest.mark.parametrize("size", [None, 4, 6])
+def test_an_output_file_of_another_size_is_incomplete(runs: Runs, receivers: Receivers, size: int | None) -> None:
+    """An output file whose size is not the one that CLOSED states is not used."""
+    run = runs(receivers=receivers)
+    run.begin(started=True)
+    run.guest.say(EXITED)
+    run.guest.stream(Stream.OUTPUT, b"built")
+    run.guest.say(CLOSED._replace(output_bytes=size))
+    assert run.result().evidence.channel_error is None
+    assert output_of(receivers) == (b"built", False)
+
+
+def test_a_larger_output_file_than_was_asked_for_ends_the_session(runs: Runs, receivers: Receivers) -> None:
+    """The guest cannot send a larger output file than the host asked for."""
+    run = runs(receivers=receivers)
+    run.begin(started=True)
+    run.guest.say(EXITED)
+    run.guest.stream(Stream.OUTPUT, bytes(11))
+    assert run.result().evidence.channel_error == "bad frame: the output file is larger than was asked for"
+    assert output_of(receivers) == (b"", False)
+
+
+@pytest.mark.parametrize("stream", [Stream.OUTPUT, Stream.CHANGES, Stream.LEFT])
+def test_a_stream_that_nobody_asked_for_ends_the_session(runs: Runs, stream: Stream) -> None:
+    """The guest can send nothing that the host has not asked for."""
+    run = runs()
+    run.begin(started=True)
+    run.guest.say(EXITED)
+    run.guest.link.open(stream)
+    run.guest.flush()
+    assert run.result().evidence.channel_error == f"bad frame: {stream.name} was not asked for"
+
+
+@pytest.mark.parametrize("stream", [Stream.OUTPUT, Stream.CHANGES])
+def test_changes_before_the_program_has_ended_end_the_session(runs: Runs, receivers: Receivers, stream: Stream) -> None:
+    """The guest can send neither output files nor changes while the program still runs."""
+    run = runs(receivers=receivers)
+    run.begin(started=True)
+    run.guest.link.open(stream)
+    run.guest.flush()
+    assert run.result().evidence.channel_error == f"bad frame: {stream.name} was not asked for"
+
+
+def test_changes_over_a_limit_are_refused_and_the_session_closes(runs: Runs, receivers: Receivers) -> None:
+    """If the host takes no more changes, it resets their stream, and the guest can close the session all the same."""
+    run = runs(receivers=receivers)
+    run.begin(started=True)
+    run.guest.say(EXITED)
+    number = run.guest.stream(Stream.CHANGES, CHANGES + bytes(DATA_MAX), ended=False)
+    assert run.guest.until_event(streams.RESET).stream == number
+    assert not run.guest.link.streams.is_open(number)
+    run.guest.say(CLOSED)
+    facts = run.result()
+    assert (facts.evidence.channel_error, facts.evidence.wait_status, facts.closed) == (None, 0, CLOSED)
+    assert receivers.changes.too_many
+    assert not receivers.changes.complete
+
+
+@pytest.mark.parametrize("stream", [Stream.STDOUT, Stream.CHANGES])
+def test_a_stream_may_be_aborted_by_the_guest(runs: Runs, receivers: Receivers, stream: Stream) -> None:
+    """If the guest aborts a stream, the host keeps what came, and the rest of the session goes on."""
+    run = runs(receivers=receivers)
+    run.begin(started=True)
+    if stream is Stream.CHANGES:
+        run.guest.say(EXITED)
+        run.guest.link.streams.reset(run.guest.stream(stream, b"", ended=False))
+    else:
+        run.guest.link.streams.reset(run.guest.stream(stream, b"out", 1, ended=False))
+        run.guest.say(EXITED)
+    run.guest.say(CLOSED)
+    facts = run.result()
+    assert (facts.evidence.channel_error, facts.evidence.wait_status) == (None, 0)
+    assert os.pread(run.stdout_fd, 10, 0) == (b"out" if stream is Stream.STDOUT else b"")
+    assert not receivers.changes.complete
+
+
+def test_input_that_the_guest_wants_no_more_is_not_read(runs: Runs) -> None:
+    """If the guest aborts the stream of the input, the host reads no more of the input."""
+    reader, writer = os.pipe()
+    with os.fdopen(reader, "rb", buffering=0) as given, os.fdopen(writer, "wb", buffering=0) as source:
+        source.write(b"one")
+        run = runs(stdin_fd=reader)
+        run.begin(started=True)
+        assert run.guest.until_event(streams.DATA).data == b"one"
+        run.guest.link.streams.reset(run.stdin)
+        run.guest.flush()
+        with run.suspended(0):
+            source.write(b"two")
+        run.guest.say(EXITED, CLOSED)
+        facts = run.result()
+        assert (facts.evidence.channel_error, facts.evidence.wait_status, facts.input_sha256) == (None, 0, None)
+        assert given.read(10) == b"two"
+
+
+def test_two_ends_of_one_program_end_the_session(runs: Runs) -> None:
+    """A second EXITED for the same program is an error, and the first report stays."""
+    run = runs()
+    run.begin(started=True)
+    run.guest.say(EXITED)
+    run.guest.link.streams.message(*encode(EXITED._replace(wait_status=9)))
+    run.guest.flush()
+    facts = run.result()
+    assert facts.evidence.channel_error == "message out of order: EXITED for command 1"
+    assert (facts.evidence.wait_status, facts.exited) == (0, EXITED)
+
+
+@pytest.mark.parametrize("started", [True, False])
+def test_a_session_that_closes_before_its_program_ends_is_a_fault(runs: Runs, started: bool) -> None:  # noqa: FBT001 - as parametrize gives it
+    """CLOSED before the end of the program is an error, not an end of the program."""
+    run = runs()
+    run.begin(started=started)
+    run.guest.link.streams.message(*encode(CLOSED))
+    run.guest.flush()
+    facts = run.result()
+    assert facts.evidence.channel_error == "message out of order: CLOSED before the end of command 1"
+    assert (facts.evidence.stage, facts.exited) == (Stage.RUN if started else Stage.SETUP, None)
+
+
+def test_a_failed_start_names_its_errno(runs: Runs) -> None:
+    """FAILED for the command carries the errno of execve(2), and FAILED for the session does not."""
+    found = []
+    for command in (1, 0):
+        run = runs()
+        run.begin()
+        run.guest.say(Failed(command, "exec" if command else "mount", 2, "no such file"))
+        evidence = run.result().evidence
+        found.append((evidence.stage, evidence.setup_failure, evidence.exec_errno))
+    assert found == [(Stage.SETUP, "exec: no such file", 2), (Stage.SETUP, "mount: no such file", 0)]
+
+
+def test_more_denials_than_allowed_end_the_session(runs: Runs) -> None:
+    """The guest cannot fill the host's memory with denials."""
+    run = runs()
+    run.begin(started=True)
+    denied = Denied(id=1, by="kernel", call="openat", errno=13, path="/a", write=False, times=1)
+    run.guest.say(*[denied] * (DENIED_MAX + 1))
+    facts = run.result()
+    assert facts.evidence.channel_error == f"bad DENIED message: there are more than {DENIED_MAX}"
+    assert facts.denied == (denied,) * DENIED_MAX
