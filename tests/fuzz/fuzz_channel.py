@@ -71,6 +71,7 @@ LIMITS: Final = CommandLimits(mem_bytes=1 << 20, tasks=8, cpu_ms=1000, fds=64, c
 OPEN: Final = Open(
     hostname="x07",
     mem_bytes=1 << 20,
+    tasks=8,
     tmp_bytes=1 << 16,
     files=[InputFile("/x07/in/a", 0o644, "file", 3), InputFile("/x07/in/b", 0o755, "tree", 2**40)],
     mounts=[Mount(1, "sub", "/data", write=True, changes=True), Mount(None, "", "/opt/x07", write=True, changes=False)],
@@ -104,7 +105,7 @@ MESSAGES: Final[dict[type[Any], Message]] = {
         Seed(1, b"e" * 64, NONCE, b"m" * 16),
         Seeded(NONCE),
         OPEN,
-        Exec(1, ["true", "\udcff"], {"A": "\udc80"}, "/", LIMITS),
+        Exec(1, ["true", "\udcff"], {"A": "\udc80"}, "/", LIMITS, "files"),
         Started(1),
         Stop(1),
         DENIED,

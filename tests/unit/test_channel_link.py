@@ -6,6 +6,8 @@ import itertools
 from typing import Any, Final
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.fuzz.fuzz_channel import (
     EXITED,
@@ -16,6 +18,7 @@ from tests.fuzz.fuzz_channel import (
     OPEN,
     frame,
     message,
+    one_input,
     opening,
 )
 from x07_sandbox.channel import streams
@@ -411,6 +414,15 @@ def test_a_fault_is_final(wire: bytes) -> None:
     assert not host.streams._in  # noqa: SLF001 - the bound on it is the promise
 
 
+def test_a_message_that_does_not_fit_changes_nothing() -> None:
+    """A message that is too large is not sent, and the session stays where it was."""
+    host = link_in(HOST, State.READY)
+    with pytest.raises(ChannelUsageError):
+        host.send(OPEN._replace(hostname="x" * (16 << 20)))
+    assert (host.state, host.pending()) == (State.READY, 0)
+    host.send(OPEN)
+
+
 def test_a_reply_between_events_counts() -> None:
     """A reply sent between two events counts for the second one, even if both arrived together."""
     link = Link(HOST)
@@ -446,3 +458,32 @@ def test_the_host_holds_no_more_than_one_frame_of_a_guest(step: int) -> None:
         except PeerError:
             assert wire is large
         assert held <= HELD_MAX[HOST]
+
+
+@given(st.binary(max_size=300))
+def test_any_bytes_keep_the_promises_of_the_fuzz_target(data: bytes) -> None:
+    """Junk yields messages, events or PeerError, within bounds and along the tables of states."""
+    one_input(data)
+
+
+NUMBERS: Final = st.integers(1, 9)
+PARTS: Final = (
+    st.sampled_from([message(one) for one in ALL_MESSAGES.values()])
+    | st.builds(opening, NUMBERS, st.sampled_from(Stream), st.integers(0, 2))
+    | st.builds(frame, st.just(streams.DATA), NUMBERS, st.binary(min_size=1, max_size=9))
+    | st.builds(frame, st.sampled_from([streams.FIN, streams.RESET, streams.ANSWER]), NUMBERS)
+    | st.builds(
+        frame, st.just(streams.CREDIT), NUMBERS, st.integers(0, WINDOW).map(lambda count: count.to_bytes(4, "big"))
+    )
+    | st.binary(max_size=9)
+)
+
+
+@given(st.lists(PARTS, max_size=12), st.binary(max_size=3), st.sampled_from([0, 0x40, 0x80, 0xC0]))
+def test_any_frames_keep_the_promises_of_the_fuzz_target(parts: list[bytes], sizes: bytes, switches: int) -> None:
+    """Any sequence of frames and junk yields messages, events or PeerError, the same for any cut."""
+    guest_ready = b"".join(map(message, (MESSAGES[Hello], Seeded(NONCE), Started(1))))
+    host_ready = b"".join(map(message, (MESSAGES[Seed], OPEN, MESSAGES[Exec])))
+    head = bytes([switches | len(sizes)]) + sizes
+    one_input(head + (host_ready if switches & 0x80 else guest_ready) + b"".join(parts))
+    one_input(head + b"".join(parts))

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.fuzz.fuzz_channel import DENIED, LIMITS, MESSAGES, OPEN
+from tests.fuzz.fuzz_channel import DENIED, EXITED, LIMITS, MESSAGES, OPEN
 from x07_sandbox.channel.link import DATA_MAX
 from x07_sandbox.channel.messages import (
     BOUNDS,
@@ -43,11 +43,25 @@ from x07_sandbox.channel.messages import (
     encode,
 )
 from x07_sandbox.channel.streams import Role
-from x07_sandbox.errors import PeerError
+from x07_sandbox.errors import ChannelUsageError, PeerError
 
 GUEST_JSON: Final = [kind for kind, form in FORMS.items() if form.shapes]
 PACKED: Final = [kind for kind, form in FORMS.items() if form.layout is not None]
 NUMBERS: Final = [form.number for form in FORMS.values()]
+DEPTH: Final = 5000  # deeper than the decoder accepts, and small enough for a message
+HOSTILE: Final = {
+    "empty": b"",
+    "no text": b"\xff\xfe",
+    "byte order mark": b"\xef\xbb\xbf[]",
+    "no JSON": b"[",
+    "two values": b"[][]",
+    "blanks behind": b"[] ",
+    "object": b"{}",
+    "null": b"null",
+    "deep lists": b"[" * DEPTH + b"]" * DEPTH,
+    "deep objects": b'[{"a":' * DEPTH,
+    "deep in a field": b"[" + b"[" * DEPTH + b"]" * DEPTH + b",0,0,0]",
+}
 WORDS: Final = st.text(max_size=20)  # with lone surrogates, as Python passes on undecodable arguments
 COUNTS: Final = st.integers(0, COUNT_MAX)
 ANY_LIMITS: Final = st.builds(type(LIMITS), COUNTS, COUNTS, COUNTS, COUNTS, st.integers(-1, COUNT_MAX))
@@ -123,9 +137,19 @@ def host_messages() -> st.SearchStrategy[Message]:
     network = st.none() | st.builds(type(OPEN.network), names, wildcards, targets, targets)
     return st.one_of(
         st.builds(
-            Open, WORDS, COUNTS, COUNTS, files, mounts, confine, network, st.booleans(), st.builds(Room, COUNTS, COUNTS)
+            Open,
+            WORDS,
+            COUNTS,
+            COUNTS,
+            COUNTS,
+            files,
+            mounts,
+            confine,
+            network,
+            st.booleans(),
+            st.builds(Room, COUNTS, COUNTS),
         ),
-        st.builds(Exec, st.integers(1, ID_MAX), st.lists(WORDS), names, WORDS, ANY_LIMITS),
+        st.builds(Exec, st.integers(1, ID_MAX), st.lists(WORDS), names, WORDS, ANY_LIMITS, WORDS),
         st.builds(
             Close, COUNTS, st.none() | st.builds(Output, WORDS, COUNTS), st.none() | st.builds(Left, COUNTS, COUNTS)
         ),
@@ -192,6 +216,30 @@ def test_any_payload_is_a_message_or_a_peer_error(number: int, payload: bytes) -
         return
 
 
+JSON_VALUES: Final = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | WORDS,
+    lambda inner: st.lists(inner, max_size=9) | st.dictionaries(WORDS, inner, max_size=3),
+    max_leaves=20,
+)
+
+
+@given(st.sampled_from([FORMS[kind].number for kind in FORMS if kind not in PACKED]), st.lists(JSON_VALUES, max_size=9))
+def test_any_json_is_a_message_or_a_peer_error(number: int, values: list[object]) -> None:
+    """Any JSON array of either side yields a message or PeerError."""
+    try:
+        decode(number, json.dumps(values).encode())
+    except PeerError:
+        return
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("kind", [Failed, Closed, Open, Exec])
+def test_malformed_json_is_rejected(kind: type[Any], name: str) -> None:
+    """Malformed, deeply nested or non-array JSON is rejected with PeerError."""
+    with pytest.raises(PeerError):
+        decode(FORMS[kind].number, HOSTILE[name])
+
+
 NOT_NUMBERS: Final = ["NaN", "Infinity", "-Infinity", "1e999", "1.0", "true", "null", '"0"', "[]", "{}", "-1"]
 
 
@@ -246,6 +294,34 @@ def test_fields_are_exactly_those_of_the_message(kind: type[Any]) -> None:
                 decode(form.number, json.dumps([*message[:at], value, *message[at + 1 :]]).encode())
 
 
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [
+        (Open, "files", 7),
+        (Open, "files", [["/x07/in/a", 420, "file"]]),
+        (Open, "mounts", [None]),
+        (Open, "confine", [True]),
+        (Open, "network", 7),
+        (Open, "room", None),
+        (Exec, "limits", [1, 2]),
+        (Exec, "limits", None),
+        (Exec, "id", "1"),
+        (Exec, "id", 1.5),
+        (Exec, "id", []),
+        (Warm, "limits", {}),
+        (Close, "output", [1]),
+        (Close, "left", True),
+    ],
+)
+def test_a_malformed_message_of_the_host_is_an_error_too(kind: type[Any], field: str, value: object) -> None:
+    """A guest rejects a message of the host with wrong nested fields, or an id that is no number, with PeerError."""
+    with pytest.raises(PeerError, match="another form"):
+        decode(FORMS[kind].number, payload(MESSAGES[kind], field, value))
+    for wrong in ([], list(MESSAGES[kind])[:-1], [*MESSAGES[kind], 0]):
+        with pytest.raises(PeerError, match="another form"):
+            decode(FORMS[kind].number, json.dumps(wrong).encode())
+
+
 # bounds
 
 
@@ -272,3 +348,50 @@ def test_every_guest_field_is_bounded() -> None:
     texts = [shape for form in FORMS.values() for shape in form.shapes if shape.type is str]
     assert texts
     assert all(shape.hi <= TEXT_MAX for shape in texts)
+
+
+@pytest.mark.parametrize("text", ["\u00e9", "\N{PILE OF POO}", "\0"])
+def test_the_largest_honest_message_fits_its_frame(text: str) -> None:
+    """The largest valid guest report fits into one frame, in any script."""
+    for kind in GUEST_JSON:
+        message = kind(*[largest(shape, text) for shape in FORMS[kind].shapes])
+        number, encoded = encode(message)
+        assert len(encoded) <= BOUNDS[number].most
+        assert same(decode(number, encoded), message)
+
+
+def largest(shape: Shape, text: str) -> object:
+    """The largest value of a shape."""
+    if shape.type is str:
+        return text * shape.hi
+    return False if shape.type is bool else shape.hi
+
+
+def test_undecodable_text_in_a_report_becomes_question_marks() -> None:
+    """A guest's report about an undecodable name arrives, with a question mark for each such byte."""
+    failed = Failed(1, "exec", 2, "command not found: a\udcff\u00e9")
+    assert round_trip(failed) == failed._replace(message="command not found: a?\u00e9")
+    denied = DENIED._replace(path="/\ud800/\udcff")
+    assert round_trip(denied) == denied._replace(path="/?/?")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        Hello(2**32),
+        Started(-1),
+        EXITED._replace(wait_status=2**16),
+        EXITED._replace(cpu_us=-1),
+        Seed(2**64, b"", b"", b""),
+        OPEN._replace(hostname="x" * (16 << 20)),
+        MESSAGES[Exec]._replace(argv=["\u00e9" * (3 << 20)]),  # type: ignore[call-arg]
+        Close(0, Output("x" * (32 << 10), 0), None),
+        Failed(0, "x" * (32 << 10), 0, ""),
+        OPEN._replace(mem_bytes=float("nan")),  # type: ignore[arg-type]
+    ],
+    ids=lambda message: type(message).__name__,
+)
+def test_a_message_that_does_not_fit_is_not_sent(message: Message) -> None:
+    """Encoding a message that exceeds its size, or a number that exceeds its field, raises ChannelUsageError."""
+    with pytest.raises(ChannelUsageError, match=type(message).__name__.upper()):
+        encode(message)
