@@ -16,6 +16,7 @@ from tests.fuzz.fuzz_channel import (
     MESSAGES,
     NONCE,
     OPEN,
+    check_remembered,
     frame,
     message,
     one_input,
@@ -26,6 +27,7 @@ from x07_sandbox.channel.link import (
     COMMAND_NEXT,
     COMMANDS_MAX,
     DATA_MAX,
+    FILES_MAX,
     NEXT,
     WINDOW,
     CommandState,
@@ -141,6 +143,18 @@ def in_order(state: State, command: CommandState | None, one: Message) -> State 
     return state if after and isinstance(one, Failed) and about else after
 
 
+def may_open(state: State, command: CommandState | None, stream: Stream, role: Role) -> bool:
+    """Return whether a stream may be opened. role: who decides that."""
+    if stream is Stream.INPUT:
+        return state in AFTER_OPEN
+    if stream is Stream.STDIN:
+        late = role is GUEST and command is CommandState.ENDED  # the guest may have ended it meanwhile
+        return command in {CommandState.STARTING, CommandState.RUNNING} or late
+    if stream in OF_COMMANDS:
+        return command is CommandState.RUNNING
+    return state is State.CLOSING
+
+
 def subject_of(stream: Stream) -> int:
     """A good subject of a stream."""
     return 1 if stream in OF_COMMANDS else 0
@@ -199,12 +213,102 @@ def test_sent_messages_follow_the_tables(state: State, command: CommandState | N
         assert (link.state, link.pending()) == (state, 0)
 
 
+@pytest.mark.parametrize("role", Role)
+@pytest.mark.parametrize("stream", Stream)
+@pytest.mark.parametrize(("state", "command"), SITUATIONS)
+def test_streams_follow_the_tables(state: State, command: CommandState | None, stream: Stream, role: Role) -> None:
+    """A stream is opened by its sender, and only while the session or its command is in the right state."""
+    subject, good = subject_of(stream), may_open(state, command, stream, role)
+    link = link_in(role, state, command)
+    if OPENER[stream] is role and good:
+        number = link.open(stream, subject)
+        assert taken(link) == opening(number, stream, subject)
+        assert link.subject(number) == subject
+    else:
+        with pytest.raises(ChannelUsageError):
+            link.open(stream, subject)
+        assert link.pending() == 0
+    link = link_in(role, state, command)
+    number = 2 if OPENER[stream] is HOST else 1
+    wire = opening(number, stream, subject)
+    if OPENER[stream] is not role and good:
+        assert list(link.receive(wire)) == [Event(streams.OPEN, number, stream, subject.to_bytes(4, "big"))]
+        assert link.subject(number) == subject
+    else:
+        with pytest.raises(PeerError):
+            list(link.receive(wire))
+
+
+@pytest.mark.parametrize("ended", [False, True])
+@pytest.mark.parametrize("stream", Stream)
+def test_a_stream_is_opened_once(stream: Stream, ended: bool) -> None:  # noqa: FBT001 - as pytest gives it
+    """A stream of a subject is opened once, also after it has ended."""
+    host, guest = pair_in(State.CLOSING, CommandState.RUNNING)
+    by, to = (host, guest) if OPENER[stream] is HOST else (guest, host)
+    number = by.open(stream, subject_of(stream))
+    if ended:
+        by.streams.finish(number)
+    carry(by, to)
+    with pytest.raises(ChannelUsageError):
+        by.open(stream, subject_of(stream))
+    assert by.pending() == 0
+    with pytest.raises(PeerError):
+        list(to.receive(opening(number + 2, stream, subject_of(stream))))
+
+
+@pytest.mark.parametrize(
+    ("stream", "subject"),
+    [
+        (Stream.INPUT, FILES_MAX),
+        (Stream.INPUT, 2**32 - 1),
+        (Stream.STDIN, 0),
+        (Stream.STDIN, 2),
+        (Stream.STDOUT, 0),
+        (Stream.STDERR, 2),
+        (Stream.OUTPUT, 1),
+        (Stream.CHANGES, 1),
+        (Stream.LEFT, 2**32 - 1),
+    ],
+)
+def test_a_stream_has_a_known_subject(stream: Stream, subject: int) -> None:
+    """A stream of an unknown file or command is neither opened nor accepted."""
+    host, guest = pair_in(State.CLOSING, CommandState.RUNNING)
+    by, to = (host, guest) if OPENER[stream] is HOST else (guest, host)
+    with pytest.raises(ChannelUsageError):
+        by.open(stream, subject)
+    assert by.pending() == 0
+    with pytest.raises(PeerError):
+        list(to.receive(opening(2 if by is host else 1, stream, subject)))
+
+
+@pytest.mark.parametrize("subject", [-1, 2**32])
+@pytest.mark.parametrize("stream", Stream)
+def test_a_subject_that_is_no_number_of_32_bits_is_an_error(stream: Stream, subject: int) -> None:
+    """A subject that does not fit its field raises ChannelUsageError."""
+    host, guest = pair_in(State.CLOSING, CommandState.RUNNING)
+    link = host if OPENER[stream] is HOST else guest
+    with pytest.raises(ChannelUsageError):
+        link.open(stream, subject)
+    assert link.pending() == 0
+
+
 # commands
 
 
 def execute(number: int) -> Exec:
     """A command with this id."""
     return Exec(number, ["true"], {}, "/", LIMITS)
+
+
+@pytest.mark.parametrize("number", [0, 1, -1, ID_MAX + 1])
+def test_an_id_that_is_not_higher_is_an_error(number: int) -> None:
+    """The id of a command is above zero, higher than the one before, and a number of 32 bits."""
+    host, guest = pair_in(State.OPEN, CommandState.RUNNING)
+    with pytest.raises(ChannelUsageError, match="cannot be added"):
+        host.send(execute(number))
+    assert host.pending() == 0
+    with pytest.raises(PeerError, match="cannot be added"):
+        list(guest.receive(message(execute(number))))
 
 
 def test_ids_may_have_gaps() -> None:
@@ -237,6 +341,36 @@ def test_commands_at_once_are_limited() -> None:
     carry(guest, host)
     host.send(execute(COMMANDS_MAX + 1))
     assert len(carry(host, guest)) == 1
+
+
+def test_thousands_of_commands_leave_nothing_behind() -> None:
+    """Ended commands, some with input that came too late, cost no memory at either end."""
+    host, guest = pair_in(State.OPEN)
+    for number in range(1, 3001):
+        host.send(execute(number))
+        host.open(Stream.STDIN, number)
+        early = taken(host)
+        if number % 3:
+            list(guest.receive(early))
+            guest.send(Started(number))
+            for stream in (Stream.STDOUT, Stream.STDERR):
+                output = guest.open(stream, number)
+                guest.streams.send(output, b"x")
+                guest.streams.finish(output)
+            guest.send(EXITED._replace(id=number))
+        else:  # the input comes after the end
+            exec_frame = message(execute(number))
+            list(guest.receive(exec_frame))
+            guest.send(Failed(number, "exec", 2, "no"))
+            for event in guest.receive(early[len(exec_frame) :]):
+                assert isinstance(event, Event)
+                guest.streams.reset(event.stream)
+        carry(guest, host)
+        check_remembered(host)
+        check_remembered(guest)
+    for link in (host, guest):
+        left = [link.streams._open, link._subjects, link._commands, link._used]  # noqa: SLF001 - the bound is the promise
+        assert not any(left)
 
 
 @pytest.mark.parametrize("stream", [Stream.STDOUT, Stream.STDERR])
@@ -272,6 +406,22 @@ def test_output_that_was_reset_does_not_delay_the_end() -> None:
     assert same(carry(guest, host), [Event(streams.RESET, second), EXITED])
 
 
+def test_the_end_of_a_command_ends_its_input() -> None:
+    """Once a command has ended, its input is closed at both ends, and later input is ignored or can be reset."""
+    host, guest = pair_in(State.OPEN, CommandState.RUNNING)
+    number = host.open(Stream.STDIN, 1)
+    host.streams.send(number, b"early")
+    carry(host, guest)
+    host.streams.send(number, b"late")
+    late = taken(host)
+    guest.send(EXITED)
+    carry(guest, host)
+    assert host.streams.send(number, b"x") == 0
+    assert list(guest.receive(late)) == []
+    with pytest.raises(ChannelUsageError):
+        host.open(Stream.STDIN, 1)
+
+
 def test_input_that_is_opened_late_can_be_reset() -> None:
     """The guest accepts an input whose opening crosses the command's end, and can reset it."""
     host, guest = pair_in(State.OPEN, CommandState.RUNNING)
@@ -285,6 +435,19 @@ def test_input_that_is_opened_late_can_be_reset() -> None:
     assert not guest.streams.is_open(number)
     assert not host.streams.is_open(number)
     assert not guest._subjects  # noqa: SLF001 - the bound on it is the promise
+
+
+def test_a_file_and_a_command_may_have_the_same_number() -> None:
+    """The end of a command does not allow to send the file with its number again."""
+    host, guest = pair_in(State.OPEN, CommandState.RUNNING)
+    host.streams.finish(host.open(Stream.INPUT, 1))
+    carry(host, guest)
+    guest.send(EXITED)
+    carry(guest, host)
+    with pytest.raises(ChannelUsageError):
+        host.open(Stream.INPUT, 1)
+    with pytest.raises(PeerError):
+        list(guest.receive(opening(4, Stream.INPUT, 1)))
 
 
 def test_commands_do_not_disturb_each_other() -> None:
