@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 import pytest
 from hypothesis import example, given
@@ -185,6 +185,20 @@ def test_a_refusal_carries_its_reason(code: int) -> None:
     assert passed(host, guest) == [Event(RESET, number, code)]
     assert not host.is_open(number)
     assert not guest.is_open(number)
+
+
+def test_nothing_is_sent_before_the_answer() -> None:
+    """A stream that needs an answer accepts neither bytes nor an end before it."""
+    host, guest = ends()
+    numbers = [guest.open(ASKED, b"x"), guest.open(PACKETS)]
+    passed(guest, host)
+    for end in (host, guest):
+        for number in numbers:
+            assert end.window(number) == end.send(number, b"early") == 0
+            end.send_datagram(number, b"early")
+            with pytest.raises(ChannelUsageError, match="not answered"):
+                end.finish(number)
+        assert taken(end) == b""
 
 
 def test_operations_on_an_ended_stream_do_nothing() -> None:
@@ -625,6 +639,50 @@ def test_frames_that_cross_an_end_are_ignored() -> None:
 
 
 # faults of this side
+
+
+def test_own_misuse_sends_nothing() -> None:
+    """Each wrong use of the streams raises ChannelUsageError, sends nothing and changes nothing."""
+    host, guest, [asked, packets, up, both, down] = opened(ASKED, PACKETS, UP, BOTH, DOWN)
+    waiting = guest.open(ASKED, b"x")
+    passed(guest, host)
+    wrong: list[tuple[Streams, str, tuple[Any, ...]]] = [
+        (host, "message", (REPORT, b"xx")),
+        (guest, "message", (ORDER, b"")),
+        (guest, "message", (REPORT, b"x")),
+        (host, "message", (ORDER, bytes(10))),
+        (host, "open", (UP,)),
+        (guest, "open", (DOWN,)),
+        (guest, "open", (ASKED, b"")),
+        (guest, "open", (ASKED, b"12345")),
+        (host, "answer", (both,)),
+        (host, "answer", (asked,)),
+        (host, "answer", (up,)),
+        (guest, "answer", (waiting,)),
+        (guest, "answer", (down,)),
+        (guest, "finish", (waiting,)),
+        (host, "finish", (waiting,)),
+        *[(end, "consumed", (number, 1)) for end in (host, guest) for number in (asked, packets, both)],
+        (guest, "consumed", (down, 1)),
+        (host, "consumed", (up, 1)),
+        (host, "consumed", (up, -1)),
+    ]
+    for end, name, arguments in wrong:
+        with pytest.raises(ChannelUsageError):
+            getattr(end, name)(*arguments)
+        assert host.pending() == guest.pending() == 0, name
+    for end in (host, guest):  # not errors, but nothing happens
+        assert end.send(packets, b"x") == 0
+        end.send_datagram(asked, b"x")
+        end.consumed(asked, 0)
+    assert host.pending() == guest.pending() == 0
+    guest.send(up, bytes(16))
+    passed(guest, host)
+    for count in (17, -1):
+        with pytest.raises(ChannelUsageError, match="never received"):
+            host.consumed(up, count)
+    host.consumed(up, 16)
+    assert passed(host, guest) == [Event(CREDIT, up, UP)]
 
 
 # the order of what is sent
