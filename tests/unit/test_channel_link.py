@@ -167,10 +167,10 @@ def test_every_state_can_be_reached_and_left() -> None:
     """Every state of a session and of a command is reachable and has a transition."""
     for states, table, first in ((State, NEXT, State.WAITING), (CommandState, COMMAND_NEXT, CommandState.STARTING)):
         reached: set[Any] = {first}
-        while more := {end for (begin, _), end in table.items() if begin in reached} - reached:  # type: ignore[attr-defined]
+        while more := {end for (begin, _), end in table.items() if begin in reached} - reached:
             reached |= more
         assert reached == set(states)
-        assert {begin for begin, _ in table} == set(states)  # type: ignore[attr-defined]
+        assert {begin for begin, _ in table} == set(states)
 
 
 def test_the_guest_speaks_first() -> None:

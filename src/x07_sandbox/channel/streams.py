@@ -304,9 +304,15 @@ class Streams:
 
     def window(self, number: int) -> int:
         """Return the number of bytes that the peer accepts now; 0 for a stream that takes none."""
+        stream = self._sending(number, datagrams=False)
+        return 0 if stream is None else stream.send_window
+
+    def _sending(self, number: int, *, datagrams: bool) -> _Stream | None:
+        """Return a stream on which this side may send bytes or datagrams now, or None."""
         stream = self._open.get(number)
-        takes = stream is not None and stream.opened and not (stream.ended_out or stream.kind.datagrams)
-        return stream.send_window if takes else 0
+        if stream is None or not stream.opened or stream.ended_out or stream.kind.datagrams is not datagrams:
+            return None
+        return stream
 
     def send(self, number: int, data: bytes | bytearray | memoryview) -> int:
         """Queue as much of *data* as the window allows, and return the number of queued bytes."""
@@ -320,9 +326,7 @@ class Streams:
 
     def send_datagram(self, number: int, data: bytes) -> None:
         """Queue a datagram, unless the stream takes none or the datagram is too large."""
-        stream = self._open.get(number)
-        takes = stream is not None and stream.opened and not stream.ended_out and stream.kind.datagrams
-        if takes and len(data) <= self._table.datagram_max:
+        if self._sending(number, datagrams=True) is not None and len(data) <= self._table.datagram_max:
             self._queue(DATAGRAM, number, data)
 
     def finish(self, number: int) -> None:
