@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
+import socket
+import stat
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -13,14 +16,17 @@ from tests.process.conftest import started
 from tests.process.conversation import ENV, FREE, LIMITS, TMP_BYTES
 from x07_sandbox.channel import streams
 from x07_sandbox.channel.connection import Connection
+from x07_sandbox.channel.files import Answer, Buffer, Request, answer_of, encode
 from x07_sandbox.channel.link import State, Stream
 from x07_sandbox.channel.messages import Close, Closed, Exec, Exited, Failed, Open, Room, Seed, Started, Stop
 from x07_sandbox.channel.streams import Event, Role
+from x07_sandbox.channel.trees import Entry, Kind, Reader, segment
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from tests.process.conftest import Backend
+    from x07_sandbox.backends.process.backend import OsBackend
     from x07_sandbox.backends.process.start import ProcessInstance
 
 pytestmark = pytest.mark.timeout(120)
@@ -60,33 +66,52 @@ class Sandbox:
 
     def sh(self, text: str, **limits: int) -> int:
         """Start a shell command and return its id."""
-        return self.exec("/bin/sh", "-c", text, **limits)
+        return self.exec("/bin/sh", "-c", text, stdin=b"", **limits)
 
     def code(self, command: int) -> int:
         """Wait for a command's end and return its exit code, negative for a signal."""
-        self.wait(lambda: command in self.ended)
+        self.until_ended(command)
         ended = self.ended[command]
         assert isinstance(ended, Exited), ended
         return os.waitstatus_to_exitcode(ended.wait_status)
 
-    def write(self, inputs: dict[int, bytes]) -> None:
-        """Write to commands whose input is open, all at once, and end their input."""
+    def service(self, service: str, *argv: str) -> int:
+        """Start a service, whose input stays open, and return its id."""
+        self.last += 1
+        self.link.send(Exec(self.last, list(argv), {}, "/", LIMITS, service))
+        self.inputs[self.last] = self.link.open(Stream.STDIN, self.last)
+        return self.last
+
+    def here(self) -> str:
+        """Return the working folder of commands."""
+        command = self.sh("pwd")
+        assert self.code(command) == 0
+        return self.text(command).strip()
+
+    def send(self, inputs: dict[int, bytes]) -> None:
+        """Write to commands whose input is open, all at once."""
         left = dict(inputs)
 
         def more() -> bool:
             for command, data in list(left.items()):
-                number = self.inputs[command]
-                left[command] = data[self.link.streams.send(number, data) :]
-                if not left[command]:
-                    self.link.streams.finish(number)
-                    del left[command]
-            return not left
+                left[command] = data[self.link.streams.send(self.inputs[command], data) :]
+            return not any(left.values())
 
         self.wait(more)
+
+    def write(self, inputs: dict[int, bytes]) -> None:
+        """Write to commands whose input is open, all at once, and end their input."""
+        self.send(inputs)
+        for command in inputs:
+            self.link.streams.finish(self.inputs[command])
 
     def stop(self, command: int) -> None:
         """Kill a command."""
         self.link.send(Stop(command))
+
+    def until_ended(self, command: int) -> None:
+        """Wait until a command has ended."""
+        self.wait(lambda: command in self.ended)
 
     def until_started(self, command: int) -> None:
         """Wait until a command runs."""
@@ -134,6 +159,14 @@ class Sandbox:
             key = Stream(event.code), self.link.subject(event.stream)
             self.output[key] = self.output.get(key, b"") + event.data
             self.link.streams.consumed(event.stream, len(event.data))
+
+
+def free_port() -> int:
+    """Return a port that nobody uses now."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+    return port
 
 
 @pytest.fixture
@@ -201,7 +234,7 @@ def test_a_missing_command_does_not_end_the_session(sandbox: Sandbox) -> None:
     """A command that does not exist fails alone, as the first one and as a later one."""
     for _ in range(2):
         missing = sandbox.exec("no-such-command")
-        sandbox.wait(lambda missing=missing: missing in sandbox.ended)
+        sandbox.until_ended(missing)
         failed = sandbox.ended[missing]
         assert isinstance(failed, Failed)
         assert (failed.stage, failed.errno) == ("exec", 2)
@@ -222,3 +255,139 @@ def test_commands_inherit_nothing(sandbox: Sandbox) -> None:
     for _ in range(2):
         command = sandbox.sh("ls /proc/$$/fd")
         assert (sandbox.code(command), sandbox.text(command).split()) == (0, ["0", "1", "2"])
+
+
+class Files:
+    """Requests to the file server of a sandbox."""
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        self.sandbox = sandbox
+        self.command = sandbox.service("files")
+        self.buffer = Buffer()
+        self.seen = 0
+
+    def ask(self, kind: str, path: str, content: bytes = b"", **how: Any) -> Answer:  # noqa: ANN401
+        """Send a request and return its answer."""
+        if content:
+            how["size"] = len(content)
+        self.sandbox.send({self.command: encode(Request(kind, path, **how)) + content})
+        values: list[list[object]] = []
+
+        def came() -> bool:
+            self._fill()
+            if (found := self.buffer.take()) is not None:
+                values.append(found)
+            return bool(values)
+
+        self.sandbox.wait(came)
+        return answer_of(values[0])
+
+    def rest(self, size: int) -> bytes:
+        """Return the *size* bytes after an answer."""
+        self.sandbox.wait(lambda: self._fill() >= size)
+        return self.buffer.piece(size)
+
+    def tree(self) -> list[object]:
+        """Return the events of the tree after an answer."""
+        reader = Reader()
+        events: list[object] = []
+
+        def ended() -> bool:
+            self._fill()
+            events.extend(reader.feed(self.buffer.piece(1 << 20)))
+            return reader.ended
+
+        self.sandbox.wait(ended)
+        return events
+
+    def _fill(self) -> int:
+        output = self.sandbox.output.get((Stream.STDOUT, self.command), b"")
+        self.buffer.data += output[self.seen :]
+        self.seen = len(output)
+        return len(self.buffer.data)
+
+
+def test_files_are_read_and_written(sandbox: Sandbox) -> None:
+    """The file server writes, reads in parts, describes, lists and removes files that commands see."""
+    files, here = Files(sandbox), sandbox.here()
+    assert files.ask("write", f"{here}/a", b"one two three", mode=0o750) == Answer(0)
+    assert sandbox.code(sandbox.sh("grep -q 'two' a && test -x a")) == 0
+    answer = files.ask("read", f"{here}/a", offset=4, size=3)
+    assert (answer.errno, files.rest(answer.size)) == (0, b"two")
+    (info,) = files.ask("stat", f"{here}/a").entries
+    assert (info.name, info.size, stat.S_IMODE(info.mode)) == ("a", 13, 0o750)
+    assert files.ask("make", f"{here}/d/e", whole=True) == Answer(0)
+    assert sandbox.code(sandbox.sh("ln -s a link; echo x > d/e/f")) == 0
+    listed = {info.name: info.target for info in files.ask("list", here).entries}
+    assert listed == {"a": "", "d": "", "link": "a"}
+    assert files.ask("remove", f"{here}/d").errno == errno.ENOTEMPTY
+    assert files.ask("remove", f"{here}/d", whole=True) == Answer(0)
+    assert sandbox.code(sandbox.sh("test ! -e d")) == 0
+
+
+def test_file_requests_fail_with_the_kernels_errors(sandbox: Sandbox) -> None:
+    """A request fails with the error of the kernel, and later requests work."""
+    files, here = Files(sandbox), sandbox.here()
+    assert sandbox.code(sandbox.sh("mkdir d; ln -s loop loop; : > closed; chmod 0 closed")) == 0
+    expected = [
+        ("read", f"{here}/missing", errno.ENOENT),
+        ("read", f"{here}/d", errno.EISDIR),
+        ("read", f"{here}/loop", errno.ELOOP),
+        ("write", f"{here}/d", errno.EISDIR),
+        ("make", f"{here}/d", errno.EEXIST),
+        ("list", f"{here}/closed", errno.ENOTDIR),
+        ("put", f"{here}/d", errno.EEXIST),
+        ("get", f"{here}/closed", errno.ENOTDIR),
+    ]
+    for kind, path, number in expected:
+        content = b"some bytes" if kind in {"write", "put"} else b""
+        assert files.ask(kind, path, content) == Answer(number), (kind, path)
+    assert files.ask("stat", here).errno == 0
+
+
+def test_the_file_server_reaches_what_a_program_reaches(confined: OsBackend) -> None:
+    """The file server sees the program's folders only, as its user: no link leads out of them."""
+    with started(confined) as instance:
+        sandbox = Sandbox(instance)
+        files = Files(sandbox)
+        assert sandbox.code(sandbox.sh("ln -s /proc/1/root/etc out; ln -s /run/x07/scratch in")) == 0
+        for path in ("/opt/x07/out/passwd", "/opt/x07/in", "/etc/shadow", "/proc/1/mem"):
+            assert files.ask("read", path, size=10).errno in {errno.EACCES, errno.ENOENT, errno.EPERM}, path
+        assert files.ask("write", "/usr/bin/new", b"x").errno == errno.EROFS
+
+
+def test_trees_go_in_and_out(sandbox: Sandbox) -> None:
+    """A tree with modes, links and empty folders is created in the sandbox, and comes back the same."""
+    files, path = Files(sandbox), f"{sandbox.here()}/tree"
+    entries = [
+        Entry(Kind.FOLDER, b"", mode=0o755, mtime_ns=10**18),
+        Entry(Kind.FILE, b"a", mode=0o640, mtime_ns=10**18, size=3),
+        Entry(Kind.FOLDER, b"empty", mode=0o700, mtime_ns=10**18),
+        Entry(Kind.LINK, b"link", mtime_ns=0, target=b"a"),
+    ]
+    data = b"".join(one.encoded() + (segment(3) + b"abc" if one.name == b"a" else b"") for one in entries)
+    assert files.ask("put", path, data + Entry(Kind.END, b"").encoded()) == Answer(0)
+    assert sandbox.code(sandbox.sh("test $(cat tree/link) = abc && test -d tree/empty")) == 0
+    assert files.ask("get", path) == Answer(0)
+    found = [one for one in files.tree() if isinstance(one, Entry) and one.kind is not Kind.END]
+    assert [(one.kind, one.name, one.mode, one.target) for one in found] == [
+        (one.kind, one.name, one.mode, one.target) for one in entries
+    ]
+
+
+def test_a_server_inside_is_reached_from_outside(sandbox: Sandbox) -> None:
+    """A port of a server in the background is reached on the streams of a command, megabytes both ways."""
+    port = free_port()
+    source = (
+        "import socket, os, sys; s = socket.create_server(('127.0.0.1', int(sys.argv[1]))); print('up', flush=True)\n"
+        "c, _ = s.accept()\n"
+        "while data := c.recv(65536): c.sendall(data.upper())\n"
+    )
+    server = sandbox.exec("python3", "-c", source, str(port))
+    sandbox.wait_for(server, "up")
+    there = sandbox.service("connect", str(port))
+    sandbox.write({there: b"word " * 500_000})
+    assert sandbox.code(there) == 0
+    assert sandbox.text(there) == "WORD " * 500_000
+    refused = sandbox.service("connect", str(port))
+    assert sandbox.code(refused) == 1

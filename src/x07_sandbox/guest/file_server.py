@@ -10,7 +10,7 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Iterator
-from typing import Final
+from typing import Any, Final
 
 from x07_sandbox.channel import files
 from x07_sandbox.channel.files import Answer, Buffer, FileInfo, Request
@@ -56,7 +56,7 @@ class FileServer:
                     raise
                 write_all(self._out_fd, files.encode(Answer(exc.errno or errno.EIO)))
 
-    def _next(self) -> list[object] | None:
+    def _next(self) -> list[Any] | None:
         while (values := self._buffer.take()) is None:
             if not self._fill():
                 return None
@@ -113,7 +113,7 @@ class FileServer:
         yield Answer(0, 0, (_info(os.path.basename(request.path), request.path, info),))
 
     def _list(self, request: Request) -> Iterator[Answer | bytes]:
-        found = []
+        found: list[FileInfo] = []
         with os.scandir(request.path) as entries:
             for entry in entries:
                 if len(found) >= files.ENTRIES_MAX:

@@ -179,8 +179,9 @@ class Sandbox:
         most_bytes = max(opening.mem_bytes, environment.waiting_bytes)
         environment.group.limit(mem_bytes=most_bytes, tasks=opening.tasks)
         environment.first().group.limit(mem_bytes=max(limits.mem_bytes, environment.waiting_bytes), tasks=limits.tasks)
-        if opening.mounts or self._files.ca:
+        if opening.mounts or self._files.ca or order.service:
             environment.prepare(self._settings(limits))
+        if opening.mounts or self._files.ca:
             self._mount()
         environment.name(self._machine_id)
 

@@ -11,7 +11,6 @@ import socket
 from typing import NoReturn
 
 from x07_sandbox.guest.file_server import FileServer
-from x07_sandbox.guest.system import write_all
 
 _READ = 64 * 1024
 
@@ -32,17 +31,35 @@ def run(service: str, argv: list[str]) -> NoReturn:
 def _connect(port: int) -> None:
     """Connect the standard streams to a port of this sandbox, until the server has sent all. Raises OSError."""
     with socket.create_connection(("127.0.0.1", port)) as sock:
-        poll = select.poll()
-        poll.register(0, select.POLLIN)
-        poll.register(sock, select.POLLIN)
-        while True:
-            for fd, _ in poll.poll():
-                if fd != 0:
-                    if not (data := sock.recv(_READ)):
-                        return
-                    write_all(1, data)
-                elif data := os.read(0, _READ):
-                    sock.sendall(data)
-                else:
-                    poll.unregister(0)
-                    sock.shutdown(socket.SHUT_WR)
+        there, back = _Way(0, sock.fileno()), _Way(sock.fileno(), 1)
+        while not back.ended:
+            ways = [way for way in (there, back) if not way.ended]
+            reading = [way.in_fd for way in ways if not way.held]
+            writing = [way.out_fd for way in ways if way.held]
+            readable, writable, _ = select.select(reading, writing, [])
+            for way in ways:
+                if (way.out_fd in writable) if way.held else (way.in_fd in readable):
+                    way.move()
+            if there.ended and not there.told:
+                there.told = True
+                sock.shutdown(socket.SHUT_WR)
+
+
+class _Way:
+    """One direction, which never blocks. held: bytes that were read and not yet written."""
+
+    def __init__(self, in_fd: int, out_fd: int) -> None:
+        self.in_fd = in_fd
+        self.out_fd = out_fd
+        self.held = b""
+        self.ended = self.told = False
+        os.set_blocking(out_fd, False)
+
+    def move(self) -> None:
+        """Read once, or write once. Raises OSError."""
+        if self.held:
+            self.held = self.held[os.write(self.out_fd, self.held) :]
+        elif not (data := os.read(self.in_fd, _READ)):
+            self.ended = True
+        else:
+            self.held = data
