@@ -103,7 +103,8 @@ class _Init:
         if self._settings is None:
             if self._world.preload is not None:
                 confine.forget_interpreter()
-            for program in self._programs:  # later ones may not make a user namespace of their own
+            own_user = self._world.namespaces and self._world.program_uid < 0
+            for program in self._programs if own_user else ():  # later ones may not make a user namespace of their own
                 self._world = self._world._replace(user_fd=os.open(f"/proc/{program}/ns/user", os.O_RDONLY))
         self._settings = settings
         control.send(self._control_fd, (control.READY,))
