@@ -39,6 +39,7 @@ from x07_sandbox.channel.link import (
 from x07_sandbox.channel.messages import (
     BOUNDS,
     PROTOCOL,
+    Changes,
     Close,
     Closed,
     CommandLimits,
@@ -54,11 +55,13 @@ from x07_sandbox.channel.messages import (
     Network,
     Open,
     Output,
+    Resize,
     Room,
     Seed,
     Seeded,
     Started,
     Stop,
+    Terminal,
     Warm,
     Warmed,
     encode,
@@ -105,9 +108,11 @@ MESSAGES: Final[dict[type[Any], Message]] = {
         Seed(1, b"e" * 64, NONCE, b"m" * 16),
         Seeded(NONCE),
         OPEN,
-        Exec(1, ["true", "\udcff"], {"A": "\udc80"}, "/", LIMITS, "files"),
+        Exec(1, ["true", "\udcff"], {"A": "\udc80"}, "/", LIMITS, "files", merge=True, terminal=Terminal(24, 80)),
         Started(1),
-        Stop(1),
+        Stop(1, 9),
+        Resize(1, 25, 81),
+        Changes(),
         DENIED,
         EXITED,
         Close(1, Output("/x07/out/a", 9), None),
@@ -230,7 +235,7 @@ class Side:
         elif isinstance(value, Seeded):
             self._open_session()
         elif isinstance(value, Started) and self.link.role is Role.HOST and value.id == 1:
-            self._send(Stop(1))
+            self._send(Stop(1, 9))
         elif isinstance(value, Warm):
             self._send(Warmed())
         elif isinstance(value, Seed):
@@ -240,9 +245,16 @@ class Side:
             self.stdout[value.id] = self._open(Stream.STDOUT, value.id)
         elif isinstance(value, Stop) and self.commands[value.id] is CommandState.RUNNING:
             self._end_command(value.id)
+        elif isinstance(value, Changes):
+            self._send_changes()
         elif isinstance(value, Close):
             self.close = value
             self._close_after(0)
+
+    def _send_changes(self) -> None:
+        number = self._open(Stream.CHANGES, 0)
+        self.link.streams.finish(number)
+        self.allowed += HEADER.size
 
     def _open_session(self) -> None:
         self._send(OPEN)

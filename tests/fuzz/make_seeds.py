@@ -23,12 +23,14 @@ from tests.fuzz.fuzz_unpack import MOST_BYTES
 from x07_sandbox.channel import egress, streams
 from x07_sandbox.channel.link import WINDOW, Stream
 from x07_sandbox.channel.messages import (
+    Changes,
     Close,
     Closed,
     Exec,
     Failed,
     Hello,
     Output,
+    Resize,
     Seed,
     Seeded,
     Started,
@@ -82,7 +84,7 @@ def channel_seeds() -> dict[str, bytes]:
         "OPEN": AS_GUEST_CUT + opened + files,
         "OPEN-stream": AS_HOST + running + opening(1, Stream.STDOUT, 1),
         "EXEC": AS_GUEST_CUT + started,
-        "EXEC-two": AS_GUEST + opened + command + more + control(Stop(1)) + control(Stop(2)),
+        "EXEC-two": AS_GUEST + opened + command + more + control(Stop(1, 9)) + control(Stop(2, 9)),
         "STARTED": AS_HOST + running,
         "DATA": AS_HOST_CUT + running + output,
         "DATA-files": AS_GUEST_CUT + started + files + stdin,
@@ -92,13 +94,16 @@ def channel_seeds() -> dict[str, bytes]:
         "RESET": AS_HOST + running + frame(streams.RESET, 4) + credit + output + frame(streams.RESET, 1),
         "ANSWER": AS_HOST + running + frame(streams.ANSWER, 4),
         "DATAGRAM": AS_HOST + running + opening(1, Stream.STDOUT, 1) + frame(streams.DATAGRAM, 1),
-        "STOP": AS_GUEST + started + control(Stop(1)) * 2,
-        "STDIN-late": AS_GUEST + started + control(Stop(1)) + stdin,
+        "STOP": AS_GUEST + started + control(Stop(1, 9)) * 2,
+        "RESIZE": AS_GUEST + started + control(MESSAGES[Resize]) * 2,
+        "CHANGES": AS_GUEST_CUT + started + control(Changes()) * 2 + close,
+        "CHANGES-twice": AS_HOST + running + changes + changes,
+        "STDIN-late": AS_GUEST + started + control(Stop(1, 9)) + stdin,
         "DENIED": AS_HOST + running + control(DENIED) * 2,
         "EXITED": AS_HOST + exited,
         "EXITED-early": AS_HOST + running + output + control(EXITED),
         "EXITED-two": AS_HOST + exited + control(Started(2)) + opening(5, Stream.STDOUT, 2),
-        "CLOSE": AS_GUEST + started + close + control(Stop(1)),
+        "CLOSE": AS_GUEST + started + close + control(Stop(1, 9)),
         "CLOSED": AS_HOST_CUT + exited + collected + changes + control(Closed(3, None, 0, 0)),
         "FAILED": AS_HOST_CUT + ready + failed,
         "FAILED-command": AS_HOST + ready + control(Failed(1, "exec", 2, "no")) + control(Started(2)),
@@ -116,10 +121,10 @@ def channel_seeds() -> dict[str, bytes]:
         "found/short-open": AS_GUEST + seeded + frame(streams.MESSAGE, 0, b"[]", encode(OPEN)[0]),
         "found/no-limits": AS_GUEST
         + opened
-        + frame(streams.MESSAGE, 0, b'[1,[],{},"",0,""]', encode(MESSAGES[Exec])[0]),
+        + frame(streams.MESSAGE, 0, b'[1,[],{},"",0,"",false,null,false]', encode(MESSAGES[Exec])[0]),
         "found/text-as-id": AS_GUEST
         + opened
-        + frame(streams.MESSAGE, 0, b'["1",[],{},"",[0,0,0,0,0],""]', encode(MESSAGES[Exec])[0]),
+        + frame(streams.MESSAGE, 0, b'["1",[],{},"",[0,0,0,0,0],"",false,null,false]', encode(MESSAGES[Exec])[0]),
     }
 
 

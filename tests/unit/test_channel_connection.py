@@ -106,7 +106,7 @@ def test_writing_to_a_closed_peer_returns_false(sockets: tuple[socket.socket, so
     """Writing to a closed peer returns false instead of raising."""
     host, _ = running(*sockets)
     sockets[1].close()
-    host.link.send(Stop(1))
+    host.link.send(Stop(1, 9))
     assert not host.flush()
     assert host.link.pending() > 0
 
@@ -114,7 +114,7 @@ def test_writing_to_a_closed_peer_returns_false(sockets: tuple[socket.socket, so
 def test_a_reset_connection_reads_as_closed(sockets: tuple[socket.socket, socket.socket]) -> None:
     """A reset connection reads as closed."""
     host, _ = running(*sockets)
-    host.link.send(Stop(1))
+    host.link.send(Stop(1, 9))
     assert host.flush()
     sockets[1].close()
     assert host.read() is None

@@ -45,7 +45,9 @@ MESSAGE_MEANING: Final = {
     "OPEN": "Open the session. Its files follow on streams.",
     "EXEC": "Start a command, once all files have arrived.",
     "STARTED": "The command was executed. Its time counts from this message.",
-    "STOP": "Kill a command with all its processes.",
+    "STOP": "Send a signal to a command. SIGKILL goes to all its processes.",
+    "RESIZE": "Change the size of a command's terminal.",
+    "CHANGES": "Send the changes so far on a stream CHANGES.",
     "DENIED": f"Something that a command was denied. At most {messages.DENIED_MAX} are sent for a command.",
     "EXITED": "A command and its output have ended.",
     "CLOSE": "End the session. Send what is asked for, then CLOSED.",
@@ -84,7 +86,14 @@ FIELD_MEANING: Final = {
     "EXEC.limits": "The limits of this command.",
     "EXEC.service": 'Empty for a program, else a service of the agent: `"files"` or `"connect"`.',
     "STARTED.id": ID,
+    "EXEC.merge": "Whether standard error goes to STDOUT.",
+    "EXEC.terminal": "Size of the terminal that the command gets; null for none. Its output goes to STDOUT.",
+    "EXEC.detached": "Whether the command has no streams.",
     "STOP.id": ID,
+    "STOP.signal": "The number of the signal.",
+    "RESIZE.id": ID,
+    "RESIZE.rows": "Rows of characters.",
+    "RESIZE.columns": "Columns of characters.",
     "DENIED.id": ID,
     "DENIED.by": "`kernel` or `seccomp`.",
     "DENIED.call": "Name of the system call.",
@@ -143,6 +152,8 @@ RECORD_MEANING: Final = {
     "Network.udp": "Allowed targets of UDP.",
     "Room.file_bytes": "The largest content of one file.",
     "Room.total_bytes": "The contents of all files together.",
+    "Terminal.rows": "Rows of characters.",
+    "Terminal.columns": "Columns of characters.",
     "Output.path": "Path of the file.",
     "Output.max_bytes": "The largest size that is sent.",
     "Left.files": "The most files to send. With 0, the files of the working folder are only counted.",
@@ -155,7 +166,11 @@ STREAM_MEANING: Final = {
     Stream.STDOUT: ("command", "the command runs", "Its standard output."),
     Stream.STDERR: ("command", "the command runs", "Its standard error."),
     Stream.OUTPUT: ("0", "the session is closing", "The file that CLOSE asks for."),
-    Stream.CHANGES: ("0", "the session is closing", "The changes in the mounts that OPEN marks."),
+    Stream.CHANGES: (
+        "0",
+        "the session is closing, and once for each CHANGES",
+        "The changes in the mounts that OPEN marks.",
+    ),
     Stream.LEFT: ("0", "the session is closing", "Files left in the private folders, if CLOSE asks for any."),
 }
 RELAY_MEANING: Final = {
@@ -187,11 +202,12 @@ RECORDS: Final = (
     messages.Confine,
     messages.Network,
     messages.Room,
+    messages.Terminal,
     messages.Output,
     messages.Left,
 )
 TYPE_TEXT: Final = {int: "whole number", str: "text", bool: "true or false", bytes: "bytes"}
-PACKED_TEXT: Final = {"H": "u16", "I": "u32", "Q": "u64, at most 2^63 - 1", "?": "true or false (u8)"}
+PACKED_TEXT: Final = {"B": "u8", "H": "u16", "I": "u32", "Q": "u64, at most 2^63 - 1", "?": "true or false (u8)"}
 
 
 def name_of(kind: type[Any]) -> str:
