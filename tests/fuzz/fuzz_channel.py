@@ -194,19 +194,25 @@ class Side:
         if isinstance(value, Exec):
             self.commands[about] = CommandState.STARTING
         elif about:
-            self.commands[about] = COMMAND_NEXT[self.commands[about], type(value)]
+            self.commands[about] = COMMAND_NEXT[self._state_of(about), type(value)]
         if not (isinstance(value, Failed) and about):
             self.state = NEXT[self.state, type(value)]
         if isinstance(value, Warm):
             self.commands.clear()
             self.on_the_way.clear()
 
+    def _state_of(self, command: int) -> CommandState:
+        """Return the state of a command. An id that was skipped counts as ended, since neither end remembers it."""
+        if command not in self.commands:
+            assert command < max(self.commands)
+        return self.commands.get(command, CommandState.ENDED)
+
     def _take_event(self, event: Event) -> None:
         number = event.stream
         if event.type == streams.OPEN:
             assert number not in self.on_the_way
             self.on_the_way[number] = 0
-            if event.code == Stream.STDIN and self.commands[self.link.subject(number)] is CommandState.ENDED:
+            if event.code == Stream.STDIN and self._state_of(self.link.subject(number)) is CommandState.ENDED:
                 self.link.streams.reset(number)
                 self.allowed += HEADER.size
         elif event.type == streams.DATA:

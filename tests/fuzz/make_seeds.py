@@ -94,6 +94,7 @@ def channel_seeds() -> dict[str, bytes]:
         "RESET": AS_HOST + running + frame(streams.RESET, 4) + credit + output + frame(streams.RESET, 1),
         "ANSWER": AS_HOST + running + frame(streams.ANSWER, 4),
         "DATAGRAM": AS_HOST + running + opening(1, Stream.STDOUT, 1) + frame(streams.DATAGRAM, 1),
+        "STOP-skipped": AS_GUEST + opened + more + stdin + control(Stop(1, 9)),
         "STOP": AS_GUEST + started + control(Stop(1, 9)) * 2,
         "RESIZE": AS_GUEST + started + control(MESSAGES[Resize]) * 2,
         "CHANGES": AS_GUEST_CUT + started + control(Changes()) * 2 + close,
