@@ -271,6 +271,13 @@ def test_a_number_is_a_whole_number_in_its_range(value: str) -> None:
         decode(FORMS[Failed].number, bad)
 
 
+@pytest.mark.parametrize("times", [0, -1, COUNT_MAX + 1])
+def test_a_denial_happened_at_least_once(times: int) -> None:
+    """A denial that happened less than once, or more often than a number can hold, is rejected."""
+    with pytest.raises(PeerError, match="times"):
+        decode(FORMS[Denied].number, payload(DENIED, "times", times))
+
+
 @pytest.mark.parametrize("kind", PACKED)
 def test_a_packed_number_is_in_its_range(kind: type[Any]) -> None:
     """A packed number above 2^63 - 1 is rejected, so that every number fits a signed one of 64 bits."""
