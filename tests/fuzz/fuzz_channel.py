@@ -6,94 +6,139 @@ An input is a byte of switches, the sizes of the pieces in which the stream is r
     bit 6        1: a stalled reader, who never takes what has arrived
     bits 0 to 3  number of size bytes that follow; a size byte N cuts off N + 1 bytes, and the sizes repeat
 
-Our side answers as a correct host or agent does. Invariants:
+Our side answers as a correct host or agent does: the host opens a session with two commands, and closes it after the
+first. Invariants:
 
-* only events or PeerError come out, and after a PeerError always the same one;
-* the state changes only along NEXT;
+* only messages, events or PeerError come out, and after a PeerError nothing but PeerError;
+* the states change only along NEXT and COMMAND_NEXT;
 * buffered input is at most one frame that the peer may send; queued output is at most what we sent ourselves plus
   one credit frame for each quarter of a window;
-* no stream has more than WINDOW bytes in flight;
-* events and errors do not depend on how the stream was cut.
+* the streams and commands that are remembered are limited;
+* no stream has more than WINDOW bytes in flight, and nothing arrives on it before its opening or after its end;
+* messages, events and errors do not depend on how the stream was cut.
 """
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
-from x07_sandbox.channel.frames import CONTROL_MAX, DATA_MAX, HEADER, START_MAX, WINDOW, Kind, Role, Stream
-from x07_sandbox.channel.link import NEXT, Control, Credit, Data, Eof, Event, Link, State
+from x07_sandbox.channel import streams
+from x07_sandbox.channel.link import (
+    COMMAND_NEXT,
+    COMMANDS_MAX,
+    DATA_MAX,
+    FILES_MAX,
+    NEXT,
+    STREAMS,
+    WINDOW,
+    CommandState,
+    Link,
+    State,
+    Stream,
+)
+from x07_sandbox.channel.messages import (
+    BOUNDS,
+    PROTOCOL,
+    Close,
+    Closed,
+    CommandLimits,
+    Confine,
+    Denied,
+    Exec,
+    Exited,
+    Failed,
+    Hello,
+    InputFile,
+    Message,
+    Mount,
+    Network,
+    Open,
+    Output,
+    Room,
+    Seed,
+    Seeded,
+    Started,
+    Stop,
+    Warm,
+    Warmed,
+    encode,
+)
+from x07_sandbox.channel.streams import HEADER, Event, Role
 from x07_sandbox.errors import PeerError
 
-ENTROPY: Final = b"e" * 64
 NONCE: Final = b"n" * 16
-SEED: Final[dict[str, object]] = {
-    "unix_ns": 1,
-    "entropy": ENTROPY,
-    "nonce": NONCE,
-    "machine_id": b"m" * 16,
+LIMITS: Final = CommandLimits(mem_bytes=1 << 20, tasks=8, cpu_ms=1000, fds=64, core_bytes=-1)
+OPEN: Final = Open(
+    hostname="x07",
+    mem_bytes=1 << 20,
+    tasks=8,
+    tmp_bytes=1 << 16,
+    files=[InputFile("/x07/in/a", 0o644, "file", 3), InputFile("/x07/in/b", 0o755, "tree", 2**40)],
+    mounts=[Mount(1, "sub", "/data", write=True, changes=True), Mount(None, "", "/opt/x07", write=True, changes=False)],
+    confine=Confine(threads=True, spawn=True, execute=False, programs=["/bin/true"], prefixes=["/usr/"], alone=True),
+    network=Network({"a.example": "127.64.0.1"}, [[".b.example", "127.65.0.0"]], [["127.64.0.1", "", [443]]], []),
+    out_writable=True,
+    room=Room(1, 2),
+)
+EXITED: Final = Exited(
+    id=1,
+    wait_status=0,
+    cpu_us=1,
+    memory_peak_bytes=1,
+    oom_kills=0,
+    tasks_peak=1,
+    tasks_refused=0,
+    cpu_exceeded=False,
+    stopped=False,
+    disk_full=False,
+    memory_full=False,
+    denials_lost=0,
+)
+DENIED: Final = Denied(id=1, by="kernel", call="openat", errno=13, path="/root/x", write=False, times=1)
+# One message of each type; those with an id are about command 1.
+MESSAGES: Final[dict[type[Any], Message]] = {
+    type(message): message
+    for message in (
+        Hello(PROTOCOL),
+        Warm(["json"], LIMITS, 1 << 16, "x07", out_writable=True, network=False, commands=[["/bin/true"]]),
+        Warmed(),
+        Seed(1, b"e" * 64, NONCE, b"m" * 16),
+        Seeded(NONCE),
+        OPEN,
+        Exec(1, ["true", "\udcff"], {"A": "\udc80"}, "/", LIMITS, "files"),
+        Started(1),
+        Stop(1, 9),
+        DENIED,
+        EXITED,
+        Close(1, Output("/x07/out/a", 9), None),
+        Closed(3, None, 0, 0),
+        Failed(0, "init", 2, "no"),
+    )
 }
-START: Final[dict[str, object]] = {
-    "run_id": "1-2-3-run",
-    "hostname": "x07",
-    "phase": "run",
-    "argv": ["true"],
-    "env": {},
-    "cwd": "/",
-    "files": [],
-    "mounts": [],
-    "limits": {},
-    "confine": {"threads": True, "spawn": True, "execute": True, "programs": None, "prefixes": []},
-    "output": None,
-    "network": None,
-    "left": None,
-    "room": None,
-}
-DENIED: Final[dict[str, object]] = {
-    "by": "kernel",
-    "call": "openat",
-    "errno": 13,
-    "path": "/root/x",
-    "write": False,
-    "count": 1,
-}
-EXITED: Final[dict[str, object]] = {
-    "wait_status": 0,
-    "cpu_us": 1,
-    "memory_peak_bytes": 1,
-    "oom_kills": 0,
-    "tasks_peak": 1,
-    "tasks_refused": 0,
-    "cpu_exceeded": False,
-    "stopped": False,
-    "disk_full": False,
-    "memory_full": False,
-    "denials_lost": 0,
-    "left_files": 0,
-    "left_bytes": 0,
-    "output_bytes": None,
-    "output_problem": None,
-}
-ANSWERS: Final[dict[tuple[Role, Kind], tuple[Kind, dict[str, object]]]] = {
-    (Role.HOST, Kind.HELLO): (Kind.SEED, SEED),
-    (Role.HOST, Kind.SEEDED): (Kind.START, START),
-    (Role.HOST, Kind.STARTED): (Kind.STOP, {}),
-    (Role.GUEST, Kind.WARM): (Kind.WARMED, {}),
-    (Role.GUEST, Kind.SEED): (Kind.SEEDED, {"nonce": NONCE}),
-    (Role.GUEST, Kind.START): (Kind.STARTED, {}),
-    (Role.GUEST, Kind.STOP): (Kind.EXITED, EXITED),
-}
-# What we send once allowed: more than a window, so that all of it is in flight and the peer may send credit.
-OWN_STREAMS: Final = {
-    (Role.HOST, Kind.START): Stream.STDIN,
-    (Role.GUEST, Kind.STARTED): Stream.STDOUT,
-    (Role.GUEST, Kind.EXITED): Stream.OUTPUT_FILE,
-}
-OUR_BYTES: Final = bytes(WINDOW + 1)
+OUR_BYTES: Final = bytes(WINDOW + 1)  # more than a window, so that all of it is in flight and the peer may send credit
 HELD_MAX: Final = {
-    Role.HOST: HEADER.size + max(CONTROL_MAX, DATA_MAX),
-    Role.GUEST: HEADER.size + max(CONTROL_MAX, DATA_MAX, START_MAX),
+    role: HEADER.size + max(DATA_MAX, *(bounds.most for bounds in BOUNDS.values() if bounds.sender is not role))
+    for role in Role
 }
 CREDIT_FRAME: Final = HEADER.size + 4
+STREAMS_MAX: Final = sum(kind.at_once for kind in STREAMS.streams.values())
+USED_MAX: Final = FILES_MAX + 3 * COMMANDS_MAX + 3
+
+
+def frame(kind: int, stream: int, payload: bytes = b"", code: int = 0, zero: int = 0) -> bytes:
+    """Return a frame, valid or not."""
+    return HEADER.pack(kind, code, zero, stream, len(payload)) + payload
+
+
+def message(value: Message) -> bytes:
+    """Return the frame of a message."""
+    number, payload = encode(value)
+    return frame(streams.MESSAGE, 0, payload, number)
+
+
+def opening(number: int, stream: Stream, subject: int = 0) -> bytes:
+    """Return the frame that opens a stream."""
+    return frame(streams.OPEN, number, subject.to_bytes(4, "big"), stream)
 
 
 class Side:
@@ -103,14 +148,16 @@ class Side:
         self.link = Link(role)
         self.stalled = stalled
         self.state = State.WAITING
-        self.events: list[Event] = []
+        self.events: list[tuple[type[Any], Message | Event]] = []  # with types: tuples of two types may be equal
         self.error: PeerError | None = None
+        self.commands: dict[int, CommandState] = {}
         self.on_the_way: dict[int, int] = {}
-        self.ended: set[int] = set()
         self.data_bytes = 0
-        self.queued = 0
+        self.allowed = 0  # bytes that may be queued
+        self.close: Close | None = None
+        self.stdout: dict[int, int] = {}  # streams, by command
         if role is Role.GUEST:
-            self._send(Kind.HELLO, {"protocol": 1})
+            self._send(Hello(PROTOCOL))
 
     def feed(self, piece: bytes) -> None:
         """Feed a piece of the stream."""
@@ -118,63 +165,127 @@ class Side:
             for event in self.link.receive(piece):
                 self._take(event)
         except PeerError as exc:
-            self._fault(exc)
+            self.error = self.error or exc
         else:
             assert self.error is None, "the link came back to life"
-            held = len(self.link._in)  # noqa: SLF001 - the bound on it is the promise
-            assert held <= HELD_MAX[self.link.role], f"{held} bytes are held"
-        assert self.link.state is self.state
-        assert self.link.pending() <= self.queued + CREDIT_FRAME * (self.data_bytes // (WINDOW // 4))
+        held = len(self.link.streams._in)  # noqa: SLF001 - the bound on it is the promise
+        assert held <= (0 if self.error else HELD_MAX[self.link.role]), f"{held} bytes are held"
+        assert self.error or self.link.state is self.state
+        assert self.link.pending() <= self.allowed + CREDIT_FRAME * (self.data_bytes // (WINDOW // 4))
+        check_remembered(self.link)
 
-    def _fault(self, exc: PeerError) -> None:
-        assert self.error is None or exc is self.error
-        self.error = exc
-
-    def _take(self, event: Event) -> None:
+    def _take(self, event: Message | Event) -> None:
         assert self.error is None, "an event after the fault"
-        self.events.append(event)
-        match event:
-            case Control(kind):
-                self.state = NEXT[self.state, kind]
-                self._answer(kind)
-            case Data(stream, payload):
-                self._take_data(stream, payload)
-            case Eof(stream):
-                assert stream not in self.ended
-                self.ended.add(stream)
-            case Credit(stream):
-                assert 0 < self.link.window(stream) <= WINDOW
+        self.events.append((type(event), event))
+        if isinstance(event, Event):
+            self._take_event(event)
+        else:
+            self._change_state(event)
+            self._answer(event)
         assert self.link.state is self.state
 
-    def _take_data(self, stream: int, payload: bytes) -> None:
-        assert 0 < len(payload) <= DATA_MAX
-        assert stream not in self.ended
-        way = self.on_the_way.get(stream, 0) + len(payload)
-        assert way <= WINDOW, f"{way} bytes of stream {stream} are on the way"
-        self.on_the_way[stream] = way
-        self.data_bytes += len(payload)
+    def _change_state(self, value: Message) -> None:
+        about = getattr(value, "id", 0)
+        if isinstance(value, Exec):
+            self.commands[about] = CommandState.STARTING
+        elif about:
+            self.commands[about] = COMMAND_NEXT[self.commands[about], type(value)]
+        if not (isinstance(value, Failed) and about):
+            self.state = NEXT[self.state, type(value)]
+        if isinstance(value, Warm):
+            self.commands.clear()
+            self.on_the_way.clear()
+
+    def _take_event(self, event: Event) -> None:
+        number = event.stream
+        if event.type == streams.OPEN:
+            assert number not in self.on_the_way
+            self.on_the_way[number] = 0
+            if event.code == Stream.STDIN and self.commands[self.link.subject(number)] is CommandState.ENDED:
+                self.link.streams.reset(number)
+                self.allowed += HEADER.size
+        elif event.type == streams.DATA:
+            self._take_data(number, event.data)
+        elif event.type in {streams.FIN, streams.RESET}:
+            assert not self.link.streams.is_open(number)
+            self.on_the_way.pop(number, None)
+        else:
+            assert event.type == streams.CREDIT
+            assert 0 < self.link.streams.window(number) <= WINDOW
+
+    def _take_data(self, number: int, data: bytes) -> None:
+        assert 0 < len(data) <= DATA_MAX
+        self.on_the_way[number] += len(data)
+        assert self.on_the_way[number] <= WINDOW
+        self.data_bytes += len(data)
         if not self.stalled:
             before = self.link.pending()
-            self.link.consumed(stream, len(payload))
+            self.link.streams.consumed(number, len(data))
             if self.link.pending() > before:  # only now may the peer send as much again
-                self.on_the_way[stream] = 0
+                self.on_the_way[number] = 0
 
-    def _answer(self, kind: Kind) -> None:
-        answer = ANSWERS.get((self.link.role, kind))
-        if answer is None or (self.state, answer[0]) not in NEXT:
-            return
-        self._send(*answer)
-        stream = OWN_STREAMS.get((self.link.role, answer[0]))
-        if stream is not None:
-            before = self.link.pending()
-            assert self.link.send_data(stream, OUR_BYTES) == WINDOW
-            self.queued += self.link.pending() - before
+    def _answer(self, value: Message) -> None:
+        if isinstance(value, Hello):
+            self._send(MESSAGES[Seed])
+        elif isinstance(value, Seeded):
+            self._open_session()
+        elif isinstance(value, Started) and self.link.role is Role.HOST and value.id == 1:
+            self._send(Stop(1, 9))
+        elif isinstance(value, Warm):
+            self._send(Warmed())
+        elif isinstance(value, Seed):
+            self._send(Seeded(value.nonce))
+        elif isinstance(value, Exec):
+            self._send(Started(value.id))
+            self.stdout[value.id] = self._open(Stream.STDOUT, value.id)
+        elif isinstance(value, Stop) and self.commands[value.id] is CommandState.RUNNING:
+            self._end_command(value.id)
+        elif isinstance(value, Close):
+            self.close = value
+            self._close_after(0)
 
-    def _send(self, kind: Kind, body: dict[str, object]) -> None:
+    def _open_session(self) -> None:
+        self._send(OPEN)
+        self._open(Stream.INPUT, 1)
+        for number in (1, 2):
+            self._send(MESSAGES[Exec]._replace(id=number))  # type: ignore[call-arg]
+            self._open(Stream.STDIN, number)
+        self._send(MESSAGES[Close])
+
+    def _end_command(self, command: int) -> None:
+        self.link.streams.finish(self.stdout[command])
+        self.allowed += HEADER.size
+        self._send(EXITED._replace(id=command))
+        self._close_after(command)
+
+    def _close_after(self, command: int) -> None:
+        if self.state is State.CLOSING and self.close is not None and self.close.after == command:
+            number = self._open(Stream.OUTPUT, 0)
+            self.link.streams.finish(number)
+            self.allowed += HEADER.size
+            self._send(Closed(WINDOW, None, 0, 0))
+
+    def _open(self, stream: Stream, subject: int) -> int:
+        """Open a stream, and send a window's worth of data."""
         before = self.link.pending()
-        self.link.send(kind, body)
-        self.state = NEXT[self.state, kind]
-        self.queued += self.link.pending() - before
+        number = self.link.open(stream, subject)
+        assert self.link.streams.send(number, OUR_BYTES) == WINDOW
+        self.allowed += self.link.pending() - before
+        return number
+
+    def _send(self, value: Message) -> None:
+        before = self.link.pending()
+        self.link.send(value)
+        self._change_state(value)
+        self.allowed += self.link.pending() - before
+
+
+def check_remembered(link: Link) -> None:
+    """Check that a link remembers a limited number of streams and commands."""
+    assert len(link.streams._open) <= STREAMS_MAX  # noqa: SLF001 - the bounds are the promise
+    assert len(link._subjects) <= STREAMS_MAX  # noqa: SLF001
+    assert len(link._commands) <= COMMANDS_MAX  # noqa: SLF001
+    assert len(link._used) <= USED_MAX  # noqa: SLF001
 
 
 def pieces(stream: bytes, sizes: bytes) -> list[bytes]:

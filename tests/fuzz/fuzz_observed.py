@@ -1,7 +1,7 @@
-"""Fuzz target: the denials that a guest reports, from the bodies of DENIED frames to advice.
+"""Fuzz target: the denials that a guest reports, from DENIED messages to advice.
 
-An input is a byte that chooses the policy, and bodies as JSON, one per line. Every input gives PeerError, or denials
-that can be written: at most one per body, counts within what JSON can hold, and advice that works (`follow`).
+An input is a byte that chooses the policy, and payloads as JSON, one per line. Every input gives PeerError, or denials
+that can be written: at most one per message, counts within what JSON can hold, and advice that works (`follow`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from x07_sandbox.channel.frames import Kind, decode_body
+from x07_sandbox.channel.messages import FORMS, Denied, decode
 from x07_sandbox.errors import PeerError
 from x07_sandbox.plan.denials import GuestMount
 from x07_sandbox.plan.observed import denials
@@ -35,16 +35,18 @@ COUNT_MAX: Final = 2**63 - 1
 def one_input(data: bytes) -> None:
     """Check one input. Raises AssertionError, or any exception that the code under test must not raise."""
     policy = POLICIES[data[0] % len(POLICIES)] if data else POLICIES[0]
-    bodies = []
+    denied = []
     for line in data[1:].split(b"\n"):
         try:
-            bodies.append(decode_body(Kind.DENIED, line))
+            message = decode(FORMS[Denied].number, line)
         except PeerError:
             continue
-    found = denials(bodies, policy, AREAS, CWD)
-    assert len(found) <= len(bodies)
-    assert bool(found) == bool(bodies)
-    assert sum(denial.count for denial in found) <= sum(body["count"] for body in bodies)
+        assert isinstance(message, Denied)
+        denied.append(message)
+    found = denials(denied, policy, AREAS, CWD)
+    assert len(found) <= len(denied)
+    assert bool(found) == bool(denied)
+    assert sum(denial.count for denial in found) <= sum(message.times for message in denied)
     for denial in found:
         assert 1 <= denial.count <= COUNT_MAX
         assert denial.observed_by == "guest"

@@ -2,24 +2,41 @@
 
 Run: python -m tests.fuzz.make_seeds
 
-A channel seed is named after the frame kind that it ends with; each kind has at least one. See `fuzz_channel` for the
-first byte. The seeds below "found" are inputs that once broke an invariant.
+A channel seed is named after the message or the type of frame that it is about; each has at least one. See
+`fuzz_channel` for the first byte. The seeds below "found" are inputs that once broke an invariant.
 """
 
 from __future__ import annotations
 
+import json
 import stat
 import struct
 from pathlib import Path
 from typing import Final
 
-from tests.fuzz.fuzz_channel import DENIED, EXITED, NONCE, SEED, START
+from tests.fuzz.fuzz_channel import DENIED, EXITED, MESSAGES, NONCE, OPEN, frame, opening
+from tests.fuzz.fuzz_channel import message as control
 from tests.fuzz.fuzz_client_hello import body, extension, hello, message, records, sni
 from tests.fuzz.fuzz_documents import BETWEEN, BUILT, result
 from tests.fuzz.fuzz_observed import POLICIES
 from tests.fuzz.fuzz_unpack import MOST_BYTES
-from x07_sandbox.channel import egress
-from x07_sandbox.channel.frames import PROTOCOL, WINDOW, Kind, Stream, encode, encode_body
+from x07_sandbox.channel import egress, streams
+from x07_sandbox.channel.link import WINDOW, Stream
+from x07_sandbox.channel.messages import (
+    Close,
+    Closed,
+    Exec,
+    Failed,
+    Hello,
+    Output,
+    Seed,
+    Seeded,
+    Started,
+    Stop,
+    Warm,
+    Warmed,
+    encode,
+)
 from x07_sandbox.channel.trees import Entry, segment
 from x07_sandbox.channel.trees import Kind as R
 from x07_sandbox.images import cpio
@@ -35,58 +52,74 @@ AS_GUEST: Final = b"\x80"
 AS_GUEST_CUT: Final = b"\x82\x08\x1f"
 
 
-WARM: Final[dict[str, object]] = {
-    "preload": [],
-    "hostname": "x07",
-    "output": True,
-    "network": False,
-    "limits": {"fds": 256},
-    "commands": [["/bin/true"]],
-}
-
-
-def control(kind: Kind, body: dict[str, object] | None = None) -> bytes:
-    """Return a control frame."""
-    return encode(kind, 0, encode_body(kind, body or {}))
-
-
 def channel_seeds() -> dict[str, bytes]:
-    """Return one conversation per frame kind, up to that frame, and some more for branches."""
-    greeted = control(Kind.HELLO, {"protocol": PROTOCOL})
-    ready = greeted + control(Kind.SEEDED, {"nonce": NONCE})
-    running = ready + control(Kind.STARTED)
-    output = encode(Kind.DATA, Stream.STDOUT, b"hello\n") + encode(Kind.DATA, Stream.STDERR, b"\0\xff")
-    exited = running + output + encode(Kind.EOF, Stream.STDOUT) + control(Kind.EXITED, {**EXITED, "output_bytes": 3})
-    collected = exited + encode(Kind.DATA, Stream.OUTPUT_FILE, b"\x7fEL") + encode(Kind.EOF, Stream.OUTPUT_FILE)
-    failed: dict[str, object] = {"stage": "prepare", "errno": 2, "message": "No such file: '/x07/in/\u00e9'"}
-    seeded = control(Kind.SEED, SEED)
-    started = seeded + control(Kind.START, START)
-    files = encode(Kind.DATA, Stream.FIRST_FILE, b"#!/bin/sh\n") + encode(Kind.EOF, Stream.FIRST_FILE)
+    """Return one conversation for each message and type of frame, and some more for branches."""
+    greeted = control(MESSAGES[Hello])
+    ready = greeted + control(Seeded(NONCE))
+    running = ready + control(Started(1))
+    output = opening(1, Stream.STDOUT, 1) + frame(streams.DATA, 1, b"hello\n")
+    output += opening(3, Stream.STDERR, 1) + frame(streams.DATA, 3, b"\0\xff")
+    ended = frame(streams.FIN, 1) + frame(streams.FIN, 3)
+    exited = running + output + ended + control(EXITED)
+    collected = opening(5, Stream.OUTPUT) + frame(streams.DATA, 5, b"\x7fEL") + frame(streams.FIN, 5)
+    changes = opening(7, Stream.CHANGES) + frame(streams.DATA, 7, b"\7\0\0") + frame(streams.FIN, 7)
+    failed = control(Failed(0, "prepare", 2, "No such file: '/x07/in/\u00e9'"))
+    seeded = control(MESSAGES[Seed])
+    opened = seeded + control(OPEN)
+    command, more = control(MESSAGES[Exec]), control(Exec(2, ["b"], {}, "/", MESSAGES[Exec].limits))  # type: ignore[union-attr]
+    started = opened + command
+    files = opening(2, Stream.INPUT) + frame(streams.DATA, 2, b"#!/bin/sh\n") + frame(streams.FIN, 2)
+    stdin = opening(4, Stream.STDIN, 1) + frame(streams.DATA, 4, b"in")
+    close, at_once = control(Close(1, Output("/x07/out/a", 9), None)), control(Close(0, None, None))
+    credit = frame(streams.CREDIT, 4, (WINDOW // 4).to_bytes(4, "big"))
     return {
         "HELLO": AS_HOST + greeted,
-        "WARM": AS_GUEST + control(Kind.WARM, WARM) + seeded,
-        "WARMED": AS_HOST + greeted + control(Kind.WARMED),
+        "WARM": AS_GUEST + control(MESSAGES[Warm]) + seeded,
+        "WARM-again": AS_GUEST + started + at_once + control(MESSAGES[Warm]) + opened + command,
+        "WARMED": AS_HOST + greeted + control(Warmed()),
         "SEED": AS_GUEST + seeded,
         "SEEDED": AS_HOST_CUT + ready,
-        "START": AS_GUEST_CUT + started,
+        "OPEN": AS_GUEST_CUT + opened + files,
+        "OPEN-stream": AS_HOST + running + opening(1, Stream.STDOUT, 1),
+        "EXEC": AS_GUEST_CUT + started,
+        "EXEC-two": AS_GUEST + opened + command + more + control(Stop(1, 9)) + control(Stop(2, 9)),
         "STARTED": AS_HOST + running,
         "DATA": AS_HOST_CUT + running + output,
-        "DATA-files": AS_GUEST_CUT + started + files + encode(Kind.DATA, Stream.STDIN, b"in"),
-        "DATA-stalled": AS_HOST_STALLED + running + output * 3,
-        "EOF": AS_HOST + collected,
-        "CREDIT": AS_HOST_CUT + running + encode(Kind.CREDIT, Stream.STDIN, (WINDOW // 4).to_bytes(4, "big")),
-        "STOP": AS_GUEST + started + control(Kind.STOP) + control(Kind.STOP),
-        "DENIED": AS_HOST + running + control(Kind.DENIED, DENIED) * 2,
+        "DATA-files": AS_GUEST_CUT + started + files + stdin,
+        "DATA-stalled": AS_HOST_STALLED + running + output + frame(streams.DATA, 1, b"hello") * 3,
+        "FIN": AS_HOST + exited + collected,
+        "CREDIT": AS_HOST_CUT + running + credit,
+        "RESET": AS_HOST + running + frame(streams.RESET, 4) + credit + output + frame(streams.RESET, 1),
+        "ANSWER": AS_HOST + running + frame(streams.ANSWER, 4),
+        "DATAGRAM": AS_HOST + running + opening(1, Stream.STDOUT, 1) + frame(streams.DATAGRAM, 1),
+        "STOP": AS_GUEST + started + control(Stop(1, 9)) * 2,
+        "STDIN-late": AS_GUEST + started + control(Stop(1, 9)) + stdin,
+        "DENIED": AS_HOST + running + control(DENIED) * 2,
         "EXITED": AS_HOST + exited,
-        "FAILED": AS_HOST_CUT + ready + control(Kind.FAILED, failed),
-        "FAILED-late": AS_HOST + exited + control(Kind.FAILED, failed),
+        "EXITED-early": AS_HOST + running + output + control(EXITED),
+        "EXITED-two": AS_HOST + exited + control(Started(2)) + opening(5, Stream.STDOUT, 2),
+        "CLOSE": AS_GUEST + started + close + control(Stop(1, 9)),
+        "CLOSED": AS_HOST_CUT + exited + collected + changes + control(Closed(3, None, 0, 0)),
+        "FAILED": AS_HOST_CUT + ready + failed,
+        "FAILED-command": AS_HOST + ready + control(Failed(1, "exec", 2, "no")) + control(Started(2)),
+        "FAILED-late": AS_HOST + exited + failed,
         # In one piece, the fault hid the events before it; cut, it did not.
-        "found/fault-after-events": AS_HOST_CUT + running + output + b"\0\0\0\0\xff\0\0\0",
-        # A frame rejected for its order was dropped, and the conversation continued after it.
-        "found/life-after-fault": AS_HOST_CUT + control(Kind.STARTED) + greeted,
-        # The host buffered 4 MiB of a START, which the guest must not send, before it rejected it.
-        "found/start-from-the-guest": AS_HOST + b"\x00\x40\x00\x00\x04\x00\x00\x00" + bytes(40_000),
-        "found/no-credit": AS_HOST + running + encode(Kind.CREDIT, Stream.STDIN, bytes(4)),
+        "found/fault-after-events": AS_HOST_CUT + running + output + b"\xff" + bytes(11),
+        # A message rejected for its order was dropped, and the conversation continued after it.
+        "found/life-after-fault": AS_HOST_CUT + control(Started(1)) + greeted,
+        # The host buffered 4 MiB of a message that the guest must not send, before it rejected it.
+        "found/large-message-from-the-guest": AS_HOST
+        + streams.HEADER.pack(streams.MESSAGE, encode(OPEN)[0], 0, 0, 4 << 20)
+        + bytes(40_000),
+        "found/no-credit": AS_HOST + running + frame(streams.CREDIT, 4, bytes(4)),
+        # The guest raised ValueError, TypeError, or (for the id) TypeError in its table of commands.
+        "found/short-open": AS_GUEST + seeded + frame(streams.MESSAGE, 0, b"[]", encode(OPEN)[0]),
+        "found/no-limits": AS_GUEST
+        + opened
+        + frame(streams.MESSAGE, 0, b'[1,[],{},"",0,""]', encode(MESSAGES[Exec])[0]),
+        "found/text-as-id": AS_GUEST
+        + opened
+        + frame(streams.MESSAGE, 0, b'["1",[],{},"",[0,0,0,0,0],""]', encode(MESSAGES[Exec])[0]),
     }
 
 
@@ -243,27 +276,28 @@ def hints_seeds() -> dict[str, bytes]:
 
 def observed_seeds() -> dict[str, bytes]:
     """Return bodies as a guest sends them, and hostile ones; the first byte chooses the policy."""
-    refused: list[dict[str, object]] = [
-        {"by": "seccomp", "call": "clone", "errno": 1, "path": ""},
-        {"by": "seccomp", "call": "execve", "errno": 1, "path": ""},
-        {"call": "socket", "errno": 24, "path": ""},
-        {"call": "execve", "path": "/usr/bin/true"},
-        {"call": "execve", "path": "/data/out/made"},
-        {"call": "mkdir", "errno": 30, "path": "/data/", "write": True},
-        {"call": "openat", "errno": 30, "path": "/opt/x07/in/f", "write": True},
-        {"call": "openat", "errno": 30, "path": "/x07/out/", "write": True},
-        {"call": "openat", "errno": 30, "path": ".../", "write": True},
-        {"call": "openat", "path": "/usr/bin/true"},
+    refused = [
+        DENIED._replace(by="seccomp", call="clone", errno=1, path=""),
+        DENIED._replace(by="seccomp", call="execve", errno=1, path=""),
+        DENIED._replace(call="socket", errno=24, path=""),
+        DENIED._replace(call="execve", path="/usr/bin/true"),
+        DENIED._replace(call="execve", path="/data/out/made"),
+        DENIED._replace(call="mkdir", errno=30, path="/data/", write=True),
+        DENIED._replace(call="openat", errno=30, path="/opt/x07/in/f", write=True),
+        DENIED._replace(call="openat", errno=30, path="/x07/out/", write=True),
+        DENIED._replace(call="openat", errno=30, path=".../", write=True),
+        DENIED._replace(call="openat", path="/usr/bin/true"),
     ]
-    hostile: list[dict[str, object]] = [
-        {"call": "\x1b[2J", "path": "/srv/$(id); '\n", "write": True, "errno": 30, "count": 2**63 - 1},
-        {"by": "nobody", "call": "", "path": "\ud800/" * 500, "write": True, "errno": 4096},
-        {"path": "/" * 2000, "write": True, "errno": 30},
+    hostile = [
+        DENIED._replace(call="\x1b[2J", path="/srv/$(id); '\n", write=True, errno=30, times=2**63 - 1),
+        DENIED._replace(by="nobody", call="", path="\ud800/" * 500, write=True, errno=4096),
+        DENIED._replace(path="/" * 2000, write=True, errno=30),
     ]
-    made = [encode_body(Kind.DENIED, {**DENIED, **body}) for body in (*refused, *hostile)]
+    # With lone surrogates, which no agent sends.
+    made = [json.dumps(denied).encode() for denied in (*refused, *hostile)]
     found = {f"policy-{number}": bytes([number]) + b"\n".join(made[: len(refused)]) for number in range(len(POLICIES))}
     found |= {f"hostile-{number}": b"\x00" + body for number, body in enumerate(made[len(refused) :])}
-    return {**found, "counted": b"\x00" + b"\n".join(made[-3:] * 3), "no-body": b"\x00{}\n[]\n\xff"}
+    return {**found, "counted": b"\x00" + b"\n".join(made[-3:] * 3), "no-fields": b"\x00{}\n[]\n\xff"}
 
 
 def patch_seeds() -> dict[str, bytes]:
@@ -341,41 +375,40 @@ def http_requests_seeds() -> dict[str, bytes]:
     }
 
 
-def frame(kind: int, stream: int, payload: bytes = b"", code: int = 0) -> bytes:
-    """Return a frame of connections."""
-    return egress.HEADER.pack(kind, code, 0, stream, len(payload)) + payload
-
-
 def egress_seeds() -> dict[str, bytes]:
     """Return frames as relay and gate send them, and hostile ones; see `fuzz_egress` for the first byte."""
     gate, gate_cut, stalled, guest = b"\x00", b"\x03\x00\x06\x12", b"\x41\x63", b"\x82\x08\x1f"
 
     def ask(stream: int, transport: int = egress.TCP, host: bytes = b"a.example") -> bytes:
-        return frame(egress.OPEN, stream, struct.pack(">BH", transport, 443) + host)
+        return frame(streams.OPEN, stream, struct.pack(">H", 443) + host, transport)
 
-    opened, data, fin = frame(egress.OPENED, 1), frame(egress.DATA, 1, b"hello"), frame(egress.FIN, 1)
-    credit, reset = frame(egress.CREDIT, 1, struct.pack(">I", egress.WINDOW // 4)), frame(egress.RESET, 1)
-    datagrams = frame(egress.DATAGRAM, 2, b"x") + frame(egress.DATAGRAM, 2)
+    opened, data, fin = frame(streams.ANSWER, 1), frame(streams.DATA, 1, b"hello"), frame(streams.FIN, 1)
+    credit, reset = frame(streams.CREDIT, 1, struct.pack(">I", egress.WINDOW // 4)), frame(streams.RESET, 1)
+    datagrams = frame(streams.DATAGRAM, 3, b"x") + frame(streams.DATAGRAM, 3)
     return {
-        "talk": gate_cut + ask(1) + ask(2, egress.UDP) + data + credit + datagrams + data + fin + credit,
+        "talk": gate_cut + ask(1) + ask(3, egress.UDP) + data + credit + datagrams + data + fin + credit,
         "told": gate
-        + frame(egress.REFUSAL, 0, b"\x06\x01\xbbunlisted.example")
-        + frame(egress.REFUSAL, 1, b"\x11\0\0x"),
-        "reset": gate + ask(1) + data + reset + data + ask(5) + frame(egress.DATA, 5, b"x"),
+        + frame(streams.MESSAGE, 0, b"\x06\x01\xbbunlisted.example", egress.REFUSAL)
+        + frame(streams.MESSAGE, 1, b"\x11\0\0x", egress.REFUSAL),
+        "told-other-transport": gate + frame(streams.MESSAGE, 0, b"\x01\x01\xbbx", egress.REFUSAL),
+        "reset": gate + ask(1) + data + reset + data + ask(5) + frame(streams.DATA, 5, b"x"),
         "stalled": stalled + ask(1) + data * 8,
-        "window": gate + ask(1) + frame(egress.DATA, 1, bytes(1500)) * 2,
-        "guest": guest + opened + data + credit + frame(egress.OPENED, 2) + datagrams + fin + reset,
-        "refused": guest + frame(egress.OPENED, 1, code=egress.POLICY) + data + frame(egress.RESET, 3, code=4),
-        "before-opened": guest + data,
-        "opened-twice": guest + opened * 2,
+        "window": gate + ask(1) + frame(streams.DATA, 1, bytes(1500)) * 2,
+        "guest": guest + opened + data + credit + frame(streams.ANSWER, 3) + datagrams + fin + reset,
+        "refused": guest + frame(streams.ANSWER, 1, code=egress.POLICY) + data + frame(streams.RESET, 5, code=4),
+        "before-answer": guest + data,
+        "answered-twice": guest + opened * 2,
         "open-twice": gate + ask(1) * 2,
-        "descending": gate + ask(7) + ask(6),
-        "never-opened": gate + ask(1) + frame(egress.DATA, 2, b"x"),
+        "descending": gate + ask(7) + ask(5),
+        "even": gate + ask(2),
+        "never-opened": gate + ask(1) + frame(streams.DATA, 3, b"x"),
         "too-much-credit": gate + ask(1) + credit * 5,
-        "no-credit": gate + ask(1) + frame(egress.CREDIT, 1, bytes(4)),
-        "other-transport": gate + ask(2, egress.UDP) + frame(egress.DATA, 2, b"x"),
+        "no-credit": gate + ask(1) + frame(streams.CREDIT, 1, bytes(4)),
+        "datagram-on-tcp": gate + ask(1) + frame(streams.DATAGRAM, 1, b"x"),
+        "data-on-udp": gate + ask(3, egress.UDP) + frame(streams.DATA, 3, b"x"),
+        "other-transport": gate + ask(1, 1),
         "no-host": gate + ask(1, host=b""),
-        "long": gate + egress.HEADER.pack(egress.DATA, 0, 0, 1, 2**32 - 1) + b"x",
+        "long": gate + streams.HEADER.pack(streams.DATA, 0, 0, 1, 2**32 - 1) + b"x",
         "wrong-side": gate + opened,
         # Input after a fault was kept.
         "found/kept-after-fault": gate + b"\xff" * 2000,

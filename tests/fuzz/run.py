@@ -18,7 +18,7 @@ WATCHED: Final = {
     "client_hello": ["h11", "x07_sandbox.network"],
     "dns": ["x07_sandbox.guest.dns"],
     "documents": ["x07_sandbox.policy", "x07_sandbox.programs", "x07_sandbox.reports", "tomllib"],
-    "egress": ["x07_sandbox.channel.egress"],
+    "egress": ["x07_sandbox.channel"],
     "hints": ["x07_sandbox.plan"],
     "http_requests": ["h11", "x07_sandbox.network"],
     "names": ["idna", "x07_sandbox.network"],

@@ -26,7 +26,8 @@ from tests.fuzz import (
     fuzz_unpack,
 )
 from tests.fuzz.make_seeds import SEEDS, channel_seeds, seeds
-from x07_sandbox.channel.frames import Kind
+from x07_sandbox.channel import streams
+from x07_sandbox.channel.messages import FORMS
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 TARGETS: Final = {
@@ -54,9 +55,12 @@ def test_seeds_match_their_script() -> None:
     assert found == seeds(), "run: python -m tests.fuzz.make_seeds"
 
 
-def test_every_kind_of_frame_has_a_seed() -> None:
-    """Every kind of frame has a seed for the fuzzer."""
-    assert {kind.name for kind in Kind} <= channel_seeds().keys()
+def test_every_message_and_type_of_frame_has_a_seed() -> None:
+    """Every message and every type of frame has a seed for the fuzzer."""
+    names = {name for name, value in vars(streams).items() if name[0].isupper() and type(value) is int and value < 256}
+    assert len(names) == streams.DATAGRAM
+    wanted = {*(names - {"MESSAGE"}), *(kind.__name__.upper() for kind in FORMS)}
+    assert wanted <= channel_seeds().keys()
 
 
 @pytest.mark.parametrize("name", seeds())

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.fuzz.fuzz_channel import NONCE, SEED, START
+from tests.fuzz.fuzz_channel import MESSAGES, NONCE, OPEN
+from tests.unit.test_channel_link import same
+from x07_sandbox.channel import streams
 from x07_sandbox.channel.connection import Connection
-from x07_sandbox.channel.frames import DATA_MAX, WINDOW, Kind, Role, Stream
-from x07_sandbox.channel.link import Control, Data, Event, State
+from x07_sandbox.channel.link import DATA_MAX, WINDOW, State, Stream
+from x07_sandbox.channel.messages import FORMS, Exec, Hello, Message, Seed, Seeded, Started, Stop
+from x07_sandbox.channel.streams import Event, Role
 from x07_sandbox.errors import PeerError
 
 if TYPE_CHECKING:
@@ -27,45 +30,48 @@ def sockets() -> Iterator[tuple[socket.socket, socket.socket]]:
         yield near, far
 
 
-def read_some(connection: Connection) -> list[Event]:
-    """Return the events that have arrived."""
+def read_some(connection: Connection) -> list[Message | Event]:
+    """Return the messages and events that have arrived."""
     events = connection.read()
     assert events is not None
     return list(events)
 
 
 def running(one: socket.socket, other: socket.socket) -> tuple[Connection, Connection]:
-    """Return host and guest connections in the running state."""
+    """Return host and guest connections with a running command."""
     host, guest = Connection(one.fileno(), Role.HOST), Connection(other.fileno(), Role.GUEST)
-    steps: list[tuple[Connection, Connection, Kind, dict[str, object]]] = [
-        (guest, host, Kind.HELLO, {"protocol": 1}),
-        (host, guest, Kind.SEED, SEED),
-        (guest, host, Kind.SEEDED, {"nonce": NONCE}),
-        (host, guest, Kind.START, START),
-        (guest, host, Kind.STARTED, {}),
-    ]
-    for sender, receiver, kind, body in steps:
-        sender.link.send(kind, body)
+    for step in (MESSAGES[Hello], MESSAGES[Seed], Seeded(NONCE), OPEN, MESSAGES[Exec], Started(1)):
+        sender, receiver = (host, guest) if FORMS[type(step)].sender is Role.HOST else (guest, host)
+        sender.link.send(step)
         assert sender.flush()
-        assert read_some(receiver) == [Control(kind, body)]
-    assert host.link.state is guest.link.state is State.RUNNING
+        assert same(read_some(receiver), [step])
+    assert host.link.state is guest.link.state is State.OPEN
     return host, guest
+
+
+def with_output(host: Connection, guest: Connection) -> int:
+    """Open the command's output. Return the number of the stream."""
+    number = guest.link.open(Stream.STDOUT, 1)
+    assert guest.flush()
+    assert len(read_some(host)) == 1
+    return number
 
 
 def test_bytes_a_full_descriptor_rejects_stay_queued(sockets: tuple[socket.socket, socket.socket]) -> None:
     """Bytes that a full descriptor does not accept stay queued and arrive once the peer reads."""
     host, guest = running(*sockets)
     sent = os.urandom(WINDOW)
-    assert host.link.send_data(Stream.STDIN, sent) == WINDOW
+    assert host.link.streams.send(host.link.open(Stream.STDIN, 1), sent) == WINDOW
     came = bytearray()
     turns = 0
     assert host.flush()
     assert host.link.pending() > 0, "the socket took everything at once: nothing is tested"
     while len(came) < WINDOW:
         assert host.flush()
-        events = read_some(guest)
-        assert all(isinstance(event, Data) and len(event.payload) <= DATA_MAX for event in events)
-        came += b"".join(event.payload for event in events if isinstance(event, Data))
+        for event in read_some(guest):
+            assert isinstance(event, Event)
+            assert len(event.data) <= DATA_MAX
+            came += event.data if event.type == streams.DATA else b""
         turns += 1
     assert came == sent
     assert turns > 1
@@ -74,22 +80,24 @@ def test_bytes_a_full_descriptor_rejects_stay_queued(sockets: tuple[socket.socke
 def test_frames_are_read_byte_by_byte(sockets: tuple[socket.socket, socket.socket]) -> None:
     """A frame that arrives one byte at a time is decoded, and an incomplete one is no event."""
     host, guest = running(*sockets)
-    guest.link.send_data(Stream.STDOUT, b"slow")
-    wire = guest.link.data_to_send(100)
+    number = with_output(host, guest)
+    guest.link.streams.send(number, b"slow")
+    wire = guest.link.streams.data_to_send()
     for at in range(len(wire) - 1):
         sockets[1].send(wire[at : at + 1])
         assert read_some(host) == []
     sockets[1].send(wire[-1:])
-    assert read_some(host) == [Data(Stream.STDOUT, b"slow")]
+    assert read_some(host) == [Event(streams.DATA, number, Stream.STDOUT, b"slow")]
 
 
 def test_data_before_a_close_is_read(sockets: tuple[socket.socket, socket.socket]) -> None:
     """Data sent before the peer closed is read first; later reads report the end."""
     host, guest = running(*sockets)
-    guest.link.send_data(Stream.STDOUT, b"last words")
+    number = with_output(host, guest)
+    guest.link.streams.send(number, b"last words")
     assert guest.flush()
     sockets[1].close()
-    assert read_some(host) == [Data(Stream.STDOUT, b"last words")]
+    assert read_some(host) == [Event(streams.DATA, number, Stream.STDOUT, b"last words")]
     assert host.read() is None
     assert host.read() is None
 
@@ -98,7 +106,7 @@ def test_writing_to_a_closed_peer_returns_false(sockets: tuple[socket.socket, so
     """Writing to a closed peer returns false instead of raising."""
     host, _ = running(*sockets)
     sockets[1].close()
-    host.link.send(Kind.STOP, {})
+    host.link.send(Stop(1, 9))
     assert not host.flush()
     assert host.link.pending() > 0
 
@@ -106,7 +114,7 @@ def test_writing_to_a_closed_peer_returns_false(sockets: tuple[socket.socket, so
 def test_a_reset_connection_reads_as_closed(sockets: tuple[socket.socket, socket.socket]) -> None:
     """A reset connection reads as closed."""
     host, _ = running(*sockets)
-    host.link.send(Kind.STOP, {})
+    host.link.send(Stop(1, 9))
     assert host.flush()
     sockets[1].close()
     assert host.read() is None
@@ -115,25 +123,29 @@ def test_a_reset_connection_reads_as_closed(sockets: tuple[socket.socket, socket
 def test_junk_is_a_peer_error(sockets: tuple[socket.socket, socket.socket]) -> None:
     """Junk raises PeerError after the valid frames before it."""
     host, guest = running(*sockets)
-    guest.link.send_data(Stream.STDERR, b"!")
-    sockets[1].send(guest.link.data_to_send(100) + b"\xff" * 100)
+    number = with_output(host, guest)
+    guest.link.streams.send(number, b"!")
+    sockets[1].send(bytes(guest.link.streams.data_to_send()) + b"\xff" * 100)
     events = host.read()
     assert events is not None
     seen = iter(events)
-    assert next(seen) == Data(Stream.STDERR, b"!")
+    assert next(seen) == Event(streams.DATA, number, Stream.STDOUT, b"!")
     with pytest.raises(PeerError):
         next(seen)
 
 
 def test_a_pipe_serves_as_well() -> None:
-    """A connection works over a plain pipe."""
-    read_end, write_end = os.pipe()
+    """A connection works over a pipe for each direction."""
+    to_host, to_guest = os.pipe(), os.pipe()
     try:
-        guest = Connection(write_end, Role.GUEST)
-        host = Connection(read_end, Role.HOST)
-        guest.link.send(Kind.HELLO, {"protocol": 1})
+        guest = Connection(to_guest[0], Role.GUEST, out_fd=to_host[1])
+        host = Connection(to_host[0], Role.HOST, out_fd=to_guest[1])
+        guest.link.send(MESSAGES[Hello])
         assert guest.flush()
-        assert read_some(host) == [Control(Kind.HELLO, {"protocol": 1})]
+        assert same(read_some(host), [MESSAGES[Hello]])
+        host.link.send(MESSAGES[Seed])
+        assert host.flush()
+        assert same(read_some(guest), [MESSAGES[Seed]])
     finally:
-        os.close(write_end)
-        os.close(read_end)
+        for fd in (*to_host, *to_guest):
+            os.close(fd)

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import pytest
+from x07_sandbox.channel.frames import BODIES, PACKED, SENDER, Kind, Role, Shape, Stream, payload_max, stream_sender
 
 from x07_sandbox.channel import connection, frames
-from x07_sandbox.channel.frames import BODIES, PACKED, SENDER, Kind, Role, Shape, Stream, payload_max, stream_sender
 from x07_sandbox.channel.link import DATA_STATES, NEXT, State
 
 if TYPE_CHECKING:

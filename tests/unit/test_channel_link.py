@@ -1,441 +1,652 @@
-"""The link: two ends, one state table, flow-control windows, and final faults."""
+"""The link: two ends, the tables of states, the streams of commands, and final faults."""
 
 from __future__ import annotations
 
 import itertools
-from typing import ClassVar
+from typing import Any, Final
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from tests.fuzz.fuzz_channel import DENIED, EXITED, NONCE, SEED, START, one_input
-from x07_sandbox.channel.frames import (
-    CONTROL_MAX,
-    DATA_MAX,
-    HEADER,
-    LAST_FILE,
-    SENDER,
-    WINDOW,
-    Kind,
-    Role,
-    Stream,
-    encode,
-    encode_body,
-    stream_sender,
+from tests.fuzz.fuzz_channel import (
+    EXITED,
+    HELD_MAX,
+    LIMITS,
+    MESSAGES,
+    NONCE,
+    OPEN,
+    check_remembered,
+    frame,
+    message,
+    one_input,
+    opening,
 )
-from x07_sandbox.channel.link import DATA_STATES, NEXT, Control, Credit, Data, Eof, Event, Link, State
+from x07_sandbox.channel import streams
+from x07_sandbox.channel.link import (
+    COMMAND_NEXT,
+    COMMANDS_MAX,
+    DATA_MAX,
+    FILES_MAX,
+    NEXT,
+    WINDOW,
+    CommandState,
+    Link,
+    State,
+    Stream,
+)
+from x07_sandbox.channel.messages import (
+    FORMS,
+    ID_MAX,
+    Close,
+    Closed,
+    Exec,
+    Failed,
+    Hello,
+    Message,
+    Open,
+    Seed,
+    Seeded,
+    Started,
+    Stop,
+    Warm,
+    Warmed,
+)
+from x07_sandbox.channel.streams import Event, Role
 from x07_sandbox.errors import ChannelUsageError, PeerError
 
-BODY: dict[Kind, dict[str, object]] = {
-    Kind.HELLO: {"protocol": 1},
-    Kind.WARM: {"preload": [], "hostname": "x07", "output": False, "network": False, "limits": {}, "commands": []},
-    Kind.WARMED: {},
-    Kind.SEED: SEED,
-    Kind.SEEDED: {"nonce": NONCE},
-    Kind.START: START,
-    Kind.STARTED: {},
-    Kind.STOP: {},
-    Kind.DENIED: DENIED,
-    Kind.EXITED: EXITED,
-    Kind.FAILED: {"stage": "init", "errno": 2, "message": "no"},
+HOST, GUEST = Role.HOST, Role.GUEST
+OTHER: Final = {HOST: GUEST, GUEST: HOST}
+CLOSE_NOW: Final = Close(0, None, None)
+CLOSED: Final = Closed(None, None, 0, 0)
+AFTER_OPEN: Final = (State.OPEN, State.CLOSING, State.CLOSED, State.FAILED)
+OF_COMMANDS: Final = (Stream.STDIN, Stream.STDOUT, Stream.STDERR)
+OPENER: Final = {stream: HOST if stream in {Stream.INPUT, Stream.STDIN} else GUEST for stream in Stream}
+# How a session gets into each state, and command 1 of it into each state of a command.
+TO_SESSION: Final[dict[State, list[Message]]] = {
+    State.WAITING: [],
+    State.GREETED: [MESSAGES[Hello]],
+    State.WARMING: [MESSAGES[Hello], MESSAGES[Warm]],
+    State.WARM: [MESSAGES[Hello], MESSAGES[Warm], Warmed()],
+    State.SEEDING: [MESSAGES[Hello], MESSAGES[Seed]],
+    State.READY: [MESSAGES[Hello], MESSAGES[Seed], Seeded(NONCE)],
+    **{state: [MESSAGES[Hello], MESSAGES[Seed], Seeded(NONCE), OPEN] for state in AFTER_OPEN},
 }
-STREAMS = [*(stream for stream in Stream if stream != Stream.CONTROL), LAST_FILE]
-CONTROL = sorted(SENDER)
+TO_COMMAND: Final[dict[CommandState | None, list[Message]]] = {
+    None: [],
+    CommandState.STARTING: [MESSAGES[Exec]],
+    CommandState.RUNNING: [MESSAGES[Exec], Started(1)],
+    CommandState.ENDED: [MESSAGES[Exec], Started(1), EXITED],
+}
+AFTER: Final[dict[State, list[Message]]] = {
+    State.CLOSING: [CLOSE_NOW],
+    State.CLOSED: [CLOSE_NOW, CLOSED],
+    State.FAILED: [MESSAGES[Failed]],
+}
+SITUATIONS: Final = [
+    (state, command)
+    for state, command in itertools.product(State, [None, *CommandState])
+    if command is None or state in {State.OPEN, *AFTER}
+]
+ALL_MESSAGES: Final = {
+    **{kind.__name__: one for kind, one in MESSAGES.items()},
+    "FailedCommand": Failed(1, "exec", 2, "no"),
+    "NextExec": MESSAGES[Exec]._replace(id=2),  # type: ignore[call-arg]
+}
 
 
-def path_to(state: State) -> list[Kind]:
-    """The shortest sequence of control frames that leads to a state."""
-    ways: dict[State, list[Kind]] = {State.WAITING: []}
-    while state not in ways:
-        ways |= {end: [*ways[begin], kind] for (begin, kind), end in NEXT.items() if begin in ways and end not in ways}
-    return ways[state]
-
-
-def control(kind: Kind) -> bytes:
-    """An encoded control frame."""
-    return encode(kind, 0, encode_body(kind, BODY[kind]))
-
-
-def link_in(state: State, role: Role) -> Link:
-    """One end that has reached a state by frames of the table."""
+def link_in(role: Role, state: State, command: CommandState | None = None) -> Link:
+    """One end that has reached a state, with command 1 in a state."""
     link = Link(role)
-    for kind in path_to(state):
-        if SENDER[kind] is role:
-            link.send(kind, BODY[kind])
+    for one in [*TO_SESSION[state], *TO_COMMAND[command], *AFTER.get(state, [])]:
+        if FORMS[type(one)].sender is role:
+            link.send(one)
         else:
-            assert list(link.receive(control(kind))) == [Control(kind, BODY[kind])]
-    link.sent(link.pending())
+            assert same(list(link.receive(message(one))), [one])
+    taken(link)
     assert link.state is state
     return link
 
 
-def pair_in(state: State) -> dict[Role, Link]:
-    """Both ends in the same state."""
-    return {role: link_in(state, role) for role in Role}
+def pair_in(state: State, command: CommandState | None = None) -> tuple[Link, Link]:
+    """Host and guest in the same state."""
+    return link_in(HOST, state, command), link_in(GUEST, state, command)
 
 
-def carry(sender: Link, receiver: Link, most: int = 2**30) -> list[Event]:
-    """Move bytes from one end to the other; return the events."""
-    data = sender.data_to_send(most)
-    sender.sent(len(data))
-    return list(receiver.receive(data))
+def taken(link: Link) -> bytes:
+    """All bytes that a link has to send."""
+    out = b""
+    while data := link.streams.data_to_send():
+        link.streams.sent(len(data))
+        out += data
+    return out
 
 
-# the table of states
+def carry(sender: Link, receiver: Link) -> list[Message | Event]:
+    """Deliver all pending bytes of one end to the other."""
+    return list(receiver.receive(taken(sender)))
 
 
-def test_every_state_can_be_reached() -> None:
-    """Every state is reachable and has a transition."""
-    assert {state for state in State if path_to(state)} == set(State) - {State.WAITING}
-    assert {state for state, _ in NEXT} == set(State)
+def same(one: list[Message | Event], other: list[Any]) -> bool:
+    """Return whether both are equal, with their types: tuples of two types may be equal."""
+    return [(type(item), item) for item in one] == [(type(item), item) for item in other]
+
+
+def in_order(state: State, command: CommandState | None, one: Message) -> State | None:
+    """Return the state of the session after a message, or None if it is out of order."""
+    after = NEXT.get((state, type(one)))
+    about = getattr(one, "id", 0)
+    if isinstance(one, Exec):
+        return after if about > (command is not None) else None
+    if about and (command is None or (command, type(one)) not in COMMAND_NEXT):
+        return None
+    return state if after and isinstance(one, Failed) and about else after
+
+
+def may_open(state: State, command: CommandState | None, stream: Stream, role: Role) -> bool:
+    """Return whether a stream may be opened. role: who decides that."""
+    if stream is Stream.INPUT:
+        return state in AFTER_OPEN
+    if stream is Stream.STDIN:
+        late = role is GUEST and command is CommandState.ENDED  # the guest may have ended it meanwhile
+        return command in {CommandState.STARTING, CommandState.RUNNING} or late
+    if stream in OF_COMMANDS:
+        return command is CommandState.RUNNING
+    return state is State.CLOSING
+
+
+def subject_of(stream: Stream) -> int:
+    """A good subject of a stream."""
+    return 1 if stream in OF_COMMANDS else 0
+
+
+# the tables of states
+
+
+def test_every_state_can_be_reached_and_left() -> None:
+    """Every state of a session and of a command is reachable and has a transition."""
+    for states, table, first in ((State, NEXT, State.WAITING), (CommandState, COMMAND_NEXT, CommandState.STARTING)):
+        reached: set[Any] = {first}
+        while more := {end for (begin, _), end in table.items() if begin in reached} - reached:
+            reached |= more
+        assert reached == set(states)
+        assert {begin for begin, _ in table} == set(states)
 
 
 def test_the_guest_speaks_first() -> None:
     """Only the guest's HELLO opens a conversation."""
-    assert [(kind, SENDER[kind]) for state, kind in NEXT if state is State.WAITING] == [(Kind.HELLO, Role.GUEST)]
+    assert [(kind, FORMS[kind].sender) for state, kind in NEXT if state is State.WAITING] == [(Hello, GUEST)]
 
 
 @pytest.mark.parametrize("role", Role)
-@pytest.mark.parametrize(("state", "kind"), list(itertools.product(State, CONTROL)))
-def test_received_control_frames_follow_the_table(state: State, kind: Kind, role: Role) -> None:
-    """A received control frame follows the state table, or raises PeerError."""
-    link = link_in(state, role)
-    if SENDER[kind] is not role and (state, kind) in NEXT:
-        assert list(link.receive(control(kind))) == [Control(kind, BODY[kind])]
-        assert link.state is NEXT[state, kind]
+@pytest.mark.parametrize("name", ALL_MESSAGES)
+@pytest.mark.parametrize(("state", "command"), SITUATIONS)
+def test_received_messages_follow_the_tables(state: State, command: CommandState | None, name: str, role: Role) -> None:
+    """A received message follows the tables of states, or raises PeerError."""
+    one = ALL_MESSAGES[name]
+    link = link_in(role, state, command)
+    after = in_order(state, command, one)
+    if FORMS[type(one)].sender is not role and after is not None:
+        assert same(list(link.receive(message(one))), [one])
+        assert link.state is after
     else:
         with pytest.raises(PeerError):
-            list(link.receive(control(kind)))
+            list(link.receive(message(one)))
         assert link.state is state
 
 
 @pytest.mark.parametrize("role", Role)
-@pytest.mark.parametrize(("state", "kind"), list(itertools.product(State, CONTROL)))
-def test_sent_control_frames_follow_the_table(state: State, kind: Kind, role: Role) -> None:
-    """A sent control frame follows the state table, or raises ChannelUsageError."""
-    link = link_in(state, role)
-    if SENDER[kind] is role and (state, kind) in NEXT:
-        link.send(kind, BODY[kind])
-        assert link.state is NEXT[state, kind]
-        assert link.data_to_send(2**30) == control(kind)
+@pytest.mark.parametrize("name", ALL_MESSAGES)
+@pytest.mark.parametrize(("state", "command"), SITUATIONS)
+def test_sent_messages_follow_the_tables(state: State, command: CommandState | None, name: str, role: Role) -> None:
+    """A sent message follows the tables of states, or raises ChannelUsageError and is not sent."""
+    one = ALL_MESSAGES[name]
+    link = link_in(role, state, command)
+    after = in_order(state, command, one)
+    if FORMS[type(one)].sender is role and after is not None:
+        link.send(one)
+        assert link.state is after
+        assert taken(link) == message(one)
     else:
         with pytest.raises(ChannelUsageError):
-            link.send(kind, BODY[kind])
+            link.send(one)
         assert (link.state, link.pending()) == (state, 0)
 
 
-@pytest.mark.parametrize("kind", [Kind.DATA, Kind.EOF])
 @pytest.mark.parametrize("role", Role)
-@pytest.mark.parametrize(("state", "stream"), list(itertools.product(State, STREAMS)))
-def test_data_follows_the_table(state: State, stream: int, role: Role, kind: Kind) -> None:
-    """Data is accepted only from its stream's sender and in the states of the table."""
-    payload = b"x" if kind is Kind.DATA else b""
-    in_order = state in DATA_STATES[min(stream, Stream.FIRST_FILE)]
-    link = link_in(state, role)
-    if in_order and stream_sender(stream) is not role:
-        event: Event = Data(stream, payload) if kind is Kind.DATA else Eof(stream)
-        assert list(link.receive(encode(kind, stream, payload))) == [event]
-    else:
-        with pytest.raises(PeerError):
-            list(link.receive(encode(kind, stream, payload)))
-    link = link_in(state, role)
-    if in_order and stream_sender(stream) is role:
-        give(link, kind, stream)
-        assert link.data_to_send(100) == encode(kind, stream, payload)
+@pytest.mark.parametrize("stream", Stream)
+@pytest.mark.parametrize(("state", "command"), SITUATIONS)
+def test_streams_follow_the_tables(state: State, command: CommandState | None, stream: Stream, role: Role) -> None:
+    """A stream is opened by its sender, and only while the session or its command is in the right state."""
+    subject, good = subject_of(stream), may_open(state, command, stream, role)
+    link = link_in(role, state, command)
+    if OPENER[stream] is role and good:
+        number = link.open(stream, subject)
+        assert taken(link) == opening(number, stream, subject)
+        assert link.subject(number) == subject
     else:
         with pytest.raises(ChannelUsageError):
-            give(link, kind, stream)
+            link.open(stream, subject)
         assert link.pending() == 0
-
-
-def give(link: Link, kind: Kind, stream: int) -> None:
-    """Send one byte, or the end of the stream."""
-    if kind is Kind.DATA:
-        link.send_data(stream, b"x")
+    link = link_in(role, state, command)
+    number = 2 if OPENER[stream] is HOST else 1
+    wire = opening(number, stream, subject)
+    if OPENER[stream] is not role and good:
+        assert list(link.receive(wire)) == [Event(streams.OPEN, number, stream, subject.to_bytes(4, "big"))]
+        assert link.subject(number) == subject
     else:
-        link.end_stream(stream)
+        with pytest.raises(PeerError):
+            list(link.receive(wire))
+
+
+@pytest.mark.parametrize("ended", [False, True])
+@pytest.mark.parametrize("stream", Stream)
+def test_a_stream_is_opened_once(stream: Stream, ended: bool) -> None:  # noqa: FBT001 - as pytest gives it
+    """A stream of a subject is opened once, also after it has ended."""
+    host, guest = pair_in(State.CLOSING, CommandState.RUNNING)
+    by, to = (host, guest) if OPENER[stream] is HOST else (guest, host)
+    number = by.open(stream, subject_of(stream))
+    if ended:
+        by.streams.finish(number)
+    carry(by, to)
+    with pytest.raises(ChannelUsageError):
+        by.open(stream, subject_of(stream))
+    assert by.pending() == 0
+    with pytest.raises(PeerError):
+        list(to.receive(opening(number + 2, stream, subject_of(stream))))
 
 
 @pytest.mark.parametrize(
-    ("state", "last"),
-    # While warming and seeding there is no job yet, so the host cannot have sent anything of it.
+    ("stream", "subject"),
     [
-        (state, kind)
-        for state, kind in NEXT
-        if kind in {Kind.EXITED, Kind.FAILED} and state not in {State.WARMING, State.SEEDING}
+        (Stream.INPUT, FILES_MAX),
+        (Stream.INPUT, 2**32 - 1),
+        (Stream.STDIN, 0),
+        (Stream.STDIN, 2),
+        (Stream.STDOUT, 0),
+        (Stream.STDERR, 2),
+        (Stream.OUTPUT, 1),
+        (Stream.CHANGES, 1),
+        (Stream.LEFT, 2**32 - 1),
     ],
 )
-def test_frames_crossing_the_end_are_accepted(state: State, last: Kind) -> None:
-    """STOP, input and files that cross the end of the run on the wire are accepted."""
-    ends = pair_in(state)
-    host, guest = ends[Role.HOST], ends[Role.GUEST]
-    guest.send(last, BODY[last])
-    host.send(Kind.STOP, {})
-    host.send_data(Stream.STDIN, b"late")
-    host.end_stream(Stream.FIRST_FILE)
-    late = [Control(Kind.STOP, {}), Data(Stream.STDIN, b"late"), Eof(Stream.FIRST_FILE)]
-    assert carry(host, guest) == late
-    assert carry(guest, host) == [Control(last, BODY[last])]
+def test_a_stream_has_a_known_subject(stream: Stream, subject: int) -> None:
+    """A stream of an unknown file or command is neither opened nor accepted."""
+    host, guest = pair_in(State.CLOSING, CommandState.RUNNING)
+    by, to = (host, guest) if OPENER[stream] is HOST else (guest, host)
+    with pytest.raises(ChannelUsageError):
+        by.open(stream, subject)
+    assert by.pending() == 0
+    with pytest.raises(PeerError):
+        list(to.receive(opening(2 if by is host else 1, stream, subject)))
+
+
+@pytest.mark.parametrize("subject", [-1, 2**32])
+@pytest.mark.parametrize("stream", Stream)
+def test_a_subject_that_is_no_number_of_32_bits_is_an_error(stream: Stream, subject: int) -> None:
+    """A subject that does not fit its field raises ChannelUsageError."""
+    host, guest = pair_in(State.CLOSING, CommandState.RUNNING)
+    link = host if OPENER[stream] is HOST else guest
+    with pytest.raises(ChannelUsageError):
+        link.open(stream, subject)
+    assert link.pending() == 0
+
+
+# commands
+
+
+def execute(number: int) -> Exec:
+    """A command with this id."""
+    return Exec(number, ["true"], {}, "/", LIMITS)
+
+
+@pytest.mark.parametrize("number", [0, 1, -1, ID_MAX + 1])
+def test_an_id_that_is_not_higher_is_an_error(number: int) -> None:
+    """The id of a command is above zero, higher than the one before, and a number of 32 bits."""
+    host, guest = pair_in(State.OPEN, CommandState.RUNNING)
+    with pytest.raises(ChannelUsageError, match="cannot be added"):
+        host.send(execute(number))
+    assert host.pending() == 0
+    with pytest.raises(PeerError, match="cannot be added"):
+        list(guest.receive(message(execute(number))))
+
+
+def test_ids_may_have_gaps() -> None:
+    """Ids need only increase, up to the highest number of 32 bits."""
+    host, guest = pair_in(State.OPEN)
+    for number in (5, 1000, ID_MAX):
+        host.send(execute(number))
+        assert len(carry(host, guest)) == 1
+        guest.send(Started(number))
+        guest.send(EXITED._replace(id=number))
+    assert len(carry(guest, host)) == 6
+
+
+def test_commands_at_once_are_limited() -> None:
+    """At most 64 commands exist at the same time; the end of one makes room for another."""
+    host, guest = pair_in(State.OPEN)
+    for number in range(1, COMMANDS_MAX + 1):
+        host.send(execute(number))
+    carry(host, guest)
+    with pytest.raises(ChannelUsageError):
+        host.send(execute(COMMANDS_MAX + 1))
+    hostile = Link(GUEST, State.WARM)
+    list(hostile.receive(message(MESSAGES[Seed])))
+    hostile.send(Seeded(NONCE))
+    list(hostile.receive(message(OPEN)))
+    list(hostile.receive(b"".join(message(execute(number)) for number in range(1, COMMANDS_MAX + 1))))
+    with pytest.raises(PeerError):
+        list(hostile.receive(message(execute(COMMANDS_MAX + 1))))
+    guest.send(Failed(7, "exec", 2, "no"))
+    carry(guest, host)
+    host.send(execute(COMMANDS_MAX + 1))
+    assert len(carry(host, guest)) == 1
+
+
+def test_thousands_of_commands_leave_nothing_behind() -> None:
+    """Ended commands, some with input that came too late, cost no memory at either end."""
+    host, guest = pair_in(State.OPEN)
+    for number in range(1, 3001):
+        host.send(execute(number))
+        host.open(Stream.STDIN, number)
+        early = taken(host)
+        if number % 3:
+            list(guest.receive(early))
+            guest.send(Started(number))
+            for stream in (Stream.STDOUT, Stream.STDERR):
+                output = guest.open(stream, number)
+                guest.streams.send(output, b"x")
+                guest.streams.finish(output)
+            guest.send(EXITED._replace(id=number))
+        else:  # the input comes after the end
+            exec_frame = message(execute(number))
+            list(guest.receive(exec_frame))
+            guest.send(Failed(number, "exec", 2, "no"))
+            for event in guest.receive(early[len(exec_frame) :]):
+                assert isinstance(event, Event)
+                guest.streams.reset(event.stream)
+        carry(guest, host)
+        check_remembered(host)
+        check_remembered(guest)
+    for link in (host, guest):
+        left = [link.streams._open, link._subjects, link._commands, link._used]  # noqa: SLF001 - the bound is the promise
+        assert not any(left)
+
+
+@pytest.mark.parametrize("stream", [Stream.STDOUT, Stream.STDERR])
+def test_a_command_does_not_end_before_its_output(stream: Stream) -> None:
+    """EXITED before the end of the command's output is refused at both ends; afterwards it is accepted."""
+    host, guest = pair_in(State.OPEN, CommandState.RUNNING)
+    number = guest.open(stream, 1)
+    stdin = host.open(Stream.STDIN, 1)
+    carry(guest, host)
+    carry(host, guest)
+    with pytest.raises(ChannelUsageError, match="before the end of its output"):
+        guest.send(EXITED)
+    assert guest.pending() == 0
+    assert guest.streams.is_open(stdin)
+    hostile = link_in(HOST, State.OPEN, CommandState.RUNNING)
+    list(hostile.receive(opening(1, stream, 1)))
+    with pytest.raises(PeerError, match="before the end of its output"):
+        list(hostile.receive(message(EXITED)))
+    guest.streams.finish(number)
+    guest.send(EXITED)
+    assert same(carry(guest, host), [Event(streams.FIN, number, stream), EXITED])
+
+
+def test_output_that_was_reset_does_not_delay_the_end() -> None:
+    """A command may end after either side has reset its output."""
+    host, guest = pair_in(State.OPEN, CommandState.RUNNING)
+    first, second = guest.open(Stream.STDOUT, 1), guest.open(Stream.STDERR, 1)
+    carry(guest, host)
+    host.streams.reset(first)
+    carry(host, guest)
+    guest.streams.reset(second)
+    guest.send(EXITED)
+    assert same(carry(guest, host), [Event(streams.RESET, second), EXITED])
+
+
+def test_the_end_of_a_command_ends_its_input() -> None:
+    """Once a command has ended, its input is closed at both ends, and later input is ignored or can be reset."""
+    host, guest = pair_in(State.OPEN, CommandState.RUNNING)
+    number = host.open(Stream.STDIN, 1)
+    host.streams.send(number, b"early")
+    carry(host, guest)
+    host.streams.send(number, b"late")
+    late = taken(host)
+    guest.send(EXITED)
+    carry(guest, host)
+    assert host.streams.send(number, b"x") == 0
+    assert list(guest.receive(late)) == []
+    with pytest.raises(ChannelUsageError):
+        host.open(Stream.STDIN, 1)
+
+
+def test_input_that_is_opened_late_can_be_reset() -> None:
+    """The guest accepts an input whose opening crosses the command's end, and can reset it."""
+    host, guest = pair_in(State.OPEN, CommandState.RUNNING)
+    number = host.open(Stream.STDIN, 1)
+    guest.send(EXITED)
+    for event in guest.receive(taken(host)):
+        assert isinstance(event, Event)
+        assert guest.subject(event.stream) == 1
+        guest.streams.reset(event.stream)
+    assert same(carry(guest, host), [Event(streams.RESET, number), EXITED])
+    assert not guest.streams.is_open(number)
+    assert not host.streams.is_open(number)
+    assert not guest._subjects  # noqa: SLF001 - the bound on it is the promise
+
+
+def test_a_file_and_a_command_may_have_the_same_number() -> None:
+    """The end of a command does not allow to send the file with its number again."""
+    host, guest = pair_in(State.OPEN, CommandState.RUNNING)
+    host.streams.finish(host.open(Stream.INPUT, 1))
+    carry(host, guest)
+    guest.send(EXITED)
+    carry(guest, host)
+    with pytest.raises(ChannelUsageError):
+        host.open(Stream.INPUT, 1)
+    with pytest.raises(PeerError):
+        list(guest.receive(opening(4, Stream.INPUT, 1)))
+
+
+def test_commands_do_not_disturb_each_other() -> None:
+    """The failure, the end and a full window of one command leave the others alone."""
+    host, guest = pair_in(State.OPEN)
+    for number in (1, 2, 3):
+        host.send(execute(number))
+    carry(host, guest)
+    guest.send(Failed(1, "exec", 2, "no"))
+    outputs = {}
+    for number in (2, 3):
+        guest.send(Started(number))
+        outputs[number] = guest.open(Stream.STDOUT, number)
+    assert guest.streams.send(outputs[2], bytes(WINDOW + 1)) == WINDOW
+    assert guest.streams.send(outputs[3], b"goes on") == 7
+    guest.streams.finish(outputs[3])
+    guest.send(EXITED._replace(id=3))
+    events = carry(guest, host)
+    assert host.state is guest.state is State.OPEN
+    data = [event for event in events if isinstance(event, Event) and event.type == streams.DATA]
+    assert sum(len(event.data) for event in data if event.stream == outputs[2]) == WINDOW
+    assert [event.data for event in data if event.stream == outputs[3]] == [b"goes on"]
+    host.send(Stop(2, 9))
+    assert same(carry(host, guest), [Stop(2, 9)])
+
+
+@pytest.mark.parametrize("last", [EXITED, Failed(0, "relay", 0, "ended"), CLOSED], ids=["EXITED", "FAILED", "CLOSED"])
+def test_frames_crossing_the_end_are_accepted(last: Message) -> None:
+    """STOP, input and files that cross the end of a command or session on the wire are accepted."""
+    host, guest = pair_in(State.CLOSING, CommandState.RUNNING)
+    number, file = host.open(Stream.STDIN, 1), host.open(Stream.INPUT, 0)
+    carry(host, guest)
+    guest.send(last)
+    host.send(Stop(1, 9))
+    host.streams.send(number, b"late")
+    host.streams.finish(file)
+    expected: list[Any] = [Stop(1, 9), Event(streams.DATA, number, Stream.STDIN, b"late")]
+    if last is EXITED:  # with the command, its input is forgotten
+        expected.pop()
+    assert same(carry(host, guest), [*expected, Event(streams.FIN, file, Stream.INPUT)])
+    assert same(carry(guest, host), [last])
     assert host.state is guest.state
+
+
+# a new start
+
+
+def test_everything_starts_anew_at_warm() -> None:
+    """After CLOSED, WARM starts anew at both ends: streams, ids, files and windows."""
+    host, guest = pair_in(State.OPEN, CommandState.RUNNING)
+    for _ in range(3):
+        host.streams.send(host.open(Stream.INPUT, 0), bytes(WINDOW))
+        host.open(Stream.STDIN, 1)
+        guest.streams.send(guest.open(Stream.STDOUT, 1), bytes(WINDOW))
+        host.send(CLOSE_NOW)
+        carry(host, guest)
+        guest.send(CLOSED)
+        carry(guest, host)
+        host.send(MESSAGES[Warm])
+        carry(host, guest)
+        for link in (host, guest):
+            left = [link.streams._open, link._subjects, link._commands, link._used]  # noqa: SLF001
+            assert not any(left)
+        guest.send(Warmed())
+        carry(guest, host)
+        assert host.state is guest.state is State.WARM
+        host.send(MESSAGES[Seed])
+        carry(host, guest)
+        guest.send(Seeded(NONCE))
+        carry(guest, host)
+        host.send(OPEN)
+        host.send(execute(1))
+        carry(host, guest)
+        guest.send(Started(1))
+        carry(guest, host)
+
+
+def test_a_clone_starts_where_the_saved_machine_was() -> None:
+    """A host that starts at WARM talks to a guest that was saved there, even after a program of the host's own."""
+    first, guest = pair_in(State.OPEN, CommandState.ENDED)
+    first.send(CLOSE_NOW)
+    carry(first, guest)
+    guest.send(CLOSED)
+    carry(guest, first)
+    first.send(MESSAGES[Warm])
+    carry(first, guest)
+    guest.send(Warmed())
+    carry(guest, first)
+    host = Link(HOST, State.WARM)
+    host.send(MESSAGES[Seed])
+    carry(host, guest)
+    guest.send(Seeded(NONCE))
+    carry(guest, host)
+    host.send(OPEN)
+    host.send(execute(1))
+    assert host.open(Stream.INPUT, 0) == 2
+    assert len(carry(host, guest)) == 3
+    guest.send(Started(1))
+    assert guest.open(Stream.STDOUT, 1) == 1
+    assert len(carry(guest, host)) == 2
 
 
 # faults
 
 
-def test_a_fault_is_final() -> None:
-    """After a fault a link repeats the same error, whatever it receives."""
-    link = Link(Role.HOST)
-    with pytest.raises(PeerError) as first:
-        list(link.receive(control(Kind.STARTED)))
-    with pytest.raises(PeerError) as second:
-        list(link.receive(control(Kind.HELLO)))
-    assert second.value is first.value
-    assert link.state is State.WAITING
+@pytest.mark.parametrize(
+    "wire",
+    [
+        message(Started(1)),
+        message(EXITED),
+        opening(1, Stream.OUTPUT),
+        opening(1, Stream.STDOUT, 9),
+        frame(streams.MESSAGE, 0, b"{}", FORMS[Failed].number),
+        frame(99, 1),
+    ],
+)
+def test_a_fault_is_final(wire: bytes) -> None:
+    """After a fault of any kind a link raises PeerError for whatever it receives, and holds nothing."""
+    host = link_in(HOST, State.OPEN, CommandState.STARTING if wire != message(Started(1)) else None)
+    state = host.state
+    with pytest.raises(PeerError):
+        list(host.receive(wire + message(Failed(0, "x", 0, ""))))
+    for later in (b"", message(Failed(0, "x", 0, "")), bytes(1 << 20)):
+        with pytest.raises(PeerError):
+            list(host.receive(later))
+    assert host.state is state
+    assert not host.streams._in  # noqa: SLF001 - the bound on it is the promise
+
+
+def test_a_message_that_does_not_fit_changes_nothing() -> None:
+    """A message that is too large is not sent, and the session stays where it was."""
+    host = link_in(HOST, State.READY)
+    with pytest.raises(ChannelUsageError):
+        host.send(OPEN._replace(hostname="x" * (16 << 20)))
+    assert (host.state, host.pending()) == (State.READY, 0)
+    host.send(OPEN)
 
 
 def test_a_reply_between_events_counts() -> None:
     """A reply sent between two events counts for the second one, even if both arrived together."""
-    link = Link(Role.HOST)
+    link = Link(HOST)
     seen = []
-    for event in link.receive(control(Kind.HELLO) + control(Kind.SEEDED)):
+    for event in link.receive(message(MESSAGES[Hello]) + message(Seeded(NONCE))):
         seen.append(event)
-        if event == Control(Kind.HELLO, BODY[Kind.HELLO]):
-            link.send(Kind.SEED, SEED)
-    assert [event.kind for event in seen if isinstance(event, Control)] == [Kind.HELLO, Kind.SEEDED]
+        if isinstance(event, Hello):
+            link.send(MESSAGES[Seed])
+    assert same(seen, [MESSAGES[Hello], Seeded(NONCE)])
 
 
-def test_leftover_events_are_returned_later() -> None:
-    """Events left over from an abandoned iteration are returned by the next one."""
-    link = link_in(State.RUNNING, Role.HOST)
-    wire = b"".join(encode(Kind.DATA, Stream.STDOUT, b"%d" % number) for number in range(3))
-    assert next(link.receive(wire)) == Data(Stream.STDOUT, b"0")
-    assert list(link.receive(b"")) == [Data(Stream.STDOUT, b"1"), Data(Stream.STDOUT, b"2")]
-
-
-@given(st.binary(max_size=300))
-def test_any_bytes_keep_the_promises_of_the_fuzz_target(data: bytes) -> None:
-    """Junk yields events or PeerError, within bounds and along the state table."""
-    one_input(data)
-
-
-@given(
-    st.lists(
-        st.sampled_from([control(kind) for kind in CONTROL])
-        | st.builds(encode, st.just(Kind.DATA), st.sampled_from(STREAMS), st.binary(min_size=1, max_size=9))
-        | st.builds(encode, st.just(Kind.EOF), st.sampled_from(STREAMS))
-        | st.builds(
-            encode,
-            st.just(Kind.CREDIT),
-            st.sampled_from(STREAMS),
-            st.integers(0, WINDOW).map(lambda n: n.to_bytes(4, "big")),
-        )
-        | st.binary(max_size=9),
-        max_size=12,
-    ),
-    st.binary(max_size=3),
-    st.sampled_from([0, 0x40, 0x80, 0xC0]),
-)
-def test_any_frames_keep_the_promises_of_the_fuzz_target(parts: list[bytes], sizes: bytes, switches: int) -> None:
-    """Any sequence of frames and junk yields events or PeerError, the same for any cut."""
-    guest_ready = b"".join(control(kind) for kind in (Kind.HELLO, Kind.SEEDED, Kind.STARTED))
-    host_ready = control(Kind.SEED) + control(Kind.START)
-    head = bytes([switches | len(sizes)]) + sizes
-    one_input(head + (host_ready if switches & 0x80 else guest_ready) + b"".join(parts))
-    one_input(head + b"".join(parts))
+def test_leftover_events_are_returned_once() -> None:
+    """Events left over from an unfinished iteration are returned by the next one, and none of them twice."""
+    link = link_in(HOST, State.OPEN, CommandState.RUNNING)
+    wire = opening(1, Stream.STDOUT, 1) + b"".join(frame(streams.DATA, 1, b"%d" % number) for number in range(3))
+    unfinished = link.receive(wire)
+    assert isinstance(next(unfinished), Event)
+    assert [event.data for event in link.receive(b"") if isinstance(event, Event)] == [b"0", b"1", b"2"]
+    assert list(unfinished) == []
 
 
 @pytest.mark.parametrize("step", [1, 7, 4096])
 def test_the_host_holds_no_more_than_one_frame_of_a_guest(step: int) -> None:
     """The host buffers at most one frame of a guest."""
-    most = HEADER.size + max(CONTROL_MAX, DATA_MAX)
-    for wire in (
-        encode(Kind.DATA, Stream.STDOUT, bytes(DATA_MAX)),
-        HEADER.pack(4 << 20, Kind.START, 0, 0) + bytes(most),
-    ):
-        link = link_in(State.RUNNING, Role.HOST)
+    large = streams.HEADER.pack(streams.MESSAGE, FORMS[Open].number, 0, 0, 4 << 20) + bytes(DATA_MAX)
+    for wire in (opening(1, Stream.STDOUT, 1) + frame(streams.DATA, 1, bytes(DATA_MAX)), large):
+        link = link_in(HOST, State.OPEN, CommandState.RUNNING)
         held = 0
         try:
             for at in range(0, len(wire), step):
                 list(link.receive(wire[at : at + step]))
-                held = max(held, len(link._in))  # noqa: SLF001 - the bound on it is the promise
+                held = max(held, len(link.streams._in))  # noqa: SLF001 - the bound on it is the promise
         except PeerError:
-            assert wire[4] == Kind.START
-        assert held <= most
+            assert wire is large
+        assert held <= HELD_MAX[HOST]
 
 
-# credit
+@given(st.binary(max_size=300))
+def test_any_bytes_keep_the_promises_of_the_fuzz_target(data: bytes) -> None:
+    """Junk yields messages, events or PeerError, within bounds and along the tables of states."""
+    one_input(data)
 
 
-@pytest.mark.parametrize("stream", [Stream.STDOUT, Stream.STDERR])
-def test_a_sender_stops_at_the_window(stream: int) -> None:
-    """A sender stops at the window, and a stalled stream does not block another."""
-    ends = pair_in(State.RUNNING)
-    guest, host = ends[Role.GUEST], ends[Role.HOST]
-    assert guest.send_data(stream, bytes(WINDOW + 1)) == WINDOW
-    assert guest.send_data(stream, b"x") == 0
-    assert guest.window(stream) == 0
-    other = Stream.STDOUT + Stream.STDERR - stream
-    assert guest.send_data(other, b"goes on") == 7
-    assert sum(len(event.payload) for event in carry(guest, host) if isinstance(event, Data)) == WINDOW + 7
-
-
-def test_a_peer_past_its_window_is_at_fault() -> None:
-    """Data beyond the window, and an empty data frame, raise PeerError."""
-    host = link_in(State.RUNNING, Role.HOST)
-    full = encode(Kind.DATA, Stream.STDOUT, bytes(DATA_MAX))
-    assert len(list(host.receive(full * (WINDOW // DATA_MAX)))) == WINDOW // DATA_MAX
-    with pytest.raises(PeerError):
-        list(host.receive(encode(Kind.DATA, Stream.STDOUT, b"x")))
-    with pytest.raises(PeerError):
-        list(link_in(State.RUNNING, Role.HOST).receive(encode(Kind.DATA, Stream.STDOUT)))
-
-
-@pytest.mark.parametrize("payload", [b"", b"\0\0\0\1\0"[:3], bytes(4), b"\0\0\0\2", b"\xff" * 4])
-def test_invalid_credit_is_a_fault(payload: bytes) -> None:
-    """Credit of the wrong size, of zero, or beyond the bytes sent raises PeerError."""
-    host = link_in(State.RUNNING, Role.HOST)
-    host.send_data(Stream.STDIN, b"x")
-    with pytest.raises(PeerError):
-        list(host.receive(encode(Kind.CREDIT, Stream.STDIN, payload)))
-
-
-@pytest.mark.parametrize("stream", [*STREAMS, 0, 5, LAST_FILE + 1])
-def test_acknowledging_unreceived_bytes_is_an_error(stream: int) -> None:
-    """Acknowledging more bytes than arrived raises ChannelUsageError and grants no credit."""
-    for role in Role:
-        link = link_in(State.RUNNING, role)
-        with pytest.raises(ChannelUsageError):
-            link.consumed(stream, 1)
-        link.consumed(stream, 0)
-        assert link.pending() == 0
-
-
-def test_a_stream_ends_once() -> None:
-    """A stream ends once: nothing is sent or accepted after its end."""
-    host = link_in(State.RUNNING, Role.HOST)
-    host.end_stream(Stream.STDIN)
-    host.end_stream(Stream.STDIN)
-    wire = host.data_to_send(100)
-    assert wire == encode(Kind.EOF, Stream.STDIN)
-    with pytest.raises(ChannelUsageError):
-        host.send_data(Stream.STDIN, b"x")
-    for more in (wire, encode(Kind.DATA, Stream.STDIN, b"x")):
-        guest = link_in(State.RUNNING, Role.GUEST)
-        assert list(guest.receive(wire)) == [Eof(Stream.STDIN)]
-        with pytest.raises(PeerError):
-            list(guest.receive(more))
-
-
-class Pair(RuleBasedStateMachine):
-    """Two links joined by two pipes: every byte arrives in order, under any interleaving and any stall."""
-
-    FLOWS: ClassVar[tuple[tuple[Role, int], ...]] = (
-        (Role.HOST, Stream.STDIN),
-        (Role.HOST, Stream.FIRST_FILE),
-        (Role.GUEST, Stream.STDOUT),
-        (Role.GUEST, Stream.STDERR),
+NUMBERS: Final = st.integers(1, 9)
+PARTS: Final = (
+    st.sampled_from([message(one) for one in ALL_MESSAGES.values()])
+    | st.builds(opening, NUMBERS, st.sampled_from(Stream), st.integers(0, 2))
+    | st.builds(frame, st.just(streams.DATA), NUMBERS, st.binary(min_size=1, max_size=9))
+    | st.builds(frame, st.sampled_from([streams.FIN, streams.RESET, streams.ANSWER]), NUMBERS)
+    | st.builds(
+        frame, st.just(streams.CREDIT), NUMBERS, st.integers(0, WINDOW).map(lambda count: count.to_bytes(4, "big"))
     )
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ends = pair_in(State.RUNNING)
-        self.given = {flow: bytearray() for flow in self.FLOWS}
-        self.came = {flow: bytearray() for flow in self.FLOWS}
-        self.taken = dict.fromkeys(self.FLOWS, 0)  # received bytes that a possibly stalled reader has read
-        self.ended: set[tuple[Role, int]] = set()
-        self.seen_end: set[tuple[Role, int]] = set()
-        self.pipes = {role: bytearray() for role in Role}  # by its writer
-
-    @precondition(lambda self: len(self.ended) < len(self.FLOWS))
-    @rule(flow=st.sampled_from(FLOWS), size=st.integers(1, 2 * WINDOW), fill=st.integers(0, 255))
-    def give(self, flow: tuple[Role, int], size: int, fill: int) -> None:
-        """Offer data, more than the window at times."""
-        if flow in self.ended:
-            return
-        data = bytes([fill, (fill * 7 + 1) % 256, 0]) * (size // 3 + 1)
-        window = self.ends[flow[0]].window(flow[1])
-        count = self.ends[flow[0]].send_data(flow[1], memoryview(data)[:size])
-        assert count == min(size, window)
-        self.given[flow] += data[:count]
-
-    @rule(role=st.sampled_from(Role), most=st.integers(1, 200_000))
-    def write(self, role: Role, most: int) -> None:
-        """The pipe takes some bytes."""
-        data = self.ends[role].data_to_send(most)
-        assert len(data) <= most
-        self.ends[role].sent(len(data))
-        self.pipes[role] += data
-
-    @rule(role=st.sampled_from(Role), most=st.integers(1, 200_000))
-    def read(self, role: Role, most: int) -> None:
-        """The peer reads some bytes."""
-        data = bytes(self.pipes[role][:most])
-        del self.pipes[role][:most]
-        other = Role.GUEST if role is Role.HOST else Role.HOST
-        for event in self.ends[other].receive(data):
-            match event:
-                case Data(stream, payload):
-                    self.came[role, stream] += payload
-                case Eof(stream):
-                    self.seen_end.add((role, stream))
-                case Credit(stream):
-                    assert self.ends[other].window(stream) > 0
-                case Control():
-                    pytest.fail("no control frame was sent")
-
-    @rule(flow=st.sampled_from(FLOWS), most=st.integers(1, WINDOW))
-    def take(self, flow: tuple[Role, int], most: int) -> None:
-        """The reader of a stream consumes some of its bytes."""
-        count = min(most, len(self.came[flow]) - self.taken[flow])
-        other = Role.GUEST if flow[0] is Role.HOST else Role.HOST
-        self.ends[other].consumed(flow[1], count)
-        self.taken[flow] += count
-
-    @rule(flow=st.sampled_from(FLOWS))
-    def end(self, flow: tuple[Role, int]) -> None:
-        """A stream ends."""
-        self.ends[flow[0]].end_stream(flow[1])
-        self.ended.add(flow)
-
-    @invariant()
-    def in_order(self) -> None:
-        """Received bytes are a prefix of the bytes sent, and nothing follows the end."""
-        for flow in self.FLOWS:
-            assert self.given[flow].startswith(self.came[flow])
-            assert flow not in self.seen_end or self.came[flow] == self.given[flow]
-
-    @invariant()
-    def within_the_window(self) -> None:
-        """Unconsumed bytes never exceed the window."""
-        for flow in self.FLOWS:
-            assert len(self.given[flow]) - self.taken[flow] <= WINDOW
-
-    def teardown(self) -> None:
-        """Once all readers read, every byte arrives."""
-        for flow in self.FLOWS:
-            rest = bytes(range(256)) * (2 * WINDOW // 256) if flow not in self.ended else b""
-            for _ in range(20):
-                if rest:
-                    count = self.ends[flow[0]].send_data(flow[1], rest)
-                    self.given[flow] += rest[:count]
-                    rest = rest[count:]
-                for role in Role:
-                    self.write(role, 2**30)
-                    self.read(role, 2**30)
-                for each in self.FLOWS:
-                    self.take(each, 2**30)
-            assert not rest, "credit ran dry"
-            self.end(flow)
-        for role in Role:
-            self.write(role, 2**30)
-            self.read(role, 2**30)
-        self.in_order()
-        assert self.seen_end == set(self.FLOWS)
-        assert self.came == self.given
+    | st.binary(max_size=9)
+)
 
 
-def test_two_ends_deliver_every_byte_in_order() -> None:
-    """All streams arrive whole, in order and within their windows, under any interleaving and stall."""
-    run_state_machine_as_test(Pair, settings=settings(stateful_step_count=30))
+@given(st.lists(PARTS, max_size=12), st.binary(max_size=3), st.sampled_from([0, 0x40, 0x80, 0xC0]))
+def test_any_frames_keep_the_promises_of_the_fuzz_target(parts: list[bytes], sizes: bytes, switches: int) -> None:
+    """Any sequence of frames and junk yields messages, events or PeerError, the same for any cut."""
+    guest_ready = b"".join(map(message, (MESSAGES[Hello], Seeded(NONCE), Started(1))))
+    host_ready = b"".join(map(message, (MESSAGES[Seed], OPEN, MESSAGES[Exec])))
+    head = bytes([switches | len(sizes)]) + sizes
+    one_input(head + (host_ready if switches & 0x80 else guest_ready) + b"".join(parts))
+    one_input(head + b"".join(parts))

@@ -384,7 +384,7 @@ def test_a_program_that_never_stops_writing_is_ended_at_its_deadline(runs: Runs)
             break
         run.time.now += passes_s
         passes_s = 0.05
-    assert event == Stop(1)
+    assert event == Stop(1, 9)
     run.guest.link.streams.finish(number)
     run.guest.say(EXITED, CLOSED)
     assert run.result().evidence.deadline_passed

@@ -16,6 +16,7 @@ from x07_sandbox.channel import messages, streams
 from x07_sandbox.channel.messages import (
     BOUNDS,
     FORMS,
+    ID_MAX,
     Changes,
     Close,
     Closed,
@@ -56,6 +57,9 @@ class Stream(enum.IntEnum):
     LEFT = 7
 
 
+_OF_COMMANDS: Final = frozenset({Stream.STDIN, Stream.STDOUT, Stream.STDERR})
+
+
 def _kind(sender: Role, at_once: int) -> Kind:
     return Kind(sender, sender, _SUBJECT.size, _SUBJECT.size, at_once)
 
@@ -91,6 +95,7 @@ class State(enum.Enum):
     FAILED = "failed"
 
 
+_AFTER_OPEN: Final = (State.OPEN, State.CLOSING, State.CLOSED, State.FAILED)
 NEXT: Final[dict[tuple[State, type[Any]], State]] = {
     (State.WAITING, Hello): State.GREETED,
     (State.GREETED, Seed): State.SEEDING,
@@ -107,11 +112,7 @@ NEXT: Final[dict[tuple[State, type[Any]], State]] = {
     (State.CLOSED, Warm): State.WARMING,
     **{(state, kind): state for state in (State.OPEN, State.CLOSING) for kind in (Started, Denied, Exited)},
     # They may cross the message that reports the end.
-    **{
-        (state, kind): state
-        for state in (State.OPEN, State.CLOSING, State.CLOSED, State.FAILED)
-        for kind in (Stop, Resize)
-    },
+    **{(state, kind): state for state in _AFTER_OPEN for kind in (Stop, Resize)},
     **{(state, Failed): State.FAILED for state in (State.WARMING, State.SEEDING, State.OPEN, State.CLOSING)},
 }
 
@@ -151,21 +152,32 @@ class Link:
         self._changes = 0  # how often the changes so far were asked for and not yet sent
 
     def receive(self, data: bytes | memoryview) -> Iterator[Message | Event]:
-        """Take bytes from the peer, and yield messages and events of streams. Raises PeerError."""
-        for event in self.streams.receive(data):
-            if event.type == streams.MESSAGE:
-                message = messages.decode(event.code, event.data)
-                if problem := self._advance(message):
-                    raise PeerError("message out of order", problem)
-                yield message
-                continue
-            if event.type == streams.OPEN:
-                subject = _SUBJECT.unpack(event.data)[0]
-                if problem := self._add(event.stream, Stream(event.code), subject):
-                    raise PeerError("bad frame", problem)
-            yield event
-            if not self.streams.is_open(event.stream):
-                self._subjects.pop(event.stream, None)
+        """Take bytes from the peer, and yield messages and events of streams. Raises PeerError, as `Streams`."""
+        return self._events(self.streams.receive(data))
+
+    def _events(self, events: Iterator[Event]) -> Iterator[Message | Event]:
+        try:
+            for event in events:
+                yield self._message(event) if event.type == streams.MESSAGE else self._stream_event(event)
+                if event.stream and not self.streams.is_open(event.stream):
+                    self._subjects.pop(event.stream, None)
+        except PeerError:
+            self.streams.fail()
+            raise
+
+    def _message(self, event: Event) -> Message:
+        message = messages.decode(event.code, event.data)
+        if problem := self._advance(message):
+            raise PeerError("message out of order", problem)
+        return message
+
+    def _stream_event(self, event: Event) -> Event:
+        if event.type == streams.OPEN:
+            stream, subject = Stream(event.code), _SUBJECT.unpack(event.data)[0]
+            if problem := self._problem(stream, subject):
+                raise PeerError("bad frame", problem)
+            self._add(event.stream, stream, subject)
+        return event
 
     def subject(self, number: int) -> int:
         """Return the subject of an open stream, or of one whose end was just received."""
@@ -182,34 +194,40 @@ class Link:
 
     def open(self, stream: Stream, subject: int = 0) -> int:
         """Open a stream, and return its number. Raises ChannelUsageError."""
-        number = self.streams.open(stream, _SUBJECT.pack(subject))
-        if problem := self._add(number, stream, subject):
+        if problem := self._problem(stream, subject):
             raise ChannelUsageError(problem)
+        number = self.streams.open(stream, _SUBJECT.pack(subject))
+        self._add(number, stream, subject)
         return number
 
     def pending(self) -> int:
         """Number of queued bytes."""
         return self.streams.pending()
 
-    def _add(self, number: int, stream: Stream, subject: int) -> str:
-        """Record an opened stream. Return why it may not be opened now, or ""."""
+    def _problem(self, stream: Stream, subject: int) -> str:
+        """Return why a stream may not be opened now, or ""."""
         if stream is Stream.INPUT:
-            allowed = self.state in {State.OPEN, State.CLOSING, State.FAILED} and subject < FILES_MAX
+            allowed = self.state in _AFTER_OPEN and 0 <= subject < FILES_MAX
         elif stream is Stream.STDIN:
-            allowed = 0 < subject <= self._last_command  # the command may have ended meanwhile
+            # When the guest receives it, the command may have ended.
+            ended = self.role is Role.GUEST and 0 < subject <= self._last_command
+            allowed = subject in self._commands or ended
         elif stream in {Stream.STDOUT, Stream.STDERR}:
             allowed = self._commands.get(subject) is CommandState.RUNNING
         elif stream is Stream.CHANGES and self._changes:
-            self._changes -= 1
-            self._subjects[number] = stream, subject
-            return ""
+            return "" if not subject else "CHANGES has no subject"
         else:
             allowed = self.state is State.CLOSING and not subject
-        if not allowed or (stream, subject) in self._used:
-            return f"{stream.name} {subject} cannot be opened while {self.state.value}"
-        self._used.add((stream, subject))
+        if allowed and (stream, subject) not in self._used:
+            return ""
+        return f"{stream.name} {subject} cannot be opened while {self.state.value}"
+
+    def _add(self, number: int, stream: Stream, subject: int) -> None:
         self._subjects[number] = stream, subject
-        return ""
+        if stream is Stream.CHANGES and self._changes:
+            self._changes -= 1
+        elif stream not in _OF_COMMANDS or subject in self._commands:
+            self._used.add((stream, subject))
 
     def _advance(self, message: Message) -> str:
         """Change the states as *message* demands. Return why it is out of order, or ""."""
@@ -219,7 +237,7 @@ class Link:
             return problem
         number: int = getattr(message, "id", -1)
         if isinstance(message, Exec):
-            if number <= self._last_command or len(self._commands) >= COMMANDS_MAX:
+            if not self._last_command < number <= ID_MAX or len(self._commands) >= COMMANDS_MAX:
                 return f"command {number} cannot be added"
             self._last_command = number
             self._commands[number] = CommandState.STARTING
@@ -260,15 +278,15 @@ class Link:
 
     def _end(self, command: int) -> str:
         """Forget a command and its input. Return a problem if its output has not ended."""
-        for number, (stream, subject) in list(self._subjects.items()):
-            if subject != command or stream not in {Stream.STDIN, Stream.STDOUT, Stream.STDERR}:
-                continue
-            if stream is not Stream.STDIN and self.streams.is_open(number):
-                return f"the end of command {command} before the end of its output"
+        own = {(stream, command) for stream in _OF_COMMANDS}
+        numbers = [number for number, of in self._subjects.items() if of in own]
+        if any(self._subjects[number][0] is not Stream.STDIN and self.streams.is_open(number) for number in numbers):
+            return f"the end of command {command} before the end of its output"
+        for number in numbers:
             self.streams.forget(number)
             del self._subjects[number]
         self._commands.pop(command, None)
-        self._used -= {(stream, command) for stream in Stream}
+        self._used -= own
         return ""
 
 

@@ -8,19 +8,21 @@ The guest trusts the host.
 from __future__ import annotations
 
 import json
+import operator
 import struct
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 from x07_sandbox.channel.streams import Message as Bounds
 from x07_sandbox.channel.streams import Role
-from x07_sandbox.errors import PeerError
+from x07_sandbox.errors import ChannelUsageError, PeerError
 
 PROTOCOL: Final = 2
 COUNT_MAX: Final = 2**63 - 1
+ID_MAX: Final = 2**32 - 1  # of commands
 TEXT_MAX: Final = 2000  # characters of a text from the guest
 DENIED_MAX: Final = 64  # DENIED messages for one command
-_JSON_MAX: Final = 16 * 1024
+_JSON_MAX: Final = 32 * 1024  # a text of TEXT_MAX characters fits, each as two JSON escapes
 _LARGE_JSON_MAX: Final = 16 * 1024 * 1024  # arguments and environment, which JSON escapes may make six times larger
 
 
@@ -349,17 +351,8 @@ def _open(values: list[Any]) -> Open:
 
 def _exec(values: list[Any]) -> Exec:
     number, argv, env, cwd, limits, service, merge, terminal, detached = values
-    return Exec(
-        number,
-        argv,
-        env,
-        cwd,
-        CommandLimits(*limits),
-        service,
-        merge,
-        terminal and Terminal(*terminal),
-        detached,
-    )
+    size = terminal and Terminal(*terminal)
+    return Exec(operator.index(number), argv, env, cwd, CommandLimits(*limits), service, merge, size, detached)
 
 
 def _warm(values: list[Any]) -> Warm:
@@ -372,6 +365,7 @@ def _close(values: list[Any]) -> Close:
     return Close(after, output and Output(*output), left and Left(*left))
 
 
+_ID: Final = Shape(int, ID_MAX)
 _TEXT: Final = Shape(str, TEXT_MAX)
 _ERRNO: Final = Shape(int, 4096)
 FORMS: Final[dict[type[Any], Form]] = {
@@ -387,7 +381,7 @@ FORMS: Final[dict[type[Any], Form]] = {
     Denied: Form(
         10,
         Role.GUEST,
-        shapes=(Shape(int), Shape(str, 16), Shape(str, 64), _ERRNO, _TEXT, Shape(bool), Shape(int, lo=1)),
+        shapes=(_ID, Shape(str, 16), Shape(str, 64), _ERRNO, _TEXT, Shape(bool), Shape(int, lo=1)),
     ),
     Exited: Form(11, Role.GUEST, struct.Struct(">IHQQQQQ????Q")),
     Close: Form(12, Role.HOST, build=_close),
@@ -396,9 +390,9 @@ FORMS: Final[dict[type[Any], Form]] = {
         Role.GUEST,
         shapes=(Shape(int, 2**40, optional=True), Shape(str, TEXT_MAX, optional=True), Shape(int), Shape(int)),
     ),
+    Failed: Form(14, Role.GUEST, shapes=(_ID, Shape(str, 64), _ERRNO, _TEXT)),
     Resize: Form(15, Role.HOST, struct.Struct(">IHH")),
     Changes: Form(16, Role.HOST, struct.Struct("")),
-    Failed: Form(14, Role.GUEST, shapes=(Shape(int), Shape(str, 64), _ERRNO, _TEXT)),
 }
 _TYPES: Final = {form.number: (kind, form) for kind, form in FORMS.items()}
 BOUNDS: Final = {
@@ -410,11 +404,23 @@ BOUNDS: Final = {
 
 
 def encode(message: Message) -> tuple[int, bytes]:
-    """Return a message's number and payload. Lone surrogates, from undecodable bytes, become JSON escapes."""
+    """Return a message's number and payload. Raises ChannelUsageError if a value does not fit.
+
+    Lone surrogates, from undecodable bytes, become JSON escapes, and question marks in messages of the guest.
+    """
     form = FORMS[type(message)]
-    if form.layout is not None:
-        return form.number, form.layout.pack(*message)
-    return form.number, _ENCODER.encode(message).encode("ascii")
+    try:
+        if form.layout is not None:
+            return form.number, form.layout.pack(*message)
+        values: Any = message
+        if form.shapes:
+            values = [value.encode("utf-8", "replace").decode() if type(value) is str else value for value in message]
+        payload = _ENCODER.encode(values).encode("ascii")
+    except (struct.error, ValueError) as exc:
+        raise ChannelUsageError(f"a value of {type(message).__name__.upper()} does not fit: {exc}") from exc
+    if len(payload) > form.most:
+        raise ChannelUsageError(f"{type(message).__name__.upper()} has {len(payload)} bytes, over {form.most}")
+    return form.number, payload
 
 
 def decode(number: int, payload: bytes) -> Message:
@@ -428,7 +434,10 @@ def decode(number: int, payload: bytes) -> Message:
     else:
         values = _parsed(name, payload)
     if form.build is not None:
-        return form.build(values)
+        try:
+            return form.build(values)
+        except (TypeError, ValueError) as exc:
+            raise PeerError(f"bad {name} message", f"it has another form ({exc})") from None
     if form.shapes:
         _check(name, kind, form, values)
     message: Message = kind(*values)

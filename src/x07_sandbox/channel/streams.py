@@ -143,25 +143,26 @@ class Streams:
     def _events(self) -> Iterator[Event]:
         if self._failed:
             raise _bad("the byte stream has failed before")
-        at = 0
         try:
-            while len(self._in) - at >= HEADER.size:
-                kind, code, zero, stream, length = HEADER.unpack_from(self._in, at)
+            while len(self._in) >= HEADER.size:
+                kind, code, zero, stream, length = HEADER.unpack_from(self._in)
                 self._check_header(kind, code, zero, stream, length)
-                end = at + HEADER.size + length
+                end = HEADER.size + length
                 if len(self._in) < end:
                     break
                 with memoryview(self._in) as view:
-                    payload = bytes(view[at + HEADER.size : end])
-                at = end
+                    payload = bytes(view[HEADER.size : end])
+                del self._in[:end]  # moves no bytes: a bytearray remembers where it begins
                 if (event := self._event(kind, code, stream, payload)) is not None:
                     yield event
         except PeerError:
-            self._failed = True
-            self._in.clear()
+            self.fail()
             raise
-        finally:
-            del self._in[:at]
+
+    def fail(self) -> None:
+        """Accept nothing more from the peer, which has violated the protocol."""
+        self._failed = True
+        self._in.clear()
 
     def _check_header(self, kind: int, code: int, zero: int, stream: int, length: int) -> None:
         """Check a header before its payload arrives, so that at most one frame is buffered. Raises PeerError."""
@@ -199,7 +200,7 @@ class Streams:
             return Event(MESSAGE, 0, code, payload)
         if kind == OPEN:
             return self._opened_by_peer(number, code, payload)
-        own = number % 2 == self._last_own % 2
+        own = self._is_own(number)
         if number > (self._last_own if own else self._last_peer):
             raise _bad(f"stream {number} was never opened")
         stream = self._open.get(number)
@@ -260,6 +261,9 @@ class Streams:
         if stream.ended_in and stream.ended_out:
             self.forget(number)
 
+    def _is_own(self, number: int) -> bool:
+        return number % 2 == self._last_own % 2
+
     def is_open(self, number: int) -> bool:
         """Return whether a stream exists and has not ended in both directions."""
         return number in self._open
@@ -285,9 +289,14 @@ class Streams:
         return self._last_own
 
     def answer(self, number: int, code: int = 0) -> None:
-        """Answer the peer's OPEN, unless the peer has closed the stream. Any *code* other than 0 ends the stream."""
+        """Answer the peer's OPEN, unless the peer has closed the stream. Any *code* other than 0 ends the stream.
+
+        Raises ChannelUsageError if the stream expects no answer.
+        """
         if (stream := self._open.get(number)) is None:
             return
+        if stream.opened or self._is_own(number):
+            raise ChannelUsageError(f"stream {number} expects no answer")
         stream.opened = code == 0
         if code:
             self.forget(number)
@@ -295,8 +304,15 @@ class Streams:
 
     def window(self, number: int) -> int:
         """Return the number of bytes that the peer accepts now; 0 for a stream that takes none."""
+        stream = self._sending(number, datagrams=False)
+        return 0 if stream is None else stream.send_window
+
+    def _sending(self, number: int, *, datagrams: bool) -> _Stream | None:
+        """Return a stream on which this side may send bytes or datagrams now, or None."""
         stream = self._open.get(number)
-        return stream.send_window if stream is not None and stream.opened and not stream.ended_out else 0
+        if stream is None or not stream.opened or stream.ended_out or stream.kind.datagrams is not datagrams:
+            return None
+        return stream
 
     def send(self, number: int, data: bytes | bytearray | memoryview) -> int:
         """Queue as much of *data* as the window allows, and return the number of queued bytes."""
@@ -309,14 +325,16 @@ class Streams:
         return count
 
     def send_datagram(self, number: int, data: bytes) -> None:
-        """Queue a datagram, unless the stream is closed or the datagram too large."""
-        if len(data) <= self._table.datagram_max and self.window(number):
+        """Queue a datagram, unless the stream takes none or the datagram is too large."""
+        if self._sending(number, datagrams=True) is not None and len(data) <= self._table.datagram_max:
             self._queue(DATAGRAM, number, data)
 
     def finish(self, number: int) -> None:
-        """Queue the end of this side's data. Idempotent."""
+        """Queue the end of this side's data. Idempotent. Raises ChannelUsageError before the stream is answered."""
         if (stream := self._open.get(number)) is None or stream.ended_out:
             return
+        if not stream.opened:
+            raise ChannelUsageError(f"stream {number} was not answered")
         stream.ended_out = True
         self._queue(FIN, number)
         self._forget_if_ended(number, stream)
@@ -326,16 +344,15 @@ class Streams:
         if number in self._open:
             self.forget(number)
             # Our own OPEN may still be queued.
-            own = number % 2 == self._last_own % 2
-            (self._queue if own else self._queue_first)(RESET, number, b"", code)
+            (self._queue if self._is_own(number) else self._queue_first)(RESET, number, b"", code)
 
     def consumed(self, number: int, count: int) -> None:
         """Record that *count* bytes were processed. The peer gets new credit in steps of a quarter window."""
         if (stream := self._open.get(number)) is None or stream.ended_in:
             return
-        stream.unacknowledged += count
-        if count < 0 or stream.unacknowledged > self._table.window - stream.receive_window:
+        if not 0 <= count <= self._table.window - stream.receive_window - stream.unacknowledged:
             raise ChannelUsageError(f"{count} bytes of stream {number} were never received")
+        stream.unacknowledged += count
         if stream.unacknowledged >= self._table.window // 4:
             self._queue_first(CREDIT, number, _CREDIT.pack(stream.unacknowledged))
             stream.receive_window += stream.unacknowledged

@@ -1,0 +1,398 @@
+"""Messages: every value survives the channel, and any other payload raises PeerError."""
+
+from __future__ import annotations
+
+import json
+import struct
+from typing import Any, Final
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.fuzz.fuzz_channel import DENIED, EXITED, LIMITS, MESSAGES, OPEN
+from x07_sandbox.channel.link import DATA_MAX
+from x07_sandbox.channel.messages import (
+    BOUNDS,
+    COUNT_MAX,
+    FORMS,
+    ID_MAX,
+    TEXT_MAX,
+    Close,
+    Closed,
+    Denied,
+    Exec,
+    Exited,
+    Failed,
+    Hello,
+    InputFile,
+    Left,
+    Message,
+    Mount,
+    Open,
+    Output,
+    Room,
+    Seed,
+    Seeded,
+    Shape,
+    Started,
+    Stop,
+    Warm,
+    Warmed,
+    decode,
+    encode,
+)
+from x07_sandbox.channel.streams import Role
+from x07_sandbox.errors import ChannelUsageError, PeerError
+
+GUEST_JSON: Final = [kind for kind, form in FORMS.items() if form.shapes]
+PACKED: Final = [kind for kind, form in FORMS.items() if form.layout is not None]
+NUMBERS: Final = [form.number for form in FORMS.values()]
+DEPTH: Final = 5000  # deeper than the decoder accepts, and small enough for a message
+HOSTILE: Final = {
+    "empty": b"",
+    "no text": b"\xff\xfe",
+    "byte order mark": b"\xef\xbb\xbf[]",
+    "no JSON": b"[",
+    "two values": b"[][]",
+    "blanks behind": b"[] ",
+    "object": b"{}",
+    "null": b"null",
+    "deep lists": b"[" * DEPTH + b"]" * DEPTH,
+    "deep objects": b'[{"a":' * DEPTH,
+    "deep in a field": b"[" + b"[" * DEPTH + b"]" * DEPTH + b",0,0,0]",
+}
+WORDS: Final = st.text(max_size=20)  # with lone surrogates, as Python passes on undecodable arguments
+COUNTS: Final = st.integers(0, COUNT_MAX)
+ANY_LIMITS: Final = st.builds(type(LIMITS), COUNTS, COUNTS, COUNTS, COUNTS, st.integers(-1, COUNT_MAX))
+
+
+def round_trip(message: Message) -> Message:
+    """The message after the channel."""
+    return decode(*encode(message))
+
+
+def same(one: Message, other: Message) -> bool:
+    """Return whether two messages are equal, with the types of all parts: tuples of two types may be equal."""
+    return repr(one) == repr(other)
+
+
+def payload(message: Message, field: str, value: object) -> bytes:
+    """The payload of a JSON message with another value in one field."""
+    values = [value if name == field else old for name, old in zip(message._fields, message, strict=True)]
+    return json.dumps(values).encode()
+
+
+def values(shape: Shape) -> st.SearchStrategy[object]:
+    """Every value that a shape accepts."""
+    taken: dict[type, st.SearchStrategy[Any]] = {
+        int: st.integers(shape.lo, shape.hi),
+        bool: st.booleans(),
+        str: st.text(st.characters(exclude_categories=["Cs"]), min_size=shape.lo, max_size=min(shape.hi, 64)),
+    }
+    return st.none() | taken[shape.type] if shape.optional else taken[shape.type]
+
+
+def packed(layout: struct.Struct) -> st.SearchStrategy[tuple[object, ...]]:
+    """The values of a packed message."""
+    strategies: dict[str, st.SearchStrategy[Any]] = {
+        "H": st.integers(0, 2**16 - 1),
+        "I": st.integers(0, ID_MAX),
+        "Q": COUNTS,
+        "?": st.booleans(),
+        "16s": st.binary(min_size=16, max_size=16),
+        "64s": st.binary(min_size=64, max_size=64),
+    }
+    text = layout.format.lstrip(">")
+    codes: list[str] = []
+    while text:
+        size = 3 if text[0].isdigit() else 1
+        codes.append(text[:size])
+        text = text[size:]
+    return st.tuples(*[strategies[code] for code in codes])
+
+
+def with_fields(kind: type[Any], fields: st.SearchStrategy[tuple[object, ...]]) -> st.SearchStrategy[Message]:
+    """A message with these fields."""
+    return fields.map(lambda found: kind(*found))
+
+
+def guest_messages() -> st.SearchStrategy[Message]:
+    """Every message that the guest can send, and every packed one."""
+    one = [with_fields(kind, packed(form.layout)) for kind, form in FORMS.items() if form.layout is not None]
+    one += [with_fields(kind, st.tuples(*map(values, form.shapes))) for kind, form in FORMS.items() if form.shapes]
+    return st.one_of(one)
+
+
+def host_messages() -> st.SearchStrategy[Message]:
+    """Messages of the host in JSON, with arbitrary texts and numbers."""
+    files = st.lists(st.builds(InputFile, WORDS, COUNTS, WORDS, COUNTS), max_size=3)
+    mounts = st.lists(st.builds(Mount, st.none() | COUNTS, WORDS, WORDS, st.booleans(), st.booleans()), max_size=3)
+    programs = st.none() | st.lists(WORDS, max_size=3)
+    confine = st.builds(type(OPEN.confine), st.booleans(), st.booleans(), st.booleans(), programs, st.lists(WORDS))
+    assert OPEN.network is not None
+    targets = st.lists(st.tuples(WORDS, WORDS, st.lists(COUNTS)).map(list))
+    wildcards = st.lists(st.tuples(WORDS, WORDS).map(list))
+    names = st.dictionaries(WORDS, WORDS)
+    network = st.none() | st.builds(type(OPEN.network), names, wildcards, targets, targets)
+    return st.one_of(
+        st.builds(
+            Open,
+            WORDS,
+            COUNTS,
+            COUNTS,
+            COUNTS,
+            files,
+            mounts,
+            confine,
+            network,
+            st.booleans(),
+            st.builds(Room, COUNTS, COUNTS),
+        ),
+        st.builds(Exec, st.integers(1, ID_MAX), st.lists(WORDS), names, WORDS, ANY_LIMITS, WORDS),
+        st.builds(
+            Close, COUNTS, st.none() | st.builds(Output, WORDS, COUNTS), st.none() | st.builds(Left, COUNTS, COUNTS)
+        ),
+        st.builds(Warm, programs, ANY_LIMITS, COUNTS, WORDS, st.booleans(), st.booleans(), st.lists(st.lists(WORDS))),
+    )
+
+
+# what survives
+
+
+@given(guest_messages() | host_messages())
+def test_every_message_comes_back_as_it_was(message: Message) -> None:
+    """Every valid message survives encoding and decoding, with the types of all its parts."""
+    assert same(round_trip(message), message)
+
+
+@pytest.mark.parametrize("kind", FORMS)
+def test_the_sample_of_each_message_comes_back(kind: type[Any]) -> None:
+    """Each kind of message survives encoding and decoding, also with empty options and nested values."""
+    assert same(round_trip(MESSAGES[kind]), MESSAGES[kind])
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        Seed(COUNT_MAX, b"\xff" * 64, bytes(16), b"\xff" * 16),
+        Hello(ID_MAX),
+        Started(ID_MAX),
+        Stop(0, 9),
+        Seeded(bytes(16)),
+        Exited._make([ID_MAX, 0xFFFF, *[COUNT_MAX] * 5, *[True] * 4, COUNT_MAX]),
+        Exited._make([0, 0, *[0] * 5, *[False] * 4, 0]),
+        Denied(ID_MAX, "x" * 16, "x" * 64, 4096, "x" * TEXT_MAX, write=True, times=COUNT_MAX),
+        Denied(0, "", "", 0, "", write=False, times=1),
+        Closed(None, None, 0, 0),
+        Closed(2**40, "x" * TEXT_MAX, COUNT_MAX, COUNT_MAX),
+        Failed(0, "", 0, ""),
+        Exec(ID_MAX, ["\udcff\udc80", "\u00e9\N{PILE OF POO}", ""], {"\udcff": "\udcff"}, "/\udcff", LIMITS),
+        Close(ID_MAX, None, None),
+        Close(0, Output("\udcff", COUNT_MAX), Left(COUNT_MAX, COUNT_MAX)),
+        OPEN._replace(network=None, files=[], mounts=[], confine=OPEN.confine._replace(programs=None)),
+        Warm(None, LIMITS._replace(core_bytes=-1), 0, "", out_writable=False, network=True, commands=[[], ["a", "b"]]),
+        Warmed(),
+    ],
+    ids=lambda message: type(message).__name__,
+)
+def test_extreme_values_come_back(message: Message) -> None:
+    """The highest and lowest numbers, absent options, and undecodable arguments and paths survive."""
+    assert same(round_trip(message), message)
+
+
+# what a guest may not send
+
+
+@given(st.sampled_from(NUMBERS), st.binary(max_size=80))
+def test_any_payload_is_a_message_or_a_peer_error(number: int, payload: bytes) -> None:
+    """Any payload of either side yields a message or PeerError."""
+    layout = next(form.layout for form in FORMS.values() if form.number == number)
+    if layout is not None:
+        payload = payload.ljust(layout.size, b"\xff")[: layout.size]  # the streams check the size
+    try:
+        assert FORMS[type(decode(number, payload))].number == number
+    except PeerError:
+        return
+
+
+JSON_VALUES: Final = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | WORDS,
+    lambda inner: st.lists(inner, max_size=9) | st.dictionaries(WORDS, inner, max_size=3),
+    max_leaves=20,
+)
+
+
+@given(st.sampled_from([FORMS[kind].number for kind in FORMS if kind not in PACKED]), st.lists(JSON_VALUES, max_size=9))
+def test_any_json_is_a_message_or_a_peer_error(number: int, values: list[object]) -> None:
+    """Any JSON array of either side yields a message or PeerError."""
+    try:
+        decode(number, json.dumps(values).encode())
+    except PeerError:
+        return
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("kind", [Failed, Closed, Open, Exec])
+def test_malformed_json_is_rejected(kind: type[Any], name: str) -> None:
+    """Malformed, deeply nested or non-array JSON is rejected with PeerError."""
+    with pytest.raises(PeerError):
+        decode(FORMS[kind].number, HOSTILE[name])
+
+
+NOT_NUMBERS: Final = ["NaN", "Infinity", "-Infinity", "1e999", "1.0", "true", "null", '"0"', "[]", "{}", "-1"]
+
+
+@pytest.mark.parametrize("value", [*NOT_NUMBERS, "9" * 4000, "9" * 9000, "4097"])
+def test_a_number_is_a_whole_number_in_its_range(value: str) -> None:
+    """Only an integer within its range is accepted as a number."""
+    good = json.dumps(list(MESSAGES[Failed])).encode()
+    bad = good.replace(b", 2, ", b", " + value.encode() + b", ")
+    assert bad != good
+    with pytest.raises(PeerError):
+        decode(FORMS[Failed].number, bad)
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_a_packed_number_is_in_its_range(kind: type[Any]) -> None:
+    """A packed number above 2^63 - 1 is rejected, so that every number fits a signed one of 64 bits."""
+    layout = FORMS[kind].layout
+    assert layout is not None
+    if "Q" in layout.format:
+        with pytest.raises(PeerError, match="out of range"):
+            decode(FORMS[kind].number, b"\xff" * layout.size)
+    else:
+        decode(FORMS[kind].number, b"\xff" * layout.size)
+
+
+@pytest.mark.parametrize("value", [1, None, [], {}, "x" * 65, "\ud800" * 3, "x" + "\udfff", True])
+def test_a_text_is_a_text_of_its_length(value: object) -> None:
+    """Only valid text within its length limits is accepted as text."""
+    with pytest.raises(PeerError, match="stage"):
+        decode(FORMS[Failed].number, payload(MESSAGES[Failed], "stage", value))
+
+
+@pytest.mark.parametrize("value", [0, 1, "true", None, []])
+def test_a_boolean_is_a_boolean(value: object) -> None:
+    """Numbers, text and null are not accepted as booleans."""
+    with pytest.raises(PeerError, match="write"):
+        decode(FORMS[Denied].number, payload(DENIED, "write", value))
+
+
+@pytest.mark.parametrize("kind", GUEST_JSON)
+def test_fields_are_exactly_those_of_the_message(kind: type[Any]) -> None:
+    """A guest's message with an extra or missing field, or a wrong type in any field, is rejected."""
+    form, message = FORMS[kind], list(MESSAGES[kind])
+    for wrong in (message[:-1], [*message, 0], [], [message]):
+        with pytest.raises(PeerError):
+            decode(form.number, json.dumps(wrong).encode())
+    for at, shape in enumerate(form.shapes):
+        others: list[object] = [[], {}, 1.5, None, "", 0, True]
+        for value in others:
+            if type(value) is shape.type or (value is None and shape.optional):
+                continue
+            with pytest.raises(PeerError, match=kind._fields[at]):
+                decode(form.number, json.dumps([*message[:at], value, *message[at + 1 :]]).encode())
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [
+        (Open, "files", 7),
+        (Open, "files", [["/x07/in/a", 420, "file"]]),
+        (Open, "mounts", [None]),
+        (Open, "confine", [True]),
+        (Open, "network", 7),
+        (Open, "room", None),
+        (Exec, "limits", [1, 2]),
+        (Exec, "limits", None),
+        (Exec, "id", "1"),
+        (Exec, "id", 1.5),
+        (Exec, "id", []),
+        (Warm, "limits", {}),
+        (Close, "output", [1]),
+        (Close, "left", True),
+    ],
+)
+def test_a_malformed_message_of_the_host_is_an_error_too(kind: type[Any], field: str, value: object) -> None:
+    """A guest rejects a message of the host with wrong nested fields, or an id that is no number, with PeerError."""
+    with pytest.raises(PeerError, match="another form"):
+        decode(FORMS[kind].number, payload(MESSAGES[kind], field, value))
+    for wrong in ([], list(MESSAGES[kind])[:-1], [*MESSAGES[kind], 0]):
+        with pytest.raises(PeerError, match="another form"):
+            decode(FORMS[kind].number, json.dumps(wrong).encode())
+
+
+# bounds
+
+
+def test_every_message_has_a_form() -> None:
+    """Every type of message has a form with a number of its own, and every field of a guest's JSON message a shape."""
+    assert set(FORMS) == set(Message.__args__) == set(MESSAGES)
+    assert sorted(NUMBERS) == list(range(1, len(FORMS) + 1))
+    assert BOUNDS.keys() == set(NUMBERS)
+    for kind, form in FORMS.items():
+        if form.sender is Role.GUEST and form.layout is None:
+            assert len(form.shapes) == len(kind._fields)
+        assert form.layout is not None or bool(form.shapes) != (form.build is not None)
+
+
+def test_guest_messages_are_small() -> None:
+    """No message from the guest is larger than a data frame; only OPEN and EXEC are."""
+    large = [kind for kind, form in FORMS.items() if BOUNDS[form.number].most > DATA_MAX]
+    assert large == [Open, Exec]
+    assert all(FORMS[kind].sender is Role.HOST for kind in large)
+
+
+def test_every_guest_field_is_bounded() -> None:
+    """Every text of a guest's message has a bound."""
+    texts = [shape for form in FORMS.values() for shape in form.shapes if shape.type is str]
+    assert texts
+    assert all(shape.hi <= TEXT_MAX for shape in texts)
+
+
+@pytest.mark.parametrize("text", ["\u00e9", "\N{PILE OF POO}", "\0"])
+def test_the_largest_honest_message_fits_its_frame(text: str) -> None:
+    """The largest valid guest report fits into one frame, in any script."""
+    for kind in GUEST_JSON:
+        message = kind(*[largest(shape, text) for shape in FORMS[kind].shapes])
+        number, encoded = encode(message)
+        assert len(encoded) <= BOUNDS[number].most
+        assert same(decode(number, encoded), message)
+
+
+def largest(shape: Shape, text: str) -> object:
+    """The largest value of a shape."""
+    if shape.type is str:
+        return text * shape.hi
+    return False if shape.type is bool else shape.hi
+
+
+def test_undecodable_text_in_a_report_becomes_question_marks() -> None:
+    """A guest's report about an undecodable name arrives, with a question mark for each such byte."""
+    failed = Failed(1, "exec", 2, "command not found: a\udcff\u00e9")
+    assert round_trip(failed) == failed._replace(message="command not found: a?\u00e9")
+    denied = DENIED._replace(path="/\ud800/\udcff")
+    assert round_trip(denied) == denied._replace(path="/?/?")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        Hello(2**32),
+        Started(-1),
+        EXITED._replace(wait_status=2**16),
+        EXITED._replace(cpu_us=-1),
+        Seed(2**64, b"", b"", b""),
+        OPEN._replace(hostname="x" * (16 << 20)),
+        MESSAGES[Exec]._replace(argv=["\u00e9" * (3 << 20)]),  # type: ignore[call-arg]
+        Close(0, Output("x" * (32 << 10), 0), None),
+        Failed(0, "x" * (32 << 10), 0, ""),
+        OPEN._replace(mem_bytes=float("nan")),  # type: ignore[arg-type]
+    ],
+    ids=lambda message: type(message).__name__,
+)
+def test_a_message_that_does_not_fit_is_not_sent(message: Message) -> None:
+    """Encoding a message that exceeds its size, or a number that exceeds its field, raises ChannelUsageError."""
+    with pytest.raises(ChannelUsageError, match=type(message).__name__.upper()):
+        encode(message)

@@ -1,0 +1,779 @@
+"""Streams: any bytes, however they are cut, yield events or PeerError, and every byte sent arrives in order."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, Final
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from tests.fuzz.fuzz_channel import frame
+from x07_sandbox.channel import egress, link
+from x07_sandbox.channel.streams import (
+    ANSWER,
+    CREDIT,
+    DATA,
+    DATAGRAM,
+    FIN,
+    HEADER,
+    MESSAGE,
+    OPEN,
+    RESET,
+    Event,
+    Kind,
+    Message,
+    Role,
+    Streams,
+    Table,
+)
+from x07_sandbox.errors import ChannelUsageError, PeerError
+
+HOST, GUEST = Role.HOST, Role.GUEST
+OTHER: Final = {HOST: GUEST, GUEST: HOST}
+ORDER, REPORT = 1, 2  # messages of the small table
+DOWN, UP, BOTH, ASKED, PACKETS = 1, 2, 3, 4, 5  # kinds of streams in the small table
+# A table with every feature, and windows that a test fills quickly.
+SMALL: Final = Table(
+    {ORDER: Message(HOST, 0, 9), REPORT: Message(GUEST, 2, 3)},
+    {
+        DOWN: Kind(HOST, HOST, 0, 4, 2),
+        UP: Kind(GUEST, GUEST, 0, 4, 2),
+        BOTH: Kind(HOST, None, 0, 4, 2),
+        ASKED: Kind(GUEST, None, 1, 4, 3, answered=True),
+        PACKETS: Kind(GUEST, None, 0, 4, 2, answered=True, datagrams=True),
+    },
+    data_max=16,
+    window=64,
+    datagram_max=8,
+    code_max=7,
+)
+TABLES: Final = {"channel": link.STREAMS, "egress": egress.STREAMS, "small": SMALL}
+TABLE: Final = st.sampled_from(list(TABLES.values()))
+ROLES: Final = st.sampled_from(Role)
+TYPES: Final = (MESSAGE, OPEN, ANSWER, DATA, CREDIT, FIN, RESET, DATAGRAM)
+CUTS: Final = st.lists(st.integers(1, 40), max_size=4)
+
+
+def opening(number: int, kind: int, payload: bytes = b"x") -> bytes:
+    """A frame that opens a stream."""
+    return frame(OPEN, number, payload, kind)
+
+
+def credit(number: int, count: int) -> bytes:
+    """A frame of credit."""
+    return frame(CREDIT, number, count.to_bytes(4, "big"))
+
+
+def taken(end: Streams) -> bytes:
+    """All bytes that one end has to send."""
+    out = b""
+    while data := end.data_to_send():
+        end.sent(len(data))
+        out += data
+    assert not end.pending()
+    return out
+
+
+def passed(sender: Streams, receiver: Streams) -> list[Event]:
+    """Deliver all pending bytes of one end to the other; return the events."""
+    return list(receiver.receive(taken(sender)))
+
+
+def ends(table: Table = SMALL) -> tuple[Streams, Streams]:
+    """Both ends: host and guest."""
+    return Streams(HOST, table), Streams(GUEST, table)
+
+
+def opened(*kinds: int) -> tuple[Streams, Streams, list[int]]:
+    """Both ends with streams of these kinds, open and answered, and the numbers of the streams."""
+    host, guest = ends()
+    numbers = []
+    for kind in kinds:
+        by = host if SMALL.streams[kind].opener is HOST else guest
+        numbers.append(by.open(kind, b"x"))
+        passed(by, guest if by is host else host)
+        if SMALL.streams[kind].answered:
+            host.answer(numbers[-1])
+            passed(host, guest)
+    return host, guest, numbers
+
+
+def held(end: Streams) -> int:
+    """The number of bytes that one end holds of its peer's."""
+    return len(end._in)  # noqa: SLF001 - the bound on it is the promise
+
+
+def most_of(table: Table, sender: Role) -> int:
+    """The size of the largest frame that a role may send."""
+    messages = [message.most for message in table.messages.values() if message.sender is sender]
+    kinds = [kind.most for kind in table.streams.values() if kind.opener is sender]
+    return HEADER.size + max(*messages, *kinds, table.data_max, table.datagram_max)
+
+
+# from the opening to the end
+
+
+def test_a_stream_from_its_opening_to_its_end() -> None:
+    """Payload, data and both ends arrive unchanged, and then the stream is forgotten."""
+    host, guest = ends()
+    number = host.open(BOTH, b"abc")
+    assert passed(host, guest) == [Event(OPEN, number, BOTH, b"abc")]
+    assert host.send(number, b"question") == 8
+    host.finish(number)
+    host.finish(number)
+    assert passed(host, guest) == [Event(DATA, number, BOTH, b"question"), Event(FIN, number, BOTH)]
+    assert guest.send(number, b"answer") == 6
+    guest.finish(number)
+    assert passed(guest, host) == [Event(DATA, number, BOTH, b"answer"), Event(FIN, number, BOTH)]
+    assert not host.is_open(number)
+    assert not guest.is_open(number)
+
+
+@pytest.mark.parametrize(("kind", "sender"), [(DOWN, HOST), (UP, GUEST)])
+def test_a_one_way_stream_ends_with_its_sender(kind: int, sender: Role) -> None:
+    """A stream with one sender is forgotten at its end, and its receiver cannot send on it."""
+    host, guest, [number] = opened(kind)
+    by, to = (host, guest) if sender is HOST else (guest, host)
+    assert (to.window(number), to.send(number, b"x")) == (0, 0)
+    by.finish(number)
+    assert passed(by, to) == [Event(FIN, number, kind)]
+    assert not by.is_open(number)
+    assert not to.is_open(number)
+
+
+def test_messages_travel_in_order_with_the_streams() -> None:
+    """A message arrives after the data that was sent before it."""
+    host, guest, [number] = opened(DOWN)
+    host.send(number, b"first")
+    host.message(ORDER, b"second")
+    host.send(number, b"third")
+    assert [event.data for event in passed(host, guest)] == [b"first", b"second", b"third"]
+
+
+def test_numbers_do_not_collide() -> None:
+    """The host opens even numbers and the guest odd ones, each higher than the one before."""
+    host, guest = ends()
+    assert [host.open(DOWN), host.open(BOTH), host.open(DOWN)] == [2, 4, 6]
+    assert [guest.open(UP), guest.open(ASKED, b"x")] == [1, 3]
+
+
+def test_datagrams_keep_their_borders() -> None:
+    """Datagrams keep their boundaries, and an oversized one is dropped."""
+    host, guest, [number] = opened(PACKETS)
+    sent = [b"", b"x", bytes(SMALL.datagram_max)]
+    for data in [*sent, bytes(SMALL.datagram_max + 1)]:
+        guest.send_datagram(number, data)
+    assert passed(guest, host) == [Event(DATAGRAM, number, PACKETS, data) for data in sent]
+
+
+@pytest.mark.parametrize("code", range(1, SMALL.code_max + 1))
+def test_a_refusal_carries_its_reason(code: int) -> None:
+    """A refusal or reset carries its code and removes the stream at both ends."""
+    host, guest = ends()
+    number = guest.open(ASKED, b"x")
+    passed(guest, host)
+    host.answer(number, code)
+    assert passed(host, guest) == [Event(ANSWER, number, code)]
+    assert not host.is_open(number)
+    assert not guest.is_open(number)
+    host, guest, [number] = opened(ASKED)
+    host.reset(number, code)
+    host.reset(number, code)
+    assert passed(host, guest) == [Event(RESET, number, code)]
+    assert not host.is_open(number)
+    assert not guest.is_open(number)
+
+
+def test_nothing_is_sent_before_the_answer() -> None:
+    """A stream that needs an answer accepts neither bytes nor an end before it."""
+    host, guest = ends()
+    numbers = [guest.open(ASKED, b"x"), guest.open(PACKETS)]
+    passed(guest, host)
+    for end in (host, guest):
+        for number in numbers:
+            assert end.window(number) == end.send(number, b"early") == 0
+            end.send_datagram(number, b"early")
+            with pytest.raises(ChannelUsageError, match="not answered"):
+                end.finish(number)
+        assert taken(end) == b""
+
+
+def test_operations_on_an_ended_stream_do_nothing() -> None:
+    """Operations on an ended stream send nothing and raise nothing."""
+    host, guest, [number] = opened(ASKED)
+    host.reset(number)
+    taken(host)
+    host.answer(number)
+    host.finish(number)
+    host.consumed(number, SMALL.window)
+    host.forget(number)
+    assert host.send(number, b"x") == 0
+    assert host.pending() == 0
+    assert guest.is_open(number)
+
+
+def test_a_pending_stream_can_be_given_up() -> None:
+    """The opener can abort a stream before it is answered, and the answer is not sent then."""
+    host, guest = ends()
+    number = guest.open(ASKED, b"x")
+    passed(guest, host)
+    guest.reset(number)
+    assert passed(guest, host) == [Event(RESET, number)]
+    host.answer(number)
+    assert host.pending() == 0
+
+
+@pytest.mark.parametrize("kind", SMALL.streams)
+def test_a_stream_is_reset_after_its_queued_opening(kind: int) -> None:
+    """The reset of an own stream whose opening is still queued goes out after the opening."""
+    host, guest = ends()
+    by, to = (host, guest) if SMALL.streams[kind].opener is HOST else (guest, host)
+    number = by.open(kind, b"x")
+    by.reset(number, 3)
+    assert passed(by, to) == [Event(OPEN, number, kind, b"x"), Event(RESET, number, 3)]
+    assert not to.is_open(number)
+
+
+def test_streams_start_anew_after_a_restart() -> None:
+    """After a restart at both ends, numbers and windows start anew, and nothing is left of the old streams."""
+    host, guest, [down, up] = opened(DOWN, UP)
+    host.send(down, bytes(SMALL.window))
+    guest.send(up, bytes(SMALL.window))
+    host.message(ORDER)
+    assert len(passed(host, guest)) == SMALL.window // SMALL.data_max + 1
+    passed(guest, host)
+    host.restart()
+    guest.restart()
+    assert not host.is_open(down)
+    assert not guest.is_open(up)
+    assert [host.open(DOWN), host.open(DOWN), guest.open(UP), guest.open(UP)] == [2, 4, 1, 3]
+    assert host.send(2, bytes(SMALL.window + 1)) == SMALL.window
+    assert len(passed(host, guest)) == 2 + SMALL.window // SMALL.data_max
+
+
+# bounds of what may be open
+
+
+@pytest.mark.parametrize("kind", SMALL.streams)
+def test_streams_at_once_are_limited(kind: int) -> None:
+    """Neither end opens, nor accepts, more streams of a kind than the table allows at the same time."""
+    for how in ("reset by its opener", "reset by the other", "ended"):
+        opener = SMALL.streams[kind].opener
+        host, guest, numbers = opened(*[kind] * SMALL.streams[kind].at_once)
+        by, to = (host, guest) if opener is HOST else (guest, host)
+        with pytest.raises(ChannelUsageError, match="cannot open"):
+            by.open(kind, b"x")
+        assert by.pending() == 0
+        hostile = Streams(OTHER[opener], SMALL)
+        first = 2 if opener is HOST else 1
+        wire = b"".join(opening(first + 2 * at, kind) for at in range(len(numbers) + 1))
+        events = hostile.receive(wire)
+        assert [next(events).stream for _ in numbers] == numbers
+        with pytest.raises(PeerError, match="too many"):
+            next(events)
+        if how == "ended":
+            for end in (by, to):
+                end.finish(numbers[0])
+        else:
+            (by if how == "reset by its opener" else to).reset(numbers[0])
+        passed(by, to)
+        passed(to, by)
+        by.open(kind, b"x")
+        assert len(passed(by, to)) == 1
+
+
+@given(TABLE, ROLES, st.data())
+def test_a_hostile_peer_costs_bounded_memory(table: Table, role: Role, data: st.DataObject) -> None:
+    """Whatever a peer opens, resets and ends, in any order, one end remembers and queues a bounded amount."""
+    end, peer = Streams(role, table), OTHER[role]
+    first = 2 if peer is HOST else 1
+    kinds = [number for number, kind in table.streams.items() if kind.opener is peer] or list(table.streams)
+    numbers = st.integers(0, 12).map(lambda at: first + 2 * at)
+    parts = st.one_of(
+        st.tuples(numbers, st.sampled_from(kinds)).map(
+            lambda pair: opening(pair[0], pair[1], bytes(table.streams[pair[1]].least))
+        ),
+        st.tuples(st.sampled_from([FIN, RESET, ANSWER, DATAGRAM]), numbers).map(lambda pair: frame(*pair)),
+        st.tuples(numbers, st.integers(1, table.data_max)).map(lambda pair: frame(DATA, pair[0], bytes(pair[1]))),
+        st.tuples(numbers, st.integers(0, table.window)).map(lambda pair: credit(*pair)),
+        st.binary(max_size=20),
+    )
+    queued = 0
+    for part in data.draw(st.lists(parts, max_size=30)):
+        with contextlib.suppress(PeerError):
+            for event in end.receive(part):
+                if event.type == OPEN:
+                    queued += HEADER.size
+                    if table.streams[event.code].answered:
+                        end.answer(event.stream)
+                elif event.type == DATA:
+                    queued += HEADER.size + 4
+                    end.consumed(event.stream, len(event.data))
+        assert held(end) <= most_of(table, peer)
+        assert len(end._open) <= sum(kind.at_once for kind in table.streams.values())  # noqa: SLF001
+        assert len(end._counts) <= len(table.streams)  # noqa: SLF001
+        assert end.pending() <= queued
+
+
+def test_a_flood_of_short_streams_costs_nothing() -> None:
+    """A peer that opens and ends thousands of streams leaves nothing behind."""
+    host = Streams(HOST, SMALL)
+    for number in range(1, 20_001, 2):
+        ending = FIN if number % 4 == 1 else RESET
+        list(host.receive(opening(number, UP) + frame(DATA, number, b"x") + frame(ending, number)))
+    assert not host._open  # noqa: SLF001 - the bound on it is the promise
+    assert not held(host)
+    assert not host.pending()
+
+
+# any bytes
+
+
+def allowed(table: Table, sender: Role, fields: tuple[int, int, int, int, int]) -> bool:
+    """Return whether a role may send a frame with this header."""
+    kind, code, zero, stream, length = fields
+    if zero or (stream == 0) != (kind == MESSAGE):
+        return False
+    if kind == MESSAGE:
+        message = table.messages.get(code)
+        return message is not None and message.sender is sender and message.least <= length <= message.most
+    if kind == OPEN:
+        opened = table.streams.get(code)
+        return opened is not None and opened.opener is sender and opened.least <= length <= opened.most
+    sizes = {
+        ANSWER: range(1),
+        DATA: range(1, table.data_max + 1),
+        CREDIT: range(4, 5),
+        FIN: range(1),
+        RESET: range(1),
+        DATAGRAM: range(table.datagram_max + 1),
+    }.get(kind, range(0))
+    return length in sizes and code <= (table.code_max if kind in {ANSWER, RESET} else 0)
+
+
+@given(
+    TABLE,
+    ROLES,
+    st.tuples(
+        st.sampled_from([*TYPES, 0, 9, 255]),
+        st.integers(0, 20) | st.integers(0, 255),
+        st.sampled_from([0, 0, 0, 1, 256]),
+        st.sampled_from([0, 1, 2, 3, 2**32 - 1]),
+        st.integers(0, 20) | st.integers(0, 2**32 - 1),
+    ),
+)
+def test_a_bad_header_is_refused_before_its_payload_comes(
+    table: Table, role: Role, fields: tuple[int, int, int, int, int]
+) -> None:
+    """An invalid header is rejected before any of its payload is buffered."""
+    end = Streams(role, table)
+    header = HEADER.pack(*fields)
+    if not allowed(table, OTHER[role], fields):
+        with pytest.raises(PeerError):
+            list(end.receive(header))
+        assert held(end) == 0
+    elif fields[-1]:
+        assert list(end.receive(header)) == []
+        assert held(end) == HEADER.size
+
+
+def play(end: Streams, wire: bytes, cuts: list[int]) -> tuple[list[Event], PeerError | None]:
+    """Return events and error of bytes that arrive in pieces. The receiver answers every opening."""
+    seen: list[Event] = []
+    at = turn = 0
+    try:
+        while at < len(wire) or not turn:
+            size = cuts[turn % len(cuts)] if cuts else max(1, len(wire))
+            turn += 1
+            for event in end.receive(wire[at : at + size]):
+                seen.append(event)
+                if event.type == OPEN and SMALL.streams[event.code].answered:
+                    end.answer(event.stream)
+            at += size
+    except PeerError as exc:
+        return seen, exc
+    return seen, None
+
+
+MEANT: Final = [
+    *[opening(number, kind) for number in range(1, 7) for kind in SMALL.streams],
+    *[frame(kind, number) for kind in (ANSWER, FIN, RESET, DATAGRAM) for number in range(1, 7)],
+    *[frame(DATA, number, b"data") for number in range(1, 7)],
+    *[credit(number, count) for number in range(1, 7) for count in (1, 64)],
+    frame(MESSAGE, 0, b"xx", ORDER),
+    frame(MESSAGE, 0, b"xx", REPORT),
+    frame(DATA, 1, bytes(16)) * 4,
+    frame(DATA, 2, bytes(16)) * 5,
+]
+
+
+@given(ROLES, st.lists(st.sampled_from(MEANT) | st.binary(max_size=9), max_size=12), CUTS)
+def test_the_cut_of_the_bytes_does_not_matter(role: Role, parts: list[bytes], cuts: list[int]) -> None:
+    """A byte stream yields the same events and error, however it is cut."""
+    wire = b"".join(parts)
+    cut, whole = play(Streams(role, SMALL), wire, cuts), play(Streams(role, SMALL), wire, [])
+    assert cut[0] == whole[0]
+    assert (cut[1] and cut[1].args) == (whole[1] and whole[1].args)
+
+
+@given(TABLE, ROLES, st.binary(max_size=200), CUTS)
+@example(SMALL, HOST, b"\4\0\0\0\0\0\0\1\xff\xff\xff\xff", [1])
+def test_junk_gives_events_or_a_peer_error(table: Table, role: Role, junk: bytes, cuts: list[int]) -> None:
+    """Any bytes yield events or PeerError, and the same ones for any cut, with both tables."""
+    cut, whole = play(Streams(role, table), junk, cuts), play(Streams(role, table), junk, [])
+    assert cut[0] == whole[0]
+    assert (cut[1] and cut[1].args) == (whole[1] and whole[1].args)
+
+
+@given(TABLE, ROLES, st.lists(st.binary(min_size=1, max_size=1 << 17), max_size=4))
+def test_no_more_than_one_frame_is_held(table: Table, role: Role, parts: list[bytes]) -> None:
+    """One end buffers at most one incomplete frame."""
+    end, peer = Streams(role, table), OTHER[role]
+    most = most_of(table, peer)
+    large = [HEADER.pack(DATA, 0, 0, 2, table.data_max)]
+    large += [HEADER.pack(MESSAGE, code, 0, 0, one.most) for code, one in table.messages.items() if one.sender is peer]
+    for part in [large[-1], *parts]:
+        with contextlib.suppress(PeerError):
+            list(end.receive(part))
+        assert held(end) <= most
+
+
+@pytest.mark.parametrize("code", [number for number, one in link.STREAMS.messages.items() if one.most > 1 << 20])
+def test_the_host_holds_no_large_message(code: int) -> None:
+    """The host rejects the header of a large message, which only the host may send."""
+    host = Streams(HOST, link.STREAMS)
+    with pytest.raises(PeerError):
+        list(host.receive(HEADER.pack(MESSAGE, code, 0, 0, 4 << 20) + bytes(40_000)))
+    assert held(host) == 0
+
+
+def three_streams() -> Streams:
+    """The host's end with streams 2 (BOTH, one byte sent), 1 (UP) and 5 (PACKETS)."""
+    host = Streams(HOST, SMALL)
+    host.open(BOTH)
+    host.send(2, b"x")
+    list(host.receive(opening(1, UP) + opening(5, PACKETS)))
+    host.answer(5)
+    return host
+
+
+def asking() -> Streams:
+    """The guest's end, which has asked for stream 1."""
+    guest = Streams(GUEST, SMALL)
+    guest.open(ASKED, b"x")
+    return guest
+
+
+@pytest.mark.parametrize(
+    ("end", "wire", "event"),
+    [
+        (three_streams, frame(MESSAGE, 0, b"xx", REPORT), Event(MESSAGE, 0, REPORT, b"xx")),
+        (three_streams, opening(7, UP), Event(OPEN, 7, UP, b"x")),
+        (asking, frame(ANSWER, 1, code=2), Event(ANSWER, 1, 2)),
+        (three_streams, frame(DATA, 1, b"x"), Event(DATA, 1, UP, b"x")),
+        (three_streams, credit(2, 1), Event(CREDIT, 2, BOTH)),
+        (three_streams, frame(FIN, 1), Event(FIN, 1, UP)),
+        (three_streams, frame(RESET, 2, code=7), Event(RESET, 2, 7)),
+        (three_streams, frame(DATAGRAM, 5, b"xy"), Event(DATAGRAM, 5, PACKETS, b"xy")),
+    ],
+    ids=["MESSAGE", "OPEN", "ANSWER", "DATA", "CREDIT", "FIN", "RESET", "DATAGRAM"],
+)
+def test_a_frame_is_read_whole_byte_by_byte_and_with_more_behind_it(
+    end: Callable[[], Streams], wire: bytes, event: Event
+) -> None:
+    """A frame is returned once it is complete and consumes no byte of the next one."""
+    assert list(end().receive(wire)) == [event]
+    slow = end()
+    for byte in wire[:-1]:
+        assert list(slow.receive(bytes([byte]))) == []
+    assert list(slow.receive(wire[-1:])) == [event]
+    followed = end()
+    assert list(followed.receive(wire + b"\4\0")) == [event]
+    assert held(followed) == 2
+
+
+# faults of the peer
+
+# What a guest sends to a host with the streams 1 (ASKED) and 3 (PACKETS), both answered, 5 (UP), 2 (BOTH), 4 (DOWN).
+FULL: Final = frame(DATA, 1, bytes(16)) * 4
+TO_HOST: Final = {
+    "type 0": frame(0, 1),
+    "unknown type": frame(9, 1),
+    "highest type": frame(255, 1, b"x"),
+    "unknown message": frame(MESSAGE, 0, b"xx", 3),
+    "message of the host": frame(MESSAGE, 0, b"xx", ORDER),
+    "message with a stream": frame(MESSAGE, 1, b"xx", REPORT),
+    "short message": frame(MESSAGE, 0, b"x", REPORT),
+    "long message": frame(MESSAGE, 0, b"xxxx", REPORT),
+    "ANSWER to a guest's stream": frame(ANSWER, 1),
+    "ANSWER to a stream without": frame(ANSWER, 2),
+    "code of DATA": frame(DATA, 1, b"x", code=1),
+    "code of CREDIT": frame(CREDIT, 1, bytes(3) + b"\1", code=1),
+    "code of FIN": frame(FIN, 1, code=1),
+    "code of DATAGRAM": frame(DATAGRAM, 3, code=1),
+    "code out of range": frame(RESET, 1, code=SMALL.code_max + 1),
+    "zero field": frame(DATA, 1, b"x", zero=1),
+    "zero field, high byte": frame(FIN, 1, zero=256),
+    "stream 0": frame(DATA, 0, b"x"),
+    "OPEN of stream 0": opening(0, UP),
+    "data too long": HEADER.pack(DATA, 0, 0, 1, SMALL.data_max + 1),
+    "no data": frame(DATA, 1),
+    "length 2^32-1": HEADER.pack(DATA, 0, 0, 1, 2**32 - 1),
+    "datagram too long": HEADER.pack(DATAGRAM, 0, 0, 3, SMALL.datagram_max + 1),
+    "FIN with payload": frame(FIN, 1, b"x"),
+    "RESET with payload": frame(RESET, 1, b"x"),
+    "short credit": frame(CREDIT, 1, b"123"),
+    "long credit": frame(CREDIT, 1, b"12345"),
+    "unknown kind": opening(7, 99),
+    "kind of the host": opening(7, DOWN),
+    "short OPEN": opening(7, ASKED, b""),
+    "long OPEN": opening(7, ASKED, b"12345"),
+    "OPEN of an even number": opening(8, UP),
+    "OPEN of a stream that is open": opening(1, UP),
+    "OPEN of a stream that was closed": frame(RESET, 5) + opening(5, UP),
+    "descending OPEN": opening(11, UP) + opening(9, ASKED),
+    "OPEN twice": opening(7, UP) + opening(7, UP),
+    "past credit": FULL + frame(DATA, 1, b"x"),
+    "no credit": credit(1, 0),
+    "more credit than the window": credit(1, 1),
+    "highest credit": credit(1, 2**32 - 1),
+    "credit for its own one-way stream": credit(5, 1),
+    "credit for datagrams": credit(3, 1),
+    "never opened": frame(DATA, 7, b"x"),
+    "never opened by the host": frame(DATA, 6, b"x"),
+    "credit of a stream never opened": credit(7, 1),
+    "RESET of a stream never opened": frame(RESET, 7),
+    "DATA before ANSWER": opening(7, ASKED) + frame(DATA, 7, b"x"),
+    "CREDIT before ANSWER": opening(7, ASKED) + credit(7, 1),
+    "FIN before ANSWER": opening(7, ASKED) + frame(FIN, 7),
+    "DATAGRAM before ANSWER": opening(7, PACKETS) + frame(DATAGRAM, 7, b"x"),
+    "DATA after FIN": frame(FIN, 1) + frame(DATA, 1, b"x"),
+    "FIN twice": frame(FIN, 1) * 2,
+    "DATAGRAM after FIN": frame(FIN, 3) + frame(DATAGRAM, 3),
+    "DATA from the receiver": frame(DATA, 4, b"x"),
+    "FIN from the receiver": frame(FIN, 4),
+    "DATAGRAM on bytes": frame(DATAGRAM, 1, b"x"),
+    "DATA on datagrams": frame(DATA, 3, b"x"),
+}
+# What a host sends to a guest that has asked for stream 1 (ASKED).
+TO_GUEST: Final = {
+    "kind of the guest": opening(2, UP),
+    "OPEN of an odd number": opening(3, DOWN),
+    "message of the guest": frame(MESSAGE, 0, b"xx", REPORT),
+    "DATA before ANSWER": frame(DATA, 1, b"x"),
+    "CREDIT before ANSWER": credit(1, 1),
+    "FIN before ANSWER": frame(FIN, 1),
+    "ANSWER twice": frame(ANSWER, 1) * 2,
+    "a refusal after ANSWER": frame(ANSWER, 1) + frame(ANSWER, 1, code=5),
+    "ANSWER to a stream never asked for": frame(ANSWER, 3),
+    "ANSWER to its own stream": opening(2, DOWN) + frame(ANSWER, 2),
+    "ANSWER with payload": frame(ANSWER, 1, b"x"),
+    "code out of range": frame(ANSWER, 1, code=SMALL.code_max + 1),
+    "past credit": frame(ANSWER, 1) + FULL + frame(DATA, 1, b"x"),
+    "more credit than the window": frame(ANSWER, 1) + credit(1, 1),
+    "DATAGRAM on bytes": frame(ANSWER, 1) + frame(DATAGRAM, 1, b"x"),
+}
+
+
+@pytest.mark.parametrize("name", TO_HOST)
+def test_a_violation_of_the_guest_is_an_error(name: str) -> None:
+    """An invalid frame from the guest ends the streams for good."""
+    host, _, numbers = opened(ASKED, PACKETS, UP, BOTH, DOWN)
+    assert numbers == [1, 3, 5, 2, 4]
+    check_failed(host, TO_HOST[name], opening(101, UP))
+
+
+@pytest.mark.parametrize("name", TO_GUEST)
+def test_a_violation_of_the_host_is_an_error(name: str) -> None:
+    """An invalid frame from the host ends the streams for good."""
+    guest = Streams(GUEST, SMALL)
+    guest.open(ASKED, b"x")
+    check_failed(guest, TO_GUEST[name], frame(RESET, 1))
+
+
+def check_failed(end: Streams, data: bytes, good: bytes) -> None:
+    """Check that the end of *data* is rejected, and that the streams stay failed and buffer nothing."""
+    with pytest.raises(PeerError):
+        list(end.receive(data + good))
+    for later in (b"", good, bytes(1 << 20), good):
+        with pytest.raises(PeerError):
+            list(end.receive(later))
+    assert held(end) == 0
+
+
+def test_events_before_a_violation_count() -> None:
+    """Valid frames before a violation are reported, then the error."""
+    host, _, [number] = opened(UP)
+    events = host.receive(frame(DATA, number, b"x") + frame(0, 1))
+    assert next(events) == Event(DATA, number, UP, b"x")
+    with pytest.raises(PeerError):
+        next(events)
+
+
+def test_leftover_events_are_returned_once() -> None:
+    """Events left over from an unfinished iteration are returned by the next one, and none of them twice."""
+    host, _, [number] = opened(UP)
+    unfinished = host.receive(b"".join(frame(DATA, number, b"%d" % at) for at in range(3)))
+    assert next(unfinished).data == b"0"
+    assert [event.data for event in host.receive(b"")] == [b"1", b"2"]
+    assert list(unfinished) == []
+
+
+def test_frames_that_cross_an_end_are_ignored() -> None:
+    """Frames that cross the end of their stream on the wire are ignored."""
+    late = [frame(DATA, 1, b"x"), credit(1, 32), frame(FIN, 1), frame(RESET, 1)]
+    host, guest, _ = opened(ASKED, PACKETS)
+    host.reset(1)
+    host.reset(3)
+    assert list(host.receive(b"".join(late) + frame(DATAGRAM, 3, b"x"))) == []
+    host, guest = ends()
+    list(host.receive(opening(1, ASKED)))
+    host.answer(1, 5)
+    assert list(host.receive(frame(RESET, 1))) == []
+    guest.open(ASKED, b"x")
+    guest.reset(1)
+    assert list(guest.receive(frame(ANSWER, 1) + b"".join(late))) == []
+
+
+# faults of this side
+
+
+def test_own_misuse_sends_nothing() -> None:
+    """Each wrong use of the streams raises ChannelUsageError, sends nothing and changes nothing."""
+    host, guest, [asked, packets, up, both, down] = opened(ASKED, PACKETS, UP, BOTH, DOWN)
+    waiting = guest.open(ASKED, b"x")
+    passed(guest, host)
+    wrong: list[tuple[Streams, str, tuple[Any, ...]]] = [
+        (host, "message", (REPORT, b"xx")),
+        (guest, "message", (ORDER, b"")),
+        (guest, "message", (REPORT, b"x")),
+        (host, "message", (ORDER, bytes(10))),
+        (host, "open", (UP,)),
+        (guest, "open", (DOWN,)),
+        (guest, "open", (ASKED, b"")),
+        (guest, "open", (ASKED, b"12345")),
+        (host, "answer", (both,)),
+        (host, "answer", (asked,)),
+        (host, "answer", (up,)),
+        (guest, "answer", (waiting,)),
+        (guest, "answer", (down,)),
+        (guest, "finish", (waiting,)),
+        (host, "finish", (waiting,)),
+        *[(end, "consumed", (number, 1)) for end in (host, guest) for number in (asked, packets, both)],
+        (guest, "consumed", (down, 1)),
+        (host, "consumed", (up, 1)),
+        (host, "consumed", (up, -1)),
+    ]
+    for end, name, arguments in wrong:
+        with pytest.raises(ChannelUsageError):
+            getattr(end, name)(*arguments)
+        assert host.pending() == guest.pending() == 0, name
+    for end in (host, guest):  # not errors, but nothing happens
+        assert end.send(packets, b"x") == 0
+        end.send_datagram(asked, b"x")
+        end.consumed(asked, 0)
+    assert host.pending() == guest.pending() == 0
+    guest.send(up, bytes(16))
+    passed(guest, host)
+    for count in (17, -1):
+        with pytest.raises(ChannelUsageError, match="never received"):
+            host.consumed(up, count)
+    host.consumed(up, 16)
+    assert passed(host, guest) == [Event(CREDIT, up, UP)]
+
+
+# the order of what is sent
+
+
+def test_small_frames_overtake_data() -> None:
+    """Answers, credit and resets overtake queued data; a stream's end does not."""
+    host, guest, [first, second, third] = opened(ASKED, UP, ASKED)
+    waiting = guest.open(ASKED, b"x")
+    guest.send(second, bytes(32))
+    passed(guest, host)
+    host.send(first, bytes(48))
+    host.finish(first)
+    host.answer(waiting)
+    host.consumed(second, 32)
+    host.reset(third)
+    small = [(ANSWER, waiting), (CREDIT, second), (RESET, third)]
+    kinds = [(event.type, event.stream) for event in passed(host, guest)]
+    assert kinds == [*small, *[(DATA, first)] * 3, (FIN, first)]
+
+
+def test_data_behind_an_urgent_reset_is_ignored() -> None:
+    """A reset may overtake the data of its own stream, which the peer then ignores."""
+    host, guest, [number] = opened(ASKED)
+    host.send(number, bytes(32))
+    host.reset(number)
+    assert passed(host, guest) == [Event(RESET, number)]
+
+
+def test_a_partly_written_frame_is_completed_first() -> None:
+    """A partly written frame is completed before any other."""
+    host, guest, [first, second] = opened(ASKED, ASKED)
+    host.send(first, b"x" * 16)
+    beginning = bytes(host.data_to_send()[:20])
+    host.sent(len(beginning))
+    host.reset(second)
+    assert host.pending() == HEADER.size + 16 - 20 + HEADER.size
+    events = list(guest.receive(beginning + taken(host)))
+    assert [event.type for event in events] == [DATA, RESET]
+
+
+def test_small_frames_are_written_together() -> None:
+    """Small frames are joined for one write of at most 64 KiB."""
+    host = Streams(HOST, link.STREAMS)
+    numbers = [host.open(link.Stream.INPUT, at.to_bytes(4, "big")) for at in range(5)]
+    for number in numbers:
+        host.finish(number)
+    queued = host.pending()
+    assert len(host.data_to_send()) == queued == 5 * (2 * HEADER.size + 4)
+    host.sent(queued)
+    number = host.open(link.Stream.INPUT, bytes(4))
+    host.send(number, bytes(link.WINDOW))
+    sizes = []
+    while data := host.data_to_send():
+        sizes.append(len(data))
+        host.sent(len(data))
+    assert max(sizes) <= 64 << 10
+    assert len(sizes) == link.WINDOW // link.DATA_MAX
+
+
+# windows
+
+
+def test_a_sender_stops_at_the_window() -> None:
+    """A sender stops at the window, and a stalled stream does not block another."""
+    host, guest, [first, second] = opened(UP, UP)
+    assert guest.send(first, bytes(SMALL.window + 1)) == SMALL.window
+    assert guest.send(first, b"x") == guest.window(first) == 0
+    assert guest.send(second, b"goes on") == 7
+    received = b"".join(event.data for event in passed(guest, host) if event.type == DATA)
+    assert received == bytes(SMALL.window) + b"goes on"
+
+
+def test_credit_comes_in_steps_of_a_quarter_window() -> None:
+    """Credit is sent in steps of a quarter of the window, and none is lost."""
+    host, guest, [number] = opened(ASKED)
+    quarter = SMALL.window // 4
+    assert guest.send(number, bytes(SMALL.window)) == SMALL.window
+    passed(guest, host)
+    for _ in range(quarter - 1):
+        host.consumed(number, 1)
+    assert host.pending() == 0
+    host.consumed(number, 1)
+    assert passed(host, guest) == [Event(CREDIT, number, ASKED)]
+    assert guest.window(number) == quarter
+
+
+@pytest.mark.parametrize("count", [0, 2, 2**32 - 1])
+def test_invalid_credit_is_a_fault(count: int) -> None:
+    """Credit of zero, or beyond the bytes sent, raises PeerError."""
+    host, _, [number] = opened(BOTH)
+    host.send(number, b"x")
+    with pytest.raises(PeerError, match="credit"):
+        list(host.receive(credit(number, count)))
