@@ -23,12 +23,14 @@ from tests.fuzz.fuzz_unpack import MOST_BYTES
 from x07_sandbox.channel import egress, streams
 from x07_sandbox.channel.link import WINDOW, Stream
 from x07_sandbox.channel.messages import (
+    Changes,
     Close,
     Closed,
     Exec,
     Failed,
     Hello,
     Output,
+    Resize,
     Seed,
     Seeded,
     Started,
@@ -93,6 +95,9 @@ def channel_seeds() -> dict[str, bytes]:
         "ANSWER": AS_HOST + running + frame(streams.ANSWER, 4),
         "DATAGRAM": AS_HOST + running + opening(1, Stream.STDOUT, 1) + frame(streams.DATAGRAM, 1),
         "STOP": AS_GUEST + started + control(Stop(1, 9)) * 2,
+        "RESIZE": AS_GUEST + started + control(Resize(1, 24, 80)) * 2,
+        "CHANGES": AS_GUEST + started + control(Changes()),
+        "CHANGES-sent": AS_HOST + running + opening(1, Stream.CHANGES),
         "STDIN-late": AS_GUEST + started + control(Stop(1, 9)) + stdin,
         "DENIED": AS_HOST + running + control(DENIED) * 2,
         "EXITED": AS_HOST + exited,

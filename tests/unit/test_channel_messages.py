@@ -99,6 +99,7 @@ def packed(layout: struct.Struct) -> st.SearchStrategy[tuple[object, ...]]:
         "H": st.integers(0, 2**16 - 1),
         "I": st.integers(0, ID_MAX),
         "Q": COUNTS,
+        "B": st.integers(0, 255),
         "?": st.booleans(),
         "16s": st.binary(min_size=16, max_size=16),
         "64s": st.binary(min_size=64, max_size=64),
