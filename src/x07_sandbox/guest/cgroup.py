@@ -27,16 +27,16 @@ class NoGroup:
     KILLS: whether the group can kill all its processes. If not, init kills them. OF_COMMAND: whether it holds one
     command, not all.
     COUNTERS: for each counter, its control file, and the keys of the relevant lines if the file has several lines.
-    SHOWN: the group's folder that the program may read, or "" if there is none.
+    shown: the group's folder that the program may read, or "" if there is none.
     """
 
     KILLS: ClassVar[bool] = False
     OF_COMMAND: ClassVar[bool] = False
     COUNTERS: ClassVar[dict[str, tuple[str, ...]]] = {}
-    SHOWN: ClassVar[str] = ""
 
     def __init__(self, folder: str = "") -> None:
         self._folder = folder
+        self.shown = ""
         self._counters = self.COUNTERS
         self._limits = (0, 0)
 
@@ -137,8 +137,6 @@ class HostGroup(NoGroup):
 class RootGroup(HostGroup):
     """A version 2 group made by this process, which owns the whole hierarchy."""
 
-    SHOWN = _GROUP
-
     def __init__(self) -> None:
         write_file(f"{_ROOT}/cgroup.subtree_control", "+memory +pids +cpu")
         os.mkdir(_GROUP)
@@ -164,6 +162,10 @@ class _CommandGroup(HostGroup):
     """The group of one command, which this process has made."""
 
     OF_COMMAND = True
+
+    def __init__(self, folder: str) -> None:
+        super().__init__(folder)
+        self.shown = folder
 
     def remove(self) -> None:
         """Remove the group, unless a process of the command is left in it."""
