@@ -61,6 +61,7 @@ from x07_sandbox.channel.messages import (
     Seeded,
     Started,
     Stop,
+    Terminal,
     Warm,
     Warmed,
     encode,
@@ -107,10 +108,10 @@ MESSAGES: Final[dict[type[Any], Message]] = {
         Seed(1, b"e" * 64, NONCE, b"m" * 16),
         Seeded(NONCE),
         OPEN,
-        Exec(1, ["true", "\udcff"], {"A": "\udc80"}, "/", LIMITS, "files"),
+        Exec(1, ["true", "\udcff"], {"A": "\udc80"}, "/", LIMITS, "files", merge=True, terminal=Terminal(24, 80)),
         Started(1),
         Stop(1, 9),
-        Resize(1, 24, 80),
+        Resize(1, 25, 81),
         Changes(),
         DENIED,
         EXITED,
@@ -244,9 +245,16 @@ class Side:
             self.stdout[value.id] = self._open(Stream.STDOUT, value.id)
         elif isinstance(value, Stop) and self.commands[value.id] is CommandState.RUNNING:
             self._end_command(value.id)
+        elif isinstance(value, Changes):
+            self._send_changes()
         elif isinstance(value, Close):
             self.close = value
             self._close_after(0)
+
+    def _send_changes(self) -> None:
+        number = self._open(Stream.CHANGES, 0)
+        self.link.streams.finish(number)
+        self.allowed += HEADER.size
 
     def _open_session(self) -> None:
         self._send(OPEN)

@@ -95,9 +95,9 @@ def channel_seeds() -> dict[str, bytes]:
         "ANSWER": AS_HOST + running + frame(streams.ANSWER, 4),
         "DATAGRAM": AS_HOST + running + opening(1, Stream.STDOUT, 1) + frame(streams.DATAGRAM, 1),
         "STOP": AS_GUEST + started + control(Stop(1, 9)) * 2,
-        "RESIZE": AS_GUEST + started + control(Resize(1, 24, 80)) * 2,
-        "CHANGES": AS_GUEST + started + control(Changes()),
-        "CHANGES-sent": AS_HOST + running + opening(1, Stream.CHANGES),
+        "RESIZE": AS_GUEST + started + control(MESSAGES[Resize]) * 2,
+        "CHANGES": AS_GUEST_CUT + started + control(Changes()) * 2 + close,
+        "CHANGES-twice": AS_HOST + running + changes + changes,
         "STDIN-late": AS_GUEST + started + control(Stop(1, 9)) + stdin,
         "DENIED": AS_HOST + running + control(DENIED) * 2,
         "EXITED": AS_HOST + exited,
@@ -121,10 +121,10 @@ def channel_seeds() -> dict[str, bytes]:
         "found/short-open": AS_GUEST + seeded + frame(streams.MESSAGE, 0, b"[]", encode(OPEN)[0]),
         "found/no-limits": AS_GUEST
         + opened
-        + frame(streams.MESSAGE, 0, b'[1,[],{},"",0,""]', encode(MESSAGES[Exec])[0]),
+        + frame(streams.MESSAGE, 0, b'[1,[],{},"",0,"",false,null,false]', encode(MESSAGES[Exec])[0]),
         "found/text-as-id": AS_GUEST
         + opened
-        + frame(streams.MESSAGE, 0, b'["1",[],{},"",[0,0,0,0,0],""]', encode(MESSAGES[Exec])[0]),
+        + frame(streams.MESSAGE, 0, b'["1",[],{},"",[0,0,0,0,0],"",false,null,false]', encode(MESSAGES[Exec])[0]),
     }
 
 

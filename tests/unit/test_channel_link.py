@@ -38,6 +38,7 @@ from x07_sandbox.channel.link import (
 from x07_sandbox.channel.messages import (
     FORMS,
     ID_MAX,
+    Changes,
     Close,
     Closed,
     Exec,
@@ -490,6 +491,51 @@ def test_frames_crossing_the_end_are_accepted(last: Message) -> None:
     assert same(carry(host, guest), [*expected, Event(streams.FIN, file, Stream.INPUT)])
     assert same(carry(guest, host), [last])
     assert host.state is guest.state
+
+
+# changes so far
+
+
+def test_changes_so_far_are_sent_as_often_as_asked_for() -> None:
+    """The guest sends the changes so far once for each CHANGES, one after the other, and again at the end."""
+    host, guest = pair_in(State.OPEN, CommandState.RUNNING)
+    with pytest.raises(ChannelUsageError):
+        guest.open(Stream.CHANGES)
+    for _ in range(1000):
+        host.send(MESSAGES[Changes])
+        host.send(MESSAGES[Changes])
+        carry(host, guest)
+        for _ in range(2):
+            with pytest.raises(ChannelUsageError):
+                guest.open(Stream.CHANGES, 1)
+            number = guest.open(Stream.CHANGES)
+            with pytest.raises(ChannelUsageError):  # one at a time, or not asked for
+                guest.open(Stream.CHANGES)
+            guest.streams.send(number, b"x")
+            guest.streams.finish(number)
+        assert len(carry(guest, host)) == 6
+        check_remembered(host)
+        check_remembered(guest)
+    host.send(CLOSE_NOW)
+    carry(host, guest)
+    guest.streams.finish(guest.open(Stream.CHANGES))
+    with pytest.raises(ChannelUsageError):
+        guest.open(Stream.CHANGES)
+    assert len(carry(guest, host)) == 2
+
+
+def test_changes_that_were_not_asked_for_are_refused() -> None:
+    """The host accepts one stream of changes for each CHANGES, and none with another subject."""
+    for wire in (opening(1, Stream.CHANGES), opening(1, Stream.CHANGES) + frame(streams.FIN, 1)):
+        host = link_in(HOST, State.OPEN, CommandState.RUNNING)
+        host.send(MESSAGES[Changes])
+        list(host.receive(wire))
+        with pytest.raises(PeerError):
+            list(host.receive(opening(3, Stream.CHANGES)))
+    host = link_in(HOST, State.OPEN, CommandState.RUNNING)
+    host.send(MESSAGES[Changes])
+    with pytest.raises(PeerError):
+        list(host.receive(opening(1, Stream.CHANGES, 1)))
 
 
 # a new start

@@ -18,6 +18,7 @@ from x07_sandbox.channel.messages import (
     FORMS,
     ID_MAX,
     TEXT_MAX,
+    Changes,
     Close,
     Closed,
     Denied,
@@ -31,12 +32,14 @@ from x07_sandbox.channel.messages import (
     Mount,
     Open,
     Output,
+    Resize,
     Room,
     Seed,
     Seeded,
     Shape,
     Started,
     Stop,
+    Terminal,
     Warm,
     Warmed,
     decode,
@@ -96,10 +99,10 @@ def values(shape: Shape) -> st.SearchStrategy[object]:
 def packed(layout: struct.Struct) -> st.SearchStrategy[tuple[object, ...]]:
     """The values of a packed message."""
     strategies: dict[str, st.SearchStrategy[Any]] = {
+        "B": st.integers(0, 255),
         "H": st.integers(0, 2**16 - 1),
         "I": st.integers(0, ID_MAX),
         "Q": COUNTS,
-        "B": st.integers(0, 255),
         "?": st.booleans(),
         "16s": st.binary(min_size=16, max_size=16),
         "64s": st.binary(min_size=64, max_size=64),
@@ -135,6 +138,7 @@ def host_messages() -> st.SearchStrategy[Message]:
     targets = st.lists(st.tuples(WORDS, WORDS, st.lists(COUNTS)).map(list))
     wildcards = st.lists(st.tuples(WORDS, WORDS).map(list))
     names = st.dictionaries(WORDS, WORDS)
+    terminals = st.none() | st.builds(Terminal, COUNTS, COUNTS)
     network = st.none() | st.builds(type(OPEN.network), names, wildcards, targets, targets)
     return st.one_of(
         st.builds(
@@ -150,7 +154,18 @@ def host_messages() -> st.SearchStrategy[Message]:
             st.booleans(),
             st.builds(Room, COUNTS, COUNTS),
         ),
-        st.builds(Exec, st.integers(1, ID_MAX), st.lists(WORDS), names, WORDS, ANY_LIMITS, WORDS),
+        st.builds(
+            Exec,
+            st.integers(1, ID_MAX),
+            st.lists(WORDS),
+            names,
+            WORDS,
+            ANY_LIMITS,
+            WORDS,
+            st.booleans(),
+            terminals,
+            st.booleans(),
+        ),
         st.builds(
             Close, COUNTS, st.none() | st.builds(Output, WORDS, COUNTS), st.none() | st.builds(Left, COUNTS, COUNTS)
         ),
@@ -179,7 +194,9 @@ def test_the_sample_of_each_message_comes_back(kind: type[Any]) -> None:
         Seed(COUNT_MAX, b"\xff" * 64, bytes(16), b"\xff" * 16),
         Hello(ID_MAX),
         Started(ID_MAX),
-        Stop(0, 9),
+        Stop(0, 255),
+        Resize(ID_MAX, 2**16 - 1, 0),
+        Changes(),
         Seeded(bytes(16)),
         Exited._make([ID_MAX, 0xFFFF, *[COUNT_MAX] * 5, *[True] * 4, COUNT_MAX]),
         Exited._make([0, 0, *[0] * 5, *[False] * 4, 0]),
@@ -307,6 +324,7 @@ def test_fields_are_exactly_those_of_the_message(kind: type[Any]) -> None:
         (Open, "room", None),
         (Exec, "limits", [1, 2]),
         (Exec, "limits", None),
+        (Exec, "terminal", [24]),
         (Exec, "id", "1"),
         (Exec, "id", 1.5),
         (Exec, "id", []),

@@ -10,9 +10,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 from tests.fuzz.fuzz_channel import DENIED, EXITED, HELD_MAX, MESSAGES, NONCE, OPEN, check_remembered
 from tests.unit.test_channel_link import AFTER_OPEN, CLOSED, GUEST, HOST, OPENER, OTHER, execute, pair_in, same
 from x07_sandbox.channel import streams
-from x07_sandbox.channel.link import WINDOW, CommandState, State, Stream
+from x07_sandbox.channel.link import WINDOW, CommandState, Link, State, Stream
 from x07_sandbox.channel.messages import (
     FORMS,
+    Changes,
     Close,
     Exec,
     Failed,
@@ -51,6 +52,8 @@ class Sessions(RuleBasedStateMachine):
         self.commands: dict[int, CommandState] = {}  # as the guest knows them
         self.next_id = 1
         self.close: Close | None = None  # as the guest knows it
+        self.asked = 0  # for how many changes the guest was asked and has not sent them
+        self.so_far: set[int] = set()  # streams of changes so far
         self.send_one()
         self.settle()
         self.start_one(1)
@@ -62,11 +65,14 @@ class Sessions(RuleBasedStateMachine):
 
     def open_stream(self, role: Role, stream: Stream, subject: int) -> None:
         """Open a stream, unless it was opened before."""
-        if (stream, subject) in self.subjects.values():
+        if (stream, subject) in [of for number, of in self.subjects.items() if number not in self.so_far]:
             with pytest.raises(ChannelUsageError):
                 self.ends[role].open(stream, subject)
             return
-        number = self.ends[role].open(stream, subject)
+        self.note(self.ends[role].open(stream, subject), stream, subject)
+
+    def note(self, number: int, stream: Stream, subject: int) -> None:
+        """Note a stream that was opened."""
         self.subjects[number] = stream, subject
         self.sent[number], self.came[number], self.used[number] = bytearray(), bytearray(), 0
 
@@ -151,6 +157,28 @@ class Sessions(RuleBasedStateMachine):
         self.dropped |= {number for number, of in self.subjects.items() if of == (Stream.STDIN, command)}
 
     @rule()
+    def ask(self) -> None:
+        """Ask for the changes so far."""
+        if self.ends[HOST].state is State.OPEN:
+            self.say(HOST, Changes())
+
+    @rule()
+    def send_so_far(self) -> None:
+        """Send the changes so far, if the guest was asked for them."""
+        if self.asked:
+            self.finish_so_far()
+            number = self.ends[GUEST].open(Stream.CHANGES)
+            self.asked -= 1
+            self.so_far.add(number)
+            self.note(number, Stream.CHANGES, 0)
+
+    def finish_so_far(self) -> None:
+        """End the streams of changes so far."""
+        for number in self.so_far:
+            self.ends[GUEST].streams.finish(number)
+            self.finished.add(number)
+
+    @rule()
     def send_changes(self) -> None:
         """Open the streams of the end, or end them and report that all was sent."""
         guest = self.ends[GUEST]
@@ -158,7 +186,11 @@ class Sessions(RuleBasedStateMachine):
             return
         if self.close.after and self.commands[self.close.after] is not CommandState.ENDED:
             return
+        if self.asked:
+            return
+        self.finish_so_far()
         mine = [number for number, (stream, _) in self.subjects.items() if stream in {Stream.OUTPUT, Stream.CHANGES}]
+        mine = [number for number in mine if number not in self.so_far]
         if not mine:
             self.open_stream(GUEST, Stream.OUTPUT, 0)
             self.open_stream(GUEST, Stream.CHANGES, 0)
@@ -229,25 +261,35 @@ class Sessions(RuleBasedStateMachine):
         del self.pipes[role][:most]
         link = self.ends[OTHER[role]]
         for event in link.receive(data):
-            if not isinstance(event, Event):
-                expected = self.said[role].pop(0)
-                assert same([event], [expected])
-                if isinstance(event, Exec):
-                    self.commands[event.id] = CommandState.STARTING
-                elif isinstance(event, Close):
-                    self.close = event
-            elif event.type == streams.OPEN:
-                stream, subject = self.subjects[event.stream]
-                assert (stream, subject) == (event.code, link.subject(event.stream))
-                if stream is Stream.STDIN and self.commands[subject] is CommandState.ENDED:
-                    link.streams.reset(event.stream)
-            elif event.type == streams.DATA:
-                self.came[event.stream] += event.data
-            elif event.type == streams.FIN:
-                assert event.stream in self.finished
-                self.whole.add(event.stream)
-            elif event.type == streams.RESET:
-                assert event.stream in self.dropped
+            if isinstance(event, Event):
+                self.take_event(link, event)
+            else:
+                self.take_message(event, self.said[role].pop(0))
+
+    def take_message(self, one: Message, expected: Message) -> None:
+        """Check a message that has arrived."""
+        assert same([one], [expected])
+        if isinstance(one, Exec):
+            self.commands[one.id] = CommandState.STARTING
+        elif isinstance(one, Close):
+            self.close = one
+        elif isinstance(one, Changes):
+            self.asked += 1
+
+    def take_event(self, link: Link, event: Event) -> None:
+        """Check an event of a stream that has arrived at a link."""
+        if event.type == streams.OPEN:
+            stream, subject = self.subjects[event.stream]
+            assert (stream, subject) == (event.code, link.subject(event.stream))
+            if stream is Stream.STDIN and self.commands[subject] is CommandState.ENDED:
+                link.streams.reset(event.stream)
+        elif event.type == streams.DATA:
+            self.came[event.stream] += event.data
+        elif event.type == streams.FIN:
+            assert event.stream in self.finished
+            self.whole.add(event.stream)
+        elif event.type == streams.RESET:
+            assert event.stream in self.dropped
 
     @rule()
     def start_anew(self) -> None:

@@ -510,6 +510,7 @@ TO_HOST: Final = {
     "long message": frame(MESSAGE, 0, b"xxxx", REPORT),
     "ANSWER to a guest's stream": frame(ANSWER, 1),
     "ANSWER to a stream without": frame(ANSWER, 2),
+    "ANSWER to its own request": opening(7, ASKED) + frame(ANSWER, 7),
     "code of DATA": frame(DATA, 1, b"x", code=1),
     "code of CREDIT": frame(CREDIT, 1, bytes(3) + b"\1", code=1),
     "code of FIN": frame(FIN, 1, code=1),

@@ -214,8 +214,8 @@ class Link:
             allowed = subject in self._commands or ended
         elif stream in {Stream.STDOUT, Stream.STDERR}:
             allowed = self._commands.get(subject) is CommandState.RUNNING
-        elif stream is Stream.CHANGES and self._changes:
-            return "" if not subject else "CHANGES has no subject"
+        elif stream is Stream.CHANGES and self._changes and not subject:
+            return ""
         else:
             allowed = self.state is State.CLOSING and not subject
         if allowed and (stream, subject) not in self._used:
@@ -226,6 +226,8 @@ class Link:
         self._subjects[number] = stream, subject
         if stream is Stream.CHANGES and self._changes:
             self._changes -= 1
+            # This side's own streams have ended without an event.
+            self._subjects = {open_: of for open_, of in self._subjects.items() if self.streams.is_open(open_)}
         elif stream not in _OF_COMMANDS or subject in self._commands:
             self._used.add((stream, subject))
 

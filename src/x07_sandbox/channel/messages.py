@@ -351,8 +351,17 @@ def _open(values: list[Any]) -> Open:
 
 def _exec(values: list[Any]) -> Exec:
     number, argv, env, cwd, limits, service, merge, terminal, detached = values
-    size = terminal and Terminal(*terminal)
-    return Exec(operator.index(number), argv, env, cwd, CommandLimits(*limits), service, merge, size, detached)
+    return Exec(
+        operator.index(number),
+        argv,
+        env,
+        cwd,
+        CommandLimits(*limits),
+        service,
+        merge,
+        terminal and Terminal(*terminal),
+        detached,
+    )
 
 
 def _warm(values: list[Any]) -> Warm:
