@@ -176,7 +176,7 @@ class Conversation:
 
     def stop(self) -> None:
         """Request the program's end."""
-        self.link.send(Stop(1))
+        self.link.send(Stop(1, 9))
 
     def turn(self) -> None:
         """Write queued bytes, and read what has arrived."""

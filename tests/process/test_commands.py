@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import select
+import signal
 import socket
 import stat
 import time
@@ -18,7 +19,20 @@ from x07_sandbox.channel import streams
 from x07_sandbox.channel.connection import Connection
 from x07_sandbox.channel.files import Answer, Buffer, Request, answer_of, encode
 from x07_sandbox.channel.link import State, Stream
-from x07_sandbox.channel.messages import Close, Closed, Exec, Exited, Failed, Open, Room, Seed, Started, Stop
+from x07_sandbox.channel.messages import (
+    Close,
+    Closed,
+    Exec,
+    Exited,
+    Failed,
+    Open,
+    Resize,
+    Room,
+    Seed,
+    Started,
+    Stop,
+    Terminal,
+)
 from x07_sandbox.channel.streams import Event, Role
 from x07_sandbox.channel.trees import Entry, Kind, Reader, segment
 
@@ -54,19 +68,20 @@ class Sandbox:
             Open("x07", LIMITS.mem_bytes, LIMITS.tasks, TMP_BYTES, [], [], FREE, None, out_writable=False, room=room)
         )
 
-    def exec(self, *argv: str, stdin: bytes | None = b"", **limits: int) -> int:
-        """Start a command and return its id. stdin: None to keep the input open."""
+    def exec(self, *argv: str, stdin: bytes | None = b"", cpu_ms: int = LIMITS.cpu_ms, **how: Any) -> int:  # noqa: ANN401
+        """Start a command and return its id. stdin: None to keep the input open. how: further fields of EXEC."""
         self.last += 1
-        self.link.send(Exec(self.last, list(argv), dict(ENV), "/opt/x07", LIMITS._replace(**limits)))
+        limits = LIMITS._replace(cpu_ms=cpu_ms)
+        self.link.send(Exec(self.last, list(argv), dict(ENV), "/opt/x07", limits, **how))
         self.inputs[self.last] = number = self.link.open(Stream.STDIN, self.last)
         if stdin is not None:
             assert self.link.streams.send(number, stdin) == len(stdin)
             self.link.streams.finish(number)
         return self.last
 
-    def sh(self, text: str, **limits: int) -> int:
+    def sh(self, text: str, **how: Any) -> int:  # noqa: ANN401
         """Start a shell command and return its id."""
-        return self.exec("/bin/sh", "-c", text, stdin=b"", **limits)
+        return self.exec("/bin/sh", "-c", text, **how)
 
     def code(self, command: int) -> int:
         """Wait for a command's end and return its exit code, negative for a signal."""
@@ -105,9 +120,13 @@ class Sandbox:
         for command in inputs:
             self.link.streams.finish(self.inputs[command])
 
-    def stop(self, command: int) -> None:
-        """Kill a command."""
-        self.link.send(Stop(command))
+    def stop(self, command: int, number: int = signal.SIGKILL) -> None:
+        """Send a signal to a command."""
+        self.link.send(Stop(command, number))
+
+    def resize(self, command: int, rows: int, columns: int) -> None:
+        """Change the size of a command's terminal."""
+        self.link.send(Resize(command, rows, columns))
 
     def until_ended(self, command: int) -> None:
         """Wait until a command has ended."""
@@ -391,3 +410,39 @@ def test_a_server_inside_is_reached_from_outside(sandbox: Sandbox) -> None:
     assert sandbox.text(there) == "WORD " * 500_000
     refused = sandbox.service("connect", str(port))
     assert sandbox.code(refused) == 1
+
+
+def test_standard_error_can_go_to_standard_output(sandbox: Sandbox) -> None:
+    """A command whose outputs are merged writes both in order to standard output."""
+    for _ in range(2):
+        command = sandbox.sh("echo one; echo two >&2; echo three", merge=True)
+        assert (sandbox.code(command), sandbox.text(command)) == (0, "one\ntwo\nthree\n")
+
+
+def test_a_command_can_be_detached(sandbox: Sandbox) -> None:
+    """A detached command has no streams."""
+    command = sandbox.sh("read line; echo lost; test $? = 0", detached=True)
+    assert (sandbox.code(command), sandbox.output) == (0, {})
+
+
+def test_a_command_can_have_a_terminal(sandbox: Sandbox) -> None:
+    """A command with a terminal controls it, sees its size and the end of its input, and hears of a new size."""
+    text = (
+        "test -t 0 && test -t 1 && tty -s && stty size; trap 'stty size' WINCH; echo ready; cat; stty size < /dev/tty"
+    )
+    command = sandbox.sh(text, terminal=Terminal(24, 80), stdin=None)
+    sandbox.wait_for(command, "ready")
+    sandbox.resize(command, 50, 132)
+    sandbox.write({command: b"typed\n"})
+    assert sandbox.code(command) == 0
+    lines = sandbox.text(command).split()
+    assert lines[:3] == ["24", "80", "ready"]
+    assert sorted(lines[3:]) == ["132", "132", "50", "50", "typed", "typed"]
+
+
+def test_signals_reach_the_command_alone(sandbox: Sandbox) -> None:
+    """A signal other than SIGKILL reaches the process of the command, which may handle it."""
+    command = sandbox.sh("trap 'echo heard; exit 5' TERM; echo ready; while :; do sleep 0.05; done")
+    sandbox.wait_for(command, "ready")
+    sandbox.stop(command, signal.SIGTERM)
+    assert (sandbox.code(command), sandbox.text(command)) == (5, "ready\nheard\n")

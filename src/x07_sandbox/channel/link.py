@@ -16,6 +16,7 @@ from x07_sandbox.channel import messages, streams
 from x07_sandbox.channel.messages import (
     BOUNDS,
     FORMS,
+    Changes,
     Close,
     Closed,
     Denied,
@@ -25,6 +26,7 @@ from x07_sandbox.channel.messages import (
     Hello,
     Message,
     Open,
+    Resize,
     Seed,
     Seeded,
     Started,
@@ -98,13 +100,18 @@ NEXT: Final[dict[tuple[State, type[Any]], State]] = {
     (State.SEEDING, Seeded): State.READY,
     (State.READY, Open): State.OPEN,
     (State.OPEN, Exec): State.OPEN,
+    (State.OPEN, Changes): State.OPEN,
     (State.OPEN, Close): State.CLOSING,
     (State.CLOSING, Closed): State.CLOSED,
     # After a warm-up program of the host's own.
     (State.CLOSED, Warm): State.WARMING,
     **{(state, kind): state for state in (State.OPEN, State.CLOSING) for kind in (Started, Denied, Exited)},
-    # It may cross the message that reports the end.
-    **{(state, Stop): state for state in (State.OPEN, State.CLOSING, State.CLOSED, State.FAILED)},
+    # They may cross the message that reports the end.
+    **{
+        (state, kind): state
+        for state in (State.OPEN, State.CLOSING, State.CLOSED, State.FAILED)
+        for kind in (Stop, Resize)
+    },
     **{(state, Failed): State.FAILED for state in (State.WARMING, State.SEEDING, State.OPEN, State.CLOSING)},
 }
 
@@ -122,7 +129,7 @@ COMMAND_NEXT: Final[dict[tuple[CommandState, type[Any]], CommandState]] = {
     (CommandState.STARTING, Failed): CommandState.ENDED,
     (CommandState.RUNNING, Denied): CommandState.RUNNING,
     (CommandState.RUNNING, Exited): CommandState.ENDED,
-    **{(state, Stop): state for state in CommandState},
+    **{(state, kind): state for state in CommandState for kind in (Stop, Resize)},
 }
 
 
@@ -141,6 +148,7 @@ class Link:
         self._last_command = 0
         self._subjects: dict[int, tuple[Stream, int]] = {}  # of open streams, by number
         self._used: set[tuple[Stream, int]] = set()  # streams that can be opened once
+        self._changes = 0  # how often the changes so far were asked for and not yet sent
 
     def receive(self, data: bytes | memoryview) -> Iterator[Message | Event]:
         """Take bytes from the peer, and yield messages and events of streams. Raises PeerError."""
@@ -191,6 +199,10 @@ class Link:
             allowed = 0 < subject <= self._last_command  # the command may have ended meanwhile
         elif stream in {Stream.STDOUT, Stream.STDERR}:
             allowed = self._commands.get(subject) is CommandState.RUNNING
+        elif stream is Stream.CHANGES and self._changes:
+            self._changes -= 1
+            self._subjects[number] = stream, subject
+            return ""
         else:
             allowed = self.state is State.CLOSING and not subject
         if not allowed or (stream, subject) in self._used:
@@ -211,23 +223,31 @@ class Link:
                 return f"command {number} cannot be added"
             self._last_command = number
             self._commands[number] = CommandState.STARTING
-        elif number >= 0 and not (isinstance(message, Failed) and number == 0):
-            # A command that has ended may still be stopped, since the messages may cross.
-            ended = CommandState.ENDED if 0 < number <= self._last_command else None
-            before = self._commands.get(number, ended)
-            after = None if before is None else COMMAND_NEXT.get((before, type(message)))
-            if after is None:
-                return f"{_name(message)} for command {number}"
-            if after is CommandState.ENDED:
-                if problem := self._end(number):
-                    return problem
-            else:
-                self._commands[number] = after
+        elif (
+            number >= 0
+            and (number or not isinstance(message, Failed))
+            and (problem := self._advance_command(number, type(message)))
+        ):
+            return problem
         if isinstance(message, Failed) and number:
             return ""
         self.state = following
+        if isinstance(message, Changes):
+            self._changes += 1
         if isinstance(message, Warm):
             self._restart()
+        return ""
+
+    def _advance_command(self, number: int, message: type[Any]) -> str:
+        # A command that has ended may still be stopped, since the messages may cross.
+        ended = CommandState.ENDED if 0 < number <= self._last_command else None
+        before = self._commands.get(number, ended)
+        after = None if before is None else COMMAND_NEXT.get((before, message))
+        if after is None:
+            return f"{message.__name__.upper()} for command {number}"
+        if after is CommandState.ENDED:
+            return self._end(number)
+        self._commands[number] = after
         return ""
 
     def _restart(self) -> None:
@@ -236,7 +256,7 @@ class Link:
         self._commands.clear()
         self._subjects.clear()
         self._used.clear()
-        self._last_command = 0
+        self._last_command = self._changes = 0
 
     def _end(self, command: int) -> str:
         """Forget a command and its input. Return a problem if its output has not ended."""

@@ -152,11 +152,20 @@ class Open(NamedTuple):
     room: Room
 
 
+class Terminal(NamedTuple):
+    """The size of a terminal in characters."""
+
+    rows: int
+    columns: int
+
+
 class Exec(NamedTuple):
     """Start a command once all files of OPEN have arrived. id: from 1, each higher than the one before.
 
     service: "" for a program; else a service of the agent's that runs like a command, on the same streams: "files"
     (channel/files), or "connect", which connects its streams to the port argv[0] of this sandbox.
+    merge: whether standard error goes to standard output. terminal: if not None, the command gets a terminal, whose
+    output is standard output. detached: whether it has no streams.
     """
 
     id: int
@@ -165,6 +174,14 @@ class Exec(NamedTuple):
     cwd: str
     limits: CommandLimits
     service: str = ""
+    merge: bool = False
+    terminal: Terminal | None = None
+    detached: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is a program with three streams, as a process that waits for its command has them."""
+        return not (self.service or self.merge or self.terminal or self.detached)
 
 
 class Started(NamedTuple):
@@ -174,9 +191,22 @@ class Started(NamedTuple):
 
 
 class Stop(NamedTuple):
-    """Kill a command with all its processes."""
+    """Send a signal to a command; SIGKILL goes to all its processes."""
 
     id: int
+    signal: int
+
+
+class Resize(NamedTuple):
+    """Change the size of a command's terminal."""
+
+    id: int
+    rows: int
+    columns: int
+
+
+class Changes(NamedTuple):
+    """Send the changes so far on a stream of kind CHANGES."""
 
 
 class Denied(NamedTuple):
@@ -259,7 +289,22 @@ class Failed(NamedTuple):
 
 
 Message = (
-    Hello | Warm | Warmed | Seed | Seeded | Open | Exec | Started | Stop | Denied | Exited | Close | Closed | Failed
+    Hello
+    | Warm
+    | Warmed
+    | Seed
+    | Seeded
+    | Open
+    | Exec
+    | Started
+    | Stop
+    | Resize
+    | Changes
+    | Denied
+    | Exited
+    | Close
+    | Closed
+    | Failed
 )
 
 
@@ -303,8 +348,18 @@ def _open(values: list[Any]) -> Open:
 
 
 def _exec(values: list[Any]) -> Exec:
-    number, argv, env, cwd, limits, service = values
-    return Exec(number, argv, env, cwd, CommandLimits(*limits), service)
+    number, argv, env, cwd, limits, service, merge, terminal, detached = values
+    return Exec(
+        number,
+        argv,
+        env,
+        cwd,
+        CommandLimits(*limits),
+        service,
+        merge,
+        terminal and Terminal(*terminal),
+        detached,
+    )
 
 
 def _warm(values: list[Any]) -> Warm:
@@ -328,7 +383,7 @@ FORMS: Final[dict[type[Any], Form]] = {
     Open: Form(6, Role.HOST, most=_LARGE_JSON_MAX, build=_open),
     Exec: Form(7, Role.HOST, most=_LARGE_JSON_MAX, build=_exec),
     Started: Form(8, Role.GUEST, struct.Struct(">I")),
-    Stop: Form(9, Role.HOST, struct.Struct(">I")),
+    Stop: Form(9, Role.HOST, struct.Struct(">IB")),
     Denied: Form(
         10,
         Role.GUEST,
@@ -341,6 +396,8 @@ FORMS: Final[dict[type[Any], Form]] = {
         Role.GUEST,
         shapes=(Shape(int, 2**40, optional=True), Shape(str, TEXT_MAX, optional=True), Shape(int), Shape(int)),
     ),
+    Resize: Form(15, Role.HOST, struct.Struct(">IHH")),
+    Changes: Form(16, Role.HOST, struct.Struct("")),
     Failed: Form(14, Role.GUEST, shapes=(Shape(int), Shape(str, 64), _ERRNO, _TEXT)),
 }
 _TYPES: Final = {form.number: (kind, form) for kind, form in FORMS.items()}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from x07_sandbox.channel.connection import Connection
 from x07_sandbox.channel.link import NEXT
-from x07_sandbox.channel.messages import PROTOCOL, Close, Exec, Failed, Hello, Open, Seed, Seeded, Stop, Warm, Warmed
+from x07_sandbox.channel.messages import PROTOCOL, Failed, Hello, Open, Seed, Seeded, Warm, Warmed
 from x07_sandbox.channel.streams import Event, Role
 from x07_sandbox.guest.environment import Environment
 from x07_sandbox.guest.errors import JobError
@@ -128,15 +128,7 @@ class Agent:
             self.environment.admit(event.network)
             opening = self.platform.adapt(event)
             self.sandbox = Sandbox(self.link, self.machine_id, opening, self.environment, self.audit, self._fail)
-        elif sandbox is None:
-            return
-        elif isinstance(event, Exec):
-            sandbox.execute(self.platform.adapt_command(event))
-        elif isinstance(event, Stop):
-            sandbox.stop(event.id)
-        elif isinstance(event, Close):
-            sandbox.close(event)
-        elif isinstance(event, Event):
+        elif sandbox is not None:
             sandbox.take(event)
 
     def _warm(self, order: Warm) -> None:

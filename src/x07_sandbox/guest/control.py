@@ -2,10 +2,11 @@
 
 Each message is its length and a tuple encoded with marshal, which only these two exchange. To init:
 
-    settings, VALUES                        apply settings; answered with ready
-    command, KEY, PROGRAM, LIMITS, SERVICE  start one more process, which waits for its start message; with descriptors
-    last, KEY                               kill all other processes once that command has ended
-    kill, KEY                               kill a command and its descendants
+    settings, VALUES      apply settings; answered with ready
+    command, KEY, PROGRAM, LIMITS, SERVICE, TERMINAL
+                          start one more process, which waits for its start message; with its descriptors
+    last, KEY             kill all other processes once that command has ended
+    signal, KEY, NUMBER   send a signal to a command; SIGKILL goes to its descendants too
 
 From init:
 
@@ -25,7 +26,7 @@ from typing import Any, Final
 SETTINGS: Final = "settings"
 COMMAND: Final = "command"
 LAST: Final = "last"
-KILL: Final = "kill"
+SIGNAL: Final = "signal"
 READY: Final = "ready"
 FAILED: Final = "failed"
 EXITED: Final = "exited"

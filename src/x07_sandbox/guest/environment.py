@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import marshal
 import os
 import select
 import signal
 import socket
+import struct
+import termios
 import time
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from x07_sandbox.guest import confine, control, filters, init, interpreter, restrict, system
 from x07_sandbox.guest.errors import JobError
 from x07_sandbox.guest.system import read_all, write_all
+from x07_sandbox.guest.trees import as_program_user
 
 if TYPE_CHECKING:
-    from x07_sandbox.channel.messages import Confine, Exec, Network
+    from x07_sandbox.channel.messages import Confine, Exec, Network, Terminal
     from x07_sandbox.guest.cgroup import NoGroup
     from x07_sandbox.guest.platform import Platform
 
@@ -24,6 +28,8 @@ IN_MEMORY_BYTES: Final = 256 * 1024  # input files up to this total are kept in 
 _FOLDERS: Final = {"in": False, "out": True, "work": True, "trees": False}  # by name: whether the program owns it
 WAITING_BYTES: Final = 32 << 20  # memory allowed to the waiting process, whatever the job's limit
 SPARE_CPU_S: Final = 5
+_TIOCSPTLCK: Final = 0x40045431  # ioctl_tty(2)
+_TIOCGPTPEER: Final = 0x5441
 PRELOAD_CPU_S: Final = 300  # RLIMIT_CPU includes the time of imports; the agent's own CPU limit does not
 PRELOAD_S: Final = 180.0  # timeout of all imports; the host's is longer (host/settings.py: PRELOAD_S)
 
@@ -31,8 +37,9 @@ PRELOAD_S: Final = 180.0  # timeout of all imports; the host's is longer (host/s
 class Process(NamedTuple):
     """The agent's ends of a command's process, which waits for `Environment.start`.
 
-    key: names the process to init. status_fd: messages of the process until it executes the program, which closes the
-    pipe. cpu_before_us: CPU time of its group before the command, in microseconds.
+    key: names the process to init. A stream that it does not have is -1. status_fd: messages of the process until it
+    executes the program, which closes the pipe. cpu_before_us: CPU time of its group before the command, in
+    microseconds.
     """
 
     key: int
@@ -143,15 +150,37 @@ class Environment:
         received = control.receive(self.control_fd)
         return (control.FAILED, "init", 0, "init ended without a report") if received is None else received[0]
 
-    def _pipes(self, key: int) -> tuple[Process, init.Pipes]:
-        """Make the pipes of a process and its control group."""
-        stdin_r, stdin_fd = os.pipe2(os.O_CLOEXEC)
-        stdout_fd, stdout_w = os.pipe2(os.O_CLOEXEC)
-        stderr_fd, stderr_w = os.pipe2(os.O_CLOEXEC)
+    def _pipes(self, key: int, order: Exec | None = None) -> tuple[Process, init.Pipes]:
+        """Make the streams of a process and its control group. order: the command, if it is known."""
+        if order is not None and order.terminal is not None:
+            ours, theirs = self._terminal(order.terminal)
+        elif order is not None and order.detached:
+            null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+            ours, theirs = (-1, -1, -1), (null, os.dup(null), os.dup(null))
+        else:
+            stdin_r, stdin_fd = os.pipe2(os.O_CLOEXEC)
+            stdout_fd, stdout_w = os.pipe2(os.O_CLOEXEC)
+            merged = order is not None and order.merge
+            stderr_fd, stderr_w = (-1, os.dup(stdout_w)) if merged else os.pipe2(os.O_CLOEXEC)
+            ours, theirs = (stdin_fd, stdout_fd, stderr_fd), (stdin_r, stdout_w, stderr_w)
         status_fd, status_w = os.pipe2(os.O_CLOEXEC)
         start_r, start_fd = os.pipe2(os.O_CLOEXEC)
-        process = Process(key, stdin_fd, stdout_fd, stderr_fd, start_fd, status_fd, self.group.of_command(key), 0)
-        return process, init.Pipes((stdin_r, stdout_w, stderr_w), start_r, status_w)
+        process = Process(key, *ours, start_fd, status_fd, self.group.of_command(key), 0)
+        return process, init.Pipes(theirs, start_r, status_w)
+
+    def _terminal(self, size: Terminal) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """Make a terminal of the programs' own. Return our ends of the streams, and the ends of the process."""
+        view = f"/proc/{self.init}/root" if self.platform.namespaces else ""
+        folder = os.open(f"{view}/dev/pts", os.O_PATH | os.O_CLOEXEC)
+        try:
+            with as_program_user(self.platform.program_uid):  # who then owns the terminal
+                master = os.open("ptmx", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC, dir_fd=folder)
+        finally:
+            os.close(folder)
+        fcntl.ioctl(master, _TIOCSPTLCK, struct.pack("i", 0))
+        slave = fcntl.ioctl(master, _TIOCGPTPEER, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
+        termios.tcsetwinsize(slave, size)
+        return (master, os.dup(master), -1), (slave, os.dup(slave), os.dup(slave))
 
     def first(self) -> Process:
         """Return the process that has waited from the start."""
@@ -159,11 +188,13 @@ class Environment:
 
     def add(self, order: Exec, limits: tuple[tuple[int, int], ...], confined: Confine) -> Process:
         """Start one more process. limits: resource limits as (number, value). Its key is the command's id."""
-        process, pipes = self._pipes(order.id)
+        process, pipes = self._pipes(order.id, order)
         procs_fds = process.group.open_procs()
         listed = order.argv[0] if confined.programs is not None and not order.service else ""
         fds = (*pipes.all(), *procs_fds)
-        control.send(self.control_fd, (control.COMMAND, order.id, listed, limits, order.service), fds)
+        control.send(
+            self.control_fd, (control.COMMAND, order.id, listed, limits, order.service, order.terminal is not None), fds
+        )
         for fd in fds:
             os.close(fd)
         return process._replace(cpu_before_us=process.group.cpu_us(self.init))
@@ -174,13 +205,14 @@ class Environment:
         with contextlib.suppress(BrokenPipeError):
             control.send(self.control_fd, (control.LAST, key))
 
-    def kill(self, process: Process) -> None:
-        """Kill a command with all its processes, as far as this platform can tell which are its own."""
-        if process.group.KILLS and (process.group.OF_COMMAND or process.key == self._last):
+    def signal(self, process: Process, number: int = signal.SIGKILL) -> None:
+        """Send a signal to a command; SIGKILL to all its processes, as far as this platform can tell which they are."""
+        of_command = process.group.OF_COMMAND or process.key == self._last
+        if number == signal.SIGKILL and process.group.KILLS and of_command:
             process.group.kill(self.init)
         else:
             with contextlib.suppress(BrokenPipeError):
-                control.send(self.control_fd, (control.KILL, process.key))
+                control.send(self.control_fd, (control.SIGNAL, process.key, int(number)))
 
     def _first_status(self) -> bytes:
         """Return the first status byte of the waiting process. Raises JobError if its imports time out.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import select
+import signal
+import termios
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
@@ -13,7 +15,7 @@ from x07_sandbox.channel.messages import Started
 from x07_sandbox.guest.environment import exec_failure
 
 if TYPE_CHECKING:
-    from x07_sandbox.channel.messages import Exec
+    from x07_sandbox.channel.messages import Exec, Terminal
     from x07_sandbox.guest.environment import Environment, Process
     from x07_sandbox.guest.errors import JobError
 
@@ -25,6 +27,7 @@ TICK_S: Final = 0.1  # interval of CPU limit checks
 _SHORT: Final = 2048
 _SHORT_READS: Final = 4
 _PAUSE_S: Final = 0.005
+_END_OF_INPUT: Final = b"\x04"  # of a terminal in its usual mode
 _STALL_S: Final = 0.5  # a check that is later than this means that the host has paused the machine
 
 
@@ -67,9 +70,11 @@ class Command:
         self._cpu_seen_us = 0
         self._cpu_checked_at = time.monotonic()
         self._stdin_fd, self._status_fd = process.stdin_fd, process.status_fd
-        self._outputs = [_Output(process.stdout_fd, Stream.STDOUT), _Output(process.stderr_fd, Stream.STDERR)]
+        outputs = (_Output(process.stdout_fd, Stream.STDOUT), _Output(process.stderr_fd, Stream.STDERR))
+        self._outputs = [output for output in outputs if output.fd >= 0]
         for fd in (process.stdout_fd, process.stderr_fd, process.stdin_fd):
-            os.set_blocking(fd, False)
+            if fd >= 0:
+                os.set_blocking(fd, False)
         self._status = b""
         self._read_at = self._paused_until = 0.0  # for output
         self._short_reads = 0
@@ -147,9 +152,13 @@ class Command:
             else:
                 del self._held[:count]
                 self._link.streams.consumed(self._stdin, count)
-        if (broken or self._input_ended) and self._stdin_fd >= 0:
+        if (broken or self._input_ended) and self._stdin_fd >= 0 and self.order.terminal is None:
             os.close(self._stdin_fd)
             self._stdin_fd = -1
+        if self.order.terminal is not None and self._input_ended:
+            self._input_ended = False
+            self._held += _END_OF_INPUT
+            self._feed()
         if self._stdin_fd < 0 and self._held:
             self._link.streams.consumed(self._stdin, len(self._held))
             self._held.clear()
@@ -164,6 +173,8 @@ class Command:
             data = os.read(output.fd, min(READ, self._window(output)))
         except BlockingIOError:
             return
+        except OSError:  # no process has the terminal open
+            data = b""
         if not data:
             self._end_output(output)
             return
@@ -222,12 +233,21 @@ class Command:
         self._outputs.clear()
         self.process.group.remove()
 
-    def stop(self) -> None:
-        """Kill the program at the host's request. Record whether a signal had stopped the program before."""
+    def resize(self, size: Terminal) -> None:
+        """Change the size of the terminal, if there is one."""
+        if self.order.terminal is not None and self._stdin_fd >= 0:
+            termios.tcsetwinsize(self._stdin_fd, size)
+
+    def stop(self, number: int) -> None:
+        """Send a signal at the host's request. With SIGKILL, record whether a signal had stopped the program before."""
+        if number != signal.SIGKILL:
+            if self.wait_status is None:
+                self._environment.signal(self.process, number)
+            return
         self.killed = True
         if self.wait_status is None:
             self.stopped = self.process.group.program_stopped(self._environment.init)
-            self._environment.kill(self.process)
+            self._environment.signal(self.process)
 
     def _check_cpu(self) -> None:
         now = time.monotonic()
@@ -245,7 +265,7 @@ class Command:
         self._cpu_seen_us = used_us
         if used_us > self.order.limits.cpu_ms * 1000:
             self.cpu_exceeded = True
-            self._environment.kill(self.process)
+            self._environment.signal(self.process)
 
     def cpu_us(self) -> int:
         """Return the CPU time of the command, in microseconds."""

@@ -11,6 +11,7 @@ import marshal
 import os
 import resource
 import signal
+import termios
 from typing import Any, NamedTuple, NoReturn
 
 from x07_sandbox.guest import confine, control, execution, interpreter, restrict, services
@@ -58,6 +59,17 @@ def run_init(world: confine.World, pipes: Pipes, control_fd: int, confinement: c
         os._exit(0)
 
 
+class Start(NamedTuple):
+    """How a later process starts. limits: (RLIMIT number, value). terminal: whether standard input is its terminal."""
+
+    limits: tuple[tuple[int, int], ...] = ()
+    service: str = ""
+    terminal: bool = False
+
+
+_FIRST_START = Start()
+
+
 class _Init:
     """The loop of init. Children are reaped in a signal handler, which interrupts the wait for the agent."""
 
@@ -83,22 +95,23 @@ class _Init:
                 self._start(words, fds)
             elif kind == control.LAST:
                 self._last = words[0]
-            elif kind == control.KILL:
-                self._kill(words[0])
+            elif kind == control.SIGNAL:
+                self._signal(*words)
 
     def _apply(self, settings: confine.JobSettings) -> None:
         confine.apply(self._confinement.job, settings, self._settings)
         if self._settings is None:
             if self._world.preload is not None:
                 confine.forget_interpreter()
-            for program in self._programs:  # later ones may not make a user namespace of their own
+            own_user = self._world.namespaces and self._world.program_uid < 0
+            for program in self._programs if own_user else ():  # later ones may not make a user namespace of their own
                 self._world = self._world._replace(user_fd=os.open(f"/proc/{program}/ns/user", os.O_RDONLY))
         self._settings = settings
         control.send(self._control_fd, (control.READY,))
 
     def _start(self, words: list[Any], fds: list[int]) -> None:
         """Start a process for one more command, which waits for its start message."""
-        key, program, limits, service = words
+        key, program, *how = words
         *streams, start_fd, status_fd = fds[:5]
         pipes = Pipes((streams[0], streams[1], streams[2]), start_fd, status_fd)
         world = self._world._replace(procs_fds=tuple(fds[5:]), preload=None)
@@ -109,35 +122,35 @@ class _Init:
         pid = os.fork()
         if pid == 0:
             os.close(self._control_fd)
-            _become(world, pipes, self._confinement, b"", limits, service)
+            _become(world, pipes, self._confinement, b"", Start(*how))
         self._programs[pid] = key
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
         for fd in fds:
             os.close(fd)
 
-    def _kill(self, key: int) -> None:
-        """Kill a command, its descendants, and its process group."""
+    def _signal(self, key: int, number: int) -> None:
+        """Send a signal to a command. With SIGKILL, also to its descendants and its process group."""
         uid = self._world.program_uid
         if uid < 0:
-            self._kill_tree(key)
+            self._signal_tree(key, number)
         elif os.fork() == 0:  # as the program's user: root may lack the right, and this process must stay out of reach
             try:
                 os.setresgid(uid, uid, uid)
                 os.setresuid(uid, uid, uid)
-                self._kill_tree(key)
+                self._signal_tree(key, number)
             finally:
                 os._exit(0)
 
-    def _kill_tree(self, key: int) -> None:
+    def _signal_tree(self, key: int, number: int) -> None:
         left = [pid for pid, held in self._programs.items() if held == key]
-        for pid in left:
+        for pid in left if number == signal.SIGKILL else ():
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(pid, signal.SIGKILL)
+                os.killpg(pid, number)
         while left:
             pid = left.pop()
-            left += children_of(pid)
+            left += children_of(pid) if number == signal.SIGKILL else []
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+                os.kill(pid, number)
 
     def _reap(self, *_signal: object) -> None:
         """Reap all children that have ended, and report the commands among them."""
@@ -175,17 +188,9 @@ class _Init:
 
 
 def _become(
-    world: confine.World,
-    pipes: Pipes,
-    confinement: confine.Confinement,
-    ready: bytes,
-    limits: tuple[tuple[int, int], ...] = (),
-    service: str = "",
+    world: confine.World, pipes: Pipes, confinement: confine.Confinement, ready: bytes, how: Start = _FIRST_START
 ) -> NoReturn:
-    """Drop all rights, wait for the start message and execute the program, or run a service of the agent's.
-
-    limits: (RLIMIT number, value) to set.
-    """
+    """Drop all rights, wait for the start message, and execute the program or run a service of the agent's."""
     start_fd, status_fd = pipes.start_fd, pipes.status_fd
     try:
         try:
@@ -193,7 +198,9 @@ def _become(
             high = [os.dup(fd) for fd in pipes.streams]  # copies that no dup2 below overwrites
             for target, fd in enumerate(high):
                 os.dup2(fd, target)
-            for which, value in limits:
+            if how.terminal:
+                fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+            for which, value in how.limits:
                 resource.setrlimit(which, (value, value))
             confine.apply(confinement.rights, world)
             os.umask(0o022)
@@ -210,9 +217,9 @@ def _become(
             os.chdir(cwd)
             if filter_code or rules_fd >= 0:
                 restrict_self(filter_code, rules_fd)
-            if service:
+            if how.service:
                 os.close(status_fd)
-                services.run(service, argv)
+                services.run(how.service, argv)
             try:
                 execute(argv, env, token)
             except OSError as exc:

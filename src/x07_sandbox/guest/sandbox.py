@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Final
 
 from x07_sandbox.channel import streams
 from x07_sandbox.channel.link import Link, State, Stream
-from x07_sandbox.channel.messages import Close, Closed, Denied, Exited
+from x07_sandbox.channel.messages import Changes, Close, Closed, Denied, Exec, Exited, Resize, Stop, Terminal
+from x07_sandbox.channel.streams import Event
 from x07_sandbox.channel.trees import Entry
 from x07_sandbox.channel.trees import Kind as Record
 from x07_sandbox.guest import confine, control
@@ -24,8 +25,7 @@ from x07_sandbox.guest.mounts import ProgramPaths
 from x07_sandbox.guest.trees import Left, Room, changes, left_files, stream_of
 
 if TYPE_CHECKING:
-    from x07_sandbox.channel.messages import CommandLimits, Exec, Mount, Open, Output, Warm
-    from x07_sandbox.channel.streams import Event
+    from x07_sandbox.channel.messages import CommandLimits, Message, Mount, Open, Output, Warm
     from x07_sandbox.guest.audit import Audit, NoAudit
     from x07_sandbox.guest.environment import Environment
 
@@ -86,18 +86,26 @@ class Sandbox:
 
     # from the host
 
-    def execute(self, order: Exec) -> None:
-        """Start a command, once all files have arrived. Raises JobError, OSError."""
-        self._waiting.append(order)
-        self._start_if_complete()
+    def take(self, event: Message | Event) -> None:
+        """Handle a message of the host or an event of a stream. Raises JobError, OSError."""
+        if isinstance(event, Event):
+            self._take_event(event)
+        elif isinstance(event, Exec):
+            self._waiting.append(self._environment.platform.adapt_command(event))
+            self._start_if_complete()
+        elif isinstance(event, Stop):
+            if (found := self._commands.get(event.id)) is not None:
+                found.stop(event.signal)
+                self._was_killed |= found.killed
+        elif isinstance(event, Resize):
+            if (found := self._commands.get(event.id)) is not None:
+                found.resize(Terminal(event.rows, event.columns))
+        elif isinstance(event, Changes):
+            self._sending.append((Stream.CHANGES, self._changes()))
+        elif isinstance(event, Close):
+            self._close(event)
 
-    def stop(self, command: int) -> None:
-        """Kill a command."""
-        if (found := self._commands.get(command)) is not None:
-            found.stop()
-            self._was_killed = True
-
-    def close(self, order: Close) -> None:
+    def _close(self, order: Close) -> None:
         """Send what *order* asks for, once its command has ended. Raises JobError, OSError."""
         self._closing = order
         if (command := self._commands.get(order.after)) is not None:
@@ -105,8 +113,7 @@ class Sandbox:
         elif all(waiting.id != order.after for waiting in self._waiting):
             self._send_all(order)
 
-    def take(self, event: Event) -> None:
-        """Handle an event of a stream from the host. Raises JobError, OSError."""
+    def _take_event(self, event: Event) -> None:
         if event.code == Stream.INPUT:
             self._take_file(event)
         elif event.code == Stream.STDIN:
@@ -155,7 +162,7 @@ class Sandbox:
             self._prepare(order)
         if not order.service:
             order = order._replace(argv=self._found(order))
-        if self._first_used or order.service:
+        if self._first_used or not order.is_plain:
             limited = environment.platform.resource_limits(self._settings(limits))
             process = environment.add(order, limited, self._opening.confine)
             process.group.limit(mem_bytes=limits.mem_bytes, tasks=limits.tasks)
@@ -179,7 +186,7 @@ class Sandbox:
         most_bytes = max(opening.mem_bytes, environment.waiting_bytes)
         environment.group.limit(mem_bytes=most_bytes, tasks=opening.tasks)
         environment.first().group.limit(mem_bytes=max(limits.mem_bytes, environment.waiting_bytes), tasks=limits.tasks)
-        if opening.mounts or self._files.ca or order.service:
+        if opening.mounts or self._files.ca or not order.is_plain:
             environment.prepare(self._settings(limits))
         if opening.mounts or self._files.ca:
             self._mount()
@@ -425,7 +432,7 @@ class Sandbox:
                 self._link.streams.finish(self._number)
             self._number, self._held = 0, b""
             del self._sending[0]
-            if not self._sending:
+            if not self._sending and self._closing is not None:
                 self._link.send(self._closed)
 
 

@@ -207,14 +207,20 @@ def walk(
     folders = [b""]
     while folders:
         folder = folders.pop()
-        with os.scandir(top + b"/" + folder if folder else top) as found:
-            entries = sorted(found, key=lambda entry: entry.name)
+        try:
+            with os.scandir(top + b"/" + folder if folder else top) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
+        except FileNotFoundError:  # a command removes it at this moment
+            continue
         inner = []
         for entry in entries:
             below = folder + b"/" + entry.name if folder else entry.name
             if below in skipped or not (hidden or folder or not below.startswith(b".")):
                 continue
-            info = entry.stat(follow_symlinks=False)
+            try:
+                info = entry.stat(follow_symlinks=False)
+            except FileNotFoundError:
+                continue
             yield entry.path, below, info
             if stat.S_ISDIR(info.st_mode) and can_hold_names(below):
                 inner.append(below)
@@ -229,12 +235,19 @@ def content(path: bytes, name: bytes, info: os.stat_result) -> Iterator[bytes]:
     if not stat.S_ISREG(info.st_mode) or os.listxattr(path, follow_symlinks=False):
         yield Entry(Kind.UNSUPPORTED, name, mode=info.st_mode).encoded()
         return
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        size = info.st_size
-        yield Entry(Kind.FILE, name, mode=info.st_mode & _PERMISSIONS, mtime_ns=info.st_mtime_ns, size=size).encoded()
-        for part in parts(fd, size):
-            yield segment(part, hole=True) if isinstance(part, int) else segment(len(part)) + part
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:  # a command removes it at this moment
+        return
+    try:
+        left = info.st_size
+        yield Entry(Kind.FILE, name, mode=info.st_mode & _PERMISSIONS, mtime_ns=info.st_mtime_ns, size=left).encoded()
+        with contextlib.suppress(OSError):  # a command shortens it at this moment
+            for part in parts(fd, left):
+                left -= part if isinstance(part, int) else len(part)
+                yield segment(part, hole=True) if isinstance(part, int) else segment(len(part)) + part
+        if left:
+            yield segment(left, hole=True)
     finally:
         os.close(fd)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import time
 from typing import TYPE_CHECKING, Any, Final
 
@@ -273,7 +274,7 @@ class Session:
         """Ask the guest to end a command. The guest may still report its exit and changes. seen: evidence to add."""
         execution.seen.update(seen)
         execution.asked_to_stop = True
-        self._link.send(Stop(execution.order.id))
+        self._link.send(Stop(execution.order.id, signal.SIGKILL))
         execution.limit = Limit(settings.STOPPED_S)
 
     def _lost(self) -> None:
