@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -366,7 +367,7 @@ def test_a_program_running_after_suspension_is_ended(runs: Runs) -> None:
     run.begin(started=True)
     with run.suspended(10 * WALL_S):
         pass
-    assert run.guest.until(Stop).id == 1
+    assert run.guest.until(Stop) == Stop(1, signal.SIGKILL)
     run.guest.say(EXITED._replace(wait_status=9), CLOSED)
     assert run.result().evidence.deadline_passed
 
@@ -384,7 +385,7 @@ def test_a_program_that_never_stops_writing_is_ended_at_its_deadline(runs: Runs)
             break
         run.time.now += passes_s
         passes_s = 0.05
-    assert event == Stop(1, 9)
+    assert event == Stop(1, signal.SIGKILL)
     run.guest.link.streams.finish(number)
     run.guest.say(EXITED, CLOSED)
     assert run.result().evidence.deadline_passed
