@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, TypeVar, cast
 
 import pytest
+from msgspec.structs import replace
 
 from x07_sandbox.backends import handshake
 from x07_sandbox.backends.base import NoAnswerError
@@ -54,6 +55,7 @@ from x07_sandbox.plan.outcomes import Stage
 from x07_sandbox.runs import execution
 from x07_sandbox.runs.execution import Facts
 from x07_sandbox.runs.phase import CommandStreams, PhaseSpec, Receivers, input_files, run_phase
+from x07_sandbox.runs.private_files import LeftFiles
 from x07_sandbox.runs.streams import InFile, OutFile, Sink, memory_file
 
 if TYPE_CHECKING:
@@ -495,17 +497,22 @@ def test_changes_before_the_program_has_ended_end_the_session(runs: Runs, receiv
     assert run.result().evidence.channel_error == f"bad frame: {stream.name} was not asked for"
 
 
-def test_changes_over_a_limit_are_refused_and_the_session_closes(runs: Runs, receivers: Receivers) -> None:
-    """If the host takes no more changes, it resets their stream, and the guest can close the session all the same."""
+@pytest.mark.parametrize("more", [False, True])
+def test_changes_over_a_limit_are_refused(runs: Runs, receivers: Receivers, more: bool) -> None:  # noqa: FBT001
+    """If the host takes no more changes, the session ends, unless files of private folders are to come."""
+    if more:
+        receivers = replace(receivers, left=LeftFiles(contextlib.ExitStack(), 100))
     run = runs(receivers=receivers)
     run.begin(started=True)
     run.guest.say(EXITED)
     number = run.guest.stream(Stream.CHANGES, CHANGES + bytes(DATA_MAX), ended=False)
-    assert run.guest.until_event(streams.RESET).stream == number
-    assert not run.guest.link.streams.is_open(number)
-    run.guest.say(CLOSED)
+    if more:
+        assert run.guest.until_event(streams.RESET).stream == number
+        assert not run.guest.link.streams.is_open(number)
+        run.guest.say(CLOSED)
     facts = run.result()
-    assert (facts.evidence.channel_error, facts.evidence.wait_status, facts.closed) == (None, 0, CLOSED)
+    closed = CLOSED if more else None
+    assert (facts.evidence.channel_error, facts.evidence.wait_status, facts.closed) == (None, 0, closed)
     assert receivers.changes.too_many
     assert not receivers.changes.complete
 
