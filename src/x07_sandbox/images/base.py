@@ -74,7 +74,7 @@ class BaseSpec(msgspec.Struct, frozen=True, kw_only=True):
     def key(self) -> str:
         """A hash of the inputs, for the name of the base's folder."""
         words = [recipe.RECIPE, self.arch.deb, self.suite, list(self.include)]
-        words += [self.x07, commands.EPOCH] if self.x07 else []
+        words += [self.x07] if self.x07 else []
         words += [{"pip": sorted(self.pip), "layout": recipe.PIP_LAYOUT}] if self.pip else []
         return hashlib.sha256(manifest.canonical(words)).hexdigest()[:32]
 
