@@ -13,12 +13,19 @@ import signal
 import time
 from typing import ClassVar, Final
 
-from x07_sandbox.guest.confine import PROGRAM_PID
 from x07_sandbox.guest.system import children_of, read_file, write_file
 
 _ROOT: Final = "/sys/fs/cgroup"
 _GROUP: Final = f"{_ROOT}/x07"
 _GONE_S: Final = 5.0
+# Each counter: its controller, its file in versions 2 and 1, and the keys of its lines if the file has several lines.
+_COUNTERS: Final = (
+    ("tasks_refused", "pids", "pids.events", "pids.events", "max"),
+    ("tasks_peak", "pids", "pids.peak", "pids.peak"),
+    ("memory_bytes", "memory", "memory.current", "memory.usage_in_bytes"),
+    ("memory_peak_bytes", "memory", "memory.peak", "memory.max_usage_in_bytes"),
+    ("oom_kills", "memory", "memory.events", "memory.oom_control", "oom_kill", "oom_group_kill"),
+)
 
 
 class NoGroup:
@@ -84,13 +91,7 @@ class HostGroup(NoGroup):
     """A version 2 group at *folder*, made by the host, with the controllers that are available there."""
 
     KILLS = True
-    COUNTERS: ClassVar[dict[str, tuple[str, ...]]] = {
-        "tasks_refused": ("pids.events", "max"),
-        "tasks_peak": ("pids.peak",),
-        "memory_bytes": ("memory.current",),
-        "memory_peak_bytes": ("memory.peak",),
-        "oom_kills": ("memory.events", "oom_kill", "oom_group_kill"),
-    }
+    COUNTERS: ClassVar[dict[str, tuple[str, ...]]] = {name: (file, *keys) for name, _, file, _, *keys in _COUNTERS}
 
     def __init__(self, folder: str) -> None:
         super().__init__(folder)
@@ -123,14 +124,6 @@ class HostGroup(NoGroup):
         """Return the CPU time, in microseconds."""
         return counter(f"{self._folder}/cpu.stat", ["usage_usec"])
 
-    def program_stopped(self, init: int) -> bool:  # noqa: ARG002
-        """Return whether a signal has stopped the program itself."""
-        for pid in read_file(f"{self._folder}/cgroup.procs").decode().split():
-            # The program is most likely first; reading all processes of a fork bomb would exceed the host's timeout.
-            if state := _state_of_program(pid):
-                return state in "Tt"
-        return False
-
 
 class RootGroup(HostGroup):
     """A version 2 group made by this process, which owns the whole hierarchy."""
@@ -161,11 +154,7 @@ class HostGroupsV1(NoGroup):
     """Version 1 groups below *folder*, made by the host for the controllers memory, pids and cpuacct, if they exist."""
 
     COUNTERS: ClassVar[dict[str, tuple[str, ...]]] = {
-        "tasks_refused": ("pids/pids.events", "max"),
-        "tasks_peak": ("pids/pids.peak",),
-        "memory_bytes": ("memory/memory.usage_in_bytes",),
-        "memory_peak_bytes": ("memory/memory.max_usage_in_bytes",),
-        "oom_kills": ("memory/memory.oom_control", "oom_kill"),
+        name: (f"{controller}/{file}", *keys) for name, controller, _, file, *keys in _COUNTERS
     }
 
     def __init__(self, folder: str) -> None:
@@ -236,13 +225,3 @@ def _cpu_ticks(init: int) -> int:
         total += sum(int(word) for word in _stat(pid)[11:15])  # utime, stime, cutime, cstime
         left += children_of(pid)
     return total
-
-
-def _state_of_program(pid: str) -> str:
-    """Return the state (proc(5)) of the process if it is the program, PID 2 of its namespace. Otherwise, return ""."""
-    try:
-        text = read_file(f"/proc/{pid}/status").decode("utf-8", "replace")
-    except (FileNotFoundError, ProcessLookupError):
-        return ""
-    fields = dict(line.partition(":")[::2] for line in text.splitlines())
-    return fields["State"].split()[0] if fields["NSpid"].split()[-1] == str(PROGRAM_PID) else ""
