@@ -73,7 +73,7 @@ class Derived(msgspec.Struct, frozen=True, kw_only=True):
 class _Asked(msgspec.Struct, frozen=True, kw_only=True):
     """The parsed flags. allow, deny: the ports of each host, in the order given; None means all ports."""
 
-    allow: Mapping[str, set[int]]
+    allow: Mapping[str, set[int] | None]
     deny: Mapping[str, set[int] | None]
     read_roots: tuple[str, ...]
     write_roots: tuple[str, ...]
@@ -81,7 +81,7 @@ class _Asked(msgspec.Struct, frozen=True, kw_only=True):
 
     def digest(self, base_bytes: bytes) -> str:
         asked = {
-            "allow_hosts": [{"host": host, "ports": sorted(ports)} for host, ports in sorted(self.allow.items())],
+            "allow_hosts": [{"host": host, "ports": sorted(ports or ())} for host, ports in sorted(self.allow.items())],
             "allow_read_roots": sorted(self.read_roots),
             "allow_write_roots": sorted(self.write_roots),
             "deny_hosts": [
@@ -110,8 +110,8 @@ def derive_policy(
     """
     _need_sections(base, overrides)
     asked = _Asked(
-        allow=_allowed(_specs("--allow-host", overrides.allow_host_file, overrides.allow_host, read_spec_file)),
-        deny=_denied(_specs("--deny-host", overrides.deny_host_file, overrides.deny_host, read_spec_file)),
+        allow=_by_host(_specs("--allow-host", overrides.allow_host_file, overrides.allow_host, read_spec_file)),
+        deny=_by_host(_specs("--deny-host", overrides.deny_host_file, overrides.deny_host, read_spec_file)),
         read_roots=tuple(_roots("--allow-read-root", overrides.allow_read_root)),
         write_roots=tuple(_roots("--allow-write-root", overrides.allow_write_root)),
         include=overrides.include,
@@ -139,7 +139,7 @@ def derive_policy(
 
 def denied_hosts(given: Sequence[str]) -> dict[str, set[int] | None]:
     """Return the ports that `--deny-host` flags deny, by host (None: all). Raises UsageError for an invalid flag."""
-    return _denied(_specs("--deny-host", (), given, lambda _name: b""))
+    return _by_host(_specs("--deny-host", (), given, lambda _name: b""))
 
 
 def check_grants(base: Policy, overrides: Overrides, *, built_in: bool) -> None:
@@ -236,14 +236,8 @@ def _port(text: str) -> int | None:
     return None
 
 
-def _allowed(specs: Iterable[tuple[str, str, set[int] | None]]) -> dict[str, set[int]]:
-    found: dict[str, set[int]] = {}
-    for _, host, ports in specs:
-        found.setdefault(host, set()).update(ports or ())
-    return found
-
-
-def _denied(specs: Iterable[tuple[str, str, set[int] | None]]) -> dict[str, set[int] | None]:
+def _by_host(specs: Iterable[tuple[str, str, set[int] | None]]) -> dict[str, set[int] | None]:
+    """Return the ports of each host; None means all ports."""
     found: dict[str, set[int] | None] = {}
     for _, host, ports in specs:
         before = found.setdefault(host, set())
@@ -256,7 +250,7 @@ def _net(net: Net, asked: _Asked, *, raise_dns: bool, gate: bool) -> Net:
     for entry in net.allow_hosts:
         hosts.setdefault(entry.host.encode().lower().decode(), set()).update(entry.ports)
     for host, more in asked.allow.items():
-        hosts.setdefault(host, set()).update(more)
+        hosts.setdefault(host, set()).update(more or ())
     _deny(hosts, asked.deny, gate=gate)
     left = {host: tuple(sorted(ports)) for host, ports in hosts.items() if ports}
     for host, ports in left.items():
