@@ -36,7 +36,7 @@ class Completion(msgspec.Struct, frozen=True):
 
 
 def completion(data: bytes) -> Completion | None:
-    """Return the command that completes a document, or None if more is wrong with the document than missing fields.
+    """Return the command that completes a document, or None if anything else than missing fields is wrong with it.
 
     The document is untrusted: only printable values become arguments.
     """
@@ -51,7 +51,7 @@ def completion(data: bytes) -> Completion | None:
         there = filled.get(name)
         filled[name] = there | section if isinstance(there, dict) and isinstance(section, dict) else section
     wanted = accept(filled)
-    if wanted is None:
+    if wanted is None or accept(document) is not None:
         return None
     words, covered, refused = list[str](), set[str](), set[str]()
     for field, flag, new in _flags(wanted):
