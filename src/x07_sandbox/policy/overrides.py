@@ -17,12 +17,9 @@ from x07_sandbox.policy.default import render_policy
 from x07_sandbox.policy.hosts import Addresses, covers, is_name, meaning
 from x07_sandbox.policy.model import HostPorts, Net, Policy
 
-# Checked per flag for a better message; decode_policy checks the result again.
-_HOSTS_MAX: Final = 256
-_PORTS_MAX: Final = 64
+# Checked per flag for a better message; decode_policy checks the result again, and the number of entries.
 _PORT_LAST: Final = 65_535
 _HOST_MAX_BYTES: Final = 255
-_ROOTS_MAX: Final = 128
 _ROOT_MAX_CHARS: Final = 4096
 _NOTES_MAX_CHARS: Final = 4096
 _ID_MAX_BYTES: Final = 64
@@ -125,8 +122,11 @@ def derive_policy(
         net=_net(base.net, asked, raise_dns=overrides.allows, gate=gate) if overrides.hosts else base.net,
         fs=replace(
             base.fs,
-            read_roots=_joined("--allow-read-root", base.fs.read_roots, asked.read_roots),
-            write_roots=_joined("--allow-write-root", base.fs.write_roots, asked.write_roots),
+            read_roots=(*base.fs.read_roots, *(one for one in asked.read_roots if one not in base.fs.read_roots)),
+            write_roots=(
+                *base.fs.write_roots,
+                *(one for one in asked.write_roots if one not in base.fs.write_roots),
+            ),
             deny_hidden=base.fs.deny_hidden and "hidden" not in overrides.include,
             allow_symlinks=base.fs.allow_symlinks or "symlinks" in overrides.include,
         ),
@@ -212,8 +212,6 @@ def _parsed(where: str, spec: str, *, deny: bool) -> tuple[str, set[int] | None]
     found = {_port(text.strip()) for text in ports.split(",")}
     if None in found:
         refuse(f"a port must be a number from 1 to {_PORT_LAST}")
-    if len(found) > _PORTS_MAX:
-        refuse(f"it lists more than {_PORTS_MAX} ports")
     return host, {port for port in found if port is not None}
 
 
@@ -253,11 +251,6 @@ def _net(net: Net, asked: _Asked, *, raise_dns: bool, gate: bool) -> Net:
         hosts.setdefault(host, set()).update(more or ())
     _deny(hosts, asked.deny, gate=gate)
     left = {host: tuple(sorted(ports)) for host, ports in hosts.items() if ports}
-    for host, ports in left.items():
-        if len(ports) > _PORTS_MAX:
-            _too_many(f"ports of {host}", len(ports), _PORTS_MAX)
-    if len(left) > _HOSTS_MAX:
-        _too_many("hosts", len(left), _HOSTS_MAX)
     # A flag that only removes hosts must not enable anything.
     allow_dns = net.allow_dns or (raise_dns and any(is_name(host) for host in left))
     entries = tuple(HostPorts(host=host, ports=ports) for host, ports in left.items())
@@ -307,17 +300,6 @@ def _roots(flag: str, given: Iterable[str]) -> Iterator[str]:
         if root not in seen:
             seen.add(root)
             yield root
-
-
-def _joined(flag: str, base: Sequence[str], more: Sequence[str]) -> tuple[str, ...]:
-    found = (*base, *(root for root in more if root not in base))
-    if more and len(found) > _ROOTS_MAX:
-        _too_many(f"folders with {flag}", len(found), _ROOTS_MAX)
-    return found
-
-
-def _too_many(what: str, count: int, most: int) -> NoReturn:
-    raise UsageError(f"cannot allow {count} {what}", f"a policy can contain at most {most}", "Remove some")
 
 
 def _notes(base: Policy, base_path: str, digest: str) -> str | msgspec.UnsetType:
