@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import lzma
 import struct
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
@@ -11,6 +13,9 @@ from hypothesis import strategies as st
 
 from x07_sandbox.errors import ImageError
 from x07_sandbox.images import kernel
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 ELF = b"\x7fELF" + b"kernel" * 10
 
@@ -66,30 +71,37 @@ def test_the_dependencies_of_a_module_are_read() -> None:
 def test_modules_come_after_what_they_need() -> None:
     """Modules are loaded after their dependencies, in a fixed order."""
     depends = {"erofs": ["libcrc32c"], "libcrc32c": [], "overlay": [], "nft": ["nf", "libcrc32c"], "nf": ["libcrc32c"]}
-    assert kernel.load_order(["nft", "erofs", "overlay"], depends) == ["libcrc32c", "nf", "nft", "erofs", "overlay"]
-
-
-def test_built_in_modules_are_left_out() -> None:
-    """Built-in modules are left out of the load order."""
-    assert kernel.load_order(["ext4", "a"], {"a": ["virtio"]}, frozenset({"ext4", "virtio"})) == ["a"]
-
-
-def test_a_missing_module_is_an_error() -> None:
-    """A missing module fails the build."""
-    with pytest.raises(ImageError, match="there is no module erofs"):
-        kernel.load_order(["erofs"], {})
+    order = kernel.load_order(["nft", "erofs", "overlay"], depends.__getitem__)
+    assert order == ["libcrc32c", "nf", "nft", "erofs", "overlay"]
 
 
 @given(st.dictionaries(st.sampled_from("abcdefgh"), st.sets(st.sampled_from("abcdefgh"), max_size=3), max_size=8))
 def test_any_order_holds_each_module_once_and_after_its_needs(graph: dict[str, set[str]]) -> None:
-    """Any dependency graph gives a valid load order or an error."""
-    graph = {name: {needed for needed in needs if needed < name} for name, needs in graph.items()}  # without cycles
-    try:
-        order = kernel.load_order(sorted(graph), graph)
-    except ImageError:
-        return
+    """Any dependency graph without cycles gives a valid load order."""
+    graph = {name: {needed for needed in needs if needed < name} for name, needs in graph.items()}
+    order = kernel.load_order(sorted(graph), graph.get)
     assert len(order) == len(set(order))
-    assert all(order.index(needed) < order.index(name) for name in order for needed in graph[name])
+    assert all(order.index(needed) < order.index(name) for name in order for needed in graph[name] & graph.keys())
+
+
+def test_a_package_gives_its_kernel_and_the_modules_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel package gives the kernel and its modules in order, without built-in ones; a missing one is an error."""
+    monkeypatch.setattr(kernel, "BOOT_MODULES", ("ext4", "virtio_blk"))
+    monkeypatch.setattr(kernel, "NET_MODULES", ("nft_ct", "jbd2"))
+    modules = tmp_path / "lib/modules/6.1/kernel"
+    modules.mkdir(parents=True)
+    (tmp_path / "boot").mkdir()
+    (tmp_path / "boot/vmlinuz-6.1").write_bytes(_bzimage(ELF))
+    (modules.parent / "modules.builtin").write_text("kernel/drivers/virtio-blk.ko\n")
+    (modules / "ext4.ko.xz").write_bytes(lzma.compress(b"\0depends=jbd2,virtio_blk\0"))
+    (modules / "jbd2.ko").write_bytes(b"\0depends=\0")
+    with pytest.raises(ImageError, match="there is no module nft_ct"):
+        kernel.read_package(tmp_path, lambda data: data)
+    (modules / "nft-ct.ko").write_bytes(b"\0depends=jbd2\0")
+    found = kernel.read_package(tmp_path, lambda data: data)
+    names = [[name for name, _ in each] for each in (found.boot, found.net)]
+    assert (found.release, found.vmlinux, names) == ("6.1", ELF, [["jbd2", "ext4"], ["nft_ct"]])
+    assert dict(found.boot)["ext4"] == b"\0depends=jbd2,virtio_blk\0"
 
 
 def test_file_names_give_the_kernels_names() -> None:

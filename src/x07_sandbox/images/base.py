@@ -108,10 +108,9 @@ def make_base(work: Path, spec: BaseSpec, progress: Callable[[str], None]) -> Pa
     progress(f"fetching and unpacking {spec.suite} packages")
     _mmdebstrap(work, spec, progress)
     progress("extracting the kernel")
-    with (work / "kernel.tar").open("wb") as tar:
-        argv = [commands.tool("dpkg-deb"), "--fsys-tarfile", str(work / "kernel.deb")]
-        commands.run(argv, cwd=work, timeout_s=120, stdout_fd=tar.fileno())
-    parts = kernel.read_package(work / "kernel.tar", _unzstd)
+    argv = [commands.tool("dpkg-deb"), "--extract", str(work / "kernel.deb"), str(work / "kernel")]
+    commands.run(argv, cwd=work, timeout_s=120)
+    parts = kernel.read_package(work / "kernel", _unzstd)
     progress("making the root file system")
     folder = work / "base"
     folder.mkdir(mode=0o700)

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import lzma
 import re
-import tarfile
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from x07_sandbox.errors import ImageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
 SIZE_BYTES = 4  # of the unpacked size, which follows the zstd stream
@@ -66,69 +65,52 @@ def needed_modules(module: bytes) -> list[str]:
     return [module_name(name) for name in found[1].decode(errors="replace").split(",") if name]
 
 
-def load_order(
-    wanted: Iterable[str], depends: Mapping[str, Iterable[str]], built_in: frozenset[str] = frozenset()
-) -> list[str]:
+def load_order(wanted: Iterable[str], needs: Callable[[str], Iterable[str] | None]) -> list[str]:
     """Return *wanted* and their dependencies, each after its own dependencies, in a fixed order.
 
-    Names have underscores, as the kernel shows them. Raises ImageError for an unknown name.
+    Names have underscores, as the kernel shows them. needs: returns the dependencies of a module, or None for a module
+    to leave out.
     """
     order: list[str] = []
 
     def visit(name: str) -> None:
-        if name in order or (name in built_in and name not in depends):
-            return
-        if name not in depends:
-            raise _bad_module(f"there is no module {name}")
-        for needed in sorted(depends[name]):
-            visit(needed)
-        order.append(name)
+        if name not in order and (needed := needs(name)) is not None:
+            for other in sorted(needed):
+                visit(other)
+            order.append(name)
 
     for name in wanted:
         visit(name)
     return order
 
 
-def read_package(tar_path: Path, unzstd: Callable[[bytes], bytes]) -> Kernel:
-    """Read the kernel from the file tree of a linux-image package, a tar file. Raises ImageError."""
-    with tarfile.open(tar_path, "r:") as tar:
-        members = {member.name.removeprefix("./"): member for member in tar if member.isfile()}
+def read_package(root: Path, unzstd: Callable[[bytes], bytes]) -> Kernel:
+    """Read the kernel from the unpacked file tree of a linux-image package. Raises ImageError."""
+    images = list(root.glob("boot/vmlinuz-*"))
+    if len(images) != 1:
+        raise _bad(f"it contains {len(images)} kernels")
+    files = {module_name(path.name): path for path in root.rglob("*.ko*") if re.search(r"\.ko(\.xz)?$", path.name)}
+    built_in = {module_name(line) for path in root.rglob("modules.builtin") for line in path.read_text().splitlines()}
+    loaded: dict[str, bytes] = {}
 
-        def read(name: str) -> bytes:
-            file = tar.extractfile(members[name])
-            assert file is not None  # noqa: S101 - only regular files are in members
-            return file.read(MAX_KERNEL_BYTES)
-
-        images = [name for name in members if name.startswith("boot/vmlinuz-")]
-        if len(images) != 1:
-            raise _bad(f"it contains {len(images)} kernels")
-        release = images[0].removeprefix("boot/vmlinuz-")
-        files = {
-            module_name(name): name
-            for name in members
-            if f"lib/modules/{release}/" in name and re.search(r"\.ko(\.xz)?$", name)
-        }
-        built_in_files = [name for name in members if name.endswith(f"lib/modules/{release}/modules.builtin")]
-        built_in = frozenset(module_name(line) for name in built_in_files for line in read(name).decode().splitlines())
-        loaded: dict[str, bytes] = {}
-        depends: dict[str, list[str]] = {}
-        pending = [*BOOT_MODULES, *NET_MODULES]
+    def needs(name: str) -> list[str] | None:
+        if name not in files:
+            if name in built_in:
+                return None
+            raise _bad_module(f"there is no module {name}")
+        data = files[name].read_bytes()
         # The package has no modules.dep (depmod makes it after installation), so read the modules themselves.
-        while pending:
-            name = pending.pop()
-            if name in loaded or name not in files:
-                continue
-            loaded[name] = _unxz(read(files[name])) if files[name].endswith(".xz") else read(files[name])
-            depends[name] = needed_modules(loaded[name])
-            pending += depends[name]
-        boot = load_order(BOOT_MODULES, depends, built_in)
-        net = [name for name in load_order(NET_MODULES, depends, built_in) if name not in boot]
-        return Kernel(
-            release=release,
-            vmlinux=vmlinux(read(images[0]), unzstd),
-            boot=tuple((name, loaded[name]) for name in boot),
-            net=tuple((name, loaded[name]) for name in net),
-        )
+        loaded[name] = _unxz(data) if files[name].suffix == ".xz" else data
+        return needed_modules(loaded[name])
+
+    boot = load_order(BOOT_MODULES, needs)
+    net = [name for name in load_order(NET_MODULES, needs) if name not in boot]
+    return Kernel(
+        release=images[0].name.removeprefix("vmlinuz-"),
+        vmlinux=vmlinux(images[0].read_bytes(), unzstd),
+        boot=tuple((name, loaded[name]) for name in boot),
+        net=tuple((name, loaded[name]) for name in net),
+    )
 
 
 def module_name(path: str) -> str:
