@@ -19,7 +19,7 @@ _ROOT: Final = "/sys/fs/cgroup"
 _GROUP: Final = f"{_ROOT}/x07"
 _GONE_S: Final = 5.0
 # Each counter: its controller, its file in versions 2 and 1, and the keys of its lines if the file has several lines.
-_COUNTERS: Final = (
+_COUNTERS: Final[tuple[tuple[str, ...], ...]] = (
     ("tasks_refused", "pids", "pids.events", "pids.events", "max"),
     ("tasks_peak", "pids", "pids.peak", "pids.peak"),
     ("memory_bytes", "memory", "memory.current", "memory.usage_in_bytes"),
