@@ -203,7 +203,7 @@ class _Compared(difflib.SequenceMatcher[bytes]):
     """Matcher whose opcodes are known already, to be grouped."""
 
     def __init__(self, codes: list[_Code]) -> None:
-        super().__init__()
+        super().__init__(None, (), ())
         self._codes = codes
 
     def get_opcodes(self) -> list[_Code]:
@@ -224,8 +224,13 @@ def hunks(old: bytes, new: bytes, work: Work) -> Iterator[bytes]:
     if max(map(len, middle)) <= _COMPARED_MAX:
         codes = _Bounded(*middle, work).get_opcodes()
     codes = [(tag, a + start, b + start, c + start, d + start) for tag, a, b, c, d in codes]
-    before, after = ("equal", 0, start, 0, start), ("equal", len(one) - end, len(one), len(two) - end, len(two))
-    for group in _Compared([before, *codes, after] if codes else []).get_grouped_opcodes(_CONTEXT):
+    if codes:
+        codes = [
+            ("equal", 0, start, 0, start),
+            *codes,
+            ("equal", len(one) - end, len(one), len(two) - end, len(two)),
+        ]
+    for group in _Compared(codes).get_grouped_opcodes(_CONTEXT):
         yield from _hunk(one, two, group)
 
 
@@ -236,7 +241,7 @@ def _lines(data: bytes) -> list[bytes]:
     return [*found, last] if last else found
 
 
-def _hunk(one: list[bytes], two: list[bytes], group: Sequence[_Code]) -> Iterator[bytes]:
+def _hunk(one: list[bytes], two: list[bytes], group: Sequence[tuple[str, int, int, int, int]]) -> Iterator[bytes]:
     (_, old_from, _, new_from, _), (_, _, old_to, _, new_to) = group[0], group[-1]
     yield b"@@ -%s +%s @@\n" % (_range(old_from, old_to - old_from), _range(new_from, new_to - new_from))
     for tag, a, b, c, d in group:

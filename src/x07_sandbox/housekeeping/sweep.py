@@ -83,7 +83,7 @@ def sweep(*, dry_run: bool, progress: Callable[[str], None], budget_s: float | N
     """
     pruner = Pruner(progress, dry_run=dry_run)
     if os.path.lexists(state_dir()):
-        live = _sweep_jobs(pruner, budget_s)
+        live = sweep_jobs(pruner, budget_s)
         if budget_s is None:
             _sweep_orphans(pruner, live)
             _sweep_changes(pruner)
@@ -103,7 +103,7 @@ def _swept(rows: Iterable[Row], *, records: str) -> tuple[Swept, ...]:
     return tuple(found.values())
 
 
-def _sweep_jobs(pruner: Pruner, budget_s: float | None) -> set[str]:
+def sweep_jobs(pruner: Pruner, budget_s: float | None) -> set[str]:
     """End the jobs that may be ended, and return the names of live jobs. budget_s: see `sweep`. Raises SandboxError."""
     root = private_dir(state_dir())
     instance, now, live = runner_instance(root), here_and_now(), set()
