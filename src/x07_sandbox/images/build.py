@@ -193,12 +193,10 @@ class _Builder:
         for image in store.list_images():
             made = image.manifest
             if (made.base, made.guest_code, made.preload) == wanted:
-                try:
-                    with verify.open_image(image):
-                        return image.digest.removeprefix("sha256:")
-                except ImageError as exc:
-                    self._progress(f"{exc.why}: rebuilding the image")
+                if problems := verify.verify_image(image, use_record=True):
+                    self._progress(f"{problems[0]}: rebuilding the image")
                     return ""  # images with the same contents share a folder
+                return image.digest.removeprefix("sha256:")
         return ""
 
     def _base(self, extras: Extras) -> tuple[Path, bases.Base]:

@@ -109,10 +109,12 @@ def opened_parts(folder_fd: int, parts: Sequence[Part], subject: Subject, stack:
     return fds
 
 
-def verify_image(image: Image) -> list[str]:
-    """Hash all files of an image. Return a sentence for each problem."""
+def verify_image(image: Image, *, use_record: bool = False) -> list[str]:
+    """Return a sentence for each problem of an image. use_record: hash only files that changed since the last time."""
     problems: list[str] = []
     subject = _subject(image)
+    recorded = _recorded(subject) if use_record else {}
+    verified: dict[str, Identity] = {}
     with contextlib.ExitStack() as stack:
         try:
             folder_fd = stack.enter_context(opened_folder(image.folder, subject))
@@ -122,9 +124,13 @@ def verify_image(image: Image) -> list[str]:
         for part in _parts(image):
             try:
                 with opened_file(folder_fd, part.file, subject) as fd:
-                    check_part(fd, part, None, subject)
+                    identity = check_part(fd, part, recorded.get(part.file), subject)
+                    if part.bytes > SMALL_BYTES:
+                        verified[part.file] = identity
             except ImageError as exc:
                 problems.append(f"{part.file}: {exc.why}")
+        if use_record and verified != recorded:
+            _write_record(subject, verified)
         with os.scandir(folder_fd) as entries:
             foreign = {entry.name for entry in entries} - {part.file for part in _parts(image)} - {"manifest.json"}
         return problems + [f"{name}: it does not belong to the image" for name in sorted(foreign)]
