@@ -12,7 +12,7 @@ from x07_sandbox.channel.trees import can_hold_names
 from x07_sandbox.errors import PeerError
 from x07_sandbox.files.changes import STAGING, Change, Node, Refused, is_folder, parent_folders, printable, same_node
 from x07_sandbox.files.copy import DEPTH_MAX, FIELDS, NUMBER_MAX, link_stays_inside, value_for, why_left_out
-from x07_sandbox.files.dependencies import removes_folder, renames, with_dependents
+from x07_sandbox.files.dependencies import renames, with_dependents
 from x07_sandbox.files.link_targets import OUT, Links
 from x07_sandbox.host import settings
 from x07_sandbox.policy.limits import size_text
@@ -279,7 +279,7 @@ def _by_place(changes: Iterable[Change], skipped: Mapping[str, Skipped], bounds:
         # A hidden entry is already refused because of its name.
         if there is not None and change.after is not None and there.reason != "hidden":
             yield _by_skipped(change.name, "replaces an existing entry", change.name, there, bounds)
-        if removes_folder(change):
+        if is_folder(change.before) and not is_folder(change.after):
             folders.add(change.name)
     if not folders:
         return
