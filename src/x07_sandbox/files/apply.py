@@ -51,6 +51,7 @@ _FIXES: Final = {
     errno.EPERM: "Apply the changes as the owner of the files and a member of their groups",
     errno.EXDEV: "Unmount that file system, grant it as a separate folder, or add --skip",
     errno.EBUSY: "Unmount that file system",
+    errno.ENOSYS: "Use Linux 5.6 or newer, without a seccomp filter that blocks openat2",
 }
 
 
@@ -304,6 +305,7 @@ def _sites(
                 fd = beneath.open_root(path)
             except OSError as exc:
                 if exc.errno not in MISSING:
+                    exc.filename = path
                     raise
                 raise _moved(path, recorded) from exc
             stack.callback(close_on_fork.close, close_on_fork.add(fd))  # a copy in a forked child would keep the lock

@@ -31,7 +31,7 @@ from x07_sandbox.plan.guest_paths import is_below
 from x07_sandbox.policy.limits import FILE_BYTES, flag_for_file, size_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
     from typing import BinaryIO
 
     from x07_sandbox.files.changes import Rule
@@ -177,7 +177,7 @@ class _Walk:
                     self._retried(lambda: self._file(fd, only, only, info.st_dev), only)
                 else:
                     self._put(Entry(Kind.FOLDER, b"", mode=info.st_mode & 0o777, mtime_ns=info.st_mtime_ns), "")
-                    self._folders(fd, info.st_dev)
+                    self._folders(fd, "", info.st_dev)
         self._places()
         self._out.write(Entry(Kind.END, b"").encoded())
 
@@ -232,24 +232,13 @@ class _Walk:
             fix = "Check the path and its permissions"
             raise UsageError(f"cannot copy {host} into the VM", exc.strerror or str(exc), fix) from exc
 
-    def _folders(self, top: int, device: int) -> None:
-        stack: list[tuple[int, str, Iterator[str]]] = [(top, "", iter(self._names(top, "")))]
-        try:
-            while stack:
-                fd, prefix, names = stack[-1]
-                name = next(names, None)
-                if name is None:
-                    stack.pop()
-                    if fd != top:
-                        os.close(fd)
-                    continue
-                inner = self._entry(fd, name, f"{prefix}{name}", device)
-                if inner is not None:
-                    stack.append((inner, f"{prefix}{name}/", iter(self._names(inner, f"{prefix}{name}"))))
-        finally:
-            for fd, _, _ in stack:
-                if fd != top:
-                    os.close(fd)
+    def _folders(self, fd: int, prefix: str, device: int) -> None:
+        """Pack the entries of a folder. The depth is limited, so this function may call itself."""
+        for part in self._names(fd, prefix.removesuffix("/")):
+            inner = self._entry(fd, part, f"{prefix}{part}", device)
+            if inner is not None:
+                with beneath.closing_fd(inner):
+                    self._folders(inner, f"{prefix}{part}/", device)
 
     def _names(self, fd: int, name: str) -> list[str]:
         try:

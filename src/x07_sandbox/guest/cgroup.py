@@ -17,6 +17,14 @@ from x07_sandbox.guest.system import children_of, read_file, write_file
 _ROOT: Final = "/sys/fs/cgroup"
 _GROUP: Final = f"{_ROOT}/x07"
 _GONE_S: Final = 5.0
+# Each counter: its controller, its file in versions 2 and 1, and the keys of its lines if the file has several lines.
+_COUNTERS: Final[tuple[tuple[str, ...], ...]] = (
+    ("tasks_refused", "pids", "pids.events", "pids.events", "max"),
+    ("tasks_peak", "pids", "pids.peak", "pids.peak"),
+    ("memory_bytes", "memory", "memory.current", "memory.usage_in_bytes"),
+    ("memory_peak_bytes", "memory", "memory.peak", "memory.max_usage_in_bytes"),
+    ("oom_kills", "memory", "memory.events", "memory.oom_control", "oom_kill", "oom_group_kill"),
+)
 
 
 class NoGroup:
@@ -86,13 +94,7 @@ class HostGroup(NoGroup):
     """A version 2 group at *folder*, made by the host, with the controllers that are available there."""
 
     KILLS = True
-    COUNTERS: ClassVar[dict[str, tuple[str, ...]]] = {
-        "tasks_refused": ("pids.events", "max"),
-        "tasks_peak": ("pids.peak",),
-        "memory_bytes": ("memory.current",),
-        "memory_peak_bytes": ("memory.peak",),
-        "oom_kills": ("memory.events", "oom_kill", "oom_group_kill"),
-    }
+    COUNTERS: ClassVar[dict[str, tuple[str, ...]]] = {name: (file, *keys) for name, _, file, _, *keys in _COUNTERS}
 
     def __init__(self, folder: str) -> None:
         super().__init__(folder)
@@ -190,11 +192,7 @@ class HostGroupsV1(NoGroup):
     """Version 1 groups below *folder*, made by the host for the controllers memory, pids and cpuacct, if they exist."""
 
     COUNTERS: ClassVar[dict[str, tuple[str, ...]]] = {
-        "tasks_refused": ("pids/pids.events", "max"),
-        "tasks_peak": ("pids/pids.peak",),
-        "memory_bytes": ("memory/memory.usage_in_bytes",),
-        "memory_peak_bytes": ("memory/memory.max_usage_in_bytes",),
-        "oom_kills": ("memory/memory.oom_control", "oom_kill"),
+        name: (f"{controller}/{file}", *keys) for name, controller, _, file, *keys in _COUNTERS
     }
 
     def __init__(self, folder: str) -> None:

@@ -91,7 +91,7 @@ def _changes() -> dict[str, Any]:
 def _result() -> dict[str, Any]:
     """Return the schema of a result, full or short."""
     made = _any_of((result.Result, short_result.OmittedControls))
-    del made["anyOf"]
+    del made["anyOf"], made["$defs"]["Result"]["properties"]["files"]
     made = {"$ref": _REF.format(name="Result"), **made}
     made["$defs"]["Result"]["properties"]["controls_omitted"] = {
         "description": "Only with plain `--json`: a summary of the controls that the document omits.",
