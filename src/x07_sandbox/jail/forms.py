@@ -55,13 +55,21 @@ class Form(NamedTuple):
     landlock: int = 0
     why: str = ""
 
-    def argv(self, jail: Jail, command: list[str]) -> list[str]:
-        """Return the command line of *command* in the jail."""
+    def open_ruleset(self, jail: Jail, program: str) -> int | None:
+        """Return the descriptor of the Landlock ruleset that the jail's process needs, or None. Raises OSError."""
         if self.namespaces:
+            return None
+        from x07_sandbox.jail.landlock import open_ruleset
+
+        return open_ruleset(jail, program, self.landlock)
+
+    def argv(self, jail: Jail, command: list[str], ruleset_fd: int | None) -> list[str]:
+        """Return the command line of *command* in the jail."""
+        if ruleset_fd is None:
             return jail_argv(jail, command)
         from x07_sandbox.jail.landlock import landlock_argv
 
-        return landlock_argv(jail, command, self.landlock)
+        return landlock_argv(jail, command, ruleset_fd)
 
     def release_message(self, arch: Arch) -> Callable[[int], bytes]:
         """Return a function that turns the pid of the jail's first process into the message that releases the jail."""
@@ -80,6 +88,8 @@ def jail_form() -> Form:
     if flag("X07_VM_REQUIRE_NAMESPACES"):
         fix = f"Unset X07_VM_REQUIRE_NAMESPACES, which forbids other jails, or allow namespaces: {namespace_flags()}"
         raise RefusedError("a jail with namespaces was required", why, fix)
+    from x07_sandbox.kernel import landlock_version  # rarely needed
+
     return landlock_form(why, landlock_version(), _missing_capabilities() if os.geteuid() == 0 else [])
 
 
@@ -148,15 +158,6 @@ def _try_namespaces() -> str:
     if any(words in said for words in _FORBIDDEN):
         return f"namespaces are forbidden here ({said})"
     raise HostError(what, said, "Try again, or run x07 doctor")
-
-
-def landlock_version() -> int:
-    """Return the kernel's Landlock version, or 0 if it has no Landlock (landlock_create_ruleset(2))."""
-    import ctypes  # rarely needed
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.syscall.restype, libc.syscall.argtypes = ctypes.c_long, [ctypes.c_long] * 4
-    return max(0, int(libc.syscall(444, 0, 0, 1)))
 
 
 def _missing_capabilities() -> list[str]:

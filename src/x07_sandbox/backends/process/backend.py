@@ -23,9 +23,9 @@ from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.verdicts import proof_file, write_verdict
 from x07_sandbox.jail.bwrap import BWRAP, PERL, SETPRIV
 from x07_sandbox.jail.cgroups import program_groups, remove_groups
-from x07_sandbox.jail.forms import landlock_version
 from x07_sandbox.jobs.record import Claim, create_record, new_run_id
 from x07_sandbox.jobs.stopping import live_records, stop_recorded
+from x07_sandbox.kernel import landlock_version
 from x07_sandbox.plan.features import Features
 
 if TYPE_CHECKING:

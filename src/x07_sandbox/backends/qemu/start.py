@@ -142,7 +142,10 @@ def start_qemu(
         )
         passed = [*jail.fds, filter_fd, *(fd for fd, _ in (*jail.fd_files, *jail.fd_writable, *jail.fd_copies))]
         passed += [] if lock_fd is None else [lock_fd]
-        argv = form.argv(jail, qemu_argv(machine))
+        command = qemu_argv(machine)
+        if (ruleset_fd := form.open_ruleset(jail, command[0])) is not None:
+            passed.append(given.add(ruleset_fd))
+        argv = form.argv(jail, command, ruleset_fd)
         request = Launch(argv=argv, pass_fds=tuple(passed), stderr_fd=theirs["stderr"])
         memory_bytes = (job.ram_bytes or machine.ram_bytes) + VMM_BYTES
         groups = make_groups(record.job_id, memory_bytes=memory_bytes, tasks=TASKS)
