@@ -23,6 +23,7 @@ from x07_sandbox.errors import Cancelled, HostError, RefusedError
 from x07_sandbox.host import close_on_fork, settings
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.cores import cores
+from x07_sandbox.host.linux import open_pidfd
 from x07_sandbox.host.memory import memory_bytes
 from x07_sandbox.host.os_errors import fix_for
 from x07_sandbox.host.paths import cache_folder, open_private_file
@@ -157,7 +158,7 @@ class _Turn:
                     env={},
                     process_group=0,  # Ctrl-C is handled here
                 )
-            self._pidfd = os.pidfd_open(self._child.pid)
+            self._pidfd = open_pidfd(self._child.pid)
         except BaseException as exc:  # also Ctrl-C: a child left behind would block the queue
             self.__exit__()
             if not isinstance(exc, OSError):
