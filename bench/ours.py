@@ -18,7 +18,7 @@ from bench import programs
 from bench.figures import WrongRunError
 from x07_sandbox.backends.base import MachineKind
 from x07_sandbox.backends.handshake import greet
-from x07_sandbox.backends.qemu.machine import qmp_quit
+from x07_sandbox.backends.qemu.machine import QMP_QUIT
 from x07_sandbox.backends.qemu.start import QemuJob, start_qemu
 from x07_sandbox.backends.qemu.template import opened_template, template_for
 from x07_sandbox.host.cancel import Cancel
@@ -147,7 +147,7 @@ class Floor:
         """Time QEMU from its start to its end, with a quit command sent at once."""
         started = time.monotonic()
         with self._started() as instance:
-            instance.send_qmp(qmp_quit())
+            instance.send_qmp(QMP_QUIT)
             instance.release()
             select.select([instance.pidfd], [], [])
             return time.monotonic() - started

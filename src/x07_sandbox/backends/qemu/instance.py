@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from x07_sandbox.backends.jailed import BoundedStream, Jailed, RunningAgent
 from x07_sandbox.backends.qemu.bounds import VMM_BYTES
-from x07_sandbox.backends.qemu.machine import qmp_quit, qmp_resume
+from x07_sandbox.backends.qemu.machine import QMP_QUIT, qmp_resume
 from x07_sandbox.errors import BackendError
 from x07_sandbox.host import close_on_fork, settings
 from x07_sandbox.host.poll import wait_readable
@@ -128,7 +128,7 @@ class QemuInstance(Streams, Jailed):
 
     def quit_gracefully(self) -> bool:
         """Ask QEMU to quit and return whether it has."""
-        self.send_qmp(qmp_quit())
+        self.send_qmp(QMP_QUIT)
         return self._release_pipe.released and wait_readable(self.pidfd, 0.05)
 
 
@@ -152,6 +152,6 @@ class LeasedInstance(Streams):
         """Ask QEMU to quit, end the lease, and return whether everything is proven gone."""
         if self._gone is None:
             if self.exit_status() is None:
-                self.send_qmp(qmp_quit())
+                self.send_qmp(QMP_QUIT)
             self._gone = self._lease.end_lease() and wait_readable(self._inner_pidfd, _GONE_S)
         return self._gone

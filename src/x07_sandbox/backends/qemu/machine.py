@@ -124,27 +124,6 @@ def _memory(machine: Machine, megabytes: int) -> str:
     return f"memory-backend-file,{backend},mem-path={machine.paths.ram},{sharing}"
 
 
-def qmp_save(state: str) -> bytes:
-    """Return the commands that save the device state. They do not stop the VM, since its clones would start stopped."""
-    return _qmp(_CAPABILITIES, _IGNORE_SHARED, {"execute": "migrate", "arguments": {"uri": f"file:{state}"}})
-
-
-def qmp_resume(state: str) -> bytes:
-    """Return the commands that resume a clone from the file *state*. They may be written before QEMU is ready."""
-    resume = {"execute": "migrate-incoming", "arguments": {"uri": f"file:{state}"}}
-    return _qmp(_CAPABILITIES, _IGNORE_SHARED, resume)
-
-
-def qmp_query_save() -> bytes:
-    """Return the command that asks for the progress of saving."""
-    return _qmp({"execute": "query-migrate"})
-
-
-def qmp_quit() -> bytes:
-    """Return the commands that end QEMU, whether or not QMP was negotiated."""
-    return _qmp(_CAPABILITIES, {"execute": "quit"})
-
-
 _CAPABILITIES: Final = {"execute": "qmp_capabilities"}
 _IGNORE_SHARED: Final = {
     "execute": "migrate-set-capabilities",
@@ -154,6 +133,21 @@ _IGNORE_SHARED: Final = {
 
 def _qmp(*commands: Mapping[str, object]) -> bytes:
     return b"".join(json.dumps(command).encode() + b"\n" for command in commands)
+
+
+QMP_QUERY_SAVE: Final = _qmp({"execute": "query-migrate"})  # asks for the progress of saving
+QMP_QUIT: Final = _qmp(_CAPABILITIES, {"execute": "quit"})  # ends QEMU, whether or not QMP was negotiated
+
+
+def qmp_save(state: str) -> bytes:
+    """Return the commands that save the device state. They do not stop the VM, since its clones would start stopped."""
+    return _qmp(_CAPABILITIES, _IGNORE_SHARED, {"execute": "migrate", "arguments": {"uri": f"file:{state}"}})
+
+
+def qmp_resume(state: str) -> bytes:
+    """Return the commands that resume a clone from the file *state*. They may be written before QEMU is ready."""
+    resume = {"execute": "migrate-incoming", "arguments": {"uri": f"file:{state}"}}
+    return _qmp(_CAPABILITIES, _IGNORE_SHARED, resume)
 
 
 def _machine_type(machine: Machine) -> str:

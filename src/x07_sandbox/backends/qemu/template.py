@@ -22,7 +22,7 @@ import msgspec
 
 from x07_sandbox.backends.base import Prunable
 from x07_sandbox.backends.handshake import Handshake, input_poll
-from x07_sandbox.backends.qemu.machine import Machine, Origin, qemu_argv, qmp_query_save, qmp_save
+from x07_sandbox.backends.qemu.machine import QMP_QUERY_SAVE, Machine, Origin, qemu_argv, qmp_save
 from x07_sandbox.backends.qemu.start import (
     Saved,
     Saving,
@@ -354,7 +354,7 @@ def _save(instance: QemuInstance) -> None:
         if deadline.passed() or instance.exit_status() is not None or _NOT_SAVED in instance.qmp.text():
             said = instance.qmp.text()[-300:] + instance.console_tail()[-200:]
             raise TransientError(_WHAT, f"QEMU did not save it: {said}", _FIX)
-        instance.send_qmp(qmp_query_save())
+        instance.send_qmp(QMP_QUERY_SAVE)
         for fd, _ in poll.poll(_ASK_AGAIN_MS):
             if fd != instance.pidfd:
                 instance.drain(fd)
