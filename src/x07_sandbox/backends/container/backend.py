@@ -24,7 +24,7 @@ from x07_sandbox.images.archive import MANIFEST_LABEL
 from x07_sandbox.images.guestcode import read_guest_code
 from x07_sandbox.images.verify import OpenImage
 from x07_sandbox.jobs.stopping import stop_recorded
-from x07_sandbox.plan.features import container_features
+from x07_sandbox.plan.features import VM_CAPABILITIES, Features
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from x07_sandbox.backends.base import Job
     from x07_sandbox.backends.prerequisites import Need
     from x07_sandbox.jobs.record import JobRecord
-    from x07_sandbox.plan.features import Features
 
 _REFERENCE_MAX: Final = 512
 _ORPHANS_MAX: Final = 1000
@@ -89,7 +88,8 @@ class ContainerBackend:
 
     def least_features(self) -> Features:
         """Return the features of a container that runs x07's agent."""
-        return container_features()
+        held = VM_CAPABILITIES - {"held-connections"}
+        return Features(isolation="container", own_kernel=False, can_enforce=held)
 
     def probe(self, image: OpenImage | None = None, *, boot: bool = True) -> Availability:  # noqa: ARG002 - needs no image
         """Return what the engine can limit here. Raises HostError if the engine fails or would ignore a limit."""
