@@ -307,14 +307,15 @@ class Card:
             mark="bench",
         )
         words = machines.kernel_command_line(machine)
+        paths = machine.paths
         changed = {
-            machines.KERNEL: str(self.image.folder / parts.kernel.file),
-            machines.ROOT: str(self.image.folder / parts.root.file),
-            machines.INITRD: str(self.initrd),
+            paths.kernel: str(self.image.folder / parts.kernel.file),
+            paths.root: str(self.image.folder / parts.root.file),
+            paths.initrd: str(self.initrd),
             words: f"{words} {network_guest.CARD}{setting}",
         }
         argv = [changed.get(word, word) for word in machines.qemu_argv(machine)]
-        return [word.replace(f"={machines.ROOT}", f"={changed[machines.ROOT]}") for word in argv]
+        return [word.replace(f"={paths.root}", f"={changed[paths.root]}") for word in argv]
 
     @contextlib.contextmanager
     def _running(self, argv: list[str], passed: list[int]) -> Iterator[None]:

@@ -42,7 +42,7 @@ def at_call(number: int, act: Callable[[], None]) -> None:
 
     def watch(frame: Any, event: str, arg: Any) -> None:  # noqa: ANN401 - what sys.setprofile gives
         nonlocal count
-        ours = event in {"call", "return"} and frame.f_code.co_name == "_renameat2"
+        ours = event in {"call", "return"} and frame.f_code.co_name == "renameat2"
         if ours or (event == "c_call" and arg.__module__ == "posix" and arg.__name__ in CHANGING):
             count += 1
             if count == number:

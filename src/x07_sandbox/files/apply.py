@@ -27,9 +27,9 @@ from x07_sandbox.files.inode import MISSING, ConflictError, conflict_error
 from x07_sandbox.files.journal import Head, Place
 from x07_sandbox.files.protected import completed_repository, why_repository
 from x07_sandbox.files.staging import Planner, fill, undo_changes
-from x07_sandbox.host import beneath, close_on_fork, settings
+from x07_sandbox.host import beneath, close_on_fork, linux, settings
 from x07_sandbox.host.locks import lock_fd_held
-from x07_sandbox.host.paths import private_dir
+from x07_sandbox.host.paths import closing_fd, private_dir
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -176,7 +176,7 @@ def _execute(folder: Path, head: Head, sites: list[Site], planner: Planner, inve
             started = number
             apply_steps.apply_step(sites[step.place], step)
         for site in sites:
-            beneath.sync(site.fd)
+            linux.sync(site.fd)
         roots = (
             one.root if one.site.keeps_modes else with_actual_modes(one.root, one.site.fd, one.prefix)
             for one in inverse
@@ -337,7 +337,7 @@ def _check_unmoved(path: str, site: Site, recorded: dict[str, Place] | None) -> 
         fd = beneath.open_root(path)
     except OSError as exc:
         raise _moved(path, recorded) from exc
-    with beneath.closing_fd(fd):
+    with closing_fd(fd):
         info = os.fstat(fd)
     if (info.st_dev, info.st_ino) != site.place.ident:
         raise _moved(path, recorded)

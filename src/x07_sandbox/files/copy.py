@@ -27,6 +27,7 @@ from x07_sandbox.files.changes import Node, parent_folders
 from x07_sandbox.files.contents import add_zeros
 from x07_sandbox.files.roots import Mount
 from x07_sandbox.host import beneath, settings
+from x07_sandbox.host.paths import closing_fd
 from x07_sandbox.plan.guest_paths import is_below
 from x07_sandbox.policy.limits import FILE_BYTES, flag_for_file, size_text
 
@@ -170,7 +171,7 @@ class _Walk:
     def run(self) -> None:
         top = self._open()
         if top is not None:
-            with beneath.closing_fd(top) as fd:
+            with closing_fd(top) as fd:
                 info = os.fstat(fd)
                 if self._tree.only:
                     only = self._tree.only
@@ -237,7 +238,7 @@ class _Walk:
         for part in self._names(fd, prefix.removesuffix("/")):
             inner = self._entry(fd, part, f"{prefix}{part}", device)
             if inner is not None:
-                with beneath.closing_fd(inner):
+                with closing_fd(inner):
                     self._folders(inner, f"{prefix}{part}/", device)
 
     def _names(self, fd: int, name: str) -> list[str]:
@@ -325,7 +326,7 @@ class _Walk:
 
     def _file(self, folder: int, part: str, name: str, device: int) -> None:
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-        with beneath.closing_fd(os.open(part, flags, dir_fd=folder)) as fd:
+        with closing_fd(os.open(part, flags, dir_fd=folder)) as fd:
             before = os.fstat(fd)
             if not stat.S_ISREG(before.st_mode):  # it was replaced after its stat
                 raise _changed(part)
@@ -455,7 +456,7 @@ def _holds_links(folder: int, part: str) -> bool:
         fd = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
     except OSError:
         return False
-    with beneath.closing_fd(fd), os.scandir(fd) as entries:
+    with closing_fd(fd), os.scandir(fd) as entries:
         return any(entry.is_symlink() for entry in itertools.islice(entries, 100))
 
 

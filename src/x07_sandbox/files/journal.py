@@ -20,9 +20,8 @@ import msgspec
 from x07_sandbox.errors import HostError
 from x07_sandbox.files.changes import Node
 from x07_sandbox.files.inode import Ident
-from x07_sandbox.host.beneath import closing_fd
 from x07_sandbox.host.decoding import prepared
-from x07_sandbox.host.paths import replace_file
+from x07_sandbox.host.paths import closing_fd, replace_file
 
 Phase = Literal["staging", "journal", "committed"]
 StepKind = Literal["mode", "remove", "replace", "add"]

@@ -23,8 +23,8 @@ import msgspec
 from x07_sandbox.errors import HostError, ImageError
 from x07_sandbox.host.arch import Arch
 from x07_sandbox.host.decoding import prepared
+from x07_sandbox.host.linux import mounts
 from x07_sandbox.host.locks import file_lock
-from x07_sandbox.host.mounts import mounts
 from x07_sandbox.host.paths import cache_dir
 from x07_sandbox.images import apt_index, commands, kernel, manifest, recipe, scratch, sources, verify
 

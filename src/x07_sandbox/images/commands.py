@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from x07_sandbox.errors import HostError, ImageError
+from x07_sandbox.host.paths import SYSTEM, find_program
 from x07_sandbox.host.poll import wait_readable
-from x07_sandbox.host.programs import SYSTEM, find_program
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

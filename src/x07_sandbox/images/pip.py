@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from x07_sandbox.errors import HostError, ImageError, UsageError
-from x07_sandbox.host.paths import read_bounded
-from x07_sandbox.host.programs import find_program, inherited_environment
+from x07_sandbox.host.paths import find_program, read_bounded
+from x07_sandbox.host.variables import inherited_environment
 from x07_sandbox.images import apt_index, commands, manifest
 
 if TYPE_CHECKING:

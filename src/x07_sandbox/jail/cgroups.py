@@ -19,7 +19,8 @@ import msgspec
 import msgspec.structs
 
 from x07_sandbox.host.clocks import unix_ms
-from x07_sandbox.host.processes import identify, sees_every_process
+from x07_sandbox.host.linux import sees_every_process
+from x07_sandbox.host.processes import identify
 
 _ROOT: Final = Path("/sys/fs/cgroup")
 _PARENT: Final = "x07-sandbox"

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from x07_sandbox.errors import HostError, RefusedError, printable
-from x07_sandbox.host.paths import cache_folder
 from x07_sandbox.host.variables import flag
-from x07_sandbox.host.verdicts import read_verdict, write_verdict
+from x07_sandbox.host.verdicts import Verdict, file_state
 from x07_sandbox.jail.bwrap import BWRAP, Jail, jail_argv, probe_argv
 from x07_sandbox.jail.libraries import needed_files
 from x07_sandbox.jail.seccomp import vmm_filter
@@ -120,19 +119,12 @@ def namespace_flags() -> str:
 
 def forbidden() -> str:
     """Return why namespaces cannot be used here, or "" if they can. Raises HostError if the test itself fails."""
-    record, key = cache_folder("jail") / "namespaces.json", _key()
-    known = read_verdict(record)
-    if known.get("key") == key:
-        return str(known["why"])
-    why = _try_namespaces()
-    write_verdict(record, {"key": key, "why": why})
-    return why
+    return str(Verdict("namespaces", key=_key()).read_or_make(lambda: {"why": _try_namespaces()})["why"])
 
 
 def _key() -> list[object]:
     """Return everything known to affect namespaces, as JSON values."""
-    info = Path(BWRAP).stat()
-    found: list[object] = [os.geteuid(), info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns]
+    found: list[object] = [os.geteuid(), file_state(BWRAP)]
     found += [Path("/proc/self/ns", name).readlink().name for name in ("user", "mnt", "pid", "net")]
     status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines()
     found += [line for line in status if line.startswith(_RIGHTS)]

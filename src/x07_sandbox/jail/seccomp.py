@@ -15,14 +15,12 @@ Capabilities and namespaces leave these gaps, which the filter closes in both fo
 from __future__ import annotations
 
 import errno
-import hashlib
 import itertools
 import struct
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from x07_sandbox.host.paths import cache_folder
-from x07_sandbox.host.verdicts import read_verdict, write_verdict
+from x07_sandbox.host.verdicts import Verdict
 
 if TYPE_CHECKING:
     from x07_sandbox.host.arch import Arch
@@ -88,13 +86,8 @@ def vmm_filter(arch: Arch) -> bytes:
     rules += [("clone", errno.EPERM, (other,)) for other in _others(_THREAD)]
     rules += [("fcntl", errno.EPERM, (other,)) for other in _others(_FCNTL)]
     rules += [("socket", errno.EAFNOSUPPORT, (other,)) for other in _others(Check(0, (_AF_UNIX,)))]
-    digest = hashlib.sha256(repr((arch.name, rules)).encode()).hexdigest()
-    record = cache_folder("jail") / "filter.json"
-    known = read_verdict(record)
-    if known.get("rules") != digest:
-        known = {"rules": digest, "code": _compiled(arch, 0, rules).hex()}
-        write_verdict(record, known)
-    return bytes.fromhex(known["code"])
+    stored = Verdict("jail-filter", key=[arch.name, rules])
+    return bytes.fromhex(stored.read_or_make(lambda: {"code": _compiled(arch, 0, rules).hex()})["code"])
 
 
 def allowlist_filter(arch: Arch, names: tuple[str, ...], rules: Rules, errors: dict[str, int]) -> bytes:

@@ -23,6 +23,7 @@ from x07_sandbox.errors import Cancelled, HostError, RefusedError
 from x07_sandbox.host import close_on_fork, settings
 from x07_sandbox.host.clocks import Deadline
 from x07_sandbox.host.cores import cores
+from x07_sandbox.host.linux import open_pidfd
 from x07_sandbox.host.memory import memory_bytes
 from x07_sandbox.host.os_errors import fix_for
 from x07_sandbox.host.paths import cache_folder, open_private_file
@@ -166,7 +167,7 @@ def _start_flock(fd: int, stack: contextlib.ExitStack) -> int:
             )
         stack.callback(child.wait)
         stack.callback(child.kill)
-        pidfd = os.pidfd_open(child.pid)
+        pidfd = open_pidfd(child.pid)
     except OSError as exc:
         fix = "Install util-linux" if isinstance(exc, FileNotFoundError) else fix_for(exc, _ULIMIT)
         raise HostError("cannot wait for a free slot", f"flock failed with {exc.strerror or exc}", fix) from exc
